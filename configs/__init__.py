@@ -1,0 +1,1 @@
+"""The typed description of a run and the strict loader for it."""

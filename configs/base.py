@@ -1,0 +1,28 @@
+"""What every section of a run's description shares."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict
+
+
+class Section(BaseModel):
+    """A frozen part of a run's description; a key it does not know is an error."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False
+    )
+
+
+def _whole(value: Any) -> Any:
+    """Let ``1e9`` (a float in YAML 1.2) stand where a whole number is meant."""
+    if isinstance(value, bool):
+        raise ValueError("expected a whole number, not true or false")
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
+
+
+Count = Annotated[int, BeforeValidator(_whole)]
+"""A whole number that may be written ``1_000_000_000`` or ``1e9``."""

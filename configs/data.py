@@ -1,0 +1,87 @@
+"""The ``data`` and ``batch`` sections."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from allometry.configs.base import Count, Section
+
+
+class Source(Section):
+    """One corpus: token files in Megatron's .bin/.idx format, named without the ending."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name in the record")
+    train: str = Field(min_length=1, description="path of the training tokens, without .bin/.idx")
+    validation: str | None = Field(
+        None, description="path of the held-out tokens, without .bin/.idx; null: no evaluation"
+    )
+    weight: float = Field(1.0, gt=0.0, description="share of the batch, relative to the others")
+
+
+class SequenceData(Section):
+    """Documents packed into sequences of one length."""
+
+    kind: Literal["sequences"] = "sequences"
+    sequence_length: Count = Field(gt=0, description="tokens in a sequence")
+    packing: Literal["per_document", "concatenated"] = Field(
+        "per_document",
+        description="per_document: a document attends to itself only and its positions start at "
+        "0; concatenated: a sequence is one stream of tokens",
+    )
+    tokenizer: str | None = Field(
+        None, description="tokenizer.json the token files were made with; null: do not check"
+    )
+    sources: tuple[Source, ...] = Field(min_length=1, description="the corpora to mix")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        names = [source.name for source in self.sources]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"sources must have different names, but {twice[0]!r} stands twice")
+        return self
+
+
+DataConfig = SequenceData
+
+
+class BatchRamp(Section):
+    """Grow the batch linearly over the first tokens of the run, in whole increments."""
+
+    start_sequences: Count = Field(gt=0, description="global batch at step 1, in sequences")
+    increment_sequences: Count = Field(gt=0, description="what each increase adds, in sequences")
+    over_tokens: Count = Field(gt=0, description="tokens after which the batch is full")
+
+
+class BatchConfig(Section):
+    """How many sequences a step holds and how they are cut up."""
+
+    sequences: Count = Field(gt=0, description="global batch of one optimizer step, in sequences")
+    micro_batch_sequences: Count = Field(
+        gt=0, description="sequences that one rank runs at once; the rest is accumulated"
+    )
+    ramp: BatchRamp | None = Field(None, description="batch-size warm-up; null: none")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.sequences % self.micro_batch_sequences:
+            raise ValueError(
+                f"micro_batch_sequences={self.micro_batch_sequences} must divide "
+                f"sequences={self.sequences}"
+            )
+        if self.ramp is not None:
+            start, step = self.ramp.start_sequences, self.ramp.increment_sequences
+            if start >= self.sequences or (self.sequences - start) % step:
+                raise ValueError(
+                    f"ramp must lead from start_sequences={start} to sequences={self.sequences} "
+                    f"in whole steps of increment_sequences={step}"
+                )
+            for name, value in (("start_sequences", start), ("increment_sequences", step)):
+                if value % self.micro_batch_sequences:
+                    raise ValueError(
+                        f"ramp.{name}={value} must be a multiple of "
+                        f"micro_batch_sequences={self.micro_batch_sequences}"
+                    )
+        return self

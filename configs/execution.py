@@ -1,0 +1,90 @@
+"""The ``run``, ``parallel``, ``evaluation``, ``checkpoint`` and ``record`` sections."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from allometry.configs.base import Count, Section
+
+
+class RunSection(Section):
+    """Where the run lives and what makes it repeatable."""
+
+    folder: str = Field(min_length=1, description="the run's folder")
+    seed: Count = Field(0, ge=0, description="seed of parameters, data order and dropout")
+    resume: Literal["auto", "never"] = Field(
+        "auto",
+        description="auto: continue what the folder holds, or start; never: the folder must be new",
+    )
+
+
+class Zero(Section):
+    """ZeRO on the ``hdp`` axis with torch's FSDP2 (arXiv 1910.02054)."""
+
+    kind: Literal["fsdp2"] = "fsdp2"
+    stage: Literal[0, 1, 2, 3] = Field(
+        0,
+        description="what is sharded: 0 nothing (gradients reduced in flat buckets), 1 optimizer "
+        "states, 2 and gradients, 3 and parameters",
+    )
+    bucket_mib: Count = Field(
+        256, gt=0, description="stage 0: size of a flat gradient bucket, in MiB of fp32"
+    )
+
+
+class ParallelConfig(Section):
+    """Degrees of the mesh's axes; their product is the number of ranks."""
+
+    hdp: Count | Literal["auto"] = Field(
+        "auto", description="hybrid data/context ranks; auto: all ranks that pp and tp leave"
+    )
+    tp: Literal[1] = Field(1, description="tensor parallel ranks")
+    pp: Literal[1] = Field(1, description="pipeline stages")
+    ep: Literal[1] = Field(1, description="expert parallel ranks, a factor of hdp")
+    zero: Zero = Field(default_factory=Zero, description="what is sharded over hdp")
+    timeout_s: Count = Field(
+        600, gt=0, description="seconds after which a collective that hangs ends the run"
+    )
+
+
+class EvaluationConfig(Section):
+    """Loss on each source's held-out tokens."""
+
+    every_steps: Count | None = Field(
+        None, gt=0, description="steps between evaluations; null: only at the end"
+    )
+    sequences_per_source: Count = Field(
+        64, gt=0, description="sequences read from each source's validation split"
+    )
+
+
+class CheckpointConfig(Section):
+    """When to save and what to keep."""
+
+    every_steps: Count | None = Field(
+        None, gt=0, description="steps between checkpoints; null: only at the end"
+    )
+    keep_last: Count = Field(2, gt=0, description="newest checkpoints to keep")
+    keep_every_steps: Count | None = Field(
+        None, gt=0, description="also keep checkpoints whose step is a multiple of this"
+    )
+    asynchronous: bool = Field(True, description="write while training goes on")
+
+
+class WandB(Section):
+    """Weights & Biases, when its package is installed."""
+
+    project: str = Field(min_length=1, description="W&B project")
+    entity: str | None = Field(None, description="W&B team or user; null: the default one")
+    mode: Literal["online", "offline"] = Field("online", description="W&B mode")
+
+
+class RecordConfig(Section):
+    """What is written while training."""
+
+    every_steps: Count = Field(1, gt=0, description="steps between rows of metrics.jsonl")
+    display_every_steps: Count = Field(10, gt=0, description="steps between printed lines")
+    tensorboard: bool = Field(True, description="write TensorBoard events beside the record")
+    wandb: WandB | None = Field(None, description="also log to Weights & Biases")

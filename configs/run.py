@@ -1,0 +1,50 @@
+"""The whole description of a run."""
+
+from __future__ import annotations
+
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from allometry.configs.base import Section
+from allometry.configs.data import BatchConfig, DataConfig
+from allometry.configs.execution import (
+    CheckpointConfig,
+    EvaluationConfig,
+    ParallelConfig,
+    RecordConfig,
+    RunSection,
+)
+from allometry.configs.model import (
+    ModelConfig,
+    ParameterizationConfig,
+    StandardParameterization,
+)
+from allometry.configs.optimization import OptimizerConfig, ScheduleConfig, TrainingConfig
+
+
+class RunConfig(Section):
+    """Everything that decides what a run does. One file, saved with the run."""
+
+    run: RunSection
+    model: ModelConfig
+    parameterization: ParameterizationConfig = Field(default_factory=StandardParameterization)
+    data: DataConfig
+    batch: BatchConfig
+    training: TrainingConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    record: RecordConfig = Field(default_factory=RecordConfig)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        kind = self.parameterization.kind
+        if kind == "mup" and self.model.tied_embeddings:
+            raise ValueError(
+                "model.tied_embeddings=true contradicts parameterization.kind=mup, whose embedding "
+                "and head scale differently; set model.tied_embeddings: false"
+            )
+        return self

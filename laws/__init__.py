@@ -1,0 +1,1 @@
+"""What runs say: reading run folders and, from them, the laws."""

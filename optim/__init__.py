@@ -1,0 +1,1 @@
+"""Parameter groups, update rules, clipping and schedules."""

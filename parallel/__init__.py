@@ -1,0 +1,1 @@
+"""The mesh and the one recipe that turns a model into a distributed one."""

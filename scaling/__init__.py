@@ -1,0 +1,1 @@
+"""What changes with size: roles, counting, parameterization, the plan of a run."""
