@@ -1,0 +1,52 @@
+"""What each parameter is for: the facts that decide how it scales."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Role(StrEnum):
+    """How a parameter's dimensions grow with the model (arXiv 2203.03466, Table 8).
+
+    ``input``: only fan-out grows with width (embeddings). ``hidden``: both do. ``output``: only
+    fan-in does (the head). ``vector``: one growing dimension and no product (norm gains, biases).
+    ``router``, ``expert_up`` and ``expert_down`` belong to mixtures of experts.
+    """
+
+    INPUT = "input"
+    HIDDEN = "hidden"
+    OUTPUT = "output"
+    VECTOR = "vector"
+    ROUTER = "router"
+    EXPERT_UP = "expert_up"
+    EXPERT_DOWN = "expert_down"
+
+
+@dataclass(frozen=True, slots=True)
+class ParamSpec:
+    """One parameter as the module that makes it declares it.
+
+    ``name`` is its full dotted name in the model, ``shape`` its whole (unsharded) shape. Weights
+    are stored [fan_out, fan_in]; an embedding [V, D] has fan_in V (finite) and fan_out D; a vector
+    [n] has fan_in 1 and fan_out n.
+    """
+
+    name: str
+    role: Role
+    shape: tuple[int, ...]
+    fan_in: int
+    fan_out: int
+
+    def __post_init__(self) -> None:
+        assert all(size > 0 for size in self.shape), (self.name, self.shape)
+        assert self.fan_in > 0, (self.name, self.fan_in)
+        assert self.fan_out > 0, (self.name, self.fan_out)
+
+    @property
+    def numel(self) -> int:
+        """Elements of the whole parameter."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
