@@ -14,9 +14,11 @@ class RunSection(Section):
 
     folder: str = Field(min_length=1, description="the run's folder")
     seed: Count = Field(0, ge=0, description="seed of parameters, data order and dropout")
-    resume: Literal["auto", "never"] = Field(
+    resume: str = Field(
         "auto",
-        description="auto: continue what the folder holds, or start; never: the folder must be new",
+        pattern=r"^(auto|never|step-[0-9]+)$",
+        description="auto: continue what the folder holds, or start; never: the folder must be "
+        "new; step-N: go back to that checkpoint and continue from there",
     )
 
 

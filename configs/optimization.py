@@ -101,5 +101,7 @@ class TrainingConfig(Section):
     @model_validator(mode="after")
     def _one_unit(self) -> Self:
         if (self.total_tokens is None) == (self.total_steps is None):
-            raise ValueError("give exactly one of total_tokens and total_steps")
+            raise ValueError(
+                "give exactly one of total_tokens and total_steps, and set the other to null"
+            )
         return self

@@ -1,0 +1,198 @@
+"""From YAML files and overrides to a validated run, and back."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from io import StringIO
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+from ruamel.yaml import YAML
+
+from allometry.configs.errors import ConfigError
+from allometry.configs.run import RunConfig
+from allometry.configs.source import KeyPath, Tree, parse_file, parse_value
+
+PRESET = "preset:"
+
+
+def presets() -> dict[str, Path]:
+    """The configurations that ship with the package, by name."""
+    folder = Path(__file__).parent / "presets"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The run that ``path`` describes, with ``section.key=value`` overrides on top.
+
+    ``path`` is a YAML file or ``preset:NAME``. A file may name another with ``base:``, relative to
+    itself or a preset; its own keys lie over the base's. Raises ConfigError, one sentence with
+    file, line and key.
+    """
+    tree = _read(str(path), ())
+    for override in overrides:
+        _override(tree, override)
+    return validate(tree)
+
+
+def validate(tree: Tree) -> RunConfig:
+    """The run in ``tree``; a ConfigError says where the first mistake was written."""
+    try:
+        return RunConfig.model_validate(tree.data)
+    except ValidationError as error:
+        raise ConfigError(_sentence(error, tree)) from None
+
+
+def dump(config: RunConfig) -> str:
+    """YAML text that ``load`` reads back as an equal run; every default is written out."""
+    out = StringIO()
+    yaml = YAML(typ="rt")
+    yaml.default_flow_style = False
+    yaml.width = 100
+    yaml.dump(config.model_dump(mode="json"), out)
+    return out.getvalue()
+
+
+def _read(path: str, seen: tuple[Path, ...]) -> Tree:
+    file = _locate(path)
+    if file.resolve() in seen:
+        chain = " -> ".join(str(p) for p in (*seen, file.resolve()))
+        raise ConfigError(f"base: files name each other in a circle: {chain}")
+    tree = parse_file(file)
+    base = tree.data.pop("base", None)
+    place = tree.origin.pop(("base",), str(file))
+    if base is None:
+        return tree
+    if not isinstance(base, str):
+        raise ConfigError(f"{place}: base must be one file name or preset:NAME, not {base!r}")
+    below = base if base.startswith(PRESET) else str(file.parent / base)
+    return _read(below, (*seen, file.resolve())).overlay(tree)
+
+
+def _locate(path: str) -> Path:
+    if not path.startswith(PRESET):
+        return Path(path)
+    name, known = path.removeprefix(PRESET), presets()
+    if name not in known:
+        raise ConfigError(f"there is no preset {name!r}; the presets are {', '.join(known)}")
+    return known[name]
+
+
+def _override(tree: Tree, text: str) -> None:
+    key, equals, value = text.lstrip("-").partition("=")
+    place = f"override {text!r}"
+    if not equals or not key:
+        raise ConfigError(f"{place}: expected section.key=value")
+    path: KeyPath = tuple(int(part) if part.isdigit() else part for part in key.split("."))
+    parsed = parse_value(value, place)
+    if path[-1] == "kind" and len(path) > 1:
+        tree.set(path[:-1], _of_kind(tree, path[:-1], parsed), place)
+    tree.set(path, parsed, place)
+
+
+def _of_kind(tree: Tree, path: KeyPath, kind: Any) -> dict[str, Any]:
+    """What may stay of a section whose kind is overridden: the keys both kinds know."""
+    section: Any = tree.data
+    for key in path:
+        section = section.get(key, {}) if isinstance(section, dict) else {}
+    if not isinstance(section, dict) or section.get("kind") == kind:
+        return section if isinstance(section, dict) else {}
+    chosen = next((m for m in _models_at(RunConfig, path) if _kind_of(m) == kind), None)
+    known = set(chosen.model_fields) if chosen else set(section)
+    return {key: value for key, value in section.items() if key in known}
+
+
+def _sentence(error: ValidationError, tree: Tree) -> str:
+    """The first error as one sentence: where, which key, what is wrong, what to do."""
+    details = error.errors(include_url=False)
+    first = next((d for d in details if d["type"] == "extra_forbidden"), details[0])
+    path = _data_path(first, tree)
+    name = ".".join(map(str, path)) or "the run"
+    where = tree.where(path)
+    more = f" ({len(details) - 1} more)" if len(details) > 1 else ""
+    return f"{where}: {_explain(first, path, name)}{more}"
+
+
+def _data_path(detail: ErrorDetails, tree: Tree) -> KeyPath:
+    """pydantic's location without the union tags that it puts between the keys."""
+    path: list[str | int] = []
+    node: Any = tree.data
+    for part in detail["loc"]:
+        inside = isinstance(node, dict) and part in node
+        if isinstance(node, dict) and not inside and part == node.get("kind"):
+            continue
+        path.append(part)
+        if inside:
+            node = node[part]
+        elif isinstance(node, list) and isinstance(part, int) and part < len(node):
+            node = node[part]
+        else:
+            node = None
+    return tuple(path)
+
+
+def _explain(detail: ErrorDetails, path: KeyPath, name: str) -> str:
+    kind, given = detail["type"], detail.get("input")
+    if kind == "extra_forbidden":
+        return _unknown(path, name)
+    if kind == "missing":
+        return f"{name} is missing; add it"
+    if kind == "value_error":
+        return f"{name}: {detail['msg'].removeprefix('Value error, ')}"
+    if kind == "union_tag_invalid":
+        expected = detail.get("ctx", {}).get("expected_tags", "")
+        tag = detail.get("ctx", {}).get("tag", "")
+        return f"{name}.kind={tag} is not known; use one of {expected}"
+    if kind == "union_tag_not_found":
+        return f"{name}.kind is missing; add it"
+    message = detail["msg"][0].lower() + detail["msg"][1:]
+    return f"{name}={given!r} is not valid: {message}"
+
+
+def _unknown(path: KeyPath, name: str) -> str:
+    key = str(path[-1])
+    valid = sorted({k for model in _models_at(RunConfig, path[:-1]) for k in model.model_fields})
+    near = difflib.get_close_matches(key, valid, n=1)
+    if near:
+        return f"{name} is not a known key; did you mean {near[0]!r}?"
+    elsewhere = [p for p in _all_keys(RunConfig, ()) if p[-1] == key]
+    if elsewhere:
+        return f"{name} is not a known key here; did you mean {'.'.join(elsewhere[0])}?"
+    return f"{name} is not a known key; valid keys here are {', '.join(valid)}"
+
+
+def _models_at(model: type[BaseModel], path: KeyPath) -> list[type[BaseModel]]:
+    """The sections that may stand at ``path`` (several where kinds differ)."""
+    here = [model]
+    for key in path:
+        if isinstance(key, int):
+            continue
+        here = [
+            inner
+            for section in here
+            if key in section.model_fields
+            for inner in _sections(section.model_fields[key].annotation)
+        ]
+    return here
+
+
+def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _sections(inner)
+
+
+def _kind_of(model: type[BaseModel]) -> Any:
+    field = model.model_fields.get("kind")
+    return field.default if field else None
+
+
+def _all_keys(model: type[BaseModel], path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    for key, field in model.model_fields.items():
+        yield (*path, key)
+        for section in _sections(field.annotation):
+            yield from _all_keys(section, (*path, key))

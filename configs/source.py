@@ -1,0 +1,161 @@
+"""Reading YAML text while remembering where each value was written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.constructor import DuplicateKeyError
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from allometry.configs.errors import ConfigError
+
+KeyPath = tuple[str | int, ...]
+
+
+@dataclass
+class Tree:
+    """Plain data and, for each path in it, the place that wrote it."""
+
+    data: dict[str, Any]
+    origin: dict[KeyPath, str] = field(default_factory=dict)
+
+    def where(self, path: KeyPath) -> str:
+        """The place of ``path``, or of the nearest enclosing section that was written."""
+        while path and path not in self.origin:
+            path = path[:-1]
+        return self.origin.get(path, "the configuration")
+
+    def overlay(self, top: Tree) -> Tree:
+        """This tree with ``top`` on it: mappings merge, lists and other kinds replace."""
+        result = Tree(dict(self.data), dict(self.origin))
+        _merge(result, top, result.data, top.data, ())
+        return result
+
+    def set(self, path: KeyPath, value: Any, place: str) -> None:
+        """Write ``value`` at ``path``; mappings on the way are made, list indices must exist."""
+        holder: Any = self.data
+        for depth, key in enumerate(path[:-1]):
+            if isinstance(holder, list):
+                holder = holder[_index(holder, key, path, place)]
+                continue
+            inner = holder.get(key)
+            inner = list(inner) if isinstance(inner, list) else inner
+            if inner is None:
+                inner = {}
+            if not isinstance(inner, dict | list):
+                name = ".".join(map(str, path[: depth + 1]))
+                raise ConfigError(f"{place}: {name} is a single value and has no key {path[-1]!r}")
+            holder[key] = inner
+            holder = inner
+        last = path[-1]
+        if isinstance(holder, list):
+            last = _index(holder, last, path, place)
+        self._forget(path)
+        holder[last] = value
+        self.origin[path] = place
+
+    def _forget(self, path: KeyPath) -> None:
+        for known in [p for p in self.origin if p[: len(path)] == path]:
+            del self.origin[known]
+
+
+def _index(holder: list[Any], key: str | int, path: KeyPath, place: str) -> int:
+    name = ".".join(map(str, path))
+    try:
+        index = int(key)
+        holder[index]
+    except (ValueError, IndexError):
+        raise ConfigError(
+            f"{place}: {name} does not exist; the list has items 0 to {len(holder) - 1}"
+        ) from None
+    return index
+
+
+def _merge(
+    result: Tree, top: Tree, below: dict[str, Any], above: dict[str, Any], path: KeyPath
+) -> None:
+    for key, value in above.items():
+        here = (*path, key)
+        old = below.get(key)
+        merging = isinstance(old, dict) and isinstance(value, dict)
+        if merging and "kind" in value and value["kind"] != old.get("kind", value["kind"]):
+            merging = False  # another kind of the section: its old keys mean nothing
+        if merging:
+            below[key] = dict(old)
+            result.origin[here] = top.origin.get(here, result.origin.get(here, ""))
+            _merge(result, top, below[key], value, here)
+        else:
+            result._forget(here)
+            below[key] = value
+            for known, place in top.origin.items():
+                if known[: len(here)] == here:
+                    result.origin[known] = place
+
+
+def parse_value(text: str, place: str) -> Any:
+    """One YAML 1.2 value: ``3e-4`` is a float, ``null`` is none, ``[1, 2]`` a list."""
+    try:
+        return _plain(YAML(typ="rt").load(StringIO(text)), Tree({}), "", ())
+    except YAMLError as error:
+        raise ConfigError(f"{place}: cannot read the value {text!r}: {_reason(error)}") from None
+
+
+def parse_file(path: Path) -> Tree:
+    """The mapping that a YAML file holds, with file and line of each key.
+
+    Raises ConfigError for a missing file, a syntax error, a duplicate key, or anything but a
+    mapping at the top.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist; give the path of a YAML file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+    try:
+        raw = YAML(typ="rt").load(StringIO(text))
+    except DuplicateKeyError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 0
+        key = str(error.problem).split('"')[1] if '"' in str(error.problem) else "?"
+        raise ConfigError(
+            f"{path}:{line}: key {key!r} stands twice in this section; remove one"
+        ) from None
+    except MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 0
+        raise ConfigError(f"{path}:{line}: not valid YAML: {_reason(error)}") from None
+    except YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {_reason(error)}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: expected 'section: ...' lines, found {type(raw).__name__}")
+    tree = Tree({})
+    tree.data = _plain(raw, tree, str(path), ())
+    return tree
+
+
+def _reason(error: YAMLError) -> str:
+    return str(getattr(error, "problem", None) or error).strip().split("\n")[0]
+
+
+def _plain(raw: Any, tree: Tree, file: str, path: KeyPath) -> Any:
+    """ruamel's containers and scalars as plain ones, noting the line of each key."""
+    if isinstance(raw, dict):
+        result = {}
+        for key, value in raw.items():
+            here = (*path, key)
+            tree.origin[here] = f"{file}:{raw.lc.key(key)[0] + 1}"
+            result[key] = _plain(value, tree, file, here)
+        return result
+    if isinstance(raw, list):
+        for index in range(len(raw)):
+            tree.origin[(*path, index)] = f"{file}:{raw.lc.item(index)[0] + 1}"
+        return [_plain(value, tree, file, (*path, index)) for index, value in enumerate(raw)]
+    if isinstance(raw, bool) or raw is None:
+        return raw
+    for kind in (int, float, str):
+        if isinstance(raw, kind):
+            return kind(raw)
+    return raw
