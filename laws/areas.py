@@ -1,0 +1,76 @@
+"""The two areas under a learning-rate curve that predict its loss curve."""
+
+# s step from 1, η_s the learning rate it used, W warm-up steps, λ momentum
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.signal import lfilter
+
+MOMENTUM = 0.999
+"""λ of arXiv 2408.11029."""
+
+
+class LearningRateAreas:
+    """S1 and S2 of Tissue et al. (arXiv 2408.11029), kept up step by step.
+
+    S1(s) = Σ_{i<=s} η_i, warm-up included. S2(s) = Σ_{i<=s} m_i with
+    m_i = λ·m_{i−1} + (η_{i−1} − η_i): how far the rate has been annealed, remembered with
+    momentum λ. S2 counts from the end of the warm-up: its first difference is
+    η_W − η_{W+1}, and m and S2 are 0 up to step W (without warm-up, up to step 1).
+
+    The state is three sums, so that a resumed run goes on with the same bits.
+    """
+
+    def __init__(self, warmup_steps: int, momentum: float = MOMENTUM) -> None:
+        assert warmup_steps >= 0, warmup_steps
+        assert 0.0 <= momentum < 1.0, momentum
+        self.warmup_steps = warmup_steps
+        self.momentum = momentum
+        self.step = 0
+        self.s1 = 0.0
+        self.s2 = 0.0
+        self._velocity = 0.0
+        self._last = 0.0
+
+    def update(self, lr: float) -> None:
+        """Add the next step, which used this learning rate."""
+        self.step += 1
+        self.s1 += lr
+        if self.step > max(1, self.warmup_steps):
+            self._velocity = self.momentum * self._velocity + (self._last - lr)
+            self.s2 += self._velocity
+        self._last = lr
+
+    def state_dict(self) -> dict[str, float | int]:
+        """Return what ``load_state_dict`` needs to go on after this step."""
+        return {
+            "step": self.step,
+            "s1": self.s1,
+            "s2": self.s2,
+            "velocity": self._velocity,
+            "last": self._last,
+        }
+
+    def load_state_dict(self, state: Mapping[str, float | int]) -> None:
+        """Go on after the step at which the state was taken."""
+        self.step = int(state["step"])
+        self.s1 = float(state["s1"])
+        self.s2 = float(state["s2"])
+        self._velocity = float(state["velocity"])
+        self._last = float(state["last"])
+
+
+def areas_of(
+    learning_rates: ArrayLike, warmup_steps: int, momentum: float = MOMENTUM
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return (S1, S2) after each step from the whole curve η_1, η_2, ... at once."""
+    rates = np.asarray(learning_rates, dtype=np.float64)
+    falls = np.zeros_like(rates)
+    first = max(1, warmup_steps)
+    falls[first:] = rates[first - 1 : -1] - rates[first:]
+    velocity = lfilter([1.0], [1.0, -momentum], falls)
+    return np.cumsum(rates), np.cumsum(velocity)

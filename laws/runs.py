@@ -1,0 +1,142 @@
+"""Reading what a run left in its folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from allometry.configs.errors import UserError
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run's record.
+
+    ``config``: its resolved description as plain data. ``record``: run.json (versions, counts,
+    layout; empty if the run died before writing it). ``metrics``: a float64 column for each key
+    of metrics.jsonl, one entry for each recorded step in order, NaN where a row lacks the key.
+    ``events``: the rows of events.jsonl, as written.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    record: dict[str, Any]
+    metrics: dict[str, NDArray[np.float64]]
+    events: list[dict[str, Any]]
+
+    @property
+    def sources(self) -> list[str]:
+        """Names of the corpora that have a loss of their own, in the order of the record."""
+        return [key.removeprefix("loss/") for key in self.metrics if key.startswith("loss/")]
+
+
+def read_run(folder: str | Path) -> Run:
+    """Read a run's folder, also while the run is writing to it.
+
+    A last line without its end (the run was killed, or is writing) is left out. Where a run was
+    resumed from an earlier step, the rows it wrote again replace the first ones.
+
+    Raises:
+        UserError: the folder is missing, is not a run's, holds no row yet, or is damaged.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder; give the folder of a run (run.folder)")
+    if not (folder / "config.yaml").is_file():
+        raise UserError(
+            f"{folder} holds no config.yaml, so it is no run's folder; give the run.folder of a "
+            "run that has started"
+        )
+    rows = _resumed(_read_lines(folder / "metrics.jsonl"), folder / "metrics.jsonl")
+    if not rows:
+        raise UserError(
+            f"{folder}/metrics.jsonl holds no rows yet; wait for the run's first step or give "
+            "another folder"
+        )
+    return Run(
+        folder=folder,
+        config=_read_yaml(folder / "config.yaml"),
+        record=_read_json(folder / "run.json"),
+        metrics=_columns(rows, folder / "metrics.jsonl"),
+        events=_read_lines(folder / "events.jsonl"),
+    )
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a JSON-lines file (none if it is missing), without a torn last one."""
+    if not path.is_file():
+        return []
+    rows: list[dict[str, Any]] = []
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            if number == len(lines):
+                break  # no newline after it: it was being written
+            raise UserError(
+                f"{path}, line {number}, is not JSON ({error}); remove that line"
+            ) from error
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, line {number}, is not a JSON object; remove that line")
+        rows.append(row)
+    return rows
+
+
+def _resumed(rows: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
+    """Drop the rows of steps that the run did again after a resume."""
+    kept: list[dict[str, Any]] = []
+    for row in rows:
+        if not isinstance(row.get("step"), int):
+            raise UserError(f"{path} has a row without a whole number 'step'; remove that row")
+        while kept and kept[-1]["step"] >= row["step"]:
+            kept.pop()
+        kept.append(row)
+    return kept
+
+
+def _columns(rows: list[dict[str, Any]], path: Path) -> dict[str, NDArray[np.float64]]:
+    keys = dict.fromkeys(key for row in rows for key in row)
+    columns: dict[str, NDArray[np.float64]] = {}
+    for key in keys:
+        values = [row.get(key) for row in rows]
+        try:
+            columns[key] = np.array(
+                [np.nan if value is None else float(value) for value in values], dtype=np.float64
+            )
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"{path} has a value of {key!r} that is not a number ({error}); remove that row"
+            ) from error
+    return columns
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); restore it or remove it") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is not a JSON object; restore it or remove it")
+    return value
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        value = YAML(typ="safe", pure=True).load(path)
+    except YAMLError as error:
+        raise UserError(f"{path} is not YAML ({error}); restore it") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is not a mapping; restore it")
+    return value

@@ -1,0 +1,45 @@
+"""Making the optimizer and setting its learning rate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import assert_never
+
+from torch import Tensor
+from torch.optim import AdamW as TorchAdamW
+from torch.optim import Optimizer
+
+from allometry.configs.optimization import AdamW, OptimizerConfig
+from allometry.optim.groups import parameter_groups
+from allometry.scaling.parameterization import Parameterization
+from allometry.scaling.roles import ParamSpec
+
+
+def build_optimizer(
+    named_parameters: Iterable[tuple[str, Tensor]],
+    specs: Mapping[str, ParamSpec],
+    parameterization: Parameterization,
+    config: OptimizerConfig,
+) -> Optimizer:
+    """Return the optimizer of a run, over whole parameters or shards of them.
+
+    Each group keeps its ``peak_lr``; its ``lr`` is the peak until ``set_lr`` is called. AdamW is
+    torch's fused kernel on every device, for plain tensors and DTensors alike: elementwise, so
+    right on shards.
+
+    Raises:
+        UserError: see ``parameter_groups``.
+    """
+    groups = parameter_groups(named_parameters, specs, parameterization, config)
+    match config:
+        case AdamW():
+            return TorchAdamW(groups, betas=(config.beta1, config.beta2), fused=True)
+        case _:
+            assert_never(config)
+
+
+def set_lr(optimizer: Optimizer, fraction: float) -> None:
+    """Set every group's learning rate to this fraction of its peak."""
+    assert fraction >= 0.0, fraction
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * fraction

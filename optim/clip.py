@@ -1,0 +1,89 @@
+"""Clipping by the global gradient norm, over whole gradients and shards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+_Layout = tuple[DeviceMesh | None, tuple[int, ...]]
+
+
+def _layout(gradient: Tensor) -> _Layout:
+    """Return the mesh of a gradient and the mesh dimensions over which it is sharded."""
+    if not isinstance(gradient, DTensor):
+        return None, ()
+    assert not any(placement.is_partial() for placement in gradient.placements), (
+        "a gradient must be reduced before its norm is taken",
+        gradient.placements,
+    )
+    sharded = tuple(
+        dim for dim, placement in enumerate(gradient.placements) if isinstance(placement, Shard)
+    )
+    return gradient.device_mesh, sharded
+
+
+@torch.no_grad()
+def clip_by_global_norm(
+    parameters: Iterable[Tensor],
+    max_norm: float | None,
+    pipeline: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """Scale gradients so that their joint 2-norm is at most ``max_norm``; return the norm before.
+
+    Each gradient is whole (a plain tensor, equal on all ranks that hold it) or a DTensor, whose
+    shards are summed over the mesh dimensions that shard it; replicas count once. ``pipeline`` is
+    the group of ranks that hold other parameters of the same model, over which the squares are
+    summed as well. Every rank must call this with the same parameters in the same order.
+
+    The result is a 0-dim float64 tensor on the gradients' device, bitwise equal on all ranks:
+    squares are summed in float32 (float64 for float64 gradients) within a tensor, in float64
+    between tensors and ranks. Nothing waits for the device. ``max_norm=None`` measures only;
+    gradients below the limit are multiplied by exactly 1. As in torch, 1e-6 is added to the
+    norm in the quotient. Parameters without gradient take no part.
+    """
+    layouts: dict[_Layout, list[Tensor]] = {}
+    for parameter in parameters:
+        gradient = parameter.grad
+        if gradient is not None:
+            local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+            layouts.setdefault(_layout(gradient), []).append(local)
+    assert layouts, "no parameter has a gradient"
+    device = next(iter(layouts.values()))[0].device
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for (mesh, sharded), gradients in layouts.items():
+        square = _sum_of_squares(gradients, device)
+        for dim in sharded:
+            assert mesh is not None
+            dist.all_reduce(square, group=mesh.get_group(dim))
+        total += square
+    if pipeline is not None:
+        dist.all_reduce(total, group=pipeline)
+    norm = total.sqrt()
+    if max_norm is not None:
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for gradients in layouts.values():
+            for same in _by_dtype(gradients):
+                torch._foreach_mul_(same, factor.to(same[0].dtype))
+    return norm
+
+
+def _by_dtype(tensors: list[Tensor]) -> list[list[Tensor]]:
+    groups: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault(tensor.dtype, []).append(tensor)
+    return list(groups.values())
+
+
+def _sum_of_squares(tensors: list[Tensor], device: torch.device) -> Tensor:
+    """Return Σx² as a 0-dim float64 tensor; empty shards add nothing."""
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for same in _by_dtype(tensors):
+        wide = torch.promote_types(same[0].dtype, torch.float32)
+        norms = torch._foreach_norm(same, 2, dtype=wide)
+        total += torch.stack(list(norms)).double().square().sum()
+    return total

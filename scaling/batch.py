@@ -1,0 +1,159 @@
+"""How many sequences each step holds: the batch, its ramp, and the length of a run in steps."""
+
+# Steps are counted from 1: step s is the s-th update of the optimizer.
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from allometry.configs.data import BatchConfig
+from allometry.configs.errors import UserError
+from allometry.configs.execution import ParallelConfig
+from allometry.configs.optimization import ScheduleConfig, TrainingConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A stretch of steps with one batch size, until the next stage's first step."""
+
+    first_step: int
+    first_sequence: int
+    sequences: int
+
+
+class BatchPlan:
+    """Which sequences each step takes: a pure function of the step.
+
+    With a ramp from b to B sequences in increments of Δ over T tokens, the K = (B−b)/Δ increases
+    are spread evenly: a step that begins after c tokens holds b + Δ·min(K, ⌊c·K/T⌋) sequences.
+    The batch only changes between steps.
+    """
+
+    def __init__(self, batch: BatchConfig, sequence_length: int) -> None:
+        assert sequence_length > 0, sequence_length
+        self.sequence_length = sequence_length
+        self.full_sequences = batch.sequences
+        self.stages: tuple[Stage, ...] = tuple(_stages(batch, sequence_length))
+
+    def sequences(self, step: int) -> int:
+        """Return how many sequences this step (1, 2, ...) holds."""
+        assert step >= 1, step
+        return self._stage_at(step).sequences
+
+    def sequences_before(self, step: int) -> int:
+        """Return how many sequences all steps before this one hold: its position in the stream."""
+        assert step >= 1, step
+        stage = self._stage_at(step)
+        return stage.first_sequence + (step - stage.first_step) * stage.sequences
+
+    def tokens_before(self, step: int) -> int:
+        """Return how many tokens all steps before this one hold."""
+        return self.sequences_before(step) * self.sequence_length
+
+    def tokens_after(self, step: int) -> int:
+        """Return how many tokens the first ``step`` steps hold (0 steps: none)."""
+        return self.tokens_before(step + 1)
+
+    def steps_for_tokens(self, tokens: int) -> int:
+        """Return the fewest steps that hold at least this many tokens: the last one is whole."""
+        assert tokens >= 0, tokens
+        wanted = -(-tokens // self.sequence_length)
+        stage = self.stages[0]
+        for later in self.stages[1:]:
+            if later.first_sequence >= wanted:
+                break
+            stage = later
+        return stage.first_step - 1 + -(-(wanted - stage.first_sequence) // stage.sequences)
+
+    def _stage_at(self, step: int) -> Stage:
+        return self.stages[bisect_right(self.stages, step, key=lambda stage: stage.first_step) - 1]
+
+
+def total_steps(training: TrainingConfig, plan: BatchPlan) -> int:
+    """Return the length of the run in steps; a budget in tokens is rounded up to whole steps."""
+    if training.total_steps is not None:
+        return training.total_steps
+    assert training.total_tokens is not None
+    return plan.steps_for_tokens(training.total_tokens)
+
+
+def warmup_steps(schedule: ScheduleConfig, plan: BatchPlan) -> int:
+    """Return the length of the warm-up in steps; tokens are rounded up to whole steps."""
+    if schedule.warmup_steps is not None:
+        return schedule.warmup_steps
+    return plan.steps_for_tokens(schedule.warmup_tokens or 0)
+
+
+def resolve_hdp(parallel: ParallelConfig, world_size: int) -> int:
+    """Return the size of the hdp axis on this many ranks.
+
+    Raises:
+        UserError: the degrees in the ``parallel`` section do not multiply to ``world_size``.
+    """
+    others = parallel.tp * parallel.pp
+    if world_size % others:
+        raise UserError(
+            f"parallel.tp={parallel.tp} x parallel.pp={parallel.pp} must divide the number of "
+            f"ranks, {world_size}; start a multiple of {others} processes"
+        )
+    left = world_size // others
+    if parallel.hdp == "auto" or parallel.hdp == left:
+        return left
+    raise UserError(
+        f"parallel.hdp={parallel.hdp} does not fit {world_size} "
+        f"{'process' if world_size == 1 else 'processes'} (pp={parallel.pp}, tp={parallel.tp}); "
+        f"use {left} or auto, or start {parallel.hdp * others} processes"
+    )
+
+
+def check_batch(batch: BatchConfig, hdp: int) -> None:
+    """Check that hdp ranks can share each batch of the run in whole micro-batches.
+
+    Raises:
+        UserError: they cannot; names the key, its value and the nearest values that work.
+    """
+    unit = hdp * batch.micro_batch_sequences
+    share = f"hdp={hdp} x batch.micro_batch_sequences={batch.micro_batch_sequences}"
+    if batch.sequences % unit:
+        raise UserError(
+            f"batch.sequences={batch.sequences} cannot be divided by {share}; "
+            f"use {_nearest(batch.sequences, unit)}"
+        )
+    if batch.ramp is None:
+        return
+    for name, value in (
+        ("start_sequences", batch.ramp.start_sequences),
+        ("increment_sequences", batch.ramp.increment_sequences),
+    ):
+        if value % unit:
+            raise UserError(
+                f"batch.ramp.{name}={value} cannot be divided by {share}, as each stage of the "
+                f"ramp must be; use {_nearest(value, unit)}"
+            )
+
+
+def _nearest(value: int, unit: int) -> str:
+    below, above = value // unit * unit, -(-value // unit) * unit
+    return f"{below} or {above}" if below else f"{above}"
+
+
+def _stages(batch: BatchConfig, sequence_length: int) -> Iterator[Stage]:
+    ramp = batch.ramp
+    if ramp is None:
+        yield Stage(1, 0, batch.sequences)
+        return
+    step, position = 1, 0
+    increases = (batch.sequences - ramp.start_sequences) // ramp.increment_sequences
+    for stage in range(increases):
+        # The stage ends with the first step that begins at or after this many sequences:
+        # ceil((stage + 1) · T / (K · L)), in whole numbers.
+        limit = -(-(stage + 1) * ramp.over_tokens // (increases * sequence_length))
+        if limit <= position:
+            continue  # a single step jumped over this stage
+        sequences = ramp.start_sequences + stage * ramp.increment_sequences
+        yield Stage(step, position, sequences)
+        steps = -(-(limit - position) // sequences)
+        step, position = step + steps, position + steps * sequences
+    yield Stage(step, position, batch.sequences)

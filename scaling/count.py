@@ -1,0 +1,71 @@
+"""Counting parameters and floating-point operations."""
+
+# L tokens in a sequence, N query heads, H head width, V vocabulary, D width
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from allometry.configs.model import ModelConfig
+from allometry.scaling.inventory import inventory
+from allometry.scaling.roles import Role
+
+_PRODUCTS = frozenset({Role.HIDDEN, Role.ROUTER, Role.EXPERT_UP, Role.EXPERT_DOWN})
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterCount:
+    """How many parameters a model has.
+
+    ``total`` counts a tied embedding once. ``by_role`` holds the roles that occur.
+    ``non_embedding`` is the total without embedding and head (roles input and output): norms are
+    in it. Laws that mean matrices only want ``by_role["hidden"]``.
+    """
+
+    total: int
+    by_role: dict[str, int]
+    non_embedding: int
+
+
+@dataclass(frozen=True, slots=True)
+class Flops:
+    """Floating-point operations for one token, a multiply-add being two.
+
+    ``forward`` + ``backward`` = ``total``; ``attention`` is the share of ``total`` spent on
+    scores and weighted values.
+    """
+
+    forward: int
+    backward: int
+    total: int
+    attention: int
+
+
+def count_parameters(model: ModelConfig) -> ParameterCount:
+    """Count a model's parameters by role."""
+    by_role: dict[str, int] = {}
+    for spec in inventory(model):
+        by_role[spec.role.value] = by_role.get(spec.role.value, 0) + spec.numel
+    total = sum(by_role.values())
+    ends = by_role.get(Role.INPUT.value, 0) + by_role.get(Role.OUTPUT.value, 0)
+    return ParameterCount(total=total, by_role=by_role, non_embedding=total - ends)
+
+
+def flops_per_token(model: ModelConfig, sequence_length: int) -> Flops:
+    """Return the model FLOPs of training on one token of sequences of this length.
+
+    Forward = 2 x (weights of every matrix product, the head included even when tied)
+    + 4·N·H·(L+1)/2 for each layer: a query meets (L+1)/2 keys in the mean under the causal mask
+    (position p meets p), with 2·N·H for its scores and 2·N·H for the weighted values of each.
+    Backward = 2 x forward, one product for each operand. Lookups, norms, RoPE, softmax, and
+    whatever a kernel or activation checkpointing recomputes are not counted: this is the
+    numerator of MFU (PaLM, arXiv 2204.02311, appendix B, with the causal half counted once).
+    Document masks make attention cheaper than this; the figure is that of one whole document.
+    """
+    assert sequence_length > 0, sequence_length
+    products = sum(spec.numel for spec in inventory(model) if spec.role in _PRODUCTS)
+    head = model.vocab_size * model.width
+    attention_width = model.num_heads * model.head_width
+    attention = model.num_layers * 2 * attention_width * (sequence_length + 1)
+    forward = 2 * (products + head) + attention
+    return Flops(forward=forward, backward=2 * forward, total=3 * forward, attention=3 * attention)

@@ -1,0 +1,124 @@
+"""How much memory a rank needs: an estimate, component by component."""
+
+# T tokens of a micro-batch, D width, N query heads, K key/value heads, H head width,
+# F feed-forward width, V vocabulary, P parameters, W ranks on the hdp axis
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from allometry.configs.execution import Zero
+from allometry.configs.model import ModelConfig
+from allometry.scaling.inventory import inventory
+from allometry.scaling.roles import Role
+
+COMPUTE_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
+"""Bytes of one number of each ``training.compute_dtype``."""
+
+_FP32 = 4
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryEstimate:
+    """Bytes on one rank at the peak of a step, by what they hold. An estimate.
+
+    ``parameters``: fp32 parameters, this rank's share. ``gradients``: fp32 gradients and, where
+    they are reduced in buckets, one bucket. ``optimizer_states``: AdamW's two fp32 moments.
+    ``compute_copies``: weights cast to the compute type, and whole ones gathered from shards.
+    ``activations``: what one micro-batch keeps for its backward pass, without checkpointing.
+    ``logits_chunk``: the piece of the logits that exists at once.
+
+    Not in it: the allocator's fragmentation, communication buffers of the back end, the CUDA
+    context, compiled code. Kernels differ in what they keep: expect tens of per cent of error in
+    the activations, little in the rest.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer_states: int
+    compute_copies: int
+    activations: int
+    logits_chunk: int
+
+    @property
+    def total(self) -> int:
+        """The sum of all components, in bytes."""
+        return (
+            self.parameters
+            + self.gradients
+            + self.optimizer_states
+            + self.compute_copies
+            + self.activations
+            + self.logits_chunk
+        )
+
+
+def estimate_memory(
+    model: ModelConfig,
+    *,
+    micro_batch_tokens: int,
+    compute_bytes: int,
+    zero: Zero,
+    hdp: int,
+    logits_chunk_tokens: int = 1024,
+) -> MemoryEstimate:
+    """Estimate the bytes that one of ``hdp`` ranks needs at the peak of a step.
+
+    ZeRO (arXiv 1910.02054, section 5): stage 1 divides the optimizer states by the ranks, 2 the
+    gradients as well, 3 the parameters as well. ``compute_bytes`` is the size of one activation
+    (``COMPUTE_BYTES``), ``logits_chunk_tokens`` how many tokens the loss treats at once.
+    """
+    specs = inventory(model)
+    parameters = sum(spec.numel for spec in specs)
+    share = [1 if zero.stage < stage else hdp for stage in (1, 2, 3)]
+    bucket = 0
+    if zero.stage == 0 and hdp > 1:
+        bucket = min(zero.bucket_mib * 2**20, _FP32 * parameters)
+    chunk = min(logits_chunk_tokens, micro_batch_tokens)
+    return MemoryEstimate(
+        parameters=_FP32 * math.ceil(parameters / share[2]),
+        gradients=_FP32 * math.ceil(parameters / share[1]) + bucket,
+        optimizer_states=2 * _FP32 * math.ceil(parameters / share[0]),
+        compute_copies=_compute_copies(model, compute_bytes, sharded=share[2] > 1),
+        activations=_activations(model, micro_batch_tokens, compute_bytes),
+        # The fp32 logits and their gradient.
+        logits_chunk=2 * _FP32 * chunk * model.vocab_size,
+    )
+
+
+def _compute_copies(model: ModelConfig, compute_bytes: int, *, sharded: bool) -> int:
+    """Return the bytes of weights that exist beside the fp32 parameters.
+
+    Unsharded, a cast weight stays until its backward pass; fp32 compute needs no copy. Sharded, a
+    gathered block is freed after use: the largest of block and ends exists beside a prefetched
+    block.
+    """
+    matrices = {spec.name: spec.numel for spec in inventory(model) if spec.role is not Role.VECTOR}
+    if not sharded:
+        products = sum(matrices.values())
+        if not model.tied_embeddings:
+            products -= matrices["embedding.weight"]  # a lookup casts only the rows it reads
+        return 0 if compute_bytes == _FP32 else compute_bytes * products
+    block = sum(size for name, size in matrices.items() if name.startswith("blocks.0."))
+    ends = sum(size for name, size in matrices.items() if not name.startswith("blocks."))
+    return compute_bytes * (block + max(block, ends))
+
+
+def _activations(model: ModelConfig, tokens: int, compute_bytes: int) -> int:
+    """Return the bytes kept for the backward pass of one micro-batch.
+
+    For each block and token: input and output of both norms (4·D; the block's input is the
+    stream itself), q, k and v (N·H + 2·K·H), with qk_norm also what came before it, attention's
+    output (N·H) and its fp32 log-sum-exp (4·N bytes), and gate, up, SiLU and product of the
+    feed-forward (4·F). Then the final norm's input and output (2·D).
+    """
+    queries = model.num_heads * model.head_width
+    keys = model.kv_heads * model.head_width
+    numbers = 4 * model.width + 2 * queries + 2 * keys + 4 * model.ffn_width
+    if model.qk_norm:
+        numbers += queries + keys
+    if model.dropout:
+        numbers += model.width  # two masks of one byte each, rounded up to one number
+    block = compute_bytes * numbers + 4 * model.num_heads
+    return tokens * (model.num_layers * block + compute_bytes * 2 * model.width)

@@ -1,0 +1,107 @@
+"""The plan of a run, from its description alone: what ``--dry-run`` prints."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from allometry.configs.run import RunConfig
+from allometry.scaling.batch import (
+    BatchPlan,
+    check_batch,
+    resolve_hdp,
+    total_steps,
+    warmup_steps,
+)
+from allometry.scaling.count import Flops, ParameterCount, count_parameters, flops_per_token
+from allometry.scaling.memory import COMPUTE_BYTES, MemoryEstimate, estimate_memory
+from allometry.scaling.parameterization import Parameterization
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run on ``world_size`` ranks will do. Steps are counted from 1.
+
+    ``flops_per_token`` is that of sequences that are one whole document; ``memory`` is an
+    estimate of one rank's peak (see ``MemoryEstimate``).
+    """
+
+    world_size: int
+    hdp: int
+    total_steps: int
+    warmup_steps: int
+    batch: BatchPlan
+    micro_batch_sequences: int
+    parameters: ParameterCount
+    flops_per_token: Flops
+    memory: MemoryEstimate
+    parameterization: Parameterization
+
+    @classmethod
+    def of(cls, config: RunConfig, world_size: int) -> RunPlan:
+        """Plan this run on this many ranks, without torch.
+
+        Raises:
+            UserError: the ranks cannot share the batch or do not fit the mesh.
+        """
+        assert world_size >= 1, world_size
+        hdp = resolve_hdp(config.parallel, world_size)
+        check_batch(config.batch, hdp)
+        sequence_length = config.data.sequence_length
+        batch = BatchPlan(config.batch, sequence_length)
+        return cls(
+            world_size=world_size,
+            hdp=hdp,
+            total_steps=total_steps(config.training, batch),
+            warmup_steps=warmup_steps(config.schedule, batch),
+            batch=batch,
+            micro_batch_sequences=config.batch.micro_batch_sequences,
+            parameters=count_parameters(config.model),
+            flops_per_token=flops_per_token(config.model, sequence_length),
+            memory=estimate_memory(
+                config.model,
+                micro_batch_tokens=config.batch.micro_batch_sequences * sequence_length,
+                compute_bytes=COMPUTE_BYTES[config.training.compute_dtype],
+                zero=config.parallel.zero,
+                hdp=hdp,
+            ),
+            parameterization=Parameterization(config.parameterization, config.model),
+        )
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of the whole run: the budget rounded up to whole steps."""
+        return self.batch.tokens_after(self.total_steps)
+
+    @property
+    def total_flops(self) -> int:
+        """Model FLOPs of the whole run."""
+        return self.total_tokens * self.flops_per_token.total
+
+    def micro_batches(self, step: int) -> int:
+        """Return how many micro-batches each rank runs in this step."""
+        per_round = self.hdp * self.micro_batch_sequences
+        assert self.batch.sequences(step) % per_round == 0
+        return self.batch.sequences(step) // per_round
+
+    def describe(self) -> dict[str, Any]:
+        """Return the plan as JSON."""
+        return {
+            "world_size": self.world_size,
+            "hdp": self.hdp,
+            "total_steps": self.total_steps,
+            "total_tokens": self.total_tokens,
+            "total_flops": self.total_flops,
+            "warmup_steps": self.warmup_steps,
+            "warmup_tokens": self.batch.tokens_after(self.warmup_steps),
+            "batch": {
+                "sequence_length": self.batch.sequence_length,
+                "stages": [asdict(stage) for stage in self.batch.stages],
+                "micro_batch_sequences": self.micro_batch_sequences,
+                "micro_batches_per_step": self.micro_batches(self.total_steps),
+            },
+            "parameters": asdict(self.parameters),
+            "flops_per_token": asdict(self.flops_per_token),
+            "memory_estimate_bytes": {**asdict(self.memory), "total": self.memory.total},
+            "parameterization": self.parameterization.describe(),
+        }
