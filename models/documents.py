@@ -1,0 +1,33 @@
+"""Documents packed into sequences, as the model sees them."""
+
+# B sequences, L tokens in a sequence, T = B*L
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Documents:
+    """Runs of the flattened T tokens that attend to themselves only.
+
+    ``cu_lengths`` int32 [n + 1]: document i is tokens ``cu_lengths[i]`` to ``cu_lengths[i + 1]``;
+    it starts with 0, ends with T, never decreases (empty documents are allowed and have no
+    effect), and a document lies within one sequence. ``max_length``: tokens of the longest
+    document, or more. ``positions_BL``: each token's place in its document, from 0.
+    """
+
+    cu_lengths: Tensor
+    max_length: int
+    positions_BL: Tensor
+
+    def mask(self) -> Tensor:
+        """Return the causal mask inside documents, bool [B, L, L]: query x key."""
+        B, L = self.positions_BL.shape
+        tokens = torch.arange(B * L, device=self.cu_lengths.device)
+        ids_BL = torch.bucketize(tokens, self.cu_lengths, right=True).view(B, L)
+        same_BLL = ids_BL[:, :, None] == ids_BL[:, None, :]
+        return same_BLL.tril()

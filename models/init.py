@@ -1,0 +1,117 @@
+"""Initial values that depend on seed, name and row alone, whatever the layout."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from allometry.models.build import named_parameters, parameter_specs
+from allometry.scaling.parameterization import Parameterization
+
+ROWS_AT_ONCE = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """The part of a whole tensor of ``shape`` that ``local`` holds: it begins at ``offset``."""
+
+    local: Tensor
+    shape: tuple[int, ...]
+    offset: tuple[int, ...]
+
+
+def initialize(module: nn.Module, parameterization: Parameterization, seed: int) -> None:
+    """Fill every parameter of ``module``, whole or sharded, as ``parameterization`` says.
+
+    A row of a normal parameter (its last dimension) is drawn on the CPU by a generator of its own,
+    seeded with (``seed``, full name, row), so the same model starts anywhere: any number of ranks,
+    any sharding, any device. Raises ``ValueError`` for a parameter without a role.
+    """
+    specs = parameter_specs(module)
+    for name, _, _, parameter in named_parameters(module):
+        resolved = parameterization.resolve(specs[name])
+        box = local_box(parameter.detach())
+        match resolved.init_kind:
+            case "normal":
+                fill_normal(box, resolved.init_std, name, seed)
+            case "ones":
+                box.local.fill_(1.0)
+            case "zeros":
+                box.local.zero_()
+
+
+def local_box(tensor: Tensor) -> Box:
+    """Return what this rank holds of ``tensor``, a plain tensor or a DTensor.
+
+    Asserts that it is one contiguous box, which holds for every order of shards that FSDP2 and
+    tensor parallelism make.
+    """
+    shape = tuple(tensor.shape)
+    if not torch.distributed.is_available():
+        return Box(tensor, shape, (0,) * len(shape))
+    from torch.distributed.tensor import DTensor
+
+    if not isinstance(tensor, DTensor):
+        return Box(tensor, shape, (0,) * len(shape))
+    # Not public API, but the one function that knows strided shards (FSDP2 over tensor parallel).
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    local = tensor.to_local()
+    local_shape, offset = compute_local_shape_and_global_offset(
+        tensor.shape, tensor.device_mesh, tensor.placements
+    )
+    assert tuple(local.shape) == tuple(local_shape), (local.shape, local_shape)
+    return Box(local, shape, tuple(offset))
+
+
+def fill_normal(box: Box, std: float, name: str, seed: int) -> None:
+    """Fill ``box.local`` with its part of N(0, ``std``²) numbers drawn for the whole parameter."""
+    if box.local.numel() == 0:
+        return
+    columns = slice(box.offset[-1], box.offset[-1] + box.local.shape[-1])
+    rows = list(_rows(box))
+    local_2d = box.local.view(len(rows), box.local.shape[-1])
+
+    def fill(start: int) -> None:
+        some = rows[start : start + ROWS_AT_ONCE]
+        drawn = draw_rows(some, box.shape[-1], name, seed)
+        local_2d[start : start + len(some)].copy_(drawn[:, columns] * std)
+
+    # Drawing releases the interpreter's lock, so threads share the work of large matrices.
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        list(pool.map(fill, range(0, len(rows), ROWS_AT_ONCE)))
+
+
+def draw_rows(rows: list[int], width: int, name: str, seed: int) -> Tensor:
+    """Return N(0, 1) numbers [len(rows), ``width``] in fp64, each row by its own generator.
+
+    fp64, because torch's fp32 normal differs between instruction sets while fp64 rounded to fp32
+    does not; whole contiguous rows, because the algorithm depends on length and strides.
+    """
+    generator = torch.Generator("cpu")
+    drawn = torch.empty(len(rows), width, dtype=torch.float64, device="cpu")
+    for row, into in zip(rows, drawn, strict=True):
+        digest = hashlib.sha256(f"{seed}|{name}|{row}".encode()).digest()
+        generator.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        into.normal_(generator=generator)
+    return drawn
+
+
+def _rows(box: Box) -> Iterator[int]:
+    """Yield the global number of each local row, all dimensions but the last flattened."""
+    leading, sizes = box.shape[:-1], box.local.shape[:-1]
+    for local in range(math.prod(sizes)):
+        row, stride = 0, 1
+        for whole, size, start in zip(
+            reversed(leading), reversed(sizes), reversed(box.offset[:-1]), strict=True
+        ):
+            local, index = divmod(local, size)
+            row += (start + index) * stride
+            stride *= whole
+        yield row

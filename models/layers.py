@@ -1,0 +1,92 @@
+"""The smallest modules: they compute in the activations' type, whatever the parameters' type."""
+
+# B batch, L length, D width, V vocabulary, N heads, H head width, h = H/2
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from allometry.models.declare import DeclaresRoles
+from allometry.scaling.roles import Role
+
+
+def unset(*shape: int) -> nn.Parameter:
+    """Return an fp32 parameter of NaNs: a model that nobody initialised must not look alive."""
+    return nn.Parameter(torch.full(shape, float("nan"), dtype=torch.float32))
+
+
+class Linear(DeclaresRoles, nn.Linear):
+    """``y = x @ weight.T`` without bias; weight [out, in]."""
+
+    def __init__(self, fan_in: int, fan_out: int, role: Role) -> None:
+        # nn.Linear's own constructor would draw numbers that nobody uses; being one is what lets
+        # torch's tensor-parallel styles recognise it.
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = fan_in, fan_out
+        self.register_parameter("bias", None)
+        self.declare("weight", unset(fan_out, fan_in), role, fan_in=fan_in, fan_out=fan_out)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return [..., out] in ``input``'s type."""
+        return F.linear(input, self.weight.to(input.dtype))
+
+
+class Embedding(DeclaresRoles, nn.Embedding):
+    """Rows of a table [V, D], in ``dtype``."""
+
+    def __init__(self, vocab_size: int, width: int, dtype: torch.dtype) -> None:
+        nn.Module.__init__(self)
+        self.num_embeddings, self.embedding_dim, self.dtype = vocab_size, width, dtype
+        self.padding_idx = self.max_norm = None
+        self.norm_type, self.scale_grad_by_freq, self.sparse = 2.0, False, False
+        self.declare(
+            "weight", unset(vocab_size, width), Role.INPUT, fan_in=vocab_size, fan_out=width
+        )
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return [..., D] for token ids [...]."""
+        # Look up first: casting the rows that are used is cheaper than casting the table, and
+        # the gradient of a frequent token then adds up in fp32.
+        return F.embedding(input, self.weight).to(self.dtype)
+
+
+class RMSNorm(DeclaresRoles):
+    """``x / rms(x) * weight`` over the last dimension (arXiv 1910.07467), fp32 inside."""
+
+    weight: nn.Parameter
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.declare("weight", unset(size), Role.VECTOR, fan_in=1, fan_out=size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x's shape and type; torch widens half types to fp32 inside this operator."""
+        return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
+
+
+def rotary_angles(positions: Tensor, head_width: int, theta: float, dtype: torch.dtype) -> Tensor:
+    """Return angles [*positions, h]: position * theta**(-2i/H) (RoFormer, arXiv 2104.09864).
+
+    Computed in fp32, in fp64 where ``dtype`` is fp64. No table is kept, so nothing is lost on the
+    meta device and any position is allowed.
+    """
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    even = torch.arange(0, head_width, 2, device=positions.device, dtype=torch.float64)
+    frequencies_h = (theta ** (-even / head_width)).to(wide)
+    return positions[..., None].to(wide) * frequencies_h
+
+
+def rotate(x_BLNH: Tensor, cos_BL1h: Tensor, sin_BL1h: Tensor) -> Tensor:
+    """Turn each pair (x[i], x[i + H/2]) by its angle: the halves convention of Llama in HF.
+
+    Computed in the type of ``cos``: in bf16 the angle of a far position would be lost.
+    """
+    first, second = x_BLNH.chunk(2, dim=-1)
+    turned = (
+        first * cos_BL1h - second * sin_BL1h,
+        second * cos_BL1h + first * sin_BL1h,
+    )
+    return torch.cat(turned, dim=-1).to(x_BLNH.dtype)

@@ -1,0 +1,199 @@
+"""Linear layer and cross-entropy in one, chunk by chunk: the logits of all tokens never exist."""
+
+# T tokens, c tokens of a chunk, D width, V vocabulary
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE = -100
+"""A target that does not count (the same number as in ``allometry.data.batch``)."""
+
+ChunkGradient = Callable[[Tensor, Tensor, float, float], tuple[Tensor, Tensor]]
+
+
+def linear_cross_entropy(
+    x_TD: Tensor,
+    weight_VD: Tensor,
+    targets_T: Tensor,
+    *,
+    logit_scale: float = 1.0,
+    z_loss: float = 0.0,
+    chunk_tokens: int | None = None,
+    chunk_gradient: ChunkGradient | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return (total, nll_T) of logits = ``logit_scale`` * x @ weight.T.
+
+    ``total`` = sum over counted tokens of -log p(target) + ``z_loss`` * (log Z)^2 (PaLM, arXiv
+    2204.02311, section 5); ``nll_T`` is the first term for each token, without gradient, 0 where
+    the target is ``IGNORE``. Products run in x's type, softmax in fp32 or wider, and the weight's
+    gradient adds up over chunks in fp32 or wider.
+
+    Gradients are computed in the forward pass, while a chunk's logits are there: nothing of size
+    T x V is kept and no product is done twice. So ``total`` can be differentiated once only.
+    ``chunk_tokens`` None: ``default_chunk_tokens``. ``chunk_gradient`` None:
+    ``softmax_gradient_``; a compiled one may be given.
+    """
+    assert x_TD.ndim == 2, x_TD.shape
+    assert targets_T.shape == x_TD.shape[:1], (targets_T.shape, x_TD.shape)
+    if chunk_tokens is None:
+        chunk_tokens = default_chunk_tokens(weight_VD.shape[0], x_TD.device.type)
+    if torch.is_grad_enabled() and (x_TD.requires_grad or weight_VD.requires_grad):
+        return _LinearCrossEntropy.apply(
+            x_TD,
+            weight_VD,
+            targets_T,
+            logit_scale,
+            z_loss,
+            chunk_tokens,
+            chunk_gradient or softmax_gradient_,
+        )
+    total, nll_T = _empty_sums(x_TD)
+    weight = weight_VD.to(x_TD.dtype)
+    for part in _chunks(x_TD.shape[0], chunk_tokens):
+        logits = F.linear(x_TD[part], weight)
+        nll_T[part], penalty = _softmax_loss(logits, targets_T[part], logit_scale, z_loss)
+        total += nll_T[part].sum() + penalty
+    return total, nll_T
+
+
+def default_chunk_tokens(vocab_size: int, device_type: str) -> int:
+    """Return how many tokens to do at once.
+
+    Each chunk reads and writes the whole weight gradient (V x D), so a chunk needs some hundred
+    tokens to be bound by arithmetic; beyond that, smaller is better. On a CPU 16M logits (32 MB
+    in bf16) still find room in the last-level cache; on a GPU nothing of this size does, and 512M
+    logits keep the matrix units busy at 1 GB of bf16.
+    """
+    logits = 2**24 if device_type == "cpu" else 2**29
+    return min(max(logits // vocab_size, 128), 8192)
+
+
+def softmax_gradient_(
+    logits_cV: Tensor, targets_c: Tensor, logit_scale: float, z_loss: float
+) -> tuple[Tensor, Tensor]:
+    """Turn ``logits_cV`` (before the scale) into the gradient of the chunk's loss, in place.
+
+    Returns (nll_c, the z-loss of the chunk). Compiled, one pass reads the logits and one writes.
+    """
+    wide = torch.promote_types(logits_cV.dtype, torch.float32)
+    counted_c = targets_c != IGNORE
+    index_c1 = targets_c.where(counted_c, 0)[:, None]
+    scaled = logits_cV.to(wide)
+    if logit_scale != 1.0:
+        scaled = scaled * logit_scale
+    target_c = scaled.gather(1, index_c1)[:, 0]
+    largest_c1 = scaled.amax(dim=1, keepdim=True)
+    exponentials = (scaled - largest_c1).exp_()
+    sums_c1 = exponentials.sum(dim=1, keepdim=True)
+    log_z_c = (largest_c1 + sums_c1.log())[:, 0]
+    nll_c = (log_z_c - target_c).where(counted_c, 0.0)
+    penalty = z_loss * log_z_c.square().where(counted_c, 0.0).sum()
+    # d/dlogits of -log p(t) + z log²Z is (1 + 2 z log Z) p - onehot(t).
+    weight_c = ((1.0 + 2.0 * z_loss * log_z_c) * logit_scale).where(counted_c, 0.0)
+    gradient = exponentials.mul_(weight_c[:, None] / sums_c1)
+    onehot_c1 = counted_c.to(wide)[:, None] * -logit_scale
+    logits_cV.copy_(gradient.scatter_add_(1, index_c1, onehot_c1))
+    return nll_c, penalty
+
+
+def _softmax_loss(
+    logits_cV: Tensor, targets_c: Tensor, logit_scale: float, z_loss: float
+) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(logits_cV.dtype, torch.float32)
+    counted_c = targets_c != IGNORE
+    scaled = logits_cV.to(wide) * logit_scale
+    log_z_c = scaled.logsumexp(dim=1)
+    target_c = scaled.gather(1, targets_c.where(counted_c, 0)[:, None])[:, 0]
+    penalty = z_loss * log_z_c.square().where(counted_c, 0.0).sum()
+    return (log_z_c - target_c).where(counted_c, 0.0), penalty
+
+
+def _chunks(tokens: int, largest: int) -> Iterator[slice]:
+    """Cut ``tokens`` into equal parts (the last may be shorter) of at most ``largest``."""
+    count = max(1, -(-tokens // largest))
+    size = max(1, -(-tokens // count))
+    for start in range(0, tokens, size):
+        yield slice(start, min(start + size, tokens))
+
+
+def _empty_sums(x_TD: Tensor) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(x_TD.dtype, torch.float32)
+    return x_TD.new_zeros((), dtype=wide), x_TD.new_zeros(x_TD.shape[0], dtype=wide)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TD: Tensor,
+        weight_VD: Tensor,
+        targets_T: Tensor,
+        logit_scale: float,
+        z_loss: float,
+        chunk_tokens: int,
+        chunk_gradient: ChunkGradient,
+    ) -> tuple[Tensor, Tensor]:
+        need_x, need_weight = ctx.needs_input_grad[:2]
+        total, nll_T = _empty_sums(x_TD)
+        weight = weight_VD.to(x_TD.dtype)
+        grad_x = torch.empty_like(x_TD) if need_x else None
+        grad_weight = None
+        for part in _chunks(x_TD.shape[0], chunk_tokens):
+            x = x_TD[part]
+            logits = F.linear(x, weight)
+            nll_T[part], penalty = chunk_gradient(logits, targets_T[part], logit_scale, z_loss)
+            total += nll_T[part].sum() + penalty
+            if grad_x is not None:
+                torch.mm(logits, weight, out=grad_x[part])
+            if need_weight:
+                grad_weight = _accumulate(grad_weight, logits, x, total.dtype)
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(weight_VD.dtype)
+        elif need_weight:
+            grad_weight = torch.zeros_like(weight_VD)
+        ctx.save_for_backward(grad_x, grad_weight)
+        ctx.mark_non_differentiable(nll_T)
+        return total, nll_T
+
+    @staticmethod
+    def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        # In place, as the gradients are ours and as large as the weight. A second backward would
+        # scale twice: autograd's version check refuses it.
+        grads = [g if g is None else g.mul_(grad_total) for g in ctx.saved_tensors]
+        return *grads, None, None, None, None, None
+
+
+def _accumulate(
+    grad_weight: Tensor | None, gradient_cV: Tensor, x_cD: Tensor, wide: torch.dtype
+) -> Tensor:
+    """Add gradient.T @ x to the weight's gradient, which is kept in ``wide``."""
+    if grad_weight is None:
+        return torch.mm(gradient_cV.t(), x_cD).to(wide)
+    if x_cD.dtype == wide:
+        return grad_weight.addmm_(gradient_cV.t(), x_cD)
+    return grad_weight.add_(torch.mm(gradient_cV.t(), x_cD))
+
+
+def reference_cross_entropy(
+    x_TD: Tensor,
+    weight_VD: Tensor,
+    targets_T: Tensor,
+    *,
+    logit_scale: float = 1.0,
+    z_loss: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Return what ``linear_cross_entropy`` returns, from full logits: its plain twin."""
+    wide = torch.promote_types(x_TD.dtype, torch.float32)
+    logits_TV = F.linear(x_TD, weight_VD.to(x_TD.dtype)).to(wide) * logit_scale
+    nll_T = F.cross_entropy(logits_TV, targets_T, ignore_index=IGNORE, reduction="none")
+    total = nll_T.sum()
+    if z_loss:
+        counted_T = targets_T != IGNORE
+        total = total + z_loss * logits_TV.logsumexp(dim=1).square().where(counted_T, 0.0).sum()
+    return total, nll_T.detach()

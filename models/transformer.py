@@ -1,0 +1,219 @@
+"""A dense decoder-only transformer in plain torch; it knows no ranks.
+
+RMSNorm before each branch, rotary positions, grouped-query attention, SwiGLU (the Llama form,
+arXiv 2302.13971). Every linear layer's local output decides the number of heads, so that a
+tensor-parallel layout can cut them without this file knowing.
+"""
+
+# B batch, L length, D width, N query heads, K key/value heads, H head width, h = H/2,
+# F feed-forward width, V vocabulary
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from allometry.configs.model import DenseModel
+from allometry.models.attention import attend
+from allometry.models.declare import DeclaresRoles
+from allometry.models.documents import Documents
+from allometry.models.layers import Embedding, Linear, RMSNorm, rotary_angles, rotate, unset
+from allometry.models.loss import ChunkGradient, linear_cross_entropy, softmax_gradient_
+from allometry.scaling.parameterization import ForwardScales
+from allometry.scaling.roles import Role
+
+
+class Losses(NamedTuple):
+    """``total``: the sum over target tokens, z-loss included, to be divided by the global count.
+
+    ``nll_BL``: -log p of each target, without gradient, 0 where it is ignored. Both are fp32, or
+    fp64 where the model computes in fp64.
+    """
+
+    total: Tensor
+    nll_BL: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Geometry:
+    """Where tokens are; the same for all blocks.
+
+    Not a tuple on purpose: FSDP2 casts every float tensor that it finds among a module's inputs,
+    and the rotary tables must stay wide.
+    """
+
+    cos_BL1h: Tensor
+    sin_BL1h: Tensor
+    documents: Documents | None
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions and optional norm of queries and keys."""
+
+    def __init__(self, model: DenseModel, scale: float) -> None:
+        super().__init__()
+        self.head_width, self.scale = model.head_width, scale
+        queries, keys = (n * self.head_width for n in (model.num_heads, model.kv_heads))
+        self.wq = Linear(model.width, queries, Role.HIDDEN)
+        self.wk = Linear(model.width, keys, Role.HIDDEN)
+        self.wv = Linear(model.width, keys, Role.HIDDEN)
+        self.q_norm = RMSNorm(self.head_width, model.norm_eps) if model.qk_norm else None
+        self.k_norm = RMSNorm(self.head_width, model.norm_eps) if model.qk_norm else None
+        self.wo = Linear(queries, model.width, Role.HIDDEN)
+
+    def forward(self, x_BLD: Tensor, geometry: Geometry) -> Tensor:
+        """Return [B, L, D]."""
+        B, L, _ = x_BLD.shape
+        q_BLNH, k_BLKH, v_BLKH = (
+            w(x_BLD).view(B, L, -1, self.head_width) for w in (self.wq, self.wk, self.wv)
+        )
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BLNH, k_BLKH = self.q_norm(q_BLNH), self.k_norm(k_BLKH)
+        q_BLNH = rotate(q_BLNH, geometry.cos_BL1h, geometry.sin_BL1h)
+        k_BLKH = rotate(k_BLKH, geometry.cos_BL1h, geometry.sin_BL1h)
+        o_BLNH = attend(q_BLNH, k_BLKH, v_BLKH, geometry.documents, self.scale)
+        return self.wo(o_BLNH.flatten(2))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
+
+    def __init__(self, width: int, ffn_width: int) -> None:
+        super().__init__()
+        self.gate = Linear(width, ffn_width, Role.HIDDEN)
+        self.up = Linear(width, ffn_width, Role.HIDDEN)
+        self.down = Linear(ffn_width, width, Role.HIDDEN)
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        """Return [B, L, D]."""
+        return self.down(F.silu(self.gate(x_BLD)) * self.up(x_BLD))
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each added to the residual stream."""
+
+    def __init__(self, model: DenseModel, scales: ForwardScales) -> None:
+        super().__init__()
+        self.residual_scale, self.dropout = scales.residual, model.dropout
+        self.attention_norm = RMSNorm(model.width, model.norm_eps)
+        self.attention = Attention(model, scales.attention)
+        self.ffn_norm = RMSNorm(model.width, model.norm_eps)
+        self.ffn = FeedForward(model.width, model.ffn_width)
+
+    def forward(self, x_BLD: Tensor, geometry: Geometry) -> Tensor:
+        """Return [B, L, D] in x's type."""
+        x_BLD = x_BLD + self._scaled(self.attention(self.attention_norm(x_BLD), geometry))
+        return x_BLD + self._scaled(self.ffn(self.ffn_norm(x_BLD)))
+
+    def _scaled(self, branch_BLD: Tensor) -> Tensor:
+        if self.dropout:
+            branch_BLD = F.dropout(branch_BLD, self.dropout, self.training)
+        return branch_BLD if self.residual_scale == 1.0 else branch_BLD * self.residual_scale
+
+
+class OutputHead(DeclaresRoles):
+    """Logits or loss. ``weight`` is None where the embedding is the head: it is then passed in.
+
+    ``compile`` compiles the softmax of a chunk only: matrix products gain nothing, and a loop
+    over chunks would be unrolled into one large graph.
+    """
+
+    weight: nn.Parameter | None
+
+    def __init__(self, model: DenseModel, scale: float) -> None:
+        super().__init__()
+        self.scale, self.z_loss = scale, model.z_loss
+        self.chunk_gradient: ChunkGradient = softmax_gradient_
+        if model.tied_embeddings:
+            self.register_parameter("weight", None)
+        else:
+            weight = unset(model.vocab_size, model.width)
+            self.declare("weight", weight, Role.OUTPUT, fan_in=model.width, fan_out=len(weight))
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the loss with these options of ``torch.compile``."""
+        self.chunk_gradient = torch.compile(softmax_gradient_, *args, **kwargs)
+
+    def forward(
+        self, x_BLD: Tensor, targets_BL: Tensor | None, tied_VD: Tensor | None
+    ) -> Tensor | Losses:
+        """Return logits [B, L, V] (fp32 or wider), or with targets the losses."""
+        weight_VD = self.weight if tied_VD is None else tied_VD
+        assert weight_VD is not None
+        if targets_BL is None:
+            wide = torch.promote_types(x_BLD.dtype, torch.float32)
+            return F.linear(x_BLD, weight_VD.to(x_BLD.dtype)).to(wide) * self.scale
+        total, nll_T = linear_cross_entropy(
+            x_BLD.flatten(0, 1),
+            weight_VD,
+            targets_BL.flatten(),
+            logit_scale=self.scale,
+            z_loss=self.z_loss,
+            chunk_gradient=self.chunk_gradient,
+        )
+        return Losses(total, nll_T.view(targets_BL.shape))
+
+
+class Transformer(nn.Module):
+    """The whole model: embedding, equal blocks, final norm, head (tied or not).
+
+    ``compute_dtype`` is the type of activations and products; parameters are fp32 (fp64 after
+    ``.double()``) and each module casts its own where it uses it.
+    """
+
+    def __init__(
+        self, model: DenseModel, scales: ForwardScales, compute_dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.head_width, self.rope_theta = model.head_width, model.rope_theta
+        self.embedding_scale, self.tied = scales.embedding, model.tied_embeddings
+        self.embedding = Embedding(model.vocab_size, model.width, compute_dtype)
+        self.blocks = nn.ModuleList(Block(model, scales) for _ in range(model.num_layers))
+        self.final_norm = RMSNorm(model.width, model.norm_eps)
+        self.head = OutputHead(model, scales.output)
+
+    def forward(
+        self,
+        tokens_BL: Tensor,
+        targets_BL: Tensor | None = None,
+        documents: Documents | None = None,
+    ) -> Tensor | Losses:
+        """Return logits [B, L, V] (fp32 or wider) without targets, else ``Losses``.
+
+        Without ``documents`` each sequence is one document with positions from 0.
+        """
+        x_BLD = self.embedding(tokens_BL)
+        if self.embedding_scale != 1.0:
+            x_BLD = x_BLD * self.embedding_scale
+        geometry = self._geometry(tokens_BL, x_BLD.dtype, documents)
+        for block in self.blocks:
+            x_BLD = block(x_BLD, geometry)
+        x_BLD = self.final_norm(x_BLD)
+        # A tied head is the embedding's weight passed on, not a second name for it: a parameter
+        # has one owner, so that moving off the meta device or sharding cannot untie the two.
+        return self.head(x_BLD, targets_BL, self.embedding.weight if self.tied else None)
+
+    def _geometry(
+        self, tokens_BL: Tensor, dtype: torch.dtype, documents: Documents | None
+    ) -> Geometry:
+        if documents is None:
+            positions = torch.arange(tokens_BL.shape[1], device=tokens_BL.device)[None]
+        else:
+            positions = documents.positions_BL
+            _expect_any_number_of(documents)
+        angles = rotary_angles(positions, self.head_width, self.rope_theta, dtype)[:, :, None]
+        return Geometry(angles.cos(), angles.sin(), documents)
+
+
+def _expect_any_number_of(documents: Documents) -> None:
+    """Spare compiled blocks a second compilation when the number of documents changes."""
+    # Importing torch's compiler takes seconds; it is there already if anything was compiled.
+    if "torch._dynamo" in sys.modules and not torch.compiler.is_compiling():
+        mark: Callable[[Tensor, int], None] = sys.modules["torch._dynamo"].maybe_mark_dynamic
+        mark(documents.cu_lengths, 0)
