@@ -8,7 +8,6 @@ from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.signal import lfilter
 
 MOMENTUM = 0.999
 """λ of arXiv 2408.11029."""
@@ -68,6 +67,8 @@ def areas_of(
     learning_rates: ArrayLike, warmup_steps: int, momentum: float = MOMENTUM
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return (S1, S2) after each step from the whole curve η_1, η_2, ... at once."""
+    from scipy.signal import lfilter  # half a second that the running form need not pay
+
     rates = np.asarray(learning_rates, dtype=np.float64)
     falls = np.zeros_like(rates)
     first = max(1, warmup_steps)

@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from allometry.configs.errors import UserError
+from allometry.configs.execution import Zero
+from allometry.configs.model import DenseModel
+from allometry.configs.run import RunConfig
+from allometry.scaling.count import count_parameters
+from allometry.scaling.memory import estimate_memory
+from allometry.scaling.plan import RunPlan
+
+MODEL = {
+    "vocab_size": 8192,
+    "width": 384,
+    "num_layers": 8,
+    "num_heads": 6,
+    "ffn_width": 1536,
+}
+
+
+def run_config(**sections: Any) -> RunConfig:
+    values = {
+        "run": {"folder": "somewhere"},
+        "model": MODEL,
+        "data": {"sequence_length": 512, "sources": [{"name": "a", "train": "a"}]},
+        "batch": {"sequences": 32, "micro_batch_sequences": 4},
+        "training": {"total_tokens": 1_000_000},
+        "optimizer": {"kind": "adamw", "lr": 1e-3},
+        "schedule": {"kind": "constant", "warmup_tokens": 20_000},
+    }
+    return RunConfig.model_validate({**values, **sections})
+
+
+def test_plan_of_a_run() -> None:
+    config = run_config()
+    plan = RunPlan.of(config, world_size=4)
+    assert plan.hdp == 4
+    assert plan.total_steps == 62  # 1e6 / 16384 = 61.04, rounded up to whole steps
+    assert plan.total_tokens == 62 * 32 * 512
+    assert plan.warmup_steps == 2
+    assert plan.micro_batches(1) == 2
+    assert plan.parameters == count_parameters(config.model)
+    assert plan.total_flops == plan.total_tokens * plan.flops_per_token.total
+    described = json.loads(json.dumps(plan.describe()))
+    assert described["total_tokens"] == plan.total_tokens
+    assert described["memory_estimate_bytes"]["total"] == plan.memory.total
+
+
+def test_the_batch_and_the_ranks_must_fit() -> None:
+    with pytest.raises(UserError, match=r"batch.sequences=32 .*; use 24 or 36"):
+        RunPlan.of(run_config(), world_size=3)
+    with pytest.raises(UserError, match=r"parallel.hdp=8 does not fit 4 processes"):
+        RunPlan.of(run_config(parallel={"hdp": 8}), world_size=4)
+
+
+def test_micro_batches_follow_the_ramp() -> None:
+    ramp = {"start_sequences": 8, "increment_sequences": 8, "over_tokens": 512 * 48}
+    config = run_config(batch={"sequences": 32, "micro_batch_sequences": 4, "ramp": ramp})
+    plan = RunPlan.of(config, world_size=2)
+    assert [plan.micro_batches(step) for step in range(1, 6)] == [1, 1, 2, 3, 4]
+
+
+def estimate(**changes: Any) -> Any:
+    values: dict[str, Any] = {
+        "micro_batch_tokens": 2048,
+        "compute_bytes": 2,
+        "zero": Zero(stage=0),
+        "hdp": 1,
+    }
+    return estimate_memory(DenseModel.model_validate(MODEL), **{**values, **changes})
+
+
+def test_zero_divides_what_each_stage_says() -> None:
+    parameters = count_parameters(DenseModel.model_validate(MODEL)).total
+    whole, share = 4 * parameters, parameters  # 4 bytes each; a quarter of them on 4 ranks
+    assert parameters % 4 == 0
+    expected = {
+        0: (whole, whole + 2**20, 2 * whole),
+        1: (whole, whole, 2 * share),
+        2: (whole, share, 2 * share),
+        3: (share, share, 2 * share),
+    }
+    for stage, components in expected.items():
+        memory = estimate(zero=Zero(stage=stage, bucket_mib=1), hdp=4)
+        assert (memory.parameters, memory.gradients, memory.optimizer_states) == components
+    single = estimate()
+    assert single.gradients == whole
+    assert single.total == sum(getattr(single, name) for name in type(single).__dataclass_fields__)
+
+
+def test_activations_and_logits_by_hand() -> None:
+    memory = estimate()
+    # numbers a token keeps in a block: 4·384 norms, 4·384 q k v out, 4·1536 feed-forward; and the
+    # log-sum-exp, 6 heads in fp32
+    block = 2 * (4 * 384 + 4 * 384 + 4 * 1536) + 4 * 6
+    assert memory.activations == 2048 * (8 * block + 2 * 2 * 384)
+    assert memory.logits_chunk == 2 * 4 * 1024 * 8192
+    assert estimate(micro_batch_tokens=512).logits_chunk == 2 * 4 * 512 * 8192
+    assert estimate(compute_bytes=4).compute_copies == 0
+    assert memory.compute_copies == 2 * (8 * (4 * 384**2 + 3 * 384 * 1536) + 8192 * 384)
+
+
+def test_planning_needs_no_torch() -> None:
+    modules = [
+        "scaling.plan",
+        "scaling.parameterization",
+        "optim.schedule",
+        "laws.runs",
+        "laws.areas",
+    ]
+    imports = "; ".join(f"import allometry.{module}" for module in modules)
+    code = f"import sys; {imports}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
