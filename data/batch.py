@@ -1,0 +1,113 @@
+"""What a step trains on: sequences of tokens, their targets and where documents begin."""
+
+# B sequences, L tokens in a sequence, T = B * L, C documents in the batch
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+IGNORE = -100
+"""A target that does not count: the next token belongs to another document, or is repeated."""
+
+
+@dataclass(frozen=True)
+class PackedDocuments:
+    """Documents as runs of the flattened T tokens of a batch; a sequence's start begins a run.
+
+    ``cu_lengths`` (int32, C + 1) is 0, the running sum of the lengths, T: what variable-length
+    attention kernels take. ``max_length`` is the longest run. ``positions_BL`` (int64) counts the
+    tokens of each run from 0.
+    """
+
+    cu_lengths: NDArray[np.int32]
+    max_length: int
+    positions_BL: NDArray[np.int64]
+
+    @classmethod
+    def of_lengths(cls, lengths: NDArray[np.int64], shape: tuple[int, int]) -> Self:
+        """Documents of these ``lengths`` (positive, sum B * L, none across a sequence's end)."""
+        total = shape[0] * shape[1]
+        assert total < 2**31, "a batch has fewer than 2**31 tokens"
+        cu_lengths = np.zeros(len(lengths) + 1, np.int64)
+        np.cumsum(lengths, out=cu_lengths[1:])
+        assert cu_lengths[-1] == total
+        positions = np.arange(total, dtype=np.int64)
+        positions -= np.repeat(cu_lengths[:-1], lengths)
+        return cls(cu_lengths.astype(np.int32), int(lengths.max()), positions.reshape(shape))
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each document, in order (C)."""
+        return np.diff(self.cu_lengths).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B sequences of L tokens.
+
+    ``tokens_BL`` and ``targets_BL`` are int64; a target is the token that follows, or ``IGNORE``.
+    ``source_B`` (int64) numbers the sources in the order of the configuration. ``documents`` is
+    None when sequences are plain streams of tokens that attend across documents.
+    """
+
+    tokens_BL: NDArray[np.int64]
+    targets_BL: NDArray[np.int64]
+    source_B: NDArray[np.int64]
+    documents: PackedDocuments | None
+
+    @property
+    def num_sequences(self) -> int:
+        """B."""
+        return int(self.tokens_BL.shape[0])
+
+    @property
+    def num_tokens(self) -> int:
+        """T = B * L, targets that do not count included."""
+        return int(self.tokens_BL.size)
+
+    @property
+    def num_targets(self) -> int:
+        """Targets that count."""
+        return int(np.count_nonzero(self.targets_BL != IGNORE))
+
+    def rows(self, start: int, stop: int) -> Batch:
+        """Sequences ``start`` to ``stop`` (exclusive) as a batch of their own."""
+        assert 0 <= start < stop <= self.num_sequences
+        documents = None
+        if self.documents is not None:
+            length = self.tokens_BL.shape[1]
+            cu = self.documents.cu_lengths
+            first, last = np.searchsorted(cu, (start * length, stop * length))
+            documents = PackedDocuments.of_lengths(
+                np.diff(cu[first : last + 1]).astype(np.int64), (stop - start, length)
+            )
+        return Batch(
+            self.tokens_BL[start:stop],
+            self.targets_BL[start:stop],
+            self.source_B[start:stop],
+            documents,
+        )
+
+    @classmethod
+    def concatenate(cls, batches: Sequence[Batch]) -> Self:
+        """The sequences of ``batches``, which share L and the kind of packing, in one batch."""
+        assert batches, "nothing to concatenate"
+        tokens_BL = np.concatenate([batch.tokens_BL for batch in batches])
+        packed = [batch.documents for batch in batches if batch.documents is not None]
+        assert len(packed) in (0, len(batches)), "batches differ in packing"
+        documents = None
+        if packed:
+            lengths = np.concatenate([part.lengths for part in packed])
+            shape: Any = tokens_BL.shape
+            documents = PackedDocuments.of_lengths(lengths, shape)
+        return cls(
+            tokens_BL,
+            np.concatenate([batch.targets_BL for batch in batches]),
+            np.concatenate([batch.source_B for batch in batches]),
+            documents,
+        )

@@ -1,0 +1,112 @@
+"""The record that ``prepare`` leaves beside token files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from allometry.configs.base import Section
+from allometry.configs.errors import UserError
+
+MANIFEST = "manifest.json"
+
+Split = Literal["train", "validation"]
+
+
+class FileRecord(Section):
+    """One file, as it was written."""
+
+    bytes: int
+    sha256: str
+
+
+class SplitRecord(Section):
+    """One split of a source; ``bytes`` are of UTF-8 text, end-of-document tokens not counted."""
+
+    documents: int
+    tokens: int
+    bytes: int
+    largest_id: int
+    files: dict[str, FileRecord]
+
+
+class SourceRecord(Section):
+    """One source: where it came from, what was left out, its splits."""
+
+    input: str
+    input_sha256: str
+    skipped: dict[str, int]
+    splits: dict[Split, SplitRecord]
+
+
+class TokenizerRecord(Section):
+    """The tokenizer; ``sha256`` is of its canonical JSON, ``vocab_size`` its largest id + 1."""
+
+    file: str
+    sha256: str
+    vocab_size: int
+    end_of_document: str
+    end_of_document_id: int
+
+
+class Manifest(Section):
+    """What a folder of token files holds and how it was made."""
+
+    kind: Literal["allometry.tokens"] = "allometry.tokens"
+    version: Literal[1] = 1
+    dtype: Literal["uint16", "int32"]
+    tokenizer: TokenizerRecord
+    sources: dict[str, SourceRecord]
+    request: dict[str, Any]
+    versions: dict[str, str]
+
+    def split(self, stem: str) -> SplitRecord | None:
+        """The split whose files are ``stem``.bin and .idx, if it is recorded here."""
+        for source in self.sources.values():
+            for split in source.splits.values():
+                if f"{stem}.bin" in split.files:
+                    return split
+        return None
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The manifest in ``folder``; None without one of ours. A damaged one is a UserError."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict) or values.get("kind") != "allometry.tokens":
+            return None
+        return Manifest.model_validate(values)
+    except (ValidationError, ValueError) as error:
+        raise UserError(
+            f"manifest {path} is damaged ({str(error).splitlines()[0]}); prepare the data again "
+            "into another folder"
+        ) from error
+
+
+def manifest_of(prefix: str) -> tuple[Manifest, SplitRecord] | None:
+    """The manifest beside the token files ``prefix``.bin/.idx and their record in it.
+
+    None when no manifest of ours names them. Files whose sizes are not those recorded are a
+    UserError: they are not the ones that the manifest describes.
+    """
+    path = Path(prefix)
+    manifest = read_manifest(path.parent)
+    split = manifest.split(path.name) if manifest is not None else None
+    if manifest is None or split is None:
+        return None
+    for name, record in split.files.items():
+        file = path.parent / name
+        size = file.stat().st_size if file.is_file() else None
+        if size != record.bytes:
+            found = "is missing" if size is None else f"has {size} bytes"
+            raise UserError(
+                f"token file {file} {found}, but {path.parent / MANIFEST} recorded {record.bytes} "
+                "bytes; prepare the data again into another folder"
+            )
+    return manifest, split

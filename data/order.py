@@ -1,0 +1,93 @@
+"""The order in which a source's tokens are read."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from allometry.data.store import TokenStore
+
+_EPOCHS_KEPT = 2
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    documents: NDArray[np.int64] | None  # None: as stored
+    ends: NDArray[np.int64]
+
+
+class DocumentOrder:
+    """A source as one endless line of tokens: epochs, each a permutation of its documents.
+
+    The permutation of an epoch follows from (seed, name, epoch) alone; with ``seed`` None every
+    epoch has the documents as they are stored. A place in the line is found by bisection over the
+    epoch's running lengths, which cost 16 bytes a document; two epochs are kept.
+    """
+
+    def __init__(self, store: TokenStore, name: str, seed: int | None) -> None:
+        self.store = store
+        self.name = name
+        self.seed = seed
+        self._epoch = lru_cache(maxsize=_EPOCHS_KEPT)(self._make_epoch)
+
+    def _make_epoch(self, epoch: int) -> _Epoch:
+        if self.seed is None:
+            return _Epoch(None, self.store.starts[1:])
+        documents = permutation(f"{self.seed}:{self.name}:{epoch}", self.store.num_documents)
+        return _Epoch(documents, np.cumsum(self.store.lengths[documents]))
+
+    def read(self, start: int, out: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Fill ``out`` with the line's tokens from ``start`` on.
+
+        Returns the lengths of the runs of one document (int64, positive, sum ``len(out)``), the
+        first and last cut where the window cuts them.
+        """
+        period, filled = self.store.num_tokens, 0
+        lengths = []
+        while filled < len(out):
+            epoch, offset = divmod(start + filled, period)
+            count = min(len(out) - filled, period - offset)
+            part = out[filled : filled + count]
+            lengths.append(
+                self._read_epoch(self._epoch(0 if self.seed is None else epoch), offset, part)
+            )
+            filled += count
+        return np.concatenate(lengths) if len(lengths) > 1 else lengths[0]
+
+    def _read_epoch(self, epoch: _Epoch, offset: int, out: NDArray[np.int64]) -> NDArray[np.int64]:
+        first, last = np.searchsorted(epoch.ends, (offset, offset + len(out) - 1), side="right")
+        ends = epoch.ends[first : last + 1]
+        documents = (
+            np.arange(first, last + 1)
+            if epoch.documents is None
+            else (epoch.documents[first : last + 1])
+        )
+        lengths = self.store.lengths[documents]
+        offsets = np.zeros_like(lengths)
+        offsets[0] = offset - (ends[0] - lengths[0])
+        lengths[0] -= offsets[0]
+        lengths[-1] -= ends[-1] - (offset + len(out))
+        filled = lengths > 0  # a store may hold empty documents
+        if not filled.all():
+            documents, offsets, lengths = documents[filled], offsets[filled], lengths[filled]
+        self.store.read_into(documents, offsets, lengths, out)
+        return lengths
+
+
+def permutation(key: str, count: int) -> NDArray[np.int64]:
+    """A permutation of range(count), the same on every machine and with every numpy.
+
+    The raw 64-bit stream of Philox under the SHA-256 of ``key`` (numpy promises bit generators'
+    raw streams, and not what ``Generator`` makes of them) gives each number a random key; the low
+    bits hold the number itself, so that a plain sort orders them without ties.
+    """
+    digest = hashlib.sha256(key.encode()).digest()
+    raw = np.random.Philox(key=int.from_bytes(digest[:16], "little")).random_raw(count)
+    low = np.uint64((1 << max(1, (count - 1).bit_length())) - 1)
+    keys = (raw & ~low) | np.arange(count, dtype=np.uint64)
+    keys.sort()
+    return (keys & low).astype(np.int64)

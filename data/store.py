@@ -1,0 +1,191 @@
+"""Token files in Megatron's .bin/.idx format, read through memory maps.
+
+The format is documented in docs/file_formats.md. Reading needs numpy alone: megatron-core takes
+seconds to import and is not on every machine that trains.
+"""
+
+from __future__ import annotations
+
+import struct
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from allometry.configs.errors import UserError
+from allometry.data.manifest import manifest_of
+
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER = struct.Struct("<9sQBQQ")
+"""Magic, version, dtype code, number of sequences, number of document indices."""
+
+DTYPES: dict[int, np.dtype[Any]] = {
+    code: np.dtype(name).newbyteorder("<")
+    for code, name in enumerate(
+        ("uint8", "int8", "int16", "int32", "int64", "float64", "float32", "uint16"), start=1
+    )
+}
+
+_SCAN_TOKENS = 1 << 25
+_SAMPLE_BLOCKS = 512
+_BLOCK_TOKENS = 1 << 16
+
+
+class TokenStore:
+    """The documents of ``prefix``.bin and ``prefix``.idx.
+
+    A document is what the document indices say, however many sequences it was written in. Opening
+    reads the index and checks it against the size of the .bin file; tokens are read when asked
+    for. Raises UserError for files that are missing, damaged, of another format or empty.
+    """
+
+    def __init__(self, prefix: str | Path) -> None:
+        self.prefix = str(prefix)
+        self._bin = Path(self.prefix + ".bin")
+        self._idx = Path(self.prefix + ".idx")
+        for path in (self._bin, self._idx):
+            if not path.is_file():
+                raise UserError(
+                    f"token file {path} does not exist; give the path without .bin/.idx of files "
+                    "made by `allometry prepare` or Megatron"
+                )
+        self.dtype, starts = self._read_index()
+        self.starts: NDArray[np.int64] = starts
+        """Offset of each document in the .bin file, in tokens, and the end (documents + 1)."""
+        # A plain array: np.memmap's own slicing costs more than the copy of a short document.
+        self._tokens: NDArray[Any] = np.memmap(self._bin, self.dtype, mode="r").view(np.ndarray)
+
+    def _read_index(self) -> tuple[np.dtype[Any], NDArray[np.int64]]:
+        """Type of the tokens and document starts, checked against the .bin file."""
+        size = self._idx.stat().st_size
+        with self._idx.open("rb") as file:
+            header = file.read(HEADER.size)
+        if not header.startswith(MAGIC):
+            raise self._damaged("does not begin with MMIDIDX: it is not a Megatron index")
+        if len(header) < HEADER.size:
+            raise self._damaged("ends within its header")
+        _, version, code, num_sequences, num_indices = HEADER.unpack(header)
+        if version != 1:
+            raise self._damaged(f"has version {version}, but only 1 is known")
+        if code not in DTYPES or DTYPES[code].kind == "f":
+            raise self._damaged(f"has dtype code {code}, which is no integer type")
+        if size < HEADER.size + 12 * num_sequences + 8 * num_indices:
+            raise self._damaged(f"is cut short ({num_sequences} sequences in {size} bytes)")
+        if num_sequences == 0 or num_indices < 2:
+            raise self._empty()
+        index = np.memmap(self._idx, np.uint8, mode="r").data
+
+        def section(dtype: str, count: int, offset: int) -> NDArray[Any]:
+            return np.frombuffer(index, dtype, count, HEADER.size + offset)
+
+        lengths = section("<i4", num_sequences, 0)
+        pointers = section("<i8", num_sequences, 4 * num_sequences)
+        indices = section("<i8", num_indices, 12 * num_sequences)
+        return DTYPES[code], self._document_starts(DTYPES[code], lengths, pointers, indices)
+
+    def _document_starts(
+        self,
+        dtype: np.dtype[Any],
+        lengths: NDArray[np.int32],
+        pointers: NDArray[np.int64],
+        indices: NDArray[np.int64],
+    ) -> NDArray[np.int64]:
+        ends = np.cumsum(lengths, dtype=np.int64)
+        if lengths.min() < 0 or np.any(pointers != (ends - lengths) * dtype.itemsize):
+            raise self._damaged("has sequences that do not follow each other")
+        if indices[0] != 0 or indices[-1] != len(lengths) or np.any(np.diff(indices) < 0):
+            raise self._damaged("has document indices that do not cover its sequences")
+        num_tokens = int(ends[-1])
+        if num_tokens == 0:
+            raise self._empty()
+        expected, found = num_tokens * dtype.itemsize, self._bin.stat().st_size
+        if found != expected:
+            raise UserError(
+                f"token file {self._bin} has {found} bytes, but its index {self._idx} says "
+                f"{expected}: it was cut short or belongs to another index; prepare or copy both "
+                "files again"
+            )
+        starts = np.zeros(len(lengths) + 1, np.int64)
+        starts[1:] = ends
+        return starts[indices]
+
+    def _damaged(self, how: str) -> UserError:
+        return UserError(f"token index {self._idx} {how}; prepare or copy both files again")
+
+    def _empty(self) -> UserError:
+        return UserError(
+            f"token file {self._bin} holds no documents or no tokens; prepare it from a corpus "
+            "that is not empty, or take this source out of the configuration"
+        )
+
+    @property
+    def num_documents(self) -> int:
+        """Documents, empty ones included."""
+        return len(self.starts) - 1
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all documents."""
+        return int(self.starts[-1])
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens in each document (int64, num_documents)."""
+        return np.diff(self.starts)
+
+    def read(self, document: int, start: int = 0, stop: int | None = None) -> NDArray[Any]:
+        """Tokens ``start`` to ``stop`` (exclusive) of a document: a view of the file, no copy."""
+        begin, end = int(self.starts[document]), int(self.starts[document + 1])
+        stop = end - begin if stop is None else stop
+        assert 0 <= start <= stop <= end - begin
+        return self._tokens[begin + start : begin + stop]
+
+    def read_into(
+        self,
+        documents: NDArray[np.int64],
+        offsets: NDArray[np.int64],
+        lengths: NDArray[np.int64],
+        out: NDArray[np.int64],
+    ) -> None:
+        """Fill ``out`` with ``lengths`` tokens from ``offsets`` of each of ``documents``."""
+        begins = (self.starts[documents] + offsets).tolist()
+        tokens, at = self._tokens, 0
+        for begin, length in zip(begins, lengths.tolist(), strict=True):
+            out[at : at + length] = tokens[begin : begin + length]
+            at += length
+        assert at == len(out)
+
+    @property
+    def vocab_bound(self) -> int:
+        """A number above every token id: rows that the embedding must have at least.
+
+        ``vocab_bound_origin`` tells how it is known. Only a sample of a large store without a
+        manifest is read, so there the bound may be too low.
+        """
+        return self._vocab_bound[0]
+
+    @property
+    def vocab_bound_origin(self) -> Literal["manifest", "scan", "sample"]:
+        """The manifest's vocabulary, all tokens, or a sample of them."""
+        return self._vocab_bound[1]
+
+    @cached_property
+    def _vocab_bound(self) -> tuple[int, Literal["manifest", "scan", "sample"]]:
+        recorded = manifest_of(self.prefix)
+        if recorded is not None:
+            return recorded[0].tokenizer.vocab_size, "manifest"
+        tokens = self._tokens
+        blocks = -(-len(tokens) // _BLOCK_TOKENS)
+        sampled = len(tokens) > _SCAN_TOKENS
+        chosen = np.linspace(0, blocks - 1, _SAMPLE_BLOCKS if sampled else blocks).astype(np.int64)
+        largest, smallest = 0, 0
+        for block in chosen.tolist():
+            part = tokens[block * _BLOCK_TOKENS : (block + 1) * _BLOCK_TOKENS]
+            largest, smallest = max(largest, int(part.max())), min(smallest, int(part.min()))
+        if smallest < 0:
+            raise UserError(
+                f"token file {self._bin} holds the negative token id {smallest}; prepare it again"
+            )
+        return largest + 1, "sample" if sampled else "scan"
