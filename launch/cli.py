@@ -1,0 +1,136 @@
+"""The command line. Heavy packages are imported by the command that needs them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from allometry.configs.errors import UserError
+from allometry.launch.train import fail
+
+app = typer.Typer(
+    name="allometry",
+    help="Pretrain language models whose hyperparameters, losses and layouts scale.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Config = Annotated[str, typer.Argument(help="a YAML file, or preset:NAME")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object instead of text")]
+_EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+@app.command(context_settings=_EXTRA)
+def train(
+    context: typer.Context,
+    config: Config,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="validate, print the plan, train nothing")
+    ] = False,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="print the resolved configuration and stop")
+    ] = False,
+    world_size: Annotated[
+        int, typer.Option(min=1, help="ranks to plan for (with --dry-run)")
+    ] = 1,
+    allocator: Annotated[
+        str, typer.Option(help="on CPU: auto, jemalloc, tcmalloc, glibc-tuned or system")
+    ] = "auto",
+    json: Json = False,
+) -> None:
+    """Train the run that CONFIG describes, or continue it where it stopped.
+
+    Further arguments override single keys: optimizer.lr=3e-4. For several processes:
+    torchrun --nproc-per-node N -m allometry.launch.train CONFIG ...
+    """
+    from allometry.configs.loader import dump, load
+
+    overrides = list(context.args)
+    if print_config:
+        typer.echo(dump(load(config, overrides)), nl=False)
+    elif dry_run:
+        from allometry.launch.dry_run import report
+
+        typer.echo(report(load(config, overrides), world_size, as_json=json))
+    else:
+        from allometry.launch.train import run
+
+        run(config, overrides, allocator)
+
+
+@app.command()
+def prepare(
+    inputs: Annotated[
+        list[str],
+        typer.Argument(
+            help="NAME=PATH or PATH: text, JSONL (.gz, .zst), parquet, a folder of them, or "
+            "builtin:python-code, builtin:python-prose"
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="folder for the token files")],
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="tokenizer.json to use; without one, a BPE is trained")
+    ] = None,
+    vocab_size: Annotated[int, typer.Option(help="size of the BPE to train")] = 8192,
+    validation_fraction: Annotated[
+        float, typer.Option(help="share of the documents held out, chosen by their hash")
+    ] = 0.02,
+    text_key: Annotated[str, typer.Option(help="field that holds the text")] = "text",
+    max_documents: Annotated[
+        int | None, typer.Option(help="read at most this many documents of each source")
+    ] = None,
+    processes: Annotated[int | None, typer.Option(help="worker processes; default: cores")] = None,
+    json: Json = False,
+) -> None:
+    """Turn text into token files that training reads (Megatron's .bin/.idx)."""
+    from allometry.launch.prepare import run
+
+    typer.echo(
+        run(
+            inputs=inputs,
+            out=out,
+            tokenizer=tokenizer,
+            vocab_size=vocab_size,
+            validation_fraction=validation_fraction,
+            text_key=text_key,
+            max_documents=max_documents,
+            processes=processes,
+            as_json=json,
+        )
+    )
+
+
+@app.command()
+def doctor(json: Json = False) -> None:
+    """Say what is installed and usable here, and how to mend what is not."""
+    from allometry.launch.doctor import examine, render
+
+    typer.echo(render(examine(), as_json=json))
+
+
+@app.command()
+def plot(
+    runs: Annotated[list[Path], typer.Argument(help="run folders")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="PNG to write")] = Path("loss.png"),
+    json: Json = False,
+) -> None:
+    """Draw loss against tokens and against FLOPs for one or more runs."""
+    from allometry.launch.plot import draw
+
+    typer.echo(draw(runs, out, as_json=json))
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """Run the command line; a UserError is one sentence and exit code 2."""
+    try:
+        return app(args=arguments)
+    except UserError as error:
+        fail(error)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,233 @@
+"""``allometry doctor``: what is installed and usable here, and the fix for what is not."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from allometry.launch.start import choose, find_library
+
+Status = Literal["ok", "absent", "problem"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at. ``fix`` is empty if nothing needs doing."""
+
+    name: str
+    status: Status
+    detail: str
+    fix: str = ""
+
+
+def examine() -> list[Finding]:
+    """Look at everything; nothing that is broken stops the others from being looked at."""
+    checks: tuple[Callable[[], Iterator[Finding]], ...] = (
+        _torch,
+        _nvml,
+        _flash_attention,
+        _apex,
+        _deepspeed,
+        _megatron,
+        _allocator,
+        _compiler,
+        _memory,
+    )
+    found: list[Finding] = []
+    for check in checks:
+        name = check.__name__.strip("_").replace("_", " ")
+        try:
+            found.extend(check())
+        except Exception as error:  # a broken install raises anything at all
+            found.append(Finding(name, "problem", f"{type(error).__name__}: {error}"))
+    return found
+
+
+def render(findings: list[Finding], *, as_json: bool) -> str:
+    """The findings as a table or as JSON."""
+    if as_json:
+        return json.dumps([asdict(finding) for finding in findings], indent=2)
+    marks = {"ok": "ok     ", "absent": "absent ", "problem": "PROBLEM"}
+    width = max(len(finding.name) for finding in findings)
+    lines = []
+    for finding in findings:
+        lines.append(f"{marks[finding.status]}  {finding.name:<{width}}  {finding.detail}")
+        if finding.fix:
+            lines.append(f"{'':9}{'':<{width}}  -> {finding.fix}")
+    return "\n".join(lines)
+
+
+def version(package: str) -> str | None:
+    """The installed version of a distribution, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _torch() -> Iterator[Finding]:
+    try:
+        import torch
+        import torch.distributed as dist
+    except ImportError as error:
+        yield Finding("torch", "problem", str(error), "pip install 'torch>=2.11,<2.14'")
+        return
+    numbers = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    good = (2, 11) <= numbers < (2, 14)
+    yield Finding(
+        "torch",
+        "ok" if good else "problem",
+        torch.__version__,
+        "" if good else "allometry is tested with 2.11 to 2.13: pip install 'torch>=2.11,<2.14'",
+    )
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        yield Finding("CUDA", "ok", f"{torch.version.cuda}, {len(names)} x {names[0]}")
+    elif torch.version.cuda:
+        yield Finding(
+            "CUDA",
+            "problem",
+            f"torch is built for CUDA {torch.version.cuda} but sees no device",
+            "check the driver with nvidia-smi, and CUDA_VISIBLE_DEVICES",
+        )
+    else:
+        yield Finding(
+            "CUDA",
+            "absent",
+            "this is torch's CPU build",
+            "for GPUs install torch's CUDA build; the CPU one trains too, with gloo",
+        )
+    if dist.is_nccl_available():
+        yield Finding("NCCL", "ok", ".".join(map(str, torch.cuda.nccl.version())))
+    else:
+        yield Finding("NCCL", "absent", "comes with torch's CUDA build; the CPU uses gloo")
+    yield Finding(
+        "gloo",
+        "ok" if dist.is_gloo_available() else "problem",
+        "available" if dist.is_gloo_available() else "this torch was built without gloo",
+        "" if dist.is_gloo_available() else "install an official build of torch",
+    )
+
+
+def _nvml() -> Iterator[Finding]:
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        yield Finding(
+            "NVML", "absent", f"no NVML ({error})", "needs NVIDIA's driver; training works without"
+        )
+        return
+    try:
+        driver = pynvml.nvmlSystemGetDriverVersion()
+        yield Finding("NVML", "ok", f"driver {driver}, {pynvml.nvmlDeviceGetCount()} devices")
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _flash_attention() -> Iterator[Finding]:
+    if found := version("flash-attn"):
+        importlib.import_module("flash_attn")
+        yield Finding("flash-attn", "ok", found)
+    else:
+        yield Finding(
+            "flash-attn",
+            "absent",
+            "torch's own attention kernels are used",
+            "on a GPU machine with nvcc: pip install 'allometry[cuda]' --no-build-isolation",
+        )
+
+
+def _apex() -> Iterator[Finding]:
+    spec = importlib.util.find_spec("apex")
+    if spec is None:
+        yield Finding("NVIDIA apex", "absent", "optional; torch's fused AdamW and norm are used")
+        return
+    folder = Path(spec.origin).parent if spec.origin else None
+    if folder is not None and (folder / "optimizers").is_dir():
+        yield Finding("NVIDIA apex", "ok", str(folder))
+    else:
+        yield Finding(
+            "NVIDIA apex",
+            "problem",
+            "the installed package 'apex' is a web toolkit of the same name, not NVIDIA's",
+            "pip uninstall apex; build NVIDIA's from its sources if you want its kernels",
+        )
+
+
+def _deepspeed() -> Iterator[Finding]:
+    found = version("deepspeed")
+    if found is None:
+        yield Finding(
+            "deepspeed",
+            "absent",
+            "only needed for offload to NVMe",
+            "pip install 'allometry[offload]'",
+        )
+        return
+    cache = Path(
+        os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions")
+    )
+    built = sorted({path.stem for path in cache.rglob("*.so")}) if cache.exists() else []
+    yield Finding(
+        "deepspeed", "ok", f"{found}; built ops: {', '.join(built) or 'none yet (built at first use)'}"
+    )
+
+
+def _megatron() -> Iterator[Finding]:
+    if found := version("megatron-core"):
+        yield Finding("megatron-core", "ok", f"{found} (writes token files)")
+    else:
+        yield Finding(
+            "megatron-core",
+            "absent",
+            "needed by allometry prepare, not by training",
+            "pip install 'megatron-core>=0.16,<0.17'",
+        )
+
+
+def _allocator() -> Iterator[Finding]:
+    name = choose("auto", os.environ).name
+    if find_library("jemalloc") or find_library("tcmalloc"):
+        yield Finding("CPU allocator", "ok", name)
+    else:
+        yield Finding(
+            "CPU allocator",
+            "ok",
+            name,
+            "for faster training on CPU: apt install libjemalloc2 (found by itself)",
+        )
+
+
+def _compiler() -> Iterator[Finding]:
+    if found := (shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")):
+        yield Finding("C++ compiler", "ok", found)
+    else:
+        yield Finding(
+            "C++ compiler",
+            "absent",
+            "needed by training.compile on CPU and by deepspeed's ops",
+            "apt install g++",
+        )
+
+
+def _memory() -> Iterator[Finding]:
+    import psutil
+
+    memory, shared = psutil.virtual_memory(), shutil.disk_usage("/dev/shm")
+    small = shared.total < 1 << 30
+    yield Finding(
+        "memory",
+        "problem" if small else "ok",
+        f"{memory.total / 2**30:.0f} GiB, {psutil.cpu_count(logical=False)} cores, /dev/shm "
+        f"{shared.total / 2**30:.1f} GiB",
+        "give the container a larger /dev/shm (docker run --shm-size=8g)" if small else "",
+    )

@@ -1,0 +1,67 @@
+"""What ``allometry train --dry-run`` prints: the plan of a run, without torch."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from allometry.configs.run import RunConfig
+from allometry.optim.schedule import Schedule, resolve_schedule
+from allometry.scaling.plan import RunPlan
+
+
+def report(config: RunConfig, world_size: int, *, as_json: bool) -> str:
+    """The plan on ``world_size`` ranks as text or JSON; raises UserError if there is none."""
+    plan = RunPlan.of(config, world_size)
+    schedule = resolve_schedule(config, plan.batch)
+    rates = learning_rates(config, plan, schedule)
+    facts = {**plan.describe(), "learning_rate": rates}
+    return json.dumps(facts, indent=2) if as_json else _text(config, plan, facts)
+
+
+def learning_rates(config: RunConfig, plan: RunPlan, schedule: Schedule) -> list[dict[str, Any]]:
+    """The learning rate at the corners of its schedule."""
+    total = plan.total_steps
+    corners = {1, max(1, plan.warmup_steps), max(1, schedule.decay_start), total}
+    corners |= {max(1, round(total * share)) for share in (0.25, 0.5, 0.75, 0.9)}
+    peak = config.optimizer.lr
+    return [
+        {
+            "step": step,
+            "tokens": plan.batch.tokens_after(step),
+            "lr": peak * schedule.fraction(step),
+        }
+        for step in sorted(corners)
+    ]
+
+
+def _text(config: RunConfig, plan: RunPlan, facts: dict[str, Any]) -> str:
+    counts, flops, memory = plan.parameters, plan.flops_per_token, plan.memory
+    roles = ", ".join(f"{role} {number:,}" for role, number in counts.by_role.items() if number)
+    lines = [
+        f"parameters        {counts.total:,} ({counts.non_embedding:,} without embeddings)",
+        f"  by role         {roles}",
+        f"FLOPs per token   {flops.total:.4g} (forward {flops.forward:.4g}, backward "
+        f"{flops.backward:.4g}; attention is {flops.attention / flops.total:.1%})",
+        f"tokens            {plan.total_tokens:,} ({plan.total_tokens / counts.total:.1f} per "
+        f"parameter), {plan.total_flops:.4g} FLOPs in all",
+        f"steps             {plan.total_steps:,} of {config.batch.sequences} x "
+        f"{config.data.sequence_length} tokens ({plan.micro_batches(plan.total_steps)} micro-batches "
+        f"of {plan.micro_batch_sequences} on each of {plan.world_size} ranks)",
+        f"memory per rank   {_size(memory.total)} (estimate):",
+        *(
+            f"  {name.replace('_', ' '):<24}{_size(number):>10}"
+            for name, number in facts["memory_estimate_bytes"].items()
+            if name != "total" and number
+        ),
+        "learning rate",
+        *(
+            f"  step {corner['step']:>10,}  {corner['tokens']:>18,} tokens  {corner['lr']:.4g}"
+            for corner in facts["learning_rate"]
+        ),
+    ]
+    return "\n".join(lines)
+
+
+def _size(number: float) -> str:
+    return f"{number / 2**30:.2f} GiB" if number >= 2**28 else f"{number / 2**20:.1f} MiB"

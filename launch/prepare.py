@@ -1,0 +1,1 @@
+"""``allometry prepare``: from text to token files."""

@@ -1,0 +1,116 @@
+"""What must be settled before a process imports torch: the memory allocator.
+
+On a CPU, glibc gives the large buffers of every training step back to the kernel and faults them
+in again; a caching allocator, or glibc told to keep them, is worth tens of per cent
+(``benchmarks/throughput.py`` measures it). An allocator is chosen by the dynamic linker, so the
+process replaces itself once with the environment set.
+"""
+
+from __future__ import annotations
+
+import ctypes.util
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from allometry.configs.errors import UserError
+
+CHOICES = ("auto", "jemalloc", "tcmalloc", "glibc-tuned", "system")
+_MARK = "ALLOMETRY_ALLOCATOR"  # set in the replaced process: what was chosen
+
+# Keep what was freed: never trim the heap, serve everything from it, grow it in large steps, and
+# ask for huge pages so that growing faults once for 2 MiB.
+_GLIBC_TUNED = {
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 62),
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 32),
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TOP_PAD_": str(64 << 20),
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+}
+_LIBRARIES = {
+    "jemalloc": ("jemalloc", "libjemalloc.so.2"),
+    "tcmalloc": ("tcmalloc_minimal", "libtcmalloc_minimal.so.4"),
+}
+_FOLDERS = (
+    "/usr/lib/x86_64-linux-gnu",
+    "/usr/lib/aarch64-linux-gnu",
+    "/usr/lib64",
+    "/usr/lib",
+    "/usr/local/lib",
+)
+
+
+@dataclass(frozen=True)
+class Allocator:
+    """An allocator and the environment that selects it."""
+
+    name: str
+    environment: dict[str, str]
+
+
+def find_library(kind: str) -> str | None:
+    """The path of jemalloc's or tcmalloc's shared library on this machine, or None."""
+    name, file = _LIBRARIES[kind]
+    for folder in _FOLDERS:
+        path = Path(folder) / file
+        if path.exists():
+            return str(path)
+    return ctypes.util.find_library(name)
+
+
+def has_gpu() -> bool:
+    """Whether an NVIDIA device is there, without importing torch."""
+    return Path("/proc/driver/nvidia").exists() or Path("/dev/nvidia0").exists()
+
+
+def choose(wanted: str, environment: Mapping[str, str]) -> Allocator:
+    """The allocator for ``wanted``, one of CHOICES.
+
+    ``auto``: what the user preloads already; the system's on a GPU machine, where host memory is
+    not the bottleneck; else jemalloc or tcmalloc if installed, else tuned glibc. Raises UserError
+    if a named one is not installed.
+    """
+    if wanted not in CHOICES:
+        raise UserError(f"--allocator={wanted} is not known; use one of {', '.join(CHOICES)}")
+    if wanted == "auto":
+        if environment.get("LD_PRELOAD"):
+            return Allocator(f"preloaded {environment['LD_PRELOAD']}", {})
+        if has_gpu():
+            return Allocator("system", {})
+        for kind in _LIBRARIES:
+            if path := find_library(kind):
+                return _preloaded(kind, path)
+        return Allocator("glibc-tuned", dict(_GLIBC_TUNED))
+    if wanted in _LIBRARIES:
+        path = find_library(wanted)
+        if path is None:
+            raise UserError(
+                f"--allocator={wanted}: its library is not installed; install Debian's "
+                f"lib{_LIBRARIES[wanted][0].replace('_', '-')} or use --allocator=auto"
+            )
+        return _preloaded(wanted, path)
+    return Allocator(wanted, dict(_GLIBC_TUNED) if wanted == "glibc-tuned" else {})
+
+
+def _preloaded(kind: str, path: str) -> Allocator:
+    return Allocator(f"{kind} ({path})", {"LD_PRELOAD": path})
+
+
+def settle_allocator(wanted: str) -> str:
+    """Make sure this process runs with the allocator; its name.
+
+    Replaces the process (same pid, same arguments) if the environment must change, in which case
+    it does not return. Call it before torch is imported.
+    """
+    chosen = os.environ.get(_MARK)
+    if chosen is not None:
+        return chosen
+    allocator = choose(wanted, os.environ)
+    if not allocator.environment:
+        return allocator.name
+    environment = os.environ | allocator.environment | {_MARK: allocator.name}
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)

@@ -1,0 +1,41 @@
+"""``torchrun -m allometry.launch.train CONFIG [section.key=value ...]``: one rank of a run."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import NoReturn
+
+from allometry.configs.errors import UserError
+from allometry.configs.loader import load
+from allometry.launch.start import settle_allocator
+
+
+def run(config_path: str, overrides: list[str], allocator: str = "auto") -> None:
+    """Train in this process, which is a rank of a torchrun or the only one."""
+    config = load(config_path, overrides)
+    name = settle_allocator(allocator)
+
+    from allometry.trainer.train import Surroundings, train
+
+    surroundings = Surroundings(allocator=name, command=sys.orig_argv)
+    train(config, surroundings=surroundings)
+
+
+def fail(error: UserError) -> NoReturn:
+    """Print the error once, on the main rank, and end with code 2."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"allometry: {error}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def main() -> None:
+    """Entry point of the module; the same as ``allometry train``."""
+    from allometry.launch.cli import main as command_line
+
+    sys.argv = ["allometry", "train", *sys.argv[1:]]
+    command_line()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""A run's folder: who may write in it, and what it already holds.
+
+    config.yaml     the resolved configuration
+    run.json        versions, counts, multipliers, layout, data fingerprints, launches
+    metrics.jsonl   one row for each recorded step
+    events.jsonl    what happened and when
+    tb/             TensorBoard
+    checkpoints/step-N/, latest
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import tempfile
+import time
+from pathlib import Path
+from typing import IO, Any
+
+from allometry.configs.errors import UserError
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace ``path`` by ``text`` so that a reader sees the old or the new, never a half."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+class RunFolder:
+    """The paths of a run, and the lock that keeps a second live run out."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.run = self.path / "run.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.events = self.path / "events.jsonl"
+        self.tensorboard = self.path / "tb"
+        self.checkpoints = self.path / "checkpoints"
+        self.latest = self.path / "latest"
+        self._lock: IO[str] | None = None
+
+    def claim(self) -> None:
+        """Make the folder and hold its lock until ``release`` or the end of the process.
+
+        Raises UserError if another live process holds it or it cannot be made.
+        """
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            lock = open(self.path / "run.lock", "a+", encoding="utf-8")  # noqa: SIM115
+        except OSError as error:
+            raise UserError(
+                f"run.folder={self.path} cannot be written ({error.strerror}); choose another"
+            ) from None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.seek(0)
+            owner = lock.read().strip() or "another process"
+            lock.close()
+            raise UserError(
+                f"run.folder={self.path} is in use by {owner}; wait for it, stop it, or choose "
+                "another run.folder"
+            ) from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()} since {time.ctime()}")
+        lock.flush()
+        self._lock = lock
+
+    def release(self) -> None:
+        """Let another run have the folder."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def is_new(self) -> bool:
+        """Whether no run was ever started here."""
+        return not self.config.exists()
+
+    def forget_after(self, step: int) -> int:
+        """Drop metrics rows past ``step`` (they will be computed again); how many there were.
+
+        A torn last line, which a crash while writing leaves, goes too.
+        """
+        if not self.metrics.exists():
+            return 0
+        kept, dropped = [], 0
+        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+            row = _row(line)
+            if row is not None and row["step"] <= step:
+                kept.append(line)
+            else:
+                dropped += 1
+        if dropped:
+            write_atomically(self.metrics, "".join(line + "\n" for line in kept))
+        return dropped
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    try:
+        row: dict[str, Any] = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return row if isinstance(row, dict) and "step" in row else None

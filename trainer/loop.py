@@ -1,0 +1,256 @@
+"""The training loop: steps, and what happens between them."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from allometry.configs.errors import UserError
+from allometry.configs.run import RunConfig
+from allometry.data.stream import Stream
+from allometry.laws.areas import LearningRateAreas
+from allometry.models.transformer import Transformer
+from allometry.parallel.mesh import Mesh
+from allometry.scaling.plan import RunPlan
+from allometry.trainer.callbacks import Callback
+from allometry.trainer.checkpoint import Checkpointer, optimizer_state
+from allometry.trainer.evaluate import Evaluator
+from allometry.trainer.folder import RunFolder
+from allometry.trainer.hardware import Peak, peak_bytes
+from allometry.trainer.record import Recorder, Row
+from allometry.trainer.step import DeviceBatch, StepOutcome, TrainStep
+from allometry.trainer.stop import StopRequest
+
+
+@dataclass
+class Progress:
+    """How far a run is, besides its tensors; ``facts`` of a checkpoint."""
+
+    step: int
+    areas: LearningRateAreas
+
+    def facts(self, plan: RunPlan, stream: Stream, seed: int) -> dict[str, Any]:
+        """JSON for a checkpoint.
+
+        What is random (data order, dropout) is a function of (seed, position), so these two are
+        the whole state of the random generators.
+        """
+        position = plan.batch.sequences_before(self.step + 1)
+        return {
+            "step": self.step,
+            "position_sequences": position,
+            "tokens": plan.batch.tokens_after(self.step),
+            "ledger_tokens": stream.ledger(position),
+            "seed": seed,
+            "areas": self.areas.state_dict(),
+        }
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a launch ended."""
+
+    step: int
+    tokens: int
+    loss: float | None
+    stopped_by: str | None
+
+
+class Clock:
+    """Seconds of training alone: what is paused (evaluation, saving) does not count."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+
+    def lap(self) -> float:
+        """Seconds since the last lap."""
+        now = time.perf_counter()
+        passed, self._start = now - self._start, now
+        return passed
+
+    def leave_out(self, work: Callable[[], Any]) -> Any:
+        """Do ``work`` off the clock."""
+        begun = time.perf_counter()
+        try:
+            return work()
+        finally:
+            self._start += time.perf_counter() - begun
+
+
+@dataclass
+class Loop:
+    """Everything a launch needs, put together by ``train``."""
+
+    config: RunConfig
+    plan: RunPlan
+    mesh: Mesh
+    model: Transformer
+    optimizer: torch.optim.Optimizer
+    train_step: TrainStep
+    evaluator: Evaluator
+    stream: Stream
+    progress: Progress
+    peak: Peak
+    recorder: Recorder | None = None
+    callbacks: Sequence[Callback] = ()
+    clock: Clock = field(default_factory=Clock)
+    checkpointer: Checkpointer = field(init=False)
+    _pending: deque[StepOutcome] = field(default_factory=deque)
+    _last_loss: float | None = None
+    _saved_step: int | None = None
+
+    def attach(
+        self, recorder: Recorder | None, callbacks: Sequence[Callback], folder: RunFolder
+    ) -> None:
+        """Connect the loop to where its record and its checkpoints go."""
+        self.recorder = recorder
+        self.callbacks = callbacks
+        self.checkpointer = Checkpointer(folder, self.config.checkpoint, self.mesh, self.report)
+        self._saved_step = self.progress.step or None
+
+    def run(self, batches: Iterator[list[DeviceBatch]]) -> RunResult:
+        """Train from the progress made to the end of the plan, or until asked to stop."""
+        total = self.plan.total_steps
+        stopped: str | None = None
+        self.clock.lap()
+        with StopRequest(self.mesh) as stop:
+            for step in range(self.progress.step + 1, total + 1):
+                outcome = self.train_step(step, next(batches))
+                self._pending.append(outcome)
+                self.progress.step = step
+                stopped = stop.agreed() if step < total else None
+                self._between(step, last=step == total or stopped is not None)
+                if stopped:
+                    break
+            self.checkpointer.wait()
+        if stopped:
+            self.report("stopped", step=self.progress.step, signal=stopped)
+        return RunResult(
+            step=self.progress.step,
+            tokens=self.plan.batch.tokens_after(self.progress.step),
+            loss=self._last_loss,
+            stopped_by=stopped,
+        )
+
+    def _between(self, step: int, *, last: bool) -> None:
+        """After a step: read what it measured, evaluate, save, as far as due."""
+        every = self.config.evaluation.every_steps
+        evaluating = (last and step == self.plan.total_steps) or bool(every and step % every == 0)
+        saving = last or self.checkpointer.due(step)
+        # On a GPU a step's numbers are read while the next step runs; before anything is saved
+        # they are read first, so that no checkpoint is made of a run that has gone wrong.
+        lag = 1 if self.mesh.device.type == "cuda" and not (evaluating or saving) else 0
+        while len(self._pending) > max(lag, int(evaluating)):
+            self._settle(self._pending.popleft(), {})
+        if evaluating:
+            held_out = self.clock.leave_out(lambda: self.evaluator(self.model))
+            validation = {f"validation/{name}": loss for name, loss in held_out.items()}
+            self._settle(self._pending.popleft(), validation)
+        if saving:
+            self.clock.leave_out(lambda: self._save(step))
+        self.clock.leave_out(self.checkpointer.poll)
+
+    def _settle(self, outcome: StepOutcome, extra: Row) -> None:
+        """Turn what a step measured into a row; end the run if it is not finite."""
+        step, plan = outcome.step, self.plan
+        loss_S, count_S = outcome.sums_2S.tolist()
+        norm = float(outcome.grad_norm)
+        loss = sum(loss_S) / max(1.0, sum(count_S))
+        self.progress.areas.update(outcome.lr)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self._not_finite(step, loss, norm)
+        self._last_loss = loss
+        seconds = self.clock.lap()
+        if self.recorder is None or (step % self.config.record.every_steps and not extra):
+            return
+        tokens = plan.batch.tokens_after(step)
+        rate = plan.batch.sequences(step) * plan.batch.sequence_length / seconds
+        ledger = self.stream.ledger(plan.batch.sequences_before(step + 1))
+        flops = plan.flops_per_token.total
+        row: Row = {
+            "step": step,
+            "tokens": tokens,
+            "flops": tokens * flops,
+            "loss": loss,
+            "lr": outcome.lr,
+            "s1": self.progress.areas.s1,
+            "s2": self.progress.areas.s2,
+            "grad_norm": norm,
+            "tokens_per_s": rate,
+            "mfu": rate * flops / (self.peak.flops_per_s * self.mesh.world_size),
+            "peak_bytes": peak_bytes(self.mesh.device),
+            "time_s": seconds,
+        }
+        for index, (name, seen) in enumerate(ledger.items()):
+            if count_S[index]:
+                row[f"loss/{name}"] = loss_S[index] / count_S[index]
+            row[f"tokens/{name}"] = seen
+        row.update(extra)
+        self.recorder.row(row)
+        for callback in self.callbacks:
+            callback.on_row(row)
+
+    def _not_finite(self, step: int, loss: float, norm: float) -> None:
+        groups = ", ".join(self._broken_groups()) or "none is left: only the loss"
+        self.checkpointer.wait()
+        self.report("not_finite", step=step, loss=str(loss), grad_norm=str(norm), groups=groups)
+        kept = (
+            f"checkpoint step-{self._saved_step} is kept"
+            if self._saved_step is not None
+            else "no checkpoint had been made"
+        )
+        raise UserError(
+            f"step {step}: the loss is {loss} and the gradient norm {norm}, first not finite in "
+            f"parameter group(s) {groups}; {kept}; lower optimizer.lr, lengthen the warm-up or "
+            "check the data of that step, then run again"
+        )
+
+    def _broken_groups(self) -> list[str]:
+        """Names of the parameter groups whose gradients or values are not finite, on any rank."""
+        names = []
+        for group in self.optimizer.param_groups:
+            tensors = [t for p in group["params"] for t in (p.grad, p) if t is not None]
+            bad = torch.tensor(
+                float(any(not _local(t).isfinite().all() for t in tensors)),
+                device=self.mesh.device,
+            )
+            self.mesh.all_reduce_sum(bad, "hdp")
+            if bad.item():
+                names.append(str(group["name"]))
+        return names
+
+    def _save(self, step: int) -> None:
+        if self._saved_step == step:
+            return
+        facts = self.progress.facts(self.plan, self.stream, self.config.run.seed)
+        self._saved_step = step
+        self.checkpointer.save(step, state_tensors(self.model, self.optimizer), facts)
+
+    def report(self, kind: str, **details: Any) -> None:
+        """Write an event and tell the callbacks (on the main rank)."""
+        if kind == "checkpoint_failed" and self._saved_step == details.get("step"):
+            self._saved_step = None
+        if self.recorder is None:
+            return
+        self.recorder.event(kind, **details)
+        for callback in self.callbacks:
+            callback.on_event(kind, details)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    to_local = getattr(tensor, "to_local", None)
+    return to_local() if to_local is not None else tensor
+
+
+def state_tensors(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """All tensors of a run by name: parameters and what the optimizer remembers of each."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    parameters = {f"model.{name}": p.detach() for p, name in names.items()}
+    return parameters | optimizer_state(optimizer, names)

@@ -1,0 +1,141 @@
+"""One optimizer step: forward and backward over its micro-batches, one reduction, one update."""
+
+# B sequences of a micro-batch, L tokens in a sequence, S sources
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from allometry.data.batch import IGNORE, Batch
+from allometry.models.documents import Documents
+from allometry.models.transformer import Transformer
+from allometry.optim.build import set_lr
+from allometry.optim.clip import clip_by_global_norm
+from allometry.optim.schedule import Schedule
+from allometry.parallel.mesh import Mesh
+from allometry.parallel.zero import GradientSync
+
+
+@dataclass(frozen=True)
+class DeviceBatch:
+    """A micro-batch on the device."""
+
+    tokens_BL: Tensor
+    targets_BL: Tensor
+    source_B: Tensor
+    documents: Documents | None
+    position: int
+
+    @classmethod
+    def of(cls, batch: Batch, device: torch.device, position: int) -> DeviceBatch:
+        """Copy a batch to the device; ``position`` is that of its first sequence."""
+
+        def move(array: object) -> Tensor:
+            tensor = torch.as_tensor(array)
+            if device.type == "cuda":
+                return tensor.pin_memory().to(device, non_blocking=True)
+            return tensor
+
+        packed = batch.documents
+        return cls(
+            tokens_BL=move(batch.tokens_BL),
+            targets_BL=move(batch.targets_BL),
+            source_B=move(batch.source_B).long(),
+            documents=None
+            if packed is None
+            else Documents(
+                cu_lengths=move(packed.cu_lengths),
+                max_length=packed.max_length,
+                positions_BL=move(packed.positions_BL),
+            ),
+            position=position,
+        )
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What a step measured, still on the device so that nothing waits for it.
+
+    ``sums_2S`` is the sum of losses and the number of target tokens of each source, over all
+    ranks; ``grad_norm`` the global norm before clipping; ``lr`` the rate at the base dimensions.
+    """
+
+    step: int
+    lr: float
+    sums_2S: Tensor
+    grad_norm: Tensor
+
+
+def source_sums(nll_BL: Tensor, targets_BL: Tensor, source_B: Tensor, sources: int) -> Tensor:
+    """Loss sums and target counts by source, [2, S] in float64."""
+    sums = torch.zeros(2, sources, dtype=torch.float64, device=nll_BL.device)
+    sums[0].index_add_(0, source_B, nll_BL.double().sum(1))
+    sums[1].index_add_(0, source_B, (targets_BL != IGNORE).sum(1).double())
+    return sums
+
+
+def seed_dropout(seed: int, position: int) -> None:
+    """Make what is random in a forward pass depend on (seed, position of the samples) alone."""
+    digest = hashlib.sha256(f"dropout|{seed}|{position}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+class TrainStep:
+    """Runs optimizer steps; everything they need is given once."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        sync: GradientSync,
+        optimizer: torch.optim.Optimizer,
+        schedule: Schedule,
+        mesh: Mesh,
+        *,
+        peak_lr: float,
+        sources: int,
+        clip_grad_norm: float | None,
+        dropout_seed: int | None,
+    ) -> None:
+        self._model = model
+        self._sync = sync
+        self._optimizer = optimizer
+        self._schedule = schedule
+        self._mesh = mesh
+        self._peak_lr = peak_lr
+        self._sources = sources
+        self._clip = clip_grad_norm
+        self._dropout_seed = dropout_seed
+        self._parameters = [p for g in optimizer.param_groups for p in g["params"]]
+
+    def __call__(self, step: int, batches: Sequence[DeviceBatch]) -> StepOutcome:
+        """Take the step; ``batches`` are this rank's micro-batches.
+
+        The loss is the sum over target tokens divided by their number in the whole global batch,
+        so gradients do not depend on how the tokens are spread over ranks and micro-batches.
+        """
+        self._optimizer.zero_grad(set_to_none=True)
+        counted = sum(((b.targets_BL != IGNORE).sum() for b in batches), start=torch.tensor(0))
+        count = counted.to(device=self._mesh.device, dtype=torch.float64)
+        self._mesh.all_reduce_sum(count, "hdp")
+        # A batch without a single target has no gradient rather than a division by zero.
+        scale = 1.0 / count.clamp(min=1.0)
+        sums_2S = torch.zeros(2, self._sources, dtype=torch.float64, device=self._mesh.device)
+        for index, batch in enumerate(batches):
+            self._sync.micro_batch(last=index == len(batches) - 1)
+            if self._dropout_seed is not None:
+                seed_dropout(self._dropout_seed, batch.position)
+            losses = self._model(batch.tokens_BL, batch.targets_BL, batch.documents)
+            (losses.total * scale.to(losses.total.dtype)).backward()
+            sums_2S += source_sums(losses.nll_BL, batch.targets_BL, batch.source_B, self._sources)
+        self._sync.finish()
+        self._mesh.all_reduce_sum(sums_2S, "hdp")
+        norm = clip_by_global_norm(self._parameters, self._clip)
+        fraction = self._schedule.fraction(step)
+        set_lr(self._optimizer, fraction)
+        self._optimizer.step()
+        return StepOutcome(step=step, lr=self._peak_lr * fraction, sums_2S=sums_2S, grad_norm=norm)

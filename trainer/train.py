@@ -1,0 +1,278 @@
+"""Putting a run together from its description, and training it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from allometry.configs.errors import UserError
+from allometry.configs.run import RunConfig
+from allometry.data.prefetch import Prefetcher
+from allometry.data.stream import Stream
+from allometry.laws.areas import LearningRateAreas
+from allometry.models.build import build_model, parameter_specs
+from allometry.models.init import initialize
+from allometry.optim.build import build_optimizer
+from allometry.optim.schedule import resolve_schedule
+from allometry.parallel.apply import materialize, parallelize
+from allometry.parallel.mesh import Mesh, open_mesh
+from allometry.scaling.plan import RunPlan
+from allometry.trainer import checkpoint, hardware, record
+from allometry.trainer.callbacks import Callback, standard_callbacks
+from allometry.trainer.evaluate import Evaluator
+from allometry.trainer.folder import RunFolder
+from allometry.trainer.loop import Loop, Progress, RunResult, state_tensors
+from allometry.trainer.resume import Start, begin
+from allometry.trainer.step import DeviceBatch, TrainStep
+
+COMPUTE_DTYPE = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What the process was started with, for the record; the library reads no environment."""
+
+    allocator: str = "unknown"
+    command: list[str] = field(default_factory=list)
+
+
+def train(
+    config: RunConfig,
+    *,
+    device: torch.device | None = None,
+    callbacks: Sequence[Callback] | None = None,
+    surroundings: Surroundings | None = None,
+) -> RunResult:
+    """Train the run that ``config`` describes, from where its folder says it is.
+
+    Every rank of a torchrun calls this. ``device`` defaults to this rank's GPU, or the CPU without
+    one; ``callbacks`` to what ``config.record`` asks for. Raises UserError on all ranks alike.
+    """
+    with open_mesh(config.parallel, device) as mesh:
+        return _train(config, mesh, callbacks, surroundings or Surroundings())
+
+
+def _train(
+    config: RunConfig,
+    mesh: Mesh,
+    callbacks: Sequence[Callback] | None,
+    surroundings: Surroundings,
+) -> RunResult:
+    plan = RunPlan.of(config, mesh.world_size)
+    stream = together(mesh, lambda: _open_stream(config))
+    folder = RunFolder(config.run.folder)
+    if callbacks is None:
+        callbacks = on_main(mesh, lambda: standard_callbacks(config.record, folder)) or ()
+    start = shared(mesh, lambda: begin(folder, config, stream.fingerprints()))
+    recorder = record.Recorder(folder) if mesh.is_main else None
+    try:
+        loop = _assemble(config, plan, mesh, stream, start)
+        loop.attach(recorder, callbacks, folder)
+        facts = _facts(config, loop, surroundings)
+        if recorder is not None:
+            record.write_run(folder, facts, _launch(loop, start, surroundings))
+            for callback in callbacks:
+                callback.on_start(facts, start.step + 1)
+        _report_start(loop, start)
+        with closing(_feed(loop, start.step)) as batches:
+            return loop.run(batches)
+    finally:
+        if recorder is not None:
+            for callback in callbacks:
+                callback.on_end()
+            recorder.close()
+        folder.release()
+
+
+def _open_stream(config: RunConfig) -> Stream:
+    """The data, after checking that tokenizer and vocabulary fit it."""
+    stream = Stream(config.data, config.run.seed)
+    stream.check(config.model.vocab_size)
+    return stream
+
+
+def _assemble(
+    config: RunConfig, plan: RunPlan, mesh: Mesh, stream: Stream, start: Start
+) -> Loop:
+    """The model on the device and all that trains it, in the state that ``start`` says.
+
+    The model is made without storage, sharded, and only then filled, so that no rank ever holds
+    it whole.
+    """
+    dtype = COMPUTE_DTYPE[config.training.compute_dtype]
+    with torch.device("meta"):
+        model = build_model(config.model, plan.parameterization, dtype)
+    specs = parameter_specs(model)
+    sync = parallelize(model, config, mesh)
+    materialize(model, mesh.device)
+    initialize(model, plan.parameterization, config.run.seed)
+    optimizer = build_optimizer(
+        model.named_parameters(), specs, plan.parameterization, config.optimizer
+    )
+    progress = Progress(start.step, LearningRateAreas(plan.warmup_steps))
+    if start.checkpoint is not None and start.facts is not None:
+        make_states(optimizer)
+        checkpoint.load(start.checkpoint, state_tensors(model, optimizer), mesh)
+        progress.areas.load_state_dict(start.facts["areas"])
+    validation = stream.validation(config.evaluation.sequences_per_source)
+    return Loop(
+        config=config,
+        plan=plan,
+        mesh=mesh,
+        model=model,
+        optimizer=optimizer,
+        train_step=TrainStep(
+            model,
+            sync,
+            optimizer,
+            resolve_schedule(config, plan.batch),
+            mesh,
+            peak_lr=config.optimizer.lr,
+            sources=len(config.data.sources),
+            clip_grad_norm=config.training.clip_grad_norm,
+            dropout_seed=config.run.seed if config.model.dropout else None,
+        ),
+        evaluator=Evaluator(validation, mesh),
+        stream=stream,
+        progress=progress,
+        peak=hardware.peak(mesh.device, dtype),
+    )
+
+
+def make_states(optimizer: torch.optim.Optimizer) -> None:
+    """Give a fresh optimizer its states, to be filled from a checkpoint, leaving parameters alone.
+
+    Optimizers make their states in the first step; this is one with zero gradients and rate 0.
+    """
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+
+
+def _feed(loop: Loop, steps_taken: int) -> Iterator[list[DeviceBatch]]:
+    """This rank's micro-batches, a list for each step, read ahead in the background.
+
+    Micro-batch j of rank r holds the sequences from position P + (j * hdp + r) * m, with P the
+    step's first position and m the sequences in a micro-batch: which sequences a step sees does
+    not depend on the layout.
+    """
+    plan, mesh = loop.plan, loop.mesh
+    size = plan.micro_batch_sequences
+
+    def positions() -> Iterator[int]:
+        for step in range(steps_taken + 1, plan.total_steps + 1):
+            first = plan.batch.sequences_before(step)
+            for turn in range(plan.micro_batches(step)):
+                yield first + (turn * mesh.hdp.size + mesh.hdp.rank) * size
+
+    with Prefetcher(lambda position: loop.stream.batch(position, size), positions()) as ahead:
+        for step in range(steps_taken + 1, plan.total_steps + 1):
+            yield [
+                DeviceBatch.of(batch, mesh.device, position)
+                for position, batch in (next(ahead) for _ in range(plan.micro_batches(step)))
+            ]
+
+
+def _facts(config: RunConfig, loop: Loop, surroundings: Surroundings) -> dict[str, Any]:
+    """What run.json says of the run as a whole."""
+    mesh = loop.mesh
+    return {
+        "versions": record.versions(),
+        "commit": record.commit(),
+        "command": surroundings.command,
+        "allocator": surroundings.allocator,
+        "hardware": hardware.describe(mesh.device),
+        "peak": {"flops_per_s": loop.peak.flops_per_s, "source": loop.peak.source},
+        "compute_dtype": config.training.compute_dtype,
+        "layout": layout(config, mesh),
+        "plan": loop.plan.describe(),
+        "data": loop.stream.fingerprints(),
+        "conventions": {
+            "step": "counted from 1; a row's lr is what that step used",
+            "s1": "sum of lr over steps, warm-up included",
+            "s2": "sum of lr annealing with momentum 0.999, from the end of warm-up (arXiv "
+            "2408.11029)",
+            "loss": "mean over target tokens of the step's global batch, nats, before its update",
+            "flops": "model FLOPs so far: forward and backward, causal attention, no recomputation",
+            "mfu": "model FLOPs per second over peak of all ranks",
+        },
+    }
+
+
+def layout(config: RunConfig, mesh: Mesh) -> dict[str, Any]:
+    """The parallel layout, for the record."""
+    return {
+        "world_size": mesh.world_size,
+        "hdp": mesh.hdp.size,
+        "tp": config.parallel.tp,
+        "pp": config.parallel.pp,
+        "ep": config.parallel.ep,
+        "zero_stage": config.parallel.zero.stage,
+    }
+
+
+def _launch(loop: Loop, start: Start, surroundings: Surroundings) -> dict[str, Any]:
+    return {
+        "first_step": start.step + 1,
+        "layout": layout(loop.config, loop.mesh),
+        "commit": record.commit(),
+        "allocator": surroundings.allocator,
+    }
+
+
+def _report_start(loop: Loop, start: Start) -> None:
+    for name in start.cleaned:
+        loop.report("removed_unfinished_checkpoint", name=name)
+    if start.checkpoint is None:
+        loop.report("started", step=0)
+    else:
+        loop.report(
+            "resumed",
+            step=start.step,
+            checkpoint=start.checkpoint.name,
+            dropped_rows=start.dropped_rows,
+        )
+
+
+def together(mesh: Mesh, work: Callable[[], T]) -> T:
+    """Do ``work`` on every rank; if any rank cannot, all of them raise the first one's error."""
+    result: list[T] = []
+    failure: str | None = None
+    try:
+        result.append(work())
+    except UserError as error:
+        failure = str(error)
+    if mesh.world_size > 1:
+        failures: list[str | None] = [None] * mesh.world_size
+        dist.all_gather_object(failures, failure, group=mesh.host_group)
+        failure = next((f for f in failures if f is not None), None)
+    if failure is not None:
+        raise UserError(failure)
+    return result[0]
+
+
+def on_main(mesh: Mesh, work: Callable[[], T]) -> T | None:
+    """Do ``work`` on the main rank; its UserError is raised on all ranks."""
+    return together(mesh, lambda: work() if mesh.is_main else None)
+
+
+def shared(mesh: Mesh, work: Callable[[], T]) -> T:
+    """Do ``work`` on the main rank and hand its result to all ranks."""
+    result: list[Any] = [on_main(mesh, work)]
+    if mesh.world_size > 1:
+        dist.broadcast_object_list(result, src=0, group=mesh.host_group)
+    found: T = result[0]
+    return found
