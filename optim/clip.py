@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 _Layout = tuple[DeviceMesh | None, tuple[int, ...]]
 
@@ -21,8 +21,9 @@ def _layout(gradient: Tensor) -> _Layout:
         "a gradient must be reduced before its norm is taken",
         gradient.placements,
     )
+    # What is neither partial nor replicated is sharded, in whichever order.
     sharded = tuple(
-        dim for dim, placement in enumerate(gradient.placements) if isinstance(placement, Shard)
+        dim for dim, placement in enumerate(gradient.placements) if not placement.is_replicate()
     )
     return gradient.device_mesh, sharded
 

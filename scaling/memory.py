@@ -27,7 +27,7 @@ class MemoryEstimate:
     they are reduced in buckets, one bucket. ``optimizer_states``: AdamW's two fp32 moments.
     ``compute_copies``: weights cast to the compute type, and whole ones gathered from shards.
     ``activations``: what one micro-batch keeps for its backward pass, without checkpointing.
-    ``logits_chunk``: the piece of the logits that exists at once.
+    ``loss``: the piece of the logits that exists at once and the head's gradient beside it.
 
     Not in it: the allocator's fragmentation, communication buffers of the back end, the CUDA
     context, compiled code. Kernels differ in what they keep: expect tens of per cent of error in
@@ -39,7 +39,7 @@ class MemoryEstimate:
     optimizer_states: int
     compute_copies: int
     activations: int
-    logits_chunk: int
+    loss: int
 
     @property
     def total(self) -> int:
@@ -50,7 +50,7 @@ class MemoryEstimate:
             + self.optimizer_states
             + self.compute_copies
             + self.activations
-            + self.logits_chunk
+            + self.loss
         )
 
 
@@ -61,29 +61,30 @@ def estimate_memory(
     compute_bytes: int,
     zero: Zero,
     hdp: int,
-    logits_chunk_tokens: int = 1024,
+    logits_chunk_tokens: int | None = None,
 ) -> MemoryEstimate:
     """Estimate the bytes that one of ``hdp`` ranks needs at the peak of a step.
 
     ZeRO (arXiv 1910.02054, section 5): stage 1 divides the optimizer states by the ranks, 2 the
     gradients as well, 3 the parameters as well. ``compute_bytes`` is the size of one activation
-    (``COMPUTE_BYTES``), ``logits_chunk_tokens`` how many tokens the loss treats at once.
+    (``COMPUTE_BYTES``), ``logits_chunk_tokens`` how many tokens the loss treats at once; None:
+    what fits half a billion logits, at most 8192 tokens, as on a GPU (less on a CPU).
     """
+    if logits_chunk_tokens is None:
+        logits_chunk_tokens = min(max(2**29 // model.vocab_size, 128), 8192)
     specs = inventory(model)
     parameters = sum(spec.numel for spec in specs)
     share = [1 if zero.stage < stage else hdp for stage in (1, 2, 3)]
     bucket = 0
     if zero.stage == 0 and hdp > 1:
         bucket = min(zero.bucket_mib * 2**20, _FP32 * parameters)
-    chunk = min(logits_chunk_tokens, micro_batch_tokens)
     return MemoryEstimate(
         parameters=_FP32 * math.ceil(parameters / share[2]),
         gradients=_FP32 * math.ceil(parameters / share[1]) + bucket,
         optimizer_states=2 * _FP32 * math.ceil(parameters / share[0]),
         compute_copies=_compute_copies(model, compute_bytes, sharded=share[2] > 1),
         activations=_activations(model, micro_batch_tokens, compute_bytes),
-        # The fp32 logits and their gradient.
-        logits_chunk=2 * _FP32 * chunk * model.vocab_size,
+        loss=_loss(model, micro_batch_tokens, logits_chunk_tokens, compute_bytes),
     )
 
 
@@ -108,17 +109,32 @@ def _compute_copies(model: ModelConfig, compute_bytes: int, *, sharded: bool) ->
 def _activations(model: ModelConfig, tokens: int, compute_bytes: int) -> int:
     """Return the bytes kept for the backward pass of one micro-batch.
 
-    For each block and token: input and output of both norms (4·D; the block's input is the
-    stream itself), q, k and v (N·H + 2·K·H), with qk_norm also what came before it, attention's
-    output (N·H) and its fp32 log-sum-exp (4·N bytes), and gate, up, SiLU and product of the
-    feed-forward (4·F). Then the final norm's input and output (2·D).
+    For each block and token: both norms' input and quotient in fp32 or wider and output in the
+    compute type (D each); q, k, v (N·H + 2·K·H); attention's output in its own layout and in the
+    next product's (2·N·H), its fp32 log-sum-exp (N); gate, up, SiLU and product of the
+    feed-forward (4·F); with qk_norm input and quotient of q and k, fp32 or wider. Then the final
+    norm.
     """
     queries = model.num_heads * model.head_width
     keys = model.kv_heads * model.head_width
-    numbers = 4 * model.width + 2 * queries + 2 * keys + 4 * model.ffn_width
+    wide = max(_FP32, compute_bytes)
+    norm = model.width * (2 * wide + compute_bytes)
+    block = 2 * norm + compute_bytes * (3 * queries + 2 * keys + 4 * model.ffn_width)
+    block += _FP32 * model.num_heads
     if model.qk_norm:
-        numbers += queries + keys
+        block += 2 * wide * (queries + keys)
     if model.dropout:
-        numbers += model.width  # two masks of one byte each, rounded up to one number
-    block = compute_bytes * numbers + 4 * model.num_heads
-    return tokens * (model.num_layers * block + compute_bytes * 2 * model.width)
+        block += 2 * model.width  # a mask of one byte for each branch
+    return tokens * (model.num_layers * block + norm)
+
+
+def _loss(model: ModelConfig, tokens: int, chunk_tokens: int, compute_bytes: int) -> int:
+    """Return the bytes that the loss holds while it does one chunk of tokens.
+
+    Its logits, twice in fp32 or wider for the softmax; the head's gradient, added up over the
+    chunks beside that of earlier micro-batches; the gradient of the loss's input.
+    """
+    wide = max(_FP32, compute_bytes)
+    chunk = min(chunk_tokens, tokens) * model.vocab_size
+    head = wide * model.vocab_size * model.width
+    return chunk * (compute_bytes + 2 * wide) + head + compute_bytes * tokens * model.width

@@ -6,13 +6,16 @@ import sys
 from typing import Any
 
 import pytest
+import torch
 
 from allometry.configs.errors import UserError
 from allometry.configs.execution import Zero
-from allometry.configs.model import DenseModel
+from allometry.configs.model import DenseModel, StandardParameterization
 from allometry.configs.run import RunConfig
+from allometry.models.build import build_model
 from allometry.scaling.count import count_parameters
-from allometry.scaling.memory import estimate_memory
+from allometry.scaling.memory import COMPUTE_BYTES, estimate_memory
+from allometry.scaling.parameterization import Parameterization
 from allometry.scaling.plan import RunPlan
 
 MODEL = {
@@ -94,16 +97,50 @@ def test_zero_divides_what_each_stage_says() -> None:
     assert single.total == sum(getattr(single, name) for name in type(single).__dataclass_fields__)
 
 
-def test_activations_and_logits_by_hand() -> None:
-    memory = estimate()
-    # numbers a token keeps in a block: 4·384 norms, 4·384 q k v out, 4·1536 feed-forward; and the
-    # log-sum-exp, 6 heads in fp32
-    block = 2 * (4 * 384 + 4 * 384 + 4 * 1536) + 4 * 6
-    assert memory.activations == 2048 * (8 * block + 2 * 2 * 384)
-    assert memory.logits_chunk == 2 * 4 * 1024 * 8192
-    assert estimate(micro_batch_tokens=512).logits_chunk == 2 * 4 * 512 * 8192
+def test_copies_and_loss_by_hand() -> None:
+    memory = estimate(logits_chunk_tokens=1024)
+    assert memory.loss == 1024 * 8192 * 10 + 4 * 8192 * 384 + 2 * 2048 * 384
+    assert estimate(logits_chunk_tokens=4096).loss == memory.loss + 1024 * 8192 * 10
     assert estimate(compute_bytes=4).compute_copies == 0
-    assert memory.compute_copies == 2 * (8 * (4 * 384**2 + 3 * 384 * 1536) + 8192 * 384)
+    block = 4 * 384**2 + 3 * 384 * 1536
+    assert memory.compute_copies == 2 * (8 * block + 8192 * 384)
+    # Sharded: the two ends at once and a block that is fetched ahead.
+    sharded = estimate(zero=Zero(stage=3), hdp=2)
+    assert sharded.compute_copies == 2 * (block + 2 * 8192 * 384)
+
+
+@pytest.mark.parametrize("compute_dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_activations_are_near_what_autograd_keeps(compute_dtype: Any, qk_norm: bool) -> None:
+    shape = {**MODEL, "width": 128, "num_layers": 3, "num_heads": 4, "ffn_width": 352}
+    model = DenseModel.model_validate(
+        {**shape, "num_kv_heads": 2, "vocab_size": 64, "qk_norm": qk_norm}
+    )
+    module = build_model(model, Parameterization(StandardParameterization(), model), compute_dtype)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.fill_(0.01)
+    owned = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    tokens = torch.zeros(4, 128, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        module(tokens, tokens)
+    measured = sum(
+        tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in owned
+    )
+    memory = estimate_memory(
+        model,
+        micro_batch_tokens=tokens.numel(),
+        compute_bytes=COMPUTE_BYTES[compute_dtype],
+        zero=Zero(stage=0),
+        hdp=1,
+    )
+    assert memory.activations + memory.compute_copies == pytest.approx(measured, rel=0.1)
 
 
 def test_planning_needs_no_torch() -> None:
