@@ -125,9 +125,7 @@ def _data_path(detail: ErrorDetails, tree: Tree) -> KeyPath:
         if isinstance(node, dict) and not inside and part == node.get("kind"):
             continue
         path.append(part)
-        if inside:
-            node = node[part]
-        elif isinstance(node, list) and isinstance(part, int) and part < len(node):
+        if inside or (isinstance(node, list) and isinstance(part, int) and part < len(node)):
             node = node[part]
         else:
             node = None

@@ -45,9 +45,7 @@ class DenseModel(Section):
                 "change one of them or set head_dim"
             )
         if self.num_heads % self.kv_heads:
-            raise ValueError(
-                f"num_kv_heads={self.kv_heads} must divide num_heads={self.num_heads}"
-            )
+            raise ValueError(f"num_kv_heads={self.kv_heads} must divide num_heads={self.num_heads}")
         if self.head_width % 2:
             raise ValueError(f"head_dim={self.head_width} must be even, as RoPE turns pairs")
         return self

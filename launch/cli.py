@@ -34,12 +34,13 @@ def train(
     print_config: Annotated[
         bool, typer.Option("--print-config", help="print the resolved configuration and stop")
     ] = False,
-    world_size: Annotated[
-        int, typer.Option(min=1, help="ranks to plan for (with --dry-run)")
-    ] = 1,
+    world_size: Annotated[int, typer.Option(min=1, help="ranks to plan for (with --dry-run)")] = 1,
     allocator: Annotated[
         str, typer.Option(help="on CPU: auto, jemalloc, tcmalloc, glibc-tuned or system")
     ] = "auto",
+    stop_at_step: Annotated[
+        int | None, typer.Option(min=1, help="save and stop after this step; run again to go on")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Train the run that CONFIG describes, or continue it where it stopped.
@@ -59,7 +60,7 @@ def train(
     else:
         from allometry.launch.train import run
 
-        run(config, overrides, allocator)
+        run(config, overrides, allocator, stop_at_step)
 
 
 @app.command()

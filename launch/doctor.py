@@ -178,7 +178,9 @@ def _deepspeed() -> Iterator[Finding]:
     )
     built = sorted({path.stem for path in cache.rglob("*.so")}) if cache.exists() else []
     yield Finding(
-        "deepspeed", "ok", f"{found}; built ops: {', '.join(built) or 'none yet (built at first use)'}"
+        "deepspeed",
+        "ok",
+        f"{found}; built ops: {', '.join(built) or 'none yet (built at first use)'}",
     )
 
 

@@ -37,6 +37,7 @@ def learning_rates(config: RunConfig, plan: RunPlan, schedule: Schedule) -> list
 
 def _text(config: RunConfig, plan: RunPlan, facts: dict[str, Any]) -> str:
     counts, flops, memory = plan.parameters, plan.flops_per_token, plan.memory
+    micro_batches = plan.micro_batches(plan.total_steps)
     roles = ", ".join(f"{role} {number:,}" for role, number in counts.by_role.items() if number)
     lines = [
         f"parameters        {counts.total:,} ({counts.non_embedding:,} without embeddings)",
@@ -46,8 +47,8 @@ def _text(config: RunConfig, plan: RunPlan, facts: dict[str, Any]) -> str:
         f"tokens            {plan.total_tokens:,} ({plan.total_tokens / counts.total:.1f} per "
         f"parameter), {plan.total_flops:.4g} FLOPs in all",
         f"steps             {plan.total_steps:,} of {config.batch.sequences} x "
-        f"{config.data.sequence_length} tokens ({plan.micro_batches(plan.total_steps)} micro-batches "
-        f"of {plan.micro_batch_sequences} on each of {plan.world_size} ranks)",
+        f"{config.data.sequence_length} tokens ({micro_batches} micro-batches of "
+        f"{plan.micro_batch_sequences} on each of {plan.world_size} ranks)",
         f"memory per rank   {_size(memory.total)} (estimate):",
         *(
             f"  {name.replace('_', ' '):<24}{_size(number):>10}"

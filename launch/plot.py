@@ -130,7 +130,9 @@ def _figure(runs: Sequence[Run], out: Path) -> None:
 def _draw_run(panel: Any, run: Run, key: str, colour: str, *, alone: bool) -> None:
     """The run's loss, and with a single run also each source's, with held-out losses as dots."""
     x, metrics = run.metrics[key], run.metrics
-    panel.plot(x, metrics["loss"], color="black" if alone else colour, lw=1.4, label=run.folder.name)
+    panel.plot(
+        x, metrics["loss"], color="black" if alone else colour, lw=1.4, label=run.folder.name
+    )
     for index, name in enumerate(run.sources):
         shade = f"C{index}" if alone else colour
         if alone:

@@ -11,7 +11,12 @@ from allometry.configs.loader import load
 from allometry.launch.start import settle_allocator
 
 
-def run(config_path: str, overrides: list[str], allocator: str = "auto") -> None:
+def run(
+    config_path: str,
+    overrides: list[str],
+    allocator: str = "auto",
+    stop_at_step: int | None = None,
+) -> None:
     """Train in this process, which is a rank of a torchrun or the only one."""
     config = load(config_path, overrides)
     name = settle_allocator(allocator)
@@ -19,7 +24,7 @@ def run(config_path: str, overrides: list[str], allocator: str = "auto") -> None
     from allometry.trainer.train import Surroundings, train
 
     surroundings = Surroundings(allocator=name, command=sys.orig_argv)
-    train(config, surroundings=surroundings)
+    train(config, surroundings=surroundings, stop_at_step=stop_at_step)
 
 
 def fail(error: UserError) -> NoReturn:

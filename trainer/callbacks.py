@@ -65,7 +65,9 @@ class Display(Callback):
                 f"{duration(left)} left"
             )
         if held_out:
-            losses = ", ".join(f"{k.removeprefix('validation/')} {v:.4f}" for k, v in held_out.items())
+            losses = ", ".join(
+                f"{k.removeprefix('validation/')} {v:.4f}" for k, v in held_out.items()
+            )
             self._say(f"step {step} | validation loss: {losses}")
 
     def on_event(self, kind: str, details: dict[str, Any]) -> None:
@@ -181,7 +183,11 @@ def human(number: float) -> str:
 def duration(seconds: float) -> str:
     """Seconds as the two largest units."""
     whole = round(seconds)
-    for size, unit, below, small in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
+    for size, unit, below, small in (
+        (86400, "d", 3600, "h"),
+        (3600, "h", 60, "m"),
+        (60, "m", 1, "s"),
+    ):
         if whole >= size:
             return f"{whole // size}{unit}{whole % size // below:02d}{small}"
     return f"{whole}s"

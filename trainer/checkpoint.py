@@ -99,7 +99,7 @@ def choose(folder: RunFolder, resume: str) -> Path | None:
     others = [p for p in reversed(there) if p != chosen]
     whole = next((p for p in others if damage(p, contents=True) is None), None)
     remedy = (
-        f"the newest complete checkpoint is {whole.name}: continue there with run.resume={whole.name}"
+        f"the newest complete one is {whole.name}: continue there with run.resume={whole.name}"
         if whole
         else "there is no complete checkpoint in this folder: choose another run.folder"
     )

@@ -53,6 +53,4 @@ class Evaluator:
         model.train(training)
         self._mesh.all_reduce_sum(total, "hdp")
         loss, count = total.tolist()
-        return {
-            name: loss[i] / count[i] for i, name in enumerate(self._names) if count[i]
-        }
+        return {name: loss[i] / count[i] for i, name in enumerate(self._names) if count[i]}

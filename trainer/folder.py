@@ -1,11 +1,11 @@
 """A run's folder: who may write in it, and what it already holds.
 
-    config.yaml     the resolved configuration
-    run.json        versions, counts, multipliers, layout, data fingerprints, launches
-    metrics.jsonl   one row for each recorded step
-    events.jsonl    what happened and when
-    tb/             TensorBoard
-    checkpoints/step-N/, latest
+config.yaml     the resolved configuration
+run.json        versions, counts, multipliers, layout, data fingerprints, launches
+metrics.jsonl   one row for each recorded step
+events.jsonl    what happened and when
+tb/             TensorBoard
+checkpoints/step-N/, latest
 """
 
 from __future__ import annotations

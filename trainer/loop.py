@@ -115,7 +115,9 @@ class Loop:
         self.checkpointer = Checkpointer(folder, self.config.checkpoint, self.mesh, self.report)
         self._saved_step = self.progress.step or None
 
-    def run(self, batches: Iterator[list[DeviceBatch]]) -> RunResult:
+    def run(
+        self, batches: Iterator[list[DeviceBatch]], stop_at_step: int | None = None
+    ) -> RunResult:
         """Train from the progress made to the end of the plan, or until asked to stop."""
         total = self.plan.total_steps
         stopped: str | None = None
@@ -126,6 +128,8 @@ class Loop:
                 self._pending.append(outcome)
                 self.progress.step = step
                 stopped = stop.agreed() if step < total else None
+                if step == stop_at_step and step < total:
+                    stopped = f"--stop-at-step {step}"
                 self._between(step, last=step == total or stopped is not None)
                 if stopped:
                     break

@@ -49,14 +49,16 @@ def train(
     device: torch.device | None = None,
     callbacks: Sequence[Callback] | None = None,
     surroundings: Surroundings | None = None,
+    stop_at_step: int | None = None,
 ) -> RunResult:
     """Train the run that ``config`` describes, from where its folder says it is.
 
     Every rank of a torchrun calls this. ``device`` defaults to this rank's GPU, or the CPU without
-    one; ``callbacks`` to what ``config.record`` asks for. Raises UserError on all ranks alike.
+    one; ``callbacks`` to what ``config.record`` asks for. ``stop_at_step`` ends this launch there,
+    with a checkpoint, as a signal would. Raises UserError on all ranks alike.
     """
     with open_mesh(config.parallel, device) as mesh:
-        return _train(config, mesh, callbacks, surroundings or Surroundings())
+        return _train(config, mesh, callbacks, surroundings or Surroundings(), stop_at_step)
 
 
 def _train(
@@ -64,6 +66,7 @@ def _train(
     mesh: Mesh,
     callbacks: Sequence[Callback] | None,
     surroundings: Surroundings,
+    stop_at_step: int | None,
 ) -> RunResult:
     plan = RunPlan.of(config, mesh.world_size)
     stream = together(mesh, lambda: _open_stream(config))
@@ -82,7 +85,7 @@ def _train(
                 callback.on_start(facts, start.step + 1)
         _report_start(loop, start)
         with closing(_feed(loop, start.step)) as batches:
-            return loop.run(batches)
+            return loop.run(batches, stop_at_step)
     finally:
         if recorder is not None:
             for callback in callbacks:
@@ -98,9 +101,7 @@ def _open_stream(config: RunConfig) -> Stream:
     return stream
 
 
-def _assemble(
-    config: RunConfig, plan: RunPlan, mesh: Mesh, stream: Stream, start: Start
-) -> Loop:
+def _assemble(config: RunConfig, plan: RunPlan, mesh: Mesh, stream: Stream, start: Start) -> Loop:
     """The model on the device and all that trains it, in the state that ``start`` says.
 
     The model is made without storage, sharded, and only then filled, so that no rank ever holds

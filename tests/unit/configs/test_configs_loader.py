@@ -1,0 +1,159 @@
+"""Strictness of the configuration: every mistake names its place, its key and the fix."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from allometry.configs.errors import ConfigError, UserError
+from allometry.configs.loader import dump, load, presets
+from allometry.configs.run import RunConfig
+
+PRESET = "preset:dense_25m"
+
+
+def message(path: str | Path, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(path, overrides)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def write(folder: Path, text: str, name: str = "run.yaml") -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("name", presets())
+def test_every_preset_loads_and_survives_dump(name: str, tmp_path: Path) -> None:
+    config = load(f"preset:{name}")
+    assert load(write(tmp_path, dump(config))) == config
+
+
+def test_yaml_1_2_numbers(tmp_path: Path) -> None:
+    path = write(
+        tmp_path, f"base: {PRESET}\noptimizer: {{lr: 3e-4}}\ntraining: {{total_tokens: 1e9}}"
+    )
+    config = load(path)
+    assert config.optimizer.lr == 3e-4
+    assert config.training.total_tokens == 1_000_000_000
+
+
+def test_unknown_key_names_file_line_key_and_nearest(tmp_path: Path) -> None:
+    path = write(tmp_path, f"base: {PRESET}\nmodel:\n  num_layer: 3\n")
+    text = message(path)
+    assert f"{path}:3" in text
+    assert "model.num_layer " in text
+    assert "'num_layers'" in text
+
+
+def test_key_of_another_section_is_pointed_to() -> None:
+    assert "optimizer.lr" in message(PRESET, "lr=3")
+
+
+def test_duplicate_key_is_an_error(tmp_path: Path) -> None:
+    path = write(tmp_path, "model:\n  width: 3\n  width: 4\n")
+    text = message(path)
+    assert f"{path}:3" in text
+    assert "'width' stands twice" in text
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("optimizer.lr=-1", "greater than 0"),
+        ("schedule.kind=cosin", "'cosine'"),
+        ("data.sources.0.weight=0", "greater than 0"),
+        ("data.sources.5.weight=1", "items 0 to 1"),
+        ("model.num_heads=7", "must divide width=384"),
+        ("training.total_steps=5", "set the other to null"),
+        ("model.vocab_size=true", "whole number"),
+        ("batch.sequences=1.5", "integer"),
+        ("batch.sequences=30", "micro_batch_sequences=4 must divide"),
+        ("run.folder.x=3", "no key 'x'"),
+        ("run.resume=maybe", "run.resume='maybe'"),
+        ("optimizer.lr=.nan", "finite"),
+        ("optimizer.lr", "section.key=value"),
+    ],
+)
+def test_bad_override_says_what_is_wrong(override: str, said: str) -> None:
+    text = message(PRESET, override)
+    assert said in text
+    assert override.split("=")[0].split(".")[-1] in text
+
+
+def test_override_changes_one_key() -> None:
+    config = load(PRESET, ["optimizer.lr=1e-3", "--data.sources.1.weight=0.5"])
+    assert config.optimizer.lr == 1e-3
+    assert [s.weight for s in config.data.sources] == [0.8, 0.5]
+    assert config.model == load(PRESET).model
+
+
+def test_changing_the_kind_keeps_only_shared_keys() -> None:
+    config = load(PRESET, ["schedule.kind=cosine"])
+    assert config.schedule.kind == "cosine"
+    assert config.schedule.warmup_steps == 200
+
+
+def test_base_merges_sections_and_replaces_kinds(tmp_path: Path) -> None:
+    write(tmp_path, f"base: {PRESET}\nmodel: {{width: 192}}\n", "below.yaml")
+    path = write(tmp_path, "base: below.yaml\nschedule: {kind: linear, warmup_tokens: 1e6}\n")
+    config = load(path)
+    assert config.model.width == 192
+    assert config.model.num_layers == 8
+    assert config.schedule.kind == "linear"
+    assert config.schedule.warmup_steps is None
+
+
+def test_bases_in_a_circle(tmp_path: Path) -> None:
+    write(tmp_path, "base: b.yaml\n", "a.yaml")
+    write(tmp_path, "base: a.yaml\n", "b.yaml")
+    assert "circle" in message(tmp_path / "a.yaml")
+
+
+def test_missing_files_and_presets(tmp_path: Path) -> None:
+    assert "does not exist" in message(tmp_path / "no.yaml")
+    assert "dense_25m" in message("preset:nothing")
+
+
+def test_contradictions_between_sections() -> None:
+    text = message(
+        PRESET,
+        "parameterization.kind=mup",
+        "parameterization.base_width=64",
+        "model.tied_embeddings=true",
+    )
+    assert "tied_embeddings" in text
+    assert "mup" in text
+
+
+def test_config_is_frozen() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        load(PRESET).run.seed = 3  # type: ignore[misc]
+
+
+def sections(model: type[BaseModel]) -> set[type[BaseModel]]:
+    from allometry.configs.loader import _sections
+
+    found = {model}
+    for field in model.model_fields.values():
+        for inner in _sections(field.annotation):
+            found |= sections(inner)
+    return found
+
+
+def test_every_field_is_described() -> None:
+    bare = [
+        f"{section.__name__}.{name}"
+        for section in sections(RunConfig) - {RunConfig}
+        for name, field in section.model_fields.items()
+        if not field.description and name != "kind"
+    ]
+    assert not bare
+
+
+def test_a_config_error_is_a_user_error() -> None:
+    assert issubclass(ConfigError, UserError)
+    assert issubclass(UserError, ValueError)
