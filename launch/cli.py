@@ -76,7 +76,9 @@ def prepare(
     tokenizer: Annotated[
         Path | None, typer.Option(help="tokenizer.json to use; without one, a BPE is trained")
     ] = None,
-    vocab_size: Annotated[int, typer.Option(help="size of the BPE to train")] = 8192,
+    vocab_size: Annotated[
+        int | None, typer.Option(help="size of the BPE to train; default: 8192")
+    ] = None,
     validation_fraction: Annotated[
         float, typer.Option(help="share of the documents held out, chosen by their hash")
     ] = 0.02,
@@ -88,21 +90,20 @@ def prepare(
     json: Json = False,
 ) -> None:
     """Turn text into token files that training reads (Megatron's .bin/.idx)."""
+    from allometry.data.prepare import PrepareRequest
     from allometry.launch.prepare import run
 
-    typer.echo(
-        run(
-            inputs=inputs,
-            out=out,
-            tokenizer=tokenizer,
-            vocab_size=vocab_size,
-            validation_fraction=validation_fraction,
-            text_key=text_key,
-            max_documents=max_documents,
-            processes=processes,
-            as_json=json,
-        )
+    request = PrepareRequest(
+        inputs=tuple(inputs),
+        out=str(out),
+        tokenizer=str(tokenizer) if tokenizer else None,
+        vocab_size=vocab_size,
+        validation_fraction=validation_fraction,
+        text_key=text_key,
+        max_documents=max_documents,
+        processes=processes,
     )
+    typer.echo(run(request, as_json=json))
 
 
 @app.command()

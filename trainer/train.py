@@ -14,6 +14,7 @@ from allometry.configs.errors import UserError
 from allometry.configs.run import RunConfig
 from allometry.data.prefetch import Prefetcher
 from allometry.data.stream import Stream
+from allometry.data.tokenizer import check_vocabulary
 from allometry.laws.areas import LearningRateAreas
 from allometry.models.build import build_model, parameter_specs
 from allometry.models.init import initialize
@@ -97,7 +98,7 @@ def _train(
 def _open_stream(config: RunConfig) -> Stream:
     """The data, after checking that tokenizer and vocabulary fit it."""
     stream = Stream(config.data, config.run.seed)
-    stream.check(config.model.vocab_size)
+    check_vocabulary(config.model.vocab_size, stream.stores)
     return stream
 
 
