@@ -10,34 +10,33 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
-from enum import StrEnum
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-class VarlenKernel(StrEnum):
-    """The variable-length kernels there are, and how each spells causal attention."""
+class VarlenOptions(NamedTuple):
+    """Which kernel there is and how it spells what is asked of it."""
 
-    FLASH_ATTN = "flash_attn"
-    TORCH_WINDOW = "torch: window_size=(-1, 0)"
-    TORCH_IS_CAUSAL = "torch: is_causal=True"
+    flash_attn: bool
+    window: bool
+    groups_heads: bool
 
 
 # Compiled code takes the answer as a constant: what is installed does not change in a run.
 @torch.compiler.assume_constant_result
 @functools.cache
-def varlen_kernel() -> VarlenKernel:
-    """Say which kernel is used here. torch spells causal differently from version to version."""
+def varlen_options() -> VarlenOptions:
+    """Look at what is installed: torch spells causal differently from version to version."""
     if importlib.util.find_spec("flash_attn") is not None:
-        return VarlenKernel.FLASH_ATTN
-    from torch.nn.attention.varlen import varlen_attn
+        return VarlenOptions(flash_attn=True, window=False, groups_heads=True)
+    from torch.nn.attention import varlen
 
-    names = inspect.signature(varlen_attn).parameters
-    if "window_size" in names:
-        return VarlenKernel.TORCH_WINDOW
-    assert "is_causal" in names, names
-    return VarlenKernel.TORCH_IS_CAUSAL
+    names = inspect.signature(varlen.varlen_attn).parameters
+    window = "window_size" in names
+    assert window or "is_causal" in names, names
+    return VarlenOptions(flash_attn=False, window=window, groups_heads="enable_gqa" in names)
 
 
 def varlen_attention(
@@ -49,27 +48,20 @@ def varlen_attention(
     scale: float,
 ) -> Tensor:
     """Return causal attention within each document [T, N, H]; bf16 or fp16, on CUDA."""
-    kernel = varlen_kernel()
-    if kernel == VarlenKernel.FLASH_ATTN:
+    options = varlen_options()
+    lengths = (cu_lengths, cu_lengths, max_length, max_length)
+    if options.flash_attn:
         from flash_attn import flash_attn_varlen_func
 
         return flash_attn_varlen_func(
-            q_TNH,
-            k_TKH,
-            v_TKH,
-            cu_lengths,
-            cu_lengths,
-            max_length,
-            max_length,
-            softmax_scale=scale,
-            causal=True,
+            q_TNH, k_TKH, v_TKH, *lengths, softmax_scale=scale, causal=True
         )
-    from torch.nn.attention.varlen import varlen_attn
+    from torch.nn.attention import varlen
 
     groups = q_TNH.shape[1] // k_TKH.shape[1]
-    if groups > 1:  # not every supported torch groups heads here
+    more = {"window_size": (-1, 0)} if options.window else {"is_causal": True}
+    if groups > 1 and options.groups_heads:
+        more["enable_gqa"] = True
+    elif groups > 1:
         k_TKH, v_TKH = (x.repeat_interleave(groups, dim=1) for x in (k_TKH, v_TKH))
-    lengths = (cu_lengths, cu_lengths, max_length, max_length)
-    if kernel == VarlenKernel.TORCH_WINDOW:
-        return varlen_attn(q_TNH, k_TKH, v_TKH, *lengths, scale=scale, window_size=(-1, 0))
-    return varlen_attn(q_TNH, k_TKH, v_TKH, *lengths, scale=scale, is_causal=True)
+    return varlen.varlen_attn(q_TNH, k_TKH, v_TKH, *lengths, scale=scale, **more)

@@ -1,0 +1,186 @@
+"""The chunked loss against its full-logits twin."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from allometry.models.loss import (
+    IGNORE,
+    default_chunk_tokens,
+    linear_cross_entropy,
+    reference_cross_entropy,
+)
+
+ROOT = Path(__file__).parents[3]
+
+
+def example(dtype: torch.dtype, tokens: int = 37, ignored: int = 5) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(7)
+    x_TD = torch.randn(tokens, 16, generator=generator, dtype=torch.float64)
+    weight_VD = torch.randn(61, 16, generator=generator, dtype=torch.float64) / 4
+    targets_T = torch.randint(61, (tokens,), generator=generator)
+    targets_T[:ignored] = IGNORE
+    return x_TD.to(dtype).requires_grad_(), weight_VD.to(dtype).requires_grad_(), targets_T
+
+
+def results(loss, x, weight, targets, **options):
+    total, nll_T = loss(x, weight, targets, **options)
+    # A factor, as the caller divides by the global count.
+    grads = torch.autograd.grad(total * 0.3, (x, weight))
+    return total.detach(), nll_T, *grads
+
+
+def relative(some: Tensor, other: Tensor) -> float:
+    return float((some - other).abs().max() / other.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)], ids=str
+)
+@pytest.mark.parametrize("chunk_tokens", [1, 8, 37, 1000])
+@pytest.mark.parametrize(("logit_scale", "z_loss"), [(1.0, 0.0), (0.25, 0.0), (0.5, 1e-2)])
+def test_equals_the_twin(dtype, tolerance, chunk_tokens, logit_scale, z_loss):
+    options = {"logit_scale": logit_scale, "z_loss": z_loss}
+    expected = results(reference_cross_entropy, *example(dtype), **options)
+    got = results(linear_cross_entropy, *example(dtype), chunk_tokens=chunk_tokens, **options)
+    for some, other in zip(got, expected, strict=True):
+        assert some.dtype == other.dtype
+        assert relative(some, other) < tolerance
+
+
+def test_the_twin_is_what_it_says():
+    x, weight, targets = example(torch.float64)
+    logits = 0.5 * x.detach() @ weight.detach().T
+    expected = 0.0
+    for row, target in zip(logits, targets.tolist(), strict=True):
+        if target != IGNORE:
+            log_z = row.exp().sum().log()
+            expected += float(log_z - row[target] + 0.01 * log_z**2)
+    total, _ = reference_cross_entropy(x, weight, targets, logit_scale=0.5, z_loss=0.01)
+    assert total.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_z_loss_and_scale_are_felt():
+    inputs = example(torch.float64)
+    totals = {
+        linear_cross_entropy(*inputs, logit_scale=s, z_loss=z)[0].item()
+        for s, z in itertools.product((1.0, 0.5), (0.0, 1e-2))
+    }
+    assert len(totals) == 4
+
+
+def test_ignored_targets_have_no_effect():
+    x, weight, targets = example(torch.float64, ignored=5)
+    total, nll_T, grad_x, grad_weight = results(linear_cross_entropy, x, weight, targets, z_loss=1)
+    assert not nll_T[:5].any()
+    assert not grad_x[:5].any()
+    assert nll_T[5:].all()
+    rest = x.detach()[5:].requires_grad_(), weight, targets[5:]
+    expected = results(linear_cross_entropy, *rest, z_loss=1)
+    assert relative(total, expected[0]) < 1e-14
+    assert relative(grad_weight, expected[3]) < 1e-14
+
+
+def test_all_ignored_is_zero_with_zero_gradients():
+    x, weight, targets = example(torch.float32, ignored=37)
+    for tensor in results(linear_cross_entropy, x, weight, targets, z_loss=1.0):
+        assert not tensor.any()
+
+
+def test_no_tokens():
+    x, weight, targets = example(torch.float32, tokens=0, ignored=0)
+    total, nll_T, _, grad_weight = results(linear_cross_entropy, x, weight, targets)
+    assert float(total) == 0.0
+    assert nll_T.shape == (0,)
+    assert not grad_weight.any()
+
+
+def test_large_logits_stay_finite():
+    x, weight, targets = example(torch.float32)
+    with torch.no_grad():
+        x.mul_(1e3)
+    for tensor in results(linear_cross_entropy, x, weight, targets, chunk_tokens=8):
+        assert tensor.isfinite().all()
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_frozen_inputs_get_no_gradient(which):
+    inputs = example(torch.float64)
+    inputs[which].requires_grad_(False)
+    total, _ = linear_cross_entropy(*inputs, chunk_tokens=8)
+    total.backward()
+    assert inputs[which].grad is None
+    expected = results(reference_cross_entropy, *example(torch.float64))
+    assert relative(inputs[1 - which].grad * 0.3, expected[2 + 1 - which]) < 1e-12
+
+
+def test_without_gradients_only_the_loss(monkeypatch):
+    def never(*_):
+        raise AssertionError("gradients were computed")
+
+    monkeypatch.setattr("allometry.models.loss.softmax_gradient_", never)
+    inputs = example(torch.float64)
+    options = {"logit_scale": 0.5, "z_loss": 0.1}
+    with torch.no_grad():
+        got = linear_cross_entropy(*inputs, chunk_tokens=8, **options)
+    assert not got[0].requires_grad
+    expected = reference_cross_entropy(*inputs, **options)
+    for some, other in zip(got, expected, strict=True):
+        assert relative(some, other.detach()) < 1e-12
+    with pytest.raises(AssertionError, match="gradients were computed"):
+        linear_cross_entropy(*inputs)
+
+
+def test_a_second_backward_is_refused():
+    total, _ = linear_cross_entropy(*example(torch.float64))
+    total.backward(torch.tensor(0.3, dtype=torch.float64), retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        total.backward(torch.tensor(0.3, dtype=torch.float64))
+
+
+def test_bf16_keeps_fp32_where_it_matters():
+    x, weight, targets = example(torch.float64, tokens=4096)
+    exact = results(reference_cross_entropy, x, weight, targets)
+    x16 = x.detach().bfloat16().requires_grad_()
+    weight32 = weight.detach().float().requires_grad_()
+    got = results(linear_cross_entropy, x16, weight32, targets, chunk_tokens=64)
+    assert [t.dtype for t in got] == [torch.float32, torch.float32, torch.bfloat16, torch.float32]
+    assert relative(got[0], exact[0]) < 1e-3
+    # 64 chunks added up in bf16 would be off by several per cent.
+    assert relative(got[3], exact[3]) < 1e-2
+    assert relative(got[2], exact[2]) < 3e-2
+
+
+def test_tied_weight_gets_both_gradients():
+    def grads(loss):
+        _, weight, targets = example(torch.float64)
+        tokens = torch.arange(37) % 61
+        total, _ = loss(weight[tokens] * 2.0, weight, targets)
+        return torch.autograd.grad(total, weight)[0]
+
+    assert relative(grads(linear_cross_entropy), grads(reference_cross_entropy)) < 1e-12
+
+
+def test_chunks_at_large_vocabularies_stay_small():
+    for vocab_size in (256, 8192, 131072, 262144):
+        tokens = default_chunk_tokens(vocab_size, "cpu")
+        assert tokens == 128 or tokens * vocab_size <= 2**22
+
+
+def test_peak_memory_below_a_tenth_of_full_logits():
+    """A smaller twin of the 128k x 4k case, which benchmarks/loss_memory.py measures."""
+    command = [sys.executable, "benchmarks/loss_memory.py", "--json"]
+    sizes = ["--vocabulary", "32768", "--tokens", "4096", "--width", "32"]
+    done = subprocess.run(command + sizes, cwd=ROOT, capture_output=True, text=True, check=True)
+    row = json.loads(done.stdout.splitlines()[-1])
+    assert row["full_mib"] > 1.9 * 32768 * 4096 * 4 / 2**20  # the measurement sees the logits
+    assert row["ratio"] < 0.1
+    assert row["gradient_error"] < 1e-6

@@ -1,0 +1,304 @@
+"""The whole model: contract, causality, documents, and two independent implementations."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from allometry.configs.model import DenseModel, StandardParameterization
+from allometry.models.build import build_model, parameter_specs, torch_dtype
+from allometry.models.documents import Documents
+from allometry.models.init import initialize
+from allometry.models.loss import IGNORE
+from allometry.models.transformer import Losses, Transformer
+from allometry.scaling.inventory import inventory
+from allometry.scaling.parameterization import ForwardScales, Parameterization
+
+SLOW = pytest.mark.slow
+B, L, V = 2, 16, 61
+LENGTHS = [5, 0, 10, 1, 16]
+SMALL = {
+    "vocab_size": V,
+    "width": 24,
+    "num_layers": 2,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 8,
+    "ffn_width": 40,
+    "rope_theta": 100.0,
+}
+
+
+def sp(model: DenseModel) -> Parameterization:
+    return Parameterization(StandardParameterization(), model)
+
+
+def small(dtype: str = "fp64", **changes) -> Transformer:
+    config = DenseModel(**{**SMALL, **changes})
+    model = build_model(config, sp(config), dtype)
+    initialize(model, sp(config), seed=0)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:  # gains of exactly one would hide a missing gain
+            nn.init.normal_(parameter, 1.0, 0.2, torch.Generator().manual_seed(len(name)))
+    return model.double() if dtype == "fp64" else model
+
+
+def tokens(seed: int = 0) -> Tensor:
+    return torch.randint(V, (B, L), generator=torch.Generator().manual_seed(seed))
+
+
+def documents() -> Documents:
+    ends = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
+    positions_BL = torch.cat([torch.arange(n) for n in LENGTHS]).view(B, L)
+    return Documents(ends, max(LENGTHS), positions_BL)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_declared_parameters_are_the_inventory(tied, qk_norm):
+    config = DenseModel(**SMALL, tied_embeddings=tied, qk_norm=qk_norm)
+    with torch.device("meta"):
+        model = build_model(config, sp(config), "bf16")
+    specs = parameter_specs(model)
+    assert tuple(specs.values()) == inventory(config)
+    assert list(specs) == [name for name, _ in model.named_parameters()]
+    assert list(specs) == list(model.state_dict())
+
+
+def test_an_undeclared_parameter_is_an_error():
+    model = small()
+    model.blocks[0].extra = nn.Parameter(torch.zeros(1))
+    with pytest.raises(ValueError, match=r"blocks\.0\.extra.*has no role"):
+        parameter_specs(model)
+
+
+def test_wrappers_do_not_change_names():
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model = small()
+    names = list(parameter_specs(model))
+    model.blocks[1] = checkpoint_wrapper(model.blocks[1])
+    assert any("_checkpoint" in name for name, _ in model.named_modules())
+    assert list(parameter_specs(model)) == names
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32", "fp64"])
+def test_types_and_shapes(dtype):
+    model = small(dtype)
+    wide = torch.promote_types(torch_dtype(dtype), torch.float32)
+    logits = model(tokens())
+    assert (logits.shape, logits.dtype) == ((B, L, V), wide)
+    targets_BL = tokens(1)
+    targets_BL[0, :3] = IGNORE
+    losses = model(tokens(), targets_BL)
+    assert isinstance(losses, Losses)
+    assert (losses.nll_BL.shape, losses.nll_BL.dtype, losses.total.dtype) == ((B, L), wide, wide)
+    assert not losses.nll_BL.requires_grad
+    assert not losses.nll_BL[0, :3].any()
+    losses.total.backward()
+    for name, parameter in model.named_parameters():
+        expected = torch.float64 if dtype == "fp64" else torch.float32
+        assert parameter.grad.dtype == expected, name
+        assert parameter.grad.isfinite().all()
+        assert parameter.grad.any(), name
+    with torch.no_grad():
+        quiet = model(tokens(), targets_BL)
+    torch.testing.assert_close(quiet.nll_BL, losses.nll_BL, rtol=1e-6, atol=1e-6)
+
+
+def test_bf16_is_near_fp64():
+    assert (small("bf16")(tokens()) - small()(tokens())).abs().max() < 0.1
+
+
+def test_an_uninitialised_model_does_not_look_alive():
+    config = DenseModel(**SMALL)
+    assert build_model(config, sp(config), "fp32")(tokens()).isnan().all()
+
+
+def test_future_tokens_change_nothing():
+    model = small()
+    first, second = tokens(), tokens()
+    second[:, 9:] = (second[:, 9:] + 1) % V
+    before, after = model(first), model(second)
+    assert torch.equal(before[:, :9], after[:, :9])
+    assert (before[:, 9:] != after[:, 9:]).any(dim=-1).all()
+
+
+def test_a_document_is_as_if_alone():
+    model = small()
+    packed_BLV = model(tokens(), None, documents()).flatten(0, 1)
+    whole_BLV = model(tokens()).flatten(0, 1)
+    bounds = documents().cu_lengths.tolist()
+    for start, stop in itertools.pairwise(bounds):
+        if start == stop:
+            continue
+        alone_LV = model(tokens().flatten()[None, start:stop])[0]
+        torch.testing.assert_close(packed_BLV[start:stop], alone_LV, rtol=1e-10, atol=1e-12)
+        if start % L:  # the negative control: without documents the neighbours are felt
+            assert (whole_BLV[start:stop] - alone_LV).abs().max() > 1e-3
+
+
+def plain(state: dict[str, Tensor], model: DenseModel, scales: ForwardScales) -> Tensor:
+    """Logits [T, V] from the formulas: one document, one head, one query at a time."""
+    T_tokens = tokens().flatten()
+    bounds = documents().cu_lengths.tolist()
+    half = model.head_width // 2
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return x / (x.pow(2).mean(-1, keepdim=True) + model.norm_eps).sqrt() * state[name]
+
+    def turn(x: Tensor) -> Tensor:
+        frequencies = model.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half)
+        angle = torch.arange(len(x))[:, None] * frequencies
+        z = torch.complex(x[:, :half], x[:, half:]) * torch.exp(1j * angle)
+        return torch.cat([z.real, z.imag], dim=1)
+
+    outputs = []
+    for start, stop in itertools.pairwise(bounds):
+        x = state["embedding.weight"][T_tokens[start:stop]] * scales.embedding
+        for layer in range(model.num_layers):
+            at = f"blocks.{layer}."
+            normed = norm(x, at + "attention_norm.weight")
+            heads = []
+            for n in range(model.num_heads):
+                kv = n // (model.num_heads // model.kv_heads)
+                rows = [slice(i * half * 2, (i + 1) * half * 2) for i in (n, kv, kv)]
+                q, k, v = (
+                    normed @ state[f"{at}attention.{w}.weight"][r].T
+                    for w, r in zip(("wq", "wk", "wv"), rows, strict=True)
+                )
+                if model.qk_norm:
+                    q = norm(q, at + "attention.q_norm.weight")
+                    k = norm(k, at + "attention.k_norm.weight")
+                q, k = turn(q), turn(k)
+                heads.append(
+                    torch.stack(
+                        [
+                            (scales.attention * k[: i + 1] @ q[i]).softmax(0) @ v[: i + 1]
+                            for i in range(stop - start)
+                        ]
+                    )
+                    if stop > start
+                    else q
+                )
+            out = torch.cat(heads, dim=1) @ state[at + "attention.wo.weight"].T
+            x = x + scales.residual * out
+            normed = norm(x, at + "ffn_norm.weight")
+            gate = normed @ state[at + "ffn.gate.weight"].T
+            up = normed @ state[at + "ffn.up.weight"].T
+            down = (gate * gate.sigmoid() * up) @ state[at + "ffn.down.weight"].T
+            x = x + scales.residual * down
+        outputs.append(norm(x, "final_norm.weight"))
+    head = state["embedding.weight" if model.tied_embeddings else "head.weight"]
+    return torch.cat(outputs) @ head.T * scales.output
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_equals_the_formulas(tied, qk_norm):
+    """Logits, loss and every gradient, with each multiplier away from one."""
+    config = DenseModel(**SMALL, tied_embeddings=tied, qk_norm=qk_norm, z_loss=1e-2)
+    scales = ForwardScales(embedding=3.0, residual=0.7, attention=0.3, output=0.5)
+    model = Transformer(config, scales, torch.float64).double()
+    model.load_state_dict(small(tied_embeddings=tied, qk_norm=qk_norm).state_dict())
+    targets_BL = tokens(1)
+    targets_BL[1, 4:7] = IGNORE
+
+    state = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()}
+    logits_TV = plain(state, config, scales)
+    counted = targets_BL.flatten() != IGNORE
+    log_z = logits_TV.logsumexp(1)
+    nll_T = log_z - logits_TV.gather(1, targets_BL.flatten().clamp_min(0)[:, None])[:, 0]
+    expected = (nll_T + 1e-2 * log_z**2)[counted].sum()
+    expected.backward()
+
+    got_BLV = model(tokens(), None, documents())
+    torch.testing.assert_close(got_BLV.flatten(0, 1), logits_TV, rtol=1e-10, atol=1e-12)
+    losses = model(tokens(), targets_BL, documents())
+    losses.total.backward()
+    torch.testing.assert_close(losses.total, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(losses.nll_BL.flatten()[counted], nll_T[counted], rtol=1e-10, atol=0)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(
+            parameter.grad, state[name].grad, rtol=1e-8, atol=1e-11, msg=lambda m, n=name: n + m
+        )
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_equals_hugging_face(qk_norm):
+    """Llama, and Qwen3 for the norm of queries and keys: a converter renames and copies."""
+    transformers = pytest.importorskip("transformers")
+    model = small("fp32", qk_norm=qk_norm)
+    options = {
+        "vocab_size": V,
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+        "rope_theta": 100.0,
+        "tie_word_embeddings": False,
+    }
+    if qk_norm:
+        twin = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**options))
+    else:
+        twin = transformers.LlamaForCausalLM(transformers.LlamaConfig(**options))
+    names = {
+        "embedding": "model.embed_tokens",
+        "head": "lm_head",
+        "final_norm": "model.norm",
+        "blocks": "model.layers",
+        "attention_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm",
+        "attention": "self_attn",
+        **{f"w{x}": f"{x}_proj" for x in "qkvo"},
+        "ffn": "mlp",
+        **{x: f"{x}_proj" for x in ("gate", "up", "down")},
+    }
+    state = {
+        ".".join(names.get(part, part) for part in name.split(".")): value
+        for name, value in model.state_dict().items()
+    }
+    twin.load_state_dict(state)
+    got, expected = model(tokens()), twin(tokens()).logits
+    assert (got - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_dropout_in_training_only():
+    model = small(dropout=0.5)
+    without = small()
+    torch.manual_seed(0)
+    first, second = model(tokens()), model(tokens())
+    assert not torch.equal(first, second)
+    model.eval()
+    assert torch.equal(model(tokens()), without(tokens()))
+
+
+# aot_eager traces all that inductor would, and compiles nothing.
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=SLOW)])
+def test_equal_blocks_compile_whole(backend):
+    """With and without documents, whose number may change without compiling again."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    model, compiled = small("fp32", num_layers=3), small("fp32", num_layers=3)
+    counter = CompileCounterWithBackend(backend)
+    for block in compiled.blocks:
+        block.compile(backend=counter, fullgraph=True)
+    compiled.head.compile(backend=backend, fullgraph=True)
+    fewer = Documents(torch.tensor([0, 16, 32], dtype=torch.int32), 16, documents().positions_BL)
+
+    for packed in (None, documents(), fewer):
+        for one in (model, compiled):
+            one.zero_grad()
+            one(tokens(), tokens(1), packed).total.backward()
+        for (name, one), other in zip(model.named_parameters(), compiled.parameters(), strict=True):
+            difference = (one.grad - other.grad).abs().max()
+            assert difference < 1e-5 * one.grad.abs().max(), name
+    assert counter.frame_count == 2
