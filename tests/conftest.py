@@ -1,0 +1,87 @@
+"""Tiny runs that all rooms' tests share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from allometry.configs.run import RunConfig
+from allometry.data.synthetic import write_store
+
+VOCAB = 64
+
+
+def write_tiny_store(folder: Path) -> None:
+    """Two sources of short documents that a tiny model can learn: counting up and counting down."""
+    rng = np.random.default_rng(0)
+    for name, direction in (("up", 1), ("down", -1)):
+        for split, documents in (("train", 400), ("validation", 40)):
+            lengths = rng.integers(5, 60, documents)
+            starts = rng.integers(1, VOCAB, documents)
+            write_store(
+                folder / f"{name}.{split}",
+                [
+                    np.append((s + direction * np.arange(n)) % (VOCAB - 1) + 1, 0)
+                    for s, n in zip(starts, lengths, strict=True)
+                ],
+            )
+
+
+def tiny_description(store: Path, run: Path) -> dict[str, Any]:
+    """A run of 20 steps that takes a second, as plain data to change and validate."""
+    return {
+        "run": {"folder": str(run), "seed": 3},
+        "model": {
+            "vocab_size": VOCAB,
+            "width": 32,
+            "num_layers": 2,
+            "num_heads": 4,
+            "num_kv_heads": 2,
+            "ffn_width": 64,
+            "qk_norm": True,
+        },
+        "data": {
+            "sequence_length": 32,
+            "sources": [
+                {
+                    "name": name,
+                    "train": str(store / f"{name}.train"),
+                    "validation": str(store / f"{name}.validation"),
+                    "weight": weight,
+                }
+                for name, weight in (("up", 0.7), ("down", 0.3))
+            ],
+        },
+        "batch": {"sequences": 8, "micro_batch_sequences": 2},
+        "training": {"total_steps": 20, "compute_dtype": "fp32"},
+        "optimizer": {"lr": 1e-2},
+        "schedule": {"kind": "wsd", "warmup_steps": 3, "decay_fraction": 0.3},
+        "evaluation": {"sequences_per_source": 4},
+        "checkpoint": {"every_steps": 5},
+        "record": {"tensorboard": False, "display_every_steps": 100},
+    }
+
+
+@pytest.fixture(scope="session")
+def tiny_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("store")
+    write_tiny_store(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny(tiny_store: Path, tmp_path: Path) -> Callable[..., RunConfig]:
+    """``tiny("section.key=value", ...)``: a validated tiny run in a fresh folder."""
+    from allometry.configs.loader import load
+
+    def make(*overrides: str, folder: Path | None = None) -> RunConfig:
+        path = tmp_path / "tiny.yaml"
+        path.write_text(json.dumps(tiny_description(tiny_store, folder or tmp_path / "run")))
+        return load(path, overrides)
+
+    return make
