@@ -1,0 +1,154 @@
+"""Two corpora that every Python brings along: its standard library's code and documentation."""
+
+from __future__ import annotations
+
+import ast
+import os
+import sysconfig
+import tokenize
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+from allometry.configs.errors import UserError
+from allometry.data.corpora import Corpus, Document, OrderedMap, python_version, text_digest
+
+_OTHERS = {"site-packages", "dist-packages", "__pycache__"}
+_TOPICS = "pydoc_data/topics.py"
+
+
+def open_builtin(name: str) -> Corpus:
+    """``builtin:python-code`` or ``builtin:python-prose``."""
+    kinds = {"builtin:python-code": CodeCorpus, "builtin:python-prose": ProseCorpus}
+    if name not in kinds:
+        raise UserError(f"input {name} is not built in; choose one of {', '.join(kinds)}")
+    root = Path(sysconfig.get_path("stdlib"))
+    files = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = sorted(set(folders) - _OTHERS)
+        files += [Path(folder, name) for name in sorted(names) if name.endswith(".py")]
+    if not files:
+        raise UserError(
+            f"input {name} needs the sources of Python's standard library, but {root} has none; "
+            "give a corpus of your own"
+        )
+    return kinds[name](f"{name} (Python {python_version()})", root, files)
+
+
+class _Library(Corpus):
+    """Sources of the standard library, its own tests included, installed packages not."""
+
+    def __init__(self, input: str, root: Path, files: list[Path]) -> None:
+        super().__init__(input, files)
+        self.root = root
+
+    def _id(self, path: Path) -> str:
+        return path.relative_to(self.root).as_posix()
+
+
+class CodeCorpus(_Library):
+    """Each source file is a document; pydoc's topics are left to the prose."""
+
+    def documents(
+        self, skipped: Counter[str], advance: Callable[[int], None], ordered_map: OrderedMap
+    ) -> Iterator[Document]:
+        """See ``Corpus.documents``."""
+        for path in self.files:
+            text = _source(path)
+            advance(path.stat().st_size)
+            if text is None:
+                skipped["file is not text in its declared encoding"] += 1
+            elif self._id(path) != _TOPICS:
+                yield Document(self._id(path), text, text_digest(text))
+
+
+class ProseCorpus(_Library):
+    """Each docstring is a document, the first of equal ones, and so is each topic of pydoc.
+
+    A docstring goes to the split of its file, so that no held-out docstring stands in a training
+    document of ``CodeCorpus`` (unless another file repeats it).
+    """
+
+    def __init__(self, input: str, root: Path, files: list[Path]) -> None:
+        super().__init__(input, root, files)
+        self._read: tuple[list[Document], Counter[str]] | None = None
+
+    def documents(
+        self, skipped: Counter[str], advance: Callable[[int], None], ordered_map: OrderedMap
+    ) -> Iterator[Document]:
+        """See ``Corpus.documents``; kept in memory, as parsing takes seconds and they are few."""
+        if self._read is None:
+            found: dict[str, Document] = {}
+            left_out: Counter[str] = Counter()
+            extract = partial(_docstrings, self.root)
+            for path, outcome in zip(
+                self.files, ordered_map(extract, iter(self.files)), strict=True
+            ):
+                advance(path.stat().st_size)
+                if isinstance(outcome, str):
+                    left_out[outcome] += 1
+                    continue
+                for document in outcome:
+                    if document.text in found:
+                        left_out["docstring stands elsewhere too"] += 1
+                    found.setdefault(document.text, document)
+            for document in _topics():
+                found.setdefault(document.text, document)
+            self._read = list(found.values()), left_out
+        else:
+            advance(self.total_bytes)
+        skipped.update(self._read[1])
+        yield from self._read[0]
+
+
+def _source(path: Path) -> str | None:
+    """The file's text by its declared encoding (PEP 263); None if it is not in it."""
+    try:
+        with tokenize.open(path) as file:
+            return file.read()
+    except (SyntaxError, UnicodeDecodeError):
+        return None
+
+
+def _docstrings(root: Path, path: Path) -> list[Document] | str:
+    """Docstrings of one file in the order of their places, or why there are none."""
+    text = _source(path)
+    if text is None:
+        return "file is not text in its declared encoding"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the library's own code
+            tree = ast.parse(text)
+    except (SyntaxError, ValueError):
+        return "file does not parse"
+    name, group = path.relative_to(root).as_posix(), text_digest(text)
+    found: list[Document] = []
+    # Statements only: docstrings stand nowhere else, and expressions are most of a tree.
+    waiting: list[tuple[ast.AST, str]] = [(tree, name)]
+    while waiting:
+        node, where = waiting.pop()
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            if not isinstance(node, ast.Module):
+                where = f"{where}:{node.name}"
+            docstring = ast.get_docstring(node)
+            if docstring:
+                found.append(Document(where, docstring, group))
+        for block in ("cases", "finalbody", "orelse", "handlers", "body"):
+            inner = getattr(node, block, None)
+            if isinstance(inner, list):
+                waiting.extend((child, where) for child in reversed(inner))
+    return found
+
+
+def _topics() -> Iterator[Document]:
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:  # a Python that was installed without its documentation
+        raise UserError(
+            "builtin:python-prose needs pydoc_data.topics, which this Python lacks; install the "
+            "whole standard library or give a corpus of your own"
+        ) from error
+    for name, text in sorted(topics.items()):
+        yield Document(f"{_TOPICS}:{name}", text, text_digest(text))

@@ -1,0 +1,254 @@
+"""Text to tokens: the tokenizer that is given or trained, and several processes that apply it."""
+
+from __future__ import annotations
+
+import heapq
+import json
+import multiprocessing
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from allometry.configs.errors import UserError
+from allometry.data.corpora import Document, text_digest
+from allometry.data.tokenizer import read_tokenizer_json
+
+END_OF_DOCUMENT = "<|endoftext|>"
+_KNOWN_ENDS = (
+    END_OF_DOCUMENT,
+    "<|end_of_text|>",
+    "<|eod|>",
+    "<|eos|>",
+    "<eos>",
+    "<eod>",
+    "</s>",
+    "<|end▁of▁sentence|>",
+)
+_CHUNK_CHARACTERS = 1 << 18
+_IN_FLIGHT = 4
+
+Item = TypeVar("Item")
+Outcome = TypeVar("Outcome")
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE (Radford et al. 2019) whose id 0 ends documents; any text is encodable.
+
+    The result depends on the texts alone. A small input may give fewer than ``vocab_size`` ids.
+    """
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if vocab_size <= len(alphabet):
+        raise UserError(
+            f"vocab_size={vocab_size} is too small for a byte-level tokenizer; set it above "
+            f"{len(alphabet)}"
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_DOCUMENT],
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+class TextSample:
+    """Up to ``budget`` characters of whole documents, those of smallest digest.
+
+    Any order of ``offer`` gives the same sample. A document longer than the budget is cut to it.
+    """
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.offered = 0
+        self._kept: list[tuple[int, str]] = []
+        self._size = 0
+        self._smallest_refused = 1 << 64
+
+    def offer(self, document: Document) -> None:
+        """Consider one document."""
+        text = document.text[: self.budget]
+        self.offered += len(document.text)
+        # Docstrings of a file share a group: the text's own hash breaks their ties evenly.
+        digest = int(text_digest(document.group + document.text)[:16], 16)
+        if digest >= self._smallest_refused:
+            return
+        heapq.heappush(self._kept, (-digest, text))
+        self._size += len(text)
+        while self._size > self.budget:
+            refused, text = heapq.heappop(self._kept)
+            self._smallest_refused = -refused
+            self._size -= len(text)
+
+    def texts(self) -> list[str]:
+        """The sample, by digest."""
+        return [text for _, text in sorted(self._kept, reverse=True)]
+
+
+def find_end_of_document(path: str, tokenizer: Tokenizer, wanted: str | None) -> tuple[str, int]:
+    """The special token that ends a document and its id.
+
+    It is ``wanted``, or the ``eos_token`` of a tokenizer_config.json beside ``path``, or the one
+    well-known name that the tokenizer has. Raises UserError when none or several qualify.
+    """
+    special = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    if wanted is not None:
+        number = tokenizer.token_to_id(wanted)
+        if number is None:
+            raise UserError(
+                f"end_of_document={wanted!r} is not a token of {path}; choose one of "
+                f"{', '.join(sorted(special)) or 'its tokens'}"
+            )
+        return wanted, number
+    config = Path(path).parent / "tokenizer_config.json"
+    if config.is_file():
+        values = json.loads(config.read_text(encoding="utf-8"))
+        token = values.get("eos_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str):
+            number = tokenizer.token_to_id(token)
+            if number is not None:
+                return token, number
+    known = [name for name in _KNOWN_ENDS if name in special]
+    number = tokenizer.token_to_id(known[0]) if len(known) == 1 else None
+    if number is None:
+        raise UserError(
+            f"tokenizer {path} has {'several' if known else 'no'} special tokens that could end a "
+            f"document ({', '.join(known or sorted(special)) or 'it has none'}); name one with "
+            "end_of_document"
+        )
+    return known[0], number
+
+
+def load_tokenizer(path: str) -> Tokenizer:
+    """The tokenizer in ``path``, set to encode plain text: no padding, no cut, no added tokens."""
+    read_tokenizer_json(path)
+    try:
+        tokenizer = Tokenizer.from_file(path)
+    except Exception as error:  # the library raises nothing narrower
+        raise UserError(f"tokenizer {path} cannot be loaded ({error}); save it again") from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    # A document that spells out <|endoftext|> is text, not the end of a document.
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def vocabulary_bound(tokenizer: Tokenizer) -> int:
+    """The largest id plus one; more than the number of tokens where ids have gaps."""
+    return int(max(tokenizer.get_vocab(with_added_tokens=True).values())) + 1
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How to encode: all that a process needs to know.
+
+    A document is held out if the first 64 bits of its group's digest are ``validation_below``.
+    """
+
+    tokenizer: str
+    tokenizer_sha256: str
+    end_of_document: int
+    dtype: str
+    validation_below: int
+
+
+@dataclass(frozen=True)
+class EncodedChunk:
+    """Documents in order: their tokens one after another, lengths, splits and UTF-8 bytes."""
+
+    tokens: NDArray[Any]
+    lengths: list[int]
+    held_out: list[bool]
+    text_bytes: list[int]
+
+
+def chunks(documents: Iterable[Document]) -> Iterator[list[tuple[str, str]]]:
+    """(group, text) of documents, gathered to what is worth a trip to another process."""
+    chunk: list[tuple[str, str]] = []
+    size = 0
+    for document in documents:
+        chunk.append((document.group, document.text))
+        size += len(document.text)
+        if size >= _CHUNK_CHARACTERS:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+@lru_cache(maxsize=1)
+def _loaded(path: str, sha256: str) -> Tokenizer:
+    """Loaded once a process; ``sha256`` tells apart what one path held at different times."""
+    return load_tokenizer(path)
+
+
+def encode_chunk(encoding: Encoding, chunk: list[tuple[str, str]]) -> EncodedChunk:
+    """Encode one chunk; the same for any process and any chunks."""
+    tokenizer = _loaded(encoding.tokenizer, encoding.tokenizer_sha256)
+    tokens, lengths = [], []
+    for _, text in chunk:
+        # A batch of one: faster than `encode`, which tracks offsets, and on one thread, as the
+        # processes are what runs in parallel.
+        ids = tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        ids.append(encoding.end_of_document)
+        tokens.append(np.array(ids, encoding.dtype))
+        lengths.append(len(ids))
+    return EncodedChunk(
+        np.concatenate(tokens),
+        lengths,
+        [int(group[:16], 16) < encoding.validation_below for group, _ in chunk],
+        [len(text.encode()) for _, text in chunk],
+    )
+
+
+class Workers:
+    """An ordered map over ``processes`` processes; with one, in this process.
+
+    Processes are spawned, not forked: forking a process that holds the tokenizer's threads can
+    deadlock.
+    """
+
+    def __init__(self, processes: int) -> None:
+        self._processes = processes
+        self._pool: ProcessPoolExecutor | None = None
+        if processes > 1:
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(processes, mp_context=context)
+
+    def map(self, function: Callable[[Item], Outcome], items: Iterator[Item]) -> Iterator[Outcome]:
+        """Outcomes in the order of ``items``, few of which are ahead in memory."""
+        if self._pool is None:
+            yield from map(function, items)
+            return
+        waiting: deque[Future[Outcome]] = deque()
+        for item in items:
+            waiting.append(self._pool.submit(function, item))
+            if len(waiting) >= _IN_FLIGHT * self._processes:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)

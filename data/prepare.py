@@ -1,0 +1,376 @@
+"""``allometry prepare``: documents to token files."""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import os
+import shutil
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+from allometry.configs.errors import UserError
+from allometry.data.corpora import (
+    Corpus,
+    Document,
+    named_input,
+    open_corpus,
+    python_version,
+)
+from allometry.data.encode import (
+    Encoding,
+    TextSample,
+    Workers,
+    chunks,
+    encode_chunk,
+    find_end_of_document,
+    load_tokenizer,
+    train_tokenizer,
+    vocabulary_bound,
+)
+from allometry.data.manifest import (
+    MANIFEST,
+    Manifest,
+    SourceRecord,
+    Split,
+    TokenizerRecord,
+    manifest_of,
+    read_manifest,
+)
+from allometry.data.progress import ProgressReport
+from allometry.data.tokenizer import fingerprint, read_tokenizer_json
+from allometry.data.writer import TokenWriter, load_megatron
+
+TOKENIZER = "tokenizer.json"
+DEFAULT_VOCAB_SIZE = 8192
+_PARTIAL = ".partial"
+_LOCK = ".lock"
+_SAMPLE_CHARACTERS = 4 << 20
+_SAMPLED_FROM = 16  # times the sample: how far a source is read for it
+
+
+@dataclass(frozen=True)
+class PrepareRequest:
+    """What to prepare.
+
+    ``inputs`` are ``name=input`` or ``input``: files, folders, patterns, builtin:python-code,
+    builtin:python-prose. ``tokenizer`` is the path of a tokenizer.json; None trains one with
+    ``vocab_size`` ids (default 8192). ``validation_fraction`` is the share of documents held out.
+    ``max_documents`` and ``max_bytes`` (of UTF-8 text) end a source early. ``processes`` None
+    takes all cores; the files do not depend on it.
+    """
+
+    inputs: tuple[str, ...]
+    out: str
+    tokenizer: str | None = None
+    vocab_size: int | None = None
+    validation_fraction: float = 0.05
+    text_key: str = "text"
+    end_of_document: str | None = None
+    max_documents: int | None = None
+    max_bytes: int | None = None
+    processes: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.inputs:
+            raise UserError("inputs is empty; name at least one, such as builtin:python-code")
+        if not (math.isfinite(self.validation_fraction) and 0 <= self.validation_fraction < 1):
+            raise UserError(
+                f"validation_fraction={self.validation_fraction} must be at least 0 and below 1"
+            )
+        for key in ("vocab_size", "max_documents", "max_bytes", "processes"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise UserError(f"{key}={value} must be at least 1")
+        if self.tokenizer is not None and self.vocab_size is not None:
+            raise UserError(
+                f"vocab_size={self.vocab_size} is for a tokenizer that is trained, but "
+                f"tokenizer={self.tokenizer} is given; give one of them"
+            )
+
+
+def prepare(request: PrepareRequest, quiet: bool = False) -> Manifest:
+    """Write ``out``/<source>.<train|validation>.{bin,idx}, tokenizer.json and manifest.json.
+
+    Everything is written in ``out``/.partial and renamed when it is complete, the manifest last.
+    The same request again finds its files and does nothing. Progress goes to standard error
+    unless ``quiet``. Raises UserError for inputs that cannot be read or hold nothing, and for a
+    folder that holds something else.
+    """
+    corpora = _open_inputs(request)
+    out = Path(request.out)
+    with ProgressReport(quiet=quiet) as report, _writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        with _locked(out):
+            return _prepare_locked(request, corpora, out, report)
+
+
+def _prepare_locked(
+    request: PrepareRequest, corpora: dict[str, Corpus], out: Path, report: ProgressReport
+) -> Manifest:
+    identity = _identity(request, corpora)
+    found = _already_prepared(out, identity, corpora)
+    if found is not None:
+        report.say(f"{out} is already prepared from the same inputs; nothing to do")
+        return found
+    partial = out / _PARTIAL
+    interrupted = (partial / MANIFEST).is_file()
+    if partial.exists():
+        report.say(f"removing what an interrupted preparation left in {partial}")
+        shutil.rmtree(partial)
+    if not interrupted:
+        _refuse_to_overwrite(out, corpora)
+    partial.mkdir()
+    try:
+        processes = request.processes or len(os.sched_getaffinity(0))
+        if processes > 1:  # its import takes seconds, in which the others can work
+            threading.Thread(target=load_megatron, daemon=True).start()
+        with Workers(processes) as workers:
+            manifest = _Preparation(request, partial, workers, report).run(corpora, identity)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    for path in sorted(partial.iterdir(), key=lambda path: path.name == MANIFEST):
+        os.replace(path, out / path.name)
+    partial.rmdir()
+    return manifest
+
+
+class _Preparation:
+    """One run of ``prepare`` into an empty folder."""
+
+    def __init__(
+        self, request: PrepareRequest, folder: Path, workers: Workers, report: ProgressReport
+    ) -> None:
+        self.request = request
+        self.folder = folder
+        self.workers = workers
+        self.report = report
+        self.validation_below = round(request.validation_fraction * 2**64)
+
+    def run(self, corpora: dict[str, Corpus], identity: dict[str, Any]) -> Manifest:
+        tokenizer = self._tokenizer(corpora)
+        dtype: Literal["uint16", "int32"] = "uint16" if tokenizer.vocab_size < 65536 else "int32"
+        encoding = Encoding(
+            str(self.folder / TOKENIZER),
+            tokenizer.sha256,
+            tokenizer.end_of_document_id,
+            dtype,
+            self.validation_below,
+        )
+        sources = {name: self._source(name, corpora[name], encoding) for name in corpora}
+        manifest = Manifest(
+            dtype=dtype,
+            tokenizer=tokenizer,
+            sources=sources,
+            request=identity,
+            versions=_versions(),
+        )
+        text = manifest.model_dump_json(indent=2)
+        (self.folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+        return manifest
+
+    def _documents(self, corpus: Corpus, skipped: Counter[str]) -> Iterator[Document]:
+        """The corpus without blank documents, up to the request's limits."""
+        left = self.request.max_bytes or math.inf
+        found = corpus.documents(skipped, self.report.advance, self.workers.map)
+        kept = (document for document in found if document.text.strip())
+        for document in islice(kept, self.request.max_documents):
+            left -= len(document.text.encode())
+            if left < 0:
+                return
+            yield document
+
+    def _tokenizer(self, corpora: dict[str, Corpus]) -> TokenizerRecord:
+        """Put a tokenizer.json into the folder: the one given, or one trained on a sample."""
+        path = self.folder / TOKENIZER
+        given = self.request.tokenizer
+        if given is not None:
+            shutil.copyfile(given, path)
+        else:
+            texts = [text for name in corpora for text in self._sample(name, corpora[name])]
+            vocab_size = self.request.vocab_size or DEFAULT_VOCAB_SIZE
+            train_tokenizer(texts, vocab_size).save(str(path))
+        tokenizer = load_tokenizer(str(path))
+        end, number = find_end_of_document(
+            given or str(path), tokenizer, self.request.end_of_document
+        )
+        return TokenizerRecord(
+            file=TOKENIZER,
+            sha256=fingerprint(read_tokenizer_json(path)),
+            vocab_size=vocabulary_bound(tokenizer),
+            end_of_document=end,
+            end_of_document_id=number,
+        )
+
+    def _sample(self, name: str, corpus: Corpus) -> list[str]:
+        """Training documents of one source for the tokenizer; no source outweighs another."""
+        sample = TextSample(_SAMPLE_CHARACTERS)
+        self.report.begin(f"sampling {name} for the tokenizer", corpus.total_bytes)
+        for document in self._documents(corpus, Counter()):
+            if int(document.group[:16], 16) >= self.validation_below:
+                sample.offer(document)
+            if sample.offered >= _SAMPLED_FROM * sample.budget:
+                break
+        return sample.texts()
+
+    def _source(self, name: str, corpus: Corpus, encoding: Encoding) -> SourceRecord:
+        skipped: Counter[str] = Counter()
+        splits: tuple[Split, Split] = ("train", "validation")
+        writers = [TokenWriter(self.folder, f"{name}.{split}", encoding.dtype) for split in splits]
+        self.report.begin(f"encoding {name}", corpus.total_bytes)
+        jobs = ((encoding, chunk) for chunk in chunks(self._documents(corpus, skipped)))
+        for chunk in self.workers.map(_encode, jobs):
+            at = 0
+            for length, held_out, text_bytes in zip(
+                chunk.lengths, chunk.held_out, chunk.text_bytes, strict=True
+            ):
+                writers[held_out].add(chunk.tokens[at : at + length], text_bytes)
+                at += length
+        records = {split: writer.finish() for split, writer in zip(splits, writers, strict=True)}
+        self._say_source(name, corpus, writers, skipped)
+        return SourceRecord(
+            input=corpus.input,
+            input_sha256=corpus.fingerprint(),
+            skipped=dict(sorted(skipped.items())),
+            splits={split: record for split, record in records.items() if record is not None},
+        )
+
+    def _say_source(
+        self, name: str, corpus: Corpus, writers: list[TokenWriter], skipped: Counter[str]
+    ) -> None:
+        train, validation = writers
+        left_out = "; ".join(f"{reason}: {count}" for reason, count in sorted(skipped.items()))
+        if train.documents == 0:
+            raise UserError(
+                f"source {name} ({corpus.input}) has no documents to train on "
+                f"({validation.documents} held out; left out: {left_out or 'nothing'}); give an "
+                "input with more text or lower validation_fraction"
+            )
+        self.report.say(
+            f"{name}: {train.documents:,} documents, {train.tokens:,} tokens to train on "
+            f"({train.text_bytes / train.tokens:.2f} bytes a token); {validation.documents:,} "
+            f"documents, {validation.tokens:,} tokens held out"
+        )
+        if left_out:
+            self.report.say(f"{name}: left out: {left_out}")
+        if validation.documents == 0 and self.validation_below:
+            self.report.say(f"{name}: no document fell into the held-out split, so it has no files")
+
+
+def _encode(job: tuple[Encoding, list[tuple[str, str]]]) -> Any:
+    return encode_chunk(*job)
+
+
+def _open_inputs(request: PrepareRequest) -> dict[str, Corpus]:
+    corpora: dict[str, Corpus] = {}
+    for value in request.inputs:
+        name, source = named_input(value)
+        if name in corpora:
+            raise UserError(
+                f"two inputs give the source {name!r} (the second is {value}); name one of them "
+                "with name=input"
+            )
+        corpora[name] = open_corpus(source, request.text_key)
+    return corpora
+
+
+def _identity(request: PrepareRequest, corpora: dict[str, Corpus]) -> dict[str, Any]:
+    """What decides the files that a request makes, the content of the inputs aside (JSON)."""
+    trained = request.vocab_size or DEFAULT_VOCAB_SIZE
+    return {
+        "inputs": {name: corpus.input for name, corpus in corpora.items()},
+        "tokenizer": (
+            {"trained_vocab_size": trained}
+            if request.tokenizer is None
+            else {"sha256": fingerprint(read_tokenizer_json(request.tokenizer))}
+        ),
+        "validation_fraction": request.validation_fraction,
+        "text_key": request.text_key,
+        "end_of_document": request.end_of_document,
+        "max_documents": request.max_documents,
+        "max_bytes": request.max_bytes,
+    }
+
+
+def _already_prepared(
+    out: Path, identity: dict[str, Any], corpora: dict[str, Corpus]
+) -> Manifest | None:
+    """The manifest of ``out`` if it answers this request; UserError if it answers another."""
+    manifest = read_manifest(out)
+    if manifest is None:
+        return None
+    advice = "choose another output folder or remove this one"
+    for key, value in identity.items():
+        if manifest.request.get(key) != value:
+            raise UserError(
+                f"folder {out} was prepared with {key}={manifest.request.get(key)}, not {value}; "
+                f"{advice}"
+            )
+    for name, corpus in corpora.items():
+        source = manifest.sources[name]
+        if source.input_sha256 != corpus.fingerprint():
+            raise UserError(
+                f"input {corpus.input} has changed since folder {out} was prepared from it; "
+                f"{advice}"
+            )
+        for split in source.splits:
+            manifest_of(str(out / f"{name}.{split}"))
+    if fingerprint(read_tokenizer_json(out / TOKENIZER)) != manifest.tokenizer.sha256:
+        raise UserError(f"{out / TOKENIZER} is not the one that {out / MANIFEST} names; {advice}")
+    return manifest
+
+
+def _refuse_to_overwrite(out: Path, corpora: dict[str, Corpus]) -> None:
+    names = [TOKENIZER, MANIFEST]
+    for name in corpora:
+        for split in ("train", "validation"):
+            names += [f"{name}.{split}.bin", f"{name}.{split}.idx"]
+    for name in names:
+        if (out / name).exists():
+            raise UserError(
+                f"folder {out} holds {name}, but no manifest.json that tells how it was made; "
+                "choose another output folder"
+            )
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """Turn what the disk refuses into a sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write token files into {out} ({error.strerror or error}); make room or choose "
+            "another output folder"
+        ) from error
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    with (out / _LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"another `allometry prepare` is writing into {out}; wait for it or choose another "
+                "output folder"
+            ) from error
+        yield
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": python_version()}
+    for package in ("allometry", "tokenizers", "numpy", "megatron-core"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # run from a checkout that was not installed
+            found[package] = "not installed"
+    return found

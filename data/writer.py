@@ -1,0 +1,74 @@
+"""Writing token files, with megatron-core's own builder."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from allometry.configs.errors import UserError
+from allometry.data.manifest import FileRecord, SplitRecord
+
+
+@lru_cache(maxsize=1)
+def load_megatron() -> Any:
+    """megatron-core's indexed_dataset module; importing it takes seconds and warns about GPUs."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from megatron.core.datasets import indexed_dataset
+    except ImportError as error:
+        raise UserError(
+            f"preparing token files needs megatron-core, which cannot be imported ({error}); "
+            "install it with `pip install megatron-core==0.16.1`, or copy token files that were "
+            "prepared elsewhere"
+        ) from error
+    return indexed_dataset
+
+
+class TokenWriter:
+    """Writes ``folder``/``stem``.bin and .idx, one sequence a document."""
+
+    def __init__(self, folder: Path, stem: str, dtype: str) -> None:
+        self._bin = folder / f"{stem}.bin"
+        self._idx = folder / f"{stem}.idx"
+        self._builder = load_megatron().IndexedDatasetBuilder(str(self._bin), np.dtype(dtype).type)
+        self.documents = 0
+        self.tokens = 0
+        self.text_bytes = 0
+        self._largest_id = 0
+
+    def add(self, tokens: NDArray[Any], text_bytes: int) -> None:
+        """Append one document, end-of-document token included."""
+        self._builder.add_document(tokens, [len(tokens)])
+        self.documents += 1
+        self.tokens += len(tokens)
+        self.text_bytes += text_bytes
+        self._largest_id = max(self._largest_id, int(tokens.max()))
+
+    def finish(self) -> SplitRecord | None:
+        """Close the files and say what they hold; None, and no files, without documents."""
+        self._builder.finalize(str(self._idx))
+        if self.documents == 0:
+            self._bin.unlink()
+            self._idx.unlink()
+            return None
+        return SplitRecord(
+            documents=self.documents,
+            tokens=self.tokens,
+            bytes=self.text_bytes,
+            largest_id=self._largest_id,
+            files={path.name: file_record(path) for path in (self._bin, self._idx)},
+        )
+
+
+def file_record(path: Path) -> FileRecord:
+    """Size and SHA-256 of a file."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return FileRecord(bytes=path.stat().st_size, sha256=digest)
