@@ -5,9 +5,13 @@ from __future__ import annotations
 import heapq
 import json
 import multiprocessing
+import os
+import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -214,6 +218,19 @@ def encode_chunk(encoding: Encoding, chunk: list[tuple[str, str]]) -> EncodedChu
     )
 
 
+def _live_and_die_with_parent() -> None:
+    """Leave Ctrl-C to the parent, and do not outlive it: the pool would wait for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
 class Workers:
     """An ordered map over ``processes`` processes; with one, in this process.
 
@@ -226,7 +243,7 @@ class Workers:
         self._pool: ProcessPoolExecutor | None = None
         if processes > 1:
             context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(processes, mp_context=context)
+            self._pool = ProcessPoolExecutor(processes, context, _live_and_die_with_parent)
 
     def map(self, function: Callable[[Item], Outcome], items: Iterator[Item]) -> Iterator[Outcome]:
         """Outcomes in the order of ``items``, few of which are ahead in memory."""
@@ -234,12 +251,18 @@ class Workers:
             yield from map(function, items)
             return
         waiting: deque[Future[Outcome]] = deque()
-        for item in items:
-            waiting.append(self._pool.submit(function, item))
-            if len(waiting) >= _IN_FLIGHT * self._processes:
+        try:
+            for item in items:
+                waiting.append(self._pool.submit(function, item))
+                if len(waiting) >= _IN_FLIGHT * self._processes:
+                    yield waiting.popleft().result()
+            while waiting:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        except BrokenProcessPool as error:
+            raise UserError(
+                "a worker process died, most likely for want of memory; run again with less than "
+                f"processes={self._processes}"
+            ) from error
 
     def __enter__(self) -> Self:
         return self

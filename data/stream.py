@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from typing import Any
 
@@ -112,9 +113,10 @@ class Stream:
             )
         }
 
-    def validation(self, count: int) -> dict[str, list[Batch]]:
-        """The first ``count`` sequences of each held-out split, each a batch of one.
+    def validation(self, count: int, batch_sequences: int = 1) -> dict[str, list[Batch]]:
+        """The first ``count`` sequences of each held-out split, in batches of one size.
 
+        A last batch that is not full is filled with rows that do not count.
         Documents come in the order in which they are stored. A split of fewer than ``count``
         sequences gives what it has, which is logged; its last sequence goes on at the split's
         beginning, and the targets there do not count, so that none counts twice.
@@ -131,8 +133,8 @@ class Stream:
                     *(name, available, self.sequence_length, count, order.store.prefix),
                 )
             found[name] = [
-                self._held_out(name, order, k, num_targets - k * self.sequence_length)
-                for k in range(min(count, available))
+                self._held_out(name, order, range(k, k + batch_sequences), min(count, available))
+                for k in range(0, min(count, available), batch_sequences)
             ]
             if not any(batch.num_targets for batch in found[name]):
                 raise UserError(
@@ -141,11 +143,26 @@ class Stream:
                 )
         return found
 
-    def _held_out(self, name: str, order: DocumentOrder, index: int, remaining: int) -> Batch:
-        source_B = np.array([self.sources.index(name)], np.int64)
-        batch = self._assemble([(order, index)], source_B)
-        batch.targets_BL[:, max(0, remaining) :] = IGNORE
+    def _held_out(self, name: str, order: DocumentOrder, indices: range, end: int) -> Batch:
+        """The windows at ``indices``; those from ``end`` on are filling."""
+        source_B = np.full(len(indices), self.sources.index(name), np.int64)
+        batch = self._assemble([(order, min(index, end - 1)) for index in indices], source_B)
+        num_targets = order.store.num_tokens - 1
+        for row, index in enumerate(indices):
+            remaining = num_targets - index * self.sequence_length if index < end else 0
+            batch.targets_BL[row, max(0, remaining) :] = IGNORE
         return batch
+
+    def fingerprints(self) -> dict[str, str]:
+        """A name for the contents of each source's training files, wherever they are.
+
+        It covers the whole index (every document's length), the number of tokens, and the first
+        and last tokens: enough to notice another preparation, cheap enough for terabytes.
+        """
+        return {
+            name: fingerprint_of(order.store)
+            for name, order in zip(self.sources, self._train, strict=True)
+        }
 
     def describe(self) -> dict[str, Any]:
         """What the data are, for a run's record: sizes, shares and fingerprints (JSON)."""
@@ -165,6 +182,17 @@ class Stream:
         }
 
 
+def fingerprint_of(store: TokenStore) -> str:
+    """SHA-256 (16 digits) of a store's document lengths, first and last tokens."""
+    digest = hashlib.sha256(np.ascontiguousarray(store.lengths).tobytes())
+    for document in (0, store.num_documents - 1):
+        length = int(store.lengths[document])
+        for start in (0, max(0, length - 4096)):
+            tokens = store.read(document, start, min(length, start + 4096))
+            digest.update(np.asarray(tokens, np.int64).tobytes())
+    return digest.hexdigest()[:16]
+
+
 def _describe(store: TokenStore) -> dict[str, Any]:
     recorded = manifest_of(store.prefix)
     return {
@@ -173,6 +201,7 @@ def _describe(store: TokenStore) -> dict[str, Any]:
         "tokens": store.num_tokens,
         "dtype": store.dtype.name,
         "tokenizer_sha256": recorded[0].tokenizer.sha256 if recorded else None,
+        "fingerprint": fingerprint_of(store),
         "files_sha256": (
             {name: file.sha256 for name, file in recorded[1].files.items()} if recorded else None
         ),
