@@ -71,8 +71,11 @@ class Parameterization:
     Epsilon follows the gradient: with logits divided by m and σ of the head constant, the
     gradient of the loss in the residual stream is Θ(1/m), and so is that of every parameter
     (the head's through the division itself); Adam is width-invariant only if epsilon shrinks
-    alike. The model at the base has ``base_width`` and every other width in proportion, so each
-    hidden fan-in is m times that at the base. Only head width may differ: ``base_head_dim``.
+    alike (a test measures this). The gains of qk_norm are shared by all heads and their gradient
+    shrinks less; a smaller epsilon does them no harm.
+
+    The model at the base has ``base_width`` and every other width in proportion, so each hidden
+    fan-in is m times that at the base. Only head width may differ: ``base_head_dim``.
 
     At the base every multiplier is exactly 1 and ``sp`` and ``mup`` are the same model.
     """
