@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import textwrap
+from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
@@ -30,6 +31,15 @@ SEEDS = (0, 1, 2)
 MODEL = DenseModel(vocab_size=128, width=32, num_layers=2, num_heads=2, ffn_width=128, qk_norm=True)
 MUP = {"kind": "mup", "embedding_std": 1.0, "base_width": 32}
 SP = {"kind": "sp", "embedding_std": 1.0}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    # Products this small are slower on several threads, ten times so where cores are shared.
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def real_text(sequences: int = 4, length: int = 64) -> Tensor:
