@@ -1,0 +1,276 @@
+"""The mesh: which ranks there are, how they are arranged, and the groups they talk in.
+
+The only file that reads RANK and its kin, and the only one that starts a process group. A process
+that nobody launched gets a group of one, so nothing else has to ask whether it is alone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from types import TracebackType
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from allometry.configs.errors import UserError
+from allometry.configs.execution import ParallelConfig
+
+T = TypeVar("T")
+
+AxisName = Literal["pp", "hdp", "tp"]
+# Outermost first: neighbours in tp talk most, so they are neighbours on a node.
+AXES: tuple[AxisName, ...] = ("pp", "hdp", "tp")
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """One axis of the mesh, seen from this rank: its place, its length, who else is on the line."""
+
+    rank: int
+    size: int
+    group: dist.ProcessGroup
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """All ranks of the run, arranged as (pp, hdp, tp), with the groups they talk in.
+
+    ``host_group`` (gloo) carries host objects and flags. ``checkpoint_group`` (gloo) belongs to
+    the checkpoint writer alone: it communicates from a thread of its own, and two threads in one
+    group cross their collectives. Close the mesh, or use it as a context manager, when the run
+    ends; a mesh over a process group that the caller had started leaves that one running.
+    """
+
+    device: torch.device
+    rank: int
+    world_size: int
+    device_mesh: DeviceMesh
+    pp: Axis
+    hdp: Axis
+    tp: Axis
+    host_group: dist.ProcessGroup
+    checkpoint_group: dist.ProcessGroup
+    _closes: tuple[dist.ProcessGroup | None, ...] = field(repr=False)  # None: all there are
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the rank that writes what is written once."""
+        return self.rank == 0
+
+    def axis(self, name: AxisName) -> Axis:
+        """Return the axis called ``name``."""
+        return {"pp": self.pp, "hdp": self.hdp, "tp": self.tp}[name]
+
+    def all_reduce_sum(self, tensor: Tensor, axis: AxisName) -> Tensor:
+        """Replace ``tensor`` by its sum over the ranks of ``axis``; return it. Same on all."""
+        line = self.axis(axis)
+        if line.size > 1:
+            dist.all_reduce(tensor, group=line.group)
+        return tensor
+
+    def broadcast_object(self, value: T, source: int = 0) -> T:
+        """Return what rank ``source`` passed, on every rank (pickled, over the host group)."""
+        held = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(held, src=source, group=self.host_group)
+        return held[0]
+
+    def gather_objects(self, value: T) -> list[T]:
+        """Return what all ranks passed, in rank order, on every rank."""
+        gathered: list[Any] = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(gathered, value, group=self.host_group)
+        return gathered
+
+    def barrier(self, reason: str) -> None:
+        """Wait for all ranks; if some do not come within the timeout, say which, before what."""
+        if self.world_size == 1:
+            return
+        try:
+            dist.monitored_barrier(group=self.host_group, wait_all_ranks=True)
+        except RuntimeError as error:
+            raise RuntimeError(f"not all ranks are ready for {reason}: {error}") from error
+
+    def close(self) -> None:
+        """Leave the groups that ``open_mesh`` made. A second call does nothing."""
+        if dist.is_initialized():
+            for group in self._closes:
+                dist.destroy_process_group(group)
+            object.__setattr__(self, "_closes", ())
+
+    def __enter__(self) -> Mesh:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def open_mesh(parallel: ParallelConfig, device: torch.device | None = None) -> Mesh:
+    """Start the process groups of this run, or use the one the caller has started.
+
+    ``device`` None: this rank's GPU, or the CPU on a machine without one. Every rank calls this
+    with the same ``parallel``. Raises UserError, before any group is started, where the degrees do
+    not fit the number of ranks, the device is not there or the launch is half described.
+    """
+    ours = not dist.is_initialized()
+    launch = read_launch(os.environ) if ours else _started()
+    degrees = resolve_degrees(parallel, launch.world_size)
+    device = _choose_device(device, launch)
+    timeout = timedelta(seconds=parallel.timeout_s)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if ours:
+        _start(launch, device, timeout)
+    device_mesh = init_device_mesh(
+        device.type, tuple(degrees[name] for name in AXES), mesh_dim_names=AXES
+    )
+    host, checkpoint = (
+        dist.new_group(backend="gloo", timeout=timeout, group_desc=what)
+        for what in ("host objects", "checkpoint writer")
+    )
+    lines = {
+        name: Axis(device_mesh.get_local_rank(name), size, device_mesh.get_group(name))
+        for name, size in degrees.items()
+    }
+    made = {line.group for line in lines.values() if line.group is not dist.group.WORLD}
+    return Mesh(
+        device=device,
+        rank=launch.rank,
+        world_size=launch.world_size,
+        device_mesh=device_mesh,
+        **lines,
+        host_group=host,
+        checkpoint_group=checkpoint,
+        _closes=(None,) if ours else (host, checkpoint, *made),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """What the launcher says of this process; ``address`` None: it runs alone."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    address: str | None
+
+
+def read_launch(environment: Mapping[str, str]) -> Launch:
+    """Return what torchrun (or a scheduler that sets the same variables) says of this process.
+
+    Raises UserError for a variable that is missing, is not a number or contradicts another.
+    """
+    given = [name for name in ("RANK", "WORLD_SIZE") if name in environment]
+    if not given:
+        return Launch(rank=0, world_size=1, local_rank=0, address=None)
+    numbers = {"LOCAL_RANK": 0}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        text = environment.get(name)
+        if text is None:
+            if name != "LOCAL_RANK":
+                raise UserError(
+                    f"the environment has {given[0]} but not {name}; start the run with torchrun, "
+                    f"or unset {given[0]} to run one process"
+                )
+        elif text.isdecimal():
+            numbers[name] = int(text)
+        else:
+            raise UserError(
+                f"{name}={text!r} in the environment is not a number; start the run with torchrun"
+            )
+    rank, world_size = numbers["RANK"], numbers["WORLD_SIZE"]
+    if rank >= world_size:
+        raise UserError(
+            f"RANK={rank} in the environment must be below WORLD_SIZE={world_size}; start the run "
+            "with torchrun"
+        )
+    address = None
+    if world_size > 1:
+        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in environment]
+        if missing:
+            raise UserError(
+                f"WORLD_SIZE={world_size} in the environment needs {missing[0]}, where the ranks "
+                "meet; start the run with torchrun, which sets it"
+            )
+        address = f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}"
+    return Launch(rank, world_size, numbers["LOCAL_RANK"], address)
+
+
+def resolve_degrees(parallel: ParallelConfig, world_size: int) -> dict[AxisName, int]:
+    """Return the length of each axis. Raises UserError where they do not make ``world_size``."""
+    pp, tp = parallel.pp, parallel.tp
+    others = pp * tp
+    if parallel.hdp == "auto":
+        if world_size % others:
+            raise UserError(
+                f"parallel.pp={pp} x parallel.tp={tp} must divide the {world_size} ranks that were "
+                f"started; start a multiple of {others} ranks or change one of them"
+            )
+        hdp = world_size // others
+    else:
+        hdp = parallel.hdp
+        if hdp * others != world_size:
+            fit = f"parallel.hdp={world_size // others} or auto, or " * (world_size % others == 0)
+            raise UserError(
+                f"parallel.hdp={hdp} (with pp={pp} and tp={tp}) needs {hdp * others} ranks, but "
+                f"{world_size} were started; set {fit}start {hdp * others} ranks (torchrun "
+                f"--nproc-per-node)"
+            )
+    return {"pp": pp, "hdp": hdp, "tp": tp}
+
+
+def _started() -> Launch:
+    """Describe the process group that the caller has started."""
+    local_rank = os.environ.get("LOCAL_RANK", "0")
+    return Launch(dist.get_rank(), dist.get_world_size(), int(local_rank), address=None)
+
+
+def _choose_device(device: torch.device | None, launch: Launch) -> torch.device:
+    if device is None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type != "cuda":
+        return device
+    index = launch.local_rank if device.index is None else device.index
+    count = torch.cuda.device_count()
+    if index >= count:
+        raise UserError(
+            f"rank {launch.rank} (LOCAL_RANK={launch.local_rank}) wants GPU {index}, but this "
+            f"machine shows {count}; start at most {count} ranks on it (torchrun --nproc-per-node) "
+            "or train on the CPU"
+        )
+    return torch.device("cuda", index)
+
+
+def _start(launch: Launch, device: torch.device, timeout: timedelta) -> None:
+    """Start the default process group: gloo for host tensors, nccl beside it for CUDA's."""
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if launch.address is None:
+        store = dist.HashStore()
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+        return
+    try:
+        # env:// rather than a store of our own: torchrun has its store running at that address.
+        dist.init_process_group(
+            backend,
+            init_method="env://",
+            rank=launch.rank,
+            world_size=launch.world_size,
+            timeout=timeout,
+        )
+    except dist.DistError as error:
+        raise UserError(
+            f"rank {launch.rank} did not meet the other ranks of WORLD_SIZE={launch.world_size} at "
+            f"{launch.address} within parallel.timeout_s={timeout.total_seconds():.0f}; check that "
+            f"all were started and can reach that address ({error})"
+        ) from error

@@ -1,0 +1,254 @@
+"""Ranks that stay alive between tests: starting Python and torch costs seconds each time.
+
+``RankPool.run(function, world_size, *args)`` runs a module-level function on gloo ranks and returns
+what they returned, in rank order. A rank that raises fails the call with its traceback; ranks that
+do not answer in time are named, with the stacks they hang in, and replaced.
+
+The ranks are given the function by file and name, and know where ``allometry`` lies, so an
+uninstalled tree works. Run as a script, this file is a rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import faulthandler
+import importlib.util
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.connection import Connection, Pipe, wait
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+# A collective that hangs raises, with a traceback, before the call gives up on its rank.
+COLLECTIVE_TIMEOUT_S = 30.0
+CALL_TIMEOUT_S = 90.0
+START_TIMEOUT_S = 120.0
+# What the others get to finish or fail once one rank has failed.
+GRACE_S = 3.0
+
+
+class RankFailure(AssertionError):
+    """A rank raised, died or hung; the message holds tracebacks, stacks and logs."""
+
+
+class RankPool:
+    """Ranks started when first needed and reused by every later call."""
+
+    def __init__(self) -> None:
+        self._ranks: list[_Rank] = []
+        self._scratch = tempfile.TemporaryDirectory(prefix="allometry-ranks-")
+        self._calls = 0
+
+    def run(
+        self,
+        function: Callable[..., Any],
+        world_size: int,
+        *args: Any,
+        timeout_s: float = CALL_TIMEOUT_S,
+        start_group: bool = True,
+    ) -> list[Any]:
+        """Return ``function(*args)`` of each of ``world_size`` ranks; raise RankFailure.
+
+        Arguments and results travel pickled: send plain things and tensors. ``start_group`` False
+        leaves the process group to the function; the rank's environment is torchrun's, but
+        without MASTER_ADDR and MASTER_PORT.
+        """
+        self._start(world_size)
+        self._calls += 1
+        ranks = self._ranks[:world_size]
+        store = Path(self._scratch.name) / f"store-{self._calls}" if start_group else None
+        call = _Call(function.__code__.co_filename, function.__qualname__, args, world_size, store)
+        for rank in ranks:
+            rank.link.send_bytes(pickle.dumps(call))
+        answers = self._collect(ranks, timeout_s)
+        failed = [i for i in range(world_size) if i not in answers or not answers[i].ok]
+        if not failed:
+            return [answers[i].value for i in range(world_size)]
+        report = [f"{function.__qualname__} failed on ranks {failed} of {world_size}"]
+        report += [f"--- rank {i}\n{answers[i].value}" for i in failed if i in answers]
+        for i in failed:
+            if i not in answers:
+                report.append(f"--- rank {i} {self._ranks[i].give_up()}")
+        if any(i not in answers for i in failed):
+            self.close()
+        raise RankFailure("\n".join(report))
+
+    def _start(self, world_size: int) -> None:
+        new = range(len(self._ranks), world_size)
+        self._ranks += [_Rank.start(number, Path(self._scratch.name)) for number in new]
+        for number in new:  # importing torch is not part of any call's time
+            rank = self._ranks[number]
+            if not rank.link.poll(START_TIMEOUT_S):
+                raise RankFailure(f"rank {number} did not start: it {rank.give_up()}")
+            try:
+                rank.link.recv_bytes()
+            except EOFError:
+                raise RankFailure(f"rank {number} did not start: it {rank.give_up()}") from None
+
+    def _collect(self, ranks: list[_Rank], timeout_s: float) -> dict[int, _Answer]:
+        answers: dict[int, _Answer] = {}
+        deadline = time.monotonic() + timeout_s
+        waiting = {rank.link: rank.number for rank in ranks}
+        while waiting and (left := deadline - time.monotonic()) > 0:
+            for link in wait(list(waiting), left):
+                assert isinstance(link, Connection)
+                number = waiting.pop(link)
+                try:
+                    answers[number] = pickle.loads(link.recv_bytes())
+                except EOFError:  # the process is gone: give_up() will say how
+                    deadline = min(deadline, time.monotonic() + GRACE_S)
+                else:
+                    if not answers[number].ok:
+                        deadline = min(deadline, time.monotonic() + GRACE_S)
+        return answers
+
+    def close(self) -> None:
+        """End all ranks; the next call starts new ones."""
+        for rank in self._ranks:
+            rank.kill()
+        self._ranks = []
+
+
+@dataclass(frozen=True)
+class _Call:
+    file: str
+    name: str
+    args: tuple[Any, ...]
+    world_size: int
+    store: Path | None
+
+
+@dataclass(frozen=True)
+class _Answer:
+    ok: bool
+    value: Any  # the result, or the traceback
+
+
+@dataclass
+class _Rank:
+    number: int
+    process: subprocess.Popen[bytes]
+    link: Connection
+    log: Path
+
+    @classmethod
+    def start(cls, number: int, scratch: Path) -> _Rank:
+        ours, theirs = Pipe()
+        log = scratch / f"rank{number}.log"
+        path = os.pathsep.join(
+            [str(ROOT / ".typing"), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
+        )
+        fixed = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": path}
+        with log.open("ab") as output:
+            process = subprocess.Popen(
+                [sys.executable, __file__, str(theirs.fileno()), str(number), str(os.getpid())],
+                pass_fds=[theirs.fileno()],
+                env=os.environ | fixed,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+            )
+        theirs.close()
+        return cls(number, process, ours, log)
+
+    def give_up(self) -> str:
+        """Say what has become of a rank that gave no answer, and end it."""
+        time.sleep(0.1)
+        code = self.process.poll()
+        if code is None:
+            self.process.send_signal(signal.SIGUSR1)  # faulthandler writes the stacks to the log
+            time.sleep(0.5)
+            fate = "hung; its stacks are the end of its log"
+        else:
+            fate = f"died with exit code {code}"
+        self.kill()
+        tail = self.log.read_text(errors="replace").splitlines()[-60:]
+        return "\n".join([fate, *tail])
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.link.close()
+
+
+def serve(link: Connection, rank: int) -> None:
+    """Be rank ``rank``: run what comes over ``link`` until the other end is gone."""
+    import torch
+
+    torch.set_num_threads(1)
+    modules: dict[str, ModuleType] = {}
+    link.send_bytes(b"ready")
+    while True:
+        try:
+            call = pickle.loads(link.recv_bytes())
+        except EOFError:
+            return
+        try:
+            answer = _Answer(True, _run(call, rank, modules))
+            message = pickle.dumps(answer)
+        except BaseException:  # whatever it is, the test must see it
+            message = pickle.dumps(_Answer(False, traceback.format_exc()))
+        link.send_bytes(message)
+
+
+def _run(call: _Call, rank: int, modules: dict[str, ModuleType]) -> Any:
+    import torch
+    import torch.distributed as dist
+
+    if call.file not in modules:
+        name = f"rank_functions_{len(modules)}"
+        spec = importlib.util.spec_from_file_location(name, call.file)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module  # dataclasses look their module up
+        spec.loader.exec_module(module)
+        modules[call.file] = module
+    function = getattr(modules[call.file], call.name)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(call.world_size), LOCAL_RANK=str(rank))
+    torch.manual_seed(0)
+    if call.store is not None:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{call.store}",
+            rank=rank,
+            world_size=call.world_size,
+            timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
+        )
+        dist.barrier()  # or a rank that is quick would leave while others still connect
+    try:
+        return function(*call.args)
+    finally:
+        if dist.is_initialized():
+            with contextlib.suppress(RuntimeError):  # a broken group has been reported already
+                dist.destroy_process_group()
+
+
+def _main() -> None:
+    descriptor, rank, parent = map(int, sys.argv[1:])
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no rank outlives the tests
+    if os.getppid() != parent:
+        return
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1)
+    # Pickles name the classes of this file by the module that the tests import it as.
+    import harness
+
+    harness.serve(Connection(descriptor), rank)
+
+
+if __name__ == "__main__":
+    _main()

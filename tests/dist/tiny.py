@@ -1,0 +1,168 @@
+"""A tiny model and batches for the ranks: every dimension uneven, every rank another loss count."""
+
+# B sequences, L tokens in a sequence
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from allometry.configs.execution import ParallelConfig
+from allometry.configs.run import RunConfig
+from allometry.models.build import build_model
+from allometry.models.documents import Documents
+from allometry.models.init import initialize
+from allometry.models.loss import IGNORE
+from allometry.models.transformer import Losses, Transformer
+from allometry.parallel.apply import materialize, parallelize
+from allometry.parallel.mesh import Mesh, open_mesh
+from allometry.parallel.zero import GradientSync
+from allometry.scaling.parameterization import Parameterization
+
+VOCAB, LENGTH, SEED = 61, 16, 5
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    tokens_BL: Tensor
+    targets_BL: Tensor
+    documents: Documents
+
+
+def config(stage: int, dtype: str, tied: bool = False, compiled: bool = False) -> RunConfig:
+    """Rows of 61, 22, 18, 6 and 26: no number of ranks divides them all."""
+    source = {"name": "none", "train": "none"}
+    return RunConfig.model_validate(
+        {
+            "run": {"folder": "none"},
+            "model": {
+                "vocab_size": VOCAB,
+                "width": 22,
+                "num_layers": 3,
+                "num_heads": 3,
+                "num_kv_heads": 1,
+                "head_dim": 6,
+                "ffn_width": 26,
+                "tied_embeddings": tied,
+                "z_loss": 1e-3,
+            },
+            "data": {"sequence_length": LENGTH, "sources": [source]},
+            "batch": {"sequences": 12, "micro_batch_sequences": 1},
+            "training": {"total_steps": 3, "compute_dtype": dtype, "compile": compiled},
+            "optimizer": {"lr": 1e-2},
+            "schedule": {"kind": "constant"},
+            "parallel": {"zero": {"stage": stage}},
+        }
+    )
+
+
+def micro_batches(count: int, seed: int = 0, device: str = "cpu") -> list[MicroBatch]:
+    """``count`` sequences of packed documents; 1, 6, 11 ... of 16 targets count, one has none."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for i in range(count):
+        stream = torch.randint(VOCAB, (1, LENGTH + 1), generator=generator)
+        targets_BL = stream[:, 1:].clone()
+        targets_BL[:, : (15 - 5 * i) % LENGTH] = IGNORE
+        if i == 1:
+            targets_BL[:] = IGNORE
+        cuts = [0, *sorted({3 + 2 * i % 11, 9}), LENGTH]
+        lengths = [b - a for a, b in pairwise(cuts)]
+        positions = torch.cat([torch.arange(n) for n in lengths])[None]
+        documents = Documents(
+            torch.tensor(cuts, dtype=torch.int32, device=device),
+            max(lengths),
+            positions.to(device),
+        )
+        made.append(MicroBatch(stream[:, :-1].to(device), targets_BL.to(device), documents))
+    return made
+
+
+def build(run: RunConfig) -> Transformer:
+    """The model without storage, in the parameter type of the run's compute type."""
+    parameterization = Parameterization(run.parameterization, run.model)
+    with torch.device("meta"):
+        model = build_model(run.model, parameterization, run.training.compute_dtype)
+    return model.double() if run.training.compute_dtype == "fp64" else model
+
+
+def initialized(run: RunConfig, device: torch.device) -> Transformer:
+    """The same model on one process."""
+    model = build(run)
+    materialize(model, device)
+    initialize(model, Parameterization(run.parameterization, run.model), SEED)
+    return model
+
+
+def distributed(run: RunConfig, mesh: Mesh) -> tuple[Transformer, GradientSync]:
+    """The model over ``mesh``, as the trainer makes it."""
+    model = build(run)
+    sync = parallelize(model, run, mesh)
+    materialize(model, mesh.device)
+    initialize(model, Parameterization(run.parameterization, run.model), SEED)
+    return model, sync
+
+
+def mesh() -> Mesh:
+    """All ranks on the hdp axis, on the CPU."""
+    return open_mesh(ParallelConfig(timeout_s=30), torch.device("cpu"))
+
+
+def global_count(batches: Sequence[MicroBatch]) -> int:
+    return sum(int((batch.targets_BL != IGNORE).sum()) for batch in batches)
+
+
+def forward_loss(model: nn.Module, batch: MicroBatch) -> Tensor:
+    losses = model(batch.tokens_BL, batch.targets_BL, batch.documents)
+    assert isinstance(losses, Losses)
+    return losses.total
+
+
+def backward_alone(model: nn.Module, batches: Sequence[MicroBatch]) -> None:
+    """The gradients of one process that has the whole batch."""
+    for batch in batches:
+        (forward_loss(model, batch) / global_count(batches)).backward()
+
+
+def backward_shared(
+    model: nn.Module, sync: GradientSync, batches: Sequence[MicroBatch], mesh: Mesh
+) -> None:
+    """The gradients of this rank's share of the batch, reduced."""
+    mine = batches[mesh.hdp.rank :: mesh.hdp.size]
+    for i, batch in enumerate(mine):
+        sync.micro_batch(last=i == len(mine) - 1)
+        (forward_loss(model, batch) / global_count(batches)).backward()
+    sync.finish()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Whole gradients by name; every parameter has one."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        found[name] = whole(parameter.grad)
+    return found
+
+
+def values(model: nn.Module) -> dict[str, Tensor]:
+    return {name: whole(p.detach()).clone() for name, p in model.named_parameters()}
+
+
+def worst_error(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
+    """The largest |got - wanted| / max |wanted| of any tensor."""
+    assert got.keys() == wanted.keys(), set(got) ^ set(wanted)
+    errors = [
+        float((got[name].double() - wanted[name].double()).abs().max())
+        / float(wanted[name].double().abs().max())
+        for name in wanted
+    ]
+    return max(errors)
