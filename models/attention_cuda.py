@@ -24,8 +24,6 @@ class VarlenOptions(NamedTuple):
     groups_heads: bool
 
 
-# Compiled code takes the answer as a constant: what is installed does not change in a run.
-@torch.compiler.assume_constant_result
 @functools.cache
 def varlen_options() -> VarlenOptions:
     """Look at what is installed: torch spells causal differently from version to version."""
@@ -39,6 +37,11 @@ def varlen_options() -> VarlenOptions:
     return VarlenOptions(flash_attn=False, window=window, groups_heads="enable_gqa" in names)
 
 
+@torch.compiler.assume_constant_result  # what is installed does not change in a run
+def _options() -> VarlenOptions:
+    return varlen_options()  # cached behind this: the compiler would trace into a cache
+
+
 def varlen_attention(
     q_TNH: Tensor,
     k_TKH: Tensor,
@@ -48,7 +51,7 @@ def varlen_attention(
     scale: float,
 ) -> Tensor:
     """Return causal attention within each document [T, N, H]; bf16 or fp16, on CUDA."""
-    options = varlen_options()
+    options = _options()
     lengths = (cu_lengths, cu_lengths, max_length, max_length)
     if options.flash_attn:
         from flash_attn import flash_attn_varlen_func

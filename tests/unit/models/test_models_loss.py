@@ -14,6 +14,7 @@ from torch import Tensor
 
 from allometry.models.loss import (
     IGNORE,
+    _chunks,
     default_chunk_tokens,
     linear_cross_entropy,
     reference_cross_entropy,
@@ -169,10 +170,20 @@ def test_tied_weight_gets_both_gradients():
     assert relative(grads(linear_cross_entropy), grads(reference_cross_entropy)) < 1e-12
 
 
+@pytest.mark.parametrize("tokens", [0, 1, 63, 64, 128, 129, 1000, 2048, 4097])
+def test_chunks_cover_every_token_once(tokens):
+    for largest in (1, 50, 128, 1024):
+        parts = list(_chunks(tokens, largest))
+        assert [i for part in parts for i in range(part.start, part.stop)] == list(range(tokens))
+        assert all(part.stop - part.start <= largest for part in parts)
+
+
 def test_chunks_at_large_vocabularies_stay_small():
     for vocab_size in (256, 8192, 131072, 262144):
-        tokens = default_chunk_tokens(vocab_size, "cpu")
+        tokens = default_chunk_tokens(vocab_size, torch.bfloat16, "cpu")
         assert tokens == 128 or tokens * vocab_size <= 2**22
+        assert default_chunk_tokens(vocab_size, torch.float32, "cpu") <= tokens
+        assert tokens <= default_chunk_tokens(vocab_size, torch.bfloat16, "cuda")
 
 
 def test_peak_memory_below_a_tenth_of_full_logits():
