@@ -144,7 +144,8 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     files = {
         "b.py": '"""Same words."""\n',
         "a.py": '"""Same words."""\ndef f():\n    """Other words."""\n',
-        "test/bad.py": "# coding: ascii\nx = 'é'\n",
+        "bad.py": "# coding: ascii\nx = 'é'\n",
+        "test/test_a.py": '"""Words of a test."""\n',
         "site-packages/other.py": "installed = 1\n",
         "pydoc_data/topics.py": "topics = {}\n",
         "data.txt": "no source",
@@ -158,7 +159,7 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_builtin_code(library: Path) -> None:
     documents, skipped = read("builtin:python-code")
-    assert [document.id for document in documents] == ["a.py", "b.py"]
+    assert [document.id for document in documents] == ["a.py", "b.py", "test/test_a.py"]
     assert skipped == {"file is not text in its declared encoding": 1}
 
 
