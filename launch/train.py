@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from typing import NoReturn
@@ -20,6 +21,11 @@ def run(
     """Train in this process, which is a rank of a torchrun or the only one."""
     config = load(config_path, overrides)
     name = settle_allocator(allocator)
+    # All ranks would say the same; the main one says it.
+    main_rank = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(
+        level=logging.WARNING if main_rank else logging.ERROR, format="%(levelname)s: %(message)s"
+    )
 
     from allometry.trainer.train import Surroundings, train
 

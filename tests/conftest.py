@@ -45,6 +45,7 @@ def tiny_description(store: Path, run: Path) -> dict[str, Any]:
             "ffn_width": 64,
             "qk_norm": True,
         },
+        "parameterization": {"kind": "sp"},
         "data": {
             "sequence_length": 32,
             "sources": [

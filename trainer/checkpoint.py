@@ -21,7 +21,11 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import (
+    CheckpointException,
+    FileSystemReader,
+    FileSystemWriter,
+)
 
 from allometry.configs.errors import UserError
 from allometry.configs.execution import CheckpointConfig
@@ -212,7 +216,7 @@ class Checkpointer:
             staged.result()
             for file in partial.glob(f"__{dist.get_rank()}_*.distcp"):
                 mine[file.name] = {"bytes": file.stat().st_size, "crc32": checksum(file)}
-        except Exception as error:  # whatever DCP raises: the run must go on
+        except (Exception, CheckpointException) as error:  # the run must go on
             failure = _reason(error)
         group = self._mesh.checkpoint_group
         gathered: list[Any] = [None] * dist.get_world_size(group)

@@ -49,6 +49,7 @@ class Progress:
             "tokens": plan.batch.tokens_after(self.step),
             "ledger_tokens": stream.ledger(position),
             "seed": seed,
+            "data": stream.fingerprints(),
             "areas": self.areas.state_dict(),
         }
 

@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 
 from allometry.configs.errors import UserError
 from allometry.configs.run import RunConfig
+from allometry.data.batch import Batch
 from allometry.data.prefetch import Prefetcher
 from allometry.data.stream import Stream
 from allometry.data.tokenizer import check_vocabulary
 from allometry.laws.areas import LearningRateAreas
-from allometry.models.build import build_model, parameter_specs
+from allometry.models.build import build_model, parameter_specs, torch_dtype
 from allometry.models.init import initialize
 from allometry.optim.build import build_optimizer
 from allometry.optim.schedule import resolve_schedule
@@ -30,8 +30,6 @@ from allometry.trainer.folder import RunFolder
 from allometry.trainer.loop import Loop, Progress, RunResult, state_tensors
 from allometry.trainer.resume import Start, begin
 from allometry.trainer.step import DeviceBatch, TrainStep
-
-COMPUTE_DTYPE = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
 T = TypeVar("T")
 
@@ -108,9 +106,8 @@ def _assemble(config: RunConfig, plan: RunPlan, mesh: Mesh, stream: Stream, star
     The model is made without storage, sharded, and only then filled, so that no rank ever holds
     it whole.
     """
-    dtype = COMPUTE_DTYPE[config.training.compute_dtype]
     with torch.device("meta"):
-        model = build_model(config.model, plan.parameterization, dtype)
+        model = build_model(config.model, plan.parameterization, config.training.compute_dtype)
     specs = parameter_specs(model)
     sync = parallelize(model, config, mesh)
     materialize(model, mesh.device)
@@ -123,7 +120,9 @@ def _assemble(config: RunConfig, plan: RunPlan, mesh: Mesh, stream: Stream, star
         make_states(optimizer)
         checkpoint.load(start.checkpoint, state_tensors(model, optimizer), mesh)
         progress.areas.load_state_dict(start.facts["areas"])
-    validation = stream.validation(config.evaluation.sequences_per_source)
+    validation = stream.validation(
+        config.evaluation.sequences_per_source, config.batch.micro_batch_sequences
+    )
     return Loop(
         config=config,
         plan=plan,
@@ -144,7 +143,7 @@ def _assemble(config: RunConfig, plan: RunPlan, mesh: Mesh, stream: Stream, star
         evaluator=Evaluator(validation, mesh),
         stream=stream,
         progress=progress,
-        peak=hardware.peak(mesh.device, dtype),
+        peak=hardware.peak(mesh.device, torch_dtype(config.training.compute_dtype)),
     )
 
 
@@ -180,12 +179,14 @@ def _feed(loop: Loop, steps_taken: int) -> Iterator[list[DeviceBatch]]:
             for turn in range(plan.micro_batches(step)):
                 yield first + (turn * mesh.hdp.size + mesh.hdp.rank) * size
 
-    with Prefetcher(lambda position: loop.stream.batch(position, size), positions()) as ahead:
+    def fetch(position: int) -> tuple[int, Batch]:
+        return position, loop.stream.batch(position, size)
+
+    with Prefetcher(fetch, positions()) as ahead:
         for step in range(steps_taken + 1, plan.total_steps + 1):
-            yield [
-                DeviceBatch.of(batch, mesh.device, position)
-                for position, batch in (next(ahead) for _ in range(plan.micro_batches(step)))
-            ]
+            turns = range(plan.micro_batches(step))
+            held = [next(ahead) for _ in turns]
+            yield [DeviceBatch.of(batch, mesh.device, position) for position, batch in held]
 
 
 def _facts(config: RunConfig, loop: Loop, surroundings: Surroundings) -> dict[str, Any]:
@@ -201,7 +202,7 @@ def _facts(config: RunConfig, loop: Loop, surroundings: Surroundings) -> dict[st
         "compute_dtype": config.training.compute_dtype,
         "layout": layout(config, mesh),
         "plan": loop.plan.describe(),
-        "data": loop.stream.fingerprints(),
+        "data": loop.stream.describe(),
         "conventions": {
             "step": "counted from 1; a row's lr is what that step used",
             "s1": "sum of lr over steps, warm-up included",
@@ -257,12 +258,9 @@ def together(mesh: Mesh, work: Callable[[], T]) -> T:
         result.append(work())
     except UserError as error:
         failure = str(error)
-    if mesh.world_size > 1:
-        failures: list[str | None] = [None] * mesh.world_size
-        dist.all_gather_object(failures, failure, group=mesh.host_group)
-        failure = next((f for f in failures if f is not None), None)
-    if failure is not None:
-        raise UserError(failure)
+    failures = [text for text in mesh.gather_objects(failure) if text is not None]
+    if failures:
+        raise UserError(failures[0])
     return result[0]
 
 
@@ -273,8 +271,6 @@ def on_main(mesh: Mesh, work: Callable[[], T]) -> T | None:
 
 def shared(mesh: Mesh, work: Callable[[], T]) -> T:
     """Do ``work`` on the main rank and hand its result to all ranks."""
-    result: list[Any] = [on_main(mesh, work)]
-    if mesh.world_size > 1:
-        dist.broadcast_object_list(result, src=0, group=mesh.host_group)
-    found: T = result[0]
+    found = mesh.broadcast_object(on_main(mesh, work))
+    assert found is not None
     return found

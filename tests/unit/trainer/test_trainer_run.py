@@ -202,7 +202,7 @@ def test_not_finite_loss_stops_names_step_and_group_and_keeps_the_checkpoint(
         ("model.vocab_size=32", "vocab"),
         ("parallel.hdp=2", r"parallel\.hdp=2"),
         ("run.resume=step-3", r"run\.resume=step-3"),
-        ("schedule.warmup_steps=50", r"schedule\.warmup_steps=50"),
+        ("schedule.warmup_steps=50", "warm-up of 50 steps"),
     ],
 )
 def test_bad_input_is_one_sentence_and_leaves_nothing(tiny: Make, override: str, said: str) -> None:
