@@ -9,6 +9,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from allometry.data.shuffle import Shuffle
 from allometry.data.store import TokenStore
 
 _EPOCHS_KEPT = 2
@@ -23,6 +24,8 @@ class _Epoch:
 class DocumentOrder:
     """A source as one endless line of tokens: epochs, each a permutation of its documents.
 
+    The line is read in windows, in an order of their own (``window``).
+
     The permutation of an epoch follows from (seed, name, epoch) alone; with ``seed`` None every
     epoch has the documents as they are stored. A place in the line is found by bisection over the
     epoch's running lengths, which cost 16 bytes a document; two epochs are kept.
@@ -33,12 +36,29 @@ class DocumentOrder:
         self.name = name
         self.seed = seed
         self._epoch = lru_cache(maxsize=_EPOCHS_KEPT)(self._make_epoch)
+        self._shuffle = lru_cache(maxsize=_EPOCHS_KEPT)(Shuffle)
 
     def _make_epoch(self, epoch: int) -> _Epoch:
         if self.seed is None:
             return _Epoch(None, self.store.starts[1:])
         documents = permutation(f"{self.seed}:{self.name}:{epoch}", self.store.num_documents)
         return _Epoch(documents, np.cumsum(self.store.lengths[documents]))
+
+    def window(self, sample: int, length: int) -> int:
+        """Which window of the line sample ``sample`` is: window w starts at token w x ``length``.
+
+        The windows that start in an epoch are read in an order that follows from (seed, name,
+        epoch, length): neighbours in a long document must not meet in one batch. With ``seed``
+        None windows come in order.
+        """
+        if self.seed is None:
+            return sample
+        period = self.store.num_tokens
+        epoch = sample * length // period
+        first = -(-epoch * period // length)
+        count = -(-(epoch + 1) * period // length) - first
+        shuffle = self._shuffle(f"{self.seed}:{self.name}:{epoch}:{length}", count)
+        return first + shuffle(sample - first)
 
     def read(self, start: int, out: NDArray[np.int64]) -> NDArray[np.int64]:
         """Fill ``out`` with the line's tokens from ``start`` on.

@@ -26,9 +26,10 @@ _log = logging.getLogger(__name__)
 class Stream:
     """Training and held-out sequences of a data configuration.
 
-    Sample k of a source is the window [k L, k L + L] of the source's endless line of tokens (see
+    A sample is a window [w L, w L + L] of its source's endless line of tokens (see
     ``DocumentOrder``): L inputs and, one further, L targets, so that each token is a target once
-    an epoch. ``Mixture`` says which source's sample stands at a position. Nothing depends on what
+    an epoch; the windows of an epoch are shuffled. ``Mixture`` says which source's sample stands at
+    a position. Nothing depends on what
     was asked before, on the number of ranks or on how positions are grouped into batches.
 
     Raises UserError for token files that cannot be used or were made with different tokenizers.
@@ -70,7 +71,7 @@ class Stream:
         """The ``count`` samples from ``position`` on: rows in the order of their positions."""
         source_B, index_B = self.mixture.sources(position, count)
         windows = [
-            (self._train[source], index)
+            (self._train[source], self._train[source].window(index, self.sequence_length))
             for source, index in zip(source_B.tolist(), index_B.tolist(), strict=True)
         ]
         return self._assemble(windows, source_B)

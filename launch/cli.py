@@ -81,7 +81,7 @@ def prepare(
     ] = None,
     validation_fraction: Annotated[
         float, typer.Option(help="share of the documents held out, chosen by their hash")
-    ] = 0.02,
+    ] = 0.05,
     text_key: Annotated[str, typer.Option(help="field that holds the text")] = "text",
     max_documents: Annotated[
         int | None, typer.Option(help="read at most this many documents of each source")

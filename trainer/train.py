@@ -19,7 +19,7 @@ from allometry.laws.areas import LearningRateAreas
 from allometry.models.build import build_model, parameter_specs, torch_dtype
 from allometry.models.init import initialize
 from allometry.optim.build import build_optimizer
-from allometry.optim.schedule import resolve_schedule
+from allometry.optim.schedule import Schedule, resolve_schedule
 from allometry.parallel.apply import materialize, parallelize
 from allometry.parallel.mesh import Mesh, open_mesh
 from allometry.scaling.plan import RunPlan
@@ -68,6 +68,7 @@ def _train(
     stop_at_step: int | None,
 ) -> RunResult:
     plan = RunPlan.of(config, mesh.world_size)
+    schedule = resolve_schedule(config, plan.batch)
     stream = together(mesh, lambda: _open_stream(config))
     folder = RunFolder(config.run.folder)
     if callbacks is None:
@@ -75,7 +76,7 @@ def _train(
     start = shared(mesh, lambda: begin(folder, config, stream.fingerprints()))
     recorder = record.Recorder(folder) if mesh.is_main else None
     try:
-        loop = _assemble(config, plan, mesh, stream, start)
+        loop = _assemble(config, plan, schedule, mesh, stream, start)
         loop.attach(recorder, callbacks, folder)
         facts = _facts(config, loop, surroundings)
         if recorder is not None:
@@ -100,7 +101,14 @@ def _open_stream(config: RunConfig) -> Stream:
     return stream
 
 
-def _assemble(config: RunConfig, plan: RunPlan, mesh: Mesh, stream: Stream, start: Start) -> Loop:
+def _assemble(
+    config: RunConfig,
+    plan: RunPlan,
+    schedule: Schedule,
+    mesh: Mesh,
+    stream: Stream,
+    start: Start,
+) -> Loop:
     """The model on the device and all that trains it, in the state that ``start`` says.
 
     The model is made without storage, sharded, and only then filled, so that no rank ever holds
@@ -133,7 +141,7 @@ def _assemble(config: RunConfig, plan: RunPlan, mesh: Mesh, stream: Stream, star
             model,
             sync,
             optimizer,
-            resolve_schedule(config, plan.batch),
+            schedule,
             mesh,
             peak_lr=config.optimizer.lr,
             sources=len(config.data.sources),

@@ -13,6 +13,7 @@ from allometry.configs.data import DataConfig
 from allometry.configs.errors import UserError
 from allometry.data.batch import IGNORE, Batch
 from allometry.data.order import DocumentOrder, permutation
+from allometry.data.shuffle import Shuffle
 from allometry.data.store import TokenStore
 from allometry.data.stream import Stream
 from allometry.data.synthetic import write_store
@@ -75,14 +76,18 @@ def test_batches_follow_the_definition(folder: Path, length: int, packing: str) 
     assert batch.tokens_BL.dtype == batch.targets_BL.dtype == np.int64
     for s, store in enumerate(stream.stores[:2]):
         rows = np.flatnonzero(batch.source_B == s)
-        line = list(
-            itertools.islice(plain_line(store, f"7:{stream.sources[s]}"), len(rows) * length + 1)
-        )
+        order = DocumentOrder(store, stream.sources[s], 7)
+        windows = [order.window(k, length) for k in range(len(rows))]
+        rows = rows[np.argsort(windows)]
+        tokens_needed = (max(windows) + 1) * length + 1
+        whole = list(itertools.islice(plain_line(store, f"7:{stream.sources[s]}"), tokens_needed))
+        read = np.concatenate([np.arange(w * length, (w + 1) * length) for w in sorted(windows)])
+        line = [whole[place] for place in read]
         tokens = np.array([token for token, _ in line])
-        expected = tokens[1:].copy()
+        expected = np.array([whole[place + 1][0] for place in read])
         if packing == "per_document":
-            expected[[last for _, last in line[:-1]]] = IGNORE
-        np.testing.assert_array_equal(batch.tokens_BL[rows].reshape(-1), tokens[:-1])
+            expected[[last for _, last in line]] = IGNORE
+        np.testing.assert_array_equal(batch.tokens_BL[rows].reshape(-1), tokens)
         np.testing.assert_array_equal(batch.targets_BL[rows].reshape(-1), expected)
         if packing == "per_document":
             assert batch.documents is not None
@@ -135,8 +140,11 @@ def test_each_token_is_a_target_once_an_epoch(folder: Path) -> None:
     samples = 8 * store.num_tokens // 8  # eight epochs
     batch = Stream(data, 0).batch(0, samples)
     found = np.bincount(batch.targets_BL.reshape(-1), minlength=store.num_tokens + 1)[1:]
-    first = batch.tokens_BL[0, 0]
-    after = Stream(data, 0).batch(samples, 1).tokens_BL[0, 0]
+    ends = np.empty(2, np.int64)
+    order = DocumentOrder(store, "code", 0)
+    for k, place in enumerate((0, samples * 8)):
+        order.read(place, ends[k : k + 1])
+    first, after = ends
     expected = np.full(store.num_tokens, 8)
     expected[first - 1] -= 1  # the line's first token has none before it
     expected[after - 1] += 1
@@ -168,6 +176,50 @@ def test_order_is_pinned() -> None:
     assert permutation("0:code:0", 12).tolist() == [1, 0, 2, 5, 7, 4, 6, 10, 8, 11, 9, 3]
     for count in (1, 2, 3, 64, 65, 1000):
         assert sorted(permutation("k", count).tolist()) == list(range(count))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 700), st.text(max_size=5))
+def test_a_shuffle_is_a_bijection(size: int, key: str) -> None:
+    shuffle = Shuffle(key, size)
+    assert sorted(map(shuffle, range(size))) == list(range(size))
+
+
+def test_shuffles_are_fair_and_pinned() -> None:
+    assert [Shuffle("0:code:0:8", 12)(k) for k in range(12)] == [
+        1,
+        8,
+        7,
+        5,
+        10,
+        11,
+        3,
+        4,
+        0,
+        9,
+        2,
+        6,
+    ]
+    where = np.array([[Shuffle(f"{k}", 5)(j) for j in range(5)] for k in range(6000)])
+    table = np.stack([np.bincount(where[:, j], minlength=5) for j in range(5)])
+    assert np.abs(table - 1200).max() < 5 * np.sqrt(1200)
+    assert 0 <= Shuffle("large", 10**12)(10**11) < 10**12
+
+
+def test_windows_of_an_epoch_are_shuffled_among_themselves(folder: Path) -> None:
+    store = TokenStore(folder / "code")
+    for length in (1, 7, 16, store.num_tokens, 3 * store.num_tokens):
+        order = DocumentOrder(store, "code", 0)
+        samples = 5 * store.num_tokens // length + 2
+        windows = [order.window(k, length) for k in range(samples)]
+        for k, window in enumerate(windows):
+            epoch = k * length // store.num_tokens
+            assert window * length // store.num_tokens == epoch
+        whole = [k for k, w in enumerate(windows) if w * length // store.num_tokens < 4]
+        assert sorted(windows[k] for k in whole) == whole
+        if length == 7:
+            assert windows != sorted(windows)
+        assert [DocumentOrder(store, "code", None).window(k, length) for k in (0, 5)] == [0, 5]
 
 
 def test_permutations_are_fair() -> None:
