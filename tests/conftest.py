@@ -86,3 +86,7 @@ def tiny(tiny_store: Path, tmp_path: Path) -> Callable[..., RunConfig]:
         return load(path, overrides)
 
     return make
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="record golden losses anew")

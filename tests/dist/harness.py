@@ -149,7 +149,12 @@ class _Rank:
         ours, theirs = Pipe()
         log = scratch / f"rank{number}.log"
         path = os.pathsep.join(
-            [str(ROOT / ".typing"), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
+            [
+                str(ROOT / ".typing"),
+                str(HERE),
+                str(HERE.parent / "support"),
+                *filter(None, [os.environ.get("PYTHONPATH")]),
+            ]
         )
         fixed = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": path}
         with log.open("ab") as output:

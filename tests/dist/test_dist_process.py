@@ -1,0 +1,145 @@
+"""Real processes: kill -9 under torchrun, SIGTERM and Ctrl-C, two runs in one folder."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from allometry.configs.loader import dump
+from allometry.configs.run import RunConfig
+from allometry.trainer.train import train
+from run_folders import events, rows
+
+Make = Callable[..., RunConfig]
+Start = Callable[..., subprocess.Popen[str]]
+LONG = ("training.total_steps=300", "checkpoint.every_steps=10", "record.display_every_steps=50")
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """``start(config, ranks)``: the command a user types, in a process group of its own."""
+    started: list[subprocess.Popen[str]] = []
+
+    def launch(config: RunConfig, ranks: int = 1) -> subprocess.Popen[str]:
+        path = tmp_path / "config.yaml"
+        path.write_text(dump(config))
+        module = ["-m", "allometry.launch.train", str(path)]
+        if ranks > 1:
+            torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+            module = [*torchrun, "--master-addr", "127.0.0.1", "--master-port", "0", *module]
+        process = subprocess.Popen(
+            [sys.executable, *module],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            start_new_session=True,
+        )
+        started.append(process)
+        return process
+
+    yield launch
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def wait_for_rows(folder: Path, count: int, process: subprocess.Popen[str]) -> None:
+    """Until the record holds ``count`` rows; fails with the output if the process ends before."""
+    for _ in range(1200):
+        path = folder / "metrics.jsonl"
+        if path.exists() and len(path.read_text().splitlines()) >= count:
+            return
+        if process.poll() is not None:
+            raise AssertionError(process.communicate()[0])
+        time.sleep(0.05)
+    raise AssertionError(f"{count} rows did not come in a minute")
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    return output
+
+
+def comparable(folder: Path) -> list[tuple[Any, ...]]:
+    keys = ("step", "loss", "grad_norm", "lr", "s1", "s2", "tokens/up", "loss/up")
+    return [tuple(row.get(key) for key in keys) for row in rows(folder)]
+
+
+def test_kill_9_twice_under_torchrun_loses_nothing(
+    tiny: Make, start: Start, tmp_path: Path
+) -> None:
+    straight = tiny(*LONG, folder=tmp_path / "straight")
+    finish(start(straight, ranks=2))
+    killed = tiny(*LONG, folder=tmp_path / "killed")
+    folder = Path(killed.run.folder)
+    for count in (40, 120):
+        process = start(killed, ranks=2)
+        wait_for_rows(folder, count, process)
+        kill_group(process)
+    output = finish(start(killed, ranks=2))
+    assert "continuing after step" in output
+    assert comparable(folder) == comparable(Path(straight.run.folder))
+    resumed = [event["step"] for event in events(folder) if event["event"] == "resumed"]
+    assert len(resumed) == 2
+    assert 0 < resumed[0] < resumed[1]
+
+
+def kill_group(process: subprocess.Popen[str]) -> None:
+    """SIGKILL to torchrun and every worker: torchrun gives workers sessions of their own."""
+    import psutil
+
+    workers = psutil.Process(process.pid).children(recursive=True)
+    for victim in [*workers, process]:
+        victim.kill()
+    process.communicate()
+    psutil.wait_procs(workers, timeout=10)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_ends_cleanly(tiny: Make, start: Start, number: signal.Signals) -> None:
+    config = tiny(*LONG, "checkpoint.every_steps=null")
+    folder = Path(config.run.folder)
+    process = start(config)
+    wait_for_rows(folder, 10, process)
+    process.send_signal(number)
+    assert f"stopped by {number.name}" in finish(process)
+    last = rows(folder)[-1]["step"]
+    assert last < 300
+    assert (folder / "latest").read_text().strip() == f"step-{last}"
+    assert events(folder)[-1] | {"time": 0} == {
+        "event": "stopped",
+        "time": 0,
+        "step": last,
+        "signal": number.name,
+    }
+
+
+def test_second_live_run_in_a_folder_is_refused(tiny: Make, start: Start, tmp_path: Path) -> None:
+    config = tiny(*LONG)
+    first = start(config)
+    wait_for_rows(Path(config.run.folder), 1, first)
+    second = start(config)
+    output, _ = second.communicate(timeout=100)
+    assert second.returncode == 2
+    lines = [line for line in output.splitlines() if line.startswith("allometry: ")]
+    assert len(lines) == 1
+    assert f"in use by process {first.pid}" in lines[0]
+    assert "Traceback" not in output
+
+
+def test_sums_of_a_run_do_not_depend_on_the_processes(tiny: Make) -> None:
+    """The in-process path the other tests use is the one the command uses."""
+    config = tiny()
+    train(config, callbacks=[])
+    described = json.loads((Path(config.run.folder) / "run.json").read_text())
+    assert described["layout"]["world_size"] == 1
+    assert [launch["first_step"] for launch in described["launches"]] == [1]
