@@ -1,0 +1,1 @@
+"""Programs that train the same model, each as its users would."""

@@ -1,0 +1,112 @@
+"""What is compared with what, and the goal for each ratio."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from contenders.race import Entry, Run
+
+PACKAGES = ("jemalloc", "tcmalloc")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Tokens/s of the best of ``ours`` over those of ``rival``, round by round."""
+
+    setting: str
+    ours: tuple[Entry, ...]
+    rival: Entry
+    goal: float | None
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        return (self.rival, *self.ours)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The ratios of a comparison, one for each round; ``ours`` is the entry that did best."""
+
+    setting: str
+    ours: str
+    rival: str
+    ratios: list[float]
+    median: float
+    goal: float | None
+    met: bool | None
+
+
+def bf16(allocators: Sequence[str], *, rivals_alike: bool = True) -> list[Comparison]:
+    """One process in bf16, as shipped and with equal allocators."""
+    shipped = {"glibc-tuned": (1.2, 1.6), "jemalloc": (1.3, 1.8), "tcmalloc": (1.3, 1.8)}
+    equal = (1.03, 1.35)
+    eager, compiled = Entry("plain"), Entry("plain", compile=True)
+    trainer = Entry("trainer")
+    found = []
+    for allocator in allocators:
+        us = (Entry("ours", compile=True, allocator=allocator),)
+        if allocator in shipped:
+            with_compiled, with_trainer = shipped[allocator]
+            label = f"as shipped, {allocator if allocator in PACKAGES else 'no package'}"
+            found += [
+                Comparison(label, us, eager, None),
+                Comparison(label, us, compiled, with_compiled),
+                Comparison(label, us, trainer, with_trainer),
+            ]
+        if rivals_alike:
+            label = f"equal allocators, {allocator}"
+            alike = Entry("plain", compile=True, allocator=allocator)
+            found += [
+                Comparison(label, us, alike, equal[0]),
+                Comparison(label, us, Entry("trainer", allocator=allocator), equal[1]),
+            ]
+    return found
+
+
+def fp32(allocators: Sequence[str]) -> list[Comparison]:
+    """One process in fp32 against the compiled loop, as shipped and with equal allocators."""
+    best = allocators[-1]
+    us = (Entry("ours", "fp32", compile=True, allocator=best),)
+    return [
+        Comparison(f"as shipped, {best}", us, Entry("plain", "fp32", compile=True), 1.0),
+        Comparison(
+            f"equal allocators, {best}",
+            us,
+            Entry("plain", "fp32", compile=True, allocator=best),
+            1.0,
+        ),
+    ]
+
+
+def two(allocators: Sequence[str], stages: Iterable[int] = (0, 1, 2, 3)) -> list[Comparison]:
+    """Two processes: our best ZeRO stage against FSDP2 without compilation."""
+    best = allocators[-1]
+    us = tuple(
+        Entry("ours", compile=True, allocator=best, processes=2, stage=stage) for stage in stages
+    )
+    rival = Entry("fsdp2", allocator=best, processes=2)
+    return [Comparison(f"two processes, equal allocators, {best}", us, rival, 1.45)]
+
+
+def judge(comparison: Comparison, runs: Sequence[Run]) -> Verdict:
+    """Ratios of the same round, and whether their median meets the goal."""
+
+    def rates(entry: Entry) -> list[float]:
+        return [run.tokens_per_s for run in runs if run.entry == entry]
+
+    # The best of ours over all rounds: choosing anew in each round would favour noise.
+    best = max(comparison.ours, key=lambda entry: statistics.median(rates(entry)))
+    ratios = [a / b for a, b in zip(rates(best), rates(comparison.rival), strict=True)]
+    median = statistics.median(ratios)
+    goal = comparison.goal
+    return Verdict(
+        setting=comparison.setting,
+        ours=best.name,
+        rival=comparison.rival.name,
+        ratios=ratios,
+        median=median,
+        goal=goal,
+        met=None if goal is None else median >= goal,
+    )

@@ -1,0 +1,98 @@
+"""transformers' Trainer on its Llama: ``python -m contenders.hf_trainer --out FILE``."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from typing import Any
+
+import torch
+
+from contenders.shape import SHAPE, parse_task, report
+
+
+class RandomTokens(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    def __init__(self, sequences: int) -> None:
+        generator = torch.Generator().manual_seed(1)
+        self.tokens = torch.randint(
+            0, SHAPE.vocab_size, (sequences, SHAPE.sequence_length), generator=generator
+        )
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.tokens[index], "labels": self.tokens[index]}
+
+
+def main() -> None:
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+    from transformers import (
+        LlamaConfig,
+        LlamaForCausalLM,
+        Trainer,
+        TrainerCallback,
+        TrainingArguments,
+    )
+
+    class StepTimes(TrainerCallback):
+        """From the end of a step to the end of the next: what a step costs, data included."""
+
+        def __init__(self) -> None:
+            self.ends: list[float] = []
+
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            self.ends.append(time.perf_counter())
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.ends.append(time.perf_counter())
+
+    task = parse_task()
+    config = LlamaConfig(
+        vocab_size=SHAPE.vocab_size,
+        hidden_size=SHAPE.width,
+        intermediate_size=SHAPE.ffn_width,
+        num_hidden_layers=SHAPE.num_layers,
+        num_attention_heads=SHAPE.num_heads,
+        num_key_value_heads=SHAPE.num_heads,
+        max_position_embeddings=SHAPE.sequence_length,
+        rms_norm_eps=SHAPE.norm_eps,
+        tie_word_embeddings=False,
+        use_cache=False,
+    )
+    times = StepTimes()
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            use_cpu=True,
+            bf16=task.dtype == "bf16",
+            optim="adamw_torch_fused",
+            learning_rate=SHAPE.lr,
+            adam_beta1=SHAPE.beta1,
+            adam_beta2=SHAPE.beta2,
+            weight_decay=SHAPE.weight_decay,
+            max_grad_norm=SHAPE.clip_grad_norm,
+            lr_scheduler_type="constant",
+            per_device_train_batch_size=SHAPE.sequences,
+            max_steps=task.total_steps,
+            torch_compile=task.compile,
+            logging_strategy="no",
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+        )
+        trainer = Trainer(
+            model=LlamaForCausalLM(config),
+            args=arguments,
+            train_dataset=RandomTokens(SHAPE.sequences * task.total_steps),
+            callbacks=[times],
+        )
+        result = trainer.train()
+    seconds = [end - start for start, end in zip(times.ends, times.ends[1:], strict=False)]
+    report(task, seconds, [result.training_loss])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""Allometry as its users start it: a configuration, a token store, the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from allometry.data.synthetic import write_random_store
+from contenders.shape import SHAPE
+
+
+def write_store(folder: Path) -> Path:
+    """A store of random tokens under ``folder``; its prefix."""
+    prefix = folder / "random"
+    write_random_store(prefix, 2_000_000, SHAPE.vocab_size)
+    return prefix
+
+
+def write_config(
+    path: Path, store: Path, run_folder: Path, *, dtype: str, steps: int, processes: int, stage: int
+) -> None:
+    """The preset of this benchmark with the contenders' data, batch and optimizer.
+
+    Sequences are one stream of tokens each (no document masks), since the others know no
+    documents. The record is what every run gets by default.
+    """
+    # JSON is YAML.
+    config = {
+        "base": "preset:dense_25m",
+        "run": {"folder": str(run_folder)},
+        "data": {
+            "packing": "concatenated",
+            "sources": [{"name": "random", "train": str(store)}],
+        },
+        "batch": {
+            "sequences": SHAPE.sequences,
+            "micro_batch_sequences": SHAPE.sequences // processes,
+        },
+        "training": {
+            "total_tokens": None,
+            "total_steps": steps,
+            "compute_dtype": dtype,
+            "clip_grad_norm": SHAPE.clip_grad_norm,
+        },
+        "optimizer": {
+            "lr": SHAPE.lr,
+            "beta1": SHAPE.beta1,
+            "beta2": SHAPE.beta2,
+            "weight_decay": SHAPE.weight_decay,
+        },
+        "schedule": {"kind": "constant", "warmup_steps": 0},
+        "parallel": {"zero": {"stage": stage}},
+        "evaluation": {"every_steps": None},
+        "checkpoint": {"every_steps": None},
+    }
+    path.write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+
+def read_rows(run_folder: Path) -> tuple[list[float], list[float]]:
+    """Seconds and losses of each step of a finished run."""
+    lines = (run_folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    return [row["time_s"] for row in rows], [row["loss"] for row in rows]
+
+
+def read_allocator(run_folder: Path) -> str:
+    """The allocator that the run says it had."""
+    facts = json.loads((run_folder / "run.json").read_text(encoding="utf-8"))
+    return str(facts["allocator"])

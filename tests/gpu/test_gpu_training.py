@@ -1,0 +1,140 @@
+"""On CUDA: gradients and whole runs against a CPU, resume, ZeRO stages, compiled and not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from allometry.configs.run import RunConfig
+from allometry.data.stream import Stream
+from allometry.models.build import build_model
+from allometry.models.init import initialize
+from allometry.parallel.apply import materialize, parallelize
+from allometry.parallel.mesh import open_mesh
+from allometry.scaling.plan import RunPlan
+from allometry.trainer.step import DeviceBatch
+from allometry.trainer.train import train
+from run_folders import rows
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+Make = Callable[..., RunConfig]
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+# A head as wide as CUDA's flash kernels like it.
+SHAPE = ("model.width=128", "model.ffn_width=256", "model.num_heads=4", "model.num_kv_heads=2")
+PACKINGS = ("per_document", "concatenated")
+# Largest difference over largest element, of a parameter's gradient. bf16 has 8 bits, and the two
+# devices round at different places of a sum.
+TOLERANCE = {"fp32": 2e-5, "bf16": 5e-2}
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def gradients(config: RunConfig, device: torch.device, position: int = 0) -> dict[str, Tensor]:
+    """The whole gradients of two micro-batches from ``position`` on, put together as a run does."""
+    plan = RunPlan.of(config, 1)
+    size = plan.micro_batch_sequences
+    stream = Stream(config.data, config.run.seed)
+    with open_mesh(config.parallel, device) as mesh:
+        with torch.device("meta"):
+            model = build_model(config.model, plan.parameterization, config.training.compute_dtype)
+        sync = parallelize(model, config, mesh)
+        materialize(model, mesh.device)
+        initialize(model, plan.parameterization, config.run.seed)
+        for turn in range(2):
+            at = position + turn * size
+            batch = DeviceBatch.of(stream.batch(at, size), mesh.device, at)
+            sync.micro_batch(last=turn == 1)
+            model(batch.tokens_BL, batch.targets_BL, batch.documents).total.backward()
+        sync.finish()
+        found = {}
+        for name, parameter in model.named_parameters():
+            gradient = parameter.grad
+            assert gradient is not None, name
+            whole = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+            found[name.replace("_orig_mod.", "")] = whole.detach().double().cpu()
+    return found
+
+
+def worst(some: dict[str, Tensor], others: dict[str, Tensor]) -> tuple[float, str]:
+    """The largest error of a parameter's gradient, over its largest element, and whose it is."""
+    assert some.keys() == others.keys()
+    errors = {
+        name: float((some[name] - other).abs().max() / other.abs().max())
+        for name, other in others.items()
+    }
+    name = max(errors, key=lambda n: errors[n])
+    return errors[name], name
+
+
+@pytest.mark.parametrize("compiled", ["false", "true"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_gradients_equal_those_of_a_cpu(
+    tiny: Make, packing: str, dtype: str, compiled: str
+) -> None:
+    common = (*SHAPE, f"data.packing={packing}")
+    reference = gradients(tiny(*common), CPU)
+    config = tiny(*common, f"training.compute_dtype={dtype}", f"training.compile={compiled}")
+    error, name = worst(gradients(config, CUDA), reference)
+    assert error < TOLERANCE[dtype], name
+    control, _ = worst(gradients(config, CUDA, position=64), reference)
+    assert control > 2 * TOLERANCE["bf16"], "other samples must be told apart"
+
+
+@pytest.mark.parametrize("compiled", ["false", "true"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_stages_equal_stage_0(tiny: Make, dtype: str, stage: int, compiled: str) -> None:
+    common = (*SHAPE, f"training.compute_dtype={dtype}", f"training.compile={compiled}")
+    reference = gradients(tiny(*common), CUDA)
+    error, name = worst(gradients(tiny(*common, f"parallel.zero.stage={stage}"), CUDA), reference)
+    # In bf16, stage 0 adds micro-batches up in fp32 from bf16 products, as the others do.
+    assert error < {"fp32": 1e-6, "bf16": 1e-2}[dtype], name
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_runs_on_both_devices_learn_alike(tiny: Make, tmp_path: Path, packing: str) -> None:
+    losses = {}
+    for device in (CPU, CUDA):
+        folder = tmp_path / device.type
+        config = tiny(*SHAPE, f"data.packing={packing}", "optimizer.lr=1e-3", folder=folder)
+        train(config, device=device, callbacks=[])
+        losses[device.type] = torch.tensor([row["loss"] for row in rows(folder)])
+    torch.testing.assert_close(losses["cuda"], losses["cpu"], rtol=1e-3, atol=0)
+    assert losses["cuda"][-1] < 0.95 * losses["cuda"][0]
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ["training.compute_dtype=fp32"],
+        ["training.compute_dtype=bf16", "training.compile=true"],
+        ["training.compute_dtype=bf16", "data.packing=concatenated"],
+        ["training.compute_dtype=bf16", "model.dropout=0.1"],
+    ],
+    ids=",".join,
+)
+def test_resume_is_bit_exact(tiny: Make, tmp_path: Path, extra: list[str], stage: int) -> None:
+    chosen = (*SHAPE, *extra, f"parallel.zero.stage={stage}", "training.total_steps=8")
+    straight = tiny(*chosen, folder=tmp_path / "straight")
+    train(straight, device=CUDA, callbacks=[])
+    parts = tiny(*chosen, folder=tmp_path / "parts")
+    for stop in (3, 6, None):
+        train(parts, device=CUDA, callbacks=[], stop_at_step=stop)
+    keys = ("step", "loss", "grad_norm", "lr", "tokens/up", "loss/down")
+    for one, other in zip(rows(tmp_path / "straight"), rows(tmp_path / "parts"), strict=True):
+        assert [one.get(key) for key in keys] == [other.get(key) for key in keys]
