@@ -56,6 +56,7 @@ class Mesh:
     tp: Axis
     host_group: dist.ProcessGroup
     checkpoint_group: dist.ProcessGroup
+    timeout: timedelta
     _closes: tuple[dist.ProcessGroup | None, ...] = field(repr=False)  # None: all there are
 
     @property
@@ -93,7 +94,8 @@ class Mesh:
         if self.world_size == 1:
             return
         try:
-            dist.monitored_barrier(group=self.host_group, wait_all_ranks=True)
+            # Without being told, this collective does not take the timeout of its group.
+            dist.monitored_barrier(self.host_group, self.timeout, wait_all_ranks=True)
         except RuntimeError as error:
             raise RuntimeError(f"not all ranks are ready for {reason}: {error}") from error
 
@@ -152,6 +154,7 @@ def open_mesh(parallel: ParallelConfig, device: torch.device | None = None) -> M
         **lines,
         host_group=host,
         checkpoint_group=checkpoint,
+        timeout=timeout,
         _closes=(None,) if ours else (host, checkpoint, *made),
     )
 

@@ -257,11 +257,15 @@ def shard_model(
         reduce_dtype=None if low is None else torch.float32,
         cast_forward_inputs=False,
     )
-    # A tied embedding is needed again by the head.
-    reshard_embedding = reshard_after_forward and not model.tied
+    # A tied embedding is needed again by the head; the backward of a look-up needs no table.
     fully_shard(
-        model.embedding, mesh=mesh, mp_policy=plain, reshard_after_forward=reshard_embedding
+        model.embedding,
+        mesh=mesh,
+        mp_policy=plain,
+        reshard_after_forward=reshard_after_forward and not model.tied,
     )
+    if not model.tied:
+        model.embedding.set_unshard_in_backward(False)
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=mixed, reshard_after_forward=reshard_after_forward)
     # Backward begins with norm and head: freeing them after forward would only gather them again.

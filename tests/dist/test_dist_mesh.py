@@ -1,0 +1,108 @@
+"""The mesh over several ranks."""
+
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from allometry.configs.errors import UserError
+from allometry.configs.execution import ParallelConfig
+from allometry.parallel.mesh import open_mesh
+
+RunRanks = Callable[..., list[Any]]
+CPU = torch.device("cpu")
+
+
+def use_a_started_group() -> dict[str, Any]:
+    mesh = open_mesh(ParallelConfig(timeout_s=30), CPU)
+    facts = {
+        "rank": (mesh.rank, mesh.hdp.rank, mesh.pp.rank, mesh.tp.rank),
+        "size": (mesh.world_size, mesh.hdp.size, mesh.pp.size, mesh.tp.size),
+        "main": mesh.is_main,
+        "sum": float(mesh.all_reduce_sum(torch.tensor(float(mesh.rank + 1)), "hdp")),
+        "alone": float(mesh.all_reduce_sum(torch.tensor(float(mesh.rank + 1)), "tp")),
+        "told": mesh.broadcast_object({"from": mesh.rank}, source=1),
+        "gathered": mesh.gather_objects(f"rank {mesh.rank}"),
+        "groups": len({id(g) for g in (dist.group.WORLD, mesh.host_group, mesh.checkpoint_group)}),
+    }
+    mesh.barrier("the end of the test")
+    mesh.close()
+    mesh.close()
+    dist.barrier()  # what the caller had started is still there
+    return facts
+
+
+def test_axes_and_helpers(run_ranks: RunRanks) -> None:
+    for rank, facts in enumerate(run_ranks(use_a_started_group, 4)):
+        assert facts == {
+            "rank": (rank, rank, 0, 0),
+            "size": (4, 4, 1, 1),
+            "main": rank == 0,
+            "sum": 10.0,
+            "alone": rank + 1.0,
+            "told": {"from": 1},
+            "gathered": ["rank 0", "rank 1", "rank 2", "rank 3"],
+            "groups": 3,
+        }
+
+
+@contextmanager
+def environment(port: int) -> Iterator[None]:
+    """What torchrun sets and the harness does not."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    try:
+        yield
+    finally:
+        del os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+
+
+def start_as_torchrun_would(port: int) -> float:
+    with environment(port), open_mesh(ParallelConfig(hdp=2, timeout_s=30), CPU) as mesh:
+        total = float(mesh.all_reduce_sum(torch.ones(()), "hdp"))
+    assert not dist.is_initialized()
+    return total
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_groups_start_from_the_environment_and_end(run_ranks: RunRanks) -> None:
+    assert run_ranks(start_as_torchrun_would, 2, free_port(), start_group=False) == [2.0, 2.0]
+
+
+def wrong_degrees() -> str:
+    with environment(port=1), pytest.raises(UserError) as caught:
+        open_mesh(ParallelConfig(hdp=3), CPU)
+    assert not dist.is_initialized(), "no group may start for a layout that cannot be"
+    return str(caught.value)
+
+
+def test_degrees_are_checked_before_any_group_starts(run_ranks: RunRanks) -> None:
+    for sentence in run_ranks(wrong_degrees, 2, start_group=False):
+        assert sentence.startswith("parallel.hdp=3 (with pp=1 and tp=1) needs 3 ranks, but 2 were")
+
+
+def barrier_without_rank_1() -> str:
+    mesh = open_mesh(ParallelConfig(timeout_s=2), CPU)
+    if mesh.rank == 1:
+        dist.monitored_barrier(timeout=timedelta(seconds=30))
+        return ""
+    with pytest.raises(RuntimeError) as caught:
+        mesh.barrier("the first checkpoint")
+    dist.monitored_barrier(timeout=timedelta(seconds=30))
+    return str(caught.value)
+
+
+def test_a_barrier_names_who_is_missing(run_ranks: RunRanks) -> None:
+    sentence, _ = run_ranks(barrier_without_rank_1, 2)
+    assert sentence.startswith("not all ranks are ready for the first checkpoint: ")
+    assert "Ranks 1 failed to pass" in sentence

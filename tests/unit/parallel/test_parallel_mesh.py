@@ -1,0 +1,123 @@
+"""What the environment says, which degrees fit, and a mesh of one."""
+
+import re
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from allometry.configs.errors import UserError
+from allometry.configs.execution import ParallelConfig
+from allometry.parallel.mesh import Launch, open_mesh, read_launch, resolve_degrees
+
+TORCHRUN = {
+    "RANK": "5",
+    "WORLD_SIZE": "8",
+    "LOCAL_RANK": "1",
+    "MASTER_ADDR": "node-0",
+    "MASTER_PORT": "29500",
+}
+
+
+def test_launch_by_torchrun() -> None:
+    assert read_launch(TORCHRUN) == Launch(5, 8, 1, "node-0:29500")
+
+
+def test_launch_without_launcher_and_of_one_rank() -> None:
+    assert read_launch({"PATH": "/bin"}) == Launch(0, 1, 0, None)
+    assert read_launch({"RANK": "0", "WORLD_SIZE": "1"}) == Launch(0, 1, 0, None)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"WORLD_SIZE": None}, "has RANK but not WORLD_SIZE; start the run with torchrun"),
+        ({"RANK": None}, "has WORLD_SIZE but not RANK; start the run with torchrun"),
+        ({"RANK": "first"}, "RANK='first' in the environment is not a number"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK='-1' in the environment is not a number"),
+        ({"RANK": "8"}, "RANK=8 in the environment must be below WORLD_SIZE=8"),
+        ({"MASTER_PORT": None}, "WORLD_SIZE=8 in the environment needs MASTER_PORT"),
+    ],
+)
+def test_half_a_launch_is_refused(change: dict[str, str | None], sentence: str) -> None:
+    environment = {k: v for k, v in (TORCHRUN | change).items() if v is not None}
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        read_launch(environment)
+
+
+def test_degrees() -> None:
+    assert resolve_degrees(ParallelConfig(), 6) == {"pp": 1, "hdp": 6, "tp": 1}
+    assert resolve_degrees(ParallelConfig(hdp=4), 4) == {"pp": 1, "hdp": 4, "tp": 1}
+
+
+def test_degrees_that_do_not_fit() -> None:
+    with pytest.raises(UserError) as caught:
+        resolve_degrees(ParallelConfig(hdp=4), 2)
+    assert str(caught.value) == (
+        "parallel.hdp=4 (with pp=1 and tp=1) needs 4 ranks, but 2 were started; set "
+        "parallel.hdp=2 or auto, or start 4 ranks (torchrun --nproc-per-node)"
+    )
+
+
+def test_degrees_of_more_axes_that_do_not_fit() -> None:
+    wide = ParallelConfig.model_construct(hdp="auto", pp=2, tp=2)
+    assert resolve_degrees(wide, 12) == {"pp": 2, "hdp": 3, "tp": 2}
+    with pytest.raises(UserError, match=r"pp=2 x parallel\.tp=2 must divide the 6 ranks"):
+        resolve_degrees(wide, 6)
+    exact = ParallelConfig.model_construct(hdp=2, pp=2, tp=2)
+    with pytest.raises(UserError, match=r"but 6 were started; set start|; set start") as caught:
+        resolve_degrees(exact, 6)
+    assert "parallel.hdp=1" not in str(caught.value)
+
+
+def test_a_process_alone_has_a_mesh_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+    assert not dist.is_initialized()
+    with open_mesh(ParallelConfig(), torch.device("cpu")) as mesh:
+        assert (mesh.rank, mesh.world_size, mesh.is_main) == (0, 1, True)
+        assert [(mesh.axis(a).rank, mesh.axis(a).size) for a in ("pp", "hdp", "tp")] == [(0, 1)] * 3
+        assert mesh.device_mesh["hdp"].size() == 1
+        assert float(mesh.all_reduce_sum(torch.ones(()), "hdp")) == 1.0
+        assert mesh.broadcast_object("word") == "word"
+        assert mesh.gather_objects("word") == ["word"]
+        mesh.barrier("nothing")
+        for group in (mesh.hdp.group, mesh.host_group, mesh.checkpoint_group):
+            assert dist.get_world_size(group) == 1
+            dist.all_reduce(torch.ones(()), group=group)
+    assert not dist.is_initialized()
+
+
+def test_a_mesh_can_be_opened_again() -> None:
+    for _ in range(2):
+        with open_mesh(ParallelConfig(), torch.device("cpu")):
+            pass
+
+
+def test_a_failed_run_leaves_no_group_behind() -> None:
+    with pytest.raises(ZeroDivisionError), open_mesh(ParallelConfig(), torch.device("cpu")):
+        raise ZeroDivisionError
+    assert not dist.is_initialized()
+
+
+def test_a_gpu_that_is_not_there() -> None:
+    there = torch.cuda.device_count()
+    with pytest.raises(UserError, match=f"wants GPU {there}, but this machine shows {there}"):
+        open_mesh(ParallelConfig(), torch.device("cuda", there))
+    assert not dist.is_initialized()
+
+
+def test_ranks_that_do_not_meet_get_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    for name, value in (address | {"RANK": "1", "WORLD_SIZE": "2"}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError) as caught:
+        open_mesh(ParallelConfig(timeout_s=1), torch.device("cpu"))
+    where = f"127.0.0.1:{address['MASTER_PORT']}"
+    assert str(caught.value).startswith(
+        f"rank 1 did not meet the other ranks of WORLD_SIZE=2 at {where} within "
+        "parallel.timeout_s=1; check that all were started"
+    )
