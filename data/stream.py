@@ -29,8 +29,8 @@ class Stream:
     A sample is a window [w L, w L + L] of its source's endless line of tokens (see
     ``DocumentOrder``): L inputs and, one further, L targets, so that each token is a target once
     an epoch; the windows of an epoch are shuffled. ``Mixture`` says which source's sample stands at
-    a position. Nothing depends on what
-    was asked before, on the number of ranks or on how positions are grouped into batches.
+    a position. Nothing depends on what was asked before, on the number of ranks or on how positions
+    are grouped into batches.
 
     Raises UserError for token files that cannot be used or were made with different tokenizers.
     """

@@ -18,7 +18,7 @@ from run_folders import events, rows
 
 Make = Callable[..., RunConfig]
 Start = Callable[..., subprocess.Popen[str]]
-LONG = ("training.total_steps=300", "checkpoint.every_steps=10", "record.display_every_steps=50")
+LONG = ("training.total_steps=150", "checkpoint.every_steps=10", "record.display_every_steps=50")
 
 
 @pytest.fixture
@@ -32,14 +32,13 @@ def start(tmp_path: Path) -> Iterator[Start]:
         module = ["-m", "allometry.launch.train", str(path)]
         if ranks > 1:
             torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-            module = [*torchrun, "--master-addr", "127.0.0.1", "--master-port", "0", *module]
+            module = [*torchrun, "--standalone", "--local-addr", "127.0.0.1", *module]
         process = subprocess.Popen(
             [sys.executable, *module],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
-            start_new_session=True,
         )
         started.append(process)
         return process
@@ -47,8 +46,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
     yield launch
     for process in started:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+            kill_group(process)
 
 
 def wait_for_rows(folder: Path, count: int, process: subprocess.Popen[str]) -> None:
@@ -81,7 +79,7 @@ def test_kill_9_twice_under_torchrun_loses_nothing(
     finish(start(straight, ranks=2))
     killed = tiny(*LONG, folder=tmp_path / "killed")
     folder = Path(killed.run.folder)
-    for count in (40, 120):
+    for count in (25, 75):
         process = start(killed, ranks=2)
         wait_for_rows(folder, count, process)
         kill_group(process)
@@ -113,7 +111,7 @@ def test_a_signal_saves_and_ends_cleanly(tiny: Make, start: Start, number: signa
     process.send_signal(number)
     assert f"stopped by {number.name}" in finish(process)
     last = rows(folder)[-1]["step"]
-    assert last < 300
+    assert last < 150
     assert (folder / "latest").read_text().strip() == f"step-{last}"
     assert events(folder)[-1] | {"time": 0} == {
         "event": "stopped",

@@ -1,0 +1,172 @@
+"""The command line as a user meets it: separate processes, exit codes, one sentence for errors."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from allometry.configs.errors import UserError
+from allometry.configs.loader import dump, load
+from allometry.configs.run import RunConfig
+from allometry.launch import start
+from allometry.launch.dry_run import report
+
+Make = Callable[..., RunConfig]
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def allometry(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "allometry.launch.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=120,
+    )
+
+
+def sentence(done: subprocess.CompletedProcess[str]) -> str:
+    """The one sentence of a refused command."""
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("allometry: ")
+    return line
+
+
+def test_help_answers_at_once() -> None:
+    seconds = []
+    for _ in range(5):
+        begun = time.perf_counter()
+        done = allometry("--help")
+        seconds.append(time.perf_counter() - begun)
+    assert done.returncode == 0
+    for command in ("train", "prepare", "plot", "doctor"):
+        assert command in done.stdout
+    code = "import sys, allometry.launch.cli; print([m for m in HEAVY if m in sys.modules])"
+    heavy = "HEAVY = ('torch', 'numpy', 'matplotlib', 'tokenizers', 'scipy', 'pyarrow'); "
+    loaded = subprocess.run(
+        [sys.executable, "-c", heavy + code], capture_output=True, text=True, check=True
+    )
+    assert loaded.stdout.strip() == "[]", "what makes --help slow"
+    assert min(seconds) < 0.5
+
+
+def test_dry_run_says_what_will_happen_without_torch(tiny: Make, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(dump(tiny()))
+    code = (
+        "import sys; from allometry.launch.cli import main\n"
+        f"sys.argv = ['allometry', 'train', {str(path)!r}, '--dry-run', '--world-size', '4']\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for word in ("parameters", "FLOPs per token", "tokens", "steps", "memory", "learning rate"):
+        assert word in done.stdout
+    assert not Path(tiny().run.folder).exists()
+
+
+def test_dry_run_as_json(tiny: Make) -> None:
+    plan = json.loads(report(tiny(), 2, as_json=True))
+    assert plan["total_steps"] == 20
+    assert plan["hdp"] == 2
+    assert plan["learning_rate"][0]["lr"] == pytest.approx(1e-2 / 3)
+    with pytest.raises(UserError, match=r"batch\.sequences=8"):
+        report(tiny(), 3, as_json=True)
+
+
+def test_errors_are_one_sentence_and_exit_code_2(tiny: Make, tmp_path: Path) -> None:
+    assert "does not exist" in sentence(allometry("train", tmp_path / "nothing.yaml"))
+    path = tmp_path / "run.yaml"
+    path.write_text(dump(tiny()) + "unknown: 1\n")
+    assert "unknown" in sentence(allometry("train", path))
+    path.write_text(dump(tiny("data.sources.0.train=nowhere/x")))
+    assert "nowhere/x" in sentence(allometry("train", path))
+    assert "optimizer.lr" in sentence(allometry("train", "preset:demo", "optimizer.lr=-1"))
+    assert "no config.yaml" in sentence(allometry("plot", tmp_path))
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    assert "empty" in sentence(allometry("prepare", empty, "--out", tmp_path / "store"))
+
+
+def test_print_config_is_the_whole_configuration(tmp_path: Path) -> None:
+    done = allometry("train", "preset:demo", "optimizer.lr=1e-3", "--print-config")
+    path = tmp_path / "printed.yaml"
+    path.write_text(done.stdout)
+    assert load(path) == load("preset:demo", ["optimizer.lr=1e-3"])
+
+
+def test_a_run_from_text_to_picture(tmp_path: Path, tiny: Make) -> None:
+    words = [f"the number {n} follows the number {n - 1} in the line." for n in range(3000)]
+    (tmp_path / "words.jsonl").write_text(
+        "".join(json.dumps({"text": " ".join(words[k : k + 7])}) + "\n" for k in range(2900))
+    )
+    store = tmp_path / "store"
+    done = allometry(
+        "prepare", f"up={tmp_path}/words.jsonl", "--out", store, "--vocab-size", "300", "--json"
+    )
+    assert done.returncode == 0, done.stderr
+    manifest = json.loads(done.stdout)
+    config = tmp_path / "run.yaml"
+    source = "{name: up, train: STORE/up.train, validation: STORE/up.validation}"
+    described = tiny(
+        f"data.sources=[{source.replace('STORE', str(store))}]",
+        f"data.tokenizer={store}/tokenizer.json",
+        f"model.vocab_size={manifest['tokenizer']['vocab_size']}",
+    )
+    config.write_text(dump(described))
+    done = allometry("train", config, "record.display_every_steps=10")
+    assert done.returncode == 0, done.stderr
+    assert "step 10/20 | loss" in done.stdout
+    picture = tmp_path / "loss.png"
+    done = allometry("plot", described.run.folder, "--out", picture, "--json")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    summary = json.loads(done.stdout)["runs"][0]
+    assert summary["last_loss"] < summary["first_loss"]
+    assert summary["sources"][0]["validation_loss"] > 0
+
+
+def test_doctor_names_everything_and_its_fix() -> None:
+    done = allometry("doctor", "--json")
+    assert done.returncode == 0, done.stderr
+    found = {finding["name"]: finding for finding in json.loads(done.stdout)}
+    names = {"torch", "CUDA", "NCCL", "NVML", "flash-attn", "NVIDIA apex", "deepspeed"}
+    assert names | {"megatron-core", "CPU allocator"} <= found.keys()
+    assert found["torch"]["status"] == "ok"
+    assert all(f["fix"] for f in found.values() if f["status"] == "problem")
+
+
+def test_doctor_knows_the_wrong_apex(tmp_path: Path) -> None:
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex" / "__init__.py").write_text("")
+    code = "from allometry.launch.doctor import _apex; print([f.status for f in _apex()])"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )
+    assert done.stdout.strip() == "['problem']", done.stderr
+
+
+def test_allocator_choices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(start, "has_gpu", lambda: False)
+    monkeypatch.setattr(start, "find_library", lambda kind: None)
+    assert start.choose("auto", {}).name == "glibc-tuned"
+    assert start.choose("auto", {"LD_PRELOAD": "mine.so"}).environment == {}
+    with pytest.raises(UserError, match="--allocator=jemalloc"):
+        start.choose("jemalloc", {})
+    with pytest.raises(UserError, match="--allocator=best"):
+        start.choose("best", {})
+    monkeypatch.setattr(start, "find_library", lambda kind: f"/lib/{kind}.so")
+    assert start.choose("auto", {}).environment["LD_PRELOAD"] == "/lib/jemalloc.so"
+    monkeypatch.setattr(start, "has_gpu", lambda: True)
+    assert start.choose("auto", {}) == start.Allocator("system", {})
