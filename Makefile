@@ -27,6 +27,8 @@ $(VENV)/.installed: setup.py pyproject.toml constraints.txt
 	$(PIP) install --quiet -c constraints.txt pip setuptools wheel
 	$(PIP) install --quiet -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 	$(PIP) install --quiet -c constraints.txt -e '.[dev]'
+	@# The muP oracle of the tests; its declared needs (torchvision, seaborn) are not what it imports.
+	$(PIP) install --quiet --no-deps -c constraints.txt mup
 	@touch $@
 
 demo: install
