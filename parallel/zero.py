@@ -4,12 +4,12 @@ Stages as in arXiv 1910.02054, section 5. Bytes on one of W ranks for P fp32 par
 and bytes it sends in a step of M micro-batches (times (W-1)/W); c: bytes of the type that blocks
 are gathered in, 2 in bf16; the buffers of one block in flight left out:
 
-| stage | parameters           | gradients                            | states | sent       |
-|-------|----------------------|--------------------------------------|--------|------------|
-| 0     | 4P                   | 4P from autograd and 4P of buckets   | 8P     | 8P         |
-| 1     | 4P/W and cP in steps | 4P until the last backward, then 4P/W| 8P/W   | (c + 4)P   |
-| 2     | 4P/W and cP in steps | 4P/W and one block whole             | 8P/W   | (c + 4M)P  |
-| 3     | 4P/W and a few blocks| 4P/W and one block whole             | 8P/W   | (2c + 4)MP |
+| stage | parameters           | gradients                             | states | sent       |
+|-------|----------------------|---------------------------------------|--------|------------|
+| 0     | 4P                   | 4P and one bucket (CPU: and 4P)       | 8P     | 8P         |
+| 1     | 4P/W and cP in steps | 4P until the last backward, then 4P/W | 8P/W   | (c + 4)P   |
+| 2     | 4P/W and cP in steps | 4P/W and one block whole              | 8P/W   | (c + 4M)P  |
+| 3     | 4P/W and some blocks | 4P/W and one block whole              | 8P/W   | (2c + 4)MP |
 
 So stage 2 pays for its memory with a reduction in every micro-batch, and stage 3 with two gathers
 as well: with gradient accumulation prefer the lowest stage that fits.
@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
@@ -57,15 +57,17 @@ class FlatReducer:
     """Stage 0: whole gradients, summed over ``line`` in a few flat buckets of fp32.
 
     Alone on its line it does nothing at all: gradients stay as autograd made them. Otherwise they
-    are copied into buckets that live as long as the run, and ``.grad`` becomes a view of its
-    bucket, so nothing is copied back. The next ``zero_grad(set_to_none=True)`` drops the views;
-    autograd then hands over fresh gradients as if we did not exist, without a zero-fill or an
-    addition for the first micro-batch.
+    are copied into buckets, and ``.grad`` becomes a view of its bucket, so nothing is copied back.
+    The next ``zero_grad(set_to_none=True)`` drops the views; autograd then hands over fresh
+    gradients as if we did not exist, without a zero-fill or an addition in the first micro-batch.
 
     ``overlap``: copy and reduce a bucket during the last backward, once its last gradient is
-    there (worth it where communication has its own hardware: CUDA). A parameter that has no
-    gradient on some rank counts as zero there. Parameters are looked up at the first
-    micro-batch, so they may still move between devices before.
+    there, and give its memory back with the views. That is right for CUDA, where communication
+    has its own hardware and memory is short. Without it all are reduced in ``finish``, and their
+    memory is kept: a CPU pays more for fresh pages than for the copy.
+
+    A parameter that has no gradient on some rank counts as zero there. Parameters are looked up
+    at the first micro-batch, so they may still move between devices before.
     """
 
     def __init__(self, module: nn.Module, line: Axis, bucket_bytes: int, overlap: bool) -> None:
@@ -114,7 +116,7 @@ class FlatReducer:
         yield self._make_bucket(waiting)
 
     def _make_bucket(self, parameters: list[nn.Parameter]) -> _Bucket:
-        bucket = _Bucket(parameters, self._line.group)
+        bucket = _Bucket(parameters, self._line.group, keep=not self._overlap)
         if self._overlap:
             for parameter in parameters:
                 parameter.register_post_accumulate_grad_hook(
@@ -140,48 +142,57 @@ class FlatReducer:
 
 
 class _Bucket:
-    """Parameters that are reduced together, and the flat buffer for it."""
+    """Parameters that are reduced together, and the flat buffer for it.
 
-    def __init__(self, parameters: list[nn.Parameter], group: dist.ProcessGroup) -> None:
+    ``keep``: hold the buffer from step to step instead of asking for it at each launch.
+    """
+
+    def __init__(
+        self, parameters: list[nn.Parameter], group: dist.ProcessGroup, keep: bool
+    ) -> None:
         self.parameters = parameters
         self.awaited = len(parameters)
         self._group = group
-        first = parameters[0]
-        sizes = [p.numel() for p in parameters]
-        self._flat = torch.zeros(sum(sizes), dtype=_wide(first.dtype), device=first.device)
-        self._views = [
-            view.view(p.shape) for view, p in zip(self._flat.split(sizes), parameters, strict=True)
-        ]
+        self._keep = keep
+        self._flat: Tensor | None = None
         self._work: dist.Work | None = None
 
     @torch.no_grad()
     def launch(self) -> None:
         """Copy the gradients in and start to sum them."""
+        sizes = [p.numel() for p in self.parameters]
+        if self._flat is None:
+            first = self.parameters[0]
+            self._flat = torch.empty(sum(sizes), dtype=_wide(first.dtype), device=first.device)
         views, gradients = [], []
-        for parameter, view in zip(self.parameters, self._views, strict=True):
-            gradient = parameter.grad
-            if gradient is None:
-                view.zero_()
-            elif gradient.data_ptr() != view.data_ptr() or gradient.dtype != view.dtype:
-                views.append(view)
-                gradients.append(gradient)
+        for parameter, part in zip(self.parameters, self._flat.split(sizes), strict=True):
+            if parameter.grad is None:
+                part.zero_()
+            else:
+                views.append(part.view(parameter.shape))
+                gradients.append(parameter.grad)
         if views:
             torch._foreach_copy_(views, gradients)
+        del views, gradients
         # The originals go now, not at the end: their memory serves the rest of the backward.
-        for parameter, view in zip(self.parameters, self._views, strict=True):
-            if parameter.dtype == view.dtype:
-                parameter.grad = view
+        for parameter, part in zip(self.parameters, self._flat.split(sizes), strict=True):
+            if parameter.dtype == part.dtype:
+                parameter.grad = part.view(parameter.shape)
         self._work = dist.all_reduce(self._flat, group=self._group, async_op=True)
 
     @torch.no_grad()
     def wait(self) -> None:
         """Let the sums arrive (on CUDA: order the current stream after them)."""
         assert self._work is not None
+        assert self._flat is not None
         self._work.wait()
         self._work = None
-        for parameter, view in zip(self.parameters, self._views, strict=True):
-            if parameter.dtype != view.dtype:  # autograd insists on the parameter's type
-                parameter.grad = view.to(parameter.dtype)
+        sizes = [p.numel() for p in self.parameters]
+        for parameter, part in zip(self.parameters, self._flat.split(sizes), strict=True):
+            if parameter.dtype != part.dtype:  # autograd insists on the parameter's type
+                parameter.grad = part.view(parameter.shape).to(parameter.dtype)
+        if not self._keep:
+            self._flat = None
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -212,8 +223,8 @@ class FullyShardedSync:
             # by 1, is what every backend has.
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
-            # Ranks must reduce the same tensors also where one of them lacks a gradient. Older
-            # torch has no such switch and fails there; a dense model never comes to it.
+            # Ranks must reduce the same tensors also where one of them lacks a gradient. torch
+            # 2.11 has no such switch and aborts there; a dense model never comes to it.
             if hasattr(unit, "set_reduce_scatter_unused_params"):
                 unit.set_reduce_scatter_unused_params(True, recurse=False)
         model.register_forward_hook(self._after_forward)

@@ -201,7 +201,17 @@ def skipped_block_error(stage: int) -> float:
         return tiny.worst_error(tiny.gradients(model), tiny.gradients(alone))
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    "stage",
+    [
+        stage
+        if stage == 0 or hasattr(FSDPModule, "set_reduce_scatter_unused_params")
+        else pytest.param(
+            stage, marks=pytest.mark.skip(reason="this torch's FSDP2 needs all gradients")
+        )
+        for stage in STAGES
+    ],
+)
 def test_a_rank_without_some_gradient_counts_as_zero(run_ranks: RunRanks, stage: int) -> None:
     assert max(run_ranks(skipped_block_error, 2, stage)) < 1e-12
 
