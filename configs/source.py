@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
@@ -81,10 +82,7 @@ def _merge(
     for key, value in above.items():
         here = (*path, key)
         old = below.get(key)
-        merging = isinstance(old, dict) and isinstance(value, dict)
-        if merging and "kind" in value and value["kind"] != old.get("kind", value["kind"]):
-            merging = False  # another kind of the section: its old keys mean nothing
-        if merging:
+        if isinstance(old, dict) and isinstance(value, dict) and _same_kind(old, value):
             below[key] = dict(old)
             result.origin[here] = top.origin.get(here, result.origin.get(here, ""))
             _merge(result, top, below[key], value, here)
@@ -94,6 +92,11 @@ def _merge(
             for known, place in top.origin.items():
                 if known[: len(here)] == here:
                     result.origin[known] = place
+
+
+def _same_kind(below: dict[str, Any], above: dict[str, Any]) -> bool:
+    """Whether the keys of ``below`` still mean something under ``above``."""
+    return "kind" not in above or above["kind"] == below.get("kind", above["kind"])
 
 
 def parse_value(text: str, place: str) -> Any:
@@ -142,14 +145,14 @@ def _reason(error: YAMLError) -> str:
 
 def _plain(raw: Any, tree: Tree, file: str, path: KeyPath) -> Any:
     """ruamel's containers and scalars as plain ones, noting the line of each key."""
-    if isinstance(raw, dict):
+    if isinstance(raw, CommentedMap):
         result = {}
         for key, value in raw.items():
             here = (*path, key)
             tree.origin[here] = f"{file}:{raw.lc.key(key)[0] + 1}"
             result[key] = _plain(value, tree, file, here)
         return result
-    if isinstance(raw, list):
+    if isinstance(raw, CommentedSeq):
         for index in range(len(raw)):
             tree.origin[(*path, index)] = f"{file}:{raw.lc.item(index)[0] + 1}"
         return [_plain(value, tree, file, (*path, index)) for index, value in enumerate(raw)]
