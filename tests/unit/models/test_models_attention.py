@@ -11,7 +11,7 @@ from torch import Tensor
 
 from allometry.models import attention_cuda
 from allometry.models.attention import Backend, attend, choose_backend
-from allometry.models.attention_cpu import packed_attention
+from allometry.models.attention_cpu import packed_attention, padded_lengths
 from allometry.models.documents import Documents
 
 B, L, H = 2, 12, 8
@@ -187,3 +187,11 @@ class TestVarlenKernel:
         monkeypatch.setattr(attention_cuda.importlib.util, "find_spec", lambda name: stand_in)
         self.call()
         assert seen == {"scale": 0.4, "causal": True, "keys": 2}
+
+
+def test_padding_leaves_few_lengths_and_wastes_little():
+    lengths = torch.arange(1, 8193)
+    padded = padded_lengths(lengths)
+    assert (padded >= lengths).all()
+    assert (padded - lengths < torch.maximum(torch.tensor(32), lengths // 8 + 1)).all()
+    assert len(padded.unique()) < 60
