@@ -180,10 +180,10 @@ def test_chunks_cover_every_token_once(tokens):
 
 def test_chunks_at_large_vocabularies_stay_small():
     for vocab_size in (256, 8192, 131072, 262144):
-        tokens = default_chunk_tokens(vocab_size, torch.bfloat16, "cpu")
+        tokens = default_chunk_tokens(4096, vocab_size, torch.bfloat16, "cpu")
         assert tokens == 128 or tokens * vocab_size <= 2**22
-        assert default_chunk_tokens(vocab_size, torch.float32, "cpu") <= tokens
-        assert tokens <= default_chunk_tokens(vocab_size, torch.bfloat16, "cuda")
+        assert default_chunk_tokens(4096, vocab_size, torch.float32, "cpu") <= tokens
+        assert tokens <= default_chunk_tokens(4096, vocab_size, torch.bfloat16, "cuda")
 
 
 def test_peak_memory_below_a_tenth_of_full_logits():
