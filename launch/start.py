@@ -33,6 +33,9 @@ _LIBRARIES = {
     "jemalloc": ("jemalloc", "libjemalloc.so.2"),
     "tcmalloc": ("tcmalloc_minimal", "libtcmalloc_minimal.so.4"),
 }
+# By default jemalloc hands freed pages back after ten seconds, a few training steps: then it is no
+# faster than glibc as it comes (measured 0.9 of tuned glibc; 1.03 when it keeps them).
+_PRELOADED = {"jemalloc": {"MALLOC_CONF": "dirty_decay_ms:-1,muzzy_decay_ms:-1"}}
 _FOLDERS = (
     "/usr/lib/x86_64-linux-gnu",
     "/usr/lib/aarch64-linux-gnu",
@@ -95,7 +98,7 @@ def choose(wanted: str, environment: Mapping[str, str]) -> Allocator:
 
 
 def _preloaded(kind: str, path: str) -> Allocator:
-    return Allocator(f"{kind} ({path})", {"LD_PRELOAD": path})
+    return Allocator(f"{kind} ({path})", {"LD_PRELOAD": path, **_PRELOADED.get(kind, {})})
 
 
 def settle_allocator(wanted: str) -> str:

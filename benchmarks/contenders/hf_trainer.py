@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from contenders.shape import SHAPE, parse_task, report
+from contenders.shape import SHAPE, Task, parse_task, report
 
 
 class RandomTokens(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
@@ -26,15 +26,34 @@ class RandomTokens(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         return {"input_ids": self.tokens[index], "labels": self.tokens[index]}
 
 
+def arguments(task: Task, folder: str) -> Any:
+    from transformers import TrainingArguments
+
+    return TrainingArguments(
+        output_dir=folder,
+        use_cpu=True,
+        bf16=task.dtype == "bf16",
+        optim="adamw_torch_fused",
+        learning_rate=SHAPE.lr,
+        adam_beta1=SHAPE.beta1,
+        adam_beta2=SHAPE.beta2,
+        weight_decay=SHAPE.weight_decay,
+        max_grad_norm=SHAPE.clip_grad_norm,
+        lr_scheduler_type="constant",
+        per_device_train_batch_size=SHAPE.sequences,
+        max_steps=task.total_steps,
+        torch_compile=task.compile,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+
+
 def main() -> None:
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
-    from transformers import (
-        LlamaConfig,
-        LlamaForCausalLM,
-        Trainer,
-        TrainerCallback,
-        TrainingArguments,
-    )
+    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
     class StepTimes(TrainerCallback):
         """From the end of a step to the end of the next: what a step costs, data included."""
@@ -63,29 +82,9 @@ def main() -> None:
     )
     times = StepTimes()
     with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            output_dir=folder,
-            use_cpu=True,
-            bf16=task.dtype == "bf16",
-            optim="adamw_torch_fused",
-            learning_rate=SHAPE.lr,
-            adam_beta1=SHAPE.beta1,
-            adam_beta2=SHAPE.beta2,
-            weight_decay=SHAPE.weight_decay,
-            max_grad_norm=SHAPE.clip_grad_norm,
-            lr_scheduler_type="constant",
-            per_device_train_batch_size=SHAPE.sequences,
-            max_steps=task.total_steps,
-            torch_compile=task.compile,
-            logging_strategy="no",
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-        )
         trainer = Trainer(
             model=LlamaForCausalLM(config),
-            args=arguments,
+            args=arguments(task, folder),
             train_dataset=RandomTokens(SHAPE.sequences * task.total_steps),
             callbacks=[times],
         )
