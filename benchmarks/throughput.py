@@ -27,7 +27,7 @@ from contenders.goals import Comparison, Verdict
 from contenders.race import Entry, Race, Run, alternate
 from contenders.shape import SHAPE
 
-from allometry.launch.start import choose, find_library
+from allometry.launch.start import CHOICES, choose, find_library
 from allometry.trainer.hardware import describe
 from allometry.trainer.record import commit
 
@@ -43,6 +43,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--only", choices=PARTS, action="append", help="parts to run; default all")
     parser.add_argument("--tcmalloc", action="store_true", help="also compare under tcmalloc")
+    parser.add_argument(
+        "--allocator", choices=CHOICES[1:], action="append", help="only these, best last"
+    )
+    parser.add_argument("--stage", type=int, action="append", help="only these ZeRO stages")
     parser.add_argument("--quick", action="store_true", help="one short round of the main pairs")
     parser.add_argument("--json", type=Path, default=None)
     given = parser.parse_args()
@@ -59,14 +63,16 @@ def allocators_here(quick: bool, tcmalloc: bool) -> list[str]:
     return ["system", "glibc-tuned", *(name for name in packages if find_library(name))]
 
 
-def comparisons(parts: Sequence[str], allocators: Sequence[str], quick: bool) -> list[Comparison]:
+def comparisons(
+    parts: Sequence[str], allocators: Sequence[str], stages: Sequence[int]
+) -> list[Comparison]:
     found: list[Comparison] = []
     if "bf16" in parts:
         found += goals.bf16(allocators)
     if "fp32" in parts:
         found += goals.fp32(allocators)
     if "two" in parts:
-        found += goals.two(allocators, stages=(0,) if quick else (0, 1, 2, 3))
+        found += goals.two(allocators, stages=stages)
     return found
 
 
@@ -134,8 +140,9 @@ def print_verdicts(verdicts: Sequence[Verdict]) -> None:
 
 def main() -> None:
     given = arguments()
-    allocators = allocators_here(given.quick, given.tcmalloc)
-    wanted = comparisons(given.only or PARTS, allocators, given.quick)
+    allocators = given.allocator or allocators_here(given.quick, given.tcmalloc)
+    stages = given.stage or ((0,) if given.quick else (0, 1, 2, 3))
+    wanted = comparisons(given.only or PARTS, allocators, stages)
     facts = surroundings(given, allocators)
     cache = Path(tempfile.gettempdir()) / f"allometry-benchmark-inductor-{os.getuid()}"
     with tempfile.TemporaryDirectory(prefix="allometry-throughput-") as folder:
