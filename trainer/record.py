@@ -86,19 +86,18 @@ def versions() -> dict[str, str]:
 
 def commit() -> str | None:
     """The commit of the source tree that runs, with '+' if it has changes; None outside git."""
-    root = Path(__file__).resolve().parent
+    here = Path(__file__).resolve()
+
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments]
+        options: dict[str, Any] = {"cwd": here.parent, "capture_output": True, "text": True}
+        return subprocess.run(command, timeout=5, check=True, **options).stdout.strip()
+
     try:
-        shown = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"],
-            cwd=root,
-            capture_output=True,
-            text=True,
-            timeout=5,
-            check=True,
-        )
+        git("ls-files", "--error-unmatch", here.name)  # installed inside somebody else's tree?
+        return git("describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*") or None
     except (OSError, subprocess.SubprocessError):
         return None
-    return shown.stdout.strip() or None
 
 
 def write_run(folder: RunFolder, facts: dict[str, Any], launch: dict[str, Any]) -> None:
