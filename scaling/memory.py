@@ -62,6 +62,7 @@ def estimate_memory(
     zero: Zero,
     hdp: int,
     logits_chunk_tokens: int | None = None,
+    fused_norm: bool = True,
 ) -> MemoryEstimate:
     """Estimate the bytes that one of ``hdp`` ranks needs at the peak of a step.
 
@@ -69,6 +70,8 @@ def estimate_memory(
     gradients as well, 3 the parameters as well. ``compute_bytes`` is the size of one activation
     (``COMPUTE_BYTES``), ``logits_chunk_tokens`` how many tokens the loss treats at once; None:
     what fits half a billion logits, at most 8192 tokens, as on a GPU (less on a CPU).
+    ``fused_norm``: whether norms keep no more than their input and output, as torch's CUDA kernel
+    (on a CPU they also keep both widened to fp32).
     """
     if logits_chunk_tokens is None:
         logits_chunk_tokens = min(max(2**29 // model.vocab_size, 128), 8192)
@@ -83,7 +86,7 @@ def estimate_memory(
         gradients=_FP32 * math.ceil(parameters / share[1]) + bucket,
         optimizer_states=2 * _FP32 * math.ceil(parameters / share[0]),
         compute_copies=_compute_copies(model, compute_bytes, sharded=share[2] > 1),
-        activations=_activations(model, micro_batch_tokens, compute_bytes),
+        activations=_activations(model, micro_batch_tokens, compute_bytes, fused_norm),
         loss=_loss(model, micro_batch_tokens, logits_chunk_tokens, compute_bytes),
     )
 
@@ -106,23 +109,24 @@ def _compute_copies(model: ModelConfig, compute_bytes: int, *, sharded: bool) ->
     return compute_bytes * (block + max(block, ends))
 
 
-def _activations(model: ModelConfig, tokens: int, compute_bytes: int) -> int:
+def _activations(model: ModelConfig, tokens: int, compute_bytes: int, fused_norm: bool) -> int:
     """Return the bytes kept for the backward pass of one micro-batch.
 
-    For each block and token: both norms' input and quotient in fp32 or wider and output in the
-    compute type (D each); q, k, v (N·H + 2·K·H); attention's output in its own layout and in the
-    next product's (2·N·H), its fp32 log-sum-exp (N); gate, up, SiLU and product of the
-    feed-forward (4·F); with qk_norm input and quotient of q and k, fp32 or wider. Then the final
-    norm.
+    For each block and token: both norms' input and output in the compute type (D each; unfused,
+    input and quotient in fp32 or wider besides the output); q, k, v (N·H + 2·K·H); attention's
+    output in its own layout and in the next product's (2·N·H), its fp32 log-sum-exp (N); gate,
+    up, SiLU and product of the feed-forward (4·F); with qk_norm q and k before it as well. Then
+    the final norm.
     """
     queries = model.num_heads * model.head_width
     keys = model.kv_heads * model.head_width
     wide = max(_FP32, compute_bytes)
-    norm = model.width * (2 * wide + compute_bytes)
+    norm_input = compute_bytes if fused_norm else 2 * wide
+    norm = model.width * (norm_input + compute_bytes)
     block = 2 * norm + compute_bytes * (3 * queries + 2 * keys + 4 * model.ffn_width)
     block += _FP32 * model.num_heads
     if model.qk_norm:
-        block += 2 * wide * (queries + keys)
+        block += norm_input * (queries + keys)
     if model.dropout:
         block += 2 * model.width  # a mask of one byte for each branch
     return tokens * (model.num_layers * block + norm)
