@@ -74,6 +74,8 @@ def _read(path: str, seen: tuple[Path, ...]) -> Tree:
 
 def _locate(path: str) -> Path:
     if not path.startswith(PRESET):
+        if path in presets() and not Path(path).exists():
+            raise ConfigError(f"{path} is not a file but a preset; write {PRESET}{path}")
         return Path(path)
     name, known = path.removeprefix(PRESET), presets()
     if name not in known:
@@ -146,6 +148,10 @@ def _explain(detail: ErrorDetails, path: KeyPath, name: str) -> str:
         return f"{name}.kind={tag} is not known; use one of {expected}"
     if kind == "union_tag_not_found":
         return f"{name}.kind is missing; add it"
+    if kind in ("model_type", "model_attributes_type"):
+        return f"{name} must be a section of 'key: value' lines, not {given!r}"
+    if kind == "literal_error" and detail.get("ctx", {}).get("expected") == "1":
+        return f"{name}={given!r} is not supported yet; only 1 is"
     message = detail["msg"][0].lower() + detail["msg"][1:]
     return f"{name}={given!r} is not valid: {message}"
 

@@ -26,6 +26,9 @@ class Tree:
 
     def where(self, path: KeyPath) -> str:
         """The place of ``path``, or of the nearest enclosing section that was written."""
+        inside = [place for known, place in self.origin.items() if known[: len(path)] == path]
+        if path and path not in self.origin and inside:
+            return inside[-1]
         while path and path not in self.origin:
             path = path[:-1]
         return self.origin.get(path, "the configuration")

@@ -34,14 +34,18 @@ def train(
     print_config: Annotated[
         bool, typer.Option("--print-config", help="print the resolved configuration and stop")
     ] = False,
-    world_size: Annotated[int, typer.Option(min=1, help="ranks to plan for (with --dry-run)")] = 1,
+    world_size: Annotated[
+        int | None, typer.Option(min=1, help="ranks to plan for (with --dry-run); default: 1")
+    ] = None,
     allocator: Annotated[
         str, typer.Option(help="on CPU: auto, jemalloc, tcmalloc, glibc-tuned or system")
     ] = "auto",
     stop_at_step: Annotated[
         int | None, typer.Option(min=1, help="save and stop after this step; run again to go on")
     ] = None,
-    json: Json = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="with --dry-run: print one JSON object")
+    ] = False,
 ) -> None:
     """Train the run that CONFIG describes, or continue it where it stopped.
 
@@ -51,12 +55,17 @@ def train(
     from allometry.configs.loader import dump, load
 
     overrides = list(context.args)
+    if dry_run and print_config:
+        raise UserError("--dry-run and --print-config are two commands; give one of them")
+    for flag, given in (("--world-size", world_size is not None), ("--json", json)):
+        if given and not dry_run:
+            raise UserError(f"{flag} goes with --dry-run; add it or leave {flag} out")
     if print_config:
         typer.echo(dump(load(config, overrides)), nl=False)
     elif dry_run:
         from allometry.launch.dry_run import report
 
-        typer.echo(report(load(config, overrides), world_size, as_json=json))
+        typer.echo(report(load(config, overrides), world_size or 1, as_json=json))
     else:
         from allometry.launch.train import run
 

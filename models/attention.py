@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from allometry.models.attention_blocked import LONGEST, blocked_attention
 from allometry.models.attention_cpu import packed_attention
 from allometry.models.attention_cuda import varlen_attention
 from allometry.models.documents import Documents
@@ -25,11 +26,16 @@ class Backend(StrEnum):
     FLASH = "flash"  # torch's scaled_dot_product_attention: no documents
     MASKED = "masked"  # the same with a dense mask: any type, memory grows with L squared
     PACKED = "packed"  # CPU: torch's flash kernel on each document in turn
+    BLOCKED = "blocked"  # CPU, compiled, short sequences: products on blocks of queries
     VARLEN = "varlen"  # CUDA: a variable-length flash kernel, half types only
 
 
-def choose_backend(device: torch.device, dtype: torch.dtype, packed: bool) -> Backend:
+def choose_backend(
+    device: torch.device, dtype: torch.dtype, packed: bool, length: int, compiled: bool
+) -> Backend:
     """Return the fastest back end that can do it."""
+    if device.type == "cpu" and compiled and dtype == torch.bfloat16 and length <= LONGEST:
+        return Backend.BLOCKED
     if not packed:
         return Backend.FLASH
     if device.type == "cuda":
@@ -52,7 +58,13 @@ def attend(
     """
     assert q_BLNH.shape[2] % k_BLKH.shape[2] == 0, (q_BLNH.shape, k_BLKH.shape)
     if backend is None:
-        backend = choose_backend(q_BLNH.device, q_BLNH.dtype, packed=documents is not None)
+        backend = choose_backend(
+            q_BLNH.device,
+            q_BLNH.dtype,
+            packed=documents is not None,
+            length=q_BLNH.shape[1],
+            compiled=torch.compiler.is_compiling(),
+        )
     return _BACKENDS[backend](q_BLNH, k_BLKH, v_BLKH, documents, scale)
 
 
@@ -130,5 +142,6 @@ _BACKENDS: dict[Backend, Callable[[Tensor, Tensor, Tensor, Documents | None, flo
     Backend.FLASH: _flash,
     Backend.MASKED: _masked,
     Backend.PACKED: _packed,
+    Backend.BLOCKED: blocked_attention,
     Backend.VARLEN: _varlen,
 }

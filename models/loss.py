@@ -106,7 +106,13 @@ def softmax_gradient_(
     weight_c = ((1.0 + 2.0 * z_loss * log_z_c) * logit_scale).where(counted_c, 0.0)
     gradient = exponentials.mul_(weight_c[:, None] / sums_c1)
     onehot_c1 = counted_c.to(wide)[:, None] * -logit_scale
-    logits_cV.copy_(gradient.scatter_add_(1, index_c1, onehot_c1))
+    if torch.compiler.is_compiling():
+        # As a comparison it fuses with the pass that writes the gradient; a scatter is its own.
+        column_V = torch.arange(logits_cV.shape[1], device=logits_cV.device)
+        gradient = torch.where(column_V == index_c1, gradient + onehot_c1, gradient)
+    else:
+        gradient = gradient.scatter_add_(1, index_c1, onehot_c1)
+    logits_cV.copy_(gradient)
     return nll_c, penalty
 
 

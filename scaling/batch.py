@@ -118,8 +118,9 @@ def check_batch(batch: BatchConfig, hdp: int) -> None:
     share = f"hdp={hdp} x batch.micro_batch_sequences={batch.micro_batch_sequences}"
     if batch.sequences % unit:
         raise UserError(
-            f"batch.sequences={batch.sequences} cannot be divided by {share}; "
-            f"use {_nearest(batch.sequences, unit)}"
+            f"batch.sequences={batch.sequences} cannot be divided by {share}; use "
+            + _smaller_micro_batch(batch, hdp)
+            + _nearest(batch.sequences, unit)
         )
     if batch.ramp is None:
         return
@@ -132,6 +133,15 @@ def check_batch(batch: BatchConfig, hdp: int) -> None:
                 f"batch.ramp.{name}={value} cannot be divided by {share}, as each stage of the "
                 f"ramp must be; use {_nearest(value, unit)}"
             )
+
+
+def _smaller_micro_batch(batch: BatchConfig, hdp: int) -> str:
+    """The change that leaves the batch as it is, where there is one."""
+    if batch.sequences % hdp:
+        return ""
+    each = batch.sequences // hdp
+    fits = max(m for m in range(1, batch.micro_batch_sequences + 1) if each % m == 0)
+    return f"batch.micro_batch_sequences={fits}, or batch.sequences="
 
 
 def _nearest(value: int, unit: int) -> str:

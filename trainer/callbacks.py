@@ -79,6 +79,15 @@ class Display(Callback):
                 f"step {details['step']} | CHECKPOINT FAILED ({details['reason']}); training goes "
                 "on, the previous checkpoint is kept"
             )
+        elif kind == "abandoned_checkpoint":
+            self._say(f"going back: a later checkpoint is kept aside as {details['name']}")
+        elif kind == "started" and details["dropped_rows"]:
+            self._say(
+                "starting over: the last launch ended before its first checkpoint "
+                f"({details['dropped_rows']} rows of its record dropped)"
+            )
+        elif kind == "already_finished":
+            self._say(f"nothing to do: the run is complete, all {details['step']} steps are taken")
         elif kind == "stopped":
             self._say(
                 f"step {details['step']} | stopped by {details['signal']}; the same command "

@@ -83,21 +83,23 @@ def choose(folder: RunFolder, resume: str) -> Path | None:
     """The checkpoint to continue from, whole to the last byte; None to start from nothing.
 
     ``resume`` is ``auto`` (what ``latest`` names, else the newest) or ``step-N``. Raises UserError
-    for one that is absent or damaged, naming the newest that is whole.
+    for one that is absent or damaged, naming the newest that is whole: a run that has saved is
+    never begun again from nothing.
     """
     there = saved(folder)
+    names = ", ".join(path.name for path in there) or "none"
     if resume != "auto":
         chosen = folder.checkpoints / resume
         if chosen not in there:
-            names = ", ".join(p.name for p in there) or "none"
             raise UserError(
                 f"run.resume={resume}: {folder.path} has no such checkpoint; it has {names}"
             )
     else:
-        chosen = _latest(folder, there)
-        if chosen is None:
+        named = _latest(folder)
+        if named is None and not there:
             return None
-    problem = damage(chosen, contents=True)
+        chosen = folder.checkpoints / named if named else there[-1]
+    problem = "it is gone" if chosen not in there else damage(chosen, contents=True)
     if problem is None:
         return chosen
     others = [p for p in reversed(there) if p != chosen]
@@ -105,19 +107,29 @@ def choose(folder: RunFolder, resume: str) -> Path | None:
     remedy = (
         f"the newest complete one is {whole.name}: continue there with run.resume={whole.name}"
         if whole
-        else "there is no complete checkpoint in this folder: choose another run.folder"
+        else "there is no complete one in this folder: restore it, or choose another run.folder"
     )
     raise UserError(f"checkpoint {chosen} is damaged ({problem}); {remedy}")
 
 
-def _latest(folder: RunFolder, there: list[Path]) -> Path | None:
-    if not there:
-        return None
+def _latest(folder: RunFolder) -> str | None:
+    """The name in the ``latest`` pointer; None if nothing was ever saved."""
     try:
-        named = folder.checkpoints / folder.latest.read_text(encoding="utf-8").strip()
+        return folder.latest.read_text(encoding="utf-8").strip()
     except OSError:
-        return there[-1]
-    return named if named in there else there[-1]
+        return None
+
+
+def abandon_after(folder: RunFolder, step: int) -> list[str]:
+    """Set aside the checkpoints past ``step``, to which the run goes back; their new names."""
+    moved = []
+    for path in saved(folder):
+        if step_of(path) > step:
+            aside = path.with_name(f"abandoned-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            moved.append(aside.name)
+    return moved
 
 
 def read_facts(path: Path) -> dict[str, Any]:

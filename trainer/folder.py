@@ -14,7 +14,6 @@ import fcntl
 import json
 import os
 import socket
-import tempfile
 import time
 from pathlib import Path
 from typing import IO, Any
@@ -24,15 +23,15 @@ from allometry.configs.errors import UserError
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace ``path`` by ``text`` so that a reader sees the old or the new, never a half."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with open(temporary, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -82,6 +81,13 @@ class RunFolder:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+    def recorded_steps(self) -> int:
+        """The last step that metrics.jsonl holds; 0 without a row."""
+        if not self.metrics.exists():
+            return 0
+        rows = [_row(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
+        return max((int(row["step"]) for row in rows if row is not None), default=0)
 
     def is_new(self) -> bool:
         """Whether no run was ever started here."""

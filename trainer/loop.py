@@ -122,6 +122,8 @@ class Loop:
         """Train from the progress made to the end of the plan, or until asked to stop."""
         total = self.plan.total_steps
         stopped: str | None = None
+        if self.progress.step >= total:
+            self.report("already_finished", step=self.progress.step)
         self.clock.lap()
         with StopRequest(self.mesh) as stop:
             for step in range(self.progress.step + 1, total + 1):
@@ -137,6 +139,8 @@ class Loop:
             self.checkpointer.wait()
         if stopped:
             self.report("stopped", step=self.progress.step, signal=stopped)
+        else:
+            self.report("finished", step=self.progress.step)
         return RunResult(
             step=self.progress.step,
             tokens=self.plan.batch.tokens_after(self.progress.step),

@@ -42,6 +42,7 @@ class Start:
     checkpoint: Path | None
     facts: dict[str, Any] | None
     cleaned: list[str]
+    abandoned: list[str]
     dropped_rows: int
 
     @property
@@ -50,11 +51,17 @@ class Start:
         return int(self.facts["step"]) if self.facts else 0
 
 
-def begin(folder: RunFolder, config: RunConfig, fingerprints: dict[str, Any]) -> Start:
+def begin(
+    folder: RunFolder,
+    config: RunConfig,
+    fingerprints: dict[str, Any],
+    stop_at_step: int | None = None,
+) -> Start:
     """Claim the folder and find where to continue; called on the main rank.
 
-    Raises UserError: the folder is in use, must be new and is not, its checkpoint is damaged, or
-    the configuration changes what may not change. Nothing is written before all of that is known.
+    Raises UserError: the folder is in use, must be new and is not, its checkpoint is damaged or
+    gone, ``stop_at_step`` is past, or the configuration changes what may not change. Nothing is
+    written before all of that is known.
     """
     folder.claim()
     try:
@@ -64,9 +71,9 @@ def begin(folder: RunFolder, config: RunConfig, fingerprints: dict[str, Any]) ->
                     f"run.resume={config.run.resume}: {folder.path} holds no run to go back to; "
                     "use run.resume=auto"
                 )
-            start = Start(None, None, [], 0)
+            start = Start(None, None, [], [], 0)
         else:
-            start = _continue(folder, config, fingerprints)
+            start = _continue(folder, config, fingerprints, stop_at_step)
         write_atomically(folder.config, dump(config))
     except OSError as error:
         folder.release()
@@ -77,22 +84,36 @@ def begin(folder: RunFolder, config: RunConfig, fingerprints: dict[str, Any]) ->
     return start
 
 
-def _continue(folder: RunFolder, config: RunConfig, fingerprints: dict[str, Any]) -> Start:
+def _continue(
+    folder: RunFolder, config: RunConfig, fingerprints: dict[str, Any], stop_at_step: int | None
+) -> Start:
     if config.run.resume == "never":
         raise UserError(
             f"run.folder={folder.path} already holds a run and run.resume=never; choose another "
             "folder or use run.resume=auto"
         )
-    path = checkpoint.choose(folder, config.run.resume)
-    cleaned = checkpoint.clean(folder)
+    old = _stored(folder)
+    # A launch that was told to go back has done so: the same command then goes on from there.
+    again = config.run.resume == old.run.resume
+    path = checkpoint.choose(folder, "auto" if again else config.run.resume)
     facts = checkpoint.read_facts(path) if path else None
-    if facts is not None:
-        check_unchanged(_stored(folder), config, int(facts["step"]))
+    step = int(facts["step"]) if facts else 0
+    if stop_at_step is not None and step >= stop_at_step:
+        raise UserError(
+            f"--stop-at-step={stop_at_step} is past: {folder.path} stands at step {step}; name a "
+            "later step or leave it out"
+        )
+    if facts is not None and path is not None:
+        check_unchanged(old, config, step)
         _check_data(facts, fingerprints)
-        if path is not None:
-            write_atomically(folder.latest, path.name + "\n")
-    dropped = folder.forget_after(int(facts["step"]) if facts else 0)
-    return Start(path, facts, cleaned, dropped)
+        write_atomically(folder.latest, path.name + "\n")
+    return Start(
+        checkpoint=path,
+        facts=facts,
+        cleaned=checkpoint.clean(folder),
+        abandoned=checkpoint.abandon_after(folder, step),
+        dropped_rows=folder.forget_after(step),
+    )
 
 
 def _stored(folder: RunFolder) -> RunConfig:

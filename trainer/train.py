@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -32,6 +33,8 @@ from allometry.trainer.resume import Start, begin
 from allometry.trainer.step import DeviceBatch, TrainStep
 
 T = TypeVar("T")
+MANY_EPOCHS = 4
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -69,11 +72,11 @@ def _train(
 ) -> RunResult:
     plan = RunPlan.of(config, mesh.world_size)
     schedule = resolve_schedule(config, plan.batch)
-    stream = together(mesh, lambda: _open_stream(config))
+    stream = together(mesh, lambda: _open_stream(config, plan))
     folder = RunFolder(config.run.folder)
     if callbacks is None:
         callbacks = on_main(mesh, lambda: standard_callbacks(config.record, folder)) or ()
-    start = shared(mesh, lambda: begin(folder, config, stream.fingerprints()))
+    start = shared(mesh, lambda: begin(folder, config, stream.fingerprints(), stop_at_step))
     recorder = record.Recorder(folder) if mesh.is_main else None
     try:
         loop = _assemble(config, plan, schedule, mesh, stream, start)
@@ -94,10 +97,18 @@ def _train(
         folder.release()
 
 
-def _open_stream(config: RunConfig) -> Stream:
+def _open_stream(config: RunConfig, plan: RunPlan) -> Stream:
     """The data, after checking that tokenizer and vocabulary fit it."""
     stream = Stream(config.data, config.run.seed)
     check_vocabulary(config.model.vocab_size, stream.stores)
+    sequences = plan.batch.sequences_before(plan.total_steps + 1)
+    for name, epochs in stream.epochs(sequences).items():
+        if epochs > MANY_EPOCHS:
+            _log.warning(
+                "source %s will be read %.1f times; past about %d the repetition costs (arXiv "
+                "2305.16264): add data, lower its weight or shorten the run",
+                *(name, epochs, MANY_EPOCHS),
+            )
     return stream
 
 
@@ -247,8 +258,10 @@ def _launch(loop: Loop, start: Start, surroundings: Surroundings) -> dict[str, A
 def _report_start(loop: Loop, start: Start) -> None:
     for name in start.cleaned:
         loop.report("removed_unfinished_checkpoint", name=name)
+    for name in start.abandoned:
+        loop.report("abandoned_checkpoint", name=name)
     if start.checkpoint is None:
-        loop.report("started", step=0)
+        loop.report("started", step=0, dropped_rows=start.dropped_rows)
     else:
         loop.report(
             "resumed",

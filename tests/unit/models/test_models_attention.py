@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from allometry.models import attention_cuda
+from allometry.models import attention_blocked, attention_cuda
 from allometry.models.attention import Backend, attend, choose_backend
 from allometry.models.attention_cpu import packed_attention, padded_lengths
 from allometry.models.documents import Documents
@@ -44,6 +44,8 @@ CASES = [
     (Backend.FLASH, False),
     (Backend.MASKED, True),
     (Backend.PACKED, True),
+    (Backend.BLOCKED, False),
+    (Backend.BLOCKED, True),
 ]
 
 
@@ -128,7 +130,30 @@ def test_lengths_that_miss_tokens_are_refused():
     ],
 )
 def test_the_choice_is_explicit(device, dtype, packed, expected):
-    assert choose_backend(torch.device(device), dtype, packed) == expected
+    assert choose_backend(torch.device(device), dtype, packed, 512, False) == expected
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_short_sequences_are_blocked_where_a_cpu_compiles(packed):
+    cpu, half = torch.device("cpu"), torch.bfloat16
+    assert choose_backend(cpu, half, packed, 512, True) == Backend.BLOCKED
+    for other in (
+        choose_backend(cpu, half, packed, 4096, True),
+        choose_backend(cpu, half, packed, 512, False),
+        choose_backend(cpu, torch.float32, packed, 512, True),
+        choose_backend(torch.device("cuda"), half, packed, 512, True),
+    ):
+        assert other != Backend.BLOCKED
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_blocks_join_to_the_whole(packed, monkeypatch):
+    monkeypatch.setattr(attention_blocked, "BLOCK", 5)  # three blocks, the last of them shorter
+    chosen = documents() if packed else None
+    expected = outcome(inputs(torch.float64, 4, 2), chosen, Backend.REFERENCE)
+    got = outcome(inputs(torch.float64, 4, 2), chosen, Backend.BLOCKED)
+    for some, other in zip(got, expected, strict=True):
+        assert (some - other).abs().max() < 1e-13 * other.abs().max()
 
 
 class TestVarlenKernel:

@@ -51,7 +51,7 @@ def outcome(
 def test_chosen_backend_equals_reference(packed, heads, dtype, tolerance):
     expected = outcome(torch.float64, "cpu", heads, packed, Backend.REFERENCE)
     got = outcome(dtype, "cuda", heads, packed, None)
-    chosen = choose_backend(torch.device("cuda"), dtype, packed)
+    chosen = choose_backend(torch.device("cuda"), dtype, packed, L, False)
     for some, other in zip(got, expected, strict=True):
         assert (some - other).abs().max() < tolerance * other.abs().max(), chosen
 
