@@ -43,6 +43,11 @@ class TokenStore:
 
     def __init__(self, prefix: str | Path) -> None:
         self.prefix = str(prefix)
+        if self.prefix.endswith((".bin", ".idx")):
+            raise UserError(
+                f"token files are named without their ending: write {self.prefix[:-4]} instead of "
+                f"{self.prefix}"
+            )
         self._bin = Path(self.prefix + ".bin")
         self._idx = Path(self.prefix + ".idx")
         for path in (self._bin, self._idx):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from allometry.configs.run import RunConfig
+from allometry.data.stream import Stream
+from allometry.data.tokenizer import check_vocabulary
 from allometry.optim.schedule import Schedule, resolve_schedule
 from allometry.scaling.plan import RunPlan
 
@@ -15,8 +18,23 @@ def report(config: RunConfig, world_size: int, *, as_json: bool) -> str:
     plan = RunPlan.of(config, world_size)
     schedule = resolve_schedule(config, plan.batch)
     rates = learning_rates(config, plan, schedule)
-    facts = {**plan.describe(), "learning_rate": rates}
+    facts = {**plan.describe(), "learning_rate": rates, "data": data_here(config, plan)}
     return json.dumps(facts, indent=2) if as_json else _text(config, plan, facts)
+
+
+def data_here(config: RunConfig, plan: RunPlan) -> dict[str, Any]:
+    """What the run will read of each source, as far as its files are on this machine.
+
+    Raises UserError for files that are here but do not fit: damaged, another tokenizer, token ids
+    beyond the vocabulary.
+    """
+    missing = [s.name for s in config.data.sources if not Path(f"{s.train}.idx").exists()]
+    if missing:
+        return {"checked": False, "missing": missing}
+    stream = Stream(config.data, config.run.seed)
+    check_vocabulary(config.model.vocab_size, stream.stores)
+    epochs = stream.epochs(plan.batch.sequences_before(plan.total_steps + 1))
+    return {"checked": True, "epochs": epochs}
 
 
 def learning_rates(config: RunConfig, plan: RunPlan, schedule: Schedule) -> list[dict[str, Any]]:
@@ -55,6 +73,7 @@ def _text(config: RunConfig, plan: RunPlan, facts: dict[str, Any]) -> str:
             for name, number in facts["memory_estimate_bytes"].items()
             if name != "total" and number
         ),
+        *_data(facts["data"]),
         "learning rate",
         *(
             f"  step {corner['step']:>10,}  {corner['tokens']:>18,} tokens  {corner['lr']:.4g}"
@@ -62,6 +81,15 @@ def _text(config: RunConfig, plan: RunPlan, facts: dict[str, Any]) -> str:
         ),
     ]
     return "\n".join(lines)
+
+
+def _data(found: dict[str, Any]) -> list[str]:
+    if not found["checked"]:
+        return [f"data              not checked: no files here for {', '.join(found['missing'])}"]
+    return [
+        "data              "
+        + ", ".join(f"{name} {epochs:.3g} epochs" for name, epochs in found["epochs"].items())
+    ]
 
 
 def _size(number: float) -> str:

@@ -109,17 +109,20 @@ def _figure(runs: Sequence[Run], out: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import MaxNLocator, NullLocator
 
     figure, panels = plt.subplots(1, 2, figsize=(12, 4.5), sharey=True, layout="constrained")
-    for panel, key, label in zip(panels, ("tokens", "flops"), ("tokens", "FLOPs"), strict=True):
-        for index, run in enumerate(runs):
-            _draw_run(panel, run, key, f"C{index}", alone=len(runs) == 1)
+    for panel, key, axis in zip(panels, ("tokens", "flops"), ("tokens", "FLOPs"), strict=True):
+        for index, (run, label) in enumerate(zip(runs, _labels(runs), strict=True)):
+            _draw_run(panel, run, label, key, f"C{index}", alone=len(runs) == 1)
         panel.set_xscale("log")
         panel.set_yscale("log")
-        panel.set_xlabel(label)
+        panel.set_xlabel(axis)
         panel.grid(alpha=0.3, which="both")
+        # A few numbers wherever the curve lies: a log axis alone would name 1 and 10 only.
+        panel.yaxis.set_major_locator(MaxNLocator(8))
+        panel.yaxis.set_minor_locator(NullLocator())
         panel.yaxis.set_major_formatter("{x:.3g}")
-        panel.yaxis.set_minor_formatter("{x:.3g}")
     panels[0].set_ylabel("loss (nats per token)")
     panels[0].legend(fontsize=8)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -127,19 +130,36 @@ def _figure(runs: Sequence[Run], out: Path) -> None:
     plt.close(figure)
 
 
-def _draw_run(panel: Any, run: Run, key: str, colour: str, *, alone: bool) -> None:
-    """The run's loss, and with a single run also each source's, with held-out losses as dots."""
+def smooth(values: Column) -> Column:
+    """The mean over a window of a fiftieth of the curve that ends at each point."""
+    window = max(1, len(values) // 50)
+    sums = np.concatenate(([0.0], np.cumsum(values)))
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(0, ends - window)
+    found: Column = (sums[ends] - sums[starts]) / (ends - starts)
+    return found
+
+
+def _labels(runs: Sequence[Run]) -> list[str]:
+    """Folder names, or whole paths where two runs share a name."""
+    names = [run.folder.name for run in runs]
+    return names if len(set(names)) == len(names) else [str(run.folder) for run in runs]
+
+
+def _draw_run(panel: Any, run: Run, label: str, key: str, colour: str, *, alone: bool) -> None:
+    """The run's loss (raw and smoothed); alone, each source's too; held-out losses as dots."""
     x, metrics = run.metrics[key], run.metrics
-    panel.plot(
-        x, metrics["loss"], color="black" if alone else colour, lw=1.4, label=run.folder.name
-    )
+    main = "black" if alone else colour
+    panel.plot(x, metrics["loss"], color=main, lw=0.6, alpha=0.35)
+    panel.plot(x, smooth(metrics["loss"]), color=main, lw=1.6, label=label)
     for index, name in enumerate(run.sources):
         shade = f"C{index}" if alone else colour
         if alone:
             known = ~np.isnan(metrics[f"loss/{name}"])
-            panel.plot(x[known], metrics[f"loss/{name}"][known], color=shade, lw=0.8, label=name)
+            own = smooth(metrics[f"loss/{name}"][known])
+            panel.plot(x[known], own, color=shade, lw=1.0, label=name)
         held_out = metrics.get(f"validation/{name}")
         if held_out is not None:
             known = ~np.isnan(held_out)
-            label = f"{name}, held out" if alone else None
-            panel.plot(x[known], held_out[known], "o", color=shade, ms=5, label=label)
+            dots = f"{name}, held out" if alone else None
+            panel.plot(x[known], held_out[known], "o", color=shade, ms=5, label=dots)

@@ -92,6 +92,8 @@ def test_errors_are_one_sentence_and_exit_code_2(tiny: Make, tmp_path: Path) -> 
     assert "nowhere/x" in sentence(allometry("train", path))
     assert "optimizer.lr" in sentence(allometry("train", "preset:demo", "optimizer.lr=-1"))
     assert "no config.yaml" in sentence(allometry("plot", tmp_path))
+    assert "preset:demo" in sentence(allometry("train", "demo"))
+    assert "--dry-run" in sentence(allometry("train", "preset:demo", "--json"))
     empty = tmp_path / "empty.txt"
     empty.write_text("")
     assert "empty" in sentence(allometry("prepare", empty, "--out", tmp_path / "store"))

@@ -92,7 +92,9 @@ def test_batch_that_ranks_cannot_divide() -> None:
     assert str(caught.value) == (
         "batch.sequences=10 cannot be divided by hdp=4 x batch.micro_batch_sequences=1; use 8 or 12"
     )
-    with pytest.raises(UserError, match=r"use batch\.micro_batch_sequences=1, or batch\.sequences=8$"):
+    with pytest.raises(
+        UserError, match=r"use batch\.micro_batch_sequences=1, or batch\.sequences=8$"
+    ):
         check_batch(BatchConfig(sequences=4, micro_batch_sequences=2), 4)
 
 

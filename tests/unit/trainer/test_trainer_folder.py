@@ -63,6 +63,16 @@ def test_write_atomically_leaves_the_old_file_when_it_fails(tmp_path: Path) -> N
     assert path.read_text() == "new"
 
 
+def test_files_can_be_read_by_whom_the_umask_allows(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    before = os.umask(0o027)
+    try:
+        write_atomically(path, "text")
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
 def test_rows_survive_a_disk_that_fills_and_empties(tmp_path: Path) -> None:
     """In a child, as the limit on file size is for the whole process."""
     code = f"""

@@ -118,6 +118,7 @@ def test_finished_run_run_again_does_nothing(tiny: Make) -> None:
     before = rows(folder)
     run(config)
     assert rows(folder) == before
+    assert [event["event"] for event in events(folder)][-2:] == ["already_finished", "finished"]
 
 
 def test_damaged_checkpoint_is_refused_and_the_whole_one_offered(tiny: Make) -> None:
@@ -134,8 +135,46 @@ def test_damaged_checkpoint_is_refused_and_the_whole_one_offered(tiny: Make) -> 
         run(config)
     back = tiny("run.resume=step-10")
     assert [row["step"] for row in rows(run(back))] == list(range(1, 21))
+
+
+def test_going_back_happens_once_and_sets_later_checkpoints_aside(tiny: Make) -> None:
+    keep = "checkpoint.keep_last=9"
+    folder = run(tiny(keep))
+    back = tiny(keep, "run.resume=step-5")
+    run(back, stop_at_step=8)
+    names = {path.name for path in (folder / "checkpoints").iterdir()}
+    assert names == {"step-5", "step-8", *(f"abandoned-step-{n}" for n in (10, 15, 20))}
+    assert [row["step"] for row in rows(folder)] == list(range(1, 9))
+    run(back, stop_at_step=12)  # the same command goes on, it does not go back again
+    assert [e["step"] for e in events(folder) if e["event"] == "resumed"] == [5, 8]
+    (folder / "latest").unlink()
+    run(back)
+    assert [e["step"] for e in events(folder) if e["event"] == "resumed"] == [5, 8, 12]
+
+
+def test_a_run_whose_checkpoints_are_gone_is_not_begun_again(tiny: Make) -> None:
+    config = tiny()
+    folder = run(config, stop_at_step=12)
+    before = rows(folder)
+    shutil.rmtree(folder / "checkpoints" / "step-12")
+    with pytest.raises(UserError, match=r"step-12 is damaged \(it is gone\).*run\.resume=step-10"):
+        run(config)
     shutil.rmtree(folder / "checkpoints")
-    (folder / "checkpoints").mkdir()
+    with pytest.raises(UserError, match="no complete one in this folder"):
+        run(config)
+    assert rows(folder) == before
+
+
+def test_a_stop_that_is_past_is_refused(tiny: Make) -> None:
+    config = tiny()
+    run(config, stop_at_step=7)
+    with pytest.raises(UserError, match=r"--stop-at-step=5 is past.*stands at step 7"):
+        run(config, stop_at_step=5)
+
+
+def test_many_epochs_are_said(tiny: Make, caplog: pytest.LogCaptureFixture) -> None:
+    run(tiny("training.total_steps=400"), stop_at_step=1)
+    assert "source up will be read" in caplog.text
 
 
 def test_half_written_checkpoint_is_removed_and_the_last_one_used(tiny: Make) -> None:
