@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from contenders import goals
-from contenders.goals import Comparison, Verdict
+from contenders.goals import DISTURBED, Comparison, Verdict
 from contenders.race import Entry, Race, Run, alternate
 from contenders.shape import SHAPE
 
@@ -32,7 +32,6 @@ from allometry.trainer.hardware import describe
 from allometry.trainer.record import commit
 
 PARTS = ("bf16", "fp32", "two")
-DISTURBED = 0.1
 
 
 def arguments() -> argparse.Namespace:
@@ -155,7 +154,7 @@ def main() -> None:
     if disturbed:
         print(
             f"\n{len(disturbed)} of {len(runs)} runs were disturbed: other processes took more "
-            f"than {100 * DISTURBED:.0f} % of the cores; repeat this on a quiet machine"
+            f"than {100 * DISTURBED:.0f} % of the cores; their rounds are left out"
         )
     path = given.json or Path(__file__).parent / "results" / (
         f"throughput-cpu-{datetime.date.today().isoformat()}.json"

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from contenders.race import Entry, Run
 
 PACKAGES = ("jemalloc", "tcmalloc")
+DISTURBED = 0.1
+"""Share of the cores that other processes may take during a run."""
 
 
 @dataclass(frozen=True)
@@ -27,12 +29,13 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The ratios of a comparison, one for each round; ``ours`` is the entry that did best."""
+    """The ratios of a comparison, one for each quiet round; ``ours`` is the entry that did best."""
 
     setting: str
     ours: str
     rival: str
     ratios: list[float]
+    disturbed_rounds: int
     median: float
     goal: float | None
     met: bool | None
@@ -91,14 +94,24 @@ def two(allocators: Sequence[str], stages: Iterable[int] = (0, 1, 2, 3)) -> list
 
 
 def judge(comparison: Comparison, runs: Sequence[Run]) -> Verdict:
-    """Ratios of the same round, and whether their median meets the goal."""
+    """Ratios of the same round, and whether their median meets the goal.
+
+    Rounds in which other processes disturbed either run count only if there is no other round.
+    """
 
     def rates(entry: Entry) -> list[float]:
         return [run.tokens_per_s for run in runs if run.entry == entry]
 
     # The best of ours over all rounds: choosing anew in each round would favour noise.
     best = max(comparison.ours, key=lambda entry: statistics.median(rates(entry)))
-    ratios = [a / b for a, b in zip(rates(best), rates(comparison.rival), strict=True)]
+    pairs = [
+        (mine, other)
+        for mine in runs
+        for other in runs
+        if (mine.entry, other.entry) == (best, comparison.rival) and mine.round == other.round
+    ]
+    quiet = [pair for pair in pairs if max(run.others_share for run in pair) <= DISTURBED]
+    ratios = [mine.tokens_per_s / other.tokens_per_s for mine, other in quiet or pairs]
     median = statistics.median(ratios)
     goal = comparison.goal
     return Verdict(
@@ -106,6 +119,7 @@ def judge(comparison: Comparison, runs: Sequence[Run]) -> Verdict:
         ours=best.name,
         rival=comparison.rival.name,
         ratios=ratios,
+        disturbed_rounds=len(pairs) - len(quiet),
         median=median,
         goal=goal,
         met=None if goal is None else median >= goal,
