@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from allometry.configs.run import RunConfig
 from allometry.data.synthetic import write_store
 
 VOCAB = 64
+# A change is judged on the same examples each time; new ones are tried wherever people work.
+settings.register_profile("ci", derandomize=True, deadline=None)
+if os.environ.get("CI"):
+    settings.load_profile("ci")
 
 
 def write_tiny_store(folder: Path) -> None:
