@@ -91,8 +91,10 @@ def test_a_process_alone_has_a_mesh_of_one(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_mesh_can_be_opened_again() -> None:
     for _ in range(2):
-        with open_mesh(ParallelConfig(), torch.device("cpu")):
-            pass
+        with open_mesh(ParallelConfig(), torch.device("cpu")) as mesh:
+            assert dist.is_initialized()
+            assert (mesh.rank, mesh.world_size) == (0, 1)
+        assert not dist.is_initialized()
 
 
 def test_a_failed_run_leaves_no_group_behind() -> None:
