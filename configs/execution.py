@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from allometry.configs.base import Count, Section
 
@@ -34,17 +34,65 @@ class Zero(Section):
     bucket_mib: Count = Field(
         256, gt=0, description="stage 0: size of a flat gradient bucket, in MiB of fp32"
     )
+    replicas: Count = Field(
+        1,
+        gt=0,
+        description="stages 1-3: whole copies that hdp is divided into; each is sharded over "
+        "hdp/replicas ranks and gradients are summed over the copies (hybrid sharding)",
+    )
+    offload: Literal["none", "cpu"] = Field(
+        "none",
+        description="stages 1-3: where sharded parameters, gradients and optimizer states live "
+        "between uses",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name, usual in (("replicas", 1), ("offload", "none")):
+            if self.stage == 0 and getattr(self, name) != usual:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} needs sharding; set stage to 1, 2 or 3"
+                )
+        return self
+
+
+Schedule = Literal[
+    "gpipe",
+    "1f1b",
+    "interleaved_1f1b",
+    "looped_bfs",
+    "interleaved_zero_bubble",
+    "zbv_zero_bubble",
+    "dualpipe_v",
+]
+
+
+class Pipeline(Section):
+    """How a model is cut into stages and in which order their micro-batches run (pp > 1)."""
+
+    schedule: Schedule = Field("1f1b", description="order of forward and backward passes")
+    stages_per_rank: Count | None = Field(
+        None,
+        gt=0,
+        description="stages on each rank; null: 2 for the schedules that interleave, else 1",
+    )
+    split: Literal["flops", "measured"] | tuple[Count, ...] = Field(
+        "flops",
+        description="layers of the stages: evened out by counted FLOPs or by times measured at "
+        "the start, embedding and head included; or their numbers, one for each stage",
+    )
 
 
 class ParallelConfig(Section):
-    """Degrees of the mesh's axes; their product is the number of ranks."""
+    """Degrees of the mesh's axes; pp x hdp x tp is the number of ranks."""
 
-    hdp: Count | Literal["auto"] = Field(
+    hdp: Annotated[Count, Field(gt=0)] | Literal["auto"] = Field(
         "auto", description="hybrid data/context ranks; auto: all ranks that pp and tp leave"
     )
-    tp: Literal[1] = Field(1, description="tensor parallel ranks")
-    pp: Literal[1] = Field(1, description="pipeline stages")
-    ep: Literal[1] = Field(1, description="expert parallel ranks, a factor of hdp")
+    tp: Count = Field(1, gt=0, description="tensor and sequence parallel ranks")
+    pp: Count = Field(1, gt=0, description="pipeline ranks")
+    ep: Count = Field(1, gt=0, description="expert parallel ranks, a factor of hdp")
+    pipeline: Pipeline = Field(default_factory=Pipeline, description="stages, where pp > 1")
     zero: Zero = Field(default_factory=Zero, description="what is sharded over hdp")
     timeout_s: Count = Field(
         600, gt=0, description="seconds after which a collective that hangs ends the run"

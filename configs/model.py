@@ -9,17 +9,15 @@ from pydantic import Field, model_validator
 from allometry.configs.base import Count, Section
 
 
-class DenseModel(Section):
-    """A dense decoder-only transformer: RMSNorm, RoPE, grouped-query attention, SwiGLU."""
+class Decoder(Section):
+    """What all decoder-only transformers share: RMSNorm, RoPE, grouped-query attention."""
 
-    kind: Literal["dense"] = Field("dense", description="architecture family")
     vocab_size: Count = Field(gt=0, description="rows of the embedding; at least the tokenizer's")
     width: Count = Field(gt=0, description="width of the residual stream")
     num_layers: Count = Field(gt=0, description="transformer blocks")
     num_heads: Count = Field(gt=0, description="query heads")
     num_kv_heads: Count | None = Field(None, gt=0, description="key/value heads; null: num_heads")
     head_dim: Count | None = Field(None, gt=0, description="width of a head; null: width/num_heads")
-    ffn_width: Count = Field(gt=0, description="hidden width of the SwiGLU feed-forward")
     qk_norm: bool = Field(False, description="RMSNorm on each head's queries and keys")
     tied_embeddings: bool = Field(False, description="share the embedding with the output head")
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="dropout on each branch's output")
@@ -51,7 +49,157 @@ class DenseModel(Section):
         return self
 
 
-ModelConfig = DenseModel
+class DenseModel(Decoder):
+    """A dense transformer: a SwiGLU feed-forward in every block."""
+
+    kind: Literal["dense"] = Field("dense", description="architecture family")
+    ffn_width: Count = Field(gt=0, description="hidden width of the SwiGLU feed-forward")
+
+
+class _Experts(Section):
+    num_experts: Count = Field(gt=1, description="routed experts in a block")
+    experts_per_token: Count = Field(gt=0, description="routed experts that a token visits")
+    width: Count = Field(gt=0, description="hidden width of one expert's SwiGLU")
+    num_shared_experts: Count = Field(
+        0, ge=0, description="experts of the same width that every token visits, run as one"
+    )
+
+    @model_validator(mode="after")
+    def _check_number(self) -> Self:
+        if self.experts_per_token > self.num_experts:
+            raise ValueError(
+                f"experts_per_token={self.experts_per_token} must not exceed "
+                f"num_experts={self.num_experts}"
+            )
+        return self
+
+
+class SwiGLUExperts(_Experts):
+    """Experts that read and write the residual stream's width (arXiv 2401.04088)."""
+
+    kind: Literal["swiglu"] = "swiglu"
+
+
+class LatentExperts(_Experts):
+    """Experts in a latent space: one shared projection down to it and one up from it."""
+
+    kind: Literal["latent"] = "latent"
+    latent_width: Count = Field(gt=0, description="width that the routed experts read and write")
+
+
+ExpertsConfig = Annotated[SwiGLUExperts | LatentExperts, Field(discriminator="kind")]
+
+
+class NoBalance(Section):
+    """Nothing evens out the experts' load."""
+
+    kind: Literal["none"] = "none"
+
+
+class AuxiliaryBalance(Section):
+    """A loss: coefficient * E * sum_e f_e P_e for each layer (arXiv 2101.03961, eq. 4), summed."""
+
+    kind: Literal["auxiliary"] = "auxiliary"
+    coefficient: float = Field(gt=0.0, description="weight of the loss of each layer")
+
+
+class BiasBalance(Section):
+    """A bias on each expert's score, for selection only (arXiv 2408.15664)."""
+
+    kind: Literal["bias"] = "bias"
+    rate: float = Field(1e-3, gt=0.0, description="what a step adds to or takes from a bias")
+
+
+BalanceConfig = Annotated[NoBalance | AuxiliaryBalance | BiasBalance, Field(discriminator="kind")]
+
+
+class RouterConfig(Section):
+    """How a token chooses its experts and weighs what they say."""
+
+    gate: Literal["softmax", "softmax_after_topk", "sigmoid", "sqrt"] = Field(
+        "softmax",
+        description="weights of the chosen experts: softmax over all experts; softmax over the "
+        "chosen ones; sigmoid of each score; sqrt: square root of softmax_after_topk, shared and "
+        "routed parts times sqrt(1/2) each (arXiv 2603.28743)",
+    )
+    normalize: bool = Field(
+        False, description="divide the weights by their sum (gates softmax and sigmoid)"
+    )
+    scale: float = Field(1.0, gt=0.0, description="multiplies the routed experts' sum")
+    num_groups: Count = Field(1, gt=0, description="groups that the experts are divided into")
+    groups_per_token: Count | None = Field(
+        None,
+        gt=0,
+        description="groups that a token may visit, those with the largest sum of their two best "
+        "scores; null: all",
+    )
+    balance: BalanceConfig = Field(
+        default_factory=lambda: AuxiliaryBalance(coefficient=1e-3),
+        description="what evens out the experts' load",
+    )
+    z_loss: float = Field(
+        0.0, ge=0.0, description="coefficient of the squared log partition (arXiv 2202.08906)"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.normalize and self.gate not in ("softmax", "sigmoid"):
+            raise ValueError(f"gate={self.gate} has weights of sum 1; leave normalize out")
+        if self.groups_per_token is not None and self.groups_per_token > self.num_groups:
+            raise ValueError(
+                f"groups_per_token={self.groups_per_token} must not exceed "
+                f"num_groups={self.num_groups}"
+            )
+        return self
+
+
+class MoEModel(Decoder):
+    """A transformer with a mixture of experts in each block after the first dense ones."""
+
+    kind: Literal["moe"] = Field("moe", description="architecture family")
+    first_dense_layers: Count = Field(
+        0, ge=0, description="blocks at the start that have a dense feed-forward instead"
+    )
+    ffn_width: Count | None = Field(
+        None, gt=0, description="hidden width of the dense feed-forward, where there is one"
+    )
+    experts: ExpertsConfig = Field(description="the experts of a block")
+    router: RouterConfig = Field(default_factory=RouterConfig, description="the choice among them")
+
+    @model_validator(mode="after")
+    def _check_experts(self) -> Self:
+        experts, router = self.experts, self.router
+        if self.first_dense_layers >= self.num_layers:
+            raise ValueError(
+                f"first_dense_layers={self.first_dense_layers} must be below "
+                f"num_layers={self.num_layers}; use kind: dense for a model without experts"
+            )
+        if (self.first_dense_layers > 0) != (self.ffn_width is not None):
+            raise ValueError(
+                f"ffn_width={self.ffn_width} with first_dense_layers={self.first_dense_layers}: "
+                "give ffn_width exactly where there are dense layers"
+            )
+        if experts.num_experts % router.num_groups:
+            raise ValueError(
+                f"router.num_groups={router.num_groups} must divide "
+                f"experts.num_experts={experts.num_experts}"
+            )
+        groups = router.groups_per_token or router.num_groups
+        reachable = experts.num_experts // router.num_groups * groups
+        if experts.experts_per_token > reachable:
+            raise ValueError(
+                f"experts.experts_per_token={experts.experts_per_token} exceeds the {reachable} "
+                "experts of the groups that a token may visit; raise router.groups_per_token"
+            )
+        return self
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether this block (counted from 0) holds experts."""
+        return layer >= self.first_dense_layers
+
+
+ModelConfig = DenseModel | MoEModel
+"""Any architecture; in a run's description ``kind`` says which."""
 
 
 class StandardParameterization(Section):

@@ -96,6 +96,11 @@ class TrainingConfig(Section):
     compute_dtype: Literal["bf16", "fp32", "fp64"] = Field(
         "bf16", description="type of activations and matrix products; parameters are fp32"
     )
+    activation_checkpointing: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="what a block's backward computes again instead of keeping: nothing; all but "
+        "matrix products, attention and communication; everything",
+    )
     compile: bool = Field(False, description="torch.compile each block and the loss")
 
     @model_validator(mode="after")

@@ -27,7 +27,7 @@ class RunConfig(Section):
     """Everything that decides what a run does. One file, saved with the run."""
 
     run: RunSection
-    model: ModelConfig
+    model: ModelConfig = Field(discriminator="kind")
     parameterization: ParameterizationConfig = Field(default_factory=StandardParameterization)
     data: DataConfig
     batch: BatchConfig

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from allometry.configs.model import ModelConfig
 from allometry.models.declare import DeclaresRoles
-from allometry.models.transformer import Transformer
+from allometry.models.transformer import Part, Transformer
 from allometry.scaling.parameterization import ForwardScales, Parameterization
 from allometry.scaling.roles import ParamSpec
 
@@ -22,7 +22,9 @@ _DTYPES: Mapping[ComputeDtype, torch.dtype] = {
     "fp64": torch.float64,
 }
 
-_BUILDERS: Mapping[str, Callable[[ModelConfig, ForwardScales, torch.dtype], Transformer]] = {
+_Builder = Callable[[Any, ForwardScales, torch.dtype, Part | None], Transformer]
+
+_BUILDERS: Mapping[str, _Builder] = {
     "dense": Transformer,
 }
 """The architecture families, by ``model.kind``."""
@@ -37,13 +39,16 @@ def torch_dtype(name: ComputeDtype) -> torch.dtype:
 
 
 def build_model(
-    model: ModelConfig, parameterization: Parameterization, compute_dtype: ComputeDtype
+    model: ModelConfig,
+    parameterization: Parameterization,
+    compute_dtype: ComputeDtype,
+    part: Part | None = None,
 ) -> Transformer:
-    """Return the model on the current default device (the meta device included).
+    """Return the model, or a part of it, on the current default device (meta included).
 
     Its parameters are fp32 NaNs until ``initialize`` or a checkpoint fills them.
     """
-    return _BUILDERS[model.kind](model, parameterization.forward, torch_dtype(compute_dtype))
+    return _BUILDERS[model.kind](model, parameterization.forward, torch_dtype(compute_dtype), part)
 
 
 def named_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:

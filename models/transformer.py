@@ -13,7 +13,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,23 +20,11 @@ from torch import Tensor, nn
 
 from allometry.configs.model import DenseModel
 from allometry.models.attention import attend
-from allometry.models.declare import DeclaresRoles
 from allometry.models.documents import Documents
-from allometry.models.layers import Embedding, Linear, RMSNorm, rotary_angles, rotate, unset
-from allometry.models.loss import ChunkGradient, linear_cross_entropy, softmax_gradient_
+from allometry.models.head import Losses, OutputHead
+from allometry.models.layers import Embedding, Linear, RMSNorm, rotary_angles, rotate
 from allometry.scaling.parameterization import ForwardScales
 from allometry.scaling.roles import Role
-
-
-class Losses(NamedTuple):
-    """``total``: the sum over target tokens, z-loss included, to be divided by the global count.
-
-    ``nll_BL``: -log p of each target, without gradient, 0 where it is ignored. Both are fp32, or
-    fp64 where the model computes in fp64.
-    """
-
-    total: Tensor
-    nll_BL: Tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -106,10 +93,10 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(model.width, model.norm_eps)
         self.ffn = FeedForward(model.width, model.ffn_width)
 
-    def forward(self, x_BLD: Tensor, geometry: Geometry) -> Tensor:
-        """Return [B, L, D] in x's type."""
+    def forward(self, x_BLD: Tensor, geometry: Geometry) -> tuple[Tensor, None]:
+        """Return [B, L, D] in x's type, and what its router observed: here there is none."""
         x_BLD = x_BLD + self._scaled(self.attention(self.attention_norm(x_BLD), geometry))
-        return x_BLD + self._scaled(self.ffn(self.ffn_norm(x_BLD)))
+        return x_BLD + self._scaled(self.ffn(self.ffn_norm(x_BLD))), None
 
     def _scaled(self, branch_BLD: Tensor) -> Tensor:
         if self.dropout:
@@ -117,97 +104,87 @@ class Block(nn.Module):
         return branch_BLD if self.residual_scale == 1.0 else branch_BLD * self.residual_scale
 
 
-class OutputHead(DeclaresRoles):
-    """Logits or loss. ``weight`` is None where the embedding is the head: it is then passed in.
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A stretch of a model: its layers, and whether the embedding and the head belong to it."""
 
-    ``compile`` compiles the softmax of a chunk only: matrix products gain nothing, and a loop
-    over chunks would be unrolled into one large graph.
-    """
-
-    weight: nn.Parameter | None
-
-    def __init__(self, model: DenseModel, scale: float) -> None:
-        super().__init__()
-        self.scale, self.z_loss = scale, model.z_loss
-        self.chunk_gradient: ChunkGradient = softmax_gradient_
-        if model.tied_embeddings:
-            self.register_parameter("weight", None)
-        else:
-            weight = unset(model.vocab_size, model.width)
-            self.declare("weight", weight, Role.OUTPUT, fan_in=model.width, fan_out=len(weight))
-
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the loss with these options of ``torch.compile``."""
-        self.chunk_gradient = torch.compile(softmax_gradient_, *args, **kwargs)
-
-    def forward(
-        self, x_BLD: Tensor, targets_BL: Tensor | None, tied_VD: Tensor | None
-    ) -> Tensor | Losses:
-        """Return logits [B, L, V] (fp32 or wider), or with targets the losses."""
-        weight_VD = self.weight if tied_VD is None else tied_VD
-        assert weight_VD is not None
-        if targets_BL is None:
-            wide = torch.promote_types(x_BLD.dtype, torch.float32)
-            return F.linear(x_BLD, weight_VD.to(x_BLD.dtype)).to(wide) * self.scale
-        total, nll_T = linear_cross_entropy(
-            x_BLD.flatten(0, 1),
-            weight_VD,
-            targets_BL.flatten(),
-            logit_scale=self.scale,
-            z_loss=self.z_loss,
-            chunk_gradient=self.chunk_gradient,
-        )
-        return Losses(total, nll_T.view(targets_BL.shape))
+    layers: range
+    first: bool = True
+    last: bool = True
 
 
 class Transformer(nn.Module):
-    """The whole model: embedding, equal blocks, final norm, head (tied or not).
+    """A model, or a part of one: embedding, equal blocks, final norm, head (tied or not).
 
     ``compute_dtype`` is the type of activations and products; parameters are fp32 (fp64 after
-    ``.double()``) and each module casts its own where it uses it.
+    ``.double()``) and each module casts its own where it uses it. A part's parameters have the
+    names that they have in the whole model. Where a tied head is parted from the embedding, it
+    has a weight of its own, which whoever parts them must keep equal.
     """
 
+    embedding: Embedding | None
+    final_norm: RMSNorm | None
+    head: OutputHead | None
+
     def __init__(
-        self, model: DenseModel, scales: ForwardScales, compute_dtype: torch.dtype
+        self,
+        model: DenseModel,
+        scales: ForwardScales,
+        compute_dtype: torch.dtype,
+        part: Part | None = None,
     ) -> None:
         super().__init__()
+        part = part or Part(range(model.num_layers))
+        self.part = part
+        self.compute_dtype = compute_dtype
         self.head_width, self.rope_theta = model.head_width, model.rope_theta
-        self.embedding_scale, self.tied = scales.embedding, model.tied_embeddings
-        self.embedding = Embedding(model.vocab_size, model.width, compute_dtype)
-        self.blocks = nn.ModuleList(Block(model, scales) for _ in range(model.num_layers))
-        self.final_norm = RMSNorm(model.width, model.norm_eps)
-        self.head = OutputHead(model, scales.output)
+        self.embedding_scale = scales.embedding
+        self.tied = model.tied_embeddings and part.first and part.last
+        self.embedding = (
+            Embedding(model.vocab_size, model.width, compute_dtype) if part.first else None
+        )
+        self.blocks = nn.ModuleDict({str(layer): Block(model, scales) for layer in part.layers})
+        self.final_norm = RMSNorm(model.width, model.norm_eps) if part.last else None
+        self.head = OutputHead(model, scales.output, tied=self.tied) if part.last else None
 
     def forward(
         self,
         tokens_BL: Tensor,
         targets_BL: Tensor | None = None,
         documents: Documents | None = None,
+        x_BLD: Tensor | None = None,
     ) -> Tensor | Losses:
         """Return logits [B, L, V] (fp32 or wider) without targets, else ``Losses``.
 
-        Without ``documents`` each sequence is one document with positions from 0.
+        Without ``documents`` each sequence is one document with positions from 0. A part without
+        the embedding takes what the part before it returned as ``x_BLD``; one without the head
+        returns [B, L, D].
         """
-        x_BLD = self.embedding(tokens_BL)
-        if self.embedding_scale != 1.0:
-            x_BLD = x_BLD * self.embedding_scale
-        geometry = self._geometry(tokens_BL, x_BLD.dtype, documents)
-        for block in self.blocks:
-            x_BLD = block(x_BLD, geometry)
+        if self.embedding is not None:
+            x_BLD = self.embedding(tokens_BL)
+            if self.embedding_scale != 1.0:
+                x_BLD = x_BLD * self.embedding_scale
+        assert x_BLD is not None
+        geometry = self._geometry(tokens_BL, documents)
+        for block in self.blocks.values():
+            x_BLD, _ = block(x_BLD, geometry)
+        if self.final_norm is None or self.head is None:
+            return x_BLD
         x_BLD = self.final_norm(x_BLD)
         # A tied head is the embedding's weight passed on, not a second name for it: a parameter
         # has one owner, so that moving off the meta device or sharding cannot untie the two.
-        return self.head(x_BLD, targets_BL, self.embedding.weight if self.tied else None)
+        tied_VD = self.embedding.weight if self.tied and self.embedding is not None else None
+        return self.head(x_BLD, targets_BL, tied_VD)
 
-    def _geometry(
-        self, tokens_BL: Tensor, dtype: torch.dtype, documents: Documents | None
-    ) -> Geometry:
+    def _geometry(self, tokens_BL: Tensor, documents: Documents | None) -> Geometry:
         if documents is None:
             positions = torch.arange(tokens_BL.shape[1], device=tokens_BL.device)[None]
         else:
             positions = documents.positions_BL
             _expect_any_number_of(documents)
-        angles = rotary_angles(positions, self.head_width, self.rope_theta, dtype)[:, :, None]
+        angles = rotary_angles(positions, self.head_width, self.rope_theta, self.compute_dtype)[
+            :, :, None
+        ]
         return Geometry(angles.cos(), angles.sin(), documents)
 
 

@@ -48,7 +48,7 @@ def compile_parts(model: Transformer) -> None:
     is marked as varying by the model itself. Shapes that vary otherwise are generalised by torch
     at their second value.
     """
-    for block in model.blocks:
+    for block in model.blocks.values():
         block.compile(fullgraph=True)
     model.head.compile(fullgraph=True)
 
@@ -60,7 +60,7 @@ def apply_zero(
     if zero.stage == 0:
         overlap = mesh.device.type == "cuda"
         return FlatReducer(model, mesh.hdp, zero.bucket_mib * 2**20, overlap)
-    return FullyShardedSync(model, mesh.device_mesh["hdp"], zero.stage, compute_dtype)
+    return FullyShardedSync(model, mesh.zero_mesh, zero.stage, compute_dtype)
 
 
 def materialize(model: nn.Module, device: torch.device) -> None:

@@ -20,12 +20,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from allometry.configs.errors import UserError
 from allometry.configs.execution import ParallelConfig
+from allometry.scaling.layout import Degrees, resolve_degrees
 
 T = TypeVar("T")
 
-AxisName = Literal["pp", "hdp", "tp"]
-# Outermost first: neighbours in tp talk most, so they are neighbours on a node.
-AXES: tuple[AxisName, ...] = ("pp", "hdp", "tp")
+AxisName = Literal["pp", "hdp", "tp", "ep", "edp"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +40,11 @@ class Axis:
 class Mesh:
     """All ranks of the run, arranged as (pp, hdp, tp), with the groups they talk in.
 
+    tp is innermost: its ranks talk most, so they are neighbours on a node. ``hdp`` is
+    ``replicas`` x ``shard``, and ``shard`` is ``expert_shard`` x ``ep``. ``device_mesh`` has the
+    dimensions (pp, replicas, shard, tp); ``expert_mesh`` is the same ranks with shard cut in two.
+    ``edp`` is the line of ranks that hold the same experts: replicas x expert_shard.
+
     ``host_group`` (gloo) carries host objects and flags. ``checkpoint_group`` (gloo) belongs to
     the checkpoint writer alone: it communicates from a thread of its own, and two threads in one
     group cross their collectives. Close the mesh, or use it as a context manager, when the run
@@ -51,9 +55,12 @@ class Mesh:
     rank: int
     world_size: int
     device_mesh: DeviceMesh
+    expert_mesh: DeviceMesh
     pp: Axis
     hdp: Axis
     tp: Axis
+    ep: Axis
+    edp: Axis
     host_group: dist.ProcessGroup
     checkpoint_group: dist.ProcessGroup
     timeout: timedelta
@@ -66,7 +73,21 @@ class Mesh:
 
     def axis(self, name: AxisName) -> Axis:
         """Return the axis called ``name``."""
-        return {"pp": self.pp, "hdp": self.hdp, "tp": self.tp}[name]
+        axis: Axis = getattr(self, name)
+        return axis
+
+    @property
+    def zero_mesh(self) -> DeviceMesh:
+        """What ZeRO shards over: [shard], or [replicas, shard] where there are several copies."""
+        return self.device_mesh[self._zero_dims("shard")]
+
+    @property
+    def expert_zero_mesh(self) -> DeviceMesh:
+        """The same for experts: [expert_shard] or [replicas, expert_shard]."""
+        return self.expert_mesh[self._zero_dims("expert_shard")]
+
+    def _zero_dims(self, shard: str) -> str | tuple[str, ...]:
+        return shard if self.device_mesh["replicas"].size() == 1 else ("replicas", shard)
 
     def all_reduce_sum(self, tensor: Tensor, axis: AxisName) -> Tensor:
         """Replace ``tensor`` by its sum over the ranks of ``axis``; return it. Same on all."""
@@ -134,23 +155,18 @@ def open_mesh(parallel: ParallelConfig, device: torch.device | None = None) -> M
         torch.cuda.set_device(device)
     if ours:
         _start(launch, device, timeout)
-    device_mesh = init_device_mesh(
-        device.type, tuple(degrees[name] for name in AXES), mesh_dim_names=AXES
-    )
+    device_mesh, expert_mesh, lines = _arrange(degrees, device.type)
     host, checkpoint = (
         dist.new_group(backend="gloo", timeout=timeout, group_desc=what)
         for what in ("host objects", "checkpoint writer")
     )
-    lines = {
-        name: Axis(device_mesh.get_local_rank(name), size, device_mesh.get_group(name))
-        for name, size in degrees.items()
-    }
     made = {line.group for line in lines.values() if line.group is not dist.group.WORLD}
     return Mesh(
         device=device,
         rank=launch.rank,
         world_size=launch.world_size,
         device_mesh=device_mesh,
+        expert_mesh=expert_mesh,
         **lines,
         host_group=host,
         checkpoint_group=checkpoint,
@@ -210,27 +226,37 @@ def read_launch(environment: Mapping[str, str]) -> Launch:
     return Launch(rank, world_size, numbers["LOCAL_RANK"], address)
 
 
-def resolve_degrees(parallel: ParallelConfig, world_size: int) -> dict[AxisName, int]:
-    """Return the length of each axis. Raises UserError where they do not make ``world_size``."""
-    pp, tp = parallel.pp, parallel.tp
-    others = pp * tp
-    if parallel.hdp == "auto":
-        if world_size % others:
-            raise UserError(
-                f"parallel.pp={pp} x parallel.tp={tp} must divide the {world_size} ranks that were "
-                f"started; start a multiple of {others} ranks or change one of them"
-            )
-        hdp = world_size // others
-    else:
-        hdp = parallel.hdp
-        if hdp * others != world_size:
-            fit = f"parallel.hdp={world_size // others} or auto, or " * (world_size % others == 0)
-            raise UserError(
-                f"parallel.hdp={hdp} (with pp={pp} and tp={tp}) needs {hdp * others} ranks, but "
-                f"{world_size} were started; set {fit}start {hdp * others} ranks (torchrun "
-                f"--nproc-per-node)"
-            )
-    return {"pp": pp, "hdp": hdp, "tp": tp}
+def launched_world_size() -> int:
+    """Return how many ranks the launcher (or the caller's process group) has started."""
+    return dist.get_world_size() if dist.is_initialized() else read_launch(os.environ).world_size
+
+
+def _arrange(
+    degrees: Degrees, device_type: str
+) -> tuple[DeviceMesh, DeviceMesh, dict[AxisName, Axis]]:
+    """Return the mesh, the mesh with ep in it, and this rank's lines."""
+    mesh = init_device_mesh(
+        device_type,
+        (degrees.pp, degrees.replicas, degrees.shard, degrees.tp),
+        mesh_dim_names=("pp", "replicas", "shard", "tp"),
+    )
+    hdp = mesh["replicas", "shard"]._flatten("hdp")
+    # Unflattened rather than made anew: FSDP2 wants its mesh and that of the parameter it shards
+    # to descend from one.
+    experts = mesh._unflatten(2, (degrees.shard // degrees.ep, degrees.ep), ("expert_shard", "ep"))
+    same_experts = experts["replicas", "expert_shard"]._flatten("edp")
+    found: dict[AxisName, DeviceMesh] = {
+        "pp": mesh["pp"],
+        "hdp": hdp,
+        "tp": mesh["tp"],
+        "ep": experts["ep"],
+        "edp": same_experts,
+    }
+    lines = {
+        name: Axis(line.get_local_rank(), line.size(), line.get_group())
+        for name, line in found.items()
+    }
+    return mesh, experts, lines
 
 
 def _started() -> Launch:

@@ -277,7 +277,7 @@ def shard_model(
     )
     if not model.tied:
         model.embedding.set_unshard_in_backward(False)
-    for block in model.blocks:
+    for block in model.blocks.values():
         fully_shard(block, mesh=mesh, mp_policy=mixed, reshard_after_forward=reshard_after_forward)
     # Backward begins with norm and head: freeing them after forward would only gather them again.
     fully_shard(model, mesh=mesh, mp_policy=mixed, reshard_after_forward=False)

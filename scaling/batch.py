@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from allometry.configs.data import BatchConfig
 from allometry.configs.errors import UserError
-from allometry.configs.execution import ParallelConfig
 from allometry.configs.optimization import ScheduleConfig, TrainingConfig
 
 
@@ -84,28 +83,6 @@ def warmup_steps(schedule: ScheduleConfig, plan: BatchPlan) -> int:
     if schedule.warmup_steps is not None:
         return schedule.warmup_steps
     return plan.steps_for_tokens(schedule.warmup_tokens or 0)
-
-
-def resolve_hdp(parallel: ParallelConfig, world_size: int) -> int:
-    """Return the size of the hdp axis on this many ranks.
-
-    Raises:
-        UserError: the degrees in the ``parallel`` section do not multiply to ``world_size``.
-    """
-    others = parallel.tp * parallel.pp
-    if world_size % others:
-        raise UserError(
-            f"parallel.tp={parallel.tp} x parallel.pp={parallel.pp} must divide the number of "
-            f"ranks, {world_size}; start a multiple of {others} processes"
-        )
-    left = world_size // others
-    if parallel.hdp == "auto" or parallel.hdp == left:
-        return left
-    raise UserError(
-        f"parallel.hdp={parallel.hdp} does not fit {world_size} "
-        f"{'process' if world_size == 1 else 'processes'} (pp={parallel.pp}, tp={parallel.tp}); "
-        f"use {left} or auto, or start {parallel.hdp * others} processes"
-    )
 
 
 def check_batch(batch: BatchConfig, hdp: int) -> None:

@@ -51,6 +51,19 @@ def count_parameters(model: ModelConfig) -> ParameterCount:
     return ParameterCount(total=total, by_role=by_role, non_embedding=total - ends)
 
 
+def layer_flops(model: ModelConfig, sequence_length: int) -> tuple[int, ...]:
+    """Return forward FLOPs per token of the embedding (0), of each layer, and of the head.
+
+    Their sum is ``flops_per_token(...).forward``.
+    """
+    attention = 2 * model.num_heads * model.head_width * (sequence_length + 1)
+    layers = [attention] * model.num_layers
+    for spec in inventory(model):
+        if spec.role in _PRODUCTS:
+            layers[int(spec.name.split(".")[1])] += 2 * spec.numel
+    return (0, *layers, 2 * model.vocab_size * model.width)
+
+
 def flops_per_token(model: ModelConfig, sequence_length: int) -> Flops:
     """Return the model FLOPs of training on one token of sequences of this length.
 

@@ -6,14 +6,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from allometry.configs.run import RunConfig
-from allometry.scaling.batch import (
-    BatchPlan,
-    check_batch,
-    resolve_hdp,
-    total_steps,
-    warmup_steps,
-)
+from allometry.scaling.batch import BatchPlan, total_steps, warmup_steps
 from allometry.scaling.count import Flops, ParameterCount, count_parameters, flops_per_token
+from allometry.scaling.layout import Layout
 from allometry.scaling.memory import COMPUTE_BYTES, MemoryEstimate, estimate_memory
 from allometry.scaling.parameterization import Parameterization
 
@@ -27,7 +22,7 @@ class RunPlan:
     """
 
     world_size: int
-    hdp: int
+    layout: Layout
     total_steps: int
     warmup_steps: int
     batch: BatchPlan
@@ -45,13 +40,12 @@ class RunPlan:
             UserError: the ranks cannot share the batch or do not fit the mesh.
         """
         assert world_size >= 1, world_size
-        hdp = resolve_hdp(config.parallel, world_size)
-        check_batch(config.batch, hdp)
+        layout = Layout.of(config, world_size)
         sequence_length = config.data.sequence_length
         batch = BatchPlan(config.batch, sequence_length)
         return cls(
             world_size=world_size,
-            hdp=hdp,
+            layout=layout,
             total_steps=total_steps(config.training, batch),
             warmup_steps=warmup_steps(config.schedule, batch),
             batch=batch,
@@ -63,10 +57,15 @@ class RunPlan:
                 micro_batch_tokens=config.batch.micro_batch_sequences * sequence_length,
                 compute_bytes=COMPUTE_BYTES[config.training.compute_dtype],
                 zero=config.parallel.zero,
-                hdp=hdp,
+                hdp=layout.degrees.hdp,
             ),
             parameterization=Parameterization(config.parameterization, config.model),
         )
+
+    @property
+    def hdp(self) -> int:
+        """Ranks that share each batch."""
+        return self.layout.degrees.hdp
 
     @property
     def total_tokens(self) -> int:
@@ -88,7 +87,7 @@ class RunPlan:
         """Return the plan as JSON."""
         return {
             "world_size": self.world_size,
-            "hdp": self.hdp,
+            "layout": self.layout.describe(),
             "total_steps": self.total_steps,
             "total_tokens": self.total_tokens,
             "total_flops": self.total_flops,

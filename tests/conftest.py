@@ -43,6 +43,7 @@ def tiny_description(store: Path, run: Path) -> dict[str, Any]:
     return {
         "run": {"folder": str(run), "seed": 3},
         "model": {
+            "kind": "dense",
             "vocab_size": VOCAB,
             "width": 32,
             "num_layers": 2,

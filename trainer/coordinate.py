@@ -122,10 +122,10 @@ def activations(model: Transformer, tokens_BL: Tensor) -> dict[str, Tensor]:
     handles = [
         block.register_forward_hook(
             lambda _module, _args, output, name=f"blocks.{index}": kept.update(
-                {name: output.double()}
+                {name: output[0].double()}
             )
         )
-        for index, block in enumerate(model.blocks)
+        for index, block in model.blocks.items()
     ]
     try:
         kept[LOGITS] = model(tokens_BL).double()

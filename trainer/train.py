@@ -22,7 +22,7 @@ from allometry.models.init import initialize
 from allometry.optim.build import build_optimizer
 from allometry.optim.schedule import Schedule, resolve_schedule
 from allometry.parallel.apply import materialize, parallelize
-from allometry.parallel.mesh import Mesh, open_mesh
+from allometry.parallel.mesh import Mesh, launched_world_size, open_mesh
 from allometry.scaling.plan import RunPlan
 from allometry.trainer import checkpoint, hardware, record
 from allometry.trainer.callbacks import Callback, standard_callbacks
@@ -59,18 +59,20 @@ def train(
     one; ``callbacks`` to what ``config.record`` asks for. ``stop_at_step`` ends this launch there,
     with a checkpoint, as a signal would. Raises UserError on all ranks alike.
     """
+    # What a layout cannot do is said before any group starts.
+    plan = RunPlan.of(config, launched_world_size())
     with open_mesh(config.parallel, device) as mesh:
-        return _train(config, mesh, callbacks, surroundings or Surroundings(), stop_at_step)
+        return _train(config, plan, mesh, callbacks, surroundings or Surroundings(), stop_at_step)
 
 
 def _train(
     config: RunConfig,
+    plan: RunPlan,
     mesh: Mesh,
     callbacks: Sequence[Callback] | None,
     surroundings: Surroundings,
     stop_at_step: int | None,
 ) -> RunResult:
-    plan = RunPlan.of(config, mesh.world_size)
     schedule = resolve_schedule(config, plan.batch)
     stream = together(mesh, lambda: _open_stream(config, plan))
     folder = RunFolder(config.run.folder)
@@ -219,7 +221,7 @@ def _facts(config: RunConfig, loop: Loop, surroundings: Surroundings) -> dict[st
         "hardware": hardware.describe(mesh.device),
         "peak": {"flops_per_s": loop.peak.flops_per_s, "source": loop.peak.source},
         "compute_dtype": config.training.compute_dtype,
-        "layout": layout(config, mesh),
+        "layout": layout(config, loop.plan),
         "plan": loop.plan.describe(),
         "data": loop.stream.describe(),
         "conventions": {
@@ -234,14 +236,11 @@ def _facts(config: RunConfig, loop: Loop, surroundings: Surroundings) -> dict[st
     }
 
 
-def layout(config: RunConfig, mesh: Mesh) -> dict[str, Any]:
+def layout(config: RunConfig, plan: RunPlan) -> dict[str, Any]:
     """The parallel layout, for the record."""
     return {
-        "world_size": mesh.world_size,
-        "hdp": mesh.hdp.size,
-        "tp": config.parallel.tp,
-        "pp": config.parallel.pp,
-        "ep": config.parallel.ep,
+        "world_size": plan.world_size,
+        **plan.layout.describe(),
         "zero_stage": config.parallel.zero.stage,
     }
 
@@ -249,7 +248,7 @@ def layout(config: RunConfig, mesh: Mesh) -> dict[str, Any]:
 def _launch(loop: Loop, start: Start, surroundings: Surroundings) -> dict[str, Any]:
     return {
         "first_step": start.step + 1,
-        "layout": layout(loop.config, loop.mesh),
+        "layout": layout(loop.config, loop.plan),
         "commit": record.commit(),
         "allocator": surroundings.allocator,
     }

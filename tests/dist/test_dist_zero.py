@@ -150,7 +150,7 @@ def bf16_errors(stage: int) -> dict[str, float]:
         batches = tiny.micro_batches(4 * mesh.hdp.size)
         model, sync = tiny.distributed(tiny.config(stage, "bf16"), mesh)
         seen: set[torch.dtype] = set()
-        model.blocks[0].attention.register_forward_pre_hook(
+        model.blocks["0"].attention.register_forward_pre_hook(
             lambda _, inputs: seen.add(inputs[1].cos_BL1h.dtype)
         )
         tiny.backward_shared(model, sync, batches, mesh)
@@ -191,12 +191,12 @@ def skipped_block_error(stage: int) -> float:
         model, sync = tiny.distributed(run, mesh)
         alone = tiny.initialized(run, mesh.device)
         if mesh.hdp.rank == 0:
-            model.blocks[1].forward = lambda x_BLD, geometry: x_BLD
+            model.blocks["1"].forward = lambda x_BLD, geometry: (x_BLD, None)
         tiny.backward_shared(model, sync, batches, mesh)
-        whole_block = alone.blocks[1].forward
+        whole_block = alone.blocks["1"].forward
         for i, batch in enumerate(batches):
             skipped = i % mesh.hdp.size == 0
-            alone.blocks[1].forward = (lambda x_BLD, _: x_BLD) if skipped else whole_block
+            alone.blocks["1"].forward = (lambda x_BLD, _: (x_BLD, None)) if skipped else whole_block
             (tiny.forward_loss(alone, batch) / tiny.global_count(batches)).backward()
         return tiny.worst_error(tiny.gradients(model), tiny.gradients(alone))
 

@@ -18,7 +18,8 @@ from allometry.models.build import build_model
 from allometry.models.documents import Documents
 from allometry.models.init import initialize
 from allometry.models.loss import IGNORE
-from allometry.models.transformer import Losses, Transformer
+from allometry.models.head import Losses
+from allometry.models.transformer import Transformer
 from allometry.parallel.apply import materialize, parallelize
 from allometry.parallel.mesh import Mesh, open_mesh
 from allometry.parallel.zero import GradientSync
@@ -41,6 +42,7 @@ def config(stage: int, dtype: str, tied: bool = False, compiled: bool = False) -
         {
             "run": {"folder": "none"},
             "model": {
+                "kind": "dense",
                 "vocab_size": VOCAB,
                 "width": 22,
                 "num_layers": 3,

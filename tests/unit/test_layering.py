@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "laws": {"configs", "scaling"},
     "data": {"configs"},
     "models": {"configs", "scaling"},
-    "parallel": {"configs", "models"},
+    "parallel": {"configs", "scaling", "models"},
     "optim": {"configs", "scaling", "parallel.mesh"},
     "trainer": {"configs", "scaling", "laws", "data", "models", "parallel", "optim"},
     "launch": {"configs", "scaling", "laws", "data", "models", "parallel", "optim", "trainer"},

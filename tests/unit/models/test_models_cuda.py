@@ -82,7 +82,7 @@ def test_gradients_equal_those_of_a_cpu(packed, dtype, tolerance, compiled):
     for device, kind in (("cpu", "fp64"), ("cuda", dtype)):
         model = small(kind, device)
         if compiled and device == "cuda":
-            for block in model.blocks:
+            for block in model.blocks.values():
                 block.compile(fullgraph=True)
             model.head.compile(fullgraph=True)
         there = [x.to(device) for x in (tokens_BL, targets_BL)]

@@ -13,7 +13,8 @@ from allometry.models.build import build_model, parameter_specs, torch_dtype
 from allometry.models.documents import Documents
 from allometry.models.init import initialize
 from allometry.models.loss import IGNORE
-from allometry.models.transformer import Losses, Transformer
+from allometry.models.head import Losses
+from allometry.models.transformer import Transformer
 from allometry.scaling.inventory import inventory
 from allometry.scaling.parameterization import ForwardScales, Parameterization
 
@@ -70,7 +71,7 @@ def test_declared_parameters_are_the_inventory(tied, qk_norm):
 
 def test_an_undeclared_parameter_is_an_error():
     model = small()
-    model.blocks[0].extra = nn.Parameter(torch.zeros(1))
+    model.blocks["0"].extra = nn.Parameter(torch.zeros(1))
     with pytest.raises(ValueError, match=r"blocks\.0\.extra.*has no role"):
         parameter_specs(model)
 
@@ -80,7 +81,7 @@ def test_wrappers_do_not_change_names():
 
     model = small()
     names = list(parameter_specs(model))
-    model.blocks[1] = checkpoint_wrapper(model.blocks[1])
+    model.blocks["1"] = checkpoint_wrapper(model.blocks["1"])
     assert any("_checkpoint" in name for name, _ in model.named_modules())
     assert list(parameter_specs(model)) == names
 
@@ -289,7 +290,7 @@ def test_equal_blocks_compile_whole(backend):
     torch._dynamo.reset()
     model, compiled = small("fp32", num_layers=3), small("fp32", num_layers=3)
     counter = CompileCounterWithBackend(backend)
-    for block in compiled.blocks:
+    for block in compiled.blocks.values():
         block.compile(backend=counter, fullgraph=True)
     compiled.head.compile(backend=backend, fullgraph=True)
     fewer = Documents(torch.tensor([0, 16, 32], dtype=torch.int32), 16, documents().positions_BL)

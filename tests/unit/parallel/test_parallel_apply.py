@@ -15,7 +15,8 @@ from allometry.configs.run import RunConfig
 from allometry.models.build import build_model
 from allometry.models.documents import Documents
 from allometry.models.init import initialize
-from allometry.models.transformer import Block, OutputHead, Transformer
+from allometry.models.head import OutputHead
+from allometry.models.transformer import Block, Transformer
 from allometry.parallel.apply import compile_parts, materialize, parallelize
 from allometry.parallel.mesh import Mesh, open_mesh
 from allometry.parallel.zero import FlatReducer, GradientSync

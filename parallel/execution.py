@@ -1,0 +1,95 @@
+"""Running the micro-batches of a step: in turn on one stage; ``pipeline.py`` has the other way."""
+
+# B sequences of a micro-batch, L tokens in a sequence
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from allometry.models.documents import Documents
+from allometry.models.head import Losses
+from allometry.models.transformer import Transformer
+from allometry.parallel.zero import GradientSync
+
+
+class MicroBatch(Protocol):
+    """What a model reads; all ranks of a pipeline and of a tensor group hold the same."""
+
+    @property
+    def tokens_BL(self) -> Tensor:
+        """Token ids."""
+
+    @property
+    def targets_BL(self) -> Tensor:
+        """The token to predict at each place, or IGNORE."""
+
+    @property
+    def documents(self) -> Documents | None:
+        """Where documents begin and end."""
+
+
+Observe = Callable[[int, Tensor], None]
+"""Called with the index of a micro-batch and its ``nll_BL`` wherever a rank has the loss."""
+
+
+class Execution(Protocol):
+    """Forward and backward over the micro-batches of a step.
+
+    Every rank calls the same method with as many micro-batches.
+    """
+
+    def train(
+        self,
+        batches: Sequence[MicroBatch],
+        scale: Tensor,
+        observe: Observe,
+        before: Callable[[int], None] | None = None,
+    ) -> None:
+        """Add up gradients of ``scale`` x the sum of all losses and reduce them.
+
+        ``scale`` is 0-dim: one over the global number of targets. ``before(i)`` runs before the
+        forward of micro-batch i. Afterwards each parameter's ``.grad`` is complete.
+        """
+
+    def evaluate(self, batches: Sequence[MicroBatch], observe: Observe) -> None:
+        """Run forward passes only."""
+
+
+class Accumulation:
+    """The whole model on this rank (or its shards): one micro-batch after the other."""
+
+    def __init__(self, model: Transformer, sync: GradientSync) -> None:
+        self._model = model
+        self._sync = sync
+
+    def train(
+        self,
+        batches: Sequence[MicroBatch],
+        scale: Tensor,
+        observe: Observe,
+        before: Callable[[int], None] | None = None,
+    ) -> None:
+        """See ``Execution``."""
+        for index, batch in enumerate(batches):
+            self._sync.micro_batch(last=index == len(batches) - 1)
+            if before is not None:
+                before(index)
+            losses = self._losses(batch)
+            (losses.total * scale.to(losses.total.dtype)).backward()
+            observe(index, losses.nll_BL)
+        self._sync.finish()
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[MicroBatch], observe: Observe) -> None:
+        """See ``Execution``."""
+        for index, batch in enumerate(batches):
+            observe(index, self._losses(batch).nll_BL)
+
+    def _losses(self, batch: MicroBatch) -> Losses:
+        losses = self._model(batch.tokens_BL, batch.targets_BL, batch.documents)
+        assert isinstance(losses, Losses)
+        return losses

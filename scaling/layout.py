@@ -1,0 +1,308 @@
+"""How a run lies on its ranks: degrees, pipeline stages, and whether a model can take them.
+
+Pure and without torch, so that trainer, dry run and planner ask the same function.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from allometry.configs.errors import UserError
+from allometry.configs.execution import ParallelConfig, Pipeline
+from allometry.configs.model import ModelConfig, MoEModel
+from allometry.configs.run import RunConfig
+from allometry.scaling.batch import BatchPlan, check_batch
+from allometry.scaling.count import layer_flops
+
+V_SCHEDULES = ("zbv_zero_bubble", "dualpipe_v")
+"""Schedules whose stages run down the ranks and back up: the first and the last share a rank."""
+ONE_STAGE_SCHEDULES = ("gpipe", "1f1b")
+INTERLEAVED_ROUNDS = ("interleaved_1f1b", "interleaved_zero_bubble")
+
+
+@dataclass(frozen=True, slots=True)
+class Degrees:
+    """Lengths of the mesh's axes. ``hdp`` = ``replicas`` x ``shard``; ``ep`` divides ``shard``."""
+
+    pp: int
+    hdp: int
+    tp: int
+    ep: int
+    replicas: int
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.pp * self.hdp * self.tp
+
+    @property
+    def shard(self) -> int:
+        """Ranks that share one copy of what ZeRO shards."""
+        return self.hdp // self.replicas
+
+
+def resolve_degrees(parallel: ParallelConfig, world_size: int) -> Degrees:
+    """Return the axes of the mesh on this many ranks.
+
+    Raises:
+        UserError: the degrees do not multiply to ``world_size`` or do not divide one another.
+    """
+    pp, tp = parallel.pp, parallel.tp
+    others = pp * tp
+    if parallel.hdp == "auto":
+        if world_size % others:
+            raise UserError(
+                f"parallel.pp={pp} x parallel.tp={tp} must divide the number of ranks, "
+                f"{world_size}; start a multiple of {others} ranks or change one of them"
+            )
+        hdp = world_size // others
+    else:
+        hdp = parallel.hdp
+        if hdp * others != world_size:
+            fits = f"parallel.hdp={world_size // others} or auto, or " * (world_size % others == 0)
+            raise UserError(
+                f"parallel.hdp={hdp} (with pp={pp} and tp={tp}) needs {hdp * others} ranks, but "
+                f"there {'is' if world_size == 1 else 'are'} {world_size}; set {fits}start "
+                f"{hdp * others} ranks (torchrun --nproc-per-node)"
+            )
+    replicas, ep = parallel.zero.replicas, parallel.ep
+    if hdp % replicas:
+        raise UserError(
+            f"parallel.zero.replicas={replicas} must divide hdp={hdp}; use {either(divisors(hdp))}"
+        )
+    if (hdp // replicas) % ep:
+        whole = f"hdp={hdp}" if replicas == 1 else f"hdp/replicas={hdp // replicas}"
+        raise UserError(
+            f"parallel.ep={ep} must divide {whole}; use {either(divisors(hdp // replicas))}"
+        )
+    return Degrees(pp=pp, hdp=hdp, tp=tp, ep=ep, replicas=replicas)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Degrees that a model can take, and its pipeline stages.
+
+    ``stages[s]`` are the layers of stage s, in the order of the model; the first stage also has
+    the embedding, the last one the final norm and the head. Without a pipeline there is one.
+    """
+
+    degrees: Degrees
+    schedule: str
+    stages: tuple[range, ...]
+
+    @classmethod
+    def of(cls, config: RunConfig, world_size: int, costs: Sequence[float] | None = None) -> Layout:
+        """Return the layout of this run on this many ranks.
+
+        ``costs``: time of the embedding, of each layer and of the head, where the split is to be
+        by measurement; FLOPs stand in for them until they are known.
+
+        Raises:
+            UserError: the ranks do not fit the degrees, the model or the batch; it names the key,
+                its value and what would be valid.
+        """
+        degrees = resolve_degrees(config.parallel, world_size)
+        check_batch(config.batch, degrees.hdp)
+        _check_tensor(config, degrees.tp)
+        _check_expert(config.model, degrees.ep)
+        _check_dropout(config, degrees)
+        if degrees.pp == 1:
+            layers = range(config.model.num_layers)
+            return cls(degrees, config.parallel.pipeline.schedule, (layers,))
+        pipeline = config.parallel.pipeline
+        count = _stage_count(pipeline, degrees.pp, config.model.num_layers)
+        _check_micro_batches(config, degrees)
+        if costs is None:
+            costs = layer_flops(config.model, config.data.sequence_length)
+        return cls(degrees, pipeline.schedule, _stages(pipeline, count, config.model, costs))
+
+    @property
+    def pp(self) -> int:
+        """Pipeline ranks."""
+        return self.degrees.pp
+
+    def describe(self) -> dict[str, Any]:
+        """Return the layout as JSON; ``stages`` lists [first layer, past the last]."""
+        found: dict[str, Any] = asdict(self.degrees)
+        if self.pp > 1:
+            found["schedule"] = self.schedule
+            found["stages"] = [[stage.start, stage.stop] for stage in self.stages]
+        return found
+
+    def rank_of(self, stage: int) -> int:
+        """Return the pipeline rank that runs this stage."""
+        assert 0 <= stage < len(self.stages), stage
+        if self.schedule in V_SCHEDULES:
+            return min(stage, len(self.stages) - 1 - stage)
+        return stage % self.pp
+
+    def stages_of(self, pp_rank: int) -> tuple[int, ...]:
+        """Return the stages that this pipeline rank runs, in the order of the model."""
+        return tuple(s for s in range(len(self.stages)) if self.rank_of(s) == pp_rank)
+
+
+def divisors(number: int) -> list[int]:
+    """Return all divisors in rising order."""
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def either(values: Sequence[int]) -> str:
+    """Return "1, 2 or 4"."""
+    texts = [str(value) for value in values]
+    return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} or {texts[-1]}"
+
+
+def split_layers(costs: Sequence[float], stages: int) -> tuple[range, ...]:
+    """Cut layers into ``stages`` contiguous parts, none empty, whose dearest is as cheap as can be.
+
+    ``costs`` are those of the embedding, of each layer and of the head; the ends belong to the
+    first and the last part. Among equals the evener one wins (by squares), then the one whose
+    earlier parts are longer. O(stages x layers^2).
+    """
+    first, *layers, last = costs
+    assert 1 <= stages <= len(layers), (stages, len(layers))
+    before = [0.0]
+    for cost in layers:
+        before.append(before[-1] + cost)
+
+    def price(stage: int, start: int, stop: int) -> float:
+        ends = (first if stage == 0 else 0.0) + (last if stage == stages - 1 else 0.0)
+        return before[stop] - before[start] + ends
+
+    # tables[s][n]: (dearest part, squares, where stage s starts) for the first n layers.
+    tables: list[dict[int, tuple[float, float, int]]] = []
+    for stage in range(stages):
+        below = tables[-1] if stage else {0: (0.0, 0.0, 0)}
+        table = {}
+        for stop in range(stage + 1, len(layers) - (stages - 1 - stage) + 1):
+            table[stop] = min(
+                (max(price(stage, n, stop), worst), price(stage, n, stop) ** 2 + squares, -n)
+                for n, (worst, squares, _) in below.items()
+                if n < stop
+            )
+        tables.append(table)
+    parts: list[range] = []
+    stop = len(layers)
+    for table in reversed(tables):
+        start = -table[stop][2]
+        parts.append(range(start, stop))
+        stop = start
+    return tuple(reversed(parts))
+
+
+def _check_tensor(config: RunConfig, tp: int) -> None:
+    model = config.model
+    cut = {
+        "model.num_heads": model.num_heads,
+        "model.num_kv_heads": model.kv_heads,
+        "data.sequence_length": config.data.sequence_length,
+    }
+    if model.ffn_width is not None:
+        cut["model.ffn_width"] = model.ffn_width
+    if isinstance(model, MoEModel):
+        cut["model.experts.width"] = model.experts.width
+    common = math.gcd(*cut.values())
+    for name, size in cut.items():
+        if size % tp:
+            raise UserError(
+                f"parallel.tp={tp} must divide {name}={size}; use {either(divisors(common))}"
+            )
+
+
+def _check_expert(model: ModelConfig, ep: int) -> None:
+    if ep == 1:
+        return
+    if not isinstance(model, MoEModel):
+        raise UserError(
+            f"parallel.ep={ep} needs experts, but model.kind={model.kind} has none; use "
+            "parallel.ep=1 or model.kind=moe"
+        )
+    number = model.experts.num_experts
+    if number % ep:
+        raise UserError(
+            f"parallel.ep={ep} must divide model.experts.num_experts={number}; use "
+            f"{either(divisors(number))}"
+        )
+
+
+def _check_dropout(config: RunConfig, degrees: Degrees) -> None:
+    for name, degree in (("pp", degrees.pp), ("tp", degrees.tp)):
+        if config.model.dropout and degree > 1:
+            raise UserError(
+                f"model.dropout={config.model.dropout} with parallel.{name}={degree}: its masks "
+                f"would depend on the layout; set model.dropout: 0 or parallel.{name}: 1"
+            )
+
+
+def _stage_count(pipeline: Pipeline, pp: int, num_layers: int) -> int:
+    schedule, asked = pipeline.schedule, pipeline.stages_per_rank
+    single = schedule in ONE_STAGE_SCHEDULES
+    each = asked or (1 if single else 2)
+    fixed = 1 if single else 2 if schedule in V_SCHEDULES else None
+    if fixed is not None and each != fixed:
+        raise UserError(
+            f"parallel.pipeline.stages_per_rank={each}: schedule {schedule} runs {fixed} on each "
+            f"rank; use {fixed} or null"
+        )
+    if pp * each > num_layers:
+        most = num_layers // each
+        fits = f"parallel.pp at most {most}" if most else "a schedule with one stage on each rank"
+        raise UserError(
+            f"parallel.pp={pp} with {each} stage{'s' * (each > 1)} on each rank "
+            f"(parallel.pipeline.schedule={schedule}) needs {pp * each} layers, but "
+            f"model.num_layers={num_layers}; use {fits}"
+        )
+    return pp * each
+
+
+def _check_micro_batches(config: RunConfig, degrees: Degrees) -> None:
+    """Check every batch of the run, ramp included, against what the schedule can run."""
+    schedule, pp = config.parallel.pipeline.schedule, degrees.pp
+    fits, rule = _rule(schedule, pp)
+    unit = degrees.hdp * config.batch.micro_batch_sequences
+    plan = BatchPlan(config.batch, config.data.sequence_length)
+    for stage in plan.stages:
+        number = stage.sequences // unit
+        if fits(number):
+            continue
+        near = sorted(range(1, number + 4 * pp), key=lambda n: (abs(n - number), n))
+        good = sorted([n for n in near if fits(n)][:2])
+        raise UserError(
+            f"parallel.pipeline.schedule={schedule} on pp={pp} needs {rule}, but a batch of "
+            f"{stage.sequences} sequences is {number} on each rank (hdp={degrees.hdp}, "
+            f"batch.micro_batch_sequences={config.batch.micro_batch_sequences}); use "
+            f"batch.sequences={either([n * unit for n in good])}, smaller micro-batches or another "
+            "schedule"
+        )
+
+
+def _rule(schedule: str, pp: int) -> tuple[Callable[[int], bool], str]:
+    """Return which numbers of micro-batches torch's schedule takes, and the same in words."""
+    if schedule == "1f1b":
+        return lambda n: n >= pp, f"at least {pp} micro-batches"
+    if schedule == "dualpipe_v":
+        return lambda n: n >= 2 * pp, f"at least {2 * pp} micro-batches"
+    if schedule in INTERLEAVED_ROUNDS:
+        return (
+            lambda n: n % max(1, n // pp) == 0,
+            f"micro-batches in equal rounds of at least {pp}, or fewer than {pp}",
+        )
+    return lambda n: n >= 1, "a micro-batch"
+
+
+def _stages(
+    pipeline: Pipeline, count: int, model: ModelConfig, costs: Sequence[float]
+) -> tuple[range, ...]:
+    if isinstance(pipeline.split, str):
+        return split_layers(costs, count)
+    numbers = pipeline.split
+    if len(numbers) != count or sum(numbers) != model.num_layers or 0 in numbers:
+        raise UserError(
+            f"parallel.pipeline.split={list(numbers)} must be {count} positive numbers, one for "
+            f"each stage, whose sum is model.num_layers={model.num_layers}; or use flops"
+        )
+    ends = [sum(numbers[: i + 1]) for i in range(count)]
+    return tuple(range(end - number, end) for end, number in zip(ends, numbers, strict=True))
