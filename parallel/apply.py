@@ -6,61 +6,136 @@ compiled call, and ZeRO last, as it shards whatever the others left on this rank
 
 How a model comes to be, none of it ever whole on one rank::
 
-    with torch.device("meta"):
-        model = build_model(...)
-    specs = parameter_specs(model)
-    sync = parallelize(model, config, mesh)
-    materialize(model, mesh.device)
-    initialize(model, parameterization, seed)   # or load a checkpoint
-    optimizer = build_optimizer(model.named_parameters(), specs, ...)
+    parallel = parallelize(build, config, layout, mesh)   # build(part) on the meta device
+    parallel.materialize(mesh.device)
+    parallel.initialize(parameterization, seed)           # or load a checkpoint
+    optimizer = build_optimizer(parallel.named_parameters(), parallel.specs(), ...)
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from allometry.configs.execution import Zero
 from allometry.configs.run import RunConfig
-from allometry.models.build import torch_dtype
-from allometry.models.transformer import Transformer
+from allometry.models.build import named_parameters, parameter_specs, torch_dtype
+from allometry.models.init import initialize
+from allometry.models.transformer import Part, Transformer
+from allometry.parallel.checkpointing import apply_checkpointing
+from allometry.parallel.execution import Accumulation, Execution
 from allometry.parallel.mesh import Mesh
-from allometry.parallel.zero import FlatReducer, FullyShardedSync, GradientSync
+from allometry.parallel.reduce import GradientSync
+from allometry.parallel.zero import apply_zero
+from allometry.scaling.layout import Layout
+from allometry.scaling.parameterization import Parameterization
+from allometry.scaling.roles import ParamSpec
 
 
-def parallelize(model: Transformer, config: RunConfig, mesh: Mesh) -> GradientSync:
-    """Distribute ``model`` in place as ``config`` says; return what sums its gradients.
+@dataclass(frozen=True)
+class Parallel:
+    """This rank's part of a distributed model.
 
-    ``model`` may be on the meta device, and should be where it is large. Every rank calls this
-    alike. Afterwards its parameters are shards (DTensors) from ZeRO stage 1 on: build the
+    ``parts`` are its pipeline stages by number, one without a pipeline. ``mirrors`` are names of
+    parameters that are copies of another rank's (a tied head away from its embedding): they are
+    kept equal by ``execution`` and are neither trained, clipped nor saved here.
+    """
+
+    parts: Mapping[int, Transformer]
+    sync: GradientSync
+    execution: Execution
+    mirrors: frozenset[str] = frozenset()
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield (name in the whole model, parameter) for all that this rank trains."""
+        for part in self.parts.values():
+            for name, _, _, parameter in named_parameters(part):
+                if name not in self.mirrors:
+                    yield name, parameter
+
+    def named_buffers(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name in the whole model, tensor) for what is not trained but must be saved."""
+        for part in self.parts.values():
+            kept = part.state_dict().keys()
+            for name, buffer in part.named_buffers():
+                if name in kept:
+                    yield name, buffer
+
+    def specs(self) -> dict[str, ParamSpec]:
+        """Return what each parameter of ``named_parameters`` is for."""
+        found: dict[str, ParamSpec] = {}
+        for part in self.parts.values():
+            found |= parameter_specs(part)
+        return {name: spec for name, spec in found.items() if name not in self.mirrors}
+
+    def materialize(self, device: torch.device) -> None:
+        """Give storage on ``device`` to parts from the meta device, unset; move any other there."""
+        for part in self.parts.values():
+            materialize(part, device)
+
+    def initialize(self, parameterization: Parameterization, seed: int) -> None:
+        """Fill all parameters and buffers: functions of (seed, name, row) alone."""
+        for part in self.parts.values():
+            initialize(part, parameterization, seed)
+
+
+def parallelize(
+    build: Callable[[Part], Transformer], config: RunConfig, layout: Layout, mesh: Mesh
+) -> Parallel:
+    """Make this rank's part of the model and distribute it as ``config`` says.
+
+    ``build(part)`` makes a part of the model, on the meta device where the model is large. Every
+    rank calls this alike. Afterwards parameters that are shared out are DTensors: build the
     optimizer then, not before.
     """
+    last = len(layout.stages) - 1
+    parts = {
+        stage: build(Part(layout.stages[stage], first=stage == 0, last=stage == last))
+        for stage in layout.stages_of(mesh.pp.rank)
+    }
+    for part in parts.values():
+        distribute(part, config, mesh)
+    dtype = torch_dtype(config.training.compute_dtype)
+    sync = apply_zero(list(parts.values()), config.parallel.zero, dtype, mesh)
+    if mesh.pp.size == 1:
+        return Parallel(parts, sync, Accumulation(parts[0], sync))
+    from allometry.parallel.pipeline import PipelineExecution
+
+    execution = PipelineExecution(parts, layout, mesh, sync, dtype)
+    return Parallel(parts, sync, execution, execution.mirrors)
+
+
+def distribute(part: Transformer, config: RunConfig, mesh: Mesh) -> None:
+    """Apply to one part of a model, in place, all that happens inside of its blocks."""
+    if mesh.tp.size > 1 or mesh.ep.size > 1:
+        from allometry.parallel.tensor import apply_tensor
+
+        apply_tensor(part, mesh)
+    if mesh.ep.size > 1:
+        from allometry.parallel.expert import apply_expert
+
+        apply_expert(part, mesh)
+    kind = config.training.activation_checkpointing
+    if kind != "none":
+        apply_checkpointing(part, kind, dropout=config.model.dropout > 0)
     if config.training.compile:
-        compile_parts(model)
-    return apply_zero(model, config.parallel.zero, torch_dtype(config.training.compute_dtype), mesh)
+        compile_parts(part, whole=mesh.ep.size == 1)
 
 
-def compile_parts(model: Transformer) -> None:
-    """Compile each block, and the softmax of the loss, each whole or not at all.
+def compile_parts(model: Transformer, *, whole: bool = True) -> None:
+    """Compile each block, and the softmax of the loss; ``whole``: each without a break, or fail.
 
     All blocks share their code, so they are compiled once for all; as a unit the block keeps
     compile times short and leaves ZeRO room for its hooks between blocks. The number of documents
     is marked as varying by the model itself. Shapes that vary otherwise are generalised by torch
-    at their second value.
+    at their second value. The exchange of expert parallelism, whose sizes are data, is a break.
     """
     for block in model.blocks.values():
-        block.compile(fullgraph=True)
-    model.head.compile(fullgraph=True)
-
-
-def apply_zero(
-    model: Transformer, zero: Zero, compute_dtype: torch.dtype, mesh: Mesh
-) -> GradientSync:
-    """Shard over the hdp axis what ``zero.stage`` says."""
-    if zero.stage == 0:
-        overlap = mesh.device.type == "cuda"
-        return FlatReducer(model, mesh.hdp, zero.bucket_mib * 2**20, overlap)
-    return FullyShardedSync(model, mesh.zero_mesh, zero.stage, compute_dtype)
+        block.compile(fullgraph=whole)
+    if model.head is not None:
+        model.head.compile(fullgraph=True)
 
 
 def materialize(model: nn.Module, device: torch.device) -> None:

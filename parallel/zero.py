@@ -12,191 +12,35 @@ are gathered in, 2 in bf16; the buffers of one block in flight left out:
 | 3     | 4P/W and some blocks | 4P/W and one block whole              | 8P/W   | (2c + 4)MP |
 
 So stage 2 pays for its memory with a reduction in every micro-batch, and stage 3 with two gathers
-as well: with gradient accumulation prefer the lowest stage that fits.
+as well: with gradient accumulation prefer the lowest stage that fits. In a pipeline gradients are
+reduced once, after the last backward, at every stage of ZeRO.
+
+``replicas`` > 1 is hybrid sharding: W is then a copy's share of the ranks, and gradients are summed
+over the copies too. ``offload: cpu`` keeps the shards and the optimizer on the host.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Protocol
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch import nn
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 
+from allometry.configs.execution import Zero
+from allometry.models.build import named_parameters
+from allometry.models.declare import DeclaresRoles
 from allometry.models.transformer import Transformer
-from allometry.parallel.mesh import Axis
-
-
-class GradientSync(Protocol):
-    """Sums gradients over the hdp ranks, once a step.
-
-    The loop of a step, on every rank with the same number of micro-batches::
-
-        optimizer.zero_grad(set_to_none=True)
-        for i in range(n):
-            sync.micro_batch(last=i == n - 1)
-            (model(...).total / global_count).backward()
-        sync.finish()
-
-    After ``finish`` each parameter's ``.grad`` is the SUM over ranks and micro-batches (nothing is
-    averaged: the loss was divided by the global count), reduced in fp32 (fp64 where parameters
-    are). Forward passes under ``no_grad`` may run before or after a step, not within one.
-    """
-
-    def micro_batch(self, last: bool) -> None:
-        """Announce the next forward and backward; ``last``: the step's last one."""
-
-    def finish(self) -> None:
-        """Complete the reduction after the last backward."""
-
-
-class FlatReducer:
-    """Stage 0: whole gradients, summed over ``line`` in a few flat buckets of fp32.
-
-    Alone on its line it does nothing at all: gradients stay as autograd made them. Otherwise they
-    are copied into buckets, and ``.grad`` becomes a view of its bucket, so nothing is copied back.
-    The next ``zero_grad(set_to_none=True)`` drops the views; autograd then hands over fresh
-    gradients as if we did not exist, without a zero-fill or an addition in the first micro-batch.
-
-    ``overlap``: copy and reduce a bucket during the last backward, once its last gradient is
-    there, and give its memory back with the views. That is right for CUDA, where communication
-    has its own hardware and memory is short. Without it all are reduced in ``finish``, and their
-    memory is kept: a CPU pays more for fresh pages than for the copy.
-
-    A parameter that has no gradient on some rank counts as zero there. Parameters are looked up
-    at the first micro-batch, so they may still move between devices before.
-    """
-
-    def __init__(self, module: nn.Module, line: Axis, bucket_bytes: int, overlap: bool) -> None:
-        self._module = module
-        self._line = line
-        self._bucket_bytes = bucket_bytes
-        self._overlap = overlap
-        self._buckets: list[_Bucket] | None = None
-        self._launched = 0
-        self._last = False
-
-    def micro_batch(self, last: bool) -> None:
-        """See ``GradientSync``."""
-        if self._buckets is None:
-            self._buckets = list(self._make_buckets())
-        self._last = last
-        for bucket in self._buckets:
-            bucket.awaited = len(bucket.parameters)
-
-    def finish(self) -> None:
-        """See ``GradientSync``."""
-        assert self._last, "finish() comes after the backward of micro_batch(last=True)"
-        assert self._buckets is not None
-        self._last = False
-        while self._launched < len(self._buckets):
-            self._launch_next()
-        for bucket in self._buckets:
-            bucket.wait()
-        self._launched = 0
-
-    def _make_buckets(self) -> Iterator[_Bucket]:
-        if self._line.size == 1:
-            return
-        # Last parameter first: the order in which backward completes gradients.
-        waiting: list[nn.Parameter] = []
-        bytes_waiting = 0
-        for parameter in reversed([p for p in self._module.parameters() if p.requires_grad]):
-            wide = _wide(parameter.dtype)
-            size = parameter.numel() * wide.itemsize
-            other = waiting and _wide(waiting[0].dtype) != wide
-            if waiting and (other or bytes_waiting + size > self._bucket_bytes):
-                yield self._make_bucket(waiting)
-                waiting, bytes_waiting = [], 0
-            waiting.append(parameter)
-            bytes_waiting += size
-        yield self._make_bucket(waiting)
-
-    def _make_bucket(self, parameters: list[nn.Parameter]) -> _Bucket:
-        bucket = _Bucket(parameters, self._line.group, keep=not self._overlap)
-        if self._overlap:
-            for parameter in parameters:
-                parameter.register_post_accumulate_grad_hook(
-                    lambda _, bucket=bucket: self._ready(bucket)
-                )
-        return bucket
-
-    def _ready(self, bucket: _Bucket) -> None:
-        """One more gradient of ``bucket`` is complete for this micro-batch."""
-        bucket.awaited -= 1
-        if not self._last:
-            return
-        assert self._buckets is not None
-        # Strictly in order, also when a later bucket is complete first: all ranks must issue the
-        # same collectives in the same order, whichever gradients they lack.
-        while self._launched < len(self._buckets) and self._buckets[self._launched].awaited == 0:
-            self._launch_next()
-
-    def _launch_next(self) -> None:
-        assert self._buckets is not None
-        self._buckets[self._launched].launch()
-        self._launched += 1
-
-
-class _Bucket:
-    """Parameters that are reduced together, and the flat buffer for it.
-
-    ``keep``: hold the buffer from step to step instead of asking for it at each launch.
-    """
-
-    def __init__(
-        self, parameters: list[nn.Parameter], group: dist.ProcessGroup, keep: bool
-    ) -> None:
-        self.parameters = parameters
-        self.awaited = len(parameters)
-        self._group = group
-        self._keep = keep
-        self._flat: Tensor | None = None
-        self._work: dist.Work | None = None
-
-    @torch.no_grad()
-    def launch(self) -> None:
-        """Copy the gradients in and start to sum them."""
-        sizes = [p.numel() for p in self.parameters]
-        if self._flat is None:
-            first = self.parameters[0]
-            self._flat = torch.empty(sum(sizes), dtype=_wide(first.dtype), device=first.device)
-        views, gradients = [], []
-        for parameter, part in zip(self.parameters, self._flat.split(sizes), strict=True):
-            if parameter.grad is None:
-                part.zero_()
-            else:
-                views.append(part.view(parameter.shape))
-                gradients.append(parameter.grad)
-        if views:
-            torch._foreach_copy_(views, gradients)
-        del views, gradients
-        # The originals go now, not at the end: their memory serves the rest of the backward.
-        for parameter, part in zip(self.parameters, self._flat.split(sizes), strict=True):
-            if parameter.dtype == part.dtype:
-                parameter.grad = part.view(parameter.shape)
-        self._work = dist.all_reduce(self._flat, group=self._group, async_op=True)
-
-    @torch.no_grad()
-    def wait(self) -> None:
-        """Let the sums arrive (on CUDA: order the current stream after them)."""
-        assert self._work is not None
-        assert self._flat is not None
-        self._work.wait()
-        self._work = None
-        sizes = [p.numel() for p in self.parameters]
-        for parameter, part in zip(self.parameters, self._flat.split(sizes), strict=True):
-            if parameter.dtype != part.dtype:  # autograd insists on the parameter's type
-                parameter.grad = part.view(parameter.shape).to(parameter.dtype)
-        if not self._keep:
-            self._flat = None
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+from allometry.parallel.mesh import Mesh
+from allometry.parallel.reduce import FlatReducer, GradientSync, Line
+from allometry.scaling.roles import Role
 
 
 class FullyShardedSync:
@@ -210,36 +54,38 @@ class FullyShardedSync:
     """
 
     def __init__(
-        self, model: Transformer, mesh: DeviceMesh, stage: int, compute_dtype: torch.dtype
+        self,
+        parts: Sequence[Transformer],
+        mesh: Mesh,
+        zero: Zero,
+        compute_dtype: torch.dtype,
     ) -> None:
-        assert stage in (1, 2, 3), stage
-        self._stage = stage
-        self._last = False
-        shard_model(model, mesh, compute_dtype, reshard_after_forward=stage == 3)
-        self._units = [m for m in model.modules() if isinstance(m, FSDPModule)]
-        self._root = self._units[0]
+        assert zero.stage in (1, 2, 3), zero.stage
+        self._stage = zero.stage
+        for part in parts:
+            shard_model(part, mesh, zero, compute_dtype)
+            part.register_forward_hook(self._after_forward)
+        self._roots: list[FSDPModule] = [part for part in parts if isinstance(part, FSDPModule)]
+        self._units = [m for part in parts for m in part.modules() if isinstance(m, FSDPModule)]
         for unit in self._units:
             # FSDP2 averages unless told otherwise. A plain SUM, rather than a SUM that multiplies
             # by 1, is what every backend has.
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
             # Ranks must reduce the same tensors also where one of them lacks a gradient. torch
-            # 2.11 has no such switch and aborts there; a dense model never comes to it.
+            # 2.11 has no such switch and aborts there; our models never come to it.
             if hasattr(unit, "set_reduce_scatter_unused_params"):
                 unit.set_reduce_scatter_unused_params(True, recurse=False)
-        model.register_forward_hook(self._after_forward)
 
     def micro_batch(self, last: bool) -> None:
         """See ``GradientSync``."""
-        self._last = last
-        self._root.set_is_last_backward(last)
-        self._root.set_requires_gradient_sync(last or self._stage >= 2)
-        self._root.set_reshard_after_backward(last or self._stage == 3)
+        for root in self._roots:
+            root.set_is_last_backward(last)
+            root.set_requires_gradient_sync(last or self._stage >= 2)
+            root.set_reshard_after_backward(last or self._stage == 3)
 
     def finish(self) -> None:
         """See ``GradientSync``. FSDP2 has done it all at the end of the last backward."""
-        assert self._last, "finish() comes after the backward of micro_batch(last=True)"
-        self._last = False
 
     def _after_forward(self, *_: Any) -> None:
         """Return to shards after a forward without a backward, which would have done it.
@@ -252,14 +98,14 @@ class FullyShardedSync:
                 unit.reshard()
 
 
-def shard_model(
-    model: Transformer, mesh: DeviceMesh, compute_dtype: torch.dtype, reshard_after_forward: bool
-) -> None:
-    """Apply ``fully_shard`` to embedding, blocks and the whole, inside out.
+def shard_model(model: Transformer, mesh: Mesh, zero: Zero, compute_dtype: torch.dtype) -> None:
+    """Apply ``fully_shard`` to embedding, experts, routers, blocks and the whole, inside out.
 
     In bf16, blocks and head are gathered in bf16: the modules would cast to it anyway. The
     embedding is gathered as it is, because its gradient adds up over the tokens of a batch: in
-    bf16 a frequent token would lose most of them. Inputs are never cast.
+    bf16 a frequent token would lose most of them; routers are, because they compute in fp32.
+    Inputs are never cast. Experts that are spread over ep ranks are sharded over the ranks that
+    hold the same ones.
     """
     low = compute_dtype if compute_dtype.itemsize < 4 else None
     plain = MixedPrecisionPolicy(cast_forward_inputs=False)
@@ -268,16 +114,71 @@ def shard_model(
         reduce_dtype=None if low is None else torch.float32,
         cast_forward_inputs=False,
     )
+    on_cuda = mesh.device.type == "cuda"
+    common: dict[str, Any] = {
+        "mesh": mesh.zero_mesh,
+        "offload_policy": CPUOffloadPolicy(pin_memory=on_cuda)
+        if zero.offload == "cpu"
+        else OffloadPolicy(),
+    }
+    reshard = zero.stage == 3
     # A tied embedding is needed again by the head; the backward of a look-up needs no table.
-    fully_shard(
-        model.embedding,
-        mesh=mesh,
-        mp_policy=plain,
-        reshard_after_forward=reshard_after_forward and not model.tied,
-    )
-    if not model.tied:
-        model.embedding.set_unshard_in_backward(False)
+    if model.embedding is not None:
+        fully_shard(
+            model.embedding,
+            mp_policy=plain,
+            reshard_after_forward=reshard and not model.tied,
+            **common,
+        )
+        if not model.tied:
+            model.embedding.set_unshard_in_backward(False)
     for block in model.blocks.values():
-        fully_shard(block, mesh=mesh, mp_policy=mixed, reshard_after_forward=reshard_after_forward)
+        for module, role in _special(block):
+            apart = role is not Role.ROUTER and mesh.ep.size > 1
+            if apart or (role is Role.ROUTER and low is not None):
+                fully_shard(
+                    module,
+                    mp_policy=plain if role is Role.ROUTER else mixed,
+                    reshard_after_forward=reshard,
+                    **common | ({"mesh": mesh.expert_zero_mesh} if apart else {}),
+                )
+        fully_shard(block, mp_policy=mixed, reshard_after_forward=reshard, **common)
     # Backward begins with norm and head: freeing them after forward would only gather them again.
-    fully_shard(model, mesh=mesh, mp_policy=mixed, reshard_after_forward=False)
+    fully_shard(model, mp_policy=mixed, reshard_after_forward=False, **common)
+
+
+def lines(parts: Sequence[Transformer], mesh: Mesh) -> list[Line]:
+    """Return all parameters by who holds the same ones: hdp, or edp for spread experts."""
+    common: list[nn.Parameter] = []
+    experts: list[nn.Parameter] = []
+    for part in parts:
+        for _, owner, name, parameter in named_parameters(part):
+            assert isinstance(owner, DeclaresRoles)
+            role = owner.declarations[name].role
+            spread = mesh.ep.size > 1 and role in (Role.EXPERT_UP, Role.EXPERT_DOWN)
+            (experts if spread else common).append(parameter)
+    return [(common, mesh.hdp), *([(experts, mesh.edp)] if experts else [])]
+
+
+def apply_zero(
+    parts: Sequence[Transformer],
+    zero: Zero,
+    compute_dtype: torch.dtype,
+    mesh: Mesh,
+) -> GradientSync:
+    """Shard over the hdp axis what ``zero.stage`` says."""
+    if zero.stage == 0:
+        # A pipeline's schedule does not say which backward is a block's last.
+        overlap = mesh.device.type == "cuda" and mesh.pp.size == 1
+        return FlatReducer(lambda: lines(parts, mesh), zero.bucket_mib * 2**20, overlap)
+    return FullyShardedSync(parts, mesh, zero, compute_dtype)
+
+
+def _special(block: nn.Module) -> Iterator[tuple[nn.Module, Role]]:
+    """Yield the modules of a block that own routers' and experts' weights."""
+    for module in block.modules():
+        if isinstance(module, DeclaresRoles):
+            roles = {declared.role for declared in module.declarations.values()}
+            for role in (Role.ROUTER, Role.EXPERT_UP):
+                if role in roles:
+                    yield module, role

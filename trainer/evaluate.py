@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from allometry.data.batch import IGNORE, Batch
-from allometry.models.transformer import Transformer
+from allometry.parallel.apply import Parallel
 from allometry.parallel.mesh import Mesh
 from allometry.trainer.step import DeviceBatch, source_sums
 
 
 class Evaluator:
-    """Evaluates a model on each source's validation split, the micro-batches shared over ranks.
+    """Evaluates the model on each source's validation split, the micro-batches shared over ranks.
 
     ``validation`` maps a source's name to its micro-batches; all ranks hold the same.
     """
 
-    def __init__(self, validation: dict[str, list[Batch]], mesh: Mesh) -> None:
+    def __init__(self, validation: dict[str, list[Batch]], parallel: Parallel, mesh: Mesh) -> None:
         self._names = list(validation)
+        self._parallel = parallel
         self._mesh = mesh
         self._mine: list[DeviceBatch] = []
         for index, batches in enumerate(validation.values()):
@@ -39,18 +41,25 @@ class Evaluator:
         """Names of the sources that have held-out tokens."""
         return self._names
 
-    @torch.no_grad()
-    def __call__(self, model: Transformer) -> dict[str, float]:
+    def __call__(self) -> dict[str, float]:
         """Mean loss in nats per token, by source; same on all ranks."""
         if not self._names:
             return {}
         total = torch.zeros(2, len(self._names), dtype=torch.float64, device=self._mesh.device)
-        training = model.training
-        model.eval()
-        for batch in self._mine:
-            losses = model(batch.tokens_BL, batch.targets_BL, batch.documents)
-            total += source_sums(losses.nll_BL, batch.targets_BL, batch.source_B, len(self._names))
-        model.train(training)
+
+        def observe(index: int, nll_BL: Tensor) -> None:
+            batch = self._mine[index]
+            nonlocal total
+            total += source_sums(nll_BL, batch.targets_BL, batch.source_B, len(self._names))
+
+        parts = self._parallel.parts.values()
+        training = [part.training for part in parts]
+        for part in parts:
+            part.eval()
+        self._parallel.execution.evaluate(self._mine, observe)
+        for part, mode in zip(parts, training, strict=True):
+            part.train(mode)
         self._mesh.all_reduce_sum(total, "hdp")
+        self._mesh.all_reduce_sum(total, "pp")
         loss, count = total.tolist()
         return {name: loss[i] / count[i] for i, name in enumerate(self._names) if count[i]}

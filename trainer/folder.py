@@ -3,6 +3,7 @@
 config.yaml     the resolved configuration
 run.json        versions, counts, multipliers, layout, data fingerprints, launches
 metrics.jsonl   one row for each recorded step
+expert_load.jsonl  the experts' share of tokens at the same steps, by layer (mixtures of experts)
 events.jsonl    what happened and when
 tb/             TensorBoard
 checkpoints/step-N/, latest
@@ -44,6 +45,7 @@ class RunFolder:
         self.run = self.path / "run.json"
         self.metrics = self.path / "metrics.jsonl"
         self.events = self.path / "events.jsonl"
+        self.loads = self.path / "expert_load.jsonl"
         self.tensorboard = self.path / "tb"
         self.checkpoints = self.path / "checkpoints"
         self.latest = self.path / "latest"
@@ -98,18 +100,24 @@ class RunFolder:
 
         A torn last line, which a crash while writing leaves, goes too.
         """
-        if not self.metrics.exists():
-            return 0
-        kept, dropped = [], 0
-        for line in self.metrics.read_text(encoding="utf-8").splitlines():
-            row = _row(line)
-            if row is not None and row["step"] <= step:
-                kept.append(line)
-            else:
-                dropped += 1
-        if dropped:
-            write_atomically(self.metrics, "".join(line + "\n" for line in kept))
-        return dropped
+        _cut(self.loads, step)
+        return _cut(self.metrics, step)
+
+
+def _cut(path: Path, step: int) -> int:
+    """Drop the rows of ``path`` past ``step``; how many there were."""
+    if not path.exists():
+        return 0
+    kept, dropped = [], 0
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = _row(line)
+        if row is not None and row["step"] <= step:
+            kept.append(line)
+        else:
+            dropped += 1
+    if dropped:
+        write_atomically(path, "".join(line + "\n" for line in kept))
+    return dropped
 
 
 def _row(line: str) -> dict[str, Any] | None:

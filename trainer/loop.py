@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from allometry.configs.errors import UserError
+from allometry.configs.model import MoEModel
 from allometry.configs.run import RunConfig
 from allometry.data.stream import Stream
 from allometry.laws.areas import LearningRateAreas
-from allometry.models.transformer import Transformer
+from allometry.parallel.apply import Parallel
 from allometry.parallel.mesh import Mesh
 from allometry.scaling.plan import RunPlan
+from allometry.trainer.balance import routing_rows
 from allometry.trainer.callbacks import Callback
 from allometry.trainer.checkpoint import Checkpointer, optimizer_state
 from allometry.trainer.evaluate import Evaluator
@@ -92,7 +94,7 @@ class Loop:
     config: RunConfig
     plan: RunPlan
     mesh: Mesh
-    model: Transformer
+    parallel: Parallel
     optimizer: torch.optim.Optimizer
     train_step: TrainStep
     evaluator: Evaluator
@@ -159,7 +161,7 @@ class Loop:
         while len(self._pending) > max(lag, int(evaluating)):
             self._settle(self._pending.popleft(), {})
         if evaluating:
-            held_out = self.clock.leave_out(lambda: self.evaluator(self.model))
+            held_out = self.clock.leave_out(lambda: self.evaluator())
             validation = {f"validation/{name}": loss for name, loss in held_out.items()}
             self._settle(self._pending.popleft(), validation)
         if saving:
@@ -201,6 +203,10 @@ class Loop:
             if count_S[index]:
                 row[f"loss/{name}"] = loss_S[index] / count_S[index]
             row[f"tokens/{name}"] = seen
+        if outcome.routing is not None and isinstance(self.config.model, MoEModel):
+            observed, loads = routing_rows(self.config.model, outcome.routing)
+            row.update(observed)
+            self.recorder.loads(step, loads)
         row.update(extra)
         self.recorder.row(row)
         for callback in self.callbacks:
@@ -223,24 +229,27 @@ class Loop:
 
     def _broken_groups(self) -> list[str]:
         """Names of the parameter groups whose gradients or values are not finite, on any rank."""
-        names = []
-        for group in self.optimizer.param_groups:
-            tensors = [t for p in group["params"] for t in (p.grad, p) if t is not None]
-            bad = torch.tensor(
-                float(any(not _local(t).isfinite().all() for t in tensors)),
-                device=self.mesh.device,
+        mine = [
+            str(group["name"])
+            for group in self.optimizer.param_groups
+            if any(
+                not _local(tensor).isfinite().all()
+                for parameter in group["params"]
+                for tensor in (parameter.grad, parameter)
+                if tensor is not None
             )
-            self.mesh.all_reduce_sum(bad, "hdp")
-            if bad.item():
-                names.append(str(group["name"]))
-        return names
+        ]
+        # Pipeline ranks have different groups, so names are gathered rather than flags summed.
+        return list(
+            dict.fromkeys(name for names in self.mesh.gather_objects(mine) for name in names)
+        )
 
     def _save(self, step: int) -> None:
         if self._saved_step == step:
             return
         facts = self.progress.facts(self.plan, self.stream, self.config.run.seed)
         self._saved_step = step
-        self.checkpointer.save(step, state_tensors(self.model, self.optimizer), facts)
+        self.checkpointer.save(step, state_tensors(self.parallel, self.optimizer), facts)
 
     def report(self, kind: str, **details: Any) -> None:
         """Write an event and tell the callbacks (on the main rank)."""
@@ -258,8 +267,9 @@ def _local(tensor: Tensor) -> Tensor:
     return to_local() if to_local is not None else tensor
 
 
-def state_tensors(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """All tensors of a run by name: parameters and what the optimizer remembers of each."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
+def state_tensors(parallel: Parallel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """All tensors of a run by name: parameters, buffers, what the optimizer remembers of each."""
+    names: dict[Tensor, str] = {p: name for name, p in parallel.named_parameters()}
     parameters = {f"model.{name}": p.detach() for p, name in names.items()}
-    return parameters | optimizer_state(optimizer, names)
+    buffers = {f"model.{name}": buffer for name, buffer in parallel.named_buffers()}
+    return parameters | buffers | optimizer_state(optimizer, names)

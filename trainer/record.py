@@ -28,10 +28,18 @@ class Recorder:
     def __init__(self, folder: RunFolder) -> None:
         self._metrics = _Appender(folder.metrics)
         self._events = _Appender(folder.events)
+        self._loads: _Appender | None = None
+        self._loads_path = folder.loads
 
     def row(self, row: Row) -> None:
         """Append one row to metrics.jsonl."""
         self._metrics.append(row)
+
+    def loads(self, step: int, loads: Mapping[str, list[float]]) -> None:
+        """Append the share of tokens that each expert took, by layer, to expert_load.jsonl."""
+        if self._loads is None:
+            self._loads = _Appender(self._loads_path)
+        self._loads.append({"step": step, "load": loads})
 
     def event(self, kind: str, **details: Any) -> None:
         """Append one event, with the time, to events.jsonl."""
@@ -41,6 +49,8 @@ class Recorder:
         """Write what is pending and close the files."""
         self._metrics.close()
         self._events.close()
+        if self._loads is not None:
+            self._loads.close()
 
 
 class _Appender:

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from allometry.data.batch import IGNORE, Batch
 from allometry.models.documents import Documents
-from allometry.models.transformer import Transformer
 from allometry.optim.build import set_lr
 from allometry.optim.clip import clip_by_global_norm
 from allometry.optim.schedule import Schedule
+from allometry.parallel.apply import Parallel
 from allometry.parallel.mesh import Mesh
-from allometry.parallel.zero import GradientSync
+from allometry.trainer.balance import Balancer
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,15 @@ class StepOutcome:
     """What a step measured, still on the device so that nothing waits for it.
 
     ``sums_2S`` is the sum of losses and the number of target tokens of each source, over all
-    ranks; ``grad_norm`` the global norm before clipping; ``lr`` the rate at the base dimensions.
+    ranks; ``grad_norm`` the global norm before clipping; ``lr`` the rate at the base dimensions;
+    ``routing`` what the routers observed (``Balancer.end_step``), None without experts.
     """
 
     step: int
     lr: float
     sums_2S: Tensor
     grad_norm: Tensor
+    routing: Tensor | None = None
 
 
 def source_sums(nll_BL: Tensor, targets_BL: Tensor, source_B: Tensor, sources: int) -> Tensor:
@@ -90,8 +92,7 @@ class TrainStep:
 
     def __init__(
         self,
-        model: Transformer,
-        sync: GradientSync,
+        parallel: Parallel,
         optimizer: torch.optim.Optimizer,
         schedule: Schedule,
         mesh: Mesh,
@@ -100,9 +101,10 @@ class TrainStep:
         sources: int,
         clip_grad_norm: float | None,
         dropout_seed: int | None,
+        balancer: Balancer | None = None,
     ) -> None:
-        self._model = model
-        self._sync = sync
+        self._execution = parallel.execution
+        self._balancer = balancer
         self._optimizer = optimizer
         self._schedule = schedule
         self._mesh = mesh
@@ -119,23 +121,42 @@ class TrainStep:
         so gradients do not depend on how the tokens are spread over ranks and micro-batches.
         """
         self._optimizer.zero_grad(set_to_none=True)
+        scale = self._scale(batches)
+        if self._balancer is not None:
+            mine = sum(b.tokens_BL.numel() for b in batches)
+            self._balancer.begin_step(mine * self._mesh.hdp.size)
+        sums_2S = torch.zeros(2, self._sources, dtype=torch.float64, device=self._mesh.device)
+
+        def observe(index: int, nll_BL: Tensor) -> None:
+            batch = batches[index]
+            nonlocal sums_2S
+            sums_2S += source_sums(nll_BL, batch.targets_BL, batch.source_B, self._sources)
+
+        def seed(index: int) -> None:
+            assert self._dropout_seed is not None
+            seed_dropout(self._dropout_seed, batches[index].position)
+
+        before = None if self._dropout_seed is None else seed
+        self._execution.train(batches, scale, observe, before)
+        self._mesh.all_reduce_sum(sums_2S, "hdp")
+        self._mesh.all_reduce_sum(sums_2S, "pp")
+        pipeline = self._mesh.pp.group if self._mesh.pp.size > 1 else None
+        norm = clip_by_global_norm(self._parameters, self._clip, pipeline)
+        fraction = self._schedule.fraction(step)
+        set_lr(self._optimizer, fraction)
+        self._optimizer.step()
+        return StepOutcome(
+            step=step,
+            lr=self._peak_lr * fraction,
+            sums_2S=sums_2S,
+            grad_norm=norm,
+            routing=None if self._balancer is None else self._balancer.end_step(),
+        )
+
+    def _scale(self, batches: Sequence[DeviceBatch]) -> Tensor:
+        """One over the number of targets in the whole global batch."""
         counted = sum(((b.targets_BL != IGNORE).sum() for b in batches), start=torch.tensor(0))
         count = counted.to(device=self._mesh.device, dtype=torch.float64)
         self._mesh.all_reduce_sum(count, "hdp")
         # A batch without a single target has no gradient rather than a division by zero.
-        scale = 1.0 / count.clamp(min=1.0)
-        sums_2S = torch.zeros(2, self._sources, dtype=torch.float64, device=self._mesh.device)
-        for index, batch in enumerate(batches):
-            self._sync.micro_batch(last=index == len(batches) - 1)
-            if self._dropout_seed is not None:
-                seed_dropout(self._dropout_seed, batch.position)
-            losses = self._model(batch.tokens_BL, batch.targets_BL, batch.documents)
-            (losses.total * scale.to(losses.total.dtype)).backward()
-            sums_2S += source_sums(losses.nll_BL, batch.targets_BL, batch.source_B, self._sources)
-        self._sync.finish()
-        self._mesh.all_reduce_sum(sums_2S, "hdp")
-        norm = clip_by_global_norm(self._parameters, self._clip)
-        fraction = self._schedule.fraction(step)
-        set_lr(self._optimizer, fraction)
-        self._optimizer.step()
-        return StepOutcome(step=step, lr=self._peak_lr * fraction, sums_2S=sums_2S, grad_norm=norm)
+        return 1.0 / count.clamp(min=1.0)

@@ -11,20 +11,22 @@ from typing import Any, TypeVar
 import torch
 
 from allometry.configs.errors import UserError
+from allometry.configs.model import MoEModel
 from allometry.configs.run import RunConfig
 from allometry.data.batch import Batch
 from allometry.data.prefetch import Prefetcher
 from allometry.data.stream import Stream
 from allometry.data.tokenizer import check_vocabulary
 from allometry.laws.areas import LearningRateAreas
-from allometry.models.build import build_model, parameter_specs, torch_dtype
-from allometry.models.init import initialize
+from allometry.models.build import build_model, torch_dtype
+from allometry.models.transformer import Part, Transformer
 from allometry.optim.build import build_optimizer
 from allometry.optim.schedule import Schedule, resolve_schedule
-from allometry.parallel.apply import materialize, parallelize
+from allometry.parallel.apply import Parallel, parallelize
 from allometry.parallel.mesh import Mesh, launched_world_size, open_mesh
 from allometry.scaling.plan import RunPlan
 from allometry.trainer import checkpoint, hardware, record
+from allometry.trainer.balance import Balancer
 from allometry.trainer.callbacks import Callback, standard_callbacks
 from allometry.trainer.evaluate import Evaluator
 from allometry.trainer.folder import RunFolder
@@ -122,24 +124,15 @@ def _assemble(
     stream: Stream,
     start: Start,
 ) -> Loop:
-    """The model on the device and all that trains it, in the state that ``start`` says.
-
-    The model is made without storage, sharded, and only then filled, so that no rank ever holds
-    it whole.
-    """
-    with torch.device("meta"):
-        model = build_model(config.model, plan.parameterization, config.training.compute_dtype)
-    specs = parameter_specs(model)
-    sync = parallelize(model, config, mesh)
-    materialize(model, mesh.device)
-    initialize(model, plan.parameterization, config.run.seed)
+    """The model on the device and all that trains it, in the state that ``start`` says."""
+    parallel = make_model(config, plan, mesh)
     optimizer = build_optimizer(
-        model.named_parameters(), specs, plan.parameterization, config.optimizer
+        parallel.named_parameters(), parallel.specs(), plan.parameterization, config.optimizer
     )
     progress = Progress(start.step, LearningRateAreas(plan.warmup_steps))
     if start.checkpoint is not None and start.facts is not None:
         make_states(optimizer)
-        checkpoint.load(start.checkpoint, state_tensors(model, optimizer), mesh)
+        checkpoint.load(start.checkpoint, state_tensors(parallel, optimizer), mesh)
         progress.areas.load_state_dict(start.facts["areas"])
     validation = stream.validation(
         config.evaluation.sequences_per_source, config.batch.micro_batch_sequences
@@ -148,11 +141,10 @@ def _assemble(
         config=config,
         plan=plan,
         mesh=mesh,
-        model=model,
+        parallel=parallel,
         optimizer=optimizer,
         train_step=TrainStep(
-            model,
-            sync,
+            parallel,
             optimizer,
             schedule,
             mesh,
@@ -160,12 +152,33 @@ def _assemble(
             sources=len(config.data.sources),
             clip_grad_norm=config.training.clip_grad_norm,
             dropout_seed=config.run.seed if config.model.dropout else None,
+            balancer=Balancer(config.model, list(parallel.parts.values()), mesh)
+            if isinstance(config.model, MoEModel)
+            else None,
         ),
-        evaluator=Evaluator(validation, mesh),
+        evaluator=Evaluator(validation, parallel, mesh),
         stream=stream,
         progress=progress,
         peak=hardware.peak(mesh.device, torch_dtype(config.training.compute_dtype)),
     )
+
+
+def make_model(config: RunConfig, plan: RunPlan, mesh: Mesh) -> Parallel:
+    """This rank's part of the model, with its initial values.
+
+    It is made without storage, sharded, and only then filled, so that no rank ever holds it whole.
+    """
+
+    def build(part: Part) -> Transformer:
+        with torch.device("meta"):
+            return build_model(
+                config.model, plan.parameterization, config.training.compute_dtype, part
+            )
+
+    parallel = parallelize(build, config, plan.layout, mesh)
+    parallel.materialize(mesh.device)
+    parallel.initialize(plan.parameterization, config.run.seed)
+    return parallel
 
 
 def make_states(optimizer: torch.optim.Optimizer) -> None:

@@ -16,13 +16,14 @@ from allometry.configs.execution import ParallelConfig
 from allometry.configs.run import RunConfig
 from allometry.models.build import build_model
 from allometry.models.documents import Documents
+from allometry.models.head import Losses
 from allometry.models.init import initialize
 from allometry.models.loss import IGNORE
-from allometry.models.head import Losses
-from allometry.models.transformer import Transformer
-from allometry.parallel.apply import materialize, parallelize
+from allometry.models.transformer import Part, Transformer
+from allometry.parallel.apply import Parallel, materialize, parallelize
 from allometry.parallel.mesh import Mesh, open_mesh
-from allometry.parallel.zero import GradientSync
+from allometry.parallel.reduce import GradientSync
+from allometry.scaling.layout import Layout
 from allometry.scaling.parameterization import Parameterization
 
 VOCAB, LENGTH, SEED = 61, 16, 5
@@ -85,11 +86,11 @@ def micro_batches(count: int, seed: int = 0, device: str = "cpu") -> list[MicroB
     return made
 
 
-def build(run: RunConfig) -> Transformer:
-    """The model without storage, in the parameter type of the run's compute type."""
+def build(run: RunConfig, part: Part | None = None) -> Transformer:
+    """The model or a part of it without storage, in the type of the run's compute type."""
     parameterization = Parameterization(run.parameterization, run.model)
     with torch.device("meta"):
-        model = build_model(run.model, parameterization, run.training.compute_dtype)
+        model = build_model(run.model, parameterization, run.training.compute_dtype, part)
     return model.double() if run.training.compute_dtype == "fp64" else model
 
 
@@ -101,18 +102,24 @@ def initialized(run: RunConfig, device: torch.device) -> Transformer:
     return model
 
 
+def parallel(run: RunConfig, mesh: Mesh) -> Parallel:
+    """This rank's part of the model over ``mesh``, as the trainer makes it."""
+    made = parallelize(lambda part: build(run, part), run, Layout.of(run, mesh.world_size), mesh)
+    made.materialize(mesh.device)
+    made.initialize(Parameterization(run.parameterization, run.model), SEED)
+    return made
+
+
 def distributed(run: RunConfig, mesh: Mesh) -> tuple[Transformer, GradientSync]:
-    """The model over ``mesh``, as the trainer makes it."""
-    model = build(run)
-    sync = parallelize(model, run, mesh)
-    materialize(model, mesh.device)
-    initialize(model, Parameterization(run.parameterization, run.model), SEED)
-    return model, sync
+    """The whole model over a mesh without a pipeline."""
+    made = parallel(run, mesh)
+    return made.parts[0], made.sync
 
 
-def mesh() -> Mesh:
-    """All ranks on the hdp axis, on the CPU."""
-    return open_mesh(ParallelConfig(timeout_s=30), torch.device("cpu"))
+def mesh(run: RunConfig | None = None) -> Mesh:
+    """The ranks as ``run`` arranges them, all on the hdp axis without one, on the CPU."""
+    degrees = run.parallel if run is not None else ParallelConfig()
+    return open_mesh(degrees.model_copy(update={"timeout_s": 30}), torch.device("cpu"))
 
 
 def global_count(batches: Sequence[MicroBatch]) -> int:

@@ -1,0 +1,56 @@
+"""Activation checkpointing: what a block's backward computes again instead of keeping."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from allometry.models.transformer import Transformer
+
+# Namespaces of collectives, whose results are kept: recomputing them would send everything twice.
+_COMMUNICATION = ("_c10d_functional", "_c10d_functional_autograd", "c10d", "_dtensor")
+_ATTENTION = ("_scaled_dot_product", "_flash_attention", "packed_attention", "blocked_attention")
+_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "_scaled_mm")
+
+
+def apply_checkpointing(
+    model: Transformer, kind: Literal["selective", "full"], *, dropout: bool
+) -> None:
+    """Make each block keep only its input ('full'), or also what is dear to compute ('selective').
+
+    Selective keeps matrix products, attention and the results of communication (arXiv 2205.05198
+    keeps all but attention's scores; flash attention has none to keep). The arithmetic is the
+    same operators in the same order, so gradients do not change by a bit. ``dropout``: the masks
+    must be drawn again as they were.
+    """
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": dropout}
+    if kind == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+    for block in model.blocks.values():
+        # In place of the method rather than around the module: names stay as they are, and what
+        # ZeRO hooks on to the block happens outside of what is computed again.
+        block.forward = partial(checkpoint, block.forward, **options)
+
+
+def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    name = _name(operator)
+    namespace, _, short = name.partition("::")
+    keep = (
+        namespace in _COMMUNICATION
+        or short in _PRODUCTS
+        or any(short.startswith(kernel) for kernel in _ATTENTION)
+    )
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _name(operator: Any) -> str:
+    if isinstance(operator, torch._ops.OpOverload):
+        return str(operator._schema.name)
+    return str(operator)
