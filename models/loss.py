@@ -178,14 +178,25 @@ class _LinearCrossEntropy(torch.autograd.Function):
         elif need_weight:
             grad_weight = torch.zeros_like(weight_VD)
         ctx.save_for_backward(grad_x, grad_weight)
+        ctx.scaled_by = None
         ctx.mark_non_differentiable(nll_T)
         return total, nll_T
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        # In place, as the gradients are ours and as large as the weight. A second backward would
-        # scale twice: autograd's version check refuses it.
-        grads = [g if g is None else g.mul_(grad_total) for g in ctx.saved_tensors]
+        # In place, as the gradients are ours and as large as the weight. Pipelines that split
+        # backward come here twice, for x and for the weight, with one factor: the second time the
+        # gradients are as they should be. Scaled through ``data``, as autograd's version check
+        # would refuse them; another factor is refused instead, on CUDA without waiting for it.
+        grads = ctx.saved_tensors
+        if ctx.scaled_by is None:
+            ctx.scaled_by = grad_total.clone()
+            for grad in grads:
+                if grad is not None:
+                    grad.data.mul_(grad_total)
+        else:
+            same = "the loss was differentiated before, with another factor"
+            torch._assert_async(ctx.scaled_by == grad_total, same)
         return *grads, None, None, None, None, None
 
 

@@ -140,11 +140,31 @@ def test_without_gradients_only_the_loss(monkeypatch):
         linear_cross_entropy(*inputs)
 
 
-def test_a_second_backward_is_refused():
+def test_backward_in_two_halves_is_backward():
+    """As pipelines do that take the gradients of inputs and of weights one after the other."""
+    expected = results(reference_cross_entropy, *example(torch.float64))
+    x, weight, targets = example(torch.float64)
+    total, _ = linear_cross_entropy(x, weight, targets)
+    factor = torch.tensor(0.3, dtype=torch.float64)
+    (grad_x,) = torch.autograd.grad(total, x, factor, retain_graph=True)
+    (grad_weight,) = torch.autograd.grad(total, weight, factor)
+    assert relative(grad_x, expected[2]) < 1e-12
+    assert relative(grad_weight, expected[3]) < 1e-12
+
+
+def test_a_second_backward_with_another_factor_is_refused():
     total, _ = linear_cross_entropy(*example(torch.float64))
     total.backward(torch.tensor(0.3, dtype=torch.float64), retain_graph=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        total.backward(torch.tensor(0.3, dtype=torch.float64))
+    with pytest.raises(RuntimeError, match="differentiated before, with another factor"):
+        total.backward(torch.tensor(0.4, dtype=torch.float64))
+
+
+def test_the_weight_gradient_is_handed_over_without_a_copy():
+    x, weight, targets = example(torch.float64)
+    total, _ = linear_cross_entropy(x, weight, targets)
+    saved = total.grad_fn.saved_tensors[1].data_ptr()
+    total.backward()
+    assert weight.grad.data_ptr() == saved
 
 
 def test_bf16_keeps_fp32_where_it_matters():
