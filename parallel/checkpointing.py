@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -36,7 +37,15 @@ def apply_checkpointing(
     for block in model.blocks.values():
         # In place of the method rather than around the module: names stay as they are, and what
         # ZeRO hooks on to the block happens outside of what is computed again.
-        block.forward = partial(checkpoint, block.forward, **options)
+        block.forward = _checkpointed(block.forward, options)
+
+
+def _checkpointed(forward: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+    def forward_and_forget(*args: Any) -> Any:
+        return checkpoint(forward, *args, **options)
+
+    # A function of ours, as torch's compiler does not begin in torch's own files.
+    return forward_and_forget
 
 
 def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -62,10 +62,12 @@ def resolve_degrees(parallel: ParallelConfig, world_size: int) -> Degrees:
     else:
         hdp = parallel.hdp
         if hdp * others != world_size:
-            fits = f"parallel.hdp={world_size // others} or auto, or " * (world_size % others == 0)
+            fits = f"set parallel.hdp={world_size // others} or auto, or " * (
+                world_size % others == 0
+            )
             raise UserError(
                 f"parallel.hdp={hdp} (with pp={pp} and tp={tp}) needs {hdp * others} ranks, but "
-                f"there {'is' if world_size == 1 else 'are'} {world_size}; set {fits}start "
+                f"there {'is' if world_size == 1 else 'are'} {world_size}; {fits}start "
                 f"{hdp * others} ranks (torchrun --nproc-per-node)"
             )
     replicas, ep = parallel.zero.replicas, parallel.ep

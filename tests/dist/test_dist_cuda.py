@@ -9,7 +9,7 @@ import torch
 
 from allometry.configs.execution import ParallelConfig
 from allometry.parallel.mesh import open_mesh
-from allometry.parallel.zero import FlatReducer
+from allometry.parallel.reduce import FlatReducer
 
 pytestmark = [
     pytest.mark.gpu,
@@ -23,7 +23,8 @@ def overlapped_error(micro_batches: int) -> float:
     run = tiny.config(0, "fp32")
     with open_mesh(ParallelConfig(timeout_s=30), torch.device("cuda", 0)) as mesh:
         model = tiny.initialized(run, mesh.device)
-        sync = FlatReducer(model, mesh.hdp, bucket_bytes=1, overlap=True)
+        lines = [(list(model.parameters()), mesh.hdp)]
+        sync = FlatReducer(lambda: lines, bucket_bytes=1, overlap=True)
         alone = tiny.initialized(run, mesh.device)
         worst = 0.0
         for step in range(5):

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from allometry.configs.errors import UserError
 from allometry.configs.execution import ParallelConfig
-from allometry.parallel.mesh import Launch, open_mesh, read_launch, resolve_degrees
+from allometry.parallel.mesh import Launch, open_mesh, read_launch
 
 TORCHRUN = {
     "RANK": "5",
@@ -44,31 +44,6 @@ def test_half_a_launch_is_refused(change: dict[str, str | None], sentence: str) 
     environment = {k: v for k, v in (TORCHRUN | change).items() if v is not None}
     with pytest.raises(UserError, match=re.escape(sentence)):
         read_launch(environment)
-
-
-def test_degrees() -> None:
-    assert resolve_degrees(ParallelConfig(), 6) == {"pp": 1, "hdp": 6, "tp": 1}
-    assert resolve_degrees(ParallelConfig(hdp=4), 4) == {"pp": 1, "hdp": 4, "tp": 1}
-
-
-def test_degrees_that_do_not_fit() -> None:
-    with pytest.raises(UserError) as caught:
-        resolve_degrees(ParallelConfig(hdp=4), 2)
-    assert str(caught.value) == (
-        "parallel.hdp=4 (with pp=1 and tp=1) needs 4 ranks, but 2 were started; set "
-        "parallel.hdp=2 or auto, or start 4 ranks (torchrun --nproc-per-node)"
-    )
-
-
-def test_degrees_of_more_axes_that_do_not_fit() -> None:
-    wide = ParallelConfig.model_construct(hdp="auto", pp=2, tp=2)
-    assert resolve_degrees(wide, 12) == {"pp": 2, "hdp": 3, "tp": 2}
-    with pytest.raises(UserError, match=r"pp=2 x parallel\.tp=2 must divide the 6 ranks"):
-        resolve_degrees(wide, 6)
-    exact = ParallelConfig.model_construct(hdp=2, pp=2, tp=2)
-    with pytest.raises(UserError, match=r"but 6 were started; set start|; set start") as caught:
-        resolve_degrees(exact, 6)
-    assert "parallel.hdp=1" not in str(caught.value)
 
 
 def test_a_process_alone_has_a_mesh_of_one(monkeypatch: pytest.MonkeyPatch) -> None:

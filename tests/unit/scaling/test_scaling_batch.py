@@ -6,12 +6,10 @@ import pytest
 
 from allometry.configs.data import BatchConfig, BatchRamp
 from allometry.configs.errors import UserError
-from allometry.configs.execution import ParallelConfig
 from allometry.configs.optimization import ConstantSchedule, TrainingConfig
 from allometry.scaling.batch import (
     BatchPlan,
     check_batch,
-    resolve_hdp,
     total_steps,
     warmup_steps,
 )
@@ -104,13 +102,3 @@ def test_ramp_stage_that_ranks_cannot_divide() -> None:
         check_batch(ramped(6, 2, 12, 100), 4)
     with pytest.raises(UserError, match=r"batch.ramp.increment_sequences=2 .*; use 4"):
         check_batch(ramped(4, 2, 12, 100), 4)
-
-
-def test_hdp_fills_the_ranks() -> None:
-    assert resolve_hdp(ParallelConfig(), 6) == 6
-    assert resolve_hdp(ParallelConfig(hdp=6), 6) == 6
-    with pytest.raises(UserError) as caught:
-        resolve_hdp(ParallelConfig(hdp=4), 2)
-    assert str(caught.value) == (
-        "parallel.hdp=4 does not fit 2 processes (pp=1, tp=1); use 2 or auto, or start 4 processes"
-    )
