@@ -10,6 +10,7 @@ from torch import nn
 
 from allometry.configs.model import ModelConfig
 from allometry.models.declare import DeclaresRoles
+from allometry.models.moe import MoETransformer
 from allometry.models.transformer import Part, Transformer
 from allometry.scaling.parameterization import ForwardScales, Parameterization
 from allometry.scaling.roles import ParamSpec
@@ -26,6 +27,7 @@ _Builder = Callable[[Any, ForwardScales, torch.dtype, Part | None], Transformer]
 
 _BUILDERS: Mapping[str, _Builder] = {
     "dense": Transformer,
+    "moe": MoETransformer,
 }
 """The architecture families, by ``model.kind``."""
 

@@ -29,6 +29,8 @@ class Box:
 def initialize(module: nn.Module, parameterization: Parameterization, seed: int) -> None:
     """Fill every parameter of ``module``, whole or sharded, as ``parameterization`` says.
 
+    Buffers get their first values from the ``reset_buffers`` of the modules that have some.
+
     A row of a normal parameter (its last dimension) is drawn on the CPU by a generator of its own,
     seeded with (``seed``, full name, row), so the same model starts anywhere: any number of ranks,
     any sharding, any device. Raises ``ValueError`` for a parameter without a role.
@@ -44,6 +46,10 @@ def initialize(module: nn.Module, parameterization: Parameterization, seed: int)
                 box.local.fill_(1.0)
             case "zeros":
                 box.local.zero_()
+    for owner in module.modules():
+        reset = getattr(owner, "reset_buffers", None)
+        if reset is not None:  # on the meta device a constructor's values were lost
+            reset()
 
 
 def local_box(tensor: Tensor) -> Box:

@@ -17,6 +17,20 @@ def unset(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.full(shape, float("nan"), dtype=torch.float32))
 
 
+def local(parameter: Tensor) -> Tensor:
+    """Return this rank's part of a parameter, the whole where it is not distributed.
+
+    A part that other ranks hold as well is used there on other tokens or other heads, so its
+    gradient is marked as this rank's summand.
+    """
+    if not hasattr(parameter, "to_local"):
+        return parameter
+    from torch.distributed.tensor import Partial  # slow to import, and there already
+
+    summands = [Partial() if p.is_replicate() else p for p in parameter.placements]
+    return parameter.to_local(grad_placements=summands)
+
+
 class Linear(DeclaresRoles, nn.Linear):
     """``y = x @ weight.T`` without bias; weight [out, in]."""
 
@@ -30,7 +44,7 @@ class Linear(DeclaresRoles, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return [..., out] in ``input``'s type."""
-        return F.linear(input, self.weight.to(input.dtype))
+        return F.linear(input, local(self.weight).to(input.dtype))
 
 
 class Embedding(DeclaresRoles, nn.Embedding):
@@ -49,7 +63,7 @@ class Embedding(DeclaresRoles, nn.Embedding):
         """Return [..., D] for token ids [...]."""
         # Look up first: casting the rows that are used is cheaper than casting the table, and
         # the gradient of a frequent token then adds up in fp32.
-        return F.embedding(input, self.weight).to(self.dtype)
+        return F.embedding(input, local(self.weight)).to(self.dtype)
 
 
 class RMSNorm(DeclaresRoles):
@@ -64,7 +78,7 @@ class RMSNorm(DeclaresRoles):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x's shape and type; torch widens half types to fp32 inside this operator."""
-        return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
+        return F.rms_norm(x, (x.shape[-1],), local(self.weight).to(x.dtype), self.eps)
 
 
 def rotary_angles(positions: Tensor, head_width: int, theta: float, dtype: torch.dtype) -> Tensor:

@@ -1,8 +1,9 @@
-"""A dense decoder-only transformer in plain torch; it knows no ranks.
+"""A decoder-only transformer in plain torch; it knows no ranks.
 
 RMSNorm before each branch, rotary positions, grouped-query attention, SwiGLU (the Llama form,
-arXiv 2302.13971). Every linear layer's local output decides the number of heads, so that a
-tensor-parallel layout can cut them without this file knowing.
+arXiv 2302.13971); ``moe.py`` puts experts in place of the feed-forward. Every linear layer's local
+output decides the number of heads, so that a tensor-parallel layout can cut them without this file
+knowing.
 """
 
 # B batch, L length, D width, N query heads, K key/value heads, H head width, h = H/2,
@@ -18,11 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from allometry.configs.model import DenseModel
+from allometry.configs.model import ModelConfig
 from allometry.models.attention import attend
 from allometry.models.documents import Documents
 from allometry.models.head import Losses, OutputHead
 from allometry.models.layers import Embedding, Linear, RMSNorm, rotary_angles, rotate
+from allometry.models.router import RouterStatistics
 from allometry.scaling.parameterization import ForwardScales
 from allometry.scaling.roles import Role
 
@@ -43,7 +45,7 @@ class Geometry:
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions and optional norm of queries and keys."""
 
-    def __init__(self, model: DenseModel, scale: float) -> None:
+    def __init__(self, model: ModelConfig, scale: float) -> None:
         super().__init__()
         self.head_width, self.scale = model.head_width, scale
         queries, keys = (n * self.head_width for n in (model.num_heads, model.kv_heads))
@@ -83,18 +85,18 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each added to the residual stream."""
+    """Attention and feed-forward (``ffn``), each added to the residual stream."""
 
-    def __init__(self, model: DenseModel, scales: ForwardScales) -> None:
+    def __init__(self, model: ModelConfig, scales: ForwardScales, ffn: nn.Module) -> None:
         super().__init__()
         self.residual_scale, self.dropout = scales.residual, model.dropout
         self.attention_norm = RMSNorm(model.width, model.norm_eps)
         self.attention = Attention(model, scales.attention)
         self.ffn_norm = RMSNorm(model.width, model.norm_eps)
-        self.ffn = FeedForward(model.width, model.ffn_width)
+        self.ffn = ffn
 
-    def forward(self, x_BLD: Tensor, geometry: Geometry) -> tuple[Tensor, None]:
-        """Return [B, L, D] in x's type, and what its router observed: here there is none."""
+    def forward(self, x_BLD: Tensor, geometry: Geometry) -> tuple[Tensor, RouterStatistics | None]:
+        """Return [B, L, D] in x's type, and what its router saw: here there is none."""
         x_BLD = x_BLD + self._scaled(self.attention(self.attention_norm(x_BLD), geometry))
         return x_BLD + self._scaled(self.ffn(self.ffn_norm(x_BLD))), None
 
@@ -128,7 +130,7 @@ class Transformer(nn.Module):
 
     def __init__(
         self,
-        model: DenseModel,
+        model: ModelConfig,
         scales: ForwardScales,
         compute_dtype: torch.dtype,
         part: Part | None = None,
@@ -143,9 +145,17 @@ class Transformer(nn.Module):
         self.embedding = (
             Embedding(model.vocab_size, model.width, compute_dtype) if part.first else None
         )
-        self.blocks = nn.ModuleDict({str(layer): Block(model, scales) for layer in part.layers})
+        self.blocks = nn.ModuleDict(
+            {str(layer): self._make_block(model, scales, layer) for layer in part.layers}
+        )
         self.final_norm = RMSNorm(model.width, model.norm_eps) if part.last else None
         self.head = OutputHead(model, scales.output, tied=self.tied) if part.last else None
+        self._statistics: dict[int, RouterStatistics] = {}
+
+    def _make_block(self, model: ModelConfig, scales: ForwardScales, layer: int) -> Block:
+        ffn_width = model.ffn_width
+        assert ffn_width is not None, layer
+        return Block(model, scales, FeedForward(model.width, ffn_width))
 
     def forward(
         self,
@@ -166,8 +176,11 @@ class Transformer(nn.Module):
                 x_BLD = x_BLD * self.embedding_scale
         assert x_BLD is not None
         geometry = self._geometry(tokens_BL, documents)
-        for block in self.blocks.values():
-            x_BLD, _ = block(x_BLD, geometry)
+        for layer, block in self.blocks.items():
+            x_BLD, statistics = block(x_BLD, geometry)
+            # What is recomputed in a backward pass does not come here, so each token counts once.
+            if statistics is not None and self.training and torch.is_grad_enabled():
+                self._add_statistics(int(layer), statistics)
         if self.final_norm is None or self.head is None:
             return x_BLD
         x_BLD = self.final_norm(x_BLD)
@@ -175,6 +188,21 @@ class Transformer(nn.Module):
         # has one owner, so that moving off the meta device or sharding cannot untie the two.
         tied_VD = self.embedding.weight if self.tied and self.embedding is not None else None
         return self.head(x_BLD, targets_BL, tied_VD)
+
+    def take_statistics(self) -> dict[int, RouterStatistics]:
+        """Return what the routers saw since the last call, by layer, and forget it.
+
+        Sums in fp64 over all tokens of forward passes in training mode and with gradients.
+        """
+        taken, self._statistics = self._statistics, {}
+        return taken
+
+    def _add_statistics(self, layer: int, statistics: RouterStatistics) -> None:
+        seen = RouterStatistics(*(value.double() for value in statistics))
+        before = self._statistics.get(layer)
+        if before is not None:
+            seen = RouterStatistics(*(a + b for a, b in zip(before, seen, strict=True)))
+        self._statistics[layer] = seen
 
     def _geometry(self, tokens_BL: Tensor, documents: Documents | None) -> Geometry:
         if documents is None:

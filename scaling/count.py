@@ -6,9 +6,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from allometry.configs.model import ModelConfig
+from allometry.configs.model import ModelConfig, MoEModel
 from allometry.scaling.inventory import inventory
-from allometry.scaling.roles import Role
+from allometry.scaling.roles import ParamSpec, Role
 
 _PRODUCTS = frozenset({Role.HIDDEN, Role.ROUTER, Role.EXPERT_UP, Role.EXPERT_DOWN})
 
@@ -19,12 +19,14 @@ class ParameterCount:
 
     ``total`` counts a tied embedding once. ``by_role`` holds the roles that occur.
     ``non_embedding`` is the total without embedding and head (roles input and output): norms are
-    in it. Laws that mean matrices only want ``by_role["hidden"]``.
+    in it. Laws that mean matrices only want ``by_role["hidden"]``. ``active``: the part of the
+    total that a token uses, of E routed experts the k it visits.
     """
 
     total: int
     by_role: dict[str, int]
     non_embedding: int
+    active: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +46,21 @@ class Flops:
 def count_parameters(model: ModelConfig) -> ParameterCount:
     """Count a model's parameters by role."""
     by_role: dict[str, int] = {}
+    active = 0
     for spec in inventory(model):
         by_role[spec.role.value] = by_role.get(spec.role.value, 0) + spec.numel
+        active += active_numel(model, spec)
     total = sum(by_role.values())
     ends = by_role.get(Role.INPUT.value, 0) + by_role.get(Role.OUTPUT.value, 0)
-    return ParameterCount(total=total, by_role=by_role, non_embedding=total - ends)
+    return ParameterCount(total=total, by_role=by_role, non_embedding=total - ends, active=active)
+
+
+def active_numel(model: ModelConfig, spec: ParamSpec) -> int:
+    """Return how many elements of this parameter one token uses."""
+    if spec.role not in (Role.EXPERT_UP, Role.EXPERT_DOWN):
+        return spec.numel
+    assert isinstance(model, MoEModel), spec.name
+    return spec.numel // model.experts.num_experts * model.experts.experts_per_token
 
 
 def layer_flops(model: ModelConfig, sequence_length: int) -> tuple[int, ...]:
@@ -60,23 +72,24 @@ def layer_flops(model: ModelConfig, sequence_length: int) -> tuple[int, ...]:
     layers = [attention] * model.num_layers
     for spec in inventory(model):
         if spec.role in _PRODUCTS:
-            layers[int(spec.name.split(".")[1])] += 2 * spec.numel
+            layers[int(spec.name.split(".")[1])] += 2 * active_numel(model, spec)
     return (0, *layers, 2 * model.vocab_size * model.width)
 
 
 def flops_per_token(model: ModelConfig, sequence_length: int) -> Flops:
     """Return the model FLOPs of training on one token of sequences of this length.
 
-    Forward = 2 x (weights of every matrix product, the head included even when tied)
-    + 4·N·H·(L+1)/2 for each layer: a query meets (L+1)/2 keys in the mean under the causal mask
-    (position p meets p), with 2·N·H for its scores and 2·N·H for the weighted values of each.
-    Backward = 2 x forward, one product for each operand. Lookups, norms, RoPE, softmax, and
-    whatever a kernel or activation checkpointing recomputes are not counted: this is the
-    numerator of MFU (PaLM, arXiv 2204.02311, appendix B, with the causal half counted once).
-    Document masks make attention cheaper than this; the figure is that of one whole document.
+    Forward = 2 x (weights of every matrix product, the head included even when tied, and of the
+    routed experts those that a token visits) + 4·N·H·(L+1)/2 for each layer: a query meets (L+1)/2
+    keys in the mean under the causal mask (position p meets p), with 2·N·H for its scores and
+    2·N·H for the weighted values of each. Backward = 2 x forward, one product for each operand.
+    Lookups, norms, RoPE, softmax, and whatever a kernel or activation checkpointing recomputes are
+    not counted: this is the numerator of MFU (PaLM, arXiv 2204.02311, appendix B, with the causal
+    half counted once). Document masks make attention cheaper than this; the figure is that of one
+    whole document.
     """
     assert sequence_length > 0, sequence_length
-    products = sum(spec.numel for spec in inventory(model) if spec.role in _PRODUCTS)
+    products = sum(active_numel(model, spec) for spec in inventory(model) if spec.role in _PRODUCTS)
     head = model.vocab_size * model.width
     attention_width = model.num_heads * model.head_width
     attention = model.num_layers * 2 * attention_width * (sequence_length + 1)

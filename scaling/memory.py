@@ -1,7 +1,8 @@
 """How much memory a rank needs: an estimate, component by component."""
 
 # T tokens of a micro-batch, D width, N query heads, K key/value heads, H head width,
-# F feed-forward width, V vocabulary, P parameters, W ranks on the hdp axis
+# F feed-forward width, V vocabulary, P parameters, W ranks on the hdp axis, E experts, k of them
+# that a token visits
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 from allometry.configs.execution import Zero
-from allometry.configs.model import ModelConfig
+from allometry.configs.model import LatentExperts, ModelConfig, MoEModel
 from allometry.scaling.inventory import inventory
 from allometry.scaling.roles import Role
 
@@ -104,7 +105,11 @@ def _compute_copies(model: ModelConfig, compute_bytes: int, *, sharded: bool) ->
         if not model.tied_embeddings:
             products -= matrices["embedding.weight"]  # a lookup casts only the rows it reads
         return 0 if compute_bytes == _FP32 else compute_bytes * products
-    block = sum(size for name, size in matrices.items() if name.startswith("blocks.0."))
+    blocks = [0] * model.num_layers
+    for name, size in matrices.items():
+        if name.startswith("blocks."):
+            blocks[int(name.split(".")[1])] += size
+    block = max(blocks)
     ends = sum(size for name, size in matrices.items() if not name.startswith("blocks."))
     return compute_bytes * (block + max(block, ends))
 
@@ -114,22 +119,47 @@ def _activations(model: ModelConfig, tokens: int, compute_bytes: int, fused_norm
 
     For each block and token: both norms' input and output in the compute type (D each; unfused,
     input and quotient in fp32 or wider besides the output); q, k, v (N·H + 2·K·H); attention's
-    output in its own layout and in the next product's (2·N·H), its fp32 log-sum-exp (N); gate,
-    up, SiLU and product of the feed-forward (4·F); with qk_norm q and k before it as well. Then
-    the final norm.
+    output in its own layout and in the next product's (2·N·H), its fp32 log-sum-exp (N); with
+    qk_norm q and k before it as well; gate, up, SiLU and product of the feed-forward (4·F), or
+    what a mixture keeps. Then the final norm.
     """
     queries = model.num_heads * model.head_width
     keys = model.kv_heads * model.head_width
     wide = max(_FP32, compute_bytes)
     norm_input = compute_bytes if fused_norm else 2 * wide
     norm = model.width * (norm_input + compute_bytes)
-    block = 2 * norm + compute_bytes * (3 * queries + 2 * keys + 4 * model.ffn_width)
-    block += _FP32 * model.num_heads
+    common = 2 * norm + compute_bytes * (3 * queries + 2 * keys) + _FP32 * model.num_heads
     if model.qk_norm:
-        block += norm_input * (queries + keys)
+        common += norm_input * (queries + keys)
     if model.dropout:
-        block += 2 * model.width  # a mask of one byte for each branch
-    return tokens * (model.num_layers * block + norm)
+        common += 2 * model.width  # a mask of one byte for each branch
+    kept = norm
+    for layer in range(model.num_layers):
+        if isinstance(model, MoEModel) and model.has_experts(layer):
+            kept += common + _mixture(model, compute_bytes)
+        else:
+            assert model.ffn_width is not None
+            kept += common + 4 * compute_bytes * model.ffn_width
+    return tokens * kept
+
+
+def _mixture(model: MoEModel, compute_bytes: int) -> int:
+    """Return the bytes that a mixture keeps for one token; loads are taken to be even.
+
+    The router's input in fp32 or wider where activations are not (D), its logits and scores (2·E);
+    three numbers of a visit in int64 and its weight; for each visit the expert's input and output
+    (2·D, or latent widths) and 4·F; the sum before the latent projection up; shared experts (4·F
+    each).
+    """
+    mixture = model.experts
+    wide = max(_FP32, compute_bytes)
+    latent = mixture.latent_width if isinstance(mixture, LatentExperts) else None
+    visit = 2 * (latent or model.width) + 4 * mixture.width
+    kept = compute_bytes * mixture.experts_per_token * visit
+    kept += mixture.experts_per_token * (3 * 8 + wide)
+    kept += 2 * wide * mixture.num_experts + compute_bytes * (latent or 0)
+    kept += 4 * compute_bytes * mixture.num_shared_experts * mixture.width
+    return kept + (wide * model.width if wide != compute_bytes else 0)
 
 
 def _loss(model: ModelConfig, tokens: int, chunk_tokens: int, compute_bytes: int) -> int:

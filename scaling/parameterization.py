@@ -13,8 +13,10 @@ from allometry.configs.errors import UserError
 from allometry.configs.model import (
     MaximalUpdateParameterization,
     ModelConfig,
+    MoEModel,
     ParameterizationConfig,
 )
+from allometry.scaling.inventory import inventory
 from allometry.scaling.roles import ParamSpec, Role
 
 
@@ -51,8 +53,8 @@ class ForwardScales:
 class Parameterization:
     """The rules of one parameterization for one model: pure, and the same on every rank.
 
-    ``sp``: σ = 1/√fan_in for hidden matrices and for the head, ``embedding_std`` for the
-    embedding, norms one; one learning rate for all; vectors do not decay.
+    ``sp``: σ = 1/√fan_in for hidden matrices, routers, experts and the head, ``embedding_std``
+    for the embedding, norms one; one learning rate for all; vectors do not decay.
 
     ``mup`` for Adam (arXiv 2203.03466, Table 8, in the form with a constant head and a scaled
     logit). With m = width / base_width:
@@ -62,6 +64,8 @@ class Parameterization:
     ======  ===========================  ========  =============  =======  =====================
     input   ``embedding_std``            1         1              1/m      1
     hidden  1/√fan_in (= σ at base /√m)  1/m       m or 1         1/m      1
+    expert  1/√fan_in, its own           1/m       m or 1         1/m      1
+    router  1/√fan_in                    1/m       m or 1         1/m      1
     output  1/√(fan_in at base)          1         1              1/m      logits / m
     vector  ones                         1         0              1/m      1
     scores                                                                 √(base head width)/H
@@ -76,6 +80,11 @@ class Parameterization:
 
     The model at the base has ``base_width`` and every other width in proportion, so each hidden
     fan-in is m times that at the base. Only head width may differ: ``base_head_dim``.
+
+    Experts are hidden matrices: their number stays and their widths grow in proportion. A router
+    has a finite fan-out, as the head has. With σ 1/√fan_in its logits are Θ(1) at the start, and
+    with lr 1/m each step moves them by Θ(1): for Adam the same as lr 1 with the logits divided by
+    m. That it transfers is reasoned, not measured: no coordinate check of a mixture has run yet.
 
     At the base every multiplier is exactly 1 and ``sp`` and ``mup`` are the same model.
     """
@@ -113,12 +122,12 @@ class Parameterization:
         )
 
     def resolve(self, spec: ParamSpec) -> Resolved:
-        """Return what this parameter gets; a role without a rule is an error."""
+        """Return what this parameter gets."""
         shrink = float(1 / self._ratio)
         match spec.role:
             case Role.INPUT:
                 return Resolved("normal", self.config.embedding_std, 1.0, 1.0, shrink)
-            case Role.HIDDEN:
+            case Role.HIDDEN | Role.ROUTER | Role.EXPERT_UP | Role.EXPERT_DOWN:
                 std = 1.0 / math.sqrt(spec.fan_in)
                 return Resolved("normal", std, shrink, self._hidden_decay(), shrink)
             case Role.OUTPUT:
@@ -126,11 +135,6 @@ class Parameterization:
                 return Resolved("normal", std, 1.0, 1.0, shrink)
             case Role.VECTOR:
                 return Resolved("ones", 0.0, 1.0, 0.0, shrink)
-            case _:
-                raise UserError(
-                    f"parameter {spec.name!r} has the role {spec.role.value!r}, for which "
-                    f"parameterization.kind={self.config.kind} has no rule; use a dense model"
-                )
 
     def describe(self) -> dict[str, Any]:
         """Return the rules as JSON for a run's record."""
@@ -151,9 +155,13 @@ class Parameterization:
     def _examples(self) -> dict[Role, ParamSpec]:
         """Return one parameter for each role whose multipliers all its kin share."""
         width, vocabulary = self.model.width, self.model.vocab_size
-        return {
+        examples = {
             Role.INPUT: ParamSpec("", Role.INPUT, (vocabulary, width), vocabulary, width),
             Role.HIDDEN: ParamSpec("", Role.HIDDEN, (width, width), width, width),
             Role.OUTPUT: ParamSpec("", Role.OUTPUT, (vocabulary, width), width, vocabulary),
             Role.VECTOR: ParamSpec("", Role.VECTOR, (width,), 1, width),
         }
+        if isinstance(self.model, MoEModel):
+            mixed = (Role.ROUTER, Role.EXPERT_UP, Role.EXPERT_DOWN)
+            examples |= {spec.role: spec for spec in inventory(self.model) if spec.role in mixed}
+        return examples

@@ -1,0 +1,166 @@
+"""Products of rows with the matrix of the group they belong to, and moving rows to their groups.
+
+Rows are sorted by group, so a group is a stretch of rows. Nothing here adds with atomics: the same
+input gives the same bits.
+"""
+
+# T tokens, k experts that a token visits, S = T*k rows, E groups (experts), D and F widths
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+_KERNEL_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+_ALIGNMENT_BYTES = 16
+
+
+def grouped_linear(x_SD: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:
+    """Return [S, F]: each row times the transposed matrix of its group.
+
+    The first ``counts_E[0]`` rows belong to group 0, the next to group 1 and so on; the counts add
+    up to S and stay on the device. A group without rows, or no row at all, is fine: its gradient
+    is zero. Where torch has no kernel for this type or alignment, a loop over groups does it,
+    which waits for the counts on a GPU.
+    """
+    if _has_kernel(x_SD, weight_EFD):
+        offsets_E = counts_E.cumsum(0).to(torch.int32)
+        y_SF: Tensor = _GroupedLinear.apply(x_SD, weight_EFD, offsets_E)
+        return y_SF
+    return loop_linear(x_SD, weight_EFD, counts_E)
+
+
+def loop_linear(x_SD: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:
+    """Return what ``grouped_linear`` returns, group by group: its plain twin."""
+    groups = x_SD.split(counts_E.tolist())
+    return torch.cat([x @ weight_EFD[e].T for e, x in enumerate(groups)])
+
+
+def _has_kernel(x_SD: Tensor, weight_EFD: Tensor) -> bool:
+    aligned = all(
+        size * x_SD.dtype.itemsize % _ALIGNMENT_BYTES == 0 for size in weight_EFD.shape[1:]
+    )
+    return aligned and x_SD.dtype in _KERNEL_TYPES and hasattr(torch, "_grouped_mm")
+
+
+class _GroupedLinear(torch.autograd.Function):
+    """torch's grouped product with a backward pass that survives what its own does not.
+
+    torch's own fails where the incoming gradient is not contiguous (an expanded sum) and where
+    there are no rows, and on Blackwell leaves the gradients of empty groups unset
+    (pytorch/pytorch#172439).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_SD: Tensor, weight_EFD: Tensor, offsets_E: Tensor) -> Tensor:
+        x_SD = x_SD.contiguous()
+        ctx.save_for_backward(x_SD, weight_EFD, offsets_E)
+        if x_SD.shape[0] == 0:
+            return x_SD.new_zeros(0, weight_EFD.shape[1])
+        return torch._grouped_mm(x_SD, weight_EFD.transpose(-2, -1), offsets_E)
+
+    @staticmethod
+    def backward(ctx: Any, grad_SF: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x_SD, weight_EFD, offsets_E = ctx.saved_tensors
+        if x_SD.shape[0] == 0:
+            return torch.zeros_like(x_SD), torch.zeros_like(weight_EFD), None
+        grad_SF = grad_SF.contiguous()
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch._grouped_mm(grad_SF, weight_EFD, offsets_E)
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch._grouped_mm(grad_SF.t(), x_SD, offsets_E)
+            if grad_weight.is_cuda:
+                empty_E = offsets_E.diff(prepend=offsets_E.new_zeros(1)) == 0
+                grad_weight = grad_weight.masked_fill(empty_E[:, None, None], 0.0)
+        return grad_x, grad_weight, None
+
+
+class Sorting(NamedTuple):
+    """Where the visits of tokens to experts go when they are sorted by expert.
+
+    ``token_S``: the token of each sorted row. ``row_Tk``: the sorted row of each visit.
+    ``counts_E``: rows of each expert.
+    """
+
+    token_S: Tensor
+    row_Tk: Tensor
+    counts_E: Tensor
+
+
+def sort_by_expert(experts_Tk: Tensor, num_experts: int) -> Sorting:
+    """Sort visits by expert; those to one expert stay in the order of tokens."""
+    chosen_S = experts_Tk.flatten()
+    sorted_S, order_S = chosen_S.sort(stable=True)
+    visits_S = torch.arange(chosen_S.shape[0], device=chosen_S.device)
+    row_S = torch.empty_like(order_S).scatter(0, order_S, visits_S)
+    ends_E = torch.searchsorted(
+        sorted_S, torch.arange(num_experts, device=chosen_S.device), right=True
+    )
+    return Sorting(
+        token_S=order_S // experts_Tk.shape[1],
+        row_Tk=row_S.view(experts_Tk.shape),
+        counts_E=ends_E.diff(prepend=ends_E.new_zeros(1)),
+    )
+
+
+def spread_rows(x_TD: Tensor, sorting: Sorting) -> Tensor:
+    """Return [S, D]: the token of each sorted row."""
+    x_SD: Tensor = _Spread.apply(x_TD, sorting.token_S, sorting.row_Tk)
+    return x_SD
+
+
+def gather_rows(y_SD: Tensor, gates_Tk: Tensor, sorting: Sorting) -> Tensor:
+    """Return [T, D] in y's type: the sum of each token's rows times its gates, added in fp32."""
+    y_TD: Tensor = _Gather.apply(y_SD, gates_Tk, sorting.token_S, sorting.row_Tk)
+    return y_TD
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+class _Spread(torch.autograd.Function):
+    """Indexing whose gradient reads rows; autograd's own would scatter them with atomics."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, token_S: Tensor, row_Tk: Tensor) -> Tensor:
+        ctx.save_for_backward(row_Tk)
+        return x_TD[token_S]
+
+    @staticmethod
+    def backward(ctx: Any, grad_SD: Tensor) -> tuple[Tensor, None, None]:
+        (row_Tk,) = ctx.saved_tensors
+        # A visit at a time: all at once would hold k times the tokens in fp32.
+        grad_TD = grad_SD[row_Tk[:, 0]].to(_wide(grad_SD.dtype))
+        for visit in range(1, row_Tk.shape[1]):
+            grad_TD = grad_TD + grad_SD[row_Tk[:, visit]]
+        return grad_TD.to(grad_SD.dtype), None, None
+
+
+class _Gather(torch.autograd.Function):
+    """The weighted sum over visits, keeping the sorted rows only once and not widened."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, y_SD: Tensor, gates_Tk: Tensor, token_S: Tensor, row_Tk: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(y_SD, gates_Tk, token_S, row_Tk)
+        y_TD = y_SD[row_Tk[:, 0]].to(_wide(y_SD.dtype)) * gates_Tk[:, :1]
+        for visit in range(1, row_Tk.shape[1]):
+            y_TD = y_TD + y_SD[row_Tk[:, visit]] * gates_Tk[:, visit : visit + 1]
+        return y_TD.to(y_SD.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        y_SD, gates_Tk, token_S, row_Tk = ctx.saved_tensors
+        gates_S = gates_Tk.flatten()
+        gates_S = torch.empty_like(gates_S).scatter(0, row_Tk.flatten(), gates_S)
+        grad_SD = (grad_TD[token_S] * gates_S[:, None]).to(y_SD.dtype)
+        wide = _wide(y_SD.dtype)
+        grad_gates = [
+            (y_SD[row_Tk[:, visit]].to(wide) * grad_TD).sum(1) for visit in range(row_Tk.shape[1])
+        ]
+        return grad_SD, torch.stack(grad_gates, dim=1).to(gates_Tk.dtype), None, None

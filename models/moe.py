@@ -1,0 +1,207 @@
+"""Mixtures of experts: no token is dropped, and no capacity has to be guessed.
+
+A router sends each token to k of E experts (SwiGLU, arXiv 2401.04088); shared experts, if any,
+see every token (arXiv 2401.06066), and latent experts work in a narrower space that one projection
+leads to and one from. Models know no ranks: what expert parallelism replaces is
+``Experts.exchange``.
+"""
+
+# B batch, L length, T = B*L, D width, E experts, k experts that a token visits, S = T*k rows
+# sorted by expert, F hidden width of an expert
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from allometry.configs.model import AuxiliaryBalance, BiasBalance, LatentExperts, MoEModel
+from allometry.models.declare import DeclaresRoles
+from allometry.models.grouped import gather_rows, grouped_linear, sort_by_expert, spread_rows
+from allometry.models.layers import Linear, local, unset
+from allometry.models.router import Router, RouterStatistics
+from allometry.models.transformer import Block, FeedForward, Geometry, Transformer
+from allometry.scaling.parameterization import ForwardScales
+from allometry.scaling.roles import Role
+
+Compute = Callable[[Tensor, Tensor], Tensor]
+"""(rows sorted by local expert, rows of each local expert) -> what the experts make of them."""
+
+Exchange = Callable[[Tensor, Tensor, Compute], Tensor]
+"""(rows [S, D] sorted by expert, rows of each expert [E], compute) -> [S, D], row for row."""
+
+
+def stay(x_SD: Tensor, counts_E: Tensor, compute: Compute) -> Tensor:
+    """The exchange of a rank that holds all experts."""
+    return compute(x_SD, counts_E)
+
+
+class Experts(DeclaresRoles):
+    """The routed experts: down(silu(gate(x)) * up(x)) each, as grouped products.
+
+    Weights may be DTensors; the local part decides which experts and how much of F are here.
+    Every weight gets a gradient, zeros where no token came.
+    """
+
+    gate: nn.Parameter
+    up: nn.Parameter
+    down: nn.Parameter
+
+    def __init__(self, num_experts: int, width: int, expert_width: int) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.exchange: Exchange = stay
+        for name in ("gate", "up"):
+            weight = unset(num_experts, expert_width, width)
+            self.declare(name, weight, Role.EXPERT_UP, fan_in=width, fan_out=expert_width)
+        down = unset(num_experts, width, expert_width)
+        self.declare("down", down, Role.EXPERT_DOWN, fan_in=expert_width, fan_out=width)
+
+    def forward(self, x_TD: Tensor, gates_Tk: Tensor, experts_Tk: Tensor) -> Tensor:
+        """Return [T, D] in x's type: the sum over each token's experts, times its gates."""
+        sorting = sort_by_expert(experts_Tk, self.num_experts)
+        x_SD = spread_rows(x_TD, sorting)
+        y_SD = self.exchange(x_SD, sorting.counts_E, self.compute)
+        return gather_rows(y_SD, gates_Tk, sorting)
+
+    def compute(self, x_SD: Tensor, counts_E: Tensor) -> Tensor:
+        """Return [S, D] for rows sorted by the experts that this rank holds."""
+        gate, up, down = (local(w).to(x_SD.dtype) for w in (self.gate, self.up, self.down))
+        gate_SF = grouped_linear(x_SD, gate, counts_E)
+        up_SF = grouped_linear(x_SD, up, counts_E)
+        return grouped_linear(F.silu(gate_SF) * up_SF, down, counts_E)
+
+
+class MoEFeedForward(nn.Module):
+    """``scale`` x routed experts + shared experts; router and shared experts read the full width.
+
+    With gate "sqrt" and shared experts both parts are multiplied by sqrt(1/2)
+    (arXiv 2603.28743).
+    """
+
+    def __init__(self, model: MoEModel) -> None:
+        super().__init__()
+        experts = model.experts
+        latent = experts.latent_width if isinstance(experts, LatentExperts) else None
+        halved = model.router.gate == "sqrt" and experts.num_shared_experts > 0
+        self.shared_scale = math.sqrt(0.5) if halved else 1.0
+        self.routed_scale = model.router.scale * self.shared_scale
+        self.router = Router(
+            model.router, model.width, experts.num_experts, experts.experts_per_token
+        )
+        self.latent_down = Linear(model.width, latent, Role.HIDDEN) if latent else None
+        self.experts = Experts(experts.num_experts, latent or model.width, experts.width)
+        self.latent_up = Linear(latent, model.width, Role.HIDDEN) if latent else None
+        shared_width = experts.num_shared_experts * experts.width
+        self.shared = FeedForward(model.width, shared_width) if shared_width else None
+
+    def forward(self, x_BLD: Tensor) -> tuple[Tensor, RouterStatistics]:
+        """Return [B, L, D] and what the router saw."""
+        x_TD = x_BLD.flatten(0, 1)
+        gates_Tk, experts_Tk, statistics = self.router(x_TD)
+        if self.routed_scale != 1.0:
+            gates_Tk = gates_Tk * self.routed_scale
+        h_TD = x_TD if self.latent_down is None else self.latent_down(x_TD)
+        y_TD = self.experts(h_TD, gates_Tk, experts_Tk)
+        if self.latent_up is not None:
+            y_TD = self.latent_up(y_TD)
+        y_BLD = y_TD.view(x_BLD.shape)
+        if self.shared is not None:
+            shared_BLD = self.shared(x_BLD)
+            y_BLD = y_BLD + (
+                shared_BLD if self.shared_scale == 1.0 else shared_BLD * self.shared_scale
+            )
+        return y_BLD, statistics
+
+
+class MoEBlock(Block):
+    """A block whose feed-forward is a mixture of experts."""
+
+    def __init__(self, model: MoEModel, scales: ForwardScales) -> None:
+        super().__init__(model, scales, MoEFeedForward(model))
+
+    def forward(self, x_BLD: Tensor, geometry: Geometry) -> tuple[Tensor, RouterStatistics]:
+        """Return [B, L, D] in x's type, and what its router saw."""
+        x_BLD = x_BLD + self._scaled(self.attention(self.attention_norm(x_BLD), geometry))
+        y_BLD, statistics = self.ffn(self.ffn_norm(x_BLD))
+        return x_BLD + self._scaled(y_BLD), statistics
+
+
+class MoETransformer(Transformer):
+    """A transformer whose blocks hold experts, after the first dense ones."""
+
+    def _make_block(self, model: MoEModel, scales: ForwardScales, layer: int) -> Block:
+        if model.has_experts(layer):
+            return MoEBlock(model, scales)
+        return super()._make_block(model, scales, layer)
+
+
+def routers(model: Transformer) -> dict[int, Router]:
+    """Return the routers of a model, or of a part of one, by layer."""
+    found = {}
+    for layer, block in model.blocks.items():
+        for module in block.modules():
+            if isinstance(module, Router):
+                found[int(layer)] = module
+    return found
+
+
+@torch.no_grad()
+def begin_step(model: Transformer, tokens: int) -> None:
+    """Tell the routers the tokens of the step's global batch, over all micro-batches and ranks.
+
+    Every token that goes through the model counts, whether it has a target or not.
+    """
+    assert tokens > 0, tokens
+    for router in routers(model).values():
+        router.tokens.fill_(float(tokens))
+
+
+@torch.no_grad()
+def end_step(model: Transformer, counts: Mapping[int, Tensor]) -> None:
+    """Give each router the visits [E] to its experts in the whole global batch, by layer.
+
+    They are the load that the next step's auxiliary loss holds against each expert; biases move by
+    ``rate`` towards experts that had less than the mean and away from those that had more
+    (arXiv 2408.15664, algorithm 1).
+    """
+    found = routers(model)
+    assert counts.keys() == found.keys(), (sorted(counts), sorted(found))
+    for layer, router in found.items():
+        counts_E = counts[layer].to(device=router.load.device, dtype=torch.float64)
+        router.load.copy_(counts_E / counts_E.sum())
+        balance = router.config.balance
+        if isinstance(balance, BiasBalance):
+            wanted_E = (counts_E.mean() - counts_E).sign()
+            router.bias.add_(wanted_E.to(router.bias.dtype), alpha=balance.rate)
+
+
+def balance_record(statistics: RouterStatistics, model: MoEModel) -> dict[str, float | list[float]]:
+    """Return what a run records of one router in one step, from its sums over the global batch.
+
+    ``max_vio``: (largest - mean) / mean of the experts' loads (arXiv 2408.15664). ``entropy``:
+    mean over tokens, in nats. ``squared_log_z``: mean over tokens. ``balance``: E x sum_e f_e P_e
+    of this very step, 1 where loads are even. ``auxiliary_loss`` and ``z_loss``: these times their
+    coefficients, where the model has them. ``load``: each expert's fraction of the visits.
+    """
+    counts_E = statistics.counts_E.double().cpu()
+    tokens = float(statistics.tokens)
+    load_E = counts_E / counts_E.sum()
+    mean_E = statistics.probabilities_E.double().cpu() / tokens
+    balance = float(len(counts_E) * (load_E * mean_E).sum())
+    squared_log_z = float(statistics.squared_log_z) / tokens
+    record: dict[str, float | list[float]] = {
+        "max_vio": float(counts_E.max() / counts_E.mean()) - 1.0,
+        "entropy": float(statistics.entropy) / tokens,
+        "squared_log_z": squared_log_z,
+        "balance": balance,
+        "load": load_E.tolist(),
+    }
+    if isinstance(model.router.balance, AuxiliaryBalance):
+        record["auxiliary_loss"] = model.router.balance.coefficient * balance
+    if model.router.z_loss:
+        record["z_loss"] = model.router.z_loss * squared_log_z
+    return record

@@ -1,0 +1,201 @@
+"""Which experts a token visits and how much each counts, and what keeps their load even."""
+
+# T tokens, D width, E experts, k experts that a token visits, G groups, e = E/G experts of a group
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from allometry.configs.model import AuxiliaryBalance, BiasBalance, RouterConfig
+from allometry.models.declare import DeclaresRoles
+from allometry.models.layers import unset
+from allometry.scaling.roles import Role
+
+_LEAST_WEIGHT = 1e-30  # under the root of gate "sqrt", whose slope at zero is infinite
+
+
+class RouterStatistics(NamedTuple):
+    """What a router saw, as sums over tokens, without gradient.
+
+    ``counts_E``: visits to each expert (they add up to k x tokens). ``probabilities_E``: the
+    normalised scores of all experts. ``entropy``: that of each token's normalised scores, in nats.
+    ``squared_log_z``: logsumexp(logits)**2. ``tokens``: their number.
+    """
+
+    counts_E: Tensor
+    probabilities_E: Tensor
+    entropy: Tensor
+    squared_log_z: Tensor
+    tokens: Tensor
+
+
+class Routing(NamedTuple):
+    """``experts_Tk`` best first, their weights ``gates_Tk`` (fp32 or wider), and the statistics."""
+
+    gates_Tk: Tensor
+    experts_Tk: Tensor
+    statistics: RouterStatistics
+
+
+class Router(DeclaresRoles):
+    """Token choice (arXiv 1701.06538): each token visits the k experts that score best.
+
+    Scores are the softmax or the sigmoid of the logits, computed in fp32 (fp64 where x is).
+    Experts are selected by score, plus ``bias`` where the balance is of that kind
+    (arXiv 2408.15664); the weights never see the bias. Among equal scores the expert of the
+    lower number wins.
+
+    Balance does not depend on how a step's batch is cut into micro-batches or ranks: the
+    auxiliary loss is coefficient x E x sum_e f_e P_e with P_e the mean of the normalised scores
+    over all ``tokens`` of the step and f_e = ``load``, the fractions of visits in the step before
+    (uniform at first): those of the same step are known only when all its micro-batches have run.
+    Its gradient, and that of the z-loss (coefficient x mean of logsumexp(logits)**2), joins the
+    gradient of the logits, once for each backward pass and whatever the scale of the loss.
+
+    ``begin_step`` and ``end_step`` of ``models/moe.py`` keep the buffers. ``tokens`` is NaN until
+    it is set, so that a loss without a step's size shows as NaN gradients.
+    """
+
+    load: Tensor
+    bias: Tensor
+    tokens: Tensor
+
+    def __init__(
+        self, config: RouterConfig, width: int, num_experts: int, experts_per_token: int
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.num_experts, self.experts_per_token = num_experts, experts_per_token
+        weight = unset(num_experts, width)
+        self.declare("weight", weight, Role.ROUTER, fan_in=width, fan_out=num_experts)
+        self.register_buffer("load", torch.empty(num_experts, dtype=torch.float32))
+        self.register_buffer("bias", torch.empty(num_experts, dtype=torch.float32))
+        self.register_buffer("tokens", torch.empty((), dtype=torch.float64), persistent=False)
+        self.reset_buffers()
+
+    @torch.no_grad()
+    def reset_buffers(self) -> None:
+        """Set the buffers to what they are before the first step."""
+        self.load.fill_(1.0 / self.num_experts)
+        self.bias.zero_()
+        self.tokens.fill_(float("nan"))
+
+    def forward(self, x_TD: Tensor) -> Routing:
+        """Return the routing of ``x_TD``."""
+        wide = torch.promote_types(x_TD.dtype, torch.float32)
+        logits_TE = F.linear(x_TD.to(wide), self.weight.to(wide))
+        logits_TE = self._with_balance(logits_TE)
+        scores_TE = scores(logits_TE, self.config)
+        bias = self.bias if isinstance(self.config.balance, BiasBalance) else None
+        with torch.no_grad():
+            experts_Tk = select(scores_TE, bias, self.config, self.experts_per_token)
+        gates_Tk = gates(logits_TE, scores_TE, experts_Tk, self.config)
+        return Routing(gates_Tk, experts_Tk, observe(logits_TE, experts_Tk, self.config))
+
+    def _with_balance(self, logits_TE: Tensor) -> Tensor:
+        balance, z_loss = self.config.balance, self.config.z_loss
+        coefficient = balance.coefficient if isinstance(balance, AuxiliaryBalance) else 0.0
+        if not coefficient and not z_loss:
+            return logits_TE
+        sigmoid = self.config.gate == "sigmoid"
+        joined: Tensor = _BalanceGradient.apply(
+            logits_TE, self.load, self.tokens, coefficient, z_loss, sigmoid
+        )
+        return joined
+
+
+def scores(logits_TE: Tensor, config: RouterConfig) -> Tensor:
+    """Return the score of each expert in [0, 1]."""
+    return logits_TE.sigmoid() if config.gate == "sigmoid" else logits_TE.softmax(1)
+
+
+def select(scores_TE: Tensor, bias_E: Tensor | None, config: RouterConfig, k: int) -> Tensor:
+    """Return the ``k`` best experts of each token [T, k], best first.
+
+    With ``groups_per_token`` only experts of the best groups count, a group being as good as its
+    two best experts together (DeepSeek-V3, arXiv 2412.19437).
+    """
+    if bias_E is not None:
+        scores_TE = scores_TE + bias_E
+    if config.groups_per_token not in (None, config.num_groups):
+        T, E = scores_TE.shape
+        scores_TGe = scores_TE.view(T, config.num_groups, -1)
+        pair = min(2, scores_TGe.shape[2])
+        groups_TG = scores_TGe.topk(pair, dim=2).values.sum(2)
+        best_Tg = _best(groups_TG, config.groups_per_token)
+        open_TG = torch.zeros_like(groups_TG, dtype=torch.bool).scatter(1, best_Tg, True)
+        scores_TE = scores_TGe.masked_fill(~open_TG[:, :, None], float("-inf")).view(T, E)
+    return _best(scores_TE, k)
+
+
+def _best(scores_TE: Tensor, k: int) -> Tensor:
+    # Not topk: which of two equals it takes depends on the device. Contiguous, since backward
+    # passes keep the result and a view would keep all E columns.
+    return scores_TE.sort(dim=1, descending=True, stable=True).indices[:, :k].contiguous()
+
+
+def gates(logits_TE: Tensor, scores_TE: Tensor, experts_Tk: Tensor, config: RouterConfig) -> Tensor:
+    """Return the weights [T, k] of the chosen experts, without ``scale``."""
+    if config.gate in ("softmax", "sigmoid") and not config.normalize:
+        return scores_TE.gather(1, experts_Tk)
+    shares_Tk = shares(logits_TE.gather(1, experts_Tk), config.gate == "sigmoid")
+    return (shares_Tk + _LEAST_WEIGHT).sqrt() if config.gate == "sqrt" else shares_Tk
+
+
+def shares(logits_TE: Tensor, sigmoid: bool) -> Tensor:
+    """Return scores over their sum."""
+    # As a softmax of their logarithms there is no division by a sum of zeros.
+    return (F.logsigmoid(logits_TE) if sigmoid else logits_TE).softmax(1)
+
+
+@torch.no_grad()
+def observe(logits_TE: Tensor, experts_Tk: Tensor, config: RouterConfig) -> RouterStatistics:
+    """Return the statistics of these tokens."""
+    shares_TE = shares(logits_TE, config.gate == "sigmoid")
+    chosen_TE = torch.zeros_like(logits_TE, dtype=torch.bool).scatter(1, experts_Tk, True)
+    return RouterStatistics(
+        counts_E=chosen_TE.sum(0),
+        probabilities_E=shares_TE.sum(0),
+        entropy=torch.special.entr(shares_TE).sum(),
+        squared_log_z=logits_TE.logsumexp(1).square().sum(),
+        tokens=torch.full((), logits_TE.shape[0], dtype=torch.int64, device=logits_TE.device),
+    )
+
+
+class _BalanceGradient(torch.autograd.Function):
+    """The identity on logits; its backward adds the gradient of the auxiliary and the z-loss."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits_TE: Tensor,
+        load_E: Tensor,
+        tokens: Tensor,
+        coefficient: float,
+        z_loss: float,
+        sigmoid: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(logits_TE, load_E, tokens)
+        ctx.coefficient, ctx.z_loss, ctx.sigmoid = coefficient, z_loss, sigmoid
+        return logits_TE.view_as(logits_TE)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor | None, ...]:
+        logits_TE, load_E, tokens = ctx.saved_tensors
+        each = (1.0 / tokens).to(logits_TE.dtype)
+        if ctx.coefficient:
+            shares_TE = shares(logits_TE, ctx.sigmoid)
+            push_E = ctx.coefficient * load_E.shape[0] * load_E.to(logits_TE.dtype)
+            mean_T1 = (shares_TE * push_E).sum(1, keepdim=True)
+            pull_TE = each * shares_TE * (push_E - mean_T1)
+            # p = s / sum(s), so dp_j/dl_i = p_j (1[i=j] - p_i) s'_i/s_i; the last factor is 1 for
+            # the exponential and 1 - s_i for the sigmoid.
+            grad_TE = grad_TE + (pull_TE * (-logits_TE).sigmoid() if ctx.sigmoid else pull_TE)
+        if ctx.z_loss:
+            log_z_T1 = logits_TE.logsumexp(1, keepdim=True)
+            grad_TE = grad_TE + each * 2.0 * ctx.z_loss * log_z_T1 * (logits_TE - log_z_T1).exp()
+        return grad_TE, None, None, None, None, None
