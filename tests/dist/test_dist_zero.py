@@ -41,6 +41,29 @@ def test_gradients_of_tied_embeddings_equal_one_process(run_ranks: RunRanks, sta
     assert max(run_ranks(gradient_error, 2, stage, 2, "fp64", True)) < 1e-12
 
 
+def hybrid_error(stage: int, replicas: int, offload: str) -> float:
+    run = tiny.config(stage, "fp64", zero={"replicas": replicas, "offload": offload})
+    with tiny.mesh(run) as mesh:
+        batches = tiny.micro_batches(2 * mesh.hdp.size)
+        model, sync = tiny.distributed(run, mesh)
+        tiny.backward_shared(model, sync, batches, mesh)
+        for parameter in model.parameters():
+            assert isinstance(parameter, DTensor)
+            assert len(parameter.to_local()) <= -(-len(parameter) * replicas // mesh.hdp.size)
+        alone = tiny.initialized(tiny.config(0, "fp64"), mesh.device)
+        tiny.backward_alone(alone, batches)
+        return tiny.worst_error(tiny.gradients(model), tiny.gradients(alone))
+
+
+@pytest.mark.parametrize(
+    ("stage", "replicas", "offload"), [(1, 2, "none"), (2, 2, "none"), (3, 2, "cpu"), (3, 1, "cpu")]
+)
+def test_hybrid_sharding_and_offload_equal_one_process(
+    run_ranks: RunRanks, stage: int, replicas: int, offload: str
+) -> None:
+    assert max(run_ranks(hybrid_error, 4, stage, replicas, offload)) < 1e-12
+
+
 def averaged_error(stage: int) -> float:
     """The same comparison where somebody forgot that gradients are summed."""
     with tiny.mesh() as mesh:

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,13 @@ class MicroBatch:
     documents: Documents
 
 
-def config(stage: int, dtype: str, tied: bool = False, compiled: bool = False) -> RunConfig:
+def config(
+    stage: int,
+    dtype: str,
+    tied: bool = False,
+    compiled: bool = False,
+    zero: dict[str, Any] | None = None,
+) -> RunConfig:
     """Rows of 61, 22, 18, 6 and 26: no number of ranks divides them all."""
     source = {"name": "none", "train": "none"}
     return RunConfig.model_validate(
@@ -59,7 +66,7 @@ def config(stage: int, dtype: str, tied: bool = False, compiled: bool = False) -
             "training": {"total_steps": 3, "compute_dtype": dtype, "compile": compiled},
             "optimizer": {"lr": 1e-2},
             "schedule": {"kind": "constant"},
-            "parallel": {"zero": {"stage": stage}},
+            "parallel": {"zero": {"stage": stage, **(zero or {})}},
         }
     )
 

@@ -11,6 +11,7 @@ from allometry.configs.errors import UserError
 from allometry.configs.execution import ParallelConfig
 from allometry.parallel.mesh import Launch, open_mesh, read_launch
 
+AXES = ("pp", "hdp", "tp", "ep", "edp")
 TORCHRUN = {
     "RANK": "5",
     "WORLD_SIZE": "8",
@@ -52,8 +53,8 @@ def test_a_process_alone_has_a_mesh_of_one(monkeypatch: pytest.MonkeyPatch) -> N
     assert not dist.is_initialized()
     with open_mesh(ParallelConfig(), torch.device("cpu")) as mesh:
         assert (mesh.rank, mesh.world_size, mesh.is_main) == (0, 1, True)
-        assert [(mesh.axis(a).rank, mesh.axis(a).size) for a in ("pp", "hdp", "tp")] == [(0, 1)] * 3
-        assert mesh.device_mesh["hdp"].size() == 1
+        assert [(mesh.axis(a).rank, mesh.axis(a).size) for a in AXES] == [(0, 1)] * 5
+        assert mesh.zero_mesh.size() == mesh.expert_zero_mesh.size() == 1
         assert float(mesh.all_reduce_sum(torch.ones(()), "hdp")) == 1.0
         assert mesh.broadcast_object("word") == "word"
         assert mesh.gather_objects("word") == ["word"]

@@ -133,7 +133,8 @@ def test_degrees_that_do_not_fit(parallel: dict[str, Any], world_size: int, sent
             {"pp": 8, "pipeline": {"schedule": "interleaved_1f1b"}},
             8,
             "parallel.pp=8 with 2 stages on each rank "
-            "(parallel.pipeline.schedule=interleaved_1f1b) needs 16 layers, but model.num_layers=8; use parallel.pp at most 4",
+            "(parallel.pipeline.schedule=interleaved_1f1b) needs 16 layers, but "
+            "model.num_layers=8; use parallel.pp at most 4",
         ),
         (
             DENSE,
@@ -162,7 +163,8 @@ def test_degrees_that_do_not_fit(parallel: dict[str, Any], world_size: int, sent
             {"hdp": 1, "pp": 3, "pipeline": {"schedule": "interleaved_zero_bubble"}},
             3,
             "parallel.pipeline.schedule=interleaved_zero_bubble on pp=3 needs "
-            "micro-batches in equal rounds of at least 3, or fewer than 3, but a batch of 16 sequences is 16 on each rank "
+            "micro-batches in equal rounds of at least 3, or fewer than 3, but a "
+            "batch of 16 sequences is 16 on each rank "
             "(hdp=1, batch.micro_batch_sequences=1); use batch.sequences=15 or 18, smaller "
             "micro-batches or another schedule",
         ),
