@@ -5,11 +5,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from allometry.models.vocabulary import SharedSoftmax
 
 IGNORE = -100
 """A target that does not count (the same number as in ``allometry.data.batch``)."""
@@ -26,6 +29,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     chunk_tokens: int | None = None,
     chunk_gradient: ChunkGradient | None = None,
+    shared: SharedSoftmax | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return (total, nll_T) of logits = ``logit_scale`` * x @ weight.T.
 
@@ -37,12 +41,20 @@ def linear_cross_entropy(
     Gradients are computed in the forward pass, while a chunk's logits are there: nothing of size
     T x V is kept and no product is done twice. So ``total`` can be differentiated once only.
     ``chunk_tokens`` None: ``default_chunk_tokens``. ``chunk_gradient`` None:
-    ``softmax_gradient_``; a compiled one may be given.
+    ``softmax_gradient_``; a compiled one may be given. ``shared``: the weight is a part of the
+    vocabulary, as this says; ``total`` and ``nll_T`` are of the whole, the gradient of the weight
+    is the part's, and that of x is the part's summand.
     """
     assert x_TD.ndim == 2, x_TD.shape
     assert targets_T.shape == x_TD.shape[:1], (targets_T.shape, x_TD.shape)
+    if shared is not None:
+        chunk_gradient, chunk_loss = shared.gradient_, shared.loss
+        columns = shared.vocabulary.columns
+    else:
+        chunk_gradient, chunk_loss = chunk_gradient or softmax_gradient_, _softmax_loss
+        columns = len(weight_VD)
     if chunk_tokens is None:
-        chunk_tokens = default_chunk_tokens(len(x_TD), len(weight_VD), x_TD.dtype, x_TD.device.type)
+        chunk_tokens = default_chunk_tokens(len(x_TD), columns, x_TD.dtype, x_TD.device.type)
     if torch.is_grad_enabled() and (x_TD.requires_grad or weight_VD.requires_grad):
         return _LinearCrossEntropy.apply(
             x_TD,
@@ -51,13 +63,13 @@ def linear_cross_entropy(
             logit_scale,
             z_loss,
             chunk_tokens,
-            chunk_gradient or softmax_gradient_,
+            chunk_gradient,
         )
     total, nll_T = _empty_sums(x_TD)
     weight = weight_VD.to(x_TD.dtype)
     for part in _chunks(x_TD.shape[0], chunk_tokens):
         logits = F.linear(x_TD[part], weight)
-        nll_T[part], penalty = _softmax_loss(logits, targets_T[part], logit_scale, z_loss)
+        nll_T[part], penalty = chunk_loss(logits, targets_T[part], logit_scale, z_loss)
         total += nll_T[part].sum() + penalty
     return total, nll_T
 

@@ -1,0 +1,134 @@
+"""Softmax and its gradient where each rank holds some columns of the logits.
+
+Nothing as large as the vocabulary is ever exchanged: a chunk's maxima, then the sums of its
+exponentials with the targets' logits (arXiv 1909.08053, section 3).
+"""
+
+# c tokens of a chunk, B sequences, L length, V vocabulary, v columns of it that are here
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from allometry.models.loss import IGNORE
+
+
+class Vocabulary(Protocol):
+    """Which columns are here, and how all parts of a vocabulary are brought together.
+
+    ``first``: the number of the first column that is here; ``columns``: of the largest part, the
+    same number wherever a part is, so that all cut tokens into the same chunks.
+    """
+
+    first: int
+    columns: int
+
+    def max_(self, values: Tensor) -> None:
+        """Replace ``values`` by their maximum over all parts."""
+
+    def sum_(self, values: Tensor) -> None:
+        """Replace ``values`` by their sum over all parts."""
+
+    def gather(self, logits_BLv: Tensor) -> Tensor:
+        """Return the logits of all parts [B, L, V], differentiable."""
+
+
+class SharedSoftmax:
+    """The twin of ``softmax_gradient_`` on a part of the columns.
+
+    Exponentials are computed twice rather than kept in a wide type. ``compile`` compiles what
+    lies between two exchanges: a pass that reads the logits for the maxima, one for the sums, and
+    one that reads and writes.
+    """
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self.vocabulary = vocabulary
+        self._maxima, self._sums, self._write_ = _maxima, _sums, _write_
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the passes over the logits with these options of ``torch.compile``."""
+        self._maxima = torch.compile(_maxima, *args, **kwargs)
+        self._sums = torch.compile(_sums, *args, **kwargs)
+        self._write_ = torch.compile(_write_, *args, **kwargs)
+
+    def gradient_(
+        self, logits_cv: Tensor, targets_c: Tensor, logit_scale: float, z_loss: float
+    ) -> tuple[Tensor, Tensor]:
+        """Turn ``logits_cv`` (before the scale) into the gradient of the chunk's loss, in place.
+
+        Returns (nll_c, the z-loss of the chunk), the same wherever a part is.
+        """
+        own_c = targets_c - self.vocabulary.first
+        largest_c, sums_c, target_c = self._statistics(logits_cv, own_c, logit_scale)
+        log_z_c, counted_c = largest_c + sums_c.log(), targets_c != IGNORE
+        # d/dlogits of -log p(t) + z log²Z is (1 + 2 z log Z) p - onehot(t).
+        weight_c = ((1.0 + 2.0 * z_loss * log_z_c) * logit_scale).where(counted_c, 0.0) / sums_c
+        self._write_(logits_cv, own_c, largest_c, weight_c, logit_scale)
+        return _loss(log_z_c, target_c, counted_c, z_loss)
+
+    def loss(
+        self, logits_cv: Tensor, targets_c: Tensor, logit_scale: float, z_loss: float
+    ) -> tuple[Tensor, Tensor]:
+        """Return (nll_c, the z-loss of the chunk) and leave the logits alone."""
+        own_c = targets_c - self.vocabulary.first
+        largest_c, sums_c, target_c = self._statistics(logits_cv, own_c, logit_scale)
+        return _loss(largest_c + sums_c.log(), target_c, targets_c != IGNORE, z_loss)
+
+    def _statistics(
+        self, logits_cv: Tensor, own_c: Tensor, logit_scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return maxima, sums of exponentials above them and targets' logits, over all parts."""
+        assert logit_scale > 0.0, logit_scale
+        largest_c = self._maxima(logits_cv, logit_scale)
+        self.vocabulary.max_(largest_c)
+        both_2c = self._sums(logits_cv, own_c, largest_c, logit_scale)
+        self.vocabulary.sum_(both_2c)
+        sums_c, target_c = both_2c.unbind()
+        return largest_c, sums_c, target_c
+
+
+def _wide(logits: Tensor) -> torch.dtype:
+    return torch.promote_types(logits.dtype, torch.float32)
+
+
+def _maxima(logits_cv: Tensor, logit_scale: float) -> Tensor:
+    return logits_cv.amax(dim=1).to(_wide(logits_cv)) * logit_scale
+
+
+def _sums(logits_cv: Tensor, own_c: Tensor, largest_c: Tensor, logit_scale: float) -> Tensor:
+    """Return [2, c]: sums of exponentials, and the targets' logits, 0 where they are elsewhere."""
+    scaled_cv = logits_cv.to(_wide(logits_cv)) * logit_scale
+    here_c = (own_c >= 0) & (own_c < logits_cv.shape[1])
+    index_c1 = own_c.where(here_c, 0)[:, None]
+    target_c = scaled_cv.gather(1, index_c1)[:, 0].where(here_c, 0.0)
+    sums_c = scaled_cv.sub_(largest_c[:, None]).exp_().sum(dim=1)
+    return torch.stack([sums_c, target_c])
+
+
+def _write_(
+    logits_cv: Tensor, own_c: Tensor, largest_c: Tensor, weight_c: Tensor, logit_scale: float
+) -> None:
+    """Write weight * exponential - scale * onehot over the logits; no column is IGNORE."""
+    wide = _wide(logits_cv)
+    scaled_cv = logits_cv.to(wide) * logit_scale
+    here_c = (own_c >= 0) & (own_c < logits_cv.shape[1])
+    gradient_cv = scaled_cv.sub_(largest_c[:, None]).exp_().mul_(weight_c[:, None])
+    if torch.compiler.is_compiling():
+        # As a comparison it fuses with the pass that writes; a scatter is its own.
+        column_v = torch.arange(logits_cv.shape[1], device=logits_cv.device)
+        onehot_cv = column_v == own_c[:, None]
+        gradient_cv = torch.where(onehot_cv, gradient_cv - logit_scale, gradient_cv)
+    else:
+        onehot_c1 = here_c.to(wide)[:, None] * -logit_scale
+        gradient_cv.scatter_add_(1, own_c.where(here_c, 0)[:, None], onehot_c1)
+    logits_cv.copy_(gradient_cv)
+
+
+def _loss(
+    log_z_c: Tensor, target_c: Tensor, counted_c: Tensor, z_loss: float
+) -> tuple[Tensor, Tensor]:
+    penalty = z_loss * log_z_c.square().where(counted_c, 0.0).sum()
+    return (log_z_c - target_c).where(counted_c, 0.0), penalty

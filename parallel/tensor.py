@@ -1,0 +1,225 @@
+"""Tensor, sequence and loss parallelism on the ``tp`` axis.
+
+Attention is cut by heads, feed-forwards and experts by their hidden width, embedding and head by
+the vocabulary (Megatron-LM, arXiv 1909.08053); between them the tokens of a sequence are cut
+(arXiv 2205.05198), so norms, routers and the residual stream see 1/tp of the tokens. Each branch
+gathers its tokens when it begins and scatters its sums when it ends: for forward and backward of a
+block, four of each, of one activation.
+
+Parameters become DTensors; modules compute with ``local`` parts of them, so the only distributed
+arithmetic is at those seams.
+
+| parameter                     | placement over tp    |
+|-------------------------------|----------------------|
+| wq, wk, wv, gate, up          | Shard(0)             |
+| wo, down                      | Shard(1)             |
+| experts' gate, up [E, F, D]   | Shard(1)             |
+| experts' down [E, D, F]       | Shard(2)             |
+| embedding, head               | Shard(0), even or not |
+| everything else               | Replicate            |
+
+What is replicated works on tokens, or on heads, that other ranks do not see: its gradient is a
+partial sum, which ZeRO (or ``reduce.settle`` without it) adds up over tp.
+"""
+
+# B sequences, L tokens in a sequence, l = L/tp of them, T = B*L, t = T/tp, D width, V vocabulary,
+# v columns or rows of it that are here, k experts that a token visits
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Placement,
+    Replicate,
+    Shard,
+    distribute_tensor,
+)
+
+from allometry.models.head import OutputHead
+from allometry.models.layers import Embedding, local
+from allometry.models.moe import Experts
+from allometry.models.transformer import Attention, FeedForward, Transformer
+from allometry.models.vocabulary import SharedSoftmax
+from allometry.parallel.mesh import Axis, Mesh
+
+
+def apply_tensor(model: Transformer, mesh: Mesh) -> None:
+    """Cut a model, or a part of one, over ``mesh.tp``, and its experts over ``mesh.ep`` too.
+
+    In place, on the meta device or off it (then every rank has the same values). All ranks of a
+    tensor group pass the same tokens, targets and documents, whole; the residual stream, which is
+    what pipeline stages exchange, is [B, L/tp, D]. tp must divide heads, hidden widths and L; the
+    vocabulary may be any size that leaves no rank without a row. Losses are of the whole and the
+    same on all ranks of a tensor group: count them once. Logits are whole on all.
+    """
+    if mesh.tp.size > 1:
+        line = mesh.device_mesh["tp"]
+        for module in list(model.modules()):
+            match module:
+                case Attention():
+                    _cut_weights(module, line, {"wq": 0, "wk": 0, "wv": 0, "wo": 1})
+                    _exchange_tokens(module, line)
+                case FeedForward():
+                    _cut_weights(module, line, {"gate": 0, "up": 0, "down": 1})
+                    _exchange_tokens(module, line)
+                case Embedding():
+                    _distribute(module, "weight", line, [Shard(0)])
+                    vocabulary = PartOfVocabulary(line, mesh.tp, module.num_embeddings)
+                    module.forward = partial(_look_up, module, vocabulary)
+                case OutputHead():
+                    _share_head(module, line, mesh.tp)
+                case Experts():
+                    module.register_forward_pre_hook(partial(_gather_rows, line))
+                    module.register_forward_hook(partial(_scatter_rows, line))
+    for module in list(model.modules()):
+        if isinstance(module, Experts):
+            shard_experts(module, mesh)
+    if mesh.tp.size > 1:
+        for module in list(model.modules()):
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if not isinstance(parameter, DTensor):
+                    _distribute(module, name, mesh.device_mesh["tp"], [Replicate()])
+
+
+def shard_experts(experts: Experts, mesh: Mesh) -> None:
+    """Give each ep rank some experts and each tp rank a part of their hidden width.
+
+    Only axes longer than one appear on the weights' mesh, so that ZeRO can shard them over the
+    ranks that hold the same part: ``mesh.expert_zero_mesh`` with ep, else ``mesh.zero_mesh``.
+    """
+    for name, hidden in (("gate", 1), ("up", 1), ("down", 2)):
+        if mesh.ep.size > 1 and mesh.tp.size > 1:
+            line, placements = mesh.expert_mesh["ep", "tp"], [Shard(0), Shard(hidden)]
+        elif mesh.ep.size > 1:
+            line, placements = mesh.expert_mesh["ep"], [Shard(0)]
+        elif mesh.tp.size > 1:
+            line, placements = mesh.device_mesh["tp"], [Shard(hidden)]
+        else:
+            return
+        _distribute(experts, name, line, placements)
+
+
+class PartOfVocabulary:
+    """The rows of embedding and head that this rank has: ``models.vocabulary.Vocabulary``."""
+
+    def __init__(self, line: DeviceMesh, axis: Axis, size: int) -> None:
+        self.line, self._group, self._size = line, axis.group, size
+        # As Shard(0) cuts: equal parts, but the last ones get what is left.
+        self.columns = -(-size // axis.size)
+        self.first = axis.rank * self.columns
+        if self.columns * (axis.size - 1) >= size:
+            raise ValueError(
+                f"parallel.tp={axis.size} leaves a rank without a row of model.vocab_size={size}; "
+                "use a smaller parallel.tp or a larger vocabulary"
+            )
+
+    def max_(self, values: Tensor) -> None:
+        """See ``Vocabulary``."""
+        dist.all_reduce(values, dist.ReduceOp.MAX, group=self._group)
+
+    def sum_(self, values: Tensor) -> None:
+        """See ``Vocabulary``."""
+        dist.all_reduce(values, group=self._group)
+
+    def gather(self, logits_BLv: Tensor) -> Tensor:
+        """See ``Vocabulary``."""
+        B, L, _ = logits_BLv.shape
+        # Sizes are given, as each rank would guess them from its own part.
+        whole = DTensor.from_local(
+            logits_BLv,
+            self.line,
+            [Shard(2)],
+            run_check=False,
+            shape=torch.Size((B, L, self._size)),
+            stride=(L * self._size, self._size, 1),
+        )
+        return whole.full_tensor()
+
+
+def gather(x: Tensor, line: DeviceMesh, dim: int) -> Tensor:
+    """Return the ranks' parts side by side; backward sums their gradients and cuts the sum."""
+    parts = DTensor.from_local(x, line, [Shard(dim)], run_check=False)
+    return parts.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
+
+
+def scatter_sum(x: Tensor, line: DeviceMesh, dim: int) -> Tensor:
+    """Return this rank's part of the sum over the ranks; backward gathers."""
+    summands = DTensor.from_local(x, line, [Partial()], run_check=False)
+    return summands.redistribute(placements=[Shard(dim)]).to_local()
+
+
+def _distribute(
+    module: nn.Module, name: str, line: DeviceMesh, placements: list[Placement]
+) -> None:
+    """Replace a parameter by its DTensor, without communication."""
+    parameter = module.get_parameter(name)
+    tensor = distribute_tensor(parameter.detach(), line, placements, src_data_rank=None)
+    module.register_parameter(name, nn.Parameter(tensor, parameter.requires_grad))
+
+
+def _cut_weights(module: nn.Module, line: DeviceMesh, dims: dict[str, int]) -> None:
+    for name, dim in dims.items():
+        _distribute(module.get_submodule(name), "weight", line, [Shard(dim)])
+
+
+def _exchange_tokens(module: nn.Module, line: DeviceMesh) -> None:
+    """Let a branch [B, l, D] -> [B, l, D] gather its tokens and scatter its sums."""
+
+    def before(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        x_BlD, *others = inputs
+        return gather(x_BlD, line, dim=1), *others
+
+    def after(_: nn.Module, inputs: tuple[Any, ...], y_BLD: Tensor) -> Tensor:
+        return scatter_sum(y_BLD, line, dim=1)
+
+    module.register_forward_pre_hook(before)
+    module.register_forward_hook(after)
+
+
+def _gather_rows(
+    line: DeviceMesh, _: nn.Module, inputs: tuple[Tensor, Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Bring all tokens [t, ...], their gates and the experts they visit to a part of the experts.
+
+    Rows come in the order of ranks rather than of tokens: experts do not mind, and
+    ``_scatter_rows`` returns them in the same order.
+    """
+    x_tD, gates_tk, experts_tk = inputs
+    with torch.no_grad():
+        experts_Tk = gather(experts_tk, line, dim=0)
+    return gather(x_tD, line, dim=0), gather(gates_tk, line, dim=0), experts_Tk
+
+
+def _scatter_rows(line: DeviceMesh, _: nn.Module, inputs: tuple[Any, ...], y_TD: Tensor) -> Tensor:
+    return scatter_sum(y_TD, line, dim=0)
+
+
+def _look_up(embedding: Embedding, vocabulary: PartOfVocabulary, tokens_BL: Tensor) -> Tensor:
+    """Return [B, l, D]: rows that are here, zeros for others, summed: one rank has each row."""
+    weight_vD = local(embedding.weight)
+    own_BL = tokens_BL - vocabulary.first
+    here_BL = (own_BL >= 0) & (own_BL < len(weight_vD))
+    x_BLD = F.embedding(own_BL.where(here_BL, 0), weight_vD).to(embedding.dtype)
+    return scatter_sum(x_BLD.where(here_BL[:, :, None], 0.0), vocabulary.line, dim=1)
+
+
+def _share_head(head: OutputHead, line: DeviceMesh, axis: Axis) -> None:
+    """Let the head see all tokens and its part of the vocabulary (its own weight or a tied one)."""
+    if head.weight is not None:
+        _distribute(head, "weight", line, [Shard(0)])
+    head.shared = SharedSoftmax(PartOfVocabulary(line, axis, head.vocab_size))
+
+    def before(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        x_BlD, *others = inputs
+        return gather(x_BlD, line, dim=1), *others
+
+    head.register_forward_pre_hook(before)
