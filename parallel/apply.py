@@ -103,7 +103,7 @@ def parallelize(
         return Parallel(parts, sync, Accumulation(parts[0], sync))
     from allometry.parallel.pipeline import PipelineExecution
 
-    execution = PipelineExecution(parts, layout, mesh, sync, dtype)
+    execution = PipelineExecution(parts, config.model, layout, mesh, sync, dtype)
     return Parallel(parts, sync, execution, execution.mirrors)
 
 

@@ -1,0 +1,228 @@
+"""Pipeline parallelism: a rank runs some stages of the model, torch's schedules order them.
+
+Stages hand [B, L, D] on to one another ([B, L / tp, D] with tensor parallelism, where every rank
+has a shard of the sequence). Tokens, targets and documents do not travel: each rank holds the
+batch and looks a micro-batch up by its number.
+
+With ZeRO 1 to 3 gradients stay whole until a stage's last backward and are then reduced, once in a
+step. Stage 3 frees a block after its forward where the schedule computes whole backwards; it is
+gathered for its backward and stays until the stage's next forward. The schedules that split
+backward (``SPLIT_BACKWARD``) keep all parameters of a stage gathered throughout the step.
+"""
+
+# B sequences of a micro-batch, L tokens in a sequence, D width
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import pipelining
+from torch.distributed.fsdp import FSDPModule
+
+from allometry.configs.errors import UserError
+from allometry.configs.model import ModelConfig
+from allometry.models.head import Losses
+from allometry.models.transformer import Transformer
+from allometry.parallel.execution import MicroBatch, Observe
+from allometry.parallel.mesh import Mesh
+from allometry.parallel.reduce import GradientSync
+from allometry.parallel.stage import Stage, StepInputs
+from allometry.parallel.tied import TiedHead
+from allometry.scaling.layout import ONE_STAGE_SCHEDULES, Layout
+
+SCHEDULES: Mapping[str, Any] = {
+    "gpipe": pipelining.ScheduleGPipe,
+    "1f1b": pipelining.Schedule1F1B,
+    "interleaved_1f1b": pipelining.ScheduleInterleaved1F1B,
+    "looped_bfs": pipelining.ScheduleLoopedBFS,
+    "interleaved_zero_bubble": pipelining.ScheduleInterleavedZeroBubble,
+    "zbv_zero_bubble": pipelining.ScheduleZBVZeroBubble,
+    "dualpipe_v": pipelining.ScheduleDualPipeV,
+}
+SPLIT_BACKWARD = frozenset({"interleaved_zero_bubble", "zbv_zero_bubble", "dualpipe_v"})
+"""Schedules that compute gradients of activations first and those of weights when there is time."""
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A schedule for some number of micro-batches, and the stages it runs on this rank."""
+
+    schedule: Any
+    stages: tuple[Stage, ...]
+
+
+class PipelineExecution:
+    """``Execution`` over the ranks of ``mesh.pp``.
+
+    ``parts`` are this rank's stages by number; they may be without values, but what shards or
+    compiles them has been applied. ``sync.finish()`` completes the reduction of gradients where
+    torch's schedules do not: at ZeRO stage 0. ``mirrors`` are parameters of this rank that belong
+    to another (see ``tied.py``); their gradient is None after ``train``.
+
+    A change of the number or shape of micro-batches between steps makes another schedule, which is
+    kept. Raises UserError where compiled blocks meet a schedule that splits backward.
+    """
+
+    def __init__(
+        self,
+        parts: Mapping[int, Transformer],
+        model: ModelConfig,
+        layout: Layout,
+        mesh: Mesh,
+        sync: GradientSync,
+        compute_dtype: torch.dtype,
+    ) -> None:
+        assert tuple(parts) == layout.stages_of(mesh.pp.rank), (tuple(parts), layout)
+        self._parts, self._layout, self._mesh, self._sync = parts, layout, mesh, sync
+        self._width, self._dtype = model.width, compute_dtype
+        self._count = len(layout.stages)
+        self._split = layout.schedule in SPLIT_BACKWARD
+        self._prepared: dict[tuple[int, ...], _Prepared] = {}
+        self._tied = TiedHead(
+            parts,
+            first=layout.rank_of(0),
+            last=layout.rank_of(self._count - 1),
+            line=mesh.pp,
+            tied=model.tied_embeddings,
+        )
+        self.mirrors = self._tied.mirrors
+        if self._split:
+            _prepare_for_split(parts.values(), layout.schedule)
+
+    def train(
+        self,
+        batches: Sequence[MicroBatch],
+        scale: Tensor,
+        observe: Observe,
+        before: Callable[[int], None] | None = None,
+    ) -> None:
+        """See ``Execution``. ``before(i)`` runs on every rank, once, before its first forward."""
+        self._tied.send_value()
+        prepared = self._prepare(batches)
+        inputs = StepInputs(batches, scale, observe, before, first=min(self._parts))
+        index = torch.arange(len(batches))
+        given: dict[str, Any] = {"mb": index}
+        if self._count - 1 in self._parts:
+            given["target"] = index
+        for stage in prepared.stages:
+            stage.inputs = inputs
+        try:
+            prepared.schedule.step(
+                *((index,) if 0 in self._parts else ()), return_outputs=False, **given
+            )
+        finally:
+            for stage in prepared.stages:
+                stage.inputs = None
+        self._sync.finish()
+        self._tied.return_gradient()
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[MicroBatch], observe: Observe) -> None:
+        """See ``Execution``. Micro-batches may be any number, each of any shape."""
+        self._tied.send_value()
+        sent: list[tuple[dist.Work, Tensor]] = []
+        held: dict[int, Tensor] = {}  # by micro-batch: what this rank hands on to itself
+        # A round of micro-batches goes through a stage, then through the rank's next one; a round
+        # is received before it is computed and sent. So two ranks agree on the order of all that
+        # passes between them, in both directions, as NCCL needs.
+        size = 1 if len(self._parts) == 1 else self._mesh.pp.size
+        for start in range(0, len(batches), size):
+            indices = range(start, min(start + size, len(batches)))
+            for stage, part in self._parts.items():
+                inputs: dict[int, Tensor] = held if stage - 1 in self._parts else {}
+                if stage > 0 and not inputs:
+                    inputs = {i: self._receive(stage - 1, batches[i]) for i in indices}
+                held = {}
+                for index in indices:
+                    batch = batches[index]
+                    made = part(
+                        batch.tokens_BL, batch.targets_BL, batch.documents, inputs.pop(index, None)
+                    )
+                    if isinstance(made, Losses):
+                        observe(index, made.nll_BL)
+                    else:
+                        held[index] = made
+                if stage + 1 not in self._parts:
+                    sent += [(self._send(x_BLD, stage + 1), x_BLD) for x_BLD in held.values()]
+                    held = {}
+            while len(sent) > 2 * size:  # bounds what is kept for those that wait for it
+                sent.pop(0)[0].wait()
+        for work, _ in sent:
+            work.wait()
+
+    def _send(self, x_BLD: Tensor, stage: int) -> dist.Work:
+        work = dist.isend(
+            x_BLD.contiguous(), group=self._mesh.pp.group, group_dst=self._layout.rank_of(stage)
+        )
+        assert work is not None
+        return work
+
+    def _receive(self, stage: int, batch: MicroBatch) -> Tensor:
+        x_BLD = torch.empty(
+            self._hidden(batch.tokens_BL.shape), dtype=self._dtype, device=self._mesh.device
+        )
+        dist.recv(x_BLD, group=self._mesh.pp.group, group_src=self._layout.rank_of(stage))
+        return x_BLD
+
+    def _hidden(self, shape_BL: torch.Size) -> tuple[int, int, int]:
+        """Return the local shape of what stages hand on."""
+        B, L = shape_BL
+        assert L % self._mesh.tp.size == 0, (L, self._mesh.tp.size)
+        return B, L // self._mesh.tp.size, self._width
+
+    def _prepare(self, batches: Sequence[MicroBatch]) -> _Prepared:
+        shapes = {batch.tokens_BL.shape for batch in batches}
+        assert len(shapes) == 1, f"micro-batches of one step have one shape: {shapes}"
+        shape_BL = shapes.pop()
+        key = (len(batches), *shape_BL)
+        if key not in self._prepared:
+            # Stages of its own for each: a schedule leaves its number of micro-batches in them.
+            stages = tuple(self._make_stage(number, shape_BL) for number in self._parts)
+            self._prepared[key] = _Prepared(self._make_schedule(stages, len(batches)), stages)
+        return self._prepared[key]
+
+    def _make_stage(self, number: int, shape_BL: torch.Size) -> Stage:
+        hidden = torch.empty(
+            self._hidden(shape_BL), dtype=self._dtype, device="meta", requires_grad=True
+        )
+        wide = torch.promote_types(self._dtype, torch.float32)
+        total = torch.empty((), dtype=wide, device="meta", requires_grad=True)
+        return Stage(
+            self._parts[number],
+            number,
+            self._count,
+            self._mesh.device,
+            # Said rather than found out: torch would run a micro-batch to see.
+            input_args=torch.empty(1, dtype=torch.int64, device="meta") if number == 0 else hidden,
+            output_args=total if number == self._count - 1 else hidden,
+            group=self._mesh.pp.group,
+        )
+
+    def _make_schedule(self, stages: tuple[Stage, ...], number: int) -> Any:
+        kind = SCHEDULES[self._layout.schedule]
+        single = self._layout.schedule in ONE_STAGE_SCHEDULES
+        last = stages[-1]
+        # The sum of all losses is differentiated, so nothing is averaged over micro-batches.
+        return kind(
+            last if single else list(stages), number, loss_fn=last.scaled_loss, scale_grads=False
+        )
+
+
+def _prepare_for_split(parts: Iterable[Transformer], schedule: str) -> None:
+    """Check and set what the two halves of a backward need."""
+    for part in parts:
+        if any(module._compiled_call_impl is not None for module in part.modules()):
+            raise UserError(
+                f"parallel.pipeline.schedule={schedule} splits backward in two, which compiled "
+                "blocks cannot; set training.compile: false or schedule: interleaved_1f1b"
+            )
+        if isinstance(part, FSDPModule):
+            # torch looks for a stage's parameters before backward would gather them again.
+            for module in part.modules():
+                if isinstance(module, FSDPModule):
+                    module.set_reshard_after_forward(False, recurse=False)

@@ -1,0 +1,112 @@
+"""One stage of a pipeline, as torch's schedules run it."""
+
+# B sequences of a micro-batch, L tokens in a sequence, D width
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.pipelining import PipelineStage
+
+from allometry.models.head import Losses
+from allometry.parallel.execution import MicroBatch, Observe
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """What a rank's stages share in a step; ``first`` is the rank's lowest stage."""
+
+    batches: Sequence[MicroBatch]
+    scale: Tensor
+    observe: Observe
+    before: Callable[[int], None] | None
+    first: int
+
+
+class Stage(PipelineStage):
+    """Looks its micro-batch up in ``inputs`` and holds received tensors only while they are needed.
+
+    Set ``inputs`` for each step. What it is called with is the number of a micro-batch on the
+    host, as ``mb``, and after the first stage what the stage before made.
+    """
+
+    inputs: StepInputs | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._emptied: set[str] = set()
+
+    def scaled_loss(self, total: Tensor, _: Tensor) -> Tensor:
+        """Return what is differentiated; the second argument is the micro-batch's number."""
+        assert self.inputs is not None
+        return total * self.inputs.scale.to(total.dtype)
+
+    def forward_maybe_with_nosync(self, *args: Tensor, mb: Tensor) -> Tensor:
+        """Run the module; return [B, L, D], or on the last stage the total loss."""
+        assert self.inputs is not None
+        index = int(mb)
+        batch = self.inputs.batches[index]
+        if self.inputs.before is not None and self.stage_index == self.inputs.first:
+            self.inputs.before(index)
+        x_BLD = None if self.is_first else args[0]
+        made = self.submod(batch.tokens_BL, batch.targets_BL, batch.documents, x_BLD)
+        if not isinstance(made, Losses):
+            return made
+        self.inputs.observe(index, made.nll_BL)
+        return made.total
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        """See torch. A tensor is made when it is about to come, not for all at the start."""
+        self._make_buffers("forward", self.args_recv_info, fwd_chunk_id)
+        return super().get_fwd_recv_ops(fwd_chunk_id)
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        """See ``get_fwd_recv_ops``."""
+        if self.has_backward and not self.is_last:
+            self._make_buffers("backward", self.grad_recv_info, bwd_chunk_id)
+        return super().get_bwd_recv_ops(bwd_chunk_id)
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        """See torch. Afterwards the input is held by what backward needs, and by nothing else."""
+        made = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+        self._drop_buffers(self.args_recv_info, fwd_chunk_id)
+        return made
+
+    def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
+        """See ``forward_one_chunk``."""
+        super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+        self._drop_buffers(self.grad_recv_info, bwd_chunk_id)
+
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
+        """See torch. With FSDP2 in bf16, gradients add up in fp32 also here.
+
+        FSDP2 casts them where a backward has gone through a block, and this half does not: those
+        of all micro-batches that follow one another would be added in bf16.
+        """
+        super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
+        for module in self.submod.modules():
+            if isinstance(module, FSDPModule):
+                group = module._get_fsdp_state()._fsdp_param_group
+                for parameter in group.fsdp_params if group is not None else ():
+                    parameter.accumulate_unsharded_grad_if_needed()
+                    parameter.to_accumulated_grad_if_needed()
+
+    def _make_buffers(self, way: str, infos: dict[int, tuple[Any, ...]], index: int) -> None:
+        if way not in self._emptied:  # torch has made all of them
+            self._emptied.add(way)
+            for other in infos:
+                self._drop_buffers(infos, other)
+        for info in infos[index]:
+            if not info.is_root_arg and info.tensor_meta is not None:
+                meta = info.tensor_meta
+                info.buffer = torch.empty(meta.shape, dtype=meta.dtype, device=self.device)
+
+    def _drop_buffers(self, infos: dict[int, tuple[Any, ...]], index: int) -> None:
+        for info in infos.get(index, ()):
+            info.buffer = None

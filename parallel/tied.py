@@ -1,0 +1,96 @@
+"""A tied embedding in a pipeline: the last stage's head is a copy of the first one's embedding.
+
+The embedding owns the weight. Before anything is computed its value goes to the head, the mirror;
+after the gradients of a step are reduced, the mirror's gradient goes back and is added. Nobody
+trains, clips or saves the mirror. Both are laid out alike over hdp and tp, so the shard of one
+rank belongs to the shard of the rank at the same place in the other stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from allometry.models.transformer import Transformer
+from allometry.parallel.mesh import Axis
+
+MIRROR = "head.weight"
+
+
+class TiedHead:
+    """Keeps the mirror equal; on ranks that have neither end, and for untied models, does nothing.
+
+    ``parts`` are this rank's stages by number, ``first`` and ``last`` the pipeline ranks of the
+    embedding and of the head: one and the same in schedules whose stages turn back.
+    """
+
+    def __init__(
+        self, parts: Mapping[int, Transformer], first: int, last: int, line: Axis, *, tied: bool
+    ) -> None:
+        held = parts.values() if tied else ()
+        self._owner = next((part.embedding for part in held if part.embedding is not None), None)
+        self._mirror = next((part.head for part in held if part.head is not None), None)
+        self._first, self._last, self._line = first, last, line
+        assert self._mirror is None or self._mirror.weight is not None, "the head is not parted"
+
+    @property
+    def mirrors(self) -> frozenset[str]:
+        """Names of this rank's parameters that are copies."""
+        return frozenset() if self._mirror is None else frozenset({MIRROR})
+
+    @torch.no_grad()
+    def send_value(self) -> None:
+        """Give the mirror the owner's value. Both are shards, if they are sharded at all."""
+        if self._owner is not None and self._mirror is not None:
+            _local(_weight(self._mirror)).copy_(_local(_weight(self._owner)))
+        elif self._owner is not None:
+            self._send(_local(_weight(self._owner)), self._last)
+        elif self._mirror is not None:
+            self._receive(_local(_weight(self._mirror)), self._first)
+
+    @torch.no_grad()
+    def return_gradient(self) -> None:
+        """Add the mirror's reduced gradient to the owner's, and drop it."""
+        if self._mirror is not None:
+            mirror = _weight(self._mirror)
+            gradient = _gradient(mirror)
+            mirror.grad = None
+            if self._owner is None:
+                self._send(gradient, self._first)
+                return
+        elif self._owner is not None:
+            gradient = torch.empty_like(_gradient(_weight(self._owner)))
+            self._receive(gradient, self._last)
+        else:
+            return
+        _gradient(_weight(self._owner)).add_(gradient)
+
+    def _send(self, tensor: Tensor, to: int) -> None:
+        dist.send(tensor.contiguous(), group=self._line.group, group_dst=to)
+
+    def _receive(self, tensor: Tensor, source: int) -> None:
+        assert tensor.is_contiguous()
+        dist.recv(tensor, group=self._line.group, group_src=source)
+
+
+def _weight(module: nn.Module) -> nn.Parameter:
+    weight = module.weight
+    assert isinstance(weight, nn.Parameter)
+    return weight
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    assert parameter.grad is not None, "both ends of a tied model have a gradient after a step"
+    gradient = parameter.grad
+    if isinstance(gradient, DTensor):
+        assert isinstance(parameter, DTensor)
+        assert gradient.placements == parameter.placements, (gradient.placements, "not reduced")
+    return _local(gradient)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
