@@ -138,6 +138,18 @@ def read_facts(path: Path) -> dict[str, Any]:
     return facts
 
 
+def seal(path: Path, step: int, files: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Make a checkpoint of a folder of DCP shards: add the facts and, last, the list of files.
+
+    ``files``: bytes and CRC-32 of each shard by its name.
+    """
+    write_atomically(path / FACTS, json.dumps(facts, indent=2) + "\n")
+    for name in (FACTS, ".metadata"):
+        files[name] = {"bytes": (path / name).stat().st_size, "crc32": checksum(path / name)}
+    content = {"step": step, "files": dict(sorted(files.items()))}
+    write_atomically(path / COMPLETE, json.dumps(content, indent=2) + "\n")
+
+
 def load(path: Path, state: State, mesh: Mesh) -> None:
     """Fill the tensors of ``state`` in place, whatever layout wrote the checkpoint."""
     dcp.load(state, storage_reader=FileSystemReader(path), process_group=mesh.checkpoint_group)
@@ -247,12 +259,7 @@ class Checkpointer:
     ) -> str | None:
         final = self._folder.checkpoints / f"step-{step}"
         try:
-            write_atomically(partial / FACTS, json.dumps(facts, indent=2) + "\n")
-            for name in (FACTS, ".metadata"):
-                file = partial / name
-                files[name] = {"bytes": file.stat().st_size, "crc32": checksum(file)}
-            content = {"step": step, "files": dict(sorted(files.items()))}
-            write_atomically(partial / COMPLETE, json.dumps(content, indent=2) + "\n")
+            seal(partial, step, files, facts)
             if final.exists():  # the run went back and passes this step again
                 old = final.with_name(f".{final.name}.replaced")
                 shutil.rmtree(old, ignore_errors=True)

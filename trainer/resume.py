@@ -50,6 +50,11 @@ class Start:
         """Steps already taken."""
         return int(self.facts["step"]) if self.facts else 0
 
+    @property
+    def weights_only(self) -> bool:
+        """Whether the checkpoint holds parameters alone, as ``allometry convert`` makes them."""
+        return bool(self.facts and self.facts.get("weights_only", False))
+
 
 def begin(
     folder: RunFolder,
@@ -104,7 +109,9 @@ def _continue(
             "later step or leave it out"
         )
     if facts is not None and path is not None:
-        check_unchanged(old, config, step)
+        # Nothing was trained on imported weights yet: only their own description is settled.
+        settled = ("model", "parameterization") if facts.get("weights_only") else None
+        check_unchanged(old, config, step, settled)
         _check_data(facts, fingerprints)
         write_atomically(folder.latest, path.name + "\n")
     return Start(
@@ -125,11 +132,18 @@ def _stored(folder: RunFolder) -> RunConfig:
         ) from None
 
 
-def check_unchanged(old: RunConfig, new: RunConfig, step: int) -> None:
-    """Refuse a change to what a run computes, naming the key; ``step`` steps have been taken."""
+def check_unchanged(
+    old: RunConfig, new: RunConfig, step: int, sections: tuple[str, ...] | None = None
+) -> None:
+    """Refuse a change to what a run computes, naming the key; ``step`` steps have been taken.
+
+    With ``sections`` only these may not change.
+    """
     before, after = _leaves(old.model_dump(mode="json")), _leaves(new.model_dump(mode="json"))
     for key in sorted(before.keys() | after.keys()):
         if before.get(key) == after.get(key) or _is_free(key):
+            continue
+        if sections is not None and key.split(".")[0] not in sections:
             continue
         raise UserError(
             f"{key}={after.get(key)!r} differs from {before.get(key)!r}, with which "

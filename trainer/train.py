@@ -131,9 +131,13 @@ def _assemble(
     )
     progress = Progress(start.step, LearningRateAreas(plan.warmup_steps))
     if start.checkpoint is not None and start.facts is not None:
-        make_states(optimizer)
-        checkpoint.load(start.checkpoint, state_tensors(parallel, optimizer), mesh)
-        progress.areas.load_state_dict(start.facts["areas"])
+        if start.weights_only:  # converted from elsewhere: training itself begins afresh
+            state = {f"model.{name}": p.detach() for name, p in parallel.named_parameters()}
+        else:
+            make_states(optimizer)
+            state = state_tensors(parallel, optimizer)
+            progress.areas.load_state_dict(start.facts["areas"])
+        checkpoint.load(start.checkpoint, state, mesh)
     validation = stream.validation(
         config.evaluation.sequences_per_source, config.batch.micro_batch_sequences
     )

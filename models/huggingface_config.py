@@ -1,0 +1,394 @@
+"""Model descriptions of ours as Hugging Face ``config.json`` and back, for four families.
+
+Only what decides the function of a model is converted: a key of theirs that we cannot compute, and
+a choice of ours that they cannot, is an error that names it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from pydantic import ValidationError
+
+from allometry.configs.errors import UserError
+from allometry.configs.model import DenseModel, ModelConfig, MoEModel
+
+Family = Literal["llama", "qwen3", "mixtral", "qwen3_moe"]
+FAMILIES: tuple[Family, ...] = get_args(Family)
+
+_CLASSES: Mapping[Family, str] = {
+    "llama": "LlamaForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+}
+
+# Keys that do not change what the model computes from given weights: names, tokens, caches, how it
+# was or would be trained. Llama's pretraining_tp only cuts its products into pieces.
+_WITHOUT_EFFECT = frozenset(
+    [
+        "_name_or_path",
+        "architectures",
+        "model_type",
+        "transformers_version",
+        "torch_dtype",
+        "dtype",
+        "use_cache",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "unk_token_id",
+        "initializer_range",
+        "max_position_embeddings",
+        "pretraining_tp",
+        "output_router_logits",
+        "router_aux_loss_coef",
+        "max_window_layers",
+        "sliding_window",
+        "use_sliding_window",
+        "layer_types",
+        "rope_scaling",
+        "rope_parameters",
+        "rope_theta",
+    ]
+)
+# Keys that must have one of these values, as our models have no such feature.
+_FIXED: Mapping[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "attention_dropout": (0, None),
+    "router_jitter_noise": (0, None),
+    "partial_rotary_factor": (1, None),
+    "decoder_sparse_step": (1, None),
+}
+_SIZES = frozenset(
+    [
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "rms_norm_eps",
+        "tie_word_embeddings",
+    ]
+)
+_EXPERT_SIZES: Mapping[Family, frozenset[str]] = {
+    "llama": frozenset(),
+    "qwen3": frozenset(),
+    "mixtral": frozenset({"num_local_experts", "num_experts_per_tok"}),
+    "qwen3_moe": frozenset(
+        [
+            "num_experts",
+            "num_local_experts",
+            "num_experts_per_tok",
+            "moe_intermediate_size",
+            "norm_topk_prob",
+            "mlp_only_layers",
+        ]
+    ),
+}
+# What training uses and a forward pass with given weights does not.
+_TRAINING_ONLY = ("dropout", "z_loss", "router.balance", "router.z_loss")
+
+
+def choose_family(model: ModelConfig, asked: str | None = None) -> Family:
+    """Return the family that computes what ``model`` does; ``asked`` must be that one.
+
+    Raises UserError, naming the key of ``model`` that no family or not the one asked for has.
+    """
+    if asked is not None and asked not in FAMILIES:
+        raise UserError(f"--family={asked} is not known; use one of {', '.join(FAMILIES)}")
+    if isinstance(model, MoEModel):
+        fitting: Family = "qwen3_moe" if model.qk_norm else "mixtral"
+    else:
+        fitting = "qwen3" if model.qk_norm else "llama"
+    if asked is not None and asked != fitting:
+        raise UserError(
+            f"--family={asked} cannot hold model.kind={model.kind} with "
+            f"model.qk_norm={str(model.qk_norm).lower()}; {fitting} can: leave --family out"
+        )
+    for key, value, why in _unsupported(model, fitting):
+        raise UserError(
+            f"model.{key}={value} has no counterpart in {_CLASSES[fitting]} ({why}); this model "
+            "cannot be exported to it"
+        )
+    return fitting
+
+
+def _unsupported(model: ModelConfig, family: Family) -> list[tuple[str, Any, str]]:
+    """Return (key, value, reason) for every choice of ``model`` that ``family`` lacks."""
+    found: list[tuple[str, Any, str]] = []
+    if family == "llama" and model.width % model.num_heads:
+        found.append(("num_heads", model.num_heads, f"it must divide width={model.width}"))
+    if not isinstance(model, MoEModel):
+        return found
+    experts, router = model.experts, model.router
+    if experts.kind != "swiglu":
+        found.append(("experts.kind", experts.kind, "its experts read the residual stream"))
+    if experts.num_shared_experts:
+        found.append(("experts.num_shared_experts", experts.num_shared_experts, "it has none"))
+    if family == "mixtral" and model.first_dense_layers:
+        found.append(("first_dense_layers", model.first_dense_layers, "it has none"))
+    gate = _gate(model)
+    if gate not in (("softmax", False), ("softmax", True)):
+        found.append(("router.gate", router.gate, "its gate is a softmax"))
+    elif family == "mixtral" and gate != ("softmax", True):
+        found.append(("router.normalize", "false", "it divides by the sum"))
+    if router.scale != 1.0:
+        found.append(("router.scale", router.scale, "it has no such factor"))
+    if router.num_groups > 1 and (router.groups_per_token or router.num_groups) != (
+        router.num_groups
+    ):
+        found.append(("router.groups_per_token", router.groups_per_token, "it has no groups"))
+    if router.balance.kind == "bias":
+        found.append(("router.balance.kind", "bias", "its router has no bias"))
+    return found
+
+
+def _gate(model: MoEModel) -> tuple[str, bool]:
+    """Return gate and normalize, one way of spelling equal functions.
+
+    The softmax over all experts, divided by its sum over the chosen ones, is the softmax over the
+    chosen ones.
+    """
+    router = model.router
+    if router.gate == "softmax_after_topk":
+        return "softmax", True
+    return router.gate, router.normalize
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """What ``config.json`` says besides the model: lengths and tokens."""
+
+    longest: int
+    end_of_document_id: int | None = None
+
+
+def to_hf(model: ModelConfig, family: Family, dtype: str, text: Text) -> dict[str, Any]:
+    """Return the content of ``config.json``; ``dtype`` as torch spells it.
+
+    Keys are those that transformers 4 and 5 (and what else reads such files) both know.
+    """
+    values: dict[str, Any] = {
+        "architectures": [_CLASSES[family]],
+        "model_type": family,
+        "torch_dtype": dtype,
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.width,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_heads,
+        "num_key_value_heads": model.kv_heads,
+        "head_dim": model.head_width,
+        "hidden_act": "silu",
+        "rms_norm_eps": model.norm_eps,
+        "rope_theta": model.rope_theta,
+        "max_position_embeddings": text.longest,
+        "tie_word_embeddings": model.tied_embeddings,
+        "attention_dropout": 0.0,
+        "bos_token_id": None,
+        "eos_token_id": text.end_of_document_id,
+        "use_cache": True,
+    }
+    if family != "mixtral":
+        values["attention_bias"] = False
+    if family == "llama":
+        values["mlp_bias"] = False
+    if family in ("qwen3", "qwen3_moe"):
+        values["use_sliding_window"] = False
+    if family != "llama":
+        values["sliding_window"] = None
+    if isinstance(model, DenseModel):
+        return values | {"intermediate_size": model.ffn_width}
+    experts = model.experts
+    values["num_experts_per_tok"] = experts.experts_per_token
+    if family == "mixtral":
+        return values | {
+            "intermediate_size": experts.width,
+            "num_local_experts": experts.num_experts,
+        }
+    return values | {
+        # Read only by dense layers, but some readers want it to be there.
+        "intermediate_size": model.ffn_width or experts.width,
+        "moe_intermediate_size": experts.width,
+        "num_experts": experts.num_experts,
+        "norm_topk_prob": _gate(model)[1],
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": list(range(model.first_dense_layers)),
+    }
+
+
+def from_hf(values: Mapping[str, Any], where: str) -> tuple[Family, ModelConfig]:
+    """Return the family and our description of the model in a ``config.json``.
+
+    ``where`` names the file in errors. What concerns training only (dropout, balance of experts,
+    z-loss) is left at our defaults. Raises UserError for another architecture, a feature that our
+    models lack and a key that is not known and not empty.
+    """
+    family: Family | None = next((f for f in FAMILIES if f == values.get("model_type")), None)
+    if family is None:
+        raise UserError(
+            f"{where}: model_type={values.get('model_type')!r} cannot be imported; use a model of "
+            f"{', '.join(FAMILIES)}"
+        )
+    theta = _rope_theta(values, family, where)
+    _check_features(values, family, where)
+    description = {
+        "vocab_size": _need(values, "vocab_size", where),
+        "width": _need(values, "hidden_size", where),
+        "num_layers": _need(values, "num_hidden_layers", where),
+        "num_heads": _need(values, "num_attention_heads", where),
+        "num_kv_heads": _kv_heads(values, family, where),
+        # Qwen3 is the one family whose class has a default of its own.
+        "head_dim": values.get("head_dim", 128 if family == "qwen3" else None),
+        "qk_norm": family in ("qwen3", "qwen3_moe"),
+        "tied_embeddings": bool(values.get("tie_word_embeddings", False)),
+        "norm_eps": _need(values, "rms_norm_eps", where),
+        "rope_theta": theta,
+    }
+    try:
+        if family in ("llama", "qwen3"):
+            ffn_width = _need(values, "intermediate_size", where)
+            return family, DenseModel.model_validate({**description, "ffn_width": ffn_width})
+        experts = _experts(values, family, where)
+        return family, MoEModel.model_validate({**description, **experts})
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"])) or "model"
+        raise UserError(
+            f"{where} does not describe a model of ours: {key}={first.get('input')!r}: "
+            f"{first['msg'].removeprefix('Value error, ')}"
+        ) from None
+
+
+def _need(values: Mapping[str, Any], key: str, where: str) -> Any:
+    if values.get(key) is None:
+        raise UserError(f"{where}: {key} is missing; add it")
+    return values[key]
+
+
+def _kv_heads(values: Mapping[str, Any], family: Family, where: str) -> Any:
+    if family == "llama" and values.get("num_key_value_heads") is None:
+        return None
+    return _need(values, "num_key_value_heads", where)
+
+
+def _experts(values: Mapping[str, Any], family: Family, where: str) -> dict[str, Any]:
+    """Return the keys of ``MoEModel`` that a dense model lacks."""
+    experts: dict[str, Any] = {
+        "kind": "swiglu",
+        "experts_per_token": _need(values, "num_experts_per_tok", where),
+    }
+    if family == "mixtral":
+        experts["num_experts"] = _need(values, "num_local_experts", where)
+        experts["width"] = _need(values, "intermediate_size", where)
+        return {"experts": experts, "router": {"gate": "softmax_after_topk"}}
+    counts = {values[key] for key in ("num_experts", "num_local_experts") if values.get(key)}
+    if len(counts) > 1:
+        raise UserError(f"{where}: num_experts and num_local_experts differ; remove one of them")
+    experts["num_experts"] = counts.pop() if counts else _need(values, "num_experts", where)
+    experts["width"] = _need(values, "moe_intermediate_size", where)
+    dense = list(values.get("mlp_only_layers") or [])
+    if dense != list(range(len(dense))):
+        raise UserError(
+            f"{where}: mlp_only_layers={dense} is not supported: our dense layers are the first "
+            "ones, 0, 1, ..."
+        )
+    return {
+        "experts": experts,
+        "first_dense_layers": len(dense),
+        "ffn_width": _need(values, "intermediate_size", where) if dense else None,
+        "router": {"gate": "softmax", "normalize": bool(values.get("norm_topk_prob", False))},
+    }
+
+
+def _check_features(values: Mapping[str, Any], family: Family, where: str) -> None:
+    """Raise UserError for a key that our models cannot honour or do not know."""
+    for key, allowed in _FIXED.items():
+        if key in values and values[key] not in allowed:
+            raise UserError(
+                f"{where}: {key}={values[key]!r} is not supported; only {allowed[0]!r} is"
+            )
+    # Mixtral's window is in use wherever it is set, Qwen3's only where use_sliding_window says so.
+    windowed = family == "mixtral" or values.get("use_sliding_window", False)
+    if family != "llama" and windowed and values.get("sliding_window") is not None:
+        raise UserError(
+            f"{where}: sliding_window={values['sliding_window']!r} is not supported: our attention "
+            "sees the whole sequence; use a model without it (sliding_window: null)"
+        )
+    kinds = set(values.get("layer_types") or []) - {"full_attention"}
+    if kinds:
+        raise UserError(
+            f"{where}: layer_types has {min(kinds)!r}, which is not supported; only "
+            "'full_attention' is"
+        )
+    known = _WITHOUT_EFFECT | _FIXED.keys() | _SIZES | _EXPERT_SIZES[family]
+    for key in sorted(values.keys() - known):
+        # Old files spell out absent features with null, false, 0 and empty lists.
+        if values[key]:
+            raise UserError(
+                f"{where}: {key}={values[key]!r} is not known for model_type={family}, and might "
+                "change what the model computes; remove it if it does not"
+            )
+
+
+def _rope_theta(values: Mapping[str, Any], family: Family, where: str) -> float:
+    """Return the base of the rotary frequencies, from transformers 4's keys or from 5's."""
+    scaling: dict[str, Any] = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        given = values.get(key) or {}
+        scaling |= given if isinstance(given, dict) else {key: given}
+    theta = scaling.pop("rope_theta", None)
+    plain = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1}
+    for key, value in scaling.items():
+        if value is not None and (key not in plain or value != plain[key]):
+            raise UserError(
+                f"{where}: rotary positions with {key}={value!r} are not supported; only "
+                "rope_type='default' is"
+            )
+    top = values.get("rope_theta")
+    if theta is not None and top is not None and theta != top:
+        raise UserError(f"{where}: rope_theta={top} and rope_parameters' {theta} differ; keep one")
+    theta = theta if theta is not None else top
+    if theta is None and family == "llama":  # the first Llama's files have no such key
+        return 10_000.0
+    return float(theta if theta is not None else _need(values, "rope_theta", where))
+
+
+def differences(ours: ModelConfig, theirs: ModelConfig) -> list[tuple[str, Any, Any]]:
+    """Return (key, ours, theirs) wherever two descriptions compute different functions.
+
+    Defaults are filled in, and what matters in training only is left out.
+    """
+    one, other = _function(ours), _function(theirs)
+    return [
+        (key, one.get(key), other.get(key))
+        for key in sorted(one.keys() | other.keys())
+        if one.get(key) != other.get(key)
+    ]
+
+
+def _function(model: ModelConfig) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+
+    def walk(value: Any, path: str) -> None:
+        if any(path == key or path.startswith(f"{key}.") for key in _TRAINING_ONLY):
+            return
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                walk(inner, f"{path}.{key}" if path else key)
+        else:
+            flat[path] = value
+
+    walk(model.model_dump(mode="json"), "")
+    flat |= {"num_kv_heads": model.kv_heads, "head_dim": model.head_width}
+    if isinstance(model, MoEModel):
+        flat["router.gate"], flat["router.normalize"] = _gate(model)
+        if (model.router.groups_per_token or model.router.num_groups) == model.router.num_groups:
+            flat["router.num_groups"] = flat["router.groups_per_token"] = None
+    return flat
