@@ -26,8 +26,11 @@ from allometry.models.init import initialize
 from allometry.models.transformer import Part, Transformer
 from allometry.parallel.checkpointing import apply_checkpointing
 from allometry.parallel.execution import Accumulation, Execution
+from allometry.parallel.expert import apply_expert
 from allometry.parallel.mesh import Mesh
+from allometry.parallel.pipeline import PipelineExecution
 from allometry.parallel.reduce import GradientSync
+from allometry.parallel.tensor import apply_tensor
 from allometry.parallel.zero import apply_zero
 from allometry.scaling.layout import Layout
 from allometry.scaling.parameterization import Parameterization
@@ -110,12 +113,8 @@ def parallelize(
 def distribute(part: Transformer, config: RunConfig, mesh: Mesh) -> None:
     """Apply to one part of a model, in place, all that happens inside of its blocks."""
     if mesh.tp.size > 1 or mesh.ep.size > 1:
-        from allometry.parallel.tensor import apply_tensor
-
         apply_tensor(part, mesh)
     if mesh.ep.size > 1:
-        from allometry.parallel.expert import apply_expert
-
         apply_expert(part, mesh)
     kind = config.training.activation_checkpointing
     if kind != "none":

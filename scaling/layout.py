@@ -20,6 +20,8 @@ from allometry.scaling.count import layer_flops
 V_SCHEDULES = ("zbv_zero_bubble", "dualpipe_v")
 """Schedules whose stages run down the ranks and back up: the first and the last share a rank."""
 ONE_STAGE_SCHEDULES = ("gpipe", "1f1b")
+SPLIT_BACKWARD = ("interleaved_zero_bubble", "zbv_zero_bubble", "dualpipe_v")
+"""Schedules that compute gradients of activations first and those of weights when there is time."""
 INTERLEAVED_ROUNDS = ("interleaved_1f1b", "interleaved_zero_bubble")
 
 
@@ -115,6 +117,12 @@ class Layout:
             layers = range(config.model.num_layers)
             return cls(degrees, config.parallel.pipeline.schedule, (layers,))
         pipeline = config.parallel.pipeline
+        if config.training.compile and pipeline.schedule in SPLIT_BACKWARD:
+            raise UserError(
+                f"parallel.pipeline.schedule={pipeline.schedule} splits backward in two, which "
+                "compiled blocks cannot; set training.compile: false or schedule: "
+                "interleaved_1f1b"
+            )
         count = _stage_count(pipeline, degrees.pp, config.model.num_layers)
         _check_micro_batches(config, degrees)
         if costs is None:
@@ -206,6 +214,12 @@ def _check_tensor(config: RunConfig, tp: int) -> None:
         cut["model.ffn_width"] = model.ffn_width
     if isinstance(model, MoEModel):
         cut["model.experts.width"] = model.experts.width
+    rows = -(-model.vocab_size // tp)
+    if rows * (tp - 1) >= model.vocab_size:
+        raise UserError(
+            f"parallel.tp={tp} leaves a rank without a row of model.vocab_size="
+            f"{model.vocab_size}; use a smaller parallel.tp or a larger vocabulary"
+        )
     common = math.gcd(*cut.values())
     for name, size in cut.items():
         if size % tp:

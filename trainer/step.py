@@ -103,7 +103,7 @@ class TrainStep:
         dropout_seed: int | None,
         balancer: Balancer | None = None,
     ) -> None:
-        self._execution = parallel.execution
+        self.parallel = parallel
         self._balancer = balancer
         self._optimizer = optimizer
         self._schedule = schedule
@@ -137,7 +137,7 @@ class TrainStep:
             seed_dropout(self._dropout_seed, batches[index].position)
 
         before = None if self._dropout_seed is None else seed
-        self._execution.train(batches, scale, observe, before)
+        self.parallel.execution.train(batches, scale, observe, before)
         self._mesh.all_reduce_sum(sums_2S, "hdp")
         self._mesh.all_reduce_sum(sums_2S, "pp")
         pipeline = self._mesh.pp.group if self._mesh.pp.size > 1 else None

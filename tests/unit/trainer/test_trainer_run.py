@@ -218,7 +218,7 @@ def test_not_finite_loss_stops_names_step_and_group_and_keeps_the_checkpoint(
     def poisoned(self: TrainStep, step: int, batches: Any) -> Any:
         if step == 8:
             with torch.no_grad():
-                self._model.final_norm.weight[0] = math.nan
+                self.parallel.parts[0].final_norm.weight[0] = math.nan
         return take(self, step, batches)
 
     monkeypatch.setattr(TrainStep, "__call__", poisoned)
