@@ -12,7 +12,7 @@ from torch import Tensor
 
 from allometry.configs.model import AuxiliaryBalance, BiasBalance, RouterConfig
 from allometry.models.declare import DeclaresRoles
-from allometry.models.layers import unset
+from allometry.models.layers import local, unset
 from allometry.scaling.roles import Role
 
 _LEAST_WEIGHT = 1e-30  # under the root of gate "sqrt", whose slope at zero is infinite
@@ -87,7 +87,7 @@ class Router(DeclaresRoles):
     def forward(self, x_TD: Tensor) -> Routing:
         """Return the routing of ``x_TD``."""
         wide = torch.promote_types(x_TD.dtype, torch.float32)
-        logits_TE = F.linear(x_TD.to(wide), self.weight.to(wide))
+        logits_TE = F.linear(x_TD.to(wide), local(self.weight).to(wide))
         logits_TE = self._with_balance(logits_TE)
         scores_TE = scores(logits_TE, self.config)
         bias = self.bias if isinstance(self.config.balance, BiasBalance) else None

@@ -104,8 +104,6 @@ def parallelize(
     sync = apply_zero(list(parts.values()), config.parallel.zero, dtype, mesh)
     if mesh.pp.size == 1:
         return Parallel(parts, sync, Accumulation(parts[0], sync))
-    from allometry.parallel.pipeline import PipelineExecution
-
     execution = PipelineExecution(parts, config.model, layout, mesh, sync, dtype)
     return Parallel(parts, sync, execution, execution.mirrors)
 

@@ -22,6 +22,8 @@ V_SCHEDULES = ("zbv_zero_bubble", "dualpipe_v")
 ONE_STAGE_SCHEDULES = ("gpipe", "1f1b")
 SPLIT_BACKWARD = ("interleaved_zero_bubble", "zbv_zero_bubble", "dualpipe_v")
 """Schedules that compute gradients of activations first and those of weights when there is time."""
+SPLIT_BACKWARD = ("interleaved_zero_bubble", "zbv_zero_bubble", "dualpipe_v")
+"""Schedules that compute gradients of activations first and those of weights when there is time."""
 INTERLEAVED_ROUNDS = ("interleaved_1f1b", "interleaved_zero_bubble")
 
 
@@ -251,6 +253,16 @@ def _check_dropout(config: RunConfig, degrees: Degrees) -> None:
                 f"model.dropout={config.model.dropout} with parallel.{name}={degree}: its masks "
                 f"would depend on the layout; set model.dropout: 0 or parallel.{name}: 1"
             )
+
+
+def _check_compile(config: RunConfig) -> None:
+    schedule = config.parallel.pipeline.schedule
+    if config.training.compile and schedule in SPLIT_BACKWARD:
+        raise UserError(
+            f"parallel.pipeline.schedule={schedule} splits backward in two, which compiled blocks "
+            "(training.compile=true) cannot; set training.compile: false or schedule: "
+            "interleaved_1f1b"
+        )
 
 
 def _stage_count(pipeline: Pipeline, pp: int, num_layers: int) -> int:

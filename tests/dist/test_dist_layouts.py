@@ -1,0 +1,204 @@
+"""The promise itself: any layout computes the gradients of one process, dense and MoE."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from allometry.configs.run import RunConfig
+from allometry.parallel.mesh import open_mesh
+from allometry.scaling.layout import ONE_STAGE_SCHEDULES
+from allometry.trainer import certificate
+
+RunRanks = Callable[..., list[Any]]
+TOLERANCE = {"fp64": 1e-10, "fp32": 1e-5}
+SCHEDULES = (
+    "gpipe",
+    "1f1b",
+    "interleaved_1f1b",
+    "looped_bfs",
+    "interleaved_zero_bubble",
+    "zbv_zero_bubble",
+    "dualpipe_v",
+)
+COMMON = {
+    "vocab_size": tiny.VOCAB,
+    "width": 24,
+    "num_heads": 4,
+    "num_kv_heads": 4,
+    "head_dim": 6,
+    "qk_norm": True,
+    "z_loss": 1e-3,
+}
+DENSE = {**COMMON, "kind": "dense", "ffn_width": 28}
+MOE = {
+    **COMMON,
+    "kind": "moe",
+    "first_dense_layers": 1,
+    "ffn_width": 28,
+    "experts": {
+        "kind": "swiglu",
+        "num_experts": 4,
+        "experts_per_token": 2,
+        "width": 12,
+        "num_shared_experts": 1,
+    },
+    "router": {
+        "gate": "sqrt",
+        "z_loss": 1e-2,
+        "balance": {"kind": "auxiliary", "coefficient": 0.1},
+    },
+}
+LATENT = {
+    **MOE,
+    "first_dense_layers": 0,
+    "ffn_width": None,
+    "experts": MOE["experts"] | {"kind": "latent", "latent_width": 8, "num_shared_experts": 0},
+    "router": {
+        "gate": "sigmoid",
+        "normalize": True,
+        "scale": 1.5,
+        "num_groups": 2,
+        "groups_per_token": 1,
+        "balance": {"kind": "bias"},
+    },
+}
+
+
+def run(
+    model: dict[str, Any], dtype: str, checkpointing: str = "none", **parallel: Any
+) -> RunConfig:
+    pp = parallel.get("pp", 1)
+    schedule = parallel.get("pipeline", {}).get("schedule", "1f1b")
+    layers = 3 if pp == 1 else max(3, pp * (1 if schedule in ONE_STAGE_SCHEDULES else 2))
+    return RunConfig.model_validate(
+        {
+            "run": {"folder": "none", "seed": tiny.SEED},
+            "model": {**model, "num_layers": layers},
+            "data": {
+                "sequence_length": tiny.LENGTH,
+                "sources": [{"name": "none", "train": "none"}],
+            },
+            "batch": {"sequences": 8, "micro_batch_sequences": 1},
+            "training": {
+                "total_steps": 3,
+                "compute_dtype": dtype,
+                "activation_checkpointing": checkpointing,
+            },
+            "optimizer": {"lr": 1e-2},
+            "schedule": {"kind": "constant"},
+            "parallel": {"timeout_s": 60, **parallel},
+        }
+    )
+
+
+def errors(config: RunConfig, wrong_scale: bool = False) -> dict[str, float]:
+    """(On each rank) how far this layout's step is from that of one process."""
+    batches = tiny.micro_batches(8)
+    alone = certificate.reference_step(config, batches)
+    with open_mesh(config.parallel, torch.device("cpu")) as mesh:
+        shared = certificate.layout_step(config, mesh, batches)
+        assert shared.gradients, "a rank trains something"
+        assert all(bool((g != 0).any()) for g in shared.gradients.values())
+        if wrong_scale:
+            for gradient in shared.gradients.values():
+                gradient /= mesh.hdp.size
+        found = dict(certificate.relative_errors(shared.gradients, alone.gradients))
+        names = {name for held in mesh.gather_objects(set(found)) for name in held}
+        assert names == set(alone.gradients), names ^ set(alone.gradients)
+        for layer, visits in shared.visits.items():
+            assert torch.equal(visits, alone.visits[layer]), layer
+        return {
+            "loss": abs(shared.loss / alone.loss - 1),
+            "gradients": max(found.values()),
+        }
+
+
+def check(run_ranks: RunRanks, world_size: int, model: dict[str, Any], **settings: Any) -> None:
+    for dtype, tolerance in TOLERANCE.items():
+        for rank, found in enumerate(
+            run_ranks(errors, world_size, run(model, dtype, **settings), timeout_s=120.0)
+        ):
+            assert found["loss"] < tolerance, (dtype, rank, found)
+            assert found["gradients"] < tolerance, (dtype, rank, found)
+
+
+def zero(stage: int, **more: Any) -> dict[str, Any]:
+    return {"zero": {"stage": stage, **more}}
+
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "hdp2": (2, {}),
+    "hdp4": (4, {}),
+    "tp2": (2, {"tp": 2}),
+    "tp4": (4, {"tp": 4}),
+    "hdp2-tp2": (4, {"tp": 2}),
+    "pp2-tp2": (4, {"pp": 2, "tp": 2}),
+    "pp2-hdp2": (4, {"pp": 2}),
+    "hdp2-zero1": (2, zero(1)),
+    "hdp2-zero2": (2, zero(2)),
+    "hdp2-zero3": (2, zero(3)),
+    "hdp4-zero3-replicas2": (4, zero(3, replicas=2)),
+    "hdp2-zero3-offload": (2, zero(3, offload="cpu")),
+    "hdp2-tp2-zero2": (4, {"tp": 2, **zero(2)}),
+    "pp2-hdp2-zero1": (4, {"pp": 2, **zero(1)}),
+    "pp2-hdp2-zero3": (4, {"pp": 2, **zero(3)}),
+    "hdp2-selective": (2, {"checkpointing": "selective"}),
+    "tp2-full": (2, {"tp": 2, "checkpointing": "full"}),
+    "pp2-full": (2, {"pp": 2, "checkpointing": "full"}),
+}
+EXPERT_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "ep2": (2, {"ep": 2}),
+    "ep4": (4, {"ep": 4}),
+    "hdp4-ep2": (4, {"ep": 2}),
+    "ep2-tp2": (4, {"ep": 2, "tp": 2}),
+    "ep2-pp2": (4, {"ep": 2, "pp": 2}),
+    "ep2-pp2-zbv": (4, {"ep": 2, "pp": 2, "pipeline": {"schedule": "zbv_zero_bubble"}}),
+    "ep2-zero1": (2, {"ep": 2, **zero(1)}),
+    "hdp4-ep2-zero2": (4, {"ep": 2, **zero(2)}),
+    "hdp4-ep2-zero3": (4, {"ep": 2, **zero(3)}),
+    "ep2-tp2-zero3": (4, {"ep": 2, "tp": 2, **zero(3)}),
+    "ep2-selective": (2, {"ep": 2, "checkpointing": "selective"}),
+    "ep2-full": (2, {"ep": 2, "checkpointing": "full"}),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("model", [DENSE, MOE], ids=["dense", "moe"])
+def test_gradients_do_not_depend_on_the_layout(
+    run_ranks: RunRanks, layout: str, model: dict[str, Any]
+) -> None:
+    world_size, settings = LAYOUTS[layout]
+    check(run_ranks, world_size, model, **settings)
+
+
+@pytest.mark.parametrize("layout", EXPERT_LAYOUTS)
+@pytest.mark.parametrize("model", [MOE, LATENT], ids=["moe", "latent"])
+def test_gradients_do_not_depend_on_where_experts_are(
+    run_ranks: RunRanks, layout: str, model: dict[str, Any]
+) -> None:
+    world_size, settings = EXPERT_LAYOUTS[layout]
+    check(run_ranks, world_size, model, **settings)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("pp", [2, 4])
+@pytest.mark.parametrize("model", [DENSE, MOE], ids=["dense", "moe"])
+def test_gradients_do_not_depend_on_the_pipeline(
+    run_ranks: RunRanks, schedule: str, pp: int, model: dict[str, Any]
+) -> None:
+    check(run_ranks, pp, model, pp=pp, pipeline={"schedule": schedule})
+
+
+@pytest.mark.parametrize("model", [DENSE, MOE], ids=["dense", "moe"])
+def test_three_axes_at_once(run_ranks: RunRanks, model: dict[str, Any]) -> None:
+    check(run_ranks, 8, model, pp=2, tp=2)
+
+
+def test_a_wrong_scale_is_seen(run_ranks: RunRanks) -> None:
+    found = run_ranks(errors, 2, run(DENSE, "fp64"), True)
+    assert min(rank["gradients"] for rank in found) > 0.1
