@@ -24,7 +24,6 @@ from torch import Tensor
 from torch.distributed import pipelining
 from torch.distributed.fsdp import FSDPModule
 
-from allometry.configs.errors import UserError
 from allometry.configs.model import ModelConfig
 from allometry.models.head import Losses
 from allometry.models.transformer import Transformer
@@ -33,7 +32,7 @@ from allometry.parallel.mesh import Mesh
 from allometry.parallel.reduce import GradientSync
 from allometry.parallel.stage import Stage, StepInputs
 from allometry.parallel.tied import TiedHead
-from allometry.scaling.layout import ONE_STAGE_SCHEDULES, Layout
+from allometry.scaling.layout import ONE_STAGE_SCHEDULES, SPLIT_BACKWARD, Layout
 
 SCHEDULES: Mapping[str, Any] = {
     "gpipe": pipelining.ScheduleGPipe,
@@ -44,8 +43,6 @@ SCHEDULES: Mapping[str, Any] = {
     "zbv_zero_bubble": pipelining.ScheduleZBVZeroBubble,
     "dualpipe_v": pipelining.ScheduleDualPipeV,
 }
-SPLIT_BACKWARD = frozenset({"interleaved_zero_bubble", "zbv_zero_bubble", "dualpipe_v"})
-"""Schedules that compute gradients of activations first and those of weights when there is time."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +62,7 @@ class PipelineExecution:
     to another (see ``tied.py``); their gradient is None after ``train``.
 
     A change of the number or shape of micro-batches between steps makes another schedule, which is
-    kept. Raises UserError where compiled blocks meet a schedule that splits backward.
+    kept. ``Layout`` refuses what a schedule that splits backward cannot take.
     """
 
     def __init__(
@@ -81,7 +78,6 @@ class PipelineExecution:
         self._parts, self._layout, self._mesh, self._sync = parts, layout, mesh, sync
         self._width, self._dtype = model.width, compute_dtype
         self._count = len(layout.stages)
-        self._split = layout.schedule in SPLIT_BACKWARD
         self._prepared: dict[tuple[int, ...], _Prepared] = {}
         self._tied = TiedHead(
             parts,
@@ -91,8 +87,8 @@ class PipelineExecution:
             tied=model.tied_embeddings,
         )
         self.mirrors = self._tied.mirrors
-        if self._split:
-            _prepare_for_split(parts.values(), layout.schedule)
+        if layout.schedule in SPLIT_BACKWARD:
+            _prepare_for_split(parts.values())
 
     def train(
         self,
@@ -213,16 +209,11 @@ class PipelineExecution:
         )
 
 
-def _prepare_for_split(parts: Iterable[Transformer], schedule: str) -> None:
-    """Check and set what the two halves of a backward need."""
+def _prepare_for_split(parts: Iterable[Transformer]) -> None:
+    """Set what the two halves of a backward need."""
     for part in parts:
-        if any(module._compiled_call_impl is not None for module in part.modules()):
-            raise UserError(
-                f"parallel.pipeline.schedule={schedule} splits backward in two, which compiled "
-                "blocks cannot; set training.compile: false or schedule: interleaved_1f1b"
-            )
-        if isinstance(part, FSDPModule):
-            # torch looks for a stage's parameters before backward would gather them again.
-            for module in part.modules():
-                if isinstance(module, FSDPModule):
-                    module.set_reshard_after_forward(False, recurse=False)
+        for module in part.modules():
+            assert module._compiled_call_impl is None, "compiled code has no halves"
+            if isinstance(module, FSDPModule):
+                # torch looks for a stage's parameters before backward would gather them again.
+                module.set_reshard_after_forward(False, recurse=False)

@@ -22,8 +22,6 @@ V_SCHEDULES = ("zbv_zero_bubble", "dualpipe_v")
 ONE_STAGE_SCHEDULES = ("gpipe", "1f1b")
 SPLIT_BACKWARD = ("interleaved_zero_bubble", "zbv_zero_bubble", "dualpipe_v")
 """Schedules that compute gradients of activations first and those of weights when there is time."""
-SPLIT_BACKWARD = ("interleaved_zero_bubble", "zbv_zero_bubble", "dualpipe_v")
-"""Schedules that compute gradients of activations first and those of weights when there is time."""
 INTERLEAVED_ROUNDS = ("interleaved_1f1b", "interleaved_zero_bubble")
 
 
@@ -119,12 +117,7 @@ class Layout:
             layers = range(config.model.num_layers)
             return cls(degrees, config.parallel.pipeline.schedule, (layers,))
         pipeline = config.parallel.pipeline
-        if config.training.compile and pipeline.schedule in SPLIT_BACKWARD:
-            raise UserError(
-                f"parallel.pipeline.schedule={pipeline.schedule} splits backward in two, which "
-                "compiled blocks cannot; set training.compile: false or schedule: "
-                "interleaved_1f1b"
-            )
+        _check_halves(config)
         count = _stage_count(pipeline, degrees.pp, config.model.num_layers)
         _check_micro_batches(config, degrees)
         if costs is None:
@@ -255,13 +248,21 @@ def _check_dropout(config: RunConfig, degrees: Degrees) -> None:
             )
 
 
-def _check_compile(config: RunConfig) -> None:
-    schedule = config.parallel.pipeline.schedule
-    if config.training.compile and schedule in SPLIT_BACKWARD:
+def _check_halves(config: RunConfig) -> None:
+    """Refuse what can be differentiated once only where the schedule splits backward."""
+    schedule, training = config.parallel.pipeline.schedule, config.training
+    if schedule not in SPLIT_BACKWARD:
+        return
+    refused = f"parallel.pipeline.schedule={schedule} splits backward in two, which"
+    if training.compile:
         raise UserError(
-            f"parallel.pipeline.schedule={schedule} splits backward in two, which compiled blocks "
-            "(training.compile=true) cannot; set training.compile: false or schedule: "
+            f"{refused} compiled blocks cannot; set training.compile: false or schedule: "
             "interleaved_1f1b"
+        )
+    if training.activation_checkpointing == "selective":
+        raise UserError(
+            f"{refused} selective checkpointing cannot; set training.activation_checkpointing: "
+            "full or none, or schedule: interleaved_1f1b"
         )
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from allometry.configs.errors import UserError
-from allometry.configs.execution import ParallelConfig
+from allometry.configs.execution import ParallelConfig, Pipeline
 from allometry.configs.run import RunConfig
 from allometry.scaling.count import flops_per_token, layer_flops
 from allometry.scaling.layout import Layout, resolve_degrees, split_layers
@@ -213,3 +213,24 @@ def test_a_split_is_as_even_as_can_be(costs: list[int], data: st.DataObject) -> 
 
     every = [[0, *cut, layers] for cut in combinations(range(1, layers), stages - 1)]
     assert dearest([part.start for part in parts] + [layers]) == min(map(dearest, every))
+
+
+@pytest.mark.parametrize(
+    ("training", "what"),
+    [
+        ({"compile": True}, "compiled blocks cannot; set training.compile: false or schedule: "),
+        (
+            {"activation_checkpointing": "selective"},
+            "selective checkpointing cannot; set training.activation_checkpointing: full or none, "
+            "or schedule: ",
+        ),
+    ],
+)
+def test_backward_in_two_halves_has_limits(training: dict[str, Any], what: str) -> None:
+    config = run(pp=2, pipeline={"schedule": "zbv_zero_bubble"})
+    assert len(Layout.of(config, 2).stages) == 4
+    limited = config.model_copy(update={"training": config.training.model_copy(update=training)})
+    sentence = "parallel.pipeline.schedule=zbv_zero_bubble splits backward in two, which "
+    assert refusal(limited, 2) == f"{sentence}{what}interleaved_1f1b"
+    whole = {"parallel": limited.parallel.model_copy(update={"pipeline": Pipeline()})}
+    assert len(Layout.of(limited.model_copy(update=whole), 2).stages) == 2
