@@ -116,6 +116,42 @@ def prepare(
 
 
 @app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="run folder, or folder of a Hugging Face model")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="folder to make; it must not hold anything")
+    ] = None,
+    step: Annotated[
+        int | None, typer.Option(min=0, help="export this checkpoint; default: the latest")
+    ] = None,
+    family: Annotated[
+        str | None, typer.Option(help="export as llama, qwen3, mixtral or qwen3_moe; default: fit")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="type of exported weights, fp32 or bf16; default: fp32")
+    ] = None,
+    config: Annotated[
+        str | None, typer.Option(help="import: the run to be trained, a YAML file or preset:NAME")
+    ] = None,
+    print_model: Annotated[
+        bool, typer.Option("--print-model", help="print the model section of a model and stop")
+    ] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="compare logits with transformers, and every tensor")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Export a run's checkpoint as a Hugging Face folder, or import one as a new run.
+
+    Llama, Qwen3, Mixtral and Qwen3-MoE, as safetensors with config.json and the tokenizer.
+    """
+    from allometry.launch.convert import Request, run
+
+    request = Request(source, out, step, family, dtype, config, print_model, check)
+    typer.echo(run(request, as_json=json))
+
+
+@app.command()
 def doctor(json: Json = False) -> None:
     """Say what is installed and usable here, and how to mend what is not."""
     from allometry.launch.doctor import examine, render
