@@ -102,11 +102,19 @@ class Stage(PipelineStage):
             self._emptied.add(way)
             for other in infos:
                 self._drop_buffers(infos, other)
-        for info in infos[index]:
-            if not info.is_root_arg and info.tensor_meta is not None:
-                meta = info.tensor_meta
-                info.buffer = torch.empty(meta.shape, dtype=meta.dtype, device=self.device)
+        for info in filter(_is_received, infos[index]):
+            meta = info.tensor_meta
+            info.buffer = torch.empty(meta.shape, dtype=meta.dtype, device=self.device)
 
     def _drop_buffers(self, infos: dict[int, tuple[Any, ...]], index: int) -> None:
-        for info in infos.get(index, ()):
+        for info in filter(_is_received, infos.get(index, ())):
             info.buffer = None
+
+
+def _is_received(info: Any) -> bool:
+    """Whether ``info`` is of a tensor that comes from another stage, and says what it is like.
+
+    Before torch 2.13 it may not say it: torch's own buffers are then used, one for each
+    micro-batch.
+    """
+    return getattr(info, "tensor_meta", None) is not None and not info.is_root_arg

@@ -2,129 +2,34 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
+import pipelined
 import pytest
 import tiny
-import torch
-from torch import Tensor
-from torch.distributed.pipelining import PipelineStage
-from torch.distributed.tensor import DTensor
 
 from allometry.configs.run import RunConfig
-from allometry.models.init import initialize
-from allometry.models.transformer import Part, Transformer
-from allometry.parallel.apply import Parallel, materialize
-from allometry.parallel.measure import measure_costs
-from allometry.parallel.mesh import Mesh
-from allometry.parallel.stage import Stage
-from allometry.scaling.layout import Layout
-from allometry.scaling.parameterization import Parameterization
+from allometry.parallel.apply import Parallel
 
 RunRanks = Callable[..., list[Any]]
-ALL = (
-    "gpipe",
-    "1f1b",
-    "interleaved_1f1b",
-    "looped_bfs",
-    "interleaved_zero_bubble",
-    "zbv_zero_bubble",
-    "dualpipe_v",
-)
-
-
-def config(
-    pp: int,
-    schedule: str,
-    dtype: str = "fp64",
-    *,
-    layers: int = 8,
-    tied: bool = False,
-    zero: int = 0,
-    split: Any = "flops",
-    **training: Any,
-) -> RunConfig:
-    """The tiny model with more layers, on a pipeline."""
-    run = tiny.config(zero, dtype, tied)
-    given = run.model_dump()
-    given["model"]["num_layers"] = layers
-    given["batch"]["sequences"] = 16 * 4
-    given["parallel"] |= {"pp": pp, "pipeline": {"schedule": schedule, "split": split}}
-    given["training"] |= training
-    return RunConfig.model_validate(given)
-
-
-def step(
-    made: Parallel, run: RunConfig, mesh: Mesh, count: int, seed: int = 0
-) -> tuple[dict[str, Tensor], dict[int, Tensor], list[int]]:
-    """Gradients and losses of this rank for ``count`` micro-batches on each hdp rank."""
-    batches = tiny.micro_batches(count * mesh.hdp.size, seed=seed)
-    scale = torch.tensor(1.0 / tiny.global_count(batches), dtype=torch.float64)
-    losses: dict[int, Tensor] = {}
-    begun: list[int] = []
-    mine = batches[mesh.hdp.rank :: mesh.hdp.size]
-    made.execution.train(mine, scale, losses.__setitem__, begun.append)
-    found = {name: parameter.grad for name, parameter in made.named_parameters()}
-    assert all(gradient is not None for gradient in found.values()), found.keys()
-    return {name: tiny.whole(gradient) for name, gradient in found.items()}, losses, begun
-
-
-def check(made: Parallel, run: RunConfig, mesh: Mesh, count: int, seed: int = 0) -> dict[str, Any]:
-    """One step against one process: the worst error of this rank's gradients and losses."""
-    found, losses, begun = step(made, run, mesh, count, seed)
-    assert begun == list(range(count)), begun
-    batches = tiny.micro_batches(count * mesh.hdp.size, seed=seed)
-    alone = tiny.initialized(run, mesh.device)
-    tiny.backward_alone(alone, batches)
-    expected = tiny.gradients(alone)
-    nll_error = 0.0
-    with torch.no_grad():
-        for index, nll_BL in losses.items():
-            batch = batches[mesh.hdp.rank :: mesh.hdp.size][index]
-            exact_BL = alone(batch.tokens_BL, batch.targets_BL, batch.documents).nll_BL
-            nll_error = max(nll_error, float((nll_BL - exact_BL).abs().max()))
-    return {
-        "names": sorted(found),
-        "error": tiny.worst_error(found, {name: expected[name] for name in found}),
-        "losses": sorted(losses),
-        "nll_error": nll_error,
-        "all": sorted(expected),
-    }
-
-
-def errors(run: RunConfig, count: int) -> dict[str, Any]:
-    with tiny.mesh(run) as mesh:
-        return check(tiny.parallel(run, mesh), run, mesh, count) | {"pp": mesh.pp.rank}
-
-
-def assert_equal_to_one_process(
-    results: list[Mapping[str, Any]], last: int, count: int, tolerance: float
-) -> None:
-    """Every parameter is on some rank and right; only the last stage's rank has losses."""
-    assert max(found["error"] for found in results) < tolerance
-    assert max(found["nll_error"] for found in results) < 20 * tolerance
-    assert sorted({n for found in results for n in found["names"]}) == results[0]["all"]
-    for found in results:
-        assert found["losses"] == (list(range(count)) if found["pp"] == last else [])
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("fp64", 1e-10), ("fp32", 1e-5)])
-@pytest.mark.parametrize("schedule", ALL)
+@pytest.mark.parametrize("schedule", pipelined.ALL)
 def test_gradients_equal_one_process(
     run_ranks: RunRanks, schedule: str, dtype: str, tolerance: float
 ) -> None:
-    results = run_ranks(errors, 2, config(2, schedule, dtype), 4)
+    results = run_ranks(pipelined.errors, 2, pipelined.config(2, schedule, dtype), 4)
     last = 0 if schedule in ("zbv_zero_bubble", "dualpipe_v") else 1
-    assert_equal_to_one_process(results, last, 4, tolerance)
+    pipelined.assert_equal_to_one_process(results, last, 4, tolerance)
 
 
-@pytest.mark.parametrize("schedule", ALL)
+@pytest.mark.parametrize("schedule", pipelined.ALL)
 def test_four_ranks_equal_one_process(run_ranks: RunRanks, schedule: str) -> None:
-    results = run_ranks(errors, 4, config(4, schedule), 8)
+    results = run_ranks(pipelined.errors, 4, pipelined.config(4, schedule), 8)
     last = 0 if schedule in ("zbv_zero_bubble", "dualpipe_v") else 3
-    assert_equal_to_one_process(results, last, 8, 1e-10)
+    pipelined.assert_equal_to_one_process(results, last, 8, 1e-10)
 
 
 @pytest.mark.parametrize(
@@ -132,31 +37,34 @@ def test_four_ranks_equal_one_process(run_ranks: RunRanks, schedule: str) -> Non
     [("1f1b", (1, 4)), ("interleaved_1f1b", (1, 2, 1, 1)), ("zbv_zero_bubble", (2, 1, 1, 1))],
 )
 def test_uneven_stages(run_ranks: RunRanks, schedule: str, split: tuple[int, ...]) -> None:
-    run = config(2, schedule, layers=5, split=split)
-    results = run_ranks(errors, 2, run, 4)
-    assert_equal_to_one_process(results, 0 if schedule == "zbv_zero_bubble" else 1, 4, 1e-10)
+    run = pipelined.config(2, schedule, layers=5, split=split)
+    results = run_ranks(pipelined.errors, 2, run, 4)
+    pipelined.assert_equal_to_one_process(
+        results, 0 if schedule == "zbv_zero_bubble" else 1, 4, 1e-10
+    )
 
 
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(("zero", "tied"), [(0, True), (1, True), (2, True), (3, True), (3, False)])
 @pytest.mark.parametrize(
     "schedule", ["1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv_zero_bubble"]
 )
 def test_with_zero_equals_one_process(
-    run_ranks: RunRanks, schedule: str, tied: bool, zero: int
+    run_ranks: RunRanks, schedule: str, zero: int, tied: bool
 ) -> None:
-    run = config(2, schedule, layers=5, tied=tied, zero=zero)
-    results = run_ranks(errors, 4, run, 4)
+    run = pipelined.config(2, schedule, layers=5, tied=tied, zero=zero)
+    results = run_ranks(pipelined.errors, 4, run, 4)
     last = 0 if schedule == "zbv_zero_bubble" else 1
-    assert_equal_to_one_process(results, last, 4, 1e-10)
+    pipelined.assert_equal_to_one_process(results, last, 4, 1e-10)
 
 
 @pytest.mark.parametrize("schedule", ["gpipe", "looped_bfs", "dualpipe_v"])
 def test_with_zero_3_the_other_schedules_equal_one_process(
     run_ranks: RunRanks, schedule: str
 ) -> None:
-    results = run_ranks(errors, 4, config(2, schedule, layers=5, tied=True, zero=3), 4)
-    assert_equal_to_one_process(results, 0 if schedule == "dualpipe_v" else 1, 4, 1e-10)
+    results = run_ranks(
+        pipelined.errors, 4, pipelined.config(2, schedule, layers=5, tied=True, zero=3), 4
+    )
+    pipelined.assert_equal_to_one_process(results, 0 if schedule == "dualpipe_v" else 1, 4, 1e-10)
 
 
 def average_over_micro_batches(made: Parallel) -> None:
@@ -194,7 +102,7 @@ def mistaken_errors(run: RunConfig, mistake: str, shift: bool) -> float:
                     parameter.data.mul_(1.5)
         if mistake:
             MISTAKES[mistake](made)
-        found, _, _ = step(made, run, mesh, 4)
+        found, _, _ = pipelined.step(made, run, mesh, 4)
         alone = tiny.initialized(run, mesh.device)
         if shift:
             alone.embedding.weight.data.mul_(1.5)
@@ -218,195 +126,7 @@ def mistaken_errors(run: RunConfig, mistake: str, shift: bool) -> float:
 def test_the_comparison_sees_mistakes(
     run_ranks: RunRanks, mistake: str, schedule: str, zero: int
 ) -> None:
-    run = config(2, schedule, layers=4, tied=True, zero=zero)
+    run = pipelined.config(2, schedule, layers=4, tied=True, zero=zero)
     ranks = 4 if zero else 2
     assert max(run_ranks(mistaken_errors, ranks, run, mistake, True)) > 0.05
     assert max(run_ranks(mistaken_errors, ranks, run, "", True)) < 1e-10
-
-
-def train(run: RunConfig, counts: tuple[int, ...]) -> dict[str, float]:
-    """AdamW steps with other numbers of micro-batches, an evaluation after each, and one before."""
-    with tiny.mesh(run) as mesh:
-        made = tiny.parallel(run, mesh)
-        alone = tiny.initialized(run, mesh.device)
-        trained = dict(made.named_parameters())
-        optimizers = [
-            torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1)
-            for parameters in (trained.values(), alone.parameters())
-        ]
-        worst = {"gradient": 0.0, "evaluation": 0.0, "evaluated": 0.0}
-        for number, count in enumerate((0, *counts)):
-            if count:
-                for optimizer in optimizers:
-                    optimizer.zero_grad(set_to_none=True)
-                found, _, _ = step(made, run, mesh, count, seed=number)
-                tiny.backward_alone(alone, tiny.micro_batches(count * mesh.hdp.size, seed=number))
-                expected = {n: g for n, g in tiny.gradients(alone).items() if n in found}
-                worst["gradient"] = max(worst["gradient"], tiny.worst_error(found, expected))
-                for optimizer in optimizers:
-                    optimizer.step()
-            # More and fewer micro-batches than there are stages.
-            for held_out in (1, 3, 5):
-                batches = tiny.micro_batches(held_out, seed=99 + held_out)
-                losses: dict[int, Tensor] = {}
-                made.execution.evaluate(batches, losses.__setitem__)
-                worst["evaluated"] += len(losses)
-                with torch.no_grad():
-                    for index, nll_BL in losses.items():
-                        batch = batches[index]
-                        exact = alone(batch.tokens_BL, batch.targets_BL, batch.documents)
-                        error = float((nll_BL - exact.nll_BL).abs().max())
-                        worst["evaluation"] = max(worst["evaluation"], error)
-            for name, parameter in made.named_parameters():
-                assert isinstance(parameter, DTensor) == (run.parallel.zero.stage > 0), name
-                assert parameter is trained[name], name
-        values = {name: tiny.whole(parameter.detach()) for name, parameter in trained.items()}
-        moved = tiny.values(alone)
-        worst["parameters"] = tiny.worst_error(values, {name: moved[name] for name in values})
-        return worst
-
-
-@pytest.mark.parametrize(
-    ("schedule", "zero", "ranks"),
-    [
-        ("1f1b", 0, 2),
-        ("interleaved_1f1b", 0, 2),
-        ("zbv_zero_bubble", 0, 2),
-        ("1f1b", 3, 4),
-        ("interleaved_zero_bubble", 1, 4),
-        ("zbv_zero_bubble", 3, 4),
-    ],
-)
-def test_training_with_changing_batches_and_evaluation(
-    run_ranks: RunRanks, schedule: str, zero: int, ranks: int
-) -> None:
-    run = config(2, schedule, layers=4, tied=True, zero=zero)
-    counts = (4, 2, 4, 6)
-    results = run_ranks(train, ranks, run, counts)
-    for found in results:
-        assert found["gradient"] < 1e-10
-        assert found["evaluation"] < 1e-10
-        assert found["parameters"] < 1e-10
-    lines = ranks // 2
-    assert sum(found["evaluated"] for found in results) == lines * 9 * (len(counts) + 1)
-
-
-def bf16_error(run: RunConfig, count: int, repair: bool) -> dict[str, float]:
-    """Gradients in bf16 against one process in bf16; ``repair`` False: as torch adds them up."""
-    with tiny.mesh(run) as mesh:
-        made = tiny.parallel(run, mesh)
-        kept = Stage.backward_weight_one_chunk
-        if not repair:
-            Stage.backward_weight_one_chunk = PipelineStage.backward_weight_one_chunk
-        try:
-            found, _, _ = step(made, run, mesh, count)
-        finally:
-            Stage.backward_weight_one_chunk = kept
-        batches = tiny.micro_batches(count * mesh.hdp.size)
-        same, exact = (tiny.initialized(config_like(run, d), mesh.device) for d in ("bf16", "fp64"))
-        for alone in (same, exact):
-            tiny.backward_alone(alone, batches)
-        low, high = tiny.gradients(same), tiny.gradients(exact)
-        return {
-            "to one process": tiny.worst_error(found, {name: low[name] for name in found}),
-            "to exact": tiny.worst_error(found, {name: high[name] for name in found}),
-            "of one process": tiny.worst_error(
-                {name: low[name] for name in found}, {name: high[name] for name in found}
-            ),
-        }
-
-
-def config_like(run: RunConfig, dtype: str) -> RunConfig:
-    return run.model_copy(
-        update={"training": run.training.model_copy(update={"compute_dtype": dtype})}
-    )
-
-
-@pytest.mark.parametrize("zero", [0, 1, 3])
-@pytest.mark.parametrize("schedule", ["1f1b", "zbv_zero_bubble"])
-def test_bf16(run_ranks: RunRanks, schedule: str, zero: int) -> None:
-    run = config(2, schedule, "bf16", layers=4, zero=zero)
-    for found in run_ranks(bf16_error, 4 if zero else 2, run, 8, True):
-        assert found["to one process"] < (1e-6 if zero == 0 else 2**-8)
-        assert found["to exact"] < 1.1 * found["of one process"]
-
-
-def test_gradients_of_weights_do_not_add_up_in_bf16(run_ranks: RunRanks) -> None:
-    """Ranks without the head: the head's own gradient adds up otherwise on one process."""
-    run = config(2, "zbv_zero_bubble", "bf16", layers=4, zero=1)
-    assert min(f["to one process"] for f in run_ranks(bf16_error, 4, run, 8, True)) < 1e-6
-    assert min(f["to one process"] for f in run_ranks(bf16_error, 4, run, 8, False)) > 1e-3
-
-
-@pytest.mark.parametrize(
-    ("kind", "schedule"), [("selective", "1f1b"), ("full", "1f1b"), ("full", "zbv_zero_bubble")]
-)
-def test_with_activation_checkpointing(run_ranks: RunRanks, kind: str, schedule: str) -> None:
-    run = config(2, schedule, layers=4, zero=3, activation_checkpointing=kind)
-    results = run_ranks(errors, 4, run, 4)
-    assert_equal_to_one_process(results, 0 if schedule == "zbv_zero_bubble" else 1, 4, 1e-10)
-
-
-def test_compiled_blocks(run_ranks: RunRanks) -> None:
-    run = config(2, "1f1b", "fp32", layers=2, compile=True)
-    results = run_ranks(errors, 2, run, 4, timeout_s=240.0)
-    assert_equal_to_one_process(results, 1, 4, 1e-5)
-
-
-def held_buffers(run: RunConfig, count: int) -> int:
-    """The most tensors that wait to be computed with, at any forward of two steps."""
-    with tiny.mesh(run) as mesh:
-        made = tiny.parallel(run, mesh)
-        execution: Any = made.execution
-        most = 0
-
-        def look(_: int) -> None:
-            nonlocal most
-            infos = [
-                info
-                for prepared in execution._prepared.values()
-                for stage in prepared.stages
-                for held in (stage.args_recv_info, stage.grad_recv_info)
-                for received in held.values()
-                for info in received
-            ]
-            if mesh.pp.rank == 1:
-                most = max(most, sum(info.buffer is not None for info in infos))
-
-        batches = tiny.micro_batches(count)
-        for _ in range(2):
-            made.execution.train(batches, torch.tensor(1.0), lambda *_: None, look)
-        return most
-
-
-def test_received_tensors_are_held_while_they_are_needed(run_ranks: RunRanks) -> None:
-    assert run_ranks(held_buffers, 2, config(2, "1f1b", layers=2), 8) == [0, 1]
-
-
-def test_measured_costs() -> None:
-    """Dear layers are seen to be dear, and equal ones are measured once."""
-    run = config(2, "1f1b", "fp32", layers=4)
-    built = []
-
-    def build(part: Part) -> Transformer:
-        built.append(part)
-        module = tiny.build(run, part)
-        materialize(module, torch.device("cpu"))
-        initialize(module, Parameterization(run.parameterization, run.model), tiny.SEED)
-        if part.layers:
-            whole = module.blocks["0"].forward
-
-            def slow(*args: Any) -> Any:
-                time.sleep(0.05)
-                return whole(*args)
-
-            module.blocks["0"].forward = slow
-        return module
-
-    costs = measure_costs(build, run, torch.device("cpu"))
-    assert len(costs) == 6
-    assert len(built) == 3
-    assert costs[1] == costs[2] == costs[3] == costs[4] > 0.05
-    assert 0 < costs[0] < 0.05
-    assert 0 < costs[5] < 0.05
-    assert Layout.of(run, 2, costs=costs).stages == (range(2), range(2, 4))
