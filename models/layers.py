@@ -7,6 +7,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial
 
 from allometry.models.declare import DeclaresRoles
 from allometry.scaling.roles import Role
@@ -23,10 +24,8 @@ def local(parameter: Tensor) -> Tensor:
     A part that other ranks hold as well is used there on other tokens or other heads, so its
     gradient is marked as this rank's summand.
     """
-    if not hasattr(parameter, "to_local"):
+    if not isinstance(parameter, DTensor):
         return parameter
-    from torch.distributed.tensor import Partial  # slow to import, and there already
-
     summands = [Partial() if p.is_replicate() else p for p in parameter.placements]
     return parameter.to_local(grad_placements=summands)
 

@@ -1,0 +1,304 @@
+"""Tensor, sequence and loss parallelism give the gradients and losses of one process."""
+
+# B sequences, L tokens in a sequence, T = B*L, V vocabulary
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from allometry.configs.run import RunConfig
+from allometry.models import layers, router
+from allometry.models.documents import Documents
+from allometry.models.head import Losses
+from allometry.models.moe import begin_step, routers
+from allometry.models.transformer import Transformer
+from allometry.optim.clip import clip_by_global_norm
+from allometry.parallel.mesh import Mesh
+
+RunRanks = Callable[..., list[Any]]
+EXACT = {"fp64": 1e-10, "fp32": 1e-5}
+
+
+def config(tp: int, dtype: str = "fp64", **options: Any) -> RunConfig:
+    """Heads and hidden width that 4 divides, a vocabulary that nothing does, every scale felt.
+
+    ``options``: stage, and what is to be set in the sections model and training.
+    """
+    given = tiny.config(options.pop("stage", 0), dtype).model_dump()
+    for key in ("compile", "activation_checkpointing"):
+        if key in options:
+            given["training"][key] = options.pop(key)
+    given["model"] |= {"num_heads": 8, "num_kv_heads": 4, "ffn_width": 28, "num_layers": 2}
+    given["model"] |= {"qk_norm": True, "z_loss": 1e-2} | options
+    if not given["model"]["tied_embeddings"]:
+        given["parameterization"] = {"kind": "mup", "base_width": 11}
+    given["parallel"]["tp"] = tp
+    return RunConfig.model_validate(given)
+
+
+def mixture(tp: int, dtype: str = "fp64", latent: bool = False, **options: Any) -> RunConfig:
+    """The same with experts after a dense block: shared ones, and an auxiliary and a z-loss."""
+    experts = {"num_experts": 6, "experts_per_token": 2, "width": 20, "num_shared_experts": 1}
+    experts |= {"kind": "latent", "latent_width": 10} if latent else {"kind": "swiglu"}
+    balance = {"kind": "auxiliary", "coefficient": 0.1}
+    given = config(tp, dtype, **options).model_dump()
+    given["model"] |= {"kind": "moe", "first_dense_layers": 1, "experts": experts}
+    given["model"]["router"] = {"balance": balance, "z_loss": 1e-2, "gate": "softmax_after_topk"}
+    return RunConfig.model_validate(given)
+
+
+def pairs(count: int) -> list[tiny.MicroBatch]:
+    """Micro-batches of two sequences: gathered tokens must come back in their order."""
+    single = tiny.micro_batches(2 * count)
+    made = []
+    for one, two in zip(single[::2], single[1::2], strict=True):
+        first, second = one.documents, two.documents
+        documents = Documents(
+            torch.cat([first.cu_lengths, second.cu_lengths[1:] + tiny.LENGTH]),
+            max(first.max_length, second.max_length),
+            torch.cat([first.positions_BL, second.positions_BL]),
+        )
+        tokens = torch.cat([one.tokens_BL, two.tokens_BL])
+        made.append(tiny.MicroBatch(tokens, torch.cat([one.targets_BL, two.targets_BL]), documents))
+    return made
+
+
+def prepare(model: Transformer, batches: list[tiny.MicroBatch]) -> None:
+    """Give routers the size of the step and an uneven load, as a step before would have."""
+    if routers(model):
+        begin_step(model, sum(batch.tokens_BL.numel() for batch in batches))
+    for each in routers(model).values():
+        each.load.copy_(torch.arange(1.0, 1.0 + len(each.load)) / 21.0)
+
+
+def compare(run: RunConfig, mesh: Mesh, twin: RunConfig | None = None) -> dict[str, float]:
+    """Errors of gradients, of their norm and of a held-out loss against one process."""
+    batches = pairs(3 * mesh.hdp.size)
+    held_out = replace(batches[0], tokens_BL=batches[0].tokens_BL.flip(1))
+    model, sync = tiny.distributed(run, mesh)
+    alone = tiny.initialized(twin or run, mesh.device)
+    for each in (model, alone):
+        prepare(each, batches)
+    tiny.backward_shared(model, sync, batches, mesh)
+    tiny.backward_alone(alone, batches)
+    found = {"gradients": tiny.worst_error(tiny.gradients(model), tiny.gradients(alone))}
+    norms = [clip_by_global_norm(m.parameters(), None) for m in (model, alone)]
+    found["norm"] = float((norms[0] / norms[1] - 1).abs())
+    with torch.no_grad():
+        losses = [tiny.forward_loss(m, held_out) for m in (model, alone)]
+    found["loss"] = float((losses[0] / losses[1] - 1).abs())
+    for name, parameter in model.named_parameters():
+        assert isinstance(parameter, DTensor), name
+    return found
+
+
+def errors(run: RunConfig, twin: RunConfig | None = None) -> dict[str, float]:
+    with tiny.mesh(run) as mesh:
+        return compare(run, mesh, twin)
+
+
+def worst(results: list[dict[str, float]]) -> float:
+    return max(value for found in results for value in found.values())
+
+
+@pytest.mark.parametrize("dtype", EXACT)
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("tp", [2, 4])
+def test_gradients_and_losses_equal_one_process(
+    run_ranks: RunRanks, tp: int, tied: bool, dtype: str
+) -> None:
+    run = config(tp, dtype, tied_embeddings=tied)
+    assert worst(run_ranks(errors, tp, run)) < EXACT[dtype]
+
+
+@pytest.mark.parametrize("dtype", EXACT)
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_with_zero_on_top(run_ranks: RunRanks, stage: int, dtype: str) -> None:
+    assert worst(run_ranks(errors, 4, config(2, dtype, stage=stage))) < EXACT[dtype]
+
+
+def test_with_zero_and_a_tied_head(run_ranks: RunRanks) -> None:
+    assert worst(run_ranks(errors, 4, config(2, stage=3, tied_embeddings=True))) < 1e-10
+
+
+def test_without_options(run_ranks: RunRanks) -> None:
+    assert worst(run_ranks(errors, 2, config(2, qk_norm=False, z_loss=0.0))) < 1e-10
+
+
+@pytest.mark.parametrize("kind", ["selective", "full"])
+def test_with_activation_checkpointing(run_ranks: RunRanks, kind: str) -> None:
+    assert worst(run_ranks(errors, 2, config(2, activation_checkpointing=kind))) < 1e-10
+
+
+@pytest.mark.parametrize(("stage", "world_size"), [(0, 2), (1, 4), (3, 4)])
+def test_compiled(run_ranks: RunRanks, stage: int, world_size: int) -> None:
+    run, twin = (config(2, "fp32", stage=stage, compile=compiled) for compiled in (True, False))
+    found = run_ranks(errors, world_size, run, twin, timeout_s=240.0)
+    assert worst(found) < EXACT["fp32"]
+
+
+@pytest.mark.parametrize("dtype", EXACT)
+@pytest.mark.parametrize("latent", [False, True], ids=["plain", "latent"])
+@pytest.mark.parametrize("tp", [2, 4])
+def test_mixtures_of_experts(run_ranks: RunRanks, tp: int, latent: bool, dtype: str) -> None:
+    run = mixture(tp, dtype, latent)
+    assert worst(run_ranks(errors, tp, run)) < EXACT[dtype]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_mixtures_of_experts_with_zero(run_ranks: RunRanks, stage: int) -> None:
+    assert worst(run_ranks(errors, 4, mixture(2, stage=stage))) < 1e-10
+
+
+@contextmanager
+def taken_for_whole() -> Iterator[None]:
+    """Replicated weights whose gradients nobody marks as summands."""
+    right = layers.local
+    layers.local = router.local = lambda p: p.to_local() if isinstance(p, DTensor) else p
+    try:
+        yield
+    finally:
+        layers.local = router.local = right
+
+
+def unsummed_errors(run: RunConfig) -> dict[str, float]:
+    with tiny.mesh(run) as mesh, taken_for_whole():
+        return compare(run, mesh)
+
+
+@pytest.mark.parametrize("make", [config, mixture])
+def test_the_comparison_sees_gradients_that_nobody_summed(
+    run_ranks: RunRanks, make: Callable[..., RunConfig]
+) -> None:
+    for found in run_ranks(unsummed_errors, 2, make(2)):
+        assert found["gradients"] > 0.1
+        assert found["loss"] < 1e-10
+
+
+def seen(run: RunConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """The total, the losses of all tokens and their logits on this rank."""
+    with tiny.mesh(run) as mesh:
+        model, _ = tiny.distributed(run, mesh)
+        return forward(model)
+
+
+def forward(model: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+    batch = pairs(2)[1]
+    losses = model(batch.tokens_BL, batch.targets_BL, batch.documents)
+    assert isinstance(losses, Losses)
+    logits_BLV = model(batch.tokens_BL, None, batch.documents)
+    return losses.total.detach(), losses.nll_BL, logits_BLV.detach()
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("tp", [2, 4])
+def test_every_rank_has_all_losses_and_all_logits(run_ranks: RunRanks, tp: int, tied: bool) -> None:
+    run = config(tp, "fp32", tied_embeddings=tied)
+    found = run_ranks(seen, tp, run)
+    wanted = forward(tiny.initialized(run, torch.device("cpu")))
+    for rank in found:
+        for mine, first, alone in zip(rank, found[0], wanted, strict=True):
+            assert torch.equal(mine, first)
+            assert mine.shape == alone.shape
+            assert float((mine - alone).abs().max() / alone.abs().max()) < 1e-5
+
+
+def logits_gradient_error(run: RunConfig) -> float:
+    """Through the logits, weighted differently for each column."""
+    with tiny.mesh(run) as mesh:
+        model, sync = tiny.distributed(run, mesh)
+        alone = tiny.initialized(run, mesh.device)
+        batch = pairs(1)[0]
+        for each in (model, alone):
+            sync.micro_batch(last=True)
+            logits_BLV = each(batch.tokens_BL, None, batch.documents)
+            weights_V = torch.arange(logits_BLV.shape[2], dtype=logits_BLV.dtype)
+            (logits_BLV.sin() * weights_V).sum().backward()
+            if each is model:
+                sync.finish()
+        return tiny.worst_error(tiny.gradients(model), tiny.gradients(alone))
+
+
+def test_logits_can_be_differentiated(run_ranks: RunRanks) -> None:
+    assert max(run_ranks(logits_gradient_error, 2, config(2))) < 1e-10
+
+
+def initial(run: RunConfig) -> dict[str, Tensor]:
+    with tiny.mesh(run) as mesh:
+        model, _ = tiny.distributed(run, mesh)
+        return tiny.values(model)
+
+
+@pytest.mark.parametrize(("tp", "stage"), [(2, 0), (4, 0), (2, 3)])
+@pytest.mark.parametrize("make", [config, mixture])
+def test_initial_parameters_are_the_same_bits(
+    run_ranks: RunRanks, make: Callable[..., RunConfig], tp: int, stage: int
+) -> None:
+    alone = tiny.values(tiny.initialized(make(1, "fp32"), torch.device("cpu")))
+    for found in run_ranks(initial, 4, make(tp, "fp32", stage=stage)):
+        assert found.keys() == alone.keys()
+        assert all(torch.equal(found[name], alone[name]) for name in alone)
+
+
+def bf16_errors(run: RunConfig) -> dict[str, float]:
+    with tiny.mesh(run) as mesh:
+        batches = pairs(4 * mesh.hdp.size)
+        model, sync = tiny.distributed(run, mesh)
+        tiny.backward_shared(model, sync, batches, mesh)
+        assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
+        rows = model.embedding(batches[0].tokens_BL)
+        found = tiny.gradients(model)
+        same, exact = (
+            tiny.initialized(config(1, dtype), mesh.device) for dtype in ("bf16", "fp64")
+        )
+        for alone in (same, exact):
+            tiny.backward_alone(alone, batches)
+        wanted = same.embedding(batches[0].tokens_BL).chunk(mesh.tp.size, dim=1)[mesh.tp.rank]
+        return {
+            "rows": float((rows - wanted).abs().max()),
+            "to exact": tiny.worst_error(found, tiny.gradients(exact)),
+            "of one process": tiny.worst_error(tiny.gradients(same), tiny.gradients(exact)),
+        }
+
+
+def test_bf16_compute(run_ranks: RunRanks) -> None:
+    for found in run_ranks(bf16_errors, 2, config(2, "bf16")):
+        assert found["rows"] == 0.0  # one rank has the row, and zeros take nothing from it
+        # Sums over ranks are rounded once more than those of one process.
+        assert found["to exact"] < 1.5 * found["of one process"]
+
+
+def parts_of_a_pipeline(run: RunConfig) -> list[str]:
+    """What lies on a rank where the embedding or the head is elsewhere."""
+    from allometry.models.transformer import Part
+    from allometry.parallel.tensor import apply_tensor
+
+    with tiny.mesh(run) as mesh:
+        found = []
+        for part in (Part(range(1), last=False), Part(range(1, 2), first=False)):
+            model = tiny.build(run, part)
+            apply_tensor(model, mesh)
+            found += [name for name, p in model.named_parameters() if isinstance(p, DTensor)]
+            assert len(found) == len(set(found))
+        return found
+
+
+def test_parts_of_a_model(run_ranks: RunRanks) -> None:
+    run = config(2)
+    whole = [name for name, _ in tiny.build(run).named_parameters()]
+    for found in run_ranks(parts_of_a_pipeline, 2, run):
+        assert sorted(found) == sorted(whole)
+
+
+def test_a_vocabulary_smaller_than_the_group_is_refused(run_ranks: RunRanks) -> None:
+    with pytest.raises(AssertionError, match="leaves a rank without a row"):
+        run_ranks(initial, 4, config(4, vocab_size=5))
