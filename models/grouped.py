@@ -45,6 +45,25 @@ def _has_kernel(x_SD: Tensor, weight_EFD: Tensor) -> bool:
     return aligned and x_SD.dtype in _KERNEL_TYPES and hasattr(torch, "_grouped_mm")
 
 
+@torch.library.custom_op("allometry::_grouped_mm", mutates_args=())
+def _opaque_mm(a: Tensor, b: Tensor, offsets_E: Tensor) -> Tensor:
+    return torch._grouped_mm(a, b, offsets_E)
+
+
+@_opaque_mm.register_fake
+def _(a: Tensor, b: Tensor, offsets_E: Tensor) -> Tensor:
+    rows = () if b.ndim == 3 else offsets_E.shape
+    return a.new_empty(*rows, a.shape[0], b.shape[-1])
+
+
+def _grouped_mm(a: Tensor, b: Tensor, offsets_E: Tensor) -> Tensor:
+    """Return a's stretches of rows times the matrices of ``b``, or stretches of both [E, ...]."""
+    # While tracing, torch believes that its kernel takes bf16 alone.
+    if torch.compiler.is_compiling() and a.dtype != torch.bfloat16:
+        return _opaque_mm(a, b, offsets_E)
+    return torch._grouped_mm(a, b, offsets_E)
+
+
 class _GroupedLinear(torch.autograd.Function):
     """torch's grouped product with a backward pass that survives what its own does not.
 
@@ -59,7 +78,7 @@ class _GroupedLinear(torch.autograd.Function):
         ctx.save_for_backward(x_SD, weight_EFD, offsets_E)
         if x_SD.shape[0] == 0:
             return x_SD.new_zeros(0, weight_EFD.shape[1])
-        return torch._grouped_mm(x_SD, weight_EFD.transpose(-2, -1), offsets_E)
+        return _grouped_mm(x_SD, weight_EFD.transpose(-2, -1), offsets_E)
 
     @staticmethod
     def backward(ctx: Any, grad_SF: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
@@ -69,9 +88,9 @@ class _GroupedLinear(torch.autograd.Function):
         grad_SF = grad_SF.contiguous()
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_x = torch._grouped_mm(grad_SF, weight_EFD, offsets_E)
+            grad_x = _grouped_mm(grad_SF, weight_EFD, offsets_E)
         if ctx.needs_input_grad[1]:
-            grad_weight = torch._grouped_mm(grad_SF.t(), x_SD, offsets_E)
+            grad_weight = _grouped_mm(grad_SF.t(), x_SD, offsets_E)
             if grad_weight.is_cuda:
                 empty_E = offsets_E.diff(prepend=offsets_E.new_zeros(1)) == 0
                 grad_weight = grad_weight.masked_fill(empty_E[:, None, None], 0.0)
