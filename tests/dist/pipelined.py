@@ -32,6 +32,8 @@ def config(
     layers: int = 8,
     tied: bool = False,
     zero: int = 0,
+    tp: int = 1,
+    offload: str = "none",
     split: Any = "flops",
     **training: Any,
 ) -> RunConfig:
@@ -40,7 +42,10 @@ def config(
     given = run.model_dump()
     given["model"]["num_layers"] = layers
     given["batch"]["sequences"] = 16 * 4
-    given["parallel"] |= {"pp": pp, "pipeline": {"schedule": schedule, "split": split}}
+    if tp > 1:
+        given["model"] |= {"num_heads": 2 * tp, "num_kv_heads": tp}
+    given["parallel"]["zero"]["offload"] = offload
+    given["parallel"] |= {"pp": pp, "tp": tp, "pipeline": {"schedule": schedule, "split": split}}
     given["training"] |= training
     return RunConfig.model_validate(given)
 

@@ -67,6 +67,22 @@ def test_with_zero_3_the_other_schedules_equal_one_process(
     pipelined.assert_equal_to_one_process(results, 0 if schedule == "dualpipe_v" else 1, 4, 1e-10)
 
 
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved_zero_bubble", "zbv_zero_bubble"])
+def test_with_tensor_parallelism_equals_one_process(run_ranks: RunRanks, schedule: str) -> None:
+    run = pipelined.config(2, schedule, layers=4, tied=True, tp=2)
+    results = run_ranks(pipelined.errors, 4, run, 4)
+    last = 0 if schedule == "zbv_zero_bubble" else 1
+    pipelined.assert_equal_to_one_process(results, last, 4, 1e-10)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zbv_zero_bubble"])
+def test_with_offload_equals_one_process(run_ranks: RunRanks, schedule: str) -> None:
+    run = pipelined.config(2, schedule, layers=4, tied=True, zero=3, offload="cpu")
+    results = run_ranks(pipelined.errors, 4, run, 4)
+    last = 0 if schedule == "zbv_zero_bubble" else 1
+    pipelined.assert_equal_to_one_process(results, last, 4, 1e-10)
+
+
 def average_over_micro_batches(made: Parallel) -> None:
     """What torch's schedules do unless told otherwise."""
     execution: Any = made.execution
