@@ -1,4 +1,4 @@
-"""What ``allometry train --dry-run`` prints: the plan of a run, without torch."""
+"""What ``allometry train --dry-run`` prints: the plan of a run; on several ranks what each does."""
 
 from __future__ import annotations
 
@@ -19,6 +19,10 @@ def report(config: RunConfig, world_size: int, *, as_json: bool) -> str:
     schedule = resolve_schedule(config, plan.batch)
     rates = learning_rates(config, plan, schedule)
     facts = {**plan.describe(), "learning_rate": rates, "data": data_here(config, plan)}
+    if world_size > 1:
+        from allometry.trainer.rehearse import rehearse  # brings torch, which one rank can spare
+
+        facts["ranks"] = [rank.describe() for rank in rehearse(config, world_size)]
     return json.dumps(facts, indent=2) if as_json else _text(config, plan, facts)
 
 
@@ -73,6 +77,7 @@ def _text(config: RunConfig, plan: RunPlan, facts: dict[str, Any]) -> str:
             for name, number in facts["memory_estimate_bytes"].items()
             if name != "total" and number
         ),
+        *_ranks(facts),
         *_data(facts["data"]),
         "learning rate",
         *(
@@ -81,6 +86,41 @@ def _text(config: RunConfig, plan: RunPlan, facts: dict[str, Any]) -> str:
         ),
     ]
     return "\n".join(lines)
+
+
+SHOWN = 8
+
+
+def _ranks(facts: dict[str, Any]) -> list[str]:
+    """One rank of each pipeline rank: bytes it holds, messages of a step, the largest first."""
+    if "ranks" not in facts:
+        return []
+    lines = ["layout            " + _layout(facts["layout"])]
+    for found in facts["ranks"]:
+        held = ", ".join(
+            f"{kind} {_size(size)}" for kind, size in found["bytes_held"].items() if size
+        )
+        stages = ", ".join(map(str, found["stages"]))
+        lines += [f"rank {found['rank']} (stage {stages}) holds {held}; in a step it calls"]
+        calls = found["collectives"]
+        lines += [
+            f"  {call['per_step']:>6,} x {call['kind']:<15} of {_size(call['bytes']):>10} over "
+            f"{call['ranks']} ranks of {call['axis']}"
+            for call in calls[:SHOWN]
+        ]
+        if len(calls) > SHOWN:
+            rest = sum(call["per_step"] * call["bytes"] for call in calls[SHOWN:])
+            number = sum(call["per_step"] for call in calls[SHOWN:])
+            lines.append(f"  {number:>6,} smaller ones, {_size(rest)} together (--json lists them)")
+    return lines
+
+
+def _layout(layout: dict[str, Any]) -> str:
+    axes = ", ".join(f"{name}={layout[name]}" for name in ("pp", "hdp", "tp", "ep", "replicas"))
+    if "stages" not in layout:
+        return axes
+    layers = ", ".join(str(stop - start) for start, stop in layout["stages"])
+    return f"{axes}; schedule {layout['schedule']}, layers of the stages {layers}"
 
 
 def _data(found: dict[str, Any]) -> list[str]:
@@ -93,4 +133,8 @@ def _data(found: dict[str, Any]) -> list[str]:
 
 
 def _size(number: float) -> str:
-    return f"{number / 2**30:.2f} GiB" if number >= 2**28 else f"{number / 2**20:.1f} MiB"
+    for bound, unit in ((2**28, "GiB"), (2**18, "MiB"), (2**10, "KiB")):
+        if abs(number) >= bound:
+            whole = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}[unit]
+            return f"{number / whole:.{2 if unit == 'GiB' else 1}f} {unit}"
+    return f"{number:.0f} B"

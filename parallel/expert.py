@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed._functional_collectives import all_to_all_single_autograd
+from torch.distributed._functional_collectives import (
+    all_to_all_single,
+    all_to_all_single_autograd,
+)
 
 from allometry.models.moe import Experts
 from allometry.models.transformer import Transformer
@@ -34,8 +36,8 @@ class AllToAll:
         """Return [S, D]: row for row what the experts make of ``x_SD``, sorted by expert."""
         ranks = self._line.size
         sent_Re = counts_E.view(ranks, -1)
-        got_Re = torch.empty_like(sent_Re)
-        dist.all_to_all_single(got_Re, sent_Re.contiguous(), group=self._line.group)
+        # Functional, so that selective checkpointing can keep the result: nothing is written into.
+        got_Re = all_to_all_single(sent_Re.contiguous(), None, None, self._line.group)
         to, back = sent_Re.sum(1).tolist(), got_Re.sum(1).tolist()
         arrived_ZD = all_to_all_single_autograd(x_SD.contiguous(), back, to, self._line.group)
         # Rows come sorted by (sender, expert); the experts want them by (expert, sender).

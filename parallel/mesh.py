@@ -126,6 +126,7 @@ class Mesh:
             for group in self._closes:
                 dist.destroy_process_group(group)
             object.__setattr__(self, "_closes", ())
+            _forget_shardings()
 
     def __enter__(self) -> Mesh:
         return self
@@ -156,8 +157,10 @@ def open_mesh(parallel: ParallelConfig, device: torch.device | None = None) -> M
     if ours:
         _start(launch, device, timeout)
     device_mesh, expert_mesh, lines = _arrange(degrees, device.type)
+    # A simulated world has no other ranks that gloo could meet.
+    host_backend = "fake" if dist.get_backend() == "fake" else "gloo"
     host, checkpoint = (
-        dist.new_group(backend="gloo", timeout=timeout, group_desc=what)
+        dist.new_group(backend=host_backend, timeout=timeout, group_desc=what)
         for what in ("host objects", "checkpoint writer")
     )
     made = {line.group for line in lines.values() if line.group is not dist.group.WORLD}
@@ -173,6 +176,19 @@ def open_mesh(parallel: ParallelConfig, device: torch.device | None = None) -> M
         timeout=timeout,
         _closes=(None,) if ours else (host, checkpoint, *made),
     )
+
+
+def _forget_shardings() -> None:
+    """Drop what DTensor remembers of shardings.
+
+    Its cache knows a mesh by its shape, so an equal mesh that is opened later in the process would
+    be handed the groups of this one, which are gone.
+    """
+    from torch.distributed.tensor import debug
+
+    clear = getattr(debug, "_clear_sharding_prop_cache", None)  # torch 2.11 may not have it
+    if clear is not None:
+        clear()
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,7 +61,9 @@ class FullyShardedSync:
         compute_dtype: torch.dtype,
     ) -> None:
         assert zero.stage in (1, 2, 3), zero.stage
-        self._stage = zero.stage
+        # A pipeline's schedule reduces once, after a stage's last backward.
+        self._every_time = zero.stage >= 2 and mesh.pp.size == 1
+        self._free_after_backward = zero.stage == 3 and mesh.pp.size == 1
         for part in parts:
             shard_model(part, mesh, zero, compute_dtype)
             part.register_forward_hook(self._after_forward)
@@ -81,8 +83,8 @@ class FullyShardedSync:
         """See ``GradientSync``."""
         for root in self._roots:
             root.set_is_last_backward(last)
-            root.set_requires_gradient_sync(last or self._stage >= 2)
-            root.set_reshard_after_backward(last or self._stage == 3)
+            root.set_requires_gradient_sync(last or self._every_time)
+            root.set_reshard_after_backward(last or self._free_after_backward)
 
     def finish(self) -> None:
         """See ``GradientSync``. FSDP2 has done it all at the end of the last backward."""

@@ -1,0 +1,188 @@
+"""One rank of a mesh of any size on one process: groups that say nothing, tensors without storage.
+
+Everything that builds and runs a distributed model is the real code; only messages are not sent
+(torch's "fake" process group) and numbers are not computed (torch's FakeTensorMode). What remains
+is exact in shapes: which tensors a rank holds and which collectives it calls, with their sizes.
+"""
+
+# E experts, R ep ranks, S rows, D width
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._functional_collectives import (
+    all_to_all_single,
+    all_to_all_single_autograd,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from allometry.configs.execution import ParallelConfig
+from allometry.models.moe import Experts
+from allometry.models.transformer import Transformer
+from allometry.parallel.mesh import Mesh, open_mesh
+
+# torch's names, without namespace and trailing underscore, and what people call them.
+_KINDS = {
+    "allreduce": "all-reduce",
+    "all_reduce": "all-reduce",
+    "_allgather_base": "all-gather",
+    "allgather": "all-gather",
+    "allgather_into_tensor_coalesced": "all-gather",
+    "all_gather_into_tensor": "all-gather",
+    "_reduce_scatter_base": "reduce-scatter",
+    "reduce_scatter": "reduce-scatter",
+    "reduce_scatter_tensor": "reduce-scatter",
+    "reduce_scatter_tensor_coalesced": "reduce-scatter",
+    "alltoall_base": "all-to-all",
+    "alltoall": "all-to-all",
+    "all_to_all_single": "all-to-all",
+    "broadcast": "broadcast",
+}
+_SILENT = ("wait_tensor", "barrier", "monitored_barrier")
+
+
+@dataclass(frozen=True, slots=True)
+class Collective:
+    """What is called: its kind, the mesh axis, its ranks, and the bytes of the whole tensor.
+
+    The whole is what an all-gather ends with, a reduce-scatter or an all-reduce starts from, and
+    an all-to-all hands over.
+    """
+
+    kind: str
+    axis: str
+    ranks: int
+    bytes: int
+
+
+class CollectiveLog(TorchDispatchMode):
+    """Notes the collectives that are called while it is active."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        super().__init__()
+        self.calls: list[Collective] = []
+        self._axes = axis_names(mesh)
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Call ``func``, having noted it if it communicates."""
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        namespace, _, name = func._schema.name.partition("::")
+        if namespace in ("c10d", "_c10d_functional", "_c10d_functional_autograd"):
+            short = name.rstrip("_")
+            if short not in _SILENT:
+                self._note(short, args, result)
+        return result
+
+    def _note(self, name: str, args: tuple[Any, ...], result: Any) -> None:
+        assert name in _KINDS, f"an unknown collective: {name}"
+        group = _group(args)
+        assert group is not None, name
+        ranks = group.size()
+        if ranks == 1:
+            return
+        sizes = [_nbytes(value) for value in (*args, result)]
+        axis = self._axes.get(group.group_name, "ranks")
+        self.calls.append(Collective(_KINDS[name], axis, ranks, max(sizes)))
+
+
+def axis_names(mesh: Mesh) -> dict[str, str]:
+    """Return the mesh dimension of each group by the group's name; hdp's parts under their own."""
+    found: dict[str, str] = {}
+    for whole in (mesh.expert_mesh, mesh.device_mesh):
+        for name in whole.mesh_dim_names or ():
+            found[whole.get_group(name).group_name] = name
+    for name in ("edp", "hdp", "ep", "tp", "pp"):
+        line = mesh.axis(name)
+        if line.size > 1:
+            found[line.group.group_name] = name
+    return found
+
+
+def _group(args: tuple[Any, ...]) -> dist.ProcessGroup | None:
+    for value in args:
+        if isinstance(value, torch.ScriptObject):
+            try:
+                return dist.ProcessGroup.unbox(value)
+            except RuntimeError:  # a ReduceOp
+                continue
+    names = [value for value in args if isinstance(value, str)]
+    for name in reversed(names):  # the reduction comes before the group
+        try:
+            return dist.distributed_c10d._resolve_process_group(name)
+        except (RuntimeError, ValueError, KeyError):
+            continue
+    return None
+
+
+def _nbytes(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, (list, tuple)):
+        return sum(_nbytes(inner) for inner in value)
+    return 0
+
+
+@contextmanager
+def simulated_rank(parallel: ParallelConfig, rank: int, world_size: int) -> Iterator[Mesh]:
+    """Be this rank of so many. No process group may be there already."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    assert not dist.is_initialized()
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    try:
+        with open_mesh(parallel, torch.device("cpu")) as mesh:
+            yield mesh
+    finally:
+        dist.destroy_process_group()
+
+
+def without_storage() -> FakeTensorMode:
+    """Return a context in which tensors have shapes but neither storage nor values.
+
+    Models are made and distributed before, on the meta device, and materialized inside.
+    """
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+class EvenExchange:
+    """The exchange of expert parallelism with every expert visited equally often.
+
+    Real counts are data, which a simulation does not have. Sizes are those of the mean.
+    """
+
+    def __init__(self, mesh: Mesh, local_experts: int) -> None:
+        self._group, self._ranks, self._experts = mesh.ep.group, mesh.ep.size, local_experts
+
+    def __call__(
+        self, x_SD: Tensor, counts_E: Tensor, compute: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        """See ``expert.AllToAll``."""
+        S = x_SD.shape[0]
+        each = [S // self._ranks + (i < S % self._ranks) for i in range(self._ranks)]
+        sent_Re = counts_E.view(self._ranks, self._experts)
+        exchanged = all_to_all_single(sent_Re.contiguous(), None, None, self._group)
+        x_SD = all_to_all_single_autograd(x_SD.contiguous(), each, each, self._group)
+        y_SD = compute(x_SD, exchanged.sum(0))
+        return all_to_all_single_autograd(y_SD.contiguous(), each, each, self._group)
+
+
+def even_experts(part: Transformer, mesh: Mesh) -> None:
+    """Replace the exchange of all experts of ``part`` by one that needs no data."""
+    for module in part.modules():
+        if isinstance(module, Experts) and mesh.ep.size > 1:
+            module.exchange = EvenExchange(mesh, module.num_experts // mesh.ep.size)

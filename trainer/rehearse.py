@@ -1,0 +1,189 @@
+"""A step of any layout on one process, rank by rank of a pipeline: bytes held, messages sent.
+
+The model is built, cut and sharded by the very code that trains it, over a mesh of the real size
+whose ranks are simulated (``parallel/simulate.py``). Nothing is estimated but where the text says
+so.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from allometry.configs.model import MoEModel
+from allometry.configs.run import RunConfig
+from allometry.models.build import build_model, torch_dtype
+from allometry.models.head import Losses
+from allometry.models.moe import begin_step
+from allometry.models.transformer import Part, Transformer
+from allometry.optim.build import build_optimizer
+from allometry.optim.clip import clip_by_global_norm
+from allometry.parallel.apply import Parallel, parallelize
+from allometry.parallel.mesh import Mesh
+from allometry.parallel.simulate import (
+    Collective,
+    CollectiveLog,
+    even_experts,
+    simulated_rank,
+    without_storage,
+)
+from allometry.scaling.plan import RunPlan
+
+
+@dataclass(frozen=True)
+class RankReport:
+    """What one rank of a pipeline stage (or of the whole run, without one) holds and sends.
+
+    ``bytes_held`` by kind, exact: fp32 parameters, their gradients after the step's last backward,
+    optimizer states and buffers. ``collectives`` are those of one step with ``micro_batches``
+    micro-batches, with their number; the largest first. Loads of experts are taken as even.
+    """
+
+    rank: int
+    stages: tuple[int, ...]
+    micro_batches: int
+    bytes_held: dict[str, int]
+    collectives: tuple[tuple[Collective, int], ...]
+
+    def describe(self) -> dict[str, Any]:
+        """Return the report as JSON."""
+        return {
+            "rank": self.rank,
+            "stages": list(self.stages),
+            "micro_batches": self.micro_batches,
+            "bytes_held": self.bytes_held,
+            "collectives": [
+                {
+                    "kind": call.kind,
+                    "axis": call.axis,
+                    "ranks": call.ranks,
+                    "bytes": call.bytes,
+                    "per_step": number,
+                }
+                for call, number in self.collectives
+            ],
+        }
+
+
+def rehearse(config: RunConfig, world_size: int) -> list[RankReport]:
+    """Return what one rank of each pipeline rank does in the last step of the run.
+
+    Compilation changes neither shapes nor messages and is left out. Raises UserError where there
+    is no such layout.
+    """
+    plain = config.training.model_copy(update={"compile": False})
+    config = config.model_copy(update={"training": plain})
+    plan = RunPlan.of(config, world_size)
+    degrees = plan.layout.degrees
+    return [
+        _rehearse_rank(config, plan, pp_rank * degrees.hdp * degrees.tp)
+        for pp_rank in range(degrees.pp)
+    ]
+
+
+def _rehearse_rank(config: RunConfig, plan: RunPlan, rank: int) -> RankReport:
+    def build(part: Part) -> Transformer:
+        with torch.device("meta"):
+            return build_model(
+                config.model, plan.parameterization, config.training.compute_dtype, part
+            )
+
+    with simulated_rank(config.parallel, rank, plan.world_size) as mesh:
+        parallel = parallelize(build, config, plan.layout, mesh)
+        with without_storage():
+            parallel.materialize(mesh.device)
+            for part in parallel.parts.values():
+                even_experts(part, mesh)
+            micro_batches = plan.micro_batches(plan.total_steps)
+            calls, gradients = _step(config, plan, parallel, mesh, micro_batches)
+            return RankReport(
+                rank=rank,
+                stages=tuple(parallel.parts),
+                micro_batches=micro_batches,
+                bytes_held={
+                    "parameters": _nbytes(p for _, p in parallel.named_parameters()),
+                    "gradients": gradients,
+                    "optimizer states": _state_bytes(config, plan, parallel),
+                    "buffers": _nbytes(b for _, b in parallel.named_buffers()),
+                },
+                collectives=tuple(sorted(calls.items(), key=lambda item: -item[0].bytes * item[1])),
+            )
+
+
+def _step(
+    config: RunConfig, plan: RunPlan, parallel: Parallel, mesh: Mesh, micro_batches: int
+) -> tuple[Counter[Collective], int]:
+    """Run the first micro-batch, one in between and the last; count all as often as they occur."""
+    if isinstance(config.model, MoEModel):
+        for part in parallel.parts.values():
+            begin_step(part, plan.batch.sequences(plan.total_steps) * plan.batch.sequence_length)
+    total: Counter[Collective] = Counter()
+    shapes = [(1, False)] * (micro_batches > 1) + [(micro_batches - 2, False)] * (micro_batches > 2)
+    for number, last in [*shapes, (1, True)]:
+        with CollectiveLog(mesh) as log:
+            parallel.sync.micro_batch(last)
+            for stage, part in parallel.parts.items():
+                _forward_backward(config, part, mesh)
+                total.update(_handed_on(config, mesh, stage, len(plan.layout.stages), number))
+            if last:
+                parallel.sync.finish()
+        for call, times in Counter(log.calls).items():
+            total[call] += times * number
+    parameters = [p for _, p in parallel.named_parameters()]
+    gradients = _nbytes(p.grad for p in parameters)
+    with CollectiveLog(mesh) as log:
+        pipeline = mesh.pp.group if mesh.pp.size > 1 else None
+        clip_by_global_norm(parameters, config.training.clip_grad_norm, pipeline)
+    total.update(log.calls)
+    return total, gradients
+
+
+def _forward_backward(config: RunConfig, part: Transformer, mesh: Mesh) -> None:
+    B, L = config.batch.micro_batch_sequences, config.data.sequence_length
+    tokens_BL = torch.zeros(B, L, dtype=torch.int64)
+    x_BLD = None
+    if part.embedding is None:
+        dtype = torch_dtype(config.training.compute_dtype)
+        x_BLD = torch.zeros(
+            B, L // mesh.tp.size, config.model.width, dtype=dtype, requires_grad=True
+        )
+    made = part(tokens_BL, tokens_BL, None, x_BLD)
+    (made.total if isinstance(made, Losses) else made.float().sum()).backward()
+    part.take_statistics()
+
+
+def _handed_on(
+    config: RunConfig, mesh: Mesh, stage: int, stages: int, number: int
+) -> dict[Collective, int]:
+    """What a stage sends: activations to the next one, gradients to the one before."""
+    tokens = config.batch.micro_batch_sequences * config.data.sequence_length // mesh.tp.size
+    size = tokens * config.model.width * torch_dtype(config.training.compute_dtype).itemsize
+    found: dict[Collective, int] = {}
+    if stage < stages - 1:
+        found[Collective("send forward", "pp", 2, size)] = number
+    if stage > 0:
+        found[Collective("send backward", "pp", 2, size)] = number
+    return found
+
+
+def _state_bytes(config: RunConfig, plan: RunPlan, parallel: Parallel) -> int:
+    optimizer = build_optimizer(
+        parallel.named_parameters(), parallel.specs(), plan.parameterization, config.optimizer
+    )
+    optimizer.step()
+    return _nbytes(
+        value
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, Tensor)
+    )
+
+
+def _nbytes(tensors: Any) -> int:
+    held = [t.to_local() if isinstance(t, DTensor) else t for t in tensors if t is not None]
+    return sum(tensor.numel() * tensor.element_size() for tensor in held)
