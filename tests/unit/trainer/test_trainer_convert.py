@@ -121,7 +121,8 @@ def test_negative_control_a_changed_weight_is_seen(tiny: Make, tmp_path: Path) -
 
 MOE = (
     "model={kind: moe, vocab_size: 64, width: 32, num_layers: 2, num_heads: 4, num_kv_heads: 2, "
-    "qk_norm: %s, experts: {kind: swiglu, num_experts: 4, experts_per_token: 2, width: 24}, router: {gate: %s}}"
+    "qk_norm: %s, experts: {kind: swiglu, num_experts: 4, experts_per_token: 2, width: 24}, "
+    "router: {gate: %s}}"
 )
 RUNS: dict[str, tuple[str, ...]] = {
     "qwen3": (),
