@@ -39,7 +39,8 @@ def linear_cross_entropy(
     gradient adds up over chunks in fp32 or wider.
 
     Gradients are computed in the forward pass, while a chunk's logits are there: nothing of size
-    T x V is kept and no product is done twice. So ``total`` can be differentiated once only.
+    T x V is kept and no product is done twice. So ``total`` can be differentiated with one factor
+    only (for x and for the weight together, or for one after the other).
     ``chunk_tokens`` None: ``default_chunk_tokens``. ``chunk_gradient`` None:
     ``softmax_gradient_``; a compiled one may be given. ``shared``: the weight is a part of the
     vocabulary, as this says; ``total`` and ``nll_T`` are of the whole, the gradient of the weight
