@@ -151,6 +151,34 @@ def convert(
     typer.echo(run(request, as_json=json))
 
 
+@app.command(context_settings=_EXTRA)
+def verify(
+    context: typer.Context,
+    config: Config,
+    layout: Annotated[
+        list[str] | None,
+        typer.Option(help="tp=2 or pp=2,hdp=2,zero.stage=1; repeat for more; default: a handful"),
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="where the certificate goes")] = Path(
+        "certificate.json"
+    ),
+    json: Json = False,
+) -> None:
+    """Certify that CONFIG's model computes the same run in several layouts as on one process.
+
+    Compares gradients, resumes, checkpoints carried over and exports, on processes of this
+    machine. Shrink a large model first: model.num_layers=4 data.sequence_length=256. Ends with
+    code 1 where a layout differs.
+    """
+    from allometry.configs.loader import load
+    from allometry.launch.verify import run
+
+    text, passed = run(load(config, context.args), layout, out, as_json=json)
+    typer.echo(text)
+    if not passed:
+        raise typer.Exit(1)
+
+
 @app.command()
 def doctor(json: Json = False) -> None:
     """Say what is installed and usable here, and how to mend what is not."""
