@@ -4,7 +4,8 @@ Attention is cut by heads, feed-forwards and experts by their hidden width, embe
 the vocabulary (Megatron-LM, arXiv 1909.08053); between them the tokens of a sequence are cut
 (arXiv 2205.05198), so norms, routers and the residual stream see 1/tp of the tokens. Each branch
 gathers its tokens when it begins and scatters its sums when it ends: for forward and backward of a
-block, four of each, of one activation.
+block, four of each, of one activation. Gathered tokens are kept for backward, not gathered again as
+there: one activation of all tokens for each branch, in exchange for a third less to send.
 
 Parameters become DTensors; modules compute with ``local`` parts of them, so the only distributed
 arithmetic is at those seams.
