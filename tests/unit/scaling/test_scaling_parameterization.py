@@ -15,7 +15,7 @@ from allometry.configs.model import (
 )
 from allometry.scaling.inventory import inventory
 from allometry.scaling.parameterization import Parameterization
-from allometry.scaling.roles import ParamSpec, Role
+from allometry.scaling.roles import Role
 
 BASE_WIDTH = 96
 
@@ -111,10 +111,7 @@ def test_sp_values() -> None:
     assert rules.forward.output == 1.0
 
 
-def test_a_role_without_a_rule_and_tied_mup_are_refused() -> None:
-    rules = Parameterization(StandardParameterization(), model_at(1))
-    with pytest.raises(UserError, match=r"'blocks.0.moe.router' has the role 'router'"):
-        rules.resolve(ParamSpec("blocks.0.moe.router", Role.ROUTER, (4, 8), 8, 4))
+def test_tied_mup_is_refused() -> None:
     with pytest.raises(UserError, match="tied_embeddings=true"):
         Parameterization(mup(), model_at(1).model_copy(update={"tied_embeddings": True}))
 

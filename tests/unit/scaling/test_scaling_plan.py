@@ -20,6 +20,7 @@ from allometry.scaling.parameterization import Parameterization
 from allometry.scaling.plan import RunPlan
 
 MODEL = {
+    "kind": "dense",
     "vocab_size": 8192,
     "width": 384,
     "num_layers": 8,
@@ -59,7 +60,7 @@ def test_plan_of_a_run() -> None:
 def test_the_batch_and_the_ranks_must_fit() -> None:
     with pytest.raises(UserError, match=r"batch.sequences=32 .*; use 24 or 36"):
         RunPlan.of(run_config(), world_size=3)
-    with pytest.raises(UserError, match=r"parallel.hdp=8 does not fit 4 processes"):
+    with pytest.raises(UserError, match=r"parallel.hdp=8 .* needs 8 ranks, but there are 4"):
         RunPlan.of(run_config(parallel={"hdp": 8}), world_size=4)
 
 
@@ -86,8 +87,8 @@ def test_zero_divides_what_each_stage_says() -> None:
     assert parameters % 4 == 0
     expected = {
         0: (whole, whole + 2**20, 2 * whole),
-        1: (whole, whole, 2 * share),
-        2: (whole, share, 2 * share),
+        1: (share, whole, 2 * share),
+        2: (share, share, 2 * share),
         3: (share, share, 2 * share),
     }
     for stage, components in expected.items():
@@ -105,7 +106,9 @@ def test_copies_and_loss_by_hand() -> None:
     assert estimate(compute_bytes=4).compute_copies == 0
     block = 4 * 384**2 + 3 * 384 * 1536
     assert memory.compute_copies == 2 * (8 * block + 8192 * 384)
-    # Sharded: the two ends at once and a block that is fetched ahead.
+    # Sharded: all gathered, the embedding in fp32; at stage 3 the two ends at once and a block that is fetched ahead.
+    gathered = estimate(zero=Zero(stage=1), hdp=2)
+    assert gathered.compute_copies == memory.compute_copies + 4 * 8192 * 384
     sharded = estimate(zero=Zero(stage=3), hdp=2)
     assert sharded.compute_copies == 2 * (block + 2 * 8192 * 384)
 
