@@ -47,7 +47,7 @@ def config(tp: int, dtype: str = "fp64", **options: Any) -> RunConfig:
 
 def mixture(tp: int, dtype: str = "fp64", latent: bool = False, **options: Any) -> RunConfig:
     """The same with experts after a dense block: shared ones, and an auxiliary and a z-loss."""
-    experts = {"num_experts": 6, "experts_per_token": 2, "width": 20, "num_shared_experts": 1}
+    experts = {"num_experts": 6, "experts_per_token": 2, "width": 16, "num_shared_experts": 1}
     experts |= {"kind": "latent", "latent_width": 10} if latent else {"kind": "swiglu"}
     balance = {"kind": "auxiliary", "coefficient": 0.1}
     given = config(tp, dtype, **options).model_dump()
@@ -157,6 +157,24 @@ def test_mixtures_of_experts(run_ranks: RunRanks, tp: int, latent: bool, dtype: 
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_mixtures_of_experts_with_zero(run_ranks: RunRanks, stage: int) -> None:
     assert worst(run_ranks(errors, 4, mixture(2, stage=stage))) < 1e-10
+
+
+def spread(stage: int, dtype: str = "fp64") -> RunConfig:
+    """Experts on two ep ranks, each cut over two tp ranks."""
+    given = mixture(2, dtype, stage=stage).model_dump()
+    given["parallel"]["ep"] = 2
+    return RunConfig.model_validate(given)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_mixtures_of_experts_with_expert_parallelism(run_ranks: RunRanks, stage: int) -> None:
+    assert worst(run_ranks(errors, 4, spread(stage))) < 1e-10
+
+
+def test_compiled_mixtures_of_experts(run_ranks: RunRanks) -> None:
+    # Widths that the grouped kernel takes: the loop that stands in for it cannot be compiled.
+    run, twin = (mixture(2, "fp32", width=24, compile=compiled) for compiled in (True, False))
+    assert worst(run_ranks(errors, 2, run, twin, timeout_s=280.0)) < EXACT["fp32"]
 
 
 @contextmanager
