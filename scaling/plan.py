@@ -58,6 +58,10 @@ class RunPlan:
                 compute_bytes=COMPUTE_BYTES[config.training.compute_dtype],
                 zero=config.parallel.zero,
                 hdp=layout.degrees.hdp,
+                layout=layout,
+                micro_batches=batch.sequences(total_steps(config.training, batch))
+                // (layout.degrees.hdp * config.batch.micro_batch_sequences),
+                checkpointing=config.training.activation_checkpointing,
             ),
             parameterization=Parameterization(config.parameterization, config.model),
         )
