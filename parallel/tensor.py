@@ -10,14 +10,14 @@ there: one activation of all tokens for each branch, in exchange for a third les
 Parameters become DTensors; modules compute with ``local`` parts of them, so the only distributed
 arithmetic is at those seams.
 
-| parameter                     | placement over tp    |
-|-------------------------------|----------------------|
-| wq, wk, wv, gate, up          | Shard(0)             |
-| wo, down                      | Shard(1)             |
-| experts' gate, up [E, F, D]   | Shard(1)             |
-| experts' down [E, D, F]       | Shard(2)             |
+| parameter                     | placement over tp     |
+|-------------------------------|-----------------------|
+| wq, wk, wv, gate, up          | Shard(0)              |
+| wo, down                      | Shard(1)              |
+| experts' gate, up [E, F, D]   | Shard(1)              |
+| experts' down [E, D, F]       | Shard(2)              |
 | embedding, head               | Shard(0), even or not |
-| everything else               | Replicate            |
+| everything else               | Replicate             |
 
 What is replicated works on tokens, or on heads, that other ranks do not see: its gradient is a
 partial sum, which ZeRO (or ``reduce.settle`` without it) adds up over tp.
