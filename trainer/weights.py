@@ -6,6 +6,7 @@ Reading and writing hold one tensor, or one safetensors file, in memory, never a
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,7 +55,8 @@ class CheckpointWeights:
         """Return one tensor, whole and on the CPU."""
         found = self._tensors[name]
         tensor = torch.empty(found.size, dtype=found.properties.dtype)
-        dcp.load({MODEL + name: tensor}, storage_reader=self._reader, no_dist=True)
+        with _alone():
+            dcp.load({MODEL + name: tensor}, storage_reader=self._reader, no_dist=True)
         return tensor
 
 
@@ -100,6 +102,14 @@ class FolderWeights:
         if not names:
             raise UserError(f"{index} names no files; save the model there again")
         return [self.folder / name for name in names]
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Keep torch from saying for each tensor that it works in a single process, as it was told."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 @contextmanager
@@ -199,7 +209,8 @@ def write_checkpoint(
         for name, shape in shapes.items()
     }
     writer = FileSystemWriter(path, sync_files=True)
-    dcp.save(state, storage_writer=writer, planner=_OneByOne(read), no_dist=True)
+    with _alone():
+        dcp.save(state, storage_writer=writer, planner=_OneByOne(read), no_dist=True)
 
 
 class _OneByOne(DefaultSavePlanner):
