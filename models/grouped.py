@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 _KERNEL_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ALIGNMENT_BYTES = 16
@@ -25,7 +26,8 @@ def grouped_linear(x_SD: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor
     is zero. Where torch has no kernel for this type or alignment, a loop over groups does it,
     which waits for the counts on a GPU.
     """
-    if _has_kernel(x_SD, weight_EFD):
+    # Without values there is nothing to loop over, and only shapes matter.
+    if _has_kernel(x_SD, weight_EFD) or isinstance(x_SD, FakeTensor):
         offsets_E = counts_E.cumsum(0).to(torch.int32)
         y_SF: Tensor = _GroupedLinear.apply(x_SD, weight_EFD, offsets_E)
         return y_SF
@@ -58,8 +60,9 @@ def _(a: Tensor, b: Tensor, offsets_E: Tensor) -> Tensor:
 
 def _grouped_mm(a: Tensor, b: Tensor, offsets_E: Tensor) -> Tensor:
     """Return a's stretches of rows times the matrices of ``b``, or stretches of both [E, ...]."""
-    # While tracing, torch believes that its kernel takes bf16 alone.
-    if torch.compiler.is_compiling() and a.dtype != torch.bfloat16:
+    # While tracing, and without values, torch believes that its kernel takes bf16 alone.
+    tracing = torch.compiler.is_compiling() and a.dtype != torch.bfloat16
+    if tracing or isinstance(a, FakeTensor):
         return _opaque_mm(a, b, offsets_E)
     return torch._grouped_mm(a, b, offsets_E)
 

@@ -46,7 +46,7 @@ _KINDS = {
     "all_to_all_single": "all-to-all",
     "broadcast": "broadcast",
 }
-_SILENT = ("wait_tensor", "barrier", "monitored_barrier")
+_SILENT = ("wait_tensor", "_wrap_tensor_autograd", "barrier", "monitored_barrier")
 
 
 @dataclass(frozen=True, slots=True)

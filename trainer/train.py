@@ -18,14 +18,13 @@ from allometry.data.prefetch import Prefetcher
 from allometry.data.stream import Stream
 from allometry.data.tokenizer import check_vocabulary
 from allometry.laws.areas import LearningRateAreas
-from allometry.models.build import build_model, torch_dtype
-from allometry.models.transformer import Part, Transformer
+from allometry.models.build import torch_dtype
 from allometry.optim.build import build_optimizer
 from allometry.optim.schedule import Schedule, resolve_schedule
-from allometry.parallel.apply import Parallel, parallelize
 from allometry.parallel.mesh import Mesh, launched_world_size, open_mesh
 from allometry.scaling.plan import RunPlan
 from allometry.trainer import checkpoint, hardware, record
+from allometry.trainer.assemble import make_model, make_states, with_measured_stages
 from allometry.trainer.balance import Balancer
 from allometry.trainer.callbacks import Callback, standard_callbacks
 from allometry.trainer.evaluate import Evaluator
@@ -64,6 +63,7 @@ def train(
     # What a layout cannot do is said before any group starts.
     plan = RunPlan.of(config, launched_world_size())
     with open_mesh(config.parallel, device) as mesh:
+        plan = with_measured_stages(config, plan, mesh)
         return _train(config, plan, mesh, callbacks, surroundings or Surroundings(), stop_at_step)
 
 
@@ -165,40 +165,6 @@ def _assemble(
         progress=progress,
         peak=hardware.peak(mesh.device, torch_dtype(config.training.compute_dtype)),
     )
-
-
-def make_model(config: RunConfig, plan: RunPlan, mesh: Mesh) -> Parallel:
-    """This rank's part of the model, with its initial values.
-
-    It is made without storage, sharded, and only then filled, so that no rank ever holds it whole.
-    """
-
-    def build(part: Part) -> Transformer:
-        with torch.device("meta"):
-            return build_model(
-                config.model, plan.parameterization, config.training.compute_dtype, part
-            )
-
-    parallel = parallelize(build, config, plan.layout, mesh)
-    parallel.materialize(mesh.device)
-    parallel.initialize(plan.parameterization, config.run.seed)
-    return parallel
-
-
-def make_states(optimizer: torch.optim.Optimizer) -> None:
-    """Give a fresh optimizer its states, to be filled from a checkpoint, leaving parameters alone.
-
-    Optimizers make their states in the first step; this is one with zero gradients and rate 0.
-    """
-    rates = [group["lr"] for group in optimizer.param_groups]
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
 
 
 def _feed(loop: Loop, steps_taken: int) -> Iterator[list[DeviceBatch]]:

@@ -22,11 +22,12 @@ from allometry.optim.build import build_optimizer
 from allometry.parallel.mesh import open_mesh
 from allometry.scaling.plan import RunPlan
 from allometry.trainer import certificate, checkpoint
+from allometry.trainer.assemble import make_model, make_states
 from allometry.trainer.checkpoint import Checkpointer
 from allometry.trainer.folder import RunFolder, write_atomically
 from allometry.trainer.loop import Progress, state_tensors
 from allometry.trainer.step import DeviceBatch
-from allometry.trainer.train import make_model, make_states, train
+from allometry.trainer.train import train
 
 CPU = torch.device("cpu")
 TYPES = ("fp64", "fp32")

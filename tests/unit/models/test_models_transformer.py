@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from allometry.configs.model import DenseModel, StandardParameterization
 from allometry.models.build import build_model, parameter_specs, torch_dtype
 from allometry.models.documents import Documents
+from allometry.models.head import Losses
 from allometry.models.init import initialize
 from allometry.models.loss import IGNORE
-from allometry.models.head import Losses
 from allometry.models.transformer import Transformer
 from allometry.scaling.inventory import inventory
 from allometry.scaling.parameterization import ForwardScales, Parameterization

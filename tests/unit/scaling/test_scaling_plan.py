@@ -106,7 +106,7 @@ def test_copies_and_loss_by_hand() -> None:
     assert estimate(compute_bytes=4).compute_copies == 0
     block = 4 * 384**2 + 3 * 384 * 1536
     assert memory.compute_copies == 2 * (8 * block + 8192 * 384)
-    # Sharded: all gathered, the embedding in fp32; at stage 3 the two ends at once and a block that is fetched ahead.
+    # Sharded: all gathered, the embedding in fp32; at stage 3 both ends and a block ahead.
     gathered = estimate(zero=Zero(stage=1), hdp=2)
     assert gathered.compute_copies == memory.compute_copies + 4 * 8192 * 384
     sharded = estimate(zero=Zero(stage=3), hdp=2)
