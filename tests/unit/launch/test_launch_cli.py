@@ -62,7 +62,7 @@ def test_dry_run_says_what_will_happen_without_torch(tiny: Make, tmp_path: Path)
     path.write_text(dump(tiny()))
     code = (
         "import sys; from allometry.launch.cli import main\n"
-        f"sys.argv = ['allometry', 'train', {str(path)!r}, '--dry-run', '--world-size', '4']\n"
+        f"sys.argv = ['allometry', 'train', {str(path)!r}, '--dry-run']\n"
         "try: main()\n"
         "except SystemExit: pass\n"
         "assert 'torch' not in sys.modules\n"
@@ -74,10 +74,20 @@ def test_dry_run_says_what_will_happen_without_torch(tiny: Make, tmp_path: Path)
     assert not Path(tiny().run.folder).exists()
 
 
+def test_dry_run_of_many_ranks_lists_what_they_hold_and_send(tiny: Make) -> None:
+    config = tiny("parallel.tp=2", "parallel.zero.stage=2", "batch.sequences=512")
+    text = report(config, 64, as_json=False)
+    assert "pp=1, hdp=32, tp=2" in text
+    assert "rank 0 (stage 0) holds parameters" in text
+    assert "reduce-scatter" in text
+    assert "32 ranks of shard" in text
+
+
 def test_dry_run_as_json(tiny: Make) -> None:
     plan = json.loads(report(tiny(), 2, as_json=True))
     assert plan["total_steps"] == 20
-    assert plan["hdp"] == 2
+    assert plan["layout"]["hdp"] == 2
+    assert plan["ranks"][0]["bytes_held"]["parameters"] == 4 * plan["parameters"]["total"]
     assert plan["learning_rate"][0]["lr"] == pytest.approx(1e-2 / 3)
     with pytest.raises(UserError, match=r"batch\.sequences=8"):
         report(tiny(), 3, as_json=True)
