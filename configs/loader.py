@@ -126,6 +126,8 @@ def _data_path(detail: ErrorDetails, tree: Tree) -> KeyPath:
         inside = isinstance(node, dict) and part in node
         if isinstance(node, dict) and not inside and part == node.get("kind"):
             continue
+        if not isinstance(node, dict | list) and path:
+            break  # which of several types a value was tried as
         path.append(part)
         if inside or (isinstance(node, list) and isinstance(part, int) and part < len(node)):
             node = node[part]
@@ -158,7 +160,12 @@ def _explain(detail: ErrorDetails, path: KeyPath, name: str) -> str:
 
 def _unknown(path: KeyPath, name: str) -> str:
     key = str(path[-1])
-    valid = sorted({k for model in _models_at(RunConfig, path[:-1]) for k in model.model_fields})
+    sections = _models_at(RunConfig, path[:-1])
+    kinds = [str(_kind_of(section)) for section in sections if key in section.model_fields]
+    if kinds:
+        where = ".".join(map(str, path[:-1]))
+        return f"{name} goes with {where}.kind={' or '.join(kinds)}; set that or remove it"
+    valid = sorted({k for model in sections for k in model.model_fields})
     near = difflib.get_close_matches(key, valid, n=1)
     if near:
         return f"{name} is not a known key; did you mean {near[0]!r}?"
