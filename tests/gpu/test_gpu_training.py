@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,11 +13,10 @@ from torch.distributed.tensor import DTensor
 
 from allometry.configs.run import RunConfig
 from allometry.data.stream import Stream
-from allometry.models.build import build_model
-from allometry.models.init import initialize
-from allometry.parallel.apply import materialize, parallelize
+from allometry.models.moe import begin_step
 from allometry.parallel.mesh import open_mesh
 from allometry.scaling.plan import RunPlan
+from allometry.trainer.assemble import make_model
 from allometry.trainer.step import DeviceBatch
 from allometry.trainer.train import train
 from run_folders import rows
@@ -28,6 +28,22 @@ pytestmark = [
 Make = Callable[..., RunConfig]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 # A head as wide as CUDA's flash kernels like it.
+MOE = {
+    "kind": "moe",
+    "vocab_size": 64,
+    "width": 128,
+    "num_layers": 2,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "experts": {
+        "kind": "swiglu",
+        "num_experts": 8,
+        "experts_per_token": 2,
+        "width": 64,
+        "num_shared_experts": 1,
+    },
+    "router": {"gate": "sqrt", "z_loss": 1e-3},
+}
 SHAPE = ("model.width=128", "model.ffn_width=256", "model.num_heads=4", "model.num_kv_heads=2")
 PACKINGS = ("per_document", "concatenated")
 # Largest difference over largest element, of a parameter's gradient. bf16 has 8 bits, and the two
@@ -48,23 +64,20 @@ def gradients(config: RunConfig, device: torch.device, position: int = 0) -> dic
     size = plan.micro_batch_sequences
     stream = Stream(config.data, config.run.seed)
     with open_mesh(config.parallel, device) as mesh:
-        with torch.device("meta"):
-            model = build_model(config.model, plan.parameterization, config.training.compute_dtype)
-        sync = parallelize(model, config, mesh)
-        materialize(model, mesh.device)
-        initialize(model, plan.parameterization, config.run.seed)
-        for turn in range(2):
-            at = position + turn * size
-            batch = DeviceBatch.of(stream.batch(at, size), mesh.device, at)
-            sync.micro_batch(last=turn == 1)
-            model(batch.tokens_BL, batch.targets_BL, batch.documents).total.backward()
-        sync.finish()
+        parallel = make_model(config, plan, mesh)
+        for part in parallel.parts.values():
+            begin_step(part, 2 * size * config.data.sequence_length)
+        batches = [
+            DeviceBatch.of(stream.batch(at, size), mesh.device, at)
+            for at in (position, position + size)
+        ]
+        parallel.execution.train(batches, torch.ones((), device=mesh.device), lambda *_: None)
         found = {}
-        for name, parameter in model.named_parameters():
+        for name, parameter in parallel.named_parameters():
             gradient = parameter.grad
             assert gradient is not None, name
             whole = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
-            found[name.replace("_orig_mod.", "")] = whole.detach().double().cpu()
+            found[name] = whole.detach().double().cpu()
     return found
 
 
@@ -103,6 +116,35 @@ def test_stages_equal_stage_0(tiny: Make, dtype: str, stage: int, compiled: str)
     error, name = worst(gradients(tiny(*common, f"parallel.zero.stage={stage}"), CUDA), reference)
     # In bf16, stage 0 adds micro-batches up in fp32 from bf16 products, as the others do.
     assert error < {"fp32": 1e-6, "bf16": 1e-2}[dtype], name
+
+
+@pytest.mark.parametrize("compiled", ["false", "true"])
+@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+def test_experts_have_the_gradients_of_a_cpu(
+    tiny: Make, checkpointing: str, stage: int, compiled: str
+) -> None:
+    model = f"model={json.dumps(MOE)}"
+    reference = gradients(tiny(model), CPU)
+    config = tiny(
+        model,
+        f"parallel.zero.stage={stage}",
+        f"training.compile={compiled}",
+        f"training.activation_checkpointing={checkpointing}",
+    )
+    error, name = worst(gradients(config, CUDA), reference)
+    assert error < TOLERANCE["fp32"], name
+
+
+def test_experts_in_bf16_learn_and_resume_to_the_bit(tiny: Make, tmp_path: Path) -> None:
+    chosen = (f"model={json.dumps(MOE)}", "training.compute_dtype=bf16")
+    straight, parts = (tiny(*chosen, folder=tmp_path / name) for name in ("straight", "parts"))
+    train(straight, device=CUDA, callbacks=[])
+    for stop in (7, None):
+        train(parts, device=CUDA, callbacks=[], stop_at_step=stop)
+    losses = [[row["loss"] for row in rows(tmp_path / name)] for name in ("straight", "parts")]
+    assert losses[0] == losses[1]
+    assert losses[0][-1] < 0.95 * losses[0][0]
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
