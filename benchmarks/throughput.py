@@ -11,25 +11,21 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import importlib.metadata
 import json
 import os
 import statistics
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from contenders import goals
 from contenders.goals import DISTURBED, Comparison, Verdict
 from contenders.race import Entry, Race, Run, alternate
 from contenders.shape import SHAPE
+from contenders.surroundings import surroundings
 
-from allometry.launch.start import CHOICES, choose, find_library
-from allometry.trainer.hardware import describe
-from allometry.trainer.record import commit
+from allometry.launch.start import CHOICES, find_library
 
 PARTS = ("bf16", "fp32", "two")
 
@@ -80,38 +76,6 @@ def entries_of(wanted: Sequence[Comparison]) -> list[Entry]:
     return list(dict.fromkeys(entry for comparison in wanted for entry in comparison.entries))
 
 
-def surroundings(given: argparse.Namespace, allocators: Sequence[str]) -> dict[str, Any]:
-    import torch
-
-    names = ("torch", "transformers", "accelerate", "numpy")
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": sys.argv,
-        "commit": commit(),
-        "hardware": {
-            **describe(torch.device("cpu")),
-            "cores": os.cpu_count(),
-            "threads": given.threads,
-            "memory_bytes": memory,
-            "flags": _matrix_flags(),
-        },
-        "versions": {name: importlib.metadata.version(name) for name in names},
-        "shape": asdict(SHAPE),
-        "rounds": given.rounds,
-        "warmup_steps": given.warmup,
-        "timed_steps": given.steps,
-        "allocators": {name: choose(name, {}).environment for name in allocators},
-    }
-
-
-def _matrix_flags() -> list[str]:
-    """What the processor has for bf16 products."""
-    text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    flags = next((line for line in text.splitlines() if line.startswith("flags")), "").split()
-    return [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
-
-
 def print_rates(runs: Sequence[Run]) -> None:
     print("\ntokens/s (median of runs, least to most)")
     for entry in dict.fromkeys(run.entry for run in runs):
@@ -142,7 +106,7 @@ def main() -> None:
     allocators = given.allocator or allocators_here(given.quick, given.tcmalloc)
     stages = given.stage or ((0,) if given.quick else (0, 1, 2, 3))
     wanted = comparisons(given.only or PARTS, allocators, stages)
-    facts = surroundings(given, allocators)
+    facts = surroundings(SHAPE, given, allocators)
     cache = Path(tempfile.gettempdir()) / f"allometry-benchmark-inductor-{os.getuid()}"
     with tempfile.TemporaryDirectory(prefix="allometry-throughput-") as folder:
         race = Race(given.threads, given.warmup, given.steps, Path(folder), cache)

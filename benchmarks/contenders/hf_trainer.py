@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from contenders.shape import SHAPE, Task, parse_task, report
+from contenders.shape import Shape, Task, parse_task, report
 
 
 class RandomTokens(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    def __init__(self, sequences: int) -> None:
+    def __init__(self, shape: Shape, sequences: int) -> None:
         generator = torch.Generator().manual_seed(1)
         self.tokens = torch.randint(
-            0, SHAPE.vocab_size, (sequences, SHAPE.sequence_length), generator=generator
+            0, shape.vocab_size, (sequences, shape.sequence_length), generator=generator
         )
 
     def __len__(self) -> int:
@@ -29,18 +29,19 @@ class RandomTokens(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 def arguments(task: Task, folder: str) -> Any:
     from transformers import TrainingArguments
 
+    shape = task.shape
     return TrainingArguments(
         output_dir=folder,
         use_cpu=True,
         bf16=task.dtype == "bf16",
         optim="adamw_torch_fused",
-        learning_rate=SHAPE.lr,
-        adam_beta1=SHAPE.beta1,
-        adam_beta2=SHAPE.beta2,
-        weight_decay=SHAPE.weight_decay,
-        max_grad_norm=SHAPE.clip_grad_norm,
+        learning_rate=shape.lr,
+        adam_beta1=shape.beta1,
+        adam_beta2=shape.beta2,
+        weight_decay=shape.weight_decay,
+        max_grad_norm=shape.clip_grad_norm,
         lr_scheduler_type="constant",
-        per_device_train_batch_size=SHAPE.sequences,
+        per_device_train_batch_size=shape.sequences,
         max_steps=task.total_steps,
         torch_compile=task.compile,
         logging_strategy="no",
@@ -68,15 +69,16 @@ def main() -> None:
             self.ends.append(time.perf_counter())
 
     task = parse_task()
+    shape = task.shape
     config = LlamaConfig(
-        vocab_size=SHAPE.vocab_size,
-        hidden_size=SHAPE.width,
-        intermediate_size=SHAPE.ffn_width,
-        num_hidden_layers=SHAPE.num_layers,
-        num_attention_heads=SHAPE.num_heads,
-        num_key_value_heads=SHAPE.num_heads,
-        max_position_embeddings=SHAPE.sequence_length,
-        rms_norm_eps=SHAPE.norm_eps,
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.width,
+        intermediate_size=shape.ffn_width,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_heads,
+        max_position_embeddings=shape.sequence_length,
+        rms_norm_eps=shape.norm_eps,
         tie_word_embeddings=False,
         use_cache=False,
     )
@@ -85,7 +87,7 @@ def main() -> None:
         trainer = Trainer(
             model=LlamaForCausalLM(config),
             args=arguments(task, folder),
-            train_dataset=RandomTokens(SHAPE.sequences * task.total_steps),
+            train_dataset=RandomTokens(shape, shape.sequences * task.total_steps),
             callbacks=[times],
         )
         result = trainer.train()

@@ -6,18 +6,26 @@ import json
 from pathlib import Path
 
 from allometry.data.synthetic import write_random_store
-from contenders.shape import SHAPE
+from contenders.shape import SHAPE, Shape
 
 
-def write_store(folder: Path) -> Path:
+def write_store(folder: Path, shape: Shape = SHAPE) -> Path:
     """A store of random tokens under ``folder``; its prefix."""
     prefix = folder / "random"
-    write_random_store(prefix, 2_000_000, SHAPE.vocab_size)
+    write_random_store(prefix, 2_000_000, shape.vocab_size)
     return prefix
 
 
 def write_config(
-    path: Path, store: Path, run_folder: Path, *, dtype: str, steps: int, processes: int, stage: int
+    path: Path,
+    store: Path,
+    run_folder: Path,
+    *,
+    dtype: str,
+    steps: int,
+    processes: int,
+    stage: int,
+    shape: Shape = SHAPE,
 ) -> None:
     """The preset of this benchmark with the contenders' data, batch and optimizer.
 
@@ -28,25 +36,35 @@ def write_config(
     config = {
         "base": "preset:dense_25m",
         "run": {"folder": str(run_folder)},
+        "model": {
+            "vocab_size": shape.vocab_size,
+            "width": shape.width,
+            "num_layers": shape.num_layers,
+            "num_heads": shape.num_heads,
+            "ffn_width": shape.ffn_width,
+            "rope_theta": shape.rope_theta,
+            "norm_eps": shape.norm_eps,
+        },
         "data": {
+            "sequence_length": shape.sequence_length,
             "packing": "concatenated",
             "sources": [{"name": "random", "train": str(store)}],
         },
         "batch": {
-            "sequences": SHAPE.sequences,
-            "micro_batch_sequences": SHAPE.sequences // processes,
+            "sequences": shape.sequences,
+            "micro_batch_sequences": shape.sequences // processes,
         },
         "training": {
             "total_tokens": None,
             "total_steps": steps,
             "compute_dtype": dtype,
-            "clip_grad_norm": SHAPE.clip_grad_norm,
+            "clip_grad_norm": shape.clip_grad_norm,
         },
         "optimizer": {
-            "lr": SHAPE.lr,
-            "beta1": SHAPE.beta1,
-            "beta2": SHAPE.beta2,
-            "weight_decay": SHAPE.weight_decay,
+            "lr": shape.lr,
+            "beta1": shape.beta1,
+            "beta2": shape.beta2,
+            "weight_decay": shape.weight_decay,
         },
         "schedule": {"kind": "constant", "warmup_steps": 0},
         "parallel": {"zero": {"stage": stage}},

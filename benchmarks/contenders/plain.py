@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from contenders.llama import Llama
-from contenders.shape import SHAPE, Task, parse_task, report
+from contenders.shape import Shape, Task, parse_task, report
 
 
 def precision(task: Task) -> AbstractContextManager[object]:
@@ -20,12 +20,12 @@ def precision(task: Task) -> AbstractContextManager[object]:
     return torch.autocast("cpu", dtype=torch.bfloat16)
 
 
-def optimizer_of(model: nn.Module) -> torch.optim.AdamW:
+def optimizer_of(model: nn.Module, shape: Shape) -> torch.optim.AdamW:
     return torch.optim.AdamW(
         model.parameters(),
-        lr=SHAPE.lr,
-        betas=(SHAPE.beta1, SHAPE.beta2),
-        weight_decay=SHAPE.weight_decay,
+        lr=shape.lr,
+        betas=(shape.beta1, shape.beta2),
+        weight_decay=shape.weight_decay,
         fused=True,
     )
 
@@ -43,30 +43,30 @@ def step(
         logits = forward(inputs)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(parameters, SHAPE.clip_grad_norm)
+    torch.nn.utils.clip_grad_norm_(parameters, task.shape.clip_grad_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return loss.item()
 
 
-def random_tokens(count: int, generator: torch.Generator) -> Tensor:
+def random_tokens(shape: Shape, count: int, generator: torch.Generator) -> Tensor:
     return torch.randint(
-        0, SHAPE.vocab_size, (count, SHAPE.sequence_length + 1), generator=generator
+        0, shape.vocab_size, (count, shape.sequence_length + 1), generator=generator
     )
 
 
 def main() -> None:
     task = parse_task()
     torch.manual_seed(0)
-    model = Llama(SHAPE)
+    model = Llama(task.shape)
     forward = torch.compile(model) if task.compile else model
-    optimizer = optimizer_of(model)
+    optimizer = optimizer_of(model, task.shape)
     parameters = list(model.parameters())
     generator = torch.Generator().manual_seed(1)
     seconds, losses = [], []
     for _ in range(task.total_steps):
         start = time.perf_counter()
-        tokens = random_tokens(SHAPE.sequences, generator)
+        tokens = random_tokens(task.shape, task.shape.sequences, generator)
         losses.append(step(task, forward, parameters, optimizer, tokens))
         seconds.append(time.perf_counter() - start)
     report(task, seconds, losses)

@@ -6,20 +6,21 @@ import json
 import math
 import os
 import resource
+import shutil
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from allometry.launch.start import choose
 from contenders import ours
-from contenders.shape import SHAPE
+from contenders.shape import SHAPES, Shape
 
 Kind = Literal["plain", "trainer", "fsdp2", "ours"]
 
@@ -34,7 +35,11 @@ _CLEARED = ("LD_PRELOAD", "GLIBC_TUNABLES", "OMP_NUM_THREADS", "ALLOMETRY_ALLOCA
 
 @dataclass(frozen=True)
 class Entry:
-    """A contender in a setting: one row of the race."""
+    """A contender in a setting: one row of the race.
+
+    ``overrides`` (``section.key=value``) change Allometry's configuration and say what else is
+    special; ``label`` then names the row.
+    """
 
     kind: Kind
     dtype: str = "bf16"
@@ -42,6 +47,8 @@ class Entry:
     allocator: str = "system"
     processes: int = 1
     stage: int = 0
+    label: str = ""
+    overrides: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -51,7 +58,7 @@ class Entry:
             "fsdp2": "plain FSDP2, eager",
             "ours": "Allometry" if self.processes == 1 else f"Allometry, ZeRO {self.stage}",
         }
-        return f"{labels[self.kind]} [{self.dtype}, {self.allocator}]"
+        return f"{self.label or labels[self.kind]} [{self.dtype}, {self.allocator}]"
 
 
 @dataclass(frozen=True)
@@ -79,51 +86,65 @@ class Race:
     steps: int
     folder: Path
     compile_cache: Path
+    shape_name: str = "25m"
     store: Path = field(init=False)
 
     def __post_init__(self) -> None:
-        self.store = ours.write_store(self.folder)
+        self.store = ours.write_store(self.folder, self.shape)
+
+    @property
+    def shape(self) -> Shape:
+        return SHAPES[self.shape_name]
 
     def run(self, entry: Entry, round: int) -> Run:
         """Run ``entry`` in a process of its own; RuntimeError with its output if it fails."""
         place = Path(tempfile.mkdtemp(dir=self.folder))
-        busy, begun = _busy_seconds(), time.perf_counter()
-        finished = subprocess.run(
-            self._command(entry, place),
-            cwd=Path(__file__).resolve().parent.parent,
-            env=self._environment(entry),
-            capture_output=True,
-            text=True,
-        )
-        wall = time.perf_counter() - begun
-        others = max(0.0, (_busy_seconds() - busy) / (wall * (os.cpu_count() or 1)))
-        if finished.returncode:
-            raise RuntimeError(f"{entry.name} failed:\n{finished.stdout}\n{finished.stderr}")
+        environment = self.environment(entry.processes)
+        if entry.kind != "ours":  # Allometry settles the allocator itself, to the same variables
+            environment = with_allocator(environment, entry.allocator)
+        wall, others = self.start(entry.name, self._command(entry, place), environment)
         seconds, losses = self._read(entry, place)
-        _check_losses(entry, losses)
+        shutil.rmtree(place)  # a run leaves a checkpoint
+        _check_losses(entry, losses, self.shape)
         timed = seconds[self.warmup :]
         assert len(timed) == self.steps, (entry.name, len(timed))
         return Run(
             entry=entry,
             round=round,
             step_seconds=seconds,
-            tokens_per_s=SHAPE.tokens_per_step / statistics.median(timed),
+            tokens_per_s=self.shape.tokens_per_step / statistics.median(timed),
             losses=losses,
             wall_s=wall,
             others_share=others,
         )
 
-    def _environment(self, entry: Entry) -> dict[str, str]:
-        """Allometry settles the allocator itself; the others find the same variables set."""
+    def start(
+        self, name: str, command: Sequence[str], environment: Mapping[str, str]
+    ) -> tuple[float, float]:
+        """Run ``command`` to its end; its seconds and the share of the cores that others took."""
+        busy, begun = _busy_seconds(), time.perf_counter()
+        finished = subprocess.run(
+            command,
+            cwd=Path(__file__).resolve().parent.parent,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        wall = time.perf_counter() - begun
+        others = max(0.0, (_busy_seconds() - busy) / (wall * (os.cpu_count() or 1)))
+        if finished.returncode:
+            raise RuntimeError(f"{name} failed:\n{finished.stdout}\n{finished.stderr}")
+        return wall, others
+
+    def environment(self, processes: int) -> dict[str, str]:
+        """What each of that many processes finds: its threads, and no allocator yet."""
         clean = {
             key: value
             for key, value in os.environ.items()
             if key not in _CLEARED and not key.startswith("MALLOC_")
         }
-        clean["OMP_NUM_THREADS"] = str(max(1, self.threads // entry.processes))
+        clean["OMP_NUM_THREADS"] = str(max(1, self.threads // processes))
         clean["TORCHINDUCTOR_CACHE_DIR"] = str(self.compile_cache)
-        if entry.kind != "ours":
-            clean.update(choose(entry.allocator, clean).environment)
         return clean
 
     def _command(self, entry: Entry, place: Path) -> list[str]:
@@ -141,16 +162,19 @@ class Race:
                 steps=self.warmup + self.steps,
                 processes=entry.processes,
                 stage=entry.stage,
+                shape=self.shape,
             )
             return [
                 *start,
                 "-m",
                 "allometry.launch.train",
                 str(config),
+                *entry.overrides,
                 "--allocator",
                 entry.allocator,
             ]
         command = [*start, "-m", _MODULES[entry.kind], "--dtype", entry.dtype]
+        command += ["--shape", self.shape_name]
         command += ["--warmup", str(self.warmup), "--steps", str(self.steps)]
         command += ["--out", str(place / "out.json")]
         return [*command, "--compile"] if entry.compile else command
@@ -180,9 +204,13 @@ def alternate(race: Race, entries: Sequence[Entry], rounds: int) -> list[Run]:
     return runs
 
 
-def _check_losses(entry: Entry, losses: list[float]) -> None:
+def with_allocator(environment: Mapping[str, str], allocator: str) -> dict[str, str]:
+    return {**environment, **choose(allocator, environment).environment}
+
+
+def _check_losses(entry: Entry, losses: list[float], shape: Shape) -> None:
     """A fresh model on random tokens must be at about the logarithm of the vocabulary."""
-    expected = math.log(SHAPE.vocab_size)
+    expected = math.log(shape.vocab_size)
     if not losses or any(not abs(loss - expected) < 1.0 for loss in losses):
         raise RuntimeError(f"{entry.name} does not train as it should: losses {losses}")
 

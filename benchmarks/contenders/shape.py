@@ -33,12 +33,28 @@ class Shape:
 
 
 SHAPE = Shape()
+SHAPES = {
+    "25m": SHAPE,
+    # The same blocks with a small vocabulary, whose head does not outweigh a pipeline's stages, and
+    # shorter sequences, so that there are micro-batches enough.
+    "layouts": Shape(vocab_size=2048, sequence_length=256, sequences=8),
+    "tiny": Shape(
+        vocab_size=512,
+        width=64,
+        num_layers=4,
+        num_heads=4,
+        ffn_width=128,
+        sequence_length=64,
+        sequences=8,
+    ),
+}
 
 
 @dataclass(frozen=True)
 class Task:
     """What one run of a contender does; steps before ``warmup`` are not reported."""
 
+    shape: Shape
     dtype: str
     compile: bool
     warmup: int
@@ -53,17 +69,20 @@ class Task:
 def parse_task() -> Task:
     """The task from the command line of a contender's process."""
     parser = argparse.ArgumentParser()
+    parser.add_argument("--shape", choices=SHAPES, default="25m")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
-    return Task(given.dtype, given.compile, given.warmup, given.steps, given.out)
+    return Task(
+        SHAPES[given.shape], given.dtype, given.compile, given.warmup, given.steps, given.out
+    )
 
 
 def report(task: Task, step_seconds: list[float], losses: list[float]) -> None:
     """Write what a contender measured: the seconds of each step, warm-up included."""
     assert len(step_seconds) == task.total_steps, (len(step_seconds), task.total_steps)
-    result = {"step_seconds": step_seconds, "losses": losses, "shape": asdict(SHAPE)}
+    result = {"step_seconds": step_seconds, "losses": losses, "shape": asdict(task.shape)}
     task.out.write_text(json.dumps(result), encoding="utf-8")

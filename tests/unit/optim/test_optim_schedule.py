@@ -102,6 +102,7 @@ def test_resolve_turns_tokens_into_steps() -> None:
         {
             "run": {"folder": "somewhere"},
             "model": {
+                "kind": "dense",
                 "vocab_size": 8,
                 "width": 8,
                 "num_layers": 1,
