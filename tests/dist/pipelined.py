@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import tiny
 import torch
 from torch import Tensor
 
+import tiny
 from allometry.configs.run import RunConfig
 from allometry.parallel.apply import Parallel
 from allometry.parallel.mesh import Mesh

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_dist_runs import launch
 
 from allometry.configs.run import RunConfig
 from run_folders import rows
+from test_dist_runs import launch
 
 Ranks = Callable[..., list[Any]]
 Make = Callable[..., RunConfig]
@@ -46,7 +46,7 @@ EXPERT_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "ep2-tp2-zero1": (4, {"ep": 2, "tp": 2, "zero": {"stage": 1}}),
     "pp2-ep2": (4, {"pp": 2, "ep": 2}),
     "tp2": (2, {"tp": 2}),
-    "hdp3-zero2": (3, {"zero": {"stage": 2}}),
+    "hdp3-zero2": (3, {"hdp": 3, "zero": {"stage": 2}}),
 }
 SAVED, MORE = 4, 3
 
@@ -58,13 +58,14 @@ def pairs(names: dict[str, Any], steps: tuple[int, ...]) -> list[tuple[str, str]
 
 
 def prepared(
-    tiny: Make, folder: Path, layout: dict[str, Any], model: dict[str, Any] | None, *more: str
+    tiny: Make, folder: Path, layout: dict[str, Any], model: dict[str, Any] | None
 ) -> RunConfig:
     changes = [f"parallel={json.dumps(layout)}", "training.total_steps=20", "model.num_layers=4"]
     if model is not None:
         changes.append(f"model={json.dumps(model)}")
-    # 24 sequences are divided by 1, 2, 3 and 4 ranks.
-    changes += ["batch.sequences=24", *more]
+    # 12 sequences are divided by 1, 2 and 4 ranks in threes, by 3 ranks in twos.
+    each = 2 if layout.get("hdp") == 3 else 3
+    changes += ["batch.sequences=12", f"batch.micro_batch_sequences={each}"]
     return tiny(*changes, folder=folder)
 
 

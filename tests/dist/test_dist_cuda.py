@@ -4,9 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from allometry.configs.execution import ParallelConfig
 from allometry.parallel.mesh import open_mesh
 from allometry.parallel.reduce import FlatReducer

@@ -4,10 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from torch import Tensor, nn
 
+import tiny
 from allometry.parallel.reduce import FlatReducer
 
 RunRanks = Callable[..., list[Any]]

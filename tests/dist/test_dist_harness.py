@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+
 from harness import RankFailure, RankPool
 
 RunRanks = Callable[..., list[Any]]

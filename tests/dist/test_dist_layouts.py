@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from allometry.configs.run import RunConfig
 from allometry.parallel.mesh import open_mesh
 from allometry.scaling.layout import ONE_STAGE_SCHEDULES

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import pipelined
 import pytest
-import tiny
 
+import pipelined
+import tiny
 from allometry.configs.run import RunConfig
 from allometry.parallel.apply import Parallel
 

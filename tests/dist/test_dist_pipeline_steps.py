@@ -6,14 +6,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import pipelined
 import pytest
-import tiny
 import torch
 from torch import Tensor
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.tensor import DTensor
 
+import pipelined
+import tiny
 from allometry.configs.run import RunConfig
 from allometry.models.init import initialize
 from allometry.models.transformer import Part, Transformer

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from allometry.configs.loader import dump
 from allometry.configs.run import RunConfig
 from allometry.trainer.train import train

@@ -5,10 +5,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from test_dist_layouts import DENSE, MOE, run
 
+import tiny
 from allometry.configs.run import RunConfig
 from allometry.models.moe import begin_step
 from allometry.parallel.mesh import open_mesh
@@ -16,6 +15,7 @@ from allometry.parallel.simulate import Collective, CollectiveLog
 from allometry.scaling.memory import estimate_memory
 from allometry.scaling.plan import RunPlan
 from allometry.trainer.rehearse import rehearse
+from test_dist_layouts import DENSE, MOE, run
 
 RunRanks = Callable[..., list[Any]]
 

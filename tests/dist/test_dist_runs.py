@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from allometry.configs.run import RunConfig
 from run_folders import rows
 
@@ -17,6 +18,7 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "tiny_fp32.json"
 def launch(config: RunConfig, stop_at_step: int | None = None) -> None:
     """One rank of a run (called on each rank)."""
     import torch
+
     from allometry.trainer.train import train
 
     train(config, device=torch.device("cpu"), callbacks=[], stop_at_step=stop_at_step)

@@ -10,11 +10,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+import tiny
 from allometry.configs.run import RunConfig
 from allometry.models import layers, router
 from allometry.models.documents import Documents

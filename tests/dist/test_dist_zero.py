@@ -4,11 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+import tiny
 from allometry.optim.clip import clip_by_global_norm
 
 RunRanks = Callable[..., list[Any]]

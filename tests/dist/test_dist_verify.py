@@ -1,0 +1,99 @@
+"""The certificate: what it compares, what it refuses, and that it can fail."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from allometry.configs.errors import ConfigError, UserError
+from allometry.configs.execution import ParallelConfig
+from allometry.configs.layouts import parse_parallel
+from allometry.configs.run import RunConfig
+from allometry.launch.verify import run
+from allometry.trainer.verify import Certificate, LayoutResult, verify
+
+Make = Callable[..., RunConfig]
+MOE = {
+    "kind": "moe",
+    "vocab_size": 64,
+    "width": 32,
+    "num_layers": 2,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "experts": {"kind": "swiglu", "num_experts": 4, "experts_per_token": 2, "width": 24},
+    "router": {"gate": "softmax_after_topk"},
+}
+GOOD = LayoutResult(
+    layout="tp=2",
+    world_size=2,
+    gradients={
+        "fp64": {"worst": 1e-15, "parameter": "a"},
+        "fp32": {"worst": 1e-6, "parameter": "a"},
+    },
+    loss=1e-7,
+    resume_bit_exact=True,
+    export_equal=True,
+)
+
+
+def test_a_layout_of_experts_is_certified(tiny: Make, tmp_path: Path) -> None:
+    out = tmp_path / "certificate.json"
+    text, passed = run(
+        tiny(f"model={json.dumps(MOE)}"), ["ep=2,zero.stage=1", "pp=2"], out, as_json=False
+    )
+    assert passed, text
+    assert "all agree" in text
+    found = json.loads(out.read_text())
+    assert found["passed"]
+    assert len(found["config_sha256"]) == 64
+    for layout in found["layouts"]:
+        assert layout["gradients"]["fp64"]["worst"] < 1e-10
+        assert layout["gradients"]["fp32"]["worst"] < 1e-5
+        assert layout["resume_bit_exact"]
+        assert layout["export_equal"]
+        assert layout["loss"] < 1e-5
+    assert not Path(tiny().run.folder).exists()
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        replace(GOOD, gradients=GOOD.gradients | {"fp64": {"worst": 1e-9, "parameter": "a"}}),
+        replace(GOOD, gradients=GOOD.gradients | {"fp32": {"worst": 1e-4, "parameter": "a"}}),
+        replace(
+            GOOD, gradients=GOOD.gradients | {"fp32": {"worst": float("nan"), "parameter": ""}}
+        ),
+        replace(GOOD, loss=1e-3),
+        replace(GOOD, resume_bit_exact=False),
+        replace(GOOD, export_equal=False),
+    ],
+)
+def test_a_difference_fails(broken: LayoutResult) -> None:
+    assert GOOD.passed
+    assert Certificate("", (GOOD,), {}).passed
+    assert not broken.passed
+    assert not Certificate("", (GOOD, broken), {}).passed
+    assert not Certificate("", (), {}).passed
+
+
+def test_layouts_that_cannot_be(tiny: Make, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"parallel\.tp=3 must divide .*; use 1 or 2"):
+        verify(tiny(), ["tp=3"], tmp_path / "c.json")
+    with pytest.raises(UserError, match=r"parallel\.ep=2 needs experts"):
+        verify(tiny(), ["ep=2"], tmp_path / "c.json")
+    with pytest.raises(ConfigError, match="expected key=value"):
+        verify(tiny(), ["tp2"], tmp_path / "c.json")
+    assert not (tmp_path / "c.json").exists()
+
+
+def test_a_layout_in_words() -> None:
+    base = ParallelConfig(timeout_s=77, tp=4)
+    found = parse_parallel("pp=2, hdp=2,zero.stage=1,pipeline.schedule=gpipe", base)
+    assert (found.pp, found.hdp, found.tp, found.zero.stage) == (2, 2, 1, 1)
+    assert (found.pipeline.schedule, found.timeout_s) == ("gpipe", 77)
+    assert parse_parallel("ep=4", base).hdp == 4
+    assert parse_parallel("ep=2,zero.stage=2,zero.replicas=2", base).hdp == 4
+    with pytest.raises(ConfigError, match="stage"):
+        parse_parallel("zero.stage=9", base)
