@@ -37,7 +37,9 @@ def grouped_linear(x_SD: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor
 def loop_linear(x_SD: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:
     """Return what ``grouped_linear`` returns, group by group: its plain twin."""
     groups = x_SD.split(counts_E.tolist())
-    return torch.cat([x @ weight_EFD[e].T for e, x in enumerate(groups)])
+    # Unbound at once: each index of its own would give a gradient as large as all groups.
+    matrices = weight_EFD.unbind()
+    return torch.cat([x @ weight.T for x, weight in zip(groups, matrices, strict=True)])
 
 
 def _has_kernel(x_SD: Tensor, weight_EFD: Tensor) -> bool:

@@ -142,6 +142,7 @@ class Transformer(nn.Module):
         self.head_width, self.rope_theta = model.head_width, model.rope_theta
         self.embedding_scale = scales.embedding
         self.tied = model.tied_embeddings and part.first and part.last
+        self.mirrored = model.tied_embeddings and part.last and not part.first
         self.embedding = (
             Embedding(model.vocab_size, model.width, compute_dtype) if part.first else None
         )

@@ -44,8 +44,8 @@ def clip_by_global_norm(
     The result is a 0-dim float64 tensor on the gradients' device, bitwise equal on all ranks:
     squares are summed in float32 (float64 for float64 gradients) within a tensor, in float64
     between tensors and ranks. Nothing waits for the device. ``max_norm=None`` measures only;
-    gradients below the limit are multiplied by exactly 1. As in torch, 1e-6 is added to the
-    norm in the quotient. Parameters without gradient take no part.
+    gradients below the limit, or of a norm that is not finite, are multiplied by exactly 1. As in
+    torch, 1e-6 is added to the norm in the quotient. Parameters without gradient take no part.
     """
     layouts: dict[_Layout, list[Tensor]] = {}
     for parameter in parameters:
@@ -66,7 +66,8 @@ def clip_by_global_norm(
         dist.all_reduce(total, group=pipeline)
     norm = total.sqrt()
     if max_norm is not None:
-        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        # A norm that is not finite would spread to all gradients and hide where it came from.
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0).where(norm.isfinite(), 1.0)
         for gradients in layouts.values():
             for same in _by_dtype(gradients):
                 torch._foreach_mul_(same, factor.to(same[0].dtype))

@@ -24,7 +24,7 @@ from allometry.configs.run import RunConfig
 from allometry.models.build import named_parameters, parameter_specs, torch_dtype
 from allometry.models.init import initialize
 from allometry.models.transformer import Part, Transformer
-from allometry.parallel.checkpointing import apply_checkpointing
+from allometry.parallel.checkpointing import apply_checkpointing, keep_hooks_apart
 from allometry.parallel.execution import Accumulation, Execution
 from allometry.parallel.expert import apply_expert
 from allometry.parallel.mesh import Mesh
@@ -50,6 +50,7 @@ class Parallel:
     sync: GradientSync
     execution: Execution
     mirrors: frozenset[str] = frozenset()
+    offloaded: bool = False
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield (name in the whole model, parameter) for all that this rank trains."""
@@ -76,7 +77,7 @@ class Parallel:
     def materialize(self, device: torch.device) -> None:
         """Give storage on ``device`` to parts from the meta device, unset; move any other there."""
         for part in self.parts.values():
-            materialize(part, device)
+            materialize(part, device, offload=self.offloaded)
 
     def initialize(self, parameterization: Parameterization, seed: int) -> None:
         """Fill all parameters and buffers: functions of (seed, name, row) alone."""
@@ -101,11 +102,15 @@ def parallelize(
     for part in parts.values():
         distribute(part, config, mesh)
     dtype = torch_dtype(config.training.compute_dtype)
+    offloaded = config.parallel.zero.offload == "cpu"
     sync = apply_zero(list(parts.values()), config.parallel.zero, dtype, mesh)
+    if config.training.activation_checkpointing == "selective":
+        for part in parts.values():
+            keep_hooks_apart(part)
     if mesh.pp.size == 1:
-        return Parallel(parts, sync, Accumulation(parts[0], sync))
+        return Parallel(parts, sync, Accumulation(parts[0], sync), offloaded=offloaded)
     execution = PipelineExecution(parts, config.model, layout, mesh, sync, dtype)
-    return Parallel(parts, sync, execution, execution.mirrors)
+    return Parallel(parts, sync, execution, execution.mirrors, offloaded)
 
 
 def distribute(part: Transformer, config: RunConfig, mesh: Mesh) -> None:
@@ -118,7 +123,14 @@ def distribute(part: Transformer, config: RunConfig, mesh: Mesh) -> None:
     if kind != "none":
         apply_checkpointing(part, kind, dropout=config.model.dropout > 0)
     if config.training.compile:
-        compile_parts(part, whole=mesh.ep.size == 1)
+        # What ZeRO hooks on to modules inside a block cannot be traced, nor can an exchange.
+        compile_parts(part, whole=mesh.ep.size == 1 and not _nested(config))
+
+
+def _nested(config: RunConfig) -> bool:
+    """Whether ZeRO shards modules inside of blocks on their own (see ``zero.shard_model``)."""
+    half = config.training.compute_dtype == "bf16"
+    return config.parallel.zero.stage > 0 and half and config.model.kind == "moe"
 
 
 def compile_parts(model: Transformer, *, whole: bool = True) -> None:
@@ -135,11 +147,17 @@ def compile_parts(model: Transformer, *, whole: bool = True) -> None:
         model.head.compile(fullgraph=True)
 
 
-def materialize(model: nn.Module, device: torch.device) -> None:
-    """Give a model from the meta device storage on ``device``, unset; move any other there."""
+def materialize(model: nn.Module, device: torch.device, *, offload: bool = False) -> None:
+    """Give a model from the meta device storage on ``device``, unset; move any other there.
+
+    ``offload``: parameters stay on the CPU, buffers do not.
+    """
     tensors = [*model.parameters(), *model.buffers()]
     if any(tensor.is_meta for tensor in tensors):
         assert all(tensor.is_meta for tensor in tensors), "half of the model has values already"
-        model.to_empty(device=device)
+        model.to_empty(device=torch.device("cpu") if offload else device)
+        for module in model.modules() if offload else ():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(device))
     else:
         model.to(device)

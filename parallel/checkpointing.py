@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, Literal
 
 import torch
+from torch.distributed.fsdp import FSDPModule
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import (
     CheckpointPolicy,
+    _CachedTorchDispatchMode,
+    _CachingTorchDispatchMode,
     checkpoint,
     create_selective_checkpoint_contexts,
 )
@@ -18,6 +23,8 @@ from allometry.models.transformer import Transformer
 # Namespaces of collectives, whose results are kept: recomputing them would send everything twice.
 _COMMUNICATION = ("_c10d_functional", "_c10d_functional_autograd", "c10d", "_dtensor")
 _ATTENTION = ("_scaled_dot_product", "_flash_attention", "packed_attention", "blocked_attention")
+# The modes that note and answer operators in the first and in the second pass.
+_SELECTION = (_CachingTorchDispatchMode, _CachedTorchDispatchMode)
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "_scaled_mm")
 
 
@@ -46,6 +53,32 @@ def _checkpointed(forward: Callable[..., Any], options: dict[str, Any]) -> Calla
 
     # A function of ours, as torch's compiler does not begin in torch's own files.
     return forward_and_forget
+
+
+def keep_hooks_apart(model: Transformer) -> None:
+    """Let what ZeRO does for modules inside of blocks go unnoticed by selective checkpointing.
+
+    Call it when ZeRO has been applied. A module that is sharded on its own (experts, routers)
+    gathers its weights within the region that is computed again, where they may be there already:
+    the two passes would then not run the same operators, which selective checkpointing demands.
+    """
+    for block in model.blocks.values():
+        for module in block.modules():
+            if module is not block and isinstance(module, FSDPModule):
+                for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                    for key, hook in hooks.items():
+                        hooks[key] = _unseen(hook)
+
+
+def _unseen(hook: Callable[..., Any]) -> Callable[..., Any]:
+    def hook_outside_of_selection(*args: Any, **kwargs: Any) -> Any:
+        with _disable_current_modes() as modes, ExitStack() as others:
+            for mode in modes:
+                if not isinstance(mode, _SELECTION):
+                    others.enter_context(mode)
+            return hook(*args, **kwargs)
+
+    return hook_outside_of_selection
 
 
 def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

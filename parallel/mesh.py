@@ -42,7 +42,8 @@ class Mesh:
 
     tp is innermost: its ranks talk most, so they are neighbours on a node. ``hdp`` is
     ``replicas`` x ``shard``, and ``shard`` is ``expert_shard`` x ``ep``. ``device_mesh`` has the
-    dimensions (pp, replicas, shard, tp); ``expert_mesh`` is the same ranks with shard cut in two.
+    dimensions (pp, replicas, shard, tp); ``expert_mesh`` is the same ranks with shard cut in two,
+    or ``device_mesh`` itself without expert parallelism.
     ``edp`` is the line of ranks that hold the same experts: replicas x expert_shard.
 
     ``host_group`` (gloo) carries host objects and flags. ``checkpoint_group`` (gloo) belongs to
@@ -84,7 +85,7 @@ class Mesh:
     @property
     def expert_zero_mesh(self) -> DeviceMesh:
         """The same for experts: [expert_shard] or [replicas, expert_shard]."""
-        return self.expert_mesh[self._zero_dims("expert_shard")]
+        return self.expert_mesh[self._zero_dims("expert_shard" if self.ep.size > 1 else "shard")]
 
     def _zero_dims(self, shard: str) -> str | tuple[str, ...]:
         return shard if self.device_mesh["replicas"].size() == 1 else ("replicas", shard)
@@ -137,7 +138,10 @@ class Mesh:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.close()
+        # With messages under way that other ranks never answer, leaving a group can block, and the
+        # error would not be seen. What all ranks agree on is a UserError.
+        if error is None or isinstance(error, UserError) or self.world_size == 1:
+            self.close()
 
 
 def open_mesh(parallel: ParallelConfig, device: torch.device | None = None) -> Mesh:
@@ -164,6 +168,11 @@ def open_mesh(parallel: ParallelConfig, device: torch.device | None = None) -> M
         for what in ("host objects", "checkpoint writer")
     )
     made = {line.group for line in lines.values() if line.group is not dist.group.WORLD}
+    for each in (device_mesh, expert_mesh):
+        for name in each.mesh_dim_names or ():
+            _set_timeout(each.get_group(name), timeout)
+    for line in lines.values():
+        _set_timeout(line.group, timeout)
     return Mesh(
         device=device,
         rank=launch.rank,
@@ -176,6 +185,11 @@ def open_mesh(parallel: ParallelConfig, device: torch.device | None = None) -> M
         timeout=timeout,
         _closes=(None,) if ours else (host, checkpoint, *made),
     )
+
+
+def _set_timeout(group: dist.ProcessGroup, timeout: timedelta) -> None:
+    """Let a group of the mesh end what hangs when the run says so; torch gives it its default."""
+    dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def _forget_shardings() -> None:
@@ -256,16 +270,25 @@ def _arrange(
         (degrees.pp, degrees.replicas, degrees.shard, degrees.tp),
         mesh_dim_names=("pp", "replicas", "shard", "tp"),
     )
-    hdp = mesh["replicas", "shard"]._flatten("hdp")
-    # Unflattened rather than made anew: FSDP2 wants its mesh and that of the parameter it shards
-    # to descend from one.
-    experts = mesh._unflatten(2, (degrees.shard // degrees.ep, degrees.ep), ("expert_shard", "ep"))
-    same_experts = experts["replicas", "expert_shard"]._flatten("edp")
+    # A line that is there already gets no second group: each costs memory and time to connect.
+    hdp = mesh["shard"] if degrees.replicas == 1 else mesh["replicas", "shard"]._flatten("hdp")
+    alone = next((mesh[name] for name in ("replicas", "tp", "pp") if mesh[name].size() == 1), None)
+    if degrees.ep == 1 and alone is not None:
+        experts, ep, same_experts = mesh, alone, hdp
+    else:
+        # Unflattened rather than made anew: FSDP2 wants its mesh and that of the parameter it
+        # shards to descend from one.
+        experts = mesh._unflatten(
+            2, (degrees.shard // degrees.ep, degrees.ep), ("expert_shard", "ep")
+        )
+        ep, same_experts = experts["ep"], experts["expert_shard"]
+        if degrees.replicas > 1:
+            same_experts = experts["replicas", "expert_shard"]._flatten("edp")
     found: dict[AxisName, DeviceMesh] = {
         "pp": mesh["pp"],
         "hdp": hdp,
         "tp": mesh["tp"],
-        "ep": experts["ep"],
+        "ep": ep,
         "edp": same_experts,
     }
     lines = {

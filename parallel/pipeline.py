@@ -179,6 +179,8 @@ class PipelineExecution:
         if key not in self._prepared:
             # Stages of its own for each: a schedule leaves its number of micro-batches in them.
             stages = tuple(self._make_stage(number, shape_BL) for number in self._parts)
+            while len(self._prepared) > 1:  # a ramp does not come back to the sizes it has left
+                del self._prepared[next(iter(self._prepared))]
             self._prepared[key] = _Prepared(self._make_schedule(stages, len(batches)), stages)
         return self._prepared[key]
 

@@ -55,9 +55,9 @@ class FlatReducer:
     gradients as if we did not exist, without a zero-fill or an addition in the first micro-batch.
 
     ``overlap``: copy and reduce a bucket during the last backward, once its last gradient is
-    there, and give its memory back with the views. That is right for CUDA, where communication
-    has its own hardware and memory is short. Without it all are reduced in ``finish``, and their
-    memory is kept: a CPU pays more for fresh pages than for the copy.
+    there. That is right for CUDA, where communication has its own hardware. Without it all are
+    reduced in ``finish``. ``keep``: hold the buckets' memory from step to step, as a CPU pays more
+    for fresh pages than for the copy; a GPU, where memory is short, gives it back with the views.
 
     A parameter that has no gradient on some rank counts as zero there. Parameters cut over tp are
     DTensors; where their gradient is a partial sum (norms, whose ranks see different tokens), it
@@ -65,12 +65,17 @@ class FlatReducer:
     """
 
     def __init__(
-        self, lines: Callable[[], Sequence[Line]], bucket_bytes: int, overlap: bool
+        self,
+        lines: Callable[[], Sequence[Line]],
+        bucket_bytes: int,
+        overlap: bool,
+        keep: bool | None = None,
     ) -> None:
         self._find_lines = lines
         self._lines: Sequence[Line] = ()
         self._bucket_bytes = bucket_bytes
         self._overlap = overlap
+        self._keep = not overlap if keep is None else keep
         self._buckets: list[_Bucket] | None = None
         self._launched = 0
         self._last = False
@@ -122,7 +127,7 @@ class FlatReducer:
             yield self._make_bucket(waiting, line)
 
     def _make_bucket(self, parameters: list[nn.Parameter], line: Axis) -> _Bucket:
-        bucket = _Bucket(parameters, line.group, keep=not self._overlap)
+        bucket = _Bucket(parameters, line.group, keep=self._keep)
         if self._overlap:
             for parameter in parameters:
                 parameter.register_post_accumulate_grad_hook(

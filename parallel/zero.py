@@ -145,6 +145,9 @@ def shard_model(model: Transformer, mesh: Mesh, zero: Zero, compute_dtype: torch
                     **common | ({"mesh": mesh.expert_zero_mesh} if apart else {}),
                 )
         fully_shard(block, mp_policy=mixed, reshard_after_forward=reshard, **common)
+    if model.mirrored and model.head is not None:
+        # A copy of an embedding is gathered and reduced as the embedding is.
+        fully_shard(model.head, mp_policy=plain, reshard_after_forward=False, **common)
     # Backward begins with norm and head: freeing them after forward would only gather them again.
     fully_shard(model, mp_policy=mixed, reshard_after_forward=False, **common)
 
@@ -172,7 +175,8 @@ def apply_zero(
     if zero.stage == 0:
         # A pipeline's schedule does not say which backward is a block's last.
         overlap = mesh.device.type == "cuda" and mesh.pp.size == 1
-        return FlatReducer(lambda: lines(parts, mesh), zero.bucket_mib * 2**20, overlap)
+        on_cpu = mesh.device.type == "cpu"
+        return FlatReducer(lambda: lines(parts, mesh), zero.bucket_mib * 2**20, overlap, on_cpu)
     return FullyShardedSync(parts, mesh, zero, compute_dtype)
 
 

@@ -122,7 +122,8 @@ def estimate_memory(
     (on a CPU they also keep both widened to fp32).
     """
     if logits_chunk_tokens is None:
-        logits_chunk_tokens = min(max(2**29 // model.vocab_size, 128), 8192)
+        columns = math.ceil(model.vocab_size / (layout.degrees.tp if layout is not None else 1))
+        logits_chunk_tokens = min(max(2**29 // columns, 128), 8192)
     pp, tp, ep = (
         (layout.pp, layout.degrees.tp, layout.degrees.ep) if layout is not None else (1, 1, 1)
     )
@@ -164,6 +165,8 @@ def _held(
     if zero.stage == 0 and hdp > 1:
         bucket = min(zero.bucket_mib * 2**20, _FP32 * whole)
     on_device = 0 if zero.offload == "cpu" else 1
+    if zero.stage >= 2 and not pipeline:
+        gradients *= on_device
     return {
         "parameters": on_device * _FP32 * sharded,
         "gradients": _FP32 * gradients + bucket,

@@ -6,6 +6,7 @@ does not depend on it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -107,11 +108,13 @@ def make_parallel(config: RunConfig, mesh: Mesh) -> Parallel:
 def relative_errors(
     got: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, float]]:
-    """Yield (name, max |got - wanted| / max |wanted|) for all in ``got``."""
+    """Yield (name, max |got - wanted| / max |wanted|) for all in ``got``; not finite: inf."""
     for name, gradient in got.items():
         exact = wanted[name].double()
-        difference = float((gradient.double() - exact).abs().max())
-        yield name, difference / max(float(exact.abs().max()), 1e-300)
+        error = float((gradient.double() - exact).abs().max())
+        error /= max(float(exact.abs().max()), 1e-300)
+        # A NaN compares as nothing, so the largest of some errors would hide it.
+        yield name, error if math.isfinite(error) else math.inf
 
 
 def targets(batches: Sequence[MicroBatch]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import resource
 import time
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ _DATASHEET_TFLOPS = {
     "A100": 312.0,
     "A800": 312.0,
     "L40S": 362.0,
+    "L40": 181.0,
     "L4": 121.0,
     "RTX 4090": 165.2,
 }
@@ -42,8 +44,9 @@ def peak(device: torch.device, dtype: torch.dtype) -> Peak:
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
+        words = set(re.split(r"[\s\-_/]+", name))
         for part, tflops in _DATASHEET_TFLOPS.items():
-            if part in name:
+            if set(part.split()) <= words:
                 return Peak(tflops * 1e12, f"data sheet, dense bf16, {name}")
         dtype = torch.bfloat16
     return _measured(device, dtype)
@@ -69,6 +72,12 @@ def peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def reset_peak_bytes(device: torch.device) -> None:
+    """Forget what was in use before training; a CPU's process cannot."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def describe(device: torch.device) -> dict[str, str | int]:

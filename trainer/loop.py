@@ -25,7 +25,7 @@ from allometry.trainer.callbacks import Callback
 from allometry.trainer.checkpoint import Checkpointer, optimizer_state
 from allometry.trainer.evaluate import Evaluator
 from allometry.trainer.folder import RunFolder
-from allometry.trainer.hardware import Peak, peak_bytes
+from allometry.trainer.hardware import Peak, peak_bytes, reset_peak_bytes
 from allometry.trainer.record import Recorder, Row
 from allometry.trainer.step import DeviceBatch, StepOutcome, TrainStep
 from allometry.trainer.stop import StopRequest
@@ -107,7 +107,8 @@ class Loop:
     checkpointer: Checkpointer = field(init=False)
     _pending: deque[StepOutcome] = field(default_factory=deque)
     _last_loss: float | None = None
-    _saved_step: int | None = None
+    _begun_step: int | None = None  # the step whose state was saved or is being saved
+    _kept_step: int | None = None  # the newest checkpoint that is known to be whole
 
     def attach(
         self, recorder: Recorder | None, callbacks: Sequence[Callback], folder: RunFolder
@@ -116,29 +117,22 @@ class Loop:
         self.recorder = recorder
         self.callbacks = callbacks
         self.checkpointer = Checkpointer(folder, self.config.checkpoint, self.mesh, self.report)
-        self._saved_step = self.progress.step or None
+        self._begun_step = self._kept_step = self.progress.step or None
 
     def run(
         self, batches: Iterator[list[DeviceBatch]], stop_at_step: int | None = None
     ) -> RunResult:
         """Train from the progress made to the end of the plan, or until asked to stop."""
-        total = self.plan.total_steps
-        stopped: str | None = None
-        if self.progress.step >= total:
+        if self.progress.step >= self.plan.total_steps:
             self.report("already_finished", step=self.progress.step)
         self.clock.lap()
-        with StopRequest(self.mesh) as stop:
-            for step in range(self.progress.step + 1, total + 1):
-                outcome = self.train_step(step, next(batches))
-                self._pending.append(outcome)
-                self.progress.step = step
-                stopped = stop.agreed() if step < total else None
-                if step == stop_at_step and step < total:
-                    stopped = f"--stop-at-step {step}"
-                self._between(step, last=step == total or stopped is not None)
-                if stopped:
-                    break
-            self.checkpointer.wait()
+        reset_peak_bytes(self.mesh.device)
+        try:
+            stopped = self._steps(batches, stop_at_step)
+        except UserError:
+            self.checkpointer.wait()  # all ranks are here: what is being saved is still good
+            raise
+        self.checkpointer.wait()
         if stopped:
             self.report("stopped", step=self.progress.step, signal=stopped)
         else:
@@ -149,6 +143,22 @@ class Loop:
             loss=self._last_loss,
             stopped_by=stopped,
         )
+
+    def _steps(self, batches: Iterator[list[DeviceBatch]], stop_at_step: int | None) -> str | None:
+        """Take steps to the end of the plan; the reason, if the run was stopped before."""
+        total = self.plan.total_steps
+        with StopRequest(self.mesh) as stop:
+            for step in range(self.progress.step + 1, total + 1):
+                outcome = self.train_step(step, next(batches))
+                self._pending.append(outcome)
+                self.progress.step = step
+                stopped = stop.agreed() if step < total else None
+                if step == stop_at_step and step < total:
+                    stopped = f"--stop-at-step {step}"
+                self._between(step, last=step == total or stopped is not None)
+                if stopped:
+                    return stopped
+        return None
 
     def _between(self, step: int, *, last: bool) -> None:
         """After a step: read what it measured, evaluate, save, as far as due."""
@@ -161,6 +171,7 @@ class Loop:
         while len(self._pending) > max(lag, int(evaluating)):
             self._settle(self._pending.popleft(), {})
         if evaluating:
+            float(self._pending[-1].grad_norm)  # the step ends on the clock, before it stops
             held_out = self.clock.leave_out(lambda: self.evaluator())
             validation = {f"validation/{name}": loss for name, loss in held_out.items()}
             self._settle(self._pending.popleft(), validation)
@@ -217,8 +228,8 @@ class Loop:
         self.checkpointer.wait()
         self.report("not_finite", step=step, loss=str(loss), grad_norm=str(norm), groups=groups)
         kept = (
-            f"checkpoint step-{self._saved_step} is kept"
-            if self._saved_step is not None
+            f"checkpoint step-{self._kept_step} is kept"
+            if self._kept_step is not None
             else "no checkpoint had been made"
         )
         raise UserError(
@@ -245,16 +256,18 @@ class Loop:
         )
 
     def _save(self, step: int) -> None:
-        if self._saved_step == step:
+        if self._begun_step == step:
             return
         facts = self.progress.facts(self.plan, self.stream, self.config.run.seed)
-        self._saved_step = step
+        self._begun_step = step
         self.checkpointer.save(step, state_tensors(self.parallel, self.optimizer), facts)
 
     def report(self, kind: str, **details: Any) -> None:
         """Write an event and tell the callbacks (on the main rank)."""
-        if kind == "checkpoint_failed" and self._saved_step == details.get("step"):
-            self._saved_step = None
+        if kind == "checkpoint_saved":
+            self._kept_step = details["step"]
+        if kind == "checkpoint_failed" and self._begun_step == details["step"]:
+            self._begun_step = None
         if self.recorder is None:
             return
         self.recorder.event(kind, **details)

@@ -32,6 +32,7 @@ from allometry.parallel.simulate import (
     simulated_rank,
     without_storage,
 )
+from allometry.scaling.layout import Layout
 from allometry.scaling.plan import RunPlan
 
 
@@ -129,7 +130,7 @@ def _step(
             parallel.sync.micro_batch(last)
             for stage, part in parallel.parts.items():
                 _forward_backward(config, part, mesh)
-                total.update(_handed_on(config, mesh, stage, len(plan.layout.stages), number))
+                total.update(_handed_on(config, mesh, plan.layout, stage, number))
             if last:
                 parallel.sync.finish()
         for call, times in Counter(log.calls).items():
@@ -158,15 +159,19 @@ def _forward_backward(config: RunConfig, part: Transformer, mesh: Mesh) -> None:
 
 
 def _handed_on(
-    config: RunConfig, mesh: Mesh, stage: int, stages: int, number: int
+    config: RunConfig, mesh: Mesh, layout: Layout, stage: int, number: int
 ) -> dict[Collective, int]:
-    """What a stage sends: activations to the next one, gradients to the one before."""
+    """What a stage sends: activations to the next one, gradients to the one before.
+
+    A stage of the same rank is sent nothing.
+    """
     tokens = config.batch.micro_batch_sequences * config.data.sequence_length // mesh.tp.size
     size = tokens * config.model.width * torch_dtype(config.training.compute_dtype).itemsize
     found: dict[Collective, int] = {}
-    if stage < stages - 1:
+    here, last = layout.rank_of(stage), len(layout.stages) - 1
+    if stage < last and layout.rank_of(stage + 1) != here:
         found[Collective("send forward", "pp", 2, size)] = number
-    if stage > 0:
+    if stage > 0 and layout.rank_of(stage - 1) != here:
         found[Collective("send backward", "pp", 2, size)] = number
     return found
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from allometry.data.batch import IGNORE, Batch
@@ -75,10 +76,9 @@ class StepOutcome:
 
 def source_sums(nll_BL: Tensor, targets_BL: Tensor, source_B: Tensor, sources: int) -> Tensor:
     """Loss sums and target counts by source, [2, S] in float64."""
-    sums = torch.zeros(2, sources, dtype=torch.float64, device=nll_BL.device)
-    sums[0].index_add_(0, source_B, nll_BL.double().sum(1))
-    sums[1].index_add_(0, source_B, (targets_BL != IGNORE).sum(1).double())
-    return sums
+    # A product, as adding by index would use atomics on a GPU and differ from run to run.
+    one_BS = F.one_hot(source_B, sources).double()
+    return torch.stack([nll_BL.double().sum(1), (targets_BL != IGNORE).sum(1).double()]) @ one_BS
 
 
 def seed_dropout(seed: int, position: int) -> None:

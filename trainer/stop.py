@@ -30,10 +30,11 @@ class StopRequest:
             self._previous[number] = signal.signal(number, self._receive)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-        if self._exchange is not None:
+        # After an error other ranks may never join.
+        if self._exchange is not None and kind is None:
             self._exchange.wait()
 
     def _receive(self, number: int, _: FrameType | None) -> None:

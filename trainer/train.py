@@ -214,6 +214,7 @@ def _facts(config: RunConfig, loop: Loop, surroundings: Surroundings) -> dict[st
             "2408.11029)",
             "loss": "mean over target tokens of the step's global batch, nats, before its update",
             "flops": "model FLOPs so far: forward and backward, causal attention, no recomputation",
+            "peak_bytes": "most memory of the main rank so far, allocated (GPU) or resident (CPU)",
             "mfu": "model FLOPs per second over peak of all ranks",
         },
     }

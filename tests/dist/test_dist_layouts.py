@@ -163,6 +163,12 @@ EXPERT_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "hdp4-ep2-zero3": (4, {"ep": 2, **zero(3)}),
     "ep2-tp2-zero3": (4, {"ep": 2, "tp": 2, **zero(3)}),
     "ep2-selective": (2, {"ep": 2, "checkpointing": "selective"}),
+    "ep2-zero1-selective": (2, {"ep": 2, "checkpointing": "selective", **zero(1)}),
+    "ep2-pp2-zero3-selective": (
+        4,
+        {"ep": 2, "pp": 2, "checkpointing": "selective", **zero(3)},
+    ),
+    "hdp4-ep2-zero3-replicas2": (4, {"ep": 2, **zero(3, replicas=2)}),
     "ep2-full": (2, {"ep": 2, "checkpointing": "full"}),
 }
 
@@ -183,6 +189,42 @@ def test_gradients_do_not_depend_on_where_experts_are(
 ) -> None:
     world_size, settings = EXPERT_LAYOUTS[layout]
     check(run_ranks, world_size, model, **settings)
+
+
+def low_precision_error(compiled: bool, settings: dict[str, Any]) -> float:
+    """(On each rank) bf16 gradients of this layout against those without sharding."""
+    batches = tiny.micro_batches(8)
+    model = MOE
+    if compiled:  # rounds elsewhere, so that tokens choose other experts: let them visit all
+        model = MOE | {"experts": MOE["experts"] | {"experts_per_token": 4}}
+    plain, sharded = run(model, "bf16"), run(model, "bf16", **settings)
+    if compiled:
+        training = sharded.training.model_copy(update={"compile": True})
+        sharded = sharded.model_copy(update={"training": training})
+    found = []
+    for config in (plain, sharded):
+        with open_mesh(config.parallel, torch.device("cpu")) as mesh:
+            found.append(certificate.layout_step(config, mesh, batches).gradients)
+    return max(error for _, error in certificate.relative_errors(found[1], found[0]))
+
+
+@pytest.mark.parametrize(
+    ("compiled", "settings"),
+    [
+        (False, zero(1)),
+        (False, zero(3)),
+        (False, {"checkpointing": "selective", **zero(1)}),
+        (False, {"checkpointing": "selective", **zero(3)}),
+        (False, {"checkpointing": "full", **zero(2)}),
+        (True, zero(1)),
+    ],
+)
+def test_routers_and_experts_in_bf16_when_sharded(
+    run_ranks: RunRanks, compiled: bool, settings: dict[str, Any]
+) -> None:
+    # A micro-batch's gradients are rounded to bf16, whose unit is 2**-8, before they are summed.
+    limit = 0.05 if compiled else 2**-7
+    assert max(run_ranks(low_precision_error, 2, compiled, settings, timeout_s=240.0)) < limit
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

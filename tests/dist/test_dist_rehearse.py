@@ -77,8 +77,8 @@ def test_each_pipeline_rank_reports_its_stages() -> None:
     assert (first.stages, second.stages) == ((0, 3), (1, 2))
     hidden = tiny.LENGTH // 2 * 24 * 4
     sends = {call: n for call, n in second.collectives if call.axis == "pp" and call.ranks == 2}
-    assert sends[Collective("send forward", "pp", 2, hidden)] == 16
-    assert sends[Collective("send backward", "pp", 2, hidden)] == 16
+    assert sends[Collective("send forward", "pp", 2, hidden)] == 8
+    assert sends[Collective("send backward", "pp", 2, hidden)] == 8
 
 
 def test_experts_travel_in_equal_parts() -> None:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -181,4 +182,5 @@ def worst_error(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
         / float(wanted[name].double().abs().max())
         for name in wanted
     ]
-    return max(errors)
+    # A NaN is larger than nothing, so max() would pass over it.
+    return max(errors) if all(map(math.isfinite, errors)) else math.inf

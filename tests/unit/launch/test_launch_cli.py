@@ -80,7 +80,7 @@ def test_dry_run_of_many_ranks_lists_what_they_hold_and_send(tiny: Make) -> None
     assert "pp=1, hdp=32, tp=2" in text
     assert "rank 0 (stage 0) holds parameters" in text
     assert "reduce-scatter" in text
-    assert "32 ranks of shard" in text
+    assert "32 ranks of hdp" in text
 
 
 def test_dry_run_as_json(tiny: Make) -> None:
