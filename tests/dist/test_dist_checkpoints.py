@@ -66,6 +66,8 @@ def prepared(
     # 12 sequences are divided by 1, 2 and 4 ranks in threes, by 3 ranks in twos.
     each = 2 if layout.get("hdp") == 3 else 3
     changes += ["batch.sequences=12", f"batch.micro_batch_sequences={each}"]
+    # Adam's first steps are the sign of a gradient: a large rate would show its rounding.
+    changes.append("optimizer.lr=2e-3")
     return tiny(*changes, folder=folder)
 
 
