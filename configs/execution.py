@@ -79,7 +79,8 @@ class Pipeline(Section):
     split: Literal["flops", "measured"] | tuple[Count, ...] = Field(
         "flops",
         description="layers of the stages: evened out by counted FLOPs or by times measured at "
-        "the start, embedding and head included; or their numbers, one for each stage",
+        "the first launch (whole layers, eager), embedding and head included; or their numbers, "
+        "one for each stage",
     )
 
 

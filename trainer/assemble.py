@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import torch
 
+from allometry.configs.errors import UserError
 from allometry.configs.run import RunConfig
 from allometry.models.build import build_model
 from allometry.models.init import initialize
@@ -15,6 +17,7 @@ from allometry.parallel.measure import measure_costs
 from allometry.parallel.mesh import Mesh
 from allometry.scaling.layout import Layout
 from allometry.scaling.plan import RunPlan
+from allometry.trainer.folder import RunFolder
 
 
 def build_part(config: RunConfig, plan: RunPlan, part: Part) -> Transformer:
@@ -37,10 +40,15 @@ def make_model(config: RunConfig, plan: RunPlan, mesh: Mesh) -> Parallel:
 def with_measured_stages(config: RunConfig, plan: RunPlan, mesh: Mesh) -> RunPlan:
     """The plan with pipeline stages of equal time, where ``split: measured`` asks for them.
 
-    The main rank measures, on its own device, and all ranks use what it found.
+    The main rank measures on its own device, whole layers in eager code, and all ranks use what it
+    found. A run that continues in the layout of its last launch keeps that one's stages, so that
+    it resumes to the bit. Raises UserError on all ranks where a layer does not fit the device.
     """
     if mesh.pp.size == 1 or config.parallel.pipeline.split != "measured":
         return plan
+    earlier = mesh.broadcast_object(_stages_before(config, plan) if mesh.is_main else None)
+    if earlier is not None:
+        return replace(plan, layout=replace(plan.layout, stages=earlier))
 
     def build(part: Part) -> Transformer:
         made = build_part(config, plan, part)
@@ -48,9 +56,33 @@ def with_measured_stages(config: RunConfig, plan: RunPlan, mesh: Mesh) -> RunPla
         initialize(made, plan.parameterization, config.run.seed)
         return made
 
-    costs = measure_costs(build, config, mesh.device) if mesh.is_main else None
-    costs = mesh.broadcast_object(costs)
+    costs: list[float] | None = None
+    failure: str | None = None
+    if mesh.is_main:
+        try:
+            costs = measure_costs(build, config, mesh.device)
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            failure = (
+                "parallel.pipeline.split=measured: a whole layer does not fit this device "
+                f"({str(error).splitlines()[0]}); use split: flops"
+            )
+    costs, failure = mesh.broadcast_object((costs, failure))
+    if failure is not None:
+        raise UserError(failure)
     return replace(plan, layout=Layout.of(config, plan.world_size, costs))
+
+
+def _stages_before(config: RunConfig, plan: RunPlan) -> tuple[range, ...] | None:
+    """The stages of the run's last launch, if it had this layout."""
+    try:
+        facts = json.loads(RunFolder(config.run.folder).run.read_text(encoding="utf-8"))
+        before, now = facts["layout"], plan.layout.describe()
+        if all(before[key] == value for key, value in now.items() if key != "stages"):
+            stages = tuple(range(start, stop) for start, stop in before["stages"])
+            return stages if len(stages) == len(plan.layout.stages) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return None
 
 
 def make_states(optimizer: torch.optim.Optimizer) -> None:

@@ -48,6 +48,8 @@ EXPERT_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2": (2, {"tp": 2}),
     "hdp3-zero2": (3, {"hdp": 3, "zero": {"stage": 2}}),
 }
+# Where each launch would measure anew, it keeps the stages of the first.
+MEASURED = {"pp2-measured": (2, {"pp": 2, "pipeline": {"split": "measured"}})}
 SAVED, MORE = 4, 3
 
 
@@ -131,6 +133,7 @@ def test_a_run_goes_on_in_another_layout(
     [
         ("dense", "tp2"),
         ("dense", "pp2"),
+        ("dense", "pp2-measured"),
         ("dense", "pp2-zbv-hdp2-zero1"),
         ("moe", "ep2"),
         ("moe", "hdp4-ep2-zero3"),
@@ -141,7 +144,7 @@ def test_a_run_goes_on_in_another_layout(
 def test_two_resumes_on_one_layout_change_no_bit(
     tiny: Make, run_ranks: Ranks, tmp_path: Path, kind: str, name: str
 ) -> None:
-    world_size, layout = (DENSE_LAYOUTS if kind == "dense" else EXPERT_LAYOUTS)[name]
+    world_size, layout = ((DENSE_LAYOUTS | MEASURED) if kind == "dense" else EXPERT_LAYOUTS)[name]
     model = None if kind == "dense" else MOE
     straight, parts = (
         prepared(tiny, tmp_path / which, layout, model) for which in ("straight", "parts")
