@@ -8,6 +8,7 @@ input gives the same bits.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -26,8 +27,9 @@ def grouped_linear(x_SD: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor
     is zero. Where torch has no kernel for this type or alignment, a loop over groups does it,
     which waits for the counts on a GPU.
     """
-    # Without values there is nothing to loop over, and only shapes matter.
-    if _has_kernel(x_SD, weight_EFD) or isinstance(x_SD, FakeTensor):
+    # Without values there is nothing to loop over, and a compiler cannot trace a loop of data.
+    traced = torch.compiler.is_compiling() or isinstance(x_SD, FakeTensor)
+    if traced or _has_kernel(x_SD.dtype, weight_EFD.shape):
         offsets_E = counts_E.cumsum(0).to(torch.int32)
         y_SF: Tensor = _GroupedLinear.apply(x_SD, weight_EFD, offsets_E)
         return y_SF
@@ -42,16 +44,22 @@ def loop_linear(x_SD: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:
     return torch.cat([x @ weight.T for x, weight in zip(groups, matrices, strict=True)])
 
 
-def _has_kernel(x_SD: Tensor, weight_EFD: Tensor) -> bool:
-    aligned = all(
-        size * x_SD.dtype.itemsize % _ALIGNMENT_BYTES == 0 for size in weight_EFD.shape[1:]
-    )
-    return aligned and x_SD.dtype in _KERNEL_TYPES and hasattr(torch, "_grouped_mm")
+def _has_kernel(dtype: torch.dtype, shape_EFD: torch.Size) -> bool:
+    aligned = all(size * dtype.itemsize % _ALIGNMENT_BYTES == 0 for size in shape_EFD[1:])
+    return aligned and dtype in _KERNEL_TYPES and hasattr(torch, "_grouped_mm")
 
 
 @torch.library.custom_op("allometry::_grouped_mm", mutates_args=())
 def _opaque_mm(a: Tensor, b: Tensor, offsets_E: Tensor) -> Tensor:
-    return torch._grouped_mm(a, b, offsets_E)
+    """What the compiler calls without looking in: the kernel, or a loop where there is none."""
+    widths = b.shape if b.ndim == 3 else torch.Size((1, a.shape[0], b.shape[1]))
+    if _has_kernel(a.dtype, widths):
+        return torch._grouped_mm(a, b, offsets_E)
+    ends = offsets_E.tolist()
+    stretches = [slice(start, end) for start, end in pairwise([0, *ends])]
+    if b.ndim == 3:
+        return torch.cat([a[rows] @ b[e] for e, rows in enumerate(stretches)])
+    return torch.stack([a[:, rows] @ b[rows] for rows in stretches])
 
 
 @_opaque_mm.register_fake
@@ -63,9 +71,10 @@ def _(a: Tensor, b: Tensor, offsets_E: Tensor) -> Tensor:
 def _grouped_mm(a: Tensor, b: Tensor, offsets_E: Tensor) -> Tensor:
     """Return a's stretches of rows times the matrices of ``b``, or stretches of both [E, ...]."""
     # While tracing, and without values, torch believes that its kernel takes bf16 alone.
-    tracing = torch.compiler.is_compiling() and a.dtype != torch.bfloat16
-    if tracing or isinstance(a, FakeTensor):
-        return _opaque_mm(a, b, offsets_E)
+    if torch.compiler.is_compiling() or isinstance(a, FakeTensor):
+        known = a.dtype == torch.bfloat16 and b.ndim == 3 and _has_kernel(a.dtype, b.shape)
+        if not known:
+            return _opaque_mm(a, b, offsets_E)
     return torch._grouped_mm(a, b, offsets_E)
 
 
