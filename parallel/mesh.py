@@ -195,14 +195,18 @@ def _set_timeout(group: dist.ProcessGroup, timeout: timedelta) -> None:
 def _forget_shardings() -> None:
     """Drop what DTensor remembers of shardings.
 
-    Its cache knows a mesh by its shape, so an equal mesh that is opened later in the process would
-    be handed the groups of this one, which are gone.
+    Its caches know a mesh by its shape, so an equal mesh that is opened later in the process would
+    be handed the groups of this one, which are gone; and they keep these groups' threads alive.
     """
-    from torch.distributed.tensor import debug
+    from torch.distributed.tensor import _redistribute, debug
 
-    clear = getattr(debug, "_clear_sharding_prop_cache", None)  # torch 2.11 may not have it
-    if clear is not None:
-        clear()
+    for module, name in (
+        (debug, "_clear_sharding_prop_cache"),
+        (_redistribute, "clear_redistribute_planner_cache"),
+    ):
+        clear = getattr(module, name, None)  # older versions of torch have not all of them
+        if clear is not None:
+            clear()
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import faulthandler
+import gc
 import importlib.util
 import os
 import pickle
@@ -240,6 +241,8 @@ def _run(call: _Call, rank: int, modules: dict[str, ModuleType]) -> Any:
         if dist.is_initialized():
             with contextlib.suppress(RuntimeError):  # a broken group has been reported already
                 dist.destroy_process_group()
+        # Models and meshes hang in circles, and each group of gloo keeps a thread that spins.
+        gc.collect()
 
 
 def _main() -> None:
