@@ -28,6 +28,11 @@ def parse_parallel(text: str, base: ParallelConfig) -> ParallelConfig:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = ".".join(str(step) for step in first["loc"]) or "parallel"
+        if first["type"] == "extra_forbidden":
+            valid = ", ".join(name for name in ParallelConfig.model_fields if name != "timeout_s")
+            raise ConfigError(
+                f"{place}: {name} is not a key of parallel; its keys are {valid}"
+            ) from None
         raise ConfigError(
             f"{place}: {name}={first.get('input')!r} is not valid: {first['msg']}"
         ) from None

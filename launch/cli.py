@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -201,6 +202,8 @@ def plot(
 
 def main(arguments: list[str] | None = None) -> Any:
     """Run the command line; a UserError is one sentence and exit code 2."""
+    # torch warns of views that are changed in place; nothing here changes one.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     try:
         return app(args=arguments)
     except UserError as error:

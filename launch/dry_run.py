@@ -73,7 +73,7 @@ def _text(config: RunConfig, plan: RunPlan, facts: dict[str, Any]) -> str:
         f"{plan.micro_batch_sequences} on each of {plan.world_size} ranks)",
         f"memory per rank   {_size(memory.total)} (estimate):",
         *(
-            f"  {name.replace('_', ' '):<24}{_size(number):>10}"
+            f"  {_KINDS.get(name, name).replace('_', ' '):<24}{_size(number):>10}"
             for name, number in facts["memory_estimate_bytes"].items()
             if name != "total" and number
         ),
@@ -89,6 +89,7 @@ def _text(config: RunConfig, plan: RunPlan, facts: dict[str, Any]) -> str:
 
 
 SHOWN = 8
+_KINDS = {"gradients": "gradients, buckets"}
 
 
 def _ranks(facts: dict[str, Any]) -> list[str]:

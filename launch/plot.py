@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from allometry.configs.errors import UserError
 from allometry.laws.runs import Run, read_run
 
 Column = NDArray[np.float64]
@@ -25,6 +26,9 @@ class SourceSummary:
     first_loss: float | None
     last_loss: float | None
     validation_loss: float | None
+
+
+FORMATS = (".png", ".svg", ".pdf")
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,8 @@ def draw(folders: Sequence[Path], out: Path, *, as_json: bool) -> str:
     Raises UserError for a folder that holds no run.
     """
     runs = [read_run(folder) for folder in folders]
+    if out.suffix not in FORMATS:
+        raise UserError(f"--out={out}: a figure is written as {', '.join(FORMATS)}; name one so")
     _figure(runs, out)
     summaries = [summarise(run) for run in runs]
     if as_json:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import warnings
 from typing import NoReturn
 
 from allometry.configs.errors import UserError
@@ -27,9 +26,6 @@ def run(
     logging.basicConfig(
         level=logging.WARNING if main_rank else logging.ERROR, format="%(levelname)s: %(message)s"
     )
-
-    # torch warns of views that are changed in place; nothing here changes one.
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
 
     from allometry.trainer.train import Surroundings, train
 

@@ -97,6 +97,7 @@ def check_batch(batch: BatchConfig, hdp: int) -> None:
         raise UserError(
             f"batch.sequences={batch.sequences} cannot be divided by {share}; use "
             + _smaller_micro_batch(batch, hdp)
+            + "batch.sequences="
             + _nearest(batch.sequences, unit)
         )
     if batch.ramp is None:
@@ -118,7 +119,7 @@ def _smaller_micro_batch(batch: BatchConfig, hdp: int) -> str:
         return ""
     each = batch.sequences // hdp
     fits = max(m for m in range(1, batch.micro_batch_sequences + 1) if each % m == 0)
-    return f"batch.micro_batch_sequences={fits}, or batch.sequences="
+    return f"batch.micro_batch_sequences={fits}, or "
 
 
 def _nearest(value: int, unit: int) -> str:

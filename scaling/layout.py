@@ -109,11 +109,17 @@ class Layout:
                 its value and what would be valid.
         """
         degrees = resolve_degrees(config.parallel, world_size)
-        check_batch(config.batch, degrees.hdp)
         _check_tensor(config, degrees.tp)
         _check_expert(config.model, degrees.ep)
+        check_batch(config.batch, degrees.hdp)
         _check_dropout(config, degrees)
+        split = config.parallel.pipeline.split
         if degrees.pp == 1:
+            if not isinstance(split, str) and split != (config.model.num_layers,):
+                raise UserError(
+                    f"parallel.pipeline.split={list(split)} needs stages, but parallel.pp=1; set "
+                    "parallel.pp or use split: flops"
+                )
             layers = range(config.model.num_layers)
             return cls(degrees, config.parallel.pipeline.schedule, (layers,))
         pipeline = config.parallel.pipeline
@@ -278,7 +284,10 @@ def _stage_count(pipeline: Pipeline, pp: int, num_layers: int) -> int:
         )
     if pp * each > num_layers:
         most = num_layers // each
-        fits = f"parallel.pp at most {most}" if most else "a schedule with one stage on each rank"
+        fewer = "fewer stages on each rank or a schedule that has one (1f1b, gpipe)"
+        fits = f"parallel.pp at most {most}" if most else fewer
+        if most and each > 1:
+            fits = f"{fits}, or {fewer}"
         raise UserError(
             f"parallel.pp={pp} with {each} stage{'s' * (each > 1)} on each rank "
             f"(parallel.pipeline.schedule={schedule}) needs {pp * each} layers, but "
@@ -299,12 +308,15 @@ def _check_micro_batches(config: RunConfig, degrees: Degrees) -> None:
             continue
         near = sorted(range(1, number + 4 * pp), key=lambda n: (abs(n - number), n))
         good = sorted([n for n in near if fits(n)][:2])
+        ramp = stage is not plan.stages[-1]
+        key = "batch.ramp.start_sequences and increments of" if ramp else "batch.sequences="
+        smaller = "smaller micro-batches, " * (config.batch.micro_batch_sequences > 1)
         raise UserError(
             f"parallel.pipeline.schedule={schedule} on pp={pp} needs {rule}, but a batch of "
-            f"{stage.sequences} sequences is {number} on each rank (hdp={degrees.hdp}, "
-            f"batch.micro_batch_sequences={config.batch.micro_batch_sequences}); use "
-            f"batch.sequences={either([n * unit for n in good])}, smaller micro-batches or another "
-            "schedule"
+            f"{stage.sequences} sequences{' (in its ramp)' * ramp} is {number} on each rank "
+            f"(hdp={degrees.hdp}, batch.micro_batch_sequences="
+            f"{config.batch.micro_batch_sequences}); use {key}{' ' * ramp}"
+            f"{either([n * unit for n in good])}, {smaller}fewer hdp ranks or another schedule"
         )
 
 

@@ -44,7 +44,7 @@ class Display(Callback):
         self._say(
             f"model {human(plan['parameters']['total'])} parameters | "
             f"{human(plan['total_tokens'])} tokens in {plan['total_steps']} steps | "
-            f"{layout['world_size']} x {facts['hardware']['device']}, hdp={layout['hdp']}, "
+            f"{layout['world_size']} x {facts['hardware']['device']}, {_axes(layout)}, "
             f"ZeRO {layout['zero_stage']}, {facts['compute_dtype']} | "
             f"allocator {facts['allocator']}"
         )
@@ -179,6 +179,13 @@ def standard_callbacks(record: RecordConfig, folder: RunFolder) -> list[Callback
     if record.wandb is not None:
         found.append(WeightsAndBiases(record.wandb, folder))
     return found
+
+
+def _axes(layout: dict[str, Any]) -> str:
+    """The degrees that are not 1, hdp always, and the pipeline's schedule."""
+    names = [n for n in ("pp", "hdp", "tp", "ep") if n == "hdp" or layout.get(n, 1) > 1]
+    axes = " ".join(f"{name}={layout[name]}" for name in names)
+    return f"{axes} {layout['schedule']}" if "schedule" in layout else axes
 
 
 def human(number: float) -> str:

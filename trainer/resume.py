@@ -80,7 +80,8 @@ def begin(
             start = Start(None, None, [], [], 0)
         else:
             start = _continue(folder, config, fingerprints, stop_at_step)
-        write_atomically(folder.config, dump(config))
+        if not _finished(config, start.step):
+            write_atomically(folder.config, dump(config))
     except OSError as error:
         folder.release()
         raise UserError(f"run.folder={folder.path} cannot be written: {error.strerror}") from None
@@ -122,6 +123,12 @@ def _continue(
         abandoned=checkpoint.abandon_after(folder, step),
         dropped_rows=folder.forget_after(step),
     )
+
+
+def _finished(config: RunConfig, step: int) -> bool:
+    """Whether no step is left: the launch then changes nothing that the folder says."""
+    plan = BatchPlan(config.batch, config.data.sequence_length)
+    return step >= resolve_schedule(config, plan).total_steps
 
 
 def _stored(folder: RunFolder) -> RunConfig:

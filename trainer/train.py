@@ -87,7 +87,8 @@ def _train(
         loop.attach(recorder, callbacks, folder)
         facts = _facts(config, loop, surroundings)
         if recorder is not None:
-            record.write_run(folder, facts, _launch(loop, start, surroundings))
+            if start.step < plan.total_steps:
+                record.write_run(folder, facts, _launch(loop, start, surroundings))
             for callback in callbacks:
                 callback.on_start(facts, start.step + 1)
         _report_start(loop, start)
@@ -226,6 +227,10 @@ def layout(config: RunConfig, plan: RunPlan) -> dict[str, Any]:
         "world_size": plan.world_size,
         **plan.layout.describe(),
         "zero_stage": config.parallel.zero.stage,
+        "offload": config.parallel.zero.offload,
+        "activation_checkpointing": config.training.activation_checkpointing,
+        "compile": config.training.compile,
+        "micro_batch_sequences": config.batch.micro_batch_sequences,
     }
 
 

@@ -180,7 +180,7 @@ def _jobs(
             _smallest_batch([one], world_size)
         except UserError as error:
             if asked:
-                raise
+                raise UserError(f"--layout {name}: {error}") from None
             refused.append(LayoutResult(name, world_size, {}, refused=str(error)))
             continue
         jobs.append(Job(name, world_size, one, scratch / f"layout-{len(jobs)}"))

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
+import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -47,10 +50,12 @@ class Job:
 def main(rank: int, jobs: Sequence[Job], scratch: Path) -> None:
     """Run every job that has this rank; the first one is that of one process."""
     torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     for number, job in enumerate(jobs):
         if rank >= job.world_size:
             continue
+        begun = time.perf_counter()
         job.folder.mkdir(parents=True, exist_ok=True)
         dist.init_process_group(
             "gloo",
@@ -69,6 +74,11 @@ def main(rank: int, jobs: Sequence[Job], scratch: Path) -> None:
             dist.barrier()
         finally:
             dist.destroy_process_group()
+        if rank == 0:
+            taken = time.perf_counter() - begun
+            print(
+                f"{number + 1}/{len(jobs)} {job.name}: {taken:.0f} s", file=sys.stderr, flush=True
+            )
 
 
 def _alone(job: Job) -> None:

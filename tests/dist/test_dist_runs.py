@@ -101,4 +101,4 @@ def failing_launch(config: RunConfig) -> str:
 def test_a_batch_the_ranks_cannot_divide(tiny: Make, run_ranks: Ranks) -> None:
     said = run_ranks(failing_launch, 3, tiny("data.sources.0.train=nowhere"))
     assert "batch.sequences=8 cannot be divided by hdp=3" in said[0]
-    assert "use 6 or 12" in said[0]
+    assert "use batch.sequences=6 or 12" in said[0]

@@ -88,7 +88,8 @@ def test_batch_that_ranks_cannot_divide() -> None:
     with pytest.raises(UserError) as caught:
         check_batch(BatchConfig(sequences=10, micro_batch_sequences=1), 4)
     assert str(caught.value) == (
-        "batch.sequences=10 cannot be divided by hdp=4 x batch.micro_batch_sequences=1; use 8 or 12"
+        "batch.sequences=10 cannot be divided by hdp=4 x batch.micro_batch_sequences=1; "
+        "use batch.sequences=8 or 12"
     )
     with pytest.raises(
         UserError, match=r"use batch\.micro_batch_sequences=1, or batch\.sequences=8$"

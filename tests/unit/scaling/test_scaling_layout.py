@@ -134,7 +134,8 @@ def test_degrees_that_do_not_fit(parallel: dict[str, Any], world_size: int, sent
             8,
             "parallel.pp=8 with 2 stages on each rank "
             "(parallel.pipeline.schedule=interleaved_1f1b) needs 16 layers, but "
-            "model.num_layers=8; use parallel.pp at most 4",
+            "model.num_layers=8; use parallel.pp at most 4, or fewer stages on each "
+            "rank or a schedule that has one (1f1b, gpipe)",
         ),
         (
             DENSE,
@@ -155,8 +156,8 @@ def test_degrees_that_do_not_fit(parallel: dict[str, Any], world_size: int, sent
             32,
             "parallel.pipeline.schedule=1f1b on pp=4 needs at least 4 "
             "micro-batches, but a batch of 16 sequences is 2 on each rank (hdp=8, "
-            "batch.micro_batch_sequences=1); use batch.sequences=32 or 40, smaller "
-            "micro-batches or another schedule",
+            "batch.micro_batch_sequences=1); use batch.sequences=32 or 40, "
+            "fewer hdp ranks or another schedule",
         ),
         (
             DENSE,
@@ -165,8 +166,8 @@ def test_degrees_that_do_not_fit(parallel: dict[str, Any], world_size: int, sent
             "parallel.pipeline.schedule=interleaved_zero_bubble on pp=3 needs "
             "micro-batches in equal rounds of at least 3, or fewer than 3, but a "
             "batch of 16 sequences is 16 on each rank "
-            "(hdp=1, batch.micro_batch_sequences=1); use batch.sequences=15 or 18, smaller "
-            "micro-batches or another schedule",
+            "(hdp=1, batch.micro_batch_sequences=1); use batch.sequences=15 or 18, "
+            "fewer hdp ranks or another schedule",
         ),
     ],
 )

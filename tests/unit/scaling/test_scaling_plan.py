@@ -58,7 +58,7 @@ def test_plan_of_a_run() -> None:
 
 
 def test_the_batch_and_the_ranks_must_fit() -> None:
-    with pytest.raises(UserError, match=r"batch.sequences=32 .*; use 24 or 36"):
+    with pytest.raises(UserError, match=r"batch.sequences=32 .*; use batch.sequences=24 or 36"):
         RunPlan.of(run_config(), world_size=3)
     with pytest.raises(UserError, match=r"parallel.hdp=8 .* needs 8 ranks, but there are 4"):
         RunPlan.of(run_config(parallel={"hdp": 8}), world_size=4)
