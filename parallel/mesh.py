@@ -208,6 +208,9 @@ def _forget_shardings() -> None:
         clear = getattr(module, name, None)  # older versions of torch have not all of them
         if clear is not None:
             clear()
+    for value in list(vars(_redistribute).values()):
+        if hasattr(value, "cache_clear"):
+            value.cache_clear()
 
 
 @dataclass(frozen=True, slots=True)
