@@ -88,7 +88,9 @@ def wrong_degrees() -> str:
 
 def test_degrees_are_checked_before_any_group_starts(run_ranks: RunRanks) -> None:
     for sentence in run_ranks(wrong_degrees, 2, start_group=False):
-        assert sentence.startswith("parallel.hdp=3 (with pp=1 and tp=1) needs 3 ranks, but there are 2")
+        assert sentence.startswith(
+            "parallel.hdp=3 (with pp=1 and tp=1) needs 3 ranks, but there are 2"
+        )
 
 
 def barrier_without_rank_1() -> str:
