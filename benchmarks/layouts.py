@@ -28,20 +28,12 @@ from contenders.race import Entry, Race, Run, alternate, with_allocator
 from contenders.shape import SHAPES, Shape
 from contenders.surroundings import surroundings
 
+from allometry.configs.execution import SCHEDULES
 from allometry.launch.start import CHOICES, find_library
 
 THREADS = 2
 PRODUCT_PART = "grouped"
 PARTS = ("zero", "tensor", "pipeline", "checkpointing", "experts", PRODUCT_PART)
-SCHEDULES = (
-    "gpipe",
-    "1f1b",
-    "interleaved_1f1b",
-    "looped_bfs",
-    "interleaved_zero_bubble",
-    "zbv_zero_bubble",
-    "dualpipe_v",
-)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
@@ -65,6 +65,7 @@ Schedule = Literal[
     "zbv_zero_bubble",
     "dualpipe_v",
 ]
+SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 
 
 class Pipeline(Section):

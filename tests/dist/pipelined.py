@@ -13,16 +13,6 @@ from allometry.configs.run import RunConfig
 from allometry.parallel.apply import Parallel
 from allometry.parallel.mesh import Mesh
 
-ALL = (
-    "gpipe",
-    "1f1b",
-    "interleaved_1f1b",
-    "looped_bfs",
-    "interleaved_zero_bubble",
-    "zbv_zero_bubble",
-    "dualpipe_v",
-)
-
 
 def config(
     pp: int,

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import tiny
+from allometry.configs.execution import SCHEDULES
 from allometry.configs.run import RunConfig
 from allometry.parallel.mesh import open_mesh
 from allometry.scaling.layout import ONE_STAGE_SCHEDULES
@@ -16,15 +17,6 @@ from allometry.trainer import certificate
 
 RunRanks = Callable[..., list[Any]]
 TOLERANCE = {"fp64": 1e-10, "fp32": 1e-5}
-SCHEDULES = (
-    "gpipe",
-    "1f1b",
-    "interleaved_1f1b",
-    "looped_bfs",
-    "interleaved_zero_bubble",
-    "zbv_zero_bubble",
-    "dualpipe_v",
-)
 COMMON = {
     "vocab_size": tiny.VOCAB,
     "width": 24,
@@ -255,6 +247,33 @@ def test_gradients_do_not_depend_on_the_pipeline(
 @pytest.mark.parametrize("model", [DENSE, MOE], ids=["dense", "moe"])
 def test_three_axes_at_once(run_ranks: RunRanks, model: dict[str, Any]) -> None:
     check(run_ranks, 8, model, pp=2, tp=2)
+
+
+def initial_values(config: RunConfig) -> dict[str, torch.Tensor]:
+    """(On each rank) the whole values of the parameters that this rank has a part of."""
+    with open_mesh(config.parallel, torch.device("cpu")) as mesh:
+        made = certificate.make_parallel(config, mesh)
+        return {name: tiny.whole(p.detach()).clone() for name, p in made.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("world_size", "settings"),
+    [
+        (2, {"pp": 2}),
+        (4, {"ep": 2, "tp": 2}),
+        (4, {"pp": 2, "ep": 2, **zero(1)}),
+        (4, {"ep": 2, "tp": 2, **zero(3)}),
+    ],
+)
+def test_every_layout_starts_with_the_same_bits(
+    run_ranks: RunRanks, world_size: int, settings: dict[str, Any]
+) -> None:
+    (alone,) = run_ranks(initial_values, 1, run(LATENT, "fp32"))
+    held: set[str] = set()
+    for found in run_ranks(initial_values, world_size, run(LATENT, "fp32", **settings)):
+        assert all(torch.equal(value, alone[name]) for name, value in found.items())
+        held |= found.keys()
+    assert held == alone.keys()
 
 
 def test_a_wrong_scale_is_seen(run_ranks: RunRanks) -> None:
