@@ -135,6 +135,7 @@ def _step(
                 parallel.sync.finish()
         for call, times in Counter(log.calls).items():
             total[call] += times * number
+    total.update(_tied(config, plan.layout, parallel))
     parameters = [p for _, p in parallel.named_parameters()]
     gradients = _nbytes(p.grad for p in parameters)
     with CollectiveLog(mesh) as log:
@@ -173,6 +174,20 @@ def _handed_on(
         found[Collective("send forward", "pp", 2, size)] = number
     if stage > 0 and layout.rank_of(stage - 1) != here:
         found[Collective("send backward", "pp", 2, size)] = number
+    return found
+
+
+def _tied(config: RunConfig, layout: Layout, parallel: Parallel) -> dict[Collective, int]:
+    """What a tied head away from its embedding sends: the weight there, its gradient back."""
+    last = len(layout.stages) - 1
+    if not config.model.tied_embeddings or layout.rank_of(0) == layout.rank_of(last):
+        return {}
+    found: dict[Collective, int] = {}
+    for stage, kind in ((0, "send tied weight"), (last, "send tied gradient")):
+        part = parallel.parts.get(stage)
+        module = None if part is None else part.embedding if stage == 0 else part.head
+        if module is not None:
+            found[Collective(kind, "pp", 2, _nbytes([module.weight]))] = 1
     return found
 
 

@@ -81,6 +81,18 @@ def test_each_pipeline_rank_reports_its_stages() -> None:
     assert sends[Collective("send backward", "pp", 2, hidden)] == 8
 
 
+def test_a_tied_head_in_another_stage_is_sent_and_sends_back() -> None:
+    tied = DENSE | {"tied_embeddings": True}
+    first, last = rehearse(run(tied, "fp32", pp=2, hdp=2, zero={"stage": 1}), 4)
+    shard = (tiny.VOCAB + 1) // 2 * 24 * 4
+    assert dict(first.collectives)[Collective("send tied weight", "pp", 2, shard)] == 1
+    assert dict(last.collectives)[Collective("send tied gradient", "pp", 2, shard)] == 1
+    around = run(tied, "fp32", pp=2, pipeline={"schedule": "zbv_zero_bubble"})
+    kinds = {call.kind for rank in rehearse(around, 2) for call, _ in rank.collectives}
+    assert "send forward" in kinds
+    assert not {kind for kind in kinds if "tied" in kind}
+
+
 def test_experts_travel_in_equal_parts() -> None:
     config = run(MOE, "fp32", ep=4)
     (report,) = rehearse(config, 4)
