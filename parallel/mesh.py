@@ -199,18 +199,18 @@ def _forget_shardings() -> None:
     Its caches know a mesh by its shape, so an equal mesh that is opened later in the process would
     be handed the groups of this one, which are gone; and they keep these groups' threads alive.
     """
-    from torch.distributed.tensor import _redistribute, debug
+    from torch.distributed.tensor import _collective_utils, _redistribute, debug
 
+    # Private names, of which older versions of torch have not all.
     for module, name in (
         (debug, "_clear_sharding_prop_cache"),
         (_redistribute, "clear_redistribute_planner_cache"),
     ):
-        clear = getattr(module, name, None)  # older versions of torch have not all of them
-        if clear is not None:
-            clear()
-    for value in list(vars(_redistribute).values()):
-        if hasattr(value, "cache_clear"):
-            value.cache_clear()
+        getattr(module, name, lambda: None)()
+    costs = getattr(_collective_utils, "MeshTopoInfo", None)
+    for owner in (_redistribute, costs):
+        for name in dir(owner):
+            getattr(getattr(owner, name), "cache_clear", lambda: None)()
 
 
 @dataclass(frozen=True, slots=True)
