@@ -241,6 +241,8 @@ def _run(call: _Call, rank: int, modules: dict[str, ModuleType]) -> Any:
         if dist.is_initialized():
             with contextlib.suppress(RuntimeError):  # a broken group has been reported already
                 dist.destroy_process_group()
+        if "torch._dynamo" in sys.modules:  # it counts variants up to a limit
+            torch.compiler.reset()
         # Models and meshes hang in circles, and each group of gloo keeps a thread that spins.
         gc.collect()
 
