@@ -85,6 +85,60 @@ class Pipeline(Section):
     )
 
 
+class ContextCosts(Section):
+    """What the planner of hybrid data/context parallelism assumes of the machine."""
+
+    tflops: float = Field(400.0, gt=0.0, description="what a rank reaches in products, TFLOP/s")
+    attention_efficiency: float = Field(
+        1.0, gt=0.0, description="rate of attention over that of other products"
+    )
+    bandwidth_gb_per_s: float = Field(
+        50.0, gt=0.0, description="between neighbours of a ring, each way"
+    )
+    host_bandwidth_gb_per_s: float = Field(
+        25.0, gt=0.0, description="between a rank and the host's memory, each way"
+    )
+    micro_batch_ms: float = Field(
+        0.0, ge=0.0, description="what a micro-batch costs besides its tokens, in each layer"
+    )
+
+
+class ContextConfig(Section):
+    """Hybrid data/context parallelism (arXiv 2502.21231): how documents lie on the hdp ranks.
+
+    It takes part where ``data.kind`` is ``documents``.
+    """
+
+    capacity_tokens: Count = Field(
+        8192, gt=0, description="most tokens that a rank holds in one micro-batch"
+    )
+    policy: Literal["static", "naive", "balanced", "pipeline_balanced"] = Field(
+        "balanced",
+        description="static: every document on ``degree`` ranks; naive: as few ranks as a document "
+        "needs; balanced: and all ranks busy for as long; pipeline_balanced: each pipeline has "
+        "documents of like lengths, and the more micro-batches the shorter they are",
+    )
+    degree: Count = Field(1, gt=0, description="static: ranks of each document")
+    min_chunk_tokens: Count = Field(
+        128, gt=0, description="a ring of n cuts a document into 2n chunks of at least these tokens"
+    )
+    offload: Literal["none", "selective"] = Field(
+        "none",
+        description="selective: long documents keep activations of some layers in the host's "
+        "memory where that costs no time, and need fewer ranks",
+    )
+    costs: ContextCosts = Field(default_factory=ContextCosts, description="what planning assumes")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.policy != "static" and self.degree != 1:
+            raise ValueError(
+                f"degree={self.degree} belongs to policy: static; policy={self.policy} chooses "
+                "degrees itself"
+            )
+        return self
+
+
 class ParallelConfig(Section):
     """Degrees of the mesh's axes; pp x hdp x tp is the number of ranks."""
 
@@ -95,6 +149,9 @@ class ParallelConfig(Section):
     pp: Count = Field(1, gt=0, description="pipeline ranks")
     ep: Count = Field(1, gt=0, description="expert parallel ranks, a factor of hdp")
     pipeline: Pipeline = Field(default_factory=Pipeline, description="stages, where pp > 1")
+    context: ContextConfig = Field(
+        default_factory=ContextConfig, description="how whole documents lie on hdp ranks"
+    )
     zero: Zero = Field(default_factory=Zero, description="what is sharded over hdp")
     timeout_s: Count = Field(
         600, gt=0, description="seconds after which a collective that hangs ends the run"

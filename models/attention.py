@@ -16,6 +16,9 @@ from allometry.models.attention_cpu import packed_attention
 from allometry.models.attention_cuda import varlen_attention
 from allometry.models.documents import Documents
 
+Attend = Callable[[Tensor, Tensor, Tensor, Documents | None, float], Tensor]
+"""(q_BLNH, k_BLKH, v_BLKH, documents, scale) -> [B, L, N, H]: causal, within each document."""
+
 HALF_TYPES = (torch.bfloat16, torch.float16)
 
 

@@ -18,11 +18,19 @@ class Documents:
     it starts with 0, ends with T, never decreases (empty documents are allowed and have no
     effect), and a document lies within one sequence. ``max_length``: tokens of the longest
     document, or more. ``positions_BL``: each token's place in its document, from 0.
+
+    What follows is for documents that several ranks share. ``counted_BL`` (bool; None: all) is
+    False for filling, which routers do not see. ``ring`` (int64 on the CPU; None: all of each
+    document is here) says who holds the rest; only who made it reads it. ``offload``: share of
+    the layers whose kept activations wait for the backward in the host's memory.
     """
 
     cu_lengths: Tensor
     max_length: int
     positions_BL: Tensor
+    counted_BL: Tensor | None = None
+    ring: Tensor | None = None
+    offload: float = 0.0
 
     def mask(self) -> Tensor:
         """Return the causal mask inside documents, bool [B, L, L]: query x key."""

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from allometry.configs.model import ModelConfig
-from allometry.models.attention import attend
+from allometry.models.attention import Attend, attend
 from allometry.models.documents import Documents
 from allometry.models.head import Losses, OutputHead
 from allometry.models.layers import Embedding, Linear, RMSNorm, rotary_angles, rotate
@@ -43,10 +43,14 @@ class Geometry:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions and optional norm of queries and keys."""
+    """Grouped-query attention with rotary positions and optional norm of queries and keys.
+
+    ``core`` is what context parallelism replaces.
+    """
 
     def __init__(self, model: ModelConfig, scale: float) -> None:
         super().__init__()
+        self.core: Attend = attend
         self.head_width, self.scale = model.head_width, scale
         queries, keys = (n * self.head_width for n in (model.num_heads, model.kv_heads))
         self.wq = Linear(model.width, queries, Role.HIDDEN)
@@ -66,7 +70,7 @@ class Attention(nn.Module):
             q_BLNH, k_BLKH = self.q_norm(q_BLNH), self.k_norm(k_BLKH)
         q_BLNH = rotate(q_BLNH, geometry.cos_BL1h, geometry.sin_BL1h)
         k_BLKH = rotate(k_BLKH, geometry.cos_BL1h, geometry.sin_BL1h)
-        o_BLNH = attend(q_BLNH, k_BLKH, v_BLKH, geometry.documents, self.scale)
+        o_BLNH = self.core(q_BLNH, k_BLKH, v_BLKH, geometry.documents, self.scale)
         return self.wo(o_BLNH.flatten(2))
 
 
