@@ -18,16 +18,16 @@ from typing import Any
 
 import numpy as np
 
-from allometry.configs.data import DataConfig
+from allometry.configs.data import SequenceData
 from allometry.data.mixture import Mixture
 from allometry.data.prepare import PrepareRequest, prepare
 from allometry.data.stream import Stream
 from allometry.data.synthetic import write_random_store, write_sparse_store
 
 
-def config(prefix: Path, length: int, packing: str = "per_document") -> DataConfig:
+def config(prefix: Path, length: int, packing: str = "per_document") -> SequenceData:
     sources = [{"name": "s", "train": str(prefix)}]
-    return DataConfig.model_validate(
+    return SequenceData.model_validate(
         {"sequence_length": length, "packing": packing, "sources": sources}
     )
 

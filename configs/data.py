@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from allometry.configs.base import Count, Section
 
@@ -20,16 +20,11 @@ class Source(Section):
     weight: float = Field(1.0, gt=0.0, description="share of the batch, relative to the others")
 
 
-class SequenceData(Section):
-    """Documents packed into sequences of one length."""
+class _TokenData(Section):
+    """What every kind of data names: the corpora and how many tokens a sample has."""
 
-    kind: Literal["sequences"] = "sequences"
+    kind: Literal["sequences", "documents"]
     sequence_length: Count = Field(gt=0, description="tokens in a sequence")
-    packing: Literal["per_document", "concatenated"] = Field(
-        "per_document",
-        description="per_document: a document attends to itself only and its positions start at "
-        "0; concatenated: a sequence is one stream of tokens",
-    )
     tokenizer: str | None = Field(
         None, description="tokenizer.json the token files were made with; null: do not check"
     )
@@ -44,7 +39,40 @@ class SequenceData(Section):
         return self
 
 
-DataConfig = SequenceData
+class SequenceData(_TokenData):
+    """Documents packed into sequences of one length."""
+
+    kind: Literal["sequences"] = "sequences"
+    packing: Literal["per_document", "concatenated"] = Field(
+        "per_document",
+        description="per_document: a document attends to itself only and its positions start at "
+        "0; concatenated: a sequence is one stream of tokens",
+    )
+
+
+class DocumentData(_TokenData):
+    """Whole documents, each laid on as many ranks as it needs (``parallel.context``)."""
+
+    kind: Literal["documents"] = "documents"
+    sequence_length: Count = Field(
+        gt=0,
+        description="a batch of N sequences holds the documents that begin in N windows of this "
+        "many tokens",
+    )
+    max_document_tokens: Count = Field(
+        gt=0, description="a longer document is cut into documents of this many tokens"
+    )
+
+
+def _sequences_unless_said(value: Any) -> Any:
+    """Let a section without ``kind`` be sequences."""
+    return {"kind": "sequences", **value} if isinstance(value, dict) else value
+
+
+DataConfig = Annotated[
+    Annotated[SequenceData | DocumentData, Field(discriminator="kind")],
+    BeforeValidator(_sequences_unless_said),
+]
 
 
 class BatchRamp(Section):

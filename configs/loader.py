@@ -124,7 +124,7 @@ def _data_path(detail: ErrorDetails, tree: Tree) -> KeyPath:
     node: Any = tree.data
     for part in detail["loc"]:
         inside = isinstance(node, dict) and part in node
-        if isinstance(node, dict) and not inside and part == node.get("kind"):
+        if isinstance(node, dict) and not inside and part == _kind_in(node, path):
             continue
         if not isinstance(node, dict | list) and path:
             break  # which of several types a value was tried as
@@ -134,6 +134,12 @@ def _data_path(detail: ErrorDetails, tree: Tree) -> KeyPath:
         else:
             node = None
     return tuple(path)
+
+
+def _kind_in(node: dict[str, Any], path: Sequence[str | int]) -> Any:
+    """The kind of the section ``node``: the first that may stand at ``path`` if it says none."""
+    sections = _models_at(RunConfig, tuple(path))
+    return node.get("kind", _kind_of(sections[0]) if sections else None)
 
 
 def _explain(detail: ErrorDetails, path: KeyPath, name: str) -> str:

@@ -7,7 +7,7 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from allometry.configs.base import Section
-from allometry.configs.data import BatchConfig, DataConfig
+from allometry.configs.data import BatchConfig, DataConfig, DocumentData
 from allometry.configs.execution import (
     CheckpointConfig,
     EvaluationConfig,
@@ -47,4 +47,24 @@ class RunConfig(Section):
                 "model.tied_embeddings=true contradicts parameterization.kind=mup, whose embedding "
                 "and head scale differently; set model.tied_embeddings: false"
             )
+        if isinstance(self.data, DocumentData):
+            _check_documents(self.data, self.batch)
         return self
+
+
+def _check_documents(data: DocumentData, batch: BatchConfig) -> None:
+    """What a batch of whole documents may be; raises ValueError."""
+    if batch.micro_batch_sequences != 1:
+        raise ValueError(
+            f"batch.micro_batch_sequences={batch.micro_batch_sequences} has no meaning with "
+            "data.kind=documents, whose micro-batches hold up to parallel.context.capacity_tokens; "
+            "set batch.micro_batch_sequences: 1"
+        )
+    first = batch.sequences if batch.ramp is None else batch.ramp.start_sequences
+    if first * data.sequence_length < data.max_document_tokens:
+        key = "batch.sequences" if batch.ramp is None else "batch.ramp.start_sequences"
+        raise ValueError(
+            f"{key}={first} of data.sequence_length={data.sequence_length} is less than one "
+            f"document of data.max_document_tokens={data.max_document_tokens}, so that a step "
+            f"could begin none; raise {key} or lower data.max_document_tokens"
+        )

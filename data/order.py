@@ -16,9 +16,17 @@ _EPOCHS_KEPT = 2
 
 
 @dataclass(frozen=True)
-class _Epoch:
+class Epoch:
+    """Documents in the order in which an epoch reads them, and where each ends in it."""
+
     documents: NDArray[np.int64] | None  # None: as stored
     ends: NDArray[np.int64]
+
+    def numbers(self, first: int, stop: int) -> NDArray[np.int64]:
+        """The documents at places ``first`` to ``stop`` (exclusive)."""
+        if self.documents is None:
+            return np.arange(first, stop)
+        return self.documents[first:stop]
 
 
 class DocumentOrder:
@@ -35,14 +43,14 @@ class DocumentOrder:
         self.store = store
         self.name = name
         self.seed = seed
-        self._epoch = lru_cache(maxsize=_EPOCHS_KEPT)(self._make_epoch)
+        self.epoch = lru_cache(maxsize=_EPOCHS_KEPT)(self._make_epoch)
         self._shuffle = lru_cache(maxsize=_EPOCHS_KEPT)(Shuffle)
 
-    def _make_epoch(self, epoch: int) -> _Epoch:
+    def _make_epoch(self, epoch: int) -> Epoch:
         if self.seed is None:
-            return _Epoch(None, self.store.starts[1:])
+            return Epoch(None, self.store.starts[1:])
         documents = permutation(f"{self.seed}:{self.name}:{epoch}", self.store.num_documents)
-        return _Epoch(documents, np.cumsum(self.store.lengths[documents]))
+        return Epoch(documents, np.cumsum(self.store.lengths[documents]))
 
     def window(self, sample: int, length: int) -> int:
         """Which window of the line sample ``sample`` is: window w starts at token w x ``length``.
@@ -73,19 +81,15 @@ class DocumentOrder:
             count = min(len(out) - filled, period - offset)
             part = out[filled : filled + count]
             lengths.append(
-                self._read_epoch(self._epoch(0 if self.seed is None else epoch), offset, part)
+                self._read_epoch(self.epoch(0 if self.seed is None else epoch), offset, part)
             )
             filled += count
         return np.concatenate(lengths) if len(lengths) > 1 else lengths[0]
 
-    def _read_epoch(self, epoch: _Epoch, offset: int, out: NDArray[np.int64]) -> NDArray[np.int64]:
+    def _read_epoch(self, epoch: Epoch, offset: int, out: NDArray[np.int64]) -> NDArray[np.int64]:
         first, last = np.searchsorted(epoch.ends, (offset, offset + len(out) - 1), side="right")
         ends = epoch.ends[first : last + 1]
-        documents = (
-            np.arange(first, last + 1)
-            if epoch.documents is None
-            else (epoch.documents[first : last + 1])
-        )
+        documents = epoch.numbers(int(first), int(last) + 1)
         lengths = self.store.lengths[documents]
         offsets = np.zeros_like(lengths)
         offsets[0] = offset - (ends[0] - lengths[0])

@@ -4,68 +4,37 @@
 
 from __future__ import annotations
 
-import hashlib
-import logging
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from allometry.configs.data import DataConfig
-from allometry.configs.errors import UserError
+from allometry.configs.data import DocumentData, SequenceData
 from allometry.data.batch import IGNORE, Batch, PackedDocuments
-from allometry.data.manifest import manifest_of
-from allometry.data.mixture import Mixture
+from allometry.data.documents import DocumentStream
 from allometry.data.order import DocumentOrder
-from allometry.data.store import TokenStore
-from allometry.data.tokenizer import check_tokenizer
-
-_log = logging.getLogger(__name__)
+from allometry.data.sources import Sources
 
 
-class Stream:
+def open_stream(data: SequenceData | DocumentData, seed: int) -> Stream | DocumentStream:
+    """The stream of the kind that ``data`` asks for; UserError as for ``Sources``."""
+    return DocumentStream(data, seed) if data.kind == "documents" else Stream(data, seed)
+
+
+class Stream(Sources):
     """Training and held-out sequences of a data configuration.
 
     A sample is a window [w L, w L + L] of its source's endless line of tokens (see
     ``DocumentOrder``): L inputs and, one further, L targets, so that each token is a target once
-    an epoch; the windows of an epoch are shuffled. ``Mixture`` says which source's sample stands at
-    a position. Nothing depends on what was asked before, on the number of ranks or on how positions
-    are grouped into batches.
-
-    Raises UserError for token files that cannot be used or were made with different tokenizers.
+    an epoch; the windows of an epoch are shuffled.
     """
 
-    def __init__(self, data: DataConfig, seed: int) -> None:
-        self.sequence_length = data.sequence_length
+    def __init__(self, data: SequenceData, seed: int) -> None:
         self.per_document = data.packing == "per_document"
-        self.seed = seed
-        self.sources = tuple(source.name for source in data.sources)
-        self.mixture = Mixture([source.weight for source in data.sources])
-        self._train = [
-            DocumentOrder(self._open(source.train), source.name, seed) for source in data.sources
-        ]
-        self._validation = {
-            source.name: DocumentOrder(self._open(source.validation), source.name, None)
-            for source in data.sources
-            if source.validation is not None
-        }
-        check_tokenizer(data.tokenizer, [store.prefix for store in self.stores])
+        super().__init__(data, seed, whole=self.per_document)
 
-    def _open(self, prefix: str) -> TokenStore:
-        store = TokenStore(prefix)
-        longest = int(store.lengths.max()) if self.per_document else store.num_tokens
-        if longest < 2:
-            raise UserError(
-                f"token files {prefix} have no document of two tokens, so there is nothing to "
-                "predict; prepare them from longer documents"
-            )
-        return store
-
-    @property
-    def stores(self) -> tuple[TokenStore, ...]:
-        """All token files, training then held-out."""
-        orders = [*self._train, *self._validation.values()]
-        return tuple(order.store for order in orders)
+    def _settings(self) -> dict[str, Any]:
+        return {"packing": "per_document" if self.per_document else "concatenated"}
 
     def batch(self, position: int, count: int) -> Batch:
         """The ``count`` samples from ``position`` on: rows in the order of their positions."""
@@ -105,15 +74,6 @@ class Stream:
             for name, count in zip(self.sources, counts, strict=True)
         }
 
-    def epochs(self, position: int) -> dict[str, float]:
-        """How often each source was read in the first ``position`` samples."""
-        return {
-            name: tokens / order.store.num_tokens
-            for (name, tokens), order in zip(
-                self.ledger(position).items(), self._train, strict=True
-            )
-        }
-
     def validation(self, count: int, batch_sequences: int = 1) -> dict[str, list[Batch]]:
         """The first ``count`` sequences of each held-out split, in batches of one size.
 
@@ -127,21 +87,13 @@ class Stream:
         for name, order in self._validation.items():
             num_targets = order.store.num_tokens - 1
             available = -(-num_targets // self.sequence_length)
-            if available < count:
-                _log.warning(
-                    "validation split of source %s has %d sequences of %d tokens, fewer than the "
-                    "%d asked for (%s)",
-                    *(name, available, self.sequence_length, count, order.store.prefix),
-                )
+            end = self._held_out_windows(name, available, count)
             found[name] = [
-                self._held_out(name, order, range(k, k + batch_sequences), min(count, available))
-                for k in range(0, min(count, available), batch_sequences)
+                self._held_out(name, order, range(k, k + batch_sequences), end)
+                for k in range(0, end, batch_sequences)
             ]
             if not any(batch.num_targets for batch in found[name]):
-                raise UserError(
-                    f"the first {count} sequences of {order.store.prefix} hold nothing to predict; "
-                    "raise evaluation.sequences_per_source or prepare a larger held-out split"
-                )
+                raise self._no_targets(name, count)
         return found
 
     def _held_out(self, name: str, order: DocumentOrder, indices: range, end: int) -> Batch:
@@ -153,57 +105,3 @@ class Stream:
             remaining = num_targets - index * self.sequence_length if index < end else 0
             batch.targets_BL[row, max(0, remaining) :] = IGNORE
         return batch
-
-    def fingerprints(self) -> dict[str, str]:
-        """A name for the contents of each source's training files, wherever they are.
-
-        It covers the whole index (every document's length), the number of tokens, and the first
-        and last tokens: enough to notice another preparation, cheap enough for terabytes.
-        """
-        return {
-            name: fingerprint_of(order.store)
-            for name, order in zip(self.sources, self._train, strict=True)
-        }
-
-    def describe(self) -> dict[str, Any]:
-        """What the data are, for a run's record: sizes, shares and fingerprints (JSON)."""
-        sources = {}
-        for name, share, order in zip(self.sources, self.mixture.shares, self._train, strict=True):
-            held_out = self._validation.get(name)
-            sources[name] = {
-                "share": share,
-                "train": _describe(order.store),
-                "validation": None if held_out is None else _describe(held_out.store),
-            }
-        return {
-            "seed": self.seed,
-            "sequence_length": self.sequence_length,
-            "packing": "per_document" if self.per_document else "concatenated",
-            "sources": sources,
-        }
-
-
-def fingerprint_of(store: TokenStore) -> str:
-    """SHA-256 (16 digits) of a store's document lengths, first and last tokens."""
-    digest = hashlib.sha256(np.ascontiguousarray(store.lengths).tobytes())
-    for document in (0, store.num_documents - 1):
-        length = int(store.lengths[document])
-        for start in (0, max(0, length - 4096)):
-            tokens = store.read(document, start, min(length, start + 4096))
-            digest.update(np.asarray(tokens, np.int64).tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _describe(store: TokenStore) -> dict[str, Any]:
-    recorded = manifest_of(store.prefix)
-    return {
-        "prefix": store.prefix,
-        "documents": store.num_documents,
-        "tokens": store.num_tokens,
-        "dtype": store.dtype.name,
-        "tokenizer_sha256": recorded[0].tokenizer.sha256 if recorded else None,
-        "fingerprint": fingerprint_of(store),
-        "files_sha256": (
-            {name: file.sha256 for name, file in recorded[1].files.items()} if recorded else None
-        ),
-    }

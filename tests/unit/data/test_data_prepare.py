@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from allometry.configs.data import DataConfig
+from allometry.configs.data import SequenceData
 from allometry.configs.errors import UserError
 from allometry.data import prepare as room
 from allometry.data.corpora import text_digest
@@ -103,7 +103,7 @@ def test_manifest_tells_what_is_there(corpus: Path, prepared: Path) -> None:
 
 
 def test_it_trains(prepared: Path) -> None:
-    data = DataConfig.model_validate(
+    data = SequenceData.model_validate(
         {
             "sequence_length": 64,
             "tokenizer": str(prepared / "tokenizer.json"),

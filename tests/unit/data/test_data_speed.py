@@ -3,14 +3,14 @@
 import time
 from pathlib import Path
 
-from allometry.configs.data import DataConfig
+from allometry.configs.data import SequenceData
 from allometry.data.stream import Stream
 from allometry.data.synthetic import write_random_store, write_sparse_store
 
 
-def config(prefix: Path) -> DataConfig:
+def config(prefix: Path) -> SequenceData:
     sources = [{"name": "s", "train": str(prefix)}]
-    return DataConfig.model_validate({"sequence_length": 2048, "sources": sources})
+    return SequenceData.model_validate({"sequence_length": 2048, "sources": sources})
 
 
 def test_first_batch_of_a_billion_tokens_within_a_second(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from allometry.configs.data import DataConfig
+from allometry.configs.data import SequenceData
 from allometry.configs.errors import UserError
 from allometry.data.batch import IGNORE, Batch
 from allometry.data.order import DocumentOrder, permutation
@@ -21,13 +21,13 @@ from allometry.data.synthetic import write_store
 
 def config(
     folder: Path, length: int, packing: str = "per_document", **weights: float
-) -> DataConfig:
+) -> SequenceData:
     sources = [
         {"name": name, "train": str(folder / name), "weight": weight}
         | ({"validation": str(folder / "held")} if (folder / "held.bin").exists() else {})
         for name, weight in weights.items()
     ]
-    return DataConfig.model_validate(
+    return SequenceData.model_validate(
         {"sequence_length": length, "packing": packing, "sources": sources}
     )
 

@@ -1,0 +1,162 @@
+"""The corpora of a run: their token files, their shares of the samples, what the record says."""
+
+# S sources
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from abc import ABC, abstractmethod
+from typing import Any
+
+import numpy as np
+
+from allometry.configs.data import DocumentData, SequenceData
+from allometry.configs.errors import UserError
+from allometry.data.manifest import manifest_of
+from allometry.data.mixture import Mixture
+from allometry.data.order import DocumentOrder
+from allometry.data.store import TokenStore
+from allometry.data.tokenizer import check_tokenizer
+
+_log = logging.getLogger(__name__)
+
+
+class Sources(ABC):
+    """Training and held-out documents of a data configuration, each source a ``DocumentOrder``.
+
+    ``Mixture`` says which source's sample stands at a position; sample i of a source belongs to
+    a window of L tokens of its endless line of documents. What a sample holds of that window is
+    what the subclasses are about. Nothing depends on what was asked before, on the number of ranks
+    or on how positions are grouped into batches.
+
+    Raises UserError for token files that cannot be used or were made with different tokenizers.
+    """
+
+    def __init__(self, data: SequenceData | DocumentData, seed: int, *, whole: bool) -> None:
+        """``whole``: only documents of two tokens or more hold something to predict."""
+        self.sequence_length = data.sequence_length
+        self.seed = seed
+        self.sources = tuple(source.name for source in data.sources)
+        self.mixture = Mixture([source.weight for source in data.sources])
+        self._train = [
+            DocumentOrder(_open(source.train, whole=whole), source.name, seed)
+            for source in data.sources
+        ]
+        self._validation = {
+            source.name: DocumentOrder(_open(source.validation, whole=whole), source.name, None)
+            for source in data.sources
+            if source.validation is not None
+        }
+        check_tokenizer(data.tokenizer, [store.prefix for store in self.stores])
+
+    @abstractmethod
+    def ledger(self, position: int) -> dict[str, int]:
+        """Tokens of each source in the first ``position`` samples, exactly."""
+
+    @abstractmethod
+    def _settings(self) -> dict[str, Any]:
+        """What ``describe`` says besides the sources."""
+
+    def _epoch_tokens(self, source: int) -> int:
+        """Tokens that the ledger counts in an epoch of a source."""
+        return self._train[source].store.num_tokens
+
+    @property
+    def stores(self) -> tuple[TokenStore, ...]:
+        """All token files, training then held-out."""
+        orders = [*self._train, *self._validation.values()]
+        return tuple(order.store for order in orders)
+
+    def tokens(self, position: int) -> int:
+        """Tokens in the first ``position`` samples, all sources together."""
+        return sum(self.ledger(position).values())
+
+    def epochs(self, position: int) -> dict[str, float]:
+        """How often each source was read in the first ``position`` samples."""
+        return {
+            name: tokens / self._epoch_tokens(source)
+            for source, (name, tokens) in enumerate(self.ledger(position).items())
+        }
+
+    def fingerprints(self) -> dict[str, str]:
+        """A name for the contents of each source's training files, wherever they are.
+
+        It covers the whole index (every document's length), the number of tokens, and the first
+        and last tokens: enough to notice another preparation, cheap enough for terabytes.
+        """
+        return {
+            name: fingerprint_of(order.store)
+            for name, order in zip(self.sources, self._train, strict=True)
+        }
+
+    def describe(self) -> dict[str, Any]:
+        """What the data are, for a run's record: sizes, shares and fingerprints (JSON)."""
+        sources = {}
+        for name, share, order in zip(self.sources, self.mixture.shares, self._train, strict=True):
+            held_out = self._validation.get(name)
+            sources[name] = {
+                "share": share,
+                "train": _describe(order.store),
+                "validation": None if held_out is None else _describe(held_out.store),
+            }
+        return {
+            "seed": self.seed,
+            "sequence_length": self.sequence_length,
+            **self._settings(),
+            "sources": sources,
+        }
+
+    def _held_out_windows(self, name: str, available: int, count: int) -> int:
+        """How many of ``count`` windows a held-out split gives; fewer than asked is logged."""
+        if available < count:
+            _log.warning(
+                "validation split of source %s has %d sequences of %d tokens, fewer than the "
+                "%d asked for (%s)",
+                *(name, available, self.sequence_length, count),
+                self._validation[name].store.prefix,
+            )
+        return min(count, available)
+
+    def _no_targets(self, name: str, count: int) -> UserError:
+        return UserError(
+            f"the first {count} sequences of {self._validation[name].store.prefix} hold nothing to "
+            "predict; raise evaluation.sequences_per_source or prepare a larger held-out split"
+        )
+
+
+def _open(prefix: str, *, whole: bool) -> TokenStore:
+    store = TokenStore(prefix)
+    longest = int(store.lengths.max()) if whole else store.num_tokens
+    if longest < 2:
+        raise UserError(
+            f"token files {prefix} have no document of two tokens, so there is nothing to "
+            "predict; prepare them from longer documents"
+        )
+    return store
+
+
+def fingerprint_of(store: TokenStore) -> str:
+    """SHA-256 (16 digits) of a store's document lengths, first and last tokens."""
+    digest = hashlib.sha256(np.ascontiguousarray(store.lengths).tobytes())
+    for document in (0, store.num_documents - 1):
+        length = int(store.lengths[document])
+        for start in (0, max(0, length - 4096)):
+            tokens = store.read(document, start, min(length, start + 4096))
+            digest.update(np.asarray(tokens, np.int64).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _describe(store: TokenStore) -> dict[str, Any]:
+    recorded = manifest_of(store.prefix)
+    return {
+        "prefix": store.prefix,
+        "documents": store.num_documents,
+        "tokens": store.num_tokens,
+        "dtype": store.dtype.name,
+        "tokenizer_sha256": recorded[0].tokenizer.sha256 if recorded else None,
+        "fingerprint": fingerprint_of(store),
+        "files_sha256": (
+            {name: file.sha256 for name, file in recorded[1].files.items()} if recorded else None
+        ),
+    }
