@@ -227,3 +227,5 @@ def _expect_any_number_of(documents: Documents) -> None:
     if "torch._dynamo" in sys.modules and not torch.compiler.is_compiling():
         mark: Callable[[Tensor, int], None] = sys.modules["torch._dynamo"].maybe_mark_dynamic
         mark(documents.cu_lengths, 0)
+        if documents.ring is not None:
+            mark(documents.ring, 0)

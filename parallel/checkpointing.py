@@ -22,7 +22,13 @@ from allometry.models.transformer import Transformer
 
 # Namespaces of collectives, whose results are kept: recomputing them would send everything twice.
 _COMMUNICATION = ("_c10d_functional", "_c10d_functional_autograd", "c10d", "_dtensor")
-_ATTENTION = ("_scaled_dot_product", "_flash_attention", "packed_attention", "blocked_attention")
+_ATTENTION = (
+    "_scaled_dot_product",
+    "_flash_attention",
+    "packed_attention",
+    "blocked_attention",
+    "ring_attention",
+)
 # The modes that note and answer operators in the first and in the second pass.
 _SELECTION = (_CachingTorchDispatchMode, _CachedTorchDispatchMode)
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "_scaled_mm")

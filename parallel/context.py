@@ -1,0 +1,62 @@
+"""Context parallelism: attention in which a document's tokens may lie on several hdp ranks.
+
+Which documents do is said with each micro-batch (``Documents.ring``); nothing is fixed here.
+"""
+
+# B batch, L length, T = B*L, N query heads, K key/value heads, H head width
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from allometry.models.attention import attend, choose_backend
+from allometry.models.documents import Documents
+from allometry.models.transformer import Transformer
+from allometry.parallel.hdp.ring import ring_attention
+from allometry.parallel.mesh import Mesh
+
+
+class ContextAttention:
+    """Takes the place of ``Attention.core``: a ring where documents name one, else all is here."""
+
+    def __init__(self, group_name: str) -> None:
+        self._group_name = group_name
+
+    def __call__(
+        self,
+        q_BLNH: Tensor,
+        k_BLKH: Tensor,
+        v_BLKH: Tensor,
+        documents: Documents | None,
+        scale: float,
+    ) -> Tensor:
+        """Return causal attention [B, L, N, H] within each document."""
+        if documents is not None and documents.ring is not None:
+            q, k, v = (x.flatten(0, 1) for x in (q_BLNH, k_BLKH, v_BLKH))
+            o_TNH, _ = ring_attention(q, k, v, documents.ring, self._group_name, scale)
+            return o_TNH.view(q_BLNH.shape)
+        # As if not compiled: what is fastest in compiled code is compiled for one L, and here each
+        # micro-batch has its own.
+        backend = choose_backend(
+            q_BLNH.device, q_BLNH.dtype, packed=documents is not None, length=0, compiled=False
+        )
+        return attend(q_BLNH, k_BLKH, v_BLKH, documents, scale, backend)
+
+
+def apply_context(part: Transformer, mesh: Mesh) -> None:
+    """Let the attention of ``part`` reach over the ranks of ``mesh.hdp``.
+
+    Every rank calls this alike, before blocks are wrapped or compiled: on CUDA the ranks meet here.
+    """
+    core = ContextAttention(mesh.hdp.group.group_name)
+    for block in part.blocks.values():
+        block.attention.core = core
+    if mesh.device.type == "cuda" and mesh.hdp.size > 1:
+        warm_up(mesh)
+
+
+def warm_up(mesh: Mesh) -> None:
+    """Connect the ranks of ``mesh.hdp``: NCCL cannot when a part of them sends first."""
+    dist.all_reduce(torch.zeros(1, device=mesh.device), group=mesh.hdp.group)

@@ -1,0 +1,219 @@
+"""Attention of some queries on some keys, with what it takes to merge such blocks.
+
+A block returns its output and the log-sum-exp of its scores; outputs over different keys merge by
+these. A block's backward takes the *merged* output and log-sum-exp, and so gives this block's share
+of the whole gradient (arXiv 2205.14135, App. B.2; arXiv 2310.01889).
+
+Every kernel takes several runs at once: queries of run i see keys of run i only.
+"""
+
+# Q queries, S keys, N query heads, K key/value heads, G = N/K, H head width
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import StrEnum
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from allometry.parallel.hdp import kernels_cuda
+from allometry.parallel.hdp.kernels_cuda import Runs
+
+
+class Kernel(StrEnum):
+    """Ways to compute the same block."""
+
+    WRITTEN_OUT = "written_out"  # any device and type; keeps the scores of one run
+    CPU = "cpu"  # torch's flash kernel for CPUs
+    CUDA = "cuda"  # torch's flash kernel for GPUs: half types, heads of 8 to 256 in steps of 8
+    FLASH_ATTN = "flash_attn"  # the same of the flash-attn package, where it is installed
+
+
+def choose_kernel(device: torch.device, dtype: torch.dtype, head_width: int) -> Kernel:
+    """Return the fastest kernel that can do it."""
+    if device.type == "cpu":
+        return Kernel.CPU
+    if device.type != "cuda" or not kernels_cuda.takes(dtype, head_width):
+        return Kernel.WRITTEN_OUT
+    return Kernel.FLASH_ATTN if kernels_cuda.has_flash_attn() else Kernel.CUDA
+
+
+def attention_block(
+    q_QNH: Tensor,
+    k_SKH: Tensor,
+    v_SKH: Tensor,
+    runs: Runs,
+    scale: float,
+    kernel: Kernel | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the output [Q, N, H] in q's type and the log-sum-exp [N, Q], fp32 (fp64 for fp64).
+
+    Query head n uses key/value head n // (N/K). Without ``kernel``, ``choose_kernel`` decides.
+    """
+    _check(q_QNH, k_SKH, runs)
+    kernel = kernel or choose_kernel(q_QNH.device, q_QNH.dtype, q_QNH.shape[-1])
+    return _FORWARD[kernel](q_QNH, k_SKH, v_SKH, runs, scale)
+
+
+def attention_block_backward(
+    grad_QNH: Tensor,
+    q_QNH: Tensor,
+    k_SKH: Tensor,
+    v_SKH: Tensor,
+    o_QNH: Tensor,
+    lse_NQ: Tensor,
+    runs: Runs,
+    scale: float,
+    kernel: Kernel | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return this block's share of the gradients of q, k and v, in their shapes and q's type.
+
+    ``o_QNH`` and ``lse_NQ`` are those of all keys that the queries see, in all blocks.
+    """
+    _check(q_QNH, k_SKH, runs)
+    kernel = kernel or choose_kernel(q_QNH.device, q_QNH.dtype, q_QNH.shape[-1])
+    given = (grad_QNH.to(q_QNH.dtype), q_QNH, k_SKH, v_SKH, o_QNH, lse_NQ.contiguous())
+    return _BACKWARD[kernel](*given, runs, scale)
+
+
+def _check(q_QNH: Tensor, k_SKH: Tensor, runs: Runs) -> None:
+    # An empty run would end the process (CPU) or give an infinite log-sum-exp (CUDA).
+    assert min(runs.queries) > 0, runs
+    assert min(runs.keys) > 0, runs
+    assert not runs.causal or runs.queries == runs.keys, runs
+    assert (sum(runs.queries), sum(runs.keys)) == (len(q_QNH), len(k_SKH)), runs
+    assert q_QNH.shape[1] % k_SKH.shape[1] == 0, (q_QNH.shape, k_SKH.shape)
+
+
+def _each_forward(
+    one: Callable[..., tuple[Tensor, Tensor]],
+    q_QNH: Tensor,
+    k_SKH: Tensor,
+    v_SKH: Tensor,
+    runs: Runs,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    by_run = zip(
+        q_QNH.split(runs.queries), k_SKH.split(runs.keys), v_SKH.split(runs.keys), strict=True
+    )
+    parts = [one(q, k, v, runs.causal, scale) for q, k, v in by_run]
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([o for o, _ in parts]), torch.cat([lse for _, lse in parts], dim=1)
+
+
+def _each_backward(
+    one: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    grad_QNH: Tensor,
+    q_QNH: Tensor,
+    k_SKH: Tensor,
+    v_SKH: Tensor,
+    o_QNH: Tensor,
+    lse_NQ: Tensor,
+    runs: Runs,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    by_run = zip(
+        grad_QNH.split(runs.queries),
+        q_QNH.split(runs.queries),
+        k_SKH.split(runs.keys),
+        v_SKH.split(runs.keys),
+        o_QNH.split(runs.queries),
+        lse_NQ.split(runs.queries, dim=1),
+        strict=True,
+    )
+    parts = [one(*tensors, runs.causal, scale) for tensors in by_run]
+    if len(parts) == 1:
+        return parts[0]
+    dq, dk, dv = (torch.cat(of_runs) for of_runs in zip(*parts, strict=True))
+    return dq, dk, dv
+
+
+def _weights(
+    q_QNH: Tensor, k_SKH: Tensor, causal: bool, scale: float, lse_NQ: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return exp(scores - lse) [K, G, Q, S] and the lse [N, Q], this block's own if not given."""
+    (Q, N, H), (S, K, _) = q_QNH.shape, k_SKH.shape
+    scores_KGQS = scale * torch.einsum("qkgh,skh->kgqs", q_QNH.view(Q, K, N // K, H), k_SKH)
+    if causal:
+        later_QS = torch.ones(Q, S, dtype=torch.bool, device=q_QNH.device).triu(1)
+        scores_KGQS = scores_KGQS.masked_fill(later_QS, float("-inf"))
+    if lse_NQ is None:
+        lse_NQ = scores_KGQS.logsumexp(dim=-1).view(N, Q)
+    return (scores_KGQS - lse_NQ.view(K, N // K, Q, 1)).exp(), lse_NQ
+
+
+def _written_out(
+    q_QNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(q_QNH.dtype, torch.float32)
+    q, k, v = (x.to(wide).contiguous() for x in (q_QNH, k_SKH, v_SKH))
+    weights_KGQS, lse_NQ = _weights(q, k, causal, scale, None)
+    o_QKGH = torch.einsum("kgqs,skh->qkgh", weights_KGQS, v)
+    return o_QKGH.reshape(q_QNH.shape).to(q_QNH.dtype), lse_NQ
+
+
+def _written_out_backward(
+    grad_QNH: Tensor,
+    q_QNH: Tensor,
+    k_SKH: Tensor,
+    v_SKH: Tensor,
+    o_QNH: Tensor,
+    lse_NQ: Tensor,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide = torch.promote_types(q_QNH.dtype, torch.float32)
+    grad, q, k, v, o = (x.to(wide).contiguous() for x in (grad_QNH, q_QNH, k_SKH, v_SKH, o_QNH))
+    (Q, N, H), K = q.shape, k.shape[1]
+    weights_KGQS, _ = _weights(q, k, causal, scale, lse_NQ)
+    grad_QKGH, q_QKGH = (x.view(Q, K, N // K, H) for x in (grad, q))
+    dv = torch.einsum("kgqs,qkgh->skh", weights_KGQS, grad_QKGH)
+    mean_KGQ1 = (grad * o).sum(-1).t().reshape(K, N // K, Q, 1)
+    slope_KGQS = torch.einsum("qkgh,skh->kgqs", grad_QKGH, v) - mean_KGQ1
+    slope_KGQS = scale * weights_KGQS * slope_KGQS
+    dq = torch.einsum("kgqs,skh->qkgh", slope_KGQS, k).reshape(q.shape)
+    dk = torch.einsum("kgqs,qkgh->skh", slope_KGQS, q_QKGH)
+    return dq.to(q_QNH.dtype), dk.to(q_QNH.dtype), dv.to(q_QNH.dtype)
+
+
+def _cpu(
+    q_QNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    q, k, v = (x.transpose(0, 1)[None] for x in (q_QNH, k_SKH, v_SKH))
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    o_1NQH, lse_1NQ = kernel(q, k, v, is_causal=causal, scale=scale)
+    return o_1NQH[0].transpose(0, 1), lse_1NQ[0]
+
+
+def _cpu_backward(
+    grad_QNH: Tensor,
+    q_QNH: Tensor,
+    k_SKH: Tensor,
+    v_SKH: Tensor,
+    o_QNH: Tensor,
+    lse_NQ: Tensor,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad, q, k, v, o = (x.transpose(0, 1)[None] for x in (grad_QNH, q_QNH, k_SKH, v_SKH, o_QNH))
+    lse_1NQ = lse_NQ[None].contiguous()
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    dq, dk, dv = kernel(grad, q, k, v, o, lse_1NQ, 0.0, causal, scale=scale)
+    return dq[0].transpose(0, 1), dk[0].transpose(0, 1), dv[0].transpose(0, 1)
+
+
+_FORWARD: dict[Kernel, Callable[..., tuple[Tensor, Tensor]]] = {
+    Kernel.WRITTEN_OUT: partial(_each_forward, _written_out),
+    Kernel.CPU: partial(_each_forward, _cpu),
+    Kernel.CUDA: kernels_cuda.torch_forward,
+    Kernel.FLASH_ATTN: kernels_cuda.package_forward,
+}
+_BACKWARD: dict[Kernel, Callable[..., tuple[Tensor, Tensor, Tensor]]] = {
+    Kernel.WRITTEN_OUT: partial(_each_backward, _written_out_backward),
+    Kernel.CPU: partial(_each_backward, _cpu_backward),
+    Kernel.CUDA: kernels_cuda.torch_backward,
+    Kernel.FLASH_ATTN: kernels_cuda.package_backward,
+}

@@ -1,0 +1,142 @@
+"""Attention over rings of ranks equals that of one process, to the last message."""
+
+# T rows, N query heads, K key/value heads, H head width
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import tiny
+from allometry.models.attention import Backend, attend
+from allometry.models.documents import Documents
+from allometry.parallel.hdp import ring as ring_module
+from allometry.parallel.hdp.ring import Traffic, ring_attention, ring_traffic
+from allometry.parallel.hdp.shard import local_positions, ring_table
+
+RunRanks = Callable[..., list[Any]]
+N, K, H, SCALE = 6, 2, 4, 0.4
+FILLING = 3
+TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 3e-2}
+
+Unit = tuple[tuple[int, ...], tuple[int, ...]]
+"""The ranks of a ring in their order, and the lengths of the documents on it."""
+
+UNITS: dict[str, list[Unit]] = {
+    "two": [((3, 1), (37,))],
+    "three": [((2, 0, 3), (41, 1, 2, 3, 30))],
+    "four": [((1, 3, 0, 2), (83, 7))],
+    "four, no row for some": [((3, 0, 2, 1), (1, 2))],
+    "two at once": [((2, 0), (25, 1, 6)), ((1, 3), (12, 25))],
+    "one": [((0,), (5, 9)), ((1,), (3,))],
+}
+
+
+@dataclass
+class Sent:
+    """What went through ``batch_isend_irecv``: messages of this rank and their bytes."""
+
+    sizes: list[int] = field(default_factory=list)
+
+    @property
+    def traffic(self) -> Traffic:
+        return Traffic(len(self.sizes), sum(self.sizes))
+
+
+@contextmanager
+def counting() -> Iterator[Sent]:
+    sent, real = Sent(), dist.batch_isend_irecv
+
+    def counted(operations: list[dist.P2POp]) -> list[dist.Work]:
+        sent.sizes += [op.tensor.nbytes for op in operations if op.op is dist.isend]
+        return real(operations)
+
+    ring_module.dist.batch_isend_irecv = counted
+    try:
+        yield sent
+    finally:
+        ring_module.dist.batch_isend_irecv = real
+
+
+def random_rows(lengths: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """q, k, v and the gradient of the output, of whole documents one after the other."""
+    generator = torch.Generator().manual_seed(sum(lengths))
+    return tuple(
+        torch.randn(sum(lengths), heads, H, generator=generator, dtype=torch.float64).to(dtype)
+        for heads in (N, K, K, N)
+    )
+
+
+def alone(lengths: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Output and gradients of q, k and v on one process, softmax written out."""
+    q, k, v, grad = random_rows(lengths, dtype)
+    inputs = [x[None].requires_grad_() for x in (q, k, v)]
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    bounds = torch.tensor([0, *lengths]).cumsum(0).int()
+    documents = Documents(bounds, max(lengths), positions)
+    o = attend(*inputs, documents, SCALE, Backend.REFERENCE)
+    grads = torch.autograd.grad(o, inputs, grad[None])
+    return o[0].detach(), *(g[0] for g in grads)
+
+
+def held(lengths: Sequence[int], n: int, member: int) -> Tensor:
+    """Which of the documents' rows this member holds."""
+    places, runs = local_positions(lengths, n, member)
+    starts = torch.tensor([0, *lengths[:-1]]).cumsum(0).repeat_interleave(2)
+    return torch.from_numpy(places) + starts.repeat_interleave(torch.tensor(runs))
+
+
+def mine(units: list[Unit], rank: int) -> tuple[Unit, int] | None:
+    return next((((u[0], u[1]), u[0].index(rank)) for u in units if rank in u[0]), None)
+
+
+def ring_errors(name: str, dtype_name: str, wrong: str = "") -> dict[str, Any]:
+    """This rank's errors against one process: output, gradients, what filling got; its messages."""
+    dtype = getattr(torch, dtype_name)
+    rank, group = dist.get_rank(), dist.group.WORLD
+    found = mine(UNITS[name], rank)
+    if found is None:
+        return {"error": 0.0, "filling": 0.0}
+    (ring, lengths), member = found
+    rows = held(lengths, len(ring), member)
+    if wrong == "order":
+        rows = rows.flip(0)
+    table = ring_table(ring, member, lengths, tag=7 + UNITS[name].index((ring, lengths)))
+    q, k, v, grad = (
+        torch.cat([x[rows], torch.ones(FILLING, *x.shape[1:], dtype=dtype)])
+        for x in random_rows(lengths, dtype)
+    )
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    with counting() as forward:
+        o, _ = ring_attention(*inputs, table, group.group_name, SCALE)
+    with counting() as backward:
+        grads = torch.autograd.grad(o, inputs, grad)
+    wanted = alone(lengths, dtype)
+    got = (o.detach(), *grads)
+    errors = [
+        float((a[: len(rows)] - b[rows]).abs().max()) for a, b in zip(got, wanted) if len(rows)
+    ]
+    return {
+        "error": max(errors, default=0.0),
+        "filling": max(float(x[len(rows) :].abs().max()) for x in got),
+        "forward": forward.traffic,
+        "backward": backward.traffic,
+        "counted": ring_traffic(table, K * H, dtype),
+        "counted backward": ring_traffic(table, K * H, dtype, backward=True),
+        "members": len(ring),
+        "type": str(o.dtype),
+    }
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("name", list(UNITS))
+def test_rings_equal_one_process(run_ranks: RunRanks, name: str, dtype: str) -> None:
+    for found in run_ranks(ring_errors, 4, name, dtype):
+        assert found["error"] < TOLERANCE[dtype]
+        assert found["filling"] == 0.0
+        assert found.get("type", f"torch.{dtype}") == f"torch.{dtype}"
