@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 from pydantic import BaseModel
+from ruamel.yaml import YAML
 
+from allometry.configs.data import DocumentData, SequenceData
 from allometry.configs.errors import ConfigError, UserError
 from allometry.configs.loader import dump, load, presets
 from allometry.configs.run import RunConfig
@@ -95,6 +97,59 @@ def test_changing_the_kind_keeps_only_shared_keys() -> None:
     config = load(PRESET, ["schedule.kind=cosine"])
     assert config.schedule.kind == "cosine"
     assert config.schedule.warmup_steps == 200
+
+
+DOCUMENTS = (
+    "data.kind=documents",
+    "data.max_document_tokens=4096",
+    "batch.micro_batch_sequences=1",
+)
+
+
+def test_data_are_sequences_unless_their_kind_is_said(tmp_path: Path) -> None:
+    data = load(PRESET).data
+    assert isinstance(data, SequenceData)
+    tree = YAML(typ="safe").load(presets()["dense_25m"])
+    del tree["data"]["kind"]
+    path = tmp_path / "run.yaml"
+    YAML().dump(tree, path)
+    assert load(path).data == data
+    # Places and near misses are found as if the kind stood there.
+    tree["data"]["sequence_lenght"] = tree["data"].pop("sequence_length")
+    YAML().dump(tree, path)
+    text = message(path)
+    assert f"{path}:{path.read_text().split('sequence_lenght')[0].count(chr(10)) + 1}" in text
+    assert "data.sequence_lenght is not a known key; did you mean 'sequence_length'?" in text
+
+
+def test_whole_documents(tmp_path: Path) -> None:
+    config = load(PRESET, DOCUMENTS)
+    assert isinstance(config.data, DocumentData)
+    assert config.data.max_document_tokens == 4096
+    assert config.data.sources == load(PRESET).data.sources
+    assert load(write(tmp_path, dump(config))) == config
+    assert next(iter(config.data.model_dump())) == "kind"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (("data.kind=document",), "data.kind=document is not known; use one of 'sequences', 'doc"),
+        (("data.max_document_tokens=9",), "goes with data.kind=documents"),
+        ((*DOCUMENTS, "data.packing=concatenated"), "goes with data.kind=sequences"),
+        ((*DOCUMENTS, "data.max_document_tokens=0"), "greater than 0"),
+        ((*DOCUMENTS, "data.sources=[]"), "data.sources=[]"),
+        (("data.kind=documents",), "data.max_document_tokens is missing; add it"),
+        (DOCUMENTS[:2], "set batch.micro_batch_sequences: 1"),
+        ((*DOCUMENTS, "data.max_document_tokens=1e6"), "raise batch.sequences or lower data.max"),
+        (
+            (*DOCUMENTS, "batch.ramp={start_sequences: 4, increment_sequences: 4, over_tokens: 9}"),
+            "batch.ramp.start_sequences=4 of data.sequence_length=512",
+        ),
+    ],
+)
+def test_documents_that_cannot_be_trained_on(overrides: tuple[str, ...], said: str) -> None:
+    assert said in message(PRESET, *overrides)
 
 
 def test_base_merges_sections_and_replaces_kinds(tmp_path: Path) -> None:
