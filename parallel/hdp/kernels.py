@@ -78,6 +78,31 @@ def attention_block_backward(
     return _BACKWARD[kernel](*given, runs, scale)
 
 
+def merge_block(
+    o_TNH: Tensor,
+    lse_NT: Tensor,
+    rows: slice | Tensor,
+    part_QNH: Tensor,
+    part_lse_NQ: Tensor,
+    *,
+    first: bool,
+) -> None:
+    """Add a block to the rows of its queries, in place; ``first``: nothing is there yet.
+
+    ``o_TNH`` and ``lse_NT`` are fp32 (fp64 for fp64): rounding does not add up with the blocks.
+    """
+    if first:
+        o_TNH[rows], lse_NT[:, rows] = part_QNH.to(o_TNH.dtype), part_lse_NQ
+        return
+    before_NQ = lse_NT[:, rows]
+    lse_NQ = torch.logaddexp(before_NQ, part_lse_NQ)
+    weight_QN1, part_weight_QN1 = (
+        (each_NQ - lse_NQ).exp().t()[..., None] for each_NQ in (before_NQ, part_lse_NQ)
+    )
+    o_TNH[rows] = o_TNH[rows] * weight_QN1 + part_QNH * part_weight_QN1
+    lse_NT[:, rows] = lse_NQ
+
+
 def _check(q_QNH: Tensor, k_SKH: Tensor, runs: Runs) -> None:
     # An empty run would end the process (CPU) or give an infinite log-sum-exp (CUDA).
     assert min(runs.queries) > 0, runs

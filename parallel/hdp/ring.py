@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from allometry.parallel.hdp.kernels import attention_block, attention_block_backward
+from allometry.parallel.hdp.kernels import attention_block, attention_block_backward, merge_block
 from allometry.parallel.hdp.kernels_cuda import Runs, to_device
 from allometry.parallel.hdp.shard import Pairing, Ring, Rows
 
@@ -84,32 +84,10 @@ def ring_attention(
             rows, keys = (_select(side, q_TNH.device) for side in (pairing.queries, pairing.keys))
             k_SKH, v_SKH = kv_2SKH[:, keys]
             part = attention_block(q_TNH[rows], k_SKH, v_SKH, _runs(pairing), scale)
-            _merge(o_TNH, lse_NT, rows, *part, first=source == ring.member)
+            merge_block(o_TNH, lse_NT, rows, *part, first=source == ring.member)
         if hop is not None:
             kv_2SKH = hop.wait()
     return o_TNH.to(q_TNH.dtype), lse_NT
-
-
-def _merge(
-    o_TNH: Tensor,
-    lse_NT: Tensor,
-    rows: slice | Tensor,
-    part_QNH: Tensor,
-    part_lse_NQ: Tensor,
-    *,
-    first: bool,
-) -> None:
-    """Add a block to its queries, in place. A query's first block is with the keys beside it."""
-    if first:
-        o_TNH[rows], lse_NT[:, rows] = part_QNH.to(o_TNH.dtype), part_lse_NQ
-        return
-    before_NQ = lse_NT[:, rows]
-    lse_NQ = torch.logaddexp(before_NQ, part_lse_NQ)
-    weight_QN1, part_weight_QN1 = (
-        (each_NQ - lse_NQ).exp().t()[..., None] for each_NQ in (before_NQ, part_lse_NQ)
-    )
-    o_TNH[rows] = o_TNH[rows] * weight_QN1 + part_QNH * part_weight_QN1
-    lse_NT[:, rows] = lse_NQ
 
 
 @torch.library.custom_op("allometry::ring_attention_backward", mutates_args=())
