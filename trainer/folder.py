@@ -4,6 +4,7 @@ config.yaml     the resolved configuration
 run.json        versions, counts, multipliers, layout, data fingerprints, launches
 metrics.jsonl   one row for each recorded step
 expert_load.jsonl  the experts' share of tokens at the same steps, by layer (mixtures of experts)
+plans.jsonl     how documents lay on ranks at the same steps (data.kind: documents)
 events.jsonl    what happened and when
 tb/             TensorBoard
 checkpoints/step-N/, latest
@@ -46,6 +47,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.events = self.path / "events.jsonl"
         self.loads = self.path / "expert_load.jsonl"
+        self.plans = self.path / "plans.jsonl"
         self.tensorboard = self.path / "tb"
         self.checkpoints = self.path / "checkpoints"
         self.latest = self.path / "latest"
@@ -101,6 +103,7 @@ class RunFolder:
         A torn last line, which a crash while writing leaves, goes too.
         """
         _cut(self.loads, step)
+        _cut(self.plans, step)
         return _cut(self.metrics, step)
 
 

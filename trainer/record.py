@@ -28,8 +28,8 @@ class Recorder:
     def __init__(self, folder: RunFolder) -> None:
         self._metrics = _Appender(folder.metrics)
         self._events = _Appender(folder.events)
-        self._loads: _Appender | None = None
-        self._loads_path = folder.loads
+        self._folder = folder
+        self._others: dict[Path, _Appender] = {}  # files that not every run has
 
     def row(self, row: Row) -> None:
         """Append one row to metrics.jsonl."""
@@ -37,9 +37,16 @@ class Recorder:
 
     def loads(self, step: int, loads: Mapping[str, list[float]]) -> None:
         """Append the share of tokens that each expert took, by layer, to expert_load.jsonl."""
-        if self._loads is None:
-            self._loads = _Appender(self._loads_path)
-        self._loads.append({"step": step, "load": loads})
+        self._other(self._folder.loads).append({"step": step, "load": loads})
+
+    def plan(self, step: int, record: Mapping[str, Any]) -> None:
+        """Append how a step's documents were shared out (``plan_record``) to plans.jsonl."""
+        self._other(self._folder.plans).append({"step": step, **record})
+
+    def _other(self, path: Path) -> _Appender:
+        if path not in self._others:
+            self._others[path] = _Appender(path)
+        return self._others[path]
 
     def event(self, kind: str, **details: Any) -> None:
         """Append one event, with the time, to events.jsonl."""
@@ -49,8 +56,8 @@ class Recorder:
         """Write what is pending and close the files."""
         self._metrics.close()
         self._events.close()
-        if self._loads is not None:
-            self._loads.close()
+        for other in self._others.values():
+            other.close()
 
 
 class _Appender:
