@@ -2,12 +2,21 @@
 
 Stages hand [B, L, D] on to one another ([B, L / tp, D] with tensor parallelism, where every rank
 has a shard of the sequence). Tokens, targets and documents do not travel: each rank holds the
-batch and looks a micro-batch up by its number.
+batch and looks a micro-batch up by its number. So micro-batches of one step may be of any shapes,
+with every schedule.
 
 With ZeRO 1 to 3 gradients stay whole until a stage's last backward and are then reduced, once in a
 step. Stage 3 frees a block after its forward where the schedule computes whole backwards; it is
 gathered for its backward and stays until the stage's next forward. The schedules that split
 backward (``SPLIT_BACKWARD``) keep all parameters of a stage gathered throughout the step.
+
+Where attention runs in rings over hdp ranks, pipelines wait for one another inside their stages. A
+ring has then the same number among the micro-batches of all its members, so that all come to it in
+the same order. If pipelines run different numbers of micro-batches (``uneven``), nothing but rings
+may make them wait: parameters are gathered before the first micro-batch and gradients reduced after
+the last. That needs a schedule that runs the micro-batches that pipelines have in common in orders
+that do not contradict each other. Those that interleave in rounds (``INTERLEAVED_ROUNDS``) do for
+multiples of pp, the others for all numbers that they take.
 """
 
 # B sequences of a micro-batch, L tokens in a sequence, D width
@@ -44,6 +53,10 @@ SCHEDULES: Mapping[str, Any] = {
     "dualpipe_v": pipelining.ScheduleDualPipeV,
 }
 
+KEPT_SCHEDULES = 16
+"""Numbers of micro-batches whose schedules are kept. A ramp has one at a time, whole documents some
+at random; a schedule is a list of actions and small tensors for each micro-batch."""
+
 
 @dataclass(frozen=True)
 class _Prepared:
@@ -61,8 +74,12 @@ class PipelineExecution:
     torch's schedules do not: at ZeRO stage 0. ``mirrors`` are parameters of this rank that belong
     to another (see ``tied.py``); their gradient is None after ``train``.
 
-    A change of the number or shape of micro-batches between steps makes another schedule, which is
-    kept. ``Layout`` refuses what a schedule that splits backward cannot take.
+    ``uneven``: each pipeline, one for each hdp rank, has a number of micro-batches of its own, one
+    or more, in every step. That is for ZeRO stages 0 to 2, whose parameters stay gathered, and
+    without expert parallelism. All ranks of a pipeline have the same number.
+
+    Each number of micro-batches has a schedule, of which the last used are kept; their shapes
+    are looked at when they run. ``Layout`` refuses what a schedule cannot take.
     """
 
     def __init__(
@@ -73,12 +90,15 @@ class PipelineExecution:
         mesh: Mesh,
         sync: GradientSync,
         compute_dtype: torch.dtype,
+        *,
+        uneven: bool = False,
     ) -> None:
         assert tuple(parts) == layout.stages_of(mesh.pp.rank), (tuple(parts), layout)
         self._parts, self._layout, self._mesh, self._sync = parts, layout, mesh, sync
         self._width, self._dtype = model.width, compute_dtype
         self._count = len(layout.stages)
-        self._prepared: dict[tuple[int, ...], _Prepared] = {}
+        self._uneven = uneven
+        self._prepared: dict[int, _Prepared] = {}  # by number of micro-batches, last used last
         self._tied = TiedHead(
             parts,
             first=layout.rank_of(0),
@@ -99,8 +119,16 @@ class PipelineExecution:
     ) -> None:
         """See ``Execution``. ``before(i)`` runs on every rank, once, before its first forward."""
         self._tied.send_value()
-        prepared = self._prepare(batches)
-        inputs = StepInputs(batches, scale, observe, before, first=min(self._parts))
+        prepared = self._prepare(len(batches))
+        inputs = StepInputs(
+            batches,
+            scale,
+            observe,
+            before,
+            first=min(self._parts),
+            empty=lambda i: self._empty(batches[i]),
+            begin=self._sync.begin_uneven if self._uneven else lambda: None,
+        )
         index = torch.arange(len(batches))
         given: dict[str, Any] = {"mb": index}
         if self._count - 1 in self._parts:
@@ -159,35 +187,34 @@ class PipelineExecution:
         return work
 
     def _receive(self, stage: int, batch: MicroBatch) -> Tensor:
-        x_BLD = torch.empty(
-            self._hidden(batch.tokens_BL.shape), dtype=self._dtype, device=self._mesh.device
-        )
+        x_BLD = self._empty(batch)
         dist.recv(x_BLD, group=self._mesh.pp.group, group_src=self._layout.rank_of(stage))
         return x_BLD
 
-    def _hidden(self, shape_BL: torch.Size) -> tuple[int, int, int]:
-        """Return the local shape of what stages hand on."""
-        B, L = shape_BL
+    def _empty(self, batch: MicroBatch) -> Tensor:
+        """Return a tensor for what stages hand on of this micro-batch, without values."""
+        B, L = batch.tokens_BL.shape
         assert L % self._mesh.tp.size == 0, (L, self._mesh.tp.size)
-        return B, L // self._mesh.tp.size, self._width
+        shape_BlD = B, L // self._mesh.tp.size, self._width
+        return torch.empty(shape_BlD, dtype=self._dtype, device=self._mesh.device)
 
-    def _prepare(self, batches: Sequence[MicroBatch]) -> _Prepared:
-        shapes = {batch.tokens_BL.shape for batch in batches}
-        assert len(shapes) == 1, f"micro-batches of one step have one shape: {shapes}"
-        shape_BL = shapes.pop()
-        key = (len(batches), *shape_BL)
-        if key not in self._prepared:
+    def _prepare(self, count: int) -> _Prepared:
+        prepared = self._prepared.pop(count, None)
+        if prepared is None:
             # Stages of its own for each: a schedule leaves its number of micro-batches in them.
-            stages = tuple(self._make_stage(number, shape_BL) for number in self._parts)
-            while len(self._prepared) > 1:  # a ramp does not come back to the sizes it has left
-                del self._prepared[next(iter(self._prepared))]
-            self._prepared[key] = _Prepared(self._make_schedule(stages, len(batches)), stages)
-        return self._prepared[key]
+            stages = tuple(self._make_stage(number) for number in self._parts)
+            prepared = _Prepared(self._make_schedule(stages, count), stages)
+            if self._uneven:
+                _gather_first_and_reduce_last(prepared.schedule)
+        self._prepared[count] = prepared
+        while len(self._prepared) > KEPT_SCHEDULES:
+            del self._prepared[next(iter(self._prepared))]
+        return prepared
 
-    def _make_stage(self, number: int, shape_BL: torch.Size) -> Stage:
-        hidden = torch.empty(
-            self._hidden(shape_BL), dtype=self._dtype, device="meta", requires_grad=True
-        )
+    def _make_stage(self, number: int) -> Stage:
+        # Said rather than found out: torch would run a micro-batch to see. It makes a buffer of
+        # this size for each micro-batch, and the stage another of the right size when it comes.
+        hidden = torch.empty(1, 1, self._width, dtype=self._dtype, device="meta").requires_grad_()
         wide = torch.promote_types(self._dtype, torch.float32)
         total = torch.empty((), dtype=wide, device="meta", requires_grad=True)
         return Stage(
@@ -195,7 +222,6 @@ class PipelineExecution:
             number,
             self._count,
             self._mesh.device,
-            # Said rather than found out: torch would run a micro-batch to see.
             input_args=torch.empty(1, dtype=torch.int64, device="meta") if number == 0 else hidden,
             output_args=total if number == self._count - 1 else hidden,
             group=self._mesh.pp.group,
@@ -209,6 +235,28 @@ class PipelineExecution:
         return kind(
             last if single else list(stages), number, loss_fn=last.scaled_loss, scale_grads=False
         )
+
+
+def _gather_first_and_reduce_last(schedule: Any) -> None:
+    """Move this rank's gathers to the front, its reductions and what frees parameters to the end.
+
+    Torch's schedules of several stages reduce a stage's gradients before another's last backward.
+    A rank whose pipeline is shorter would wait there for one that waits for it in a ring. Those of
+    one stage reduce at the end, and gather nothing themselves.
+    """
+    orders = getattr(schedule, "pipeline_order_with_comms", None)
+    if orders is None:
+        return
+    moved: dict[str, dict[int, Any]] = {"UNSHARD": {}, "REDUCE_GRAD": {}, "RESHARD": {}}
+    others = []
+    for action in orders[schedule.rank]:
+        kind = action.computation_type.name
+        if kind in moved:
+            moved[kind][action.stage_index] = action  # more than once where stages take turns
+        else:
+            others.append(action)
+    first, reduced, last = ([found[s] for s in sorted(found)] for found in moved.values())
+    orders[schedule.rank] = [*first, *others, *reduced, *last]
 
 
 def _prepare_for_split(parts: Iterable[Transformer]) -> None:

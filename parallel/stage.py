@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
@@ -20,20 +19,27 @@ from allometry.parallel.execution import MicroBatch, Observe
 
 @dataclass(frozen=True)
 class StepInputs:
-    """What a rank's stages share in a step; ``first`` is the rank's lowest stage."""
+    """What a rank's stages share in a step; ``first`` is the rank's lowest stage.
+
+    ``empty(i)`` makes a tensor for what stages hand on of micro-batch i. ``begin`` is what all
+    ranks do together before this one's first message and forward; it may be called again.
+    """
 
     batches: Sequence[MicroBatch]
     scale: Tensor
     observe: Observe
     before: Callable[[int], None] | None
     first: int
+    empty: Callable[[int], Tensor]
+    begin: Callable[[], object]
 
 
 class Stage(PipelineStage):
     """Looks its micro-batch up in ``inputs`` and holds received tensors only while they are needed.
 
     Set ``inputs`` for each step. What it is called with is the number of a micro-batch on the
-    host, as ``mb``, and after the first stage what the stage before made.
+    host, as ``mb``, and after the first stage what the stage before made. Micro-batches may be of
+    different shapes: what torch was told of one says their type and number of dimensions only.
     """
 
     inputs: StepInputs | None = None
@@ -51,6 +57,7 @@ class Stage(PipelineStage):
         """Run the module; return [B, L, D], or on the last stage the total loss."""
         assert self.inputs is not None
         index = int(mb)
+        self._begin(index)
         batch = self.inputs.batches[index]
         if self.inputs.before is not None and self.stage_index == self.inputs.first:
             self.inputs.before(index)
@@ -63,6 +70,7 @@ class Stage(PipelineStage):
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         """See torch. A tensor is made when it is about to come, not for all at the start."""
+        self._begin(fwd_chunk_id)
         self._make_buffers("forward", self.args_recv_info, fwd_chunk_id)
         return super().get_fwd_recv_ops(fwd_chunk_id)
 
@@ -97,24 +105,41 @@ class Stage(PipelineStage):
                     parameter.accumulate_unsharded_grad_if_needed()
                     parameter.to_accumulated_grad_if_needed()
 
+    def clear_runtime_states(self) -> None:
+        """See torch. Received tensors are new each time: there are no gradients to clear."""
+        self.fwd_cache.clear()
+        self.output_chunks.clear()
+
+    def _begin(self, index: int) -> None:
+        """Start the step, where micro-batch ``index`` is the first that this rank has to do with.
+
+        Not before the schedule runs: torch initialises stages there, and reshards them.
+        """
+        assert self.inputs is not None
+        if index == 0 and self.stage_index == self.inputs.first:
+            self.inputs.begin()
+
     def _make_buffers(self, way: str, infos: dict[int, tuple[Any, ...]], index: int) -> None:
+        assert self.inputs is not None
         if way not in self._emptied:  # torch has made all of them
             self._emptied.add(way)
             for other in infos:
                 self._drop_buffers(infos, other)
         for info in filter(_is_received, infos[index]):
-            meta = info.tensor_meta
-            info.buffer = torch.empty(meta.shape, dtype=meta.dtype, device=self.device)
+            # The gradient of what came goes back; before 2.12 torch leaves it to us to say so.
+            info.buffer = self.inputs.empty(index).requires_grad_(way == "forward")
 
     def _drop_buffers(self, infos: dict[int, tuple[Any, ...]], index: int) -> None:
         for info in filter(_is_received, infos.get(index, ())):
             info.buffer = None
 
+    def _validate_fwd_outputs(self, outputs: tuple[Tensor, ...]) -> None:
+        """Accept any shape. Torch 2.11 would compare it with the one it was told."""
+
+    def _validate_stage_tensors(self, *_: Any) -> None:
+        """Accept any shape. Torch 2.13 would compare it, where its debug level is DETAIL."""
+
 
 def _is_received(info: Any) -> bool:
-    """Whether ``info`` is of a tensor that comes from another stage, and says what it is like.
-
-    Before torch 2.13 it may not say it: torch's own buffers are then used, one for each
-    micro-batch.
-    """
-    return getattr(info, "tensor_meta", None) is not None and not info.is_root_arg
+    """Whether ``info`` is of a tensor that comes from another stage."""
+    return getattr(info, "source", None) is not None
