@@ -5,9 +5,17 @@ Pure and without torch: every rank computes the same plan from the same lengths.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+import numpy as np
+
+from allometry.configs.execution import ContextConfig
+from allometry.parallel.hdp.cost import CostModel
+from allometry.parallel.hdp.policies import POLICIES
+from allometry.parallel.hdp.problem import Ints, Problem
 
 Mode = Literal["free", "aligned", "lockstep"]
 """free: each rank runs its units in turn, as many as it has. aligned: a ring has the same place in
@@ -32,14 +40,136 @@ class Unit:
 
 @dataclass(frozen=True)
 class Plan:
-    """One step: ``orders[r]`` are the units that hdp rank r runs, by number, None for a dummy."""
+    """One step: ``orders[r]`` are the units that hdp rank r runs, by number, None for a dummy.
+
+    ``capacity``: tokens that a rank may hold in a micro-batch, which is filled up to a
+    ``multiple``; ``layers``: those of a rank, of which a unit may offload a share (``Problem``).
+    """
 
     lengths: Sequence[int]
     ranks: int
     mode: Mode
     units: tuple[Unit, ...]
     orders: tuple[tuple[int | None, ...], ...]
+    capacity: int | None = None
+    multiple: int = 1
+    layers: int = 1
 
     def of_rank(self, rank: int) -> tuple[Unit | None, ...]:
         """What hdp rank ``rank`` runs, in order."""
         return tuple(None if i is None else self.units[i] for i in self.orders[rank])
+
+    def tokens(self, unit: Unit) -> int:
+        """Tokens of the unit's documents, on all its members together."""
+        return sum(self.lengths[document] for document in unit.documents)
+
+    def member_tokens(self, unit: Unit, member: int) -> int:
+        """Tokens that one member of the unit's ring holds, without filling."""
+        lengths = [self.lengths[document] for document in unit.documents]
+        return member_tokens(lengths, len(unit.ring), member)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the plan does, as JSON; ``summary`` adds what it costs."""
+        degrees: Counter[int] = Counter()
+        for unit in self.units:
+            degrees[len(unit.ring)] += len(unit.documents)
+        counts = [len(order) for order in self.orders]
+        return {
+            "mode": self.mode,
+            "ranks": self.ranks,
+            "documents": len(self.lengths),
+            "tokens": int(sum(self.lengths)),
+            "units": len(self.units),
+            "waves": max(counts),
+            "micro_batches": sum(counts),
+            "dummies": sum(order.count(None) for order in self.orders),
+            "degrees": {str(degree): degrees[degree] for degree in sorted(degrees)},
+            "offloaded": sum(unit.offload * self.tokens(unit) for unit in self.units)
+            / sum(self.lengths),
+        }
+
+
+def member_tokens(lengths: Sequence[int], degree: int, member: int) -> int:
+    """Return how many tokens ``member`` of ``degree`` holds: chunks j and 2n-1-j of 2n of each."""
+    found = 0
+    for length in lengths:
+        short, longer = divmod(length, 2 * degree)
+        found += 2 * short + (member < longer) + (2 * degree - 1 - member < longer)
+    return found
+
+
+def make_plan(
+    lengths: Sequence[int] | Ints,
+    ranks: int,
+    context: ContextConfig,
+    cost: CostModel,
+    mode: Mode,
+    *,
+    layers: int,
+    multiple: int = 1,
+    round_count: int = 1,
+    least: int = 1,
+) -> Plan:
+    """Share documents out to ranks, by ``context.policy``. Deterministic.
+
+    ``layers``: of the smallest pipeline stage, for selective offload (see ``Problem``).
+    ``multiple``: that a micro-batch's tokens are filled up to (tp); the capacity holds after that.
+    Except in free mode each rank's number of micro-batches is a multiple of ``round_count``, and at
+    least ``least``, by dummies at the end; no rank is without a micro-batch.
+
+    Raises:
+        UserError: a document does not fit the ranks.
+    """
+    problem = Problem.of(lengths, ranks, context, cost, layers, multiple)
+    drafts, rings, orders = POLICIES[context.policy](problem, mode != "free")
+    if mode == "free":
+        counts = [max(len(order), 1) for order in orders]
+    else:
+        counts = [max(len(order), least) for order in orders]
+        counts = [-(-count // round_count) * round_count for count in counts]
+    if mode == "lockstep":
+        counts = [max(counts)] * ranks
+    return Plan(
+        lengths=tuple(problem.lengths.tolist()),
+        ranks=ranks,
+        mode=mode,
+        units=tuple(
+            Unit(draft.documents, ring, draft.cost, draft.offload)
+            for draft, ring in zip(drafts, rings, strict=True)
+        ),
+        orders=tuple(
+            (*order, *[None] * (count - len(order)))
+            for order, count in zip(orders, counts, strict=True)
+        ),
+        capacity=context.capacity_tokens,
+        multiple=multiple,
+        layers=layers,
+    )
+
+
+def summary(plan: Plan, cost: CostModel) -> dict[str, Any]:
+    """Return ``Plan.describe`` and costs, as JSON.
+
+    ``balance``: the makespan over the mean of the ranks' busy seconds, communication that is waited
+    for among them; 1 is perfect. ``bytes_sent``: by the rings, forward and backward, over the
+    layers that ``cost`` counts.
+    """
+    from allometry.parallel.hdp.replay import replay
+
+    played = replay(plan)
+    sent = [0.0, 0.0]
+    for unit in plan.units:
+        if len(unit.ring) > 1:
+            for i, size in enumerate(cost.ring_bytes(plan.tokens(unit), len(unit.ring))):
+                sent[i] += size
+    busy = np.zeros(plan.ranks)
+    for unit in plan.units:
+        busy[list(unit.ring)] += unit.cost
+    return {
+        **plan.describe(),
+        "makespan_s": played.makespan,
+        "balance": played.makespan / float(busy.mean()),
+        "bytes_forward": round(sent[0]),
+        "bytes_backward": round(sent[1]),
+        "bytes_sent": round(sum(sent)),
+    }

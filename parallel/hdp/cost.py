@@ -1,0 +1,141 @@
+"""What a unit of documents costs a rank: seconds that grow with tokens, with their squares, by ring.
+
+A rank with a share 1/n of documents of s tokens each does 1/n of their matrix products (linear in
+s) and of their attention (in s^2, as the zig-zag halves of ``shard.py`` are equally dear), and
+waits for those hops of keys and values that its blocks of attention do not hide (arXiv 2502.21231).
+FLOPs are those of ``scaling.count``, activations those of ``scaling.memory``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from allometry.configs.execution import ContextCosts, Zero
+from allometry.configs.model import ModelConfig
+from allometry.scaling.count import flops_per_token, layer_flops
+from allometry.scaling.memory import estimate_memory
+
+Floats = npt.NDArray[np.float64]
+
+_ACCUMULATOR_BYTES = 4
+"""Gradients of keys and values travel in fp32, or wider where activations are."""
+
+
+@dataclass(frozen=True, slots=True)
+class CostModel:
+    """Seconds and bytes of forward and backward of some layers on one rank.
+
+    ``token_s``: a token's matrix products; ``pair_s``: attention of a document of s tokens takes
+    ``pair_s * s * (s + 1)``; ``micro_batch_s``: what a micro-batch costs besides. ``layer_s``: the
+    part of ``token_s`` of one layer alone. ``kv_bytes`` and ``gradient_bytes``: keys and values of
+    a token in one layer, and their gradients as they travel. ``activation_bytes``: what a token
+    leaves in one layer for the backward. Bandwidths in bytes per second. Backward takes twice as
+    long as forward.
+    """
+
+    token_s: float
+    pair_s: float
+    micro_batch_s: float
+    layer_s: float
+    layers: int
+    kv_bytes: float
+    gradient_bytes: float
+    activation_bytes: float
+    bandwidth: float
+    host_bandwidth: float
+
+    @classmethod
+    def of(
+        cls,
+        model: ModelConfig,
+        costs: ContextCosts,
+        layers: int | None = None,
+        compute_bytes: int = 2,
+        tp: int = 1,
+        checkpointing: str = "none",
+    ) -> CostModel:
+        """Return the costs of a model, cut over ``tp`` ranks.
+
+        ``layers``: a rank's number of layers where the model is cut into stages of equal cost, so
+        that the head counts in proportion; None: the whole model. ``checkpointing`` matters to
+        what is kept, not to time: recomputing lengthens all documents alike.
+        """
+        number = model.num_layers if layers is None else layers
+        share = number / model.num_layers
+        rate = costs.tflops * 1e12 * tp
+        one = flops_per_token(model, 1)
+        products = one.total - one.attention
+        in_layers = sum(layer_flops(model, 1)[1:-1]) * 3 - one.attention
+        features = model.kv_heads * model.head_width / tp
+        kept = estimate_memory(
+            model,
+            micro_batch_tokens=1024,
+            compute_bytes=compute_bytes,
+            zero=Zero(),
+            hdp=1,
+            checkpointing="none" if checkpointing == "none" else "full",
+        ).activations
+        return cls(
+            token_s=share * products / rate,
+            pair_s=share * one.attention / 2 / (rate * costs.attention_efficiency),
+            micro_batch_s=number * costs.micro_batch_ms * 1e-3,
+            layer_s=in_layers / model.num_layers / rate,
+            layers=number,
+            kv_bytes=2 * features * compute_bytes,
+            gradient_bytes=2 * features * max(_ACCUMULATOR_BYTES, compute_bytes),
+            activation_bytes=kept / 1024 / model.num_layers / tp,
+            bandwidth=costs.bandwidth_gb_per_s * 1e9,
+            host_bandwidth=costs.host_bandwidth_gb_per_s * 1e9,
+        )
+
+    def compute(self, tokens: Floats, pairs: Floats) -> Floats:
+        """Return rank-seconds of the arithmetic alone; ``pairs`` is the sum of s (s + 1)."""
+        return self.token_s * tokens + self.pair_s * pairs
+
+    def times(self, tokens: Floats, pairs: Floats, degree: npt.NDArray[np.int64] | int) -> Floats:
+        """Return the seconds that a unit takes each of its ``degree`` members."""
+        n = np.asarray(degree, dtype=np.float64)
+        return self.compute(tokens, pairs) / n + self.micro_batch_s + self.exposed(tokens, pairs, n)
+
+    def exposed(self, tokens: Floats, pairs: Floats, n: Floats) -> Floats:
+        """Return the seconds of a ring's hops that no block of attention hides.
+
+        Of a layer's forward: n - 1 hops of keys and values, each beside one of n blocks. Of its
+        backward: the same hops and as many of gradients, which follow a step behind, so that the
+        last of these has no block beside it.
+        """
+        block = self.pair_s * pairs / (n * n) / self.layers
+        keys, gradients = (
+            tokens / n * size / self.bandwidth for size in (self.kv_bytes, self.gradient_bytes)
+        )
+        beside = gradients * np.maximum(n - 2, 0) / np.maximum(n - 1, 1)
+        forward = np.maximum(keys - block / 3, 0.0)
+        backward = np.maximum(keys + beside - block * 2 / 3, 0.0)
+        seconds = (n - 1) * (forward + backward) + np.where(n > 1, gradients, 0.0)
+        return np.asarray(self.layers * seconds)
+
+    def unit(self, lengths: Iterable[int], degree: int = 1) -> float:
+        """Return the seconds that documents of these lengths take each of ``degree`` ranks."""
+        s = np.asarray(tuple(lengths), dtype=np.float64)
+        return float(self.times(s.sum(), (s * (s + 1)).sum(), degree))
+
+    def ring_bytes(self, tokens: int, degree: int) -> tuple[float, float]:
+        """Return the bytes that all members of a ring send in forward and in backward, all layers.
+
+        Keys and values of every token go n - 1 hops, in backward their gradients as well.
+        """
+        hops = (degree - 1) * tokens * self.layers
+        return hops * self.kv_bytes, hops * (self.kv_bytes + self.gradient_bytes)
+
+    def hidden_share(self, lengths: Floats) -> Floats:
+        """Return the largest share r of layers whose activations can go to the host for nothing.
+
+        A layer's forward must last as long as the transfer that r layers in each cost it: T(s) >=
+        r Act(s) / B (arXiv 2502.21231, eq. 3). Both sides fall with the number of ranks alike.
+        """
+        forward = (self.layer_s + self.pair_s * (lengths + 1) / self.layers) / 3
+        return np.minimum(1.0, forward * self.host_bandwidth / self.activation_bytes)

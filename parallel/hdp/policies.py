@@ -1,0 +1,105 @@
+"""The policies of ``parallel.context.policy``: which documents go together, on how many ranks, where.
+
+Each takes a problem and a mode and returns units, their rings and each rank's order. Whatever is
+equal is decided by number, so that every rank comes to the same plan.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from allometry.parallel.hdp.free import place_free
+from allometry.parallel.hdp.levels import place_levels
+from allometry.parallel.hdp.packing import best_fit
+from allometry.parallel.hdp.problem import Draft, Ints, Placed, Problem
+from allometry.parallel.hdp.waves import place_in_turn, place_lockstep
+
+UNIT_SHARE = 0.5
+"""No unit should take longer than this share of the ideal step, or the others wait for it."""
+
+
+def static(problem: Problem, aligned: bool) -> Placed:
+    """Give every document ``degree`` consecutive ranks, short ones too, as other trainers do.
+
+    Documents are packed into micro-batches of degree x capacity tokens, each of which is cut over
+    the ranks of a group; a group has its micro-batches in the same order on all its ranks.
+    """
+    degree = problem.context.degree
+    sizes = (-(-problem.lengths // degree)).tolist()
+    drafts = problem.packed(
+        best_fit(problem.descending.tolist(), sizes, problem.usable), degree=degree
+    )
+    drafts.sort(key=lambda draft: (-draft.cost, draft.documents))
+    groups = [range(first, first + degree) for first in range(0, problem.ranks, degree)]
+    loads = [(0.0, number) for number in range(len(groups))]
+    orders: list[list[int | None]] = [[] for _ in range(problem.ranks)]
+    rings = []
+    for number, draft in enumerate(drafts):
+        load, group = loads[0]
+        heapq.heapreplace(loads, (load + draft.cost, group))
+        rings.append(tuple(groups[group]))
+        for rank in groups[group]:
+            orders[rank].append(number)
+    return Placed(drafts, rings, orders)
+
+
+def naive(problem: Problem, aligned: bool) -> Placed:
+    """Give each document the fewest ranks that it fits (arXiv 2502.21231, alg. 1).
+
+    Those that one rank can hold are packed, and units go to the ranks with the fewest so far,
+    whatever they cost.
+    """
+    order = problem.descending
+    long = order[problem.lengths[order] > problem.usable]
+    short = order[problem.lengths[order] <= problem.usable]
+    rings = problem.rings(long, problem.fewest[long])
+    bins = best_fit(short.tolist(), problem.lengths.tolist(), problem.usable)
+    drafts = [*rings, *problem.packed(bins)]
+    if aligned:
+        return place_in_turn(problem, drafts)
+    counts = [(0, rank) for rank in range(problem.ranks)]
+    orders: list[list[int | None]] = [[] for _ in range(problem.ranks)]
+    members = []
+    for number, draft in enumerate(drafts):
+        found = [heapq.heappop(counts) for _ in range(draft.degree)]
+        members.append(tuple(sorted(rank for _, rank in found)))
+        for count, rank in found:
+            heapq.heappush(counts, (count + 1, rank))
+            orders[rank].append(number)
+    return Placed(drafts, members, orders)
+
+
+def balanced(problem: Problem, aligned: bool) -> Placed:
+    """Give documents ranks until none takes long, and all ranks the same to do."""
+    rings, rest = _rings(problem)
+    place = place_lockstep if aligned else place_free
+    return place(problem, rings, rest.tolist())
+
+
+def pipeline_balanced(problem: Problem, aligned: bool) -> Placed:
+    """As balanced, but each pipeline has documents of like lengths; see ``levels.py``."""
+    rings, rest = _rings(problem)
+    return place_levels(problem, rings, rest.tolist())
+
+
+POLICIES: Mapping[str, Callable[[Problem, bool], Placed]] = {
+    "static": static,
+    "naive": naive,
+    "balanced": balanced,
+    "pipeline_balanced": pipeline_balanced,
+}
+
+
+def _rings(problem: Problem) -> tuple[list[Draft], Ints]:
+    """Return units of the documents that are long or dear, and the other documents."""
+    goal = UNIT_SHARE * problem.ideal
+    order = problem.descending
+    apart = (problem.lengths[order] > problem.usable) | (problem.alone[order] > goal)
+    documents = order[apart]
+    degrees = problem.degrees(documents, goal)
+    alone = (degrees == 1) & (problem.lengths[documents] <= problem.usable)
+    rest = np.sort(np.concatenate([np.flatnonzero(~apart), np.flatnonzero(apart)[alone]]))
+    return problem.rings(documents[~alone], degrees[~alone]), order[rest]

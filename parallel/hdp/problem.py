@@ -1,0 +1,205 @@
+"""A step's documents as the policies see them: how many ranks each needs, and what it costs there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from allometry.configs.errors import UserError
+from allometry.configs.execution import ContextConfig
+from allometry.parallel.hdp.cost import CostModel, Floats
+
+Ints = npt.NDArray[np.int64]
+
+_STEP = 1.1
+"""Degrees are tried in steps of a tenth where communication keeps the first one from sufficing."""
+_WORTH = 0.98
+"""What more ranks must take a document's time down to, to be worth it where no degree suffices."""
+
+
+class Draft(NamedTuple):
+    """A unit that has no ranks yet."""
+
+    documents: tuple[int, ...]
+    degree: int
+    cost: float
+    offload: float
+
+
+class Placed(NamedTuple):
+    """Drafts, the ring of each, and what each rank runs, by number."""
+
+    drafts: list[Draft]
+    rings: list[tuple[int, ...]]
+    orders: list[list[int | None]]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Documents to be shared out, and the rules for it.
+
+    ``usable``: tokens of documents in one micro-batch of a rank: the capacity, rounded down to the
+    multiple that micro-batches are filled up to. ``layers``: those of a rank whose activations the
+    capacity stands for.
+
+    Selective offload (arXiv 2502.21231, eq. 3): of l layers the first and the last keep their
+    activations, and k of the others may send them away, a share r = k / (l - 2). A member of c
+    tokens then holds (l - k) Act(c), so it may have more than capacity tokens, as long as (l - k) c
+    <= l x capacity; k is bound by what is hidden (``CostModel.hidden_share``). Only documents longer
+    than a rank's capacity make use of it.
+    """
+
+    lengths: Ints
+    ranks: int
+    context: ContextConfig
+    cost: CostModel
+    layers: int
+    multiple: int
+
+    @classmethod
+    def of(
+        cls,
+        lengths: Sequence[int] | Ints,
+        ranks: int,
+        context: ContextConfig,
+        cost: CostModel,
+        layers: int,
+        multiple: int,
+    ) -> Problem:
+        """Check that all documents find room.
+
+        Raises:
+            UserError: the longest does not; it names the keys and what would do.
+        """
+        problem = cls(np.asarray(lengths, dtype=np.int64), ranks, context, cost, layers, multiple)
+        assert problem.lengths.size, "a step has documents"
+        assert problem.lengths.min() >= 1, "a document has tokens"
+        longest = int(problem.lengths.max())
+        capacity = context.capacity_tokens
+        if problem.usable == 0:
+            raise UserError(
+                f"parallel.context.capacity_tokens={capacity} is less than parallel.tp={multiple}, "
+                f"to which micro-batches are filled up; use at least {multiple}"
+            )
+        static = context.policy == "static"
+        if static and ranks % context.degree:
+            raise UserError(
+                f"parallel.context.degree={context.degree} must divide the {ranks} hdp ranks"
+            )
+        most = context.degree if static else ranks
+        if longest > most * problem.usable:
+            key = f"parallel.context.degree={most}" if static else f"parallel.hdp={ranks}"
+            need = -(-longest // problem.usable)
+            wide = -(-(-(-longest // most)) // multiple) * multiple
+            raise UserError(
+                f"a document of {longest} tokens does not fit {key} x "
+                f"parallel.context.capacity_tokens={capacity}; set data.max_document_tokens to "
+                f"{most * problem.usable} or less, parallel.context.capacity_tokens to {wide} or "
+                f"more, or {key.split('=')[0]} to {need} or more"
+            )
+        return problem
+
+    @cached_property
+    def usable(self) -> int:
+        """Tokens of documents that a micro-batch of one rank has room for."""
+        return self.context.capacity_tokens // self.multiple * self.multiple
+
+    @cached_property
+    def tokens(self) -> Floats:
+        """The lengths, as floats."""
+        return self.lengths.astype(np.float64)
+
+    @cached_property
+    def pairs(self) -> Floats:
+        """Twice the pairs of query and key of each document: s (s + 1)."""
+        return self.tokens * (self.tokens + 1)
+
+    @cached_property
+    def alone(self) -> Floats:
+        """Rank-seconds of each document, with its share of a full micro-batch's own cost."""
+        own = self.cost.micro_batch_s / self.usable
+        return self.cost.compute(self.tokens, self.pairs) + own * self.tokens
+
+    @cached_property
+    def ideal(self) -> float:
+        """Seconds of the step if all ranks had the same and nothing were sent."""
+        return float(self.alone.sum()) / self.ranks
+
+    @cached_property
+    def descending(self) -> Ints:
+        """The documents, longest first, ties by number."""
+        return np.argsort(-self.lengths, kind="stable")
+
+    @cached_property
+    def fewest(self) -> Ints:
+        """The fewest ranks that each document fits."""
+        most = np.full(self.lengths.shape, self.usable, dtype=np.int64)
+        if self._offloads:
+            share = self.cost.hidden_share(self.tokens)
+            away = np.floor(share * (self.layers - 2) + 1e-9).astype(np.int64)
+            room = self.layers * self.context.capacity_tokens // (self.layers - away)
+            most = np.maximum(most, room // self.multiple * self.multiple)
+        return -(-self.lengths // most)
+
+    def offloads(self, documents: Ints, degrees: Ints) -> Floats:
+        """Return r, the share of layers that each document offloads on so many ranks."""
+        if not self._offloads:
+            return np.zeros(len(documents))
+        member = -(-self.lengths[documents] // degrees)
+        member = -(-member // self.multiple) * self.multiple
+        kept = self.layers * self.context.capacity_tokens // member
+        away = np.where(member > self.usable, self.layers - kept, 0)
+        return np.asarray(away / (self.layers - 2))
+
+    def degrees(self, documents: Ints, goal: float) -> Ints:
+        """Return the fewest ranks on which each document takes at most ``goal`` seconds.
+
+        Where communication keeps every degree from it, the one beyond which more ranks gain
+        nothing worth having. Chunks have at least ``min_chunk_tokens``, unless a document needs the
+        ranks to find room.
+        """
+        tokens, pairs = self.tokens[documents], self.pairs[documents]
+        fewest = self.fewest[documents]
+        longest = self.lengths[documents] // (2 * self.context.min_chunk_tokens)
+        most = np.maximum(fewest, np.minimum(longest, self.ranks))
+        goal_s = max(goal - self.cost.micro_batch_s, 1e-3 * goal)
+        first = np.ceil(self.cost.compute(tokens, pairs) / goal_s)
+        degree = np.clip(np.minimum(first, self.ranks).astype(np.int64), fewest, most)
+        best, seconds = degree.copy(), self.cost.times(tokens, pairs, degree)
+        open_ = np.flatnonzero((seconds > goal) & (degree < most))
+        while open_.size:
+            tried = np.ceil(degree[open_] * _STEP).astype(np.int64)
+            degree[open_] = np.minimum(np.maximum(tried, degree[open_] + 1), most[open_])
+            found = self.cost.times(tokens[open_], pairs[open_], degree[open_])
+            better = open_[(found < _WORTH * seconds[open_]) | (found <= goal)]
+            best[better] = degree[better]
+            seconds[open_] = np.minimum(seconds[open_], found)
+            open_ = open_[(found > goal) & (degree[open_] < most[open_])]
+        return best
+
+    def rings(self, documents: Ints, degrees: Ints) -> list[Draft]:
+        """Return a unit for each of these documents."""
+        costs = self.cost.times(self.tokens[documents], self.pairs[documents], degrees)
+        shares = self.offloads(documents, degrees)
+        columns = (x.tolist() for x in (documents, degrees, costs, shares))
+        return [Draft((d,), n, c, r) for d, n, c, r in zip(*columns, strict=True)]
+
+    def packed(self, bins: Sequence[Sequence[int]], degree: int = 1) -> list[Draft]:
+        """Return a unit for each bin of documents, on ``degree`` ranks."""
+        if not bins:
+            return []
+        sizes = np.fromiter(map(len, bins), dtype=np.int64, count=len(bins))
+        members = np.concatenate([np.asarray(each, dtype=np.int64) for each in bins])
+        starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+        tokens, pairs = (np.add.reduceat(x[members], starts) for x in (self.tokens, self.pairs))
+        costs = self.cost.times(tokens, pairs, degree).tolist()
+        return [Draft(tuple(b), degree, c, 0.0) for b, c in zip(bins, costs, strict=True)]
+
+    @property
+    def _offloads(self) -> bool:
+        return self.context.offload == "selective" and self.layers > 2

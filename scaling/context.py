@@ -1,0 +1,115 @@
+"""What hybrid data/context parallelism can take, judged without looking at a document.
+
+Pure; ``layout.py`` asks for every run.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from allometry.configs.data import DocumentData
+from allometry.configs.errors import UserError
+from allometry.configs.execution import ContextConfig
+from allometry.configs.run import RunConfig
+
+if TYPE_CHECKING:  # layout.py imports this file
+    from allometry.scaling.layout import Degrees
+
+
+def mode_of(config: RunConfig, degrees: Degrees) -> Literal["free", "aligned", "lockstep"]:
+    """Return how far hdp ranks must run in step (``parallel.hdp.plan.Mode``).
+
+    Collectives inside a micro-batch (ZeRO 2 and 3, expert parallelism) need as many of them on each
+    rank. In a pipeline forward and backward passes of different micro-batches alternate, so a ring
+    needs the same number everywhere, or two ranks wait for each other.
+    """
+    alone = degrees.pp == 1 and degrees.ep == 1
+    if alone and config.parallel.zero.stage <= 1:
+        return "free"
+    uneven = degrees.pp > 1 and config.parallel.context.policy == "pipeline_balanced"
+    return "aligned" if uneven else "lockstep"
+
+
+def check_context(config: RunConfig, degrees: Degrees) -> None:
+    """Check ``parallel.context`` against the data, the model and the mesh.
+
+    Raises:
+        UserError: something asked for cannot be done or would have no effect; it names the keys.
+    """
+    context = config.parallel.context
+    if not isinstance(config.data, DocumentData):
+        if context != ContextConfig():
+            changed = [
+                name
+                for name in ContextConfig.model_fields
+                if getattr(context, name) != getattr(ContextConfig(), name)
+            ]
+            raise UserError(
+                f"parallel.context.{changed[0]} has no effect while data.kind is "
+                f"{config.data.kind}; set data.kind: documents or leave parallel.context out"
+            )
+        return
+    _check_policy(config, degrees)
+    _check_room(config.data, context, degrees)
+    if config.model.dropout and degrees.hdp > 1:
+        raise UserError(
+            f"model.dropout={config.model.dropout} with data.kind: documents on {degrees.hdp} hdp "
+            "ranks: its masks would depend on the layout; set model.dropout: 0"
+        )
+
+
+def _check_policy(config: RunConfig, degrees: Degrees) -> None:
+    context, stage = config.parallel.context, config.parallel.zero.stage
+    if context.policy == "static":
+        if degrees.hdp % context.degree:
+            fits = [str(d) for d in range(1, degrees.hdp + 1) if degrees.hdp % d == 0]
+            raise UserError(
+                f"parallel.context.degree={context.degree} must divide hdp={degrees.hdp}; use "
+                f"one of {', '.join(fits)}"
+            )
+        if context.offload != "none":
+            raise UserError(
+                f"parallel.context.offload={context.offload} saves ranks that policy: static gives "
+                "anyway; set offload: none or policy: balanced"
+            )
+    if context.policy == "pipeline_balanced":
+        if degrees.pp == 1:
+            raise UserError(
+                "parallel.context.policy=pipeline_balanced needs a pipeline, but parallel.pp=1; "
+                "use policy: balanced or set parallel.pp"
+            )
+        for key, value in (("ep", degrees.ep), ("zero.stage", stage)):
+            if value > (1 if key == "ep" else 2):
+                raise UserError(
+                    "parallel.context.policy=pipeline_balanced gives pipelines different numbers "
+                    f"of micro-batches, which parallel.{key}={value} cannot have; use policy: "
+                    f"balanced or parallel.{key}: {1 if key == 'ep' else 2}"
+                )
+    if context.offload == "selective":
+        each = config.model.num_layers // degrees.pp
+        if each < 3:
+            raise UserError(
+                "parallel.context.offload=selective leaves the first and the last layer of a rank "
+                f"where they are, and parallel.pp={degrees.pp} leaves ranks {each} of model."
+                f"num_layers={config.model.num_layers}; use offload: none or fewer pipeline ranks"
+            )
+
+
+def _check_room(data: DocumentData, context: ContextConfig, degrees: Degrees) -> None:
+    longest, capacity, tp = data.max_document_tokens, context.capacity_tokens, degrees.tp
+    if capacity % tp:
+        raise UserError(
+            f"parallel.context.capacity_tokens={capacity} must be a multiple of parallel.tp={tp}; "
+            f"use {-(-capacity // tp) * tp}"
+        )
+    static = context.policy == "static"
+    ranks = context.degree if static else degrees.hdp
+    if longest > ranks * capacity:
+        key = "parallel.context.degree" if static else "hdp"
+        enough = -(-(-(-longest // ranks)) // tp) * tp
+        raise UserError(
+            f"data.max_document_tokens={longest} does not fit {key}={ranks} ranks of "
+            f"parallel.context.capacity_tokens={capacity}; use data.max_document_tokens: "
+            f"{ranks * capacity} or less, parallel.context.capacity_tokens: {enough} or more, or "
+            f"{key}: {-(-longest // capacity)} or more"
+        )
