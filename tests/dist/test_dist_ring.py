@@ -2,9 +2,11 @@
 
 # T rows, N query heads, K key/value heads, H head width
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import tiny
+# import tiny
 from allometry.models.attention import Backend, attend
 from allometry.models.documents import Documents
 from allometry.parallel.hdp import ring as ring_module
@@ -104,8 +106,11 @@ def ring_errors(name: str, dtype_name: str, wrong: str = "") -> dict[str, Any]:
         return {"error": 0.0, "filling": 0.0}
     (ring, lengths), member = found
     rows = held(lengths, len(ring), member)
-    if wrong == "order":
-        rows = rows.flip(0)
+    if wrong == "no zig-zag":
+        sizes = [len(held(lengths, len(ring), j)) for j in range(len(ring))]
+        rows = torch.arange(sum(lengths)).split(sizes)[member]
+    elif wrong == "chunks exchanged" and member == 1:
+        rows = rows.roll(len(rows) // 2)
     table = ring_table(ring, member, lengths, tag=7 + UNITS[name].index((ring, lengths)))
     q, k, v, grad = (
         torch.cat([x[rows], torch.ones(FILLING, *x.shape[1:], dtype=dtype)])
@@ -118,17 +123,15 @@ def ring_errors(name: str, dtype_name: str, wrong: str = "") -> dict[str, Any]:
         grads = torch.autograd.grad(o, inputs, grad)
     wanted = alone(lengths, dtype)
     got = (o.detach(), *grads)
-    errors = [
-        float((a[: len(rows)] - b[rows]).abs().max()) for a, b in zip(got, wanted) if len(rows)
-    ]
+    pairs = zip(got, wanted, strict=True)
+    errors = [float((a[: len(rows)] - b[rows]).abs().max()) for a, b in pairs if len(rows)]
     return {
         "error": max(errors, default=0.0),
         "filling": max(float(x[len(rows) :].abs().max()) for x in got),
         "forward": forward.traffic,
         "backward": backward.traffic,
-        "counted": ring_traffic(table, K * H, dtype),
-        "counted backward": ring_traffic(table, K * H, dtype, backward=True),
-        "members": len(ring),
+        "said": ring_traffic(table, K * H, dtype),
+        "said of backward": ring_traffic(table, K * H, dtype, backward=True),
         "type": str(o.dtype),
     }
 
@@ -140,3 +143,65 @@ def test_rings_equal_one_process(run_ranks: RunRanks, name: str, dtype: str) -> 
         assert found["error"] < TOLERANCE[dtype]
         assert found["filling"] == 0.0
         assert found.get("type", f"torch.{dtype}") == f"torch.{dtype}"
+
+
+@pytest.mark.parametrize("wrong", ["no zig-zag", "chunks exchanged"])
+def test_the_comparison_sees_misplaced_chunks(run_ranks: RunRanks, wrong: str) -> None:
+    assert (
+        max(found["error"] for found in run_ranks(ring_errors, 4, "four", "float64", wrong)) > 0.1
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+@pytest.mark.parametrize("name", list(UNITS))
+def test_messages_are_as_many_and_as_long_as_said(
+    run_ranks: RunRanks, name: str, dtype: str
+) -> None:
+    itemsize = getattr(torch, dtype).itemsize
+    for rank, found in enumerate(run_ranks(ring_errors, 4, name, dtype)):
+        unit = mine(UNITS[name], rank)
+        if unit is None:
+            continue
+        (ring, lengths), member = unit
+        # Keys and values of all members but the next, which has them already.
+        rows = [len(held(lengths, len(ring), j)) for j in range(len(ring))]
+        sent = [n for j, n in enumerate(rows) if j != (member + 1) % len(ring) and n]
+        if len(ring) == 1:
+            sent = []
+        expected = Traffic(len(sent), sum(sent) * 2 * K * H * itemsize)
+        assert found["forward"] == found["said"] == expected
+        # The backward: again, and the gradients of all but its own in a type of 4 bytes or more.
+        back = [n for j, n in enumerate(rows) if j != member and n]
+        more = sum(back) * 2 * K * H * max(itemsize, 4)
+        both = Traffic(len(sent) + len(back), expected.bytes + more)
+        assert found["backward"] == found["said of backward"] == both
+        if min(rows) > 0:
+            assert found["forward"].hops == len(ring) - 1
+
+
+def two_units(tags: tuple[int, int]) -> float:
+    """Two members run two units of equal lengths in opposite orders: the error, or inf if it hangs.
+
+    Plans do not do that; if one did, the wrong keys must not be taken.
+    """
+    rank, group = dist.get_rank(), dist.new_group(timeout=timedelta(seconds=2))
+    lengths = [(16,), (9, 7)] if rank == 0 else [(9, 7), (16,)]
+    tags = tags if rank == 0 else tags[::-1]
+    worst = 0.0
+    for documents, tag in zip(lengths, tags, strict=True):
+        rows = held(documents, 2, rank)
+        table = ring_table((0, 1), rank, documents, tag)
+        q, k, v, _ = (x[rows] for x in random_rows(documents, torch.float64))
+        try:
+            o, _ = ring_attention(q, k, v, table, group.group_name, SCALE)
+        except RuntimeError:
+            return math.inf
+        worst = max(worst, float((o - alone(documents, torch.float64)[0][rows]).abs().max()))
+    return worst
+
+
+def test_units_in_another_order_hang_rather_than_mix(run_ranks: RunRanks) -> None:
+    assert run_ranks(two_units, 2, (1, 2)) == [math.inf, math.inf]
+    # Which is the tags' doing: without them numbers would be wrong, and nobody would know.
+    mixed = run_ranks(two_units, 2, (1, 1))
+    assert all(0.1 < error < math.inf for error in mixed)

@@ -60,7 +60,8 @@ def rows(runs: Runs, heads: tuple[int, int], dtype: torch.dtype, device: str) ->
 
 def written_out(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, runs: Runs) -> list[Tensor]:
     """Output, log-sum-exp and gradients in fp64 on a CPU, run by run, by autograd."""
-    q, k, v, grad = (x.cpu().double().requires_grad_() for x in (q, k, v, grad))
+    q, k, v, grad = (x.detach().cpu().double() for x in (q, k, v, grad))
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
     groups = q.shape[1] // k.shape[1]
     outputs, lses = [], []
     by_run = (q.split(runs.queries), k.split(runs.keys), v.split(runs.keys))
