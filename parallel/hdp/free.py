@@ -145,9 +145,7 @@ def _assemble(
     before: dict[int, list[tuple[int, range]]] = {}
     for (rank, place), units in numbers.items():
         before.setdefault(rank, []).append((place, units))
-    orders = [
-        _inserted(order, before.get(rank, ())) for rank, order in enumerate(timeline.orders)
-    ]
+    orders = [_inserted(order, before.get(rank, ())) for rank, order in enumerate(timeline.orders)]
     return Placed([*rings, *problem.packed(bins)], [*timeline.rings, *owners], orders)
 
 

@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
-
 from allometry.configs.execution import ContextConfig
 from allometry.parallel.hdp.cost import CostModel
 from allometry.parallel.hdp.policies import POLICIES
@@ -145,31 +143,3 @@ def make_plan(
         multiple=multiple,
         layers=layers,
     )
-
-
-def summary(plan: Plan, cost: CostModel) -> dict[str, Any]:
-    """Return ``Plan.describe`` and costs, as JSON.
-
-    ``balance``: the makespan over the mean of the ranks' busy seconds, communication that is waited
-    for among them; 1 is perfect. ``bytes_sent``: by the rings, forward and backward, over the
-    layers that ``cost`` counts.
-    """
-    from allometry.parallel.hdp.replay import replay
-
-    played = replay(plan)
-    sent = [0.0, 0.0]
-    for unit in plan.units:
-        if len(unit.ring) > 1:
-            for i, size in enumerate(cost.ring_bytes(plan.tokens(unit), len(unit.ring))):
-                sent[i] += size
-    busy = np.zeros(plan.ranks)
-    for unit in plan.units:
-        busy[list(unit.ring)] += unit.cost
-    return {
-        **plan.describe(),
-        "makespan_s": played.makespan,
-        "balance": played.makespan / float(busy.mean()),
-        "bytes_forward": round(sent[0]),
-        "bytes_backward": round(sent[1]),
-        "bytes_sent": round(sum(sent)),
-    }

@@ -1,0 +1,241 @@
+"""A plan played through before it runs: does it hold together, does it end, and when.
+
+Ranks of a ring wait for one another, and in a pipeline passes of different micro-batches alternate:
+two rings that two ranks meet in different orders never end, or, where messages happen to have the
+same size, end with wrong gradients. So every plan is checked and replayed.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from allometry.parallel.hdp.check import PlanError, check_plan
+from allometry.parallel.hdp.cost import CostModel
+from allometry.parallel.hdp.orders import Action, Orders
+from allometry.parallel.hdp.plan import Plan, Unit
+
+SHARES: Mapping[str, float] = {"F": 1 / 3, "B": 2 / 3, "I": 1 / 3, "W": 1 / 3}
+"""Of a unit's cost in one stage: backward takes twice as long as forward, each half as long."""
+
+
+class Span(NamedTuple):
+    """What a rank did from ``start`` to ``end`` (seconds); ``unit`` None: a dummy."""
+
+    start: float
+    end: float
+    unit: int | None
+    action: Action
+
+
+@dataclass(frozen=True)
+class Replay:
+    """``spans[hdp rank][pp rank]``: what each did, in turn."""
+
+    spans: tuple[tuple[tuple[Span, ...], ...], ...]
+
+    @cached_property
+    def makespan(self) -> float:
+        """Seconds until the last rank is done."""
+        lanes = (lane for pipeline in self.spans for lane in pipeline)
+        return max((lane[-1].end for lane in lanes if lane), default=0.0)
+
+    @cached_property
+    def busy(self) -> tuple[tuple[float, ...], ...]:
+        """Seconds that each rank was not waiting for others, by hdp rank and pp rank."""
+        return tuple(
+            tuple(sum(span.end - span.start for span in lane) for lane in pipeline)
+            for pipeline in self.spans
+        )
+
+    @property
+    def balance(self) -> float:
+        """The makespan over the mean of the ranks' busy seconds; 1 is perfect."""
+        busy = [seconds for pipeline in self.busy for seconds in pipeline]
+        mean = sum(busy) / len(busy)
+        return self.makespan / mean if mean > 0 else 1.0
+
+
+def replay(plan: Plan, orders: Callable[[int], Orders] | None = None) -> Replay:
+    """Check a plan and play it through.
+
+    ``orders(count)`` are the actions of a pipeline's ranks for a number of micro-batches
+    (``schedule_orders``); None: no pipeline, each unit forward and then backward. A unit's cost is
+    that of all stages, which are taken to be equal. All members of a ring start a pass together;
+    of a backward in halves only the first has a ring in it. Linear in the number of passes.
+
+    Raises:
+        PlanError: the plan breaks a rule (``check_plan``) or never ends; it says who waits where.
+    """
+    check_plan(plan)
+    play = _Play(plan, orders or _in_turn)
+    play.run()
+    return Replay(
+        tuple(
+            tuple(tuple(lane.spans) for lane in play.lanes[rank * play.pp : (rank + 1) * play.pp])
+            for rank in range(plan.ranks)
+        )
+    )
+
+
+def summary(plan: Plan, cost: CostModel, played: Replay | None = None) -> dict[str, Any]:
+    """Return ``Plan.describe`` and what the plan costs, as JSON.
+
+    ``balance``: see ``Replay``. ``bytes_sent``: by all rings, over the layers that ``cost`` counts,
+    on one of the tp ranks.
+    """
+    played = played or replay(plan)
+    sent = [0.0, 0.0]
+    for unit in plan.units:
+        if len(unit.ring) > 1:
+            for i, size in enumerate(cost.ring_bytes(plan.tokens(unit), len(unit.ring))):
+                sent[i] += size
+    return {
+        **plan.describe(),
+        "makespan_s": played.makespan,
+        "balance": played.balance,
+        "bytes_forward": round(sent[0]),
+        "bytes_backward": round(sent[1]),
+        "bytes_sent": round(sum(sent)),
+    }
+
+
+class _Lane:
+    """One rank of one pipeline, and how far it has come."""
+
+    __slots__ = ("actions", "clock", "rank", "spans", "units")
+
+    def __init__(
+        self, rank: int, actions: tuple[Action, ...], units: tuple[int | None, ...]
+    ) -> None:
+        self.rank, self.actions, self.units = rank, actions, units
+        self.clock = 0.0
+        self.spans: list[Span] = []
+
+    @property
+    def next(self) -> Action:
+        return self.actions[len(self.spans)]
+
+    @property
+    def place(self) -> str:
+        """Where this rank stands, in words."""
+        kind, stage, index = self.next
+        unit = self.units[index]
+        what = "a dummy" if unit is None else f"unit {unit}"
+        passes = {"F": "forward", "B": "backward", "I": "backward (I)", "W": "backward (W)"}
+        return (
+            f"hdp rank {self.rank} at {what} (micro-batch {index}, {passes[kind]} of stage {stage})"
+        )
+
+
+class _Play:
+    """The state of a replay: which lanes can go on, what has been done, who waits for what."""
+
+    def __init__(self, plan: Plan, orders: Callable[[int], Orders]) -> None:
+        made = {count: orders(count) for count in {len(order) for order in plan.orders}}
+        self.pp = max(len(ranks) for ranks in made.values())
+        stages = 1 + max(action.stage for ranks in made.values() for a in ranks for action in a)
+        self.last = stages - 1
+        self.units = plan.units
+        self.seconds = [
+            {kind: share * unit.cost / stages for kind, share in SHARES.items()}
+            for unit in plan.units
+        ]
+        self.lanes = [
+            _Lane(rank, actions, order)
+            for rank, order in enumerate(plan.orders)
+            for actions in made[len(order)]
+        ]
+        # Keyed by pipeline, pass (F, or G for the gradient), stage and micro-batch.
+        self.done: dict[tuple[int, str, int, int], float] = {}
+        self.waiting: dict[tuple[int, str, int, int], _Lane] = {}
+        self.met: dict[tuple[int, str, int], list[_Lane]] = defaultdict(list)
+        self.ready = self.lanes[::-1]
+
+    def run(self) -> None:
+        while self.ready:
+            lane = self.ready.pop()
+            while len(lane.spans) < len(lane.actions):
+                if not self._advance(lane):
+                    break
+        stuck = [lane for lane in self.lanes if len(lane.spans) < len(lane.actions)]
+        if stuck:
+            raise PlanError(self._why(stuck))
+
+    def _advance(self, lane: _Lane) -> bool:
+        """Do the lane's next action if all it needs is there; otherwise note what it waits for."""
+        kind, stage, index = action = lane.next
+        need: tuple[tuple[int, str, int, int], ...] = ()
+        if kind == "F":
+            if stage > 0:
+                need = ((lane.rank, "F", stage - 1, index),)
+        elif kind == "W":
+            need = ((lane.rank, "G", stage, index),)
+        else:
+            need = ((lane.rank, "F", stage, index),)
+            if stage < self.last:
+                need = (*need, (lane.rank, "G", stage + 1, index))
+        for key in need:
+            when = self.done.get(key)
+            if when is None:
+                self.waiting[key] = lane
+                return False
+            lane.clock = max(lane.clock, when)
+        number = lane.units[index]
+        ring = () if number is None else self.units[number].ring
+        if number is None or len(ring) == 1 or kind == "W":
+            self._finish(lane, action, number, lane.clock)
+            return True
+        members = self.met[number, kind, stage]
+        members.append(lane)
+        if len(members) < len(ring):
+            return False
+        start = max(member.clock for member in members)
+        for member in members:
+            self._finish(member, member.next, number, start)
+            if member is not lane:
+                self.ready.append(member)
+        return True
+
+    def _finish(self, lane: _Lane, action: Action, number: int | None, start: float) -> None:
+        kind, stage, index = action
+        end = start if number is None else start + self.seconds[number][kind]
+        lane.spans.append(Span(start, end, number, action))
+        lane.clock = end
+        if kind != "W":
+            key = (lane.rank, "F" if kind == "F" else "G", stage, index)
+            self.done[key] = end
+            waiting = self.waiting.pop(key, None)
+            if waiting is not None:
+                self.ready.append(waiting)
+
+    def _why(self, stuck: list[_Lane]) -> str:
+        """Say of a ring whom it waits for; without one the orders themselves are at fault."""
+        waiting = {id(lane): lane for lanes in self.met.values() for lane in lanes}
+        for lane in stuck:
+            number = lane.units[lane.next.index]
+            if id(lane) not in waiting or number is None:
+                continue
+            unit: Unit = self.units[number]
+            others = [
+                other.place
+                for other in stuck
+                if other.rank in unit.ring
+                and other is not lane
+                and (other.next.kind, other.next.stage) != (lane.next.kind, lane.next.stage)
+                or (other.rank in unit.ring and other.units[other.next.index] != number)
+            ]
+            if others:
+                return (
+                    f"the plan never ends: unit {number} on hdp ranks {list(unit.ring)} has "
+                    f"{lane.place}, but {others[0]}"
+                )
+        return f"the plan never ends: {stuck[0].place} waits for a pass that nobody does before it"
+
+
+def _in_turn(count: int) -> Orders:
+    """No pipeline: each micro-batch forward and then backward."""
+    return (tuple(Action(kind, 0, index) for index in range(count) for kind in ("F", "B")),)
