@@ -106,7 +106,8 @@ def _check_room(data: DocumentData, context: ContextConfig, degrees: Degrees) ->
     ranks = context.degree if static else degrees.hdp
     if longest > ranks * capacity:
         key = "parallel.context.degree" if static else "hdp"
-        enough = -(-(-(-longest // ranks)) // tp) * tp
+        member = -(-longest // ranks)
+        enough = -(-member // tp) * tp
         raise UserError(
             f"data.max_document_tokens={longest} does not fit {key}={ranks} ranks of "
             f"parallel.context.capacity_tokens={capacity}; use data.max_document_tokens: "

@@ -1,4 +1,4 @@
-"""What a unit of documents costs a rank: seconds that grow with tokens, with their squares, by ring.
+"""What a unit of documents costs a rank: seconds by its tokens, their squares and its ring.
 
 A rank with a share 1/n of documents of s tokens each does 1/n of their matrix products (linear in
 s) and of their attention (in s^2, as the zig-zag halves of ``shard.py`` are equally dear), and

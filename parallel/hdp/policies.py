@@ -1,4 +1,4 @@
-"""The policies of ``parallel.context.policy``: which documents go together, on how many ranks, where.
+"""The policies of ``parallel.context``: which documents go together, on how many ranks, where.
 
 Each takes a problem and a mode and returns units, their rings and each rank's order. Whatever is
 equal is decided by number, so that every rank comes to the same plan.

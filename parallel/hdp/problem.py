@@ -1,4 +1,4 @@
-"""A step's documents as the policies see them: how many ranks each needs, and what it costs there."""
+"""A step's documents as the policies see them: how many ranks each needs, at what cost."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ class Problem:
     Selective offload (arXiv 2502.21231, eq. 3): of l layers the first and the last keep their
     activations, and k of the others may send them away, a share r = k / (l - 2). A member of c
     tokens then holds (l - k) Act(c), so it may have more than capacity tokens, as long as (l - k) c
-    <= l x capacity; k is bound by what is hidden (``CostModel.hidden_share``). Only documents longer
-    than a rank's capacity make use of it.
+    <= l x capacity; k is bound by what is hidden (``CostModel.hidden_share``). Only documents that
+    are longer than a rank's capacity make use of it.
     """
 
     lengths: Ints
@@ -95,7 +95,8 @@ class Problem:
         if longest > most * problem.usable:
             key = f"parallel.context.degree={most}" if static else f"parallel.hdp={ranks}"
             need = -(-longest // problem.usable)
-            wide = -(-(-(-longest // most)) // multiple) * multiple
+            member = -(-longest // most)
+            wide = -(-member // multiple) * multiple
             raise UserError(
                 f"a document of {longest} tokens does not fit {key} x "
                 f"parallel.context.capacity_tokens={capacity}; set data.max_document_tokens to "

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from allometry.parallel.hdp.check import PlanError, check_plan
 from allometry.parallel.hdp.cost import CostModel
 from allometry.parallel.hdp.orders import Action, Orders
-from allometry.parallel.hdp.plan import Plan, Unit
+from allometry.parallel.hdp.plan import Plan
 
 SHARES: Mapping[str, float] = {"F": 1 / 3, "B": 2 / 3, "I": 1 / 3, "W": 1 / 3}
 """Of a unit's cost in one stage: backward takes twice as long as forward, each half as long."""
@@ -213,26 +213,25 @@ class _Play:
                 self.ready.append(waiting)
 
     def _why(self, stuck: list[_Lane]) -> str:
-        """Say of a ring whom it waits for; without one the orders themselves are at fault."""
-        waiting = {id(lane): lane for lanes in self.met.values() for lane in lanes}
+        """Say which ring waits for whom; without one the orders themselves are at fault."""
         for lane in stuck:
-            number = lane.units[lane.next.index]
-            if id(lane) not in waiting or number is None:
+            kind, stage, index = lane.next
+            number = lane.units[index]
+            if number is None or lane not in self.met.get((number, kind, stage), ()):
                 continue
-            unit: Unit = self.units[number]
-            others = [
-                other.place
+            here = self.met[number, kind, stage]
+            ring = self.units[number].ring
+            absent = [
+                other
                 for other in stuck
-                if other.rank in unit.ring
-                and other is not lane
-                and (other.next.kind, other.next.stage) != (lane.next.kind, lane.next.stage)
-                or (other.rank in unit.ring and other.units[other.next.index] != number)
+                if other.rank in ring
+                and other not in here
+                and stage in {action.stage for action in other.actions}
             ]
-            if others:
-                return (
-                    f"the plan never ends: unit {number} on hdp ranks {list(unit.ring)} has "
-                    f"{lane.place}, but {others[0]}"
-                )
+            return (
+                f"the plan never ends: unit {number} has the ring {list(ring)} with {lane.place}, "
+                f"but {absent[0].place}"
+            )
         return f"the plan never ends: {stuck[0].place} waits for a pass that nobody does before it"
 
 
