@@ -110,6 +110,17 @@ class Block(nn.Module):
         return branch_BLD if self.residual_scale == 1.0 else branch_BLD * self.residual_scale
 
 
+CallBlock = Callable[[nn.Module, Tensor, Geometry], tuple[Tensor, RouterStatistics | None]]
+"""(block, x_BLD, geometry) -> what the block returns."""
+
+
+def call_block(
+    block: nn.Module, x_BLD: Tensor, geometry: Geometry
+) -> tuple[Tensor, RouterStatistics | None]:
+    """Run a block as it is."""
+    return block(x_BLD, geometry)
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """A stretch of a model: its layers, and whether the embedding and the head belong to it."""
@@ -125,7 +136,8 @@ class Transformer(nn.Module):
     ``compute_dtype`` is the type of activations and products; parameters are fp32 (fp64 after
     ``.double()``) and each module casts its own where it uses it. A part's parameters have the
     names that they have in the whole model. Where a tied head is parted from the embedding, it
-    has a weight of its own, which whoever parts them must keep equal.
+    has a weight of its own, which whoever parts them must keep equal. ``call_block`` is what
+    offload of activations replaces.
     """
 
     embedding: Embedding | None
@@ -143,6 +155,7 @@ class Transformer(nn.Module):
         part = part or Part(range(model.num_layers))
         self.part = part
         self.compute_dtype = compute_dtype
+        self.call_block: CallBlock = call_block
         self.head_width, self.rope_theta = model.head_width, model.rope_theta
         self.embedding_scale = scales.embedding
         self.tied = model.tied_embeddings and part.first and part.last
@@ -182,7 +195,7 @@ class Transformer(nn.Module):
         assert x_BLD is not None
         geometry = self._geometry(tokens_BL, documents)
         for layer, block in self.blocks.items():
-            x_BLD, statistics = block(x_BLD, geometry)
+            x_BLD, statistics = self.call_block(block, x_BLD, geometry)
             # What is recomputed in a backward pass does not come here, so each token counts once.
             if statistics is not None and self.training and torch.is_grad_enabled():
                 self._add_statistics(int(layer), statistics)

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import (
 )
 
 from allometry.models.transformer import Transformer
+from allometry.parallel.hdp.offload import hand_over_kept
 
 # Namespaces of collectives, whose results are kept: recomputing them would send everything twice.
 _COMMUNICATION = ("_c10d_functional", "_c10d_functional_autograd", "c10d", "_dtensor")
@@ -46,7 +47,7 @@ def apply_checkpointing(
     """
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": dropout}
     if kind == "selective":
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+        options["context_fn"] = _selective_contexts
     for block in model.blocks.values():
         # In place of the method rather than around the module: names stay as they are, and what
         # ZeRO hooks on to the block happens outside of what is computed again.
@@ -59,6 +60,11 @@ def _checkpointed(forward: Callable[..., Any], options: dict[str, Any]) -> Calla
 
     # A function of ours, as torch's compiler does not begin in torch's own files.
     return forward_and_forget
+
+
+def _selective_contexts() -> tuple[Any, Any]:
+    # What is kept may wait on the host (see hdp/offload.py).
+    return hand_over_kept(partial(create_selective_checkpoint_contexts, _policy))
 
 
 def keep_hooks_apart(model: Transformer) -> None:
