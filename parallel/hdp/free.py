@@ -1,5 +1,8 @@
-"""Ranks that run their units in turn, as many as each has: rings first where they meet, documents
-of one rank between them and at the end.
+"""Ranks that run their units in turn, as many as each has, and all end at once.
+
+Long documents come first. A ring can be of any size, so each takes as few ranks as let it end with
+the step: few and long rings hide their hops better than many and short ones. Documents of one rank
+then fill what ranks wait for rings, and level the ends.
 
 A rank's rings are in the order in which they were placed, the same for all members, so without a
 pipeline no two ranks wait for one another.
@@ -8,17 +11,20 @@ pipeline no two ranks wait for one another.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from allometry.parallel.hdp.cost import Floats
 from allometry.parallel.hdp.packing import first_fit
-from allometry.parallel.hdp.problem import Draft, Placed, Problem
+from allometry.parallel.hdp.problem import Ints, Placed, Problem
 
-_MANY = 12
-"""Members from which on picking the least loaded ranks from an array is faster than from a heap."""
+DEAR = 0.3
+"""Of a step: what a document must take on as few ranks as it fits for its degree to be chosen."""
+STRETCHES = (1.01, 1.03, 1.06, 1.1, 1.2, 1.4)
+"""Lengths of the step that are tried, over what it cannot undercut; the first that fits is taken."""
 
 
 class Gap(NamedTuple):
@@ -30,75 +36,120 @@ class Gap(NamedTuple):
 
 
 class Timeline:
-    """Rings on ranks, each at once on those that are free soonest."""
+    """Documents on ranks, one after another, each on those that are free soonest.
 
-    def __init__(self, ranks: int) -> None:
-        self.ends: Floats = np.zeros(ranks)
-        self.orders: list[list[int]] = [[] for _ in range(ranks)]
+    ``shares[rank, place]``: documents of that rank alone, before the ring at this place.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self._problem = problem
+        self._least_gap = float(problem.alone.min())
+        self.ends: Floats = np.zeros(problem.ranks)
+        self.orders: list[list[int]] = [[] for _ in range(problem.ranks)]
+        self.rings: list[tuple[int, tuple[int, ...]]] = []  # document, members
+        self.shares: dict[tuple[int, int], list[int]] = defaultdict(list)
         self.gaps: list[Gap] = []
-        self.rings: list[tuple[int, ...]] = []
 
-    def place(self, rings: Sequence[Draft], least_gap: float) -> None:
-        """Place rings in their order, which is that of falling degrees; keep gaps worth filling."""
-        many = next((i for i, ring in enumerate(rings) if ring.degree < _MANY), len(rings))
-        for ring in rings[:many]:
-            self._place_large(ring, least_gap)
+    def place_dear(self, documents: Sequence[int], goal: float) -> None:
+        """Place documents on as few ranks as let each end by ``goal``; where none do, soonest."""
+        problem = self._problem
+        for document in documents:
+            tokens, pairs = problem.tokens[document], problem.pairs[document]
+            fewest, most = problem.degree_range(document)
+            if fewest == 1:
+                # The usual case where there are many of them.
+                rank = int(self.ends.argmin())
+                seconds = float(problem.alone[document])
+                if self.ends[rank] + seconds <= goal or most == 1:
+                    self._give(document, np.array([rank]), seconds)
+                    continue
+            line = np.argsort(self.ends, kind="stable")
+            degrees = np.arange(fewest, most + 1)
+            seconds_n = problem.cost.times(tokens, pairs, degrees)
+            ends = self.ends[line[degrees - 1]] + seconds_n
+            soon = np.flatnonzero(ends <= goal)
+            choice = int(soon[0]) if soon.size else int(ends.argmin())
+            self._give(document, line[: fewest + choice], float(seconds_n[choice]))
+
+    def place_small(self, documents: Ints) -> None:
+        """Place rings of as few ranks as they fit, on those free soonest."""
+        problem = self._problem
+        degrees = problem.fewest[documents]
+        seconds = problem.cost.times(problem.tokens[documents], problem.pairs[documents], degrees)
         soonest = [(end, rank) for rank, end in enumerate(self.ends.tolist())]
         heapq.heapify(soonest)
-        for ring in rings[many:]:
-            found = [heapq.heappop(soonest) for _ in range(ring.degree)]
+        order = np.lexsort((documents, -seconds, -degrees))
+        columns = (x[order].tolist() for x in (documents, degrees, seconds))
+        for document, degree, cost in zip(*columns, strict=True):
+            found = [heapq.heappop(soonest) for _ in range(degree)]
             start = found[-1][0]
             for end, rank in found:
-                self._note(rank, start - end, least_gap)
-                heapq.heappush(soonest, (start + ring.cost, rank))
-            self._give(tuple(sorted(rank for _, rank in found)))
+                self._note(rank, start - end)
+                heapq.heappush(soonest, (start + cost, rank))
+            self._enter(document, sorted(rank for _, rank in found))
         for end, rank in soonest:
             self.ends[rank] = end
 
-    def _place_large(self, ring: Draft, least_gap: float) -> None:
-        members = np.sort(np.argsort(self.ends, kind="stable")[: ring.degree])
-        ends = self.ends[members]
-        start = float(ends.max())
-        for place in np.flatnonzero(start - ends >= least_gap).tolist():
-            self._note(int(members[place]), start - float(ends[place]), least_gap)
-        self.ends[members] = start + ring.cost
-        self._give(tuple(members.tolist()))
+    def estimate(self, rest: float, small: float) -> float:
+        """Return the step's seconds, if ``rest`` fills gaps and levels ends (rank-seconds)."""
+        gaps = sum(gap.seconds for gap in self.gaps)
+        work = float(self.ends.sum()) - min(gaps, rest) + rest + small
+        return max(float(self.ends.max()), work / len(self.orders))
 
-    def _note(self, rank: int, seconds: float, least_gap: float) -> None:
-        if seconds >= least_gap > 0:
+    def _give(self, document: int, ranks: Ints, seconds: float) -> None:
+        start = float(self.ends[ranks].max())
+        if len(ranks) == 1 and self._problem.lengths[document] <= self._problem.usable:
+            rank = int(ranks[0])
+            self.shares[rank, len(self.orders[rank])].append(document)
+        else:
+            for rank in np.sort(ranks).tolist():
+                self._note(rank, start - float(self.ends[rank]))
+            self._enter(document, np.sort(ranks).tolist())
+        self.ends[ranks] = start + seconds
+
+    def _note(self, rank: int, seconds: float) -> None:
+        if seconds >= self._least_gap:
             self.gaps.append(Gap(seconds, rank, len(self.orders[rank])))
 
-    def _give(self, members: tuple[int, ...]) -> None:
-        number = len(self.rings)
-        self.rings.append(members)
+    def _enter(self, document: int, members: Sequence[int]) -> None:
         for rank in members:
-            self.orders[rank].append(number)
+            self.orders[rank].append(len(self.rings))
+        self.rings.append((document, tuple(members)))
 
 
-def place_free(problem: Problem, rings: Sequence[Draft], rest: Sequence[int]) -> Placed:
-    """Place rings, then share documents of one rank out so that all ranks end at once.
+def place_free(problem: Problem) -> Placed:
+    """Share documents out so that all ranks end at once, as soon as they can."""
+    order = problem.descending
+    least = max(problem.ideal, problem.soonest(int(order[0])))
+    small_s = problem.cost.times(problem.tokens, problem.pairs, problem.fewest)
+    dear = small_s[order] > DEAR * least
+    long = problem.lengths[order] > problem.usable
+    small, rest = order[long & ~dear], order[~long & ~dear]
+    works = (float((problem.fewest * small_s)[x].sum()) for x in (small, rest))
+    small_work, rest_work = works
+    best: Timeline | None = None
+    found = np.inf
+    for stretch in STRETCHES:
+        timeline = Timeline(problem)
+        timeline.place_dear(order[dear].tolist(), stretch * least)
+        estimate = timeline.estimate(rest_work, small_work)
+        if estimate < found:
+            best, found = timeline, estimate
+        if found <= stretch * least:
+            break
+    assert best is not None
+    best.place_small(small)
+    _share_out(problem, best, rest.tolist())
+    return _assemble(problem, best)
 
-    ``rest``: those documents, longest first. They fill what ranks wait for rings, then go to
-    whichever rank ends soonest; each share is packed for itself.
+
+def _share_out(problem: Problem, timeline: Timeline, rest: Sequence[int]) -> None:
+    """Put documents, longest first, into the widest gaps, or to the ranks that end soonest.
+
+    A gap too narrow for one waits for shorter ones.
     """
-    rings = sorted(rings, key=lambda ring: (-ring.degree, -ring.cost, ring.documents))
-    least = float(problem.alone[rest[-1]]) if len(rest) else 0.0
-    timeline = Timeline(problem.ranks)
-    timeline.place(rings, least)
-    filling, last = _share_out(problem.alone.tolist(), timeline, rest)
-    return _assemble(problem, rings, timeline, filling, last)
-
-
-def _share_out(
-    seconds: Sequence[float], timeline: Timeline, rest: Sequence[int]
-) -> tuple[list[list[int]], list[list[int]]]:
-    """Return the documents of each gap and those of each rank's end.
-
-    Documents come longest first, so whatever fits goes into the widest gap; a gap too narrow waits
-    for shorter ones.
-    """
-    filling: list[list[int]] = [[] for _ in timeline.gaps]
-    last: list[list[int]] = [[] for _ in timeline.orders]
+    seconds = problem.alone.tolist()
+    shares, orders = timeline.shares, timeline.orders
     gaps = [(-gap.seconds, number) for number, gap in enumerate(timeline.gaps)]
     heapq.heapify(gaps)
     soonest = [(end, rank) for rank, end in enumerate(timeline.ends.tolist())]
@@ -107,51 +158,29 @@ def _share_out(
         cost = seconds[document]
         if gaps and -gaps[0][0] >= cost:
             room, number = gaps[0]
-            filling[number].append(document)
+            gap = timeline.gaps[number]
+            shares[gap.rank, gap.place].append(document)
             heapq.heapreplace(gaps, (room + cost, number))
         else:
             end, rank = soonest[0]
-            last[rank].append(document)
+            shares[rank, len(orders[rank])].append(document)
             heapq.heapreplace(soonest, (end + cost, rank))
-    return filling, last
 
 
-def _assemble(
-    problem: Problem,
-    rings: Sequence[Draft],
-    timeline: Timeline,
-    filling: Sequence[Sequence[int]],
-    last: Sequence[Sequence[int]],
-) -> Placed:
-    """Pack every share and put the units in each rank's order."""
+def _assemble(problem: Problem, timeline: Timeline) -> Placed:
+    """Pack every share for itself and put the units into each rank's order."""
     sizes = problem.lengths.tolist()
+    documents = np.array([document for document, _ in timeline.rings], dtype=np.int64)
+    degrees = np.array([len(members) for _, members in timeline.rings], dtype=np.int64)
+    rings = [members for _, members in timeline.rings]
+    drafts = problem.rings(documents, degrees)
+    orders: list[list[int | None]] = [list(order) for order in timeline.orders]
     bins: list[list[int]] = []
-    owners: list[tuple[int,]] = []
-    numbers: dict[tuple[int, int], range] = {}  # by rank and place: units that come before it
-
-    def pack(rank: int, place: int, share: Sequence[int]) -> None:
+    # From the last place to the first, so that places stay what they are.
+    for (rank, place), share in sorted(timeline.shares.items(), reverse=True):
         made = first_fit(share, sizes, problem.usable)
-        start = len(rings) + len(bins)
-        numbers[rank, place] = range(start, start + len(made))
-        bins.extend(made)
-        owners.extend([(rank,)] * len(made))
-
-    for gap, share in zip(timeline.gaps, filling, strict=True):
-        if share:
-            pack(gap.rank, gap.place, share)
-    for rank, share in enumerate(last):
-        if share:
-            pack(rank, len(timeline.orders[rank]), share)
-    before: dict[int, list[tuple[int, range]]] = {}
-    for (rank, place), units in numbers.items():
-        before.setdefault(rank, []).append((place, units))
-    orders = [_inserted(order, before.get(rank, ())) for rank, order in enumerate(timeline.orders)]
-    return Placed([*rings, *problem.packed(bins)], [*timeline.rings, *owners], orders)
-
-
-def _inserted(order: Sequence[int], units: Iterable[tuple[int, range]]) -> list[int | None]:
-    """Put units before the places of an order that they are meant for."""
-    found: list[int | None] = list(order)
-    for place, numbers in sorted(units, key=lambda item: -item[0]):
-        found[place:place] = numbers
-    return found
+        start = len(drafts) + len(bins)
+        orders[rank][place:place] = range(start, start + len(made))
+        bins += made
+        rings += [(rank,)] * len(made)
+    return Placed([*drafts, *problem.packed(bins)], rings, orders)

@@ -74,9 +74,10 @@ def naive(problem: Problem, aligned: bool) -> Placed:
 
 def balanced(problem: Problem, aligned: bool) -> Placed:
     """Give documents ranks until none takes long, and all ranks the same to do."""
+    if not aligned:
+        return place_free(problem)
     rings, rest = _rings(problem)
-    place = place_lockstep if aligned else place_free
-    return place(problem, rings, rest.tolist())
+    return place_lockstep(problem, rings, rest.tolist())
 
 
 def pipeline_balanced(problem: Problem, aligned: bool) -> Placed:

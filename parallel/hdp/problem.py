@@ -157,6 +157,21 @@ class Problem:
         away = np.where(member > self.usable, self.layers - kept, 0)
         return np.asarray(away / (self.layers - 2))
 
+    def degree_range(self, document: int) -> tuple[int, int]:
+        """Return the fewest and the most ranks that a document may have.
+
+        Chunks have at least ``min_chunk_tokens``, unless it needs the ranks to find room.
+        """
+        fewest = int(self.fewest[document])
+        longest = int(self.lengths[document]) // (2 * self.context.min_chunk_tokens)
+        return fewest, max(fewest, min(longest, self.ranks))
+
+    def soonest(self, document: int) -> float:
+        """Return the seconds that a document takes on the number of ranks that suits it best."""
+        fewest, most = self.degree_range(document)
+        degrees = np.arange(fewest, most + 1)
+        return float(self.cost.times(self.tokens[document], self.pairs[document], degrees).min())
+
     def degrees(self, documents: Ints, goal: float) -> Ints:
         """Return the fewest ranks on which each document takes at most ``goal`` seconds.
 
