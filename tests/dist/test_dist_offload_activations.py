@@ -1,0 +1,151 @@
+"""Activations on the host, on ranks: the same bits and bytes, whatever else is distributed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import tiny
+from allometry.configs.run import RunConfig
+from allometry.models.moe import begin_step, routers
+from allometry.parallel.apply import Parallel
+from allometry.parallel.hdp.offload import ActivationStore
+from allometry.parallel.mesh import Mesh
+
+RunRanks = Callable[..., list[Any]]
+COUNT = 4
+"""Micro-batches of each rank: in a pipeline some of them are in flight at once."""
+
+SMALL = 400  # bytes: less than any [L, D] of half a sequence, more than what documents hold
+MOE = {
+    "kind": "moe",
+    "first_dense_layers": 1,
+    "experts": {"kind": "swiglu", "num_experts": 4, "experts_per_token": 2, "width": 12},
+}
+
+
+def config(
+    dtype: str = "fp32",
+    *,
+    layers: int = 4,
+    moe: bool = False,
+    checkpointing: str = "none",
+    compiled: bool = False,
+    **parallel: Any,
+) -> RunConfig:
+    given = tiny.config(0, dtype).model_dump()
+    given["model"] |= {"num_layers": layers, "width": 24, "num_heads": 4, "num_kv_heads": 2}
+    given["model"] |= MOE if moe else {}
+    given["training"] |= {"activation_checkpointing": checkpointing, "compile": compiled}
+    given["batch"]["sequences"] = 2 * COUNT
+    given["parallel"] |= parallel
+    return RunConfig.model_validate(given)
+
+
+def gradients(made: Parallel, mesh: Mesh, share: float) -> dict[str, Tensor]:
+    batches = [
+        replace(batch, documents=replace(batch.documents, offload=share))
+        for batch in tiny.micro_batches(COUNT * mesh.hdp.size)
+    ]
+    scale = torch.tensor(1.0 / tiny.global_count(batches), dtype=torch.float64)
+    mine = batches[mesh.hdp.rank :: mesh.hdp.size]
+    for part in made.parts.values():
+        if routers(part):
+            begin_step(part, len(batches) * tiny.LENGTH)
+    made.execution.train(mine, scale, lambda index, nll_BL: None)
+    found = {}
+    for name, parameter in made.named_parameters():
+        assert parameter.grad is not None, name
+        found[name] = tiny.whole(parameter.grad).clone()
+        parameter.grad = None
+    return found
+
+
+def moved(run: RunConfig, share: float = 1.0, losing: bool = False) -> dict[str, Any]:
+    """(On each rank) whether gradients are the same to the bit, and the bytes of each part."""
+    with tiny.mesh(run) as mesh:
+        made = tiny.parallel(run, mesh)
+        expected = gradients(made, mesh, 0.0)
+        stores = {}
+        for stage, part in made.parts.items():
+            store = ActivationStore(part, mesh.device, SMALL)
+            if losing:
+                whole = store.fetch
+                store.fetch = lambda host, whole=whole: whole(torch.zeros_like(host))
+            part.call_block, stores[stage] = store.call_block, store
+        found = gradients(made, mesh, share)
+        assert found.keys() == expected.keys()
+        return {
+            "same": all(torch.equal(found[name], expected[name]) for name in expected),
+            "out": {stage: store.bytes_out for stage, store in stores.items()},
+            "in": {stage: store.bytes_in for stage, store in stores.items()},
+        }
+
+
+def check(results: list[dict[str, Any]], *, halves: bool = False) -> None:
+    for found in results:
+        assert found["same"]
+        for stage, out in found["out"].items():
+            assert out > 0, stage
+            assert out <= found["in"][stage] <= (2 if halves else 1) * out, stage
+
+
+@pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_sharded_parameters_stay(run_ranks: RunRanks, dtype: str, moe: bool) -> None:
+    """Whether parameters are whole, gathered or to be gathered again: the same bytes move."""
+    plain = run_ranks(moved, 2, config(dtype, moe=moe))
+    check(plain)
+    for stage in (1, 3):
+        sharded = run_ranks(moved, 2, config(dtype, moe=moe, zero={"stage": stage}))
+        check(sharded)
+        assert [r["out"] for r in sharded] == [r["out"] for r in plain], stage
+
+
+def test_lost_bytes_are_seen(run_ranks: RunRanks) -> None:
+    """The control: what comes back is what ranks compute with."""
+    results = run_ranks(moved, 2, config(zero={"stage": 3}), 1.0, True)
+    assert not any(found["same"] for found in results)
+
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "tp2": {"tp": 2},
+    "tp2 moe": {"tp": 2, "moe": True},
+    "ep2": {"ep": 2, "moe": True},
+    "ep2 zero3 selective": {
+        "ep": 2,
+        "moe": True,
+        "zero": {"stage": 3},
+        "checkpointing": "selective",
+    },
+    "tp2 zero2 full": {"tp": 2, "zero": {"stage": 2}, "checkpointing": "full"},
+    "zero3 compiled": {"zero": {"stage": 3}, "compiled": True},
+    "pp2": {"pp": 2, "layers": 7},
+    "pp2 zero2 selective": {
+        "pp": 2,
+        "layers": 7,
+        "zero": {"stage": 2},
+        "checkpointing": "selective",
+    },
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(run_ranks: RunRanks, layout: str) -> None:
+    check(run_ranks(moved, 2, config(**LAYOUTS[layout]), timeout_s=120.0))
+
+
+@pytest.mark.parametrize(
+    "schedule", ["interleaved_1f1b", "interleaved_zero_bubble", "zbv_zero_bubble", "dualpipe_v"]
+)
+@pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
+def test_schedules_of_many_stages(run_ranks: RunRanks, schedule: str, moe: bool) -> None:
+    """Several stages on a rank, and backwards in two halves."""
+    run = config(pp=2, layers=12, moe=moe, pipeline={"schedule": schedule})
+    halves = schedule != "interleaved_1f1b"
+    check(run_ranks(moved, 2, run, timeout_s=120.0), halves=halves)
