@@ -3,9 +3,7 @@
 # T rows, N query heads, K key/value heads, H head width
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -14,20 +12,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# import tiny
 from allometry.models.attention import Backend, attend
 from allometry.models.documents import Documents
-from allometry.parallel.hdp import ring as ring_module
 from allometry.parallel.hdp.ring import Traffic, ring_attention, ring_traffic
-from allometry.parallel.hdp.shard import local_positions, ring_table
+from allometry.parallel.hdp.shard import ring_table
+from rings import Unit, counting, held, unit_of
 
 RunRanks = Callable[..., list[Any]]
 N, K, H, SCALE = 6, 2, 4, 0.4
 FILLING = 3
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 3e-2}
-
-Unit = tuple[tuple[int, ...], tuple[int, ...]]
-"""The ranks of a ring in their order, and the lengths of the documents on it."""
 
 UNITS: dict[str, list[Unit]] = {
     "two": [((3, 1), (37,))],
@@ -37,32 +31,6 @@ UNITS: dict[str, list[Unit]] = {
     "two at once": [((2, 0), (25, 1, 6)), ((1, 3), (12, 25))],
     "one": [((0,), (5, 9)), ((1,), (3,))],
 }
-
-
-@dataclass
-class Sent:
-    """What went through ``batch_isend_irecv``: messages of this rank and their bytes."""
-
-    sizes: list[int] = field(default_factory=list)
-
-    @property
-    def traffic(self) -> Traffic:
-        return Traffic(len(self.sizes), sum(self.sizes))
-
-
-@contextmanager
-def counting() -> Iterator[Sent]:
-    sent, real = Sent(), dist.batch_isend_irecv
-
-    def counted(operations: list[dist.P2POp]) -> list[dist.Work]:
-        sent.sizes += [op.tensor.nbytes for op in operations if op.op is dist.isend]
-        return real(operations)
-
-    ring_module.dist.batch_isend_irecv = counted
-    try:
-        yield sent
-    finally:
-        ring_module.dist.batch_isend_irecv = real
 
 
 def random_rows(lengths: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -86,22 +54,11 @@ def alone(lengths: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, ...]:
     return o[0].detach(), *(g[0] for g in grads)
 
 
-def held(lengths: Sequence[int], n: int, member: int) -> Tensor:
-    """Which of the documents' rows this member holds."""
-    places, runs = local_positions(lengths, n, member)
-    starts = torch.tensor([0, *lengths[:-1]]).cumsum(0).repeat_interleave(2)
-    return torch.from_numpy(places) + starts.repeat_interleave(torch.tensor(runs))
-
-
-def mine(units: list[Unit], rank: int) -> tuple[Unit, int] | None:
-    return next((((u[0], u[1]), u[0].index(rank)) for u in units if rank in u[0]), None)
-
-
 def ring_errors(name: str, dtype_name: str, wrong: str = "") -> dict[str, Any]:
     """This rank's errors against one process: output, gradients, what filling got; its messages."""
     dtype = getattr(torch, dtype_name)
     rank, group = dist.get_rank(), dist.group.WORLD
-    found = mine(UNITS[name], rank)
+    found = unit_of(UNITS[name], rank)
     if found is None:
         return {"error": 0.0, "filling": 0.0}
     (ring, lengths), member = found
@@ -159,7 +116,7 @@ def test_messages_are_as_many_and_as_long_as_said(
 ) -> None:
     itemsize = getattr(torch, dtype).itemsize
     for rank, found in enumerate(run_ranks(ring_errors, 4, name, dtype)):
-        unit = mine(UNITS[name], rank)
+        unit = unit_of(UNITS[name], rank)
         if unit is None:
             continue
         (ring, lengths), member = unit

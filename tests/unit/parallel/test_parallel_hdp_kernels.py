@@ -110,7 +110,7 @@ def ring_outcome(
     What ``ring_attention`` does, but for messages; ``qkvg`` are whole documents.
     """
     q, k, v, grad = qkvg
-    starts = torch.tensor([0, *lengths[:-1]]).cumsum(0).repeat_interleave(2)
+    starts = torch.tensor([0, *lengths[:-1]]).cumsum(0).repeat_interleave(2 if n > 1 else 1)
     held = []
     for member in range(n):
         places, runs = local_positions(lengths, n, member)

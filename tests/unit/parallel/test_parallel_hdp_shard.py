@@ -25,12 +25,15 @@ def test_chunks_are_those_of_torch_and_leave_nothing_out(length: int, n: int) ->
 
 
 @given(some_lengths, rings)
-def test_rows_are_documents_in_turn_each_in_two_runs(lengths: Lengths, n: int) -> None:
+def test_rows_are_documents_in_turn_each_in_two_runs_or_whole(lengths: Lengths, n: int) -> None:
     for member in range(n):
         places, runs = local_positions(lengths, n, member)
         assert places.dtype == np.int64
-        assert len(runs) == 2 * len(lengths)
-        expected = [list(run) for length in lengths for run in chunks(length, n, member)]
+        assert len(runs) == len(lengths) * (2 if n > 1 else 1)
+        if n == 1:
+            expected = [list(range(length)) for length in lengths]
+        else:
+            expected = [list(run) for length in lengths for run in chunks(length, n, member)]
         assert places.tolist() == [place for run in expected for place in run]
         assert runs == tuple(map(len, expected))
 

@@ -1,0 +1,54 @@
+"""What tests of rings share: units, the rows that members hold, messages that are counted."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from allometry.parallel.hdp import ring as ring_module
+from allometry.parallel.hdp.ring import Traffic
+from allometry.parallel.hdp.shard import local_positions
+
+Unit = tuple[tuple[int, ...], tuple[int, ...]]
+"""The ranks of a ring in their order, and the lengths of the documents on it."""
+
+
+def held(lengths: Sequence[int], n: int, member: int) -> Tensor:
+    """Which of the documents' rows this member holds."""
+    places, runs = local_positions(lengths, n, member)
+    starts = torch.tensor([0, *lengths[:-1]]).cumsum(0).repeat_interleave(2 if n > 1 else 1)
+    return torch.from_numpy(places) + starts.repeat_interleave(torch.tensor(runs))
+
+
+def unit_of(units: list[Unit], rank: int) -> tuple[Unit, int] | None:
+    """The unit that a rank takes part in and its place in that ring."""
+    return next(((unit, unit[0].index(rank)) for unit in units if rank in unit[0]), None)
+
+
+@dataclass
+class Sent:
+    """What went through ``batch_isend_irecv``: messages of this rank and their bytes."""
+
+    sizes: list[int] = field(default_factory=list)
+
+    @property
+    def traffic(self) -> Traffic:
+        return Traffic(len(self.sizes), sum(self.sizes))
+
+
+@contextmanager
+def counting() -> Iterator[Sent]:
+    sent, real = Sent(), dist.batch_isend_irecv
+
+    def counted(operations: list[dist.P2POp]) -> list[dist.Work]:
+        sent.sizes += [op.tensor.nbytes for op in operations if op.op is dist.isend]
+        return real(operations)
+
+    ring_module.dist.batch_isend_irecv = counted
+    try:
+        yield sent
+    finally:
+        ring_module.dist.batch_isend_irecv = real
