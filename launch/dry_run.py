@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from allometry.configs.run import RunConfig
-from allometry.data.stream import Stream
+from allometry.data.stream import open_stream
 from allometry.data.tokenizer import check_vocabulary
 from allometry.optim.schedule import Schedule, resolve_schedule
 from allometry.scaling.plan import RunPlan
@@ -35,7 +35,7 @@ def data_here(config: RunConfig, plan: RunPlan) -> dict[str, Any]:
     missing = [s.name for s in config.data.sources if not Path(f"{s.train}.idx").exists()]
     if missing:
         return {"checked": False, "missing": missing}
-    stream = Stream(config.data, config.run.seed)
+    stream = open_stream(config.data, config.run.seed)
     check_vocabulary(config.model.vocab_size, stream.stores)
     epochs = stream.epochs(plan.batch.sequences_before(plan.total_steps + 1))
     return {"checked": True, "epochs": epochs}
@@ -59,7 +59,6 @@ def learning_rates(config: RunConfig, plan: RunPlan, schedule: Schedule) -> list
 
 def _text(config: RunConfig, plan: RunPlan, facts: dict[str, Any]) -> str:
     counts, flops, memory = plan.parameters, plan.flops_per_token, plan.memory
-    micro_batches = plan.micro_batches(plan.total_steps)
     roles = ", ".join(f"{role} {number:,}" for role, number in counts.by_role.items() if number)
     lines = [
         f"parameters        {counts.total:,} ({counts.non_embedding:,} without embeddings)",
@@ -69,8 +68,7 @@ def _text(config: RunConfig, plan: RunPlan, facts: dict[str, Any]) -> str:
         f"tokens            {plan.total_tokens:,} ({plan.total_tokens / counts.total:.1f} per "
         f"parameter), {plan.total_flops:.4g} FLOPs in all",
         f"steps             {plan.total_steps:,} of {config.batch.sequences} x "
-        f"{config.data.sequence_length} tokens ({micro_batches} micro-batches of "
-        f"{plan.micro_batch_sequences} on each of {plan.world_size} ranks)",
+        f"{config.data.sequence_length} tokens ({_share(config, plan)})",
         f"memory per rank   {_size(memory.total)} (estimate):",
         *(
             f"  {_KINDS.get(name, name).replace('_', ' '):<24}{_size(number):>10}"
@@ -86,6 +84,18 @@ def _text(config: RunConfig, plan: RunPlan, facts: dict[str, Any]) -> str:
         ),
     ]
     return "\n".join(lines)
+
+
+def _share(config: RunConfig, plan: RunPlan) -> str:
+    number = plan.micro_batches(plan.total_steps)
+    if config.data.kind == "documents":
+        return (
+            f"whole documents, planned step by step: at least {number} micro-batches of up to "
+            f"{plan.micro_batch_tokens} tokens on each of {plan.hdp} hdp ranks"
+        )
+    return (
+        f"{number} micro-batches of {plan.micro_batch_sequences} on each of {plan.world_size} ranks"
+    )
 
 
 SHOWN = 8

@@ -150,14 +150,13 @@ def routers(model: Transformer) -> dict[int, Router]:
 
 
 @torch.no_grad()
-def begin_step(model: Transformer, tokens: int) -> None:
-    """Tell the routers the tokens of the step's global batch, over all micro-batches and ranks.
+def begin_step(model: Transformer, tokens: int | Tensor) -> None:
+    """Tell the routers the tokens (positive) of the step's batch, over all micro-batches and ranks.
 
-    Every token that goes through the model counts, whether it has a target or not.
+    Every token that goes through the model counts, whether it has a target or not, but filling.
     """
-    assert tokens > 0, tokens
     for router in routers(model).values():
-        router.tokens.fill_(float(tokens))
+        router.tokens.fill_(tokens)
 
 
 @torch.no_grad()

@@ -25,13 +25,17 @@ from allometry.models.build import named_parameters, parameter_specs, torch_dtyp
 from allometry.models.init import initialize
 from allometry.models.transformer import Part, Transformer
 from allometry.parallel.checkpointing import apply_checkpointing, keep_hooks_apart
+from allometry.parallel.context import apply_context
 from allometry.parallel.execution import Accumulation, Execution
 from allometry.parallel.expert import apply_expert
+from allometry.parallel.hdp.filling import Filling
+from allometry.parallel.hdp.offload import apply_offload
 from allometry.parallel.mesh import Mesh
 from allometry.parallel.pipeline import PipelineExecution
 from allometry.parallel.reduce import GradientSync
 from allometry.parallel.tensor import apply_tensor
 from allometry.parallel.zero import apply_zero
+from allometry.scaling.context import mode_of
 from allometry.scaling.layout import Layout
 from allometry.scaling.parameterization import Parameterization
 from allometry.scaling.roles import ParamSpec
@@ -107,9 +111,13 @@ def parallelize(
     if config.training.activation_checkpointing == "selective":
         for part in parts.values():
             keep_hooks_apart(part)
+    mode = mode_of(config, layout.degrees) if config.data.kind == "documents" else None
     if mesh.pp.size == 1:
-        return Parallel(parts, sync, Accumulation(parts[0], sync), offloaded=offloaded)
-    execution = PipelineExecution(parts, config.model, layout, mesh, sync, dtype)
+        filling = Filling.of(mesh.device, mesh.tp.size) if mode == "free" else None
+        return Parallel(parts, sync, Accumulation(parts[0], sync, filling), offloaded=offloaded)
+    execution = PipelineExecution(
+        parts, config.model, layout, mesh, sync, dtype, uneven=mode == "aligned"
+    )
     return Parallel(parts, sync, execution, execution.mirrors, offloaded)
 
 
@@ -119,6 +127,10 @@ def distribute(part: Transformer, config: RunConfig, mesh: Mesh) -> None:
         apply_tensor(part, mesh)
     if mesh.ep.size > 1:
         apply_expert(part, mesh)
+    if config.data.kind == "documents":
+        apply_context(part, mesh)
+        if config.parallel.context.offload == "selective":
+            apply_offload(part, mesh.device)
     kind = config.training.activation_checkpointing
     if kind != "none":
         apply_checkpointing(part, kind, dropout=config.model.dropout > 0)

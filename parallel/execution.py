@@ -39,7 +39,8 @@ Observe = Callable[[int, Tensor], None]
 class Execution(Protocol):
     """Forward and backward over the micro-batches of a step.
 
-    Every rank calls the same method with as many micro-batches.
+    Every rank calls the same method, with as many micro-batches unless it was made for ``uneven``
+    numbers of them.
     """
 
     def train(
@@ -60,11 +61,19 @@ class Execution(Protocol):
 
 
 class Accumulation:
-    """The whole model on this rank (or its shards): one micro-batch after the other."""
+    """The whole model on this rank (or its shards): one micro-batch after the other.
 
-    def __init__(self, model: Transformer, sync: GradientSync) -> None:
+    With ``filling``, a micro-batch without targets, ranks may train on different numbers of
+    micro-batches, none included, and wait for one another within them (rings). Gradients are then
+    reduced once, after all of them.
+    """
+
+    def __init__(
+        self, model: Transformer, sync: GradientSync, filling: MicroBatch | None = None
+    ) -> None:
         self._model = model
         self._sync = sync
+        self._filling = filling
 
     def train(
         self,
@@ -74,13 +83,19 @@ class Accumulation:
         before: Callable[[int], None] | None = None,
     ) -> None:
         """See ``Execution``."""
+        uneven = self._filling is not None
+        closing = self._sync.begin_uneven() if uneven else False
         for index, batch in enumerate(batches):
-            self._sync.micro_batch(last=index == len(batches) - 1)
+            if not uneven:
+                self._sync.micro_batch(last=index == len(batches) - 1)
             if before is not None:
                 before(index)
             losses = self._losses(batch)
             (losses.total * scale.to(losses.total.dtype)).backward()
             observe(index, losses.nll_BL)
+        if closing and self._filling is not None:
+            self._sync.micro_batch(last=True)
+            self._losses(self._filling).total.backward()
         self._sync.finish()
 
     @torch.no_grad()

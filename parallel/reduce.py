@@ -34,6 +34,15 @@ class GradientSync(Protocol):
     def micro_batch(self, last: bool) -> None:
         """Announce the next forward and backward; ``last``: the step's last one."""
 
+    def begin_uneven(self) -> bool:
+        """Announce a step in which ranks run different numbers of micro-batches, none included.
+
+        In place of ``micro_batch``, before any of them. All ranks gather here what they compute
+        with, and nothing is reduced until all have run, as a rank may be waiting for another's
+        ring. Returns whether ``micro_batch(last=True)`` and a micro-batch that counts nothing must
+        follow before ``finish``, on every rank, for the sums to be made.
+        """
+
     def finish(self) -> None:
         """Complete the reduction after the last backward."""
 
@@ -85,6 +94,11 @@ class FlatReducer:
         self._last = last
         for bucket in self._made():
             bucket.awaited = len(bucket.parameters)
+
+    def begin_uneven(self) -> bool:
+        """See ``GradientSync``."""
+        self.micro_batch(last=False)
+        return False
 
     def finish(self) -> None:
         """See ``GradientSync``."""

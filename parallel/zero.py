@@ -86,6 +86,16 @@ class FullyShardedSync:
             root.set_requires_gradient_sync(last or self._every_time)
             root.set_reshard_after_backward(last or self._free_after_backward)
 
+    def begin_uneven(self) -> bool:
+        """See ``GradientSync``. Gathered one by one, a rank in a ring would keep others waiting."""
+        for root in self._roots:
+            root.set_is_last_backward(False)
+            root.set_requires_gradient_sync(False)
+            root.set_reshard_after_backward(False)
+        for unit in self._units:
+            unit.unshard()
+        return True
+
     def finish(self) -> None:
         """See ``GradientSync``. FSDP2 has done it all at the end of the last backward."""
 

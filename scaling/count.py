@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from allometry.configs.model import ModelConfig, MoEModel
@@ -95,3 +96,10 @@ def flops_per_token(model: ModelConfig, sequence_length: int) -> Flops:
     attention = model.num_layers * 2 * attention_width * (sequence_length + 1)
     forward = 2 * (products + head) + attention
     return Flops(forward=forward, backward=2 * forward, total=3 * forward, attention=3 * attention)
+
+
+def document_flops(model: ModelConfig, lengths: Iterable[int]) -> int:
+    """Return the model FLOPs of training on whole documents of these lengths (see above)."""
+    one, two = (flops_per_token(model, length).total for length in (1, 2))
+    slope = two - one  # attention's share grows with the length, all else is by the token
+    return sum(length * (one + slope * (length - 1)) for length in lengths)

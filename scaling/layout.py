@@ -15,6 +15,7 @@ from allometry.configs.execution import ParallelConfig, Pipeline
 from allometry.configs.model import ModelConfig, MoEModel
 from allometry.configs.run import RunConfig
 from allometry.scaling.batch import BatchPlan, check_batch
+from allometry.scaling.context import check_context
 from allometry.scaling.count import layer_flops
 
 V_SCHEDULES = ("zbv_zero_bubble", "dualpipe_v")
@@ -111,7 +112,9 @@ class Layout:
         degrees = resolve_degrees(config.parallel, world_size)
         _check_tensor(config, degrees.tp)
         _check_expert(config.model, degrees.ep)
-        check_batch(config.batch, degrees.hdp)
+        if config.data.kind == "sequences":
+            check_batch(config.batch, degrees.hdp)
+        check_context(config, degrees)
         _check_dropout(config, degrees)
         split = config.parallel.pipeline.split
         if degrees.pp == 1:
@@ -125,7 +128,8 @@ class Layout:
         pipeline = config.parallel.pipeline
         _check_halves(config)
         count = _stage_count(pipeline, degrees.pp, config.model.num_layers)
-        _check_micro_batches(config, degrees)
+        if config.data.kind == "sequences":
+            _check_micro_batches(config, degrees)
         if costs is None:
             costs = layer_flops(config.model, config.data.sequence_length)
         return cls(degrees, pipeline.schedule, _stages(pipeline, count, config.model, costs))
@@ -209,8 +213,9 @@ def _check_tensor(config: RunConfig, tp: int) -> None:
     cut = {
         "model.num_heads": model.num_heads,
         "model.num_kv_heads": model.kv_heads,
-        "data.sequence_length": config.data.sequence_length,
     }
+    if config.data.kind == "sequences":
+        cut["data.sequence_length"] = config.data.sequence_length
     if model.ffn_width is not None:
         cut["model.ffn_width"] = model.ffn_width
     if isinstance(model, MoEModel):
@@ -318,6 +323,12 @@ def _check_micro_batches(config: RunConfig, degrees: Degrees) -> None:
             f"{config.batch.micro_batch_sequences}); use {key}{' ' * ramp}"
             f"{either([n * unit for n in good])}, {smaller}fewer hdp ranks or another schedule"
         )
+
+
+def least_micro_batches(schedule: str, pp: int) -> int:
+    """Return the fewest micro-batches, in rounds of ``pp``, that torch's schedule takes."""
+    fits, _ = _rule(schedule, pp)
+    return next(number for number in (1, pp, 2 * pp) if fits(number))
 
 
 def _rule(schedule: str, pp: int) -> tuple[Callable[[int], bool], str]:

@@ -27,6 +27,7 @@ class RunPlan:
     warmup_steps: int
     batch: BatchPlan
     micro_batch_sequences: int
+    micro_batch_tokens: int
     parameters: ParameterCount
     flops_per_token: Flops
     memory: MemoryEstimate
@@ -50,17 +51,20 @@ class RunPlan:
             warmup_steps=warmup_steps(config.schedule, batch),
             batch=batch,
             micro_batch_sequences=config.batch.micro_batch_sequences,
+            micro_batch_tokens=_micro_batch_tokens(config),
             parameters=count_parameters(config.model),
             flops_per_token=flops_per_token(config.model, sequence_length),
             memory=estimate_memory(
                 config.model,
-                micro_batch_tokens=config.batch.micro_batch_sequences * sequence_length,
+                micro_batch_tokens=_micro_batch_tokens(config),
                 compute_bytes=COMPUTE_BYTES[config.training.compute_dtype],
                 zero=config.parallel.zero,
                 hdp=layout.degrees.hdp,
                 layout=layout,
-                micro_batches=batch.sequences(total_steps(config.training, batch))
-                // (layout.degrees.hdp * config.batch.micro_batch_sequences),
+                micro_batches=_micro_batches(
+                    batch.full_sequences * sequence_length,
+                    layout.degrees.hdp * _micro_batch_tokens(config),
+                ),
                 checkpointing=config.training.activation_checkpointing,
             ),
             parameterization=Parameterization(config.parameterization, config.model),
@@ -82,10 +86,12 @@ class RunPlan:
         return self.total_tokens * self.flops_per_token.total
 
     def micro_batches(self, step: int) -> int:
-        """Return how many micro-batches each rank runs in this step."""
-        per_round = self.hdp * self.micro_batch_sequences
-        assert self.batch.sequences(step) % per_round == 0
-        return self.batch.sequences(step) // per_round
+        """Return how many micro-batches each rank runs in this step.
+
+        Of whole documents: the fewest that can hold the batch, as plans are made step by step.
+        """
+        tokens = self.batch.sequences(step) * self.batch.sequence_length
+        return _micro_batches(tokens, self.hdp * self.micro_batch_tokens)
 
     def describe(self) -> dict[str, Any]:
         """Return the plan as JSON."""
@@ -101,6 +107,7 @@ class RunPlan:
                 "sequence_length": self.batch.sequence_length,
                 "stages": [asdict(stage) for stage in self.batch.stages],
                 "micro_batch_sequences": self.micro_batch_sequences,
+                "micro_batch_tokens": self.micro_batch_tokens,
                 "micro_batches_per_step": self.micro_batches(self.total_steps),
             },
             "parameters": asdict(self.parameters),
@@ -108,3 +115,14 @@ class RunPlan:
             "memory_estimate_bytes": {**asdict(self.memory), "total": self.memory.total},
             "parameterization": self.parameterization.describe(),
         }
+
+
+def _micro_batch_tokens(config: RunConfig) -> int:
+    """Most tokens of a micro-batch."""
+    if config.data.kind == "documents":
+        return config.parallel.context.capacity_tokens
+    return config.batch.micro_batch_sequences * config.data.sequence_length
+
+
+def _micro_batches(tokens: int, at_once: int) -> int:
+    return -(-tokens // at_once)

@@ -29,7 +29,7 @@ class Balancer:
         self._parts = parts
         self._mesh = mesh
 
-    def begin_step(self, tokens: int) -> None:
+    def begin_step(self, tokens: int | Tensor) -> None:
         """Announce the number of tokens in the step's global batch."""
         for part in self._parts:
             begin_step(part, tokens)

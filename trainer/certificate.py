@@ -69,12 +69,21 @@ def reference_step(config: RunConfig, batches: Sequence[MicroBatch]) -> StepResu
     )
 
 
-def layout_step(config: RunConfig, mesh: Mesh, batches: Sequence[MicroBatch]) -> StepResult:
-    """Compute the same step on the ranks of ``mesh``; every rank passes the whole batch."""
+def layout_step(
+    config: RunConfig,
+    mesh: Mesh,
+    batches: Sequence[MicroBatch],
+    mine: Sequence[MicroBatch] | None = None,
+) -> StepResult:
+    """Compute the same step on the ranks of ``mesh``; every rank passes the whole batch.
+
+    ``mine``: this rank's micro-batches, where they are not every hdp-th of the batch.
+    """
     parallel = make_parallel(config, mesh)
     parts = list(parallel.parts.values())
     _unbalance(config, parts, batches)
-    mine = batches[mesh.hdp.rank :: mesh.hdp.size]
+    if mine is None:
+        mine = batches[mesh.hdp.rank :: mesh.hdp.size]
     count = targets(batches)
     total = torch.zeros((), dtype=torch.float64, device=mesh.device)
 

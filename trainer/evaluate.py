@@ -1,40 +1,74 @@
 """Loss on held-out tokens, one number for each source."""
 
+# S sources
+
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from allometry.data.batch import IGNORE, Batch
+from allometry.data.documents import Pieces
 from allometry.parallel.apply import Parallel
 from allometry.parallel.mesh import Mesh
-from allometry.trainer.step import DeviceBatch, source_sums
+from allometry.trainer.feed import DeviceBatch, DocumentPlanner
+from allometry.trainer.step import source_sums
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """This rank's micro-batches of the held-out tokens, their sources numbered as ``names``.
+
+    All ranks have as many.
+    """
+
+    names: tuple[str, ...]
+    batches: list[DeviceBatch]
+
+
+def held_out_sequences(validation: Mapping[str, list[Batch]], mesh: Mesh) -> HeldOut:
+    """Share each source's micro-batches over the hdp ranks; all ranks pass the same."""
+    mine = []
+    for index, batches in enumerate(validation.values()):
+        rounds = -(-len(batches) // mesh.hdp.size)
+        for turn in range(rounds):
+            place = turn * mesh.hdp.size + mesh.hdp.rank
+            idle = place >= len(batches)
+            # Sharded parameters are gathered by all ranks together: a rank without a
+            # micro-batch runs one that counts nothing.
+            batch = batches[0] if idle else batches[place]
+            held = DeviceBatch.of(batch, mesh.device, position=place)
+            if idle:
+                held.targets_BL.fill_(IGNORE)
+            held.sources.fill_(index)
+            mine.append(held)
+    return HeldOut(tuple(validation), mine)
+
+
+def held_out_documents(
+    validation: Mapping[str, Pieces], planner: DocumentPlanner, mesh: Mesh
+) -> HeldOut:
+    """Share each source's held-out documents over the hdp ranks as a step's would be."""
+    mine = []
+    for index, pieces in enumerate(validation.values()):
+        plan = planner.plan(pieces.lengths.tolist(), mode="lockstep")
+        for batch in planner.batches(plan, pieces, mesh.hdp.rank, mesh.device, position=0):
+            batch.sources.fill_(index)
+            mine.append(batch)
+    return HeldOut(tuple(validation), mine)
 
 
 class Evaluator:
-    """Evaluates the model on each source's validation split, the micro-batches shared over ranks.
+    """Evaluates the model on each source's validation split, shared out over ranks."""
 
-    ``validation`` maps a source's name to its micro-batches; all ranks hold the same.
-    """
-
-    def __init__(self, validation: dict[str, list[Batch]], parallel: Parallel, mesh: Mesh) -> None:
-        self._names = list(validation)
+    def __init__(self, held_out: HeldOut, parallel: Parallel, mesh: Mesh) -> None:
+        self._names = list(held_out.names)
+        self._mine = held_out.batches
         self._parallel = parallel
         self._mesh = mesh
-        self._mine: list[DeviceBatch] = []
-        for index, batches in enumerate(validation.values()):
-            rounds = -(-len(batches) // mesh.hdp.size)
-            for turn in range(rounds):
-                place = turn * mesh.hdp.size + mesh.hdp.rank
-                idle = place >= len(batches)
-                # Sharded parameters are gathered by all ranks together: a rank without a
-                # micro-batch runs one that counts nothing.
-                batch = batches[0] if idle else batches[place]
-                held = DeviceBatch.of(batch, mesh.device, position=place)
-                if idle:
-                    held.targets_BL.fill_(IGNORE)
-                held.source_B.fill_(index)
-                self._mine.append(held)
 
     @property
     def sources(self) -> list[str]:
@@ -50,7 +84,7 @@ class Evaluator:
         def observe(index: int, nll_BL: Tensor) -> None:
             batch = self._mine[index]
             nonlocal total
-            total += source_sums(nll_BL, batch.targets_BL, batch.source_B, len(self._names))
+            total += source_sums(nll_BL, batch.targets_BL, batch.sources, len(self._names))
 
         parts = self._parallel.parts.values()
         training = [part.training for part in parts]

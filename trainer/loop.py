@@ -15,19 +15,23 @@ from torch import Tensor
 from allometry.configs.errors import UserError
 from allometry.configs.model import MoEModel
 from allometry.configs.run import RunConfig
-from allometry.data.stream import Stream
+from allometry.data.sources import Sources
 from allometry.laws.areas import LearningRateAreas
 from allometry.parallel.apply import Parallel
+from allometry.parallel.hdp.plan import Plan
 from allometry.parallel.mesh import Mesh
+from allometry.scaling.count import document_flops
 from allometry.scaling.plan import RunPlan
 from allometry.trainer.balance import routing_rows
 from allometry.trainer.callbacks import Callback
 from allometry.trainer.checkpoint import Checkpointer, optimizer_state
 from allometry.trainer.evaluate import Evaluator
+from allometry.trainer.feed import DocumentPlanner, StepInput
 from allometry.trainer.folder import RunFolder
 from allometry.trainer.hardware import Peak, peak_bytes, reset_peak_bytes
+from allometry.trainer.plans import plan_record, plan_rows
 from allometry.trainer.record import Recorder, Row
-from allometry.trainer.step import DeviceBatch, StepOutcome, TrainStep
+from allometry.trainer.step import StepOutcome, TrainStep
 from allometry.trainer.stop import StopRequest
 
 
@@ -37,8 +41,9 @@ class Progress:
 
     step: int
     areas: LearningRateAreas
+    flops: int = 0
 
-    def facts(self, plan: RunPlan, stream: Stream, seed: int) -> dict[str, Any]:
+    def facts(self, plan: RunPlan, stream: Sources, seed: int) -> dict[str, Any]:
         """JSON for a checkpoint.
 
         What is random (data order, dropout) is a function of (seed, position), so these two are
@@ -48,7 +53,8 @@ class Progress:
         return {
             "step": self.step,
             "position_sequences": position,
-            "tokens": plan.batch.tokens_after(self.step),
+            "tokens": stream.tokens(position),
+            "flops": self.flops,
             "ledger_tokens": stream.ledger(position),
             "seed": seed,
             "data": stream.fingerprints(),
@@ -98,14 +104,15 @@ class Loop:
     optimizer: torch.optim.Optimizer
     train_step: TrainStep
     evaluator: Evaluator
-    stream: Stream
+    stream: Sources
     progress: Progress
     peak: Peak
+    planner: DocumentPlanner | None = None
     recorder: Recorder | None = None
     callbacks: Sequence[Callback] = ()
     clock: Clock = field(default_factory=Clock)
     checkpointer: Checkpointer = field(init=False)
-    _pending: deque[StepOutcome] = field(default_factory=deque)
+    _pending: deque[tuple[StepOutcome, Plan | None]] = field(default_factory=deque)
     _last_loss: float | None = None
     _begun_step: int | None = None  # the step whose state was saved or is being saved
     _kept_step: int | None = None  # the newest checkpoint that is known to be whole
@@ -119,9 +126,7 @@ class Loop:
         self.checkpointer = Checkpointer(folder, self.config.checkpoint, self.mesh, self.report)
         self._begun_step = self._kept_step = self.progress.step or None
 
-    def run(
-        self, batches: Iterator[list[DeviceBatch]], stop_at_step: int | None = None
-    ) -> RunResult:
+    def run(self, batches: Iterator[StepInput], stop_at_step: int | None = None) -> RunResult:
         """Train from the progress made to the end of the plan, or until asked to stop."""
         if self.progress.step >= self.plan.total_steps:
             self.report("already_finished", step=self.progress.step)
@@ -139,18 +144,18 @@ class Loop:
             self.report("finished", step=self.progress.step)
         return RunResult(
             step=self.progress.step,
-            tokens=self.plan.batch.tokens_after(self.progress.step),
+            tokens=self._tokens_after(self.progress.step),
             loss=self._last_loss,
             stopped_by=stopped,
         )
 
-    def _steps(self, batches: Iterator[list[DeviceBatch]], stop_at_step: int | None) -> str | None:
+    def _steps(self, batches: Iterator[StepInput], stop_at_step: int | None) -> str | None:
         """Take steps to the end of the plan; the reason, if the run was stopped before."""
         total = self.plan.total_steps
         with StopRequest(self.mesh) as stop:
             for step in range(self.progress.step + 1, total + 1):
-                outcome = self.train_step(step, next(batches))
-                self._pending.append(outcome)
+                given = next(batches)
+                self._pending.append((self.train_step(step, given.batches), given.plan))
                 self.progress.step = step
                 stopped = stop.agreed() if step < total else None
                 if step == stop_at_step and step < total:
@@ -169,17 +174,17 @@ class Loop:
         # they are read first, so that no checkpoint is made of a run that has gone wrong.
         lag = 1 if self.mesh.device.type == "cuda" and not (evaluating or saving) else 0
         while len(self._pending) > max(lag, int(evaluating)):
-            self._settle(self._pending.popleft(), {})
+            self._settle(*self._pending.popleft(), {})
         if evaluating:
-            float(self._pending[-1].grad_norm)  # the step ends on the clock, before it stops
+            float(self._pending[-1][0].grad_norm)  # the step ends on the clock, before it stops
             held_out = self.clock.leave_out(lambda: self.evaluator())
             validation = {f"validation/{name}": loss for name, loss in held_out.items()}
-            self._settle(self._pending.popleft(), validation)
+            self._settle(*self._pending.popleft(), validation)
         if saving:
             self.clock.leave_out(lambda: self._save(step))
         self.clock.leave_out(self.checkpointer.poll)
 
-    def _settle(self, outcome: StepOutcome, extra: Row) -> None:
+    def _settle(self, outcome: StepOutcome, documents: Plan | None, extra: Row) -> None:
         """Turn what a step measured into a row; end the run if it is not finite."""
         step, plan = outcome.step, self.plan
         loss_S, count_S = outcome.sums_2S.tolist()
@@ -189,24 +194,24 @@ class Loop:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self._not_finite(step, loss, norm)
         self._last_loss = loss
+        flops = self._flops_of(step, documents)
+        self.progress.flops += flops
         seconds = self.clock.lap()
         if self.recorder is None or (step % self.config.record.every_steps and not extra):
             return
-        tokens = plan.batch.tokens_after(step)
-        rate = plan.batch.sequences(step) * plan.batch.sequence_length / seconds
+        tokens = self._tokens_after(step)
         ledger = self.stream.ledger(plan.batch.sequences_before(step + 1))
-        flops = plan.flops_per_token.total
         row: Row = {
             "step": step,
             "tokens": tokens,
-            "flops": tokens * flops,
+            "flops": self.progress.flops,
             "loss": loss,
             "lr": outcome.lr,
             "s1": self.progress.areas.s1,
             "s2": self.progress.areas.s2,
             "grad_norm": norm,
-            "tokens_per_s": rate,
-            "mfu": rate * flops / (self.peak.flops_per_s * self.mesh.world_size),
+            "tokens_per_s": (tokens - self._tokens_after(step - 1)) / seconds,
+            "mfu": flops / seconds / (self.peak.flops_per_s * self.mesh.world_size),
             "peak_bytes": peak_bytes(self.mesh.device),
             "time_s": seconds,
         }
@@ -218,10 +223,23 @@ class Loop:
             observed, loads = routing_rows(self.config.model, outcome.routing)
             row.update(observed)
             self.recorder.loads(step, loads)
+        if documents is not None and self.planner is not None:
+            row.update(plan_rows(documents, self.planner.cost, self.planner.replay(documents)))
+            self.recorder.plan(step, plan_record(documents, plan.layout))
         row.update(extra)
         self.recorder.row(row)
         for callback in self.callbacks:
             callback.on_row(row)
+
+    def _tokens_after(self, step: int) -> int:
+        return self.stream.tokens(self.plan.batch.sequences_before(step + 1))
+
+    def _flops_of(self, step: int, documents: Plan | None) -> int:
+        """Model FLOPs of a step: those of its documents, or of sequences that are one each."""
+        if documents is not None:
+            return document_flops(self.config.model, documents.lengths)
+        batch = self.plan.batch
+        return batch.sequences(step) * batch.sequence_length * self.plan.flops_per_token.total
 
     def _not_finite(self, step: int, loss: float, norm: float) -> None:
         groups = ", ".join(self._broken_groups()) or "none is left: only the loss"

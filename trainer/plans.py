@@ -1,15 +1,31 @@
-"""How the documents of steps lay on ranks, in the run's folder: plans.jsonl and a row's ``hdp/``."""
+"""How the documents of steps lay on ranks: the rows of plans.jsonl, and ``hdp/`` in metrics."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from allometry.parallel.hdp.cost import CostModel
 from allometry.parallel.hdp.plan import Plan, Unit
+from allometry.parallel.hdp.replay import Replay, summary
 from allometry.scaling.layout import Layout
 
 
-def plan_record(plan: Plan, capacity: int, layout: Layout) -> dict[str, Any]:
+def plan_rows(plan: Plan, cost: CostModel, played: Replay) -> dict[str, float | int]:
+    """What the row of a step in metrics.jsonl says of its plan.
+
+    Under ``hdp/``: ``micro_batches`` of all ranks, dummies among them, ``waves``: most on one rank,
+    ``dummies``; ``degree/D``: documents that D ranks shared; ``balance``: planned time of the step
+    over the mean of what ranks are busy; ``bytes_sent`` by rings, forward and backward;
+    ``offloaded``: share of the tokens' activations in the host's memory.
+    """
+    found = summary(plan, cost, played)
+    names = ("micro_batches", "waves", "dummies", "balance", "bytes_sent", "offloaded")
+    degrees = {f"hdp/degree/{degree}": number for degree, number in found["degrees"].items()}
+    return {f"hdp/{name}": found[name] for name in names} | degrees
+
+
+def plan_record(plan: Plan, layout: Layout) -> dict[str, Any]:
     """The row of plans.jsonl for a plan, without its step (docs/file_formats.md).
 
     Of a unit's documents it keeps their number, their tokens and the longest one: enough to see
@@ -18,7 +34,7 @@ def plan_record(plan: Plan, capacity: int, layout: Layout) -> dict[str, Any]:
     return {
         "mode": plan.mode,
         "ranks": plan.ranks,
-        "capacity": capacity,
+        "capacity": plan.capacity,
         "pp": layout.degrees.pp,
         "schedule": layout.schedule if layout.degrees.pp > 1 else None,
         "stages": len(layout.stages),
@@ -36,8 +52,8 @@ def _unit_record(plan: Plan, unit: Unit) -> list[Any]:
 def plan_of(record: Mapping[str, Any]) -> Plan:
     """The plan that a row of plans.jsonl tells of.
 
-    Its units have as many documents, tokens and the same longest document; the others of a unit are
-    as even as can be.
+    A unit has as many documents and tokens and the same longest one; its others are as even as can
+    be. The capacity, which held for the true lengths, is not claimed for these.
     """
     lengths: list[int] = []
     units = []

@@ -74,8 +74,9 @@ class RankReport:
 def rehearse(config: RunConfig, world_size: int) -> list[RankReport]:
     """Return what one rank of each pipeline rank does in the last step of the run.
 
-    Compilation changes neither shapes nor messages and is left out. Raises UserError where there
-    is no such layout.
+    Compilation changes neither shapes nor messages and is left out. Whole documents are taken as
+    full micro-batches on one rank each: rings, which every step plans anew, are not counted.
+    Raises UserError where there is no such layout.
     """
     plain = config.training.model_copy(update={"compile": False})
     config = config.model_copy(update={"training": plain})
@@ -146,7 +147,7 @@ def _step(
 
 
 def _forward_backward(config: RunConfig, part: Transformer, mesh: Mesh) -> None:
-    B, L = config.batch.micro_batch_sequences, config.data.sequence_length
+    B, L = _shape(config, mesh)
     tokens_BL = torch.zeros(B, L, dtype=torch.int64)
     x_BLD = None
     if part.embedding is None:
@@ -159,6 +160,14 @@ def _forward_backward(config: RunConfig, part: Transformer, mesh: Mesh) -> None:
     part.take_statistics()
 
 
+def _shape(config: RunConfig, mesh: Mesh) -> tuple[int, int]:
+    """Sequences of a micro-batch and tokens in each; of whole documents, as many as may be."""
+    if config.data.kind == "documents":
+        capacity = config.parallel.context.capacity_tokens
+        return 1, capacity // mesh.tp.size * mesh.tp.size
+    return config.batch.micro_batch_sequences, config.data.sequence_length
+
+
 def _handed_on(
     config: RunConfig, mesh: Mesh, layout: Layout, stage: int, number: int
 ) -> dict[Collective, int]:
@@ -166,7 +175,8 @@ def _handed_on(
 
     A stage of the same rank is sent nothing.
     """
-    tokens = config.batch.micro_batch_sequences * config.data.sequence_length // mesh.tp.size
+    B, L = _shape(config, mesh)
+    tokens = B * L // mesh.tp.size
     size = tokens * config.model.width * torch_dtype(config.training.compute_dtype).itemsize
     found: dict[Collective, int] = {}
     here, last = layout.rank_of(stage), len(layout.stages) - 1

@@ -12,50 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from allometry.data.batch import IGNORE, Batch
-from allometry.models.documents import Documents
+from allometry.data.batch import IGNORE
 from allometry.optim.build import set_lr
 from allometry.optim.clip import clip_by_global_norm
 from allometry.optim.schedule import Schedule
 from allometry.parallel.apply import Parallel
 from allometry.parallel.mesh import Mesh
 from allometry.trainer.balance import Balancer
-
-
-@dataclass(frozen=True)
-class DeviceBatch:
-    """A micro-batch on the device."""
-
-    tokens_BL: Tensor
-    targets_BL: Tensor
-    source_B: Tensor
-    documents: Documents | None
-    position: int
-
-    @classmethod
-    def of(cls, batch: Batch, device: torch.device, position: int) -> DeviceBatch:
-        """Copy a batch to the device; ``position`` is that of its first sequence."""
-
-        def move(array: object) -> Tensor:
-            tensor = torch.as_tensor(array)
-            if device.type == "cuda":
-                return tensor.pin_memory().to(device, non_blocking=True)
-            return tensor
-
-        packed = batch.documents
-        return cls(
-            tokens_BL=move(batch.tokens_BL),
-            targets_BL=move(batch.targets_BL),
-            source_B=move(batch.source_B).long(),
-            documents=None
-            if packed is None
-            else Documents(
-                cu_lengths=move(packed.cu_lengths),
-                max_length=packed.max_length,
-                positions_BL=move(packed.positions_BL),
-            ),
-            position=position,
-        )
+from allometry.trainer.feed import DeviceBatch
 
 
 @dataclass(frozen=True)
@@ -74,11 +38,12 @@ class StepOutcome:
     routing: Tensor | None = None
 
 
-def source_sums(nll_BL: Tensor, targets_BL: Tensor, source_B: Tensor, sources: int) -> Tensor:
-    """Loss sums and target counts by source, [2, S] in float64."""
+def source_sums(nll_BL: Tensor, targets_BL: Tensor, sources: Tensor, count: int) -> Tensor:
+    """Loss sums and target counts by source, [2, S] in float64; ``sources`` is [B] or [B, L]."""
+    found = torch.stack([nll_BL.double(), (targets_BL != IGNORE).double()])
+    found = found.sum(2) if sources.dim() == 1 else found.flatten(1)
     # A product, as adding by index would use atomics on a GPU and differ from run to run.
-    one_BS = F.one_hot(source_B, sources).double()
-    return torch.stack([nll_BL.double().sum(1), (targets_BL != IGNORE).sum(1).double()]) @ one_BS
+    return found @ F.one_hot(sources.flatten(), count).double()
 
 
 def seed_dropout(seed: int, position: int) -> None:
@@ -121,22 +86,23 @@ class TrainStep:
         so gradients do not depend on how the tokens are spread over ranks and micro-batches.
         """
         self._optimizer.zero_grad(set_to_none=True)
-        scale = self._scale(batches)
+        targets, tokens = self._counts(batches)
         if self._balancer is not None:
-            mine = sum(b.tokens_BL.numel() for b in batches)
-            self._balancer.begin_step(mine * self._mesh.hdp.size)
+            self._balancer.begin_step(tokens)
         sums_2S = torch.zeros(2, self._sources, dtype=torch.float64, device=self._mesh.device)
 
         def observe(index: int, nll_BL: Tensor) -> None:
             batch = batches[index]
             nonlocal sums_2S
-            sums_2S += source_sums(nll_BL, batch.targets_BL, batch.source_B, self._sources)
+            sums_2S += source_sums(nll_BL, batch.targets_BL, batch.sources, self._sources)
 
         def seed(index: int) -> None:
             assert self._dropout_seed is not None
             seed_dropout(self._dropout_seed, batches[index].position)
 
         before = None if self._dropout_seed is None else seed
+        # A batch without a single target has no gradient rather than a division by zero.
+        scale = 1.0 / targets.clamp(min=1.0)
         self.parallel.execution.train(batches, scale, observe, before)
         self._mesh.all_reduce_sum(sums_2S, "hdp")
         self._mesh.all_reduce_sum(sums_2S, "pp")
@@ -153,10 +119,12 @@ class TrainStep:
             routing=None if self._balancer is None else self._balancer.end_step(),
         )
 
-    def _scale(self, batches: Sequence[DeviceBatch]) -> Tensor:
-        """One over the number of targets in the whole global batch."""
-        counted = sum(((b.targets_BL != IGNORE).sum() for b in batches), start=torch.tensor(0))
-        count = counted.to(device=self._mesh.device, dtype=torch.float64)
-        self._mesh.all_reduce_sum(count, "hdp")
-        # A batch without a single target has no gradient rather than a division by zero.
-        return 1.0 / count.clamp(min=1.0)
+    def _counts(self, batches: Sequence[DeviceBatch]) -> tuple[Tensor, Tensor]:
+        """Targets and tokens of the whole global batch, 0-dim in float64."""
+        counts = torch.zeros(2, dtype=torch.float64, device=self._mesh.device)
+        for batch in batches:
+            counts[0] += (batch.targets_BL != IGNORE).sum()
+            counts[1] += batch.num_tokens
+        self._mesh.all_reduce_sum(counts, "hdp")
+        targets, tokens = counts
+        return targets, tokens

@@ -13,9 +13,8 @@ import torch
 from allometry.configs.errors import UserError
 from allometry.configs.model import MoEModel
 from allometry.configs.run import RunConfig
-from allometry.data.batch import Batch
-from allometry.data.prefetch import Prefetcher
-from allometry.data.stream import Stream
+from allometry.data.documents import DocumentStream
+from allometry.data.stream import Stream, open_stream
 from allometry.data.tokenizer import check_vocabulary
 from allometry.laws.areas import LearningRateAreas
 from allometry.models.build import torch_dtype
@@ -27,11 +26,17 @@ from allometry.trainer import checkpoint, hardware, record
 from allometry.trainer.assemble import make_model, make_states, with_measured_stages
 from allometry.trainer.balance import Balancer
 from allometry.trainer.callbacks import Callback, standard_callbacks
-from allometry.trainer.evaluate import Evaluator
+from allometry.trainer.evaluate import (
+    Evaluator,
+    HeldOut,
+    held_out_documents,
+    held_out_sequences,
+)
+from allometry.trainer.feed import DocumentPlanner, StepInput, document_steps, sequence_steps
 from allometry.trainer.folder import RunFolder
 from allometry.trainer.loop import Loop, Progress, RunResult, state_tensors
 from allometry.trainer.resume import Start, begin
-from allometry.trainer.step import DeviceBatch, TrainStep
+from allometry.trainer.step import TrainStep
 
 T = TypeVar("T")
 MANY_EPOCHS = 4
@@ -102,9 +107,9 @@ def _train(
         folder.release()
 
 
-def _open_stream(config: RunConfig, plan: RunPlan) -> Stream:
+def _open_stream(config: RunConfig, plan: RunPlan) -> Stream | DocumentStream:
     """The data, after checking that tokenizer and vocabulary fit it."""
-    stream = Stream(config.data, config.run.seed)
+    stream = open_stream(config.data, config.run.seed)
     check_vocabulary(config.model.vocab_size, stream.stores)
     sequences = plan.batch.sequences_before(plan.total_steps + 1)
     for name, epochs in stream.epochs(sequences).items():
@@ -122,7 +127,7 @@ def _assemble(
     plan: RunPlan,
     schedule: Schedule,
     mesh: Mesh,
-    stream: Stream,
+    stream: Stream | DocumentStream,
     start: Start,
 ) -> Loop:
     """The model on the device and all that trains it, in the state that ``start`` says."""
@@ -138,10 +143,9 @@ def _assemble(
             make_states(optimizer)
             state = state_tensors(parallel, optimizer)
             progress.areas.load_state_dict(start.facts["areas"])
+            progress.flops = start.facts["flops"]
         checkpoint.load(start.checkpoint, state, mesh)
-    validation = stream.validation(
-        config.evaluation.sequences_per_source, config.batch.micro_batch_sequences
-    )
+    planner = DocumentPlanner(config, plan.layout) if config.data.kind == "documents" else None
     return Loop(
         config=config,
         plan=plan,
@@ -161,37 +165,30 @@ def _assemble(
             if isinstance(config.model, MoEModel)
             else None,
         ),
-        evaluator=Evaluator(validation, parallel, mesh),
+        evaluator=Evaluator(_held_out(config, stream, planner, mesh), parallel, mesh),
+        planner=planner,
         stream=stream,
         progress=progress,
         peak=hardware.peak(mesh.device, torch_dtype(config.training.compute_dtype)),
     )
 
 
-def _feed(loop: Loop, steps_taken: int) -> Iterator[list[DeviceBatch]]:
-    """This rank's micro-batches, a list for each step, read ahead in the background.
+def _held_out(
+    config: RunConfig, stream: Stream | DocumentStream, planner: DocumentPlanner | None, mesh: Mesh
+) -> HeldOut:
+    count = config.evaluation.sequences_per_source
+    if isinstance(stream, DocumentStream):
+        assert planner is not None
+        return held_out_documents(stream.validation_pieces(count), planner, mesh)
+    return held_out_sequences(stream.validation(count, config.batch.micro_batch_sequences), mesh)
 
-    Micro-batch j of rank r holds the sequences from position P + (j * hdp + r) * m, with P the
-    step's first position and m the sequences in a micro-batch: which sequences a step sees does
-    not depend on the layout.
-    """
-    plan, mesh = loop.plan, loop.mesh
-    size = plan.micro_batch_sequences
 
-    def positions() -> Iterator[int]:
-        for step in range(steps_taken + 1, plan.total_steps + 1):
-            first = plan.batch.sequences_before(step)
-            for turn in range(plan.micro_batches(step)):
-                yield first + (turn * mesh.hdp.size + mesh.hdp.rank) * size
-
-    def fetch(position: int) -> tuple[int, Batch]:
-        return position, loop.stream.batch(position, size)
-
-    with Prefetcher(fetch, positions()) as ahead:
-        for step in range(steps_taken + 1, plan.total_steps + 1):
-            turns = range(plan.micro_batches(step))
-            held = [next(ahead) for _ in turns]
-            yield [DeviceBatch.of(batch, mesh.device, position) for position, batch in held]
+def _feed(loop: Loop, steps_taken: int) -> Iterator[StepInput]:
+    """This rank's micro-batches, step by step."""
+    if isinstance(loop.stream, DocumentStream):
+        assert loop.planner is not None
+        return document_steps(loop.stream, loop.plan, loop.planner, loop.mesh, steps_taken)
+    return sequence_steps(loop.stream, loop.plan, loop.mesh, steps_taken)
 
 
 def _facts(config: RunConfig, loop: Loop, surroundings: Surroundings) -> dict[str, Any]:

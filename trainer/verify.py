@@ -147,7 +147,7 @@ def _small(config: RunConfig, scratch: Path) -> RunConfig:
     sources = []
     for index, source in enumerate(config.data.sources):
         prefix = scratch / f"source-{index}"
-        length = config.data.sequence_length
+        length = _longest(config)
         write_random_store(
             prefix, 64 * length, config.model.vocab_size, mean_length=max(2, length // 2)
         )
@@ -162,8 +162,19 @@ def _small(config: RunConfig, scratch: Path) -> RunConfig:
     }
     text["training"] |= {"total_tokens": None, "total_steps": STEPS, "compile": False}
     text["training"] |= {"compute_dtype": "fp32"}
-    text["batch"] = {"sequences": 1, "micro_batch_sequences": 1}
+    text["batch"] = {"sequences": _least_sequences(config), "micro_batch_sequences": 1}
     return RunConfig.model_validate(text)
+
+
+def _longest(config: RunConfig) -> int:
+    """Tokens of the longest sequence or document."""
+    data = config.data
+    return data.max_document_tokens if data.kind == "documents" else data.sequence_length
+
+
+def _least_sequences(config: RunConfig) -> int:
+    """The smallest batch that a configuration may have: a document of any length fits in."""
+    return -(-_longest(config) // config.data.sequence_length)
 
 
 def _jobs(
@@ -200,7 +211,8 @@ def _jobs(
 def _smallest_batch(configs: Sequence[RunConfig], *world_sizes: int) -> int:
     """The fewest sequences of a step that every layout can run, each rank more than one of them."""
     failure: UserError | None = None
-    for sequences in range(2, 129):
+    least = max(_least_sequences(config) for config in configs)
+    for sequences in range(max(2, least), max(129, 2 * least)):
         try:
             for config, world_size in zip(configs, world_sizes, strict=True):
                 sized = config.batch.model_copy(update={"sequences": sequences})

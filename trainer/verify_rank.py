@@ -19,17 +19,20 @@ import torch.distributed as dist
 
 from allometry.configs.loader import dump
 from allometry.configs.run import RunConfig
-from allometry.data.stream import Stream
+from allometry.data.documents import DocumentStream
+from allometry.data.stream import open_stream
 from allometry.laws.areas import LearningRateAreas
 from allometry.optim.build import build_optimizer
-from allometry.parallel.mesh import open_mesh
+from allometry.parallel.hdp.plan import Unit
+from allometry.parallel.mesh import Mesh, open_mesh
+from allometry.scaling.layout import Layout
 from allometry.scaling.plan import RunPlan
 from allometry.trainer import certificate, checkpoint
 from allometry.trainer.assemble import make_model, make_states
 from allometry.trainer.checkpoint import Checkpointer
+from allometry.trainer.feed import DeviceBatch, DocumentPlanner, document_batch
 from allometry.trainer.folder import RunFolder, write_atomically
 from allometry.trainer.loop import Progress, state_tensors
-from allometry.trainer.step import DeviceBatch
 from allometry.trainer.train import train
 
 CPU = torch.device("cpu")
@@ -97,7 +100,7 @@ def _layout(job: Job, rank: int, scratch: Path) -> None:
         config = _in(job.config, dtype)
         wanted = torch.load(scratch / "alone" / f"gradients-{dtype}.pt", mmap=True)
         with open_mesh(config.parallel, CPU) as mesh:
-            result = certificate.layout_step(config, mesh, batches(config))
+            result = certificate.layout_step(config, mesh, batches(config), _share(config, mesh))
         errors = certificate.relative_errors(result.gradients, wanted)
         found["gradients"][dtype] = max(errors, key=lambda pair: pair[1])
     _train(job, "straight")
@@ -114,12 +117,27 @@ def _layout(job: Job, rank: int, scratch: Path) -> None:
 
 
 def batches(config: RunConfig) -> list[DeviceBatch]:
-    """The micro-batches of the run's first step, of one sequence each."""
-    stream = Stream(config.data, config.run.seed)
+    """The run's first step in micro-batches of one sequence, or one whole document, each."""
+    stream = open_stream(config.data, config.run.seed)
+    sequences = config.batch.sequences
+    if isinstance(stream, DocumentStream):
+        pieces = stream.pieces(0, sequences)
+        alone = [Unit(documents=(number,), ring=(0,)) for number in range(len(pieces))]
+        return [document_batch(unit, 0, pieces, CPU) for unit in alone]
     return [
-        DeviceBatch.of(stream.batch(position, 1), CPU, position)
-        for position in range(config.batch.sequences)
+        DeviceBatch.of(stream.batch(position, 1), CPU, position) for position in range(sequences)
     ]
+
+
+def _share(config: RunConfig, mesh: Mesh) -> list[DeviceBatch] | None:
+    """This rank's micro-batches of the same step, where documents are shared out by a plan."""
+    stream = open_stream(config.data, config.run.seed)
+    if not isinstance(stream, DocumentStream):
+        return None
+    planner = DocumentPlanner(config, Layout.of(config, mesh.world_size))
+    pieces = stream.pieces(0, config.batch.sequences)
+    plan = planner.plan(pieces.lengths.tolist())
+    return planner.batches(plan, pieces, mesh.hdp.rank, CPU, position=0)
 
 
 def losses(folder: Path) -> list[float]:
@@ -161,7 +179,7 @@ def _rewrite(job: Job, source: Path) -> None:
             write_atomically(folder.config, dump(config))
         mesh.barrier("writing a checkpoint")
         facts = Progress(STOP, LearningRateAreas(plan.warmup_steps)).facts(
-            plan, Stream(config.data, config.run.seed), config.run.seed
+            plan, open_stream(config.data, config.run.seed), config.run.seed
         )
         writer = Checkpointer(folder, config.checkpoint, mesh, _report)
         writer.save(STOP, state_tensors(parallel, optimizer), facts)

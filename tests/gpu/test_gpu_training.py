@@ -17,7 +17,7 @@ from allometry.models.moe import begin_step
 from allometry.parallel.mesh import open_mesh
 from allometry.scaling.plan import RunPlan
 from allometry.trainer.assemble import make_model
-from allometry.trainer.step import DeviceBatch
+from allometry.trainer.feed import DeviceBatch
 from allometry.trainer.train import train
 from run_folders import rows
 

@@ -1,0 +1,38 @@
+"""Micro-batches that count nothing, for ranks that must take part in what others run."""
+
+# B sequences of a micro-batch, L tokens in a sequence
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from allometry.models.documents import Documents
+from allometry.models.loss import IGNORE
+
+TOKENS = 8
+"""As few as any tensor group can share, and not one, which compilers treat as a case of its own."""
+
+
+@dataclass(frozen=True)
+class Filling:
+    """Tokens without targets, which no router sees."""
+
+    tokens_BL: Tensor
+    targets_BL: Tensor
+    documents: Documents
+
+    @classmethod
+    def of(cls, device: torch.device, multiple: int = 1) -> Filling:
+        """Make one whose length is a ``multiple`` (of tp)."""
+        length = TOKENS * multiple
+        tokens_BL = torch.zeros(1, length, dtype=torch.int64, device=device)
+        documents = Documents(
+            cu_lengths=torch.tensor([0, length], dtype=torch.int32, device=device),
+            max_length=length,
+            positions_BL=torch.arange(length, device=device)[None],
+            counted_BL=torch.zeros(1, length, dtype=torch.bool, device=device),
+        )
+        return cls(tokens_BL, torch.full_like(tokens_BL, IGNORE), documents)

@@ -1,0 +1,273 @@
+"""From a step's samples to this rank's micro-batches: sequences in turn, documents by a plan."""
+
+# B sequences of a micro-batch, L tokens in a sequence
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from allometry.configs.run import RunConfig
+from allometry.data.batch import IGNORE, Batch
+from allometry.data.documents import DocumentStream, Pieces
+from allometry.data.prefetch import Prefetcher
+from allometry.data.stream import Stream
+from allometry.models.documents import Documents
+from allometry.parallel.hdp.cost import CostModel
+from allometry.parallel.hdp.filling import TOKENS, Filling
+from allometry.parallel.hdp.orders import Orders, schedule_orders
+from allometry.parallel.hdp.plan import Mode, Plan, Unit, make_plan
+from allometry.parallel.hdp.replay import Replay, replay
+from allometry.parallel.hdp.shard import chunks, ring_table
+from allometry.parallel.mesh import Mesh
+from allometry.scaling.context import mode_of
+from allometry.scaling.layout import INTERLEAVED_ROUNDS, Layout, least_micro_batches
+from allometry.scaling.memory import COMPUTE_BYTES
+from allometry.scaling.plan import RunPlan
+
+
+@dataclass(frozen=True)
+class DeviceBatch:
+    """A micro-batch on the device.
+
+    ``sources`` numbers the source of each sequence [B], or of each token [B, L].
+    """
+
+    tokens_BL: Tensor
+    targets_BL: Tensor
+    sources: Tensor
+    documents: Documents | None
+    position: int
+
+    @classmethod
+    def of(cls, batch: Batch, device: torch.device, position: int) -> DeviceBatch:
+        """Copy a batch to the device; ``position`` is that of its first sequence."""
+        packed = batch.documents
+        return cls(
+            tokens_BL=_move(batch.tokens_BL, device),
+            targets_BL=_move(batch.targets_BL, device),
+            sources=_move(batch.source_B, device).long(),
+            documents=None
+            if packed is None
+            else Documents(
+                cu_lengths=_move(packed.cu_lengths, device),
+                max_length=packed.max_length,
+                positions_BL=_move(packed.positions_BL, device),
+            ),
+            position=position,
+        )
+
+    def to(self, device: torch.device) -> DeviceBatch:
+        """Return the same on ``device``; what describes a ring stays on the CPU."""
+        if device == self.tokens_BL.device:
+            return self
+        documents = self.documents
+        if documents is not None:
+            counted = documents.counted_BL
+            documents = replace(
+                documents,
+                cu_lengths=_move(documents.cu_lengths, device),
+                positions_BL=_move(documents.positions_BL, device),
+                counted_BL=None if counted is None else _move(counted, device),
+            )
+        moved = (_move(x, device) for x in (self.tokens_BL, self.targets_BL, self.sources))
+        return DeviceBatch(*moved, documents, self.position)
+
+    @property
+    def num_tokens(self) -> int | Tensor:
+        """Tokens that count as such: filling does not."""
+        counted = None if self.documents is None else self.documents.counted_BL
+        return self.tokens_BL.numel() if counted is None else counted.sum()
+
+
+@dataclass(frozen=True)
+class StepInput:
+    """This rank's micro-batches of a step; ``plan``: who runs which documents, if it has some."""
+
+    batches: list[DeviceBatch]
+    plan: Plan | None = None
+
+
+class DocumentPlanner:
+    """Plans steps of whole documents, and makes this rank's part of them.
+
+    All ranks make the same plan from the documents' lengths; it is replayed before it is used.
+    """
+
+    def __init__(self, config: RunConfig, layout: Layout) -> None:
+        degrees = layout.degrees
+        self.context = config.parallel.context
+        self.mode: Mode = mode_of(config, degrees)
+        layers = [len(stage) for stage in layout.stages]
+        self.cost = CostModel.of(
+            config.model,
+            self.context.costs,
+            compute_bytes=COMPUTE_BYTES[config.training.compute_dtype],
+            tp=degrees.tp,
+            checkpointing=config.training.activation_checkpointing,
+        )
+        self._ranks, self._tp, self._layout = degrees.hdp, degrees.tp, layout
+        self._layers = min(layers)
+        self._orders = lru_cache(self._make_orders)
+
+    def plan(self, lengths: Sequence[int], mode: Mode | None = None) -> Plan:
+        """The plan of a step (``mode``: another than the run's)."""
+        schedule, pp = self._layout.schedule, self._layout.pp
+        plan = make_plan(
+            lengths,
+            self._ranks,
+            self.context,
+            self.cost,
+            mode or self.mode,
+            layers=self._layers,
+            multiple=self._tp,
+            round_count=pp if pp > 1 and schedule in INTERLEAVED_ROUNDS else 1,
+            least=least_micro_batches(schedule, pp) if pp > 1 else 1,
+        )
+        self.replay(plan)
+        return plan
+
+    def replay(self, plan: Plan) -> Replay:
+        """Play a plan through as this layout runs it."""
+        return replay(plan, self._orders if self._layout.pp > 1 else None)
+
+    def _make_orders(self, count: int) -> Orders:
+        pp = self._layout.pp
+        return schedule_orders(self._layout.schedule, pp, len(self._layout.stages) // pp, count)
+
+    def batches(
+        self, plan: Plan, pieces: Pieces, rank: int, device: torch.device, position: int
+    ) -> list[DeviceBatch]:
+        """The micro-batches of hdp rank ``rank``, in the plan's order."""
+        return [
+            filling(device, self._tp, position)
+            if number is None
+            else document_batch(
+                plan.units[number], rank, pieces, device, self._tp, tag=number, position=position
+            )
+            for number in plan.orders[rank]
+        ]
+
+
+def sequence_steps(
+    stream: Stream, plan: RunPlan, mesh: Mesh, steps_taken: int
+) -> Iterator[StepInput]:
+    """This rank's micro-batches of sequences, step by step, read ahead in the background.
+
+    Micro-batch j of rank r holds the sequences from position P + (j * hdp + r) * m, with P the
+    step's first position and m the sequences in a micro-batch: which sequences a step sees does
+    not depend on the layout.
+    """
+    size = plan.micro_batch_sequences
+    steps = range(steps_taken + 1, plan.total_steps + 1)
+
+    def positions() -> Iterator[int]:
+        for step in steps:
+            first = plan.batch.sequences_before(step)
+            for turn in range(plan.micro_batches(step)):
+                yield first + (turn * mesh.hdp.size + mesh.hdp.rank) * size
+
+    def fetch(position: int) -> tuple[int, Batch]:
+        return position, stream.batch(position, size)
+
+    with Prefetcher(fetch, positions()) as ahead:
+        for step in steps:
+            held = [next(ahead) for _ in range(plan.micro_batches(step))]
+            yield StepInput(
+                [DeviceBatch.of(batch, mesh.device, position) for position, batch in held]
+            )
+
+
+def document_steps(
+    stream: DocumentStream,
+    plan: RunPlan,
+    planner: DocumentPlanner,
+    mesh: Mesh,
+    steps_taken: int,
+) -> Iterator[StepInput]:
+    """This rank's micro-batches of whole documents, planned and read ahead in the background."""
+    steps = range(steps_taken + 1, plan.total_steps + 1)
+    host = torch.device("cpu")
+
+    def fetch(step: int) -> StepInput:
+        position = plan.batch.sequences_before(step)
+        pieces = stream.pieces(position, plan.batch.sequences(step))
+        made = planner.plan(pieces.lengths.tolist())
+        return StepInput(planner.batches(made, pieces, mesh.hdp.rank, host, position), made)
+
+    with Prefetcher(fetch, steps) as ahead:
+        for _ in steps:
+            found = next(ahead)
+            yield StepInput([batch.to(mesh.device) for batch in found.batches], found.plan)
+
+
+def document_batch(
+    unit: Unit,
+    rank: int,
+    pieces: Pieces,
+    device: torch.device,
+    multiple: int = 1,
+    *,
+    tag: int = 0,
+    position: int = 0,
+) -> DeviceBatch:
+    """Hdp rank ``rank``'s tokens of a unit, padded to a ``multiple``; only they are read.
+
+    ``tag`` tells the unit's messages from those of others.
+    """
+    size, member = len(unit.ring), unit.ring.index(rank)
+    tokens, targets, positions, sources, runs = [], [], [], [], []
+    for index in unit.documents:
+        all_tokens, all_targets = pieces.read(index)
+        for part in _parts(len(all_tokens), size, member):
+            tokens.append(all_tokens[part.start : part.stop])
+            targets.append(all_targets[part.start : part.stop])
+            positions.append(np.arange(part.start, part.stop))
+            sources.append(np.full(len(part), pieces.sources[index], np.int64))
+            runs.append(len(part))
+    held = sum(runs)
+    padding = max(-held % multiple, 0) if held else TOKENS * multiple
+    if padding:
+        tokens.append(np.zeros(padding, np.int64))
+        targets.append(np.full(padding, IGNORE, np.int64))
+        positions.append(np.arange(padding))
+        sources.append(np.zeros(padding, np.int64))
+        if size == 1:
+            runs.append(padding)
+    lengths = [int(pieces.lengths[index]) for index in unit.documents]
+    documents = Documents(
+        cu_lengths=_move(np.cumsum([0, *runs], dtype=np.int32), device),
+        max_length=max(runs),
+        positions_BL=_row(positions, device),
+        counted_BL=(torch.arange(held + padding, device=device) < held)[None] if padding else None,
+        ring=ring_table(unit.ring, member, lengths, tag) if size > 1 else None,
+        offload=unit.offload,
+    )
+    return DeviceBatch(
+        _row(tokens, device), _row(targets, device), _row(sources, device), documents, position
+    )
+
+
+def filling(device: torch.device, multiple: int, position: int) -> DeviceBatch:
+    """A micro-batch that counts nothing."""
+    made = Filling.of(device, multiple)
+    nowhere = torch.zeros_like(made.tokens_BL)
+    return DeviceBatch(made.tokens_BL, made.targets_BL, nowhere, made.documents, position)
+
+
+def _parts(length: int, size: int, member: int) -> Sequence[range]:
+    return (range(length),) if size == 1 else chunks(length, size, member)
+
+
+def _row(parts: Sequence[np.ndarray], device: torch.device) -> Tensor:
+    return _move(np.concatenate(parts)[None].astype(np.int64), device)
+
+
+def _move(array: object, device: torch.device) -> Tensor:
+    tensor = torch.as_tensor(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
