@@ -1,0 +1,310 @@
+"""Pipelines whose micro-batches differ in shape and number, with rings across them.
+
+Every document is whole on one rank or cut over a ring of both pipelines; gradients are compared
+with one process that runs the documents one by one.
+"""
+
+# L tokens of a micro-batch on a rank
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+import harness
+import pipelined
+import tiny
+from allometry.configs.execution import SCHEDULES
+from allometry.configs.run import RunConfig
+from allometry.models.documents import Documents
+from allometry.models.loss import IGNORE
+from allometry.models.transformer import Transformer
+from allometry.parallel import pipeline
+from allometry.parallel.apply import Parallel
+from allometry.parallel.context import apply_context
+from allometry.parallel.hdp.shard import local_positions, ring_table
+from allometry.parallel.mesh import Mesh, open_mesh
+from allometry.parallel.pipeline import PipelineExecution
+from allometry.scaling.layout import Layout
+
+RunRanks = Callable[..., list[Any]]
+
+
+class Held(NamedTuple):
+    """A micro-batch: documents by number, on a ring of hdp ranks; without documents a dummy."""
+
+    documents: tuple[int, ...]
+    ring: tuple[int, ...]
+
+
+Step = tuple[Any, ...]
+"""The arguments of ``orders``."""
+
+Orders = tuple[tuple[Held, ...], ...]
+"""What each hdp rank runs, in order."""
+
+
+def orders(counts: Sequence[int], rings: Sequence[int], length: int = 0) -> Orders:
+    """Every hdp rank's micro-batches; those of number ``rings`` hold documents on all ranks.
+
+    Dummies make up for what is short of ``length``.
+    """
+    number = iter(range(1000))
+    shared = {
+        # The members of a ring come in any order.
+        index: Held((next(number), next(number)), (1, 0) if index % 2 else (0, 1))
+        for index in rings
+    }
+    return tuple(
+        tuple(
+            shared[index]
+            if index in shared
+            else Held(tuple(next(number) for _ in range(1 + index % 3)), (rank,))
+            for index in range(count)
+        )
+        + (Held((), (rank,)),) * (length - count)
+        for rank, count in enumerate(counts)
+    )
+
+
+def document(number: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Tokens and targets of a document of 1 to 13 tokens; some have no target."""
+    generator = torch.Generator().manual_seed(1000 * seed + number)
+    length = int(torch.randint(1, 14, (), generator=generator))
+    stream = torch.randint(tiny.VOCAB, (length + 1,), generator=generator)
+    targets = stream[1:].clone()
+    targets[: number % 4] = IGNORE
+    return stream[:-1], targets
+
+
+def micro_batch(held: Held, tag: int, rank: int, seed: int, multiple: int) -> tiny.MicroBatch:
+    """What hdp rank ``rank`` has of it, filled up to a multiple of tokens."""
+    whole = [document(number, seed) for number in held.documents]
+    lengths = [len(tokens) for tokens, _ in whole]
+    n, member = len(held.ring), held.ring.index(rank)
+    if n == 1:
+        places, runs = torch.cat([torch.arange(0), *map(torch.arange, lengths)]), tuple(lengths)
+    else:
+        found, runs = local_positions(lengths, n, member)
+        places = torch.from_numpy(found)
+    chosen: list[list[Tensor]] = [[], []]
+    for part, run in enumerate(places.split(list(runs))):
+        for kept, values in zip(chosen, whole[part if n == 1 else part // 2], strict=True):
+            kept.append(values[run])
+    filling = -len(places) % multiple or multiple * (len(places) == 0)
+    tokens, targets, positions = (
+        torch.cat([*kept, torch.full((filling,), value)])[None]
+        for kept, value in zip((*chosen, [places]), (0, IGNORE, 0), strict=True)
+    )
+    ends = torch.tensor([0, *runs, *([filling] if filling else [])]).cumsum(0)
+    documents = Documents(
+        ends.to(torch.int32),
+        max(*runs, filling, 1),
+        positions,
+        counted_BL=torch.arange(tokens.shape[1])[None] < len(places),
+        ring=ring_table(held.ring, member, lengths, tag) if n > 1 else None,
+    )
+    return tiny.MicroBatch(tokens, targets, documents)
+
+
+def micro_batches(plan: Orders, mesh: Mesh, seed: int) -> list[tiny.MicroBatch]:
+    """This rank's micro-batches; a unit has the same tag on all ranks."""
+    tags = {held: tag for tag, held in enumerate(dict.fromkeys(h for o in plan for h in o))}
+    rank = mesh.hdp.rank
+    return [micro_batch(held, tags[held], rank, seed, mesh.tp.size) for held in plan[rank]]
+
+
+def parallel(run: RunConfig, mesh: Mesh, uneven: bool) -> Parallel:
+    """This rank's part of the model, whose attention may run in rings."""
+    made = tiny.parallel(run, mesh)
+    for part in made.parts.values():
+        apply_context(part, mesh)
+    dtype = torch.float32 if run.training.compute_dtype == "fp32" else torch.float64
+    execution = PipelineExecution(
+        made.parts,
+        run.model,
+        Layout.of(run, mesh.world_size),
+        mesh,
+        made.sync,
+        dtype,
+        uneven=uneven,
+    )
+    return dataclasses.replace(made, execution=execution)
+
+
+def all_documents(plan: Orders, seed: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    for number in sorted({number for order in plan for held in order for number in held.documents}):
+        yield number, *document(number, seed)
+
+
+def train(made: Parallel, mesh: Mesh, plan: Orders, seed: int) -> dict[str, Tensor]:
+    """Gradients of this rank after a step; losses are those of one process."""
+    targets = [values for *_, values in all_documents(plan, seed)]
+    count = int((torch.cat(targets) != IGNORE).sum())
+    batches = micro_batches(plan, mesh, seed)
+    begun: list[int] = []
+    for _, parameter in made.named_parameters():
+        parameter.grad = None
+    made.execution.train(
+        batches, torch.tensor(1.0 / count, dtype=torch.float64), lambda *_: None, begun.append
+    )
+    assert begun == list(range(len(batches))), begun
+    return {name: tiny.whole(p.grad) for name, p in made.named_parameters() if p.grad is not None}
+
+
+def expected_gradients(alone: Transformer, plan: Orders, seed: int) -> dict[str, Tensor]:
+    made = [(tokens[None], targets[None]) for _, tokens, targets in all_documents(plan, seed)]
+    count = sum(int((targets != IGNORE).sum()) for _, targets in made)
+    alone.zero_grad(set_to_none=True)
+    for tokens, targets in made:
+        (alone(tokens, targets).total / count).backward()
+    return tiny.gradients(alone)
+
+
+def evaluation_error(
+    made: Parallel, alone: Transformer, mesh: Mesh, plan: Orders, seed: int
+) -> tuple[int, float]:
+    """How many losses this rank sees and the worst error of a micro-batch's sum."""
+    batches = micro_batches(plan, mesh, seed)
+    seen: dict[int, Tensor] = {}
+    made.execution.evaluate(batches, seen.__setitem__)
+    worst = 0.0
+    with torch.no_grad():
+        for index, nll_BL in seen.items():
+            held = plan[mesh.hdp.rank][index]
+            if len(held.ring) > 1:
+                continue
+            wholes = [document(number, seed) for number in held.documents]
+            exact = sum(float(alone(t[None], y[None]).nll_BL.sum()) for t, y in wholes)
+            worst = max(worst, abs(float(nll_BL.sum()) - exact))
+    return len(seen), worst
+
+
+def errors(
+    run: RunConfig, steps: Sequence[Step], uneven: bool, held_out: int = 0
+) -> dict[str, float]:
+    """The worst errors of several steps, with evaluations between of ``held_out`` micro-batches."""
+    with tiny.mesh(run) as mesh:
+        made = parallel(run, mesh, uneven)
+        alone = tiny.initialized(run, mesh.device)
+        worst = {"absolute": 0.0, "relative": 0.0, "loss": 0.0, "losses": 0}
+        for seed, step in enumerate(steps):
+            plan = orders(*step)
+            found = train(made, mesh, plan, seed)
+            wanted = expected_gradients(alone, plan, seed)
+            assert found.keys() == dict(made.named_parameters()).keys()
+            wanted = {name: wanted[name] for name in found}
+            absolute = max(float((found[n] - wanted[n]).abs().max()) for n in found)
+            worst["absolute"] = max(worst["absolute"], absolute)
+            worst["relative"] = max(worst["relative"], tiny.worst_error(found, wanted))
+            if held_out:
+                evaluated = orders((held_out,) * mesh.hdp.size, (0, 2) * (mesh.hdp.size > 1))
+                count, error = evaluation_error(made, alone, mesh, evaluated, 77)
+                worst["losses"] += count
+                worst["loss"] = max(worst["loss"], error)
+        return worst
+
+
+def assert_equal_to_one_process(found: Sequence[dict[str, float]]) -> None:
+    assert max(errors["absolute"] for errors in found) < 1e-12
+    assert max(errors["relative"] for errors in found) < 1e-10
+    assert max(errors["loss"] for errors in found) < 1e-10
+
+
+RINGS = (0, 1, 4, 7)  # the last one is the last micro-batch of the pipeline that has eight
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2])
+@pytest.mark.parametrize(
+    "schedule", ["1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv_zero_bubble"]
+)
+def test_different_numbers_in_each_pipeline(run_ranks: RunRanks, schedule: str, zero: int) -> None:
+    run = pipelined.config(2, schedule, layers=4, zero=zero)
+    found = run_ranks(errors, 4, run, [((8, 18), RINGS)], True)
+    assert_equal_to_one_process(found)
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "looped_bfs", "dualpipe_v"])
+def test_different_numbers_with_the_other_schedules(run_ranks: RunRanks, schedule: str) -> None:
+    run = pipelined.config(2, schedule, layers=4, tied=True, zero=1)
+    assert_equal_to_one_process(run_ranks(errors, 4, run, [((8, 18), RINGS)], True))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "zero", "counts"),
+    [
+        ("1f1b", 0, [(8, 3), (5, 9), (8, 2)]),
+        ("1f1b", 1, [(8, 3), (5, 9), (8, 2)]),
+        ("interleaved_zero_bubble", 1, [(8, 4), (6, 10), (8, 2)]),
+        ("zbv_zero_bubble", 2, [(7, 1), (4, 9), (7, 2)]),
+    ],
+)
+def test_numbers_change_from_step_to_step(
+    run_ranks: RunRanks, schedule: str, zero: int, counts: list[tuple[int, ...]]
+) -> None:
+    run = pipelined.config(2, schedule, layers=4, tied=True, zero=zero)
+    steps = [(numbers, [i for i in (0, 1) if i < min(numbers)]) for numbers in counts]
+    found = run_ranks(errors, 4, run, steps, True, 5)
+    assert_equal_to_one_process(found)
+    assert sum(errors["losses"] for errors in found) == 2 * 5 * len(counts)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_shapes_differ(run_ranks: RunRanks, schedule: str) -> None:
+    """One pipeline: another shape for each micro-batch, and for the same one in the next step."""
+    run = pipelined.config(2, schedule, layers=4)
+    assert_equal_to_one_process(run_ranks(errors, 2, run, [((6,), ())] * 2, False, 5))
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zbv_zero_bubble"])
+def test_shapes_differ_with_tensor_parallelism(run_ranks: RunRanks, schedule: str) -> None:
+    run = pipelined.config(2, schedule, layers=4, tied=True, tp=2)
+    assert_equal_to_one_process(run_ranks(errors, 4, run, [((4,), ())] * 2, False, 3))
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved_zero_bubble"])
+def test_in_lockstep_with_dummies(run_ranks: RunRanks, schedule: str) -> None:
+    """ZeRO 3 gathers inside of a step: equal numbers, and nothing is announced."""
+    run = pipelined.config(2, schedule, layers=4, zero=3)
+    assert_equal_to_one_process(run_ranks(errors, 4, run, [((6, 4), (0, 2), 6)] * 2, False, 5))
+
+
+def outcome(run: RunConfig, mistake: str) -> str:
+    """Return "done" or "stuck", or "failed" if another rank is gone."""
+    device = torch.device("cpu")
+    with open_mesh(run.parallel.model_copy(update={"timeout_s": 3}), device) as mesh:
+        plan = orders((8, 18), RINGS)
+        if mistake == "another order":  # the rings 0 and 1 are the other way round in one of them
+            one, (first, second, *others) = plan
+            plan = (one, (second, first, *others))
+        with pytest.MonkeyPatch.context() as patch:
+            if mistake == "torch's reductions":
+                patch.setattr(pipeline, "_gather_first_and_reduce_last", lambda _: None)
+            made = parallel(run, mesh, uneven=True)
+            try:
+                train(made, mesh, plan, 0)
+            except RuntimeError as error:
+                return "stuck" if "imed out" in str(error) else "failed"
+    return "done"
+
+
+def test_what_would_get_stuck() -> None:
+    """Gradients reduced before another stage's rings are done, and rings in another order."""
+    run = pipelined.config(2, "interleaved_1f1b", layers=4, zero=1)
+    pool = harness.RankPool()  # ranks that got stuck are no good for other tests
+    try:
+        found = pool.run(outcome, 4, run, "torch's reductions", timeout_s=30)
+        # Once a rank has given up, those that are connected to it fail.
+        assert "stuck" in found
+        assert "done" not in found
+        # Tags keep what belongs to one ring from being taken for another's. Messages between two
+        # ranks have torch's own time limit, so it is the call that ends here.
+        with pytest.raises(harness.RankFailure, match=r"ring\.py.* in wait"):
+            pool.run(outcome, 4, run, "another order", timeout_s=10)
+    finally:
+        pool.close()
