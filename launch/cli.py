@@ -191,13 +191,29 @@ def doctor(json: Json = False) -> None:
 @app.command()
 def plot(
     runs: Annotated[list[Path], typer.Argument(help="run folders")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="PNG to write")] = Path("loss.png"),
+    hdp: Annotated[
+        bool,
+        typer.Option(
+            "--hdp",
+            help="draw which rank ran which documents in one step: RUN --hdp [STEP]; default: "
+            "the last recorded step",
+        ),
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="PNG to write; default: loss.png, plan.png")
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Draw loss against tokens and against FLOPs for one or more runs."""
+    """Draw loss against tokens and against FLOPs for one or more runs, or one step's schedule."""
+    if hdp:
+        from allometry.launch.gantt import draw_plan, run_and_step
+
+        folder, step = run_and_step(runs)
+        typer.echo(draw_plan(folder, step, out or Path("plan.png"), as_json=json))
+        return
     from allometry.launch.plot import draw
 
-    typer.echo(draw(runs, out, as_json=json))
+    typer.echo(draw(runs, out or Path("loss.png"), as_json=json))
 
 
 def main(arguments: list[str] | None = None) -> Any:

@@ -101,13 +101,18 @@ def draw(folders: Sequence[Path], out: Path, *, as_json: bool) -> str:
     Raises UserError for a folder that holds no run.
     """
     runs = [read_run(folder) for folder in folders]
-    if out.suffix not in FORMATS:
-        raise UserError(f"--out={out}: a figure is written as {', '.join(FORMATS)}; name one so")
+    check_format(out)
     _figure(runs, out)
     summaries = [summarise(run) for run in runs]
     if as_json:
         return json.dumps({"figure": str(out), "runs": [asdict(s) for s in summaries]}, indent=2)
     return "\n\n".join([*map(table, summaries), f"loss curves: {out}"])
+
+
+def check_format(out: Path) -> None:
+    """Raise UserError if ``out`` is not named as a figure is."""
+    if out.suffix not in FORMATS:
+        raise UserError(f"--out={out}: a figure is written as {', '.join(FORMATS)}; name one so")
 
 
 def _figure(runs: Sequence[Run], out: Path) -> None:

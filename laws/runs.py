@@ -54,7 +54,7 @@ def read_run(folder: str | Path) -> Run:
             f"{folder} holds no config.yaml, so it is no run's folder; give the run.folder of a "
             "run that has started"
         )
-    rows = _resumed(_read_lines(folder / "metrics.jsonl"), folder / "metrics.jsonl")
+    rows = _resumed(read_lines(folder / "metrics.jsonl"), folder / "metrics.jsonl")
     if not rows:
         raise UserError(
             f"{folder}/metrics.jsonl holds no rows yet; wait for the run's first step or give "
@@ -65,11 +65,11 @@ def read_run(folder: str | Path) -> Run:
         config=_read_yaml(folder / "config.yaml"),
         record=_read_json(folder / "run.json"),
         metrics=_columns(rows, folder / "metrics.jsonl"),
-        events=_read_lines(folder / "events.jsonl"),
+        events=read_lines(folder / "events.jsonl"),
     )
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a JSON-lines file (none if it is missing), without a torn last one."""
     if not path.is_file():
         return []
