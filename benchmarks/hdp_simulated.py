@@ -2,15 +2,15 @@
 
     python benchmarks/hdp_simulated.py [--tail 0.24 0.33] [--kv-heads 8] [--seeds 3] [--json FILE]
 
-No GPU and no message: times are what ``parallel.hdp.cost`` says of a Llama-like 7B model (32 layers,
-width 4096, feed-forward 11008, 32 heads) at the planner's default rates, and ``parallel.hdp.replay``
-says who waits. A step has 32M tokens; documents are lognormal (median 1K) but for a tail with the
-given share of the tokens, whose lengths have equally many tokens in each octave from 256K to 2M. A
-context of less than 2M cuts documents there, as ``data.max_document_tokens`` does, so all contexts
-have the same tokens.
+No GPU and no message: times are what ``parallel.hdp.cost`` says of a Llama-like 7B model (32
+layers, width 4096, feed-forward 11008, 32 heads) at the planner's default rates, and
+``parallel.hdp.replay`` says who waits. A step has 32M tokens; documents are lognormal (median 1K)
+but for a tail with the given share of the tokens, whose lengths have equally many tokens in each
+octave from 256K to 2M. A context of less than 2M cuts documents there, as
+``data.max_document_tokens`` does, so all contexts have the same tokens.
 
-``ideal``: arithmetic of the step spread evenly over all ranks, nothing sent. ``floor``: no plan that
-gives each document the same ranks throughout can be faster (see ``floor_s``).
+``ideal``: arithmetic of the step spread evenly over all ranks, nothing sent. ``floor``: no plan
+that gives each document the same ranks throughout can be faster (see ``floor_s``).
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from allometry.parallel.hdp.problem import Ints, Placed, Problem
 DEAR = 0.3
 """Of a step: what a document must take on as few ranks as it fits for its degree to be chosen."""
 STRETCHES = (1.01, 1.03, 1.06, 1.1, 1.2, 1.4)
-"""Lengths of the step that are tried, over what it cannot undercut; the first that fits is taken."""
+"""Lengths of the step that are tried, over its lower bound; the first that fits is taken."""
 
 
 class Gap(NamedTuple):

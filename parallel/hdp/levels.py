@@ -17,13 +17,12 @@ from allometry.parallel.hdp.problem import Draft, Ints, Placed, Problem
 from allometry.parallel.hdp.waves import Waves
 
 
-def place_levels(problem: Problem, rings: Sequence[Draft], rest: Sequence[int]) -> Placed:
-    """Place rings in waves; then each pipeline fills up with the next ``rest``, longest first.
+def place_levels(problem: Problem, rings: Sequence[Draft], rest: Ints) -> Placed:
+    """Place rings, dearest first, in waves; then each pipeline takes the next of the rest.
 
-    The pipelines with the dearest rings come first and get the longest ones. What a pipeline has
+    ``rest`` is longest first. The pipelines with the dearest rings come first and get the longest ones. What a pipeline has
     before its last ring stands in the holes of these waves.
     """
-    rings = sorted(rings, key=lambda ring: (-ring.cost, ring.documents))
     waves = Waves(problem.ranks)
     for ring in rings:
         waves.add(ring)
@@ -32,7 +31,7 @@ def place_levels(problem: Problem, rings: Sequence[Draft], rest: Sequence[int]) 
     loads = np.array([sum(costs[i] for i in order if i is not None) for order in orders])
     dearest = [max((costs[i] for i in order if i is not None), default=0.0) for order in orders]
     line = np.argsort(-np.array(dearest), kind="stable")
-    shares = _level(problem, np.asarray(rest, dtype=np.int64), loads[line])
+    shares = _level(problem, rest, loads[line])
     sizes = problem.lengths.tolist()
     drafts, owners = list(rings), list(waves.rings)
     for rank, share in zip(line.tolist(), shares, strict=True):

@@ -107,18 +107,20 @@ def make_plan(
     multiple: int = 1,
     round_count: int = 1,
     least: int = 1,
+    pp: int = 1,
 ) -> Plan:
     """Share documents out to ranks, by ``context.policy``. Deterministic.
 
     ``layers``: of the smallest pipeline stage, for selective offload (see ``Problem``).
     ``multiple``: that a micro-batch's tokens are filled up to (tp); the capacity holds after that.
     Except in free mode each rank's number of micro-batches is a multiple of ``round_count``, and at
-    least ``least``, by dummies at the end; no rank is without a micro-batch.
+    least ``least``, by dummies at the end; no rank is without a micro-batch. ``pp``: pipeline
+    ranks, each of which waits once for the dearest micro-batch.
 
     Raises:
         UserError: a document does not fit the ranks.
     """
-    problem = Problem.of(lengths, ranks, context, cost, layers, multiple)
+    problem = Problem.of(lengths, ranks, context, cost, layers, multiple, pp)
     drafts, rings, orders = POLICIES[context.policy](problem, mode != "free")
     if mode == "free":
         counts = [max(len(order), 1) for order in orders]

@@ -9,16 +9,12 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Mapping
 
-import numpy as np
-
 from allometry.parallel.hdp.free import place_free
+from allometry.parallel.hdp.goals import choose_pipelines, choose_waves
 from allometry.parallel.hdp.levels import place_levels
 from allometry.parallel.hdp.packing import best_fit
-from allometry.parallel.hdp.problem import Draft, Ints, Placed, Problem
+from allometry.parallel.hdp.problem import Placed, Problem
 from allometry.parallel.hdp.waves import place_in_turn, place_lockstep
-
-UNIT_SHARE = 0.5
-"""No unit should take longer than this share of the ideal step, or the others wait for it."""
 
 
 def static(problem: Problem, aligned: bool) -> Placed:
@@ -57,33 +53,33 @@ def naive(problem: Problem, aligned: bool) -> Placed:
     short = order[problem.lengths[order] <= problem.usable]
     rings = problem.rings(long, problem.fewest[long])
     bins = best_fit(short.tolist(), problem.lengths.tolist(), problem.usable)
-    drafts = [*rings, *problem.packed(bins)]
+    singles = problem.packed(bins)
     if aligned:
-        return place_in_turn(problem, drafts)
+        return place_in_turn(problem, rings, singles)
     counts = [(0, rank) for rank in range(problem.ranks)]
     orders: list[list[int | None]] = [[] for _ in range(problem.ranks)]
     members = []
-    for number, draft in enumerate(drafts):
+    for number, draft in enumerate([*rings, *singles]):
         found = [heapq.heappop(counts) for _ in range(draft.degree)]
         members.append(tuple(sorted(rank for _, rank in found)))
         for count, rank in found:
             heapq.heappush(counts, (count + 1, rank))
             orders[rank].append(number)
-    return Placed(drafts, members, orders)
+    return Placed([*rings, *singles], members, orders)
 
 
 def balanced(problem: Problem, aligned: bool) -> Placed:
     """Give documents ranks until none takes long, and all ranks the same to do."""
     if not aligned:
         return place_free(problem)
-    rings, rest = _rings(problem)
+    rings, rest = choose_waves(problem)
     return place_lockstep(problem, rings, rest.tolist())
 
 
 def pipeline_balanced(problem: Problem, aligned: bool) -> Placed:
     """As balanced, but each pipeline has documents of like lengths; see ``levels.py``."""
-    rings, rest = _rings(problem)
-    return place_levels(problem, rings, rest.tolist())
+    rings, rest = choose_pipelines(problem)
+    return place_levels(problem, rings, rest)
 
 
 POLICIES: Mapping[str, Callable[[Problem, bool], Placed]] = {
@@ -92,15 +88,3 @@ POLICIES: Mapping[str, Callable[[Problem, bool], Placed]] = {
     "balanced": balanced,
     "pipeline_balanced": pipeline_balanced,
 }
-
-
-def _rings(problem: Problem) -> tuple[list[Draft], Ints]:
-    """Return units of the documents that are long or dear, and the other documents."""
-    goal = UNIT_SHARE * problem.ideal
-    order = problem.descending
-    apart = (problem.lengths[order] > problem.usable) | (problem.alone[order] > goal)
-    documents = order[apart]
-    degrees = problem.degrees(documents, goal)
-    alone = (degrees == 1) & (problem.lengths[documents] <= problem.usable)
-    rest = np.sort(np.concatenate([np.flatnonzero(~apart), np.flatnonzero(apart)[alone]]))
-    return problem.rings(documents[~alone], degrees[~alone]), order[rest]

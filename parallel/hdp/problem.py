@@ -60,6 +60,7 @@ class Problem:
     cost: CostModel
     layers: int
     multiple: int
+    pp: int
 
     @classmethod
     def of(
@@ -70,13 +71,16 @@ class Problem:
         cost: CostModel,
         layers: int,
         multiple: int,
+        pp: int = 1,
     ) -> Problem:
         """Check that all documents find room.
 
         Raises:
             UserError: the longest does not; it names the keys and what would do.
         """
-        problem = cls(np.asarray(lengths, dtype=np.int64), ranks, context, cost, layers, multiple)
+        problem = cls(
+            np.asarray(lengths, dtype=np.int64), ranks, context, cost, layers, multiple, pp
+        )
         assert problem.lengths.size, "a step has documents"
         assert problem.lengths.min() >= 1, "a document has tokens"
         longest = int(problem.lengths.max())

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from allometry.parallel.hdp.packing import best_fit, even_bins
-from allometry.parallel.hdp.problem import Draft, Placed, Problem
+from allometry.parallel.hdp.problem import Draft, Ints, Placed, Problem
 
 
 class Waves:
@@ -17,71 +17,92 @@ class Waves:
     """
 
     def __init__(self, ranks: int) -> None:
-        self._ranks = ranks
         self._loads = np.zeros(ranks)
-        self._taken: list[np.ndarray] = []  # by wave: the unit of each rank, -1: none
-        self._free: list[int] = []
-        self.heights: list[float] = []
+        self._taken: list[Ints] = []  # by wave: the unit of each rank, -1: none
+        self._shelves = Shelves(ranks)
         self.rings: list[tuple[int, ...]] = []
+
+    @property
+    def heights(self) -> list[float]:
+        """What each wave's dearest unit costs."""
+        return self._shelves.heights
 
     @property
     def holes(self) -> int:
         """Places without a unit."""
-        return sum(self._free)
+        return sum(self._shelves.free)
 
     def add(self, draft: Draft) -> None:
         """Put the next unit into the first wave with room, on the ranks with the least to do."""
-        wave = next((w for w, free in enumerate(self._free) if free >= draft.degree), None)
-        if wave is None:
-            wave = self._open()
+        wave = self._shelves.add(draft.degree, draft.cost)
+        if wave == len(self._taken):
+            self._open()
         ranks = np.flatnonzero(self._taken[wave] < 0)
         if draft.degree < len(ranks):
-            least = np.argsort(self._loads[ranks], kind="stable")[: draft.degree]
-            ranks = np.sort(ranks[least])
-        self._set(wave, ranks, draft.cost)
+            ranks = ranks[np.argsort(self._loads[ranks], kind="stable")[: draft.degree]]
+        self._taken[wave][ranks] = len(self.rings)
+        self._loads[ranks] += draft.cost
+        self.rings.append(tuple(np.sort(ranks).tolist()))
 
     def fill(self, drafts: Sequence[Draft]) -> None:
         """Put units of one rank, dearest first, into the holes of the dearest waves, then anew."""
-        waves = sorted(range(len(self._free)), key=lambda wave: (-self.heights[wave], wave))
-        rest = iter(drafts)
-        draft = next(rest, None)
-        while draft is not None:
-            wave = waves.pop(0) if waves else self._open()
-            free = np.flatnonzero(self._taken[wave] < 0)
+        known = np.argsort(-np.array(self.heights), kind="stable").tolist()
+        start = 0
+        while start < len(drafts):
+            wave = known.pop(0) if known else self._open()
+            ranks = np.flatnonzero(self._taken[wave] < 0)
             # The dearest unit goes to the rank that has had the least.
-            for rank in free[np.argsort(self._loads[free], kind="stable")]:
-                self._set(wave, np.array([rank]), draft.cost)
-                draft = next(rest, None)
-                if draft is None:
-                    break
+            ranks = ranks[np.argsort(self._loads[ranks], kind="stable")][: len(drafts) - start]
+            stop = start + len(ranks)
+            self._taken[wave][ranks] = np.arange(len(self.rings), len(self.rings) + len(ranks))
+            self._loads[ranks] += [draft.cost for draft in drafts[start:stop]]
+            self.rings += [(rank,) for rank in ranks.tolist()]
+            start = stop
 
     def orders(self) -> list[list[int | None]]:
         """What each rank runs, all equally much."""
         if not self._taken:
-            return [[] for _ in range(self._ranks)]
+            return [[] for _ in self._loads]
         table = np.stack(self._taken, axis=1).tolist()
         return [[None if number < 0 else number for number in order] for order in table]
 
     def _open(self) -> int:
-        self._taken.append(np.full(self._ranks, -1, dtype=np.int64))
-        self._free.append(self._ranks)
-        self.heights.append(0.0)
-        return len(self._free) - 1
+        self._taken.append(np.full(self._loads.shape, -1, dtype=np.int64))
+        return len(self._taken) - 1
 
-    def _set(self, wave: int, ranks: np.ndarray, cost: float) -> None:
-        self._taken[wave][ranks] = len(self.rings)
-        self._free[wave] -= len(ranks)
-        self._loads[ranks] += cost
+
+class Shelves:
+    """Widths and heights alone: the first wave with room for each."""
+
+    def __init__(self, ranks: int) -> None:
+        self._ranks, self._first = ranks, 0
+        self.free: list[int] = []
+        self.heights: list[float] = []
+
+    def add(self, degree: int, cost: float) -> int:
+        """Return the wave that a unit comes into."""
+        free = self.free
+        while self._first < len(free) and not free[self._first]:
+            self._first += 1
+        for wave in range(self._first, len(free)):
+            if free[wave] >= degree:
+                break
+        else:
+            wave = len(free)
+            free.append(self._ranks)
+            self.heights.append(0.0)
+        free[wave] -= degree
         self.heights[wave] = max(self.heights[wave], cost)
-        self.rings.append(tuple(ranks.tolist()))
+        return wave
 
 
-def place_in_turn(problem: Problem, drafts: Sequence[Draft]) -> Placed:
-    """Place units as they come, each in the first wave with room."""
+def place_in_turn(problem: Problem, rings: Sequence[Draft], singles: Sequence[Draft]) -> Placed:
+    """Place units as they come, each in the first wave with room; those of one rank last."""
     waves = Waves(problem.ranks)
-    for draft in drafts:
-        waves.add(draft)
-    return Placed(list(drafts), waves.rings, waves.orders())
+    for ring in rings:
+        waves.add(ring)
+    waves.fill(singles)
+    return Placed([*rings, *singles], waves.rings, waves.orders())
 
 
 def place_lockstep(problem: Problem, rings: Sequence[Draft], rest: Sequence[int]) -> Placed:
@@ -91,7 +112,6 @@ def place_lockstep(problem: Problem, rings: Sequence[Draft], rest: Sequence[int]
     fit by falling height, as in strip packing), and documents of one rank are spread over as many
     micro-batches as there are places in the waves that they need anyway.
     """
-    rings = sorted(rings, key=lambda ring: (-ring.cost, ring.documents))
     waves = Waves(problem.ranks)
     for ring in rings:
         waves.add(ring)

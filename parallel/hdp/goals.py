@@ -1,0 +1,79 @@
+"""How long a ring may take where ranks run side by side, so that none waits for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from allometry.parallel.hdp.problem import Draft, Ints, Problem
+from allometry.parallel.hdp.waves import Shelves
+
+SHARES = (1.5, 1.0, 0.7, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05, 0.025)
+"""Of the ideal step: what is tried as the longest that a ring may take."""
+
+
+class Choice(NamedTuple):
+    """Units of the documents that are long or dear, dearest first, and the others."""
+
+    rings: list[Draft]
+    rest: Ints
+
+
+def choose_waves(problem: Problem) -> Choice:
+    """Return rings such that waves of them and of all else are done soonest.
+
+    A wave lasts as long as its dearest unit; what follows a pipeline's first micro-batch waits for
+    the dearest one once for each further stage.
+    """
+
+    def seconds(choice: Choice) -> float:
+        shelves = Shelves(problem.ranks)
+        for ring in choice.rings:
+            shelves.add(ring.degree, ring.cost)
+        tokens = float(problem.tokens[choice.rest].sum())
+        work = float(problem.alone[choice.rest].sum())
+        full = work * problem.usable / max(tokens, 1.0)  # a full micro-batch
+        waves = max(tokens / problem.usable - sum(shelves.free), 0.0) / problem.ranks
+        heights = [*shelves.heights, min(full, work)]
+        total = sum(shelves.heights) + max(waves * full, work / problem.ranks * (waves > 0))
+        return total + (problem.pp - 1) * max(heights)
+
+    return min(_choices(problem), key=seconds)
+
+
+def choose_pipelines(problem: Problem) -> Choice:
+    """Return rings such that pipelines that level one another are done soonest.
+
+    A pipeline of equal stages takes the sum of its micro-batches and then its dearest one for each
+    further stage (arXiv 2104.04473).
+    """
+
+    def seconds(choice: Choice) -> float:
+        work = float(problem.alone[choice.rest].sum())
+        work += sum(ring.cost * ring.degree for ring in choice.rings)
+        dearest = max((ring.cost for ring in choice.rings), default=0.0)
+        return max(work / problem.ranks, dearest) + (problem.pp - 1) * dearest
+
+    return min(_choices(problem), key=seconds)
+
+
+def _choices(problem: Problem) -> Iterator[Choice]:
+    """Yield what each share makes of the documents; the same twice only once."""
+    order = problem.descending
+    long = problem.lengths[order] > problem.usable
+    before: Ints | None = None
+    for share in SHARES:
+        goal = share * problem.ideal
+        documents = order[long | (problem.alone[order] > goal)]
+        degrees = problem.degrees(documents, goal)
+        alone = (degrees == 1) & (problem.lengths[documents] <= problem.usable)
+        all_degrees = np.zeros(len(order), dtype=np.int64)
+        all_degrees[documents[~alone]] = degrees[~alone]
+        if before is not None and np.array_equal(before, all_degrees):
+            continue
+        before = all_degrees
+        rings = problem.rings(documents[~alone], degrees[~alone])
+        rings.sort(key=lambda ring: (-ring.cost, ring.documents))
+        yield Choice(rings, order[all_degrees[order] == 0])
