@@ -128,6 +128,7 @@ class DocumentPlanner:
             multiple=self._tp,
             round_count=pp if pp > 1 and schedule in INTERLEAVED_ROUNDS else 1,
             least=least_micro_batches(schedule, pp) if pp > 1 else 1,
+            pp=pp,
         )
         self.replay(plan)
         return plan

@@ -20,8 +20,8 @@ from allometry.parallel.hdp.waves import Waves
 def place_levels(problem: Problem, rings: Sequence[Draft], rest: Ints) -> Placed:
     """Place rings, dearest first, in waves; then each pipeline takes the next of the rest.
 
-    ``rest`` is longest first. The pipelines with the dearest rings come first and get the longest ones. What a pipeline has
-    before its last ring stands in the holes of these waves.
+    ``rest`` is longest first. The pipelines with the dearest rings come first and get the longest
+    documents. What a pipeline has before its last ring stands in the holes of these waves.
     """
     waves = Waves(problem.ranks)
     for ring in rings:
