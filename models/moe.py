@@ -98,10 +98,13 @@ class MoEFeedForward(nn.Module):
         shared_width = experts.num_shared_experts * experts.width
         self.shared = FeedForward(model.width, shared_width) if shared_width else None
 
-    def forward(self, x_BLD: Tensor) -> tuple[Tensor, RouterStatistics]:
-        """Return [B, L, D] and what the router saw."""
+    def forward(
+        self, x_BLD: Tensor, counted_BL: Tensor | None = None
+    ) -> tuple[Tensor, RouterStatistics]:
+        """Return [B, L, D] and what the router saw, which are the tokens ``counted_BL``."""
         x_TD = x_BLD.flatten(0, 1)
-        gates_Tk, experts_Tk, statistics = self.router(x_TD)
+        counted_T = None if counted_BL is None else counted_BL.flatten()
+        gates_Tk, experts_Tk, statistics = self.router(x_TD, counted_T)
         if self.routed_scale != 1.0:
             gates_Tk = gates_Tk * self.routed_scale
         h_TD = x_TD if self.latent_down is None else self.latent_down(x_TD)
@@ -126,7 +129,9 @@ class MoEBlock(Block):
     def forward(self, x_BLD: Tensor, geometry: Geometry) -> tuple[Tensor, RouterStatistics]:
         """Return [B, L, D] in x's type, and what its router saw."""
         x_BLD = x_BLD + self._scaled(self.attention(self.attention_norm(x_BLD), geometry))
-        y_BLD, statistics = self.ffn(self.ffn_norm(x_BLD))
+        documents = geometry.documents
+        counted_BL = None if documents is None else documents.counted_BL
+        y_BLD, statistics = self.ffn(self.ffn_norm(x_BLD), counted_BL)
         return x_BLD + self._scaled(y_BLD), statistics
 
 

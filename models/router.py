@@ -84,26 +84,31 @@ class Router(DeclaresRoles):
         self.bias.zero_()
         self.tokens.fill_(float("nan"))
 
-    def forward(self, x_TD: Tensor) -> Routing:
-        """Return the routing of ``x_TD``."""
+    def forward(self, x_TD: Tensor, counted_T: Tensor | None = None) -> Routing:
+        """Return the routing of ``x_TD``.
+
+        Tokens that are not ``counted_T`` (bool; None: all are) are routed as any other, but are
+        neither in the statistics nor in the gradient of a balance; ``tokens`` leaves them out too.
+        """
         wide = torch.promote_types(x_TD.dtype, torch.float32)
         logits_TE = F.linear(x_TD.to(wide), local(self.weight).to(wide))
-        logits_TE = self._with_balance(logits_TE)
+        logits_TE = self._with_balance(logits_TE, counted_T)
         scores_TE = scores(logits_TE, self.config)
         bias = self.bias if isinstance(self.config.balance, BiasBalance) else None
         with torch.no_grad():
             experts_Tk = select(scores_TE, bias, self.config, self.experts_per_token)
         gates_Tk = gates(logits_TE, scores_TE, experts_Tk, self.config)
-        return Routing(gates_Tk, experts_Tk, observe(logits_TE, experts_Tk, self.config))
+        statistics = observe(logits_TE, experts_Tk, self.config, counted_T)
+        return Routing(gates_Tk, experts_Tk, statistics)
 
-    def _with_balance(self, logits_TE: Tensor) -> Tensor:
+    def _with_balance(self, logits_TE: Tensor, counted_T: Tensor | None) -> Tensor:
         balance, z_loss = self.config.balance, self.config.z_loss
         coefficient = balance.coefficient if isinstance(balance, AuxiliaryBalance) else 0.0
         if not coefficient and not z_loss:
             return logits_TE
         sigmoid = self.config.gate == "sigmoid"
         joined: Tensor = _BalanceGradient.apply(
-            logits_TE, self.load, self.tokens, coefficient, z_loss, sigmoid
+            logits_TE, self.load, self.tokens, counted_T, coefficient, z_loss, sigmoid
         )
         return joined
 
@@ -153,16 +158,23 @@ def shares(logits_TE: Tensor, sigmoid: bool) -> Tensor:
 
 
 @torch.no_grad()
-def observe(logits_TE: Tensor, experts_Tk: Tensor, config: RouterConfig) -> RouterStatistics:
-    """Return the statistics of these tokens."""
+def observe(
+    logits_TE: Tensor, experts_Tk: Tensor, config: RouterConfig, counted_T: Tensor | None = None
+) -> RouterStatistics:
+    """Return the statistics of these tokens, or of those that are counted."""
     shares_TE = shares(logits_TE, config.gate == "sigmoid")
     chosen_TE = torch.zeros_like(logits_TE, dtype=torch.bool).scatter(1, experts_Tk, True)
+    log_z_T = logits_TE.logsumexp(1)
+    tokens = torch.full((), logits_TE.shape[0], dtype=torch.int64, device=logits_TE.device)
+    if counted_T is not None:
+        chosen_TE, shares_TE = chosen_TE & counted_T[:, None], shares_TE * counted_T[:, None]
+        log_z_T, tokens = log_z_T * counted_T, counted_T.sum()
     return RouterStatistics(
         counts_E=chosen_TE.sum(0),
         probabilities_E=shares_TE.sum(0),
         entropy=torch.special.entr(shares_TE).sum(),
-        squared_log_z=logits_TE.logsumexp(1).square().sum(),
-        tokens=torch.full((), logits_TE.shape[0], dtype=torch.int64, device=logits_TE.device),
+        squared_log_z=log_z_T.square().sum(),
+        tokens=tokens,
     )
 
 
@@ -175,18 +187,21 @@ class _BalanceGradient(torch.autograd.Function):
         logits_TE: Tensor,
         load_E: Tensor,
         tokens: Tensor,
+        counted_T: Tensor | None,
         coefficient: float,
         z_loss: float,
         sigmoid: bool,
     ) -> Tensor:
-        ctx.save_for_backward(logits_TE, load_E, tokens)
+        ctx.save_for_backward(logits_TE, load_E, tokens, counted_T)
         ctx.coefficient, ctx.z_loss, ctx.sigmoid = coefficient, z_loss, sigmoid
         return logits_TE.view_as(logits_TE)
 
     @staticmethod
     def backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor | None, ...]:
-        logits_TE, load_E, tokens = ctx.saved_tensors
+        logits_TE, load_E, tokens, counted_T = ctx.saved_tensors
         each = (1.0 / tokens).to(logits_TE.dtype)
+        if counted_T is not None:
+            each = counted_T[:, None] * each
         if ctx.coefficient:
             shares_TE = shares(logits_TE, ctx.sigmoid)
             push_E = ctx.coefficient * load_E.shape[0] * load_E.to(logits_TE.dtype)
@@ -198,4 +213,4 @@ class _BalanceGradient(torch.autograd.Function):
         if ctx.z_loss:
             log_z_T1 = logits_TE.logsumexp(1, keepdim=True)
             grad_TE = grad_TE + each * 2.0 * ctx.z_loss * log_z_T1 * (logits_TE - log_z_T1).exp()
-        return grad_TE, None, None, None, None, None
+        return grad_TE, None, None, None, None, None, None

@@ -47,7 +47,7 @@ from torch.distributed.tensor import (
 
 from allometry.models.head import OutputHead
 from allometry.models.layers import Embedding, local
-from allometry.models.moe import Experts
+from allometry.models.moe import Experts, MoEFeedForward
 from allometry.models.transformer import Attention, FeedForward, Transformer
 from allometry.models.vocabulary import SharedSoftmax
 from allometry.parallel.mesh import Axis, Mesh
@@ -78,6 +78,8 @@ def apply_tensor(model: Transformer, mesh: Mesh) -> None:
                     module.forward = partial(_look_up, module, vocabulary)
                 case OutputHead():
                     _share_head(module, line, mesh.tp)
+                case MoEFeedForward():
+                    module.register_forward_pre_hook(partial(_cut_counted, mesh.tp))
                 case Experts():
                     module.register_forward_pre_hook(partial(_gather_rows, line))
                     module.register_forward_hook(partial(_scatter_rows, line))
@@ -184,6 +186,15 @@ def _exchange_tokens(module: nn.Module, line: DeviceMesh) -> None:
 
     module.register_forward_pre_hook(before)
     module.register_forward_hook(after)
+
+
+def _cut_counted(axis: Axis, _: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Leave a router the flags of the tokens that it sees."""
+    x_BlD, *others = inputs
+    return x_BlD, *(
+        None if counted_BL is None else counted_BL.tensor_split(axis.size, dim=1)[axis.rank]
+        for counted_BL in others
+    )
 
 
 def _gather_rows(

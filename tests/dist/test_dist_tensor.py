@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -169,6 +170,43 @@ def spread(stage: int, dtype: str = "fp64") -> RunConfig:
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_mixtures_of_experts_with_expert_parallelism(run_ranks: RunRanks, stage: int) -> None:
     assert worst(run_ranks(errors, 4, spread(stage))) < 1e-10
+
+
+def filled(run: RunConfig) -> dict[str, float]:
+    """Errors where sequences of 11 tokens are filled up to 16, against one process without that."""
+    with tiny.mesh(run) as mesh:
+        cuts = torch.tensor([0, 7, 11, 16, 23, 27, 32], dtype=torch.int32)
+        positions = torch.cat([torch.arange(n) for n in (7, 4, 5)]).expand(2, 16)
+        short = torch.tensor([0, 7, 11, 18, 22], dtype=torch.int32)
+        counted = (torch.arange(16) < 11).expand(2, 16)
+        stream = torch.randint(tiny.VOCAB, (4, 17), generator=torch.Generator().manual_seed(3))
+        model, sync = tiny.distributed(run, mesh)
+        alone = tiny.initialized(run, mesh.device)
+        mine, whole = [], []
+        for pair in stream.split(2):
+            targets = pair[:, 1:].masked_fill(~counted, tiny.IGNORE)
+            documents = Documents(cuts, 7, positions, counted_BL=counted)
+            mine.append(tiny.MicroBatch(pair[:, :-1], targets, documents))
+            documents = Documents(short, 7, positions[:, :11])
+            whole.append(tiny.MicroBatch(pair[:, :11], targets[:, :11], documents))
+        for each in (model, alone):
+            prepare(each, whole)
+        tiny.backward_shared(model, sync, mine, mesh)
+        tiny.backward_alone(alone, whole)
+        worst_of = {"gradients": tiny.worst_error(tiny.gradients(model), tiny.gradients(alone))}
+        expected = alone.take_statistics()
+        for layer, found in model.take_statistics().items():
+            for name, value in found._asdict().items():
+                dist.all_reduce(value, group=mesh.tp.group)
+                exact = getattr(expected[layer], name)
+                worst_of[f"{name} {layer}"] = float(((value - exact) / exact).abs().max())
+        return worst_of
+
+
+def test_routers_do_not_see_filling(run_ranks: RunRanks) -> None:
+    found = run_ranks(filled, 2, mixture(2))
+    assert len(found[0]) == 1 + 5
+    assert worst(found) < 1e-10
 
 
 def test_compiled_mixtures_of_experts(run_ranks: RunRanks) -> None:

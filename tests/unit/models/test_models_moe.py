@@ -11,7 +11,9 @@ from torch import Tensor
 
 from allometry.configs.model import MoEModel
 from allometry.models.build import build_model, parameter_specs
+from allometry.models.documents import Documents
 from allometry.models.init import initialize
+from allometry.models.loss import IGNORE
 from allometry.models.moe import (
     MoEBlock,
     MoEFeedForward,
@@ -268,6 +270,37 @@ def test_record():
         }
     )
     assert "auxiliary_loss" not in balance_record(statistics, described("latent"))
+
+
+def test_routers_do_not_see_filling():
+    """A sequence that is filled up is the sequence itself, in gradients and statistics."""
+    changes = {
+        "router": {"balance": {"kind": "auxiliary", "coefficient": 0.3}, "z_loss": 0.1},
+        "z_loss": 0.0,
+    }
+    filled, alone = small(**changes), small(**changes)
+    whole, targets = tokens(), tokens(seed=5)
+    positions = torch.arange(L).expand(B, L)
+    keeps = torch.zeros(B, L, dtype=torch.bool)
+    cuts = [0]
+    for row in range(B):  # other numbers of tokens in each sequence, the rest a document of its own
+        kept = L - 1 - row
+        keeps[row, :kept] = True
+        cuts += [row * L + kept, (row + 1) * L]
+    for model in (filled, alone):
+        begin_step(model, int(keeps.sum()))
+        for router in routers(model).values():
+            router.load.copy_(torch.arange(1.0, E + 1.0) / (E * (E + 1) / 2))
+    documents = Documents(torch.tensor(cuts, dtype=torch.int32), L, positions, counted_BL=keeps)
+    filled(whole, targets.masked_fill(~keeps, IGNORE), documents).total.backward()
+    for row, kept in enumerate(keeps.sum(1).tolist()):
+        alone(whole[row : row + 1, :kept], targets[row : row + 1, :kept]).total.backward()
+    for one, other in zip(filled.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-10, atol=1e-12)
+    found, expected = filled.take_statistics(), alone.take_statistics()
+    assert found.keys() == expected.keys() == {1, 2}
+    for layer in found:
+        torch.testing.assert_close(found[layer], expected[layer], rtol=1e-12, atol=1e-12)
 
 
 def test_silu_is_the_activation():

@@ -255,3 +255,26 @@ def test_no_tokens():
     assert not any(value.any() for value in seen)
     gates_Tk.sum().backward()
     assert not made.weight.grad.any()
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_what_is_not_counted_leaves_no_trace(gate):
+    """Gradients of both losses and all statistics are those of the counted tokens alone."""
+    options = {"balance": AuxiliaryBalance(coefficient=0.3), "z_loss": 0.1, "gate": gate}
+    made, alone = router(**options), router(**options)
+    counted_T = torch.arange(T) % 3 > 0
+    weights = torch.randn(T, K, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    weights[~counted_T] = 0.0
+    for each in (made, alone):
+        each.load.copy_(torch.arange(1.0, E + 1.0) / 36.0)
+        each.tokens.fill_(int(counted_T.sum()))
+    with_filling, without = made(tokens(), counted_T), alone(tokens()[counted_T])
+    (with_filling.gates_Tk * weights).sum().backward()
+    (without.gates_Tk * weights[counted_T]).sum().backward()
+    torch.testing.assert_close(made.weight.grad, alone.weight.grad, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(
+        with_filling.statistics, without.statistics, rtol=1e-12, atol=1e-12, check_dtype=False
+    )
+    made.zero_grad()
+    (made(tokens()).gates_Tk * weights).sum().backward()
+    assert (made.weight.grad - alone.weight.grad).abs().max() > 1e-4
