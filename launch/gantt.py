@@ -58,7 +58,7 @@ def draw_plan(folder: Path, step: int | None, out: Path, *, as_json: bool) -> st
         makespan_s=played.makespan,
     )
     text = (
-        f"step {picture.step}, {picture.mode}: {picture.ranks} hdp ranks"
+        f"step {picture.step}, {picture.mode}: {picture.ranks} hdp rank{'s' * (plan.ranks > 1)}"
         + (f" x {pp} pipeline ranks ({record['schedule']})" if pp > 1 else "")
         + f", {picture.waves} waves, balance {picture.balance:.3f}"
         + (f", {picture.dummies} dummies" if picture.dummies else "")
