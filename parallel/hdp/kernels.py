@@ -7,7 +7,7 @@ of the whole gradient (arXiv 2205.14135, App. B.2; arXiv 2310.01889).
 Every kernel takes several runs at once: queries of run i see keys of run i only.
 """
 
-# Q queries, S keys, N query heads, K key/value heads, G = N/K, H head width
+# Q queries, S keys, N query heads, K key/value heads, G = N/K, H head width; filled up: P and R
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from enum import StrEnum
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from allometry.models.attention_cpu import padded_lengths
 from allometry.parallel.hdp import kernels_cuda
 from allometry.parallel.hdp.kernels_cuda import Runs
 
@@ -207,10 +209,12 @@ def _written_out_backward(
 def _cpu(
     q_QNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    q, k, v = (x.transpose(0, 1)[None] for x in (q_QNH, k_SKH, v_SKH))
+    Q, (P, R) = len(q_QNH), _cpu_lengths(q_QNH, k_SKH)
+    q, k, v = (_fill(x, size) for x, size in ((q_QNH, P), (k_SKH, R), (v_SKH, R)))
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    o_1NQH, lse_1NQ = kernel(q, k, v, is_causal=causal, scale=scale)
-    return o_1NQH[0].transpose(0, 1), lse_1NQ[0]
+    mask = _hide_filling(k_SKH, R, causal)
+    o_1NPH, lse_1NP = kernel(q, k, v, is_causal=causal, attn_mask=mask, scale=scale)
+    return o_1NPH[0, :, :Q].transpose(0, 1), lse_1NP[0, :, :Q]
 
 
 def _cpu_backward(
@@ -223,11 +227,44 @@ def _cpu_backward(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad, q, k, v, o = (x.transpose(0, 1)[None] for x in (grad_QNH, q_QNH, k_SKH, v_SKH, o_QNH))
-    lse_1NQ = lse_NQ[None].contiguous()
+    (P, R), sizes = _cpu_lengths(q_QNH, k_SKH), (len(q_QNH), len(k_SKH), len(k_SKH))
+    # A row of filling has no gradient and so adds nothing to those of the keys.
+    grad, q, o = (_fill(x, P) for x in (grad_QNH, q_QNH, o_QNH))
+    k, v = (_fill(x, R) for x in (k_SKH, v_SKH))
+    lse_1NP = F.pad(lse_NQ, (0, P - sizes[0]))[None].contiguous()
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    dq, dk, dv = kernel(grad, q, k, v, o, lse_1NQ, 0.0, causal, scale=scale)
-    return dq[0].transpose(0, 1), dk[0].transpose(0, 1), dv[0].transpose(0, 1)
+    mask = _hide_filling(k_SKH, R, causal)
+    parts = kernel(grad, q, k, v, o, lse_1NP, 0.0, causal, attn_mask=mask, scale=scale)
+    dq, dk, dv = (x[0, :, :size].transpose(0, 1) for x, size in zip(parts, sizes, strict=True))
+    return dq, dk, dv
+
+
+def _cpu_lengths(q_QNH: Tensor, k_SKH: Tensor) -> tuple[int, int]:
+    """Return how long to make queries and keys.
+
+    For each shape that the kernel's products of half types meet, code is made and kept: with a
+    shape for each document and source, a process grows by gigabytes.
+    """
+    lengths = torch.tensor([len(q_QNH), len(k_SKH)])
+    if q_QNH.dtype in (torch.bfloat16, torch.float16):
+        lengths = padded_lengths(lengths)
+    P, R = lengths.tolist()
+    return P, R
+
+
+def _fill(x_QNH: Tensor, size: int) -> Tensor:
+    """Return [1, N, size, H], zeros after what there is."""
+    if size > len(x_QNH):
+        x_QNH = F.pad(x_QNH, (0, 0, 0, 0, 0, size - len(x_QNH)))
+    return x_QNH.transpose(0, 1)[None]
+
+
+def _hide_filling(k_SKH: Tensor, size: int, causal: bool) -> Tensor | None:
+    """Return what to add to scores [1, size]; causality hides what comes after a run by itself."""
+    if causal or size == len(k_SKH):
+        return None
+    shown_1S = k_SKH.new_zeros(1, len(k_SKH))
+    return F.pad(shown_1S, (0, size - len(k_SKH)), value=float("-inf"))
 
 
 _FORWARD: dict[Kernel, Callable[..., tuple[Tensor, Tensor]]] = {

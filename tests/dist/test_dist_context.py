@@ -1,6 +1,7 @@
 """A model whose documents lie on rings of ranks has the gradients of one process."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -78,9 +79,15 @@ def shared(waves: list[list[Unit]], rank: int) -> Iterator[tiny.MicroBatch]:
             yield micro_batch(*found, tag=10 * number + wave.index(found[0]))
 
 
-def summed_gradients(model: Transformer, waves: list[list[Unit]], mesh: Mesh) -> dict[str, Tensor]:
+def summed_gradients(
+    model: Transformer, waves: list[list[Unit]], mesh: Mesh, *, from_zero: bool = False
+) -> dict[str, Tensor]:
+    """The gradients of all ranks together; ``from_zero``: wrongly, positions count rows."""
     count = tiny.global_count(whole(waves))
     for batch in shared(waves, mesh.hdp.rank):
+        if from_zero:
+            rows = torch.arange(batch.tokens_BL.shape[1])[None]
+            batch = replace(batch, documents=replace(batch.documents, positions_BL=rows))
         (tiny.forward_loss(model, batch) / count).backward()
     return {
         name: mesh.all_reduce_sum(p.grad if p.grad is not None else torch.zeros_like(p), "hdp")
@@ -146,19 +153,7 @@ def test_gradients_equal_one_process(
 def misplaced_error() -> float:
     """The same comparison where members take their rows to be at the start of the document."""
     with tiny.mesh() as mesh:
-        model = with_context("fp64", mesh)
-        real = Documents.__init__
-
-        def from_zero(self: Documents, *args: Any) -> None:
-            real(self, *args)
-            positions = torch.arange(self.positions_BL.shape[1])[None]
-            object.__setattr__(self, "positions_BL", positions)
-
-        Documents.__init__ = from_zero
-        try:
-            got = summed_gradients(model, PAIRS, mesh)
-        finally:
-            Documents.__init__ = real
+        got = summed_gradients(with_context("fp64", mesh), PAIRS, mesh, from_zero=True)
         plain = tiny.initialized(tiny.config(0, "fp64"), mesh.device)
         tiny.backward_alone(plain, whole(PAIRS))
         return tiny.worst_error(got, tiny.gradients(plain))
