@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from allometry.configs.errors import UserError
 from allometry.configs.run import RunConfig
 from allometry.data.batch import IGNORE, Batch
 from allometry.data.documents import DocumentStream, Pieces
@@ -198,6 +199,11 @@ def document_steps(
     def fetch(step: int) -> StepInput:
         position = plan.batch.sequences_before(step)
         pieces = stream.pieces(position, plan.batch.sequences(step))
+        if not len(pieces):
+            raise UserError(
+                f"no document of two tokens or more begins in step {step}, so there is nothing to "
+                "train on; raise batch.sequences or prepare the sources from longer documents"
+            )
         made = planner.plan(pieces.lengths.tolist())
         return StepInput(planner.batches(made, pieces, mesh.hdp.rank, host, position), made)
 
@@ -224,10 +230,10 @@ def document_batch(
     size, member = len(unit.ring), unit.ring.index(rank)
     tokens, targets, positions, sources, runs = [], [], [], [], []
     for index in unit.documents:
-        all_tokens, all_targets = pieces.read(index)
-        for part in _parts(len(all_tokens), size, member):
-            tokens.append(all_tokens[part.start : part.stop])
-            targets.append(all_targets[part.start : part.stop])
+        for part in _parts(int(pieces.lengths[index]), size, member):
+            part_tokens, part_targets = pieces.read(index, part.start, part.stop)
+            tokens.append(part_tokens)
+            targets.append(part_targets)
             positions.append(np.arange(part.start, part.stop))
             sources.append(np.full(len(part), pieces.sources[index], np.int64))
             runs.append(len(part))

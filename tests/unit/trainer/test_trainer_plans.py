@@ -1,11 +1,15 @@
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from allometry.configs.errors import UserError
 from allometry.configs.execution import ContextConfig, ContextCosts
 from allometry.configs.loader import load
+from allometry.configs.run import RunConfig
+from allometry.data.synthetic import write_store
 from allometry.parallel.hdp.check import PlanError
 from allometry.parallel.hdp.cost import CostModel
 from allometry.parallel.hdp.plan import Mode, Plan, Unit, make_plan
@@ -14,6 +18,7 @@ from allometry.scaling.layout import Degrees, Layout
 from allometry.trainer.folder import RunFolder
 from allometry.trainer.plans import plan_of, plan_record, plan_rows
 from allometry.trainer.record import Recorder
+from allometry.trainer.train import train
 
 LAYOUT = Layout(Degrees(pp=1, hdp=4, tp=1, ep=1, replicas=1), "1f1b", (range(8),))
 COST = CostModel.of(load("preset:dense_25m").model, ContextCosts())
@@ -120,3 +125,20 @@ def test_plans_are_recorded_and_forgotten_as_rows_are(tmp_path: Path) -> None:
     assert plan_of(rows[1]).orders == PLAN.orders
     assert folder.forget_after(4) == 1
     assert [json.loads(line)["step"] for line in folder.plans.read_text().splitlines()] == [2, 4]
+
+
+def test_a_step_that_begins_no_document_is_one_sentence(
+    tiny: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    # Nearly all windows hold documents of one token alone.
+    write_store(tmp_path / "ones", [[1, 2], *[[3]] * 500])
+    config = tiny(
+        "data.kind=documents",
+        "data.max_document_tokens=9",
+        "data.sequence_length=9",
+        f"data.sources=[{{name: ones, train: {tmp_path}/ones}}]",
+        "batch.micro_batch_sequences=1",
+        "batch.sequences=2",
+    )
+    with pytest.raises(UserError, match="no document of two tokens or more begins in step"):
+        train(config)
