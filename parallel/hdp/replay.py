@@ -186,10 +186,11 @@ class _Play:
             lane.clock = max(lane.clock, when)
         number = lane.units[index]
         ring = () if number is None else self.units[number].ring
-        if number is None or len(ring) == 1 or kind == "W":
+        passed = _ring_pass(action)
+        if number is None or len(ring) == 1 or passed is None:
             self._finish(lane, action, number, lane.clock)
             return True
-        members = self.met[number, kind, stage]
+        members = self.met[number, passed, stage]
         members.append(lane)
         if len(members) < len(ring):
             return False
@@ -215,11 +216,13 @@ class _Play:
     def _why(self, stuck: list[_Lane]) -> str:
         """Say which ring waits for whom; without one the orders themselves are at fault."""
         for lane in stuck:
-            kind, stage, index = lane.next
-            number = lane.units[index]
-            if number is None or lane not in self.met.get((number, kind, stage), ()):
+            _, stage, index = lane.next
+            number, passed = lane.units[index], _ring_pass(lane.next)
+            if number is None or passed is None:
                 continue
-            here = self.met[number, kind, stage]
+            here = self.met.get((number, passed, stage), [])
+            if lane not in here:
+                continue
             ring = self.units[number].ring
             absent = [
                 other
@@ -233,6 +236,18 @@ class _Play:
                 f"but {absent[0].place}"
             )
         return f"the plan never ends: {stuck[0].place} waits for a pass that nobody does before it"
+
+
+def _ring_pass(action: Action) -> str | None:
+    """Return in which pass of a ring its members meet here: forward (F), backward (G) or none.
+
+    A whole backward meets the first half of one: pipelines of other lengths split it elsewhere. In
+    the first stage, which hands no gradient on, torch leaves all of it to the second half.
+    """
+    if action.kind == "F":
+        return "F"
+    whole = action.kind == "B"
+    return "G" if whole or (action.kind == "I") == (action.stage > 0) else None
 
 
 def _in_turn(count: int) -> Orders:
