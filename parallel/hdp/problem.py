@@ -187,19 +187,21 @@ class Problem:
         fewest = self.fewest[documents]
         longest = self.lengths[documents] // (2 * self.context.min_chunk_tokens)
         most = np.maximum(fewest, np.minimum(longest, self.ranks))
+        best, seconds = fewest.copy(), self.cost.times(tokens, pairs, fewest)
+        # Without a hop to wait for it would take these.
         goal_s = max(goal - self.cost.micro_batch_s, 1e-3 * goal)
-        first = np.ceil(self.cost.compute(tokens, pairs) / goal_s)
-        degree = np.clip(np.minimum(first, self.ranks).astype(np.int64), fewest, most)
-        best, seconds = degree.copy(), self.cost.times(tokens, pairs, degree)
-        open_ = np.flatnonzero((seconds > goal) & (degree < most))
+        hoped = np.ceil(self.cost.compute(tokens, pairs) / goal_s)
+        degree = np.maximum(np.minimum(hoped, self.ranks).astype(np.int64), fewest + 1)
+        open_ = np.flatnonzero((seconds > goal) & (fewest < most))
         while open_.size:
-            tried = np.ceil(degree[open_] * _STEP).astype(np.int64)
-            degree[open_] = np.minimum(np.maximum(tried, degree[open_] + 1), most[open_])
+            degree[open_] = np.minimum(degree[open_], most[open_])
             found = self.cost.times(tokens[open_], pairs[open_], degree[open_])
             better = open_[(found < _WORTH * seconds[open_]) | (found <= goal)]
             best[better] = degree[better]
             seconds[open_] = np.minimum(seconds[open_], found)
             open_ = open_[(found > goal) & (degree[open_] < most[open_])]
+            tried = np.ceil(degree[open_] * _STEP).astype(np.int64)
+            degree[open_] = np.maximum(tried, degree[open_] + 1)
         return best
 
     def rings(self, documents: Ints, degrees: Ints) -> list[Draft]:
