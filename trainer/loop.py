@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections import deque
@@ -33,6 +34,9 @@ from allometry.trainer.plans import plan_record, plan_rows
 from allometry.trainer.record import Recorder, Row
 from allometry.trainer.step import StepOutcome, TrainStep
 from allometry.trainer.stop import StopRequest
+
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -115,6 +119,7 @@ class Loop:
     _pending: deque[tuple[StepOutcome, Plan | None]] = field(default_factory=deque)
     _last_loss: float | None = None
     _begun_step: int | None = None  # the step whose state was saved or is being saved
+    _said_idle: bool = False
     _kept_step: int | None = None  # the newest checkpoint that is known to be whole
 
     def attach(
@@ -226,10 +231,23 @@ class Loop:
         if documents is not None and self.planner is not None:
             row.update(plan_rows(documents, self.planner.cost, self.planner.replay(documents)))
             self.recorder.plan(step, plan_record(documents, plan.layout))
+            self._say_idle(step, documents)
         row.update(extra)
         self.recorder.row(row)
         for callback in self.callbacks:
             callback.on_row(row)
+
+    def _say_idle(self, step: int, documents: Plan) -> None:
+        """Say once in a launch that ranks have nothing to do."""
+        idle = documents.ranks - len({rank for unit in documents.units for rank in unit.ring})
+        if idle and not self._said_idle:
+            self._said_idle = True
+            self.report("idle_ranks", step=step, ranks=idle)
+            _log.warning(
+                "step %d leaves %d of %d hdp ranks without a document; raise batch.sequences, "
+                "lower parallel.context.min_chunk_tokens or use fewer hdp ranks",
+                *(step, idle, documents.ranks),
+            )
 
     def _tokens_after(self, step: int) -> int:
         return self.stream.tokens(self.plan.batch.sequences_before(step + 1))

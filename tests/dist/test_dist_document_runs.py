@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from allometry.configs.run import RunConfig
-from run_folders import rows
+from run_folders import events, rows
 from test_dist_runs import launch, losses
 
 Ranks = Callable[..., list[Any]]
@@ -95,6 +95,27 @@ def test_the_record_has_the_plan_of_each_step(tiny: Make, run_ranks: Ranks, tmp_
         assert sum(degrees.values()) == documents
         assert row["hdp/waves"] == max(map(len, plan["orders"]))
         assert row["hdp/balance"] >= 1.0
+
+
+def test_idle_ranks_are_told(tiny: Make, run_ranks: Ranks, tmp_path: Path) -> None:
+    few = tiny(
+        *DOCUMENTS,
+        capacity(40),
+        "parallel.context.min_chunk_tokens=64",
+        "batch.sequences=2",
+        "training.total_steps=4",
+        folder=tmp_path / "few",
+    )
+    run_ranks(launch, 4, few)
+    enough = tiny(*DOCUMENTS, capacity(40), "training.total_steps=4", folder=tmp_path / "enough")
+    run_ranks(launch, 2, enough)
+    told = {
+        name: [event for event in events(tmp_path / name) if event["event"] == "idle_ranks"]
+        for name in ("few", "enough")
+    }
+    (event,) = told["few"]
+    assert 1 <= event["ranks"] <= 3
+    assert told["enough"] == []
 
 
 @pytest.mark.slow
