@@ -120,13 +120,11 @@ def ring_attention_backward(
             k_SKH, v_SKH = kv_2SKH[:, keys]
             given = (grad_TNH[rows], q_TNH[rows], k_SKH, v_SKH, o_TNH[rows], lse_NT[:, rows])
             parts = attention_block_backward(*given, _runs(pairing), scale)
-        if step > 0:
-            # The first member after a source's own begins its sum; later ones go on with it.
-            dkv_2SKH = (
-                torch.zeros_like(kv_2SKH, dtype=dq_TNH.dtype)
-                if homeward is None
-                else homeward.wait()
-            )
+        # The member after a source begins the sum of its gradients; later ones go on with it.
+        if step == 1:
+            dkv_2SKH = torch.zeros_like(kv_2SKH, dtype=dq_TNH.dtype)
+        elif homeward is not None:
+            dkv_2SKH = homeward.wait()
         if parts is not None:
             dq_TNH[rows] += parts[0]
             dkv_2SKH[0, keys] += parts[1]

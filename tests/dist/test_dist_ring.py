@@ -12,10 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from allometry.configs.execution import ParallelConfig
 from allometry.models.attention import Backend, attend
 from allometry.models.documents import Documents
 from allometry.parallel.hdp.ring import Traffic, ring_attention, ring_traffic
 from allometry.parallel.hdp.shard import ring_table
+from allometry.parallel.mesh import Mesh, open_mesh
 from rings import Unit, counting, held, unit_of
 
 RunRanks = Callable[..., list[Any]]
@@ -24,6 +26,7 @@ FILLING = 3
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 3e-2}
 
 UNITS: dict[str, list[Unit]] = {
+    "two of two": [((1, 0), (25, 6))],
     "two": [((3, 1), (37,))],
     "three": [((2, 0, 3), (41, 1, 2, 3, 30))],
     "four": [((1, 3, 0, 2), (83, 7))],
@@ -54,10 +57,14 @@ def alone(lengths: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, ...]:
     return o[0].detach(), *(g[0] for g in grads)
 
 
-def ring_errors(name: str, dtype_name: str, wrong: str = "") -> dict[str, Any]:
+def ring_errors(name: str, dtype_name: str, wrong: str = "", tp: int = 1) -> dict[str, Any]:
     """This rank's errors against one process: output, gradients, what filling got; its messages."""
-    dtype = getattr(torch, dtype_name)
-    rank, group = dist.get_rank(), dist.group.WORLD
+    with open_mesh(ParallelConfig(tp=tp, timeout_s=30), torch.device("cpu")) as mesh:
+        return errors_on(mesh, name, getattr(torch, dtype_name), wrong)
+
+
+def errors_on(mesh: Mesh, name: str, dtype: torch.dtype, wrong: str) -> dict[str, Any]:
+    rank, group = mesh.hdp.rank, mesh.hdp.group
     found = unit_of(UNITS[name], rank)
     if found is None:
         return {"error": 0.0, "filling": 0.0}
@@ -100,6 +107,13 @@ def test_rings_equal_one_process(run_ranks: RunRanks, name: str, dtype: str) -> 
         assert found["error"] < TOLERANCE[dtype]
         assert found["filling"] == 0.0
         assert found.get("type", f"torch.{dtype}") == f"torch.{dtype}"
+
+
+def test_ranks_are_those_of_the_group(run_ranks: RunRanks) -> None:
+    """With tp, hdp ranks 0 and 1 are ranks 0 and 2, or 1 and 3, of all."""
+    for found in run_ranks(ring_errors, 4, "two of two", "float64", "", 2):
+        assert found["forward"].hops == 1
+        assert found["error"] < TOLERANCE["float64"]
 
 
 @pytest.mark.parametrize("wrong", ["no zig-zag", "chunks exchanged"])

@@ -205,3 +205,14 @@ def test_kernels_are_chosen_by_device_type_and_head(monkeypatch: pytest.MonkeyPa
         for dtype, width in ((torch.float32, 64), (torch.float64, 64), (torch.bfloat16, 20)):
             assert choose_kernel(cuda, dtype, width) == Kernel.WRITTEN_OUT
         assert choose_kernel(cuda, torch.bfloat16, 264) == Kernel.WRITTEN_OUT
+
+
+@pytest.mark.parametrize("runs", RUNS, ids=str)
+def test_torch_takes_what_its_cuda_kernels_are_given(runs: Runs) -> None:
+    """Without a GPU only arguments and shapes can be checked; numbers above, where there is one."""
+    q, k, v, grad = rows(runs, (6, 2), torch.bfloat16, "meta")
+    o, lse = attention_block(q, k, v, runs, SCALE, Kernel.CUDA)
+    assert (o.shape, o.dtype) == (q.shape, torch.bfloat16)
+    assert (lse.shape, lse.dtype) == ((6, len(q)), torch.float32)
+    grads = attention_block_backward(grad, q, k, v, o, lse, runs, SCALE, Kernel.CUDA)
+    assert [(x.shape, x.dtype) for x in grads] == [(x.shape, torch.bfloat16) for x in (q, k, v)]
