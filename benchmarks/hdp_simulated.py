@@ -108,33 +108,35 @@ def ideal_s(cost: CostModel, lengths: Ints) -> float:
 def floor_s(cost: CostModel, lengths: Ints, chunk: int) -> float:
     """Return seconds that no plan undercuts.
 
-    A step of T seconds gives each document a degree at which it takes T or less, and then uses at
-    least the rank-seconds of the cheapest such degree; they must add up to no more than ranks x T.
+    A step of T seconds gives each document a degree at which it takes T or less, and uses at least
+    the rank-seconds of the cheapest such degree; they must add up to no more than ranks x T. What
+    one rank can hold costs at least its arithmetic.
     """
-    s = np.unique(lengths)
-    counts = np.bincount(np.searchsorted(s, lengths))
-    degrees = np.unique(np.ceil(1.05 ** np.arange(143)).astype(np.int64))
-    degrees = degrees[degrees <= RANKS]
+    long = lengths[lengths > CAPACITY]
+    rest = ideal_s(cost, lengths[lengths <= CAPACITY]) * RANKS
+    s, counts = np.unique(long, return_counts=True)
+    degrees = np.arange(1, RANKS + 1)
     tokens = s[:, None].astype(np.float64)
     seconds = cost.times(tokens, tokens * (tokens + 1), degrees[None])
     need = -(-s // CAPACITY)
-    most = np.maximum(s // (2 * chunk), need)
-    allowed = (degrees[None] >= need[:, None]) & (degrees[None] <= np.maximum(most, 1)[:, None])
-    # Between the degrees tried a document can be no faster than at the next one.
-    work = np.where(allowed, seconds * degrees[None], np.inf)
+    allowed = degrees[None] >= need[:, None]
+    allowed &= degrees[None] <= np.maximum(need, s // (2 * chunk))[:, None]
     low, high = ideal_s(cost, lengths), 100 * ideal_s(cost, lengths)
-    for _ in range(40):
+    for _ in range(30):
         middle = (low + high) / 2
-        least = np.where(seconds <= middle, work, np.inf).min(axis=1)
-        fits = np.isfinite(least).all() and (least * counts).sum() <= RANKS * middle
-        low, high = (low, middle) if fits else (middle, high)
+        work = np.where(allowed & (seconds <= middle), seconds * degrees[None], np.inf).min(axis=1)
+        if np.isfinite(work).all() and (work * counts).sum() + rest <= RANKS * middle:
+            high = middle
+        else:
+            low = middle
     return low
 
 
 def timed_plan(lengths: Ints, config: ContextConfig, cost: CostModel) -> tuple[Plan, float]:
-    start = time.perf_counter()
+    """Return a plan and its seconds on a processor: one thread, which waits for nothing."""
+    start = time.process_time()
     plan = make_plan(lengths, RANKS, config, cost, "free", layers=32)
-    return plan, time.perf_counter() - start
+    return plan, time.process_time() - start
 
 
 def rows_of(tail: float, seed: int, context: int, cost: CostModel, repeats: int) -> list[Row]:
@@ -147,9 +149,9 @@ def rows_of(tail: float, seed: int, context: int, cost: CostModel, repeats: int)
         for _ in range(repeats):
             plan, seconds = timed_plan(lengths, config, cost)
             times.append(seconds)
-        start = time.perf_counter()
+        start = time.process_time()
         played = replay(plan)
-        replay_s = time.perf_counter() - start
+        replay_s = time.process_time() - start
         found = summary(plan, cost, played)
         floor = floor_s(cost, lengths, config.min_chunk_tokens)
         rows.append(
@@ -217,7 +219,8 @@ def verdicts(rows: Sequence[Row], times: Sequence[float]) -> list[str]:
     middle = statistics.median(times)
     word = "met" if middle <= PLAN_GOAL_S else "missed"
     lines.append(
-        f"plan of 10,000 documents: {middle * 1e3:.1f} ms (fastest {min(times) * 1e3:.1f}), "
+        f"plan of 10,000 documents: {middle * 1e3:.1f} ms of processor time "
+        f"(fastest {min(times) * 1e3:.1f}), "
         f"goal {PLAN_GOAL_S * 1e3:.0f} ms: {word}"
     )
     return [*lines, PUBLISHED]

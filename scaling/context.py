@@ -86,13 +86,21 @@ def _check_policy(config: RunConfig, degrees: Degrees) -> None:
                     f"balanced or parallel.{key}: {1 if key == 'ep' else 2}"
                 )
     if context.offload == "selective":
-        each = config.model.num_layers // degrees.pp
-        if each < 3:
-            raise UserError(
-                "parallel.context.offload=selective leaves the first and the last layer of a rank "
-                f"where they are, and parallel.pp={degrees.pp} leaves ranks {each} of model."
-                f"num_layers={config.model.num_layers}; use offload: none or fewer pipeline ranks"
-            )
+        check_offload(config.model.num_layers // degrees.pp)
+
+
+def check_offload(layers: int) -> None:
+    """Check that a pipeline stage of so many layers has some that may offload activations.
+
+    Raises:
+        UserError: it has only the first and the last, which never do.
+    """
+    if layers < 3:
+        raise UserError(
+            "parallel.context.offload=selective leaves the first and the last layer of a stage "
+            f"where they are, and here the smallest has {layers}; use offload: none, or fewer "
+            "stages (parallel.pp, parallel.pipeline.stages_per_rank)"
+        )
 
 
 def _check_room(data: DocumentData, context: ContextConfig, degrees: Degrees) -> None:

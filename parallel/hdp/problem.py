@@ -13,6 +13,7 @@ import numpy.typing as npt
 from allometry.configs.errors import UserError
 from allometry.configs.execution import ContextConfig
 from allometry.parallel.hdp.cost import CostModel, Floats
+from allometry.scaling.context import check_offload
 
 Ints = npt.NDArray[np.int64]
 
@@ -76,7 +77,8 @@ class Problem:
         """Check that all documents find room.
 
         Raises:
-            UserError: the longest does not; it names the keys and what would do.
+            UserError: the longest does not, or no layer can be offloaded; it names the keys and
+            what would do.
         """
         problem = cls(
             np.asarray(lengths, dtype=np.int64), ranks, context, cost, layers, multiple, pp
@@ -85,6 +87,8 @@ class Problem:
         assert problem.lengths.min() >= 1, "a document has tokens"
         longest = int(problem.lengths.max())
         capacity = context.capacity_tokens
+        if context.offload == "selective":
+            check_offload(layers)
         if problem.usable == 0:
             raise UserError(
                 f"parallel.context.capacity_tokens={capacity} is less than parallel.tp={multiple}, "
@@ -144,7 +148,7 @@ class Problem:
     def fewest(self) -> Ints:
         """The fewest ranks that each document fits."""
         most = np.full(self.lengths.shape, self.usable, dtype=np.int64)
-        if self._offloads:
+        if self.context.offload == "selective":
             share = self.cost.hidden_share(self.tokens)
             away = np.floor(share * (self.layers - 2) + 1e-9).astype(np.int64)
             room = self.layers * self.context.capacity_tokens // (self.layers - away)
@@ -153,7 +157,7 @@ class Problem:
 
     def offloads(self, documents: Ints, degrees: Ints) -> Floats:
         """Return r, the share of layers that each document offloads on so many ranks."""
-        if not self._offloads:
+        if self.context.offload == "none":
             return np.zeros(len(documents))
         member = -(-self.lengths[documents] // degrees)
         member = -(-member // self.multiple) * self.multiple
@@ -221,7 +225,3 @@ class Problem:
         tokens, pairs = (np.add.reduceat(x[members], starts) for x in (self.tokens, self.pairs))
         costs = self.cost.times(tokens, pairs, degree).tolist()
         return [Draft(tuple(b), degree, c, 0.0) for b, c in zip(bins, costs, strict=True)]
-
-    @property
-    def _offloads(self) -> bool:
-        return self.context.offload == "selective" and self.layers > 2

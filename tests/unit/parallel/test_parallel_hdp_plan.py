@@ -258,12 +258,10 @@ def test_offload_is_less_where_balance_asks_for_more_ranks() -> None:
     assert unit.offload < (32 - 4) / 30
 
 
-def test_two_layers_are_never_offloaded() -> None:
-    cost = CostModel.of(MODEL, ContextCosts(host_bandwidth_gb_per_s=1e9))
-    plan = make_plan(
-        [64], 4, context("naive", offload="selective", capacity_tokens=16), cost, "free", layers=2
-    )
-    assert (len(plan.units[0].ring), plan.units[0].offload) == (4, 0.0)
+def test_two_layers_cannot_be_offloaded() -> None:
+    few = context("naive", offload="selective", capacity_tokens=16)
+    with pytest.raises(UserError, match="the smallest has 2"):
+        make_plan([64], 4, few, COST, "free", layers=2)
 
 
 @pytest.mark.parametrize(
