@@ -35,7 +35,6 @@ from allometry.trainer.record import Recorder, Row
 from allometry.trainer.step import StepOutcome, TrainStep
 from allometry.trainer.stop import StopRequest
 
-
 _log = logging.getLogger(__name__)
 
 
