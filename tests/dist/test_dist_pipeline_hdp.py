@@ -8,7 +8,6 @@ with one process that runs the documents one by one.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -24,13 +23,9 @@ from allometry.configs.run import RunConfig
 from allometry.models.documents import Documents
 from allometry.models.loss import IGNORE
 from allometry.models.transformer import Transformer
-from allometry.parallel import pipeline
 from allometry.parallel.apply import Parallel
-from allometry.parallel.context import apply_context
 from allometry.parallel.hdp.shard import local_positions, ring_table
-from allometry.parallel.mesh import Mesh, open_mesh
-from allometry.parallel.pipeline import PipelineExecution
-from allometry.scaling.layout import Layout
+from allometry.parallel.mesh import Mesh
 
 RunRanks = Callable[..., list[Any]]
 
@@ -119,22 +114,13 @@ def micro_batches(plan: Orders, mesh: Mesh, seed: int) -> list[tiny.MicroBatch]:
     return [micro_batch(held, tags[held], rank, seed, mesh.tp.size) for held in plan[rank]]
 
 
-def parallel(run: RunConfig, mesh: Mesh, uneven: bool) -> Parallel:
-    """This rank's part of the model, whose attention may run in rings."""
-    made = tiny.parallel(run, mesh)
-    for part in made.parts.values():
-        apply_context(part, mesh)
-    dtype = torch.float32 if run.training.compute_dtype == "fp32" else torch.float64
-    execution = PipelineExecution(
-        made.parts,
-        run.model,
-        Layout.of(run, mesh.world_size),
-        mesh,
-        made.sync,
-        dtype,
-        uneven=uneven,
-    )
-    return dataclasses.replace(made, execution=execution)
+def config(schedule: str, policy: str = "pipeline_balanced", **options: Any) -> RunConfig:
+    """Whole documents on a pipeline of two; only ``pipeline_balanced`` lets its length vary."""
+    given = pipelined.config(2, schedule, layers=4, **options).model_dump()
+    del given["data"]["packing"]
+    given["data"] |= {"kind": "documents", "max_document_tokens": 16}
+    given["parallel"]["context"] = {"policy": policy, "capacity_tokens": 64}
+    return RunConfig.model_validate(given)
 
 
 def all_documents(plan: Orders, seed: int) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -185,12 +171,10 @@ def evaluation_error(
     return len(seen), worst
 
 
-def errors(
-    run: RunConfig, steps: Sequence[Step], uneven: bool, held_out: int = 0
-) -> dict[str, float]:
+def errors(run: RunConfig, steps: Sequence[Step], held_out: int = 0) -> dict[str, float]:
     """The worst errors of several steps, with evaluations between of ``held_out`` micro-batches."""
     with tiny.mesh(run) as mesh:
-        made = parallel(run, mesh, uneven)
+        made = tiny.parallel(run, mesh)
         alone = tiny.initialized(run, mesh.device)
         worst = {"absolute": 0.0, "relative": 0.0, "loss": 0.0, "losses": 0}
         for seed, step in enumerate(steps):
@@ -224,15 +208,15 @@ RINGS = (0, 1, 4, 7)  # the last one is the last micro-batch of the pipeline tha
     "schedule", ["1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv_zero_bubble"]
 )
 def test_different_numbers_in_each_pipeline(run_ranks: RunRanks, schedule: str, zero: int) -> None:
-    run = pipelined.config(2, schedule, layers=4, zero=zero)
-    found = run_ranks(errors, 4, run, [((8, 18), RINGS)], True)
+    run = config(schedule, zero=zero)
+    found = run_ranks(errors, 4, run, [((8, 18), RINGS)])
     assert_equal_to_one_process(found)
 
 
 @pytest.mark.parametrize("schedule", ["gpipe", "looped_bfs", "dualpipe_v"])
 def test_different_numbers_with_the_other_schedules(run_ranks: RunRanks, schedule: str) -> None:
-    run = pipelined.config(2, schedule, layers=4, tied=True, zero=1)
-    assert_equal_to_one_process(run_ranks(errors, 4, run, [((8, 18), RINGS)], True))
+    run = config(schedule, tied=True, zero=1)
+    assert_equal_to_one_process(run_ranks(errors, 4, run, [((8, 18), RINGS)]))
 
 
 @pytest.mark.parametrize(
@@ -247,9 +231,9 @@ def test_different_numbers_with_the_other_schedules(run_ranks: RunRanks, schedul
 def test_numbers_change_from_step_to_step(
     run_ranks: RunRanks, schedule: str, zero: int, counts: list[tuple[int, ...]]
 ) -> None:
-    run = pipelined.config(2, schedule, layers=4, tied=True, zero=zero)
+    run = config(schedule, tied=True, zero=zero)
     steps = [(numbers, [i for i in (0, 1) if i < min(numbers)]) for numbers in counts]
-    found = run_ranks(errors, 4, run, steps, True, 5)
+    found = run_ranks(errors, 4, run, steps, 5)
     assert_equal_to_one_process(found)
     assert sum(errors["losses"] for errors in found) == 2 * 5 * len(counts)
 
@@ -257,54 +241,38 @@ def test_numbers_change_from_step_to_step(
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_shapes_differ(run_ranks: RunRanks, schedule: str) -> None:
     """One pipeline: another shape for each micro-batch, and for the same one in the next step."""
-    run = pipelined.config(2, schedule, layers=4)
-    assert_equal_to_one_process(run_ranks(errors, 2, run, [((6,), ())] * 2, False, 5))
+    run = config(schedule, "balanced")
+    assert_equal_to_one_process(run_ranks(errors, 2, run, [((6,), ())] * 2, 5))
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "zbv_zero_bubble"])
 def test_shapes_differ_with_tensor_parallelism(run_ranks: RunRanks, schedule: str) -> None:
-    run = pipelined.config(2, schedule, layers=4, tied=True, tp=2)
-    assert_equal_to_one_process(run_ranks(errors, 4, run, [((4,), ())] * 2, False, 3))
+    run = config(schedule, "balanced", tied=True, tp=2)
+    assert_equal_to_one_process(run_ranks(errors, 4, run, [((4,), ())] * 2, 3))
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "interleaved_zero_bubble"])
 def test_in_lockstep_with_dummies(run_ranks: RunRanks, schedule: str) -> None:
     """ZeRO 3 gathers inside of a step: equal numbers, and nothing is announced."""
-    run = pipelined.config(2, schedule, layers=4, zero=3)
-    assert_equal_to_one_process(run_ranks(errors, 4, run, [((6, 4), (0, 2), 6)] * 2, False, 5))
+    run = config(schedule, "balanced", zero=3)
+    assert_equal_to_one_process(run_ranks(errors, 4, run, [((6, 4), (0, 2), 6)] * 2, 5))
 
 
-def outcome(run: RunConfig, mistake: str) -> str:
-    """Return "done" or "stuck", or "failed" if another rank is gone."""
-    device = torch.device("cpu")
-    with open_mesh(run.parallel.model_copy(update={"timeout_s": 3}), device) as mesh:
-        plan = orders((8, 18), RINGS)
-        if mistake == "another order":  # the rings 0 and 1 are the other way round in one of them
-            one, (first, second, *others) = plan
-            plan = (one, (second, first, *others))
-        with pytest.MonkeyPatch.context() as patch:
-            if mistake == "torch's reductions":
-                patch.setattr(pipeline, "_gather_first_and_reduce_last", lambda _: None)
-            made = parallel(run, mesh, uneven=True)
-            try:
-                train(made, mesh, plan, 0)
-            except RuntimeError as error:
-                return "stuck" if "imed out" in str(error) else "failed"
-    return "done"
+def meet(run: RunConfig, exchanged: bool) -> None:
+    """``exchanged``: the rings 0 and 1 are the other way round in one of the pipelines."""
+    with tiny.mesh(run) as mesh:
+        one, (first, second, *others) = orders((4, 6), (0, 1))
+        rings = (second, first) if exchanged else (first, second)
+        train(tiny.parallel(run, mesh), mesh, (one, (*rings, *others)), 0)
 
 
-def test_what_would_get_stuck() -> None:
-    """Gradients reduced before another stage's rings are done, and rings in another order."""
-    run = pipelined.config(2, "interleaved_1f1b", layers=4, zero=1)
+def test_rings_in_another_order_get_stuck() -> None:
+    """Tags keep what belongs to one ring from being taken for another's."""
     pool = harness.RankPool()  # ranks that got stuck are no good for other tests
     try:
-        found = pool.run(outcome, 4, run, "torch's reductions", timeout_s=30)
-        # Once a rank has given up, those that are connected to it fail.
-        assert "stuck" in found
-        assert "done" not in found
-        # Tags keep what belongs to one ring from being taken for another's. Messages between two
-        # ranks have torch's own time limit, so it is the call that ends here.
+        run = config("1f1b", zero=1)
+        pool.run(meet, 4, run, False)
         with pytest.raises(harness.RankFailure, match=r"ring\.py.* in wait"):
-            pool.run(outcome, 4, run, "another order", timeout_s=10)
+            pool.run(meet, 4, run, True, timeout_s=5)
     finally:
         pool.close()
