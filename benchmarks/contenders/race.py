@@ -151,7 +151,7 @@ class Race:
         start = [sys.executable]
         if entry.processes > 1:
             start += ["-m", "torch.distributed.run", "--nproc-per-node", str(entry.processes)]
-            start += ["--master-addr", "127.0.0.1", "--master-port", str(_free_port())]
+            start += ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
         if entry.kind == "ours":
             config = place / "config.yaml"
             ours.write_config(
@@ -224,7 +224,7 @@ def _busy_seconds() -> float:
     return spent - children.ru_utime - children.ru_stime
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
