@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from allometry.models.documents import Documents
+from allometry.models.loss import IGNORE
 from mixtures import SHARED, B, E, K, L, V, assert_same, small, tokens, train
 
 SLOW = pytest.mark.slow
@@ -47,6 +49,26 @@ def test_blocks_compile_whole(form, backend):
     (seen,), (again,) = (one.take_statistics().values() for one in (model, compiled))
     for one, other in zip(seen, again, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_blocks_compile_whole_with_filling():
+    torch._dynamo.reset()
+    model, compiled = (small("shared", "fp32", num_layers=2) for _ in range(2))
+    compiled.blocks["1"].compile(backend="aot_eager", fullgraph=True)
+    cuts = torch.tensor([0, L - 3, L, 2 * L - 5, 2 * L], dtype=torch.int32)
+    counted = torch.arange(L) < torch.tensor([[L - 3], [L - 5]])
+    documents = Documents(cuts, L, torch.arange(L).expand(B, L), counted_BL=counted)
+    for each in (model, compiled):
+        targets = tokens(1).masked_fill(~counted, IGNORE)
+        (each(tokens(), targets, documents).total / (B * L)).backward()
+    first, second = (
+        {name: p.grad for name, p in each.named_parameters()} for each in (model, compiled)
+    )
+    assert_same(first, second, 1e-5)
+    (seen,), (again,) = (one.take_statistics().values() for one in (model, compiled))
+    for one, other in zip(seen, again, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    assert float(seen.tokens) == 2 * L - 8
 
 
 NAMES = {
