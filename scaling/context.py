@@ -93,12 +93,12 @@ def check_offload(layers: int) -> None:
     """Check that a pipeline stage of so many layers has some that may offload activations.
 
     Raises:
-        UserError: it has only the first and the last, which never do.
+        UserError: it has no more than the two that never do.
     """
     if layers < 3:
         raise UserError(
-            "parallel.context.offload=selective leaves the first and the last layer of a stage "
-            f"where they are, and here the smallest has {layers}; use offload: none, or fewer "
+            "parallel.context.offload=selective leaves two layers of a stage where they are, and "
+            f"here the smallest has {layers}; use offload: none, or fewer "
             "stages (parallel.pp, parallel.pipeline.stages_per_rank)"
         )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -56,7 +57,7 @@ class CostModel:
         layers: int | None = None,
         compute_bytes: int = 2,
         tp: int = 1,
-        checkpointing: str = "none",
+        checkpointing: Literal["none", "selective", "full"] = "none",
     ) -> CostModel:
         """Return the costs of a model, cut over ``tp`` ranks.
 
@@ -77,7 +78,7 @@ class CostModel:
             compute_bytes=compute_bytes,
             zero=Zero(),
             hdp=1,
-            checkpointing="none" if checkpointing == "none" else "full",
+            checkpointing=checkpointing,
         ).activations
         return cls(
             token_s=share * products / rate,

@@ -1,12 +1,14 @@
 """Selective offload: kept activations of some layers wait for the backward in the host's memory.
 
 A long document may then need fewer ranks (ByteScale, arXiv 2502.21231, section 5.3 and Eq. 3). Of
-the l layers of a part all but the first and the last can be offloaded, and of these a micro-batch
-offloads the share that its ``documents.offload`` says, the earliest ones, whose backward comes
-last::
+the l layers of a part all but two can be offloaded, and of these a micro-batch offloads the share
+that its ``documents.offload`` says, the earliest ones, whose backward comes last::
 
-    forward    block 1 | block 2 | block 3         backward   block 3 | block 2 | block 1
-    to host            | of 1    | of 2            to device  of 2    | of 1    |
+    forward    block 0 | block 1 | block 2         backward   block 2 | block 1 | block 0
+    to host            | of 0    | of 1            to device  of 1    | of 0    |
+
+While one block runs what another kept is on its way, so that what k of l layers keep is offloaded
+means that the device holds what l - k layers keep, at any time: hence the two.
 
 What goes is what autograd keeps for a block's backward and grows with the tokens: neither
 parameters, nor what is made of one of them alone (a cast, a view), nor what all blocks share
@@ -56,7 +58,7 @@ def apply_offload(part: Transformer, device: torch.device) -> ActivationStore:
 
 
 def offloaded_layers(share: float, layers: int) -> int:
-    """Return how many of a part's ``layers`` are offloaded: ``share`` of all but first and last.
+    """Return how many of a part's ``layers`` are offloaded: ``share`` of all but two.
 
     Rounded up, so that no more stays on the device than was planned.
     """
@@ -93,7 +95,7 @@ class ActivationStore:
         share = geometry.documents.offload if geometry.documents is not None else 0.0
         if share <= 0.0 or not torch.is_grad_enabled():
             return block(x_BLD, geometry)
-        if 1 <= place <= offloaded_layers(share, len(self._places)):
+        if place < offloaded_layers(share, len(self._places)):
             packing = _Packing(self, block, geometry)
             with saved_tensors_hooks(packing.pack, _unpack):
                 y_BLD, statistics = block(x_BLD, geometry)

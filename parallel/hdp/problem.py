@@ -48,8 +48,8 @@ class Problem:
     multiple that micro-batches are filled up to. ``layers``: those of a rank whose activations the
     capacity stands for.
 
-    Selective offload (arXiv 2502.21231, eq. 3): of l layers the first and the last keep their
-    activations, and k of the others may send them away, a share r = k / (l - 2). A member of c
+    Selective offload (arXiv 2502.21231, eq. 3): of l layers two keep their activations
+    here, and k of the others may send them away, a share r = k / (l - 2). A member of c
     tokens then holds (l - k) Act(c), so it may have more than capacity tokens, as long as (l - k) c
     <= l x capacity; k is bound by what is hidden (``CostModel.hidden_share``). Only documents that
     are longer than a rank's capacity make use of it.

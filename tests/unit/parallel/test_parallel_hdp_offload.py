@@ -153,7 +153,7 @@ def test_what_came_back_is_what_is_computed_with():
     assert not same(gradients(model, 1.0), expected)
 
 
-def test_bytes_that_move_are_those_of_the_earliest_inner_layers():
+def test_bytes_that_move_are_those_of_the_earliest_layers():
     """Each kept activation once: by hand, for a dense layer in fp32."""
     model = make()
     # Inputs of both norms and what they return, q, k, v and the attention's output: D wide. Gate,
@@ -223,7 +223,7 @@ class LiveBytes(TorchDispatchMode):
 
 @pytest.mark.parametrize("layers", [6, 10])
 def test_what_is_held_on_the_device_falls(layers: int):
-    """At share 1 the peak holds the two ends and a few layers on their way, however deep."""
+    """At share 1 the device holds what two layers keep, and what one computes with."""
     model = make(num_layers=layers)
     forward(model, 0.0).backward()
     grads = [StorageWeakRef(p.grad.untyped_storage()) for p in model.parameters()]
@@ -233,7 +233,7 @@ def test_what_is_held_on_the_device_falls(layers: int):
         with LiveBytes(lambda store=store: store.hosts + grads) as live:
             forward(model, share).backward()
         peaks.append(live.peak)
-    assert peaks[0] - peaks[1] > (layers - 4) * layer, (peaks, layer)
+    assert peaks[0] - peaks[1] > (layers - 2.1) * layer, (peaks, layer)
 
 
 def test_sources_go_at_once_and_copies_come_back_one_block_ahead():
@@ -253,8 +253,8 @@ def test_sources_go_at_once_and_copies_come_back_one_block_ahead():
     take = forward(model, 1.0, seed=1)
     del total
     take.backward()
-    # Blocks 4 to 0: before block 3 begins all of it is there, and so on; what was read is gone.
-    assert [arrived for arrived, _ in held] == [n * per_layer for n in (1, 2, 3, 3, 3)]
+    # Blocks 4 to 0: what block 2 kept comes while block 3 runs, and so on; what was read is gone.
+    assert [arrived for arrived, _ in held] == [n * per_layer for n in (0, 1, 2, 3, 3)]
     assert max(there for _, there in held) < 2 * per_layer
     assert alive(store.arrivals) == alive(store.hosts) == 0
 
