@@ -40,26 +40,10 @@ def choose_waves(problem: Problem) -> Choice:
         total = sum(shelves.heights) + max(waves * full, work / problem.ranks * (waves > 0))
         return total + (problem.pp - 1) * max(heights)
 
-    return min(_choices(problem), key=seconds)
+    return min(choices(problem), key=seconds)
 
 
-def choose_pipelines(problem: Problem) -> Choice:
-    """Return rings such that pipelines that level one another are done soonest.
-
-    A pipeline of equal stages takes the sum of its micro-batches and then its dearest one for each
-    further stage (arXiv 2104.04473).
-    """
-
-    def seconds(choice: Choice) -> float:
-        work = float(problem.alone[choice.rest].sum())
-        work += sum(ring.cost * ring.degree for ring in choice.rings)
-        dearest = max((ring.cost for ring in choice.rings), default=0.0)
-        return max(work / problem.ranks, dearest) + (problem.pp - 1) * dearest
-
-    return min(_choices(problem), key=seconds)
-
-
-def _choices(problem: Problem) -> Iterator[Choice]:
+def choices(problem: Problem) -> Iterator[Choice]:
     """Yield what each share makes of the documents; the same twice only once."""
     order = problem.descending
     long = problem.lengths[order] > problem.usable

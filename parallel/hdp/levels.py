@@ -1,66 +1,132 @@
 """Pipelines with documents of like lengths, and the more micro-batches the shorter these are.
 
-A pipeline's bubbles grow with the spread of its micro-batches, and pipelines only meet in rings and
-at the end of a step; so each gets one level of lengths, and as many micro-batches as take it the
-time of the others (arXiv 2502.21231, section 6, "PP-Balance").
+A pipeline of p equal stages is done after the sum of its micro-batches and p - 1 times its dearest
+one (arXiv 2104.04473). Pipelines only meet in rings and at the end of a step, so dear documents are
+kept together: they cost the pipelines that have some already no further bubbles, and the others,
+with one level of lengths each, take as many more micro-batches as makes all end at once (arXiv
+2502.21231, section 6, "PP-Balance").
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from allometry.parallel.hdp.cost import Floats
+from allometry.parallel.hdp.goals import Choice, choices
 from allometry.parallel.hdp.packing import best_fit
-from allometry.parallel.hdp.problem import Draft, Ints, Placed, Problem
-from allometry.parallel.hdp.waves import Waves
+from allometry.parallel.hdp.problem import Ints, Placed, Problem
+from allometry.parallel.hdp.waves import Shelves
+
+_SLACK = 1.02
+"""Over the least length of a step: what pipelines may take of rings before others do."""
 
 
-def place_levels(problem: Problem, rings: Sequence[Draft], rest: Ints) -> Placed:
-    """Place rings, dearest first, in waves; then each pipeline takes the next of the rest.
+class _Pipelines:
+    """Rings on pipelines, and how long each pipeline takes them.
 
-    ``rest`` is longest first. The pipelines with the dearest rings come first and get the longest
-    documents. What a pipeline has before its last ring stands in the holes of these waves.
+    ``loads``: when a pipeline is done with its last ring, ``waits`` for other members included;
+    ``dearest``: its dearest micro-batch, at least a ``full`` one of the documents of one rank.
     """
-    waves = Waves(problem.ranks)
-    for ring in rings:
-        waves.add(ring)
-    orders = [_trimmed(order) for order in waves.orders()]
-    costs = np.array([ring.cost for ring in rings])
-    loads = np.array([sum(costs[i] for i in order if i is not None) for order in orders])
-    dearest = [max((costs[i] for i in order if i is not None), default=0.0) for order in orders]
-    line = np.argsort(-np.array(dearest), kind="stable")
-    shares = _level(problem, rest, loads[line])
+
+    def __init__(self, problem: Problem, choice: Choice) -> None:
+        self.problem, self.choice, self.ranks = problem, choice, problem.ranks
+        self.waves: list[Ints] = []  # by wave: the ring of each pipeline, -1: none
+        self.rings: list[tuple[int, ...]] = []
+        self.loads, self.waits = np.zeros(self.ranks), np.zeros(self.ranks)
+        self.work = float(problem.alone[choice.rest].sum())
+        tokens = max(float(problem.tokens[choice.rest].sum()), 1.0)
+        self.full = self.work * min(problem.usable / tokens, 1.0)
+        self.dearest: Floats = np.full(self.ranks, self.full)
+        self.shelves = Shelves(self.ranks)
+        goal = _SLACK * self._least()
+        for ring in choice.rings:
+            self._place(ring.degree, ring.cost, goal)
+
+    def order(self, rank: int) -> list[int | None]:
+        """What a pipeline runs up to its last ring, None where its rings leave a hole."""
+        found = [None if wave[rank] < 0 else int(wave[rank]) for wave in self.waves]
+        while found and found[-1] is None:
+            found.pop()
+        return found
+
+    @property
+    def ends(self) -> Floats:
+        """When each pipeline is done with its rings; documents in holes take it no longer."""
+        filled = np.array([self.order(rank).count(None) for rank in range(self.ranks)])
+        waits = np.minimum(self.waits, self.full * filled)
+        return self.loads - waits + (self.problem.pp - 1) * self.dearest
+
+    @property
+    def level(self) -> float:
+        """When all are done, if the others level them."""
+        ends = np.sort(self.ends)
+        # The level at which the pipelines below it have room for everything.
+        filled = (np.cumsum(ends) + self.work) / np.arange(1, len(ends) + 1)
+        below = np.flatnonzero(np.append(ends[1:], np.inf) >= filled)[0]
+        return float(max(filled[below], ends[-1]))
+
+    def _least(self) -> float:
+        """Return seconds that no placement undercuts."""
+        pp, rings = self.problem.pp, self.choice.rings
+        work = self.work + sum(ring.cost * ring.degree for ring in rings)
+        alone = pp * max((ring.cost for ring in rings), default=0.0)
+        return max(work / self.ranks + (pp - 1) * self.full, alone)
+
+    def _place(self, degree: int, cost: float, goal: float) -> None:
+        """Put a ring on the fullest pipelines that still end in time, else on the emptiest.
+
+        Of those that are free in its wave: without waves rings would form staircases.
+        """
+        wave = self.shelves.add(degree, cost)
+        if wave == len(self.waves):
+            self.waves.append(np.full(self.ranks, -1, dtype=np.int64))
+        dearest = np.maximum(self.dearest, cost)
+        ends = self.loads + cost + (self.problem.pp - 1) * dearest
+        free = self.waves[wave] < 0
+        ranks = np.flatnonzero(free & (ends <= goal))
+        if len(ranks) >= degree:
+            ranks = ranks[np.argsort(-self.loads[ranks], kind="stable")[:degree]]
+        else:
+            ranks = np.flatnonzero(free)
+            ranks = ranks[np.argsort(ends[ranks], kind="stable")[:degree]]
+        start = self.loads[ranks].max()
+        self.waits[ranks] += start - self.loads[ranks]
+        self.loads[ranks] = start + cost
+        self.dearest[ranks] = dearest[ranks]
+        self.waves[wave][ranks] = len(self.rings)
+        self.rings.append(tuple(np.sort(ranks).tolist()))
+
+
+def place_levels(problem: Problem) -> Placed:
+    """Place rings, dearest first; then each pipeline takes the next of the rest.
+
+    The pipelines with the dearest rings come first and get the longest documents. What a pipeline
+    has before its last ring stands in the holes that keep rings at one place.
+    """
+    found = min(
+        (_Pipelines(problem, choice) for choice in choices(problem)), key=lambda each: each.level
+    )
+    line = np.argsort(-found.dearest, kind="stable")
+    shares = _cut(problem, found.choice.rest, np.maximum(found.level - found.ends[line], 0.0))
     sizes = problem.lengths.tolist()
-    drafts, owners = list(rings), list(waves.rings)
+    drafts, rings = list(found.choice.rings), found.rings
+    orders = [found.order(rank) for rank in range(problem.ranks)]
     for rank, share in zip(line.tolist(), shares, strict=True):
         made = problem.packed(best_fit(share, sizes, problem.usable))
+        made.sort(key=lambda draft: (-draft.cost, draft.documents))
         start = len(drafts)
         drafts += made
-        owners += [(rank,)] * len(made)
+        rings += [(rank,)] * len(made)
         orders[rank] = _filled(orders[rank], range(start, start + len(made)))
-    return Placed(drafts, owners, orders)
+    return Placed(drafts, rings, orders)
 
 
-def _level(problem: Problem, rest: Ints, loads: Floats) -> list[list[int]]:
+def _cut(problem: Problem, rest: Ints, rooms: Floats) -> list[list[int]]:
     """Cut the line of documents where each pipeline in turn has come up to the common level."""
     costs = problem.alone[rest]
-    order = np.sort(loads)
-    # The level at which the pipelines below it have room for everything.
-    filled = (np.cumsum(order) + costs.sum()) / np.arange(1, len(order) + 1)
-    below = np.flatnonzero(np.append(order[1:], np.inf) >= filled)[0]
-    rooms = np.maximum(filled[below] - loads, 0.0)
     middles = np.cumsum(costs) - costs / 2
     cuts = np.searchsorted(middles, np.cumsum(rooms)[:-1])
     return [part.tolist() for part in np.split(rest, cuts)]
-
-
-def _trimmed(order: list[int | None]) -> list[int | None]:
-    """Leave out what comes after the last ring."""
-    while order and order[-1] is None:
-        order.pop()
-    return order
 
 
 def _filled(order: list[int | None], units: range) -> list[int | None]:

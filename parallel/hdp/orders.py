@@ -18,7 +18,7 @@ class Action(NamedTuple):
 
     kind: Kind
     stage: int
-    index: int
+    micro_batch: int
 
 
 Orders = tuple[tuple[Action, ...], ...]
@@ -65,7 +65,7 @@ def _breadth_first(stages: Sequence[int], count: int) -> tuple[Action, ...]:
     forward = [Action("F", stage, index) for stage in stages for index in range(count)]
     return (
         *forward,
-        *(Action("B", a.stage, a.index) for a in reversed(forward)),
+        *(Action("B", a.stage, a.micro_batch) for a in reversed(forward)),
     )
 
 

@@ -10,7 +10,7 @@ import heapq
 from collections.abc import Callable, Mapping
 
 from allometry.parallel.hdp.free import place_free
-from allometry.parallel.hdp.goals import choose_pipelines, choose_waves
+from allometry.parallel.hdp.goals import choose_waves
 from allometry.parallel.hdp.levels import place_levels
 from allometry.parallel.hdp.packing import best_fit
 from allometry.parallel.hdp.problem import Placed, Problem
@@ -78,8 +78,7 @@ def balanced(problem: Problem, aligned: bool) -> Placed:
 
 def pipeline_balanced(problem: Problem, aligned: bool) -> Placed:
     """As balanced, but each pipeline has documents of like lengths; see ``levels.py``."""
-    rings, rest = choose_pipelines(problem)
-    return place_levels(problem, rings, rest)
+    return place_levels(problem)
 
 
 POLICIES: Mapping[str, Callable[[Problem, bool], Placed]] = {
