@@ -22,7 +22,9 @@ from allometry.configs.execution import SCHEDULES
 from allometry.configs.run import RunConfig
 from allometry.models.documents import Documents
 from allometry.models.loss import IGNORE
+from allometry.models.moe import begin_step, routers
 from allometry.models.transformer import Transformer
+from allometry.parallel import pipeline
 from allometry.parallel.apply import Parallel
 from allometry.parallel.hdp.shard import local_positions, ring_table
 from allometry.parallel.mesh import Mesh
@@ -123,6 +125,19 @@ def config(schedule: str, policy: str = "pipeline_balanced", **options: Any) -> 
     return RunConfig.model_validate(given)
 
 
+def mixture(schedule: str, **options: Any) -> RunConfig:
+    """The same with experts and both losses of routers."""
+    given = config(schedule, **options).model_dump()
+    balance = {"kind": "auxiliary", "coefficient": 0.1}
+    given["model"] |= {
+        "kind": "moe",
+        "first_dense_layers": 1,
+        "experts": {"kind": "swiglu", "num_experts": 4, "experts_per_token": 2, "width": 10},
+        "router": {"balance": balance, "z_loss": 1e-2, "gate": "softmax"},
+    }
+    return RunConfig.model_validate(given)
+
+
 def all_documents(plan: Orders, seed: int) -> Iterator[tuple[int, Tensor, Tensor]]:
     for number in sorted({number for order in plan for held in order for number in held.documents}):
         yield number, *document(number, seed)
@@ -179,6 +194,11 @@ def errors(run: RunConfig, steps: Sequence[Step], held_out: int = 0) -> dict[str
         worst = {"absolute": 0.0, "relative": 0.0, "loss": 0.0, "losses": 0}
         for seed, step in enumerate(steps):
             plan = orders(*step)
+            num_tokens = sum(len(tokens) for _, tokens, _ in all_documents(plan, seed))
+            for part in (alone, *made.parts.values()):
+                begin_step(part, num_tokens)
+                for router in routers(part).values():  # even ones would push nothing
+                    router.load.copy_(torch.arange(1.0, 5.0) / 10.0)
             found = train(made, mesh, plan, seed)
             wanted = expected_gradients(alone, plan, seed)
             assert found.keys() == dict(made.named_parameters()).keys()
@@ -219,6 +239,19 @@ def test_different_numbers_with_the_other_schedules(run_ranks: RunRanks, schedul
     assert_equal_to_one_process(run_ranks(errors, 4, run, [((8, 18), RINGS)]))
 
 
+def errors_keeping_one(run: RunConfig, steps: Sequence[Step]) -> dict[str, float]:
+    """The same where each schedule is dropped for the next and made again."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "KEPT_SCHEDULES", 1)
+        return errors(run, steps)
+
+
+def test_schedules_that_are_not_kept(run_ranks: RunRanks) -> None:
+    steps = [((4, 2), (0,)), ((2, 4), (1,)), ((4, 2), (0, 1))]
+    found = run_ranks(errors_keeping_one, 4, config("zbv_zero_bubble", zero=1), steps)
+    assert_equal_to_one_process(found)
+
+
 @pytest.mark.parametrize(
     ("schedule", "zero", "counts"),
     [
@@ -236,6 +269,12 @@ def test_numbers_change_from_step_to_step(
     found = run_ranks(errors, 4, run, steps, 5)
     assert_equal_to_one_process(found)
     assert sum(errors["losses"] for errors in found) == 2 * 5 * len(counts)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zbv_zero_bubble"])
+def test_different_numbers_with_experts(run_ranks: RunRanks, schedule: str) -> None:
+    run = mixture(schedule, zero=1)
+    assert_equal_to_one_process(run_ranks(errors, 4, run, [((5, 9), (0, 1, 4))]))
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
