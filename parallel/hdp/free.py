@@ -25,6 +25,8 @@ DEAR = 0.3
 """Of a step: what a document must take on as few ranks as it fits for its degree to be chosen."""
 STRETCHES = (1.01, 1.03, 1.06, 1.1, 1.2, 1.4)
 """Lengths of the step that are tried, over its lower bound; the first that fits is taken."""
+_SOON = 1.05
+"""Over the soonest end of a document that cannot end with the step: what saves ranks for others."""
 
 
 class Gap(NamedTuple):
@@ -51,7 +53,7 @@ class Timeline:
         self.gaps: list[Gap] = []
 
     def place_dear(self, documents: Sequence[int], goal: float) -> None:
-        """Place documents on as few ranks as let each end by ``goal``; where none do, soonest."""
+        """Place documents on as few ranks as let each end by ``goal``, or soon after it can."""
         problem = self._problem
         for document in documents:
             tokens, pairs = problem.tokens[document], problem.pairs[document]
@@ -67,8 +69,7 @@ class Timeline:
             degrees = np.arange(fewest, most + 1)
             seconds_n = problem.cost.times(tokens, pairs, degrees)
             ends = self.ends[line[degrees - 1]] + seconds_n
-            soon = np.flatnonzero(ends <= goal)
-            choice = int(soon[0]) if soon.size else int(ends.argmin())
+            choice = int(np.flatnonzero(ends <= max(goal, _SOON * float(ends.min())))[0])
             self._give(document, line[: fewest + choice], float(seconds_n[choice]))
 
     def place_small(self, documents: Ints) -> None:
@@ -120,13 +121,13 @@ class Timeline:
 def place_free(problem: Problem) -> Placed:
     """Share documents out so that all ranks end at once, as soon as they can."""
     order = problem.descending
-    least = max(problem.ideal, problem.soonest(int(order[0])))
     small_s = problem.cost.times(problem.tokens, problem.pairs, problem.fewest)
-    dear = small_s[order] > DEAR * least
+    dear = small_s[order] > DEAR * problem.ideal
     long = problem.lengths[order] > problem.usable
     small, rest = order[long & ~dear], order[~long & ~dear]
     works = (float((problem.fewest * small_s)[x].sum()) for x in (small, rest))
     small_work, rest_work = works
+    least = problem.floor(order[dear], rest_work + small_work)
     best: Timeline | None = None
     found = np.inf
     for stretch in STRETCHES:

@@ -171,14 +171,45 @@ class Problem:
         Chunks have at least ``min_chunk_tokens``, unless it needs the ranks to find room.
         """
         fewest = int(self.fewest[document])
-        longest = int(self.lengths[document]) // (2 * self.context.min_chunk_tokens)
-        return fewest, max(fewest, min(longest, self.ranks))
+        return fewest, max(fewest, min(int(self._finest[document]), self.ranks))
 
-    def soonest(self, document: int) -> float:
-        """Return the seconds that a document takes on the number of ranks that suits it best."""
-        fewest, most = self.degree_range(document)
-        degrees = np.arange(fewest, most + 1)
-        return float(self.cost.times(self.tokens[document], self.pairs[document], degrees).min())
+    def floor(self, documents: Ints, rest: float) -> float:
+        """Return seconds that no step undercuts: these documents and ``rest`` rank-seconds.
+
+        In T seconds each document has a degree at which it takes T or less, and uses at least the
+        rank-seconds of the cheapest such degree; all must add up to no more than ranks x T. Found
+        by bisection, to about a hundredth, as degrees are tried in steps of a twentieth.
+        """
+        if not len(documents):
+            return rest / self.ranks
+        lengths, counts = np.unique(self.lengths[documents], return_counts=True)
+        first = np.searchsorted(-self.lengths[documents], -lengths)  # they come longest first
+        kept = documents[first]
+        grid = np.unique(np.ceil(1.05 ** np.arange(200)).clip(max=self.ranks).astype(np.int64))
+        fewest = self.fewest[kept][:, None]
+        most = np.maximum(fewest, np.minimum(self._finest[kept], self.ranks)[:, None])
+        degrees = np.clip(grid[None], fewest, most)
+        tokens, pairs = (x[kept][:, None] for x in (self.tokens, self.pairs))
+        seconds = self.cost.times(tokens, pairs, degrees)
+        work = seconds * degrees * counts[:, None]
+        low = max(float(seconds.min(axis=1).max()), (work.min(axis=1).sum() + rest) / self.ranks)
+        high = 2 * low
+        while self._needs(seconds, work, high) + rest > self.ranks * high:
+            low, high = high, 2 * high
+        for _ in range(8):
+            middle = (low + high) / 2
+            fits = self._needs(seconds, work, middle) + rest <= self.ranks * middle
+            low, high = (low, middle) if fits else (middle, high)
+        return low
+
+    @staticmethod
+    def _needs(seconds: Floats, work: Floats, goal: float) -> float:
+        return float(np.where(seconds <= goal, work, np.inf).min(axis=1).sum())
+
+    @cached_property
+    def _finest(self) -> Ints:
+        """The most ranks that leave chunks of ``min_chunk_tokens``; may be none."""
+        return self.lengths // (2 * self.context.min_chunk_tokens)
 
     def degrees(self, documents: Ints, goal: float) -> Ints:
         """Return the fewest ranks on which each document takes at most ``goal`` seconds.
@@ -189,8 +220,7 @@ class Problem:
         """
         tokens, pairs = self.tokens[documents], self.pairs[documents]
         fewest = self.fewest[documents]
-        longest = self.lengths[documents] // (2 * self.context.min_chunk_tokens)
-        most = np.maximum(fewest, np.minimum(longest, self.ranks))
+        most = np.maximum(fewest, np.minimum(self._finest[documents], self.ranks))
         best, seconds = fewest.copy(), self.cost.times(tokens, pairs, fewest)
         # Without a hop to wait for it would take these.
         goal_s = max(goal - self.cost.micro_batch_s, 1e-3 * goal)

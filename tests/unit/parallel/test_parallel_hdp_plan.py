@@ -192,6 +192,33 @@ def test_ranks_end_together(seed: int) -> None:
     assert replay(naive).makespan > 1.02 * max(ends), "the control is worse"
 
 
+@pytest.mark.parametrize("kv_heads", [8, 32])
+def test_slow_rings_do_not_take_ranks_from_others(kv_heads: int) -> None:
+    """With 32 heads of keys all hops show; more ranks then take longer altogether."""
+    model = MODEL.model_copy(update={"num_kv_heads": kv_heads})
+    cost = CostModel.of(model, ContextCosts())
+    lengths = [262_144] * 6 + [50_000] * 8 + [3000] * 400
+    plan, static = (
+        make_plan(lengths, 128, config, cost, "free", layers=32)
+        for config in (context(), context("static", degree=32))
+    )
+    assert replay(plan).makespan < 0.7 * replay(static).makespan
+    assert replay(plan).makespan < 1.4 * bound(cost, lengths, 128)
+
+
+def bound(cost: CostModel, lengths: list[int], ranks: int) -> float:
+    """The longest document at its best, or all at their cheapest, whichever takes longer."""
+    best, work = 0.0, 0.0
+    for length in lengths:
+        degrees = range(-(-length // 8192), min(ranks, max(length // 256, 1)) + 1)
+        seconds = {n: cost.unit([length], n) for n in degrees} if length > 8192 else {
+            1: cost.unit([length], 1)
+        }  # fmt: skip
+        best = max(best, min(seconds.values()))
+        work += min(n * s for n, s in seconds.items())
+    return max(best, work / ranks)
+
+
 @pytest.mark.parametrize("mode", ["lockstep", "aligned"])
 def test_waves_are_even(mode: Mode) -> None:
     lengths, ranks = lengths_of(3000, 1, longest=32768), 32
