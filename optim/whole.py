@@ -1,0 +1,82 @@
+"""Whole matrices where parameters are shards: the one place where update rules meet ranks.
+
+A *logical matrix* is what a rule treats as one: a parameter of one or two dimensions, or one expert
+of a parameter [E, out, in]. M is their number: 1, or E.
+
+Rules compute with this rank's parts, plain tensors, and come here for what needs more than a part:
+sums over a whole matrix, and functions of one. ``parameters`` are always the parameters themselves
+(plain or DTensors), which say how the tensors beside them are laid out.
+"""
+
+# M logical matrices of a parameter, m of them that this rank has a part of
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+
+class Matrix(NamedTuple):
+    """A logical matrix: the place of its parameter in the list, and which expert it is (or 0)."""
+
+    parameter: int
+    index: int
+
+
+MatrixFunction = Callable[[Tensor, Matrix], Tensor]
+"""[out, in] -> [out, in] in the same type; of one matrix, whatever was computed before it."""
+
+Cost = Callable[[int, int], float]
+"""(out, in) -> work of a function, in any unit; a function of a module, not made anew each step."""
+
+
+class Whole(Protocol):
+    """What rules ask for. Every rank of a pipeline stage makes the same calls in the same order."""
+
+    def sums(self, parameters: Sequence[Tensor], partials: Sequence[Tensor]) -> list[Tensor]:
+        """Return sums over whole logical matrices, fp64 [M] for each parameter, equal on all ranks.
+
+        ``partials``: the sums over this rank's parts, [m] for each parameter (``partial_sums``).
+        One collective for all; a parameter may come several times, with other partial sums.
+        """
+
+    def squared_norms(self, parameters: Sequence[Tensor], parts: Sequence[Tensor]) -> list[Tensor]:
+        """Return Σx² of each logical matrix, fp64 [M] for each parameter; ``parts`` as theirs."""
+
+    def factors(self, parameters: Sequence[Tensor], values: Sequence[Tensor]) -> list[Tensor]:
+        """Return of values [M] those of this rank's part, shaped to multiply it: [] or [m,1,1]."""
+
+    def owned(self, parameters: Sequence[Tensor], cost: Cost) -> list[Matrix]:
+        """Return the logical matrices for which ``map`` calls the function on this rank.
+
+        Always the same ones for the same parameters and cost, in ascending order; a rule may keep
+        a state of each, on that rank alone.
+        """
+
+    def map(
+        self,
+        parameters: Sequence[Tensor],
+        parts: Sequence[Tensor],
+        function: MatrixFunction,
+        cost: Cost,
+    ) -> list[Tensor]:
+        """Return this rank's parts of ``function`` of each whole logical matrix.
+
+        ``parts`` are this rank's parts of the matrices, all of one type; they travel in that type,
+        so hand over bf16 where the function computes in bf16. The function runs once for each
+        matrix, on one rank: its owner. The results are new tensors.
+        """
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a tensor; it shares its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def partial_sums(part: Tensor) -> Tensor:
+    """Return the sum over each logical matrix of this rank's part, fp64 [m]; empty parts give 0."""
+    wide = part.double()
+    return wide.sum((1, 2)) if part.dim() == 3 else wide.sum().view(1)
