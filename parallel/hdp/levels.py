@@ -36,11 +36,19 @@ class _Pipelines:
         self.work = float(problem.alone[choice.rest].sum())
         tokens = max(float(problem.tokens[choice.rest].sum()), 1.0)
         self.full = self.work * min(problem.usable / tokens, 1.0)
+        # No placement undercuts this.
+        pp, rings = problem.pp, choice.rings
+        total = self.work + sum(ring.cost * ring.degree for ring in rings)
+        alone = pp * max((ring.cost for ring in rings), default=0.0)
+        self.least = max(total / self.ranks + (pp - 1) * self.full, alone)
         self.dearest: Floats = np.full(self.ranks, self.full)
         self.shelves = Shelves(self.ranks)
-        goal = _SLACK * self._least()
-        for ring in choice.rings:
-            self._place(ring.degree, ring.cost, goal)
+
+    def place(self) -> float:
+        """Place all rings and return the level that the others make."""
+        for ring in self.choice.rings:
+            self._place(ring.degree, ring.cost, _SLACK * self.least)
+        return self.level
 
     def order(self, rank: int) -> list[int | None]:
         """What a pipeline runs up to its last ring, None where its rings leave a hole."""
@@ -64,13 +72,6 @@ class _Pipelines:
         filled = (np.cumsum(ends) + self.work) / np.arange(1, len(ends) + 1)
         below = np.flatnonzero(np.append(ends[1:], np.inf) >= filled)[0]
         return float(max(filled[below], ends[-1]))
-
-    def _least(self) -> float:
-        """Return seconds that no placement undercuts."""
-        pp, rings = self.problem.pp, self.choice.rings
-        work = self.work + sum(ring.cost * ring.degree for ring in rings)
-        alone = pp * max((ring.cost for ring in rings), default=0.0)
-        return max(work / self.ranks + (pp - 1) * self.full, alone)
 
     def _place(self, degree: int, cost: float, goal: float) -> None:
         """Put a ring on the fullest pipelines that still end in time, else on the emptiest.
@@ -103,11 +104,13 @@ def place_levels(problem: Problem) -> Placed:
     The pipelines with the dearest rings come first and get the longest documents. What a pipeline
     has before its last ring stands in the holes that keep rings at one place.
     """
-    found = min(
-        (_Pipelines(problem, choice) for choice in choices(problem)), key=lambda each: each.level
-    )
+    tried = sorted((_Pipelines(problem, choice) for choice in choices(problem)), key=_least)
+    found, level = tried[0], tried[0].place()
+    for each in tried[1:]:
+        if each.least < level and each.place() < level:
+            found, level = each, each.level
     line = np.argsort(-found.dearest, kind="stable")
-    shares = _cut(problem, found.choice.rest, np.maximum(found.level - found.ends[line], 0.0))
+    shares = _cut(problem, found.choice.rest, np.maximum(level - found.ends[line], 0.0))
     sizes = problem.lengths.tolist()
     drafts, rings = list(found.choice.rings), found.rings
     orders = [found.order(rank) for rank in range(problem.ranks)]
@@ -119,6 +122,10 @@ def place_levels(problem: Problem) -> Placed:
         rings += [(rank,)] * len(made)
         orders[rank] = _filled(orders[rank], range(start, start + len(made)))
     return Placed(drafts, rings, orders)
+
+
+def _least(pipelines: _Pipelines) -> float:
+    return pipelines.least
 
 
 def _cut(problem: Problem, rest: Ints, rooms: Floats) -> list[list[int]]:
