@@ -126,7 +126,7 @@ class Stage(PipelineStage):
             for other in infos:
                 self._drop_buffers(infos, other)
         for info in filter(_is_received, infos[index]):
-            # The gradient of what came goes back; before 2.12 torch leaves it to us to say so.
+            # The gradient of what came goes back; torch 2.11 leaves it to us to say so.
             info.buffer = self.inputs.empty(index).requires_grad_(way == "forward")
 
     def _drop_buffers(self, infos: dict[int, tuple[Any, ...]], index: int) -> None:
