@@ -22,6 +22,7 @@ import torch
 import torch.multiprocessing
 
 from allometry.configs.errors import UserError
+from allometry.configs.execution import ContextConfig
 from allometry.configs.layouts import parse_parallel
 from allometry.configs.loader import dump
 from allometry.configs.run import RunConfig
@@ -228,12 +229,19 @@ def _smallest_batch(configs: Sequence[RunConfig], *world_sizes: int) -> int:
 
 def _run(jobs: Sequence[Job], scratch: Path, config: RunConfig) -> None:
     """Run all jobs on as many processes as the largest needs; their results are files."""
+    one: dict[str, Any] = {
+        "pp": 1,
+        "tp": 1,
+        "ep": 1,
+        "hdp": 1,
+        "zero": type(config.parallel.zero)(),
+    }
+    if config.data.kind == "documents":  # one process holds every document whole
+        one["context"] = ContextConfig(capacity_tokens=_longest(config))
     alone = config.model_copy(
         update={
             "batch": jobs[0].config.batch,
-            "parallel": config.parallel.model_copy(
-                update={"pp": 1, "tp": 1, "ep": 1, "hdp": 1, "zero": type(config.parallel.zero)()}
-            ),
+            "parallel": config.parallel.model_copy(update=one),
         }
     )
     reference = Job("one process", 1, alone, scratch / "alone")

@@ -57,6 +57,19 @@ def test_a_layout_of_experts_is_certified(tiny: Make, tmp_path: Path) -> None:
     assert not Path(tiny().run.folder).exists()
 
 
+def test_layouts_of_whole_documents_are_certified(tiny: Make, tmp_path: Path) -> None:
+    config = tiny(
+        "data.kind=documents",
+        "data.max_document_tokens=128",
+        "batch.micro_batch_sequences=1",
+        "parallel.context.capacity_tokens=64",
+        "parallel.context.min_chunk_tokens=8",
+    )
+    layouts = ["hdp=2", "pp=2,hdp=2"]
+    text, passed = run(config, layouts, tmp_path / "certificate.json", as_json=False)
+    assert passed, text
+
+
 @pytest.mark.parametrize(
     "broken",
     [
