@@ -192,7 +192,8 @@ class Problem:
         tokens, pairs = (x[kept][:, None] for x in (self.tokens, self.pairs))
         seconds = self.cost.times(tokens, pairs, degrees)
         work = seconds * degrees * counts[:, None]
-        low = max(float(seconds.min(axis=1).max()), (work.min(axis=1).sum() + rest) / self.ranks)
+        cheapest = float(work.min(axis=1).sum()) + rest
+        low = max(float(seconds.min(axis=1).max()), cheapest / self.ranks)
         high = 2 * low
         while self._needs(seconds, work, high) + rest > self.ranks * high:
             low, high = high, 2 * high
