@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -27,7 +28,7 @@ class Matrix(NamedTuple):
 
 
 MatrixFunction = Callable[[Tensor, Matrix], Tensor]
-"""[out, in] -> [out, in] in the same type; of one matrix, whatever was computed before it."""
+"""[out, in] -> [out, in] in the same type, new: its argument may be the caller's own part."""
 
 Cost = Callable[[int, int], float]
 """(out, in) -> work of a function, in any unit; a function of a module, not made anew each step."""
@@ -80,3 +81,25 @@ def partial_sums(part: Tensor) -> Tensor:
     """Return the sum over each logical matrix of this rank's part, fp64 [m]; empty parts give 0."""
     wide = part.double()
     return wide.sum((1, 2)) if part.dim() == 3 else wide.sum().view(1)
+
+
+def squared_norms_of_parts(parts: Sequence[Tensor]) -> list[Tensor]:
+    """Return Σx² over each logical matrix of this rank's parts, added up in fp64: [m] each."""
+    wide = torch.float64
+    flat = [part for part in parts if part.dim() < 3]
+    norms = iter(torch._foreach_norm(flat, 2, dtype=wide) if flat else ())
+    return [
+        torch.linalg.vector_norm(part, dim=(1, 2), dtype=wide).square()
+        if part.dim() == 3
+        else next(norms).square().view(1)
+        for part in parts
+    ]
+
+
+def aligned(matrix: Tensor) -> Tensor:
+    """Return a matrix as a fresh one would lie in memory, a copy if need be.
+
+    What starts at an odd address is added up in another order by some kernels.
+    """
+    odd = matrix.storage_offset() * matrix.element_size() % 512
+    return matrix.clone(memory_format=torch.contiguous_format) if odd else matrix.contiguous()
