@@ -202,6 +202,9 @@ ModelConfig = DenseModel | MoEModel
 """Any architecture; in a run's description ``kind`` says which."""
 
 
+WeightDecayRule = Literal["coupled", "mup", "sqrt", "independent"]
+
+
 class StandardParameterization(Section):
     """Standard parameterization: one learning rate and 1/sqrt(fan_in) initialisation for all."""
 
@@ -209,12 +212,14 @@ class StandardParameterization(Section):
     embedding_std: float = Field(
         0.02, gt=0.0, description="standard deviation of the initial embedding"
     )
+    weight_decay_rule: Literal["coupled", "independent"] = Field(
+        "coupled",
+        description="a step at the peak rate takes lr x weight_decay of a weight (coupled) or "
+        "weight_decay itself (independent, arXiv 2309.14322)",
+    )
 
 
-class MaximalUpdateParameterization(Section):
-    """muP: what is tuned at ``base_width`` holds at any width (arXiv 2203.03466, Table 8)."""
-
-    kind: Literal["mup"] = "mup"
+class _Widths(Section):
     embedding_std: float = Field(
         0.02, gt=0.0, description="standard deviation of the initial embedding"
     )
@@ -222,13 +227,120 @@ class MaximalUpdateParameterization(Section):
     base_head_dim: Count | None = Field(
         None, gt=0, description="head width at the base; null: the model's own"
     )
-    weight_decay_rule: Literal["coupled", "mup"] = Field(
+
+
+class _Decayed(_Widths):
+    weight_decay_rule: WeightDecayRule = Field(
         "mup",
-        description="hidden weight decay: 'coupled' keeps it, 'mup' multiplies it by the width "
-        "ratio so that lr x decay stays constant",
+        description="hidden weight decay at m times the base width: 'coupled' keeps it, 'mup' "
+        "multiplies it by what lr is divided by, so that lr x decay stays constant, 'sqrt' by the "
+        "root of that (arXiv 2510.15262); 'independent': for all matrices a step at the peak rate "
+        "takes weight_decay itself (arXiv 2309.14322)",
+    )
+    zero_head: bool = Field(False, description="start the output head from zeros")
+
+
+class MaximalUpdateParameterization(_Decayed):
+    """muP: what is tuned at ``base_width`` holds at any width (arXiv 2203.03466, Table 8)."""
+
+    kind: Literal["mup"] = "mup"
+
+
+class CompleteP(_Decayed):
+    """muP that holds at any depth as well: CompleteP, and Depth-muP (arXiv 2505.01618)."""
+
+    kind: Literal["completep"] = "completep"
+    base_layers: Count = Field(gt=0, description="blocks at which hyperparameters were tuned")
+    depth_alpha: float = Field(
+        1.0,
+        ge=0.5,
+        le=1.0,
+        description="branches shrink as depth to minus this: 1 is CompleteP, 0.5 Depth-muP",
+    )
+
+
+class MuPPlusPlus(_Decayed):
+    """muP++: muP with branches times 1/sqrt(2 L) and one factor 1/sqrt(L) on all learning rates.
+
+    As ArchScale runs it (github.com/microsoft/ArchScale).
+    """
+
+    kind: Literal["mupp"] = "mupp"
+    base_layers: Count = Field(gt=0, description="blocks at which hyperparameters were tuned")
+    base_batch_tokens: Count | None = Field(
+        None, gt=0, description="tokens of a batch at the base; null: as many as the run's"
+    )
+    batch_rule: Literal["sqrt", "sde", "sdew"] = Field(
+        "sqrt",
+        description="for b times the base's batch: sqrt: lr x sqrt(b); sde: also eps / sqrt(b) and "
+        "(1 - beta2) x b; sdew: eps / sqrt(b), (1 - beta2) x sqrt(b), weight_decay x sqrt(b)",
+    )
+    weight_decay_rule: WeightDecayRule = Field(
+        "coupled", description="hidden weight decay at m times the base width, as for mup"
+    )
+
+
+class HyperP(_Widths):
+    """Matrices on spheres, and how their learning rate follows depth, batch and tokens.
+
+    arXiv 2603.28743. There is no factor for width, nor for the number of experts.
+    """
+
+    kind: Literal["hyperp"] = "hyperp"
+    embedding_std: float = Field(
+        1e-4, gt=0.0, description="standard deviation of the initial embedding"
+    )
+    head_std: float | None = Field(
+        None, gt=0.0, description="that of the head at any width; null: 0.64 / sqrt(base_width)"
+    )
+    output_multiplier: Literal["none", "1/m"] = Field(
+        "none", description="what logits are multiplied by at m times the base width"
+    )
+    base_layers: Count = Field(gt=0, description="blocks at which lr was tuned")
+    base_batch_tokens: Count | None = Field(
+        None, gt=0, description="tokens of a batch at the base; null: as many as the run's"
+    )
+    base_tokens: Count | None = Field(
+        None, gt=0, description="length of a run at the base; null: as long as this run"
+    )
+    batch_exponent: float = Field(0.5, ge=0.0, le=1.0, description="lr grows as batch to this")
+    data_exponent: float = Field(
+        0.32, ge=0.0, le=1.0, description="lr falls as the run's tokens to this (eq. 8)"
+    )
+    data_exponent_scope: Literal["hidden", "all"] = Field(
+        "all",
+        description="whose lr falls with the run's tokens: all parameters' (as published runs did) "
+        "or only that of hidden matrices, routers and experts (as the paper's table says)",
+    )
+
+
+class MSSP(_Widths):
+    """Mixtures of sigmoid-gated experts that grow in width or number (arXiv 2605.14200)."""
+
+    kind: Literal["mssp"] = "mssp"
+    regime: Literal["I", "II", "III"] = Field(
+        description="what grows: I: widths, with a fixed number of experts; II: width, experts and "
+        "visits, with experts of fixed width; III: all of these"
+    )
+    base_experts: Count = Field(gt=0, description="experts.num_experts at the base")
+    base_experts_per_token: Count = Field(gt=0, description="experts.experts_per_token there")
+    base_expert_width: Count = Field(gt=0, description="experts.width at the base")
+    base_layers: Count | None = Field(
+        None, gt=0, description="blocks at the base, for the depth rules of completep; null: none"
+    )
+    depth_alpha: float = Field(1.0, ge=0.5, le=1.0, description="as for completep")
+    zero_head: bool = Field(True, description="start the output head from zeros")
+    weight_decay_rule: Literal["coupled", "independent"] = Field(
+        "coupled", description="as for sp: the authors do not scale weight decay"
     )
 
 
 ParameterizationConfig = Annotated[
-    StandardParameterization | MaximalUpdateParameterization, Field(discriminator="kind")
+    StandardParameterization
+    | MaximalUpdateParameterization
+    | CompleteP
+    | MuPPlusPlus
+    | HyperP
+    | MSSP,
+    Field(discriminator="kind"),
 ]

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from allometry.configs.base import Count, Section
 
 
-class AdamW(Section):
-    """AdamW with decoupled weight decay (arXiv 1711.05101)."""
+class _Adam(Section):
+    """What every optimizer says: its rate, its decay, and AdamW for the roles it leaves to it."""
 
-    kind: Literal["adamw"] = "adamw"
     lr: float = Field(gt=0.0, description="peak learning rate, at the base dimensions")
     beta1: float = Field(0.9, ge=0.0, lt=1.0, description="decay of the first moment")
     beta2: float = Field(0.95, ge=0.0, lt=1.0, description="decay of the second moment")
@@ -20,7 +19,109 @@ class AdamW(Section):
     weight_decay: float = Field(0.1, ge=0.0, description="decay of matrices; vectors have none")
 
 
-OptimizerConfig = AdamW
+class AdamW(_Adam):
+    """AdamW with decoupled weight decay (arXiv 1711.05101)."""
+
+    kind: Literal["adamw"] = "adamw"
+
+
+class _Mixed(_Adam):
+    """A rule for some roles; AdamW updates the others with ``beta1``, ``beta2`` and ``eps``."""
+
+    adamw_lr: float | None = Field(
+        None, gt=0.0, description="peak learning rate of what AdamW updates; null: lr"
+    )
+
+
+class Muon(_Mixed):
+    """Momentum made orthogonal, for hidden matrices, routers and experts (K. Jordan, 2024)."""
+
+    kind: Literal["muon"] = "muon"
+    momentum: float = Field(0.95, ge=0.0, lt=1.0, description="decay of the momentum")
+    nesterov: bool = Field(True, description="look ahead by one gradient")
+    adjust: Literal["none", "original", "match_rms_adamw"] = Field(
+        "match_rms_adamw",
+        description="what multiplies an update [A, B]: 1; sqrt(max(1, A/B)); 0.2 sqrt(max(A, B)), "
+        "the size of AdamW's updates (arXiv 2502.16982)",
+    )
+
+
+class _OnSphere(_Mixed):
+    weight_decay: float = Field(
+        0.0, ge=0.0, description="decay of what AdamW updates; a matrix on its sphere has none"
+    )
+
+
+class MuonH(_OnSphere):
+    """Muon on spheres: each matrix keeps its initial norm and turns by ``lr`` in a step.
+
+    Hidden matrices, routers and experts; the head turns by Adam's direction (arXiv 2603.28743).
+    """
+
+    kind: Literal["muonh"] = "muonh"
+    momentum: float = Field(0.95, ge=0.0, lt=1.0, description="decay of the momentum")
+    nesterov: bool = Field(True, description="look ahead by one gradient")
+
+
+class AdamH(_OnSphere):
+    """Adam's direction on spheres, for all matrices but the embedding (arXiv 2603.28743)."""
+
+    kind: Literal["adamh"] = "adamh"
+
+
+class SGDSaI(Section):
+    """Momentum, with a scale for each tensor from its first gradient (arXiv 2412.11768)."""
+
+    kind: Literal["sgd_sai"] = "sgd_sai"
+    lr: float = Field(gt=0.0, description="peak learning rate, at the base dimensions")
+    momentum: float = Field(0.9, ge=0.0, lt=1.0, description="decay of the momentum")
+    eps: float = Field(1e-8, gt=0.0, description="added to the deviation of the first gradient")
+    weight_decay: float = Field(0.1, ge=0.0, description="decay of matrices; vectors have none")
+
+
+class _LowRank(_Mixed):
+    eps: float = Field(1e-6, gt=0.0, description="added to the root of the second moment")
+    weight_decay: float = Field(0.0, ge=0.0, description="decay of matrices; vectors have none")
+    refresh_steps: Count = Field(
+        200, gt=0, description="steps after which a new projection is drawn"
+    )
+    norm_growth: float = Field(
+        1.01, gt=1.0, description="most that an update's norm may grow from one step to the next"
+    )
+
+
+class Apollo(_LowRank):
+    """Adam's scale for each channel, from a projected gradient (arXiv 2412.05270)."""
+
+    kind: Literal["apollo"] = "apollo"
+    rank: Count | None = Field(
+        None, gt=0, description="rows of the projection; null: a quarter of the smaller side"
+    )
+    scale: float = Field(1.0, gt=0.0, description="updates are multiplied by its root")
+
+
+class ApolloMini(_LowRank):
+    """Adam's scale for each matrix, from a gradient projected to rank 1 (arXiv 2412.05270)."""
+
+    kind: Literal["apollo_mini"] = "apollo_mini"
+    scale: float | None = Field(
+        None,
+        gt=0.0,
+        description="updates are multiplied by its root; null: a quarter of the smaller side",
+    )
+
+
+def _adamw_unless_said(value: Any) -> Any:
+    """Let a section without ``kind`` be AdamW."""
+    return {"kind": "adamw", **value} if isinstance(value, dict) else value
+
+
+OptimizerConfig = Annotated[
+    Annotated[
+        AdamW | Muon | MuonH | AdamH | SGDSaI | Apollo | ApolloMini, Field(discriminator="kind")
+    ],
+    BeforeValidator(_adamw_unless_said),
+]
 
 
 class _Warmup(Section):
@@ -72,16 +173,113 @@ class WSDSchedule(_Warmup):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.decay == "exponential" and self.final_fraction == 0.0:
-            raise ValueError(
-                "final_fraction=0 cannot be reached by an exponential decay; "
-                "set it above 0 (0.1 is usual) or choose decay: 1-sqrt"
-            )
+        _check_exponential(self.decay, self.final_fraction)
         return self
 
 
+def _check_exponential(decay: str, final_fraction: float) -> None:
+    if decay == "exponential" and final_fraction == 0.0:
+        raise ValueError(
+            "final_fraction=0 cannot be reached by an exponential decay; "
+            "set it above 0 (0.1 is usual) or choose decay: 1-sqrt"
+        )
+
+
+class WSDSSchedule(_Warmup):
+    """Warm-up, then stable and decay several times over (WSD-S, arXiv 2410.05192).
+
+    Each decay ends one of several budgets, as if the run were to stop there; training then goes on
+    from its end, back at the peak. The last decay ends the run.
+    """
+
+    kind: Literal["wsd_s"] = "wsd_s"
+    decay_ends_steps: tuple[Count, ...] | None = Field(
+        None, description="steps at which decays before the last one end, ascending"
+    )
+    decay_ends_tokens: tuple[Count, ...] | None = Field(
+        None, description="the same in tokens, each rounded up to a whole step"
+    )
+    decay_fraction: float = Field(
+        0.1, gt=0.0, le=1.0, description="share that a decay takes of all steps up to its end"
+    )
+    decay: Literal["exponential", "linear", "1-sqrt"] = Field(
+        "1-sqrt", description="form of each decay, as of kind wsd"
+    )
+    final_fraction: float = Field(
+        0.0, ge=0.0, le=1.0, description="rate at the end of a decay over peak rate"
+    )
+    rewarmup_steps: Count = Field(
+        0, ge=0, description="linear climb back to the peak after a decay; 0: at once, as published"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        given = [ends for ends in (self.decay_ends_steps, self.decay_ends_tokens) if ends]
+        if len(given) != 1:
+            raise ValueError(
+                "give the ends of the decays before the last as decay_ends_steps or as "
+                "decay_ends_tokens; with a single decay use kind: wsd"
+            )
+        if list(given[0]) != sorted(set(given[0])) or given[0][0] < 1:
+            raise ValueError(f"the ends of the decays must ascend from 1 on, not {given[0]}")
+        _check_exponential(self.decay, self.final_fraction)
+        return self
+
+
+class RefinedSchedule(_Warmup):
+    """The rate of each step from a file that ``allometry refine`` wrote (arXiv 2310.07831)."""
+
+    kind: Literal["refined"] = "refined"
+    file: str = Field(
+        min_length=1,
+        description="JSON with ``fractions`` of the peak rate; a run of another length reads "
+        "them in proportion. A warm-up, where one is given, multiplies them",
+    )
+
+
+SimpleSchedule = Annotated[
+    ConstantSchedule
+    | LinearSchedule
+    | CosineSchedule
+    | WSDSchedule
+    | WSDSSchedule
+    | RefinedSchedule,
+    Field(discriminator="kind"),
+]
+
+
+class ContinuedSchedule(Section):
+    """A run that is taken further: the schedule it had, and another one after its last step.
+
+    The warm-up of ``after`` climbs from the last rate of ``before`` rather than from 0 (re-warming,
+    arXiv 2403.08763); without one the rate jumps to the peak.
+    """
+
+    kind: Literal["continued"] = "continued"
+    before: SimpleSchedule = Field(description="schedule of the steps up to ``before_steps``")
+    before_steps: Count = Field(gt=0, description="length of the run that is taken further")
+    after: SimpleSchedule = Field(description="schedule of all steps after it")
+
+    @property
+    def warmup_steps(self) -> int | None:
+        """See ``before``."""
+        return self.before.warmup_steps
+
+    @property
+    def warmup_tokens(self) -> int | None:
+        """See ``before``."""
+        return self.before.warmup_tokens
+
+
 ScheduleConfig = Annotated[
-    ConstantSchedule | LinearSchedule | CosineSchedule | WSDSchedule, Field(discriminator="kind")
+    ConstantSchedule
+    | LinearSchedule
+    | CosineSchedule
+    | WSDSchedule
+    | WSDSSchedule
+    | RefinedSchedule
+    | ContinuedSchedule,
+    Field(discriminator="kind"),
 ]
 
 

@@ -7,6 +7,7 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from allometry.configs.base import Section
+from allometry.configs.contradictions import contradiction
 from allometry.configs.data import BatchConfig, DataConfig, DocumentData
 from allometry.configs.execution import (
     CheckpointConfig,
@@ -41,12 +42,9 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        kind = self.parameterization.kind
-        if kind == "mup" and self.model.tied_embeddings:
-            raise ValueError(
-                "model.tied_embeddings=true contradicts parameterization.kind=mup, whose embedding "
-                "and head scale differently; set model.tied_embeddings: false"
-            )
+        found = contradiction(self.parameterization, self.model, self.optimizer)
+        if found is not None:
+            raise ValueError(found)
         if isinstance(self.data, DocumentData):
             _check_documents(self.data, self.batch)
         return self

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import assert_never
 
 from torch import Tensor
 from torch.optim import AdamW as TorchAdamW
 from torch.optim import Optimizer
 
+from allometry.configs.errors import UserError
 from allometry.configs.optimization import AdamW, OptimizerConfig
 from allometry.optim.groups import parameter_groups
 from allometry.scaling.parameterization import Parameterization
@@ -35,7 +35,9 @@ def build_optimizer(
         case AdamW():
             return TorchAdamW(groups, betas=(config.beta1, config.beta2), fused=True)
         case _:
-            assert_never(config)
+            raise UserError(
+                f"optimizer.kind={config.kind} has no update rule yet; use optimizer.kind: adamw"
+            )
 
 
 def set_lr(optimizer: Optimizer, fraction: float) -> None:

@@ -9,8 +9,22 @@ from torch import Tensor
 
 from allometry.configs.errors import UserError
 from allometry.configs.optimization import OptimizerConfig
-from allometry.scaling.parameterization import Parameterization
-from allometry.scaling.roles import ParamSpec
+from allometry.scaling.parameterization import Parameterization, group_key
+from allometry.scaling.roles import ParamSpec, Rule
+from allometry.scaling.rules.base import Resolved
+
+_SETTINGS: Mapping[Rule, tuple[str, ...]] = {
+    Rule.ADAMW: (),
+    Rule.MUON: ("momentum", "nesterov", "adjust"),
+    Rule.MUONH: ("momentum", "nesterov"),
+    Rule.ADAMH: (),
+    Rule.SGD_SAI: ("momentum",),
+    Rule.APOLLO: ("rank", "scale", "refresh_steps", "norm_growth"),
+    Rule.APOLLO_MINI: ("scale", "refresh_steps", "norm_growth"),
+}
+"""What of the optimizer section a group of each rule carries, besides rate, decay and epsilon."""
+
+_WITH_BETAS = frozenset({Rule.ADAMW, Rule.ADAMH, Rule.APOLLO, Rule.APOLLO_MINI})
 
 
 def parameter_groups(
@@ -21,15 +35,21 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Sort parameters into groups for a torch optimizer.
 
-    Parameters that share a role and its resolved learning rate, weight decay and epsilon share a
-    group. A group is a dict with ``params`` and ``param_names`` (in the order given),
-    ``name`` (the role, numbered where one role needs several groups), ``role``, ``peak_lr``,
-    ``lr`` (= ``peak_lr`` until a schedule sets it), ``weight_decay`` and ``eps``. Groups come in
-    the order of their first parameters, which is the same on every rank.
+    Parameters that share a role, its update rule and its resolved multipliers share a group. A
+    group is a dict with ``params``, ``param_names`` and ``specs`` (in the order given), ``name``
+    (the role, numbered where one role needs several groups), ``role``, ``rule``, ``sphere``,
+    ``peak_lr``, ``lr`` (= ``peak_lr`` until a schedule sets it), ``weight_decay``, ``eps`` and the
+    settings of its rule (``betas``, ``momentum``, ...). Groups come in the order of their first
+    parameters, which is the same on every rank.
 
     Raises:
         UserError: a parameter has no spec, or a spec no parameter.
     """
+    assert parameterization.optimizer_kind == config.kind, (
+        "the rules were resolved for another optimizer",
+        parameterization.optimizer_kind,
+        config.kind,
+    )
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     missing = dict(specs)
     for name, parameter in named_parameters:
@@ -40,25 +60,50 @@ def parameter_groups(
                 "in the module that makes it"
             )
         resolved = parameterization.resolve(spec)
-        key = (spec.role, resolved.lr, resolved.weight_decay, resolved.eps)
+        key = (spec.role, *group_key(resolved))
         if key not in groups:
             twins = sum(group["role"] == spec.role.value for group in groups.values())
-            peak_lr = config.lr * resolved.lr
             groups[key] = {
                 "params": [],
                 "param_names": [],
+                "specs": [],
                 "name": spec.role.value if not twins else f"{spec.role.value}-{twins + 1}",
                 "role": spec.role.value,
-                "peak_lr": peak_lr,
-                "lr": peak_lr,
-                "weight_decay": config.weight_decay * resolved.weight_decay,
-                "eps": config.eps * resolved.eps,
+                **_settings(resolved, parameterization, config),
             }
         groups[key]["params"].append(parameter)
         groups[key]["param_names"].append(name)
+        groups[key]["specs"].append(spec)
     if missing:
         raise UserError(
             f"{next(iter(missing))!r} and {len(missing) - 1} more declared parameters are not in "
             "the model; declare only what the module registers"
         )
     return list(groups.values())
+
+
+def _settings(
+    resolved: Resolved, parameterization: Parameterization, config: OptimizerConfig
+) -> dict[str, Any]:
+    """What a group says besides its parameters."""
+    rule = resolved.rule
+    base_lr = config.lr
+    if rule is Rule.ADAMW and config.kind != "adamw":
+        base_lr = getattr(config, "adamw_lr", None) or base_lr
+    weight_decay = config.weight_decay * resolved.weight_decay
+    if parameterization.decay_is_independent:
+        weight_decay /= base_lr
+    found: dict[str, Any] = {
+        "rule": rule.value,
+        "sphere": resolved.sphere,
+        "peak_lr": base_lr * resolved.lr,
+        "lr": base_lr * resolved.lr,
+        "weight_decay": weight_decay,
+        "eps": config.eps * resolved.eps,
+        **{key: getattr(config, key) for key in _SETTINGS[rule]},
+    }
+    if rule in _WITH_BETAS:
+        beta1, beta2 = (getattr(config, key) for key in ("beta1", "beta2"))
+        forgets = resolved.forgetting
+        found["betas"] = (beta1, beta2 if forgets == 1.0 else 1.0 - (1.0 - beta2) * forgets)
+    return found

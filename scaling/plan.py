@@ -67,7 +67,7 @@ class RunPlan:
                 ),
                 checkpointing=config.training.activation_checkpointing,
             ),
-            parameterization=Parameterization(config.parameterization, config.model),
+            parameterization=Parameterization.of_run(config),
         )
 
     @property

@@ -23,6 +23,18 @@ class Role(StrEnum):
     EXPERT_DOWN = "expert_down"
 
 
+class Rule(StrEnum):
+    """Which update rule a parameter gets; ``optim/`` has a file for each."""
+
+    ADAMW = "adamw"
+    MUON = "muon"
+    MUONH = "muonh"
+    ADAMH = "adamh"
+    SGD_SAI = "sgd_sai"
+    APOLLO = "apollo"
+    APOLLO_MINI = "apollo_mini"
+
+
 @dataclass(frozen=True, slots=True)
 class ParamSpec:
     """One parameter as the module that makes it declares it.
@@ -42,6 +54,11 @@ class ParamSpec:
         assert all(size > 0 for size in self.shape), (self.name, self.shape)
         assert self.fan_in > 0, (self.name, self.fan_in)
         assert self.fan_out > 0, (self.name, self.fan_out)
+
+    @property
+    def in_block(self) -> bool:
+        """Whether the parameter is one of a block, whose number is the model's depth."""
+        return self.name.startswith("blocks.")
 
     @property
     def numel(self) -> int:

@@ -1,0 +1,1 @@
+"""The parameterizations: a file for each, on one base."""

@@ -1,0 +1,95 @@
+"""HyperP: matrices that keep their norms, and one learning rate that follows depth and data."""
+
+# m = width / base width, L layers, B tokens of a batch, T tokens of a run; 0 marks the base
+
+from __future__ import annotations
+
+import math
+
+from allometry.configs.model import HyperP, ModelConfig, WeightDecayRule
+from allometry.configs.optimization import OptimizerConfig
+from allometry.scaling.roles import ParamSpec, Role, Rule
+from allometry.scaling.rules.base import MATRICES, ForwardScales, InitKind, Rules, RunScale
+
+HEAD_STD = 0.64
+"""σ of the head is this over √(base width): logits of RMS 0.64 at the start, .02 at width 1024."""
+
+
+class OnSpheres(Rules):
+    """HyperP (arXiv 2603.28743; github.com/microsoft/ArchScale), for MuonH or AdamH:
+
+    ======  ========================  ===========  ===================
+    role    start                     lr           forward
+    ======  ========================  ===========  ===================
+    input   N(0, ``embedding_std``²)  q            1
+    matrix  U(±1/√fan_in)             q            branches x 1/√(2 L)
+    output  N(0, ``head_std``²)       q            1, or logits / m
+    vector  ones                      q            1
+    ======  ========================  ===========  ===================
+
+    q = √(B/B0) √(L0/L) (T/T0)^-0.32. Weight decay is 0 everywhere and epsilon the config's.
+    Neither width nor the number of experts has a factor: a step turns a matrix by the angle lr,
+    whatever its size. The head's norm fixes the scale of the logits, so its σ is that of the base
+    at every width; with the published .02 at small base widths the best rate drifts more
+    (docs/parameterization.md).
+    """
+
+    default_optimizer = "muonh"
+
+    def __init__(
+        self,
+        config: HyperP,
+        model: ModelConfig,
+        optimizer: OptimizerConfig | None,
+        scale: RunScale | None,
+    ) -> None:
+        super().__init__(model, optimizer, config.base_width)
+        self.config = config
+        batch, tokens = config.base_batch_tokens, config.base_tokens
+        self._batch = scale.batch_tokens / batch if scale and batch else 1.0
+        self._tokens = scale.total_tokens / tokens if scale and tokens else 1.0
+
+    @property
+    def forward(self) -> ForwardScales:
+        """Branches x 1/√(2 L), at the base as well; scores √(base head width)/H."""
+        divided = self.config.output_multiplier == "1/m"
+        return ForwardScales(
+            embedding=1.0,
+            residual=1.0 / math.sqrt(2 * self.model.num_layers),
+            attention=self.scores(self.config.base_head_dim),
+            output=float(1 / self.m) if divided else 1.0,
+        )
+
+    def initial(self, spec: ParamSpec) -> tuple[InitKind, float]:
+        """Return how a parameter starts."""
+        if spec.role is Role.INPUT:
+            return "normal", self.config.embedding_std
+        if spec.role is Role.OUTPUT:
+            return "normal", self.config.head_std or HEAD_STD / math.sqrt(self.config.base_width)
+        return "uniform", 1.0 / math.sqrt(3 * spec.fan_in)
+
+    def width_rate(self, spec: ParamSpec, rule: Rule) -> float:
+        """Return 1."""
+        return 1.0
+
+    def other_rate(self, spec: ParamSpec) -> float:
+        """Return q."""
+        config = self.config
+        depth = math.sqrt(config.base_layers / self.model.num_layers)
+        rate = depth * math.pow(self._batch, config.batch_exponent)
+        if config.data_exponent_scope == "all" or spec.role in MATRICES:
+            rate *= math.pow(self._tokens, -config.data_exponent)
+        return rate
+
+    def other_decay(self, spec: ParamSpec) -> float:
+        """Return 0."""
+        return 0.0
+
+    def epsilon(self, spec: ParamSpec) -> float:
+        """Return 1."""
+        return 1.0
+
+    @property
+    def decay_rule(self) -> WeightDecayRule:
+        """There is no decay to follow anything."""
+        return "coupled"

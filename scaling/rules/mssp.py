@@ -1,0 +1,147 @@
+"""MSSP: mixtures of sigmoid-gated experts whose width, number and visits grow."""
+
+# n = width, e = expert width, M = experts, K = visits, each over its value at the base
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+from allometry.configs.model import MSSP, MoEModel, WeightDecayRule
+from allometry.configs.optimization import OptimizerConfig
+from allometry.scaling.roles import ParamSpec, Role, Rule
+from allometry.scaling.rules.base import ForwardScales, InitKind, Rules
+from allometry.scaling.rules.completep import Depth
+
+_EXPERTS = (Role.EXPERT_UP, Role.EXPERT_DOWN)
+
+
+class ScaledMixture(Rules):
+    """MSSP (arXiv 2605.14200; github.com/vankadara-lab/mssp-moe): y = K^-α Σ gate_i E_i(x).
+
+    α is 0 in regime I and 1 in II and III. Exponents of the authors' tables as ratios to the base,
+    with N = n, M and E = e; σ at the base is 1/√fan_in but for embedding, head and routers of I:
+
+    ======  ===========  =============  ==========  =======  ============
+    regime  role         σ              lr (SGD)    (Adam)   epsilon
+    ======  ===========  =============  ==========  =======  ============
+    all     input        1              n           1        1/n
+    all     vector       ones           n           1        1/n
+    all     hidden       1/√fan_in      1           1/n      1/n
+    all     output       0 (or 1/n)     1/n         1/n      1
+    I       router       0              1/n         1/n      1/n
+    I       up, down     1/√fan_in      1           1/n      1/n
+    II      router, up   1/√fan_in      M/n         1/n      1/M
+    II      down         √M /√fan_in    M n         1        1/(n M)
+    III     router       1/√fan_in      1           1/n      1/M
+    III     up, down     1/√fan_in, ⁼   M           1/n      1/(n M)
+    ======  ===========  =============  ==========  =======  ============
+
+    ⁼: all experts start alike. Averages over experts drawn apart shrink as M^-1/2 while updates do
+    not; √M (II) and equal experts (III) cure what they break, and neither stands for the other.
+    The Adam columns are the authors' heuristic; SGD's are derived.
+
+    Not theirs: SGD-SaI's own factor is taken off the SGD column, and depth is CompleteP's.
+    """
+
+    def __init__(self, config: MSSP, model: MoEModel, optimizer: OptimizerConfig | None) -> None:
+        super().__init__(model, optimizer, config.base_width)
+        self.config = config
+        experts = model.experts
+        self.experts = Fraction(experts.num_experts, config.base_experts)
+        self.visits = Fraction(experts.experts_per_token, config.base_experts_per_token)
+        self.expert_width = Fraction(experts.width, config.base_expert_width)
+        self.depth = Depth(model, config.base_layers, config.depth_alpha)
+
+    @property
+    def forward(self) -> ForwardScales:
+        """The sum over experts x K^-α; the head has no factor, as its σ and lr shrink."""
+        return ForwardScales(
+            embedding=1.0,
+            residual=self.depth.branch,
+            attention=self.scores(self.config.base_head_dim),
+            output=1.0,
+            experts=1.0 if self.config.regime == "I" else float(1 / self.visits),
+        )
+
+    def initial(self, spec: ParamSpec) -> tuple[InitKind, float]:
+        """Return how a parameter starts."""
+        std = 1.0 / math.sqrt(spec.fan_in)
+        match spec.role:
+            case Role.INPUT:
+                return "normal", self.config.embedding_std
+            case Role.OUTPUT if self.config.zero_head:
+                return "zeros", 0.0
+            case Role.OUTPUT:
+                return "normal", 1.0 / math.sqrt(spec.fan_in / self.m) / float(self.m)
+            case Role.ROUTER if self.config.regime == "I":
+                return "zeros", 0.0
+            case Role.EXPERT_DOWN if self.config.regime == "II":
+                return "normal", math.sqrt(self.experts) * std
+            case _:
+                return "normal", std
+
+    def alike(self, spec: ParamSpec) -> bool:
+        """Whether all experts start equal: in regime III."""
+        return self.config.regime == "III" and spec.role in _EXPERTS
+
+    def width_rate(self, spec: ParamSpec, rule: Rule) -> float:
+        """Return the column of Adam, or that of SGD without SGD-SaI's own factor."""
+        if rule is Rule.SGD_SAI:
+            return float(self._sgd(spec.role)) / math.sqrt(self._elements(spec.role))
+        if spec.role in (Role.INPUT, Role.VECTOR):
+            return 1.0
+        if spec.role is Role.EXPERT_DOWN and self.config.regime == "II":
+            return 1.0
+        return float(1 / self.m)
+
+    def other_rate(self, spec: ParamSpec) -> float:
+        """Return what depth says."""
+        return self.depth.rate(spec)
+
+    def epsilon(self, spec: ParamSpec) -> float:
+        """Return the factor that follows the gradient."""
+        return float(self._epsilon(spec.role)) * self.depth.epsilon(spec)
+
+    @property
+    def decay_rule(self) -> WeightDecayRule:
+        """As the config says."""
+        return self.config.weight_decay_rule
+
+    def _epsilon(self, role: Role) -> Fraction:
+        n, experts, regime = self.m, self.experts, self.config.regime
+        if role is Role.OUTPUT:
+            return Fraction(1)
+        if regime == "I" or role in (Role.INPUT, Role.VECTOR, Role.HIDDEN):
+            return 1 / n
+        if role is Role.ROUTER or (regime == "II" and role is Role.EXPERT_UP):
+            return 1 / experts
+        return 1 / (n * experts)
+
+    def _sgd(self, role: Role) -> Fraction:
+        n, experts, regime = self.m, self.experts, self.config.regime
+        match role:
+            case Role.INPUT | Role.VECTOR:
+                return n
+            case Role.HIDDEN:
+                return Fraction(1)
+            case Role.OUTPUT:
+                return 1 / n
+            case Role.ROUTER:
+                return {"I": 1 / n, "II": experts / n, "III": Fraction(1)}[regime]
+            case Role.EXPERT_UP:
+                return {"I": Fraction(1), "II": experts / n, "III": experts}[regime]
+            case Role.EXPERT_DOWN:
+                return {"I": Fraction(1), "II": experts * n, "III": experts}[regime]
+
+    def _elements(self, role: Role) -> Fraction:
+        """Elements of one matrix over those at the base; each expert is one."""
+        match role:
+            case Role.HIDDEN:
+                return self.m * self.m
+            case Role.ROUTER:
+                return self.m * self.experts
+            case Role.EXPERT_UP | Role.EXPERT_DOWN:
+                return self.m * self.expert_width
+            case _:
+                return self.m

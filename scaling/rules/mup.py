@@ -1,0 +1,135 @@
+"""Maximal update: what is tuned at one width holds at any."""
+
+# m = width / base width; σ standard deviation
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+from allometry.configs.model import (
+    CompleteP,
+    MaximalUpdateParameterization,
+    ModelConfig,
+    MuPPlusPlus,
+    WeightDecayRule,
+)
+from allometry.configs.optimization import OptimizerConfig
+from allometry.scaling.roles import ParamSpec, Role, Rule
+from allometry.scaling.rules.base import (
+    MATRICES,
+    ForwardScales,
+    InitKind,
+    Rules,
+    muon_rate,
+)
+
+
+class MaximalUpdate(Rules):
+    """muP for Adam (arXiv 2203.03466, Table 8), with a constant head and a scaled logit.
+
+    ======  ===========================  ========  =============  =======  =====================
+    role    init σ                       lr        weight decay   epsilon  forward
+    ======  ===========================  ========  =============  =======  =====================
+    input   ``embedding_std``            1         1              1/m      1
+    hidden  1/√fan_in (= σ at base /√m)  1/m       m, √m or 1     1/m      1
+    expert  1/√fan_in, its own           1/m       m, √m or 1     1/m      1
+    router  1/√fan_in                    1/m       m, √m or 1     1/m      1
+    output  1/√(fan_in at base), or 0    1         1              1/m      logits / m
+    vector  ones                         1         0              1/m      1
+    scores                                                                 √(base head width)/H
+    ======  ===========================  ========  =============  =======  =====================
+
+    Weight decay x m keeps lr x decay of hidden matrices constant; x √m keeps their largest
+    singular values (arXiv 2510.15262); ``coupled`` leaves it alone.
+
+    Epsilon follows the gradient: with logits divided by m and σ of the head constant, the
+    gradient of the loss in the residual stream is Θ(1/m), and so is that of every parameter
+    (the head's through the division itself); Adam is width-invariant only if epsilon shrinks
+    alike (a test measures this). The gains of qk_norm are shared by all heads and their gradient
+    shrinks less; a smaller epsilon does them no harm.
+
+    The model at the base has ``base_width`` and every other width in proportion, so each hidden
+    fan-in is m times that at the base. Only head width may differ: ``base_head_dim``.
+
+    Experts are hidden matrices: their number stays and their widths grow in proportion. A router
+    has a finite fan-out, as the head has. With σ 1/√fan_in its logits are Θ(1) at the start, and
+    with lr 1/m each step moves them by Θ(1): for Adam the same as lr 1 with the logits divided by
+    m.
+
+    Other rules than Adam's change the learning rates alone (``mup_rate``).
+    """
+
+    def __init__(
+        self,
+        config: MaximalUpdateParameterization | CompleteP | MuPPlusPlus,
+        model: ModelConfig,
+        optimizer: OptimizerConfig | None,
+    ) -> None:
+        super().__init__(model, optimizer, config.base_width)
+        self._widths = config
+
+    @property
+    def forward(self) -> ForwardScales:
+        """Logits are divided by m, scores by H where the head's width grows."""
+        return ForwardScales(
+            embedding=1.0,
+            residual=1.0,
+            attention=self.scores(self._widths.base_head_dim),
+            output=float(1 / self.m),
+        )
+
+    def initial(self, spec: ParamSpec) -> tuple[InitKind, float]:
+        """Return how a parameter starts."""
+        match spec.role:
+            case Role.INPUT:
+                return "normal", self._widths.embedding_std
+            case Role.OUTPUT if self._widths.zero_head:
+                return "zeros", 0.0
+            case Role.OUTPUT:
+                return "normal", 1.0 / math.sqrt(spec.fan_in / self.m)
+            case _:
+                return "normal", 1.0 / math.sqrt(spec.fan_in)
+
+    def width_rate(self, spec: ParamSpec, rule: Rule) -> float:
+        """Return 1/m for hidden matrices under Adam, 1 for the rest."""
+        return mup_rate(spec, rule, self.m, self.optimizer)
+
+    def epsilon(self, spec: ParamSpec) -> float:
+        """Return 1/m."""
+        return float(1 / self.m)
+
+    @property
+    def decay_rule(self) -> WeightDecayRule:
+        """As the config says."""
+        return self._widths.weight_decay_rule
+
+
+def mup_rate(spec: ParamSpec, rule: Rule, m: Fraction, optimizer: OptimizerConfig | None) -> float:
+    """Return the factor on the learning rate that m times the width asks of a rule.
+
+    Adam, and APOLLO whose updates have the size of Adam's: 1/m for hidden matrices, routers and
+    experts, else 1. Muon: ``muon_rate``. On a sphere the step is an angle and has no factor
+    (arXiv 2603.28743, theorem 2). SGD (arXiv 2203.03466, Table 8): m for what has one growing
+    side, and the ratio of fan-out to fan-in for matrices: 1 where both grow, 1/m for a router.
+    SGD-SaI's own factor, near the root of a matrix's elements, is taken off again (derived).
+    """
+    match rule:
+        case Rule.ADAMW | Rule.APOLLO | Rule.APOLLO_MINI:
+            return float(1 / m) if spec.role in MATRICES else 1.0
+        case Rule.MUON:
+            return muon_rate(spec, m, optimizer)
+        case Rule.MUONH | Rule.ADAMH:
+            return 1.0
+        case Rule.SGD_SAI:
+            sgd = {Role.ROUTER: 1 / m}.get(spec.role, Fraction(1) if _square(spec) else m)
+            return float(sgd) / math.sqrt(elements(spec, m))
+
+
+def _square(spec: ParamSpec) -> bool:
+    return spec.role in (Role.HIDDEN, Role.EXPERT_UP, Role.EXPERT_DOWN)
+
+
+def elements(spec: ParamSpec, m: Fraction) -> Fraction:
+    """Return how many times the elements of one matrix those at the base are."""
+    return m * m if _square(spec) else m

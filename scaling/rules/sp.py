@@ -1,0 +1,47 @@
+"""The standard parameterization: nothing follows from size but the initial values."""
+
+from __future__ import annotations
+
+import math
+
+from allometry.configs.model import ModelConfig, StandardParameterization, WeightDecayRule
+from allometry.configs.optimization import OptimizerConfig
+from allometry.scaling.roles import ParamSpec, Role, Rule
+from allometry.scaling.rules.base import ForwardScales, InitKind, Rules
+
+
+class Standard(Rules):
+    """σ = 1/√fan_in for hidden matrices, routers, experts and the head; one learning rate."""
+
+    def __init__(
+        self,
+        config: StandardParameterization,
+        model: ModelConfig,
+        optimizer: OptimizerConfig | None,
+    ) -> None:
+        super().__init__(model, optimizer, None)
+        self.config = config
+
+    @property
+    def forward(self) -> ForwardScales:
+        """Scores are divided by √H; nothing else is scaled."""
+        return ForwardScales(embedding=1.0, residual=1.0, attention=self.scores(None), output=1.0)
+
+    def initial(self, spec: ParamSpec) -> tuple[InitKind, float]:
+        """Return how a parameter starts."""
+        if spec.role is Role.INPUT:
+            return "normal", self.config.embedding_std
+        return "normal", 1.0 / math.sqrt(spec.fan_in)
+
+    def width_rate(self, spec: ParamSpec, rule: Rule) -> float:
+        """Return 1: the best rate falls as a model widens, and nobody says by how much."""
+        return 1.0
+
+    def epsilon(self, spec: ParamSpec) -> float:
+        """Return 1."""
+        return 1.0
+
+    @property
+    def decay_rule(self) -> WeightDecayRule:
+        """As the config says."""
+        return self.config.weight_decay_rule
