@@ -1,0 +1,106 @@
+"""``allometry suggest``: what published laws say of a run, and where to tune it small."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from allometry.configs.run import RunConfig
+from allometry.scaling.batch import BatchPlan, total_steps
+from allometry.scaling.count import count_parameters
+from allometry.scaling.hyperlaws import Suggestion, Target, disagreements, suggest
+from allometry.scaling.shapes import at_width, tuning_width
+
+TOKENS_PER_PARAMETER = 20
+
+
+@dataclass(frozen=True)
+class Base:
+    """A model to tune at: the same in everything but width, and tokens in its proportion."""
+
+    width: int
+    parameters: int
+    tokens: int
+
+
+def report(
+    config: RunConfig,
+    parameters: int | None,
+    tokens: int | None,
+    loss: float | None,
+    *,
+    as_json: bool,
+) -> str:
+    """What the laws say of this run, or of one like it with other parameters and tokens."""
+    length = config.data.sequence_length
+    plan = BatchPlan(config.batch, length)
+    planned = plan.tokens_after(total_steps(config.training, plan))
+    target = Target.of(config.model, tokens or planned, length, parameters=parameters, loss=loss)
+    found = suggest(target)
+    apart = disagreements(found)
+    base = _base(config)
+    if as_json:
+        facts = {
+            "target": asdict(target),
+            "sequence_length": length,
+            "suggestions": [suggestion.describe() for suggestion in found],
+            "disagreements": apart,
+            "base": asdict(base),
+        }
+        return json.dumps(facts, indent=2)
+    return "\n".join([*_head(target), *_table(found, length), *_notes(found, apart), *_tune(base)])
+
+
+def _base(config: RunConfig) -> Base:
+    width = tuning_width(config.model)
+    count = count_parameters(at_width(config.model, width)).active
+    return Base(width, count, TOKENS_PER_PARAMETER * count)
+
+
+def _head(target: Target) -> list[str]:
+    active = f", {target.active:.3g} active" if target.kind == "moe" else ""
+    return [
+        f"{target.kind} model, N = {target.parameters:.3g}{active} (without embedding and head), "
+        f"{target.num_layers} layers; D = {target.tokens:.3g} tokens; C = {target.flops:.3g} FLOPs"
+    ]
+
+
+def _table(found: tuple[Suggestion, ...], length: int) -> list[str]:
+    rows = [("law", "for", "peak lr", "batch, tokens", "sequences", "schedule")]
+    for one in found:
+        if one.refused:
+            continue
+        batch = one.batch_tokens
+        rows.append(
+            (
+                one.law + ("*" if one.outside else ""),
+                one.setting,
+                "-" if one.lr is None else f"{one.lr:.3g}",
+                "-" if batch is None else f"{batch:,}",
+                "-" if batch is None else f"{max(1, round(batch / length)):,}",
+                one.schedule,
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+
+
+def _notes(found: tuple[Suggestion, ...], apart: list[str]) -> list[str]:
+    lines = []
+    for one in found:
+        said: list[Any] = [one.refused] if one.refused else [f"fitted on {one.fitted}"]
+        said += [f"* outside: {words}" for words in one.outside]
+        said += one.notes
+        lines.append(f"{one.law} ({one.source}): {'; '.join(said)}")
+    return [*lines, *(f"note: {words}" for words in apart)]
+
+
+def _tune(base: Base) -> list[str]:
+    return [
+        f"to tune small: model.width={base.width} ({base.parameters:,} parameters active, "
+        f"{base.tokens:,} tokens at {TOKENS_PER_PARAMETER} each), with a parameterization whose "
+        f"base_width is {base.width}; allometry transfer measures whether its rate holds"
+    ]

@@ -1,0 +1,115 @@
+"""The best learning rate of a sweep, and how far it drifts between sizes."""
+
+# S seeds, R learning rates; losses_RS in nats per token, infinite where a run diverged
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+RESAMPLES = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Optimum:
+    """Where the loss is least: ``log2_lr`` and ``loss`` of a parabola's vertex.
+
+    ``problem`` says why there is no interior optimum; the two are then those of the best point
+    that was run.
+    """
+
+    log2_lr: float
+    loss: float
+    problem: str | None = None
+
+    @property
+    def interior(self) -> bool:
+        """Whether both neighbours of the best point were run and are finite."""
+        return self.problem is None
+
+
+def quadratic_optimum(log2_lrs: Sequence[float], losses: Sequence[float]) -> Optimum:
+    """Return the vertex of the parabola through the best point and its two neighbours.
+
+    Points may come in any order and at any distances; a loss that is not finite is a run that
+    diverged.
+    """
+    order = np.argsort(log2_lrs)
+    x = np.asarray(log2_lrs, np.float64)[order]
+    y = np.where(np.isfinite(losses), losses, np.inf)[order]
+    assert len(np.unique(x)) == len(x), "two losses for one learning rate"
+    best = int(np.argmin(y))
+    here = Optimum(float(x[best]), float(y[best]))
+    if not np.isfinite(here.loss):
+        return Optimum(here.log2_lr, here.loss, "every run diverged")
+    if best == 0:
+        return Optimum(here.log2_lr, here.loss, "the best rate is the least that was tried")
+    if best == len(x) - 1:
+        return Optimum(here.log2_lr, here.loss, "the best rate is the largest that was tried")
+    if not np.isfinite(y[best - 1 : best + 2]).all():
+        return Optimum(here.log2_lr, here.loss, "a neighbour of the best rate diverged")
+    (x0, x1, x2), (y0, y1, y2) = x[best - 1 : best + 2], y[best - 1 : best + 2]
+    slope_left, slope_right = (y1 - y0) / (x1 - x0), (y2 - y1) / (x2 - x1)
+    curvature = (slope_right - slope_left) / (x2 - x0)
+    if curvature <= 0.0:  # three equal losses
+        return Optimum(here.log2_lr, here.loss, "the losses around the best rate are equal")
+    # Newton's form: y0 + slope_left (x - x0) + curvature (x - x0)(x - x1).
+    vertex = float((x0 + x1 - slope_left / curvature) / 2)
+    loss = y0 + slope_left * (vertex - x0) + curvature * (vertex - x0) * (vertex - x1)
+    return Optimum(vertex, float(loss))
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """Losses of one size: ``losses_RS`` [R, S] at ``log2_lrs``, the same seeds at every rate."""
+
+    log2_lrs: tuple[float, ...]
+    losses_RS: NDArray[np.float64]
+
+    def optimum(self, seeds: Sequence[int] | None = None) -> Optimum:
+        """Return the optimum of the mean over seeds (columns; None: all)."""
+        chosen = self.losses_RS if seeds is None else self.losses_RS[:, list(seeds)]
+        return quadratic_optimum(self.log2_lrs, chosen.mean(axis=1).tolist())
+
+    def spread(self) -> float:
+        """Return max - min of log2 of the best rate over single seeds (NaN: one has none)."""
+        found = [self.optimum([seed]) for seed in range(self.losses_RS.shape[1])]
+        if not all(optimum.interior for optimum in found):
+            return float("nan")
+        return float(np.ptp([optimum.log2_lr for optimum in found]))
+
+
+def drift(sweeps: Mapping[int, Sweep]) -> float:
+    """Return max - min over sizes of log2 of the best rate of the means (NaN: one has none)."""
+    return _drift([sweep.optimum() for sweep in sweeps.values()])
+
+
+def drift_interval(sweeps: Mapping[int, Sweep], level: float = 0.95) -> tuple[float, float]:
+    """Return the percentile bootstrap interval of the drift over seeds.
+
+    A resample draws seeds with replacement, the same for all sizes and rates, as a seed's data and
+    start are shared by them; those without an interior optimum are left out, and (NaN, NaN) comes
+    back where they are more than half, or with fewer than two seeds.
+    """
+    number = next(iter(sweeps.values())).losses_RS.shape[1]
+    if number < 2:
+        return float("nan"), float("nan")
+    random = np.random.default_rng(0)
+    found = []
+    for _ in range(RESAMPLES):
+        seeds = random.integers(number, size=number).tolist()
+        found.append(_drift([sweep.optimum(seeds) for sweep in sweeps.values()]))
+    kept = np.array(found)[np.isfinite(found)]
+    if len(kept) < RESAMPLES / 2:
+        return float("nan"), float("nan")
+    low, high = np.quantile(kept, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def _drift(optima: Sequence[Optimum]) -> float:
+    if not all(optimum.interior for optimum in optima):
+        return float("nan")
+    return float(np.ptp([optimum.log2_lr for optimum in optima]))

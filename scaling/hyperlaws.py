@@ -1,0 +1,343 @@
+"""Published laws of learning rate and batch size, each with its source and its range."""
+
+# N parameters, D tokens of the run, C FLOPs of training, B tokens of a step, T tokens (HyperP's D),
+# η learning rate; an octave is a factor of two
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from allometry.configs.model import ModelConfig, MoEModel
+from allometry.scaling.count import active_numel, flops_per_token
+from allometry.scaling.inventory import inventory
+from allometry.scaling.roles import Role
+
+MATRICES = frozenset({Role.HIDDEN, Role.ROUTER, Role.EXPERT_UP, Role.EXPERT_DOWN})
+HYPERP_LAYERS = 8
+HYPERP_BATCH = 2**21
+HYPERP_TOKENS = 10.4e9
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The run that hyperparameters are wanted for.
+
+    ``parameters`` N counts the matrices between embedding and head, all experts; ``active`` those
+    that a token uses. ``flops`` C is training (forward and backward) without embedding and head,
+    attention over the full square, as the laws in C count it. ``loss``, in nats per token, is what
+    the run is expected to reach; only a law in terms of loss needs it.
+    """
+
+    kind: Literal["dense", "moe"]
+    parameters: int
+    active: int
+    tokens: int
+    flops: float
+    num_layers: int
+    loss: float | None = None
+
+    @classmethod
+    def of(
+        cls,
+        model: ModelConfig,
+        tokens: int,
+        sequence_length: int,
+        *,
+        parameters: int | None = None,
+        loss: float | None = None,
+    ) -> Target:
+        """The run of this model; with ``parameters``, of its like with so many.
+
+        The like keeps the share of active parameters and the ratio of width to depth, so that its
+        layers grow as the cube root; its C is 6 x active x tokens, without attention's scores.
+        """
+        specs = [spec for spec in inventory(model) if spec.role in MATRICES]
+        total = sum(spec.numel for spec in specs)
+        active = sum(active_numel(model, spec) for spec in specs)
+        flops = flops_per_token(model, sequence_length)
+        # The head's three products go; the half of the scores that the causal mask spares comes.
+        per_token = flops.total - 6 * model.vocab_size * model.width + flops.attention
+        layers = model.num_layers
+        if parameters is not None:
+            growth = parameters / total
+            layers = max(1, round(layers * growth ** (1 / 3)))
+            total, active = parameters, round(active * growth)
+            per_token = 6 * active
+        return cls(
+            kind="moe" if isinstance(model, MoEModel) else "dense",
+            parameters=total,
+            active=active,
+            tokens=tokens,
+            flops=float(per_token) * tokens,
+            num_layers=layers,
+            loss=loss,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """What the runs behind a law covered in one quantity of the target."""
+
+    quantity: Literal["parameters", "active", "tokens", "flops", "num_layers"]
+    low: float
+    high: float
+
+    def objection(self, target: Target) -> str | None:
+        """Say how far the target lies outside; None inside."""
+        value = float(getattr(target, self.quantity))
+        name = _NAMES[self.quantity]
+        if value > self.high * _EDGE:
+            return f"{name} {value:.3g} is {value / self.high:.3g} x the largest behind the law"
+        if value * _EDGE < self.low:
+            return (
+                f"{name} {value:.3g} is {self.low / value:.3g} x below the smallest behind the law"
+            )
+        return None
+
+
+_EDGE = 1.005  # ranges are given to three digits
+_NAMES = {
+    "parameters": "N",
+    "active": "active N",
+    "tokens": "D",
+    "flops": "C",
+    "num_layers": "depth",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Values:
+    """What a law says: a peak learning rate, a batch in tokens, or one of them; and remarks."""
+
+    lr: float | None = None
+    batch_tokens: float | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Law:
+    """A law, the optimizer and parameterization it speaks of, and its range by kind of model.
+
+    Rates of laws are comparable only where ``setting`` is the same.
+    """
+
+    name: str
+    source: str
+    setting: str
+    schedule: str
+    fitted: Mapping[str, tuple[Range, ...]]
+    evaluate: Callable[[Target], Values]
+
+
+@dataclass(frozen=True, slots=True)
+class Suggestion:
+    """What one law says of one target; ``outside``: how the target leaves its range, in words.
+
+    ``refused`` says why the law has nothing to say; rate and batch are None then.
+    """
+
+    law: str
+    source: str
+    setting: str
+    schedule: str
+    fitted: str
+    lr: float | None
+    batch_tokens: int | None
+    outside: tuple[str, ...]
+    notes: tuple[str, ...]
+    refused: str | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """JSON."""
+        return asdict(self)
+
+
+def step_law(parameters: float, tokens: float) -> tuple[float, float]:
+    """Return (learning rate, batch in tokens) of Step Law, arXiv 2503.04715, eq. 1.
+
+    η = 1.79 N^−0.713 D^0.307 and B = 0.58 D^0.571.
+    """
+    return 1.79 * parameters**-0.713 * tokens**0.307, 0.58 * tokens**0.571
+
+
+def deepseek_law(flops: float) -> tuple[float, float]:
+    """Return (learning rate, batch in tokens), DeepSeek LLM, arXiv 2401.02954, eq. 1."""
+    return 0.3118 * flops**-0.1250, 0.2920 * flops**0.3271
+
+
+def ling_law(flops: float) -> tuple[float, float]:
+    """Return (learning rate, batch in tokens) of mixtures, arXiv 2507.17702, eq. 3."""
+    return 1.1576 * flops**-0.1529, 0.0694 * flops**0.3644
+
+
+def minicpm_batch(loss: float) -> float:
+    """Return the batch in tokens for a loss in nats per token, arXiv 2404.06395, section 3.2."""
+    return float(1.21e9 / loss**6.24)
+
+
+def hyperp_base_lr(tokens: float) -> float:
+    """Return HyperP's best rate at 8 layers and 2²¹ tokens a step, arXiv 2603.28743, eq. 8."""
+    return float(24.27 * tokens**-0.320)
+
+
+def hyperp_lr(base_lr: float, *, batch_tokens: float, num_layers: int, tokens: float) -> float:
+    """Return HyperP's rate away from its base (8 layers, 2²¹ tokens a step, 10.4e9 tokens).
+
+    η = η₀·√(B/B₀)·√(L₀/L)·(T/T₀)^−0.32, as the authors' code applies it to every group
+    (microsoft/ArchScale, pretrain.py).
+    """
+    return float(
+        base_lr
+        * math.sqrt(batch_tokens / HYPERP_BATCH)
+        * math.sqrt(HYPERP_LAYERS / num_layers)
+        * (tokens / HYPERP_TOKENS) ** -0.32
+    )
+
+
+def _step(target: Target) -> Values:
+    lr, batch = step_law(target.parameters, target.tokens)
+    notes: tuple[str, ...] = ("the last rate of its runs was 1e-5 whatever the peak",)
+    if target.kind == "moe":
+        # Checked on the authors' 16 cells of mixtures: with N of all experts the rate is within
+        # 1.3 octaves of the best one (median 0.3), with the active N up to 3.3 above it.
+        notes += ("N counts all experts: with active N the rate is up to 3 octaves too high",)
+    return Values(lr, batch, notes)
+
+
+def _deepseek(target: Target) -> Values:
+    return Values(*deepseek_law(target.flops))
+
+
+def _ling(target: Target) -> Values:
+    return Values(
+        *ling_law(target.flops),
+        ("C is read as training FLOPs: the paper's own runs (table 7) agree with that best",),
+    )
+
+
+def _minicpm(target: Target) -> Values:
+    rate = ("the rate is that at the base width of 256 of its own muP, the same at every size",)
+    if target.loss is None:
+        return Values(0.01, None, (*rate, "its batch needs the loss that is expected"))
+    return Values(0.01, minicpm_batch(target.loss), (*rate, "loss and batch are those on C4"))
+
+
+def _hyperp(target: Target) -> Values:
+    at_base = hyperp_base_lr(target.tokens)
+    lr = at_base * math.sqrt(HYPERP_LAYERS / target.num_layers)
+    base = hyperp_base_lr(HYPERP_TOKENS)
+    return Values(
+        lr,
+        None,
+        (
+            f"for {target.num_layers} layers and steps of 2^21 tokens; x sqrt(B / 2^21) for others",
+            f"{base:.3g} at its base, which the parameterization scales from",
+            "it has no law of the batch: 2^18 to 2^21 tokens were below the critical one",
+        ),
+    )
+
+
+_ADAMW = "adamw, standard parameterization"
+_HYPERP_RANGE = (Range("num_layers", 8, 24), Range("tokens", 10.4e9, 194.7e9))
+LAWS: tuple[Law, ...] = (
+    Law(
+        name="step-law",
+        source="Step Law, arXiv 2503.04715",
+        setting=_ADAMW,
+        schedule="cosine to 1e-5 after 2,000 steps of warm-up",
+        # The smallest dense N is the paper's; the rest is what its published runs span.
+        fitted={
+            "dense": (Range("parameters", 59e6, 1.07e9), Range("tokens", 4e9, 1e11)),
+            "moe": (Range("parameters", 2.15e9, 2.16e9), Range("tokens", 2e9, 2e10)),
+        },
+        evaluate=_step,
+    ),
+    Law(
+        name="deepseek",
+        source="DeepSeek LLM, arXiv 2401.02954",
+        setting=_ADAMW,
+        schedule="multi-step: 31.6 % of the peak after 80 % of the tokens, 10 % after 90 %",
+        fitted={"dense": (Range("flops", 1e17, 2e19),)},
+        evaluate=_deepseek,
+    ),
+    Law(
+        name="ling",
+        source="Ling, arXiv 2507.17702",
+        setting=_ADAMW,
+        schedule="1 % of warm-up, exponential decay to 10 %",
+        fitted={"moe": (Range("flops", 3e17, 3e20),)},
+        evaluate=_ling,
+    ),
+    Law(
+        name="minicpm",
+        source="MiniCPM, arXiv 2404.06395",
+        setting="adam, its muP (base width 256)",
+        schedule="wsd with the last 10 % decaying",
+        fitted={"dense": (Range("parameters", 9e6, 2.1e9),)},
+        evaluate=_minicpm,
+    ),
+    Law(
+        name="hyperp",
+        source="HyperP, arXiv 2603.28743",
+        setting="muonh, hyperp",
+        schedule="linear to 10 %, no warm-up",
+        fitted={"dense": _HYPERP_RANGE, "moe": _HYPERP_RANGE},
+        evaluate=_hyperp,
+    ),
+)
+
+
+def suggest(target: Target, laws: Sequence[Law] = LAWS) -> tuple[Suggestion, ...]:
+    """Return what every law says of the target, in the order of the laws."""
+    return tuple(_apply(law, target) for law in laws)
+
+
+def disagreements(suggestions: Sequence[Suggestion], octaves: float = 1.0) -> list[str]:
+    """Return a sentence for each pair of laws further apart than this.
+
+    Rates are held against each other where optimizer and parameterization are the same, batches
+    everywhere.
+    """
+    found = []
+    for index, one in enumerate(suggestions):
+        for other in suggestions[index + 1 :]:
+            comparable = one.setting == other.setting
+            for what, a, b in (
+                ("learning rates", one.lr, other.lr if comparable else None),
+                ("batches", one.batch_tokens, other.batch_tokens),
+            ):
+                if a is None or b is None:
+                    continue
+                apart = abs(math.log2(a / b))
+                if apart > octaves:
+                    found.append(
+                        f"the {what} of {one.law} and {other.law} are {apart:.1f} octaves apart; "
+                        "sweep between them at a small size"
+                    )
+    return found
+
+
+def _apply(law: Law, target: Target) -> Suggestion:
+    ranges = law.fitted.get(target.kind)
+    refused = None
+    if ranges is None:
+        kinds = " and ".join(law.fitted)
+        refused = f"fitted on {kinds} models only, not on {target.kind} ones"
+    values = law.evaluate(target) if ranges else Values()
+    objections = [r.objection(target) for r in ranges or ()]
+    batch = values.batch_tokens
+    return Suggestion(
+        law=law.name,
+        source=law.source,
+        setting=law.setting,
+        schedule=law.schedule,
+        fitted=", ".join(f"{_NAMES[r.quantity]} {r.low:.3g} to {r.high:.3g}" for r in ranges or ()),
+        lr=values.lr,
+        batch_tokens=None if batch is None else round(batch),
+        outside=tuple(words for words in objections if words is not None),
+        notes=values.notes,
+        refused=refused,
+    )

@@ -1,0 +1,135 @@
+"""The same model at another size: how a family of models grows."""
+
+from __future__ import annotations
+
+import math
+from enum import StrEnum
+from fractions import Fraction
+from typing import Any
+
+from pydantic import ValidationError
+
+from allometry.configs.errors import UserError
+from allometry.configs.model import LatentExperts, ModelConfig, MoEModel
+
+
+class Axis(StrEnum):
+    """What differs between the models (or, for ``horizon``, the runs) of a family."""
+
+    WIDTH = "width"
+    DEPTH = "depth"
+    EXPERTS = "experts"
+    HORIZON = "horizon"
+
+
+def at_width(model: ModelConfig, width: int) -> ModelConfig:
+    """Return the same model at another width, everything in proportion, head width unchanged.
+
+    The number of experts and of those that a token visits stays; their width grows.
+
+    Raises:
+        UserError: the heads or a feed-forward cannot be scaled to whole numbers.
+    """
+    scaled = {key: _scaled(model, key, size, width) for key, size in _widths(model).items()}
+    changes: dict[str, Any] = {"head_dim": model.head_width}
+    experts: dict[str, Any] = {}
+    for key, size in scaled.items():
+        if key.startswith("experts."):
+            experts[key.removeprefix("experts.")] = size
+        else:
+            changes[key] = size
+    if isinstance(model, MoEModel):
+        changes["experts"] = model.experts.model_copy(update=experts)
+    return model.model_copy(update=changes)
+
+
+def at_depth(model: ModelConfig, layers: int) -> ModelConfig:
+    """Return the same model with another number of layers.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    return _checked(model, {"num_layers": layers}, f"{layers} layers")
+
+
+def at_experts(model: ModelConfig, number: int) -> ModelConfig:
+    """Return the same mixture with another number of routed experts; a token visits as many.
+
+    Raises:
+        UserError: the model has no experts, or cannot have so many.
+    """
+    if not isinstance(model, MoEModel):
+        raise UserError(
+            "model.kind=dense has no experts to vary; leave experts out or take a mixture"
+        )
+    experts = model.experts.model_dump() | {"num_experts": number}
+    return _checked(model, {"experts": experts}, f"{number} experts")
+
+
+def resize(model: ModelConfig, axis: Axis, size: int) -> ModelConfig:
+    """Return the model at this width, depth or number of experts; a horizon changes no model."""
+    match axis:
+        case Axis.WIDTH:
+            return at_width(model, size)
+        case Axis.DEPTH:
+            return at_depth(model, size)
+        case Axis.EXPERTS:
+            return at_experts(model, size)
+        case Axis.HORIZON:
+            return model
+
+
+def size_of(model: ModelConfig, axis: Axis) -> int:
+    """Return the model's own size on this axis (not of a horizon, which is no model's)."""
+    match axis:
+        case Axis.WIDTH:
+            return model.width
+        case Axis.DEPTH:
+            return model.num_layers
+        case Axis.EXPERTS:
+            assert isinstance(model, MoEModel)
+            return model.experts.num_experts
+        case Axis.HORIZON:
+            raise AssertionError(axis)
+
+
+def width_unit(model: ModelConfig) -> int:
+    """Return the smallest width at which the model exists; its multiples do, too."""
+    # size·w/width is whole where w is a multiple of the numerator of width/size.
+    return math.lcm(*(Fraction(model.width, size).numerator for size in _widths(model).values()))
+
+
+def tuning_width(model: ModelConfig, least: int = 256) -> int:
+    """Return a width to tune at: the smallest possible from ``least`` on, at most the model's."""
+    unit = width_unit(model)
+    return min(model.width, unit * max(1, -(-least // unit)))
+
+
+def _widths(model: ModelConfig) -> dict[str, int]:
+    """Return what grows in proportion to the width, by key of the model section."""
+    sizes = {"width": model.width, "num_heads": model.num_heads, "num_kv_heads": model.kv_heads}
+    if model.ffn_width is not None:
+        sizes["ffn_width"] = model.ffn_width
+    if isinstance(model, MoEModel):
+        sizes["experts.width"] = model.experts.width
+        if isinstance(model.experts, LatentExperts):
+            sizes["experts.latent_width"] = model.experts.latent_width
+    return sizes
+
+
+def _scaled(model: ModelConfig, key: str, size: int, width: int) -> int:
+    scaled, rest = divmod(size * width, model.width)
+    if rest or not scaled:
+        raise UserError(
+            f"model.{key}={size} cannot be scaled from width={model.width} to width={width}; "
+            f"choose multiples of {width_unit(model)}"
+        )
+    return scaled
+
+
+def _checked(model: ModelConfig, changes: dict[str, Any], what: str) -> ModelConfig:
+    try:
+        return type(model).model_validate(model.model_dump() | changes)
+    except ValidationError as error:
+        reason = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
+        raise UserError(f"the model cannot have {what}: {reason}") from None
