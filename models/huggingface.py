@@ -254,6 +254,8 @@ def folds(model: ModelConfig, scales: ForwardScales) -> tuple[Fold, ...]:
         if not isinstance(model, MoEModel) or model.first_dense_layers:
             targets.append("ffn.down")
         found.append(Fold("residual", scales.residual, tuple(targets)))
+    if scales.experts != 1.0:
+        found.append(Fold("experts", scales.experts, ("ffn.experts.down",)))
     for scale, factor, target in (
         ("embedding", scales.embedding, "embedding"),
         ("output", scales.output, "head"),

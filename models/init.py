@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from allometry.models.build import named_parameters, parameter_specs
 from allometry.scaling.parameterization import Parameterization
 
 ROWS_AT_ONCE = 256
+
+Distribution = Literal["normal", "uniform"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,17 +34,18 @@ def initialize(module: nn.Module, parameterization: Parameterization, seed: int)
 
     Buffers get their first values from the ``reset_buffers`` of the modules that have some.
 
-    A row of a normal parameter (its last dimension) is drawn on the CPU by a generator of its own,
+    A row of a random parameter (its last dimension) is drawn on the CPU by a generator of its own,
     seeded with (``seed``, full name, row), so the same model starts anywhere: any number of ranks,
-    any sharding, any device. Raises ``ValueError`` for a parameter without a role.
+    any sharding, any device. Where experts start alike, all get the rows of the first. Raises
+    ``ValueError`` for a parameter without a role.
     """
     specs = parameter_specs(module)
     for name, _, _, parameter in named_parameters(module):
         resolved = parameterization.resolve(specs[name])
         box = local_box(parameter.detach())
         match resolved.init_kind:
-            case "normal":
-                fill_normal(box, resolved.init_std, name, seed)
+            case "normal" | "uniform" as kind:
+                fill_random(box, kind, resolved.init_std, name, seed, alike=resolved.alike)
             case "ones":
                 box.local.fill_(1.0)
             case "zeros":
@@ -76,36 +80,53 @@ def local_box(tensor: Tensor) -> Box:
     return Box(local, shape, tuple(offset))
 
 
-def fill_normal(box: Box, std: float, name: str, seed: int) -> None:
-    """Fill ``box.local`` with its part of N(0, ``std``²) numbers drawn for the whole parameter."""
+def fill_random(
+    box: Box, kind: Distribution, std: float, name: str, seed: int, *, alike: bool = False
+) -> None:
+    """Fill ``box.local`` with its part of the numbers that are drawn for the whole parameter.
+
+    ``kind``: N(0, ``std``²), or U(-b, b) of the same standard deviation. ``alike``: each matrix of
+    a parameter [E, out, in] gets the numbers of the first.
+    """
     if box.local.numel() == 0:
         return
     columns = slice(box.offset[-1], box.offset[-1] + box.local.shape[-1])
     rows = list(_rows(box))
     local_2d = box.local.view(len(rows), box.local.shape[-1])
+    if alike:
+        assert len(box.shape) == 3, (name, box.shape)
+        rows = [row % box.shape[1] for row in rows]
+    scale = std if kind == "normal" else std * math.sqrt(3.0)
 
     def fill(start: int) -> None:
         some = rows[start : start + ROWS_AT_ONCE]
-        drawn = draw_rows(some, box.shape[-1], name, seed)
-        local_2d[start : start + len(some)].copy_(drawn[:, columns] * std)
+        drawn = draw_rows(some, box.shape[-1], name, seed, kind)
+        local_2d[start : start + len(some)].copy_(drawn[:, columns].double() * scale)
 
     # Drawing releases the interpreter's lock, so threads share the work of large matrices.
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         list(pool.map(fill, range(0, len(rows), ROWS_AT_ONCE)))
 
 
-def draw_rows(rows: list[int], width: int, name: str, seed: int) -> Tensor:
-    """Return N(0, 1) numbers [len(rows), ``width``] in fp64, each row by its own generator.
+def draw_rows(
+    rows: list[int], width: int, name: str, seed: int, kind: Distribution = "normal"
+) -> Tensor:
+    """Return numbers [len(rows), ``width``], each row by its own generator.
 
-    fp64, because torch's fp32 normal differs between instruction sets while fp64 rounded to fp32
-    does not; whole contiguous rows, because the algorithm depends on length and strides.
+    N(0, 1) in fp64, because torch's fp32 normal differs between instruction sets while fp64
+    rounded to fp32 does not; U(-1, 1) in fp32, which does not differ. Whole contiguous rows,
+    because the algorithm depends on length and strides.
     """
     generator = torch.Generator("cpu")
-    drawn = torch.empty(len(rows), width, dtype=torch.float64, device="cpu")
+    dtype = torch.float64 if kind == "normal" else torch.float32
+    drawn = torch.empty(len(rows), width, dtype=dtype, device="cpu")
     for row, into in zip(rows, drawn, strict=True):
         digest = hashlib.sha256(f"{seed}|{name}|{row}".encode()).digest()
         generator.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-        into.normal_(generator=generator)
+        if kind == "normal":
+            into.normal_(generator=generator)
+        else:
+            into.uniform_(-1.0, 1.0, generator=generator)
     return drawn
 
 

@@ -79,16 +79,16 @@ class MoEFeedForward(nn.Module):
     """``scale`` x routed experts + shared experts; router and shared experts read the full width.
 
     With gate "sqrt" and shared experts both parts are multiplied by sqrt(1/2)
-    (arXiv 2603.28743).
+    (arXiv 2603.28743). ``routed`` is the parameterization's factor on the routed experts.
     """
 
-    def __init__(self, model: MoEModel) -> None:
+    def __init__(self, model: MoEModel, routed: float = 1.0) -> None:
         super().__init__()
         experts = model.experts
         latent = experts.latent_width if isinstance(experts, LatentExperts) else None
         halved = model.router.gate == "sqrt" and experts.num_shared_experts > 0
         self.shared_scale = math.sqrt(0.5) if halved else 1.0
-        self.routed_scale = model.router.scale * self.shared_scale
+        self.routed_scale = model.router.scale * self.shared_scale * routed
         self.router = Router(
             model.router, model.width, experts.num_experts, experts.experts_per_token
         )
@@ -124,7 +124,7 @@ class MoEBlock(Block):
     """A block whose feed-forward is a mixture of experts."""
 
     def __init__(self, model: MoEModel, scales: ForwardScales) -> None:
-        super().__init__(model, scales, MoEFeedForward(model))
+        super().__init__(model, scales, MoEFeedForward(model, scales.experts))
 
     def forward(self, x_BLD: Tensor, geometry: Geometry) -> tuple[Tensor, RouterStatistics]:
         """Return [B, L, D] in x's type, and what its router saw."""

@@ -44,7 +44,7 @@ class StepResult:
 def build(config: RunConfig, part: Part | None = None) -> Transformer:
     """The model or a part of it on the meta device, in fp64 where the run computes in fp64."""
     with torch.device("meta"):
-        parameterization = Parameterization(config.parameterization, config.model)
+        parameterization = Parameterization.of_run(config)
         dtype = config.training.compute_dtype
         model = build_model(config.model, parameterization, dtype, part)
         return model.double() if dtype == "fp64" else model
@@ -54,7 +54,7 @@ def reference_step(config: RunConfig, batches: Sequence[MicroBatch]) -> StepResu
     """Compute the step on this process alone, with no part of ``parallel/`` in the way."""
     model = build(config)
     materialize(model, torch.device("cpu"))
-    initialize(model, Parameterization(config.parameterization, config.model), config.run.seed)
+    initialize(model, Parameterization.of_run(config), config.run.seed)
     _unbalance(config, [model], batches)
     count = targets(batches)
     total = 0.0
@@ -110,7 +110,7 @@ def make_parallel(config: RunConfig, mesh: Mesh) -> Parallel:
     layout = Layout.of(config, mesh.world_size)
     parallel = parallelize(lambda part: build(config, part), config, layout, mesh)
     parallel.materialize(mesh.device)
-    parallel.initialize(Parameterization(config.parameterization, config.model), config.run.seed)
+    parallel.initialize(Parameterization.of_run(config), config.run.seed)
     return parallel
 
 

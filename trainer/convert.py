@@ -116,7 +116,7 @@ def export_hf(
         raise UserError(f"{folder.path} has no {folder.config.name}; name the folder of a run")
     config = load(folder.config)
     chosen = choose_family(config.model, family)
-    folding = folds(config.model, Parameterization(config.parameterization, config.model).forward)
+    folding = folds(config.model, Parameterization.of_run(config).forward)
     wanted = counterparts(config.model, chosen)
     path = chosen_checkpoint(folder, step)
     weights = CheckpointWeights(path)
@@ -333,7 +333,7 @@ def _check_agreement(config: RunConfig, theirs: ModelConfig, source: Path) -> No
             f"the configuration describes another model than {source}: {listed}; set these keys "
             "to the values there (--print-model prints them all)"
         )
-    scales = Parameterization(config.parameterization, config.model).forward
+    scales = Parameterization.of_run(config).forward
     for fold in folds(config.model, scales):
         raise UserError(
             f"parameterization.kind={config.parameterization.kind} multiplies the {fold.scale} by "

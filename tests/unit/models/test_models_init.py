@@ -13,11 +13,12 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from allometry.configs.model import (
     DenseModel,
+    HyperP,
     MaximalUpdateParameterization,
     StandardParameterization,
 )
 from allometry.models.build import build_model, parameter_specs
-from allometry.models.init import Box, draw_rows, fill_normal, initialize, local_box
+from allometry.models.init import Box, draw_rows, fill_random, initialize, local_box
 from allometry.scaling.parameterization import Parameterization
 
 MODEL = DenseModel(
@@ -26,15 +27,16 @@ MODEL = DenseModel(
 SP = Parameterization(StandardParameterization(), MODEL)
 
 
-def part(shape, offset, size, name="w", seed=0) -> torch.Tensor:
+def part(shape, offset, size, name="w", seed=0, kind="normal", alike=False) -> torch.Tensor:
     local = torch.full(size, float("nan"))
-    fill_normal(Box(local, shape, offset), 0.5, name, seed)
+    fill_random(Box(local, shape, offset), kind, 0.5, name, seed, alike=alike)
     return local
 
 
+@pytest.mark.parametrize("kind", ["normal", "uniform"])
 @pytest.mark.parametrize("shape", [(37, 20), (5, 3), (3, 7, 20), (11,)], ids=str)
-def test_a_shard_holds_the_same_bits(shape):
-    whole = part(shape, (0,) * len(shape), shape)
+def test_a_shard_holds_the_same_bits(shape, kind):
+    whole = part(shape, (0,) * len(shape), shape, kind=kind)
     assert whole.isfinite().all()
     for dim, length in enumerate(shape):
         for start, stop in [(0, 1), (0, length), (1, length), (length // 2, length), (2, 2)]:
@@ -43,7 +45,8 @@ def test_a_shard_holds_the_same_bits(shape):
             offset = [0] * len(shape)
             offset[dim] = start
             expected = whole.narrow(dim, start, stop - start)
-            assert torch.equal(part(shape, tuple(offset), tuple(size)), expected)
+            got = part(shape, tuple(offset), tuple(size), kind=kind)
+            assert torch.equal(got, expected)
 
 
 def test_a_corner_holds_the_same_bits():
@@ -86,11 +89,33 @@ def test_numbers_are_normal():
     assert (x.T @ x / 4096 - torch.eye(64)).abs().max() < 0.1
 
 
-@pytest.mark.parametrize("parameterization", ["sp", "mup"])
+def test_uniform_numbers_fill_their_interval():
+    x = part((4096, 64), (0, 0), (4096, 64), kind="uniform") / 0.5
+    assert float(x.abs().max()) == pytest.approx(3**0.5, abs=1e-3)
+    assert float(x.mean()) == pytest.approx(0.0, abs=0.01)
+    assert float(x.std()) == pytest.approx(1.0, abs=0.01)
+    assert float(x.pow(4).mean()) == pytest.approx(1.8, abs=0.02)  # 9/5
+    assert x.unique(dim=0).shape[0] == 4096
+
+
+@pytest.mark.parametrize("kind", ["normal", "uniform"])
+def test_experts_that_start_alike_are_the_first_one_on_every_shard(kind):
+    shape = (5, 7, 20)
+    apart = part(shape, (0, 0, 0), shape, kind=kind)
+    alike = part(shape, (0, 0, 0), shape, kind=kind, alike=True)
+    assert torch.equal(alike, apart[:1].expand(shape))
+    assert not torch.equal(apart[1], apart[0])
+    some = part(shape, (3, 2, 5), (2, 4, 9), kind=kind, alike=True)
+    assert torch.equal(some, alike[3:, 2:6, 5:14])
+
+
+@pytest.mark.parametrize("parameterization", ["sp", "mup", "hyperp"])
 def test_every_parameter_gets_its_own_std(parameterization):
     rules = SP
     if parameterization == "mup":
         rules = Parameterization(MaximalUpdateParameterization(base_width=16), MODEL)
+    if parameterization == "hyperp":
+        rules = Parameterization(HyperP(base_width=16, base_layers=1), MODEL)
     model = build_model(MODEL, rules, "fp32")
     initialize(model, rules, seed=1)
     for name, spec in parameter_specs(model).items():
@@ -100,6 +125,8 @@ def test_every_parameter_gets_its_own_std(parameterization):
             assert (value == 1.0).all()
         else:
             assert resolved.init_std > 0
+            bounded = value.abs().max() <= resolved.init_std * 3**0.5 * (1 + 1e-6)
+            assert bounded == (resolved.init_kind == "uniform")
             assert float(value.std()) == pytest.approx(resolved.init_std, rel=0.05)
 
 
@@ -158,7 +185,7 @@ def test_sharded_tensors_hold_the_same_bits(fake_world, layout, shape):
         mesh = init_device_mesh("cpu", mesh_shape)
         tensor = distribute_tensor(torch.zeros(shape), mesh, placements, src_data_rank=None)
         box = local_box(tensor)
-        fill_normal(box, 0.5, "w", 0)
+        fill_random(box, "normal", 0.5, "w", 0)
         window = tuple(
             slice(start, start + size)
             for start, size in zip(box.offset, box.local.shape, strict=True)
