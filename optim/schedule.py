@@ -4,85 +4,259 @@
 
 from __future__ import annotations
 
+import json
 import math
-from typing import assert_never
+from bisect import bisect_left
+from pathlib import Path
+from typing import Protocol, assert_never
 
 from allometry.configs.errors import UserError
 from allometry.configs.optimization import (
     ConstantSchedule,
+    ContinuedSchedule,
     CosineSchedule,
     LinearSchedule,
+    RefinedSchedule,
     ScheduleConfig,
     WSDSchedule,
+    WSDSSchedule,
 )
 from allometry.configs.run import RunConfig
 from allometry.scaling.batch import BatchPlan, total_steps, warmup_steps
+
+REFINED = "allometry.schedule"
+"""``kind`` of the file of a refined schedule."""
+
+OneDecay = ConstantSchedule | LinearSchedule | CosineSchedule | WSDSchedule
+
+
+class Stretch(Protocol):
+    """A schedule of some steps in a row, counted from 1 within it."""
+
+    total_steps: int
+    decay_start: int
+
+    def fraction(self, step: int) -> float:
+        """Return the learning rate of this step over the peak rate."""
 
 
 class Schedule:
     """The learning rate of each step as a fraction of the peak.
 
-    ``fraction(s)`` is what the s-th update uses, s = 1 ... T:
+    ``fraction(s)`` is what the s-th update uses, s = 1 ... T. A schedule is one stretch or several,
+    one after the other: see ``Decay`` and ``Refined`` for what happens inside of one.
 
-    * s <= W: s/W, so that step W is the first at the peak (MiniCPM, arXiv 2404.06395, section 4);
-    * s <= S: 1. S is W for linear and cosine, T for constant and, for WSD,
-      T − max(1, round(decay_fraction·T));
+    * ``wsd_s`` (arXiv 2410.05192): a stretch of WSD up to each end e of a decay, the last one up to
+      T; each decay takes max(1, round(decay_fraction·e)) steps, so that up to e the rates of the
+      first stretch are those of a run of ``kind: wsd`` and length e. The stretches after the first
+      climb from ``final_fraction`` to the peak in ``rewarmup_steps``.
+    * ``continued``: ``before`` as if the run ended at ``before_steps``, then ``after``, whose
+      warm-up climbs from the last rate of ``before``.
+
+    ``batch_plan`` turns tokens inside of the schedule into steps. ``decay_start`` is the last step
+    before the last decay.
+
+    Raises:
+        UserError: a warm-up leaves no room for a decay, or is longer than its stretch; a stretch
+            is past the end of the run; the file of a refined schedule cannot be used.
+    """
+
+    def __init__(
+        self,
+        config: ScheduleConfig,
+        total_steps: int,
+        warmup_steps: int,
+        batch_plan: BatchPlan | None = None,
+    ) -> None:
+        assert total_steps >= 1, total_steps
+        assert warmup_steps >= 0, warmup_steps
+        self.config = config
+        self.total_steps = total_steps
+        self.warmup_steps = warmup_steps
+        self._stretches = _stretches(config, total_steps, warmup_steps, batch_plan, 0.0)
+        self._ends = [0]
+        for stretch in self._stretches:
+            self._ends.append(self._ends[-1] + stretch.total_steps)
+        assert self._ends[-1] == total_steps, (self._ends, total_steps)
+        self.decay_start = self._ends[-2] + self._stretches[-1].decay_start
+
+    def fraction(self, step: int) -> float:
+        """Return the learning rate of this step (1 ... total_steps) over the peak rate."""
+        assert 1 <= step <= self.total_steps, (step, self.total_steps)
+        number = bisect_left(self._ends, step) - 1
+        return self._stretches[number].fraction(step - self._ends[number])
+
+
+class Decay:
+    """Warm-up, peak and one decay.
+
+    * s <= W: b + (1−b)·s/W, so that step W is the first at the peak (MiniCPM, arXiv 2404.06395,
+      section 4); b = ``begin`` is 0 at the start of a run;
+    * s <= S: 1. S is W for linear and cosine, T for constant and T − ``decay_steps`` for WSD, by
+      default max(1, round(decay_fraction·T));
     * s > S: f(x) with x = (s−S)/(T−S), which runs from just above 0 to exactly 1 at the last
       step. f(0) = 1: there is no jump after step S. f(1) = ``final_fraction`` = r: the last
       update uses exactly that.
 
     Forms f: linear 1−(1−r)x; cosine r+(1−r)(1+cos πx)/2; exponential r^x; 1-sqrt
     r+(1−r)(1−√x) (arXiv 2405.18392).
-
-    Raises:
-        UserError: the warm-up leaves no room for the decay, or is longer than the run.
     """
 
-    def __init__(self, config: ScheduleConfig, total_steps: int, warmup_steps: int) -> None:
-        assert total_steps >= 1, total_steps
-        assert warmup_steps >= 0, warmup_steps
-        self.config = config
-        self.total_steps = total_steps
-        self.warmup_steps = warmup_steps
-        self.decay_start = self._decay_start()
+    def __init__(
+        self,
+        config: OneDecay,
+        total_steps: int,
+        warmup_steps: int,
+        begin: float = 0.0,
+        decay_steps: int | None = None,
+    ) -> None:
+        self.config, self.total_steps = config, total_steps
+        self._warmup_steps, self._begin = warmup_steps, begin
+        if isinstance(config, ConstantSchedule):
+            self.decay_start = total_steps
+        elif isinstance(config, WSDSchedule):
+            length = decay_steps or max(1, round(config.decay_fraction * total_steps))
+            self.decay_start = total_steps - length
+        else:
+            self.decay_start = warmup_steps
         self._check()
 
     def fraction(self, step: int) -> float:
-        """Return the learning rate of this step (1 ... total_steps) over the peak rate."""
-        assert 1 <= step <= self.total_steps, (step, self.total_steps)
-        if step < self.warmup_steps:
-            return step / self.warmup_steps
+        """See ``Stretch``."""
+        if step < self._warmup_steps:
+            return self._begin + (1.0 - self._begin) * (step / self._warmup_steps)
         if step <= self.decay_start:
             return 1.0
         x = (step - self.decay_start) / (self.total_steps - self.decay_start)
         return _decayed(self.config, x)
 
-    def _decay_start(self) -> int:
-        if isinstance(self.config, ConstantSchedule):
-            return self.total_steps
-        if isinstance(self.config, WSDSchedule):
-            length = max(1, round(self.config.decay_fraction * self.total_steps))
-            return self.total_steps - length
-        return self.warmup_steps
-
     def _check(self) -> None:
-        if self.warmup_steps > self.total_steps:
+        if self._warmup_steps > self.total_steps:
             raise UserError(
-                f"schedule: a warm-up of {self.warmup_steps} steps is longer than the run, "
+                f"schedule: a warm-up of {self._warmup_steps} steps is longer than the run, "
                 f"{self.total_steps} steps; shorten schedule.warmup_steps (or warmup_tokens) or "
                 "lengthen training.total_tokens (or total_steps)"
             )
         if isinstance(self.config, ConstantSchedule):
             return
-        if not self.warmup_steps <= self.decay_start < self.total_steps:
+        if not self._warmup_steps <= self.decay_start < self.total_steps:
             raise UserError(
                 f"schedule: the decay of kind={self.config.kind} begins after step "
                 f"{self.decay_start} of {self.total_steps}, but the warm-up takes "
-                f"{self.warmup_steps} steps; shorten the warm-up or the decay"
+                f"{self._warmup_steps} steps; shorten the warm-up or the decay"
             )
 
 
-def _decayed(config: ScheduleConfig, x: float) -> float:
+class Refined:
+    """Given fractions, one for each step; for another number of steps a line between neighbours."""
+
+    def __init__(
+        self, fractions: tuple[float, ...], total_steps: int, warmup_steps: int, begin: float
+    ) -> None:
+        self._fractions, self.total_steps = fractions, total_steps
+        self._warmup_steps, self._begin = warmup_steps, begin
+        self.decay_start = max(warmup_steps, 1)
+
+    def fraction(self, step: int) -> float:
+        """See ``Stretch``."""
+        last = len(self._fractions) - 1
+        place = (step - 1) * last / max(self.total_steps - 1, 1)
+        index = min(int(place), last)
+        value = self._fractions[index]
+        if place > index:
+            value += (place - index) * (self._fractions[index + 1] - value)
+        if step < self._warmup_steps:
+            share = step / self._warmup_steps
+            return self._begin * (1.0 - share) + value * share
+        return value
+
+
+def _stretches(
+    config: ScheduleConfig, total: int, warmup: int, plan: BatchPlan | None, begin: float
+) -> list[Stretch]:
+    match config:
+        case WSDSSchedule():
+            return _several_decays(config, total, warmup, plan, begin)
+        case RefinedSchedule():
+            return [Refined(read_refined(config.file), total, warmup, begin)]
+        case ContinuedSchedule():
+            done = config.before_steps
+            _check_inside("before_steps", done, total)
+            first = _stretches(config.before, done, warmup, plan, begin)
+            last = first[-1].fraction(first[-1].total_steps)
+            climb = _steps_after(done, config.after.warmup_steps, config.after.warmup_tokens, plan)
+            # Ends of decays inside of ``after`` are counted from its own first step.
+            return [*first, *_stretches(config.after, total - done, climb, None, last)]
+        case _:
+            return [Decay(config, total, warmup, begin)]
+
+
+def _several_decays(
+    config: WSDSSchedule, total: int, warmup: int, plan: BatchPlan | None, begin: float
+) -> list[Stretch]:
+    ends = config.decay_ends_steps
+    if ends is None:
+        if plan is None:
+            raise UserError("schedule.after: give decay_ends_steps; decay_ends_tokens is not known")
+        ends = tuple(plan.steps_for_tokens(tokens) for tokens in config.decay_ends_tokens or ())
+    shape = WSDSchedule(
+        decay=config.decay,
+        decay_fraction=config.decay_fraction,
+        final_fraction=config.final_fraction,
+    )
+    found: list[Stretch] = []
+    start = 0
+    for end in (*ends, total):
+        if end < total or not found:
+            _check_inside("decay_ends", end, total)
+        length = max(1, round(config.decay_fraction * end))
+        found.append(Decay(shape, end - start, warmup, begin, decay_steps=length))
+        start, warmup, begin = end, config.rewarmup_steps, config.final_fraction
+    return found
+
+
+def _steps_after(done: int, steps: int | None, tokens: int | None, plan: BatchPlan | None) -> int:
+    """Return a warm-up that begins after ``done`` steps, in steps."""
+    if steps is not None or not tokens:
+        return steps or 0
+    assert plan is not None, "tokens without a plan of the batch"
+    return plan.steps_for_tokens(plan.tokens_after(done) + tokens) - done
+
+
+def _check_inside(key: str, step: int, total: int) -> None:
+    if not 0 < step < total:
+        raise UserError(
+            f"schedule.{key}: step {step} is not before the end of the run, {total} steps; "
+            "lengthen training.total_tokens (or total_steps) or leave it out"
+        )
+
+
+def read_refined(file: str | Path) -> tuple[float, ...]:
+    """Return the fractions of a file that ``laws/refine.py`` wrote.
+
+    Raises:
+        UserError: it is missing, or is not such a file.
+    """
+    try:
+        content = json.loads(Path(file).read_text(encoding="utf-8"))
+        if content["kind"] != REFINED:
+            raise ValueError(f"its kind is {content['kind']!r}")
+        fractions = tuple(float(value) for value in content["fractions"])
+        if not fractions or not all(0.0 <= value <= 1.0 for value in fractions):
+            raise ValueError("its fractions are not all between 0 and 1")
+    except OSError as error:
+        raise UserError(
+            f"schedule.file={file} cannot be read: {error.strerror}; write it with allometry refine"
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"schedule.file={file} is not a refined schedule ({error}); write one with allometry "
+            "refine"
+        ) from None
+    return fractions
+
+
+def _decayed(config: OneDecay, x: float) -> float:
     """Return f(x), 0 < x <= 1, of the schedule's decay."""
     match config:
         case ConstantSchedule():
@@ -117,6 +291,7 @@ def resolve_schedule(config: RunConfig, batch_plan: BatchPlan) -> Schedule:
     """
     return Schedule(
         config.schedule,
-        total_steps=total_steps(config.training, batch_plan),
-        warmup_steps=warmup_steps(config.schedule, batch_plan),
+        total_steps(config.training, batch_plan),
+        warmup_steps(config.schedule, batch_plan),
+        batch_plan,
     )
