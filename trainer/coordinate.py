@@ -1,160 +1,162 @@
-"""The coordinate check: how far activations move in a few steps must not depend on width."""
+"""The coordinate check: how far activations move in a few steps must not depend on the size."""
 
-# B sequences, L tokens, V vocabulary; h_t a block's output after t steps
+# B sequences, L tokens, G batches; h_t a block's output after t steps
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from allometry.configs.errors import UserError
 from allometry.configs.model import ModelConfig, ParameterizationConfig
 from allometry.configs.optimization import OptimizerConfig
-from allometry.models.build import build_model, parameter_specs
-from allometry.models.init import initialize
-from allometry.models.transformer import Transformer
-from allometry.optim.build import build_optimizer
-from allometry.scaling.parameterization import Parameterization
-
-LOGITS = "logits"
+from allometry.scaling.shapes import Axis, resize
+from allometry.trainer.probe import LOGITS, STREAM, Probe, Sequences
+from allometry.trainer.workers import Workers
 
 
 @dataclass(frozen=True, slots=True)
 class Movement:
-    """rms(h_t − h_0) of one run: ``rms["blocks.0"]`` ... and ``rms["logits"]``; ``losses`` in
-    nats per token, before each step and after the last."""
+    """rms(h_t - h_0) of one run: ``rms["blocks.0"]`` ..., "stream" (the last block's) and
+    "logits"; ``losses`` in nats per token, before each step and after the last."""
 
-    width: int
+    size: int
     seed: int
     rms: dict[str, float]
     losses: tuple[float, ...]
 
+    def describe(self) -> dict[str, Any]:
+        """JSON."""
+        return {"size": self.size, "seed": self.seed, "rms": self.rms, "losses": [*self.losses]}
 
-def at_width(model: ModelConfig, width: int) -> ModelConfig:
-    """Return the same model at another width, everything in proportion, head width unchanged.
 
-    Raises:
-        UserError: the heads or the feed-forward cannot be scaled to whole numbers.
-    """
-    sizes = {
-        "width": model.width,
-        "num_heads": model.num_heads,
-        "num_kv_heads": model.kv_heads,
-        "ffn_width": model.ffn_width,
-    }
-    for key, size in sizes.items():
-        scaled, rest = divmod(size * width, model.width)
-        if rest or not scaled:
-            raise UserError(
-                f"model.{key}={size} cannot be scaled from width={model.width} to width={width}; "
-                "choose widths in whole proportion to the model's heads and ffn_width"
-            )
-        sizes[key] = scaled
-    return model.model_copy(update={**sizes, "head_dim": model.head_width})
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What a slope may be: of the blocks (and their stream) and of the logits, both inclusive."""
+
+    blocks: tuple[float, float]
+    logits: tuple[float, float]
+
+    @classmethod
+    def within(cls, blocks: float, logits: float) -> Bounds:
+        """Slopes of either sign."""
+        return cls((-blocks, blocks), (-logits, logits))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CoordinateCheck:
-    """Trains a model at several widths on one batch and measures what moves
+    """Trains a model at several sizes on one batch and measures what moves
     (arXiv 2203.03466, appendix D.1).
 
-    The batch is ``tokens_BL`` [B, L+1], used in each of ``steps`` steps at the constant learning
-    rate of ``optimizer``, in fp32. Zeros in the head and in the queries (``zero_head``,
-    ``zero_queries``) take away the part of the initial function that legitimately shrinks as
-    1/√width, so that a few steps show the asymptotic slope.
+    ``tokens_GBL`` holds G batches [B, L+1]; the seed s trains and is measured on batch s mod G, in
+    each of ``steps`` steps at the constant learning rate of ``optimizer``, in fp32. Zeros in the
+    head and in the queries (``zero_head``, ``zero_queries``) take away the part of the initial
+    function that legitimately shrinks as 1/√width, so that a few steps show the asymptotic slope;
+    matrices on a sphere cannot be zero and keep their values.
     """
 
     model: ModelConfig
     parameterization: ParameterizationConfig
     optimizer: OptimizerConfig
-    tokens_BL: Tensor
+    tokens_GBL: Sequences
     steps: int = 5
     zero_head: bool = True
     zero_queries: bool = True
 
-    def movement(self, width: int, seed: int) -> Movement:
+    def movement(self, size: int, seed: int, axis: Axis = Axis.WIDTH) -> Movement:
         """Train one model and return how far its block outputs and logits have moved."""
-        description = at_width(self.model, width)
-        rules = Parameterization(self.parameterization, description)
-        model = build_model(description, rules, "fp32")
-        initialize(model, rules, seed)
-        self._set_zeros(model)
-        optimizer = build_optimizer(
-            model.named_parameters(), parameter_specs(model), rules, self.optimizer
-        )
-        inputs_BL, targets_BL = self.tokens_BL[:, :-1], self.tokens_BL[:, 1:].contiguous()
-        start = activations(model, inputs_BL)
-        losses = []
-        for _ in range(self.steps):
-            optimizer.zero_grad(set_to_none=True)
-            loss = model(inputs_BL, targets_BL).total / targets_BL.numel()
-            loss.backward()
-            optimizer.step()
-            losses.append(float(loss.detach()))
-        with torch.no_grad():
-            losses.append(float(model(inputs_BL, targets_BL).total) / targets_BL.numel())
-        end = activations(model, inputs_BL)
+        assert axis != Axis.HORIZON, "a few steps have no horizon"
+        zero = ("head",) * self.zero_head + ("queries",) * self.zero_queries
+        model = resize(self.model, axis, size)
+        probe = Probe(model, self.parameterization, self.optimizer, seed, zero=zero)
+        batch_BL = self.tokens_GBL[seed % len(self.tokens_GBL)]
+        start = probe.activations(batch_BL)
+        losses = [probe.step(batch_BL) for _ in range(self.steps)]
+        losses.append(probe.loss(batch_BL))
+        end = probe.activations(batch_BL)
         rms = {name: float((end[name] - start[name]).square().mean().sqrt()) for name in start}
-        return Movement(width=width, seed=seed, rms=rms, losses=tuple(losses))
+        rms[STREAM] = rms[f"blocks.{model.num_layers - 1}"]
+        return Movement(size=size, seed=seed, rms=rms, losses=tuple(losses))
 
-    def run(self, widths: Iterable[int], seeds: Iterable[int]) -> list[Movement]:
-        """Return the movement at each width with each seed."""
+    def run(
+        self,
+        sizes: Iterable[int],
+        seeds: Iterable[int],
+        axis: Axis = Axis.WIDTH,
+        processes: int = 1,
+    ) -> list[Movement]:
+        """Return the movement at each size with each seed, however many processes share the work.
+
+        Raises:
+            UserError: the model does not exist at a size.
+        """
         seeds = tuple(seeds)
-        return [self.movement(width, seed) for width in widths for seed in seeds]
-
-    @torch.no_grad()
-    def _set_zeros(self, model: Transformer) -> None:
-        for name, parameter in model.named_parameters():
-            is_head = name == "head.weight"
-            is_query = name.endswith(".attention.wq.weight")
-            if (is_head and self.zero_head) or (is_query and self.zero_queries):
-                parameter.zero_()
+        tasks = [(size, seed) for size in sizes for seed in seeds]
+        for size in sorted({size for size, _ in tasks}):
+            resize(self.model, axis, size)
+        with Workers(min(processes, len(tasks))) as workers:
+            return workers.run(partial(_movement, self, axis), tasks)
 
 
-@torch.no_grad()
-def activations(model: Transformer, tokens_BL: Tensor) -> dict[str, Tensor]:
-    """Return each block's output ("blocks.0", ...) and the logits ("logits") in float64."""
-    kept: dict[str, Tensor] = {}
-    handles = [
-        block.register_forward_hook(
-            lambda _module, _args, output, name=f"blocks.{index}": kept.update(
-                {name: output[0].double()}
-            )
-        )
-        for index, block in model.blocks.items()
-    ]
-    try:
-        kept[LOGITS] = model(tokens_BL).double()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return kept
+def _movement(check: CoordinateCheck, axis: Axis, task: tuple[int, int]) -> Movement:
+    return check.movement(*task, axis)
 
 
 def slopes(movements: Iterable[Movement]) -> dict[str, float]:
-    """Return the exponent of width in each movement: d log2(rms) / d log2(width), all seeds."""
+    """Return the exponent of size in each movement: d log2(rms) / d log2(size), all seeds.
+
+    Of the blocks, those that are there at every size; NaN where a movement is not finite.
+    """
     movements = list(movements)
-    widths = np.log2([movement.width for movement in movements])
-    assert len(set(widths)) > 1, "a slope needs at least two widths"
-    return {
-        name: float(
-            np.polyfit(widths, np.log2([movement.rms[name] for movement in movements]), 1)[0]
-        )
-        for name in movements[0].rms
-    }
+    sizes = np.log2([movement.size for movement in movements])
+    assert len(set(sizes)) > 1, "a slope needs at least two sizes"
+    names = [n for n in movements[0].rms if all(n in movement.rms for movement in movements)]
+    found = {}
+    for name in names:
+        rms = np.array([movement.rms[name] for movement in movements])
+        usable = bool(np.isfinite(rms).all() and (rms > 0).all())
+        found[name] = float(np.polyfit(sizes, np.log2(rms), 1)[0]) if usable else float("nan")
+    return found
 
 
-def failures(
-    measured: Mapping[str, float], *, block_bound: float = 0.1, logit_bound: float = 0.2
-) -> list[str]:
-    """Return a sentence for each slope that is not flat; none: the check is passed."""
+def failures(measured: Mapping[str, float], bounds: Bounds, axis: Axis = Axis.WIDTH) -> list[str]:
+    """Return a sentence for each slope outside its bounds; none: the check is passed.
+
+    Over depth the stream is judged instead of blocks: the n-th of 4 and of 32 are not the same
+    place.
+    """
     found = []
     for name, slope in measured.items():
-        bound = logit_bound if name == LOGITS else block_bound
-        if not abs(slope) <= bound:
-            found.append(f"{name} moves as width^{slope:+.2f}, outside ±{bound:g}")
+        if name != LOGITS and (name == STREAM) != (axis == Axis.DEPTH):
+            continue
+        low, high = bounds.logits if name == LOGITS else bounds.blocks
+        if not low <= slope <= high:
+            found.append(f"{name} moves as {axis}^{slope:+.2f}, outside {low:+.2g} to {high:+.2g}")
     return found
+
+
+def default_bounds(kind: str, axis: Axis) -> Bounds:
+    """Return what a parameterization of this kind is held to.
+
+    Those of muP (sections of docs/transfer.md say what was measured); wider for spheres, whose
+    head keeps its norm, and over depth, where HyperP's update shrinks on purpose.
+    """
+    if axis == Axis.DEPTH:
+        if kind == "hyperp":
+            return Bounds((-0.5, 0.1), (-0.5, 0.1))
+        return Bounds.within(0.15, 0.2)
+    return Bounds.within(0.2, 0.3) if kind == "hyperp" else Bounds.within(0.1, 0.2)
+
+
+def means(movements: Sequence[Movement]) -> dict[int, dict[str, float]]:
+    """Return the root mean square over seeds of each movement, by size."""
+    by_size: dict[int, dict[str, float]] = {}
+    for size in sorted({movement.size for movement in movements}):
+        here = [movement.rms for movement in movements if movement.size == size]
+        by_size[size] = {
+            name: float(np.sqrt(np.mean([rms[name] ** 2 for rms in here]))) for name in here[0]
+        }
+    return by_size

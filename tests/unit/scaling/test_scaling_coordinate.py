@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from pydantic import TypeAdapter
-from torch import Tensor
 
-from allometry.configs.errors import UserError
 from allometry.configs.model import (
     DenseModel,
     MaximalUpdateParameterization,
@@ -24,13 +23,22 @@ from allometry.configs.optimization import AdamW
 from allometry.models.build import build_model, parameter_specs
 from allometry.models.init import initialize
 from allometry.scaling.parameterization import Parameterization
-from allometry.trainer.coordinate import CoordinateCheck, at_width, failures, slopes
+from allometry.scaling.shapes import Axis, at_width
+from allometry.trainer.coordinate import (
+    Bounds,
+    CoordinateCheck,
+    default_bounds,
+    failures,
+    slopes,
+)
+from allometry.trainer.probe import split
 
 WIDTHS = (32, 64, 128, 256)
 SEEDS = (0, 1, 2)
 MODEL = DenseModel(vocab_size=128, width=32, num_layers=2, num_heads=2, ffn_width=128, qk_norm=True)
 MUP = {"kind": "mup", "embedding_std": 1.0, "base_width": 32}
 SP = {"kind": "sp", "embedding_std": 1.0}
+MUP_BOUNDS = default_bounds("mup", Axis.WIDTH)
 
 
 @pytest.fixture(autouse=True)
@@ -42,27 +50,33 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def real_text(sequences: int = 4, length: int = 64) -> Tensor:
-    text = inspect.getsource(textwrap).encode("ascii")[: sequences * (length + 1)]
-    return torch.tensor(list(text)).view(sequences, length + 1)
+def real_text(batches: int = 1, sequences: int = 4, length: int = 64) -> NDArray[np.int64]:
+    """Source code as bytes, [G, B, L + 1]."""
+    text = inspect.getsource(textwrap).encode("ascii")[: batches * sequences * (length + 1)]
+    return np.array(list(text), np.int64).reshape(batches, sequences, length + 1)
 
 
-def measured(parameterization: dict[str, Any], **changes: Any) -> dict[str, float]:
+def measured(
+    parameterization: dict[str, Any],
+    sizes: tuple[int, ...] = WIDTHS,
+    axis: Axis = Axis.WIDTH,
+    **changes: Any,
+) -> dict[str, float]:
     values: dict[str, Any] = {
         "model": MODEL,
         "parameterization": TypeAdapter(ParameterizationConfig).validate_python(parameterization),
         "optimizer": AdamW(lr=2.0**-6, weight_decay=0.0),
-        "tokens_BL": real_text(),
+        "tokens_GBL": real_text(),
     }
-    movements = CoordinateCheck(**{**values, **changes}).run(WIDTHS, SEEDS)
+    movements = CoordinateCheck(**{**values, **changes}).run(sizes, SEEDS, axis)
     assert all(movement.losses[-1] < movement.losses[0] for movement in movements[:3])
     return slopes(movements)
 
 
 def test_mup_moves_alike_at_every_width() -> None:
     found = measured(MUP)
-    assert set(found) == {"blocks.0", "blocks.1", "logits"}
-    assert failures(found) == [], found
+    assert set(found) == {"blocks.0", "blocks.1", "stream", "logits"}
+    assert failures(found, MUP_BOUNDS) == [], found
 
 
 def test_mup_without_qk_norm_and_zeros_moves_blocks_alike() -> None:
@@ -76,20 +90,20 @@ def test_the_standard_parameterization_fails_the_same_gate() -> None:
     found = measured(SP)
     assert found["blocks.0"] >= 0.8, found
     assert found["blocks.1"] >= 0.8, found
-    assert len(failures(found)) == 3, found
+    assert len(failures(found, MUP_BOUNDS)) == 3, found
 
 
 def test_gradients_shrink_as_epsilon_does() -> None:
     """Epsilon is divided by m for every role because every role's gradient is."""
     config = MaximalUpdateParameterization(base_width=32, embedding_std=1.0)
-    tokens = real_text()
+    inputs_BL, targets_BL = split(real_text()[0])
     squares: dict[str, dict[int, list[float]]] = {}
     for width, seed in product(WIDTHS, SEEDS):
         description = at_width(MODEL, width)
         rules = Parameterization(config, description)
         model = build_model(description, rules, "fp32")
         initialize(model, rules, seed)
-        model(tokens[:, :-1], tokens[:, 1:].contiguous()).total.backward()
+        model(inputs_BL, targets_BL).total.backward()
         specs = parameter_specs(model)
         for name, parameter in model.named_parameters():
             if name.endswith((".q_norm.weight", ".k_norm.weight")):
@@ -109,8 +123,49 @@ def test_gradients_shrink_as_epsilon_does() -> None:
     assert found["vector"] == pytest.approx(-1.0, abs=0.3), found  # few numbers, much noise
 
 
-def test_a_width_that_cannot_be_made_is_named() -> None:
-    wider = at_width(MODEL, 48)
-    assert (wider.num_heads, wider.kv_heads, wider.ffn_width, wider.head_width) == (3, 3, 192, 16)
-    with pytest.raises(UserError, match=r"model.num_heads=2 cannot be scaled from width=32 to"):
-        at_width(MODEL, 40)
+DEPTHS = (2, 4, 8, 16)
+DEEP = {"kind": "completep", "embedding_std": 1.0, "base_width": 32, "base_layers": 2}
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0])
+def test_depth_rules_move_the_stream_alike_at_every_depth(alpha: float) -> None:
+    found = measured({**DEEP, "depth_alpha": alpha}, DEPTHS, Axis.DEPTH)
+    assert failures(found, default_bounds("completep", Axis.DEPTH), Axis.DEPTH) == [], found
+
+
+def test_mup_alone_fails_over_depth() -> None:
+    found = measured(MUP, DEPTHS, Axis.DEPTH)
+    assert found["stream"] >= 0.5, found
+    assert failures(found, default_bounds("mup", Axis.DEPTH), Axis.DEPTH), found
+
+
+def test_seeds_have_batches_of_their_own() -> None:
+    check = CoordinateCheck(
+        model=MODEL,
+        parameterization=TypeAdapter(ParameterizationConfig).validate_python(MUP),
+        optimizer=AdamW(lr=2.0**-6, weight_decay=0.0),
+        tokens_GBL=real_text(batches=2),
+        steps=1,
+    )
+    first = check.movement(32, 0)
+    assert check.movement(32, 0) == first
+    other = CoordinateCheck(
+        **{
+            name: getattr(check, name)
+            for name in ("model", "parameterization", "optimizer", "steps")
+        },
+        tokens_GBL=real_text(batches=2)[::-1],
+    )
+    assert other.movement(32, 0) != first
+    assert check.movement(32, 2).losses != check.movement(32, 0).losses
+
+
+def test_failures_name_the_place_the_slope_and_the_bound() -> None:
+    bounds = Bounds.within(0.1, 0.2)
+    found = {"blocks.0": 0.3, "blocks.1": 0.05, "stream": 0.5, "logits": float("nan")}
+    width = failures(found, bounds)
+    assert len(width) == 2
+    assert width[0] == "blocks.0 moves as width^+0.30, outside -0.1 to +0.1"
+    assert "logits" in width[1], "what is not a number is not flat"
+    depth = failures({**found, "logits": 0.0}, bounds, Axis.DEPTH)
+    assert depth == ["stream moves as depth^+0.50, outside -0.1 to +0.1"]

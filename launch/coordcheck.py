@@ -1,0 +1,164 @@
+"""``allometry coordcheck``: do activations move alike at every size?"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from allometry.configs.run import RunConfig
+from allometry.launch.gates import curves, default_sizes, numbers, processes_here
+from allometry.launch.plot import check_format
+from allometry.scaling.shapes import Axis
+from allometry.trainer.coordinate import (
+    Bounds,
+    CoordinateCheck,
+    Movement,
+    default_bounds,
+    failures,
+    means,
+    slopes,
+)
+from allometry.trainer.probe import LOGITS, STREAM, read_pools
+
+DEEP = frozenset({"completep", "mupp", "hyperp"})
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks for; None: the default."""
+
+    widths: str | None = None
+    depths: str | None = None
+    experts: str | None = None
+    lr: float | None = None
+    steps: int = 5
+    seeds: int = 3
+    sequences: int = 4
+    length: int = 64
+    processes: int | None = None
+    block_bound: float | None = None
+    logit_bound: float | None = None
+    out: Path = Path("coordcheck.png")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One axis: what moved, how it goes with the size, and what is wrong with that."""
+
+    axis: Axis
+    movements: list[Movement]
+    slopes: dict[str, float]
+    bounds: Bounds
+    failures: list[str]
+
+    def describe(self) -> dict[str, Any]:
+        """JSON."""
+        return {
+            "axis": self.axis.value,
+            "slopes": self.slopes,
+            "bounds": {"blocks": self.bounds.blocks, "logits": self.bounds.logits},
+            "failures": self.failures,
+            "movements": [movement.describe() for movement in self.movements],
+        }
+
+
+def run(config: RunConfig, request: Request, *, as_json: bool) -> tuple[str, bool]:
+    """Run the check; return the report and whether it is passed."""
+    check_format(request.out)
+    axes = _axes(config, request)
+    length = min(request.length, config.data.sequence_length)
+    (pool_PL,) = read_pools(
+        config.data, config.run.seed, length, [request.seeds * request.sequences]
+    )
+    lr = request.lr or config.optimizer.lr
+    check = CoordinateCheck(
+        model=config.model,
+        parameterization=config.parameterization,
+        optimizer=config.optimizer.model_copy(update={"lr": lr}),
+        tokens_GBL=pool_PL.reshape(request.seeds, request.sequences, length + 1),
+        steps=request.steps,
+    )
+    outcomes = [_outcome(check, axis, sizes, request) for axis, sizes in axes.items()]
+    _figure(outcomes, request.out)
+    passed = not any(outcome.failures for outcome in outcomes)
+    if as_json:
+        facts = {
+            "kind": config.parameterization.kind,
+            "optimizer": config.optimizer.kind,
+            "lr": lr,
+            "steps": request.steps,
+            "passed": passed,
+            "figure": str(request.out),
+            "axes": [outcome.describe() for outcome in outcomes],
+        }
+        return json.dumps(facts, indent=2), passed
+    return _text(config, request, lr, outcomes), passed
+
+
+def _axes(config: RunConfig, request: Request) -> dict[Axis, tuple[int, ...]]:
+    """The sizes of each axis that is asked for; else widths, and depths where a rule has them."""
+    given = {
+        Axis.WIDTH: numbers(request.widths, "--widths"),
+        Axis.DEPTH: numbers(request.depths, "--depths"),
+        Axis.EXPERTS: numbers(request.experts, "--experts"),
+    }
+    asked = {axis: sizes for axis, sizes in given.items() if sizes is not None}
+    if asked:
+        return asked
+    kinds = [Axis.WIDTH]
+    kinds += [Axis.DEPTH] * (config.parameterization.kind in DEEP)
+    return {axis: default_sizes(config.model, axis, request.steps) for axis in kinds}
+
+
+def _outcome(
+    check: CoordinateCheck, axis: Axis, sizes: tuple[int, ...], request: Request
+) -> Outcome:
+    movements = check.run(sizes, range(request.seeds), axis, processes_here(request.processes))
+    default = default_bounds(check.parameterization.kind, axis)
+    blocks, logits = request.block_bound, request.logit_bound
+    bounds = Bounds(
+        default.blocks if blocks is None else (-blocks, blocks),
+        default.logits if logits is None else (-logits, logits),
+    )
+    found = slopes(movements)
+    return Outcome(axis, movements, found, bounds, failures(found, bounds, axis))
+
+
+def _text(config: RunConfig, request: Request, lr: float, outcomes: list[Outcome]) -> str:
+    lines = [
+        f"coordinate check of {config.parameterization.kind} with {config.optimizer.kind}, "
+        f"{request.steps} steps at {lr:.4g}, {request.seeds} seeds: rms of what moved"
+    ]
+    for outcome in outcomes:
+        by_size = means(outcome.movements)
+        names = [name for name in outcome.slopes if name != STREAM or outcome.axis == Axis.DEPTH]
+        if outcome.axis == Axis.DEPTH:
+            names = [STREAM, LOGITS]
+        lines.append(
+            f"{outcome.axis:<12}" + "".join(f"{size:>10}" for size in by_size) + "   slope"
+        )
+        for name in names:
+            values = "".join(f"{rms[name]:>10.4f}" for rms in by_size.values())
+            lines.append(f"  {name:<10}{values}{outcome.slopes[name]:>+8.2f}")
+        lines += [f"  FAILED: {failure}" for failure in outcome.failures]
+    verdict = "NOT passed" if any(o.failures for o in outcomes) else "passed"
+    return "\n".join([*lines, f"{verdict}; figure: {request.out}"])
+
+
+def _figure(outcomes: list[Outcome], out: Path) -> None:
+    panels = []
+    for outcome in outcomes:
+        by_size = means(outcome.movements)
+        names = [STREAM, LOGITS] if outcome.axis == Axis.DEPTH else [*outcome.slopes]
+        lines = {
+            f"{name} ({outcome.slopes[name]:+.2f})": (
+                [float(size) for size in by_size],
+                [rms[name] for rms in by_size.values()],
+            )
+            for name in names
+            if name != STREAM or outcome.axis == Axis.DEPTH
+        }
+        panels.append((f"over {outcome.axis} (slope)", outcome.axis.value, lines))
+    curves(out, panels, "rms of what moved", log_y=True)

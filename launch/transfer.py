@@ -1,0 +1,154 @@
+"""``allometry transfer``: does the best learning rate stay where it is?"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from allometry.configs.errors import UserError
+from allometry.configs.run import RunConfig
+from allometry.launch.gates import curves, default_sizes, numbers, processes_here
+from allometry.launch.plot import check_format
+from allometry.laws.optimum import drift_interval
+from allometry.scaling.shapes import Axis
+from allometry.trainer.probe import read_pools
+from allometry.trainer.transfer import Runner, Transfer, TransferSweep, Trial
+from allometry.trainer.trials import TrialLog
+
+HELD_OUT = 64
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks for; None: the default."""
+
+    axis: str = "width"
+    sizes: str | None = None
+    octaves: float = 1.0
+    step: float = 0.5
+    seeds: int = 2
+    steps: int = 80
+    warmup_steps: int = 0
+    sequences: int = 8
+    length: int = 64
+    bound: float = 0.5
+    processes: int | None = None
+    trials: Path | None = None
+    out: Path = Path("transfer.png")
+
+
+def run(config: RunConfig, request: Request, *, as_json: bool) -> tuple[str, bool]:
+    """Run the sweep; return the report and whether it is passed."""
+    check_format(request.out)
+    axis = _axis(request.axis)
+    sizes = numbers(request.sizes, "--sizes") or default_sizes(config.model, axis, request.steps)
+    sweep = _sweep(config, request, axis, sizes)
+    seeds = tuple(range(request.seeds))
+    log = None if request.trials is None else TrialLog(request.trials, sweep.settings())
+    runner = Runner(
+        sweep,
+        _rates(config.optimizer.lr, request),
+        request.step,
+        processes_here(request.processes),
+        known={} if log is None else log.known,
+        done=_ignore if log is None else log.add,
+    )
+    found = runner.run(sizes, seeds)
+    wrong = found.failures(request.bound)
+    _figure(found, request.out)
+    if as_json:
+        facts = {
+            "kind": config.parameterization.kind,
+            "optimizer": config.optimizer.kind,
+            "bound_octaves": request.bound,
+            "passed": not wrong,
+            "failures": wrong,
+            "figure": str(request.out),
+            **found.describe(),
+        }
+        return json.dumps(facts, indent=2), not wrong
+    return _text(config, request, found, wrong), not wrong
+
+
+def _ignore(_trial: Trial, _loss: float) -> None:
+    pass
+
+
+def _axis(name: str) -> Axis:
+    if name not in [axis.value for axis in Axis]:
+        known = ", ".join(axis.value for axis in Axis)
+        raise UserError(f"--axis={name} is not known; use one of {known}")
+    return Axis(name)
+
+
+def _rates(lr: float, request: Request) -> tuple[float, ...]:
+    """log2 of the first rates: around the run's own, to a multiple of the step."""
+    if not request.step > 0 or request.octaves < request.step:
+        raise UserError(
+            f"--step={request.step:g} must be above 0 and at most --octaves={request.octaves:g}"
+        )
+    centre = round(math.log2(lr) / request.step)
+    reach = round(request.octaves / request.step)
+    return tuple((centre + offset) * request.step for offset in range(-reach, reach + 1))
+
+
+def _sweep(
+    config: RunConfig, request: Request, axis: Axis, sizes: tuple[int, ...]
+) -> TransferSweep:
+    length = min(request.length, config.data.sequence_length)
+    longest = max(sizes) if axis == Axis.HORIZON else request.steps
+    pool_PL, held_out_HL = read_pools(
+        config.data, config.run.seed, length, [longest * request.sequences, HELD_OUT]
+    )
+    return TransferSweep(
+        model=config.model,
+        parameterization=config.parameterization,
+        optimizer=config.optimizer,
+        pool_PL=pool_PL,
+        held_out_HL=held_out_HL,
+        axis=axis,
+        steps=request.steps,
+        sequences=request.sequences,
+        warmup_steps=request.warmup_steps,
+        clip=config.training.clip_grad_norm,
+    )
+
+
+def _text(config: RunConfig, request: Request, found: Transfer, wrong: list[str]) -> str:
+    sweeps = {size: found.sweep(size) for size in found.sizes}
+    lines = [
+        f"best learning rates of {config.parameterization.kind} with {config.optimizer.kind} over "
+        f"{found.axis}, {len(found.seeds)} seeds, {request.sequences} sequences a step",
+        f"{found.axis:<12}{'best lr':>12}{'log2':>9}{'loss':>9}{'seeds apart':>13}",
+    ]
+    for size, optimum in found.optima().items():
+        spread = sweeps[size].spread()
+        apart = f"{spread:.2f}" if math.isfinite(spread) else "-"
+        lines.append(
+            f"{size:<12}{2.0**optimum.log2_lr:>12.4g}{optimum.log2_lr:>9.2f}{optimum.loss:>9.4f}"
+            f"{apart:>13}"
+        )
+    low, high = drift_interval(sweeps)
+    interval = f" (95 % over seeds: {low:.2f} to {high:.2f})" if math.isfinite(low) else ""
+    drift = found.drift()
+    lines.append("drift unknown" if math.isnan(drift) else f"drift {drift:.2f} octaves{interval}")
+    lines += [f"FAILED: {failure}" for failure in wrong]
+    verdict = "NOT passed" if wrong else f"passed: at most {request.bound:g} octaves"
+    return "\n".join([*lines, f"{verdict}; figure: {request.out}"])
+
+
+def _figure(found: Transfer, out: Path) -> None:
+    lines: dict[str, Any] = {}
+    for size in found.sizes:
+        sweep = found.sweep(size)
+        means = sweep.losses_RS.mean(axis=1)
+        points = [
+            (2.0**rate, float(mean))
+            for rate, mean in zip(sweep.log2_lrs, means, strict=True)
+            if math.isfinite(mean)
+        ]
+        lines[f"{found.axis} {size}"] = ([x for x, _ in points], [y for _, y in points])
+    curves(out, [(f"over {found.axis}", "peak learning rate", lines)], "loss", log_y=False)

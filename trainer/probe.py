@@ -1,0 +1,183 @@
+"""A small model that trains in one process, for gates that compare many of them."""
+
+# B sequences, L tokens in a sequence, V vocabulary, D width
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from allometry.configs.data import DocumentData, SequenceData
+from allometry.configs.errors import UserError
+from allometry.configs.model import ModelConfig, MoEModel, ParameterizationConfig
+from allometry.configs.optimization import OptimizerConfig
+from allometry.data.stream import Stream
+from allometry.models.build import build_model, parameter_specs
+from allometry.models.init import initialize
+from allometry.models.moe import begin_step, end_step
+from allometry.models.transformer import Transformer
+from allometry.optim.build import build_optimizer, set_lr
+from allometry.optim.clip import clip_by_global_norm
+from allometry.scaling.parameterization import Parameterization
+from allometry.scaling.rules.base import RunScale
+
+LOGITS = "logits"
+STREAM = "stream"
+Sequences = NDArray[np.int64]
+"""Token ids [..., L+1]: L inputs and, one further, L targets."""
+
+
+class Probe:
+    """One model with its optimizer, in fp32 on the CPU, from (description, seed) alone.
+
+    ``zero`` names parts that start at zero ("head", "queries"); a matrix that keeps its norm
+    (a sphere) stays as it is, as zero has no direction and would never move.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        parameterization: ParameterizationConfig,
+        optimizer: OptimizerConfig,
+        seed: int,
+        *,
+        scale: RunScale | None = None,
+        zero: tuple[str, ...] = (),
+    ) -> None:
+        torch.manual_seed(seed)  # dropout
+        self.rules = Parameterization(parameterization, model, optimizer, scale)
+        self.model = build_model(model, self.rules, "fp32")
+        initialize(self.model, self.rules, seed)
+        self.specs = parameter_specs(self.model)
+        self._set_zeros(zero)
+        self.optimizer = build_optimizer(
+            self.model.named_parameters(), self.specs, self.rules, optimizer
+        )
+        self._mixture = isinstance(model, MoEModel)
+
+    def step(
+        self, sequences_BL: Sequences, *, fraction: float = 1.0, clip: float | None = None
+    ) -> float:
+        """Take one step at this fraction of the peak rate; return the loss before it."""
+        inputs_BL, targets_BL = split(sequences_BL)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.model.train()
+        if self._mixture:
+            begin_step(self.model, inputs_BL.numel())
+        loss = self.model(inputs_BL, targets_BL).total / targets_BL.numel()
+        loss.backward()
+        if clip is not None:
+            clip_by_global_norm(self.model.parameters(), clip)
+        set_lr(self.optimizer, fraction)
+        self.optimizer.step()
+        if self._mixture:
+            seen = self.model.take_statistics()
+            end_step(self.model, {layer: found.counts_E for layer, found in seen.items()})
+        return float(loss.detach())
+
+    @torch.no_grad()
+    def loss(self, sequences_BL: Sequences) -> float:
+        """Return the loss in nats per token, without a step."""
+        inputs_BL, targets_BL = split(sequences_BL)
+        self.model.eval()
+        losses = self.model(inputs_BL, targets_BL)
+        self._forget()
+        return float(losses.nll_BL.double().sum()) / targets_BL.numel()
+
+    @torch.no_grad()
+    def activations(self, sequences_BL: Sequences) -> dict[str, Tensor]:
+        """Return each block's output ("blocks.0", ...) and the logits in float64."""
+        self.model.eval()
+        kept = activations(self.model, split(sequences_BL)[0])
+        self._forget()
+        return kept
+
+    def _forget(self) -> None:
+        if self._mixture:
+            self.model.take_statistics()
+
+    @torch.no_grad()
+    def _set_zeros(self, parts: tuple[str, ...]) -> None:
+        endings = {"head": "head.weight", "queries": ".attention.wq.weight"}
+        for name, parameter in self.model.named_parameters():
+            wanted = any(name.endswith(endings[part]) for part in parts)
+            if wanted and not self.rules.resolve(self.specs[name]).sphere:
+                parameter.zero_()
+
+
+def split(sequences_BL: Sequences) -> tuple[Tensor, Tensor]:
+    """Return inputs [B, L] and targets [B, L] of sequences of L+1 tokens."""
+    tokens = torch.from_numpy(np.ascontiguousarray(sequences_BL, dtype=np.int64))
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+@torch.no_grad()
+def activations(model: Transformer, tokens_BL: Tensor) -> dict[str, Tensor]:
+    """Return each block's output ("blocks.0", ...) and the logits ("logits") in float64."""
+    kept: dict[str, Tensor] = {}
+    handles = [
+        block.register_forward_hook(
+            lambda _module, _args, output, name=f"blocks.{index}": kept.update(
+                {name: output[0].double()}
+            )
+        )
+        for index, block in model.blocks.items()
+    ]
+    try:
+        kept[LOGITS] = model(tokens_BL).double()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return kept
+
+
+def sample(pool_PL: Sequences, count: int, seed: int) -> Sequences:
+    """Return ``count`` sequences of the pool in an order of the seed's own, none twice.
+
+    Raises:
+        UserError: the pool holds fewer.
+    """
+    if count > len(pool_PL):
+        raise UserError(
+            f"{count} sequences are needed and {len(pool_PL)} are there; prepare more data or "
+            "take fewer steps"
+        )
+    chosen: Sequences = pool_PL[np.random.default_rng(seed).permutation(len(pool_PL))[:count]]
+    return chosen
+
+
+def read_pools(
+    data: SequenceData | DocumentData, seed: int, length: int, counts: Sequence[int]
+) -> list[Sequences]:
+    """Return sequences of ``length`` + 1 tokens of a run's corpora, mixed as it mixes them.
+
+    One array for each count; no sequence is in two of them. Documents follow each other without
+    masks, whatever the run does.
+
+    Raises:
+        UserError: the files cannot be used, or a corpus is too short for so many.
+    """
+    plain = SequenceData(
+        sequence_length=length,
+        packing="concatenated",
+        tokenizer=data.tokenizer,
+        sources=data.sources,
+    )
+    stream = Stream(plain, seed)
+    short = {name for name, epochs in stream.epochs(sum(counts)).items() if epochs > 1.0}
+    if short:
+        raise UserError(
+            f"data.sources: {', '.join(sorted(short))} would be read more than once for "
+            f"{sum(counts)} sequences of {length} tokens; prepare more of it or take fewer steps "
+            "or shorter sequences"
+        )
+    pools, position = [], 0
+    for count in counts:
+        batch = stream.batch(position, count)
+        pools.append(np.concatenate([batch.tokens_BL, batch.targets_BL[:, -1:]], axis=1))
+        position += count
+    return pools

@@ -1,0 +1,72 @@
+"""A file of trials that grows as they end, so that an interrupted sweep goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from allometry.configs.errors import UserError
+from allometry.trainer.transfer import Trial
+
+
+class TrialLog:
+    """JSON lines: a sweep's settings, then ``size``, ``log2_lr``, ``seed``, ``loss`` of each trial.
+
+    A loss that is not finite is null. A last line that was cut off is left out and written over.
+
+    Raises:
+        UserError: the file holds trials of other settings, or something else.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        self.path = path
+        self.known: dict[Trial, float] = {}
+        lines = self._lines()
+        if lines:
+            self._check(lines[0], settings)
+            self.known = dict(map(_trial, lines[1:]))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        head = [] if lines else [dict(settings)]
+        kept = [json.dumps(row) + "\n" for row in [*lines, *head]]
+        path.write_text("".join(kept), encoding="utf-8")
+
+    def add(self, trial: Trial, loss: float) -> None:
+        """Write one trial; it is on disk when this returns."""
+        self.known[trial] = loss
+        row = {
+            "size": trial.size,
+            "log2_lr": trial.log2_lr,
+            "seed": trial.seed,
+            "loss": loss if math.isfinite(loss) else None,
+        }
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def _lines(self) -> list[dict[str, Any]]:
+        if not self.path.exists():
+            return []
+        whole = self.path.read_text(encoding="utf-8").split("\n")[:-1]
+        try:
+            rows = [json.loads(line) for line in whole]
+        except ValueError:
+            rows = [None]
+        if not all(isinstance(row, dict) for row in rows):
+            raise UserError(f"{self.path} is no file of trials; name another")
+        return rows
+
+    def _check(self, head: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+        plain = json.loads(json.dumps(dict(settings)))
+        different = sorted(key for key in plain if head.get(key) != plain[key])
+        if different:
+            raise UserError(
+                f"{self.path} holds trials of other settings ({', '.join(different)}); name "
+                "another file or remove this one"
+            )
+
+
+def _trial(row: Mapping[str, Any]) -> tuple[Trial, float]:
+    loss = math.inf if row["loss"] is None else float(row["loss"])
+    return Trial(int(row["size"]), float(row["log2_lr"]), int(row["seed"])), loss

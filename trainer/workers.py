@@ -1,0 +1,87 @@
+"""Many small independent computations over CPU processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from types import TracebackType
+from typing import Self, TypeVar
+
+import torch
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+class Workers:
+    """Processes that take tasks, while the context lasts.
+
+    Every task runs on one thread, whether in this process (``processes`` 1) or in a spawned one,
+    so that results do not depend on how many there are. Functions, tasks and results must be
+    picklable; a script that uses this guards its main part. Processes start with the first task.
+    """
+
+    def __init__(self, processes: int = 1) -> None:
+        assert processes >= 1, processes
+        self.processes = processes
+        self._pool: ProcessPoolExecutor | None = None
+        self._threads = torch.get_num_threads()
+
+    def __enter__(self) -> Self:
+        if self.processes == 1:
+            torch.set_num_threads(1)
+        else:
+            self._pool = ProcessPoolExecutor(
+                max_workers=self.processes,
+                mp_context=multiprocessing.get_context("spawn"),
+                initializer=torch.set_num_threads,
+                initargs=(1,),
+            )
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._pool is None:
+            torch.set_num_threads(self._threads)
+        else:
+            self._pool.shutdown(wait=error is None, cancel_futures=True)
+
+    def run(
+        self,
+        function: Callable[[Task], Result],
+        tasks: Sequence[Task],
+        done: Callable[[Task, Result], None] | None = None,
+    ) -> list[Result]:
+        """Return ``function(task)`` for each task, in the order of the tasks.
+
+        ``done`` hears of each result as soon as it is there, in any order. The first exception of
+        a task is raised here; tasks that have not begun are dropped when the context ends.
+        """
+        if self._pool is None:
+            return self._here(function, tasks, done)
+        found: dict[int, Result] = {}
+        futures = {self._pool.submit(function, task): index for index, task in enumerate(tasks)}
+        for future in as_completed(futures):
+            index = futures[future]
+            found[index] = future.result()
+            if done is not None:
+                done(tasks[index], found[index])
+        return [found[index] for index in range(len(tasks))]
+
+    def _here(
+        self,
+        function: Callable[[Task], Result],
+        tasks: Sequence[Task],
+        done: Callable[[Task, Result], None] | None,
+    ) -> list[Result]:
+        results = []
+        for task in tasks:
+            results.append(function(task))
+            if done is not None:
+                done(task, results[-1])
+        return results
