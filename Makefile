@@ -27,8 +27,8 @@ $(VENV)/.installed: setup.py pyproject.toml constraints.txt
 	$(PIP) install --quiet -c constraints.txt pip setuptools wheel
 	$(PIP) install --quiet -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 	$(PIP) install --quiet -c constraints.txt -e '.[dev]'
-	@# The muP oracle of the tests; its declared needs (torchvision, seaborn) are not what it imports.
-	$(PIP) install --quiet --no-deps -c constraints.txt mup
+	@# Oracles of the tests; what they declare to need (torchvision, bitsandbytes) is not what is used.
+	$(PIP) install --quiet --no-deps -c constraints.txt mup apollo-torch muon-optimizer sgd-sai
 	@touch $@
 
 demo: install

@@ -72,6 +72,51 @@ class Whole(Protocol):
         """
 
 
+class LocalWhole:
+    """``Whole`` where every parameter is whole on this rank, which works alone."""
+
+    def sums(self, parameters: Sequence[Tensor], partials: Sequence[Tensor]) -> list[Tensor]:
+        """See ``Whole``."""
+        assert len(parameters) == len(partials), (len(parameters), len(partials))
+        return list(partials)
+
+    def squared_norms(self, parameters: Sequence[Tensor], parts: Sequence[Tensor]) -> list[Tensor]:
+        """See ``Whole``."""
+        return self.sums(parameters, squared_norms_of_parts(parts))
+
+    def factors(self, parameters: Sequence[Tensor], values: Sequence[Tensor]) -> list[Tensor]:
+        """See ``Whole``."""
+        return [
+            value.to(parameter.dtype).view((-1, 1, 1) if parameter.dim() == 3 else ())
+            for parameter, value in zip(parameters, values, strict=True)
+        ]
+
+    def owned(self, parameters: Sequence[Tensor], cost: Cost) -> list[Matrix]:
+        """See ``Whole``; all of them."""
+        del cost
+        return [
+            Matrix(i, e)
+            for i, parameter in enumerate(parameters)
+            for e in range(parameter.shape[0] if parameter.dim() == 3 else 1)
+        ]
+
+    def map(
+        self,
+        parameters: Sequence[Tensor],
+        parts: Sequence[Tensor],
+        function: MatrixFunction,
+        cost: Cost,
+    ) -> list[Tensor]:
+        """See ``Whole``."""
+        results = [torch.empty_like(part, memory_format=torch.contiguous_format) for part in parts]
+        for i, e in self.owned(parameters, cost):
+            part, result = parts[i], results[i]
+            stacked = part.dim() == 3
+            found = function(aligned(part[e] if stacked else part), Matrix(i, e))
+            (result[e] if stacked else result).copy_(found)
+        return results
+
+
 def local(tensor: Tensor) -> Tensor:
     """Return this rank's part of a tensor; it shares its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,193 @@
+"""APOLLO: Adam's scale for each channel, learned from a projected gradient (arXiv 2412.05270)."""
+
+# A rows, B columns of a matrix; r rank of the projection; n = min(A, B)
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from allometry.configs.errors import UserError
+from allometry.optim.states import Group, Item, State, at_rest, count_step, items_of, steps_before
+from allometry.optim.whole import Matrix, Whole
+from allometry.scaling.roles import Rule
+
+_LEAST = 1e-8  # added to norms that something is divided by
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """What is remembered of one matrix: Adam's moments of the projected gradient, a norm [].
+
+    The projected gradient is [A, r] of a matrix that is at least as tall as wide, else [r, B].
+    """
+
+    mean: Tensor
+    square: Tensor
+    norm: Tensor
+
+    @classmethod
+    def zeros(cls, shape: tuple[int, int], rank: int, like: Tensor) -> Moments:
+        """Make those of a matrix of this shape, of the type and on the device of ``like``."""
+        rows, columns = shape
+        projected = (rows, rank) if rows >= columns else (rank, columns)
+        mean = torch.zeros(projected, dtype=like.dtype, device=like.device)
+        return cls(mean, torch.zeros_like(mean), torch.zeros_like(mean[0, 0]))
+
+
+def apollo(groups: Sequence[Group], state: State, whole: Whole) -> None:
+    """Take a step with all parameters of ``groups``, matrices or stacks of them, in place.
+
+    W ← W − η·√(1−β₂ᵗ)/(1−β₁ᵗ)·scaled(G), then W ← W − ηλW; see ``scaled_gradient``. For groups of
+    the rule ``apollo_mini`` a matrix has one scale, rank 1 and, unless ``scale`` says, n/4 for it.
+
+    ``scaled_gradient`` wants whole matrices: gradients travel to their owners and back in their
+    own type, and the owner alone keeps the moments. State: ``mean.I``, ``square.I`` and ``norm.I``
+    of logical matrix I, on its owner; ``step``, a number on the host.
+    """
+    items = items_of(groups)
+    parameters = [item.parameter for item in items]
+    for matrix in whole.owned(parameters, apollo_cost):
+        _make_moments(items[matrix.parameter], matrix.index, state)
+    steps = steps_before(items, state)
+    if at_rest(items):
+        return
+    count_step(items, state)
+    function = _function(items, steps, state)
+    updates = whole.map(parameters, [item.gradient for item in items], function, apollo_cost)
+    for item, update, before in zip(items, updates, steps, strict=True):
+        (beta1, beta2), rate = item.group["betas"], item.group["lr"]
+        corrected = rate * math.sqrt(1.0 - beta2 ** (before + 1)) / (1.0 - beta1 ** (before + 1))
+        item.part.sub_(update, alpha=corrected)
+        # After the step, as published: with the weight as it then is.
+        item.part.mul_(1.0 - rate * item.group["weight_decay"])
+
+
+def scaled_gradient(
+    gradient: Tensor,
+    projection: Tensor,
+    moments: Moments,
+    settings: Mapping[str, Any],
+    *,
+    first: bool,
+) -> Tensor:
+    """Return √scale·G·s of one whole matrix [A, B], limited in growth; update its moments in place.
+
+    arXiv 2412.05270, Algorithm 1, as published in apollo-torch 1.0.3. ``projection`` P is [r, n]:
+    R = GPᵀ if A >= B, else PG. R̃ = m/(√v + ε) with Adam's moments of R, not corrected for their
+    bias. s = ‖R̃‖/‖R‖ of each channel, that is over the r projected values, or of the whole
+    (``apollo_mini``). If the result's norm is above ``norm_growth`` times that of the step before
+    it is brought down to that; not in the first step.
+
+    ``settings``: ``rule``, ``betas``, ``eps``, ``scale``, ``norm_growth`` of the group.
+    """
+    rows, columns = gradient.shape
+    tall = rows >= columns
+    projected = gradient @ projection.T if tall else projection @ gradient
+    beta1, beta2 = settings["betas"]
+    moments.mean.mul_(beta1).add_(projected, alpha=1.0 - beta1)
+    moments.square.mul_(beta2).addcmul_(projected, projected, value=1.0 - beta2)
+    direction = moments.mean / moments.square.sqrt().add_(settings["eps"])
+    if settings["rule"] == Rule.APOLLO_MINI:
+        factor = direction.norm() / (projected.norm() + _LEAST)
+    else:
+        dim = 1 if tall else 0
+        factor = direction.norm(dim=dim, keepdim=True)
+        factor = factor / (projected.norm(dim=dim, keepdim=True) + _LEAST)
+    scaled: Tensor = gradient * factor * math.sqrt(_scale(settings, min(rows, columns)))
+    norm = scaled.norm()
+    if not first:
+        growth = settings["norm_growth"]
+        limit = (norm / (moments.norm + _LEAST)).clamp(min=growth) / growth
+        scaled = scaled / limit
+        norm = norm / limit
+    moments.norm.copy_(norm)
+    return scaled
+
+
+def projection(
+    name: str, index: int, epoch: int, shape: tuple[int, int], seed: int, like: Tensor
+) -> Tensor:
+    """Return P [r, n] with elements N(0, 1/r), of the type and on the device of ``like``.
+
+    Drawn from (seed, name of the parameter, which matrix, epoch) whenever it is wanted rather than
+    kept, which would take as much memory as a moment. Devices draw different numbers.
+    """
+    text = f"apollo|{seed}|{name}|{index}|{epoch}"
+    digest = hashlib.sha256(text.encode()).digest()
+    generator = torch.Generator(like.device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    drawn = torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
+    return drawn / math.sqrt(shape[0])
+
+
+def rank_of(group: Mapping[str, Any], smaller: int) -> int:
+    """Return r for matrices whose smaller side is this."""
+    if group["rule"] == Rule.APOLLO_MINI:
+        return 1
+    return int(group["rank"] or max(1, smaller // 4))
+
+
+def check_rank(group: Group) -> None:
+    """Raise UserError for a projection that would not make gradients smaller."""
+    for name, parameter in zip(group["param_names"], group["params"], strict=True):
+        smaller = min(parameter.shape[-2:])
+        if rank_of(group, smaller) > smaller:
+            raise UserError(
+                f"optimizer.rank={group['rank']} is above the smaller side of {name}, {smaller}; "
+                "choose a smaller one, or null for a quarter of each"
+            )
+
+
+def apollo_cost(rows: int, columns: int) -> float:
+    """Return the elements of a matrix: what its owner receives, holds and multiplies."""
+    return float(rows * columns)
+
+
+def _scale(group: Mapping[str, Any], smaller: int) -> float:
+    scale: float | None = group["scale"]
+    return smaller / 4 if scale is None else scale
+
+
+_KEYS = ("mean", "square", "norm")
+
+
+def _make_moments(item: Item, index: int, state: State) -> None:
+    held = state[item.parameter]
+    if f"mean.{index}" not in held:
+        rows, columns = item.parameter.shape[-2:]
+        made = Moments.zeros((rows, columns), rank_of(item.group, min(rows, columns)), item.part)
+        held.update({f"{key}.{index}": getattr(made, key) for key in _KEYS})
+
+
+def _function(
+    items: Sequence[Item], steps: Sequence[int], state: State
+) -> Callable[[Tensor, Matrix], Tensor]:
+    """Return what an owner does with the whole gradient of one of its matrices."""
+
+    def function(gradient: Tensor, matrix: Matrix) -> Tensor:
+        item, before = items[matrix.parameter], steps[matrix.parameter]
+        held, group = state[item.parameter], item.group
+        kept = [held[f"{key}.{matrix.index}"] for key in _KEYS]
+        # Of parameters offloaded to the host the states are there, while this runs on the device.
+        moments = Moments(*(tensor.to(gradient.device) for tensor in kept))
+        smaller = min(gradient.shape)
+        drawn = projection(
+            item.name,
+            matrix.index,
+            before // group["refresh_steps"],
+            (rank_of(group, smaller), smaller),
+            group["seed"],
+            gradient,
+        )
+        scaled = scaled_gradient(gradient, drawn, moments, group, first=before == 0)
+        for tensor, key in zip(kept, _KEYS, strict=True):
+            tensor.copy_(getattr(moments, key))
+        return scaled
+
+    return function

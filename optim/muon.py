@@ -1,0 +1,87 @@
+"""Muon: momentum made orthogonal (K. Jordan, https://kellerjordan.github.io/posts/muon/)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from allometry.optim.newton_schulz import MUON, Coefficients, newton_schulz, newton_schulz_cost
+from allometry.optim.states import Group, Item, State, at_rest, items_of, like_parameters
+from allometry.optim.whole import Matrix, Whole
+
+
+def muon(groups: Sequence[Group], state: State, whole: Whole) -> None:
+    """Take a step with all parameters of ``groups``, matrices or stacks of them, in place.
+
+    M ← μM + (1−μ)G; U = μM + (1−μ)G with Nesterov's look ahead, else M; W ← (1−ηλ)W − ηs·NS(U).
+    NS runs in bf16 with ``newton_schulz.MUON`` and s is ``adjustment``. Equals torch.optim.Muon,
+    matrix by matrix. State: ``momentum_buffer``, as the parameter.
+    """
+    items = items_of(groups)
+    momenta = like_parameters(items, state, "momentum_buffer")
+    if at_rest(items):
+        return
+    gradients = [item.gradient for item in items]
+    keep = [item.group["momentum"] for item in items]
+    for momentum, gradient, mu in zip(momenta, gradients, keep, strict=True):
+        momentum.lerp_(gradient, 1.0 - mu)
+    dtype = precision(items)
+    directions = [
+        (gradient.lerp(momentum, mu) if item.group["nesterov"] else momentum).to(dtype)
+        for item, momentum, gradient, mu in zip(items, momenta, gradients, keep, strict=True)
+    ]
+    parameters = [item.parameter for item in items]
+    for item, update in zip(
+        items, orthogonalized(parameters, directions, MUON, whole), strict=True
+    ):
+        rate = item.group["lr"]
+        item.part.mul_(1.0 - rate * item.group["weight_decay"])
+        rows, columns = item.parameter.shape[-2:]
+        item.part.add_(update, alpha=-rate * adjustment(item.group["adjust"], rows, columns))
+
+
+def adjustment(kind: str, rows: int, columns: int) -> float:
+    """Return what an orthogonal update [rows, columns] is multiplied by.
+
+    ``original``: √max(1, rows/columns), Jordan's. ``match_rms_adamw``: 0.2·√max(rows, columns), so
+    that its elements are as large as AdamW's (arXiv 2502.16982, eq. 4). ``none``: 1.
+    """
+    match kind:
+        case "none":
+            return 1.0
+        case "original":
+            return math.sqrt(max(1.0, rows / columns))
+        case "match_rms_adamw":
+            return 0.2 * math.sqrt(max(rows, columns))
+        case _:
+            raise AssertionError(kind)
+
+
+def orthogonalized(
+    parameters: Sequence[Tensor],
+    directions: Sequence[Tensor],
+    coefficients: tuple[Coefficients, ...],
+    whole: Whole,
+) -> list[Tensor]:
+    """Return this rank's parts of NS of each logical matrix, in the directions' type."""
+    function = partial(_orthogonal, coefficients=coefficients)
+    return whole.map(parameters, directions, function, newton_schulz_cost)
+
+
+def _orthogonal(matrix: Tensor, _which: Matrix, coefficients: tuple[Coefficients, ...]) -> Tensor:
+    return newton_schulz(matrix, coefficients, dtype=matrix.dtype)
+
+
+def precision(items: Sequence[Item]) -> torch.dtype:
+    """Return the type in which matrices travel and are made orthogonal: bf16 unless a group says.
+
+    ``newton_schulz_dtype`` of a group is for tests, which compare in a type that rounds less.
+    """
+    found = {item.group.get("newton_schulz_dtype", torch.bfloat16) for item in items}
+    assert len(found) == 1, found
+    dtype: torch.dtype = found.pop()
+    return dtype

@@ -1,0 +1,42 @@
+"""MuonH: Muon's direction on spheres, the rule of hidden matrices in HyperP (arXiv 2603.28743)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from allometry.optim.muon import orthogonalized, precision
+from allometry.optim.newton_schulz import DION
+from allometry.optim.sphere import radii, turn
+from allometry.optim.states import Group, State, at_rest, items_of, like_parameters
+from allometry.optim.whole import Whole
+
+
+def muonh(groups: Sequence[Group], state: State, whole: Whole) -> None:
+    """Take a step with all parameters of ``groups``, matrices or stacks of them, in place.
+
+    M ← μM + G; U = NS(G + μM) with Nesterov's look ahead, else NS(M), in bf16 with
+    ``newton_schulz.DION``; then each matrix turns by η towards −U (``sphere.turn``). There is no
+    factor for shapes: η is relative. State: ``momentum_buffer``, as the parameter; ``radius`` [M].
+
+    Raises:
+        UserError: see ``sphere.radii``.
+    """
+    items = items_of(groups)
+    momenta = like_parameters(items, state, "momentum_buffer")
+    spheres = radii(items, state, whole)
+    if at_rest(items):
+        return
+    gradients = [item.gradient for item in items]
+    keep = [item.group["momentum"] for item in items]
+    torch._foreach_mul_(momenta, keep)
+    torch._foreach_add_(momenta, gradients)
+    dtype = precision(items)
+    # One at a time, so that of what is not bf16 only one matrix is held besides the states.
+    directions = [
+        (gradient.add(momentum, alpha=mu) if item.group["nesterov"] else momentum).to(dtype)
+        for item, momentum, gradient, mu in zip(items, momenta, gradients, keep, strict=True)
+    ]
+    parameters = [item.parameter for item in items]
+    turn(items, orthogonalized(parameters, directions, DION, whole), spheres, whole)

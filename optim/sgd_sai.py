@@ -1,0 +1,83 @@
+"""SGD-SaI: momentum, with a rate for each tensor from its first gradient (arXiv 2412.11768)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from allometry.optim.states import (
+    Group,
+    Item,
+    State,
+    at_rest,
+    count_step,
+    items_of,
+    like_parameters,
+    steps_before,
+)
+from allometry.optim.whole import Whole, partial_sums, squared_norms_of_parts
+
+
+def sgd_sai(groups: Sequence[Group], state: State, whole: Whole) -> None:
+    """Take a step with all parameters of ``groups``, in place.
+
+    In the first step ρ = ``signal_to_noise`` of G for each logical matrix, and B ← G; later
+    B ← μB + (1−μ)G. W ← (1−ηλ)W − ηρB. Each expert of a stack has a ρ of its own. State:
+    ``momentum_buffer``, as the parameter; ``gsnr`` [M], so that a resumed run goes on with the ρ it
+    began with; ``step``, a number on the host.
+    """
+    items = items_of(groups)
+    momenta = like_parameters(items, state, "momentum_buffer")
+    for item in items:
+        if "gsnr" not in state[item.parameter]:
+            count = item.parameter.shape[0] if item.parameter.dim() == 3 else 1
+            state[item.parameter]["gsnr"] = torch.zeros(
+                count, dtype=item.part.dtype, device=item.part.device
+            )
+    steps = steps_before(items, state)
+    if at_rest(items):
+        return
+    first = [before == 0 for before in steps]
+    _measure([item for item, new in zip(items, first, strict=True) if new], state, whole)
+    count_step(items, state)
+    parameters = [item.parameter for item in items]
+    gains = whole.factors(parameters, [state[parameter]["gsnr"] for parameter in parameters])
+    for item, momentum, gain, new in zip(items, momenta, gains, first, strict=True):
+        keep, rate = item.group["momentum"], item.group["lr"]
+        if new:
+            momentum.copy_(item.gradient)
+        else:
+            momentum.mul_(keep).add_(item.gradient, alpha=1.0 - keep)
+        item.part.mul_(1.0 - item.group["weight_decay"] * rate)
+        item.part.sub_(momentum * (gain * rate))
+
+
+def signal_to_noise(total: Tensor, squares: Tensor, count: int, eps: float) -> Tensor:
+    """Return ρ = ‖g‖/(std(g) + ε) [M] from Σg and Σg² [M] of ``count`` elements each.
+
+    The deviation is the unbiased one (0 of a single element). ρ = √count·√(1 + (mean/std)²) or
+    so, mostly √count. A gradient of zeros has no ρ: it gets √count, where the published code
+    would have 0 and never change the tensor again: hidden matrices behind a head of zeros, or an
+    expert without tokens in the first step.
+    """
+    variance = (squares - total.square() / count) / max(1, count - 1)
+    deviation = variance.clamp(min=0.0).sqrt() if count > 1 else torch.zeros_like(variance)
+    found = squares.sqrt() / (deviation + eps)
+    return torch.where(squares > 0.0, found, torch.full_like(found, count**0.5))
+
+
+def _measure(items: Sequence[Item], state: State, whole: Whole) -> None:
+    """Fill ρ of parameters in their first step; one reduction for all."""
+    if not items:
+        return
+    parameters = [item.parameter for item in items]
+    gradients = [item.gradient for item in items]
+    partials = [*map(partial_sums, gradients), *squared_norms_of_parts(gradients)]
+    sums = whole.sums([*parameters, *parameters], partials)
+    totals, squares = sums[: len(items)], sums[len(items) :]
+    for item, total, square in zip(items, totals, squares, strict=True):
+        count = item.parameter.numel() // len(total)
+        gsnr = signal_to_noise(total, square, count, item.group["eps"])
+        state[item.parameter]["gsnr"].copy_(gsnr)

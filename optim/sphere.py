@@ -1,0 +1,98 @@
+"""Turning matrices on spheres: each logical matrix keeps the Frobenius norm that it began with.
+
+HyperP (arXiv 2603.28743) updates matrices so: the learning rate η is the length of a step relative
+to the matrix, about the angle of a turn. W' = W − η·R·U/‖U‖, then W = R·W'/‖W'‖.
+
+Three choices differ from the published code (github.com/microsoft/ArchScale), which measures ‖W‖
+anew in each step, after weight decay, and takes a stack of experts for one tensor. Here R is
+measured once and kept, so it neither drifts nor shrinks; on a sphere weight decay would only
+rescale η, so it is refused; each expert has a sphere of its own.
+"""
+
+# M logical matrices of a parameter (see whole.py), R radius, U direction, η rate
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from allometry.configs.errors import UserError
+from allometry.optim.states import Item, State
+from allometry.optim.whole import Whole
+
+_LEAST = 1e-12  # a direction of zeros does not turn anything, and nothing is divided by zero
+
+
+def turned(weight: Tensor, direction: Tensor, radius: Tensor | float, rate: float) -> Tensor:
+    """Return one whole matrix [out, in], turned: what ``turn`` does, written out."""
+    step = direction.to(weight.dtype) / direction.double().norm().clamp(min=_LEAST)
+    moved = weight - rate * radius * step
+    turned: Tensor = radius * moved / moved.double().norm().clamp(min=_LEAST)
+    return turned.to(weight.dtype)
+
+
+def check_sphere(group: Mapping[str, Any]) -> None:
+    """Raise UserError for a group that asks for weight decay on a sphere."""
+    assert group["sphere"], group["name"]
+    if group["weight_decay"] != 0.0:
+        raise UserError(
+            f"weight_decay={group['weight_decay']} for {group['name']} matrices contradicts their "
+            "fixed norm, on which it would only rescale the learning rate; set "
+            "optimizer.weight_decay: 0"
+        )
+
+
+def radii(items: Sequence[Item], state: State, whole: Whole) -> list[Tensor]:
+    """Return R of each logical matrix, [M] for each parameter: ‖W‖ when first asked, then kept.
+
+    Raises:
+        UserError: a matrix of zeros, which could never turn.
+    """
+    new = [item for item in items if "radius" not in state[item.parameter]]
+    if new:
+        parameters = [item.parameter for item in new]
+        squares = whole.squared_norms(parameters, [item.part for item in new])
+        for item, square in zip(new, squares, strict=True):
+            radius = square.sqrt().to(item.part.dtype)
+            # Numbers are looked at once in a run, and not where there are none.
+            if not isinstance(radius, FakeTensor) and not bool((radius > 0.0).all()):
+                raise UserError(
+                    f"{item.name} begins with norm {radius.min().item():g}, and matrices of "
+                    f"optimizer rule {item.group['rule']} keep their initial norm; start it from "
+                    "random values or use another optimizer"
+                )
+            state[item.parameter]["radius"] = radius
+    return [state[item.parameter]["radius"] for item in items]
+
+
+def turn(
+    items: Sequence[Item], directions: Sequence[Tensor], radii: Sequence[Tensor], whole: Whole
+) -> None:
+    """Turn this rank's parts of parameters towards minus ``directions``, each by its group's rate.
+
+    Two reductions of one number for each logical matrix: the directions' norms, and, since a turn
+    leaves the sphere by about η²/2, the matrices' own.
+    """
+    parameters = [item.parameter for item in items]
+    parts = [item.part for item in items]
+    lengths = _norms(whole.squared_norms(parameters, directions))
+    steps = torch._foreach_div([radius.double() for radius in radii], lengths)
+    torch._foreach_mul_(steps, [item.group["lr"] for item in items])
+    for part, direction, factor in zip(
+        parts, directions, whole.factors(parameters, steps), strict=True
+    ):
+        part.sub_(direction.to(part.dtype) * factor)
+    norms = _norms(whole.squared_norms(parameters, parts))
+    scales = torch._foreach_div([radius.double() for radius in radii], norms)
+    for part, factor in zip(parts, whole.factors(parameters, scales), strict=True):
+        part.mul_(factor)
+
+
+def _norms(squares: list[Tensor]) -> list[Tensor]:
+    norms = list(torch._foreach_sqrt(squares))
+    torch._foreach_clamp_min_(norms, _LEAST)
+    return norms
