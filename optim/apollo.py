@@ -54,7 +54,7 @@ def apollo(groups: Sequence[Group], state: State, whole: Whole) -> None:
     items = items_of(groups)
     parameters = [item.parameter for item in items]
     for matrix in whole.owned(parameters, apollo_cost):
-        _make_moments(items[matrix.parameter], matrix.index, state)
+        _make_moments(items[matrix.parameter], matrix.expert, state)
     steps = steps_before(items, state)
     if at_rest(items):
         return
@@ -173,13 +173,13 @@ def _function(
     def function(gradient: Tensor, matrix: Matrix) -> Tensor:
         item, before = items[matrix.parameter], steps[matrix.parameter]
         held, group = state[item.parameter], item.group
-        kept = [held[f"{key}.{matrix.index}"] for key in _KEYS]
+        kept = [held[f"{key}.{matrix.expert}"] for key in _KEYS]
         # Of parameters offloaded to the host the states are there, while this runs on the device.
         moments = Moments(*(tensor.to(gradient.device) for tensor in kept))
         smaller = min(gradient.shape)
         drawn = projection(
             item.name,
-            matrix.index,
+            matrix.expert,
             before // group["refresh_steps"],
             (rank_of(group, smaller), smaller),
             group["seed"],

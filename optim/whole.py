@@ -24,7 +24,7 @@ class Matrix(NamedTuple):
     """A logical matrix: the place of its parameter in the list, and which expert it is (or 0)."""
 
     parameter: int
-    index: int
+    expert: int
 
 
 MatrixFunction = Callable[[Tensor, Matrix], Tensor]

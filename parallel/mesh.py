@@ -24,7 +24,7 @@ from allometry.scaling.layout import Degrees, resolve_degrees
 
 T = TypeVar("T")
 
-AxisName = Literal["pp", "hdp", "tp", "ep", "edp"]
+AxisName = Literal["pp", "hdp", "tp", "ep", "edp", "stage"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,8 @@ class Mesh:
     ``replicas`` x ``shard``, and ``shard`` is ``expert_shard`` x ``ep``. ``device_mesh`` has the
     dimensions (pp, replicas, shard, tp); ``expert_mesh`` is the same ranks with shard cut in two,
     or ``device_mesh`` itself without expert parallelism.
-    ``edp`` is the line of ranks that hold the same experts: replicas x expert_shard.
+    ``edp`` is the line of ranks that hold the same experts: replicas x expert_shard. ``stage`` is
+    hdp x tp: all ranks that hold parts of the same parameters.
 
     ``host_group`` (gloo) carries host objects and flags. ``checkpoint_group`` (gloo) belongs to
     the checkpoint writer alone: it communicates from a thread of its own, and two threads in one
@@ -62,6 +63,7 @@ class Mesh:
     tp: Axis
     ep: Axis
     edp: Axis
+    stage: Axis
     host_group: dist.ProcessGroup
     checkpoint_group: dist.ProcessGroup
     timeout: timedelta
@@ -303,7 +305,21 @@ def _arrange(
         name: Axis(line.get_local_rank(), line.size(), line.get_group())
         for name, line in found.items()
     }
-    return mesh, experts, lines
+    return mesh, experts, lines | {"stage": _stage(mesh, lines)}
+
+
+def _stage(mesh: DeviceMesh, lines: Mapping[AxisName, Axis]) -> Axis:
+    """Return hdp x tp, which is mostly a line that is there already."""
+    if lines["tp"].size == 1:
+        return lines["hdp"]
+    if lines["hdp"].size == 1:
+        return lines["tp"]
+    if lines["pp"].size == 1:
+        everyone = dist.group.WORLD
+        assert everyone is not None
+        return Axis(dist.get_rank(), dist.get_world_size(), everyone)
+    line = mesh["replicas", "shard", "tp"]._flatten("stage")
+    return Axis(line.get_local_rank(), line.size(), line.get_group())
 
 
 def _started() -> Launch:
@@ -332,7 +348,7 @@ def _start(launch: Launch, device: torch.device, timeout: timedelta) -> None:
     """Start the default process group: gloo for host tensors, nccl beside it for CUDA's."""
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if launch.address is None:
-        store = dist.HashStore()
+        store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
         return
     try:

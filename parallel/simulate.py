@@ -106,7 +106,7 @@ def axis_names(mesh: Mesh) -> dict[str, str]:
     for whole in (mesh.expert_mesh, mesh.device_mesh):
         for name in whole.mesh_dim_names or ():
             found[whole.get_group(name).group_name] = name
-    for name in ("edp", "hdp", "ep", "tp", "pp"):
+    for name in ("stage", "edp", "hdp", "ep", "tp", "pp"):
         line = mesh.axis(name)
         if line.size > 1:
             found[line.group.group_name] = name

@@ -1,0 +1,174 @@
+"""Functions of whole matrices that lie in shards: each is computed once in the mesh, by its owner.
+
+Pieces of all matrices travel to the owners in one uneven all-to-all, and the pieces of the results
+to all who hold them, replicas included, in another: a rank of W sends about 2 N/W of N elements, or
+N where every rank has all of them. Work is divided by W as evenly as whole matrices can be. As a
+function sees the same matrix in every layout, its result has the same bits in every layout.
+"""
+
+# W ranks of a stage, M logical matrices of a parameter, m of them on this rank (see whole.py)
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from allometry.optim.owners import Messages, Piece, Plan, plan_exchange
+from allometry.optim.shards import Placed, Placements
+from allometry.optim.whole import Cost, Matrix, MatrixFunction, aligned, squared_norms_of_parts
+from allometry.parallel.mesh import Mesh
+
+
+class ShardedWhole:
+    """``whole.Whole`` over the ranks of a pipeline stage (hdp x tp), whatever cut the parameters.
+
+    What is summed or exchanged travels on the device of ``mesh``, and functions run there, also
+    where parameters are offloaded to the host. Makes no process group.
+    """
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._line, self._device = mesh.stage, mesh.device
+        self._placements = Placements(mesh)
+        # With the parameters themselves, as plans are found by their identities.
+        self._plans: dict[tuple[object, ...], tuple[tuple[Tensor, ...], Plan]] = {}
+
+    def sums(self, parameters: Sequence[Tensor], partials: Sequence[Tensor]) -> list[Tensor]:
+        """See ``Whole``; of what every rank has whole nothing is sent."""
+        placed = [self._placements.of(parameter) for parameter in parameters]
+        found = list(partials)
+        cut = [i for i, where in enumerate(placed) if not where.whole_everywhere]
+        if cut:
+            total = torch.cat([self._padded(placed[i], partials[i]) for i in cut])
+            dist.all_reduce(total, group=self._line.group)
+            sums = torch.split(total.to(partials[cut[0]].device), [placed[i].size[0] for i in cut])
+            for i, each in zip(cut, sums, strict=True):
+                found[i] = each
+        return found
+
+    def squared_norms(self, parameters: Sequence[Tensor], parts: Sequence[Tensor]) -> list[Tensor]:
+        """See ``Whole``."""
+        return self.sums(parameters, squared_norms_of_parts(parts))
+
+    def factors(self, parameters: Sequence[Tensor], values: Sequence[Tensor]) -> list[Tensor]:
+        """See ``Whole``."""
+        found = []
+        for parameter, value in zip(parameters, values, strict=True):
+            box = self._placements.of(parameter).boxes[self._line.rank]
+            value = value.to(parameter.dtype)
+            stacked = parameter.dim() == 3
+            found.append(value[slice(*box.matrices)].view(-1, 1, 1) if stacked else value[0])
+        return found
+
+    def owned(self, parameters: Sequence[Tensor], cost: Cost) -> list[Matrix]:
+        """See ``Whole``."""
+        return list(self._plan(parameters, cost).owned)
+
+    def map(
+        self,
+        parameters: Sequence[Tensor],
+        parts: Sequence[Tensor],
+        function: MatrixFunction,
+        cost: Cost,
+    ) -> list[Tensor]:
+        """See ``Whole``."""
+        if not parts:
+            return []
+        dtype = parts[0].dtype
+        assert all(part.dtype == dtype for part in parts), "one type travels"
+        plan = self._plan(parameters, cost)
+        placed = [self._placements.of(parameter) for parameter in parameters]
+        starts = [where.boxes[self._line.rank].matrices[0] for where in placed]
+
+        def part_of(tensors: Sequence[Tensor], piece: Piece) -> Tensor:
+            i, e = piece.matrix
+            tensor = tensors[i]
+            return tensor[e - starts[i]] if tensor.dim() == 3 else tensor
+
+        arrived = self._exchanged(
+            plan.out, {p: part_of(parts, p) for to in plan.out.sent for p in to}, dtype
+        )
+        results = [torch.empty_like(part, memory_format=torch.contiguous_format) for part in parts]
+        returned: dict[Piece, Tensor] = {}
+        for matrix, pieces in plan.owned.items():
+            for piece in pieces:
+                if piece.source == self._line.rank:
+                    arrived[piece] = part_of(parts, piece).to(self._device)
+            whole = _assembled(placed[matrix.parameter], pieces, arrived)
+            result = function(whole, matrix)
+            assert (result.shape, result.dtype) == (whole.shape, whole.dtype), result.shape
+            for piece in pieces:
+                returned[piece] = result[slice(*piece.box.rows), slice(*piece.box.columns)]
+                if self._line.rank in piece.holders:
+                    part_of(results, piece).copy_(returned[piece])
+        received = self._exchanged(plan.back, returned, dtype)
+        if received:
+            torch._foreach_copy_(
+                [part_of(results, piece) for piece in received], list(received.values())
+            )
+        return results
+
+    def _exchanged(
+        self, messages: Messages, pieces: dict[Piece, Tensor], dtype: torch.dtype
+    ) -> dict[Piece, Tensor]:
+        """Send pieces to whom they go; return those that come, as views of one buffer."""
+        if messages.silent:
+            return {}
+        sent = _Buffer(messages.sent, dtype, self._device)
+        received = _Buffer(messages.received, dtype, self._device)
+        if sent.views:
+            values = [pieces[piece] for to in messages.sent for piece in to]
+            torch._foreach_copy_(sent.views, values)
+        dist.all_to_all_single(
+            received.flat, sent.flat, received.sizes, sent.sizes, group=self._line.group
+        )
+        order = [piece for source in messages.received for piece in source]
+        return dict(zip(order, received.views, strict=True))
+
+    def _padded(self, placed: Placed, partial: Tensor) -> Tensor:
+        """Return [M] summands: this rank's in their places, none where a replica has added them."""
+        rank, (size, _, _) = self._line.rank, placed.size
+        box = placed.boxes[rank]
+        if box.numel == 0 or placed.holders[box][0] != rank:
+            return torch.zeros(size, dtype=torch.float64, device=self._device)
+        start, stop = box.matrices
+        assert partial.shape == (stop - start,), (partial.shape, box)
+        return torch.nn.functional.pad(partial.to(self._device), (start, size - stop))
+
+    def _plan(self, parameters: Sequence[Tensor], cost: Cost) -> Plan:
+        key = (cost, *map(id, parameters))
+        if key not in self._plans:
+            placed = [self._placements.of(parameter) for parameter in parameters]
+            plan = plan_exchange(placed, cost, self._line.rank, self._line.size)
+            self._plans[key] = tuple(parameters), plan
+        return self._plans[key][1]
+
+
+class _Buffer:
+    """What one rank sends or receives in an all-to-all: pieces side by side, and views of them."""
+
+    def __init__(
+        self, pieces: Sequence[Sequence[Piece]], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        shapes = [[piece.shape for piece in of_rank] for of_rank in pieces]
+        numels = [[rows * columns for rows, columns in of_rank] for of_rank in shapes]
+        self.sizes = [sum(of_rank) for of_rank in numels]
+        self.flat = torch.empty(sum(self.sizes), dtype=dtype, device=device)
+        each = torch.split(self.flat, [numel for of_rank in numels for numel in of_rank])
+        flat_shapes = [shape for of_rank in shapes for shape in of_rank]
+        self.views = [part.view(shape) for part, shape in zip(each, flat_shapes, strict=True)]
+
+
+def _assembled(placed: Placed, pieces: Sequence[Piece], values: dict[Piece, Tensor]) -> Tensor:
+    """Return a matrix [out, in] of its pieces."""
+    first = values[pieces[0]]
+    if len(pieces) == 1:
+        return aligned(first)
+    whole = torch.empty(placed.size[1:], dtype=first.dtype, device=first.device)
+    torch._foreach_copy_(
+        [whole[slice(*piece.box.rows), slice(*piece.box.columns)] for piece in pieces],
+        [values[piece] for piece in pieces],
+    )
+    return whole

@@ -1,0 +1,122 @@
+"""Which rank has which part of which parameter, worked out alike on every rank, without messages.
+
+Whatever cuts a parameter (ZeRO, tensor, expert and hybrid sharding), each rank of a pipeline stage
+has one box of it, perhaps empty, perhaps the same one as other ranks: its replicas.
+"""
+
+# W ranks of a stage, M logical matrices of a parameter (see whole.py)
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+# A private name, of one signature from torch 2.11 to 2.13: the public function next to it answers
+# for the calling rank alone. What it says is checked against the parts that are there.
+from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
+
+from allometry.parallel.mesh import Mesh
+
+Range = tuple[int, int]  # start, stop
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A part of a parameter seen as [M, out, in]; one of fewer dimensions has ones in front."""
+
+    matrices: Range
+    rows: Range
+    columns: Range
+
+    @property
+    def numel(self) -> int:
+        """Its number of elements."""
+        ranges = (self.matrices, self.rows, self.columns)
+        return math.prod(stop - start for start, stop in ranges)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """One parameter: its size as [M, out, in], and the box of each of the W ranks."""
+
+    size: tuple[int, int, int]
+    boxes: tuple[Box, ...]
+
+    @cached_property
+    def holders(self) -> dict[Box, list[int]]:
+        """The ranks that have each box, empty ones left out, in the order of ranks."""
+        found: dict[Box, list[int]] = {}
+        for rank, box in enumerate(self.boxes):
+            if box.numel:
+                found.setdefault(box, []).append(rank)
+        return found
+
+    @cached_property
+    def whole_everywhere(self) -> bool:
+        """Whether every rank has all of it."""
+        return len(self.holders) == 1 and len(next(iter(self.holders.values()))) == len(self.boxes)
+
+
+class Placements:
+    """Answers where the parameters of a pipeline stage are, over the ranks of ``mesh.stage``."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._rank = mesh.stage.rank
+        # tp is innermost and pp outermost, so the ranks of a stage are consecutive.
+        first = mesh.pp.rank * mesh.stage.size
+        ranks = range(first, first + mesh.stage.size)
+        self._places = [
+            _place(rank, mesh.expert_mesh) | _place(rank, mesh.device_mesh) for rank in ranks
+        ]
+        self._known: dict[object, Placed] = {}
+
+    def of(self, parameter: Tensor) -> Placed:
+        """Return where a parameter is: whole on every rank, or as its DTensor says."""
+        if not isinstance(parameter, DTensor):
+            box = _box(parameter.shape, (0,) * parameter.dim())
+            return Placed(_size(parameter.shape), (box,) * len(self._places))
+        mesh, placements = parameter.device_mesh, parameter.placements
+        key = (parameter.shape, mesh, placements)
+        if key not in self._known:
+            names = mesh.mesh_dim_names
+            assert names is not None, mesh
+            boxes = []
+            for place in self._places:
+                shape, offset = _compute_local_shape_and_global_offset(
+                    parameter.shape, mesh.shape, [place[name] for name in names], placements
+                )
+                boxes.append(_box(shape, offset))
+            mine = boxes[self._rank]
+            assert mine.numel == parameter.to_local().numel(), (parameter.shape, placements, mine)
+            self._known[key] = Placed(_size(parameter.shape), tuple(boxes))
+        return self._known[key]
+
+
+def _place(rank: int, mesh: DeviceMesh) -> dict[str, int]:
+    """Return the coordinates of a rank in a mesh that counts all ranks in their order."""
+    names = mesh.mesh_dim_names
+    assert names is not None
+    found = {}
+    for name, size in zip(reversed(names), reversed(mesh.shape), strict=True):
+        rank, found[name] = divmod(rank, size)
+    return found
+
+
+def _size(shape: Sequence[int]) -> tuple[int, int, int]:
+    assert len(shape) <= 3, shape
+    matrices, rows, columns = (1,) * (3 - len(shape)) + tuple(shape)
+    return matrices, rows, columns
+
+
+def _box(shape: Sequence[int], offset: Sequence[int]) -> Box:
+    missing = 3 - len(shape)
+    starts = (0,) * missing + tuple(offset)
+    stops = [start + n for start, n in zip(starts, (1,) * missing + tuple(shape), strict=True)]
+    matrices, rows, columns = zip(starts, stops, strict=True)
+    return Box(matrices, rows, columns)

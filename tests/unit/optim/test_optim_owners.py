@@ -1,0 +1,102 @@
+"""Owners of matrices and the messages between them, on one process."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from allometry.optim.owners import Plan, assign_owners, plan_exchange
+from allometry.optim.shards import Box, Placed
+
+
+def work(rows: int, columns: int) -> float:
+    return float(rows * columns)
+
+
+def cut(size: tuple[int, int, int], dim: int, shards: int, replicas: int) -> Placed:
+    """A parameter cut along one dimension as evenly as may be, copies side by side."""
+    each = -(-size[dim] // shards)
+    boxes = []
+    for shard in range(shards):
+        ranges = [(0, n) for n in size]
+        ranges[dim] = (min(shard * each, size[dim]), min((shard + 1) * each, size[dim]))
+        boxes += [Box(*ranges)] * replicas
+    return Placed(size, tuple(boxes))
+
+
+placements = st.tuples(
+    st.tuples(st.integers(1, 4), st.integers(1, 9), st.integers(1, 9)), st.integers(0, 2)
+)
+
+
+@given(st.lists(placements, min_size=1, max_size=6), st.integers(1, 4), st.integers(1, 2))
+def test_pieces_make_up_matrices_and_messages_match(
+    parameters: list[tuple[tuple[int, int, int], int]], shards: int, replicas: int
+) -> None:
+    placed = [cut(size, dim, shards, replicas) for size, dim in parameters]
+    ranks = shards * replicas
+    plans = [plan_exchange(placed, work, rank, ranks) for rank in range(ranks)]
+    owned = [matrix for plan in plans for matrix in plan.owned]
+    assert len(owned) == len(set(owned)) == sum(size[0] for size, _ in parameters)
+    for plan in plans:
+        for matrix, pieces in plan.owned.items():
+            _, rows, columns = placed[matrix.parameter].size
+            assert sum(a * b for a, b in (piece.shape for piece in pieces)) == rows * columns
+    for direction in ("out", "back"):
+        for a in range(ranks):
+            for b in range(ranks):
+                assert _sent(plans[a], direction, b) == _received(plans[b], direction, a)
+    for rank, plan in enumerate(plans):
+        returned = sum(_area(found) for found in plan.back.received)
+        returned += sum(
+            piece.shape[0] * piece.shape[1]
+            for pieces in plan.owned.values()
+            for piece in pieces
+            if rank in piece.holders
+        )
+        assert returned == sum(where.boxes[rank].numel for where in placed), "all comes back"
+
+
+def _sent(plan: Plan, direction: str, to: int) -> list[object]:
+    return [(p.matrix, p.box) for p in getattr(plan, direction).sent[to]]
+
+
+def _received(plan: Plan, direction: str, source: int) -> list[object]:
+    return [(p.matrix, p.box) for p in getattr(plan, direction).received[source]]
+
+
+def _area(pieces: tuple[object, ...]) -> int:
+    return sum(piece.shape[0] * piece.shape[1] for piece in pieces)  # type: ignore[attr-defined]
+
+
+def test_of_replicas_that_have_everything_only_the_owner_sends() -> None:
+    placed = [cut((1, 6, 5), 0, 1, 4) for _ in range(8)]
+    plans = [plan_exchange(placed, work, rank, 4) for rank in range(4)]
+    assert all(plan.out.silent and not plan.back.silent for plan in plans)
+    assert [len(plan.owned) for plan in plans] == [2, 2, 2, 2]
+
+
+def test_experts_stay_where_they_are() -> None:
+    plans = [plan_exchange([cut((4, 6, 5), 0, 2, 1)], work, rank, 2) for rank in range(2)]
+    assert all(plan.out.silent and plan.back.silent for plan in plans)
+
+
+@given(
+    st.lists(st.floats(0.5, 100.0), min_size=1, max_size=40),
+    st.integers(1, 8),
+    st.data(),
+)
+def test_no_rank_has_more_than_half_again_of_what_is_possible(
+    costs: list[float], ranks: int, data: st.DataObject
+) -> None:
+    some = st.lists(st.integers(0, ranks - 1), max_size=ranks, unique=True)
+    owners = assign_owners(costs, [data.draw(some) for _ in costs], ranks)
+    loads = [
+        sum(c for c, o in zip(costs, owners, strict=True) if o == rank) for rank in range(ranks)
+    ]
+    order = sorted(costs, reverse=True)
+    # Lower bounds of any assignment: the mean, the dearest, and two that must share a rank.
+    least = max(sum(costs) / ranks, order[0])
+    if len(order) > ranks:
+        least = max(least, order[ranks - 1] + order[ranks])
+    assert max(loads) <= 1.5 * least + 1e-9
