@@ -84,15 +84,15 @@ def _of_optimizer(
                 f"optimizer.weight_decay={optimizer.weight_decay:g} contradicts "
                 "parameterization.kind=hyperp, whose norms are fixed; set weight_decay: 0"
             )
-    if on_spheres and getattr(parameterization, "zero_head", False):
-        return (
-            f"parameterization.zero_head=true contradicts optimizer.kind={optimizer.kind}: a "
-            "matrix of zeros on its sphere stays zero; set zero_head: false"
-        )
     if isinstance(parameterization, MSSP) and optimizer.kind in ("muon", "muonh", "adamh"):
         return (
             f"optimizer.kind={optimizer.kind} contradicts parameterization.kind=mssp, whose rules "
             "are known for Adam and SGD only; use adamw, apollo, apollo_mini or sgd_sai"
+        )
+    if on_spheres and getattr(parameterization, "zero_head", False):
+        return (
+            f"parameterization.zero_head=true contradicts optimizer.kind={optimizer.kind}: a "
+            "matrix of zeros on its sphere stays zero; set zero_head: false"
         )
     if isinstance(optimizer, SGDSaI) and kind in ("completep", "mupp"):
         return (

@@ -13,9 +13,11 @@ from allometry.configs.model import (
     MaximalUpdateParameterization,
     StandardParameterization,
 )
+from allometry.configs.optimization import AdamW
+from allometry.optim.build import build_optimizer
 from allometry.scaling.inventory import inventory
 from allometry.scaling.parameterization import Parameterization
-from allometry.scaling.roles import Role
+from allometry.scaling.roles import ParamSpec, Role
 
 BASE_WIDTH = 96
 
@@ -161,3 +163,47 @@ def test_learning_rates_and_decay_equal_the_mup_package(m: int) -> None:
         assert resolved.lr * 0.01 == pytest.approx(lr, rel=1e-12)
         if spec.role is not Role.VECTOR:  # the package decays vectors; we do not
             assert resolved.weight_decay * 0.1 == pytest.approx(weight_decay, rel=1e-12)
+
+
+def test_ten_steps_are_those_of_the_mup_package() -> None:
+    """An MLP of width 64 over a base of 16 in fp64: the package's layers and MuAdamW, and ours."""
+    mup_package = pytest.importorskip("mup")
+    torch.manual_seed(0)
+
+    def theirs(width: int) -> torch.nn.Sequential:
+        return torch.nn.Sequential(
+            torch.nn.Linear(6, width, bias=False),
+            torch.nn.Linear(width, width, bias=False),
+            mup_package.MuReadout(width, 5, bias=False),
+        ).double()
+
+    oracle = theirs(64)
+    mup_package.set_base_shapes(oracle, theirs(16), delta=theirs(32))
+    start = oracle[1].weight.detach().clone()
+    weights = [torch.nn.Parameter(layer.weight.detach().clone()) for layer in oracle]
+    specs = {
+        "input": ParamSpec("input", Role.INPUT, (64, 6), fan_in=6, fan_out=64),
+        "hidden": ParamSpec("hidden", Role.HIDDEN, (64, 64), fan_in=64, fan_out=64),
+        "output": ParamSpec("output", Role.OUTPUT, (5, 64), fan_in=64, fan_out=5),
+    }
+    # The package leaves epsilon alone; so small a one plays no part in either.
+    config = AdamW(lr=0.01, weight_decay=0.1, eps=1e-30)
+    model = DenseModel(vocab_size=5, width=64, num_layers=1, num_heads=4, ffn_width=64)
+    rules = Parameterization(MaximalUpdateParameterization(base_width=16), model, config)
+    ours = build_optimizer(zip(specs, weights, strict=True), specs, rules, config)
+    package = mup_package.MuAdamW(
+        oracle.parameters(), lr=0.01, betas=(0.9, 0.95), weight_decay=0.1, eps=1e-30
+    )
+    x, y = torch.randn(32, 6).double(), torch.randn(32, 5).double()
+    for _ in range(10):
+        package.zero_grad()
+        h = torch.relu(oracle[1](torch.relu(oracle[0](x))))
+        (oracle[2](h) - y).square().mean().backward()
+        package.step()
+        ours.zero_grad()
+        h = torch.relu(torch.relu(x @ weights[0].T) @ weights[1].T)
+        (h @ weights[2].T * rules.forward.output - y).square().mean().backward()
+        ours.step()
+    for mine, layer in zip(weights, oracle, strict=True):
+        torch.testing.assert_close(mine.detach(), layer.weight.detach(), rtol=1e-6, atol=1e-9)
+    assert (oracle[1].weight - start).abs().max() > 1e-3
