@@ -190,6 +190,23 @@ class WandB(Section):
     mode: Literal["online", "offline"] = Field("online", description="W&B mode")
 
 
+class MonitorConfig(Section):
+    """Stability monitors: ``monitors/`` in metrics.jsonl, and alarms in events.jsonl."""
+
+    every_steps: Count | None = Field(
+        100,
+        gt=0,
+        description="steps between looks at activations, attention, gradients and updates: each "
+        "is a forward pass over ``sequences``; null: never",
+    )
+    sequences: Count = Field(
+        4, gt=0, description="sequences of the step's batch to look at, over all ranks together"
+    )
+    singular_values_every_steps: Count | None = Field(
+        1000, gt=0, description="steps between looks at singular values; null: never"
+    )
+
+
 class RecordConfig(Section):
     """What is written while training."""
 
@@ -197,3 +214,6 @@ class RecordConfig(Section):
     display_every_steps: Count = Field(10, gt=0, description="steps between printed lines")
     tensorboard: bool = Field(True, description="write TensorBoard events beside the record")
     wandb: WandB | None = Field(None, description="also log to Weights & Biases")
+    monitors: MonitorConfig = Field(
+        default_factory=MonitorConfig, description="what is watched besides the loss"
+    )

@@ -30,6 +30,7 @@ from allometry.trainer.evaluate import Evaluator
 from allometry.trainer.feed import DocumentPlanner, StepInput
 from allometry.trainer.folder import RunFolder
 from allometry.trainer.hardware import Peak, peak_bytes, reset_peak_bytes
+from allometry.trainer.monitors import Monitors
 from allometry.trainer.plans import plan_record, plan_rows
 from allometry.trainer.record import Recorder, Row
 from allometry.trainer.step import StepOutcome, TrainStep
@@ -111,6 +112,7 @@ class Loop:
     progress: Progress
     peak: Peak
     planner: DocumentPlanner | None = None
+    monitors: Monitors | None = None
     recorder: Recorder | None = None
     callbacks: Sequence[Callback] = ()
     clock: Clock = field(default_factory=Clock)
@@ -159,7 +161,11 @@ class Loop:
         with StopRequest(self.mesh) as stop:
             for step in range(self.progress.step + 1, total + 1):
                 given = next(batches)
+                if self.monitors is not None:
+                    self.monitors.before(step)
                 self._pending.append((self.train_step(step, given.batches), given.plan))
+                if self.monitors is not None:
+                    self.monitors.after(step)
                 self.progress.step = step
                 stopped = stop.agreed() if step < total else None
                 if step == stop_at_step and step < total:
@@ -201,6 +207,7 @@ class Loop:
         flops = self._flops_of(step, documents)
         self.progress.flops += flops
         seconds = self.clock.lap()
+        extra = extra | self._monitored(step, norm)
         if self.recorder is None or (step % self.config.record.every_steps and not extra):
             return
         tokens = self._tokens_after(step)
@@ -235,6 +242,15 @@ class Loop:
         self.recorder.row(row)
         for callback in self.callbacks:
             callback.on_row(row)
+
+    def _monitored(self, step: int, norm: float) -> Row:
+        """What monitors add to the row of a step; their alarms are reported."""
+        if self.monitors is None:
+            return {}
+        row, alarms = self.monitors.row(step, norm)
+        for kind, details in alarms.items():
+            self.report("alarm", step=step, alarm=kind, **details)
+        return row
 
     def _say_idle(self, step: int, documents: Plan) -> None:
         """Say once in a launch that ranks have nothing to do."""

@@ -20,6 +20,7 @@ from allometry.laws.areas import LearningRateAreas
 from allometry.models.build import torch_dtype
 from allometry.optim.build import build_optimizer
 from allometry.optim.schedule import Schedule, resolve_schedule
+from allometry.parallel.apply import Parallel
 from allometry.parallel.mesh import Mesh, launched_world_size, open_mesh
 from allometry.scaling.plan import RunPlan
 from allometry.trainer import checkpoint, hardware, record
@@ -35,7 +36,9 @@ from allometry.trainer.evaluate import (
 from allometry.trainer.feed import DocumentPlanner, StepInput, document_steps, sequence_steps
 from allometry.trainer.folder import RunFolder
 from allometry.trainer.loop import Loop, Progress, RunResult, state_tensors
+from allometry.trainer.monitors import Monitors
 from allometry.trainer.resume import Start, begin
+from allometry.trainer.sample import Sample
 from allometry.trainer.step import TrainStep
 
 T = TypeVar("T")
@@ -167,9 +170,34 @@ def _assemble(
         ),
         evaluator=Evaluator(_held_out(config, stream, planner, mesh), parallel, mesh),
         planner=planner,
+        monitors=_monitors(config, plan, parallel, optimizer, stream, mesh),
         stream=stream,
         progress=progress,
         peak=hardware.peak(mesh.device, torch_dtype(config.training.compute_dtype)),
+    )
+
+
+def _monitors(
+    config: RunConfig,
+    plan: RunPlan,
+    parallel: Parallel,
+    optimizer: torch.optim.Optimizer,
+    stream: Stream | DocumentStream,
+    mesh: Mesh,
+) -> Monitors | None:
+    wanted = config.record.monitors
+    if wanted.every_steps is None and wanted.singular_values_every_steps is None:
+        return None
+    longest = config.parallel.context.capacity_tokens
+    return Monitors(
+        wanted,
+        parallel,
+        optimizer,
+        Sample(stream, wanted.sequences, longest, mesh),
+        plan.batch,
+        mesh,
+        num_layers=config.model.num_layers,
+        clip_grad_norm=config.training.clip_grad_norm,
     )
 
 

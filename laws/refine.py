@@ -1,0 +1,108 @@
+"""A learning-rate schedule from the gradient norms of a run (arXiv 2310.07831)."""
+
+# T steps
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from allometry.configs.errors import UserError
+from allometry.laws.runs import Run, read_run
+
+POWERS = {"sgd": 2, "adam": 1}
+"""How far a step of each kind is divided by the gradient norm."""
+
+SMOOTHING = 0.1
+"""Width of the median filter as a share of the run."""
+
+
+def refine(norms_T: ArrayLike, power: int, smoothing: float = SMOOTHING) -> NDArray[np.float64]:
+    """Return the schedule [T] that fits these gradient norms, its largest value 1.
+
+    w_t = G_t^−power of the norms after a median filter (2·⌊smoothing·T/2⌋ + 1 wide, reflected at
+    the ends); the rate of step t is w_t · Σ_{p>t} w_p. Norms that stay give a straight line to 0 at
+    the last step, norms that rise towards the end give an earlier decay. ``power`` is 2 for SGD
+    (2-norms) and 1 for Adam (1-norms).
+    """
+    from scipy.ndimage import median_filter  # half a second that others need not pay
+
+    norms = np.asarray(norms_T, dtype=np.float64)
+    assert norms.ndim == 1, norms.shape
+    assert len(norms) > 1, "a schedule needs two steps at least"
+    assert np.isfinite(norms).all(), "norms must be finite"
+    assert (norms > 0.0).all(), "norms must be positive"
+    width = 2 * int(smoothing * len(norms) / 2) + 1
+    smooth = median_filter(norms, size=width, mode="reflect")
+    weights = (smooth / smooth.min()) ** -float(power)
+    later = weights[::-1].cumsum()[::-1] - weights
+    later[-1] = 0.0
+    rates = weights * later
+    return np.asarray(rates / rates.max(), dtype=np.float64)
+
+
+def gradient_norms(run: Run, kind: Literal["sgd", "adam"]) -> tuple[NDArray[np.float64], str]:
+    """Return the norm of each step of a run, and the key of the record that it is from.
+
+    Adam: the 1-norms of the monitors (``monitors/grad_l1``, after clipping) where the run looked at
+    ten steps or more, else the 2-norms (``grad_norm``), as for SGD. Steps that were not recorded
+    are filled in on a line between their neighbours.
+
+    Raises:
+        UserError: fewer than ten steps are recorded, or a norm is zero or not finite.
+    """
+    key = "grad_norm"
+    if kind == "adam":
+        seen = run.metrics.get("monitors/grad_l1", np.empty(0))
+        key = "monitors/grad_l1" if np.isfinite(seen).sum() >= 10 else key
+    steps, values = run.metrics["step"], run.metrics[key]
+    there = ~np.isnan(values)
+    steps, values = steps[there], values[there]
+    if len(values) < 10:
+        raise UserError(
+            f"{run.folder} has {len(values)} recorded steps with {key}, too few to refine a "
+            "schedule; give a run of ten or more (record.every_steps)"
+        )
+    if not (np.isfinite(values).all() and (values > 0.0).all()):
+        raise UserError(
+            f"{run.folder} has a {key} that is zero or not finite, which says nothing of a "
+            "schedule; give a run that trained to its end"
+        )
+    return np.interp(np.arange(1, int(run.metrics["step"][-1]) + 1), steps, values), key
+
+
+def refined_schedule(
+    folder: str | Path, kind: Literal["sgd", "adam"] = "adam", smoothing: float = SMOOTHING
+) -> dict[str, Any]:
+    """Return what ``schedule: {kind: refined, file: ...}`` reads, from the run in ``folder``.
+
+    Raises:
+        UserError: see ``gradient_norms`` and ``read_run``; or ``smoothing`` is not a share.
+    """
+    if not 0.0 <= smoothing <= 1.0:
+        raise UserError(f"--smoothing={smoothing} is not a share of the run; use 0 to 1, e.g. 0.1")
+    norms, key = gradient_norms(read_run(folder), kind)
+    return {
+        "kind": "allometry.schedule",
+        "version": 1,
+        "from": {
+            "run": str(folder),
+            "norm": key,
+            "power": POWERS[kind],
+            "smoothing": smoothing,
+            "steps": len(norms),
+        },
+        "fractions": refine(norms, POWERS[kind], smoothing).tolist(),
+    }
+
+
+def write_schedule(content: dict[str, Any], file: str | Path) -> None:
+    """Write it as JSON. Raises UserError where that cannot be done."""
+    try:
+        Path(file).write_text(json.dumps(content) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--out={file} cannot be written: {error.strerror}") from None

@@ -1,0 +1,224 @@
+"""Watching a model from outside: what blocks, attention and head do in a forward pass.
+
+Hooks are there only while somebody watches, and compiled blocks run as plain code then, so that
+what was compiled for training knows nothing of them. Models know no ranks: sums are of what is
+here, and whoever spreads a model adds them up.
+"""
+
+# B sequences, L tokens, l tokens of them that are here, D width, N query heads, K key/value heads,
+# G = N/K, H head width, Q tokens that are looked at as queries, V vocabulary
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from allometry.models.attention import Attend
+from allometry.models.documents import Documents
+from allometry.models.layers import local
+from allometry.models.transformer import Block, Geometry, Transformer
+
+SUMS = (
+    "attention_squares",
+    "attention_outliers",
+    "ffn_squares",
+    "ffn_outliers",
+    "magnitudes",
+    "elements",
+    "squared_attention_log_z",
+    "queries",
+    "attention_logits",
+    "pairs",
+)
+"""Columns of ``Observer.sums``: over a layer's counted tokens (and heads), see ``Observer``."""
+
+MAXIMA = ("attention_logit", "activation")
+OUTPUT = ("log_z", "squared_log_z", "tokens")
+OUTLIER_SIGMAS = 5.0
+
+
+class Observer:
+    """Adds up what forward passes show, layer by layer, in fp64 on the device.
+
+    Of each layer: Σy² and the outliers of what attention and feed-forward add to the residual
+    stream (after the residual scale; an outlier is further than 5 standard deviations of its token
+    from its token's mean, arXiv 2603.28743), Σ|x| of the block's output, the elements of each of
+    these; Σ(log Σ exp s)², Σs and the largest s of attention logits s, as the softmax sees them;
+    the largest |x| of the block's output. ``output``: Σ log Z and Σ log² Z of the logits.
+
+    Attention and output are looked at from at most ``queries`` tokens of each sequence, evenly
+    spaced back from its last one, and all the keys that these see. Tokens that do not count
+    (``Documents.counted_BL``) are left out. ``own``: cuts [B, L] as the residual stream is cut.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        device: torch.device,
+        *,
+        queries: int = 128,
+        own: Callable[[Tensor], Tensor] = lambda x_BL: x_BL,
+    ) -> None:
+        wide: dict[str, Any] = {"dtype": torch.float64, "device": device}
+        self.sums = torch.zeros(num_layers, len(SUMS), **wide)
+        self.maxima = torch.full((num_layers, len(MAXIMA)), float("-inf"), **wide)
+        self.output = torch.zeros(len(OUTPUT), **wide)
+        self._queries, self._own = queries, own
+        self._documents: Documents | None = None
+
+    @contextmanager
+    def watching(self, parts: Iterable[Transformer]) -> Iterator[None]:
+        """Watch all forward passes of these models, or parts of one, while the context lasts."""
+        with ExitStack() as stack:
+            for part in parts:
+                for layer, block in part.blocks.items():
+                    assert isinstance(block, Block)
+                    stack.enter_context(_uncompiled(block))
+                    self._watch_block(int(layer), block, stack)
+                if part.head is not None:
+                    handle = part.head.register_forward_pre_hook(self._see_head)
+                    stack.callback(handle.remove)
+            yield
+
+    def _watch_block(self, layer: int, block: Block, stack: ExitStack) -> None:
+        def enter(_: Any, inputs: tuple[Tensor, Geometry]) -> None:
+            self._documents = inputs[1].documents
+
+        def leave(_: Any, inputs: Any, output: tuple[Tensor, Any]) -> None:
+            self._see_stream(layer, output[0])
+
+        def branch(name: str) -> Callable[..., None]:
+            def hook(_: Any, inputs: Any, output: Any) -> None:
+                y_BlD = output[0] if isinstance(output, tuple) else output
+                self._see_branch(layer, name, y_BlD, block.residual_scale)
+
+            return hook
+
+        core: Attend = block.attention.core
+
+        def observed_core(
+            q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, scale: float
+        ) -> Tensor:
+            self._see_attention(layer, q, k, documents, scale)
+            return core(q, k, v, documents, scale)
+
+        block.attention.core = observed_core
+        stack.callback(setattr, block.attention, "core", core)
+        for handle in (
+            block.register_forward_pre_hook(enter),
+            block.register_forward_hook(leave),
+            block.attention.register_forward_hook(branch("attention")),
+            block.ffn.register_forward_hook(branch("ffn")),
+        ):
+            stack.callback(handle.remove)
+
+    @torch.no_grad()
+    def _see_branch(self, layer: int, name: str, y_BlD: Tensor, scale: float) -> None:
+        counted_Bl1 = self._counted(y_BlD)
+        y_BlD = _wide(y_BlD) * scale
+        away_BlD = (y_BlD - y_BlD.mean(2, keepdim=True)).abs()
+        sigma_Bl1 = away_BlD.square().mean(2, keepdim=True).sqrt()
+        outliers_BlD = (away_BlD > OUTLIER_SIGMAS * sigma_Bl1) & counted_Bl1
+        self._add(layer, f"{name}_squares", (y_BlD.square() * counted_Bl1).sum())
+        self._add(layer, f"{name}_outliers", outliers_BlD.sum())
+
+    @torch.no_grad()
+    def _see_stream(self, layer: int, x_BlD: Tensor) -> None:
+        counted_Bl1 = self._counted(x_BlD)
+        size_BlD = _wide(x_BlD).abs() * counted_Bl1
+        self._add(layer, "magnitudes", size_BlD.sum())
+        self._add(layer, "elements", counted_Bl1.sum() * x_BlD.shape[2])
+        self._at_least(layer, "activation", size_BlD.amax())
+
+    @torch.no_grad()
+    def _see_attention(
+        self, layer: int, q_BLNH: Tensor, k_BLKH: Tensor, documents: Documents | None, scale: float
+    ) -> None:
+        assert documents is None or documents.ring is None, "keys of a ring are elsewhere"
+        B, L, N, _ = q_BLNH.shape
+        K = k_BLKH.shape[2]
+        place_Q = self._places(L, q_BLNH.device)
+        key_L = torch.arange(L, device=q_BLNH.device)
+        first_BQ = torch.zeros(B, len(place_Q), dtype=torch.int64, device=q_BLNH.device)
+        if documents is not None:
+            first_BQ = place_Q - documents.positions_BL[:, place_Q]
+        visible_BQL = (key_L <= place_Q[:, None]) & (key_L >= first_BQ[:, :, None])
+        counted_BQ = self._counted_whole(B, L, q_BLNH.device)[:, place_Q]
+        visible_BQL = visible_BQL & counted_BQ[:, :, None]
+        q_BQKGH = _wide(q_BLNH[:, place_Q]).unflatten(2, (K, N // K))
+        for head in range(K):  # one after the other: all at once would be large
+            keys_BLH = _wide(k_BLKH[:, :, head])
+            logits_BQGL = scale * torch.einsum("bqgh,blh->bqgl", q_BQKGH[:, :, head], keys_BLH)
+            seen_BQ1L = visible_BQL[:, :, None]
+            log_z_BQG = logits_BQGL.masked_fill(~seen_BQ1L, float("-inf")).logsumexp(3)
+            squares_BQG = log_z_BQG.square().where(counted_BQ[:, :, None], 0.0)
+            self._add(layer, "squared_attention_log_z", squares_BQG.sum())
+            self._add(layer, "attention_logits", logits_BQGL.where(seen_BQ1L, 0.0).sum())
+            largest = logits_BQGL.where(seen_BQ1L, float("-inf")).amax()
+            self._at_least(layer, "attention_logit", largest)
+        self._add(layer, "queries", counted_BQ.sum() * N)
+        self._add(layer, "pairs", visible_BQL.sum() * N)
+
+    @torch.no_grad()
+    def _see_head(self, head: Any, inputs: tuple[Any, ...]) -> None:
+        x_BLD, _, tied_VD = inputs
+        weight_VD = local(head.weight if tied_VD is None else tied_VD)
+        B, L, _ = x_BLD.shape
+        place_Q = self._places(L, x_BLD.device)
+        logits_BQV = _wide(F.linear(x_BLD[:, place_Q], weight_VD.to(x_BLD.dtype))) * head.scale
+        largest_BQ = logits_BQV.amax(2)
+        if head.shared is not None:
+            head.shared.vocabulary.max_(largest_BQ)
+        sums_BQ = (logits_BQV - largest_BQ[:, :, None]).exp().sum(2)
+        if head.shared is not None:
+            head.shared.vocabulary.sum_(sums_BQ)
+        counted_BQ = self._counted_whole(B, L, x_BLD.device)[:, place_Q]
+        log_z_BQ = (largest_BQ + sums_BQ.log()).where(counted_BQ, 0.0).double()
+        self.output += torch.stack(
+            [log_z_BQ.sum(), log_z_BQ.square().sum(), counted_BQ.sum().double()]
+        )
+
+    def _places(self, length: int, device: torch.device) -> Tensor:
+        """Return the places of the tokens that are looked at, the last one among them."""
+        apart = -(-length // self._queries)
+        return torch.arange((length - 1) % apart, length, apart, device=device)
+
+    def _counted_whole(self, B: int, L: int, device: torch.device) -> Tensor:
+        counted_BL = None if self._documents is None else self._documents.counted_BL
+        if counted_BL is None:
+            return torch.ones(B, L, dtype=torch.bool, device=device)
+        return counted_BL
+
+    def _counted(self, x_BlD: Tensor) -> Tensor:
+        """Return which tokens of the residual stream count, [B, l, 1]."""
+        counted_BL = None if self._documents is None else self._documents.counted_BL
+        if counted_BL is None:
+            return torch.ones(*x_BlD.shape[:2], 1, dtype=torch.bool, device=x_BlD.device)
+        return self._own(counted_BL)[:, :, None]
+
+    def _add(self, layer: int, name: str, value: Tensor) -> None:
+        self.sums[layer, SUMS.index(name)] += value
+
+    def _at_least(self, layer: int, name: str, value: Tensor) -> None:
+        place = self.maxima[layer, MAXIMA.index(name)]
+        place.copy_(torch.maximum(place, value.double()))
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+@contextmanager
+def _uncompiled(block: Block) -> Iterator[None]:
+    """Let a compiled block run as plain code for a while."""
+    compiled = block._compiled_call_impl
+    block._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        block._compiled_call_impl = compiled

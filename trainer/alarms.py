@@ -1,0 +1,71 @@
+"""What monitors may find alarming, said once for each stretch of steps in which it is so."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+LEAST_GRADIENT_OVER_EPS = 10.0
+"""Below this, epsilon dampens Adam's updates (arXiv 2309.14322, section 3.4)."""
+
+MASSIVE, MASSIVE_OVER_MEAN = 100.0, 1000.0
+"""Massive activations (arXiv 2402.17762): above 100 and a thousand times the median; here the mean
+magnitude stands for the median, since a mean can be summed over ranks."""
+
+LARGEST_ATTENTION_LOGIT = 1e4
+"""Beyond it runs diverged (arXiv 2309.14322, section 3.1)."""
+
+LARGEST_SPHERE_DRIFT = 1e-3
+"""Of ‖W‖/R − 1 where a rule promises to keep a matrix on its sphere: only rounding moves it."""
+
+Findings = Mapping[str, Mapping[str, Any]]
+"""Details of what is alarming at a step, by kind."""
+
+
+class Alarms:
+    """Remembers which kinds were alarming at the last look; a launch begins with none."""
+
+    def __init__(self) -> None:
+        self._standing: frozenset[str] = frozenset()
+
+    def new(self, findings: Findings) -> dict[str, Mapping[str, Any]]:
+        """Return the findings whose kind was not alarming at the look before."""
+        fresh = {kind: found for kind, found in findings.items() if kind not in self._standing}
+        self._standing = frozenset(findings)
+        return fresh
+
+
+def find(row: Mapping[str, float | int], eps: Mapping[str, float], mean: float) -> Findings:
+    """Return what is alarming in a row of monitors.
+
+    ``eps``: the largest epsilon of each role that has one; ``mean``: the mean magnitude of the
+    layer with the largest activation.
+    """
+    found: dict[str, dict[str, Any]] = {}
+
+    def of(prefix: str) -> dict[str, float]:
+        whole = f"monitors/{prefix}/"
+        return {k.removeprefix(whole): v for k, v in row.items() if k.startswith(whole)}
+
+    # A gradient of exactly zero is no small one: behind zero-initialised heads it is expected.
+    small = {
+        role: rms
+        for role, rms in of("grad_rms").items()
+        if role in eps and 0.0 < rms < LEAST_GRADIENT_OVER_EPS * eps[role]
+    }
+    if small:
+        found["gradient_near_eps"] = {"grad_rms": small, "eps": {r: eps[r] for r in small}}
+    largest = row.get("monitors/activation_max", 0.0)
+    if largest > MASSIVE and largest > MASSIVE_OVER_MEAN * mean:
+        layer = row["monitors/activation_max_layer"]
+        found["massive_activation"] = {"value": largest, "layer": layer, "mean": mean}
+    logit = row.get("monitors/attention_logit_max", 0.0)
+    if logit > LARGEST_ATTENTION_LOGIT:
+        layers = [
+            int(layer) for layer, value in of("attention_logit_max").items() if value == logit
+        ]
+        found["attention_logit"] = {"value": logit, "layer": layers[0]}
+    off = {r: v for r, v in of("sphere_drift").items() if abs(v) > LARGEST_SPHERE_DRIFT}
+    if off:
+        found["off_sphere"] = {"drift": off}
+    return found
