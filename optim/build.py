@@ -8,11 +8,14 @@ from torch import Tensor
 from torch.optim import AdamW as TorchAdamW
 from torch.optim import Optimizer
 
-from allometry.configs.errors import UserError
 from allometry.configs.optimization import AdamW, OptimizerConfig
+from allometry.optim.exchange import ShardedWhole
 from allometry.optim.groups import parameter_groups
+from allometry.optim.optimizer import RuleOptimizer
+from allometry.optim.whole import LocalWhole
+from allometry.parallel.mesh import Mesh
 from allometry.scaling.parameterization import Parameterization
-from allometry.scaling.roles import ParamSpec
+from allometry.scaling.roles import ParamSpec, Rule
 
 
 def build_optimizer(
@@ -20,24 +23,27 @@ def build_optimizer(
     specs: Mapping[str, ParamSpec],
     parameterization: Parameterization,
     config: OptimizerConfig,
+    mesh: Mesh | None = None,
+    seed: int = 0,
 ) -> Optimizer:
     """Return the optimizer of a run, over whole parameters or shards of them.
 
     Each group keeps its ``peak_lr``; its ``lr`` is the peak until ``set_lr`` is called. AdamW is
     torch's fused kernel on every device, for plain tensors and DTensors alike: elementwise, so
-    right on shards.
+    right on shards. All else is a ``RuleOptimizer``: ``mesh`` is where its parameters are sharded
+    (None: every one is whole), and ``seed`` is that of what rules draw.
 
     Raises:
-        UserError: see ``parameter_groups``.
+        UserError: see ``parameter_groups`` and ``RuleOptimizer``.
     """
     groups = parameter_groups(named_parameters, specs, parameterization, config)
-    match config:
-        case AdamW():
-            return TorchAdamW(groups, betas=(config.beta1, config.beta2), fused=True)
-        case _:
-            raise UserError(
-                f"optimizer.kind={config.kind} has no update rule yet; use optimizer.kind: adamw"
-            )
+    if isinstance(config, AdamW):
+        return TorchAdamW(groups, betas=(config.beta1, config.beta2), fused=True)
+    for group in groups:
+        if group["rule"] in (Rule.APOLLO, Rule.APOLLO_MINI):
+            group["seed"] = seed
+    whole = LocalWhole() if mesh is None or mesh.world_size == 1 else ShardedWhole(mesh)
+    return RuleOptimizer(groups, whole)
 
 
 def set_lr(optimizer: Optimizer, fraction: float) -> None:
