@@ -1,0 +1,76 @@
+"""Parameter groups of one rule and given gradients, for the tests of update rules."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from allometry.optim.optimizer import RuleOptimizer
+from allometry.scaling.roles import Rule
+
+SHAPES = {"square": (16, 16), "tall": (30, 12), "wide": (12, 30), "row": (1, 20)}
+
+
+def normal(key: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Normal numbers that depend on ``key`` and the place alone."""
+    generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def weights(
+    shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype = torch.float32
+) -> dict[str, nn.Parameter]:
+    return {name: nn.Parameter(normal(f"w {name}", size, dtype)) for name, size in shapes.items()}
+
+
+def give(parameters: Mapping[str, nn.Parameter], step: int, scale: float = 1.0) -> None:
+    """Give each parameter the gradient of this step."""
+    for name, parameter in parameters.items():
+        drawn = normal(f"g {name} {step}", tuple(parameter.shape), parameter.dtype)
+        parameter.grad = drawn * scale
+
+
+def group(rule: Rule, parameters: Mapping[str, nn.Parameter], **settings: Any) -> dict[str, Any]:
+    """A group of this rule with the settings it needs; ``settings`` replace the usual ones."""
+    usual = {
+        "lr": 0.02,
+        "weight_decay": 0.0,
+        "eps": 1e-8,
+        "betas": (0.9, 0.95),
+        "momentum": 0.95,
+        "nesterov": True,
+        "adjust": "original",
+        "rank": None,
+        "scale": None if rule is Rule.APOLLO_MINI else 1.0,
+        "refresh_steps": 200,
+        "norm_growth": 1.01,
+        "seed": 0,
+    }
+    return {
+        "params": list(parameters.values()),
+        "param_names": list(parameters),
+        "name": "hidden",
+        "rule": rule.value,
+        "sphere": rule in (Rule.MUONH, Rule.ADAMH),
+        **usual,
+        **settings,
+    }
+
+
+def optimizer(rule: Rule, parameters: Mapping[str, nn.Parameter], **settings: Any) -> RuleOptimizer:
+    return RuleOptimizer([group(rule, parameters, **settings)])
+
+
+def by_singular_values(
+    matrix: Tensor, coefficients: tuple[tuple[float, float, float], ...]
+) -> Tensor:
+    """What Newton-Schulz iterations make of a matrix, worked out on its singular values."""
+    u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
+    s = s / matrix.double().norm()
+    for a, b, c in coefficients:
+        s = a * s + b * s**3 + c * s**5
+    return (u * s) @ v
