@@ -163,7 +163,7 @@ def test_the_comparison_sees_wrong_positions(run_ranks: RunRanks) -> None:
     assert min(run_ranks(misplaced_error, 2)) > 1e-3
 
 
-@pytest.mark.parametrize("kind", ["none", "selective"])
+@pytest.mark.parametrize("kind", ["none", pytest.param("selective", marks=pytest.mark.slow)])
 def test_whole_compiled_blocks_equal_one_process(run_ranks: RunRanks, kind: str) -> None:
     for found in run_ranks(model_error, 2, "fp32", kind, 2, True, timeout_s=240.0):
         assert found["error"] < 1e-5
@@ -195,12 +195,13 @@ def compilations(dtype: str, own: bool = True) -> list[int]:
         return seen
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 def test_shapes_do_not_compile_blocks_anew(run_ranks: RunRanks, dtype: str) -> None:
     for seen in run_ranks(compilations, 2, dtype, timeout_s=240.0):
         assert seen[-1] <= 4, seen
 
 
+@pytest.mark.slow
 def test_the_count_sees_what_is_compiled_for_one_length(run_ranks: RunRanks) -> None:
     assert min(run_ranks(first_failure, 2)) == "FailOnRecompileLimitHit"
 

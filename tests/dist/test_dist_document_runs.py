@@ -37,7 +37,14 @@ SHARDED = {
 }
 
 
-@pytest.mark.parametrize("name", SHARDED)
+@pytest.mark.parametrize(
+    "name",
+    ["hdp2", "pp2-hdp2"]
+    + [
+        pytest.param(name, marks=pytest.mark.slow)
+        for name in ("hdp3-zero1", "hdp2-zero3", "hdp2-tp2")
+    ],
+)
 def test_two_resumes_are_bit_exact_and_the_losses_those_of_one_process(
     tiny: Make, run_ranks: Ranks, tmp_path: Path, name: str
 ) -> None:

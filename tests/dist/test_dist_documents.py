@@ -221,7 +221,9 @@ def test_planned_documents_in_fp32(run_ranks: RunRanks, store: str, name: str) -
 
 
 @pytest.mark.parametrize("name", EXPERTS)
-@pytest.mark.parametrize("model", [MOE, LATENT], ids=["moe", "latent"])
+@pytest.mark.parametrize(
+    "model", [MOE, pytest.param(LATENT, marks=pytest.mark.slow)], ids=["moe", "latent"]
+)
 def test_planned_documents_with_experts(
     run_ranks: RunRanks, store: str, model: dict[str, Any], name: str
 ) -> None:

@@ -96,7 +96,7 @@ def check(results: list[dict[str, Any]], *, halves: bool = False) -> None:
 
 
 @pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_sharded_parameters_stay(run_ranks: RunRanks, dtype: str, moe: bool) -> None:
     """Whether parameters are whole, gathered or to be gathered again: the same bytes move."""
     plain = run_ranks(moved, 2, config(dtype, moe=moe))
@@ -143,7 +143,9 @@ def test_layouts(run_ranks: RunRanks, layout: str) -> None:
 @pytest.mark.parametrize(
     "schedule", ["interleaved_1f1b", "interleaved_zero_bubble", "zbv_zero_bubble", "dualpipe_v"]
 )
-@pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
+@pytest.mark.parametrize(
+    "moe", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["dense", "moe"]
+)
 def test_schedules_of_many_stages(run_ranks: RunRanks, schedule: str, moe: bool) -> None:
     """Several stages on a rank, and backwards in two halves."""
     run = config(pp=2, layers=12, moe=moe, pipeline={"schedule": schedule})

@@ -305,6 +305,7 @@ def meet(run: RunConfig, exchanged: bool) -> None:
         train(tiny.parallel(run, mesh), mesh, (one, (*rings, *others)), 0)
 
 
+@pytest.mark.slow
 def test_rings_in_another_order_get_stuck() -> None:
     """Tags keep what belongs to one ring from being taken for another's."""
     pool = harness.RankPool()  # ranks that got stuck are no good for other tests
