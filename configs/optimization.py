@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -125,6 +125,8 @@ OptimizerConfig = Annotated[
 
 
 class _Warmup(Section):
+    reads_file: ClassVar[bool] = False
+
     warmup_steps: Count | None = Field(None, ge=0, description="linear warm-up, in steps")
     warmup_tokens: Count | None = Field(None, ge=0, description="linear warm-up, in tokens")
 
@@ -229,6 +231,8 @@ class WSDSSchedule(_Warmup):
 class RefinedSchedule(_Warmup):
     """The rate of each step from a file that ``allometry refine`` wrote (arXiv 2310.07831)."""
 
+    reads_file: ClassVar[bool] = True
+
     kind: Literal["refined"] = "refined"
     file: str = Field(
         min_length=1,
@@ -259,6 +263,11 @@ class ContinuedSchedule(Section):
     before: SimpleSchedule = Field(description="schedule of the steps up to ``before_steps``")
     before_steps: Count = Field(gt=0, description="length of the run that is taken further")
     after: SimpleSchedule = Field(description="schedule of all steps after it")
+
+    @property
+    def reads_file(self) -> bool:
+        """Whether rates come from a file, which may change."""
+        return self.before.reads_file or self.after.reads_file
 
     @property
     def warmup_steps(self) -> int | None:

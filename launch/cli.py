@@ -217,7 +217,7 @@ def coordcheck(
         str | None, typer.Option(help="as 64,128,256; default: the model's narrowest")
     ] = None,
     depths: Annotated[
-        str | None, typer.Option(help="as 2,4,8; default where the parameterization has a rule")
+        str | None, typer.Option(help="as 4,8,16; default where the parameterization has a rule")
     ] = None,
     experts: Annotated[str | None, typer.Option(help="as 4,8,16")] = None,
     lr: Annotated[
@@ -321,6 +321,32 @@ def transfer(
     typer.echo(text)
     if not passed:
         raise typer.Exit(1)
+
+
+@app.command()
+def refine(
+    run: Annotated[Path, typer.Argument(help="the folder of a run that trained to its end")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="JSON to write")] = Path("schedule.json"),
+    optimizer: Annotated[
+        str, typer.Option(help="adam (1-norms of gradients) or sgd (2-norms, squared)")
+    ] = "adam",
+    smoothing: Annotated[
+        float, typer.Option(help="width of the median filter, as a share of the run")
+    ] = 0.1,
+) -> None:
+    """Make a learning-rate schedule from a run's gradient norms (arXiv 2310.07831).
+
+    Train with it: schedule={kind: refined, file: schedule.json}
+    """
+    from allometry.laws.refine import refined_schedule, write_schedule
+
+    if optimizer not in ("adam", "sgd"):
+        raise UserError(f"--optimizer={optimizer} is not known; use adam or sgd")
+    content = refined_schedule(run, optimizer, smoothing)
+    write_schedule(content, out)
+    fractions, norm = content["fractions"], content["from"]["norm"]
+    peak = 1 + fractions.index(max(fractions))
+    typer.echo(f"{out}: {len(fractions)} steps from {norm}, the peak at step {peak}")
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,7 @@ def _continue(
         # Nothing was trained on imported weights yet: only their own description is settled.
         settled = ("model", "parameterization") if facts.get("weights_only") else None
         check_unchanged(old, config, step, settled)
+        _check_schedule_file(config, facts)
         _check_data(facts, fingerprints)
         write_atomically(folder.latest, path.name + "\n")
     return Start(
@@ -178,6 +180,21 @@ def _check_past_rates(old: RunConfig, new: RunConfig, step: int) -> None:
                 f"{taken}, already taken, would have had another learning rate; restore them, or "
                 "go back to a checkpoint before that step with run.resume=step-N"
             )
+
+
+def _check_schedule_file(config: RunConfig, facts: dict[str, Any]) -> None:
+    """Refuse a refined schedule whose file is no longer what the steps taken have read."""
+    if not config.schedule.reads_file or facts.get("weights_only", False):
+        return
+    plan = BatchPlan(config.batch, config.data.sequence_length)
+    schedule = resolve_schedule(config, plan)
+    steps = range(1, int(facts["step"]) + 1)
+    s1 = sum(config.optimizer.lr * schedule.fraction(step) for step in steps)
+    if not math.isclose(s1, facts["areas"]["s1"], rel_tol=1e-9):
+        raise UserError(
+            "the file of schedule.kind=refined changed, so that steps already taken would have had "
+            "other learning rates; restore it or choose another run.folder"
+        )
 
 
 def _is_free(key: str) -> bool:

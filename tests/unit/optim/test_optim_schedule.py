@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import json
 import math
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -119,3 +121,93 @@ def test_resolve_turns_tokens_into_steps() -> None:
     plan = BatchPlan(BatchConfig(sequences=4, micro_batch_sequences=1), 10)
     resolved = resolve_schedule(config, plan)
     assert (resolved.total_steps, resolved.warmup_steps) == (25, 3)
+
+
+def batch_plan() -> BatchPlan:
+    return BatchPlan(BatchConfig(sequences=4, micro_batch_sequences=1), 10)
+
+
+def long_curve(config: dict[str, Any], total: int, warmup: int) -> list[float]:
+    parsed: Any = TypeAdapter(ScheduleConfig).validate_python(config)
+    made = Schedule(parsed, total, warmup, batch_plan())
+    return [made.fraction(step) for step in range(1, total + 1)]
+
+
+WSD_S: dict[str, Any] = {"kind": "wsd_s", "decay_fraction": 0.25, "final_fraction": 0.2}
+
+
+def test_each_end_of_several_decays_is_a_run_of_wsd_up_to_there() -> None:
+    for decay in ("exponential", "linear", "1-sqrt"):
+        shape = {"decay": decay, "decay_fraction": 0.25, "final_fraction": 0.2}
+        several = long_curve({**WSD_S, **shape, "decay_ends_steps": [40, 100]}, 200, 4)
+        assert several[:40] == long_curve({"kind": "wsd", **shape}, 40, 4)
+        assert several[39] == several[99] == several[199] == 0.2
+        assert several[40] == several[100] == 1.0, "back at the peak at once"
+        for end in (100, 200):  # the decay of a run of that length
+            length = end // 4
+            assert several[end - length - 1] == 1.0
+            wanted = long_curve({"kind": "wsd", **shape}, end, 0)[end - length : end]
+            assert several[end - length : end] == pytest.approx(wanted, rel=1e-12)
+
+
+def test_warming_up_again_and_ends_in_tokens() -> None:
+    config = {**WSD_S, "decay_ends_tokens": [1581], "rewarmup_steps": 4}
+    rates = long_curve(config, 100, 0)
+    assert rates == long_curve({**WSD_S, "decay_ends_steps": [40], "rewarmup_steps": 4}, 100, 0)
+    assert rates[39:45] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0], rel=1e-12)
+    assert all(a <= b for a, b in pairwise(rates[39:50]))
+
+
+def test_several_decays_that_have_no_room() -> None:
+    with pytest.raises(UserError, match="step 200 is not before the end of the run, 200 steps"):
+        long_curve({**WSD_S, "decay_ends_steps": [200]}, 200, 0)
+    with pytest.raises(UserError, match="but the warm-up takes 6"):
+        long_curve({**WSD_S, "decay_ends_steps": [70], "rewarmup_steps": 6}, 100, 0)
+    for wrong in (
+        {},
+        {"decay_ends_steps": [5, 5]},
+        {"decay_ends_steps": [5], "decay_ends_tokens": [1]},
+    ):
+        with pytest.raises(ValueError, match="decay"):
+            TypeAdapter(ScheduleConfig).validate_python({**WSD_S, **wrong})
+
+
+def test_a_run_taken_further() -> None:
+    before = {"kind": "cosine", "warmup_steps": 5, "final_fraction": 0.1}
+    after = {"kind": "linear", "warmup_steps": 10}
+    config = {"kind": "continued", "before": before, "before_steps": 50, "after": after}
+    rates = long_curve(config, 150, 5)
+    assert rates[:50] == long_curve(before, 50, 5), "what was trained stays as it was"
+    assert rates[50] == pytest.approx(0.1 + 0.9 * 0.1, rel=1e-12)
+    assert rates[59] == 1.0
+    assert rates[60:] == long_curve({"kind": "linear"}, 100, 10)[10:]
+    by_tokens = {**config, "after": {"kind": "linear", "warmup_tokens": 400}}
+    assert long_curve(by_tokens, 150, 5) == rates
+    with pytest.raises(UserError, match=r"before_steps: step 50 is not before the end"):
+        long_curve(config, 50, 5)
+
+
+def refined(folder: Path, fractions: list[float]) -> dict[str, Any]:
+    file = folder / "schedule.json"
+    file.write_text(json.dumps({"kind": "allometry.schedule", "fractions": fractions}))
+    return {"kind": "refined", "file": str(file)}
+
+
+def test_refined_rates_are_those_of_the_file(tmp_path: Path) -> None:
+    config = refined(tmp_path, [0.5, 1.0, 0.4, 0.0])
+    assert curve(config, 4, 0) == [0.5, 1.0, 0.4, 0.0]
+    assert curve(config, 7, 0) == pytest.approx([0.5, 0.75, 1.0, 0.7, 0.4, 0.2, 0.0], rel=1e-12)
+    assert curve(config, 2, 0) == [0.5, 0.0]
+    assert curve(config, 1, 0) == [0.5]
+    assert curve(config, 4, 2) == [0.25, 1.0, 0.4, 0.0]
+
+
+def test_files_that_are_no_schedule(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be read"):
+        curve({"kind": "refined", "file": str(tmp_path / "none.json")}, 4, 0)
+    for content in ("{", "[]", '{"kind": "x"}', '{"kind": "allometry.schedule"}'):
+        (tmp_path / "bad.json").write_text(content)
+        with pytest.raises(UserError, match="is not a refined schedule"):
+            curve({"kind": "refined", "file": str(tmp_path / "bad.json")}, 4, 0)
+    with pytest.raises(UserError, match="between 0 and 1"):
+        curve(refined(tmp_path, [0.5, 1.5]), 4, 0)
