@@ -28,13 +28,13 @@ def numbers(text: str | None, flag: str) -> tuple[int, ...] | None:
 
 
 def default_sizes(model: ModelConfig, axis: Axis, steps: int) -> tuple[int, ...]:
-    """Sizes of a small family: the narrowest widths, 2 to 8 layers, 1 to 4 times the rest."""
+    """Sizes of a small family: the narrowest widths, 4 to 16 layers, 1 to 4 times the rest."""
     match axis:
         case Axis.WIDTH:
             unit = width_unit(model)
             return tuple(unit * growth for growth in GROWTH)
         case Axis.DEPTH:
-            return (2, 4, 8)
+            return (4, 8, 16)
         case Axis.EXPERTS:
             if not isinstance(model, MoEModel):
                 raise UserError("model.kind=dense has no experts to vary; choose another axis")

@@ -55,7 +55,7 @@ class Probe:
         self.specs = parameter_specs(self.model)
         self._set_zeros(zero)
         self.optimizer = build_optimizer(
-            self.model.named_parameters(), self.specs, self.rules, optimizer
+            self.model.named_parameters(), self.specs, self.rules, optimizer, seed=seed
         )
         self._mixture = isinstance(model, MoEModel)
 

@@ -123,19 +123,22 @@ def test_gradients_shrink_as_epsilon_does() -> None:
     assert found["vector"] == pytest.approx(-1.0, abs=0.3), found  # few numbers, much noise
 
 
-DEPTHS = (2, 4, 8, 16)
+# From twice the base on: with 2 layers the stream still moves more than in the limit of many.
+DEPTHS = (4, 8, 16, 32)
+DEPTH_BOUNDS = Bounds.within(0.15, 0.2)
 DEEP = {"kind": "completep", "embedding_std": 1.0, "base_width": 32, "base_layers": 2}
 
 
 @pytest.mark.parametrize("alpha", [0.5, 1.0])
 def test_depth_rules_move_the_stream_alike_at_every_depth(alpha: float) -> None:
     found = measured({**DEEP, "depth_alpha": alpha}, DEPTHS, Axis.DEPTH)
-    assert failures(found, default_bounds("completep", Axis.DEPTH), Axis.DEPTH) == [], found
+    assert failures(found, DEPTH_BOUNDS, Axis.DEPTH) == [], found
 
 
 def test_mup_alone_fails_over_depth() -> None:
-    found = measured(MUP, DEPTHS, Axis.DEPTH)
+    found = measured(MUP, DEPTHS[:3], Axis.DEPTH)
     assert found["stream"] >= 0.5, found
+    assert failures(found, DEPTH_BOUNDS, Axis.DEPTH), found
     assert failures(found, default_bounds("mup", Axis.DEPTH), Axis.DEPTH), found
 
 
