@@ -83,7 +83,9 @@ def scaled_gradient(
     R = GPᵀ if A >= B, else PG. R̃ = m/(√v + ε) with Adam's moments of R, not corrected for their
     bias. s = ‖R̃‖/‖R‖ of each channel, that is over the r projected values, or of the whole
     (``apollo_mini``). If the result's norm is above ``norm_growth`` times that of the step before
-    it is brought down to that; not in the first step.
+    it is brought down to that; not in the first step, and not from nothing: a matrix without a
+    gradient (behind a head of zeros, an expert without tokens) would never move again, as it does
+    not in the package. The norm before is then the last that was not zero.
 
     ``settings``: ``rule``, ``betas``, ``eps``, ``scale``, ``norm_growth`` of the group.
     """
@@ -105,9 +107,10 @@ def scaled_gradient(
     if not first:
         growth = settings["norm_growth"]
         limit = (norm / (moments.norm + _LEAST)).clamp(min=growth) / growth
+        limit = limit.where(moments.norm > 0, 1.0)
         scaled = scaled / limit
         norm = norm / limit
-    moments.norm.copy_(norm)
+    moments.norm.copy_(norm.where(norm > 0, moments.norm))
     return scaled
 
 
