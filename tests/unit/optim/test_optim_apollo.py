@@ -178,3 +178,22 @@ def test_each_expert_of_a_stack_is_a_matrix_of_its_own(rule: Rule) -> None:
     assert torch.equal(stack["experts"][2], alone["experts"][2])
     means = [mine.state[stack["experts"]][f"mean.{e}"] for e in range(3)]
     assert not torch.equal(means[0], means[1])
+
+
+@pytest.mark.parametrize("rule", KINDS)
+def test_what_has_no_gradient_at_first_is_not_frozen(rule: Rule) -> None:
+    """The package would let its update grow from a norm of zero by 1% a step."""
+    parameters = weights({"hidden": (4, 9), "experts": (2, 4, 9)})
+    mine = optimizer(rule, parameters)
+    give(parameters, 0)
+    parameters["hidden"].grad.zero_()
+    parameters["experts"].grad[1] = 0.0
+    mine.step()
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    give(parameters, 1)
+    mine.step()
+    for part, old in (
+        (parameters["hidden"], before["hidden"]),
+        (parameters["experts"][1], before["experts"][1]),
+    ):
+        assert float((part - old).detach().norm()) > 1e-3

@@ -24,9 +24,9 @@ def settings(**changes: float) -> dict[str, float]:
 def test_twenty_steps_equal_the_package() -> None:
     package = pytest.importorskip("sgd_sai", reason="the package sgd-sai is not installed")
     start, ours, theirs, other = (weights(WITH_VECTOR) for _ in range(4))
-    mine = optimizer(Rule.SGD_SAI, ours, **settings())
-    reference = package.SGD_sai(theirs.values(), **settings())
-    control = optimizer(Rule.SGD_SAI, other, **settings())
+    mine = optimizer(Rule.SGD_SAI, ours, **settings(lr=1e-2))
+    reference = package.SGD_sai(theirs.values(), **settings(lr=1e-2))
+    control = optimizer(Rule.SGD_SAI, other, **settings(lr=1e-2))
     for step in range(STEPS):
         for parameters in (ours, theirs):
             give(parameters, step, scale=1e-2)
