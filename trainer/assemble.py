@@ -12,6 +12,7 @@ from allometry.configs.run import RunConfig
 from allometry.models.build import build_model
 from allometry.models.init import initialize
 from allometry.models.transformer import Part, Transformer
+from allometry.optim.build import build_optimizer
 from allometry.parallel.apply import Parallel, materialize, parallelize
 from allometry.parallel.measure import measure_costs
 from allometry.parallel.mesh import Mesh
@@ -35,6 +36,20 @@ def make_model(config: RunConfig, plan: RunPlan, mesh: Mesh) -> Parallel:
     parallel.materialize(mesh.device)
     parallel.initialize(plan.parameterization, config.run.seed)
     return parallel
+
+
+def make_optimizer(
+    config: RunConfig, plan: RunPlan, parallel: Parallel, mesh: Mesh
+) -> torch.optim.Optimizer:
+    """The optimizer of this rank's part of the model, which is sharded over ``mesh``."""
+    return build_optimizer(
+        parallel.named_parameters(),
+        parallel.specs(),
+        plan.parameterization,
+        config.optimizer,
+        mesh,
+        config.run.seed,
+    )
 
 
 def with_measured_stages(config: RunConfig, plan: RunPlan, mesh: Mesh) -> RunPlan:

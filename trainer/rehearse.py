@@ -21,7 +21,6 @@ from allometry.models.build import build_model, torch_dtype
 from allometry.models.head import Losses
 from allometry.models.moe import begin_step
 from allometry.models.transformer import Part, Transformer
-from allometry.optim.build import build_optimizer
 from allometry.optim.clip import clip_by_global_norm
 from allometry.parallel.apply import Parallel, parallelize
 from allometry.parallel.mesh import Mesh
@@ -34,6 +33,7 @@ from allometry.parallel.simulate import (
 )
 from allometry.scaling.layout import Layout
 from allometry.scaling.plan import RunPlan
+from allometry.trainer.assemble import make_optimizer, make_states
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,7 @@ def _rehearse_rank(config: RunConfig, plan: RunPlan, rank: int) -> RankReport:
                 even_experts(part, mesh)
             micro_batches = plan.micro_batches(plan.total_steps)
             calls, gradients = _step(config, plan, parallel, mesh, micro_batches)
+            states = _update(config, plan, parallel, mesh, calls)
             return RankReport(
                 rank=rank,
                 stages=tuple(parallel.parts),
@@ -110,7 +111,7 @@ def _rehearse_rank(config: RunConfig, plan: RunPlan, rank: int) -> RankReport:
                 bytes_held={
                     "parameters": _nbytes(p for _, p in parallel.named_parameters()),
                     "gradients": gradients,
-                    "optimizer states": _state_bytes(config, plan, parallel),
+                    "optimizer states": states,
                     "buffers": _nbytes(b for _, b in parallel.named_buffers()),
                 },
                 collectives=tuple(sorted(calls.items(), key=lambda item: -item[0].bytes * item[1])),
@@ -201,11 +202,17 @@ def _tied(config: RunConfig, layout: Layout, parallel: Parallel) -> dict[Collect
     return found
 
 
-def _state_bytes(config: RunConfig, plan: RunPlan, parallel: Parallel) -> int:
-    optimizer = build_optimizer(
-        parallel.named_parameters(), parallel.specs(), plan.parameterization, config.optimizer
-    )
-    optimizer.step()
+def _update(
+    config: RunConfig, plan: RunPlan, parallel: Parallel, mesh: Mesh, calls: Counter[Collective]
+) -> int:
+    """Take an optimizer step, add what it sends to ``calls`` and return the bytes of its states."""
+    optimizer = make_optimizer(config, plan, parallel, mesh)
+    make_states(optimizer)  # what is sent for them is sent once in a run
+    for _, parameter in parallel.named_parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    with CollectiveLog(mesh) as log:
+        optimizer.step()
+    calls.update(log.calls)
     return _nbytes(
         value
         for state in optimizer.state.values()

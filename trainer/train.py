@@ -18,13 +18,17 @@ from allometry.data.stream import Stream, open_stream
 from allometry.data.tokenizer import check_vocabulary
 from allometry.laws.areas import LearningRateAreas
 from allometry.models.build import torch_dtype
-from allometry.optim.build import build_optimizer
 from allometry.optim.schedule import Schedule, resolve_schedule
 from allometry.parallel.apply import Parallel
 from allometry.parallel.mesh import Mesh, launched_world_size, open_mesh
 from allometry.scaling.plan import RunPlan
 from allometry.trainer import checkpoint, hardware, record
-from allometry.trainer.assemble import make_model, make_states, with_measured_stages
+from allometry.trainer.assemble import (
+    make_model,
+    make_optimizer,
+    make_states,
+    with_measured_stages,
+)
 from allometry.trainer.balance import Balancer
 from allometry.trainer.callbacks import Callback, standard_callbacks
 from allometry.trainer.evaluate import (
@@ -135,9 +139,7 @@ def _assemble(
 ) -> Loop:
     """The model on the device and all that trains it, in the state that ``start`` says."""
     parallel = make_model(config, plan, mesh)
-    optimizer = build_optimizer(
-        parallel.named_parameters(), parallel.specs(), plan.parameterization, config.optimizer
-    )
+    optimizer = make_optimizer(config, plan, parallel, mesh)
     progress = Progress(start.step, LearningRateAreas(plan.warmup_steps))
     if start.checkpoint is not None and start.facts is not None:
         if start.weights_only:  # converted from elsewhere: training itself begins afresh

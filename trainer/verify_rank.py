@@ -22,13 +22,12 @@ from allometry.configs.run import RunConfig
 from allometry.data.documents import DocumentStream
 from allometry.data.stream import open_stream
 from allometry.laws.areas import LearningRateAreas
-from allometry.optim.build import build_optimizer
 from allometry.parallel.hdp.plan import Unit
 from allometry.parallel.mesh import Mesh, open_mesh
 from allometry.scaling.layout import Layout
 from allometry.scaling.plan import RunPlan
 from allometry.trainer import certificate, checkpoint
-from allometry.trainer.assemble import make_model, make_states
+from allometry.trainer.assemble import make_model, make_optimizer, make_states
 from allometry.trainer.checkpoint import Checkpointer
 from allometry.trainer.feed import DeviceBatch, DocumentPlanner, document_batch
 from allometry.trainer.folder import RunFolder, write_atomically
@@ -166,9 +165,7 @@ def _rewrite(job: Job, source: Path) -> None:
     plan = RunPlan.of(config, job.world_size)
     with open_mesh(config.parallel, CPU) as mesh:
         parallel = make_model(config, plan, mesh)
-        optimizer = build_optimizer(
-            parallel.named_parameters(), parallel.specs(), plan.parameterization, config.optimizer
-        )
+        optimizer = make_optimizer(config, plan, parallel, mesh)
         make_states(optimizer)
         checkpoint.load(
             source / "checkpoints" / f"step-{STOP}", state_tensors(parallel, optimizer), mesh
