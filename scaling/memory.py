@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
 
 from allometry.configs.execution import Zero
 from allometry.configs.model import LatentExperts, ModelConfig, MoEModel
+from allometry.configs.optimization import Apollo, OptimizerConfig
 from allometry.scaling.inventory import inventory
 from allometry.scaling.layout import Layout
-from allometry.scaling.roles import ParamSpec, Role
+from allometry.scaling.roles import ParamSpec, Role, Rule
+from allometry.scaling.rules.base import rule_of
 
 COMPUTE_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
 """Bytes of one number of each ``training.compute_dtype``."""
@@ -27,8 +30,8 @@ class MemoryEstimate:
     """Bytes on one rank at the peak of a step, by what they hold. An estimate.
 
     ``parameters``: fp32 parameters, this rank's share. ``gradients``: fp32 gradients and, where
-    they are reduced in buckets, one bucket. ``optimizer_states``: AdamW's two fp32 moments; none
-    of parameters and states where they are offloaded.
+    they are reduced in buckets, one bucket. ``optimizer_states``: what the update rules keep, for
+    AdamW two fp32 moments; none of parameters and states where they are offloaded.
     ``compute_copies``: weights cast to the compute type, and whole ones gathered from shards.
     ``activations``: what the micro-batches in flight (one without a pipeline) keep for backward.
     ``loss``: the piece of the logits that exists at once and the head's gradient beside it.
@@ -109,6 +112,7 @@ def estimate_memory(
     checkpointing: Literal["none", "selective", "full"] = "none",
     logits_chunk_tokens: int | None = None,
     fused_norm: bool = True,
+    optimizer: OptimizerConfig | None = None,
 ) -> MemoryEstimate:
     """Estimate the bytes that the fullest of the ranks needs at the peak of a step.
 
@@ -119,7 +123,7 @@ def estimate_memory(
     treats at once; None: what fits half a billion logits, at most 8192 tokens, as on a GPU (less
     on a CPU).
     ``fused_norm``: whether norms keep no more than their input and output, as torch's CUDA kernel
-    (on a CPU they also keep both widened to fp32).
+    (on a CPU they also keep both widened to fp32). ``optimizer`` None: AdamW.
     """
     if logits_chunk_tokens is None:
         columns = math.ceil(model.vocab_size / (layout.degrees.tp if layout is not None else 1))
@@ -139,7 +143,7 @@ def estimate_memory(
             tp=tp,
             ep=ep,
         )
-        held = _held(part, zero, hdp, compute_bytes, pipeline=pp > 1)
+        held = _held(part, zero, hdp, compute_bytes, optimizer, pipeline=pp > 1)
         kept = _activations(part, micro_batch_tokens, compute_bytes, fused_norm, checkpointing)
         in_flight = _in_flight(layout, rank, micro_batches) if layout is not None else 1
         loss = 0
@@ -149,16 +153,48 @@ def estimate_memory(
     return max(estimates, key=lambda estimate: estimate.total)
 
 
+def state_numbers(spec: ParamSpec, optimizer: OptimizerConfig | None) -> Fraction:
+    """Return how many fp32 numbers an optimizer keeps for each element of a parameter.
+
+    What it keeps of whole matrices (a norm, a scale, a step) is not counted.
+    """
+    smaller = min(spec.fan_in, spec.fan_out)
+    match rule_of(optimizer.kind if optimizer else "adamw", spec.role):
+        case Rule.ADAMW | Rule.ADAMH:
+            return Fraction(2)
+        case Rule.MUON | Rule.MUONH | Rule.SGD_SAI:
+            return Fraction(1)
+        case Rule.APOLLO:
+            assert isinstance(optimizer, Apollo), optimizer
+            return Fraction(2 * (optimizer.rank or max(smaller // 4, 1)), smaller)
+        case Rule.APOLLO_MINI:
+            return Fraction(2, smaller)
+
+
 def _held(
-    part: _Rank, zero: Zero, hdp: int, compute_bytes: int, *, pipeline: bool
+    part: _Rank,
+    zero: Zero,
+    hdp: int,
+    compute_bytes: int,
+    optimizer: OptimizerConfig | None,
+    *,
+    pipeline: bool,
 ) -> dict[str, int]:
     """Return the bytes of parameters, gradients, states and copies of weights (see zero.py)."""
     elements = part.parameters()
     whole = sum(elements.values())
-    experts = sum(size for name, size in elements.items() if ".experts." in name)
     ranks = hdp // zero.replicas
-    share = math.ceil((whole - experts) / ranks) + math.ceil(experts / (ranks // part.ep))
+
+    def shared(numbers: dict[str, int]) -> int:
+        experts = sum(size for name, size in numbers.items() if ".experts." in name)
+        rest = sum(numbers.values()) - experts
+        return math.ceil(rest / ranks) + math.ceil(experts / (ranks // part.ep))
+
+    per_element = {s.name: state_numbers(s, optimizer) for s in inventory(part.model)}
+    kept = {name: math.ceil(size * per_element[name]) for name, size in elements.items()}
+    share = shared(elements)
     sharded = share if zero.stage >= 1 else whole
+    states = shared(kept) if zero.stage >= 1 else sum(kept.values())
     # In a pipeline gradients are whole until the stage's last backward.
     gradients = share if zero.stage >= 2 and not pipeline else whole
     bucket = 0
@@ -170,7 +206,7 @@ def _held(
     return {
         "parameters": on_device * _FP32 * sharded,
         "gradients": _FP32 * gradients + bucket,
-        "optimizer_states": on_device * 2 * _FP32 * sharded,
+        "optimizer_states": on_device * _FP32 * states,
         "compute_copies": _compute_copies(part.model, elements, compute_bytes, zero.stage),
     }
 

@@ -66,6 +66,7 @@ class RunPlan:
                     layout.degrees.hdp * _micro_batch_tokens(config),
                 ),
                 checkpointing=config.training.activation_checkpointing,
+                optimizer=config.optimizer,
             ),
             parameterization=Parameterization.of_run(config),
         )

@@ -348,6 +348,8 @@ def test_multipliers_find_their_weights() -> None:
     by_scale = {fold.scale: fold.parameters for fold in folds(model("qwen3_moe"), scales(**half))}
     assert by_scale["attention"] == ("attention.q_norm",)
     assert by_scale["residual"] == ("attention.wo", "ffn.experts.down", "ffn.down")
+    routed = {fold.scale: fold for fold in folds(model("qwen3_moe"), scales(experts=0.25))}
+    assert routed["experts"] == Fold("experts", 0.25, ("ffn.experts.down",))
     with pytest.raises(UserError, match=r"multiplies the output by 0\.5"):
         folds(model("llama", tied_embeddings=True), scales(output=0.5))
     with pytest.raises(UserError, match="multiplies the embedding by 3"):

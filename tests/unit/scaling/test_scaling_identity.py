@@ -14,11 +14,14 @@ from tests.support.scaled import OPTIMIZERS, PARAMETERIZATIONS, mixture, optimiz
 
 from allometry.configs.contradictions import contradiction
 from allometry.configs.errors import ConfigError, UserError
+from allometry.configs.execution import Zero
 from allometry.configs.loader import load, presets
 from allometry.models.build import build_model, parameter_specs
 from allometry.models.init import initialize
+from allometry.optim.build import build_optimizer
 from allometry.optim.groups import parameter_groups
 from allometry.scaling.inventory import inventory
+from allometry.scaling.memory import estimate_memory
 from allometry.scaling.parameterization import Parameterization
 from allometry.scaling.roles import Role, Rule
 from allometry.scaling.rules.base import RunScale
@@ -257,3 +260,31 @@ def test_presets_resolve(name: str) -> None:
     if wanted is not None:
         assert rules.scale.total_tokens == wanted
     assert rules.describe()["roles"]
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_states_are_as_large_as_the_estimate_says(kind: str) -> None:
+    config = optimizer(kind)
+    rules = Parameterization(parameterization("sp"), mixture(2), config)
+    model = build_model(rules.model, rules, "fp32")
+    initialize(model, rules, seed=0)
+    specs = parameter_specs(model)
+    updates = build_optimizer(model.named_parameters(), specs, rules, config)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    updates.step()
+    memory = estimate_memory(
+        rules.model,
+        micro_batch_tokens=8,
+        compute_bytes=4,
+        zero=Zero(stage=0),
+        hdp=1,
+        optimizer=config,
+    )
+    kept = sum(
+        value.nbytes
+        for state in updates.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    )
+    assert memory.optimizer_states == pytest.approx(kept, rel=0.02)
