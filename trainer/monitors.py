@@ -169,10 +169,7 @@ class Changes:
         self._whole = ShardedWhole(mesh)
         self._placements = Placements(mesh)
         self._kept: list[Tensor] = []
-        self._radii: dict[Tensor, Tensor] = {}
         self._parameters = [p for _, p in self._members()]
-        # The first look is before the first step of a launch, when a new run is on its spheres.
-        self._radii = self._norms()
 
     def _members(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
         for group in self._optimizer.param_groups:
@@ -229,7 +226,8 @@ class Changes:
             if group.get("rule", Rule.ADAMW) in _DAMPED:
                 role[0].clamp_(min=float(group["eps"]))
             if parameter in norms:
-                drift = (norms[parameter] / self._radii[parameter] - 1.0).abs().max()
+                radius = self._optimizer.state[parameter]["radius"]  # see optim/sphere.py
+                drift = (norms[parameter] / radius.to(norms[parameter]) - 1.0).abs().max()
                 role[1].copy_(torch.maximum(role[1], drift.to(role.device)))
         return peaks
 

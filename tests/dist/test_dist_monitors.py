@@ -26,6 +26,7 @@ MOE = (
     "first_dense_layers: 1, ffn_width: 64, "
     "experts: {kind: swiglu, num_experts: 4, experts_per_token: 2, width: 16}}",
 )
+SPHERES = (*MOE, "optimizer={kind: muonh, lr: 0.02}")
 DOCUMENTS = (
     "data.kind=documents",
     "data.max_document_tokens=60",
@@ -52,16 +53,21 @@ def differences(found: dict[str, float], wanted: dict[str, float], tolerance: fl
     ]
 
 
+def slow(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("kind", "layout", "ranks"),
     [
         ((), ("parallel.zero.stage=0",), 2),
-        ((), ("parallel.zero.stage=3",), 4),
+        slow((), ("parallel.zero.stage=3",), 4),
         ((), ("parallel.tp=2",), 2),
         ((), ("parallel.pp=2", "batch.micro_batch_sequences=1"), 2),
-        ((), ("parallel.tp=2", "parallel.zero.stage=2"), 4),
+        slow((), ("parallel.tp=2", "parallel.zero.stage=2"), 4),
         (MOE, ("parallel.ep=2", "parallel.zero.stage=1"), 2),
-        (MOE, ("parallel.tp=2",), 2),
+        slow(MOE, ("parallel.tp=2",), 2),
+        (SPHERES, ("parallel.zero.stage=3",), 2),
         (DOCUMENTS, ("parallel.zero.stage=3",), 2),
     ],
 )
@@ -80,6 +86,7 @@ def test_values_do_not_depend_on_the_layout(
     wanted, found = monitored(alone), monitored(spread)
     assert len(wanted[0]) > 30
     assert any(key.startswith("monitors/singular/") for key in wanted[1])
+    assert ("monitors/sphere_drift/hidden" in wanted[0]) == (kind == SPHERES)
     # Singular values are of the second step: their vectors, and Adam where gradients are almost
     # zero, enlarge what rounding does.
     assert not differences(found[0], wanted[0], 1e-4)
@@ -99,9 +106,9 @@ def test_other_tokens_are_noticed(tiny: Make, run_ranks: Ranks, tmp_path: Path) 
     ("layout", "ranks"),
     [
         (("parallel.zero.stage=0",), 2),
-        (("parallel.zero.stage=1",), 2),
+        slow(("parallel.zero.stage=1",), 2),
         (("parallel.zero.stage=3", "training.compute_dtype=bf16"), 2),
-        (("parallel.tp=2",), 2),
+        slow(("parallel.tp=2",), 2),
         (("parallel.pp=2", "batch.micro_batch_sequences=1", "model.tied_embeddings=true"), 2),
         ((*MOE, "parallel.ep=2", "parallel.zero.stage=2", "training.compute_dtype=bf16"), 2),
     ],
