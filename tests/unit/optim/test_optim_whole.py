@@ -1,0 +1,60 @@
+"""What rules ask of whole matrices, where all are whole."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from allometry.optim.whole import LocalWhole, Matrix, partial_sums, squared_norms_of_parts
+from rule_groups import normal
+
+SHAPES: list[tuple[int, ...]] = [(4, 6), (3, 2, 5), (7,)]
+PARAMETERS = [normal(f"{shape}", shape) for shape in SHAPES]
+
+
+def cost(rows: int, columns: int) -> float:
+    return float(rows * columns)
+
+
+def test_sums_and_norms_are_those_of_each_matrix_in_float64() -> None:
+    whole = LocalWhole()
+    found = whole.squared_norms(PARAMETERS, PARAMETERS)
+    assert [(len(f), f.dtype) for f in found] == [(n, torch.float64) for n in (1, 3, 1)]
+    for parameter, norms in zip(PARAMETERS, found, strict=True):
+        matrices = parameter if parameter.dim() == 3 else parameter[None]
+        expected = torch.stack([matrix.double().square().sum() for matrix in matrices])
+        torch.testing.assert_close(norms, expected, rtol=1e-14, atol=0)
+    partials = [*map(partial_sums, PARAMETERS), *squared_norms_of_parts(PARAMETERS)]
+    twice = whole.sums([*PARAMETERS, *PARAMETERS], partials)
+    assert all(torch.equal(one, other) for one, other in zip(twice, partials, strict=True))
+    with pytest.raises(AssertionError):
+        whole.sums(PARAMETERS, partials)
+
+
+def test_factors_multiply_the_matrices_they_are_of() -> None:
+    values = [torch.arange(1.0, n + 1).double() for n in (1, 3, 1)]
+    factors = LocalWhole().factors(PARAMETERS, values)
+    assert [factor.shape for factor in factors] == [(), (3, 1, 1), ()]
+    assert all(factor.dtype == torch.float32 for factor in factors)
+    scaled = PARAMETERS[1] * factors[1]
+    assert torch.equal(scaled[2], PARAMETERS[1][2] * 3.0)
+
+
+def test_a_function_is_called_once_for_each_matrix_and_leaves_parts_alone() -> None:
+    matrices = PARAMETERS[:2]
+    before = [matrix.clone() for matrix in matrices]
+    calls: list[Matrix] = []
+
+    def function(matrix: Tensor, which: Matrix) -> Tensor:
+        assert matrix.dim() == 2
+        calls.append(which)
+        return matrix.T.contiguous().T * (1 + len(calls))  # as odd in memory as may be
+
+    whole = LocalWhole()
+    found = whole.map(matrices, matrices, function, cost)
+    assert calls == whole.owned(matrices, cost) == [(0, 0), (1, 0), (1, 1), (1, 2)]
+    assert torch.equal(found[0], before[0] * 2)
+    assert torch.equal(found[1], before[1] * torch.tensor([3.0, 4.0, 5.0]).view(3, 1, 1))
+    assert all(result.is_contiguous() for result in found)
+    assert all(torch.equal(now, then) for now, then in zip(matrices, before, strict=True))
