@@ -17,9 +17,11 @@ from pydantic import TypeAdapter
 from allometry.configs.model import (
     DenseModel,
     MaximalUpdateParameterization,
+    MoEModel,
     ParameterizationConfig,
+    SwiGLUExperts,
 )
-from allometry.configs.optimization import AdamW
+from allometry.configs.optimization import AdamW, MuonH
 from allometry.models.build import build_model, parameter_specs
 from allometry.models.init import initialize
 from allometry.scaling.parameterization import Parameterization
@@ -140,6 +142,57 @@ def test_mup_alone_fails_over_depth() -> None:
     assert found["stream"] >= 0.5, found
     assert failures(found, DEPTH_BOUNDS, Axis.DEPTH), found
     assert failures(found, default_bounds("mup", Axis.DEPTH), Axis.DEPTH), found
+
+
+SMALL = (32, 64, 128)
+HYPERP = {"kind": "hyperp", "embedding_std": 0.5, "base_width": 32, "base_layers": 2}
+MUONH = MuonH(lr=2.0**-6)
+
+
+def test_spheres_move_alike_at_every_width() -> None:
+    found = measured({**HYPERP, "output_multiplier": "1/m"}, SMALL, optimizer=MUONH)
+    assert failures(found, default_bounds("hyperp", Axis.WIDTH)) == [], found
+
+
+def test_logits_of_the_published_head_grow_with_width() -> None:
+    """Its σ does not depend on the width: the check names the logits and nothing else."""
+    found = measured({**HYPERP, "head_std": 0.02}, SMALL, optimizer=MUONH)
+    assert found["logits"] >= 0.5, found
+    (failure,) = failures(found, default_bounds("hyperp", Axis.WIDTH))
+    assert failure.startswith("logits")
+
+
+def test_spheres_over_depth() -> None:
+    found = measured(HYPERP, (2, 4, 8), Axis.DEPTH, optimizer=MUONH)
+    assert failures(found, default_bounds("hyperp", Axis.DEPTH), Axis.DEPTH) == [], found
+
+
+MIXTURE = MoEModel(
+    vocab_size=128,
+    width=32,
+    num_layers=2,
+    num_heads=2,
+    qk_norm=True,
+    experts=SwiGLUExperts(num_experts=4, experts_per_token=2, width=64),
+)
+
+
+def test_a_mixture_under_mup_moves_alike_at_every_width() -> None:
+    found = measured(MUP, SMALL, model=MIXTURE)
+    assert failures(found, MUP_BOUNDS) == [], found
+    control = measured(SP, SMALL, model=MIXTURE)
+    assert control["blocks.0"] >= 0.8, control
+    assert failures(control, MUP_BOUNDS), control
+
+
+@pytest.mark.parametrize("kind", ["mup", "hyperp"])
+def test_a_mixture_moves_alike_with_any_number_of_experts(kind: str) -> None:
+    rules, optimizer = {
+        "mup": (MUP, AdamW(lr=2.0**-6, weight_decay=0.0)),
+        "hyperp": (HYPERP, MUONH),
+    }[kind]
+    found = measured(rules, (4, 8, 16), Axis.EXPERTS, model=MIXTURE, optimizer=optimizer)
+    assert failures(found, default_bounds(kind, Axis.EXPERTS), Axis.EXPERTS) == [], found
 
 
 def test_seeds_have_batches_of_their_own() -> None:
