@@ -36,7 +36,8 @@ from allometry.scaling.plan import RunPlan
 class DeviceBatch:
     """A micro-batch on the device.
 
-    ``sources`` numbers the source of each sequence [B], or of each token [B, L].
+    ``sources`` numbers the source of each sequence [B], or of each token [B, L]. Of whole documents
+    all micro-batches of a step have its ``position``; ``first`` is the first document's number.
     """
 
     tokens_BL: Tensor
@@ -44,6 +45,7 @@ class DeviceBatch:
     sources: Tensor
     documents: Documents | None
     position: int
+    first: int = 0
 
     @classmethod
     def of(cls, batch: Batch, device: torch.device, position: int) -> DeviceBatch:
@@ -77,7 +79,7 @@ class DeviceBatch:
                 counted_BL=None if counted is None else _move(counted, device),
             )
         moved = (_move(x, device) for x in (self.tokens_BL, self.targets_BL, self.sources))
-        return DeviceBatch(*moved, documents, self.position)
+        return DeviceBatch(*moved, documents, self.position, self.first)
 
     @property
     def num_tokens(self) -> int | Tensor:
@@ -255,9 +257,8 @@ def document_batch(
         ring=ring_table(unit.ring, member, lengths, tag) if size > 1 else None,
         offload=unit.offload,
     )
-    return DeviceBatch(
-        _row(tokens, device), _row(targets, device), _row(sources, device), documents, position
-    )
+    rows = (_row(x, device) for x in (tokens, targets, sources))
+    return DeviceBatch(*rows, documents, position, first=unit.documents[0])
 
 
 def filling(device: torch.device, multiple: int, position: int) -> DeviceBatch:

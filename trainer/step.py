@@ -46,9 +46,10 @@ def source_sums(nll_BL: Tensor, targets_BL: Tensor, sources: Tensor, count: int)
     return found @ F.one_hot(sources.flatten(), count).double()
 
 
-def seed_dropout(seed: int, position: int) -> None:
-    """Make what is random in a forward pass depend on (seed, position of the samples) alone."""
-    digest = hashlib.sha256(f"dropout|{seed}|{position}".encode()).digest()
+def seed_dropout(seed: int, batch: DeviceBatch) -> None:
+    """Make what is random in a forward pass depend on seed and place of the samples alone."""
+    place = f"{batch.position}|{batch.first}" if batch.first else str(batch.position)
+    digest = hashlib.sha256(f"dropout|{seed}|{place}".encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
@@ -98,7 +99,7 @@ class TrainStep:
 
         def seed(index: int) -> None:
             assert self._dropout_seed is not None
-            seed_dropout(self._dropout_seed, batches[index].position)
+            seed_dropout(self._dropout_seed, batches[index])
 
         before = None if self._dropout_seed is None else seed
         # A batch without a single target has no gradient rather than a division by zero.

@@ -1,0 +1,36 @@
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from allometry.data.documents import Pieces
+from allometry.data.store import TokenStore
+from allometry.data.synthetic import write_store
+from allometry.parallel.hdp.plan import Unit
+from allometry.trainer.feed import DeviceBatch, document_batch
+from allometry.trainer.step import seed_dropout
+
+CPU = torch.device("cpu")
+UNITS = (Unit((0, 2), (0,)), Unit((1,), (0,)), Unit((3,), (0,)))
+
+
+def test_each_micro_batch_of_documents_has_masks_of_its_own(tmp_path: Path) -> None:
+    write_store(tmp_path / "store", [[1, 2, 3]] * 4)
+    zeros = np.zeros(4, np.int64)
+    pieces = Pieces(
+        zeros + 3, zeros, np.arange(4), zeros, zeros == 0, {0: TokenStore(tmp_path / "store")}
+    )
+
+    def drawn(batch: DeviceBatch, seed: int = 0) -> float:
+        seed_dropout(seed, batch.to(CPU))
+        return float(torch.rand(()))
+
+    batches = [
+        document_batch(unit, 0, pieces, CPU, position=position)
+        for position in (0, 8)
+        for unit in UNITS
+    ]
+    numbers = [drawn(batch) for batch in batches]
+    assert len(set(numbers)) == len(numbers)
+    assert numbers == [drawn(batch) for batch in batches]
+    assert drawn(batches[0], seed=1) not in numbers
