@@ -85,8 +85,8 @@ def _check_policy(config: RunConfig, degrees: Degrees) -> None:
                     f"of micro-batches, which parallel.{key}={value} cannot have; use policy: "
                     f"balanced or parallel.{key}: {1 if key == 'ep' else 2}"
                 )
-    if context.offload == "selective":
-        check_offload(config.model.num_layers // degrees.pp)
+    if context.offload == "selective" and degrees.pp == 1:  # of stages Layout.of asks
+        check_offload(config.model.num_layers)
 
 
 def check_offload(layers: int) -> None:

@@ -15,7 +15,7 @@ from allometry.configs.execution import ParallelConfig, Pipeline
 from allometry.configs.model import ModelConfig, MoEModel
 from allometry.configs.run import RunConfig
 from allometry.scaling.batch import BatchPlan, check_batch
-from allometry.scaling.context import check_context
+from allometry.scaling.context import check_context, check_offload
 from allometry.scaling.count import layer_flops
 
 V_SCHEDULES = ("zbv_zero_bubble", "dualpipe_v")
@@ -132,7 +132,10 @@ class Layout:
             _check_micro_batches(config, degrees)
         if costs is None:
             costs = layer_flops(config.model, config.data.sequence_length)
-        return cls(degrees, pipeline.schedule, _stages(pipeline, count, config.model, costs))
+        stages = _stages(pipeline, count, config.model, costs)
+        if config.parallel.context.offload == "selective":
+            check_offload(min(map(len, stages)))
+        return cls(degrees, pipeline.schedule, stages)
 
     @property
     def pp(self) -> int:

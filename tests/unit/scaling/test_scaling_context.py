@@ -135,8 +135,15 @@ def test_offload() -> None:
     selective = {"offload": "selective"}
     assert "policy: static" in refusal(run({**selective, "policy": "static"}), 2)
     Layout.of(run(selective, pp=2), 4)
-    words = refusal(run(selective, pp=4), 4)
-    assert "the smallest has 2" in words
+    uneven = {"schedule": "1f1b", "split": [6, 2]}
+    interleaved = {"schedule": "interleaved_1f1b", "stages_per_rank": 4}
+    for least, parallel in (
+        (2, {"pp": 4}),
+        (2, {"pp": 2, "pipeline": uneven}),
+        (1, {"pp": 2, "pipeline": interleaved}),
+    ):
+        with pytest.raises(UserError, match=f"the smallest has {least};"):
+            Layout.of(run(selective, **parallel), 4)
 
 
 def test_dropout() -> None:
