@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 import tiny
@@ -15,7 +19,12 @@ from allometry.configs.run import RunConfig
 from allometry.models.build import named_parameters, parameter_specs
 from allometry.optim.build import build_optimizer, set_lr
 from allometry.optim.whole import local
+from allometry.parallel.apply import Parallel
+from allometry.parallel.mesh import Mesh
 from allometry.scaling.parameterization import Parameterization
+from allometry.trainer import checkpoint
+from allometry.trainer.assemble import make_states
+from allometry.trainer.loop import state_tensors
 from placed import LAYOUTS, MOE, given, like
 
 RunRanks = Callable[..., list[Any]]
@@ -60,44 +69,59 @@ def rules(run: RunConfig) -> Parameterization:
     return Parameterization(run.parameterization, run.model, run.optimizer)
 
 
-def alone(run: RunConfig) -> dict[str, nn.Parameter]:
+def alone(run: RunConfig, steps: int = STEPS) -> dict[str, nn.Parameter]:
     """Whole parameters after the steps of one process."""
     model = tiny.initialized(run, torch.device("cpu"))
     named = {name: p for name, _, _, p in named_parameters(model)}
     optimizer = build_optimizer(named.items(), parameter_specs(model), rules(run), run.optimizer)
-    take_steps(named, optimizer, range(STEPS))
+    take_steps(named, optimizer, range(steps))
     return named
 
 
-def differences(layout: dict[str, Any], kinds: list[str]) -> dict[str, dict[str, float]]:
+def difference(
+    run: RunConfig, optimizer: torch.optim.Optimizer, before: dict[str, Tensor], steps: int
+) -> dict[str, float]:
     """Parameters of which this rank's part is not, to the bit, that of one process, and the errors.
 
     torch's fused AdamW on a CPU rounds the last elements of a tensor otherwise than the others, so
     what it updates may differ in the last bit.
     """
+    wanted, wrong = alone(run, steps), {}
+    for group in optimizer.param_groups:
+        for name, p in zip(group["param_names"], group["params"], strict=True):
+            part, expected = local(p.detach()), like(wanted[name].detach(), p)
+            if part.numel() == 0:
+                continue
+            error = float((part - expected).abs().max() / expected.abs().max())
+            if error > (1e-7 if group["rule"] == "adamw" else 0.0):
+                wrong[name] = error
+            assert not torch.equal(part, before[name]), f"{name} must move"
+    return wrong
+
+
+@contextmanager
+def begun(run: RunConfig) -> Iterator[tuple[Parallel, torch.optim.Optimizer, Mesh]]:
+    """This rank's part of the model and its optimizer, at the start of a run."""
+    with tiny.mesh(run) as mesh:
+        parallel = tiny.parallel(run, mesh)
+        optimizer = build_optimizer(
+            parallel.named_parameters(), parallel.specs(), rules(run), run.optimizer, mesh
+        )
+        yield parallel, optimizer, mesh
+
+
+def copies(parallel: Parallel) -> dict[str, Tensor]:
+    return {name: local(p.detach()).clone() for name, p in parallel.named_parameters()}
+
+
+def differences(layout: dict[str, Any], kinds: list[str]) -> dict[str, dict[str, float]]:
     found = {}
     for kind in kinds:
         run = config(layout, kind)
-        with tiny.mesh(run) as mesh:
-            parallel = tiny.parallel(run, mesh)
-            named = dict(parallel.named_parameters())
-            before = {name: local(p.detach()).clone() for name, p in named.items()}
-            optimizer = build_optimizer(
-                named.items(), parallel.specs(), rules(run), run.optimizer, mesh
-            )
-            take_steps(named, optimizer, range(STEPS))
-            wanted = alone(run)
-            wrong = {}
-            for group in optimizer.param_groups:
-                for name, p in zip(group["param_names"], group["params"], strict=True):
-                    part, expected = local(p.detach()), like(wanted[name].detach(), p)
-                    if part.numel() == 0:
-                        continue
-                    error = float((part - expected).abs().max() / expected.abs().max())
-                    if error > (1e-7 if group["rule"] == "adamw" else 0.0):
-                        wrong[name] = error
-                    assert not torch.equal(part, before[name]), f"{name} must move"
-            found[kind] = wrong
+        with begun(run) as (parallel, optimizer, _):
+            before = copies(parallel)
+            take_steps(dict(parallel.named_parameters()), optimizer, range(STEPS))
+            found[kind] = difference(run, optimizer, before, STEPS)
     return found
 
 
@@ -132,3 +156,50 @@ def differences_of_shards(kind: str) -> float:
 @pytest.mark.parametrize("kind", ["muon", "muonh", "adamh", "sgd_sai", "apollo"])
 def test_the_comparison_sees_rules_applied_to_shards(run_ranks: RunRanks, kind: str) -> None:
     assert min(run_ranks(differences_of_shards, 2, kind)) > 1e-4
+
+
+def save(layout: dict[str, Any], kinds: list[str], folder: Path) -> None:
+    """Take some steps and save all states."""
+    for kind in kinds:
+        with begun(config(layout, kind)) as (parallel, optimizer, mesh):
+            take_steps(dict(parallel.named_parameters()), optimizer, range(STEPS))
+            writer = FileSystemWriter(folder / kind)
+            state = state_tensors(parallel, optimizer)
+            dcp.save(state, storage_writer=writer, process_group=mesh.checkpoint_group)
+
+
+def differences_after_loading(
+    layout: dict[str, Any], kinds: list[str], folder: Path
+) -> dict[str, dict[str, float]]:
+    """The same comparison for steps that go on from what another layout has saved."""
+    found = {}
+    for kind in kinds:
+        run = config(layout, kind)
+        with begun(run) as (parallel, optimizer, mesh):
+            before = copies(parallel)
+            make_states(optimizer)
+            assert all(torch.equal(before[name], now) for name, now in copies(parallel).items())
+            checkpoint.load(folder / kind, state_tensors(parallel, optimizer), mesh)
+            take_steps(dict(parallel.named_parameters()), optimizer, range(STEPS, STEPS + 2))
+            found[kind] = difference(run, optimizer, before, STEPS + 2)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("saved_by", "loaded_by"),
+    [
+        ("zero0", "ep2-tp2-zero1"),
+        ("ep2-tp2-zero1", "zero3-4"),
+        ("zero3-4", "pp2-tp2"),
+        ("pp2-tp2", "replicas2-zero3"),
+        ("ep2-zero3", "alone"),
+    ],
+)
+def test_states_move_between_layouts_to_the_bit(
+    run_ranks: RunRanks, tmp_path: Path, saved_by: str, loaded_by: str
+) -> None:
+    world_size, layout = LAYOUTS[saved_by]
+    run_ranks(save, world_size, layout, list(KINDS), tmp_path)
+    world_size, layout = LAYOUTS[loaded_by]
+    for found in run_ranks(differences_after_loading, world_size, layout, list(KINDS), tmp_path):
+        assert found == {kind: {} for kind in KINDS}
