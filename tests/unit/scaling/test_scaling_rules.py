@@ -222,6 +222,23 @@ def test_mupp_batch_rules(
     if rule == "sde":
         with pytest.raises(UserError, match="leaves no second moment"):
             Parameterization(config, mixture(), optimizer(), RunScale(20_000, 1))
+        Parameterization(config, mixture(), None, RunScale(20_000, 1))  # of which no beta2 is known
+
+
+@pytest.mark.parametrize("m", [1, 2, 4])
+def test_heads_as_asked(m: int) -> None:
+    base = scaled.WIDTH**-0.5
+    for name, changes, expected in (
+        ("mup", {"zero_head": True}, ("zeros", 0.0)),
+        ("completep", {"zero_head": True}, ("zeros", 0.0)),
+        ("mupp", {"zero_head": True}, ("zeros", 0.0)),
+        ("mssp-III", {"zero_head": False}, ("normal", base / m)),
+        ("hyperp", {"head_std": 0.02}, ("normal", 0.02)),
+    ):
+        rules = Parameterization(parameterization(name, **changes), mixture(m))
+        got = resolved_by_role(rules)["output"][0]
+        assert got.init_kind == expected[0]
+        assert got.init_std == pytest.approx(expected[1], rel=1e-12)
 
 
 @pytest.mark.parametrize("alpha", [0.5, 1.0])
