@@ -100,7 +100,7 @@ def drift_interval(sweeps: Mapping[int, Sweep], level: float = 0.95) -> tuple[fl
     random = np.random.default_rng(0)
     found = []
     for _ in range(RESAMPLES):
-        seeds = random.integers(number, size=number).tolist()
+        seeds = [int(random.integers(number)) for _ in range(number)]
         found.append(_drift([sweep.optimum(seeds) for sweep in sweeps.values()]))
     kept = np.array(found)[np.isfinite(found)]
     if len(kept) < RESAMPLES / 2:
