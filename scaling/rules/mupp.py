@@ -34,9 +34,8 @@ class MuPlusPlus(MaximalUpdate):
         self._l = model.num_layers / config.base_layers
         tokens = config.base_batch_tokens
         self._b = scale.batch_tokens / tokens if scale and tokens else 1.0
-        beta2 = getattr(optimizer, "beta2", None)
-        changed = beta2 is not None and self.forgetting != 1.0
-        if changed and (1.0 - beta2) * self.forgetting >= 1.0:
+        beta2: float | None = getattr(optimizer, "beta2", None)
+        if beta2 is not None and (1.0 - beta2) * self.forgetting >= 1.0 != self.forgetting:
             raise UserError(
                 f"parameterization.batch_rule={self._rule} multiplies 1 - optimizer.beta2="
                 f"{1.0 - beta2:g} by {self.forgetting:g}, which leaves no second moment; choose a "
