@@ -44,7 +44,7 @@ def data_here(config: RunConfig, plan: RunPlan) -> dict[str, Any]:
 def learning_rates(config: RunConfig, plan: RunPlan, schedule: Schedule) -> list[dict[str, Any]]:
     """The learning rate at the corners of its schedule."""
     total = plan.total_steps
-    corners = {1, max(1, plan.warmup_steps), max(1, schedule.decay_start), total}
+    corners = {1, max(1, plan.warmup_steps), max(1, schedule.decay_start), *schedule.ends}
     corners |= {max(1, round(total * share)) for share in (0.25, 0.5, 0.75, 0.9)}
     peak = config.optimizer.lr
     return [

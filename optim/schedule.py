@@ -80,6 +80,11 @@ class Schedule:
         assert self._ends[-1] == total_steps, (self._ends, total_steps)
         self.decay_start = self._ends[-2] + self._stretches[-1].decay_start
 
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The last steps of its stretches, that of the run among them."""
+        return tuple(self._ends[1:])
+
     def fraction(self, step: int) -> float:
         """Return the learning rate of this step (1 ... total_steps) over the peak rate."""
         assert 1 <= step <= self.total_steps, (step, self.total_steps)
