@@ -68,6 +68,9 @@ def slow(*values: Any) -> Any:
         (MOE, ("parallel.ep=2", "parallel.zero.stage=1"), 2),
         slow(MOE, ("parallel.tp=2",), 2),
         (SPHERES, ("parallel.zero.stage=3",), 2),
+        slow((), ("parallel.zero={stage: 2, offload: cpu}",), 2),
+        slow((), ("parallel.zero={stage: 1, replicas: 2}",), 2),
+        slow(DOCUMENTS, ("parallel.pp=2", "parallel.zero.stage=1"), 4),
         (DOCUMENTS, ("parallel.zero.stage=3",), 2),
     ],
 )
