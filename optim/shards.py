@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
@@ -87,11 +88,13 @@ class Placements:
             names = mesh.mesh_dim_names
             assert names is not None, mesh
             boxes = []
-            for place in self._places:
-                shape, offset = _compute_local_shape_and_global_offset(
-                    parameter.shape, mesh.shape, [place[name] for name in names], placements
-                )
-                boxes.append(_box(shape, offset))
+            # In a rehearsal, whose tensors have no values, these numbers must have theirs.
+            with unset_fake_temporarily():
+                for place in self._places:
+                    shape, offset = _compute_local_shape_and_global_offset(
+                        parameter.shape, mesh.shape, [place[name] for name in names], placements
+                    )
+                    boxes.append(_box(shape, offset))
             mine = boxes[self._rank]
             assert mine.numel == parameter.to_local().numel(), (parameter.shape, placements, mine)
             self._known[key] = Placed(_size(parameter.shape), tuple(boxes))
