@@ -230,7 +230,7 @@ def _line(variant: Variant, found: Transfer) -> str:
     rates = " / ".join(f"{o.log2_lr:.2f}{'' if o.interior else '?'}" for o in optima.values())
     losses = " / ".join(f"{o.loss:.3f}" for o in optima.values())
     low, high = drift_interval({size: found.sweep(size) for size in found.sizes})
-    spread = np.nanmean([found.sweep(size).spread() for size in found.sizes])
+    spread = np.mean([found.sweep(size).spread() for size in found.sizes])
     return (
         f"| {variant.name} | {rates} | {found.drift():.2f} ({low:.2f} to {high:.2f}) "
         f"| {spread:.2f} | {losses} |"

@@ -75,7 +75,10 @@ class Sweep:
         return quadratic_optimum(self.log2_lrs, chosen.mean(axis=1).tolist())
 
     def spread(self) -> float:
-        """Return max - min of log2 of the best rate over single seeds (NaN: one has none)."""
+        """Return max - min of log2 of the best rate over single seeds (NaN: one has none, or there
+        is one seed only)."""
+        if self.losses_RS.shape[1] < 2:
+            return float("nan")
         found = [self.optimum([seed]) for seed in range(self.losses_RS.shape[1])]
         if not all(optimum.interior for optimum in found):
             return float("nan")

@@ -62,4 +62,5 @@ def test_drift_and_its_interval() -> None:
 def test_a_size_without_an_optimum_has_no_drift() -> None:
     sweeps = {32: sweep([-7.0]), 64: sweep([-3.0])}
     assert math.isnan(drift(sweeps))
+    assert math.isnan(sweeps[32].spread()), "one seed has no spread"
     assert all(math.isnan(end) for end in drift_interval(sweeps))
