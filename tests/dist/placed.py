@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 import tiny
 
-# Rows of 61, 24, 12, 21, 10 and 14: no number of ranks divides them all.
+# Rows of 61, 24, 12, 21, 26 and 10, and 6 experts: 4 ranks get unequal parts, and one of them none.
 MOE = {
     "kind": "moe",
     "vocab_size": tiny.VOCAB,
@@ -23,7 +23,7 @@ MOE = {
     "head_dim": 6,
     "first_dense_layers": 1,
     "ffn_width": 26,
-    "experts": {"kind": "swiglu", "num_experts": 4, "experts_per_token": 2, "width": 10},
+    "experts": {"kind": "swiglu", "num_experts": 6, "experts_per_token": 2, "width": 10},
     "router": {"gate": "sigmoid", "balance": {"kind": "bias", "rate": 0.01}},
 }
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import tiny
@@ -46,6 +47,7 @@ def whole_errors(layout: dict[str, Any]) -> dict[str, Any]:
         named = matrices(parallel)
         values = {name: given(name, p.shape) for name, p in named.items()}
         parts = [like(values[name], p).clone() for name, p in named.items()]
+        groups = len(dist.distributed_c10d._world.pg_map)
         whole, calls = ShardedWhole(mesh), []
 
         def function(matrix: Tensor, which: Matrix) -> Tensor:
@@ -75,6 +77,7 @@ def whole_errors(layout: dict[str, Any]) -> dict[str, Any]:
             scaled = (x * x.square().sum((1, 2), True)).view(p.shape).float()
             torch.testing.assert_close(part * factor, like(scaled, p), rtol=1e-6, atol=0.0)
         held = {name: p.shape for name, p in named.items()}
+        assert len(dist.distributed_c10d._world.pg_map) == groups, "the mesh has all groups"
         return {
             "wrong": wrong,
             "error": error,
