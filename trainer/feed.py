@@ -187,6 +187,39 @@ def sequence_steps(
             )
 
 
+_SURELY = 32
+"""Longest documents in a step beyond which one begins in it for certain, or as good as."""
+
+
+def check_steps(stream: DocumentStream, plan: RunPlan) -> None:
+    """Check that a document begins in every step of the run, before its first one is taken.
+
+    A step may lie within one long document of each source. It reads no token, some 0.1 ms a step,
+    and nothing where steps are so large that it cannot be.
+
+    Raises:
+        UserError: no document begins in a step; it names the first one.
+    """
+    least, longest = plan.batch.sequences(1), stream.max_document_tokens
+    window = stream.sequence_length
+    # The heaviest source has as many windows of a step, give or take one.
+    heaviest = int(max(stream.mixture.shares) * least) - 1
+    lone = any(int(store.lengths.min()) < 2 for store in stream.stores)
+    if not lone and (heaviest * window > longest or least * window >= _SURELY * longest):
+        return
+    before = 0
+    for step in range(1, plan.total_steps + 1):
+        tokens = stream.tokens(plan.batch.sequences_before(step + 1))
+        if tokens == before:
+            raise UserError(
+                f"no document of two tokens or more begins in step {step} of {plan.total_steps} "
+                f"(batch.sequences={plan.batch.sequences(step)} windows of {window} tokens, shared "
+                f"by {len(stream.sources)} sources), so there is nothing to train on; raise "
+                f"batch.sequences, lower data.max_document_tokens={longest} or end the run before"
+            )
+        before = tokens
+
+
 def document_steps(
     stream: DocumentStream,
     plan: RunPlan,
@@ -201,11 +234,7 @@ def document_steps(
     def fetch(step: int) -> StepInput:
         position = plan.batch.sequences_before(step)
         pieces = stream.pieces(position, plan.batch.sequences(step))
-        if not len(pieces):
-            raise UserError(
-                f"no document of two tokens or more begins in step {step}, so there is nothing to "
-                "train on; raise batch.sequences or prepare the sources from longer documents"
-            )
+        assert len(pieces), f"step {step} has no document, which check_steps should have found"
         made = planner.plan(pieces.lengths.tolist())
         return StepInput(planner.batches(made, pieces, mesh.hdp.rank, host, position), made)
 

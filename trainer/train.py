@@ -37,7 +37,13 @@ from allometry.trainer.evaluate import (
     held_out_documents,
     held_out_sequences,
 )
-from allometry.trainer.feed import DocumentPlanner, StepInput, document_steps, sequence_steps
+from allometry.trainer.feed import (
+    DocumentPlanner,
+    StepInput,
+    check_steps,
+    document_steps,
+    sequence_steps,
+)
 from allometry.trainer.folder import RunFolder
 from allometry.trainer.loop import Loop, Progress, RunResult, state_tensors
 from allometry.trainer.monitors import Monitors
@@ -118,6 +124,8 @@ def _open_stream(config: RunConfig, plan: RunPlan) -> Stream | DocumentStream:
     """The data, after checking that tokenizer and vocabulary fit it."""
     stream = open_stream(config.data, config.run.seed)
     check_vocabulary(config.model.vocab_size, stream.stores)
+    if isinstance(stream, DocumentStream):
+        check_steps(stream, plan)
     sequences = plan.batch.sequences_before(plan.total_steps + 1)
     for name, epochs in stream.epochs(sequences).items():
         if epochs > MANY_EPOCHS:

@@ -142,3 +142,22 @@ def test_a_step_that_begins_no_document_is_one_sentence(
     )
     with pytest.raises(UserError, match="no document of two tokens or more begins in step"):
         train(config)
+    assert not RunFolder(config.run.folder).metrics.exists()  # found before the first step
+
+
+def test_a_step_within_long_documents_of_all_sources_is_found_first(
+    tiny: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    # One in two steps of two windows, one of each source, lies within a document of each.
+    for name in "ab":
+        write_store(tmp_path / name, [[1] * 8] * 20)
+    config = tiny(
+        "data.kind=documents",
+        "data.max_document_tokens=8",
+        "data.sequence_length=4",
+        f"data.sources=[{{name: a, train: {tmp_path}/a}}, {{name: b, train: {tmp_path}/b}}]",
+        "batch.micro_batch_sequences=1",
+        "batch.sequences=2",
+    )
+    with pytest.raises(UserError, match=r"begins in step 2 of .*batch.sequences=2 windows of 4"):
+        train(config)
