@@ -213,7 +213,8 @@ def _smallest_batch(configs: Sequence[RunConfig], *world_sizes: int) -> int:
     """The fewest sequences of a step that every layout can run, each rank more than one of them."""
     failure: UserError | None = None
     least = max(_least_sequences(config) for config in configs)
-    for sequences in range(max(2, least), max(129, 2 * least)):
+    ranks = max(int(config.parallel.hdp) for config in configs)
+    for sequences in range(max(2, least), max(129, 2 * least, 4 * ranks)):
         try:
             for config, world_size in zip(configs, world_sizes, strict=True):
                 sized = config.batch.model_copy(update={"sequences": sequences})
@@ -221,7 +222,7 @@ def _smallest_batch(configs: Sequence[RunConfig], *world_sizes: int) -> int:
         except UserError as error:
             failure = error
         else:
-            if sequences >= 2 * max(int(config.parallel.hdp) for config in configs):
+            if sequences >= 2 * ranks:
                 return sequences
     assert failure is not None
     raise failure
