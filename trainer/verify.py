@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 import tempfile
 import time
@@ -174,8 +175,17 @@ def _longest(config: RunConfig) -> int:
 
 
 def _least_sequences(config: RunConfig) -> int:
-    """The smallest batch that a configuration may have: a document of any length fits in."""
-    return -(-_longest(config) // config.data.sequence_length)
+    """The smallest batch that a configuration may have.
+
+    A document of any length fits in, and in each step one begins: the heaviest source has more
+    windows of each than a document can cover (``feed.check_steps``).
+    """
+    data = config.data
+    if data.kind != "documents":
+        return 1
+    weights = [source.weight for source in data.sources]
+    windows = data.max_document_tokens // data.sequence_length + 2
+    return math.ceil(windows * sum(weights) / max(weights) + 1e-6)
 
 
 def _jobs(

@@ -11,8 +11,10 @@ from allometry.configs.errors import ConfigError, UserError
 from allometry.configs.execution import ParallelConfig
 from allometry.configs.layouts import parse_parallel
 from allometry.configs.run import RunConfig
+from allometry.data.documents import DocumentStream
+from allometry.data.stream import open_stream
 from allometry.launch.verify import run
-from allometry.trainer.verify import Certificate, LayoutResult, verify
+from allometry.trainer.verify import Certificate, LayoutResult, _small, verify
 
 Make = Callable[..., RunConfig]
 MOE = {
@@ -68,6 +70,32 @@ def test_layouts_of_whole_documents_are_certified(tiny: Make, tmp_path: Path) ->
     layouts = ["hdp=2", "pp=2,hdp=2"]
     text, passed = run(config, layouts, tmp_path / "certificate.json", as_json=False)
     assert passed, text
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_every_step_of_a_certificate_begins_a_document(
+    seed: int, tiny: Make, tmp_path: Path
+) -> None:
+    sources = [
+        {"name": name, "train": name, "weight": weight}
+        for name, weight in zip("abc", (3, 2, 1), strict=True)
+    ]
+    config = tiny(
+        "data.kind=documents",
+        "data.max_document_tokens=512",
+        f"data.sources={json.dumps(sources)}",
+        "batch.micro_batch_sequences=1",
+        "batch.sequences=64",
+        "parallel.context.capacity_tokens=512",
+        f"run.seed={seed}",
+    )
+    small = _small(config, tmp_path)
+    stream = open_stream(small.data, seed)
+    assert isinstance(stream, DocumentStream)
+    counts = [
+        len(stream.pieces(step * small.batch.sequences, small.batch.sequences)) for step in range(4)
+    ]
+    assert min(counts) > 0, counts
 
 
 @pytest.mark.parametrize(
