@@ -113,6 +113,14 @@ class Mesh:
             dist.all_gather_object(gathered, value, group=self.host_group)
         return gathered
 
+    def all_equal(self, number: int) -> bool:
+        """Return, on every rank, whether all ranks passed the same number (below 2**62)."""
+        if self.world_size == 1:
+            return True
+        bounds = torch.tensor([number, -number])
+        dist.all_reduce(bounds, dist.ReduceOp.MAX, group=self.host_group)
+        return int(bounds[0]) == -int(bounds[1])
+
     def barrier(self, reason: str) -> None:
         """Wait for all ranks; if some do not come within the timeout, say which, before what."""
         if self.world_size == 1:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -239,9 +240,24 @@ def document_steps(
         return StepInput(planner.batches(made, pieces, mesh.hdp.rank, host, position), made)
 
     with Prefetcher(fetch, steps) as ahead:
-        for _ in steps:
+        for step in steps:
             found = next(ahead)
+            assert found.plan is not None
+            # A plan is arithmetic of doubles: another processor or numpy might round otherwise, and
+            # ranks with different plans would wait for ever, or take one's keys for the other's.
+            if not mesh.all_equal(fingerprint(found.plan)):
+                raise UserError(
+                    f"ranks planned the documents of step {step} differently; give all nodes the "
+                    "same versions of Python and numpy, or use parallel.context.policy: static"
+                )
             yield StepInput([batch.to(mesh.device) for batch in found.batches], found.plan)
+
+
+def fingerprint(plan: Plan) -> int:
+    """Return a number that differs between plans that ranks could not run together."""
+    units = [(unit.documents, unit.ring, unit.offload) for unit in plan.units]
+    text = repr((list(plan.lengths), plan.mode, units, plan.orders))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little")
 
 
 def document_batch(

@@ -29,6 +29,7 @@ def use_a_started_group() -> dict[str, Any]:
         "alone": float(mesh.all_reduce_sum(torch.tensor(float(mesh.rank + 1)), "tp")),
         "told": mesh.broadcast_object({"from": mesh.rank}, source=1),
         "gathered": mesh.gather_objects(f"rank {mesh.rank}"),
+        "equal": (mesh.all_equal(2**55 + 1), mesh.all_equal(2**55 + mesh.rank)),
         "groups": len({id(g) for g in (dist.group.WORLD, mesh.host_group, mesh.checkpoint_group)}),
     }
     mesh.barrier("the end of the test")
@@ -48,6 +49,7 @@ def test_axes_and_helpers(run_ranks: RunRanks) -> None:
             "alone": rank + 1.0,
             "told": {"from": 1},
             "gathered": ["rank 0", "rank 1", "rank 2", "rank 3"],
+            "equal": (True, False),
             "groups": 3,
         }
 

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -6,8 +7,8 @@ import torch
 from allometry.data.documents import Pieces
 from allometry.data.store import TokenStore
 from allometry.data.synthetic import write_store
-from allometry.parallel.hdp.plan import Unit
-from allometry.trainer.feed import DeviceBatch, document_batch
+from allometry.parallel.hdp.plan import Plan, Unit
+from allometry.trainer.feed import DeviceBatch, document_batch, fingerprint
 from allometry.trainer.step import seed_dropout
 
 CPU = torch.device("cpu")
@@ -34,3 +35,20 @@ def test_each_micro_batch_of_documents_has_masks_of_its_own(tmp_path: Path) -> N
     assert len(set(numbers)) == len(numbers)
     assert numbers == [drawn(batch) for batch in batches]
     assert drawn(batches[0], seed=1) not in numbers
+
+
+def test_a_plans_fingerprint_is_of_what_ranks_must_agree_on() -> None:
+    units = (Unit((0,), (0, 1), cost=1.0), Unit((1,), (0,)), Unit((2,), (1,)))
+    plan = Plan((9, 4, 4), 2, "free", units, ((0, 1), (0, 2)))
+    other = Unit((0,), (1, 0), cost=1.0)
+    changed = [
+        replace(plan, lengths=(9, 4, 5)),
+        replace(plan, units=(other, *units[1:])),
+        replace(plan, orders=((1, 0), (0, 2))),
+        replace(plan, mode="aligned"),
+    ]
+    found = {fingerprint(plan), *(fingerprint(one) for one in changed)}
+    assert len(found) == 1 + len(changed)
+    dearer = replace(units[0], cost=2.0)  # costs may differ in a last bit, as long as nothing else
+    assert fingerprint(replace(plan, units=(dearer, *units[1:]))) == fingerprint(plan)
+    assert max(found) < 2**62
