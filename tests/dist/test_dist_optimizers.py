@@ -125,7 +125,18 @@ def differences(layout: dict[str, Any], kinds: list[str]) -> dict[str, dict[str,
     return found
 
 
-@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "alone"])
+ALWAYS = ("zero0", "zero3-4", "ep2-tp2-zero1", "pp2-tp2", "replicas2-zero3")
+"""The others wait for make test-all."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ALWAYS else pytest.param(name, marks=pytest.mark.slow)
+        for name in LAYOUTS
+        if name != "alone"
+    ],
+)
 def test_given_gradients_give_the_same_bits_in_every_layout(run_ranks: RunRanks, name: str) -> None:
     world_size, layout = LAYOUTS[name]
     for found in run_ranks(differences, world_size, layout, list(KINDS)):
@@ -191,8 +202,8 @@ def differences_after_loading(
         ("zero0", "ep2-tp2-zero1"),
         ("ep2-tp2-zero1", "zero3-4"),
         ("zero3-4", "pp2-tp2"),
-        ("pp2-tp2", "replicas2-zero3"),
-        ("ep2-zero3", "alone"),
+        pytest.param("pp2-tp2", "replicas2-zero3", marks=pytest.mark.slow),
+        pytest.param("ep2-zero3", "alone", marks=pytest.mark.slow),
     ],
 )
 def test_states_move_between_layouts_to_the_bit(
