@@ -8,7 +8,6 @@ import sys
 from typing import NoReturn
 
 from allometry.configs.errors import UserError
-from allometry.configs.loader import load
 from allometry.launch.start import settle_allocator
 
 
@@ -19,6 +18,8 @@ def run(
     stop_at_step: int | None = None,
 ) -> None:
     """Train in this process, which is a rank of a torchrun or the only one."""
+    from allometry.configs.loader import load  # the command line's help comes by here, and is quick
+
     config = load(config_path, overrides)
     name = settle_allocator(allocator)
     # All ranks would say the same; the main one says it.
