@@ -18,38 +18,20 @@ from allometry.data.order import DocumentOrder, permutation
 from allometry.data.store import TokenStore
 from allometry.data.stream import Stream, open_stream
 from allometry.data.synthetic import write_index, write_store
+from stores import sources, write_two_sources
 
 SEED = 7
 Piece = tuple[list[int], list[int]]
 
 
 def config(folder: Path, length: int, limit: int, **weights: float) -> DocumentData:
-    held = (folder / "held.bin").exists()
-    sources = [
-        {"name": name, "train": str(folder / name), "weight": weight}
-        | ({"validation": str(folder / "held")} if held else {})
-        for name, weight in weights.items()
-    ]
-    return DocumentData.model_validate(
-        {"sequence_length": length, "max_document_tokens": limit, "sources": sources}
-    )
+    sizes = {"sequence_length": length, "max_document_tokens": limit}
+    return DocumentData.model_validate({**sizes, "sources": sources(folder, **weights)})
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two sources in which every token tells its document and place; some documents are empty."""
-    folder = tmp_path_factory.mktemp("stores")
-    rng = np.random.default_rng(0)
-    for name, first, lengths in (
-        ("code", 1, rng.integers(0, 23, 40)),
-        ("prose", 30000, rng.integers(1, 5, 25)),
-    ):
-        ends = np.cumsum(lengths)
-        documents = [
-            np.arange(first + end - n, first + end) for n, end in zip(lengths, ends, strict=True)
-        ]
-        write_store(folder / name, documents)
-    return folder
+    return write_two_sources(tmp_path_factory.mktemp("stores"))
 
 
 def plain_pieces(store: TokenStore, name: str, limit: int) -> Iterator[tuple[int, Piece]]:

@@ -17,36 +17,19 @@ from allometry.data.shuffle import Shuffle
 from allometry.data.store import TokenStore
 from allometry.data.stream import Stream
 from allometry.data.synthetic import write_store
+from stores import sources, write_two_sources
 
 
 def config(
     folder: Path, length: int, packing: str = "per_document", **weights: float
 ) -> SequenceData:
-    sources = [
-        {"name": name, "train": str(folder / name), "weight": weight}
-        | ({"validation": str(folder / "held")} if (folder / "held.bin").exists() else {})
-        for name, weight in weights.items()
-    ]
-    return SequenceData.model_validate(
-        {"sequence_length": length, "packing": packing, "sources": sources}
-    )
+    shape = {"sequence_length": length, "packing": packing}
+    return SequenceData.model_validate({**shape, "sources": sources(folder, **weights)})
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two sources in which every token tells its source, document and place."""
-    folder = tmp_path_factory.mktemp("stores")
-    rng = np.random.default_rng(0)
-    for name, first, lengths in (
-        ("code", 1, rng.integers(0, 23, 40)),
-        ("prose", 30000, rng.integers(1, 5, 25)),
-    ):
-        ends = np.cumsum(lengths)
-        documents = [
-            np.arange(first + end - n, first + end) for n, end in zip(lengths, ends, strict=True)
-        ]
-        write_store(folder / name, documents)
-    return folder
+    return write_two_sources(tmp_path_factory.mktemp("stores"))
 
 
 def plain_line(store: TokenStore, key: str) -> Iterator[tuple[int, bool]]:

@@ -207,7 +207,11 @@ def test_aligned_random_plans_end_with_every_schedule(schedule: str) -> None:
         for order in plan.orders:
             count = max(-(-len(order) // rounds) * rounds, 4)
             orders.append((*order, *[None] * (count - len(order))))
-        replay(replace(plan, orders=tuple(orders)), orders_of(schedule, 2))
+        played = replay(replace(plan, orders=tuple(orders)), orders_of(schedule, 2))
+        forwards = 2 if schedule in ONE_STAGE_SCHEDULES else 4
+        for pipeline, order in zip(played.spans, orders, strict=True):
+            done = [span for lane in pipeline for span in lane if span.action.kind == "F"]
+            assert len(done) == forwards * len(order), "every pass was played"
 
 
 def test_replay_is_linear() -> None:

@@ -64,4 +64,6 @@ def test_stages_are_gathered_first_and_reduced_last(
 
 
 def test_schedules_of_one_stage_reduce_at_their_end_already() -> None:
-    _gather_first_and_reduce_last(object())
+    schedule = SimpleNamespace(_stage="one")
+    _gather_first_and_reduce_last(schedule)
+    assert vars(schedule) == {"_stage": "one"}, "there is no list of actions to change"

@@ -88,7 +88,8 @@ def test_what_can_be(policy: str, parallel: dict[str, Any]) -> None:
         context["degree"] = 2
     else:
         context["offload"] = "selective"
-    Layout.of(run(context, **parallel), 4)
+    found = Layout.of(run(context, **parallel), 4)
+    assert found.degrees.hdp == 4 // parallel.get("pp", 1)
 
 
 def test_context_without_documents_is_not_ignored() -> None:

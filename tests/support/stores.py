@@ -1,0 +1,34 @@
+"""Stores in which every token tells its source, its document and its place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from allometry.data.synthetic import write_store
+
+
+def write_two_sources(folder: Path) -> Path:
+    """``code`` and ``prose``, whose tokens count on through a source; some documents are empty."""
+    rng = np.random.default_rng(0)
+    for name, first, lengths in (
+        ("code", 1, rng.integers(0, 23, 40)),
+        ("prose", 30000, rng.integers(1, 5, 25)),
+    ):
+        ends = np.cumsum(lengths)
+        documents = [
+            np.arange(first + end - n, first + end) for n, end in zip(lengths, ends, strict=True)
+        ]
+        write_store(folder / name, documents)
+    return folder
+
+
+def sources(folder: Path, **weights: float) -> list[dict[str, Any]]:
+    """The sources of a description; ``held``, where it is there, is held out of each."""
+    held = {"validation": str(folder / "held")} if (folder / "held.bin").exists() else {}
+    return [
+        {"name": name, "train": str(folder / name), "weight": weight} | held
+        for name, weight in weights.items()
+    ]
