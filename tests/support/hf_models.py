@@ -36,7 +36,7 @@ CASES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 """Name of a case -> family, and what its configuration has besides the common sizes."""
 
 
-def make(case: str, **more: Any) -> Any:
+def make(case: str, std: float = 0.3, **more: Any) -> Any:
     """Return a model of transformers whose every weight, norms included, is random."""
     import transformers
 
@@ -52,7 +52,7 @@ def make(case: str, **more: Any) -> Any:
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             is_gain = parameter.dim() == 1
-            parameter.copy_(1 + 0.3 * noise if is_gain else 0.3 * noise)
+            parameter.copy_(1 + std * noise if is_gain else std * noise)
     return model
 
 

@@ -87,6 +87,20 @@ def largest(one: Tensor, other: Tensor) -> float:
 
 
 @pytest.mark.parametrize("case", CASES)
+def test_logits_of_fresh_models_agree_absolutely(case: str, tiny: Make, tmp_path: Path) -> None:
+    """With weights as they are usually drawn (σ 0.02); the others here are larger, to show more."""
+    source = save(tmp_path / "hf", case, std=0.02)
+    config = config_for(tiny, source)
+    import_hf(source, config, tmp_path / "run")
+    ours = our_logits(config, tmp_path / "run" / "checkpoints" / "step-0")
+    theirs = logits(source, TOKENS)
+    assert largest(ours, theirs) <= 1e-5
+    export_hf(tmp_path / "run", tmp_path / "back")
+    assert largest(ours, logits(tmp_path / "back", TOKENS)) <= 1e-5
+    assert largest(ours, ours.roll(1, dims=1)) > 1e-3, "logits that are not all alike"
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_there_and_back(case: str, tiny: Make, tmp_path: Path) -> None:
     source = save(tmp_path / "hf", case)
     config = config_for(tiny, source)
