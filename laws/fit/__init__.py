@@ -1,0 +1,1 @@
+"""Fitting law forms to observations."""

@@ -1,0 +1,116 @@
+"""What a law is: a form with named parameters, the units it consumes, its source and its range."""
+
+# S parameter sets, n rows, P parameters
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from allometry.configs.errors import UserError
+from allometry.laws.observations import Observations
+
+Values = Mapping[str, Any]
+"""Value of each parameter: a float, or an array [S, 1] for S sets at once; complex too."""
+Predictions = NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Variable:
+    """A column that a law reads or predicts: ``N``, its unit and what it counts."""
+
+    name: str
+    unit: str
+    description: str
+    positive: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A number that a fit finds.
+
+    ``low``, ``high``: bounds of the value. ``scale``: whether a fit moves the value itself or its
+    natural log (then the value is positive). ``start``: where blind starts are drawn from, evenly
+    on the scale, and given as values; ``grid``: instead a grid of starts, as values. ``linear``:
+    the prediction is a linear function of this parameter and the other linear ones together, so
+    that a fit solves for them.
+    """
+
+    name: str
+    unit: str
+    low: float
+    high: float
+    start: tuple[float, float]
+    scale: Literal["linear", "log"] = "linear"
+    grid: tuple[float, ...] | None = None
+    linear: bool = False
+
+    def __post_init__(self) -> None:
+        assert self.low <= self.start[0] <= self.start[1] <= self.high, self
+        assert self.scale == "linear" or self.start[0] > 0.0, self
+
+
+class Form(ABC):
+    """One law. Forms hold no fitted state: a ``Fit`` is a form with values.
+
+    ``name``: as typed by users. ``equation``: one line. ``source``: paper and equation.
+    ``inputs``/``target``: columns it reads and predicts. ``parameters``: in the order of a fit's
+    vectors. ``valid``: the range of what it was shown on, in words. ``published``: named sets of
+    coefficients from papers, for predictions without a fit and for tests; fits never start there.
+    ``residual``: on which scale a fit compares, by default: of logs (for a positive target) or of
+    the values.
+    """
+
+    name: ClassVar[str]
+    equation: ClassVar[str]
+    source: ClassVar[str]
+    inputs: ClassVar[tuple[Variable, ...]]
+    target: ClassVar[Variable]
+    parameters: ClassVar[tuple[Parameter, ...]]
+    valid: ClassVar[str]
+    published: ClassVar[Mapping[str, Mapping[str, float]]] = {}
+    residual: ClassVar[Literal["log", "linear"]] = "log"
+
+    def prepare(self, observations: Observations) -> Any:
+        """Return what ``predict`` needs of the rows, computed once for many predictions.
+
+        Here: the input columns, checked. Forms of curves also precompute sums.
+
+        Raises:
+            UserError: a column is missing, not finite, or not positive where it must be.
+        """
+        columns = {}
+        for variable in self.inputs:
+            values = observations[variable.name]
+            bad = ~np.isfinite(values) | ((values <= 0.0) if variable.positive else False)
+            if bad.any():
+                row = int(np.argmax(bad))
+                raise UserError(
+                    f"{variable.name} of row {row + 1} ({observations.groups[row]}) is "
+                    f"{values[row]}, and {self.name} needs "
+                    f"{'a positive number' if variable.positive else 'a number'}; mend or drop it"
+                )
+            columns[variable.name] = values
+        return columns
+
+    @abstractmethod
+    def predict(self, values: Values, prepared: Any) -> Predictions:
+        """Return the target [S, n] (or [n] for plain floats).
+
+        Written with numpy operations that broadcast [S, 1] against [n] and hold for complex
+        values, as derivatives are taken by complex steps where ``derivatives`` is not overridden.
+        """
+
+    def derivatives(
+        self, values: Values, prepared: Any
+    ) -> tuple[Predictions, NDArray[np.float64]] | None:
+        """Return predictions [S, n] and their derivatives [S, P, n] by parameter value, or None.
+
+        None: the fit takes complex steps. Override where speed matters.
+        """
+        return None

@@ -1,0 +1,36 @@
+"""All laws by name."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from functools import cache
+
+from allometry.configs.errors import UserError
+from allometry.laws import forms
+from allometry.laws.forms.base import Form
+
+
+@cache
+def all_forms() -> dict[str, Form]:
+    """Return every form of ``laws/forms`` by name; a file lists its own in ``FORMS``."""
+    found: dict[str, Form] = {}
+    for module in sorted(info.name for info in pkgutil.iter_modules(forms.__path__)):
+        if module == "base":
+            continue
+        for form in importlib.import_module(f"{forms.__name__}.{module}").FORMS:
+            assert form.name not in found, form.name
+            found[form.name] = form
+    return found
+
+
+def form_named(name: str) -> Form:
+    """Return the form of this name.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = all_forms()
+    if name not in found:
+        raise UserError(f"no law is called {name!r}; use one of {', '.join(sorted(found))}")
+    return found[name]
