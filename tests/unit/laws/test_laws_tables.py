@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from allometry.configs.errors import UserError
+from allometry.laws.expressions import Condition, Expression
+from allometry.laws.tables import is_table, read_table
+from law_data import law_data
+
+CSV = """\
+Model Size,Training FLOP,loss,set,D/N
+1e6,6e13,4.0,C4,10
+2e6,24e13,3.5,C4,10
+2e6,48e13,,C4,20
+4e6,96e13,3.0,"Pile, all",10
+"""
+MAPPING = {"N": "Model Size", "C": "Training FLOP", "D": "C/(6*N)"}
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    path = tmp_path / "runs.csv"
+    path.write_text(CSV)
+    return path
+
+
+def test_columns_are_mapped_computed_and_chosen(table: Path) -> None:
+    found = read_table(table, ["N", "D", "loss"], mapping=MAPPING, where=["loss < 3.9"])
+    np.testing.assert_array_equal(found["N"], [2e6, 4e6])
+    np.testing.assert_allclose(found["D"], [2e7, 4e7], rtol=1e-15)
+    np.testing.assert_array_equal(found["loss"], [3.5, 3.0])
+    np.testing.assert_array_equal(found["C"], [24e13, 96e13])
+    assert found.groups == ("runs.csv:3", "runs.csv:5")
+    assert found.conventions["N"] == "Model Size of runs.csv"
+    assert found.conventions["loss"] == "loss of runs.csv"
+
+
+def test_names_with_other_signs_are_columns_by_themselves_or_in_backticks(table: Path) -> None:
+    mapping = {"N": "`Model Size` * 1", "D": "`Training FLOP`/(6*N)", "M": "D/N"}
+    found = read_table(table, ["N", "D", "M"], mapping=mapping)
+    np.testing.assert_array_equal(found["M"], [10, 10, 20, 10])  # the column called so
+    np.testing.assert_allclose(found["D"], [1e7, 2e7, 4e7, 4e7], rtol=1e-15)
+    mapping["M"] = "(D/N)"
+    np.testing.assert_allclose(read_table(table, ["M"], mapping=mapping)["M"], [10, 10, 20, 10])
+
+
+def test_a_mapping_may_scale_the_column_of_its_own_name(table: Path) -> None:
+    found = read_table(table, ["loss"], mapping={"loss": "loss / 2"}, where=["`D/N` == 10"])
+    np.testing.assert_array_equal(found["loss"], [2.0, 1.75, 1.5])
+
+
+def test_text_is_compared_in_quotes(table: Path) -> None:
+    found = read_table(table, ["N"], mapping=MAPPING, where=["set != 'C4'"])
+    np.testing.assert_array_equal(found["N"], [4e6])
+    found = read_table(table, ["N"], mapping=MAPPING, where=["set == 'C4'", "C >= 24e13"])
+    np.testing.assert_array_equal(found["N"], [2e6, 2e6])
+
+
+def test_a_column_says_whose_rows_are(table: Path) -> None:
+    found = read_table(table, ["N"], mapping=MAPPING, group="set")
+    assert found.groups == ("C4", "C4", "C4", "Pile, all")
+
+
+def test_files_of_any_kind_are_read_together(table: Path, tmp_path: Path) -> None:
+    other = tmp_path / "more.tsv.gz"
+    other.write_bytes(gzip.compress("\ufeffloss\tModel Size\n\n2.5\t8e6\n".encode()))
+    found = read_table([table, other], ["N"], mapping={"N": "Model Size"})
+    np.testing.assert_array_equal(found["N"], [1e6, 2e6, 2e6, 4e6, 8e6])
+    assert found.groups[-1] == "more.tsv.gz:3"
+    assert is_table(other)
+    assert not is_table(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "mapping", "where", "words"),
+    [
+        (["loss"], {}, [], r"runs\.csv, line 4, column 'loss': '' is not a finite number"),
+        (["N"], {}, [], r"no column 'N' \(--map N=COLUMN\).*Model Size, Training FLOP"),
+        (["N"], {"N": "Model"}, [], r"no column 'Model' \(--map N=Model\)"),
+        (["N"], {"N": "set"}, [], r"line 2, column 'set': 'C4' is not"),
+        (
+            ["N"],
+            {"N": "Model Size * 2"},
+            [],
+            r"--map N 'Model Size \* 2' cannot be read.*backticks",
+        ),
+        (["N"], {"N": "loss.real"}, [], "more than arithmetic"),
+        (["N"], {"N": "loss()"}, [], "more than arithmetic"),
+        (["N"], {"N": "loss % 2"}, [], "more than arithmetic"),
+        (["N"], {"N": "True"}, [], "more than arithmetic"),
+        (["N"], {"N": "1j"}, [], "more than arithmetic"),
+        (["N"], {"N": ""}, [], "cannot be read"),
+        (["N"], {"N": "D", "D": "N"}, [], "needs itself by way of D"),
+        (["N"], {"N": "`Model Size`/0"}, [], r"line 2: N = `Model Size`/0 is not a finite"),
+        (["loss"], {}, ["loss < 1"], r"no row is left by --where 'loss < 1'"),
+        (["loss"], {}, ["loss"], "not one comparison"),
+        (["loss"], {}, ["1 < loss < 2"], "not one comparison"),
+        (["loss"], {}, ["loss in 2"], "something else than <"),
+        (["loss"], {}, ["set < 'C4'"], "by == or !="),
+        (["loss"], {}, ["'C4' == 'C4'"], "by == or !="),
+        (["loss"], {}, ["set == C4"], r"no column 'C4' \(--where 'set == C4'\)"),
+    ],
+)
+def test_what_cannot_be_had_is_said(
+    table: Path, names: list[str], mapping: dict[str, str], where: list[str], words: str
+) -> None:
+    with pytest.raises(UserError, match=words):
+        read_table(table, names, mapping=mapping, where=where)
+
+
+def test_an_unknown_group_is_said(table: Path) -> None:
+    with pytest.raises(UserError, match=r"no column 'run' \(--group run\)"):
+        read_table(table, ["N"], mapping=MAPPING, group="run")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("a,b\n", "no row below its header"),
+        ("a,a\n1,2\n", "two columns called 'a'"),
+        ("a,b\n1,2\n1\n", "line 3, has 1 cells where the header has 2"),
+        ('a,b\n"1"2,3\n', "line 2, is not CSV"),
+    ],
+)
+def test_damaged_files_are_said(tmp_path: Path, content: str, words: str) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text(content)
+    with pytest.raises(UserError, match=words):
+        read_table(path, ["a"])
+
+
+def test_what_is_no_table_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is no file"):
+        read_table(tmp_path / "x.csv", ["a"])
+    (tmp_path / "x.xls").write_text("a")
+    with pytest.raises(UserError, match=r"not named as a table is \(\.csv"):
+        read_table(tmp_path / "x.xls", ["a"])
+    (tmp_path / "x.csv").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_table(tmp_path / "x.csv", ["a"])
+
+
+def test_arithmetic_is_pythons() -> None:
+    columns = {"a": np.array([2.0, 3.0]), "b": np.array([4.0, 5.0])}
+    for text in ("-a + b*2 - 1", "a**-b/3", "(a - b)**2", "2**3**a"):
+        found = Expression.parse(text, "--map x").evaluate(columns.__getitem__)
+        np.testing.assert_allclose(found, eval(text, {}, columns), rtol=1e-15)
+    huge = Expression.parse("9**9**9**9", "--map x").evaluate(columns.__getitem__)
+    assert np.isinf(huge), "numbers are floats: no integer that takes for ever"
+    assert Expression.parse("b + `c d` + b", "--map x").names == ("b", "c d")
+
+
+def test_a_missing_number_meets_no_condition() -> None:
+    columns = {"a": np.array([np.nan, 1.0])}
+    for text in ("a < 5", "a != 5"):
+        met = Condition.parse(text).evaluate(columns.__getitem__, lambda name: np.array([""]))
+        np.testing.assert_array_equal(met, [False, True])
+
+
+def test_the_points_behind_chinchilla_are_240() -> None:
+    path = law_data("chinchilla_epoch") / "svg_extracted_data.csv"
+    mapping = {"N": "Model Size", "D": "`Training FLOP`/(6*N)"}
+    found = read_table(path, ["N", "D", "loss"], mapping=mapping, where=["loss < 3.44"])
+    assert len(found) == 240
+    assert found["D"].min() > 1e8
