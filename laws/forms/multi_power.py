@@ -1,0 +1,186 @@
+"""Loss curves under any schedule: the Multi-Power law (arXiv 2503.12811)."""
+
+# S parameter sets, n rows, K events of all rows together
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from allometry.laws.forms.base import Form, Parameter, Predictions, Values, Variable
+from allometry.laws.forms.tissue import check_curve, curves_of
+from allometry.laws.observations import LearningRates, Observations
+
+GROWTH = 1.2
+"""Events further back lie in groups whose ages span at most this factor."""
+
+_FLOOR = 1e-9  # least rate over the peak: a rate of 0 has no power
+
+
+@dataclass(frozen=True, slots=True)
+class Events:
+    """Changes of the rate as each row sees them: ``fall_K`` in rate, ``area_K`` the sum of rates
+    since (its own step included), ``log_rate_K`` of the rate it fell to. Row i owns the events
+    ``first_n[i]`` up to ``first_n[i + 1]``; it has one at least, of no fall."""
+
+    s1_n: NDArray[np.float64]
+    fall_K: NDArray[np.float64]
+    area_K: NDArray[np.float64]
+    log_rate_K: NDArray[np.float64]
+    first_n: NDArray[np.intp]
+
+    def per_row(self, values_K: Any) -> Any:
+        """Return the sums over each row's events [..., n] of ``fall`` times ``values_K``."""
+        return np.add.reduceat(self.fall_K * values_K, self.first_n, axis=-1)
+
+
+def events_of(
+    curve: LearningRates, steps_n: NDArray[np.int64], warmup: bool = False, growth: float = GROWTH
+) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+    """Return (row of each event [K], (fall, area, log rate) [3, K]) of one curve.
+
+    A row at step t sees the event of step k < t with age t − k. Ages up to 1/(growth − 1) stand
+    for themselves; older ones are grouped so that ages in a group span a factor of ``growth``.
+    A group has the sum of its falls and the mean, weighted by them, of area and log rate, so the
+    law's sum is in error by half its second derivative times their variance: with 1.2 below 3e-5
+    of the loss of a full decay (tests compare with the plain double loop). Rises and falls are
+    grouped apart. ``warmup``: whether the climb of the warm-up counts, as in the paper's code.
+    """
+    rates, first = curve.rates, 0 if warmup else max(1, curve.warmup_steps)
+    changes = np.zeros_like(rates)
+    before = np.concatenate(([0.0], rates[:-1]))
+    changes[first:] = before[first:] - rates[first:]
+    s1 = np.concatenate(([0.0], np.cumsum(rates)))
+    log_rates = np.log(np.maximum(rates, _FLOOR * rates.max()))
+    bounds = _ages(int(steps_n.max()), growth)
+    stop_nG = np.maximum(steps_n[:, None] - bounds[:-1], 0)
+    start_nG = np.maximum(steps_n[:, None] - bounds[1:], 0)  # steps start+1 ... stop
+    found_rows, found = [], []
+    for part in (np.maximum(changes, 0.0), np.minimum(changes, 0.0)):
+        if not part.any():
+            continue
+        sums = [
+            np.concatenate(([0.0], np.cumsum(part * factor)))
+            for factor in (1.0, s1[:-1] - s1[-1] / 2, log_rates)
+        ]
+        mass, area, log_rate = (total[stop_nG] - total[start_nG] for total in sums)
+        counts = np.concatenate(([0], np.cumsum(part != 0.0)))
+        rows, groups = np.nonzero(counts[stop_nG] > counts[start_nG])
+        fall = mass[rows, groups]
+        since = s1[steps_n[rows]] - s1[-1] / 2 - area[rows, groups] / fall
+        found_rows.append(rows)
+        found.append(np.stack([fall, np.maximum(since, 0.0), log_rate[rows, groups] / fall]))
+    if not found:
+        return np.empty(0, np.intp), np.empty((3, 0))
+    return np.concatenate(found_rows), np.concatenate(found, axis=1)
+
+
+def _ages(longest: int, growth: float) -> NDArray[np.int64]:
+    """Return ages 0, 1, 2, ... that bound the groups, the last one past ``longest``."""
+    ages = [0]
+    while ages[-1] <= longest:
+        ages.append(max(ages[-1] + 1, int(ages[-1] * growth)))
+    return np.array(ages)
+
+
+class MultiPower(Form):
+    """L(t) = L0 + A·S1^−alpha − B Σ_k (η_{k−1} − η_k)·(1 − (1 + C·η_k^−gamma·S_k)^−beta).
+
+    S1 is the sum of the rates up to and with step t, warm-up included; S_k that of steps k to t.
+    The sum runs over the steps k after the warm-up: the climb to the peak is none of its terms.
+    Without a change of rate after the warm-up nothing identifies B, C, beta and gamma.
+    """
+
+    name = "multi_power"
+    equation = "L = L0 + A·S1^-alpha - B·Σ_k (η_k-1 - η_k)·(1 - (1 + C·η_k^-gamma·S_k)^-beta)"
+    source = "Luo et al., arXiv 2503.12811, equation 3; events from the end of the warm-up on"
+    inputs = (Variable("step", "steps", "step of the curve, from 1"),)
+    target = Variable("loss", "nats/token", "training loss, averaged over neighbouring steps")
+    parameters = (
+        Parameter("L0", "nats/token", 0.0, 1e3, (0.5, 4.0), linear=True),
+        Parameter("A", "nats/token·lr^alpha", 0.0, 1e6, (0.05, 2.0), linear=True),
+        Parameter("B", "nats/token/lr", 0.0, 1e8, (0.0, 1e3), linear=True),
+        Parameter("alpha", "1", 0.01, 5.0, (0.1, 1.5), "log"),
+        Parameter("C", "lr^(gamma-1)", 1e-6, 1e6, (0.1, 30.0), "log"),
+        Parameter("beta", "1", 0.01, 10.0, (0.1, 2.0), "log"),
+        Parameter("gamma", "1", 0.0, 2.0, (0.0, 1.2)),
+    )
+    valid = "after the warm-up; shown for 25M to 400M parameters and runs up to 3 times longer"
+    warmup_counts = False
+
+    def prepare(self, observations: Observations) -> Events:
+        """Return S1 and the events of each row.
+
+        Raises:
+            UserError: a group has no learning rates, or a step is outside of them.
+        """
+        super().prepare(observations)
+        steps_n = check_curve(self, observations)
+        number = len(observations)
+        s1_n = np.empty(number)
+        # One event without a fall for each row: sums by row need no row to be empty.
+        rows, parts = [np.arange(number)], [np.zeros((3, number))]
+        for curve, its_rows in curves_of(observations):
+            s1_n[its_rows] = np.cumsum(curve.rates)[steps_n[its_rows] - 1]
+            inside, events = events_of(curve, steps_n[its_rows], self.warmup_counts)
+            rows.append(its_rows[inside])
+            parts.append(events)
+        row_K = np.concatenate(rows)
+        order = np.argsort(row_K, kind="stable")
+        fall_K, area_K, log_rate_K = np.concatenate(parts, axis=1)[:, order]
+        first_n = np.searchsorted(row_K[order], np.arange(number))
+        return Events(s1_n, fall_K, area_K, log_rate_K, first_n)
+
+    def predict(self, values: Values, prepared: Events) -> Predictions:
+        """See ``Form.predict``."""
+        power = np.exp(-values["alpha"] * np.log(prepared.s1_n))
+        x_K = values["C"] * np.exp(-values["gamma"] * prepared.log_rate_K) * prepared.area_K
+        gain = prepared.per_row(1.0 - np.exp(-values["beta"] * np.log(1.0 + x_K)))
+        found: Predictions = values["L0"] + values["A"] * power - values["B"] * gain
+        return found
+
+    def derivatives(
+        self, values: Values, prepared: Events
+    ) -> tuple[Predictions, NDArray[np.float64]]:
+        """See ``Form.derivatives``."""
+        log_s1 = np.log(prepared.s1_n)
+        power = np.exp(-values["alpha"] * log_s1)
+        x_K = values["C"] * np.exp(-values["gamma"] * prepared.log_rate_K) * prepared.area_K
+        log_K = np.log1p(x_K)
+        left_K = np.exp(-values["beta"] * log_K)
+        by_log_x_K = values["beta"] * left_K * x_K / (1.0 + x_K)
+        gain = prepared.per_row(1.0 - left_K)
+        parts = (
+            np.ones_like(power),
+            power,
+            -gain,
+            -values["A"] * log_s1 * power,
+            -values["B"] * prepared.per_row(by_log_x_K) / values["C"],
+            -values["B"] * prepared.per_row(left_K * log_K),
+            values["B"] * prepared.per_row(by_log_x_K * prepared.log_rate_K),
+        )
+        predicted = values["L0"] + values["A"] * power - values["B"] * gain
+        return predicted, np.stack(np.broadcast_arrays(*parts), axis=-2)
+
+
+class MultiPowerWithWarmup(MultiPower):
+    """The same with the climb of the warm-up among the events, as in the paper's code.
+
+    Its coefficients are the published ones. The climb adds about B·peak to the loss of late steps,
+    so that L0 is lower by as much than that of ``multi_power``.
+    """
+
+    name = "multi_power_warmup"
+    source = "Luo et al., arXiv 2503.12811, equation 3; events from step 1 on, as in its code"
+    warmup_counts = True
+    published = {
+        "25M": dict(L0=3.040, A=0.525, alpha=0.508, B=363.8, C=2.066, beta=0.583, gamma=0.641),
+        "100M": dict(L0=2.651, A=0.601, alpha=0.453, B=437.9, C=2.132, beta=0.598, gamma=0.655),
+        "400M": dict(L0=2.375, A=0.654, alpha=0.429, B=523.4, C=2.025, beta=0.594, gamma=0.635),
+    }
+
+
+FORMS = (MultiPower(), MultiPowerWithWarmup())
