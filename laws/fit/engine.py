@@ -1,0 +1,246 @@
+"""Fitting a law: all starts at once, the best optimum, and a certificate for it."""
+
+# S starts, n rows, P free parameters
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from allometry.configs.errors import UserError
+from allometry.laws.fit.certificate import Certificate, certify
+from allometry.laws.fit.plain import (
+    observations_from_json,
+    observations_to_json,
+    plain_number,
+    read_number,
+)
+from allometry.laws.fit.problem import Problem
+from allometry.laws.fit.solver import Loss, Solved, minimize
+from allometry.laws.fit.starts import project, starts_of
+from allometry.laws.forms.base import Form
+from allometry.laws.observations import Observations
+from allometry.laws.registry import form_named
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FitOptions:
+    """How to fit.
+
+    ``loss``: Huber's (½r² inside of ``delta``) or the plain square ½r², SUMMED over rows, of the
+    form's residuals. ``starts``: None for the form's grid (256 spread points where it has none).
+    ``seed`` of spread points. ``fixed``: values of parameters that are not to be fitted.
+    ``projection``: whether linear parameters of starts are solved for first.
+    """
+
+    loss: Literal["huber", "square"] = "huber"
+    delta: float = 1e-3
+    starts: int | None = None
+    seed: int = 0
+    fixed: Mapping[str, float] = field(default_factory=dict)
+    projection: bool = True
+
+    def __post_init__(self) -> None:
+        if self.loss not in ("huber", "square"):
+            raise UserError(f"loss={self.loss!r} is none of a fit's; use huber or square")
+        if not (np.isfinite(self.delta) and self.delta > 0.0):
+            raise UserError(f"delta={self.delta} must be a positive number; 0.001 is usual")
+        if self.starts is not None and self.starts < 1:
+            raise UserError(f"starts={self.starts} must be at least 1; leave it out for the grid")
+
+    def make_loss(self) -> Loss:
+        """Return the loss that these options name."""
+        return Loss(self.delta if self.loss == "huber" else None)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A form with the values that a fit found (or was given), and what it was fitted to.
+
+    ``objective``: the sum over rows of the loss.
+    """
+
+    form: Form
+    values: dict[str, float]
+    objective: float
+    certificate: Certificate
+    observations: Observations
+    options: FitOptions
+
+    def predict(self, observations: Observations) -> Array:
+        """Return the target [n] of these rows."""
+        return predict(self.form, self.values, observations)
+
+    def residuals(self) -> Array:
+        """Return the residuals [n] of the fitted rows, on the form's scale (logs by default)."""
+        problem = self.problem()
+        residuals_n: Array = problem.residuals(problem.coordinates(self.values)[None])[0]
+        return residuals_n
+
+    def problem(self) -> Problem:
+        """Return the fit's problem, for searches and certificates."""
+        return Problem(self.form, self.observations, self.options.fixed)
+
+    def warnings_for(self, observations: Observations) -> list[str]:
+        """Return a sentence for each input of these rows that lies outside of the fitted range."""
+        found = []
+        for variable in self.form.inputs:
+            if variable.name not in self.observations.columns:
+                continue
+            fitted, asked = self.observations[variable.name], observations[variable.name]
+            low, high = float(fitted.min()), float(fitted.max())
+            for value, outside in (
+                (float(asked.min()), asked.min() < low),
+                (float(asked.max()), asked.max() > high),
+            ):
+                if outside:
+                    edge, word = (low, "below") if value < low else (high, "above")
+                    ratio = value / edge if edge > 0.0 and value > 0.0 else None
+                    times = f" ({max(ratio, 1 / ratio):.3g} times {word})" if ratio else ""
+                    found.append(
+                        f"{variable.name}={value:.4g} is outside of the fitted range "
+                        f"{low:.4g} to {high:.4g}{times}: the prediction is an extrapolation"
+                    )
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values, from which ``from_json`` makes a fit that predicts the same bits."""
+        options = {
+            name: getattr(self.options, name) for name in ("loss", "delta", "starts", "seed")
+        }
+        return {
+            "form": self.form.name,
+            "values": {name: plain_number(value) for name, value in self.values.items()},
+            "objective": plain_number(self.objective),
+            "certificate": {
+                name: plain_number(value) if isinstance(value, float) else value
+                for name, value in self.certificate.to_json().items()
+            },
+            "observations": observations_to_json(self.observations),
+            "options": {
+                **options,
+                "fixed": dict(self.options.fixed),
+                "projection": self.options.projection,
+            },
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Return the fit of ``to_json``.
+
+        Raises:
+            UserError: no law has its name.
+        """
+        certificate = {
+            name: read_number(value)
+            if name in ("gradient_norm", "decrease", "spread", "condition")
+            else value
+            for name, value in data["certificate"].items()
+        }
+        return cls(
+            form_named(data["form"]),
+            {name: read_number(value) for name, value in data["values"].items()},
+            read_number(data["objective"]),
+            Certificate.from_json(certificate),
+            observations_from_json(data["observations"]),
+            FitOptions(**data["options"]),
+        )
+
+
+def predict(form: Form, values: Mapping[str, float], observations: Observations) -> Array:
+    """Return the target [n] of these rows by a form with these values (published ones, say)."""
+    predicted = np.asarray(form.predict(values, form.prepare(observations)), np.float64)
+    return np.array(np.broadcast_to(predicted, (len(observations),)))
+
+
+def fit(form: Form, observations: Observations, options: FitOptions | None = None) -> Fit:
+    """Return the best of the local optima that all starts reach, with its certificate.
+
+    Raises:
+        UserError: too few rows differ in their inputs; a column is missing or unusable; no start
+            gives predictions that can be compared.
+    """
+    options = options or FitOptions()
+    problem = Problem(form, observations, options.fixed)
+    check_enough(problem, observations)
+    starts_SP, counts_S = distinct_starts(problem, options)
+    solved = minimize(problem, starts_SP, options.make_loss())
+    best = best_of(form, solved)
+    values = {
+        p.name: float(v)
+        for p, v in zip(problem.free, problem.values_array(solved.x_SP[best]), strict=True)
+    }
+    return Fit(
+        form,
+        {p.name: values.get(p.name, problem.fixed.get(p.name, np.nan)) for p in form.parameters},
+        float(solved.objective_S[best]),
+        certify(problem, solved, counts_S),
+        observations,
+        options,
+    )
+
+
+def distinct_starts(problem: Problem, options: FitOptions) -> tuple[Array, NDArray[np.int64]]:
+    """Return the starts [S, P] that differ, projected, and how many each stands for [S]."""
+    starts_SP = starts_of(problem, options.starts, options.seed)
+    if options.projection:
+        starts_SP = project(problem, starts_SP)
+    unique_SP, counts_S = np.unique(starts_SP, axis=0, return_counts=True)
+    return unique_SP, counts_S
+
+
+def best_of(form: Form, solved: Solved) -> int:
+    """Return the search with the least objective.
+
+    Raises:
+        UserError: none has a finite one.
+    """
+    best = int(np.argmin(solved.objective_S))
+    if not np.isfinite(solved.objective_S[best]):
+        raise UserError(
+            f"{form.name} predicts nothing that can be compared with {form.target.name} from any "
+            f"of {len(solved.objective_S)} starts; check the units of "
+            f"{', '.join(variable.name for variable in form.inputs)}"
+        )
+    return best
+
+
+def check_enough(problem: Problem, observations: Observations) -> None:
+    """Raise a UserError unless at least as many rows differ in their inputs as are fitted."""
+    form = problem.form
+    columns = [observations[v.name] for v in form.inputs if v.name in observations.columns]
+    if observations.curves:
+        numbers = {
+            name: float(index) for index, name in enumerate(sorted(set(observations.groups)))
+        }
+        columns.append(np.array([numbers[group] for group in observations.groups]))
+        if "step" in observations.columns:
+            columns.append(observations["step"])
+    distinct = len(np.unique(np.stack(columns, axis=1), axis=0)) if columns else len(observations)
+    if distinct < len(problem.free):
+        names = ", ".join(variable.name for variable in form.inputs)
+        raise UserError(
+            f"{form.name} has {len(problem.free)} parameters to fit and the observations only "
+            f"{distinct} rows that differ in {names}; add runs or choose a law of fewer parameters"
+        )
+
+
+def require_identified(fit: Fit) -> None:
+    """Raise unless the data say what every parameter is.
+
+    Raises:
+        UserError: names the parameters that can move without moving a prediction.
+    """
+    names = fit.certificate.unidentified
+    if names:
+        raise UserError(
+            f"the {len(fit.observations)} observations cannot identify {', '.join(names)} of "
+            f"{fit.form.name}: other values predict the same; add runs that differ in more of "
+            f"{', '.join(variable.name for variable in fit.form.inputs)} or choose a simpler law"
+        )

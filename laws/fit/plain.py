@@ -1,0 +1,56 @@
+"""Numbers and observations as JSON holds them: exact, and strict where a number is not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from allometry.laws.observations import LearningRates, Observations
+
+
+def plain_number(value: float) -> float | str:
+    """Return the number, or ``"nan"``, ``"inf"``, ``"-inf"``, which JSON has no numbers for."""
+    return float(value) if np.isfinite(value) else str(float(value))
+
+
+def read_number(value: float | str) -> float:
+    """Return what ``plain_number`` was given."""
+    return float(value)
+
+
+def plain_numbers(values: Any) -> list[float | str]:
+    """Return a list of ``plain_number`` of an array."""
+    return [plain_number(value) for value in np.asarray(values, np.float64).tolist()]
+
+
+def observations_to_json(observations: Observations) -> dict[str, Any]:
+    """Return plain values that ``observations_from_json`` turns into the same rows."""
+    return {
+        "columns": {name: plain_numbers(values) for name, values in observations.columns.items()},
+        "groups": list(observations.groups),
+        "curves": {
+            name: {"rates": plain_numbers(curve.rates), "warmup_steps": curve.warmup_steps}
+            for name, curve in observations.curves.items()
+        },
+        "conventions": dict(observations.conventions),
+    }
+
+
+def observations_from_json(data: Mapping[str, Any]) -> Observations:
+    """Return the observations of ``observations_to_json``."""
+    return Observations(
+        {
+            name: np.array([read_number(v) for v in column])
+            for name, column in data["columns"].items()
+        },
+        tuple(data["groups"]),
+        {
+            name: LearningRates(
+                np.array([read_number(v) for v in curve["rates"]]), curve["warmup_steps"]
+            )
+            for name, curve in data["curves"].items()
+        },
+        dict(data["conventions"]),
+    )

@@ -1,0 +1,127 @@
+"""A form, its rows and its residuals, in the coordinates that a search moves in."""
+
+# S parameter sets, n rows, P free parameters; x search coordinates, v values of parameters
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from allometry.configs.errors import UserError
+from allometry.laws.forms.base import Form, Parameter
+from allometry.laws.observations import Observations
+
+Array = NDArray[np.float64]
+
+LARGEST_LOG = 690.0
+"""Logs of parameters are kept within +-690, where exp neither overflows nor underflows."""
+COMPLEX_STEP = 1e-30
+
+
+class Problem:
+    """The residuals of a form on observations as functions of its free parameters.
+
+    Search coordinates: the natural log of a parameter of log scale, else its value. ``fixed``
+    parameters keep their values and are none of the P coordinates.
+
+    Raises:
+        UserError: the target is missing, not finite, or not positive where its log is compared; a
+            fixed parameter is unknown.
+    """
+
+    def __init__(
+        self, form: Form, observations: Observations, fixed: Mapping[str, float] | None = None
+    ) -> None:
+        self.form = form
+        self.fixed = dict(fixed or {})
+        for name in self.fixed:
+            if name not in {parameter.name for parameter in form.parameters}:
+                raise UserError(
+                    f"{form.name} has no parameter {name!r} to fix; it has "
+                    f"{', '.join(parameter.name for parameter in form.parameters)}"
+                )
+        self.free = tuple(p for p in form.parameters if p.name not in self.fixed)
+        self.prepared = form.prepare(observations)
+        self.logs = form.residual == "log"
+        target_n = checked_target(form, observations)
+        self.target_n = np.log(target_n) if self.logs else target_n
+        self.log_P = np.array([p.scale == "log" for p in self.free])
+        self.low_P = np.array([search_coordinate(p, p.low) for p in self.free])
+        self.high_P = np.array([search_coordinate(p, p.high) for p in self.free])
+
+    def values(self, x_SP: Array) -> dict[str, Any]:
+        """Return each parameter's values [S, 1] (fixed ones as they are)."""
+        v_SP = self.values_array(x_SP)
+        found: dict[str, Any] = dict(self.fixed)
+        for index, parameter in enumerate(self.free):
+            found[parameter.name] = v_SP[:, index, None]
+        return found
+
+    def values_array(self, x_SP: Array) -> Array:
+        """Return the values [S, P] of search coordinates."""
+        return np.where(self.log_P, np.exp(np.where(self.log_P, x_SP, 0.0)), x_SP)
+
+    def coordinates(self, values: Mapping[str, float]) -> Array:
+        """Return the search coordinates [P] of values."""
+        return np.array([search_coordinate(p, values[p.name]) for p in self.free])
+
+    def residuals(self, x_SP: Array) -> Array:
+        """Return the residuals [S, n]: NaN where there is none (a log of nothing positive)."""
+        with np.errstate(all="ignore"):
+            return self._residual(self._predictions(self.values(x_SP)))
+
+    def slopes(self, x_SP: Array) -> tuple[Array, Array]:
+        """Return residuals [S, n] and their derivatives [S, P, n] by search coordinate."""
+        with np.errstate(all="ignore"):
+            values = self.values(x_SP)
+            given = None if self.fixed else self.form.derivatives(values, self.prepared)
+            predicted_Sn, J_SPn = self._complex_steps(values) if given is None else given
+            stretch_SP = np.where(self.log_P, self.values_array(x_SP), 1.0)
+            if self.logs:
+                J_SPn *= (1.0 / predicted_Sn)[:, None, :]
+            J_SPn *= stretch_SP[:, :, None]
+            return self._residual(predicted_Sn), J_SPn
+
+    def _predictions(self, values: Mapping[str, Any]) -> Any:
+        predicted = self.form.predict(values, self.prepared)
+        assert predicted.shape[-1] == len(self.target_n), (self.form.name, predicted.shape)
+        return predicted
+
+    def _residual(self, predicted_Sn: Array) -> Array:
+        if self.logs:
+            return np.log(np.where(predicted_Sn > 0.0, predicted_Sn, np.nan)) - self.target_n
+        return predicted_Sn - self.target_n
+
+    def _complex_steps(self, values: Mapping[str, Any]) -> tuple[Array, Array]:
+        slopes = []
+        for parameter in self.free:
+            step = COMPLEX_STEP * np.maximum(np.abs(values[parameter.name]), COMPLEX_STEP)
+            moved = {**values, parameter.name: values[parameter.name] + 1j * step}
+            predicted_Sn = self._predictions(moved)
+            slopes.append(np.broadcast_to(predicted_Sn.imag / step, predicted_Sn.shape))
+        return np.array(predicted_Sn.real), np.stack(slopes, axis=1)
+
+
+def checked_target(form: Form, observations: Observations) -> Array:
+    """Return the target column, fit to be compared."""
+    target_n = observations[form.target.name]
+    bad = ~np.isfinite(target_n) | ((target_n <= 0.0) if form.residual == "log" else False)
+    if bad.any():
+        row = int(np.argmax(bad))
+        raise UserError(
+            f"{form.target.name} of row {row + 1} ({observations.groups[row]}) is "
+            f"{target_n[row]}, and {form.name} is fitted to "
+            f"{'positive numbers' if form.residual == 'log' else 'numbers'}; mend or drop the row"
+        )
+    return target_n
+
+
+def search_coordinate(parameter: Parameter, value: float) -> float:
+    """Return where a search finds this value of a parameter."""
+    if parameter.scale == "linear":
+        return float(value)
+    with np.errstate(divide="ignore"):
+        return float(np.clip(np.log(value), -LARGEST_LOG, LARGEST_LOG))

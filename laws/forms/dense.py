@@ -1,0 +1,87 @@
+"""Laws of the loss of dense models from parameters and tokens."""
+
+# S parameter sets, n rows
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from allometry.laws.forms.base import Form, Parameter, Predictions, Values, Variable
+from allometry.laws.observations import Observations
+
+N = Variable("N", "parameters", "parameters of the model, as the observations' convention counts")
+D = Variable("D", "tokens", "training tokens")
+LOSS = Variable("loss", "nats per token", "loss of the finished run")
+
+
+def _exp_grid(low: float, high: float, step: float) -> tuple[float, ...]:
+    """Return exp of an even grid, both ends included."""
+    return tuple(float(np.exp(x)) for x in np.arange(low, high + step / 2, step))
+
+
+class Chinchilla(Form):
+    """L = E + A/N^α + B/D^β, the third approach of Hoffmann et al.
+
+    The grid of starts is the 4,500 points of Besiroglu et al.: ln A, ln B in {0, 5, ..., 25},
+    ln E in {-1, ..., 1}, α, β in {0, ..., 2}.
+    """
+
+    name = "chinchilla"
+    equation = "loss = E + A/N^alpha + B/D^beta"
+    source = "Hoffmann et al., arXiv 2203.15556, equation 10; Besiroglu et al., arXiv 2404.10102"
+    inputs = (N, D)
+    target = LOSS
+    parameters = (
+        Parameter(
+            "E", "nats per token", 0.0, np.inf, (0.3, 4.0), "log", _exp_grid(-1, 1, 0.5), True
+        ),
+        Parameter(
+            "A", "nats per token", 0.0, np.inf, (1.0, 1e11), "log", _exp_grid(0, 25, 5), True
+        ),
+        Parameter(
+            "B", "nats per token", 0.0, np.inf, (1.0, 1e11), "log", _exp_grid(0, 25, 5), True
+        ),
+        Parameter("alpha", "1", 0.0, 4.0, (0.0, 2.0), grid=(0.0, 0.5, 1.0, 1.5, 2.0)),
+        Parameter("beta", "1", 0.0, 4.0, (0.0, 2.0), grid=(0.0, 0.5, 1.0, 1.5, 2.0)),
+    )
+    valid = "decoder-only text models, 44M to 16B parameters, 0.3B to 600B tokens"
+    published: ClassVar[Mapping[str, Mapping[str, float]]] = {
+        "hoffmann": {"E": 1.69, "A": 406.4, "B": 410.7, "alpha": 0.34, "beta": 0.28},
+        "besiroglu": {"E": 1.8172, "A": 482.01, "B": 2085.43, "alpha": 0.3478, "beta": 0.3658},
+    }
+
+    def prepare(self, observations: Observations) -> Any:
+        """Return ln N and ln D [n]."""
+        columns = super().prepare(observations)
+        return np.log(columns["N"]), np.log(columns["D"])
+
+    def predict(self, values: Values, prepared: Any) -> Predictions:
+        """Return the loss [S, n]."""
+        log_n, log_d = prepared
+        return np.asarray(
+            values["E"]
+            + values["A"] * np.exp(-values["alpha"] * log_n)
+            + values["B"] * np.exp(-values["beta"] * log_d)
+        )
+
+    def derivatives(
+        self, values: Values, prepared: Any
+    ) -> tuple[Predictions, NDArray[np.float64]] | None:
+        """Return the loss [S, n] and its derivatives [S, 5, n]; the exponentials are shared."""
+        log_n, log_d = prepared
+        power_n, power_d = np.exp(-values["alpha"] * log_n), np.exp(-values["beta"] * log_d)
+        part_n, part_d = values["A"] * power_n, values["B"] * power_d
+        slopes = np.empty((power_n.shape[0], 5, power_n.shape[1]))
+        slopes[:, 0] = 1.0
+        slopes[:, 1] = power_n
+        slopes[:, 2] = power_d
+        np.multiply(part_n, -log_n, out=slopes[:, 3])
+        np.multiply(part_d, -log_d, out=slopes[:, 4])
+        return values["E"] + part_n + part_d, slopes
+
+
+FORMS: tuple[Form, ...] = (Chinchilla(),)
