@@ -57,7 +57,7 @@ class DenseModel(Decoder):
 
 
 class _Experts(Section):
-    num_experts: Count = Field(gt=1, description="routed experts in a block")
+    num_experts: Count = Field(gt=0, description="routed experts in a block")
     experts_per_token: Count = Field(gt=0, description="routed experts that a token visits")
     width: Count = Field(gt=0, description="hidden width of one expert's SwiGLU")
     num_shared_experts: Count = Field(

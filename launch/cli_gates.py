@@ -104,7 +104,13 @@ def coordcheck(
 def transfer(
     context: typer.Context,
     config: Config,
-    axis: Annotated[str, typer.Option(help="width, depth, experts or horizon")] = "width",
+    axis: Annotated[
+        str,
+        typer.Option(
+            help="width, depth, horizon, experts, or regime-ii and regime-iii: number of experts with "
+            "width and visits in proportion, and in III width of experts"
+        ),
+    ] = "width",
     sizes: Annotated[
         str | None, typer.Option(help="as 64,128,256 (of a horizon: steps); default: small ones")
     ] = None,

@@ -35,7 +35,7 @@ def default_sizes(model: ModelConfig, axis: Axis, steps: int) -> tuple[int, ...]
             return tuple(unit * growth for growth in GROWTH)
         case Axis.DEPTH:
             return (4, 8, 16)
-        case Axis.EXPERTS:
+        case Axis.EXPERTS | Axis.REGIME_II | Axis.REGIME_III:
             if not isinstance(model, MoEModel):
                 raise UserError("model.kind=dense has no experts to vary; choose another axis")
             return tuple(model.experts.num_experts * growth for growth in GROWTH)

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -97,6 +97,23 @@ def drift_interval(sweeps: Mapping[int, Sweep], level: float = 0.95) -> tuple[fl
     start are shared by them; those without an interior optimum are left out, and (NaN, NaN) comes
     back where they are more than half, or with fewer than two seeds.
     """
+    return _interval(sweeps, level, _drift)
+
+
+def exponent(sweeps: Mapping[int, Sweep]) -> float:
+    """Return the slope of log2 of the best rate of the means on log2 of the size, by least squares
+    (NaN: an optimum is at an edge, or there is one size only)."""
+    return _slope([*sweeps])([sweep.optimum() for sweep in sweeps.values()])
+
+
+def exponent_interval(sweeps: Mapping[int, Sweep], level: float = 0.95) -> tuple[float, float]:
+    """Return the bootstrap interval of the exponent over seeds, as ``drift_interval`` does."""
+    return _interval(sweeps, level, _slope([*sweeps]))
+
+
+def _interval(
+    sweeps: Mapping[int, Sweep], level: float, statistic: Callable[[Sequence[Optimum]], float]
+) -> tuple[float, float]:
     number = next(iter(sweeps.values())).losses_RS.shape[1]
     if number < 2:
         return float("nan"), float("nan")
@@ -104,7 +121,7 @@ def drift_interval(sweeps: Mapping[int, Sweep], level: float = 0.95) -> tuple[fl
     found = []
     for _ in range(RESAMPLES):
         seeds = [int(random.integers(number)) for _ in range(number)]
-        found.append(_drift([sweep.optimum(seeds) for sweep in sweeps.values()]))
+        found.append(statistic([sweep.optimum(seeds) for sweep in sweeps.values()]))
     kept = np.array(found)[np.isfinite(found)]
     if len(kept) < RESAMPLES / 2:
         return float("nan"), float("nan")
@@ -116,3 +133,16 @@ def _drift(optima: Sequence[Optimum]) -> float:
     if not all(optimum.interior for optimum in optima):
         return float("nan")
     return float(np.ptp([optimum.log2_lr for optimum in optima]))
+
+
+def _slope(sizes: Sequence[int]) -> Callable[[Sequence[Optimum]], float]:
+    x = np.log2(np.asarray(sizes, np.float64))
+    centred = x - x.mean()
+
+    def slope(optima: Sequence[Optimum]) -> float:
+        if len(optima) < 2 or not all(optimum.interior for optimum in optima):
+            return float("nan")
+        rates = np.array([optimum.log2_lr for optimum in optima])
+        return float(centred @ rates / (centred @ centred))
+
+    return slope

@@ -19,6 +19,8 @@ class Axis(StrEnum):
     WIDTH = "width"
     DEPTH = "depth"
     EXPERTS = "experts"
+    REGIME_II = "regime-ii"
+    REGIME_III = "regime-iii"
     HORIZON = "horizon"
 
 
@@ -58,12 +60,33 @@ def at_experts(model: ModelConfig, number: int) -> ModelConfig:
     Raises:
         UserError: the model has no experts, or cannot have so many.
     """
-    if not isinstance(model, MoEModel):
-        raise UserError(
-            "model.kind=dense has no experts to vary; leave experts out or take a mixture"
-        )
-    experts = model.experts.model_dump() | {"num_experts": number}
+    experts = _mixture(model).experts.model_dump() | {"num_experts": number}
     return _checked(model, {"experts": experts}, f"{number} experts")
+
+
+def at_regime(model: ModelConfig, number: int, *, widen_experts: bool) -> ModelConfig:
+    """Return the mixture with this number of routed experts, and all that grows along with it.
+
+    Width and experts that a token visits grow in the same proportion: what MSSP (arXiv 2605.14200)
+    calls regime II, in which experts keep their width, and III, in which they grow too.
+
+    Raises:
+        UserError: the model has no experts, or something would not be whole.
+    """
+    experts = _mixture(model).experts
+    width, rest = divmod(model.width * number, experts.num_experts)
+    visits, part = divmod(experts.experts_per_token * number, experts.num_experts)
+    if rest or part or not visits:
+        raise UserError(
+            f"model.width={model.width} and model.experts.experts_per_token="
+            f"{experts.experts_per_token} cannot be scaled from num_experts={experts.num_experts} "
+            f"to {number}; choose multiples of {experts.num_experts}"
+        )
+    wide = _mixture(at_width(model, width))
+    grown = wide.experts.model_dump() | {"num_experts": number, "experts_per_token": visits}
+    if not widen_experts:
+        grown["width"] = experts.width
+    return _checked(wide, {"experts": grown}, f"{number} experts")
 
 
 def resize(model: ModelConfig, axis: Axis, size: int) -> ModelConfig:
@@ -75,6 +98,10 @@ def resize(model: ModelConfig, axis: Axis, size: int) -> ModelConfig:
             return at_depth(model, size)
         case Axis.EXPERTS:
             return at_experts(model, size)
+        case Axis.REGIME_II:
+            return at_regime(model, size, widen_experts=False)
+        case Axis.REGIME_III:
+            return at_regime(model, size, widen_experts=True)
         case Axis.HORIZON:
             return model
 
@@ -86,7 +113,7 @@ def size_of(model: ModelConfig, axis: Axis) -> int:
             return model.width
         case Axis.DEPTH:
             return model.num_layers
-        case Axis.EXPERTS:
+        case Axis.EXPERTS | Axis.REGIME_II | Axis.REGIME_III:
             assert isinstance(model, MoEModel)
             return model.experts.num_experts
         case Axis.HORIZON:
@@ -103,6 +130,14 @@ def tuning_width(model: ModelConfig, least: int = 256) -> int:
     """Return a width to tune at: the smallest possible from ``least`` on, at most the model's."""
     unit = width_unit(model)
     return min(model.width, unit * max(1, -(-least // unit)))
+
+
+def _mixture(model: ModelConfig) -> MoEModel:
+    if not isinstance(model, MoEModel):
+        raise UserError(
+            "model.kind=dense has no experts to vary; leave experts out or take a mixture"
+        )
+    return model
 
 
 def _widths(model: ModelConfig) -> dict[str, int]:

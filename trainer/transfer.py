@@ -19,6 +19,7 @@ from allometry.configs.model import ModelConfig, ParameterizationConfig
 from allometry.configs.optimization import LinearSchedule, OptimizerConfig
 from allometry.laws.optimum import Optimum, Sweep, drift, drift_interval
 from allometry.optim.schedule import Schedule
+from allometry.scaling.parameterization import Parameterization
 from allometry.scaling.rules.base import RunScale
 from allometry.scaling.shapes import Axis, resize
 from allometry.trainer.probe import Probe, Sequences, sample
@@ -99,8 +100,9 @@ class TransferSweep:
     def check(self, sizes: Iterable[int], seeds: Sequence[int]) -> None:
         """Raise UserError for a size that cannot be run."""
         for size in sizes:
-            resize(self.model, self.axis, size)
             steps = size if self.axis == Axis.HORIZON else self.steps
+            model = resize(self.model, self.axis, size)
+            Parameterization(self.parameterization, model, self.optimizer, self._scale(steps))
             Schedule(LinearSchedule(final_fraction=0.1), steps, self.warmup_steps)
             sample(self.pool_PL, steps * self.sequences, seeds[0])
 

@@ -7,7 +7,14 @@ import math
 import numpy as np
 import pytest
 
-from allometry.laws.optimum import Sweep, drift, drift_interval, quadratic_optimum
+from allometry.laws.optimum import (
+    Sweep,
+    drift,
+    drift_interval,
+    exponent,
+    exponent_interval,
+    quadratic_optimum,
+)
 
 GRID = (-8.0, -7.5, -6.5, -6.0, -5.0)
 
@@ -64,3 +71,19 @@ def test_a_size_without_an_optimum_has_no_drift() -> None:
     assert math.isnan(drift(sweeps))
     assert math.isnan(sweeps[32].spread()), "one seed has no spread"
     assert all(math.isnan(end) for end in drift_interval(sweeps))
+
+
+def test_the_exponent_of_the_best_rate_and_its_interval() -> None:
+    power = {
+        size: sweep([-6.0 - 0.32 * (math.log2(size) - 6) + s for s in (0.0, 0.3)])
+        for size in (40, 80, 160)
+    }
+    assert exponent(power) == pytest.approx(-0.32, abs=1e-9)
+    assert exponent_interval(power) == pytest.approx((-0.32, -0.32), abs=1e-9)
+    # Seeds that disagree on the slope, -0.6 and -0.2: the interval reaches from one to the other.
+    apart = {32: sweep([-6.0, -6.0]), 64: sweep([-6.6, -6.2])}
+    assert exponent(apart) == pytest.approx(-0.4, abs=1e-9)
+    assert exponent_interval(apart) == pytest.approx((-0.6, -0.2), abs=1e-9)
+    assert math.isnan(exponent({32: sweep([-6.0]), 64: sweep([-9.0])})), "an optimum at an edge"
+    assert math.isnan(exponent({32: sweep([-6.0, -6.1])})), "one size has no slope"
+    assert all(map(math.isnan, exponent_interval({32: sweep([-6.0]), 64: sweep([-6.2])})))

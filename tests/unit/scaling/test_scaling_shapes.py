@@ -6,11 +6,12 @@ import pytest
 
 from allometry.configs.errors import UserError
 from allometry.configs.loader import load, presets
-from allometry.configs.model import DenseModel, LatentExperts, MoEModel
+from allometry.configs.model import DenseModel, LatentExperts, MoEModel, SwiGLUExperts
 from allometry.scaling.count import count_parameters
 from allometry.scaling.shapes import (
     Axis,
     at_experts,
+    at_regime,
     at_width,
     resize,
     size_of,
@@ -73,3 +74,37 @@ def test_number_of_experts_and_layers() -> None:
     assert resize(MODEL, Axis.HORIZON, 7) == MODEL
     for axis, size in ((Axis.WIDTH, 128), (Axis.DEPTH, 5), (Axis.EXPERTS, 8)):
         assert size_of(resize(MIXTURE, axis, size), axis) == size
+
+
+def test_one_expert_is_a_mixture_too() -> None:
+    alone = SwiGLUExperts(num_experts=4, experts_per_token=1, width=48)
+    one = at_experts(MIXTURE.model_copy(update={"experts": alone}), 1)
+    assert isinstance(one, MoEModel)
+    assert one.experts.num_experts == one.experts.experts_per_token == 1
+
+
+def test_regimes_grow_width_experts_and_visits_together() -> None:
+    """Regime II keeps the width of an expert, III widens it; both may shrink as well."""
+    sizes = {}
+    for wide in (False, True):
+        for number in (2, 8):
+            grown = at_regime(MIXTURE, number, widen_experts=wide)
+            assert isinstance(grown, MoEModel)
+            assert isinstance(grown.experts, LatentExperts)
+            experts = grown.experts
+            sizes[wide, number] = experts.width
+            assert (experts.num_experts, experts.experts_per_token) == (number, number // 2)
+            assert (grown.width, grown.num_heads, grown.ffn_width) == (
+                16 * number,
+                number,
+                24 * number,
+            )
+            assert experts.latent_width == 8 * number
+    assert sizes == {(False, 2): 48, (False, 8): 48, (True, 2): 24, (True, 8): 96}
+    assert at_regime(MIXTURE, 4, widen_experts=True).width == MIXTURE.width
+    with pytest.raises(UserError, match=r"experts_per_token=2 cannot be scaled from num_experts=4"):
+        at_regime(MIXTURE, 5, widen_experts=False)
+    with pytest.raises(UserError, match="no experts to vary"):
+        at_regime(MODEL, 4, widen_experts=False)
+    for axis in (Axis.REGIME_II, Axis.REGIME_III):
+        assert size_of(resize(MIXTURE, axis, 8), axis) == 8

@@ -10,19 +10,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
 from allometry.configs.errors import UserError
 from allometry.configs.model import (
+    AuxiliaryBalance,
     DenseModel,
     MoEModel,
     ParameterizationConfig,
+    RouterConfig,
     StandardParameterization,
     SwiGLUExperts,
 )
 from allometry.configs.optimization import AdamW
-from allometry.scaling.shapes import Axis
+from allometry.scaling.shapes import Axis, resize
 from allometry.trainer.probe import Probe, sample
 from allometry.trainer.transfer import Runner, Transfer, TransferSweep, Trial
 from allometry.trainer.trials import TrialLog
@@ -181,7 +184,14 @@ def test_a_trial_that_diverges_is_infinite() -> None:
 
 
 @pytest.mark.parametrize(
-    ("axis", "sizes"), [(Axis.EXPERTS, (2, 8)), (Axis.HORIZON, (4, 8)), (Axis.DEPTH, (1, 2))]
+    ("axis", "sizes"),
+    [
+        (Axis.EXPERTS, (2, 8)),
+        (Axis.REGIME_II, (4, 8)),
+        (Axis.REGIME_III, (4, 8)),
+        (Axis.HORIZON, (4, 8)),
+        (Axis.DEPTH, (1, 2)),
+    ],
 )
 def test_every_axis_can_be_swept(axis: Axis, sizes: tuple[int, int]) -> None:
     sweep = small(model=MIXTURE, axis=axis)
@@ -198,7 +208,30 @@ def test_what_cannot_be_run_is_said_before_anything_runs() -> None:
         Runner(sweep, (-5.0, -4.0)).run((16, 32), (0,))
     with pytest.raises(UserError, match="800 sequences are needed and 160 are there"):
         Runner(small(steps=200), GRID).run((16, 32), (0,))
+    mssp = TypeAdapter(ParameterizationConfig).validate_python(
+        {"kind": "mssp", "regime": "I", "base_width": 16, "base_experts": 4}
+        | {"base_experts_per_token": 2, "base_expert_width": 16}
+    )
+    sigmoid = MIXTURE.model_copy(update={"router": RouterConfig(gate="sigmoid")})
+    with pytest.raises(UserError, match=r"num_experts=8 differs .* regime I of mssp holds fixed"):
+        small(model=sigmoid, parameterization=mssp, axis=Axis.EXPERTS).check((4, 8), (0,))
     assert sweep.calls == []
+
+
+def test_one_expert_that_every_token_visits_is_a_dense_feed_forward() -> None:
+    """Gates of one visit sum to 1, so that a mixture of one expert is the dense model."""
+    experts = SwiGLUExperts(num_experts=4, experts_per_token=1, width=16)
+    router = RouterConfig(gate="sqrt", balance=AuxiliaryBalance(coefficient=1e-2))
+    mixture = MIXTURE.model_copy(update={"experts": experts, "router": router})
+    one = Probe(resize(mixture, Axis.EXPERTS, 1), MUP, AdamW(lr=1e-2), 0).model
+    dense = MODEL.model_copy(update={"ffn_width": 16, "qk_norm": False})
+    twin = Probe(dense, MUP, AdamW(lr=1e-2), 0).model
+    tokens = torch.from_numpy(text(2)[:, :-1])
+    given = [p for name, p in one.named_parameters() if "router" not in name]
+    with torch.no_grad():
+        for mine, theirs in zip(twin.parameters(), given, strict=True):
+            mine.copy_(theirs.reshape(mine.shape))
+        assert torch.allclose(one(tokens), twin(tokens), atol=1e-6)
 
 
 def test_samples_are_the_seeds_own_and_never_twice() -> None:
