@@ -25,12 +25,15 @@ def all_forms() -> dict[str, Form]:
 
 
 def form_named(name: str) -> Form:
-    """Return the form of this name.
+    """Return the form of this name; ``name:a,b,c`` is a law over columns a, b and c.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or it takes no columns.
     """
     found = all_forms()
-    if name not in found:
-        raise UserError(f"no law is called {name!r}; use one of {', '.join(sorted(found))}")
-    return found[name]
+    base, colon, columns = name.partition(":")
+    if base not in found:
+        raise UserError(f"no law is called {base!r}; use one of {', '.join(sorted(found))}")
+    if not colon:
+        return found[base]
+    return found[base].for_columns([column.strip() for column in columns.split(",")])

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -105,6 +105,19 @@ class Form(ABC):
         Written with numpy operations that broadcast [S, 1] against [n] and hold for complex
         values, as derivatives are taken by complex steps where ``derivatives`` is not overridden.
         """
+
+    def for_columns(self, columns: Sequence[str]) -> Form:
+        """Return this law over columns of these names: for laws of any number of domains.
+
+        Users write ``NAME:COLUMN,COLUMN``, which is then the name of the form.
+
+        Raises:
+            UserError: this law reads fixed columns.
+        """
+        raise UserError(
+            f"{self.name} reads {', '.join(variable.name for variable in self.inputs)} and takes "
+            f"no names of columns, not {','.join(columns)!r}; write {self.name} alone"
+        )
 
     def derivatives(
         self, values: Values, prepared: Any

@@ -1,0 +1,239 @@
+"""Laws of continual pretraining: losses by the share of the new domain (D-CPT and CMR)."""
+
+# S parameter sets, n rows
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+
+from allometry.configs.errors import UserError
+from allometry.laws.forms.base import Form, Parameter, Predictions, Values, Variable
+from allometry.laws.observations import Observations
+
+LEAST_SHARE = 1e-300
+"""A share of zero under a power: r^eta is then 0 for any eta that matters."""
+
+CMR_TOKENS = 0.2e9
+"""Tokens in one unit of T in 2407.17467."""
+
+_N = Variable("N", "parameters", "all parameters of the model")
+_D = Variable("D", "tokens", "tokens of the continual pretraining")
+_R = Variable(
+    "r", "1", "share, in training, of the corpus whose loss is measured, 0 to 1", positive=False
+)
+_LOSS = Variable("loss", "nats/token", "validation loss on one corpus, domain's or general")
+_CHANGE = Variable("dloss", "nats/token", "loss minus the loss at the start", positive=False)
+
+
+def _power_law(unit: str) -> tuple[Parameter, ...]:
+    return (
+        Parameter("a", unit, -1e3, 1e3, (-10.0, 10.0), linear=True),
+        Parameter("s", "1", -3.0, 3.0, (-1.0, 1.0)),
+        Parameter("b", unit, -1e3, 1e3, (-10.0, 10.0), linear=True),
+    )
+
+
+def _check_shares(form: Form, observations: Observations, name: str) -> None:
+    values = observations[name]
+    if ((values < 0.0) | (values > 1.0)).any():
+        row = int(np.argmax((values < 0.0) | (values > 1.0)))
+        raise UserError(
+            f"{name} of row {row + 1} ({observations.groups[row]}) is {values[row]}, and "
+            f"{form.name} needs a share between 0 and 1; mend or drop it"
+        )
+
+
+class DomainContinual(Form):
+    """The D-CPT law, 2406.01375: one fit for the domain's loss, another for the general loss.
+
+    ``r`` is the share of the corpus that the loss is measured on: of the domain for the domain's
+    loss, one minus that for the general loss.
+    """
+
+    name: ClassVar[str] = "d_cpt"
+    equation: ClassVar[str] = "loss = E + A/N^alpha + B r^eta/D^beta + C/(r + eps)^gamma"
+    source: ClassVar[str] = "Que et al. 2406.01375 (D-CPT law)"
+    inputs: ClassVar[tuple[Variable, ...]] = (_N, _D, _R)
+    target = _LOSS
+    valid: ClassVar[str] = "Qwen1.5 of 0.5, 1.8 and 4B; 0.1 to 26B tokens; shares 0 to 1"
+    parameters: ClassVar[tuple[Parameter, ...]] = (
+        Parameter("E", "nats/token", 0.0, 20.0, (0.0, 3.0), linear=True),
+        Parameter("A", "nats/token", 0.0, 1e12, (0.0, 1e3), linear=True),
+        Parameter("B", "nats/token", 0.0, 1e12, (0.0, 1e3), linear=True),
+        Parameter("C", "nats/token", 0.0, 1e6, (0.0, 10.0), linear=True),
+        Parameter("alpha", "1", 0.01, 2.0, (0.05, 1.0)),
+        Parameter("beta", "1", 0.01, 2.0, (0.05, 1.0)),
+        Parameter("eta", "1", 0.01, 10.0, (0.1, 3.0), scale="log"),
+        Parameter("gamma", "1", 0.01, 10.0, (0.05, 3.0), scale="log"),
+        Parameter("eps", "1", 1e-4, 10.0, (1e-3, 1.0), scale="log"),
+    )
+
+    def prepare(self, observations: Observations) -> Any:
+        """Return the columns and the logs of those under a power."""
+        columns = super().prepare(observations)
+        _check_shares(self, observations, "r")
+        logs = {name: np.log(columns[name]) for name in ("N", "D")}
+        return {**columns, "log": {**logs, "r": np.log(np.maximum(columns["r"], LEAST_SHARE))}}
+
+    def predict(self, values: Values, prepared: Any) -> Predictions:
+        """Return the loss [S, n]."""
+        log_n, r_n = prepared["log"], prepared["r"]
+        size = values["A"] * np.exp(-values["alpha"] * log_n["N"])
+        data = values["B"] * np.exp(values["eta"] * log_n["r"] - values["beta"] * log_n["D"])
+        share = values["C"] * np.exp(-values["gamma"] * np.log(r_n + values["eps"]))
+        loss_Sn: Predictions = values["E"] + size + data + share
+        return loss_Sn
+
+
+class CrossDomainContinual(DomainContinual):
+    """The cross-domain D-CPT law, 2406.01375: one fit for several domains, told apart by K.
+
+    ``K = w1/k1 + w2 k2`` with k1 the domain's loss before the training and k2 the rate at which it
+    falls at first. F and the scale of K are one number, so here w1 is 1: ``w`` is w2/w1 and ``F``
+    is the paper's F/w1^mu. Fit it to three domains or more; with two, E, F and mu are not told
+    apart.
+    """
+
+    name: ClassVar[str] = "d_cpt_cross"
+    equation: ClassVar[str] = f"{DomainContinual.equation} + F/K^mu, K = 1/k1 + w k2"
+    source: ClassVar[str] = "Que et al. 2406.01375 (cross-domain D-CPT law)"
+    inputs: ClassVar[tuple[Variable, ...]] = (
+        *DomainContinual.inputs,
+        Variable("k1", "nats/token", "loss on the domain before continual pretraining"),
+        Variable("k2", "nats/token per unit of yours", "rate of its fall at the start"),
+    )
+    valid: ClassVar[str] = f"{DomainContinual.valid}; six domains"
+    parameters: ClassVar[tuple[Parameter, ...]] = (
+        *DomainContinual.parameters,
+        Parameter("F", "nats/token", 0.0, 1e6, (0.0, 10.0), linear=True),
+        Parameter("mu", "1", 0.01, 10.0, (0.05, 3.0), scale="log"),
+        Parameter("w", "1", 1e-4, 1e4, (1e-2, 1e2), scale="log"),
+    )
+
+    def predict(self, values: Values, prepared: Any) -> Predictions:
+        """Return the loss [S, n]."""
+        coefficient = 1.0 / prepared["k1"] + values["w"] * prepared["k2"]
+        domain = values["F"] * np.exp(-values["mu"] * np.log(coefficient))
+        loss_Sn: Predictions = super().predict(values, prepared) + domain
+        return loss_Sn
+
+
+def _power(name: str) -> Parameter:
+    return Parameter(name, "1", -3.0, 3.0, (-1.0, 1.0))
+
+
+def _linear(name: str, unit: str) -> Parameter:
+    return Parameter(name, unit, -1e3, 1e3, (-10.0, 10.0), linear=True)
+
+
+class _PowerOfTokens(Form):
+    """``a T^s + b`` with T in the units of 2407.17467, which only scale a.
+
+    An s near zero makes a and b grow without changing the curve, which is then a logarithm.
+    """
+
+    equation: ClassVar[str] = "a T^s + b, T = D/0.2e9"
+    source: ClassVar[str] = "Gu et al. 2407.17467 (CMR scaling law)"
+    inputs: ClassVar[tuple[Variable, ...]] = (_D,)
+    residual = "linear"
+    valid: ClassVar[str] = "0.46 to 3.1B parameters, finance and papers; up to 20B tokens (T = 100)"
+    parameters: ClassVar[tuple[Parameter, ...]] = _power_law("1")
+
+    def prepare(self, observations: Observations) -> Any:
+        """Return log T."""
+        return np.log(super().prepare(observations)["D"] / CMR_TOKENS)
+
+    def predict(self, values: Values, prepared: Any) -> Predictions:
+        """Return the target [S, n]."""
+        target_Sn: Predictions = values["a"] * np.exp(values["s"] * prepared) + values["b"]
+        return target_Sn
+
+
+class CriticalShare(_PowerOfTokens):
+    """CMR scaling law, 2407.17467: the critical mixture ratio by the tokens to be trained on.
+
+    Fit it to what ``allometry.laws.continual.critical_shares`` finds at several horizons. Nothing
+    keeps the share between zero and one outside of the fitted range.
+    """
+
+    name: ClassVar[str] = "cmr_critical"
+    equation: ClassVar[str] = f"R = {_PowerOfTokens.equation}"
+    target = Variable("R", "1", "largest share of the domain that keeps the general loss in bound")
+    published: ClassVar[Mapping[str, Mapping[str, float]]] = {
+        "finance 460M": {"a": 0.22524761, "s": 0.26944345, "b": -0.48139982},
+        "finance 940M": {"a": 0.7520627, "s": 0.13720245, "b": -1.06581937},
+        "finance 1.6B": {"a": -2.36384831, "s": -0.15125569, "b": 1.59223649},
+        "finance 3.1B": {"a": -2.5368197, "s": -0.42071423, "b": 0.84375368},
+    }
+
+
+class DomainChange(_PowerOfTokens):
+    """2407.17467: how the domain's loss has changed after D tokens, at one size and share."""
+
+    name: ClassVar[str] = "cmr_domain"
+    equation: ClassVar[str] = f"dloss = {_PowerOfTokens.equation}"
+    target = _CHANGE
+    parameters: ClassVar[tuple[Parameter, ...]] = _power_law("nats/token")
+
+
+class GeneralChange(_PowerOfTokens):
+    """2407.17467: how the general loss has changed after D tokens: it rises, then may fall.
+
+    The paper's two exponents are s and s + gap here, so that neither can take the other's place.
+    """
+
+    name: ClassVar[str] = "cmr_general"
+    equation: ClassVar[str] = "dloss = a T^s + a2 T^(s + gap) + b, T = D/0.2e9"
+    target = _CHANGE
+    parameters: ClassVar[tuple[Parameter, ...]] = (
+        *_power_law("nats/token"),
+        Parameter("a2", "nats/token", -1e3, 1e3, (-10.0, 10.0), linear=True),
+        Parameter("gap", "1", 0.01, 5.0, (0.1, 2.0), scale="log"),
+    )
+
+    def predict(self, values: Values, prepared: Any) -> Predictions:
+        """Return the change of the loss [S, n]."""
+        second = values["a2"] * np.exp((values["s"] + values["gap"]) * prepared)
+        change_Sn: Predictions = super().predict(values, prepared) + second
+        return change_Sn
+
+
+class DomainLossByShare(Form):
+    """2407.17467: the domain's loss at one size and horizon, by the domain's share.
+
+    An s near zero makes a and b grow without changing the curve, which is then a logarithm.
+    """
+
+    name: ClassVar[str] = "cmr_domain_share"
+    equation: ClassVar[str] = "loss = a r^s + b"
+    source: ClassVar[str] = "Gu et al. 2407.17467 (CMR scaling law)"
+    inputs: ClassVar[tuple[Variable, ...]] = (
+        Variable("r", "1", "share of the domain in training, above 0"),
+    )
+    target = Variable("loss", "nats/token", "validation loss on the domain")
+    valid: ClassVar[str] = "0.46 to 3.1B parameters; shares from 1/4 to 1"
+    parameters: ClassVar[tuple[Parameter, ...]] = _power_law("nats/token")
+
+    def prepare(self, observations: Observations) -> Any:
+        """Return log r."""
+        columns = super().prepare(observations)
+        _check_shares(self, observations, "r")
+        return np.log(columns["r"])
+
+    def predict(self, values: Values, prepared: Any) -> Predictions:
+        """Return the loss [S, n]."""
+        loss_Sn: Predictions = values["a"] * np.exp(values["s"] * prepared) + values["b"]
+        return loss_Sn
+
+
+FORMS: tuple[Form, ...] = (
+    DomainContinual(),
+    CrossDomainContinual(),
+    CriticalShare(),
+    DomainChange(),
+    GeneralChange(),
+    DomainLossByShare(),
+)

@@ -1,0 +1,181 @@
+"""Laws of mixtures: the loss of a validation set by the shares of the training domains."""
+
+# S parameter sets, n rows, K domains, M implicit domains
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from allometry.configs.errors import UserError
+from allometry.laws.forms.base import Form, Parameter, Predictions, Values, Variable
+from allometry.laws.observations import Observations
+
+SUM_TOLERANCE = 0.02
+"""How far from one the shares of a row may sum; they are then divided by their sum."""
+
+
+def share_variable(domain: str) -> Variable:
+    """Return the column of a domain's share of the training tokens."""
+    return Variable(domain, "1", f"share of {domain} in the training tokens", positive=False)
+
+
+def shares_of(
+    form: Form, domains: Sequence[str], observations: Observations
+) -> NDArray[np.float64]:
+    """Return the shares [n, K] of each row, summing to one.
+
+    Raises:
+        UserError: a column is missing, a share is negative or not finite, or a row's shares sum
+            to something further from one than rounding explains.
+    """
+    missing = [domain for domain in domains if domain not in observations.columns]
+    if missing:
+        raise UserError(
+            f"{form.name} reads a column of shares for each domain and the observations have no "
+            f"{missing[0]!r}; name theirs: {form.name.partition(':')[0]}:COLUMN,COLUMN of "
+            f"{', '.join(observations.columns)}"
+        )
+    shares_nK = np.stack([observations[domain] for domain in domains], axis=1)
+    bad_nK = ~np.isfinite(shares_nK) | (shares_nK < 0.0)
+    if bad_nK.any():
+        row, domain = (int(i) for i in np.argwhere(bad_nK)[0])
+        raise UserError(
+            f"{domains[domain]} of row {row + 1} ({observations.groups[row]}) is "
+            f"{shares_nK[row, domain]}, and {form.name} needs shares of at least 0; mend or drop it"
+        )
+    sums_n = shares_nK.sum(axis=1)
+    off_n = np.abs(sums_n - 1.0) > SUM_TOLERANCE
+    if off_n.any():
+        row = int(np.argmax(off_n))
+        raise UserError(
+            f"the shares {', '.join(domains)} of row {row + 1} ({observations.groups[row]}) sum to "
+            f"{sums_n[row]:.4g}, and {form.name} needs the shares of all domains, which sum to 1; "
+            f"add the columns of the others"
+        )
+    normalised_nK: NDArray[np.float64] = shares_nK / sums_n[:, None]
+    return normalised_nK
+
+
+def check_domains(name: str, columns: Sequence[str], least: int) -> tuple[str, ...]:
+    """Return the columns, which must be ``least`` or more, named, and all different.
+
+    Raises:
+        UserError: they are not.
+    """
+    if len(columns) < least or "" in columns or len(set(columns)) < len(columns):
+        raise UserError(
+            f"{name} needs at least {least} different columns, not {','.join(columns)!r}; write "
+            f"{name}:COLUMN,COLUMN"
+        )
+    return tuple(columns)
+
+
+class MixingExponential(Form):
+    """Data mixing laws 2403.16952: ``L = c + k exp(sum_j t_j r_j)``.
+
+    The shares sum to one, so k would only shift all t_j: here k is 1, and t_j says directly where
+    the loss is with domain j alone, ``c + exp(t_j)``. Coefficients with a k are the same law with
+    ``t_j + ln k``.
+    """
+
+    name: ClassVar[str] = "mixing_exponential"
+    domains: ClassVar[tuple[str, ...]] = ("r1", "r2")
+    target = Variable("loss", "nats/token", "loss on one validation set")
+    source = "Ye et al. 2403.16952 (k absorbed by t, as shares sum to one)"
+    valid = (
+        "one size, one horizon; shares inside the hull of those fitted; shown for 2 to 5 domains"
+    )
+    equation: ClassVar[str] = "loss = c + exp(sum_j t_j r_j)"
+    inputs: ClassVar[tuple[Variable, ...]] = tuple(share_variable(d) for d in domains)
+    parameters: ClassVar[tuple[Parameter, ...]] = ()
+
+    def for_columns(self, columns: Sequence[str]) -> Self:
+        """Return this law over these columns of shares, named ``mixing_exponential:a,b,c``."""
+        base = self.name.partition(":")[0]
+        domains = check_domains(base, columns, 2)
+        members = {
+            "name": f"{base}:{','.join(domains)}",
+            "domains": domains,
+            "inputs": tuple(share_variable(domain) for domain in domains),
+            "parameters": self.parameters_of(domains),
+        }
+        form: Self = type(type(self).__name__, (type(self),), members)()
+        return form
+
+    @classmethod
+    def parameters_of(cls, domains: Sequence[str]) -> tuple[Parameter, ...]:
+        """Return the parameters over these domains."""
+        return (
+            Parameter("c", "nats/token", 0.0, 50.0, (0.0, 5.0), linear=True),
+            *(Parameter(f"t_{d}", "1", -30.0, 10.0, (-3.0, 3.0)) for d in domains),
+        )
+
+    def prepare(self, observations: Observations) -> NDArray[np.float64]:
+        """Return the shares [n, K]."""
+        return shares_of(self, self.domains, observations)
+
+    def predict(self, values: Values, prepared: Any) -> Predictions:
+        """Return the loss [S, n]."""
+        loss_Sn: Predictions = values["c"] + np.exp(self._exponent(values, prepared))
+        return loss_Sn
+
+    def derivatives(self, values: Values, prepared: Any) -> tuple[Predictions, NDArray[np.float64]]:
+        """Return predictions [S, n] and derivatives [S, 1 + K, n]."""
+        reducible_Sn = np.exp(self._exponent(values, prepared))
+        slopes_SKn = reducible_Sn[..., None, :] * prepared.T
+        ones_S1n = np.ones_like(reducible_Sn)[..., None, :]
+        loss_Sn: Predictions = values["c"] + reducible_Sn
+        return loss_Sn, np.concatenate([ones_S1n, slopes_SKn], axis=-2)
+
+    def _exponent(self, values: Values, shares_nK: NDArray[np.float64]) -> Predictions:
+        t_KS = [np.asarray(values[f"t_{domain}"]) for domain in self.domains]
+        t_SK = np.array(t_KS) if t_KS[0].ndim == 0 else np.concatenate(t_KS, axis=-1)
+        exponent_Sn: Predictions = t_SK @ shares_nK.T
+        return exponent_Sn
+
+
+class MixingImplicit(MixingExponential):
+    """Data mixing laws 2403.16952: the validation set is itself a mixture.
+
+    A validation set of M unnamed domains with shares s_i has ``sum_i s_i L_i``; s_i, k_i and c_i
+    enter only through ``c = sum_i s_i c_i`` and ``s_i k_i``, so with the shares of training
+    summing to one the law is c and a sum of M exponentials. Here M is 2. The two are
+    interchangeable, so starts agree on the objective but not on which is which.
+    """
+
+    name: ClassVar[str] = "mixing_implicit"
+    source = "Ye et al. 2403.16952, two implicit domains"
+    equation: ClassVar[str] = "loss = c + exp(sum_j t_j r_j) + exp(sum_j u_j r_j)"
+
+    @classmethod
+    def parameters_of(cls, domains: Sequence[str]) -> tuple[Parameter, ...]:
+        """Return the parameters over these domains."""
+        second = tuple(Parameter(f"u_{d}", "1", -30.0, 10.0, (-3.0, 3.0)) for d in domains)
+        return super().parameters_of(domains) + second
+
+    def predict(self, values: Values, prepared: Any) -> Predictions:
+        """Return the loss [S, n]."""
+        loss_Sn: Predictions = super().predict(values, prepared)
+        return loss_Sn + np.exp(self._second(values, prepared))
+
+    def derivatives(self, values: Values, prepared: Any) -> tuple[Predictions, NDArray[np.float64]]:
+        """Return predictions [S, n] and derivatives [S, 1 + 2 K, n]."""
+        first_Sn, slopes_SPn = super().derivatives(values, prepared)
+        second_Sn = np.exp(self._second(values, prepared))
+        more_SKn = second_Sn[..., None, :] * prepared.T
+        loss_Sn: Predictions = first_Sn + second_Sn
+        return loss_Sn, np.concatenate([slopes_SPn, more_SKn], axis=-2)
+
+    def _second(self, values: Values, shares_nK: NDArray[np.float64]) -> Predictions:
+        renamed = {f"t_{domain}": values[f"u_{domain}"] for domain in self.domains}
+        return self._exponent(renamed, shares_nK)
+
+
+for _form in (MixingExponential, MixingImplicit):
+    _form.parameters = _form.parameters_of(_form.domains)
+
+FORMS: tuple[Form, ...] = (MixingExponential(), MixingImplicit())
