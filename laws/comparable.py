@@ -1,0 +1,80 @@
+"""Whether the losses of several runs are measurements of one thing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from allometry.configs.errors import UserError
+from allometry.laws.losses import LossChoice, shares, validation_weights
+from allometry.laws.runs import Run
+
+
+def check_comparable(runs: Sequence[Run], choice: LossChoice) -> None:
+    """Refuse runs whose losses are not of the same tokens, cut in the same way.
+
+    Raises:
+        UserError: two runs differ in tokenizer or sequence length; for held-out losses in the
+            held-out files or the number of sequences read of them; for losses of the mixture in
+            the shares of their sources. The sentence names both runs and what to do.
+    """
+    of_mixture = choice.source is None
+    held_out = choice.kind == "validation"
+    checks: list[tuple[str, Callable[[Run], Any], str]] = [
+        ("tokenizers", _tokenizers, "a loss per token depends on what a token is"),
+        (
+            "data.sequence_length",
+            lambda run: run.config["data"]["sequence_length"],
+            "tokens are predicted from other contexts",
+        ),
+    ]
+    if held_out:
+        checks += [
+            (
+                "held-out tokens",
+                lambda run: _held_out_files(run, choice.source),
+                "their losses are of other texts",
+            ),
+            (
+                "evaluation.sequences_per_source",
+                lambda run: run.config.get("evaluation", {}).get("sequences_per_source"),
+                "their losses are of other parts of the held-out tokens",
+            ),
+        ]
+    if of_mixture:
+        checks.append(
+            (
+                "shares of their sources",
+                validation_weights if held_out else shares,
+                "their losses are of other mixtures; choose one source's "
+                f"(--loss {choice.kind}/NAME)",
+            )
+        )
+    for what, value, why in checks:
+        _check_same(runs, what, value, why)
+
+
+def _check_same(runs: Sequence[Run], what: str, value: Callable[[Run], Any], why: str) -> None:
+    first = value(runs[0])
+    for run in runs[1:]:
+        if (other := value(run)) != first:
+            raise UserError(
+                f"{runs[0].folder} and {run.folder} differ in {what} ({first} and {other}): {why}; "
+                "give runs that agree in it"
+            )
+
+
+def _tokenizers(run: Run) -> str:
+    """The tokenizers' fingerprints, shortened; None where token files do not say."""
+    parts = [source["train"] for source in run.record["data"]["sources"].values()]
+    found = {str(part["tokenizer_sha256"])[:12] for part in parts if part.get("tokenizer_sha256")}
+    return ", ".join(sorted(found)) or "unknown"
+
+
+def _held_out_files(run: Run, only: str | None) -> dict[str, str]:
+    found = {}
+    for name, source in run.record["data"]["sources"].items():
+        part = source.get("validation")
+        if part is not None and only in (None, name):
+            found[name] = str(part["fingerprint"])
+    return found

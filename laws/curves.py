@@ -1,0 +1,114 @@
+"""Observations from the course of runs, for laws of whole curves."""
+
+# n rows, T steps of a run
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from allometry.configs.errors import UserError
+from allometry.laws.collect import CountName, check_record, count_of, expand, run_names
+from allometry.laws.comparable import check_comparable
+from allometry.laws.losses import LossChoice, loss_curve
+from allometry.laws.observations import Column, LearningRates, Observations
+from allometry.laws.runs import Run, read_run
+
+S1_TOLERANCE = 1e-3
+"""How far rates filled in between recorded steps may miss the recorded sum, relative to it."""
+
+
+def curves_from_runs(
+    folders: Sequence[str | Path],
+    *,
+    count: CountName = "non_embedding",
+    loss: str = "train",
+    bins: int | None = 200,
+) -> Observations:
+    """Return rows of the curves of runs, finished or not: each run is a group with its own rates.
+
+    Columns: ``step``, ``loss`` (see ``from_runs``), ``N`` by ``count``, ``D``, ``C``, ``S1`` and
+    ``S2`` at that step. Steps of the warm-up are left out, as no law of curves holds there.
+    ``bins``: the rows of a training loss, which is noisy, are averaged in at most this many
+    stretches of as many rows each, and ``step`` is the stretch's middle (None: every row); held-out
+    losses are taken as they are.
+
+    Rates are those the run recorded. With record.every_steps above 1 the steps between are filled
+    in on straight lines (from 0 before the first step of a warm-up), and the run's own sum S1,
+    which it kept step by step, must agree.
+
+    Raises:
+        UserError: a folder holds no run, no row is left after the warm-up, the loss is not there,
+            or the recorded rates are too few to tell those between.
+    """
+    choice = LossChoice.parse(loss)
+    if bins is not None and bins < 1:
+        raise UserError(f"--bins={bins} is no number of stretches; use 1 or more")
+    runs = [read_run(path) for path in expand(folders)]
+    for run in runs:
+        check_record(run)
+    check_comparable(runs, choice)
+    parts: list[dict[str, Column]] = []
+    groups: list[str] = []
+    curves: dict[str, LearningRates] = {}
+    for run, name in zip(runs, run_names(runs), strict=True):
+        curves[name] = rates_of(run)
+        part = _rows(run, choice, count, curves[name], bins)
+        parts.append(part)
+        groups += [name] * len(part["step"])
+    binned = bins is not None and choice.kind == "train"
+    return Observations(
+        columns={key: np.concatenate([part[key] for part in parts]) for key in parts[0]},
+        groups=tuple(groups),
+        curves=curves,
+        conventions={
+            "loss": f"{choice.kind} loss of {choice.source or 'the mixture'}, nats per token"
+            + (f", means of at most {bins} stretches of a run" if binned else ""),
+            "step": "counted from 1, after the warm-up",
+            "N": f"{count} parameters",
+        },
+    )
+
+
+def rates_of(run: Run) -> LearningRates:
+    """Return the learning rate of each step so far.
+
+    Raises:
+        UserError: see ``curves_from_runs``.
+    """
+    check_record(run)
+    warmup = int(run.record["plan"]["warmup_steps"])
+    steps, rates, sums = (run.metrics[key] for key in ("step", "lr", "s1"))
+    known, values = (steps, rates) if warmup == 0 else (np.append(0, steps), np.append(0.0, rates))
+    filled = np.interp(np.arange(1, int(steps[-1]) + 1), known, values)
+    missed = np.abs(np.cumsum(filled)[steps.astype(int) - 1] - sums)
+    if (missed > S1_TOLERANCE * sums).any():
+        step = int(steps[np.argmax(missed > S1_TOLERANCE * sums)])
+        raise UserError(
+            f"{run.folder}: the recorded learning rates do not tell those between them (their sum "
+            f"to step {step} misses the recorded s1); set record.every_steps: 1 and train again"
+        )
+    return LearningRates(filled, warmup)
+
+
+def _rows(
+    run: Run, choice: LossChoice, count: CountName, rates: LearningRates, bins: int | None
+) -> dict[str, Column]:
+    steps, losses = loss_curve(run, choice)
+    after = (steps > rates.warmup_steps) & np.isfinite(losses)
+    steps, losses = steps[after], losses[after]
+    if len(steps) == 0:
+        raise UserError(
+            f"{run.folder} has no recorded {choice.kind} loss after its warm-up of "
+            f"{rates.warmup_steps} steps; let it train on, or leave it out"
+        )
+    if bins is not None and choice.kind == "train" and len(steps) > bins:
+        stretches = np.array_split(np.arange(len(steps)), bins)
+        losses = np.array([losses[part].mean() for part in stretches])
+        steps = np.array([np.round(steps[part].mean()) for part in stretches])
+    columns = {"step": steps, "loss": losses, "N": np.full(len(steps), float(count_of(run, count)))}
+    for name, key in (("D", "tokens"), ("C", "flops"), ("S1", "s1"), ("S2", "s2")):
+        columns[name] = np.interp(steps, run.metrics["step"], run.metrics[key])
+    return columns

@@ -1,0 +1,115 @@
+"""Which of a run's losses is meant, and its value at the end of the run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from allometry.configs.errors import UserError
+from allometry.laws.observations import Column
+from allometry.laws.runs import Run
+
+SPELLINGS = "validation, train, validation/NAME or train/NAME"
+
+
+@dataclass(frozen=True, slots=True)
+class LossChoice:
+    """``kind``: ``validation`` or ``train``; ``source``: of one source, or None for the mixture.
+
+    ``last``: the share of a run's steps that its train loss is averaged over.
+    """
+
+    kind: str
+    source: str | None
+    last: float
+
+    @classmethod
+    def parse(cls, text: str, last: float = 0.1) -> LossChoice:
+        """Read ``validation``, ``train``, ``validation/NAME`` or ``train/NAME``.
+
+        Raises:
+            UserError: it is none of them, or ``last`` is not a share of the run.
+        """
+        kind, slash, source = text.partition("/")
+        if kind not in ("validation", "train") or (slash and not source):
+            raise UserError(f"--loss={text} is no loss of a run; use {SPELLINGS}")
+        if not 0.0 < last <= 1.0:
+            raise UserError(f"--last={last} is not a share of a run; use more than 0 and at most 1")
+        return cls(kind, source or None, last)
+
+    def describe(self, run: Run) -> str:
+        """Return what the number is, for ``Observations.conventions``."""
+        over = f"mean over the last {self.last:.0%} of the steps, nats per token"
+        if self.kind == "train":
+            return f"training loss of {self.source or 'the mixture'}, {over}"
+        if self.source is not None:
+            return f"held-out loss of {self.source} at the last step, nats per token"
+        weights = validation_weights(run)
+        names = ", ".join(f"{weight:.4g} {name}" for name, weight in weights.items())
+        return f"held-out loss at the last step, nats per token, weighted by shares: {names}"
+
+
+def shares(run: Run) -> dict[str, float]:
+    """Return each source's share of the mixture, as configured."""
+    sources = run.record["data"]["sources"]
+    return {name: float(source["share"]) for name, source in sources.items()}
+
+
+def validation_weights(run: Run) -> dict[str, float]:
+    """Return the shares of the sources that have held-out tokens, scaled to sum to one."""
+    held_out = {
+        name: share for name, share in shares(run).items() if f"validation/{name}" in run.metrics
+    }
+    total = sum(held_out.values())
+    return {name: share / total for name, share in held_out.items()}
+
+
+def final_loss(run: Run, choice: LossChoice) -> float:
+    """Return a finished run's loss in nats per token.
+
+    Raises:
+        UserError: the run does not have it, or it is not finite.
+    """
+    steps, losses = loss_curve(run, choice)
+    if choice.kind == "train":
+        there = steps > steps[-1] * (1.0 - choice.last)
+        value = float(losses[there].mean())
+    else:
+        if steps[-1] != run.metrics["step"][-1]:
+            raise UserError(
+                f"{run.folder} has no held-out loss at its last step, "
+                f"{run.metrics['step'][-1]:.0f}; choose --loss train"
+            )
+        value = float(losses[-1])
+    if not np.isfinite(value):
+        raise UserError(f"{run.folder} ends with a loss of {value}; leave the run out (--drop)")
+    return value
+
+
+def loss_curve(run: Run, choice: LossChoice) -> tuple[Column, Column]:
+    """Return the recorded steps that have this loss, and their losses.
+
+    Raises:
+        UserError: none has.
+    """
+    metrics = run.metrics
+    if choice.kind == "train":
+        key = "loss" if choice.source is None else f"loss/{choice.source}"
+        values = metrics.get(key)
+    elif choice.source is not None:
+        key = f"validation/{choice.source}"
+        values = metrics.get(key)
+    else:
+        key = "validation/"
+        weights = validation_weights(run)
+        parts = [weight * metrics[f"validation/{name}"] for name, weight in weights.items()]
+        values = np.sum(parts, axis=0) if parts else None
+    there = np.zeros(0, bool) if values is None else ~np.isnan(values)
+    if values is None or not there.any():
+        names = [name for name in metrics if name.startswith(("validation/", "loss/"))]
+        raise UserError(
+            f"{run.folder} has no row with {key} in metrics.jsonl, only "
+            f"{', '.join(names) or 'no losses of sources'}; choose another --loss ({SPELLINGS})"
+        )
+    return metrics["step"][there], values[there]

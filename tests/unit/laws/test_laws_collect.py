@@ -1,0 +1,266 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from allometry.configs.errors import UserError
+from allometry.laws.areas import areas_of
+from allometry.laws.collect import expand, from_runs
+from allometry.laws.curves import curves_from_runs
+from fake_runs import chinchilla, fake_run
+
+LAST = 40
+
+
+def edit_record(folder: Path, change: dict[str, object]) -> None:
+    path = folder / "run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+
+
+def test_a_run_is_a_row_of_what_it_recorded(tmp_path: Path) -> None:
+    config = fake_run(tmp_path / "one", "run.seed=7")
+    found = from_runs([tmp_path / "one"])
+    width, layers = config.model.width, config.model.num_layers
+    hidden = layers * (4 * width**2 + 3 * width * 2 * width)
+    norms = (2 * layers + 1) * width
+    ends = 64 * width
+    tokens = LAST * 8 * 32
+    expected = {
+        "N": hidden + norms,
+        "N_total": hidden + norms + 2 * ends,
+        "D": tokens,
+        "M": tokens / (hidden + norms),
+        "B": 8 * 32,
+        "S": LAST,
+        "lr": 1e-2,
+        "seed": 7,
+        "width": width,
+        "layers": layers,
+        "experts": 1,
+        "experts_per_token": 1,
+        "r/web": 0.75,
+        "r/code": 0.25,
+        "U/web": 5000,  # all of its store, read more than once
+        "U/code": tokens / 4,
+        "U": 5000 + tokens / 4,
+    }
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], [value], err_msg=name)
+    loss = chinchilla(hidden + norms, np.array([tokens]))
+    np.testing.assert_allclose(found["loss"], loss + 0.75 * 0.1 - 0.25 * 0.3, rtol=1e-14)
+    np.testing.assert_allclose(found["validation/code"], loss - 0.3, rtol=1e-14)
+    assert "0.75 web, 0.25 code" in found.conventions["loss"]
+    attention = layers * 2 * width * (32 + 1)
+    flops = 3 * (2 * (hidden + ends) + attention)
+    np.testing.assert_array_equal(found["C"], [flops * tokens])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_parameters_are_counted_by_the_convention_asked_for(tmp_path: Path, tied: bool) -> None:
+    fake_run(tmp_path / "a", f"model.tied_embeddings={str(tied).lower()}")
+    counts = {
+        name: from_runs([tmp_path / "a"], count=name)["N"][0]
+        for name in ("non_embedding", "with_head", "total")
+    }
+    ends = 64 * 32
+    assert counts["with_head"] == counts["non_embedding"] + ends
+    assert counts["total"] == counts["with_head"] + (0 if tied else ends)
+
+
+def test_losses_are_those_asked_for(tmp_path: Path) -> None:
+    fake_run(tmp_path / "a")
+    N = from_runs([tmp_path / "a"])["N"][0]
+    law = chinchilla(N, 256.0 * np.arange(1, LAST + 1))
+    for loss, last, expected in (
+        ("train", 0.1, law[-4:].mean()),
+        ("train", 1.0, law.mean()),
+        ("train/web", 0.025, law[-1]),
+        ("validation/web", 0.1, law[-1] + 0.1),
+    ):
+        found = from_runs([tmp_path / "a"], loss=loss, last=last)["loss"]
+        np.testing.assert_allclose(found, [expected], rtol=1e-12)
+
+
+def test_a_source_without_held_out_tokens_is_left_out_of_the_mean_and_it_says_so(
+    tmp_path: Path,
+) -> None:
+    fake_run(tmp_path / "a", held_out=("web",))
+    found = from_runs([tmp_path / "a"])
+    np.testing.assert_allclose(found["loss"], found["validation/web"])
+    assert "weighted by shares: 1 web" in found.conventions["loss"]
+    assert "validation/code" not in found.columns
+
+
+def test_seeds_of_one_cell_are_one_group(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        for steps in (20, 40):
+            fake_run(
+                tmp_path / f"w32-{steps}-{seed}",
+                f"run.seed={seed}",
+                f"training.total_steps={steps}",
+                "batch.micro_batch_sequences=4",
+            )
+    fake_run(tmp_path / "w64", width=64)
+    fake_run(tmp_path / "w64-other-rate", "optimizer.lr=0.02", width=64)
+    cells = from_runs([tmp_path]).groups
+    assert cells == (
+        *["N=20.6k D=5.12k"] * 2,
+        *["N=20.6k D=10.2k"] * 2,
+        "N=82.2k D=10.2k",
+        "N=82.2k D=10.2k #2",
+    )
+    assert from_runs([tmp_path], group_by="model").groups == (*["N=20.6k"] * 4, *["N=82.2k"] * 2)
+    assert from_runs([tmp_path], group_by="run").groups[:2] == ("w32-20-0", "w32-20-1")
+
+
+def test_folders_of_runs_stand_for_their_runs(tmp_path: Path) -> None:
+    fake_run(tmp_path / "ladder/runs/b")
+    fake_run(tmp_path / "ladder/runs/a")
+    (tmp_path / "ladder/runs/notes").mkdir()
+    runs = [tmp_path / "ladder/runs/a", tmp_path / "ladder/runs/b"]
+    assert expand([tmp_path / "ladder"]) == runs
+    assert expand([tmp_path / "ladder/runs"]) == runs
+    assert expand(runs[::-1]) == runs[::-1]
+    with pytest.raises(UserError, match=r"a is given twice"):
+        expand([tmp_path / "ladder", tmp_path / "ladder/runs/../runs/a"])
+    with pytest.raises(UserError, match=r"notes holds no config.yaml and no run folder"):
+        expand([tmp_path / "ladder/runs/notes"])
+    with pytest.raises(UserError, match=r"nowhere is not a folder"):
+        expand([tmp_path / "nowhere"])
+
+
+def test_a_run_that_has_not_finished_is_named_or_left_out_aloud(tmp_path: Path) -> None:
+    fake_run(tmp_path / "done")
+    fake_run(tmp_path / "half", stop=20)
+    fake_run(tmp_path / "broken", ending="not_finite")
+    fake_run(tmp_path / "empty")
+    (tmp_path / "empty/metrics.jsonl").unlink()
+    for name, words in (
+        ("half", r"half is at step 20 of 40.*--unfinished skip"),
+        ("broken", r"broken ended at step 40 as its loss was not finite"),
+        ("empty", "holds no rows yet"),
+    ):
+        with pytest.raises(UserError, match=words):
+            from_runs([tmp_path / "done", tmp_path / name])
+    found = from_runs([tmp_path], unfinished="skip")
+    assert len(found) == 1
+    left_out = found.conventions["left out"]
+    assert all(f"/{name}" in left_out for name in ("half", "broken", "empty"))
+    with pytest.raises(UserError, match=r"none of the runs has finished: .*half"):
+        from_runs([tmp_path / "half"], unfinished="skip")
+
+
+def test_a_run_that_was_extended_is_not_finished_before_its_new_end(tmp_path: Path) -> None:
+    fake_run(tmp_path / "a")
+    path = tmp_path / "a/metrics.jsonl"
+    row = json.loads(path.read_text().splitlines()[-1]) | {"step": 41}
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    with pytest.raises(UserError, match="is at step 41"):
+        from_runs([tmp_path / "a"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "more", "loss", "words"),
+    [
+        ([], {"tokenizer": "bbbb"}, "train/web", "differ in tokenizers .aaaa and bbbb"),
+        (["data.sequence_length=16"], {}, "train", r"differ in data\.sequence_length .32 and 16"),
+        (["data.sources.0.weight=0.5"], {}, "train", r"other mixtures.*--loss train/NAME"),
+        (["data.sources.0.weight=0.5"], {}, "validation", "differ in shares of their sources"),
+        ([], {"held_out": ("web",)}, "validation", "differ in held-out tokens"),
+        (["evaluation.sequences_per_source=8"], {}, "validation/web", "sequences_per_source"),
+    ],
+)
+def test_losses_that_cannot_be_compared_are_refused(
+    tmp_path: Path, overrides: list[str], more: dict[str, object], loss: str, words: str
+) -> None:
+    fake_run(tmp_path / "a")
+    fake_run(tmp_path / "b", *overrides, **more)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=words):
+        from_runs([tmp_path], loss=loss)
+
+
+def test_mixtures_are_compared_by_one_source_and_a_source_that_a_run_lacks_has_no_share(
+    tmp_path: Path,
+) -> None:
+    fake_run(tmp_path / "a")
+    fake_run(tmp_path / "b", "data.sources.0.weight=0.25")
+    found = from_runs([tmp_path], loss="validation/web")
+    np.testing.assert_array_equal(found["r/web"], [0.75, 0.5])
+    np.testing.assert_allclose(found["loss"], found["validation/web"])
+
+
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [
+        ("perplexity", "--loss=perplexity is no loss of a run; use validation, train"),
+        ("train/", "is no loss of a run"),
+        ("train/books", r"has no row with loss/books.*validation/web"),
+    ],
+)
+def test_a_loss_that_is_not_there_is_said(tmp_path: Path, loss: str, words: str) -> None:
+    fake_run(tmp_path / "a")
+    with pytest.raises(UserError, match=words):
+        from_runs([tmp_path / "a"], loss=loss)
+
+
+def test_a_record_that_says_too_little_is_refused(tmp_path: Path) -> None:
+    fake_run(tmp_path / "a")
+    edit_record(tmp_path / "a", {"plan": {"total_steps": LAST}})
+    with pytest.raises(UserError, match=r"run\.json has no plan\.parameters"):
+        from_runs([tmp_path / "a"])
+
+
+def test_no_held_out_tokens_at_all_asks_for_another_loss(tmp_path: Path) -> None:
+    fake_run(tmp_path / "a", held_out=())
+    with pytest.raises(UserError, match=r"no row with validation/ .*choose another --loss"):
+        from_runs([tmp_path / "a"])
+    with pytest.raises(UserError, match=r"--last=0 is not a share"):
+        from_runs([tmp_path / "a"], loss="train", last=0)
+
+
+@pytest.mark.parametrize("every", [1, 4])
+def test_curves_have_the_rates_of_every_step(tmp_path: Path, every: int) -> None:
+    fake_run(tmp_path / "cosine")
+    schedule = "schedule={kind: wsd, warmup_steps: 4, decay_fraction: 0.5, decay: linear}"
+    fake_run(tmp_path / "wsd", f"record.every_steps={every}", schedule)
+    found = curves_from_runs([tmp_path], bins=None)
+    assert set(found.groups) == {"cosine", "wsd"}
+    curve = found.curves["wsd"]
+    rates = np.concatenate([np.arange(1, 5) / 4, np.ones(16), 1 - np.arange(1, 21) / 20]) * 1e-2
+    np.testing.assert_allclose(curve.rates, rates, rtol=1e-12, atol=1e-17)
+    assert curve.warmup_steps == 4
+    part = found.take([group == "wsd" for group in found.groups])
+    np.testing.assert_array_equal(part["step"], np.arange(5 if every == 1 else 8, 41, every))
+    s1, s2 = areas_of(rates, 4)
+    steps = part["step"].astype(int) - 1
+    np.testing.assert_allclose(part["S1"], s1[steps], rtol=1e-12)
+    np.testing.assert_allclose(part["S2"], s2[steps], rtol=1e-12)
+    np.testing.assert_allclose(part["loss"], chinchilla(part["N"][0], part["D"]), rtol=1e-12)
+
+
+def test_noisy_losses_are_averaged_in_stretches(tmp_path: Path) -> None:
+    fake_run(tmp_path / "a", noise=0.01)
+    rows = curves_from_runs([tmp_path], bins=None)
+    means = curves_from_runs([tmp_path], bins=6)
+    np.testing.assert_array_equal(means["step"], [8, 14, 20, 26, 32, 38])
+    np.testing.assert_allclose(means["loss"], rows["loss"].reshape(6, 6).mean(axis=1))
+    held_out = curves_from_runs([tmp_path], loss="validation", bins=1)
+    np.testing.assert_array_equal(held_out["step"], [20, 40])
+
+
+def test_rates_that_were_hardly_recorded_are_refused(tmp_path: Path) -> None:
+    fake_run(tmp_path / "a", "record.every_steps=16", "evaluation.every_steps=null")
+    with pytest.raises(UserError, match=r"do not tell those between.*record\.every_steps: 1"):
+        curves_from_runs([tmp_path / "a"])
+
+
+def test_a_curve_within_its_warmup_is_refused(tmp_path: Path) -> None:
+    fake_run(tmp_path / "a", stop=3)
+    with pytest.raises(UserError, match="no recorded train loss after its warm-up of 4 steps"):
+        curves_from_runs([tmp_path / "a"])
+    with pytest.raises(UserError, match=r"--bins=0"):
+        curves_from_runs([tmp_path / "a"], bins=0)
