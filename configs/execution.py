@@ -9,6 +9,15 @@ from pydantic import Field, model_validator
 from allometry.configs.base import Count, Section
 
 
+class Parent(Section):
+    """The run that a new run branches from, with everything it has learnt and recorded."""
+
+    folder: str = Field(min_length=1, description="the parent's run.folder; it may be training")
+    step: Count = Field(
+        gt=0, description="its checkpoint to begin at; see ``checkpoint.keep_steps``"
+    )
+
+
 class RunSection(Section):
     """Where the run lives and what makes it repeatable."""
 
@@ -19,6 +28,9 @@ class RunSection(Section):
         pattern=r"^(auto|never|step-[0-9]+)$",
         description="auto: continue what the folder holds, or start; never: the folder must be "
         "new; step-N: go back to that checkpoint and continue from there",
+    )
+    parent: Parent | None = Field(
+        None, description="branch from another run, whose first steps would have been the same"
     )
 
 
@@ -178,6 +190,9 @@ class CheckpointConfig(Section):
     keep_last: Count = Field(2, gt=0, description="newest checkpoints to keep")
     keep_every_steps: Count | None = Field(
         None, gt=0, description="also keep checkpoints whose step is a multiple of this"
+    )
+    keep_steps: tuple[Annotated[Count, Field(gt=0)], ...] = Field(
+        (), description="also save at these steps, and keep them: other runs may branch there"
     )
     asynchronous: bool = Field(True, description="write while training goes on")
 

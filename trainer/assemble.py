@@ -88,9 +88,12 @@ def with_measured_stages(config: RunConfig, plan: RunPlan, mesh: Mesh) -> RunPla
 
 
 def _stages_before(config: RunConfig, plan: RunPlan) -> tuple[range, ...] | None:
-    """The stages of the run's last launch, if it had this layout."""
+    """The stages of the run's last launch (of its parent's, before the first) in this layout."""
+    record = RunFolder(config.run.folder).run
+    if not record.exists() and config.run.parent is not None:
+        record = RunFolder(config.run.parent.folder).run
     try:
-        facts = json.loads(RunFolder(config.run.folder).run.read_text(encoding="utf-8"))
+        facts = json.loads(record.read_text(encoding="utf-8"))
         before, now = facts["layout"], plan.layout.describe()
         if all(before[key] == value for key, value in now.items() if key != "stages"):
             stages = tuple(range(start, stop) for start, stop in before["stages"])

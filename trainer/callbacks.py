@@ -86,6 +86,8 @@ class Display(Callback):
                 "starting over: the last launch ended before its first checkpoint "
                 f"({details['dropped_rows']} rows of its record dropped)"
             )
+        elif kind == "branched":
+            self._say(f"branching from {details['parent']} after its step {details['step']}")
         elif kind == "already_finished":
             self._say(f"nothing to do: the run is complete, all {details['step']} steps are taken")
         elif kind == "stopped":

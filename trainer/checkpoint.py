@@ -179,7 +179,7 @@ class Checkpointer:
     def due(self, step: int) -> bool:
         """Whether the configuration asks for a checkpoint at ``step``."""
         every = self._config.every_steps
-        return every is not None and step % every == 0
+        return step in self._config.keep_steps or (every is not None and step % every == 0)
 
     def save(self, step: int, state: State, facts: dict[str, Any]) -> None:
         """Begin to save; returns as soon as the tensors are copied. A save under way ends first."""
@@ -278,6 +278,8 @@ class Checkpointer:
         past = [p for p in saved(self._folder) if step_of(p) <= step]
         every = self._config.keep_every_steps
         for path in past[: -self._config.keep_last]:
+            if step_of(path) in self._config.keep_steps:
+                continue
             if every is None or step_of(path) % every:
                 # The marker goes first: a crash while deleting must not leave a "complete" half.
                 (path / COMPLETE).unlink(missing_ok=True)

@@ -240,6 +240,7 @@ def _facts(config: RunConfig, loop: Loop, surroundings: Surroundings) -> dict[st
         "hardware": hardware.describe(mesh.device),
         "peak": {"flops_per_s": loop.peak.flops_per_s, "source": loop.peak.source},
         "compute_dtype": config.training.compute_dtype,
+        "parent": config.run.parent.model_dump() if config.run.parent else None,
         "layout": layout(config, loop.plan),
         "plan": loop.plan.describe(),
         "data": loop.stream.describe(),
@@ -285,6 +286,8 @@ def _report_start(loop: Loop, start: Start) -> None:
         loop.report("abandoned_checkpoint", name=name)
     if start.checkpoint is None:
         loop.report("started", step=0, dropped_rows=start.dropped_rows)
+    elif start.branched and loop.config.run.parent is not None:
+        loop.report("branched", step=start.step, parent=loop.config.run.parent.folder)
     else:
         loop.report(
             "resumed",

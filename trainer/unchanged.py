@@ -1,0 +1,160 @@
+"""What may differ between two launches of one run, or between a run and its branch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from allometry.configs.errors import UserError
+from allometry.configs.run import RunConfig
+from allometry.optim.schedule import resolve_schedule
+from allometry.scaling.batch import BatchPlan
+from allometry.scaling.inventory import inventory
+from allometry.scaling.parameterization import Parameterization
+
+# What changes how a run is carried out and recorded but not what it computes. The length of the run
+# and its schedule may change as long as the steps already taken used the same learning rates.
+FREE = (
+    "run.folder",
+    "run.resume",
+    "parallel",
+    "evaluation",
+    "checkpoint",
+    "record",
+    "batch.micro_batch_sequences",
+    "training.compile",
+    "training.activation_checkpointing",
+    "data.tokenizer",
+    "training.total_steps",
+    "training.total_tokens",
+    "schedule",
+)
+# The paths of a source's files may change too: their contents are compared by fingerprint.
+_PATHS = ("train", "validation")
+CONTINUES = "may not change when a run continues; restore it or choose another run.folder"
+BRANCHES = "may not differ in a run that branches from it; restore it or leave run.parent out"
+
+
+def check_unchanged(
+    old: RunConfig, new: RunConfig, step: int, sections: tuple[str, ...] | None = None
+) -> None:
+    """Refuse a change to what a run computes, naming the key; ``step`` steps have been taken.
+
+    With ``sections`` only these may not change.
+    """
+    for key, before, after in differences(old, new):
+        if sections is None or key.split(".")[0] in sections:
+            raise UserError(
+                f"{key}={after!r} differs from {before!r}, with which {old.run.folder} was "
+                f"started, and {CONTINUES}"
+            )
+    _check_length(new, step)
+    taken = rates_part(old, new, step)
+    if taken is not None:
+        raise UserError(
+            f"{_why(old, new)} changed so that step {taken}, already taken, would have had another "
+            "learning rate; restore it, or go back to a checkpoint before that step with "
+            "run.resume=step-N"
+        )
+
+
+def check_branch(parent: RunConfig, branch: RunConfig, step: int) -> None:
+    """Refuse a branch that would not have taken its parent's first ``step`` steps alike.
+
+    Raises:
+        UserError: names the key that differs, or the first step with another learning rate.
+    """
+    for key, before, after in differences(parent, branch):
+        if not key.startswith("run.parent"):
+            raise UserError(
+                f"{key}={after!r} differs from {before!r} of run.parent.folder="
+                f"{parent.run.folder}, and {BRANCHES}"
+            )
+    if _check_length(branch, step) == step:
+        raise UserError(
+            f"run.parent.step={step} is the last of the branch's {step} steps, so that none is "
+            "left to take; raise training.total_steps (or total_tokens) or branch earlier"
+        )
+    other = rates_part(parent, branch, step)
+    if other is not None:
+        raise UserError(
+            f"{_why(parent, branch)} of run.parent.folder={parent.run.folder} gave step {other} "
+            f"another learning rate than this run would have had, so that it cannot branch after "
+            f"step {step}; "
+            + (f"branch before step {other} or " if other > 1 else "")
+            + "leave run.parent out"
+        )
+
+
+def differences(old: RunConfig, new: RunConfig) -> Iterator[tuple[str, Any, Any]]:
+    """What two runs compute differently, as (key, old, new), their schedules and lengths aside."""
+    before, after = _leaves(old.model_dump(mode="json")), _leaves(new.model_dump(mode="json"))
+    for key in sorted(before.keys() | after.keys()):
+        # Dropout draws its masks by micro-batch.
+        masks = key == "batch.micro_batch_sequences" and new.model.dropout > 0
+        if before.get(key) != after.get(key) and (masks or not _is_free(key)):
+            yield key, before.get(key), after.get(key)
+
+
+def rates_part(old: RunConfig, new: RunConfig, step: int) -> int | None:
+    """The first of ``step`` steps whose learning rates differ between two runs; None if none does.
+
+    Not the schedule alone: some parameterizations scale rates with the length of the run.
+    """
+    if step and _multipliers(old) != _multipliers(new):
+        return 1
+    plan = BatchPlan(old.batch, old.data.sequence_length)
+    was, now = resolve_schedule(old, plan), resolve_schedule(new, plan)
+    shared = min(step, was.total_steps, now.total_steps)
+    found = (s for s in range(1, shared + 1) if was.fraction(s) != now.fraction(s))
+    return next(found, None if shared == step else shared + 1)
+
+
+def _check_length(config: RunConfig, step: int) -> int:
+    """The length of a run that has taken ``step`` steps, which may not be less."""
+    plan = BatchPlan(config.batch, config.data.sequence_length)
+    total = resolve_schedule(config, plan).total_steps
+    if total < step:
+        raise UserError(
+            f"training asks for {total} steps in all, but the run has already taken {step}; raise "
+            "training.total_steps (or total_tokens)"
+        )
+    return total
+
+
+def _multipliers(config: RunConfig) -> list[tuple[float, float, float, float]]:
+    """What multiplies rate, decay, epsilon and 1 - beta2 of each parameter."""
+    rules = Parameterization.of_run(config)
+    found = [rules.resolve(spec) for spec in inventory(config.model)]
+    return [(one.lr, one.weight_decay, one.eps, one.forgetting) for one in found]
+
+
+def _why(old: RunConfig, new: RunConfig) -> str:
+    """The keys by which the rates of two runs differ."""
+    if _multipliers(old) != _multipliers(new):
+        return (
+            f"parameterization.kind={new.parameterization.kind} scales learning rates with the "
+            "length of the run: training.total_steps or total_tokens"
+        )
+    return "schedule or training.total_steps/total_tokens"
+
+
+def _is_free(key: str) -> bool:
+    parts = key.split(".")
+    if parts[:2] == ["data", "sources"] and parts[-1] in _PATHS:
+        return True
+    return any(key == free or key.startswith(free + ".") for free in FREE)
+
+
+def _leaves(value: Any, path: str = "") -> dict[str, Any]:
+    """A nested description as {dotted key: value}."""
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list):
+        items = enumerate(value)  # type: ignore[assignment]
+    else:
+        return {path: value}
+    found: dict[str, Any] = {}
+    for key, inner in items:
+        found |= _leaves(inner, f"{path}.{key}" if path else str(key))
+    return found
