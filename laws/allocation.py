@@ -1,0 +1,219 @@
+"""What to spend compute on: the parameters and tokens that reach the least loss at given FLOPs."""
+
+# n sizes, B bootstrap samples
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from allometry.configs.errors import UserError
+from allometry.laws.fit.bootstrap import Bootstrap
+from allometry.laws.fit.engine import Fit, predict
+from allometry.laws.forms.base import Form
+from allometry.laws.isoflop import IsoFlop, isoflop_optima, size_exponent
+from allometry.laws.observations import Observations
+
+__all__ = [
+    "Allocation",
+    "IsoFlop",
+    "compute_optimal",
+    "isoflop_optima",
+    "optimal_size",
+    "searched_size",
+    "size_exponent",
+]
+
+Array = NDArray[np.float64]
+
+FLOPS_PER_PARAMETER_TOKEN = 6.0
+"""C = 6ND, forward and backward, attention's own FLOPs not counted."""
+SCAN = 257
+"""Sizes of one scan; each next one is 64 times finer."""
+FEWEST = 100.0
+"""Parameters and tokens are sought above this."""
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """The best use of ``flops``: ``N`` parameters, ``D`` tokens, and the ``loss`` they reach.
+
+    ``intervals``: (low, high) of N, D and loss at ``level``, from a bootstrap. ``warnings``: what
+    lies outside of the range that was fitted.
+    """
+
+    flops: float
+    N: float
+    D: float
+    loss: float
+    flops_per_parameter_token: float
+    intervals: Mapping[str, tuple[float, float]] | None
+    level: float
+    warnings: tuple[str, ...]
+
+    @property
+    def tokens_per_parameter(self) -> float:
+        """D/N."""
+        return self.D / self.N
+
+
+def compute_optimal(
+    fit: Fit,
+    flops: float,
+    flops_per_parameter_token: float = FLOPS_PER_PARAMETER_TOKEN,
+    *,
+    bootstrap: Bootstrap | None = None,
+    level: float = 0.95,
+    others: Mapping[str, float] | None = None,
+) -> Allocation:
+    """Return N and D with N·D·flops_per_parameter_token = flops and the least predicted loss.
+
+    In closed form for Chinchilla's law (Hoffmann et al., arXiv 2203.15556, equation 4), else by a
+    search over ln N. ``others``: values of the form's inputs besides N, D, C (flops) and M (D/N).
+
+    Raises:
+        UserError: the form has no such inputs, or the least loss is at the end of all sizes.
+    """
+    for name, value in (("flops", flops), ("flops_per_parameter_token", flops_per_parameter_token)):
+        if not (np.isfinite(value) and value > 0.0):
+            raise UserError(f"{name}={value} must be a positive number")
+    product = flops / flops_per_parameter_token
+    size = optimal_size(fit.form, fit.values, product, flops, others)
+    intervals = None
+    if bootstrap is not None:
+        found_B3 = np.array(
+            [
+                _at(
+                    fit.form,
+                    values,
+                    optimal_size(fit.form, values, product, flops, others),
+                    product,
+                    flops,
+                    others,
+                )
+                for values in _samples(bootstrap)
+            ]
+        )
+        tails = (0.5 - level / 2, 0.5 + level / 2)
+        low_3, high_3 = np.quantile(found_B3, tails, axis=0).tolist()
+        intervals = dict(zip(("N", "D", "loss"), zip(low_3, high_3, strict=True), strict=True))
+    found = _at(fit.form, fit.values, size, product, flops, others)
+    rows = _rows(fit.form, np.array([size]), product, flops, others)
+    return Allocation(
+        float(flops),
+        *found,
+        float(flops_per_parameter_token),
+        intervals,
+        level,
+        tuple(fit.warnings_for(rows)),
+    )
+
+
+def optimal_size(
+    form: Form,
+    values: Mapping[str, float],
+    product: float,
+    flops: float,
+    others: Mapping[str, float] | None = None,
+) -> float:
+    """Return the N of the least loss where N·D = product."""
+    if form.name == "chinchilla":
+        return _chinchilla_size(values, product)
+    return searched_size(form, values, product, flops, others)
+
+
+def _chinchilla_size(values: Mapping[str, float], product: float) -> float:
+    """Return N* = G·(C/6)^(β/(α+β)), G = (αA/βB)^(1/(α+β))."""
+    alpha, beta = values["alpha"], values["beta"]
+    if min(alpha * values["A"], beta * values["B"]) <= 0.0:
+        raise UserError(
+            f"the law has no compute-optimal size: with alpha={alpha:.4g}, A={values['A']:.4g}, "
+            f"beta={beta:.4g}, B={values['B']:.4g} its loss does not fall with both N and D"
+        )
+    log_g = np.log(alpha * values["A"]) - np.log(beta * values["B"])
+    return float(np.exp((log_g + beta * np.log(product)) / (alpha + beta)))
+
+
+def searched_size(
+    form: Form,
+    values: Mapping[str, float],
+    product: float,
+    flops: float,
+    others: Mapping[str, float] | None = None,
+) -> float:
+    """Return the N of the least loss where N·D = product, by scans of ln N and a last polynomial.
+
+    A scan of all sizes, then finer ones around its least loss; at last the root of the derivative
+    of a polynomial through 13 points around it, as differences of losses near an optimum are lost
+    in rounding long before their slopes are.
+    """
+    low, high = np.log(FEWEST), np.log(product / FEWEST)
+    if low >= high:
+        raise UserError(f"flops={flops:.4g} are too few to share between parameters and tokens")
+
+    def losses(log_n: Array) -> Array:
+        return predict(form, values, _rows(form, np.exp(log_n), product, flops, others))
+
+    left, right = low, high
+    while right - left > 1e-2:
+        points = np.linspace(left, right, SCAN)
+        found = np.where(np.isfinite(found := losses(points)), found, np.inf)
+        best = int(np.argmin(found))
+        center, reach = points[best], 2 * (points[1] - points[0])
+        left, right = max(low, center - reach), min(high, center + reach)
+    center = (left + right) / 2
+    if center - low < 0.2 or high - center < 0.2:
+        raise UserError(
+            f"{form.name} has no compute-optimal size at {flops:.4g} FLOPs: its loss is least at "
+            f"N={np.exp(center):.4g}, the end of all sizes that were tried"
+        )
+    offsets = np.linspace(-0.15, 0.15, 13)
+    polynomial = np.polynomial.Polynomial.fit(offsets, losses(center + offsets), 8)
+    roots = polynomial.deriv().roots()
+    real = roots.real[np.abs(roots.imag) < 1e-9]
+    inside = real[np.abs(real) <= 0.05]
+    vertex = inside[np.argmin(polynomial(inside))] if len(inside) else 0.0
+    return float(np.exp(center + vertex))
+
+
+def _rows(
+    form: Form, sizes: Array, product: float, flops: float, others: Mapping[str, float] | None
+) -> Observations:
+    known = {
+        "N": sizes,
+        "D": product / sizes,
+        "C": np.full_like(sizes, flops),
+        "M": product / sizes**2,
+        **{name: np.full_like(sizes, value) for name, value in (others or {}).items()},
+    }
+    names = [variable.name for variable in form.inputs]
+    if not ({"N", "D"} <= set(names) or {"C", "M"} <= set(names)):
+        raise UserError(
+            f"{form.name} predicts from {', '.join(names)}, not from N and D, so it says nothing "
+            f"about their best shares; fit a law of N and D such as chinchilla"
+        )
+    missing = [name for name in names if name not in known]
+    if missing:
+        raise UserError(
+            f"{form.name} also needs {', '.join(missing)}; give a value of each for the optimum"
+        )
+    return Observations.of({name: known[name] for name in names})
+
+
+def _at(
+    form: Form,
+    values: Mapping[str, float],
+    size: float,
+    product: float,
+    flops: float,
+    others: Mapping[str, float] | None,
+) -> tuple[float, float, float]:
+    loss = predict(form, values, _rows(form, np.array([size]), product, flops, others))[0]
+    return size, product / size, float(loss)
+
+
+def _samples(bootstrap: Bootstrap) -> list[dict[str, float]]:
+    return [dict(zip(bootstrap.names, map(float, row), strict=True)) for row in bootstrap.values_BP]
