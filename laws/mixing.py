@@ -1,0 +1,165 @@
+"""The mixture of the least predicted loss."""
+
+# K domains, S starts, V validation sets
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from allometry.configs.errors import UserError
+from allometry.laws.observations import Observations
+
+Array = NDArray[np.float64]
+
+STEP = 1e-6
+"""Step of the forward differences, in shares."""
+PRECISION = 1e-10
+
+
+class Predictor(Protocol):
+    """What predicts a target for rows: a ``Fit``."""
+
+    def predict(self, observations: Observations) -> Array:
+        """Return the target [n]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """Shares by domain, the weighted loss that is least there, and each validation set's.
+
+    ``agreeing`` of ``starts`` searches ended at this loss (to 1e-6 of it).
+    """
+
+    shares: dict[str, float]
+    loss: float
+    losses: dict[str, float]
+    agreeing: int
+    starts: int
+
+
+def optimal_mixture(
+    laws: Mapping[str, Predictor],
+    domains: Sequence[str],
+    *,
+    weights: Mapping[str, float] | None = None,
+    least: Mapping[str, float] | None = None,
+    most: Mapping[str, float] | None = None,
+    at: Mapping[str, float] | None = None,
+    starts: int = 16,
+    seed: int = 0,
+) -> Mixture:
+    """Return the shares r that minimise ``sum_v weights_v L_v(r)``, sum 1, least <= r <= most.
+
+    ``laws``: a fit for each validation set, which reads columns ``domains``; ``weights``: by
+    validation set (one each if absent), not negative; ``least`` and ``most``: bounds of some
+    domains (0 and 1 else; ``most`` = U/D keeps a domain of U tokens from being repeated);
+    ``at``: other columns that the laws read (N, D), the same for every mixture. Sequential least
+    squares from points spread over the simplex: sums of mixing_exponential laws are convex, so all
+    starts agree; other laws may have several minima.
+
+    Raises:
+        UserError: a name is unknown, a weight negative, or no mixture keeps the bounds.
+    """
+    from scipy.optimize import minimize
+
+    weight_V = _weights(laws, weights)
+    low_K, high_K = _bounds(domains, least, most)
+
+    def losses(shares_nK: Array) -> Array:
+        columns: dict[str, Any] = {name: shares_nK[:, i] for i, name in enumerate(domains)}
+        for name, value in (at or {}).items():
+            columns[name] = np.full(len(shares_nK), float(value))
+        rows = Observations.of(columns)
+        return np.stack([law.predict(rows) for law in laws.values()])
+
+    def value_and_slopes(shares_K: Array) -> tuple[float, Array]:
+        steps = np.concatenate([np.zeros((1, len(domains))), STEP * np.eye(len(domains))])
+        total_n = weight_V @ losses(np.clip(shares_K, 0.0, 1.0) + steps)
+        return float(total_n[0]), (total_n[1:] - total_n[0]) / STEP
+
+    sum_to_one = {"type": "eq", "fun": lambda r: r.sum() - 1.0, "jac": np.ones_like}
+    found = []
+    for start_K in _starts(low_K, high_K, starts, seed):
+        result = minimize(
+            value_and_slopes,
+            start_K,
+            jac=True,
+            method="SLSQP",
+            bounds=list(zip(low_K, high_K, strict=True)),
+            constraints=[sum_to_one],
+            options={"maxiter": 500, "ftol": PRECISION},
+        )
+        end_K = into_simplex(np.asarray(result.x, np.float64), low_K, high_K)
+        each_V = losses(end_K[None])[:, 0]
+        found.append((float(weight_V @ each_V), end_K, each_V))
+    loss, shares_K, each_V = min(found, key=lambda one: one[0])
+    return Mixture(
+        dict(zip(domains, shares_K.tolist(), strict=True)),
+        loss,
+        dict(zip(laws, each_V.tolist(), strict=True)),
+        sum(one[0] <= loss + 1e-6 * abs(loss) for one in found),
+        starts,
+    )
+
+
+def into_simplex(shares_K: Array, low_K: Array, high_K: Array) -> Array:
+    """Return the nearest shares that sum to one within the bounds (by bisection of a shift)."""
+    shares_K = np.clip(shares_K, low_K, high_K)
+    down, up = -1.0, 1.0
+    for _ in range(60):
+        shift = 0.5 * (down + up)
+        if np.clip(shares_K + shift, low_K, high_K).sum() < 1.0:
+            down = shift
+        else:
+            up = shift
+    nearest_K: Array = np.clip(shares_K + up, low_K, high_K)
+    return nearest_K
+
+
+def _weights(laws: Mapping[str, Predictor], weights: Mapping[str, float] | None) -> Array:
+    if not laws:
+        raise UserError("laws is empty; give a fit for at least one validation set")
+    given = dict.fromkeys(laws, 1.0) if weights is None else dict(weights)
+    if set(given) != set(laws):
+        raise UserError(
+            f"weights names {', '.join(sorted(given))} and the laws are of "
+            f"{', '.join(sorted(laws))}; give one weight for each"
+        )
+    weight_V = np.array([given[name] for name in laws], np.float64)
+    if not (np.isfinite(weight_V).all() and (weight_V >= 0.0).all() and weight_V.sum() > 0.0):
+        raise UserError(f"weights={given} must be numbers of at least 0, one of them above")
+    return weight_V
+
+
+def _bounds(
+    domains: Sequence[str], least: Mapping[str, float] | None, most: Mapping[str, float] | None
+) -> tuple[Array, Array]:
+    for name, given in (("least", least or {}), ("most", most or {})):
+        unknown = [domain for domain in given if domain not in domains]
+        if unknown:
+            raise UserError(
+                f"{name} names {unknown[0]!r}, which is none of the domains {', '.join(domains)}"
+            )
+    low_K = np.array([(least or {}).get(domain, 0.0) for domain in domains], np.float64)
+    high_K = np.array([min((most or {}).get(domain, 1.0), 1.0) for domain in domains], np.float64)
+    possible = low_K.sum() <= 1.0 <= high_K.sum() and (low_K >= 0.0).all()
+    if not (possible and (low_K <= high_K).all()):
+        raise UserError(
+            f"no mixture of {', '.join(domains)} has shares of at least {low_K.tolist()} and at "
+            f"most {high_K.tolist()} that sum to 1; widen least or most"
+        )
+    return low_K, high_K
+
+
+def _starts(low_K: Array, high_K: Array, number: int, seed: int) -> list[Array]:
+    if number < 1:
+        raise UserError(f"starts={number} must be at least 1")
+    random = np.random.default_rng(seed)
+    even_K = np.full(len(low_K), 1.0 / len(low_K))
+    spread = [random.dirichlet(np.ones(len(low_K))) for _ in range(number - 1)]
+    return [into_simplex(start_K, low_K, high_K) for start_K in (even_K, *spread)]
