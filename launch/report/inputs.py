@@ -1,0 +1,215 @@
+"""What a report is made of: runs, ladders, fits, sweeps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from allometry.configs.errors import UserError
+from allometry.launch.report.figure import Column, colours
+from allometry.laws.fit.store import StoredFit, load_fit
+from allometry.laws.runs import Run, read_run
+from allometry.laws.trials import TrialFile, read_trials
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A ladder's prediction of its target: losses in nats per token, None where not known."""
+
+    path: Path
+    law: str
+    target: str
+    predicted: float
+    low: float | None
+    high: float | None
+    measured: float | None
+    details: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A run of the report: ``number`` in the list, ``name`` as written, ``colour``."""
+
+    number: int
+    name: str
+    colour: str
+    run: Run
+
+    @property
+    def metrics(self) -> dict[str, Column]:
+        """Columns of the run's metrics.jsonl."""
+        return self.run.metrics
+
+    @cached_property
+    def parameters(self) -> dict[str, Any]:
+        """Counts of parameters, as run.json has them; empty where it is missing."""
+        found = self.run.record.get("plan", {}).get("parameters", {})
+        return found if isinstance(found, dict) else {}
+
+    @cached_property
+    def shares(self) -> dict[str, float]:
+        """Share of each source in the mixture, from the config's weights."""
+        rows = self.run.config.get("data", {}).get("sources") or []
+        weights = {str(row["name"]): float(row.get("weight") or 1.0) for row in rows}
+        total = sum(weights.values())
+        return {name: weight / total for name, weight in weights.items()}
+
+    @cached_property
+    def validation(self) -> tuple[Column, Column]:
+        """Tokens and held-out loss of the mixture: of sources by their shares. Maybe empty."""
+        names = [n for n in self.shares if f"validation/{n}" in self.metrics]
+        if not names:
+            return np.empty(0), np.empty(0)
+        weights = np.array([self.shares[name] for name in names])
+        losses = np.stack([self.metrics[f"validation/{name}"] for name in names])
+        mean = (weights[:, None] * losses).sum(axis=0) / weights.sum()
+        rows = np.isfinite(mean)
+        return self.metrics["tokens"][rows], mean[rows]
+
+    @cached_property
+    def train_loss(self) -> float:
+        """Mean of the training loss over the last tenth of the recorded steps."""
+        loss = self.metrics["loss"]
+        return float(loss[-max(1, len(loss) // 10) :].mean())
+
+    @cached_property
+    def final_loss(self) -> tuple[float, str]:
+        """The loss at the end, and which: held out where the last step has it, else training."""
+        tokens, losses = self.validation
+        if len(tokens) and tokens[-1] == self.metrics["tokens"][-1]:
+            return float(losses[-1]), "held out"
+        return self.train_loss, "train"
+
+    @cached_property
+    def state(self) -> str:
+        """How the run stands: finished, or its last event and step."""
+        kinds = [event.get("event") for event in self.run.events]
+        if "finished" in kinds:
+            return "finished"
+        step = int(self.metrics["step"][-1])
+        for kind in reversed(kinds):
+            if kind in ("stopped", "not_finite"):
+                return f"{str(kind).replace('_', ' ')} at step {step}"
+        return f"running or cut off, step {step}"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything a report shows, read; ``notes``: what was left out, and why."""
+
+    runs: tuple[Shown, ...]
+    fits: tuple[tuple[Path, StoredFit], ...]
+    trials: tuple[TrialFile, ...]
+    predictions: tuple[Prediction, ...]
+    notes: tuple[str, ...]
+    smoothing: float = 0.02
+
+
+def read_inputs(
+    folders: Sequence[Path], fits: Sequence[Path], trials: Sequence[Path], smoothing: float
+) -> Inputs:
+    """Read run folders, ladder folders, fits and files of trials.
+
+    Raises:
+        UserError: nothing was named, or something of it is missing or damaged.
+    """
+    if not (folders or fits or trials):
+        raise UserError("nothing to report on; name run folders, --fit FILE or --transfer FILE")
+    if not 0.0 < smoothing <= 0.5:
+        raise UserError(f"--smooth={smoothing:g} must be a share of a curve, above 0 and up to 0.5")
+    found: dict[Path, Path] = {}
+    notes: list[str] = []
+    fit_files = list(fits)
+    predictions = []
+    for folder in folders:
+        if not _is_ladder(folder):
+            found.setdefault(folder.resolve(), folder)
+            continue
+        inside, left_out = _runs_of(folder)
+        found |= {run.resolve(): run for run in inside if run.resolve() not in found}
+        notes += left_out
+        if (folder / "fit.json").is_file():
+            fit_files.append(folder / "fit.json")
+        if (folder / "prediction.json").is_file():
+            predictions.append(_prediction(folder / "prediction.json"))
+    return Inputs(
+        runs=_shown([read_run(folder) for folder in found.values()]),
+        fits=tuple((path, _load_fit(path)) for path in dict.fromkeys(fit_files)),
+        trials=tuple(read_trials(path) for path in dict.fromkeys(trials)),
+        predictions=tuple(predictions),
+        notes=tuple(notes),
+        smoothing=smoothing,
+    )
+
+
+def _is_ladder(folder: Path) -> bool:
+    return (folder / "runs").is_dir() and not (folder / "config.yaml").is_file()
+
+
+def _runs_of(ladder: Path) -> tuple[list[Path], list[str]]:
+    """A ladder's run folders that have a row, and a sentence for each that has none."""
+    started: list[Path] = []
+    waiting: list[Path] = []
+    for folder in sorted(path for path in (ladder / "runs").iterdir() if path.is_dir()):
+        rows = folder / "metrics.jsonl"
+        begun = rows.is_file() and b"\n" in rows.read_bytes()
+        (started if begun else waiting).append(folder)
+    if not started and not waiting:
+        raise UserError(f"{ladder}/runs holds no run; run the ladder first (allometry ladder run)")
+    return started, [f"{folder} is left out: it has no row yet." for folder in waiting]
+
+
+def _shown(runs: Sequence[Run]) -> tuple[Shown, ...]:
+    """Runs with their names (folders', or whole paths where two are equal) and colours."""
+    names = [run.folder.name for run in runs]
+    if len(set(names)) < len(names):
+        names = [str(run.folder) for run in runs]
+    shown = [Shown(i, name, "", run) for i, (name, run) in enumerate(zip(names, runs, strict=True))]
+    sizes = [float(one.parameters.get("total", 0)) for one in shown]
+    return tuple(
+        Shown(one.number, one.name, colour, one.run)
+        for one, colour in zip(shown, colours(sizes), strict=True)
+    )
+
+
+def _load_fit(path: Path) -> StoredFit:
+    if not path.is_file():
+        raise UserError(f"--fit={path} is no file; write one with allometry fit LAW ... --out")
+    return load_fit(path)
+
+
+def _prediction(path: Path) -> Prediction:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        numbers = {
+            key: None if value.get(key) is None else float(value[key])
+            for key in ("predicted", "low", "high", "measured")
+        }
+        law, target = str(value["law"]), value["target"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} is no prediction of a ladder ({type(error).__name__}: {error}); make it again "
+            "with allometry ladder predict"
+        ) from error
+    if numbers["predicted"] is None:
+        raise UserError(
+            f"{path} has no number under 'predicted'; make it again with allometry ladder predict"
+        )
+    details = target if isinstance(target, dict) else {}
+    name = str(details.get("name", target))
+    return Prediction(
+        path,
+        law,
+        name,
+        numbers["predicted"],
+        numbers["low"],
+        numbers["high"],
+        numbers["measured"],
+        details,
+    )

@@ -1,0 +1,186 @@
+"""Figures as plotly's JSON: traces and a layout that plotly.js draws in the page."""
+
+from __future__ import annotations
+
+import html
+import math
+from typing import Any
+
+import numpy as np
+
+from allometry.launch.report.figure import Column, Figure, Panel, Series, Ticks
+
+HEIGHT, COLUMNS = 380, 2
+TITLE, GAP_X, BOTTOM = 46, 0.09, 52
+SYMBOLS = {"dots": "circle", "star": "star", "cross": "x"}
+SIZES = {"dots": 6, "star": 13, "cross": 9}
+
+
+def specification(figure: Figure) -> dict[str, Any]:
+    """Return ``{"data": [...], "layout": {...}}`` with nothing but JSON in it.
+
+    Each trace's ``meta`` says whose it is (``run``) and of which ``layer``. Names are escaped, as
+    plotly reads a little HTML in them.
+    """
+    columns = min(COLUMNS, len(figure.panels))
+    rows = math.ceil(len(figure.panels) / columns)
+    height = rows * HEIGHT
+    layout: dict[str, Any] = {
+        "height": height,
+        "margin": {"l": 64, "r": 16, "t": 8, "b": BOTTOM},
+        "showlegend": figure.legend,
+        "legend": {"font": {"size": 11}, "itemsizing": "constant"},
+        "hovermode": "closest",
+        "hoverlabel": {"namelength": -1},
+        "font": {"family": "system-ui, sans-serif", "size": 12, "color": "#222"},
+        "paper_bgcolor": "#fff",
+        "plot_bgcolor": "#fff",
+        "annotations": [],
+    }
+    data: list[dict[str, Any]] = []
+    for number, panel in enumerate(figure.panels):
+        suffix = "" if number == 0 else str(number + 1)
+        _axes(layout, panel, suffix, _domain(number, columns, rows, height))
+        for series in panel.series:
+            data += _traces(series, panel, suffix, figure.legend)
+    _merge_legend(data)
+    return {"data": data, "layout": layout}
+
+
+def _domain(number: int, columns: int, rows: int, height: int) -> tuple[list[float], list[float]]:
+    """Where a panel lies, as shares of the figure: ([left, right], [bottom, top])."""
+    row, column = divmod(number, columns)
+    width = (1.0 - GAP_X * (columns - 1)) / columns
+    left = column * (width + GAP_X)
+    inner = height - BOTTOM - 8
+    share = HEIGHT / inner if rows > 1 else 1.0
+    top = 1.0 - row * share - TITLE / inner
+    bottom = max(0.0, 1.0 - (row + 1) * share + BOTTOM / inner) if rows > 1 else 0.0
+    if row == rows - 1:
+        bottom = 0.0
+    return [left, min(1.0, left + width)], [bottom, top]
+
+
+def _axes(
+    layout: dict[str, Any], panel: Panel, suffix: str, domain: tuple[list[float], list[float]]
+) -> None:
+    common = {"gridcolor": "#e6e6e6", "zeroline": False, "linecolor": "#999", "ticks": "outside"}
+    layout[f"xaxis{suffix}"] = {
+        **common,
+        "domain": domain[0],
+        "anchor": f"y{suffix}",
+        "title": {"text": html.escape(panel.x_label), "standoff": 8},
+        **_scale(panel.x_log, panel.x_ticks),
+    }
+    layout[f"yaxis{suffix}"] = {
+        **common,
+        "domain": domain[1],
+        "anchor": f"x{suffix}",
+        "title": {"text": html.escape(panel.y_label), "standoff": 8},
+        **_scale(panel.y_log, "plain"),
+    }
+    layout["annotations"].append(
+        {
+            "text": f"<b>{html.escape(panel.title)}</b>",
+            "x": domain[0][0],
+            "y": domain[1][1],
+            "xref": "paper",
+            "yref": "paper",
+            "xanchor": "left",
+            "yanchor": "bottom",
+            "yshift": 6,
+            "showarrow": False,
+            "font": {"size": 13},
+        }
+    )
+
+
+def _scale(log: bool, ticks: Ticks) -> dict[str, Any]:
+    if not log:
+        return {"type": "linear", "exponentformat": "B"}
+    form = {"count": "B", "power": "power", "plain": "none"}[ticks]
+    labels = "none" if ticks == "power" else "complete"
+    return {"type": "log", "exponentformat": form, "minorloglabels": labels}
+
+
+def _traces(series: Series, panel: Panel, suffix: str, legend: bool) -> list[dict[str, Any]]:
+    name = html.escape(series.name)
+    hover = (
+        f"{html.escape(panel.x_label)}: %{{x:.5~g}}<br>{html.escape(panel.y_label)}: %{{y:.5~g}}"
+    )
+    common: dict[str, Any] = {
+        "type": "scatter",
+        "name": name,
+        "x": numbers(series.x),
+        "y": numbers(series.y),
+        "xaxis": f"x{suffix}",
+        "yaxis": f"y{suffix}",
+        "meta": {"run": series.run, "layer": series.layer},
+        "showlegend": legend and series.named,
+        "legendgroup": name,
+    }
+    if series.style == "band":
+        return [_band(series, common)]
+    if series.notes is not None:
+        common["text"] = [html.escape(note) for note in series.notes]
+        hover += "<br>%{text}"
+    common["hovertemplate"] = hover + f"<extra>{name}</extra>"
+    if series.low is not None and series.high is not None:
+        common["error_y"] = {
+            "type": "data",
+            "symmetric": False,
+            "array": numbers(series.high - series.y),
+            "arrayminus": numbers(series.y - series.low),
+            "thickness": 1.2,
+            "width": 3,
+            "color": series.colour,
+        }
+    if series.style in SYMBOLS:
+        marker = {
+            "symbol": SYMBOLS[series.style],
+            "size": SIZES[series.style],
+            "color": series.colour,
+            "line": {"width": 0.8, "color": "#fff" if series.style != "star" else "#222"},
+        }
+        return [{**common, "mode": "markers", "marker": marker}]
+    faint = series.layer == "recorded"
+    if series.style == "joined":
+        common["marker"] = {"size": 5, "color": series.colour}
+    line = {"color": series.colour, "width": 1.0 if faint else 1.8}
+    if series.style == "dashed":
+        line["dash"] = "dash"
+    opacity = 0.35 if faint else 1.0
+    mode = "lines+markers" if series.style == "joined" else "lines"
+    return [{**common, "mode": mode, "line": line, "opacity": opacity}]
+
+
+def _band(series: Series, common: dict[str, Any]) -> dict[str, Any]:
+    """One closed polygon: along the low end and back along the high one."""
+    assert series.low is not None
+    assert series.high is not None
+    red, green, blue = (int(series.colour[i : i + 2], 16) for i in (1, 3, 5))
+    return {
+        **common,
+        "x": numbers(np.concatenate([series.x, series.x[::-1]])),
+        "y": numbers(np.concatenate([series.low, series.high[::-1]])),
+        "mode": "lines",
+        "fill": "toself",
+        "fillcolor": f"rgba({red},{green},{blue},0.18)",
+        "line": {"width": 0},
+        "hoverinfo": "skip",
+        "showlegend": False,
+    }
+
+
+def _merge_legend(data: list[dict[str, Any]]) -> None:
+    """Name each thing once, though several panels show it."""
+    seen: set[str] = set()
+    for trace in data:
+        if trace["showlegend"]:
+            trace["showlegend"] = trace["name"] not in seen
+            seen.add(trace["name"])
+
+
+def numbers(values: Column) -> list[float | None]:
+    """Six digits of each value, None where it is not finite."""
+    return [float(f"{value:.6g}") if math.isfinite(value) else None for value in values.tolist()]

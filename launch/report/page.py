@@ -1,0 +1,146 @@
+"""The page itself: HTML around the figures, with everything it needs inside it."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+from collections.abc import Sequence
+from importlib import resources
+from typing import Any
+
+from allometry.launch.report.figure import Figure, Section, Table
+from allometry.launch.report.inputs import Inputs
+from allometry.launch.report.interactive import specification
+
+GROUPS_FROM = 2
+"""With fewer runs there is nothing to select."""
+
+
+def page(sections: Sequence[Section], inputs: Inputs, title: str, made: str) -> str:
+    """Return the report as one HTML document that asks for nothing from anywhere.
+
+    Its content security policy forbids every request, and every script but the two inside it (by
+    their hashes), so that not even a hostile name of a run could fetch or run something.
+    """
+    from plotly.offline import get_plotlyjs
+
+    scripts = [get_plotlyjs(), _resource("page.js")]
+    figures = {f.key: specification(f) for section in sections for f in section.figures}
+    parts = [
+        "<!DOCTYPE html>",
+        '<html lang="en"><head><meta charset="utf-8">',
+        f'<meta http-equiv="Content-Security-Policy" content="{_policy(scripts)}">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>{html.escape(title)}</title>",
+        f"<style>{_resource('page.css')}</style></head><body>",
+        _sidebar(sections, inputs),
+        f"<main><header><h1>{html.escape(title)}</h1><p>{html.escape(made)}</p></header>",
+        *(_section(section) for section in sections),
+        "</main>",
+        f'<script type="application/json" id="figures">{_json(figures)}</script>',
+        *(f"<script>{script}</script>" for script in scripts),
+        "</body></html>\n",
+    ]
+    return "\n".join(parts)
+
+
+def _resource(name: str) -> str:
+    file = resources.files("allometry.launch.report").joinpath(name)
+    return file.read_text(encoding="utf-8")
+
+
+def _policy(scripts: Sequence[str]) -> str:
+    """Nothing from anywhere; plotly.js sets styles and makes pictures of its figures."""
+    hashes = [
+        base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
+        for script in scripts
+    ]
+    allowed = " ".join(f"'sha256-{one}'" for one in hashes)
+    return (
+        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; "
+        "img-src data: blob:; form-action 'none'; base-uri 'none'"
+    )
+
+
+def _json(value: Any) -> str:
+    """JSON that may stand inside a script element: no tag can begin in it."""
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _sidebar(sections: Sequence[Section], inputs: Inputs) -> str:
+    links = "".join(
+        f"<li{' class=absent' if section.absent else ''}>"
+        f'<a href="#{section.key}">{html.escape(section.title)}</a></li>'
+        for section in sections
+    )
+    return f"<nav><ul>{links}</ul>{_selection(inputs)}</nav>"
+
+
+def _selection(inputs: Inputs) -> str:
+    if not inputs.runs:
+        return ""
+    boxes = "".join(
+        f'<li><label title="{html.escape(one.name)}"><input type="checkbox" checked '
+        f'data-run="{one.number}"><i style="background:{one.colour}"></i>'
+        f"<span>{html.escape(one.name)}</span></label></li>"
+        for one in inputs.runs
+    )
+    tools = ""
+    if len(inputs.runs) >= GROUPS_FROM:
+        tools = (
+            '<input type="search" id="filter" placeholder="name contains" '
+            'aria-label="show only runs whose name contains">'
+            '<p><button id="all">all</button> <button id="none">none</button></p>'
+        )
+    return (
+        "<h2>Runs</h2>"
+        f'{tools}<ul id="runs">{boxes}</ul>'
+        '<h2>Training losses</h2><select id="layers" aria-label="which training losses">'
+        '<option value="both">smoothed and recorded</option>'
+        '<option value="smooth" selected>smoothed</option>'
+        '<option value="recorded">as recorded</option></select>'
+    )
+
+
+def _section(section: Section) -> str:
+    body = f"<p>{html.escape(section.text)}</p>" if section.text else ""
+    if section.absent:
+        body = f'<p class="absent">Not shown: {html.escape(section.absent)}.</p>'
+    body += "".join(_figure(figure) for figure in section.figures)
+    body += "".join(f'<p class="note">{html.escape(note)}</p>' for note in section.notes)
+    body += "".join(_table(table) for table in section.tables)
+    return f'<section id="{section.key}"><h2>{html.escape(section.title)}</h2>{body}</section>'
+
+
+def _figure(figure: Figure) -> str:
+    text = f"<p>{html.escape(figure.text)}</p>" if figure.text else ""
+    return f'{text}<div class="figure" data-figure="{html.escape(figure.key)}"></div>'
+
+
+def _table(table: Table) -> str:
+    columns = list(zip(*table.rows, strict=True)) or [()] * len(table.head)
+    right = [bool(column) and all(map(_is_number, column)) for column in columns]
+    head = "".join(
+        f"<th{' class=number' if number else ''}>{html.escape(name)}</th>"
+        for name, number in zip(table.head, right, strict=True)
+    )
+    rows = []
+    for number, row in enumerate(table.rows):
+        mark = f' data-row-run="{table.run_s[number]}"' if table.run_s else ""
+        cells = "".join(
+            f"<td{' class=number' if number else ''}>{html.escape(cell)}</td>"
+            for cell, number in zip(row, right, strict=True)
+        )
+        rows.append(f"<tr{mark}>{cells}</tr>")
+    caption = f"<p>{html.escape(table.caption)}</p>" if table.caption else ""
+    return (
+        f'{caption}<div class="table"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _is_number(cell: str) -> bool:
+    return cell[:1].isdigit() or cell[:1] in ("-", "–", "+")

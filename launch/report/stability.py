@@ -1,0 +1,152 @@
+"""Figures of what monitors saw, with the alarms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from allometry.launch.report.figure import Column, Figure, Panel, Section, Series, known, thin
+from allometry.launch.report.inputs import Inputs, Shown
+
+
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """A panel: columns that equal ``key`` or begin with ``key`` and a slash, made one curve.
+
+    ``reduce``: over those columns. ``alarm``: kind of event that is marked on it.
+    """
+
+    key: str
+    title: str
+    unit: str
+    reduce: Callable[..., Any] = np.fmax.reduce
+    log: bool = True
+    alarm: str | None = None
+
+
+WATCHED = (
+    Watched("grad_norm", "norm of the gradient", "norm before clipping"),
+    Watched("monitors/clip_rate", "clipped steps", "share of steps", log=False),
+    Watched(
+        "monitors/grad_rms",
+        "gradient of the role with the least",
+        "rms after clipping",
+        np.fmin.reduce,
+        alarm="gradient_near_eps",
+    ),
+    Watched("monitors/update_ratio", "largest update of a role", "rms of change / rms of weights"),
+    Watched(
+        "monitors/attention_logit_max",
+        "largest attention logit",
+        "logit",
+        log=False,
+        alarm="attention_logit",
+    ),
+    Watched("monitors/attention_z", "attention z, largest layer", "mean of (log Σ exp)²"),
+    Watched("monitors/output/log_z", "log Z of the output", "mean of log Z", log=False),
+    Watched(
+        "monitors/activation_max",
+        "largest activation",
+        "magnitude of a block's output",
+        alarm="massive_activation",
+    ),
+    Watched("monitors/branch_rms", "largest branch of a layer", "rms added to the residual"),
+    Watched(
+        "monitors/outlier_percent", "outliers, worst branch", "% beyond 5 deviations", log=False
+    ),
+    Watched("monitors/singular", "largest singular value of a matrix", "singular value", log=False),
+    Watched(
+        "monitors/sphere_drift", "drift off the sphere", "largest ‖W‖/R − 1", alarm="off_sphere"
+    ),
+    Watched("router/max_vio", "load of experts", "largest excess over the mean", log=False),
+    Watched("router/entropy", "entropy of the router", "nats", log=False),
+)
+
+
+def stability(inputs: Inputs) -> Section:
+    """A panel for each quantity that a run has, and alarms where they were raised."""
+    title = "Stability"
+    if not inputs.runs:
+        return Section(key="stability", title=title, text="", absent="no run folder was given")
+    panels = tuple(panel for watched in WATCHED if (panel := _panel(inputs, watched)))
+    if not panels:
+        return Section(
+            key="stability", title=title, text="", absent="no run has a norm or a monitor"
+        )
+    notes = []
+    if not any(key.startswith("monitors/") for one in inputs.runs for key in one.metrics):
+        notes.append("No run recorded monitors (record.monitors.every_steps): the norm alone.")
+    alarms = sum(event.get("event") == "alarm" for one in inputs.runs for event in one.run.events)
+    notes.append(f"Alarms raised: {alarms or 'none'}.")
+    text = (
+        "What monitors saw as the runs went on; of quantities with a value for each layer, role or "
+        "matrix, the extreme one. A cross marks the step at which an alarm was raised."
+    )
+    return Section(
+        key="stability",
+        title=title,
+        text=text,
+        figures=(Figure(key="stability", text="", panels=panels),),
+        notes=tuple(notes),
+    )
+
+
+def _panel(inputs: Inputs, watched: Watched) -> Panel | None:
+    series: list[Series] = []
+    for one in inputs.runs:
+        x, y = _column(one, watched)
+        if not len(x):
+            continue
+        thin_x, thin_y = thin(x, y)
+        series.append(Series(name=one.name, x=thin_x, y=thin_y, colour=one.colour, run=one.number))
+        series += _alarms(one, watched, x, y)
+    if not series:
+        return None
+    positive = all((one.y > 0.0).all() for one in series)
+    return Panel(
+        title=watched.title,
+        x_label="step",
+        y_label=watched.unit,
+        y_log=watched.log and positive,
+        series=tuple(series),
+    )
+
+
+def _column(one: Shown, watched: Watched) -> tuple[Column, Column]:
+    """Steps and values; where there is a value for the whole, that one."""
+    metrics = one.metrics
+    if watched.key in metrics:
+        return known(metrics["step"], metrics[watched.key])
+    parts = [values for key, values in metrics.items() if key.startswith(watched.key + "/")]
+    if not parts:
+        return np.empty(0), np.empty(0)
+    return known(metrics["step"], watched.reduce(np.stack(parts)))
+
+
+def _alarms(one: Shown, watched: Watched, x: Column, y: Column) -> list[Series]:
+    found = [
+        event
+        for event in one.run.events
+        if watched.alarm is not None
+        and event.get("event") == "alarm"
+        and event.get("alarm") == watched.alarm
+        and isinstance(event.get("step"), int)
+    ]
+    if not found:
+        return []
+    steps = np.array([event["step"] for event in found], np.float64)
+    rows = np.clip(np.searchsorted(x, steps), 0, len(x) - 1)
+    return [
+        Series(
+            name=f"{one.name}, alarm",
+            x=steps,
+            y=y[rows],
+            style="cross",
+            colour="#C00000",
+            run=one.number,
+            notes=tuple(str(watched.alarm) for _ in found),
+        )
+    ]

@@ -1,0 +1,222 @@
+"""Tables of runs, launches and events; figures of speed and memory."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from allometry.launch.report.figure import Figure, Panel, Section, Series, Table, known, thin
+from allometry.launch.report.inputs import Inputs, Shown
+
+RUN_HEAD = (
+    "run",
+    "state",
+    "N",
+    "of them active",
+    "tokens D",
+    "D/N",
+    "FLOPs C",
+    "final loss",
+    "measured on",
+    "train loss",
+    "lr",
+    "schedule",
+    "seed",
+    "layout",
+    "versions",
+    "commit",
+)
+LAUNCH_HEAD = (
+    "run",
+    "launch",
+    "from step",
+    "to step",
+    "layout",
+    "tokens/s",
+    "MFU",
+    "peak memory",
+    "commit",
+)
+EVENT_HEAD = ("run", "time (UTC)", "step", "event", "details")
+QUIET = ("checkpoint_saved", "started", "finished")
+EVENTS = 300
+AXES = ("hdp", "tp", "pp", "ep")
+GIB = 2.0**30
+
+
+def runs(inputs: Inputs) -> Section:
+    """What each run is and how it ended."""
+    title = "Runs"
+    if not inputs.runs:
+        return Section(key="runs", title=title, text="", absent="no run folder was given")
+    rows = tuple(_run_row(one) for one in inputs.runs)
+    text = (
+        "N: parameters without embedding and head. D: training tokens. C: model FLOPs. The final "
+        "loss, in nats per token, is the held-out loss of the mixture if it was measured after the "
+        "last step, else the mean training loss of the last tenth of the recorded steps."
+    )
+    table = Table(head=RUN_HEAD, rows=rows, run_s=tuple(one.number for one in inputs.runs))
+    return Section(key="runs", title=title, text=text, tables=(table,), notes=inputs.notes)
+
+
+def _run_row(one: Shown) -> tuple[str, ...]:
+    config, record, metrics = one.run.config, one.run.record, one.metrics
+    n = one.parameters.get("non_embedding")
+    tokens = float(metrics["tokens"][-1])
+    loss, measured = one.final_loss
+    versions = record.get("versions", {})
+    return (
+        one.name,
+        one.state,
+        _si(n),
+        _si(one.parameters.get("active")),
+        _si(tokens),
+        f"{tokens / n:.3g}" if n else "–",
+        f"{metrics['flops'][-1]:.3e}",
+        f"{loss:.4f}",
+        measured,
+        f"{one.train_loss:.4f}",
+        str(config.get("optimizer", {}).get("lr", "–")),
+        str(config.get("schedule", {}).get("kind", "–")),
+        str(config.get("run", {}).get("seed", "–")),
+        layout(record.get("layout")),
+        " ".join(f"{k} {versions[k]}" for k in ("allometry", "torch") if k in versions) or "–",
+        str(record.get("commit") or "–"),
+    )
+
+
+def _si(value: float | None) -> str:
+    """A count with a unit: 1.57M."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.4g}"
+
+
+def layout(value: Mapping[str, Any] | None) -> str:
+    """The degrees above 1, as ``hdp 2, ZeRO 1``; ``1 rank`` without any."""
+    if not value:
+        return "–"
+    parts = [f"{axis} {value[axis]}" for axis in AXES if value.get(axis, 1) != 1]
+    if value.get("zero_stage"):
+        parts.append(f"ZeRO {value['zero_stage']}")
+    return ", ".join(parts) or "1 rank"
+
+
+def throughput(inputs: Inputs) -> Section:
+    """Speed and memory over each run, and by launch."""
+    title = "Layouts and throughput"
+    if not inputs.runs:
+        return Section(key="throughput", title=title, text="", absent="no run folder was given")
+    panels = []
+    for key, name, unit, scale in (
+        ("tokens_per_s", "speed", "tokens/s", 1.0),
+        ("mfu", "model FLOPs utilization", "% of the peak of all ranks", 100.0),
+        ("peak_bytes", "peak memory", "GiB on the fullest rank", 1 / GIB),
+    ):
+        series = [s for one in inputs.runs for s in _speed(one, key, scale)]
+        if series:
+            panels.append(Panel(title=name, x_label="step", y_label=unit, series=tuple(series)))
+    rows = [(one.number, row) for one in inputs.runs for row in _launches(one)]
+    table = Table(
+        head=LAUNCH_HEAD,
+        rows=tuple(row for _, row in rows),
+        run_s=tuple(number for number, _ in rows),
+        caption="Each launch of each run; speeds are medians over its recorded steps.",
+    )
+    text = (
+        "Tokens per second, the share of the hardware's peak that the model's FLOPs use (MFU), and "
+        "the most memory that was in use, at each recorded step."
+    )
+    figures = (Figure(key="throughput", text="", panels=tuple(panels)),) if panels else ()
+    return Section(key="throughput", title=title, text=text, figures=figures, tables=(table,))
+
+
+def _speed(one: Shown, key: str, scale: float) -> list[Series]:
+    if key not in one.metrics:
+        return []
+    x, y = thin(*known(one.metrics["step"], one.metrics[key] * scale))
+    return [Series(name=one.name, x=x, y=y, colour=one.colour, run=one.number)] if len(x) else []
+
+
+def _launches(one: Shown) -> list[tuple[str, ...]]:
+    launches = one.run.record.get("launches") or [{"first_step": 1, "layout": None}]
+    steps = one.metrics["step"]
+    firsts = [int(launch.get("first_step", 1)) for launch in launches]
+    ends = [*(first - 1 for first in firsts[1:]), int(steps[-1])]
+    rows: list[tuple[str, ...]] = []
+    for number, (launch, first, last) in enumerate(zip(launches, firsts, ends, strict=True), 1):
+        within = (steps >= first) & (steps <= last)
+
+        def middle(key: str, within: Any = within) -> float:
+            values = one.metrics.get(key, np.empty(0))
+            values = values[within] if len(values) else values
+            return float(np.nanmedian(values)) if np.isfinite(values).any() else math.nan
+
+        peak = one.metrics.get("peak_bytes")
+        most = (
+            float(np.nanmax(peak[within])) / GIB if peak is not None and within.any() else math.nan
+        )
+        rows.append(
+            (
+                one.name,
+                str(number),
+                str(first),
+                str(last) if within.any() else "no step recorded",
+                layout(launch.get("layout") or one.run.record.get("layout")),
+                _number(middle("tokens_per_s"), ",.0f"),
+                _number(middle("mfu"), ".1%"),
+                _number(most, ".2f", " GiB"),
+                str(launch.get("commit") or "–"),
+            )
+        )
+    return rows
+
+
+def _number(value: float, form: str, unit: str = "") -> str:
+    return f"{value:{form}}{unit}" if math.isfinite(value) else "–"
+
+
+def events(inputs: Inputs) -> Section:
+    """Restarts, stops, alarms: all events but saved checkpoints and regular starts and ends."""
+    title = "Restarts and events"
+    if not inputs.runs:
+        return Section(key="events", title=title, text="", absent="no run folder was given")
+    found = [
+        (one.number, _event_row(one, event))
+        for one in inputs.runs
+        for event in one.run.events
+        if event.get("event") not in QUIET
+    ]
+    if not found:
+        why = "no run was stopped, resumed or alarmed"
+        return Section(key="events", title=title, text="", absent=why)
+    notes: tuple[str, ...] = ()
+    if len(found) > EVENTS:
+        notes = (f"The first {EVENTS} of {len(found)} events are shown; events.jsonl has all.",)
+    table = Table(
+        head=EVENT_HEAD,
+        rows=tuple(row for _, row in found[:EVENTS]),
+        run_s=tuple(number for number, _ in found[:EVENTS]),
+    )
+    text = "Everything in events.jsonl but saved checkpoints and regular starts and ends."
+    return Section(key="events", title=title, text=text, tables=(table,), notes=notes)
+
+
+def _event_row(one: Shown, event: Mapping[str, Any]) -> tuple[str, ...]:
+    when = event.get("time")
+    said = (
+        time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(when))
+        if isinstance(when, int | float)
+        else "–"
+    )
+    rest = {k: v for k, v in event.items() if k not in ("event", "time", "step")}
+    details = ", ".join(f"{key} {value}" for key, value in rest.items())
+    kind = str(event.get("event", "?")).replace("_", " ")
+    return (one.name, said, str(event.get("step", "–")), kind, details)

@@ -1,0 +1,176 @@
+"""Figures of sweeps over the learning rate: from files of trials, and among the runs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from allometry.launch.report.figure import Column, Figure, Panel, Section, Series, Table, ordered
+from allometry.launch.report.inputs import Inputs, Shown
+from allometry.laws.optimum import Optimum, drift, drift_interval, quadratic_optimum
+from allometry.laws.trials import TrialFile
+
+LEAST_RATES = 3
+HEAD = ("sweep", "size", "best learning rate", "log2", "loss there", "note")
+
+
+def transfer(inputs: Inputs) -> Section:
+    """Loss against the learning rate, a line for each size, and where each is least."""
+    title = "Best learning rate"
+    shades = _shades(inputs.trials)
+    drawn = [_of_trials(file, shades) for file in inputs.trials] + _of_runs(inputs.runs)
+    if not drawn:
+        return Section(
+            key="transfer",
+            title=title,
+            text="",
+            absent=(
+                "no file of trials was given (--transfer) and there are no "
+                f"{LEAST_RATES} runs that differ in optimizer.lr alone"
+            ),
+        )
+    panels, rows, notes = zip(*drawn, strict=True)
+    text = (
+        "Loss against the peak learning rate (logarithmic), the mean over seeds. A star marks the "
+        "least loss: the vertex of the parabola through the best rate and its two neighbours. "
+        "Where a rule carries over, the stars stand above each other. Rates that diverged are "
+        "not drawn."
+    )
+    return Section(
+        key="transfer",
+        title=title,
+        text=text,
+        figures=(Figure(key="transfer", text="", panels=panels, legend=True),),
+        tables=(Table(head=HEAD, rows=tuple(row for some in rows for row in some)),),
+        notes=tuple(note for some in notes for note in some),
+    )
+
+
+Drawn = tuple[Panel, list[tuple[str, ...]], list[str]]
+
+
+def _shades(files: Sequence[TrialFile]) -> dict[str, str]:
+    """A colour for each size, the same in all files."""
+    sizes = sorted({(file.axis, size) for file in files for size in file.losses})
+    colours = ordered([size for _, size in sizes])
+    return {f"{axis} {size}": one for (axis, size), one in zip(sizes, colours, strict=True)}
+
+
+def _of_trials(file: TrialFile, shades: Mapping[str, str]) -> Drawn:
+    sweeps, notes = {}, []
+    for size in file.losses:
+        sweeps[size], missing = file.sweep(size)
+        if missing:
+            notes.append(
+                f"{file.path.name}, {file.axis} {size}: {missing} rates are left out, as not all "
+                "seeds have them."
+            )
+    curves = {
+        f"{file.axis} {size}": (np.array(sweep.log2_lrs), sweep.losses_RS.mean(axis=1))
+        for size, sweep in sweeps.items()
+    }
+    octaves = drift(sweeps)
+    if len({sweep.losses_RS.shape[1] for sweep in sweeps.values()}) == 1:
+        low, high = drift_interval(sweeps)
+    else:
+        low = high = math.nan
+    interval = f" (95 % over seeds: {low:.2f} to {high:.2f})" if math.isfinite(low) else ""
+    if len(sweeps) > 1:
+        said = "is not known: one has no interior optimum" if math.isnan(octaves) else ""
+        notes.append(
+            f"{file.path.name}: the best rate drifts over {file.axis} "
+            f"{said or f'by {octaves:.2f} octaves{interval}'}."
+        )
+    panel, rows = _panel(file.path.name, curves, shades, "held-out loss (nats per token)")
+    return panel, rows, notes
+
+
+def _of_runs(runs: tuple[Shown, ...]) -> list[Drawn]:
+    """Sweeps among the runs: those that differ in optimizer.lr, seed and folder alone."""
+    alike: dict[str, list[Shown]] = {}
+    for one in runs:
+        alike.setdefault(_rest(one.run.config), []).append(one)
+    curves: dict[str, tuple[Column, Column]] = {}
+    for group in alike.values():
+        by_rate: dict[float, list[float]] = {}
+        for one in group:
+            by_rate.setdefault(float(one.run.config["optimizer"]["lr"]), []).append(_loss(one))
+        if len(by_rate) < LEAST_RATES:
+            continue
+        rates = sorted(by_rate)
+        name = _name(group[0], set(curves))
+        curves[name] = (np.log2(rates), np.array([np.mean(by_rate[rate]) for rate in rates]))
+    if not curves:
+        return []
+    shades = dict(zip(curves, ordered(range(len(curves))), strict=True))
+    panel, rows = _panel("runs of this report", curves, shades, "final loss (nats per token)")
+    return [(panel, rows, [])]
+
+
+def _rest(config: Mapping[str, Any]) -> str:
+    kept = {key: value for key, value in config.items() if key not in ("run", "record")}
+    kept["optimizer"] = {k: v for k, v in config.get("optimizer", {}).items() if k != "lr"}
+    return json.dumps(kept, sort_keys=True, default=str)
+
+
+def _loss(one: Shown) -> float:
+    broken = any(event.get("event") == "not_finite" for event in one.run.events[-1:])
+    return math.inf if broken else one.final_loss[0]
+
+
+def _name(one: Shown, taken: set[str]) -> str:
+    model, training = one.run.config.get("model", {}), one.metrics["tokens"][-1]
+    name = f"width {model.get('width')}, {model.get('num_layers')} layers, {training:.3g} tokens"
+    return name if name not in taken else f"{name} ({one.name})"
+
+
+def _panel(
+    title: str,
+    curves: Mapping[str, tuple[Column, Column]],
+    shades: Mapping[str, str],
+    y_label: str,
+) -> tuple[Panel, list[tuple[str, ...]]]:
+    series, rows = [], []
+    for name, (log2_lrs, losses) in curves.items():
+        finite, colour = np.isfinite(losses), shades[name]
+        series.append(
+            Series(
+                name=name,
+                x=2.0 ** log2_lrs[finite],
+                y=losses[finite],
+                style="joined",
+                colour=colour,
+            )
+        )
+        best = quadratic_optimum(log2_lrs.tolist(), losses.tolist())
+        if best.interior:
+            series.append(
+                Series(
+                    name=f"{name}, best",
+                    x=np.array([2.0**best.log2_lr]),
+                    y=np.array([best.loss]),
+                    style="star",
+                    colour=colour,
+                    named=False,
+                )
+            )
+        rows.append(_row(title, name, best))
+    panel = Panel(
+        title=title,
+        x_label="peak learning rate",
+        y_label=y_label,
+        x_log=True,
+        x_ticks="plain",
+        series=tuple(series),
+    )
+    return panel, rows
+
+
+def _row(sweep: str, size: str, best: Optimum) -> tuple[str, ...]:
+    loss = f"{best.loss:.4f}" if math.isfinite(best.loss) else "–"
+    rate = f"{2.0**best.log2_lr:.4g}"
+    return (sweep, size, rate, f"{best.log2_lr:.2f}", loss, best.problem or "")
