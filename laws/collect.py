@@ -58,9 +58,10 @@ def from_runs(
 
     Columns: ``N`` by ``count``, ``N_total``, ``N_non_embedding`` and ``N_active``; ``D`` tokens,
     ``C`` FLOPs, ``M`` = D/N, ``B`` tokens of a batch, ``S`` steps, ``S1`` and ``S2``, ``lr``,
-    ``seed``, ``width``, ``layers``, ``experts``, ``experts_per_token``; of each source ``r/NAME``
-    (its share of the tokens read) and ``U/NAME`` (unique tokens), ``U`` their sum; ``loss``, and
-    ``validation/NAME`` where every run has it. ``conventions`` say what each counts.
+    ``seed``, ``width``, ``layers``, ``experts``, ``experts_per_token`` (1 and 1 in a dense model),
+    ``expert_width``; of each source ``r/NAME`` (its share of the tokens read) and ``U/NAME``
+    (unique tokens), ``U`` their sum; ``loss``, and ``validation/NAME`` where every run has it.
+    ``conventions`` say what each counts.
 
     ``loss``: ``validation`` (held-out losses of the sources, weighted by their shares of the
     mixture), ``train`` (mean over the ``last`` share of the run's steps), or one source's,
@@ -221,6 +222,8 @@ def run_facts(run: Run, count: CountName) -> dict[str, float]:
         "experts_per_token": float(experts.get("experts_per_token", 1)),
         "U": 0.0,
     }
+    if experts:
+        facts["expert_width"] = float(experts["width"])
     for name, source in run.record["data"]["sources"].items():
         seen = float(metrics[f"tokens/{name}"][-1])
         facts[f"r/{name}"] = seen / tokens
@@ -242,16 +245,13 @@ def count_of(run: Run, count: CountName) -> int:
 
 
 def _columns(rows: Sequence[Mapping[str, float]]) -> dict[str, np.ndarray[Any, Any]]:
-    """Rows as columns; a source that a run lacks has share 0, a loss that one lacks is left out."""
+    """Rows as columns; a source that a run lacks has share 0, else what one lacks is left out."""
     names = dict.fromkeys(name for row in rows for name in row)
-    columns = {
-        name: np.array([row.get(name, 0.0) for row in rows], dtype=np.float64) for name in names
-    }
+    zero = ("r/", "U/")
     return {
-        name: values
-        for name, values in columns.items()
-        if not name.startswith("validation/")
-        or (np.isfinite(values).all() and all(name in row for row in rows))
+        name: np.array([row.get(name, 0.0) for row in rows], dtype=np.float64)
+        for name in names
+        if name.startswith(zero) or all(np.isfinite(row.get(name, np.nan)) for row in rows)
     }
 
 
@@ -276,12 +276,17 @@ def group_names(
 
 
 def run_names(runs: Sequence[Run]) -> tuple[str, ...]:
-    """Return a name for each run: of its folder, with as much of the path as tells them apart."""
-    paths = [run.folder.resolve() for run in runs]
+    """Return a name for each run: that of its folder (see ``distinct_names``)."""
+    return distinct_names([run.folder for run in runs])
+
+
+def distinct_names(paths: Sequence[Path]) -> tuple[str, ...]:
+    """Return names of different files or folders: as much of their paths as tells them apart."""
+    resolved = [path.resolve() for path in paths]
     depth = 1
-    while len({path.parts[-depth:] for path in paths}) < len(paths):
+    while len({path.parts[-depth:] for path in resolved}) < len(resolved):
         depth += 1
-    return tuple("/".join(path.parts[-depth:]) for path in paths)
+    return tuple("/".join(path.parts[-depth:]) for path in resolved)
 
 
 def short(value: float) -> str:

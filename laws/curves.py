@@ -4,17 +4,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from allometry.configs.errors import UserError
-from allometry.laws.collect import CountName, check_record, count_of, expand, run_names
+from allometry.laws.collect import (
+    CountName,
+    check_record,
+    count_of,
+    distinct_names,
+    expand,
+    run_names,
+)
 from allometry.laws.comparable import check_comparable
 from allometry.laws.losses import LossChoice, loss_curve
 from allometry.laws.observations import Column, LearningRates, Observations
 from allometry.laws.runs import Run, read_run
+from allometry.laws.tables import read_table
 
 S1_TOLERANCE = 1e-3
 """How far rates filled in between recorded steps may miss the recorded sum, relative to it."""
@@ -112,3 +120,69 @@ def _rows(
     for name, key in (("D", "tokens"), ("C", "flops"), ("S1", "s1"), ("S2", "s2")):
         columns[name] = np.interp(steps, run.metrics["step"], run.metrics[key])
     return columns
+
+
+def curves_from_tables(
+    paths: Sequence[str | Path],
+    *,
+    mapping: Mapping[str, str] | None = None,
+    warmup_steps: int | None = None,
+) -> Observations:
+    """Return rows of curves in CSV files, one curve each, by columns ``step``, ``lr``, ``loss``.
+
+    Columns may be mapped as in ``read_table``; each file is a group, named as it is. Rates of steps
+    that have no row are filled in on straight lines, and before the first row on a line from 0: the
+    warm-up, which ends at ``warmup_steps`` (None: at the first row). A file whose first row is step
+    1 has no warm-up unless ``warmup_steps`` says so. Rows of the warm-up are left out.
+
+    Raises:
+        UserError: what ``read_table`` says; two rows of a file are of one step; a step is no whole
+            number from 1; a rate is negative.
+    """
+    resolved = [Path(path).resolve() for path in paths]
+    if len(set(resolved)) < len(resolved):
+        raise UserError("the same file is given twice; give each curve once")
+    names = distinct_names(resolved)
+    parts: list[Observations] = []
+    curves: dict[str, LearningRates] = {}
+    for path, name in zip(paths, names, strict=True):
+        table = read_table(path, ["step", "lr", "loss"], mapping=mapping)
+        table = table.take(np.argsort(table["step"], kind="stable"))
+        curves[name] = _rates_of_rows(path, table, warmup_steps)
+        after = table["step"] > curves[name].warmup_steps
+        if not after.any():
+            raise UserError(
+                f"{path} has no row after the warm-up of {curves[name].warmup_steps} steps; give a "
+                "longer curve or another --warmup"
+            )
+        parts.append(table.take(after))
+    return Observations(
+        columns={key: np.concatenate([part[key] for part in parts]) for key in parts[0].columns},
+        groups=tuple(
+            name for name, part in zip(names, parts, strict=True) for _ in range(len(part))
+        ),
+        curves=curves,
+        conventions={
+            "loss": f"{(mapping or {}).get('loss', 'loss')} of {', '.join(names)}",
+            "step": "as in the files; rates between rows are on straight lines",
+        },
+    )
+
+
+def _rates_of_rows(path: str | Path, table: Observations, warmup: int | None) -> LearningRates:
+    steps, rates = table["step"], table["lr"]
+    if (steps < 1).any() or (steps != np.round(steps)).any():
+        raise UserError(f"{path} has a step that is no whole number from 1; map step to such a one")
+    if (np.diff(steps) == 0).any():
+        step = int(steps[np.argmax(np.diff(steps) == 0)])
+        raise UserError(f"{path} has two rows of step {step}; give one curve in each file")
+    if (rates < 0).any():
+        raise UserError(f"{path} has a negative lr; map lr to the learning rate")
+    first = int(steps[0])
+    ends = warmup if warmup is not None else (0 if first == 1 else first)
+    if first > 1:
+        steps, rates = np.append(0, steps), np.append(0.0, rates)
+    if 0 < ends < first:  # the warm-up ends before the first row: its rate was the first row's
+        steps, rates = np.insert(steps, 1, ends), np.insert(rates, 1, rates[1])
+    filled = np.interp(np.arange(1, int(steps[-1]) + 1), steps, rates)
+    return LearningRates(filled, ends)

@@ -86,7 +86,9 @@ class Condition:
                 "for more of them"
             )
         if type(tree.ops[0]) not in _COMPARISONS:
-            raise UserError(f"{flag} {text!r} compares by something else than < <= > >= == !=")
+            raise UserError(
+                f"{flag} {text!r} compares by something else than < <= > >= == !=; use one of these"
+            )
         sides = (tree.left, tree.comparators[0])
         texts = [side for side in sides if _is_text(side)]
         if texts:

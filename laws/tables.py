@@ -8,14 +8,15 @@ import csv
 import gzip
 import io
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from allometry.configs.errors import UserError
-from allometry.laws.expressions import Condition, Expression
+from allometry.laws.derive import Derived
+from allometry.laws.expressions import Condition
 from allometry.laws.observations import Column, Observations
 
 SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
@@ -47,18 +48,22 @@ def read_table(
     mapping = dict(mapping or {})
     wanted = dict.fromkeys([*names, *mapping])
     conditions = [Condition.parse(text) for text in where]
-    tables = [_Source(_read(Path(path)), mapping) for path in files]
+    tables = [_read(Path(path)) for path in files]
     columns: dict[str, list[Column]] = {name: [] for name in wanted}
     groups: list[str] = []
-    for source in tables:
-        kept = source.meeting(conditions)
+    for table in tables:
+        derived = Derived(table, mapping)
+        kept = derived.meeting(conditions)
         for name in wanted:
-            columns[name].append(source.checked(name, kept))
-        groups += source.groups(group, kept)
+            columns[name].append(derived.checked(name, kept))
+        if group is None:
+            groups += [f"{table.path.name}:{line}" for line in np.array(table.lines)[kept]]
+        else:
+            groups += derived.groups(group, kept)
     if not groups:
         said = "".join(f" --where {text!r}" for text in where)
         raise UserError(f"{', '.join(map(str, files))}: no row is left{said and ' by'}{said}")
-    shown = ", ".join(table.table.path.name for table in tables)
+    shown = ", ".join(table.path.name for table in tables)
     return Observations(
         columns={name: np.concatenate(parts) for name, parts in columns.items()},
         groups=tuple(groups),
@@ -80,110 +85,22 @@ class _Table:
     rows: list[list[str]]
     lines: list[int]
 
+    @property
+    def name(self) -> str:
+        return str(self.path)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def numbers(self, name: str) -> Column:
+        return np.array([_number(cell) for cell in self.texts(name)], dtype=np.float64)
+
     def texts(self, name: str) -> NDArray[np.str_]:
         place = self.header.index(name)
         return np.array([row[place] for row in self.rows], dtype=np.str_)
 
-
-@dataclass
-class _Source:
-    """A table with the mapping of its columns; columns are computed once, when asked for."""
-
-    table: _Table
-    mapping: Mapping[str, str]
-    _numbers: dict[str, Column] = field(default_factory=dict)
-
-    def meeting(self, conditions: Sequence[Condition]) -> NDArray[np.bool_]:
-        kept = np.ones(len(self.table.rows), dtype=bool)
-        for condition in conditions:
-
-            def column(name: str, text: str = condition.text) -> Column:
-                return self._value(name, (), f"--where {text!r}")
-
-            def texts(name: str, text: str = condition.text) -> NDArray[np.str_]:
-                return self.table.texts(self._known(name, f"--where {text!r}"))
-
-            kept &= condition.evaluate(column, texts)
-        return kept
-
-    def checked(self, name: str, kept: NDArray[np.bool_]) -> Column:
-        """The values of kept rows, all of them finite."""
-        values = self._value(name, (), f"--map {name}=COLUMN")[kept]
-        if not np.isfinite(values).all():
-            row = int(np.flatnonzero(kept)[np.argmax(~np.isfinite(values))])
-            where = f"{self.table.path}, line {self.table.lines[row]}"
-            for column in self._read_for(name):
-                cell = str(self.table.texts(column)[row])
-                if not np.isfinite(self._column(column)[row]):
-                    raise UserError(
-                        f"{where}, column {column!r}: {cell!r} is not a finite number; mend it or "
-                        f"leave such rows out, as --where '`{column}` > 0' does"
-                    )
-            raise UserError(
-                f"{where}: {name} = {self.mapping.get(name, name)} is not a finite number; mend "
-                "the row or leave it out with --where"
-            )
-        return values
-
-    def groups(self, group: str | None, kept: NDArray[np.bool_]) -> list[str]:
-        if group is None:
-            lines = np.array(self.table.lines)[kept]
-            return [f"{self.table.path.name}:{line}" for line in lines]
-        texts = self.table.texts(self._known(group, f"--group {group}"))
-        return [str(text) for text in texts[kept]]
-
-    def _value(self, name: str, inside: tuple[str, ...], asked: str) -> Column:
-        """A mapped name or a column of the file."""
-        if name in inside:
-            raise UserError(
-                f"--map {name}={self.mapping[name]} needs itself by way of "
-                f"{' and '.join(inside[1:]) or name}; name the file's own columns"
-            )
-        if name not in self.mapping:
-            return self._column(self._known(name, asked))
-        if name not in self._numbers:
-            self._numbers[name] = self._computed(name, inside)
-        return self._numbers[name]
-
-    def _computed(self, name: str, inside: tuple[str, ...]) -> Column:
-        text, flag = self.mapping[name], f"--map {name}="
-        if text in self.table.header:
-            return self._column(text)
-        expression = Expression.parse(text, flag.rstrip("="))
-
-        def column(part: str) -> Column:
-            if part == name and part in self.table.header:
-                return self._column(part)  # N=N*1e6: the file's own N
-            return self._value(part, (*inside, name), flag + text)
-
-        values = expression.evaluate(column)
-        return np.broadcast_to(values, (len(self.table.rows),)).astype(np.float64)
-
-    def _read_for(self, name: str) -> list[str]:
-        """The file's columns that a name is made of."""
-        text = self.mapping.get(name, name)
-        if text in self.table.header:
-            return [text]
-        found: list[str] = []
-        for part in Expression.parse(text, f"--map {name}").names:
-            own = part == name or part not in self.mapping
-            found += [part] if own else self._read_for(part)
-        return found
-
-    def _column(self, name: str) -> Column:
-        """Numbers of the file's column; NaN where a cell holds none."""
-        key = f"`{name}`"
-        if key not in self._numbers:
-            self._numbers[key] = np.array([_number(cell) for cell in self.table.texts(name)])
-        return self._numbers[key]
-
-    def _known(self, name: str, asked: str) -> str:
-        if name not in self.table.header:
-            raise UserError(
-                f"{self.table.path} has no column {name!r} ({asked}); its columns are "
-                f"{', '.join(self.table.header)}"
-            )
-        return name
+    def place(self, row: int) -> str:
+        return f"{self.path}, line {self.lines[row]}"
 
 
 def _number(cell: str) -> float:

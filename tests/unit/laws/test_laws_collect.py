@@ -9,7 +9,8 @@ import pytest
 from allometry.configs.errors import UserError
 from allometry.laws.areas import areas_of
 from allometry.laws.collect import expand, from_runs
-from allometry.laws.curves import curves_from_runs
+from allometry.laws.curves import curves_from_runs, curves_from_tables
+from allometry.laws.derive import HELD_OUT, derive, mark_held_out
 from fake_runs import chinchilla, fake_run
 
 LAST = 40
@@ -264,3 +265,66 @@ def test_a_curve_within_its_warmup_is_refused(tmp_path: Path) -> None:
         curves_from_runs([tmp_path / "a"])
     with pytest.raises(UserError, match=r"--bins=0"):
         curves_from_runs([tmp_path / "a"], bins=0)
+
+
+def test_curves_from_tables_fill_in_rates(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("step,lr,nll\n10,0.5,4\n20,0.5,3\n24,0.1,2\n")
+    (tmp_path / "b.csv").write_text("step,lr,nll\n2,0.5,3\n1,1,4\n")
+    found = curves_from_tables([tmp_path / "a.csv", tmp_path / "b.csv"], mapping={"loss": "nll"})
+    assert found.groups == ("a.csv", "a.csv", "b.csv", "b.csv")
+    np.testing.assert_array_equal(found["step"], [20, 24, 1, 2])
+    np.testing.assert_array_equal(found["loss"], [3, 2, 4, 3])
+    a, b = found.curves["a.csv"], found.curves["b.csv"]
+    assert (a.warmup_steps, b.warmup_steps) == (10, 0)
+    np.testing.assert_allclose(a.rates[[0, 9, 19, 20, 23]], [0.05, 0.5, 0.5, 0.4, 0.1])
+    np.testing.assert_array_equal(b.rates, [1.0, 0.5])
+    early = curves_from_tables([tmp_path / "a.csv"], mapping={"loss": "nll"}, warmup_steps=5)
+    np.testing.assert_allclose(early.curves["a.csv"].rates[[0, 4, 9]], [0.1, 0.5, 0.5])
+    assert len(early) == 3
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ("1,1,1\n1,1,1\n", "two rows of step 1"),
+        ("0,1,1\n1,1,1\n", "no whole number from 1"),
+        ("1.5,1,1\n", "no whole number from 1"),
+        ("1,-1,1\n2,1,1\n", "negative lr"),
+        ("9,1,1\n", "no row after the warm-up of 9 steps"),
+    ],
+)
+def test_tables_that_are_no_curves_are_refused(tmp_path: Path, rows: str, words: str) -> None:
+    (tmp_path / "a.csv").write_text(f"step,lr,loss\n{rows}")
+    with pytest.raises(UserError, match=words):
+        curves_from_tables([tmp_path / "a.csv"])
+    with pytest.raises(UserError, match="given twice"):
+        curves_from_tables([tmp_path / "a.csv"] * 2)
+
+
+def test_runs_are_mapped_and_chosen_like_tables(tmp_path: Path) -> None:
+    fake_run(tmp_path / "a")
+    fake_run(tmp_path / "b", "run.seed=1", width=64)
+    runs = from_runs([tmp_path])
+    found = derive(runs, mapping={"r": "r/web", "C": "6*N*D"}, where=["width > 40"], group="seed")
+    np.testing.assert_array_equal(found["C"], 6 * found["N"] * found["D"])
+    np.testing.assert_array_equal(found["r"], [0.75])
+    assert found.groups == ("1",)
+    assert found.conventions["C"] == "6*N*D"
+    assert derive(runs, where=["group == 'N=82.2k D=10.2k'"])["width"].tolist() == [64]
+    for where, words in (
+        ("width > 99", "no row of the runs is left by --where 'width > 99'"),
+        ("depth > 1", r"no column of the runs is called 'depth'"),
+    ):
+        with pytest.raises(UserError, match=words):
+            derive(runs, where=[where])
+
+
+def test_rows_to_hold_out_are_marked(tmp_path: Path) -> None:
+    fake_run(tmp_path / "a")
+    fake_run(tmp_path / "b", width=64)
+    runs = from_runs([tmp_path])
+    np.testing.assert_array_equal(mark_held_out(runs, "width == 64")[HELD_OUT], [0, 1])
+    with pytest.raises(UserError, match=r"--hold-out 'width > 1' holds for all of 2 rows"):
+        mark_held_out(runs, "width > 1")
+    with pytest.raises(UserError, match=r"--hold-out 'width' is not one comparison"):
+        mark_held_out(runs, "width")

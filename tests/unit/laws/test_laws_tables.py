@@ -79,8 +79,8 @@ def test_files_of_any_kind_are_read_together(table: Path, tmp_path: Path) -> Non
     ("names", "mapping", "where", "words"),
     [
         (["loss"], {}, [], r"runs\.csv, line 4, column 'loss': '' is not a finite number"),
-        (["N"], {}, [], r"no column 'N' \(--map N=COLUMN\).*Model Size, Training FLOP"),
-        (["N"], {"N": "Model"}, [], r"no column 'Model' \(--map N=Model\)"),
+        (["N"], {}, [], r"is called 'N' \(--map N=COLUMN\).*Model Size, Training FLOP"),
+        (["N"], {"N": "Model"}, [], r"is called 'Model' \(--map N=Model\)"),
         (["N"], {"N": "set"}, [], r"line 2, column 'set': 'C4' is not"),
         (
             ["N"],
@@ -102,7 +102,7 @@ def test_files_of_any_kind_are_read_together(table: Path, tmp_path: Path) -> Non
         (["loss"], {}, ["loss in 2"], "something else than <"),
         (["loss"], {}, ["set < 'C4'"], "by == or !="),
         (["loss"], {}, ["'C4' == 'C4'"], "by == or !="),
-        (["loss"], {}, ["set == C4"], r"no column 'C4' \(--where 'set == C4'\)"),
+        (["loss"], {}, ["set == C4"], r"is called 'C4' \(--where 'set == C4'\)"),
     ],
 )
 def test_what_cannot_be_had_is_said(
@@ -113,7 +113,7 @@ def test_what_cannot_be_had_is_said(
 
 
 def test_an_unknown_group_is_said(table: Path) -> None:
-    with pytest.raises(UserError, match=r"no column 'run' \(--group run\)"):
+    with pytest.raises(UserError, match=r"is called 'run' \(--group\)"):
         read_table(table, ["N"], mapping=MAPPING, group="run")
 
 

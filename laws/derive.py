@@ -1,0 +1,239 @@
+"""Columns from columns, and which rows: what ``--map``, ``--where`` and ``--group`` do."""
+
+# n rows
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from allometry.configs.errors import UserError
+from allometry.laws.expressions import Condition, Expression
+from allometry.laws.observations import Column, Observations
+
+HELD_OUT = "held out"
+"""The column of ``mark_held_out``."""
+
+
+class Rows(Protocol):
+    """Rows of a file, or observations: what expressions read."""
+
+    @property
+    def name(self) -> str:
+        """What the rows are called in a sentence."""
+
+    @property
+    def header(self) -> Sequence[str]:
+        """Names of the columns."""
+
+    def __len__(self) -> int: ...
+
+    def numbers(self, name: str) -> Column:
+        """Return a column's numbers [n], NaN where a cell holds none."""
+
+    def texts(self, name: str) -> NDArray[np.str_]:
+        """Return a column's cells [n] as they are written."""
+
+    def place(self, row: int) -> str:
+        """Return where a row stands, for a sentence."""
+
+
+@dataclass
+class Derived:
+    """Rows with a mapping of names to columns or arithmetic; each is computed once, when asked for.
+
+    In arithmetic a name is another one of the mapping, else a column; an expression that is a
+    column's whole name is that column.
+    """
+
+    rows: Rows
+    mapping: Mapping[str, str]
+    _mapped: dict[str, Column] = field(default_factory=dict)
+    _columns: dict[str, Column] = field(default_factory=dict)
+
+    def meeting(self, conditions: Sequence[Condition]) -> NDArray[np.bool_]:
+        """Return which rows [n] meet all conditions.
+
+        Raises:
+            UserError: one names no column.
+        """
+        kept = np.ones(len(self.rows), dtype=bool)
+        for condition in conditions:
+            asked = f"--where {condition.text!r}"
+
+            def column(name: str, asked: str = asked) -> Column:
+                return self._value(name, (), asked)
+
+            def texts(name: str, asked: str = asked) -> NDArray[np.str_]:
+                return self.rows.texts(self._known(name, asked))
+
+            kept &= condition.evaluate(column, texts)
+        return kept
+
+    def checked(self, name: str, kept: NDArray[np.bool_]) -> Column:
+        """Return the values of the kept rows, all of them finite.
+
+        Raises:
+            UserError: one is not, or a column is not there; names place and column.
+        """
+        values = self._value(name, (), f"--map {name}=COLUMN")
+        broken = kept & ~np.isfinite(values)
+        if broken.any():
+            row = int(np.argmax(broken))
+            for column in self._read_for(name):
+                if not np.isfinite(self._column(column)[row]):
+                    raise UserError(
+                        f"{self.rows.place(row)}, column {column!r}: "
+                        f"{str(self.rows.texts(column)[row])!r} is not a finite number; mend it or "
+                        f"leave such rows out, as --where '`{column}` > 0' does"
+                    )
+            raise UserError(
+                f"{self.rows.place(row)}: {name} = {self.mapping.get(name, name)} is not a finite "
+                "number; mend the row or leave it out with --where"
+            )
+        return values[kept]
+
+    def groups(self, group: str, kept: NDArray[np.bool_]) -> list[str]:
+        """Return the kept rows' cells of the column that says whose they are.
+
+        Raises:
+            UserError: it is not there.
+        """
+        return [str(text) for text in self.rows.texts(self._known(group, "--group"))[kept]]
+
+    def _value(self, name: str, inside: tuple[str, ...], asked: str) -> Column:
+        """A mapped name or a column."""
+        if name in inside:
+            raise UserError(
+                f"--map {name}={self.mapping[name]} needs itself by way of "
+                f"{' and '.join(inside[1:]) or name}; name the columns of {self.rows.name}"
+            )
+        if name not in self.mapping:
+            return self._column(self._known(name, asked))
+        if name not in self._mapped:
+            self._mapped[name] = self._computed(name, inside)
+        return self._mapped[name]
+
+    def _computed(self, name: str, inside: tuple[str, ...]) -> Column:
+        text = self.mapping[name]
+        if text in self.rows.header:
+            return self._column(text)
+        expression = Expression.parse(text, f"--map {name}")
+
+        def column(part: str) -> Column:
+            if part == name and part in self.rows.header:
+                return self._column(part)  # N=N*1e6: the file's own N
+            return self._value(part, (*inside, name), f"--map {name}={text}")
+
+        values = expression.evaluate(column)
+        return np.broadcast_to(values, (len(self.rows),)).astype(np.float64)
+
+    def _read_for(self, name: str) -> list[str]:
+        """The columns that a name is made of."""
+        text = self.mapping.get(name, name)
+        if text in self.rows.header:
+            return [text]
+        found: list[str] = []
+        for part in Expression.parse(text, f"--map {name}").names:
+            own = part == name or part not in self.mapping
+            found += [part] if own else self._read_for(part)
+        return found
+
+    def _column(self, name: str) -> Column:
+        if name not in self._columns:
+            self._columns[name] = self.rows.numbers(name)
+        return self._columns[name]
+
+    def _known(self, name: str, asked: str) -> str:
+        if name not in self.rows.header:
+            raise UserError(
+                f"no column of {self.rows.name} is called {name!r} ({asked}); there are "
+                f"{', '.join(self.rows.header)}"
+            )
+        return name
+
+
+@dataclass(frozen=True)
+class _ObservedRows:
+    """Observations as ``Rows``; ``group`` is a column of texts."""
+
+    observations: Observations
+    name: str
+
+    @property
+    def header(self) -> tuple[str, ...]:
+        return (*self.observations.columns, "group")
+
+    def __len__(self) -> int:
+        return len(self.observations)
+
+    def numbers(self, name: str) -> Column:
+        if name == "group":
+            return np.full(len(self), np.nan)
+        return self.observations[name]
+
+    def texts(self, name: str) -> NDArray[np.str_]:
+        if name == "group":
+            return np.array(self.observations.groups, dtype=np.str_)
+        return np.array([f"{value:.12g}" for value in self.observations[name]], dtype=np.str_)
+
+    def place(self, row: int) -> str:
+        return f"row {row + 1} of {self.name} ({self.observations.groups[row]})"
+
+
+def derive(
+    observations: Observations,
+    *,
+    mapping: Mapping[str, str] | None = None,
+    where: Sequence[str] = (),
+    group: str | None = None,
+    name: str = "the runs",
+) -> Observations:
+    """Return observations with more columns, fewer rows or other groups, as ``read_table`` does.
+
+    ``group`` is in ``where`` a column of texts, the groups so far. ``name``: what the rows are
+    called in a sentence.
+
+    Raises:
+        UserError: an expression cannot be read or names no column, no row is left, or a value is
+            not finite.
+    """
+    mapping = dict(mapping or {})
+    derived = Derived(_ObservedRows(observations, name), mapping)
+    kept = derived.meeting([Condition.parse(text) for text in where])
+    if not kept.any():
+        raise UserError(f"no row of {name} is left by --where {' --where '.join(map(repr, where))}")
+    made = {name: derived.checked(name, kept) for name in mapping}
+    groups = None if group is None else tuple(derived.groups(group, kept))
+    if groups is not None and observations.curves:
+        raise UserError(
+            "--group does not go with curves, each of which has learning rates of its own; leave "
+            "it out"
+        )
+    found = observations.take(kept)
+    return replace(
+        found,
+        columns={**found.columns, **made},
+        groups=found.groups if groups is None else groups,
+        conventions={**found.conventions, **mapping},
+    )
+
+
+def mark_held_out(observations: Observations, condition: str) -> Observations:
+    """Return observations with a column ``HELD_OUT``: 1 where the condition holds, else 0.
+
+    Raises:
+        UserError: it cannot be read, names no column, or holds for all rows or none.
+    """
+    derived = Derived(_ObservedRows(observations, "the observations"), {})
+    met = derived.meeting([Condition.parse(condition, "--hold-out")])
+    if met.all() or not met.any():
+        raise UserError(
+            f"--hold-out {condition!r} holds for {'all' if met.all() else 'none'} of "
+            f"{len(met)} rows; some must be held out and some remain"
+        )
+    return replace(observations, columns={**observations.columns, HELD_OUT: met.astype(np.float64)})
