@@ -38,3 +38,40 @@ def plot(
     from allometry.launch.plot import draw
 
     typer.echo(draw(runs, out or Path("loss.png"), as_json=json))
+
+
+@commands.command()
+def report(
+    runs: Annotated[
+        list[Path] | None, typer.Argument(help="run folders, or a ladder's folder for all in it")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="page to write")] = Path("report.html"),
+    fit: Annotated[
+        list[Path] | None, typer.Option("--fit", help="a fit to draw (allometry fit --out)")
+    ] = None,
+    transfer: Annotated[
+        list[Path] | None,
+        typer.Option("--transfer", help="a sweep to draw (allometry transfer --trials)"),
+    ] = None,
+    png: Annotated[
+        Path | None, typer.Option("--png", help="folder for the same figures as PNG")
+    ] = None,
+    smooth: Annotated[
+        float, typer.Option(help="share of a curve that its smoothed line averages over")
+    ] = 0.02,
+    title: Annotated[str, typer.Option(help="title of the page")] = "Allometry report",
+    json: Json = False,
+) -> None:
+    """Write one page with the figures of runs, fits and sweeps; it needs no network."""
+    from allometry.launch.report.report import Request, run
+
+    request = Request(
+        runs=tuple(runs or ()),
+        out=out,
+        fits=tuple(fit or ()),
+        trials=tuple(transfer or ()),
+        png=png,
+        smoothing=smooth,
+        title=title,
+    )
+    typer.echo(run(request, as_json=json))
