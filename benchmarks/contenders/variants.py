@@ -1,0 +1,142 @@
+"""What each part of ``benchmarks/transfer.py`` compares."""
+
+from __future__ import annotations
+
+from allometry.scaling.shapes import Axis
+from contenders.families import (
+    ADAM,
+    BASE,
+    SPHERES,
+    Asked,
+    Reading,
+    Variant,
+    mixture,
+    model,
+    mssp,
+    parameterization,
+    spheres,
+)
+
+LOW, HIGH = (-7.0, -6.5, -6.0, -5.5, -5.0, -4.5), (-5.0, -4.5, -4.0, -3.5, -3.0, -2.5)
+WIDTHS = (32, 64, 128, 256)
+HELD, LOST = Asked(most=0.5), Asked(least=0.5)
+"""A rule holds where best rates stay within half an octave; a negative control must not."""
+
+STANDARD = parameterization(kind="sp", embedding_std=1.0)
+MAXIMAL = parameterization(kind="mup", embedding_std=1.0, base_width=BASE)
+
+RATES = (
+    Variant("sp", STANDARD, ADAM, WIDTHS[:3], LOW, Asked(least=1.5)),
+    Variant("mup", MAXIMAL, ADAM, WIDTHS, LOW, Asked(most=0.3)),
+    Variant(
+        "hyperp, head .02", spheres(head_std=0.02), SPHERES, WIDTHS[:3], HIGH, Asked(least=1.5)
+    ),
+    Variant(
+        "hyperp, head .02, logits / m",
+        spheres(head_std=0.02, output_multiplier="1/m"),
+        SPHERES,
+        WIDTHS[:3],
+        HIGH,
+    ),
+    Variant("hyperp, base head", spheres(), SPHERES, WIDTHS, HIGH, Asked(most=0.9)),
+    Variant(
+        "hyperp, base head, logits / m",
+        spheres(output_multiplier="1/m"),
+        SPHERES,
+        WIDTHS,
+        HIGH,
+        Asked(most=0.5),
+    ),
+)
+
+
+def depth() -> tuple[Variant, ...]:
+    """2 to 8 layers of width 64.
+
+    HyperP without its √(L0/L), the negative control, is read off the same trials: the factor is on
+    every rate, so that leaving it out (a base of as many layers as the model has) only shifts them.
+    """
+    width, layers = 64, (2, 4, 8)
+    without = Reading("hyperp, no √(L0/L)", -0.5, Asked(least=0.5, exponent=-0.5))
+    shared = {"embedding_std": 1.0, "base_width": width}
+    complete = parameterization(kind="completep", base_layers=2, depth_alpha=1.0, **shared)
+    half = parameterization(kind="completep", base_layers=2, depth_alpha=0.5, **shared)
+    plain = parameterization(kind="mup", **shared)
+    family = {"axis": Axis.DEPTH, "model": model(width, 2)}
+    return (
+        Variant(
+            "hyperp", spheres(width), SPHERES, layers, HIGH, HELD, readings=(without,), **family
+        ),
+        Variant("completep", complete, ADAM, layers, LOW, HELD, **family),
+        Variant("depth-mup", half, ADAM, layers, LOW, HELD, **family),
+        Variant("mup", plain, ADAM, layers, LOW, **family),
+    )
+
+
+def horizon() -> tuple[Variant, ...]:
+    """40 to 320 steps at width 64; HyperP's T^-0.32 is left out of the trials, to be measured.
+
+    With the rule the same trials lie .32 octaves higher per doubling, as it is on every rate.
+    """
+    width, steps = 64, (40, 80, 160, 320)
+    ruled = Reading("hyperp, T^-0.32", 0.32, HELD)
+    family = {"axis": Axis.HORIZON, "model": model(width, 2)}
+    free = spheres(width, data_exponent=0.0)
+    plain = parameterization(kind="mup", embedding_std=1.0, base_width=width)
+    return (
+        Variant(
+            "hyperp, no rule",
+            free,
+            SPHERES,
+            steps,
+            HIGH,
+            Asked(exponent=-0.32),
+            readings=(ruled,),
+            **family,
+        ),
+        Variant("mup", plain, ADAM, steps, LOW, **family),
+    )
+
+
+def experts() -> tuple[Variant, ...]:
+    """Mixtures of more and more experts, by rule.
+
+    HyperP: 1 to 32 experts of the same width, one visit (width 64, expert width 128, tokens and
+    work of a token constant; one expert is the dense model); ``sp`` with AdamW beside it. MSSP: I:
+    width x 4, number (4) and visits (1) constant; II: number 4 to 32 with width and visits in
+    proportion, experts of width 32; III: the same, and experts as wide as half the model. ``sp`` on
+    each of these families is the negative control.
+    """
+    more, numbers = mixture(64, 1, 1, 128, "sqrt"), (1, 2, 4, 8, 16, 32)
+    first = mixture(BASE, 4, 1, 64, "sigmoid")
+    second = mixture(BASE, 4, 1, 32, "sigmoid")
+    third = mixture(BASE, 4, 1, 16, "sigmoid")
+    regimes = (
+        ("I", first, Axis.WIDTH, WIDTHS[:3]),
+        ("II", second, Axis.REGIME_II, (4, 8, 16, 32)),
+        ("III", third, Axis.REGIME_III, (4, 8, 16, 32)),
+    )
+    found = [
+        Variant(
+            "hyperp, 1 visit",
+            spheres(64),
+            SPHERES,
+            numbers,
+            HIGH,
+            HELD,
+            axis=Axis.EXPERTS,
+            model=more,
+        ),
+        Variant("sp, 1 visit", STANDARD, ADAM, numbers[::2], LOW, axis=Axis.EXPERTS, model=more),
+    ]
+    for regime, base, axis, sizes in regimes:
+        ruled = mssp(regime, base)
+        family = {"axis": axis, "model": base}
+        found.append(Variant(f"mssp {regime}", ruled, ADAM, sizes, LOW, HELD, **family))
+        found.append(
+            Variant(f"sp, grown as {regime}", STANDARD, ADAM, sizes[:3], LOW, LOST, **family)
+        )
+    return tuple(found)
+
+
+PARTS = {"rates": RATES, "depth": depth(), "horizon": horizon(), "experts": experts()}
