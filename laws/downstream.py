@@ -1,0 +1,118 @@
+"""Benchmarks from compute in two steps: a law of the loss, then a law of the score."""
+
+# n rows, B bootstrap samples
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from allometry.configs.errors import UserError
+from allometry.laws.fit.bootstrap import Bootstrap
+from allometry.laws.fit.engine import Fit
+from allometry.laws.observations import Observations
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A fit of the loss and a fit of a score (an error, an accuracy) that reads it.
+
+    The score's only input is replaced by the loss that the first fit predicts, so rows need the
+    first fit's inputs alone. The error of the loss goes through the score's slope: near the foot
+    of a steep curve a loss 1 % off is an error many times that.
+    """
+
+    loss: Fit
+    score: Fit
+
+    def __post_init__(self) -> None:
+        assert len(self.score.form.inputs) == 1, "the second step reads the loss alone"
+
+    def predict(self, observations: Observations) -> Array:
+        """Return the score [n] of these rows."""
+        return self.score.predict(self._with_loss(self.loss.predict(observations)))
+
+    def warnings_for(self, observations: Observations) -> list[str]:
+        """Return what either step says of leaving its fitted range."""
+        second = self._with_loss(self.loss.predict(observations))
+        return [*self.loss.warnings_for(observations), *self.score.warnings_for(second)]
+
+    def predict_interval(
+        self,
+        observations: Observations,
+        loss: Bootstrap,
+        score: Bootstrap,
+        level: float = 0.95,
+    ) -> tuple[Array, Array]:
+        """Return the percentile interval [n], [n] of the score by the uncertainty of both fits.
+
+        Samples of the two bootstraps are paired as they come, as if the fits were independent.
+        """
+        losses_Bn = loss.predictions(observations)
+        names, values_BP = score.names, score.values_BP
+        scores_Bn = np.stack(
+            [
+                self.score.form.predict(
+                    dict(zip(names, values_P, strict=True)),
+                    self.score.form.prepare(self._with_loss(losses_n)),
+                )
+                for losses_n, values_P in zip(losses_Bn, values_BP, strict=False)
+            ]
+        )
+        low_n, high_n = np.quantile(scores_Bn, [(1.0 - level) / 2.0, (1.0 + level) / 2.0], axis=0)
+        return low_n, high_n
+
+    def _with_loss(self, losses_n: Array) -> Observations:
+        return Observations.of({self.score.form.inputs[0].name: losses_n})
+
+
+def smooth_checkpoints(
+    observations: Observations,
+    columns: Sequence[str] = ("loss", "accuracy"),
+    *,
+    order: str = "D",
+    window: int = 5,
+    skip: float = 0.1,
+) -> Observations:
+    """Return checkpoints of runs with noise averaged out, for the second step of a chain.
+
+    In each group, by ``order``: the checkpoints in the first ``skip`` of the run (as a share of
+    the group's largest ``order``) go, then ``columns`` are means of each ``window`` successive
+    rows; other columns are those of the window's last row. As the OLMo ladder does
+    (arXiv 2412.04403, section 3.2).
+
+    Raises:
+        UserError: ``skip`` or ``window`` make no sense, or a run has fewer checkpoints left.
+    """
+    if window < 1 or not 0.0 <= skip < 1.0:
+        raise UserError(f"window={window}, skip={skip}: use window >= 1 and 0 <= skip < 1")
+    at_n = observations[order]
+    groups_n = np.array(observations.groups)
+    rows: list[int] = []
+    means: dict[str, list[float]] = {name: [] for name in columns}
+    for group in dict.fromkeys(observations.groups):
+        member_i = np.flatnonzero(groups_n == group)
+        member_i = member_i[np.argsort(at_n[member_i], kind="stable")]
+        kept_i = member_i[at_n[member_i] > skip * at_n[member_i[-1]]]
+        if len(kept_i) < window:
+            raise UserError(
+                f"run {group} has {len(kept_i)} checkpoints after the first {skip:.0%} and the "
+                f"mean takes {window}; evaluate more checkpoints or lower window"
+            )
+        rows += [int(row) for row in kept_i[window - 1 :]]
+        for name in columns:
+            windows = np.lib.stride_tricks.sliding_window_view(observations[name][kept_i], window)
+            means[name] += windows.mean(axis=1).tolist()
+    smoothed = {name: observations[name][rows] for name in observations.columns}
+    smoothed.update({name: np.array(values) for name, values in means.items()})
+    return Observations(
+        smoothed,
+        tuple(observations.groups[row] for row in rows),
+        observations.curves,
+        observations.conventions,
+    )

@@ -1,0 +1,166 @@
+"""Two steps to a benchmark: on the over-training runs, and on rows of known laws."""
+
+from __future__ import annotations
+
+import csv
+
+import numpy as np
+import pytest
+
+from allometry.configs.errors import UserError
+from allometry.laws.downstream import Chain, smooth_checkpoints
+from allometry.laws.fit.bootstrap import bootstrap
+from allometry.laws.fit.engine import FitOptions, fit, predict
+from allometry.laws.forms.downstream import DownstreamSigmoid
+from allometry.laws.observations import Observations
+from allometry.laws.registry import form_named
+from law_data import law_data
+
+LEAST_SQUARES = FitOptions(loss="square")  # the paper's
+CORPORA = ("rpj", "rw_original", "c4_original")
+
+
+def runs(corpus: str) -> Observations:
+    path = law_data("overtraining") / "overtraining_104.csv"
+    with path.open(encoding="utf-8") as file:
+        table = [row for row in csv.DictReader(file) if row["dataset"] == corpus]
+    names = {"N": "N", "D": "D", "loss": "loss_c4_val", "error": "err_avg17", "multiple": "cc_mult"}
+    return Observations.of(
+        {key: [float(row[column]) for row in table] for key, column in names.items()},
+        groups=[row["name"] for row in table],
+    )
+
+
+def chain(corpus: str) -> tuple[Chain, Observations]:
+    """The paper's procedure: five small runs for the loss, one of 1.4B more for the error."""
+    rows = runs(corpus)
+    small = ((rows["multiple"] == 1) & (rows["N"] < 5e8)) | (
+        (rows["multiple"] == 16) & (rows["N"] < 2e7)
+    )
+    assert small.sum() == 5
+    medium = (rows["multiple"] == 1) & (rows["N"] > 1e9) & (rows["N"] < 2e9)
+    loss = fit(form_named("over_training"), rows.take(small), LEAST_SQUARES)
+    error = fit(form_named("downstream_error"), rows.take(small | medium), LEAST_SQUARES)
+    return Chain(loss, error), rows.take(rows["N"] > 1e9)
+
+
+def relative_errors(corpus: str) -> dict[tuple[float, float], tuple[float, float]]:
+    """Percent by (billions of parameters, multiple of 20 tokens): of the loss, of the error."""
+    steps, large = chain(corpus)
+    loss = 100.0 * np.abs(steps.loss.predict(large) / large["loss"] - 1.0)
+    error = 100.0 * np.abs(steps.predict(large) / large["error"] - 1.0)
+    keys = zip(np.round(large["N"] / 1e9, 1), large["multiple"], strict=True)
+    return dict(zip(keys, zip(loss.tolist(), error.tolist(), strict=True), strict=True))
+
+
+def test_five_small_runs_predict_the_long_and_the_large_one() -> None:
+    found = relative_errors("rpj")
+    assert found[1.4, 32.0][0] <= 0.75  # the paper says 0.7 % for both
+    assert found[6.9, 1.0][0] <= 0.75
+    assert found[1.4, 32.0][1] <= 3.7  # and 3.6 %, 0.05 % of the mean error over 17 tasks
+    assert found[6.9, 1.0][1] <= 0.1
+
+
+# Measured with this procedure, percent of the loss and of the error. RedPajama alone would flatter
+# the law: six points for three or four coefficients are luck as much as law.
+MEASURED = {
+    "rpj": {(1.4, 1.0): (0.11, 0.71), (1.4, 32.0): (0.71, 3.64), (6.9, 1.0): (0.73, 0.05)},
+    "rw_original": {(1.4, 1.0): (0.56, 0.42), (1.4, 16.0): (0.01, 5.62), (6.9, 1.0): (1.62, 2.94)},
+    "c4_original": {(1.4, 1.0): (0.78, 0.74), (1.4, 4.0): (1.50, 9.58), (6.9, 1.0): (4.30, 0.14)},
+}
+
+
+@pytest.mark.parametrize("corpus", CORPORA)
+def test_all_three_corpora_are_as_measured(corpus: str) -> None:
+    found = relative_errors(corpus)
+    assert set(found) == set(MEASURED[corpus])
+    for key, expected in MEASURED[corpus].items():
+        assert found[key] == pytest.approx(expected, abs=0.01), key
+
+
+def test_fits_of_five_runs_are_certain_where_they_may_be() -> None:
+    steps, large = chain("rpj")
+    for step in (steps.loss, steps.score):
+        assert step.certificate.agreeing >= 0.9 * step.certificate.starts
+        assert not step.certificate.unidentified
+        assert not step.certificate.at_bounds
+    # Every prediction here leaves the fitted range, and says so.
+    warnings = steps.warnings_for(large)
+    assert any(words.startswith("N=6.889e+09") for words in warnings)
+
+
+def test_blind_starts_end_where_a_curve_fit_from_the_papers_grid_does() -> None:
+    # scipy's curve_fit from the starts of the paper's code, in this form's parameters.
+    expected = {"E": 1.83664837, "a": 212.236108, "b": 366.687169, "eta": 0.136425351}
+    steps, _ = chain("rpj")
+    for name, value in expected.items():
+        assert steps.loss.values[name] == pytest.approx(value, rel=1e-5), name
+
+
+def synthetic(number: int, noise: float, seed: int) -> tuple[Observations, Observations]:
+    """Rows of a law of losses and of a law of errors, with noise; and a row far above."""
+    truth = {"E": 1.8, "a": 210.0, "b": 370.0, "eta": 0.136}
+    score = {"epsilon": 0.86, "k": 2.2, "gamma": 0.71}
+    random = np.random.default_rng(seed)
+    size, data = np.exp(random.uniform(np.log([1e7, 1e9]), np.log([5e8, 5e10]), (number, 2))).T
+    rows = Observations.of({"N": np.append(size, 2e9), "D": np.append(data, 1e11)})
+    loss = predict(form_named("over_training"), truth, rows)
+    error = predict(form_named("downstream_error"), score, Observations.of({"loss": loss}))
+    moved = 1.0 + noise * random.standard_normal((2, number + 1))
+    moved[:, -1] = 1.0
+    columns = {**rows.columns, "loss": loss * moved[0], "error": error * moved[1]}
+    every = Observations.of(columns)
+    return every.take(range(number)), every.take([number])
+
+
+def test_the_interval_of_a_chain_holds_the_truth_and_grows_with_noise() -> None:
+    widths = []
+    for noise in (0.001, 0.004):
+        rows, far = synthetic(24, noise, seed=3)
+        steps = Chain(
+            fit(form_named("over_training"), rows, LEAST_SQUARES),
+            fit(form_named("downstream_error"), rows, LEAST_SQUARES),
+        )
+        low, high = steps.predict_interval(
+            far, bootstrap(steps.loss, 200), bootstrap(steps.score, 200)
+        )
+        assert low[0] < steps.predict(far)[0] < high[0]
+        assert low[0] < far["error"][0] < high[0]
+        widths.append(float(high[0] - low[0]))
+    assert widths[1] > 2.0 * widths[0]
+
+
+def test_a_sigmoid_holds_far_into_both_tails() -> None:
+    values = {"a": -0.7, "k": 500.0, "L0": 1.0, "b": 0.95}
+    rows = Observations.of({"loss": [1e-6, 1.0, 1e3]})
+    with np.errstate(all="raise"):
+        found = predict(DownstreamSigmoid(), values, rows)
+    np.testing.assert_allclose(found, [0.95, 0.6, 0.25], atol=1e-12)
+
+
+def test_checkpoints_are_averaged_within_their_run_and_without_its_beginning() -> None:
+    tokens = [*range(1, 11), *range(2, 21, 2)]
+    rows = Observations.of(
+        {
+            "D": tokens[::-1],
+            "loss": [10.0 / t for t in tokens[::-1]],
+            "accuracy": [t / 20 for t in tokens[::-1]],
+        },
+        groups=["long"] * 10 + ["short"] * 10,
+    )
+    smooth = smooth_checkpoints(rows, window=3, skip=0.1)
+    short = smooth.take([group == "short" for group in smooth.groups])
+    assert short["D"].tolist() == [4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0]
+    np.testing.assert_allclose(short["accuracy"], (short["D"] - 1.0) / 20.0)
+    np.testing.assert_allclose(short["loss"][0], (10 / 2 + 10 / 3 + 10 / 4) / 3)
+    assert smooth.groups.count("long") == 7
+    unmoved = smooth_checkpoints(rows, window=1, skip=0.0)
+    assert sorted(unmoved["D"]) == sorted(rows["D"])
+
+
+def test_too_few_checkpoints_are_refused() -> None:
+    rows = Observations.of({"D": [1.0, 2.0], "loss": [3.0, 2.0], "accuracy": [0.3, 0.4]}, ["a"] * 2)
+    with pytest.raises(UserError, match="run a has 2 checkpoints after the first 10%"):
+        smooth_checkpoints(rows)
+    with pytest.raises(UserError, match="skip=1"):
+        smooth_checkpoints(rows, skip=1.0)
