@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from allometry.configs.errors import UserError
 from allometry.laws.forms.base import Form, Parameter, Predictions, Values, Variable
@@ -80,12 +81,32 @@ class DomainContinual(Form):
 
     def predict(self, values: Values, prepared: Any) -> Predictions:
         """Return the loss [S, n]."""
-        log_n, r_n = prepared["log"], prepared["r"]
-        size = values["A"] * np.exp(-values["alpha"] * log_n["N"])
-        data = values["B"] * np.exp(values["eta"] * log_n["r"] - values["beta"] * log_n["D"])
-        share = values["C"] * np.exp(-values["gamma"] * np.log(r_n + values["eps"]))
-        loss_Sn: Predictions = values["E"] + size + data + share
+        size, data, share = self._parts(values, prepared)
+        loss_Sn: Predictions = (
+            values["E"] + values["A"] * size + values["B"] * data + values["C"] * share
+        )
         return loss_Sn
+
+    def derivatives(self, values: Values, prepared: Any) -> tuple[Predictions, NDArray[np.float64]]:
+        """Return predictions [S, n] and derivatives [S, 9, n]."""
+        size, data, share = self._parts(values, prepared)
+        log, r_n = prepared["log"], prepared["r"]
+        A, B, C = values["A"] * size, values["B"] * data, values["C"] * share
+        near = r_n + values["eps"]
+        loss_Sn: Predictions = values["E"] + A + B + C
+        slopes = (
+            *(np.ones_like(loss_Sn), size, data, share),
+            *(-log["N"] * A, -log["D"] * B, log["r"] * B),
+            *(-np.log(near) * C, -values["gamma"] * C / near),
+        )
+        return loss_Sn, np.stack(slopes, axis=-2)
+
+    def _parts(self, values: Values, prepared: Any) -> tuple[Any, Any, Any]:
+        """Return what A, B and C multiply, each [S, n]."""
+        log, r_n = prepared["log"], prepared["r"]
+        size = np.exp(-values["alpha"] * log["N"])
+        data = np.exp(values["eta"] * log["r"] - values["beta"] * log["D"])
+        return size, data, np.exp(-values["gamma"] * np.log(r_n + values["eps"]))
 
 
 class CrossDomainContinual(DomainContinual):
@@ -115,10 +136,26 @@ class CrossDomainContinual(DomainContinual):
 
     def predict(self, values: Values, prepared: Any) -> Predictions:
         """Return the loss [S, n]."""
-        coefficient = 1.0 / prepared["k1"] + values["w"] * prepared["k2"]
-        domain = values["F"] * np.exp(-values["mu"] * np.log(coefficient))
-        loss_Sn: Predictions = super().predict(values, prepared) + domain
-        return loss_Sn
+        loss_Sn: Predictions = super().predict(values, prepared)
+        total_Sn: Predictions = loss_Sn + values["F"] * self._domain(values, prepared)[1]
+        return total_Sn
+
+    def derivatives(self, values: Values, prepared: Any) -> tuple[Predictions, NDArray[np.float64]]:
+        """Return predictions [S, n] and derivatives [S, 12, n]."""
+        loss_Sn, slopes_SPn = super().derivatives(values, prepared)
+        coefficient_Sn, part_Sn = self._domain(values, prepared)
+        F = values["F"] * part_Sn
+        more = (
+            *(part_Sn, -np.log(coefficient_Sn) * F),
+            -values["mu"] * F * prepared["k2"] / coefficient_Sn,
+        )
+        total_Sn: Predictions = loss_Sn + F
+        return total_Sn, np.concatenate([slopes_SPn, np.stack(more, axis=-2)], axis=-2)
+
+    def _domain(self, values: Values, prepared: Any) -> tuple[Any, Any]:
+        """Return K and what F multiplies, each [S, n]."""
+        coefficient_Sn = 1.0 / prepared["k1"] + values["w"] * prepared["k2"]
+        return coefficient_Sn, np.exp(-values["mu"] * np.log(coefficient_Sn))
 
 
 def _power(name: str) -> Parameter:

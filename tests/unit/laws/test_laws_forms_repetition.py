@@ -1,0 +1,155 @@
+"""The data-constrained law: unit values, its pieces, parameters found again."""
+
+from __future__ import annotations
+
+import csv
+import math
+
+import numpy as np
+import pytest
+
+from allometry.configs.errors import UserError
+from allometry.laws.fit.engine import FitOptions, fit, predict
+from allometry.laws.forms.repetition import effective, optimal_parameters
+from allometry.laws.observations import Observations
+from allometry.laws.registry import form_named
+from allometry.laws.repetition import best_repetition, fit_in_two_stages
+from law_checks import check_slopes, noisy
+from law_data import law_data
+
+LAW, TIED = form_named("data_constrained"), form_named("data_constrained_tied")
+C4 = dict(LAW.published["C4"])
+
+
+@pytest.mark.parametrize("name", ["data_constrained", "data_constrained_tied"])
+def test_unit_values(name: str) -> None:
+    """2305.16264: two runs of one budget on 25B unique tokens."""
+    law = form_named(name)
+    rows = Observations.of({"N": [6.34e9, 8.67e9], "D": [242e9, 178e9], "U": [25e9, 25e9]})
+    found = predict(law, law.published["C4"], rows)
+    assert found == pytest.approx([2.2256440889984477, 2.2269634075087867], abs=1e-9, rel=0)
+
+
+def test_repetitions_are_worth_less_and_less() -> None:
+    assert effective(100.0, 0.0, 15.0) == 100.0
+    assert effective(100.0, 1e-6, 15.0) == pytest.approx(100.0001, rel=1e-9)
+    assert effective(100.0, 1e9, 15.0) == pytest.approx(1600.0)
+    worth = np.diff(effective(1.0, np.arange(0.0, 50.0), 15.0))
+    assert (np.diff(worth) < 0).all()
+    assert worth[0] == pytest.approx(15 * (1 - math.exp(-1 / 15)))
+
+
+def test_what_is_not_repeated_follows_the_plain_law() -> None:
+    rows = Observations.of({"N": [1e8, 1e9], "D": [4e9, 20e9], "U": [4e9, 50e9]})
+    plain = C4["E"] + C4["A"] / rows["N"] ** C4["alpha"] + C4["B"] / rows["D"] ** C4["beta"]
+    assert predict(LAW, C4, rows) == pytest.approx(plain, rel=1e-13)
+
+
+def test_the_useful_parameters_are_the_optimum_of_the_plain_law() -> None:
+    values = {"A": 482.0, "B": 2085.0, "alpha": 0.35, "beta": 0.37}
+    tokens = 3e10
+    size = optimal_parameters(values, tokens)
+    around = size * np.exp(np.linspace(-0.5, 0.5, 1001))
+    loss = values["A"] / around ** values["alpha"]
+    loss += values["B"] / (size * tokens / around) ** values["beta"]
+    assert around[loss.argmin()] == pytest.approx(size, rel=1e-3)
+    # More parameters than the tokens can use change nothing in the end.
+    rows = Observations.of({"N": [size * 1e5, size * 1e6], "D": [tokens] * 2, "U": [tokens] * 2})
+    large = predict(LAW, {**C4, **values}, rows)
+    assert large[0] == pytest.approx(large[1], rel=1e-12)
+    assert large[0] > C4["E"] + values["B"] / tokens ** values["beta"]
+
+
+def test_slopes() -> None:
+    rows = Observations.of(
+        {"N": [1e8, 6e9, 4e9, 1e9], "D": [4e9, 8e9, 24e10, 5e9], "U": [4e9, 2e9, 25e9, 9e9]}
+    )
+    check_slopes(LAW, {**C4, "beta": 0.31}, rows)
+    check_slopes(TIED, TIED.published["C4"], rows)
+    unique = {"E": 1.8, "A": 400.0, "B": 900.0, "alpha": 0.35}
+    check_slopes(form_named("unique_data_tied"), unique, rows)
+
+
+def repeated_runs() -> Observations:
+    sizes, uniques, epochs = (1e8, 3e8, 1e9, 3e9, 8e9), (1e9, 4e9, 16e9), (1, 3, 10, 40)
+    N, U, k = (m.ravel() for m in np.meshgrid(sizes, uniques, epochs))
+    return Observations.of({"N": N, "D": U * k, "U": U})
+
+
+def test_parameters_are_found_again() -> None:
+    rows = noisy(TIED, TIED.published["C4"], repeated_runs(), 0.002)
+    found = fit(TIED, rows, FitOptions(starts=32))
+    assert found.certificate.agreeing >= 4
+    assert not found.certificate.at_bounds
+    true = TIED.published["C4"]
+    assert found.values["alpha"] == pytest.approx(true["alpha"], abs=0.02)
+    assert found.values["R_D"] == pytest.approx(true["R_D"], rel=0.1)
+    assert found.values["R_N"] == pytest.approx(true["R_N"], rel=0.2)
+
+
+def test_two_stages_find_them_too() -> None:
+    # The first stage's law knows no surplus parameters: its runs have ample unique tokens.
+    N, D = (m.ravel() for m in np.meshgrid((1e8, 3e8, 1e9, 3e9), np.geomspace(1e9, 1e11, 8)))
+    ample, repeated = {"N": N, "D": D, "U": np.full(len(N), 1e12)}, repeated_runs()
+    repeated = repeated.take(repeated["D"] > repeated["U"])
+    columns = {name: np.concatenate([ample[name], repeated[name]]) for name in ample}
+    rows = noisy(TIED, TIED.published["C4"], Observations.of(columns), 0.002)
+    stages = fit_in_two_stages(rows, FitOptions(starts=32))
+    assert len(stages.unique.observations) == 32
+    assert stages.repeated.values["alpha"] == stages.unique.values["alpha"]
+    assert stages.unique.values["alpha"] == pytest.approx(C4["alpha"], abs=0.02)
+    assert stages.repeated.values["R_D"] == pytest.approx(C4["R_D"], rel=0.15)
+    assert stages.repeated.values["R_N"] == pytest.approx(C4["R_N"], rel=0.25)
+
+
+def test_two_stages_need_both_kinds_of_runs() -> None:
+    rows = noisy(TIED, TIED.published["C4"], repeated_runs(), 0.002)
+    with pytest.raises(UserError, match="15 rows have D <= U and 0 of the others"):
+        fit_in_two_stages(rows.take(rows["D"] <= rows["U"]))
+    with pytest.raises(UserError, match="0 rows have D <= U and 45 of the others"):
+        fit_in_two_stages(rows.take(rows["D"] > rows["U"]))
+
+
+def test_the_best_epochs() -> None:
+    """2305.16264's example allots 6.34B parameters and 9.7 epochs; the law's optimum is flat."""
+    flops = 6 * 6.34e9 * 242e9
+    best = best_repetition(LAW, C4, 25e9, flops)
+    assert best.parameters * best.tokens * 6 == pytest.approx(flops, rel=1e-12)
+    assert best.loss < 2.2256440889984477
+    assert best.loss == pytest.approx(2.2256440889984477, rel=1e-4)
+    assert best.epochs == pytest.approx(9.7, abs=1.0)
+    for factor in (0.97, 1.03):
+        tokens = best.tokens * factor
+        row = Observations.of({"N": [flops / 6 / tokens], "D": [tokens], "U": [25e9]})
+        assert predict(LAW, C4, row)[0] > best.loss
+    ample = best_repetition(LAW, C4, 1e13, flops)
+    assert ample.epochs < 1.0
+    with pytest.raises(UserError, match="unique_tokens=-1"):
+        best_repetition(LAW, C4, -1.0, flops)
+
+
+def scores(predicted: np.ndarray, measured: np.ndarray) -> tuple[float, float]:
+    """Return R squared and the mean absolute relative error."""
+    left = ((predicted - measured) ** 2).sum() / ((measured - measured.mean()) ** 2).sum()
+    return 1.0 - float(left), float(np.abs(predicted / measured - 1.0).mean())
+
+
+def test_on_the_printed_runs() -> None:
+    """296 runs of 2305.16264's notebook: the published coefficients rank them (R² .788, 9.7 %); a
+    blind two-stage fit to the 202 of up to 44 epochs follows them."""
+    with (law_data("datablations") / "parametric_fit_296.csv").open(encoding="utf-8") as file:
+        table = list(csv.DictReader(file))
+    rows = Observations.of(
+        {name: [float(row[name]) for row in table] for name in ("N", "D", "U", "loss")},
+        [row["name"] for row in table],
+    )
+    few = rows.take(rows["D"] / rows["U"] <= 44)
+    assert (len(rows), len(few)) == (296, 202)
+    r_squared, error = scores(predict(LAW, C4, few), few["loss"])
+    assert r_squared == pytest.approx(0.788, abs=5e-4)
+    assert error == pytest.approx(0.0973, abs=5e-5)
+    stages = fit_in_two_stages(rows, FitOptions(starts=32), max_epochs=44)
+    assert stages.repeated.certificate.agreeing == 32
+    r_squared, error = scores(stages.repeated.predict(few), few["loss"])
+    assert r_squared > 0.95
+    assert error < 0.034
