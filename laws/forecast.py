@@ -1,0 +1,338 @@
+"""The final loss of a run, from its own curve so far, under its own schedule or another one."""
+
+# n rows, T steps of the target, M memories
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from allometry.configs.errors import UserError
+from allometry.laws.forms.tissue import annealing
+from allometry.laws.observations import LearningRates
+from allometry.laws.posterior import (
+    ALPHAS,
+    MEMORIES,
+    Normal,
+    Posterior,
+    Prior,
+    Rows,
+    posterior,
+)
+
+Array = NDArray[np.float64]
+
+BINS = 200
+"""Most rows that the losses of a curve are averaged to, evenly over its steps."""
+FEWEST_ROWS = 20
+SKIPPED = 0.1
+"""Share of a curve, from its first step, that is left out even where the warm-up is shorter."""
+UNKNOWN = 0.8
+"""A number is not measured whose deviation is more than this share of its prior's."""
+LONG = 3.0
+"""Longest extrapolation, in steps over steps, at which the law was checked."""
+
+PUBLISHED = Prior(
+    gain=Normal(0.04, 0.025),
+    log_alpha=Normal(math.log(0.45), 0.5),
+    log_memory=Normal(math.log(600.0), 1.0),
+    level=Normal(0.7, 0.35),
+    source="published curves of 25M to 400M parameters (arXiv 2503.12811)",
+)
+"""A whole decay gains 4 +- 2.5 % of the loss; alpha and memory of Tissue's law as fitted there."""
+
+# Deviation of the law from measured final losses, as a share of the loss (27 published curves).
+_ERROR_NOW, _ERROR_PER_LOG_STEP, _ERROR_OTHER_SCHEDULE = 0.001, 0.002, 0.005
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """Training losses at recorded steps [n], ascending, and the rate of every step of the run."""
+
+    name: str
+    steps_n: NDArray[np.int64]
+    losses_n: Array
+    rates: LearningRates
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """How well the law fits and what the curve has measured.
+
+    ``rows``: averaged rows, ``effective_rows`` independent ones; ``residual``: relative deviation
+    of a row; ``persistence``: correlation of neighbouring residuals. ``unmeasured``: what is known
+    from the prior alone, of ``alpha``, ``memory`` and ``gain`` (of the target's decay). ``gain``:
+    mean and deviation, as a share of the last loss. ``at_edges``: probability at the ends of the
+    searched ranges of alpha and memory.
+    """
+
+    rows: int
+    effective_rows: float
+    residual: float
+    persistence: float
+    unmeasured: tuple[str, ...]
+    gain: Normal
+    at_edges: float
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """The expected training loss of the last step: ``loss`` (median) and its interval.
+
+    The interval holds what the rows leave open, what the prior leaves open where they say nothing,
+    slow wandering of the curve, and how far the law was off on published curves. It is of the
+    expected loss: a single step's loss scatters around it by the noise of a batch.
+    """
+
+    step: int
+    total_steps: int
+    loss: float
+    low: float
+    high: float
+    level: float
+    values: dict[str, float]
+    quality: Quality
+    prior: str
+    warnings: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return asdict(self)
+
+
+def forecast(
+    curves: Sequence[Curve],
+    target: LearningRates,
+    *,
+    prior: Prior = PUBLISHED,
+    level: float = 0.95,
+) -> Forecast:
+    """Return the loss that ``target``'s last step ends at, from the curves so far of one model.
+
+    The first curve is the run's own. Losses after warm-up are averaged to at most 200 rows a curve
+    and L = L0 + A·S1^−alpha − C·S2 (arXiv 2408.11029) is fitted to all of them together, see
+    ``posterior``. Where no rate has fallen yet, nothing has been measured of what a decay gains:
+    the prior's gain then stands in, its whole width in the interval, with a warning.
+
+    Raises:
+        UserError: a curve has fewer than 20 rows after its warm-up; the target ends before the
+            warm-up does.
+    """
+    assert 0.0 < level < 1.0, level
+    steps = len(target.rates)
+    if steps <= target.warmup_steps:
+        raise UserError(
+            f"a run of {steps} steps ends within its warm-up of {target.warmup_steps}; ask for a "
+            "longer one (--total-steps)"
+        )
+    rows = average(curves)
+    end_s1, end_s2_M = _end(target)
+    reference_M = _reference(end_s2_M, rows, target)
+    fitted_prior = _scaled(prior, target)
+    found = posterior(rows, fitted_prior, end_s1, reference_M)
+    mean_AM, variance_AM = found.predict(end_s1, end_s2_M)
+    now = int(curves[0].steps_n[-1])
+    known = _continues(curves, target)
+    variance_AM = variance_AM + _law_variance(found, steps / now, known)
+    low, middle, high = _quantiles(
+        found.probability_AM, mean_AM, variance_AM, (0.5 - level / 2, 0.5, 0.5 + level / 2)
+    )
+    quality = _quality(found, rows, fitted_prior, bool(end_s2_M.any()))
+    return Forecast(
+        step=now,
+        total_steps=steps,
+        loss=middle,
+        low=low,
+        high=high,
+        level=level,
+        values=found.values(),
+        quality=quality,
+        prior=prior.source,
+        warnings=tuple(_warnings(quality, prior, steps / now, known)),
+    )
+
+
+def average(curves: Sequence[Curve]) -> Rows:
+    """Return the rows of curves, averaged, without warm-up and first tenth.
+
+    Raises:
+        UserError: fewer than 20 rows are left of one.
+    """
+    losses, s1, s2, starts = [], [], [], [0]
+    for curve in curves:
+        first = max(curve.rates.warmup_steps, int(SKIPPED * int(curve.steps_n[-1])))
+        kept = curve.steps_n > first
+        steps_n, losses_n = curve.steps_n[kept], curve.losses_n[kept]
+        if len(steps_n) < FEWEST_ROWS:
+            raise UserError(
+                f"{curve.name} has {len(steps_n)} rows after step {first} (warm-up or first "
+                f"tenth), and a forecast needs {FEWEST_ROWS}; wait for more steps or record more "
+                "often (record.every_steps)"
+            )
+        number = min(BINS, len(steps_n))
+        edges = np.arange(number + 1) * len(steps_n) // number
+        counts = np.diff(edges)
+        middle_n = np.rint(np.add.reduceat(steps_n, edges[:-1]) / counts).astype(np.int64)
+        losses.append(np.add.reduceat(losses_n, edges[:-1]) / counts)
+        s1.append(np.cumsum(curve.rates.rates)[middle_n - 1])
+        s2.append(annealing(curve.rates, middle_n, MEMORIES) * MEMORIES[:, None])
+        starts.append(starts[-1] + number)
+    return Rows(
+        np.concatenate(losses), np.concatenate(s1), np.concatenate(s2, axis=1), tuple(starts[:-1])
+    )
+
+
+def borrowed(curves: Sequence[Curve], target: LearningRates, name: str) -> Prior:
+    """Return what runs like this one say of a decay such as the target's, as a prior.
+
+    The gain is that of the target's rates, scaled to the peak of the first curve, as a share of the
+    loss; deviations are at least a fifth of the gain, a tenth of alpha and 0.3 in log memory, as
+    another run is not this one.
+
+    Raises:
+        UserError: their rates never fell, so that they have measured no gain either.
+    """
+    peak = float(curves[0].rates.rates.max()) / float(target.rates.max())
+    scaled = LearningRates(target.rates * peak, target.warmup_steps)
+    rows = average(curves)
+    if not rows.s2_Mn.any():
+        raise UserError(
+            f"{name} has not lowered its learning rate, so it has measured no gain of a decay; "
+            "give a run that has decayed (--like RUN)"
+        )
+    end_s1, end_s2_M = _end(scaled)
+    reference_M = _reference(end_s2_M, rows, scaled)
+    found = posterior(rows, _scaled(PUBLISHED, scaled), end_s1, reference_M)
+    gain, alpha, memory = found.gain(), found.log_alpha(), found.log_memory()
+    whole = max(_fall(target), 1e-3)
+    return Prior(
+        gain=Normal(gain.mean / whole, max(gain.sd, 0.2 * abs(gain.mean)) / whole),
+        log_alpha=Normal(alpha.mean, max(alpha.sd, 0.1)),
+        log_memory=Normal(memory.mean, max(memory.sd, 0.3)),
+        level=PUBLISHED.level,
+        source=name,
+    )
+
+
+def _end(target: LearningRates) -> tuple[float, Array]:
+    """Return S1 and S2 [M] of the last step."""
+    last = np.array([len(target.rates)])
+    return float(target.rates.sum()), annealing(target, last, MEMORIES)[:, 0] * MEMORIES
+
+
+def _fall(target: LearningRates) -> float:
+    """Return how far the target's rate falls, as a share of its peak."""
+    return 1.0 - float(target.rates[-1]) / float(target.rates.max())
+
+
+def _scaled(prior: Prior, target: LearningRates) -> Prior:
+    """Return the prior with the gain of a decay that goes only as far as the target's."""
+    share = _fall(target) or 1.0
+    gain = Normal(prior.gain.mean * share, prior.gain.sd * share)
+    return Prior(gain, prior.log_alpha, prior.log_memory, prior.level, prior.source)
+
+
+def _reference(end_s2_M: Array, rows: Rows, target: LearningRates) -> Array:
+    """Return the S2 [M] whose gain the prior is about: the target's, or one as large as any."""
+    if (end_s2_M > 0.0).all():
+        return end_s2_M
+    return np.asarray(
+        np.maximum(np.abs(rows.s2_Mn).max(axis=1), 1e-9 * float(target.rates.max()))
+    )
+
+
+def _continues(curves: Sequence[Curve], target: LearningRates) -> bool:
+    """Whether the target begins with the very steps that the first curve has taken."""
+    now = int(curves[0].steps_n[-1])
+    taken = curves[0].rates.rates[:now]
+    return len(target.rates) >= now and bool(
+        np.allclose(taken, target.rates[:now], rtol=1e-6, atol=0.0)
+    )
+
+
+def _law_variance(found: Posterior, longer: float, continues: bool) -> float:
+    """Return the variance of the smooth curve around the fitted law at the target's end."""
+    share = _ERROR_NOW + _ERROR_PER_LOG_STEP * abs(math.log(longer))
+    other = 0.0 if continues else _ERROR_OTHER_SCHEDULE
+    wandering = found.persistence * found.sd**2
+    return found.scale**2 * (share**2 + other**2 + wandering)
+
+
+def _quantiles(
+    p_AM: Array, mean_AM: Array, variance_AM: Array, levels: tuple[float, ...]
+) -> tuple[float, ...]:
+    """Return quantiles of a mixture of normal distributions."""
+    from scipy.special import ndtr
+
+    some = p_AM > 1e-9 * p_AM.max()
+    p_C, mean_C, sd_C = p_AM[some], mean_AM[some], np.sqrt(variance_AM[some])
+    grid = np.linspace((mean_C - 6.0 * sd_C).min(), (mean_C + 6.0 * sd_C).max(), 2001)
+    below = (p_C / p_C.sum()) @ ndtr((grid - mean_C[:, None]) / sd_C[:, None])
+    return tuple(float(np.interp(level, below, grid)) for level in levels)
+
+
+def _quality(found: Posterior, rows: Rows, prior: Prior, decays: bool) -> Quality:
+    beliefs = {
+        "alpha": (found.log_alpha(), prior.log_alpha),
+        "memory": (found.log_memory(), prior.log_memory),
+        "gain": (found.gain(), prior.gain),
+    }
+    unmeasured = tuple(
+        name
+        for name, (after, before) in beliefs.items()
+        if after.sd > UNKNOWN * before.sd and (decays or name == "alpha")
+    )
+    p_A, p_M = found.probability_AM.sum(axis=1), found.probability_AM.sum(axis=0)
+    edges = float(p_A[0] + p_A[-1]) + (float(p_M[0] + p_M[-1]) if decays else 0.0)
+    assert len(p_A) == len(ALPHAS), p_A.shape
+    return Quality(
+        rows=len(rows.loss_n),
+        effective_rows=found.effective_rows,
+        residual=found.sd,
+        persistence=found.persistence,
+        unmeasured=unmeasured,
+        gain=found.gain(),
+        at_edges=edges,
+    )
+
+
+def _warnings(quality: Quality, prior: Prior, longer: float, continues: bool) -> list[str]:
+    found = []
+    if "gain" in quality.unmeasured:
+        found.append(
+            f"what the decay gains has not been measured: {quality.gain.mean:.1%} +- "
+            f"{quality.gain.sd:.1%} of the loss is the prior, from {prior.source}"
+        )
+    if "alpha" in quality.unmeasured:
+        found.append(
+            "the curve is too short or too noisy to tell how fast it flattens: its exponent is the "
+            f"prior, from {prior.source}"
+        )
+    if longer > LONG:
+        found.append(
+            f"the target is {longer:.1f} times as long as what was seen; the law was checked up "
+            f"to {LONG:g} times"
+        )
+    if longer < 1.0:
+        found.append("the target is shorter than what was seen; rows past its end count as well")
+    if not continues:
+        found.append(
+            "the target does not continue this run: it is the loss of another run with that "
+            "schedule, and the law was off by half a percent on such"
+        )
+    if quality.at_edges > 0.1:
+        found.append(
+            f"{quality.at_edges:.0%} of the probability lies at the ends of the searched ranges "
+            "of exponent and memory; take the interval as too narrow"
+        )
+    if quality.persistence > 0.8:
+        found.append(
+            "the curve wanders around the law for many rows together: it is no smooth power law, "
+            "so be wary of the interval"
+        )
+    return found
