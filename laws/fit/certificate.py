@@ -28,10 +28,11 @@ class Certificate:
     """How sure an optimum is.
 
     ``gradient_norm``: of the summed objective, by search coordinates (logs of parameters of log
-    scale), 0 where a bound stops the descent. ``decrease``: what one more Newton step would gain,
-    relative to the objective. ``starts``, ``agreeing``: how many starts there were and how many
-    ended within 1e-6 of the best objective; ``spread``: the largest difference of a search
-    coordinate among those. ``at_bounds``: parameters on a bound. ``condition``: of the Gauss-Newton
+    scale), 0 where a bound stops the descent. ``decrease``: what one more step would gain, relative
+    to the objective. ``starts``: how many there were, ``finished``: those that were searched from
+    to the end (not given up by successive halving), ``agreeing``: those of them that ended within
+    1e-6 of the best objective; ``spread``: the largest difference of a search coordinate among
+    these. ``at_bounds``: parameters on a bound. ``condition``: of the Gauss-Newton
     matrix JᵀJ with its columns scaled to length 1 (infinite where it is singular).
     ``unidentified``: parameters that can move, alone or together, without moving a prediction.
     """
@@ -39,6 +40,7 @@ class Certificate:
     gradient_norm: float
     decrease: float
     starts: int
+    finished: int
     agreeing: int
     spread: float
     at_bounds: tuple[str, ...]
@@ -61,7 +63,7 @@ def certify(problem: Problem, solved: Solved, counts_S: NDArray[np.int64]) -> Ce
     best = int(np.argmin(solved.objective_S))
     objective = float(solved.objective_S[best])
     x_P = solved.x_SP[best]
-    agree_S = solved.objective_S <= objective * (1.0 + AGREEMENT) + 1e-300
+    agree_S = solved.finished_S & (solved.objective_S <= objective * (1.0 + AGREEMENT) + 1e-300)
     spread = float(np.ptp(solved.x_SP[agree_S], axis=0).max(initial=0.0))
     at_bounds = (x_P <= problem.low_P) | (x_P >= problem.high_P)
     condition, unidentified = identifiability(problem, x_P)
@@ -70,6 +72,7 @@ def certify(problem: Problem, solved: Solved, counts_S: NDArray[np.int64]) -> Ce
         gradient_norm=float(np.linalg.norm(solved.gradient_SP[best])),
         decrease=gain / objective if objective > 0.0 else 0.0,
         starts=int(counts_S.sum()),
+        finished=int(counts_S[solved.finished_S].sum()),
         agreeing=int(counts_S[agree_S].sum()),
         spread=spread,
         at_bounds=tuple(p.name for p, at in zip(problem.free, at_bounds, strict=True) if at),

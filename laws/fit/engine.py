@@ -36,7 +36,8 @@ class FitOptions:
     ``loss``: Huber's (½r² inside of ``delta``) or the plain square ½r², SUMMED over rows, of the
     form's residuals. ``starts``: None for the form's grid (256 spread points where it has none).
     ``seed`` of spread points. ``fixed``: values of parameters that are not to be fitted.
-    ``projection``: whether linear parameters of starts are solved for first.
+    ``projection``: whether linear parameters of starts are solved for first. ``survivors``: of many
+    starts, how many are searched from to the end (None: all), by successive halving.
     """
 
     loss: Literal["huber", "square"] = "huber"
@@ -45,6 +46,7 @@ class FitOptions:
     seed: int = 0
     fixed: Mapping[str, float] = field(default_factory=dict)
     projection: bool = True
+    survivors: int | None = 64
 
     def __post_init__(self) -> None:
         if self.loss not in ("huber", "square"):
@@ -127,6 +129,7 @@ class Fit:
                 **options,
                 "fixed": dict(self.options.fixed),
                 "projection": self.options.projection,
+                "survivors": self.options.survivors,
             },
         }
 
@@ -170,7 +173,7 @@ def fit(form: Form, observations: Observations, options: FitOptions | None = Non
     problem = Problem(form, observations, options.fixed)
     check_enough(problem, observations)
     starts_SP, counts_S = distinct_starts(problem, options)
-    solved = minimize(problem, starts_SP, options.make_loss())
+    solved = minimize(problem, starts_SP, options.make_loss(), survivors=options.survivors)
     best = best_of(form, solved)
     values = {
         p.name: float(v)

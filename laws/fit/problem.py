@@ -71,29 +71,34 @@ class Problem:
     def residuals(self, x_SP: Array) -> Array:
         """Return the residuals [S, n]: NaN where there is none (a log of nothing positive)."""
         with np.errstate(all="ignore"):
-            return self._residual(self._predictions(self.values(x_SP)))
+            return self.residual(self._predictions(self.values(x_SP)))
 
     def slopes(self, x_SP: Array) -> tuple[Array, Array]:
         """Return residuals [S, n] and their derivatives [S, P, n] by search coordinate."""
         with np.errstate(all="ignore"):
-            values = self.values(x_SP)
-            given = None if self.fixed else self.form.derivatives(values, self.prepared)
-            predicted_Sn, J_SPn = self._complex_steps(values) if given is None else given
-            stretch_SP = np.where(self.log_P, self.values_array(x_SP), 1.0)
+            predicted_Sn, J_SPn, stretch_SP = self.raw_slopes(x_SP)
             if self.logs:
-                J_SPn *= (1.0 / predicted_Sn)[:, None, :]
-            J_SPn *= stretch_SP[:, :, None]
-            return self._residual(predicted_Sn), J_SPn
+                J_SPn = J_SPn / predicted_Sn[:, None, :]
+            return self.residual(predicted_Sn), J_SPn * stretch_SP[:, :, None]
+
+    def raw_slopes(self, x_SP: Array) -> tuple[Array, Array, Array]:
+        """Return predictions [S, n], their derivatives by value [S, P, n], and dv/dx [S, P]."""
+        values = self.values(x_SP)
+        given = None if self.fixed else self.form.derivatives(values, self.prepared)
+        predicted_Sn, J_SPn = self._complex_steps(values) if given is None else given
+        stretch_SP = np.where(self.log_P, self.values_array(x_SP), 1.0)
+        return predicted_Sn, J_SPn, stretch_SP
+
+    def residual(self, predicted_Sn: Array) -> Array:
+        """Return predicted less measured, or the same of logs: NaN where there is no log."""
+        if self.logs:
+            return np.log(predicted_Sn) - self.target_n
+        return predicted_Sn - self.target_n
 
     def _predictions(self, values: Mapping[str, Any]) -> Any:
         predicted = self.form.predict(values, self.prepared)
         assert predicted.shape[-1] == len(self.target_n), (self.form.name, predicted.shape)
         return predicted
-
-    def _residual(self, predicted_Sn: Array) -> Array:
-        if self.logs:
-            return np.log(np.where(predicted_Sn > 0.0, predicted_Sn, np.nan)) - self.target_n
-        return predicted_Sn - self.target_n
 
     def _complex_steps(self, values: Mapping[str, Any]) -> tuple[Array, Array]:
         slopes = []

@@ -13,10 +13,12 @@ from allometry.laws.fit.problem import Problem
 
 Array = NDArray[np.float64]
 
-CHUNK = 2**15
+CHUNK = 2**12
 """Residuals computed at once: few enough to stay in a core's cache."""
-EASE, TIGHTEN = 0.25, 4.0
+EASE, TIGHTEN = 0.25, 10.0
 LEAST_DAMPING, MOST_DAMPING = 1e-9, 1e12
+HALVING = 10
+"""Iterations between two halvings of the searches that go on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +45,7 @@ class Solved:
     """Where searches ended: x [S, P], objectives [S] (infinite: never had a finite one), slopes.
 
     ``gradient_SP`` by search coordinate, 0 where a bound stops the descent. ``decrease_S``: what
-    one more undamped step would still gain, by the quadratic model. ``iterations_S``.
+    one more step would still gain, by the quadratic model. ``finished_S``: not given up by halving.
     """
 
     x_SP: Array
@@ -51,6 +53,7 @@ class Solved:
     gradient_SP: Array
     decrease_S: Array
     iterations_S: NDArray[np.int64]
+    finished_S: NDArray[np.bool_]
 
 
 def minimize(
@@ -59,6 +62,7 @@ def minimize(
     loss: Loss,
     weights_Sn: Array | None = None,
     *,
+    survivors: int | None = None,
     max_iterations: int = 300,
     tolerance: float = 1e-12,
 ) -> Solved:
@@ -70,6 +74,10 @@ def minimize(
     the curvature of the loss itself (so near one a step is Newton's). κ and the damping of the
     diagonal shrink while steps succeed. A search ends when one more step would gain less than
     ``tolerance`` of its objective or when no step gains anything; ended searches cost nothing.
+
+    ``survivors``: successive halving, for many starts of one problem. After each ten iterations the
+    half of the searches with the larger objectives is given up where it stands, as long as at least
+    so many remain. None: every search is run to its end.
     """
     number = len(starts_SP)
     x_SP = np.clip(starts_SP, problem.low_P, problem.high_P)
@@ -78,7 +86,11 @@ def minimize(
     iterations_S = np.zeros(number, np.int64)
     decrease_S = np.full(number, np.inf)
     active_S = np.isfinite(f_S)
-    for _ in range(max_iterations):
+    finished_S = active_S.copy()
+    for iteration in range(max_iterations):
+        if survivors is not None and iteration and iteration % HALVING == 0:
+            _halve(f_S, finished_S, survivors)
+            active_S &= finished_S
         rows = np.flatnonzero(active_S)
         if not len(rows):
             break
@@ -98,7 +110,14 @@ def minimize(
         ended = (small & (damping < 1.0)) | (damping_S[rows] > MOST_DAMPING) | (f_S[rows] == 0.0)
         active_S[rows[ended]] = False
     blocked_SP = _blocked(problem, x_SP, g_SP)
-    return Solved(x_SP, f_S, np.where(blocked_SP, 0.0, g_SP), decrease_S, iterations_S)
+    return Solved(x_SP, f_S, np.where(blocked_SP, 0.0, g_SP), decrease_S, iterations_S, finished_S)
+
+
+def _halve(f_S: Array, finished_S: NDArray[np.bool_], survivors: int) -> None:
+    """Strike out the worse half of what is not struck out yet, but for ``survivors``."""
+    rows = np.flatnonzero(finished_S)
+    keep = max(survivors, len(rows) // 2)
+    finished_S[rows[np.argsort(f_S[rows], kind="stable")[keep:]]] = False
 
 
 def _blocked(problem: Problem, x_SP: Array, g_SP: Array) -> NDArray[np.bool_]:
@@ -137,37 +156,60 @@ def _evaluate(
     for start in range(0, number, rows):
         part = slice(start, start + rows)
         weights = None if weights_Sn is None else weights_Sn[part]
-        f_S[part], g_SP[part], H_SPP[part] = _evaluate_chunk(
-            problem, x_SP[part], loss, weights, kappa_S[part]
-        )
+        with np.errstate(all="ignore"):
+            f_S[part], g_SP[part], H_SPP[part] = _evaluate_chunk(
+                problem, x_SP[part], loss, weights, kappa_S[part]
+            )
     return f_S, g_SP, H_SPP
 
 
 def _evaluate_chunk(
     problem: Problem, x_SP: Array, loss: Loss, weights_Sn: Array | None, kappa_S: Array
 ) -> tuple[Array, Array, Array]:
-    r_Sn, J_SPn = problem.slopes(x_SP)
-    with np.errstate(all="ignore"):
-        good_S = np.isfinite(r_Sn.sum(axis=1)) & np.isfinite(J_SPn.sum(axis=(1, 2)))
-    if not good_S.all():
-        r_Sn[~good_S] = 0.0
-        J_SPn[~good_S] = 0.0
-    size_Sn = np.abs(r_Sn)
-    if loss.delta is None:
-        losses_Sn = 0.5 * size_Sn * size_Sn
-        slope_Sn, curvature_Sn = r_Sn, np.broadcast_to(1.0 + kappa_S[:, None], r_Sn.shape)
-    else:
-        clipped_Sn = np.minimum(size_Sn, loss.delta)
-        losses_Sn = clipped_Sn * (size_Sn - 0.5 * clipped_Sn)
-        slope_Sn = np.clip(r_Sn, -loss.delta, loss.delta)
-        share_Sn = np.divide(clipped_Sn, size_Sn, out=np.ones_like(size_Sn), where=size_Sn > 0.0)
-        curvature_Sn = kappa_S[:, None] * share_Sn
-        curvature_Sn += size_Sn <= loss.delta
+    """Return objectives, gradients and curvatures: infinite and 0 where a residual has no value.
+
+    Derivatives are by value and of predictions: what makes them those of residuals by search
+    coordinate is put into the rows' weights and into rows and columns of the small matrices.
+    """
+    predicted_Sn, J_SPn, stretch_SP = problem.raw_slopes(x_SP)
+    r_Sn = problem.residual(predicted_Sn)
+    losses_Sn, slope_Sn, curvature_Sn = _weigh(r_Sn, loss, kappa_S)
     if weights_Sn is not None:
-        losses_Sn = losses_Sn * weights_Sn
-        slope_Sn = slope_Sn * weights_Sn
-        curvature_Sn = curvature_Sn * weights_Sn
-    f_S = np.where(good_S, losses_Sn.sum(axis=1), np.inf)
-    g_SP = np.matmul(J_SPn, slope_Sn[:, :, None])[:, :, 0]
-    H_SPP = np.matmul(J_SPn * curvature_Sn[:, None, :], J_SPn.transpose(0, 2, 1))
+        losses_Sn *= weights_Sn
+        slope_Sn *= weights_Sn
+        curvature_Sn *= weights_Sn
+    f_S = losses_Sn.sum(axis=1)
+    if problem.logs:
+        inverse_Sn = 1.0 / predicted_Sn
+        slope_Sn *= inverse_Sn
+        curvature_Sn *= inverse_Sn
+        curvature_Sn *= inverse_Sn
+    number, width, rows = J_SPn.shape
+    right_SQn = np.empty((number, width + 1, rows))
+    np.multiply(J_SPn, curvature_Sn[:, None, :], out=right_SQn[:, :width])
+    right_SQn[:, width] = slope_Sn
+    both_SPQ = np.matmul(J_SPn, right_SQn.transpose(0, 2, 1))
+    both_SPQ *= stretch_SP[:, :, None]
+    g_SP = both_SPQ[:, :, width]
+    H_SPP = both_SPQ[:, :, :width] * stretch_SP[:, None, :]
+    good_S = np.isfinite(f_S + both_SPQ.sum(axis=(1, 2)) + H_SPP.sum(axis=(1, 2)))
+    if not good_S.all():
+        f_S = np.where(good_S, f_S, np.inf)
+        g_SP = np.where(good_S[:, None], g_SP, 0.0)
+        H_SPP = np.where(good_S[:, None, None], H_SPP, 0.0)
     return f_S, g_SP, H_SPP
+
+
+def _weigh(r_Sn: Array, loss: Loss, kappa_S: Array) -> tuple[Array, Array, Array]:
+    """Return each residual's loss, its derivative, and the curvature to step with [S, n]."""
+    if loss.delta is None:
+        return 0.5 * r_Sn * r_Sn, r_Sn, np.ones_like(r_Sn) * (1.0 + kappa_S[:, None])
+    size_Sn = np.abs(r_Sn)
+    share_Sn = loss.delta / np.maximum(size_Sn, loss.delta)
+    clipped_Sn = np.minimum(size_Sn, loss.delta)
+    slope_Sn = r_Sn * share_Sn
+    curvature_Sn = kappa_S[:, None] * share_Sn
+    curvature_Sn += size_Sn <= loss.delta
+    size_Sn -= 0.5 * clipped_Sn
+    size_Sn *= clipped_Sn
+    return size_Sn, slope_Sn, curvature_Sn
