@@ -1,0 +1,252 @@
+"""``allometry predict`` and ``allometry optimum``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from allometry.configs.errors import UserError
+from allometry.launch.laws_sources import numbers
+from allometry.launch.laws_text import finite, number, table
+from allometry.laws.allocation import Allocation, compute_optimal, optimal_size
+from allometry.laws.fit.bootstrap import Bootstrap
+from allometry.laws.fit.engine import Fit, predict
+from allometry.laws.fit.store import load_fit
+from allometry.laws.forms.base import Form
+from allometry.laws.observations import Observations
+from allometry.laws.registry import form_named
+
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Law:
+    """A form with values: of a fit, then with its intervals and range, or published ones."""
+
+    form: Form
+    values: Mapping[str, float]
+    origin: str
+    fit: Fit | None = None
+    bootstrap: Bootstrap | None = None
+
+    @classmethod
+    def of(cls, file: Path | None, law: str | None, published: str | None) -> Law:
+        """Return the law of a fit's file, or published coefficients of a named law.
+
+        Raises:
+            UserError: both or neither are given, or there is none of that name.
+        """
+        if file is not None:
+            if law is not None or published is not None:
+                raise UserError(
+                    f"{file} is a fit, which has its law and values; leave --law and --published "
+                    "out, or the file"
+                )
+            stored = load_fit(file)
+            return cls(stored.fit.form, stored.fit.values, str(file), stored.fit, stored.bootstrap)
+        if law is None:
+            raise UserError("no law is given; give the file of a fit, or --law and --published")
+        form = form_named(law)
+        if not form.published:
+            raise UserError(f"{law} has no published coefficients here; fit it to runs first")
+        known = ", ".join(form.published)
+        if published is None:
+            raise UserError(f"--law {law} needs --published NAME, one of {known}")
+        if published not in form.published:
+            raise UserError(f"{law} has no coefficients of {published!r}; use one of {known}")
+        return cls(form, form.published[published], f"published by {published}")
+
+    def predict(self, observations: Observations) -> NDArray[np.float64]:
+        """Return the target [n] of these rows."""
+        return predict(self.form, self.values, observations)
+
+
+def run_predict(
+    arguments: Sequence[str], law: str | None, published: str | None, *, noise: bool, as_json: bool
+) -> str:
+    """Predict at inputs NAME=VALUE (or NAME=VALUE,VALUE), by a fit's file or published values.
+
+    Raises:
+        UserError: an input is missing, unknown or no number, or the law is one of curves.
+    """
+    file, texts = _split(arguments)
+    found = Law.of(file, law, published)
+    if noise and found.bootstrap is None:
+        raise UserError(
+            f"--noise widens an interval and {found.origin} has none; use a fit that was made with "
+            "--bootstraps"
+        )
+    observations = _inputs(found.form, texts)
+    predicted = found.predict(observations)
+    low: Any = [None] * len(predicted)
+    high: Any = [None] * len(predicted)
+    if found.bootstrap is not None:
+        low, high = found.bootstrap.predict_interval(observations, LEVEL, noise=noise)
+    warnings = [] if found.fit is None else found.fit.warnings_for(observations)
+    if found.fit is None:
+        warnings = [f"no interval; these coefficients were shown for: {found.form.valid}"]
+    elif found.bootstrap is None:
+        warnings.append("no interval: the fit was made without bootstraps")
+    target = found.form.target
+    names = list(texts)
+    points = [
+        {
+            **{name: float(observations[name][i]) for name in names},
+            target.name: finite(predicted[i]),
+            "low": None if low[i] is None else finite(low[i]),
+            "high": None if high[i] is None else finite(high[i]),
+        }
+        for i in range(len(predicted))
+    ]
+    if as_json:
+        content = {
+            "law": found.form.name,
+            "from": found.origin,
+            "unit": target.unit,
+            "level": LEVEL,
+            "noise": noise,
+            "predictions": points,
+            "warnings": warnings,
+        }
+        return json.dumps(content, indent=2)
+    kind = "95 % interval" + (" of one run" if noise else "")
+    rows = [[*names, f"{target.name} ({target.unit})", kind]]
+    for point in points:
+        values = [number(float(point[name] or 0.0)) for name in names]
+        interval = _interval(point["low"], point["high"])
+        rows.append([*values, number(predicted[len(rows) - 1]), interval])
+    return "\n".join([table(rows), *(f"warning: {warning}" for warning in warnings)])
+
+
+def _interval(low: float | None, high: float | None) -> str:
+    return "-" if low is None or high is None else f"{number(low)} to {number(high)}"
+
+
+def _split(arguments: Sequence[str]) -> tuple[Path | None, dict[str, list[str]]]:
+    """The file of the fit, if one is given, and the inputs."""
+    file: Path | None = None
+    inputs: dict[str, list[str]] = {}
+    for text in arguments:
+        name, sign, values = text.partition("=")
+        if not sign or text.endswith(".json"):
+            if file is not None:
+                raise UserError(
+                    f"{text!r} is neither NAME=VALUE nor the first file; give one fit and inputs "
+                    "such as N=7e9"
+                )
+            file = Path(text)
+        elif name in inputs:
+            raise UserError(f"{name} is given twice; give its values as {name}=1e9,2e9")
+        else:
+            inputs[name] = values.split(",")
+    return file, inputs
+
+
+def _inputs(form: Form, texts: Mapping[str, Sequence[str]]) -> Observations:
+    names = [variable.name for variable in form.inputs]
+    if "step" in names:
+        raise UserError(
+            f"{form.name} is a law of whole curves, which needs the learning rate of each step; "
+            "use allometry forecast"
+        )
+    for name in texts:
+        if name not in names:
+            raise UserError(f"{form.name} has no input {name!r}; it reads {', '.join(names)}")
+    missing = [name for name in names if name not in texts]
+    if missing:
+        raise UserError(
+            f"{form.name} needs {', '.join(f'{name}=VALUE' for name in missing)} "
+            f"({', '.join(v.description for v in form.inputs if v.name in missing)})"
+        )
+    length = max(len(values) for values in texts.values())
+    columns = {}
+    for name, values in texts.items():
+        if len(values) not in (1, length):
+            raise UserError(
+                f"{name} has {len(values)} values where another input has {length}; give one value "
+                "or as many"
+            )
+        found = [numbers({name: value}, "input")[name] for value in values]
+        columns[name] = np.resize(np.array(found), length)
+    return Observations.of(columns)
+
+
+def run_optimum(
+    file: Path | None,
+    law: str | None,
+    published: str | None,
+    budgets: str,
+    flops_per_parameter_token: float,
+    others: Mapping[str, str],
+    *,
+    as_json: bool,
+) -> str:
+    """Return N, D and loss of the best use of each budget of FLOPs (``1e21,1e22``).
+
+    Raises:
+        UserError: a budget is no positive number, or the law says nothing of N and D.
+    """
+    found = Law.of(file, law, published)
+    fixed = numbers(others, "--with")
+    rows: list[Allocation] = []
+    for text in budgets.split(","):
+        flops = numbers({"--flops": text.strip()}, "budget")["--flops"]
+        rows.append(_best(found, flops, flops_per_parameter_token, fixed))
+    warnings = list(dict.fromkeys(w for row in rows for w in row.warnings))
+    if found.fit is None:
+        warnings.append(f"no interval; these coefficients were shown for: {found.form.valid}")
+    elif found.bootstrap is None:
+        warnings.append("no interval: the fit was made without bootstraps")
+    if as_json:
+        entries = [
+            {
+                "flops": row.flops,
+                **{
+                    name: {"value": getattr(row, name), **_low_high(row, name)}
+                    for name in ("N", "D", "loss")
+                },
+                "tokens_per_parameter": row.tokens_per_parameter,
+                "warnings": list(row.warnings),
+            }
+            for row in rows
+        ]
+        about = {"law": found.form.name, "from": found.origin, "level": LEVEL}
+        about["flops_per_parameter_token"] = flops_per_parameter_token
+        return json.dumps({**about, "optima": entries, "warnings": warnings}, indent=2)
+    lines = [["FLOPs", "N", "95 %", "D", "95 %", "D/N", "loss", "95 %"]]
+    for row in rows:
+        cells = [number(row.flops)]
+        for name in ("N", "D", "loss"):
+            between = _low_high(row, name)
+            cells += [number(getattr(row, name)), _interval(between["low"], between["high"])]
+            if name == "D":
+                cells.append(number(row.tokens_per_parameter, 3))
+        lines.append(cells)
+    return "\n".join([table(lines), *(f"warning: {warning}" for warning in warnings)])
+
+
+def _low_high(row: Allocation, name: str) -> dict[str, float | None]:
+    low, high = (None, None) if row.intervals is None else row.intervals[name]
+    return {"low": low, "high": high}
+
+
+def _best(law: Law, flops: float, per_token: float, others: Mapping[str, float]) -> Allocation:
+    if law.fit is not None:
+        return compute_optimal(
+            law.fit, flops, per_token, bootstrap=law.bootstrap, level=LEVEL, others=others
+        )
+    if not (flops > 0.0 and per_token > 0.0):
+        raise UserError(f"flops={flops} and {per_token} for each parameter and token must be > 0")
+    product = flops / per_token
+    size = optimal_size(law.form, law.values, product, flops, others)
+    known = {"N": size, "D": product / size, "C": flops, "M": product / size**2, **others}
+    names = [variable.name for variable in law.form.inputs]
+    rows = Observations.of({name: [known[name]] for name in names})
+    loss = float(law.predict(rows)[0])
+    return Allocation(flops, size, product / size, loss, per_token, None, LEVEL, ())
