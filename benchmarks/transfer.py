@@ -21,7 +21,7 @@ from typing import Any
 from contenders.machine import facts
 from contenders.movements import run_coordinates
 from contenders.sweeps import HEADER, run_variant
-from contenders.variants import PARTS
+from contenders.variants import PARTS, SEEDS
 
 
 def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
@@ -33,18 +33,19 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
         "--only", choices=("coordinates", *PARTS), action="append", help="default: all"
     )
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--seeds", type=int, default=None, help=f"default: {SEEDS}")
     parser.add_argument("--work", type=Path, default=Path("runs/benchmark-transfer"))
     parser.add_argument("--json", type=Path, default=None)
     parsed = parser.parse_args(given)
-    parsed.seeds = 1 if parsed.quick else parsed.seeds
+    chosen = 1 if parsed.quick else parsed.seeds
+    parsed.seeds_of = {part: chosen or seeds for part, seeds in SEEDS.items()}
     return parsed
 
 
 def main(asked: Sequence[str] | None = None) -> None:
     given = arguments(asked)
     given.work.mkdir(parents=True, exist_ok=True)
-    result: dict[str, Any] = {**facts(), "seeds": given.seeds, "quick": given.quick}
+    result: dict[str, Any] = {**facts(), "seeds": given.seeds_of, "quick": given.quick}
     if not given.only or "coordinates" in given.only:
         result["coordinates"] = run_coordinates(given)
     for part, variants in PARTS.items():

@@ -56,7 +56,8 @@ def coordinates(
 
 def run_coordinates(given: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
-    batches = source_bytes(given.seeds * 4, LENGTH).reshape(given.seeds, 4, LENGTH + 1)
+    seeds = given.seeds_of["coordinates"]
+    batches = source_bytes(seeds * 4, LENGTH).reshape(seeds, 4, LENGTH + 1)
     for name, config, kind, axis, sizes in coordinates(given.quick):
         width = BASE if axis == Axis.WIDTH or given.quick else 128
         check = CoordinateCheck(
@@ -67,10 +68,10 @@ def run_coordinates(given: argparse.Namespace) -> list[dict[str, Any]]:
         )
         slug = "".join(c if c.isalnum() else "-" for c in f"{name}-{axis}")
         kept = given.work / f"coordinates-{slug}.json"
-        settings = {"sizes": list(sizes), "seeds": given.seeds, "config": config.model_dump()}
+        settings = {"sizes": list(sizes), "seeds": seeds, "config": config.model_dump()}
         movements = _kept(kept, settings)
         if movements is None:
-            movements = check.run(sizes, range(given.seeds), axis, given.processes)
+            movements = check.run(sizes, range(seeds), axis, given.processes)
             described = [movement.describe() for movement in movements]
             kept.write_text(json.dumps({**settings, "movements": described}))
         found = slopes(movements)

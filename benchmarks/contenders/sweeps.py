@@ -46,7 +46,7 @@ def run_variant(part: str, variant: Variant, given: argparse.Namespace) -> list[
     sweep = _sweep(variant, steps)
     log = TrialLog(given.work / log_name, sweep.settings())
     runner = Runner(sweep, variant.log2_lrs, 0.5, given.processes, known=log.known, done=log.add)
-    found = runner.run(sizes, tuple(range(given.seeds)))
+    found = runner.run(sizes, tuple(range(given.seeds_of[part])))
     sweeps = {size: found.sweep(size) for size in found.sizes}
     rows = [_row(variant.name, variant.asked, sweeps) | _raw(found)]
     for reading in variant.readings:
