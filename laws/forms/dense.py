@@ -84,4 +84,58 @@ class Chinchilla(Form):
         return values["E"] + part_n + part_d, slopes
 
 
-FORMS: tuple[Form, ...] = (Chinchilla(),)
+class Kappa(Form):
+    """L = E + (A/N^a + B/D^b)^κ: Chinchilla's law with one more freedom, κ = 1.
+
+    The competitor of Farseer's nine parameters: with κ < 1 tokens and parameters lack less where
+    both lack.
+    """
+
+    name = "kappa"
+    equation = "loss = E + (A/N^a + B/D^b)^kappa"
+    source = "a generalisation of Hoffmann et al., arXiv 2203.15556; cf. Kaplan's equation 1.5"
+    inputs = (N, D)
+    target = LOSS
+    parameters = (
+        Parameter("E", "nats per token", 0.0, np.inf, (0.3, 4.0), "log", linear=True),
+        Parameter("A", "(nats per token)^(1/kappa)", 0.0, np.inf, (1.0, 1e6), "log"),
+        Parameter("B", "(nats per token)^(1/kappa)", 0.0, np.inf, (1.0, 1e6), "log"),
+        Parameter("a", "1", 0.0, 8.0, (0.05, 1.0)),
+        Parameter("b", "1", 0.0, 8.0, (0.05, 1.0)),
+        Parameter("kappa", "1", 0.01, 100.0, (0.2, 5.0), "log"),
+    )
+    valid = "as Chinchilla's; needs N and D that vary apart"
+
+    def prepare(self, observations: Observations) -> Any:
+        """Return ln N and ln D [n]."""
+        columns = super().prepare(observations)
+        return np.log(columns["N"]), np.log(columns["D"])
+
+    def predict(self, values: Values, prepared: Any) -> Predictions:
+        """Return the loss [S, n]."""
+        log_n, log_d = prepared
+        part_n = values["A"] * np.exp(-values["a"] * log_n)
+        part_d = values["B"] * np.exp(-values["b"] * log_d)
+        return np.asarray(values["E"] + np.exp(values["kappa"] * np.log(part_n + part_d)))
+
+    def derivatives(
+        self, values: Values, prepared: Any
+    ) -> tuple[Predictions, NDArray[np.float64]] | None:
+        """Return the loss [S, n] and its derivatives [S, 6, n]."""
+        log_n, log_d = prepared
+        power_n, power_d = np.exp(-values["a"] * log_n), np.exp(-values["b"] * log_d)
+        both = values["A"] * power_n + values["B"] * power_d
+        log_both = np.log(both)
+        reducible = np.exp(values["kappa"] * log_both)
+        chain = values["kappa"] * reducible / both
+        slopes = np.empty((power_n.shape[0], 6, power_n.shape[1]))
+        slopes[:, 0] = 1.0
+        np.multiply(chain, power_n, out=slopes[:, 1])
+        np.multiply(chain, power_d, out=slopes[:, 2])
+        slopes[:, 3] = slopes[:, 1] * (-values["A"] * log_n)
+        slopes[:, 4] = slopes[:, 2] * (-values["B"] * log_d)
+        np.multiply(reducible, log_both, out=slopes[:, 5])
+        return values["E"] + reducible, slopes
+
+
+FORMS: tuple[Form, ...] = (Chinchilla(), Kappa())
