@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import html
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from allometry.launch.report.figure import Column, Figure, Panel, Series, Ticks
 
-HEIGHT, COLUMNS = 380, 2
-TITLE, GAP_X, BOTTOM = 46, 0.09, 52
+HEIGHT, COLUMNS = 392, 2
+TITLE, GAP_X, TOP, BOTTOM = 24, 0.09, 30, 62
 SYMBOLS = {"dots": "circle", "star": "star", "cross": "x"}
 SIZES = {"dots": 6, "star": 13, "cross": 9}
 
@@ -24,10 +25,10 @@ def specification(figure: Figure) -> dict[str, Any]:
     """
     columns = min(COLUMNS, len(figure.panels))
     rows = math.ceil(len(figure.panels) / columns)
-    height = rows * HEIGHT
+    height = TOP + rows * HEIGHT
     layout: dict[str, Any] = {
         "height": height,
-        "margin": {"l": 64, "r": 16, "t": 8, "b": BOTTOM},
+        "margin": {"l": 64, "r": 16, "t": TOP, "b": BOTTOM},
         "showlegend": figure.legend,
         "legend": {"font": {"size": 11}, "itemsizing": "constant"},
         "hovermode": "closest",
@@ -52,13 +53,10 @@ def _domain(number: int, columns: int, rows: int, height: int) -> tuple[list[flo
     row, column = divmod(number, columns)
     width = (1.0 - GAP_X * (columns - 1)) / columns
     left = column * (width + GAP_X)
-    inner = height - BOTTOM - 8
-    share = HEIGHT / inner if rows > 1 else 1.0
-    top = 1.0 - row * share - TITLE / inner
-    bottom = max(0.0, 1.0 - (row + 1) * share + BOTTOM / inner) if rows > 1 else 0.0
-    if row == rows - 1:
-        bottom = 0.0
-    return [left, min(1.0, left + width)], [bottom, top]
+    inner = height - TOP - BOTTOM  # what shares are of
+    top = 1.0 - (row * HEIGHT + TITLE) / inner
+    bottom = 1.0 - ((row + 1) * HEIGHT - BOTTOM) / inner
+    return [left, min(1.0, left + width)], [max(0.0, bottom), top]
 
 
 def _axes(
@@ -70,14 +68,15 @@ def _axes(
         "domain": domain[0],
         "anchor": f"y{suffix}",
         "title": {"text": html.escape(panel.x_label), "standoff": 8},
-        **_scale(panel.x_log, panel.x_ticks),
+        "tickangle": 0,
+        **_scale(panel.x_log, panel.x_ticks, [one.x for one in panel.series]),
     }
     layout[f"yaxis{suffix}"] = {
         **common,
         "domain": domain[1],
         "anchor": f"x{suffix}",
         "title": {"text": html.escape(panel.y_label), "standoff": 8},
-        **_scale(panel.y_log, "plain"),
+        **_scale(panel.y_log, "plain", [one.y for one in panel.series]),
     }
     layout["annotations"].append(
         {
@@ -95,12 +94,22 @@ def _axes(
     )
 
 
-def _scale(log: bool, ticks: Ticks) -> dict[str, Any]:
+def _scale(log: bool, ticks: Ticks, values: Sequence[Column]) -> dict[str, Any]:
+    """Type of an axis and how its numbers are written.
+
+    On a logarithmic axis plotly labels 1, 2, 5 of each decade where there are more than 0.3 decades
+    to a tick, every digit where there are fewer, and the labels then overlap.
+    """
     if not log:
         return {"type": "linear", "exponentformat": "B"}
+    joined = np.concatenate(values)
+    decades = float(np.log10(np.nanmax(joined) / np.nanmin(joined)))
+    number = 4 if decades < 0.85 else int(max(decades, 1.0) / 0.31)
+    if decades > 3.0:
+        number = min(12, int(decades) + 1)
     form = {"count": "B", "power": "power", "plain": "none"}[ticks]
     labels = "none" if ticks == "power" else "complete"
-    return {"type": "log", "exponentformat": form, "minorloglabels": labels}
+    return {"type": "log", "exponentformat": form, "minorloglabels": labels, "nticks": number}
 
 
 def _traces(series: Series, panel: Panel, suffix: str, legend: bool) -> list[dict[str, Any]]:

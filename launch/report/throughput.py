@@ -16,7 +16,8 @@ RUN_HEAD = (
     "run",
     "state",
     "N",
-    "of them active",
+    "all",
+    "active",
     "tokens D",
     "D/N",
     "FLOPs C",
@@ -55,7 +56,8 @@ def runs(inputs: Inputs) -> Section:
         return Section(key="runs", title=title, text="", absent="no run folder was given")
     rows = tuple(_run_row(one) for one in inputs.runs)
     text = (
-        "N: parameters without embedding and head. D: training tokens. C: model FLOPs. The final "
+        "N: parameters without embedding and head; beside it all of them, and those that a token "
+        "uses. D: training tokens. C: model FLOPs. The final "
         "loss, in nats per token, is the held-out loss of the mixture if it was measured after the "
         "last step, else the mean training loss of the last tenth of the recorded steps."
     )
@@ -73,6 +75,7 @@ def _run_row(one: Shown) -> tuple[str, ...]:
         one.name,
         one.state,
         _si(n),
+        _si(one.parameters.get("total")),
         _si(one.parameters.get("active")),
         _si(tokens),
         f"{tokens / n:.3g}" if n else "–",

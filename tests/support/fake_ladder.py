@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fake_runs import chinchilla, fake_run
 
 from allometry.laws.fit.bootstrap import bootstrap
 from allometry.laws.fit.engine import FitOptions, fit
 from allometry.laws.fit.store import save_fit
 from allometry.laws.observations import Observations
 from allometry.laws.registry import form_named
+from fake_runs import chinchilla, fake_run
 
 
 def add_columns(folder: Path, columns: Mapping[str, Any]) -> None:

@@ -1,0 +1,119 @@
+"""The report in a browser: every figure is drawn, nothing is asked for, boxes hide runs."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from allometry.launch.report.report import Request, run
+from fake_ladder import fake_ladder, watched_run
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+HOSTILE = "<img src=x onerror=\"document.title='pwned'\">"
+POLICY = re.compile(r'<meta http-equiv="Content-Security-Policy"[^>]*>')
+CLICKS = """<script>
+const count = () => [...document.querySelectorAll("[data-figure]")].map((div) =>
+  div.data.filter((trace) => trace.visible !== false && trace.meta.run === 0).length);
+const found = { before: count() };
+document.querySelector('input[data-run="0"]').click();
+found.after = count();
+found.others = document.querySelector("[data-figure=loss]").data
+  .filter((trace) => trace.visible && trace.meta.run === 1).length;
+found.rows = document.querySelectorAll('[data-row-run="0"]:not([hidden])').length;
+document.querySelector('input[data-run="0"]').click();
+document.getElementById("layers").value = "recorded";
+document.getElementById("layers").dispatchEvent(new Event("change"));
+found.layers = [...new Set(document.querySelector("[data-figure=loss]").data
+  .filter((trace) => trace.visible).map((trace) => trace.meta.layer))];
+document.getElementById("filter").value = "W64";
+document.getElementById("filter").dispatchEvent(new Event("input"));
+document.getElementById("none").click();
+found.chosen = [...document.querySelectorAll("input[data-run]:checked")].length;
+document.body.dataset.found = JSON.stringify(found);
+</script></body>"""
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if CHROMIUM is None:
+        pytest.skip("no chromium here: the report is not opened in a browser")
+    folder = tmp_path_factory.mktemp("report")
+    out = folder / "report.html"
+    ladder, hostile = fake_ladder(folder / "ladder"), watched_run(folder / HOSTILE)
+    run(Request((ladder, hostile), out=out), as_json=True)
+    return out
+
+
+def browse(page: Path, profile: Path) -> tuple[str, str]:
+    """Open a page; return its DOM after its scripts ran and what the console said."""
+    assert CHROMIUM is not None
+    command = [
+        CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-background-networking",
+        "--disable-component-update",
+        f"--user-data-dir={profile}",
+        "--virtual-time-budget=20000",
+        "--enable-logging=stderr",
+        "--window-size=1400,3000",
+        "--dump-dom",
+        page.as_uri(),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    said = [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
+    return done.stdout, "\n".join(said)
+
+
+def test_every_figure_is_drawn_and_nothing_is_asked_for(page: Path, tmp_path: Path) -> None:
+    dom, said = browse(page, tmp_path)
+    assert said == ""
+    _, *divs = re.split(r'<div class="[^"]*" data-figure=', dom)
+    keys = [div.split('"')[1] for div in divs]
+    assert keys == ["loss", "fit-1", "isoflop", "sources", "forecast", "stability", "throughput"]
+    for key, div in zip(keys, divs, strict=True):
+        assert '<svg class="main-svg"' in div, key
+        assert div.count('class="trace scatter') > 0, key
+    assert "<title>Allometry report</title>" in dom
+
+
+def test_the_console_would_tell_of_a_request_or_an_error(page: Path, tmp_path: Path) -> None:
+    text = page.read_text()
+    foreign = '<img src="https://example.invalid/x.png"></body>'
+    bad = tmp_path / "bad.html"
+    bad.write_text(_end(text, foreign))
+    _, said = browse(bad, tmp_path / "a")
+    assert "Content Security Policy" in said
+    bad.write_text(_end(text, "<script>document.title = 'ran'</script></body>"))
+    dom, said = browse(bad, tmp_path / "b")
+    assert "<title>ran</title>" not in dom
+    assert "Content Security Policy" in said
+
+
+def _end(text: str, end: str) -> str:
+    """The page with something else for its last end of the body."""
+    before, _, after = text.rpartition("</body>")
+    return before + end + after
+
+
+def test_boxes_hide_a_run_everywhere(page: Path, tmp_path: Path) -> None:
+    clicked = tmp_path / "clicked.html"
+    without = POLICY.sub("", page.read_text(), count=1)
+    clicked.write_text(_end(without, CLICKS))
+    dom, said = browse(clicked, tmp_path / "profile")
+    assert said == ""
+    answer = re.search(r'data-found="([^"]*)"', dom)
+    assert answer
+    found = json.loads(answer[1].replace("&quot;", '"'))
+    assert sum(count > 0 for count in found["before"]) >= 5  # figures that show run 0
+    assert set(found["after"]) == {0}
+    assert found["others"] > 0
+    assert found["rows"] == 0
+    assert set(found["layers"]) == {"recorded", None}
+    assert found["chosen"] == 5  # of seven runs, the two named w64 were left
