@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from allometry.configs.errors import UserError
-from allometry.laws.mixing import Predictor
+from allometry.laws.fit.bootstrap import Bootstrap
+from allometry.laws.mixing import Predictor, Sample
 from allometry.laws.observations import Observations
 
 Array = NDArray[np.float64]
@@ -79,6 +80,33 @@ def choose_ratio(
         float(_predict(domain, share_1, at)[0]),
         bounded,
     )
+
+
+def ratio_interval(
+    general: Bootstrap,
+    domain: Bootstrap,
+    *,
+    at: Mapping[str, float],
+    bound: float,
+    low: float = 0.0,
+    high: float = 1.0,
+    level: float = 0.95,
+) -> tuple[float, float]:
+    """Return the interval of ``choose_ratio``'s share over samples of both fits.
+
+    Samples that exceed the bound at ``low`` count as ``low``.
+    """
+    shares = []
+    for index in range(min(len(general), len(domain))):
+        sampled, other = Sample(general, index), Sample(domain, index)
+        if _predict(sampled, 1.0 - np.array([low]), at)[0] <= bound:
+            chosen = choose_ratio(sampled, other, at=at, bound=bound, low=low, high=high)
+            shares.append(chosen.share)
+        else:
+            shares.append(low)
+    tail = (1.0 - level) / 2.0
+    least, most = np.quantile(shares, [tail, 1.0 - tail])
+    return float(least), float(most)
 
 
 def _predict(law: Predictor, shares_n: Array, at: Mapping[str, float]) -> Array:

@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from allometry.configs.errors import UserError
+from allometry.laws.fit.bootstrap import Bootstrap
+from allometry.laws.fit.engine import predict
 from allometry.laws.observations import Observations
 
 Array = NDArray[np.float64]
@@ -105,6 +107,50 @@ def optimal_mixture(
         sum(one[0] <= loss + 1e-6 * abs(loss) for one in found),
         starts,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One sample of a bootstrap as a law."""
+
+    bootstrap: Bootstrap
+    index: int
+
+    def predict(self, observations: Observations) -> Array:
+        """Return the target [n]."""
+        values = {name: float(v[self.index, 0]) for name, v in self.bootstrap.values().items()}
+        return predict(self.bootstrap.fit.form, values, observations)
+
+
+def mixture_intervals(
+    bootstraps: Mapping[str, Bootstrap],
+    domains: Sequence[str],
+    *,
+    level: float = 0.95,
+    **options: Any,
+) -> dict[str, tuple[float, float]]:
+    """Return the interval of each domain's share in the best mixture.
+
+    The best mixture is found anew, from one start, for each sample that all ``bootstraps`` (by
+    validation set) have; ``options`` as of ``optimal_mixture``.
+
+    Raises:
+        UserError: what ``optimal_mixture`` raises.
+    """
+    number = min((len(bootstrap) for bootstrap in bootstraps.values()), default=0)
+    best_BK = [
+        list(
+            optimal_mixture(
+                {name: Sample(bootstrap, index) for name, bootstrap in bootstraps.items()},
+                domains,
+                **{"starts": 1, **options},
+            ).shares.values()
+        )
+        for index in range(max(number, 1))
+    ]
+    tail = (1.0 - level) / 2.0
+    low_K, high_K = np.quantile(best_BK, [tail, 1.0 - tail], axis=0)
+    return {d: (float(low_K[i]), float(high_K[i])) for i, d in enumerate(domains)}
 
 
 def into_simplex(shares_K: Array, low_K: Array, high_K: Array) -> Array:

@@ -49,6 +49,7 @@ class QualityPools(Form):
         base = self.name.partition(":")[0]
         pools = check_domains(base, columns, 1)
         members = {
+            "__module__": __name__,
             "name": f"{base}:{','.join(pools)}",
             "pools": pools,
             "inputs": self.inputs_of(pools),

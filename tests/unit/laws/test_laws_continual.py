@@ -8,10 +8,17 @@ import numpy as np
 import pytest
 
 from allometry.configs.errors import UserError
-from allometry.laws.continual import choose_ratio, critical_mixture_ratio, critical_shares
+from allometry.laws.continual import (
+    choose_ratio,
+    critical_mixture_ratio,
+    critical_shares,
+    ratio_interval,
+)
+from allometry.laws.fit.bootstrap import bootstrap
 from allometry.laws.fit.engine import FitOptions, fit
 from allometry.laws.observations import Observations
 from allometry.laws.registry import form_named
+from law_checks import noisy
 from law_data import law_data
 
 
@@ -53,6 +60,22 @@ def test_no_share_within_the_bound_is_refused() -> None:
         choose_ratio(line, line, at={}, bound=2.4)
     with pytest.raises(UserError, match=r"low=0\.8 and high=0\.2 must be shares"):
         choose_ratio(line, line, at={}, bound=2.4, low=0.8, high=0.2)
+
+
+def test_the_interval_of_the_choice_covers_the_true_one() -> None:
+    law = form_named("d_cpt")
+    fixed = {"A": 0.0, "alpha": 0.3, "B": 0.0, "beta": 0.3, "eta": 1.0}
+    true = {**fixed, "E": 2.7, "C": 0.02, "gamma": 1.0, "eps": 0.04}
+    shares = np.linspace(0.0, 1.0, 25)
+    at = {"N": 1e9, "D": 1e10}
+    columns = {"r": shares, **{name: np.full(25, value) for name, value in at.items()}}
+    rows = noisy(law, true, Observations.of(columns), 0.002)
+    samples = bootstrap(fit(law, rows, FitOptions(fixed=fixed, starts=16)), samples=60)
+    low, high = ratio_interval(samples, samples, at=at, bound=2.85)
+    exact = 1.0 - (0.02 / 0.15 - 0.04)  # 2.7 + .02 / (1 - share + .04) = 2.85
+    assert low < exact < high
+    assert 0.001 < high - low < 0.1
+    assert ratio_interval(samples, samples, at=at, bound=1.0, low=0.1) == (0.1, 0.1)
 
 
 def test_published_choice_for_chemistry() -> None:
