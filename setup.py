@@ -20,5 +20,8 @@ def packages() -> dict[str, str]:
 setup(
     packages=list(packages()),
     package_dir=packages(),
-    package_data={"allometry.configs": ["presets/*.yaml"]},
+    package_data={
+        "allometry.configs": ["presets/*.yaml", "presets/ladders/*.yaml"],
+        "allometry.launch.report": ["page.js", "page.css"],
+    },
 )
