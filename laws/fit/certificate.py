@@ -17,6 +17,8 @@ Array = NDArray[np.float64]
 
 AGREEMENT = 1e-6
 """Starts agree whose objectives lie within this relative distance of the best one."""
+ROUNDING = 1e-24
+"""Objectives of a row below which a fit is exact, so that only rounding tells starts apart."""
 NULL = 1e-7
 """Singular values below this share of the largest are directions that the data do not see."""
 SHARE = 0.1
@@ -63,7 +65,9 @@ def certify(problem: Problem, solved: Solved, counts_S: NDArray[np.int64]) -> Ce
     best = int(np.argmin(solved.objective_S))
     objective = float(solved.objective_S[best])
     x_P = solved.x_SP[best]
-    agree_S = solved.finished_S & (solved.objective_S <= objective * (1.0 + AGREEMENT) + 1e-300)
+    agree_S = solved.finished_S & (
+        solved.objective_S <= objective * (1.0 + AGREEMENT) + ROUNDING * len(problem.target_n)
+    )
     spread = float(np.ptp(solved.x_SP[agree_S], axis=0).max(initial=0.0))
     at_bounds = (x_P <= problem.low_P) | (x_P >= problem.high_P)
     condition, unidentified = identifiability(problem, x_P)

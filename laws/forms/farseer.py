@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,47 +13,90 @@ from allometry.laws.forms.base import Form, Parameter, Predictions, Values, Vari
 from allometry.laws.forms.dense import D
 from allometry.laws.observations import Observations
 
+REFERENCE = 1e9
+"""The N at which levels and slopes are stated."""
+
 
 class Farseer(Form):
     """L = exp(a3·N^γ + b3) + exp(a2·N^β + b2) · D^(-exp(a1·N^α + b1)).
 
-    Three stretched exponentials of N: the loss without end of data, the coefficient of the power
-    of D and its exponent. N counts non-embedding parameters. Bounds are wider than those of
-    public code of the paper, so that losses in nats per token fit as well as bits per character.
+    Three functions of N: the loss without end of data, the coefficient of the power of D and its
+    exponent. The paper's a and b cannot be told apart as an exponent nears 0, so a fit moves the
+    logs' values at N = 1e9 (``endless``, ``coefficient``, ``exponent``), their slopes there by
+    ln N, and how these grow with N: a·N^γ + b = level + slope·((N/1e9)^γ - 1)/γ.
+    ``paper_coefficients`` and ``from_paper`` translate. N counts non-embedding parameters.
     """
 
-    # From memory, never compared with the paper, so no published set: a1 -.124, α .123, b1 .424,
-    # a2 88.01, β -.1, b2 -6.287, a3 -.021, γ .169, b3 -.091.
     name = "farseer"
     equation = "loss = exp(a3*N^gamma+b3) + exp(a2*N^beta+b2) * D^-exp(a1*N^alpha+b1)"
     source = "Farseer, arXiv 2506.10972"
     inputs = (Variable("N", "parameters", "non-embedding parameters"), D)
     target = Variable("loss", "nats per token or bits per character", "loss of the finished run")
     parameters = (
-        Parameter("a1", "1", -10.0, 10.0, (-1.0, 0.0)),
-        Parameter("alpha", "1", 0.0, 1.0, (0.0, 0.5)),
-        Parameter("b1", "1", -10.0, 10.0, (-2.0, 1.0)),
-        Parameter("a2", "1", 0.0, 1000.0, (0.1, 200.0), "log"),
-        Parameter("beta", "1", -1.0, 0.0, (-0.5, 0.0)),
-        Parameter("b2", "1", -100.0, 100.0, (-10.0, 10.0)),
-        Parameter("a3", "1", -10.0, 10.0, (-1.0, 0.0)),
-        Parameter("gamma", "1", 0.0, 1.0, (0.0, 0.5)),
-        Parameter("b3", "1", -10.0, 10.0, (-1.0, 2.0)),
+        Parameter("endless", "ln of the loss's unit", -10.0, 10.0, (-1.0, 1.5)),
+        Parameter("endless_slope", "1", -3.0, 3.0, (-0.3, 0.0)),
+        Parameter("gamma", "1", -1.0, 1.0, (-0.5, 0.5)),
+        Parameter("coefficient", "ln of the loss's unit", -30.0, 100.0, (0.0, 15.0)),
+        Parameter("coefficient_slope", "1", -10.0, 10.0, (-1.0, 1.0)),
+        Parameter("beta", "1", -1.0, 1.0, (-0.5, 0.5)),
+        Parameter("exponent", "1", -6.0, 2.0, (-2.5, 0.0)),
+        Parameter("exponent_slope", "1", -3.0, 3.0, (-0.2, 0.2)),
+        Parameter("alpha", "1", -1.0, 1.0, (-0.5, 0.5)),
     )
-    valid = "the paper: English text, 0.2B to 6.4B parameters fitted, 25B predicted"
+    valid = "the paper: English text, bits per character, predictions up to 25B parameters"
 
     def prepare(self, observations: Observations) -> Any:
-        """Return ln N and ln D [n]."""
+        """Return ln(N/1e9) and ln D [n]."""
         columns = super().prepare(observations)
-        return np.log(columns["N"]), np.log(columns["D"])
+        return np.log(columns["N"] / REFERENCE), np.log(columns["D"])
 
     def predict(self, values: Values, prepared: Any) -> Predictions:
         """Return the loss [S, n]."""
         log_n, log_d = prepared
-        exponent = np.exp(values["a1"] * np.exp(values["alpha"] * log_n) + values["b1"])
-        log_coefficient = values["a2"] * np.exp(values["beta"] * log_n) + values["b2"]
-        endless = np.exp(values["a3"] * np.exp(values["gamma"] * log_n) + values["b3"])
-        return np.asarray(endless + np.exp(log_coefficient - exponent * log_d))
+        endless = values["endless"] + values["endless_slope"] * stretched(values["gamma"], log_n)
+        coefficient = values["coefficient"] + values["coefficient_slope"] * stretched(
+            values["beta"], log_n
+        )
+        exponent = values["exponent"] + values["exponent_slope"] * stretched(values["alpha"], log_n)
+        return np.asarray(np.exp(endless) + np.exp(coefficient - np.exp(exponent) * log_d))
+
+
+def stretched(power: Any, log_n: Any) -> Any:
+    """Return (exp(power·log_n) - 1)/power, log_n where power is 0; complex values too."""
+    z = power * log_n
+    small = np.abs(z) < 1e-5
+    ratio = np.expm1(z) / np.where(small, 1.0, z)
+    return log_n * np.where(small, 1.0 + z / 2.0 + z * z / 6.0, ratio)
+
+
+NAMES = (
+    ("endless", "a3", "gamma", "b3"),
+    ("coefficient", "a2", "beta", "b2"),
+    ("exponent", "a1", "alpha", "b1"),
+)
+
+
+def paper_coefficients(values: Mapping[str, float]) -> dict[str, float]:
+    """Return a1, α, b1, a2, β, b2, a3, γ, b3 of fitted values (infinite where a power is 0)."""
+    found = {}
+    for level, a, power, b in NAMES:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            reach = np.divide(values[f"{level}_slope"], values[power])
+        found[a] = float(reach * REFERENCE ** -values[power])
+        found[power] = values[power]
+        found[b] = float(values[level] - reach)
+    return found
+
+
+def from_paper(coefficients: Mapping[str, float]) -> dict[str, float]:
+    """Return the values of the paper's a1, α, b1, a2, β, b2, a3, γ, b3."""
+    found = {}
+    for level, a, power, b in NAMES:
+        reach = coefficients[a] * REFERENCE ** coefficients[power]
+        found[level] = coefficients[b] + reach
+        found[f"{level}_slope"] = reach * coefficients[power]
+        found[power] = coefficients[power]
+    return found
 
 
 FORMS: tuple[Form, ...] = (Farseer(),)
