@@ -87,10 +87,10 @@ class MixingExponential(Form):
     domains: ClassVar[tuple[str, ...]] = ("r1", "r2")
     target = Variable("loss", "nats/token", "loss on one validation set")
     source = "Ye et al. 2403.16952 (k absorbed by t, as shares sum to one)"
-    valid = (
-        "one size, one horizon; shares inside the hull of those fitted; shown for 2 to 5 domains"
+    valid = "one size and horizon; shares inside of the hull of those fitted; 2 to 17 domains"
+    equation: ClassVar[str] = (
+        "loss = c + exp(sum_j t_j r_j); name the shares' columns: mixing_exponential:a,b,c"
     )
-    equation: ClassVar[str] = "loss = c + exp(sum_j t_j r_j)"
     inputs: ClassVar[tuple[Variable, ...]] = tuple(share_variable(d) for d in domains)
     parameters: ClassVar[tuple[Parameter, ...]] = ()
 
@@ -100,6 +100,7 @@ class MixingExponential(Form):
         domains = check_domains(base, columns, 2)
         members = {
             "__module__": __name__,
+            "equation": self.equation.partition(";")[0],
             "name": f"{base}:{','.join(domains)}",
             "domains": domains,
             "inputs": tuple(share_variable(domain) for domain in domains),
@@ -151,7 +152,10 @@ class MixingImplicit(MixingExponential):
 
     name: ClassVar[str] = "mixing_implicit"
     source = "Ye et al. 2403.16952, two implicit domains"
-    equation: ClassVar[str] = "loss = c + exp(sum_j t_j r_j) + exp(sum_j u_j r_j)"
+    equation: ClassVar[str] = (
+        "loss = c + exp(sum_j t_j r_j) + exp(sum_j u_j r_j); name the shares' columns: "
+        "mixing_implicit:a,b,c"
+    )
 
     @classmethod
     def parameters_of(cls, domains: Sequence[str]) -> tuple[Parameter, ...]:

@@ -23,7 +23,7 @@ _LN2 = float(np.log(2.0))
 class QualityPools(Form):
     """Quality-quantity law, 2404.07177: a pool's use halves every tau epochs.
 
-    ``loss = d + (D_1/D0)^b prod_j (D_j/D_{j-1})^{b_j}`` with D_j the samples after j epochs and
+    ``loss = d + (D_1/D0)^-b prod_j (D_j/D_{j-1})^{-b_j}`` with D_j the samples after j epochs and
     ``b_j = b 0.5^{(j - 1)/tau}``. Of several pools in one mixture, b_j is the mean over samples of
     what the pools have, and a pool that is a fraction f of the mixture has tau/f in place of tau
     (the paper's pools are of one size, where that is tau times their number). Columns: samples
@@ -36,7 +36,8 @@ class QualityPools(Form):
     name: ClassVar[str] = "quality_pools"
     pools: ClassVar[tuple[str, ...]] = ("pool1", "pool2")
     equation: ClassVar[str] = (
-        "y = d + (D_1/D0)^-b prod_j (D_j/D_{j-1})^-b_j, b_j = b 0.5^{(j-1)/tau}"
+        "loss = d + (D_1/D0)^-b prod_j (D_j/D_{j-1})^-b_j, b_j = b 0.5^{(j-1)/tau}; "
+        "name the pools' columns: quality_pools:a,b"
     )
     source: ClassVar[str] = "Goyal et al. 2404.07177"
     inputs: ClassVar[tuple[Variable, ...]] = ()
@@ -50,6 +51,7 @@ class QualityPools(Form):
         pools = check_domains(base, columns, 1)
         members = {
             "__module__": __name__,
+            "equation": self.equation.partition(";")[0],
             "name": f"{base}:{','.join(pools)}",
             "pools": pools,
             "inputs": self.inputs_of(pools),
