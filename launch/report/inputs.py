@@ -17,6 +17,10 @@ from allometry.laws.fit.store import StoredFit, load_fit
 from allometry.laws.runs import Run, read_run
 from allometry.laws.trials import TrialFile, read_trials
 
+SECTIONS = ("run", "model", "data", "optimizer", "schedule")
+COLUMNS = ("step", "tokens", "flops", "loss")
+"""What every run has."""
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -76,7 +80,7 @@ class Shown:
     def train_loss(self) -> float:
         """Mean of the training loss over the last tenth of the recorded steps."""
         loss = self.metrics["loss"]
-        return float(loss[-max(1, len(loss) // 10) :].mean())
+        return float(loss[-max(1, len(loss) // 10) :].mean())  # not finite where one was not
 
     @cached_property
     def final_loss(self) -> tuple[float, str]:
@@ -139,7 +143,7 @@ def read_inputs(
         if (folder / "prediction.json").is_file():
             predictions.append(_prediction(folder / "prediction.json"))
     return Inputs(
-        runs=_shown([read_run(folder) for folder in found.values()]),
+        runs=_shown([_read(folder) for folder in found.values()]),
         fits=tuple((path, _load_fit(path)) for path in dict.fromkeys(fit_files)),
         trials=tuple(read_trials(path) for path in dict.fromkeys(trials)),
         predictions=tuple(predictions),
@@ -163,6 +167,22 @@ def _runs_of(ladder: Path) -> tuple[list[Path], list[str]]:
     if not started and not waiting:
         raise UserError(f"{ladder}/runs holds no run; run the ladder first (allometry ladder run)")
     return started, [f"{folder} is left out: it has no row yet." for folder in waiting]
+
+
+def _read(folder: Path) -> Run:
+    run = read_run(folder)
+    missing = [name for name in SECTIONS if not isinstance(run.config.get(name), dict)]
+    if missing:
+        raise UserError(
+            f"{folder}/config.yaml has no section {missing[0]!r}; restore what the run wrote"
+        )
+    missing = [name for name in COLUMNS if name not in run.metrics]
+    if missing:
+        raise UserError(
+            f"{folder}/metrics.jsonl has no {missing[0]!r} in any row; give the folder of a run "
+            "that trained"
+        )
+    return run
 
 
 def _shown(runs: Sequence[Run]) -> tuple[Shown, ...]:

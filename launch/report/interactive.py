@@ -102,8 +102,8 @@ def _scale(log: bool, ticks: Ticks, values: Sequence[Column]) -> dict[str, Any]:
     """
     if not log:
         return {"type": "linear", "exponentformat": "B"}
-    joined = np.concatenate(values)
-    decades = float(np.log10(np.nanmax(joined) / np.nanmin(joined)))
+    joined = np.concatenate([one[one > 0.0] for one in values]) if values else np.empty(0)
+    decades = float(np.log10(joined.max() / joined.min())) if len(joined) else 0.0
     number = 4 if decades < 0.85 else int(max(decades, 1.0) / 0.31)
     if decades > 3.0:
         number = min(12, int(decades) + 1)

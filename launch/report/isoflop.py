@@ -60,6 +60,7 @@ def isoflops(inputs: Inputs) -> Section:
 def _groups(inputs: Inputs) -> list[tuple[str, Observations]]:
     found = []
     done = [one for one in inputs.runs if one.state == "finished" and one.parameters]
+    done = [one for one in done if np.isfinite(one.final_loss[0])]
     kinds = {one.final_loss[1] for one in done}
     for kind in sorted(kinds):
         alike = [one for one in done if one.final_loss[1] == kind]

@@ -183,9 +183,9 @@ def forecasts(inputs: Inputs) -> Section:
             end = one.metrics["tokens"][-1:]
             series.append(
                 Series(
-                    name=f"{one.name}, measured: mean of the last tenth",
+                    name=f"{one.name}, measured",
                     x=end,
-                    y=np.array([one.train_loss]),
+                    y=smooth(one.metrics["loss"], inputs.smoothing)[-1:],
                     style="star",
                     colour=one.colour,
                     run=one.number,
@@ -199,8 +199,8 @@ def forecasts(inputs: Inputs) -> Section:
     )
     text = (
         "The final training loss that the law of the schedule predicted from the run's own curve "
-        "up to each point, with its 95 % interval; a star is what a finished run measured (mean of "
-        "the last tenth of its recorded steps)."
+        "up to each point, with its 95 % interval; a star is what a finished run measured (its "
+        "training loss, smoothed as above)."
     )
     figure = Figure(key="forecast", text="", panels=(panel,))
     return Section(key="forecast", title=title, text=text, figures=(figure,))

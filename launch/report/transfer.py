@@ -98,6 +98,8 @@ def _of_runs(runs: tuple[Shown, ...]) -> list[Drawn]:
     for group in alike.values():
         by_rate: dict[float, list[float]] = {}
         for one in group:
+            if one.state.startswith("running") or float(one.run.config["optimizer"]["lr"]) <= 0.0:
+                continue
             by_rate.setdefault(float(one.run.config["optimizer"]["lr"]), []).append(_loss(one))
         if len(by_rate) < LEAST_RATES:
             continue
@@ -118,8 +120,7 @@ def _rest(config: Mapping[str, Any]) -> str:
 
 
 def _loss(one: Shown) -> float:
-    broken = any(event.get("event") == "not_finite" for event in one.run.events[-1:])
-    return math.inf if broken else one.final_loss[0]
+    return math.inf if one.state.startswith("not finite") else one.final_loss[0]
 
 
 def _name(one: Shown, taken: set[str]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from allometry.configs.errors import UserError
 from allometry.launch.report import fits, isoflop, losses, stability, throughput, transfer
 from allometry.launch.report.figure import (
     POINTS,
@@ -172,6 +173,37 @@ def test_a_record_without_run_json_is_shown(tmp_path: Path) -> None:
     row = throughput.runs(inputs(tmp_path / "a")).tables[0].rows[0]
     assert row[2:5] == ("–", "–", "–")
     assert all(one.figures or one.tables or one.absent for one in sections(inputs(tmp_path / "a")))
+
+
+def test_a_run_that_diverged_is_shown(tmp_path: Path) -> None:
+    folder = watched_run(tmp_path / "a", stop=30)
+    add_columns(folder, {"loss": lambda step: math.nan if step > 25 else 3.0})
+    add_event(folder, {"event": "not_finite", "step": 30})
+    shown = inputs(folder)
+    assert throughput.runs(shown).tables[0].rows[0][1] == "not finite at step 30"
+    series = panels(losses.losses(shown))["against tokens"].series
+    assert np.isfinite(series[0].y).all()
+    for section in sections(shown):
+        for figure in section.figures:
+            json.dumps(specification(figure), allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "message"),
+    [
+        ("config.yaml", "optimizer:", "other:", "has no section 'optimizer'"),
+        ("metrics.jsonl", '"flops"', '"other"', "has no 'flops' in any row"),
+        ("metrics.jsonl", '"loss": ', '"loss": "x", "b": ', "is not a number"),
+    ],
+)
+def test_records_of_something_else(
+    tmp_path: Path, file: str, old: str, new: str, message: str
+) -> None:
+    fake_run(tmp_path / "a")
+    path = tmp_path / "a" / file
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(UserError, match=message):
+        inputs(tmp_path / "a")
 
 
 def test_a_fit_is_drawn_with_its_band_and_target(tmp_path: Path) -> None:
