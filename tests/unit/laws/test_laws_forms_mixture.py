@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from allometry.configs.errors import UserError
+from allometry.laws.fit.bootstrap import bootstrap
 from allometry.laws.fit.engine import Fit, FitOptions, fit, predict
 from allometry.laws.observations import Observations
 from allometry.laws.registry import form_named
@@ -48,6 +49,24 @@ def test_parameters_are_found_again() -> None:
     fresh = mixtures(50, seed=1)
     error = np.abs(found.predict(fresh) / predict(LAW, TRUE, fresh) - 1.0)
     assert error.max() < 0.002
+
+
+def test_intervals_cover_at_their_rate() -> None:
+    """80 simulated sets of runs: 95 % intervals hold the truth about as often as they say."""
+    covered, of_predictions = dict.fromkeys(TRUE, 0), 0.0
+    rows = mixtures(60, seed=5)
+    exact = predict(LAW, TRUE, rows)
+    for seed in range(80):
+        measured = noisy(LAW, TRUE, rows, 0.005, seed)
+        sampled = bootstrap(fit(LAW, measured, FitOptions(starts=2, delta=0.01)), 80, seed)
+        for name, value in TRUE.items():
+            low, high = sampled.interval(name)
+            covered[name] += low <= value <= high
+        low_n, high_n = sampled.predict_interval(rows)
+        of_predictions += float(((low_n <= exact) & (exact <= high_n)).mean())
+    for name, count in covered.items():
+        assert 0.87 <= count / 80 <= 0.99, name  # three standard errors
+    assert 0.87 <= of_predictions / 80 <= 0.99
 
 
 def test_a_second_exponential_is_found_where_there_is_one_and_needed() -> None:
