@@ -67,7 +67,7 @@ def choose_ratio(
     below, bounded = low, False
     for _ in range(8):  # each round narrows the range by 100
         shares_n = np.linspace(below, last, 101)
-        over_n = general_loss(shares_n) > bound
+        over_n = ~(general_loss(shares_n) <= bound)  # NaN is no loss within the bound
         if not over_n.any():
             below = last
             break

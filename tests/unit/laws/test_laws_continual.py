@@ -44,11 +44,11 @@ def test_the_choice_is_where_the_bound_is_met() -> None:
     assert (free.share, free.bounded) == (0.9, False)
 
 
-def test_shares_beyond_one_that_exceeds_the_bound_do_not_count() -> None:
+def test_shares_beyond_one_that_is_not_within_the_bound_do_not_count() -> None:
     class Bump:
         def predict(self, observations: Observations) -> np.ndarray:
             share = 1.0 - observations["r"]
-            return np.where((share > 0.3) & (share < 0.7), 3.0, 2.0)
+            return np.where((share > 0.3) & (share < 0.7), np.nan, 2.0)
 
     chosen = choose_ratio(Bump(), Bump(), at={}, bound=2.5)
     assert chosen.share == pytest.approx(0.3, abs=1e-9)
