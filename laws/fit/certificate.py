@@ -4,14 +4,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from allometry.laws.fit.problem import Problem
+from allometry.laws.fit.plain import plain_number, read_number
+from allometry.laws.fit.problem import Problem, search_coordinate
 from allometry.laws.fit.solver import Solved
+from allometry.laws.forms.base import Parameter
 
 Array = NDArray[np.float64]
 
@@ -21,6 +24,7 @@ ROUNDING = 1e-24
 """Objectives of a row below which a fit is exact, so that only rounding tells starts apart."""
 NULL = 1e-7
 """Singular values below this share of the largest are directions that the data do not see."""
+NUMBERS = ("gradient_norm", "decrease", "spread", "condition")
 SHARE = 0.1
 """Least part of a parameter in such a direction for its name to be given."""
 
@@ -34,9 +38,11 @@ class Certificate:
     to the objective. ``starts``: how many there were, ``finished``: those that were searched from
     to the end (not given up by successive halving), ``agreeing``: those of them that ended within
     1e-6 of the best objective; ``spread``: the largest difference of a search coordinate among
-    these. ``at_bounds``: parameters on a bound. ``condition``: of the Gauss-Newton
-    matrix JᵀJ with its columns scaled to length 1 (infinite where it is singular).
-    ``unidentified``: parameters that can move, alone or together, without moving a prediction.
+    these. ``at_bounds``: parameters on a bound. ``condition``: of the Gauss-Newton matrix JᵀJ with
+    its columns scaled to length 1 (infinite where it is singular). ``unidentified``: parameters
+    that can move, alone or together, without moving a prediction. ``standard_errors``: of search
+    coordinates, from JᵀJ and the residuals' median size, as if rows were independent. ``loose``:
+    parameters whose two standard errors on both sides span all that starts are drawn from.
     """
 
     gradient_norm: float
@@ -48,16 +54,31 @@ class Certificate:
     at_bounds: tuple[str, ...]
     condition: float
     unidentified: tuple[str, ...]
+    standard_errors: dict[str, float]
+    loose: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values, which ``from_json`` reads."""
-        return asdict(self)
+        data = asdict(self)
+        errors = {name: plain_number(value) for name, value in self.standard_errors.items()}
+        return {
+            **data,
+            **{name: plain_number(data[name]) for name in NUMBERS},
+            "standard_errors": errors,
+        }
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Self:
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
         """Return the certificate of ``to_json``."""
-        names = {name: tuple(data[name]) for name in ("at_bounds", "unidentified")}
-        return cls(**{**data, **names})
+        errors = {name: read_number(value) for name, value in data["standard_errors"].items()}
+        return cls(
+            **{
+                **data,
+                **{name: read_number(data[name]) for name in NUMBERS},
+                **{name: tuple(data[name]) for name in ("at_bounds", "unidentified", "loose")},
+                "standard_errors": errors,
+            }
+        )
 
 
 def certify(problem: Problem, solved: Solved, counts_S: NDArray[np.int64]) -> Certificate:
@@ -68,9 +89,8 @@ def certify(problem: Problem, solved: Solved, counts_S: NDArray[np.int64]) -> Ce
     agree_S = solved.finished_S & (
         solved.objective_S <= objective * (1.0 + AGREEMENT) + ROUNDING * len(problem.target_n)
     )
-    spread = float(np.ptp(solved.x_SP[agree_S], axis=0).max(initial=0.0))
     at_bounds = (x_P <= problem.low_P) | (x_P >= problem.high_P)
-    condition, unidentified = identifiability(problem, x_P)
+    condition, unidentified, errors_P = identifiability(problem, x_P)
     gain = float(solved.decrease_S[best])
     return Certificate(
         gradient_norm=float(np.linalg.norm(solved.gradient_SP[best])),
@@ -78,34 +98,55 @@ def certify(problem: Problem, solved: Solved, counts_S: NDArray[np.int64]) -> Ce
         starts=int(counts_S.sum()),
         finished=int(counts_S[solved.finished_S].sum()),
         agreeing=int(counts_S[agree_S].sum()),
-        spread=spread,
+        spread=float(np.ptp(solved.x_SP[agree_S], axis=0).max(initial=0.0)),
         at_bounds=tuple(p.name for p, at in zip(problem.free, at_bounds, strict=True) if at),
         condition=condition,
         unidentified=unidentified,
+        standard_errors={
+            p.name: float(error) for p, error in zip(problem.free, errors_P, strict=True)
+        },
+        loose=tuple(
+            p.name
+            for p, error in zip(problem.free, errors_P, strict=True)
+            if p.name not in unidentified and 4.0 * error > start_width(p)
+        ),
     )
 
 
-def identifiability(problem: Problem, x_P: Array) -> tuple[float, tuple[str, ...]]:
-    """Return the condition number of scaled JᵀJ and the names that null directions move.
+def start_width(parameter: Parameter) -> float:
+    """Return how wide starts of this parameter are drawn, in its search coordinate."""
+    low, high = (search_coordinate(parameter, value) for value in parameter.start)
+    return high - low if high > low else float("inf")
 
-    A column of J is null by itself where moving the coordinate by 1 moves the residuals by less
-    than 1e-7 of what the most telling coordinate does.
+
+def identifiability(problem: Problem, x_P: Array) -> tuple[float, tuple[str, ...], Array]:
+    """Return the condition number of scaled JᵀJ, what its null directions move, standard errors.
+
+    A column of J is null by itself where moving the coordinate by 1 (of a linear one: by its own
+    size) moves the residuals by less than 1e-7 of what the most telling coordinate does. Standard
+    errors [P] are infinite for what cannot be identified.
     """
-    if not problem.free:
-        return 1.0, ()
-    J_nP = problem.slopes(x_P[None])[1][0].T
-    size_P = np.linalg.norm(
-        J_nP * np.where(problem.log_P, 1.0, np.maximum(np.abs(x_P), 1e-3)), axis=0
-    )
-    seen_P = size_P > NULL * size_P.max(initial=1e-300)
-    names = {p.name for p, seen in zip(problem.free, seen_P, strict=True) if not seen}
-    length_P = np.linalg.norm(J_nP[:, seen_P], axis=0)
-    if not seen_P.any():
-        return float("inf"), tuple(p.name for p in problem.free)
-    _, singular, directions = np.linalg.svd(J_nP[:, seen_P] / length_P, full_matrices=True)
+    r_Sn, J_SPn = problem.slopes(x_P[None])
+    J_nP = J_SPn[0].T
+    reach_P = np.where(problem.log_P, 1.0, np.maximum(np.abs(x_P), 1e-3))
+    size_P = np.linalg.norm(J_nP, axis=0) * reach_P
+    seen = np.flatnonzero(size_P > NULL * size_P.max(initial=1e-300))
+    null = set(range(len(x_P))) - set(seen.tolist())
+    errors_P = np.full(len(x_P), np.inf)
+    if not len(seen):
+        return float("inf"), tuple(p.name for p in problem.free), errors_P
+    length_P = np.linalg.norm(J_nP[:, seen], axis=0)
+    # The triangle of QR has J's singular values and directions, however many rows there are.
+    triangle = np.linalg.qr(J_nP[:, seen] / length_P, mode="r")
+    _, singular, directions = np.linalg.svd(triangle, full_matrices=True)
     singular = np.concatenate([singular, np.zeros(len(directions) - len(singular))])
-    seen = [p for p, is_seen in zip(problem.free, seen_P, strict=True) if is_seen]
     for direction in directions[singular <= NULL * singular[0]]:
-        names |= {p.name for p, part in zip(seen, direction, strict=True) if abs(part) > SHARE}
-    condition = np.inf if names else float((singular[0] / singular[-1]) ** 2)
-    return float(condition), tuple(p.name for p in problem.free if p.name in names)
+        null |= set(seen[np.abs(direction) > SHARE].tolist())
+    kept = singular > NULL * singular[0]
+    freedom = max(len(r_Sn[0]) - len(x_P), 1)
+    noise = 1.4826 * float(np.median(np.abs(r_Sn[0]))) * np.sqrt(len(r_Sn[0]) / freedom)
+    spread_P = np.linalg.norm(directions[kept] / singular[kept, None], axis=0)
+    errors_P[seen] = noise * spread_P / length_P
+    errors_P[list(null)] = np.inf
+    condition = np.inf if null else float((singular[0] / singular[-1]) ** 2)
+    return float(condition), tuple(problem.free[i].name for i in sorted(null)), errors_P

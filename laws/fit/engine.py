@@ -120,10 +120,7 @@ class Fit:
             "form": self.form.name,
             "values": {name: plain_number(value) for name, value in self.values.items()},
             "objective": plain_number(self.objective),
-            "certificate": {
-                name: plain_number(value) if isinstance(value, float) else value
-                for name, value in self.certificate.to_json().items()
-            },
+            "certificate": self.certificate.to_json(),
             "observations": observations_to_json(self.observations),
             "options": {
                 **options,
@@ -140,17 +137,11 @@ class Fit:
         Raises:
             UserError: no law has its name.
         """
-        certificate = {
-            name: read_number(value)
-            if name in ("gradient_norm", "decrease", "spread", "condition")
-            else value
-            for name, value in data["certificate"].items()
-        }
         return cls(
             form_named(data["form"]),
             {name: read_number(value) for name, value in data["values"].items()},
             read_number(data["objective"]),
-            Certificate.from_json(certificate),
+            Certificate.from_json(data["certificate"]),
             observations_from_json(data["observations"]),
             FitOptions(**data["options"]),
         )
@@ -238,7 +229,8 @@ def require_identified(fit: Fit) -> None:
     """Raise unless the data say what every parameter is.
 
     Raises:
-        UserError: names the parameters that can move without moving a prediction.
+        UserError: names the parameters that can move without moving a prediction, or whose
+            standard errors are as wide as all that starts were drawn from.
     """
     names = fit.certificate.unidentified
     if names:
@@ -246,4 +238,12 @@ def require_identified(fit: Fit) -> None:
             f"the {len(fit.observations)} observations cannot identify {', '.join(names)} of "
             f"{fit.form.name}: other values predict the same; add runs that differ in more of "
             f"{', '.join(variable.name for variable in fit.form.inputs)} or choose a simpler law"
+        )
+    names = fit.certificate.loose
+    if names:
+        raise UserError(
+            f"the {len(fit.observations)} observations cannot identify {', '.join(names)} of "
+            f"{fit.form.name}: with their scatter any plausible value fits; add runs that differ "
+            f"in more of {', '.join(variable.name for variable in fit.form.inputs)} or choose a "
+            f"simpler law"
         )

@@ -29,7 +29,7 @@ class Problem:
 
     Raises:
         UserError: the target is missing, not finite, or not positive where its log is compared; a
-            fixed parameter is unknown.
+            fixed parameter is unknown, or all are fixed.
     """
 
     def __init__(
@@ -43,7 +43,10 @@ class Problem:
                     f"{form.name} has no parameter {name!r} to fix; it has "
                     f"{', '.join(parameter.name for parameter in form.parameters)}"
                 )
-        self.free = tuple(p for p in form.parameters if p.name not in self.fixed)
+        self.columns = [i for i, p in enumerate(form.parameters) if p.name not in self.fixed]
+        self.free = tuple(form.parameters[i] for i in self.columns)
+        if not self.free:
+            raise UserError(f"every parameter of {form.name} is fixed; leave at least one to fit")
         self.prepared = form.prepare(observations)
         self.logs = form.residual == "log"
         target_n = checked_target(form, observations)
@@ -71,7 +74,8 @@ class Problem:
     def residuals(self, x_SP: Array) -> Array:
         """Return the residuals [S, n]: NaN where there is none (a log of nothing positive)."""
         with np.errstate(all="ignore"):
-            return self.residual(self._predictions(self.values(x_SP)))
+            predicted = self._predictions(self.values(x_SP))
+            return self.residual(np.broadcast_to(predicted, (len(x_SP), len(self.target_n))))
 
     def slopes(self, x_SP: Array) -> tuple[Array, Array]:
         """Return residuals [S, n] and their derivatives [S, P, n] by search coordinate."""
@@ -84,8 +88,14 @@ class Problem:
     def raw_slopes(self, x_SP: Array) -> tuple[Array, Array, Array]:
         """Return predictions [S, n], their derivatives by value [S, P, n], and dv/dx [S, P]."""
         values = self.values(x_SP)
-        given = None if self.fixed else self.form.derivatives(values, self.prepared)
-        predicted_Sn, J_SPn = self._complex_steps(values) if given is None else given
+        whole = {name: np.full((len(x_SP), 1), value) for name, value in self.fixed.items()}
+        given = self.form.derivatives({**values, **whole}, self.prepared)
+        if given is None:
+            predicted_Sn, J_SPn = self._complex_steps(values, len(x_SP))
+        else:
+            predicted_Sn, J_SPn = given
+            if self.fixed:
+                J_SPn = J_SPn[:, self.columns]
         stretch_SP = np.where(self.log_P, self.values_array(x_SP), 1.0)
         return predicted_Sn, J_SPn, stretch_SP
 
@@ -100,14 +110,15 @@ class Problem:
         assert predicted.shape[-1] == len(self.target_n), (self.form.name, predicted.shape)
         return predicted
 
-    def _complex_steps(self, values: Mapping[str, Any]) -> tuple[Array, Array]:
-        slopes = []
-        for parameter in self.free:
+    def _complex_steps(self, values: Mapping[str, Any], number: int) -> tuple[Array, Array]:
+        shape = (number, len(self.target_n))
+        J_SPn = np.empty((number, len(self.free), len(self.target_n)))
+        for index, parameter in enumerate(self.free):
             step = COMPLEX_STEP * np.maximum(np.abs(values[parameter.name]), COMPLEX_STEP)
             moved = {**values, parameter.name: values[parameter.name] + 1j * step}
-            predicted_Sn = self._predictions(moved)
-            slopes.append(np.broadcast_to(predicted_Sn.imag / step, predicted_Sn.shape))
-        return np.array(predicted_Sn.real), np.stack(slopes, axis=1)
+            predicted_Sn = np.broadcast_to(self._predictions(moved), shape)
+            np.divide(predicted_Sn.imag, step, out=J_SPn[:, index])
+        return np.array(predicted_Sn.real), J_SPn
 
 
 def checked_target(form: Form, observations: Observations) -> Array:
