@@ -45,6 +45,7 @@ class HyperparameterSurface(Form):
         Parameter("rho", "1", -0.999, 0.999, (-0.8, 0.8)),
     )
     valid = "runs of one model and horizon, within about two octaves of the best"
+    residual = "linear"
 
     def predict(self, values: Values, prepared: Any) -> Predictions:
         """Return the loss [S, n]; holds for complex values."""

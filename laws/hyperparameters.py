@@ -1,0 +1,239 @@
+"""Laws of the best rate and batch over sizes and horizons, from sweeps.
+
+Two steps: each cell (the runs of one N and D) has its optimum from ``laws.surfaces``; then the
+logs of the optima are linear in ln N and ln D.
+"""
+
+# G cells, I inputs that vary, K = I + 1 coefficients, S bootstrap samples
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from allometry.configs.errors import UserError
+from allometry.laws.observations import Observations
+from allometry.laws.surfaces import AXIS_NAMES, Array, Surface, fit_surface, percentiles
+
+EXPONENTS = {"N": "a", "D": "b"}
+PairLaw = Callable[[float, float], tuple[float, float]]
+"""(N, D) to (learning rate, batch in tokens)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """A cell's name, its N and D, and its surface."""
+
+    name: str
+    at: Mapping[str, float]
+    surface: Surface
+
+
+@dataclass(frozen=True, slots=True)
+class PowerLaw:
+    """value = c N^a D^b. An exponent of an input that the law does not have is 0.
+
+    ``values`` as the forms ``learning_rate_law`` and ``batch_law`` take them; ``samples``: the same
+    of each bootstrap sample. ``octaves``: RMS over cells of log2(optimum / law); ``misfit``: the
+    part of it that the noise of runs does not explain (0 where there are as many coefficients as
+    cells: then nobody knows, and intervals hold the noise of runs alone).
+    """
+
+    inputs: tuple[str, ...]
+    values: Mapping[str, float]
+    samples: Mapping[str, Array]
+    octaves: float
+    misfit: float
+
+    def predict(self, **at: float) -> float:
+        """Return the value at N=..., D=...."""
+        return float(self._power(self.values, at))
+
+    def interval(self, name: str, level: float = 0.95) -> tuple[float, float]:
+        """Return the percentile interval of ``c``, ``a`` or ``b``."""
+        return percentiles(self.samples[name], level)
+
+    def predict_interval(self, level: float = 0.95, **at: float) -> tuple[float, float]:
+        """Return the percentile interval of the law's value at N=..., D=...."""
+        return percentiles(np.asarray(self._power(self.samples, at)), level)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return values and 95 % intervals, for JSON."""
+        return {
+            "inputs": list(self.inputs),
+            "values": dict(self.values),
+            "intervals": {name: self.interval(name) for name in self.values},
+            "octaves": self.octaves,
+            "misfit": self.misfit,
+        }
+
+    def _power(self, values: Mapping[str, Any], at: Mapping[str, float]) -> Any:
+        log2 = np.log2(values["c"])
+        for name in self.inputs:
+            assert name in at, f"the law needs {name}"
+            log2 = log2 + values[EXPONENTS[name]] * math.log2(at[name])
+        return 2.0**log2
+
+
+@dataclass(frozen=True, slots=True)
+class HyperparameterLaw:
+    """Laws of the best rate and batch (None: did not vary in every cell), and the cells behind.
+
+    ``left_out`` names the cells without an optimum, and why.
+    """
+
+    rate: PowerLaw | None
+    batch: PowerLaw | None
+    cells: tuple[Cell, ...]
+    left_out: Mapping[str, str]
+
+    def octaves_from(self, law: PairLaw) -> dict[str, tuple[float, float]]:
+        """Return log2(optimum / law(N, D)) of rate and batch by the cell's name.
+
+        Of what did not vary it is the single value that was run against the law.
+        """
+        found = {}
+        for cell in self.cells:
+            rate, batch = law(cell.at["N"], cell.at["D"])
+            best = cell.surface.best
+            found[cell.name] = (math.log2(best["lr"] / rate), math.log2(best["B"] / batch))
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """Return laws, cells with their 95 % intervals and what was left out, for JSON."""
+        cells = []
+        for cell in self.cells:
+            surface = cell.surface
+            edges = {f"{axis}_interval": surface.interval(axis) for axis in surface.axes}
+            cells.append({"name": cell.name, **cell.at, **surface.best, **edges})
+        return {
+            "rate": None if self.rate is None else self.rate.to_json(),
+            "batch": None if self.batch is None else self.batch.to_json(),
+            "cells": cells,
+            "left_out": dict(self.left_out),
+        }
+
+
+def fit_hyperparameter_law(
+    observations: Observations,
+    *,
+    rate_inputs: Sequence[str] = ("N", "D"),
+    batch_inputs: Sequence[str] = ("D",),
+    within: float = 0.015,
+    samples: int = 1000,
+    seed: int = 0,
+) -> HyperparameterLaw:
+    """Return the laws of the best rate and batch: columns N, D, lr, B and loss, cells by (N, D).
+
+    Least squares of the logs of the cells' optima (Step Law, arXiv 2503.04715, has the same two
+    laws of the best runs). An input that is the same in all cells is left out of a law. A sample of
+    the bootstrap draws runs in each cell and moves its optimum by what the law misses beside that.
+
+    Raises:
+        UserError: fewer cells with an optimum than a law has coefficients; N and D vary together,
+            so that their exponents cannot be told apart; what ``fit_surface`` raises.
+    """
+    cells, left_out = [], {}
+    at = {name: observations[name] for name in EXPONENTS}
+    for index, (n, d) in enumerate(sorted(set(zip(at["N"], at["D"], strict=True)))):
+        rows = observations.take((at["N"] == n) & (at["D"] == d))
+        name = _cell_name(n, d)
+        try:
+            surface = fit_surface(rows, within=within, samples=samples, seed=seed + index)
+        except UserError as error:
+            raise UserError(f"cell {name}: {error}") from None
+        if surface.problem is None:
+            cells.append(Cell(name, {"N": float(n), "D": float(d)}, surface))
+        else:
+            left_out[name] = surface.problem
+    if not cells:
+        raise UserError(f"no cell has an optimum: {_listed(left_out)}; run more around the best")
+    laws = {}
+    for axis, inputs in (("lr", rate_inputs), ("B", batch_inputs)):
+        varied = all(axis in cell.surface.axes for cell in cells)
+        laws[axis] = _fit_law(axis, inputs, cells, left_out, seed) if varied else None
+    return HyperparameterLaw(laws["lr"], laws["B"], tuple(cells), left_out)
+
+
+def nearest_excess(observations: Observations, law: PairLaw) -> dict[str, float]:
+    """Return, by cell, how far the run nearest to ``law(N, D)`` is above the cell's best one.
+
+    Relative to the best loss; nearest in log rate and log batch; a run that diverged is infinitely
+    far above.
+    """
+    found = {}
+    sizes, tokens = observations["N"], observations["D"]
+    for n, d in sorted(set(zip(sizes, tokens, strict=True))):
+        cell = observations.take((sizes == n) & (tokens == d))
+        rate, batch = law(float(n), float(d))
+        distance = np.log(cell["lr"] / rate) ** 2 + np.log(cell["B"] / batch) ** 2
+        loss = np.where(np.isfinite(cell["loss"]), cell["loss"], np.inf)
+        found[_cell_name(n, d)] = float(loss[np.argmin(distance)] / loss.min() - 1.0)
+    return found
+
+
+def _cell_name(parameters: float, tokens: float) -> str:
+    return f"N={parameters:.4g} D={tokens:.4g}"
+
+
+def _listed(left_out: Mapping[str, str]) -> str:
+    return ", ".join(f"{name}: {why}" for name, why in left_out.items())
+
+
+def _fit_law(
+    axis: str, inputs: Sequence[str], cells: Sequence[Cell], left_out: Mapping[str, str], seed: int
+) -> PowerLaw:
+    varying = tuple(name for name in inputs if len({cell.at[name] for cell in cells}) > 1)
+    needed = len(varying) + 1
+    if not varying or len(cells) < needed:
+        lost = f" (left out: {_listed(left_out)})" if left_out else ""
+        raise UserError(
+            f"a law of the best {AXIS_NAMES[axis]} over {' and '.join(inputs)} needs {needed} "
+            f"cells that differ in them, at least 2, and {len(cells)} have an optimum{lost}; run "
+            f"more"
+        )
+    logs_GI = np.array([[math.log2(cell.at[name]) for name in varying] for cell in cells])
+    center_I = logs_GI.mean(axis=0)
+    terms_GK = np.column_stack([np.ones(len(cells)), logs_GI - center_I])
+    if np.linalg.cond(terms_GK / np.linalg.norm(terms_GK, axis=0)) > 1e6:
+        raise UserError(
+            f"{' and '.join(varying)} vary together in all cells, so that the exponents of the "
+            f"best {AXIS_NAMES[axis]} cannot be told apart; add cells of another D/N"
+        )
+    best_G = np.array([math.log2(cell.surface.best[axis]) for cell in cells])
+    solve_KG = np.linalg.pinv(terms_GK)
+    fitted_K = solve_KG @ best_G
+    residual_G = best_G - terms_GK @ fitted_K
+    random = np.random.default_rng(seed)
+    drawn_SG = np.stack([_optima(cell.surface, axis, random) for cell in cells], axis=1)
+    freedom = len(cells) - needed
+    unexplained = float(residual_G @ residual_G) / freedom if freedom else 0.0
+    misfit = math.sqrt(max(0.0, unexplained - float(drawn_SG.var(axis=0).mean())))
+    drawn_SG = drawn_SG + misfit * random.standard_normal(drawn_SG.shape)
+    return PowerLaw(
+        inputs=varying,
+        values={key: float(v) for key, v in _values(fitted_K, varying, center_I).items()},
+        samples=_values(solve_KG @ drawn_SG.T, varying, center_I),
+        octaves=float(np.sqrt(np.mean(residual_G**2))),
+        misfit=misfit,
+    )
+
+
+def _optima(surface: Surface, axis: str, random: np.random.Generator) -> Array:
+    """log2 of the optima of a cell's samples; those without one repeat another."""
+    drawn_S = surface.best_SA[:, surface.axes.index(axis)]
+    known = drawn_S[np.isfinite(drawn_S)]
+    return np.where(np.isfinite(drawn_S), drawn_S, random.choice(known, len(drawn_S)))
+
+
+def _values(coefficients: Array, inputs: Sequence[str], center_I: Array) -> dict[str, Any]:
+    """c, a and b from the coefficients of the centered regression ([K] or [K, S])."""
+    level = coefficients[0] - center_I @ coefficients[1:]
+    exponents = {name: np.zeros_like(level) for name in EXPONENTS.values()}
+    for index, name in enumerate(inputs):
+        exponents[EXPONENTS[name]] = coefficients[1 + index]
+    return {"c": 2.0**level, **exponents}
