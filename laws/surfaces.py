@@ -148,12 +148,12 @@ def _weigh(x_nA: Array, loss_n: Array, within: float) -> Array:
     no parabola they would swing between two sets for ever. Stays with what it has where a round
     has no bowl or too few rows.
     """
-    weight_n = (loss_n <= loss_n.min() * (1.0 + within)).astype(np.float64)
+    weight_n: Array = (loss_n <= loss_n.min() * (1.0 + within)).astype(np.float64)
     before_A = np.full(x_nA.shape[1], np.inf)
+    if _unfit(x_nA, weight_n > 0.0, within) is not None:
+        return weight_n
     for done in range(ROUNDS):
         near_n = weight_n > 0.0
-        if _unfit(x_nA, near_n, within) is not None:
-            break
         center_A = x_nA[near_n].mean(axis=0)
         terms_nK = _terms(x_nA - center_A)
         fitted_SK = _least_squares(terms_nK[near_n], loss_n[near_n], weight_n[None, near_n])
@@ -170,8 +170,8 @@ def _weigh(x_nA: Array, loss_n: Array, within: float) -> Array:
         mixed_n[mixed_n < 1e-3] = 0.0
         if _unfit(x_nA, mixed_n > 0.0, within) is not None:
             break
-        weight_n = mixed_n
-    return np.asarray(weight_n)
+        weight_n = np.asarray(mixed_n)
+    return weight_n
 
 
 def _unfit(x_nA: Array, near_n: Rows, within: float) -> str | None:
@@ -199,7 +199,8 @@ def _least_squares(terms_nK: Array, y_n: Array, weights_Sn: Array) -> Array:
     """Weighted least squares for each row of weights, [S, K]; NaN where the rows do not span."""
     # QR first: normal equations of orthonormal columns lose nothing.
     basis_nK, upper_KK = np.linalg.qr(terms_nK)
-    gram_SKK = np.einsum("sn,nk,nl->skl", weights_Sn, basis_nK, basis_nK, optimize=True)
+    products_nKK = basis_nK[:, :, None] * basis_nK[:, None, :]
+    gram_SKK = np.tensordot(weights_Sn, products_nKK, axes=1)
     right_SK = (weights_Sn * y_n) @ basis_nK
     spans_S = np.linalg.cond(gram_SKK) < 1e10
     gram_SKK[~spans_S] = np.eye(gram_SKK.shape[-1])

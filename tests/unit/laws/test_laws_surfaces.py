@@ -152,7 +152,7 @@ def test_laws_of_exact_bowls_are_exact() -> None:
 
 def test_intervals_cover_what_they_say_under_noise() -> None:
     inside = {"optimum": 0, "exponent": 0, "prediction": 0}
-    trials = 60
+    trials = 40
     for seed in range(trials):
         rows = sweeps(CELLS, noise=3e-3, seed=seed)
         law = fit_hyperparameter_law(rows, samples=100, seed=seed)
@@ -164,10 +164,10 @@ def test_intervals_cover_what_they_say_under_noise() -> None:
         low, high = law.rate.predict_interval(N=3e9, D=2e11)
         inside["prediction"] += low <= law_of_sweeps(3e9, 2e11)[0] <= high
     # Percentiles of some forty runs: of 100 data sets at three levels of noise 88 to 93 had single
-    # optima inside, 92 to 97 the law's. Of 60 trials at 0.9, fewer than 48 is one in 100.
-    assert inside["optimum"] >= 48
-    assert inside["exponent"] >= 52
-    assert inside["prediction"] >= 52
+    # optima inside, 92 to 97 the law's. Of 40 trials at 0.88, fewer than 30 is one in 100.
+    assert inside["optimum"] >= 30
+    assert inside["exponent"] >= 33
+    assert inside["prediction"] >= 33
 
 
 def test_intervals_are_not_merely_wide() -> None:
@@ -261,12 +261,13 @@ def test_our_own_law_of_the_grid_beside_step_law() -> None:
     assert np.abs(octaves).max() < 0.6
 
 
-def test_a_cell_that_the_law_has_not_seen_is_met_as_well() -> None:
+def test_a_size_that_the_law_has_not_seen_is_met_as_well() -> None:
     rows = dense_grid()
     excess = []
-    for n, d in sorted(set(zip(rows["N"], rows["D"], strict=True))):
-        held = (rows["N"] == n) & (rows["D"] == d)
+    for size in np.unique(rows["N"]):
+        held = rows["N"] == size
         law = fit_hyperparameter_law(rows.take(~held), samples=2)
         excess += list(nearest_excess(rows.take(held), of(law)).values())
-    assert 100.0 * np.mean(excess) == pytest.approx(0.126, abs=0.002)
-    assert 100.0 * max(excess) <= 0.32
+    assert len(excess) == 17
+    assert 100.0 * np.mean(excess) == pytest.approx(0.145, abs=0.003)
+    assert 100.0 * max(excess) <= 0.35
