@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterator, Sequence
 from io import StringIO
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -17,11 +17,18 @@ from allometry.configs.run import RunConfig
 from allometry.configs.source import KeyPath, Tree, parse_file, parse_value
 
 PRESET = "preset:"
+Root = TypeVar("Root", bound=BaseModel)
 
 
 def presets() -> dict[str, Path]:
     """The configurations that ship with the package, by name."""
     folder = Path(__file__).parent / "presets"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def ladder_presets() -> dict[str, Path]:
+    """The ladders that ship with the package, by name."""
+    folder = Path(__file__).parent / "presets" / "ladders"
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
@@ -32,18 +39,28 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     itself or a preset; its own keys lie over the base's. Raises ConfigError, one sentence with
     file, line and key.
     """
-    tree = _read(str(path), ())
+    tree = read(path)
     for override in overrides:
         _override(tree, override)
     return validate(tree)
 
 
+def read(path: str | Path) -> Tree:
+    """What ``path`` and the files below it say, not yet validated; see ``load``."""
+    return _read(str(path), ())
+
+
 def validate(tree: Tree) -> RunConfig:
     """The run in ``tree``; a ConfigError says where the first mistake was written."""
+    return validate_as(RunConfig, tree)
+
+
+def validate_as(root: type[Root], tree: Tree) -> Root:
+    """The description of another kind in ``tree``; see ``validate``."""
     try:
-        return RunConfig.model_validate(tree.data)
+        return root.model_validate(tree.data)
     except ValidationError as error:
-        raise ConfigError(_sentence(error, tree)) from None
+        raise ConfigError(_sentence(error, tree, root)) from None
 
 
 def dump(config: RunConfig) -> str:
@@ -78,6 +95,8 @@ def _locate(path: str) -> Path:
             raise ConfigError(f"{path} is not a file but a preset; write {PRESET}{path}")
         return Path(path)
     name, known = path.removeprefix(PRESET), presets()
+    if name in ladder_presets():
+        raise ConfigError(f"{path} is not a run but a ladder; give it to allometry ladder")
     if name not in known:
         raise ConfigError(f"there is no preset {name!r}; the presets are {', '.join(known)}")
     return known[name]
@@ -88,11 +107,15 @@ def _override(tree: Tree, text: str) -> None:
     place = f"override {text!r}"
     if not equals or not key:
         raise ConfigError(f"{place}: expected section.key=value")
+    put(tree, key, parse_value(value, place), place)
+
+
+def put(tree: Tree, key: str, value: Any, place: str) -> None:
+    """Set ``section.key`` of a run's tree; ``place`` is where an error will say it was written."""
     path: KeyPath = tuple(int(part) if part.isdigit() else part for part in key.split("."))
-    parsed = parse_value(value, place)
     if path[-1] == "kind" and len(path) > 1:
-        tree.set(path[:-1], _of_kind(tree, path[:-1], parsed), place)
-    tree.set(path, parsed, place)
+        tree.set(path[:-1], _of_kind(tree, path[:-1], value), place)
+    tree.set(path, value, place)
 
 
 def _of_kind(tree: Tree, path: KeyPath, kind: Any) -> dict[str, Any]:
@@ -107,24 +130,24 @@ def _of_kind(tree: Tree, path: KeyPath, kind: Any) -> dict[str, Any]:
     return {key: value for key, value in section.items() if key in known}
 
 
-def _sentence(error: ValidationError, tree: Tree) -> str:
+def _sentence(error: ValidationError, tree: Tree, root: type[BaseModel]) -> str:
     """The first error as one sentence: where, which key, what is wrong, what to do."""
     details = error.errors(include_url=False)
     first = next((d for d in details if d["type"] == "extra_forbidden"), details[0])
-    path = _data_path(first, tree)
+    path = _data_path(first, tree, root)
     name = ".".join(map(str, path)) or "the run"
     where = tree.where(path)
     more = f" ({len(details) - 1} more)" if len(details) > 1 else ""
-    return f"{where}: {_explain(first, path, name)}{more}"
+    return f"{where}: {_explain(first, path, name, root)}{more}"
 
 
-def _data_path(detail: ErrorDetails, tree: Tree) -> KeyPath:
+def _data_path(detail: ErrorDetails, tree: Tree, root: type[BaseModel]) -> KeyPath:
     """pydantic's location without the union tags that it puts between the keys."""
     path: list[str | int] = []
     node: Any = tree.data
     for part in detail["loc"]:
         inside = isinstance(node, dict) and part in node
-        if isinstance(node, dict) and not inside and part == _kind_in(node, path):
+        if isinstance(node, dict) and not inside and part == _kind_in(node, path, root):
             continue
         if not isinstance(node, dict | list) and path:
             break  # which of several types a value was tried as
@@ -136,16 +159,16 @@ def _data_path(detail: ErrorDetails, tree: Tree) -> KeyPath:
     return tuple(path)
 
 
-def _kind_in(node: dict[str, Any], path: Sequence[str | int]) -> Any:
+def _kind_in(node: dict[str, Any], path: Sequence[str | int], root: type[BaseModel]) -> Any:
     """The kind of the section ``node``: the first that may stand at ``path`` if it says none."""
-    sections = _models_at(RunConfig, tuple(path))
+    sections = _models_at(root, tuple(path))
     return node.get("kind", _kind_of(sections[0]) if sections else None)
 
 
-def _explain(detail: ErrorDetails, path: KeyPath, name: str) -> str:
+def _explain(detail: ErrorDetails, path: KeyPath, name: str, root: type[BaseModel]) -> str:
     kind, given = detail["type"], detail.get("input")
     if kind == "extra_forbidden":
-        return _unknown(path, name)
+        return _unknown(path, name, root)
     if kind == "missing":
         return f"{name} is missing; add it"
     if kind == "value_error":
@@ -164,9 +187,9 @@ def _explain(detail: ErrorDetails, path: KeyPath, name: str) -> str:
     return f"{name}={given!r} is not valid: {message}"
 
 
-def _unknown(path: KeyPath, name: str) -> str:
+def _unknown(path: KeyPath, name: str, root: type[BaseModel]) -> str:
     key = str(path[-1])
-    sections = _models_at(RunConfig, path[:-1])
+    sections = _models_at(root, path[:-1])
     kinds = [str(_kind_of(section)) for section in sections if key in section.model_fields]
     if kinds:
         where = ".".join(map(str, path[:-1]))
@@ -175,7 +198,7 @@ def _unknown(path: KeyPath, name: str) -> str:
     near = difflib.get_close_matches(key, valid, n=1)
     if near:
         return f"{name} is not a known key; did you mean {near[0]!r}?"
-    elsewhere = [p for p in _all_keys(RunConfig, ()) if p[-1] == key]
+    elsewhere = [p for p in _all_keys(root, ()) if p[-1] == key]
     if elsewhere:
         return f"{name} is not a known key here; did you mean {'.'.join(elsewhere[0])}?"
     return f"{name} is not a known key; valid keys here are {', '.join(valid)}"

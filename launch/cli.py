@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from allometry.configs.errors import UserError
-from allometry.launch import cli_gates, cli_laws, cli_runs
+from allometry.launch import cli_gates, cli_ladder, cli_laws, cli_runs
 from allometry.launch.options import OVERRIDES, Config, Json
 from allometry.launch.train import fail
 
@@ -186,7 +186,7 @@ def doctor(json: Json = False) -> None:
     typer.echo(render(examine(), as_json=json))
 
 
-for _group in (cli_gates, cli_runs, cli_laws):
+for _group in (cli_gates, cli_runs, cli_laws, cli_ladder):
     app.add_typer(_group.commands)
 
 

@@ -1,0 +1,149 @@
+"""What the commands of a ladder print."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from allometry.launch.ladder_plan import LadderPlan, PlannedRun
+from allometry.launch.ladder_state import RunState, spent, state_of
+from allometry.laws.collect import short
+from allometry.laws.fit.bootstrap import Bootstrap
+from allometry.laws.fit.engine import Fit
+from allometry.laws.ladder import Prediction
+
+
+def planned_facts(plan: LadderPlan) -> dict[str, Any]:
+    """The ladder and how far it is, as JSON."""
+    runs = []
+    for run in plan.runs:
+        state = state_of(run)
+        runs.append(
+            {
+                "name": run.name,
+                "target": run.is_target,
+                "folder": str(run.folder),
+                "size": run.size,
+                "schedule": run.schedule,
+                "seed": run.config.run.seed,
+                "parameters": run.parameters,
+                "tokens": run.tokens,
+                "steps": run.steps,
+                "flops": run.flops,
+                "own_flops": run.own_flops,
+                "spent_flops": spent(run, state),
+                "parent": run.parent,
+                "parent_step": run.parent_step,
+                "state": state.stage,
+                "step": state.step,
+                "loss": state.loss,
+                "validation": state.validation,
+            }
+        )
+    return {
+        "folder": str(plan.folder),
+        "count": plan.ladder.count,
+        "law": plan.ladder.law,
+        "runs": runs,
+        "notes": list(plan.notes),
+        "flops": sum(run["own_flops"] for run in runs),
+        "flops_spent": sum(run["spent_flops"] for run in runs),
+        "flops_if_each_from_scratch": sum(run["flops"] for run in runs),
+    }
+
+
+def table(facts: dict[str, Any]) -> str:
+    """The runs of ``planned_facts``, a line each, and what they cost."""
+    width = max(len(run["name"]) for run in facts["runs"])
+    lines = [
+        f"{'run':<{width}} {'N':>7} {'D':>7} {'steps':>7} {'FLOPs':>8}  {'state':<9} {'step':>7}"
+        f"  {'loss':<8} branches from"
+    ]
+    for run in facts["runs"]:
+        loss = "" if run["loss"] is None else f"{run['loss']:.4f}"
+        branch = f"{run['parent']} after {run['parent_step']}" if run["parent"] else ""
+        lines.append(
+            f"{run['name']:<{width}} {short(run['parameters']):>7} {short(run['tokens']):>7} "
+            f"{run['steps']:>7} {run['own_flops']:>8.2g}  {run['state']:<9} {run['step']:>7}  "
+            f"{loss:<8} {branch}".rstrip()
+        )
+    done = sum(run["state"] == "done" for run in facts["runs"])
+    whole, alone = facts["flops"], facts["flops_if_each_from_scratch"]
+    saved = f", {1 - whole / alone:.0%} less than from scratch" if alone > whole else ""
+    lines.append(
+        f"{done} of {len(facts['runs'])} runs done; {facts['flops_spent']:.3g} of {whole:.3g} "
+        f"FLOPs spent{saved}; N counts {facts['count']}, FLOPs are what each run adds"
+    )
+    return "\n".join([*lines, *(f"note: {note}" for note in facts["notes"])])
+
+
+def fit_facts(found: Fit, resampled: Bootstrap, path: str) -> dict[str, Any]:
+    """A fit as JSON, without its observations."""
+    plain = found.to_json()
+    return {
+        "law": found.form.name,
+        "equation": found.form.equation,
+        "values": {name: float(value) for name, value in found.values.items()},
+        "intervals": {name: list(resampled.interval(name)) for name in resampled.names},
+        "objective": found.objective,
+        "certificate": plain["certificate"],
+        "rows": len(found.observations),
+        "file": path,
+    }
+
+
+def fit_text(facts: dict[str, Any]) -> str:
+    """The fit of ``fit_facts``."""
+    lines = [f"{facts['law']}: {facts['equation']}, fitted to {facts['rows']} runs"]
+    for name, value in facts["values"].items():
+        low, high = facts["intervals"][name]
+        lines.append(f"  {name:<8} {value:<12.5g} ({low:.5g} to {high:.5g})")
+    return "\n".join([*lines, f"written to {facts['file']}"])
+
+
+def prediction_text(found: Prediction) -> str:
+    """A prediction in words."""
+    target = found.target
+    lines = [
+        f"{target['run']} (N {short(target['N'])}, D {short(target['D'])}): {found.law} of "
+        f"{found.rungs} runs predicts {found.predicted:.4f}, {found.level:.0%} interval "
+        f"{found.low:.4f} to {found.high:.4f}"
+    ]
+    if found.measured is not None:
+        assert found.error is not None
+        where = "inside" if found.covered else "OUTSIDE"
+        lines.append(
+            f"measured {found.measured:.4f}: the prediction is {found.error:+.2%} off, {where} its "
+            "interval"
+        )
+    if found.target_state == "done":
+        lines.append("note: this prediction was made AFTER the target's run had ended")
+    elif found.target_state == "partial":
+        lines.append(f"note: the target stood at step {found.target_step} when it was predicted")
+    return "\n".join([*lines, *(f"note: {warning}" for warning in found.warnings)])
+
+
+def losses(state: RunState) -> str:
+    """A run's held-out losses, or the last one in training."""
+    if state.validation:
+        return ", ".join(f"{name} {value:.4f}" for name, value in state.validation.items())
+    return "no loss" if state.loss is None else f"loss {state.loss:.4f}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in one or two units."""
+    whole = round(seconds)
+    for size, unit, below, small in (
+        (86400, "d", 3600, "h"),
+        (3600, "h", 60, "m"),
+        (60, "m", 1, "s"),
+    ):
+        if whole >= size:
+            return f"{whole // size}{unit}{whole % size // below:02d}{small}"
+    return f"{whole}s"
+
+
+def missing_text(runs: Sequence[PlannedRun]) -> str:
+    """Some names, for a sentence."""
+    names = [run.name for run in runs]
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

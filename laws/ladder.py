@@ -1,0 +1,159 @@
+"""What a ladder says: the law of its rungs, and its target predicted before it is trained."""
+
+# N parameters, D tokens of a run
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from allometry.configs.errors import UserError
+from allometry.laws.collect import CountName, from_runs
+from allometry.laws.fit.bootstrap import Bootstrap, bootstrap
+from allometry.laws.fit.engine import Fit, fit, require_identified
+from allometry.laws.observations import Observations
+from allometry.laws.registry import form_named
+
+LEVEL = 0.95
+"""Of a prediction's interval."""
+TargetState = Literal["planned", "partial", "done"]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A target's loss as the rungs foretell it, and as it was measured.
+
+    ``low``, ``high``: the ``level`` interval of one run's loss: of the law's parameters, by
+    bootstrap over cells, and of the scatter of runs around it. ``time``: when it was made, seconds
+    since 1970; ``target_state`` and ``target_step``: how far the target was then: a prediction that
+    was made of a run that had ended says ``done``. ``target``: the run's name, N, D and more.
+    """
+
+    law: str
+    target: dict[str, Any]
+    predicted: float
+    low: float
+    high: float
+    level: float
+    rungs: int
+    loss: str
+    time: float
+    target_state: TargetState
+    target_step: int
+    warnings: tuple[str, ...]
+    measured: float | None = None
+
+    @property
+    def error(self) -> float | None:
+        """Predicted over measured, less 1."""
+        return None if self.measured is None else self.predicted / self.measured - 1.0
+
+    @property
+    def covered(self) -> bool | None:
+        """Whether the interval holds what was measured."""
+        return None if self.measured is None else self.low <= self.measured <= self.high
+
+    def describe(self) -> dict[str, Any]:
+        """JSON."""
+        return {**asdict(self), "error": self.error, "covered": self.covered}
+
+
+def fit_rungs(
+    folders: Sequence[Path], law: str, *, count: CountName, loss: str, bootstraps: int
+) -> tuple[Fit, Bootstrap]:
+    """Return the law of these finished runs and its bootstrap over cells (runs alike but in seed).
+
+    Raises:
+        UserError: the law is not known, runs have not finished or cannot be compared, or they do
+            not identify the law's parameters.
+    """
+    form = form_named(law)
+    found = fit(form, from_runs(folders, count=count, loss=loss))
+    require_identified(found)
+    return found, bootstrap(found, bootstraps)
+
+
+def predict_target(
+    found: Fit,
+    resampled: Bootstrap,
+    target: Mapping[str, Any],
+    *,
+    state: TargetState,
+    step: int,
+) -> Prediction:
+    """Return the prediction of a run of which ``target`` gives what the law reads, and its name.
+
+    Raises:
+        UserError: the law reads what is not known before a run.
+    """
+    columns = {key: [float(value)] for key, value in target.items() if _is_number(value)}
+    wanted = Observations.of(columns, [str(target["run"])])
+    predicted = float(found.predict(wanted)[0])
+    low, high = resampled.predict_interval(wanted, LEVEL, noise=True)
+    return Prediction(
+        law=found.form.name,
+        target=dict(target),
+        predicted=predicted,
+        low=float(low[0]),
+        high=float(high[0]),
+        level=LEVEL,
+        rungs=len(found.observations),
+        loss=found.observations.conventions.get("loss", ""),
+        time=round(time.time(), 3),
+        target_state=state,
+        target_step=step,
+        warnings=tuple(found.warnings_for(wanted)),
+    )
+
+
+def measure_target(
+    prediction: Prediction, rungs: Sequence[Path], target: Path, *, count: CountName, loss: str
+) -> Prediction:
+    """Return the prediction with the loss of the target's finished run, comparable with the rungs.
+
+    Raises:
+        UserError: it has not finished, or its loss is another than that of the rungs.
+    """
+    together = from_runs([*rungs, target], count=count, loss=loss)
+    return replace(prediction, measured=float(together["loss"][-1]))
+
+
+def save_prediction(path: Path, prediction: Prediction) -> None:
+    """Write a prediction as JSON, at once under its name."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(prediction.describe(), indent=2) + "\n", encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def load_prediction(path: Path) -> Prediction | None:
+    """Return the prediction of ``save_prediction``; None where there is none.
+
+    Raises:
+        UserError: the file is something else.
+    """
+    if not path.is_file():
+        return None
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        fields = {key: data[key] for key in Prediction.__dataclass_fields__}
+        found = Prediction(**fields | {"warnings": tuple(fields["warnings"])})
+        if not all(math.isfinite(value) for value in (found.predicted, found.low, found.high)):
+            raise ValueError("its numbers are not finite")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is not a prediction ({type(error).__name__}: {error}); restore it or remove it"
+        ) from None
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
