@@ -55,6 +55,10 @@ class FitOptions:
             raise UserError(f"delta={self.delta} must be a positive number; 0.001 is usual")
         if self.starts is not None and self.starts < 1:
             raise UserError(f"starts={self.starts} must be at least 1; leave it out for the grid")
+        if self.survivors is not None and self.survivors < 1:
+            raise UserError(
+                f"survivors={self.survivors} must be at least 1; None keeps every search"
+            )
 
     def make_loss(self) -> Loss:
         """Return the loss that these options name."""
