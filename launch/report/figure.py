@@ -124,29 +124,32 @@ def known(x: Column, y: Column) -> tuple[Column, Column]:
     return x[kept], y[kept]
 
 
-def thin(x: Column, *ys: Column, log: bool = False) -> tuple[Column, ...]:
-    """Return at most ``POINTS`` of the points, the first and the last among them.
+def thin(x: Column, *ys: Column, log: bool = False, most: int = POINTS) -> tuple[Column, ...]:
+    """Return at most ``most`` of the points, the first and the last among them.
 
     ``log``: spread evenly over log x, as the eye sees them, else evenly over the points.
     """
-    if len(x) <= POINTS:
+    if len(x) <= most:
         return (x, *ys)
     if log and x[0] > 0.0:
-        wanted = np.geomspace(x[0], x[-1], POINTS)
+        wanted = np.geomspace(x[0], x[-1], most)
         rows = np.searchsorted(x, wanted * (1.0 - 1e-12))
     else:
-        rows = np.linspace(0, len(x) - 1, POINTS).round().astype(np.intp)
-    rows = np.unique(np.append(np.clip(rows, 0, len(x) - 1), (0, len(x) - 1)))[:POINTS]
+        rows = np.linspace(0, len(x) - 1, most).round().astype(np.intp)
+    rows = np.unique(np.append(np.clip(rows, 0, len(x) - 1), (0, len(x) - 1)))[:most]
     rows[-1] = len(x) - 1
     return (x[rows], *(y[rows] for y in ys))
 
 
 def smooth(values: Column, share: float) -> Column:
-    """Return the mean over a window of this share of the curve that ends at each point."""
-    window = max(1, round(len(values) * share))
+    """Return at each point the mean of the last ``share`` of the curve so far.
+
+    On a logarithmic axis windows look equally wide; one of a fixed number of rows would drag the
+    steep beginning along.
+    """
     sums = np.concatenate(([0.0], np.cumsum(values)))
     ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(0, ends - window)
+    starts = ends - np.maximum(np.round(ends * share).astype(np.intp), 1)
     means: Column = (sums[ends] - sums[starts]) / (ends - starts)
     return means
 

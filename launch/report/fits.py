@@ -22,9 +22,10 @@ from allometry.launch.report.figure import (
     ordered,
     thin,
 )
-from allometry.launch.report.inputs import Inputs, Prediction
+from allometry.launch.report.inputs import Inputs
 from allometry.laws.fit.engine import Fit
 from allometry.laws.fit.store import StoredFit
+from allometry.laws.ladder import Prediction
 from allometry.laws.observations import Observations
 
 SLICES = 12
@@ -37,6 +38,7 @@ TARGET_HEAD = (
     "target",
     "predicted",
     "95 % interval",
+    "made",
     "measured",
     "error",
     "inside the interval",
@@ -52,7 +54,7 @@ def fits(inputs: Inputs) -> Section:
         return Section(key="fits", title=title, text="", absent=why)
     figures, rows = [], []
     for number, (path, stored) in enumerate(inputs.fits, start=1):
-        own = [one for one in inputs.predictions if one.path.parent == path.parent]
+        own = [one for folder, one in inputs.predictions if folder == path.parent]
         name = f"fit {number}" if len(inputs.fits) > 1 else "fit"
         figures.append(_figure(f"fit-{number}", path, stored, own))
         rows += _parameters(name, stored)
@@ -60,11 +62,19 @@ def fits(inputs: Inputs) -> Section:
     if targets:
         caption = "What ladders predicted, in nats per token; error = predicted/measured - 1."
         tables.append(Table(head=TARGET_HEAD, rows=targets, caption=caption))
+    notes = [f"{folder}: {said}." for folder, one in inputs.predictions for said in one.warnings]
     text = (
         "Dots are measured, lines the law, bands its 95 % interval over bootstrap samples of "
         "groups (the uncertainty of the parameters). A star is a target that was held out."
     )
-    return Section(key="fits", title=title, text=text, figures=tuple(figures), tables=tuple(tables))
+    return Section(
+        key="fits",
+        title=title,
+        text=text,
+        figures=tuple(figures),
+        tables=tuple(tables),
+        notes=tuple(notes),
+    )
 
 
 def _figure(key: str, path: Path, stored: StoredFit, targets: Sequence[Prediction]) -> Figure:
@@ -217,7 +227,7 @@ def _against(stored: StoredFit, targets: Sequence[Prediction]) -> Panel:
         assert one.measured is not None
         series.append(
             Series(
-                name=f"target {one.target}, held out",
+                name=f"target {one.target.get('run')}, held out",
                 x=np.array([one.predicted]),
                 y=np.array([one.measured]),
                 style="star",
@@ -276,24 +286,26 @@ def _parameters(name: str, stored: StoredFit) -> list[tuple[str, ...]]:
     return rows
 
 
-def _targets(predictions: Sequence[Prediction]) -> tuple[tuple[str, ...], ...]:
+def _targets(predictions: Sequence[tuple[Path, Prediction]]) -> tuple[tuple[str, ...], ...]:
     rows = []
-    for one in predictions:
-        both = one.low is not None and one.high is not None
+    for folder, one in predictions:
         measured, error, inside = "not trained yet", "–", "–"
-        if one.measured is not None:
-            measured = f"{one.measured:.4f}"
-            error = f"{100.0 * (one.predicted / one.measured - 1.0):+.2f} %"
-            if one.low is not None and one.high is not None:
-                inside = "yes" if one.low <= one.measured <= one.high else "NO"
-        interval = f"{one.low:.4f} to {one.high:.4f}" if both else "–"
+        if one.measured is not None and one.error is not None:
+            measured, error = f"{one.measured:.4f}", f"{100.0 * one.error:+.2f} %"
+            inside = "yes" if one.covered else "NO"
+        made = {
+            "planned": "before the target began",
+            "partial": f"when the target was at step {one.target_step}",
+            "done": "AFTER the target had ended",
+        }[one.target_state]
         rows.append(
             (
-                str(one.path.parent),
+                str(folder),
                 one.law,
-                one.target,
+                str(one.target.get("run", "?")),
                 f"{one.predicted:.4f}",
-                interval,
+                f"{one.low:.4f} to {one.high:.4f}",
+                made,
                 measured,
                 error,
                 inside,

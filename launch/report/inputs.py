@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,26 +13,13 @@ import numpy as np
 from allometry.configs.errors import UserError
 from allometry.launch.report.figure import Column, colours
 from allometry.laws.fit.store import StoredFit, load_fit
+from allometry.laws.ladder import Prediction, load_prediction
 from allometry.laws.runs import Run, read_run
 from allometry.laws.trials import TrialFile, read_trials
 
 SECTIONS = ("run", "model", "data", "optimizer", "schedule")
 COLUMNS = ("step", "tokens", "flops", "loss")
 """What every run has."""
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """A ladder's prediction of its target: losses in nats per token, None where not known."""
-
-    path: Path
-    law: str
-    target: str
-    predicted: float
-    low: float | None
-    high: float | None
-    measured: float | None
-    details: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -105,14 +91,17 @@ class Shown:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Everything a report shows, read; ``notes``: what was left out, and why."""
+    """Everything a report shows, read.
+
+    ``predictions``: with their ladders' folders. ``notes``: what was left out, and why.
+    """
 
     runs: tuple[Shown, ...]
     fits: tuple[tuple[Path, StoredFit], ...]
     trials: tuple[TrialFile, ...]
-    predictions: tuple[Prediction, ...]
+    predictions: tuple[tuple[Path, Prediction], ...]
     notes: tuple[str, ...]
-    smoothing: float = 0.02
+    smoothing: float = 0.05
 
 
 def read_inputs(
@@ -126,7 +115,7 @@ def read_inputs(
     if not (folders or fits or trials):
         raise UserError("nothing to report on; name run folders, --fit FILE or --transfer FILE")
     if not 0.0 < smoothing <= 0.5:
-        raise UserError(f"--smooth={smoothing:g} must be a share of a curve, above 0 and up to 0.5")
+        raise UserError(f"--smooth={smoothing:g} must be a share of a run, above 0 and up to 0.5")
     found: dict[Path, Path] = {}
     notes: list[str] = []
     fit_files = list(fits)
@@ -140,8 +129,9 @@ def read_inputs(
         notes += left_out
         if (folder / "fit.json").is_file():
             fit_files.append(folder / "fit.json")
-        if (folder / "prediction.json").is_file():
-            predictions.append(_prediction(folder / "prediction.json"))
+        prediction = load_prediction(folder / "prediction.json")
+        if prediction is not None:
+            predictions.append((folder, prediction))
     return Inputs(
         runs=_shown([_read(folder) for folder in found.values()]),
         fits=tuple((path, _load_fit(path)) for path in dict.fromkeys(fit_files)),
@@ -202,34 +192,3 @@ def _load_fit(path: Path) -> StoredFit:
     if not path.is_file():
         raise UserError(f"--fit={path} is no file; write one with allometry fit LAW ... --out")
     return load_fit(path)
-
-
-def _prediction(path: Path) -> Prediction:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        numbers = {
-            key: None if value.get(key) is None else float(value[key])
-            for key in ("predicted", "low", "high", "measured")
-        }
-        law, target = str(value["law"]), value["target"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path} is no prediction of a ladder ({type(error).__name__}: {error}); make it again "
-            "with allometry ladder predict"
-        ) from error
-    if numbers["predicted"] is None:
-        raise UserError(
-            f"{path} has no number under 'predicted'; make it again with allometry ladder predict"
-        )
-    details = target if isinstance(target, dict) else {}
-    name = str(details.get("name", target))
-    return Prediction(
-        path,
-        law,
-        name,
-        numbers["predicted"],
-        numbers["low"],
-        numbers["high"],
-        numbers["measured"],
-        details,
-    )

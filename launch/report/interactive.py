@@ -14,7 +14,7 @@ from allometry.launch.report.figure import Column, Figure, Panel, Series, Ticks
 HEIGHT, COLUMNS = 392, 2
 TITLE, GAP_X, TOP, BOTTOM = 24, 0.09, 30, 62
 SYMBOLS = {"dots": "circle", "star": "star", "cross": "x"}
-SIZES = {"dots": 6, "star": 13, "cross": 9}
+SIZES = {"dots": 5, "star": 13, "cross": 9}
 
 
 def specification(figure: Figure) -> dict[str, Any]:
@@ -101,10 +101,11 @@ def _scale(log: bool, ticks: Ticks, values: Sequence[Column]) -> dict[str, Any]:
     to a tick, every digit where there are fewer, and the labels then overlap.
     """
     if not log:
-        return {"type": "linear", "exponentformat": "B"}
+        most = max((np.nanmax(np.abs(one)) for one in values if len(one)), default=0.0)
+        return {"type": "linear", "exponentformat": "B" if most >= 1000.0 else "e"}
     joined = np.concatenate([one[one > 0.0] for one in values]) if values else np.empty(0)
     decades = float(np.log10(joined.max() / joined.min())) if len(joined) else 0.0
-    number = 4 if decades < 0.85 else int(max(decades, 1.0) / 0.31)
+    number = 6 if decades < 0.85 else int(max(decades, 1.0) / 0.31)
     if decades > 3.0:
         number = min(12, int(decades) + 1)
     form = {"count": "B", "power": "power", "plain": "none"}[ticks]
@@ -149,7 +150,7 @@ def _traces(series: Series, panel: Panel, suffix: str, legend: bool) -> list[dic
             "symbol": SYMBOLS[series.style],
             "size": SIZES[series.style],
             "color": series.colour,
-            "line": {"width": 0.8, "color": "#fff" if series.style != "star" else "#222"},
+            "line": {"width": 0.8 if series.style == "star" else 0, "color": "#222"},
         }
         return [{**common, "mode": "markers", "marker": marker}]
     faint = series.layer == "recorded"
@@ -174,7 +175,7 @@ def _band(series: Series, common: dict[str, Any]) -> dict[str, Any]:
         "y": numbers(np.concatenate([series.low, series.high[::-1]])),
         "mode": "lines",
         "fill": "toself",
-        "fillcolor": f"rgba({red},{green},{blue},0.18)",
+        "fillcolor": f"rgba({red},{green},{blue},0.14)",
         "line": {"width": 0},
         "hoverinfo": "skip",
         "showlegend": False,

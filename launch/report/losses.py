@@ -19,6 +19,8 @@ from allometry.launch.report.inputs import Inputs, Shown
 
 LOSS = "loss (nats per token)"
 SOURCES = 12
+DOTS = 20
+"""Held-out losses of a run, at most."""
 AXES: tuple[tuple[str, str, str, Ticks], ...] = (
     ("tokens", "tokens", "training tokens", "count"),
     ("flops", "compute", "model FLOPs", "power"),
@@ -46,8 +48,8 @@ def losses(inputs: Inputs) -> Section:
     text = (
         "Training loss in nats per token (lines) and held-out loss of the mixture (dots: the mean "
         "over sources, weighted by their shares). "
-        f"Smoothed lines are means over the last {share:.3g} of a curve up to each point. FLOPs "
-        "are those of the model, forward and backward, without recomputation."
+        f"Smoothed lines are, at each point, means over the last {share:.0%} of the run so "
+        "far. FLOPs are those of the model, forward and backward, without recomputation."
     )
     return Section(
         key="loss", title=title, text=text, figures=(Figure(key="loss", text="", panels=panels),)
@@ -84,7 +86,7 @@ def _train(one: Shown, key: str, column: str, share: float) -> list[Series]:
 
 
 def _dots(one: Shown, x: Column, y: Column) -> Series:
-    thin_x, thin_y = thin(x, y)
+    thin_x, thin_y = thin(x, y, log=True, most=DOTS)
     return Series(
         name=f"{one.name}, held out",
         x=thin_x,
@@ -189,6 +191,7 @@ def forecasts(inputs: Inputs) -> Section:
                     style="star",
                     colour=one.colour,
                     run=one.number,
+                    named=False,
                 )
             )
     panel = Panel(

@@ -9,7 +9,7 @@ from typing import Any
 from allometry.launch.report.figure import Figure, Panel, Series
 
 MARKERS = {"dots": "o", "star": "*", "cross": "x"}
-SIZES = {"dots": 4.0, "star": 12.0, "cross": 7.0}
+SIZES = {"dots": 3.0, "star": 12.0, "cross": 7.0}
 NAMED = 12
 """A legend names at most this many things."""
 
@@ -37,8 +37,10 @@ def _draw(figure: Figure, path: Path) -> None:
     drawn, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for axis in axes.flat[len(figure.panels) :]:
         axis.set_visible(False)
-    for axis, panel in zip(axes.flat, figure.panels, strict=False):
+    for number, (axis, panel) in enumerate(zip(axes.flat, figure.panels, strict=False)):
         _panel(axis, panel)
+        if figure.legend or number == 0:  # else all panels show the same runs
+            _legend(axis)
     drawn.savefig(path, dpi=130)
     plt.close(drawn)
 
@@ -56,10 +58,18 @@ def _panel(axis: Any, panel: Panel) -> None:
         axis.set_xscale("log")
     if panel.y_log:
         axis.set_yscale("log")
-        axis.yaxis.set_major_locator(MaxNLocator(8))
-        axis.yaxis.set_minor_locator(NullLocator())
-        axis.yaxis.set_major_formatter("{x:.3g}")
+    for log, scale, limits in (
+        (panel.x_log, axis.xaxis, axis.get_xlim()),
+        (panel.y_log, axis.yaxis, axis.get_ylim()),
+    ):
+        if log and limits[1] < 10.0 * limits[0]:  # a log axis alone would name one number, or none
+            scale.set_major_locator(MaxNLocator(7))
+            scale.set_minor_locator(NullLocator())
+            scale.set_major_formatter("{x:.3g}")
     axis.grid(alpha=0.3)
+
+
+def _legend(axis: Any) -> None:
     lines, names = axis.get_legend_handles_labels()
     if names:
         first = dict(zip(reversed(names), reversed(lines), strict=True))

@@ -32,7 +32,7 @@ class Request:
     fits: tuple[Path, ...] = ()
     trials: tuple[Path, ...] = ()
     png: Path | None = None
-    smoothing: float = 0.02
+    smoothing: float = 0.05
     title: str = "Allometry report"
 
 

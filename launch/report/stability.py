@@ -148,5 +148,6 @@ def _alarms(one: Shown, watched: Watched, x: Column, y: Column) -> list[Series]:
             colour="#C00000",
             run=one.number,
             notes=tuple(str(watched.alarm) for _ in found),
+            named=False,
         )
     ]

@@ -12,6 +12,7 @@ import numpy as np
 from allometry.laws.fit.bootstrap import bootstrap
 from allometry.laws.fit.engine import FitOptions, fit
 from allometry.laws.fit.store import save_fit
+from allometry.laws.ladder import Prediction, save_prediction
 from allometry.laws.observations import Observations
 from allometry.laws.registry import form_named
 from fake_runs import chinchilla, fake_run
@@ -91,16 +92,22 @@ def fake_ladder(folder: Path, measured: float | None = 3.05) -> Path:
                 folder / "runs" / f"w{width}-s{steps}", f"training.total_steps={steps}", width=width
             )
     write_fit(folder / "fit.json", small_fit())
-    prediction = {
-        "law": "chinchilla",
-        "target": {"name": "w128", "N": 1e8, "D": 2e9},
-        "predicted": 3.0,
-        "low": 2.9,
-        "high": 3.1,
-        "time": 1.0e9,
-        "measured": measured,
-    }
-    (folder / "prediction.json").write_text(json.dumps(prediction))
+    prediction = Prediction(
+        law="chinchilla",
+        target={"run": "w128", "N": 1e8, "D": 2e9},
+        predicted=3.0,
+        low=2.9,
+        high=3.1,
+        level=0.95,
+        rungs=6,
+        loss="",
+        time=1.0e9,
+        target_state="planned",
+        target_step=0,
+        warnings=("N=1e8 is outside of the fitted range",),
+        measured=measured,
+    )
+    save_prediction(folder / "prediction.json", prediction)
     return folder
 
 

@@ -181,7 +181,7 @@ def test_a_run_named_twice_is_shown_once(ladder: Path, tmp_path: Path) -> None:
         ({"runs": ("absent",)}, "absent is not a folder"),
         ({"runs": ("hollow",)}, "hollow holds no config.yaml"),
         ({"runs": ("ladder",)}, "ladder/runs holds no run"),
-        ({"runs": ("odd",)}, "odd/prediction.json is no prediction"),
+        ({"runs": ("odd",)}, "odd/prediction.json is not a prediction"),
         ({"runs": ("run",), "out": "page.pdf"}, "name it something.html"),
         ({"runs": ("run",), "out": "bad.json/r.html"}, "cannot be written"),
         ({"runs": ("run",), "smoothing": 0.7}, "--smooth=0.7 must be"),

@@ -40,7 +40,7 @@ from fake_runs import fake_run
 
 
 def inputs(*runs: Path, fit: Path | None = None, sweeps: tuple[Path, ...] = ()) -> Inputs:
-    return read_inputs(runs, () if fit is None else (fit,), sweeps, 0.02)
+    return read_inputs(runs, () if fit is None else (fit,), sweeps, 0.05)
 
 
 def panels(section: Section) -> dict[str, Panel]:
@@ -65,11 +65,12 @@ def test_thin_keeps_the_ends_and_its_bound(log: bool) -> None:
     share_early = (few_x < 200).mean()
     assert (share_early > 0.3) == log
     assert len(thin(x[:POINTS])[0]) == POINTS
+    assert thin(x, most=3)[0].tolist() == [1.0, 10_001.0, 20_000.0]
 
 
 def test_smooth_is_a_mean_of_what_came_before() -> None:
     values = np.array([1.0, 3.0, 5.0, 7.0])
-    assert smooth(values, 0.5).tolist() == [1.0, 2.0, 4.0, 6.0]
+    assert smooth(values, 0.5).tolist() == [1.0, 3.0, 4.0, 6.0]
     assert smooth(values, 0.01).tolist() == values.tolist()
 
 
@@ -130,7 +131,8 @@ def test_forecast_and_alarm(tmp_path: Path) -> None:
     band, line, star = series
     assert (band.style, line.style, star.style) == ("band", "line", "star")
     assert (line.y == 3.0).all()
-    assert star.y[0] == pytest.approx(shown.runs[0].train_loss)
+    last = shown.runs[0].metrics["loss"][-2:].mean()  # 5 % of 40 steps
+    assert star.y[0] == pytest.approx(last, rel=1e-12)
     section = stability.stability(shown)
     logits = panels(section)["largest attention logit"].series
     assert logits[0].y.tolist() == [11.0, 21.0, 31.0, 41.0]  # layer 1 has the larger ones
@@ -224,10 +226,12 @@ def test_a_fit_is_drawn_with_its_band_and_target(tmp_path: Path) -> None:
     assert section.tables[1].rows[0][3:] == (
         "3.0000",
         "2.9000 to 3.1000",
+        "before the target began",
         "3.0500",
         "-1.64 %",
         "yes",
     )
+    assert section.notes[0].endswith("ladder: N=1e8 is outside of the fitted range.")
     errors = found["residuals"].series[1].y
     assert 0.0 < np.abs(errors).max() < 5.0
 
