@@ -22,6 +22,8 @@ Array = NDArray[np.float64]
 
 PERTURBED = 2
 """Perturbed starts of a sample, beside the fit's optimum."""
+NOISES = 20
+"""Residuals drawn for each sample's prediction of one more run."""
 BLOCK = 2**23
 """Weights held at once."""
 
@@ -71,6 +73,7 @@ class Bootstrap:
             residual_n = self.fit.residuals()
             freedom = max(len(residual_n) - len(self.names), 1)
             draw = np.random.default_rng(self.seed + 1)
+            predicted_Bn = np.repeat(predicted_Bn, NOISES, axis=0)
             moved_Bn = draw.choice(residual_n, predicted_Bn.shape)
             moved_Bn *= np.sqrt(len(residual_n) / freedom)
             if self.fit.form.residual == "log":  # residuals are predicted less measured
@@ -114,7 +117,7 @@ def bootstrap(fit: Fit, samples: int = 200, seed: int = 0) -> Bootstrap:
     groups, index_n = np.unique(np.array(fit.observations.groups), return_inverse=True)
     if len(groups) < 2:
         raise UserError(
-            f"all {len(index_n)} observations belong to group {groups[0]!r}, and a bootstrap "
+            f"all {len(index_n)} observations belong to group {str(groups[0])!r}, and a bootstrap "
             f"resamples groups; give rows of at least two runs or ask for no intervals"
         )
     if samples < 2:

@@ -65,8 +65,8 @@ def leave_one_group_out(
     names, index_n = np.unique(np.array(observations.groups), return_inverse=True)
     if len(names) < 2:
         raise UserError(
-            f"all observations belong to group {names[0]!r}, so none can be held out; give rows of "
-            f"at least two runs"
+            f"all observations belong to group {str(names[0])!r}, so none can be held out; give "
+            f"rows of at least two runs"
         )
     whole = fit(form, observations, options)
     problem = whole.problem()
