@@ -57,6 +57,12 @@ Unfinished = Annotated[
 Bins = Annotated[
     int | None, typer.Option(help="of runs' curves: stretches that a train loss is averaged in")
 ]
+Curves = Annotated[
+    bool | None,
+    typer.Option(
+        "--curves", help="of runs: rows are recorded steps, also for a law that reads no step"
+    ),
+]
 Warmup = Annotated[
     int | None,
     typer.Option(help="of tables of curves: steps of warm-up; default: to the first row"),
@@ -116,6 +122,7 @@ def fit(
     unfinished: Unfinished = None,
     bins: Bins = None,
     warmup: Warmup = None,
+    curves: Curves = None,
     hold_out: HoldOut = None,
     bootstraps: Annotated[
         int | None, typer.Option(min=0, help="samples for intervals; default: 200; 0: none")
@@ -155,6 +162,7 @@ def compare(
     unfinished: Unfinished = None,
     bins: Bins = None,
     warmup: Warmup = None,
+    curves: Curves = None,
     hold_out: HoldOut = None,
     starts: Starts = None,
     seed: Seed = 0,

@@ -11,12 +11,17 @@ from typing import Any, get_args
 import numpy as np
 
 from allometry.configs.errors import UserError
+from allometry.configs.run import RunConfig
 from allometry.laws.collect import COUNTS, GROUPINGS, Unfinished, from_runs
 from allometry.laws.curves import curves_from_runs, curves_from_tables
 from allometry.laws.derive import derive
 from allometry.laws.forms.base import Form
-from allometry.laws.observations import Observations
+from allometry.laws.observations import LearningRates, Observations
+from allometry.laws.runs import Run
 from allometry.laws.tables import is_table, read_table
+from allometry.optim.schedule import resolve_schedule
+from allometry.scaling.batch import BatchPlan
+from allometry.trainer.rates import rates_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,9 +40,10 @@ class DataRequest:
     unfinished: str | None = None
     bins: int | None = None
     warmup: int | None = None
+    curves: bool | None = None
 
 
-_OF_RUNS = ("count", "loss", "last", "group_by", "unfinished", "bins")
+_OF_RUNS = ("count", "loss", "last", "group_by", "unfinished", "bins", "curves")
 _OF_FINISHED_RUNS = ("last", "group_by", "unfinished")
 _OF_CURVES = ("bins", "warmup")
 _CHOICES = {"count": COUNTS, "group_by": GROUPINGS, "unfinished": get_args(Unfinished)}
@@ -56,19 +62,20 @@ def observations_for(request: DataRequest, forms: Sequence[Form]) -> Observation
             f"{request.sources[tables.index(False)]} is not a table and "
             f"{request.sources[tables.index(True)]} is; give run folders or tables, not both"
         )
-    curves = [_is_curve(form) for form in forms]
-    if any(curves) and not all(curves):
+    of_curves = [_is_curve(form) for form in forms]
+    if any(of_curves) and not all(of_curves) and not request.curves:
         raise UserError(
-            f"{forms[curves.index(True)].name} is a law of whole curves and "
-            f"{forms[curves.index(False)].name} of finished runs; fit them apart"
+            f"{forms[of_curves.index(True)].name} is a law of whole curves and "
+            f"{forms[of_curves.index(False)].name} of finished runs; fit them apart"
         )
-    _check_options(request, table=tables[0], curve=curves[0])
+    curve = of_curves[0] or bool(request.curves)
+    _check_options(request, table=tables[0], curve=curve)
     mapping = assignments(request.mapping, "--map")
     if tables[0]:
-        found = _of_tables(request, forms, mapping, curve=curves[0])
+        found = _of_tables(request, forms, mapping, curve=curve)
     else:
         found = derive(
-            _of_runs(request, curve=curves[0]),
+            _of_runs(request, curve=curve),
             mapping=mapping,
             where=request.where,
             group=request.group,
@@ -110,10 +117,10 @@ def _check_options(request: DataRequest, *, table: bool, curve: bool) -> None:
     given = {field.name for field in fields(request) if getattr(request, field.name) is not None}
     for names, wrong, of in (
         (_OF_RUNS, table, "run folders, not to tables"),
-        (_OF_FINISHED_RUNS, curve, "laws of finished runs, not to laws of curves"),
-        (_OF_CURVES, not curve, "laws of curves"),
+        (_OF_FINISHED_RUNS, curve, "rows of finished runs, not of curves"),
+        (_OF_CURVES, not curve, "laws of curves (or --curves)"),
         (("warmup",), not table, "tables of curves; runs say their own warm-up"),
-        (("group",), table and curve, "laws of finished runs; each file is a curve of its own"),
+        (("group",), table and curve, "rows of finished runs; each file is a curve of its own"),
     ):
         for name in names:
             if wrong and name in given:
@@ -152,8 +159,16 @@ def _of_runs(request: DataRequest, *, curve: bool) -> Observations:
         return {name: value for name, value in values.items() if value is not None}
 
     if curve:
-        return curves_from_runs(request.sources, **given("count", "loss", "bins"))
+        options = given("count", "loss", "bins")
+        return curves_from_runs(request.sources, **options, planned=planned_rates)
     return from_runs(request.sources, **given("count", "loss", "last", "group_by", "unfinished"))
+
+
+def planned_rates(run: Run) -> LearningRates:
+    """Return the rates of each step that a run's configuration plans."""
+    config = RunConfig.model_validate(run.config)
+    plan = BatchPlan(config.batch, config.data.sequence_length)
+    return rates_of(resolve_schedule(config, plan), config.optimizer.lr)
 
 
 def _dropped(observations: Observations, names: Sequence[str]) -> Observations:

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +34,7 @@ def curves_from_runs(
     count: CountName = "non_embedding",
     loss: str = "train",
     bins: int | None = 200,
+    planned: Callable[[Run], LearningRates] | None = None,
 ) -> Observations:
     """Return rows of the curves of runs, finished or not: each run is a group with its own rates.
 
@@ -43,9 +44,11 @@ def curves_from_runs(
     stretches of as many rows each, and ``step`` is the stretch's middle (None: every row); held-out
     losses are taken as they are.
 
-    Rates are those the run recorded. With record.every_steps above 1 the steps between are filled
-    in on straight lines (from 0 before the first step of a warm-up), and the run's own sum S1,
-    which it kept step by step, must agree.
+    Rates are those the run recorded. With record.every_steps above 1 the steps between are taken
+    from ``planned``, the rates of a run's configuration, where they agree with all that were
+    recorded (not so where a schedule was changed on the way), else filled in on straight lines
+    (from 0 before the first step of a warm-up). Either way the run's own sum S1, which it kept
+    step by step, must agree.
 
     Raises:
         UserError: a folder holds no run, no row is left after the warm-up, the loss is not there,
@@ -62,7 +65,7 @@ def curves_from_runs(
     groups: list[str] = []
     curves: dict[str, LearningRates] = {}
     for run, name in zip(runs, run_names(runs), strict=True):
-        curves[name] = rates_of(run)
+        curves[name] = rates_of(run, planned)
         part = _rows(run, choice, count, curves[name], bins)
         parts.append(part)
         groups += [name] * len(part["step"])
@@ -80,7 +83,7 @@ def curves_from_runs(
     )
 
 
-def rates_of(run: Run) -> LearningRates:
+def rates_of(run: Run, planned: Callable[[Run], LearningRates] | None = None) -> LearningRates:
     """Return the learning rate of each step so far.
 
     Raises:
@@ -89,8 +92,12 @@ def rates_of(run: Run) -> LearningRates:
     check_record(run)
     warmup = int(run.record["plan"]["warmup_steps"])
     steps, rates, sums = (run.metrics[key] for key in ("step", "lr", "s1"))
-    known, values = (steps, rates) if warmup == 0 else (np.append(0, steps), np.append(0.0, rates))
-    filled = np.interp(np.arange(1, int(steps[-1]) + 1), known, values)
+    filled = _between(steps, rates, warmup)
+    if planned is not None and len(steps) < steps[-1]:
+        plan = planned(run).rates[: len(filled)]
+        recorded = steps.astype(int) - 1
+        if len(plan) == len(filled) and np.allclose(plan[recorded], rates, rtol=1e-9, atol=0.0):
+            filled = plan
     missed = np.abs(np.cumsum(filled)[steps.astype(int) - 1] - sums)
     if (missed > S1_TOLERANCE * sums).any():
         step = int(steps[np.argmax(missed > S1_TOLERANCE * sums)])
@@ -99,6 +106,13 @@ def rates_of(run: Run) -> LearningRates:
             f"to step {step} misses the recorded s1); set record.every_steps: 1 and train again"
         )
     return LearningRates(filled, warmup)
+
+
+def _between(steps: Column, rates: Column, warmup_steps: int) -> Column:
+    """Rates on straight lines between recorded steps, and from 0 where there is a warm-up."""
+    if warmup_steps > 0:
+        steps, rates = np.append(0, steps), np.append(0.0, rates)
+    return np.interp(np.arange(1, int(steps[-1]) + 1), steps, rates)
 
 
 def _rows(

@@ -259,6 +259,19 @@ def test_curves_of_runs_and_tables_are_fitted(shell: Shell, tmp_path: Path) -> N
     assert found["parameters"]["alpha"]["value"] == pytest.approx(0.5, rel=1e-4)
 
 
+def test_steps_on_the_way_are_rows_where_they_are_asked_for(shell: Shell, ladder: Path) -> None:
+    asked = ("--curves", "--bins", 10, "--starts", 64, "--bootstraps", 10)
+    found = shell.json("fit", "chinchilla", ladder, *asked)
+    assert (found["rows"], found["groups"]) == (150, 15)
+    assert found["parameters"]["alpha"]["value"] == pytest.approx(0.4, abs=0.01)
+    steps = ("--map", "S_min=step", "--hold-out", "S_min > 100")
+    found = shell.json("fit", "kaplan_trajectory", ladder, *asked, *steps)
+    assert found["rows"] == 150
+    assert found["held_out"]["mean"] < 0.05
+    sentence = shell.refusal("fit", "chinchilla", ladder, "--curves", "--last", 0.5)
+    assert "rows of finished runs" in sentence
+
+
 def test_groups_are_left_out_by_name(shell: Shell, ladder: Path) -> None:
     by_run = ("--group-by", "run", "--drop", "w64-40-0", "--drop", "w64-80-0")
     found = shell.json("fit", "chinchilla", ladder, *QUICK, *by_run, "--hold-out", "largest")
@@ -277,7 +290,7 @@ def test_groups_are_left_out_by_name(shell: Shell, ladder: Path) -> None:
         (["fit", "chinchila", "LADDER"], "no law is called 'chinchila'; use one of .*chinchilla"),
         (["fit", "chinchilla", "TABLE", "--count", "total"], "--count belongs to run folders"),
         (["fit", "chinchilla", "LADDER", "--bins", "9"], "--bins belongs to laws of curves"),
-        (["fit", "tissue", "LADDER", "--last", "0.2"], "--last belongs to laws of finished runs"),
+        (["fit", "tissue", "LADDER", "--last", "0.2"], "--last belongs to rows of finished runs"),
         (["fit", "tissue", "LADDER", "--warmup", "2"], "--warmup belongs to tables of curves"),
         (["fit", "chinchilla", "LADDER", "TABLE"], "give run folders or tables, not both"),
         (

@@ -1,16 +1,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from allometry.configs.errors import UserError
+from allometry.configs.run import RunConfig
 from allometry.laws.areas import areas_of
 from allometry.laws.collect import expand, from_runs
 from allometry.laws.curves import curves_from_runs, curves_from_tables
 from allometry.laws.derive import HELD_OUT, derive, mark_held_out
+from allometry.laws.observations import LearningRates
+from allometry.laws.runs import Run
+from allometry.scaling.count import count_parameters, flops_per_token
+from allometry.trainer.train import train
 from fake_runs import chinchilla, fake_run
 
 LAST = 40
@@ -57,6 +63,40 @@ def test_a_run_is_a_row_of_what_it_recorded(tmp_path: Path) -> None:
     attention = layers * 2 * width * (32 + 1)
     flops = 3 * (2 * (hidden + ends) + attention)
     np.testing.assert_array_equal(found["C"], [flops * tokens])
+
+
+def test_a_mixture_of_experts_says_what_laws_of_it_need(tmp_path: Path) -> None:
+    experts = "{kind: swiglu, num_experts: 8, experts_per_token: 2, width: 16}"
+    moe = "model={kind: moe, vocab_size: 64, width: 32, num_layers: 2, num_heads: 4, "
+    fake_run(tmp_path / "moe", moe + f"experts: {experts}}}")
+    found = from_runs([tmp_path / "moe"])
+    expected = {"experts": 8, "experts_per_token": 2, "expert_width": 16}
+    assert {name: found[name][0] for name in expected} == expected
+    inactive = 2 * (8 - 2) * 3 * 32 * 16
+    assert found["N_total"] - found["N_active"] == inactive
+    fake_run(tmp_path / "dense")
+    both = from_runs([tmp_path])
+    np.testing.assert_array_equal(both["experts"], [1, 8])
+    assert "expert_width" not in both.columns
+
+
+def test_a_run_that_was_trained_is_a_row_like_the_others(tiny: Callable[..., RunConfig]) -> None:
+    config = tiny("training.total_steps=8", "record.every_steps=4")
+    train(config)
+    found = from_runs([config.run.folder])
+    parameters = count_parameters(config.model)
+    flops = flops_per_token(config.model, config.data.sequence_length)
+    assert found["N"][0] == parameters.non_embedding
+    assert found["D"][0] == 8 * 8 * 32
+    assert found["C"][0] == found["D"][0] * flops.total
+    assert found["loss"][0] == pytest.approx(
+        0.7 * found["validation/up"][0] + 0.3 * found["validation/down"][0]
+    )
+    fake = fake_run(Path(config.run.folder).parent / "fake")
+    assert fake.model.kind == "dense"
+    made = from_runs([Path(config.run.folder).parent / "fake"])
+    kinds = {name.partition("/")[0] for name in found.columns}
+    assert kinds == {name.partition("/")[0] for name in made.columns}
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -257,6 +297,18 @@ def test_rates_that_were_hardly_recorded_are_refused(tmp_path: Path) -> None:
     fake_run(tmp_path / "a", "record.every_steps=16", "evaluation.every_steps=null")
     with pytest.raises(UserError, match=r"do not tell those between.*record\.every_steps: 1"):
         curves_from_runs([tmp_path / "a"])
+
+    def planned(run: Run) -> LearningRates:
+        return LearningRates(rates, 4)
+
+    fake_run(tmp_path / "b")
+    rates = curves_from_runs([tmp_path / "b"]).curves["b"].rates
+    exact = curves_from_runs([tmp_path / "a"], bins=None, planned=planned)
+    np.testing.assert_array_equal(exact.curves["a"].rates, rates)
+    np.testing.assert_array_equal(exact["step"], [16, 32, 40])
+    rates = rates * 1.01  # not what was recorded: back to lines, which do not do
+    with pytest.raises(UserError, match="do not tell those between"):
+        curves_from_runs([tmp_path / "a"], planned=planned)
 
 
 def test_a_curve_within_its_warmup_is_refused(tmp_path: Path) -> None:
