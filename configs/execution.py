@@ -222,6 +222,14 @@ class MonitorConfig(Section):
     )
 
 
+class ForecastConfig(Section):
+    """Forecasts of the final loss from the curve so far: ``forecast/`` in metrics.jsonl."""
+
+    every_steps: Count | None = Field(
+        1000, gt=0, description="steps between forecasts, each some 50 ms; null: never"
+    )
+
+
 class RecordConfig(Section):
     """What is written while training."""
 
@@ -231,4 +239,7 @@ class RecordConfig(Section):
     wandb: WandB | None = Field(None, description="also log to Weights & Biases")
     monitors: MonitorConfig = Field(
         default_factory=MonitorConfig, description="what is watched besides the loss"
+    )
+    forecast: ForecastConfig = Field(
+        default_factory=ForecastConfig, description="what the run will end at"
     )

@@ -57,8 +57,8 @@ def report(
         Path | None, typer.Option("--png", help="folder for the same figures as PNG")
     ] = None,
     smooth: Annotated[
-        float, typer.Option(help="share of a curve that its smoothed line averages over")
-    ] = 0.02,
+        float, typer.Option(help="smoothed losses: means over this share of the run so far")
+    ] = 0.05,
     title: Annotated[str, typer.Option(help="title of the page")] = "Allometry report",
     json: Json = False,
 ) -> None:
@@ -73,5 +73,70 @@ def report(
         png=png,
         smoothing=smooth,
         title=title,
+    )
+    typer.echo(run(request, as_json=json))
+
+
+@commands.command()
+def forecast(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="the run's folder")],
+    schedule: Annotated[
+        str | None,
+        typer.Option(help="kind of another schedule, e.g. wsd; default: the run's own"),
+    ] = None,
+    decay_fraction: Annotated[
+        float | None, typer.Option(help="share of the steps that the decay takes")
+    ] = None,
+    decay: Annotated[
+        str | None, typer.Option(help="form of the decay: 1-sqrt, linear or exponential")
+    ] = None,
+    final_fraction: Annotated[float | None, typer.Option(help="last rate over peak rate")] = None,
+    total_steps: Annotated[
+        int | None, typer.Option(min=1, help="length of the run; default: its own")
+    ] = None,
+    decay_now: Annotated[
+        bool,
+        typer.Option(
+            "--decay-now", help="as if the decay began now, a tenth of the run (--decay-fraction)"
+        ),
+    ] = False,
+    together: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--with", help="fit this run's curve as well: the same model; repeat for more"
+        ),
+    ] = None,
+    like: Annotated[
+        Path | None,
+        typer.Option(help="a run to borrow from where this one has measured nothing yet"),
+    ] = None,
+    at_step: Annotated[
+        int | None, typer.Option(min=1, help="forget what the run recorded after this step")
+    ] = None,
+    loss: Annotated[
+        str, typer.Option(help="train, validation, train/NAME or validation/NAME")
+    ] = "train",
+    level: Annotated[float, typer.Option(help="probability of the interval")] = 0.95,
+    json: Json = False,
+) -> None:
+    """Forecast the final loss of RUN from its curve so far, with an interval.
+
+    Under its own schedule, another one, or a decay that began now.
+    """
+    from allometry.launch.forecast import Request, run
+
+    request = Request(
+        run=folder,
+        together=tuple(together or ()),
+        like=like,
+        schedule=schedule,
+        decay_fraction=decay_fraction,
+        decay=decay,
+        final_fraction=final_fraction,
+        total_steps=total_steps,
+        decay_now=decay_now,
+        at_step=at_step,
+        loss=loss,
+        level=level,
     )
     typer.echo(run(request, as_json=json))

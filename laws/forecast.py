@@ -39,7 +39,7 @@ LONG = 3.0
 
 PUBLISHED = Prior(
     gain=Normal(0.04, 0.025),
-    log_alpha=Normal(math.log(0.45), 0.5),
+    log_alpha=Normal(math.log(0.45), 0.6),
     log_memory=Normal(math.log(600.0), 1.0),
     level=Normal(0.7, 0.35),
     source="published curves of 25M to 400M parameters (arXiv 2503.12811)",
@@ -241,9 +241,7 @@ def _reference(end_s2_M: Array, rows: Rows, target: LearningRates) -> Array:
     """Return the S2 [M] whose gain the prior is about: the target's, or one as large as any."""
     if (end_s2_M > 0.0).all():
         return end_s2_M
-    return np.asarray(
-        np.maximum(np.abs(rows.s2_Mn).max(axis=1), 1e-9 * float(target.rates.max()))
-    )
+    return np.asarray(np.maximum(np.abs(rows.s2_Mn).max(axis=1), 1e-9 * float(target.rates.max())))
 
 
 def _continues(curves: Sequence[Curve], target: LearningRates) -> bool:
@@ -305,8 +303,8 @@ def _warnings(quality: Quality, prior: Prior, longer: float, continues: bool) ->
     found = []
     if "gain" in quality.unmeasured:
         found.append(
-            f"what the decay gains has not been measured: {quality.gain.mean:.1%} +- "
-            f"{quality.gain.sd:.1%} of the loss is the prior, from {prior.source}"
+            f"what the decay gains is hardly measured: {quality.gain.mean:.1%} +- "
+            f"{quality.gain.sd:.1%} of the loss rests on the prior, from {prior.source}"
         )
     if "alpha" in quality.unmeasured:
         found.append(

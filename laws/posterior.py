@@ -133,10 +133,8 @@ def posterior(rows: Rows, prior: Prior, s1: float, reference_M: Array) -> Poster
     for _ in range(_ROUNDS):
         gram, right, square = columns.normal_equations(weights_n)
         precision = gram / variance + np.diag(sd_3**-2.0)
-        covariance = np.linalg.inv(precision)
-        coefficients = np.einsum(
-            "amij,amj->ami", covariance, right / variance + mean_3 / sd_3**2
-        )
+        covariance = np.asarray(np.linalg.inv(precision), np.float64)
+        coefficients = np.einsum("amij,amj->ami", covariance, right / variance + mean_3 / sd_3**2)
         fitted = np.einsum("ami,amij,amj->am", coefficients, gram, coefficients)
         misfit = square - 2.0 * (coefficients * right).sum(-1) + fitted
         strain = (((coefficients - mean_3) / sd_3) ** 2).sum(-1)

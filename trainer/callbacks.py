@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import IO, Any
 
 from allometry.configs.errors import UserError
@@ -10,12 +11,19 @@ from allometry.configs.execution import RecordConfig, WandB
 from allometry.trainer.folder import RunFolder
 from allometry.trainer.record import Row
 
+Report = Callable[..., None]
+"""``report(kind, **details)`` writes an event and tells all callbacks."""
+
 
 class Callback:
     """Hooks that run on the main rank. They see rows and events, never the model's insides."""
 
     def on_start(self, facts: dict[str, Any], first_step: int) -> None:
         """Before the first step of this launch; ``facts`` is what run.json says."""
+
+    def additions(self, row: Row, report: Report) -> Row:
+        """Before a row is written: what to add to it. It may take no part in training."""
+        return {}
 
     def on_row(self, row: Row) -> None:
         """After a row of metrics is complete."""
@@ -69,6 +77,11 @@ class Display(Callback):
                 f"{k.removeprefix('validation/')} {v:.4f}" for k, v in held_out.items()
             )
             self._say(f"step {step} | validation loss: {losses}")
+        if "forecast/loss" in row:
+            self._say(
+                f"step {step} | forecast of the final loss: {row['forecast/loss']:.4f} "
+                f"({row['forecast/low']:.4f} to {row['forecast/high']:.4f})"
+            )
 
     def on_event(self, kind: str, details: dict[str, Any]) -> None:
         """Print what an operator wants to see at once."""
@@ -118,8 +131,8 @@ class TensorBoard(Callback):
     def on_row(self, row: Row) -> None:
         """Write the row's scalars."""
         step = int(row["step"])
-        held_out = any(key.startswith("validation/") for key in row)
-        if step % self._every and not held_out:
+        rare = any(key.startswith(("validation/", "forecast/")) for key in row)
+        if step % self._every and not rare:
             return
         for key, value in row.items():
             if key != "step":

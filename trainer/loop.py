@@ -239,6 +239,8 @@ class Loop:
             self.recorder.plan(step, plan_record(documents, plan.layout))
             self._say_idle(step, documents)
         row.update(extra)
+        for callback in self.callbacks:
+            row.update(callback.additions(row, self.report))
         self.recorder.row(row)
         for callback in self.callbacks:
             callback.on_row(row)

@@ -45,6 +45,7 @@ from allometry.trainer.feed import (
     sequence_steps,
 )
 from allometry.trainer.folder import RunFolder
+from allometry.trainer.forecast import Forecaster
 from allometry.trainer.loop import Loop, Progress, RunResult, state_tensors
 from allometry.trainer.monitors import Monitors
 from allometry.trainer.resume import Start, begin
@@ -97,7 +98,7 @@ def _train(
     stream = together(mesh, lambda: _open_stream(config, plan))
     folder = RunFolder(config.run.folder)
     if callbacks is None:
-        callbacks = on_main(mesh, lambda: standard_callbacks(config.record, folder)) or ()
+        callbacks = on_main(mesh, lambda: _callbacks(config, schedule, folder)) or ()
     start = shared(mesh, lambda: begin(folder, config, stream.fingerprints(), stop_at_step))
     recorder = record.Recorder(folder) if mesh.is_main else None
     try:
@@ -118,6 +119,15 @@ def _train(
                 callback.on_end()
             recorder.close()
         folder.release()
+
+
+def _callbacks(config: RunConfig, schedule: Schedule, folder: RunFolder) -> list[Callback]:
+    """What the record section asks for."""
+    found = standard_callbacks(config.record, folder)
+    if config.record.forecast.every_steps is not None:
+        every = config.record.forecast.every_steps
+        found.append(Forecaster(every, schedule, config.optimizer.lr, folder))
+    return found
 
 
 def _open_stream(config: RunConfig, plan: RunPlan) -> Stream | DocumentStream:

@@ -92,7 +92,7 @@ def curves_of(
 def annealing(
     curve: LearningRates, steps_n: NDArray[np.int64], memories: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """Return S2 / memory [M, n] of one curve, S2 as ``laws/areas.py`` has it, momentum 1 − 1/memory.
+    """Return S2 / memory [M, n] of one curve: S2 of ``laws/areas.py`` with momentum 1 − 1/memory.
 
     S2(s)/M = Σ_{k<=s} (η_{k−1} − η_k) (1 − λ^{s−k+1}) over the steps after warm-up.
     """
