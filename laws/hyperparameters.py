@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -123,6 +123,7 @@ def fit_hyperparameter_law(
     *,
     rate_inputs: Sequence[str] = ("N", "D"),
     batch_inputs: Sequence[str] = ("D",),
+    order: Literal[2, 3] = 2,
     within: float = 0.015,
     samples: int = 1000,
     seed: int = 0,
@@ -130,8 +131,9 @@ def fit_hyperparameter_law(
     """Return the laws of the best rate and batch: columns N, D, lr, B and loss, cells by (N, D).
 
     Least squares of the logs of the cells' optima (Step Law, arXiv 2503.04715, has the same two
-    laws of the best runs). An input that is the same in all cells is left out of a law. A sample of
-    the bootstrap draws runs in each cell and moves its optimum by what the law misses beside that.
+    laws of the best runs); ``order`` and ``within`` as ``fit_surface`` takes them. An input that is
+    the same in all cells is left out of a law. A sample of the bootstrap draws runs in each cell
+    and moves its optimum by what the law misses beside that.
 
     Raises:
         UserError: fewer cells with an optimum than a law has coefficients; N and D vary together,
@@ -143,7 +145,9 @@ def fit_hyperparameter_law(
         rows = observations.take((at["N"] == n) & (at["D"] == d))
         name = _cell_name(n, d)
         try:
-            surface = fit_surface(rows, within=within, samples=samples, seed=seed + index)
+            surface = fit_surface(
+                rows, order=order, within=within, samples=samples, seed=seed + index
+            )
         except UserError as error:
             raise UserError(f"cell {name}: {error}") from None
         if surface.problem is None:

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -88,6 +89,27 @@ def test_noise_does_not_flatten_the_bowl() -> None:
     assert np.mean(lucky) < 0.0048
 
 
+def test_a_cubic_does_not_lean_where_a_parabola_does() -> None:
+    columns = bowl(1.7e-3, 3.1e5)
+    u = np.log2(columns["lr"] / 1.7e-3)
+    columns["loss"] = columns["loss"] + 0.0012 * u**3  # steeper towards high rates, as real ones
+    rows = Observations.of(columns)
+    by_parabola, by_cubic = (fit_surface(rows, order=order).best["lr"] for order in (2, 3))
+    assert math.log2(by_parabola / 1.7e-3) < -0.05
+    assert by_cubic == pytest.approx(1.7e-3, rel=1e-6)
+
+
+def test_a_cubic_through_a_bowl_is_the_bowl() -> None:
+    found = fit_surface(Observations.of(bowl(1.7e-3, 3.1e5)), order=3)
+    assert found.best == pytest.approx({"lr": 1.7e-3, "B": 3.1e5}, rel=1e-8)
+    assert found.curvature == pytest.approx({"lr": 0.006, "B": 0.004})
+    columns = bowl(1.7e-3, 2.0**18)
+    one = Observations.of(columns).take(columns["B"] == 2.0**18)
+    assert fit_surface(one, order=3).best["lr"] == pytest.approx(1.7e-3, rel=1e-8)
+    few = fit_surface(one.take(np.argsort(one["loss"])[:4]), order=3)
+    assert few.problem == "only 4 runs are within 1.50% of the best, of 5 that a cubic needs"
+
+
 def test_runs_that_diverged_or_are_far_do_not_count() -> None:
     columns = bowl(1.7e-3, 3.1e5)
     worse = columns["lr"] > 6e-3
@@ -155,7 +177,7 @@ def test_intervals_cover_what_they_say_under_noise() -> None:
     trials = 40
     for seed in range(trials):
         rows = sweeps(CELLS, noise=3e-3, seed=seed)
-        law = fit_hyperparameter_law(rows, samples=100, seed=seed)
+        law = fit_hyperparameter_law(rows, samples=80, seed=seed)
         first = law.cells[0]
         low, high = first.surface.interval("lr")
         inside["optimum"] += low <= law_of_sweeps(first.at["N"], first.at["D"])[0] <= high
@@ -261,13 +283,26 @@ def test_our_own_law_of_the_grid_beside_step_law() -> None:
     assert np.abs(octaves).max() < 0.6
 
 
-def test_a_size_that_the_law_has_not_seen_is_met_as_well() -> None:
+# Window and order were chosen with these numbers in sight: they hold the code, not the law.
+@pytest.mark.parametrize(("order", "mean", "largest"), [(2, 0.145, 0.310), (3, 0.088, 0.234)])
+def test_a_size_that_the_law_has_not_seen_is_met_as_well(
+    order: Literal[2, 3], mean: float, largest: float
+) -> None:
     rows = dense_grid()
     excess = []
     for size in np.unique(rows["N"]):
         held = rows["N"] == size
-        law = fit_hyperparameter_law(rows.take(~held), samples=2)
+        law = fit_hyperparameter_law(rows.take(~held), order=order, samples=2)
         excess += list(nearest_excess(rows.take(held), of(law)).values())
     assert len(excess) == 17
-    assert 100.0 * np.mean(excess) == pytest.approx(0.145, abs=0.003)
-    assert 100.0 * max(excess) <= 0.35
+    assert 100.0 * np.mean(excess) == pytest.approx(mean, abs=0.003)
+    assert 100.0 * max(excess) == pytest.approx(largest, abs=0.003)
+
+
+def test_a_cubic_does_not_bring_back_the_published_exponent_of_tokens() -> None:
+    law = fit_hyperparameter_law(dense_grid(), order=3, samples=300)
+    assert law.rate is not None
+    low, high = law.rate.interval("a")
+    assert low < -0.713 < high
+    low, high = law.rate.interval("b")
+    assert 0.15 < low < high < 0.307
