@@ -9,28 +9,24 @@ from pathlib import Path
 
 import numpy as np
 
-from allometry.configs.errors import UserError
 from allometry.launch.report.figure import (
     GREY,
     PALETTE,
+    POINTS,
     Column,
     Figure,
     Panel,
     Section,
     Series,
     Table,
-    ordered,
     thin,
 )
 from allometry.launch.report.inputs import Inputs
+from allometry.launch.report.law_curves import law_panel, target_label
 from allometry.laws.fit.engine import Fit
 from allometry.laws.fit.store import StoredFit
 from allometry.laws.ladder import Prediction
-from allometry.laws.observations import Observations
 
-SLICES = 12
-"""A law of two inputs is drawn as a curve for each value of one, up to so many."""
-ALONG = 80
 HEAD = ("fit", "parameter", "value", "95 % interval", "unit")
 TARGET_HEAD = (
     "ladder",
@@ -65,7 +61,8 @@ def fits(inputs: Inputs) -> Section:
     notes = [f"{folder}: {said}." for folder, one in inputs.predictions for said in one.warnings]
     text = (
         "Dots are measured, lines the law, bands its 95 % interval over bootstrap samples of "
-        "groups (the uncertainty of the parameters). A star is a target that was held out."
+        "groups (the uncertainty of the parameters). Crosses are rows as predicted by a fit "
+        "without them; a star is a target that was trained after it was predicted."
     )
     return Section(
         key="fits",
@@ -78,17 +75,21 @@ def fits(inputs: Inputs) -> Section:
 
 
 def _figure(key: str, path: Path, stored: StoredFit, targets: Sequence[Prediction]) -> Figure:
-    fit = stored.fit
-    panels = [*_law(stored), _against(stored, targets), _residuals(fit)]
-    return Figure(key=key, text=_sentence(path, stored), panels=tuple(panels), legend=True)
+    law, said = law_panel(stored)
+    panels = [law] if law is not None else []
+    panels += [_against(stored, targets), _residuals(stored)]
+    text = " ".join(part for part in (_sentence(path, stored), said) if part)
+    return Figure(key=key, text=text, panels=tuple(panels), legend=True)
 
 
 def _sentence(path: Path, stored: StoredFit) -> str:
     fit, found = stored.fit, stored.fit.certificate
     groups = len(set(fit.observations.groups))
+    number = len(fit.observations)
+    drawn = f" ({POINTS} of them are drawn)" if number > POINTS else ""
     parts = [
         f"{fit.form.name} ({path}): {fit.form.equation}, fitted to {len(fit.observations)} rows of "
-        f"{groups} groups. {found.agreeing} of {found.starts} starts found this optimum."
+        f"{groups} groups{drawn}. {found.agreeing} of {found.starts} starts found this optimum."
     ]
     if found.at_bounds:
         parts.append(f"At a bound: {', '.join(found.at_bounds)}.")
@@ -98,148 +99,65 @@ def _sentence(path: Path, stored: StoredFit) -> str:
         parts.append(
             "The file has no bootstrap, so there are no bands (allometry fit --bootstraps)."
         )
+    held_out = _held_out(stored)
+    if held_out is not None:
+        parts.append(held_out[2])
     counted = fit.observations.conventions
     said = [f"{name}: {counted[name]}" for name in ("N", "loss") if name in counted]
     return " ".join([*parts, *(f"{one}." for one in said)])
 
 
-def _label(fit: Fit) -> str:
-    return f"{fit.form.target.name} ({fit.form.target.unit})"
-
-
-def _law(stored: StoredFit) -> list[Panel]:
-    """The law as curves, where it can be drawn over one input; else nothing."""
-    fit = stored.fit
-    if fit.observations.curves:
-        return [_curves(stored)]
-    names = [variable.name for variable in fit.form.inputs]
-    if not 1 <= len(names) <= 2 or any(n not in fit.observations.columns for n in names):
-        return []
-    distinct = {name: np.unique(fit.observations[name]) for name in names}
-    other, along = (
-        sorted(names, key=lambda name: (len(distinct[name]), names.index(name)))[-2:]
-        if (len(names) == 2)
-        else ("", names[0])
-    )
-    if other and len(distinct[other]) > SLICES:
-        return []
+def _held_out(stored: StoredFit) -> tuple[Column, Column, str] | None:
+    """Predicted and measured values of rows that the law was fitted without, and their errors."""
+    found = stored.extra.get("held_out")
+    if not isinstance(found, dict):
+        return None
     try:
-        return [_slices(stored, along, other, distinct)]
-    except UserError:
-        return []  # the law needs more columns than its inputs to be drawn between the rows
-
-
-def _slices(stored: StoredFit, along: str, other: str, distinct: dict[str, Column]) -> Panel:
-    fit = stored.fit
-    units = {variable.name: variable for variable in fit.form.inputs}
-    x_n, y_n = fit.observations[along], fit.observations[fit.form.target.name]
-    values = distinct[other] if other else np.array([np.nan])
-    shades = ordered(values.tolist()) if other else [PALETTE[0]]
-    log = bool((x_n > 0.0).all() and x_n.max() > 3.0 * x_n.min())
-    grid = (np.geomspace if log else np.linspace)(x_n.min(), x_n.max(), ALONG)
-    series: list[Series] = []
-    for value, colour in zip(values, shades, strict=True):
-        rows = fit.observations[other] == value if other else np.ones(len(x_n), bool)
-        name = f"{other} {value:.4g}" if other else "measured"
-        columns = {along: grid, **({other: np.full(ALONG, value)} if other else {})}
-        series += _drawn(stored, Observations.of(columns), grid, name, colour)
-        series.append(
-            Series(
-                name=f"{name}, measured",
-                x=x_n[rows],
-                y=y_n[rows],
-                style="dots",
-                colour=colour,
-                named=False,
-            )
+        predicted, measured = (
+            np.array(found[key], np.float64) for key in ("predicted", "measured")
         )
-    return Panel(
-        title=f"{fit.form.name} over {along}",
-        x_label=f"{along} ({units[along].unit})",
-        y_label=_label(fit),
-        x_log=log,
-        series=tuple(series),
-    )
-
-
-def _drawn(
-    stored: StoredFit, rows: Observations, x: Column, name: str, colour: str
-) -> list[Series]:
-    """The law at these rows as a band (given a bootstrap) and a line."""
-    y = stored.fit.predict(rows)
-    found = [Series(name=name, x=x, y=y, colour=colour)]
-    if stored.bootstrap is not None:
-        low, high = stored.bootstrap.predict_interval(rows)
-        band = Series(
-            name=name, x=x, y=y, low=low, high=high, style="band", colour=colour, named=False
-        )
-        found.insert(0, band)
-    return found
-
-
-def _curves(stored: StoredFit) -> Panel:
-    """A law of whole curves: each group's rows over their steps."""
-    fit = stored.fit
-    groups = list(dict.fromkeys(fit.observations.groups))[:SLICES]
-    shades = [PALETTE[i % len(PALETTE)] for i in range(len(groups))]
-    series: list[Series] = []
-    for group, colour in zip(groups, shades, strict=True):
-        mask = np.array([one == group for one in fit.observations.groups])
-        rows = fit.observations.take(mask)
-        steps = rows["step"]
-        chosen = thin(steps, np.arange(len(steps), dtype=np.float64))[-1].astype(np.intp)
-        few = rows.take(chosen)
-        series.append(
-            Series(
-                name=f"{group}, measured",
-                x=steps[chosen],
-                y=few[fit.form.target.name],
-                style="dots",
-                colour=GREY,
-                named=False,
-            )
-        )
-        series += _drawn(stored, few, steps[chosen], group, colour)
-    return Panel(
-        title=f"{fit.form.name} over steps",
-        x_label="step",
-        y_label=_label(fit),
-        series=tuple(series),
-    )
+        mean, most, how = float(found["mean"]), float(found["max"]), str(found["how"])
+    except (KeyError, TypeError, ValueError):
+        return None
+    form = "{:.3%}" if found.get("relative") else "{:.4g}"
+    said = f"Held-out error: {form.format(mean)} in the mean, {form.format(most)} at most ({how})."
+    return predicted, measured, said
 
 
 def _against(stored: StoredFit, targets: Sequence[Prediction]) -> Panel:
-    """Measured against predicted, with the line where both are equal, and held-out targets."""
+    """Measured against predicted, with the line where both are equal, and what was held out."""
     fit = stored.fit
     predicted, measured = fit.predict(fit.observations), fit.observations[fit.form.target.name]
-    done = [one for one in targets if one.measured is not None]
-    ends = [*predicted, *measured, *(one.predicted for one in done)]
-    ends += [one.measured for one in done if one.measured is not None]
-    line = np.array([np.nanmin(ends), np.nanmax(ends)])
     x, y = thin(predicted, measured)
     series = [
-        Series(name="equal", x=line, y=line, style="dashed", colour=GREY, named=False),
         Series(
             name="fitted rows", x=x, y=y, style="dots", colour=PALETTE[0], notes=_names(fit, len(x))
-        ),
+        )
     ]
-    for one in done:
-        assert one.measured is not None
+    held_out = _held_out(stored)
+    if held_out is not None:
+        x, y = thin(held_out[0], held_out[1])
+        series.append(Series(name="held out", x=x, y=y, style="cross", colour=PALETTE[4]))
+    for one in targets:
+        if one.measured is None:
+            continue
         series.append(
             Series(
-                name=f"target {one.target.get('run')}, held out",
+                name=f"target {one.target.get('run', '?')}",
                 x=np.array([one.predicted]),
                 y=np.array([one.measured]),
                 style="star",
                 colour=PALETTE[1],
             )
         )
-    unit = f"({fit.form.target.unit})"
+    ends = np.concatenate([part for one in series for part in (one.x, one.y)])
+    line = np.array([np.nanmin(ends), np.nanmax(ends)])
+    equal = Series(name="equal", x=line, y=line, style="dashed", colour=GREY, named=False)
     return Panel(
         title="measured against predicted",
-        x_label=f"predicted {fit.form.target.name} {unit}",
-        y_label=f"measured {fit.form.target.name} {unit}",
-        series=tuple(series),
+        x_label=f"predicted {target_label(fit)}",
+        y_label=f"measured {target_label(fit)}",
+        series=(equal, *series),
     )
 
 
@@ -248,29 +166,32 @@ def _names(fit: Fit, number: int) -> tuple[str, ...] | None:
     return fit.observations.groups if number == len(fit.observations) else None
 
 
-def _residuals(fit: Fit) -> Panel:
-    predicted, measured = fit.predict(fit.observations), fit.observations[fit.form.target.name]
-    if fit.form.residual == "log":
-        errors, unit = 100.0 * (predicted / measured - 1.0), "predicted/measured - 1 (%)"
-    else:
-        errors, unit = predicted - measured, f"predicted - measured ({fit.form.target.unit})"
-    x, y = thin(predicted, errors)
-    ends = np.array([x.min(), x.max()])
+def _residuals(stored: StoredFit) -> Panel:
+    fit = stored.fit
+    relative = fit.form.residual == "log"
+
+    def errors(predicted: Column, measured: Column) -> Column:
+        return 100.0 * (predicted / measured - 1.0) if relative else predicted - measured
+
+    predicted = fit.predict(fit.observations)
+    x, y = thin(predicted, errors(predicted, fit.observations[fit.form.target.name]))
+    ends = np.array([predicted.min(), predicted.max()])
+    series = [
+        Series(name="0", x=ends, y=np.zeros(2), style="dashed", colour=GREY, named=False),
+        Series(
+            name="fitted rows", x=x, y=y, style="dots", colour=PALETTE[0], notes=_names(fit, len(x))
+        ),
+    ]
+    held_out = _held_out(stored)
+    if held_out is not None:
+        x, y = thin(held_out[0], errors(held_out[0], held_out[1]))
+        series.append(Series(name="held out", x=x, y=y, style="cross", colour=PALETTE[4]))
+    unit = fit.form.target.unit
     return Panel(
         title="residuals",
-        x_label=f"predicted {_label(fit)}",
-        y_label=unit,
-        series=(
-            Series(name="0", x=ends, y=np.zeros(2), style="dashed", colour=GREY, named=False),
-            Series(
-                name="fitted rows",
-                x=x,
-                y=y,
-                style="dots",
-                colour=PALETTE[0],
-                notes=_names(fit, len(x)),
-            ),
-        ),
+        x_label=f"predicted {target_label(fit)}",
+        y_label="predicted/measured - 1 (%)" if relative else f"predicted - measured ({unit})",
+        series=tuple(series),
     )
 
 

@@ -12,7 +12,7 @@ from allometry.laws.isoflop import TOLERANCE, IsoFlop, isoflop_optima, size_expo
 from allometry.laws.observations import Observations
 
 ALONG = 60
-HEAD = ("rows of", "FLOPs", "sizes", "best N", "tokens there", "loss there", "note")
+HEAD = ("rows of", "FLOPs", "runs", "best N", "tokens there", "loss there", "note")
 
 
 def isoflops(inputs: Inputs) -> Section:

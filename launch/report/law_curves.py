@@ -1,0 +1,137 @@
+"""Panels of a fitted law as curves: over one of its inputs, or over the steps of runs."""
+
+# n rows
+
+from __future__ import annotations
+
+import numpy as np
+
+from allometry.configs.errors import UserError
+from allometry.launch.report.figure import GREY, PALETTE, Column, Panel, Series, ordered, thin
+from allometry.laws.fit.engine import Fit
+from allometry.laws.fit.store import StoredFit
+from allometry.laws.observations import Observations
+
+SLICES = 12
+"""A law of two inputs is drawn as a curve for each value of one, up to so many."""
+RANGES = 6
+"""With more values, a curve for the middle of so many ranges with equally many rows."""
+ALONG = 80
+
+
+def target_label(fit: Fit) -> str:
+    """Name and unit of what the law predicts."""
+    return f"{fit.form.target.name} ({fit.form.target.unit})"
+
+
+def law_panel(stored: StoredFit) -> tuple[Panel | None, str]:
+    """Return the law as curves with its band and the measured rows, or None; and what to say."""
+    fit = stored.fit
+    if fit.observations.curves:
+        return _curves(stored)
+    names = [variable.name for variable in fit.form.inputs]
+    if not 1 <= len(names) <= 2 or any(n not in fit.observations.columns for n in names):
+        return None, f"It reads {len(names)} inputs, so it is not drawn as curves over one."
+    distinct = {name: len(np.unique(fit.observations[name])) for name in names}
+    *others, along = sorted(names, key=lambda name: (distinct[name], names.index(name)))
+    try:
+        if not others:
+            rows = np.ones(len(fit.observations), bool)
+            return _slices(stored, along, "", [("measured", np.nan, rows)]), ""
+        if distinct[others[0]] <= SLICES:
+            return _slices(stored, along, others[0], _values(fit, others[0])), ""
+        panel = _slices(stored, along, others[0], _ranges(fit, others[0]))
+        return panel, (
+            f"{others[0]} has {distinct[others[0]]} values: curves are for the middle of {RANGES} "
+            "ranges of it, and dots have the colour of their range."
+        )
+    except UserError as error:
+        return None, f"It is not drawn as curves: {error}."
+
+
+Slice = tuple[str, float, np.ndarray[tuple[int], np.dtype[np.bool_]]]
+"""Name, value of the other input, and the rows that belong to it."""
+
+
+def _values(fit: Fit, other: str) -> list[Slice]:
+    column = fit.observations[other]
+    return [(f"{other} {value:.4g}", float(value), column == value) for value in np.unique(column)]
+
+
+def _ranges(fit: Fit, other: str) -> list[Slice]:
+    column = fit.observations[other]
+    ends = np.quantile(column, np.linspace(0.0, 1.0, RANGES + 1))
+    index = np.clip(np.searchsorted(ends, column, side="right") - 1, 0, RANGES - 1)
+    found = []
+    for number in range(RANGES):
+        rows = index == number
+        if rows.any():
+            middle = float(np.median(column[rows]))
+            found.append((f"{other} {middle:.3g}", middle, rows))
+    return found
+
+
+def _slices(stored: StoredFit, along: str, other: str, slices: list[Slice]) -> Panel:
+    fit = stored.fit
+    units = {variable.name: variable.unit for variable in fit.form.inputs}
+    x_n, y_n = fit.observations[along], fit.observations[fit.form.target.name]
+    log = bool((x_n > 0.0).all() and x_n.max() > 3.0 * x_n.min())
+    shades = ordered([value for _, value, _ in slices]) if other else [PALETTE[0]]
+    series: list[Series] = []
+    for (name, value, rows), colour in zip(slices, shades, strict=True):
+        x = x_n[rows]
+        grid = (np.geomspace if log else np.linspace)(x.min(), x.max(), ALONG)
+        columns = {along: grid, **({other: np.full(ALONG, value)} if other else {})}
+        series += _drawn(stored, Observations.of(columns), grid, name, colour)
+        series.append(_dots(f"{name}, measured", x, y_n[rows], colour))
+    return Panel(
+        title=f"{fit.form.name} over {along}",
+        x_label=f"{along} ({units[along]})",
+        y_label=target_label(fit),
+        x_log=log,
+        series=tuple(series),
+    )
+
+
+def _dots(name: str, x: Column, y: Column, colour: str) -> Series:
+    return Series(name=name, x=x, y=y, style="dots", colour=colour, named=False)
+
+
+def _drawn(
+    stored: StoredFit, rows: Observations, x: Column, name: str, colour: str
+) -> list[Series]:
+    """The law at these rows as a band (given a bootstrap) and a line."""
+    y = stored.fit.predict(rows)
+    found = [Series(name=name, x=x, y=y, colour=colour)]
+    if stored.bootstrap is not None:
+        low, high = stored.bootstrap.predict_interval(rows)
+        band = Series(
+            name=name, x=x, y=y, low=low, high=high, style="band", colour=colour, named=False
+        )
+        found.insert(0, band)
+    return found
+
+
+def _curves(stored: StoredFit) -> tuple[Panel, str]:
+    """A law of whole curves: each group's rows over their steps."""
+    fit = stored.fit
+    groups = list(dict.fromkeys(fit.observations.groups))
+    series: list[Series] = []
+    for number, group in enumerate(groups[:SLICES]):
+        colour = PALETTE[number % len(PALETTE)]
+        rows = fit.observations.take([g == group for g in fit.observations.groups])
+        steps = rows["step"]
+        few = rows.take(thin(steps, np.arange(len(steps), dtype=np.float64))[1].astype(np.intp))
+        measured = few[fit.form.target.name]
+        series.append(_dots(f"{group}, measured", few["step"], measured, GREY))
+        series += _drawn(stored, few, few["step"], group, colour)
+    said = ""
+    if len(groups) > SLICES:
+        said = f"The first {SLICES} of {len(groups)} groups are drawn."
+    panel = Panel(
+        title=f"{fit.form.name} over steps",
+        x_label="step",
+        y_label=target_label(fit),
+        series=tuple(series),
+    )
+    return panel, said
