@@ -84,7 +84,8 @@ def run_fit(law: str, request: FitRequest, *, as_json: bool) -> str:
     options = request.options([form])
     observations = observations_for(request.data, [form])
     fitted = fit(form, observations, options)
-    require_identified(fitted)
+    if fitted.certificate.unidentified:
+        require_identified(fitted)
     result = _examined(fitted, request)
     if request.out is not None:
         extra = {"held_out": _held_out_json(result), "notes": result.notes}
@@ -98,6 +99,12 @@ def _examined(fitted: Fit, request: FitRequest) -> Result:
     observations, notes = fitted.observations, []
     groups = len(set(observations.groups))
     sampled = None
+    if loose := fitted.certificate.loose:
+        notes.append(
+            f"the data hardly say what {', '.join(loose)} of {fitted.form.name} "
+            f"{'is' if len(loose) == 1 else 'are'}: with their scatter any plausible value fits; "
+            "believe predictions inside of the fitted range, not these values"
+        )
     if groups < 2 and request.bootstraps is None:
         notes.append("no intervals: all rows belong to one group, and a bootstrap resamples groups")
     elif request.bootstraps is None or request.bootstraps > 0:

@@ -236,6 +236,20 @@ def test_what_data_cannot_identify_is_named(shell: Shell, tmp_path: Path) -> Non
     }  # fmt: skip
 
 
+def test_what_data_hardly_say_is_noted(shell: Shell, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    lines = ["N,D,loss"]
+    for size in (1e8 / 1.1, 1e8, 1.1e8):  # hardly different, and with noise
+        for tokens in np.geomspace(1e9, 1e11, 6):
+            loss = 1.8 + 480 / size**0.35 + 2000 / tokens**0.37 + 0.003 * rng.standard_normal()
+            lines.append(f"{size},{tokens},{loss}")
+    path = tmp_path / "near.csv"
+    path.write_text("\n".join(lines))
+    (note,) = shell.json("fit", "chinchilla", path, *QUICK, "--hold-out", "none")["notes"]
+    assert "hardly say what" in note
+    assert "alpha" in note
+
+
 def test_curves_of_runs_and_tables_are_fitted(shell: Shell, tmp_path: Path) -> None:
     def law(N: float, D_T: np.ndarray) -> np.ndarray:
         return 2.0 + 3.0 / np.sqrt(D_T)  # of S1 where the rate is constant
