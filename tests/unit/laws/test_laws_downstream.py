@@ -81,7 +81,7 @@ def test_all_three_corpora_are_as_measured(corpus: str) -> None:
 def test_fits_of_five_runs_are_certain_where_they_may_be() -> None:
     steps, large = chain("rpj")
     for step in (steps.loss, steps.score):
-        assert step.certificate.agreeing >= 0.9 * step.certificate.starts
+        assert step.certificate.agreeing >= 0.9 * step.certificate.finished
         assert not step.certificate.unidentified
         assert not step.certificate.at_bounds
     # Every prediction here leaves the fitted range, and says so.
