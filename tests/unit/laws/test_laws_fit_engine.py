@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from tests.support.law_data import law_data
 
 from allometry.configs.errors import UserError
+from allometry.laws.fit.bootstrap import bootstrap
 from allometry.laws.fit.engine import Fit, FitOptions, fit, predict, require_identified
 from allometry.laws.fit.problem import Problem
 from allometry.laws.fit.solver import Loss, minimize
@@ -98,6 +99,32 @@ def test_the_240_points_with_every_search_run_to_its_end() -> None:
     check_besiroglu(found)
     assert found.certificate.finished == 4500
     assert found.certificate.agreeing > 1500
+
+
+def test_published_values_have_the_objectives_that_were_computed_for_them() -> None:
+    """Huber with ½r² inside of δ = .001, summed: .00412 at Hoffmann's rounded parameters."""
+    problem = Problem(Chinchilla(), besiroglu())
+    loss = Loss(1e-3)
+    found = {
+        name: loss.value(problem.residuals(problem.coordinates(values)[None])[0]).sum()
+        for name, values in Chinchilla.published.items()
+    }
+    assert found["hoffmann"] == pytest.approx(0.00412, abs=5e-6)
+    assert 0.00101827 < found["besiroglu"] < 0.00104  # rounded as the paper prints them
+
+
+def test_standard_errors_of_the_240_points_are_the_papers() -> None:
+    """Besiroglu et al.: A 124.58, B 1293.23, E .03, α .02, β .02.
+
+    The last three are printed to .01, half of which is allowed, and .001 for our samples.
+    """
+    found = bootstrap(fit(Chinchilla(), besiroglu()), 1000)
+    errors = dict(zip(found.names, found.values_BP.std(axis=0), strict=True))
+    assert errors["A"] == pytest.approx(124.58, rel=0.1)
+    assert errors["B"] == pytest.approx(1293.23, rel=0.25)
+    assert errors["E"] == pytest.approx(0.03, abs=0.006)
+    assert errors["alpha"] == pytest.approx(0.02, abs=0.006)
+    assert errors["beta"] == pytest.approx(0.02, abs=0.006)
 
 
 def test_the_mean_of_squares_is_another_optimum() -> None:
