@@ -50,6 +50,9 @@ def curves_from_runs(
     (from 0 before the first step of a warm-up). Either way the run's own sum S1, which it kept
     step by step, must agree.
 
+    A branch (run.parent) has its parent's rows as its own. Steps that two runs share are rows of
+    the parent, or of the first of its branches that are given; ``conventions["left out"]`` says so.
+
     Raises:
         UserError: a folder holds no run, no row is left after the warm-up, the loss is not there,
             or the recorded rates are too few to tell those between.
@@ -64,9 +67,11 @@ def curves_from_runs(
     parts: list[dict[str, Column]] = []
     groups: list[str] = []
     curves: dict[str, LearningRates] = {}
-    for run, name in zip(runs, run_names(runs), strict=True):
+    names = run_names(runs)
+    shared = shared_steps(runs)
+    for run, name, taken_over in zip(runs, names, shared, strict=True):
         curves[name] = rates_of(run, planned)
-        part = _rows(run, choice, count, curves[name], bins)
+        part = _rows(run, choice, count, curves[name], bins, taken_over)
         parts.append(part)
         groups += [name] * len(part["step"])
     binned = bins is not None and choice.kind == "train"
@@ -79,8 +84,35 @@ def curves_from_runs(
             + (f", means of at most {bins} stretches of a run" if binned else ""),
             "step": "counted from 1, after the warm-up",
             "N": f"{count} parameters",
+            **_left_out(names, shared),
         },
     )
+
+
+def shared_steps(runs: Sequence[Run]) -> list[int]:
+    """Return for each run the step up to which its rows are already those of another run here."""
+    given = {run.folder.resolve() for run in runs}
+    covered: dict[Path, int] = {}
+    found = []
+    for run in runs:
+        parent = run.config.get("run", {}).get("parent")
+        if not parent:
+            found.append(0)
+            continue
+        step = int(parent["step"])
+        trunk = Path(parent["folder"]).resolve()
+        beside = run.folder.resolve().parent / trunk.name  # a ladder that was moved
+        if trunk in given or beside in given:
+            found.append(step)
+        else:
+            found.append(min(step, covered.get(beside, 0)))
+            covered[beside] = max(step, covered.get(beside, 0))
+    return found
+
+
+def _left_out(names: Sequence[str], shared: Sequence[int]) -> dict[str, str]:
+    parts = [f"{name} to step {step}" for name, step in zip(names, shared, strict=True) if step]
+    return {"left out": f"rows of another run: {', '.join(parts)}"} if parts else {}
 
 
 def rates_of(run: Run, planned: Callable[[Run], LearningRates] | None = None) -> LearningRates:
@@ -116,14 +148,19 @@ def _between(steps: Column, rates: Column, warmup_steps: int) -> Column:
 
 
 def _rows(
-    run: Run, choice: LossChoice, count: CountName, rates: LearningRates, bins: int | None
+    run: Run,
+    choice: LossChoice,
+    count: CountName,
+    rates: LearningRates,
+    bins: int | None,
+    taken_over: int,
 ) -> dict[str, Column]:
     steps, losses = loss_curve(run, choice)
-    after = (steps > rates.warmup_steps) & np.isfinite(losses)
+    after = (steps > max(rates.warmup_steps, taken_over)) & np.isfinite(losses)
     steps, losses = steps[after], losses[after]
     if len(steps) == 0:
         raise UserError(
-            f"{run.folder} has no recorded {choice.kind} loss after its warm-up of "
+            f"{run.folder} has no recorded {choice.kind} loss of its own after its warm-up of "
             f"{rates.warmup_steps} steps; let it train on, or leave it out"
         )
     if bins is not None and choice.kind == "train" and len(steps) > bins:

@@ -283,6 +283,23 @@ def test_curves_have_the_rates_of_every_step(tmp_path: Path, every: int) -> None
     np.testing.assert_allclose(part["loss"], chinchilla(part["N"][0], part["D"]), rtol=1e-12)
 
 
+def test_steps_of_a_trunk_count_once(tmp_path: Path) -> None:
+    fake_run(tmp_path / "a-trunk")
+    for name, step in (("b", 20), ("c", 30)):
+        parent = f"run.parent={{folder: {tmp_path / 'a-trunk'}, step: {step}}}"
+        fake_run(tmp_path / name, parent)
+    found = curves_from_runs([tmp_path], bins=None)
+    steps = {g: found["step"][np.array(found.groups) == g] for g in ("a-trunk", "b", "c")}
+    assert [(s[0], s[-1]) for s in steps.values()] == [(5, 40), (21, 40), (31, 40)]
+    assert found.conventions["left out"] == "rows of another run: b to step 20, c to step 30"
+    found = curves_from_runs([tmp_path / "b", tmp_path / "c"], bins=None)
+    steps = {g: found["step"][np.array(found.groups) == g] for g in ("b", "c")}
+    assert [(s[0], s[-1]) for s in steps.values()] == [(5, 40), (21, 40)]
+    moved = tmp_path.rename(tmp_path.parent / "moved")
+    found = curves_from_runs([moved / "b", moved / "a-trunk"], bins=None)
+    assert found.conventions["left out"] == "rows of another run: b to step 20"
+
+
 def test_noisy_losses_are_averaged_in_stretches(tmp_path: Path) -> None:
     fake_run(tmp_path / "a", noise=0.01)
     rows = curves_from_runs([tmp_path], bins=None)
@@ -313,7 +330,9 @@ def test_rates_that_were_hardly_recorded_are_refused(tmp_path: Path) -> None:
 
 def test_a_curve_within_its_warmup_is_refused(tmp_path: Path) -> None:
     fake_run(tmp_path / "a", stop=3)
-    with pytest.raises(UserError, match="no recorded train loss after its warm-up of 4 steps"):
+    with pytest.raises(
+        UserError, match="no recorded train loss of its own after its warm-up of 4 steps"
+    ):
         curves_from_runs([tmp_path / "a"])
     with pytest.raises(UserError, match=r"--bins=0"):
         curves_from_runs([tmp_path / "a"], bins=0)
