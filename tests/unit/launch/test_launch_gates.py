@@ -155,3 +155,52 @@ def test_mistakes_are_said_in_one_sentence(tiny: Make) -> None:
         transfer.run(tiny(), transfer.Request(steps=10**5, sizes="16,32"), as_json=False)
     with pytest.raises(UserError, match="a figure is written as"):
         coordcheck.run(tiny(), coordcheck.Request(out=Path("a.txt")), as_json=False)
+
+
+MIXED = "{kind: moe, vocab_size: %d, width: 32, num_layers: 1, num_heads: 4, qk_norm: true, %s}"
+ONE = "experts: {kind: swiglu, num_experts: 4, experts_per_token: 1, width: 16}"
+EXPERTS = f"{ONE}, router: {{gate: sigmoid}}"
+
+
+@pytest.mark.parametrize(
+    ("axis", "sizes", "seen"),
+    [
+        ("width", "16,32", [16, 32]),
+        ("depth", "1,2", [1, 2]),
+        ("experts", "1,4", [1, 4]),
+        ("regime-ii", "4,8", [4, 8]),
+        ("regime-iii", "4,8", [4, 8]),
+        ("horizon", "3,6", [3, 6]),
+    ],
+)
+def test_transfer_over_each_axis(
+    tiny: Make, tmp_path: Path, axis: str, sizes: str, seen: list[int]
+) -> None:
+    vocab = tiny().model.vocab_size
+    code, text = cli(
+        *("transfer", tmp_path / "tiny.yaml", "--axis", axis, "--sizes", sizes, "--seeds", "1"),
+        *("--steps", "4", "--sequences", "2", "--length", "8", "--step", "1", "--processes", "1"),
+        *("--bound", "99", "--out", tmp_path / "t.png", "--json"),
+        *(*MUP, f"model={MIXED % (vocab, EXPERTS)}"),
+    )
+    facts = json.loads(text)
+    assert code == (0 if facts["passed"] else 1)
+    assert facts["axis"] == axis
+    assert [size["size"] for size in facts["sizes"]] == seen
+    losses = [size["mean_losses"] for size in facts["sizes"]]
+    assert losses[0] != losses[1], "the axis changes something"
+
+
+def test_transfer_names_what_a_regime_holds_fixed(tiny: Make, tmp_path: Path) -> None:
+    model = MIXED % (tiny().model.vocab_size, EXPERTS)
+    mssp = "{kind: mssp, regime: II, base_width: 32, base_experts: 4, base_experts_per_token: 1, "
+    config = tiny(f"model={model}", f"parameterization={mssp}base_expert_width: 16}}")
+    request = transfer.Request(axis="regime-iii", sizes="4,8", steps=2, length=8, processes=1)
+    with pytest.raises(UserError, match=r"experts.width=32 differs .* regime II of mssp"):
+        transfer.run(config, request, as_json=False)
+    with pytest.raises(UserError, match="no experts to vary; choose another axis"):
+        transfer.run(tiny(), transfer.Request(axis="regime-ii"), as_json=False)
+    with pytest.raises(UserError, match=r"num_experts=4 to 6; choose multiples of 4"):
+        transfer.run(
+            config, transfer.Request(axis="regime-ii", sizes="4,6", length=8), as_json=False
+        )
