@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from allometry.configs.errors import UserError
+from allometry.launch.report.figure import smooth
 from allometry.laws.runs import Run, read_run
 
 Column = NDArray[np.float64]
@@ -29,6 +30,8 @@ class SourceSummary:
 
 
 FORMATS = (".png", ".svg", ".pdf")
+SMOOTHED = 0.05
+"""Smoothed losses are means over this share of the run so far."""
 
 
 @dataclass(frozen=True)
@@ -141,16 +144,6 @@ def _figure(runs: Sequence[Run], out: Path) -> None:
     plt.close(figure)
 
 
-def smooth(values: Column) -> Column:
-    """The mean over a window of a fiftieth of the curve that ends at each point."""
-    window = max(1, len(values) // 50)
-    sums = np.concatenate(([0.0], np.cumsum(values)))
-    ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(0, ends - window)
-    found: Column = (sums[ends] - sums[starts]) / (ends - starts)
-    return found
-
-
 def _labels(runs: Sequence[Run]) -> list[str]:
     """Folder names, or whole paths where two runs share a name."""
     names = [run.folder.name for run in runs]
@@ -162,12 +155,12 @@ def _draw_run(panel: Any, run: Run, label: str, key: str, colour: str, *, alone:
     x, metrics = run.metrics[key], run.metrics
     main = "black" if alone else colour
     panel.plot(x, metrics["loss"], color=main, lw=0.6, alpha=0.35)
-    panel.plot(x, smooth(metrics["loss"]), color=main, lw=1.6, label=label)
+    panel.plot(x, smooth(metrics["loss"], SMOOTHED), color=main, lw=1.6, label=label)
     for index, name in enumerate(run.sources):
         shade = f"C{index}" if alone else colour
         if alone:
             known = ~np.isnan(metrics[f"loss/{name}"])
-            own = smooth(metrics[f"loss/{name}"][known])
+            own = smooth(metrics[f"loss/{name}"][known], SMOOTHED)
             panel.plot(x[known], own, color=shade, lw=1.0, label=name)
         held_out = metrics.get(f"validation/{name}")
         if held_out is not None:
