@@ -81,8 +81,11 @@ def fit_surface(
     noise; for grids of some 30 runs and more near the optimum.
 
     Raises:
-        UserError: no rate varies, an axis has just two values, or a rate or batch is not positive.
+        UserError: no rate varies, an axis has just two values, or a rate or batch or ``within`` is
+            not positive.
     """
+    if not within > 0.0:
+        raise UserError(f"within={within} must be positive; 0.015 is usual")
     axes = tuple(name for name in AXES if _varies(observations, name))
     if not axes:
         raise UserError("the sweep has one learning rate and one batch; vary one of them")

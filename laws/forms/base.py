@@ -22,12 +22,33 @@ Predictions = NDArray[Any]
 
 @dataclass(frozen=True, slots=True)
 class Variable:
-    """A column that a law reads or predicts: ``N``, its unit and what it counts."""
+    """A column that a law reads or predicts: ``N``, its unit and what it counts.
+
+    ``positive``: only positive numbers make sense; ``least``, ``most``: only those in this range.
+    """
 
     name: str
     unit: str
     description: str
     positive: bool = True
+    least: float = -np.inf
+    most: float = np.inf
+
+    def bad(self, values: NDArray[np.float64]) -> NDArray[np.bool_]:
+        """Return which values the law cannot take."""
+        outside = ~np.isfinite(values) | (values < self.least) | (values > self.most)
+        return outside | (values <= 0.0) if self.positive else outside
+
+    @property
+    def demand(self) -> str:
+        """What values must be, in words."""
+        kind = "a positive number" if self.positive else "a number"
+        edges = [
+            f"{word} {edge:g}"
+            for word, edge in (("at least", self.least), ("at most", self.most))
+            if np.isfinite(edge)
+        ]
+        return " ".join([kind, *([f"of {' and '.join(edges)}"] if edges else [])])
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,18 +103,17 @@ class Form(ABC):
         Here: the input columns, checked. Forms of curves also precompute sums.
 
         Raises:
-            UserError: a column is missing, not finite, or not positive where it must be.
+            UserError: a column is missing, not finite, or outside of what the law can take.
         """
         columns = {}
         for variable in self.inputs:
             values = observations[variable.name]
-            bad = ~np.isfinite(values) | ((values <= 0.0) if variable.positive else False)
+            bad = variable.bad(values)
             if bad.any():
                 row = int(np.argmax(bad))
                 raise UserError(
                     f"{variable.name} of row {row + 1} ({observations.groups[row]}) is "
-                    f"{values[row]}, and {self.name} needs "
-                    f"{'a positive number' if variable.positive else 'a number'}; mend or drop it"
+                    f"{values[row]}, and {self.name} needs {variable.demand}; mend or drop it"
                 )
             columns[variable.name] = values
         return columns

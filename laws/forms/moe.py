@@ -29,7 +29,7 @@ class EfficiencyLeverage(Form):
     )
     source = "Ling, arXiv 2507.17702, equation 9 and table 2"
     inputs = (
-        Variable("activation", "fraction", "share of the experts that a token uses"),
+        Variable("activation", "fraction", "share of the experts that a token uses", most=1.0),
         Variable("granularity", "1", "2 width / expert width"),
         Variable("C", "FLOPs", "training compute without embedding"),
     )
@@ -79,7 +79,7 @@ class Clark(Form):
     source = "Clark et al., arXiv 2202.01169, equations 1 and 2"
     inputs = (
         Variable("N", "parameters", "parameters of the dense model beneath, embeddings included"),
-        Variable("experts", "1", "experts of a routed layer, 1 for dense"),
+        Variable("experts", "1", "experts of a routed layer, 1 for dense", least=1.0),
     )
     target = Variable("loss", "nats per token", "validation loss")
     parameters = (

@@ -23,7 +23,7 @@ class ParallelScaling(Form):
     source = "Chen et al. (ParScale), arXiv 2505.10475, equation 5"
     inputs = (
         Variable("N", "parameters", "parameters without embeddings"),
-        Variable("streams", "1", "parallel streams P"),
+        Variable("streams", "1", "parallel streams P", least=1.0),
     )
     target = Variable("loss", "nats per token", "final training loss")
     parameters = (

@@ -32,9 +32,9 @@ class FloatTraining(Form):
     inputs = (
         _SIZE,
         _TOKENS,
-        Variable("exponent_bits", "bits", "exponent bits E", positive=False),
-        Variable("mantissa_bits", "bits", "mantissa bits M", positive=False),
-        Variable("block", "1", "numbers that share a scale"),
+        Variable("exponent_bits", "bits", "exponent bits E", positive=False, least=0.0),
+        Variable("mantissa_bits", "bits", "mantissa bits M", positive=False, least=0.0),
+        Variable("block", "1", "numbers that share a scale", least=1.0),
     )
     target = _LOSS
     parameters = (
@@ -107,7 +107,7 @@ class QuantisedTraining(Form):
     inputs = (
         _SIZE,
         _TOKENS,
-        Variable("group_size", "1", "numbers that share a scale, at least 2"),
+        Variable("group_size", "1", "numbers that share a scale", least=2.0),
     )
     target = Variable("rise", "nats per token", "loss above that of the same run in bf16")
     parameters = (

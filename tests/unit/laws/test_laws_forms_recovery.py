@@ -7,6 +7,7 @@ from itertools import product
 import numpy as np
 import pytest
 
+from allometry.configs.errors import UserError
 from allometry.laws.fit.bootstrap import bootstrap
 from allometry.laws.fit.engine import FitOptions, fit, predict
 from allometry.laws.forms.base import Form
@@ -172,6 +173,29 @@ def test_what_is_called_linear_is(name: str) -> None:
     parts = sum(form.predict({**base, key: TRUTH[name][key]}, prepared) for key in linear)
     rest = form.predict(base, prepared)
     np.testing.assert_allclose(whole, parts - (len(linear) - 1) * rest, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "column", "value", "demand"),
+    [
+        ("clark_moe", "experts", 0.5, "a positive number of at least 1"),
+        ("efficiency_leverage", "activation", 3.1, "a positive number of at most 1"),
+        ("float_training", "mantissa_bits", -1.0, "a number of at least 0"),
+        ("float_training", "block", 0.5, "a positive number of at least 1"),
+        ("qat", "group_size", 1.0, "a positive number of at least 2"),
+        ("parallel_scaling", "streams", 0.0, "a positive number of at least 1"),
+        ("over_training", "N", -1.0, "a positive number"),
+        ("over_training", "N", float("nan"), "a positive number"),
+    ],
+)
+def test_inputs_that_no_law_can_take_are_refused(
+    name: str, column: str, value: float, demand: str
+) -> None:
+    form, observations = truly(name)
+    columns = {key: np.array(values) for key, values in observations.columns.items()}
+    columns[column][1] = value
+    with pytest.raises(UserError, match=f"{column} of row 2 .* {name} needs {demand}; mend"):
+        form.prepare(Observations.of(columns))
 
 
 def test_published_sets_are_complete_and_within_bounds() -> None:

@@ -133,7 +133,7 @@ def test_an_optimum_that_was_not_surrounded_is_none() -> None:
     rows = Observations.of(bowl(2.0**-9, 2.0**23))
     assert "outside of the batches" in str(fit_surface(rows, within=0.02).problem)
     rows = Observations.of(bowl(2.0**-9, 2.0**18))
-    assert "only 1 run is within 0.00%" in str(fit_surface(rows, within=0.0).problem)
+    assert "only 1 run is within 0.00%" in str(fit_surface(rows, within=1e-9).problem)
     columns = bowl(2.0**-9, 2.0**18)
     columns["loss"] = 5.0 - columns["loss"]
     saddle = Observations.of(columns)
@@ -152,6 +152,8 @@ def test_sweeps_that_cannot_be_fitted_are_refused() -> None:
     columns["loss"] = np.full_like(columns["loss"], np.inf)
     with pytest.raises(UserError, match="every run of the sweep diverged"):
         fit_surface(Observations.of(columns))
+    with pytest.raises(UserError, match=r"within=0\.0 must be positive"):
+        fit_surface(rows, within=0.0)
     columns["lr"][3] = 0.0
     with pytest.raises(UserError, match="lr must be positive"):
         fit_surface(Observations.of(columns))
