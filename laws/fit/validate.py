@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from allometry.configs.errors import UserError
 from allometry.laws.fit.bootstrap import refit
-from allometry.laws.fit.engine import FitOptions, fit
+from allometry.laws.fit.engine import FitOptions, check_enough, fit
 from allometry.laws.forms.base import Form
 from allometry.laws.observations import Observations
 
@@ -60,7 +60,7 @@ def leave_one_group_out(
     All folds are searched for at once, each from the optimum of all rows and eight points around.
 
     Raises:
-        UserError: there are fewer than two groups; what ``fit`` raises.
+        UserError: there are fewer than two groups; what ``fit`` raises, for the rows of a fold too.
     """
     names, index_n = np.unique(np.array(observations.groups), return_inverse=True)
     if len(names) < 2:
@@ -70,6 +70,8 @@ def leave_one_group_out(
         )
     whole = fit(form, observations, options)
     problem = whole.problem()
+    for group in range(len(names)):
+        check_enough(problem, observations.take(index_n != group))
     keep_Gn = (index_n[None, :] != np.arange(len(names))[:, None]).astype(np.float64)
     x_GP = refit(
         problem,
@@ -80,8 +82,12 @@ def leave_one_group_out(
         whole.options.seed,
     )
     predicted_n = np.empty(len(observations))
-    for group in range(len(names)):
+    for group, name in enumerate(names):
         rows = index_n == group
+        if not np.isfinite(x_GP[group]).all():
+            raise UserError(
+                f"{form.name} cannot be fitted without group {str(name)!r}; hold out something else"
+            )
         values = dict(whole.values)
         for parameter, value in zip(
             problem.free, problem.values_array(x_GP[group][None])[0], strict=True

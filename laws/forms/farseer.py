@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from allometry.laws.forms.base import Form, Parameter, Predictions, Values, Variable
 from allometry.laws.forms.dense import D
@@ -60,6 +61,26 @@ class Farseer(Form):
         exponent = values["exponent"] + values["exponent_slope"] * stretched(values["alpha"], log_n)
         return np.asarray(np.exp(endless) + np.exp(coefficient - np.exp(exponent) * log_d))
 
+    def derivatives(
+        self, values: Values, prepared: Any
+    ) -> tuple[Predictions, NDArray[np.float64]] | None:
+        """Return the loss [S, n] and its derivatives [S, 9, n]."""
+        log_n, log_d = prepared
+        shapes, logs = [], []
+        for level, _, power, _ in NAMES:
+            shape = stretched(values[power], log_n)
+            shapes.append((shape, stretched_slope(values[power], log_n, shape)))
+            logs.append(values[level] + values[f"{level}_slope"] * shape)
+        decline = -np.exp(logs[2]) * log_d
+        endless, part = np.exp(logs[0]), np.exp(logs[1] + decline)
+        slopes = np.empty((endless.shape[0], 9, endless.shape[1]))
+        for index, outer in enumerate((endless, part, part * decline)):
+            slope = values[f"{NAMES[index][0]}_slope"]
+            slopes[:, 3 * index] = outer
+            slopes[:, 3 * index + 1] = outer * shapes[index][0]
+            slopes[:, 3 * index + 2] = outer * slope * shapes[index][1]
+        return endless + part, slopes
+
 
 def stretched(power: Any, log_n: Any) -> Any:
     """Return (exp(power·log_n) - 1)/power, log_n where power is 0; complex values too."""
@@ -67,6 +88,14 @@ def stretched(power: Any, log_n: Any) -> Any:
     small = np.abs(z) < 1e-5
     ratio = np.expm1(z) / np.where(small, 1.0, z)
     return log_n * np.where(small, 1.0 + z / 2.0 + z * z / 6.0, ratio)
+
+
+def stretched_slope(power: Any, log_n: Any, value: Any) -> Any:
+    """Return the derivative by power of ``stretched``, whose ``value`` is given."""
+    z = power * log_n
+    small = np.abs(z) < 1e-3
+    series = log_n * log_n * (0.5 + z * (1.0 / 3.0 + z * (0.125 + z / 30.0)))
+    return np.where(small, series, (log_n * np.exp(z) - value) / np.where(small, 1.0, power))
 
 
 NAMES = (

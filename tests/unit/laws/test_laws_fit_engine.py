@@ -178,7 +178,6 @@ def test_known_parameters_are_recovered(form: Form, values: dict[str, float]) ->
     assert noisy.certificate.agreeing > 32
 
 
-@pytest.mark.slow
 def test_farseer_is_recovered_from_blind_starts() -> None:
     values = from_paper(
         {"a1": -0.12, "alpha": 0.12, "b1": 0.4, "a2": 88.0, "beta": -0.1, "b2": -6.0,
@@ -186,7 +185,7 @@ def test_farseer_is_recovered_from_blind_starts() -> None:
     )  # fmt: skip
     found = fit(Farseer(), measured(Farseer(), values))
     assert found.values == pytest.approx(values, rel=1e-6)
-    assert found.certificate.agreeing > 16
+    assert found.certificate.agreeing > 32
 
 
 def test_squares_of_a_line_are_the_textbook_solution() -> None:

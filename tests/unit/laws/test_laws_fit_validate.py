@@ -64,6 +64,9 @@ def test_what_cannot_be_held_out_is_refused() -> None:
         hold_out_largest(Chinchilla(), rows, "N", number=6)
     with pytest.raises(UserError, match="no column 'width'"):
         hold_out_largest(Chinchilla(), rows, "width")
+    few = rows.take([0, 7, 14, 21, 28])  # five groups of one row: four remain
+    with pytest.raises(UserError, match="only 4 rows"):
+        leave_one_group_out(Chinchilla(), few)
     alone = Observations(rows.columns, ("only",) * 36)
     with pytest.raises(UserError, match="belong to group 'only'"):
         leave_one_group_out(Chinchilla(), alone)

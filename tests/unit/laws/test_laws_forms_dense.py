@@ -12,7 +12,13 @@ from allometry.laws.fit.engine import predict
 from allometry.laws.fit.problem import Problem
 from allometry.laws.forms.base import Form
 from allometry.laws.forms.dense import Chinchilla, Kappa
-from allometry.laws.forms.farseer import Farseer, from_paper, paper_coefficients, stretched
+from allometry.laws.forms.farseer import (
+    Farseer,
+    from_paper,
+    paper_coefficients,
+    stretched,
+    stretched_slope,
+)
 from allometry.laws.forms.kaplan import Kaplan, KaplanTrajectory, critical_batch
 from allometry.laws.observations import Observations
 from allometry.laws.registry import all_forms
@@ -101,7 +107,7 @@ def test_slopes_are_those_of_finite_differences(form: Form) -> None:
         np.testing.assert_allclose(slopes[0, index], (up - down) / (2 * step), rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("form", [Chinchilla(), Kappa()], ids=lambda form: form.name)
+@pytest.mark.parametrize("form", [Chinchilla(), Kappa(), Farseer()], ids=lambda form: form.name)
 def test_own_derivatives_equal_complex_steps(form: Form) -> None:
     class Plain(type(form)):  # type: ignore[misc]
         def derivatives(self, values: object, prepared: object) -> None:
@@ -139,8 +145,10 @@ def test_stretched_is_smooth_where_its_power_is_zero() -> None:
     for power in (1e-7, 1e-5, 1e-3):
         exact = [math.expm1(power * x) / power for x in log_n]
         np.testing.assert_allclose(stretched(power, log_n), exact, rtol=1e-10)
-    slope = stretched(0.0 + 1e-30j, log_n).imag / 1e-30
-    np.testing.assert_allclose(slope, log_n**2 / 2)
+    for power in (0.0, 1e-7, 1e-4, 4e-4, 1e-2, -0.3):
+        exact = stretched(power + 1e-30j, log_n).imag / 1e-30
+        found = stretched_slope(power, log_n, stretched(power, log_n))
+        np.testing.assert_allclose(found, exact, rtol=1e-10, atol=1e-13)
 
 
 def test_least_steps_follow_from_the_batch() -> None:
