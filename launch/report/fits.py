@@ -52,7 +52,7 @@ def fits(inputs: Inputs) -> Section:
     for number, (path, stored) in enumerate(inputs.fits, start=1):
         own = [one for folder, one in inputs.predictions if folder == path.parent]
         name = f"fit {number}" if len(inputs.fits) > 1 else "fit"
-        figures.append(_figure(f"fit-{number}", path, stored, own))
+        figures.append(_figure(number, path, stored, own, name))
         rows += _parameters(name, stored)
     tables = [Table(head=HEAD, rows=tuple(rows))] if rows else []
     if targets:
@@ -74,12 +74,15 @@ def fits(inputs: Inputs) -> Section:
     )
 
 
-def _figure(key: str, path: Path, stored: StoredFit, targets: Sequence[Prediction]) -> Figure:
+def _figure(
+    number: int, path: Path, stored: StoredFit, targets: Sequence[Prediction], name: str
+) -> Figure:
     law, said = law_panel(stored)
     panels = [law] if law is not None else []
     panels += [_against(stored, targets), _residuals(stored)]
     text = " ".join(part for part in (_sentence(path, stored), said) if part)
-    return Figure(key=key, text=text, panels=tuple(panels), legend=True)
+    text = f"{name.capitalize()}, {text}"
+    return Figure(key=f"fit-{number}", text=text, panels=tuple(panels), legend=True)
 
 
 def _sentence(path: Path, stored: StoredFit) -> str:

@@ -107,7 +107,7 @@ class Inputs:
 def read_inputs(
     folders: Sequence[Path], fits: Sequence[Path], trials: Sequence[Path], smoothing: float
 ) -> Inputs:
-    """Read run folders, ladder folders, fits and files of trials.
+    """Read run folders, ladders, folders of runs, fits and files of trials.
 
     Raises:
         UserError: nothing was named, or something of it is missing or damaged.
@@ -121,10 +121,11 @@ def read_inputs(
     fit_files = list(fits)
     predictions = []
     for folder in folders:
-        if not _is_ladder(folder):
+        place = _place_of_runs(folder)
+        if place is None:
             found.setdefault(folder.resolve(), folder)
             continue
-        inside, left_out = _runs_of(folder)
+        inside, left_out = _runs_of(place)
         found |= {run.resolve(): run for run in inside if run.resolve() not in found}
         notes += left_out
         if (folder / "fit.json").is_file():
@@ -142,21 +143,36 @@ def read_inputs(
     )
 
 
-def _is_ladder(folder: Path) -> bool:
-    return (folder / "runs").is_dir() and not (folder / "config.yaml").is_file()
+def _place_of_runs(folder: Path) -> Path | None:
+    """Where the runs of a ladder, or of a folder full of runs, are; None for anything else."""
+    if (folder / "config.yaml").is_file() or not folder.is_dir():
+        return None
+    if (folder / "runs").is_dir():
+        return folder / "runs"
+    return folder if any(folder.glob("*/config.yaml")) else None
 
 
-def _runs_of(ladder: Path) -> tuple[list[Path], list[str]]:
-    """A ladder's run folders that have a row, and a sentence for each that has none."""
+def _runs_of(place: Path) -> tuple[list[Path], list[str]]:
+    """The run folders in it that have a row, and a sentence for each folder that is left out."""
     started: list[Path] = []
-    waiting: list[Path] = []
-    for folder in sorted(path for path in (ladder / "runs").iterdir() if path.is_dir()):
-        rows = folder / "metrics.jsonl"
-        begun = rows.is_file() and b"\n" in rows.read_bytes()
-        (started if begun else waiting).append(folder)
-    if not started and not waiting:
-        raise UserError(f"{ladder}/runs holds no run; run the ladder first (allometry ladder run)")
-    return started, [f"{folder} is left out: it has no row yet." for folder in waiting]
+    left_out: list[str] = []
+    for folder in sorted(path for path in place.iterdir() if path.is_dir()):
+        if not (folder / "config.yaml").is_file():
+            left_out.append(f"{folder} is left out: it is no run's folder, or has not begun.")
+        elif not _has_row(folder / "metrics.jsonl"):
+            left_out.append(f"{folder} is left out: it has no row yet.")
+        else:
+            started.append(folder)
+    if not started and not left_out:
+        raise UserError(f"{place} holds no run; run the ladder first (allometry ladder run)")
+    return started, left_out
+
+
+def _has_row(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.readline().endswith(b"\n")
 
 
 def _read(folder: Path) -> Run:

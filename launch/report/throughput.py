@@ -53,7 +53,8 @@ def runs(inputs: Inputs) -> Section:
     """What each run is and how it ended."""
     title = "Runs"
     if not inputs.runs:
-        return Section(key="runs", title=title, text="", absent="no run folder was given")
+        why = "no run has a row yet" if inputs.notes else "no run folder was given"
+        return Section(key="runs", title=title, text="", absent=why, notes=inputs.notes)
     rows = tuple(_run_row(one) for one in inputs.runs)
     text = (
         "N: parameters without embedding and head; beside it all of them, and those that a token "

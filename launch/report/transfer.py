@@ -15,6 +15,8 @@ from allometry.laws.optimum import Optimum, drift, drift_interval, quadratic_opt
 from allometry.laws.trials import TrialFile
 
 LEAST_RATES = 3
+NOT_LEARNT_FROM = ("run", "parallel", "evaluation", "checkpoint", "record")
+"""Sections in which the runs of a sweep may differ."""
 HEAD = ("sweep", "size", "best learning rate", "log2", "loss there", "note")
 
 
@@ -114,7 +116,10 @@ def _of_runs(runs: tuple[Shown, ...]) -> list[Drawn]:
 
 
 def _rest(config: Mapping[str, Any]) -> str:
-    kept = {key: value for key, value in config.items() if key not in ("run", "record")}
+    kept = {key: value for key, value in config.items() if key not in NOT_LEARNT_FROM}
+    kept["batch"] = {
+        k: v for k, v in (config.get("batch") or {}).items() if k != "micro_batch_sequences"
+    }
     kept["optimizer"] = {k: v for k, v in config.get("optimizer", {}).items() if k != "lr"}
     return json.dumps(kept, sort_keys=True, default=str)
 

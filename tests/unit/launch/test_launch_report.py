@@ -157,9 +157,19 @@ def test_only_a_fit(tmp_path: Path) -> None:
 def test_runs_that_have_not_begun_are_named(tmp_path: Path) -> None:
     fake_run(tmp_path / "ladder" / "runs" / "a")
     (tmp_path / "ladder" / "runs" / "b").mkdir()
+    fake_run(tmp_path / "ladder" / "runs" / "c")
+    (tmp_path / "ladder" / "runs" / "c" / "metrics.jsonl").write_text('{"step": 1')
     text = run(Request((tmp_path / "ladder",), out=tmp_path / "r.html"), as_json=False)
-    assert f"{tmp_path}/ladder/runs/b is left out: it has no row yet." in text
+    assert f"{tmp_path}/ladder/runs/b is left out: it is no run's folder, or has not begun." in text
+    assert f"{tmp_path}/ladder/runs/c is left out: it has no row yet." in text
     assert "is left out" in (tmp_path / "r.html").read_text()
+
+
+def test_a_folder_of_runs_stands_for_them(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        fake_run(tmp_path / "all" / name)
+    page = Elements(made(tmp_path, tmp_path / "all"))
+    assert len([a for a in page.named("input") if "data-run" in a]) == 2
 
 
 def test_a_run_named_twice_is_shown_once(ladder: Path, tmp_path: Path) -> None:
