@@ -84,7 +84,7 @@ def smooth_checkpoints(
     In each group, by ``order``: the checkpoints in the first ``skip`` of the run (as a share of
     the group's largest ``order``) go, then ``columns`` are means of each ``window`` successive
     rows; other columns are those of the window's last row. As the OLMo ladder does
-    (arXiv 2412.04403, section 3.2).
+    (arXiv 2412.04403).
 
     Raises:
         UserError: ``skip`` or ``window`` make no sense, or a run has fewer checkpoints left.

@@ -22,7 +22,7 @@ class CriticalBatch(Form):
 
     name = "critical_batch"
     equation = "batch = B_star / loss^(1/alpha_B)"
-    source = "Kaplan et al., arXiv 2001.08361, equation 1.4; MiniCPM, arXiv 2404.06395, section 3.2"
+    source = "Kaplan et al., arXiv 2001.08361, equation 1.4; MiniCPM, arXiv 2404.06395"
     inputs = (Variable("loss", "nats per token", "the loss that is reached"),)
     target = Variable("batch", "tokens", "critical (or best) batch of a step")
     parameters = (
@@ -53,7 +53,7 @@ class StepsToLoss(Form):
 
     name = "steps_to_loss"
     equation = "S = S_min + E_min / B, that is (S/S_min - 1)(E/E_min - 1) = 1 with E = B S"
-    source = "McCandlish et al., arXiv 1812.06162, equation 2.11; Kaplan et al., arXiv 2001.08361"
+    source = "McCandlish et al., arXiv 1812.06162; Kaplan et al., arXiv 2001.08361"
     inputs = (Variable("B", "tokens", "tokens of a step"),)
     target = Variable("S", "steps", "steps until the loss is reached")
     parameters = (

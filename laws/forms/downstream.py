@@ -20,7 +20,7 @@ class DownstreamError(Form):
 
     name = "downstream_error"
     equation = "error = epsilon - k exp(-gamma loss)"
-    source = "Gadre et al., arXiv 2403.08540, equation 5"
+    source = "Gadre et al., arXiv 2403.08540"
     inputs = (Variable("loss", "nats per token", "loss on the evaluation set"),)
     target = Variable("error", "fraction", "1 - accuracy, averaged over tasks")
     parameters = (
@@ -48,7 +48,7 @@ class DownstreamSigmoid(Form):
 
     name = "downstream_sigmoid"
     equation = "accuracy = a / (1 + exp(-k (loss - L0))) + b"
-    source = "Bhagia et al. (OLMo ladder), arXiv 2412.04403, equation 3"
+    source = "Bhagia et al. (OLMo ladder), arXiv 2412.04403"
     inputs = (Variable("loss", "bits per byte", "loss of the task's right answers"),)
     target = Variable("accuracy", "fraction", "accuracy on the task")
     parameters = (

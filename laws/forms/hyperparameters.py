@@ -63,7 +63,7 @@ class LearningRateLaw(Form):
 
     name = "learning_rate_law"
     equation = "lr = c N^a D^b"
-    source = "Step Law, arXiv 2503.04715, equation 1"
+    source = "Step Law, arXiv 2503.04715"
     inputs = (_SIZE, _TOKENS)
     target = Variable("lr", "1", "best peak learning rate")
     parameters = (
@@ -91,7 +91,7 @@ class BatchLaw(Form):
 
     name = "batch_law"
     equation = "B = c D^b"
-    source = "Step Law, arXiv 2503.04715, equation 1"
+    source = "Step Law, arXiv 2503.04715"
     inputs = (_TOKENS,)
     target = Variable("B", "tokens", "best tokens of a step")
     parameters = (

@@ -27,7 +27,7 @@ class EfficiencyLeverage(Form):
         "leverage = (activation + A_start)^(a + d log10 C + gamma log2(granularity)^2 "
         "+ beta log2 granularity)"
     )
-    source = "Ling, arXiv 2507.17702, equation 9 and table 2"
+    source = "Ling, arXiv 2507.17702, table 2"
     inputs = (
         Variable("activation", "fraction", "share of the experts that a token uses", most=1.0),
         Variable("granularity", "1", "2 width / expert width"),
@@ -76,7 +76,7 @@ class Clark(Form):
         "log10 loss = a log10 N + b log10 e + c log10 N log10 e + d, "
         "1/e = 1/(experts - 1 + 1/(1/E_start - 1/E_max)) + 1/E_max"
     )
-    source = "Clark et al., arXiv 2202.01169, equations 1 and 2"
+    source = "Clark et al., arXiv 2202.01169"
     inputs = (
         Variable("N", "parameters", "parameters of the dense model beneath, embeddings included"),
         Variable("experts", "1", "experts of a routed layer, 1 for dense", least=1.0),
@@ -108,7 +108,7 @@ class Clark(Form):
 
 
 def effective_experts(experts: Any, start: Any, most: Any) -> Any:
-    """Return Ê of arXiv 2202.01169, equation 2: ``start`` at one expert, at most ``most``."""
+    """Return Ê of arXiv 2202.01169: ``start`` at one expert, at most ``most``."""
     offset = 1.0 / (1.0 / start - 1.0 / most)
     return 1.0 / (1.0 / (experts - 1.0 + offset) + 1.0 / most)
 
@@ -122,7 +122,7 @@ class Granularity(Form):
 
     name = "granularity"
     equation = "loss = c + (g / granularity^gamma + a) / N^alpha + b / D^beta"
-    source = "Krajewski et al., arXiv 2402.07871, equation 9"
+    source = "Krajewski et al., arXiv 2402.07871"
     inputs = (
         Variable("N", "parameters", "all parameters without embeddings"),
         Variable("D", "tokens", "tokens of the run"),
@@ -157,7 +157,7 @@ class Granularity(Form):
 def granular_flops(
     *, width: float, num_layers: float, expansion: float, granularity: float, tokens: float
 ) -> float:
-    """Return training FLOPs with the cost of routing, arXiv 2402.07871, section 5.1.
+    """Return training FLOPs with the cost of routing, arXiv 2402.07871.
 
     (12 d² c_f + d E G c_r) D layers with c_f = 6 FLOPs for each parameter and token and c_r = 14
     for each routed pair of feature and expert; ``expansion`` E is the ratio of all experts'

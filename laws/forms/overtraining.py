@@ -24,7 +24,7 @@ class OverTraining(Form):
 
     name = "over_training"
     equation = "loss = E + (a M^eta + b M^-eta) C^-eta, M = D/N, C = 6 N D"
-    source = "Gadre et al., arXiv 2403.08540, equation 4"
+    source = "Gadre et al., arXiv 2403.08540"
     inputs = (
         Variable("N", "parameters", "all parameters, embeddings included"),
         Variable("D", "tokens", "tokens of the run"),

@@ -20,7 +20,7 @@ class ParallelScaling(Form):
 
     name = "parallel_scaling"
     equation = "loss = E + (A / (N (k ln(streams) + 1)))^alpha"
-    source = "Chen et al. (ParScale), arXiv 2505.10475, equation 5"
+    source = "Chen et al. (ParScale), arXiv 2505.10475"
     inputs = (
         Variable("N", "parameters", "parameters without embeddings"),
         Variable("streams", "1", "parallel streams P", least=1.0),

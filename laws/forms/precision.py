@@ -28,7 +28,7 @@ class FloatTraining(Form):
         "loss = n/N^alpha + d/D^beta + epsilon + (D^beta/N^alpha) log2(block) "
         "/ (gamma (exponent_bits + 0.5)^delta (mantissa_bits + 0.5)^nu)"
     )
-    source = "arXiv 2501.02423, equation 9 and table 2"
+    source = "arXiv 2501.02423, table 2"
     inputs = (
         _SIZE,
         _TOKENS,
@@ -103,7 +103,7 @@ class QuantisedTraining(Form):
 
     name = "qat"
     equation = "rise = k D^gamma_D log2(group_size)^gamma_G / N^gamma_N"
-    source = "arXiv 2505.14302, equation 5"
+    source = "arXiv 2505.14302"
     inputs = (
         _SIZE,
         _TOKENS,
