@@ -2,7 +2,7 @@
 
     python benchmarks/monitors.py [--steps 60] [--preset demo] [--dtype fp32] [--threads 2]
 
-Trains a 10.8M model (10 layers of width 256) on random tokens with looks at every second step and
+Trains a 10.6M model (10 layers of width 256) on random tokens with looks at every second step and
 singular values at every fourth, so that plain steps and looks take turns in one run. Each is timed
 by itself: what comes before the step (a forward pass of 4 sequences), after it (gradients and
 updates), the row, the singular values. The share is their median over that of the steps, over the
@@ -35,7 +35,9 @@ from allometry.trainer.train import train
 GOAL = 0.01
 WARMUP_STEPS = 8
 LOOK_EVERY, SINGULAR_EVERY = 2, 4
-TEN_MILLION = "{width: 256, num_layers: 10, num_heads: 8, num_kv_heads: 8, ffn_width: 1024}"
+VOCABULARY = 256
+SHAPE = {"width": 256, "num_layers": 10, "num_heads": 8, "num_kv_heads": 8, "ffn_width": 1024}
+"""10.6M parameters."""
 
 Times = dict[int, float]
 
@@ -60,9 +62,8 @@ def timed(owner: type, name: str, into: Times, step_of: Callable[[Any], int]) ->
 
 
 def description(given: argparse.Namespace, folder: Path) -> RunConfig:
-    base = load(f"preset:{given.preset}")
-    write_random_store(folder / "random", 4_000_000, base.model.vocab_size, mean_length=1000)
-    shape = [] if given.quick else [f"model={TEN_MILLION}"]
+    write_random_store(folder / "random", 4_000_000, VOCABULARY, mean_length=1000)
+    shape = {} if given.quick else SHAPE
     return load(
         f"preset:{given.preset}",
         [
@@ -78,7 +79,8 @@ def description(given: argparse.Namespace, folder: Path) -> RunConfig:
             "evaluation.every_steps=null",
             f"record.monitors.every_steps={LOOK_EVERY}",
             f"record.monitors.singular_values_every_steps={SINGULAR_EVERY}",
-            *shape,
+            f"model.vocab_size={VOCABULARY}",
+            *(f"model.{key}={size}" for key, size in shape.items()),
         ],
     )
 
