@@ -14,9 +14,10 @@ from allometry.configs.errors import UserError
 from allometry.configs.ladder import SbatchLaunch, load_ladder
 from allometry.configs.loader import PRESET
 from allometry.launch import ladder_text as text
-from allometry.launch.ladder_plan import LadderPlan, PlannedRun, plan_ladder
+from allometry.launch.ladder_plan import LadderPlan, plan_ladder
 from allometry.launch.ladder_run import Ended, train_runs
 from allometry.launch.ladder_sbatch import write_scripts
+from allometry.launch.ladder_share import PlannedRun
 from allometry.launch.ladder_state import only_one, state_of
 from allometry.laws.areas import areas_of
 from allometry.laws.fit.store import load_fit, save_fit
@@ -49,8 +50,8 @@ def run(plan: LadderPlan, only: Only | None, parallel: int | None, say: Say) -> 
     """Train what is missing: the rungs, then the target, which is predicted in between.
 
     Returns what ``status`` says afterwards, ``stopped`` by which signal and the ``prediction``.
-    With ``launch.kind: sbatch`` scripts are written instead. Raises UserError: runs failed, or the
-    rungs do not allow a prediction.
+    With ``launch.kind: sbatch`` scripts are written instead. Raises UserError: runs failed, or no
+    prediction can be made of the rungs, in which case the target is not trained.
     """
     if only == "target" and plan.target is None:
         raise UserError("--only=target: the ladder has no target; add one or leave --only out")

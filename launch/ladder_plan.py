@@ -6,10 +6,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from allometry.configs.errors import ConfigError, UserError
 from allometry.configs.ladder import (
@@ -23,44 +21,13 @@ from allometry.configs.ladder import (
 from allometry.configs.loader import put, read, validate
 from allometry.configs.run import RunConfig
 from allometry.configs.source import Tree
+from allometry.launch.ladder_share import PlannedRun, branching_point, share
 from allometry.optim.schedule import resolve_schedule
 from allometry.scaling.batch import BatchPlan, total_steps
 from allometry.scaling.count import count_parameters, flops_per_token
 from allometry.scaling.hyperlaws import LAWS, Target, suggest
 from allometry.scaling.shapes import at_width
 from allometry.trainer.unchanged import differences, rates_part
-
-
-@dataclass(frozen=True)
-class PlannedRun:
-    """A run of the ladder: ``config`` is its whole description, ``parent`` in it where it branches.
-
-    ``parameters`` N by the ladder's count; ``tokens`` D and ``flops`` C of the whole run, in whole
-    steps; ``own_flops``: without the steps that it takes over from its parent.
-    """
-
-    name: str
-    is_target: bool
-    size: str
-    schedule: str
-    config: RunConfig
-    steps: int
-    tokens: int
-    parameters: int
-    flops: int
-    parent: str | None = None
-    parent_step: int = 0
-
-    @property
-    def own_flops(self) -> int:
-        """FLOPs that it costs."""
-        plan = BatchPlan(self.config.batch, self.config.data.sequence_length)
-        return self.flops - self.flops * plan.tokens_after(self.parent_step) // self.tokens
-
-    @property
-    def folder(self) -> Path:
-        """Its run folder."""
-        return Path(self.config.run.folder)
 
 
 @dataclass(frozen=True)
@@ -120,7 +87,7 @@ def plan_ladder(ladder: LadderConfig, tree: Tree) -> LadderPlan:
             )
         found.append(run)
     target = _target(maker, ladder, found)
-    shared, more = _share([*found, *([target] if target else [])])
+    shared, more = share([*found, *([target] if target else [])])
     return LadderPlan(
         ladder=ladder,
         rungs=tuple(run for run in shared if not run.is_target),
@@ -229,7 +196,7 @@ class _Maker:
         steps = total_steps(config.training, plan)
         total = plan.tokens_after(steps)
         per_token = flops_per_token(config.model, config.data.sequence_length).total
-        kept = _branching_point(config, steps)
+        kept = branching_point(config, steps)
         if kept:
             put(tree, "checkpoint.keep_steps", [*config.checkpoint.keep_steps, kept], place)
             config = validate(tree)
@@ -297,82 +264,6 @@ def count(config: RunConfig, convention: str) -> int:
     if convention == "with_head":
         return counted.non_embedding + config.model.vocab_size * config.model.width
     return int(getattr(counted, convention))
-
-
-def _share(runs: list[PlannedRun]) -> tuple[list[PlannedRun], list[str]]:
-    """Let longer runs branch from shorter ones; the runs and why some cannot."""
-    chains: dict[tuple[Any, ...], list[PlannedRun]] = {}
-    for run in runs:
-        key = (run.config.model, run.schedule, run.config.run.seed)
-        chains.setdefault(key, []).append(run)
-    notes: dict[str, None] = {}
-    changed: dict[str, PlannedRun] = {run.name: run for run in runs}
-    for chain in chains.values():
-        ordered = sorted(chain, key=lambda run: run.steps)
-        for shorter, longer in pairwise(ordered):
-            step, problem = _shared_steps(shorter, longer)
-            if problem:
-                notes[problem] = None
-                continue
-            _connect(changed, shorter.name, longer.name, step)
-    order = [run.name for chain in chains.values() for run in sorted(chain, key=lambda r: r.steps)]
-    return [changed[name] for name in order], list(notes)
-
-
-def _shared_steps(shorter: PlannedRun, longer: PlannedRun) -> tuple[int, str | None]:
-    """How many first steps two runs of one chain share, or why it is no use."""
-    other = next(iter(differences(shorter.config, longer.config)), None)
-    if other is not None:
-        return (
-            0,
-            f"{longer.size}: {other[0]} differs between horizons: each is trained from scratch",
-        )
-    part = rates_part(shorter.config, longer.config, shorter.steps)
-    if part == 1:
-        kind = longer.config.parameterization.kind
-        return 0, (
-            f"parameterization {kind} or the warm-up scales learning rates with the length of the "
-            "run, so that horizons share no step: each is trained from scratch"
-        )
-    shared = shorter.steps if part is None else part - 1
-    plan = BatchPlan(longer.config.batch, longer.config.data.sequence_length)
-    warmup = resolve_schedule(longer.config, plan).warmup_steps
-    if shared <= warmup:
-        return 0, (
-            f"schedule {longer.schedule} follows the length of the run from the end of the warm-up "
-            "on, so that each horizon is trained from scratch"
-        )
-    return shared, None
-
-
-def _branching_point(config: RunConfig, steps: int) -> int | None:
-    """The last step that a longer run would share, kept also where the ladder has none yet."""
-    tokens = config.training.total_tokens
-    assert tokens is not None
-    longer = _with(config, "training", {"total_tokens": 10 * tokens})
-    part = rates_part(config, longer, steps)
-    plan = BatchPlan(config.batch, config.data.sequence_length)
-    shared = steps if part is None else part - 1
-    return shared if resolve_schedule(config, plan).warmup_steps < shared < steps else None
-
-
-def _connect(runs: dict[str, PlannedRun], parent: str, child: str, step: int) -> None:
-    holder, branch = runs[parent].config, runs[child].config
-    kept = tuple(sorted({*holder.checkpoint.keep_steps, step}))
-    runs[parent] = replace(runs[parent], config=_with(holder, "checkpoint", {"keep_steps": kept}))
-    link = {"folder": holder.run.folder, "step": step}
-    runs[child] = replace(
-        runs[child],
-        config=_with(branch, "run", {"parent": link}),
-        parent=parent,
-        parent_step=step,
-    )
-
-
-def _with(config: RunConfig, section: str, changes: dict[str, Any]) -> RunConfig:
-    plain = config.model_dump(mode="json")
-    plain[section] |= changes
-    return RunConfig.model_validate(plain)
 
 
 def _same(one: PlannedRun, other: PlannedRun) -> bool:

@@ -17,7 +17,8 @@ from types import FrameType
 
 from allometry.configs.errors import UserError
 from allometry.configs.loader import dump
-from allometry.launch.ladder_plan import LadderPlan, PlannedRun
+from allometry.launch.ladder_plan import LadderPlan
+from allometry.launch.ladder_share import PlannedRun
 from allometry.launch.ladder_state import as_stored, last_row, spent, state_of
 from allometry.launch.ladder_text import duration, losses
 from allometry.laws.collect import short
@@ -54,11 +55,12 @@ def train_runs(plan: LadderPlan, wanted: Sequence[PlannedRun], parallel: int, sa
         say(f"{done} of {len(wanted)} runs are done")
     if not todo:
         return Ended()
+    parallel = min(parallel, len(todo))  # a run alone has all cores
     board = _Board(plan, todo, len(wanted), say, parallel)
     with _signals(board):
         threads = [
             threading.Thread(target=_serve, args=(board,), name=f"slot-{number}")
-            for number in range(min(parallel, len(todo)))
+            for number in range(parallel)
         ]
         for thread in threads:
             thread.start()

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from allometry.configs.ladder import SbatchLaunch
-from allometry.launch.ladder_plan import LadderPlan, PlannedRun
+from allometry.launch.ladder_plan import LadderPlan
 from allometry.launch.ladder_run import write_config
+from allometry.launch.ladder_share import PlannedRun
 from allometry.launch.ladder_state import as_stored, state_of
 
 SUBMIT = "submit.sh"

@@ -15,7 +15,8 @@ from typing import Any, Literal
 from allometry.configs.errors import ConfigError, UserError
 from allometry.configs.loader import load
 from allometry.configs.run import RunConfig
-from allometry.launch.ladder_plan import LadderPlan, PlannedRun
+from allometry.launch.ladder_plan import LadderPlan
+from allometry.launch.ladder_share import PlannedRun
 from allometry.laws.runs import read_lines
 from allometry.trainer.unchanged import differences, rates_part
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from allometry.launch.ladder_plan import LadderPlan, PlannedRun
+from allometry.launch.ladder_plan import LadderPlan
+from allometry.launch.ladder_share import PlannedRun
 from allometry.launch.ladder_state import RunState, spent, state_of
 from allometry.laws.collect import short
 from allometry.laws.fit.bootstrap import Bootstrap
 from allometry.laws.fit.engine import Fit
-from allometry.laws.ladder import Prediction
+from allometry.laws.ladder import Prediction, unidentified
 
 
 def planned_facts(plan: LadderPlan) -> dict[str, Any]:
@@ -88,6 +89,7 @@ def fit_facts(found: Fit, resampled: Bootstrap, path: str) -> dict[str, Any]:
         "objective": found.objective,
         "certificate": plain["certificate"],
         "rows": len(found.observations),
+        "unidentified": unidentified(found),
         "file": path,
     }
 
@@ -98,6 +100,8 @@ def fit_text(facts: dict[str, Any]) -> str:
     for name, value in facts["values"].items():
         low, high = facts["intervals"][name]
         lines.append(f"  {name:<8} {value:<12.5g} ({low:.5g} to {high:.5g})")
+    if facts["unidentified"]:
+        lines.append(f"note: {facts['unidentified']}")
     return "\n".join([*lines, f"written to {facts['file']}"])
 
 

@@ -69,13 +69,25 @@ def fit_rungs(
     """Return the law of these finished runs and its bootstrap over cells (runs alike but in seed).
 
     Raises:
-        UserError: the law is not known, runs have not finished or cannot be compared, or they do
-            not identify the law's parameters.
+        UserError: the law is not known, runs have not finished or cannot be compared, or there are
+            fewer of them than the law has parameters.
     """
     form = form_named(law)
     found = fit(form, from_runs(folders, count=count, loss=loss))
-    require_identified(found)
     return found, bootstrap(found, bootstraps)
+
+
+def unidentified(found: Fit) -> str | None:
+    """Say which parameters the rungs leave open, if any.
+
+    A prediction near the rungs can be good although a parameter, often E, is not: the interval then
+    holds what all its plausible values predict.
+    """
+    try:
+        require_identified(found)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def predict_target(
@@ -94,6 +106,8 @@ def predict_target(
     columns = {key: [float(value)] for key, value in target.items() if _is_number(value)}
     wanted = Observations.of(columns, [str(target["run"])])
     predicted = float(found.predict(wanted)[0])
+    open_ones = unidentified(found)
+    warnings = [*found.warnings_for(wanted), *([open_ones] if open_ones else [])]
     low, high = resampled.predict_interval(wanted, LEVEL, noise=True)
     return Prediction(
         law=found.form.name,
@@ -107,7 +121,7 @@ def predict_target(
         time=round(time.time(), 3),
         target_state=state,
         target_step=step,
-        warnings=tuple(found.warnings_for(wanted)),
+        warnings=tuple(warnings),
     )
 
 
