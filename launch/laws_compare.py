@@ -84,7 +84,7 @@ class Compared:
             return [*first, "-", "-", "-", "not fitted"]
         sizes = [self.errors.say(v) for v in (self.errors.mean, self.errors.max, self.in_sample)]
         certificate = self.of.fit.certificate
-        return [*first, *sizes, f"{certificate.agreeing} of {certificate.starts}"]
+        return [*first, *sizes, f"{certificate.agreeing} of {certificate.finished}"]
 
     def to_json(self) -> dict[str, Any]:
         """Return the law's fit and errors as plain data."""

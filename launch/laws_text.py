@@ -37,10 +37,11 @@ def certificate_words(certificate: Certificate) -> list[str]:
     """Return how sure the optimum is, a sentence each; what is doubtful says what to do."""
     found = certificate
     words = [
-        f"{found.agreeing} of {found.starts} starts agree on the optimum (gradient norm "
-        f"{found.gradient_norm:.1e}, condition {found.condition:.1e})"
+        f"{found.agreeing} of {found.finished} starts agree on it"
+        + (f" (of {found.starts}, those not given up)" if found.finished < found.starts else "")
+        + f"; gradient norm {found.gradient_norm:.1e}, condition {found.condition:.1e}"
     ]
-    if found.agreeing < 2 <= found.starts:
+    if found.agreeing < 2 <= found.finished:
         words.append(
             "only one start came here, so a better optimum may exist: raise --starts and compare"
         )

@@ -2,59 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from allometry.launch.cli import main
-from allometry.launch.laws_compare import law_names
-from allometry.launch.laws_list import page_line, run_laws
 from allometry.laws.fit.store import load_fit
-from allometry.laws.registry import all_forms, form_named
 from fake_runs import chinchilla, fake_run
 from law_data import law_data
+from shell import Shell
 
-ROOT = Path(__file__).resolve().parents[3]
 QUICK = ("--starts", "48", "--bootstraps", "20")
 SIZES = {16: 5200, 32: 20_640, 48: 46_320, 64: 82_240}
 """Parameters without embedding and head of the ladder's widths."""
-
-
-class Shell:
-    """Runs the command line in this process."""
-
-    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
-        self._capsys = capsys
-
-    def __call__(self, *arguments: object) -> str:
-        """What a command prints; it must succeed."""
-        code, out, err = self._run(arguments)
-        assert code == 0, err
-        return out
-
-    def json(self, *arguments: object) -> Any:
-        return json.loads(self(*arguments, "--json"))
-
-    def refusal(self, *arguments: object) -> str:
-        """The one sentence of a command that is refused."""
-        code, _, err = self._run(arguments)
-        assert code == 2, err
-        (line,) = err.strip().splitlines()
-        assert line.startswith("allometry: ")
-        return line
-
-    def _run(self, arguments: tuple[object, ...]) -> tuple[int, str, str]:
-        code = 0
-        try:
-            main([str(argument) for argument in arguments])
-        except SystemExit as end:
-            code = int(end.code or 0)
-        found = self._capsys.readouterr()
-        return code, found.out, found.err
 
 
 @pytest.fixture
@@ -135,7 +97,7 @@ def test_what_fit_says_in_words(shell: Shell, table: Path, tmp_path: Path) -> No
     assert text.startswith("chinchilla: loss = E + A/N^alpha + B/D^beta\nfitted to 15 rows of 15")
     assert "nats per token" in text
     assert "the sum over rows of Huber's loss (delta 0.001) of log residuals" in text
-    assert "of 4500 starts agree on the optimum" in text
+    assert re.search(r"optimum    \d+ of 4500 starts agree on it; gradient norm", text)
     assert "no parameter is at a bound" in text
     assert "over 15 rows (each of 15 groups by the fit to the others)" in text
     assert "N          size of runs.csv" in text
@@ -158,24 +120,6 @@ def test_an_interval_of_one_more_run_is_wider(shell: Shell, table: Path, tmp_pat
     assert of_run["high"] - of_run["low"] > 1.5 * (of_law["high"] - of_law["low"]) > 0
     truth = 1.8 + 480 / 1e8**0.35 + 2000 / 1e9**0.37
     assert of_law["low"] < truth < of_law["high"]
-
-
-def test_published_coefficients_predict_without_a_fit(shell: Shell) -> None:
-    which = ("--law", "chinchilla", "--published", "besiroglu")
-    found = shell.json("predict", *which, "N=7e9", "D=1.4e11")
-    expected = 1.8172 + 482.01 / 7e9**0.3478 + 2085.43 / 1.4e11**0.3658
-    (point,) = found["predictions"]
-    assert point["loss"] == pytest.approx(expected, rel=1e-12)
-    assert point["low"] is None
-    assert "44M to 16B parameters" in found["warnings"][0]
-    best = shell.json("optimum", *which, "--flops", "5.76e23,1e21")["optima"]
-    for one, flops in zip(best, (5.76e23, 1e21), strict=True):
-        total = 0.3478 + 0.3658
-        size = (0.3478 * 482.01 / (0.3658 * 2085.43)) ** (1 / total) * (flops / 6) ** (
-            0.3658 / total
-        )
-        assert one["N"]["value"] == pytest.approx(size, rel=1e-9)
-        assert one["D"]["value"] == pytest.approx(flops / 6 / size, rel=1e-9)
 
 
 def test_the_optimum_of_a_fit_has_intervals_and_warnings(shell: Shell, fit_file: Path) -> None:
@@ -370,34 +314,6 @@ def test_what_is_wrong_is_one_sentence(
     paths = {"LADDER": ladder, "TABLE": table, "FIT": fit_file}
     sentence = shell.refusal(*(paths.get(one, one) for one in arguments))
     assert re.search(words, sentence), sentence
-
-
-def test_laws_of_columns_are_one_name() -> None:
-    given = ["chinchilla, kappa", "mixing_exponential:r/web,r/code"]
-    assert law_names(given) == ["chinchilla", "kappa", "mixing_exponential:r/web,r/code"]
-
-
-def test_the_registry_is_listed(shell: Shell) -> None:
-    listed = {line.split()[0] for line in shell("laws").splitlines() if line.strip()}
-    assert set(all_forms()) <= listed
-    assert {one["name"] for one in shell.json("laws")} == set(all_forms())
-    one = shell.json("laws", "chinchilla")
-    assert [p["name"] for p in one["parameters"]] == ["E", "A", "B", "alpha", "beta"]
-    assert one["published"]["hoffmann"]["A"] == 406.4
-    text = shell("laws", "chinchilla")
-    for words in ("arXiv 2203.15556", "44M to 16B parameters", "published by besiroglu: E 1.8172"):
-        assert words in text
-    for name in all_forms():
-        assert form_named(name).source in run_laws(name, as_json=False)
-
-
-def test_the_page_lists_the_registry() -> None:
-    page = (ROOT / "docs/laws.md").read_text(encoding="utf-8")
-    listed = {line for line in page.splitlines() if line.startswith("| `")}
-    expected = {page_line(form) for form in all_forms().values()}
-    missing, wrong = sorted(expected - listed), sorted(listed - expected)
-    assert not missing, "write these lines into the table of docs/laws.md:\n" + "\n".join(missing)
-    assert not wrong, "these lines of docs/laws.md are of no law:\n" + "\n".join(wrong)
 
 
 def test_the_points_behind_chinchilla_through_the_command(shell: Shell) -> None:

@@ -1,0 +1,43 @@
+"""The command line in this process: what a command prints, and the sentence of a refused one."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from allometry.launch.cli import main
+
+
+class Shell:
+    """Runs the command line in this process."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self._capsys = capsys
+
+    def __call__(self, *arguments: object) -> str:
+        """What a command prints; it must succeed."""
+        code, out, err = self._run(arguments)
+        assert code == 0, err
+        return out
+
+    def json(self, *arguments: object) -> Any:
+        return json.loads(self(*arguments, "--json"))
+
+    def refusal(self, *arguments: object) -> str:
+        """The one sentence of a command that is refused."""
+        code, _, err = self._run(arguments)
+        assert code == 2, err
+        (line,) = err.strip().splitlines()
+        assert line.startswith("allometry: ")
+        return line
+
+    def _run(self, arguments: tuple[object, ...]) -> tuple[int, str, str]:
+        code = 0
+        try:
+            main([str(argument) for argument in arguments])
+        except SystemExit as end:
+            code = int(end.code or 0)
+        found = self._capsys.readouterr()
+        return code, found.out, found.err
