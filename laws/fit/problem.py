@@ -19,6 +19,8 @@ Array = NDArray[np.float64]
 LARGEST_LOG = 690.0
 """Logs of parameters are kept within +-690, where exp neither overflows nor underflows."""
 COMPLEX_STEP = 1e-30
+CHUNK = 2**13
+"""Residuals computed at once: few enough to stay in a core's cache."""
 
 
 class Problem:

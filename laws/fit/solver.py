@@ -9,12 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from allometry.laws.fit.problem import Problem
+from allometry.laws.fit.problem import CHUNK, Problem
 
 Array = NDArray[np.float64]
 
-CHUNK = 2**13
-"""Residuals computed at once: few enough to stay in a core's cache."""
 EASE, TIGHTEN = 0.25, 10.0
 LEAST_DAMPING, MOST_DAMPING = 1e-9, 1e12
 HALVING = 10

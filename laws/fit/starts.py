@@ -9,7 +9,7 @@ import itertools
 import numpy as np
 from numpy.typing import NDArray
 
-from allometry.laws.fit.problem import Problem, search_coordinate
+from allometry.laws.fit.problem import CHUNK, Problem, search_coordinate
 
 Array = NDArray[np.float64]
 
@@ -66,8 +66,12 @@ def project(problem: Problem, x_SP: Array) -> Array:
     # Starts that differ in linear parameters only have the same solution: solve once.
     others = [index for index in range(x_SP.shape[1]) if index not in linear]
     _, first, back = np.unique(x_SP[:, others], axis=0, return_index=True, return_inverse=True)
+    rows = max(1, CHUNK // len(problem.target_n))
     solved_SP = np.concatenate(
-        [_solve_linear(problem, part, linear) for part in np.array_split(x_SP[first], len(first))]
+        [
+            _solve_linear(problem, x_SP[first[start : start + rows]], linear)
+            for start in range(0, len(first), rows)
+        ]
     )
     projected_SP = solved_SP[back.reshape(-1)]
     usable_S = np.isfinite(projected_SP).all(axis=1)
@@ -75,40 +79,36 @@ def project(problem: Problem, x_SP: Array) -> Array:
 
 
 def _solve_linear(problem: Problem, x_SP: Array, linear: list[int]) -> Array:
-    """Return x [S, P] with least-squares linear parameters; NaN where they are out of bounds."""
-    weight_n = np.exp(-problem.target_n) if problem.logs else np.ones_like(problem.target_n)
-    target_n = np.ones_like(weight_n) if problem.logs else problem.target_n
+    """Return x [S, P] with least-squares linear parameters; NaN where they cannot be used."""
+    shape = (len(x_SP), len(problem.target_n))
+    weight_n = np.exp(-problem.target_n) if problem.logs else np.ones(shape[1])
+    target_n = np.ones(shape[1]) if problem.logs else problem.target_n
     solved_SP = x_SP.copy()
     with np.errstate(all="ignore"):
-        for row_P in solved_SP:
-            values = {
-                name: value[0, 0] if np.ndim(value) else value
-                for name, value in problem.values(row_P[None]).items()
-            }
-            names = [problem.free[index].name for index in linear]
-            none = {**values, **dict.fromkeys(names, 0.0)}
-            rest_n = np.broadcast_to(problem.form.predict(none, problem.prepared), target_n.shape)
-            design_nK = np.stack(
-                [
-                    problem.form.predict({**none, name: 1.0}, problem.prepared) - rest_n
-                    for name in names
-                ],
-                axis=1,
-            )
-            design_nK = design_nK * weight_n[:, None]
-            size_K = np.sqrt((design_nK**2).sum(axis=0))
-            if not (np.isfinite(design_nK).all() and (size_K > 0.0).all()):
-                row_P[linear] = np.nan
-                continue
-            scaled_K = np.linalg.lstsq(
-                design_nK / size_K, target_n - rest_n * weight_n, rcond=1e-10
-            )[0]
-            for index, value in zip(linear, scaled_K / size_K, strict=True):
-                parameter = problem.free[index]
-                inside = parameter.low <= value <= parameter.high
-                if parameter.scale == "log":
-                    inside = inside and value > 0.0
-                row_P[index] = search_coordinate(parameter, value) if inside else np.nan
+        none = {**problem.values(x_SP), **{problem.free[i].name: 0.0 for i in linear}}
+
+        def predicted(name: str | None) -> Array:
+            values = none if name is None else {**none, name: 1.0}
+            return np.broadcast_to(problem.form.predict(values, problem.prepared), shape)
+
+        rest_Sn = predicted(None)
+        design_SnK = np.stack([predicted(problem.free[i].name) - rest_Sn for i in linear], axis=2)
+        design_SnK = design_SnK * weight_n[:, None]
+        size_SK = np.sqrt((design_SnK**2).sum(axis=1))
+        goal_Sn = target_n - rest_Sn * weight_n
+    for row, (design_nK, size_K, goal_n) in enumerate(
+        zip(design_SnK, size_SK, goal_Sn, strict=True)
+    ):
+        usable = np.isfinite(size_K).all() and (size_K > 0.0).all() and np.isfinite(goal_n).all()
+        if not usable:
+            solved_SP[row] = np.nan
+            continue
+        values_K = np.linalg.lstsq(design_nK / size_K, goal_n, rcond=1e-10)[0] / size_K
+        for index, value in zip(linear, values_K, strict=True):
+            parameter = problem.free[index]
+            inside = parameter.low <= value <= parameter.high
+            inside = inside and (value > 0.0 or parameter.scale == "linear")
+            solved_SP[row, index] = search_coordinate(parameter, value) if inside else np.nan
     bad_S = ~np.isfinite(problem.residuals(np.nan_to_num(solved_SP))).all(axis=1)
     solved_SP[bad_S] = np.nan
     return solved_SP

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -51,6 +52,14 @@ class Chinchilla(Form):
     valid = "decoder-only text models, 44M to 16B parameters, 0.3B to 600B tokens"
     published: ClassVar[Mapping[str, Mapping[str, float]]] = {
         "hoffmann": {"E": 1.69, "A": 406.4, "B": 410.7, "alpha": 0.34, "beta": 0.28},
+        # As in the paper's TeX, before rounding.
+        "hoffmann_unrounded": {
+            "E": math.exp(0.5267228),
+            "A": math.exp(6.0073404),
+            "B": math.exp(6.0179186),
+            "alpha": 0.33917,
+            "beta": 0.28491,
+        },
         "besiroglu": {"E": 1.8172, "A": 482.01, "B": 2085.43, "alpha": 0.3478, "beta": 0.3658},
     }
 

@@ -105,6 +105,8 @@ def test_published_values_have_the_objectives_that_were_computed_for_them() -> N
     """Huber with ½r² inside of δ = .001, summed: .00412 at Hoffmann's rounded parameters."""
     problem = Problem(Chinchilla(), besiroglu())
     loss = Loss(1e-3)
+    notebook = np.array([[0.597253, 6.16845, 7.66943, 0.347264, 0.367137]])  # the paper's grid
+    assert loss.value(problem.residuals(notebook)).sum() == pytest.approx(0.00101827, abs=5e-9)
     found = {
         name: loss.value(problem.residuals(problem.coordinates(values)[None])[0]).sum()
         for name, values in Chinchilla.published.items()
