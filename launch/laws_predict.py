@@ -23,6 +23,8 @@ from allometry.laws.observations import Observations
 from allometry.laws.registry import form_named
 
 LEVEL = 0.95
+FLOPS_TOLERANCE = 0.1
+"""Relative difference of FLOPs for each parameter and token beyond which ``optimum`` warns."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,7 @@ def run_predict(
             "level": LEVEL,
             "noise": noise,
             "predictions": points,
+            "conventions": {} if found.fit is None else dict(found.fit.observations.conventions),
             "warnings": warnings,
         }
         return json.dumps(content, indent=2)
@@ -121,7 +124,14 @@ def run_predict(
         values = [number(float(point[name] or 0.0)) for name in names]
         interval = _interval(point["low"], point["high"])
         rows.append([*values, number(predicted[len(rows) - 1]), interval])
-    return "\n".join([table(rows), *(f"warning: {warning}" for warning in warnings)])
+    return "\n".join([table(rows), *_counted(found), *(f"warning: {w}" for w in warnings)])
+
+
+def _counted(law: Law) -> list[str]:
+    """What each input of a fit counts, a line each, so that a prediction's are counted alike."""
+    known = {} if law.fit is None else law.fit.observations.conventions
+    names = [variable.name for variable in law.form.inputs]
+    return [f"{name}: {known[name]}" for name in names if name in known]
 
 
 def _interval(low: float | None, high: float | None) -> str:
@@ -203,6 +213,7 @@ def run_optimum(
         warnings.append(f"no interval; these coefficients were shown for: {found.form.valid}")
     elif found.bootstrap is None:
         warnings.append("no interval: the fit was made without bootstraps")
+    warnings += _other_flops(found, flops_per_parameter_token)
     if as_json:
         entries = [
             {
@@ -228,7 +239,23 @@ def run_optimum(
             if name == "D":
                 cells.append(number(row.tokens_per_parameter, 3))
         lines.append(cells)
-    return "\n".join([table(lines), *(f"warning: {warning}" for warning in warnings)])
+    return "\n".join([table(lines), *_counted(found), *(f"warning: {w}" for w in warnings)])
+
+
+def _other_flops(law: Law, per_token: float) -> list[str]:
+    """A warning where the fitted runs spent other FLOPs for each N and D than are reckoned with."""
+    columns = {} if law.fit is None else law.fit.observations.columns
+    if not all(name in columns for name in ("C", "N", "D")):
+        return []
+    spent = columns["C"] / (columns["N"] * columns["D"])
+    low, high = float(spent.min()), float(spent.max())
+    if low > per_token * (1 - FLOPS_TOLERANCE) and high < per_token * (1 + FLOPS_TOLERANCE):
+        return []
+    return [
+        f"the fitted runs spent {number(low, 3)} to {number(high, 3)} FLOPs for each parameter and "
+        f"token and the budget is shared out by {per_token:g}; set --flops-per-parameter-token to "
+        "what models of the optimum's size need"
+    ]
 
 
 def _low_high(row: Allocation, name: str) -> dict[str, float | None]:

@@ -89,6 +89,7 @@ def test_a_ladder_is_fitted_held_out_stored_and_predicted_from(
     assert inside["warnings"] == []
     beyond = shell("predict", out, "N=2e4,1e6", "D=2e4,2e4")
     assert "N=1e+06 is outside of the fitted range" in beyond
+    assert "N: parameters without embedding and head" in beyond
     assert f"{chinchilla(1e6, np.array([2e4]))[0]:.5g}" in beyond
 
 
@@ -131,6 +132,8 @@ def test_the_optimum_of_a_fit_has_intervals_and_warnings(shell: Shell, fit_file:
     assert not inside["warnings"]
     assert any("extrapolation" in warning for warning in beyond["warnings"])
     text = shell("optimum", fit_file, "--flops", "1e10", "--flops-per-parameter-token", "7")
+    assert "N: parameters without embedding and head" in text
+    assert any("FLOPs for each parameter and token" in warning for warning in found["warnings"])
     assert text.split()[:9] == ["FLOPs", "N", "95", "%", "D", "95", "%", "D/N", "loss"]
 
 
