@@ -81,7 +81,7 @@ def _figure(
     panels = [law] if law is not None else []
     panels += [_against(stored, targets), _residuals(stored)]
     text = " ".join(part for part in (_sentence(path, stored), said) if part)
-    text = f"{name.capitalize()}, {text}"
+    text = f"{name.capitalize()}: {text}"
     return Figure(key=f"fit-{number}", text=text, panels=tuple(panels), legend=True)
 
 
@@ -105,6 +105,9 @@ def _sentence(path: Path, stored: StoredFit) -> str:
     held_out = _held_out(stored)
     if held_out is not None:
         parts.append(held_out[2])
+    notes = stored.extra.get("notes")
+    if isinstance(notes, list):
+        parts += [f"Note: {note}." for note in notes]
     counted = fit.observations.conventions
     said = [f"{name}: {counted[name]}" for name in ("N", "loss") if name in counted]
     return " ".join([*parts, *(f"{one}." for one in said)])

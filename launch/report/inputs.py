@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -156,7 +157,8 @@ def _runs_of(place: Path) -> tuple[list[Path], list[str]]:
     """The run folders in it that have a row, and a sentence for each folder that is left out."""
     started: list[Path] = []
     left_out: list[str] = []
-    for folder in sorted(path for path in place.iterdir() if path.is_dir()):
+    folders = [path for path in place.iterdir() if path.is_dir()]
+    for folder in sorted(folders, key=_by_number):
         if not (folder / "config.yaml").is_file():
             left_out.append(f"{folder} is left out: it is no run's folder, or has not begun.")
         elif not _has_row(folder / "metrics.jsonl"):
@@ -166,6 +168,12 @@ def _runs_of(place: Path) -> tuple[list[Path], list[str]]:
     if not started and not left_out:
         raise UserError(f"{place} holds no run; run the ladder first (allometry ladder run)")
     return started, left_out
+
+
+def _by_number(folder: Path) -> list[tuple[int, str]]:
+    """Sorts w64 before w128: numbers in names by their values."""
+    parts = re.findall(r"[0-9]+|[^0-9]+", folder.name)
+    return [(int(part), "") if part[0] in "0123456789" else (-1, part) for part in parts]
 
 
 def _has_row(path: Path) -> bool:

@@ -90,8 +90,9 @@ def test_what_a_fit_held_out_is_marked(tmp_path: Path) -> None:
         "predicted": [4.0, 5.0],
         "measured": [4.08, 5.0],
     }
-    save_fit(path, found, None, {"held_out": held_out})
+    save_fit(path, found, None, {"held_out": held_out, "notes": ["E is hardly known"]})
     section = fits.fits(inputs(fit=path))
+    assert "Note: E is hardly known." in section.figures[0].text
     assert "Held-out error: 1.000% in the mean, 2.000% at most" in section.figures[0].text
     crosses = [one for one in panels(section)["residuals"].series if one.style == "cross"]
     assert crosses[0].y.tolist() == pytest.approx([100 * (4.0 / 4.08 - 1), 0.0])
