@@ -114,7 +114,7 @@ def _scripts(plan: LadderPlan, only: Only | None, parallel: int | None, say: Say
 
 def save_ladder(plan: LadderPlan) -> None:
     """Write the ladder's description into its folder, so that the folder alone says what it is."""
-    plain = plan.ladder.model_dump(mode="json", exclude_none=True)
+    plain = plan.ladder.model_dump(mode="json")
     if not plan.ladder.base.startswith(PRESET):
         plain["base"] = str(Path(plan.ladder.base).resolve())
     out = StringIO()

@@ -13,6 +13,7 @@ from allometry.configs.errors import UserError
 from allometry.configs.ladder import load_ladder
 from allometry.configs.loader import ladder_presets, load
 from allometry.configs.run import RunConfig
+from allometry.launch.ladder import open_ladder, save_ladder
 from allometry.launch.ladder_plan import LadderPlan, plan_ladder
 from allometry.launch.ladder_sbatch import write_scripts
 from allometry.optim.schedule import resolve_schedule
@@ -279,6 +280,17 @@ def test_presets_of_the_two_kinds_are_told_apart() -> None:
         load("preset:ladder_demo")
     with pytest.raises(UserError, match=r"there is no ladder 'demo'; the ladders are ladder_demo"):
         load_ladder("preset:demo")
+
+
+def test_folder_alone_says_what_the_ladder_is(base: Path) -> None:
+    keys = {"training.clip_grad_norm": None, "optimizer.lr": 3e-3, "data.sources.0.weight": 0.6}
+    schedules = [{"name": "c", "schedule": {"kind": "cosine", "warmup_tokens": 256}}]
+    plan = planned(base, set=keys, schedules=schedules, isoflop={"flops": [1e10]})
+    plan.folder.mkdir()
+    save_ladder(plan)
+    again = open_ladder(str(plan.folder))
+    assert again.runs == plan.runs
+    assert again.rungs[0].config.training.clip_grad_norm is None
 
 
 def test_scripts_for_slurm(base: Path) -> None:
