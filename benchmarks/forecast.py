@@ -36,7 +36,7 @@ LENGTH, SEQUENCES, HELD_OUT, PIECE = 64, 16, 128, 2048
 SCHEDULES: dict[str, dict[str, Any]] = {
     "constant": {"kind": "constant"},
     "cosine": {"kind": "cosine"},
-    "wsd": {"kind": "wsd", "decay_fraction": 0.2},
+    "wsd": {"kind": "wsd", "decay_fraction": 0.2, "final_fraction": 0.1},
 }
 WARMUP = 0.05
 
@@ -71,7 +71,7 @@ def description(folder: Path, kind: str, seed: int, steps: int) -> RunConfig:
             },
             "batch": {"sequences": SEQUENCES, "micro_batch_sequences": SEQUENCES},
             "training": {"total_steps": steps, "compute_dtype": "fp32"},
-            "optimizer": {"lr": 4e-3},
+            "optimizer": {"lr": 1.5e-3},
             "schedule": {**SCHEDULES[kind], "warmup_steps": int(WARMUP * steps)},
             "evaluation": {"every_steps": 20, "sequences_per_source": HELD_OUT},
             "record": {

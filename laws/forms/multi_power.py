@@ -15,8 +15,9 @@ from allometry.laws.forms.base import Form, Parameter, Predictions, Values, Vari
 from allometry.laws.forms.tissue import check_curve, curves_of
 from allometry.laws.observations import LearningRates, Observations
 
-GROWTH = 1.2
-"""Events further back lie in groups whose ages span at most this factor."""
+GROWTH, CLIMBING = 1.2, 1.1
+"""Events further back lie in groups whose ages span at most this factor; the second where the climb
+of the warm-up counts, over which rates change by more."""
 
 _FLOOR = 1e-9  # least rate over the peak: a rate of 0 has no power
 
@@ -39,18 +40,18 @@ class Events:
 
 
 def events_of(
-    curve: LearningRates, steps_n: NDArray[np.int64], warmup: bool = False, growth: float = GROWTH
+    curve: LearningRates, steps_n: NDArray[np.int64], warmup: bool = False
 ) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
     """Return (row of each event [K], (fall, area, log rate) [3, K]) of one curve.
 
-    A row at step t sees the event of step k < t with age t − k. Ages up to 1/(growth − 1) stand
-    for themselves; older ones are grouped so that ages in a group span a factor of ``growth``.
+    A row at step t sees the event of step k <= t with age t − k. Young events stand for
+    themselves; older ones are grouped so that ages in a group span a factor of 1.2.
     A group has the sum of its falls and the mean, weighted by them, of area and log rate, so the
     law's sum is in error by half its second derivative times their variance: below 5e-4 of the
-    decay's gain, some 2e-5 of a loss, for rates that fall steadily or in jumps; 2 % of the gain
-    where they jump up and down at random in every step (tests compare with the plain double loop).
-    Rises and falls are grouped apart. ``warmup``: whether the climb of the warm-up counts, as in
-    the paper's code.
+    decay's gain, some 2e-5 of a loss, for rates that fall steadily or in jumps; 2e-3 of B·peak for
+    the climb of a warm-up; 2 % of the gain where rates jump up and down at random in every step
+    (tests compare with the plain double loop). Rises and falls are grouped apart. ``warmup``:
+    whether the climb counts, as in the paper's code.
     """
     rates, first = curve.rates, 0 if warmup else max(1, curve.warmup_steps)
     changes = np.zeros_like(rates)
@@ -58,7 +59,7 @@ def events_of(
     changes[first:] = before[first:] - rates[first:]
     s1 = np.concatenate(([0.0], np.cumsum(rates)))
     log_rates = np.log(np.maximum(rates, _FLOOR * rates.max()))
-    bounds = _ages(int(steps_n.max()), growth)
+    bounds = _ages(int(steps_n.max()), CLIMBING if warmup else GROWTH)
     stop_nG = np.maximum(steps_n[:, None] - bounds[:-1], 0)
     start_nG = np.maximum(steps_n[:, None] - bounds[1:], 0)  # steps start+1 ... stop
     found_rows, found = [], []
@@ -99,7 +100,7 @@ class MultiPower(Form):
 
     name = "multi_power"
     equation = "L = L0 + A·S1^-alpha - B·Σ_k (η_k-1 - η_k)·(1 - (1 + C·η_k^-gamma·S_k)^-beta)"
-    source = "Luo et al., arXiv 2503.12811, equation 3; events from the end of the warm-up on"
+    source = "Luo et al., arXiv 2503.12811; events from the end of the warm-up on"
     inputs = (Variable("step", "steps", "step of the curve, from 1"),)
     target = Variable("loss", "nats/token", "training loss, averaged over neighbouring steps")
     parameters = (
@@ -177,7 +178,7 @@ class MultiPowerWithWarmup(MultiPower):
     """
 
     name = "multi_power_warmup"
-    source = "Luo et al., arXiv 2503.12811, equation 3; events from step 1 on, as in its code"
+    source = "Luo et al., arXiv 2503.12811; events from step 1 on, as in its code"
     warmup_counts = True
     published: ClassVar[Mapping[str, Mapping[str, float]]] = {
         size: dict(zip(("L0", "A", "alpha", "B", "C", "beta", "gamma"), values, strict=True))

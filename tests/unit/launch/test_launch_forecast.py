@@ -1,0 +1,149 @@
+"""``allometry forecast`` on folders of runs that went as a law says."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from allometry.configs.errors import UserError
+from allometry.launch.cli import app
+from allometry.launch.forecast import Request, run
+from allometry.laws.areas import areas_of
+from fake_runs import fake_run
+
+STEPS, PEAK, WARMUP, TOKENS = 400, 1e-2, 20, 8 * 32
+WSD = "schedule={kind: wsd, warmup_steps: 20, decay_fraction: 0.25}"
+CONSTANT = "schedule={kind: constant, warmup_steps: 20}"
+COSINE = "schedule={kind: cosine, warmup_steps: 20}"
+
+
+def rates(kind: str) -> np.ndarray:
+    s = np.arange(1, STEPS + 1)
+    x = np.clip((s - WARMUP) / (STEPS - WARMUP), 0, 1)
+    found = (
+        PEAK
+        * {
+            "constant": np.ones(STEPS),
+            "cosine": 0.1 + 0.45 * (1 + np.cos(np.pi * x)),
+            "wsd": 1 - np.sqrt(np.clip((s - 300) / 100, 0, 1)),
+        }[kind]
+    )
+    found[:WARMUP] = PEAK * s[:WARMUP] / WARMUP
+    return found
+
+
+def truth(kind: str) -> np.ndarray:
+    s1, s2 = areas_of(rates(kind), WARMUP, 1 - 1 / 60)
+    return 2.4 + 0.9 * s1**-0.45 - 0.25 * s2
+
+
+def make(folder: Path, override: str, kind: str, *others: str, stop: int | None = None) -> Path:
+    def law(_: float, D_T: np.ndarray) -> np.ndarray:
+        return truth(kind)[np.rint(D_T / TOKENS).astype(int) - 1]
+
+    settings = [f"training.total_steps={STEPS}", f"optimizer.lr={PEAK}", override, *others]
+    fake_run(folder, *settings, law=law, noise=0.004, stop=stop)
+    return folder
+
+
+def ask(folder: Path, **options: Any) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(run(Request(run=folder, **options), as_json=True))
+    return found
+
+
+def test_a_run_and_what_it_would_end_at(tmp_path: Path) -> None:
+    folder = make(tmp_path / "run", WSD, "wsd", stop=350)
+    found = ask(folder)
+    assert (found["step"], found["total_steps"]) == (350, 400)
+    assert found["low"] < truth("wsd")[-1] < found["high"]
+    assert found["loss"] == pytest.approx(truth("wsd")[-1], rel=0.015)
+    before = ask(folder, at_step=250)
+    assert before["step"] == 250
+    assert "gain" in before["quality"]["unmeasured"]
+    assert before["high"] - before["low"] > 1.5 * (found["high"] - found["low"])
+    level = ask(folder, level=0.5)
+    assert level["high"] - level["low"] < 0.5 * (found["high"] - found["low"])
+
+
+def test_other_runs_say_what_a_decay_gains(tmp_path: Path) -> None:
+    folder = make(tmp_path / "constant", CONSTANT, "constant")
+    other = make(tmp_path / "cosine", COSINE, "cosine", "run.seed=1")
+    wsd = {"schedule": "wsd", "decay_fraction": 0.25}
+    alone = ask(folder, **wsd)
+    joint = ask(folder, together=(other,), **wsd)
+    assert joint["with"] == [str(other)]
+    assert joint["loss"] == pytest.approx(truth("wsd")[-1], rel=0.01)
+    assert joint["high"] - joint["low"] < 0.5 * (alone["high"] - alone["low"])
+    like = ask(folder, like=other, **wsd)
+    assert like["prior"] == str(other)
+    assert like["low"] < truth("wsd")[-1] < like["high"]
+    assert like["high"] - like["low"] < alone["high"] - alone["low"]
+
+
+def test_schedules_in_words_of_the_command(tmp_path: Path) -> None:
+    folder = make(tmp_path / "run", CONSTANT, "constant", stop=200)
+    now = ask(folder, decay_now=True, decay_fraction=0.2)
+    assert now["total_steps"] == 250
+    assert now["target"] == "a decay from now on (1-sqrt, 50 steps)"
+    longer = ask(folder, total_steps=800)
+    assert longer["total_steps"] == 800
+    assert longer["loss"] < ask(folder)["loss"]
+    linear = ask(folder, schedule="wsd", decay="linear", final_fraction=0.1)
+    assert linear["target"] == "wsd (decay linear, final_fraction 0.1)"
+    held_out = ask(folder, loss="train/web")
+    assert held_out["loss_of"] == "train/web"
+
+
+def test_the_command_prints_law_fit_and_notes(tmp_path: Path) -> None:
+    folder = make(tmp_path / "run", WSD, "wsd", stop=200)
+    result = CliRunner().invoke(app, ["forecast", str(folder)])
+    assert result.exit_code == 0, result.output
+    for part in ("step 200", "law  ", "fit  ", "decay  ", "forecast  ", "at step 400", "note  "):
+        assert part in result.output
+    assert "rests on the prior" in result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"at_step": 25}, "a forecast needs 20"),
+        ({"schedule": "triangle"}, "triangle is not known"),
+        ({"decay": "linear"}, "decay"),
+        ({"decay_now": True, "total_steps": 500}, "leave --total-steps=500 out"),
+        ({"decay_now": True, "schedule": "wsd"}, "leave --schedule=wsd out"),
+        ({"decay_now": True, "decay_fraction": 1.0}, "no share"),
+        ({"decay_now": True, "decay": "exponential"}, "final_fraction"),
+        ({"level": 1.0}, "--level=1.0"),
+        ({"loss": "perplexity"}, "--loss=perplexity"),
+        ({"total_steps": 10}, "longer than the run"),
+    ],
+)
+def test_what_cannot_be_is_one_sentence(
+    tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    folder = make(tmp_path / "run", CONSTANT, "constant", stop=200)
+    with pytest.raises(UserError, match=message) as caught:
+        ask(folder, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_runs_that_one_law_cannot_hold_for(tmp_path: Path) -> None:
+    folder = make(tmp_path / "run", CONSTANT, "constant")
+    wider = make(tmp_path / "wider", COSINE, "cosine", "model.ffn_width=128")
+    with pytest.raises(UserError, match="its model section"):
+        ask(folder, together=(wider,))
+    with pytest.raises(UserError, match="no gain"):
+        ask(folder, like=folder, schedule="wsd")
+    with pytest.raises(UserError, match="not a folder"):
+        ask(tmp_path / "nothing")
+
+
+def test_another_schedule_than_was_trained_is_found(tmp_path: Path) -> None:
+    folder = make(tmp_path / "run", CONSTANT, "constant")
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(text.replace("kind: constant", "kind: linear"))
+    with pytest.raises(UserError, match=r"step \d+ was trained at lr"):
+        ask(folder)
