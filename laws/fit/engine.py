@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -27,6 +27,11 @@ from allometry.laws.observations import Observations
 from allometry.laws.registry import form_named
 
 Array = NDArray[np.float64]
+
+POLISHED = 1e-10
+"""A search whose next step would gain less of its objective has ended."""
+LONG = 3000
+"""Iterations of the best search where the usual number was too small."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,6 +175,7 @@ def fit(form: Form, observations: Observations, options: FitOptions | None = Non
     starts_SP, counts_S = distinct_starts(problem, options)
     solved = minimize(problem, starts_SP, options.make_loss(), survivors=options.survivors)
     best = best_of(form, solved)
+    solved = polish(problem, solved, options.make_loss(), best)
     values = {
         p.name: float(v)
         for p, v in zip(problem.free, problem.values_array(solved.x_SP[best]), strict=True)
@@ -191,6 +197,19 @@ def distinct_starts(problem: Problem, options: FitOptions) -> tuple[Array, NDArr
         starts_SP = project(problem, starts_SP)
     unique_SP, counts_S = np.unique(starts_SP, axis=0, return_counts=True)
     return unique_SP, counts_S
+
+
+def polish(problem: Problem, solved: Solved, loss: Loss, best: int) -> Solved:
+    """Return the searches with the best one taken to its end, if it ran out of iterations."""
+    if solved.decrease_S[best] <= POLISHED * solved.objective_S[best]:
+        return solved
+    again = minimize(problem, solved.x_SP[best][None], loss, max_iterations=LONG)
+    arrays = {}
+    for part in fields(Solved):
+        array = getattr(solved, part.name).copy()
+        array[best] = getattr(again, part.name)[0]
+        arrays[part.name] = array
+    return Solved(**arrays)
 
 
 def best_of(form: Form, solved: Solved) -> int:

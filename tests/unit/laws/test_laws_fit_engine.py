@@ -13,7 +13,7 @@ from tests.support.law_data import law_data
 
 from allometry.configs.errors import UserError
 from allometry.laws.fit.bootstrap import bootstrap
-from allometry.laws.fit.engine import Fit, FitOptions, fit, predict, require_identified
+from allometry.laws.fit.engine import Fit, FitOptions, fit, polish, predict, require_identified
 from allometry.laws.fit.problem import Problem
 from allometry.laws.fit.solver import Loss, minimize
 from allometry.laws.fit.starts import project, spread_points, starts_of
@@ -246,6 +246,19 @@ def test_objective_and_gradient_are_those_of_the_definition() -> None:
         (objective(start + step) - objective(start - step)) / 2e-6 for step in 1e-6 * np.eye(5)
     ]
     np.testing.assert_allclose(solved.gradient_SP[0], numeric, rtol=1e-6)
+
+
+def test_the_best_search_is_taken_to_its_end() -> None:
+    whole = fit(Chinchilla(), measured(Chinchilla(), TRUE, noise=3e-3))
+    problem, loss = whole.problem(), whole.options.make_loss()
+    starts = problem.coordinates(TRUE) + np.array([[0.3], [1.0]])
+    short = minimize(problem, starts, loss, max_iterations=4)
+    best = int(np.argmin(short.objective_S))
+    assert short.objective_S[best] > 1.01 * whole.objective
+    long = polish(problem, short, loss, best)
+    assert long.objective_S[best] == pytest.approx(whole.objective, rel=1e-9)
+    assert long.objective_S[1 - best] == short.objective_S[1 - best]
+    assert polish(problem, long, loss, best) is long
 
 
 @pytest.mark.parametrize("projection", [True, False])
