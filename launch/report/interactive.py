@@ -67,7 +67,7 @@ def _axes(
         **common,
         "domain": domain[0],
         "anchor": f"y{suffix}",
-        "title": {"text": html.escape(panel.x_label), "standoff": 8},
+        "title": {"text": _text(panel.x_label), "standoff": 8},
         "tickangle": 0,
         **_scale(panel.x_log, panel.x_ticks, [one.x for one in panel.series]),
     }
@@ -75,12 +75,12 @@ def _axes(
         **common,
         "domain": domain[1],
         "anchor": f"x{suffix}",
-        "title": {"text": html.escape(panel.y_label), "standoff": 8},
+        "title": {"text": _text(panel.y_label), "standoff": 8},
         **_scale(panel.y_log, "plain", [one.y for one in panel.series]),
     }
     layout["annotations"].append(
         {
-            "text": f"<b>{html.escape(panel.title)}</b>",
+            "text": f"<b>{_text(panel.title)}</b>",
             "x": domain[0][0],
             "y": domain[1][1],
             "xref": "paper",
@@ -114,10 +114,8 @@ def _scale(log: bool, ticks: Ticks, values: Sequence[Column]) -> dict[str, Any]:
 
 
 def _traces(series: Series, panel: Panel, suffix: str, legend: bool) -> list[dict[str, Any]]:
-    name = html.escape(series.name)
-    hover = (
-        f"{html.escape(panel.x_label)}: %{{x:.5~g}}<br>{html.escape(panel.y_label)}: %{{y:.5~g}}"
-    )
+    name = _text(series.name)
+    hover = f"{_text(panel.x_label)}: %{{x:.5~g}}<br>{_text(panel.y_label)}: %{{y:.5~g}}"
     common: dict[str, Any] = {
         "type": "scatter",
         "name": name,
@@ -132,7 +130,7 @@ def _traces(series: Series, panel: Panel, suffix: str, legend: bool) -> list[dic
     if series.style == "band":
         return [_band(series, common)]
     if series.notes is not None:
-        common["text"] = [html.escape(note) for note in series.notes]
+        common["text"] = [_text(note) for note in series.notes]
         hover += "<br>%{text}"
     common["hovertemplate"] = hover + f"<extra>{name}</extra>"
     if series.low is not None and series.high is not None:
@@ -189,6 +187,11 @@ def _merge_legend(data: list[dict[str, Any]]) -> None:
         if trace["showlegend"]:
             trace["showlegend"] = trace["name"] not in seen
             seen.add(trace["name"])
+
+
+def _text(text: str) -> str:
+    """Text as plotly takes it: it reads tags, templates in braces, and few entities by name."""
+    return html.escape(text, quote=False).replace("{", "&#123;")
 
 
 def numbers(values: Column) -> list[float | None]:

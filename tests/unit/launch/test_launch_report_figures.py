@@ -211,6 +211,16 @@ def test_plotly_takes_every_figure(tmp_path: Path) -> None:
         graph_objects.Figure({"data": [{"type": "scatter", "colour": "red"}]})
 
 
+def test_names_are_no_markup_to_plotly() -> None:
+    series = Series(name='<b>"a" & %{x}', x=np.ones(1), y=np.ones(1))
+    panel = Panel(title="<i>", x_label="x", y_label="y", series=(series,))
+    spec = specification(Figure(key="k", text="", panels=(panel,), legend=True))
+    escaped = '&lt;b&gt;"a" &amp; %&#123;x}'
+    assert spec["data"][0]["name"] == escaped
+    assert spec["data"][0]["hovertemplate"].endswith(f"<extra>{escaped}</extra>")
+    assert spec["layout"]["annotations"][0]["text"] == "<b>&lt;i&gt;</b>"
+
+
 def test_what_is_not_finite_is_null() -> None:
     series = Series(name="a", x=np.array([1.0, 2.0]), y=np.array([np.nan, 0.123456789]))
     panel = Panel(title="", x_label="", y_label="", series=(series,))
