@@ -273,6 +273,15 @@ def test_giving_up_the_worse_half_finds_the_same_optimum(projection: bool) -> No
         assert halved.certificate.finished < 256 or projection
 
 
+@pytest.mark.parametrize("form", [Kappa(), Farseer()], ids=lambda form: form.name)
+def test_giving_up_the_worse_half_of_spread_starts_too(form: Form) -> None:
+    rows = measured(Chinchilla(), TRUE, noise=3e-3)
+    halved, whole = (fit(form, rows, FitOptions(survivors=number)) for number in (64, None))
+    assert halved.certificate.finished == 64 < whole.certificate.finished
+    assert halved.objective == pytest.approx(whole.objective, rel=1e-9)
+    assert halved.certificate.agreeing >= 8
+
+
 def test_projection_solves_for_linear_parameters() -> None:
     rows = measured(Chinchilla(), TRUE)
     problem = Problem(Chinchilla(), rows)
