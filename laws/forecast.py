@@ -280,9 +280,9 @@ def _quantiles(
     """Return quantiles of a mixture of normal distributions."""
     from scipy.special import ndtr
 
-    some = p_AM > 1e-9 * p_AM.max()
+    some = p_AM > 1e-7 * p_AM.max()
     p_C, mean_C, sd_C = p_AM[some], mean_AM[some], np.sqrt(variance_AM[some])
-    grid = np.linspace((mean_C - 6.0 * sd_C).min(), (mean_C + 6.0 * sd_C).max(), 2001)
+    grid = np.linspace((mean_C - 6.0 * sd_C).min(), (mean_C + 6.0 * sd_C).max(), 601)
     below = (p_C / p_C.sum()) @ ndtr((grid - mean_C[:, None]) / sd_C[:, None])
     return tuple(float(np.interp(level, below, grid)) for level in levels)
 

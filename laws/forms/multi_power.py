@@ -48,8 +48,8 @@ def events_of(
     themselves; older ones are grouped so that ages in a group span a factor of 1.2.
     A group has the sum of its falls and the mean, weighted by them, of area and log rate, so the
     law's sum is in error by half its second derivative times their variance: below 5e-4 of the
-    decay's gain, some 2e-5 of a loss, for rates that fall steadily or in jumps; 2e-3 of B·peak for
-    the climb of a warm-up; 2 % of the gain where rates jump up and down at random in every step
+    decay's gain, some 2e-5 of a loss, for rates that fall steadily or in jumps; 2.5e-3 of B·peak
+    for the climb of a warm-up; 2 % of the gain where rates jump up and down at random in every step
     (tests compare with the plain double loop). Rises and falls are grouped apart. ``warmup``:
     whether the climb counts, as in the paper's code.
     """
