@@ -23,9 +23,9 @@ from allometry.configs.run import RunConfig
 from allometry.configs.source import Tree
 from allometry.launch.ladder_share import PlannedRun, branching_point, share
 from allometry.optim.schedule import resolve_schedule
-from allometry.scaling.batch import BatchPlan, total_steps
 from allometry.scaling.count import count_parameters, flops_per_token
 from allometry.scaling.hyperlaws import LAWS, Target, suggest
+from allometry.scaling.plan import RunPlan
 from allometry.scaling.shapes import at_width
 from allometry.trainer.unchanged import differences, rates_part
 
@@ -191,11 +191,9 @@ class _Maker:
         put(tree, "training.total_tokens", tokens, place)
         put(tree, "batch.sequences", self._sequences(config, tokens), place)
         config = validate(tree)
-        plan = BatchPlan(config.batch, config.data.sequence_length)
-        resolve_schedule(config, plan)  # says what cannot be
-        steps = total_steps(config.training, plan)
-        total = plan.tokens_after(steps)
-        per_token = flops_per_token(config.model, config.data.sequence_length).total
+        plan = RunPlan.of(config, self._ladder.launch.processes)  # says what ranks cannot share
+        resolve_schedule(config, plan.batch)  # and what cannot be a schedule
+        steps = plan.total_steps
         kept = branching_point(config, steps)
         if kept:
             put(tree, "checkpoint.keep_steps", [*config.checkpoint.keep_steps, kept], place)
@@ -207,9 +205,9 @@ class _Maker:
             schedule=schedule.name if schedule else config.schedule.kind,
             config=config,
             steps=steps,
-            tokens=total,
+            tokens=plan.total_tokens,
             parameters=count(config, self._ladder.count),
-            flops=total * per_token,
+            flops=plan.total_flops,
         )
 
     def _place(self, size: Size, is_target: bool) -> str:

@@ -208,8 +208,8 @@ def _serve(board: _Board) -> None:
                 error = slot.train(run, *_files(board.plan, run))
             except UserError as problem:
                 error = str(problem)
-            except OSError as problem:
-                error = f"it could not be started: {problem}"
+            except Exception as problem:  # said with the others; the slots may wait for this run
+                error = f"it could not be started: {type(problem).__name__}: {problem}"
             board.give(run, error, time.monotonic() - begun)
     finally:
         slot.close()

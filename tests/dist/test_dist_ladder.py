@@ -15,6 +15,7 @@ import pytest
 from allometry.configs.ladder import load_ladder
 from allometry.configs.run import RunConfig
 from allometry.launch.ladder_plan import plan_ladder
+from allometry.launch.ladder_run import torchrun
 from allometry.launch.ladder_state import state_of
 from run_folders import events, rows
 
@@ -170,6 +171,15 @@ def test_torchrun_and_several_at_a_time(ladder: Ladder, tmp_path: Path) -> None:
     assert {state_of(run).stage for run in plan.runs} == {"done"}
     record = json.loads((plan.rungs[1].folder / "run.json").read_text())
     assert record["layout"]["world_size"] == 2
+    # Two ranks branch to the bits of two ranks that never did; one rank's sums differ in order.
+    branch = plan.rungs[1]
+    assert branch.parent is not None
+    tree = branch.config.model_dump(mode="json")
+    tree["run"] |= {"folder": str(tmp_path / "straight"), "parent": None}
+    config = tmp_path / "straight.yaml"
+    config.write_text(json.dumps(tree))
+    subprocess.run([sys.executable, *torchrun(2, config)], env=ENVIRONMENT, check=True)
+    assert comparable(tmp_path / "straight") == comparable(branch.folder)
     alone = ladder(folder=str(tmp_path / "alone"), launch={"kind": "local", "parallel": 2})
     call("run", alone)
     one = comparable(tmp_path / "alone/runs/w16-d10240-s0")

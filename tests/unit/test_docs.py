@@ -23,7 +23,8 @@ def test_page(page: Path) -> None:
     wrong = [link for link in names(r"\]\(([^)#:]+)\)", page) if not (page.parent / link).exists()]
     commands = set(typer.main.get_group(app).commands)
     wrong += [c for c in names(r"(?m)(?:`|^)allometry ([a-z]+)\b", page) if c not in commands]
-    wrong += [p for p in names(r"preset:([a-z0-9_]+)", page) if p not in presets() | ladder_presets()]
+    known_presets = presets() | ladder_presets()
+    wrong += [p for p in names(r"preset:([a-z0-9_]+)", page) if p not in known_presets]
     known = {".".join(path) for path in _all_keys(RunConfig, ())}
     sections = {key.split(".")[0] for key in known}
     for key in names(r"`([a-z_]+(?:\.[a-z_]+)+)(?:[=:][^`]*)?`", page):

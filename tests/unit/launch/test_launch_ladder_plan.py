@@ -263,6 +263,10 @@ def test_keys_of_sizes_reach_their_runs_alone(base: Path) -> None:
         ({"batch": {"kind": "law", "law": "x"}}, "batch.law=x is not known; use one of step-law"),
         ({"base": "nowhere.yaml"}, "nowhere.yaml does not exist"),
         ({"kind": "run"}, "does not describe a ladder"),
+        (
+            {"launch": {"kind": "local", "processes": 3}},
+            "batch.sequences=8 cannot be divided by hdp=3",
+        ),
         ({"launch": {"kind": "sbatch", "processes": 3, "nodes": 2}}, "nodes=2 cannot share"),
         ({"launch": {"kind": "sbatch", "options": ["gpus=1"]}}, "is no option of sbatch"),
         (
