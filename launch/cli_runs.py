@@ -91,9 +91,7 @@ def forecast(
         str | None, typer.Option(help="form of the decay: 1-sqrt, linear or exponential")
     ] = None,
     final_fraction: Annotated[float | None, typer.Option(help="last rate over peak rate")] = None,
-    total_steps: Annotated[
-        int | None, typer.Option(min=1, help="length of the run; default: its own")
-    ] = None,
+    total_steps: Annotated[int | None, typer.Option(min=1, help="length of the run")] = None,
     decay_now: Annotated[
         bool,
         typer.Option(
@@ -119,10 +117,7 @@ def forecast(
     level: Annotated[float, typer.Option(help="probability of the interval")] = 0.95,
     json: Json = False,
 ) -> None:
-    """Forecast the final loss of RUN from its curve so far, with an interval.
-
-    Under its own schedule, another one, or a decay that began now.
-    """
+    """Forecast the final loss of RUN from its curve: its own schedule, another, or a decay now."""
     from allometry.launch.forecast import Request, run
 
     request = Request(
