@@ -173,7 +173,7 @@ def import_hf(
         _check_tied(folder, wanted[0].written[0])
     tokenizer = _check_tokenizer(config, source)
     by_name = {counterpart.spec.name: counterpart for counterpart in wanted}
-    run = config.run.model_copy(update={"folder": str(out), "resume": "auto"})
+    run = config.run.model_copy(update={"folder": str(out), "resume": "auto", "parent": None})
     config = config.model_copy(update={"run": run})
     with _target(out) as (final, partial):
         step = RunFolder(partial).checkpoints / "step-0"

@@ -151,7 +151,8 @@ def _in(config: RunConfig, dtype: str) -> RunConfig:
 
 
 def _named(job: Job, name: str) -> RunConfig:
-    run = job.config.run.model_copy(update={"folder": str(job.folder / name), "resume": "auto"})
+    changes = {"folder": str(job.folder / name), "resume": "auto", "parent": None}
+    run = job.config.run.model_copy(update=changes)
     return job.config.model_copy(update={"run": run})
 
 

@@ -14,9 +14,10 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from allometry.configs.errors import UserError
 from allometry.configs.run import RunConfig
-from allometry.trainer import checkpoint
+from allometry.trainer import checkpoint, verify_rank
 from allometry.trainer.folder import RunFolder
 from allometry.trainer.train import train
+from allometry.trainer.verify_rank import Job
 from run_folders import events, rows
 
 Make = Callable[..., RunConfig]
@@ -206,6 +207,11 @@ def test_another_disk_takes_copies(
     monkeypatch.setattr(os, "link", cross)
     branch = run(tiny(parent(trunk, 14), folder=tmp_path / "branch"))
     assert comparable(branch) == comparable(run(tiny(folder=tmp_path / "straight")))
+
+
+def test_verification_of_a_branch_trains_from_scratch(tiny: Make, tmp_path: Path) -> None:
+    job = Job("alone", 1, tiny(parent(tmp_path / "trunk", 3)), tmp_path / "job")
+    assert verify_rank._named(job, "straight").run.parent is None
 
 
 def test_kept_steps_are_saved_and_stay(tiny: Make) -> None:
