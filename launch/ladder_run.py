@@ -49,7 +49,11 @@ def train_runs(plan: LadderPlan, wanted: Sequence[PlannedRun], parallel: int, sa
     names = {run.name for run in missing}
     for run in wanted:  # all that is wrong is said before any step
         as_stored(run, plan, names)
-    todo = [as_stored(run, plan, names)[0] for run in missing]
+    stored = [as_stored(run, plan, names) for run in missing]
+    todo = [run for run, _ in stored]
+    for _, remark in stored:
+        if remark:
+            say(remark)
     done = len(wanted) - len(todo)
     if done:
         say(f"{done} of {len(wanted)} runs are done")

@@ -11,11 +11,12 @@ import pytest
 
 from allometry.configs.errors import UserError
 from allometry.configs.ladder import load_ladder
-from allometry.configs.loader import ladder_presets, load
+from allometry.configs.loader import dump, ladder_presets, load
 from allometry.configs.run import RunConfig
 from allometry.launch.ladder import open_ladder, save_ladder
 from allometry.launch.ladder_plan import LadderPlan, plan_ladder
 from allometry.launch.ladder_sbatch import write_scripts
+from allometry.launch.ladder_state import as_stored
 from allometry.optim.schedule import resolve_schedule
 from allometry.scaling.batch import BatchPlan
 from allometry.scaling.count import count_parameters, flops_per_token
@@ -295,6 +296,30 @@ def test_folder_alone_says_what_the_ladder_is(base: Path) -> None:
     again = open_ladder(str(plan.folder))
     assert again.runs == plan.runs
     assert again.rungs[0].config.training.clip_grad_norm is None
+
+
+def test_parent_that_is_gone_is_said_and_not_waited_for(base: Path) -> None:
+    plan = planned(base, seeds=[0])
+    run = plan.rungs[1]
+    assert as_stored(run, plan, {plan.rungs[0].name}) == (run, None)
+    alone, remark = as_stored(run, plan, ())
+    assert alone.config.run.parent is None
+    assert alone.own_flops == run.flops > run.own_flops
+    assert remark is not None
+    assert "w16-d2048-s0 has not kept step 6, so it is trained from scratch" in remark
+
+
+@pytest.mark.parametrize("changes", [["optimizer.lr=0.5"], ["training.total_tokens=9999"]])
+def test_folder_of_another_run_is_refused(base: Path, changes: list[str]) -> None:
+    plan = planned(base, seeds=[0])
+    run = plan.rungs[0]
+    run.folder.mkdir(parents=True)
+    stored = run.folder / "config.yaml"
+    stored.write_text(dump(run.config))
+    assert as_stored(run, plan, ())[0] == run
+    stored.write_text(dump(load(stored, changes)))
+    with pytest.raises(UserError, match="the ladder now says"):
+        as_stored(run, plan, ())
 
 
 def test_scripts_for_slurm(base: Path) -> None:
