@@ -72,16 +72,9 @@ def optimal_mixture(
     weight_V = _weights(laws, weights)
     low_K, high_K = _bounds(domains, least, most)
 
-    def losses(shares_nK: Array) -> Array:
-        columns: dict[str, Any] = {name: shares_nK[:, i] for i, name in enumerate(domains)}
-        for name, value in (at or {}).items():
-            columns[name] = np.full(len(shares_nK), float(value))
-        rows = Observations.of(columns)
-        return np.stack([law.predict(rows) for law in laws.values()])
-
     def value_and_slopes(shares_K: Array) -> tuple[float, Array]:
         steps = np.concatenate([np.zeros((1, len(domains))), STEP * np.eye(len(domains))])
-        total_n = weight_V @ losses(np.clip(shares_K, 0.0, 1.0) + steps)
+        total_n = weight_V @ _losses(laws, domains, at, np.clip(shares_K, 0.0, 1.0) + steps)
         return float(total_n[0]), (total_n[1:] - total_n[0]) / STEP
 
     sum_to_one = {"type": "eq", "fun": lambda r: r.sum() - 1.0, "jac": np.ones_like}
@@ -97,7 +90,7 @@ def optimal_mixture(
             options={"maxiter": 500, "ftol": PRECISION},
         )
         end_K = into_simplex(np.asarray(result.x, np.float64), low_K, high_K)
-        each_V = losses(end_K[None])[:, 0]
+        each_V = _losses(laws, domains, at, end_K[None])[:, 0]
         found.append((float(weight_V @ each_V), end_K, each_V))
     loss, shares_K, each_V = min(found, key=lambda one: one[0])
     return Mixture(
@@ -107,6 +100,20 @@ def optimal_mixture(
         sum(one[0] <= loss + 1e-6 * abs(loss) for one in found),
         starts,
     )
+
+
+def _losses(
+    laws: Mapping[str, Predictor],
+    domains: Sequence[str],
+    at: Mapping[str, float] | None,
+    shares_nK: Array,
+) -> Array:
+    """Return the loss [V, n] that each law predicts for these mixtures."""
+    columns: dict[str, Any] = {name: shares_nK[:, i] for i, name in enumerate(domains)}
+    for name, value in (at or {}).items():
+        columns[name] = np.full(len(shares_nK), float(value))
+    rows = Observations.of(columns)
+    return np.stack([law.predict(rows) for law in laws.values()])
 
 
 @dataclass(frozen=True, slots=True)

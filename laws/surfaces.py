@@ -84,14 +84,7 @@ def fit_surface(
         UserError: no rate varies, an axis has just two values, or a rate or batch or ``within`` is
             not positive.
     """
-    if not within > 0.0:
-        raise UserError(f"within={within} must be positive; 0.015 is usual")
-    axes = tuple(name for name in AXES if _varies(observations, name))
-    if not axes:
-        raise UserError("the sweep has one learning rate and one batch; vary one of them")
-    loss_n = np.where(np.isfinite(observations["loss"]), observations["loss"], np.inf)
-    if not np.isfinite(loss_n).any():
-        raise UserError("every run of the sweep diverged; sweep lower learning rates")
+    axes, loss_n = _check_sweep(observations, within)
     best_row = int(np.argmin(loss_n))
     start = {name: float(observations[name][best_row]) for name in AXES}
     x_nA = np.stack([np.log2(observations[name]) for name in axes], axis=1)
@@ -107,17 +100,13 @@ def fit_surface(
         return failed(problem)
     x_nA, y_n, weight_n = x_nA[near_n], loss_n[near_n], weight_n[near_n]
     center_A = x_nA.mean(axis=0)
-    drawn_Sn = np.random.default_rng(seed).multinomial(
-        len(y_n), np.full(len(y_n), 1.0 / len(y_n)), samples
-    )
-    weights_Sn = weight_n * np.vstack([np.ones(len(y_n)), drawn_Sn])
-    optima = _optima(x_nA - center_A, y_n, weights_Sn, order)
+    optima = _optima(x_nA - center_A, y_n, _resampled(weight_n, samples, seed), order)
     vertex_SA, bowl_S = optima.at_SA, optima.bowl_S
     if not bowl_S[0]:
         return failed("the losses around the best run are no bowl")
     low_A, high_A = x_nA.min(axis=0) - center_A, x_nA.max(axis=0) - center_A
-    for name, low, vertex, high in zip(axes, low_A, vertex_SA[0], high_A, strict=True):
-        if not low <= vertex <= high:
+    for name, inside in zip(axes, (low_A <= vertex_SA[0]) & (vertex_SA[0] <= high_A), strict=True):
+        if not inside:
             return failed(f"the optimum lies outside of the {AXIS_NAMES[name]} that were run")
     if samples and bowl_S[1:].mean() < 0.5:
         return failed("half the resamples of the runs around the best one are no bowl")
@@ -133,6 +122,41 @@ def fit_surface(
             bowl_S[1:, None], center_A + np.clip(vertex_SA[1:], low_A, high_A), np.nan
         ),
     )
+
+
+def _check_sweep(observations: Observations, within: float) -> tuple[tuple[str, ...], Array]:
+    """Return the axes that vary, and the losses with infinity for runs that diverged."""
+    if not within > 0.0:
+        raise UserError(f"within={within} must be positive; 0.015 is usual")
+    axes = tuple(name for name in AXES if _varies(observations, name))
+    if not axes:
+        raise UserError("the sweep has one learning rate and one batch; vary one of them")
+    loss_n = np.where(np.isfinite(observations["loss"]), observations["loss"], np.inf)
+    if not np.isfinite(loss_n).any():
+        raise UserError("every run of the sweep diverged; sweep lower learning rates")
+    return axes, loss_n
+
+
+def _no_optimum(
+    axes: tuple[str, ...], bowl_S: NDArray[np.bool_], vertex_A: Array, low_A: Array, high_A: Array
+) -> str | None:
+    """Say why the fit (sample 0) and its resamples have no optimum among the runs, or None."""
+    if not bowl_S[0]:
+        return "the losses around the best run are no bowl"
+    for name, inside in zip(axes, (low_A <= vertex_A) & (vertex_A <= high_A), strict=True):
+        if not inside:
+            return f"the optimum lies outside of the {AXIS_NAMES[name]} that were run"
+    if len(bowl_S) > 1 and bowl_S[1:].mean() < 0.5:
+        return "half the resamples of the runs around the best one are no bowl"
+    return None
+
+
+def _resampled(weight_n: Array, samples: int, seed: int) -> Array:
+    """Return the weights [1 + samples, n]: all rows once, then each bootstrap draw of them."""
+    n = len(weight_n)
+    drawn_Sn = np.random.default_rng(seed).multinomial(n, np.full(n, 1.0 / n), samples)
+    weights_Sn: Array = weight_n * np.vstack([np.ones(n), drawn_Sn])
+    return weights_Sn
 
 
 def percentiles(values_S: Array, level: float) -> tuple[float, float]:
