@@ -102,14 +102,10 @@ def fit_surface(
     center_A = x_nA.mean(axis=0)
     optima = _optima(x_nA - center_A, y_n, _resampled(weight_n, samples, seed), order)
     vertex_SA, bowl_S = optima.at_SA, optima.bowl_S
-    if not bowl_S[0]:
-        return failed("the losses around the best run are no bowl")
     low_A, high_A = x_nA.min(axis=0) - center_A, x_nA.max(axis=0) - center_A
-    for name, inside in zip(axes, (low_A <= vertex_SA[0]) & (vertex_SA[0] <= high_A), strict=True):
-        if not inside:
-            return failed(f"the optimum lies outside of the {AXIS_NAMES[name]} that were run")
-    if samples and bowl_S[1:].mean() < 0.5:
-        return failed("half the resamples of the runs around the best one are no bowl")
+    problem = _no_optimum(axes, bowl_S, vertex_SA[0], low_A, high_A)
+    if problem is not None:
+        return failed(problem)
     found = dict(zip(axes, (2.0 ** (center_A + vertex_SA[0])).tolist(), strict=True))
     return Surface(
         best={**start, **found},
