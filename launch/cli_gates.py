@@ -107,8 +107,8 @@ def transfer(
     axis: Annotated[
         str,
         typer.Option(
-            help="width, depth, horizon, experts, or regime-ii and regime-iii: number of experts with "
-            "width and visits in proportion, and in III width of experts"
+            help="width, depth, horizon, experts, or regime-ii and regime-iii: number of experts "
+            "with width and visits in proportion, and in III width of experts"
         ),
     ] = "width",
     sizes: Annotated[

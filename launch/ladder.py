@@ -15,7 +15,7 @@ from allometry.configs.ladder import SbatchLaunch, load_ladder
 from allometry.configs.loader import PRESET
 from allometry.launch import ladder_text as text
 from allometry.launch.ladder_plan import LadderPlan, plan_ladder
-from allometry.launch.ladder_run import Ended, train_runs
+from allometry.launch.ladder_run import Ended, train_runs, write_config
 from allometry.launch.ladder_sbatch import write_scripts
 from allometry.launch.ladder_share import PlannedRun
 from allometry.launch.ladder_state import only_one, state_of
@@ -57,6 +57,8 @@ def run(plan: LadderPlan, only: Only | None, parallel: int | None, say: Say) -> 
         raise UserError("--only=target: the ladder has no target; add one or leave --only out")
     with only_one(plan.folder):
         save_ladder(plan)
+        for planned in plan.runs:
+            write_config(plan, planned)
         for note in plan.notes:
             say(f"note: {note}")
         if isinstance(plan.ladder.launch, SbatchLaunch):

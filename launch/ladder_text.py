@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from allometry.configs.errors import UserError
 from allometry.launch.ladder_plan import LadderPlan
 from allometry.launch.ladder_share import PlannedRun
 from allometry.launch.ladder_state import RunState, spent, state_of
@@ -12,6 +13,8 @@ from allometry.laws.collect import short
 from allometry.laws.fit.bootstrap import Bootstrap
 from allometry.laws.fit.engine import Fit
 from allometry.laws.ladder import Prediction, unidentified
+from allometry.laws.losses import LossChoice, final_loss
+from allometry.laws.runs import read_run
 
 
 def planned_facts(plan: LadderPlan) -> dict[str, Any]:
@@ -39,18 +42,30 @@ def planned_facts(plan: LadderPlan) -> dict[str, Any]:
                 "step": state.step,
                 "loss": state.loss,
                 "validation": state.validation,
+                "final_loss": _final_loss(plan, run, state),
             }
         )
     return {
         "folder": str(plan.folder),
         "count": plan.ladder.count,
         "law": plan.ladder.law,
+        "loss": plan.ladder.loss,
         "runs": runs,
         "notes": list(plan.notes),
         "flops": sum(run["own_flops"] for run in runs),
         "flops_spent": sum(run["spent_flops"] for run in runs),
         "flops_if_each_from_scratch": sum(run["flops"] for run in runs),
     }
+
+
+def _final_loss(plan: LadderPlan, run: PlannedRun, state: RunState) -> float | None:
+    """The loss that a law would be fitted to; None for a run that has not finished or lacks it."""
+    if state.stage != "done":
+        return None
+    try:
+        return final_loss(read_run(run.folder), LossChoice.parse(plan.ladder.loss))
+    except UserError:
+        return None  # the fit will say what is wrong with it
 
 
 def table(facts: dict[str, Any]) -> str:
@@ -61,7 +76,7 @@ def table(facts: dict[str, Any]) -> str:
         f"  {'loss':<8} branches from"
     ]
     for run in facts["runs"]:
-        loss = "" if run["loss"] is None else f"{run['loss']:.4f}"
+        loss = "" if run["final_loss"] is None else f"{run['final_loss']:.4f}"
         branch = f"{run['parent']} after {run['parent_step']}" if run["parent"] else ""
         lines.append(
             f"{run['name']:<{width}} {short(run['parameters']):>7} {short(run['tokens']):>7} "
@@ -73,7 +88,8 @@ def table(facts: dict[str, Any]) -> str:
     saved = f", {1 - whole / alone:.0%} less than from scratch" if alone > whole else ""
     lines.append(
         f"{done} of {len(facts['runs'])} runs done; {facts['flops_spent']:.3g} of {whole:.3g} "
-        f"FLOPs spent{saved}; N counts {facts['count']}, FLOPs are what each run adds"
+        f"FLOPs spent{saved}; N counts {facts['count']}, FLOPs are what each run adds, loss is "
+        f"that of the law ({facts['loss']})"
     )
     return "\n".join([*lines, *(f"note: {note}" for note in facts["notes"])])
 
