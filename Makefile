@@ -1,4 +1,5 @@
-# make demo      install, prepare the built-in corpora, train on 2 processes, resume, plot
+# make demo      install, prepare the built-in corpora, train a ladder of small runs, fit a law, predict
+#                a larger run, train that on 2 processes (with a stop and a resume), report
 # make test      install and run the tests (minutes); make test-all adds the slow ones
 # make check     linters and type checks
 # make docs      check that the documentation's links and commands hold
@@ -11,7 +12,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH_INDEX ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-STORE := store/demo
+LADDER := ladders/demo
+TARGET := $(LADDER)/configs/target-w128-d786432-s0.yaml
 TORCHRUN := OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 --master-addr 127.0.0.1
 
 .PHONY: demo test test-all check format docs install clean
@@ -32,12 +34,19 @@ $(VENV)/.installed: setup.py pyproject.toml constraints.txt
 	@touch $@
 
 demo: install
-	$(BIN)/allometry prepare builtin:python-code builtin:python-prose --out $(STORE) --vocab-size 4096
-	rm -rf runs/demo
-	$(TORCHRUN) -m allometry.launch.train preset:demo --stop-at-step 80
+	$(BIN)/allometry prepare builtin:python-code builtin:python-prose --out store/ladder --vocab-size 2048
+	rm -rf $(LADDER)
+	$(BIN)/allometry ladder run preset:ladder_demo --only rungs
+	@echo "--- the law of these runs, and what it says of a larger one that nobody has trained ---"
+	$(BIN)/allometry ladder fit preset:ladder_demo
+	$(BIN)/allometry ladder predict preset:ladder_demo
+	@echo "--- now it is trained, on two processes, and stopped halfway ---"
+	$(TORCHRUN) -m allometry.launch.train $(TARGET) --stop-at-step 384
 	@echo "--- the same command again: it goes on from the checkpoint ---"
-	$(TORCHRUN) -m allometry.launch.train preset:demo
-	$(BIN)/allometry plot runs/demo --out runs/demo/loss.png
+	$(TORCHRUN) -m allometry.launch.train $(TARGET)
+	@echo "--- predicted against measured ---"
+	$(BIN)/allometry ladder predict preset:ladder_demo
+	$(BIN)/allometry report $(LADDER) --out $(LADDER)/report.html
 
 test: install
 	$(BIN)/python -m pytest -m "not slow"
@@ -59,4 +68,4 @@ docs: install
 	$(BIN)/python -m pytest tests/unit/test_docs.py -q
 
 clean:
-	rm -rf runs store build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf runs ladders store build *.egg-info .pytest_cache .mypy_cache .ruff_cache
