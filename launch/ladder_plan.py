@@ -22,6 +22,8 @@ from allometry.configs.loader import put, read, validate
 from allometry.configs.run import RunConfig
 from allometry.configs.source import Tree
 from allometry.launch.ladder_share import PlannedRun, branching_point, share
+from allometry.laws.losses import LossChoice
+from allometry.laws.registry import form_named
 from allometry.optim.schedule import resolve_schedule
 from allometry.scaling.count import count_parameters, flops_per_token
 from allometry.scaling.hyperlaws import LAWS, Target, suggest
@@ -70,6 +72,7 @@ def plan_ladder(ladder: LadderConfig, tree: Tree) -> LadderPlan:
     Raises:
         UserError: a run cannot be described so, two have one name, or the target is a rung.
     """
+    _check_law(ladder)
     maker = _Maker(ladder, tree)
     found: list[PlannedRun] = []
     notes: dict[str, None] = {}
@@ -86,6 +89,8 @@ def plan_ladder(ladder: LadderConfig, tree: Tree) -> LadderPlan:
                 "horizons that differ in six digits"
             )
         found.append(run)
+    for run in found:
+        _check_loss(ladder.loss, run)
     target = _target(maker, ladder, found)
     shared, more = share([*found, *([target] if target else [])])
     return LadderPlan(
@@ -94,6 +99,29 @@ def plan_ladder(ladder: LadderConfig, tree: Tree) -> LadderPlan:
         target=next((run for run in shared if run.is_target), None),
         notes=(*notes, *more),
     )
+
+
+def _check_law(ladder: LadderConfig) -> None:
+    """Refuse, before anything is trained, a law that no ladder can be fitted with."""
+    form = form_named(ladder.law)
+    if form.target.name != "loss" or any(one.name == "step" for one in form.inputs):
+        raise UserError(
+            f"law={ladder.law} does not predict the loss of finished runs; choose one that does, "
+            "as chinchilla (allometry laws lists them)"
+        )
+
+
+def _check_loss(loss: str, run: PlannedRun) -> None:
+    """Refuse a loss that the runs will not record."""
+    try:
+        choice = LossChoice.parse(loss)
+    except UserError as error:
+        raise UserError(str(error).removeprefix("--")) from None
+    names = [source.name for source in run.config.data.sources]
+    if choice.source is not None and choice.source not in names:
+        raise UserError(
+            f"loss={loss}: the runs have no source {choice.source!r}, only {', '.join(names)}"
+        )
 
 
 def _cells(

@@ -51,6 +51,12 @@ class FitRequest:
                         f"--fix {name}: {form.name} has no such parameter; it has "
                         f"{', '.join(known)}"
                     )
+                parameter = form.parameters[known.index(name)]
+                if not parameter.low <= fixed[name] <= parameter.high:
+                    raise UserError(
+                        f"--fix {name}={fixed[name]:g} is outside of what {form.name} allows, "
+                        f"{parameter.low:g} to {parameter.high:g}; choose a value in it"
+                    )
         if self.objective not in ("huber", "square"):
             raise UserError(f"--objective={self.objective} is not known; use huber or square")
         return FitOptions(
@@ -185,7 +191,7 @@ def _as_text(result: Result, out: Path | None) -> str:
     )
     lines = [
         f"{form.name}: {form.equation}",
-        f"fitted to {len(observations)} rows of {groups} groups",
+        f"fitted to {len(observations)} rows of {groups} group{'' if groups == 1 else 's'}",
         "",
         table(rows),
         "",

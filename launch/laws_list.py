@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from shutil import get_terminal_size
 from typing import Any
 
 import numpy as np
@@ -23,12 +25,22 @@ def run_laws(name: str | None, *, as_json: bool) -> str:
         described = [describe(form) for form in forms]
         return json.dumps(described if name is None else described[0], indent=2)
     if name is None:
-        rows = [["law", "predicts", "from", "equation"]]
-        rows += [
-            [form.name, form.target.name, reads(form), shortened(form.equation)] for form in forms
-        ]
-        return f"{table(rows)}\n\nallometry laws NAME says more of one."
+        return f"{overview(forms, get_terminal_size((160, 24)).columns)}\n\n" + (
+            "allometry laws NAME says more of one."
+        )
     return _details(forms[0])
+
+
+def overview(forms: Sequence[Form], width: int) -> str:
+    """Return a line for each law; long cells are shortened where ``width`` has no room for them."""
+    rows = [["law", "predicts", "from", "equation"]]
+    rows += [[form.name, form.target.name, reads(form), form.equation] for form in forms]
+    fixed = sum(max(len(row[i]) for row in rows) + 2 for i in (0, 1))
+    from_width = min(max(len(row[2]) for row in rows), max(18, (width - fixed) // 3))
+    rest = max(20, min(72, width - fixed - from_width - 2))
+    return table(
+        [[*row[:2], shortened(row[2], from_width), shortened(row[3], rest)] for row in rows]
+    )
 
 
 def shortened(text: str, width: int = 72) -> str:

@@ -204,6 +204,7 @@ def run_optimum(
     """
     found = Law.of(file, law, published)
     fixed = numbers(others, "--with")
+    _check_others(found.form, fixed)
     rows: list[Allocation] = []
     for text in budgets.split(","):
         flops = numbers({"--flops": text.strip()}, "budget")["--flops"]
@@ -261,6 +262,18 @@ def _other_flops(law: Law, per_token: float) -> list[str]:
 def _low_high(row: Allocation, name: str) -> dict[str, float | None]:
     low, high = (None, None) if row.intervals is None else row.intervals[name]
     return {"low": low, "high": high}
+
+
+def _check_others(form: Form, others: Mapping[str, float]) -> None:
+    """Refuse an input that the law lacks, or that follows from the budget."""
+    free = [one.name for one in form.inputs if one.name not in ("N", "D", "C", "M")]
+    for name in others:
+        if name not in free:
+            raise UserError(
+                f"--with {name}: {form.name} has "
+                + (f"only {', '.join(free)} besides" if free else "no input besides")
+                + " N, D and what follows from them; leave it out"
+            )
 
 
 def _best(law: Law, flops: float, per_token: float, others: Mapping[str, float]) -> Allocation:

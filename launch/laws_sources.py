@@ -57,6 +57,8 @@ def observations_for(request: DataRequest, forms: Sequence[Form]) -> Observation
             option was given that has no meaning for them.
     """
     tables = [is_table(source) or Path(source).is_file() for source in request.sources]
+    if not all(request.sources):
+        raise UserError("a source is an empty text; give run folders or tables")
     if any(tables) and not all(tables):
         raise UserError(
             f"{request.sources[tables.index(False)]} is not a table and "

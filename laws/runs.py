@@ -63,7 +63,7 @@ def read_run(folder: str | Path) -> Run:
     return Run(
         folder=folder,
         config=_read_yaml(folder / "config.yaml"),
-        record=_read_json(folder / "run.json"),
+        record=_read_record(folder / "run.json"),
         metrics=_columns(rows, folder / "metrics.jsonl"),
         events=read_lines(folder / "events.jsonl"),
     )
@@ -132,11 +132,20 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def _read_record(path: Path) -> dict[str, Any]:
+    record = _read_json(path)
+    for key in ("plan", "data"):
+        if not isinstance(record.get(key, {}), dict):
+            raise UserError(f"{path}: {key} is not a JSON object; restore the file or remove it")
+    return record
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         value = YAML(typ="safe", pure=True).load(path)
-    except YAMLError as error:
-        raise UserError(f"{path} is not YAML ({error}); restore it") from error
+    except (YAMLError, UnicodeDecodeError) as error:
+        said = " ".join(str(error).split())
+        raise UserError(f"{path} is not YAML ({said}); restore it") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} is not a mapping; restore it")
     return value

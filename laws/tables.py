@@ -41,14 +41,18 @@ def read_table(
     is its own, named by file and line.
 
     Raises:
-        UserError: a file or column is absent, an expression cannot be read, no row is left, or a
-            cell that is needed is not a number; the sentence names file, line and column.
+        UserError: a file or column is absent, a file is given twice, an expression cannot be read,
+            no row is left, or a cell that is needed is not a number; the sentence names file,
+            line and column.
     """
     files = [paths] if isinstance(paths, str | Path) else list(paths)
     mapping = dict(mapping or {})
     wanted = dict.fromkeys([*names, *mapping])
     conditions = [Condition.parse(text) for text in where]
+    if len({Path(path).resolve() for path in files}) < len(files):
+        raise UserError("the same table is given twice; give each once")
     tables = [_read(Path(path)) for path in files]
+    named_alike = len({table.path.name for table in tables}) < len(tables)
     columns: dict[str, list[Column]] = {name: [] for name in wanted}
     groups: list[str] = []
     for table in tables:
@@ -57,7 +61,8 @@ def read_table(
         for name in wanted:
             columns[name].append(derived.checked(name, kept))
         if group is None:
-            groups += [f"{table.path.name}:{line}" for line in np.array(table.lines)[kept]]
+            name = str(table.path) if named_alike else table.path.name
+            groups += [f"{name}:{line}" for line in np.array(table.lines)[kept]]
         else:
             groups += derived.groups(group, kept)
     if not groups:

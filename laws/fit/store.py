@@ -83,7 +83,7 @@ def load_fit(path: Path) -> StoredFit:
         return StoredFit(fit, bootstrap, dict(data["extra"]))
     except UserError:
         raise
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{path} is a damaged fit ({type(error).__name__}: {error}); fit again"
         ) from error

@@ -262,6 +262,11 @@ def test_keys_of_sizes_reach_their_runs_alone(base: Path) -> None:
         ({"tokens": [256]}, "run w16-d256-s0 of the ladder: schedule: "),
         ({"batch": {"kind": "law", "law": "hyperp"}}, "batch.law=hyperp gives no batch"),
         ({"batch": {"kind": "law", "law": "x"}}, "batch.law=x is not known; use one of step-law"),
+        ({"law": "chinchila"}, "no law is called 'chinchila'"),
+        ({"law": "tissue"}, "law=tissue does not predict the loss of finished runs"),
+        ({"law": "batch_law"}, "law=batch_law does not predict the loss of finished runs"),
+        ({"loss": "held-out"}, "loss=held-out is no loss of a run"),
+        ({"loss": "validation/x"}, "loss=validation/x: the runs have no source 'x', only "),
         ({"base": "nowhere.yaml"}, "nowhere.yaml does not exist"),
         ({"kind": "run"}, "does not describe a ladder"),
         (

@@ -270,6 +270,9 @@ def test_groups_are_left_out_by_name(shell: Shell, ladder: Path) -> None:
         (["fit", "chinchilla", "LADDER", "--drop", "x"], "'x' is no group of the rows; the groups"),
         (["fit", "chinchilla", "LADDER", "--fix", "q=1"], "chinchilla has no such parameter; it"),
         (["fit", "chinchilla", "LADDER", "--fix", "E=x"], "--fix E=x is no number"),
+        (["fit", "chinchilla", "LADDER", "--fix", "alpha=9"], "alpha=9 is outside of .* 0 to 4;"),
+        (["fit", "chinchilla", "TABLE", "TABLE", *MAPPED], "the same table is given twice"),
+        (["fit", "chinchilla", ""], "a source is an empty text"),
         (["fit", "chinchilla", "LADDER", "--objective", "l1"], "use huber or square"),
         (["fit", "chinchilla", "LADDER", "--delta", "0"], "delta=0.0 must be a positive number"),
         (["fit", "chinchilla", "LADDER", "--hold-out", "x"], "--hold-out=x is not known; use"),
@@ -308,6 +311,8 @@ def test_groups_are_left_out_by_name(shell: Shell, ladder: Path) -> None:
         (["optimum", "FIT", "--flops", "1e10,x"], "--flops=x is no number"),
         (["optimum", "FIT", "--flops", "-1"], "must be a positive number"),
         (["optimum", "FIT", "--flops", "1e10", "--with", "x"], "--with 'x' is not NAME=VALUE"),
+        (["optimum", "FIT", "--flops", "1e10", "--with", "N=3"], "no input besides N, D"),
+        (["optimum", "FIT", "--flops", "1e10", "--with", "x=3"], "--with x: chinchilla has no"),
         (["laws", "x"], "no law is called 'x'"),
     ],
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from allometry.launch.laws_compare import law_names
-from allometry.launch.laws_list import page_line, run_laws
+from allometry.launch.laws_list import overview, page_line, run_laws
 from allometry.launch.laws_text import certificate_words
 from allometry.laws.fit.certificate import Certificate
 from allometry.laws.registry import all_forms, form_named
@@ -82,3 +82,11 @@ def test_the_page_lists_the_registry() -> None:
     missing, wrong = sorted(expected - listed), sorted(listed - expected)
     assert not missing, "write these lines into the table of docs/laws.md:\n" + "\n".join(missing)
     assert not wrong, "these lines of docs/laws.md are of no law:\n" + "\n".join(wrong)
+
+
+@pytest.mark.parametrize("width", [80, 100, 160])
+def test_the_list_of_laws_fits_the_terminal(width: int) -> None:
+    lines = overview(list(all_forms().values()), width).splitlines()
+    assert len(lines) == len(all_forms()) + 1
+    assert max(map(len, lines)) <= width
+    assert all(line.startswith(name) for line, name in zip(lines[1:], all_forms(), strict=True))

@@ -132,6 +132,7 @@ def test_numbers_that_are_not_finite_survive(tmp_path: Path) -> None:
         ("[]", "holds no fit"),
         ('{"kind": "allometry.fit", "version": 2}', "of version 2"),
         ('{"kind": "allometry.fit", "version": 1}', "damaged"),
+        ('{"kind": "allometry.fit", "version": 1, "form": null}', "damaged"),
         (None, "cannot read"),
     ],
 )

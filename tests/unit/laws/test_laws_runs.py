@@ -74,6 +74,13 @@ def test_damage_is_named(tmp_path: Path) -> None:
     (folder / "config.yaml").write_text("a: [1")
     with pytest.raises(UserError, match=r"config.yaml is not YAML"):
         read_run(folder)
+    with pytest.raises(UserError) as caught:
+        read_run(folder)
+    assert "\n" not in str(caught.value)
+    folder = write(tmp_path / "plan", [{"step": 1}])
+    (folder / "run.json").write_text('{"plan": null}')
+    with pytest.raises(UserError, match=r"run.json: plan is not a JSON object"):
+        read_run(folder)
     folder = write(tmp_path / "json", [{"step": 1}])
     (folder / "run.json").write_text("{")
     with pytest.raises(UserError, match=r"run.json is not JSON"):

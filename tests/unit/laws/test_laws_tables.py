@@ -167,3 +167,13 @@ def test_the_points_behind_chinchilla_are_240() -> None:
     found = read_table(path, ["N", "D", "loss"], mapping=mapping, where=["loss < 3.44"])
     assert len(found) == 240
     assert found["D"].min() > 1e8
+
+
+def test_files_of_one_name_keep_their_rows_apart(tmp_path: Path) -> None:
+    paths = [tmp_path / folder / "runs.csv" for folder in ("a", "b")]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_text("N\n1\n2\n")
+    assert len(set(read_table(paths, ["N"]).groups)) == 4
+    with pytest.raises(UserError, match="given twice"):
+        read_table([paths[0], paths[0].parent / "../a/runs.csv"], ["N"])
