@@ -151,10 +151,18 @@ def test_rows_are_averaged_evenly_and_the_beginning_is_left_out() -> None:
     curve = run("constant")
     rows = average([curve, run("cosine", skip=10)])
     assert rows.starts == (0, BINS)
-    assert len(rows.loss_n) == BINS + 180
-    first = rates("constant").rates[: int(0.1 * STEPS)].sum()
+    assert len(rows.loss_n) == BINS + 150
+    first = rates("constant").rates[: int(0.25 * STEPS)].sum()
     assert rows.s1_n[0] > first
-    np.testing.assert_allclose(rows.loss_n[:BINS].mean(), curve.losses_n[200:].mean(), rtol=1e-9)
+    np.testing.assert_allclose(rows.loss_n[0], curve.losses_n[500:507].mean(), rtol=1e-12)
+    np.testing.assert_allclose(rows.loss_n[BINS - 1], curve.losses_n[-8:].mean(), rtol=1e-12)
+
+
+def test_of_few_rows_only_the_first_tenth_is_left_out() -> None:
+    few = run("constant", skip=80)  # 25 rows, of which 19 are after the first quarter
+    rows = average([few])
+    assert len(rows.loss_n) == 23
+    assert rows.loss_n[0] == few.losses_n[2]  # the row of step 240
 
 
 def test_warnings_say_what_is_extrapolated() -> None:
