@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +19,7 @@ from allometry.launch.ladder_plan import LadderPlan, plan_ladder
 from allometry.launch.ladder_run import Ended, train_runs, write_config
 from allometry.launch.ladder_sbatch import write_scripts
 from allometry.launch.ladder_share import PlannedRun
-from allometry.launch.ladder_state import only_one, state_of
+from allometry.launch.ladder_state import check_stored, only_one, state_of
 from allometry.laws.areas import areas_of
 from allometry.laws.fit.store import load_fit, save_fit
 from allometry.laws.ladder import (
@@ -30,6 +31,8 @@ from allometry.laws.ladder import (
     predict_target,
     save_prediction,
 )
+from allometry.laws.losses import LossChoice
+from allometry.laws.runs import read_run
 from allometry.optim.schedule import resolve_schedule
 from allometry.scaling.batch import BatchPlan
 from allometry.scaling.count import count_parameters
@@ -55,6 +58,7 @@ def run(plan: LadderPlan, only: Only | None, parallel: int | None, say: Say) -> 
     """
     if only == "target" and plan.target is None:
         raise UserError("--only=target: the ladder has no target; add one or leave --only out")
+    _check_folders(plan)  # before the ladder's description is written over
     with only_one(plan.folder):
         save_ladder(plan)
         for planned in plan.runs:
@@ -83,6 +87,11 @@ def run(plan: LadderPlan, only: Only | None, parallel: int | None, say: Say) -> 
         "stopped": ended.stopped,
         "prediction": prediction.describe() if prediction else None,
     }
+
+
+def _check_folders(plan: LadderPlan) -> None:
+    for planned in plan.runs:
+        check_stored(planned)
 
 
 def _train(plan: LadderPlan, wanted: Sequence[PlannedRun], at_once: int, say: Say) -> Ended:
@@ -130,10 +139,12 @@ def save_ladder(plan: LadderPlan) -> None:
 def fitted_rungs(plan: LadderPlan) -> list[PlannedRun]:
     """The rungs that the law is fitted to: those with the target's schedule.
 
-    Raises UserError: some of them are not done.
+    Raises UserError: some of them are not done, or are not what the ladder now says.
     """
     schedule = plan.target.schedule if plan.target else plan.rungs[0].schedule
     rungs = [run for run in plan.rungs if run.schedule == schedule]
+    for run in rungs:
+        check_stored(run)
     missing = [run for run in rungs if state_of(run).stage != "done"]
     if missing:
         raise UserError(
@@ -163,11 +174,13 @@ def predict(plan: LadderPlan, *, again: bool) -> Prediction:
     """Predict the target's loss and keep that in prediction.json; if it was measured, compare.
 
     A prediction stands once its target is trained: then only the measurement is added, unless a new
-    one is asked for ``again``, which says that it came after. Raises UserError.
+    one is asked for ``again``, which says that it came after. One that stands although the ladder
+    has another law, loss or count since carries a warning, which is not kept. Raises UserError.
     """
     target = plan.target
     if target is None:
         raise UserError("the ladder has no target to predict; add target: {size: ..., tokens: ...}")
+    _check_folders(plan)
     path, state = plan.folder / PREDICTION, state_of(target)
     found = load_prediction(path)
     begun = state.step > target.parent_step
@@ -180,12 +193,34 @@ def predict(plan: LadderPlan, *, again: bool) -> Prediction:
         found = predict_target(
             stored.fit, stored.bootstrap, describe(plan, target), state=stage, step=state.step
         )
-    if state.stage == "done":
+    changed = _since(plan, target, found)
+    if state.stage == "done" and "loss" not in changed:
         rungs = [run.folder for run in fitted_rungs(plan)]
         count, loss = plan.ladder.count, plan.ladder.loss
         found = measure_target(found, rungs, target.folder, count=count, loss=loss)
     save_prediction(path, found)
-    return found
+    return replace(found, warnings=(*found.warnings, *changed.values()))
+
+
+def _since(plan: LadderPlan, target: PlannedRun, found: Prediction) -> dict[str, str]:
+    """What the ladder says otherwise than when the prediction was made: a sentence for each key."""
+    other = {}
+    if found.law != plan.ladder.law:
+        other["law"] = f"is of law {found.law}, and the ladder now says {plan.ladder.law}"
+    if found.target.get("N") != target.parameters:
+        other["count"] = (
+            f"counts N={found.target.get('N')}, and the ladder now counts {target.parameters} "
+            f"({plan.ladder.count})"
+        )
+    rung = plan.rungs[0]
+    if state_of(rung).stage == "done":
+        loss = LossChoice.parse(plan.ladder.loss).describe(read_run(rung.folder))
+        if loss != found.loss:
+            other["loss"] = (
+                f"is of another loss ({found.loss}), which the ladder does not measure now ({loss})"
+            )
+    again = "allometry ladder predict --again makes a new one"
+    return {key: f"this prediction {text}; {again}" for key, text in other.items()}
 
 
 def describe(plan: LadderPlan, run: PlannedRun) -> dict[str, Any]:

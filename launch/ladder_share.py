@@ -53,18 +53,25 @@ def share(runs: list[PlannedRun]) -> tuple[list[PlannedRun], list[str]]:
     for run in runs:
         key = (_family(run, runs), run.schedule, run.config.run.seed)
         chains.setdefault(key, []).append(run)
-    notes: dict[str, None] = {}
+    alone: dict[str, list[str]] = {}
     changed: dict[str, PlannedRun] = {run.name: run for run in runs}
     for chain in chains.values():
         ordered = sorted(chain, key=lambda run: run.steps)
         for shorter, longer in pairwise(ordered):
             step, problem = _shared_steps(shorter, longer)
             if problem:
-                notes[problem] = None
+                alone.setdefault(problem, []).append(longer.name)
                 continue
             _connect(changed, shorter.name, longer.name, step)
     order = [run.name for chain in chains.values() for run in sorted(chain, key=lambda r: r.steps)]
-    return [changed[name] for name in order], list(notes)
+    return [changed[name] for name in order], [_note(*entry) for entry in alone.items()]
+
+
+def _note(problem: str, names: list[str]) -> str:
+    """Which runs branch from none, though shorter ones are like them, and why."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    verb = "is" if len(names) == 1 else "are"
+    return f"{', '.join(names[:3])}{more} {verb} trained from scratch: {problem}"
 
 
 def _family(run: PlannedRun, runs: list[PlannedRun]) -> str:
@@ -84,24 +91,21 @@ def _shared_steps(shorter: PlannedRun, longer: PlannedRun) -> tuple[int, str | N
     """How many first steps two runs of one chain share, or why it is no use."""
     other = next(iter(differences(shorter.config, longer.config)), None)
     if other is not None:
-        return (
-            0,
-            f"{longer.size}: {other[0]} differs between horizons: each is trained from scratch",
-        )
+        return 0, f"{other[0]} differs from that of the next shorter horizon"
     part = rates_part(shorter.config, longer.config, shorter.steps)
     if part == 1:
         kind = longer.config.parameterization.kind
         return 0, (
-            f"parameterization {kind} or the warm-up scales learning rates with the length of the "
-            "run, so that horizons share no step: each is trained from scratch"
+            f"schedule {longer.schedule}, its warm-up or parameterization {kind} scales learning "
+            "rates with the length of the run, so that no step is shared with the next shorter one"
         )
     shared = shorter.steps if part is None else part - 1
     plan = BatchPlan(longer.config.batch, longer.config.data.sequence_length)
     warmup = resolve_schedule(longer.config, plan).warmup_steps
     if shared <= warmup:
         return 0, (
-            f"schedule {longer.schedule} follows the length of the run from the end of the warm-up "
-            "on, so that each horizon is trained from scratch"
+            f"schedule {longer.schedule} follows the length of the run, so that no step after the "
+            "warm-up is shared with the next shorter one"
         )
     return shared, None
 

@@ -20,7 +20,7 @@ from allometry.launch.ladder_share import PlannedRun
 from allometry.laws.runs import read_lines
 from allometry.trainer.unchanged import differences, rates_part
 
-Stage = Literal["planned", "running", "partial", "diverged", "done"]
+Stage = Literal["planned", "running", "partial", "diverged", "done", "changed"]
 _TAIL = 1 << 16
 
 
@@ -29,7 +29,8 @@ class RunState:
     """How far a run is.
 
     ``step`` and ``flops``: the last recorded, with what it took over from its parent; ``loss``: of
-    that step, ``validation``: by source, where a finished run has it.
+    that step, ``validation``: by source, where a finished run has it. ``changed``: the folder holds
+    another run than the ladder now describes, of which nothing else is said.
     """
 
     stage: Stage
@@ -40,7 +41,7 @@ class RunState:
 
 
 def state_of(run: PlannedRun) -> RunState:
-    """Return how far a run is, whoever trained it."""
+    """Return how far a run is, whoever trained it; ``check_stored`` says whether it is this one."""
     folder = run.folder
     if not (folder / "config.yaml").is_file():
         return RunState("planned")
@@ -91,16 +92,8 @@ def as_stored(
     Raises:
         UserError: its folder holds a run that computes something else.
     """
-    path = run.folder / "config.yaml"
-    if path.is_file():
-        try:
-            stored = load(path)
-        except ConfigError as error:
-            raise UserError(
-                f"{path} was written by another version ({error}); remove that run's folder or "
-                "choose another folder for the ladder"
-            ) from None
-        _check_stored(run, stored)
+    stored = check_stored(run)
+    if stored is not None:
         return _with_parent(
             run, stored.run.parent.model_dump() if stored.run.parent else None
         ), None
@@ -126,7 +119,31 @@ def _with_parent(run: PlannedRun, parent: dict[str, Any] | None) -> PlannedRun:
     return replace(run, config=RunConfig.model_validate(plain))
 
 
-def _check_stored(run: PlannedRun, stored: RunConfig) -> None:
+def stated(run: PlannedRun) -> tuple[RunState, str | None]:
+    """Return how far a run is, and the sentence of ``check_stored`` where it is ``changed``."""
+    try:
+        check_stored(run)
+    except UserError as error:
+        return RunState("changed"), str(error)
+    return state_of(run), None
+
+
+def check_stored(run: PlannedRun) -> RunConfig | None:
+    """Return the description that the run's folder has; None where it has not begun.
+
+    Raises:
+        UserError: it is of a run that computes something else than the ladder now says.
+    """
+    path = run.folder / "config.yaml"
+    if not path.is_file():
+        return None
+    try:
+        stored = load(path)
+    except ConfigError as error:
+        raise UserError(
+            f"{path} was written by another version ({error}); remove that run's folder or "
+            "choose another folder for the ladder"
+        ) from None
     for key, before, now in differences(stored, run.config):
         if not key.startswith("run.parent"):
             raise UserError(
@@ -140,6 +157,7 @@ def _check_stored(run: PlannedRun, stored: RunConfig) -> None:
             "length, than the ladder now says; restore it, remove that folder, or choose another "
             "folder for the ladder"
         )
+    return stored
 
 
 def last_row(path: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 from allometry.configs.errors import UserError
 from allometry.launch.ladder_plan import LadderPlan
 from allometry.launch.ladder_share import PlannedRun
-from allometry.launch.ladder_state import RunState, spent, state_of
+from allometry.launch.ladder_state import RunState, spent, stated
 from allometry.laws.collect import short
 from allometry.laws.fit.bootstrap import Bootstrap
 from allometry.laws.fit.engine import Fit
@@ -19,9 +19,10 @@ from allometry.laws.runs import read_run
 
 def planned_facts(plan: LadderPlan) -> dict[str, Any]:
     """The ladder and how far it is, as JSON."""
-    runs = []
+    runs, problems = [], []
     for run in plan.runs:
-        state = state_of(run)
+        state, problem = stated(run)
+        problems += [problem] if problem else []
         runs.append(
             {
                 "name": run.name,
@@ -51,7 +52,7 @@ def planned_facts(plan: LadderPlan) -> dict[str, Any]:
         "law": plan.ladder.law,
         "loss": plan.ladder.loss,
         "runs": runs,
-        "notes": list(plan.notes),
+        "notes": [*plan.notes, *problems],
         "flops": sum(run["own_flops"] for run in runs),
         "flops_spent": sum(run["spent_flops"] for run in runs),
         "flops_if_each_from_scratch": sum(run["flops"] for run in runs),

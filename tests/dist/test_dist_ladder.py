@@ -96,6 +96,15 @@ def test_ladder_from_nothing_and_once_more(ladder: Ladder, tmp_path: Path) -> No
     text = call("run", ladder(set={"optimizer.lr": 0.5}), code=2)
     assert "w16-d5120-s0 was trained with " in text
     assert "\n" not in text.strip()
+    for words in (["fit"], ["run", "--only", "rungs"]):
+        assert call(*words, tmp_path / "ladder.yaml", code=2) == text
+    for words in (["status"], ["run", "--dry-run"]):
+        facts = json.loads(call(*words, tmp_path / "ladder.yaml", "--json"))
+        assert {run["state"] for run in facts["runs"]} == {"changed"}
+        assert text.strip().removeprefix("allometry: ") in facts["notes"]
+    # The folder's own description is left as it was, so that it still says what was trained.
+    facts = json.loads(call("status", tmp_path / "ladder", "--json"))
+    assert {run["state"] for run in facts["runs"]} == {"done"}
 
 
 @pytest.mark.slow
@@ -209,3 +218,8 @@ def test_the_whole_story(ladder: Ladder, tmp_path: Path) -> None:
     assert later["target_state"] == "done"
     assert later["time"] > found["time"]
     assert "AFTER" in call("predict", folder)
+    # One of another law than the ladder's stands, and says so.
+    path = ladder(
+        widths=[16, 32, 48], tokens=[5120, 10240, 20480], seeds=[0, 1], target=target, law="kaplan"
+    )
+    assert "is of law chinchilla, and the ladder now says kaplan" in call("predict", path)
