@@ -1,12 +1,16 @@
 """Is the final loss of a schedule known before it is trained? Tiny runs, constant, cosine and WSD.
 
-    python benchmarks/forecast.py [--steps 1200] [--seeds 2] [--work DIR] [--out FILE]
+    allometry prepare builtin:python-code builtin:python-prose --out STORE --vocab-size 1024
+    python benchmarks/forecast.py STORE [--steps 800] [--cosine-steps 400] [--seeds 2]
+        [--only 0,1] [--work DIR] [--out FILE]
 
-A byte model on Python's own library, fp32, one process. For each seed three runs that differ in
-their schedule alone; the WSD run's final loss is forecast from the other two, from its own curve
-before its decay begins, and half through it. Forecasts are of the held-out loss (every 20 steps,
-the same 128 sequences), whose last value is measured without the noise of a batch, and of the
-training loss, whose final value is the mean of the last 5 % of the steps (its noise is printed).
+fp32, one process, one thread. For each seed a constant run, a cosine run (of as many steps, or of
+fewer) and a WSD run, which is the constant run's branch at four fifths: they differ in their
+schedule alone. The WSD run's final loss is forecast from the other two, from its own curve before
+its decay begins, and half through it. Forecasts are of the held-out loss (every 20 steps, the same
+128 sequences), whose last value is measured without the noise of a batch, and of the training loss,
+whose final value is the mean of the last 5 % of the steps (its noise is printed). Finished runs in
+DIR are taken as they are; ``--seeds`` and ``--only`` say which seeds there are.
 """
 
 from __future__ import annotations
@@ -20,60 +24,64 @@ from typing import Any
 
 import numpy as np
 import torch
-from contenders.machine import facts, source_bytes
+from contenders.machine import facts
 
+from allometry.configs.errors import UserError
 from allometry.configs.run import RunConfig
-from allometry.data.synthetic import write_store
+from allometry.laws.curves import rates_of
 from allometry.laws.forecast import Curve, Forecast, forecast
 from allometry.laws.losses import LossChoice, loss_curve
 from allometry.laws.runs import Run, read_run
-from allometry.optim.schedule import resolve_schedule
-from allometry.scaling.batch import BatchPlan
-from allometry.trainer.rates import rates_of
 from allometry.trainer.train import train
 
-LENGTH, SEQUENCES, HELD_OUT, PIECE = 64, 16, 128, 2048
+LENGTH, SEQUENCES, HELD_OUT = 128, 32, 64
+WARMUP, DECAY = 50, 0.2
 SCHEDULES: dict[str, dict[str, Any]] = {
     "constant": {"kind": "constant"},
-    "cosine": {"kind": "cosine"},
-    "wsd": {"kind": "wsd", "decay_fraction": 0.2, "final_fraction": 0.1},
+    "cosine": {"kind": "cosine", "final_fraction": 0.1},
+    "wsd": {"kind": "wsd", "decay_fraction": DECAY, "final_fraction": 0.1},
 }
-WARMUP = 0.05
+SHARES = {"python-code": 0.75, "python-prose": 0.25}
 
 
-def write_data(folder: Path, tokens: int) -> None:
-    """Pieces of source text; every 20th is held out."""
-    rows = source_bytes(tokens // PIECE + 1, PIECE - 1)
-    held = np.arange(len(rows)) % 20 == 7
-    write_store(folder / "train", list(rows[~held]))
-    write_store(folder / "validation", list(rows[held]))
-
-
-def description(folder: Path, kind: str, seed: int, steps: int) -> RunConfig:
-    source = {key: str(folder / key) for key in ("train", "validation")}
+def description(folder: Path, store: Path, kind: str, seed: int, steps: int) -> RunConfig:
+    run: dict[str, Any] = {"folder": str(folder / f"{kind}-{seed}"), "seed": seed}
+    branch = round((1.0 - DECAY) * steps)
+    if kind == "wsd":
+        run["parent"] = {"folder": str(folder / f"constant-{seed}"), "step": branch}
     return RunConfig.model_validate(
         {
-            "run": {"folder": str(folder / f"{kind}-{seed}"), "seed": seed},
+            "run": run,
             "model": {
                 "kind": "dense",
-                "vocab_size": 128,
+                "vocab_size": 1024,
                 "width": 64,
                 "num_layers": 2,
                 "num_heads": 4,
                 "ffn_width": 192,
                 "qk_norm": True,
             },
-            "parameterization": {"kind": "sp"},
+            "parameterization": {"kind": "mup", "base_width": 64},
             "data": {
+                "kind": "sequences",
                 "sequence_length": LENGTH,
-                "packing": "concatenated",
-                "sources": [{"name": "library", **source}],
+                "packing": "per_document",
+                "tokenizer": str(store / "tokenizer.json"),
+                "sources": [
+                    {
+                        "name": name,
+                        "weight": share,
+                        **{part: str(store / f"{name}.{part}") for part in ("train", "validation")},
+                    }
+                    for name, share in SHARES.items()
+                ],
             },
             "batch": {"sequences": SEQUENCES, "micro_batch_sequences": SEQUENCES},
             "training": {"total_steps": steps, "compute_dtype": "fp32"},
-            "optimizer": {"lr": 1.5e-3},
-            "schedule": {**SCHEDULES[kind], "warmup_steps": int(WARMUP * steps)},
+            "optimizer": {"kind": "adamw", "lr": 1.6e-2},
+            "schedule": {**SCHEDULES[kind], "warmup_steps": WARMUP},
             "evaluation": {"every_steps": 20, "sequences_per_source": HELD_OUT},
+            "checkpoint": {"every_steps": branch if kind == "constant" else None, "keep_last": 3},
             "record": {
                 "tensorboard": False,
                 "monitors": {"every_steps": None, "singular_values_every_steps": None},
@@ -82,15 +90,16 @@ def description(folder: Path, kind: str, seed: int, steps: int) -> RunConfig:
     )
 
 
-def trained(folder: Path, kind: str, seed: int, steps: int) -> tuple[Run, RunConfig]:
-    config = description(folder, kind, seed, steps)
-    train(config, device=torch.device("cpu"), callbacks=[])
-    return read_run(config.run.folder), config
+def trained(folder: Path, store: Path, kind: str, seed: int, steps: int) -> Run:
+    config = description(folder, store, kind, seed, steps)
+    path = Path(config.run.folder)
+    if not (path / "metrics.jsonl").exists() or read_run(path).metrics["step"][-1] < steps:
+        train(config, device=torch.device("cpu"), callbacks=[])
+    return read_run(path)
 
 
-def curve(run: Run, config: RunConfig, loss: str, until: int | None = None) -> Curve:
-    plan = BatchPlan(config.batch, config.data.sequence_length)
-    rates = rates_of(resolve_schedule(config, plan), config.optimizer.lr)
+def curve(run: Run, loss: str, until: int | None = None) -> Curve:
+    rates = rates_of(run)
     steps, losses = loss_curve(run, LossChoice.parse(loss))
     kept = np.isfinite(losses) & (steps <= (until or steps[-1]))
     return Curve(run.folder.name, steps[kept].astype(np.int64), losses[kept], rates)
@@ -127,47 +136,60 @@ def line(name: str, found: Forecast, truth: float, noise: float) -> dict[str, An
     return facts
 
 
-def judge(runs: dict[str, tuple[Run, RunConfig]], loss: str, steps: int) -> list[dict[str, Any]]:
-    whole = {kind: curve(*found, loss) for kind, found in runs.items()}
+def judge(runs: dict[str, Run], loss: str, steps: int) -> list[dict[str, Any]]:
+    whole = {kind: curve(found, loss) for kind, found in runs.items()}
     target = whole["wsd"].rates
-    truth, noise = measured(runs["wsd"][0], loss)
-    start = int(0.8 * steps)
-    joint = [whole["constant"], whole["cosine"]]
-    before = curve(*runs["wsd"], loss, until=start)
-    halfway = curve(*runs["wsd"], loss, until=(start + steps) // 2)
-    return [
-        line("constant + cosine", forecast(joint, target), truth, noise),
-        line("constant", forecast(joint[:1], target), truth, noise),
-        line("cosine", forecast(joint[1:], target), truth, noise),
-        line("its own stable phase", forecast([before], target), truth, noise),
-        line("its own stable phase + cosine", forecast([before, joint[1]], target), truth, noise),
-        line("itself, half through its decay", forecast([halfway], target), truth, noise),
-    ]
+    truth, noise = measured(runs["wsd"], loss)
+    start = round((1.0 - DECAY) * steps)
+    before = curve(runs["wsd"], loss, until=start)
+    halfway = curve(runs["wsd"], loss, until=(start + steps) // 2)
+    sources = {
+        "constant + cosine": [whole["constant"], whole["cosine"]],
+        "constant": [whole["constant"]],
+        "cosine": [whole["cosine"]],
+        "its own stable phase": [before],
+        "its own stable phase + cosine": [before, whole["cosine"]],
+        "itself, half through its decay": [halfway],
+    }
+    found = []
+    for name, curves in sources.items():
+        try:
+            found.append(line(name, forecast(curves, target), truth, noise))
+        except UserError as error:
+            print(f"  {name:32} none: {error}")
+            found.append({"from": name, "none": str(error)})
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("store", type=Path)
+    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--cosine-steps", type=int)
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--only", help="seeds, as 0,1 (default: all of --seeds)")
     parser.add_argument("--work", type=Path)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     folder = arguments.work or Path(tempfile.mkdtemp(prefix="allometry-forecast-"))
     folder.mkdir(parents=True, exist_ok=True)
     steps, results = arguments.steps, []
-    if not (folder / "train.bin").exists():
-        write_data(folder, int(1.1 * steps * SEQUENCES * LENGTH / 0.95) + 2 * HELD_OUT * LENGTH)
-    begun = time.perf_counter()
-    for seed in range(arguments.seeds):
-        runs = {kind: trained(folder, kind, seed, steps) for kind in SCHEDULES}
+    lengths = {"constant": steps, "cosine": arguments.cosine_steps or steps, "wsd": steps}
+    chosen = [int(seed) for seed in (arguments.only or "").split(",") if seed]
+    torch.set_num_threads(1)
+    begun = time.process_time()
+    for seed in chosen or range(arguments.seeds):
+        runs = {
+            kind: trained(folder, arguments.store, kind, seed, length)
+            for kind, length in lengths.items()
+        }
         for loss in ("validation", "train"):
             print(f"seed {seed}, {loss} loss, WSD final:")
-            found = judge(runs, loss, steps)
-            results.append({"seed": seed, "loss": loss, "forecasts": found})
-    seconds = time.perf_counter() - begun
-    print(f"{seconds:.0f} s")
+            results.append({"seed": seed, "loss": loss, "forecasts": judge(runs, loss, steps)})
+    seconds = time.process_time() - begun
+    print(f"{seconds:.0f} s of the process")
     if arguments.out:
-        content = {**facts(), "steps": steps, "seconds": seconds, "results": results}
+        content = {**facts(), "lengths": lengths, "seconds": seconds, "results": results}
         arguments.out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 

@@ -89,7 +89,8 @@ def test_published_coefficients_predict_as_published(size: int, error: float) ->
 
 
 # The wanted bars of Multi-Power are 0.12, 0.15 and 0.18 %. The optimum of the very loss it is
-# fitted by, to which blind starts come, predicts no better than this.
+# fitted by, to which blind starts come, predicts no better than this, and no other way of fitting
+# that the three curves themselves speak for does (benchmarks/schedule_laws.py).
 @pytest.mark.parametrize(
     ("form", "size", "error"),
     [
@@ -170,10 +171,10 @@ def test_constant_and_cosine_predict_wsd(form: Form, size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("seen", "least"), [(0.3, 0.92), (0.5, 0.95), (0.7, 0.85), (0.9, 0.92)], ids=str
+    ("seen", "least"), [(0.3, 0.92), (0.5, 0.95), (0.7, 0.92), (0.9, 0.92)], ids=str
 )
 def test_intervals_of_forecasts_cover_published_ends(seen: float, least: float) -> None:
-    """Of 27 curves, each forecast from its own beginning: 26, 27, 24, 26 are covered."""
+    """Of 27 curves, each forecast from its own beginning: 26, 27, 25, 26 are covered."""
     covered, widths = [], []
     for size in SIZES:
         for name in (*TRAINED, *HELD_OUT):
