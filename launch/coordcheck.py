@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from allometry.configs.errors import UserError
 from allometry.configs.run import RunConfig
 from allometry.launch.gates import curves, default_sizes, numbers, processes_here
 from allometry.launch.plot import check_format
@@ -67,12 +69,13 @@ class Outcome:
 def run(config: RunConfig, request: Request, *, as_json: bool) -> tuple[str, bool]:
     """Run the check; return the report and whether it is passed."""
     check_format(request.out)
+    _check_numbers(request)
     axes = _axes(config, request)
     length = min(request.length, config.data.sequence_length)
     (pool_PL,) = read_pools(
         config.data, config.run.seed, length, [request.seeds * request.sequences]
     )
-    lr = request.lr or config.optimizer.lr
+    lr = config.optimizer.lr if request.lr is None else request.lr
     check = CoordinateCheck(
         model=config.model,
         parameterization=config.parameterization,
@@ -95,6 +98,15 @@ def run(config: RunConfig, request: Request, *, as_json: bool) -> tuple[str, boo
         }
         return json.dumps(facts, indent=2), passed
     return _text(config, request, lr, outcomes), passed
+
+
+def _check_numbers(request: Request) -> None:
+    if request.lr is not None and not 0.0 < request.lr < math.inf:
+        raise UserError(f"--lr={request.lr:g} must be a number above 0; give a rate as 0.01")
+    bounds = {"--block-bound": request.block_bound, "--logit-bound": request.logit_bound}
+    for flag, bound in bounds.items():
+        if bound is not None and not 0.0 <= bound < math.inf:
+            raise UserError(f"{flag}={bound:g} is no slope; give 0 or a number above it")
 
 
 def _axes(config: RunConfig, request: Request) -> dict[Axis, tuple[int, ...]]:

@@ -19,6 +19,7 @@ from allometry.trainer.transfer import Runner, Transfer, TransferSweep, Trial
 from allometry.trainer.trials import TrialLog
 
 HELD_OUT = 64
+MOST_OCTAVES = 32
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,17 @@ def run(config: RunConfig, request: Request, *, as_json: bool) -> tuple[str, boo
     """Run the sweep; return the report and whether it is passed."""
     check_format(request.out)
     axis = _axis(request.axis)
+    if not 0.0 <= request.bound < math.inf:
+        raise UserError(f"--bound={request.bound:g} is no number of octaves; use 0.5 or another")
+    rates = _rates(config.optimizer.lr, request)
     sizes = numbers(request.sizes, "--sizes") or default_sizes(config.model, axis, request.steps)
     sweep = _sweep(config, request, axis, sizes)
     seeds = tuple(range(request.seeds))
+    sweep.check(sizes, seeds)  # before the file of trials is begun
     log = None if request.trials is None else TrialLog(request.trials, sweep.settings())
     runner = Runner(
         sweep,
-        _rates(config.optimizer.lr, request),
+        rates,
         request.step,
         processes_here(request.processes),
         known={} if log is None else log.known,
@@ -86,9 +91,14 @@ def _axis(name: str) -> Axis:
 
 def _rates(lr: float, request: Request) -> tuple[float, ...]:
     """log2 of the first rates: around the run's own, to a multiple of the step."""
-    if not request.step > 0 or request.octaves < request.step:
+    if not 0.0 < request.step <= request.octaves:
         raise UserError(
             f"--step={request.step:g} must be above 0 and at most --octaves={request.octaves:g}"
+        )
+    if request.octaves > MOST_OCTAVES:
+        raise UserError(
+            f"--octaves={request.octaves:g} goes beyond any rate of use; choose at most "
+            f"{MOST_OCTAVES}"
         )
     centre = round(math.log2(lr) / request.step)
     reach = round(request.octaves / request.step)

@@ -18,20 +18,26 @@ class TrialLog:
     A loss that is not finite is null. A last line that was cut off is left out and written over.
 
     Raises:
-        UserError: the file holds trials of other settings, or something else.
+        UserError: the file holds trials of other settings, or something else, and is left as it
+            is; or it cannot be written.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self.path = path
         self.known: dict[Trial, float] = {}
-        lines = self._lines()
-        if lines:
-            self._check(lines[0], settings)
-            self.known = dict(map(_trial, lines[1:]))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        head = [] if lines else [dict(settings)]
-        kept = [json.dumps(row) + "\n" for row in [*lines, *head]]
-        path.write_text("".join(kept), encoding="utf-8")
+        head = json.dumps(dict(settings)) + "\n"
+        try:
+            lines = self._lines(head)
+            if lines:
+                self._check(lines[0], settings)
+                self.known = dict(map(self._trial, lines[1:]))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            kept = [json.dumps(row) + "\n" for row in lines] or [head]
+            path.write_text("".join(kept), encoding="utf-8")
+        except OSError as error:
+            raise UserError(
+                f"--trials={path} cannot be read and written ({error.strerror}); name another file"
+            ) from None
 
     def add(self, trial: Trial, loss: float) -> None:
         """Write one trial; it is on disk when this returns."""
@@ -45,17 +51,29 @@ class TrialLog:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
-    def _lines(self) -> list[dict[str, Any]]:
+    def _lines(self, head: str) -> list[dict[str, Any]]:
         if not self.path.exists():
             return []
-        whole = self.path.read_text(encoding="utf-8").split("\n")[:-1]
         try:
+            *whole, torn = self.path.read_text(encoding="utf-8").split("\n")
             rows = [json.loads(line) for line in whole]
-        except ValueError:
-            rows = [None]
+        except ValueError:  # of another encoding, too
+            raise self._another() from None
         if not all(isinstance(row, dict) for row in rows):
-            raise UserError(f"{self.path} is no file of trials; name another")
+            raise self._another()
+        if not rows and not head.startswith(torn):  # no first line that was cut off
+            raise self._another()
         return rows
+
+    def _another(self) -> UserError:
+        return UserError(f"{self.path} is no file of trials; name another")
+
+    def _trial(self, row: Mapping[str, Any]) -> tuple[Trial, float]:
+        try:
+            loss = math.inf if row["loss"] is None else float(row["loss"])
+            return Trial(int(row["size"]), float(row["log2_lr"]), int(row["seed"])), loss
+        except (KeyError, TypeError, ValueError):
+            raise self._another() from None
 
     def _check(self, head: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
         plain = json.loads(json.dumps(dict(settings)))
@@ -65,8 +83,3 @@ class TrialLog:
                 f"{self.path} holds trials of other settings ({', '.join(different)}); name "
                 "another file or remove this one"
             )
-
-
-def _trial(row: Mapping[str, Any]) -> tuple[Trial, float]:
-    loss = math.inf if row["loss"] is None else float(row["loss"])
-    return Trial(int(row["size"]), float(row["log2_lr"]), int(row["seed"])), loss

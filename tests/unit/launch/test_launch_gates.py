@@ -113,6 +113,47 @@ def test_transfer_reports_and_goes_on_from_its_file(tiny: Make, tmp_path: Path) 
     assert (tmp_path / "trials.jsonl").read_text() == written, "nothing was run twice"
 
 
+def test_transfer_writes_nothing_before_its_sizes_are_checked(tiny: Make, tmp_path: Path) -> None:
+    request = transfer.Request(sizes="16,33", steps=2, length=8, trials=tmp_path / "t.jsonl")
+    with pytest.raises(UserError, match="33"):
+        transfer.run(tiny(), request, as_json=False)
+    assert not (tmp_path / "t.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"octaves": float("nan")}, "--step=0.5 must be above 0 and at most --octaves=nan"),
+        ({"octaves": float("inf")}, "--octaves=inf goes beyond"),
+        ({"octaves": 2000.0}, "--octaves=2000 goes beyond"),
+        ({"step": float("nan")}, "--step=nan must be above 0"),
+        ({"step": 0.0}, "--step=0 must be above 0"),
+        ({"bound": float("nan")}, "--bound=nan is no number of octaves"),
+        ({"bound": float("inf")}, "--bound=inf is no number of octaves"),
+    ],
+)
+def test_numbers_of_transfer_that_are_none(
+    tiny: Make, options: dict[str, float], said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        transfer.run(tiny(), transfer.Request(**options), as_json=False)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("lr", ["-1", "0", "nan", "inf"])
+def test_rates_of_coordcheck_that_are_none(tiny: Make, lr: str, tmp_path: Path) -> None:
+    tiny()
+    with pytest.raises(UserError, match=f"--lr={lr} must be a number above 0"):
+        cli("coordcheck", tmp_path / "tiny.yaml", "--lr", lr, "--out", tmp_path / "c.png")
+    assert not (tmp_path / "c.png").exists()
+
+
+def test_bounds_of_coordcheck_that_are_none(tiny: Make) -> None:
+    for name in ("block_bound", "logit_bound"):
+        request = coordcheck.Request(**{name: float("nan")})  # type: ignore[arg-type]
+        with pytest.raises(UserError, match=f"--{name.replace('_', '-')}=nan is no slope"):
+            coordcheck.run(tiny(), request, as_json=False)
+
+
 def test_transfer_fails_beyond_its_bound(tiny: Make, tmp_path: Path) -> None:
     path = tmp_path / "tiny.yaml"
     tiny(*MUP)

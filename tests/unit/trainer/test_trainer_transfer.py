@@ -146,6 +146,34 @@ def test_a_sweep_goes_on_from_its_file(tmp_path: Path) -> None:
         TrialLog(tmp_path / "other", settings)
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"no line end",
+        b"[]\n",
+        b"\xff\xfe\n",
+        b"3",
+        b'{"other": 1}',
+        b'{"a": 1}\n{"size": 16}\n',
+        b'{"a": 1}\n{"size": 16, "log2_lr": [], "seed": 0, "loss": 1}\n',
+        b'{"a": 2}\n',
+    ],
+)
+def test_a_file_of_something_else_is_left_as_it_was(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "precious"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"no file of trials|trials of other settings"):
+        TrialLog(path, {"a": 1})
+    assert path.read_bytes() == content
+    with pytest.raises(UserError, match="cannot be read and written"):
+        TrialLog(tmp_path, {"a": 1})
+    # A first line that was cut off is no other file, and neither is an empty one.
+    for torn in ('{"a"', ""):
+        path.write_text(torn)
+        assert TrialLog(path, {"a": 1}).known == {}
+        assert path.read_text() == '{"a": 1}\n'
+
+
 def test_a_diverged_trial_is_kept_as_such(tmp_path: Path) -> None:
     log = TrialLog(tmp_path / "trials.jsonl", {"a": 1})
     log.add(Trial(16, 1.0, 0), math.inf)
