@@ -139,7 +139,7 @@ def finished_runs(
             skipped.append(str(path))
             continue
         run = read_run(path)
-        problem = _not_finished(run)
+        problem = not_finished(run)
         if problem is None:
             check_record(run)
             runs.append(run)
@@ -159,8 +159,8 @@ def _is_run(path: Path) -> bool:
     return (path / "config.yaml").is_file()
 
 
-def _not_finished(run: Run) -> str | None:
-    """What is wrong, in words that follow the folder's name."""
+def not_finished(run: Run) -> str | None:
+    """Return why a run is not at its end, in words that follow its folder's name; None if it is."""
     step = int(run.metrics["step"][-1])
     ends = [event for event in run.events if event.get("event") in ("finished", "not_finite")]
     if ends and ends[-1]["event"] == "not_finite" and int(ends[-1].get("step", 0)) >= step:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from allometry.configs.errors import UserError
+from allometry.laws.collect import not_finished
 from allometry.laws.runs import Run, read_run
 
 POWERS = {"sgd": 2, "adam": 1}
@@ -81,11 +82,19 @@ def refined_schedule(
     """Return what ``schedule: {kind: refined, file: ...}`` reads, from the run in ``folder``.
 
     Raises:
-        UserError: see ``gradient_norms`` and ``read_run``; or ``smoothing`` is not a share.
+        UserError: see ``gradient_norms`` and ``read_run``; the run has not finished; or
+            ``smoothing`` is not a share.
     """
     if not 0.0 <= smoothing <= 1.0:
         raise UserError(f"--smoothing={smoothing} is not a share of the run; use 0 to 1, e.g. 0.1")
-    norms, key = gradient_norms(read_run(folder), kind)
+    run = read_run(folder)
+    problem = not_finished(run)
+    if problem is not None:
+        raise UserError(
+            f"{folder} {problem}, and a schedule that decays to 0 there would be that of a shorter "
+            "run; let it finish"
+        )
+    norms, key = gradient_norms(run, kind)
     return {
         "kind": "allometry.schedule",
         "version": 1,

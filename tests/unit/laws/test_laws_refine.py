@@ -50,7 +50,8 @@ def run_folder(
     (folder / "config.yaml").write_text(f"optimizer: {{lr: {lr}}}\n")
     (folder / "run.json").write_text("{}")
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "events.jsonl").write_text(json.dumps({"event": ended}) + "\n")
+    event = {"event": ended, "step": rows[-1]["step"]}
+    (folder / "events.jsonl").write_text(json.dumps(event) + "\n")
     return folder
 
 
@@ -85,6 +86,17 @@ def test_runs_that_say_nothing(tmp_path: Path) -> None:
         refined_schedule(zero)
     with pytest.raises(UserError, match="smoothing"):
         refined_schedule(few, smoothing=2.0)
+
+
+@pytest.mark.parametrize(
+    ("ended", "said"),
+    [("stopped", "is at step 40 of"), ("not_finite", "ended at step 40 as its loss was not")],
+)
+def test_run_that_has_not_finished_is_refused(tmp_path: Path, ended: str, said: str) -> None:
+    rows = [{"step": s, "grad_norm": 2.0} for s in range(1, 41)]
+    assert refined_schedule(run_folder(tmp_path / "whole", rows))["from"]["steps"] == 40
+    with pytest.raises(UserError, match=f"part {said}"):
+        refined_schedule(run_folder(tmp_path / "part", rows, ended=ended))
 
 
 def test_sensitivity_by_hand() -> None:
