@@ -111,12 +111,14 @@ def read_inputs(
     """Read run folders, ladders, folders of runs, fits and files of trials.
 
     Raises:
-        UserError: nothing was named, or something of it is missing or damaged.
+        UserError: nothing was named, something is named twice, or it is missing or damaged.
     """
     if not (folders or fits or trials):
         raise UserError("nothing to report on; name run folders, --fit FILE or --transfer FILE")
     if not 0.0 < smoothing <= 0.5:
         raise UserError(f"--smooth={smoothing:g} must be a share of a run, above 0 and up to 0.5")
+    for what in (folders, fits, trials):
+        _check_once(what)
     found: dict[Path, Path] = {}
     notes: list[str] = []
     fit_files = list(fits)
@@ -142,6 +144,13 @@ def read_inputs(
         notes=tuple(notes),
         smoothing=smoothing,
     )
+
+
+def _check_once(paths: Sequence[Path]) -> None:
+    resolved = [path.resolve() for path in paths]
+    for path, place in zip(paths, resolved, strict=True):
+        if resolved.count(place) > 1:
+            raise UserError(f"{path} is given twice; give it once")
 
 
 def _place_of_runs(folder: Path) -> Path | None:

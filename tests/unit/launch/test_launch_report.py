@@ -180,6 +180,20 @@ def test_a_run_named_twice_is_shown_once(ladder: Path, tmp_path: Path) -> None:
     assert len(boxes) == 6
 
 
+def test_the_same_thing_named_twice_is_refused(ladder: Path, tmp_path: Path) -> None:
+    first = next((ladder / "runs").iterdir())
+    fit = ladder / "fit.json"
+    for options in (
+        {"runs": (first, first.parent / ".." / "runs" / first.name)},
+        {"runs": (ladder, ladder)},
+        {"runs": (first,), "fits": (fit, fit)},
+        {"runs": (), "trials": (tmp_path / "t.jsonl", tmp_path / "t.jsonl")},
+    ):
+        with pytest.raises(UserError, match="is given twice; give it once"):
+            run(Request(**options, out=tmp_path / "r.html"), as_json=False)  # type: ignore[arg-type]
+    assert not (tmp_path / "r.html").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
