@@ -51,7 +51,8 @@ def curves_from_runs(
     step by step, must agree.
 
     A branch (run.parent) has its parent's rows as its own. Steps that two runs share are rows of
-    the parent, or of the first of its branches that are given; ``conventions["left out"]`` says so.
+    the parent, or of the first of its branches that are given. Rows whose loss is not finite are
+    left out. ``conventions["left out"]`` says both.
 
     Raises:
         UserError: a folder holds no run, no row is left after the warm-up, the loss is not there,
@@ -69,9 +70,11 @@ def curves_from_runs(
     curves: dict[str, LearningRates] = {}
     names = run_names(runs)
     shared = shared_steps(runs)
+    lost: dict[str, int] = {}
     for run, name, taken_over in zip(runs, names, shared, strict=True):
         curves[name] = rates_of(run, planned)
         part = _rows(run, choice, count, curves[name], bins, taken_over)
+        lost[name] = _lost(run, choice, max(curves[name].warmup_steps, taken_over))
         parts.append(part)
         groups += [name] * len(part["step"])
     binned = bins is not None and choice.kind == "train"
@@ -84,7 +87,7 @@ def curves_from_runs(
             + (f", means of at most {bins} stretches of a run" if binned else ""),
             "step": "counted from 1, after the warm-up",
             "N": f"{count} parameters",
-            **_left_out(names, shared),
+            **_left_out(names, shared, lost),
         },
     )
 
@@ -110,9 +113,26 @@ def shared_steps(runs: Sequence[Run]) -> list[int]:
     return found
 
 
-def _left_out(names: Sequence[str], shared: Sequence[int]) -> dict[str, str]:
+def _left_out(
+    names: Sequence[str], shared: Sequence[int], lost: Mapping[str, int]
+) -> dict[str, str]:
     parts = [f"{name} to step {step}" for name, step in zip(names, shared, strict=True) if step]
-    return {"left out": f"rows of another run: {', '.join(parts)}"} if parts else {}
+    without = [f"{number} of {name}" for name, number in lost.items() if number]
+    found = [f"rows of another run: {', '.join(parts)}"] if parts else []
+    found += [f"rows without a finite loss: {', '.join(without)}"] if without else []
+    return {"left out": "; ".join(found)} if found else {}
+
+
+def _lost(run: Run, choice: LossChoice, after: int) -> int:
+    """How many rows after a step have no finite loss where each should have one.
+
+    Held-out losses and those of a source are not in every row; of them infinite ones count.
+    """
+    if choice.kind == "train" and choice.source is None:
+        steps, losses = run.metrics["step"], run.metrics["loss"]
+    else:
+        steps, losses = loss_curve(run, choice)
+    return int((~np.isfinite(losses[steps > after])).sum())
 
 
 def rates_of(run: Run, planned: Callable[[Run], LearningRates] | None = None) -> LearningRates:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,28 @@ def test_noisy_losses_are_averaged_in_stretches(tmp_path: Path) -> None:
     np.testing.assert_allclose(means["loss"], rows["loss"].reshape(6, 6).mean(axis=1))
     held_out = curves_from_runs([tmp_path], loss="validation", bins=1)
     np.testing.assert_array_equal(held_out["step"], [20, 40])
+
+
+def test_rows_without_a_finite_loss_are_left_out_and_counted(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        fake_run(tmp_path / name)
+    assert "left out" not in curves_from_runs([tmp_path]).conventions
+    path = tmp_path / "b" / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[1]["loss"] = None  # in the warm-up, which is left out anyhow
+    rows[9]["loss"] = float("nan")
+    rows[10]["loss"] = None
+    rows[11]["loss"] = float("inf")
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = curves_from_runs([tmp_path], bins=None)
+    assert found.conventions["left out"] == "rows without a finite loss: 3 of b"
+    assert [found.groups.count(name) for name in ("a", "b")] == [36, 33]
+    held_out = curves_from_runs([tmp_path], loss="validation")
+    assert "left out" not in held_out.conventions
+    rows[19]["validation/web"] = float("inf")
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    held_out = curves_from_runs([tmp_path], loss="validation")
+    assert held_out.conventions["left out"] == "rows without a finite loss: 1 of b"
 
 
 def test_rates_that_were_hardly_recorded_are_refused(tmp_path: Path) -> None:
