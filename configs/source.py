@@ -136,10 +136,16 @@ def parse_file(path: Path) -> Tree:
     except YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {_reason(error)}") from None
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: expected 'section: ...' lines, found {type(raw).__name__}")
+        raise ConfigError(f"{path}: expected 'section: ...' lines, found {_what(raw)}")
     tree = Tree({})
     tree.data = _plain(raw, tree, str(path), ())
     return tree
+
+
+def _what(raw: Any) -> str:
+    if raw is None:
+        return "nothing"
+    return "a list" if isinstance(raw, CommentedSeq) else "a single value"
 
 
 def _reason(error: YAMLError) -> str:

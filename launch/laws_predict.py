@@ -184,6 +184,13 @@ def _inputs(form: Form, texts: Mapping[str, Sequence[str]]) -> Observations:
             )
         found = [numbers({name: value}, "input")[name] for value in values]
         columns[name] = np.resize(np.array(found), length)
+        bad = form.inputs[names.index(name)].bad(columns[name])
+        if bad.any():
+            demand = form.inputs[names.index(name)].demand
+            raise UserError(
+                f"{name}={values[int(bad.argmax()) % len(values)]} is no value that {form.name} "
+                f"can read; give {demand}"
+            )
     return Observations.of(columns)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import pkgutil
 from functools import cache
@@ -33,7 +34,11 @@ def form_named(name: str) -> Form:
     found = all_forms()
     base, colon, columns = name.partition(":")
     if base not in found:
-        raise UserError(f"no law is called {base!r}; use one of {', '.join(sorted(found))}")
+        near = difflib.get_close_matches(base, found, n=1)
+        hint = f"use one of {', '.join(sorted(found))}"
+        if near:
+            hint = f"did you mean {near[0]!r} (allometry laws lists all)?"
+        raise UserError(f"no law is called {base!r}; {hint}")
     if not colon:
         return found[base]
     return found[base].for_columns([column.strip() for column in columns.split(",")])

@@ -8,6 +8,7 @@ from ruamel.yaml import YAML
 
 from allometry.configs.data import DocumentData, SequenceData
 from allometry.configs.errors import ConfigError, UserError
+from allometry.configs.ladder import load_ladder
 from allometry.configs.loader import dump, load, presets
 from allometry.configs.run import RunConfig
 
@@ -166,6 +167,17 @@ def test_bases_in_a_circle(tmp_path: Path) -> None:
     write(tmp_path, "base: b.yaml\n", "a.yaml")
     write(tmp_path, "base: a.yaml\n", "b.yaml")
     assert "circle" in message(tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("", "nothing"), ("# a remark\n", "nothing"), ("- 1\n", "a list"), ("3\n", "a single value")],
+)
+def test_files_that_hold_no_sections(tmp_path: Path, text: str, said: str) -> None:
+    path = write(tmp_path, text)
+    assert message(path) == f"{path}: expected 'section: ...' lines, found {said}"
+    with pytest.raises(ConfigError, match=f"found {said}$"):
+        load_ladder(path)
 
 
 def test_missing_files_and_presets(tmp_path: Path) -> None:

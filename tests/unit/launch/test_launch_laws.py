@@ -248,7 +248,10 @@ def test_groups_are_left_out_by_name(shell: Shell, ladder: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["fit", "chinchila", "LADDER"], "no law is called 'chinchila'; use one of .*chinchilla"),
+        (
+            ["fit", "chinchila", "LADDER"],
+            "no law is called 'chinchila'; did you mean 'chinchilla' ",
+        ),
         (["fit", "chinchilla", "TABLE", "--count", "total"], "--count belongs to run folders"),
         (["fit", "chinchilla", "LADDER", "--bins", "9"], "--bins belongs to laws of curves"),
         (["fit", "tissue", "LADDER", "--last", "0.2"], "--last belongs to rows of finished runs"),
@@ -292,7 +295,8 @@ def test_groups_are_left_out_by_name(shell: Shell, ladder: Path) -> None:
         (["predict", "FIT", "N=1", "D=1", "x=1"], "has no input 'x'; it reads N, D"),
         (["predict", "FIT", "N=1", "D=x"], "D=x is no number"),
         (["predict", "FIT", "N=1,2", "D=1,2,3"], "give one value or as many"),
-        (["predict", "FIT", "N=0", "D=1"], "needs a positive number"),
+        (["predict", "FIT", "N=0", "D=1"], "N=0 is no value that .* give a positive number$"),
+        (["predict", "FIT", "N=1", "D=2,-3"], "D=-3 is no value that chinchilla can read; give a"),
         (["predict", "FIT", "N=1", "N=2"], "N is given twice"),
         (["predict", "FIT", "FIT"], "neither NAME=VALUE nor the first file"),
         (["predict", "FIT", "N=1", "D=1", "--law", "chinchilla"], "leave --law and --published"),
@@ -313,7 +317,7 @@ def test_groups_are_left_out_by_name(shell: Shell, ladder: Path) -> None:
         (["optimum", "FIT", "--flops", "1e10", "--with", "x"], "--with 'x' is not NAME=VALUE"),
         (["optimum", "FIT", "--flops", "1e10", "--with", "N=3"], "no input besides N, D"),
         (["optimum", "FIT", "--flops", "1e10", "--with", "x=3"], "--with x: chinchilla has no"),
-        (["laws", "x"], "no law is called 'x'"),
+        (["laws", "x"], "no law is called 'x'; use one of .*chinchilla"),
     ],
 )
 def test_what_is_wrong_is_one_sentence(
