@@ -70,11 +70,9 @@ def curves_from_runs(
     curves: dict[str, LearningRates] = {}
     names = run_names(runs)
     shared = shared_steps(runs)
-    lost: dict[str, int] = {}
     for run, name, taken_over in zip(runs, names, shared, strict=True):
         curves[name] = rates_of(run, planned)
         part = _rows(run, choice, count, curves[name], bins, taken_over)
-        lost[name] = _lost(run, choice, max(curves[name].warmup_steps, taken_over))
         parts.append(part)
         groups += [name] * len(part["step"])
     binned = bins is not None and choice.kind == "train"
@@ -87,7 +85,7 @@ def curves_from_runs(
             + (f", means of at most {bins} stretches of a run" if binned else ""),
             "step": "counted from 1, after the warm-up",
             "N": f"{count} parameters",
-            **_left_out(names, shared, lost),
+            **_left_out(runs, choice, list(curves.items()), shared),
         },
     )
 
@@ -114,10 +112,16 @@ def shared_steps(runs: Sequence[Run]) -> list[int]:
 
 
 def _left_out(
-    names: Sequence[str], shared: Sequence[int], lost: Mapping[str, int]
+    runs: Sequence[Run],
+    choice: LossChoice,
+    curves: Sequence[tuple[str, LearningRates]],
+    shared: Sequence[int],
 ) -> dict[str, str]:
-    parts = [f"{name} to step {step}" for name, step in zip(names, shared, strict=True) if step]
-    without = [f"{number} of {name}" for name, number in lost.items() if number]
+    parts, without = [], []
+    for run, (name, rates), step in zip(runs, curves, shared, strict=True):
+        parts += [f"{name} to step {step}"] if step else []
+        number = _lost(run, choice, max(rates.warmup_steps, step))
+        without += [f"{number} of {name}"] if number else []
     found = [f"rows of another run: {', '.join(parts)}"] if parts else []
     found += [f"rows without a finite loss: {', '.join(without)}"] if without else []
     return {"left out": "; ".join(found)} if found else {}
