@@ -41,9 +41,9 @@ demo: install
 	$(BIN)/allometry ladder fit preset:ladder_demo
 	$(BIN)/allometry ladder predict preset:ladder_demo
 	@echo "--- now it is trained, on two processes, and stopped halfway ---"
-	$(TORCHRUN) -m allometry.launch.train $(TARGET) --stop-at-step 384
+	$(TORCHRUN) -m allometry.launch.train $(TARGET) batch.micro_batch_sequences=4 --stop-at-step 384
 	@echo "--- the same command again: it goes on from the checkpoint ---"
-	$(TORCHRUN) -m allometry.launch.train $(TARGET)
+	$(TORCHRUN) -m allometry.launch.train $(TARGET) batch.micro_batch_sequences=4
 	@echo "--- predicted against measured ---"
 	$(BIN)/allometry ladder predict preset:ladder_demo
 	$(BIN)/allometry report $(LADDER) --out $(LADDER)/report.html
