@@ -36,6 +36,7 @@ from allometry.laws.runs import read_run
 from allometry.optim.schedule import resolve_schedule
 from allometry.scaling.batch import BatchPlan
 from allometry.scaling.count import count_parameters
+from allometry.trainer.words import duration
 
 Only = Literal["rungs", "target"]
 Say = Callable[[str], None]
@@ -103,7 +104,7 @@ def _train(plan: LadderPlan, wanted: Sequence[PlannedRun], at_once: int, say: Sa
             f"{len(ended.failed)} of {len(wanted)} runs failed, the first of them {name}: {reason}"
         )
     if not ended.stopped and time.monotonic() - begun > 1.0:
-        say(f"{len(wanted)} run(s) done after {text.duration(time.monotonic() - begun)}")
+        say(f"{len(wanted)} run(s) done after {duration(time.monotonic() - begun)}")
     return ended
 
 

@@ -20,8 +20,9 @@ from allometry.configs.loader import dump
 from allometry.launch.ladder_plan import LadderPlan
 from allometry.launch.ladder_share import PlannedRun
 from allometry.launch.ladder_state import as_stored, last_row, spent, state_of
-from allometry.launch.ladder_text import duration, losses
+from allometry.launch.ladder_text import losses
 from allometry.laws.collect import short
+from allometry.trainer.words import duration
 
 Say = Callable[[str], None]
 PROGRESS_S = 20.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from allometry.configs.errors import UserError
@@ -149,22 +148,3 @@ def losses(state: RunState) -> str:
     if state.validation:
         return ", ".join(f"{name} {value:.4f}" for name, value in state.validation.items())
     return "no loss" if state.loss is None else f"loss {state.loss:.4f}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds in one or two units."""
-    whole = round(seconds)
-    for size, unit, below, small in (
-        (86400, "d", 3600, "h"),
-        (3600, "h", 60, "m"),
-        (60, "m", 1, "s"),
-    ):
-        if whole >= size:
-            return f"{whole // size}{unit}{whole % size // below:02d}{small}"
-    return f"{whole}s"
-
-
-def missing_text(runs: Sequence[PlannedRun]) -> str:
-    """Some names, for a sentence."""
-    names = [run.name for run in runs]
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -10,6 +10,7 @@ from allometry.configs.errors import UserError
 from allometry.configs.execution import RecordConfig, WandB
 from allometry.trainer.folder import RunFolder
 from allometry.trainer.record import Row
+from allometry.trainer.words import duration, human
 
 Report = Callable[..., None]
 """``report(kind, **details)`` writes an event and tells all callbacks."""
@@ -201,24 +202,3 @@ def _axes(layout: dict[str, Any]) -> str:
     names = [n for n in ("pp", "hdp", "tp", "ep") if n == "hdp" or layout.get(n, 1) > 1]
     axes = " ".join(f"{name}={layout[name]}" for name in names)
     return f"{axes} {layout['schedule']}" if "schedule" in layout else axes
-
-
-def human(number: float) -> str:
-    """A number with three digits and a unit: 25.2M."""
-    for bound, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(number) >= bound:
-            return f"{number / bound:.3g}{unit}"
-    return f"{number:.3g}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as the two largest units."""
-    whole = round(seconds)
-    for size, unit, below, small in (
-        (86400, "d", 3600, "h"),
-        (3600, "h", 60, "m"),
-        (60, "m", 1, "s"),
-    ):
-        if whole >= size:
-            return f"{whole // size}{unit}{whole % size // below:02d}{small}"
-    return f"{whole}s"
