@@ -13,7 +13,8 @@ import torch
 from allometry.configs.errors import UserError
 from allometry.configs.execution import WandB
 from allometry.configs.run import RunConfig
-from allometry.trainer.callbacks import Display, WeightsAndBiases, duration, human
+from allometry.trainer.callbacks import Display, WeightsAndBiases
+from allometry.trainer.words import duration, human
 from allometry.trainer.folder import RunFolder
 from allometry.trainer.train import train
 
