@@ -14,9 +14,9 @@ from allometry.configs.errors import UserError
 from allometry.configs.execution import WandB
 from allometry.configs.run import RunConfig
 from allometry.trainer.callbacks import Display, WeightsAndBiases
-from allometry.trainer.words import duration, human
 from allometry.trainer.folder import RunFolder
 from allometry.trainer.train import train
+from allometry.trainer.words import duration, human
 
 Make = Callable[..., RunConfig]
 
