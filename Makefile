@@ -57,8 +57,7 @@ test-all: install
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	MYPYPATH=.typing $(BIN)/mypy -p allometry.configs -p allometry.scaling -p allometry.laws \
-	  -p allometry.data -p allometry.optim
+	MYPYPATH=.typing $(BIN)/mypy -p allometry
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -36,7 +36,7 @@ from allometry.laws.runs import read_run
 from allometry.optim.schedule import resolve_schedule
 from allometry.scaling.batch import BatchPlan
 from allometry.scaling.count import count_parameters
-from allometry.trainer.words import duration
+from allometry.trainer.words import duration, first_names
 
 Only = Literal["rungs", "target"]
 Say = Callable[[str], None]
@@ -146,10 +146,10 @@ def fitted_rungs(plan: LadderPlan) -> list[PlannedRun]:
     rungs = [run for run in plan.rungs if run.schedule == schedule]
     for run in rungs:
         check_stored(run)
-    missing = [run for run in rungs if state_of(run).stage != "done"]
+    missing = [run.name for run in rungs if state_of(run).stage != "done"]
     if missing:
         raise UserError(
-            f"{len(missing)} of {len(rungs)} rungs are not done ({text.missing_text(missing)}); "
+            f"{len(missing)} of {len(rungs)} rungs are not done ({first_names(missing)}); "
             "train them with allometry ladder run"
         )
     return rungs

@@ -13,6 +13,7 @@ from allometry.configs.run import RunConfig
 from allometry.optim.schedule import resolve_schedule
 from allometry.scaling.batch import BatchPlan
 from allometry.trainer.unchanged import differences, rates_part
+from allometry.trainer.words import first_names
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,8 @@ def share(runs: list[PlannedRun]) -> tuple[list[PlannedRun], list[str]]:
 
 def _note(problem: str, names: list[str]) -> str:
     """Which runs branch from none, though shorter ones are like them, and why."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     verb = "is" if len(names) == 1 else "are"
-    return f"{', '.join(names[:3])}{more} {verb} trained from scratch: {problem}"
+    return f"{first_names(names)} {verb} trained from scratch: {problem}"
 
 
 def _family(run: PlannedRun, runs: list[PlannedRun]) -> str:

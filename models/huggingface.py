@@ -20,7 +20,7 @@ from allometry.configs.errors import UserError
 from allometry.configs.model import ModelConfig, MoEModel
 from allometry.models.huggingface_config import Family
 from allometry.scaling.inventory import inventory
-from allometry.scaling.parameterization import ForwardScales
+from allometry.scaling.rules.base import ForwardScales
 from allometry.scaling.roles import ParamSpec
 
 _OUTER: Mapping[str, str] = {

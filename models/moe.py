@@ -24,7 +24,7 @@ from allometry.models.grouped import gather_rows, grouped_linear, sort_by_expert
 from allometry.models.layers import Linear, local, unset
 from allometry.models.router import Router, RouterStatistics
 from allometry.models.transformer import Block, FeedForward, Geometry, Transformer
-from allometry.scaling.parameterization import ForwardScales
+from allometry.scaling.rules.base import ForwardScales
 from allometry.scaling.roles import Role
 
 Compute = Callable[[Tensor, Tensor], Tensor]

@@ -13,7 +13,7 @@ from torch import Tensor
 from allometry.models.documents import Documents
 from allometry.models.head import Losses
 from allometry.models.transformer import Transformer
-from allometry.parallel.zero import GradientSync
+from allometry.parallel.reduce import GradientSync
 
 
 class MicroBatch(Protocol):

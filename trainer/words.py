@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 def human(number: float) -> str:
     """A number with three digits and a unit: 25.2M."""
@@ -22,3 +24,9 @@ def duration(seconds: float) -> str:
         if whole >= size:
             return f"{whole // size}{unit}{whole % size // below:02d}{small}"
     return f"{whole}s"
+
+
+def first_names(names: Sequence[str], most: int = 3) -> str:
+    """The first names and how many there are more, for a sentence."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
