@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,11 @@ from pydantic import ValidationError
 
 from allometry.configs.errors import UserError
 from allometry.configs.loader import load
-from allometry.configs.optimization import WSDSchedule
+from allometry.configs.optimization import ContinuedSchedule, WSDSchedule
 from allometry.configs.run import RunConfig
 from allometry.laws.comparable import check_comparable
 from allometry.laws.forecast import PUBLISHED, Curve, Forecast, borrowed, forecast
-from allometry.laws.losses import LossChoice, loss_curve
+from allometry.laws.losses import LossChoice, check_losses, loss_curve
 from allometry.laws.observations import LearningRates
 from allometry.laws.runs import Run, read_run
 from allometry.optim.schedule import Decay, resolve_schedule
@@ -25,6 +26,9 @@ from allometry.trainer.rates import rates_of
 
 SAME = ("model", "parameterization", "batch")
 """Sections in which runs must agree to be taken as curves of one law."""
+KINDS = ("constant", "linear", "cosine", "wsd")
+"""Schedules that can be asked for; others need more keys than there are options."""
+UNIT = "nats per token"
 _LAST = 0.02  # share of a finished run's rows whose mean stands for its final loss
 
 
@@ -86,12 +90,15 @@ def run(request: Request, *, as_json: bool) -> str:
             "with": [str(folder) for folder in request.together],
             "loss_of": request.loss,
             "target": words,
+            "unit": UNIT,
             "last_loss": float(last.mean()),
             "last_loss_rows": len(last),
             **found.to_json(),
         }
         return json.dumps(facts, indent=2)
-    return _text(first, words, found, float(last.mean()), len(last))
+    kind = "training" if choice.kind == "train" else "held-out"
+    which = f"{kind} loss of {choice.source or 'the mixture'}"
+    return _text(first, which, words, found, (float(last.mean()), len(last)))
 
 
 def _check(request: Request) -> None:
@@ -130,11 +137,14 @@ def _read(folder: Path, choice: LossChoice, at_step: int | None = None) -> _Read
             "it was trained with"
         )
     steps, losses = loss_curve(found, choice)
-    usable = np.isfinite(losses) & (steps <= (at_step or recorded[-1]))
+    usable = steps <= (at_step or recorded[-1])
     if not usable.any():
         raise UserError(
             f"{folder} has no recorded loss up to step {at_step}; name a later step (--at-step)"
         )
+    after = usable & (steps > rates.warmup_steps)
+    check_losses(found, choice, steps[after], losses[after])
+    usable &= np.isfinite(losses)  # in the warm-up, which no law reads
     steps_n = steps[usable].astype(np.int64)
     return _Read(found, config, Curve(str(folder), steps_n, losses[usable], rates))
 
@@ -173,17 +183,62 @@ def _target(request: Request, first: _Read) -> tuple[LearningRates, str]:
         overrides.append(f"schedule={json.dumps(_section(request, first, given))}")
     if request.total_steps is not None:
         overrides += ["training.total_tokens=null", f"training.total_steps={request.total_steps}"]
-    config = load(first.run.folder / "config.yaml", overrides)
+    warmup = first.curve.rates.warmup_steps
+    if request.total_steps is not None and request.total_steps <= warmup:
+        raise UserError(
+            f"--total-steps={request.total_steps}: the warm-up of {warmup} steps is longer than "
+            "the run; ask for more steps"
+        )
+    try:
+        config = load(first.run.folder / "config.yaml", overrides)
+        rates = _rates(config)
+    except UserError as error:
+        raise UserError(_in_flags(str(error), request, overrides)) from None
     text = ", ".join(f"{key} {value}" for key, value in given.items())
-    return _rates(config), config.schedule.kind + (f" ({text})" if text else "")
+    return rates, config.schedule.kind + (f" ({text})" if text else "")
+
+
+_FLAGS = {
+    "schedule.kind": "--schedule",
+    "schedule.decay_fraction": "--decay-fraction",
+    "schedule.decay": "--decay",
+    "schedule.final_fraction": "--final-fraction",
+    "final_fraction": "--final-fraction",
+    "decay": "--decay",
+}
+
+
+def _in_flags(message: str, request: Request, overrides: list[str]) -> str:
+    """Return a sentence about a configuration in terms of this command's options."""
+    for override in overrides:
+        message = message.removeprefix(f"override {override!r}: ").removeprefix("schedule: ")
+    message = message.replace("wsd or wsd_s", "wsd")  # whose decays have ends, which are no option
+    message = re.sub(
+        r"(?<![\w.-])(schedule\.\w+|final_fraction|decay(?=: ))(: |=)?",
+        lambda found: _FLAGS.get(found[1], found[1]) + ("=" if found[2] else ""),
+        message,
+    )
+    if message.startswith("--"):
+        return message
+    given = {"schedule": request.schedule, "decay-fraction": request.decay_fraction}
+    given |= {"decay": request.decay, "final-fraction": request.final_fraction}
+    given |= {"total-steps": request.total_steps}
+    flags = [f"--{name}={value}" for name, value in given.items() if value is not None]
+    return f"{' '.join(flags)}: {message}"
 
 
 def _section(request: Request, first: _Read, given: dict[str, Any]) -> dict[str, Any]:
     """Return the schedule section that is asked for."""
     own = first.config.schedule
+    if request.schedule not in (None, own.kind, *KINDS):
+        raise UserError(
+            f"--schedule={request.schedule} is no schedule that a forecast can be asked for; use "
+            f"{', '.join(KINDS)}"
+        )
     if request.schedule in (None, own.kind):
         return {**own.model_dump(exclude_none=True), **given}
-    warmup = {"warmup_steps": own.warmup_steps, "warmup_tokens": own.warmup_tokens}
+    begun = own.before if isinstance(own, ContinuedSchedule) else own
+    warmup = {"warmup_steps": begun.warmup_steps, "warmup_tokens": begun.warmup_tokens}
     kept = {key: value for key, value in warmup.items() if value is not None}
     return {"kind": request.schedule, **kept, **given}
 
@@ -222,17 +277,22 @@ def _decayed(request: Request, first: _Read) -> tuple[LearningRates, str]:
     return LearningRates(rates, first.curve.rates.warmup_steps), words
 
 
-def _text(first: _Read, words: str, found: Forecast, last: float, rows: int) -> str:
+def _text(first: _Read, which: str, words: str, found: Forecast, last: tuple[float, int]) -> str:
+    """The forecast for people; ``which`` loss it is of, ``last``: mean and rows at its end."""
     quality, values = found.quality, found.values
+    rows = f"mean of the last {last[1]} rows" if last[1] > 1 else "the last row"
     lines = [
-        f"{first.run.folder}: step {found.step}, loss {last:.4f} (mean of the last {rows} rows)",
+        f"{first.run.folder}: step {found.step}",
+        f"now         {last[0]:.4f} {UNIT}, the {which} ({rows})",
         "law         L = {L0:.4f} + {A:.4f} S1^-{alpha:.3f} - {C:.4g} S2, memory "
         "{memory:.0f} steps (arXiv 2408.11029)".format(**values),
+        f"            L in {UNIT}; S1, S2 in learning rate x steps: the sum of the rates, and how",
+        "            far they were lowered over the memory",
         f"fit         {quality.rows} averaged rows, worth {quality.effective_rows:.0f} independent "
         f"ones; residual {quality.residual:.2%} of the loss",
-        f"decay       gains {quality.gain.mean:.2%} +- {quality.gain.sd:.2%} of the loss, "
-        + ("hardly measured" if "gain" in quality.unmeasured else "measured"),
-        f"forecast    {found.loss:.4f} ({found.level:.0%}: {found.low:.4f} to {found.high:.4f}) at "
-        f"step {found.total_steps}, {words}",
+        f"decay       gains {quality.gain.mean:.2%} +- {quality.gain.sd:.2%} of the loss (one "
+        "deviation), " + ("hardly measured" if "gain" in quality.unmeasured else "measured"),
+        f"forecast    {found.loss:.4f} {UNIT} at step {found.total_steps}, {words}",
+        f"            {100 * found.level:g} % interval {found.low:.4f} to {found.high:.4f} {UNIT}",
     ]
     return "\n".join([*lines, *(f"note        {warning}" for warning in found.warnings)])

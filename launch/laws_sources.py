@@ -145,8 +145,19 @@ def _of_tables(
         return derive(found, where=request.where, name="the tables") if request.where else found
     names = dict.fromkeys(name for form in forms for name in columns_of(form))
     return read_table(
-        request.sources, list(names), mapping=mapping, where=request.where, group=request.group
+        request.sources,
+        list(names),
+        mapping=mapping,
+        where=request.where,
+        group=request.group,
+        positive=_positive(forms),
     )
+
+
+def _positive(forms: Sequence[Form]) -> set[str]:
+    """The columns that a law takes as positive: inputs, and targets whose logs are compared."""
+    targets = {form.target.name for form in forms if form.residual == "log"}
+    return targets | {one.name for form in forms for one in form.inputs if one.positive}
 
 
 def columns_of(form: Form) -> list[str]:

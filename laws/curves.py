@@ -19,7 +19,7 @@ from allometry.laws.collect import (
     run_names,
 )
 from allometry.laws.comparable import check_comparable
-from allometry.laws.losses import LossChoice, loss_curve
+from allometry.laws.losses import LossChoice, check_losses, loss_curve
 from allometry.laws.observations import Column, LearningRates, Observations
 from allometry.laws.runs import Run, read_run
 from allometry.laws.tables import read_table
@@ -51,12 +51,12 @@ def curves_from_runs(
     step by step, must agree.
 
     A branch (run.parent) has its parent's rows as its own. Steps that two runs share are rows of
-    the parent, or of the first of its branches that are given. Rows whose loss is not finite are
-    left out. ``conventions["left out"]`` says both.
+    the parent, or of the first of its branches that are given: see
+    ``conventions["left out"]``.
 
     Raises:
-        UserError: a folder holds no run, no row is left after the warm-up, the loss is not there,
-            or the recorded rates are too few to tell those between.
+        UserError: a folder holds no run, no row is left after the warm-up, a loss is not there or
+            is no positive number, or the recorded rates are too few to tell those between.
     """
     choice = LossChoice.parse(loss)
     if bins is not None and bins < 1:
@@ -85,7 +85,7 @@ def curves_from_runs(
             + (f", means of at most {bins} stretches of a run" if binned else ""),
             "step": "counted from 1, after the warm-up",
             "N": f"{count} parameters",
-            **_left_out(runs, choice, list(curves.items()), shared),
+            **_left_out(names, shared),
         },
     )
 
@@ -111,32 +111,9 @@ def shared_steps(runs: Sequence[Run]) -> list[int]:
     return found
 
 
-def _left_out(
-    runs: Sequence[Run],
-    choice: LossChoice,
-    curves: Sequence[tuple[str, LearningRates]],
-    shared: Sequence[int],
-) -> dict[str, str]:
-    parts, without = [], []
-    for run, (name, rates), step in zip(runs, curves, shared, strict=True):
-        parts += [f"{name} to step {step}"] if step else []
-        number = _lost(run, choice, max(rates.warmup_steps, step))
-        without += [f"{number} of {name}"] if number else []
-    found = [f"rows of another run: {', '.join(parts)}"] if parts else []
-    found += [f"rows without a finite loss: {', '.join(without)}"] if without else []
-    return {"left out": "; ".join(found)} if found else {}
-
-
-def _lost(run: Run, choice: LossChoice, after: int) -> int:
-    """How many rows after a step have no finite loss where each should have one.
-
-    Held-out losses and those of a source are not in every row; of them infinite ones count.
-    """
-    if choice.kind == "train" and choice.source is None:
-        steps, losses = run.metrics["step"], run.metrics["loss"]
-    else:
-        steps, losses = loss_curve(run, choice)
-    return int((~np.isfinite(losses[steps > after])).sum())
+def _left_out(names: Sequence[str], shared: Sequence[int]) -> dict[str, str]:
+    parts = [f"{name} to step {step}" for name, step in zip(names, shared, strict=True) if step]
+    return {"left out": f"rows of another run: {', '.join(parts)}"} if parts else {}
 
 
 def rates_of(run: Run, planned: Callable[[Run], LearningRates] | None = None) -> LearningRates:
@@ -180,8 +157,9 @@ def _rows(
     taken_over: int,
 ) -> dict[str, Column]:
     steps, losses = loss_curve(run, choice)
-    after = (steps > max(rates.warmup_steps, taken_over)) & np.isfinite(losses)
+    after = steps > max(rates.warmup_steps, taken_over)
     steps, losses = steps[after], losses[after]
+    check_losses(run, choice, steps, losses)
     if len(steps) == 0:
         raise UserError(
             f"{run.folder} has no recorded {choice.kind} loss of its own after its warm-up of "
@@ -211,8 +189,8 @@ def curves_from_tables(
     1 has no warm-up unless ``warmup_steps`` says so. Rows of the warm-up are left out.
 
     Raises:
-        UserError: what ``read_table`` says; two rows of a file are of one step; a step is no whole
-            number from 1; a rate is negative.
+        UserError: what ``read_table`` says; a loss is not positive; two rows of a file are of one
+            step; a step is no whole number from 1; a rate is negative.
     """
     resolved = [Path(path).resolve() for path in paths]
     if len(set(resolved)) < len(resolved):
@@ -221,7 +199,7 @@ def curves_from_tables(
     parts: list[Observations] = []
     curves: dict[str, LearningRates] = {}
     for path, name in zip(paths, names, strict=True):
-        table = read_table(path, ["step", "lr", "loss"], mapping=mapping)
+        table = read_table(path, ["step", "lr", "loss"], mapping=mapping, positive=("loss",))
         table = table.take(np.argsort(table["step"], kind="stable"))
         curves[name] = _rates_of_rows(path, table, warmup_steps)
         after = table["step"] > curves[name].warmup_steps

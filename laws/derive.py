@@ -74,8 +74,8 @@ class Derived:
             kept &= condition.evaluate(column, texts)
         return kept
 
-    def checked(self, name: str, kept: NDArray[np.bool_]) -> Column:
-        """Return the values of the kept rows, all of them finite.
+    def checked(self, name: str, kept: NDArray[np.bool_], *, positive: bool = False) -> Column:
+        """Return the values of the kept rows, all of them finite (and ``positive``).
 
         Raises:
             UserError: one is not, or a column is not there; names place and column.
@@ -94,6 +94,14 @@ class Derived:
             raise UserError(
                 f"{self.rows.place(row)}: {name} = {self.mapping.get(name, name)} is not a finite "
                 "number; mend the row or leave it out with --where"
+            )
+        below = kept & (values <= 0.0)
+        if positive and below.any():
+            row = int(np.argmax(below))
+            made = f" ({name}={self.mapping[name]})" if name in self.mapping else ""
+            raise UserError(
+                f"{self.rows.place(row)}: {name} is {values[row]:g}{made}, and the law takes "
+                "positive numbers; mend the row or leave it out with --where"
             )
         return values[kept]
 

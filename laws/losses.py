@@ -69,7 +69,7 @@ def final_loss(run: Run, choice: LossChoice) -> float:
     """Return a finished run's loss in nats per token.
 
     Raises:
-        UserError: the run does not have it, or it is not finite.
+        UserError: the run does not have it, or it is not a positive number.
     """
     steps, losses = loss_curve(run, choice)
     if choice.kind == "train":
@@ -81,14 +81,33 @@ def final_loss(run: Run, choice: LossChoice) -> float:
                 f"{run.folder} has no held-out loss at its last step, "
                 f"{run.metrics['step'][-1]:.0f}; choose --loss train"
             )
+        there = steps == steps[-1]
         value = float(losses[-1])
-    if not np.isfinite(value):
-        raise UserError(f"{run.folder} ends with a loss of {value}; leave the run out (--drop)")
+    check_losses(run, choice, steps[there], losses[there])
     return value
+
+
+def check_losses(run: Run, choice: LossChoice, steps: Column, losses: Column) -> None:
+    """Refuse losses that are not positive numbers, as laws compare their logs or their shares.
+
+    Raises:
+        UserError: one is zero, negative or not finite; names file, step and value.
+    """
+    bad = ~np.isfinite(losses) | (losses <= 0.0)
+    if bad.any():
+        row = int(np.argmax(bad))
+        kind = "training" if choice.kind == "train" else "held-out"
+        raise UserError(
+            f"{run.folder}/metrics.jsonl, step {steps[row]:.0f}: the {kind} loss of "
+            f"{choice.source or 'the mixture'} is {losses[row]:g}, and laws take positive numbers; "
+            "mend or remove that row, or leave the run out"
+        )
 
 
 def loss_curve(run: Run, choice: LossChoice) -> tuple[Column, Column]:
     """Return the recorded steps that have this loss, and their losses.
+
+    Every row has the training loss of the mixture: there NaN is a loss, for ``check_losses``.
 
     Raises:
         UserError: none has.
@@ -112,4 +131,6 @@ def loss_curve(run: Run, choice: LossChoice) -> tuple[Column, Column]:
             f"{run.folder} has no row with {key} in metrics.jsonl, only "
             f"{', '.join(names) or 'no losses of sources'}; choose another --loss ({SPELLINGS})"
         )
+    if choice.kind == "train" and choice.source is None:
+        there[:] = True
     return metrics["step"][there], values[there]

@@ -29,6 +29,7 @@ def read_table(
     mapping: Mapping[str, str] | None = None,
     where: Sequence[str] = (),
     group: str | None = None,
+    positive: Collection[str] = (),
 ) -> Observations:
     """Return rows of one or more CSV files (.tsv with tabs; .gz too) that have the same columns.
 
@@ -38,12 +39,12 @@ def read_table(
     backticks: ``"`Training FLOP`/(6*N)"``. What ``mapping`` names comes too if it is not in
     ``names``. ``where``: conditions that a row must meet, ``"loss < 3.44"``, ``"set == 'C4'"``; a
     missing number meets none. ``group``: the column that says whose a row is; without it each row
-    is its own, named by file and line.
+    is its own, named by file and line. ``positive``: names whose values must be above 0.
 
     Raises:
         UserError: a file or column is absent, a file is given twice, an expression cannot be read,
-            no row is left, or a cell that is needed is not a number; the sentence names file,
-            line and column.
+            no row is left, or a cell that is needed is not a number, or not a positive one; the
+            sentence names file, line and column.
     """
     files = [paths] if isinstance(paths, str | Path) else list(paths)
     mapping = dict(mapping or {})
@@ -59,7 +60,7 @@ def read_table(
         derived = Derived(table, mapping)
         kept = derived.meeting(conditions)
         for name in wanted:
-            columns[name].append(derived.checked(name, kept))
+            columns[name].append(derived.checked(name, kept, positive=name in positive))
         if group is None:
             name = str(table.path) if named_alike else table.path.name
             groups += [f"{name}:{line}" for line in np.array(table.lines)[kept]]

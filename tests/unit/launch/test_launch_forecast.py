@@ -101,8 +101,18 @@ def test_the_command_prints_law_fit_and_notes(tmp_path: Path) -> None:
     folder = make(tmp_path / "run", WSD, "wsd", stop=200)
     result = CliRunner().invoke(app, ["forecast", str(folder)])
     assert result.exit_code == 0, result.output
-    for part in ("step 200", "law  ", "fit  ", "decay  ", "forecast  ", "at step 400", "note  "):
+    for part in ("step 200", "law  ", "fit  ", "decay  ", "at step 400", "note  "):
         assert part in result.output
+    now, value, between = (
+        line
+        for line in result.output.splitlines()
+        if line.startswith(("now ", "forecast ")) or "interval" in line[:30]
+    )
+    assert all("nats per token" in line for line in (now, value, between))
+    assert "the training loss of the mixture (mean of the last" in now
+    assert between.split()[:3] == ["95", "%", "interval"]
+    assert "S1, S2 in learning rate x steps" in result.output
+    assert ask(folder)["unit"] == "nats per token"
     assert "rests on the prior" in result.output
 
 
@@ -110,15 +120,27 @@ def test_the_command_prints_law_fit_and_notes(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"at_step": 25}, "a forecast needs 20"),
-        ({"schedule": "triangle"}, "triangle is not known"),
-        ({"decay": "linear"}, "decay"),
+        ({"schedule": "triangle"}, "^--schedule=triangle is no schedule .* use constant, linear"),
+        ({"schedule": "refined"}, "^--schedule=refined is no schedule"),
+        ({"decay": "linear"}, "^--decay goes with --schedule=wsd; set that or remove it$"),
+        ({"schedule": "wsd", "decay_fraction": 2.0}, r"^--decay-fraction=2\.0 is not valid"),
+        ({"schedule": "wsd", "decay": "fast"}, "^--decay='fast' is not valid"),
+        ({"schedule": "cosine", "final_fraction": -1.0}, r"^--final-fraction=-1\.0 is not"),
+        (
+            {"schedule": "wsd", "decay": "exponential"},
+            "^--final-fraction=0 cannot be reached .* or choose --decay=1-sqrt$",
+        ),
+        (
+            {"schedule": "wsd", "decay_fraction": 0.99},
+            r"^--schedule=wsd --decay-fraction=0\.99: the decay of kind=wsd begins after step 4",
+        ),
         ({"decay_now": True, "total_steps": 500}, "leave --total-steps=500 out"),
         ({"decay_now": True, "schedule": "wsd"}, "leave --schedule=wsd out"),
         ({"decay_now": True, "decay_fraction": 1.0}, "no share"),
         ({"decay_now": True, "decay": "exponential"}, "final_fraction"),
         ({"level": 1.0}, "--level=1.0"),
         ({"loss": "perplexity"}, "--loss=perplexity"),
-        ({"total_steps": 10}, "longer than the run"),
+        ({"total_steps": 10}, r"^--total-steps=10: the warm-up of 20 steps is longer than the run"),
     ],
 )
 def test_what_cannot_be_is_one_sentence(
@@ -128,6 +150,19 @@ def test_what_cannot_be_is_one_sentence(
     with pytest.raises(UserError, match=message) as caught:
         ask(folder, **options)
     assert "\n" not in str(caught.value)
+    assert "override" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0, -2.0])
+def test_a_loss_that_is_no_positive_number_is_refused(tmp_path: Path, value: float) -> None:
+    folder = make(tmp_path / "run", CONSTANT, "constant", stop=200)
+    path = folder / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[99]["loss"] = value
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=r"run/metrics\.jsonl, step 100: .* is .*, and laws take"):
+        ask(folder)
+    assert ask(folder, at_step=99)["step"] == 99
 
 
 def test_runs_that_one_law_cannot_hold_for(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from allometry.configs.errors import UserError
 from allometry.laws.areas import areas_of
+from allometry.laws.collect import from_runs
 from allometry.laws.curves import curves_from_runs, curves_from_tables
 from allometry.laws.observations import LearningRates
 from allometry.laws.runs import Run
@@ -61,26 +62,43 @@ def test_noisy_losses_are_averaged_in_stretches(tmp_path: Path) -> None:
     np.testing.assert_array_equal(held_out["step"], [20, 40])
 
 
-def test_rows_without_a_finite_loss_are_left_out_and_counted(tmp_path: Path) -> None:
+def change(folder: Path, step: int, key: str, value: float | None) -> None:
+    """Write another value into the row of a step."""
+    path = folder / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[step - 1][key] = value
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(float("nan"), "nan"), (None, "nan"), (float("inf"), "inf"), (0.0, "0"), (-1.5, "-1.5")],
+)
+def test_a_loss_that_is_no_positive_number_is_refused(
+    tmp_path: Path, value: float | None, said: str
+) -> None:
     for name in ("a", "b"):
         fake_run(tmp_path / name)
-    assert "left out" not in curves_from_runs([tmp_path]).conventions
-    path = tmp_path / "b" / "metrics.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    rows[1]["loss"] = None  # in the warm-up, which is left out anyhow
-    rows[9]["loss"] = float("nan")
-    rows[10]["loss"] = None
-    rows[11]["loss"] = float("inf")
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = curves_from_runs([tmp_path], bins=None)
-    assert found.conventions["left out"] == "rows without a finite loss: 3 of b"
-    assert [found.groups.count(name) for name in ("a", "b")] == [36, 33]
-    held_out = curves_from_runs([tmp_path], loss="validation")
-    assert "left out" not in held_out.conventions
-    rows[19]["validation/web"] = float("inf")
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    held_out = curves_from_runs([tmp_path], loss="validation")
-    assert held_out.conventions["left out"] == "rows without a finite loss: 1 of b"
+    change(tmp_path / "b", 2, "loss", value)  # in the warm-up, which no law reads
+    assert curves_from_runs([tmp_path], bins=6).groups.count("b") == 6
+    change(tmp_path / "b", 10, "loss", value)
+    sentence = rf"b/metrics\.jsonl, step 10: the training loss of the mixture is {said}, and .*mend"
+    with pytest.raises(UserError, match=sentence):
+        curves_from_runs([tmp_path], bins=6)
+    assert len(from_runs([tmp_path])) == 2  # the held-out loss at the end is as it was
+    change(tmp_path / "b", 40, "loss", value)
+    with pytest.raises(UserError, match=f"step 40: the training loss of the mixture is {said}"):
+        from_runs([tmp_path], loss="train")
+
+
+def test_a_held_out_loss_that_is_no_positive_number_is_refused(tmp_path: Path) -> None:
+    fake_run(tmp_path / "a")
+    change(tmp_path / "a", 20, "validation/web", float("inf"))
+    with pytest.raises(UserError, match="step 20: the held-out loss of web is inf"):
+        curves_from_runs([tmp_path], loss="validation/web")
+    change(tmp_path / "a", 40, "validation/web", -40.0)
+    with pytest.raises(UserError, match=r"step 40: the held-out loss of the mixture is -\d"):
+        from_runs([tmp_path], loss="validation")
 
 
 def test_rates_that_were_hardly_recorded_are_refused(tmp_path: Path) -> None:

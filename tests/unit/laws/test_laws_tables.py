@@ -177,3 +177,17 @@ def test_files_of_one_name_keep_their_rows_apart(tmp_path: Path) -> None:
     assert len(set(read_table(paths, ["N"]).groups)) == 4
     with pytest.raises(UserError, match="given twice"):
         read_table([paths[0], paths[0].parent / "../a/runs.csv"], ["N"])
+
+
+@pytest.mark.parametrize("cell", ["0", "-1.5"])
+def test_what_must_be_positive_is_named_by_its_line(tmp_path: Path, cell: str) -> None:
+    path = tmp_path / "runs.csv"
+    path.write_text(f"N,loss,run\n1,3.0,a\n2,{cell},b\n")
+    assert len(read_table(path, ["N", "loss"])) == 2
+    with pytest.raises(
+        UserError, match=rf"runs\.csv, line 3: loss is {cell}, and .*positive"
+    ):
+        read_table(path, ["N", "loss"], group="run", positive=("loss",))
+    with pytest.raises(UserError, match=rf"line 3: y is {cell} \(y=loss\)"):
+        read_table(path, ["N"], mapping={"y": "loss"}, positive=("y",))
+    assert len(read_table(path, ["loss"], where=["loss > 0"], positive=("loss",))) == 1
