@@ -8,6 +8,8 @@ from allometry.configs.errors import UserError
 from allometry.launch.ladder_plan import LadderPlan
 from allometry.launch.ladder_share import PlannedRun
 from allometry.launch.ladder_state import RunState, spent, stated
+from allometry.launch.laws_text import edge_words, number
+from allometry.launch.laws_text import table as columns
 from allometry.laws.collect import short
 from allometry.laws.fit.bootstrap import Bootstrap
 from allometry.laws.fit.engine import Fit
@@ -70,28 +72,51 @@ def _final_loss(plan: LadderPlan, run: PlannedRun, state: RunState) -> float | N
 
 def table(facts: dict[str, Any]) -> str:
     """The runs of ``planned_facts``, a line each, and what they cost."""
-    width = max(len(run["name"]) for run in facts["runs"])
-    lines = [
-        f"{'run':<{width}} {'N':>7} {'D':>7} {'steps':>7} {'FLOPs':>8}  {'state':<9} {'step':>7}"
-        f"  {'loss':<8} branches from"
+    rows = [
+        ["run", "N", "D", "steps", "FLOPs", "state", "loss", "branches"],
+        ["", "", "tokens", "", "added", "", "nats/token", "from, at step"],
     ]
     for run in facts["runs"]:
-        loss = "" if run["final_loss"] is None else f"{run['final_loss']:.4f}"
-        branch = f"{run['parent']} after {run['parent_step']}" if run["parent"] else ""
-        lines.append(
-            f"{run['name']:<{width}} {short(run['parameters']):>7} {short(run['tokens']):>7} "
-            f"{run['steps']:>7} {run['own_flops']:>8.2g}  {run['state']:<9} {run['step']:>7}  "
-            f"{loss:<8} {branch}".rstrip()
+        begun = run["state"] != "done" and run["step"] > 0
+        rows.append(
+            [
+                run["name"],
+                short(run["parameters"]),
+                short(run["tokens"]),
+                f"{run['step']}/{run['steps']}" if begun else str(run["steps"]),
+                f"{run['own_flops']:.2g}".replace("e+", "e"),
+                run["state"],
+                "" if run["final_loss"] is None else f"{run['final_loss']:.4f}",
+                _branch(run),
+            ]
         )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    left = [0, 5, 7]  # columns of words
+    cells = [
+        [cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(pairs)]
+        for pairs in (list(zip(row, widths, strict=True)) for row in rows)
+    ]
+    lines = [" ".join([*row[:5], "", *row[5:7], "", row[7]]).rstrip() for row in cells]
     done = sum(run["state"] == "done" for run in facts["runs"])
     whole, alone = facts["flops"], facts["flops_if_each_from_scratch"]
     saved = f", {1 - whole / alone:.0%} less than from scratch" if alone > whole else ""
     lines.append(
         f"{done} of {len(facts['runs'])} runs done; {facts['flops_spent']:.3g} of {whole:.3g} "
-        f"FLOPs spent{saved}; N counts {facts['count']}, FLOPs are what each run adds, loss is "
-        f"that of the law ({facts['loss']})"
+        f"FLOPs spent{saved}"
     )
+    lines.append(f"N counts {facts['count']} parameters; loss is that of the law ({facts['loss']})")
     return "\n".join([*lines, *(f"note: {note}" for note in facts["notes"])])
+
+
+def _branch(run: dict[str, Any]) -> str:
+    """What a run branches from: the part of that run's name which is not its own too."""
+    if not run["parent"]:
+        return ""
+    own = run["name"].removeprefix("target-").split("-")
+    parts = run["parent"].split("-")
+    other = [part for part, mine in zip(parts, own, strict=False) if part != mine]
+    name = "-".join(other) if other and len(parts) == len(own) else run["parent"]
+    return f"{name} at {run['parent_step']}"
 
 
 def fit_facts(found: Fit, resampled: Bootstrap, path: str) -> dict[str, Any]:
@@ -101,23 +126,27 @@ def fit_facts(found: Fit, resampled: Bootstrap, path: str) -> dict[str, Any]:
         "law": found.form.name,
         "equation": found.form.equation,
         "values": {name: float(value) for name, value in found.values.items()},
+        "units": {p.name: found.unit(p.unit) for p in found.form.parameters},
         "intervals": {name: list(resampled.interval(name)) for name in resampled.names},
         "objective": found.objective,
         "certificate": plain["certificate"],
         "rows": len(found.observations),
         "unidentified": unidentified(found),
+        "at_edges": edge_words(resampled),
         "file": path,
     }
 
 
 def fit_text(facts: dict[str, Any]) -> str:
     """The fit of ``fit_facts``."""
-    lines = [f"{facts['law']}: {facts['equation']}, fitted to {facts['rows']} runs"]
+    rows = [["parameter", "value", "95 % interval", "unit"]]
     for name, value in facts["values"].items():
         low, high = facts["intervals"][name]
-        lines.append(f"  {name:<8} {value:<12.5g} ({low:.5g} to {high:.5g})")
-    if facts["unidentified"]:
-        lines.append(f"note: {facts['unidentified']}")
+        rows.append([name, number(value), f"{number(low)} to {number(high)}", facts["units"][name]])
+    lines = [f"{facts['law']}: {facts['equation']}", f"fitted to {facts['rows']} runs"]
+    lines.append(columns(rows))
+    notes = [*([facts["unidentified"]] if facts["unidentified"] else []), *facts["at_edges"]]
+    lines += [f"note: {note}" for note in notes]
     return "\n".join([*lines, f"written to {facts['file']}"])
 
 
@@ -125,16 +154,16 @@ def prediction_text(found: Prediction) -> str:
     """A prediction in words."""
     target = found.target
     lines = [
-        f"{target['run']} (N {short(target['N'])}, D {short(target['D'])}): {found.law} of "
-        f"{found.rungs} runs predicts {found.predicted:.4f}, {found.level:.0%} interval "
-        f"{found.low:.4f} to {found.high:.4f}"
+        f"{target['run']} (N {short(target['N'])} parameters, D {short(target['D'])} tokens)",
+        f"{found.law} of {found.rungs} runs predicts {found.predicted:.4f} nats per token, "
+        f"{found.level:.0%} interval {found.low:.4f} to {found.high:.4f}",
     ]
     if found.measured is not None:
         assert found.error is not None
         where = "inside" if found.covered else "OUTSIDE"
         lines.append(
-            f"measured {found.measured:.4f}: the prediction is {found.error:+.2%} off, {where} its "
-            "interval"
+            f"measured {found.measured:.4f} nats per token: the prediction is {found.error:+.2%} "
+            f"off, {where} its interval"
         )
     if found.target_state == "done":
         lines.append("note: this prediction was made AFTER the target's run had ended")

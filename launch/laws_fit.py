@@ -10,7 +10,7 @@ from typing import Any
 
 from allometry.configs.errors import UserError
 from allometry.launch.laws_sources import DataRequest, assignments, numbers, observations_for
-from allometry.launch.laws_text import Errors, certificate_words, finite, number, table
+from allometry.launch.laws_text import Errors, certificate_words, edge_words, finite, number, table
 from allometry.laws.derive import HELD_OUT, mark_held_out
 from allometry.laws.fit.bootstrap import Bootstrap, bootstrap
 from allometry.laws.fit.compare import GROUPS
@@ -120,6 +120,7 @@ def _examined(fitted: Fit, request: FitRequest) -> Result:
                 f"{sampled.failed} of {sampled.failed + len(sampled)} bootstrap samples could not "
                 "be fitted and are left out of the intervals"
             )
+        notes += edge_words(sampled)
         if groups < FEW_GROUPS:
             notes.append(f"intervals rest on {groups} groups and are rough; add runs")
     if groups < 2 and request.hold_out is None:
@@ -181,7 +182,7 @@ def _as_text(result: Result, out: Path | None) -> str:
         if result.bootstrap is not None and name not in fitted.options.fixed:
             low, high = result.bootstrap.interval(name)
             interval = f"{number(low)} to {number(high)}"
-        rows.append([name, number(fitted.values[name]), interval, parameter.unit])
+        rows.append([name, number(fitted.values[name]), interval, fitted.unit(parameter.unit)])
     groups = len(set(observations.groups))
     scale = "differences" if form.residual == "linear" else "log residuals"
     kind = (
@@ -219,7 +220,7 @@ def _as_json(result: Result, out: Path | None) -> dict[str, Any]:
             "value": finite(fitted.values[name]),
             "low": low,
             "high": high,
-            "unit": parameter.unit,
+            "unit": fitted.unit(parameter.unit),
             "fixed": name in fitted.options.fixed,
         }
     certificate = {

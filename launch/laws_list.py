@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from allometry.launch.laws_text import number, table
-from allometry.laws.forms.base import Form, Parameter, Variable
+from allometry.laws.forms.base import LOSS_UNIT, Form, Parameter, Variable
 from allometry.laws.registry import all_forms, form_named
 
 
@@ -100,6 +100,12 @@ def _details(form: Form) -> str:
         "",
         table(parameters) if form.parameters else "name its columns: NAME:COLUMN,COLUMN",
     ]
+    if any(one.unit == LOSS_UNIT for one in (*form.inputs, form.target)):
+        lines += [
+            "",
+            f"{LOSS_UNIT}: of run folders and of published coefficients; a fit to a table has the "
+            "table's unit",
+        ]
     for name, values in form.published.items():
         shown = ", ".join(f"{key} {number(value, 6)}" for key, value in values.items())
         lines.append(f"published by {name}: {shown}")

@@ -15,7 +15,7 @@ from allometry.configs.errors import UserError
 from allometry.launch.laws_sources import numbers
 from allometry.launch.laws_text import finite, number, table
 from allometry.laws.allocation import Allocation, compute_optimal, optimal_size
-from allometry.laws.fit.bootstrap import Bootstrap
+from allometry.laws.fit.bootstrap import EXACT, Bootstrap
 from allometry.laws.fit.engine import Fit, predict
 from allometry.laws.fit.store import load_fit
 from allometry.laws.forms.base import Form
@@ -64,6 +64,12 @@ class Law:
             raise UserError(f"{law} has no coefficients of {published!r}; use one of {known}")
         return cls(form, form.published[published], f"published by {published}")
 
+    @property
+    def unit(self) -> str:
+        """The unit of what it predicts."""
+        unit = self.form.target.unit
+        return unit if self.fit is None else self.fit.unit(unit)
+
     def predict(self, observations: Observations) -> NDArray[np.float64]:
         """Return the target [n] of these rows."""
         return predict(self.form, self.values, observations)
@@ -95,6 +101,7 @@ def run_predict(
         warnings = [f"no interval; these coefficients were shown for: {found.form.valid}"]
     elif found.bootstrap is None:
         warnings.append("no interval: the fit was made without bootstraps")
+    warnings += _at_edges(predicted, low, high)
     target = found.form.target
     names = list(texts)
     points = [
@@ -110,7 +117,7 @@ def run_predict(
         content = {
             "law": found.form.name,
             "from": found.origin,
-            "unit": target.unit,
+            "unit": found.unit,
             "level": LEVEL,
             "noise": noise,
             "predictions": points,
@@ -119,12 +126,23 @@ def run_predict(
         }
         return json.dumps(content, indent=2)
     kind = "95 % interval" + (" of one run" if noise else "")
-    rows = [[*names, f"{target.name} ({target.unit})", kind]]
+    rows = [[*names, f"{target.name} ({found.unit})", kind]]
     for point in points:
         values = [number(float(point[name] or 0.0)) for name in names]
         interval = _interval(point["low"], point["high"])
         rows.append([*values, number(predicted[len(rows) - 1]), interval])
     return "\n".join([table(rows), *_counted(found), *(f"warning: {w}" for w in warnings)])
+
+
+def _at_edges(predicted: NDArray[np.float64], low: Any, high: Any) -> list[str]:
+    """A warning where a prediction is at an end of its interval, or outside of it."""
+    return [
+        f"{number(value)} is {'at the edge' if least <= value <= most else 'outside'} of its "
+        f"interval {_interval(least, most)}: the samples lie to one side of the fit, so the "
+        "interval is rough"
+        for value, least, most in zip(predicted, low, high, strict=True)
+        if least is not None and most - least > EXACT * abs(value) and not least < value < most
+    ]
 
 
 def _counted(law: Law) -> list[str]:
@@ -134,8 +152,10 @@ def _counted(law: Law) -> list[str]:
     return [f"{name}: {known[name]}" for name in names if name in known]
 
 
-def _interval(low: float | None, high: float | None) -> str:
-    return "-" if low is None or high is None else f"{number(low)} to {number(high)}"
+def _interval(low: float | None, high: float | None, digits: int = 5) -> str:
+    if low is None or high is None:
+        return "-"
+    return f"{number(low, digits)} to {number(high, digits)}"
 
 
 def _split(arguments: Sequence[str]) -> tuple[Path | None, dict[str, list[str]]]:
@@ -163,7 +183,7 @@ def _inputs(form: Form, texts: Mapping[str, Sequence[str]]) -> Observations:
     if "step" in names:
         raise UserError(
             f"{form.name} is a law of whole curves, which needs the learning rate of each step; "
-            "use allometry forecast"
+            "use allometry forecast RUN, which fits such a law to the run's own curve"
         )
     for name in texts:
         if name not in names:
@@ -238,16 +258,25 @@ def run_optimum(
         about = {"law": found.form.name, "from": found.origin, "level": LEVEL}
         about["flops_per_parameter_token"] = flops_per_parameter_token
         return json.dumps({**about, "optima": entries, "warnings": warnings}, indent=2)
-    lines = [["FLOPs", "N", "95 %", "D", "95 %", "D/N", "loss", "95 %"]]
+    lines = [["FLOPs", "N", "95 % interval", "D", "D/N", "loss", "95 % interval"]]
     for row in rows:
-        cells = [number(row.flops)]
-        for name in ("N", "D", "loss"):
-            between = _low_high(row, name)
-            cells += [number(getattr(row, name)), _interval(between["low"], between["high"])]
-            if name == "D":
-                cells.append(number(row.tokens_per_parameter, 3))
-        lines.append(cells)
-    return "\n".join([table(lines), *_counted(found), *(f"warning: {w}" for w in warnings)])
+        low, high = _low_high(row, "N"), _low_high(row, "loss")
+        lines.append(
+            [
+                number(row.flops),
+                number(row.N),
+                _interval(low["low"], low["high"], 4),
+                number(row.D),
+                number(row.tokens_per_parameter, 3),
+                number(row.loss),
+                _interval(high["low"], high["high"], 4),
+            ]
+        )
+    spent = (
+        f"N in parameters, D in tokens = FLOPs / ({flops_per_parameter_token:g} N), loss in "
+        f"{found.unit}"
+    )
+    return "\n".join([table(lines), spent, *_counted(found), *(f"warning: {w}" for w in warnings)])
 
 
 def _other_flops(law: Law, per_token: float) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from allometry.laws.fit.bootstrap import Bootstrap
 from allometry.laws.fit.certificate import Certificate
 from allometry.laws.fit.validate import HeldOut
 
@@ -55,6 +56,35 @@ def certificate_words(certificate: Certificate) -> list[str]:
         if found.at_bounds
         else "no parameter is at a bound"
     )
+    return words
+
+
+def edge_words(sampled: Bootstrap) -> list[str]:
+    """Return a sentence for each parameter that is at an end of its 95 % interval, or outside."""
+    words = []
+    for parameter in sampled.fit.form.parameters:
+        name, value = parameter.name, sampled.fit.values[parameter.name]
+        if not sampled.at_edge(name):
+            continue
+        low, high = sampled.interval(name)
+        at = f"at the edge of its interval: {name} = {number(value)}"
+        if name in sampled.fit.certificate.at_bounds:
+            side = "least" if value - parameter.low <= parameter.high - value else "most"
+            words.append(
+                f"{at}, the {side} that the law allows, "
+                + (
+                    "in every sample: the interval has no width and says nothing"
+                    if low == high
+                    else "so the interval is one-sided: only its other end says something"
+                )
+            )
+        elif low <= value <= high:
+            words.append(f"{at}: the samples lie to one side of the fit, so the interval is rough")
+        else:
+            words.append(
+                f"outside of its interval: {name} = {number(value)}: the samples lie to one side "
+                "of the fit, so neither is sure"
+            )
     return words
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from errno import EACCES, EISDIR
 from pathlib import Path
 from typing import Any
 
@@ -113,9 +115,19 @@ def draw(folders: Sequence[Path], out: Path, *, as_json: bool) -> str:
 
 
 def check_format(out: Path) -> None:
-    """Raise UserError if ``out`` is not named as a figure is."""
+    """Make the folder of ``out``. Raises UserError: it cannot be, or no figure is named so."""
     if out.suffix not in FORMATS:
         raise UserError(f"--out={out}: a figure is written as {', '.join(FORMATS)}; name one so")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if out.is_dir():
+            raise IsADirectoryError(EISDIR, "it is a folder")
+        if not os.access(out.parent, os.W_OK):
+            raise PermissionError(EACCES, "its folder may not be written to")
+    except OSError as error:
+        raise UserError(
+            f"--out={out} cannot be written: {error.strerror}; choose another path"
+        ) from None
 
 
 def _figure(runs: Sequence[Run], out: Path) -> None:

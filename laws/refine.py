@@ -110,8 +110,9 @@ def refined_schedule(
 
 
 def write_schedule(content: dict[str, Any], file: str | Path) -> None:
-    """Write it as JSON. Raises UserError where that cannot be done."""
+    """Write it as JSON, in a new folder if need be. Raises UserError where that cannot be done."""
     try:
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
         Path(file).write_text(json.dumps(content) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"--out={file} cannot be written: {error.strerror}") from None

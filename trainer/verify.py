@@ -138,6 +138,7 @@ def verify(
     digest = hashlib.sha256(dump(config).encode()).hexdigest()
     certificate = Certificate(digest, tuple(results), facts)
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(out, json.dumps(certificate.describe(), indent=2) + "\n")
     except OSError as error:
         raise UserError(f"--out={out} cannot be written: {error.strerror}") from None

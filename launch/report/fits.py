@@ -22,7 +22,7 @@ from allometry.launch.report.figure import (
     thin,
 )
 from allometry.launch.report.inputs import Inputs
-from allometry.launch.report.law_curves import law_panel, target_label, unit_words
+from allometry.launch.report.law_curves import law_panel, target_label
 from allometry.laws.fit.engine import Fit
 from allometry.laws.fit.store import StoredFit
 from allometry.laws.ladder import Prediction
@@ -192,7 +192,7 @@ def _residuals(stored: StoredFit) -> Panel:
     if held_out is not None:
         x, y = thin(held_out[0], errors(held_out[0], held_out[1]))
         series.append(Series(name="held out", x=x, y=y, style="cross", colour=PALETTE[4]))
-    unit = unit_words(fit.form.target.unit)
+    unit = fit.unit(fit.form.target.unit)
     return Panel(
         title="residuals",
         x_label=f"predicted {target_label(fit)}",
@@ -209,7 +209,7 @@ def _parameters(name: str, stored: StoredFit) -> list[tuple[str, ...]]:
             low, high = stored.bootstrap.interval(parameter.name)
             interval = f"{low:.4g} to {high:.4g}"
         value = f"{stored.fit.values[parameter.name]:.5g}"
-        rows.append((name, parameter.name, value, interval, unit_words(parameter.unit)))
+        rows.append((name, parameter.name, value, interval, stored.fit.unit(parameter.unit)))
     return rows
 
 

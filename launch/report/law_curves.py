@@ -21,12 +21,7 @@ ALONG = 80
 
 def target_label(fit: Fit) -> str:
     """Name and unit of what the law predicts."""
-    return f"{fit.form.target.name} ({unit_words(fit.form.target.unit)})"
-
-
-def unit_words(unit: str) -> str:
-    """A unit as all figures and tables write it."""
-    return "nats per token" if unit == "nats/token" else unit
+    return f"{fit.form.target.name} ({fit.unit(fit.form.target.unit)})"
 
 
 def law_panel(stored: StoredFit) -> tuple[Panel | None, str]:
@@ -78,7 +73,7 @@ def _ranges(fit: Fit, other: str) -> list[Slice]:
 
 def _slices(stored: StoredFit, along: str, other: str, slices: list[Slice]) -> Panel:
     fit = stored.fit
-    units = {variable.name: unit_words(variable.unit) for variable in fit.form.inputs}
+    units = {variable.name: fit.unit(variable.unit) for variable in fit.form.inputs}
     x_n, y_n = fit.observations[along], fit.observations[fit.form.target.name]
     log = bool((x_n > 0.0).all() and x_n.max() > 3.0 * x_n.min())
     shades = ordered([value for _, value, _ in slices]) if other else [PALETTE[0]]

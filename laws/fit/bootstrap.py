@@ -24,6 +24,8 @@ PERTURBED = 2
 """Perturbed starts of a sample, beside the fit's optimum."""
 NOISES = 20
 """Residuals drawn for each sample's prediction of one more run."""
+EXACT = 1e-6
+"""Rows without noise leave intervals narrower than this share, whose edges are rounding."""
 BLOCK = 2**23
 """Weights held at once."""
 
@@ -49,6 +51,16 @@ class Bootstrap:
         """Return the interval of a parameter."""
         low, high = np.quantile(self.values_BP[:, self.names.index(name)], _tails(level))
         return float(low), float(high)
+
+    def at_edge(self, name: str, level: float = 0.95) -> bool:
+        """Whether a fitted parameter's value is at an end of its interval, or outside of it."""
+        if name in self.fit.options.fixed:
+            return False
+        low, high = self.interval(name, level)
+        value, rounding = self.fit.values[name], 1e-6 * (high - low)
+        if name not in self.fit.certificate.at_bounds and high - low <= EXACT * abs(value):
+            return False
+        return not low + rounding < value < high - rounding
 
     def values(self) -> dict[str, Array]:
         """Return each parameter's values [B, 1], as a form takes them."""

@@ -22,12 +22,13 @@ from allometry.laws.fit.plain import (
 from allometry.laws.fit.problem import Problem
 from allometry.laws.fit.solver import Loss, Solved, minimize
 from allometry.laws.fit.starts import project, starts_of
-from allometry.laws.forms.base import Form
+from allometry.laws.forms.base import LOSS_UNIT, Form
 from allometry.laws.observations import Observations
 from allometry.laws.registry import form_named
 
 Array = NDArray[np.float64]
 
+DATA_UNIT = "unit of the data"
 POLISHED = 1e-10
 """A search whose next step would gain less of its objective has ended."""
 LONG = 3000
@@ -97,6 +98,18 @@ class Fit:
     def problem(self) -> Problem:
         """Return the fit's problem, for searches and certificates."""
         return Problem(self.form, self.observations, self.options.fixed)
+
+    def unit(self, unit: str) -> str:
+        """Return a unit of the form as it is in these rows.
+
+        Where the form says nats per token, a fit to a table has whatever unit the table's losses
+        have, of which nothing is known.
+        """
+        about = self.observations.conventions
+        losses = [v.name for v in (*self.form.inputs, self.form.target) if v.unit == LOSS_UNIT]
+        if all(LOSS_UNIT in about[name] for name in losses if name in about):
+            return unit
+        return unit.replace(LOSS_UNIT, DATA_UNIT)
 
     def warnings_for(self, observations: Observations) -> list[str]:
         """Return a sentence for each input of these rows that lies outside of the fitted range."""

@@ -20,6 +20,11 @@ Values = Mapping[str, Any]
 Predictions = NDArray[Any]
 
 
+LOSS_UNIT = "nats per token"
+"""Of losses of run folders and of published coefficients; no law depends on it (see ``Fit.unit``).
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class Variable:
     """A column that a law reads or predicts: ``N``, its unit and what it counts.

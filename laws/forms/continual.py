@@ -25,8 +25,8 @@ _D = Variable("D", "tokens", "tokens of the continual pretraining")
 _R = Variable(
     "r", "1", "share, in training, of the corpus whose loss is measured, 0 to 1", positive=False
 )
-_LOSS = Variable("loss", "nats/token", "validation loss on one corpus, domain's or general")
-_CHANGE = Variable("dloss", "nats/token", "loss minus the loss at the start", positive=False)
+_LOSS = Variable("loss", "nats per token", "validation loss on one corpus, domain's or general")
+_CHANGE = Variable("dloss", "nats per token", "loss minus the loss at the start", positive=False)
 
 
 def _power_law(unit: str) -> tuple[Parameter, ...]:
@@ -61,10 +61,10 @@ class DomainContinual(Form):
     target = _LOSS
     valid: ClassVar[str] = "Qwen1.5 of 0.5, 1.8 and 4B; 0.1 to 26B tokens; shares 0 to 1"
     parameters: ClassVar[tuple[Parameter, ...]] = (
-        Parameter("E", "nats/token", 0.0, 20.0, (0.0, 3.0), linear=True),
-        Parameter("A", "nats/token", 0.0, 1e12, (0.0, 1e3), linear=True),
-        Parameter("B", "nats/token", 0.0, 1e12, (0.0, 1e3), linear=True),
-        Parameter("C", "nats/token", 0.0, 1e6, (0.0, 10.0), linear=True),
+        Parameter("E", "nats per token", 0.0, 20.0, (0.0, 3.0), linear=True),
+        Parameter("A", "nats per token", 0.0, 1e12, (0.0, 1e3), linear=True),
+        Parameter("B", "nats per token", 0.0, 1e12, (0.0, 1e3), linear=True),
+        Parameter("C", "nats per token", 0.0, 1e6, (0.0, 10.0), linear=True),
         Parameter("alpha", "1", 0.01, 2.0, (0.05, 1.0)),
         Parameter("beta", "1", 0.01, 2.0, (0.05, 1.0)),
         Parameter("eta", "1", 0.01, 10.0, (0.1, 3.0), scale="log"),
@@ -123,13 +123,13 @@ class CrossDomainContinual(DomainContinual):
     source: ClassVar[str] = "Que et al. 2406.01375 (cross-domain D-CPT law)"
     inputs: ClassVar[tuple[Variable, ...]] = (
         *DomainContinual.inputs,
-        Variable("k1", "nats/token", "loss on the domain before continual pretraining"),
-        Variable("k2", "nats/token per unit of yours", "rate of its fall at the start"),
+        Variable("k1", "nats per token", "loss on the domain before continual pretraining"),
+        Variable("k2", "nats per token per unit of yours", "rate of its fall at the start"),
     )
     valid: ClassVar[str] = f"{DomainContinual.valid}; six domains"
     parameters: ClassVar[tuple[Parameter, ...]] = (
         *DomainContinual.parameters,
-        Parameter("F", "nats/token", 0.0, 1e6, (0.0, 10.0), linear=True),
+        Parameter("F", "nats per token", 0.0, 1e6, (0.0, 10.0), linear=True),
         Parameter("mu", "1", 0.01, 10.0, (0.05, 3.0), scale="log"),
         Parameter("w", "1", 1e-4, 1e4, (1e-2, 1e2), scale="log"),
     )
@@ -213,7 +213,7 @@ class DomainChange(_PowerOfTokens):
     name: ClassVar[str] = "cmr_domain"
     equation: ClassVar[str] = f"dloss = {_PowerOfTokens.equation}"
     target = _CHANGE
-    parameters: ClassVar[tuple[Parameter, ...]] = _power_law("nats/token")
+    parameters: ClassVar[tuple[Parameter, ...]] = _power_law("nats per token")
 
 
 class GeneralChange(_PowerOfTokens):
@@ -226,8 +226,8 @@ class GeneralChange(_PowerOfTokens):
     equation: ClassVar[str] = "dloss = a T^s + a2 T^(s + gap) + b, T = D/0.2e9"
     target = _CHANGE
     parameters: ClassVar[tuple[Parameter, ...]] = (
-        *_power_law("nats/token"),
-        Parameter("a2", "nats/token", -1e3, 1e3, (-10.0, 10.0), linear=True),
+        *_power_law("nats per token"),
+        Parameter("a2", "nats per token", -1e3, 1e3, (-10.0, 10.0), linear=True),
         Parameter("gap", "1", 0.01, 5.0, (0.1, 2.0), scale="log"),
     )
 
@@ -250,9 +250,9 @@ class DomainLossByShare(Form):
     inputs: ClassVar[tuple[Variable, ...]] = (
         Variable("r", "1", "share of the domain in training, above 0"),
     )
-    target = Variable("loss", "nats/token", "validation loss on the domain")
+    target = Variable("loss", "nats per token", "validation loss on the domain")
     valid: ClassVar[str] = "0.46 to 3.1B parameters; shares from 1/4 to 1"
-    parameters: ClassVar[tuple[Parameter, ...]] = _power_law("nats/token")
+    parameters: ClassVar[tuple[Parameter, ...]] = _power_law("nats per token")
 
     def prepare(self, observations: Observations) -> Any:
         """Return log r."""

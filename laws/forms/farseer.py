@@ -32,7 +32,7 @@ class Farseer(Form):
     equation = "loss = exp(a3*N^gamma+b3) + exp(a2*N^beta+b2) * D^-exp(a1*N^alpha+b1)"
     source = "Farseer, arXiv 2506.10972"
     inputs = (Variable("N", "parameters", "non-embedding parameters"), D)
-    target = Variable("loss", "nats per token or bits per character", "loss of the finished run")
+    target = Variable("loss", "nats per token", "loss of the finished run")
     parameters = (
         Parameter("endless", "ln of the loss's unit", -10.0, 10.0, (-1.0, 1.5)),
         Parameter("endless_slope", "1", -3.0, 3.0, (-0.3, 0.0)),

@@ -85,7 +85,7 @@ class MixingExponential(Form):
 
     name: ClassVar[str] = "mixing_exponential"
     domains: ClassVar[tuple[str, ...]] = ("r1", "r2")
-    target = Variable("loss", "nats/token", "loss on one validation set")
+    target = Variable("loss", "nats per token", "loss on one validation set")
     source = "Ye et al. 2403.16952 (k absorbed by t, as shares sum to one)"
     valid = "one size and horizon; shares inside of the hull of those fitted; 2 to 17 domains"
     equation: ClassVar[str] = (
@@ -113,7 +113,7 @@ class MixingExponential(Form):
     def parameters_of(cls, domains: Sequence[str]) -> tuple[Parameter, ...]:
         """Return the parameters over these domains."""
         return (
-            Parameter("c", "nats/token", 0.0, 50.0, (0.0, 5.0), linear=True),
+            Parameter("c", "nats per token", 0.0, 50.0, (0.0, 5.0), linear=True),
             *(Parameter(f"t_{d}", "1", -1e3, 10.0, (-3.0, 3.0)) for d in domains),
         )
 

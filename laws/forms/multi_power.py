@@ -102,11 +102,11 @@ class MultiPower(Form):
     equation = "L = L0 + A·S1^-alpha - B·Σ_k (η_k-1 - η_k)·(1 - (1 + C·η_k^-gamma·S_k)^-beta)"
     source = "Luo et al., arXiv 2503.12811; events from the end of the warm-up on"
     inputs = (Variable("step", "steps", "step of the curve, from 1"),)
-    target = Variable("loss", "nats/token", "training loss, averaged over neighbouring steps")
+    target = Variable("loss", "nats per token", "training loss, averaged over neighbouring steps")
     parameters = (
-        Parameter("L0", "nats/token", 0.0, 1e3, (0.5, 4.0), linear=True),
-        Parameter("A", "nats/token·lr^alpha", 0.0, 1e6, (0.05, 2.0), linear=True),
-        Parameter("B", "nats/token/lr", 0.0, 1e8, (0.0, 1e3), linear=True),
+        Parameter("L0", "nats per token", 0.0, 1e3, (0.5, 4.0), linear=True),
+        Parameter("A", "nats per token x lr^alpha", 0.0, 1e6, (0.05, 2.0), linear=True),
+        Parameter("B", "nats per token per lr", 0.0, 1e8, (0.0, 1e3), linear=True),
         Parameter("alpha", "1", 0.01, 5.0, (0.1, 1.5), "log"),
         Parameter("C", "lr^(gamma-1)", 1e-6, 1e6, (0.1, 30.0), "log"),
         Parameter("beta", "1", 0.01, 10.0, (0.1, 2.0), "log"),

@@ -41,7 +41,7 @@ class QualityPools(Form):
     )
     source: ClassVar[str] = "Goyal et al. 2404.07177"
     inputs: ClassVar[tuple[Variable, ...]] = ()
-    target = Variable("loss", "any", "error or loss, above its floor d")
+    target = Variable("loss", "unit of the data", "error or loss, above its floor d")
     valid: ClassVar[str] = "CLIP on pools of 12.8M pairs, 32 to 640M samples seen, up to 10 epochs"
     parameters: ClassVar[tuple[Parameter, ...]] = ()
 
@@ -72,7 +72,7 @@ class QualityPools(Form):
     def parameters_of(pools: Sequence[str]) -> tuple[Parameter, ...]:
         """Return the parameters of these pools."""
         return (
-            Parameter("d", "as the target", 0.0, 50.0, (0.0, 3.0), linear=True),
+            Parameter("d", "unit of the data", 0.0, 50.0, (0.0, 3.0), linear=True),
             Parameter("D0", "samples", 1e-6, 1e18, (1e2, 1e9), scale="log"),
             *(Parameter(f"b_{p}", "1", 1e-3, 3.0, (0.02, 1.0), scale="log") for p in pools),
             *(Parameter(f"tau_{p}", "epochs", 0.05, 1e3, (0.5, 50.0), scale="log") for p in pools),

@@ -15,11 +15,11 @@ from allometry.laws.observations import Observations
 _N = Variable("N", "parameters", "all parameters")
 _D = Variable("D", "tokens", "tokens seen, repetitions included")
 _U = Variable("U", "tokens", "unique tokens available")
-_LOSS = Variable("loss", "nats/token", "validation loss")
+_LOSS = Variable("loss", "nats per token", "validation loss")
 
 _SCALES = (
-    Parameter("A", "nats/token", 1e-2, 1e12, (1.0, 1e8), scale="log"),
-    Parameter("B", "nats/token", 1e-2, 1e12, (1.0, 1e8), scale="log"),
+    Parameter("A", "nats per token", 1e-2, 1e12, (1.0, 1e8), scale="log"),
+    Parameter("B", "nats per token", 1e-2, 1e12, (1.0, 1e8), scale="log"),
 )
 _EXPONENT = Parameter("alpha", "1", 0.01, 2.0, (0.05, 1.0))
 _HALF_LIVES = (
@@ -68,7 +68,7 @@ class DataConstrained(Form):
         "near 9 % on the paper's own runs"
     )
     parameters: ClassVar[tuple[Parameter, ...]] = (
-        Parameter("E", "nats/token", 0.0, 20.0, (0.0, 3.0), linear=True),
+        Parameter("E", "nats per token", 0.0, 20.0, (0.0, 3.0), linear=True),
         *_SCALES,
         _EXPONENT,
         Parameter("beta", "1", 0.01, 2.0, (0.05, 1.0)),
@@ -130,9 +130,9 @@ class TiedPower(Form):
     target = _LOSS
     valid: ClassVar[str] = "7M to 8.7B parameters on C4, no token seen twice"
     parameters: ClassVar[tuple[Parameter, ...]] = (
-        Parameter("E", "nats/token", 0.0, 20.0, (0.0, 3.0), linear=True),
-        Parameter("A", "nats/token", 0.0, 1e12, (0.0, 1e4), linear=True),
-        Parameter("B", "nats/token", 0.0, 1e12, (0.0, 1e4), linear=True),
+        Parameter("E", "nats per token", 0.0, 20.0, (0.0, 3.0), linear=True),
+        Parameter("A", "nats per token", 0.0, 1e12, (0.0, 1e4), linear=True),
+        Parameter("B", "nats per token", 0.0, 1e12, (0.0, 1e4), linear=True),
         _EXPONENT,
     )
 

@@ -138,11 +138,11 @@ class Tissue(Form):
     equation = "L = L0 + A·S1^-alpha - C·S2"
     source = "Tissue et al., arXiv 2408.11029, equation 1; Huber of log residuals"
     inputs = (Variable("step", "steps", "step of the curve, from 1"),)
-    target = Variable("loss", "nats/token", "training loss, averaged over neighbouring steps")
+    target = Variable("loss", "nats per token", "training loss, averaged over neighbouring steps")
     parameters = (
-        Parameter("L0", "nats/token", 0.0, 1e3, (0.5, 4.0), linear=True),
-        Parameter("A", "nats/token·lr^alpha", 0.0, 1e6, (0.05, 2.0), linear=True),
-        Parameter("C", "nats/token/lr", 0.0, 1e6, (0.0, 1.0), linear=True),
+        Parameter("L0", "nats per token", 0.0, 1e3, (0.5, 4.0), linear=True),
+        Parameter("A", "nats per token x lr^alpha", 0.0, 1e6, (0.05, 2.0), linear=True),
+        Parameter("C", "nats per token per lr", 0.0, 1e6, (0.0, 1.0), linear=True),
         Parameter("alpha", "1", 0.01, 5.0, (0.1, 1.5), "log"),
         Parameter("memory", "steps", SHORTEST, LONGEST, (10.0, 1e4), "log"),
     )

@@ -15,6 +15,7 @@ from allometry.configs.loader import dump, load
 from allometry.configs.run import RunConfig
 from allometry.launch import start
 from allometry.launch.dry_run import report
+from allometry.launch.plot import check_format
 
 Make = Callable[..., RunConfig]
 ROOT = Path(__file__).resolve().parents[3]
@@ -91,6 +92,17 @@ def test_dry_run_as_json(tiny: Make) -> None:
     assert plan["learning_rate"][0]["lr"] == pytest.approx(1e-2 / 3)
     with pytest.raises(UserError, match=r"batch\.sequences=8"):
         report(tiny(), 3, as_json=True)
+
+
+def test_folder_of_a_figure_is_made_before_the_work(tmp_path: Path) -> None:
+    check_format(tmp_path / "new/folder/loss.png")
+    assert (tmp_path / "new/folder").is_dir()
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"--out=.*loss\.png cannot be written: Not a dir"):
+        check_format(tmp_path / "file/new/loss.png")
+    (tmp_path / "a.png").mkdir()
+    with pytest.raises(UserError, match=r"a\.png cannot be written: it is a folder"):
+        check_format(tmp_path / "a.png")
 
 
 def test_errors_are_one_sentence_and_exit_code_2(tiny: Make, tmp_path: Path) -> None:

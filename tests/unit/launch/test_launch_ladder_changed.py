@@ -170,3 +170,23 @@ def test_runs_that_branch_are_not_said_to_be_trained_from_scratch(
         "one",
     )
     assert {"small-d10240-wsd-s0", "large-d10240-wsd-s0"} <= alone
+
+
+def test_status_fits_88_columns_and_says_units(planned: Callable[..., LadderPlan]) -> None:
+    plan = planned(tokens=[98304, 196608], sizes=[{"name": "w128", "width": 128}])
+    trained(plan.rungs[0])
+    trained(plan.rungs[1], steps=5)
+    facts = planned_facts(plan)
+    facts["runs"][1] |= {"parent": "w128-d98304-s0", "parent_step": 154, "state": "running"}
+    facts["runs"][0]["final_loss"] = 5.5
+    head, units, first, second, target, *_ = lines = table(facts).splitlines()
+    assert head.split() == ["run", "N", "D", "steps", "FLOPs", "state", "loss", "branches"]
+    assert units.split()[:3] == ["tokens", "added", "nats/token"]
+    assert (first.split()[0], *first.split()[-2:]) == ("w128-d98304-s0", "done", "5.5000")
+    assert f" 5/{plan.rungs[1].steps} " in second
+    assert second.endswith("d98304 at 154")
+    assert target.split()[-1] == "planned"
+    assert max(map(len, lines)) <= 88, lines
+    # A parent of another size is named whole.
+    facts["runs"][1]["parent"] = "other-size-d98304-s0"
+    assert "other-size-d98304-s0 at 154" in table(facts)

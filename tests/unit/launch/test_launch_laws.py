@@ -87,6 +87,7 @@ def test_a_ladder_is_fitted_held_out_stored_and_predicted_from(
     assert point["loss"] == pytest.approx(law, rel=1e-8)
     assert point["low"] <= point["loss"] * (1 + 1e-12)
     assert inside["warnings"] == []
+    assert inside["unit"] == found["parameters"]["E"]["unit"] == "nats per token"
     beyond = shell("predict", out, "N=2e4,1e6", "D=2e4,2e4")
     assert "N=1e+06 is outside of the fitted range" in beyond
     assert "N: parameters without embedding and head" in beyond
@@ -96,7 +97,9 @@ def test_a_ladder_is_fitted_held_out_stored_and_predicted_from(
 def test_what_fit_says_in_words(shell: Shell, table: Path, tmp_path: Path) -> None:
     text = shell("fit", "chinchilla", table, *MAPPED, "--out", tmp_path / "f.json")
     assert text.startswith("chinchilla: loss = E + A/N^alpha + B/D^beta\nfitted to 15 rows of 15")
-    assert "nats per token" in text
+    assert "nats per token" not in text  # a table may have any unit
+    assert sum(line.endswith("  unit of the data") for line in text.splitlines()) == 3  # E, A, B
+    assert "loss (unit of the data)" in shell("predict", tmp_path / "f.json", "N=1e8", "D=1e9")
     assert "the sum over rows of Huber's loss (delta 0.001) of log residuals" in text
     assert re.search(r"optimum    \d+ of 4500 starts agree on it; gradient norm", text)
     assert "no parameter is at a bound" in text
@@ -109,6 +112,37 @@ def test_what_fit_says_in_words(shell: Shell, table: Path, tmp_path: Path) -> No
             assert float(low) < float(value) < float(high)
             assert float(low) < 0.35 < float(high)
             assert unit == "1"
+
+
+def test_a_value_at_the_edge_of_its_interval_is_said(shell: Shell, tmp_path: Path) -> None:
+    """Without a constant term in the data E goes to 0, its bound, in most samples."""
+    rng = np.random.default_rng(1)
+    lines = ["N,D,loss"]
+    for size in (1e6, 1e7, 1e8):
+        for tokens in (1e8, 1e9, 1e10):
+            noise = 1 + 0.01 * rng.standard_normal()
+            lines.append(f"{size},{tokens},{(20 / size**0.2 + 60 / tokens**0.2) * noise}")
+    path, out = tmp_path / "runs.csv", tmp_path / "fit.json"
+    path.write_text("\n".join(lines))
+    asked = ("fit", "over_training", path, *QUICK, "--out", out, "--hold-out", "none")
+    text = shell(*asked)
+    assert "at the edge of its interval: E = 0, the least that the law allows, " in text
+    assert sum("edge of its interval" in line for line in text.splitlines()) == 1
+    notes = shell.json(*asked)["notes"]
+    assert sum("edge of its interval" in note for note in notes) == 1
+    assert "edge of its interval" not in shell(*asked, "--fix", "E=0")
+    assert "edge of its interval" not in shell("predict", out, "N=1e7", "D=1e9")
+
+
+def test_tables_fit_88_columns(shell: Shell, fit_file: Path) -> None:
+    """The widest numbers there are: intervals on both sides, exponents of two digits."""
+    text = shell("optimum", fit_file, "--flops", "1.2345e21,1.2345e-3")
+    rows = text.splitlines()[:4]
+    assert rows[0].split()[:2] == ["FLOPs", "N"]
+    assert "N in parameters, D in tokens = FLOPs / (6 N), loss in nats per token" in rows[3]
+    assert max(map(len, rows)) <= 88, rows
+    text = shell("predict", fit_file, "N=1.2345e10", "D=1.2345e10")
+    assert max(map(len, text.splitlines()[:2])) <= 88
 
 
 def test_an_interval_of_one_more_run_is_wider(shell: Shell, table: Path, tmp_path: Path) -> None:
@@ -134,7 +168,7 @@ def test_the_optimum_of_a_fit_has_intervals_and_warnings(shell: Shell, fit_file:
     text = shell("optimum", fit_file, "--flops", "1e10", "--flops-per-parameter-token", "7")
     assert "N: parameters without embedding and head" in text
     assert any("FLOPs for each parameter and token" in warning for warning in found["warnings"])
-    assert text.split()[:9] == ["FLOPs", "N", "95", "%", "D", "95", "%", "D/N", "loss"]
+    assert text.split()[:9] == ["FLOPs", "N", "95", "%", "interval", "D", "D/N", "loss", "95"]
 
 
 def test_laws_are_compared_by_what_they_did_not_see(shell: Shell, table: Path) -> None:
@@ -245,6 +279,15 @@ def test_groups_are_left_out_by_name(shell: Shell, ladder: Path) -> None:
     assert len(found["held_out"]["groups"]) == 5
 
 
+def curve_fit(shell: Shell, ladder: Path) -> Path:
+    """A fit of a law of curves, made once."""
+    path = ladder / "curve.json"
+    if not path.exists():
+        run = ladder / "runs/w16-40-0"
+        shell("fit", "tissue", run, "--starts", 8, "--fix", "memory=60", "--out", path)
+    return path
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -275,6 +318,7 @@ def test_groups_are_left_out_by_name(shell: Shell, ladder: Path) -> None:
         (["fit", "chinchilla", "LADDER", "--fix", "E=x"], "--fix E=x is no number"),
         (["fit", "chinchilla", "LADDER", "--fix", "alpha=9"], "alpha=9 is outside of .* 0 to 4;"),
         (["fit", "chinchilla", "TABLE", "TABLE", *MAPPED], "the same table is given twice"),
+        (["fit", "chinchilla", "TABLE", *MAPPED[:4], "--map", "loss=nll-9"], "line 2: loss is -"),
         (["fit", "chinchilla", ""], "a source is an empty text"),
         (["fit", "chinchilla", "LADDER", "--objective", "l1"], "use huber or square"),
         (["fit", "chinchilla", "LADDER", "--delta", "0"], "delta=0.0 must be a positive number"),
@@ -309,6 +353,12 @@ def test_groups_are_left_out_by_name(shell: Shell, ladder: Path) -> None:
         ),
         (["predict", "--law", "tissue", "--published", "x", "step=1"], "has no published|curves"),
         (
+            ["predict", "CURVE", "step=1"],
+            "law of whole curves, .*; use allometry forecast RUN",
+        ),
+        (["predict", "CURVE", "S1=1"], "tissue is a law of whole curves,.*allometry forecast RUN"),
+        (["optimum", "CURVE", "--flops", "1e10"], "tissue|curves"),
+        (
             ["predict", "--law", "chinchilla", "--published", "hoffmann", "N=1", "D=1", "--noise"],
             "--noise widens an interval",
         ),
@@ -324,6 +374,8 @@ def test_what_is_wrong_is_one_sentence(
     shell: Shell, ladder: Path, table: Path, fit_file: Path, arguments: list[str], words: str
 ) -> None:
     paths = {"LADDER": ladder, "TABLE": table, "FIT": fit_file}
+    if "CURVE" in arguments:
+        paths["CURVE"] = curve_fit(shell, ladder)
     sentence = shell.refusal(*(paths.get(one, one) for one in arguments))
     assert re.search(words, sentence), sentence
 

@@ -10,6 +10,7 @@ from allometry.launch.laws_compare import law_names
 from allometry.launch.laws_list import overview, page_line, run_laws
 from allometry.launch.laws_text import certificate_words
 from allometry.laws.fit.certificate import Certificate
+from allometry.laws.forms.base import LOSS_UNIT
 from allometry.laws.registry import all_forms, form_named
 from shell import Shell
 
@@ -90,3 +91,11 @@ def test_the_list_of_laws_fits_the_terminal(width: int) -> None:
     assert len(lines) == len(all_forms()) + 1
     assert max(map(len, lines)) <= width
     assert all(line.startswith(name) for line, name in zip(lines[1:], all_forms(), strict=True))
+
+
+def test_losses_are_said_in_one_unit(shell: Shell) -> None:
+    units = {one.unit for form in all_forms().values() for one in (*form.inputs, form.target)}
+    units |= {one.unit for form in all_forms().values() for one in form.parameters}
+    assert not [unit for unit in units if "nats" in unit and LOSS_UNIT not in unit]
+    assert "a fit to a table has the table's unit" in shell("laws", "chinchilla")
+    assert "table's unit" not in shell("laws", "batch_law")

@@ -55,7 +55,7 @@ def test_a_fit_is_drawn_with_its_band_and_target(tmp_path: Path) -> None:
 
 def test_a_loss_has_one_unit_in_figures_and_tables(tmp_path: Path) -> None:
     form = form_named("d_cpt")
-    assert form.target.unit == "nats/token"  # else choose another law, or leave this test out
+    assert form.target.unit == "nats per token"
     draw = np.random.default_rng(2)
     columns = {v.name: draw.uniform(0.1, 0.9, 40) for v in form.inputs}
     values = {p.name: float(np.mean(p.start)) for p in form.parameters}
@@ -64,11 +64,11 @@ def test_a_loss_has_one_unit_in_figures_and_tables(tmp_path: Path) -> None:
     save_fit(tmp_path / "fit.json", fit(form, rows, FitOptions(starts=8)))
     section = fits.fits(inputs(fit=tmp_path / "fit.json"))
     for panel in panels(section).values():
-        assert "nats/token" not in panel.x_label + panel.y_label
+        assert "unit of the data" not in panel.x_label + panel.y_label
     assert "(nats per token)" in panels(section)["residuals"].x_label
     units = {row[-1] for table in section.tables for row in table.rows}
     assert "nats per token" in units
-    assert "nats/token" not in units
+    assert "unit of the data" not in units
 
 
 def test_a_target_outside_of_its_interval_is_said(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -127,3 +129,15 @@ def test_intervals_cover_at_their_rate(shape: dict[str, int]) -> None:
     """Of 200 simulations; three standard errors of a rate of .95 are .046."""
     rates = coverage(200, 200, **shape)
     assert all(0.90 <= rate <= 0.99 for rate in rates.values()), rates
+
+
+def test_a_value_at_the_edge_of_its_interval_is_told(found: Fit, samples: Bootstrap) -> None:
+    assert not any(samples.at_edge(name) for name in samples.names)
+    column = samples.names.index("E")
+    low, high = samples.interval("E")
+    for moved, edge in ((low - found.values["E"], True), (0.1 * (high - low), False)):
+        values_BP = samples.values_BP.copy()
+        values_BP[:, column] -= moved
+        assert replace(samples, values_BP=values_BP).at_edge("E") is edge
+    exact = fit(FORM, ladder(0, noise=0.0))
+    assert not any(bootstrap(exact, 20).at_edge(name) for name in samples.names)

@@ -69,9 +69,11 @@ def test_from_a_run_to_a_file_that_a_run_reads(tmp_path: Path) -> None:
     from allometry.launch.cli import main
 
     with pytest.raises(SystemExit) as ended:
-        main(["refine", str(folder), "--out", str(tmp_path / "again.json")])
+        main(["refine", str(folder), "--out", str(tmp_path / "new/folder/again.json")])
     assert ended.value.code in (0, None)
-    assert read_refined(tmp_path / "again.json") == fractions
+    assert read_refined(tmp_path / "new/folder/again.json") == fractions
+    with pytest.raises(UserError, match=r"schedule\.json/x\.json cannot be written: "):
+        write_schedule(content, tmp_path / "schedule.json/x.json")
     by_sgd = refined_schedule(folder, "sgd")
     assert (by_sgd["from"]["norm"], by_sgd["from"]["power"]) == ("grad_norm", 2)
     assert by_sgd["fractions"] == pytest.approx(np.arange(39, -1, -1) / 39)

@@ -184,9 +184,7 @@ def test_what_must_be_positive_is_named_by_its_line(tmp_path: Path, cell: str) -
     path = tmp_path / "runs.csv"
     path.write_text(f"N,loss,run\n1,3.0,a\n2,{cell},b\n")
     assert len(read_table(path, ["N", "loss"])) == 2
-    with pytest.raises(
-        UserError, match=rf"runs\.csv, line 3: loss is {cell}, and .*positive"
-    ):
+    with pytest.raises(UserError, match=rf"runs\.csv, line 3: loss is {cell}, and .*positive"):
         read_table(path, ["N", "loss"], group="run", positive=("loss",))
     with pytest.raises(UserError, match=rf"line 3: y is {cell} \(y=loss\)"):
         read_table(path, ["N"], mapping={"y": "loss"}, positive=("y",))
