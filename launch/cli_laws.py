@@ -63,6 +63,14 @@ Curves = Annotated[
         "--curves", help="of runs: rows are recorded steps, also for a law that reads no step"
     ),
 ]
+Sweeps = Annotated[
+    bool | None,
+    typer.Option(
+        "--sweeps",
+        help="rows are the best lr and B of each sweep: of the runs of one N and D; for "
+        "learning_rate_law and batch_law",
+    ),
+]
 Warmup = Annotated[
     int | None,
     typer.Option(help="of tables of curves: steps of warm-up; default: to the first row"),
@@ -123,6 +131,7 @@ def fit(
     bins: Bins = None,
     warmup: Warmup = None,
     curves: Curves = None,
+    sweeps: Sweeps = None,
     hold_out: HoldOut = None,
     bootstraps: Annotated[
         int | None, typer.Option(min=0, help="samples for intervals; default: 200; 0: none")
@@ -163,6 +172,7 @@ def compare(
     bins: Bins = None,
     warmup: Warmup = None,
     curves: Curves = None,
+    sweeps: Sweeps = None,
     hold_out: HoldOut = None,
     starts: Starts = None,
     seed: Seed = 0,
@@ -188,12 +198,17 @@ def predict(
     noise: Annotated[
         bool, typer.Option("--noise", help="interval of one more run: with the scatter of runs")
     ] = False,
+    downstream: Annotated[
+        Path | None,
+        typer.Option(help="a fit of a score by the loss, for the score at the predicted loss"),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Predict by a fit, with an interval, or by published coefficients (--law, --published)."""
     from allometry.launch.laws_predict import run_predict
 
-    typer.echo(run_predict(arguments, law, published, noise=noise, as_json=json))
+    known = {"downstream": downstream, "noise": noise, "as_json": json}
+    typer.echo(run_predict(arguments, law, published, **known))
 
 
 @commands.command()
@@ -212,7 +227,7 @@ def optimum(
     json: Json = False,
 ) -> None:
     """Say which N and D reach the least loss with given FLOPs, with intervals."""
-    from allometry.launch.laws_predict import run_optimum
+    from allometry.launch.laws_optimum import run_optimum
     from allometry.launch.laws_sources import assignments
 
     known = assignments(others or [], "--with")

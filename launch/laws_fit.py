@@ -22,6 +22,8 @@ from allometry.laws.observations import Observations
 from allometry.laws.registry import form_named
 
 SAMPLES = 200
+OPTIMA_SCATTER = 0.02
+"""Least delta, in logs, with which Huber's loss hears most optima of sweeps out."""
 FEW_GROUPS = 10
 """With fewer groups than this a bootstrap's interval is rough."""
 
@@ -105,6 +107,11 @@ def _examined(fitted: Fit, request: FitRequest) -> Result:
     observations, notes = fitted.observations, []
     groups = len(set(observations.groups))
     sampled = None
+    if request.data.sweeps and request.objective == "huber" and request.delta < OPTIMA_SCATTER:
+        notes.append(
+            f"optima of sweeps scatter by percents, and Huber's loss with delta {request.delta:g} "
+            "hears little but the middle ones; --objective square hears all of them"
+        )
     if loose := fitted.certificate.loose:
         notes.append(
             f"the data hardly say what {', '.join(loose)} of {fitted.form.name} "

@@ -16,6 +16,7 @@ from allometry.laws.collect import COUNTS, GROUPINGS, Unfinished, from_runs
 from allometry.laws.curves import curves_from_runs, curves_from_tables
 from allometry.laws.derive import derive
 from allometry.laws.forms.base import Form
+from allometry.laws.hyperparameters import sweep_optima
 from allometry.laws.observations import LearningRates, Observations
 from allometry.laws.runs import Run
 from allometry.laws.tables import is_table, read_table
@@ -41,8 +42,10 @@ class DataRequest:
     bins: int | None = None
     warmup: int | None = None
     curves: bool | None = None
+    sweeps: bool | None = None
 
 
+_SWEPT = ("N", "D", "lr", "B", "loss")
 _OF_RUNS = ("count", "loss", "last", "group_by", "unfinished", "bins", "curves")
 _OF_FINISHED_RUNS = ("last", "group_by", "unfinished")
 _OF_CURVES = ("bins", "warmup")
@@ -82,6 +85,8 @@ def observations_for(request: DataRequest, forms: Sequence[Form]) -> Observation
             where=request.where,
             group=request.group,
         )
+    if request.sweeps:
+        found = sweep_optima(found)
     return _dropped(found, request.drop)
 
 
@@ -122,12 +127,16 @@ def _check_options(request: DataRequest, *, table: bool, curve: bool) -> None:
         (_OF_FINISHED_RUNS, curve, "rows of finished runs, not of curves"),
         (_OF_CURVES, not curve, "laws of curves (or --curves)"),
         (("warmup",), not table, "tables of curves; runs say their own warm-up"),
+        (("sweeps",), curve, "rows of finished runs, not to curves"),
         (("group",), table and curve, "rows of finished runs; each file is a curve of its own"),
     ):
         for name in names:
             if wrong and name in given:
                 flag = f"--{name.replace('_', '-')}"
                 raise UserError(f"{flag} belongs to {of}; leave it out")
+    if request.sweeps and (request.group is not None or request.group_by is not None):
+        flag = "--group" if request.group is not None else "--group-by"
+        raise UserError(f"{flag} does not go with --sweeps, each of which is a group; leave it out")
     if request.group is not None and request.group_by is not None:
         raise UserError("--group and --group-by both say whose a row is; give one of them")
     for name, choices in _CHOICES.items():
@@ -144,13 +153,15 @@ def _of_tables(
         found = curves_from_tables(request.sources, mapping=mapping, warmup_steps=request.warmup)
         return derive(found, where=request.where, name="the tables") if request.where else found
     names = dict.fromkeys(name for form in forms for name in columns_of(form))
+    if request.sweeps:
+        names = dict.fromkeys(_SWEPT)
     return read_table(
         request.sources,
         list(names),
         mapping=mapping,
         where=request.where,
         group=request.group,
-        positive=_positive(forms),
+        positive=_SWEPT if request.sweeps else _positive(forms),
     )
 
 

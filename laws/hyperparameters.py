@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -139,6 +139,47 @@ def fit_hyperparameter_law(
         UserError: fewer cells with an optimum than a law has coefficients; N and D vary together,
             so that their exponents cannot be told apart; what ``fit_surface`` raises.
     """
+    cells, left_out = _cells(observations, order, within, samples, seed)
+    laws = {}
+    for axis, inputs in (("lr", rate_inputs), ("B", batch_inputs)):
+        varied = all(axis in cell.surface.axes for cell in cells)
+        laws[axis] = _fit_law(axis, inputs, cells, left_out, seed) if varied else None
+    return HyperparameterLaw(laws["lr"], laws["B"], tuple(cells), left_out)
+
+
+def sweep_optima(
+    observations: Observations, *, order: Literal[2, 3] = 2, within: float = 0.015
+) -> Observations:
+    """Return a row for each cell: its N, D, best ``lr`` and ``B``, and the ``loss`` there.
+
+    What ``learning_rate_law`` and ``batch_law`` are fitted to; each cell is a group. A column is
+    left out that did not vary in every cell. ``conventions["left out"]`` names the cells without
+    an optimum, and why.
+
+    Raises:
+        UserError: no cell has an optimum; what ``fit_surface`` raises.
+    """
+    cells, left_out = _cells(observations, order, within, 0, 0)
+    axes = [axis for axis in AXIS_NAMES if all(axis in cell.surface.axes for cell in cells)]
+    columns = {name: [cell.at[name] for cell in cells] for name in EXPONENTS}
+    columns |= {axis: [cell.surface.best[axis] for cell in cells] for axis in axes}
+    columns["loss"] = [cell.surface.loss for cell in cells]
+    found = Observations.of(columns, [cell.name for cell in cells])
+    runs = sum(cell.surface.rows for cell in cells)
+    how = f"the best of each of {len(cells)} sweeps, by a parabola through {runs} runs near it"
+    about = {name: text for name, text in observations.conventions.items() if name in EXPONENTS}
+    about |= dict.fromkeys(axes, how)
+    about["loss"] = f"at the best of each sweep; {observations.conventions.get('loss', 'loss')}"
+    earlier = observations.conventions.get("left out")
+    parts = [*([earlier] if earlier else []), *([_listed(left_out)] if left_out else [])]
+    about |= {"left out": "; ".join(parts)} if parts else {}
+    return replace(found, conventions=about)
+
+
+def _cells(
+    observations: Observations, order: Literal[2, 3], within: float, samples: int, seed: int
+) -> tuple[list[Cell], dict[str, str]]:
+    """Return the sweeps that have an optimum, and why the others have none."""
     cells, left_out = [], {}
     at = {name: observations[name] for name in EXPONENTS}
     for index, (n, d) in enumerate(sorted(set(zip(at["N"], at["D"], strict=True)))):
@@ -156,11 +197,7 @@ def fit_hyperparameter_law(
             left_out[name] = surface.problem
     if not cells:
         raise UserError(f"no cell has an optimum: {_listed(left_out)}; run more around the best")
-    laws = {}
-    for axis, inputs in (("lr", rate_inputs), ("B", batch_inputs)):
-        varied = all(axis in cell.surface.axes for cell in cells)
-        laws[axis] = _fit_law(axis, inputs, cells, left_out, seed) if varied else None
-    return HyperparameterLaw(laws["lr"], laws["B"], tuple(cells), left_out)
+    return cells, left_out
 
 
 def nearest_excess(observations: Observations, law: PairLaw) -> dict[str, float]:

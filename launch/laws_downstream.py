@@ -1,0 +1,89 @@
+"""A benchmark's score at a predicted loss: ``allometry predict --downstream``."""
+
+# n rows
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from allometry.configs.errors import UserError
+from allometry.laws.downstream import Chain
+from allometry.laws.fit.store import StoredFit, load_fit
+from allometry.laws.observations import Observations
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The score of each row, [n], with its interval where both fits have bootstraps."""
+
+    law: str
+    name: str
+    unit: str
+    value_n: Array
+    low_n: Array | None
+    high_n: Array | None
+    warnings: list[str]
+
+    def point(self, row: int) -> dict[str, float | None]:
+        """Return a row for JSON."""
+        known = self.low_n is not None and self.high_n is not None
+        return {
+            self.name: float(self.value_n[row]),
+            "low": float(self.low_n[row]) if known else None,  # type: ignore[index]
+            "high": float(self.high_n[row]) if known else None,  # type: ignore[index]
+        }
+
+
+def scores_at(
+    loss: StoredFit, loss_file: Path, file: Path, observations: Observations, level: float
+) -> Scores:
+    """Return what the fit in ``file`` says of the losses that another one predicts.
+
+    Raises:
+        UserError: it reads something else than the loss alone.
+    """
+    score = load_fit(file)
+    form, target = score.fit.form, loss.fit.form.target
+    reads = [variable.name for variable in form.inputs]
+    if reads != [target.name]:
+        raise UserError(
+            f"--downstream {file}: {form.name} reads {', '.join(reads)} and {loss_file} predicts "
+            f"{target.name}; give a fit that reads that alone, as of downstream_error"
+        )
+    chain = Chain(loss.fit, score.fit)
+    low_n, high_n = None, None
+    warnings = [*_of_other_losses(loss, score, file), *chain.warnings_for(observations)]
+    if loss.bootstrap is None or score.bootstrap is None:
+        which = loss_file if loss.bootstrap is None else file
+        warnings.append(f"no interval of {form.target.name}: {which} was made without bootstraps")
+    else:
+        low_n, high_n = chain.predict_interval(observations, loss.bootstrap, score.bootstrap, level)
+    return Scores(
+        form.name,
+        form.target.name,
+        score.fit.unit(form.target.unit),
+        chain.predict(observations),
+        low_n,
+        high_n,
+        warnings,
+    )
+
+
+def _of_other_losses(loss: StoredFit, score: StoredFit, file: Path) -> list[str]:
+    """A warning where the two fits were made of losses that are not said to be the same."""
+    name = loss.fit.form.target.name
+    predicted: dict[str, Any] = dict(loss.fit.observations.conventions)
+    read: dict[str, Any] = dict(score.fit.observations.conventions)
+    if predicted.get(name) == read.get(name):
+        return []
+    return [
+        f"{file} reads a loss described as {read.get(name)!r}, and the one predicted is "
+        f"{predicted.get(name)!r}: see that they are of the same tokens and unit"
+    ]
