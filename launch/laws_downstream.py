@@ -24,6 +24,7 @@ class Scores:
     """The score of each row, [n], with its interval where both fits have bootstraps."""
 
     law: str
+    origin: str
     name: str
     unit: str
     value_n: Array
@@ -38,6 +39,16 @@ class Scores:
             self.name: float(self.value_n[row]),
             "low": float(self.low_n[row]) if known else None,  # type: ignore[index]
             "high": float(self.high_n[row]) if known else None,  # type: ignore[index]
+        }
+
+    def describe(self) -> dict[str, Any]:
+        """Return all of it but the warnings, for JSON."""
+        points = [self.point(row) for row in range(len(self.value_n))]
+        return {
+            "law": self.law,
+            "from": self.origin,
+            "unit": self.unit,
+            "predictions": points,
         }
 
 
@@ -67,6 +78,7 @@ def scores_at(
         low_n, high_n = chain.predict_interval(observations, loss.bootstrap, score.bootstrap, level)
     return Scores(
         form.name,
+        str(file),
         form.target.name,
         score.fit.unit(form.target.unit),
         chain.predict(observations),

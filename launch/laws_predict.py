@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from allometry.configs.errors import UserError
 from allometry.launch.laws_downstream import Scores, scores_at
 from allometry.launch.laws_sources import numbers
-from allometry.launch.laws_text import finite, number, table
+from allometry.launch.laws_text import finite, narrowed, number
 from allometry.laws.fit.bootstrap import EXACT, Bootstrap
 from allometry.laws.fit.engine import Fit, predict
 from allometry.laws.fit.store import StoredFit, load_fit
@@ -115,13 +115,7 @@ def run_predict(
             "warnings": warnings,
         }
         if scores is not None:
-            scored = [scores.point(row) for row in range(len(points))]
-            content["downstream"] = {
-                "law": scores.law,
-                "from": str(downstream),
-                "unit": scores.unit,
-                "predictions": scored,
-            }
+            content["downstream"] = scores.describe()
         return json.dumps(content, indent=2)
     kind = "95 % interval" + (" of one run" if noise else "")
     rows = [[*names, f"{found.form.target.name} ({found.unit})", kind]]
@@ -131,7 +125,9 @@ def run_predict(
         rows.append([*at, *_cells(point, found.form.target.name)])
         if scores is not None:
             below.append([*at, *_cells(scores.point(row), scores.name)])
-    lines = [table(rows), *(["", table(below), ""] if below else []), *counted(found)]
+    lines = [narrowed(rows, len(names)), *counted(found)]
+    if below:
+        lines[1:1] = ["", narrowed(below, len(names)), ""]
     return "\n".join([*lines, *(f"warning: {w}" for w in warnings)])
 
 

@@ -13,6 +13,9 @@ from allometry.laws.fit.bootstrap import Bootstrap
 from allometry.laws.fit.certificate import Certificate
 from allometry.laws.fit.validate import HeldOut
 
+WIDEST = 88
+"""Columns that a table may take."""
+
 
 def number(value: float, digits: int = 5) -> str:
     """Return a number with as many digits as say something."""
@@ -32,6 +35,17 @@ def table(rows: Sequence[Sequence[str]]) -> str:
         for row in rows
     ]
     return "\n".join(lines)
+
+
+def narrowed(rows: Sequence[Sequence[str]], inputs: int) -> str:
+    """Return ``table``; one too wide has a line instead of input columns that never change."""
+    text = table(rows)
+    same = [i for i in range(inputs) if len({row[i] for row in rows[1:]}) == 1]
+    if not same or max(map(len, text.splitlines())) <= WIDEST:
+        return text
+    at = ", ".join(f"{rows[0][i]} = {rows[1][i]}" for i in same)
+    kept = [[cell for i, cell in enumerate(row) if i not in same] for row in rows]
+    return f"at {at}\n{table(kept)}"
 
 
 def certificate_words(certificate: Certificate) -> list[str]:

@@ -8,7 +8,7 @@ import pytest
 
 from allometry.launch.laws_compare import law_names
 from allometry.launch.laws_list import overview, page_line, run_laws
-from allometry.launch.laws_text import certificate_words
+from allometry.launch.laws_text import certificate_words, narrowed
 from allometry.laws.fit.certificate import Certificate
 from allometry.laws.forms.base import LOSS_UNIT
 from allometry.laws.registry import all_forms, form_named
@@ -99,3 +99,12 @@ def test_losses_are_said_in_one_unit(shell: Shell) -> None:
     assert not [unit for unit in units if "nats" in unit and LOSS_UNIT not in unit]
     assert "a fit to a table has the table's unit" in shell("laws", "chinchilla")
     assert "table's unit" not in shell("laws", "batch_law")
+
+
+def test_a_table_too_wide_says_what_never_changes_in_a_line() -> None:
+    rows = [["N", "a" * 40, "b" * 40, "loss"], ["1", "2", "3", "4"], ["2", "2", "3", "5"]]
+    first, *table = narrowed(rows, 3).splitlines()
+    assert first == f"at {'a' * 40} = 2, {'b' * 40} = 3"
+    assert [line.split() for line in table] == [["N", "loss"], ["1", "4"], ["2", "5"]]
+    narrow = [[cell[:9] for cell in row] for row in rows]
+    assert narrowed(narrow, 3).splitlines()[0].split() == narrow[0]
