@@ -34,6 +34,11 @@ def run_optimum(
         UserError: a budget is no positive number, or the law says nothing of N and D.
     """
     found = Law.of(file, law, published)
+    if found.form.target.name != "loss":
+        raise UserError(
+            f"{found.form.name} predicts {found.form.target.name}, and FLOPs are spent for the "
+            "least loss; give a law of the loss by N and D, as chinchilla"
+        )
     fixed = numbers(others, "--with")
     _check_others(found.form, fixed)
     rows: list[Allocation] = []

@@ -359,6 +359,10 @@ def curve_fit(shell: Shell, ladder: Path) -> Path:
         (["predict", "CURVE", "S1=1"], "tissue is a law of whole curves,.*allometry forecast RUN"),
         (["optimum", "CURVE", "--flops", "1e10"], "tissue|curves"),
         (
+            ["optimum", "--law", "batch_law", "--published", "step_law", "--flops", "1e10"],
+            "batch_law predicts B, and FLOPs are spent for the least loss; give a law",
+        ),
+        (
             ["predict", "--law", "chinchilla", "--published", "hoffmann", "N=1", "D=1", "--noise"],
             "--noise widens an interval",
         ),
