@@ -106,7 +106,8 @@ def _override(tree: Tree, text: str) -> None:
     key, equals, value = text.lstrip("-").partition("=")
     place = f"override {text!r}"
     if not equals or not key:
-        raise ConfigError(f"{place}: expected section.key=value")
+        hint = "; options are listed by --help" if text.startswith("-") else ""
+        raise ConfigError(f"{place}: expected section.key=value{hint}")
     put(tree, key, parse_value(value, place), place)
 
 
@@ -172,7 +173,8 @@ def _explain(detail: ErrorDetails, path: KeyPath, name: str, root: type[BaseMode
     if kind == "missing":
         return f"{name} is missing; add it"
     if kind == "value_error":
-        return f"{name}: {detail['msg'].removeprefix('Value error, ')}"
+        said = detail["msg"].removeprefix("Value error, ")
+        return f"{name}: {said}" if path else said  # of the whole run: it names the keys itself
     if kind == "union_tag_invalid":
         expected = detail.get("ctx", {}).get("expected_tags", "")
         tag = detail.get("ctx", {}).get("tag", "")

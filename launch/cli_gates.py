@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -37,6 +38,9 @@ def suggest(
     from allometry.configs.loader import load
     from allometry.launch.suggest import report
 
+    for flag, value in (("--params", params), ("--tokens", tokens), ("--loss", loss)):
+        if value is not None and not math.isfinite(value):
+            raise UserError(f"{flag}={value:g} is not finite; give a number, as 1e9")
     run = load(config, context.args)
     n, d = (None if size is None else round(size) for size in (params, tokens))
     typer.echo(report(run, n, d, loss, as_json=json))

@@ -20,6 +20,7 @@ from allometry.trainer.trials import TrialLog
 
 HELD_OUT = 64
 MOST_OCTAVES = 32
+MOST_RATES = 200
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,8 @@ def _rates(lr: float, request: Request) -> tuple[float, ...]:
     """log2 of the first rates: around the run's own, to a multiple of the step."""
     if not 0.0 < request.step <= request.octaves:
         raise UserError(
-            f"--step={request.step:g} must be above 0 and at most --octaves={request.octaves:g}"
+            f"--step={request.step:g} must be above 0 and at most --octaves={request.octaves:g}; "
+            "change one of them"
         )
     if request.octaves > MOST_OCTAVES:
         raise UserError(
@@ -102,6 +104,11 @@ def _rates(lr: float, request: Request) -> tuple[float, ...]:
         )
     centre = round(math.log2(lr) / request.step)
     reach = round(request.octaves / request.step)
+    if 2 * reach + 1 > MOST_RATES:
+        raise UserError(
+            f"--step={request.step:g} makes {2 * reach + 1:,} rates of each size; choose a larger "
+            f"step, for at most {MOST_RATES}"
+        )
     return tuple((centre + offset) * request.step for offset in range(-reach, reach + 1))
 
 

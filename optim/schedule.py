@@ -211,9 +211,9 @@ def _several_decays(
     )
     found: list[Stretch] = []
     start = 0
+    for end in ends:
+        _check_inside("decay_ends", end, total)
     for end in (*ends, total):
-        if end < total or not found:
-            _check_inside("decay_ends", end, total)
         length = max(1, round(config.decay_fraction * end))
         found.append(Decay(shape, end - start, warmup, begin, decay_steps=length))
         start, warmup, begin = end, config.rewarmup_steps, config.final_fraction

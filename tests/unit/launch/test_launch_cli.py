@@ -116,6 +116,9 @@ def test_errors_are_one_sentence_and_exit_code_2(tiny: Make, tmp_path: Path) -> 
     assert "no config.yaml" in sentence(allometry("plot", tmp_path))
     assert "preset:demo" in sentence(allometry("train", "demo"))
     assert "--dry-run" in sentence(allometry("train", "preset:demo", "--json"))
+    assert "listed by --help" in sentence(allometry("transfer", "preset:demo", "--over"))
+    tied = sentence(allometry("train", "preset:demo", "model.tied_embeddings=true"))
+    assert tied.startswith("allometry: the configuration: model.tied_embeddings=true contradicts")
     empty = tmp_path / "empty.txt"
     empty.write_text("")
     assert "empty" in sentence(allometry("prepare", empty, "--out", tmp_path / "store"))

@@ -40,6 +40,12 @@ def test_suggest_prints_a_table_and_json() -> None:
     assert facts["base"]["width"] <= 512
 
 
+@pytest.mark.parametrize("flag", ["--params", "--tokens", "--loss"])
+def test_suggest_refuses_what_is_not_finite(flag: str) -> None:
+    with pytest.raises(UserError, match=f"{flag}=inf is not finite; give a number"):
+        cli("suggest", "preset:demo", flag, "inf")
+
+
 def test_suggest_says_what_lies_outside_and_what_disagrees() -> None:
     text = suggest.report(load("preset:demo"), None, None, None, as_json=False)
     assert "step-law*" in text
@@ -128,6 +134,7 @@ def test_transfer_writes_nothing_before_its_sizes_are_checked(tiny: Make, tmp_pa
         ({"octaves": 2000.0}, "--octaves=2000 goes beyond"),
         ({"step": float("nan")}, "--step=nan must be above 0"),
         ({"step": 0.0}, "--step=0 must be above 0"),
+        ({"step": 1e-5}, "--step=1e-05 makes 200,001 rates of each size"),
         ({"bound": float("nan")}, "--bound=nan is no number of octaves"),
         ({"bound": float("inf")}, "--bound=inf is no number of octaves"),
     ],

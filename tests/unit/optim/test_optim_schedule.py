@@ -161,6 +161,9 @@ def test_warming_up_again_and_ends_in_tokens() -> None:
 def test_several_decays_that_have_no_room() -> None:
     with pytest.raises(UserError, match="step 200 is not before the end of the run, 200 steps"):
         long_curve({**WSD_S, "decay_ends_steps": [200]}, 200, 0)
+    for later in (200, 300):  # not only the first end
+        with pytest.raises(UserError, match=f"step {later} is not before the end of the run, 200"):
+            long_curve({**WSD_S, "decay_ends_steps": [50, later]}, 200, 0)
     with pytest.raises(UserError, match="but the warm-up takes 6"):
         long_curve({**WSD_S, "decay_ends_steps": [70], "rewarmup_steps": 6}, 100, 0)
     for wrong in (
