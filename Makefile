@@ -48,11 +48,17 @@ demo: install
 	$(BIN)/allometry ladder predict preset:ladder_demo
 	$(BIN)/allometry report $(LADDER) --out $(LADDER)/report.html
 
+# Tests of one process run two at a time; those of several ranks have the machine to themselves.
+UNIT := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/unit
+REST := $(BIN)/python -m pytest tests/dist tests/gpu
+
 test: install
-	$(BIN)/python -m pytest -m "not slow"
+	$(UNIT) -m "not slow"
+	$(REST) -m "not slow"
 
 test-all: install
-	$(BIN)/python -m pytest
+	$(UNIT)
+	$(REST)
 
 check: install
 	$(BIN)/ruff check .

@@ -85,7 +85,7 @@ def turn(
     for part, direction, factor in zip(
         parts, directions, whole.factors(parameters, steps), strict=True
     ):
-        part.sub_(direction.to(part.dtype) * factor)
+        part.sub_(direction.to(part.dtype, copy=True).mul_(factor))
     norms = _norms(whole.squared_norms(parameters, parts))
     scales = torch._foreach_div([radius.double() for radius in radii], norms)
     for part, factor in zip(parts, whole.factors(parameters, scales), strict=True):

@@ -130,6 +130,8 @@ def partial_sums(part: Tensor) -> Tensor:
 
 def squared_norms_of_parts(parts: Sequence[Tensor]) -> list[Tensor]:
     """Return Σx² over each logical matrix of this rank's parts, added up in fp64: [m] each."""
+    if not any(part.is_cuda for part in parts):
+        return _squared_norms_on_cpu(parts)
     wide = torch.float64
     flat = [part for part in parts if part.dim() < 3]
     norms = iter(torch._foreach_norm(flat, 2, dtype=wide) if flat else ())
@@ -139,6 +141,23 @@ def squared_norms_of_parts(parts: Sequence[Tensor]) -> list[Tensor]:
         else next(norms).square().view(1)
         for part in parts
     ]
+
+
+def _squared_norms_on_cpu(parts: Sequence[Tensor]) -> list[Tensor]:
+    """Return the same by way of one fp64 copy that all parts use in turn.
+
+    torch's norms in a wider type make a new copy of each tensor, whose memory costs more to get
+    than the norm.
+    """
+    if not parts:
+        return []
+    wide = parts[0].new_empty(max(part.numel() for part in parts), dtype=torch.float64)
+    squares = []
+    for part in parts:
+        copy = wide[: part.numel()].view(part.shape).copy_(part)
+        rows = copy.flatten(1) if part.dim() == 3 else copy.view(1, part.numel())
+        squares.append(torch.linalg.vector_norm(rows, dim=1).square())
+    return squares
 
 
 def aligned(matrix: Tensor) -> Tensor:

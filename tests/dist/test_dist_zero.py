@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 
 import tiny
 from allometry.optim.clip import clip_by_global_norm
+from thinned import thinned
 
 RunRanks = Callable[..., list[Any]]
 STAGES = (0, 1, 2, 3)
@@ -26,9 +27,12 @@ def gradient_error(stage: int, micro_batches: int, dtype: str, tied: bool) -> fl
         return tiny.worst_error(tiny.gradients(model), tiny.gradients(alone))
 
 
-@pytest.mark.parametrize("micro_batches", [1, 3])
-@pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    ("stage", "world_size", "micro_batches"),
+    thinned(
+        {(0, 2, 1), (1, 2, 3), (2, 2, 1), (2, 4, 3), (3, 2, 3), (3, 4, 1)}, STAGES, (2, 4), (1, 3)
+    ),
+)
 def test_gradients_equal_one_process(
     run_ranks: RunRanks, stage: int, world_size: int, micro_batches: int
 ) -> None:

@@ -26,6 +26,8 @@ def test_sums_and_norms_are_those_of_each_matrix_in_float64() -> None:
         expected = torch.stack([matrix.double().square().sum() for matrix in matrices])
         torch.testing.assert_close(norms, expected, rtol=1e-14, atol=0)
     partials = [*map(partial_sums, PARAMETERS), *squared_norms_of_parts(PARAMETERS)]
+    empty = squared_norms_of_parts([torch.ones(0, 4), torch.ones(2, 0, 4), torch.ones(2, 2)])
+    assert [norms.tolist() for norms in empty] == [[0.0], [0.0, 0.0], [4.0]]
     twice = whole.sums([*PARAMETERS, *PARAMETERS], partials)
     assert all(torch.equal(one, other) for one, other in zip(twice, partials, strict=True))
     with pytest.raises(AssertionError):
