@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from allometry.optim.muon import orthogonalized, precision
 from allometry.optim.newton_schulz import DION
 from allometry.optim.sphere import radii, turn
@@ -30,8 +28,8 @@ def muonh(groups: Sequence[Group], state: State, whole: Whole) -> None:
         return
     gradients = [item.gradient for item in items]
     keep = [item.group["momentum"] for item in items]
-    torch._foreach_mul_(momenta, keep)
-    torch._foreach_add_(momenta, gradients)
+    for momentum, gradient, mu in zip(momenta, gradients, keep, strict=True):
+        momentum.mul_(mu).add_(gradient)  # one after the other, while a CPU has it in its cache
     dtype = precision(items)
     # One at a time, so that of what is not bf16 only one matrix is held besides the states.
     directions = [
