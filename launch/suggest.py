@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from allometry.scaling.hyperlaws import Suggestion, Target, disagreements, sugge
 from allometry.scaling.shapes import at_width, tuning_width
 
 TOKENS_PER_PARAMETER = 20
+COLUMNS = 100
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,21 @@ def report(
             "base": asdict(base),
         }
         return json.dumps(facts, indent=2)
-    return "\n".join([*_head(target), *_table(found, length), *_notes(found, apart), *_tune(base)])
+    small = base.width == config.model.width
+    return "\n".join(
+        [
+            *_wrapped(_head(target)),
+            *_table(found, length),
+            *(line for note in _notes(found, apart) for line in _wrapped(note)),
+            *_wrapped(_tune(base, small)),
+        ]
+    )
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(
+        text, COLUMNS, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+    )
 
 
 def _base(config: RunConfig) -> Base:
@@ -58,16 +74,16 @@ def _base(config: RunConfig) -> Base:
     return Base(width, count, TOKENS_PER_PARAMETER * count)
 
 
-def _head(target: Target) -> list[str]:
+def _head(target: Target) -> str:
     active = f", {target.active:.3g} active" if target.kind == "moe" else ""
-    return [
+    return (
         f"{target.kind} model, N = {target.parameters:.3g}{active} (without embedding and head), "
         f"{target.num_layers} layers; D = {target.tokens:.3g} tokens; C = {target.flops:.3g} FLOPs"
-    ]
+    )
 
 
 def _table(found: tuple[Suggestion, ...], length: int) -> list[str]:
-    rows = [("law", "for", "peak lr", "batch, tokens", "sequences", "schedule")]
+    rows = [("law", "for", "peak lr", "batch, tokens", "sequences")]
     for one in found:
         if one.refused:
             continue
@@ -79,7 +95,6 @@ def _table(found: tuple[Suggestion, ...], length: int) -> list[str]:
                 "-" if one.lr is None else f"{one.lr:.3g}",
                 "-" if batch is None else f"{batch:,}",
                 "-" if batch is None else f"{max(1, round(batch / length)):,}",
-                one.schedule,
             )
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -91,16 +106,24 @@ def _table(found: tuple[Suggestion, ...], length: int) -> list[str]:
 def _notes(found: tuple[Suggestion, ...], apart: list[str]) -> list[str]:
     lines = []
     for one in found:
-        said: list[Any] = [one.refused] if one.refused else [f"fitted on {one.fitted}"]
+        said: list[Any] = [f"fitted on {one.fitted}", f"schedule: {one.schedule}"]
+        if one.refused:
+            said = [one.refused]
         said += [f"* outside: {words}" for words in one.outside]
         said += one.notes
         lines.append(f"{one.law} ({one.source}): {'; '.join(said)}")
     return [*lines, *(f"note: {words}" for words in apart)]
 
 
-def _tune(base: Base) -> list[str]:
-    return [
+def _tune(base: Base, small: bool) -> str:
+    if small:
+        return (
+            f"to tune small: model.width={base.width} ({base.parameters:,} parameters active) is "
+            "small already, so tune the model itself; allometry transfer measures whether its rate "
+            "holds at larger sizes"
+        )
+    return (
         f"to tune small: model.width={base.width} ({base.parameters:,} parameters active, "
         f"{base.tokens:,} tokens at {TOKENS_PER_PARAMETER} each), with a parameterization whose "
         f"base_width is {base.width}; allometry transfer measures whether its rate holds"
-    ]
+    )

@@ -40,6 +40,25 @@ def test_suggest_prints_a_table_and_json() -> None:
     assert facts["base"]["width"] <= 512
 
 
+@pytest.mark.parametrize("preset", ["demo", "dense_1b", "moe_demo"])
+def test_suggest_fits_a_terminal(preset: str) -> None:
+    config = load(f"preset:{preset}")
+    lines = suggest.report(config, None, None, None, as_json=False).splitlines()
+    assert max(map(len, lines)) <= 100
+    said = " ".join(line.strip() for line in lines)
+    assert "schedule: cosine to 1e-5 after 2,000 steps of warm-up" in said
+    assert "multi-step: 31.6 % of the peak after 80 %" in said or preset == "moe_demo"
+
+
+def test_suggest_says_where_a_model_is_small_already() -> None:
+    said = suggest.report(load("preset:demo"), None, None, None, as_json=False).replace("\n ", "")
+    assert "model.width=192 (3,147,712 parameters active) is small already" in said
+    assert "base_width is" not in said
+    large = suggest.report(load("preset:dense_1b"), None, None, None, as_json=False)
+    assert "small already" not in large
+    assert "to tune small: model.width=512 " in large
+
+
 @pytest.mark.parametrize("flag", ["--params", "--tokens", "--loss"])
 def test_suggest_refuses_what_is_not_finite(flag: str) -> None:
     with pytest.raises(UserError, match=f"{flag}=inf is not finite; give a number"):
