@@ -29,7 +29,7 @@ def deep(alpha: float) -> ParameterizationConfig:
     return parameterization(
         kind="completep",
         embedding_std=1.0,
-        base_width=128,
+        base_width=BASE,  # whose rate 2⁻⁶ is, as in the other rows
         base_layers=2,
         depth_alpha=alpha,
     )
@@ -41,7 +41,7 @@ def coordinates(
     """(name, parameterization, optimizer, axis, sizes)."""
     widths = (32, 64) if quick else (32, 64, 128, 256, 512)
     layers = (2, 4) if quick else (2, 4, 8, 16, 32)
-    deep_mup = parameterization(kind="mup", embedding_std=1.0, base_width=128)
+    deep_mup = parameterization(kind="mup", embedding_std=1.0, base_width=BASE)
     return [
         ("sp", STANDARD, ADAM, Axis.WIDTH, widths),
         ("mup", MAXIMAL, ADAM, Axis.WIDTH, widths),
@@ -75,9 +75,19 @@ def run_coordinates(given: argparse.Namespace) -> list[dict[str, Any]]:
             described = [movement.describe() for movement in movements]
             kept.write_text(json.dumps({**settings, "movements": described}))
         found = slopes(movements)
-        rows.append({"name": name, "axis": axis.value, "sizes": list(sizes), "slopes": found})
+        above = slopes([movement for movement in movements if movement.size > sizes[0]])
+        rows.append(
+            {
+                "name": name,
+                "axis": axis.value,
+                "sizes": list(sizes),
+                "slopes": found,
+                "slopes_without_the_least": above,
+            }
+        )
         print(
-            f"{name:<24}{axis.value:<8}stream {found[STREAM]:+.2f}  logits {found[LOGITS]:+.2f}",
+            f"{name:<24}{axis.value:<8}stream {found[STREAM]:+.2f}  logits {found[LOGITS]:+.2f}"
+            f"  (without the least size {above[STREAM]:+.2f} {above[LOGITS]:+.2f})",
             flush=True,
         )
     return rows
