@@ -1,9 +1,11 @@
-"""What the gates coordcheck and transfer share: sizes, processes, figures."""
+"""What the gates coordcheck and transfer share: sizes, processes, being stopped, figures."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ from allometry.configs.model import ModelConfig, MoEModel
 from allometry.scaling.shapes import Axis, width_unit
 
 GROWTH = (1, 2, 4)
+INTERRUPTED = 130
+"""Exit code of a command that Ctrl-C stopped, as shells have it."""
 
 
 def numbers(text: str | None, flag: str) -> tuple[int, ...] | None:
@@ -46,6 +50,16 @@ def default_sizes(model: ModelConfig, axis: Axis, steps: int) -> tuple[int, ...]
 def processes_here(asked: int | None) -> int:
     """The number asked for, else one for each core that this process may use."""
     return asked or len(os.sched_getaffinity(0))
+
+
+@contextmanager
+def stoppable(kept: Callable[[], str]) -> Iterator[None]:
+    """While the context lasts Ctrl-C ends the command with a line that says what is kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"allometry: stopped; {kept()}", file=sys.stderr, flush=True)
+        raise SystemExit(INTERRUPTED) from None
 
 
 def curves(

@@ -10,7 +10,7 @@ from typing import Any
 
 from allometry.configs.errors import UserError
 from allometry.configs.run import RunConfig
-from allometry.launch.gates import curves, default_sizes, numbers, processes_here
+from allometry.launch.gates import curves, default_sizes, numbers, processes_here, stoppable
 from allometry.launch.plot import check_format
 from allometry.laws.optimum import drift_interval
 from allometry.scaling.shapes import Axis
@@ -54,17 +54,19 @@ def run(config: RunConfig, request: Request, *, as_json: bool) -> tuple[str, boo
     seeds = tuple(range(request.seeds))
     sweep.check(sizes, seeds)  # before the file of trials is begun
     log = None if request.trials is None else TrialLog(request.trials, sweep.settings())
+    ended: dict[Trial, float] = {}
     runner = Runner(
         sweep,
         rates,
         request.step,
         processes_here(request.processes),
         known={} if log is None else log.known,
-        done=_ignore if log is None else log.add,
+        done=ended.__setitem__ if log is None else log.add,
     )
-    found = runner.run(sizes, seeds)
+    with stoppable(lambda: _kept(log, len(ended))):
+        found = runner.run(sizes, seeds)
+        _figure(found, request.out)
     wrong = found.failures(request.bound)
-    _figure(found, request.out)
     if as_json:
         facts = {
             "kind": config.parameterization.kind,
@@ -79,8 +81,17 @@ def run(config: RunConfig, request: Request, *, as_json: bool) -> tuple[str, boo
     return _text(config, request, found, wrong), not wrong
 
 
-def _ignore(_trial: Trial, _loss: float) -> None:
-    pass
+def _kept(log: TrialLog | None, ended: int) -> str:
+    number = ended if log is None else len(log.known)
+    if not number:
+        return "no trial had ended"
+    if log is not None:
+        trials = "1 trial is" if number == 1 else f"{number} trials are"
+        return f"{trials} kept in {log.path}, and the same command goes on from there"
+    trials = (
+        "the trial that had ended is" if ended == 1 else f"the {ended} trials that had ended are"
+    )
+    return f"{trials} lost: keep them with --trials FILE, from which the same command goes on"
 
 
 def _axis(name: str) -> Axis:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from types import TracebackType
@@ -20,6 +21,7 @@ class Workers:
     Every task runs on one thread, whether in this process (``processes`` 1) or in a spawned one,
     so that results do not depend on how many there are. Functions, tasks and results must be
     picklable; a script that uses this guards its main part. Processes start with the first task.
+    Ctrl-C ends them at once and in silence; it is an exception in this process alone.
     """
 
     def __init__(self, processes: int = 1) -> None:
@@ -35,8 +37,7 @@ class Workers:
             self._pool = ProcessPoolExecutor(
                 max_workers=self.processes,
                 mp_context=multiprocessing.get_context("spawn"),
-                initializer=torch.set_num_threads,
-                initargs=(1,),
+                initializer=_start,
             )
         return self
 
@@ -65,7 +66,12 @@ class Workers:
         if self._pool is None:
             return self._here(function, tasks, done)
         found: dict[int, Result] = {}
-        futures = {self._pool.submit(function, task): index for index, task in enumerate(tasks)}
+        # Processes start here and hold Ctrl-C back until they can take it without a traceback.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            futures = {self._pool.submit(function, task): i for i, task in enumerate(tasks)}
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         for future in as_completed(futures):
             index = futures[future]
             found[index] = future.result()
@@ -85,3 +91,9 @@ class Workers:
             if done is not None:
                 done(task, results[-1])
         return results
+
+
+def _start() -> None:
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import signal
 import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -187,6 +188,21 @@ def test_processes_change_nothing() -> None:
     there = Runner(small(), rates, step=2.0, processes=2).run((16, 32), (0,))
     assert here.losses == there.losses
     assert len(set(here.losses.values())) == len(here.losses)
+
+
+def interrupts(_: int) -> tuple[bool, bool]:
+    """Whether Ctrl-C ends this process without a traceback, and is held back."""
+    held = signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    return signal.getsignal(signal.SIGINT) is signal.SIG_DFL, held
+
+
+def test_ctrl_c_ends_workers_in_silence() -> None:
+    with Workers(2) as workers:
+        assert workers.run(interrupts, [0]) == [(True, False)]
+    here = signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    assert not here, "this process hears of it again"
+    with Workers(1) as workers:
+        assert workers.run(interrupts, [0]) == [(False, False)]
 
 
 def test_a_failure_in_a_process_is_raised_here() -> None:
