@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from allometry.configs.errors import UserError
 from allometry.configs.run import RunConfig
-from allometry.launch.gates import curves, default_sizes, numbers, processes_here, stoppable
+from allometry.launch.gates import (
+    Line,
+    Panel,
+    counted,
+    default_sizes,
+    draw,
+    numbers,
+    processes_here,
+    stoppable,
+)
 from allometry.launch.plot import check_format
 from allometry.scaling.shapes import Axis
 from allometry.trainer.coordinate import (
@@ -24,6 +34,11 @@ from allometry.trainer.coordinate import (
 )
 from allometry.trainer.probe import LOGITS, STREAM, read_pools
 
+AXIS_LABELS = {
+    Axis.WIDTH: "width",
+    Axis.DEPTH: "depth, layers",
+    Axis.EXPERTS: "routed experts",
+}
 DEEP = frozenset({"completep", "mupp", "hyperp"})
 
 
@@ -85,7 +100,7 @@ def run(config: RunConfig, request: Request, *, as_json: bool) -> tuple[str, boo
     )
     with stoppable(lambda: "nothing is kept: a check is run from its beginning"):
         outcomes = [_outcome(check, axis, sizes, request) for axis, sizes in axes.items()]
-        _figure(outcomes, request.out)
+        _figure(outcomes, request)
     passed = not any(outcome.failures for outcome in outcomes)
     if as_json:
         facts = {
@@ -142,7 +157,8 @@ def _outcome(
 def _text(config: RunConfig, request: Request, lr: float, outcomes: list[Outcome]) -> str:
     lines = [
         f"coordinate check of {config.parameterization.kind} with {config.optimizer.kind}, "
-        f"{request.steps} steps at {lr:.4g}, {request.seeds} seeds: rms of what moved"
+        f"{counted(request.steps, 'step')} at {lr:.4g}, {counted(request.seeds, 'seed')}: "
+        "rms of what moved"
     ]
     for outcome in outcomes:
         by_size = means(outcome.movements)
@@ -160,18 +176,35 @@ def _text(config: RunConfig, request: Request, lr: float, outcomes: list[Outcome
     return "\n".join([*lines, f"{verdict}; figure: {request.out}"])
 
 
-def _figure(outcomes: list[Outcome], out: Path) -> None:
+def _figure(outcomes: list[Outcome], request: Request) -> None:
     panels = []
+    mean = "1 seed" if request.seeds == 1 else f"mean and range of {request.seeds} seeds"
     for outcome in outcomes:
         by_size = means(outcome.movements)
         names = [STREAM, LOGITS] if outcome.axis == Axis.DEPTH else [*outcome.slopes]
-        lines = {
-            f"{name} ({outcome.slopes[name]:+.2f})": (
-                [float(size) for size in by_size],
-                [rms[name] for rms in by_size.values()],
+        panels.append(
+            Panel(
+                title=f"over {outcome.axis} (slope): {mean}",
+                x_label=AXIS_LABELS[outcome.axis],
+                y_label=f"rms of what moved in {counted(request.steps, 'step')}",
+                lines={
+                    f"{name} ({outcome.slopes[name]:+.2f})": _line(outcome.movements, name, by_size)
+                    for name in names
+                    if name != STREAM or outcome.axis == Axis.DEPTH
+                },
+                ticks=[*by_size],
+                log_y=True,
             )
-            for name in names
-            if name != STREAM or outcome.axis == Axis.DEPTH
-        }
-        panels.append((f"over {outcome.axis} (slope)", outcome.axis.value, lines))
-    curves(out, panels, "rms of what moved", log_y=True)
+        )
+    draw(request.out, panels)
+
+
+def _line(movements: list[Movement], name: str, by_size: Mapping[int, Mapping[str, float]]) -> Line:
+    of_seeds = [[m.rms[name] for m in movements if m.size == size] for size in by_size]
+    several = len(of_seeds[0]) > 1
+    return Line(
+        x=[*by_size],
+        y=[rms[name] for rms in by_size.values()],
+        low=[min(values) for values in of_seeds] if several else None,
+        high=[max(values) for values in of_seeds] if several else None,
+    )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,11 @@ def processes_here(asked: int | None) -> int:
     return asked or len(os.sched_getaffinity(0))
 
 
+def counted(number: int, what: str) -> str:
+    """Return ``1 seed`` or ``3 seeds``, of a word whose plural ends in s."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
 @contextmanager
 def stoppable(kept: Callable[[], str]) -> Iterator[None]:
     """While the context lasts Ctrl-C ends the command with a line that says what is kept."""
@@ -62,14 +68,31 @@ def stoppable(kept: Callable[[], str]) -> Iterator[None]:
         raise SystemExit(INTERRUPTED) from None
 
 
-def curves(
-    out: Path,
-    panels: Sequence[tuple[str, str, dict[str, tuple[Sequence[float], Sequence[float]]]]],
-    y_label: str,
-    *,
-    log_y: bool,
-) -> None:
-    """Write a figure with a panel for each (title, x label, {name: (x, y)}); x is log2."""
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """A curve over sizes or rates; ``low`` and ``high``: over seeds, ``mark``: its best point."""
+
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float] | None = None
+    high: Sequence[float] | None = None
+    mark: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """Axes of a figure; ``ticks`` of x are written as they are, else powers of two."""
+
+    title: str
+    x_label: str
+    y_label: str
+    lines: Mapping[str, Line]
+    ticks: Sequence[int] | None = None
+    log_y: bool = False
+
+
+def draw(out: Path, panels: Sequence[Panel]) -> None:
+    """Write a figure of these panels side by side; x is log2."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -78,21 +101,26 @@ def curves(
     figure, axes = plt.subplots(
         1, len(panels), figsize=(6 * len(panels), 4.5), squeeze=False, layout="constrained"
     )
-    for axis, (title, x_label, lines) in zip(axes[0], panels, strict=True):
-        _panel(axis, lines)
-        axis.set_title(title)
-        axis.set_xlabel(x_label)
-        axis.set_xscale("log", base=2)
-        if log_y:
-            axis.set_yscale("log", base=2)
-        axis.set_ylabel(y_label)
-        axis.grid(alpha=0.3, which="both")
-        axis.legend(fontsize=8)
+    for axis, panel in zip(axes[0], panels, strict=True):
+        _panel(axis, panel)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=130)
     plt.close(figure)
 
 
-def _panel(axis: Any, lines: dict[str, tuple[Sequence[float], Sequence[float]]]) -> None:
-    for name, (x, y) in lines.items():
-        axis.plot(x, y, "o-", ms=4, lw=1.4, label=name)
+def _panel(axis: Any, panel: Panel) -> None:
+    for name, line in panel.lines.items():
+        (drawn,) = axis.plot(line.x, line.y, "o-", ms=4, lw=1.4, label=name)
+        if line.low is not None and line.high is not None:
+            axis.fill_between(line.x, line.low, line.high, color=drawn.get_color(), alpha=0.15)
+        if line.mark is not None:
+            axis.plot(*line.mark, "*", ms=13, mec="black", mew=0.6, color=drawn.get_color())
+    axis.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
+    axis.set_xscale("log", base=2)
+    if panel.ticks is not None:
+        axis.set_xticks(panel.ticks, [str(tick) for tick in panel.ticks])
+        axis.set_xticks([], minor=True)
+    if panel.log_y:
+        axis.set_yscale("log", base=2)
+    axis.grid(alpha=0.3, which="both")
+    axis.legend(fontsize=8)

@@ -6,11 +6,21 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+import numpy as np
 
 from allometry.configs.errors import UserError
 from allometry.configs.run import RunConfig
-from allometry.launch.gates import curves, default_sizes, numbers, processes_here, stoppable
+from allometry.launch.gates import (
+    Line,
+    Panel,
+    counted,
+    default_sizes,
+    draw,
+    numbers,
+    processes_here,
+    stoppable,
+)
 from allometry.launch.plot import check_format
 from allometry.laws.optimum import drift_interval
 from allometry.scaling.shapes import Axis
@@ -149,7 +159,8 @@ def _text(config: RunConfig, request: Request, found: Transfer, wrong: list[str]
     sweeps = {size: found.sweep(size) for size in found.sizes}
     lines = [
         f"best learning rates of {config.parameterization.kind} with {config.optimizer.kind} over "
-        f"{found.axis}, {len(found.seeds)} seeds, {request.sequences} sequences a step",
+        f"{found.axis}, {counted(len(found.seeds), 'seed')}, "
+        f"{counted(request.sequences, 'sequence')} a step",
         f"{found.axis:<12}{'best lr':>12}{'log2':>9}{'loss':>9}{'seeds apart':>13}",
     ]
     for size, optimum in found.optima().items():
@@ -169,14 +180,26 @@ def _text(config: RunConfig, request: Request, found: Transfer, wrong: list[str]
 
 
 def _figure(found: Transfer, out: Path) -> None:
-    lines: dict[str, Any] = {}
-    for size in found.sizes:
+    lines: dict[str, Line] = {}
+    several = len(found.seeds) > 1
+    for size, optimum in found.optima().items():
         sweep = found.sweep(size)
         means = sweep.losses_RS.mean(axis=1)
-        points = [
-            (2.0**rate, float(mean))
-            for rate, mean in zip(sweep.log2_lrs, means, strict=True)
-            if math.isfinite(mean)
-        ]
-        lines[f"{found.axis} {size}"] = ([x for x, _ in points], [y for _, y in points])
-    curves(out, [(f"over {found.axis}", "peak learning rate", lines)], "loss", log_y=False)
+        kept = np.isfinite(means)
+        losses_RS = sweep.losses_RS[kept]
+        name = f"{size} steps" if found.axis == Axis.HORIZON else f"{found.axis} {size}"
+        lines[name] = Line(
+            x=[float(x) for x in 2.0 ** np.array(sweep.log2_lrs)[kept]],
+            y=[float(y) for y in means[kept]],
+            low=[float(y) for y in losses_RS.min(axis=1)] if several else None,
+            high=[float(y) for y in losses_RS.max(axis=1)] if several else None,
+            mark=(2.0**optimum.log2_lr, optimum.loss) if optimum.interior else None,
+        )
+    mean = f"mean and range of {len(found.seeds)} seeds" if several else "1 seed"
+    panel = Panel(
+        title=f"over {found.axis}: {mean}; stars: best rates",
+        x_label="peak learning rate",
+        y_label="held-out loss, nats per token",
+        lines=lines,
+    )
+    draw(out, [panel])

@@ -14,7 +14,6 @@ from allometry.configs.loader import load
 from allometry.configs.run import RunConfig
 from allometry.launch import coordcheck, suggest, transfer
 from allometry.launch.cli import app
-from allometry.trainer.transfer import TransferSweep, Trial
 
 Make = Callable[..., RunConfig]
 MUP = ("parameterization={kind: mup, base_width: 16, embedding_std: 1.0}",)
@@ -137,69 +136,6 @@ def test_transfer_reports_and_goes_on_from_its_file(tiny: Make, tmp_path: Path) 
     again, _ = transfer.run(config, request, as_json=True)
     assert json.loads(again) == facts
     assert (tmp_path / "trials.jsonl").read_text() == written, "nothing was run twice"
-
-
-def stop_after(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C once so many trials of a sweep have begun."""
-    begun: list[Trial] = []
-    train = TransferSweep.loss
-
-    def loss(self: TransferSweep, trial: Trial) -> float:
-        if len(begun) == number:
-            raise KeyboardInterrupt
-        begun.append(trial)
-        return train(self, trial)
-
-    monkeypatch.setattr(TransferSweep, "loss", loss)
-
-
-@pytest.mark.parametrize(
-    ("ended", "kept", "lost"),
-    [
-        (0, "no trial had ended", "no trial had ended"),
-        (1, "1 trial is kept in {}", "the trial that had ended is lost: keep them with --trials"),
-        (2, "2 trials are kept in {}, and the same command goes on from there", "the 2 trials "),
-    ],
-)
-def test_a_stopped_sweep_says_what_it_kept(
-    tiny: Make,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    ended: int,
-    kept: str,
-    lost: str,
-) -> None:
-    short = {"sizes": "16,32", "seeds": 1, "steps": 2, "sequences": 2, "length": 8, "processes": 1}
-    for trials, said in ((tmp_path / "t.jsonl", kept), (None, lost)):
-        request = transfer.Request(**short, trials=trials, out=tmp_path / "t.png")  # type: ignore[arg-type]
-        config = tiny(*MUP)
-        with monkeypatch.context() as patch:
-            stop_after(ended, patch)
-            with pytest.raises(SystemExit) as end:
-                transfer.run(config, request, as_json=False)
-        assert end.value.code == 130
-        assert capsys.readouterr().err.startswith(f"allometry: stopped; {said.format(trials)}")
-    assert len((tmp_path / "t.jsonl").read_text().splitlines()) == 1 + ended
-
-
-def test_a_stopped_check_says_that_nothing_is_kept(
-    tiny: Make,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(coordcheck.CoordinateCheck, "movement", stop)
-    request = coordcheck.Request(widths="16,32", length=8, processes=1, out=tmp_path / "c.png")
-    with pytest.raises(SystemExit) as end:
-        coordcheck.run(tiny(*MUP), request, as_json=False)
-    assert end.value.code == 130
-    assert capsys.readouterr().err == (
-        "allometry: stopped; nothing is kept: a check is run from its beginning\n"
-    )
 
 
 def test_transfer_writes_nothing_before_its_sizes_are_checked(tiny: Make, tmp_path: Path) -> None:

@@ -1,0 +1,149 @@
+"""Figures of coordcheck and transfer, and what they say when they are stopped."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from allometry.configs.run import RunConfig
+from allometry.launch import coordcheck, gates, transfer
+from allometry.launch.gates import Panel
+from allometry.trainer.transfer import TransferSweep, Trial
+
+Make = Callable[..., RunConfig]
+MUP = ("parameterization={kind: mup, base_width: 16, embedding_std: 1.0}",)
+
+
+def panels_of(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[Panel]:
+    """What a gate draws from now on; it is drawn as well."""
+    seen: list[Panel] = []
+
+    def draw(out: Path, panels: Sequence[Panel]) -> None:
+        seen.extend(panels)
+        gates.draw(out, panels)
+
+    monkeypatch.setattr(module, "draw", draw)
+    return seen
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_the_figure_of_a_sweep(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seeds: int
+) -> None:
+    def loss(_: TransferSweep, trial: Trial) -> float:
+        vertex = -6.25 if trial.size == 16 else -20.0  # far outside: no best rate inside
+        return (
+            math.inf if trial.log2_lr > -4.0 else 2.0 + (trial.log2_lr - vertex) ** 2 + trial.seed
+        )
+
+    seen = panels_of(transfer, monkeypatch)
+    monkeypatch.setattr(TransferSweep, "loss", loss)
+    request = transfer.Request(
+        sizes="16,32", seeds=seeds, steps=2, sequences=2, length=8, processes=1,
+        octaves=3.0, out=tmp_path / "t.png",
+    )  # fmt: skip
+    text, _ = transfer.run(tiny(*MUP), request, as_json=False)
+    (panel,) = seen
+    assert panel.y_label == "held-out loss, nats per token"
+    near, far = panel.lines["width 16"], panel.lines["width 32"]
+    assert near.mark == pytest.approx((2.0**-6.25, 2.0 + (seeds - 1) / 2))
+    assert far.mark is None
+    assert max(near.x) == 2.0**-4.0, "runs that diverged are left out"
+    if seeds == 1:
+        assert near.low is None
+        assert near.high is None
+        assert "over width, 1 seed, " in text
+    else:
+        assert np.subtract(near.high, near.low) == pytest.approx(1.0)
+        assert "over width, 2 seeds, " in text
+
+
+def test_the_figure_of_a_check(tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = panels_of(coordcheck, monkeypatch)
+    request = coordcheck.Request(
+        widths="16,32",
+        depths="1,2",
+        seeds=2,
+        steps=1,
+        length=8,
+        processes=1,
+        out=tmp_path / "c.png",
+    )
+    coordcheck.run(tiny(*MUP), request, as_json=False)
+    assert [(panel.x_label, panel.ticks) for panel in seen] == [
+        ("width", [16, 32]),
+        ("depth, layers", [1, 2]),
+    ]
+    assert seen[0].y_label == "rms of what moved in 1 step"
+    for line in seen[0].lines.values():
+        assert all(
+            a <= b <= c for a, b, c in zip(line.low or (), line.y, line.high or (), strict=True)
+        )
+
+
+def stop_after(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C once so many trials of a sweep have begun."""
+    begun: list[Trial] = []
+    train = TransferSweep.loss
+
+    def loss(self: TransferSweep, trial: Trial) -> float:
+        if len(begun) == number:
+            raise KeyboardInterrupt
+        begun.append(trial)
+        return train(self, trial)
+
+    monkeypatch.setattr(TransferSweep, "loss", loss)
+
+
+@pytest.mark.parametrize(
+    ("ended", "kept", "lost"),
+    [
+        (0, "no trial had ended", "no trial had ended"),
+        (1, "1 trial is kept in {}", "the trial that had ended is lost: keep them with --trials"),
+        (2, "2 trials are kept in {}, and the same command goes on from there", "the 2 trials "),
+    ],
+)
+def test_a_stopped_sweep_says_what_it_kept(
+    tiny: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    ended: int,
+    kept: str,
+    lost: str,
+) -> None:
+    short = {"sizes": "16,32", "seeds": 1, "steps": 2, "sequences": 2, "length": 8, "processes": 1}
+    for trials, said in ((tmp_path / "t.jsonl", kept), (None, lost)):
+        request = transfer.Request(**short, trials=trials, out=tmp_path / "t.png")  # type: ignore[arg-type]
+        config = tiny(*MUP)
+        with monkeypatch.context() as patch:
+            stop_after(ended, patch)
+            with pytest.raises(SystemExit) as end:
+                transfer.run(config, request, as_json=False)
+        assert end.value.code == 130
+        assert capsys.readouterr().err.startswith(f"allometry: stopped; {said.format(trials)}")
+    assert len((tmp_path / "t.jsonl").read_text().splitlines()) == 1 + ended
+
+
+def test_a_stopped_check_says_that_nothing_is_kept(
+    tiny: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(coordcheck.CoordinateCheck, "movement", stop)
+    request = coordcheck.Request(widths="16,32", length=8, processes=1, out=tmp_path / "c.png")
+    with pytest.raises(SystemExit) as end:
+        coordcheck.run(tiny(*MUP), request, as_json=False)
+    assert end.value.code == 130
+    assert capsys.readouterr().err == (
+        "allometry: stopped; nothing is kept: a check is run from its beginning\n"
+    )
