@@ -27,6 +27,8 @@ from allometry.trainer.workers import Workers
 
 EXTENSIONS = 12
 LOSS_TOLERANCE = 0.01
+AFTER_WARMUP = 2
+"""Steps of a run after its warm-up, at least: with a single one no rate near the peak is used."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -101,10 +103,20 @@ class TransferSweep:
         """Raise UserError for a size that cannot be run."""
         for size in sizes:
             steps = size if self.axis == Axis.HORIZON else self.steps
+            self._check_length(steps)
             model = resize(self.model, self.axis, size)
             Parameterization(self.parameterization, model, self.optimizer, self._scale(steps))
             Schedule(LinearSchedule(final_fraction=0.1), steps, self.warmup_steps)
             sample(self.pool_PL, steps * self.sequences, seeds[0])
+
+    def _check_length(self, steps: int) -> None:
+        least = self.warmup_steps + AFTER_WARMUP
+        if steps < least:
+            flag = "--sizes" if self.axis == Axis.HORIZON else "--steps"
+            raise UserError(
+                f"{flag}={steps} is too short for a sweep, whose runs end {AFTER_WARMUP} steps or "
+                f"more after their warm-up of {self.warmup_steps}; choose {least} or more"
+            )
 
     def _scale(self, steps: int) -> RunScale | None:
         if self.axis != Axis.HORIZON:

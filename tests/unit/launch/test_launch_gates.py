@@ -138,6 +138,30 @@ def test_transfer_reports_and_goes_on_from_its_file(tiny: Make, tmp_path: Path) 
     assert (tmp_path / "trials.jsonl").read_text() == written, "nothing was run twice"
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            {"axis": "horizon", "sizes": "1,4"},
+            "--sizes=1 is too short .* warm-up of 0; choose 2 or",
+        ),
+        (
+            {"axis": "horizon", "sizes": "4,9", "warmup_steps": 3},
+            "--sizes=4 is too short for a sweep, whose runs end 2 steps or more after their "
+            "warm-up of 3; choose 5 or more",
+        ),
+        ({"sizes": "16,32", "steps": 4, "warmup_steps": 3}, "--steps=4 is too short .* choose 5"),
+    ],
+)
+def test_runs_of_a_sweep_that_are_too_short(
+    tiny: Make, tmp_path: Path, options: dict[str, object], said: str
+) -> None:
+    request = transfer.Request(length=8, trials=tmp_path / "t.jsonl", **options)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=said):
+        transfer.run(tiny(*MUP), request, as_json=False)
+    assert not (tmp_path / "t.jsonl").exists()
+
+
 def test_transfer_writes_nothing_before_its_sizes_are_checked(tiny: Make, tmp_path: Path) -> None:
     request = transfer.Request(sizes="16,33", steps=2, length=8, trials=tmp_path / "t.jsonl")
     with pytest.raises(UserError, match="33"):
