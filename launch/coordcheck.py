@@ -16,7 +16,9 @@ from allometry.launch.gates import (
     Panel,
     counted,
     default_sizes,
+    depth_words,
     draw,
+    has_depth_rule,
     numbers,
     processes_here,
     stoppable,
@@ -39,7 +41,6 @@ AXIS_LABELS = {
     Axis.DEPTH: "depth, layers",
     Axis.EXPERTS: "routed experts",
 }
-DEEP = frozenset({"completep", "mupp", "hyperp"})
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def _axes(config: RunConfig, request: Request) -> dict[Axis, tuple[int, ...]]:
     if asked:
         return asked
     kinds = [Axis.WIDTH]
-    kinds += [Axis.DEPTH] * (config.parameterization.kind in DEEP)
+    kinds += [Axis.DEPTH] * has_depth_rule(config.parameterization)
     return {axis: default_sizes(config.model, axis, request.steps) for axis in kinds}
 
 
@@ -172,6 +173,8 @@ def _text(config: RunConfig, request: Request, lr: float, outcomes: list[Outcome
             values = "".join(f"{rms[name]:>10.4f}" for rms in by_size.values())
             lines.append(f"  {name:<10}{values}{outcome.slopes[name]:>+8.2f}")
         lines += [f"  FAILED: {failure}" for failure in outcome.failures]
+        if outcome.failures:
+            lines += [f"  {words}" for words in depth_words(config.parameterization, outcome.axis)]
     verdict = "NOT passed" if any(o.failures for o in outcomes) else "passed"
     return "\n".join([*lines, f"{verdict}; figure: {request.out}"])
 

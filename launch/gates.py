@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from allometry.configs.errors import UserError
-from allometry.configs.model import ModelConfig, MoEModel
+from allometry.configs.model import (
+    MSSP,
+    CompleteP,
+    HyperP,
+    ModelConfig,
+    MoEModel,
+    MuPPlusPlus,
+    ParameterizationConfig,
+)
 from allometry.scaling.shapes import Axis, width_unit
 
 GROWTH = (1, 2, 4)
@@ -46,6 +54,25 @@ def default_sizes(model: ModelConfig, axis: Axis, steps: int) -> tuple[int, ...]
             return tuple(model.experts.num_experts * growth for growth in GROWTH)
         case Axis.HORIZON:
             return tuple(steps * growth for growth in GROWTH)
+
+
+def has_depth_rule(parameterization: ParameterizationConfig) -> bool:
+    """Whether something in it follows the number of layers."""
+    if isinstance(parameterization, MSSP):
+        return parameterization.base_layers is not None
+    return isinstance(parameterization, CompleteP | MuPPlusPlus | HyperP)
+
+
+def depth_words(parameterization: ParameterizationConfig, axis: Axis) -> list[str]:
+    """Return a line for the verdict of a family that failed over depth and has no rule for it."""
+    if axis != Axis.DEPTH or has_depth_rule(parameterization):
+        return []
+    return [
+        f"parameterization.kind={parameterization.kind} has no rule for depth"
+        + (" without base_layers" if isinstance(parameterization, MSSP) else "")
+        + "; completep (with depth_alpha 0.5: Depth-muP), mupp, hyperp, and mssp with base_layers "
+        "have one"
+    ]
 
 
 def processes_here(asked: int | None) -> int:

@@ -16,6 +16,7 @@ from allometry.launch.gates import (
     Panel,
     counted,
     default_sizes,
+    depth_words,
     draw,
     numbers,
     processes_here,
@@ -175,6 +176,7 @@ def _text(config: RunConfig, request: Request, found: Transfer, wrong: list[str]
     drift = found.drift()
     lines.append("drift unknown" if math.isnan(drift) else f"drift {drift:.2f} octaves{interval}")
     lines += [f"FAILED: {failure}" for failure in wrong]
+    lines += depth_words(config.parameterization, found.axis) if wrong else []
     verdict = "NOT passed" if wrong else f"passed: at most {request.bound:g} octaves"
     return "\n".join([*lines, f"{verdict}; figure: {request.out}"])
 

@@ -1,4 +1,4 @@
-"""Figures of coordcheck and transfer, and what they say when they are stopped."""
+"""Figures of coordcheck and transfer, what they say when stopped, and of depth without a rule."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+from pydantic import TypeAdapter
 
+from allometry.configs.model import ParameterizationConfig
 from allometry.configs.run import RunConfig
 from allometry.launch import coordcheck, gates, transfer
 from allometry.launch.gates import Panel
+from allometry.scaling.shapes import Axis
 from allometry.trainer.transfer import TransferSweep, Trial
 
 Make = Callable[..., RunConfig]
@@ -147,3 +150,57 @@ def test_a_stopped_check_says_that_nothing_is_kept(
     assert capsys.readouterr().err == (
         "allometry: stopped; nothing is kept: a check is run from its beginning\n"
     )
+
+
+COMPLETEP = "parameterization={kind: completep, base_width: 16, base_layers: 1}"
+NO_RULE = "parameterization.kind=mup has no rule for depth; completep (with depth_alpha 0.5: "
+
+
+@pytest.mark.parametrize("bound", [0.0, 99.0])
+def test_a_check_that_fails_over_depth_names_rules_for_it(
+    tiny: Make, tmp_path: Path, bound: float
+) -> None:
+    small = {"seeds": 1, "steps": 1, "length": 8, "processes": 1, "out": tmp_path / "c.png"}
+    bounds = {"block_bound": bound, "logit_bound": bound}
+    deep = coordcheck.Request(depths="1,2", **small, **bounds)  # type: ignore[arg-type]
+    text, passed = coordcheck.run(tiny(*MUP), deep, as_json=False)
+    assert passed == (bound > 0.0)
+    assert (NO_RULE in text) == (not passed)
+    text, _ = coordcheck.run(tiny(COMPLETEP), deep, as_json=False)
+    assert "no rule for depth" not in text
+    wide = coordcheck.Request(widths="16,32", **small, **bounds)  # type: ignore[arg-type]
+    text, _ = coordcheck.run(tiny(*MUP), wide, as_json=False)
+    assert "no rule for depth" not in text
+
+
+def test_a_sweep_that_fails_over_depth_names_rules_for_it(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loss(_: TransferSweep, trial: Trial) -> float:
+        return 2.0 + (trial.log2_lr + 6.0 + trial.size) ** 2
+
+    monkeypatch.setattr(TransferSweep, "loss", loss)
+    small = {"seeds": 1, "steps": 2, "sequences": 2, "length": 8, "processes": 1}
+    for axis, kind, said in (
+        ("depth", MUP[0], True),
+        ("depth", COMPLETEP, False),
+        ("horizon", MUP[0], False),
+    ):
+        request = transfer.Request(axis=axis, sizes="2,4", **small, out=tmp_path / "t.png")  # type: ignore[arg-type]
+        text, passed = transfer.run(tiny(kind), request, as_json=False)
+        assert not passed
+        assert (NO_RULE in text) == said
+
+
+def test_what_has_a_rule_for_depth() -> None:
+    parse = TypeAdapter(ParameterizationConfig).validate_python
+    base = {"base_width": 16, "base_layers": 2}
+    mssp = {"regime": "I", "base_experts": 4, "base_experts_per_token": 1, "base_expert_width": 16}
+    for kind in ("completep", "mupp", "hyperp"):
+        assert gates.has_depth_rule(parse({"kind": kind, **base}))
+    assert gates.has_depth_rule(parse({"kind": "mssp", **base, **mssp}))
+    without = parse({"kind": "mssp", "base_width": 16, **mssp})
+    assert not gates.has_depth_rule(without)
+    (line,) = gates.depth_words(without, Axis.DEPTH)
+    assert line.startswith("parameterization.kind=mssp has no rule for depth without base_layers; ")
+    assert not gates.has_depth_rule(parse({"kind": "sp"}))
