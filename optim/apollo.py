@@ -16,6 +16,7 @@ from torch import Tensor
 from allometry.configs.errors import UserError
 from allometry.optim.states import Group, Item, State, at_rest, count_step, items_of, steps_before
 from allometry.optim.whole import Matrix, Whole
+from allometry.scaling.ranks import rank_problem
 from allometry.scaling.roles import Rule
 
 _LEAST = 1e-8  # added to norms that something is divided by
@@ -140,11 +141,9 @@ def check_rank(group: Group) -> None:
     """Raise UserError for a projection that would not make gradients smaller."""
     for name, parameter in zip(group["param_names"], group["params"], strict=True):
         smaller = min(parameter.shape[-2:])
-        if rank_of(group, smaller) > smaller:
-            raise UserError(
-                f"optimizer.rank={group['rank']} is above the smaller side of {name}, {smaller}; "
-                "choose a smaller one, or null for a quarter of each"
-            )
+        found = rank_problem(rank_of(group, smaller), name, smaller)
+        if found is not None:
+            raise UserError(found)
 
 
 def apollo_cost(rows: int, columns: int) -> float:

@@ -22,6 +22,7 @@ from allometry.configs.optimization import OptimizerConfig
 from allometry.configs.run import RunConfig
 from allometry.scaling.batch import BatchPlan, total_steps
 from allometry.scaling.inventory import inventory
+from allometry.scaling.ranks import rank_of_model_problem
 from allometry.scaling.roles import ParamSpec
 from allometry.scaling.rules.base import ForwardScales, Resolved, Rules, RunScale
 from allometry.scaling.rules.completep import CompletedUpdate
@@ -42,7 +43,7 @@ class Parameterization:
     base dimensions every multiplier of learning rates, decay and epsilon is exactly 1.
 
     Raises:
-        UserError: the sections contradict one another.
+        UserError: the sections contradict one another, or APOLLO's rank does not fit a matrix.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class Parameterization:
         optimizer: OptimizerConfig | None = None,
         scale: RunScale | None = None,
     ) -> None:
-        found = contradiction(config, model, optimizer)
+        found = contradiction(config, model, optimizer) or rank_of_model_problem(model, optimizer)
         if found is not None:
             raise UserError(found)
         self.config = config

@@ -92,6 +92,8 @@ def test_dry_run_as_json(tiny: Make) -> None:
     assert plan["learning_rate"][0]["lr"] == pytest.approx(1e-2 / 3)
     with pytest.raises(UserError, match=r"batch\.sequences=8"):
         report(tiny(), 3, as_json=True)
+    with pytest.raises(UserError, match=r"optimizer\.rank=1000 is above .*wq.weight, 32; choose"):
+        report(tiny("optimizer.kind=apollo", "optimizer.rank=1000"), 1, as_json=True)
 
 
 def test_folder_of_a_figure_is_made_before_the_work(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from allometry.configs.model import (
     MaximalUpdateParameterization,
     StandardParameterization,
 )
-from allometry.configs.optimization import AdamW
+from allometry.configs.optimization import AdamW, Apollo, ApolloMini
 from allometry.optim.build import build_optimizer
 from allometry.scaling.inventory import inventory
 from allometry.scaling.parameterization import Parameterization
@@ -207,3 +207,21 @@ def test_ten_steps_are_those_of_the_mup_package() -> None:
     for mine, layer in zip(weights, oracle, strict=True):
         torch.testing.assert_close(mine.detach(), layer.weight.detach(), rtol=1e-6, atol=1e-9)
     assert (oracle[1].weight - start).abs().max() > 1e-3
+
+
+def test_a_rank_above_a_side_of_a_matrix_needs_no_weights_to_be_refused() -> None:
+    """The same sentence as the optimizer's own, from the shapes alone."""
+    model, sp = model_at(1), StandardParameterization()
+    said = (
+        r"optimizer.rank=97 is above the smaller side of blocks.0.attention.wq.weight, 96; choose"
+    )
+    # Keys have 3 heads of 16: the first matrix whose smaller side is below 96 is theirs.
+    keys = (
+        r"optimizer.rank=49 is above the smaller side of blocks.0.attention.wk.weight, 48; choose"
+    )
+    Parameterization(sp, model, Apollo(lr=0.01, rank=48))
+    Parameterization(sp, model, Apollo(lr=0.01))
+    Parameterization(sp, model, ApolloMini(lr=0.01))
+    for rank, words in ((97, said), (49, keys)):
+        with pytest.raises(UserError, match=words):
+            Parameterization(sp, model, Apollo(lr=0.01, rank=rank))
