@@ -137,9 +137,16 @@ def _sentence(error: ValidationError, tree: Tree, root: type[BaseModel]) -> str:
     first = next((d for d in details if d["type"] == "extra_forbidden"), details[0])
     path = _data_path(first, tree, root)
     name = ".".join(map(str, path)) or "the run"
-    where = tree.where(path)
-    more = f" ({len(details) - 1} more)" if len(details) > 1 else ""
-    return f"{where}: {_explain(first, path, name, root)}{more}"
+    said, number = _explain(first, path, name, root), 1
+    if first["type"] == "missing":
+        # All that this section lacks: those of another would stand in another place.
+        paths = [_data_path(d, tree, root) for d in details if d["type"] == "missing"]
+        keys = [str(p[-1]) for p in paths if p[:-1] == path[:-1]]
+        if len(keys) > 1:
+            section = ".".join(map(str, path[:-1])) or "the run"
+            said, number = f"{section} lacks {', '.join(keys)}; add them", len(keys)
+    more = f" ({len(details) - number} more)" if len(details) > number else ""
+    return f"{tree.where(path)}: {said}{more}"
 
 
 def _data_path(detail: ErrorDetails, tree: Tree, root: type[BaseModel]) -> KeyPath:

@@ -87,6 +87,39 @@ def test_bad_override_says_what_is_wrong(override: str, said: str) -> None:
     assert override.split("=")[0].split(".")[-1] in text
 
 
+MSSP_KEYS = ("base_width", "regime", "base_experts", "base_experts_per_token", "base_expert_width")
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        (
+            "parameterization={kind: hyperp}",
+            ": parameterization lacks base_width, base_layers; add them",
+        ),
+        (
+            "parameterization={kind: mssp}",
+            f": parameterization lacks {', '.join(MSSP_KEYS)}; add them",
+        ),
+        ("parameterization={kind: mup}", ": parameterization.base_width is missing; add it"),
+        (
+            "parameterization={kind: hyperp, embedding_std: 0}",
+            ": parameterization.embedding_std=0 is not valid: "
+            "input should be greater than 0 (2 more)",
+        ),
+    ],
+)
+def test_all_keys_that_a_section_lacks_are_named(override: str, said: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load("preset:demo", [override])
+    assert str(error.value) == f"override {override!r}{said}"
+
+
+def test_keys_that_another_section_lacks_are_counted() -> None:
+    with pytest.raises(ConfigError, match=r"lacks base_width, base_layers; add them \(1 more\)$"):
+        load("preset:demo", ["parameterization={kind: hyperp}", "optimizer={kind: muonh}"])
+
+
 def test_override_changes_one_key() -> None:
     config = load(PRESET, ["optimizer.lr=1e-3", "--data.sources.1.weight=0.5"])
     assert config.optimizer.lr == 1e-3
