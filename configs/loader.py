@@ -192,6 +192,8 @@ def _explain(detail: ErrorDetails, path: KeyPath, name: str, root: type[BaseMode
         return f"{name} must be a section of 'key: value' lines, not {given!r}"
     if kind == "literal_error" and detail.get("ctx", {}).get("expected") == "1":
         return f"{name}={given!r} is not supported yet; only 1 is"
+    if kind == "too_short" and not detail["ctx"]["actual_length"]:
+        return f"{name} is empty: name at least one {str(path[-1]).removesuffix('s')}"
     message = detail["msg"][0].lower() + detail["msg"][1:]
     return f"{name}={given!r} is not valid: {message}"
 

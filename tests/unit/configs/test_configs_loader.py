@@ -115,6 +115,11 @@ def test_all_keys_that_a_section_lacks_are_named(override: str, said: str) -> No
     assert str(error.value) == f"override {override!r}{said}"
 
 
+def test_an_empty_list_says_what_to_name() -> None:
+    with pytest.raises(ConfigError, match=r"data.sources is empty: name at least one source$"):
+        load("preset:demo", ["data.sources=[]"])
+
+
 def test_keys_that_another_section_lacks_are_counted() -> None:
     with pytest.raises(ConfigError, match=r"lacks base_width, base_layers; add them \(1 more\)$"):
         load("preset:demo", ["parameterization={kind: hyperp}", "optimizer={kind: muonh}"])
