@@ -23,7 +23,6 @@ from allometry.launch.gates import (
     stoppable,
 )
 from allometry.launch.plot import check_format
-from allometry.laws.optimum import drift_interval
 from allometry.scaling.shapes import Axis
 from allometry.trainer.probe import read_pools
 from allometry.trainer.transfer import Runner, Transfer, TransferSweep, Trial
@@ -167,11 +166,11 @@ def _text(config: RunConfig, request: Request, found: Transfer, wrong: list[str]
     for size, optimum in found.optima().items():
         spread = sweeps[size].spread()
         apart = f"{spread:.2f}" if math.isfinite(spread) else "-"
+        loss = f"{optimum.loss:.4f}" if optimum.loss < 1000.0 else f"{optimum.loss:.2g}"
         lines.append(
-            f"{size:<12}{2.0**optimum.log2_lr:>12.4g}{optimum.log2_lr:>9.2f}{optimum.loss:>9.4f}"
-            f"{apart:>13}"
+            f"{size:<12}{2.0**optimum.log2_lr:>12.4g}{optimum.log2_lr:>9.2f}{loss:>9}{apart:>13}"
         )
-    low, high = drift_interval(sweeps)
+    low, high = found.drift_interval()
     interval = f" (95 % over seeds: {low:.2f} to {high:.2f})" if math.isfinite(low) else ""
     drift = found.drift()
     lines.append("drift unknown" if math.isnan(drift) else f"drift {drift:.2f} octaves{interval}")

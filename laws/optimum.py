@@ -35,7 +35,7 @@ def quadratic_optimum(log2_lrs: Sequence[float], losses: Sequence[float]) -> Opt
     """Return the vertex of the parabola through the best point and its two neighbours.
 
     Points may come in any order and at any distances; a loss that is not finite is a run that
-    diverged.
+    diverged. Where positive losses have a vertex of 0 or less a parabola says nothing of them.
     """
     order = np.argsort(log2_lrs)
     x = np.asarray(log2_lrs, np.float64)[order]
@@ -59,6 +59,8 @@ def quadratic_optimum(log2_lrs: Sequence[float], losses: Sequence[float]) -> Opt
     # Newton's form: y0 + slope_left (x - x0) + curvature (x - x0)(x - x1).
     vertex = float((x0 + x1 - slope_left / curvature) / 2)
     loss = y0 + slope_left * (vertex - x0) + curvature * (vertex - x0) * (vertex - x1)
+    if loss <= 0.0 < y1:  # a neighbour that diverged to finite weights
+        return Optimum(here.log2_lr, here.loss, "a neighbour of the best rate is no part of a bowl")
     return Optimum(vertex, float(loss))
 
 

@@ -81,6 +81,11 @@ class TransferSweep:
         loss = probe.loss(self.held_out_HL)
         return loss if math.isfinite(loss) else math.inf
 
+    @property
+    def guessing(self) -> float:
+        """The loss of a model to which all tokens are equally likely."""
+        return math.log(self.model.vocab_size)
+
     def settings(self) -> dict[str, Any]:
         """What decides a trial's loss, as JSON: results of equal settings may be joined."""
         digest = hashlib.sha256()
@@ -127,11 +132,16 @@ class TransferSweep:
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """What a sweep found: losses by trial, complete over sizes' own rates and all seeds."""
+    """What a sweep found: losses by trial, complete over sizes' own rates and all seeds.
+
+    A size has no best rate where no mean over seeds is below ``guessing`` by 0.01: runs of models
+    that diverged to finite weights, or learned nothing yet, have optima that mean nothing.
+    """
 
     axis: Axis
     seeds: tuple[int, ...]
     losses: Mapping[Trial, float]
+    guessing: float = math.inf
 
     @property
     def sizes(self) -> list[int]:
@@ -146,11 +156,29 @@ class Transfer:
 
     def optima(self) -> dict[int, Optimum]:
         """Return the best rate at each size, of the mean over seeds."""
-        return {size: self.sweep(size).optimum() for size in self.sizes}
+        return {size: self._optimum(self.sweep(size)) for size in self.sizes}
+
+    def _optimum(self, sweep: Sweep) -> Optimum:
+        found = sweep.optimum()
+        means = sweep.losses_RS.mean(axis=1)
+        best = int(np.argmin(means))
+        inside = 0 < best < len(means) - 1
+        if not inside or means[best] < self.guessing - LOSS_TOLERANCE:
+            return found
+        problem = f"no rate does better than guessing, whose loss is {self.guessing:.4f}"
+        return Optimum(sweep.log2_lrs[best], float(means[best]), problem)
 
     def drift(self) -> float:
-        """Return how many octaves the best rates are apart (NaN: one is at an edge)."""
+        """Return how many octaves the best rates are apart (NaN: a size has none)."""
+        if not all(optimum.interior for optimum in self.optima().values()):
+            return math.nan
         return drift({size: self.sweep(size) for size in self.sizes})
+
+    def drift_interval(self) -> tuple[float, float]:
+        """Return its 95 % interval over seeds, see ``laws.optimum`` (NaN where it has none)."""
+        if math.isnan(self.drift()):
+            return math.nan, math.nan
+        return drift_interval({size: self.sweep(size) for size in self.sizes})
 
     def failures(self, bound: float) -> list[str]:
         """Return a sentence for each thing that forbids to carry the rate over; none: passed.
@@ -183,7 +211,7 @@ class Transfer:
             "axis": self.axis.value,
             "seeds": list(self.seeds),
             "drift_octaves": _finite(self.drift()),
-            "drift_interval_95": [_finite(end) for end in drift_interval(sweeps)],
+            "drift_interval_95": [_finite(end) for end in self.drift_interval()],
             "sizes": [
                 {
                     "size": size,
@@ -205,8 +233,8 @@ class Runner:
     """Runs a sweep, over processes, from where ``known`` left it.
 
     Rates start at ``log2_lrs`` for every size; while a size's best rate is the least or the
-    largest of its own, one more is tried beyond it, ``step`` away, up to 12 times. ``done`` hears
-    of each new loss at once.
+    largest of its own, one more is tried beyond it, ``step`` away, up to 12 times; below the least
+    where no rate does better than guessing. ``done`` hears of each new loss at once.
     """
 
     sweep: TransferSweep
@@ -231,7 +259,8 @@ class Runner:
             for _ in range(EXTENSIONS + 1):
                 wanted = {Trial(s, r, seed) for s in sizes for r in rates[s] for seed in seeds}
                 self._complete(workers, wanted, known)
-                found = Transfer(self.sweep.axis, tuple(seeds), {t: known[t] for t in wanted})
+                losses = {t: known[t] for t in wanted}
+                found = Transfer(self.sweep.axis, tuple(seeds), losses, self.sweep.guessing)
                 beyond = {size: self._beyond(found.sweep(size)) for size in sizes}
                 if not any(rate is not None for rate in beyond.values()):
                     break
@@ -253,10 +282,11 @@ class Runner:
         if not np.isfinite(means).any():
             return sweep.log2_lrs[0] - self.step
         best = int(np.argmin(means))
-        if best == 0:
-            return sweep.log2_lrs[0] - self.step
         if best == len(means) - 1:
             return sweep.log2_lrs[-1] + self.step
+        # A best rate inside of what all diverged (to finite weights) is none.
+        if best == 0 or means[best] > self.sweep.guessing - LOSS_TOLERANCE:
+            return sweep.log2_lrs[0] - self.step
         return None
 
 

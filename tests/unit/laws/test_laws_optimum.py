@@ -87,3 +87,12 @@ def test_the_exponent_of_the_best_rate_and_its_interval() -> None:
     assert math.isnan(exponent({32: sweep([-6.0]), 64: sweep([-9.0])})), "an optimum at an edge"
     assert math.isnan(exponent({32: sweep([-6.0, -6.1])})), "one size has no slope"
     assert all(map(math.isnan, exponent_interval({32: sweep([-6.0]), 64: sweep([-6.2])})))
+
+
+def test_a_vertex_that_no_loss_can_have_is_none() -> None:
+    """Beside the best rate a run diverged to finite weights: the vertex would be at -1560."""
+    found = quadratic_optimum([-7.0, -6.5, -6.0], [1e4, 8.0, 9.0])
+    assert (found.log2_lr, found.loss) == (-6.5, 8.0)
+    assert found.problem == "a neighbour of the best rate is no part of a bowl"
+    assert quadratic_optimum([-7.0, -6.5, -6.0], [10.0, 8.0, 9.0]).interior
+    assert quadratic_optimum([-7.0, -6.5, -6.0], [1.0, -1.0, 1.0]).interior, "not of losses alone"

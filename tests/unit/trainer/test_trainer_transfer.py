@@ -117,6 +117,47 @@ def test_an_optimum_that_stays_at_an_edge_fails() -> None:
     assert found.describe()["drift_octaves"] is None
 
 
+GUESSING = math.log(128)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Broken(Bowl):
+    """Above 2^``limit`` runs diverge to finite weights, which guess at best."""
+
+    limit: float = -5.0
+
+    def loss(self, trial: Trial) -> float:
+        if trial.log2_lr <= self.limit:
+            return 2.0 + (trial.log2_lr - self.limit + 1.0) ** 2
+        return GUESSING if trial.log2_lr >= -3.0 else 1e6
+
+
+def broken(limit: float) -> Broken:
+    return Broken(
+        **{name: getattr(bowl(0.0), name) for name in Bowl.__dataclass_fields__}, limit=limit
+    )
+
+
+def test_rates_that_all_diverge_to_finite_weights_have_no_best_one() -> None:
+    found = Runner(broken(-99.0), (-4.0, -3.0, -2.0)).run((16, 32), (0, 1))
+    wrong = found.failures(bound=100.0)
+    assert wrong == [
+        f"width {size}: no rate does better than guessing, whose loss is 4.8520"
+        for size in (16, 32)
+    ]
+    assert math.isnan(found.drift())
+    described = found.describe()
+    assert described["drift_octaves"] is None
+    assert described["drift_interval_95"] == [None, None]
+    assert described["sizes"][0]["loss"] == pytest.approx(GUESSING)
+
+
+def test_lower_rates_are_tried_where_all_diverge() -> None:
+    found = Runner(broken(-6.0), (-4.0, -3.0, -2.0)).run((16, 32), (0,))
+    assert found.failures(bound=0.5) == []
+    assert found.optima()[16].log2_lr == pytest.approx(-7.0)
+
+
 def test_a_loss_that_rises_with_width_fails() -> None:
     losses = {
         Trial(size, rate, 0): 2.0 + size / 1000 + (rate + 4.5) ** 2
