@@ -28,18 +28,15 @@ class Scores:
     name: str
     unit: str
     value_n: Array
-    low_n: Array | None
-    high_n: Array | None
+    interval_n: tuple[Array, Array] | None
     warnings: list[str]
 
     def point(self, row: int) -> dict[str, float | None]:
         """Return a row for JSON."""
-        known = self.low_n is not None and self.high_n is not None
-        return {
-            self.name: float(self.value_n[row]),
-            "low": float(self.low_n[row]) if known else None,  # type: ignore[index]
-            "high": float(self.high_n[row]) if known else None,  # type: ignore[index]
-        }
+        low, high = None, None
+        if self.interval_n is not None:
+            low, high = (float(end_n[row]) for end_n in self.interval_n)
+        return {self.name: float(self.value_n[row]), "low": low, "high": high}
 
     def describe(self) -> dict[str, Any]:
         """Return all of it but the warnings, for JSON."""
@@ -69,21 +66,20 @@ def scores_at(
             f"{target.name}; give a fit that reads that alone, as of downstream_error"
         )
     chain = Chain(loss.fit, score.fit)
-    low_n, high_n = None, None
+    interval_n = None
     warnings = [*_of_other_losses(loss, score, file), *chain.warnings_for(observations)]
     if loss.bootstrap is None or score.bootstrap is None:
         which = loss_file if loss.bootstrap is None else file
         warnings.append(f"no interval of {form.target.name}: {which} was made without bootstraps")
     else:
-        low_n, high_n = chain.predict_interval(observations, loss.bootstrap, score.bootstrap, level)
+        interval_n = chain.predict_interval(observations, loss.bootstrap, score.bootstrap, level)
     return Scores(
         form.name,
         str(file),
         form.target.name,
         score.fit.unit(form.target.unit),
         chain.predict(observations),
-        low_n,
-        high_n,
+        interval_n,
         warnings,
     )
 

@@ -156,7 +156,7 @@ def test_transfer_reports_and_goes_on_from_its_file(tiny: Make, tmp_path: Path) 
 def test_runs_of_a_sweep_that_are_too_short(
     tiny: Make, tmp_path: Path, options: dict[str, object], said: str
 ) -> None:
-    request = transfer.Request(length=8, trials=tmp_path / "t.jsonl", **options)  # type: ignore[arg-type]
+    request = transfer.Request(length=8, trials=tmp_path / "t.jsonl", **options)
     with pytest.raises(UserError, match=said):
         transfer.run(tiny(*MUP), request, as_json=False)
     assert not (tmp_path / "t.jsonl").exists()
@@ -186,7 +186,7 @@ def test_numbers_of_transfer_that_are_none(
     tiny: Make, options: dict[str, float], said: str
 ) -> None:
     with pytest.raises(UserError, match=said):
-        transfer.run(tiny(), transfer.Request(**options), as_json=False)  # type: ignore[arg-type]
+        transfer.run(tiny(), transfer.Request(**options), as_json=False)
 
 
 @pytest.mark.parametrize("lr", ["-1", "0", "nan", "inf"])
@@ -199,7 +199,7 @@ def test_rates_of_coordcheck_that_are_none(tiny: Make, lr: str, tmp_path: Path) 
 
 def test_bounds_of_coordcheck_that_are_none(tiny: Make) -> None:
     for name in ("block_bound", "logit_bound"):
-        request = coordcheck.Request(**{name: float("nan")})  # type: ignore[arg-type]
+        request = coordcheck.Request(**{name: float("nan")})
         with pytest.raises(UserError, match=f"--{name.replace('_', '-')}=nan is no slope"):
             coordcheck.run(tiny(), request, as_json=False)
 

@@ -122,7 +122,7 @@ def test_a_stopped_sweep_says_what_it_kept(
 ) -> None:
     short = {"sizes": "16,32", "seeds": 1, "steps": 2, "sequences": 2, "length": 8, "processes": 1}
     for trials, said in ((tmp_path / "t.jsonl", kept), (None, lost)):
-        request = transfer.Request(**short, trials=trials, out=tmp_path / "t.png")  # type: ignore[arg-type]
+        request = transfer.Request(**short, trials=trials, out=tmp_path / "t.png")
         config = tiny(*MUP)
         with monkeypatch.context() as patch:
             stop_after(ended, patch)
@@ -162,13 +162,13 @@ def test_a_check_that_fails_over_depth_names_rules_for_it(
 ) -> None:
     small = {"seeds": 1, "steps": 1, "length": 8, "processes": 1, "out": tmp_path / "c.png"}
     bounds = {"block_bound": bound, "logit_bound": bound}
-    deep = coordcheck.Request(depths="1,2", **small, **bounds)  # type: ignore[arg-type]
+    deep = coordcheck.Request(depths="1,2", **small, **bounds)
     text, passed = coordcheck.run(tiny(*MUP), deep, as_json=False)
     assert passed == (bound > 0.0)
     assert (NO_RULE in text) == (not passed)
     text, _ = coordcheck.run(tiny(COMPLETEP), deep, as_json=False)
     assert "no rule for depth" not in text
-    wide = coordcheck.Request(widths="16,32", **small, **bounds)  # type: ignore[arg-type]
+    wide = coordcheck.Request(widths="16,32", **small, **bounds)
     text, _ = coordcheck.run(tiny(*MUP), wide, as_json=False)
     assert "no rule for depth" not in text
 
@@ -186,7 +186,7 @@ def test_a_sweep_that_fails_over_depth_names_rules_for_it(
         ("depth", COMPLETEP, False),
         ("horizon", MUP[0], False),
     ):
-        request = transfer.Request(axis=axis, sizes="2,4", **small, out=tmp_path / "t.png")  # type: ignore[arg-type]
+        request = transfer.Request(axis=axis, sizes="2,4", **small, out=tmp_path / "t.png")
         text, passed = transfer.run(tiny(kind), request, as_json=False)
         assert not passed
         assert (NO_RULE in text) == said
