@@ -186,6 +186,42 @@ def test_doctor_knows_the_wrong_apex(tmp_path: Path) -> None:
     assert done.stdout.strip() == "['problem']", done.stderr
 
 
+_BATCHES_OF_UNLIKE_LENGTH = """
+import random, torch
+random.seed(0)
+resident = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
+kept, start = [], resident()
+for _ in range(60):
+    tokens, saved = random.randint(200, 2000), []
+    for _ in range(12):
+        saved += [torch.ones(tokens * 1024), torch.ones(tokens * 8)]
+        kept.append(torch.ones(tokens * 7))
+    kept = kept[-200:]
+print(resident() - start)
+"""
+
+
+def test_jemalloc_uses_what_it_keeps() -> None:
+    library = start.find_library("jemalloc")
+    if library is None:
+        pytest.skip("jemalloc is not installed")
+    ours = start.choose("jemalloc", {}).environment
+
+    def growth_mib(environment: dict[str, str]) -> float:
+        done = subprocess.run(
+            [sys.executable, "-c", _BATCHES_OF_UNLIKE_LENGTH],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=os.environ | environment,
+        )
+        return float(done.stdout)
+
+    tight = ours["MALLOC_CONF"].replace("active_fit:20", "active_fit:1")
+    assert growth_mib(ours) < 400  # one batch is at most 100 MiB
+    assert growth_mib(ours | {"MALLOC_CONF": tight}) > 1000  # negative control
+
+
 def test_allocator_choices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(start, "has_gpu", lambda: False)
     monkeypatch.setattr(start, "find_library", lambda kind: None)
