@@ -56,7 +56,10 @@ def coordcheck(
     depths: Annotated[
         str | None, typer.Option(help="as 4,8,16; default where the parameterization has a rule")
     ] = None,
-    experts: Annotated[str | None, typer.Option(help="as 4,8,16")] = None,
+    experts: Annotated[
+        str | None,
+        typer.Option(help="as 4,8,16; in mssp's regimes II and III the rest grows along"),
+    ] = None,
     lr: Annotated[
         float | None, typer.Option(help="constant rate, best a large one; default: the config's")
     ] = None,
@@ -109,12 +112,13 @@ def transfer(
     context: typer.Context,
     config: Config,
     axis: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="width, depth, horizon, experts, or regime-ii and regime-iii: number of experts "
-            "with width and visits in proportion, and in III width of experts"
+            "with width and visits in proportion, and in III width of experts; default: width, or "
+            "mssp's regime"
         ),
-    ] = "width",
+    ] = None,
     sizes: Annotated[
         str | None, typer.Option(help="as 64,128,256 (of a horizon: steps); default: small ones")
     ] = None,

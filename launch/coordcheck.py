@@ -24,7 +24,7 @@ from allometry.launch.gates import (
     stoppable,
 )
 from allometry.launch.plot import check_format
-from allometry.scaling.shapes import Axis
+from allometry.scaling.shapes import Axis, growth_axis
 from allometry.trainer.coordinate import (
     Bounds,
     CoordinateCheck,
@@ -40,6 +40,8 @@ AXIS_LABELS = {
     Axis.WIDTH: "width",
     Axis.DEPTH: "depth, layers",
     Axis.EXPERTS: "routed experts",
+    Axis.REGIME_II: "routed experts, width and visits in proportion",
+    Axis.REGIME_III: "routed experts, width, visits and width of experts in proportion",
 }
 
 
@@ -127,16 +129,20 @@ def _check_numbers(request: Request) -> None:
 
 
 def _axes(config: RunConfig, request: Request) -> dict[Axis, tuple[int, ...]]:
-    """The sizes of each axis that is asked for; else widths, and depths where a rule has them."""
+    """The sizes of each axis that is asked for; else widths, and depths where a rule has them.
+
+    In a regime of MSSP that has experts grow with the width, they do so here.
+    """
+    growth = growth_axis(config.parameterization)
     given = {
         Axis.WIDTH: numbers(request.widths, "--widths"),
         Axis.DEPTH: numbers(request.depths, "--depths"),
-        Axis.EXPERTS: numbers(request.experts, "--experts"),
+        Axis.EXPERTS if growth == Axis.WIDTH else growth: numbers(request.experts, "--experts"),
     }
     asked = {axis: sizes for axis, sizes in given.items() if sizes is not None}
     if asked:
         return asked
-    kinds = [Axis.WIDTH]
+    kinds = [growth]
     kinds += [Axis.DEPTH] * has_depth_rule(config.parameterization)
     return {axis: default_sizes(config.model, axis, request.steps) for axis in kinds}
 

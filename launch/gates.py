@@ -20,7 +20,7 @@ from allometry.configs.model import (
     MuPPlusPlus,
     ParameterizationConfig,
 )
-from allometry.scaling.shapes import Axis, width_unit
+from allometry.scaling.shapes import Axis, regime_unit, width_unit
 
 GROWTH = (1, 2, 4)
 INTERRUPTED = 130
@@ -41,7 +41,7 @@ def numbers(text: str | None, flag: str) -> tuple[int, ...] | None:
 
 
 def default_sizes(model: ModelConfig, axis: Axis, steps: int) -> tuple[int, ...]:
-    """Sizes of a small family: the narrowest widths, 4 to 16 layers, 1 to 4 times the rest."""
+    """Sizes of a small family: the narrowest models, 4 to 16 layers, 1 to 4 times the rest."""
     match axis:
         case Axis.WIDTH:
             unit = width_unit(model)
@@ -51,7 +51,8 @@ def default_sizes(model: ModelConfig, axis: Axis, steps: int) -> tuple[int, ...]
         case Axis.EXPERTS | Axis.REGIME_II | Axis.REGIME_III:
             if not isinstance(model, MoEModel):
                 raise UserError("model.kind=dense has no experts to vary; choose another axis")
-            return tuple(model.experts.num_experts * growth for growth in GROWTH)
+            unit = model.experts.num_experts if axis == Axis.EXPERTS else regime_unit(model)
+            return tuple(unit * growth for growth in GROWTH)
         case Axis.HORIZON:
             return tuple(steps * growth for growth in GROWTH)
 

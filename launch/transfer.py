@@ -23,7 +23,7 @@ from allometry.launch.gates import (
     stoppable,
 )
 from allometry.launch.plot import check_format
-from allometry.scaling.shapes import Axis
+from allometry.scaling.shapes import Axis, growth_axis
 from allometry.trainer.probe import read_pools
 from allometry.trainer.transfer import Runner, Transfer, TransferSweep, Trial
 from allometry.trainer.trials import TrialLog
@@ -37,7 +37,7 @@ MOST_RATES = 200
 class Request:
     """What the command line asks for; None: the default."""
 
-    axis: str = "width"
+    axis: str | None = None
     sizes: str | None = None
     octaves: float = 1.0
     step: float = 0.5
@@ -55,7 +55,7 @@ class Request:
 def run(config: RunConfig, request: Request, *, as_json: bool) -> tuple[str, bool]:
     """Run the sweep; return the report and whether it is passed."""
     check_format(request.out)
-    axis = _axis(request.axis)
+    axis = growth_axis(config.parameterization) if request.axis is None else _axis(request.axis)
     if not 0.0 <= request.bound < math.inf:
         raise UserError(f"--bound={request.bound:g} is no number of octaves; use 0.5 or another")
     rates = _rates(config.optimizer.lr, request)

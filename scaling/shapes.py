@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from enum import StrEnum
 from fractions import Fraction
 from typing import Any
@@ -10,7 +11,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from allometry.configs.errors import UserError
-from allometry.configs.model import LatentExperts, ModelConfig, MoEModel
+from allometry.configs.model import (
+    MSSP,
+    LatentExperts,
+    ModelConfig,
+    MoEModel,
+    ParameterizationConfig,
+)
 
 
 class Axis(StrEnum):
@@ -124,6 +131,27 @@ def width_unit(model: ModelConfig) -> int:
     """Return the smallest width at which the model exists; its multiples do, too."""
     # size·w/width is whole where w is a multiple of the numerator of width/size.
     return math.lcm(*(Fraction(model.width, size).numerator for size in _widths(model).values()))
+
+
+def regime_unit(model: ModelConfig) -> int:
+    """Return the smallest number of experts to which ``at_regime`` scales; its multiples do, too.
+
+    Raises:
+        UserError: the model has no experts.
+    """
+    whole = _mixture(model).experts.num_experts
+    for number in range(1, whole):
+        with suppress(UserError):
+            at_regime(model, number, widen_experts=True)
+            return number
+    return whole
+
+
+def growth_axis(parameterization: ParameterizationConfig) -> Axis:
+    """Return what models of a family grow by: width, or in MSSP's regimes II and III experts."""
+    if not isinstance(parameterization, MSSP) or parameterization.regime == "I":
+        return Axis.WIDTH
+    return Axis.REGIME_II if parameterization.regime == "II" else Axis.REGIME_III
 
 
 def tuning_width(model: ModelConfig, least: int = 256) -> int:

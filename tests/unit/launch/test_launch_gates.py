@@ -295,3 +295,27 @@ def test_transfer_names_what_a_regime_holds_fixed(tiny: Make, tmp_path: Path) ->
         transfer.run(
             config, transfer.Request(axis="regime-ii", sizes="4,6", length=8), as_json=False
         )
+
+
+@pytest.mark.parametrize("regime", ["I", "II", "III"])
+def test_gates_grow_a_family_as_its_regime_does(tiny: Make, tmp_path: Path, regime: str) -> None:
+    """Without an axis: widths in regime I, experts with all that grows along in II and III."""
+    model = MIXED % (tiny().model.vocab_size, EXPERTS)
+    base = "base_width: 32, base_experts: 4, base_experts_per_token: 1, base_expert_width: 16"
+    config = tiny(f"model={model}", f"parameterization={{kind: mssp, regime: {regime}, {base}}}")
+    grows = {"I": "width", "II": "regime-ii", "III": "regime-iii"}[regime]
+    small = {"seeds": 1, "steps": 2, "length": 8, "sequences": 2, "processes": 1}
+    out = tmp_path / "figure.png"
+    loose = {"block_bound": 9.0, "logit_bound": 9.0}
+    check = coordcheck.Request(out=out, **small, **loose)  # type: ignore[arg-type]
+    (axis,) = json.loads(coordcheck.run(config, check, as_json=True)[0])["axes"]
+    assert axis["axis"] == grows
+    sizes = sorted({movement["size"] for movement in axis["movements"]})
+    assert sizes == ([8, 16, 32] if regime == "I" else [4, 8, 16])
+    if regime != "I":
+        asked = coordcheck.Request(experts="4,8", out=out, **small, **loose)  # type: ignore[arg-type]
+        (axis,) = json.loads(coordcheck.run(config, asked, as_json=True)[0])["axes"]
+        assert axis["axis"] == grows
+    sizes_asked = "16,32" if regime == "I" else "4,8"
+    sweep = transfer.Request(sizes=sizes_asked, bound=99.0, out=out, **small)  # type: ignore[arg-type]
+    assert json.loads(transfer.run(config, sweep, as_json=True)[0])["axis"] == grows

@@ -13,6 +13,7 @@ from allometry.scaling.shapes import (
     at_experts,
     at_regime,
     at_width,
+    regime_unit,
     resize,
     size_of,
     tuning_width,
@@ -108,3 +109,17 @@ def test_regimes_grow_width_experts_and_visits_together() -> None:
         at_regime(MODEL, 4, widen_experts=False)
     for axis in (Axis.REGIME_II, Axis.REGIME_III):
         assert size_of(resize(MIXTURE, axis, 8), axis) == 8
+
+
+def test_the_least_number_of_experts_of_a_regime() -> None:
+    unit = regime_unit(MIXTURE)
+    assert unit == 2, "half of 4: one key/value head, one visit"
+    for wide in (False, True):
+        assert at_regime(MIXTURE, 3 * unit, widen_experts=wide).width == 3 * 32
+        with pytest.raises(UserError, match="cannot be scaled"):
+            at_regime(MIXTURE, unit - 1, widen_experts=wide)
+    indivisible = MIXTURE.model_copy(update={"first_dense_layers": 0, "ffn_width": None})
+    alone = SwiGLUExperts(num_experts=4, experts_per_token=1, width=48)
+    assert regime_unit(indivisible.model_copy(update={"experts": alone})) == 4
+    with pytest.raises(UserError, match="no experts to vary"):
+        regime_unit(MODEL)
