@@ -221,6 +221,11 @@ def encode_chunk(encoding: Encoding, chunk: list[tuple[str, str]]) -> EncodedChu
 def _live_and_die_with_parent() -> None:
     """Leave Ctrl-C to the parent, and do not outlive it: the pool would wait for ever."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent()
+
+
+def end_with_parent() -> None:
+    """In a process of a pool: end as soon as the process that started the pool has ended."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 

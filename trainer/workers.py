@@ -11,6 +11,8 @@ from typing import Self, TypeVar
 
 import torch
 
+from allometry.data.encode import end_with_parent
+
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
@@ -21,7 +23,8 @@ class Workers:
     Every task runs on one thread, whether in this process (``processes`` 1) or in a spawned one,
     so that results do not depend on how many there are. Functions, tasks and results must be
     picklable; a script that uses this guards its main part. Processes start with the first task.
-    Ctrl-C ends them at once and in silence; it is an exception in this process alone.
+    They end at once and in silence with Ctrl-C, with an exception in this process (Ctrl-C sent to it
+    alone is one), and with this process.
     """
 
     def __init__(self, processes: int = 1) -> None:
@@ -49,8 +52,12 @@ class Workers:
     ) -> None:
         if self._pool is None:
             torch.set_num_threads(self._threads)
-        else:
-            self._pool.shutdown(wait=error is None, cancel_futures=True)
+            return
+        processes = [*(self._pool._processes or {}).values()]  # a method from Python 3.14 on
+        self._pool.shutdown(wait=error is None, cancel_futures=True)
+        if error is not None:
+            for process in processes:
+                process.kill()
 
     def run(
         self,
@@ -94,6 +101,7 @@ class Workers:
 
 
 def _start() -> None:
+    end_with_parent()
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})

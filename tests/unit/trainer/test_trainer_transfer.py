@@ -5,7 +5,10 @@ from __future__ import annotations
 import inspect
 import math
 import signal
+import subprocess
+import sys
 import textwrap
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -244,6 +247,40 @@ def test_ctrl_c_ends_workers_in_silence() -> None:
     assert not here, "this process hears of it again"
     with Workers(1) as workers:
         assert workers.run(interrupts, [0]) == [(False, False)]
+
+
+_SWEEP = """
+import os, signal, sys, time
+from pathlib import Path
+from allometry.trainer.workers import Workers
+
+def task(folder):
+    Path(folder, str(os.getpid())).touch()
+    time.sleep(60)
+
+if __name__ == "__main__":
+    with Workers(2) as workers:
+        workers.run(task, [sys.argv[1]] * 4)
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_workers_end_with_the_process_that_has_them(tmp_path: Path, how: signal.Signals) -> None:
+    """A signal to that process alone, as from a batch system, ends their tasks, too."""
+    script, started = tmp_path / "sweep.py", tmp_path / "started"
+    script.write_text(_SWEEP)
+    started.mkdir()
+    command = [sys.executable, str(script), str(started)]
+    main = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
+    until = time.monotonic() + 50.0  # less than a task takes
+    while len(pids := [int(file.name) for file in started.iterdir()]) < 2:
+        assert time.monotonic() < until, "tasks have begun"
+        time.sleep(0.05)
+    main.send_signal(how)
+    main.wait(20)
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        assert time.monotonic() < until, "no worker outlives it"
+        time.sleep(0.05)
 
 
 def test_a_failure_in_a_process_is_raised_here() -> None:
