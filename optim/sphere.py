@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from allometry.configs.errors import UserError
 from allometry.optim.states import Item, State
-from allometry.optim.whole import Whole
+from allometry.optim.whole import Whole, products_of_parts
 
 _LEAST = 1e-12  # a direction of zeros does not turn anything, and nothing is divided by zero
 
@@ -74,25 +74,23 @@ def turn(
 ) -> None:
     """Turn this rank's parts of parameters towards minus ``directions``, each by its group's rate.
 
-    Two reductions of one number for each logical matrix: the directions' norms, and, since a turn
-    leaves the sphere by about η²/2, the matrices' own.
+    One reduction, of three numbers for each logical matrix. With s = ηR/‖U‖ the matrix W − sU has
+    the norm √(‖W‖² − 2s⟨W, U⟩ + s²‖U‖²), about R(1 + η²/2), so that it need not be there before it
+    is brought back: W ← aW − asU, a = R over that norm.
     """
     parameters = [item.parameter for item in items]
     parts = [item.part for item in items]
-    lengths = _norms(whole.squared_norms(parameters, directions))
-    steps = torch._foreach_div([radius.double() for radius in radii], lengths)
-    torch._foreach_mul_(steps, [item.group["lr"] for item in items])
-    for part, direction, factor in zip(
-        parts, directions, whole.factors(parameters, steps), strict=True
-    ):
-        part.sub_(direction.to(part.dtype, copy=True).mul_(factor))
-    norms = _norms(whole.squared_norms(parameters, parts))
-    scales = torch._foreach_div([radius.double() for radius in radii], norms)
-    for part, factor in zip(parts, whole.factors(parameters, scales), strict=True):
-        part.mul_(factor)
-
-
-def _norms(squares: list[Tensor]) -> list[Tensor]:
-    norms = list(torch._foreach_sqrt(squares))
-    torch._foreach_clamp_min_(norms, _LEAST)
-    return norms
+    own = products_of_parts(parts, directions)
+    sums = whole.sums(parameters * 3, [*own.xx, *own.xy, *own.yy])
+    # All matrices of all parameters at once: on a CPU small tensors cost more than their numbers.
+    counts = [len(radius) for radius in radii]
+    wide = [radius.double() for radius in radii]
+    radius_M = torch.cat(wide)
+    length_M = torch.cat(torch._foreach_mul(wide, [item.group["lr"] for item in items]))
+    ww_M, wu_M, uu_M = torch.cat(sums).view(3, -1)
+    step_M = length_M / uu_M.sqrt().clamp(min=_LEAST)
+    square_M = ww_M - 2.0 * step_M * wu_M + step_M.square() * uu_M
+    keep_M = radius_M / square_M.clamp(min=0.0).sqrt().clamp(min=_LEAST)
+    keeps, moves = (whole.factors(parameters, x.split(counts)) for x in (keep_M, keep_M * step_M))
+    for part, direction, keep, move in zip(parts, directions, keeps, moves, strict=True):
+        part.mul_(keep).addcmul_(direction.to(part.dtype), move, value=-1.0)

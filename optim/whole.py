@@ -128,6 +128,52 @@ def partial_sums(part: Tensor) -> Tensor:
     return wide.sum((1, 2)) if part.dim() == 3 else wide.sum().view(1)
 
 
+class Products(NamedTuple):
+    """Σx², Σxy and Σy² over each logical matrix of this rank's parts, fp64 [m] of each part."""
+
+    xx: list[Tensor]
+    xy: list[Tensor]
+    yy: list[Tensor]
+
+
+def products_of_parts(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Products:
+    """Return the products of pairs of parts of one shape, added up in fp64; empty ones give 0."""
+    if not any(x.is_cuda for x in xs):
+        return _products_on_cpu(xs, ys)
+    xy = [
+        torch.sum(x * y, (1, 2) if x.dim() == 3 else None, dtype=torch.float64).view(-1)
+        for x, y in zip(xs, ys, strict=True)
+    ]
+    return Products(squared_norms_of_parts(xs), xy, squared_norms_of_parts(ys))
+
+
+def _products_on_cpu(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Products:
+    """Return the same by way of fp64 copies in memory that all pairs use in turn."""
+    found = Products([], [], [])
+    if not xs:
+        return found
+    wide_2N = xs[0].new_empty(2, max(x.numel() for x in xs), dtype=torch.float64)
+    for x, y in zip(xs, ys, strict=True):
+        assert x.shape == y.shape, (x.shape, y.shape)
+        a, b = (wide[: x.numel()].view(x.shape) for wide in wide_2N)
+        a.copy_(x)
+        b.copy_(y)
+        if x.dim() < 3:
+            pairs = [(a.view(-1), b.view(-1))]
+        else:
+            pairs = [*zip(a.flatten(1), b.flatten(1), strict=True)]
+        found.xx.append(_stacked([one.dot(one) for one, _ in pairs], wide_2N))
+        found.xy.append(_stacked([one.dot(other) for one, other in pairs], wide_2N))
+        found.yy.append(_stacked([other.dot(other) for _, other in pairs], wide_2N))
+    return found
+
+
+def _stacked(numbers: Sequence[Tensor], like: Tensor) -> Tensor:
+    if len(numbers) == 1:
+        return numbers[0].view(1)
+    return torch.stack([*numbers]) if numbers else like.new_empty(0)
+
+
 def squared_norms_of_parts(parts: Sequence[Tensor]) -> list[Tensor]:
     """Return Σx² over each logical matrix of this rank's parts, added up in fp64: [m] each."""
     if not any(part.is_cuda for part in parts):

@@ -23,8 +23,8 @@ class Workers:
     Every task runs on one thread, whether in this process (``processes`` 1) or in a spawned one,
     so that results do not depend on how many there are. Functions, tasks and results must be
     picklable; a script that uses this guards its main part. Processes start with the first task.
-    They end at once and in silence with Ctrl-C, with an exception in this process, as Ctrl-C sent to
-    it alone is, and with this process.
+    They end at once and in silence with Ctrl-C, with an exception in this process (Ctrl-C sent to
+    it alone is one), and with this process.
     """
 
     def __init__(self, processes: int = 1) -> None:

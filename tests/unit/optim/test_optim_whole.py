@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from allometry.optim.whole import LocalWhole, Matrix, partial_sums, squared_norms_of_parts
+from allometry.optim.whole import (
+    LocalWhole,
+    Matrix,
+    partial_sums,
+    products_of_parts,
+    squared_norms_of_parts,
+)
 from rule_groups import normal
 
 SHAPES: list[tuple[int, ...]] = [(4, 6), (3, 2, 5), (7,)]
@@ -32,6 +38,22 @@ def test_sums_and_norms_are_those_of_each_matrix_in_float64() -> None:
     assert all(torch.equal(one, other) for one, other in zip(twice, partials, strict=True))
     with pytest.raises(AssertionError):
         whole.sums(PARAMETERS, partials)
+
+
+def test_products_are_those_of_each_matrix_in_float64() -> None:
+    others = [normal(f"other {shape}", shape).bfloat16() for shape in SHAPES]
+    found = products_of_parts(PARAMETERS, others)
+    pairs = ((PARAMETERS, PARAMETERS), (PARAMETERS, others), (others, others))
+    for sums, (xs, ys) in zip(found, pairs, strict=True):
+        assert [(len(one), one.dtype) for one in sums] == [(n, torch.float64) for n in (1, 3, 1)]
+        for one, x, y in zip(sums, xs, ys, strict=True):
+            product = x.double() * y.double()
+            expected = product.sum((1, 2)) if x.dim() == 3 else product.sum().view(1)
+            torch.testing.assert_close(one, expected, rtol=1e-13, atol=1e-13)
+    empty = [torch.ones(0, 4), torch.ones(2, 0, 4), torch.ones(0, 2, 2)]
+    for sums in products_of_parts(empty, empty):
+        assert [one.tolist() for one in sums] == [[0.0], [0.0, 0.0], []]
+    assert products_of_parts([], []).xx == []
 
 
 def test_factors_multiply_the_matrices_they_are_of() -> None:
