@@ -4,7 +4,8 @@
 
 A byte model of 10.6M parameters on Python's library. Each rule's rate is tuned at whole octaves
 with one seed; the best then runs with the others, on equal tokens. Every trial's loss is kept in
---work as soon as it is known, so that the same command goes on where it was interrupted.
+--work as soon as it is known, so that the same command goes on where it was interrupted. Timed steps
+of all, torch's own included, run with the allocator that the trainer takes.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from contenders.rules import Contender, contenders, model
 from scipy import stats
 from torch import nn
 
+from allometry.launch.start import CHOICES, settle_allocator
 from allometry.models.build import build_model, parameter_specs
 from allometry.models.init import initialize
 from allometry.optim.build import build_optimizer
@@ -238,7 +240,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2, help="of the timed steps")
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--steps", type=int, default=150, help="of 1,024 tokens, in a loss run")
-    parser.add_argument("--repeats", type=int, default=15, help="of timed steps")
+    parser.add_argument("--repeats", type=int, default=61, help="of timed steps")
+    parser.add_argument("--allocator", choices=CHOICES, default="auto", help="of all contenders")
     parser.add_argument("--work", type=Path, default=Path("runs/benchmark-optimizers"))
     parser.add_argument("--json", type=Path, default=None)
     given = parser.parse_args()
@@ -250,10 +253,12 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     given = arguments()
+    allocator = settle_allocator(given.allocator)
     given.work.mkdir(parents=True, exist_ok=True)
     parts = given.only or PARTS
     runs = {"loss": run_losses, "state": run_states, "step": run_steps, "ranks": run_ranks}
     result: dict[str, Any] = {**facts(), "quick": given.quick, "threads": given.threads}
+    result["allocator"] = allocator
     for part in PARTS:
         if part in parts:
             result[part] = runs[part](given)
