@@ -4,8 +4,8 @@
 
 A byte model of 10.6M parameters on Python's library. Each rule's rate is tuned at whole octaves
 with one seed; the best then runs with the others, on equal tokens. Every trial's loss is kept in
---work as soon as it is known, so that the same command goes on where it was interrupted. Timed steps
-of all, torch's own included, run with the allocator that the trainer takes.
+--work as soon as it is known, so that the same command goes on where it was interrupted. Timed
+steps of all, torch's own included, run with the allocator that the trainer takes.
 """
 
 from __future__ import annotations
