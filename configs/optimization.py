@@ -61,6 +61,11 @@ class MuonH(_OnSphere):
     kind: Literal["muonh"] = "muonh"
     momentum: float = Field(0.95, ge=0.0, lt=1.0, description="decay of the momentum")
     nesterov: bool = Field(True, description="look ahead by one gradient")
+    step_norm: Literal["frobenius", "spectral"] = Field(
+        "frobenius",
+        description="what lr fixes of a step: its norm over the matrix's, as published; or its "
+        "singular values, those of such a step of full rank, however few there are",
+    )
 
 
 class AdamH(_OnSphere):

@@ -65,7 +65,12 @@ def coordcheck(
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="steps on one batch")] = 5,
     seeds: Annotated[int, typer.Option(min=1, help="initial values and batches")] = 3,
-    sequences: Annotated[int, typer.Option(min=1, help="sequences of a batch")] = 4,
+    sequences: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="of a batch; default: 4, on spheres 4 tokens for each of the width"
+        ),
+    ] = None,
     length: Annotated[int, typer.Option(min=2, help="tokens of a sequence, at most")] = 64,
     block_bound: Annotated[
         float | None, typer.Option(min=0.0, help="largest slope of a block; default: by kind")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from allometry.configs.errors import UserError
+from allometry.configs.optimization import AdamH, MuonH
 from allometry.configs.run import RunConfig
 from allometry.launch.gates import (
     Line,
@@ -24,7 +25,7 @@ from allometry.launch.gates import (
     stoppable,
 )
 from allometry.launch.plot import check_format
-from allometry.scaling.shapes import Axis, growth_axis
+from allometry.scaling.shapes import Axis, growth_axis, resize
 from allometry.trainer.coordinate import (
     Bounds,
     CoordinateCheck,
@@ -35,6 +36,8 @@ from allometry.trainer.coordinate import (
     slopes,
 )
 from allometry.trainer.probe import LOGITS, STREAM, read_pools
+
+SEQUENCES, TOKENS_PER_WIDTH = 4, 4
 
 AXIS_LABELS = {
     Axis.WIDTH: "width",
@@ -55,7 +58,7 @@ class Request:
     lr: float | None = None
     steps: int = 5
     seeds: int = 3
-    sequences: int = 4
+    sequences: int | None = None
     length: int = 64
     processes: int | None = None
     block_bound: float | None = None
@@ -90,15 +93,14 @@ def run(config: RunConfig, request: Request, *, as_json: bool) -> tuple[str, boo
     _check_numbers(request)
     axes = _axes(config, request)
     length = min(request.length, config.data.sequence_length)
-    (pool_PL,) = read_pools(
-        config.data, config.run.seed, length, [request.seeds * request.sequences]
-    )
+    sequences = request.sequences or _sequences(config, axes, length)
+    (pool_PL,) = read_pools(config.data, config.run.seed, length, [request.seeds * sequences])
     lr = config.optimizer.lr if request.lr is None else request.lr
     check = CoordinateCheck(
         model=config.model,
         parameterization=config.parameterization,
         optimizer=config.optimizer.model_copy(update={"lr": lr}),
-        tokens_GBL=pool_PL.reshape(request.seeds, request.sequences, length + 1),
+        tokens_GBL=pool_PL.reshape(request.seeds, sequences, length + 1),
         steps=request.steps,
     )
     with stoppable(lambda: "nothing is kept: a check is run from its beginning"):
@@ -111,12 +113,15 @@ def run(config: RunConfig, request: Request, *, as_json: bool) -> tuple[str, boo
             "optimizer": config.optimizer.kind,
             "lr": lr,
             "steps": request.steps,
+            "sequences": sequences,
+            "length": length,
             "passed": passed,
             "figure": str(request.out),
             "axes": [outcome.describe() for outcome in outcomes],
         }
         return json.dumps(facts, indent=2), passed
-    return _text(config, request, lr, outcomes), passed
+    batch = f"{sequences} x {length} tokens"
+    return _text(config, request, lr, batch, outcomes), passed
 
 
 def _check_numbers(request: Request) -> None:
@@ -147,6 +152,19 @@ def _axes(config: RunConfig, request: Request) -> dict[Axis, tuple[int, ...]]:
     return {axis: default_sizes(config.model, axis, request.steps) for axis in kinds}
 
 
+def _sequences(config: RunConfig, axes: Mapping[Axis, tuple[int, ...]], length: int) -> int:
+    """The sequences of a batch: 4, or for steps of a fixed Frobenius norm enough to be wide.
+
+    The gradient of so many tokens has at most their rank. Such a step spreads over fewer singular
+    values then, each larger, and moves a model that is wider than its batch more.
+    """
+    on_sphere = isinstance(config.optimizer, MuonH | AdamH)
+    if not on_sphere or getattr(config.optimizer, "step_norm", None) == "spectral":
+        return SEQUENCES
+    largest = max(resize(config.model, axis, max(sizes)).width for axis, sizes in axes.items())
+    return max(SEQUENCES, math.ceil(TOKENS_PER_WIDTH * largest / length))
+
+
 def _outcome(
     check: CoordinateCheck, axis: Axis, sizes: tuple[int, ...], request: Request
 ) -> Outcome:
@@ -161,11 +179,13 @@ def _outcome(
     return Outcome(axis, movements, found, bounds, failures(found, bounds, axis))
 
 
-def _text(config: RunConfig, request: Request, lr: float, outcomes: list[Outcome]) -> str:
+def _text(
+    config: RunConfig, request: Request, lr: float, batch: str, outcomes: list[Outcome]
+) -> str:
     lines = [
         f"coordinate check of {config.parameterization.kind} with {config.optimizer.kind}, "
-        f"{counted(request.steps, 'step')} at {lr:.4g}, {counted(request.seeds, 'seed')}: "
-        "rms of what moved"
+        f"{counted(request.steps, 'step')} of {batch} at {lr:.4g}, "
+        f"{counted(request.seeds, 'seed')}: rms of what moved"
     ]
     for outcome in outcomes:
         by_size = means(outcome.movements)

@@ -16,7 +16,7 @@ from allometry.scaling.rules.base import Resolved
 _SETTINGS: Mapping[Rule, tuple[str, ...]] = {
     Rule.ADAMW: (),
     Rule.MUON: ("momentum", "nesterov", "adjust"),
-    Rule.MUONH: ("momentum", "nesterov"),
+    Rule.MUONH: ("momentum", "nesterov", "step_norm"),
     Rule.ADAMH: (),
     Rule.SGD_SAI: ("momentum",),
     Rule.APOLLO: ("rank", "scale", "refresh_steps", "norm_growth"),

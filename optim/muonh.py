@@ -16,7 +16,8 @@ def muonh(groups: Sequence[Group], state: State, whole: Whole) -> None:
 
     M ← μM + G; U = NS(G + μM) with Nesterov's look ahead, else NS(M), in bf16 with
     ``newton_schulz.DION``; then each matrix turns by η towards −U (``sphere.turn``). There is no
-    factor for shapes: η is relative. State: ``momentum_buffer``, as the parameter; ``radius`` [M].
+    factor for shapes: η is relative, in the norm that ``step_norm`` says. State:
+    ``momentum_buffer``, as the parameter; ``radius`` [M].
 
     Raises:
         UserError: see ``sphere.radii``.
@@ -37,4 +38,6 @@ def muonh(groups: Sequence[Group], state: State, whole: Whole) -> None:
         for item, momentum, gradient, mu in zip(items, momenta, gradients, keep, strict=True)
     ]
     parameters = [item.parameter for item in items]
-    turn(items, orthogonalized(parameters, directions, DION, whole), spheres, whole)
+    orthogonal = orthogonalized(parameters, directions, DION, whole)
+    full_rank = [item.group["step_norm"] == "spectral" for item in items]
+    turn(items, orthogonal, spheres, whole, full_rank)

@@ -27,10 +27,17 @@ from allometry.optim.whole import Whole, products_of_parts
 _LEAST = 1e-12  # a direction of zeros does not turn anything, and nothing is divided by zero
 
 
-def turned(weight: Tensor, direction: Tensor, radius: Tensor | float, rate: float) -> Tensor:
+def turned(
+    weight: Tensor,
+    direction: Tensor,
+    radius: Tensor | float,
+    rate: float,
+    *,
+    full_rank: bool = False,
+) -> Tensor:
     """Return one whole matrix [out, in], turned: what ``turn`` does, written out."""
-    step = direction.to(weight.dtype) / direction.double().norm().clamp(min=_LEAST)
-    moved = weight - rate * radius * step
+    length = min(direction.shape) ** 0.5 if full_rank else direction.double().norm().clamp(_LEAST)
+    moved = weight - rate * radius * (direction.to(weight.dtype) / length)
     turned: Tensor = radius * moved / moved.double().norm().clamp(min=_LEAST)
     return turned.to(weight.dtype)
 
@@ -70,9 +77,16 @@ def radii(items: Sequence[Item], state: State, whole: Whole) -> list[Tensor]:
 
 
 def turn(
-    items: Sequence[Item], directions: Sequence[Tensor], radii: Sequence[Tensor], whole: Whole
+    items: Sequence[Item],
+    directions: Sequence[Tensor],
+    radii: Sequence[Tensor],
+    whole: Whole,
+    full_rank: Sequence[bool] | None = None,
 ) -> None:
     """Turn this rank's parts of parameters towards minus ``directions``, each by its group's rate.
+
+    Where ``full_rank``, ‖U‖ is √min(out, in), the norm of an orthogonal U of full rank, instead of
+    U's own: then the singular values of the step, not their number, are what the rate fixes.
 
     One reduction, of three numbers for each logical matrix. With s = ηR/‖U‖ the matrix W − sU has
     the norm √(‖W‖² − 2s⟨W, U⟩ + s²‖U‖²), about R(1 + η²/2), so that it need not be there before it
@@ -88,7 +102,13 @@ def turn(
     radius_M = torch.cat(wide)
     length_M = torch.cat(torch._foreach_mul(wide, [item.group["lr"] for item in items]))
     ww_M, wu_M, uu_M = torch.cat(sums).view(3, -1)
-    step_M = length_M / uu_M.sqrt().clamp(min=_LEAST)
+    divisor_M = uu_M
+    if full_rank is not None and any(full_rank):
+        ranks = [float(min(parameter.shape[-2:])) for parameter in parameters]
+        measured = uu_M.split(counts)
+        whose = zip(measured, ranks, full_rank, strict=True)
+        divisor_M = torch.cat([torch.full_like(x, n) if full else x for x, n, full in whose])
+    step_M = length_M / divisor_M.sqrt().clamp(min=_LEAST)
     square_M = ww_M - 2.0 * step_M * wu_M + step_M.square() * uu_M
     keep_M = radius_M / square_M.clamp(min=0.0).sqrt().clamp(min=_LEAST)
     keeps, moves = (whole.factors(parameters, x.split(counts)) for x in (keep_M, keep_M * step_M))

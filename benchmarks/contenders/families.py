@@ -22,7 +22,7 @@ from allometry.scaling.shapes import Axis
 
 LENGTH, SEQUENCES, STEPS, HELD_OUT = 64, 8, 80, 128
 BASE = 32
-ADAM, SPHERES = "adamw", "muonh"
+ADAM, SPHERES, SPECTRAL = "adamw", "muonh", "muonh, spectral"
 
 
 def model(width: int, layers: int) -> DenseModel:
@@ -54,7 +54,7 @@ def mixture(width: int, number: int, visits: int, expert_width: int, gate: str) 
 def optimizer(kind: str, lr: float) -> OptimizerConfig:
     if kind == ADAM:
         return AdamW(lr=lr, weight_decay=0.0)
-    return MuonH(lr=lr)
+    return MuonH(lr=lr, step_norm="spectral" if kind == SPECTRAL else "frobenius")
 
 
 def parameterization(**values: Any) -> ParameterizationConfig:

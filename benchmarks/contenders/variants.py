@@ -6,6 +6,7 @@ from allometry.scaling.shapes import Axis
 from contenders.families import (
     ADAM,
     BASE,
+    SPECTRAL,
     SPHERES,
     Asked,
     Reading,
@@ -43,6 +44,14 @@ RATES = (
         "hyperp, base head, logits / m",
         spheres(output_multiplier="1/m"),
         SPHERES,
+        WIDTHS,
+        HIGH,
+        Asked(most=0.5),
+    ),
+    Variant(
+        "hyperp, base head, logits / m, spectral",
+        spheres(output_multiplier="1/m"),
+        SPECTRAL,
         WIDTHS,
         HIGH,
         Asked(most=0.5),
@@ -118,15 +127,18 @@ def experts() -> tuple[Variant, ...]:
     )
     found = [
         Variant(
-            "hyperp, 1 visit",
+            f"hyperp, 1 visit{name}",
             spheres(64),
-            SPHERES,
+            kind,
             numbers,
             HIGH,
             HELD,
             axis=Axis.EXPERTS,
             model=more,
-        ),
+        )
+        for name, kind in (("", SPHERES), (", spectral", SPECTRAL))
+    ]
+    found += [
         Variant("sp, 1 visit", STANDARD, ADAM, numbers, LOW, axis=Axis.EXPERTS, model=more),
     ]
     for regime, base, axis, sizes in regimes:

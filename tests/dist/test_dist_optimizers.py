@@ -34,6 +34,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "adamw": {},
     "muon": {},
     "muonh": {},
+    "muonh-spectral": {"kind": "muonh", "step_norm": "spectral"},
     "adamh": {},
     "sgd_sai": {"lr": 1e-3},
     "apollo": {"refresh_steps": 2},

@@ -43,6 +43,7 @@ def group(rule: Rule, parameters: Mapping[str, nn.Parameter], **settings: Any) -
         "betas": (0.9, 0.95),
         "momentum": 0.95,
         "nesterov": True,
+        "step_norm": "frobenius",
         "adjust": "original",
         "rank": None,
         "scale": None if rule is Rule.APOLLO_MINI else 1.0,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -319,3 +320,24 @@ def test_gates_grow_a_family_as_its_regime_does(tiny: Make, tmp_path: Path, regi
     sizes_asked = "16,32" if regime == "I" else "4,8"
     sweep = transfer.Request(sizes=sizes_asked, bound=99.0, out=out, **small)  # type: ignore[arg-type]
     assert json.loads(transfer.run(config, sweep, as_json=True)[0])["axis"] == grows
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "sequences"),
+    [
+        ("{kind: muonh, lr: 0.03}", 16),  # 4 x 32 tokens for the width of 32, in sequences of 8
+        ("{kind: muonh, lr: 0.03, step_norm: spectral}", 4),
+    ],
+)
+def test_batches_of_steps_of_a_fixed_norm_are_as_wide_as_the_model(
+    tiny: Make, tmp_path: Path, optimizer: str, sequences: int
+) -> None:
+    hyperp = "{kind: hyperp, base_width: 16, base_layers: 1, embedding_std: 0.5}"
+    config = tiny(f"parameterization={hyperp}", f"optimizer={optimizer}")
+    small = {"widths": "16,32", "seeds": 1, "steps": 1, "length": 8, "processes": 1}
+    request = coordcheck.Request(out=tmp_path / "c.png", **small)  # type: ignore[arg-type]
+    facts = json.loads(coordcheck.run(config, request, as_json=True)[0])
+    assert (facts["sequences"], facts["length"]) == (sequences, 8)
+    asked = replace(request, sequences=2)
+    text, _ = coordcheck.run(config, asked, as_json=False)
+    assert "1 step of 2 x 8 tokens at 0.03" in text

@@ -13,6 +13,7 @@ from allometry.scaling.roles import Rule
 from rule_groups import SHAPES, by_singular_values, give, normal, optimizer, weights
 
 STEPS = 5
+SIDES = {"out": 8, "in": 24}
 ON_SPHERES = [Rule.MUONH, Rule.ADAMH]
 
 
@@ -86,7 +87,7 @@ def adam_direction(gradients: list[Tensor]) -> Tensor:
     return mean / (1 - 0.9**t) / ((square / (1 - 0.95**t)).sqrt() + 1e-8)
 
 
-@pytest.mark.parametrize("form", ["muonh", "muonh without nesterov", "adamh"])
+@pytest.mark.parametrize("form", ["muonh", "muonh without nesterov", "muonh spectral", "adamh"])
 def test_steps_equal_the_rule_written_out(form: str) -> None:
     """In float64, with exact singular values instead of iterations."""
     rule = Rule.ADAMH if form == "adamh" else Rule.MUONH
@@ -97,7 +98,8 @@ def test_steps_equal_the_rule_written_out(form: str) -> None:
     mine = optimizer(
         rule,
         parameters,
-        nesterov=form == "muonh",
+        nesterov=form != "muonh without nesterov",
+        step_norm="spectral" if form == "muonh spectral" else "frobenius",
         newton_schulz_dtype=torch.float64,
     )
     for step in range(STEPS):
@@ -108,13 +110,34 @@ def test_steps_equal_the_rule_written_out(form: str) -> None:
             direction = (
                 adam_direction(given[name])
                 if form == "adamh"
-                else muonh_direction(given[name], nesterov=form == "muonh")
+                else muonh_direction(given[name], form != "muonh without nesterov")
             )
-            moved = expected[name] - 0.02 * radius[name] * direction / direction.norm()
+            full = min(p.shape) ** 0.5
+            length = full if form == "muonh spectral" else direction.norm()
+            moved = expected[name] - 0.02 * radius[name] * direction / length
             expected[name] = radius[name] * moved / moved.norm()
     for name, p in parameters.items():
         error = (p.detach() - expected[name]).norm() / radius[name]
         assert float(error) < 1e-12, name
+
+
+@pytest.mark.parametrize("norm", ["frobenius", "spectral"])
+def test_how_far_a_gradient_of_low_rank_turns(norm: str) -> None:
+    """A gradient of rank 2 in a matrix of 8: by Frobenius norm each of its two directions moves
+    twice as far as a full rank's; by singular values as far, and the step is half as long."""
+    changes = {}
+    for rank in (2, 8):
+        parameters = {"w": torch.nn.Parameter(normal("w", (8, 24)).double())}
+        before = parameters["w"].detach().clone()
+        left, right = (normal(f"{side} {rank}", (n, rank)).double() for side, n in SIDES.items())
+        parameters["w"].grad = left.mul(1e-3) @ right.T
+        optimizer(Rule.MUONH, parameters, step_norm=norm, newton_schulz_dtype=torch.float64).step()
+        changes[rank] = (parameters["w"].detach() - before) / before.norm()
+    longest = {rank: float(torch.linalg.matrix_norm(c, 2)) for rank, c in changes.items()}
+    length = {rank: float(c.norm()) for rank, c in changes.items()}
+    assert length[8] == pytest.approx(0.02, rel=2e-2)
+    relative = (length[2] / length[8], longest[2] / longest[8])
+    assert relative == pytest.approx((1.0, 2.0) if norm == "frobenius" else (0.5, 1.0), rel=0.05)
 
 
 @pytest.mark.parametrize("rule", ON_SPHERES)
