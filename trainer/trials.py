@@ -8,14 +8,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from allometry.configs.errors import UserError
+from allometry.configs.model import ModelConfig, ParameterizationConfig
+from allometry.configs.optimization import OptimizerConfig
 from allometry.trainer.transfer import Trial
+
+_SECTIONS: dict[str, TypeAdapter[Any]] = {
+    "model": TypeAdapter(ModelConfig),
+    "parameterization": TypeAdapter(ParameterizationConfig),
+    "optimizer": TypeAdapter(OptimizerConfig),
+}
 
 
 class TrialLog:
     """JSON lines: a sweep's settings, then ``size``, ``log2_lr``, ``seed``, ``loss`` of each trial.
 
     A loss that is not finite is null. A last line that was cut off is left out and written over.
+    Settings that a file of an earlier version lacks had their defaults.
 
     Raises:
         UserError: the file holds trials of other settings, or something else, and is left as it
@@ -77,9 +88,27 @@ class TrialLog:
 
     def _check(self, head: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
         plain = json.loads(json.dumps(dict(settings)))
-        different = sorted(key for key in plain if head.get(key) != plain[key])
+        kept = _completed(head)
+        different = sorted(key for key in plain if kept.get(key) != plain[key])
         if different:
             raise UserError(
                 f"{self.path} holds trials of other settings ({', '.join(different)}); name "
                 "another file or remove this one"
             )
+
+
+def _completed(head: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings with the defaults of what their sections lack; others as they are."""
+    completed = dict(head)
+    for key, adapter in _SECTIONS.items():
+        section = head.get(key)
+        if not isinstance(section, dict):
+            continue
+        # A sweep's optimizer has no rate; any number stands for it.
+        given = {**section, "lr": 1.0} if key == "optimizer" else section
+        try:
+            full = adapter.validate_python(given).model_dump(mode="json")
+        except ValidationError:  # of another version in another way: compared as it is
+            continue
+        completed[key] = {k: v for k, v in full.items() if k in section or k not in given}
+    return completed

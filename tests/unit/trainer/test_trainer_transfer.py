@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import math
 import signal
 import subprocess
@@ -186,6 +187,19 @@ def test_a_sweep_goes_on_from_its_file(tmp_path: Path) -> None:
     assert TrialLog(log.path, settings).known == again.known
     with pytest.raises(UserError, match=r"other settings \(steps\)"):
         TrialLog(log.path, small(steps=9).settings())
+    older = {
+        key: dict(value) if isinstance(value, dict) else value for key, value in settings.items()
+    }
+    del (
+        older["optimizer"]["beta2"],
+        older["model"]["dropout"],
+        older["parameterization"]["zero_head"],
+    )
+    rows = log.path.read_text().split("\n", 1)[1]
+    log.path.write_text(json.dumps(older) + "\n" + rows)
+    assert TrialLog(log.path, settings).known == again.known, "of a version without these settings"
+    with pytest.raises(UserError, match=r"other settings \(optimizer\)"):
+        TrialLog(log.path, small(optimizer=AdamW(lr=1e-2, beta2=0.5)).settings())
     (tmp_path / "other").write_text("not json\n")
     with pytest.raises(UserError, match="no file of trials"):
         TrialLog(tmp_path / "other", settings)
