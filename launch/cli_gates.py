@@ -56,21 +56,13 @@ def coordcheck(
     depths: Annotated[
         str | None, typer.Option(help="as 4,8,16; default where the parameterization has a rule")
     ] = None,
-    experts: Annotated[
-        str | None,
-        typer.Option(help="as 4,8,16; in mssp's regimes II and III the rest grows along"),
-    ] = None,
+    experts: Annotated[str | None, typer.Option(help="as 4,8,16; by mssp's regime")] = None,
     lr: Annotated[
         float | None, typer.Option(help="constant rate, best a large one; default: the config's")
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="steps on one batch")] = 5,
     seeds: Annotated[int, typer.Option(min=1, help="initial values and batches")] = 3,
-    sequences: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="of a batch; default: 4, on spheres 4 tokens for each of the width"
-        ),
-    ] = None,
+    sequences: Annotated[int | None, typer.Option(min=1, help="default: 4, or by width")] = None,
     length: Annotated[int, typer.Option(min=2, help="tokens of a sequence, at most")] = 64,
     block_bound: Annotated[
         float | None, typer.Option(min=0.0, help="largest slope of a block; default: by kind")
