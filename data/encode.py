@@ -5,9 +5,7 @@ from __future__ import annotations
 import heapq
 import json
 import multiprocessing
-import os
 import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -24,6 +22,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from allometry.configs.errors import UserError
 from allometry.data.corpora import Document, text_digest
+from allometry.data.processes import end_with_parent
 from allometry.data.tokenizer import read_tokenizer_json
 
 END_OF_DOCUMENT = "<|endoftext|>"
@@ -222,18 +221,6 @@ def _live_and_die_with_parent() -> None:
     """Leave Ctrl-C to the parent, and do not outlive it: the pool would wait for ever."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent()
-
-
-def end_with_parent() -> None:
-    """In a process of a pool: end as soon as the process that started the pool has ended."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def follow() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
 
 
 class Workers:

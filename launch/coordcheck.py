@@ -158,9 +158,11 @@ def _sequences(config: RunConfig, axes: Mapping[Axis, tuple[int, ...]], length: 
     The gradient of so many tokens has at most their rank. Such a step spreads over fewer singular
     values then, each larger, and moves a model that is wider than its batch more.
     """
-    on_sphere = isinstance(config.optimizer, MuonH | AdamH)
-    if not on_sphere or getattr(config.optimizer, "step_norm", None) == "spectral":
-        return SEQUENCES
+    match config.optimizer:
+        case AdamH() | MuonH(step_norm="frobenius"):
+            pass
+        case _:
+            return SEQUENCES
     largest = max(resize(config.model, axis, max(sizes)).width for axis, sizes in axes.items())
     return max(SEQUENCES, math.ceil(TOKENS_PER_WIDTH * largest / length))
 

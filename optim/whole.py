@@ -138,8 +138,11 @@ class Products(NamedTuple):
 
 def products_of_parts(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Products:
     """Return the products of pairs of parts of one shape, added up in fp64; empty ones give 0."""
-    if not any(x.is_cuda for x in xs):
-        return _products_on_cpu(xs, ys)
+    on_cuda = any(x.is_cuda for x in xs)
+    return _products_by_sums(xs, ys) if on_cuda else _products_on_cpu(xs, ys)
+
+
+def _products_by_sums(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Products:
     xy = [
         torch.sum(x * y, (1, 2) if x.dim() == 3 else None, dtype=torch.float64).view(-1)
         for x, y in zip(xs, ys, strict=True)
@@ -147,31 +150,39 @@ def products_of_parts(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Products:
     return Products(squared_norms_of_parts(xs), xy, squared_norms_of_parts(ys))
 
 
+_CHUNK = 1 << 18  # elements: two fp64 copies of so many are still in a core's cache when they meet
+
+
 def _products_on_cpu(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Products:
-    """Return the same by way of fp64 copies in memory that all pairs use in turn."""
+    """Return the same by way of fp64 copies of a few elements, in memory that all use in turn."""
     found = Products([], [], [])
     if not xs:
         return found
-    wide_2N = xs[0].new_empty(2, max(x.numel() for x in xs), dtype=torch.float64)
+    most = max(x.numel() for x in xs)
+    wide_2C = xs[0].new_empty(2, min(most, _CHUNK), dtype=torch.float64)
     for x, y in zip(xs, ys, strict=True):
         assert x.shape == y.shape, (x.shape, y.shape)
-        a, b = (wide[: x.numel()].view(x.shape) for wide in wide_2N)
-        a.copy_(x)
-        b.copy_(y)
-        if x.dim() < 3:
-            pairs = [(a.view(-1), b.view(-1))]
-        else:
-            pairs = [*zip(a.flatten(1), b.flatten(1), strict=True)]
-        found.xx.append(_stacked([one.dot(one) for one, _ in pairs], wide_2N))
-        found.xy.append(_stacked([one.dot(other) for one, other in pairs], wide_2N))
-        found.yy.append(_stacked([other.dot(other) for _, other in pairs], wide_2N))
+        stacked = x.dim() == 3
+        lefts, rights = ([*z.flatten(1)] if stacked else [z.flatten()] for z in (x, y))
+        pairs = zip(lefts, rights, strict=True)
+        sums = [_three_products(left, right, wide_2C) for left, right in pairs]
+        sums_m3 = torch.stack(sums) if sums else wide_2C.new_empty(0, 3)
+        for each, of_matrices_m in zip(found, sums_m3.unbind(1), strict=True):
+            each.append(of_matrices_m)
     return found
 
 
-def _stacked(numbers: Sequence[Tensor], like: Tensor) -> Tensor:
-    if len(numbers) == 1:
-        return numbers[0].view(1)
-    return torch.stack([*numbers]) if numbers else like.new_empty(0)
+def _three_products(x_N: Tensor, y_N: Tensor, wide_2C: Tensor) -> Tensor:
+    """Return Σx², Σxy, Σy², fp64 [3]."""
+    total = None
+    for x_C, y_C in zip(torch.split(x_N, _CHUNK), torch.split(y_N, _CHUNK), strict=True):
+        a_C, b_C = (wide_C[: len(x_C)] for wide_C in wide_2C)
+        a_C.copy_(x_C)
+        b_C.copy_(y_C)
+        here = torch.stack([a_C.dot(a_C), a_C.dot(b_C), b_C.dot(b_C)])
+        total = here if total is None else total + here
+    assert total is not None  # nothing is cut into one piece of nothing
+    return total
 
 
 def squared_norms_of_parts(parts: Sequence[Tensor]) -> list[Tensor]:

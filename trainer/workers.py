@@ -11,7 +11,7 @@ from typing import Self, TypeVar
 
 import torch
 
-from allometry.data.encode import end_with_parent
+from allometry.data.processes import end_with_parent
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")

@@ -305,20 +305,22 @@ def test_gates_grow_a_family_as_its_regime_does(tiny: Make, tmp_path: Path, regi
     base = "base_width: 32, base_experts: 4, base_experts_per_token: 1, base_expert_width: 16"
     config = tiny(f"model={model}", f"parameterization={{kind: mssp, regime: {regime}, {base}}}")
     grows = {"I": "width", "II": "regime-ii", "III": "regime-iii"}[regime]
-    small = {"seeds": 1, "steps": 2, "length": 8, "sequences": 2, "processes": 1}
-    out = tmp_path / "figure.png"
-    loose = {"block_bound": 9.0, "logit_bound": 9.0}
-    check = coordcheck.Request(out=out, **small, **loose)  # type: ignore[arg-type]
+    check = coordcheck.Request(
+        seeds=1, steps=2, length=8, sequences=2, processes=1,
+        block_bound=9.0, logit_bound=9.0, out=tmp_path / "check.png",
+    )  # fmt: skip
     (axis,) = json.loads(coordcheck.run(config, check, as_json=True)[0])["axes"]
     assert axis["axis"] == grows
     sizes = sorted({movement["size"] for movement in axis["movements"]})
     assert sizes == ([8, 16, 32] if regime == "I" else [4, 8, 16])
     if regime != "I":
-        asked = coordcheck.Request(experts="4,8", out=out, **small, **loose)  # type: ignore[arg-type]
+        asked = replace(check, experts="4,8")
         (axis,) = json.loads(coordcheck.run(config, asked, as_json=True)[0])["axes"]
         assert axis["axis"] == grows
-    sizes_asked = "16,32" if regime == "I" else "4,8"
-    sweep = transfer.Request(sizes=sizes_asked, bound=99.0, out=out, **small)  # type: ignore[arg-type]
+    sweep = transfer.Request(
+        sizes="16,32" if regime == "I" else "4,8", seeds=1, steps=2, length=8, sequences=2,
+        bound=99.0, processes=1, out=tmp_path / "sweep.png",
+    )  # fmt: skip
     assert json.loads(transfer.run(config, sweep, as_json=True)[0])["axis"] == grows
 
 
@@ -334,8 +336,9 @@ def test_batches_of_steps_of_a_fixed_norm_are_as_wide_as_the_model(
 ) -> None:
     hyperp = "{kind: hyperp, base_width: 16, base_layers: 1, embedding_std: 0.5}"
     config = tiny(f"parameterization={hyperp}", f"optimizer={optimizer}")
-    small = {"widths": "16,32", "seeds": 1, "steps": 1, "length": 8, "processes": 1}
-    request = coordcheck.Request(out=tmp_path / "c.png", **small)  # type: ignore[arg-type]
+    request = coordcheck.Request(
+        widths="16,32", seeds=1, steps=1, length=8, processes=1, out=tmp_path / "c.png"
+    )
     facts = json.loads(coordcheck.run(config, request, as_json=True)[0])
     assert (facts["sequences"], facts["length"]) == (sequences, 8)
     asked = replace(request, sequences=2)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from allometry.optim import whole
 from allometry.optim.whole import (
     LocalWhole,
     Matrix,
@@ -40,20 +41,28 @@ def test_sums_and_norms_are_those_of_each_matrix_in_float64() -> None:
         whole.sums(PARAMETERS, partials)
 
 
-def test_products_are_those_of_each_matrix_in_float64() -> None:
+@pytest.mark.parametrize("path", ["cpu", "cpu in chunks", "cuda's"])
+def test_products_are_those_of_each_matrix_in_float64(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU runs multiplies in fp32 before it adds up in fp64."""
+    products = whole._products_by_sums if path == "cuda's" else products_of_parts
+    if path == "cpu in chunks":
+        monkeypatch.setattr(whole, "_CHUNK", 5)
     others = [normal(f"other {shape}", shape).bfloat16() for shape in SHAPES]
-    found = products_of_parts(PARAMETERS, others)
+    found = products(PARAMETERS, others)
     pairs = ((PARAMETERS, PARAMETERS), (PARAMETERS, others), (others, others))
+    error = 1e-6 if path == "cuda's" else 1e-13
     for sums, (xs, ys) in zip(found, pairs, strict=True):
         assert [(len(one), one.dtype) for one in sums] == [(n, torch.float64) for n in (1, 3, 1)]
         for one, x, y in zip(sums, xs, ys, strict=True):
             product = x.double() * y.double()
             expected = product.sum((1, 2)) if x.dim() == 3 else product.sum().view(1)
-            torch.testing.assert_close(one, expected, rtol=1e-13, atol=1e-13)
+            torch.testing.assert_close(one, expected, rtol=error, atol=error)
     empty = [torch.ones(0, 4), torch.ones(2, 0, 4), torch.ones(0, 2, 2)]
-    for sums in products_of_parts(empty, empty):
+    for sums in products(empty, empty):
         assert [one.tolist() for one in sums] == [[0.0], [0.0, 0.0], []]
-    assert products_of_parts([], []).xx == []
+    assert products([], []).xx == []
 
 
 def test_factors_multiply_the_matrices_they_are_of() -> None:
