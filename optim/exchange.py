@@ -1,22 +1,25 @@
 """Functions of whole matrices that lie in shards: each is computed once in the mesh, by its owner.
 
-Pieces of all matrices travel to the owners in one uneven all-to-all, and the pieces of the results
+Pieces of many matrices travel to the owners in an uneven all-to-all, and the pieces of the results
 to all who hold them, replicas included, in another: a rank of W sends about 2 N/W of N elements, or
-N where every rank has all of them. Work is divided by W as evenly as whole matrices can be. As a
-function sees the same matrix in every layout, its result has the same bits in every layout.
+N where every rank has all of them. The matrices go in a few waves (see owners.py): while one is
+computed, the next one's pieces come and the results of the one before leave. Work is divided by W
+as evenly as whole matrices can be. As a function sees the same matrix in every layout, its result
+has the same bits in every layout.
 """
 
 # W ranks of a stage, M logical matrices of a parameter, m of them on this rank (see whole.py)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from allometry.optim.owners import Messages, Piece, Plan, plan_exchange
+from allometry.optim.owners import Messages, Piece, Plan, Wave, plan_exchange
 from allometry.optim.shards import Placed, Placements
 from allometry.optim.whole import Cost, Matrix, MatrixFunction, aligned, squared_norms_of_parts
 from allometry.parallel.mesh import Mesh
@@ -78,7 +81,6 @@ class ShardedWhole:
             return []
         dtype = parts[0].dtype
         assert all(part.dtype == dtype for part in parts), "one type travels"
-        plan = self._plan(parameters, cost)
         placed = [self._placements.of(parameter) for parameter in parameters]
         starts = [where.boxes[self._line.rank].matrices[0] for where in placed]
 
@@ -87,45 +89,53 @@ class ShardedWhole:
             tensor = tensors[i]
             return tensor[e - starts[i]] if tensor.dim() == 3 else tensor
 
-        arrived = self._exchanged(
-            plan.out, {p: part_of(parts, p) for to in plan.out.sent for p in to}, dtype
-        )
+        def leave(wave: Wave) -> _Travelling:
+            return self._start(wave.out, lambda piece: part_of(parts, piece), dtype)
+
         results = [torch.empty_like(part, memory_format=torch.contiguous_format) for part in parts]
-        returned: dict[Piece, Tensor] = {}
-        for matrix, pieces in plan.owned.items():
-            for piece in pieces:
-                if piece.source == self._line.rank:
-                    arrived[piece] = part_of(parts, piece).to(self._device)
-            whole = _assembled(placed[matrix.parameter], pieces, arrived)
-            result = function(whole, matrix)
-            assert (result.shape, result.dtype) == (whole.shape, whole.dtype), result.shape
-            for piece in pieces:
-                returned[piece] = result[slice(*piece.box.rows), slice(*piece.box.columns)]
-                if self._line.rank in piece.holders:
-                    part_of(results, piece).copy_(returned[piece])
-        received = self._exchanged(plan.back, returned, dtype)
-        if received:
-            torch._foreach_copy_(
-                [part_of(results, piece) for piece in received], list(received.values())
-            )
+        waves = self._plan(parameters, cost).waves
+        coming, going = leave(waves[0]), []
+        for k, wave in enumerate(waves):
+            arrived = coming.wait()
+            if k + 1 < len(waves):
+                coming = leave(waves[k + 1])
+            returned: dict[Piece, Tensor] = {}
+            for matrix, pieces in wave.owned.items():
+                for piece in pieces:
+                    if piece.source == self._line.rank:
+                        arrived[piece] = part_of(parts, piece).to(self._device)
+                whole = _assembled(placed[matrix.parameter], pieces, arrived)
+                result = function(whole, matrix)
+                assert (result.shape, result.dtype) == (whole.shape, whole.dtype), result.shape
+                for piece in pieces:
+                    returned[piece] = result[slice(*piece.box.rows), slice(*piece.box.columns)]
+                    if self._line.rank in piece.holders:
+                        part_of(results, piece).copy_(returned[piece])
+            going.append(self._start(wave.back, returned.__getitem__, dtype))
+        for back in going:
+            received = back.wait()
+            if received:
+                here = [part_of(results, piece) for piece in received]
+                torch._foreach_copy_(here, list(received.values()))
         return results
 
-    def _exchanged(
-        self, messages: Messages, pieces: dict[Piece, Tensor], dtype: torch.dtype
-    ) -> dict[Piece, Tensor]:
-        """Send pieces to whom they go; return those that come, as views of one buffer."""
+    def _start(
+        self, messages: Messages, value: Callable[[Piece], Tensor], dtype: torch.dtype
+    ) -> _Travelling:
+        """Begin to send pieces to whom they go and to receive those that come."""
         if messages.silent:
-            return {}
+            return _Travelling(None, None, {})
         sent = _Buffer(messages.sent, dtype, self._device)
         received = _Buffer(messages.received, dtype, self._device)
         if sent.views:
-            values = [pieces[piece] for to in messages.sent for piece in to]
+            values = [value(piece) for to in messages.sent for piece in to]
             torch._foreach_copy_(sent.views, values)
-        dist.all_to_all_single(
-            received.flat, sent.flat, received.sizes, sent.sizes, group=self._line.group
+        group = self._line.group
+        work = dist.all_to_all_single(
+            received.flat, sent.flat, received.sizes, sent.sizes, group=group, async_op=True
         )
         order = [piece for source in messages.received for piece in source]
-        return dict(zip(order, received.views, strict=True))
+        return _Travelling(work, sent.flat, dict(zip(order, received.views, strict=True)))
 
     def _padded(self, placed: Placed, partial: Tensor) -> Tensor:
         """Return [M] summands: this rank's in their places, none where a replica has added them."""
@@ -144,6 +154,22 @@ class ShardedWhole:
             plan = plan_exchange(placed, cost, self._line.rank, self._line.size)
             self._plans[key] = tuple(parameters), plan
         return self._plans[key][1]
+
+
+@dataclass
+class _Travelling:
+    """An all-to-all under way; ``sent`` lives until it has left."""
+
+    work: dist.Work | None
+    sent: Tensor | None
+    received: dict[Piece, Tensor]
+
+    def wait(self) -> dict[Piece, Tensor]:
+        """Return what has come, as views of one buffer."""
+        if self.work is not None:
+            self.work.wait()
+        self.work = self.sent = None
+        return self.received
 
 
 class _Buffer:

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from allometry.optim.shards import Box, Placed
@@ -43,22 +43,59 @@ class Messages:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How a list of parameters is exchanged: ``owned`` are the pieces of this rank's matrices."""
+class Wave:
+    """Matrices that travel together: ``owned`` are the pieces of those that are this rank's."""
 
     owned: dict[Matrix, tuple[Piece, ...]]
     out: Messages
     back: Messages
 
 
+@dataclass(frozen=True)
+class Plan:
+    """How a list of parameters is exchanged: in waves, one of which travels while another is
+    computed. Every rank has as many, of the same matrices; in each, an equal share of its own."""
+
+    waves: tuple[Wave, ...]
+
+    @property
+    def owned(self) -> tuple[Matrix, ...]:
+        """The matrices of this rank, in ascending order."""
+        return tuple(matrix for wave in self.waves for matrix in wave.owned)
+
+
+WAVES = 4
+"""What is not hidden behind computing is the first wave's way out and the last one's way back."""
+
+
 def plan_exchange(placed: Sequence[Placed], cost: Cost, rank: int, ranks: int) -> Plan:
     """Return what ``rank`` of ``ranks`` does for parameters placed so."""
     pieces = list(_pieces(placed, cost, ranks))
+    wave_of = _waves_of({piece.matrix: piece.owner for piece in pieces})
+    waves: list[list[Piece]] = [[] for _ in range(1 + max(wave_of.values(), default=-1))]
+    for piece in pieces:
+        waves[wave_of[piece.matrix]].append(piece)
+    return Plan(tuple(_wave(found, rank, ranks) for found in waves))
+
+
+def _waves_of(owners: Mapping[Matrix, int]) -> dict[Matrix, int]:
+    """Return the wave of each matrix: those of an owner, in their order, in WAVES equal parts."""
+    of_owner: dict[int, list[Matrix]] = {}
+    for matrix, owner in owners.items():
+        of_owner.setdefault(owner, []).append(matrix)
+    return {
+        matrix: place * WAVES // max(WAVES, len(matrices))
+        for matrices in of_owner.values()
+        for place, matrix in enumerate(matrices)
+    }
+
+
+def _wave(pieces: Sequence[Piece], rank: int, ranks: int) -> Wave:
     owned: dict[Matrix, list[Piece]] = {}
     for piece in pieces:
         if piece.owner == rank:
             owned.setdefault(piece.matrix, []).append(piece)
-    return Plan(
+    return Wave(
         owned={matrix: tuple(parts) for matrix, parts in owned.items()},
         out=_messages(((p, p.source, p.owner) for p in pieces), rank, ranks),
         back=_messages(((p, p.owner, to) for p in pieces for to in p.holders), rank, ranks),

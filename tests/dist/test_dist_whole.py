@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 import tiny
 from allometry.configs.run import RunConfig
+from allometry.optim import owners
 from allometry.optim.exchange import ShardedWhole
 from allometry.optim.whole import Matrix, partial_sums
 from allometry.parallel.apply import Parallel
@@ -113,3 +115,39 @@ def test_sums_and_functions_of_whole_matrices(run_ranks: RunRanks, name: str) ->
         loads = [sum(of_rank) for of_rank in costs]
         dearest = max(cost for of_rank in costs for cost in of_rank)
         assert max(loads) <= max(1.1 * sum(loads) / len(loads), dearest), "work is shared"
+
+
+def order_of_events(waves: int) -> str:
+    """What happens in an exchange, in order: t(ravel) begins, or a matrix is c(omputed)."""
+    events: list[str] = []
+    begin, usual = dist.all_to_all_single, owners.WAVES
+
+    def all_to_all_single(*arguments: Any, **settings: Any) -> Any:
+        events.append("t")
+        return begin(*arguments, **settings)
+
+    def function(matrix: Tensor, which: Matrix) -> Tensor:
+        events.append("c")
+        return bend(matrix, which)
+
+    run = config({"zero": {"stage": 3}})
+    with tiny.mesh(run) as mesh:
+        named = matrices(tiny.parallel(run, mesh))
+        parts = [like(given(name, p.shape), p).clone() for name, p in named.items()]
+        try:
+            owners.WAVES, dist.all_to_all_single = waves, all_to_all_single
+            ShardedWhole(mesh).map(list(named.values()), parts, function, work)
+        finally:
+            owners.WAVES, dist.all_to_all_single = usual, begin
+    return "".join(events)
+
+
+@pytest.mark.parametrize(
+    ("waves", "order"), [(1, "tc+t"), (2, "ttc+tc+t"), (4, "ttc+ttc+ttc+tc+t")]
+)
+def test_pieces_travel_while_others_are_computed(
+    run_ranks: RunRanks, waves: int, order: str
+) -> None:
+    """The next wave comes before one is computed, which leaves before the next is computed."""
+    for events in run_ranks(order_of_events, 2, waves):
+        assert re.fullmatch(order, events), events
