@@ -273,6 +273,8 @@ def task(folder):
     time.sleep(60)
 
 if __name__ == "__main__":
+    # A shell in the background, from which tests may run, has its children ignore Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with Workers(2) as workers:
         workers.run(task, [sys.argv[1]] * 4)
 """
