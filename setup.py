@@ -4,7 +4,10 @@ from pathlib import Path
 
 from setuptools import setup
 
-ROOMS = ("configs", "scaling", "laws", "data", "models", "parallel", "optim", "trainer", "launch")
+ROOMS = (
+    *("configs", "scaling", "laws", "data", "models", "parallel", "optim", "trainer"),
+    *("interop", "studies", "launch"),
+)
 
 
 def packages() -> dict[str, str]:

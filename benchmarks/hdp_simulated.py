@@ -34,7 +34,7 @@ from allometry.configs.model import DenseModel
 from allometry.parallel.hdp.cost import CostModel
 from allometry.parallel.hdp.plan import Plan, make_plan
 from allometry.parallel.hdp.replay import replay, summary
-from allometry.trainer.record import commit
+from allometry.trainer.record.writer import commit
 
 RANKS, TOKENS, CAPACITY = 1024, 32 * 2**20, 8192
 CONTEXTS = tuple(k * 2**10 for k in (256, 512, 1024, 2048))

@@ -28,7 +28,7 @@ from allometry.configs.execution import MonitorConfig
 from allometry.configs.loader import load
 from allometry.configs.run import RunConfig
 from allometry.data.synthetic import write_random_store
-from allometry.trainer.monitors import Monitors
+from allometry.trainer.record.monitors import Monitors
 from allometry.trainer.step import TrainStep
 from allometry.trainer.train import train
 

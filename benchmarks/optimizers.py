@@ -38,9 +38,9 @@ from allometry.models.init import initialize
 from allometry.optim.build import build_optimizer
 from allometry.scaling.parameterization import Parameterization
 from allometry.scaling.shapes import Axis
-from allometry.trainer.transfer import Runner, TransferSweep, Trial
-from allometry.trainer.trials import TrialLog
-from allometry.trainer.workers import Workers
+from allometry.studies.sweeps.transfer import Runner, TransferSweep, Trial
+from allometry.studies.sweeps.trials import TrialLog
+from allometry.studies.sweeps.workers import Workers
 
 LENGTH, SEQUENCES, HELD_OUT = 128, 8, 128
 PARTS = ("loss", "state", "step", "ranks")

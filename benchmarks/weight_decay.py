@@ -30,8 +30,8 @@ from contenders.machine import facts, source_bytes
 
 from allometry.configs.optimization import AdamW
 from allometry.scaling.roles import Role
-from allometry.trainer.probe import Probe, sample
-from allometry.trainer.workers import Workers
+from allometry.studies.sweeps.probe import Probe, sample
+from allometry.studies.sweeps.workers import Workers
 
 BASE = 64
 RULES = {"coupled": 0.25, "mup": -0.25, "sqrt": 0.0}

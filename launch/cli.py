@@ -9,8 +9,11 @@ from typing import Annotated, Any
 import typer
 
 from allometry.configs.errors import UserError
-from allometry.launch import cli_gates, cli_ladder, cli_laws, cli_runs
+from allometry.launch.laws import commands as cli_laws
 from allometry.launch.options import OVERRIDES, Config, Json
+from allometry.launch.runs import commands as cli_runs
+from allometry.launch.studies import commands as cli_gates
+from allometry.launch.studies import ladder_commands as cli_ladder
 from allometry.launch.train import fail
 
 app = typer.Typer(
@@ -62,7 +65,7 @@ def train(
     if print_config:
         typer.echo(dump(load(config, overrides)), nl=False)
     elif dry_run:
-        from allometry.launch.dry_run import report
+        from allometry.launch.runs.dry_run import report
 
         typer.echo(report(load(config, overrides), world_size or 1, as_json=json))
     else:
@@ -99,7 +102,7 @@ def prepare(
 ) -> None:
     """Turn text into token files that training reads (Megatron's .bin/.idx)."""
     from allometry.data.prepare import PrepareRequest
-    from allometry.launch.prepare import run
+    from allometry.launch.runs.prepare import run
 
     request = PrepareRequest(
         inputs=tuple(inputs),
@@ -144,7 +147,7 @@ def convert(
 
     Llama, Qwen3, Mixtral and Qwen3-MoE, as safetensors with config.json and the tokenizer.
     """
-    from allometry.launch.convert import Request, run
+    from allometry.launch.runs.convert import Request, run
 
     request = Request(source, out, step, family, dtype, config, print_model, check)
     typer.echo(run(request, as_json=json))
@@ -170,7 +173,7 @@ def verify(
     code 1 where a layout differs.
     """
     from allometry.configs.loader import load
-    from allometry.launch.verify import run
+    from allometry.launch.studies.verify import run
 
     text, passed = run(load(config, context.args), layout, out, as_json=json)
     typer.echo(text)
@@ -181,7 +184,7 @@ def verify(
 @app.command()
 def doctor(json: Json = False) -> None:
     """Say what is installed and usable here, and how to mend what is not."""
-    from allometry.launch.doctor import examine, render
+    from allometry.launch.runs.doctor import examine, render
 
     typer.echo(render(examine(), as_json=json))
 

@@ -1,73 +1,16 @@
-"""``python -m allometry.launch.ladder_worker``: a process that trains one run after the other.
-
-Python and torch take seconds to start, which many small runs need not pay each. Requests come as
-lines of JSON on standard input, {"config": path, "log": path}; answers go as lines to the standard
-output that the process was started with, {"error": sentence or null, "stopped": signal or null}.
-What a run prints goes to its log. A signal stops the run as it would stop ``allometry train``.
-"""
+"""``python -m allometry.launch.ladder_worker``: the entry point of a ladder's worker process."""
 
 from __future__ import annotations
 
-import json
-import logging
-import os
-import signal
-import sys
-import traceback
-from types import FrameType
-from typing import Any
-
-from allometry.configs.errors import UserError
 from allometry.launch.start import settle_allocator
 
 
 def main() -> None:
-    """Serve until standard input ends."""
+    """Settle the allocator, which comes before torch, and serve."""
     allocator = settle_allocator("auto")
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _interrupt)
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    try:
-        for line in sys.stdin:
-            answer = _serve(json.loads(line), allocator)
-            answers.write(json.dumps(answer) + "\n")
-            answers.flush()
-    except KeyboardInterrupt:
-        pass
+    from allometry.studies.ladder.worker import serve
 
-
-def _serve(request: dict[str, str], allocator: str) -> dict[str, Any]:
-    with open(request["log"], "a", encoding="utf-8") as log:
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-            os.dup2(log.fileno(), stream.fileno())
-    try:
-        return _train(request["config"], allocator)
-    except UserError as error:
-        print(f"allometry: {error}", file=sys.stderr)
-        return {"error": str(error), "stopped": None}
-    except KeyboardInterrupt:  # before the first step of this launch, or after the last
-        return {"error": None, "stopped": "SIGTERM"}
-    except Exception as error:
-        traceback.print_exc()
-        return {"error": f"{type(error).__name__}: {error}", "stopped": None}
-    finally:
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-
-
-def _train(config: str, allocator: str) -> dict[str, Any]:
-    from allometry.configs.loader import load
-    from allometry.trainer.train import Surroundings, train
-
-    command = ["allometry", "train", config]
-    result = train(load(config), surroundings=Surroundings(allocator, command))
-    return {"error": None, "stopped": result.stopped_by}
-
-
-def _interrupt(number: int, _: FrameType | None) -> None:
-    raise KeyboardInterrupt
+    serve(allocator)
 
 
 if __name__ == "__main__":

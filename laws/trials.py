@@ -1,4 +1,4 @@
-"""Reading the files of trials that sweeps of learning rates keep (``trainer/trials.py``)."""
+"""Reading the files of trials that sweeps of learning rates keep (``studies/sweeps/trials.py``)."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from allometry.parallel.measure import measure_costs
 from allometry.parallel.mesh import Mesh
 from allometry.scaling.layout import Layout
 from allometry.scaling.plan import RunPlan
-from allometry.trainer.folder import RunFolder
+from allometry.trainer.state.folder import RunFolder
 
 
 def build_part(config: RunConfig, plan: RunPlan, part: Part) -> Transformer:

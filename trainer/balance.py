@@ -14,7 +14,7 @@ from allometry.models.moe import balance_record, begin_step, end_step
 from allometry.models.router import RouterStatistics
 from allometry.models.transformer import Transformer
 from allometry.parallel.mesh import Mesh
-from allometry.trainer.record import Row
+from allometry.trainer.record.writer import Row
 
 
 class Balancer:

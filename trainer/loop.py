@@ -24,15 +24,15 @@ from allometry.parallel.mesh import Mesh
 from allometry.scaling.count import document_flops
 from allometry.scaling.plan import RunPlan
 from allometry.trainer.balance import routing_rows
-from allometry.trainer.callbacks import Callback
-from allometry.trainer.checkpoint import Checkpointer, optimizer_state
 from allometry.trainer.evaluate import Evaluator
 from allometry.trainer.feed import DocumentPlanner, StepInput
-from allometry.trainer.folder import RunFolder
-from allometry.trainer.hardware import Peak, peak_bytes, reset_peak_bytes
-from allometry.trainer.monitors import Monitors
-from allometry.trainer.plans import plan_record, plan_rows
-from allometry.trainer.record import Recorder, Row
+from allometry.trainer.record.callbacks import Callback
+from allometry.trainer.record.hardware import Peak, peak_bytes, reset_peak_bytes
+from allometry.trainer.record.monitors import Monitors
+from allometry.trainer.record.plans import plan_record, plan_rows
+from allometry.trainer.record.writer import Recorder, Row
+from allometry.trainer.state.checkpoint import Checkpointer, optimizer_state
+from allometry.trainer.state.folder import RunFolder
 from allometry.trainer.step import StepOutcome, TrainStep
 from allometry.trainer.stop import StopRequest
 

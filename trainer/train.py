@@ -22,7 +22,6 @@ from allometry.optim.schedule import Schedule, resolve_schedule
 from allometry.parallel.apply import Parallel
 from allometry.parallel.mesh import Mesh, launched_world_size, open_mesh
 from allometry.scaling.plan import RunPlan
-from allometry.trainer import checkpoint, hardware, record
 from allometry.trainer.assemble import (
     make_model,
     make_optimizer,
@@ -30,7 +29,6 @@ from allometry.trainer.assemble import (
     with_measured_stages,
 )
 from allometry.trainer.balance import Balancer
-from allometry.trainer.callbacks import Callback, standard_callbacks
 from allometry.trainer.evaluate import (
     Evaluator,
     HeldOut,
@@ -44,12 +42,16 @@ from allometry.trainer.feed import (
     document_steps,
     sequence_steps,
 )
-from allometry.trainer.folder import RunFolder
-from allometry.trainer.forecast import Forecaster
 from allometry.trainer.loop import Loop, Progress, RunResult, state_tensors
-from allometry.trainer.monitors import Monitors
-from allometry.trainer.resume import Start, begin
-from allometry.trainer.sample import Sample
+from allometry.trainer.record import hardware
+from allometry.trainer.record import writer as record
+from allometry.trainer.record.callbacks import Callback, standard_callbacks
+from allometry.trainer.record.forecast import Forecaster
+from allometry.trainer.record.monitors import Monitors
+from allometry.trainer.record.sample import Sample
+from allometry.trainer.state import checkpoint
+from allometry.trainer.state.folder import RunFolder
+from allometry.trainer.state.resume import Start, begin
 from allometry.trainer.step import TrainStep
 
 T = TypeVar("T")

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from allometry.trainer.hardware import describe
-from allometry.trainer.record import commit
+from allometry.trainer.record.hardware import describe
+from allometry.trainer.record.writer import commit
 
 
 def facts() -> dict[str, Any]:

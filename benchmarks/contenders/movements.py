@@ -9,8 +9,8 @@ from typing import Any
 
 from allometry.configs.model import ParameterizationConfig
 from allometry.scaling.shapes import Axis
-from allometry.trainer.coordinate import CoordinateCheck, Movement, slopes
-from allometry.trainer.probe import LOGITS, STREAM
+from allometry.studies.sweeps.coordinate import CoordinateCheck, Movement, slopes
+from allometry.studies.sweeps.probe import LOGITS, STREAM
 from contenders.families import (
     ADAM,
     BASE,

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from allometry.launch.start import choose
-from allometry.trainer.hardware import describe
-from allometry.trainer.record import commit
+from allometry.trainer.record.hardware import describe
+from allometry.trainer.record.writer import commit
 from contenders.shape import Shape
 
 

@@ -17,8 +17,8 @@ from allometry.laws.optimum import (
     exponent_interval,
 )
 from allometry.scaling.shapes import Axis
-from allometry.trainer.transfer import Runner, Transfer, TransferSweep
-from allometry.trainer.trials import TrialLog
+from allometry.studies.sweeps.transfer import Runner, Transfer, TransferSweep
+from allometry.studies.sweeps.trials import TrialLog
 from contenders.families import (
     HELD_OUT,
     LENGTH,

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from allometry.data.synthetic import write_random_store
-from allometry.trainer.record import commit, versions
+from allometry.trainer.record.writer import commit, versions
 
 MFU_GOAL = 0.5
 WARMUP_STEPS = 3

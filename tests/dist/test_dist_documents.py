@@ -20,7 +20,7 @@ from allometry.parallel.hdp.plan import Mode, Plan, Unit
 from allometry.parallel.mesh import open_mesh
 from allometry.scaling.layout import Layout
 from allometry.scaling.parameterization import Parameterization
-from allometry.trainer import certificate
+from allometry.studies.certificate import step as certificate
 from allometry.trainer.feed import DeviceBatch, DocumentPlanner, document_batch
 from test_dist_layouts import DENSE, LATENT, MOE
 from thinned import thinned

@@ -14,9 +14,9 @@ import pytest
 
 from allometry.configs.ladder import load_ladder
 from allometry.configs.run import RunConfig
-from allometry.launch.ladder_plan import plan_ladder
-from allometry.launch.ladder_run import torchrun
-from allometry.launch.ladder_state import state_of
+from allometry.studies.ladder.plan import plan_ladder
+from allometry.studies.ladder.run import torchrun
+from allometry.studies.ladder.state import state_of
 from run_folders import events, rows
 
 Make = Callable[..., RunConfig]

@@ -13,7 +13,7 @@ from allometry.configs.execution import SCHEDULES
 from allometry.configs.run import RunConfig
 from allometry.parallel.mesh import open_mesh
 from allometry.scaling.layout import ONE_STAGE_SCHEDULES
-from allometry.trainer import certificate
+from allometry.studies.certificate import step as certificate
 from thinned import thinned
 
 RunRanks = Callable[..., list[Any]]

@@ -14,8 +14,8 @@ import tiny as tiny_model
 from allometry.configs.run import RunConfig
 from allometry.optim.whole import local
 from allometry.scaling.plan import RunPlan
+from allometry.studies.rehearse import rehearse
 from allometry.trainer.assemble import make_model, make_optimizer, make_states
-from allometry.trainer.rehearse import rehearse
 from test_dist_checkpoints import DENSE_LAYOUTS, EXPERT_LAYOUTS, MOE, losses, prepared
 from test_dist_runs import launch
 from thinned import thinned

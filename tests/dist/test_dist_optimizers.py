@@ -22,9 +22,9 @@ from allometry.optim.whole import local
 from allometry.parallel.apply import Parallel
 from allometry.parallel.mesh import Mesh
 from allometry.scaling.parameterization import Parameterization
-from allometry.trainer import checkpoint
 from allometry.trainer.assemble import make_states
 from allometry.trainer.loop import state_tensors
+from allometry.trainer.state import checkpoint
 from placed import LAYOUTS, MOE, given, like
 from thinned import thinned
 

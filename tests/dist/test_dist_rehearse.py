@@ -14,7 +14,7 @@ from allometry.parallel.mesh import open_mesh
 from allometry.parallel.simulate import Collective, CollectiveLog
 from allometry.scaling.memory import estimate_memory
 from allometry.scaling.plan import RunPlan
-from allometry.trainer.rehearse import rehearse
+from allometry.studies.rehearse import rehearse
 from test_dist_layouts import DENSE, MOE, run
 
 RunRanks = Callable[..., list[Any]]

@@ -13,8 +13,8 @@ from allometry.configs.layouts import parse_parallel
 from allometry.configs.run import RunConfig
 from allometry.data.documents import DocumentStream
 from allometry.data.stream import open_stream
-from allometry.launch.verify import run
-from allometry.trainer.verify import Certificate, LayoutResult, _small, verify
+from allometry.launch.studies.verify import run
+from allometry.studies.certificate.verify import Certificate, LayoutResult, _small, verify
 
 Make = Callable[..., RunConfig]
 MOE = {

@@ -17,7 +17,7 @@ import torch
 
 from allometry.laws.optimum import Sweep, exponent
 from allometry.scaling.shapes import Axis
-from allometry.trainer.transfer import TransferSweep, Trial
+from allometry.studies.sweeps.transfer import TransferSweep, Trial
 
 ROOT = Path(__file__).resolve().parents[2]
 

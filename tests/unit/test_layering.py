@@ -18,8 +18,10 @@ MAY_IMPORT = {
     "parallel": {"configs", "scaling", "models"},
     "optim": {"configs", "scaling", "parallel.mesh"},
     "trainer": {"configs", "scaling", "laws", "data", "models", "parallel", "optim"},
-    "launch": {"configs", "scaling", "laws", "data", "models", "parallel", "optim", "trainer"},
 }
+MAY_IMPORT["interop"] = {*MAY_IMPORT["trainer"], "trainer"}
+MAY_IMPORT["studies"] = {*MAY_IMPORT["interop"], "interop"}
+MAY_IMPORT["launch"] = {*MAY_IMPORT["studies"], "studies"}
 WITHOUT_TORCH = ("configs", "scaling", "laws", "data")
 
 

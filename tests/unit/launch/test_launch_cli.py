@@ -14,8 +14,8 @@ from allometry.configs.errors import UserError
 from allometry.configs.loader import dump, load
 from allometry.configs.run import RunConfig
 from allometry.launch import start
-from allometry.launch.dry_run import report
-from allometry.launch.plot import check_format
+from allometry.launch.runs.dry_run import report
+from allometry.launch.runs.plot import check_format
 
 Make = Callable[..., RunConfig]
 ROOT = Path(__file__).resolve().parents[3]
@@ -176,7 +176,7 @@ def test_doctor_names_everything_and_its_fix() -> None:
 def test_doctor_knows_the_wrong_apex(tmp_path: Path) -> None:
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex" / "__init__.py").write_text("")
-    code = "from allometry.launch.doctor import _apex; print([f.status for f in _apex()])"
+    code = "from allometry.launch.runs.doctor import _apex; print([f.status for f in _apex()])"
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from allometry.configs.errors import UserError
 from allometry.configs.loader import dump, load
 from allometry.configs.run import RunConfig
-from allometry.launch.convert import Request, run
-from allometry.trainer import compare
+from allometry.interop.huggingface import compare
+from allometry.launch.runs.convert import Request, run
 from allometry.trainer.train import train
 from hf_models import make, save
 
@@ -108,7 +108,7 @@ def test_a_disk_that_is_full_leaves_nothing(
     def full(*arguments: Any, **options: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("allometry.trainer.weights.save_file", full)
+    monkeypatch.setattr("allometry.interop.huggingface.weights.save_file", full)
     refused("No space left on device.*nothing is left", trained, out=tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
 

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from allometry.configs.errors import UserError
 from allometry.launch.cli import app
-from allometry.launch.forecast import Request, run
+from allometry.launch.runs.forecast import Request, run
 from allometry.laws.areas import areas_of
 from fake_runs import fake_run
 

@@ -8,13 +8,13 @@ import pytest
 from matplotlib.figure import Figure
 
 from allometry.configs.errors import UserError
-from allometry.launch.gantt import draw_boxes, draw_links, draw_plan, run_and_step
+from allometry.launch.runs.gantt import draw_boxes, draw_links, draw_plan, run_and_step
 from allometry.parallel.hdp.plan import Plan, Unit
 from allometry.parallel.hdp.replay import replay
 from allometry.scaling.layout import Degrees, Layout
-from allometry.trainer.folder import RunFolder
-from allometry.trainer.plans import plan_record
-from allometry.trainer.record import Recorder
+from allometry.trainer.record.plans import plan_record
+from allometry.trainer.record.writer import Recorder
+from allometry.trainer.state.folder import RunFolder
 
 PNG = b"\x89PNG"
 PLAN = Plan(

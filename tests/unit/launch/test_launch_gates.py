@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from allometry.configs.errors import UserError
 from allometry.configs.loader import load
 from allometry.configs.run import RunConfig
-from allometry.launch import coordcheck, suggest, transfer
 from allometry.launch.cli import app
+from allometry.launch.studies import coordcheck, suggest, transfer
 
 Make = Callable[..., RunConfig]
 MUP = ("parameterization={kind: mup, base_width: 16, embedding_std: 1.0}",)

@@ -13,10 +13,10 @@ from pydantic import TypeAdapter
 
 from allometry.configs.model import ParameterizationConfig
 from allometry.configs.run import RunConfig
-from allometry.launch import coordcheck, gates, transfer
-from allometry.launch.gates import Panel
+from allometry.launch.studies import coordcheck, gates, transfer
+from allometry.launch.studies.gates import Panel
 from allometry.scaling.shapes import Axis
-from allometry.trainer.transfer import TransferSweep, Trial
+from allometry.studies.sweeps.transfer import TransferSweep, Trial
 
 Make = Callable[..., RunConfig]
 MUP = ("parameterization={kind: mup, base_width: 16, embedding_std: 1.0}",)

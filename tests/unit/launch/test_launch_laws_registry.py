@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from allometry.launch.laws_compare import law_names
-from allometry.launch.laws_list import overview, page_line, run_laws
-from allometry.launch.laws_text import certificate_words, narrowed
+from allometry.launch.laws.compare import law_names
+from allometry.launch.laws.list import overview, page_line, run_laws
+from allometry.launch.laws.text import certificate_words, narrowed
 from allometry.laws.fit.certificate import Certificate
 from allometry.laws.forms.base import LOSS_UNIT
 from allometry.laws.registry import all_forms, form_named

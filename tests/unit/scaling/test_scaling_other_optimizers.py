@@ -16,7 +16,7 @@ from allometry.models.build import build_model, parameter_specs
 from allometry.models.init import initialize
 from allometry.optim.build import build_optimizer
 from allometry.scaling.parameterization import Parameterization
-from allometry.trainer.coordinate import CoordinateCheck, slopes
+from allometry.studies.sweeps.coordinate import CoordinateCheck, slopes
 
 WIDTHS, SEEDS = (32, 64, 128), (0, 1)
 MODEL = DenseModel(vocab_size=128, width=32, num_layers=2, num_heads=2, ffn_width=128, qk_norm=True)

@@ -14,10 +14,11 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from allometry.configs.errors import UserError
 from allometry.configs.run import RunConfig
-from allometry.trainer import checkpoint, verify_rank
-from allometry.trainer.folder import RunFolder
+from allometry.studies.certificate import rank as verify_rank
+from allometry.studies.certificate.rank import Job
+from allometry.trainer.state import checkpoint
+from allometry.trainer.state.folder import RunFolder
 from allometry.trainer.train import train
-from allometry.trainer.verify_rank import Job
 from run_folders import events, rows
 
 Make = Callable[..., RunConfig]

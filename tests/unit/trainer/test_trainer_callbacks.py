@@ -13,10 +13,10 @@ import torch
 from allometry.configs.errors import UserError
 from allometry.configs.execution import WandB
 from allometry.configs.run import RunConfig
-from allometry.trainer.callbacks import Display, WeightsAndBiases
-from allometry.trainer.folder import RunFolder
+from allometry.trainer.record.callbacks import Display, WeightsAndBiases
+from allometry.trainer.record.format import duration, human
+from allometry.trainer.state.folder import RunFolder
 from allometry.trainer.train import train
-from allometry.trainer.words import duration, human
 
 Make = Callable[..., RunConfig]
 

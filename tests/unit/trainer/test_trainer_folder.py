@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from allometry.configs.errors import UserError
-from allometry.trainer.folder import RunFolder, write_atomically
-from allometry.trainer.record import Recorder
+from allometry.trainer.record.writer import Recorder
+from allometry.trainer.state.folder import RunFolder, write_atomically
 
 
 def test_second_live_run_is_refused_and_a_dead_one_is_not(tmp_path: Path) -> None:
     code = (
         "import sys, time\n"
-        "from allometry.trainer.folder import RunFolder\n"
+        "from allometry.trainer.state.folder import RunFolder\n"
         f"folder = RunFolder({str(tmp_path / 'run')!r})\n"
         "folder.claim(); print('held', flush=True); time.sleep(60)\n"
     )
@@ -77,8 +77,8 @@ def test_rows_survive_a_disk_that_fills_and_empties(tmp_path: Path) -> None:
     """In a child, as the limit on file size is for the whole process."""
     code = f"""
 import resource, signal
-from allometry.trainer.folder import RunFolder
-from allometry.trainer.record import Recorder
+from allometry.trainer.state.folder import RunFolder
+from allometry.trainer.record.writer import Recorder
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 recorder = Recorder(RunFolder({str(tmp_path)!r}))
 soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

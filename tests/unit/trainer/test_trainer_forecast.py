@@ -11,9 +11,9 @@ import torch
 
 from allometry.configs.run import RunConfig
 from allometry.optim.schedule import Schedule
-from allometry.trainer.callbacks import Display
-from allometry.trainer.folder import RunFolder
-from allometry.trainer.forecast import Forecaster
+from allometry.trainer.record.callbacks import Display
+from allometry.trainer.record.forecast import Forecaster
+from allometry.trainer.state.folder import RunFolder
 from allometry.trainer.train import train
 from run_folders import events, rows
 
@@ -91,7 +91,7 @@ def test_a_curve_that_cannot_be_fitted_is_an_event(
     def broken(*_: Any, **__: Any) -> None:
         raise FloatingPointError("no number")
 
-    monkeypatch.setattr("allometry.trainer.forecast.forecast", broken)
+    monkeypatch.setattr("allometry.trainer.record.forecast.forecast", broken)
     for step in range(1, 5):
         assert forecaster.additions({"step": step, "loss": 3.0}, report) == {}
     assert said == [("no_forecast", {"step": 1, "reason": "no number"})]

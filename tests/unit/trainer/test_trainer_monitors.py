@@ -15,9 +15,9 @@ from allometry.configs.errors import UserError
 from allometry.configs.execution import ParallelConfig
 from allometry.configs.run import RunConfig
 from allometry.parallel.mesh import Mesh, open_mesh
-from allometry.trainer.alarms import Alarms, find
-from allometry.trainer.monitors import Changes
-from allometry.trainer.spectrum import TopSingularValues
+from allometry.trainer.record.alarms import Alarms, find
+from allometry.trainer.record.monitors import Changes
+from allometry.trainer.record.spectrum import TopSingularValues
 from allometry.trainer.train import train
 from run_folders import events, rows
 

@@ -15,9 +15,9 @@ from allometry.parallel.hdp.cost import CostModel
 from allometry.parallel.hdp.plan import Mode, Plan, Unit, make_plan
 from allometry.parallel.hdp.replay import replay
 from allometry.scaling.layout import Degrees, Layout
-from allometry.trainer.folder import RunFolder
-from allometry.trainer.plans import plan_of, plan_record, plan_rows
-from allometry.trainer.record import Recorder
+from allometry.trainer.record.plans import plan_of, plan_record, plan_rows
+from allometry.trainer.record.writer import Recorder
+from allometry.trainer.state.folder import RunFolder
 from allometry.trainer.train import train
 
 LAYOUT = Layout(Degrees(pp=1, hdp=4, tp=1, ep=1, replicas=1), "1f1b", (range(8),))

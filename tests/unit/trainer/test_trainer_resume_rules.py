@@ -6,7 +6,7 @@ import pytest
 
 from allometry.configs.errors import UserError
 from allometry.configs.run import RunConfig
-from allometry.trainer.unchanged import check_unchanged
+from allometry.trainer.state.unchanged import check_unchanged
 
 Make = Callable[..., RunConfig]
 

@@ -14,8 +14,8 @@ import torch
 from allometry.configs.errors import UserError
 from allometry.configs.loader import load
 from allometry.configs.run import RunConfig
-from allometry.trainer import checkpoint
-from allometry.trainer.folder import RunFolder
+from allometry.trainer.state import checkpoint
+from allometry.trainer.state.folder import RunFolder
 from allometry.trainer.train import train
 from run_folders import events, rows
 

@@ -1,0 +1,1 @@
+"""Checkpoints and descriptions of other frameworks, read and written."""

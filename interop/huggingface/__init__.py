@@ -1,0 +1,1 @@
+"""Hugging Face folders: names, configurations, weights, comparison."""

@@ -1,0 +1,150 @@
+"""Does a converted model compute what the original does? Logits, and every tensor bit for bit."""
+
+# B sequences, L tokens in a sequence, V vocabulary
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from allometry.configs.errors import UserError
+from allometry.configs.model import ParameterizationConfig, StandardParameterization
+from allometry.configs.run import RunConfig
+from allometry.interop.huggingface.names import Counterpart, Fold, folded, locate
+from allometry.interop.huggingface.weights import CheckpointWeights, FolderWeights
+from allometry.models.build import build_model
+from allometry.models.transformer import Transformer
+from allometry.scaling.parameterization import Parameterization
+
+TOLERANCE = 1e-4
+SEQUENCES, LONGEST, SEED = 2, 64, 0
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Both models in fp32 on the same random tokens, and their tensors.
+
+    ``max_difference`` of logits, also ``relative`` to the largest logit there; ``tensors`` of ours
+    that were found bit for bit in the folder (all of them: less is an error). ``rounding`` is how
+    far, relative to the largest logit, storing half-width weights moved the logits of the run.
+    """
+
+    max_difference: float
+    relative: float
+    tensors: int
+    rounding: float | None = None
+
+
+def require_transformers() -> None:
+    """Raise UserError if transformers is not installed."""
+    if importlib.util.find_spec("transformers") is None:
+        raise UserError(
+            "--check loads the model with transformers, which is not installed; pip install "
+            "'allometry[hf]' or leave --check out"
+        )
+
+
+def compare(
+    config: RunConfig,
+    weights: CheckpointWeights,
+    folder: Path,
+    wanted: Collection[Counterpart],
+    folding: Sequence[Fold],
+    dtype: torch.dtype,
+) -> Comparison:
+    """Compare the model in a checkpoint of ours with the one in a Hugging Face folder.
+
+    ``dtype`` is what an export rounded weights to; fp32 for an import. Raises UserError if a
+    tensor differs in a bit or logits by more than ``TOLERANCE`` of the largest.
+    """
+    tensors = _compare_tensors(config, weights, folder, wanted, folding, dtype)
+    vocabulary, length = config.model.vocab_size, min(config.data.sequence_length, LONGEST)
+    generator = torch.Generator().manual_seed(SEED)
+    tokens_BL = torch.randint(vocabulary, (SEQUENCES, length), generator=generator)
+    theirs_BLV = _their_logits(folder, tokens_BL)
+    mine_BLV = _our_logits(config, config.parameterization, weights, (), None, tokens_BL)
+    scale = max(theirs_BLV.abs().max().item(), torch.finfo(torch.float32).tiny)
+    rounding = None
+    if dtype != torch.float32:
+        # What is tested is the conversion: the same rounded weights on both sides.
+        rounding = (mine_BLV - theirs_BLV).abs().max().item() / scale
+        standard = StandardParameterization()
+        mine_BLV = _our_logits(config, standard, weights, folding, dtype, tokens_BL)
+    difference = (mine_BLV - theirs_BLV).abs().max().item()
+    if not difference / scale <= TOLERANCE:  # a NaN is no agreement either
+        raise UserError(
+            f"--check: logits differ by {difference:.3g}, which is {difference / scale:.3g} of the "
+            f"largest logit and more than {TOLERANCE:g}; nothing was written: please report it"
+        )
+    return Comparison(difference, difference / scale, tensors, rounding)
+
+
+def _compare_tensors(
+    config: RunConfig,
+    weights: CheckpointWeights,
+    folder: Path,
+    wanted: Collection[Counterpart],
+    folding: Sequence[Fold],
+    dtype: torch.dtype,
+) -> int:
+    """Read the folder as an import would; the number of tensors, all equal to the checkpoint's."""
+    stored = FolderWeights(folder)
+    places = locate(wanted, stored.shapes, str(folder), tied=config.model.tied_embeddings)
+    for counterpart in wanted:
+        name = counterpart.spec.name
+        expected = folded(name, weights.read(name), folding).to(dtype).float()
+        if not torch.equal(counterpart.join(places[name], stored.read), expected):
+            raise UserError(
+                f"--check: {name} came back changed from {', '.join(places[name].names[:1])}; "
+                "nothing was written: please report it"
+            )
+    return len(wanted)
+
+
+@torch.no_grad()
+def _our_logits(
+    config: RunConfig,
+    parameterization: ParameterizationConfig,
+    weights: CheckpointWeights,
+    folding: Sequence[Fold],
+    dtype: torch.dtype | None,
+    tokens_BL: Tensor,
+) -> Tensor:
+    """Return fp32 logits [B, L, V] of our model with a checkpoint's weights, rounded or not."""
+    rules = Parameterization(parameterization, config.model)
+    model: Transformer = build_model(config.model, rules, "fp32").eval()
+    for name, parameter in model.named_parameters():
+        tensor = folded(name, weights.read(name), folding)
+        parameter.copy_(tensor if dtype is None else tensor.to(dtype))
+    for name, buffer in model.named_buffers():
+        if name in weights.shapes:
+            buffer.copy_(weights.read(name))
+    logits_BLV = model(tokens_BL)
+    assert isinstance(logits_BLV, Tensor)
+    return logits_BLV
+
+
+@torch.no_grad()
+def _their_logits(folder: Path, tokens_BL: Tensor) -> Tensor:
+    """Return fp32 logits [B, L, V] of the model that transformers loads from the folder."""
+    from transformers import AutoModelForCausalLM
+
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        str(folder), output_loading_info=True, attn_implementation="eager", local_files_only=True
+    )
+    model, loading = loaded
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        # transformers would go on with random values for what is missing.
+        if loading[problem]:
+            raise UserError(
+                f"--check: transformers reports {problem} {sorted(map(str, loading[problem]))[:3]} "
+                f"in {folder}; nothing was written: please report it"
+            )
+    logits: Tensor = model.eval().float()(input_ids=tokens_BL).logits
+    return logits

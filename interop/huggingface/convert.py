@@ -1,0 +1,384 @@
+"""Between run folders and Hugging Face folders.
+
+A target is written as ``TARGET.partial`` and renamed when it is whole, so that a conversion that
+fails leaves nothing that looks like a model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial as bind
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from allometry.configs.errors import UserError
+from allometry.configs.loader import dump, load
+from allometry.configs.model import ModelConfig
+from allometry.configs.run import RunConfig
+from allometry.data.manifest import TokenizerRecord, read_manifest
+from allometry.data.tokenizer import fingerprint, read_tokenizer_json
+from allometry.interop.huggingface import compare
+from allometry.interop.huggingface.compare import Comparison
+from allometry.interop.huggingface.config import (
+    Family,
+    Text,
+    choose_family,
+    differences,
+    from_hf,
+    to_hf,
+)
+from allometry.interop.huggingface.names import (
+    HEAD,
+    Counterpart,
+    Fold,
+    check_names,
+    counterparts,
+    folded,
+    folds,
+    locate,
+)
+from allometry.interop.huggingface.weights import (
+    CONFIG,
+    CheckpointWeights,
+    FolderWeights,
+    chosen_checkpoint,
+    read_json,
+    total_bytes,
+    write_checkpoint,
+    write_safetensors,
+)
+from allometry.scaling.parameterization import Parameterization
+from allometry.trainer.state import checkpoint
+from allometry.trainer.state.folder import RunFolder, write_atomically
+
+Dtype = Literal["fp32", "bf16"]
+_TORCH: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SHARD_BYTES = 5_000_000_000
+TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export did. ``folds`` say which multipliers went into weights; ``bytes`` of them."""
+
+    source: str
+    step: int
+    target: str
+    family: Family
+    dtype: Dtype
+    tensors: int
+    bytes: int
+    files: list[str]
+    folds: list[str]
+    tokenizer: str | None
+    check: Comparison | None = None
+
+
+@dataclass(frozen=True)
+class ImportReport:
+    """What an import did; ``parameters`` counts tensors of ours."""
+
+    source: str
+    target: str
+    family: Family
+    parameters: int
+    tokenizer: str | None
+    check: Comparison | None = None
+
+
+def export_hf(
+    run_folder: str | Path,
+    out: str | Path,
+    step: int | None = None,
+    family: str | None = None,
+    dtype: Dtype = "fp32",
+    *,
+    check: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> ExportReport:
+    """Write a checkpoint of a run (default: the latest) as a Hugging Face folder ``out``.
+
+    Multipliers of the forward pass that the family lacks are folded into weights. With ``check``
+    the folder is loaded with transformers and compared before it gets its name. Raises UserError
+    for anything that the family cannot hold, before anything is written.
+    """
+    if check:
+        compare.require_transformers()
+    folder = RunFolder(run_folder)
+    if not folder.config.exists():
+        raise UserError(f"{folder.path} has no {folder.config.name}; name the folder of a run")
+    config = load(folder.config)
+    chosen = choose_family(config.model, family)
+    folding = folds(config.model, Parameterization.of_run(config).forward)
+    wanted = counterparts(config.model, chosen)
+    path = chosen_checkpoint(folder, step)
+    weights = CheckpointWeights(path)
+    _check_checkpoint(config.model, weights, path)
+    tokenizer = _tokenizer_of(config, folder)
+    end = _end_of_document(config)
+    text = Text(config.data.sequence_length, end.end_of_document_id if end else None)
+    torch_dtype = _TORCH[dtype]
+    with _target(out) as (final, partial):
+        files = write_safetensors(
+            partial,
+            [_part(counterpart, weights, folding, torch_dtype) for counterpart in wanted],
+            shard_bytes,
+        )
+        name = str(torch_dtype).removeprefix("torch.")
+        _write_json(partial / CONFIG, to_hf(config.model, chosen, name, text))
+        _write_texts(partial, tokenizer, end, text)
+        report = ExportReport(
+            source=str(folder.path),
+            step=checkpoint.step_of(path),
+            target=str(final),
+            family=chosen,
+            dtype=dtype,
+            tensors=sum(len(counterpart.written) for counterpart in wanted),
+            bytes=total_bytes(partial, files),
+            files=files,
+            folds=[fold.describe() for fold in folding],
+            tokenizer=str(tokenizer) if tokenizer else None,
+        )
+        if check:
+            found = compare.compare(config, weights, partial, wanted, folding, torch_dtype)
+            report = replace(report, check=found)
+    return report
+
+
+def import_hf(
+    hf_folder: str | Path, config: RunConfig, out: str | Path, *, check: bool = False
+) -> ImportReport:
+    """Write a run folder ``out`` whose step 0 are the weights of a Hugging Face folder.
+
+    ``config`` is the run to be trained; its model must be the one of the folder and its
+    parameterization must multiply nothing in the forward pass. Raises UserError naming each key
+    that differs, each tensor without a place, and a tokenizer that is not the run's.
+    """
+    if check:
+        compare.require_transformers()
+    source = Path(hf_folder)
+    family, theirs = read_model(source)
+    _check_agreement(config, theirs, source)
+    wanted = counterparts(config.model, family)
+    folder = FolderWeights(source)
+    places = locate(wanted, folder.shapes, str(source), tied=config.model.tied_embeddings)
+    if config.model.tied_embeddings and HEAD in folder.shapes:
+        _check_tied(folder, wanted[0].written[0])
+    tokenizer = _check_tokenizer(config, source)
+    by_name = {counterpart.spec.name: counterpart for counterpart in wanted}
+    run = config.run.model_copy(update={"folder": str(out), "resume": "auto", "parent": None})
+    config = config.model_copy(update={"run": run})
+    with _target(out) as (final, partial):
+        step = RunFolder(partial).checkpoints / "step-0"
+        step.mkdir(parents=True)
+        write_checkpoint(
+            step,
+            {name: counterpart.spec.shape for name, counterpart in by_name.items()},
+            lambda name: by_name[name].join(places[name], folder.read),
+        )
+        _seal(step, config, source)
+        _copy_tokenizer(tokenizer, partial)
+        write_atomically(RunFolder(partial).config, dump(config))
+        write_atomically(RunFolder(partial).latest, step.name + "\n")
+        report = ImportReport(
+            source=str(source),
+            target=str(final),
+            family=family,
+            parameters=len(wanted),
+            tokenizer=str(tokenizer) if tokenizer else None,
+        )
+        if check:
+            weights = CheckpointWeights(step)
+            found = compare.compare(config, weights, source, wanted, (), torch.float32)
+            report = replace(report, check=found)
+    return report
+
+
+def read_model(hf_folder: str | Path) -> tuple[Family, ModelConfig]:
+    """Return the family and our description of the model in a Hugging Face folder."""
+    path = Path(hf_folder) / CONFIG
+    return from_hf(read_json(path), str(path))
+
+
+def _absolute(path: str | Path) -> Path:
+    return Path(os.path.abspath(path))
+
+
+@contextmanager
+def _target(out: str | Path) -> Iterator[tuple[Path, Path]]:
+    """Yield the final path and the folder to write; rename it at the end, remove it on failure."""
+    final = _absolute(out)
+    if final.exists() and (not final.is_dir() or any(final.iterdir())):
+        raise UserError(f"--out={out} exists and is not empty; choose another folder or remove it")
+    partial = final.with_name(final.name + ".partial")
+    try:
+        partial.mkdir(parents=True)
+    except FileExistsError:
+        raise UserError(
+            f"{partial} is there, from a conversion that runs or was interrupted; remove it or "
+            "choose another --out"
+        ) from None
+    except OSError as error:
+        raise UserError(f"--out={out} cannot be written ({error.strerror})") from None
+    try:
+        yield final, partial
+        partial.rename(final)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"--out={out} cannot be written ({error}); nothing is left of it") from None
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _check_checkpoint(model: ModelConfig, weights: CheckpointWeights, path: Path) -> None:
+    for name in check_names(model, weights.shapes, str(path)):
+        if weights.read(name).any():
+            raise UserError(
+                f"{path}: {name} is not zero, and models of Hugging Face's families have no bias "
+                "in their routers; nothing was written"
+            )
+
+
+def _part(
+    counterpart: Counterpart,
+    weights: CheckpointWeights,
+    folding: tuple[Fold, ...],
+    dtype: torch.dtype,
+) -> tuple[list[tuple[str, int]], Callable[[], dict[str, Tensor]]]:
+    """One parameter as ``write_safetensors`` takes it: names and sizes now, tensors when asked."""
+    nbytes = counterpart.spec.numel * dtype.itemsize // len(counterpart.written)
+    return (
+        [(name, nbytes) for name in counterpart.written],
+        bind(_exported, counterpart, weights, folding, dtype),
+    )
+
+
+def _exported(
+    counterpart: Counterpart,
+    weights: CheckpointWeights,
+    folding: tuple[Fold, ...],
+    dtype: torch.dtype,
+) -> dict[str, Tensor]:
+    name = counterpart.spec.name
+    return counterpart.split(folded(name, weights.read(name), folding).to(dtype))
+
+
+def _tokenizer_of(config: RunConfig, folder: RunFolder) -> Path | None:
+    """The tokenizer.json of a run: the one it names, else the one it was imported with."""
+    named = config.data.tokenizer
+    if named is None:
+        imported = folder.path / TOKENIZER
+        return imported if imported.exists() else None
+    path = Path(named) / TOKENIZER if Path(named).is_dir() else Path(named)
+    read_tokenizer_json(path)
+    return path
+
+
+def _end_of_document(config: RunConfig) -> TokenizerRecord | None:
+    """What the token files were made with, where they are here and say so."""
+    for source in config.data.sources:
+        manifest = read_manifest(Path(source.train).parent)
+        if manifest is not None:
+            return manifest.tokenizer
+    return None
+
+
+def _write_texts(
+    folder: Path, tokenizer: Path | None, end: TokenizerRecord | None, text: Text
+) -> None:
+    """The tokenizer and what generation needs to know."""
+    if end is not None:
+        generation = {"_from_model_config": True, "eos_token_id": end.end_of_document_id}
+        _write_json(folder / "generation_config.json", generation)
+    _copy_tokenizer(tokenizer, folder)
+    if tokenizer is not None and not (folder / TOKENIZER_CONFIG).exists():
+        values: dict[str, Any] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": text.longest,
+            "clean_up_tokenization_spaces": False,
+        }
+        if end is not None:
+            values["eos_token"] = end.end_of_document
+        _write_json(folder / TOKENIZER_CONFIG, values)
+
+
+def _copy_tokenizer(tokenizer: Path | None, folder: Path) -> None:
+    """Copy a tokenizer.json and, if it stands beside it, its configuration."""
+    if tokenizer is None:
+        return
+    shutil.copyfile(tokenizer, folder / TOKENIZER)
+    beside = tokenizer.parent / TOKENIZER_CONFIG
+    if beside.exists():
+        shutil.copyfile(beside, folder / TOKENIZER_CONFIG)
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _check_agreement(config: RunConfig, theirs: ModelConfig, source: Path) -> None:
+    """Raise UserError unless the run's model computes the function of the model in ``source``."""
+    found = differences(config.model, theirs)
+    if found:
+        listed = ", ".join(f"model.{key}={ours!r} (there {other!r})" for key, ours, other in found)
+        raise UserError(
+            f"the configuration describes another model than {source}: {listed}; set these keys "
+            "to the values there (--print-model prints them all)"
+        )
+    scales = Parameterization.of_run(config).forward
+    for fold in folds(config.model, scales):
+        raise UserError(
+            f"parameterization.kind={config.parameterization.kind} multiplies the {fold.scale} by "
+            f"{fold.factor:.6g}, which the imported weights do not expect; use "
+            "parameterization.kind=sp"
+        )
+
+
+def _check_tied(folder: FolderWeights, embedding: str) -> None:
+    if not torch.equal(folder.read(HEAD), folder.read(embedding)):
+        raise UserError(
+            f"{folder.folder}: config.json ties embedding and head, but {HEAD} differs from "
+            f"{embedding}; set tie_word_embeddings to false there if both are meant"
+        )
+
+
+def _check_tokenizer(config: RunConfig, source: Path) -> Path | None:
+    """The folder's tokenizer.json, if it has one; UserError if the run uses another."""
+    path = source / TOKENIZER
+    if not path.exists():
+        return None
+    named = config.data.tokenizer
+    if named is not None and fingerprint(read_tokenizer_json(named)) != fingerprint(
+        read_tokenizer_json(path)
+    ):
+        raise UserError(
+            f"data.tokenizer={named} is another tokenizer than {path}, with which the model was "
+            f"trained; prepare the data with --tokenizer {path}"
+        )
+    return path
+
+
+def _seal(step: Path, config: RunConfig, source: Path) -> None:
+    """Add what makes a checkpoint of the shards: nothing was trained, nothing was read."""
+    facts = {
+        "step": 0,
+        "position_sequences": 0,
+        "tokens": 0,
+        "seed": config.run.seed,
+        "weights_only": True,
+        "imported_from": str(source),
+    }
+    files = {
+        file.name: {"bytes": file.stat().st_size, "crc32": checkpoint.checksum(file)}
+        for file in step.glob("*.distcp")
+    }
+    checkpoint.seal(step, 0, files, facts)

@@ -1,0 +1,284 @@
+"""Our parameters under Hugging Face's names, and back: pure, one parameter at a time.
+
+Linear weights and rotary halves have the same layout on both sides, so nothing is transposed or
+permuted. Experts are one tensor of ours and one tensor for each expert of theirs.
+"""
+
+# E experts, F feed-forward width, D width, V vocabulary
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from allometry.configs.errors import UserError
+from allometry.configs.model import ModelConfig, MoEModel
+from allometry.interop.huggingface.config import Family
+from allometry.scaling.inventory import inventory
+from allometry.scaling.roles import ParamSpec
+from allometry.scaling.rules.base import ForwardScales
+
+_OUTER: Mapping[str, str] = {
+    "embedding.weight": "model.embed_tokens.weight",
+    "final_norm.weight": "model.norm.weight",
+    "head.weight": "lm_head.weight",
+}
+_INNER: Mapping[str, str] = {
+    "attention_norm": "input_layernorm",
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "attention.q_norm": "self_attn.q_norm",
+    "attention.k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn.gate": "mlp.gate_proj",
+    "ffn.up": "mlp.up_proj",
+    "ffn.down": "mlp.down_proj",
+}
+# Module of the experts and names of gate, up and down, as the family's files have them.
+_EXPERTS: Mapping[str, tuple[str, Mapping[str, str]]] = {
+    "mixtral": ("block_sparse_moe", {"gate": "w1", "up": "w3", "down": "w2"}),
+    "qwen3_moe": ("mlp", {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}),
+}
+HEAD = "lm_head.weight"
+# Tables that old files hold and that every model computes by itself.
+_COMPUTED = re.compile(r"\.rotary_emb\.inv_freq$|^model\.rotary_emb\.inv_freq$")
+# Buffers of a router that count visits and are no part of a forward pass.
+_BOOKKEEPING = re.compile(r"^blocks\.\d+\.ffn\.router\.load$")
+# A bias for the choice of experts; it is all zeros unless router.balance.kind is bias.
+_ROUTER_BIAS = re.compile(r"^blocks\.\d+\.ffn\.router\.bias$")
+
+Read = Callable[[str], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One way in which a file may hold a parameter.
+
+    ``names`` are one tensor, or one for each expert where ``stacked``. ``half`` 0 or 1 takes the
+    first or second half of dimension 1 (gate and up fused to [E, 2F, D]).
+    """
+
+    names: tuple[str, ...]
+    stacked: bool = False
+    half: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Counterpart:
+    """One parameter of ours and where theirs holds it; ``sources[0]`` is how files are written."""
+
+    spec: ParamSpec
+    sources: tuple[Source, ...]
+
+    @property
+    def written(self) -> tuple[str, ...]:
+        """Names of the tensors to write."""
+        return self.sources[0].names
+
+    def shape_in(self, source: Source) -> tuple[int, ...]:
+        """Shape that each tensor of ``source`` must have."""
+        if source.stacked:
+            return self.spec.shape[1:]
+        if source.half is not None:
+            E, F, D = self.spec.shape
+            return E, 2 * F, D
+        return self.spec.shape
+
+    def split(self, tensor: Tensor) -> dict[str, Tensor]:
+        """Return the tensors to write, each with storage of its own."""
+        assert tuple(tensor.shape) == self.spec.shape, (self.spec.name, tensor.shape)
+        if not self.sources[0].stacked:
+            return {self.written[0]: tensor.contiguous()}
+        return {name: part.clone() for name, part in zip(self.written, tensor, strict=True)}
+
+    def join(self, source: Source, read: Read) -> Tensor:
+        """Return our parameter in fp32 from the tensors of ``source``."""
+        if source.stacked:
+            joined = torch.empty(self.spec.shape, dtype=torch.float32)
+            for name, into in zip(source.names, joined, strict=True):
+                into.copy_(read(name))
+            return joined
+        tensor = read(source.names[0])
+        if source.half is not None:
+            tensor = tensor.chunk(2, dim=1)[source.half]
+        return tensor.to(torch.float32).contiguous()
+
+
+def counterparts(model: ModelConfig, family: Family) -> tuple[Counterpart, ...]:
+    """Return where ``family`` holds each parameter of ``model``, in our order.
+
+    Raises UserError with the name of a parameter that it has no place for.
+    """
+    return tuple(Counterpart(spec, _sources(spec, family)) for spec in inventory(model))
+
+
+def _sources(spec: ParamSpec, family: Family) -> tuple[Source, ...]:
+    if spec.name in _OUTER:
+        return (Source((_OUTER[spec.name],)),)
+    match = re.fullmatch(r"blocks\.(\d+)\.(.+?)(?:\.weight)?", spec.name)
+    if match is not None:
+        layer, inner = f"model.layers.{match[1]}", match[2]
+        if inner in _INNER:
+            return (Source((f"{layer}.{_INNER[inner]}.weight",)),)
+        if family in _EXPERTS:
+            module, names = _EXPERTS[family]
+            if inner == "ffn.router":
+                # transformers 5 calls Mixtral's module mlp in memory, and so do raw state dicts.
+                places = dict.fromkeys((module, "mlp"))
+                return tuple(Source((f"{layer}.{place}.gate.weight",)) for place in places)
+            kind = inner.removeprefix("ffn.experts.")
+            if kind in names:
+                return _expert_sources(spec, layer, module, kind, names)
+    raise UserError(
+        f"parameter {spec.name} has no counterpart in a model of {family}; nothing was written"
+    )
+
+
+def _expert_sources(
+    spec: ParamSpec, layer: str, module: str, kind: str, names: Mapping[str, str]
+) -> tuple[Source, ...]:
+    """Per expert, as files are; or fused over experts, as raw state dicts of transformers 5 are."""
+    each = tuple(f"{layer}.{module}.experts.{e}.{names[kind]}.weight" for e in range(spec.shape[0]))
+    fused = f"{layer}.mlp.experts.{'down_proj' if kind == 'down' else 'gate_up_proj'}"
+    half = {"gate": 0, "up": 1}.get(kind)
+    return Source(each, stacked=True), Source((fused,), half=half)
+
+
+def locate(
+    wanted: Collection[Counterpart],
+    present: Mapping[str, tuple[int, ...]],
+    where: str,
+    *,
+    tied: bool,
+) -> dict[str, Source]:
+    """Return which source holds each parameter of ours, given their names and shapes.
+
+    Raises UserError naming tensors that are missing, left over or of another shape. A tied model
+    may hold the head too; whether it equals the embedding is for the caller to see.
+    """
+    found: dict[str, Source] = {}
+    missing: list[str] = []
+    for counterpart in wanted:
+        source = next((s for s in counterpart.sources if set(s.names) <= present.keys()), None)
+        if source is None:
+            missing += [name for name in counterpart.written if name not in present]
+            continue
+        found[counterpart.spec.name] = source
+        for name in source.names:
+            if present[name] != counterpart.shape_in(source):
+                raise UserError(
+                    f"{where}: tensor {name} has shape {list(present[name])}, but config.json "
+                    f"asks for {list(counterpart.shape_in(source))}"
+                )
+    used = {name for source in found.values() for name in source.names}
+    extra = [n for n in present if n not in used and not _COMPUTED.search(n)]
+    if tied:
+        extra = [name for name in extra if name != HEAD]
+    for problem, names in (("is missing", missing), ("has no counterpart in our models", extra)):
+        if names:
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            raise UserError(f"{where}: tensor {min(names)} {problem}{more}; nothing was written")
+    return found
+
+
+def check_names(
+    model: ModelConfig, present: Mapping[str, tuple[int, ...]], where: str
+) -> tuple[str, ...]:
+    """Raise UserError unless ``present`` are the parameters of ``model``; return the router biases.
+
+    ``present``: names and shapes of what a checkpoint holds of the model, buffers included. The
+    biases returned must be zero, as no family of theirs has them.
+    """
+    specs = {spec.name: spec for spec in inventory(model)}
+    biases = tuple(name for name in present if _ROUTER_BIAS.search(name))
+    for name, spec in specs.items():
+        if name not in present:
+            raise UserError(f"{where}: parameter {name} is missing; nothing was written")
+        if present[name] != spec.shape:
+            raise UserError(
+                f"{where}: parameter {name} has shape {list(present[name])}, but the run's model "
+                f"section asks for {list(spec.shape)}"
+            )
+    for name in present:
+        if name not in specs and name not in biases and not _BOOKKEEPING.search(name):
+            raise UserError(f"{where}: tensor {name} has no counterpart there; nothing was written")
+    return biases
+
+
+@dataclass(frozen=True, slots=True)
+class Fold:
+    """A multiplier of our forward pass that goes into weights, as theirs has none."""
+
+    scale: str
+    factor: float
+    parameters: tuple[str, ...]
+
+    @property
+    def exact(self) -> bool:
+        """Whether multiplying rounds nothing: the factor is a power of two."""
+        return math.frexp(self.factor)[0] == 0.5
+
+    def describe(self) -> str:
+        """Return one line for a report."""
+        how = "exact" if self.exact else "one rounding"
+        return f"{self.scale} x {self.factor:.6g} into {', '.join(self.parameters)} ({how})"
+
+    def applies_to(self, name: str) -> bool:
+        """Whether the parameter of this name is multiplied."""
+        return re.sub(r"^blocks\.\d+\.", "", name).removesuffix(".weight") in self.parameters
+
+
+def folds(model: ModelConfig, scales: ForwardScales) -> tuple[Fold, ...]:
+    """Return what must be folded into weights so that a forward pass without ``scales`` is equal.
+
+    Theirs multiplies scores by 1/sqrt(head width) and nothing else. Raises UserError where a tied
+    embedding cannot take a factor of the head or of the embedding alone.
+    """
+    found: list[Fold] = []
+    usual = 1.0 / math.sqrt(model.head_width)
+    if scales.attention != usual:
+        # A factor of the queries; rotation commutes with it, their norm would undo it.
+        target = "attention.q_norm" if model.qk_norm else "attention.wq"
+        found.append(Fold("attention", _snapped(scales.attention / usual), (target,)))
+    if scales.residual != 1.0:
+        targets = ["attention.wo"]
+        if isinstance(model, MoEModel):
+            targets.append("ffn.experts.down")
+        if not isinstance(model, MoEModel) or model.first_dense_layers:
+            targets.append("ffn.down")
+        found.append(Fold("residual", scales.residual, tuple(targets)))
+    if scales.experts != 1.0:
+        found.append(Fold("experts", scales.experts, ("ffn.experts.down",)))
+    for scale, factor, target in (
+        ("embedding", scales.embedding, "embedding"),
+        ("output", scales.output, "head"),
+    ):
+        if factor == 1.0:
+            continue
+        if model.tied_embeddings:
+            raise UserError(
+                f"the parameterization multiplies the {scale} by {factor:.6g}, which a weight "
+                "shared by embedding and head cannot hold; model.tied_embeddings=true cannot be "
+                "exported with it"
+            )
+        found.append(Fold(scale, factor, (target,)))
+    return tuple(found)
+
+
+def _snapped(factor: float) -> float:
+    """Return the power of two that ``factor`` is but for the rounding of square roots, or it."""
+    near = 2.0 ** round(math.log2(factor))
+    return near if math.isclose(factor, near, rel_tol=1e-14) else factor
+
+
+def folded(name: str, tensor: Tensor, folding: Collection[Fold]) -> Tensor:
+    """Return ``tensor`` (fp32) with the factors of our parameter ``name`` in it, rounded once."""
+    factor = math.prod(fold.factor for fold in folding if fold.applies_to(name))
+    return tensor if factor == 1.0 else (tensor.double() * factor).to(tensor.dtype)

@@ -1,0 +1,230 @@
+"""Weights on disk, one tensor at a time: checkpoints of ours and folders of safetensors.
+
+Reading and writing hold one tensor, or one safetensors file, in memory, never a whole model.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.checkpoint import (
+    DefaultSavePlanner,
+    FileSystemReader,
+    FileSystemWriter,
+)
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+
+from allometry.configs.errors import UserError
+from allometry.trainer.state import checkpoint
+from allometry.trainer.state.folder import RunFolder
+
+MODEL = "model."
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_FLOATS = ("F32", "BF16", "F16")
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+class CheckpointWeights:
+    """The model's tensors in one checkpoint, whatever layout wrote it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._reader = FileSystemReader(path)
+        tensors = self._reader.read_metadata().state_dict_metadata
+        self._tensors = {
+            name.removeprefix(MODEL): found
+            for name, found in tensors.items()
+            if name.startswith(MODEL) and isinstance(found, TensorStorageMetadata)
+        }
+        self.shapes: Shapes = {n: tuple(found.size) for n, found in self._tensors.items()}
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor, whole and on the CPU."""
+        found = self._tensors[name]
+        tensor = torch.empty(found.size, dtype=found.properties.dtype)
+        with _alone():
+            dcp.load({MODEL + name: tensor}, storage_reader=self._reader, no_dist=True)
+        return tensor
+
+
+class FolderWeights:
+    """The tensors of a Hugging Face folder: ``model.safetensors``, or files with an index.
+
+    Raises UserError for a folder without them, a file that is missing or cannot be read, and
+    tensors that are not floating point (quantized weights).
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._file_of: dict[str, Path] = {}
+        self.shapes: Shapes = {}
+        for file in self._files():
+            with _opened(file) as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - it is no mapping
+                    kept = tensors.get_slice(name)
+                    if kept.get_dtype() not in _FLOATS:
+                        raise UserError(
+                            f"{file}: tensor {name} has type {kept.get_dtype()}; only weights in "
+                            "fp32, bf16 or fp16 can be imported"
+                        )
+                    self._file_of[name] = file
+                    self.shapes[name] = tuple(kept.get_shape())
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor as it is stored."""
+        with _opened(self._file_of[name]) as tensors:
+            tensor: Tensor = tensors.get_tensor(name)
+        return tensor
+
+    def _files(self) -> list[Path]:
+        index = self.folder / INDEX
+        if not index.exists():
+            if not (self.folder / SINGLE).exists():
+                raise UserError(
+                    f"{self.folder} holds neither {SINGLE} nor {INDEX}; save the model in "
+                    "safetensors format there"
+                )
+            return [self.folder / SINGLE]
+        names = sorted(set(dict(read_json(index).get("weight_map", {})).values()))
+        if not names:
+            raise UserError(f"{index} names no files; save the model there again")
+        return [self.folder / name for name in names]
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Keep torch from saying for each tensor that it works in a single process, as it was told."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            yield tensors
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file} cannot be read ({error}); copy the model again") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; UserError if it is missing or holds none."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; name the folder that holds it") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); copy it again") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds no JSON object; copy it again")
+    return values
+
+
+def chosen_checkpoint(folder: RunFolder, step: int | None) -> Path:
+    """Return the checkpoint of ``step``, or the latest; UserError if it is absent or damaged."""
+    there = checkpoint.saved(folder)
+    names = ", ".join(path.name for path in there) or "none"
+    if step is None:
+        if not there:
+            raise UserError(f"{folder.path} has no checkpoint yet; train it first")
+        try:
+            latest = folder.latest.read_text(encoding="utf-8").strip()
+        except OSError:
+            latest = there[-1].name
+    else:
+        latest = f"step-{step}"
+    path = folder.checkpoints / latest
+    if path not in there:
+        raise UserError(f"{folder.path} has no checkpoint {latest}; it has {names}")
+    problem = checkpoint.damage(path, contents=True)
+    if problem is not None:
+        raise UserError(
+            f"checkpoint {path} is damaged ({problem}); choose another with --step (there are "
+            f"{names})"
+        )
+    return path
+
+
+def write_safetensors(
+    folder: Path,
+    parts: Sequence[tuple[Sequence[tuple[str, int]], Callable[[], dict[str, Tensor]]]],
+    shard_bytes: int,
+) -> list[str]:
+    """Write tensors to ``model.safetensors``, or to several files and an index; return the names.
+
+    Each part is what one call makes: its (name, bytes) pairs, known beforehand, and the call. A
+    part is never divided; a file holds parts up to ``shard_bytes`` and at least one.
+    """
+    shards: list[list[int]] = []
+    filled = 0
+    for number, (tensors, _) in enumerate(parts):
+        size = sum(nbytes for _, nbytes in tensors)
+        if not shards or filled + size > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(number)
+        filled += size
+    single = len(shards) == 1
+    weight_map: dict[str, str] = {}
+    files = []
+    for number, shard in enumerate(shards, start=1):
+        file = SINGLE if single else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        held: dict[str, Tensor] = {}
+        for part in shard:
+            held |= parts[part][1]()
+        save_file(held, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(held, file)
+        files.append(file)
+    if not single:
+        total = sum(nbytes for tensors, _ in parts for _, nbytes in tensors)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return files
+
+
+def write_checkpoint(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], Tensor]
+) -> None:
+    """Write the shards of a checkpoint that holds these fp32 parameters of a model, and no more.
+
+    ``read`` is asked for one parameter at a time, while the files are written.
+    """
+    # The plan needs shapes and types only, which tensors without storage have.
+    state = {
+        MODEL + name: torch.empty(shape, dtype=torch.float32, device="meta")
+        for name, shape in shapes.items()
+    }
+    writer = FileSystemWriter(path, sync_files=True)
+    with _alone():
+        dcp.save(state, storage_writer=writer, planner=_OneByOne(read), no_dist=True)
+
+
+class _OneByOne(DefaultSavePlanner):
+    """Gives the writer each tensor when its turn has come."""
+
+    def __init__(self, read: Callable[[str], Tensor]) -> None:
+        super().__init__()
+        self._read = read
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        """Return the tensor to write for ``index``; the planner's own place for extensions."""
+        return self._read(index.fqn.removeprefix(MODEL))
+
+
+def total_bytes(folder: Path, names: Iterable[str]) -> int:
+    """Return the size of these files of ``folder``."""
+    return sum((folder / name).stat().st_size for name in names)

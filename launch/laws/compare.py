@@ -1,0 +1,118 @@
+"""``allometry compare``: laws against each other, by what they say of held-out rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from allometry.configs.errors import UserError
+from allometry.launch.laws.fit import FitRequest, holding_out
+from allometry.launch.laws.sources import observations_for
+from allometry.launch.laws.text import Errors, errors_of, finite, table
+from allometry.laws.fit.compare import Comparison, compare
+from allometry.laws.registry import form_named
+
+
+def run_compare(laws: Sequence[str], request: FitRequest, *, as_json: bool) -> str:
+    """Fit several laws to the same rows and return them in the order of their held-out errors.
+
+    Raises:
+        UserError: see ``run_fit``; a law that the rows cannot be fitted by is listed with its
+            problem, unless all are.
+    """
+    forms = [form_named(name) for name in law_names(laws)]
+    if len(forms) < 2:
+        raise UserError("a comparison needs two laws; give --laws chinchilla,kappa")
+    targets = list(dict.fromkeys(form.target.name for form in forms))
+    if len(targets) > 1:
+        raise UserError(
+            f"these laws predict different things ({', '.join(targets)}) and cannot be compared; "
+            "give laws of one of them"
+        )
+    options = request.options(forms)
+    observations = observations_for(request.data, forms)
+    if request.hold_out == "none":
+        raise UserError("--hold-out=none: laws are compared by what is held out; leave it out")
+    rows, by, how = holding_out(observations, forms, request.hold_out)
+    found = [
+        Compared(one, None if one.held_out is None else Errors.of(one.held_out, how))
+        for one in compare(forms, rows, options, by)
+    ]
+    if all(one.errors is None for one in found):
+        raise UserError(str(found[0].of.problem))
+    found.sort(key=lambda one: float("inf") if one.errors is None else one.errors.mean)
+    if as_json:
+        content = {
+            "rows": len(observations),
+            "groups": len(set(observations.groups)),
+            "laws": [one.to_json() for one in found],
+            "conventions": dict(observations.conventions),
+        }
+        return json.dumps(content, indent=2)
+    header = ["law", "parameters", "held-out mean", "max", "fitted rows", "starts that agree"]
+    problems = [f"{one.of.form.name}: {one.of.problem}" for one in found if one.errors is None]
+    return "\n".join(
+        [f"held out: {how}", "", table([header, *(one.cells() for one in found)]), *problems]
+    )
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One law of a comparison, with errors of the same kind as the others'."""
+
+    of: Comparison
+    errors: Errors | None
+
+    @property
+    def in_sample(self) -> float | None:
+        """The mean size of an error on the rows of the fit to all."""
+        if self.of.fit is None or self.errors is None:
+            return None
+        rows = self.of.fit.observations
+        measured = rows[self.of.form.target.name]
+        errors = errors_of(self.of.fit.predict(rows), measured, self.errors.relative)
+        return finite(float(np.abs(errors).mean()))
+
+    def cells(self) -> list[str]:
+        """Return the law's row of the table."""
+        first = [self.of.form.name, str(self.of.parameters)]
+        if self.of.fit is None or self.errors is None or self.in_sample is None:
+            return [*first, "-", "-", "-", "not fitted"]
+        sizes = [self.errors.say(v) for v in (self.errors.mean, self.errors.max, self.in_sample)]
+        certificate = self.of.fit.certificate
+        return [*first, *sizes, f"{certificate.agreeing} of {certificate.finished}"]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the law's fit and errors as plain data."""
+        one = self.of
+        held_out = None
+        if one.held_out is not None and self.errors is not None:
+            held_out = self.errors.to_json(one.held_out)
+        return {
+            "law": one.form.name,
+            "parameters": one.parameters,
+            "values": None
+            if one.fit is None
+            else {k: finite(v) for k, v in one.fit.values.items()},
+            "held_out": held_out,
+            "in_sample": self.in_sample,
+            "problem": one.problem,
+        }
+
+
+def law_names(texts: Sequence[str]) -> list[str]:
+    """Return the laws of ``a,b`` and of ``a:column,column``, which is one; each once.
+
+    Raises:
+        UserError: one is given twice.
+    """
+    names = [name for text in texts for name in ([text] if ":" in text else text.split(","))]
+    names = [name.strip() for name in names]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"--laws gives {name} twice; give each law once")
+    return names

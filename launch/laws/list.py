@@ -1,0 +1,117 @@
+"""``allometry laws``: what laws there are, what they read and where they hold."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from shutil import get_terminal_size
+from typing import Any
+
+import numpy as np
+
+from allometry.launch.laws.text import number, table
+from allometry.laws.forms.base import LOSS_UNIT, Form, Parameter, Variable
+from allometry.laws.registry import all_forms, form_named
+
+
+def run_laws(name: str | None, *, as_json: bool) -> str:
+    """Return the registry as a table, or one law in full.
+
+    Raises:
+        UserError: no law has this name.
+    """
+    forms = list(all_forms().values()) if name is None else [form_named(name)]
+    if as_json:
+        described = [describe(form) for form in forms]
+        return json.dumps(described if name is None else described[0], indent=2)
+    if name is None:
+        return f"{overview(forms, get_terminal_size((160, 24)).columns)}\n\n" + (
+            "allometry laws NAME says more of one."
+        )
+    return _details(forms[0])
+
+
+def overview(forms: Sequence[Form], width: int) -> str:
+    """Return a line for each law; long cells are shortened where ``width`` has no room for them."""
+    rows = [["law", "predicts", "from", "equation"]]
+    rows += [[form.name, form.target.name, reads(form), form.equation] for form in forms]
+    fixed = sum(max(len(row[i]) for row in rows) + 2 for i in (0, 1))
+    from_width = min(max(len(row[2]) for row in rows), max(18, (width - fixed) // 3))
+    rest = max(20, min(72, width - fixed - from_width - 2))
+    return table(
+        [[*row[:2], shortened(row[2], from_width), shortened(row[3], rest)] for row in rows]
+    )
+
+
+def shortened(text: str, width: int = 72) -> str:
+    """Return the text, or its beginning where it is longer."""
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def reads(form: Form) -> str:
+    """Return the names of a law's inputs."""
+    return ", ".join(variable.name for variable in form.inputs) or "columns that you name"
+
+
+def page_line(form: Form) -> str:
+    """Return a law's line in the table of docs/laws.md."""
+    cells = [f"`{form.name}`", form.target.name, reads(form), f"`{form.equation}`", form.source]
+    return "| " + " | ".join(cells) + " |"
+
+
+def describe(form: Form) -> dict[str, Any]:
+    """Return all that a form declares, as plain data."""
+
+    def variable(of: Variable) -> dict[str, str]:
+        return {"name": of.name, "unit": of.unit, "description": of.description}
+
+    return {
+        "name": form.name,
+        "equation": form.equation,
+        "source": form.source,
+        "valid": form.valid,
+        "inputs": [variable(one) for one in form.inputs],
+        "target": variable(form.target),
+        "residual": form.residual,
+        "parameters": [
+            {
+                "name": one.name,
+                "unit": one.unit,
+                "low": one.low if np.isfinite(one.low) else None,
+                "high": one.high if np.isfinite(one.high) else None,
+            }
+            for one in form.parameters
+        ],
+        "published": {name: dict(values) for name, values in form.published.items()},
+    }
+
+
+def _details(form: Form) -> str:
+    variables = [["column", "unit", "what it is"]]
+    variables += [[one.name, one.unit, one.description] for one in (*form.inputs, form.target)]
+    parameters = [["parameter", "unit", "between"]]
+    parameters += [[one.name, one.unit, _between(one)] for one in form.parameters]
+    lines = [
+        f"{form.name}: {form.equation}",
+        f"source: {form.source}",
+        f"shown for: {form.valid}",
+        "",
+        table(variables),
+        "",
+        table(parameters) if form.parameters else "name its columns: NAME:COLUMN,COLUMN",
+    ]
+    if any(one.unit == LOSS_UNIT for one in (*form.inputs, form.target)):
+        lines += [
+            "",
+            f"{LOSS_UNIT}: of run folders and of published coefficients; a fit to a table has the "
+            "table's unit",
+        ]
+    for name, values in form.published.items():
+        shown = ", ".join(f"{key} {number(value, 6)}" for key, value in values.items())
+        lines.append(f"published by {name}: {shown}")
+    return "\n".join(lines)
+
+
+def _between(parameter: Parameter) -> str:
+    low, high = number(parameter.low, 4), number(parameter.high, 4)
+    return f"{low} and {high}" if np.isfinite(parameter.high) else f"at least {low}"

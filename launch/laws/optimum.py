@@ -1,0 +1,140 @@
+"""``allometry optimum``: the best use of FLOPs by a law."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from allometry.configs.errors import UserError
+from allometry.launch.laws.predict import LEVEL, Law, counted, interval
+from allometry.launch.laws.sources import numbers
+from allometry.launch.laws.text import number, table
+from allometry.laws.allocation import Allocation, compute_optimal, optimal_size
+from allometry.laws.forms.base import Form
+from allometry.laws.observations import Observations
+
+FLOPS_TOLERANCE = 0.1
+"""Relative difference of FLOPs for each parameter and token beyond which ``optimum`` warns."""
+
+
+def run_optimum(
+    file: Path | None,
+    law: str | None,
+    published: str | None,
+    budgets: str,
+    flops_per_parameter_token: float,
+    others: Mapping[str, str],
+    *,
+    as_json: bool,
+) -> str:
+    """Return N, D and loss of the best use of each budget of FLOPs (``1e21,1e22``).
+
+    Raises:
+        UserError: a budget is no positive number, or the law says nothing of N and D.
+    """
+    found = Law.of(file, law, published)
+    if found.form.target.name != "loss":
+        raise UserError(
+            f"{found.form.name} predicts {found.form.target.name}, and FLOPs are spent for the "
+            "least loss; give a law of the loss by N and D, as chinchilla"
+        )
+    fixed = numbers(others, "--with")
+    _check_others(found.form, fixed)
+    rows: list[Allocation] = []
+    for text in budgets.split(","):
+        flops = numbers({"--flops": text.strip()}, "budget")["--flops"]
+        rows.append(_best(found, flops, flops_per_parameter_token, fixed))
+    warnings = list(dict.fromkeys(w for row in rows for w in row.warnings))
+    if found.fit is None:
+        warnings.append(f"no interval; these coefficients were shown for: {found.form.valid}")
+    elif found.bootstrap is None:
+        warnings.append("no interval: the fit was made without bootstraps")
+    warnings += _other_flops(found, flops_per_parameter_token)
+    if as_json:
+        entries = [
+            {
+                "flops": row.flops,
+                **{
+                    name: {"value": getattr(row, name), **_low_high(row, name)}
+                    for name in ("N", "D", "loss")
+                },
+                "tokens_per_parameter": row.tokens_per_parameter,
+                "warnings": list(row.warnings),
+            }
+            for row in rows
+        ]
+        about = {"law": found.form.name, "from": found.origin, "level": LEVEL}
+        about["flops_per_parameter_token"] = flops_per_parameter_token
+        return json.dumps({**about, "optima": entries, "warnings": warnings}, indent=2)
+    lines = [["FLOPs", "N", "95 % interval", "D", "D/N", "loss", "95 % interval"]]
+    for row in rows:
+        lines.append(_cells(row))
+    spent = (
+        f"N in parameters, D in tokens = FLOPs / ({flops_per_parameter_token:g} N), loss in "
+        f"{found.unit}"
+    )
+    return "\n".join([table(lines), spent, *counted(found), *(f"warning: {w}" for w in warnings)])
+
+
+def _cells(row: Allocation) -> list[str]:
+    """A row of the table; the interval of D follows from that of N and is left out."""
+    size, loss = _low_high(row, "N"), _low_high(row, "loss")
+    return [
+        number(row.flops),
+        number(row.N),
+        interval(size["low"], size["high"], 4),
+        number(row.D),
+        number(row.tokens_per_parameter, 3),
+        number(row.loss),
+        interval(loss["low"], loss["high"], 4),
+    ]
+
+
+def _other_flops(law: Law, per_token: float) -> list[str]:
+    """A warning where the fitted runs spent other FLOPs for each N and D than are reckoned with."""
+    columns = {} if law.fit is None else law.fit.observations.columns
+    if not all(name in columns for name in ("C", "N", "D")):
+        return []
+    spent = columns["C"] / (columns["N"] * columns["D"])
+    low, high = float(spent.min()), float(spent.max())
+    if low > per_token * (1 - FLOPS_TOLERANCE) and high < per_token * (1 + FLOPS_TOLERANCE):
+        return []
+    return [
+        f"the fitted runs spent {number(low, 3)} to {number(high, 3)} FLOPs for each parameter and "
+        f"token and the budget is shared out by {per_token:g}; set --flops-per-parameter-token to "
+        "what models of the optimum's size need"
+    ]
+
+
+def _low_high(row: Allocation, name: str) -> dict[str, float | None]:
+    low, high = (None, None) if row.intervals is None else row.intervals[name]
+    return {"low": low, "high": high}
+
+
+def _check_others(form: Form, others: Mapping[str, float]) -> None:
+    """Refuse an input that the law lacks, or that follows from the budget."""
+    free = [one.name for one in form.inputs if one.name not in ("N", "D", "C", "M")]
+    for name in others:
+        if name not in free:
+            raise UserError(
+                f"--with {name}: {form.name} has "
+                + (f"only {', '.join(free)} besides" if free else "no input besides")
+                + " N, D and what follows from them; leave it out"
+            )
+
+
+def _best(law: Law, flops: float, per_token: float, others: Mapping[str, float]) -> Allocation:
+    if law.fit is not None:
+        return compute_optimal(
+            law.fit, flops, per_token, bootstrap=law.bootstrap, level=LEVEL, others=others
+        )
+    if not (flops > 0.0 and per_token > 0.0):
+        raise UserError(f"flops={flops} and {per_token} for each parameter and token must be > 0")
+    product = flops / per_token
+    size = optimal_size(law.form, law.values, product, flops, others)
+    known = {"N": size, "D": product / size, "C": flops, "M": product / size**2, **others}
+    names = [variable.name for variable in law.form.inputs]
+    rows = Observations.of({name: [known[name]] for name in names})
+    loss = float(law.predict(rows)[0])
+    return Allocation(flops, size, product / size, loss, per_token, None, LEVEL, ())

@@ -1,0 +1,258 @@
+"""``allometry predict``, and the law of a file or of published values."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from allometry.configs.errors import UserError
+from allometry.launch.laws.downstream import Scores, scores_at
+from allometry.launch.laws.sources import numbers
+from allometry.launch.laws.text import finite, narrowed, number
+from allometry.laws.fit.bootstrap import EXACT, Bootstrap
+from allometry.laws.fit.engine import Fit, predict
+from allometry.laws.fit.store import StoredFit, load_fit
+from allometry.laws.forms.base import Form
+from allometry.laws.observations import Observations
+from allometry.laws.registry import form_named
+
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Law:
+    """A form with values: of a fit, then with its intervals and range, or published ones."""
+
+    form: Form
+    values: Mapping[str, float]
+    origin: str
+    fit: Fit | None = None
+    bootstrap: Bootstrap | None = None
+
+    @classmethod
+    def of(cls, file: Path | None, law: str | None, published: str | None) -> Law:
+        """Return the law of a fit's file, or published coefficients of a named law.
+
+        Raises:
+            UserError: both or neither are given, or there is none of that name.
+        """
+        if file is not None:
+            if law is not None or published is not None:
+                raise UserError(
+                    f"{file} is a fit, which has its law and values; leave --law and --published "
+                    "out, or the file"
+                )
+            stored = load_fit(file)
+            return cls(stored.fit.form, stored.fit.values, str(file), stored.fit, stored.bootstrap)
+        if law is None:
+            raise UserError("no law is given; give the file of a fit, or --law and --published")
+        form = form_named(law)
+        if not form.published:
+            raise UserError(f"{law} has no published coefficients here; fit it to runs first")
+        known = ", ".join(form.published)
+        if published is None:
+            raise UserError(f"--law {law} needs --published NAME, one of {known}")
+        if published not in form.published:
+            raise UserError(f"{law} has no coefficients of {published!r}; use one of {known}")
+        return cls(form, form.published[published], f"published by {published}")
+
+    @property
+    def unit(self) -> str:
+        """The unit of what it predicts."""
+        unit = self.form.target.unit
+        return unit if self.fit is None else self.fit.unit(unit)
+
+    def predict(self, observations: Observations) -> NDArray[np.float64]:
+        """Return the target [n] of these rows."""
+        return predict(self.form, self.values, observations)
+
+
+def run_predict(
+    arguments: Sequence[str],
+    law: str | None,
+    published: str | None,
+    *,
+    downstream: Path | None = None,
+    noise: bool,
+    as_json: bool,
+) -> str:
+    """Predict at inputs NAME=VALUE (or NAME=VALUE,VALUE), by a fit's file or published values.
+
+    ``downstream``: the fit of a score by the loss, which is then predicted as well.
+
+    Raises:
+        UserError: an input is missing, unknown or no number, or the law is one of curves; the
+            score's fit does not read what the first one predicts.
+    """
+    file, texts = _split(arguments)
+    found = Law.of(file, law, published)
+    if noise and found.bootstrap is None:
+        raise UserError(
+            f"--noise widens an interval and {found.origin} has none; use a fit that was made with "
+            "--bootstraps"
+        )
+    observations = _inputs(found.form, texts)
+    names = list(texts)
+    points, warnings = _points(found, observations, names, noise)
+    scores = None if downstream is None else _scores(found, downstream, observations, noise)
+    if scores is not None:
+        warnings = list(dict.fromkeys([*warnings, *scores.warnings]))
+    if as_json:
+        content = {
+            "law": found.form.name,
+            "from": found.origin,
+            "unit": found.unit,
+            "level": LEVEL,
+            "noise": noise,
+            "predictions": points,
+            "conventions": {} if found.fit is None else dict(found.fit.observations.conventions),
+            "warnings": warnings,
+        }
+        if scores is not None:
+            content["downstream"] = scores.describe()
+        return json.dumps(content, indent=2)
+    kind = "95 % interval" + (" of one run" if noise else "")
+    rows = [[*names, f"{found.form.target.name} ({found.unit})", kind]]
+    below = [] if scores is None else [[*names, f"{scores.name} ({scores.unit})", kind]]
+    for row, point in enumerate(points):
+        at = [number(float(observations[name][row])) for name in names]
+        rows.append([*at, *_cells(point, found.form.target.name)])
+        if scores is not None:
+            below.append([*at, *_cells(scores.point(row), scores.name)])
+    lines = [narrowed(rows, len(names)), *counted(found)]
+    if below:
+        lines[1:1] = ["", narrowed(below, len(names)), ""]
+    return "\n".join([*lines, *(f"warning: {w}" for w in warnings)])
+
+
+def _cells(point: Mapping[str, float | None], name: str) -> list[str]:
+    """A prediction and its interval as they are printed."""
+    value = point[name]
+    return ["nan" if value is None else number(value), interval(point["low"], point["high"])]
+
+
+def _points(
+    found: Law, observations: Observations, names: Sequence[str], noise: bool
+) -> tuple[list[dict[str, float | None]], list[str]]:
+    """The predictions with their intervals, and what is to be warned of."""
+    predicted = found.predict(observations)
+    low: Any = [None] * len(predicted)
+    high: Any = [None] * len(predicted)
+    if found.bootstrap is not None:
+        low, high = found.bootstrap.predict_interval(observations, LEVEL, noise=noise)
+    warnings = [] if found.fit is None else found.fit.warnings_for(observations)
+    if found.fit is None:
+        warnings = [f"no interval; these coefficients were shown for: {found.form.valid}"]
+    elif found.bootstrap is None:
+        warnings.append("no interval: the fit was made without bootstraps")
+    warnings += _at_edges(predicted, low, high)
+    points = [
+        {
+            **{name: float(observations[name][i]) for name in names},
+            found.form.target.name: finite(predicted[i]),
+            "low": None if low[i] is None else finite(low[i]),
+            "high": None if high[i] is None else finite(high[i]),
+        }
+        for i in range(len(predicted))
+    ]
+    return points, warnings
+
+
+def _scores(found: Law, file: Path, observations: Observations, noise: bool) -> Scores:
+    """The scores at the predicted losses."""
+    if noise:
+        raise UserError(
+            "--noise is of one run's loss, and the interval of --downstream is of the laws; leave "
+            "one of them out"
+        )
+    if found.fit is None:
+        raise UserError("--downstream goes with a fit of the loss; give its file, not --published")
+    stored = StoredFit(found.fit, found.bootstrap, {})
+    return scores_at(stored, Path(found.origin), file, observations, LEVEL)
+
+
+def _at_edges(predicted: NDArray[np.float64], low: Any, high: Any) -> list[str]:
+    """A warning where a prediction is at an end of its interval, or outside of it."""
+    return [
+        f"{number(value)} is {'at the edge' if least <= value <= most else 'outside'} of its "
+        f"interval {interval(least, most)}: the samples lie to one side of the fit, so the "
+        "interval is rough"
+        for value, least, most in zip(predicted, low, high, strict=True)
+        if least is not None and most - least > EXACT * abs(value) and not least < value < most
+    ]
+
+
+def counted(law: Law) -> list[str]:
+    """Return what each input of a fit counts, a line each, for predictions to count alike."""
+    known = {} if law.fit is None else law.fit.observations.conventions
+    names = [variable.name for variable in law.form.inputs]
+    return [f"{name}: {known[name]}" for name in names if name in known]
+
+
+def interval(low: float | None, high: float | None, digits: int = 5) -> str:
+    """Return an interval as it is printed."""
+    if low is None or high is None:
+        return "-"
+    return f"{number(low, digits)} to {number(high, digits)}"
+
+
+def _split(arguments: Sequence[str]) -> tuple[Path | None, dict[str, list[str]]]:
+    """The file of the fit, if one is given, and the inputs."""
+    file: Path | None = None
+    inputs: dict[str, list[str]] = {}
+    for text in arguments:
+        name, sign, values = text.partition("=")
+        if not sign or text.endswith(".json"):
+            if file is not None:
+                raise UserError(
+                    f"{text!r} is neither NAME=VALUE nor the first file; give one fit and inputs "
+                    "such as N=7e9"
+                )
+            file = Path(text)
+        elif name in inputs:
+            raise UserError(f"{name} is given twice; give its values as {name}=1e9,2e9")
+        else:
+            inputs[name] = values.split(",")
+    return file, inputs
+
+
+def _inputs(form: Form, texts: Mapping[str, Sequence[str]]) -> Observations:
+    names = [variable.name for variable in form.inputs]
+    if "step" in names:
+        raise UserError(
+            f"{form.name} is a law of whole curves, which needs the learning rate of each step; "
+            "use allometry forecast RUN, which fits such a law to the run's own curve"
+        )
+    for name in texts:
+        if name not in names:
+            raise UserError(f"{form.name} has no input {name!r}; it reads {', '.join(names)}")
+    missing = [name for name in names if name not in texts]
+    if missing:
+        raise UserError(
+            f"{form.name} needs {', '.join(f'{name}=VALUE' for name in missing)} "
+            f"({', '.join(v.description for v in form.inputs if v.name in missing)})"
+        )
+    length = max(len(values) for values in texts.values())
+    columns = {}
+    for name, values in texts.items():
+        if len(values) not in (1, length):
+            raise UserError(
+                f"{name} has {len(values)} values where another input has {length}; give one value "
+                "or as many"
+            )
+        found = [numbers({name: value}, "input")[name] for value in values]
+        columns[name] = np.resize(np.array(found), length)
+        bad = form.inputs[names.index(name)].bad(columns[name])
+        if bad.any():
+            demand = form.inputs[names.index(name)].demand
+            raise UserError(
+                f"{name}={values[int(bad.argmax()) % len(values)]} is no value that {form.name} "
+                f"can read; give {demand}"
+            )
+    return Observations.of(columns)

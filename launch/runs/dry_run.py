@@ -1,0 +1,151 @@
+"""What ``allometry train --dry-run`` prints: the plan of a run; on several ranks what each does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from allometry.configs.run import RunConfig
+from allometry.data.stream import open_stream
+from allometry.data.tokenizer import check_vocabulary
+from allometry.optim.schedule import Schedule, resolve_schedule
+from allometry.scaling.plan import RunPlan
+
+
+def report(config: RunConfig, world_size: int, *, as_json: bool) -> str:
+    """The plan on ``world_size`` ranks as text or JSON; raises UserError if there is none."""
+    plan = RunPlan.of(config, world_size)
+    schedule = resolve_schedule(config, plan.batch)
+    rates = learning_rates(config, plan, schedule)
+    facts = {**plan.describe(), "learning_rate": rates, "data": data_here(config, plan)}
+    if world_size > 1:
+        from allometry.studies.rehearse import rehearse  # brings torch, which one rank can spare
+
+        facts["ranks"] = [rank.describe() for rank in rehearse(config, world_size)]
+    return json.dumps(facts, indent=2) if as_json else _text(config, plan, facts)
+
+
+def data_here(config: RunConfig, plan: RunPlan) -> dict[str, Any]:
+    """What the run will read of each source, as far as its files are on this machine.
+
+    Raises UserError for files that are here but do not fit: damaged, another tokenizer, token ids
+    beyond the vocabulary.
+    """
+    missing = [s.name for s in config.data.sources if not Path(f"{s.train}.idx").exists()]
+    if missing:
+        return {"checked": False, "missing": missing}
+    stream = open_stream(config.data, config.run.seed)
+    check_vocabulary(config.model.vocab_size, stream.stores)
+    epochs = stream.epochs(plan.batch.sequences_before(plan.total_steps + 1))
+    return {"checked": True, "epochs": epochs}
+
+
+def learning_rates(config: RunConfig, plan: RunPlan, schedule: Schedule) -> list[dict[str, Any]]:
+    """The learning rate at the corners of its schedule."""
+    total = plan.total_steps
+    corners = {1, max(1, plan.warmup_steps), max(1, schedule.decay_start), *schedule.ends}
+    corners |= {max(1, round(total * share)) for share in (0.25, 0.5, 0.75, 0.9)}
+    peak = config.optimizer.lr
+    return [
+        {
+            "step": step,
+            "tokens": plan.batch.tokens_after(step),
+            "lr": peak * schedule.fraction(step),
+        }
+        for step in sorted(corners)
+    ]
+
+
+def _text(config: RunConfig, plan: RunPlan, facts: dict[str, Any]) -> str:
+    counts, flops, memory = plan.parameters, plan.flops_per_token, plan.memory
+    roles = ", ".join(f"{role} {number:,}" for role, number in counts.by_role.items() if number)
+    lines = [
+        f"parameters        {counts.total:,} ({counts.non_embedding:,} without embeddings)",
+        f"  by role         {roles}",
+        f"FLOPs per token   {flops.total:.4g} (forward {flops.forward:.4g}, backward "
+        f"{flops.backward:.4g}; attention is {flops.attention / flops.total:.1%})",
+        f"tokens            {plan.total_tokens:,} ({plan.total_tokens / counts.total:.1f} per "
+        f"parameter), {plan.total_flops:.4g} FLOPs in all",
+        f"steps             {plan.total_steps:,} of {config.batch.sequences} x "
+        f"{config.data.sequence_length} tokens ({_share(config, plan)})",
+        f"memory per rank   {_size(memory.total)} (estimate):",
+        *(
+            f"  {_KINDS.get(name, name).replace('_', ' '):<24}{_size(number):>10}"
+            for name, number in facts["memory_estimate_bytes"].items()
+            if name != "total" and number
+        ),
+        *_ranks(facts),
+        *_data(facts["data"]),
+        "learning rate",
+        *(
+            f"  step {corner['step']:>10,}  {corner['tokens']:>18,} tokens  {corner['lr']:.4g}"
+            for corner in facts["learning_rate"]
+        ),
+    ]
+    return "\n".join(lines)
+
+
+def _share(config: RunConfig, plan: RunPlan) -> str:
+    number = plan.micro_batches(plan.total_steps)
+    if config.data.kind == "documents":
+        return (
+            f"whole documents, planned step by step: at least {number} micro-batches of up to "
+            f"{plan.micro_batch_tokens} tokens on each of {plan.hdp} hdp ranks"
+        )
+    return (
+        f"{number} micro-batches of {plan.micro_batch_sequences} on each of {plan.world_size} ranks"
+    )
+
+
+SHOWN = 8
+_KINDS = {"gradients": "gradients, buckets"}
+
+
+def _ranks(facts: dict[str, Any]) -> list[str]:
+    """One rank of each pipeline rank: bytes it holds, messages of a step, the largest first."""
+    if "ranks" not in facts:
+        return []
+    lines = ["layout            " + _layout(facts["layout"])]
+    for found in facts["ranks"]:
+        held = ", ".join(
+            f"{kind} {_size(size)}" for kind, size in found["bytes_held"].items() if size
+        )
+        stages = ", ".join(map(str, found["stages"]))
+        lines += [f"rank {found['rank']} (stage {stages}) holds {held}; in a step it calls"]
+        calls = found["collectives"]
+        lines += [
+            f"  {call['per_step']:>6,} x {call['kind']:<15} of {_size(call['bytes']):>10} over "
+            f"{call['ranks']} ranks of {call['axis']}"
+            for call in calls[:SHOWN]
+        ]
+        if len(calls) > SHOWN:
+            rest = sum(call["per_step"] * call["bytes"] for call in calls[SHOWN:])
+            number = sum(call["per_step"] for call in calls[SHOWN:])
+            lines.append(f"  {number:>6,} smaller ones, {_size(rest)} together (--json lists them)")
+    return lines
+
+
+def _layout(layout: dict[str, Any]) -> str:
+    axes = ", ".join(f"{name}={layout[name]}" for name in ("pp", "hdp", "tp", "ep", "replicas"))
+    if "stages" not in layout:
+        return axes
+    layers = ", ".join(str(stop - start) for start, stop in layout["stages"])
+    return f"{axes}; schedule {layout['schedule']}, layers of the stages {layers}"
+
+
+def _data(found: dict[str, Any]) -> list[str]:
+    if not found["checked"]:
+        return [f"data              not checked: no files here for {', '.join(found['missing'])}"]
+    return [
+        "data              "
+        + ", ".join(f"{name} {epochs:.3g} epochs" for name, epochs in found["epochs"].items())
+    ]
+
+
+def _size(number: float) -> str:
+    for bound, unit in ((2**28, "GiB"), (2**18, "MiB"), (2**10, "KiB")):
+        if abs(number) >= bound:
+            whole = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}[unit]
+            return f"{number / whole:.{2 if unit == 'GiB' else 1}f} {unit}"
+    return f"{number:.0f} B"

@@ -1,0 +1,298 @@
+"""``allometry forecast``: what a run will end at, or would under another schedule."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import ValidationError
+
+from allometry.configs.errors import UserError
+from allometry.configs.loader import load
+from allometry.configs.optimization import ContinuedSchedule, WSDSchedule
+from allometry.configs.run import RunConfig
+from allometry.laws.comparable import check_comparable
+from allometry.laws.forecast import PUBLISHED, Curve, Forecast, borrowed, forecast
+from allometry.laws.losses import LossChoice, check_losses, loss_curve
+from allometry.laws.observations import LearningRates
+from allometry.laws.runs import Run, read_run
+from allometry.optim.schedule import Decay, resolve_schedule
+from allometry.scaling.batch import BatchPlan
+from allometry.trainer.record.rates import rates_of
+
+SAME = ("model", "parameterization", "batch")
+"""Sections in which runs must agree to be taken as curves of one law."""
+KINDS = ("constant", "linear", "cosine", "wsd")
+"""Schedules that can be asked for; others need more keys than there are options."""
+UNIT = "nats per token"
+_LAST = 0.02  # share of a finished run's rows whose mean stands for its final loss
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to forecast: a run and, where it is not the run's own, the schedule it is asked for.
+
+    ``schedule`` to ``total_steps``: keys that replace the run's own (another ``schedule`` begins
+    from that kind's defaults, with the run's warm-up). ``decay_now``: instead, the steps so far and
+    a decay from the rate they ended at. ``at_step``: forget what came after this step. ``loss``:
+    which one, as ``LossChoice`` spells it.
+    """
+
+    run: Path
+    together: tuple[Path, ...] = ()
+    like: Path | None = None
+    schedule: str | None = None
+    decay_fraction: float | None = None
+    decay: str | None = None
+    final_fraction: float | None = None
+    total_steps: int | None = None
+    decay_now: bool = False
+    at_step: int | None = None
+    loss: str = "train"
+    level: float = 0.95
+
+
+@dataclass(frozen=True)
+class _Read:
+    run: Run
+    config: RunConfig
+    curve: Curve
+
+
+def run(request: Request, *, as_json: bool) -> str:
+    """Return the forecast as text or as JSON.
+
+    Raises:
+        UserError: a folder holds no run, the runs differ in what one law needs to be the same, the
+            schedule cannot be, or there are too few rows yet.
+    """
+    _check(request)
+    choice = LossChoice.parse(request.loss)
+    first = _read(request.run, choice, request.at_step)
+    others = [_read(folder, choice) for folder in request.together]
+    for other in others:
+        _check_same(first, other, choice)
+    target, words = _target(request, first)
+    prior = PUBLISHED
+    if request.like is not None:
+        like = _read(request.like, choice)
+        prior = borrowed([like.curve], target, str(request.like))
+    curves = [first.curve, *(other.curve for other in others)]
+    found = forecast(curves, target, prior=prior, level=request.level)
+    last = first.curve.losses_n[-max(1, int(_LAST * len(first.curve.losses_n))) :]
+    if as_json:
+        facts = {
+            "run": str(request.run),
+            "with": [str(folder) for folder in request.together],
+            "loss_of": request.loss,
+            "target": words,
+            "unit": UNIT,
+            "last_loss": float(last.mean()),
+            "last_loss_rows": len(last),
+            **found.to_json(),
+        }
+        return json.dumps(facts, indent=2)
+    kind = "training" if choice.kind == "train" else "held-out"
+    which = f"{kind} loss of {choice.source or 'the mixture'}"
+    return _text(first, which, words, found, (float(last.mean()), len(last)))
+
+
+def _check(request: Request) -> None:
+    if not 0.0 < request.level < 1.0:
+        raise UserError(f"--level={request.level} is no probability; use 0.95, say")
+    if request.decay_now:
+        for flag, value in (
+            ("--schedule", request.schedule),
+            ("--total-steps", request.total_steps),
+        ):
+            if value is not None:
+                raise UserError(
+                    f"--decay-now says when the run ends; leave {flag}={value} out, or leave "
+                    "--decay-now out"
+                )
+
+
+def _read(folder: Path, choice: LossChoice, at_step: int | None = None) -> _Read:
+    """Return a run with the curve of its loss and the rate of each of its steps."""
+    found = read_run(folder)
+    config = load(Path(folder) / "config.yaml")
+    rates = _rates(config)
+    recorded = found.metrics["step"].astype(np.int64)
+    if int(recorded[-1]) > len(rates.rates):
+        raise UserError(
+            f"{folder} recorded step {int(recorded[-1])} and its config.yaml plans "
+            f"{len(rates.rates)} steps; restore the config.yaml that it was trained with"
+        )
+    used, planned = found.metrics["lr"], rates.rates[recorded - 1]
+    wrong = ~np.isclose(used, planned, rtol=1e-6, atol=0.0)
+    if wrong.any():
+        row = int(np.argmax(wrong))
+        raise UserError(
+            f"{folder}: step {recorded[row]} was trained at lr {used[row]:.6g} and its config.yaml "
+            f"says {planned[row]:.6g}; restore the config.yaml (or the file of its schedule) that "
+            "it was trained with"
+        )
+    steps, losses = loss_curve(found, choice)
+    usable = steps <= (at_step or recorded[-1])
+    if not usable.any():
+        raise UserError(
+            f"{folder} has no recorded loss up to step {at_step}; name a later step (--at-step)"
+        )
+    after = usable & (steps > rates.warmup_steps)
+    check_losses(found, choice, steps[after], losses[after])
+    usable &= np.isfinite(losses)  # in the warm-up, which no law reads
+    steps_n = steps[usable].astype(np.int64)
+    return _Read(found, config, Curve(str(folder), steps_n, losses[usable], rates))
+
+
+def _rates(config: RunConfig) -> LearningRates:
+    plan = BatchPlan(config.batch, config.data.sequence_length)
+    return rates_of(resolve_schedule(config, plan), config.optimizer.lr)
+
+
+def _check_same(first: _Read, other: _Read, choice: LossChoice) -> None:
+    check_comparable([first.run, other.run], choice)
+    for section in SAME:
+        if getattr(first.config, section) != getattr(other.config, section):
+            raise UserError(
+                f"--with {other.run.folder}: its {section} section is not that of "
+                f"{first.run.folder}, so one law cannot hold for both; give runs that differ in "
+                "schedule, rate and length alone, or borrow from it (--like)"
+            )
+
+
+def _target(request: Request, first: _Read) -> tuple[LearningRates, str]:
+    """Return the rates of the run that is asked for, and that run in words."""
+    if request.decay_now:
+        return _decayed(request, first)
+    keys = {
+        "decay_fraction": request.decay_fraction,
+        "decay": request.decay,
+        "final_fraction": request.final_fraction,
+    }
+    given = {key: value for key, value in keys.items() if value is not None}
+    if request.schedule is None and not given and request.total_steps is None:
+        words = f"its own schedule ({first.config.schedule.kind})"
+        return first.curve.rates, words
+    overrides = []
+    if request.schedule is not None or given:
+        overrides.append(f"schedule={json.dumps(_section(request, first, given))}")
+    if request.total_steps is not None:
+        overrides += ["training.total_tokens=null", f"training.total_steps={request.total_steps}"]
+    warmup = first.curve.rates.warmup_steps
+    if request.total_steps is not None and request.total_steps <= warmup:
+        raise UserError(
+            f"--total-steps={request.total_steps}: the warm-up of {warmup} steps is longer than "
+            "the run; ask for more steps"
+        )
+    try:
+        config = load(first.run.folder / "config.yaml", overrides)
+        rates = _rates(config)
+    except UserError as error:
+        raise UserError(_in_flags(str(error), request, overrides)) from None
+    text = ", ".join(f"{key} {value}" for key, value in given.items())
+    return rates, config.schedule.kind + (f" ({text})" if text else "")
+
+
+_FLAGS = {
+    "schedule.kind": "--schedule",
+    "schedule.decay_fraction": "--decay-fraction",
+    "schedule.decay": "--decay",
+    "schedule.final_fraction": "--final-fraction",
+    "final_fraction": "--final-fraction",
+    "decay": "--decay",
+}
+
+
+def _in_flags(message: str, request: Request, overrides: list[str]) -> str:
+    """Return a sentence about a configuration in terms of this command's options."""
+    for override in overrides:
+        message = message.removeprefix(f"override {override!r}: ").removeprefix("schedule: ")
+    message = message.replace("wsd or wsd_s", "wsd")  # whose decays have ends, which are no option
+    message = re.sub(
+        r"(?<![\w.-])(schedule\.\w+|final_fraction|decay(?=: ))(: |=)?",
+        lambda found: _FLAGS.get(found[1], found[1]) + ("=" if found[2] else ""),
+        message,
+    )
+    if message.startswith("--"):
+        return message
+    given = {"schedule": request.schedule, "decay-fraction": request.decay_fraction}
+    given |= {"decay": request.decay, "final-fraction": request.final_fraction}
+    given |= {"total-steps": request.total_steps}
+    flags = [f"--{name}={value}" for name, value in given.items() if value is not None]
+    return f"{' '.join(flags)}: {message}"
+
+
+def _section(request: Request, first: _Read, given: dict[str, Any]) -> dict[str, Any]:
+    """Return the schedule section that is asked for."""
+    own = first.config.schedule
+    if request.schedule not in (None, own.kind, *KINDS):
+        raise UserError(
+            f"--schedule={request.schedule} is no schedule that a forecast can be asked for; use "
+            f"{', '.join(KINDS)}"
+        )
+    if request.schedule in (None, own.kind):
+        return {**own.model_dump(exclude_none=True), **given}
+    begun = own.before if isinstance(own, ContinuedSchedule) else own
+    warmup = {"warmup_steps": begun.warmup_steps, "warmup_tokens": begun.warmup_tokens}
+    kept = {key: value for key, value in warmup.items() if value is not None}
+    return {"kind": request.schedule, **kept, **given}
+
+
+def _decayed(request: Request, first: _Read) -> tuple[LearningRates, str]:
+    """Return the steps so far and, from the rate they ended at, a decay."""
+    share = 0.1 if request.decay_fraction is None else request.decay_fraction
+    if not 0.0 < share < 1.0:
+        raise UserError(
+            f"--decay-fraction={share} is no share of a run that has begun; use 0.1, say"
+        )
+    try:
+        shape = WSDSchedule(
+            decay=request.decay or "1-sqrt",
+            final_fraction=request.final_fraction or 0.0,
+            decay_fraction=share,
+        )
+    except ValidationError as error:
+        raise UserError(
+            f"--decay={request.decay} --final-fraction={request.final_fraction} is no decay "
+            f"({error.errors()[0]['msg']}); use 1-sqrt, linear, or exponential with a final "
+            "fraction above 0"
+        ) from None
+    now = int(first.curve.steps_n[-1])
+    length = max(1, round(now * share / (1.0 - share)))
+    done = first.curve.rates.rates[:now]
+    if not done[-1] > 0.0:
+        raise UserError(
+            f"{first.run.folder} is at learning rate 0 at step {now}: there is nothing to decay; "
+            "name an earlier step (--at-step) or leave --decay-now out"
+        )
+    decay = Decay(shape, now + length, 0, decay_steps=length)
+    fall = [decay.fraction(step) for step in range(now + 1, now + length + 1)]
+    rates = np.concatenate([done, done[-1] * np.array(fall)])
+    words = f"a decay from now on ({shape.decay}, {length} steps)"
+    return LearningRates(rates, first.curve.rates.warmup_steps), words
+
+
+def _text(first: _Read, which: str, words: str, found: Forecast, last: tuple[float, int]) -> str:
+    """The forecast for people; ``which`` loss it is of, ``last``: mean and rows at its end."""
+    quality, values = found.quality, found.values
+    rows = f"mean of the last {last[1]} rows" if last[1] > 1 else "the last row"
+    lines = [
+        f"{first.run.folder}: step {found.step}",
+        f"now         {last[0]:.4f} {UNIT}, the {which} ({rows})",
+        "law         L = {L0:.4f} + {A:.4f} S1^-{alpha:.3f} - {C:.4g} S2, memory "
+        "{memory:.0f} steps (arXiv 2408.11029)".format(**values),
+        f"            L in {UNIT}; S1, S2 in learning rate x steps: the sum of the rates, and how",
+        "            far they were lowered over the memory",
+        f"fit         {quality.rows} averaged rows, worth {quality.effective_rows:.0f} independent "
+        f"ones; residual {quality.residual:.2%} of the loss",
+        f"decay       gains {quality.gain.mean:.2%} +- {quality.gain.sd:.2%} of the loss (one "
+        "deviation), " + ("hardly measured" if "gain" in quality.unmeasured else "measured"),
+        f"forecast    {found.loss:.4f} {UNIT} at step {found.total_steps}, {words}",
+        f"            {100 * found.level:g} % interval {found.low:.4f} to {found.high:.4f} {UNIT}",
+    ]
+    return "\n".join([*lines, *(f"note        {warning}" for warning in found.warnings)])

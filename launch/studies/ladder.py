@@ -1,0 +1,257 @@
+"""``allometry ladder``: train a ladder, fit its law, predict its target and hold it to that."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+from typing import Any, Literal
+
+from ruamel.yaml import YAML
+
+from allometry.configs.errors import UserError
+from allometry.configs.ladder import SbatchLaunch, load_ladder
+from allometry.configs.loader import PRESET
+from allometry.launch.studies import ladder_text as text
+from allometry.laws.areas import areas_of
+from allometry.laws.fit.store import load_fit, save_fit
+from allometry.laws.ladder import (
+    Prediction,
+    TargetState,
+    fit_rungs,
+    load_prediction,
+    measure_target,
+    predict_target,
+    save_prediction,
+)
+from allometry.laws.losses import LossChoice
+from allometry.laws.runs import read_run
+from allometry.optim.schedule import resolve_schedule
+from allometry.scaling.batch import BatchPlan
+from allometry.scaling.count import count_parameters
+from allometry.studies.ladder.plan import LadderPlan, plan_ladder
+from allometry.studies.ladder.run import Ended, train_runs, write_config
+from allometry.studies.ladder.sbatch import write_scripts
+from allometry.studies.ladder.share import PlannedRun
+from allometry.studies.ladder.state import check_stored, only_one, state_of
+from allometry.trainer.record.format import duration, first_names
+
+Only = Literal["rungs", "target"]
+Say = Callable[[str], None]
+FIT, PREDICTION, LADDER = "fit.json", "prediction.json", "ladder.yaml"
+
+
+def open_ladder(path: str) -> LadderPlan:
+    """The plan of a ladder's file, or of its folder; raises UserError."""
+    if not path.startswith(PRESET) and (Path(path) / LADDER).is_file():
+        path = str(Path(path) / LADDER)
+    return plan_ladder(*load_ladder(path))
+
+
+def run(plan: LadderPlan, only: Only | None, parallel: int | None, say: Say) -> dict[str, Any]:
+    """Train what is missing: the rungs, then the target, which is predicted in between.
+
+    Returns what ``status`` says afterwards, ``stopped`` by which signal and the ``prediction``.
+    With ``launch.kind: sbatch`` scripts are written instead. Raises UserError: runs failed, or no
+    prediction can be made of the rungs, in which case the target is not trained.
+    """
+    if only == "target" and plan.target is None:
+        raise UserError("--only=target: the ladder has no target; add one or leave --only out")
+    _check_folders(plan)  # before the ladder's description is written over
+    with only_one(plan.folder):
+        save_ladder(plan)
+        for planned in plan.runs:
+            write_config(plan, planned)
+        for note in plan.notes:
+            say(f"note: {note}")
+        if isinstance(plan.ladder.launch, SbatchLaunch):
+            return _scripts(plan, only, parallel, say)
+        at_once = parallel or plan.ladder.launch.parallel
+        ended, prediction = Ended(), None
+        if only != "target":
+            ended = _train(plan, plan.rungs, at_once, say)
+        if not ended.stopped and plan.target is not None and only != "rungs":
+            if only is None:
+                # Before the target, so that nobody can say that its loss was known.
+                prediction = predict(plan, again=False)
+                say(text.prediction_text(prediction))
+            ended = _train(plan, [plan.target], at_once, say)
+            if not ended.stopped and load_prediction(plan.folder / PREDICTION) is not None:
+                prediction = predict(plan, again=False)
+                say(text.prediction_text(prediction))
+        if ended.stopped:
+            say(f"stopped by {ended.stopped}; the same command goes on from here")
+    return {
+        **text.planned_facts(plan),
+        "stopped": ended.stopped,
+        "prediction": prediction.describe() if prediction else None,
+    }
+
+
+def _check_folders(plan: LadderPlan) -> None:
+    for planned in plan.runs:
+        check_stored(planned)
+
+
+def _train(plan: LadderPlan, wanted: Sequence[PlannedRun], at_once: int, say: Say) -> Ended:
+    begun = time.monotonic()
+    ended = train_runs(plan, wanted, at_once, say)
+    if ended.failed:
+        name, reason = next(iter(ended.failed.items()))
+        raise UserError(
+            f"{len(ended.failed)} of {len(wanted)} runs failed, the first of them {name}: {reason}"
+        )
+    if not ended.stopped and time.monotonic() - begun > 1.0:
+        say(f"{len(wanted)} run(s) done after {duration(time.monotonic() - begun)}")
+    return ended
+
+
+def _scripts(plan: LadderPlan, only: Only | None, parallel: int | None, say: Say) -> dict[str, Any]:
+    if parallel is not None:
+        raise UserError(
+            "--parallel goes with launch.kind=local; with sbatch, Slurm runs what it has room for"
+        )
+    wanted = {"rungs": plan.rungs, "target": [plan.target], None: plan.rungs}[only]
+    written = write_scripts(plan, [run for run in wanted if run is not None])
+    if written:
+        say(f"{len(written) - 1} scripts written; submit them with {written[0]}")
+    else:
+        say("nothing is missing")
+    if only is None and plan.target is not None:
+        say("when they are done: allometry ladder predict, then allometry ladder run --only target")
+    return {**text.planned_facts(plan), "scripts": [str(path) for path in written]}
+
+
+def save_ladder(plan: LadderPlan) -> None:
+    """Write the ladder's description into its folder, so that the folder alone says what it is."""
+    plain = plan.ladder.model_dump(mode="json")
+    if not plan.ladder.base.startswith(PRESET):
+        plain["base"] = str(Path(plan.ladder.base).resolve())
+    out = StringIO()
+    yaml = YAML(typ="rt")
+    yaml.default_flow_style = False
+    yaml.width = 100
+    yaml.dump(plain, out)
+    (plan.folder / LADDER).write_text(out.getvalue(), encoding="utf-8")
+
+
+def fitted_rungs(plan: LadderPlan) -> list[PlannedRun]:
+    """The rungs that the law is fitted to: those with the target's schedule.
+
+    Raises UserError: some of them are not done, or are not what the ladder now says.
+    """
+    schedule = plan.target.schedule if plan.target else plan.rungs[0].schedule
+    rungs = [run for run in plan.rungs if run.schedule == schedule]
+    for run in rungs:
+        check_stored(run)
+    missing = [run.name for run in rungs if state_of(run).stage != "done"]
+    if missing:
+        raise UserError(
+            f"{len(missing)} of {len(rungs)} rungs are not done ({first_names(missing)}); "
+            "train them with allometry ladder run"
+        )
+    return rungs
+
+
+def fit(plan: LadderPlan) -> dict[str, Any]:
+    """Fit the ladder's law to its rungs and keep it in fit.json; the fit as JSON."""
+    ladder = plan.ladder
+    rungs = fitted_rungs(plan)
+    found, resampled = fit_rungs(
+        [run.folder for run in rungs],
+        ladder.law,
+        count=ladder.count,
+        loss=ladder.loss,
+        bootstraps=ladder.bootstraps,
+    )
+    path = plan.folder / FIT
+    save_fit(path, found, resampled, {"ladder": str(plan.folder), "rungs": [r.name for r in rungs]})
+    return text.fit_facts(found, resampled, str(path))
+
+
+def predict(plan: LadderPlan, *, again: bool) -> Prediction:
+    """Predict the target's loss and keep that in prediction.json; if it was measured, compare.
+
+    A prediction stands once its target is trained: then only the measurement is added, unless a new
+    one is asked for ``again``, which says that it came after. One that stands although the ladder
+    has another law, loss or count since carries a warning, which is not kept. Raises UserError.
+    """
+    target = plan.target
+    if target is None:
+        raise UserError("the ladder has no target to predict; add target: {size: ..., tokens: ...}")
+    _check_folders(plan)
+    path, state = plan.folder / PREDICTION, state_of(target)
+    found = load_prediction(path)
+    begun = state.step > target.parent_step
+    same = found is not None and found.target["run"] == target.name and begun
+    if found is None or again or not same:
+        fit(plan)
+        stored = load_fit(plan.folder / FIT)
+        assert stored.bootstrap is not None
+        stage: TargetState = "done" if state.stage == "done" else "partial" if begun else "planned"
+        found = predict_target(
+            stored.fit, stored.bootstrap, describe(plan, target), state=stage, step=state.step
+        )
+    changed = _since(plan, target, found)
+    if state.stage == "done" and "loss" not in changed:
+        rungs = [run.folder for run in fitted_rungs(plan)]
+        count, loss = plan.ladder.count, plan.ladder.loss
+        found = measure_target(found, rungs, target.folder, count=count, loss=loss)
+    save_prediction(path, found)
+    return replace(found, warnings=(*found.warnings, *changed.values()))
+
+
+def _since(plan: LadderPlan, target: PlannedRun, found: Prediction) -> dict[str, str]:
+    """What the ladder says otherwise than when the prediction was made: a sentence for each key."""
+    other = {}
+    if found.law != plan.ladder.law:
+        other["law"] = f"is of law {found.law}, and the ladder now says {plan.ladder.law}"
+    if found.target.get("N") != target.parameters:
+        other["count"] = (
+            f"counts N={found.target.get('N')}, and the ladder now counts {target.parameters} "
+            f"({plan.ladder.count})"
+        )
+    rung = plan.rungs[0]
+    if state_of(rung).stage == "done":
+        loss = LossChoice.parse(plan.ladder.loss).describe(read_run(rung.folder))
+        if loss != found.loss:
+            other["loss"] = (
+                f"is of another loss ({found.loss}), which the ladder does not measure now ({loss})"
+            )
+    again = "allometry ladder predict --again makes a new one"
+    return {key: f"this prediction {text}; {again}" for key, text in other.items()}
+
+
+def describe(plan: LadderPlan, run: PlannedRun) -> dict[str, Any]:
+    """What a law may read of a run that has not been trained, by the names of ``from_runs``."""
+    config = run.config
+    counted = count_parameters(config.model)
+    batch = BatchPlan(config.batch, config.data.sequence_length)
+    schedule = resolve_schedule(config, batch)
+    peak = config.optimizer.lr
+    rates = [peak * schedule.fraction(step) for step in range(1, run.steps + 1)]
+    s1, s2 = areas_of(rates, schedule.warmup_steps)
+    experts = getattr(config.model, "experts", None)
+    return {
+        "run": run.name,
+        "folder": str(run.folder),
+        "N": run.parameters,
+        "N_total": counted.total,
+        "N_non_embedding": counted.non_embedding,
+        "N_active": counted.active,
+        "D": run.tokens,
+        "C": run.flops,
+        "M": run.tokens / run.parameters,
+        "B": batch.full_sequences * batch.sequence_length,
+        "S": run.steps,
+        "S1": float(s1[-1]),
+        "S2": float(s2[-1]),
+        "lr": peak,
+        "seed": config.run.seed,
+        "width": config.model.width,
+        "layers": config.model.num_layers,
+        "experts": experts.num_experts if experts else 1,
+        "experts_per_token": experts.experts_per_token if experts else 1,
+    }

@@ -1,0 +1,172 @@
+"""What the commands of a ladder print."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from allometry.configs.errors import UserError
+from allometry.launch.laws.text import edge_words, number
+from allometry.launch.laws.text import table as columns
+from allometry.laws.collect import short
+from allometry.laws.fit.bootstrap import Bootstrap
+from allometry.laws.fit.engine import Fit
+from allometry.laws.ladder import Prediction, unidentified
+from allometry.laws.losses import LossChoice, final_loss
+from allometry.laws.runs import read_run
+from allometry.studies.ladder.plan import LadderPlan
+from allometry.studies.ladder.share import PlannedRun
+from allometry.studies.ladder.state import RunState, spent, stated
+
+
+def planned_facts(plan: LadderPlan) -> dict[str, Any]:
+    """The ladder and how far it is, as JSON."""
+    runs, problems = [], []
+    for run in plan.runs:
+        state, problem = stated(run)
+        problems += [problem] if problem else []
+        runs.append(
+            {
+                "name": run.name,
+                "target": run.is_target,
+                "folder": str(run.folder),
+                "size": run.size,
+                "schedule": run.schedule,
+                "seed": run.config.run.seed,
+                "parameters": run.parameters,
+                "tokens": run.tokens,
+                "steps": run.steps,
+                "flops": run.flops,
+                "own_flops": run.own_flops,
+                "spent_flops": spent(run, state),
+                "parent": run.parent,
+                "parent_step": run.parent_step,
+                "state": state.stage,
+                "step": state.step,
+                "loss": state.loss,
+                "validation": state.validation,
+                "final_loss": _final_loss(plan, run, state),
+            }
+        )
+    return {
+        "folder": str(plan.folder),
+        "count": plan.ladder.count,
+        "law": plan.ladder.law,
+        "loss": plan.ladder.loss,
+        "runs": runs,
+        "notes": [*plan.notes, *problems],
+        "flops": sum(run["own_flops"] for run in runs),
+        "flops_spent": sum(run["spent_flops"] for run in runs),
+        "flops_if_each_from_scratch": sum(run["flops"] for run in runs),
+    }
+
+
+def _final_loss(plan: LadderPlan, run: PlannedRun, state: RunState) -> float | None:
+    """The loss that a law would be fitted to; None for a run that has not finished or lacks it."""
+    if state.stage != "done":
+        return None
+    try:
+        return final_loss(read_run(run.folder), LossChoice.parse(plan.ladder.loss))
+    except UserError:
+        return None  # the fit will say what is wrong with it
+
+
+def table(facts: dict[str, Any]) -> str:
+    """The runs of ``planned_facts``, a line each, and what they cost."""
+    rows = [
+        ["run", "N", "D", "steps", "FLOPs", "state", "loss", "branches"],
+        ["", "", "tokens", "", "added", "", "nats/token", "from, at step"],
+    ]
+    for run in facts["runs"]:
+        begun = run["state"] != "done" and run["step"] > 0
+        rows.append(
+            [
+                run["name"],
+                short(run["parameters"]),
+                short(run["tokens"]),
+                f"{run['step']}/{run['steps']}" if begun else str(run["steps"]),
+                f"{run['own_flops']:.2g}".replace("e+", "e"),
+                run["state"],
+                "" if run["final_loss"] is None else f"{run['final_loss']:.4f}",
+                _branch(run),
+            ]
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    left = [0, 5, 7]  # columns of words
+    cells = [
+        [cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(pairs)]
+        for pairs in (list(zip(row, widths, strict=True)) for row in rows)
+    ]
+    lines = [" ".join([*row[:5], "", *row[5:7], "", row[7]]).rstrip() for row in cells]
+    done = sum(run["state"] == "done" for run in facts["runs"])
+    whole, alone = facts["flops"], facts["flops_if_each_from_scratch"]
+    saved = f", {1 - whole / alone:.0%} less than from scratch" if alone > whole else ""
+    lines.append(
+        f"{done} of {len(facts['runs'])} runs done; {facts['flops_spent']:.3g} of {whole:.3g} "
+        f"FLOPs spent{saved}"
+    )
+    lines.append(f"N counts {facts['count']} parameters; loss is that of the law ({facts['loss']})")
+    return "\n".join([*lines, *(f"note: {note}" for note in facts["notes"])])
+
+
+def _branch(run: dict[str, Any]) -> str:
+    """What a run branches from: the part of that run's name which is not its own too."""
+    if not run["parent"]:
+        return ""
+    own = run["name"].removeprefix("target-").split("-")
+    parts = run["parent"].split("-")
+    other = [part for part, mine in zip(parts, own, strict=False) if part != mine]
+    name = "-".join(other) if other and len(parts) == len(own) else run["parent"]
+    return f"{name} at {run['parent_step']}"
+
+
+def fit_facts(found: Fit, resampled: Bootstrap, path: str) -> dict[str, Any]:
+    """A fit as JSON, without its observations."""
+    plain = found.to_json()
+    return {
+        "law": found.form.name,
+        "equation": found.form.equation,
+        "values": {name: float(value) for name, value in found.values.items()},
+        "units": {p.name: found.unit(p.unit) for p in found.form.parameters},
+        "intervals": {name: list(resampled.interval(name)) for name in resampled.names},
+        "objective": found.objective,
+        "certificate": plain["certificate"],
+        "rows": len(found.observations),
+        "unidentified": unidentified(found),
+        "at_edges": edge_words(resampled),
+        "file": path,
+    }
+
+
+def fit_text(facts: dict[str, Any]) -> str:
+    """The fit of ``fit_facts``."""
+    rows = [["parameter", "value", "95 % interval", "unit"]]
+    for name, value in facts["values"].items():
+        low, high = facts["intervals"][name]
+        rows.append([name, number(value), f"{number(low)} to {number(high)}", facts["units"][name]])
+    lines = [f"{facts['law']}: {facts['equation']}", f"fitted to {facts['rows']} runs"]
+    lines.append(columns(rows))
+    notes = [*([facts["unidentified"]] if facts["unidentified"] else []), *facts["at_edges"]]
+    lines += [f"note: {note}" for note in notes]
+    return "\n".join([*lines, f"written to {facts['file']}"])
+
+
+def prediction_text(found: Prediction) -> str:
+    """A prediction in words."""
+    target = found.target
+    lines = [
+        f"{target['run']} (N {short(target['N'])} parameters, D {short(target['D'])} tokens)",
+        f"{found.law} of {found.rungs} runs predicts {found.predicted:.4f} nats per token, "
+        f"{found.level:.0%} interval {found.low:.4f} to {found.high:.4f}",
+    ]
+    if found.measured is not None:
+        assert found.error is not None
+        where = "inside" if found.covered else "OUTSIDE"
+        lines.append(
+            f"measured {found.measured:.4f} nats per token: the prediction is {found.error:+.2%} "
+            f"off, {where} its interval"
+        )
+    if found.target_state == "done":
+        lines.append("note: this prediction was made AFTER the target's run had ended")
+    elif found.target_state == "partial":
+        lines.append(f"note: the target stood at step {found.target_step} when it was predicted")
+    return "\n".join([*lines, *(f"note: {warning}" for warning in found.warnings)])

@@ -1,0 +1,1 @@
+"""``allometry verify``: the same step and run on several layouts, compared."""

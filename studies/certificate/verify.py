@@ -1,0 +1,310 @@
+"""A certificate that a configuration computes the same run in several layouts.
+
+Each layout is run on processes of this machine and compared with one process: the gradients of a
+step in fp64 and fp32, two resumes, a checkpoint carried over from one process, and what is
+exported from a checkpoint that the layout has read and written again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.multiprocessing
+
+from allometry.configs.errors import UserError
+from allometry.configs.execution import ContextConfig
+from allometry.configs.layouts import parse_parallel
+from allometry.configs.loader import dump
+from allometry.configs.run import RunConfig
+from allometry.data.synthetic import write_random_store
+from allometry.interop.huggingface.convert import export_hf
+from allometry.scaling.layout import Layout
+from allometry.studies.certificate import rank as verify_rank
+from allometry.studies.certificate.rank import Job
+from allometry.trainer.record import writer as record
+from allometry.trainer.state.folder import write_atomically
+
+TOLERANCE = {"fp64": 1e-10, "fp32": 1e-5}
+"""Largest |gradient - that of one process| over the largest of that tensor."""
+LOSS_TOLERANCE = 1e-5
+STEPS = 4
+_DEFAULTS = (
+    "hdp=2",
+    "hdp=4,zero.stage=3",
+    "tp=2",
+    "hdp=2,tp=2",
+    "pp=2",
+    "pp=2,pipeline.schedule=zbv_zero_bubble,hdp=2,zero.stage=1",
+    "pp=2,tp=2",
+)
+_EXPERT_DEFAULTS = ("ep=2", "ep=4", "ep=2,tp=2", "ep=2,pp=2")
+
+
+@dataclass(frozen=True)
+class LayoutResult:
+    """What was found for one layout; ``refused`` says why the model cannot take it.
+
+    ``gradients`` are the worst relative errors by type, with the parameter that has it. ``loss``:
+    relative error of the losses of a run that was carried over. ``resume_bit_exact``: two resumes
+    against a straight run of the same layout. ``export_equal``: None where no Hugging Face family
+    can hold the model, for the reason in ``export_refused``.
+    """
+
+    layout: str
+    world_size: int
+    gradients: dict[str, dict[str, Any]]
+    loss: float | None = None
+    resume_bit_exact: bool | None = None
+    export_equal: bool | None = None
+    export_refused: str | None = None
+    refused: str | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether everything that could be compared agrees; False for what was refused."""
+        return (
+            self.refused is None
+            and all(self.gradients[t]["worst"] <= TOLERANCE[t] for t in TOLERANCE)
+            and self.loss is not None
+            and self.loss <= LOSS_TOLERANCE
+            and self.resume_bit_exact is True
+            and self.export_equal is not False
+        )
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """All results; ``passed`` only where every layout that was tried did."""
+
+    config_sha256: str
+    results: tuple[LayoutResult, ...]
+    facts: dict[str, Any]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every layout that the model can take agrees, and there was one."""
+        tried = [result for result in self.results if result.refused is None]
+        return bool(tried) and all(result.passed for result in tried)
+
+    def describe(self) -> dict[str, Any]:
+        """Return the certificate as JSON."""
+        return {
+            "passed": self.passed,
+            "config_sha256": self.config_sha256,
+            **self.facts,
+            "tolerance": {**TOLERANCE, "loss": LOSS_TOLERANCE},
+            "layouts": [{**asdict(r), "passed": r.passed} for r in self.results],
+        }
+
+
+def verify(
+    config: RunConfig,
+    layouts: Sequence[str] | None,
+    out: Path,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Certificate:
+    """Compare ``layouts`` ("tp=2", "pp=2,hdp=2,zero.stage=1") with one process; write ``out``.
+
+    None: those of a default list that the model can take on up to 4 ranks. The model is the
+    configuration's own, on random tokens, with a batch as small as the layouts allow, in fp64 and
+    fp32 and not compiled. Raises UserError for a layout that was asked for and cannot be.
+    """
+    asked = layouts is not None
+    names = list(layouts) if layouts is not None else list(_DEFAULTS)
+    if not asked and config.model.kind == "moe":
+        names += _EXPERT_DEFAULTS
+    with tempfile.TemporaryDirectory(prefix="allometry-verify-") as scratch:
+        plain = _small(config, Path(scratch))
+        jobs, refused = _jobs(plain, names, Path(scratch), asked=asked)
+        progress(f"{len(jobs)} layouts on up to {max(j.world_size for j in jobs)} processes")
+        _run(jobs, Path(scratch), plain)
+        results = [*(_judge(job, Path(scratch)) for job in jobs), *refused]
+    facts = {
+        "model": config.model.model_dump(mode="json"),
+        "seed": config.run.seed,
+        "versions": record.versions(),
+        "time": round(time.time(), 3),
+    }
+    digest = hashlib.sha256(dump(config).encode()).hexdigest()
+    certificate = Certificate(digest, tuple(results), facts)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(out, json.dumps(certificate.describe(), indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"--out={out} cannot be written: {error.strerror}") from None
+    return certificate
+
+
+def _small(config: RunConfig, scratch: Path) -> RunConfig:
+    """The configuration with random data, a few steps and nothing on the side."""
+    sources = []
+    for index, source in enumerate(config.data.sources):
+        prefix = scratch / f"source-{index}"
+        length = _longest(config)
+        write_random_store(
+            prefix, 64 * length, config.model.vocab_size, mean_length=max(2, length // 2)
+        )
+        sources.append(source.model_copy(update={"train": str(prefix), "validation": None}))
+    data = config.data.model_copy(update={"sources": tuple(sources), "tokenizer": None})
+    text = config.model_dump(mode="json") | {
+        "data": data.model_dump(mode="json"),
+        "schedule": {"kind": "constant"},
+        "checkpoint": {"every_steps": 2, "keep_last": 10, "asynchronous": False},
+        "record": {"tensorboard": False},
+        "evaluation": {},
+    }
+    text["training"] |= {"total_tokens": None, "total_steps": STEPS, "compile": False}
+    text["training"] |= {"compute_dtype": "fp32"}
+    text["batch"] = {"sequences": _least_sequences(config), "micro_batch_sequences": 1}
+    return RunConfig.model_validate(text)
+
+
+def _longest(config: RunConfig) -> int:
+    """Tokens of the longest sequence or document."""
+    data = config.data
+    return data.max_document_tokens if data.kind == "documents" else data.sequence_length
+
+
+def _least_sequences(config: RunConfig) -> int:
+    """The smallest batch that a configuration may have.
+
+    A document of any length fits in, and in each step one begins: the heaviest source has more
+    windows of each than a document can cover (``feed.check_steps``).
+    """
+    data = config.data
+    if data.kind != "documents":
+        return 1
+    weights = [source.weight for source in data.sources]
+    windows = data.max_document_tokens // data.sequence_length + 2
+    return math.ceil(windows * sum(weights) / max(weights) + 1e-6)
+
+
+def _jobs(
+    config: RunConfig, names: Sequence[str], scratch: Path, *, asked: bool
+) -> tuple[list[Job], list[LayoutResult]]:
+    """One job for each layout, all with one batch that every one of them can divide."""
+    jobs: list[Job] = []
+    refused: list[LayoutResult] = []
+    for name in names:
+        parallel = parse_parallel(name, config.parallel)
+        world_size = parallel.pp * parallel.tp * int(parallel.hdp)
+        one = config.model_copy(update={"parallel": parallel})
+        try:
+            _smallest_batch([one], world_size)
+        except UserError as error:
+            if asked:
+                raise UserError(f"--layout {name}: {error}") from None
+            refused.append(LayoutResult(name, world_size, {}, refused=str(error)))
+            continue
+        jobs.append(Job(name, world_size, one, scratch / f"layout-{len(jobs)}"))
+    if not jobs:
+        raise UserError(
+            f"no layout of {', '.join(names)} suits this model ({refused[0].refused}); name "
+            "others with --layout"
+        )
+    batch = _smallest_batch([job.config for job in jobs], *[job.world_size for job in jobs])
+    sized = {"batch": config.batch.model_copy(update={"sequences": batch})}
+    return [
+        Job(job.name, job.world_size, job.config.model_copy(update=sized), job.folder)
+        for job in jobs
+    ], refused
+
+
+def _smallest_batch(configs: Sequence[RunConfig], *world_sizes: int) -> int:
+    """The fewest sequences of a step that every layout can run, each rank more than one of them."""
+    failure: UserError | None = None
+    least = max(_least_sequences(config) for config in configs)
+    ranks = max(int(config.parallel.hdp) for config in configs)
+    for sequences in range(max(2, least), max(129, 2 * least, 4 * ranks)):
+        try:
+            for config, world_size in zip(configs, world_sizes, strict=True):
+                sized = config.batch.model_copy(update={"sequences": sequences})
+                Layout.of(config.model_copy(update={"batch": sized}), world_size)
+        except UserError as error:
+            failure = error
+        else:
+            if sequences >= 2 * ranks:
+                return sequences
+    assert failure is not None
+    raise failure
+
+
+def _run(jobs: Sequence[Job], scratch: Path, config: RunConfig) -> None:
+    """Run all jobs on as many processes as the largest needs; their results are files."""
+    one: dict[str, Any] = {
+        "pp": 1,
+        "tp": 1,
+        "ep": 1,
+        "hdp": 1,
+        "zero": type(config.parallel.zero)(),
+    }
+    if config.data.kind == "documents":  # one process holds every document whole
+        one["context"] = ContextConfig(capacity_tokens=_longest(config))
+    alone = config.model_copy(
+        update={
+            "batch": jobs[0].config.batch,
+            "parallel": config.parallel.model_copy(update=one),
+        }
+    )
+    reference = Job("one process", 1, alone, scratch / "alone")
+    most = max(job.world_size for job in jobs)
+    try:
+        torch.multiprocessing.start_processes(
+            verify_rank.main,
+            args=([reference, *jobs], scratch),
+            nprocs=most,
+            start_method="spawn",
+        )
+    except torch.multiprocessing.ProcessRaisedException as error:
+        raise RuntimeError(f"a layout could not be run: {error}") from error
+
+
+def _judge(job: Job, scratch: Path) -> LayoutResult:
+    found = [
+        json.loads((job.folder / f"rank-{rank}.json").read_text()) for rank in range(job.world_size)
+    ]
+    gradients = {}
+    for dtype in TOLERANCE:
+        worst = max((result["gradients"][dtype] for result in found), key=lambda pair: pair[1])
+        gradients[dtype] = {"worst": worst[1], "parameter": worst[0]}
+    alone = verify_rank.losses(scratch / "alone" / "straight")
+    moved = verify_rank.losses(job.folder / "moved")
+    straight, resumed = (verify_rank.losses(job.folder / n) for n in ("straight", "resumed"))
+    assert len(alone) == len(moved) == len(straight) == len(resumed) == STEPS
+    equal, why = _exports_equal(scratch / "alone" / "stopped", job.folder / "rewritten")
+    return LayoutResult(
+        layout=job.name,
+        world_size=job.world_size,
+        gradients=gradients,
+        loss=float(np.max(np.abs(np.array(moved) / np.array(alone) - 1))),
+        resume_bit_exact=straight == resumed,
+        export_equal=equal,
+        export_refused=why,
+    )
+
+
+def _exports_equal(ours: Path, theirs: Path) -> tuple[bool | None, str | None]:
+    """Whether two checkpoints export to the same bytes; None and why, where there is no family."""
+    contents = []
+    for folder in (ours, theirs):
+        out = folder.with_name(f"{folder.name}-exported")
+        shutil.rmtree(out, ignore_errors=True)
+        try:
+            export_hf(folder, out)
+        except UserError as error:
+            return None, str(error)
+        contents.append(
+            {file.name: file.read_bytes() for file in sorted(out.glob("*.safetensors"))}
+        )
+    return contents[0] == contents[1] and bool(contents[0]), None

@@ -1,0 +1,1 @@
+"""``allometry ladder``: planning, training and following the rungs of a ladder."""

@@ -1,0 +1,313 @@
+"""Which runs a ladder consists of, and which of them share their first steps. Without torch."""
+
+# N parameters, D tokens and C FLOPs of a run
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from allometry.configs.errors import ConfigError, UserError
+from allometry.configs.ladder import (
+    ConstantBatch,
+    LadderConfig,
+    LawBatch,
+    NamedSchedule,
+    PowerBatch,
+    Size,
+)
+from allometry.configs.loader import put, read, validate
+from allometry.configs.run import RunConfig
+from allometry.configs.source import Tree
+from allometry.laws.losses import LossChoice
+from allometry.laws.registry import form_named
+from allometry.optim.schedule import resolve_schedule
+from allometry.scaling.count import count_parameters, flops_per_token
+from allometry.scaling.hyperlaws import LAWS, Target, suggest
+from allometry.scaling.plan import RunPlan
+from allometry.scaling.shapes import at_width
+from allometry.studies.ladder.share import PlannedRun, branching_point, share
+from allometry.trainer.state.unchanged import differences, rates_part
+
+
+@dataclass(frozen=True)
+class LadderPlan:
+    """The rungs, each after the run it branches from, the target, and remarks for people."""
+
+    ladder: LadderConfig
+    rungs: tuple[PlannedRun, ...]
+    target: PlannedRun | None
+    notes: tuple[str, ...]
+
+    @property
+    def folder(self) -> Path:
+        """The ladder's folder."""
+        return Path(self.ladder.folder)
+
+    @property
+    def runs(self) -> tuple[PlannedRun, ...]:
+        """All of them, the target last."""
+        return (*self.rungs, *([self.target] if self.target else []))
+
+
+@dataclass(frozen=True)
+class _Horizon:
+    """How long a run is: one of the three, and what it is called."""
+
+    label: str
+    ratio: float | None = None
+    tokens: int | None = None
+    flops: float | None = None
+
+
+def plan_ladder(ladder: LadderConfig, tree: Tree) -> LadderPlan:
+    """Return the runs that the ladder describes.
+
+    Runs of one model, schedule and seed that differ in length alone are trained in the order of
+    their lengths, each branching from the one before it where their learning rates part: of WSD
+    that is where the shorter one's decay begins, so that all of them share one stable trunk.
+
+    Raises:
+        UserError: a run cannot be described so, two have one name, or the target is a rung.
+    """
+    _check_law(ladder)
+    maker = _Maker(ladder, tree)
+    found: list[PlannedRun] = []
+    notes: dict[str, None] = {}
+    for size, horizon, schedule, seed in _cells(ladder):
+        run = maker.make(size, horizon, schedule, seed, is_target=False)
+        twin = next((other for other in found if _same(other, run)), None)
+        if twin is not None:
+            notes[f"{run.name} would be {twin.name} again and is left out"] = None
+            continue
+        clash = next((other for other in found if other.name == run.name), None)
+        if clash is not None:
+            raise UserError(
+                f"two runs of the ladder would be called {run.name}; give their sizes names, or "
+                "horizons that differ in six digits"
+            )
+        found.append(run)
+    for run in found:
+        _check_loss(ladder.loss, run)
+    target = _target(maker, ladder, found)
+    shared, more = share([*found, *([target] if target else [])])
+    return LadderPlan(
+        ladder=ladder,
+        rungs=tuple(run for run in shared if not run.is_target),
+        target=next((run for run in shared if run.is_target), None),
+        notes=(*notes, *more),
+    )
+
+
+def _check_law(ladder: LadderConfig) -> None:
+    """Refuse, before anything is trained, a law that no ladder can be fitted with."""
+    form = form_named(ladder.law)
+    if form.target.name != "loss" or any(one.name == "step" for one in form.inputs):
+        raise UserError(
+            f"law={ladder.law} does not predict the loss of finished runs; choose one that does, "
+            "as chinchilla (allometry laws lists them)"
+        )
+
+
+def _check_loss(loss: str, run: PlannedRun) -> None:
+    """Refuse a loss that the runs will not record."""
+    try:
+        choice = LossChoice.parse(loss)
+    except UserError as error:
+        raise UserError(str(error).removeprefix("--")) from None
+    names = [source.name for source in run.config.data.sources]
+    if choice.source is not None and choice.source not in names:
+        raise UserError(
+            f"loss={loss}: the runs have no source {choice.source!r}, only {', '.join(names)}"
+        )
+
+
+def _cells(
+    ladder: LadderConfig,
+) -> Iterator[tuple[Size, _Horizon, NamedSchedule | None, int]]:
+    schedules: tuple[NamedSchedule | None, ...] = ladder.schedules or (None,)
+    for size in ladder.rungs:
+        horizons = [_Horizon(f"x{ratio:g}", ratio=ratio) for ratio in ladder.tokens_per_parameter]
+        horizons += [_Horizon(f"d{_round(tokens)}", tokens=tokens) for tokens in ladder.tokens]
+        if ladder.isoflop and size.label in (ladder.isoflop.sizes or [size.label]):
+            horizons += [_Horizon(_flops_label(c), flops=c) for c in ladder.isoflop.flops]
+        for schedule in schedules:
+            for seed in ladder.seeds:
+                for horizon in horizons:
+                    yield size, horizon, schedule, seed
+
+
+def _target(maker: _Maker, ladder: LadderConfig, rungs: list[PlannedRun]) -> PlannedRun | None:
+    wanted = ladder.target
+    if wanted is None:
+        return None
+    if wanted.tokens is not None:
+        horizon = _Horizon(f"d{_round(wanted.tokens)}", tokens=wanted.tokens)
+    else:
+        assert wanted.tokens_per_parameter is not None
+        ratio = wanted.tokens_per_parameter
+        horizon = _Horizon(f"x{ratio:g}", ratio=ratio)
+    first = ladder.schedules[0] if ladder.schedules else None
+    named = next((one for one in ladder.schedules if one.name == wanted.schedule), first)
+    seed = ladder.seeds[0] if wanted.seed is None else wanted.seed
+    target = maker.make(wanted.size, horizon, named, seed, is_target=True)
+    same = next((run for run in rungs if _same(run, target)), None)
+    if same is not None:
+        raise UserError(
+            f"the target is {same.name}, a rung of the ladder, so that nothing would be predicted; "
+            "choose another target.size, length or seed"
+        )
+    return target
+
+
+class _Maker:
+    """Makes the descriptions of runs from the base's."""
+
+    def __init__(self, ladder: LadderConfig, tree: Tree) -> None:
+        self._ladder, self._tree = ladder, tree
+        self._base = read(ladder.base)
+        for key, value in ladder.set.items():
+            put(self._base, key, value, tree.where(("set", key)))
+
+    def make(
+        self,
+        size: Size,
+        horizon: _Horizon,
+        schedule: NamedSchedule | None,
+        seed: int,
+        *,
+        is_target: bool,
+    ) -> PlannedRun:
+        """Return one run, which shares nothing yet."""
+        parts = [size.label, horizon.label, schedule.name if schedule else "", f"s{seed}"]
+        name = "-".join(["target"] * is_target + [part for part in parts if part])
+        try:
+            return self._make(name, size, horizon, schedule, seed, is_target=is_target)
+        except ConfigError:
+            raise  # it names file and line
+        except UserError as error:
+            raise UserError(f"run {name} of the ladder: {error}") from None
+
+    def _make(
+        self,
+        name: str,
+        size: Size,
+        horizon: _Horizon,
+        schedule: NamedSchedule | None,
+        seed: int,
+        *,
+        is_target: bool,
+    ) -> PlannedRun:
+        tree = copy.deepcopy(self._base)
+        place = self._place(size, is_target)
+        put(tree, "run.folder", str(Path(self._ladder.folder) / "runs" / name), place)
+        put(tree, "run.seed", seed, place)
+        # Any length will do until the model is known.
+        put(tree, "training.total_tokens", horizon.tokens or 1, place)
+        put(tree, "training.total_steps", None, place)
+        if schedule is not None:
+            put(tree, "schedule", schedule.schedule.model_dump(mode="json"), place)
+        if size.width is not None:
+            model = at_width(validate(tree).model, size.width)
+            put(tree, "model", model.model_dump(mode="json"), place)
+        for key, value in size.set.items():
+            put(tree, key, value, place)
+        config = validate(tree)
+        tokens = self._tokens(config, horizon)
+        put(tree, "training.total_tokens", tokens, place)
+        put(tree, "batch.sequences", self._sequences(config, tokens), place)
+        config = validate(tree)
+        plan = RunPlan.of(config, self._ladder.launch.processes)  # says what ranks cannot share
+        resolve_schedule(config, plan.batch)  # and what cannot be a schedule
+        steps = plan.total_steps
+        kept = branching_point(config, steps)
+        if kept:
+            put(tree, "checkpoint.keep_steps", [*config.checkpoint.keep_steps, kept], place)
+            config = validate(tree)
+        return PlannedRun(
+            name=name,
+            is_target=is_target,
+            size=size.label,
+            schedule=schedule.name if schedule else config.schedule.kind,
+            config=config,
+            steps=steps,
+            tokens=plan.total_tokens,
+            parameters=count(config, self._ladder.count),
+            flops=plan.total_flops,
+        )
+
+    def _place(self, size: Size, is_target: bool) -> str:
+        if is_target:
+            return self._tree.where(("target", "size"))
+        labels = [one.label for one in self._ladder.rungs]
+        key = "sizes" if self._ladder.sizes else "widths"
+        return self._tree.where((key, labels.index(size.label)))
+
+    def _tokens(self, config: RunConfig, horizon: _Horizon) -> int:
+        if horizon.tokens is not None:
+            return horizon.tokens
+        if horizon.ratio is not None:
+            return max(1, round(horizon.ratio * count(config, self._ladder.count)))
+        assert horizon.flops is not None
+        per_token = flops_per_token(config.model, config.data.sequence_length).total
+        return max(1, round(horizon.flops / per_token))
+
+    def _sequences(self, config: RunConfig, tokens: int) -> int:
+        """The batch of a run of so many tokens, a multiple of what its ranks share."""
+        rule, base = self._ladder.batch, config.batch.sequences
+        match rule:
+            case ConstantBatch():
+                return base
+            case PowerBatch():
+                wanted = float(base * (tokens / rule.base_tokens) ** rule.exponent)
+            case LawBatch():
+                wanted = _law_batch(rule, config, tokens) / config.data.sequence_length
+        unit = config.batch.micro_batch_sequences
+        hdp = config.parallel.hdp
+        parallel = config.parallel.tp * config.parallel.pp
+        ranks = self._ladder.launch.processes // parallel if hdp == "auto" else hdp
+        unit *= max(1, ranks)
+        return unit * max(1, round(wanted / unit))
+
+
+def _law_batch(rule: LawBatch, config: RunConfig, tokens: int) -> float:
+    law = next((law for law in LAWS if law.name == rule.law), None)
+    if law is None:
+        known = ", ".join(law.name for law in LAWS)
+        raise UserError(f"batch.law={rule.law} is not known; use one of {known}")
+    said = suggest(Target.of(config.model, tokens, config.data.sequence_length), [law])[0]
+    if said.batch_tokens is None:
+        why = said.refused or "it says nothing of the batch"
+        raise UserError(f"batch.law={rule.law} gives no batch here: {why}; use another law")
+    return said.batch_tokens
+
+
+def count(config: RunConfig, convention: str) -> int:
+    """Return N by one of the ladder's conventions, as run.json will count it."""
+    counted = count_parameters(config.model)
+    if convention == "with_head":
+        return counted.non_embedding + config.model.vocab_size * config.model.width
+    return int(getattr(counted, convention))
+
+
+def _same(one: PlannedRun, other: PlannedRun) -> bool:
+    """Whether two runs compute the same."""
+    return (
+        one.steps == other.steps
+        and next(iter(differences(one.config, other.config)), None) is None
+        and rates_part(one.config, other.config, one.steps) is None
+    )
+
+
+def _round(number: int) -> str:
+    """A whole number, shortened where nothing is lost: 5000000 is 5M."""
+    for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if number % size == 0:
+            return f"{number // size}{unit}"
+    return str(number)
+
+
+def _flops_label(flops: float) -> str:
+    return f"c{flops:g}".replace("+", "")

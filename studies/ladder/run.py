@@ -1,0 +1,348 @@
+"""Training the runs of a ladder on this machine, one after the other or several at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+from allometry.configs.errors import UserError
+from allometry.configs.loader import dump
+from allometry.laws.collect import short
+from allometry.studies.ladder.plan import LadderPlan
+from allometry.studies.ladder.share import PlannedRun
+from allometry.studies.ladder.state import as_stored, last_row, spent, state_of
+from allometry.trainer.record.format import duration
+
+Say = Callable[[str], None]
+PROGRESS_S = 20.0
+"""Seconds between lines about what is running."""
+
+
+@dataclass
+class Ended:
+    """How the runs ended: sentences about those that failed, by name; the signal that stopped."""
+
+    failed: dict[str, str] = field(default_factory=dict)
+    stopped: str | None = None
+
+
+def train_runs(plan: LadderPlan, wanted: Sequence[PlannedRun], parallel: int, say: Say) -> Ended:
+    """Train what is missing of ``wanted``, each after the run it branches from.
+
+    A run that fails leaves the others their turn, but not those that branch from it. A signal stops
+    what is running with a checkpoint, and nothing more is begun.
+
+    Raises:
+        UserError: a folder holds another run than the ladder's.
+    """
+    missing = [run for run in wanted if state_of(run).stage != "done"]
+    names = {run.name for run in missing}
+    for run in wanted:  # all that is wrong is said before any step
+        as_stored(run, plan, names)
+    stored = [as_stored(run, plan, names) for run in missing]
+    todo = [run for run, _ in stored]
+    for _, remark in stored:
+        if remark:
+            say(remark)
+    done = len(wanted) - len(todo)
+    if done:
+        say(f"{done} of {len(wanted)} runs are done")
+    if not todo:
+        return Ended()
+    parallel = min(parallel, len(todo))  # a run alone has all cores
+    board = _Board(plan, todo, len(wanted), say, parallel)
+    with _signals(board):
+        threads = [
+            threading.Thread(target=_serve, args=(board,), name=f"slot-{number}")
+            for number in range(parallel)
+        ]
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads):
+            board.wait()
+        for thread in threads:
+            thread.join()
+    return board.ended
+
+
+class _Board:
+    """What is to be done, what is being done, and how far all of it is; shared by the slots."""
+
+    def __init__(
+        self, plan: LadderPlan, todo: list[PlannedRun], total: int, say: Say, parallel: int
+    ) -> None:
+        self.plan, self.total, self.parallel = plan, total, parallel
+        self.ended = Ended()
+        self._say, self._todo = say, list(todo)
+        self._count = total - len(todo)
+        self._running: dict[str, PlannedRun] = {}
+        self._all = list(todo)
+        self._changed = threading.Condition()
+        self._children: set[_Child] = set()
+        self._spent_before = self._spent()
+        self._begun = self._said = time.monotonic()
+
+    def take(self) -> PlannedRun | None:
+        """The next run for a slot, waiting for one that it branches from; None at the end."""
+        with self._changed:
+            while True:
+                if self.ended.stopped or not self._todo:
+                    return None
+                ready = [run for run in self._todo if self._is_ready(run)]
+                if ready:
+                    # Several at a time: the longest chains first, so that none is left at the end.
+                    run = max(ready, key=self._ahead) if self.parallel > 1 else ready[0]
+                    self._todo.remove(run)
+                    self._running[run.name] = run
+                    return run
+                self._drop_orphans()
+                if self._todo:
+                    self._changed.wait()
+
+    def ready(self, run: PlannedRun) -> PlannedRun:
+        """The run as its folder, and that of its parent, can go on with now."""
+        run, remark = as_stored(run, self.plan, ())
+        if remark:
+            self._say(remark)
+        return run
+
+    def give(self, run: PlannedRun, error: str | None, seconds: float) -> None:
+        """Say how a run ended."""
+        with self._changed:
+            del self._running[run.name]
+            state = state_of(run)
+            if error is not None:
+                self.ended.failed[run.name] = error
+                self._say(f"{run.name} FAILED: {error}")
+            elif state.stage == "done":
+                self._count += 1
+                self._said = time.monotonic()
+                self._say(
+                    f"[{self._count:>{len(str(self.total))}}/{self.total}] {run.name}: "
+                    f"{state.loss_text}, {short(run.tokens)} tokens, "
+                    f"{run.own_flops:.2g} FLOPs in {duration(seconds)} | {self._left()}"
+                )
+            else:
+                text = f"stopped at step {state.step} of {run.steps}"
+                if not self.ended.stopped:  # by somebody else
+                    self.ended.failed[run.name] = text
+                self._say(f"{run.name}: {text}")
+            self._changed.notify_all()
+
+    def wait(self) -> None:
+        """Until something changed, or a second passed; says now and then what is running."""
+        with self._changed:
+            self._changed.wait(1.0)
+            if time.monotonic() - self._said < PROGRESS_S or not self._running:
+                return
+            self._said = time.monotonic()
+            steps = [
+                f"{run.name} step {last_row(run.folder / 'metrics.jsonl').get('step', 0)}"
+                f"/{run.steps}"
+                for run in self._running.values()
+            ]
+        self._say(f"  running {', '.join(steps)} | {self._left()}")
+
+    @contextmanager
+    def child(self, process: _Child) -> Iterator[None]:
+        """Have signals passed on to a child meanwhile."""
+        self._children.add(process)
+        if self.ended.stopped:  # it came while the child was being started
+            _send(process, signal.SIGTERM)
+        try:
+            yield
+        finally:
+            self._children.discard(process)
+
+    def stop(self, number: int) -> None:
+        """Begin nothing more and stop the children; the second time, at once. For a handler."""
+        again = self.ended.stopped is not None
+        self.ended.stopped = signal.Signals(number).name
+        for process in list(self._children):
+            _send(process, signal.SIGKILL if again else signal.SIGTERM)
+
+    def _is_ready(self, run: PlannedRun) -> bool:
+        waiting = [*(other.name for other in self._todo), *self._running, *self.ended.failed]
+        return run.parent not in waiting
+
+    def _drop_orphans(self) -> None:
+        for run in list(self._todo):
+            if run.parent in self.ended.failed:
+                self._todo.remove(run)
+                reason = f"the run it branches from, {run.parent}, failed"
+                self.ended.failed[run.name] = reason
+                self._say(f"{run.name} FAILED: {reason}")
+
+    def _ahead(self, run: PlannedRun) -> int:
+        after = [other for other in self._todo if other.parent == run.name]
+        return run.own_flops + max((self._ahead(other) for other in after), default=0)
+
+    def _spent(self) -> int:
+        return sum(spent(run, state_of(run)) for run in self._all)
+
+    def _left(self) -> str:
+        whole = sum(run.own_flops for run in self._all)
+        now = self._spent()
+        rate = (now - self._spent_before) / (time.monotonic() - self._begun)
+        left = duration((whole - now) / rate) if rate > 0 else "unknown time"
+        return f"{now / whole:.0%} of {whole:.2g} FLOPs, {left} left"
+
+
+_Child = subprocess.Popen[str]
+
+
+def _serve(board: _Board) -> None:
+    """Train runs in one slot until none is left."""
+    slot = _Torchrun(board) if board.plan.ladder.launch.processes > 1 else _Worker(board)
+    try:
+        while (run := board.take()) is not None:
+            begun = time.monotonic()
+            try:
+                run = board.ready(run)
+                error = slot.train(run, *_files(board.plan, run))
+            except UserError as problem:
+                error = str(problem)
+            except Exception as problem:  # said with the others; the slots may wait for this run
+                error = f"it could not be started: {type(problem).__name__}: {problem}"
+            board.give(run, error, time.monotonic() - begun)
+    finally:
+        slot.close()
+
+
+def _files(plan: LadderPlan, run: PlannedRun) -> tuple[Path, Path]:
+    """The description of a run, written out, and its log."""
+    config = write_config(plan, run)
+    log = plan.folder / "logs" / f"{run.name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    return config, log
+
+
+def write_config(plan: LadderPlan, run: PlannedRun) -> Path:
+    """Write a run's whole description beside the ladder's; ``allometry train`` takes it, too."""
+    path = plan.folder / "configs" / f"{run.name}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(dump(run.config), encoding="utf-8")
+    return path
+
+
+class _Worker:
+    """A child that trains runs in its own process, one at a time."""
+
+    def __init__(self, board: _Board) -> None:
+        self._board = board
+        self._process: _Child | None = None
+
+    def train(self, run: PlannedRun, config: Path, log: Path) -> str | None:
+        """Train it; what went wrong in a sentence."""
+        process = self._process or self._start()
+        with self._board.child(process):
+            try:
+                assert process.stdin is not None
+                assert process.stdout is not None
+                process.stdin.write(json.dumps({"config": str(config), "log": str(log)}) + "\n")
+                process.stdin.flush()
+                line = process.stdout.readline()
+            except BrokenPipeError:
+                line = ""
+        if line:
+            answer: dict[str, str | None] = json.loads(line)
+            return answer["error"]
+        self.close()
+        if self._board.ended.stopped:
+            return None
+        return f"its process ended with code {process.returncode}; its log is {log}"
+
+    def _start(self) -> _Child:
+        threads = {"OMP_NUM_THREADS": "1"} if self._board.parallel > 1 else {}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "allometry.launch.ladder_worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | threads,
+            start_new_session=True,  # a terminal's Ctrl-C comes here, and is passed on
+        )
+        return self._process
+
+    def close(self) -> None:
+        """Let the child end."""
+        if self._process is not None:
+            assert self._process.stdin is not None
+            assert self._process.stdout is not None
+            with suppress(BrokenPipeError):
+                self._process.stdin.close()
+            self._process.wait()
+            self._process.stdout.close()
+            self._process = None
+
+
+class _Torchrun:
+    """A torchrun for each run."""
+
+    def __init__(self, board: _Board) -> None:
+        self._board = board
+
+    def train(self, run: PlannedRun, config: Path, log: Path) -> str | None:
+        """Train it; what went wrong in a sentence."""
+        threads = os.environ.get("OMP_NUM_THREADS", "1")
+        with open(log, "a", encoding="utf-8") as out:
+            process = subprocess.Popen(
+                [sys.executable, *torchrun(self._board.plan.ladder.launch.processes, config)],
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env=os.environ | {"OMP_NUM_THREADS": threads},
+                start_new_session=True,
+            )
+        with self._board.child(process):
+            code = process.wait()
+        if code == 0 or self._board.ended.stopped:
+            return None
+        return f"torchrun ended with code {code}: {_last_error(log)}"
+
+    def close(self) -> None:
+        """Nothing is left running."""
+
+
+def torchrun(processes: int, config: Path) -> list[str]:
+    """Arguments for Python that train a run on so many processes of this machine."""
+    start = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
+    return [*start, "--local-addr", "127.0.0.1", "-m", "allometry.launch.train", str(config)]
+
+
+def _last_error(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    said = [line for line in lines if line.startswith("allometry: ")]
+    return said[-1].removeprefix("allometry: ") if said else f"its log is {log}"
+
+
+def _send(process: _Child, number: signal.Signals) -> None:
+    """To the child, which passes it on; SIGKILL to all of its session."""
+    if process.poll() is None:
+        if number == signal.SIGKILL:
+            os.killpg(process.pid, number)
+        else:
+            process.send_signal(number)
+
+
+@contextmanager
+def _signals(board: _Board) -> Iterator[None]:
+    def receive(number: int, _: FrameType | None) -> None:
+        board.stop(number)
+
+    previous = {n: signal.signal(n, receive) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,105 @@
+"""A ladder as scripts for Slurm: one for each missing run, and one that submits them in order."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from allometry.configs.ladder import SbatchLaunch
+from allometry.studies.ladder.plan import LadderPlan
+from allometry.studies.ladder.run import write_config
+from allometry.studies.ladder.share import PlannedRun
+from allometry.studies.ladder.state import as_stored, state_of
+
+SUBMIT = "submit.sh"
+
+
+def write_scripts(plan: LadderPlan, wanted: Sequence[PlannedRun]) -> list[Path]:
+    """Write ``scripts/NAME.sbatch`` for each run that is not done, and ``submit.sh`` beside them.
+
+    A run that branches waits until its parent has ended well. Scripts of runs that are done since
+    are removed. Returns the submit script first; nothing if nothing is missing.
+
+    Raises:
+        UserError: a folder holds another run than the ladder's.
+    """
+    launch = plan.ladder.launch
+    assert isinstance(launch, SbatchLaunch), launch
+    missing = [run for run in wanted if state_of(run).stage != "done"]
+    names = {run.name for run in missing}
+    runs = [as_stored(run, plan, names)[0] for run in missing]
+    folder = plan.folder / "scripts"
+    folder.mkdir(parents=True, exist_ok=True)
+    (plan.folder / "logs").mkdir(exist_ok=True)
+    for old in [*folder.glob("*.sbatch"), folder / SUBMIT]:
+        old.unlink(missing_ok=True)
+    if not runs:
+        return []
+    written = []
+    for run in runs:
+        path = folder / f"{run.name}.sbatch"
+        path.write_text(script(launch, plan, run, write_config(plan, run)), encoding="utf-8")
+        written.append(path)
+    submit = folder / SUBMIT
+    submit.write_text(submission(folder, runs), encoding="utf-8")
+    submit.chmod(0o755)
+    return [submit, *written]
+
+
+def script(launch: SbatchLaunch, plan: LadderPlan, run: PlannedRun, config: Path) -> str:
+    """Return the script of one run.
+
+    Slurm's SIGTERM, two minutes before the end of the job's time, saves and stops the run; the
+    script submitted again goes on from there.
+    """
+    log = plan.folder.resolve() / "logs" / f"{run.name}.log"
+    lines = [
+        "#!/bin/bash",
+        f"#SBATCH --job-name={run.name}",
+        f"#SBATCH --output={log}",
+        "#SBATCH --open-mode=append",
+        f"#SBATCH --nodes={launch.nodes}",
+        "#SBATCH --ntasks-per-node=1",
+        "#SBATCH --signal=TERM@120",
+        *(f"#SBATCH {option}" for option in launch.options),
+        "set -euo pipefail",
+        f"cd {shlex.quote(str(Path.cwd()))}",
+        *([launch.setup.rstrip()] if launch.setup.strip() else []),
+        'head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
+        "port=$((20000 + SLURM_JOB_ID % 20000))",
+        f"srun {_command(launch, config)}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def submission(folder: Path, runs: Sequence[PlannedRun]) -> str:
+    """Return the script that submits ``runs``, those that branch after those they branch from."""
+    numbers = {run.name: index for index, run in enumerate(runs)}
+    lines = [
+        "#!/bin/bash",
+        "# Submits what the ladder lacks; what is missing later, allometry ladder run writes anew.",
+        "set -euo pipefail",
+        f"cd {shlex.quote(str(folder.resolve()))}",
+    ]
+    for run in runs:
+        after = ""
+        if run.config.run.parent is not None and run.parent in numbers:
+            after = f' --dependency="afterok:$job_{numbers[run.parent]}" --kill-on-invalid-dep=yes'
+        file = shlex.quote(f"{run.name}.sbatch")
+        number = numbers[run.name]
+        lines.append(f"job_{number}=$(sbatch --parsable{after} {file} | cut -d';' -f1)")
+        lines.append(f'echo "{run.name}: job $job_{number}"')
+    return "\n".join(lines) + "\n"
+
+
+def _command(launch: SbatchLaunch, config: Path) -> str:
+    """torchrun on each node, which finds the others at the first one."""
+    each = launch.processes // launch.nodes
+    python = shlex.quote(sys.executable)
+    return (
+        f"{python} -m torch.distributed.run --nnodes {launch.nodes} --nproc-per-node {each} "
+        '--rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$head:$port" '
+        f"-m allometry.launch.train {shlex.quote(str(config))}"
+    )

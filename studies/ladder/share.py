@@ -1,0 +1,140 @@
+"""A run of a ladder, and how runs of different lengths share their first steps. Without torch."""
+
+# N parameters, D tokens and C FLOPs of a run
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from allometry.configs.run import RunConfig
+from allometry.optim.schedule import resolve_schedule
+from allometry.scaling.batch import BatchPlan
+from allometry.trainer.record.format import first_names
+from allometry.trainer.state.unchanged import differences, rates_part
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run of the ladder: ``config`` is its whole description, ``parent`` in it where it branches.
+
+    ``parameters`` N by the ladder's count; ``tokens`` D and ``flops`` C of the whole run, in whole
+    steps; ``own_flops``: without the steps that it takes over from its parent.
+    """
+
+    name: str
+    is_target: bool
+    size: str
+    schedule: str
+    config: RunConfig
+    steps: int
+    tokens: int
+    parameters: int
+    flops: int
+    parent: str | None = None
+    parent_step: int = 0
+
+    @property
+    def own_flops(self) -> int:
+        """FLOPs that it costs."""
+        plan = BatchPlan(self.config.batch, self.config.data.sequence_length)
+        return self.flops - self.flops * plan.tokens_after(self.parent_step) // self.tokens
+
+    @property
+    def folder(self) -> Path:
+        """Its run folder."""
+        return Path(self.config.run.folder)
+
+
+def share(runs: list[PlannedRun]) -> tuple[list[PlannedRun], list[str]]:
+    """Let longer runs branch from shorter ones; the runs and why some cannot."""
+    chains: dict[tuple[str, str, int], list[PlannedRun]] = {}
+    for run in runs:
+        key = (_family(run, runs), run.schedule, run.config.run.seed)
+        chains.setdefault(key, []).append(run)
+    alone: dict[str, list[str]] = {}
+    changed: dict[str, PlannedRun] = {run.name: run for run in runs}
+    for chain in chains.values():
+        ordered = sorted(chain, key=lambda run: run.steps)
+        for shorter, longer in pairwise(ordered):
+            step, problem = _shared_steps(shorter, longer)
+            if problem:
+                alone.setdefault(problem, []).append(longer.name)
+                continue
+            _connect(changed, shorter.name, longer.name, step)
+    order = [run.name for chain in chains.values() for run in sorted(chain, key=lambda r: r.steps)]
+    return [changed[name] for name in order], [_note(*entry) for entry in alone.items()]
+
+
+def _note(problem: str, names: list[str]) -> str:
+    """Which runs branch from none, though shorter ones are like them, and why."""
+    verb = "is" if len(names) == 1 else "are"
+    return f"{first_names(names)} {verb} trained from scratch: {problem}"
+
+
+def _family(run: PlannedRun, runs: list[PlannedRun]) -> str:
+    """The size whose runs may share steps: the run's own, or for the target that of a rung."""
+    same = (
+        other.size
+        for other in runs
+        if run.is_target
+        and not other.is_target
+        and other.config.run.seed == run.config.run.seed
+        and next(iter(differences(other.config, run.config)), None) is None
+    )
+    return next(same, f"target {run.size}" if run.is_target else run.size)
+
+
+def _shared_steps(shorter: PlannedRun, longer: PlannedRun) -> tuple[int, str | None]:
+    """How many first steps two runs of one chain share, or why it is no use."""
+    other = next(iter(differences(shorter.config, longer.config)), None)
+    if other is not None:
+        return 0, f"{other[0]} differs from that of the next shorter horizon"
+    part = rates_part(shorter.config, longer.config, shorter.steps)
+    if part == 1:
+        kind = longer.config.parameterization.kind
+        return 0, (
+            f"schedule {longer.schedule}, its warm-up or parameterization {kind} scales learning "
+            "rates with the length of the run, so that no step is shared with the next shorter one"
+        )
+    shared = shorter.steps if part is None else part - 1
+    plan = BatchPlan(longer.config.batch, longer.config.data.sequence_length)
+    warmup = resolve_schedule(longer.config, plan).warmup_steps
+    if shared <= warmup:
+        return 0, (
+            f"schedule {longer.schedule} follows the length of the run, so that no step after the "
+            "warm-up is shared with the next shorter one"
+        )
+    return shared, None
+
+
+def branching_point(config: RunConfig, steps: int) -> int | None:
+    """The last step that a longer run would share, kept also where the ladder has none yet."""
+    tokens = config.training.total_tokens
+    assert tokens is not None
+    longer = _with(config, "training", {"total_tokens": 10 * tokens})
+    part = rates_part(config, longer, steps)
+    plan = BatchPlan(config.batch, config.data.sequence_length)
+    shared = steps if part is None else part - 1
+    return shared if resolve_schedule(config, plan).warmup_steps < shared < steps else None
+
+
+def _connect(runs: dict[str, PlannedRun], parent: str, child: str, step: int) -> None:
+    holder, branch = runs[parent].config, runs[child].config
+    kept = tuple(sorted({*holder.checkpoint.keep_steps, step}))
+    runs[parent] = replace(runs[parent], config=_with(holder, "checkpoint", {"keep_steps": kept}))
+    link = {"folder": holder.run.folder, "step": step}
+    runs[child] = replace(
+        runs[child],
+        config=_with(branch, "run", {"parent": link}),
+        parent=parent,
+        parent_step=step,
+    )
+
+
+def _with(config: RunConfig, section: str, changes: dict[str, Any]) -> RunConfig:
+    plain = config.model_dump(mode="json")
+    plain[section] |= changes
+    return RunConfig.model_validate(plain)

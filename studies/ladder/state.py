@@ -1,0 +1,231 @@
+"""How far the runs of a ladder are: nothing but what their folders say."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from allometry.configs.errors import ConfigError, UserError
+from allometry.configs.loader import load
+from allometry.configs.run import RunConfig
+from allometry.laws.runs import read_lines
+from allometry.studies.ladder.plan import LadderPlan
+from allometry.studies.ladder.share import PlannedRun
+from allometry.trainer.state.unchanged import differences, rates_part
+
+Stage = Literal["planned", "running", "partial", "diverged", "done", "changed"]
+_TAIL = 1 << 16
+
+
+@dataclass(frozen=True)
+class RunState:
+    """How far a run is.
+
+    ``step`` and ``flops``: the last recorded, with what it took over from its parent; ``loss``: of
+    that step, ``validation``: by source, where a finished run has it. ``changed``: the folder holds
+    another run than the ladder now describes, of which nothing else is said.
+    """
+
+    stage: Stage
+    step: int = 0
+    flops: int = 0
+    loss: float | None = None
+    validation: dict[str, float] | None = None
+
+    @property
+    def loss_text(self) -> str:
+        """Held-out losses by source, or the last training loss."""
+        if self.validation:
+            return ", ".join(f"{name} {value:.4f}" for name, value in self.validation.items())
+        return "no loss" if self.loss is None else f"loss {self.loss:.4f}"
+
+
+def state_of(run: PlannedRun) -> RunState:
+    """Return how far a run is, whoever trained it; ``check_stored`` says whether it is this one."""
+    folder = run.folder
+    if not (folder / "config.yaml").is_file():
+        return RunState("planned")
+    row = last_row(folder / "metrics.jsonl")
+    found = RunState(
+        stage=_stage(run, row),
+        step=int(row.get("step", 0)),
+        flops=int(row.get("flops", 0)),
+        loss=row.get("loss"),
+    )
+    held_out = {
+        key.removeprefix("validation/"): float(value)
+        for key, value in row.items()
+        if key.startswith("validation/")
+    }
+    return replace(found, validation=held_out or None)
+
+
+def _stage(run: PlannedRun, row: dict[str, Any]) -> Stage:
+    if is_held(run.folder / "run.lock"):
+        return "running"
+    ends = [
+        event
+        for event in read_lines(run.folder / "events.jsonl")
+        if event.get("event") in ("finished", "not_finite", "resumed", "started")
+    ]
+    last = ends[-1] if ends else {}
+    if last.get("event") == "finished" and last.get("step") == run.steps == row.get("step"):
+        return "done"
+    return "diverged" if last.get("event") == "not_finite" else "partial"
+
+
+def spent(run: PlannedRun, state: RunState) -> int:
+    """Return the FLOPs that a run has cost, without those that it took over."""
+    if state.stage == "done":
+        return run.own_flops
+    return min(max(0, state.flops - (run.flops - run.own_flops)), run.own_flops)
+
+
+def as_stored(
+    run: PlannedRun, plan: LadderPlan, coming: Collection[str]
+) -> tuple[PlannedRun, str | None]:
+    """Return the run as its folder can go on with, and a remark where that is not as planned.
+
+    A run that has begun keeps the parent that it has. One whose parent has not kept the step, and
+    is not among the runs to be trained before it (``coming``), is trained from scratch.
+
+    Raises:
+        UserError: its folder holds a run that computes something else.
+    """
+    stored = check_stored(run)
+    if stored is not None:
+        return _with_parent(
+            run, stored.run.parent.model_dump() if stored.run.parent else None
+        ), None
+    if run.parent is None:
+        return run, None
+    parent = next(other for other in plan.runs if other.name == run.parent)
+    if parent.name not in coming and not _kept(parent, run.parent_step):
+        alone = replace(_with_parent(run, None), parent=None, parent_step=0)
+        return alone, (
+            f"{run.name}: {parent.name} has not kept step {run.parent_step}, so it is trained from "
+            "scratch"
+        )
+    return run, None
+
+
+def _kept(parent: PlannedRun, step: int) -> bool:
+    return (parent.folder / "checkpoints" / f"step-{step}" / "complete.json").is_file()
+
+
+def _with_parent(run: PlannedRun, parent: dict[str, Any] | None) -> PlannedRun:
+    plain = run.config.model_dump(mode="json")
+    plain["run"]["parent"] = parent
+    return replace(run, config=RunConfig.model_validate(plain))
+
+
+def stated(run: PlannedRun) -> tuple[RunState, str | None]:
+    """Return how far a run is, and the sentence of ``check_stored`` where it is ``changed``."""
+    try:
+        check_stored(run)
+    except UserError as error:
+        return RunState("changed"), str(error)
+    return state_of(run), None
+
+
+def check_stored(run: PlannedRun) -> RunConfig | None:
+    """Return the description that the run's folder has; None where it has not begun.
+
+    Raises:
+        UserError: it is of a run that computes something else than the ladder now says.
+    """
+    path = run.folder / "config.yaml"
+    if not path.is_file():
+        return None
+    try:
+        stored = load(path)
+    except ConfigError as error:
+        raise UserError(
+            f"{path} was written by another version ({error}); remove that run's folder or "
+            "choose another folder for the ladder"
+        ) from None
+    for key, before, now in differences(stored, run.config):
+        if not key.startswith("run.parent"):
+            raise UserError(
+                f"{run.folder} was trained with {key}={before!r}, and the ladder now says {now!r}; "
+                "restore it, remove that folder, or choose another folder for the ladder"
+            )
+    part = rates_part(stored, run.config, run.steps)
+    if part is not None:
+        raise UserError(
+            f"{run.folder} was begun with other learning rates from step {part} on, or another "
+            "length, than the ladder now says; restore it, remove that folder, or choose another "
+            "folder for the ladder"
+        )
+    return stored
+
+
+def last_row(path: Path) -> dict[str, Any]:
+    """Return the last whole row of metrics.jsonl; empty without one."""
+    if not path.is_file():
+        return {}
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - _TAIL))
+        lines = file.read().split(b"\n")
+    for line in reversed(lines[:-1]):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            return row
+    return {}
+
+
+def is_held(path: Path) -> bool:
+    """Whether a live process of this machine, or one of another machine, holds a run's lock.
+
+    The lock is only tried where its last owner may live, so that nobody who takes it is disturbed.
+    """
+    try:
+        words = path.read_text(encoding="utf-8").split()
+        owner, host = int(words[1]), words[3]
+    except (OSError, ValueError, IndexError):
+        return False
+    if host == socket.gethostname() and not Path(f"/proc/{owner}").exists():
+        return False
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(handle)
+    return False
+
+
+@contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Keep a second process from training the ladder meanwhile.
+
+    Raises:
+        UserError: one does, or the folder cannot be written.
+    """
+    path = folder / "ladder.lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(path, "a", encoding="utf-8")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(
+            f"folder={folder} cannot be written ({error.strerror}); choose another"
+        ) from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"another allometry ladder run works in {folder}; wait for it or stop it"
+            ) from None
+        yield

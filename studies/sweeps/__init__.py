@@ -1,0 +1,1 @@
+"""Small models trained over sizes and learning rates: coordinate checks and transfer."""

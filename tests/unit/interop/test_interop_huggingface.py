@@ -1,0 +1,367 @@
+"""Names and descriptions: what corresponds, and a sentence for everything that does not."""
+
+from typing import Any
+
+import pytest
+import torch
+from pydantic import TypeAdapter
+
+from allometry.configs.errors import UserError
+from allometry.configs.model import DenseModel, ModelConfig, MoEModel
+from allometry.interop.huggingface.config import (
+    FAMILIES,
+    Family,
+    Text,
+    choose_family,
+    differences,
+    from_hf,
+    to_hf,
+)
+from allometry.interop.huggingface.names import (
+    Fold,
+    check_names,
+    counterparts,
+    folded,
+    folds,
+    locate,
+)
+from allometry.scaling.inventory import inventory
+from allometry.scaling.parameterization import ForwardScales
+
+# As the models' authors published them, less what has no effect.
+LLAMA_2: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 11008,
+    "max_position_embeddings": 4096,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 32,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float16",
+    "transformers_version": "4.31.0.dev0",
+    "use_cache": True,
+    "vocab_size": 32000,
+}
+QWEN3: dict[str, Any] = {
+    "model_type": "qwen3",
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 28,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": None,
+    "tie_word_embeddings": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+MIXTRAL: dict[str, Any] = {
+    "model_type": "mixtral",
+    "attention_dropout": 0.0,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "output_router_logits": False,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 1000000.0,
+    "router_aux_loss_coef": 0.02,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "vocab_size": 32000,
+}
+QWEN3_MOE: dict[str, Any] = {
+    **QWEN3,
+    "model_type": "qwen3_moe",
+    "decoder_sparse_step": 1,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "mlp_only_layers": [],
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_attention_heads": 32,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "tie_word_embeddings": False,
+}
+PUBLISHED: dict[Family, dict[str, Any]] = {
+    "llama": LLAMA_2,
+    "qwen3": QWEN3,
+    "mixtral": MIXTRAL,
+    "qwen3_moe": QWEN3_MOE,
+}
+DENSE: dict[str, Any] = {
+    "kind": "dense",
+    "vocab_size": 64,
+    "width": 32,
+    "num_layers": 2,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "ffn_width": 48,
+}
+MOE: dict[str, Any] = {
+    **{key: value for key, value in DENSE.items() if key != "ffn_width"},
+    "kind": "moe",
+    "experts": {"kind": "swiglu", "num_experts": 4, "experts_per_token": 2, "width": 24},
+    "router": {"gate": "softmax_after_topk"},
+}
+MODELS: dict[Family, dict[str, Any]] = {
+    "llama": DENSE,
+    "qwen3": {**DENSE, "qk_norm": True, "head_dim": 16},
+    "mixtral": MOE,
+    "qwen3_moe": {**MOE, "qk_norm": True, "first_dense_layers": 1, "ffn_width": 40},
+}
+
+
+def model(family: Family, **more: Any) -> ModelConfig:
+    return TypeAdapter(ModelConfig).validate_python({**MODELS[family], **more})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_published_descriptions_are_read(family: Family) -> None:
+    found, described = from_hf(PUBLISHED[family], "config.json")
+    assert found == family
+    assert choose_family(described) == family
+    again = from_hf(to_hf(described, family, "float32", Text(4096)), "config.json")
+    assert again[0] == family
+    assert not differences(again[1], described)
+
+
+def test_what_the_descriptions_say() -> None:
+    llama = from_hf(LLAMA_2, "x")[1]
+    assert isinstance(llama, DenseModel)
+    assert (llama.rope_theta, llama.head_width, llama.qk_norm) == (1e4, 128, False)
+    qwen = from_hf(QWEN3, "x")[1]
+    assert (qwen.head_width, qwen.qk_norm, qwen.tied_embeddings) == (128, True, True)
+    moe = from_hf({**QWEN3_MOE, "mlp_only_layers": [0, 1]}, "x")[1]
+    assert isinstance(moe, MoEModel)
+    assert (moe.first_dense_layers, moe.ffn_width, moe.experts.width) == (2, 6144, 768)
+    assert (moe.router.gate, moe.router.normalize) == ("softmax", True)
+    renamed = {k: v for k, v in QWEN3_MOE.items() if k != "num_experts"}
+    assert from_hf({**renamed, "num_local_experts": 128}, "x")[1] == from_hf(QWEN3_MOE, "x")[1]
+    new = {k: v for k, v in QWEN3.items() if k not in ("rope_theta", "rope_scaling")}
+    new["rope_parameters"] = {"rope_theta": 1000000, "rope_type": "default"}
+    assert from_hf(new, "x")[1] == qwen
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "said"),
+    [
+        ("llama", {"model_type": "gpt2"}, "model_type='gpt2'"),
+        ("llama", {"attention_bias": True}, "attention_bias=True"),
+        ("llama", {"mlp_bias": True}, "mlp_bias=True"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "type='linear'"),
+        ("llama", {"rope_parameters": {"rope_type": "llama3"}}, "rope_type='llama3'"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ("llama", {"attention_dropout": 0.1}, "attention_dropout=0.1"),
+        ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
+        ("llama", {"auto_map": {"AutoModel": "x.Y"}}, "auto_map"),
+        ("llama", {"hidden_size": None}, "hidden_size is missing"),
+        ("llama", {"hidden_size": "wide"}, "width='wide'"),
+        ("llama", {"num_key_value_heads": 5}, "num_kv_heads=5 must divide"),
+        ("llama", {"rope_theta": 5.0, "rope_parameters": {"rope_theta": 6.0}}, "differ"),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 512}, "sliding_window=512"),
+        ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ("mixtral", {"sliding_window": 4096}, "sliding_window=4096"),
+        ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1"),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step=2"),
+        ("qwen3_moe", {"mlp_only_layers": [1]}, r"mlp_only_layers=\[1\]"),
+        ("qwen3_moe", {"num_local_experts": 64}, "num_local_experts differ"),
+    ],
+)
+def test_what_we_lack_is_said(family: Family, change: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said) as caught:
+        from_hf({**PUBLISHED[family], **change}, "there/config.json")
+    assert "there/config.json" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "more", "asked", "said"),
+    [
+        ("llama", {}, "gpt2", "--family=gpt2"),
+        ("llama", {}, "qwen3", "--family=qwen3 cannot hold"),
+        ("qwen3", {}, "llama", "qk_norm=true"),
+        ("llama", {"num_heads": 6, "head_dim": 8}, None, "must divide width=32"),
+        ("mixtral", {"first_dense_layers": 1, "ffn_width": 8}, None, "first_dense_layers=1"),
+        ("mixtral", {"router": {"gate": "softmax"}}, None, "router.normalize=false"),
+        ("mixtral", {"router": {"gate": "sqrt"}}, None, "router.gate=sqrt"),
+        ("qwen3_moe", {"router": {"gate": "sigmoid"}}, None, "router.gate=sigmoid"),
+        ("qwen3_moe", {"router": {"scale": 2.0}}, None, "router.scale=2.0"),
+        ("qwen3_moe", {"router": {"balance": {"kind": "bias"}}}, None, "balance.kind=bias"),
+        (
+            "qwen3_moe",
+            {"router": {"num_groups": 2, "groups_per_token": 1}},
+            None,
+            "groups_per_token=1",
+        ),
+        ("qwen3_moe", {"experts": {**MOE["experts"], "num_shared_experts": 1}}, None, "shared"),
+        (
+            "qwen3_moe",
+            {"experts": {**MOE["experts"], "kind": "latent", "latent_width": 8}},
+            None,
+            "experts.kind=latent",
+        ),
+    ],
+)
+def test_what_they_lack_is_said(
+    family: Family, more: dict[str, Any], asked: str | None, said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        choose_family(model(family, **more), asked)
+
+
+def test_equal_gates_are_equal() -> None:
+    chosen = model("qwen3_moe", router={"gate": "softmax_after_topk"})
+    divided = model("qwen3_moe", router={"gate": "softmax", "normalize": True})
+    plain = model("qwen3_moe", router={"gate": "softmax"})
+    assert not differences(chosen, divided)
+    assert [key for key, _, _ in differences(chosen, plain)] == ["router.normalize"]
+    assert to_hf(plain, "qwen3_moe", "float32", Text(8))["norm_topk_prob"] is False
+    assert not differences(model("llama"), model("llama", dropout=0.1, z_loss=1e-4, head_dim=8))
+
+
+def tensors(family: Family) -> dict[str, torch.Tensor]:
+    """Our parameters, each number its own."""
+    generator = torch.Generator().manual_seed(0)
+    return {s.name: torch.randn(s.shape, generator=generator) for s in inventory(model(family))}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_split_and_join_are_inverse(family: Family) -> None:
+    ours, wanted = tensors(family), counterparts(model(family), family)
+    assert [c.spec.name for c in wanted] == list(ours)
+    theirs = {n: t for c in wanted for n, t in c.split(ours[c.spec.name]).items()}
+    assert len(theirs) == sum(len(c.written) for c in wanted), "no name twice"
+    shapes = {name: tuple(t.shape) for name, t in theirs.items()}
+    places = locate(wanted, shapes, "there", tied=False)
+    for counterpart in wanted:
+        name = counterpart.spec.name
+        joined = counterpart.join(places[name], theirs.__getitem__)
+        assert torch.equal(joined, ours[name])
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_fused_experts_are_read(family: Family) -> None:
+    ours, wanted = tensors(family), counterparts(model(family), family)
+    theirs = {n: t for c in wanted for n, t in c.split(ours[c.spec.name]).items()}
+    for layer in range(2):
+        prefix = f"blocks.{layer}.ffn.experts"
+        if f"{prefix}.gate" not in ours:
+            continue
+        kept = {
+            n: t for n, t in theirs.items() if f"layers.{layer}." not in n or "experts" not in n
+        }
+        place = f"model.layers.{layer}.mlp"
+        if family == "mixtral":
+            kept[f"{place}.gate.weight"] = kept.pop(
+                f"model.layers.{layer}.block_sparse_moe.gate.weight"
+            )
+        halves = [ours[f"{prefix}.gate"], ours[f"{prefix}.up"]]
+        kept[f"{place}.experts.gate_up_proj"] = torch.cat(halves, dim=1)
+        kept[f"{place}.experts.down_proj"] = ours[f"{prefix}.down"]
+        theirs = kept
+    shapes = {name: tuple(t.shape) for name, t in theirs.items()}
+    places = locate(wanted, shapes, "there", tied=False)
+    for c in wanted:
+        joined = c.join(places[c.spec.name], theirs.__getitem__)
+        assert torch.equal(joined, ours[c.spec.name]), c.spec.name
+
+
+def test_tensors_without_a_place_are_named() -> None:
+    wanted = counterparts(model("llama"), "llama")
+    shapes = {c.written[0]: c.spec.shape for c in wanted}
+    locate(
+        wanted, {**shapes, "model.layers.0.self_attn.rotary_emb.inv_freq": (4,)}, "x", tied=False
+    )
+    with pytest.raises(UserError, match=r"tensor model\.layers\.0\.self_attn\.q_proj\.bias has no"):
+        locate(wanted, {**shapes, "model.layers.0.self_attn.q_proj.bias": (4,)}, "x", tied=False)
+    with pytest.raises(UserError, match=r"model.norm.weight is missing"):
+        locate(
+            wanted, {n: s for n, s in shapes.items() if n != "model.norm.weight"}, "x", tied=False
+        )
+    with pytest.raises(UserError, match=r"lm_head.weight has shape \[63, 32\].*\[64, 32\]"):
+        locate(wanted, {**shapes, "lm_head.weight": (63, 32)}, "x", tied=False)
+
+
+def test_a_parameter_without_a_place_is_named() -> None:
+    with pytest.raises(UserError, match=r"blocks\.0\.ffn\.router\.weight has no counterpart"):
+        counterparts(model("mixtral"), "llama")
+    shared = model("mixtral", experts={**MOE["experts"], "num_shared_experts": 1})
+    with pytest.raises(UserError, match=r"blocks\.0\.ffn\.shared\.gate\.weight has no counterpart"):
+        counterparts(shared, "mixtral")
+
+
+def test_a_checkpoint_holds_the_model_and_no_more() -> None:
+    described = model("mixtral")
+    shapes = {spec.name: spec.shape for spec in inventory(described)}
+    router = "blocks.1.ffn.router"
+    bias = check_names(described, {**shapes, f"{router}.load": (4,), f"{router}.bias": (4,)}, "x")
+    assert bias == (f"{router}.bias",)
+    with pytest.raises(UserError, match=r"tensor blocks\.0\.extra has no counterpart"):
+        check_names(described, {**shapes, "blocks.0.extra": (1,)}, "x")
+    with pytest.raises(UserError, match=r"final_norm\.weight has shape"):
+        check_names(described, {**shapes, "final_norm.weight": (1,)}, "x")
+    with pytest.raises(UserError, match=r"head\.weight is missing"):
+        check_names(described, {n: s for n, s in shapes.items() if n != "head.weight"}, "x")
+
+
+USUAL = 8**-0.5  # heads of width 8
+
+
+def scales(**more: float) -> ForwardScales:
+    return ForwardScales(**{"embedding": 1, "residual": 1, "attention": USUAL, "output": 1, **more})
+
+
+def test_multipliers_find_their_weights() -> None:
+    assert folds(model("llama"), scales(attention=1 / 8**0.5)) == ()
+    assert folds(model("llama"), scales(attention=4**0.5 / 8 / 2**0.5)) != ()
+    half = {"embedding": 0.5, "residual": 0.25, "attention": USUAL / 2, "output": 0.5}
+    found = folds(model("llama"), scales(**half))
+    assert {fold.scale: fold.factor for fold in found} == {**half, "attention": 0.5}
+    assert all(fold.exact for fold in found)
+    by_scale = {fold.scale: fold.parameters for fold in folds(model("qwen3_moe"), scales(**half))}
+    assert by_scale["attention"] == ("attention.q_norm",)
+    assert by_scale["residual"] == ("attention.wo", "ffn.experts.down", "ffn.down")
+    routed = {fold.scale: fold for fold in folds(model("qwen3_moe"), scales(experts=0.25))}
+    assert routed["experts"] == Fold("experts", 0.25, ("ffn.experts.down",))
+    with pytest.raises(UserError, match=r"multiplies the output by 0\.5"):
+        folds(model("llama", tied_embeddings=True), scales(output=0.5))
+    with pytest.raises(UserError, match="multiplies the embedding by 3"):
+        folds(model("llama", tied_embeddings=True), scales(embedding=3))
+
+
+def test_folding_rounds_once_and_touches_nothing_else() -> None:
+    fold = Fold("residual", 1 / 3, ("attention.wo", "ffn.down"))
+    assert not fold.exact
+    tensor = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    exact = (tensor.double() / 3).float()
+    assert torch.equal(folded("blocks.3.attention.wo.weight", tensor, [fold]), exact)
+    assert torch.equal(folded("blocks.3.ffn.down.weight", tensor, [fold]), exact)
+    for name in ("blocks.3.attention.wq.weight", "blocks.3.ffn.experts.down", "head.weight"):
+        assert folded(name, tensor, [fold]) is tensor

@@ -1,0 +1,204 @@
+"""What watches a run: hooks, and the ones that come along (display, TensorBoard, W&B)."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import IO, Any
+
+from allometry.configs.errors import UserError
+from allometry.configs.execution import RecordConfig, WandB
+from allometry.trainer.record.format import duration, human
+from allometry.trainer.record.writer import Row
+from allometry.trainer.state.folder import RunFolder
+
+Report = Callable[..., None]
+"""``report(kind, **details)`` writes an event and tells all callbacks."""
+
+
+class Callback:
+    """Hooks that run on the main rank. They see rows and events, never the model's insides."""
+
+    def on_start(self, facts: dict[str, Any], first_step: int) -> None:
+        """Before the first step of this launch; ``facts`` is what run.json says."""
+
+    def additions(self, row: Row, report: Report) -> Row:
+        """Before a row is written: what to add to it. It may take no part in training."""
+        return {}
+
+    def on_row(self, row: Row) -> None:
+        """After a row of metrics is complete."""
+
+    def on_event(self, kind: str, details: dict[str, Any]) -> None:
+        """When something happened: a checkpoint, an evaluation, a stop."""
+
+    def on_end(self) -> None:
+        """After the last step of this launch."""
+
+
+class Display(Callback):
+    """One line each few steps, the same on a terminal and in a log file."""
+
+    def __init__(self, every_steps: int, out: IO[str] | None = None) -> None:
+        self._every = every_steps
+        self._out = out or sys.stdout
+        self._first = 0
+        self._total = 0
+
+    def on_start(self, facts: dict[str, Any], first_step: int) -> None:
+        """Say what will be trained, on what."""
+        plan = facts["plan"]
+        self._first, self._total = first_step, plan["total_steps"]
+        layout = facts["layout"]
+        self._say(
+            f"model {human(plan['parameters']['total'])} parameters | "
+            f"{human(plan['total_tokens'])} tokens in {plan['total_steps']} steps | "
+            f"{layout['world_size']} x {facts['hardware']['device']}, {_axes(layout)}, "
+            f"ZeRO {layout['zero_stage']}, {facts['compute_dtype']} | "
+            f"allocator {facts['allocator']}"
+        )
+        if first_step > 1:
+            self._say(f"continuing after step {first_step - 1}")
+
+    def on_row(self, row: Row) -> None:
+        """Print the row if its turn has come."""
+        step = int(row["step"])
+        held_out = {k: v for k, v in row.items() if k.startswith("validation/")}
+        if step % self._every == 0 or step in (self._first, self._total):
+            left = (self._total - step) * float(row["time_s"])
+            self._say(
+                f"step {step:>{len(str(self._total))}}/{self._total} | loss {row['loss']:.4f} | "
+                f"lr {row['lr']:.2e} | grad {row['grad_norm']:.3f} | "
+                f"{human(row['tokens'])} tokens | {human(row['tokens_per_s'])} tok/s | "
+                f"mfu {100 * row['mfu']:.1f}% | {row['peak_bytes'] / 2**30:.2f} GiB | "
+                f"{duration(left)} left"
+            )
+        if held_out:
+            losses = ", ".join(
+                f"{k.removeprefix('validation/')} {v:.4f}" for k, v in held_out.items()
+            )
+            self._say(f"step {step} | validation loss: {losses}")
+        if "forecast/loss" in row:
+            self._say(
+                f"step {step} | forecast of the final loss: {row['forecast/loss']:.4f} "
+                f"({row['forecast/low']:.4f} to {row['forecast/high']:.4f})"
+            )
+
+    def on_event(self, kind: str, details: dict[str, Any]) -> None:
+        """Print what an operator wants to see at once."""
+        if kind == "checkpoint_saved":
+            self._say(f"step {details['step']} | checkpoint saved")
+        elif kind == "checkpoint_failed":
+            self._say(
+                f"step {details['step']} | CHECKPOINT FAILED ({details['reason']}); training goes "
+                "on, the previous checkpoint is kept"
+            )
+        elif kind == "abandoned_checkpoint":
+            self._say(f"going back: a later checkpoint is kept aside as {details['name']}")
+        elif kind == "started" and details["dropped_rows"]:
+            self._say(
+                "starting over: the last launch ended before its first checkpoint "
+                f"({details['dropped_rows']} rows of its record dropped)"
+            )
+        elif kind == "branched":
+            self._say(f"branching from {details['parent']} after its step {details['step']}")
+        elif kind == "already_finished":
+            self._say(f"nothing to do: the run is complete, all {details['step']} steps are taken")
+        elif kind == "stopped":
+            self._say(
+                f"step {details['step']} | stopped by {details['signal']}; the same command "
+                "continues from here"
+            )
+
+    def _say(self, text: str) -> None:
+        print(text, file=self._out, flush=True)
+
+
+class TensorBoard(Callback):
+    """Scalars for TensorBoard, with tokens as the x axis's second choice."""
+
+    def __init__(self, folder: RunFolder, every_steps: int) -> None:
+        self._folder = folder
+        self._every = every_steps
+        self._writer: Any = None
+
+    def on_start(self, facts: dict[str, Any], first_step: int) -> None:
+        """Open the writer; steps that will be computed again are hidden."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        purge = first_step if first_step > 1 else None
+        self._writer = SummaryWriter(str(self._folder.tensorboard), purge_step=purge)
+
+    def on_row(self, row: Row) -> None:
+        """Write the row's scalars."""
+        step = int(row["step"])
+        rare = any(key.startswith(("validation/", "forecast/")) for key in row)
+        if step % self._every and not rare:
+            return
+        for key, value in row.items():
+            if key != "step":
+                self._writer.add_scalar(key if "/" in key else f"train/{key}", value, step)
+
+    def on_end(self) -> None:
+        """Flush."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+class WeightsAndBiases(Callback):
+    """Rows to Weights & Biases; a continued run continues its page rather than fork it."""
+
+    def __init__(self, config: WandB, folder: RunFolder) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise UserError(
+                "record.wandb is set but the package wandb is not installed; "
+                "pip install 'allometry[wandb]' or set record.wandb: null"
+            ) from None
+        self._wandb = wandb
+        self._config = config
+        self._folder = folder
+        self._run: Any = None
+
+    def on_start(self, facts: dict[str, Any], first_step: int) -> None:
+        """Open the page that belongs to this folder."""
+        identity = self._folder.path / "wandb_id"
+        if not identity.exists():
+            identity.write_text(self._wandb.util.generate_id(), encoding="utf-8")
+        self._run = self._wandb.init(
+            project=self._config.project,
+            entity=self._config.entity,
+            mode=self._config.mode,
+            id=identity.read_text(encoding="utf-8").strip(),
+            resume="allow",
+            dir=str(self._folder.path),
+            name=self._folder.path.name,
+            config=facts,
+        )
+
+    def on_row(self, row: Row) -> None:
+        """Log the row."""
+        self._run.log(dict(row), step=int(row["step"]))
+
+    def on_end(self) -> None:
+        """Finish the page."""
+        if self._run is not None:
+            self._run.finish()
+
+
+def standard_callbacks(record: RecordConfig, folder: RunFolder) -> list[Callback]:
+    """What the ``record`` section asks for."""
+    found: list[Callback] = [Display(record.display_every_steps)]
+    if record.tensorboard:
+        found.append(TensorBoard(folder, record.display_every_steps))
+    if record.wandb is not None:
+        found.append(WeightsAndBiases(record.wandb, folder))
+    return found
+
+
+def _axes(layout: dict[str, Any]) -> str:
+    """The degrees that are not 1, hdp always, and the pipeline's schedule."""
+    names = [n for n in ("pp", "hdp", "tp", "ep") if n == "hdp" or layout.get(n, 1) > 1]
+    axes = " ".join(f"{name}={layout[name]}" for name in names)
+    return f"{axes} {layout['schedule']}" if "schedule" in layout else axes

@@ -1,0 +1,332 @@
+"""Stability monitors: what a run shows before its loss does.
+
+At some steps a sample of the step's batch goes through the model once more, without gradients and
+watched (``models/observe.py``), before the step; gradients and what the optimizer made of them are
+looked at after it. Nothing of this changes a bit of training. All sums are over all ranks, so that
+values do not depend on the layout; they stay on the device until a row is written.
+"""
+
+# N layers, R roles
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from allometry.configs.execution import MonitorConfig
+from allometry.models.observe import MAXIMA, OUTPUT, SUMS, Observer
+from allometry.optim.exchange import ShardedWhole
+from allometry.optim.shards import Placements
+from allometry.optim.whole import local, squared_norms_of_parts
+from allometry.parallel.apply import Parallel
+from allometry.parallel.mesh import AxisName, Mesh
+from allometry.scaling.batch import BatchPlan
+from allometry.scaling.roles import Role, Rule
+from allometry.trainer.record.alarms import Alarms, find
+from allometry.trainer.record.sample import Sample
+from allometry.trainer.record.spectrum import TopSingularValues
+from allometry.trainer.record.writer import Row
+
+SAMPLED_ROWS = 256
+"""Rows of a parameter whose updates are measured: a copy of all of them would need room."""
+
+_ROLES = tuple(role.value for role in Role)
+_DAMPED = frozenset({Rule.ADAMW, Rule.ADAMH, Rule.APOLLO, Rule.APOLLO_MINI})
+"""Rules that divide by a root of squared gradients plus epsilon."""
+_AXES: tuple[AxisName, ...] = ("hdp", "tp", "pp")
+_STEP_SUMS = ("squares", "magnitudes", "elements", "update", "before", "sampled")
+
+
+@dataclass
+class _Seen:
+    """What was observed at a step, on the device."""
+
+    sums: Tensor  # [N, len(SUMS)]
+    maxima: Tensor  # [N, len(MAXIMA)]
+    output: Tensor  # [len(OUTPUT)]
+    roles: Tensor  # [R, len(_STEP_SUMS)]
+    peaks: Tensor  # [R, 2]: largest epsilon, largest | ‖W‖/R − 1 |; −1 where there is none
+    singular: dict[str, float] = field(default_factory=dict)
+
+
+class Monitors:
+    """Looks at steps that are due; every rank calls ``before``, ``after`` and ``row`` alike."""
+
+    def __init__(
+        self,
+        config: MonitorConfig,
+        parallel: Parallel,
+        optimizer: torch.optim.Optimizer,
+        sample: Sample,
+        batch_plan: BatchPlan,
+        mesh: Mesh,
+        *,
+        num_layers: int,
+        clip_grad_norm: float | None,
+    ) -> None:
+        self._config, self._mesh, self._parallel = config, mesh, parallel
+        self._sample, self._batch_plan = sample, batch_plan
+        self._num_layers, self._clip = num_layers, clip_grad_norm
+        self._changes = Changes(optimizer, mesh)
+        self._spectrum: TopSingularValues | None = None
+        self._observed: Observer | None = None
+        self._seen: dict[int, _Seen] = {}
+        self._alarms = Alarms()
+        self._steps = self._clipped = 0
+
+    def _due(self, step: int) -> bool:
+        every = self._config.every_steps
+        return every is not None and step % every == 0
+
+    def before(self, step: int) -> None:
+        """Look at the model before this step, with tokens of its batch."""
+        if self._due(step):
+            self._observed = self._probe(step)
+            self._changes.remember()
+
+    def after(self, step: int) -> None:
+        """Look at what the step did; gradients are still there, as they were after clipping."""
+        if self._due(step) and self._observed is not None:
+            observed, self._observed = self._observed, None
+            roles, peaks = self._changes.measure()
+            self._seen[step] = _Seen(observed.sums, observed.maxima, observed.output, roles, peaks)
+            for axis in _AXES:
+                for sums in (observed.sums, observed.output):
+                    self._mesh.all_reduce_sum(sums, axis)
+                _all_reduce_max(observed.maxima, self._mesh, axis)
+            self._mesh.all_reduce_sum(roles, "pp")
+            _all_reduce_max(peaks, self._mesh, "pp")
+        every = self._config.singular_values_every_steps
+        if every is not None and step % every == 0:
+            singular = self._singular_values()
+            self._seen.setdefault(step, _nothing()).singular = singular
+
+    def row(self, step: int, grad_norm: float) -> tuple[Row, Mapping[str, Mapping[str, Any]]]:
+        """Return what a row of metrics gets, and the alarms of the step by kind.
+
+        Both are empty where the step was not due. ``clip_rate`` is of the steps since the last row
+        of monitors in this launch.
+        """
+        self._steps += 1
+        self._clipped += self._clip is not None and grad_norm > self._clip
+        seen = self._seen.pop(step, None)
+        if seen is None:
+            return {}, {}
+        row: Row = {f"monitors/singular/{k}": v for k, v in seen.singular.items()}
+        if not seen.sums.numel():
+            return row, {}
+        row["monitors/clip_rate"] = self._clipped / self._steps
+        self._steps = self._clipped = 0
+        mean = _model_rows(row, seen)
+        eps = _role_rows(row, seen)
+        return row, self._alarms.new(find(row, eps, mean))
+
+    def _probe(self, step: int) -> Observer:
+        mesh, parts = self._mesh, list(self._parallel.parts.values())
+        observer = Observer(
+            self._num_layers,
+            mesh.device,
+            own=lambda x_BL: x_BL.tensor_split(mesh.tp.size, dim=1)[mesh.tp.rank],
+        )
+        plan = self._batch_plan
+        batches = self._sample(plan.sequences_before(step), plan.sequences(step))
+        training = [part.training for part in parts]
+        for part in parts:
+            part.eval()
+        with observer.watching(parts):
+            self._parallel.execution.evaluate(batches, lambda index, nll_BL: None)
+        for part, mode in zip(parts, training, strict=True):
+            part.train(mode)
+        return observer
+
+    def _singular_values(self) -> dict[str, float]:
+        if self._spectrum is None:
+            named = [(n, p) for n, p in self._parallel.named_parameters() if p.dim() > 1]
+            self._spectrum = TopSingularValues(named, self._mesh)
+        found = self._spectrum()
+        largest = torch.stack([value.max() for value in found.values()]).tolist() if found else []
+        mine = dict(zip(found, largest, strict=True))
+        if self._mesh.pp.size == 1:
+            return mine
+        return {k: v for stage in self._mesh.gather_objects(mine) for k, v in stage.items()}
+
+
+class Changes:
+    """Measures gradients and updates by role, and how far spheres have moved, sums over ranks.
+
+    Of updates, every n-th row of a tensor is looked at, with n such that ``SAMPLED_ROWS`` rows
+    are left (one of each expert at least): which ones depends on nothing but its shape.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, mesh: Mesh) -> None:
+        self._optimizer, self._mesh = optimizer, mesh
+        self._whole = ShardedWhole(mesh)
+        self._placements = Placements(mesh)
+        self._kept: list[Tensor] = []
+        self._parameters = [p for _, p in self._members()]
+
+    def _members(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
+        for group in self._optimizer.param_groups:
+            for parameter in group["params"]:
+                yield group, parameter
+
+    @torch.no_grad()
+    def remember(self) -> None:
+        """Keep the rows whose updates ``measure`` will look at."""
+        self._kept = [self._rows(p).clone() for p in self._parameters]
+
+    @torch.no_grad()
+    def measure(self) -> tuple[Tensor, Tensor]:
+        """Return this stage's sums [R, len(_STEP_SUMS)] and ``_Seen.peaks``, by role."""
+        parameters, kept = self._parameters, self._kept
+        self._kept = []
+        with_gradient = [p for p in parameters if p.grad is not None]
+        gradients = [local(p.grad) for p in with_gradient if p.grad is not None]
+        now = [self._rows(p) for p in parameters]
+        updates = [a.double() - b.double() for a, b in zip(now, kept, strict=True)]
+        partials = [
+            *squared_norms_of_parts(gradients),
+            *(_sums_of_magnitudes(g) for g in gradients),
+            *squared_norms_of_parts(updates),
+            *squared_norms_of_parts(kept),
+        ]
+        totals = self._whole.sums([*with_gradient * 2, *parameters * 2], partials)
+        values = iter(totals)
+        by_role = {group["role"]: group for group, _ in self._members()}
+        roles = {p: str(group["role"]) for group, p in self._members()}
+        assert set(by_role) <= set(_ROLES), by_role
+        device = self._mesh.device
+        sums = torch.zeros(len(_ROLES), len(_STEP_SUMS), dtype=torch.float64, device=device)
+        for column, over in (
+            (0, with_gradient),
+            (1, with_gradient),
+            (3, parameters),
+            (4, parameters),
+        ):
+            for p in over:
+                sums[_ROLES.index(roles[p]), column] += next(values).sum().to(device)
+        for p in parameters:
+            role = _ROLES.index(roles[p])
+            if p.grad is not None:
+                sums[role, 2] += p.numel()
+            sums[role, 5] += self._sampled(p)
+        return sums, self._peaks()
+
+    def _peaks(self) -> Tensor:
+        peaks = torch.full((len(_ROLES), 2), -1.0, dtype=torch.float64, device=self._mesh.device)
+        norms = self._norms()
+        for group, parameter in self._members():
+            role = peaks[_ROLES.index(group["role"])]
+            if group.get("rule", Rule.ADAMW) in _DAMPED:
+                role[0].clamp_(min=float(group["eps"]))
+            if parameter in norms:
+                radius = self._optimizer.state[parameter]["radius"]  # see optim/sphere.py
+                drift = (norms[parameter] / radius.to(norms[parameter]) - 1.0).abs().max()
+                role[1].copy_(torch.maximum(role[1], drift.to(role.device)))
+        return peaks
+
+    @torch.no_grad()
+    def _norms(self) -> dict[Tensor, Tensor]:
+        """Return ‖W‖ of the logical matrices [M] of parameters that are kept on spheres."""
+        on_spheres = [p for group, p in self._members() if group.get("sphere")]
+        squares = self._whole.squared_norms(on_spheres, [local(p.detach()) for p in on_spheres])
+        return {p: square.sqrt() for p, square in zip(on_spheres, squares, strict=True)}
+
+    def _rows(self, parameter: Tensor) -> Tensor:
+        """Return this rank's part of the rows that are looked at."""
+        part = local(parameter.detach())
+        if part.dim() < 2:
+            return part
+        start = self._placements.of(parameter).boxes[self._mesh.stage.rank].rows[0]
+        apart = _apart(parameter)
+        return part[..., -start % apart :: apart, :]
+
+    def _sampled(self, parameter: Tensor) -> int:
+        """Return how many elements of the whole parameter are looked at."""
+        if parameter.dim() < 2:
+            return parameter.numel()
+        rows = parameter.shape[-2]
+        return parameter.numel() // rows * -(-rows // _apart(parameter))
+
+
+def _sums_of_magnitudes(part: Tensor) -> Tensor:
+    """Return Σ|x| over each logical matrix of this rank's part, [m], added up in fp64."""
+    dims = (1, 2) if part.dim() == 3 else None
+    return torch.linalg.vector_norm(part, 1, dim=dims, dtype=torch.float64).view(-1)
+
+
+def _apart(parameter: Tensor) -> int:
+    rows = parameter.shape[-2]
+    experts = parameter.shape[0] if parameter.dim() == 3 else 1
+    return max(1, min(rows, rows * experts // SAMPLED_ROWS))
+
+
+def _nothing() -> _Seen:
+    none = torch.empty(0)
+    return _Seen(none, none, none, none, none)
+
+
+def _all_reduce_max(tensor: Tensor, mesh: Mesh, axis: AxisName) -> None:
+    line = mesh.axis(axis)
+    if line.size > 1:
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=line.group)
+
+
+def _model_rows(row: Row, seen: _Seen) -> float:
+    """Add what the model showed; return the mean magnitude where the largest activation is."""
+    worst, means = 0, []
+    layers = seen.maxima.tolist()
+    for layer, (values, largest) in enumerate(zip(seen.sums.tolist(), layers, strict=True)):
+        of = dict(zip(SUMS, values, strict=True))
+        top = dict(zip(MAXIMA, largest, strict=True))
+        elements = max(of["elements"], 1.0)
+        for branch in ("attention", "ffn"):
+            row[f"monitors/branch_rms/{layer}/{branch}"] = math.sqrt(
+                of[f"{branch}_squares"] / elements
+            )
+            outliers = 100.0 * of[f"{branch}_outliers"] / elements
+            row[f"monitors/outlier_percent/{layer}/{branch}"] = outliers
+        queries, pairs = max(of["queries"], 1.0), max(of["pairs"], 1.0)
+        row[f"monitors/attention_z/{layer}"] = of["squared_attention_log_z"] / queries
+        row[f"monitors/attention_logit_mean/{layer}"] = of["attention_logits"] / pairs
+        row[f"monitors/attention_logit_max/{layer}"] = top["attention_logit"]
+        row[f"monitors/activation_max/{layer}"] = top["activation"]
+        means.append(of["magnitudes"] / elements)
+        if top["activation"] > layers[worst][MAXIMA.index("activation")]:
+            worst = layer
+    row["monitors/attention_logit_max"] = max(t[MAXIMA.index("attention_logit")] for t in layers)
+    row["monitors/activation_max"] = layers[worst][MAXIMA.index("activation")]
+    row["monitors/activation_max_layer"] = worst
+    output = dict(zip(OUTPUT, seen.output.tolist(), strict=True))
+    row["monitors/output/log_z"] = output["log_z"] / max(output["tokens"], 1.0)
+    row["monitors/output/squared_log_z"] = output["squared_log_z"] / max(output["tokens"], 1.0)
+    return means[worst]
+
+
+def _role_rows(row: Row, seen: _Seen) -> dict[str, float]:
+    """Add what the step showed of each role; return the largest epsilon of each."""
+    eps: dict[str, float] = {}
+    magnitudes = 0.0
+    for role, values, (most, drift) in zip(
+        _ROLES, seen.roles.tolist(), seen.peaks.tolist(), strict=True
+    ):
+        of = dict(zip(_STEP_SUMS, values, strict=True))
+        magnitudes += of["magnitudes"]
+        if of["elements"]:
+            row[f"monitors/grad_rms/{role}"] = math.sqrt(of["squares"] / of["elements"])
+        if of["sampled"]:
+            row[f"monitors/param_rms/{role}"] = math.sqrt(of["before"] / of["sampled"])
+            if of["before"]:
+                row[f"monitors/update_ratio/{role}"] = math.sqrt(of["update"] / of["before"])
+        if drift >= 0.0:
+            row[f"monitors/sphere_drift/{role}"] = drift
+        if most > 0.0:
+            eps[role] = most
+    row["monitors/grad_l1"] = magnitudes
+    return eps

@@ -1,0 +1,126 @@
+"""Writing a run's record: metrics, events, and what describes the run as a whole."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from allometry.trainer.state.folder import RunFolder, write_atomically
+
+Row = dict[str, float | int]
+
+
+class Recorder:
+    """Appends rows and events; only the main rank has one.
+
+    A row that cannot be written (a full disk) must not end the run: it is kept and tried again
+    with the next one.
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._metrics = _Appender(folder.metrics)
+        self._events = _Appender(folder.events)
+        self._folder = folder
+        self._others: dict[Path, _Appender] = {}  # files that not every run has
+
+    def row(self, row: Row) -> None:
+        """Append one row to metrics.jsonl."""
+        self._metrics.append(row)
+
+    def loads(self, step: int, loads: Mapping[str, list[float]]) -> None:
+        """Append the share of tokens that each expert took, by layer, to expert_load.jsonl."""
+        self._other(self._folder.loads).append({"step": step, "load": loads})
+
+    def plan(self, step: int, record: Mapping[str, Any]) -> None:
+        """Append how a step's documents were shared out (``plan_record``) to plans.jsonl."""
+        self._other(self._folder.plans).append({"step": step, **record})
+
+    def _other(self, path: Path) -> _Appender:
+        if path not in self._others:
+            self._others[path] = _Appender(path)
+        return self._others[path]
+
+    def event(self, kind: str, **details: Any) -> None:
+        """Append one event, with the time, to events.jsonl."""
+        self._events.append({"event": kind, "time": round(time.time(), 3), **details})
+
+    def close(self) -> None:
+        """Write what is pending and close the files."""
+        self._metrics.close()
+        self._events.close()
+        for other in self._others.values():
+            other.close()
+
+
+class _Appender:
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: IO[str] = open(path, "a", encoding="utf-8")  # noqa: SIM115
+        self._pending: list[str] = []
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        self._pending.append(json.dumps(row, allow_nan=True) + "\n")
+        self._write()
+
+    def _write(self) -> None:
+        start = self._path.stat().st_size if self._path.exists() else 0
+        try:
+            self._file.write("".join(self._pending))
+            self._file.flush()
+            self._pending.clear()
+        except OSError:
+            # Nothing half-written may stay: cut back, reopen, and keep the rows for later.
+            self._file = open(self._path, "r+", encoding="utf-8")  # noqa: SIM115
+            self._file.truncate(start)
+            self._file.seek(start)
+
+    def close(self) -> None:
+        if self._pending:
+            self._write()
+        self._file.close()
+
+
+def versions() -> dict[str, str]:
+    """Versions of what shapes the numbers; a package that is absent says so."""
+    names = ("allometry", "torch", "numpy", "megatron-core", "flash-attn", "deepspeed")
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    found["cuda"] = torch.version.cuda or "none"
+    return found
+
+
+def commit() -> str | None:
+    """The commit of the source tree that runs, with '+' if it has changes; None outside git."""
+    here = Path(__file__).resolve()
+
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments]
+        options: dict[str, Any] = {"cwd": here.parent, "capture_output": True, "text": True}
+        return subprocess.run(command, timeout=5, check=True, **options).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", here.name)  # installed inside somebody else's tree?
+        return git("describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*") or None
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def write_run(folder: RunFolder, facts: dict[str, Any], launch: dict[str, Any]) -> None:
+    """Write run.json: the facts as they are now, and one more launch on the list of launches."""
+    launches = []
+    if folder.run.exists():
+        launches = json.loads(folder.run.read_text(encoding="utf-8")).get("launches", [])
+    content = {**facts, "launches": [*launches, {**launch, "time": round(time.time(), 3)}]}
+    write_atomically(folder.run, json.dumps(content, indent=2) + "\n")
