@@ -42,9 +42,9 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        found = contradiction(self.parameterization, self.model, self.optimizer)
-        if found is not None:
-            raise ValueError(found)
+        reason = contradiction(self.parameterization, self.model, self.optimizer)
+        if reason is not None:
+            raise ValueError(reason)
         if isinstance(self.data, DocumentData):
             _check_documents(self.data, self.batch)
         return self

@@ -114,12 +114,12 @@ def slopes(movements: Iterable[Movement]) -> dict[str, float]:
     sizes = np.log2([movement.size for movement in movements])
     assert len(set(sizes)) > 1, "a slope needs at least two sizes"
     names = [n for n in movements[0].rms if all(n in movement.rms for movement in movements)]
-    found = {}
+    slope_of = {}
     for name in names:
         rms = np.array([movement.rms[name] for movement in movements])
         usable = bool(np.isfinite(rms).all() and (rms > 0).all())
-        found[name] = float(np.polyfit(sizes, np.log2(rms), 1)[0]) if usable else float("nan")
-    return found
+        slope_of[name] = float(np.polyfit(sizes, np.log2(rms), 1)[0]) if usable else float("nan")
+    return slope_of
 
 
 def failures(measured: Mapping[str, float], bounds: Bounds, axis: Axis = Axis.WIDTH) -> list[str]:
@@ -128,14 +128,16 @@ def failures(measured: Mapping[str, float], bounds: Bounds, axis: Axis = Axis.WI
     Over depth the stream is judged instead of blocks: the n-th of 4 and of 32 are not the same
     place.
     """
-    found = []
+    outside = []
     for name, slope in measured.items():
         if name != LOGITS and (name == STREAM) != (axis == Axis.DEPTH):
             continue
         low, high = bounds.logits if name == LOGITS else bounds.blocks
         if not low <= slope <= high:
-            found.append(f"{name} moves as {axis}^{slope:+.2f}, outside {low:+.2g} to {high:+.2g}")
-    return found
+            outside.append(
+                f"{name} moves as {axis}^{slope:+.2f}, outside {low:+.2g} to {high:+.2g}"
+            )
+    return outside
 
 
 def default_bounds(kind: str, axis: Axis) -> Bounds:

@@ -76,7 +76,7 @@ class Probe:
         self.optimizer.step()
         if self._mixture:
             seen = self.model.take_statistics()
-            end_step(self.model, {layer: found.counts_E for layer, found in seen.items()})
+            end_step(self.model, {layer: statistics.counts_E for layer, statistics in seen.items()})
         return float(loss.detach())
 
     @torch.no_grad()

@@ -159,12 +159,12 @@ class Transfer:
         return {size: self._optimum(self.sweep(size)) for size in self.sizes}
 
     def _optimum(self, sweep: Sweep) -> Optimum:
-        found = sweep.optimum()
+        optimum = sweep.optimum()
         means = sweep.losses_RS.mean(axis=1)
         best = int(np.argmin(means))
         inside = 0 < best < len(means) - 1
         if not inside or means[best] < self.guessing - LOSS_TOLERANCE:
-            return found
+            return optimum
         problem = f"no rate does better than guessing, whose loss is {self.guessing:.4f}"
         return Optimum(sweep.log2_lrs[best], float(means[best]), problem)
 
@@ -187,22 +187,24 @@ class Transfer:
         loss that rises by more than 0.01 with the size.
         """
         optima = self.optima()
-        found = [
+        reasons = [
             f"{self.axis} {size}: {optimum.problem}"
             for size, optimum in optima.items()
             if optimum.problem is not None
         ]
         if self.drift() > bound:
-            found.append(f"the best rate drifts by {self.drift():.2f} octaves, more than {bound:g}")
+            reasons.append(
+                f"the best rate drifts by {self.drift():.2f} octaves, more than {bound:g}"
+            )
         if self.axis == Axis.WIDTH:
             sizes = self.sizes
-            found += [
+            reasons += [
                 f"the best loss rises from {optima[a].loss:.3f} at {self.axis} {a} to "
                 f"{optima[b].loss:.3f} at {b}"
                 for a, b in pairwise(sizes)
                 if optima[b].loss > optima[a].loss + LOSS_TOLERANCE
             ]
-        return found
+        return reasons
 
     def describe(self) -> dict[str, Any]:
         """JSON; what is not finite is null."""
@@ -260,13 +262,13 @@ class Runner:
                 wanted = {Trial(s, r, seed) for s in sizes for r in rates[s] for seed in seeds}
                 self._complete(workers, wanted, known)
                 losses = {t: known[t] for t in wanted}
-                found = Transfer(self.sweep.axis, tuple(seeds), losses, self.sweep.guessing)
-                beyond = {size: self._beyond(found.sweep(size)) for size in sizes}
+                transfer = Transfer(self.sweep.axis, tuple(seeds), losses, self.sweep.guessing)
+                beyond = {size: self._beyond(transfer.sweep(size)) for size in sizes}
                 if not any(rate is not None for rate in beyond.values()):
                     break
                 for size, rate in beyond.items():
                     rates[size] |= set() if rate is None else {rate}
-        return found
+        return transfer
 
     def _complete(
         self, workers: Workers, wanted: Iterable[Trial], known: dict[Trial, float]

@@ -72,7 +72,7 @@ class Workers:
         """
         if self._pool is None:
             return self._here(function, tasks, done)
-        found: dict[int, Result] = {}
+        results: dict[int, Result] = {}
         # Processes start here and hold Ctrl-C back until they can take it without a traceback.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
@@ -81,10 +81,10 @@ class Workers:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         for future in as_completed(futures):
             index = futures[future]
-            found[index] = future.result()
+            results[index] = future.result()
             if done is not None:
-                done(tasks[index], found[index])
-        return [found[index] for index in range(len(tasks))]
+                done(tasks[index], results[index])
+        return [results[index] for index in range(len(tasks))]
 
     def _here(
         self,
