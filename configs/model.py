@@ -101,6 +101,12 @@ class AuxiliaryBalance(Section):
 
     kind: Literal["auxiliary"] = "auxiliary"
     coefficient: float = Field(gt=0.0, description="weight of the loss of each layer")
+    loads: Literal["auto", "step_before", "this_batch"] = Field(
+        "auto",
+        description="f_e: step_before: fractions of visits in the step before, at no cost; "
+        "this_batch: in the step's own global batch, counted in one more forward pass of the "
+        "blocks; auto: this_batch for data.kind documents and for small batches",
+    )
 
 
 class BiasBalance(Section):

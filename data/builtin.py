@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import sys
 import sysconfig
 import tokenize
 import warnings
@@ -13,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from allometry.configs.errors import UserError
-from allometry.data.corpora import Corpus, Document, OrderedMap, python_version, text_digest
+from allometry.data.corpus import Corpus, Document, OrderedMap, text_digest
 
 _OTHERS = {"site-packages", "dist-packages", "__pycache__"}
 _TESTS = {"test", "tests", "idle_test"}
@@ -36,6 +37,11 @@ def open_builtin(name: str) -> Corpus:
             "give a corpus of your own"
         )
     return kinds[name](f"{name} (Python {python_version()})", root, files)
+
+
+def python_version() -> str:
+    """Version of the running Python, whose standard library the built-in corpora are."""
+    return ".".join(str(part) for part in sys.version_info[:3])
 
 
 class _Library(Corpus):

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from allometry.configs.errors import UserError
-from allometry.data.corpora import Document, text_digest
+from allometry.data.corpus import Document, text_digest
 from allometry.data.processes import end_with_parent
 from allometry.data.tokenizer import read_tokenizer_json
 

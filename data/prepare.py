@@ -17,13 +17,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from allometry.configs.errors import UserError
-from allometry.data.corpora import (
-    Corpus,
-    Document,
-    named_input,
-    open_corpus,
-    python_version,
-)
+from allometry.data.builtin import python_version
+from allometry.data.corpora import named_input, open_corpus
+from allometry.data.corpus import Corpus, Document
 from allometry.data.encode import (
     Encoding,
     TextSample,

@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -53,13 +54,9 @@ def _has_kernel(dtype: torch.dtype, shape_EFD: torch.Size) -> bool:
 def _opaque_mm(a: Tensor, b: Tensor, offsets_E: Tensor) -> Tensor:
     """What the compiler calls without looking in: the kernel, or a loop where there is none."""
     widths = b.shape if b.ndim == 3 else torch.Size((1, a.shape[0], b.shape[1]))
-    if _has_kernel(a.dtype, widths):
+    if _has_kernel(a.dtype, widths) and not _by_onednn(a):
         return torch._grouped_mm(a, b, offsets_E)
-    ends = offsets_E.tolist()
-    stretches = [slice(start, end) for start, end in pairwise([0, *ends])]
-    if b.ndim == 3:
-        return torch.cat([a[rows] @ b[e] for e, rows in enumerate(stretches)])
-    return torch.stack([a[:, rows] @ b[rows] for rows in stretches])
+    return _looped_mm(a, b, offsets_E)
 
 
 @_opaque_mm.register_fake
@@ -73,9 +70,52 @@ def _grouped_mm(a: Tensor, b: Tensor, offsets_E: Tensor) -> Tensor:
     # While tracing, and without values, torch believes that its kernel takes bf16 alone.
     if torch.compiler.is_compiling() or isinstance(a, FakeTensor):
         known = a.dtype == torch.bfloat16 and b.ndim == 3 and _has_kernel(a.dtype, b.shape)
-        if not known:
+        if not known or _by_onednn(a):
             return _opaque_mm(a, b, offsets_E)
-    return torch._grouped_mm(a, b, offsets_E)
+    return _looped_mm(a, b, offsets_E) if _by_onednn(a) else torch._grouped_mm(a, b, offsets_E)
+
+
+def _by_onednn(a: Tensor) -> bool:
+    """Whether a product is oneDNN's, which generates code for each number of rows and keeps it."""
+    return a.device.type == "cpu" and a.dtype in (torch.bfloat16, torch.float16)
+
+
+def _looped_mm(a: Tensor, b: Tensor, offsets_E: Tensor) -> Tensor:
+    """Return what ``_grouped_mm`` returns, group by group, each of a ``rounded`` number of rows.
+
+    Rows that fill a group up are the next group's where results are dropped, zeros where they are
+    added up.
+    """
+    groups = list(enumerate(pairwise([0, *offsets_E.tolist()])))
+    if b.ndim == 3:
+        y = a.new_empty(a.shape[0], b.shape[2])
+        for e, (start, end) in groups:
+            if end > start:
+                rows = rounded(end - start)
+                y[start:end] = (_filled(a[start : start + rows], rows) @ b[e])[: end - start]
+        return y
+    y = a.new_zeros(len(groups), a.shape[0], b.shape[1])
+    for e, (start, end) in groups:
+        if end > start:
+            rows = rounded(end - start)
+            left, right = (_filled(x[start:end], rows) for x in (a.t(), b))
+            torch.mm(left.t(), right, out=y[e])
+    return y
+
+
+def rounded(rows: int) -> int:
+    """Return a number of rows, at most 15 or 1/16 more, of which there are 16 in each octave.
+
+    Experts have other numbers of rows in every micro-batch; with each of them the memory of
+    oneDNN's kernels grew.
+    """
+    step = max(16, 1 << max(rows.bit_length() - 5, 0))
+    return -(-rows // step) * step
+
+
+def _filled(x_SD: Tensor, rows: int) -> Tensor:
+    """Return ``x_SD`` with rows of zeros at the end, ``rows`` in all."""
+    return x_SD if len(x_SD) == rows else F.pad(x_SD, (0, 0, 0, rows - len(x_SD)))
 
 
 class _GroupedLinear(torch.autograd.Function):

@@ -146,12 +146,12 @@ class MoETransformer(Transformer):
 
 def routers(model: Transformer) -> dict[int, Router]:
     """Return the routers of a model, or of a part of one, by layer."""
-    found = {}
-    for layer, block in model.blocks.items():
-        for module in block.modules():
-            if isinstance(module, Router):
-                found[int(layer)] = module
-    return found
+    return {
+        int(layer): module
+        for layer, block in model.blocks.items()
+        for module in block.modules()
+        if isinstance(module, Router)
+    }
 
 
 @torch.no_grad()
@@ -165,20 +165,27 @@ def begin_step(model: Transformer, tokens: int | Tensor) -> None:
 
 
 @torch.no_grad()
+def set_loads(model: Transformer, counts: Mapping[int, Tensor]) -> None:
+    """Set the loads that the auxiliary loss holds against experts to these visits [E], by layer."""
+    by_layer = routers(model)
+    assert counts.keys() == by_layer.keys(), (sorted(counts), sorted(by_layer))
+    for layer, router in by_layer.items():
+        counts_E = counts[layer].to(device=router.load.device, dtype=torch.float64)
+        router.load.copy_(counts_E / counts_E.sum())
+
+
+@torch.no_grad()
 def end_step(model: Transformer, counts: Mapping[int, Tensor]) -> None:
     """Give each router the visits [E] to its experts in the whole global batch, by layer.
 
-    They are the load that the next step's auxiliary loss holds against each expert; biases move by
-    ``rate`` towards experts that had less than the mean and away from those that had more
-    (arXiv 2408.15664, algorithm 1).
+    They are the loads of the step before in the next step; biases move by ``rate`` towards experts
+    that had less than the mean and away from those that had more (arXiv 2408.15664, algorithm 1).
     """
-    found = routers(model)
-    assert counts.keys() == found.keys(), (sorted(counts), sorted(found))
-    for layer, router in found.items():
-        counts_E = counts[layer].to(device=router.load.device, dtype=torch.float64)
-        router.load.copy_(counts_E / counts_E.sum())
+    set_loads(model, counts)
+    for layer, router in routers(model).items():
         balance = router.config.balance
         if isinstance(balance, BiasBalance):
+            counts_E = counts[layer].to(device=router.bias.device, dtype=torch.float64)
             wanted_E = (counts_E.mean() - counts_E).sign()
             router.bias.add_(wanted_E.to(router.bias.dtype), alpha=balance.rate)
 

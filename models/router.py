@@ -52,7 +52,8 @@ class Router(DeclaresRoles):
     Balance does not depend on how a step's batch is cut into micro-batches or ranks: the
     auxiliary loss is coefficient x E x sum_e f_e P_e with P_e the mean of the normalised scores
     over all ``tokens`` of the step and f_e = ``load``, the fractions of visits in the step before
-    (uniform at first): those of the same step are known only when all its micro-batches have run.
+    (uniform at first) or, where ``balance.loads`` says so, in this step, which whoever runs it sets
+    before its first micro-batch that has a gradient (``set_loads`` of ``models/moe.py``).
     Its gradient, and that of the z-loss (coefficient x mean of logsumexp(logits)**2), joins the
     gradient of the logits, once for each backward pass and whatever the scale of the loss.
 

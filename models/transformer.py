@@ -181,12 +181,15 @@ class Transformer(nn.Module):
         targets_BL: Tensor | None = None,
         documents: Documents | None = None,
         x_BLD: Tensor | None = None,
+        *,
+        blocks_only: bool = False,
     ) -> Tensor | Losses:
         """Return logits [B, L, V] (fp32 or wider) without targets, else ``Losses``.
 
         Without ``documents`` each sequence is one document with positions from 0. A part without
         the embedding takes what the part before it returned as ``x_BLD``; one without the head
-        returns [B, L, D].
+        returns [B, L, D], and so does any part with ``blocks_only``, whose routers' statistics are
+        added up also without gradients.
         """
         if self.embedding is not None:
             x_BLD = self.embedding(tokens_BL)
@@ -197,9 +200,10 @@ class Transformer(nn.Module):
         for layer, block in self.blocks.items():
             x_BLD, statistics = self.call_block(block, x_BLD, geometry)
             # What is recomputed in a backward pass does not come here, so each token counts once.
-            if statistics is not None and self.training and torch.is_grad_enabled():
+            counting = blocks_only or (self.training and torch.is_grad_enabled())
+            if statistics is not None and counting:
                 self._add_statistics(int(layer), statistics)
-        if self.final_norm is None or self.head is None:
+        if self.final_norm is None or self.head is None or blocks_only:
             return x_BLD
         x_BLD = self.final_norm(x_BLD)
         # A tied head is the embedding's weight passed on, not a second name for it: a parameter
@@ -210,7 +214,8 @@ class Transformer(nn.Module):
     def take_statistics(self) -> dict[int, RouterStatistics]:
         """Return what the routers saw since the last call, by layer, and forget it.
 
-        Sums in fp64 over all tokens of forward passes in training mode and with gradients.
+        Sums in fp64 over all tokens of forward passes in training mode and with gradients, or with
+        ``blocks_only``.
         """
         taken, self._statistics = self._statistics, {}
         return taken

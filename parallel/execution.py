@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Protocol
 
 import torch
@@ -59,6 +60,14 @@ class Execution(Protocol):
     def evaluate(self, batches: Sequence[MicroBatch], observe: Observe) -> None:
         """Run forward passes only."""
 
+    def count_visits(
+        self, batches: Sequence[MicroBatch], before: Callable[[int], None] | None = None
+    ) -> None:
+        """Run the blocks alone, without gradients: what their routers see is added up.
+
+        ``batches`` and ``before`` are those of the ``train`` that follows.
+        """
+
 
 class Accumulation:
     """The whole model on this rank (or its shards): one micro-batch after the other.
@@ -103,6 +112,17 @@ class Accumulation:
         """See ``Execution``."""
         for index, batch in enumerate(batches):
             observe(index, self._losses(batch).nll_BL)
+
+    @torch.no_grad()
+    def count_visits(
+        self, batches: Sequence[MicroBatch], before: Callable[[int], None] | None = None
+    ) -> None:
+        """See ``Execution``."""
+        with self._sync.gathered() if self._filling is not None else nullcontext():
+            for index, batch in enumerate(batches):
+                if before is not None:
+                    before(index)
+                self._model(batch.tokens_BL, None, batch.documents, blocks_only=True)
 
     def _losses(self, batch: MicroBatch) -> Losses:
         losses = self._model(batch.tokens_BL, batch.targets_BL, batch.documents)

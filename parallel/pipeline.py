@@ -24,6 +24,7 @@ multiples of pp, the others for all numbers that they take.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,6 +150,23 @@ class PipelineExecution:
     def evaluate(self, batches: Sequence[MicroBatch], observe: Observe) -> None:
         """See ``Execution``. Micro-batches may be any number, each of any shape."""
         self._tied.send_value()
+        self._forward(batches, observe)
+
+    @torch.no_grad()
+    def count_visits(
+        self, batches: Sequence[MicroBatch], before: Callable[[int], None] | None = None
+    ) -> None:
+        """See ``Execution``. ``before(i)`` runs on every rank, before its first stage's forward."""
+        with self._sync.gathered() if self._uneven else nullcontext():
+            self._forward(batches, None, before)
+
+    def _forward(
+        self,
+        batches: Sequence[MicroBatch],
+        observe: Observe | None,
+        before: Callable[[int], None] | None = None,
+    ) -> None:
+        """Run forward passes; without ``observe`` those of the blocks alone."""
         sent: list[tuple[dist.Work, Tensor]] = []
         held: dict[int, Tensor] = {}  # by micro-batch: what this rank hands on to itself
         # A round of micro-batches goes through a stage, then through the rank's next one; a round
@@ -164,12 +182,19 @@ class PipelineExecution:
                 held = {}
                 for index in indices:
                     batch = batches[index]
+                    if before is not None and stage == min(self._parts):
+                        before(index)
                     made = part(
-                        batch.tokens_BL, batch.targets_BL, batch.documents, inputs.pop(index, None)
+                        batch.tokens_BL,
+                        batch.targets_BL,
+                        batch.documents,
+                        inputs.pop(index, None),
+                        blocks_only=observe is None,
                     )
                     if isinstance(made, Losses):
+                        assert observe is not None
                         observe(index, made.nll_BL)
-                    else:
+                    elif stage + 1 < self._count:
                         held[index] = made
                 if stage + 1 not in self._parts:
                     sent += [(self._send(x_BLD, stage + 1), x_BLD) for x_BLD in held.values()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
@@ -42,6 +43,9 @@ class GradientSync(Protocol):
         ring. Returns whether ``micro_batch(last=True)`` and a micro-batch that counts nothing must
         follow before ``finish``, on every rank, for the sums to be made.
         """
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """Gather parameters once for forward passes without gradients, as ``begin_uneven`` does."""
 
     def finish(self) -> None:
         """Complete the reduction after the last backward."""
@@ -99,6 +103,10 @@ class FlatReducer:
         """See ``GradientSync``."""
         self.micro_batch(last=False)
         return False
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """See ``GradientSync``."""
+        return nullcontext()
 
     def finish(self) -> None:
         """See ``GradientSync``."""

@@ -22,6 +22,7 @@ over the copies too. ``offload: cpu`` keeps the shards and the optimizer on the 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -64,6 +65,7 @@ class FullyShardedSync:
         # A pipeline's schedule reduces once, after a stage's last backward.
         self._every_time = zero.stage >= 2 and mesh.pp.size == 1
         self._free_after_backward = zero.stage == 3 and mesh.pp.size == 1
+        self._held = False  # whether parameters stay gathered after a forward without gradients
         for part in parts:
             shard_model(part, mesh, zero, compute_dtype)
             part.register_forward_hook(self._after_forward)
@@ -96,6 +98,19 @@ class FullyShardedSync:
             unit.unshard()
         return True
 
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """See ``GradientSync``."""
+        self._held = True
+        for unit in self._units:
+            unit.unshard()
+        try:
+            yield
+        finally:
+            self._held = False
+            for unit in self._units:
+                unit.reshard()
+
     def finish(self) -> None:
         """See ``GradientSync``. FSDP2 has done it all at the end of the last backward."""
 
@@ -105,7 +120,7 @@ class FullyShardedSync:
         Otherwise the next step would compute with the parameters that evaluation gathered, and
         whoever lists parameters in between would find whole copies that nobody trains.
         """
-        if not torch.is_grad_enabled():
+        if not (self._held or torch.is_grad_enabled()):
             for unit in self._units:
                 unit.reshard()
 

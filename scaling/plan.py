@@ -9,6 +9,7 @@ from allometry.configs.run import RunConfig
 from allometry.scaling.batch import BatchPlan, total_steps, warmup_steps
 from allometry.scaling.count import Flops, ParameterCount, count_parameters, flops_per_token
 from allometry.scaling.layout import Layout
+from allometry.scaling.loads import BalanceLoads
 from allometry.scaling.memory import COMPUTE_BYTES, MemoryEstimate, estimate_memory
 from allometry.scaling.parameterization import Parameterization
 
@@ -32,6 +33,7 @@ class RunPlan:
     flops_per_token: Flops
     memory: MemoryEstimate
     parameterization: Parameterization
+    balance_loads: BalanceLoads | None
 
     @classmethod
     def of(cls, config: RunConfig, world_size: int) -> RunPlan:
@@ -69,6 +71,7 @@ class RunPlan:
                 optimizer=config.optimizer,
             ),
             parameterization=Parameterization.of_run(config),
+            balance_loads=BalanceLoads.of(config),
         )
 
     @property
@@ -115,6 +118,7 @@ class RunPlan:
             "flops_per_token": asdict(self.flops_per_token),
             "memory_estimate_bytes": {**asdict(self.memory), "total": self.memory.total},
             "parameterization": self.parameterization.describe(),
+            "balance_loads": None if self.balance_loads is None else asdict(self.balance_loads),
         }
 
 

@@ -4,16 +4,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from allometry.configs.model import MoEModel
-from allometry.models.moe import balance_record, begin_step, end_step
+from allometry.models.moe import balance_record, begin_step, end_step, routers, set_loads
 from allometry.models.router import RouterStatistics
 from allometry.models.transformer import Transformer
 from allometry.parallel.mesh import Mesh
+from allometry.scaling.loads import Loads
 from allometry.trainer.record.writer import Row
 
 
@@ -21,74 +23,107 @@ class Balancer:
     """Sums the routers' observations over ranks and hands the sums back to them.
 
     ``parts`` are this rank's stages of the model; all ranks take part, whether they hold routers
-    or not.
+    or not. ``loads``: whose loads the auxiliary loss holds against experts. Those of ``this_batch``
+    are exact, whatever the layout: before the first micro-batch that has a gradient, all of them go
+    forward through the blocks once more, which is about a third of a step's arithmetic (a quarter
+    where activations are recomputed). With dropout the masks are those of the step, except where a
+    rank runs several stages of a pipeline.
     """
 
-    def __init__(self, model: MoEModel, parts: Sequence[Transformer], mesh: Mesh) -> None:
+    def __init__(
+        self,
+        model: MoEModel,
+        parts: Sequence[Transformer],
+        mesh: Mesh,
+        loads: Loads = "step_before",
+    ) -> None:
         self._model = model
         self._parts = parts
         self._mesh = mesh
+        self._loads = loads
+        self._before: dict[int, Tensor] = {}
 
-    def begin_step(self, tokens: int | Tensor) -> None:
-        """Announce the number of tokens in the step's global batch."""
+    def begin_step(self, tokens: int | Tensor, count_visits: Callable[[], None]) -> None:
+        """Announce the number of tokens in the step's global batch, and set the loads for it.
+
+        ``count_visits`` runs the step's micro-batches through the blocks (see ``Execution``).
+        """
         for part in self._parts:
             begin_step(part, tokens)
+            for layer, router in routers(part).items():
+                self._before[layer] = router.load.clone()
+        if self._loads == "this_batch":
+            count_visits()
+            visits_NE = self._reduced()[:, : self._model.experts.num_experts]
+            for part in self._parts:
+                set_loads(part, {layer: visits_NE[layer] for layer in routers(part)})
 
     def end_step(self) -> Tensor:
-        """Return what all routers observed, [N, 2E + 3] in float64, after telling the routers.
+        """Return what all routers observed, [N, 3E + 3] in float64, after telling the routers.
 
-        Dense layers have zeros. A row: counts of the experts, sums of their probabilities, of
-        entropy, of squared log Z, and the number of tokens.
+        Dense layers have zeros. A row: counts of the experts, sums of their probabilities, their
+        loads in the step before, sums of entropy and of squared log Z, and the number of tokens.
         """
         experts = self._model.experts.num_experts
-        sums = torch.zeros(
-            self._model.num_layers, 2 * experts + 3, dtype=torch.float64, device=self._mesh.device
-        )
+        sums = self._reduced()
         for part in self._parts:
-            for layer, seen in part.take_statistics().items():
-                sums[layer] += _pack(seen)
-        for axis in ("hdp", "tp", "pp"):
-            self._mesh.all_reduce_sum(sums, axis)
-        for part in self._parts:
-            mine = [int(layer) for layer in part.blocks if self._model.has_experts(int(layer))]
-            end_step(part, {layer: sums[layer, :experts] for layer in mine})
+            end_step(part, {layer: sums[layer, :experts] for layer in routers(part)})
         return sums
 
-
-def _pack(seen: RouterStatistics) -> Tensor:
-    parts = (
-        seen.counts_E,
-        seen.probabilities_E,
-        seen.entropy.view(1),
-        seen.squared_log_z.view(1),
-        seen.tokens.view(1),
-    )
-    return torch.cat([part.double() for part in parts])
+    def _reduced(self) -> Tensor:
+        """Return the routers' statistics since the last call, summed over ranks."""
+        experts = self._model.experts.num_experts
+        sums = torch.zeros(
+            self._model.num_layers, 3 * experts + 3, dtype=torch.float64, device=self._mesh.device
+        )
+        one_of_its_stage = self._mesh.hdp.rank == self._mesh.tp.rank == 0
+        for part in self._parts:
+            for layer, seen in part.take_statistics().items():
+                sums[layer] += torch.cat(
+                    [
+                        seen.counts_E.double(),
+                        seen.probabilities_E.double(),
+                        self._before[layer].double() * one_of_its_stage,
+                        torch.stack([seen.entropy, seen.squared_log_z, seen.tokens]).double(),
+                    ]
+                )
+        for axis in ("hdp", "tp", "pp"):
+            self._mesh.all_reduce_sum(sums, axis)
+        return sums
 
 
 def routing_rows(model: MoEModel, sums: Tensor) -> tuple[Row, Mapping[str, list[float]]]:
     """Return what a row of metrics says of ``sums`` (see ``Balancer``), and the experts' loads.
 
     The row has each layer's ``router/LAYER/...`` and the mean over layers as ``router/...``; loads
-    are fractions by layer.
+    are fractions by layer. ``load_correlation`` is missing where there is none.
     """
     experts = model.experts.num_experts
     row: Row = {}
     loads: dict[str, list[float]] = {}
-    layers = [layer for layer in range(model.num_layers) if model.has_experts(layer)]
+    values: dict[str, list[float]] = {}
     host = sums.cpu()
-    for layer in layers:
-        line = host[layer]
-        seen = RouterStatistics(
-            counts_E=line[:experts],
-            probabilities_E=line[experts : 2 * experts],
-            entropy=line[-3],
-            squared_log_z=line[-2],
-            tokens=line[-1],
-        )
-        found = balance_record(seen, model)
-        loads[str(layer)] = found.pop("load")
-        for name, value in found.items():
-            row[f"router/{layer}/{name}"] = value
-            row[f"router/{name}"] = row.get(f"router/{name}", 0.0) + value / len(layers)
+    for layer in filter(model.has_experts, range(model.num_layers)):
+        counts_E, probabilities_E, before_E, scalars = host[layer].split([experts] * 3 + [3])
+        record = balance_record(RouterStatistics(counts_E, probabilities_E, *scalars), model)
+        loads[str(layer)] = record.pop("load")
+        record["load_correlation"] = load_correlation(before_E, counts_E)
+        for name, value in record.items():
+            if value is not None:
+                row[f"router/{layer}/{name}"] = value
+                values.setdefault(name, []).append(value)
+    row |= {f"router/{name}": sum(some) / len(some) for name, some in values.items()}
     return row, loads
+
+
+def load_correlation(before_E: Tensor, load_E: Tensor) -> float | None:
+    """Return Pearson's correlation over experts of two loads, in any unit; None: one is even.
+
+    Where that of consecutive steps is near 0 or below, the auxiliary loss with ``loads:
+    step_before`` pushes tokens away from experts at random, or towards those that have too many.
+    """
+    apart, load = (x_E.double() / x_E.double().mean() - 1.0 for x_E in (before_E, load_E))
+    spread = float(apart.norm()), float(load.norm())
+    if min(spread) < 1e-6 * math.sqrt(len(load_E)):  # rounding of fp32
+        return None
+    return float(apart @ load) / (spread[0] * spread[1])

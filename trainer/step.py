@@ -88,8 +88,6 @@ class TrainStep:
         """
         self._optimizer.zero_grad(set_to_none=True)
         targets, tokens = self._counts(batches)
-        if self._balancer is not None:
-            self._balancer.begin_step(tokens)
         sums_2S = torch.zeros(2, self._sources, dtype=torch.float64, device=self._mesh.device)
 
         def observe(index: int, nll_BL: Tensor) -> None:
@@ -102,9 +100,12 @@ class TrainStep:
             seed_dropout(self._dropout_seed, batches[index])
 
         before = None if self._dropout_seed is None else seed
+        execution = self.parallel.execution
+        if self._balancer is not None:
+            self._balancer.begin_step(tokens, lambda: execution.count_visits(batches, before))
         # A batch without a single target has no gradient rather than a division by zero.
         scale = 1.0 / targets.clamp(min=1.0)
-        self.parallel.execution.train(batches, scale, observe, before)
+        execution.train(batches, scale, observe, before)
         self._mesh.all_reduce_sum(sums_2S, "hdp")
         self._mesh.all_reduce_sum(sums_2S, "pp")
         pipeline = self._mesh.pp.group if self._mesh.pp.size > 1 else None

@@ -186,9 +186,7 @@ def _assemble(
             sources=len(config.data.sources),
             clip_grad_norm=config.training.clip_grad_norm,
             dropout_seed=config.run.seed if config.model.dropout else None,
-            balancer=Balancer(config.model, list(parallel.parts.values()), mesh)
-            if isinstance(config.model, MoEModel)
-            else None,
+            balancer=_balancer(config, plan, parallel, mesh),
         ),
         evaluator=Evaluator(_held_out(config, stream, planner, mesh), parallel, mesh),
         planner=planner,
@@ -197,6 +195,13 @@ def _assemble(
         progress=progress,
         peak=hardware.peak(mesh.device, torch_dtype(config.training.compute_dtype)),
     )
+
+
+def _balancer(config: RunConfig, plan: RunPlan, parallel: Parallel, mesh: Mesh) -> Balancer | None:
+    if not isinstance(config.model, MoEModel):
+        return None
+    loads = "step_before" if plan.balance_loads is None else plan.balance_loads.loads
+    return Balancer(config.model, list(parallel.parts.values()), mesh, loads)
 
 
 def _monitors(

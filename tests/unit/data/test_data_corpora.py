@@ -10,7 +10,8 @@ import zstandard
 
 from allometry.configs.errors import UserError
 from allometry.data.builtin import _docstrings
-from allometry.data.corpora import Document, named_input, open_corpus, text_digest
+from allometry.data.corpora import named_input, open_corpus
+from allometry.data.corpus import Document, text_digest
 
 TEXTS = ["one\ntwo", "Größe ≠ 大", "", "three"]
 LINES = "".join(json.dumps({"text": text, "n": n}) + "\n" for n, text in enumerate(TEXTS))

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from allometry.configs.errors import UserError
-from allometry.data.corpora import Document
+from allometry.data.corpus import Document
 from allometry.data.encode import TextSample, Workers, train_tokenizer
 from allometry.data.progress import ProgressReport
 

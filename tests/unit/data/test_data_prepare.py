@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from allometry.configs.data import SequenceData
 from allometry.configs.errors import UserError
 from allometry.data import prepare as room
-from allometry.data.corpora import text_digest
+from allometry.data.corpus import text_digest
 from allometry.data.encode import END_OF_DOCUMENT, train_tokenizer
 from allometry.data.manifest import manifest_of, read_manifest
 from allometry.data.prepare import PrepareRequest, prepare

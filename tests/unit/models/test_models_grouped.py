@@ -5,18 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from allometry.models.grouped import (
     Sorting,
     gather_rows,
     grouped_linear,
     loop_linear,
+    rounded,
     sort_by_expert,
     spread_rows,
 )
 
 D, F, E = 16, 8, 4
-COUNTS = [[3, 0, 7, 2], [0, 0, 12, 0], [1, 1, 0, 0], [0, 0, 0, 0]]
+COUNTS = [[3, 0, 7, 2], [0, 0, 12, 0], [1, 1, 0, 0], [0, 0, 0, 0], [17, 0, 64, 530]]
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -52,19 +54,45 @@ def test_equals_the_loop(counts, dtype, tolerance):
 
 
 def test_every_type_takes_the_path_it_should(monkeypatch):
-    """Kernel for aligned half and single precision, loop for the rest."""
+    """Kernel for aligned single precision, loops for the rest: half, on a CPU, by rounded rows."""
     calls: list[torch.dtype] = []
     kernel = torch._grouped_mm
     monkeypatch.setattr(torch, "_grouped_mm", lambda x, *a: calls.append(x.dtype) or kernel(x, *a))
     counts = torch.tensor([3, 0, 7, 2])
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         grouped_linear(random(12, D, dtype=dtype), random(E, F, D, dtype=dtype), counts)
-    assert calls == [torch.float32, torch.bfloat16, torch.float16]
+    assert calls == [torch.float32]
     odd = grouped_linear(random(12, 6, dtype=torch.float32), random(E, 5, 6).float(), counts)
     assert odd.shape == (12, 5)
-    assert len(calls) == 3
+    assert len(calls) == 1
     monkeypatch.delattr(torch, "_grouped_mm")
     grouped_linear(random(12, D).float(), random(E, F, D).float(), counts)
+
+
+def test_rows_are_rounded_up_to_few_numbers():
+    numbers = {rows: rounded(rows) for rows in range(1, 4097)}
+    assert all(0 <= up - rows <= max(15, rows / 16) for rows, up in numbers.items())
+    assert len(set(numbers.values())) == 16 + 4 * 16  # below 256, and of each octave to 4096
+
+
+def test_half_products_on_a_cpu_are_of_few_shapes():
+    """oneDNN keeps code for each shape: with the counts themselves, memory grows step by step."""
+    shapes: set[tuple[torch.Size, ...]] = set()
+
+    class Shapes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if "mm" in function.name():
+                shapes.add(tuple(x.shape for x in args))
+            return function(*args, **(kwargs or {}))
+
+    rows, generator = 200, torch.Generator().manual_seed(9)
+    x, weight = random(rows, D, dtype=torch.bfloat16), random(E, F, D).bfloat16()
+    for _ in range(60):
+        cuts = torch.randint(rows + 1, (E - 1,), generator=generator).sort().values.tolist()
+        counts = torch.tensor([*cuts, rows]).diff(prepend=torch.tensor([0]))
+        with Shapes():
+            gradients(grouped_linear, x, weight, counts, torch.ones(rows, F).bfloat16())
+    assert 3 < len(shapes) <= 3 * 13  # three products of at most 13 rounded numbers, 16 to 208
 
 
 @pytest.mark.parametrize("make", ["expanded", "transposed"])

@@ -1,0 +1,41 @@
+"""Which loads the auxiliary balance loss holds against experts, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from allometry.configs.model import AuxiliaryBalance, MoEModel
+from allometry.configs.run import RunConfig
+
+Loads = Literal["step_before", "this_batch"]
+
+FEW_SEQUENCES = 64
+"""Sequences of a step below which its loads say too little about those of the next."""
+
+
+@dataclass(frozen=True, slots=True)
+class BalanceLoads:
+    """The loads, and the reason for the record."""
+
+    loads: Loads
+    reason: str
+
+    @classmethod
+    def of(cls, config: RunConfig) -> BalanceLoads | None:
+        """Return what ``model.router.balance.loads`` means for this run; None: no such loss."""
+        if not isinstance(config.model, MoEModel):
+            return None
+        balance = config.model.router.balance
+        if not isinstance(balance, AuxiliaryBalance):
+            return None
+        if balance.loads != "auto":
+            return cls(balance.loads, "as model.router.balance.loads says")
+        if config.data.kind == "documents":
+            return cls("this_batch", "auto: whole documents differ from step to step")
+        ramp = config.batch.ramp
+        fewest = config.batch.sequences if ramp is None else ramp.start_sequences
+        if fewest < FEW_SEQUENCES:
+            reason = f"auto: a step has {fewest} sequences, fewer than {FEW_SEQUENCES}"
+            return cls("this_batch", reason)
+        return cls("step_before", f"auto: a step has {fewest} sequences, {FEW_SEQUENCES} or more")
