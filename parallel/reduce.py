@@ -1,4 +1,4 @@
-"""Summing gradients that are whole: in flat buckets over hdp, after partial ones over tp."""
+"""Summing gradients: whole ones in flat buckets over hdp, those of replicas over tp."""
 
 from __future__ import annotations
 
@@ -51,19 +51,19 @@ class GradientSync(Protocol):
         """Complete the reduction after the last backward."""
 
 
-Line = tuple[Sequence[nn.Parameter], Axis]
-"""Parameters, and the ranks that hold the same ones."""
+ReductionGroup = tuple[Sequence[nn.Parameter], Axis]
+"""Parameters, and the axis of ranks that hold the same ones and see different micro-batches."""
 
 
 class FlatReducer:
-    """ZeRO stage 0: whole gradients, summed over their lines in a few flat buckets of fp32.
+    """ZeRO stage 0: whole gradients, summed in a few flat buckets of fp32, then over ``tp``.
 
-    ``lines`` returns the parameters by the line of ranks that hold the same ones: hdp for most;
-    for experts that are spread over ep ranks, the ranks that hold the same experts. It is called
-    at the first step, as moving off the meta device makes new parameters.
+    ``groups`` returns the parameters by the axis of ranks that hold the same ones: hdp for most,
+    edp for experts that are spread over ep ranks. It is called at the first step, as moving off
+    the meta device makes new parameters.
 
-    A line of one needs no bucket: gradients stay as autograd made them. Otherwise they are copied
-    into buckets, and ``.grad`` becomes a view of its bucket, so nothing is copied back.
+    An axis of one rank needs no bucket: gradients stay as autograd made them. Otherwise they are
+    copied into buckets, and ``.grad`` becomes a view of its bucket, so nothing is copied back.
     The next ``zero_grad(set_to_none=True)`` drops the views; autograd then hands over fresh
     gradients as if we did not exist, without a zero-fill or an addition in the first micro-batch.
 
@@ -72,20 +72,20 @@ class FlatReducer:
     reduced in ``finish``. ``keep``: hold the buckets' memory from step to step, as a CPU pays more
     for fresh pages than for the copy; a GPU, where memory is short, gives it back with the views.
 
-    A parameter that has no gradient on some rank counts as zero there. Parameters cut over tp are
-    DTensors; where their gradient is a partial sum (norms, whose ranks see different tokens), it
-    is summed over tp first.
+    A parameter that has no gradient on some rank counts as zero there.
     """
 
     def __init__(
         self,
-        lines: Callable[[], Sequence[Line]],
+        groups: Callable[[], Sequence[ReductionGroup]],
+        tp: Axis,
         bucket_bytes: int,
         overlap: bool,
         keep: bool | None = None,
     ) -> None:
-        self._find_lines = lines
-        self._lines: Sequence[Line] = ()
+        self._find_groups = groups
+        self._groups: Sequence[ReductionGroup] = ()
+        self._tp = tp
         self._bucket_bytes = bucket_bytes
         self._overlap = overlap
         self._keep = not overlap if keep is None else keep
@@ -117,22 +117,20 @@ class FlatReducer:
         for bucket in buckets:
             bucket.wait()
         self._launched = 0
-        for parameters, line in self._lines:
-            if line.size == 1:
-                settle(parameters)
+        sum_over_tp((p for parameters, _ in self._groups for p in parameters), self._tp)
 
     def _made(self) -> list[_Bucket]:
         if self._buckets is None:
-            self._lines = self._find_lines()
+            self._groups = self._find_groups()
             self._buckets = [
                 bucket
-                for parameters, line in self._lines
-                if line.size > 1
-                for bucket in self._make_buckets(parameters, line)
+                for parameters, axis in self._groups
+                if axis.size > 1
+                for bucket in self._make_buckets(parameters, axis)
             ]
         return self._buckets
 
-    def _make_buckets(self, parameters: Sequence[nn.Parameter], line: Axis) -> Iterator[_Bucket]:
+    def _make_buckets(self, parameters: Sequence[nn.Parameter], axis: Axis) -> Iterator[_Bucket]:
         # Last parameter first: the order in which backward completes gradients.
         waiting: list[nn.Parameter] = []
         bytes_waiting = 0
@@ -141,15 +139,15 @@ class FlatReducer:
             size = _local(parameter).numel() * wide.itemsize
             other = waiting and _wide(waiting[0].dtype) != wide
             if waiting and (other or bytes_waiting + size > self._bucket_bytes):
-                yield self._make_bucket(waiting, line)
+                yield self._make_bucket(waiting, axis)
                 waiting, bytes_waiting = [], 0
             waiting.append(parameter)
             bytes_waiting += size
         if waiting:
-            yield self._make_bucket(waiting, line)
+            yield self._make_bucket(waiting, axis)
 
-    def _make_bucket(self, parameters: list[nn.Parameter], line: Axis) -> _Bucket:
-        bucket = _Bucket(parameters, line.group, keep=self._keep)
+    def _make_bucket(self, parameters: list[nn.Parameter], axis: Axis) -> _Bucket:
+        bucket = _Bucket(parameters, axis.group, keep=self._keep)
         if self._overlap:
             for parameter in parameters:
                 parameter.register_post_accumulate_grad_hook(
@@ -193,7 +191,6 @@ class _Bucket:
     @torch.no_grad()
     def launch(self) -> None:
         """Copy the gradients in and start to sum them."""
-        settle(self.parameters)
         if self._flat is None:
             first = _local(self.parameters[0])
             size = sum(_local(p).numel() for p in self.parameters)
@@ -235,36 +232,38 @@ class _Bucket:
 
 
 @torch.no_grad()
-def settle(parameters: Iterable[nn.Parameter]) -> None:
-    """Sum gradients that are partial over a mesh dimension, all of one kind in one message.
+def sum_over_tp(parameters: Iterable[nn.Parameter], tp: Axis) -> None:
+    """Sum, in place, the gradients of parameters that every tp rank holds whole.
 
-    Afterwards every gradient is placed as its parameter. Ranks of a tensor group call this with
-    the same parameters. Anything but partial sums of replicated parameters is an error.
+    Each tp rank sees other tokens or other heads, so its gradient of such a parameter is a summand
+    (``models.layers.local``). All travel in one message, in fp32 (fp64 where gradients are). This
+    ends a reduction: it sums over tp what has been summed over hdp, or this rank's shards of that.
+    Every rank of ``tp`` calls it with the same parameters.
     """
-    partial: dict[tuple[dist.ProcessGroup, torch.dtype], list[tuple[nn.Parameter, Tensor]]] = {}
-    for parameter in parameters:
-        gradient = parameter.grad
-        if not isinstance(gradient, DTensor) or not isinstance(parameter, DTensor):
-            assert gradient is None or isinstance(gradient, DTensor) == isinstance(
-                parameter, DTensor
-            )
-            continue
-        for dim, (has, wants) in enumerate(
-            zip(gradient.placements, parameter.placements, strict=True)
-        ):
-            if has == wants:
-                continue
-            assert has.is_partial("sum"), has
-            assert wants.is_replicate(), wants
-            local = gradient.to_local().contiguous()
-            group = gradient.device_mesh.get_group(dim)
-            partial.setdefault((group, local.dtype), []).append((parameter, local))
-    for (group, _), held in partial.items():
-        flat = torch.cat([local.flatten() for _, local in held])
-        dist.all_reduce(flat, group=group)
-        parts = flat.split([local.numel() for _, local in held])
-        for (parameter, local), part in zip(held, parts, strict=True):
-            parameter.grad = _like(parameter, part.view(local.shape))
+    if tp.size == 1:
+        return
+    gradients = [
+        _local(parameter.grad)
+        for parameter in parameters
+        if parameter.grad is not None and is_replicated_over_tp(parameter)
+    ]
+    if gradients:
+        dtype = _wide(gradients[0].dtype)
+        flat = torch.cat([gradient.flatten().to(dtype) for gradient in gradients])
+        dist.all_reduce(flat, group=tp.group)
+        parts = flat.split([gradient.numel() for gradient in gradients])
+        torch._foreach_copy_(
+            gradients, [p.view(g.shape) for p, g in zip(parts, gradients, strict=True)]
+        )
+
+
+def is_replicated_over_tp(parameter: Tensor) -> bool:
+    """Return whether every tp rank holds the same values of a parameter cut by ``tensor.py``."""
+    if not isinstance(parameter, DTensor):
+        return False
+    names = parameter.device_mesh.mesh_dim_names or ()
+    placed = dict(zip(names, parameter.placements, strict=True))
+    return "tp" in placed and placed["tp"].is_replicate()
 
 
 def _like(parameter: Tensor, local: Tensor) -> Tensor:

@@ -51,16 +51,17 @@ _SILENT = ("wait_tensor", "_wrap_tensor_autograd", "barrier", "monitored_barrier
 
 @dataclass(frozen=True, slots=True)
 class Collective:
-    """What is called: its kind, the mesh axis, its ranks, and the bytes of the whole tensor.
+    """What is called: its kind, mesh axis and ranks, and the bytes and type of the whole tensor.
 
     The whole is what an all-gather ends with, a reduce-scatter or an all-reduce starts from, and
-    an all-to-all hands over.
+    an all-to-all hands over. ``dtype`` is torch's name without "torch.".
     """
 
     kind: str
     axis: str
     ranks: int
     bytes: int
+    dtype: str
 
 
 class CollectiveLog(TorchDispatchMode):
@@ -95,9 +96,10 @@ class CollectiveLog(TorchDispatchMode):
         ranks = group.size()
         if ranks == 1:
             return
-        sizes = [_nbytes(value) for value in (*args, result)]
+        (dtype,) = {tensor.dtype for value in args for tensor in _tensors(value)}
+        size = max(sum(t.nbytes for t in _tensors(value)) for value in (*args, result))
         axis = self._axes.get(group.group_name, "ranks")
-        self.calls.append(Collective(_KINDS[name], axis, ranks, max(sizes)))
+        self.calls.append(Collective(_KINDS[name], axis, ranks, size, dtype_name(dtype)))
 
 
 def axis_names(mesh: Mesh) -> dict[str, str]:
@@ -129,12 +131,17 @@ def _group(args: tuple[Any, ...]) -> dist.ProcessGroup | None:
     return None
 
 
-def _nbytes(value: Any) -> int:
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return torch's name of a type without "torch."."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
-        return value.numel() * value.element_size()
-    if isinstance(value, (list, tuple)):
-        return sum(_nbytes(inner) for inner in value)
-    return 0
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _tensors(inner)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ arithmetic is at those seams.
 | everything else               | Replicate             |
 
 What is replicated works on tokens, or on heads, that other ranks do not see: its gradient is a
-partial sum, which ZeRO (or ``reduce.settle`` without it) adds up over tp.
+summand, which ``reduce.sum_over_tp`` adds to those of the other tp ranks at the end of a step.
 """
 
 # B sequences, L tokens in a sequence, l = L/tp of them, T = B*L, t = T/tp, D width, V vocabulary,

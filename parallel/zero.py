@@ -40,7 +40,7 @@ from allometry.models.build import named_parameters
 from allometry.models.declare import DeclaresRoles
 from allometry.models.transformer import Transformer
 from allometry.parallel.mesh import Mesh
-from allometry.parallel.reduce import FlatReducer, GradientSync, Line
+from allometry.parallel.reduce import FlatReducer, GradientSync, ReductionGroup, sum_over_tp
 from allometry.scaling.roles import Role
 
 
@@ -69,6 +69,7 @@ class FullyShardedSync:
         for part in parts:
             shard_model(part, mesh, zero, compute_dtype)
             part.register_forward_hook(self._after_forward)
+        self._parts, self._tp = parts, mesh.tp
         self._roots: list[FSDPModule] = [part for part in parts if isinstance(part, FSDPModule)]
         self._units = [m for part in parts for m in part.modules() if isinstance(m, FSDPModule)]
         for unit in self._units:
@@ -112,7 +113,8 @@ class FullyShardedSync:
                 unit.reshard()
 
     def finish(self) -> None:
-        """See ``GradientSync``. FSDP2 has done it all at the end of the last backward."""
+        """See ``GradientSync``. FSDP2 summed over hdp in the last backward; what is left is tp."""
+        sum_over_tp((p for part in self._parts for p in part.parameters()), self._tp)
 
     def _after_forward(self, *_: Any) -> None:
         """Return to shards after a forward without a backward, which would have done it.
@@ -177,7 +179,7 @@ def shard_model(model: Transformer, mesh: Mesh, zero: Zero, compute_dtype: torch
     fully_shard(model, mp_policy=mixed, reshard_after_forward=False, **common)
 
 
-def lines(parts: Sequence[Transformer], mesh: Mesh) -> list[Line]:
+def reduction_groups(parts: Sequence[Transformer], mesh: Mesh) -> list[ReductionGroup]:
     """Return all parameters by who holds the same ones: hdp, or edp for spread experts."""
     common: list[nn.Parameter] = []
     experts: list[nn.Parameter] = []
@@ -201,7 +203,9 @@ def apply_zero(
         # A pipeline's schedule does not say which backward is a block's last.
         overlap = mesh.device.type == "cuda" and mesh.pp.size == 1
         on_cpu = mesh.device.type == "cpu"
-        return FlatReducer(lambda: lines(parts, mesh), zero.bucket_mib * 2**20, overlap, on_cpu)
+        return FlatReducer(
+            lambda: reduction_groups(parts, mesh), mesh.tp, zero.bucket_mib * 2**20, overlap, on_cpu
+        )
     return FullyShardedSync(parts, mesh, zero, compute_dtype)
 
 

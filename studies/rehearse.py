@@ -27,6 +27,7 @@ from allometry.parallel.mesh import Mesh
 from allometry.parallel.simulate import (
     Collective,
     CollectiveLog,
+    dtype_name,
     even_experts,
     simulated_rank,
     without_storage,
@@ -64,6 +65,7 @@ class RankReport:
                     "axis": call.axis,
                     "ranks": call.ranks,
                     "bytes": call.bytes,
+                    "dtype": call.dtype,
                     "per_step": number,
                 }
                 for call, number in self.collectives
@@ -178,13 +180,14 @@ def _handed_on(
     """
     B, L = _shape(config, mesh)
     tokens = B * L // mesh.tp.size
-    size = tokens * config.model.width * torch_dtype(config.training.compute_dtype).itemsize
+    dtype = torch_dtype(config.training.compute_dtype)
+    size = tokens * config.model.width * dtype.itemsize
     found: dict[Collective, int] = {}
     here, last = layout.rank_of(stage), len(layout.stages) - 1
     if stage < last and layout.rank_of(stage + 1) != here:
-        found[Collective("send forward", "pp", 2, size)] = number
+        found[Collective("send forward", "pp", 2, size, dtype_name(dtype))] = number
     if stage > 0 and layout.rank_of(stage - 1) != here:
-        found[Collective("send backward", "pp", 2, size)] = number
+        found[Collective("send backward", "pp", 2, size, dtype_name(dtype))] = number
     return found
 
 
@@ -198,7 +201,8 @@ def _tied(config: RunConfig, layout: Layout, parallel: Parallel) -> dict[Collect
         part = parallel.parts.get(stage)
         module = None if part is None else part.embedding if stage == 0 else part.head
         if module is not None:
-            found[Collective(kind, "pp", 2, _nbytes([module.weight]))] = 1
+            weight = module.weight
+            found[Collective(kind, "pp", 2, _nbytes([weight]), dtype_name(weight.dtype))] = 1
     return found
 
 

@@ -24,7 +24,7 @@ def overlapped_error(micro_batches: int) -> float:
     with open_mesh(ParallelConfig(timeout_s=30), torch.device("cuda", 0)) as mesh:
         model = tiny.initialized(run, mesh.device)
         lines = [(list(model.parameters()), mesh.hdp)]
-        sync = FlatReducer(lambda: lines, bucket_bytes=1, overlap=True)
+        sync = FlatReducer(lambda: lines, mesh.tp, bucket_bytes=1, overlap=True)
         alone = tiny.initialized(run, mesh.device)
         worst = 0.0
         for step in range(5):

@@ -49,7 +49,9 @@ def check(model: Branches, wanted: list[Tensor], tolerance: float = 1e-6) -> Non
 def steps(overlap: bool, bucket_bytes: int, set_to_none: bool) -> None:
     with tiny.mesh() as mesh:
         model = Branches(torch.float32)
-        reducer = FlatReducer(lambda: [(list(model.parameters()), mesh.hdp)], bucket_bytes, overlap)
+        reducer = FlatReducer(
+            lambda: [(list(model.parameters()), mesh.hdp)], mesh.tp, bucket_bytes, overlap
+        )
         optimizer = torch.optim.SGD(model.parts, lr=0.01)
         everything = (0, 1, 2, 3, 4)
         for step in range(3):
@@ -77,7 +79,7 @@ def test_sums_over_ranks_and_micro_batches(
 def missing(overlap: bool) -> None:
     with tiny.mesh() as mesh:
         model = Branches(torch.float64)
-        reducer = FlatReducer(lambda: [(list(model.parameters()), mesh.hdp)], 1, overlap)
+        reducer = FlatReducer(lambda: [(list(model.parameters()), mesh.hdp)], mesh.tp, 1, overlap)
         rank = mesh.hdp.rank
         # Different ones are missing in the last micro-batch, one everywhere, on rank 1 some.
         for last, active in ((False, (0, 1, 2)), (True, (0, 2, 4) if rank == 0 else (2, 1))):
@@ -97,7 +99,9 @@ def test_missing_gradients_count_as_zero_and_keep_the_order(
 def half() -> list[Tensor]:
     with tiny.mesh() as mesh:
         model = Branches(torch.bfloat16)
-        reducer = FlatReducer(lambda: [(list(model.parameters()), mesh.hdp)], 2**20, overlap=True)
+        reducer = FlatReducer(
+            lambda: [(list(model.parameters()), mesh.hdp)], mesh.tp, 2**20, overlap=True
+        )
         reducer.micro_batch(last=True)
         # 1 and three times 2**-9: a sum in bf16 would keep none of the small ones.
         weight = 1.0 if mesh.hdp.rank == 0 else 2.0**-9

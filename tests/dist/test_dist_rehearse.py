@@ -77,16 +77,16 @@ def test_each_pipeline_rank_reports_its_stages() -> None:
     assert (first.stages, second.stages) == ((0, 3), (1, 2))
     hidden = tiny.LENGTH // 2 * 24 * 4
     sends = {call: n for call, n in second.collectives if call.axis == "pp" and call.ranks == 2}
-    assert sends[Collective("send forward", "pp", 2, hidden)] == 8
-    assert sends[Collective("send backward", "pp", 2, hidden)] == 8
+    assert sends[Collective("send forward", "pp", 2, hidden, "float32")] == 8
+    assert sends[Collective("send backward", "pp", 2, hidden, "float32")] == 8
 
 
 def test_a_tied_head_in_another_stage_is_sent_and_sends_back() -> None:
     tied = DENSE | {"tied_embeddings": True}
     first, last = rehearse(run(tied, "fp32", pp=2, hdp=2, zero={"stage": 1}), 4)
     shard = (tiny.VOCAB + 1) // 2 * 24 * 4
-    assert dict(first.collectives)[Collective("send tied weight", "pp", 2, shard)] == 1
-    assert dict(last.collectives)[Collective("send tied gradient", "pp", 2, shard)] == 1
+    assert dict(first.collectives)[Collective("send tied weight", "pp", 2, shard, "float32")] == 1
+    assert dict(last.collectives)[Collective("send tied gradient", "pp", 2, shard, "float32")] == 1
     around = run(tied, "fp32", pp=2, pipeline={"schedule": "zbv_zero_bubble"})
     kinds = {call.kind for rank in rehearse(around, 2) for call, _ in rank.collectives}
     assert "send forward" in kinds
@@ -99,7 +99,7 @@ def test_experts_travel_in_equal_parts() -> None:
     exchanged = {call: number for call, number in report.collectives if call.kind == "all-to-all"}
     # Two layers with experts, two micro-batches; rows there and back, forward and backward.
     rows = tiny.LENGTH * 2
-    assert exchanged[Collective("all-to-all", "ep", 4, rows * 24 * 4)] == 2 * 2 * 4
+    assert exchanged[Collective("all-to-all", "ep", 4, rows * 24 * 4, "float32")] == 2 * 2 * 4
 
 
 @pytest.mark.parametrize(

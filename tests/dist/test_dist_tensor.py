@@ -17,12 +17,12 @@ from torch.distributed.tensor import DTensor
 
 import tiny
 from allometry.configs.run import RunConfig
-from allometry.models import layers, router
 from allometry.models.documents import Documents
 from allometry.models.head import Losses
 from allometry.models.moe import begin_step, routers
 from allometry.models.transformer import Transformer
 from allometry.optim.clip import clip_by_global_norm
+from allometry.parallel import reduce, zero
 from allometry.parallel.mesh import Mesh
 from thinned import thinned
 
@@ -218,26 +218,27 @@ def test_compiled_mixtures_of_experts(run_ranks: RunRanks) -> None:
 
 
 @contextmanager
-def taken_for_whole() -> Iterator[None]:
-    """Replicated weights whose gradients nobody marks as summands."""
-    right = layers.local
-    layers.local = router.local = lambda p: p.to_local() if isinstance(p, DTensor) else p
+def summed_by(function: Callable[..., None]) -> Iterator[None]:
+    """``function`` in place of what sums the gradients of replicated weights over tp."""
+    right = reduce.sum_over_tp
+    reduce.sum_over_tp = zero.sum_over_tp = function
     try:
         yield
     finally:
-        layers.local = router.local = right
+        reduce.sum_over_tp = zero.sum_over_tp = right
 
 
 def unsummed_errors(run: RunConfig) -> dict[str, float]:
-    with tiny.mesh(run) as mesh, taken_for_whole():
+    with tiny.mesh(run) as mesh, summed_by(lambda *_: None):
         return compare(run, mesh)
 
 
+@pytest.mark.parametrize("stage", [0, 3])
 @pytest.mark.parametrize("make", [config, mixture])
 def test_the_comparison_sees_gradients_that_nobody_summed(
-    run_ranks: RunRanks, make: Callable[..., RunConfig]
+    run_ranks: RunRanks, make: Callable[..., RunConfig], stage: int
 ) -> None:
-    for found in run_ranks(unsummed_errors, 2, make(2)):
+    for found in run_ranks(unsummed_errors, 2, make(2, stage=stage)):
         assert found["gradients"] > 0.1
         assert found["loss"] < 1e-10
 

@@ -1,0 +1,204 @@
+"""Every collective of a step, by kind, axis, type and number: nothing is summed in a half type.
+
+What sums gradients is fp32 at every ZeRO stage, and one message for all that tp ranks hold whole.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial
+
+import tiny
+from allometry.configs.run import RunConfig
+from allometry.models import layers, router
+from allometry.parallel import reduce, zero
+from allometry.parallel.reduce import is_replicated_over_tp
+from allometry.studies.rehearse import rehearse
+from test_dist_layouts import DENSE, LATENT, MOE, run
+from test_dist_tensor import config, mixture, prepare
+
+RunRanks = Callable[..., list[Any]]
+Calls = Counter[tuple[str, str, str]]
+LAYERS, MICRO_BATCHES = 3, 4
+
+
+def activations(mixtures: int, dense: int = 0) -> Calls:
+    """What tensor parallelism sends for micro-batches through so many mixtures of experts.
+
+    ``dense``: branches of a mixture's block beside its routed experts that see all tokens.
+    """
+    M = MICRO_BATCHES
+    # Forward and backward of attention and feed-forward, of the embedding and of the head.
+    seams = 2 * (2 * LAYERS + mixtures * dense) + 2
+    return Counter(
+        {
+            ("all-gather", "tp", "bfloat16"): M * seams,
+            ("reduce-scatter", "tp", "bfloat16"): M * seams,
+            # Of each token: its largest logit; its sum of exponentials and target's logit.
+            ("all-reduce", "tp", "float32"): M * 2,
+            # What each token's experts are, and their gates, whose gradients come back.
+            ("all-gather", "tp", "int64"): M * mixtures,
+            ("all-gather", "tp", "float32"): M * mixtures,
+            ("reduce-scatter", "tp", "float32"): M * mixtures,
+        }
+    )
+
+
+def gradients(stage: int, routers: int) -> Calls:
+    """What ZeRO sends on the hdp axis: the only place where gradients are summed over it."""
+    if stage == 0:
+        return Counter({("all-reduce", "hdp", "float32"): 1})
+    # A unit for each block, one for the rest; of fp32 those of the embedding and the routers.
+    times = MICRO_BATCHES if stage == 3 else 1
+    sums = MICRO_BATCHES if stage >= 2 else 1
+    # At stage 3 all but the rest are gathered for backward again; a look-up needs no table there.
+    blocks = LAYERS * (2 if stage == 3 else 1)
+    special = routers * (2 if stage == 3 else 1) + 1
+    return Counter(
+        {
+            ("all-gather", "hdp", "bfloat16"): times * (blocks + 1),
+            ("all-gather", "hdp", "float32"): times * special,
+            ("reduce-scatter", "hdp", "float32"): sums * (LAYERS + 2 + routers),
+        }
+    )
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    ("model", "mixtures", "beside"),
+    [(DENSE, 0, 0), (MOE, 2, 1), (LATENT, 3, 0)],
+    ids=["dense", "moe", "latent"],
+)
+def test_every_collective_of_a_step_in_bf16(
+    model: dict[str, Any], mixtures: int, beside: int, stage: int
+) -> None:
+    (report,) = rehearse(run(model, "bf16", tp=2, zero={"stage": stage}), 4)
+    assert report.micro_batches == MICRO_BATCHES
+    called: Calls = Counter()
+    for call, number in report.collectives:
+        if call.bytes == 8:  # the norm of all gradients
+            assert (call.kind, call.dtype) == ("all-reduce", "float64"), call
+        else:
+            called[call.kind, call.axis, call.dtype] += number
+    once = Counter({("all-reduce", "tp", "float32"): 1})
+    assert called == activations(mixtures, beside) + gradients(stage, mixtures) + once
+    summed = [
+        call for call, _ in report.collectives if call.axis == "tp" and call.kind == "all-reduce"
+    ]
+    assert max(call.bytes for call in summed) == 4 * replicated_numbers(model, stage)
+
+
+def replicated_numbers(model: dict[str, Any], stage: int) -> int:
+    """The numbers of this rank's gradients of what tp ranks hold whole, two of each from ZeRO 1."""
+    whole = tiny.build(run(model, "bf16"))
+    shapes = [
+        parameter.shape
+        for name, parameter in whole.named_parameters()
+        if "norm" in name or "router" in name or "latent" in name
+    ]
+    return sum(shape.numel() // (1 if stage == 0 else 2) for shape in shapes)
+
+
+@pytest.mark.parametrize(
+    ("model", "world_size", "layout"),
+    [
+        (DENSE, 8, {"tp": 2, "pp": 2, "zero": {"stage": 1}}),
+        (DENSE, 8, {"tp": 2, "pp": 2, "zero": {"stage": 3, "replicas": 2}}),
+        (MOE, 8, {"tp": 2, "ep": 2, "zero": {"stage": 2, "replicas": 2}}),
+        (MOE, 4, {"tp": 2, "ep": 2}),
+    ],
+)
+def test_only_activations_and_parameters_travel_in_bf16(
+    model: dict[str, Any], world_size: int, layout: dict[str, Any]
+) -> None:
+    allowed = {
+        ("all-gather", "tp"),  # activations
+        ("reduce-scatter", "tp"),
+        ("all-to-all", "ep"),
+        ("send forward", "pp"),
+        ("send backward", "pp"),
+        ("all-gather", "shard"),  # parameters
+        ("all-gather", "hdp"),
+        ("all-gather", "expert_shard"),
+    }
+    for report in rehearse(run(model, "bf16", **layout), world_size):
+        once = 0
+        for call, number in report.collectives:
+            if call.dtype == "bfloat16":
+                assert (call.kind, call.axis) in allowed, call
+            elif call.kind == "all-reduce" and call.axis == "tp" and call.dtype == "float32":
+                once += number % 2  # the loss has two for each micro-batch
+        assert once == 1
+
+
+@contextmanager
+def summed_by_fsdp2() -> Iterator[None]:
+    """Gradients marked as summands, which FSDP2 adds up one by one, in their type."""
+    own, over_tp = layers.local, reduce.sum_over_tp
+
+    def marked(parameter: Tensor) -> Tensor:
+        if not isinstance(parameter, DTensor):
+            return parameter
+        summands = [Partial() if p.is_replicate() else p for p in parameter.placements]
+        return parameter.to_local(grad_placements=summands)
+
+    layers.local = router.local = marked
+    reduce.sum_over_tp = zero.sum_over_tp = lambda *_: None
+    try:
+        yield
+    finally:
+        layers.local = router.local = own
+        reduce.sum_over_tp = zero.sum_over_tp = over_tp
+
+
+def summation_error(make: str, stage: int, by_fsdp2: bool) -> float:
+    """Of what tp ranks hold whole: gradients against the fp64 sum of all ranks' summands."""
+    function = {"dense": config, "latent": latent}[make]
+    with tiny.mesh(function(2, "bf16")) as mesh:
+        batches = tiny.micro_batches(mesh.hdp.size)
+
+        def backward(run: RunConfig, finish: bool) -> nn.Module:
+            model, sync = tiny.distributed(run, mesh)
+            prepare(model, batches)
+            sync.micro_batch(last=True)
+            loss = tiny.forward_loss(model, batches[mesh.hdp.rank])
+            (loss / tiny.global_count(batches)).backward()
+            if finish:
+                sync.finish()
+            return model
+
+        exact: dict[str, Tensor] = {}
+        for name, parameter in backward(function(2, "bf16"), finish=False).named_parameters():
+            if is_replicated_over_tp(parameter):
+                assert isinstance(parameter.grad, DTensor)
+                exact[name] = parameter.grad.to_local().double()
+                dist.all_reduce(exact[name])
+        assert len(exact) > 5
+        run = function(2, "bf16", stage=stage)
+        if by_fsdp2:
+            with summed_by_fsdp2():
+                model = backward(run, finish=True)
+        else:
+            model = backward(run, finish=True)
+        found = {n: tiny.whole(p.grad) for n, p in model.named_parameters() if n in exact}
+        return tiny.worst_error(found, exact)
+
+
+def latent(tp: int, dtype: str, **options: Any) -> RunConfig:
+    return mixture(tp, dtype, latent=True, **options)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("make", ["dense", "latent"])
+def test_bf16_summands_are_added_in_fp32(run_ranks: RunRanks, make: str, stage: int) -> None:
+    assert max(run_ranks(summation_error, 4, make, stage, False)) < 1e-6
+    if stage == 2:
+        assert min(run_ranks(summation_error, 4, make, stage, True)) > 1e-3
