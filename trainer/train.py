@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 import torch
 
 from allometry.configs.errors import UserError
-from allometry.configs.model import MoEModel
 from allometry.configs.run import RunConfig
 from allometry.data.documents import DocumentStream
 from allometry.data.stream import Stream, open_stream
@@ -26,9 +25,9 @@ from allometry.trainer.assemble import (
     make_model,
     make_optimizer,
     make_states,
+    make_train_step,
     with_measured_stages,
 )
-from allometry.trainer.balance import Balancer
 from allometry.trainer.evaluate import (
     Evaluator,
     HeldOut,
@@ -52,7 +51,6 @@ from allometry.trainer.record.sample import Sample
 from allometry.trainer.state import checkpoint
 from allometry.trainer.state.folder import RunFolder
 from allometry.trainer.state.resume import Start, begin
-from allometry.trainer.step import TrainStep
 
 T = TypeVar("T")
 MANY_EPOCHS = 4
@@ -177,17 +175,7 @@ def _assemble(
         mesh=mesh,
         parallel=parallel,
         optimizer=optimizer,
-        train_step=TrainStep(
-            parallel,
-            optimizer,
-            schedule,
-            mesh,
-            peak_lr=config.optimizer.lr,
-            sources=len(config.data.sources),
-            clip_grad_norm=config.training.clip_grad_norm,
-            dropout_seed=config.run.seed if config.model.dropout else None,
-            balancer=_balancer(config, plan, parallel, mesh),
-        ),
+        train_step=make_train_step(config, plan, parallel, optimizer, schedule, mesh),
         evaluator=Evaluator(_held_out(config, stream, planner, mesh), parallel, mesh),
         planner=planner,
         monitors=_monitors(config, plan, parallel, optimizer, stream, mesh),
@@ -195,13 +183,6 @@ def _assemble(
         progress=progress,
         peak=hardware.peak(mesh.device, torch_dtype(config.training.compute_dtype)),
     )
-
-
-def _balancer(config: RunConfig, plan: RunPlan, parallel: Parallel, mesh: Mesh) -> Balancer | None:
-    if not isinstance(config.model, MoEModel):
-        return None
-    loads = "step_before" if plan.balance_loads is None else plan.balance_loads.loads
-    return Balancer(config.model, list(parallel.parts.values()), mesh, loads)
 
 
 def _monitors(

@@ -27,7 +27,8 @@ def _say(text: str) -> None:
 def _table(certificate: Certificate, out: Path) -> str:
     width = max(len(result.layout) for result in certificate.results)
     lines = [
-        f"{'layout':<{width}}  ranks  gradients fp64     fp32     carried over  resumed  exported"
+        f"{'layout':<{width}}  ranks  gradients fp64     fp32  two steps     routers  carried over"
+        "  resumed  exported"
     ]
     lines += [_line(result, width) for result in certificate.results]
     verdict = "all agree with one process" if certificate.passed else "NOT all agree"
@@ -39,9 +40,11 @@ def _line(result: LayoutResult, width: int) -> str:
     if result.refused is not None:
         return f"{start}not possible: {result.refused}"
     exported = {True: "equal", False: "DIFFERS", None: "no family"}[result.export_equal]
+    double, single = result.steps["fp64"], result.steps["fp32"]
+    routers = max(double[kind]["worst"] for kind in ("routing", "routers"))
     return (
-        f"{start}{result.gradients['fp64']['worst']:>14.1e}  "
-        f"{result.gradients['fp32']['worst']:>7.1e}  {result.loss or 0.0:>16.1e}  "
+        f"{start}{double['gradients']['worst']:>14.1e}  {single['gradients']['worst']:>7.1e}  "
+        f"{double['parameters']['worst']:>9.1e}  {routers:>10.1e}  {result.loss or 0.0:>12.1e}  "
         f"{'same bits' if result.resume_bit_exact else 'DIFFERS':>7}  {exported}"
         f"{'' if result.passed else '   FAILED'}"
     )

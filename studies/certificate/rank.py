@@ -8,9 +8,11 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +26,16 @@ from allometry.data.stream import open_stream
 from allometry.laws.areas import LearningRateAreas
 from allometry.parallel.hdp.plan import Unit
 from allometry.parallel.mesh import Mesh, open_mesh
-from allometry.scaling.layout import Layout
 from allometry.scaling.plan import RunPlan
 from allometry.studies.certificate import step as certificate
 from allometry.trainer.assemble import make_model, make_optimizer, make_states
-from allometry.trainer.feed import DeviceBatch, DocumentPlanner, document_batch
+from allometry.trainer.feed import (
+    DeviceBatch,
+    DocumentPlanner,
+    document_batch,
+    document_steps,
+    sequence_steps,
+)
 from allometry.trainer.loop import Progress, state_tensors
 from allometry.trainer.state import checkpoint
 from allometry.trainer.state.checkpoint import Checkpointer
@@ -36,8 +43,23 @@ from allometry.trainer.state.folder import RunFolder, write_atomically
 from allometry.trainer.train import train
 
 CPU = torch.device("cpu")
-TYPES = ("fp64", "fp32")
 STOP = 2
+TOLERANCE = {
+    "fp64": {
+        "sums": 1e-10,
+        "gradients": 1e-10,
+        "grad_norm": 1e-10,
+        "routing": 1e-10,
+        "routers": 1e-10,
+        "parameters": 1e-8,
+    },
+    "fp32": {"sums": 1e-5, "gradients": 1e-5, "grad_norm": 1e-5, "routing": 1e-5},
+}
+"""How far two computations of each kind (see ``StepsResult``) may be apart, by type.
+
+Two steps in fp64, one in fp32. Updates divide by roots of squared gradients, which enlarges the
+rounding of the smallest: parameters have a bound of their own, and none in fp32.
+"""
 
 
 @dataclass(frozen=True)
@@ -85,24 +107,28 @@ def main(rank: int, jobs: Sequence[Job], scratch: Path) -> None:
 
 
 def _alone(job: Job) -> None:
-    """The references: gradients, a straight run, and one that stopped half-way."""
-    for dtype in TYPES:
+    """The references: some steps, a straight run, and one that stopped half-way."""
+    for dtype, tolerance in TOLERANCE.items():
         config = _in(job.config, dtype)
-        result = certificate.reference_step(config, batches(config))
-        torch.save(result.gradients, job.folder / f"gradients-{dtype}.pt")
+        result = certificate.reference_steps(config, batches(config, _count(tolerance)))
+        torch.save(vars(result), job.folder / f"steps-{dtype}.pt")
     _train(job, "straight")
     _train(job, "stopped", STOP)
 
 
 def _layout(job: Job, rank: int, scratch: Path) -> None:
-    found: dict[str, Any] = {"gradients": {}}
-    for dtype in TYPES:
+    apart: dict[str, dict[str, tuple[str, float]]] = {}
+    for dtype, tolerance in TOLERANCE.items():
         config = _in(job.config, dtype)
-        wanted = torch.load(scratch / "alone" / f"gradients-{dtype}.pt", mmap=True)
+        kept = torch.load(scratch / "alone" / f"steps-{dtype}.pt", mmap=True)
+        wanted = certificate.StepsResult(**kept)
         with open_mesh(config.parallel, CPU) as mesh:
-            result = certificate.layout_step(config, mesh, batches(config), _share(config, mesh))
-        errors = certificate.relative_errors(result.gradients, wanted)
-        found["gradients"][dtype] = max(errors, key=lambda pair: pair[1])
+            mine = _batches_of_rank(config, mesh, _count(tolerance))
+            result = certificate.layout_steps(config, mesh, mine)
+            held = {name for names in mesh.gather_objects(set(result.gradients)) for name in names}
+            assert held == set(wanted.gradients), held ^ set(wanted.gradients)
+        worst = certificate.differences(result, wanted)
+        apart[dtype] = {kind: worst[kind] for kind in tolerance}
     _train(job, "straight")
     _train(job, "resumed", STOP - 1)
     _train(job, "resumed", STOP)
@@ -113,37 +139,46 @@ def _layout(job: Job, rank: int, scratch: Path) -> None:
     dist.barrier()
     _train(job, "moved")
     _rewrite(job, stopped)
-    write_atomically(job.folder / f"rank-{rank}.json", json.dumps(found))
+    write_atomically(job.folder / f"rank-{rank}.json", json.dumps(apart))
 
 
-def batches(config: RunConfig) -> list[DeviceBatch]:
-    """The run's first step in micro-batches of one sequence, or one whole document, each."""
+def batches(config: RunConfig, count: int) -> list[list[DeviceBatch]]:
+    """The run's first steps in micro-batches of one sequence, or one whole document, each."""
     stream = open_stream(config.data, config.run.seed)
     sequences = config.batch.sequences
-    if isinstance(stream, DocumentStream):
-        pieces = stream.pieces(0, sequences)
-        alone = [Unit(documents=(number,), ring=(0,)) for number in range(len(pieces))]
-        return [document_batch(unit, 0, pieces, CPU) for unit in alone]
-    return [
-        DeviceBatch.of(stream.batch(position, 1), CPU, position) for position in range(sequences)
-    ]
+    steps = []
+    for first in range(0, count * sequences, sequences):
+        if isinstance(stream, DocumentStream):
+            pieces = stream.pieces(first, sequences)
+            alone = [Unit(documents=(number,), ring=(0,)) for number in range(len(pieces))]
+            steps.append([document_batch(unit, 0, pieces, CPU, position=first) for unit in alone])
+        else:
+            places = range(first, first + sequences)
+            steps.append([DeviceBatch.of(stream.batch(place, 1), CPU, place) for place in places])
+    return steps
 
 
-def _share(config: RunConfig, mesh: Mesh) -> list[DeviceBatch] | None:
-    """This rank's micro-batches of the same step, where documents are shared out by a plan."""
+def _batches_of_rank(config: RunConfig, mesh: Mesh, count: int) -> list[list[DeviceBatch]]:
+    """This rank's micro-batches of the same steps, as the trainer feeds them."""
     stream = open_stream(config.data, config.run.seed)
-    if not isinstance(stream, DocumentStream):
-        return None
-    planner = DocumentPlanner(config, Layout.of(config, mesh.world_size))
-    pieces = stream.pieces(0, config.batch.sequences)
-    plan = planner.plan(pieces.lengths.tolist())
-    return planner.batches(plan, pieces, mesh.hdp.rank, CPU, position=0)
+    plan = RunPlan.of(config, mesh.world_size)
+    if isinstance(stream, DocumentStream):
+        steps = document_steps(stream, plan, DocumentPlanner(config, plan.layout), mesh, 0)
+    else:
+        steps = sequence_steps(stream, plan, mesh, 0)
+    with closing(steps):
+        return [step.batches for step in islice(steps, count)]
 
 
 def losses(folder: Path) -> list[float]:
     """The recorded losses of a run, step by step."""
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line)["loss"] for line in lines]
+
+
+def _count(tolerance: Mapping[str, float]) -> int:
+    """Steps that are compared: the second one depends on what the first one left."""
+    return 2 if "parameters" in tolerance else 1
 
 
 def _in(config: RunConfig, dtype: str) -> RunConfig:

@@ -1,8 +1,12 @@
-"""One training step, computed on one process and on any layout, and how far the two are apart.
+"""Some optimizer steps: as the trainer takes them on any layout, and by a plain twin of it.
 
-What is compared are gradients, before any optimizer could hide a wrong scale: Adam's first step
-does not depend on it.
+``layout_steps`` drives the trainer's own ``TrainStep`` and ``Balancer``; ``reference_steps`` has
+loops and sums of its own on one process, with no part of ``parallel/``. ``differences`` says how
+far the two are apart. Gradients are compared as well as parameters: Adam's first step does not
+depend on their scale.
 """
+
+# S sources, N layers, E experts
 
 from __future__ import annotations
 
@@ -17,28 +21,146 @@ from torch.distributed.tensor import DTensor
 from allometry.configs.model import MoEModel
 from allometry.configs.run import RunConfig
 from allometry.data.batch import IGNORE
-from allometry.models.build import build_model
+from allometry.models.build import build_model, parameter_specs
 from allometry.models.init import initialize
-from allometry.models.moe import begin_step, routers
+from allometry.models.moe import begin_step, end_step, routers
 from allometry.models.transformer import Part, Transformer
-from allometry.parallel.apply import Parallel, materialize, parallelize
-from allometry.parallel.execution import MicroBatch
+from allometry.optim.build import build_optimizer, set_lr
+from allometry.optim.schedule import resolve_schedule
+from allometry.parallel.apply import Parallel, parallelize
 from allometry.parallel.mesh import Mesh
+from allometry.scaling.batch import BatchPlan
 from allometry.scaling.layout import Layout
 from allometry.scaling.parameterization import Parameterization
+from allometry.scaling.plan import RunPlan
+from allometry.trainer.assemble import make_optimizer, make_train_step
+from allometry.trainer.feed import DeviceBatch
+from allometry.trainer.step import seed_dropout
 
 
 @dataclass(frozen=True)
-class StepResult:
-    """What one step computed: the mean loss of a target token and whole gradients by name.
+class StepsResult:
+    """What some optimizer steps computed, the same numbers on one process and on any layout.
 
-    On a layout each rank has the gradients of its pipeline stages, and rank 0 has the loss.
-    ``visits``: to each expert, by layer, over the whole batch (empty without experts).
+    By step: ``sums`` [2, S] (sums of losses and target tokens by source), ``grad_norm`` (0-dim,
+    before clipping) and ``routing`` [N, 2E + 3] (see ``Balancer.end_step``; empty without experts).
+    ``gradients`` are those that the first update was given, so after clipping; ``parameters`` and
+    ``routers`` (loads and biases) are what the last step left. These three are whole tensors by
+    name, on a layout of the pipeline stages of the rank. All are on the CPU.
     """
 
-    loss: float
+    sums: list[Tensor]
+    grad_norm: list[Tensor]
+    routing: list[Tensor]
     gradients: dict[str, Tensor]
-    visits: dict[int, Tensor]
+    parameters: dict[str, Tensor]
+    routers: dict[str, Tensor]
+
+    def loss(self, step: int) -> float:
+        """Return the mean loss of a target token in step 1, 2, ..."""
+        losses, targets = self.sums[step - 1].sum(1).tolist()
+        return float(losses / targets)
+
+
+def reference_steps(config: RunConfig, steps: Sequence[Sequence[DeviceBatch]]) -> StepsResult:
+    """Take steps on this process alone; ``steps`` are the whole global batches."""
+    parameterization = Parameterization.of_run(config)
+    model = build(config).to_empty(device="cpu")
+    initialize(model, parameterization, config.run.seed)
+    _unbalance([model])
+    named = dict(model.named_parameters())
+    optimizer = build_optimizer(
+        named.items(),
+        parameter_specs(model),
+        parameterization,
+        config.optimizer,
+        seed=config.run.seed,
+    )
+    schedule = resolve_schedule(config, BatchPlan(config.batch, config.data.sequence_length))
+    result = StepsResult([], [], [], {}, {}, {})
+    for step, batches in enumerate(steps, 1):
+        optimizer.zero_grad()
+        begin_step(model, sum(batch.tokens_BL.numel() for batch in batches))
+        result.sums.append(_accumulate(config, model, batches))
+        result.grad_norm.append(_clip(list(named.values()), config.training.clip_grad_norm))
+        if step == 1:
+            result.gradients.update((name, _whole(p.grad)) for name, p in named.items())
+        set_lr(optimizer, schedule.fraction(step))
+        optimizer.step()
+        if isinstance(config.model, MoEModel):
+            result.routing.append(_end_step(config.model, model))
+    result.parameters.update((name, _whole(p)) for name, p in named.items())
+    result.routers.update(_router_state(model))
+    return result
+
+
+def _accumulate(config: RunConfig, model: Transformer, batches: Sequence[DeviceBatch]) -> Tensor:
+    """Gradients of the mean loss of a step, added to the parameters'; the sums by source."""
+    sums_2S = torch.zeros(2, len(config.data.sources), dtype=torch.float64)
+    targets = sum(int((batch.targets_BL != IGNORE).sum()) for batch in batches)
+    for batch in batches:
+        if config.model.dropout:
+            seed_dropout(config.run.seed, batch)
+        losses = model(batch.tokens_BL, batch.targets_BL, batch.documents)
+        (losses.total / targets).backward()
+        sources = batch.sources if batch.sources.dim() == 2 else batch.sources[:, None]
+        for source in range(sums_2S.shape[1]):
+            mine_BL = (sources == source) & (batch.targets_BL != IGNORE)
+            sums_2S[0, source] += losses.nll_BL[mine_BL].double().sum()
+            sums_2S[1, source] += mine_BL.sum()
+    return sums_2S
+
+
+def _clip(parameters: Sequence[Tensor], max_norm: float | None) -> Tensor:
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    assert len(gradients) == len(parameters), "a parameter has no gradient"
+    norm = torch.stack([gradient.double().square().sum() for gradient in gradients]).sum().sqrt()
+    if max_norm is not None and norm > max_norm:
+        for gradient in gradients:
+            gradient *= float(max_norm / (norm + 1e-6))
+    return norm
+
+
+def _end_step(config: MoEModel, model: Transformer) -> Tensor:
+    """Tell the routers what they saw, and return it as ``Balancer.end_step`` does."""
+    observed = model.take_statistics()
+    end_step(model, {layer: seen.counts_E for layer, seen in observed.items()})
+    rows = torch.zeros(config.num_layers, 2 * config.experts.num_experts + 3, dtype=torch.float64)
+    for layer, seen in observed.items():
+        rest = torch.stack(
+            [seen.entropy.double(), seen.squared_log_z.double(), seen.tokens.double()]
+        )
+        rows[layer] = torch.cat([seen.counts_E.double(), seen.probabilities_E.double(), rest])
+    return rows
+
+
+def layout_steps(
+    config: RunConfig, mesh: Mesh, steps: Sequence[Sequence[DeviceBatch]]
+) -> StepsResult:
+    """Take the same steps with the trainer's own code; ``steps`` are this rank's micro-batches."""
+    plan = RunPlan.of(config, mesh.world_size)
+    parallel = make_parallel(config, mesh)
+    _unbalance(list(parallel.parts.values()))
+    optimizer = make_optimizer(config, plan, parallel, mesh)
+    schedule = resolve_schedule(config, plan.batch)
+    train_step = make_train_step(config, plan, parallel, optimizer, schedule, mesh)
+    result = StepsResult([], [], [], {}, {}, {})
+
+    def keep_gradients(*_: object) -> None:
+        result.gradients.update((name, _whole(p.grad)) for name, p in parallel.named_parameters())
+
+    hook = optimizer.register_step_pre_hook(keep_gradients)
+    for step, batches in enumerate(steps, 1):
+        outcome = train_step(step, batches)
+        hook.remove()
+        result.sums.append(outcome.sums_2S.cpu())
+        result.grad_norm.append(outcome.grad_norm.cpu())
+        if outcome.routing is not None:
+            result.routing.append(outcome.routing.cpu())
+    result.parameters.update((name, _whole(p)) for name, p in parallel.named_parameters())
+    for part in parallel.parts.values():
+        result.routers.update(_router_state(part))
+    return result
 
 
 def build(config: RunConfig, part: Part | None = None) -> Transformer:
@@ -50,61 +172,6 @@ def build(config: RunConfig, part: Part | None = None) -> Transformer:
         return model.double() if dtype == "fp64" else model
 
 
-def reference_step(config: RunConfig, batches: Sequence[MicroBatch]) -> StepResult:
-    """Compute the step on this process alone, with no part of ``parallel/`` in the way."""
-    model = build(config)
-    materialize(model, torch.device("cpu"))
-    initialize(model, Parameterization.of_run(config), config.run.seed)
-    _unbalance(config, [model], batches)
-    count = targets(batches)
-    total = 0.0
-    for batch in batches:
-        losses = model(batch.tokens_BL, batch.targets_BL, batch.documents)
-        (losses.total / count).backward()
-        total += float(losses.nll_BL.double().sum())
-    return StepResult(
-        loss=total / count,
-        gradients={name: _whole(p.grad) for name, p in model.named_parameters()},
-        visits={n: seen.counts_E for n, seen in model.take_statistics().items()},
-    )
-
-
-def layout_step(
-    config: RunConfig,
-    mesh: Mesh,
-    batches: Sequence[MicroBatch],
-    mine: Sequence[MicroBatch] | None = None,
-) -> StepResult:
-    """Compute the same step on the ranks of ``mesh``; every rank passes the whole batch.
-
-    ``mine``: this rank's micro-batches, where they are not every hdp-th of the batch.
-    """
-    parallel = make_parallel(config, mesh)
-    parts = list(parallel.parts.values())
-    _unbalance(config, parts, batches)
-    if mine is None:
-        mine = batches[mesh.hdp.rank :: mesh.hdp.size]
-    count = targets(batches)
-    total = torch.zeros((), dtype=torch.float64, device=mesh.device)
-
-    def observe(_: int, nll_BL: Tensor) -> None:
-        nonlocal total
-        total += nll_BL.double().sum()
-
-    scale = torch.tensor(1.0 / count, dtype=torch.float64, device=mesh.device)
-    parallel.execution.train(mine, scale, observe)
-    for axis in ("hdp", "pp"):
-        mesh.all_reduce_sum(total, axis)
-    visits = {}
-    for part in parts:
-        for layer, seen in part.take_statistics().items():
-            for axis in ("hdp", "tp"):
-                mesh.all_reduce_sum(seen.counts_E, axis)
-            visits[layer] = seen.counts_E
-    gradients = {name: _whole(p.grad) for name, p in parallel.named_parameters()}
-    return StepResult(float(total) / count, gradients, visits)
-
-
 def make_parallel(config: RunConfig, mesh: Mesh) -> Parallel:
     """This rank's part of the model, with its initial values."""
     layout = Layout.of(config, mesh.world_size)
@@ -114,39 +181,63 @@ def make_parallel(config: RunConfig, mesh: Mesh) -> Parallel:
     return parallel
 
 
+def differences(got: StepsResult, wanted: StepsResult) -> dict[str, tuple[str, float]]:
+    """Return (where, how far apart) of the worst number of each kind, in the names of the fields.
+
+    Tensors by name: max |got - wanted| / max |wanted|. Numbers by step: the largest
+    |got - wanted| / |wanted| of any of them. Not finite: inf.
+    """
+    worst = {}
+    for kind in ("sums", "grad_norm", "routing"):
+        ours, theirs = getattr(got, kind), getattr(wanted, kind)
+        assert len(ours) == len(theirs), (kind, len(ours), len(theirs))
+        errors = [
+            (f"step {step}", _finite(_relative(one, other)))
+            for step, (one, other) in enumerate(zip(ours, theirs, strict=True), 1)
+        ]
+        worst[kind] = max(errors, key=lambda pair: pair[1], default=("", 0.0))
+    for kind in ("gradients", "parameters", "routers"):
+        pairs = relative_errors(getattr(got, kind), getattr(wanted, kind))
+        worst[kind] = max(pairs, key=lambda pair: pair[1], default=("", 0.0))
+    return worst
+
+
 def relative_errors(
     got: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, float]]:
     """Yield (name, max |got - wanted| / max |wanted|) for all in ``got``; not finite: inf."""
-    for name, gradient in got.items():
+    for name, tensor in got.items():
         exact = wanted[name].double()
-        error = float((gradient.double() - exact).abs().max())
-        error /= max(float(exact.abs().max()), 1e-300)
-        # A NaN compares as nothing, so the largest of some errors would hide it.
-        yield name, error if math.isfinite(error) else math.inf
+        error = float((tensor.double() - exact).abs().max())
+        yield name, _finite(error / max(float(exact.abs().max()), 1e-300))
 
 
-def targets(batches: Sequence[MicroBatch]) -> int:
-    """Number of tokens that the loss counts."""
-    return sum(int((batch.targets_BL != IGNORE).sum()) for batch in batches)
+def _relative(got: Tensor, wanted: Tensor) -> float:
+    """The largest relative error of any number; zeros must be zeros."""
+    return float(((got - wanted).abs() / wanted.abs().clamp(min=1e-300)).max())
 
 
-def _unbalance(
-    config: RunConfig, parts: Sequence[Transformer], batches: Sequence[MicroBatch]
-) -> None:
+def _finite(error: float) -> float:
+    # A NaN compares as nothing, so the largest of some errors would hide it.
+    return error if math.isfinite(error) else math.inf
+
+
+def _unbalance(parts: Sequence[Transformer]) -> None:
     """Bring the routers into the state of a step with uneven loads, where every term counts."""
-    if not isinstance(config.model, MoEModel):
-        return
-    tokens = sum(batch.tokens_BL.numel() for batch in batches)
     for part in parts:
-        begin_step(part, tokens)
         for layer, router in routers(part).items():
             uneven = torch.arange(1.0, router.num_experts + 1).roll(layer)
             router.load.copy_(uneven / uneven.sum())
             router.bias.copy_((uneven / uneven.sum() - 1 / router.num_experts) / 10)
 
 
-def _whole(gradient: Tensor | None) -> Tensor:
-    assert gradient is not None, "a parameter has no gradient"
-    whole = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
-    return whole.detach().cpu()
+def _router_state(part: Transformer) -> Iterator[tuple[str, Tensor]]:
+    for layer, router in routers(part).items():
+        yield f"{layer}.load", router.load.detach().cpu().clone()
+        yield f"{layer}.bias", router.bias.detach().cpu().clone()
+
+
+def _whole(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None, "a parameter has no gradient"
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return whole.detach().cpu().clone()

@@ -1,8 +1,8 @@
 """A certificate that a configuration computes the same run in several layouts.
 
-Each layout is run on processes of this machine and compared with one process: the gradients of a
-step in fp64 and fp32, two resumes, a checkpoint carried over from one process, and what is
-exported from a checkpoint that the layout has read and written again.
+Each layout is run on processes of this machine and compared with one process: what the trainer's
+steps compute in fp64 and fp32, two resumes, a checkpoint carried over from one process, and what
+is exported from a checkpoint that the layout has read and written again.
 """
 
 from __future__ import annotations
@@ -31,12 +31,10 @@ from allometry.data.synthetic import write_random_store
 from allometry.interop.huggingface.convert import export_hf
 from allometry.scaling.layout import Layout
 from allometry.studies.certificate import rank as verify_rank
-from allometry.studies.certificate.rank import Job
+from allometry.studies.certificate.rank import TOLERANCE, Job
 from allometry.trainer.record import writer as record
 from allometry.trainer.state.folder import write_atomically
 
-TOLERANCE = {"fp64": 1e-10, "fp32": 1e-5}
-"""Largest |gradient - that of one process| over the largest of that tensor."""
 LOSS_TOLERANCE = 1e-5
 STEPS = 4
 _DEFAULTS = (
@@ -55,7 +53,8 @@ _EXPERT_DEFAULTS = ("ep=2", "ep=4", "ep=2,tp=2", "ep=2,pp=2")
 class LayoutResult:
     """What was found for one layout; ``refused`` says why the model cannot take it.
 
-    ``gradients`` are the worst relative errors by type, with the parameter that has it. ``loss``:
+    ``steps``: the worst relative error by type and by kind (see ``StepsResult``), and where it is:
+    {"fp64": {"gradients": {"worst": 1e-15, "where": "head.weight"}, ...}, ...}. ``loss``:
     relative error of the losses of a run that was carried over. ``resume_bit_exact``: two resumes
     against a straight run of the same layout. ``export_equal``: None where no Hugging Face family
     can hold the model, for the reason in ``export_refused``.
@@ -63,7 +62,7 @@ class LayoutResult:
 
     layout: str
     world_size: int
-    gradients: dict[str, dict[str, Any]]
+    steps: dict[str, dict[str, dict[str, Any]]]
     loss: float | None = None
     resume_bit_exact: bool | None = None
     export_equal: bool | None = None
@@ -75,7 +74,11 @@ class LayoutResult:
         """Whether everything that could be compared agrees; False for what was refused."""
         return (
             self.refused is None
-            and all(self.gradients[t]["worst"] <= TOLERANCE[t] for t in TOLERANCE)
+            and all(
+                self.steps[dtype][kind]["worst"] <= bound
+                for dtype, bounds in TOLERANCE.items()
+                for kind, bound in bounds.items()
+            )
             and self.loss is not None
             and self.loss <= LOSS_TOLERANCE
             and self.resume_bit_exact is True
@@ -271,13 +274,15 @@ def _run(jobs: Sequence[Job], scratch: Path, config: RunConfig) -> None:
 
 
 def _judge(job: Job, scratch: Path) -> LayoutResult:
-    found = [
+    apart = [
         json.loads((job.folder / f"rank-{rank}.json").read_text()) for rank in range(job.world_size)
     ]
-    gradients = {}
-    for dtype in TOLERANCE:
-        worst = max((result["gradients"][dtype] for result in found), key=lambda pair: pair[1])
-        gradients[dtype] = {"worst": worst[1], "parameter": worst[0]}
+    steps: dict[str, dict[str, dict[str, Any]]] = {}
+    for dtype, bounds in TOLERANCE.items():
+        steps[dtype] = {}
+        for kind in bounds:
+            where, worst = max((rank[dtype][kind] for rank in apart), key=lambda pair: pair[1])
+            steps[dtype][kind] = {"worst": worst, "where": where}
     alone = verify_rank.losses(scratch / "alone" / "straight")
     moved = verify_rank.losses(job.folder / "moved")
     straight, resumed = (verify_rank.losses(job.folder / n) for n in ("straight", "resumed"))
@@ -286,7 +291,7 @@ def _judge(job: Job, scratch: Path) -> LayoutResult:
     return LayoutResult(
         layout=job.name,
         world_size=job.world_size,
-        gradients=gradients,
+        steps=steps,
         loss=float(np.max(np.abs(np.array(moved) / np.array(alone) - 1))),
         resume_bit_exact=straight == resumed,
         export_equal=equal,

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,7 @@ from allometry.configs.run import RunConfig
 from allometry.data.documents import DocumentStream
 from allometry.data.stream import open_stream
 from allometry.launch.studies.verify import run
+from allometry.studies.certificate.rank import TOLERANCE
 from allometry.studies.certificate.verify import Certificate, LayoutResult, _small, verify
 
 Make = Callable[..., RunConfig]
@@ -30,14 +32,20 @@ MOE = {
 GOOD = LayoutResult(
     layout="tp=2",
     world_size=2,
-    gradients={
-        "fp64": {"worst": 1e-15, "parameter": "a"},
-        "fp32": {"worst": 1e-6, "parameter": "a"},
+    steps={
+        dtype: {kind: {"worst": bound / 2, "where": "a"} for kind, bound in bounds.items()}
+        for dtype, bounds in TOLERANCE.items()
     },
     loss=1e-7,
     resume_bit_exact=True,
     export_equal=True,
 )
+
+
+def with_error(dtype: str, kind: str, error: float) -> dict[str, Any]:
+    """What was compared, with one error that is too large."""
+    row = GOOD.steps[dtype] | {kind: {"worst": error, "where": "a"}}
+    return GOOD.steps | {dtype: row}
 
 
 def test_a_layout_of_experts_is_certified(tiny: Make, tmp_path: Path) -> None:
@@ -51,8 +59,11 @@ def test_a_layout_of_experts_is_certified(tiny: Make, tmp_path: Path) -> None:
     assert found["passed"]
     assert len(found["config_sha256"]) == 64
     for layout in found["layouts"]:
-        assert layout["gradients"]["fp64"]["worst"] < 1e-10
-        assert layout["gradients"]["fp32"]["worst"] < 1e-5
+        for kind in ("sums", "gradients", "grad_norm", "routing", "routers"):
+            assert layout["steps"]["fp64"][kind]["worst"] < 1e-10, kind
+        assert layout["steps"]["fp64"]["parameters"]["worst"] < 1e-8
+        for kind in ("sums", "gradients", "grad_norm", "routing"):
+            assert layout["steps"]["fp32"][kind]["worst"] < 1e-5, kind
         assert layout["resume_bit_exact"]
         assert layout["export_equal"]
         assert layout["loss"] < 1e-5
@@ -101,10 +112,11 @@ def test_every_step_of_a_certificate_begins_a_document(
 @pytest.mark.parametrize(
     "broken",
     [
-        replace(GOOD, gradients=GOOD.gradients | {"fp64": {"worst": 1e-9, "parameter": "a"}}),
-        replace(GOOD, gradients=GOOD.gradients | {"fp32": {"worst": 1e-4, "parameter": "a"}}),
-        replace(
-            GOOD, gradients=GOOD.gradients | {"fp32": {"worst": float("nan"), "parameter": ""}}
+        *(
+            replace(GOOD, steps=with_error(dtype, kind, error))
+            for dtype, bounds in TOLERANCE.items()
+            for kind, bound in bounds.items()
+            for error in (2 * bound, float("nan"))
         ),
         replace(GOOD, loss=1e-3),
         replace(GOOD, resume_bit_exact=False),

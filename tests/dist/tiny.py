@@ -27,6 +27,7 @@ from allometry.parallel.mesh import Mesh, open_mesh
 from allometry.parallel.reduce import GradientSync
 from allometry.scaling.layout import Layout
 from allometry.scaling.parameterization import Parameterization
+from allometry.trainer.feed import DeviceBatch
 
 VOCAB, LENGTH, SEED = 61, 16, 5
 
@@ -92,6 +93,16 @@ def micro_batches(count: int, seed: int = 0, device: str = "cpu") -> list[MicroB
         )
         made.append(MicroBatch(stream[:, :-1].to(device), targets_BL.to(device), documents))
     return made
+
+
+def device_batches(count: int, seed: int = 0) -> list[DeviceBatch]:
+    """The same as the trainer feeds them, of two sources in turn."""
+    return [
+        DeviceBatch(
+            batch.tokens_BL, batch.targets_BL, torch.tensor([place % 2]), batch.documents, place
+        )
+        for place, batch in enumerate(micro_batches(count, seed))
+    ]
 
 
 def build(run: RunConfig, part: Part | None = None) -> Transformer:
