@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from allometry.configs.run import RunConfig
+from allometry.scaling.attention import AttentionCall
 from allometry.scaling.batch import BatchPlan, total_steps, warmup_steps
 from allometry.scaling.count import Flops, ParameterCount, count_parameters, flops_per_token
 from allometry.scaling.layout import Layout
@@ -67,6 +68,7 @@ class RunPlan:
                 ),
                 checkpointing=config.training.activation_checkpointing,
                 optimizer=config.optimizer,
+                attention=_attention(config),
             ),
             parameterization=Parameterization.of_run(config),
         )
@@ -116,6 +118,17 @@ class RunPlan:
             "memory_estimate_bytes": {**asdict(self.memory), "total": self.memory.total},
             "parameterization": self.parameterization.describe(),
         }
+
+
+def _attention(config: RunConfig) -> AttentionCall:
+    """Return what the run asks of attention on a GPU."""
+    return AttentionCall(
+        "cuda",
+        config.training.compute_dtype,
+        packed=config.data.kind == "documents" or config.data.packing == "per_document",
+        length=config.data.sequence_length,
+        compiled=config.training.compile,
+    )
 
 
 def _micro_batch_tokens(config: RunConfig) -> int:
