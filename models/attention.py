@@ -5,45 +5,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from enum import StrEnum
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from allometry.models.attention_blocked import LONGEST, blocked_attention
+from allometry.models.attention_blocked import blocked_attention
 from allometry.models.attention_cpu import packed_attention
-from allometry.models.attention_cuda import varlen_attention
+from allometry.models.attention_cuda import flash_attn_varlen, torch_varlen
 from allometry.models.documents import Documents
+from allometry.scaling.attention import AttentionBackend, AttentionCall, choose_backend, installed
 
 Attend = Callable[[Tensor, Tensor, Tensor, Documents | None, float], Tensor]
 """(q_BLNH, k_BLKH, v_BLKH, documents, scale) -> [B, L, N, H]: causal, within each document."""
 
-HALF_TYPES = (torch.bfloat16, torch.float16)
-
-
-class Backend(StrEnum):
-    """Ways to compute the same attention."""
-
-    REFERENCE = "reference"  # softmax written out: the twin that tests compare with
-    FLASH = "flash"  # torch's scaled_dot_product_attention: no documents
-    MASKED = "masked"  # the same with a dense mask: any type, memory grows with L squared
-    PACKED = "packed"  # CPU: torch's flash kernel on each document in turn
-    BLOCKED = "blocked"  # CPU, compiled, short sequences: products on blocks of queries
-    VARLEN = "varlen"  # CUDA: a variable-length flash kernel, half types only
-
-
-def choose_backend(
-    device: torch.device, dtype: torch.dtype, packed: bool, length: int, compiled: bool
-) -> Backend:
-    """Return the fastest back end that can do it."""
-    if device.type == "cpu" and compiled and dtype == torch.bfloat16 and length <= LONGEST:
-        return Backend.BLOCKED
-    if not packed:
-        return Backend.FLASH
-    if device.type == "cuda":
-        return Backend.VARLEN if dtype in HALF_TYPES else Backend.MASKED
-    return Backend.PACKED if device.type == "cpu" else Backend.MASKED
+_DTYPES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+}
 
 
 def attend(
@@ -52,23 +33,35 @@ def attend(
     v_BLKH: Tensor,
     documents: Documents | None,
     scale: float,
-    backend: Backend | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Return softmax(scale * q k^T) v [B, L, N, H], causal, within each document.
 
     Without ``documents`` each sequence is one document. Query head n uses key/value head
-    n // (N/K) (arXiv 2305.13245). Without ``backend``, ``choose_backend`` decides.
+    n // (N/K) (arXiv 2305.13245). ``backend``: a name in ``scaling.attention.BACKENDS``; None: the
+    first of them that suits.
     """
     assert q_BLNH.shape[2] % k_BLKH.shape[2] == 0, (q_BLNH.shape, k_BLKH.shape)
     if backend is None:
-        backend = choose_backend(
-            q_BLNH.device,
-            q_BLNH.dtype,
-            packed=documents is not None,
-            length=q_BLNH.shape[1],
-            compiled=torch.compiler.is_compiling(),
-        )
-    return _BACKENDS[backend](q_BLNH, k_BLKH, v_BLKH, documents, scale)
+        backend = backend_of(q_BLNH, documents, compiled=torch.compiler.is_compiling()).name
+    return RUN[backend](q_BLNH, k_BLKH, v_BLKH, documents, scale)
+
+
+def backend_of(q_BLNH: Tensor, documents: Documents | None, *, compiled: bool) -> AttentionBackend:
+    """Return the back end that ``attend`` uses for these queries."""
+    call = AttentionCall(
+        q_BLNH.device.type,
+        _DTYPES[q_BLNH.dtype],
+        packed=documents is not None,
+        length=q_BLNH.shape[1],
+        compiled=compiled,
+    )
+    return choose_backend(call, _installed)
+
+
+@torch.compiler.assume_constant_result  # what is installed does not change in a run
+def _installed(package: str | None) -> bool:
+    return installed(package)
 
 
 def _reference(
@@ -116,35 +109,41 @@ def _heads_first(
     groups = q.shape[1] // k.shape[1]
     # On CUDA only the flash kernel, for half types, groups heads; the others would fall back to
     # materialised scores, which costs far more than repeated keys.
-    if groups > 1 and q.device.type == "cuda" and q.dtype not in HALF_TYPES:
+    if groups > 1 and q.device.type == "cuda" and q.dtype not in (torch.bfloat16, torch.float16):
         k, v = (t.repeat_interleave(groups, dim=1) for t in (k, v))
         groups = 1
     return q, k, v, groups > 1
 
 
+def _on_tokens(
+    attention: Callable[[Tensor, Tensor, Tensor, Documents, float], Tensor],
+) -> Attend:
+    """Let a function of flattened tokens [T, heads, H] take sequences of them."""
+
+    def run(
+        q_BLNH: Tensor, k_BLKH: Tensor, v_BLKH: Tensor, documents: Documents | None, scale: float
+    ) -> Tensor:
+        assert documents is not None
+        q, k, v = (t.flatten(0, 1) for t in (q_BLNH, k_BLKH, v_BLKH))
+        return attention(q, k, v, documents, scale).view(q_BLNH.shape)
+
+    return run
+
+
 def _packed(
-    q_BLNH: Tensor, k_BLKH: Tensor, v_BLKH: Tensor, documents: Documents | None, scale: float
+    q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, documents: Documents, scale: float
 ) -> Tensor:
-    assert documents is not None
-    q, k, v = (t.flatten(0, 1) for t in (q_BLNH, k_BLKH, v_BLKH))
-    o_TNH, _ = packed_attention(q, k, v, documents.cu_lengths, scale)
-    return o_TNH.view(q_BLNH.shape)
+    o_TNH, _ = packed_attention(q_TNH, k_TKH, v_TKH, documents.cu_lengths, scale)
+    return o_TNH
 
 
-def _varlen(
-    q_BLNH: Tensor, k_BLKH: Tensor, v_BLKH: Tensor, documents: Documents | None, scale: float
-) -> Tensor:
-    assert documents is not None
-    q, k, v = (t.flatten(0, 1) for t in (q_BLNH, k_BLKH, v_BLKH))
-    o_TNH = varlen_attention(q, k, v, documents.cu_lengths, documents.max_length, scale)
-    return o_TNH.view(q_BLNH.shape)
-
-
-_BACKENDS: dict[Backend, Callable[[Tensor, Tensor, Tensor, Documents | None, float], Tensor]] = {
-    Backend.REFERENCE: _reference,
-    Backend.FLASH: _flash,
-    Backend.MASKED: _masked,
-    Backend.PACKED: _packed,
-    Backend.BLOCKED: blocked_attention,
-    Backend.VARLEN: _varlen,
+RUN: dict[str, Attend] = {
+    "blocked": blocked_attention,
+    "flash": _flash,
+    "flash2": _on_tokens(flash_attn_varlen),
+    "varlen": _on_tokens(torch_varlen),
+    "packed": _on_tokens(_packed),
+    "masked": _masked,
+    "reference": _reference,
 }
+"""How each of ``scaling.attention.BACKENDS`` runs."""

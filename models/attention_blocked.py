@@ -17,8 +17,6 @@ from torch import Tensor
 from allometry.models.documents import Documents
 
 BLOCK = 128
-LONGEST = 1024
-"""Kept weights grow with L squared: longer sequences pay more memory than they save time."""
 
 
 def blocked_attention(

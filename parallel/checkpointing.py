@@ -20,19 +20,17 @@ from torch.utils.checkpoint import (
 
 from allometry.models.transformer import Transformer
 from allometry.parallel.hdp.offload import hand_over_kept
+from allometry.parallel.hdp.ring import RING_OPERATOR
+from allometry.scaling.attention import BACKENDS
 
 # Namespaces of collectives, whose results are kept: recomputing them would send everything twice.
 _COMMUNICATION = ("_c10d_functional", "_c10d_functional_autograd", "c10d", "_dtensor")
-_ATTENTION = (
-    "_scaled_dot_product",
-    "_flash_attention",
-    "packed_attention",
-    "blocked_attention",
-    "ring_attention",
+_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "_scaled_mm")
+_ATTENTION = frozenset(
+    {RING_OPERATOR, *(name for backend in BACKENDS for name in backend.operators)}
 )
 # The modes that note and answer operators in the first and in the second pass.
 _SELECTION = (_CachingTorchDispatchMode, _CachedTorchDispatchMode)
-_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "_scaled_mm")
 
 
 def apply_checkpointing(
@@ -93,18 +91,13 @@ def _unseen(hook: Callable[..., Any]) -> Callable[..., Any]:
     return hook_outside_of_selection
 
 
+def keeps(operator: str) -> bool:
+    """Return whether selective checkpointing keeps the results of an operator, as "aten::mm"."""
+    namespace, _, short = operator.partition("::")
+    return namespace in _COMMUNICATION or short in _PRODUCTS or operator in _ATTENTION
+
+
 def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    name = _name(operator)
-    namespace, _, short = name.partition("::")
-    keep = (
-        namespace in _COMMUNICATION
-        or short in _PRODUCTS
-        or any(short.startswith(kernel) for kernel in _ATTENTION)
-    )
-    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def _name(operator: Any) -> str:
-    if isinstance(operator, torch._ops.OpOverload):
-        return str(operator._schema.name)
-    return str(operator)
+    overload = isinstance(operator, torch._ops.OpOverload)
+    name = operator._schema.name if overload else str(operator)
+    return CheckpointPolicy.MUST_SAVE if keeps(name) else CheckpointPolicy.PREFER_RECOMPUTE

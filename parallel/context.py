@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from allometry.models.attention import attend, choose_backend
+from allometry.models.attention import attend, backend_of
 from allometry.models.documents import Documents
 from allometry.models.transformer import Transformer
 from allometry.parallel.hdp.ring import ring_attention
@@ -39,10 +39,8 @@ class ContextAttention:
             return o_TNH.view(q_BLNH.shape)
         # As if not compiled: what is fastest in compiled code is compiled for one L, and here each
         # micro-batch has its own.
-        backend = choose_backend(
-            q_BLNH.device, q_BLNH.dtype, packed=documents is not None, length=0, compiled=False
-        )
-        return attend(q_BLNH, k_BLKH, v_BLKH, documents, scale, backend)
+        backend = backend_of(q_BLNH, documents, compiled=False)
+        return attend(q_BLNH, k_BLKH, v_BLKH, documents, scale, backend.name)
 
 
 def apply_context(part: Transformer, mesh: Mesh) -> None:

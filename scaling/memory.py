@@ -14,6 +14,7 @@ from typing import Literal
 from allometry.configs.execution import Zero
 from allometry.configs.model import LatentExperts, ModelConfig, MoEModel
 from allometry.configs.optimization import Apollo, OptimizerConfig
+from allometry.scaling.attention import AttentionCall, choose_backend
 from allometry.scaling.inventory import inventory
 from allometry.scaling.layout import Layout
 from allometry.scaling.roles import ParamSpec, Role, Rule
@@ -23,6 +24,9 @@ COMPUTE_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
 """Bytes of one number of each ``training.compute_dtype``."""
 
 _FP32 = 4
+
+FUSED_ATTENTION = AttentionCall("cuda", "bf16", packed=False, length=1, compiled=False)
+"""What a fused kernel does, which keeps the log-sum-exp of each query whatever the length."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +117,7 @@ def estimate_memory(
     logits_chunk_tokens: int | None = None,
     fused_norm: bool = True,
     optimizer: OptimizerConfig | None = None,
+    attention: AttentionCall = FUSED_ATTENTION,
 ) -> MemoryEstimate:
     """Estimate the bytes that the fullest of the ranks needs at the peak of a step.
 
@@ -124,6 +129,7 @@ def estimate_memory(
     on a CPU).
     ``fused_norm``: whether norms keep no more than their input and output, as torch's CUDA kernel
     (on a CPU they also keep both widened to fp32). ``optimizer`` None: AdamW.
+    ``attention``: what is asked of attention, whose back ends differ in what they keep.
     """
     if logits_chunk_tokens is None:
         columns = math.ceil(model.vocab_size / (layout.degrees.tp if layout is not None else 1))
@@ -144,7 +150,12 @@ def estimate_memory(
             ep=ep,
         )
         held = _held(part, zero, hdp, compute_bytes, optimizer, pipeline=pp > 1)
-        kept = _activations(part, micro_batch_tokens, compute_bytes, fused_norm, checkpointing)
+        scores = choose_backend(attention).kept_bytes(
+            model.num_heads, attention.length, compute_bytes
+        )
+        kept = _activations(
+            part, micro_batch_tokens, compute_bytes, fused_norm, checkpointing, scores
+        )
         in_flight = _in_flight(layout, rank, micro_batches) if layout is not None else 1
         loss = 0
         if part.last:
@@ -266,16 +277,17 @@ def _activations(
     compute_bytes: int,
     fused_norm: bool,
     checkpointing: Literal["none", "selective", "full"],
+    scores: int,
 ) -> int:
     """Return the bytes kept for the backward pass of one micro-batch.
 
     For each block and token: both norms' input and output in the compute type (D each; unfused,
     input and quotient in fp32 or wider besides the output); q, k, v (N·H + 2·K·H); attention's
-    output in its own layout and in the next product's (2·N·H), its fp32 log-sum-exp (N); with
-    qk_norm q and k before it as well; gate, up, SiLU and product of the feed-forward (4·F), or
-    what a mixture keeps. Then the final norm. Tensor parallelism divides all but the two gathered
-    inputs (2·D). Checkpointing keeps a block's input (D) and one block whole; selective keeps
-    products and attention besides.
+    output in its own layout and in the next product's (2·N·H), ``scores`` bytes of what its back
+    end keeps besides; with qk_norm q and k before it as well; gate, up, SiLU and product of the
+    feed-forward (4·F), or what a mixture keeps. Then the final norm. Tensor parallelism divides
+    all but the two gathered inputs (2·D). Checkpointing keeps a block's input (D) and one block
+    whole; selective keeps products and attention besides.
     """
     model = part.model
     queries = model.num_heads * model.head_width
@@ -283,12 +295,12 @@ def _activations(
     wide = max(_FP32, compute_bytes)
     norm_input = compute_bytes if fused_norm else 2 * wide
     norm = model.width * (norm_input + compute_bytes)
-    common = 2 * norm + compute_bytes * (3 * queries + 2 * keys) + _FP32 * model.num_heads
+    common = 2 * norm + compute_bytes * (3 * queries + 2 * keys) + scores
     if model.qk_norm:
         common += norm_input * (queries + keys)
     if model.dropout:
         common += 2 * model.width  # a mask of one byte for each branch
-    products = compute_bytes * (2 * queries + 2 * keys + 3 * model.width) + _FP32 * model.num_heads
+    products = compute_bytes * (2 * queries + 2 * keys + 3 * model.width) + scores
     kept: list[int] = []
     least: list[int] = []
     for layer in sorted(part.layers):

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from allometry.configs.run import RunConfig
+from allometry.scaling.attention import AttentionCall
 from allometry.scaling.batch import BatchPlan, total_steps, warmup_steps
 from allometry.scaling.count import Flops, ParameterCount, count_parameters, flops_per_token
 from allometry.scaling.layout import Layout
@@ -69,6 +70,7 @@ class RunPlan:
                 ),
                 checkpointing=config.training.activation_checkpointing,
                 optimizer=config.optimizer,
+                attention=_attention(config),
             ),
             parameterization=Parameterization.of_run(config),
             balance_loads=BalanceLoads.of(config),
@@ -120,6 +122,17 @@ class RunPlan:
             "parameterization": self.parameterization.describe(),
             "balance_loads": None if self.balance_loads is None else asdict(self.balance_loads),
         }
+
+
+def _attention(config: RunConfig) -> AttentionCall:
+    """Return what the run asks of attention on a GPU."""
+    return AttentionCall(
+        "cuda",
+        config.training.compute_dtype,
+        packed=config.data.kind == "documents" or config.data.packing == "per_document",
+        length=config.data.sequence_length,
+        compiled=config.training.compile,
+    )
 
 
 def _micro_batch_tokens(config: RunConfig) -> int:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from allometry.launch.start import choose, find_library
+from allometry.scaling.attention import BACKENDS, AttentionCall, choose_backend, installed
 
 Status = Literal["ok", "absent", "problem"]
 
@@ -32,7 +33,7 @@ def examine() -> list[Finding]:
     checks: tuple[Callable[[], Iterator[Finding]], ...] = (
         _torch,
         _nvml,
-        _flash_attention,
+        _attention,
         _apex,
         _deepspeed,
         _megatron,
@@ -40,14 +41,14 @@ def examine() -> list[Finding]:
         _compiler,
         _memory,
     )
-    found: list[Finding] = []
+    findings: list[Finding] = []
     for check in checks:
         name = check.__name__.strip("_").replace("_", " ")
         try:
-            found.extend(check())
+            findings.extend(check())
         except Exception as error:  # a broken install raises anything at all
-            found.append(Finding(name, "problem", f"{type(error).__name__}: {error}"))
-    return found
+            findings.append(Finding(name, "problem", f"{type(error).__name__}: {error}"))
+    return findings
 
 
 def render(findings: list[Finding], *, as_json: bool) -> str:
@@ -133,17 +134,22 @@ def _nvml() -> Iterator[Finding]:
         pynvml.nvmlShutdown()
 
 
-def _flash_attention() -> Iterator[Finding]:
-    if found := version("flash-attn"):
-        importlib.import_module("flash_attn")
-        yield Finding("flash-attn", "ok", found)
-    else:
-        yield Finding(
-            "flash-attn",
-            "absent",
-            "torch's own attention kernels are used",
-            "on a GPU machine with nvcc: pip install 'allometry[cuda]' --no-build-isolation",
-        )
+def _attention() -> Iterator[Finding]:
+    import torch
+
+    for backend in BACKENDS:
+        if backend.package is None:
+            continue
+        name = backend.package.replace("_", "-")
+        if installed(backend.package):
+            importlib.import_module(backend.package)
+            yield Finding(name, "ok", f"{version(name)}, attention back end {backend.name}")
+        else:
+            yield Finding(name, "absent", "torch's own attention kernels are used", backend.install)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    call = AttentionCall(device, "bf16", packed=False, length=4096, compiled=False)
+    whole, packed = (choose_backend(call._replace(packed=p)).name for p in (False, True))
+    yield Finding("attention", "ok", f"{device}, bf16: {whole}, with several documents {packed}")
 
 
 def _apex() -> Iterator[Finding]:

@@ -28,6 +28,9 @@ from allometry.parallel.hdp.kernels import attention_block, attention_block_back
 from allometry.parallel.hdp.kernels_cuda import Runs, to_device
 from allometry.parallel.hdp.shard import Pairing, Ring, Rows
 
+RING_OPERATOR = "allometry::ring_attention"
+"""The forward as torch's dispatcher names it; what it computes blocks with runs inside of it."""
+
 # What a message carries, as part of its tag.
 _KEYS, _KEYS_AGAIN, _GRADIENTS = range(3)
 _CHANNELS = 3
@@ -59,7 +62,7 @@ def ring_traffic(
     return Traffic(len(messages), sum(messages))
 
 
-@torch.library.custom_op("allometry::ring_attention", mutates_args=())
+@torch.library.custom_op(RING_OPERATOR, mutates_args=())
 def ring_attention(
     q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, table: Tensor, group_name: str, scale: float
 ) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from allometry.configs.execution import ParallelConfig
-from allometry.models.attention import Backend, attend
+from allometry.models.attention import attend
 from allometry.models.documents import Documents
 from allometry.parallel.hdp.ring import Traffic, ring_attention, ring_traffic
 from allometry.parallel.hdp.shard import ring_table
@@ -53,7 +53,7 @@ def alone(lengths: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, ...]:
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
     bounds = torch.tensor([0, *lengths]).cumsum(0).int()
     documents = Documents(bounds, max(lengths), positions)
-    o = attend(*inputs, documents, SCALE, Backend.REFERENCE)
+    o = attend(*inputs, documents, SCALE, "reference")
     grads = torch.autograd.grad(o, inputs, grad[None])
     return o[0].detach(), *(g[0] for g in grads)
 

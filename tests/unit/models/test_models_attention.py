@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from allometry.models import attention_blocked, attention_cuda
-from allometry.models.attention import Backend, attend, choose_backend
+from allometry.models.attention import RUN, attend, backend_of
 from allometry.models.attention_cpu import packed_attention, padded_lengths
 from allometry.models.documents import Documents
+from allometry.scaling.attention import BACKENDS, AttentionCall, choose_backend
 
 B, L, H = 2, 12, 8
 LENGTHS = [5, 0, 6, 1, 12, 0]  # empty documents and one of a single token among them
@@ -33,7 +34,7 @@ def inputs(dtype: torch.dtype, query_heads: int, key_heads: int) -> list[Tensor]
     ]
 
 
-def outcome(qkv: list[Tensor], packed: Documents | None, backend: Backend | None) -> list[Tensor]:
+def outcome(qkv: list[Tensor], packed: Documents | None, backend: str | None) -> list[Tensor]:
     o_BLNH = attend(*qkv, packed, 0.4, backend)
     weights = torch.linspace(-1, 1, o_BLNH.numel(), dtype=torch.float64).view(o_BLNH.shape)
     grads = torch.autograd.grad((o_BLNH * weights.to(o_BLNH.dtype)).sum(), qkv)
@@ -41,11 +42,11 @@ def outcome(qkv: list[Tensor], packed: Documents | None, backend: Backend | None
 
 
 CASES = [
-    (Backend.FLASH, False),
-    (Backend.MASKED, True),
-    (Backend.PACKED, True),
-    (Backend.BLOCKED, False),
-    (Backend.BLOCKED, True),
+    ("flash", False),
+    ("masked", True),
+    ("packed", True),
+    ("blocked", False),
+    ("blocked", True),
 ]
 
 
@@ -58,7 +59,7 @@ CASES = [
 @pytest.mark.parametrize(("backend", "packed"), CASES)
 def test_backend_equals_reference(backend, packed, heads, dtype, tolerance):
     packed_documents = documents() if packed else None
-    expected = outcome(inputs(torch.float64, *heads), packed_documents, Backend.REFERENCE)
+    expected = outcome(inputs(torch.float64, *heads), packed_documents, "reference")
     got = outcome(inputs(dtype, *heads), packed_documents, backend)
     for some, other in zip(got, expected, strict=True):
         assert some.dtype == dtype
@@ -67,7 +68,7 @@ def test_backend_equals_reference(backend, packed, heads, dtype, tolerance):
 
 def test_reference_by_hand():
     q, k, v = (t.detach() for t in inputs(torch.float64, 4, 2))
-    o_BLNH = attend(q, k, v, documents(), 0.4, Backend.REFERENCE)
+    o_BLNH = attend(q, k, v, documents(), 0.4, "reference")
     starts = [0, 5, 11]  # of the documents of the first sequence
     for query in range(L):
         start = max(s for s in starts if s <= query)
@@ -78,7 +79,7 @@ def test_reference_by_hand():
             torch.testing.assert_close(o_BLNH[0, query, head], expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize(("backend", "packed"), [*CASES, (Backend.REFERENCE, True)])
+@pytest.mark.parametrize(("backend", "packed"), [*CASES, ("reference", True)])
 def test_future_and_other_documents_have_no_effect(backend, packed):
     q, k, v = (t.detach() for t in inputs(torch.float64, 4, 2))
     packed_documents = documents() if packed else None
@@ -99,8 +100,8 @@ def test_scale_is_felt():
 def test_strided_inputs():
     whole = torch.randn(B, L, 8, H, dtype=torch.float64)
     q, k, v = whole.split([4, 2, 2], dim=2)
-    got = attend(q, k, v, documents(), 0.4, Backend.PACKED)
-    expected = attend(q, k, v, documents(), 0.4, Backend.REFERENCE)
+    got = attend(q, k, v, documents(), 0.4, "packed")
+    expected = attend(q, k, v, documents(), 0.4, "reference")
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -116,42 +117,76 @@ def test_lengths_that_miss_tokens_are_refused():
         attend(q, k, v, wrong, 0.4)
 
 
+CALL = AttentionCall("cpu", "bf16", packed=False, length=512, compiled=False)
+
+
+def chosen(*, package: bool = False, **changes) -> str:
+    installed = {None: True, "flash_attn": package}
+    return choose_backend(CALL._replace(**changes), installed.__getitem__).name
+
+
 @pytest.mark.parametrize(
     ("device", "dtype", "packed", "expected"),
     [
-        ("cpu", torch.bfloat16, False, Backend.FLASH),
-        ("cpu", torch.float64, True, Backend.PACKED),
-        ("cuda", torch.bfloat16, False, Backend.FLASH),
-        ("cuda", torch.bfloat16, True, Backend.VARLEN),
-        ("cuda", torch.float16, True, Backend.VARLEN),
-        ("cuda", torch.float32, True, Backend.MASKED),
-        ("cuda", torch.float64, True, Backend.MASKED),
-        ("meta", torch.float32, True, Backend.MASKED),
+        ("cpu", "bf16", False, "flash"),
+        ("cpu", "fp64", True, "packed"),
+        ("cuda", "bf16", False, "flash"),
+        ("cuda", "bf16", True, "varlen"),
+        ("cuda", "fp16", True, "varlen"),
+        ("cuda", "fp32", True, "masked"),
+        ("cuda", "fp64", True, "masked"),
+        ("meta", "fp32", True, "masked"),
     ],
 )
 def test_the_choice_is_explicit(device, dtype, packed, expected):
-    assert choose_backend(torch.device(device), dtype, packed, 512, False) == expected
+    assert chosen(device=device, dtype=dtype, packed=packed) == expected
+
+
+def test_flash_attn_goes_first_where_it_is_installed():
+    assert chosen(device="cuda", packed=True, package=True) == "flash2"
+    assert chosen(device="cuda", packed=True, dtype="fp32", package=True) == "masked"
+    assert chosen(packed=True, package=True) == "packed"
+
+
+def test_short_sequences_are_blocked_where_a_cpu_compiles():
+    for packed in (False, True):
+        assert chosen(compiled=True, packed=packed) == "blocked"
+        assert chosen(compiled=True, packed=packed, length=4096) != "blocked"
+        assert chosen(packed=packed) != "blocked"
+        assert chosen(compiled=True, packed=packed, dtype="fp32") != "blocked"
+        assert chosen(compiled=True, packed=packed, device="cuda") != "blocked"
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_short_sequences_are_blocked_where_a_cpu_compiles(packed):
-    cpu, half = torch.device("cpu"), torch.bfloat16
-    assert choose_backend(cpu, half, packed, 512, True) == Backend.BLOCKED
-    for other in (
-        choose_backend(cpu, half, packed, 4096, True),
-        choose_backend(cpu, half, packed, 512, False),
-        choose_backend(cpu, torch.float32, packed, 512, True),
-        choose_backend(torch.device("cuda"), half, packed, 512, True),
-    ):
-        assert other != Backend.BLOCKED
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_attention_runs_what_was_chosen(monkeypatch, dtype, packed):
+    q, k, v = inputs(dtype, 4, 2)
+    within = documents() if packed else None
+    name = backend_of(q, within, compiled=False).name
+    assert name == chosen(dtype={8: "fp64", 2: "bf16"}[dtype.itemsize], packed=packed, length=L)
+    ran = []
+    run = RUN[name]
+    monkeypatch.setitem(RUN, name, lambda *args: ran.append(name) or run(*args))
+    attend(q, k, v, within, 0.4)
+    assert ran == [name]
+
+
+def test_what_is_installed_is_a_constant_of_compiled_code(monkeypatch):
+    """The choice is traced; whether a package is there must not be."""
+    here = next(b for b in BACKENDS if b.name == "packed")._replace(package="math")
+    monkeypatch.setattr("allometry.scaling.attention.BACKENDS", (here,))
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, backend="eager", fullgraph=True)
+    q, k, v = inputs(torch.float64, 4, 2)
+    assert torch.equal(compiled(q, k, v, documents(), 0.4), attend(q, k, v, documents(), 0.4))
 
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_blocks_join_to_the_whole(packed, monkeypatch):
     monkeypatch.setattr(attention_blocked, "BLOCK", 5)  # three blocks, the last of them shorter
-    chosen = documents() if packed else None
-    expected = outcome(inputs(torch.float64, 4, 2), chosen, Backend.REFERENCE)
-    got = outcome(inputs(torch.float64, 4, 2), chosen, Backend.BLOCKED)
+    within = documents() if packed else None
+    expected = outcome(inputs(torch.float64, 4, 2), within, "reference")
+    got = outcome(inputs(torch.float64, 4, 2), within, "blocked")
     for some, other in zip(got, expected, strict=True):
         assert (some - other).abs().max() < 1e-13 * other.abs().max()
 
@@ -161,17 +196,12 @@ class TestVarlenKernel:
 
     @pytest.fixture(autouse=True)
     def _forget(self):
-        attention_cuda.varlen_options.cache_clear()
+        attention_cuda.torch_spelling.cache_clear()
         yield
-        attention_cuda.varlen_options.cache_clear()
+        attention_cuda.torch_spelling.cache_clear()
 
-    def call(self) -> None:
-        q, k, v = (t.detach().flatten(0, 1) for t in inputs(torch.float64, 4, 2))
-        packed = documents()
-        attention_cuda.varlen_attention(q, k, v, packed.cu_lengths, packed.max_length, 0.4)
-
-    def without_flash_attn(self, monkeypatch) -> None:
-        monkeypatch.setattr(attention_cuda.importlib.util, "find_spec", lambda name: None)
+    def call(self, backend: str) -> None:
+        attend(*inputs(torch.float64, 4, 2), documents(), 0.4, backend)
 
     def test_torch_with_window(self, monkeypatch):
         seen = {}
@@ -182,9 +212,8 @@ class TestVarlenKernel:
             seen.update(scale=scale, window=window_size, gqa=enable_gqa, keys=k.shape[1])
             return q
 
-        self.without_flash_attn(monkeypatch)
         monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
-        self.call()
+        self.call("varlen")
         assert seen == {"scale": 0.4, "window": (-1, 0), "gqa": True, "keys": 2}
 
     def test_torch_with_is_causal(self, monkeypatch):
@@ -194,12 +223,11 @@ class TestVarlenKernel:
             seen.update(scale=scale, is_causal=is_causal, keys=k.shape[1])
             return q
 
-        self.without_flash_attn(monkeypatch)
         monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
-        self.call()
+        self.call("varlen")
         assert seen == {"scale": 0.4, "is_causal": True, "keys": 4}
 
-    def test_flash_attn_goes_first(self, monkeypatch):
+    def test_flash_attn(self, monkeypatch):
         seen = {}
 
         def flash_attn_varlen_func(q, k, v, *_, softmax_scale, causal):
@@ -209,8 +237,7 @@ class TestVarlenKernel:
         stand_in = types.ModuleType("flash_attn")
         stand_in.flash_attn_varlen_func = flash_attn_varlen_func
         monkeypatch.setitem(sys.modules, "flash_attn", stand_in)
-        monkeypatch.setattr(attention_cuda.importlib.util, "find_spec", lambda name: stand_in)
-        self.call()
+        self.call("flash2")
         assert seen == {"scale": 0.4, "causal": True, "keys": 2}
 
 
