@@ -13,8 +13,8 @@ from allometry.models.declare import DeclaresRoles
 from allometry.models.moe import MoETransformer
 from allometry.models.transformer import Part, Transformer
 from allometry.scaling.parameterization import Parameterization
+from allometry.scaling.parameterizations.base import ForwardScales
 from allometry.scaling.roles import ParamSpec
-from allometry.scaling.rules.base import ForwardScales
 
 ComputeDtype = Literal["bf16", "fp32", "fp64"]
 

@@ -24,8 +24,8 @@ from allometry.models.grouped import gather_rows, grouped_linear, sort_by_expert
 from allometry.models.layers import Linear, local, unset
 from allometry.models.router import Router, RouterStatistics
 from allometry.models.transformer import Block, FeedForward, Geometry, Transformer
+from allometry.scaling.parameterizations.base import ForwardScales
 from allometry.scaling.roles import Role
-from allometry.scaling.rules.base import ForwardScales
 
 Compute = Callable[[Tensor, Tensor], Tensor]
 """(rows sorted by local expert, rows of each local expert) -> what the experts make of them."""

@@ -25,8 +25,8 @@ from allometry.models.documents import Documents
 from allometry.models.head import Losses, OutputHead
 from allometry.models.layers import Embedding, Linear, RMSNorm, rotary_angles, rotate
 from allometry.models.router import RouterStatistics
+from allometry.scaling.parameterizations.base import ForwardScales
 from allometry.scaling.roles import Role
-from allometry.scaling.rules.base import ForwardScales
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from allometry.optim.matrix_ops import MatrixOps
 from allometry.optim.sphere import radii, turn
 from allometry.optim.states import (
     Group,
@@ -17,10 +18,9 @@ from allometry.optim.states import (
     like_parameters,
     steps_before,
 )
-from allometry.optim.whole import Whole
 
 
-def adamh(groups: Sequence[Group], state: State, whole: Whole) -> None:
+def adamh(groups: Sequence[Group], state: State, ops: MatrixOps) -> None:
     """Take a step with all parameters of ``groups``, matrices or stacks of them, in place.
 
     U = m̂/(√v̂+ε) with Adam's moments of G, then each matrix turns by η towards −U
@@ -32,7 +32,7 @@ def adamh(groups: Sequence[Group], state: State, whole: Whole) -> None:
     """
     items = items_of(groups)
     means, squares = (like_parameters(items, state, key) for key in ("exp_avg", "exp_avg_sq"))
-    spheres = radii(items, state, whole)
+    spheres = radii(items, state, ops)
     steps = steps_before(items, state)
     if at_rest(items):
         return
@@ -43,7 +43,7 @@ def adamh(groups: Sequence[Group], state: State, whole: Whole) -> None:
         )
         for item, mean, square, before in zip(items, means, squares, steps, strict=True)
     ]
-    turn(items, directions, spheres, whole)
+    turn(items, directions, spheres, ops)
 
 
 def adam_direction(

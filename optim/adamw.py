@@ -8,17 +8,17 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
 
+from allometry.optim.matrix_ops import MatrixOps
 from allometry.optim.states import Group, State, at_rest, items_of, like_parameters
-from allometry.optim.whole import Whole
 
 
-def adamw(groups: Sequence[Group], state: State, whole: Whole) -> None:
+def adamw(groups: Sequence[Group], state: State, ops: MatrixOps) -> None:
     """Take a step with all parameters of ``groups`` by torch's fused kernel, in place.
 
-    Elementwise, so ``whole`` is not asked. The states and their names are torch's: ``exp_avg`` and
+    Elementwise, so ``ops`` is not asked. The states and their names are torch's: ``exp_avg`` and
     ``exp_avg_sq``, as the parameter, and ``step``, on the device as the kernel wants it.
     """
-    del whole
+    del ops
     for group in groups:
         items = items_of([group])
         means, squares = (like_parameters(items, state, key) for key in ("exp_avg", "exp_avg_sq"))

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from allometry.configs.errors import UserError
+from allometry.optim.matrix_ops import Matrix, MatrixOps
 from allometry.optim.states import Group, Item, State, at_rest, count_step, items_of, steps_before
-from allometry.optim.whole import Matrix, Whole
-from allometry.scaling.ranks import rank_problem
+from allometry.scaling.apollo_rank import rank_problem
 from allometry.scaling.roles import Rule
 
 _LEAST = 1e-8  # added to norms that something is divided by
@@ -42,7 +42,7 @@ class Moments:
         return cls(mean, torch.zeros_like(mean), torch.zeros_like(mean[0, 0]))
 
 
-def apollo(groups: Sequence[Group], state: State, whole: Whole) -> None:
+def apollo(groups: Sequence[Group], state: State, ops: MatrixOps) -> None:
     """Take a step with all parameters of ``groups``, matrices or stacks of them, in place.
 
     W ← W − η·√(1−β₂ᵗ)/(1−β₁ᵗ)·scaled(G), then W ← W − ηλW; see ``scaled_gradient``. For groups of
@@ -54,14 +54,14 @@ def apollo(groups: Sequence[Group], state: State, whole: Whole) -> None:
     """
     items = items_of(groups)
     parameters = [item.parameter for item in items]
-    for matrix in whole.owned(parameters, apollo_cost):
+    for matrix in ops.owned(parameters, apollo_cost):
         _make_moments(items[matrix.parameter], matrix.expert, state)
     steps = steps_before(items, state)
     if at_rest(items):
         return
     count_step(items, state)
     function = _function(items, steps, state)
-    updates = whole.map(parameters, [item.gradient for item in items], function, apollo_cost)
+    updates = ops.map(parameters, [item.gradient for item in items], function, apollo_cost)
     for item, update, before in zip(items, updates, steps, strict=True):
         (beta1, beta2), rate = item.group["betas"], item.group["lr"]
         corrected = rate * math.sqrt(1.0 - beta2 ** (before + 1)) / (1.0 - beta1 ** (before + 1))

@@ -9,10 +9,10 @@ from torch.optim import AdamW as TorchAdamW
 from torch.optim import Optimizer
 
 from allometry.configs.optimization import AdamW, OptimizerConfig
-from allometry.optim.exchange import ShardedWhole
+from allometry.optim.exchange import ShardedMatrixOps
 from allometry.optim.groups import parameter_groups
+from allometry.optim.matrix_ops import LocalMatrixOps
 from allometry.optim.optimizer import RuleOptimizer
-from allometry.optim.whole import LocalWhole
 from allometry.parallel.mesh import Mesh
 from allometry.scaling.parameterization import Parameterization
 from allometry.scaling.roles import ParamSpec, Rule
@@ -42,8 +42,8 @@ def build_optimizer(
     for group in groups:
         if group["rule"] in (Rule.APOLLO, Rule.APOLLO_MINI):
             group["seed"] = seed
-    whole = LocalWhole() if mesh is None or mesh.world_size == 1 else ShardedWhole(mesh)
-    return RuleOptimizer(groups, whole)
+    ops = LocalMatrixOps() if mesh is None or mesh.world_size == 1 else ShardedMatrixOps(mesh)
+    return RuleOptimizer(groups, ops)
 
 
 def set_lr(optimizer: Optimizer, fraction: float) -> None:

@@ -2,13 +2,13 @@
 
 Pieces of many matrices travel to the owners in an uneven all-to-all, and the pieces of the results
 to all who hold them, replicas included, in another: a rank of W sends about 2 N/W of N elements, or
-N where every rank has all of them. The matrices go in a few waves (see owners.py): while one is
+N where every rank has all of them. The matrices go in a few buckets (see owners.py): while one is
 computed, the next one's pieces come and the results of the one before leave. Work is divided by W
 as evenly as whole matrices can be. As a function sees the same matrix in every layout, its result
 has the same bits in every layout.
 """
 
-# W ranks of a stage, M logical matrices of a parameter, m of them on this rank (see whole.py)
+# W ranks of a stage, M logical matrices of a parameter, m of them on this rank (see matrix_ops.py)
 
 from __future__ import annotations
 
@@ -18,57 +18,56 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from typing_extensions import override
 
-from allometry.optim.owners import Messages, Piece, Plan, Wave, plan_exchange
+from allometry.optim.matrix_ops import Cost, Matrix, MatrixFunction, MatrixOps, aligned
+from allometry.optim.owners import Bucket, Messages, Piece, Plan, plan_exchange
 from allometry.optim.shards import Placed, Placements
-from allometry.optim.whole import Cost, Matrix, MatrixFunction, aligned, squared_norms_of_parts
 from allometry.parallel.mesh import Mesh
 
 
-class ShardedWhole:
-    """``whole.Whole`` over the ranks of a pipeline stage (hdp x tp), whatever cut the parameters.
+class ShardedMatrixOps(MatrixOps):
+    """Over the ranks of a pipeline stage (hdp x tp), whatever cut the parameters.
 
     What is summed or exchanged travels on the device of ``mesh``, and functions run there, also
     where parameters are offloaded to the host. Makes no process group.
     """
 
     def __init__(self, mesh: Mesh) -> None:
-        self._line, self._device = mesh.stage, mesh.device
+        self._stage, self._device = mesh.stage, mesh.device
         self._placements = Placements(mesh)
         # With the parameters themselves, as plans are found by their identities.
         self._plans: dict[tuple[object, ...], tuple[tuple[Tensor, ...], Plan]] = {}
 
+    @override
     def sums(self, parameters: Sequence[Tensor], partials: Sequence[Tensor]) -> list[Tensor]:
-        """See ``Whole``; of what every rank has whole nothing is sent."""
+        # What every rank has whole is not sent.
         placed = [self._placements.of(parameter) for parameter in parameters]
-        found = list(partials)
+        results = list(partials)
         cut = [i for i, where in enumerate(placed) if not where.whole_everywhere]
         if cut:
             total = torch.cat([self._padded(placed[i], partials[i]) for i in cut])
-            dist.all_reduce(total, group=self._line.group)
+            dist.all_reduce(total, group=self._stage.group)
             sums = torch.split(total.to(partials[cut[0]].device), [placed[i].size[0] for i in cut])
             for i, each in zip(cut, sums, strict=True):
-                found[i] = each
-        return found
+                results[i] = each
+        return results
 
-    def squared_norms(self, parameters: Sequence[Tensor], parts: Sequence[Tensor]) -> list[Tensor]:
-        """See ``Whole``."""
-        return self.sums(parameters, squared_norms_of_parts(parts))
-
+    @override
     def factors(self, parameters: Sequence[Tensor], values: Sequence[Tensor]) -> list[Tensor]:
-        """See ``Whole``."""
-        found = []
+        factors = []
         for parameter, value in zip(parameters, values, strict=True):
-            box = self._placements.of(parameter).boxes[self._line.rank]
+            box = self._placements.of(parameter).boxes[self._stage.rank]
             value = value.to(parameter.dtype)
             stacked = parameter.dim() == 3
-            found.append(value[slice(*box.matrices)].view(-1, 1, 1) if stacked else value[0])
-        return found
+            factors.append(value[slice(*box.matrices)].view(-1, 1, 1) if stacked else value[0])
+        return factors
 
+    @override
     def owned(self, parameters: Sequence[Tensor], cost: Cost) -> list[Matrix]:
-        """See ``Whole``."""
         return list(self._plan(parameters, cost).owned)
 
+    @override
     def map(
         self,
         parameters: Sequence[Tensor],
@@ -76,43 +75,42 @@ class ShardedWhole:
         function: MatrixFunction,
         cost: Cost,
     ) -> list[Tensor]:
-        """See ``Whole``."""
         if not parts:
             return []
         dtype = parts[0].dtype
         assert all(part.dtype == dtype for part in parts), "one type travels"
         placed = [self._placements.of(parameter) for parameter in parameters]
-        starts = [where.boxes[self._line.rank].matrices[0] for where in placed]
+        starts = [where.boxes[self._stage.rank].matrices[0] for where in placed]
 
         def part_of(tensors: Sequence[Tensor], piece: Piece) -> Tensor:
             i, e = piece.matrix
             tensor = tensors[i]
             return tensor[e - starts[i]] if tensor.dim() == 3 else tensor
 
-        def leave(wave: Wave) -> _Travelling:
-            return self._start(wave.out, lambda piece: part_of(parts, piece), dtype)
+        def send(bucket: Bucket) -> _AllToAll:
+            return self._start(bucket.out, lambda piece: part_of(parts, piece), dtype)
 
         results = [torch.empty_like(part, memory_format=torch.contiguous_format) for part in parts]
-        waves = self._plan(parameters, cost).waves
-        coming, going = leave(waves[0]), []
-        for k, wave in enumerate(waves):
-            arrived = coming.wait()
-            if k + 1 < len(waves):
-                coming = leave(waves[k + 1])
+        buckets = self._plan(parameters, cost).buckets
+        incoming, outgoing = send(buckets[0]), []
+        for k, bucket in enumerate(buckets):
+            arrived = incoming.wait()
+            if k + 1 < len(buckets):
+                incoming = send(buckets[k + 1])
             returned: dict[Piece, Tensor] = {}
-            for matrix, pieces in wave.owned.items():
+            for matrix, pieces in bucket.owned.items():
                 for piece in pieces:
-                    if piece.source == self._line.rank:
+                    if piece.source == self._stage.rank:
                         arrived[piece] = part_of(parts, piece).to(self._device)
                 whole = _assembled(placed[matrix.parameter], pieces, arrived)
                 result = function(whole, matrix)
                 assert (result.shape, result.dtype) == (whole.shape, whole.dtype), result.shape
                 for piece in pieces:
                     returned[piece] = result[slice(*piece.box.rows), slice(*piece.box.columns)]
-                    if self._line.rank in piece.holders:
+                    if self._stage.rank in piece.holders:
                         part_of(results, piece).copy_(returned[piece])
-            going.append(self._start(wave.back, returned.__getitem__, dtype))
-        for back in going:
+            outgoing.append(self._start(bucket.back, returned.__getitem__, dtype))
+        for back in outgoing:
             received = back.wait()
             if received:
                 here = [part_of(results, piece) for piece in received]
@@ -121,25 +119,25 @@ class ShardedWhole:
 
     def _start(
         self, messages: Messages, value: Callable[[Piece], Tensor], dtype: torch.dtype
-    ) -> _Travelling:
+    ) -> _AllToAll:
         """Begin to send pieces to whom they go and to receive those that come."""
         if messages.silent:
-            return _Travelling(None, None, {})
+            return _AllToAll(None, None, {})
         sent = _Buffer(messages.sent, dtype, self._device)
         received = _Buffer(messages.received, dtype, self._device)
         if sent.views:
             values = [value(piece) for to in messages.sent for piece in to]
             torch._foreach_copy_(sent.views, values)
-        group = self._line.group
+        group = self._stage.group
         work = dist.all_to_all_single(
             received.flat, sent.flat, received.sizes, sent.sizes, group=group, async_op=True
         )
         order = [piece for source in messages.received for piece in source]
-        return _Travelling(work, sent.flat, dict(zip(order, received.views, strict=True)))
+        return _AllToAll(work, sent.flat, dict(zip(order, received.views, strict=True)))
 
     def _padded(self, placed: Placed, partial: Tensor) -> Tensor:
         """Return [M] summands: this rank's in their places, none where a replica has added them."""
-        rank, (size, _, _) = self._line.rank, placed.size
+        rank, (size, _, _) = self._stage.rank, placed.size
         box = placed.boxes[rank]
         if box.numel == 0 or placed.holders[box][0] != rank:
             return torch.zeros(size, dtype=torch.float64, device=self._device)
@@ -151,14 +149,14 @@ class ShardedWhole:
         key = (cost, *map(id, parameters))
         if key not in self._plans:
             placed = [self._placements.of(parameter) for parameter in parameters]
-            plan = plan_exchange(placed, cost, self._line.rank, self._line.size)
+            plan = plan_exchange(placed, cost, self._stage.rank, self._stage.size)
             self._plans[key] = tuple(parameters), plan
         return self._plans[key][1]
 
 
 @dataclass
-class _Travelling:
-    """An all-to-all under way; ``sent`` lives until it has left."""
+class _AllToAll:
+    """An all-to-all that has begun; ``sent`` must live until it has left."""
 
     work: dist.Work | None
     sent: Tensor | None

@@ -10,8 +10,8 @@ from torch import Tensor
 from allometry.configs.errors import UserError
 from allometry.configs.optimization import OptimizerConfig
 from allometry.scaling.parameterization import Parameterization, group_key
+from allometry.scaling.parameterizations.base import Resolved
 from allometry.scaling.roles import ParamSpec, Rule
-from allometry.scaling.rules.base import Resolved
 
 _SETTINGS: Mapping[Rule, tuple[str, ...]] = {
     Rule.ADAMW: (),

@@ -9,12 +9,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from allometry.optim.matrix_ops import Matrix, MatrixOps
 from allometry.optim.newton_schulz import MUON, Coefficients, newton_schulz, newton_schulz_cost
 from allometry.optim.states import Group, Item, State, at_rest, items_of, like_parameters
-from allometry.optim.whole import Matrix, Whole
 
 
-def muon(groups: Sequence[Group], state: State, whole: Whole) -> None:
+def muon(groups: Sequence[Group], state: State, ops: MatrixOps) -> None:
     """Take a step with all parameters of ``groups``, matrices or stacks of them, in place.
 
     M ← μM + (1−μ)G; U = μM + (1−μ)G with Nesterov's look ahead, else M; W ← (1−ηλ)W − ηs·NS(U).
@@ -35,9 +35,7 @@ def muon(groups: Sequence[Group], state: State, whole: Whole) -> None:
         for item, momentum, gradient, mu in zip(items, momenta, gradients, keep, strict=True)
     ]
     parameters = [item.parameter for item in items]
-    for item, update in zip(
-        items, orthogonalized(parameters, directions, MUON, whole), strict=True
-    ):
+    for item, update in zip(items, orthogonalized(parameters, directions, MUON, ops), strict=True):
         rate = item.group["lr"]
         item.part.mul_(1.0 - rate * item.group["weight_decay"])
         rows, columns = item.parameter.shape[-2:]
@@ -65,11 +63,11 @@ def orthogonalized(
     parameters: Sequence[Tensor],
     directions: Sequence[Tensor],
     coefficients: tuple[Coefficients, ...],
-    whole: Whole,
+    ops: MatrixOps,
 ) -> list[Tensor]:
     """Return this rank's parts of NS of each logical matrix, in the directions' type."""
     function = partial(_orthogonal, coefficients=coefficients)
-    return whole.map(parameters, directions, function, newton_schulz_cost)
+    return ops.map(parameters, directions, function, newton_schulz_cost)
 
 
 def _orthogonal(matrix: Tensor, _which: Matrix, coefficients: tuple[Coefficients, ...]) -> Tensor:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from allometry.optim.matrix_ops import MatrixOps
 from allometry.optim.muon import orthogonalized, precision
 from allometry.optim.newton_schulz import DION
 from allometry.optim.sphere import radii, turn
 from allometry.optim.states import Group, State, at_rest, items_of, like_parameters
-from allometry.optim.whole import Whole
 
 
-def muonh(groups: Sequence[Group], state: State, whole: Whole) -> None:
+def muonh(groups: Sequence[Group], state: State, ops: MatrixOps) -> None:
     """Take a step with all parameters of ``groups``, matrices or stacks of them, in place.
 
     M ← μM + G; U = NS(G + μM) with Nesterov's look ahead, else NS(M), in bf16 with
@@ -24,7 +24,7 @@ def muonh(groups: Sequence[Group], state: State, whole: Whole) -> None:
     """
     items = items_of(groups)
     momenta = like_parameters(items, state, "momentum_buffer")
-    spheres = radii(items, state, whole)
+    spheres = radii(items, state, ops)
     if at_rest(items):
         return
     gradients = [item.gradient for item in items]
@@ -38,6 +38,6 @@ def muonh(groups: Sequence[Group], state: State, whole: Whole) -> None:
         for item, momentum, gradient, mu in zip(items, momenta, gradients, keep, strict=True)
     ]
     parameters = [item.parameter for item in items]
-    orthogonal = orthogonalized(parameters, directions, DION, whole)
+    orthogonal = orthogonalized(parameters, directions, DION, ops)
     full_rank = [item.group["step_norm"] == "spectral" for item in items]
-    turn(items, orthogonal, spheres, whole, full_rank)
+    turn(items, orthogonal, spheres, ops, full_rank)

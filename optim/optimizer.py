@@ -11,15 +11,15 @@ from torch.optim import Optimizer
 from allometry.optim.adamh import adamh
 from allometry.optim.adamw import adamw
 from allometry.optim.apollo import apollo, check_rank
+from allometry.optim.matrix_ops import LocalMatrixOps, MatrixOps
 from allometry.optim.muon import muon
 from allometry.optim.muonh import muonh
 from allometry.optim.sgd_sai import sgd_sai
 from allometry.optim.sphere import check_sphere
 from allometry.optim.states import Group, State
-from allometry.optim.whole import LocalWhole, Whole
 from allometry.scaling.roles import Rule
 
-UpdateRule = Callable[[Sequence[Group], State, Whole], None]
+UpdateRule = Callable[[Sequence[Group], State, MatrixOps], None]
 """Takes a step with all groups of a rule; ``state`` are the optimizer's tensors.
 
 It makes the states that are missing, and at rate 0 changes nothing else.
@@ -45,20 +45,20 @@ _CHECKS: Mapping[Rule, Callable[[Group], None]] = {
 class RuleOptimizer(Optimizer):
     """Updates each parameter by the rule of its group, over whole parameters or shards of them.
 
-    ``groups`` are those of ``groups.parameter_groups`` (of APOLLO with a ``seed``); ``whole`` knows
-    how parameters are sharded (``LocalWhole`` if nothing is). Every rank of a pipeline stage must
-    call ``step`` alike. A step in which every rate is 0 makes the states that are missing, which a
+    ``groups`` are those of ``groups.parameter_groups`` (of APOLLO with a ``seed``); ``ops`` knows
+    how parameters are sharded (``LocalMatrixOps`` if nothing is). Every rank of a stage must call
+    ``step`` alike. A step in which every rate is 0 makes the states that are missing, which a
     checkpoint may then fill, and changes nothing else.
 
     States are tensors in ``state[parameter]``: laid out as the parameter, or [M] for its M logical
     matrices and equal on all ranks, or, named by the number of a logical matrix, on its owner alone
-    (``Whole.owned``).
+    (``MatrixOps.owned``).
 
     Raises:
         UserError: weight decay on a sphere; a projection larger than a matrix.
     """
 
-    def __init__(self, groups: Sequence[Group], whole: Whole | None = None) -> None:
+    def __init__(self, groups: Sequence[Group], ops: MatrixOps | None = None) -> None:
         for group in groups:
             check = _CHECKS.get(Rule(group["rule"]))
             if check is not None:
@@ -66,7 +66,7 @@ class RuleOptimizer(Optimizer):
             if group["rule"] == Rule.ADAMW:
                 group["fused"] = True  # load_state_dict then leaves ``step`` on the device
         super().__init__(groups, {})
-        self._whole = LocalWhole() if whole is None else whole
+        self._ops = LocalMatrixOps() if ops is None else ops
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -78,5 +78,5 @@ class RuleOptimizer(Optimizer):
         for rule, update in RULES.items():
             groups = [group for group in self.param_groups if group["rule"] == rule]
             if groups:
-                update(groups, self.state, self._whole)
+                update(groups, self.state, self._ops)
         return loss

@@ -1,6 +1,6 @@
 """Who computes which logical matrix, and what travels for it: worked out alike on every rank."""
 
-# W ranks of a stage, M logical matrices of a parameter (see whole.py)
+# W ranks of a stage, M logical matrices of a parameter (see matrix_ops.py)
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import heapq
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from allometry.optim.matrix_ops import Cost, Matrix
 from allometry.optim.shards import Box, Placed
-from allometry.optim.whole import Cost, Matrix
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,7 +43,7 @@ class Messages:
 
 
 @dataclass(frozen=True)
-class Wave:
+class Bucket:
     """Matrices that travel together: ``owned`` are the pieces of those that are this rank's."""
 
     owned: dict[Matrix, tuple[Piece, ...]]
@@ -53,49 +53,49 @@ class Wave:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a list of parameters is exchanged: in waves, one of which travels while another is
+    """How a list of parameters is exchanged: in buckets, one of which travels while another is
     computed. Every rank has as many, of the same matrices; in each, an equal share of its own."""
 
-    waves: tuple[Wave, ...]
+    buckets: tuple[Bucket, ...]
 
     @property
     def owned(self) -> tuple[Matrix, ...]:
         """The matrices of this rank, in ascending order."""
-        return tuple(matrix for wave in self.waves for matrix in wave.owned)
+        return tuple(matrix for bucket in self.buckets for matrix in bucket.owned)
 
 
-WAVES = 4
-"""What is not hidden behind computing is the first wave's way out and the last one's way back."""
+NUM_BUCKETS = 4
+"""What is not hidden behind computing is the first bucket's way out and the last one's way back."""
 
 
 def plan_exchange(placed: Sequence[Placed], cost: Cost, rank: int, ranks: int) -> Plan:
     """Return what ``rank`` of ``ranks`` does for parameters placed so."""
     pieces = list(_pieces(placed, cost, ranks))
-    wave_of = _waves_of({piece.matrix: piece.owner for piece in pieces})
-    waves: list[list[Piece]] = [[] for _ in range(1 + max(wave_of.values(), default=-1))]
+    bucket_of = _buckets_of({piece.matrix: piece.owner for piece in pieces})
+    buckets: list[list[Piece]] = [[] for _ in range(1 + max(bucket_of.values(), default=-1))]
     for piece in pieces:
-        waves[wave_of[piece.matrix]].append(piece)
-    return Plan(tuple(_wave(found, rank, ranks) for found in waves))
+        buckets[bucket_of[piece.matrix]].append(piece)
+    return Plan(tuple(_bucket(members, rank, ranks) for members in buckets))
 
 
-def _waves_of(owners: Mapping[Matrix, int]) -> dict[Matrix, int]:
-    """Return the wave of each matrix: those of an owner, in their order, in WAVES equal parts."""
+def _buckets_of(owners: Mapping[Matrix, int]) -> dict[Matrix, int]:
+    """Return the bucket of each matrix; an owner's are spread evenly, in their order."""
     of_owner: dict[int, list[Matrix]] = {}
     for matrix, owner in owners.items():
         of_owner.setdefault(owner, []).append(matrix)
     return {
-        matrix: place * WAVES // max(WAVES, len(matrices))
+        matrix: place * NUM_BUCKETS // max(NUM_BUCKETS, len(matrices))
         for matrices in of_owner.values()
         for place, matrix in enumerate(matrices)
     }
 
 
-def _wave(pieces: Sequence[Piece], rank: int, ranks: int) -> Wave:
+def _bucket(pieces: Sequence[Piece], rank: int, ranks: int) -> Bucket:
     owned: dict[Matrix, list[Piece]] = {}
     for piece in pieces:
         if piece.owner == rank:
             owned.setdefault(piece.matrix, []).append(piece)
-    return Wave(
+    return Bucket(
         owned={matrix: tuple(parts) for matrix, parts in owned.items()},
         out=_messages(((p, p.source, p.owner) for p in pieces), rank, ranks),
         back=_messages(((p, p.owner, to) for p in pieces for to in p.holders), rank, ranks),
@@ -103,7 +103,7 @@ def _wave(pieces: Sequence[Piece], rank: int, ranks: int) -> Wave:
 
 
 def assign_owners(costs: Sequence[float], homes: Sequence[Sequence[int]], ranks: int) -> list[int]:
-    """Return an owner for each matrix: the dearest first, to whom has least to do (LPT).
+    """Return an owner for each matrix: the costliest first, to the rank with the least load (LPT).
 
     ``homes``: the ranks that have all of a matrix; it stays with one of them, and is not sent, if
     that leaves the rank with its fair share or less. Graham, "Bounds on multiprocessing timing
@@ -131,10 +131,10 @@ def _pieces(placed: Sequence[Placed], cost: Cost, ranks: int) -> Iterator[Piece]
     matrices = [Matrix(i, e) for i, where in enumerate(placed) for e in range(where.size[0])]
     parts = [_parts(placed[matrix.parameter], matrix.expert) for matrix in matrices]
     costs = [cost(*placed[matrix.parameter].size[1:]) for matrix in matrices]
-    homes = [found[0][1] if len(found) == 1 else [] for found in parts]
+    homes = [boxes[0][1] if len(boxes) == 1 else [] for boxes in parts]
     owners = assign_owners(costs, homes, ranks)
-    for j, (matrix, found, owner) in enumerate(zip(matrices, parts, owners, strict=True)):
-        for box, holders in found:
+    for j, (matrix, boxes, owner) in enumerate(zip(matrices, parts, owners, strict=True)):
+        for box, holders in boxes:
             # Replicas take turns, so that all of them share in the sending.
             source = owner if owner in holders else holders[j % len(holders)]
             yield Piece(matrix, box, source, owner, tuple(holders))

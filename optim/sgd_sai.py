@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from allometry.optim.matrix_ops import MatrixOps, partial_sums, squared_norms_of_parts
 from allometry.optim.states import (
     Group,
     Item,
@@ -17,10 +18,9 @@ from allometry.optim.states import (
     like_parameters,
     steps_before,
 )
-from allometry.optim.whole import Whole, partial_sums, squared_norms_of_parts
 
 
-def sgd_sai(groups: Sequence[Group], state: State, whole: Whole) -> None:
+def sgd_sai(groups: Sequence[Group], state: State, ops: MatrixOps) -> None:
     """Take a step with all parameters of ``groups``, in place.
 
     In the first step ρ = ``signal_to_noise`` of G for each logical matrix, and B ← G; later
@@ -40,10 +40,10 @@ def sgd_sai(groups: Sequence[Group], state: State, whole: Whole) -> None:
     if at_rest(items):
         return
     first = [before == 0 for before in steps]
-    _measure([item for item, new in zip(items, first, strict=True) if new], state, whole)
+    _measure([item for item, new in zip(items, first, strict=True) if new], state, ops)
     count_step(items, state)
     parameters = [item.parameter for item in items]
-    gains = whole.factors(parameters, [state[parameter]["gsnr"] for parameter in parameters])
+    gains = ops.factors(parameters, [state[parameter]["gsnr"] for parameter in parameters])
     for item, momentum, gain, new in zip(items, momenta, gains, first, strict=True):
         keep, rate = item.group["momentum"], item.group["lr"]
         if new:
@@ -68,14 +68,14 @@ def signal_to_noise(total: Tensor, squares: Tensor, count: int, eps: float) -> T
     return torch.where(squares > 0.0, found, torch.full_like(found, count**0.5))
 
 
-def _measure(items: Sequence[Item], state: State, whole: Whole) -> None:
+def _measure(items: Sequence[Item], state: State, ops: MatrixOps) -> None:
     """Fill ρ of parameters in their first step; one reduction for all."""
     if not items:
         return
     parameters = [item.parameter for item in items]
     gradients = [item.gradient for item in items]
     partials = [*map(partial_sums, gradients), *squared_norms_of_parts(gradients)]
-    sums = whole.sums([*parameters, *parameters], partials)
+    sums = ops.sums([*parameters, *parameters], partials)
     totals, squares = sums[: len(items)], sums[len(items) :]
     for item, total, square in zip(items, totals, squares, strict=True):
         count = item.parameter.numel() // len(total)

@@ -4,7 +4,7 @@ Whatever cuts a parameter (ZeRO, tensor, expert and hybrid sharding), each rank 
 has one box of it, perhaps empty, perhaps the same one as other ranks: its replicas.
 """
 
-# W ranks of a stage, M logical matrices of a parameter (see whole.py)
+# W ranks of a stage, M logical matrices of a parameter (see matrix_ops.py)
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ class Placed:
     @cached_property
     def holders(self) -> dict[Box, list[int]]:
         """The ranks that have each box, empty ones left out, in the order of ranks."""
-        found: dict[Box, list[int]] = {}
+        holders: dict[Box, list[int]] = {}
         for rank, box in enumerate(self.boxes):
             if box.numel:
-                found.setdefault(box, []).append(rank)
-        return found
+                holders.setdefault(box, []).append(rank)
+        return holders
 
     @cached_property
     def whole_everywhere(self) -> bool:
@@ -105,10 +105,10 @@ def _place(rank: int, mesh: DeviceMesh) -> dict[str, int]:
     """Return the coordinates of a rank in a mesh that counts all ranks in their order."""
     names = mesh.mesh_dim_names
     assert names is not None
-    found = {}
+    coordinates = {}
     for name, size in zip(reversed(names), reversed(mesh.shape), strict=True):
-        rank, found[name] = divmod(rank, size)
-    return found
+        rank, coordinates[name] = divmod(rank, size)
+    return coordinates
 
 
 def _size(shape: Sequence[int]) -> tuple[int, int, int]:

@@ -9,7 +9,7 @@ measured once and kept, so it neither drifts nor shrinks; on a sphere weight dec
 rescale η, so it is refused; each expert has a sphere of its own.
 """
 
-# M logical matrices of a parameter (see whole.py), R radius, U direction, η rate
+# M logical matrices of a parameter (see matrix_ops.py), R radius, U direction, η rate
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from allometry.configs.errors import UserError
+from allometry.optim.matrix_ops import MatrixOps, products_of_parts
 from allometry.optim.states import Item, State
-from allometry.optim.whole import Whole, products_of_parts
 
 _LEAST = 1e-12  # a direction of zeros does not turn anything, and nothing is divided by zero
 
@@ -53,7 +53,7 @@ def check_sphere(group: Mapping[str, Any]) -> None:
         )
 
 
-def radii(items: Sequence[Item], state: State, whole: Whole) -> list[Tensor]:
+def radii(items: Sequence[Item], state: State, ops: MatrixOps) -> list[Tensor]:
     """Return R of each logical matrix, [M] for each parameter: ‖W‖ when first asked, then kept.
 
     Raises:
@@ -62,7 +62,7 @@ def radii(items: Sequence[Item], state: State, whole: Whole) -> list[Tensor]:
     new = [item for item in items if "radius" not in state[item.parameter]]
     if new:
         parameters = [item.parameter for item in new]
-        squares = whole.squared_norms(parameters, [item.part for item in new])
+        squares = ops.squared_norms(parameters, [item.part for item in new])
         for item, square in zip(new, squares, strict=True):
             radius = square.sqrt().to(item.part.dtype)
             # Numbers are looked at once in a run, and not where there are none.
@@ -80,7 +80,7 @@ def turn(
     items: Sequence[Item],
     directions: Sequence[Tensor],
     radii: Sequence[Tensor],
-    whole: Whole,
+    ops: MatrixOps,
     full_rank: Sequence[bool] | None = None,
 ) -> None:
     """Turn this rank's parts of parameters towards minus ``directions``, each by its group's rate.
@@ -95,7 +95,7 @@ def turn(
     parameters = [item.parameter for item in items]
     parts = [item.part for item in items]
     own = products_of_parts(parts, directions)
-    sums = whole.sums(parameters * 3, [*own.xx, *own.xy, *own.yy])
+    sums = ops.sums(parameters * 3, [*own.xx, *own.xy, *own.yy])
     # All matrices of all parameters at once: on a CPU small tensors cost more than their numbers.
     counts = [len(radius) for radius in radii]
     wide = [radius.double() for radius in radii]
@@ -111,6 +111,6 @@ def turn(
     step_M = length_M / divisor_M.sqrt().clamp(min=_LEAST)
     square_M = ww_M - 2.0 * step_M * wu_M + step_M.square() * uu_M
     keep_M = radius_M / square_M.clamp(min=0.0).sqrt().clamp(min=_LEAST)
-    keeps, moves = (whole.factors(parameters, x.split(counts)) for x in (keep_M, keep_M * step_M))
+    keeps, moves = (ops.factors(parameters, x.split(counts)) for x in (keep_M, keep_M * step_M))
     for part, direction, keep, move in zip(parts, directions, keeps, moves, strict=True):
         part.mul_(keep).addcmul_(direction.to(part.dtype), move, value=-1.0)

@@ -17,8 +17,8 @@ from allometry.configs.optimization import Apollo, OptimizerConfig
 from allometry.scaling.attention import AttentionCall, choose_backend
 from allometry.scaling.inventory import inventory
 from allometry.scaling.layout import Layout
+from allometry.scaling.parameterizations.base import rule_of
 from allometry.scaling.roles import ParamSpec, Role, Rule
-from allometry.scaling.rules.base import rule_of
 
 COMPUTE_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
 """Bytes of one number of each ``training.compute_dtype``."""

@@ -20,23 +20,23 @@ from allometry.configs.model import (
 )
 from allometry.configs.optimization import OptimizerConfig
 from allometry.configs.run import RunConfig
+from allometry.scaling.apollo_rank import rank_of_model_problem
 from allometry.scaling.batch import BatchPlan, total_steps
 from allometry.scaling.inventory import inventory
-from allometry.scaling.ranks import rank_of_model_problem
+from allometry.scaling.parameterizations.base import ForwardScales, Multipliers, Resolved, RunScale
+from allometry.scaling.parameterizations.completep import CompletePMultipliers
+from allometry.scaling.parameterizations.hyperp import HyperPMultipliers
+from allometry.scaling.parameterizations.mssp import MSSPMultipliers
+from allometry.scaling.parameterizations.mup import MuPMultipliers
+from allometry.scaling.parameterizations.mupp import MuPPlusPlusMultipliers
+from allometry.scaling.parameterizations.sp import StandardMultipliers
 from allometry.scaling.roles import ParamSpec
-from allometry.scaling.rules.base import ForwardScales, Resolved, Rules, RunScale
-from allometry.scaling.rules.completep import CompletedUpdate
-from allometry.scaling.rules.hyperp import OnSpheres
-from allometry.scaling.rules.mssp import ScaledMixture
-from allometry.scaling.rules.mup import MaximalUpdate
-from allometry.scaling.rules.mupp import MuPlusPlus
-from allometry.scaling.rules.sp import Standard
 
 
 class Parameterization:
     """The rules of one parameterization for one model, optimizer and run.
 
-    Pure, and the same on every rank. The tables are those of the classes in ``scaling/rules``.
+    Pure, and the same on every rank. The tables are in ``scaling/parameterizations``.
 
     ``optimizer`` None: the one that the parameterization is made for, MuonH for ``hyperp`` and
     AdamW for the others. ``scale`` None: a run as long as that of the base, with its batch. At the
@@ -60,7 +60,7 @@ class Parameterization:
         self.model = model
         self.optimizer = optimizer
         self.scale = scale
-        self._rules = _rules(config, model, optimizer, scale)
+        self._multipliers = _multipliers(config, model, optimizer, scale)
 
     @classmethod
     def of_run(cls, config: RunConfig) -> Parameterization:
@@ -76,26 +76,26 @@ class Parameterization:
     @property
     def width_ratio(self) -> float:
         """m, the width relative to the base (1 for ``sp``)."""
-        return float(self._rules.m)
+        return float(self._multipliers.m)
 
     @property
     def optimizer_kind(self) -> str:
         """The optimizer that the rules are for."""
-        return self.optimizer.kind if self.optimizer else self._rules.default_optimizer
+        return self.optimizer.kind if self.optimizer else self._multipliers.default_optimizer
 
     @property
     def decay_is_independent(self) -> bool:
         """Whether ``optimizer.weight_decay`` is what a step at the peak rate takes of a weight."""
-        return self._rules.decay_rule == "independent"
+        return self._multipliers.decay_rule == "independent"
 
     @property
     def forward(self) -> ForwardScales:
         """The multipliers of the forward pass."""
-        return self._rules.forward
+        return self._multipliers.forward
 
     def resolve(self, spec: ParamSpec) -> Resolved:
         """Return what this parameter gets."""
-        return self._rules.resolve(spec)
+        return self._multipliers.resolve(spec)
 
     def describe(self) -> dict[str, Any]:
         """Return the rules as JSON for a run's record.
@@ -137,25 +137,25 @@ def group_key(resolved: Resolved) -> tuple[Any, ...]:
     )
 
 
-def _rules(
+def _multipliers(
     config: ParameterizationConfig,
     model: ModelConfig,
     optimizer: OptimizerConfig | None,
     scale: RunScale | None,
-) -> Rules:
+) -> Multipliers:
     match config:
         case StandardParameterization():
-            return Standard(config, model, optimizer)
+            return StandardMultipliers(config, model, optimizer)
         case MaximalUpdateParameterization():
-            return MaximalUpdate(config, model, optimizer)
+            return MuPMultipliers(config, model, optimizer)
         case CompleteP():
-            return CompletedUpdate(config, model, optimizer)
+            return CompletePMultipliers(config, model, optimizer)
         case MuPPlusPlus():
-            return MuPlusPlus(config, model, optimizer, scale)
+            return MuPPlusPlusMultipliers(config, model, optimizer, scale)
         case HyperP():
-            return OnSpheres(config, model, optimizer, scale)
+            return HyperPMultipliers(config, model, optimizer, scale)
         case MSSP():
             assert isinstance(model, MoEModel), model
-            return ScaledMixture(config, model, optimizer)
+            return MSSPMultipliers(config, model, optimizer)
         case _:
             assert_never(config)

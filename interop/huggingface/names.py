@@ -20,8 +20,8 @@ from allometry.configs.errors import UserError
 from allometry.configs.model import ModelConfig, MoEModel
 from allometry.interop.huggingface.config import Family
 from allometry.scaling.inventory import inventory
+from allometry.scaling.parameterizations.base import ForwardScales
 from allometry.scaling.roles import ParamSpec
-from allometry.scaling.rules.base import ForwardScales
 
 _OUTER: Mapping[str, str] = {
     "embedding.weight": "model.embed_tokens.weight",

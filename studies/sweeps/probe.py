@@ -23,7 +23,7 @@ from allometry.models.transformer import Transformer
 from allometry.optim.build import build_optimizer, set_lr
 from allometry.optim.clip import clip_by_global_norm
 from allometry.scaling.parameterization import Parameterization
-from allometry.scaling.rules.base import RunScale
+from allometry.scaling.parameterizations.base import RunScale
 
 LOGITS = "logits"
 STREAM = "stream"

@@ -20,7 +20,7 @@ from allometry.configs.optimization import LinearSchedule, OptimizerConfig
 from allometry.laws.optimum import Optimum, Sweep, drift, drift_interval
 from allometry.optim.schedule import Schedule
 from allometry.scaling.parameterization import Parameterization
-from allometry.scaling.rules.base import RunScale
+from allometry.scaling.parameterizations.base import RunScale
 from allometry.scaling.shapes import Axis, resize
 from allometry.studies.sweeps.probe import Probe, Sequences, sample
 from allometry.studies.sweeps.workers import Workers

@@ -18,7 +18,7 @@ import tiny
 from allometry.configs.run import RunConfig
 from allometry.models.build import named_parameters, parameter_specs
 from allometry.optim.build import build_optimizer, set_lr
-from allometry.optim.whole import local
+from allometry.optim.matrix_ops import local
 from allometry.parallel.apply import Parallel
 from allometry.parallel.mesh import Mesh
 from allometry.scaling.parameterization import Parameterization

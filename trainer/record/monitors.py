@@ -21,9 +21,9 @@ from torch import Tensor
 
 from allometry.configs.execution import MonitorConfig
 from allometry.models.observe import MAXIMA, OUTPUT, SUMS, Observer
-from allometry.optim.exchange import ShardedWhole
+from allometry.optim.exchange import ShardedMatrixOps
+from allometry.optim.matrix_ops import local, squared_norms_of_parts
 from allometry.optim.shards import Placements
-from allometry.optim.whole import local, squared_norms_of_parts
 from allometry.parallel.apply import Parallel
 from allometry.parallel.mesh import AxisName, Mesh
 from allometry.scaling.batch import BatchPlan
@@ -166,7 +166,7 @@ class Changes:
 
     def __init__(self, optimizer: torch.optim.Optimizer, mesh: Mesh) -> None:
         self._optimizer, self._mesh = optimizer, mesh
-        self._whole = ShardedWhole(mesh)
+        self._whole = ShardedMatrixOps(mesh)
         self._placements = Placements(mesh)
         self._kept: list[Tensor] = []
         self._parameters = [p for _, p in self._members()]

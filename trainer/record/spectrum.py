@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from allometry.optim.matrix_ops import local
 from allometry.optim.shards import Box, Placements
-from allometry.optim.whole import local
 from allometry.parallel.mesh import Mesh
 
 FIRST_ITERATIONS = 32

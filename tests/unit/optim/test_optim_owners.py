@@ -7,9 +7,9 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from allometry.optim.owners import Piece, Plan, Wave, assign_owners, plan_exchange
+from allometry.optim.matrix_ops import Matrix
+from allometry.optim.owners import Bucket, Piece, Plan, assign_owners, plan_exchange
 from allometry.optim.shards import Box, Placed
-from allometry.optim.whole import Matrix
 
 
 def work(rows: int, columns: int) -> float:
@@ -46,11 +46,11 @@ def test_pieces_make_up_matrices_and_messages_match(
         for matrix, pieces in _owned(plan).items():
             _, rows, columns = placed[matrix.parameter].size
             assert sum(a * b for a, b in (piece.shape for piece in pieces)) == rows * columns
-    assert len({len(plan.waves) for plan in plans}) == 1
-    for k in range(len(plans[0].waves)):
-        _messages_match([plan.waves[k] for plan in plans])
+    assert len({len(plan.buckets) for plan in plans}) == 1
+    for k in range(len(plans[0].buckets)):
+        _messages_match([plan.buckets[k] for plan in plans])
     for rank, plan in enumerate(plans):
-        returned = sum(_area(found) for wave in plan.waves for found in wave.back.received)
+        returned = sum(_area(found) for bucket in plan.buckets for found in bucket.back.received)
         returned += sum(
             piece.shape[0] * piece.shape[1]
             for pieces in _owned(plan).values()
@@ -60,22 +60,22 @@ def test_pieces_make_up_matrices_and_messages_match(
         assert returned == sum(where.boxes[rank].numel for where in placed), "all comes back"
 
 
-def _messages_match(waves: list[Wave]) -> None:
+def _messages_match(buckets: list[Bucket]) -> None:
     for direction in ("out", "back"):
-        assert len({getattr(wave, direction).silent for wave in waves}) == 1
-        for a, b in itertools.product(range(len(waves)), repeat=2):
-            assert _sent(waves[a], direction, b) == _received(waves[b], direction, a)
+        assert len({getattr(bucket, direction).silent for bucket in buckets}) == 1
+        for a, b in itertools.product(range(len(buckets)), repeat=2):
+            assert _sent(buckets[a], direction, b) == _received(buckets[b], direction, a)
 
 
 def _owned(plan: Plan) -> dict[Matrix, tuple[Piece, ...]]:
-    return {matrix: pieces for wave in plan.waves for matrix, pieces in wave.owned.items()}
+    return {matrix: pieces for bucket in plan.buckets for matrix, pieces in bucket.owned.items()}
 
 
-def _sent(plan: Wave, direction: str, to: int) -> list[object]:
+def _sent(plan: Bucket, direction: str, to: int) -> list[object]:
     return [(p.matrix, p.box) for p in getattr(plan, direction).sent[to]]
 
 
-def _received(plan: Wave, direction: str, source: int) -> list[object]:
+def _received(plan: Bucket, direction: str, source: int) -> list[object]:
     return [(p.matrix, p.box) for p in getattr(plan, direction).received[source]]
 
 
@@ -86,22 +86,22 @@ def _area(pieces: tuple[object, ...]) -> int:
 def test_of_replicas_that_have_everything_only_the_owner_sends() -> None:
     placed = [cut((1, 6, 5), 0, 1, 4) for _ in range(8)]
     plans = [plan_exchange(placed, work, rank, 4) for rank in range(4)]
-    waves = [wave for plan in plans for wave in plan.waves]
-    assert all(wave.out.silent and not wave.back.silent for wave in waves)
+    buckets = [bucket for plan in plans for bucket in plan.buckets]
+    assert all(bucket.out.silent and not bucket.back.silent for bucket in buckets)
     assert [len(plan.owned) for plan in plans] == [2, 2, 2, 2]
 
 
-def test_waves_have_an_equal_share_of_each_owners_matrices() -> None:
+def test_buckets_have_an_equal_share_of_each_owners_matrices() -> None:
     plans = [plan_exchange([cut((1, 6, 6), 0, 2, 1)] * 22, work, rank, 2) for rank in range(2)]
     for plan in plans:
-        assert sorted(len(wave.owned) for wave in plan.waves) == [2, 3, 3, 3]
+        assert sorted(len(bucket.owned) for bucket in plan.buckets) == [2, 3, 3, 3]
     few = plan_exchange([cut((1, 6, 6), 1, 2, 1)] * 4, work, 0, 2)
-    assert [len(wave.owned) for wave in few.waves] == [1, 1]
+    assert [len(bucket.owned) for bucket in few.buckets] == [1, 1]
 
 
 def test_experts_stay_where_they_are() -> None:
     plans = [plan_exchange([cut((4, 6, 5), 0, 2, 1)], work, rank, 2) for rank in range(2)]
-    assert all(w.out.silent and w.back.silent for plan in plans for w in plan.waves)
+    assert all(w.out.silent and w.back.silent for plan in plans for w in plan.buckets)
 
 
 @given(

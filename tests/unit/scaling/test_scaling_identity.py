@@ -23,8 +23,8 @@ from allometry.optim.groups import parameter_groups
 from allometry.scaling.inventory import inventory
 from allometry.scaling.memory import estimate_memory
 from allometry.scaling.parameterization import Parameterization
+from allometry.scaling.parameterizations.base import RunScale
 from allometry.scaling.roles import Role, Rule
-from allometry.scaling.rules.base import RunScale
 
 PAIRS = [
     (name, kind)

@@ -15,8 +15,8 @@ from allometry.configs.errors import UserError
 from allometry.configs.model import DenseModel
 from allometry.scaling.inventory import inventory
 from allometry.scaling.parameterization import Parameterization
+from allometry.scaling.parameterizations.base import Resolved, RunScale
 from allometry.scaling.roles import Role, Rule
-from allometry.scaling.rules.base import Resolved, RunScale
 
 Powers = dict[str, float]
 

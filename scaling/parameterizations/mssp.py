@@ -7,16 +7,18 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 
+from typing_extensions import override
+
 from allometry.configs.model import MSSP, MoEModel, WeightDecayRule
 from allometry.configs.optimization import OptimizerConfig
+from allometry.scaling.parameterizations.base import ForwardScales, InitKind, Multipliers
+from allometry.scaling.parameterizations.completep import Depth
 from allometry.scaling.roles import ParamSpec, Role, Rule
-from allometry.scaling.rules.base import ForwardScales, InitKind, Rules
-from allometry.scaling.rules.completep import Depth
 
 _EXPERTS = (Role.EXPERT_UP, Role.EXPERT_DOWN)
 
 
-class ScaledMixture(Rules):
+class MSSPMultipliers(Multipliers):
     """MSSP (arXiv 2605.14200; github.com/vankadara-lab/mssp-moe): y = K^-α Σ gate_i E_i(x).
 
     α is 0 in regime I and 1 in II and III. Exponents of the authors' tables as ratios to the base,
@@ -54,6 +56,7 @@ class ScaledMixture(Rules):
         self.depth = Depth(model, config.base_layers, config.depth_alpha)
 
     @property
+    @override
     def forward(self) -> ForwardScales:
         """The sum over experts x K^-α; the head has no factor, as its σ and lr shrink."""
         return ForwardScales(
@@ -64,8 +67,8 @@ class ScaledMixture(Rules):
             experts=1.0 if self.config.regime == "I" else float(1 / self.visits),
         )
 
+    @override
     def initial(self, spec: ParamSpec) -> tuple[InitKind, float]:
-        """Return how a parameter starts."""
         std = 1.0 / math.sqrt(spec.fan_in)
         match spec.role:
             case Role.INPUT:
@@ -81,10 +84,12 @@ class ScaledMixture(Rules):
             case _:
                 return "normal", std
 
+    @override
     def alike(self, spec: ParamSpec) -> bool:
         """Whether all experts start equal: in regime III."""
         return self.config.regime == "III" and spec.role in _EXPERTS
 
+    @override
     def width_rate(self, spec: ParamSpec, rule: Rule) -> float:
         """Return the column of Adam, or that of SGD without SGD-SaI's own factor."""
         if rule is Rule.SGD_SAI:
@@ -95,17 +100,17 @@ class ScaledMixture(Rules):
             return 1.0
         return float(1 / self.m)
 
+    @override
     def other_rate(self, spec: ParamSpec) -> float:
-        """Return what depth says."""
         return self.depth.rate(spec)
 
+    @override
     def epsilon(self, spec: ParamSpec) -> float:
-        """Return the factor that follows the gradient."""
         return float(self._epsilon(spec.role)) * self.depth.epsilon(spec)
 
     @property
+    @override
     def decay_rule(self) -> WeightDecayRule:
-        """As the config says."""
         return self.config.weight_decay_rule
 
     def _epsilon(self, role: Role) -> Fraction:

@@ -83,7 +83,7 @@ class RunScale:
     total_tokens: int
 
 
-class Rules(ABC):
+class Multipliers(ABC):
     """One parameterization for one model, optimizer and run; what differs is in the subclasses.
 
     ``optimizer`` None: that which the parameterization is made for.

@@ -7,6 +7,8 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 
+from typing_extensions import override
+
 from allometry.configs.model import (
     CompleteP,
     MaximalUpdateParameterization,
@@ -15,17 +17,17 @@ from allometry.configs.model import (
     WeightDecayRule,
 )
 from allometry.configs.optimization import OptimizerConfig
-from allometry.scaling.roles import ParamSpec, Role, Rule
-from allometry.scaling.rules.base import (
+from allometry.scaling.parameterizations.base import (
     MATRICES,
     ForwardScales,
     InitKind,
-    Rules,
+    Multipliers,
     muon_rate,
 )
+from allometry.scaling.roles import ParamSpec, Role, Rule
 
 
-class MaximalUpdate(Rules):
+class MuPMultipliers(Multipliers):
     """muP for Adam (arXiv 2203.03466, Table 8), with a constant head and a scaled logit.
 
     ======  ===========================  ========  =============  =======  =====================
@@ -70,6 +72,7 @@ class MaximalUpdate(Rules):
         self._widths = config
 
     @property
+    @override
     def forward(self) -> ForwardScales:
         """Logits are divided by m, scores by H where the head's width grows."""
         return ForwardScales(
@@ -79,8 +82,8 @@ class MaximalUpdate(Rules):
             output=float(1 / self.m),
         )
 
+    @override
     def initial(self, spec: ParamSpec) -> tuple[InitKind, float]:
-        """Return how a parameter starts."""
         match spec.role:
             case Role.INPUT:
                 return "normal", self._widths.embedding_std
@@ -91,17 +94,18 @@ class MaximalUpdate(Rules):
             case _:
                 return "normal", 1.0 / math.sqrt(spec.fan_in)
 
+    @override
     def width_rate(self, spec: ParamSpec, rule: Rule) -> float:
         """Return 1/m for hidden matrices under Adam, 1 for the rest."""
         return mup_rate(spec, rule, self.m, self.optimizer)
 
+    @override
     def epsilon(self, spec: ParamSpec) -> float:
-        """Return 1/m."""
         return float(1 / self.m)
 
     @property
+    @override
     def decay_rule(self) -> WeightDecayRule:
-        """As the config says."""
         return self._widths.weight_decay_rule
 
 

@@ -1,4 +1,4 @@
-"""Whole matrices where parameters are shards: the one place where update rules meet ranks.
+"""MatrixOps matrices where parameters are shards: the one place where update rules meet ranks.
 
 A *logical matrix* is what a rule treats as one: a parameter of one or two dimensions, or one expert
 of a parameter [E, out, in]. M is their number: 1, or E.
@@ -12,12 +12,14 @@ sums over a whole matrix, and functions of one. ``parameters`` are always the pa
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from typing_extensions import override
 
 
 class Matrix(NamedTuple):
@@ -34,9 +36,10 @@ Cost = Callable[[int, int], float]
 """(out, in) -> work of a function, in any unit; a function of a module, not made anew each step."""
 
 
-class Whole(Protocol):
+class MatrixOps(ABC):
     """What rules ask for. Every rank of a pipeline stage makes the same calls in the same order."""
 
+    @abstractmethod
     def sums(self, parameters: Sequence[Tensor], partials: Sequence[Tensor]) -> list[Tensor]:
         """Return sums over whole logical matrices, fp64 [M] for each parameter, equal on all ranks.
 
@@ -46,10 +49,13 @@ class Whole(Protocol):
 
     def squared_norms(self, parameters: Sequence[Tensor], parts: Sequence[Tensor]) -> list[Tensor]:
         """Return Σx² of each logical matrix, fp64 [M] for each parameter; ``parts`` as theirs."""
+        return self.sums(parameters, squared_norms_of_parts(parts))
 
+    @abstractmethod
     def factors(self, parameters: Sequence[Tensor], values: Sequence[Tensor]) -> list[Tensor]:
         """Return of values [M] those of this rank's part, shaped to multiply it: [] or [m,1,1]."""
 
+    @abstractmethod
     def owned(self, parameters: Sequence[Tensor], cost: Cost) -> list[Matrix]:
         """Return the logical matrices for which ``map`` calls the function on this rank.
 
@@ -57,6 +63,7 @@ class Whole(Protocol):
         a state of each, on that rank alone.
         """
 
+    @abstractmethod
     def map(
         self,
         parameters: Sequence[Tensor],
@@ -72,34 +79,30 @@ class Whole(Protocol):
         """
 
 
-class LocalWhole:
-    """``Whole`` where every parameter is whole on this rank, which works alone."""
+class LocalMatrixOps(MatrixOps):
+    """Where every parameter is whole on this rank, which works alone."""
 
+    @override
     def sums(self, parameters: Sequence[Tensor], partials: Sequence[Tensor]) -> list[Tensor]:
-        """See ``Whole``."""
         assert len(parameters) == len(partials), (len(parameters), len(partials))
         return list(partials)
 
-    def squared_norms(self, parameters: Sequence[Tensor], parts: Sequence[Tensor]) -> list[Tensor]:
-        """See ``Whole``."""
-        return self.sums(parameters, squared_norms_of_parts(parts))
-
+    @override
     def factors(self, parameters: Sequence[Tensor], values: Sequence[Tensor]) -> list[Tensor]:
-        """See ``Whole``."""
         return [
             value.to(parameter.dtype).view((-1, 1, 1) if parameter.dim() == 3 else ())
             for parameter, value in zip(parameters, values, strict=True)
         ]
 
+    @override
     def owned(self, parameters: Sequence[Tensor], cost: Cost) -> list[Matrix]:
-        """See ``Whole``; all of them."""
-        del cost
         return [
             Matrix(i, e)
             for i, parameter in enumerate(parameters)
             for e in range(parameter.shape[0] if parameter.dim() == 3 else 1)
         ]
 
+    @override
     def map(
         self,
         parameters: Sequence[Tensor],
@@ -107,13 +110,12 @@ class LocalWhole:
         function: MatrixFunction,
         cost: Cost,
     ) -> list[Tensor]:
-        """See ``Whole``."""
         results = [torch.empty_like(part, memory_format=torch.contiguous_format) for part in parts]
         for i, e in self.owned(parameters, cost):
             part, result = parts[i], results[i]
             stacked = part.dim() == 3
-            found = function(aligned(part[e] if stacked else part), Matrix(i, e))
-            (result[e] if stacked else result).copy_(found)
+            value = function(aligned(part[e] if stacked else part), Matrix(i, e))
+            (result[e] if stacked else result).copy_(value)
         return results
 
 
@@ -155,9 +157,9 @@ _CHUNK = 1 << 18  # elements: two fp64 copies of so many are still in a core's c
 
 def _products_on_cpu(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Products:
     """Return the same by way of fp64 copies of a few elements, in memory that all use in turn."""
-    found = Products([], [], [])
+    products = Products([], [], [])
     if not xs:
-        return found
+        return products
     most = max(x.numel() for x in xs)
     wide_2C = xs[0].new_empty(2, min(most, _CHUNK), dtype=torch.float64)
     for x, y in zip(xs, ys, strict=True):
@@ -167,9 +169,9 @@ def _products_on_cpu(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Products:
         pairs = zip(lefts, rights, strict=True)
         sums = [_three_products(left, right, wide_2C) for left, right in pairs]
         sums_m3 = torch.stack(sums) if sums else wide_2C.new_empty(0, 3)
-        for each, of_matrices_m in zip(found, sums_m3.unbind(1), strict=True):
+        for each, of_matrices_m in zip(products, sums_m3.unbind(1), strict=True):
             each.append(of_matrices_m)
-    return found
+    return products
 
 
 def _three_products(x_N: Tensor, y_N: Tensor, wide_2C: Tensor) -> Tensor:

@@ -7,15 +7,17 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+from typing_extensions import override
+
 from allometry.configs.errors import UserError
 from allometry.configs.model import ModelConfig, MuPPlusPlus
 from allometry.configs.optimization import OptimizerConfig
+from allometry.scaling.parameterizations.base import ForwardScales, RunScale
+from allometry.scaling.parameterizations.mup import MuPMultipliers
 from allometry.scaling.roles import ParamSpec, Role
-from allometry.scaling.rules.base import ForwardScales, RunScale
-from allometry.scaling.rules.mup import MaximalUpdate
 
 
-class MuPlusPlus(MaximalUpdate):
+class MuPPlusPlusMultipliers(MuPMultipliers):
     """muP with these differences, as ArchScale (github.com/microsoft/ArchScale) runs it:
 
     branches x 1/√(2 L), at the base as well; every learning rate x 1/√l and x √b (``batch_rule``);
@@ -30,39 +32,43 @@ class MuPlusPlus(MaximalUpdate):
         scale: RunScale | None,
     ) -> None:
         super().__init__(config, model, optimizer)
-        self._rule = config.batch_rule
+        self._batch_rule = config.batch_rule
         self._l = model.num_layers / config.base_layers
         tokens = config.base_batch_tokens
         self._b = scale.batch_tokens / tokens if scale and tokens else 1.0
         beta2: float | None = getattr(optimizer, "beta2", None)
         if beta2 is not None and (1.0 - beta2) * self.forgetting >= 1.0 != self.forgetting:
             raise UserError(
-                f"parameterization.batch_rule={self._rule} multiplies 1 - optimizer.beta2="
+                f"parameterization.batch_rule={self._batch_rule} multiplies 1 - optimizer.beta2="
                 f"{1.0 - beta2:g} by {self.forgetting:g}, which leaves no second moment; choose a "
                 "smaller batch, a larger beta2 or batch_rule: sqrt"
             )
 
     @property
+    @override
     def forward(self) -> ForwardScales:
         """muP's, with branches x 1/√(2 L)."""
         return replace(super().forward, residual=1.0 / math.sqrt(2 * self.model.num_layers))
 
+    @override
     def other_rate(self, spec: ParamSpec) -> float:
         """Return 1/√l x √b."""
-        batch = 1.0 if self._rule == "sdew" else math.sqrt(self._b)
+        batch = 1.0 if self._batch_rule == "sdew" else math.sqrt(self._b)
         return batch / math.sqrt(self._l)
 
+    @override
     def other_decay(self, spec: ParamSpec) -> float:
         """Return 0 for embedding and head."""
         if spec.role in (Role.INPUT, Role.OUTPUT):
             return 0.0
-        return math.sqrt(self._b) if self._rule == "sdew" else 1.0
+        return math.sqrt(self._b) if self._batch_rule == "sdew" else 1.0
 
+    @override
     def epsilon(self, spec: ParamSpec) -> float:
         """Return 1, x 1/√b by the rules for which gradient noise sets the scale."""
-        return 1.0 if self._rule == "sqrt" else 1.0 / math.sqrt(self._b)
+        return 1.0 if self._batch_rule == "sqrt" else 1.0 / math.sqrt(self._b)
 
     @property
+    @override
     def forgetting(self) -> float:
-        """What multiplies 1 - beta2."""
-        return {"sqrt": 1.0, "sde": self._b, "sdew": math.sqrt(self._b)}[self._rule]
+        return {"sqrt": 1.0, "sde": self._b, "sdew": math.sqrt(self._b)}[self._batch_rule]

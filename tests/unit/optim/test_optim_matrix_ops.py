@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from allometry.optim import whole
-from allometry.optim.whole import (
-    LocalWhole,
+from allometry.optim import matrix_ops
+from allometry.optim.matrix_ops import (
+    LocalMatrixOps,
     Matrix,
     partial_sums,
     products_of_parts,
@@ -25,8 +25,8 @@ def cost(rows: int, columns: int) -> float:
 
 
 def test_sums_and_norms_are_those_of_each_matrix_in_float64() -> None:
-    whole = LocalWhole()
-    found = whole.squared_norms(PARAMETERS, PARAMETERS)
+    ops = LocalMatrixOps()
+    found = ops.squared_norms(PARAMETERS, PARAMETERS)
     assert [(len(f), f.dtype) for f in found] == [(n, torch.float64) for n in (1, 3, 1)]
     for parameter, norms in zip(PARAMETERS, found, strict=True):
         matrices = parameter if parameter.dim() == 3 else parameter[None]
@@ -35,10 +35,10 @@ def test_sums_and_norms_are_those_of_each_matrix_in_float64() -> None:
     partials = [*map(partial_sums, PARAMETERS), *squared_norms_of_parts(PARAMETERS)]
     empty = squared_norms_of_parts([torch.ones(0, 4), torch.ones(2, 0, 4), torch.ones(2, 2)])
     assert [norms.tolist() for norms in empty] == [[0.0], [0.0, 0.0], [4.0]]
-    twice = whole.sums([*PARAMETERS, *PARAMETERS], partials)
+    twice = ops.sums([*PARAMETERS, *PARAMETERS], partials)
     assert all(torch.equal(one, other) for one, other in zip(twice, partials, strict=True))
     with pytest.raises(AssertionError):
-        whole.sums(PARAMETERS, partials)
+        ops.sums(PARAMETERS, partials)
 
 
 @pytest.mark.parametrize("path", ["cpu", "cpu in chunks", "cuda's"])
@@ -46,9 +46,9 @@ def test_products_are_those_of_each_matrix_in_float64(
     path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a GPU runs multiplies in fp32 before it adds up in fp64."""
-    products = whole._products_by_sums if path == "cuda's" else products_of_parts
+    products = matrix_ops._products_by_sums if path == "cuda's" else products_of_parts
     if path == "cpu in chunks":
-        monkeypatch.setattr(whole, "_CHUNK", 5)
+        monkeypatch.setattr(matrix_ops, "_CHUNK", 5)
     others = [normal(f"other {shape}", shape).bfloat16() for shape in SHAPES]
     found = products(PARAMETERS, others)
     pairs = ((PARAMETERS, PARAMETERS), (PARAMETERS, others), (others, others))
@@ -67,7 +67,7 @@ def test_products_are_those_of_each_matrix_in_float64(
 
 def test_factors_multiply_the_matrices_they_are_of() -> None:
     values = [torch.arange(1.0, n + 1).double() for n in (1, 3, 1)]
-    factors = LocalWhole().factors(PARAMETERS, values)
+    factors = LocalMatrixOps().factors(PARAMETERS, values)
     assert [factor.shape for factor in factors] == [(), (3, 1, 1), ()]
     assert all(factor.dtype == torch.float32 for factor in factors)
     scaled = PARAMETERS[1] * factors[1]
@@ -84,9 +84,9 @@ def test_a_function_is_called_once_for_each_matrix_and_leaves_parts_alone() -> N
         calls.append(which)
         return matrix.T.contiguous().T * (1 + len(calls))  # as odd in memory as may be
 
-    whole = LocalWhole()
-    found = whole.map(matrices, matrices, function, cost)
-    assert calls == whole.owned(matrices, cost) == [(0, 0), (1, 0), (1, 1), (1, 2)]
+    ops = LocalMatrixOps()
+    found = ops.map(matrices, matrices, function, cost)
+    assert calls == ops.owned(matrices, cost) == [(0, 0), (1, 0), (1, 1), (1, 2)]
     assert torch.equal(found[0], before[0] * 2)
     assert torch.equal(found[1], before[1] * torch.tensor([3.0, 4.0, 5.0]).view(3, 1, 1))
     assert all(result.is_contiguous() for result in found)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from allometry.configs.model import ModelConfig
 from allometry.configs.optimization import Apollo, OptimizerConfig
 from allometry.scaling.inventory import inventory
+from allometry.scaling.parameterizations.base import rule_of
 from allometry.scaling.roles import Rule
-from allometry.scaling.rules.base import rule_of
 
 
 def rank_problem(rank: int, name: str, smaller: int) -> str | None:

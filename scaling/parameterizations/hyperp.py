@@ -6,16 +6,24 @@ from __future__ import annotations
 
 import math
 
+from typing_extensions import override
+
 from allometry.configs.model import HyperP, ModelConfig, WeightDecayRule
 from allometry.configs.optimization import OptimizerConfig
+from allometry.scaling.parameterizations.base import (
+    MATRICES,
+    ForwardScales,
+    InitKind,
+    Multipliers,
+    RunScale,
+)
 from allometry.scaling.roles import ParamSpec, Role, Rule
-from allometry.scaling.rules.base import MATRICES, ForwardScales, InitKind, Rules, RunScale
 
 HEAD_STD = 0.64
 """σ of the head is this over √(base width): logits of RMS 0.64 at the start, .02 at width 1024."""
 
 
-class OnSpheres(Rules):
+class HyperPMultipliers(Multipliers):
     """HyperP (arXiv 2603.28743; github.com/microsoft/ArchScale), for MuonH or AdamH:
 
     ======  ========================  ===========  ===================
@@ -50,6 +58,7 @@ class OnSpheres(Rules):
         self._tokens = scale.total_tokens / tokens if scale and tokens else 1.0
 
     @property
+    @override
     def forward(self) -> ForwardScales:
         """Branches x 1/√(2 L), at the base as well; scores √(base head width)/H."""
         divided = self.config.output_multiplier == "1/m"
@@ -60,20 +69,20 @@ class OnSpheres(Rules):
             output=float(1 / self.m) if divided else 1.0,
         )
 
+    @override
     def initial(self, spec: ParamSpec) -> tuple[InitKind, float]:
-        """Return how a parameter starts."""
         if spec.role is Role.INPUT:
             return "normal", self.config.embedding_std
         if spec.role is Role.OUTPUT:
             return "normal", self.config.head_std or HEAD_STD / math.sqrt(self.config.base_width)
         return "uniform", 1.0 / math.sqrt(3 * spec.fan_in)
 
+    @override
     def width_rate(self, spec: ParamSpec, rule: Rule) -> float:
-        """Return 1."""
         return 1.0
 
+    @override
     def other_rate(self, spec: ParamSpec) -> float:
-        """Return q."""
         config = self.config
         depth = math.sqrt(config.base_layers / self.model.num_layers)
         rate = depth * math.pow(self._batch, config.batch_exponent)
@@ -81,15 +90,16 @@ class OnSpheres(Rules):
             rate *= math.pow(self._tokens, -config.data_exponent)
         return rate
 
+    @override
     def other_decay(self, spec: ParamSpec) -> float:
-        """Return 0."""
         return 0.0
 
+    @override
     def epsilon(self, spec: ParamSpec) -> float:
-        """Return 1."""
         return 1.0
 
     @property
+    @override
     def decay_rule(self) -> WeightDecayRule:
         """There is no decay to follow anything."""
         return "coupled"

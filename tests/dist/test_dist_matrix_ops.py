@@ -16,8 +16,8 @@ from torch import Tensor
 import tiny
 from allometry.configs.run import RunConfig
 from allometry.optim import owners
-from allometry.optim.exchange import ShardedWhole
-from allometry.optim.whole import Matrix, partial_sums
+from allometry.optim.exchange import ShardedMatrixOps
+from allometry.optim.matrix_ops import Matrix, partial_sums
 from allometry.parallel.apply import Parallel
 from placed import LAYOUTS, MOE, given, like
 
@@ -50,15 +50,15 @@ def whole_errors(layout: dict[str, Any]) -> dict[str, Any]:
         values = {name: given(name, p.shape) for name, p in named.items()}
         parts = [like(values[name], p).clone() for name, p in named.items()]
         groups = len(dist.distributed_c10d._world.pg_map)
-        whole, calls = ShardedWhole(mesh), []
+        ops, calls = ShardedMatrixOps(mesh), []
 
         def function(matrix: Tensor, which: Matrix) -> Tensor:
             calls.append((list(named)[which.parameter], which.expert))
             return bend(matrix, which)
 
         parameters = list(named.values())
-        got = whole.map(parameters, parts, function, work)
-        assert whole.owned(parameters, work) == [
+        got = ops.map(parameters, parts, function, work)
+        assert ops.owned(parameters, work) == [
             Matrix(list(named).index(name), e) for name, e in calls
         ]
         wrong = [
@@ -66,9 +66,9 @@ def whole_errors(layout: dict[str, Any]) -> dict[str, Any]:
             for (name, p), part in zip(named.items(), got, strict=True)
             if not torch.equal(part, like(_bent(values[name]), p))
         ]
-        norms = whole.squared_norms(parameters, parts)
-        sums = whole.sums(parameters, [partial_sums(part) for part in parts])
-        factors = whole.factors(parameters, norms)
+        norms = ops.squared_norms(parameters, parts)
+        sums = ops.sums(parameters, [partial_sums(part) for part in parts])
+        factors = ops.factors(parameters, norms)
         exact = [values[name].double().view(-1, *p.shape[-2:]) for name, p in named.items()]
         error = max(
             float((a / b.sum((1, 2)) - 1).abs().max())
@@ -117,10 +117,10 @@ def test_sums_and_functions_of_whole_matrices(run_ranks: RunRanks, name: str) ->
         assert max(loads) <= max(1.1 * sum(loads) / len(loads), dearest), "work is shared"
 
 
-def order_of_events(waves: int) -> str:
+def order_of_events(buckets: int) -> str:
     """What happens in an exchange, in order: t(ravel) begins, or a matrix is c(omputed)."""
     events: list[str] = []
-    begin, usual = dist.all_to_all_single, owners.WAVES
+    begin, usual = dist.all_to_all_single, owners.NUM_BUCKETS
 
     def all_to_all_single(*arguments: Any, **settings: Any) -> Any:
         events.append("t")
@@ -135,19 +135,19 @@ def order_of_events(waves: int) -> str:
         named = matrices(tiny.parallel(run, mesh))
         parts = [like(given(name, p.shape), p).clone() for name, p in named.items()]
         try:
-            owners.WAVES, dist.all_to_all_single = waves, all_to_all_single
-            ShardedWhole(mesh).map(list(named.values()), parts, function, work)
+            owners.NUM_BUCKETS, dist.all_to_all_single = buckets, all_to_all_single
+            ShardedMatrixOps(mesh).map(list(named.values()), parts, function, work)
         finally:
-            owners.WAVES, dist.all_to_all_single = usual, begin
+            owners.NUM_BUCKETS, dist.all_to_all_single = usual, begin
     return "".join(events)
 
 
 @pytest.mark.parametrize(
-    ("waves", "order"), [(1, "tc+t"), (2, "ttc+tc+t"), (4, "ttc+ttc+ttc+tc+t")]
+    ("buckets", "order"), [(1, "tc+t"), (2, "ttc+tc+t"), (4, "ttc+ttc+ttc+tc+t")]
 )
 def test_pieces_travel_while_others_are_computed(
-    run_ranks: RunRanks, waves: int, order: str
+    run_ranks: RunRanks, buckets: int, order: str
 ) -> None:
-    """The next wave comes before one is computed, which leaves before the next is computed."""
-    for events in run_ranks(order_of_events, 2, waves):
+    """The next bucket comes before one is computed, which leaves before the next is computed."""
+    for events in run_ranks(order_of_events, 2, buckets):
         assert re.fullmatch(order, events), events

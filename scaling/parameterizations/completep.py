@@ -7,14 +7,16 @@ from __future__ import annotations
 from dataclasses import replace
 from fractions import Fraction
 
+from typing_extensions import override
+
 from allometry.configs.model import CompleteP, ModelConfig
 from allometry.configs.optimization import OptimizerConfig
+from allometry.scaling.parameterizations.base import ForwardScales
+from allometry.scaling.parameterizations.mup import MuPMultipliers
 from allometry.scaling.roles import ParamSpec
-from allometry.scaling.rules.base import ForwardScales
-from allometry.scaling.rules.mup import MaximalUpdate
 
 
-class CompletedUpdate(MaximalUpdate):
+class CompletePMultipliers(MuPMultipliers):
     """muP (arXiv 2203.03466) and, with α = ``depth_alpha`` (arXiv 2505.01618, equation 40):
 
     each branch x l^-α; all parameters of blocks, norms included: lr x l^(α-1), epsilon x l^-α.
@@ -29,14 +31,17 @@ class CompletedUpdate(MaximalUpdate):
         self.depth = Depth(model, config.base_layers, config.depth_alpha)
 
     @property
+    @override
     def forward(self) -> ForwardScales:
         """muP's, with smaller branches."""
         return replace(super().forward, residual=self.depth.branch)
 
+    @override
     def other_rate(self, spec: ParamSpec) -> float:
         """Return l^(α-1) inside blocks."""
         return self.depth.rate(spec)
 
+    @override
     def epsilon(self, spec: ParamSpec) -> float:
         """Return 1/m, inside blocks x l^-α."""
         return super().epsilon(spec) * self.depth.epsilon(spec)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 
+from typing_extensions import override
+
 from allometry.configs.model import ModelConfig, StandardParameterization, WeightDecayRule
 from allometry.configs.optimization import OptimizerConfig
+from allometry.scaling.parameterizations.base import ForwardScales, InitKind, Multipliers
 from allometry.scaling.roles import ParamSpec, Role, Rule
-from allometry.scaling.rules.base import ForwardScales, InitKind, Rules
 
 
-class Standard(Rules):
+class StandardMultipliers(Multipliers):
     """σ = 1/√fan_in for hidden matrices, routers, experts and the head; one learning rate."""
 
     def __init__(
@@ -23,25 +25,27 @@ class Standard(Rules):
         self.config = config
 
     @property
+    @override
     def forward(self) -> ForwardScales:
         """Scores are divided by √H; nothing else is scaled."""
         return ForwardScales(embedding=1.0, residual=1.0, attention=self.scores(None), output=1.0)
 
+    @override
     def initial(self, spec: ParamSpec) -> tuple[InitKind, float]:
-        """Return how a parameter starts."""
         if spec.role is Role.INPUT:
             return "normal", self.config.embedding_std
         return "normal", 1.0 / math.sqrt(spec.fan_in)
 
+    @override
     def width_rate(self, spec: ParamSpec, rule: Rule) -> float:
         """Return 1: the best rate falls as a model widens, and nobody says by how much."""
         return 1.0
 
+    @override
     def epsilon(self, spec: ParamSpec) -> float:
-        """Return 1."""
         return 1.0
 
     @property
+    @override
     def decay_rule(self) -> WeightDecayRule:
-        """As the config says."""
         return self.config.weight_decay_rule
