@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from allometry.configs.run import RunConfig
 from allometry.studies.ladder.plan import plan_ladder
 from allometry.studies.ladder.run import torchrun
 from allometry.studies.ladder.state import state_of
+from gates import LIMIT_S, Gate
 from run_folders import events, rows
 
 Make = Callable[..., RunConfig]
@@ -52,7 +52,7 @@ def command(*arguments: str | Path) -> list[str]:
 
 def call(*arguments: str | Path, code: int = 0) -> str:
     done = subprocess.run(
-        command(*arguments), capture_output=True, text=True, env=ENVIRONMENT, timeout=300
+        command(*arguments), capture_output=True, text=True, env=ENVIRONMENT, timeout=LIMIT_S
     )
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout if code == 0 else done.stderr
@@ -113,14 +113,11 @@ def test_interrupted_ladder_goes_on_to_the_same_bits(ladder: Ladder, tmp_path: P
     call("run", straight)
     path = ladder(tokens=[40960, 81920], widths=[32])
     runs = tmp_path / "ladder/runs"
-    for wanted in ("w32-d40960-s0", "w32-d81920-s0"):
-        process = subprocess.Popen(
-            command("run", path), stdout=subprocess.PIPE, text=True, env=ENVIRONMENT
-        )
-        metrics = runs / wanted / "metrics.jsonl"
-        wait_for(metrics, 20 if wanted == "w32-d40960-s0" else 125, process)
+    for wanted, step in (("w32-d40960-s0", 21), ("w32-d81920-s0", 170)):
+        process, gate = held("run", path, tmp_path / f"gate-{step}", step)
+        gate.wait(process)
         process.send_signal(signal.SIGINT)
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=LIMIT_S)
         assert process.returncode == 0, output
         assert "stopped by SIGINT" in output
         assert kinds(runs / wanted)[-1] == "stopped"
@@ -131,27 +128,25 @@ def test_interrupted_ladder_goes_on_to_the_same_bits(ladder: Ladder, tmp_path: P
     assert kinds(runs / "w32-d81920-s0")[0] == "branched"
 
 
-def wait_for(path: Path, count: int, process: "subprocess.Popen[str]") -> None:
-    for _ in range(2400):
-        if path.exists() and len(path.read_text().splitlines()) >= count:
-            return
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.05)
-    raise AssertionError(f"{count} rows did not come")
+def held(action: str, path: Path, folder: Path, step: int) -> tuple["subprocess.Popen[str]", Gate]:
+    """A ladder's process, and the gate at which its first run of so many steps waits."""
+    gate = Gate(folder, step)
+    process = subprocess.Popen(
+        command(action, path), stdout=subprocess.PIPE, text=True, env=ENVIRONMENT | gate.environment
+    )
+    return process, gate
 
 
 @pytest.mark.slow
 def test_second_launch_beside_the_first_is_refused(ladder: Ladder, tmp_path: Path) -> None:
-    path = ladder(tokens=[409600], widths=[32])
-    process = subprocess.Popen(
-        command("run", path), stdout=subprocess.PIPE, text=True, env=ENVIRONMENT
-    )
-    wait_for(tmp_path / "ladder/runs/w32-d409600-s0/metrics.jsonl", 3, process)
+    path = ladder(tokens=[40960], widths=[32])
+    process, gate = held("run", path, tmp_path / "gate", 4)
+    gate.wait(process)
     assert "another allometry ladder run works in" in call("run", path, code=2)
     facts = json.loads(call("status", path, "--json"))
     assert [run["state"] for run in facts["runs"]] == ["running"]
     process.terminate()
-    process.communicate(timeout=120)
+    process.communicate(timeout=LIMIT_S)
     facts = json.loads(call("status", path, "--json"))
     assert [run["state"] for run in facts["runs"]] == ["partial"]
 

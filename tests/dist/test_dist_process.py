@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,12 @@ import pytest
 from allometry.configs.loader import dump
 from allometry.configs.run import RunConfig
 from allometry.trainer.train import train
+from gates import LIMIT_S, Gate
 from run_folders import events, rows
 
 Make = Callable[..., RunConfig]
 Start = Callable[..., subprocess.Popen[str]]
-LONG = ("training.total_steps=150", "checkpoint.every_steps=10", "record.display_every_steps=50")
+LONG = ("training.total_steps=80", "checkpoint.every_steps=10", "record.display_every_steps=50")
 
 
 @pytest.fixture
@@ -27,7 +27,9 @@ def start(tmp_path: Path) -> Iterator[Start]:
     """``start(config, ranks)``: the command a user types, in a process group of its own."""
     started: list[subprocess.Popen[str]] = []
 
-    def launch(config: RunConfig, ranks: int = 1) -> subprocess.Popen[str]:
+    def launch(
+        config: RunConfig, ranks: int = 1, gate: Gate | None = None
+    ) -> subprocess.Popen[str]:
         path = tmp_path / "config.yaml"
         path.write_text(dump(config))
         module = ["-m", "allometry.launch.train", str(path)]
@@ -39,7 +41,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | (gate.environment if gate else {}),
         )
         started.append(process)
         return process
@@ -50,20 +52,8 @@ def start(tmp_path: Path) -> Iterator[Start]:
             kill_group(process)
 
 
-def wait_for_rows(folder: Path, count: int, process: subprocess.Popen[str]) -> None:
-    """Until the record holds ``count`` rows; fails with the output if the process ends before."""
-    for _ in range(1200):
-        path = folder / "metrics.jsonl"
-        if path.exists() and len(path.read_text().splitlines()) >= count:
-            return
-        if process.poll() is not None:
-            raise AssertionError(process.communicate()[0])
-        time.sleep(0.05)
-    raise AssertionError(f"{count} rows did not come in a minute")
-
-
 def finish(process: subprocess.Popen[str]) -> str:
-    output, _ = process.communicate(timeout=200)
+    output, _ = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 0, output
     return output
 
@@ -80,9 +70,10 @@ def test_kill_9_twice_under_torchrun_loses_nothing(
     finish(start(straight, ranks=2))
     killed = tiny(*LONG, folder=tmp_path / "killed")
     folder = Path(killed.run.folder)
-    for count in (25, 75):
-        process = start(killed, ranks=2)
-        wait_for_rows(folder, count, process)
+    for step in (26, 76):
+        gate = Gate(tmp_path / f"gate-{step}", step)
+        process = start(killed, ranks=2, gate=gate)
+        gate.wait(process, ranks=2)
         kill_group(process)
     output = finish(start(killed, ranks=2))
     assert "continuing after step" in output
@@ -104,15 +95,18 @@ def kill_group(process: subprocess.Popen[str]) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_ends_cleanly(tiny: Make, start: Start, number: signal.Signals) -> None:
+def test_a_signal_saves_and_ends_cleanly(
+    tiny: Make, start: Start, tmp_path: Path, number: signal.Signals
+) -> None:
     config = tiny(*LONG, "checkpoint.every_steps=null")
     folder = Path(config.run.folder)
-    process = start(config)
-    wait_for_rows(folder, 10, process)
+    gate = Gate(tmp_path / "gate", 11)
+    process = start(config, gate=gate)
+    gate.wait(process)
     process.send_signal(number)
     assert f"stopped by {number.name}" in finish(process)
     last = rows(folder)[-1]["step"]
-    assert last < 150
+    assert last == 11
     assert (folder / "latest").read_text().strip() == f"step-{last}"
     assert events(folder)[-1] | {"time": 0} == {
         "event": "stopped",
@@ -124,15 +118,18 @@ def test_a_signal_saves_and_ends_cleanly(tiny: Make, start: Start, number: signa
 
 def test_second_live_run_in_a_folder_is_refused(tiny: Make, start: Start, tmp_path: Path) -> None:
     config = tiny(*LONG)
-    first = start(config)
-    wait_for_rows(Path(config.run.folder), 1, first)
+    gate = Gate(tmp_path / "gate", 2)
+    first = start(config, gate=gate)
+    gate.wait(first)
     second = start(config)
-    output, _ = second.communicate(timeout=100)
+    output, _ = second.communicate(timeout=LIMIT_S)
     assert second.returncode == 2
     lines = [line for line in output.splitlines() if line.startswith("allometry: ")]
     assert len(lines) == 1
     assert f"in use by process {first.pid}" in lines[0]
     assert "Traceback" not in output
+    gate.open()
+    finish(first)
 
 
 def test_sums_of_a_run_do_not_depend_on_the_processes(tiny: Make) -> None:
