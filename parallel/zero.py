@@ -21,7 +21,7 @@ over the copies too. ``offload: cpu`` keeps the shards and the optimizer on the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,6 +34,7 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
+from torch.distributed.tensor import DTensor, Shard
 
 from allometry.configs.execution import Zero
 from allometry.models.build import named_parameters
@@ -42,6 +43,7 @@ from allometry.models.transformer import Transformer
 from allometry.parallel.mesh import Mesh
 from allometry.parallel.reduce import FlatReducer, GradientSync, ReductionGroup, sum_over_tp
 from allometry.scaling.roles import Role
+from allometry.scaling.shards import zero_dim
 
 
 class FullyShardedSync:
@@ -51,7 +53,8 @@ class FullyShardedSync:
     them in the last backward. Stage 2 reduce-scatters in every backward and adds up shards.
     Stage 3 also frees a block's parameters after its forward and its backward.
 
-    Parameters become DTensors, ``Shard(0)`` over ``mesh``; between steps they are always shards.
+    Parameters become DTensors, sharded in the dimension that ``scaling.shards.zero_dim`` says: the
+    first, or of too few experts another. Between steps they are always shards.
     """
 
     def __init__(
@@ -149,6 +152,11 @@ def shard_model(model: Transformer, mesh: Mesh, zero: Zero, compute_dtype: torch
         "offload_policy": CPUOffloadPolicy(pin_memory=on_cuda)
         if zero.offload == "cpu"
         else OffloadPolicy(),
+        "shard_placement_fn": _placement(mesh.hdp.size // zero.replicas),
+    }
+    apart_over = {
+        "mesh": mesh.expert_zero_mesh,
+        "shard_placement_fn": _placement(mesh.hdp.size // zero.replicas // mesh.ep.size),
     }
     reshard = zero.stage == 3
     # A tied embedding is needed again by the head; the backward of a look-up needs no table.
@@ -169,7 +177,7 @@ def shard_model(model: Transformer, mesh: Mesh, zero: Zero, compute_dtype: torch
                     module,
                     mp_policy=plain if role is Role.ROUTER else mixed,
                     reshard_after_forward=reshard,
-                    **common | ({"mesh": mesh.expert_zero_mesh} if apart else {}),
+                    **common | (apart_over if apart else {}),
                 )
         fully_shard(block, mp_policy=mixed, reshard_after_forward=reshard, **common)
     if model.mirrored and model.head is not None:
@@ -207,6 +215,16 @@ def apply_zero(
             lambda: reduction_groups(parts, mesh), mesh.tp, zero.bucket_mib * 2**20, overlap, on_cpu
         )
     return FullyShardedSync(parts, mesh, zero, compute_dtype)
+
+
+def _placement(ranks: int) -> Callable[[nn.Parameter], Shard]:
+    """Return what tells FSDP2 which dimension of a parameter to shard over so many ranks."""
+
+    def choose(parameter: nn.Parameter) -> Shard:
+        part = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        return Shard(zero_dim(tuple(part.shape), ranks))
+
+    return choose
 
 
 def _special(block: nn.Module) -> Iterator[tuple[nn.Module, Role]]:

@@ -1,13 +1,12 @@
-"""How much memory a rank needs: an estimate, component by component."""
+"""How much memory a rank needs at the peak of a step, component by component."""
 
 # T tokens of a micro-batch, D width, N query heads, K key/value heads, H head width,
-# F feed-forward width, V vocabulary, P parameters, W ranks on the hdp axis, E experts, k of them
-# that a token visits
+# F feed-forward width, V vocabulary, P parameters, E experts, k of them that a token visits
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fractions import Fraction
 from typing import Literal
 
@@ -15,13 +14,16 @@ from allometry.configs.execution import Zero
 from allometry.configs.model import LatentExperts, ModelConfig, MoEModel
 from allometry.configs.optimization import Apollo, OptimizerConfig
 from allometry.scaling.attention import AttentionCall, choose_backend
-from allometry.scaling.inventory import inventory
 from allometry.scaling.layout import Layout
 from allometry.scaling.parameterizations.base import rule_of
-from allometry.scaling.roles import ParamSpec, Role, Rule
+from allometry.scaling.roles import ParamSpec, Rule
+from allometry.scaling.shards import RankParts, layer_of, zero_dim
 
 COMPUTE_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
 """Bytes of one number of each ``training.compute_dtype``."""
+
+EXACT = ("parameters", "gradients", "optimizer_states")
+"""What of a ``MemoryEstimate`` is exact: the bytes of the sharded model."""
 
 _FP32 = 4
 
@@ -31,23 +33,29 @@ FUSED_ATTENTION = AttentionCall("cuda", "bf16", packed=False, length=1, compiled
 
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
-    """Bytes on one rank at the peak of a step, by what they hold. An estimate.
+    """Bytes on one rank at the peak of a step, by what they hold.
 
-    ``parameters``: fp32 parameters, this rank's share. ``gradients``: fp32 gradients and, where
-    they are reduced in buckets, one bucket. ``optimizer_states``: what the update rules keep, for
-    AdamW two fp32 moments; none of parameters and states where they are offloaded.
-    ``compute_copies``: weights cast to the compute type, and whole ones gathered from shards.
-    ``activations``: what the micro-batches in flight (one without a pipeline) keep for backward.
-    ``loss``: the piece of the logits that exists at once and the head's gradient beside it.
+    Exact, those of the sharded model: ``parameters`` in fp32, this rank's share, with the copy
+    that a tied head away from its embedding is; their ``gradients`` after the last backward;
+    ``optimizer_states`` (near for APOLLO, whose states lie with the owners of matrices). Where
+    they are offloaded they are not on the device and 0 here.
+
+    Estimates: ``reduction``, gradients beyond these until they are reduced: one bucket at ZeRO
+    stage 0; else those of one unit and its buffer, and whole ones in fp32 where micro-batches add
+    up before they are reduced. ``compute_copies``: weights cast to the compute type, and whole
+    ones gathered from shards. ``activations``: what the micro-batches in flight (one without a
+    pipeline) keep for backward. ``loss``: the piece of the logits that exists at once, and the
+    gradients of the head and of its input, which each micro-batch in flight keeps.
 
     Not in it: the allocator's fragmentation, communication buffers of the back end, the CUDA
-    context, compiled code. Kernels differ in what they keep: expect tens of per cent of error in
-    the activations, little in the rest.
+    context, compiled code, routers' buffers. Kernels differ in what they keep: expect tens of per
+    cent of error in the activations, little in the rest.
     """
 
     parameters: int
     gradients: int
     optimizer_states: int
+    reduction: int
     compute_copies: int
     activations: int
     loss: int
@@ -55,53 +63,7 @@ class MemoryEstimate:
     @property
     def total(self) -> int:
         """The sum of all components, in bytes."""
-        return (
-            self.parameters
-            + self.gradients
-            + self.optimizer_states
-            + self.compute_copies
-            + self.activations
-            + self.loss
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class _Rank:
-    """What one rank holds of a model: some layers, the ends or not, cut over tp and ep."""
-
-    model: ModelConfig
-    layers: frozenset[int]
-    first: bool
-    last: bool
-    tp: int
-    ep: int
-
-    def parameters(self) -> dict[str, int]:
-        """Return the elements of this rank's part of each parameter, before ZeRO."""
-        found = {}
-        for spec in inventory(self.model):
-            layer = _layer(spec.name)
-            here = layer in self.layers if layer is not None else self._holds_end(spec.name)
-            if here:
-                found[spec.name] = math.ceil(spec.numel / self.cut(spec))
-        return found
-
-    def cut(self, spec: ParamSpec) -> int:
-        """Return into how many parts tensor and expert parallelism cut a parameter."""
-        if spec.role in (Role.EXPERT_UP, Role.EXPERT_DOWN):
-            return self.tp * self.ep
-        apart = (Role.VECTOR, Role.ROUTER)
-        return 1 if spec.role in apart or ".latent_" in spec.name else self.tp
-
-    def _holds_end(self, name: str) -> bool:
-        # A tied head away from its embedding is a copy of it.
-        if name == "embedding.weight":
-            return self.first or (self.last and self.model.tied_embeddings)
-        return self.last
-
-
-def _layer(name: str) -> int | None:
-    return int(name.split(".")[1]) if name.startswith("blocks.") else None
+        return sum(getattr(self, field.name) for field in fields(self))
 
 
 def estimate_memory(
@@ -118,50 +80,88 @@ def estimate_memory(
     fused_norm: bool = True,
     optimizer: OptimizerConfig | None = None,
     attention: AttentionCall = FUSED_ATTENTION,
+    pp_rank: int | None = None,
 ) -> MemoryEstimate:
-    """Estimate the bytes that the fullest of the ranks needs at the peak of a step.
+    """Return the bytes that a rank needs at the peak of a step, the fullest of each axis.
 
-    ZeRO divides by hdp, by a copy's ranks where there are replicas, as ``parallel/zero.py`` says:
-    stage 1 parameters (gathered for the step) and optimizer states, 2 the gradients as well, 3
-    what is gathered. ``layout`` None: one pipeline stage, nothing cut. ``compute_bytes`` is the
+    ZeRO shards over hdp, over a copy's ranks where there are replicas, as ``parallel/zero.py`` and
+    ``shards.py`` say. ``layout`` None: one pipeline stage, nothing cut. ``compute_bytes`` is the
     size of one activation (``COMPUTE_BYTES``), ``logits_chunk_tokens`` how many tokens the loss
     treats at once; None: what fits half a billion logits, at most 8192 tokens, as on a GPU (less
     on a CPU).
     ``fused_norm``: whether norms keep no more than their input and output, as torch's CUDA kernel
-    (on a CPU they also keep both widened to fp32). ``optimizer`` None: AdamW.
-    ``attention``: what is asked of attention, whose back ends differ in what they keep.
+    (on a CPU they also keep both widened to fp32). ``optimizer`` None: AdamW. ``attention``: what
+    is asked of attention, whose back ends differ in what they keep. ``pp_rank`` None: the fullest
+    rank of the pipeline.
     """
+    columns = math.ceil(model.vocab_size / (layout.degrees.tp if layout is not None else 1))
     if logits_chunk_tokens is None:
-        columns = math.ceil(model.vocab_size / (layout.degrees.tp if layout is not None else 1))
         logits_chunk_tokens = min(max(2**29 // columns, 128), 8192)
-    pp, tp, ep = (
-        (layout.pp, layout.degrees.tp, layout.degrees.ep) if layout is not None else (1, 1, 1)
-    )
+    chunk = min(logits_chunk_tokens, micro_batch_tokens)
+    pp = layout.pp if layout is not None else 1
+    # In a pipeline gradients are whole until the stage's last backward.
+    add_up = pp > 1 or (zero.stage == 1 and micro_batches > 1)
     estimates = []
-    for rank in range(pp):
-        stages = layout.stages_of(rank) if layout is not None else (0,)
-        layers = layout.stages if layout is not None else (range(model.num_layers),)
-        part = _Rank(
-            model,
-            frozenset(layer for stage in stages for layer in layers[stage]),
-            first=0 in stages,
-            last=len(layers) - 1 in stages,
-            tp=tp,
-            ep=ep,
-        )
-        held = _held(part, zero, hdp, compute_bytes, optimizer, pipeline=pp > 1)
-        scores = choose_backend(attention).kept_bytes(
-            model.num_heads, attention.length, compute_bytes
-        )
+    scores = choose_backend(attention).kept_bytes(
+        model.num_heads, attention.length, compute_bytes
+    )
+    for rank in range(pp) if pp_rank is None else (pp_rank,):
+        part = RankParts.of(model, layout, rank, hdp // zero.replicas if zero.stage else 1)
         kept = _activations(
             part, micro_batch_tokens, compute_bytes, fused_norm, checkpointing, scores
         )
         in_flight = _in_flight(layout, rank, micro_batches) if layout is not None else 1
-        loss = 0
-        if part.last:
-            loss = _loss(model, micro_batch_tokens, logits_chunk_tokens, compute_bytes, tp)
-        estimates.append(MemoryEstimate(**held, activations=in_flight * kept, loss=loss))
+        held, states = _held(part, optimizer) if zero.offload == "none" else (0, 0)
+        estimates.append(
+            MemoryEstimate(
+                parameters=held,
+                gradients=held,
+                optimizer_states=states,
+                reduction=_reduction(part, zero, hdp, held, compute_bytes, add_up),
+                compute_copies=_compute_copies(part, compute_bytes, zero.stage),
+                activations=in_flight * kept,
+                loss=_loss(part, micro_batch_tokens, chunk, compute_bytes, zero.stage, in_flight),
+            )
+        )
     return max(estimates, key=lambda estimate: estimate.total)
+
+
+def _held(part: RankParts, optimizer: OptimizerConfig | None) -> tuple[int, int]:
+    """Return the bytes of this rank's parameters and of their optimizer states."""
+    specs = part.specs()
+    parameters = _FP32 * sum(map(part.held, specs))
+    trained = filter(part.trains, specs)
+    return parameters, sum(state_bytes(spec, part.held(spec), optimizer) for spec in trained)
+
+
+def _reduction(
+    part: RankParts, zero: Zero, hdp: int, held: int, compute_bytes: int, add_up: bool
+) -> int:
+    """Return the bytes of gradients, beyond the ``held`` ones, until they are reduced."""
+    whole = _FP32 * sum(math.prod(part.part(spec)) for spec in part.specs())
+    if zero.stage == 0:
+        return min(zero.bucket_mib * 2**20, whole) if hdp > 1 else 0
+    unit = max(part.units().values())
+    return whole - held + _FP32 * unit if add_up else (compute_bytes + _FP32) * unit
+
+
+def state_bytes(spec: ParamSpec, elements: int, optimizer: OptimizerConfig | None) -> int:
+    """Return the bytes that an optimizer keeps for so many elements of a parameter.
+
+    Beside ``state_numbers`` for each, these are a parameter's count of steps and numbers of its
+    whole matrices: radii of spheres, signal-to-noise ratios.
+    """
+    matrices = spec.shape[0] if len(spec.shape) == 3 else 1
+    match rule_of(optimizer.kind if optimizer else "adamw", spec.role):
+        case Rule.ADAMW:
+            single = 1
+        case Rule.MUONH:
+            single = matrices
+        case Rule.ADAMH | Rule.SGD_SAI:
+            single = 1 + matrices
+        case _:
+            single = 0
+    return _FP32 * (math.ceil(elements * state_numbers(spec, optimizer)) + single)
 
 
 def state_numbers(spec: ParamSpec, optimizer: OptimizerConfig | None) -> Fraction:
@@ -182,72 +182,40 @@ def state_numbers(spec: ParamSpec, optimizer: OptimizerConfig | None) -> Fractio
             return Fraction(2, smaller)
 
 
-def _held(
-    part: _Rank,
-    zero: Zero,
-    hdp: int,
-    compute_bytes: int,
-    optimizer: OptimizerConfig | None,
-    *,
-    pipeline: bool,
-) -> dict[str, int]:
-    """Return the bytes of parameters, gradients, states and copies of weights (see zero.py)."""
-    elements = part.parameters()
-    whole = sum(elements.values())
-    ranks = hdp // zero.replicas
-
-    def shared(numbers: dict[str, int]) -> int:
-        experts = sum(size for name, size in numbers.items() if ".experts." in name)
-        rest = sum(numbers.values()) - experts
-        return math.ceil(rest / ranks) + math.ceil(experts / (ranks // part.ep))
-
-    per_element = {s.name: state_numbers(s, optimizer) for s in inventory(part.model)}
-    kept = {name: math.ceil(size * per_element[name]) for name, size in elements.items()}
-    share = shared(elements)
-    sharded = share if zero.stage >= 1 else whole
-    states = shared(kept) if zero.stage >= 1 else sum(kept.values())
-    # In a pipeline gradients are whole until the stage's last backward.
-    gradients = share if zero.stage >= 2 and not pipeline else whole
-    bucket = 0
-    if zero.stage == 0 and hdp > 1:
-        bucket = min(zero.bucket_mib * 2**20, _FP32 * whole)
-    on_device = 0 if zero.offload == "cpu" else 1
-    if zero.stage >= 2 and not pipeline:
-        gradients *= on_device
-    return {
-        "parameters": on_device * _FP32 * sharded,
-        "gradients": _FP32 * gradients + bucket,
-        "optimizer_states": on_device * _FP32 * states,
-        "compute_copies": _compute_copies(part.model, elements, compute_bytes, zero.stage),
-    }
-
-
-def _compute_copies(
-    model: ModelConfig, elements: dict[str, int], compute_bytes: int, stage: int
-) -> int:
+def _compute_copies(part: RankParts, compute_bytes: int, stage: int) -> int:
     """Return the bytes of weights that exist beside the fp32 parameters.
 
     Unsharded, a cast weight stays until its backward pass; fp32 compute needs no copy. Sharded,
     what is gathered stays for the step; at stage 3 a gathered block is freed after use: the
     largest of block and ends exists beside a prefetched block. The embedding is gathered in fp32.
+    Experts that ZeRO shards in another dimension than the first are put together in a copy.
     """
-    matrices = {name: size for name, size in elements.items() if not name.endswith("norm.weight")}
-    embedding = matrices.get("embedding.weight", 0)
-    total = sum(matrices.values())
+    sizes = {
+        spec.name: math.prod(part.part(spec))
+        for spec in part.specs()
+        if not spec.name.endswith("norm.weight")
+    }
+    embedding = sizes.get("embedding.weight", 0)
+    total = sum(sizes.values())
     if stage == 0:
-        if not model.tied_embeddings:
+        if not part.model.tied_embeddings:
             total -= embedding  # a lookup casts only the rows it reads
         return 0 if compute_bytes == _FP32 else compute_bytes * total
-    if stage < 3:
-        return compute_bytes * (total - embedding) + _FP32 * embedding
     blocks: dict[int, int] = {}
-    for name, size in matrices.items():
-        layer = _layer(name)
+    joined: dict[int, int] = {}
+    for spec in part.specs():
+        layer = layer_of(spec.name)
         if layer is not None:
+            size = sizes.get(spec.name, 0)
             blocks[layer] = blocks.get(layer, 0) + size
+            if zero_dim(part.part(spec), part.ranks_of(spec)):
+                joined[layer] = joined.get(layer, 0) + size
+    copy = max(joined.values(), default=0)
+    if stage < 3:
+        return compute_bytes * (total - embedding + copy) + _FP32 * embedding
     block = max(blocks.values())
     ends = total - sum(blocks.values())
-    return compute_bytes * (block + max(block, ends))
+    return compute_bytes * (block + max(block, ends) + copy)
 
 
 def _in_flight(layout: Layout, rank: int, micro_batches: int) -> int:
@@ -272,7 +240,7 @@ def _in_flight(layout: Layout, rank: int, micro_batches: int) -> int:
 
 
 def _activations(
-    part: _Rank,
+    part: RankParts,
     tokens: int,
     compute_bytes: int,
     fused_norm: bool,
@@ -343,15 +311,22 @@ def _mixture(model: MoEModel, compute_bytes: int) -> int:
     return kept + (wide * model.width if wide != compute_bytes else 0)
 
 
-def _loss(model: ModelConfig, tokens: int, chunk_tokens: int, compute_bytes: int, tp: int) -> int:
+def _loss(
+    part: RankParts, tokens: int, chunk: int, compute_bytes: int, stage: int, in_flight: int
+) -> int:
     """Return the bytes that the loss holds while it does one chunk of tokens.
 
     Its logits, twice in fp32 or wider for the softmax; the head's gradient, added up over the
-    chunks beside that of earlier micro-batches; the gradient of the loss's input. Each of tp ranks
-    has its part of the vocabulary.
+    chunks in that type, and in the type of the weight for every other micro-batch in flight; the
+    gradients of their inputs. Each of tp ranks has its part of the vocabulary.
     """
+    if not part.last:
+        return 0
     wide = max(_FP32, compute_bytes)
-    vocabulary = math.ceil(model.vocab_size / tp)
-    chunk = min(chunk_tokens, tokens) * vocabulary
-    head = wide * vocabulary * model.width
-    return chunk * (compute_bytes + 2 * wide) + head + compute_bytes * tokens * model.width
+    vocabulary = math.ceil(part.model.vocab_size / part.tp)
+    head = vocabulary * part.model.width
+    # Sharded, a head of its own is gathered in the compute type.
+    kept = compute_bytes if stage and not part.model.tied_embeddings else wide
+    inputs = in_flight * compute_bytes * tokens * part.model.width
+    logits = chunk * vocabulary * (compute_bytes + 2 * wide)
+    return logits + wide * head + (in_flight - 1) * kept * head + inputs

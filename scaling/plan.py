@@ -19,8 +19,8 @@ from allometry.scaling.parameterization import Parameterization
 class RunPlan:
     """What a run on ``world_size`` ranks will do. Steps are counted from 1.
 
-    ``flops_per_token`` is that of sequences that are one whole document; ``memory`` is an
-    estimate of one rank's peak (see ``MemoryEstimate``).
+    ``flops_per_token`` is that of sequences that are one whole document; ``memory`` is the peak of
+    the fullest rank (see ``MemoryEstimate``).
     """
 
     world_size: int
@@ -118,7 +118,7 @@ class RunPlan:
             },
             "parameters": asdict(self.parameters),
             "flops_per_token": asdict(self.flops_per_token),
-            "memory_estimate_bytes": {**asdict(self.memory), "total": self.memory.total},
+            "memory_bytes_per_rank": {**asdict(self.memory), "total": self.memory.total},
             "parameterization": self.parameterization.describe(),
             "balance_loads": None if self.balance_loads is None else asdict(self.balance_loads),
         }

@@ -41,8 +41,9 @@ from allometry.trainer.assemble import make_optimizer, make_states
 class RankReport:
     """What one rank of a pipeline stage (or of the whole run, without one) holds and sends.
 
-    ``bytes_held`` by kind, exact: fp32 parameters, their gradients after the step's last backward,
-    optimizer states and buffers. ``collectives`` are those of one step with ``micro_batches``
+    ``bytes_held`` by kind, exact: fp32 parameters, their gradients after the step's last backward
+    (both with the copy that a tied head away from its embedding is), optimizer states and buffers;
+    wherever they lie. ``collectives`` are those of one step with ``micro_batches``
     micro-batches, with their number; the largest first. Loads of experts are taken as even.
     """
 
@@ -111,7 +112,7 @@ def _rehearse_rank(config: RunConfig, plan: RunPlan, rank: int) -> RankReport:
                 stages=tuple(parallel.parts),
                 micro_batches=micro_batches,
                 bytes_held={
-                    "parameters": _nbytes(p for _, p in parallel.named_parameters()),
+                    "parameters": _nbytes(_parameters(parallel)),
                     "gradients": gradients,
                     "optimizer states": states,
                     "buffers": _nbytes(b for _, b in parallel.named_buffers()),
@@ -141,7 +142,7 @@ def _step(
             total[call] += times * number
     total.update(_tied(config, plan.layout, parallel))
     parameters = [p for _, p in parallel.named_parameters()]
-    gradients = _nbytes(p.grad for p in parameters)
+    gradients = _nbytes(p.grad for p in _parameters(parallel))
     with CollectiveLog(mesh) as log:
         pipeline = mesh.pp.group if mesh.pp.size > 1 else None
         clip_by_global_norm(parameters, config.training.clip_grad_norm, pipeline)
@@ -223,6 +224,11 @@ def _update(
         for value in state.values()
         if isinstance(value, Tensor)
     )
+
+
+def _parameters(parallel: Parallel) -> list[Tensor]:
+    """All parameters that lie here, copies of other ranks' ones included."""
+    return [p for part in parallel.parts.values() for p in part.parameters()]
 
 
 def _nbytes(tensors: Any) -> int:

@@ -10,6 +10,7 @@ from allometry.configs.run import RunConfig
 from allometry.data.stream import open_stream
 from allometry.data.tokenizer import check_vocabulary
 from allometry.optim.schedule import Schedule, resolve_schedule
+from allometry.scaling.memory import EXACT, MemoryEstimate
 from allometry.scaling.plan import RunPlan
 
 
@@ -69,11 +70,13 @@ def _text(config: RunConfig, plan: RunPlan, facts: dict[str, Any]) -> str:
         f"parameter), {plan.total_flops:.4g} FLOPs in all",
         f"steps             {plan.total_steps:,} of {config.batch.sequences} x "
         f"{config.data.sequence_length} tokens ({_share(config, plan)})",
-        f"memory per rank   {_size(memory.total)} (estimate):",
+        f"memory per rank   {_size(memory.total)} at the peak of the fullest; fits "
+        f"{DEVICE_GB} GB: {'yes' if memory.total <= DEVICE_GB * 10**9 else 'no'}",
         *(
             f"  {_KINDS.get(name, name).replace('_', ' '):<24}{_size(number):>10}"
-            for name, number in facts["memory_estimate_bytes"].items()
-            if name != "total" and number
+            f"{'' if name in EXACT else '  (estimate)'}"
+            for name, number in facts["memory_bytes_per_rank"].items()
+            if name in MemoryEstimate.__dataclass_fields__ and number
         ),
         *_ranks(facts),
         *_data(facts["data"]),
@@ -99,21 +102,21 @@ def _share(config: RunConfig, plan: RunPlan) -> str:
 
 
 SHOWN = 8
-_KINDS = {"gradients": "gradients, buckets"}
+DEVICE_GB = 80
+"""Memory of a GPU that a run is held against, in 10**9 bytes: what an A100 or H100 has, less some
+GB for what no estimate has in it (see ``MemoryEstimate``)."""
+_KINDS = {"reduction": "gradients to be reduced", "loss": "logits, head's gradient"}
 
 
 def _ranks(facts: dict[str, Any]) -> list[str]:
-    """One rank of each pipeline rank: bytes it holds, messages of a step, the largest first."""
+    """The messages of a step on one rank of each pipeline rank, the largest first."""
     if "ranks" not in facts:
         return []
     lines = ["layout            " + _layout(facts["layout"])]
-    for found in facts["ranks"]:
-        held = ", ".join(
-            f"{kind} {_size(size)}" for kind, size in found["bytes_held"].items() if size
-        )
-        stages = ", ".join(map(str, found["stages"]))
-        lines += [f"rank {found['rank']} (stage {stages}) holds {held}; in a step it calls"]
-        calls = found["collectives"]
+    for rank in facts["ranks"]:
+        stages = ", ".join(map(str, rank["stages"]))
+        lines += [f"rank {rank['rank']} (stage {stages}) calls in a step"]
+        calls = rank["collectives"]
         lines += [
             f"  {call['per_step']:>6,} x {call['kind']:<15} of {_size(call['bytes']):>10} over "
             f"{call['ranks']} ranks of {call['axis']}"

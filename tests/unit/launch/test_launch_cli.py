@@ -79,7 +79,13 @@ def test_dry_run_of_many_ranks_lists_what_they_hold_and_send(tiny: Make) -> None
     config = tiny("parallel.tp=2", "parallel.zero.stage=2", "batch.sequences=512")
     text = report(config, 64, as_json=False)
     assert "pp=1, hdp=32, tp=2" in text
-    assert "rank 0 (stage 0) holds parameters" in text
+    assert "rank 0 (stage 0) calls in a step" in text
+    assert text.count("parameters") == 2  # of the model; bytes of the one memory number
+    assert "at the peak of the fullest; fits 80 GB: yes" in text
+    large = config.model_copy(
+        update={"model": config.model.model_copy(update={"vocab_size": 2**30})}
+    )
+    assert "fits 80 GB: no" in report(large, 64, as_json=False)
     assert "reduce-scatter" in text
     assert "32 ranks of hdp" in text
 
@@ -88,7 +94,11 @@ def test_dry_run_as_json(tiny: Make) -> None:
     plan = json.loads(report(tiny(), 2, as_json=True))
     assert plan["total_steps"] == 20
     assert plan["layout"]["hdp"] == 2
-    assert plan["ranks"][0]["bytes_held"]["parameters"] == 4 * plan["parameters"]["total"]
+    held = plan["ranks"][0]["bytes_held"]
+    assert held["parameters"] == 4 * plan["parameters"]["total"]
+    stated = plan["memory_bytes_per_rank"]
+    for kind in ("parameters", "gradients", "optimizer_states"):
+        assert stated[kind] == held[kind.replace("_", " ")]
     assert plan["learning_rate"][0]["lr"] == pytest.approx(1e-2 / 3)
     with pytest.raises(UserError, match=r"batch\.sequences=8"):
         report(tiny(), 3, as_json=True)

@@ -15,9 +15,12 @@ from allometry.configs.model import DenseModel, StandardParameterization
 from allometry.configs.run import RunConfig
 from allometry.models.build import build_model
 from allometry.scaling.count import count_parameters
+from allometry.scaling.inventory import inventory
+from allometry.scaling.layout import Layout
 from allometry.scaling.memory import COMPUTE_BYTES, estimate_memory
 from allometry.scaling.parameterization import Parameterization
 from allometry.scaling.plan import RunPlan
+from allometry.scaling.shards import zero_dim
 
 MODEL = {
     "kind": "dense",
@@ -54,7 +57,7 @@ def test_plan_of_a_run() -> None:
     assert plan.total_flops == plan.total_tokens * plan.flops_per_token.total
     described = json.loads(json.dumps(plan.describe()))
     assert described["total_tokens"] == plan.total_tokens
-    assert described["memory_estimate_bytes"]["total"] == plan.memory.total
+    assert described["memory_bytes_per_rank"]["total"] == plan.memory.total
 
 
 def test_the_batch_and_the_ranks_must_fit() -> None:
@@ -85,18 +88,45 @@ def test_zero_divides_what_each_stage_says() -> None:
     parameters = count_parameters(DenseModel.model_validate(MODEL)).total
     whole, share = 4 * parameters, parameters  # 4 bytes each; a quarter of them on 4 ranks
     assert parameters % 4 == 0
-    expected = {
-        0: (whole, whole + 2**20, 2 * whole),
-        1: (share, whole, 2 * share),
-        2: (share, share, 2 * share),
-        3: (share, share, 2 * share),
-    }
-    for stage, components in expected.items():
-        memory = estimate(zero=Zero(stage=stage, bucket_mib=1), hdp=4)
-        assert (memory.parameters, memory.gradients, memory.optimizer_states) == components
+    unit = 8192 * 384 + 384  # the head and the final norm; a block has fewer
+    bucket, one = 2**20, (2 + 4) * unit
+    for stage, micro_batches, held, reduction in (
+        (0, 1, whole, bucket),
+        (1, 1, share, one),
+        (1, 2, share, whole - share + 4 * unit),
+        (2, 2, share, one),
+        (3, 2, share, one),
+    ):
+        memory = estimate(zero=Zero(stage=stage, bucket_mib=1), hdp=4, micro_batches=micro_batches)
+        assert (memory.parameters, memory.gradients, memory.reduction) == (held, held, reduction)
+        steps = 4 * len(inventory(DenseModel.model_validate(MODEL)))
+        assert memory.optimizer_states == 2 * held + steps
+    offloaded = estimate(zero=Zero(stage=1, offload="cpu"), hdp=4, micro_batches=2)
+    assert (offloaded.parameters, offloaded.gradients, offloaded.optimizer_states) == (0, 0, 0)
+    assert offloaded.reduction == whole + 4 * unit
     single = estimate()
-    assert single.gradients == whole
+    assert single.reduction == 0
     assert single.total == sum(getattr(single, name) for name in type(single).__dataclass_fields__)
+
+
+def test_experts_that_ranks_do_not_divide_are_cut_in_another_dimension() -> None:
+    assert zero_dim((8, 96, 64), 8) == zero_dim((16, 3, 5), 8) == 0
+    assert zero_dim((4, 96, 64), 8) == zero_dim((12, 96, 64), 8) == 1
+    assert zero_dim((4, 90, 64), 8) == 2
+    assert zero_dim((4, 90, 60), 8) == 0  # padded: FSDP2 cuts nothing else unevenly
+    assert zero_dim((3, 64), 8) == zero_dim((3,), 8) == 0
+
+
+def test_a_pipeline_keeps_gradients_of_the_head_for_each_micro_batch_in_flight() -> None:
+    def last(schedule: str, number: int) -> Any:
+        pipeline = {"pp": 2, "pipeline": {"schedule": schedule}}
+        layout = Layout.of(run_config(parallel=pipeline), 2)
+        return estimate(layout=layout, micro_batches=number, pp_rank=1)
+
+    head, inputs = 4 * 8192 * 384, 2 * 2048 * 384
+    one = last("1f1b", 8)
+    assert last("gpipe", 8).loss == one.loss + 7 * (head + inputs)
+    assert last("gpipe", 8).activations == 8 * one.activations
 
 
 def test_copies_and_loss_by_hand() -> None:

@@ -1,0 +1,135 @@
+"""Which part of a parameter a rank holds: how tensor, expert and ZeRO sharding cut its shape.
+
+``parallel/tensor.py`` and ``parallel/zero.py`` do the cutting; that both agree is tested on every
+preset. Parts are those of the first rank of each axis: where a cut is uneven, the largest.
+"""
+
+# E experts, F hidden width, D width
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from allometry.configs.model import ModelConfig
+from allometry.scaling.inventory import inventory
+from allometry.scaling.layout import Layout
+from allometry.scaling.roles import ParamSpec, Role
+
+EXPERTS = (Role.EXPERT_UP, Role.EXPERT_DOWN)
+
+
+def tensor_dim(spec: ParamSpec) -> int | None:
+    """Return the dimension that tensor parallelism cuts; None: every tp rank holds it whole."""
+    if spec.role in EXPERTS:
+        return 1 if spec.role is Role.EXPERT_UP else 2
+    if spec.role in (Role.VECTOR, Role.ROUTER) or ".latent_" in spec.name:
+        return None
+    return 1 if spec.name.endswith((".wo.weight", ".down.weight")) else 0
+
+
+def zero_dim(shape: tuple[int, ...], ranks: int) -> int:
+    """Return the dimension of a part of this shape that ZeRO shards over ``ranks``.
+
+    It is 0, except for experts [E, F, D] whose number the ranks do not divide: the ranks beyond E
+    would hold nothing and the others whole experts. Then it is the first dimension that they
+    divide, as FSDP2 pads dimension 0 alone; where there is none, it is 0 all the same.
+    """
+    even = [dim for dim, size in enumerate(shape) if size % ranks == 0]
+    return even[0] if len(shape) == 3 and even else 0
+
+
+def part_before_zero(spec: ParamSpec, tp: int, ep: int) -> tuple[int, ...]:
+    """Return the shape of a rank's part where expert and tensor parallelism alone cut."""
+    shape = list(spec.shape)
+    if spec.role in EXPERTS:
+        shape[0] //= ep
+    dim = tensor_dim(spec)
+    if dim is not None:
+        shape[dim] = -(-shape[dim] // tp)
+    return tuple(shape)
+
+
+def shard(shape: tuple[int, ...], ranks: int) -> tuple[int, ...]:
+    """Return the shape of the first rank's shard of such a part."""
+    dim = zero_dim(shape, ranks)
+    return (*shape[:dim], -(-shape[dim] // ranks), *shape[dim + 1 :])
+
+
+def layer_of(name: str) -> int | None:
+    """Return the layer whose parameter this is; None: of embedding, final norm or head."""
+    return int(name.split(".")[1]) if name.startswith("blocks.") else None
+
+
+@dataclass(frozen=True, slots=True)
+class RankParts:
+    """What one rank holds of a model: some layers, the ends or not, cut over tp, ep and ZeRO.
+
+    ``shards``: ranks over which ZeRO shards one copy, 1 at stage 0.
+    """
+
+    model: ModelConfig
+    layers: frozenset[int]
+    first: bool
+    last: bool
+    tp: int = 1
+    ep: int = 1
+    shards: int = 1
+
+    @classmethod
+    def of(cls, model: ModelConfig, layout: Layout | None, pp_rank: int, shards: int) -> RankParts:
+        """Return what a pipeline rank holds; ``layout`` None: the whole model, not cut."""
+        if layout is None:
+            return cls(model, frozenset(range(model.num_layers)), True, True, shards=shards)
+        stages = layout.stages_of(pp_rank)
+        return cls(
+            model,
+            frozenset(layer for stage in stages for layer in layout.stages[stage]),
+            first=0 in stages,
+            last=len(layout.stages) - 1 in stages,
+            tp=layout.degrees.tp,
+            ep=layout.degrees.ep,
+            shards=shards,
+        )
+
+    def specs(self) -> list[ParamSpec]:
+        """Return the parameters that lie here, the copy of a tied embedding included."""
+        tied = self.model.tied_embeddings
+        here = []
+        for spec in inventory(self.model):
+            layer = layer_of(spec.name)
+            if layer is not None:
+                here += [spec] * (layer in self.layers)
+            elif spec.name == "embedding.weight":
+                # A tied head away from its embedding is a copy of it.
+                here += [spec] * (self.first or (self.last and tied))
+            else:
+                here += [spec] * self.last
+        return here
+
+    def trains(self, spec: ParamSpec) -> bool:
+        """Return whether the optimizer of this rank has the parameter: copies have none."""
+        return spec.name != "embedding.weight" or self.first
+
+    def part(self, spec: ParamSpec) -> tuple[int, ...]:
+        """Return the shape of this rank's part of a parameter before ZeRO."""
+        return part_before_zero(spec, self.tp, self.ep)
+
+    def ranks_of(self, spec: ParamSpec) -> int:
+        """Return over how many ranks ZeRO shards this parameter."""
+        return max(self.shards // self.ep, 1) if spec.role in EXPERTS else self.shards
+
+    def held(self, spec: ParamSpec) -> int:
+        """Return the elements that this rank holds between steps."""
+        return math.prod(shard(self.part(spec), self.ranks_of(spec)))
+
+    def units(self) -> dict[str, int]:
+        """Return the elements of what FSDP2 gathers and reduces at once, whole, by its name."""
+        sizes: dict[str, int] = {}
+        for spec in self.specs():
+            layer = layer_of(spec.name)
+            unit = f"block {layer}" if layer is not None else "ends"
+            if spec.name == "embedding.weight" or (self.ep > 1 and spec.role in EXPERTS):
+                unit = f"{unit} {'experts' if spec.role in EXPERTS else 'embedding'}"
+            sizes[unit] = sizes.get(unit, 0) + math.prod(self.part(spec))
+        return sizes
