@@ -172,11 +172,11 @@ class Observer:
         place_Q = self._places(L, x_BLD.device)
         logits_BQV = _wide(F.linear(x_BLD[:, place_Q], weight_VD.to(x_BLD.dtype))) * head.scale
         largest_BQ = logits_BQV.amax(2)
-        if head.shared is not None:
-            head.shared.vocabulary.max_(largest_BQ)
+        if head.vocabulary is not None:
+            head.vocabulary.max_(largest_BQ)
         sums_BQ = (logits_BQV - largest_BQ[:, :, None]).exp().sum(2)
-        if head.shared is not None:
-            head.shared.vocabulary.sum_(sums_BQ)
+        if head.vocabulary is not None:
+            head.vocabulary.sum_(sums_BQ)
         counted_BQ = self._counted_whole(B, L, x_BLD.device)[:, place_Q]
         log_z_BQ = (largest_BQ + sums_BQ.log()).where(counted_BQ, 0.0).double()
         self.output += torch.stack(

@@ -228,7 +228,7 @@ def _share_head(head: OutputHead, line: DeviceMesh, axis: Axis) -> None:
     """Let the head see all tokens and its part of the vocabulary (its own weight or a tied one)."""
     if head.weight is not None:
         _distribute(head, "weight", line, [Shard(0)])
-    head.shared = SharedSoftmax(PartOfVocabulary(line, axis, head.vocab_size))
+    head.softmax = SharedSoftmax(PartOfVocabulary(line, axis, head.vocab_size))
 
     def before(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         x_BlD, *others = inputs

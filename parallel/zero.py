@@ -36,7 +36,7 @@ from torch.distributed.fsdp import (
 
 from allometry.configs.execution import Zero
 from allometry.models.build import named_parameters
-from allometry.models.declare import DeclaresRoles
+from allometry.models.parameters import OwnsParameters
 from allometry.models.transformer import Transformer
 from allometry.parallel.mesh import Mesh
 from allometry.parallel.reduce import FlatReducer, GradientSync, Line
@@ -168,8 +168,8 @@ def lines(parts: Sequence[Transformer], mesh: Mesh) -> list[Line]:
     experts: list[nn.Parameter] = []
     for part in parts:
         for _, owner, name, parameter in named_parameters(part):
-            assert isinstance(owner, DeclaresRoles)
-            role = owner.declarations[name].role
+            assert isinstance(owner, OwnsParameters)
+            role = owner.specs[name].role
             spread = mesh.ep.size > 1 and role in (Role.EXPERT_UP, Role.EXPERT_DOWN)
             (experts if spread else common).append(parameter)
     return [(common, mesh.hdp), *([(experts, mesh.edp)] if experts else [])]
@@ -193,8 +193,8 @@ def apply_zero(
 def _special(block: nn.Module) -> Iterator[tuple[nn.Module, Role]]:
     """Yield the modules of a block that own routers' and experts' weights."""
     for module in block.modules():
-        if isinstance(module, DeclaresRoles):
-            roles = {declared.role for declared in module.declarations.values()}
+        if isinstance(module, OwnsParameters):
+            roles = {spec.role for spec in module.specs.values()}
             for role in (Role.ROUTER, Role.EXPERT_UP):
                 if role in roles:
                     yield module, role
