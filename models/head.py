@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from allometry.configs.model import ModelConfig
-from allometry.models.layers import local
+from allometry.models.layers import local_weight
 from allometry.models.loss import GradientSum, WholeSoftmax, linear_cross_entropy
 from allometry.models.parameters import OwnsParameters
 from allometry.models.vocabulary import SharedSoftmax, Vocabulary
@@ -64,7 +64,7 @@ class OutputHead(OwnsParameters):
         """Return logits [B, L, V] (fp32 or wider), or with targets the losses."""
         weight_VD = self.weight if tied_VD is None else tied_VD
         assert weight_VD is not None
-        weight_VD = local(weight_VD)
+        weight_VD = local_weight(weight_VD)
         if targets_BL is None:
             logits_BLV = F.linear(x_BLD, weight_VD.to(x_BLD.dtype))
             if self.vocabulary is not None:

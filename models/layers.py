@@ -13,7 +13,7 @@ from allometry.models.parameters import OwnsParameters
 from allometry.scaling.roles import ParamSpec
 
 
-def local(parameter: Tensor) -> Tensor:
+def local_weight(parameter: Tensor) -> Tensor:
     """Return this rank's part of a parameter, the whole where it is not distributed.
 
     A part that other ranks hold as well is used there on other tokens or other heads, so its
@@ -38,7 +38,7 @@ class Linear(OwnsParameters, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return [..., out] in ``input``'s type."""
-        return F.linear(input, local(self.weight).to(input.dtype))
+        return F.linear(input, local_weight(self.weight).to(input.dtype))
 
 
 class Embedding(OwnsParameters, nn.Embedding):
@@ -56,7 +56,7 @@ class Embedding(OwnsParameters, nn.Embedding):
         """Return [..., D] for token ids [...]."""
         # Look up first: casting the rows that are used is cheaper than casting the table, and
         # the gradient of a frequent token then adds up in fp32.
-        return F.embedding(input, local(self.weight)).to(self.dtype)
+        return F.embedding(input, local_weight(self.weight)).to(self.dtype)
 
 
 class RMSNorm(OwnsParameters):
@@ -71,7 +71,7 @@ class RMSNorm(OwnsParameters):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x's shape and type; torch widens half types to fp32 inside this operator."""
-        return F.rms_norm(x, (x.shape[-1],), local(self.weight).to(x.dtype), self.eps)
+        return F.rms_norm(x, (x.shape[-1],), local_weight(self.weight).to(x.dtype), self.eps)
 
 
 def rotary_angles(positions: Tensor, head_width: int, theta: float, dtype: torch.dtype) -> Tensor:

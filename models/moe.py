@@ -21,7 +21,7 @@ from typing_extensions import override
 
 from allometry.configs.model import AuxiliaryBalance, BiasBalance, MoEModel
 from allometry.models.grouped import gather_rows, grouped_linear, sort_by_expert, spread_rows
-from allometry.models.layers import Linear, local
+from allometry.models.layers import Linear, local_weight
 from allometry.models.parameters import OwnsParameters
 from allometry.models.router import Router, RouterStatistics
 from allometry.models.transformer import Block, FeedForward, Geometry, Transformer
@@ -67,7 +67,7 @@ class Experts(OwnsParameters):
 
     def compute(self, x_SD: Tensor, counts_E: Tensor) -> Tensor:
         """Return [S, D] for rows sorted by the experts that this rank holds."""
-        gate, up, down = (local(w).to(x_SD.dtype) for w in (self.gate, self.up, self.down))
+        gate, up, down = (local_weight(w).to(x_SD.dtype) for w in (self.gate, self.up, self.down))
         gate_SF = grouped_linear(x_SD, gate, counts_E)
         up_SF = grouped_linear(x_SD, up, counts_E)
         return grouped_linear(F.silu(gate_SF) * up_SF, down, counts_E)
@@ -144,12 +144,12 @@ class MoETransformer(Transformer):
 
 def routers(model: Transformer) -> dict[int, Router]:
     """Return the routers of a model, or of a part of one, by layer."""
-    found = {}
-    for layer, block in model.blocks.items():
-        for module in block.modules():
-            if isinstance(module, Router):
-                found[int(layer)] = module
-    return found
+    return {
+        int(layer): module
+        for layer, block in model.blocks.items()
+        for module in block.modules()
+        if isinstance(module, Router)
+    }
 
 
 @torch.no_grad()
@@ -170,9 +170,9 @@ def end_step(model: Transformer, counts: Mapping[int, Tensor]) -> None:
     ``rate`` towards experts that had less than the mean and away from those that had more
     (arXiv 2408.15664, algorithm 1).
     """
-    found = routers(model)
-    assert counts.keys() == found.keys(), (sorted(counts), sorted(found))
-    for layer, router in found.items():
+    by_layer = routers(model)
+    assert counts.keys() == by_layer.keys(), (sorted(counts), sorted(by_layer))
+    for layer, router in by_layer.items():
         counts_E = counts[layer].to(device=router.load.device, dtype=torch.float64)
         router.load.copy_(counts_E / counts_E.sum())
         balance = router.config.balance

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from allometry.configs.model import AuxiliaryBalance, BiasBalance, RouterConfig
-from allometry.models.layers import local
+from allometry.models.layers import local_weight
 from allometry.models.parameters import OwnsParameters
 from allometry.scaling.roles import ParamSpec
 
@@ -89,7 +89,7 @@ class Router(OwnsParameters):
         neither in the statistics nor in the gradient of a balance; ``tokens`` leaves them out too.
         """
         wide = torch.promote_types(x_TD.dtype, torch.float32)
-        logits_TE = F.linear(x_TD.to(wide), local(self.weight).to(wide))
+        logits_TE = F.linear(x_TD.to(wide), local_weight(self.weight).to(wide))
         logits_TE = self._with_balance(logits_TE, counted_T)
         scores_TE = scores(logits_TE, self.config)
         bias = self.bias if isinstance(self.config.balance, BiasBalance) else None

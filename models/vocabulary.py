@@ -18,7 +18,7 @@ from allometry.models.loss import IGNORE, ChunkSoftmax
 
 
 class Vocabulary(Protocol):
-    """Which columns are here, and how all parts of a vocabulary are brought together.
+    """Which columns are here, and how all parts of a vocabulary are combined.
 
     ``first``: the number of the first column that is here; ``columns``: of the largest part, the
     same number wherever a part is, so that all cut tokens into the same chunks.
