@@ -1,4 +1,4 @@
-"""From a model's description to modules, and from modules to what they declare."""
+"""From a model's description to modules, and from modules to their parameters' specs."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from allometry.configs.model import ModelConfig
-from allometry.models.declare import DeclaresRoles
 from allometry.models.moe import MoETransformer
+from allometry.models.parameters import OwnsParameters
 from allometry.models.transformer import Part, Transformer
+from allometry.scaling.inventory import inventory
 from allometry.scaling.parameterization import Parameterization
 from allometry.scaling.parameterizations.base import ForwardScales
 from allometry.scaling.roles import ParamSpec
@@ -51,7 +52,12 @@ def build_model(
 
     Its parameters are fp32 NaNs until ``initialize`` or a checkpoint fills them.
     """
-    return _BUILDERS[model.kind](model, parameterization.forward, torch_dtype(compute_dtype), part)
+    build = _BUILDERS[model.kind]
+    built = build(model, parameterization.forward, torch_dtype(compute_dtype), part)
+    kept = built.part
+    listed = inventory(model, kept.layers, first=kept.first, last=kept.last)
+    assert tuple(parameter_specs(built).values()) == listed, "modules and inventory differ"
+    return built
 
 
 def named_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
@@ -72,24 +78,19 @@ def named_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, n
 
 
 def parameter_specs(module: nn.Module) -> dict[str, ParamSpec]:
-    """Return what the modules declare, by full name, in ``named_parameters()`` order.
+    """Return what each parameter is for, by full name, in ``named_parameters()`` order.
 
     Shapes are those of whole parameters, also where only a shard is here. Raises ``ValueError``
-    for a parameter that its module does not declare.
+    for a parameter that its module does not own by a spec.
     """
     specs = {}
     for full, owner, name, parameter in named_parameters(module):
-        declared = owner.declarations.get(name) if isinstance(owner, DeclaresRoles) else None
-        if declared is None:
+        spec = owner.specs.get(name) if isinstance(owner, OwnsParameters) else None
+        if spec is None:
             raise ValueError(
-                f"parameter {full!r} of {type(owner).__name__} has no role; the module that makes "
-                "a parameter must declare it (allometry.models.declare)"
+                f"parameter {full!r} of {type(owner).__name__} has no spec; the module that makes "
+                "a parameter must own it (allometry.models.parameters)"
             )
-        specs[full] = ParamSpec(
-            name=full,
-            role=declared.role,
-            shape=tuple(parameter.shape),
-            fan_in=declared.fan_in,
-            fan_out=declared.fan_out,
-        )
+        assert tuple(parameter.shape) == spec.shape, (full, parameter.shape, spec.shape)
+        specs[full] = spec
     return specs

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from allometry.configs.model import ModelConfig
-from allometry.models.declare import DeclaresRoles
-from allometry.models.layers import local, unset
-from allometry.models.loss import ChunkGradient, linear_cross_entropy, softmax_gradient_
-from allometry.models.vocabulary import SharedSoftmax
-from allometry.scaling.roles import Role
+from allometry.models.layers import local_weight
+from allometry.models.loss import GradientSum, WholeSoftmax, linear_cross_entropy
+from allometry.models.parameters import OwnsParameters
+from allometry.models.vocabulary import SharedSoftmax, Vocabulary
+from allometry.scaling.roles import ParamSpec
 
 
 class Losses(NamedTuple):
@@ -29,33 +29,34 @@ class Losses(NamedTuple):
     nll_BL: Tensor
 
 
-class OutputHead(DeclaresRoles):
+class OutputHead(OwnsParameters):
     """Logits or loss. ``weight`` is None where the embedding is the head: it is then passed in.
 
     ``compile`` compiles the softmax of a chunk only: matrix products gain nothing, and a loop
-    over chunks would be unrolled into one large graph. ``shared``, where it is set, says which
-    part of the vocabulary the weight here is.
+    over chunks would be unrolled into one large graph. ``softmax`` says whether the weight here is
+    the whole vocabulary or a part. ``gradient_sum``: for who runs many forwards before a backward.
     """
 
     weight: nn.Parameter | None
 
-    def __init__(self, model: ModelConfig, scale: float, *, tied: bool) -> None:
+    def __init__(self, spec: ParamSpec | None, model: ModelConfig, scale: float) -> None:
         super().__init__()
         self.scale, self.z_loss, self.vocab_size = scale, model.z_loss, model.vocab_size
-        self.chunk_gradient: ChunkGradient = softmax_gradient_
-        self.shared: SharedSoftmax | None = None
-        if tied:
+        self.softmax: WholeSoftmax | SharedSoftmax = WholeSoftmax()
+        self.gradient_sum: GradientSum | None = None
+        if spec is None:
             self.register_parameter("weight", None)
         else:
-            weight = unset(model.vocab_size, model.width)
-            self.declare("weight", weight, Role.OUTPUT, fan_in=model.width, fan_out=len(weight))
+            self.own("weight", spec)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the loss with these options of ``torch.compile``."""
-        if self.shared is not None:
-            self.shared.compile(*args, **kwargs)
-            return
-        self.chunk_gradient = torch.compile(softmax_gradient_, *args, **kwargs)
+        self.softmax.compile(*args, **kwargs)
+
+    @property
+    def vocabulary(self) -> Vocabulary | None:
+        """Which part of the vocabulary the weight here is; None: all of it."""
+        return self.softmax.vocabulary if isinstance(self.softmax, SharedSoftmax) else None
 
     def forward(
         self, x_BLD: Tensor, targets_BL: Tensor | None, tied_VD: Tensor | None
@@ -63,11 +64,11 @@ class OutputHead(DeclaresRoles):
         """Return logits [B, L, V] (fp32 or wider), or with targets the losses."""
         weight_VD = self.weight if tied_VD is None else tied_VD
         assert weight_VD is not None
-        weight_VD = local(weight_VD)
+        weight_VD = local_weight(weight_VD)
         if targets_BL is None:
             logits_BLV = F.linear(x_BLD, weight_VD.to(x_BLD.dtype))
-            if self.shared is not None:
-                logits_BLV = self.shared.vocabulary.gather(logits_BLV)
+            if self.vocabulary is not None:
+                logits_BLV = self.vocabulary.gather(logits_BLV)
             wide = torch.promote_types(x_BLD.dtype, torch.float32)
             return logits_BLV.to(wide) * self.scale
         total, nll_T = linear_cross_entropy(
@@ -76,7 +77,7 @@ class OutputHead(DeclaresRoles):
             targets_BL.flatten(),
             logit_scale=self.scale,
             z_loss=self.z_loss,
-            chunk_gradient=self.chunk_gradient,
-            shared=self.shared,
+            softmax=self.softmax,
+            gradient_sum=self.gradient_sum,
         )
         return Losses(total, nll_T.view(targets_BL.shape))

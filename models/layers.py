@@ -9,16 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from allometry.models.declare import DeclaresRoles
-from allometry.scaling.roles import Role
+from allometry.models.parameters import OwnsParameters
+from allometry.scaling.roles import ParamSpec
 
 
-def unset(*shape: int) -> nn.Parameter:
-    """Return an fp32 parameter of NaNs: a model that nobody initialised must not look alive."""
-    return nn.Parameter(torch.full(shape, float("nan"), dtype=torch.float32))
-
-
-def local(parameter: Tensor) -> Tensor:
+def local_weight(parameter: Tensor) -> Tensor:
     """Return this rank's part of a parameter, the whole where it is not distributed.
 
     A part that other ranks hold as well is used there on other tokens or other heads: its gradient
@@ -29,54 +24,53 @@ def local(parameter: Tensor) -> Tensor:
     return parameter.to_local(grad_placements=parameter.placements)
 
 
-class Linear(DeclaresRoles, nn.Linear):
+class Linear(OwnsParameters, nn.Linear):
     """``y = x @ weight.T`` without bias; weight [out, in]."""
 
-    def __init__(self, fan_in: int, fan_out: int, role: Role) -> None:
+    def __init__(self, spec: ParamSpec) -> None:
         # nn.Linear's own constructor would draw numbers that nobody uses; being one is what lets
         # torch's tensor-parallel styles recognise it.
         nn.Module.__init__(self)
-        self.in_features, self.out_features = fan_in, fan_out
+        self.in_features, self.out_features = spec.fan_in, spec.fan_out
         self.register_parameter("bias", None)
-        self.declare("weight", unset(fan_out, fan_in), role, fan_in=fan_in, fan_out=fan_out)
+        self.own("weight", spec)
 
     def forward(self, input: Tensor) -> Tensor:
         """Return [..., out] in ``input``'s type."""
-        return F.linear(input, local(self.weight).to(input.dtype))
+        return F.linear(input, local_weight(self.weight).to(input.dtype))
 
 
-class Embedding(DeclaresRoles, nn.Embedding):
+class Embedding(OwnsParameters, nn.Embedding):
     """Rows of a table [V, D], in ``dtype``."""
 
-    def __init__(self, vocab_size: int, width: int, dtype: torch.dtype) -> None:
+    def __init__(self, spec: ParamSpec, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
-        self.num_embeddings, self.embedding_dim, self.dtype = vocab_size, width, dtype
+        self.num_embeddings, self.embedding_dim = spec.shape
+        self.dtype = dtype
         self.padding_idx = self.max_norm = None
         self.norm_type, self.scale_grad_by_freq, self.sparse = 2.0, False, False
-        self.declare(
-            "weight", unset(vocab_size, width), Role.INPUT, fan_in=vocab_size, fan_out=width
-        )
+        self.own("weight", spec)
 
     def forward(self, input: Tensor) -> Tensor:
         """Return [..., D] for token ids [...]."""
         # Look up first: casting the rows that are used is cheaper than casting the table, and
         # the gradient of a frequent token then adds up in fp32.
-        return F.embedding(input, local(self.weight)).to(self.dtype)
+        return F.embedding(input, local_weight(self.weight)).to(self.dtype)
 
 
-class RMSNorm(DeclaresRoles):
+class RMSNorm(OwnsParameters):
     """``x / rms(x) * weight`` over the last dimension (arXiv 1910.07467), fp32 inside."""
 
     weight: nn.Parameter
 
-    def __init__(self, size: int, eps: float) -> None:
+    def __init__(self, spec: ParamSpec, eps: float) -> None:
         super().__init__()
         self.eps = eps
-        self.declare("weight", unset(size), Role.VECTOR, fan_in=1, fan_out=size)
+        self.own("weight", spec)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x's shape and type; torch widens half types to fp32 inside this operator."""
-        return F.rms_norm(x, (x.shape[-1],), local(self.weight).to(x.dtype), self.eps)
+        return F.rms_norm(x, (x.shape[-1],), local_weight(self.weight).to(x.dtype), self.eps)
 
 
 def rotary_angles(positions: Tensor, head_width: int, theta: float, dtype: torch.dtype) -> Tensor:

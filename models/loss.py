@@ -5,19 +5,100 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from allometry.models.vocabulary import SharedSoftmax
+from typing_extensions import override
 
 IGNORE = -100
 """A target that does not count (the same number as in ``allometry.data.batch``)."""
 
 ChunkGradient = Callable[[Tensor, Tensor, float, float], tuple[Tensor, Tensor]]
+
+
+class ChunkSoftmax(Protocol):
+    """The loss of a chunk of tokens from its logits [c, v], before the scale.
+
+    v are the columns of the vocabulary that are here, all of them or a part.
+    """
+
+    def columns(self, weight_VD: Tensor) -> int:
+        """Return the columns of the largest part: all parts cut tokens into the same chunks."""
+
+    def gradient_(
+        self, logits_cv: Tensor, targets_c: Tensor, logit_scale: float, z_loss: float
+    ) -> tuple[Tensor, Tensor]:
+        """Turn logits into the gradient of the loss, in place; return (nll_c, the z-loss)."""
+
+    def loss(
+        self, logits_cv: Tensor, targets_c: Tensor, logit_scale: float, z_loss: float
+    ) -> tuple[Tensor, Tensor]:
+        """Return (nll_c, the z-loss) and leave the logits alone."""
+
+
+class WholeSoftmax(ChunkSoftmax):
+    """All columns are here. ``compile`` compiles the gradient of a chunk."""
+
+    def __init__(self) -> None:
+        self._gradient_: ChunkGradient = softmax_gradient_
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the passes over the logits with these options of ``torch.compile``."""
+        self._gradient_ = torch.compile(softmax_gradient_, *args, **kwargs)
+
+    @override
+    def columns(self, weight_VD: Tensor) -> int:
+        return len(weight_VD)
+
+    @override
+    def gradient_(
+        self, logits_cV: Tensor, targets_c: Tensor, logit_scale: float, z_loss: float
+    ) -> tuple[Tensor, Tensor]:
+        return self._gradient_(logits_cV, targets_c, logit_scale, z_loss)
+
+    @override
+    def loss(
+        self, logits_cV: Tensor, targets_c: Tensor, logit_scale: float, z_loss: float
+    ) -> tuple[Tensor, Tensor]:
+        scaled = logits_cV.to(_wide(logits_cV)) * logit_scale
+        counted_c = targets_c != IGNORE
+        log_z_c = scaled.logsumexp(dim=1)
+        target_c = scaled.gather(1, targets_c.where(counted_c, 0)[:, None])[:, 0]
+        penalty = z_loss * log_z_c.square().where(counted_c, 0.0).sum()
+        return (log_z_c - target_c).where(counted_c, 0.0), penalty
+
+
+class GradientSum:
+    """One buffer for the weight's gradient of all calls whose backward is still to come.
+
+    For pipelines, whose last stage may run the forwards of all micro-batches before a backward:
+    without it each of them keeps a gradient as large as the weight. Every call adds to the buffer;
+    the next backward, of whichever call, hands all of it over, and one that finds nothing hands
+    over zeros. So the weight's gradient is complete when every call has been differentiated, and
+    all must be, with one factor. ``begin`` each step: it drops what a step that failed left.
+    """
+
+    def __init__(self) -> None:
+        self.pending_VD: Tensor | None = None
+        self._factor: Tensor | None = None
+
+    def begin(self) -> None:
+        """Forget all calls."""
+        self.pending_VD = self._factor = None
+
+    def take(self, factor: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """Return ``factor`` times the gradient of all calls since the last time."""
+        if self._factor is None:
+            self._factor = factor.clone()
+        else:
+            same = "the losses of one step are differentiated with different factors"
+            torch._assert_async(self._factor == factor, same)
+        pending_VD, self.pending_VD = self.pending_VD, None
+        if pending_VD is None:
+            return factor.new_zeros((), dtype=dtype).expand(shape)
+        return pending_VD.mul_(factor).to(dtype)
 
 
 def linear_cross_entropy(
@@ -28,8 +109,8 @@ def linear_cross_entropy(
     logit_scale: float = 1.0,
     z_loss: float = 0.0,
     chunk_tokens: int | None = None,
-    chunk_gradient: ChunkGradient | None = None,
-    shared: SharedSoftmax | None = None,
+    softmax: ChunkSoftmax | None = None,
+    gradient_sum: GradientSum | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return (total, nll_T) of logits = ``logit_scale`` * x @ weight.T.
 
@@ -41,36 +122,30 @@ def linear_cross_entropy(
     Gradients are computed in the forward pass, while a chunk's logits are there: nothing of size
     T x V is kept and no product is done twice. So ``total`` can be differentiated with one factor
     only (for x and for the weight together, or for one after the other).
-    ``chunk_tokens`` None: ``default_chunk_tokens``. ``chunk_gradient`` None:
-    ``softmax_gradient_``; a compiled one may be given. ``shared``: the weight is a part of the
-    vocabulary, as this says; ``total`` and ``nll_T`` are of the whole, the gradient of the weight
-    is the part's, and that of x is the part's summand.
+    ``chunk_tokens`` None: ``default_chunk_tokens``. ``softmax`` None: the weight is the whole
+    vocabulary (``WholeSoftmax``). Where it is a part, ``total`` and ``nll_T`` are of the whole, the
+    gradient of the weight is the part's, and that of x is the part's summand. ``gradient_sum``:
+    what adds up the weight's gradient over calls.
     """
     assert x_TD.ndim == 2, x_TD.shape
     assert targets_T.shape == x_TD.shape[:1], (targets_T.shape, x_TD.shape)
-    if shared is not None:
-        chunk_gradient, chunk_loss = shared.gradient_, shared.loss
-        columns = shared.vocabulary.columns
-    else:
-        chunk_gradient, chunk_loss = chunk_gradient or softmax_gradient_, _softmax_loss
-        columns = len(weight_VD)
+    softmax = softmax or WholeSoftmax()
     if chunk_tokens is None:
+        columns = softmax.columns(weight_VD)
         chunk_tokens = default_chunk_tokens(len(x_TD), columns, x_TD.dtype, x_TD.device.type)
     if torch.is_grad_enabled() and (x_TD.requires_grad or weight_VD.requires_grad):
+        options = (logit_scale, z_loss, chunk_tokens, softmax)
+        if gradient_sum is None or not weight_VD.requires_grad:
+            return _LinearCrossEntropy.apply(x_TD, weight_VD, None, targets_T, *options, None)
+        handle: Tensor = _HandOver.apply(weight_VD, gradient_sum, _wide(x_TD))
         return _LinearCrossEntropy.apply(
-            x_TD,
-            weight_VD,
-            targets_T,
-            logit_scale,
-            z_loss,
-            chunk_tokens,
-            chunk_gradient,
+            x_TD, weight_VD.detach(), handle, targets_T, *options, gradient_sum
         )
     total, nll_T = _empty_sums(x_TD)
     weight = weight_VD.to(x_TD.dtype)
     for part in _chunks(x_TD.shape[0], chunk_tokens):
         logits = F.linear(x_TD[part], weight)
-        nll_T[part], penalty = chunk_loss(logits, targets_T[part], logit_scale, z_loss)
+        nll_T[part], penalty = softmax.loss(logits, targets_T[part], logit_scale, z_loss)
         total += nll_T[part].sum() + penalty
     return total, nll_T
 
@@ -102,7 +177,7 @@ def softmax_gradient_(
 
     Returns (nll_c, the z-loss of the chunk). Compiled, one pass reads the logits and one writes.
     """
-    wide = torch.promote_types(logits_cV.dtype, torch.float32)
+    wide = _wide(logits_cV)
     counted_c = targets_c != IGNORE
     index_c1 = targets_c.where(counted_c, 0)[:, None]
     scaled = logits_cV.to(wide)  # the logits themselves where they are wide already
@@ -129,16 +204,8 @@ def softmax_gradient_(
     return nll_c, penalty
 
 
-def _softmax_loss(
-    logits_cV: Tensor, targets_c: Tensor, logit_scale: float, z_loss: float
-) -> tuple[Tensor, Tensor]:
-    wide = torch.promote_types(logits_cV.dtype, torch.float32)
-    counted_c = targets_c != IGNORE
-    scaled = logits_cV.to(wide) * logit_scale
-    log_z_c = scaled.logsumexp(dim=1)
-    target_c = scaled.gather(1, targets_c.where(counted_c, 0)[:, None])[:, 0]
-    penalty = z_loss * log_z_c.square().where(counted_c, 0.0).sum()
-    return (log_z_c - target_c).where(counted_c, 0.0), penalty
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _chunks(tokens: int, largest: int) -> Iterator[slice]:
@@ -150,8 +217,27 @@ def _chunks(tokens: int, largest: int) -> Iterator[slice]:
 
 
 def _empty_sums(x_TD: Tensor) -> tuple[Tensor, Tensor]:
-    wide = torch.promote_types(x_TD.dtype, torch.float32)
+    wide = _wide(x_TD)
     return x_TD.new_zeros((), dtype=wide), x_TD.new_zeros(x_TD.shape[0], dtype=wide)
+
+
+class _HandOver(torch.autograd.Function):
+    """A number whose gradient, the factor of the loss, becomes that of the weight.
+
+    A node of its own: pipelines that split backward call that of the loss for the inputs first,
+    when nothing may be taken from the sum yet.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight_VD: Tensor, gradient_sum: GradientSum, wide: torch.dtype
+    ) -> Tensor:
+        ctx.gradient_sum, ctx.shape, ctx.dtype = gradient_sum, weight_VD.shape, weight_VD.dtype
+        return weight_VD.new_zeros((), dtype=wide)
+
+    @staticmethod
+    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.gradient_sum.take(factor, ctx.shape, ctx.dtype), None, None
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -160,24 +246,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any,
         x_TD: Tensor,
         weight_VD: Tensor,
+        handle: Tensor | None,
         targets_T: Tensor,
         logit_scale: float,
         z_loss: float,
         chunk_tokens: int,
-        chunk_gradient: ChunkGradient,
+        softmax: ChunkSoftmax,
+        gradient_sum: GradientSum | None,
     ) -> tuple[Tensor, Tensor]:
-        need_x, need_weight = ctx.needs_input_grad[:2]
+        need_x, need_weight = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3])
         total, nll_T = _empty_sums(x_TD)
         weight = weight_VD.to(x_TD.dtype)
         grad_x = torch.empty_like(x_TD) if need_x else None
-        grad_weight = None
+        grad_weight = None if gradient_sum is None else gradient_sum.pending_VD
 
         # A function, so that a chunk's logits are gone before the next ones come.
         def chunk(part: slice) -> None:
             nonlocal grad_weight, total
             x = x_TD[part]
             logits = F.linear(x, weight)
-            nll_T[part], penalty = chunk_gradient(logits, targets_T[part], logit_scale, z_loss)
+            nll_T[part], penalty = softmax.gradient_(logits, targets_T[part], logit_scale, z_loss)
             total += nll_T[part].sum() + penalty
             if grad_x is not None:
                 torch.mm(logits, weight, out=grad_x[part])
@@ -186,7 +274,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
         for part in _chunks(x_TD.shape[0], chunk_tokens):
             chunk(part)
-        if grad_weight is not None:
+        if gradient_sum is not None:
+            gradient_sum.pending_VD, grad_weight = grad_weight, None
+        elif grad_weight is not None:
             grad_weight = grad_weight.to(weight_VD.dtype)
         elif need_weight:
             grad_weight = torch.zeros_like(weight_VD)
@@ -210,7 +300,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         else:
             same = "the loss was differentiated before, with another factor"
             torch._assert_async(ctx.scaled_by == grad_total, same)
-        return *grads, None, None, None, None, None
+        handle = grad_total if ctx.needs_input_grad[2] else None
+        return *grads, handle, *([None] * 6)
 
 
 def _accumulate(
@@ -233,7 +324,7 @@ def reference_cross_entropy(
     z_loss: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Return what ``linear_cross_entropy`` returns, from full logits: its plain twin."""
-    wide = torch.promote_types(x_TD.dtype, torch.float32)
+    wide = _wide(x_TD)
     logits_TV = F.linear(x_TD, weight_VD.to(x_TD.dtype)).to(wide)
     if logit_scale != 1.0:
         logits_TV = logits_TV * logit_scale

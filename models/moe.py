@@ -17,15 +17,16 @@ from collections.abc import Callable, Mapping
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
-from allometry.configs.model import AuxiliaryBalance, BiasBalance, LatentExperts, MoEModel
-from allometry.models.declare import DeclaresRoles
+from allometry.configs.model import AuxiliaryBalance, BiasBalance, MoEModel
 from allometry.models.grouped import gather_rows, grouped_linear, sort_by_expert, spread_rows
-from allometry.models.layers import Linear, local, unset
+from allometry.models.layers import Linear, local_weight
+from allometry.models.parameters import OwnsParameters
 from allometry.models.router import Router, RouterStatistics
 from allometry.models.transformer import Block, FeedForward, Geometry, Transformer
+from allometry.scaling.inventory import Specs, within
 from allometry.scaling.parameterizations.base import ForwardScales
-from allometry.scaling.roles import Role
 
 Compute = Callable[[Tensor, Tensor], Tensor]
 """(rows sorted by local expert, rows of each local expert) -> what the experts make of them."""
@@ -39,7 +40,7 @@ def stay(x_SD: Tensor, counts_E: Tensor, compute: Compute) -> Tensor:
     return compute(x_SD, counts_E)
 
 
-class Experts(DeclaresRoles):
+class Experts(OwnsParameters):
     """The routed experts: down(silu(gate(x)) * up(x)) each, as grouped products.
 
     Weights may be DTensors; the local part decides which experts and how much of F are here.
@@ -50,15 +51,12 @@ class Experts(DeclaresRoles):
     up: nn.Parameter
     down: nn.Parameter
 
-    def __init__(self, num_experts: int, width: int, expert_width: int) -> None:
+    def __init__(self, specs: Specs) -> None:
         super().__init__()
-        self.num_experts = num_experts
+        self.num_experts = specs["gate"].shape[0]
         self.exchange: Exchange = stay
-        for name in ("gate", "up"):
-            weight = unset(num_experts, expert_width, width)
-            self.declare(name, weight, Role.EXPERT_UP, fan_in=width, fan_out=expert_width)
-        down = unset(num_experts, width, expert_width)
-        self.declare("down", down, Role.EXPERT_DOWN, fan_in=expert_width, fan_out=width)
+        for name in ("gate", "up", "down"):
+            self.own(name, specs[name])
 
     def forward(self, x_TD: Tensor, gates_Tk: Tensor, experts_Tk: Tensor) -> Tensor:
         """Return [T, D] in x's type: the sum over each token's experts, times its gates."""
@@ -69,7 +67,7 @@ class Experts(DeclaresRoles):
 
     def compute(self, x_SD: Tensor, counts_E: Tensor) -> Tensor:
         """Return [S, D] for rows sorted by the experts that this rank holds."""
-        gate, up, down = (local(w).to(x_SD.dtype) for w in (self.gate, self.up, self.down))
+        gate, up, down = (local_weight(w).to(x_SD.dtype) for w in (self.gate, self.up, self.down))
         gate_SF = grouped_linear(x_SD, gate, counts_E)
         up_SF = grouped_linear(x_SD, up, counts_E)
         return grouped_linear(F.silu(gate_SF) * up_SF, down, counts_E)
@@ -82,21 +80,17 @@ class MoEFeedForward(nn.Module):
     (arXiv 2603.28743). ``routed`` is the parameterization's factor on the routed experts.
     """
 
-    def __init__(self, model: MoEModel, routed: float = 1.0) -> None:
+    def __init__(self, specs: Specs, model: MoEModel, routed: float = 1.0) -> None:
         super().__init__()
-        experts = model.experts
-        latent = experts.latent_width if isinstance(experts, LatentExperts) else None
-        halved = model.router.gate == "sqrt" and experts.num_shared_experts > 0
-        self.shared_scale = math.sqrt(0.5) if halved else 1.0
+        experts, shared = model.experts, within(specs, "shared")
+        self.shared_scale = math.sqrt(0.5) if model.router.gate == "sqrt" and shared else 1.0
         self.routed_scale = model.router.scale * self.shared_scale * routed
-        self.router = Router(
-            model.router, model.width, experts.num_experts, experts.experts_per_token
-        )
-        self.latent_down = Linear(model.width, latent, Role.HIDDEN) if latent else None
-        self.experts = Experts(experts.num_experts, latent or model.width, experts.width)
-        self.latent_up = Linear(latent, model.width, Role.HIDDEN) if latent else None
-        shared_width = experts.num_shared_experts * experts.width
-        self.shared = FeedForward(model.width, shared_width) if shared_width else None
+        self.router = Router(specs["router.weight"], model.router, experts.experts_per_token)
+        down, up = specs.get("latent_down.weight"), specs.get("latent_up.weight")
+        self.latent_down = Linear(down) if down else None
+        self.experts = Experts(within(specs, "experts"))
+        self.latent_up = Linear(up) if up else None
+        self.shared = FeedForward(shared) if shared else None
 
     def forward(
         self, x_BLD: Tensor, counted_BL: Tensor | None = None
@@ -123,8 +117,9 @@ class MoEFeedForward(nn.Module):
 class MoEBlock(Block):
     """A block whose feed-forward is a mixture of experts."""
 
-    def __init__(self, model: MoEModel, scales: ForwardScales) -> None:
-        super().__init__(model, scales, MoEFeedForward(model, scales.experts))
+    def __init__(self, specs: Specs, model: MoEModel, scales: ForwardScales) -> None:
+        ffn = MoEFeedForward(within(specs, "ffn"), model, scales.experts)
+        super().__init__(specs, model, scales, ffn)
 
     def forward(self, x_BLD: Tensor, geometry: Geometry) -> tuple[Tensor, RouterStatistics]:
         """Return [B, L, D] in x's type, and what its router saw."""
@@ -138,10 +133,13 @@ class MoEBlock(Block):
 class MoETransformer(Transformer):
     """A transformer whose blocks hold experts, after the first dense ones."""
 
-    def _make_block(self, model: MoEModel, scales: ForwardScales, layer: int) -> Block:
+    @override
+    def _make_block(
+        self, specs: Specs, model: MoEModel, scales: ForwardScales, layer: int
+    ) -> Block:
         if model.has_experts(layer):
-            return MoEBlock(model, scales)
-        return super()._make_block(model, scales, layer)
+            return MoEBlock(specs, model, scales)
+        return super()._make_block(specs, model, scales, layer)
 
 
 def routers(model: Transformer) -> dict[int, Router]:

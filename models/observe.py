@@ -20,7 +20,7 @@ from torch import Tensor
 
 from allometry.models.attention import Attend
 from allometry.models.documents import Documents
-from allometry.models.layers import local
+from allometry.models.layers import local_weight
 from allometry.models.transformer import Block, Geometry, Transformer
 
 SUMS = (
@@ -167,16 +167,16 @@ class Observer:
     @torch.no_grad()
     def _see_head(self, head: Any, inputs: tuple[Any, ...]) -> None:
         x_BLD, _, tied_VD = inputs
-        weight_VD = local(head.weight if tied_VD is None else tied_VD)
+        weight_VD = local_weight(head.weight if tied_VD is None else tied_VD)
         B, L, _ = x_BLD.shape
         place_Q = self._places(L, x_BLD.device)
         logits_BQV = _wide(F.linear(x_BLD[:, place_Q], weight_VD.to(x_BLD.dtype))) * head.scale
         largest_BQ = logits_BQV.amax(2)
-        if head.shared is not None:
-            head.shared.vocabulary.max_(largest_BQ)
+        if head.vocabulary is not None:
+            head.vocabulary.max_(largest_BQ)
         sums_BQ = (logits_BQV - largest_BQ[:, :, None]).exp().sum(2)
-        if head.shared is not None:
-            head.shared.vocabulary.sum_(sums_BQ)
+        if head.vocabulary is not None:
+            head.vocabulary.sum_(sums_BQ)
         counted_BQ = self._counted_whole(B, L, x_BLD.device)[:, place_Q]
         log_z_BQ = (largest_BQ + sums_BQ.log()).where(counted_BQ, 0.0).double()
         self.output += torch.stack(

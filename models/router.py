@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from allometry.configs.model import AuxiliaryBalance, BiasBalance, RouterConfig
-from allometry.models.declare import DeclaresRoles
-from allometry.models.layers import local, unset
-from allometry.scaling.roles import Role
+from allometry.models.layers import local_weight
+from allometry.models.parameters import OwnsParameters
+from allometry.scaling.roles import ParamSpec
 
 _LEAST_WEIGHT = 1e-30  # under the root of gate "sqrt", whose slope at zero is infinite
 
@@ -41,7 +41,7 @@ class Routing(NamedTuple):
     statistics: RouterStatistics
 
 
-class Router(DeclaresRoles):
+class Router(OwnsParameters):
     """Token choice (arXiv 1701.06538): each token visits the k experts that score best.
 
     Scores are the softmax or the sigmoid of the logits, computed in fp32 (fp64 where x is).
@@ -61,20 +61,18 @@ class Router(DeclaresRoles):
     it is set, so that a loss without a step's size shows as NaN gradients.
     """
 
+    weight: nn.Parameter
     load: Tensor
     bias: Tensor
     tokens: Tensor
 
-    def __init__(
-        self, config: RouterConfig, width: int, num_experts: int, experts_per_token: int
-    ) -> None:
+    def __init__(self, spec: ParamSpec, config: RouterConfig, experts_per_token: int) -> None:
         super().__init__()
         self.config = config
-        self.num_experts, self.experts_per_token = num_experts, experts_per_token
-        weight = unset(num_experts, width)
-        self.declare("weight", weight, Role.ROUTER, fan_in=width, fan_out=num_experts)
-        self.register_buffer("load", torch.empty(num_experts, dtype=torch.float32))
-        self.register_buffer("bias", torch.empty(num_experts, dtype=torch.float32))
+        self.num_experts, self.experts_per_token = spec.fan_out, experts_per_token
+        self.own("weight", spec)
+        self.register_buffer("load", torch.empty(self.num_experts, dtype=torch.float32))
+        self.register_buffer("bias", torch.empty(self.num_experts, dtype=torch.float32))
         self.register_buffer("tokens", torch.empty((), dtype=torch.float64), persistent=False)
         self.reset_buffers()
 
@@ -92,7 +90,7 @@ class Router(DeclaresRoles):
         neither in the statistics nor in the gradient of a balance; ``tokens`` leaves them out too.
         """
         wide = torch.promote_types(x_TD.dtype, torch.float32)
-        logits_TE = F.linear(x_TD.to(wide), local(self.weight).to(wide))
+        logits_TE = F.linear(x_TD.to(wide), local_weight(self.weight).to(wide))
         logits_TE = self._with_balance(logits_TE, counted_T)
         scores_TE = scores(logits_TE, self.config)
         bias = self.bias if isinstance(self.config.balance, BiasBalance) else None

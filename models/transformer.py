@@ -25,8 +25,8 @@ from allometry.models.documents import Documents
 from allometry.models.head import Losses, OutputHead
 from allometry.models.layers import Embedding, Linear, RMSNorm, rotary_angles, rotate
 from allometry.models.router import RouterStatistics
+from allometry.scaling.inventory import Specs, inventory, within
 from allometry.scaling.parameterizations.base import ForwardScales
-from allometry.scaling.roles import Role
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,17 +48,15 @@ class Attention(nn.Module):
     ``core`` is what context parallelism replaces.
     """
 
-    def __init__(self, model: ModelConfig, scale: float) -> None:
+    def __init__(self, specs: Specs, model: ModelConfig, scale: float) -> None:
         super().__init__()
         self.core: Attend = attend
         self.head_width, self.scale = model.head_width, scale
-        queries, keys = (n * self.head_width for n in (model.num_heads, model.kv_heads))
-        self.wq = Linear(model.width, queries, Role.HIDDEN)
-        self.wk = Linear(model.width, keys, Role.HIDDEN)
-        self.wv = Linear(model.width, keys, Role.HIDDEN)
-        self.q_norm = RMSNorm(self.head_width, model.norm_eps) if model.qk_norm else None
-        self.k_norm = RMSNorm(self.head_width, model.norm_eps) if model.qk_norm else None
-        self.wo = Linear(queries, model.width, Role.HIDDEN)
+        self.wq, self.wk, self.wv = (Linear(specs[f"{w}.weight"]) for w in ("wq", "wk", "wv"))
+        q_norm, k_norm = specs.get("q_norm.weight"), specs.get("k_norm.weight")
+        self.q_norm = RMSNorm(q_norm, model.norm_eps) if q_norm else None
+        self.k_norm = RMSNorm(k_norm, model.norm_eps) if k_norm else None
+        self.wo = Linear(specs["wo.weight"])
 
     def forward(self, x_BLD: Tensor, geometry: Geometry) -> Tensor:
         """Return [B, L, D]."""
@@ -77,11 +75,11 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
 
-    def __init__(self, width: int, ffn_width: int) -> None:
+    def __init__(self, specs: Specs) -> None:
         super().__init__()
-        self.gate = Linear(width, ffn_width, Role.HIDDEN)
-        self.up = Linear(width, ffn_width, Role.HIDDEN)
-        self.down = Linear(ffn_width, width, Role.HIDDEN)
+        self.gate = Linear(specs["gate.weight"])
+        self.up = Linear(specs["up.weight"])
+        self.down = Linear(specs["down.weight"])
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         """Return [B, L, D]."""
@@ -91,12 +89,14 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Attention and feed-forward (``ffn``), each added to the residual stream."""
 
-    def __init__(self, model: ModelConfig, scales: ForwardScales, ffn: nn.Module) -> None:
+    def __init__(
+        self, specs: Specs, model: ModelConfig, scales: ForwardScales, ffn: nn.Module
+    ) -> None:
         super().__init__()
         self.residual_scale, self.dropout = scales.residual, model.dropout
-        self.attention_norm = RMSNorm(model.width, model.norm_eps)
-        self.attention = Attention(model, scales.attention)
-        self.ffn_norm = RMSNorm(model.width, model.norm_eps)
+        self.attention_norm = RMSNorm(specs["attention_norm.weight"], model.norm_eps)
+        self.attention = Attention(within(specs, "attention"), model, scales.attention)
+        self.ffn_norm = RMSNorm(specs["ffn_norm.weight"], model.norm_eps)
         self.ffn = ffn
 
     def forward(self, x_BLD: Tensor, geometry: Geometry) -> tuple[Tensor, RouterStatistics | None]:
@@ -160,20 +160,22 @@ class Transformer(nn.Module):
         self.embedding_scale = scales.embedding
         self.tied = model.tied_embeddings and part.first and part.last
         self.mirrored = model.tied_embeddings and part.last and not part.first
-        self.embedding = (
-            Embedding(model.vocab_size, model.width, compute_dtype) if part.first else None
-        )
-        self.blocks = nn.ModuleDict(
-            {str(layer): self._make_block(model, scales, layer) for layer in part.layers}
-        )
-        self.final_norm = RMSNorm(model.width, model.norm_eps) if part.last else None
-        self.head = OutputHead(model, scales.output, tied=self.tied) if part.last else None
+        listed = inventory(model, part.layers, first=part.first, last=part.last)
+        specs = {spec.name: spec for spec in listed}
+        self.embedding = Embedding(specs["embedding.weight"], compute_dtype) if part.first else None
+        self.blocks = nn.ModuleDict()
+        for layer in part.layers:
+            of_block = within(specs, f"blocks.{layer}")
+            self.blocks[str(layer)] = self._make_block(of_block, model, scales, layer)
+        self.final_norm = RMSNorm(specs["final_norm.weight"], model.norm_eps) if part.last else None
+        head = specs.get("head.weight")
+        self.head = OutputHead(head, model, scales.output) if part.last else None
         self._statistics: dict[int, RouterStatistics] = {}
 
-    def _make_block(self, model: ModelConfig, scales: ForwardScales, layer: int) -> Block:
-        ffn_width = model.ffn_width
-        assert ffn_width is not None, layer
-        return Block(model, scales, FeedForward(model.width, ffn_width))
+    def _make_block(
+        self, specs: Specs, model: ModelConfig, scales: ForwardScales, layer: int
+    ) -> Block:
+        return Block(specs, model, scales, FeedForward(within(specs, "ffn")))
 
     def forward(
         self,

@@ -12,12 +12,13 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from allometry.models.loss import IGNORE
+from allometry.models.loss import IGNORE, ChunkSoftmax
 
 
 class Vocabulary(Protocol):
-    """Which columns are here, and how all parts of a vocabulary are brought together.
+    """Which columns are here, and how all parts of a vocabulary are combined.
 
     ``first``: the number of the first column that is here; ``columns``: of the largest part, the
     same number wherever a part is, so that all cut tokens into the same chunks.
@@ -36,8 +37,8 @@ class Vocabulary(Protocol):
         """Return the logits of all parts [B, L, V], differentiable."""
 
 
-class SharedSoftmax:
-    """The twin of ``softmax_gradient_`` on a part of the columns.
+class SharedSoftmax(ChunkSoftmax):
+    """``WholeSoftmax`` on a part of the columns.
 
     Exponentials are computed twice rather than kept in a wide type. ``compile`` compiles what
     lies between two exchanges: a pass that reads the logits for the maxima, one for the sums, and
@@ -54,13 +55,14 @@ class SharedSoftmax:
         self._sums = torch.compile(_sums, *args, **kwargs)
         self._write_ = torch.compile(_write_, *args, **kwargs)
 
+    @override
+    def columns(self, weight_vD: Tensor) -> int:
+        return self.vocabulary.columns
+
+    @override
     def gradient_(
         self, logits_cv: Tensor, targets_c: Tensor, logit_scale: float, z_loss: float
     ) -> tuple[Tensor, Tensor]:
-        """Turn ``logits_cv`` (before the scale) into the gradient of the chunk's loss, in place.
-
-        Returns (nll_c, the z-loss of the chunk), the same wherever a part is.
-        """
         own_c = targets_c - self.vocabulary.first
         largest_c, sums_c, target_c = self._statistics(logits_cv, own_c, logit_scale)
         log_z_c, counted_c = largest_c + sums_c.log(), targets_c != IGNORE
@@ -69,10 +71,10 @@ class SharedSoftmax:
         self._write_(logits_cv, own_c, largest_c, weight_c, logit_scale)
         return _loss(log_z_c, target_c, counted_c, z_loss)
 
+    @override
     def loss(
         self, logits_cv: Tensor, targets_c: Tensor, logit_scale: float, z_loss: float
     ) -> tuple[Tensor, Tensor]:
-        """Return (nll_c, the z-loss of the chunk) and leave the logits alone."""
         own_c = targets_c - self.vocabulary.first
         largest_c, sums_c, target_c = self._statistics(logits_cv, own_c, logit_scale)
         return _loss(largest_c + sums_c.log(), target_c, targets_c != IGNORE, z_loss)

@@ -24,7 +24,7 @@ from allometry.configs.run import RunConfig
 from allometry.models.build import named_parameters, parameter_specs, torch_dtype
 from allometry.models.init import initialize
 from allometry.models.transformer import Part, Transformer
-from allometry.parallel.checkpointing import apply_checkpointing, keep_hooks_apart
+from allometry.parallel.checkpointing import apply_checkpointing, hide_fsdp_hooks
 from allometry.parallel.context import apply_context
 from allometry.parallel.execution import Accumulation, Execution
 from allometry.parallel.expert import apply_expert
@@ -110,7 +110,7 @@ def parallelize(
     sync = apply_zero(list(parts.values()), config.parallel.zero, dtype, mesh)
     if config.training.activation_checkpointing == "selective":
         for part in parts.values():
-            keep_hooks_apart(part)
+            hide_fsdp_hooks(part)
     mode = mode_of(config, layout.degrees) if config.data.kind == "documents" else None
     if mesh.pp.size == 1:
         filling = Filling.of(mesh.device, mesh.tp.size) if mode == "free" else None

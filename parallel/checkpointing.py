@@ -19,7 +19,7 @@ from torch.utils.checkpoint import (
 )
 
 from allometry.models.transformer import Transformer
-from allometry.parallel.hdp.offload import hand_over_kept
+from allometry.parallel.hdp.offload import with_saved_tensor_hooks
 from allometry.parallel.hdp.ring import RING_OPERATOR
 from allometry.scaling.attention import BACKENDS
 
@@ -62,11 +62,11 @@ def _checkpointed(forward: Callable[..., Any], options: dict[str, Any]) -> Calla
 
 def _selective_contexts() -> tuple[Any, Any]:
     # What is kept may wait on the host (see hdp/offload.py).
-    return hand_over_kept(partial(create_selective_checkpoint_contexts, _policy))
+    return with_saved_tensor_hooks(partial(create_selective_checkpoint_contexts, _policy))
 
 
-def keep_hooks_apart(model: Transformer) -> None:
-    """Let what ZeRO does for modules inside of blocks go unnoticed by selective checkpointing.
+def hide_fsdp_hooks(model: Transformer) -> None:
+    """Hide from selective checkpointing what FSDP does for modules inside of blocks.
 
     Call it when ZeRO has been applied. A module that is sharded on its own (experts, routers)
     gathers its weights within the region that is computed again, where they may be there already:
@@ -77,10 +77,10 @@ def keep_hooks_apart(model: Transformer) -> None:
             if module is not block and isinstance(module, FSDPModule):
                 for hooks in (module._forward_pre_hooks, module._forward_hooks):
                     for key, hook in hooks.items():
-                        hooks[key] = _unseen(hook)
+                        hooks[key] = _outside_selection(hook)
 
 
-def _unseen(hook: Callable[..., Any]) -> Callable[..., Any]:
+def _outside_selection(hook: Callable[..., Any]) -> Callable[..., Any]:
     def hook_outside_of_selection(*args: Any, **kwargs: Any) -> Any:
         with _disable_current_modes() as modes, ExitStack() as others:
             for mode in modes:

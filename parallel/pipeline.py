@@ -36,6 +36,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from allometry.configs.model import ModelConfig
 from allometry.models.head import Losses
+from allometry.models.loss import GradientSum
 from allometry.models.transformer import Transformer
 from allometry.parallel.execution import MicroBatch, Observe
 from allometry.parallel.mesh import Mesh
@@ -108,6 +109,10 @@ class PipelineExecution:
             tied=model.tied_embeddings,
         )
         self.mirrors = self._tied.mirrors
+        self._head_gradient = GradientSum()
+        for part in parts.values():
+            if part.head is not None:
+                part.head.gradient_sum = self._head_gradient
         if layout.schedule in SPLIT_BACKWARD:
             _prepare_for_split(parts.values())
 
@@ -119,6 +124,7 @@ class PipelineExecution:
         before: Callable[[int], None] | None = None,
     ) -> None:
         """See ``Execution``. ``before(i)`` runs on every rank, once, before its first forward."""
+        self._head_gradient.begin()
         self._tied.send_value()
         prepared = self._prepare(len(batches))
         inputs = StepInputs(

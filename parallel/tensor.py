@@ -7,7 +7,7 @@ gathers its tokens when it begins and scatters its sums when it ends: for forwar
 block, four of each, of one activation. Gathered tokens are kept for backward, not gathered again as
 there: one activation of all tokens for each branch, in exchange for a third less to send.
 
-Parameters become DTensors; modules compute with ``local`` parts of them, so the only distributed
+Parameters become DTensors; modules compute with ``local_weight`` of them, so the only distributed
 arithmetic is at those seams.
 
 | parameter                     | placement over tp     |
@@ -46,7 +46,7 @@ from torch.distributed.tensor import (
 )
 
 from allometry.models.head import OutputHead
-from allometry.models.layers import Embedding, local
+from allometry.models.layers import Embedding, local_weight
 from allometry.models.moe import Experts, MoEFeedForward
 from allometry.models.transformer import Attention, FeedForward, Transformer
 from allometry.models.vocabulary import SharedSoftmax
@@ -217,7 +217,7 @@ def _scatter_rows(line: DeviceMesh, _: nn.Module, inputs: tuple[Any, ...], y_TD:
 
 def _look_up(embedding: Embedding, vocabulary: PartOfVocabulary, tokens_BL: Tensor) -> Tensor:
     """Return [B, l, D]: rows that are here, zeros for others, summed: one rank has each row."""
-    weight_vD = local(embedding.weight)
+    weight_vD = local_weight(embedding.weight)
     own_BL = tokens_BL - vocabulary.first
     here_BL = (own_BL >= 0) & (own_BL < len(weight_vD))
     x_BLD = F.embedding(own_BL.where(here_BL, 0), weight_vD).to(embedding.dtype)
@@ -228,7 +228,7 @@ def _share_head(head: OutputHead, line: DeviceMesh, axis: Axis) -> None:
     """Let the head see all tokens and its part of the vocabulary (its own weight or a tied one)."""
     if head.weight is not None:
         _distribute(head, "weight", line, [Shard(0)])
-    head.shared = SharedSoftmax(PartOfVocabulary(line, axis, head.vocab_size))
+    head.softmax = SharedSoftmax(PartOfVocabulary(line, axis, head.vocab_size))
 
     def before(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         x_BlD, *others = inputs

@@ -38,7 +38,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from allometry.configs.execution import Zero
 from allometry.models.build import named_parameters
-from allometry.models.declare import DeclaresRoles
+from allometry.models.parameters import OwnsParameters
 from allometry.models.transformer import Transformer
 from allometry.parallel.mesh import Mesh
 from allometry.parallel.reduce import FlatReducer, GradientSync, ReductionGroup, sum_over_tp
@@ -193,8 +193,8 @@ def reduction_groups(parts: Sequence[Transformer], mesh: Mesh) -> list[Reduction
     experts: list[nn.Parameter] = []
     for part in parts:
         for _, owner, name, parameter in named_parameters(part):
-            assert isinstance(owner, DeclaresRoles)
-            role = owner.declarations[name].role
+            assert isinstance(owner, OwnsParameters)
+            role = owner.specs[name].role
             spread = mesh.ep.size > 1 and role in (Role.EXPERT_UP, Role.EXPERT_DOWN)
             (experts if spread else common).append(parameter)
     return [(common, mesh.hdp), *([(experts, mesh.edp)] if experts else [])]
@@ -230,8 +230,8 @@ def _placement(ranks: int) -> Callable[[nn.Parameter], Shard]:
 def _special(block: nn.Module) -> Iterator[tuple[nn.Module, Role]]:
     """Yield the modules of a block that own routers' and experts' weights."""
     for module in block.modules():
-        if isinstance(module, DeclaresRoles):
-            roles = {declared.role for declared in module.declarations.values()}
+        if isinstance(module, OwnsParameters):
+            roles = {spec.role for spec in module.specs.values()}
             for role in (Role.ROUTER, Role.EXPERT_UP):
                 if role in roles:
                     yield module, role

@@ -1,11 +1,11 @@
-"""The parameters of a model, from its description alone."""
+"""The parameters of a model, from its description alone: modules are made from it."""
 
 # V vocabulary, D width, N query heads, K key/value heads, H head width, F feed-forward width,
 # E experts
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from allometry.configs.model import LatentExperts, ModelConfig, MoEModel
 from allometry.scaling.roles import ParamSpec, Role
@@ -31,49 +31,75 @@ def experts(name: str, role: Role, number: int, fan_out: int, fan_in: int) -> Pa
     return ParamSpec(name, role, (number, fan_out, fan_in), fan_in=fan_in, fan_out=fan_out)
 
 
-def inventory(model: ModelConfig) -> tuple[ParamSpec, ...]:
+Specs = Mapping[str, ParamSpec]
+"""Specs by the parameter's name within a module; ``ParamSpec.name`` is the one in the model."""
+
+
+def inventory(
+    model: ModelConfig,
+    layers: Iterable[int] | None = None,
+    *,
+    first: bool = True,
+    last: bool = True,
+) -> tuple[ParamSpec, ...]:
     """Return every parameter a model of this description has, in ``named_parameters()`` order.
 
-    Works without torch, so that a plan for thousands of GPUs can be made on a laptop; a test
-    compares it with the specs that the modules themselves declare. A tied head is the embedding
-    and is listed once.
+    Works without torch, so that a plan for thousands of GPUs can be made on a laptop; modules are
+    made from it. A tied head is the embedding and is listed once.
+
+    Of a part of the model: its ``layers`` (None: all), the embedding with the ``first`` and the
+    head with the ``last``. A tied head away from its embedding has a weight of its own.
     """
-    specs = [embedding("embedding.weight", model.vocab_size, model.width)]
-    for layer in range(model.num_layers):
-        specs.extend(_block(model, layer))
-    specs.append(vector("final_norm.weight", model.width))
-    if not model.tied_embeddings:
+    specs = [embedding("embedding.weight", model.vocab_size, model.width)] if first else []
+    for layer in range(model.num_layers) if layers is None else layers:
+        specs.extend(block_specs(model, layer, f"blocks.{layer}"))
+    if last:
+        specs.append(vector("final_norm.weight", model.width))
+    if last and not (model.tied_embeddings and first):
         specs.append(matrix("head.weight", Role.OUTPUT, model.vocab_size, model.width))
     return tuple(specs)
 
 
-def _block(model: ModelConfig, layer: int) -> Iterator[ParamSpec]:
-    prefix = f"blocks.{layer}"
+def within(specs: Specs, module: str) -> Specs:
+    """Return the specs of a module in a module, by their names in it."""
+    start = f"{module}."
+    return {n.removeprefix(start): spec for n, spec in specs.items() if n.startswith(start)}
+
+
+def block_specs(model: ModelConfig, layer: int, prefix: str) -> Iterator[ParamSpec]:
+    """Yield the parameters of a block."""
+    yield vector(f"{prefix}.attention_norm.weight", model.width)
+    yield from attention_specs(model, f"{prefix}.attention")
+    yield vector(f"{prefix}.ffn_norm.weight", model.width)
+    if isinstance(model, MoEModel) and model.has_experts(layer):
+        yield from mixture_specs(model, f"{prefix}.ffn")
+    else:
+        assert model.ffn_width is not None, layer
+        yield from ffn_specs(model.width, model.ffn_width, f"{prefix}.ffn")
+
+
+def attention_specs(model: ModelConfig, prefix: str) -> Iterator[ParamSpec]:
+    """Yield the parameters of grouped-query attention."""
     width, head_width = model.width, model.head_width
     queries, keys = model.num_heads * head_width, model.kv_heads * head_width
-    yield vector(f"{prefix}.attention_norm.weight", width)
-    yield matrix(f"{prefix}.attention.wq.weight", Role.HIDDEN, queries, width)
-    yield matrix(f"{prefix}.attention.wk.weight", Role.HIDDEN, keys, width)
-    yield matrix(f"{prefix}.attention.wv.weight", Role.HIDDEN, keys, width)
+    yield matrix(f"{prefix}.wq.weight", Role.HIDDEN, queries, width)
+    yield matrix(f"{prefix}.wk.weight", Role.HIDDEN, keys, width)
+    yield matrix(f"{prefix}.wv.weight", Role.HIDDEN, keys, width)
     if model.qk_norm:
-        yield vector(f"{prefix}.attention.q_norm.weight", head_width)
-        yield vector(f"{prefix}.attention.k_norm.weight", head_width)
-    yield matrix(f"{prefix}.attention.wo.weight", Role.HIDDEN, width, queries)
-    yield vector(f"{prefix}.ffn_norm.weight", width)
-    if isinstance(model, MoEModel) and model.has_experts(layer):
-        yield from _mixture(model, f"{prefix}.ffn")
-    else:
-        assert model.ffn_width is not None
-        yield from _feed_forward(f"{prefix}.ffn", width, model.ffn_width)
+        yield vector(f"{prefix}.q_norm.weight", head_width)
+        yield vector(f"{prefix}.k_norm.weight", head_width)
+    yield matrix(f"{prefix}.wo.weight", Role.HIDDEN, width, queries)
 
 
-def _feed_forward(prefix: str, width: int, ffn_width: int) -> Iterator[ParamSpec]:
+def ffn_specs(width: int, ffn_width: int, prefix: str) -> Iterator[ParamSpec]:
+    """Yield the parameters of a SwiGLU feed-forward."""
     yield matrix(f"{prefix}.gate.weight", Role.HIDDEN, ffn_width, width)
     yield matrix(f"{prefix}.up.weight", Role.HIDDEN, ffn_width, width)
     yield matrix(f"{prefix}.down.weight", Role.HIDDEN, width, ffn_width)
 
 
-def _mixture(model: MoEModel, prefix: str) -> Iterator[ParamSpec]:
+def mixture_specs(model: MoEModel, prefix: str) -> Iterator[ParamSpec]:
+    """Yield the parameters of a mixture: router, routed experts, latent projections, shared."""
     mixture, width = model.experts, model.width
     number, hidden = mixture.num_experts, mixture.width
     latent = mixture.latent_width if isinstance(mixture, LatentExperts) else None
@@ -87,4 +113,4 @@ def _mixture(model: MoEModel, prefix: str) -> Iterator[ParamSpec]:
     if latent:
         yield matrix(f"{prefix}.latent_up.weight", Role.HIDDEN, width, latent)
     if mixture.num_shared_experts:
-        yield from _feed_forward(f"{prefix}.shared", width, mixture.num_shared_experts * hidden)
+        yield from ffn_specs(width, mixture.num_shared_experts * hidden, f"{prefix}.shared")

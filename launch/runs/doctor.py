@@ -170,8 +170,8 @@ def _apex() -> Iterator[Finding]:
 
 
 def _deepspeed() -> Iterator[Finding]:
-    found = version("deepspeed")
-    if found is None:
+    installed_version = version("deepspeed")
+    if installed_version is None:
         yield Finding(
             "deepspeed",
             "absent",
@@ -186,13 +186,13 @@ def _deepspeed() -> Iterator[Finding]:
     yield Finding(
         "deepspeed",
         "ok",
-        f"{found}; built ops: {', '.join(built) or 'none yet (built at first use)'}",
+        f"{installed_version}; built ops: {', '.join(built) or 'none yet (built at first use)'}",
     )
 
 
 def _megatron() -> Iterator[Finding]:
-    if found := version("megatron-core"):
-        yield Finding("megatron-core", "ok", f"{found} (writes token files)")
+    if number := version("megatron-core"):
+        yield Finding("megatron-core", "ok", f"{number} (writes token files)")
     else:
         yield Finding(
             "megatron-core",
@@ -216,8 +216,8 @@ def _allocator() -> Iterator[Finding]:
 
 
 def _compiler() -> Iterator[Finding]:
-    if found := (shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")):
-        yield Finding("C++ compiler", "ok", found)
+    if path := (shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")):
+        yield Finding("C++ compiler", "ok", path)
     else:
         yield Finding(
             "C++ compiler",

@@ -12,8 +12,8 @@ Every kernel takes several runs at once: queries of run i see keys of run i only
 from __future__ import annotations
 
 from collections.abc import Callable
-from enum import StrEnum
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,22 +24,21 @@ from allometry.parallel.hdp import kernels_cuda
 from allometry.parallel.hdp.kernels_cuda import Runs
 
 
-class Kernel(StrEnum):
-    """Ways to compute the same block."""
+class Kernel(NamedTuple):
+    """One way to compute a block; ``suits(device, dtype, head width)``: whether it can.
 
-    WRITTEN_OUT = "written_out"  # any device and type; keeps the scores of one run
-    CPU = "cpu"  # torch's flash kernel for CPUs
-    CUDA = "cuda"  # torch's flash kernel for GPUs: half types, heads of 8 to 256 in steps of 8
-    FLASH_ATTN = "flash_attn"  # the same of the flash-attn package, where it is installed
+    ``forward`` and ``backward`` take what ``attention_block`` and ``attention_block_backward`` do.
+    """
+
+    name: str
+    suits: Callable[[torch.device, torch.dtype, int], bool]
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
 def choose_kernel(device: torch.device, dtype: torch.dtype, head_width: int) -> Kernel:
-    """Return the fastest kernel that can do it."""
-    if device.type == "cpu":
-        return Kernel.CPU
-    if device.type != "cuda" or not kernels_cuda.takes(dtype, head_width):
-        return Kernel.WRITTEN_OUT
-    return Kernel.FLASH_ATTN if kernels_cuda.has_flash_attn() else Kernel.CUDA
+    """Return the first of ``KERNELS`` that can do it."""
+    return next(kernel for kernel in KERNELS if kernel.suits(device, dtype, head_width))
 
 
 def attention_block(
@@ -56,7 +55,7 @@ def attention_block(
     """
     _check(q_QNH, k_SKH, runs)
     kernel = kernel or choose_kernel(q_QNH.device, q_QNH.dtype, q_QNH.shape[-1])
-    return _FORWARD[kernel](q_QNH, k_SKH, v_SKH, runs, scale)
+    return kernel.forward(q_QNH, k_SKH, v_SKH, runs, scale)
 
 
 def attention_block_backward(
@@ -77,7 +76,7 @@ def attention_block_backward(
     _check(q_QNH, k_SKH, runs)
     kernel = kernel or choose_kernel(q_QNH.device, q_QNH.dtype, q_QNH.shape[-1])
     given = (grad_QNH.to(q_QNH.dtype), q_QNH, k_SKH, v_SKH, o_QNH, lse_NQ.contiguous())
-    return _BACKWARD[kernel](*given, runs, scale)
+    return kernel.backward(*given, runs, scale)
 
 
 def merge_block(
@@ -267,15 +266,33 @@ def _hide_filling(k_SKH: Tensor, size: int, causal: bool) -> Tensor | None:
     return F.pad(shown_1S, (0, size - len(k_SKH)), value=float("-inf"))
 
 
-_FORWARD: dict[Kernel, Callable[..., tuple[Tensor, Tensor]]] = {
-    Kernel.WRITTEN_OUT: partial(_each_forward, _written_out),
-    Kernel.CPU: partial(_each_forward, _cpu),
-    Kernel.CUDA: kernels_cuda.torch_forward,
-    Kernel.FLASH_ATTN: kernels_cuda.package_forward,
-}
-_BACKWARD: dict[Kernel, Callable[..., tuple[Tensor, Tensor, Tensor]]] = {
-    Kernel.WRITTEN_OUT: partial(_each_backward, _written_out_backward),
-    Kernel.CPU: partial(_each_backward, _cpu_backward),
-    Kernel.CUDA: kernels_cuda.torch_backward,
-    Kernel.FLASH_ATTN: kernels_cuda.package_backward,
-}
+def _on_cuda(device: torch.device, dtype: torch.dtype, head_width: int) -> bool:
+    return device.type == "cuda" and kernels_cuda.takes(dtype, head_width)
+
+
+CPU = Kernel(
+    "torch's flash kernel for CPUs",
+    lambda device, *_: device.type == "cpu",
+    partial(_each_forward, _cpu),
+    partial(_each_backward, _cpu_backward),
+)
+FLASH_ATTN = Kernel(
+    "flash-attn",
+    lambda *call: _on_cuda(*call) and kernels_cuda.has_flash_attn(),
+    kernels_cuda.package_forward,
+    kernels_cuda.package_backward,
+)
+CUDA = Kernel(
+    "torch's flash kernel for GPUs",
+    _on_cuda,
+    kernels_cuda.torch_forward,
+    kernels_cuda.torch_backward,
+)
+WRITTEN_OUT = Kernel(
+    "written out",  # keeps the scores of one run
+    lambda *_: True,
+    partial(_each_forward, _written_out),
+    partial(_each_backward, _written_out_backward),
+)
+KERNELS = (CPU, FLASH_ATTN, CUDA, WRITTEN_OUT)
+"""In order of preference."""

@@ -58,7 +58,7 @@ def _bounds(runs: Runs, device: torch.device) -> tuple[Tensor, Tensor, int, int]
 def torch_forward(
     q_QNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, runs: Runs, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """See ``kernels.attention_block``: torch's."""
+    """Compute what ``kernels.attention_block`` returns by torch's kernel."""
     bounds = _bounds(runs, q_QNH.device)
     kernel = torch.ops.aten._flash_attention_forward
     o_QNH, lse_NQ, *_ = kernel(
@@ -77,7 +77,7 @@ def torch_backward(
     runs: Runs,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See ``kernels.attention_block_backward``: torch's."""
+    """Compute what ``kernels.attention_block_backward`` returns by torch's kernel."""
     bounds = _bounds(runs, q_QNH.device)
     # The state of a generator and what was once its offset: read only where there is dropout.
     state = torch.zeros(2, dtype=torch.uint64, device=q_QNH.device)
@@ -91,7 +91,7 @@ def torch_backward(
 def package_forward(
     q_QNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, runs: Runs, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """See ``kernels.attention_block``: flash-attn's."""
+    """Compute what ``kernels.attention_block`` returns by flash-attn's kernel."""
     from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
 
     bounds = _bounds(runs, q_QNH.device)
@@ -111,7 +111,7 @@ def package_backward(
     runs: Runs,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See ``kernels.attention_block_backward``: flash-attn's."""
+    """Compute what ``kernels.attention_block_backward`` returns by flash-attn's kernel."""
     from flash_attn.flash_attn_interface import _flash_attn_varlen_backward
 
     grads = tuple(x.new_empty(x.shape) for x in (q_QNH, k_SKH, v_SKH))

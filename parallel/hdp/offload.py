@@ -103,7 +103,7 @@ class ActivationStore:
         else:
             y_BLD, statistics = block(x_BLD, geometry)
         if before is not None:
-            before.settle()
+            before.free_device_memory()
             if y_BLD.requires_grad:
                 y_BLD.register_hook(before.bring_back)
         return y_BLD, statistics
@@ -139,7 +139,7 @@ class Transfer:
         """Whether nothing has waited for the copy yet."""
         return self._done is not None
 
-    def settle(self) -> Tensor:
+    def wait(self) -> Tensor:
         """Let the stream that computes wait for the copy; return the device's memory."""
         if self._done is not None and self._stream is not None:
             self._stream.wait_event(self._done)
@@ -149,7 +149,7 @@ class Transfer:
 
     def __del__(self) -> None:
         # A graph may be dropped before its backward, with copies on their way.
-        self.settle()
+        self.wait()
 
 
 class _Kept:
@@ -166,15 +166,15 @@ class _Kept:
         self._arriving: Transfer | None = None
         self.handles = self._unread = 0
 
-    def settle(self) -> None:
+    def free_device_memory(self) -> None:
         """Give the memory on the device back, in the order of the stream that computes."""
         if self._leaving is not None:
-            self._leaving.settle()
+            self._leaving.wait()
             self._leaving = None
 
     def bring_back(self) -> None:
         """Start the way back unless it is done."""
-        self.settle()
+        self.free_device_memory()
         if self._arriving is None:
             self._arriving, self._unread = self._store.fetch(self._host), self.handles
 
@@ -182,7 +182,7 @@ class _Kept:
         """Return the bytes on the device."""
         self.bring_back()
         assert self._arriving is not None
-        memory = self._arriving.settle()
+        memory = self._arriving.wait()
         self._unread -= 1
         if self._unread == 0:
             self._arriving = None
@@ -216,10 +216,10 @@ class _Moved:
     def add(self, kept: _Kept) -> None:
         self._kept.append(weakref.ref(kept))
 
-    def settle(self) -> None:
-        """See ``_Kept``."""
+    def free_device_memory(self) -> None:
+        """Give the memory on the device back."""
         for kept in self._alive():
-            kept.settle()
+            kept.free_device_memory()
 
     def bring_back(self, _: Tensor) -> None:
         """Start the way back of all, the last kept first: a hook on a gradient."""
@@ -281,7 +281,7 @@ class _Packing:
             return False
         # Listed each time: ZeRO swaps parameters while the block runs.
         parameters = list(self._block.parameters())
-        return storage._cdata not in set(map(_storage, parameters)) and not _of_one(
+        return storage._cdata not in set(map(_storage, parameters)) and not _made_of_one(
             tensor, parameters
         )
 
@@ -302,7 +302,7 @@ def _storage(parameter: Tensor) -> int:
     return local.untyped_storage()._cdata
 
 
-def _of_one(tensor: Tensor, parameters: list[nn.Parameter]) -> bool:
+def _made_of_one(tensor: Tensor, parameters: list[nn.Parameter]) -> bool:
     """Whether ``tensor`` is one of ``parameters`` or was made of one of them and nothing else."""
     if tensor.grad_fn is None:
         return any(tensor is parameter for parameter in parameters)
@@ -330,7 +330,7 @@ def _copy(
         return lane.record_event()
 
 
-def hand_over_kept(make_contexts: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
+def with_saved_tensor_hooks(make_contexts: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
     """Pass what selective checkpointing keeps through the saved-tensor hooks that are set.
 
     ``make_contexts`` is what ``torch.utils.checkpoint`` takes as ``context_fn`` and made by
@@ -339,11 +339,11 @@ def hand_over_kept(make_contexts: Callable[[], tuple[Any, Any]]) -> tuple[Any, A
     """
     caching, cached = make_contexts()
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return (caching if hooks is None else _handing_over(caching, *hooks)), cached
+    return (caching if hooks is None else _through_hooks(caching, *hooks)), cached
 
 
 @contextmanager
-def _handing_over(
+def _through_hooks(
     caching: Any, pack: Callable[[Tensor], Any], unpack: Callable[[Any], Tensor]
 ) -> Iterator[None]:
     with caching:
@@ -369,5 +369,5 @@ class _Result:
         self._saved, self._unpack = pack(kept.val), unpack
 
     def get_val(self, _: bool) -> Tensor:
-        """See ``torch.utils.checkpoint``."""
+        """Return the result; the name is torch's."""
         return self._unpack(self._saved)

@@ -93,6 +93,35 @@ def test_training_with_changing_batches_and_evaluation(
     assert sum(found["evaluated"] for found in results) == lines * 6 * (len(counts) + 1)
 
 
+def kept_of_the_head(run: RunConfig, counts: tuple[int, ...], summed: bool) -> list[int]:
+    """How many tensors as large as the head's weight a step keeps for its backwards, by count."""
+    with tiny.mesh(run) as mesh:
+        made = tiny.parallel(run, mesh)
+        for part in made.parts.values():
+            if part.head is not None and not summed:
+                part.head.gradient_sum = None
+        kept: list[int] = []
+        for count in counts:
+            kept.append(0)
+
+            def pack(tensor: Tensor) -> Tensor:
+                kept[-1] += tensor.shape == (run.model.vocab_size, run.model.width)
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                pipelined.step(made, run, mesh, count)
+        return kept
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "looped_bfs"])
+def test_the_heads_gradient_is_there_once_whatever_the_micro_batches(
+    run_ranks: RunRanks, schedule: str
+) -> None:
+    run = pipelined.config(2, schedule, layers=4)
+    assert run_ranks(kept_of_the_head, 2, run, (4, 8), True)[1] == [0, 0]
+    assert run_ranks(kept_of_the_head, 2, run, (4, 8), False)[1] == [4, 8], "negative control"
+
+
 def bf16_error(run: RunConfig, count: int, repair: bool) -> dict[str, float]:
     """Gradients in bf16 against one process in bf16; ``repair`` False: as torch adds them up."""
     with tiny.mesh(run) as mesh:

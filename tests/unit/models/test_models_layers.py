@@ -6,7 +6,11 @@ import pytest
 import torch
 
 from allometry.models.layers import Embedding, Linear, RMSNorm, rotary_angles, rotate
+from allometry.scaling.inventory import embedding as table
+from allometry.scaling.inventory import matrix, vector
 from allometry.scaling.roles import Role
+
+HIDDEN, TABLE = matrix("weight", Role.HIDDEN, 3, 4), table("weight", 5, 4)
 
 
 @pytest.fixture(autouse=True)
@@ -14,7 +18,7 @@ def _seed():
     torch.manual_seed(0)
 
 
-@pytest.mark.parametrize("module", [Linear(4, 3, Role.HIDDEN), Embedding(5, 4, torch.float32)])
+@pytest.mark.parametrize("module", [Linear(HIDDEN), Embedding(TABLE, torch.float32)])
 def test_nothing_looks_alive_before_initialisation(module):
     assert module.weight.dtype == torch.float32
     assert module.weight.isnan().all()
@@ -22,7 +26,7 @@ def test_nothing_looks_alive_before_initialisation(module):
 
 def test_torch_recognises_the_layers():
     """Tensor-parallel styles take nn.Linear and nn.Embedding only, and print them."""
-    linear, embedding = Linear(4, 3, Role.HIDDEN), Embedding(5, 4, torch.float32)
+    linear, embedding = Linear(HIDDEN), Embedding(TABLE, torch.float32)
     assert isinstance(linear, torch.nn.Linear)
     assert isinstance(embedding, torch.nn.Embedding)
     assert repr(linear) == "Linear(in_features=4, out_features=3, bias=False)"
@@ -31,8 +35,8 @@ def test_torch_recognises_the_layers():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_weights_follow_the_activations(dtype):
-    linear, norm = Linear(4, 3, Role.HIDDEN), RMSNorm(4, 1e-5)
-    embedding = Embedding(5, 4, dtype)
+    linear, norm = Linear(HIDDEN), RMSNorm(vector("weight", 4), 1e-5)
+    embedding = Embedding(TABLE, dtype)
     for module in (linear, norm, embedding):
         torch.nn.init.normal_(module.weight)
     x = embedding(torch.arange(5))
@@ -44,7 +48,7 @@ def test_weights_follow_the_activations(dtype):
 
 
 def test_embedding_gradient_adds_up_in_fp32():
-    embedding = Embedding(2, 4, torch.bfloat16)
+    embedding = Embedding(table("weight", 2, 4), torch.bfloat16)
     torch.nn.init.normal_(embedding.weight)
     embedding(torch.zeros(1000, dtype=torch.long)).sum().backward()
     # bf16 would stop at 256.
@@ -52,7 +56,7 @@ def test_embedding_gradient_adds_up_in_fp32():
 
 
 def test_norm_rounds_once_in_bf16():
-    norm = RMSNorm(384, 1e-5)
+    norm = RMSNorm(vector("weight", 384), 1e-5)
     torch.nn.init.normal_(norm.weight, 1.0, 0.1)
     x = (5.0 * torch.randn(64, 384)).bfloat16()
     wide = x.double()
@@ -66,7 +70,7 @@ def test_norm_rounds_once_in_bf16():
 
 
 def test_norm_in_fp64():
-    norm = RMSNorm(8, 0.5)
+    norm = RMSNorm(vector("weight", 8), 0.5)
     torch.nn.init.normal_(norm.weight)
     x = torch.randn(3, 8, dtype=torch.float64)
     exact = x / (x.square().mean(-1, keepdim=True) + 0.5).sqrt() * norm.weight

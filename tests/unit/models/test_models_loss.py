@@ -6,8 +6,6 @@ import itertools
 import json
 import subprocess
 import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,34 +14,15 @@ from torch import Tensor
 
 from allometry.models.loss import (
     IGNORE,
+    GradientSum,
     _chunks,
     default_chunk_tokens,
     linear_cross_entropy,
     reference_cross_entropy,
 )
-from allometry.models.vocabulary import SharedSoftmax
+from loss_example import example, relative, results
 
 ROOT = Path(__file__).parents[3]
-
-
-def example(dtype: torch.dtype, tokens: int = 37, ignored: int = 5) -> tuple[Tensor, ...]:
-    generator = torch.Generator().manual_seed(7)
-    x_TD = torch.randn(tokens, 16, generator=generator, dtype=torch.float64)
-    weight_VD = torch.randn(61, 16, generator=generator, dtype=torch.float64) / 4
-    targets_T = torch.randint(61, (tokens,), generator=generator)
-    targets_T[:ignored] = IGNORE
-    return x_TD.to(dtype).requires_grad_(), weight_VD.to(dtype).requires_grad_(), targets_T
-
-
-def results(loss, x, weight, targets, **options):
-    total, nll_T = loss(x, weight, targets, **options)
-    # A factor, as the caller divides by the global count.
-    grads = torch.autograd.grad(total * 0.3, (x, weight))
-    return total.detach(), nll_T, *grads
-
-
-def relative(some: Tensor, other: Tensor) -> float:
-    return float((some - other).abs().max() / other.abs().max())
 
 
 @pytest.mark.parametrize(
@@ -170,6 +149,102 @@ def test_the_weight_gradient_is_handed_over_without_a_copy():
     assert weight.grad.data_ptr() == saved
 
 
+def parts_of(x: Tensor, targets: Tensor, count: int) -> list[tuple[Tensor, Tensor]]:
+    return [
+        (mine.detach().requires_grad_(), t)
+        for mine, t in zip(x.chunk(count), targets.chunk(count), strict=True)
+    ]
+
+
+ORDERS = {
+    "all forwards first": [0, 1, 2, 3, -1, -2, -3, -4],
+    "in turn": [0, -1, 1, -2, 2, -3, 3, -4],
+    "two in flight": [0, 1, -1, 2, -2, 3, -4, -3],
+}
+
+
+@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
+@pytest.mark.parametrize("split", [False, True])
+def test_a_sum_over_calls_is_the_gradient_of_the_whole(order, split):
+    x, weight, targets = example(torch.float64)
+    expected = results(reference_cross_entropy, x, weight, targets, z_loss=1e-2)
+    calls, totals, gradient_sum = parts_of(x, targets, 4), {}, GradientSum()
+    factor = torch.tensor(0.3, dtype=torch.float64)
+    for number in order:
+        mine, some = calls[number if number >= 0 else -number - 1]
+        if number >= 0:
+            totals[number] = linear_cross_entropy(
+                mine, weight, some, z_loss=1e-2, chunk_tokens=8, gradient_sum=gradient_sum
+            )[0]
+            continue
+        total = totals.pop(-number - 1)
+        if split:  # for the inputs first, as schedules do that split backward
+            (mine.grad,) = torch.autograd.grad(total, mine, factor, retain_graph=True)
+            (grad_weight,) = torch.autograd.grad(total, weight, factor)
+            weight.grad = grad_weight if weight.grad is None else weight.grad + grad_weight
+        else:
+            total.backward(factor)
+    assert gradient_sum.pending_VD is None
+    assert relative(torch.cat([mine.grad for mine, _ in calls]), expected[2]) < 1e-12
+    assert relative(weight.grad, expected[3]) < 1e-12
+
+
+@pytest.mark.parametrize("summed", [False, True])
+def test_calls_in_flight_keep_one_gradient_of_the_weight(summed):
+    x, weight, targets = example(torch.float64)
+    kept = []
+
+    def pack(tensor):
+        kept.append(tensor)
+        return tensor
+
+    gradient_sum = GradientSum() if summed else None
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        totals = [
+            linear_cross_entropy(mine, weight, some, gradient_sum=gradient_sum)[0]
+            for mine, some in parts_of(x, targets, 4)
+        ]
+    large = [tensor for tensor in kept if tensor.numel() >= weight.numel()]
+    assert len(large) == (0 if summed else 4)
+    buffer = gradient_sum.pending_VD.data_ptr() if summed else 0
+    totals[0].backward()
+    assert not summed or weight.grad.data_ptr() == buffer, "handed over without a copy"
+
+
+def test_calls_of_one_sum_have_one_factor():
+    x, weight, targets = example(torch.float64)
+    gradient_sum = GradientSum()
+
+    def total():
+        return linear_cross_entropy(x, weight, targets, gradient_sum=gradient_sum)[0]
+
+    first, second = total(), total()
+    first.backward()
+    with pytest.raises(RuntimeError, match="differentiated with different factors"):
+        (2 * second).backward()
+    # What was interrupted is no part of what begins.
+    total()
+    gradient_sum.begin()
+    weight.grad = None
+    (3 * total()).backward()
+    (expected,) = torch.autograd.grad(3 * reference_cross_entropy(x, weight, targets)[0], weight)
+    assert relative(weight.grad, expected) < 1e-12
+
+
+def test_a_sum_in_bf16_adds_up_in_fp32():
+    x, weight, targets = example(torch.float64, tokens=4096)
+    exact = results(reference_cross_entropy, x, weight, targets)
+    weight16, gradient_sum = weight.detach().bfloat16().requires_grad_(), GradientSum()
+    totals = [
+        linear_cross_entropy(mine.bfloat16(), weight16, some, gradient_sum=gradient_sum)[0]
+        for mine, some in parts_of(x, targets, 64)
+    ]
+    for total in totals:
+        (total * 0.3).backward()
+    assert weight16.grad.dtype == torch.bfloat16
+    assert relative(weight16.grad, exact[3]) < 1e-2
+
+
 def test_bf16_keeps_fp32_where_it_matters():
     x, weight, targets = example(torch.float64, tokens=4096)
     exact = results(reference_cross_entropy, x, weight, targets)
@@ -218,124 +293,3 @@ def test_peak_memory_below_a_tenth_of_full_logits():
     assert row["full_mib"] > 1.9 * 32768 * 4096 * 4 / 2**20  # the measurement sees the logits
     assert row["ratio"] < 0.1
     assert row["gradient_error"] < 1e-6
-
-
-class Parts:
-    """A vocabulary cut in ``count`` parts, each worked on by a thread: an exchange that waits."""
-
-    def __init__(self, size: int, count: int):
-        self.columns = -(-size // count)
-        self.slices = [slice(i * self.columns, (i + 1) * self.columns) for i in range(count)]
-        self.held: list[Tensor | None] = [None] * count
-        self.barrier = threading.Barrier(count, timeout=20)
-
-    def exchange(self, part: int, values: Tensor, combine) -> None:
-        self.held[part] = values.clone()
-        self.barrier.wait()
-        result = combine(torch.stack(self.held))
-        self.barrier.wait()
-        values.copy_(result)
-
-    def run(self, function):
-        with ThreadPoolExecutor(len(self.slices)) as pool:
-            return list(pool.map(function, range(len(self.slices))))
-
-
-class Part:
-    def __init__(self, parts: Parts, part: int):
-        self.parts, self.part = parts, part
-        self.columns, self.first = parts.columns, part * parts.columns
-
-    def max_(self, values):
-        self.parts.exchange(self.part, values, lambda all_: all_.amax(0))
-
-    def sum_(self, values):
-        self.parts.exchange(self.part, values, lambda all_: all_.sum(0))
-
-
-def results_in_parts(count, dtype, vocabulary=Part, compiled=False, tokens=37, **options):
-    x, weight, targets = example(dtype, tokens=tokens)
-    parts = Parts(len(weight), count)
-
-    def work(part):
-        mine_x = x.detach().clone().requires_grad_()
-        mine = weight.detach()[parts.slices[part]].clone().requires_grad_()
-        shared = SharedSoftmax(vocabulary(parts, part))
-        if compiled:
-            shared.compile(fullgraph=True)
-        return results(linear_cross_entropy, mine_x, mine, targets, shared=shared, **options)
-
-    totals, nlls, xs, weights = zip(*parts.run(work), strict=True)
-    assert all(
-        torch.equal(nll, nlls[0]) and torch.equal(t, totals[0])
-        for nll, t in zip(nlls, totals, strict=True)
-    )
-    return totals[0], nlls[0], sum(xs), torch.cat(weights)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)], ids=str
-)
-@pytest.mark.parametrize("chunk_tokens", [8, 1000])
-@pytest.mark.parametrize(("logit_scale", "z_loss"), [(1.0, 0.0), (0.5, 1e-2)])
-@pytest.mark.parametrize("count", [1, 2, 4])
-def test_parts_of_the_vocabulary_equal_the_twin(
-    dtype, tolerance, chunk_tokens, logit_scale, z_loss, count
-):
-    options = {"logit_scale": logit_scale, "z_loss": z_loss}
-    expected = results(reference_cross_entropy, *example(dtype), **options)
-    got = results_in_parts(count, dtype, chunk_tokens=chunk_tokens, **options)
-    for some, other in zip(got, expected, strict=True):
-        assert some.dtype == other.dtype
-        assert relative(some, other) < tolerance
-
-
-def test_parts_of_the_vocabulary_in_bf16():
-    exact = results(reference_cross_entropy, *example(torch.float64), z_loss=1e-2)
-    whole = results(linear_cross_entropy, *example(torch.bfloat16), z_loss=1e-2)
-    got = results_in_parts(2, torch.bfloat16, chunk_tokens=8, z_loss=1e-2)
-    for some, one, other in zip(got, whole, exact, strict=True):
-        assert some.dtype == one.dtype
-        assert relative(some, other) < 1.5 * relative(one, other) + 1e-3
-
-
-def test_compiled_parts_of_the_vocabulary_equal_the_twin():
-    # One part, as the compiler is not to be entered by two threads at once.
-    expected = results(reference_cross_entropy, *example(torch.float32), z_loss=1e-2)
-    got = results_in_parts(1, torch.float32, compiled=True, chunk_tokens=64, z_loss=1e-2)
-    for some, other in zip(got, expected, strict=True):
-        assert relative(some, other) < 1e-6
-
-
-class Lonely(Part):
-    def max_(self, values):
-        pass
-
-    sum_ = max_
-
-
-def test_the_comparison_sees_a_part_that_does_not_hear_of_the_others():
-    expected = results(reference_cross_entropy, *example(torch.float64))
-    x, weight, targets = example(torch.float64)
-    mine = weight.detach()[:31].clone().requires_grad_()
-    shared = SharedSoftmax(Lonely(Parts(len(weight), 2), 0))
-    assert (
-        relative(results(linear_cross_entropy, x, mine, targets, shared=shared)[0], expected[0])
-        > 0.05
-    )
-
-
-def test_parts_of_the_vocabulary_without_gradients():
-    x, weight, targets = example(torch.float64)
-    expected = reference_cross_entropy(x, weight, targets, z_loss=0.1)
-    parts = Parts(len(weight), 2)
-
-    @torch.no_grad()
-    def work(part):
-        shared = SharedSoftmax(Part(parts, part))
-        mine = weight[parts.slices[part]]
-        return linear_cross_entropy(x, mine, targets, shared=shared, z_loss=0.1, chunk_tokens=8)
-
-    for got in parts.run(work):
-        for some, other in zip(got, expected, strict=True):
-            assert relative(some, other.detach()) < 1e-12

@@ -12,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from allometry.configs.model import AuxiliaryBalance, BiasBalance, NoBalance, RouterConfig
 from allometry.models.router import Router
+from allometry.scaling.inventory import matrix
+from allometry.scaling.roles import Role
 
 T, D, E, K = 24, 10, 8, 3
 GATES = ["softmax", "softmax_after_topk", "sigmoid", "sqrt"]
@@ -19,7 +21,8 @@ GATES = ["softmax", "softmax_after_topk", "sigmoid", "sqrt"]
 
 def router(seed: int = 0, dtype: torch.dtype = torch.float64, **options) -> Router:
     options.setdefault("balance", NoBalance())
-    made = Router(RouterConfig(**options), D, E, K).to(dtype)
+    spec = matrix("weight", Role.ROUTER, E, D)
+    made = Router(spec, RouterConfig(**options), K).to(dtype)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         made.weight.copy_(torch.randn(E, D, generator=generator, dtype=torch.float64))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -14,9 +15,10 @@ from allometry.models.documents import Documents
 from allometry.models.head import Losses
 from allometry.models.init import initialize
 from allometry.models.loss import IGNORE
-from allometry.models.transformer import Transformer
+from allometry.models.transformer import Part, Transformer
 from allometry.scaling.inventory import inventory
 from allometry.scaling.parameterization import ForwardScales, Parameterization
+from allometry.scaling.roles import Role
 
 SLOW = pytest.mark.slow
 B, L, V = 2, 16, 61
@@ -59,20 +61,51 @@ def documents() -> Documents:
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("qk_norm", [False, True])
-def test_declared_parameters_are_the_inventory(tied, qk_norm):
+def test_parameters_are_saved_in_the_order_of_the_inventory(tied, qk_norm):
     config = DenseModel(**SMALL, tied_embeddings=tied, qk_norm=qk_norm)
     with torch.device("meta"):
         model = build_model(config, sp(config), "bf16")
+    names = [spec.name for spec in inventory(config)]
+    assert names == [name for name, _ in model.named_parameters()] == list(model.state_dict())
+
+
+def test_a_tied_head_away_from_its_embedding_has_a_weight():
+    config = DenseModel(**SMALL, tied_embeddings=True)
+    with torch.device("meta"):
+        model = build_model(config, sp(config), "bf16", Part(range(1, 2), first=False))
     specs = parameter_specs(model)
-    assert tuple(specs.values()) == inventory(config)
-    assert list(specs) == [name for name, _ in model.named_parameters()]
-    assert list(specs) == list(model.state_dict())
+    assert list(specs) == [n for n, _ in model.named_parameters()]
+    assert list(specs)[-2:] == ["final_norm.weight", "head.weight"]
+    assert {name.split(".")[1] for name in list(specs)[:-2]} == {"1"}
+    assert specs["head.weight"].role is Role.OUTPUT
 
 
-def test_an_undeclared_parameter_is_an_error():
+@pytest.mark.parametrize("mistake", ["one more", "another order"])
+def test_a_model_is_what_the_inventory_says(monkeypatch, mistake):
+    def other(*args, **options):
+        specs = inventory(*args, **options)
+        if mistake == "another order":
+            return (*specs[1:], specs[0])
+        return (*specs, dataclasses.replace(specs[0], name="second_embedding.weight"))
+
+    monkeypatch.setattr("allometry.models.transformer.inventory", other)
+    monkeypatch.setattr("allometry.models.build.inventory", other)
+    config = DenseModel(**SMALL)
+    with torch.device("meta"), pytest.raises(AssertionError, match="modules and inventory differ"):
+        build_model(config, sp(config), "bf16")
+
+
+def test_a_parameter_without_a_spec_is_an_error():
     model = small()
     model.blocks["0"].extra = nn.Parameter(torch.zeros(1))
-    with pytest.raises(ValueError, match=r"blocks\.0\.extra.*has no role"):
+    with pytest.raises(ValueError, match=r"blocks\.0\.extra.*has no spec"):
+        parameter_specs(model)
+
+
+def test_a_parameter_of_another_shape_is_an_error():
+    model = small()
+    model.final_norm.weight = nn.Parameter(torch.zeros(1))
+    with pytest.raises(AssertionError, match="final_norm"):
         parameter_specs(model)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from allometry.models.attention import attend
 from allometry.models.documents import Documents
-from allometry.parallel.hdp import kernels_cuda
+from allometry.parallel.hdp import kernels, kernels_cuda
 from allometry.parallel.hdp.kernels import (
     Kernel,
     attention_block,
@@ -91,7 +91,7 @@ def worst(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
 @pytest.mark.parametrize("written", [False, True])
 @pytest.mark.parametrize("device", DEVICES)
 def test_blocks_equal_autograd(device, written, runs, heads, dtype) -> None:
-    kernel = Kernel.WRITTEN_OUT if written else None
+    kernel = kernels.WRITTEN_OUT if written else None
     q, k, v, grad = rows(runs, heads, dtype, device)
     wanted = written_out(q, k, v, grad, runs)
     o, lse = attention_block(q, k, v, runs, SCALE, kernel)
@@ -153,7 +153,7 @@ def test_merged_blocks_equal_attention_of_whole_documents(device, written, n, dt
     shape = (sum(lengths),)
     q, grad = random(*shape, 12, 16, dtype=dtype, device=device).chunk(2, dim=1)
     k, v = random(*shape, 4, 16, dtype=dtype, device=device).chunk(2, dim=1)
-    got = ring_outcome(lengths, n, [q, k, v, grad], Kernel.WRITTEN_OUT if written else None)
+    got = ring_outcome(lengths, n, [q, k, v, grad], kernels.WRITTEN_OUT if written else None)
     bounds = torch.tensor([0, *lengths]).cumsum(0).int()
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
     inputs = [x.cpu().double()[None].requires_grad_() for x in (q, k, v)]
@@ -197,22 +197,22 @@ def test_runs_that_kernels_do_not_survive_are_refused(runs: Runs) -> None:
 
 def test_kernels_are_chosen_by_device_type_and_head(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = torch.device("cuda")
-    for package, flash in ((False, Kernel.CUDA), (True, Kernel.FLASH_ATTN)):
+    for package, flash in ((False, kernels.CUDA), (True, kernels.FLASH_ATTN)):
         monkeypatch.setattr(kernels_cuda, "has_flash_attn", lambda package=package: package)
-        assert choose_kernel(CPU, torch.bfloat16, 64) == Kernel.CPU
+        assert choose_kernel(CPU, torch.bfloat16, 64) == kernels.CPU
         assert choose_kernel(cuda, torch.bfloat16, 64) == flash
         assert choose_kernel(cuda, torch.float16, 256) == flash
         for dtype, width in ((torch.float32, 64), (torch.float64, 64), (torch.bfloat16, 20)):
-            assert choose_kernel(cuda, dtype, width) == Kernel.WRITTEN_OUT
-        assert choose_kernel(cuda, torch.bfloat16, 264) == Kernel.WRITTEN_OUT
+            assert choose_kernel(cuda, dtype, width) == kernels.WRITTEN_OUT
+        assert choose_kernel(cuda, torch.bfloat16, 264) == kernels.WRITTEN_OUT
 
 
 @pytest.mark.parametrize("runs", RUNS, ids=str)
 def test_torch_takes_what_its_cuda_kernels_are_given(runs: Runs) -> None:
     """Without a GPU only arguments and shapes can be checked; numbers above, where there is one."""
     q, k, v, grad = rows(runs, (6, 2), torch.bfloat16, "meta")
-    o, lse = attention_block(q, k, v, runs, SCALE, Kernel.CUDA)
+    o, lse = attention_block(q, k, v, runs, SCALE, kernels.CUDA)
     assert (o.shape, o.dtype) == (q.shape, torch.bfloat16)
     assert (lse.shape, lse.dtype) == ((6, len(q)), torch.float32)
-    grads = attention_block_backward(grad, q, k, v, o, lse, runs, SCALE, Kernel.CUDA)
+    grads = attention_block_backward(grad, q, k, v, o, lse, runs, SCALE, kernels.CUDA)
     assert [(x.shape, x.dtype) for x in grads] == [(x.shape, torch.bfloat16) for x in (q, k, v)]

@@ -103,7 +103,7 @@ class Watched(ActivationStore):
 
     def fetch(self, host: Tensor) -> Transfer:
         transfer = super().fetch(host)
-        self.arrivals.append(StorageWeakRef(transfer.settle().untyped_storage()))
+        self.arrivals.append(StorageWeakRef(transfer.wait().untyped_storage()))
         return transfer
 
 
