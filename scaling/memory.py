@@ -102,9 +102,7 @@ def estimate_memory(
     # In a pipeline gradients are whole until the stage's last backward.
     add_up = pp > 1 or (zero.stage == 1 and micro_batches > 1)
     estimates = []
-    scores = choose_backend(attention).kept_bytes(
-        model.num_heads, attention.length, compute_bytes
-    )
+    scores = choose_backend(attention).kept_bytes(model.num_heads, attention.length, compute_bytes)
     for rank in range(pp) if pp_rank is None else (pp_rank,):
         part = RankParts.of(model, layout, rank, hdp // zero.replicas if zero.stage else 1)
         kept = _activations(
@@ -120,7 +118,7 @@ def estimate_memory(
                 reduction=_reduction(part, zero, hdp, held, compute_bytes, add_up),
                 compute_copies=_compute_copies(part, compute_bytes, zero.stage),
                 activations=in_flight * kept,
-                loss=_loss(part, micro_batch_tokens, chunk, compute_bytes, zero.stage, in_flight),
+                loss=_loss(part, micro_batch_tokens, chunk, compute_bytes, in_flight),
             )
         )
     return max(estimates, key=lambda estimate: estimate.total)
@@ -311,22 +309,18 @@ def _mixture(model: MoEModel, compute_bytes: int) -> int:
     return kept + (wide * model.width if wide != compute_bytes else 0)
 
 
-def _loss(
-    part: RankParts, tokens: int, chunk: int, compute_bytes: int, stage: int, in_flight: int
-) -> int:
+def _loss(part: RankParts, tokens: int, chunk: int, compute_bytes: int, in_flight: int) -> int:
     """Return the bytes that the loss holds while it does one chunk of tokens.
 
-    Its logits, twice in fp32 or wider for the softmax; the head's gradient, added up over the
-    chunks in that type, and in the type of the weight for every other micro-batch in flight; the
-    gradients of their inputs. Each of tp ranks has its part of the vocabulary.
+    Its logits, twice in fp32 or wider for the softmax; the head's gradient, added up in that type
+    over the chunks and over the micro-batches in flight; the gradients of their inputs. Each of tp
+    ranks has its part of the vocabulary.
     """
     if not part.last:
         return 0
     wide = max(_FP32, compute_bytes)
     vocabulary = math.ceil(part.model.vocab_size / part.tp)
     head = vocabulary * part.model.width
-    # Sharded, a head of its own is gathered in the compute type.
-    kept = compute_bytes if stage and not part.model.tied_embeddings else wide
     inputs = in_flight * compute_bytes * tokens * part.model.width
     logits = chunk * vocabulary * (compute_bytes + 2 * wide)
-    return logits + wide * head + (in_flight - 1) * kept * head + inputs
+    return logits + wide * head + inputs
