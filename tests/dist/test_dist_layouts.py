@@ -100,27 +100,28 @@ def run(
 
 
 @lru_cache(maxsize=16)
-def alone(model: str, layers: int, dtype: str) -> certificate.StepsResult:
+def alone(model: str, layers: int, dtype: str, second: int) -> certificate.StepsResult:
     """(On each rank) the steps of one process, which many layouts are compared with."""
     one = run(json.loads(model), dtype)
     sized = one.model.model_copy(update={"num_layers": layers})
-    return certificate.reference_steps(one.model_copy(update={"model": sized}), batches(0, 1))
-
-
-def batches(rank: int, ranks: int) -> list[list[DeviceBatch]]:
-    """The micro-batches of one of the hdp ranks in two steps."""
-    return [tiny.device_batches(8, seed)[rank::ranks] for seed in range(2)]
+    steps = [tiny.device_batches(count, seed) for seed, count in enumerate((8, second))]
+    return certificate.reference_steps(one.model_copy(update={"model": sized}), steps)
 
 
 def errors(
     model: dict[str, Any], config: RunConfig, fault: str = "none"
 ) -> dict[str, tuple[str, float]]:
     """(On each rank) how far this layout's two steps are from those of one process."""
-    wanted = alone(json.dumps(model), config.model.num_layers, config.training.compute_dtype)
-    assert wanted.grad_norm[0] > 2 * CLIP, "gradients are clipped"
+    layers, dtype = config.model.num_layers, config.training.compute_dtype
     with open_mesh(config.parallel, torch.device("cpu")) as mesh, FAULTS[fault]():
-        mine = batches(mesh.hdp.rank, mesh.hdp.size)
-        got = certificate.layout_steps(config, mesh, mine)
+        second = max(4, 2 * mesh.pp.size * mesh.hdp.size)  # sequences
+        wanted = alone(json.dumps(model), layers, dtype, second)
+        assert wanted.grad_norm[0] > 2 * CLIP, "gradients are clipped"
+        steps = [
+            tiny.device_batches(count, seed)[mesh.hdp.rank :: mesh.hdp.size]
+            for seed, count in enumerate((8, second))
+        ]
+        got = certificate.layout_steps(config, mesh, steps)
         assert all(bool((g != 0).any()) for g in got.gradients.values())
         assert got.parameters.keys() == got.gradients.keys()
         held = mesh.gather_objects({*got.gradients, *got.routers})
@@ -253,8 +254,8 @@ def gradients_of(*configs: RunConfig) -> list[dict[str, torch.Tensor]]:
     found = []
     for config in configs:
         with open_mesh(config.parallel, torch.device("cpu")) as mesh:
-            (first, _) = batches(mesh.hdp.rank, mesh.hdp.size)
-            found.append(certificate.layout_steps(config, mesh, [first]).gradients)
+            mine = tiny.device_batches(8)[mesh.hdp.rank :: mesh.hdp.size]
+            found.append(certificate.layout_steps(config, mesh, [mine]).gradients)
     return found
 
 
