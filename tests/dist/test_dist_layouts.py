@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
-import torch.distributed as dist
 
 import tiny
 from allometry.configs.execution import SCHEDULES
 from allometry.configs.run import RunConfig
-from allometry.data.batch import IGNORE
-from allometry.parallel.execution import Accumulation
-from allometry.parallel.mesh import Mesh, open_mesh
+from allometry.parallel.mesh import open_mesh
 from allometry.scaling.layout import ONE_STAGE_SCHEDULES
 from allometry.studies.certificate import step as certificate
 from allometry.studies.certificate.rank import TOLERANCE
-from allometry.trainer.feed import DeviceBatch
 from thinned import thinned
 
 RunRanks = Callable[..., list[Any]]
@@ -100,27 +94,26 @@ def run(
 
 
 @lru_cache(maxsize=16)
-def alone(model: str, layers: int, dtype: str) -> certificate.StepsResult:
+def alone(model: str, layers: int, dtype: str, second: int) -> certificate.StepsResult:
     """(On each rank) the steps of one process, which many layouts are compared with."""
     one = run(json.loads(model), dtype)
     sized = one.model.model_copy(update={"num_layers": layers})
-    return certificate.reference_steps(one.model_copy(update={"model": sized}), batches(0, 1))
+    steps = [tiny.device_batches(count, seed) for seed, count in enumerate((8, second))]
+    return certificate.reference_steps(one.model_copy(update={"model": sized}), steps)
 
 
-def batches(rank: int, ranks: int) -> list[list[DeviceBatch]]:
-    """The micro-batches of one of the hdp ranks in two steps."""
-    return [tiny.device_batches(8, seed)[rank::ranks] for seed in range(2)]
-
-
-def errors(
-    model: dict[str, Any], config: RunConfig, fault: str = "none"
-) -> dict[str, tuple[str, float]]:
+def errors(model: dict[str, Any], config: RunConfig) -> dict[str, tuple[str, float]]:
     """(On each rank) how far this layout's two steps are from those of one process."""
-    wanted = alone(json.dumps(model), config.model.num_layers, config.training.compute_dtype)
-    assert wanted.grad_norm[0] > 2 * CLIP, "gradients are clipped"
-    with open_mesh(config.parallel, torch.device("cpu")) as mesh, FAULTS[fault]():
-        mine = batches(mesh.hdp.rank, mesh.hdp.size)
-        got = certificate.layout_steps(config, mesh, mine)
+    layers, dtype = config.model.num_layers, config.training.compute_dtype
+    with open_mesh(config.parallel, torch.device("cpu")) as mesh:
+        second = max(4, 2 * mesh.pp.size * mesh.hdp.size)  # sequences
+        wanted = alone(json.dumps(model), layers, dtype, second)
+        assert wanted.grad_norm[0] > 2 * CLIP, "gradients are clipped"
+        steps = [
+            tiny.device_batches(count, seed)[mesh.hdp.rank :: mesh.hdp.size]
+            for seed, count in enumerate((8, second))
+        ]
+        got = certificate.layout_steps(config, mesh, steps)
         assert all(bool((g != 0).any()) for g in got.gradients.values())
         assert got.parameters.keys() == got.gradients.keys()
         held = mesh.gather_objects({*got.gradients, *got.routers})
@@ -253,8 +246,8 @@ def gradients_of(*configs: RunConfig) -> list[dict[str, torch.Tensor]]:
     found = []
     for config in configs:
         with open_mesh(config.parallel, torch.device("cpu")) as mesh:
-            (first, _) = batches(mesh.hdp.rank, mesh.hdp.size)
-            found.append(certificate.layout_steps(config, mesh, [first]).gradients)
+            mine = tiny.device_batches(8)[mesh.hdp.rank :: mesh.hdp.size]
+            found.append(certificate.layout_steps(config, mesh, [mine]).gradients)
     return found
 
 
@@ -357,59 +350,3 @@ def test_every_layout_starts_with_the_same_bits(
         assert all(torch.equal(value, alone[name]) for name, value in found.items())
         held |= found.keys()
     assert held == alone.keys()
-
-
-@contextmanager
-def gradients_averaged_over_hdp() -> Iterator[None]:
-    """As some data parallelism does it: the sum of ranks' gradients over their number."""
-    whole = Accumulation.train
-
-    def train(self: Accumulation, batches: Any, scale: torch.Tensor, *more: Any) -> None:
-        whole(self, batches, scale / dist.get_world_size(), *more)
-
-    with patch.object(Accumulation, "train", train):
-        yield
-
-
-@contextmanager
-def loads_not_summed_over_tp() -> Iterator[None]:
-    """A balancer that takes a tp rank's tokens for all of them."""
-    everywhere = Mesh.all_reduce_sum
-
-    def summed(self: Mesh, tensor: torch.Tensor, axis: Any) -> torch.Tensor:
-        return tensor if axis == "tp" else everywhere(self, tensor, axis)
-
-    with patch.object(Mesh, "all_reduce_sum", summed):
-        yield
-
-
-@contextmanager
-def targets_for_tokens() -> Iterator[None]:
-    """A step that tells the routers the number of targets."""
-    targets = property(lambda batch: int((batch.targets_BL != IGNORE).sum()))
-    with patch.object(DeviceBatch, "num_tokens", targets):
-        yield
-
-
-FAULTS: dict[str, Callable[[], AbstractContextManager[None]]] = {
-    "none": nullcontext,
-    "gradients_averaged_over_hdp": gradients_averaged_over_hdp,
-    "loads_not_summed_over_tp": loads_not_summed_over_tp,
-    "targets_for_tokens": targets_for_tokens,
-}
-
-
-@pytest.mark.parametrize(
-    ("fault", "settings", "seen"),
-    [
-        ("gradients_averaged_over_hdp", {}, {"grad_norm"}),
-        ("loads_not_summed_over_tp", {"tp": 2}, {"routing", "routers", "parameters"}),
-        ("targets_for_tokens", {}, {"grad_norm", "gradients", "parameters"}),
-    ],
-)
-def test_a_fault_of_the_trainer_is_seen(
-    run_ranks: RunRanks, fault: str, settings: dict[str, Any], seen: set[str]
-) -> None:
-    for worst in run_ranks(errors, 2, MOE, run(MOE, "fp64", **settings), fault):
-        failing = {kind for kind, (_, error) in worst.items() if error > 1e-4}
-        assert seen <= failing, worst

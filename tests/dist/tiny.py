@@ -141,7 +141,7 @@ def mesh(run: RunConfig | None = None) -> Mesh:
     return open_mesh(degrees.model_copy(update={"timeout_s": 30}), torch.device("cpu"))
 
 
-def global_count(batches: Sequence[MicroBatch]) -> int:
+def global_count(batches: Sequence[MicroBatch | DeviceBatch]) -> int:
     return sum(int((batch.targets_BL != IGNORE).sum()) for batch in batches)
 
 
