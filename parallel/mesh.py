@@ -23,6 +23,9 @@ from allometry.configs.execution import ParallelConfig
 from allometry.scaling.layout import Degrees, resolve_degrees
 
 T = TypeVar("T")
+# Ranks that write or read a checkpoint wait for the slowest disk, not for ``parallel.timeout_s``;
+# meetings in ``host_group`` find ranks that died (parallel/agree.py).
+CHECKPOINT_TIMEOUT = timedelta(days=1)
 
 AxisName = Literal["pp", "hdp", "tp", "ep", "edp", "stage"]
 
@@ -174,8 +177,11 @@ def open_mesh(parallel: ParallelConfig, device: torch.device | None = None) -> M
     # A simulated world has no other ranks that gloo could meet.
     host_backend = "fake" if dist.get_backend() == "fake" else "gloo"
     host, checkpoint = (
-        dist.new_group(backend=host_backend, timeout=timeout, group_desc=what)
-        for what in ("host objects", "checkpoint writer")
+        dist.new_group(backend=host_backend, timeout=limit, group_desc=what)
+        for what, limit in (
+            ("host objects", timeout),
+            ("checkpoint writer", max(timeout, CHECKPOINT_TIMEOUT)),
+        )
     )
     made = {line.group for line in lines.values() if line.group is not dist.group.WORLD}
     for each in (device_mesh, expert_mesh):

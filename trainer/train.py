@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
-from allometry.configs.errors import UserError
 from allometry.configs.run import RunConfig
 from allometry.data.documents import DocumentStream
 from allometry.data.stream import Stream, open_stream
@@ -18,6 +17,7 @@ from allometry.data.tokenizer import check_vocabulary
 from allometry.laws.areas import LearningRateAreas
 from allometry.models.build import torch_dtype
 from allometry.optim.schedule import Schedule, resolve_schedule
+from allometry.parallel.agree import on_all_ranks, on_main_rank
 from allometry.parallel.apply import Parallel
 from allometry.parallel.mesh import Mesh, launched_world_size, open_mesh
 from allometry.scaling.plan import RunPlan
@@ -52,7 +52,6 @@ from allometry.trainer.state import checkpoint
 from allometry.trainer.state.folder import RunFolder
 from allometry.trainer.state.resume import Start, begin
 
-T = TypeVar("T")
 MANY_EPOCHS = 4
 _log = logging.getLogger(__name__)
 
@@ -95,11 +94,12 @@ def _train(
     stop_at_step: int | None,
 ) -> RunResult:
     schedule = resolve_schedule(config, plan.batch)
-    stream = together(mesh, lambda: _open_stream(config, plan))
+    stream = on_all_ranks(mesh, lambda: _open_stream(config, plan), "opening the data")
     folder = RunFolder(config.run.folder)
     if callbacks is None:
-        callbacks = on_main(mesh, lambda: _callbacks(config, schedule, folder)) or ()
-    start = shared(mesh, lambda: begin(folder, config, stream.fingerprints(), stop_at_step))
+        made = on_main_rank(mesh, lambda: _callbacks(config, schedule, folder), "making callbacks")
+        callbacks = made or ()
+    start = begin(folder, config, stream.fingerprints, mesh, stop_at_step)
     recorder = record.Recorder(folder) if mesh.is_main else None
     try:
         loop = _assemble(config, plan, schedule, mesh, stream, start)
@@ -293,29 +293,3 @@ def _report_start(loop: Loop, start: Start) -> None:
             checkpoint=start.checkpoint.name,
             dropped_rows=start.dropped_rows,
         )
-
-
-def together(mesh: Mesh, work: Callable[[], T]) -> T:
-    """Do ``work`` on every rank; if any rank cannot, all of them raise the first one's error."""
-    result: list[T] = []
-    failure: str | None = None
-    try:
-        result.append(work())
-    except UserError as error:
-        failure = str(error)
-    failures = [text for text in mesh.gather_objects(failure) if text is not None]
-    if failures:
-        raise UserError(failures[0])
-    return result[0]
-
-
-def on_main(mesh: Mesh, work: Callable[[], T]) -> T | None:
-    """Do ``work`` on the main rank; its UserError is raised on all ranks."""
-    return together(mesh, lambda: work() if mesh.is_main else None)
-
-
-def shared(mesh: Mesh, work: Callable[[], T]) -> T:
-    """Do ``work`` on the main rank and hand its result to all ranks."""
-    found = mesh.broadcast_object(on_main(mesh, work))
-    assert found is not None
-    return found

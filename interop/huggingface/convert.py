@@ -56,8 +56,9 @@ from allometry.interop.huggingface.weights import (
     write_safetensors,
 )
 from allometry.scaling.parameterization import Parameterization
-from allometry.trainer.state import checkpoint
+from allometry.trainer.state.checkpoint import step_of
 from allometry.trainer.state.folder import RunFolder, write_atomically
+from allometry.trainer.state.integrity import seal
 
 Dtype = Literal["fp32", "bf16"]
 _TORCH: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -137,7 +138,7 @@ def export_hf(
         _write_texts(partial, tokenizer, end, text)
         report = ExportReport(
             source=str(folder.path),
-            step=checkpoint.step_of(path),
+            step=step_of(path),
             target=str(final),
             family=chosen,
             dtype=dtype,
@@ -148,8 +149,8 @@ def export_hf(
             tokenizer=str(tokenizer) if tokenizer else None,
         )
         if check:
-            found = compare.compare(config, weights, partial, wanted, folding, torch_dtype)
-            report = replace(report, check=found)
+            comparison = compare.compare(config, weights, partial, wanted, folding, torch_dtype)
+            report = replace(report, check=comparison)
     return report
 
 
@@ -179,12 +180,20 @@ def import_hf(
     with _target(out) as (final, partial):
         step = RunFolder(partial).checkpoints / "step-0"
         step.mkdir(parents=True)
-        write_checkpoint(
+        files = write_checkpoint(
             step,
             {name: counterpart.spec.shape for name, counterpart in by_name.items()},
             lambda name: by_name[name].join(places[name], folder.read),
         )
-        _seal(step, config, source)
+        facts = {  # nothing was trained, nothing was read
+            "step": 0,
+            "position_sequences": 0,
+            "tokens": 0,
+            "seed": config.run.seed,
+            "weights_only": True,
+            "imported_from": str(source),
+        }
+        seal(step, 0, files, facts)
         _copy_tokenizer(tokenizer, partial)
         write_atomically(RunFolder(partial).config, dump(config))
         write_atomically(RunFolder(partial).latest, step.name + "\n")
@@ -197,8 +206,8 @@ def import_hf(
         )
         if check:
             weights = CheckpointWeights(step)
-            found = compare.compare(config, weights, source, wanted, (), torch.float32)
-            report = replace(report, check=found)
+            comparison = compare.compare(config, weights, source, wanted, (), torch.float32)
+            report = replace(report, check=comparison)
     return report
 
 
@@ -327,9 +336,11 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
 
 def _check_agreement(config: RunConfig, theirs: ModelConfig, source: Path) -> None:
     """Raise UserError unless the run's model computes the function of the model in ``source``."""
-    found = differences(config.model, theirs)
-    if found:
-        listed = ", ".join(f"model.{key}={ours!r} (there {other!r})" for key, ours, other in found)
+    different = differences(config.model, theirs)
+    if different:
+        listed = ", ".join(
+            f"model.{key}={ours!r} (there {other!r})" for key, ours, other in different
+        )
         raise UserError(
             f"the configuration describes another model than {source}: {listed}; set these keys "
             "to the values there (--print-model prints them all)"
@@ -365,20 +376,3 @@ def _check_tokenizer(config: RunConfig, source: Path) -> Path | None:
             f"trained; prepare the data with --tokenizer {path}"
         )
     return path
-
-
-def _seal(step: Path, config: RunConfig, source: Path) -> None:
-    """Add what makes a checkpoint of the shards: nothing was trained, nothing was read."""
-    facts = {
-        "step": 0,
-        "position_sequences": 0,
-        "tokens": 0,
-        "seed": config.run.seed,
-        "weights_only": True,
-        "imported_from": str(source),
-    }
-    files = {
-        file.name: {"bytes": file.stat().st_size, "crc32": checkpoint.checksum(file)}
-        for file in step.glob("*.distcp")
-    }
-    checkpoint.seal(step, 0, files, facts)

@@ -17,16 +17,13 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.checkpoint import (
-    DefaultSavePlanner,
-    FileSystemReader,
-    FileSystemWriter,
-)
+from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemReader
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from allometry.configs.errors import UserError
 from allometry.trainer.state import checkpoint
 from allometry.trainer.state.folder import RunFolder
+from allometry.trainer.state.integrity import Files, ShardWriter, damage
 
 MODEL = "model."
 CONFIG = "config.json"
@@ -45,16 +42,16 @@ class CheckpointWeights:
         self._reader = FileSystemReader(path)
         tensors = self._reader.read_metadata().state_dict_metadata
         self._tensors = {
-            name.removeprefix(MODEL): found
-            for name, found in tensors.items()
-            if name.startswith(MODEL) and isinstance(found, TensorStorageMetadata)
+            name.removeprefix(MODEL): stored
+            for name, stored in tensors.items()
+            if name.startswith(MODEL) and isinstance(stored, TensorStorageMetadata)
         }
-        self.shapes: Shapes = {n: tuple(found.size) for n, found in self._tensors.items()}
+        self.shapes: Shapes = {n: tuple(stored.size) for n, stored in self._tensors.items()}
 
     def read(self, name: str) -> Tensor:
         """Return one tensor, whole and on the CPU."""
-        found = self._tensors[name]
-        tensor = torch.empty(found.size, dtype=found.properties.dtype)
+        stored = self._tensors[name]
+        tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
         with _alone():
             dcp.load({MODEL + name: tensor}, storage_reader=self._reader, no_dist=True)
         return tensor
@@ -150,7 +147,7 @@ def chosen_checkpoint(folder: RunFolder, step: int | None) -> Path:
     path = folder.checkpoints / latest
     if path not in there:
         raise UserError(f"{folder.path} has no checkpoint {latest}; it has {names}")
-    problem = checkpoint.damage(path, contents=True)
+    problem = damage(path, contents=True)
     if problem is not None:
         raise UserError(
             f"checkpoint {path} is damaged ({problem}); choose another with --step (there are "
@@ -198,19 +195,21 @@ def write_safetensors(
 
 def write_checkpoint(
     path: Path, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], Tensor]
-) -> None:
+) -> Files:
     """Write the shards of a checkpoint that holds these fp32 parameters of a model, and no more.
 
-    ``read`` is asked for one parameter at a time, while the files are written.
+    ``read`` is asked for one parameter at a time, while the files are written. Returns sizes and
+    checksums, for ``integrity.seal``.
     """
     # The plan needs shapes and types only, which tensors without storage have.
     state = {
         MODEL + name: torch.empty(shape, dtype=torch.float32, device="meta")
         for name, shape in shapes.items()
     }
-    writer = FileSystemWriter(path, sync_files=True)
+    writer = ShardWriter(path)
     with _alone():
         dcp.save(state, storage_writer=writer, planner=_OneByOne(read), no_dist=True)
+    return writer.files
 
 
 class _OneByOne(DefaultSavePlanner):

@@ -18,23 +18,25 @@ from allometry.configs.loader import load
 from allometry.configs.run import RunConfig
 from allometry.trainer.state import checkpoint
 from allometry.trainer.state.folder import RunFolder, write_atomically
+from allometry.trainer.state.integrity import damage
 from allometry.trainer.state.unchanged import check_branch
 
 
-def branch(
+def take(
     folder: RunFolder,
     config: RunConfig,
     parent: Parent,
     check: Callable[[dict[str, Any]], None],
-) -> Path:
-    """Give the new ``folder`` the parent's checkpoint and rows; where the checkpoint is now.
+) -> tuple[Path, dict[str, Any]]:
+    """Link the parent's checkpoint into the new ``folder``; where it is now, and its facts.
 
-    The parent may be training: its checkpoint is taken over as a whole or not at all. ``check``
-    gets the checkpoint's facts before anything is written.
+    The parent may be training: its checkpoint is taken over as a whole or not at all, and stays
+    when the parent forgets its own. It is copied to another disk. ``check`` gets the checkpoint's
+    facts before anything is written. Contents are not read: then comes ``keep`` or ``discard``.
 
     Raises:
-        UserError: there is no such checkpoint or it is damaged, or the parent's first steps are
-            not what this run's would have been.
+        UserError: there is no such checkpoint or files of it are missing, or the parent's first
+            steps are not what this run's would have been.
     """
     source = RunFolder(parent.folder)
     if source.path.resolve() == folder.path.resolve():
@@ -45,17 +47,57 @@ def branch(
         raise UserError(
             f"run.parent.folder={parent.folder} holds no run; train it or leave run.parent out"
         )
-    path = _find(source, parent)
+    path = source.checkpoints / f"step-{parent.step}"
+    there = checkpoint.saved(source)
+    if path not in there:
+        names = ", ".join(other.name for other in there) or "none"
+        raise UserError(
+            f"run.parent.step={parent.step}: {parent.folder} has no such checkpoint; it has "
+            f"{names}, and keeps what checkpoint.keep_steps names"
+        )
     check_branch(stored_config(source), config, parent.step)
-    check(_facts(path, parent))
-    taken = _take(path, folder, parent)
+    partial = folder.checkpoints / f".{path.name}.partial"
+    try:
+        facts = checkpoint.read_facts(path)
+    except (OSError, ValueError):
+        raise discard(partial, parent, "trainer.json cannot be read") from None
+    check(facts)
+    for left in (partial, folder.checkpoints / path.name):  # of a launch that ended in between
+        shutil.rmtree(left, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        for file in sorted(path.iterdir()):
+            _link(file, partial / file.name)
+        problem = damage(partial, contents=False)
+    except FileNotFoundError:
+        problem = "it was removed meanwhile"
+    if problem is not None:
+        raise discard(partial, parent, problem)
+    return partial, facts
+
+
+def keep(folder: RunFolder, parent: Parent, partial: Path) -> Path:
+    """Give what ``take`` linked its name, and the folder the parent's rows; where it is now."""
+    path = folder.checkpoints / f"step-{parent.step}"
+    partial.rename(path)
+    source = RunFolder(parent.folder)
     for name in ("metrics", "loads", "plans"):
         rows: Path = getattr(source, name)
         if rows.exists():
             write_atomically(getattr(folder, name), rows.read_text(encoding="utf-8"))
     folder.forget_after(parent.step)
-    write_atomically(folder.latest, taken.name + "\n")
-    return taken
+    write_atomically(folder.latest, path.name + "\n")
+    return path
+
+
+def discard(partial: Path, parent: Parent, problem: str) -> UserError:
+    """Remove what ``take`` linked; the refusal of the parent's checkpoint."""
+    shutil.rmtree(partial, ignore_errors=True)
+    path = RunFolder(parent.folder).checkpoints / f"step-{parent.step}"
+    return UserError(
+        f"checkpoint {path} cannot be branched from ({problem}); choose another run.parent.step, "
+        f"or let {parent.folder} keep it: checkpoint.keep_steps=[{parent.step}]"
+    )
 
 
 def stored_config(folder: RunFolder) -> RunConfig:
@@ -72,48 +114,6 @@ def stored_config(folder: RunFolder) -> RunConfig:
         ) from None
 
 
-def _find(source: RunFolder, parent: Parent) -> Path:
-    path = source.checkpoints / f"step-{parent.step}"
-    there = checkpoint.saved(source)
-    if path not in there:
-        names = ", ".join(found.name for found in there) or "none"
-        raise UserError(
-            f"run.parent.step={parent.step}: {parent.folder} has no such checkpoint; it has "
-            f"{names}, and keeps what checkpoint.keep_steps names"
-        )
-    return path
-
-
-def _facts(path: Path, parent: Parent) -> dict[str, Any]:
-    try:
-        return checkpoint.read_facts(path)
-    except (OSError, ValueError):
-        raise _damaged(path, parent, "trainer.json cannot be read") from None
-
-
-def _take(path: Path, folder: RunFolder, parent: Parent) -> Path:
-    """Link (or copy, to another disk) a checkpoint into ``folder``, and read all of it once.
-
-    A file that has been linked stays when the parent forgets its own.
-    """
-    partial = folder.checkpoints / f".{path.name}.partial"
-    final = folder.checkpoints / path.name
-    for left in (partial, final):  # of a launch that ended before the run's config.yaml was written
-        shutil.rmtree(left, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        for file in sorted(path.iterdir()):
-            _link(file, partial / file.name)
-        problem = checkpoint.damage(partial, contents=True)
-    except FileNotFoundError:
-        problem = "it was removed meanwhile"
-    if problem is not None:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise _damaged(path, parent, problem)
-    partial.rename(final)
-    return final
-
-
 def _link(file: Path, to: Path) -> None:
     try:
         os.link(file, to)
@@ -121,10 +121,3 @@ def _link(file: Path, to: Path) -> None:
         raise
     except OSError:  # another disk, or one without links
         shutil.copyfile(file, to)
-
-
-def _damaged(path: Path, parent: Parent, problem: str) -> UserError:
-    return UserError(
-        f"checkpoint {path} cannot be branched from ({problem}); choose another run.parent.step, "
-        f"or let {parent.folder} keep it: checkpoint.keep_steps=[{parent.step}]"
-    )

@@ -2,9 +2,9 @@
 
 A checkpoint is a folder ``checkpoints/step-N``: DCP shards (any layout reads what any layout
 wrote), ``trainer.json`` (step, data position, ledger, areas: what is not a tensor) and, written
-last, ``complete.json`` with the size and CRC-32 of every other file. It is written as
-``.step-N.partial`` and renamed when complete, so a crash leaves either a whole checkpoint or a
-folder that nothing reads.
+last, ``complete.json`` with the size and checksums of every other file (``integrity.py``). It is
+written as ``.step-N.partial`` and renamed when complete, so a crash leaves either a whole
+checkpoint or a folder that nothing reads.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,29 +20,16 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import (
-    CheckpointException,
-    FileSystemReader,
-    FileSystemWriter,
-)
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 
 from allometry.configs.errors import UserError
 from allometry.configs.execution import CheckpointConfig
+from allometry.parallel.agree import wait_for_all, with_heartbeat
 from allometry.parallel.mesh import Mesh
 from allometry.trainer.state.folder import RunFolder, write_atomically
+from allometry.trainer.state.integrity import COMPLETE, FACTS, Files, ShardWriter, damage, seal
 
-COMPLETE = "complete.json"
-FACTS = "trainer.json"
 State = dict[str, Tensor]
-
-
-def checksum(path: Path) -> int:
-    """CRC-32 of a file's bytes."""
-    crc = 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            crc = zlib.crc32(block, crc)
-    return crc
 
 
 def step_of(path: Path) -> int:
@@ -53,44 +39,22 @@ def step_of(path: Path) -> int:
 
 def saved(folder: RunFolder) -> list[Path]:
     """The checkpoint folders of a run, oldest first, complete or not."""
-    found = [p for p in folder.checkpoints.glob("step-*") if p.name[5:].isdigit()]
-    return sorted(found, key=step_of)
-
-
-def damage(path: Path, *, contents: bool) -> str | None:
-    """What is wrong with a checkpoint, in a few words; None if it is whole.
-
-    Sizes are always compared; with ``contents`` every byte is read and its checksum compared.
-    """
-    try:
-        listed = json.loads((path / COMPLETE).read_text(encoding="utf-8"))["files"]
-    except FileNotFoundError:
-        return f"{COMPLETE} is missing: it was never finished"
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"{COMPLETE} cannot be read"
-    for name, facts in listed.items():
-        file = path / name
-        if not file.exists():
-            return f"{name} is missing"
-        if file.stat().st_size != facts["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes instead of {facts['bytes']}"
-        if contents and checksum(file) != facts["crc32"]:
-            return f"{name} has changed since it was written"
-    return None
+    folders = [p for p in folder.checkpoints.glob("step-*") if p.name[5:].isdigit()]
+    return sorted(folders, key=step_of)
 
 
 def choose(folder: RunFolder, resume: str) -> Path | None:
-    """The checkpoint to continue from, whole to the last byte; None to start from nothing.
+    """The checkpoint to continue from, by its files' sizes; None to start from nothing.
 
-    ``resume`` is ``auto`` (what ``latest`` names, else the newest) or ``step-N``. Raises UserError
-    for one that is absent or damaged, naming the newest that is whole: a run that has saved is
-    never begun again from nothing.
+    ``resume`` is ``auto`` (what ``latest`` names, else the newest) or ``step-N``. No shard is
+    opened: ``integrity.damage_of_contents`` does that on all ranks. Raises UserError for one that
+    is absent or damaged: a run that has saved is never begun again from nothing.
     """
     there = saved(folder)
-    names = ", ".join(path.name for path in there) or "none"
     if resume != "auto":
         chosen = folder.checkpoints / resume
         if chosen not in there:
+            names = ", ".join(path.name for path in there) or "none"
             raise UserError(
                 f"run.resume={resume}: {folder.path} has no such checkpoint; it has {names}"
             )
@@ -99,17 +63,25 @@ def choose(folder: RunFolder, resume: str) -> Path | None:
         if named is None and not there:
             return None
         chosen = folder.checkpoints / named if named else there[-1]
-    problem = "it is gone" if chosen not in there else damage(chosen, contents=True)
-    if problem is None:
-        return chosen
-    others = [p for p in reversed(there) if p != chosen]
-    whole = next((p for p in others if damage(p, contents=True) is None), None)
+    problem = "it is gone" if chosen not in there else damage(chosen, contents=False)
+    if problem is not None:
+        raise damaged(folder, chosen, problem)
+    return chosen
+
+
+def damaged(folder: RunFolder, path: Path, problem: str) -> UserError:
+    """The refusal of a damaged checkpoint, which names the newest other one that is complete.
+
+    Of that one only the sizes are known; its contents are checked when the run goes back to it.
+    """
+    others = [other for other in reversed(saved(folder)) if other != path]
+    whole = next((other for other in others if damage(other, contents=False) is None), None)
     remedy = (
         f"the newest complete one is {whole.name}: continue there with run.resume={whole.name}"
         if whole
         else "there is no complete one in this folder: restore it, or choose another run.folder"
     )
-    raise UserError(f"checkpoint {chosen} is damaged ({problem}); {remedy}")
+    return UserError(f"checkpoint {path} is damaged ({problem}); {remedy}")
 
 
 def _latest(folder: RunFolder) -> str | None:
@@ -138,21 +110,13 @@ def read_facts(path: Path) -> dict[str, Any]:
     return facts
 
 
-def seal(path: Path, step: int, files: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Make a checkpoint of a folder of DCP shards: add the facts and, last, the list of files.
-
-    ``files``: bytes and CRC-32 of each shard by its name.
-    """
-    write_atomically(path / FACTS, json.dumps(facts, indent=2) + "\n")
-    for name in (FACTS, ".metadata"):
-        files[name] = {"bytes": (path / name).stat().st_size, "crc32": checksum(path / name)}
-    content = {"step": step, "files": dict(sorted(files.items()))}
-    write_atomically(path / COMPLETE, json.dumps(content, indent=2) + "\n")
-
-
 def load(path: Path, state: State, mesh: Mesh) -> None:
     """Fill the tensors of ``state`` in place, whatever layout wrote the checkpoint."""
-    dcp.load(state, storage_reader=FileSystemReader(path), process_group=mesh.checkpoint_group)
+
+    def read() -> None:
+        dcp.load(state, storage_reader=FileSystemReader(path), process_group=mesh.checkpoint_group)
+
+    with_heartbeat(mesh, read, f"loading {path.name}")
 
 
 class Checkpointer:
@@ -190,11 +154,11 @@ class Checkpointer:
             self._outcome = (step, failure)
             self.poll()
             return
-        writer = FileSystemWriter(partial, sync_files=True, overwrite=True)
-        group = self._mesh.checkpoint_group
-        staged = dcp.async_save(state, storage_writer=writer, process_group=group)
+        writer = ShardWriter(partial)
+        copy = writer.stage(state)
+        # A daemon: a process that ends in an error does not wait for ranks that are gone.
         self._worker = threading.Thread(
-            target=self._complete, args=(step, partial, staged, facts), name=f"save-step-{step}"
+            target=self._write, args=(step, writer, copy, facts), name=f"save-{step}", daemon=True
         )
         self._worker.start()
         if not self._config.asynchronous:
@@ -214,10 +178,18 @@ class Checkpointer:
                 self._report("checkpoint_failed", step=step, reason=failure)
 
     def wait(self) -> None:
-        """Until no save is under way."""
-        if self._worker is not None:
+        """Until no save is under way on any rank; every rank calls this."""
+        if self._mesh.world_size > 1:
+            wait_for_all(self._mesh, self._ended, "saving a checkpoint")
+        elif self._worker is not None:
             self._worker.join()
         self.poll()
+
+    def _ended(self, seconds: float) -> bool:
+        """Whether no save is under way here, after waiting so long for the end of one."""
+        if self._worker is not None:
+            self._worker.join(seconds)
+        return self._worker is None or not self._worker.is_alive()
 
     def _prepare(self, partial: Path) -> str | None:
         """Make the empty folder on the main rank; every rank learns whether that worked."""
@@ -232,31 +204,29 @@ class Checkpointer:
         dist.broadcast_object_list(outcome, src=0, group=self._mesh.checkpoint_group)
         return outcome[0]
 
-    def _complete(self, step: int, partial: Path, staged: Any, facts: dict[str, Any]) -> None:
-        """In the background: wait for the shards, add what makes them a checkpoint, rename."""
-        mine: dict[str, Any] = {}
+    def _write(
+        self, step: int, writer: ShardWriter, state: dict[str, Any], facts: dict[str, Any]
+    ) -> None:
+        """In the background: write the shards, add what makes them a checkpoint, rename."""
+        group = self._mesh.checkpoint_group
         failure: str | None = None
         try:
-            staged.result()
-            for file in partial.glob(f"__{dist.get_rank()}_*.distcp"):
-                mine[file.name] = {"bytes": file.stat().st_size, "crc32": checksum(file)}
+            dcp.save(state, storage_writer=writer, process_group=group)
         except (Exception, CheckpointException) as error:  # the run must go on
             failure = _reason(error)
-        group = self._mesh.checkpoint_group
         gathered: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(gathered, (failure, mine), group=group)
+        dist.all_gather_object(gathered, (failure, writer.files), group=group)
         failure = next((reason for reason, _ in gathered if reason), None)
         if self._mesh.is_main:
-            files = {name: entry for _, shard in gathered for name, entry in shard.items()}
+            partial = Path(writer.path)
             if failure is None:
+                files = {name: entry for _, shards in gathered for name, entry in shards.items()}
                 failure = self._finish(step, partial, files, facts)
             if failure is not None:
                 shutil.rmtree(partial, ignore_errors=True)
         self._outcome = (step, failure)
 
-    def _finish(
-        self, step: int, partial: Path, files: dict[str, Any], facts: dict[str, Any]
-    ) -> str | None:
+    def _finish(self, step: int, partial: Path, files: Files, facts: dict[str, Any]) -> str | None:
         final = self._folder.checkpoints / f"step-{step}"
         try:
             seal(partial, step, files, facts)

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from allometry.configs.errors import UserError
 from allometry.configs.loader import dump
 from allometry.configs.run import RunConfig
 from allometry.optim.schedule import resolve_schedule
+from allometry.parallel.agree import from_main_rank
+from allometry.parallel.mesh import Mesh
 from allometry.scaling.batch import BatchPlan
 from allometry.trainer.state import checkpoint
-from allometry.trainer.state.branch import branch, stored_config
+from allometry.trainer.state.branch import discard, keep, stored_config, take
 from allometry.trainer.state.folder import RunFolder, write_atomically
+from allometry.trainer.state.integrity import damage_of_contents
 from allometry.trainer.state.unchanged import check_unchanged
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -43,80 +49,126 @@ class Start:
         return bool(self.facts and self.facts.get("weights_only", False))
 
 
+@dataclass(frozen=True)
+class _Choice:
+    """What a launch would begin from; of ``path`` only the sizes have been looked at.
+
+    In a ``new`` folder it is a parent's checkpoint, linked there but not yet under its name.
+    """
+
+    path: Path | None
+    facts: dict[str, Any] | None
+    new: bool = False
+
+
 def begin(
     folder: RunFolder,
     config: RunConfig,
-    fingerprints: dict[str, Any],
+    fingerprints: Callable[[], dict[str, Any]],
+    mesh: Mesh,
     stop_at_step: int | None = None,
 ) -> Start:
-    """Claim the folder and find where to continue; called on the main rank.
+    """Claim the folder and find where to continue; every rank calls this.
 
-    Raises UserError: the folder is in use, must be new and is not, its checkpoint (or that of the
-    run it branches from) is damaged or gone, ``stop_at_step`` is past, or the configuration changes
-    what may not change. Nothing is written before all of that is known.
+    The main rank chooses a checkpoint by sizes, all ranks read their shares of its contents, and
+    then the main rank writes what this launch changes.
+
+    Raises UserError on all ranks: the folder is in use, must be new and is not, its checkpoint (or
+    that of the run it branches from) is damaged or gone, ``stop_at_step`` is past, or the
+    configuration changes what may not change. Nothing is written before all of that is known.
     """
-    folder.claim()
-    try:
-        if folder.is_new():
-            if config.run.resume not in ("auto", "never"):
+
+    def on_main(work: Callable[[], T], what: str) -> T:
+        def writing() -> T:
+            try:
+                return work()
+            except OSError as error:
                 raise UserError(
-                    f"run.resume={config.run.resume}: {folder.path} holds no run to go back to; "
-                    "use run.resume=auto"
-                )
-            start = _begin_anew(folder, config, fingerprints, stop_at_step)
-        else:
-            start = _continue(folder, config, fingerprints, stop_at_step)
-        if not _finished(config, start.step):
-            write_atomically(folder.config, dump(config))
-    except OSError as error:
-        folder.release()
-        raise UserError(f"run.folder={folder.path} cannot be written: {error.strerror}") from None
-    except UserError:
+                    f"run.folder={folder.path} cannot be written: {error.strerror}"
+                ) from None
+
+        return from_main_rank(mesh, writing, what)
+
+    try:
+        choice = on_main(
+            lambda: _choose(folder, config, fingerprints(), stop_at_step), "choosing a checkpoint"
+        )
+        problem = None if choice.path is None else damage_of_contents(choice.path, mesh)
+        return on_main(
+            lambda: _enter(folder, config, choice, problem), "preparing the run's folder"
+        )
+    except BaseException:
         folder.release()
         raise
-    return start
 
 
-def _begin_anew(
+def _choose(
     folder: RunFolder, config: RunConfig, fingerprints: dict[str, Any], stop_at_step: int | None
-) -> Start:
-    parent = config.run.parent
-    if parent is None:
-        return Start(None, None, [], [], 0)
-    _check_stop(folder, parent.step, stop_at_step)
-    cleaned = checkpoint.clean(folder)
-    path = branch(folder, config, parent, lambda facts: _check_facts(config, facts, fingerprints))
-    return Start(path, checkpoint.read_facts(path), cleaned, [], 0, branched=True)
-
-
-def _continue(
-    folder: RunFolder, config: RunConfig, fingerprints: dict[str, Any], stop_at_step: int | None
-) -> Start:
-    if config.run.resume == "never":
+) -> _Choice:
+    """Claim the folder and choose what to begin from, without reading a shard."""
+    folder.claim()
+    parent, resume = config.run.parent, config.run.resume
+    if folder.is_new():
+        if resume not in ("auto", "never"):
+            raise UserError(
+                f"run.resume={resume}: {folder.path} holds no run to go back to; use "
+                "run.resume=auto"
+            )
+        if parent is None:
+            return _Choice(None, None, new=True)
+        _check_stop(folder, parent.step, stop_at_step)
+        path, facts = take(
+            folder, config, parent, lambda facts: _check_facts(config, facts, fingerprints)
+        )
+        return _Choice(path, facts, new=True)
+    if resume == "never":
         raise UserError(
             f"run.folder={folder.path} already holds a run and run.resume=never; choose another "
             "folder or use run.resume=auto"
         )
     old = stored_config(folder)
     # A launch that was told to go back has done so: the same command then goes on from there.
-    again = config.run.resume == old.run.resume
-    path = checkpoint.choose(folder, "auto" if again else config.run.resume)
-    facts = checkpoint.read_facts(path) if path else None
-    step = int(facts["step"]) if facts else 0
-    _check_stop(folder, step, stop_at_step)
-    if facts is not None and path is not None:
-        # Nothing was trained on imported weights yet: only their own description is settled.
-        settled = ("model", "parameterization") if facts.get("weights_only") else None
-        check_unchanged(old, config, step, settled)
-        _check_facts(config, facts, fingerprints)
-        write_atomically(folder.latest, path.name + "\n")
-    return Start(
+    path = checkpoint.choose(folder, "auto" if resume == old.run.resume else resume)
+    if path is None:
+        _check_stop(folder, 0, stop_at_step)
+        return _Choice(None, None)
+    facts = checkpoint.read_facts(path)
+    _check_stop(folder, facts["step"], stop_at_step)
+    # Nothing was trained on imported weights yet: only their own description is settled.
+    settled = ("model", "parameterization") if facts.get("weights_only") else None
+    check_unchanged(old, config, facts["step"], settled)
+    _check_facts(config, facts, fingerprints)
+    return _Choice(path, facts)
+
+
+def _enter(folder: RunFolder, config: RunConfig, choice: _Choice, problem: str | None) -> Start:
+    """Bring the folder to where the launch begins; ``problem`` is what is wrong with contents."""
+    path, parent = choice.path, config.run.parent
+    abandoned, dropped_rows = [], 0
+    if choice.new:
+        if path is not None and parent is not None:
+            if problem is not None:
+                raise discard(path, parent, problem)
+            path = keep(folder, parent, path)
+    elif path is not None and problem is not None:
+        raise checkpoint.damaged(folder, path, problem)
+    else:
+        step = int(choice.facts["step"]) if choice.facts else 0
+        if path is not None:
+            write_atomically(folder.latest, path.name + "\n")
+        abandoned = checkpoint.abandon_after(folder, step)
+        dropped_rows = folder.forget_after(step)
+    start = Start(
         checkpoint=path,
-        facts=facts,
+        facts=choice.facts,
         cleaned=checkpoint.clean(folder),
-        abandoned=checkpoint.abandon_after(folder, step),
-        dropped_rows=folder.forget_after(step),
+        abandoned=abandoned,
+        dropped_rows=dropped_rows,
+        branched=choice.new and path is not None,
     )
+    if not _finished(config, start.step):
+        write_atomically(folder.config, dump(config))
+    return start
 
 
 def _finished(config: RunConfig, step: int) -> bool:

@@ -21,8 +21,8 @@ from allometry.interop.huggingface.weights import CheckpointWeights, write_check
 from allometry.models.build import build_model
 from allometry.models.init import initialize
 from allometry.scaling.parameterization import Parameterization
-from allometry.trainer.state import checkpoint
 from allometry.trainer.state.folder import RunFolder
+from allometry.trainer.state.integrity import damage, seal
 from allometry.trainer.train import train
 from hf_models import CASES, logits, save
 from run_folders import rows
@@ -71,12 +71,8 @@ def random_run(config: RunConfig, step: int = 4) -> Path:
     folder = RunFolder(config.run.folder)
     path = folder.checkpoints / f"step-{step}"
     path.mkdir(parents=True)
-    write_checkpoint(path, {n: tuple(t.shape) for n, t in state.items()}, state.__getitem__)
-    files = {
-        f.name: {"bytes": f.stat().st_size, "crc32": checkpoint.checksum(f)}
-        for f in path.glob("*.distcp")
-    }
-    checkpoint.seal(path, step, files, {"step": step})
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    seal(path, step, write_checkpoint(path, shapes, state.__getitem__), {"step": step})
     folder.config.write_text(dump(config))
     folder.latest.write_text(path.name + "\n")
     return folder.path
@@ -109,7 +105,7 @@ def test_there_and_back(case: str, tiny: Make, tmp_path: Path) -> None:
     assert report.check is not None
     assert report.check.relative <= 1e-5
     step = tmp_path / "run" / "checkpoints" / "step-0"
-    assert checkpoint.damage(step, contents=True) is None
+    assert damage(step, contents=True) is None
     theirs = logits(source, TOKENS)
     assert theirs.abs().max() > 0.5, "something to compare"
     assert largest(our_logits(config, step), theirs) <= 1e-5 * theirs.abs().max()

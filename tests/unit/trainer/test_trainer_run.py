@@ -191,7 +191,7 @@ def test_half_written_checkpoint_is_removed_and_the_last_one_used(tiny: Make) ->
 
 
 def test_full_disk_while_saving_goes_on(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = checkpoint.FileSystemWriter
+    real = checkpoint.ShardWriter
 
     class Full(real):  # type: ignore[misc, valid-type]
         def write_data(self, *args: Any, **kwargs: Any) -> Any:
@@ -199,7 +199,7 @@ def test_full_disk_while_saving_goes_on(tiny: Make, monkeypatch: pytest.MonkeyPa
                 raise OSError(28, "No space left on device")
             return super().write_data(*args, **kwargs)
 
-    monkeypatch.setattr(checkpoint, "FileSystemWriter", Full)
+    monkeypatch.setattr(checkpoint, "ShardWriter", Full)
     folder = run(tiny("checkpoint.keep_last=9"))
     assert [p.name for p in checkpoint.saved(RunFolder(folder))] == ["step-5", "step-15", "step-20"]
     failed = [event for event in events(folder) if event["event"] == "checkpoint_failed"]

@@ -1,0 +1,165 @@
+"""Saving and resuming a checkpoint: who reads it, how often, and for how long.
+
+    python benchmarks/checkpoints.py [--gigabytes 1.5] [--ranks 1 2] [--rounds 5] [--folder DIR]
+
+Each rank holds an equal share of fp32 tensors. In a round, contenders take turns on the same
+folder; before each resume the system forgets the files (posix_fadvise), so that they come from the
+disk. ``read back`` and ``main rank`` are what earlier versions did: shards read again once they are
+written, and the whole checkpoint read by the main rank while the others wait.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import tempfile
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from contenders.machine import facts
+from contenders.race import free_port
+from torch import multiprocessing
+from torch.distributed.checkpoint import FileSystemWriter
+
+from allometry.configs.execution import ParallelConfig
+from allometry.parallel.agree import from_main_rank
+from allometry.parallel.mesh import Mesh, open_mesh
+from allometry.trainer.state import checkpoint
+from allometry.trainer.state.folder import RunFolder, write_atomically
+from allometry.trainer.state.integrity import ShardWriter, damage, damage_of_contents, seal
+
+TENSOR = 16 << 20  # elements
+
+
+def save(mesh: Mesh, path: Path, state: dict[str, torch.Tensor], kind: str) -> None:
+    """Write the shards, with checksums or without them."""
+    writer = ShardWriter(path) if kind == "while writing" else FileSystemWriter(path)
+    dcp.save(state, storage_writer=writer, process_group=mesh.checkpoint_group)
+    if kind == "read back":
+        for file in path.glob(f"__{mesh.rank}_*.distcp"):
+            whole_file(file)
+    files = mesh.gather_objects(writer.files if isinstance(writer, ShardWriter) else {})
+    if mesh.is_main and kind == "while writing":
+        seal(path, 1, {name: entry for mine in files for name, entry in mine.items()}, {"step": 1})
+
+
+def whole_file(file: Path) -> int:
+    """The CRC-32 of a file, read in pieces of 4 MiB."""
+    crc = 0
+    with open(file, "rb") as opened:
+        while data := opened.read(4 << 20):
+            crc = zlib.crc32(data, crc)
+    return crc
+
+
+def resume(mesh: Mesh, folder: RunFolder, state: dict[str, torch.Tensor], kind: str) -> None:
+    """Choose, check and load as a launch does, or with the contents checked by one rank."""
+
+    def choose() -> Path:
+        path = checkpoint.choose(folder, "auto")
+        assert path is not None
+        if kind == "main rank":
+            assert damage(path, contents=True) is None
+        return path
+
+    path = from_main_rank(mesh, choose, "choosing")
+    if kind == "all ranks":
+        assert damage_of_contents(path, mesh) is None
+    checkpoint.load(path, state, mesh)
+
+
+def forget(path: Path) -> None:
+    """Drop the files of a folder from the system's memory."""
+    for file in path.iterdir():
+        descriptor = os.open(file, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def timed(mesh: Mesh, work: Callable[[], None]) -> float:
+    """Seconds until the last rank has ended."""
+    mesh.barrier("timing")
+    begun = time.perf_counter()
+    work()
+    mesh.barrier("the end")
+    return time.perf_counter() - begun
+
+
+SAVES = ("while writing", "read back", "no checksums")
+RESUMES = ("all ranks", "main rank", "load alone")
+
+
+def measure(rank: int, ranks: int, port: int, given: argparse.Namespace, out: str) -> None:
+    """One rank of all rounds; the main rank writes the seconds to ``out``."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    seconds: dict[str, list[float]] = {}
+    with open_mesh(ParallelConfig(), torch.device("cpu")) as mesh:
+        folder = RunFolder(given.folder)
+        path = folder.checkpoints / "step-1"
+        count = round(given.gigabytes * 1e9 / 4 / TENSOR / ranks)
+        state = {f"rank{rank}.{n}": torch.rand(TENSOR) for n in range(count)}
+        for round_ in range(given.rounds):
+            for kind in (*SAVES[1:], SAVES[0]):  # the last is what is resumed from
+                if mesh.is_main:
+                    shutil.rmtree(path, ignore_errors=True)
+                    path.mkdir(parents=True)
+                    write_atomically(folder.latest, path.name)
+                mesh.barrier("saving")
+                taken = timed(mesh, lambda kind=kind: save(mesh, path, state, kind))
+                seconds.setdefault(f"save, {kind}", []).append(taken)
+            for kind in RESUMES[round_ % 3 :] + RESUMES[: round_ % 3]:
+                if mesh.is_main:
+                    forget(path)
+                taken = timed(mesh, lambda kind=kind: resume(mesh, folder, state, kind))
+                seconds.setdefault(f"resume, {kind}", []).append(taken)
+        if mesh.is_main:
+            for name, forgotten in (("read and CRC-32, disk", True), ("the same, memory", False)):
+                if forgotten:
+                    forget(path)
+                begun = time.perf_counter()
+                read = sum(file.stat().st_size for file in path.iterdir() if whole_file(file) + 1)
+                seconds[f"{name}, GB/s"] = [read / 1e9 / (time.perf_counter() - begun)]
+            data = os.urandom(4 << 20)
+            begun = time.perf_counter()
+            for _ in range(200):
+                zlib.crc32(data)
+            seconds["CRC-32 alone, GB/s"] = [200 * len(data) / 1e9 / (time.perf_counter() - begun)]
+            Path(out).write_text(json.dumps(seconds), encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--gigabytes", type=float, default=1.5)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--folder", default=tempfile.gettempdir())
+    parser.add_argument("--json")
+    given = parser.parse_args()
+    result: dict[str, Any] = {**facts(), "gigabytes": given.gigabytes, "rounds": given.rounds}
+    with tempfile.TemporaryDirectory(dir=given.folder) as scratch:
+        given.folder = f"{scratch}/run"
+        for ranks in given.ranks:
+            out = f"{scratch}/seconds-{ranks}.json"
+            arguments = (ranks, free_port(), given, out)
+            multiprocessing.spawn(measure, arguments, nprocs=ranks)
+            seconds = json.loads(Path(out).read_text(encoding="utf-8"))
+            medians = {name: statistics.median(each) for name, each in seconds.items()}
+            result[f"{ranks} rank(s)"] = {"seconds": seconds, "medians": medians}
+            for name, median in medians.items():
+                print(f"{ranks} rank(s)  {name:28} {median:7.2f}", flush=True)
+    if given.json:
+        Path(given.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,224 @@
+"""Whether a checkpoint's files are whole: sizes, and checksums that are made while writing.
+
+``complete.json`` lists every other file with its size and the CRC-32 of each block of
+``block_bytes``, so that ranks can share the reading out evenly, whatever files there are. Version 1
+of the format had one CRC-32 for a whole file; such checkpoints are read as files of one block.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import time
+import zlib
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystem
+from typing_extensions import override
+
+from allometry.parallel.agree import heartbeat_s
+from allometry.parallel.mesh import Mesh
+from allometry.trainer.state.folder import write_atomically
+
+COMPLETE = "complete.json"
+FACTS = "trainer.json"
+BLOCK_BYTES = 64 << 20
+READ_BYTES = 4 << 20
+
+Files = dict[str, dict[str, Any]]  # name -> {"bytes": size, "crc32": [of each block]}
+
+
+class Checksum:
+    """The size and the CRC-32 of each block of what is given to ``update`` piece by piece."""
+
+    def __init__(self) -> None:
+        self._bytes = 0
+        self._blocks: list[int] = []
+
+    def update(self, data: Any) -> None:
+        """Take the next bytes, in any object with a buffer."""
+        rest = memoryview(data).cast("B")
+        while rest:
+            used = self._bytes % BLOCK_BYTES
+            if not used:
+                self._blocks.append(0)
+            part = rest[: BLOCK_BYTES - used]
+            self._blocks[-1] = zlib.crc32(part, self._blocks[-1])
+            self._bytes += len(part)
+            rest = rest[len(part) :]
+
+    def entry(self) -> dict[str, Any]:
+        """What ``complete.json`` says of the file."""
+        return {"bytes": self._bytes, "crc32": self._blocks or [0]}
+
+
+class _ChecksumFile(io.BufferedWriter):
+    """A file that is written from its beginning to its end."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        super().__init__(io.FileIO(path, "wb"))
+        self.checksum = Checksum()
+
+    @override
+    def write(self, data: Any, /) -> int:
+        self.checksum.update(data)
+        return super().write(data)
+
+
+class _ChecksumFileSystem(FileSystem):
+    """torch's access to files, with the checksums of what is written."""
+
+    def __init__(self) -> None:
+        self.checksums: dict[str, Checksum] = {}
+
+    @contextmanager
+    @override
+    def create_stream(
+        self, path: str | os.PathLike[str], mode: str
+    ) -> Generator[io.IOBase, None, None]:
+        assert mode == "wb", mode
+        with _ChecksumFile(path) as stream:
+            self.checksums[Path(path).name] = stream.checksum
+            yield stream
+
+    @override
+    def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
+        super().rename(path, new_path)
+        self.checksums[Path(new_path).name] = self.checksums.pop(Path(path).name)
+
+
+class ShardWriter(FileSystemWriter):
+    """torch's writer of checkpoint shards, which knows what it wrote without reading it back."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, sync_files=True, overwrite=True)
+        self.fs = self._files = _ChecksumFileSystem()
+
+    @property
+    def files(self) -> Files:
+        """Size and checksums of each file that this rank has written."""
+        return {name: checksum.entry() for name, checksum in self._files.checksums.items()}
+
+
+def seal(path: Path, step: int, files: Files, facts: dict[str, Any]) -> None:
+    """Make a checkpoint of a folder of shards: add the facts and, last, the list of files."""
+    text = json.dumps(facts, indent=2) + "\n"
+    write_atomically(path / FACTS, text)
+    checksum = Checksum()
+    checksum.update(text.encode())
+    listed = dict(sorted((files | {FACTS: checksum.entry()}).items()))
+    content = {"step": step, "block_bytes": BLOCK_BYTES, "files": listed}
+    write_atomically(path / COMPLETE, json.dumps(content, indent=2) + "\n")
+
+
+class _Block(NamedTuple):
+    name: str
+    start: int
+    size: int
+    crc: int
+
+
+def _blocks(path: Path) -> list[_Block]:
+    """The blocks of all files that ``complete.json`` lists, in an order that all ranks share.
+
+    Raises OSError, ValueError, KeyError or TypeError if it cannot be read.
+    """
+    content = json.loads((path / COMPLETE).read_text(encoding="utf-8"))
+    blocks = []
+    for name, entry in content["files"].items():
+        size, crcs = entry["bytes"], entry["crc32"]
+        if isinstance(crcs, int):  # version 1
+            blocks.append(_Block(name, 0, size, crcs))
+            continue
+        each = content["block_bytes"]
+        starts = range(0, max(1, size), each)
+        blocks += [
+            _Block(name, start, min(each, size - start), crc)
+            for start, crc in zip(starts, crcs, strict=True)
+        ]
+    return blocks
+
+
+def damage(path: Path, *, contents: bool) -> str | None:
+    """What is wrong with a checkpoint, in a few words; None if it is whole.
+
+    Sizes are always compared, for which no shard is opened; with ``contents`` this process reads
+    every byte (``damage_of_contents`` shares that out).
+    """
+    try:
+        blocks = _blocks(path)
+        facts = [block for block in blocks if block.name == FACTS]
+    except FileNotFoundError:
+        return f"{COMPLETE} is missing: it was never finished"
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{COMPLETE} cannot be read"
+    ends = {block.name: block.start + block.size for block in blocks}
+    for name, size in ends.items():
+        try:
+            actual = (path / name).stat().st_size
+        except FileNotFoundError:
+            return f"{name} is missing"
+        if actual != size:
+            return f"{name} has {actual} bytes instead of {size}"
+    steps = _check(path, blocks if contents else facts)
+    return next((problem for problem in steps if problem is not None), None)
+
+
+def damage_of_contents(path: Path, mesh: Mesh) -> str | None:
+    """The first change of a checkpoint's contents that any rank finds; the same on all ranks.
+
+    Every rank calls this and reads an equal share of the blocks. Ranks meet every few seconds, so
+    the slowest disk may take its time, and all of them stop once one has found something.
+    """
+    try:
+        steps = _check(path, share(_blocks(path), mesh.rank, mesh.world_size))
+    except (OSError, ValueError, KeyError, TypeError):
+        steps = iter([f"{COMPLETE} cannot be read"])
+    while True:
+        problem, ended = None, True
+        meeting = time.monotonic() + heartbeat_s(mesh)
+        for problem in steps:
+            if problem is not None or time.monotonic() > meeting:
+                ended = False
+                break
+        answers = mesh.gather_objects((problem, ended))
+        problem = next((problem for problem, _ in answers if problem is not None), None)
+        if problem is not None or all(ended for _, ended in answers):
+            return problem
+
+
+def share(blocks: list[_Block], rank: int, world_size: int) -> list[_Block]:
+    """The blocks that one of ``world_size`` ranks checks: equal bytes, to within a block.
+
+    They follow each other, so that a rank of an unchanged layout mostly reads the file that it
+    loads next, which the system then still holds in memory.
+    """
+    total = max(1, sum(block.size for block in blocks))
+    mine, before = [], 0
+    for block in blocks:
+        if (2 * before + block.size) * world_size // (2 * total) == rank:
+            mine.append(block)
+        before += block.size
+    return mine
+
+
+def _check(path: Path, blocks: list[_Block]) -> Iterator[str | None]:
+    """Read blocks in pieces of READ_BYTES; None after each, or what is wrong."""
+    for block in blocks:
+        try:
+            with open(path / block.name, "rb") as file:
+                file.seek(block.start)
+                crc, left = 0, block.size
+                while left and (data := file.read(min(READ_BYTES, left))):
+                    crc, left = zlib.crc32(data, crc), left - len(data)
+                    yield None
+        except OSError as error:
+            yield f"{block.name} cannot be read: {error.strerror}"
+        else:
+            if left or crc != block.crc:
+                yield f"{block.name} has changed since it was written"
