@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Literal
 
 from allometry.configs.execution import Zero
 from allometry.configs.model import LatentExperts, ModelConfig, MoEModel
-from allometry.configs.optimization import Apollo, OptimizerConfig
+from allometry.configs.optimization import OptimizerConfig
 from allometry.scaling.inventory import inventory
 from allometry.scaling.layout import Layout
-from allometry.scaling.parameterizations.base import rule_of
-from allometry.scaling.roles import ParamSpec, Role, Rule
+from allometry.scaling.roles import ParamSpec, Role
+from allometry.scaling.update_rules import state_numbers
 
 COMPUTE_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
 """Bytes of one number of each ``training.compute_dtype``."""
@@ -151,24 +150,6 @@ def estimate_memory(
             loss = _loss(model, micro_batch_tokens, logits_chunk_tokens, compute_bytes, tp)
         estimates.append(MemoryEstimate(**held, activations=in_flight * kept, loss=loss))
     return max(estimates, key=lambda estimate: estimate.total)
-
-
-def state_numbers(spec: ParamSpec, optimizer: OptimizerConfig | None) -> Fraction:
-    """Return how many fp32 numbers an optimizer keeps for each element of a parameter.
-
-    What it keeps of whole matrices (a norm, a scale, a step) is not counted.
-    """
-    smaller = min(spec.fan_in, spec.fan_out)
-    match rule_of(optimizer.kind if optimizer else "adamw", spec.role):
-        case Rule.ADAMW | Rule.ADAMH:
-            return Fraction(2)
-        case Rule.MUON | Rule.MUONH | Rule.SGD_SAI:
-            return Fraction(1)
-        case Rule.APOLLO:
-            assert isinstance(optimizer, Apollo), optimizer
-            return Fraction(2 * (optimizer.rank or max(smaller // 4, 1)), smaller)
-        case Rule.APOLLO_MINI:
-            return Fraction(2, smaller)
 
 
 def _held(
