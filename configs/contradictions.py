@@ -10,7 +10,7 @@ from allometry.configs.model import (
     ParameterizationConfig,
     StandardParameterization,
 )
-from allometry.configs.optimization import AdamH, MuonH, OptimizerConfig, SGDSaI
+from allometry.configs.optimization import OnSphere, OptimizerConfig
 
 
 def contradiction(
@@ -20,7 +20,8 @@ def contradiction(
 ) -> str | None:
     """Return the first contradiction as a sentence with what to do, None if there is none.
 
-    Without ``optimizer`` only what a model's function depends on is judged.
+    Without ``optimizer`` only what a model's function depends on is judged. An optimizer for which
+    a parameterization knows no learning rates is refused in ``scaling/parameterizations``.
     """
     kind = parameterization.kind
     if model.tied_embeddings and not isinstance(parameterization, StandardParameterization):
@@ -29,9 +30,9 @@ def contradiction(
             "and head scale differently; set model.tied_embeddings: false"
         )
     if isinstance(parameterization, MSSP):
-        found = _mssp(parameterization, model)
-        if found is not None:
-            return found
+        problem = _mssp(parameterization, model)
+        if problem is not None:
+            return problem
     return None if optimizer is None else _of_optimizer(parameterization, optimizer)
 
 
@@ -71,32 +72,24 @@ def _mssp(parameterization: MSSP, model: ModelConfig) -> str | None:
 def _of_optimizer(
     parameterization: ParameterizationConfig, optimizer: OptimizerConfig
 ) -> str | None:
-    kind = parameterization.kind
-    on_spheres = isinstance(optimizer, MuonH | AdamH)
+    on_spheres = isinstance(optimizer, OnSphere)
     if isinstance(parameterization, HyperP):
         if not on_spheres:
+            kinds = " or ".join(s.model_fields["kind"].default for s in OnSphere.__subclasses__())
             return (
                 f"optimizer.kind={optimizer.kind} contradicts parameterization.kind=hyperp, whose "
-                "matrices keep their norms; use optimizer.kind: muonh or adamh"
+                f"matrices keep their norms; use optimizer.kind: {kinds}"
             )
         if optimizer.weight_decay:
             return (
                 f"optimizer.weight_decay={optimizer.weight_decay:g} contradicts "
                 "parameterization.kind=hyperp, whose norms are fixed; set weight_decay: 0"
             )
-    if isinstance(parameterization, MSSP) and optimizer.kind in ("muon", "muonh", "adamh"):
-        return (
-            f"optimizer.kind={optimizer.kind} contradicts parameterization.kind=mssp, whose rules "
-            "are known for Adam and SGD only; use adamw, apollo, apollo_mini or sgd_sai"
-        )
-    if on_spheres and getattr(parameterization, "zero_head", False):
+    # mssp starts heads from zeros, but knows no rates for spheres at all, whatever the head.
+    zero_head = getattr(parameterization, "zero_head", False)
+    if on_spheres and zero_head and not isinstance(parameterization, MSSP):
         return (
             f"parameterization.zero_head=true contradicts optimizer.kind={optimizer.kind}: a "
             "matrix of zeros on its sphere stays zero; set zero_head: false"
-        )
-    if isinstance(optimizer, SGDSaI) and kind in ("completep", "mupp"):
-        return (
-            f"optimizer.kind=sgd_sai contradicts parameterization.kind={kind}, whose depth rules "
-            "are those of Adam; use kind: mup or another optimizer"
         )
     return None

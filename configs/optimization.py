@@ -46,13 +46,15 @@ class Muon(_Mixed):
     )
 
 
-class _OnSphere(_Mixed):
+class OnSphere(_Mixed):
+    """Optimizers whose matrices keep their initial norms."""
+
     weight_decay: float = Field(
         0.0, ge=0.0, description="decay of what AdamW updates; a matrix on its sphere has none"
     )
 
 
-class MuonH(_OnSphere):
+class MuonH(OnSphere):
     """Muon on spheres: each matrix keeps its initial norm and turns by ``lr`` in a step.
 
     Hidden matrices, routers and experts; the head turns by Adam's direction (arXiv 2603.28743).
@@ -68,7 +70,7 @@ class MuonH(_OnSphere):
     )
 
 
-class AdamH(_OnSphere):
+class AdamH(OnSphere):
     """Adam's direction on spheres, for all matrices but the embedding (arXiv 2603.28743)."""
 
     kind: Literal["adamh"] = "adamh"

@@ -12,6 +12,11 @@ from allometry.optim.matrix_ops import MatrixOps
 from allometry.optim.states import Group, State, at_rest, items_of, like_parameters
 
 
+def prepare_group(group: Group) -> None:
+    """Mark a group for the fused kernel: ``load_state_dict`` then leaves ``step`` on the device."""
+    group["fused"] = True
+
+
 def adamw(groups: Sequence[Group], state: State, ops: MatrixOps) -> None:
     """Take a step with all parameters of ``groups`` by torch's fused kernel, in place.
 

@@ -13,11 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from allometry.configs.errors import UserError
 from allometry.optim.matrix_ops import Matrix, MatrixOps
 from allometry.optim.states import Group, Item, State, at_rest, count_step, items_of, steps_before
-from allometry.scaling.apollo_rank import rank_problem
-from allometry.scaling.roles import Rule
+from allometry.scaling.apollo_rank import check_ranks, projection_rank
 
 _LEAST = 1e-8  # added to norms that something is divided by
 
@@ -97,7 +95,7 @@ def scaled_gradient(
     moments.mean.mul_(beta1).add_(projected, alpha=1.0 - beta1)
     moments.square.mul_(beta2).addcmul_(projected, projected, value=1.0 - beta2)
     direction = moments.mean / moments.square.sqrt().add_(settings["eps"])
-    if settings["rule"] == Rule.APOLLO_MINI:
+    if settings["rule"] == "apollo_mini":
         factor = direction.norm() / (projected.norm() + _LEAST)
     else:
         dim = 1 if tall else 0
@@ -132,18 +130,14 @@ def projection(
 
 def rank_of(group: Mapping[str, Any], smaller: int) -> int:
     """Return r for matrices whose smaller side is this."""
-    if group["rule"] == Rule.APOLLO_MINI:
-        return 1
-    return int(group["rank"] or max(1, smaller // 4))
+    return 1 if group["rule"] == "apollo_mini" else projection_rank(group["rank"], smaller)
 
 
-def check_rank(group: Group) -> None:
+def prepare_group(group: Group) -> None:
     """Raise UserError for a projection that would not make gradients smaller."""
-    for name, parameter in zip(group["param_names"], group["params"], strict=True):
-        smaller = min(parameter.shape[-2:])
-        found = rank_problem(rank_of(group, smaller), name, smaller)
-        if found is not None:
-            raise UserError(found)
+    if group["rule"] == "apollo":
+        named = zip(group["param_names"], group["params"], strict=True)
+        check_ranks(group["rank"], ((name, min(p.shape[-2:])) for name, p in named))
 
 
 def apollo_cost(rows: int, columns: int) -> float:

@@ -15,7 +15,7 @@ from allometry.optim.matrix_ops import LocalMatrixOps
 from allometry.optim.optimizer import RuleOptimizer
 from allometry.parallel.mesh import Mesh
 from allometry.scaling.parameterization import Parameterization
-from allometry.scaling.roles import ParamSpec, Rule
+from allometry.scaling.roles import ParamSpec
 
 
 def build_optimizer(
@@ -40,8 +40,7 @@ def build_optimizer(
     if isinstance(config, AdamW):
         return TorchAdamW(groups, betas=(config.beta1, config.beta2), fused=True)
     for group in groups:
-        if group["rule"] in (Rule.APOLLO, Rule.APOLLO_MINI):
-            group["seed"] = seed
+        group["seed"] = seed
     ops = LocalMatrixOps() if mesh is None or mesh.world_size == 1 else ShardedMatrixOps(mesh)
     return RuleOptimizer(groups, ops)
 

@@ -11,20 +11,8 @@ from allometry.configs.errors import UserError
 from allometry.configs.optimization import OptimizerConfig
 from allometry.scaling.parameterization import Parameterization, group_key
 from allometry.scaling.parameterizations.base import Resolved
-from allometry.scaling.roles import ParamSpec, Rule
-
-_SETTINGS: Mapping[Rule, tuple[str, ...]] = {
-    Rule.ADAMW: (),
-    Rule.MUON: ("momentum", "nesterov", "adjust"),
-    Rule.MUONH: ("momentum", "nesterov", "step_norm"),
-    Rule.ADAMH: (),
-    Rule.SGD_SAI: ("momentum",),
-    Rule.APOLLO: ("rank", "scale", "refresh_steps", "norm_growth"),
-    Rule.APOLLO_MINI: ("scale", "refresh_steps", "norm_growth"),
-}
-"""What of the optimizer section a group of each rule carries, besides rate, decay and epsilon."""
-
-_WITH_BETAS = frozenset({Rule.ADAMW, Rule.ADAMH, Rule.APOLLO, Rule.APOLLO_MINI})
+from allometry.scaling.roles import ParamSpec
+from allometry.scaling.update_rules import UPDATE_RULES
 
 
 def parameter_groups(
@@ -38,9 +26,9 @@ def parameter_groups(
     Parameters that share a role, its update rule and its resolved multipliers share a group. A
     group is a dict with ``params``, ``param_names`` and ``specs`` (in the order given), ``name``
     (the role, numbered where one role needs several groups), ``role``, ``rule``, ``sphere``,
-    ``peak_lr``, ``lr`` (= ``peak_lr`` until a schedule sets it), ``weight_decay``, ``eps`` and the
-    settings of its rule (``betas``, ``momentum``, ...). Groups come in the order of their first
-    parameters, which is the same on every rank.
+    ``peak_lr``, ``lr`` (= ``peak_lr`` until a schedule sets it), ``weight_decay``, ``eps`` (if the
+    optimizer has one) and the settings of its rule (``betas``, ``momentum``, ...). Groups come in
+    the order of their first parameters, which is the same on every rank.
 
     Raises:
         UserError: a parameter has no spec, or a spec no parameter.
@@ -86,24 +74,25 @@ def _settings(
     resolved: Resolved, parameterization: Parameterization, config: OptimizerConfig
 ) -> dict[str, Any]:
     """What a group says besides its parameters."""
-    rule = resolved.rule
+    rule = UPDATE_RULES[resolved.rule]
     base_lr = config.lr
-    if rule is Rule.ADAMW and config.kind != "adamw":
+    if rule.name == "adamw":
         base_lr = getattr(config, "adamw_lr", None) or base_lr
     weight_decay = config.weight_decay * resolved.weight_decay
     if parameterization.decay_is_independent:
         weight_decay /= base_lr
-    found: dict[str, Any] = {
-        "rule": rule.value,
+    settings: dict[str, Any] = {
+        "rule": rule.name,
         "sphere": resolved.sphere,
         "peak_lr": base_lr * resolved.lr,
         "lr": base_lr * resolved.lr,
         "weight_decay": weight_decay,
-        "eps": config.eps * resolved.eps,
-        **{key: getattr(config, key) for key in _SETTINGS[rule]},
+        **{key: getattr(config, key) for key in rule.settings},
     }
-    if rule in _WITH_BETAS:
+    if hasattr(config, "eps"):
+        settings["eps"] = config.eps * resolved.eps
+    if rule.betas:
         beta1, beta2 = (getattr(config, key) for key in ("beta1", "beta2"))
-        forgets = resolved.forgetting
-        found["betas"] = (beta1, beta2 if forgets == 1.0 else 1.0 - (1.0 - beta2) * forgets)
-    return found
+        forgets = resolved.forgetting if rule.second_moment else 1.0
+        settings["betas"] = (beta1, beta2 if forgets == 1.0 else 1.0 - (1.0 - beta2) * forgets)
+    return settings

@@ -1,31 +1,25 @@
-"""Whether the projections of APOLLO fit the matrices of a model."""
+"""The rank of APOLLO's projections (arXiv 2412.05270)."""
 
 from __future__ import annotations
 
-from allometry.configs.model import ModelConfig
-from allometry.configs.optimization import Apollo, OptimizerConfig
-from allometry.scaling.inventory import inventory
-from allometry.scaling.parameterizations.base import rule_of
-from allometry.scaling.roles import Rule
+from collections.abc import Iterable
+
+from allometry.configs.errors import UserError
 
 
-def rank_problem(rank: int, name: str, smaller: int) -> str | None:
-    """Return why a matrix with this smaller side cannot have this rank; None if it can."""
-    if rank <= smaller:
-        return None
-    return (
-        f"optimizer.rank={rank} is above the smaller side of {name}, {smaller}; choose a smaller "
-        "one, or null for a quarter of each"
-    )
+def projection_rank(rank: int | None, smaller: int) -> int:
+    """Return ``optimizer.rank`` for a matrix of this smaller side; None: a quarter of it."""
+    return rank or max(1, smaller // 4)
 
 
-def rank_of_model_problem(model: ModelConfig, optimizer: OptimizerConfig | None) -> str | None:
-    """Return why the optimizer's rank does not fit a matrix of the model; None if all fit."""
-    if not isinstance(optimizer, Apollo) or optimizer.rank is None:
-        return None
-    for spec in inventory(model):
-        if rule_of(optimizer.kind, spec.role) is Rule.APOLLO:
-            found = rank_problem(optimizer.rank, spec.name, min(spec.shape[-2:]))
-            if found is not None:
-                return found
-    return None
+def check_ranks(rank: int | None, smaller_sides: Iterable[tuple[str, int]]) -> None:
+    """Raise UserError for a projection that would not make gradients smaller.
+
+    ``smaller_sides``: the names and smaller sides of the matrices with this ``optimizer.rank``.
+    """
+    for name, smaller in smaller_sides:
+        if rank is not None and rank > smaller:
+            raise UserError(
+                f"optimizer.rank={rank} is above the smaller side of {name}, {smaller}; choose a "
+                "smaller one, or null for a quarter of each"
+            )

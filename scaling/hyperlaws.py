@@ -13,9 +13,8 @@ from typing import Any, Literal
 from allometry.configs.model import ModelConfig, MoEModel
 from allometry.scaling.count import active_numel, flops_per_token
 from allometry.scaling.inventory import inventory
-from allometry.scaling.roles import Role
+from allometry.scaling.roles import MATRICES
 
-MATRICES = frozenset({Role.HIDDEN, Role.ROUTER, Role.EXPERT_UP, Role.EXPERT_DOWN})
 HYPERP_LAYERS = 8
 HYPERP_BATCH = 2**21
 HYPERP_TOKENS = 10.4e9

@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from fractions import Fraction
 from typing import Literal
 
 from allometry.configs.execution import Zero
 from allometry.configs.model import LatentExperts, ModelConfig, MoEModel
-from allometry.configs.optimization import Apollo, OptimizerConfig
+from allometry.configs.optimization import OptimizerConfig
 from allometry.scaling.attention import AttentionCall, choose_backend
 from allometry.scaling.layout import Layout
-from allometry.scaling.parameterizations.base import rule_of
-from allometry.scaling.roles import ParamSpec, Rule
 from allometry.scaling.shards import RankParts, layer_of, zero_dim
+from allometry.scaling.update_rules import state_bytes
 
 COMPUTE_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
 """Bytes of one number of each ``training.compute_dtype``."""
@@ -141,43 +139,6 @@ def _reduction(
         return min(zero.bucket_mib * 2**20, whole) if hdp > 1 else 0
     unit = max(part.units().values())
     return whole - held + _FP32 * unit if add_up else (compute_bytes + _FP32) * unit
-
-
-def state_bytes(spec: ParamSpec, elements: int, optimizer: OptimizerConfig | None) -> int:
-    """Return the bytes that an optimizer keeps for so many elements of a parameter.
-
-    Beside ``state_numbers`` for each, these are a parameter's count of steps and numbers of its
-    whole matrices: radii of spheres, signal-to-noise ratios.
-    """
-    matrices = spec.shape[0] if len(spec.shape) == 3 else 1
-    match rule_of(optimizer.kind if optimizer else "adamw", spec.role):
-        case Rule.ADAMW:
-            single = 1
-        case Rule.MUONH:
-            single = matrices
-        case Rule.ADAMH | Rule.SGD_SAI:
-            single = 1 + matrices
-        case _:
-            single = 0
-    return _FP32 * (math.ceil(elements * state_numbers(spec, optimizer)) + single)
-
-
-def state_numbers(spec: ParamSpec, optimizer: OptimizerConfig | None) -> Fraction:
-    """Return how many fp32 numbers an optimizer keeps for each element of a parameter.
-
-    What it keeps of whole matrices (a norm, a scale, a step) is not counted.
-    """
-    smaller = min(spec.fan_in, spec.fan_out)
-    match rule_of(optimizer.kind if optimizer else "adamw", spec.role):
-        case Rule.ADAMW | Rule.ADAMH:
-            return Fraction(2)
-        case Rule.MUON | Rule.MUONH | Rule.SGD_SAI:
-            return Fraction(1)
-        case Rule.APOLLO:
-            assert isinstance(optimizer, Apollo), optimizer
-            return Fraction(2 * (optimizer.rank or max(smaller // 4, 1)), smaller)
-        case Rule.APOLLO_MINI:
-            return Fraction(2, smaller)
 
 
 def _compute_copies(part: RankParts, compute_bytes: int, stage: int) -> int:

@@ -18,9 +18,9 @@ from allometry.configs.model import (
     ParameterizationConfig,
     StandardParameterization,
 )
-from allometry.configs.optimization import OptimizerConfig
+from allometry.configs.optimization import Apollo, OptimizerConfig
 from allometry.configs.run import RunConfig
-from allometry.scaling.apollo_rank import rank_of_model_problem
+from allometry.scaling.apollo_rank import check_ranks
 from allometry.scaling.batch import BatchPlan, total_steps
 from allometry.scaling.inventory import inventory
 from allometry.scaling.parameterizations.base import ForwardScales, Multipliers, Resolved, RunScale
@@ -31,6 +31,7 @@ from allometry.scaling.parameterizations.mup import MuPMultipliers
 from allometry.scaling.parameterizations.mupp import MuPPlusPlusMultipliers
 from allometry.scaling.parameterizations.sp import StandardMultipliers
 from allometry.scaling.roles import ParamSpec
+from allometry.scaling.update_rules import rule_of
 
 
 class Parameterization:
@@ -53,9 +54,14 @@ class Parameterization:
         optimizer: OptimizerConfig | None = None,
         scale: RunScale | None = None,
     ) -> None:
-        found = contradiction(config, model, optimizer) or rank_of_model_problem(model, optimizer)
-        if found is not None:
-            raise UserError(found)
+        problem = contradiction(config, model, optimizer)
+        if problem is not None:
+            raise UserError(problem)
+        if isinstance(optimizer, Apollo):
+            matrices = (
+                s for s in inventory(model) if rule_of(optimizer.kind, s.role).name == "apollo"
+            )
+            check_ranks(optimizer.rank, ((s.name, min(s.shape[-2:])) for s in matrices))
         self.config = config
         self.model = model
         self.optimizer = optimizer
@@ -81,7 +87,7 @@ class Parameterization:
     @property
     def optimizer_kind(self) -> str:
         """The optimizer that the rules are for."""
-        return self.optimizer.kind if self.optimizer else self._multipliers.default_optimizer
+        return self._multipliers.optimizer_kind
 
     @property
     def decay_is_independent(self) -> bool:

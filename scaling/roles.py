@@ -23,16 +23,8 @@ class Role(StrEnum):
     EXPERT_DOWN = "expert_down"
 
 
-class Rule(StrEnum):
-    """Which update rule a parameter gets; ``optim/`` has a file for each."""
-
-    ADAMW = "adamw"
-    MUON = "muon"
-    MUONH = "muonh"
-    ADAMH = "adamh"
-    SGD_SAI = "sgd_sai"
-    APOLLO = "apollo"
-    APOLLO_MINI = "apollo_mini"
+MATRICES = frozenset({Role.HIDDEN, Role.ROUTER, Role.EXPERT_UP, Role.EXPERT_DOWN})
+"""The roles between embedding and head whose weights are multiplied with activations."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from allometry.configs.errors import UserError
-from allometry.configs.optimization import AdamH, MuonH
 from allometry.configs.run import RunConfig
 from allometry.launch.runs.plot import check_format
 from allometry.launch.studies.gates import (
@@ -26,6 +25,7 @@ from allometry.launch.studies.gates import (
     stoppable,
 )
 from allometry.scaling.shapes import Axis, growth_axis, resize
+from allometry.scaling.update_rules import fixes_frobenius_norm
 from allometry.studies.sweeps.coordinate import (
     Bounds,
     CoordinateCheck,
@@ -158,11 +158,8 @@ def _sequences(config: RunConfig, axes: Mapping[Axis, tuple[int, ...]], length: 
     The gradient of so many tokens has at most their rank. Such a step spreads over fewer singular
     values then, each larger, and moves a model that is wider than its batch more.
     """
-    match config.optimizer:
-        case AdamH() | MuonH(step_norm="frobenius"):
-            pass
-        case _:
-            return SEQUENCES
+    if not fixes_frobenius_norm(config.optimizer):
+        return SEQUENCES
     largest = max(resize(config.model, axis, max(sizes)).width for axis, sizes in axes.items())
     return max(SEQUENCES, math.ceil(TOKENS_PER_WIDTH * largest / length))
 

@@ -8,34 +8,21 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
+from typing import ClassVar, Literal
 
-from allometry.configs.model import ModelConfig, WeightDecayRule
+from allometry.configs.errors import UserError
+from allometry.configs.model import ModelConfig, ParameterizationConfig, WeightDecayRule
 from allometry.configs.optimization import Muon, OptimizerConfig
-from allometry.scaling.roles import ParamSpec, Role, Rule
+from allometry.scaling.roles import ParamSpec, Role
+from allometry.scaling.update_rules import (
+    OPTIMIZER_KINDS,
+    Rates,
+    UpdateRule,
+    rule_of,
+    rules_of,
+)
 
 InitKind = Literal["normal", "uniform", "ones", "zeros"]
-
-MATRICES = frozenset({Role.HIDDEN, Role.ROUTER, Role.EXPERT_UP, Role.EXPERT_DOWN})
-"""The roles between embedding and head whose weights are multiplied with activations."""
-
-SPHERES = frozenset({Rule.MUONH, Rule.ADAMH})
-
-_RULES: dict[str, tuple[tuple[frozenset[Role], Rule], ...]] = {
-    "adamw": (),
-    "muon": ((MATRICES, Rule.MUON),),
-    "muonh": ((MATRICES, Rule.MUONH), (frozenset({Role.OUTPUT}), Rule.ADAMH)),
-    "adamh": ((MATRICES | {Role.OUTPUT}, Rule.ADAMH),),
-    "sgd_sai": ((frozenset(Role), Rule.SGD_SAI),),
-    "apollo": ((MATRICES - {Role.ROUTER}, Rule.APOLLO),),
-    "apollo_mini": ((MATRICES - {Role.ROUTER}, Rule.APOLLO_MINI),),
-}
-"""Which roles each kind of optimizer updates by which rule; all others get AdamW."""
-
-
-def rule_of(optimizer: str, role: Role) -> Rule:
-    """Return the update rule that parameters of this role get from this kind of optimizer."""
-    return next((rule for roles, rule in _RULES[optimizer] if role in roles), Rule.ADAMW)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +32,8 @@ class Resolved:
     ``init_kind`` normal draws N(0, ``init_std``²), uniform U(-b, b) of that standard deviation;
     ones and zeros ignore it (0 then). ``alike``: all experts of the parameter start equal.
     ``lr``, ``weight_decay`` and ``eps`` multiply what the optimizer section says, and
-    ``forgetting`` multiplies 1 - beta2. Weight decay is the coupled kind: a step takes lr x decay
+    ``forgetting`` multiplies 1 - beta2 of a second moment. ``rule`` is the name of its update rule
+    (``update_rules.py``). Weight decay is the coupled kind: a step takes lr x decay
     of the weight. ``sphere``: each matrix keeps its initial Frobenius norm.
     """
 
@@ -54,7 +42,7 @@ class Resolved:
     lr: float
     weight_decay: float
     eps: float
-    rule: Rule = Rule.ADAMW
+    rule: str = "adamw"
     sphere: bool = False
     alike: bool = False
     forgetting: float = 1.0
@@ -86,16 +74,28 @@ class RunScale:
 class Multipliers(ABC):
     """One parameterization for one model, optimizer and run; what differs is in the subclasses.
 
-    ``optimizer`` None: that which the parameterization is made for.
+    ``optimizer`` None: that which the parameterization is made for. ``columns``: the rates that it
+    knows; an update rule that follows others is an error, never a guess.
+
+    Raises:
+        UserError: the optimizer has a rule for whose rates there is no column.
     """
 
     default_optimizer = "adamw"
+    columns: ClassVar[frozenset[Rates]]
 
     def __init__(
-        self, model: ModelConfig, optimizer: OptimizerConfig | None, base_width: int | None
+        self,
+        config: ParameterizationConfig,
+        model: ModelConfig,
+        optimizer: OptimizerConfig | None,
     ) -> None:
+        self.config = config
         self.model = model
         self.optimizer = optimizer
+        self.optimizer_kind = optimizer.kind if optimizer else self.default_optimizer
+        self._check_columns()
+        base_width: int | None = getattr(config, "base_width", None)
         # Fractions, so that what is 1 at the base is exactly 1 and nothing drifts by rounding.
         self.m = Fraction(model.width, base_width or model.width)
 
@@ -109,7 +109,7 @@ class Multipliers(ABC):
         """Return how a matrix or an embedding starts, and its σ."""
 
     @abstractmethod
-    def width_rate(self, spec: ParamSpec, rule: Rule) -> float:
+    def width_rate(self, spec: ParamSpec, rule: UpdateRule) -> float:
         """Return the factor on the learning rate that follows from widths and experts."""
 
     @abstractmethod
@@ -117,9 +117,10 @@ class Multipliers(ABC):
         """Return the factor on epsilon."""
 
     @property
-    @abstractmethod
     def decay_rule(self) -> WeightDecayRule:
         """How weight decay follows the learning rate."""
+        rule: WeightDecayRule = getattr(self.config, "weight_decay_rule", "coupled")
+        return rule
 
     def other_rate(self, spec: ParamSpec) -> float:
         """Return the factor on the learning rate from depth, batch and tokens."""
@@ -140,8 +141,7 @@ class Multipliers(ABC):
 
     def resolve(self, spec: ParamSpec) -> Resolved:
         """Return what this parameter gets."""
-        kind = self.optimizer.kind if self.optimizer else self.default_optimizer
-        rule = rule_of(kind, spec.role)
+        rule = rule_of(self.optimizer_kind, spec.role)
         width_rate = self.width_rate(spec, rule)
         lr = width_rate * self.other_rate(spec)
         start: tuple[InitKind, float] = ("ones", 0.0)
@@ -153,14 +153,14 @@ class Multipliers(ABC):
             lr=lr,
             weight_decay=self._decay(spec, rule, width_rate, lr),
             eps=self.epsilon(spec),
-            rule=rule,
-            sphere=rule in SPHERES,
+            rule=rule.name,
+            sphere=rule.on_sphere,
             alike=self.alike(spec),
             forgetting=self.forgetting,
         )
 
-    def _decay(self, spec: ParamSpec, rule: Rule, width_rate: float, lr: float) -> float:
-        if spec.role is Role.VECTOR or rule in SPHERES:
+    def _decay(self, spec: ParamSpec, rule: UpdateRule, width_rate: float, lr: float) -> float:
+        if spec.role is Role.VECTOR or rule.on_sphere:
             return 0.0
         match self.decay_rule:
             case "coupled":
@@ -172,6 +172,22 @@ class Multipliers(ABC):
             case "independent":  # parameter_groups divides by the learning rate of the config
                 factor = 1.0 / lr
         return factor * self.other_decay(spec)
+
+    def _check_columns(self) -> None:
+        for rule in rules_of(self.optimizer_kind):
+            if rule.rates in self.columns:
+                continue
+            known = " and ".join(rates for rates in Rates if rates in self.columns)
+            others = ", ".join(
+                kind
+                for kind in OPTIMIZER_KINDS
+                if all(other.rates in self.columns for other in rules_of(kind))
+            )
+            raise UserError(
+                f"optimizer.kind={self.optimizer_kind} contradicts parameterization.kind="
+                f"{self.config.kind}, whose learning rates are known for {known} only, while "
+                f"{rule.name} follows {rule.rates}; use optimizer.kind: {others}"
+            )
 
     def scores(self, base_head_dim: int | None) -> float:
         """Return the multiplier of q·k: √base/H, which is 1/√H where heads keep their width."""

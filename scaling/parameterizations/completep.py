@@ -14,6 +14,7 @@ from allometry.configs.optimization import OptimizerConfig
 from allometry.scaling.parameterizations.base import ForwardScales
 from allometry.scaling.parameterizations.mup import MuPMultipliers
 from allometry.scaling.roles import ParamSpec
+from allometry.scaling.update_rules import Rates
 
 
 class CompletePMultipliers(MuPMultipliers):
@@ -23,6 +24,8 @@ class CompletePMultipliers(MuPMultipliers):
     α = 1 is CompleteP, α = 1/2 Depth-muP. Embedding, final norm and head know no depth, as in the
     authors' code since its correction of January 2025 (EleutherAI/nanoGPT-mup).
     """
+
+    columns = MuPMultipliers.columns - {Rates.SGD}
 
     def __init__(
         self, config: CompleteP, model: ModelConfig, optimizer: OptimizerConfig | None

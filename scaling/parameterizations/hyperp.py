@@ -8,16 +8,16 @@ import math
 
 from typing_extensions import override
 
-from allometry.configs.model import HyperP, ModelConfig, WeightDecayRule
+from allometry.configs.model import HyperP, ModelConfig
 from allometry.configs.optimization import OptimizerConfig
 from allometry.scaling.parameterizations.base import (
-    MATRICES,
     ForwardScales,
     InitKind,
     Multipliers,
     RunScale,
 )
-from allometry.scaling.roles import ParamSpec, Role, Rule
+from allometry.scaling.roles import MATRICES, ParamSpec, Role
+from allometry.scaling.update_rules import Rates, UpdateRule
 
 HEAD_STD = 0.64
 """σ of the head is this over √(base width): logits of RMS 0.64 at the start, .02 at width 1024."""
@@ -42,7 +42,9 @@ class HyperPMultipliers(Multipliers):
     (docs/parameterization.md).
     """
 
+    config: HyperP
     default_optimizer = "muonh"
+    columns = frozenset({Rates.SPHERES, Rates.ADAM})
 
     def __init__(
         self,
@@ -51,8 +53,7 @@ class HyperPMultipliers(Multipliers):
         optimizer: OptimizerConfig | None,
         scale: RunScale | None,
     ) -> None:
-        super().__init__(model, optimizer, config.base_width)
-        self.config = config
+        super().__init__(config, model, optimizer)
         batch, tokens = config.base_batch_tokens, config.base_tokens
         self._batch = scale.batch_tokens / batch if scale and batch else 1.0
         self._tokens = scale.total_tokens / tokens if scale and tokens else 1.0
@@ -78,7 +79,7 @@ class HyperPMultipliers(Multipliers):
         return "uniform", 1.0 / math.sqrt(3 * spec.fan_in)
 
     @override
-    def width_rate(self, spec: ParamSpec, rule: Rule) -> float:
+    def width_rate(self, spec: ParamSpec, rule: UpdateRule) -> float:
         return 1.0
 
     @override
@@ -97,9 +98,3 @@ class HyperPMultipliers(Multipliers):
     @override
     def epsilon(self, spec: ParamSpec) -> float:
         return 1.0
-
-    @property
-    @override
-    def decay_rule(self) -> WeightDecayRule:
-        """There is no decay to follow anything."""
-        return "coupled"

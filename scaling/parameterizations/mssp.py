@@ -9,11 +9,12 @@ from fractions import Fraction
 
 from typing_extensions import override
 
-from allometry.configs.model import MSSP, MoEModel, WeightDecayRule
+from allometry.configs.model import MSSP, MoEModel
 from allometry.configs.optimization import OptimizerConfig
 from allometry.scaling.parameterizations.base import ForwardScales, InitKind, Multipliers
 from allometry.scaling.parameterizations.completep import Depth
-from allometry.scaling.roles import ParamSpec, Role, Rule
+from allometry.scaling.roles import ParamSpec, Role
+from allometry.scaling.update_rules import Rates, UpdateRule
 
 _EXPERTS = (Role.EXPERT_UP, Role.EXPERT_DOWN)
 
@@ -46,9 +47,11 @@ class MSSPMultipliers(Multipliers):
     Not theirs: SGD-SaI's own factor is taken off the SGD column, and depth is CompleteP's.
     """
 
+    config: MSSP
+    columns = frozenset({Rates.ADAM, Rates.SGD})
+
     def __init__(self, config: MSSP, model: MoEModel, optimizer: OptimizerConfig | None) -> None:
-        super().__init__(model, optimizer, config.base_width)
-        self.config = config
+        super().__init__(config, model, optimizer)
         experts = model.experts
         self.experts = Fraction(experts.num_experts, config.base_experts)
         self.visits = Fraction(experts.experts_per_token, config.base_experts_per_token)
@@ -90,10 +93,12 @@ class MSSPMultipliers(Multipliers):
         return self.config.regime == "III" and spec.role in _EXPERTS
 
     @override
-    def width_rate(self, spec: ParamSpec, rule: Rule) -> float:
-        """Return the column of Adam, or that of SGD without SGD-SaI's own factor."""
-        if rule is Rule.SGD_SAI:
-            return float(self._sgd(spec.role)) / math.sqrt(self._elements(spec.role))
+    def width_rate(self, spec: ParamSpec, rule: UpdateRule) -> float:
+        """Return the column of Adam, or that of SGD without a rule's own factor (SGD-SaI's)."""
+        if rule.rates is Rates.SGD:
+            own = self._elements(spec.role) if rule.scales_with_root_of_size else 1
+            return float(self._sgd(spec.role)) / math.sqrt(own)
+        assert rule.rates is Rates.ADAM, rule.name
         if spec.role in (Role.INPUT, Role.VECTOR):
             return 1.0
         if spec.role is Role.EXPERT_DOWN and self.config.regime == "II":
@@ -107,11 +112,6 @@ class MSSPMultipliers(Multipliers):
     @override
     def epsilon(self, spec: ParamSpec) -> float:
         return float(self._epsilon(spec.role)) * self.depth.epsilon(spec)
-
-    @property
-    @override
-    def decay_rule(self) -> WeightDecayRule:
-        return self.config.weight_decay_rule
 
     def _epsilon(self, role: Role) -> Fraction:
         n, experts, regime = self.m, self.experts, self.config.regime

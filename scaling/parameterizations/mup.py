@@ -12,19 +12,17 @@ from typing_extensions import override
 from allometry.configs.model import (
     CompleteP,
     MaximalUpdateParameterization,
-    ModelConfig,
     MuPPlusPlus,
-    WeightDecayRule,
 )
 from allometry.configs.optimization import OptimizerConfig
 from allometry.scaling.parameterizations.base import (
-    MATRICES,
     ForwardScales,
     InitKind,
     Multipliers,
     muon_rate,
 )
-from allometry.scaling.roles import ParamSpec, Role, Rule
+from allometry.scaling.roles import MATRICES, ParamSpec, Role
+from allometry.scaling.update_rules import Rates, UpdateRule
 
 
 class MuPMultipliers(Multipliers):
@@ -59,17 +57,11 @@ class MuPMultipliers(Multipliers):
     with lr 1/m each step moves them by Θ(1): for Adam the same as lr 1 with the logits divided by
     m.
 
-    Other rules than Adam's change the learning rates alone (``mup_rate``).
+    Other columns than Adam's change the learning rates alone (``mup_rate``).
     """
 
-    def __init__(
-        self,
-        config: MaximalUpdateParameterization | CompleteP | MuPPlusPlus,
-        model: ModelConfig,
-        optimizer: OptimizerConfig | None,
-    ) -> None:
-        super().__init__(model, optimizer, config.base_width)
-        self._widths = config
+    config: MaximalUpdateParameterization | CompleteP | MuPPlusPlus
+    columns = frozenset({Rates.ADAM, Rates.SGD, Rates.MUON, Rates.SPHERES})
 
     @property
     @override
@@ -78,7 +70,7 @@ class MuPMultipliers(Multipliers):
         return ForwardScales(
             embedding=1.0,
             residual=1.0,
-            attention=self.scores(self._widths.base_head_dim),
+            attention=self.scores(self.config.base_head_dim),
             output=float(1 / self.m),
         )
 
@@ -86,8 +78,8 @@ class MuPMultipliers(Multipliers):
     def initial(self, spec: ParamSpec) -> tuple[InitKind, float]:
         match spec.role:
             case Role.INPUT:
-                return "normal", self._widths.embedding_std
-            case Role.OUTPUT if self._widths.zero_head:
+                return "normal", self.config.embedding_std
+            case Role.OUTPUT if self.config.zero_head:
                 return "zeros", 0.0
             case Role.OUTPUT:
                 return "normal", 1.0 / math.sqrt(spec.fan_in / self.m)
@@ -95,7 +87,7 @@ class MuPMultipliers(Multipliers):
                 return "normal", 1.0 / math.sqrt(spec.fan_in)
 
     @override
-    def width_rate(self, spec: ParamSpec, rule: Rule) -> float:
+    def width_rate(self, spec: ParamSpec, rule: UpdateRule) -> float:
         """Return 1/m for hidden matrices under Adam, 1 for the rest."""
         return mup_rate(spec, rule, self.m, self.optimizer)
 
@@ -103,31 +95,29 @@ class MuPMultipliers(Multipliers):
     def epsilon(self, spec: ParamSpec) -> float:
         return float(1 / self.m)
 
-    @property
-    @override
-    def decay_rule(self) -> WeightDecayRule:
-        return self._widths.weight_decay_rule
 
-
-def mup_rate(spec: ParamSpec, rule: Rule, m: Fraction, optimizer: OptimizerConfig | None) -> float:
+def mup_rate(
+    spec: ParamSpec, rule: UpdateRule, m: Fraction, optimizer: OptimizerConfig | None
+) -> float:
     """Return the factor on the learning rate that m times the width asks of a rule.
 
-    Adam, and APOLLO whose updates have the size of Adam's: 1/m for hidden matrices, routers and
-    experts, else 1. Muon: ``muon_rate``. On a sphere the step is an angle and has no factor
+    Adam, and rules whose updates have the size of Adam's (APOLLO): 1/m for hidden matrices, routers
+    and experts, else 1. Muon: ``muon_rate``. On a sphere the step is an angle and has no factor
     (arXiv 2603.28743, theorem 2). SGD (arXiv 2203.03466, Table 8): m for what has one growing
     side, and the ratio of fan-out to fan-in for matrices: 1 where both grow, 1/m for a router.
     SGD-SaI's own factor, near the root of a matrix's elements, is taken off again (derived).
     """
-    match rule:
-        case Rule.ADAMW | Rule.APOLLO | Rule.APOLLO_MINI:
+    match rule.rates:
+        case Rates.ADAM:
             return float(1 / m) if spec.role in MATRICES else 1.0
-        case Rule.MUON:
+        case Rates.MUON:
             return muon_rate(spec, m, optimizer)
-        case Rule.MUONH | Rule.ADAMH:
+        case Rates.SPHERES:
             return 1.0
-        case Rule.SGD_SAI:
+        case Rates.SGD:
             sgd = {Role.ROUTER: 1 / m}.get(spec.role, Fraction(1) if _square(spec) else m)
-            return float(sgd) / math.sqrt(elements(spec, m))
+            own = elements(spec, m) if rule.scales_with_root_of_size else 1
+            return float(sgd) / math.sqrt(own)
 
 
 def _square(spec: ParamSpec) -> bool:

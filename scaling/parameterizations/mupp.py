@@ -15,6 +15,7 @@ from allometry.configs.optimization import OptimizerConfig
 from allometry.scaling.parameterizations.base import ForwardScales, RunScale
 from allometry.scaling.parameterizations.mup import MuPMultipliers
 from allometry.scaling.roles import ParamSpec, Role
+from allometry.scaling.update_rules import Rates
 
 
 class MuPPlusPlusMultipliers(MuPMultipliers):
@@ -23,6 +24,8 @@ class MuPPlusPlusMultipliers(MuPMultipliers):
     branches x 1/√(2 L), at the base as well; every learning rate x 1/√l and x √b (``batch_rule``);
     epsilon constant; no weight decay of the embedding and the head.
     """
+
+    columns = MuPMultipliers.columns - {Rates.SGD}
 
     def __init__(
         self,

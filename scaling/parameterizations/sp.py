@@ -6,23 +6,17 @@ import math
 
 from typing_extensions import override
 
-from allometry.configs.model import ModelConfig, StandardParameterization, WeightDecayRule
-from allometry.configs.optimization import OptimizerConfig
+from allometry.configs.model import StandardParameterization
 from allometry.scaling.parameterizations.base import ForwardScales, InitKind, Multipliers
-from allometry.scaling.roles import ParamSpec, Role, Rule
+from allometry.scaling.roles import ParamSpec, Role
+from allometry.scaling.update_rules import Rates, UpdateRule
 
 
 class StandardMultipliers(Multipliers):
     """σ = 1/√fan_in for hidden matrices, routers, experts and the head; one learning rate."""
 
-    def __init__(
-        self,
-        config: StandardParameterization,
-        model: ModelConfig,
-        optimizer: OptimizerConfig | None,
-    ) -> None:
-        super().__init__(model, optimizer, None)
-        self.config = config
+    config: StandardParameterization
+    columns = frozenset(Rates)
 
     @property
     @override
@@ -37,15 +31,10 @@ class StandardMultipliers(Multipliers):
         return "normal", 1.0 / math.sqrt(spec.fan_in)
 
     @override
-    def width_rate(self, spec: ParamSpec, rule: Rule) -> float:
+    def width_rate(self, spec: ParamSpec, rule: UpdateRule) -> float:
         """Return 1: the best rate falls as a model widens, and nobody says by how much."""
         return 1.0
 
     @override
     def epsilon(self, spec: ParamSpec) -> float:
         return 1.0
-
-    @property
-    @override
-    def decay_rule(self) -> WeightDecayRule:
-        return self.config.weight_decay_rule

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from allometry.optim.optimizer import RuleOptimizer
-from allometry.scaling.roles import Rule
+from allometry.scaling.update_rules import UPDATE_RULES
 
 SHAPES = {"square": (16, 16), "tall": (30, 12), "wide": (12, 30), "row": (1, 20)}
 
@@ -34,7 +34,7 @@ def give(parameters: Mapping[str, nn.Parameter], step: int, scale: float = 1.0) 
         parameter.grad = drawn * scale
 
 
-def group(rule: Rule, parameters: Mapping[str, nn.Parameter], **settings: Any) -> dict[str, Any]:
+def group(rule: str, parameters: Mapping[str, nn.Parameter], **settings: Any) -> dict[str, Any]:
     """A group of this rule with the settings it needs; ``settings`` replace the usual ones."""
     usual = {
         "lr": 0.02,
@@ -46,7 +46,7 @@ def group(rule: Rule, parameters: Mapping[str, nn.Parameter], **settings: Any) -
         "step_norm": "frobenius",
         "adjust": "original",
         "rank": None,
-        "scale": None if rule is Rule.APOLLO_MINI else 1.0,
+        "scale": None if rule == "apollo_mini" else 1.0,
         "refresh_steps": 200,
         "norm_growth": 1.01,
         "seed": 0,
@@ -55,14 +55,14 @@ def group(rule: Rule, parameters: Mapping[str, nn.Parameter], **settings: Any) -
         "params": list(parameters.values()),
         "param_names": list(parameters),
         "name": "hidden",
-        "rule": rule.value,
-        "sphere": rule in (Rule.MUONH, Rule.ADAMH),
+        "rule": rule,
+        "sphere": UPDATE_RULES[rule].on_sphere,
         **usual,
         **settings,
     }
 
 
-def optimizer(rule: Rule, parameters: Mapping[str, nn.Parameter], **settings: Any) -> RuleOptimizer:
+def optimizer(rule: str, parameters: Mapping[str, nn.Parameter], **settings: Any) -> RuleOptimizer:
     return RuleOptimizer([group(rule, parameters, **settings)])
 
 

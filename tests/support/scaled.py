@@ -29,8 +29,6 @@ PARAMETERIZATIONS: dict[str, dict[str, Any]] = {
     },
 }
 
-OPTIMIZERS = ("adamw", "muon", "muonh", "adamh", "sgd_sai", "apollo", "apollo_mini")
-
 
 def parameterization(name: str, **changes: Any) -> ParameterizationConfig:
     adapter: TypeAdapter[ParameterizationConfig] = TypeAdapter(ParameterizationConfig)

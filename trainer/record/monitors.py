@@ -27,7 +27,8 @@ from allometry.optim.shards import Placements
 from allometry.parallel.apply import Parallel
 from allometry.parallel.mesh import AxisName, Mesh
 from allometry.scaling.batch import BatchPlan
-from allometry.scaling.roles import Role, Rule
+from allometry.scaling.roles import Role
+from allometry.scaling.update_rules import UPDATE_RULES
 from allometry.trainer.record.alarms import Alarms, find
 from allometry.trainer.record.sample import Sample
 from allometry.trainer.record.spectrum import TopSingularValues
@@ -37,8 +38,6 @@ SAMPLED_ROWS = 256
 """Rows of a parameter whose updates are measured: a copy of all of them would need room."""
 
 _ROLES = tuple(role.value for role in Role)
-_DAMPED = frozenset({Rule.ADAMW, Rule.ADAMH, Rule.APOLLO, Rule.APOLLO_MINI})
-"""Rules that divide by a root of squared gradients plus epsilon."""
 _AXES: tuple[AxisName, ...] = ("hdp", "tp", "pp")
 _STEP_SUMS = ("squares", "magnitudes", "elements", "update", "before", "sampled")
 
@@ -223,7 +222,7 @@ class Changes:
         norms = self._norms()
         for group, parameter in self._members():
             role = peaks[_ROLES.index(group["role"])]
-            if group.get("rule", Rule.ADAMW) in _DAMPED:
+            if UPDATE_RULES[group["rule"]].second_moment:
                 role[0].clamp_(min=float(group["eps"]))
             if parameter in norms:
                 radius = self._optimizer.state[parameter]["radius"]  # see optim/sphere.py

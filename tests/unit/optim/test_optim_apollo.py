@@ -16,11 +16,10 @@ from torch import Tensor, nn
 
 from allometry.configs.errors import UserError
 from allometry.optim.apollo import Moments, projection, scaled_gradient
-from allometry.scaling.roles import Rule
 from rule_groups import SHAPES, give, normal, optimizer, weights
 
 STEPS, REFRESH = 20, 6
-KINDS = [Rule.APOLLO, Rule.APOLLO_MINI]
+KINDS = ["apollo", "apollo_mini"]
 
 
 @pytest.fixture
@@ -57,8 +56,8 @@ def use_our_projections(package: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(projector, "get_orthogonal_matrix", drawn)
 
 
-def settings(rule: Rule) -> dict[str, Any]:
-    mini = rule is Rule.APOLLO_MINI
+def settings(rule: str) -> dict[str, Any]:
+    mini = rule == "apollo_mini"
     return {
         "lr": 0.01,
         "weight_decay": 0.1,
@@ -72,10 +71,10 @@ def settings(rule: Rule) -> dict[str, Any]:
 
 @pytest.mark.parametrize("rule", KINDS)
 def test_twenty_steps_equal_the_package(
-    package: Any, monkeypatch: pytest.MonkeyPatch, rule: Rule
+    package: Any, monkeypatch: pytest.MonkeyPatch, rule: str
 ) -> None:
     use_our_projections(package, monkeypatch)
-    mini = rule is Rule.APOLLO_MINI
+    mini = rule == "apollo_mini"
     said = settings(rule)
     rank = 1 if mini else 3
     shapes = {name: shape for name, shape in SHAPES.items() if mini or min(shape) >= rank}
@@ -114,7 +113,7 @@ def test_twenty_steps_equal_the_package(
 
 
 @pytest.mark.parametrize("rule", KINDS)
-def test_the_norm_grows_by_no_more_than_the_limit(rule: Rule) -> None:
+def test_the_norm_grows_by_no_more_than_the_limit(rule: str) -> None:
     moments = Moments.zeros((6, 10), 2, torch.zeros(()))
     drawn = projection("w", 0, 0, (2, 6), 0, torch.zeros(()))
     said = {"rule": rule, "betas": (0.9, 0.95), "eps": 1e-6, "scale": 1.0, "norm_growth": 1.01}
@@ -146,24 +145,24 @@ def test_projections_depend_on_everything_they_should() -> None:
 def test_defaults_are_a_quarter_of_the_smaller_side() -> None:
     parameters = weights({"tall": (30, 12), "wide": (8, 30), "row": (1, 20)})
     give(parameters, 0)
-    made = optimizer(Rule.APOLLO, parameters)
+    made = optimizer("apollo", parameters)
     made.step()
     shapes = {name: made.state[p]["mean.0"].shape for name, p in parameters.items()}
     assert shapes == {"tall": (30, 3), "wide": (2, 30), "row": (1, 20)}
     one, two = ({"w": nn.Parameter(normal("w", (8, 30)))} for _ in range(2))
     for parameters, scale in ((one, None), (two, 2.0)):
         give(parameters, 0)
-        optimizer(Rule.APOLLO_MINI, parameters, scale=scale).step()
+        optimizer("apollo_mini", parameters, scale=scale).step()
     assert torch.equal(one["w"], two["w"])
 
 
 def test_a_rank_above_the_smaller_side_is_an_error() -> None:
     with pytest.raises(UserError, match=r"optimizer.rank=5 is above the smaller side of wide, 4"):
-        optimizer(Rule.APOLLO, weights({"tall": (9, 5), "wide": (4, 9)}), rank=5)
+        optimizer("apollo", weights({"tall": (9, 5), "wide": (4, 9)}), rank=5)
 
 
 @pytest.mark.parametrize("rule", KINDS)
-def test_each_expert_of_a_stack_is_a_matrix_of_its_own(rule: Rule) -> None:
+def test_each_expert_of_a_stack_is_a_matrix_of_its_own(rule: str) -> None:
     stack = weights({"experts": (3, 12, 8)})
     mine = optimizer(rule, stack)
     alone = weights({"experts": (3, 12, 8)})
@@ -181,7 +180,7 @@ def test_each_expert_of_a_stack_is_a_matrix_of_its_own(rule: Rule) -> None:
 
 
 @pytest.mark.parametrize("rule", KINDS)
-def test_what_has_no_gradient_at_first_is_not_frozen(rule: Rule) -> None:
+def test_what_has_no_gradient_at_first_is_not_frozen(rule: str) -> None:
     """The package would let its update grow from a norm of zero by 1% a step."""
     parameters = weights({"hidden": (4, 9), "experts": (2, 4, 9)})
     mine = optimizer(rule, parameters)

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from allometry.optim.sgd_sai import signal_to_noise
-from allometry.scaling.roles import Rule
 from rule_groups import SHAPES, give, normal, optimizer, weights
 
 STEPS = 20
@@ -24,9 +23,9 @@ def settings(**changes: float) -> dict[str, float]:
 def test_twenty_steps_equal_the_package() -> None:
     package = pytest.importorskip("sgd_sai", reason="the package sgd-sai is not installed")
     start, ours, theirs, other = (weights(WITH_VECTOR) for _ in range(4))
-    mine = optimizer(Rule.SGD_SAI, ours, **settings(lr=1e-2))
+    mine = optimizer("sgd_sai", ours, **settings(lr=1e-2))
     reference = package.SGD_sai(theirs.values(), **settings(lr=1e-2))
-    control = optimizer(Rule.SGD_SAI, other, **settings(lr=1e-2))
+    control = optimizer("sgd_sai", other, **settings(lr=1e-2))
     for step in range(STEPS):
         for parameters in (ours, theirs):
             give(parameters, step, scale=1e-2)
@@ -45,7 +44,7 @@ def test_steps_equal_the_rule_written_out() -> None:
     parameters = weights(WITH_VECTOR, torch.float64)
     expected = {name: p.detach().clone() for name, p in parameters.items()}
     momenta, rates = {}, {}
-    mine = optimizer(Rule.SGD_SAI, parameters, **settings())
+    mine = optimizer("sgd_sai", parameters, **settings())
     for step in range(5):
         give(parameters, step)
         mine.step()
@@ -75,7 +74,7 @@ def test_what_has_no_gradient_at_first_is_not_frozen() -> None:
     """Published code would leave its scale at 0 for good."""
     parameters = weights({"hidden": (4, 9), "experts": (2, 4, 9)})
     before = {name: p.detach().clone() for name, p in parameters.items()}
-    mine = optimizer(Rule.SGD_SAI, parameters, **settings(weight_decay=0.0))
+    mine = optimizer("sgd_sai", parameters, **settings(weight_decay=0.0))
     give(parameters, 0)
     parameters["hidden"].grad.zero_()
     parameters["experts"].grad[1] = 0.0
@@ -94,8 +93,8 @@ def test_what_has_no_gradient_at_first_is_not_frozen() -> None:
 def test_each_expert_has_a_scale_of_its_own() -> None:
     stack = weights({"experts": (3, 12, 8)})
     apart = {f"{e}": nn.Parameter(stack["experts"].detach()[e].clone()) for e in range(3)}
-    ours = optimizer(Rule.SGD_SAI, stack, **settings())
-    theirs = optimizer(Rule.SGD_SAI, apart, **settings())
+    ours = optimizer("sgd_sai", stack, **settings())
+    theirs = optimizer("sgd_sai", apart, **settings())
     for step in range(3):
         give(stack, step)
         stack["experts"].grad[1] += 2.0

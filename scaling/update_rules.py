@@ -1,0 +1,183 @@
+"""What each update rule is: the one table that groups, states, rates and records read.
+
+A new optimizer touches three source files: ``configs/optimization.py`` (its section), this one (its
+row) and ``optim/NAME.py`` (its function, which ``optim/optimizer.py`` finds by its name).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from fractions import Fraction
+
+from allometry.configs.optimization import Apollo, OptimizerConfig
+from allometry.scaling.apollo_rank import projection_rank
+from allometry.scaling.roles import MATRICES, ParamSpec, Role
+
+StateSize = Callable[[int, OptimizerConfig | None], Fraction]
+"""(smaller side of a matrix, optimizer) -> fp32 numbers kept for each element of a parameter."""
+
+
+class Rates(StrEnum):
+    """Whose learning rates a rule follows as a model grows: the column of a parameterization.
+
+    ``Adam``: every element moves by about the rate, whatever the size of the gradient. ``SGD``: an
+    update is in proportion to the gradient. ``Muon``: it is an orthogonal matrix times a factor of
+    its shape. ``spheres``: it is an angle, which needs no factor.
+    """
+
+    ADAM = "Adam"
+    SGD = "SGD"
+    MUON = "Muon"
+    SPHERES = "spheres"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateRule:
+    """One row of the table.
+
+    ``updates``: the roles that it updates in each kind of optimizer; AdamW updates the others.
+    ``settings``: the keys of the optimizer section that a parameter group carries, besides rate,
+    decay and epsilon; ``betas``: whether it carries (beta1, beta2). ``state_size``: what is kept
+    beside a parameter for each of its elements, ``numbers_per_parameter`` (counts of steps) and
+    ``numbers_per_matrix`` (radii of spheres, signal-to-noise ratios): what is kept once for each.
+    ``second_moment``: whether
+    updates are divided by the root of averaged squared gradients plus epsilon, whose average a
+    larger batch may shorten. ``scales_with_root_of_size``: the rule itself multiplies the rate by
+    about the root of a matrix's elements. ``module``: the file of ``optim/``, None: ``name``.
+    """
+
+    name: str
+    updates: Mapping[str, frozenset[Role]]
+    rates: Rates
+    state_size: StateSize
+    numbers_per_parameter: int = 0
+    numbers_per_matrix: int = 0
+    settings: tuple[str, ...] = ()
+    betas: bool = False
+    second_moment: bool = False
+    scales_with_root_of_size: bool = False
+    module: str | None = None
+
+    @property
+    def on_sphere(self) -> bool:
+        """Whether each matrix keeps its initial Frobenius norm."""
+        return self.rates is Rates.SPHERES
+
+
+def _like_parameter(count: int) -> StateSize:
+    """Return the size of ``count`` states laid out as the parameter."""
+    return lambda smaller, optimizer: Fraction(count)
+
+
+def _projected(smaller: int, optimizer: OptimizerConfig | None) -> Fraction:
+    rank = optimizer.rank if isinstance(optimizer, Apollo) else None
+    return Fraction(2 * projection_rank(rank, smaller), smaller)
+
+
+_ALL = frozenset(Role)
+_OUTPUT = frozenset({Role.OUTPUT})
+
+_ROWS = (
+    UpdateRule(
+        name="adamw",
+        updates={"adamw": _ALL},
+        rates=Rates.ADAM,
+        betas=True,
+        second_moment=True,
+        state_size=_like_parameter(2),
+        numbers_per_parameter=1,
+    ),
+    UpdateRule(
+        name="muon",
+        updates={"muon": MATRICES},
+        rates=Rates.MUON,
+        settings=("momentum", "nesterov", "adjust"),
+        state_size=_like_parameter(1),
+    ),
+    UpdateRule(
+        name="muonh",
+        updates={"muonh": MATRICES},
+        rates=Rates.SPHERES,
+        settings=("momentum", "nesterov", "step_norm"),
+        state_size=_like_parameter(1),
+        numbers_per_matrix=1,
+    ),
+    UpdateRule(
+        name="adamh",
+        updates={"muonh": _OUTPUT, "adamh": MATRICES | _OUTPUT},
+        rates=Rates.SPHERES,
+        betas=True,
+        second_moment=True,
+        state_size=_like_parameter(2),
+        numbers_per_parameter=1,
+        numbers_per_matrix=1,
+    ),
+    UpdateRule(
+        name="sgd_sai",
+        updates={"sgd_sai": _ALL},
+        rates=Rates.SGD,
+        scales_with_root_of_size=True,
+        settings=("momentum",),
+        state_size=_like_parameter(1),
+        numbers_per_parameter=1,
+        numbers_per_matrix=1,
+    ),
+    UpdateRule(
+        name="apollo",
+        updates={"apollo": MATRICES - {Role.ROUTER}},
+        rates=Rates.ADAM,
+        settings=("rank", "scale", "refresh_steps", "norm_growth"),
+        betas=True,
+        second_moment=True,
+        state_size=_projected,
+    ),
+    UpdateRule(
+        name="apollo_mini",
+        module="apollo",
+        updates={"apollo_mini": MATRICES - {Role.ROUTER}},
+        rates=Rates.ADAM,
+        settings=("scale", "refresh_steps", "norm_growth"),
+        betas=True,
+        second_moment=True,
+        state_size=lambda smaller, optimizer: Fraction(2, smaller),
+    ),
+)
+
+UPDATE_RULES: Mapping[str, UpdateRule] = {rule.name: rule for rule in _ROWS}
+"""All rules by name, in the order in which an optimizer calls them."""
+
+OPTIMIZER_KINDS = tuple(dict.fromkeys(kind for rule in _ROWS for kind in rule.updates))
+"""Every ``optimizer.kind``."""
+
+
+def rule_of(kind: str, role: Role) -> UpdateRule:
+    """Return the rule by which this kind of optimizer updates parameters of this role."""
+    assert kind in OPTIMIZER_KINDS, kind
+    rules = (rule for rule in UPDATE_RULES.values() if role in rule.updates.get(kind, ()))
+    return next(rules, UPDATE_RULES["adamw"])
+
+
+def rules_of(kind: str) -> tuple[UpdateRule, ...]:
+    """Return all rules that this kind of optimizer uses."""
+    return tuple({rule.name: rule for rule in (rule_of(kind, role) for role in Role)}.values())
+
+
+def state_bytes(spec: ParamSpec, elements: int, optimizer: OptimizerConfig | None) -> int:
+    """Return the bytes that an optimizer keeps for so many elements of a parameter, as a shard.
+
+    ``optimizer`` None: AdamW.
+    """
+    rule = rule_of(optimizer.kind if optimizer else "adamw", spec.role)
+    matrices = spec.shape[0] if len(spec.shape) == 3 else 1
+    once = rule.numbers_per_parameter + rule.numbers_per_matrix * matrices
+    each = rule.state_size(min(spec.fan_in, spec.fan_out), optimizer)
+    return 4 * (math.ceil(elements * each) + once)
+
+
+def fixes_frobenius_norm(optimizer: OptimizerConfig) -> bool:
+    """Whether steps of some matrices have a Frobenius norm that does not depend on their rank."""
+    spectral = getattr(optimizer, "step_norm", "frobenius") == "spectral"
+    return not spectral and any(rule.on_sphere for rule in rules_of(optimizer.kind))
