@@ -9,20 +9,19 @@ from pathlib import Path
 
 import numpy as np
 
-from allometry.launch.report.figure import (
+from allometry.launch.figures.figure import (
     GREY,
     PALETTE,
     POINTS,
     Column,
     Figure,
     Panel,
-    Section,
     Series,
-    Table,
     thin,
 )
 from allometry.launch.report.inputs import Inputs
 from allometry.launch.report.law_curves import law_panel, target_label
+from allometry.launch.report.section import Section, Table
 from allometry.laws.fit.engine import Fit
 from allometry.laws.fit.store import StoredFit
 from allometry.laws.ladder import Prediction

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from allometry.configs.errors import UserError
-from allometry.launch.report.figure import Column, colours
+from allometry.launch.figures.figure import Column, colours
 from allometry.laws.fit.store import StoredFit, load_fit
 from allometry.laws.ladder import Prediction, load_prediction
 from allometry.laws.runs import Run, read_run

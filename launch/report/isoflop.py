@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from allometry.launch.report.figure import Figure, Panel, Section, Series, Table, ordered
+from allometry.launch.figures.figure import Figure, Panel, Series, ordered
 from allometry.launch.report.inputs import Inputs, Shown
+from allometry.launch.report.section import Section, Table
 from allometry.laws.isoflop import TOLERANCE, IsoFlop, isoflop_optima, size_exponent
 from allometry.laws.observations import Observations
 
@@ -46,7 +47,7 @@ def isoflops(inputs: Inputs) -> Section:
         key="isoflop",
         title=title,
         text=text,
-        figures=(Figure(key="isoflop", text="", panels=panels, legend=True),),
+        figures=(Figure(key="isoflop", panels=panels, legend=True),),
         tables=(
             Table(
                 head=HEAD,

@@ -7,7 +7,7 @@ from __future__ import annotations
 import numpy as np
 
 from allometry.configs.errors import UserError
-from allometry.launch.report.figure import GREY, PALETTE, Column, Panel, Series, ordered, thin
+from allometry.launch.figures.figure import GREY, PALETTE, Column, Panel, Series, ordered, thin
 from allometry.laws.fit.engine import Fit
 from allometry.laws.fit.store import StoredFit
 from allometry.laws.observations import Observations

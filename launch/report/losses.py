@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from allometry.launch.report.figure import (
+from allometry.launch.figures.figure import (
     Column,
     Figure,
     Panel,
-    Section,
     Series,
     Ticks,
     known,
@@ -16,6 +15,7 @@ from allometry.launch.report.figure import (
     thin,
 )
 from allometry.launch.report.inputs import Inputs, Shown
+from allometry.launch.report.section import Section
 
 LOSS = "loss (nats per token)"
 SOURCES = 12
@@ -51,9 +51,7 @@ def losses(inputs: Inputs) -> Section:
         f"Smoothed lines are, at each point, means over the last {share:.0%} of the run so "
         "far. FLOPs are those of the model, forward and backward, without recomputation."
     )
-    return Section(
-        key="loss", title=title, text=text, figures=(Figure(key="loss", text="", panels=panels),)
-    )
+    return Section(key="loss", title=title, text=text, figures=(Figure(key="loss", panels=panels),))
 
 
 def _no_runs() -> str:
@@ -138,7 +136,7 @@ def sources(inputs: Inputs) -> Section:
         key="sources",
         title=title,
         text=text,
-        figures=(Figure(key="sources", text="", panels=panels),),
+        figures=(Figure(key="sources", panels=panels),),
         notes=notes,
     )
 
@@ -205,5 +203,5 @@ def forecasts(inputs: Inputs) -> Section:
         "up to each point, with its 95 % interval; a star is what a finished run measured (its "
         "training loss, smoothed as above)."
     )
-    figure = Figure(key="forecast", text="", panels=(panel,))
+    figure = Figure(key="forecast", panels=(panel,))
     return Section(key="forecast", title=title, text=text, figures=(figure,))

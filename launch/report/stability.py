@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from allometry.launch.report.figure import Column, Figure, Panel, Section, Series, known, thin
+from allometry.launch.figures.figure import Column, Figure, Panel, Series, known, thin
 from allometry.launch.report.inputs import Inputs, Shown
+from allometry.launch.report.section import Section
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +90,7 @@ def stability(inputs: Inputs) -> Section:
         key="stability",
         title=title,
         text=text,
-        figures=(Figure(key="stability", text="", panels=panels),),
+        figures=(Figure(key="stability", panels=panels),),
         notes=tuple(notes),
     )
 

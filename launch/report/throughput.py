@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from allometry.launch.report.figure import Figure, Panel, Section, Series, Table, known, thin
+from allometry.launch.figures.figure import Figure, Panel, Series, known, thin
 from allometry.launch.report.inputs import Inputs, Shown
+from allometry.launch.report.section import Section, Table
 
 RUN_HEAD = (
     "run",
@@ -138,7 +139,7 @@ def throughput(inputs: Inputs) -> Section:
         "Tokens per second, the share of the hardware's peak that the model's FLOPs use (MFU), and "
         "the most memory that was in use, at each recorded step."
     )
-    figures = (Figure(key="throughput", text="", panels=tuple(panels)),) if panels else ()
+    figures = (Figure(key="throughput", panels=tuple(panels)),) if panels else ()
     return Section(key="throughput", title=title, text=text, figures=figures, tables=(table,))
 
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from allometry.launch.report.figure import Column, Figure, Panel, Section, Series, Table, ordered
+from allometry.launch.figures.figure import Column, Figure, Panel, Series, ordered
 from allometry.launch.report.inputs import Inputs, Shown
+from allometry.launch.report.section import Section, Table
 from allometry.laws.optimum import Optimum, drift, drift_interval, quadratic_optimum
 from allometry.laws.trials import TrialFile
 
@@ -46,7 +47,7 @@ def transfer(inputs: Inputs) -> Section:
         key="transfer",
         title=title,
         text=text,
-        figures=(Figure(key="transfer", text="", panels=panels, legend=True),),
+        figures=(Figure(key="transfer", panels=panels, legend=True),),
         tables=(Table(head=HEAD, rows=tuple(row for some in rows for row in some)),),
         notes=tuple(note for some in notes for note in some),
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -12,7 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from allometry.launch.command import Report
 from allometry.launch.start import choose, find_library
+from allometry.launch.text import table
 
 Status = Literal["ok", "absent", "problem"]
 
@@ -27,7 +28,7 @@ class Finding:
     fix: str = ""
 
 
-def examine() -> list[Finding]:
+def examined() -> Report:
     """Look at everything; nothing that is broken stops the others from being looked at."""
     checks: tuple[Callable[[], Iterator[Finding]], ...] = (
         _torch,
@@ -40,28 +41,19 @@ def examine() -> list[Finding]:
         _compiler,
         _memory,
     )
-    found: list[Finding] = []
+    findings: list[Finding] = []
     for check in checks:
         name = check.__name__.strip("_").replace("_", " ")
         try:
-            found.extend(check())
+            findings.extend(check())
         except Exception as error:  # a broken install raises anything at all
-            found.append(Finding(name, "problem", f"{type(error).__name__}: {error}"))
-    return found
-
-
-def render(findings: list[Finding], *, as_json: bool) -> str:
-    """The findings as a table or as JSON."""
-    if as_json:
-        return json.dumps([asdict(finding) for finding in findings], indent=2)
-    marks = {"ok": "ok     ", "absent": "absent ", "problem": "PROBLEM"}
-    width = max(len(finding.name) for finding in findings)
-    lines = []
-    for finding in findings:
-        lines.append(f"{marks[finding.status]}  {finding.name:<{width}}  {finding.detail}")
-        if finding.fix:
-            lines.append(f"{'':9}{'':<{width}}  -> {finding.fix}")
-    return "\n".join(lines)
+            findings.append(Finding(name, "problem", f"{type(error).__name__}: {error}"))
+    rows = []
+    for one in findings:
+        mark = "PROBLEM" if one.status == "problem" else one.status
+        rows.append([mark, one.name, one.detail])
+        rows += [["", "", f"-> {one.fix}"]] if one.fix else []
+    return Report([asdict(one) for one in findings], table(rows, least=(7,)))
 
 
 def version(package: str) -> str | None:
@@ -134,9 +126,9 @@ def _nvml() -> Iterator[Finding]:
 
 
 def _flash_attention() -> Iterator[Finding]:
-    if found := version("flash-attn"):
+    if installed := version("flash-attn"):
         importlib.import_module("flash_attn")
-        yield Finding("flash-attn", "ok", found)
+        yield Finding("flash-attn", "ok", installed)
     else:
         yield Finding(
             "flash-attn",
@@ -164,8 +156,8 @@ def _apex() -> Iterator[Finding]:
 
 
 def _deepspeed() -> Iterator[Finding]:
-    found = version("deepspeed")
-    if found is None:
+    installed = version("deepspeed")
+    if installed is None:
         yield Finding(
             "deepspeed",
             "absent",
@@ -180,13 +172,13 @@ def _deepspeed() -> Iterator[Finding]:
     yield Finding(
         "deepspeed",
         "ok",
-        f"{found}; built ops: {', '.join(built) or 'none yet (built at first use)'}",
+        f"{installed}; built ops: {', '.join(built) or 'none yet (built at first use)'}",
     )
 
 
 def _megatron() -> Iterator[Finding]:
-    if found := version("megatron-core"):
-        yield Finding("megatron-core", "ok", f"{found} (writes token files)")
+    if installed := version("megatron-core"):
+        yield Finding("megatron-core", "ok", f"{installed} (writes token files)")
     else:
         yield Finding(
             "megatron-core",
@@ -210,8 +202,8 @@ def _allocator() -> Iterator[Finding]:
 
 
 def _compiler() -> Iterator[Finding]:
-    if found := (shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")):
-        yield Finding("C++ compiler", "ok", found)
+    if compiler := (shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")):
+        yield Finding("C++ compiler", "ok", compiler)
     else:
         yield Finding(
             "C++ compiler",

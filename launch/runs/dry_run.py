@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from allometry.configs.run import RunConfig
 from allometry.data.stream import open_stream
 from allometry.data.tokenizer import check_vocabulary
+from allometry.launch.command import Report
 from allometry.optim.schedule import Schedule, resolve_schedule
 from allometry.scaling.plan import RunPlan
 
 
-def report(config: RunConfig, world_size: int, *, as_json: bool) -> str:
-    """The plan on ``world_size`` ranks as text or JSON; raises UserError if there is none."""
+def planned(config: RunConfig, world_size: int) -> Report:
+    """Return the plan on ``world_size`` ranks; raises UserError if there is none."""
     plan = RunPlan.of(config, world_size)
     schedule = resolve_schedule(config, plan.batch)
     rates = learning_rates(config, plan, schedule)
@@ -23,7 +23,7 @@ def report(config: RunConfig, world_size: int, *, as_json: bool) -> str:
         from allometry.studies.rehearse import rehearse  # brings torch, which one rank can spare
 
         facts["ranks"] = [rank.describe() for rank in rehearse(config, world_size)]
-    return json.dumps(facts, indent=2) if as_json else _text(config, plan, facts)
+    return Report(facts, _text(config, plan, facts))
 
 
 def data_here(config: RunConfig, plan: RunPlan) -> dict[str, Any]:
@@ -107,13 +107,13 @@ def _ranks(facts: dict[str, Any]) -> list[str]:
     if "ranks" not in facts:
         return []
     lines = ["layout            " + _layout(facts["layout"])]
-    for found in facts["ranks"]:
+    for rank in facts["ranks"]:
         held = ", ".join(
-            f"{kind} {_size(size)}" for kind, size in found["bytes_held"].items() if size
+            f"{kind} {_size(size)}" for kind, size in rank["bytes_held"].items() if size
         )
-        stages = ", ".join(map(str, found["stages"]))
-        lines += [f"rank {found['rank']} (stage {stages}) holds {held}; in a step it calls"]
-        calls = found["collectives"]
+        stages = ", ".join(map(str, rank["stages"]))
+        lines += [f"rank {rank['rank']} (stage {stages}) holds {held}; in a step it calls"]
+        calls = rank["collectives"]
         lines += [
             f"  {call['per_step']:>6,} x {call['kind']:<15} of {_size(call['bytes']):>10} over "
             f"{call['ranks']} ranks of {call['axis']}"
@@ -134,12 +134,12 @@ def _layout(layout: dict[str, Any]) -> str:
     return f"{axes}; schedule {layout['schedule']}, layers of the stages {layers}"
 
 
-def _data(found: dict[str, Any]) -> list[str]:
-    if not found["checked"]:
-        return [f"data              not checked: no files here for {', '.join(found['missing'])}"]
+def _data(data: dict[str, Any]) -> list[str]:
+    if not data["checked"]:
+        return [f"data              not checked: no files here for {', '.join(data['missing'])}"]
     return [
         "data              "
-        + ", ".join(f"{name} {epochs:.3g} epochs" for name, epochs in found["epochs"].items())
+        + ", ".join(f"{name} {epochs:.3g} epochs" for name, epochs in data["epochs"].items())
     ]
 
 

@@ -2,46 +2,39 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from allometry.configs.run import RunConfig
-from allometry.studies.certificate.verify import Certificate, LayoutResult, verify
+from allometry.launch.command import Report
+from allometry.launch.text import table
+from allometry.studies.certificate.verify import LayoutResult, verify
+
+HEAD = ["layout", "ranks", "gradients fp64", "fp32", "carried over", "resumed", "exported"]
 
 
-def run(
-    config: RunConfig, layouts: Sequence[str] | None, out: Path, *, as_json: bool
-) -> tuple[str, bool]:
-    """Make the certificate; return the report and whether all layouts agree."""
-    certificate = verify(config, layouts, out, _say)
-    text = json.dumps(certificate.describe(), indent=2) if as_json else _table(certificate, out)
-    return text, certificate.passed
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def _table(certificate: Certificate, out: Path) -> str:
-    width = max(len(result.layout) for result in certificate.results)
-    lines = [
-        f"{'layout':<{width}}  ranks  gradients fp64     fp32     carried over  resumed  exported"
-    ]
-    lines += [_line(result, width) for result in certificate.results]
-    verdict = "all agree with one process" if certificate.passed else "NOT all agree"
-    return "\n".join([*lines, f"{verdict}; written to {out}"])
-
-
-def _line(result: LayoutResult, width: int) -> str:
-    start = f"{result.layout:<{width}}  {result.world_size:>5}  "
-    if result.refused is not None:
-        return f"{start}not possible: {result.refused}"
-    exported = {True: "equal", False: "DIFFERS", None: "no family"}[result.export_equal]
-    return (
-        f"{start}{result.gradients['fp64']['worst']:>14.1e}  "
-        f"{result.gradients['fp32']['worst']:>7.1e}  {result.loss or 0.0:>16.1e}  "
-        f"{'same bits' if result.resume_bit_exact else 'DIFFERS':>7}  {exported}"
-        f"{'' if result.passed else '   FAILED'}"
+def verified(config: RunConfig, layouts: Sequence[str] | None, out: Path) -> Report:
+    """Make the certificate; passed where all layouts agree."""
+    certificate = verify(
+        config, layouts, out, lambda line: print(line, file=sys.stderr, flush=True)
     )
+    shown = table([HEAD, *map(_cells, certificate.results)], right=(1, 2, 3, 4))
+    verdict = "all agree with one process" if certificate.passed else "NOT all agree"
+    text = f"{shown}\n{verdict}; written to {out}"
+    return Report(certificate.describe(), text, certificate.passed)
+
+
+def _cells(result: LayoutResult) -> list[str]:
+    start = [result.layout, str(result.world_size)]
+    if result.refused is not None:
+        return [*start, f"not possible: {result.refused}"]
+    exported = {True: "equal", False: "DIFFERS", None: "no family"}[result.export_equal]
+    return [
+        *start,
+        f"{result.gradients['fp64']['worst']:.1e}",
+        f"{result.gradients['fp32']['worst']:.1e}",
+        f"{result.loss or 0.0:.1e}",
+        "same bits" if result.resume_bit_exact else "DIFFERS",
+        exported + ("" if result.passed else "   FAILED"),
+    ]

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from allometry.configs.errors import UserError
 from allometry.launch.cli import app
-from allometry.launch.runs.forecast import Request, run
+from allometry.launch.runs.commands import Forecast
 from allometry.laws.areas import areas_of
 from fake_runs import fake_run
 
@@ -50,8 +50,8 @@ def make(folder: Path, override: str, kind: str, *others: str, stop: int | None 
 
 
 def ask(folder: Path, **options: Any) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(run(Request(run=folder, **options), as_json=True))
-    return found
+    facts: dict[str, Any] = json.loads(json.dumps(Forecast(folder=folder, **options).run().facts))
+    return facts
 
 
 def test_a_run_and_what_it_would_end_at(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_other_runs_say_what_a_decay_gains(tmp_path: Path) -> None:
     other = make(tmp_path / "cosine", COSINE, "cosine", "run.seed=1")
     wsd = {"schedule": "wsd", "decay_fraction": 0.25}
     alone = ask(folder, **wsd)
-    joint = ask(folder, together=(other,), **wsd)
+    joint = ask(folder, others=(other,), **wsd)
     assert joint["with"] == [str(other)]
     assert joint["loss"] == pytest.approx(truth("wsd")[-1], rel=0.01)
     assert joint["high"] - joint["low"] < 0.5 * (alone["high"] - alone["low"])
@@ -169,7 +169,7 @@ def test_runs_that_one_law_cannot_hold_for(tmp_path: Path) -> None:
     folder = make(tmp_path / "run", CONSTANT, "constant")
     wider = make(tmp_path / "wider", COSINE, "cosine", "model.ffn_width=128")
     with pytest.raises(UserError, match="its model section"):
-        ask(folder, together=(wider,))
+        ask(folder, others=(wider,))
     with pytest.raises(UserError, match="no gain"):
         ask(folder, like=folder, schedule="wsd")
     with pytest.raises(UserError, match="not a folder"):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from allometry.launch.laws.compare import law_names
-from allometry.launch.laws.list import overview, page_line, run_laws
+from allometry.launch.laws.list import overview, page_line
 from allometry.launch.laws.text import certificate_words, narrowed
 from allometry.laws.fit.certificate import Certificate
 from allometry.laws.forms.base import LOSS_UNIT
@@ -73,7 +73,7 @@ def test_the_registry_is_listed(shell: Shell) -> None:
     for words in ("arXiv 2203.15556", "44M to 16B parameters", "published by besiroglu: E 1.8172"):
         assert words in text
     for name in all_forms():
-        assert form_named(name).source in run_laws(name, as_json=False)
+        assert form_named(name).source in listed(name).text
 
 
 def test_the_page_lists_the_registry() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from allometry.launch.report.report import Request, run
+from allometry.launch.report.commands import WriteReport
 from fake_ladder import fake_ladder, watched_run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -45,7 +45,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
     out = folder / "report.html"
     ladder, hostile = fake_ladder(folder / "ladder"), watched_run(folder / HOSTILE)
-    run(Request((ladder, hostile), out=out), as_json=True)
+    WriteReport(runs=(ladder, hostile), out=out).run()
     return out
 
 

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from allometry.configs.errors import UserError
-from allometry.launch.report import losses, stability, throughput
-from allometry.launch.report.figure import (
+from allometry.launch.figures.figure import (
     POINTS,
     Figure,
     Panel,
@@ -21,6 +20,7 @@ from allometry.launch.report.figure import (
     smooth,
     thin,
 )
+from allometry.launch.report import losses, stability, throughput
 from allometry.launch.report.interactive import specification
 from allometry.launch.report.report import sections
 from fake_ladder import (
