@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -97,6 +97,11 @@ class Figure:
     text: str = ""
     legend: bool = False
     size: tuple[float, float] | None = None
+
+
+def star(name: str, x: float, y: float, colour: str, **more: Any) -> Series:
+    """Return one marked point."""
+    return Series(name=name, x=np.array([x]), y=np.array([y]), style="star", colour=colour, **more)
 
 
 def known(x: Column, y: Column) -> tuple[Column, Column]:

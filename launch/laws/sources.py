@@ -17,12 +17,9 @@ from allometry.laws.curves import curves_from_runs, curves_from_tables
 from allometry.laws.derive import derive
 from allometry.laws.forms.base import Form
 from allometry.laws.hyperparameters import sweep_optima
-from allometry.laws.observations import LearningRates, Observations
-from allometry.laws.runs import Run
+from allometry.laws.observations import Observations
 from allometry.laws.tables import is_table, read_table
-from allometry.optim.schedule import resolve_schedule
-from allometry.scaling.batch import BatchPlan
-from allometry.trainer.record.rates import rates_of
+from allometry.trainer.record.rates import planned_rates
 
 _SWEPT = ("N", "D", "lr", "B", "loss")
 _OF_RUNS = ("count", "loss", "last", "group_by", "unfinished", "bins", "curves")
@@ -163,15 +160,9 @@ def _of_runs(rows: Rows, *, curve: bool) -> Observations:
 
     if curve:
         options = given("count", "loss", "bins")
-        return curves_from_runs(rows.sources, **options, planned=planned_rates)
+        options["planned"] = lambda run: planned_rates(RunConfig.model_validate(run.config))
+        return curves_from_runs(rows.sources, **options)
     return from_runs(rows.sources, **given("count", "loss", "last", "group_by", "unfinished"))
-
-
-def planned_rates(run: Run) -> LearningRates:
-    """Return the rates of each step that a run's configuration plans."""
-    config = RunConfig.model_validate(run.config)
-    plan = BatchPlan(config.batch, config.data.sequence_length)
-    return rates_of(resolve_schedule(config, plan), config.optimizer.lr)
 
 
 def _dropped(observations: Observations, names: Sequence[str]) -> Observations:

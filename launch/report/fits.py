@@ -17,6 +17,7 @@ from allometry.launch.figures.figure import (
     Figure,
     Panel,
     Series,
+    star,
     thin,
 )
 from allometry.launch.report.inputs import Inputs
@@ -46,7 +47,7 @@ def fits(inputs: Inputs) -> Section:
     targets = _targets(inputs.predictions)
     if not inputs.fits and not inputs.predictions:
         why = "no fit was given (--fit) and no ladder here has a fit.json"
-        return Section(key="fits", title=title, text="", absent=why)
+        return Section(key="fits", title=title, absent=why)
     figures, rows = [], []
     for number, (path, stored) in enumerate(inputs.fits, start=1):
         own = [one for folder, one in inputs.predictions if folder == path.parent]
@@ -85,18 +86,19 @@ def _figure(
 
 
 def _sentence(path: Path, stored: StoredFit) -> str:
-    fit, found = stored.fit, stored.fit.certificate
+    fit, certificate = stored.fit, stored.fit.certificate
     groups = len(set(fit.observations.groups))
     number = len(fit.observations)
     drawn = f" ({POINTS} of them are drawn)" if number > POINTS else ""
     parts = [
         f"{fit.form.name} ({path}): {fit.form.equation}, fitted to {len(fit.observations)} rows of "
-        f"{groups} groups{drawn}. {found.agreeing} of {found.starts} starts found this optimum."
+        f"{groups} groups{drawn}. {certificate.agreeing} of {certificate.starts} starts found this "
+        "optimum."
     ]
-    if found.at_bounds:
-        parts.append(f"At a bound: {', '.join(found.at_bounds)}.")
-    if found.unidentified:
-        parts.append(f"NOT identified by the data: {', '.join(found.unidentified)}.")
+    if certificate.at_bounds:
+        parts.append(f"At a bound: {', '.join(certificate.at_bounds)}.")
+    if certificate.unidentified:
+        parts.append(f"NOT identified by the data: {', '.join(certificate.unidentified)}.")
     if stored.bootstrap is None:
         parts.append(
             "The file has no bootstrap, so there are no bands (allometry fit --bootstraps)."
@@ -114,17 +116,15 @@ def _sentence(path: Path, stored: StoredFit) -> str:
 
 def _held_out(stored: StoredFit) -> tuple[Column, Column, str] | None:
     """Predicted and measured values of rows that the law was fitted without, and their errors."""
-    found = stored.extra.get("held_out")
-    if not isinstance(found, dict):
+    kept = stored.extra.get("held_out")
+    if not isinstance(kept, dict):
         return None
     try:
-        predicted, measured = (
-            np.array(found[key], np.float64) for key in ("predicted", "measured")
-        )
-        mean, most, how = float(found["mean"]), float(found["max"]), str(found["how"])
+        predicted, measured = (np.array(kept[key], np.float64) for key in ("predicted", "measured"))
+        mean, most, how = float(kept["mean"]), float(kept["max"]), str(kept["how"])
     except (KeyError, TypeError, ValueError):
         return None
-    form = "{:.3%}" if found.get("relative") else "{:.4g}"
+    form = "{:.3%}" if kept.get("relative") else "{:.4g}"
     said = f"Held-out error: {form.format(mean)} in the mean, {form.format(most)} at most ({how})."
     return predicted, measured, said
 
@@ -146,15 +146,8 @@ def _against(stored: StoredFit, targets: Sequence[Prediction]) -> Panel:
     for one in targets:
         if one.measured is None:
             continue
-        series.append(
-            Series(
-                name=f"target {one.target.get('run', '?')}",
-                x=np.array([one.predicted]),
-                y=np.array([one.measured]),
-                style="star",
-                colour=PALETTE[1],
-            )
-        )
+        name = f"target {one.target.get('run', '?')}"
+        series.append(star(name, one.predicted, one.measured, PALETTE[1]))
     ends = np.concatenate([part for one in series for part in (one.x, one.y)])
     line = np.array([np.nanmin(ends), np.nanmax(ends)])
     equal = Series(name="equal", x=line, y=line, style="dashed", colour=GREY, named=False)

@@ -23,7 +23,7 @@ class Section:
 
     key: str
     title: str
-    text: str
+    text: str = ""
     figures: tuple[Figure, ...] = ()
     tables: tuple[Table, ...] = ()
     notes: tuple[str, ...] = ()

@@ -55,7 +55,7 @@ def runs(inputs: Inputs) -> Section:
     title = "Runs"
     if not inputs.runs:
         why = "no run has a row yet" if inputs.notes else "no run folder was given"
-        return Section(key="runs", title=title, text="", absent=why, notes=inputs.notes)
+        return Section(key="runs", title=title, absent=why, notes=inputs.notes)
     rows = tuple(_run_row(one) for one in inputs.runs)
     text = (
         "N: parameters without embedding and head; beside it all of them, and those that a token "
@@ -118,7 +118,7 @@ def throughput(inputs: Inputs) -> Section:
     """Speed and memory over each run, and by launch."""
     title = "Layouts and throughput"
     if not inputs.runs:
-        return Section(key="throughput", title=title, text="", absent="no run folder was given")
+        return Section(key="throughput", title=title, absent="no run folder was given")
     panels = []
     for key, name, unit, scale in (
         ("tokens_per_s", "speed", "tokens/s", 1.0),
@@ -192,23 +192,23 @@ def events(inputs: Inputs) -> Section:
     """Restarts, stops, alarms: all events but saved checkpoints and regular starts and ends."""
     title = "Restarts and events"
     if not inputs.runs:
-        return Section(key="events", title=title, text="", absent="no run folder was given")
-    found = [
+        return Section(key="events", title=title, absent="no run folder was given")
+    shown = [
         (one.number, _event_row(one, event))
         for one in inputs.runs
         for event in one.run.events
         if event.get("event") not in QUIET
     ]
-    if not found:
+    if not shown:
         why = "no run was stopped, resumed or alarmed"
-        return Section(key="events", title=title, text="", absent=why)
+        return Section(key="events", title=title, absent=why)
     notes: tuple[str, ...] = ()
-    if len(found) > EVENTS:
-        notes = (f"The first {EVENTS} of {len(found)} events are shown; events.jsonl has all.",)
+    if len(shown) > EVENTS:
+        notes = (f"The first {EVENTS} of {len(shown)} events are shown; events.jsonl has all.",)
     table = Table(
         head=EVENT_HEAD,
-        rows=tuple(row for _, row in found[:EVENTS]),
-        run_s=tuple(number for number, _ in found[:EVENTS]),
+        rows=tuple(row for _, row in shown[:EVENTS]),
+        run_s=tuple(number for number, _ in shown[:EVENTS]),
     )
     text = "Everything in events.jsonl but saved checkpoints and regular starts and ends."
     return Section(key="events", title=title, text=text, tables=(table,), notes=notes)

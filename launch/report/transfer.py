@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from allometry.launch.figures.figure import Column, Figure, Panel, Series, ordered
+from allometry.launch.figures.figure import Column, Figure, Panel, Series, ordered, star
 from allometry.launch.report.inputs import Inputs, Shown
 from allometry.launch.report.section import Section, Table
 from allometry.laws.optimum import Optimum, drift, drift_interval, quadratic_optimum
@@ -30,7 +30,6 @@ def transfer(inputs: Inputs) -> Section:
         return Section(
             key="transfer",
             title=title,
-            text="",
             absent=(
                 "no file of trials was given (--transfer) and there are no "
                 f"{LEAST_RATES} runs that differ in optimizer.lr alone"
@@ -155,16 +154,7 @@ def _panel(
         )
         best = quadratic_optimum(log2_lrs.tolist(), losses.tolist())
         if best.interior:
-            series.append(
-                Series(
-                    name=f"{name}, best",
-                    x=np.array([2.0**best.log2_lr]),
-                    y=np.array([best.loss]),
-                    style="star",
-                    colour=colour,
-                    named=False,
-                )
-            )
+            series.append(star(f"{name}, best", 2.0**best.log2_lr, best.loss, colour, named=False))
         rows.append(_row(title, name, best))
     panel = Panel(
         title=title,

@@ -22,14 +22,14 @@ from allometry.laws.forecast import PUBLISHED, Curve, Forecast, borrowed, foreca
 from allometry.laws.losses import LossChoice, check_losses, loss_curve
 from allometry.laws.observations import LearningRates
 from allometry.laws.runs import Run, read_run
-from allometry.optim.schedule import Decay, resolve_schedule
-from allometry.scaling.batch import BatchPlan
-from allometry.trainer.record.rates import rates_of
+from allometry.optim.schedule import Decay
+from allometry.trainer.record.rates import planned_rates
 
 SAME = ("model", "parameterization", "batch")
 """Sections in which runs must agree to be taken as curves of one law."""
 KINDS = ("constant", "linear", "cosine", "wsd")
 """Schedules that can be asked for; others need more keys than there are options."""
+DECAY_KEYS = ("decay_fraction", "decay", "final_fraction")
 UNIT = "nats per token"
 _LAST = 0.02  # share of a finished run's rows whose mean stands for its final loss
 
@@ -100,7 +100,7 @@ def _read(folder: Path, choice: LossChoice, at_step: int | None = None) -> _Read
     """Return a run with the curve of its loss and the rate of each of its steps."""
     run = read_run(folder)
     config = load(Path(folder) / "config.yaml")
-    rates = _rates(config)
+    rates = planned_rates(config)
     recorded = run.metrics["step"].astype(np.int64)
     if int(recorded[-1]) > len(rates.rates):
         raise UserError(
@@ -129,11 +129,6 @@ def _read(folder: Path, choice: LossChoice, at_step: int | None = None) -> _Read
     return _Read(run, config, Curve(str(folder), steps_n, losses[usable], rates))
 
 
-def _rates(config: RunConfig) -> LearningRates:
-    plan = BatchPlan(config.batch, config.data.sequence_length)
-    return rates_of(resolve_schedule(config, plan), config.optimizer.lr)
-
-
 def _check_same(first: _Read, other: _Read, choice: LossChoice) -> None:
     check_comparable([first.run, other.run], choice)
     for section in SAME:
@@ -149,12 +144,7 @@ def _target(asked: ForecastCommand, first: _Read) -> tuple[LearningRates, str]:
     """Return the rates of the run that is asked for, and that run in words."""
     if asked.decay_now:
         return _decayed(asked, first)
-    keys = {
-        "decay_fraction": asked.decay_fraction,
-        "decay": asked.decay,
-        "final_fraction": asked.final_fraction,
-    }
-    given = {key: value for key, value in keys.items() if value is not None}
+    given = {key: getattr(asked, key) for key in DECAY_KEYS if getattr(asked, key) is not None}
     if asked.schedule is None and not given and asked.total_steps is None:
         words = f"its own schedule ({first.config.schedule.kind})"
         return first.curve.rates, words
@@ -171,7 +161,7 @@ def _target(asked: ForecastCommand, first: _Read) -> tuple[LearningRates, str]:
         )
     try:
         config = load(first.run.folder / "config.yaml", overrides)
-        rates = _rates(config)
+        rates = planned_rates(config)
     except UserError as error:
         raise UserError(_in_flags(str(error), asked, overrides)) from None
     text = ", ".join(f"{key} {value}" for key, value in given.items())
@@ -200,9 +190,8 @@ def _in_flags(message: str, asked: ForecastCommand, overrides: list[str]) -> str
     )
     if message.startswith("--"):
         return message
-    given = {"schedule": asked.schedule, "decay-fraction": asked.decay_fraction}
-    given |= {"decay": asked.decay, "final-fraction": asked.final_fraction}
-    given |= {"total-steps": asked.total_steps}
+    keys = ("schedule", *DECAY_KEYS, "total_steps")
+    given = {key.replace("_", "-"): getattr(asked, key) for key in keys}
     flags = [f"--{name}={value}" for name, value in given.items() if value is not None]
     return f"{' '.join(flags)}: {message}"
 

@@ -19,7 +19,7 @@ from allometry.configs.model import (
     MuPPlusPlus,
     ParameterizationConfig,
 )
-from allometry.launch.figures.figure import Column, Series
+from allometry.launch.figures.figure import Column, Series, star
 from allometry.scaling.shapes import Axis, regime_unit, width_unit
 
 GROWTH = (1, 2, 4)
@@ -110,6 +110,5 @@ def curve(
             )
         )  # fmt: skip
     if best is not None:
-        x, y = (np.array([value]) for value in best)
-        series.append(Series(name=name, x=x, y=y, style="star", colour=colour, named=False))
+        series.append(star(name, *best, colour, named=False))
     return series
