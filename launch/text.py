@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -47,6 +48,12 @@ def number(value: float, digits: int = 5) -> str:
 def counted(count: int, what: str) -> str:
     """Return ``1 seed`` or ``3 seeds``, of a word whose plural ends in s."""
     return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
+def names_of(folders: Sequence[Path]) -> list[str]:
+    """Return the folders' names, or whole paths where two share a name."""
+    names = [folder.name for folder in folders]
+    return names if len(set(names)) == len(names) else list(map(str, folders))
 
 
 def finite(value: float) -> float | None:

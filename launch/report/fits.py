@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,22 +23,14 @@ from allometry.launch.figures.figure import (
 from allometry.launch.report.inputs import Inputs
 from allometry.launch.report.law_curves import law_panel, target_label
 from allometry.launch.report.section import Section, Table
-from allometry.laws.fit.engine import Fit
 from allometry.laws.fit.store import StoredFit
 from allometry.laws.ladder import Prediction
 
 HEAD = ("fit", "parameter", "value", "95 % interval", "unit")
 TARGET_HEAD = (
-    "ladder",
-    "law",
-    "target",
-    "predicted",
-    "95 % interval",
-    "made",
-    "measured",
-    "error",
+    "ladder", "law", "target", "predicted", "95 % interval", "made", "measured", "error",
     "inside the interval",
-)
+)  # fmt: skip
 
 
 def fits(inputs: Inputs) -> Section:
@@ -129,39 +121,36 @@ def _held_out(stored: StoredFit) -> tuple[Column, Column, str] | None:
     return predicted, measured, said
 
 
-def _against(stored: StoredFit, targets: Sequence[Prediction]) -> Panel:
-    """Measured against predicted, with the line where both are equal, and what was held out."""
+def _points(stored: StoredFit, y_of: Callable[[Column, Column], Column]) -> list[Series]:
+    """The fitted rows and what was held out, over what is predicted: y of predicted, measured."""
     fit = stored.fit
     predicted, measured = fit.predict(fit.observations), fit.observations[fit.form.target.name]
-    x, y = thin(predicted, measured)
-    series = [
-        Series(
-            name="fitted rows", x=x, y=y, style="dots", colour=PALETTE[0], notes=_names(fit, len(x))
-        )
-    ]
+    x, y = thin(predicted, y_of(predicted, measured))
+    groups = fit.observations.groups if len(x) == len(fit.observations) else None
+    dots = Series(name="fitted rows", x=x, y=y, style="dots", colour=PALETTE[0], notes=groups)
     held_out = _held_out(stored)
-    if held_out is not None:
-        x, y = thin(held_out[0], held_out[1])
-        series.append(Series(name="held out", x=x, y=y, style="cross", colour=PALETTE[4]))
+    if held_out is None:
+        return [dots]
+    x, y = thin(held_out[0], y_of(held_out[0], held_out[1]))
+    return [dots, Series(name="held out", x=x, y=y, style="cross", colour=PALETTE[4])]
+
+
+def _against(stored: StoredFit, targets: Sequence[Prediction]) -> Panel:
+    """Measured against predicted, with the line where both are equal, and what was held out."""
+    series = _points(stored, lambda predicted, measured: measured)
     for one in targets:
-        if one.measured is None:
-            continue
-        name = f"target {one.target.get('run', '?')}"
-        series.append(star(name, one.predicted, one.measured, PALETTE[1]))
+        if one.measured is not None:
+            name = f"target {one.target.get('run', '?')}"
+            series.append(star(name, one.predicted, one.measured, PALETTE[1]))
     ends = np.concatenate([part for one in series for part in (one.x, one.y)])
     line = np.array([np.nanmin(ends), np.nanmax(ends)])
     equal = Series(name="equal", x=line, y=line, style="dashed", colour=GREY, named=False)
     return Panel(
         title="measured against predicted",
-        x_label=f"predicted {target_label(fit)}",
-        y_label=f"measured {target_label(fit)}",
+        x_label=f"predicted {target_label(stored.fit)}",
+        y_label=f"measured {target_label(stored.fit)}",
         series=(equal, *series),
     )
-
-
-def _names(fit: Fit, number: int) -> tuple[str, ...] | None:
-    """Groups of the rows, where all rows are drawn."""
-    return fit.observations.groups if number == len(fit.observations) else None
 
 
 def _residuals(stored: StoredFit) -> Panel:
@@ -172,24 +161,14 @@ def _residuals(stored: StoredFit) -> Panel:
         return 100.0 * (predicted / measured - 1.0) if relative else predicted - measured
 
     predicted = fit.predict(fit.observations)
-    x, y = thin(predicted, errors(predicted, fit.observations[fit.form.target.name]))
     ends = np.array([predicted.min(), predicted.max()])
-    series = [
-        Series(name="0", x=ends, y=np.zeros(2), style="dashed", colour=GREY, named=False),
-        Series(
-            name="fitted rows", x=x, y=y, style="dots", colour=PALETTE[0], notes=_names(fit, len(x))
-        ),
-    ]
-    held_out = _held_out(stored)
-    if held_out is not None:
-        x, y = thin(held_out[0], errors(held_out[0], held_out[1]))
-        series.append(Series(name="held out", x=x, y=y, style="cross", colour=PALETTE[4]))
+    zero = Series(name="0", x=ends, y=np.zeros(2), style="dashed", colour=GREY, named=False)
     unit = fit.unit(fit.form.target.unit)
     return Panel(
         title="residuals",
         x_label=f"predicted {target_label(fit)}",
         y_label="predicted/measured - 1 (%)" if relative else f"predicted - measured ({unit})",
-        series=tuple(series),
+        series=(zero, *_points(stored, errors)),
     )
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from allometry.configs.errors import UserError
 from allometry.launch.figures.figure import Column, colours
+from allometry.launch.text import names_of
 from allometry.laws.fit.store import StoredFit, load_fit
 from allometry.laws.ladder import Prediction, load_prediction
 from allometry.laws.runs import Run, read_run
@@ -210,9 +211,7 @@ def _read(folder: Path) -> Run:
 
 def _shown(runs: Sequence[Run]) -> tuple[Shown, ...]:
     """Runs with their names (folders', or whole paths where two are equal) and colours."""
-    names = [run.folder.name for run in runs]
-    if len(set(names)) < len(names):
-        names = [str(run.folder) for run in runs]
+    names = names_of([run.folder for run in runs])
     shown = [Shown(i, name, "", run) for i, (name, run) in enumerate(zip(names, runs, strict=True))]
     sizes = [float(one.parameters.get("total", 0)) for one in shown]
     return tuple(

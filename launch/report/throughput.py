@@ -14,35 +14,12 @@ from allometry.launch.report.inputs import Inputs, Shown
 from allometry.launch.report.section import Section, Table
 
 RUN_HEAD = (
-    "run",
-    "state",
-    "N",
-    "all",
-    "active",
-    "tokens D",
-    "D/N",
-    "FLOPs C",
-    "final loss",
-    "measured on",
-    "train loss",
-    "lr",
-    "schedule",
-    "seed",
-    "layout",
-    "versions",
-    "commit",
-)
+    "run", "state", "N", "all", "active", "tokens D", "D/N", "FLOPs C", "final loss", "measured on",
+    "train loss", "lr", "schedule", "seed", "layout", "versions", "commit",
+)  # fmt: skip
 LAUNCH_HEAD = (
-    "run",
-    "launch",
-    "from step",
-    "to step",
-    "layout",
-    "tokens/s",
-    "MFU",
-    "peak memory",
-    "commit",
-)
+    "run", "launch", "from step", "to step", "layout", "tokens/s", "MFU", "peak memory", "commit",
+)  # fmt: skip
 EVENT_HEAD = ("run", "time (UTC)", "step", "event", "details")
 QUIET = ("checkpoint_saved", "started", "finished")
 EVENTS = 300

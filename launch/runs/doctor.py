@@ -31,16 +31,9 @@ class Finding:
 def examined() -> Report:
     """Look at everything; nothing that is broken stops the others from being looked at."""
     checks: tuple[Callable[[], Iterator[Finding]], ...] = (
-        _torch,
-        _nvml,
-        _flash_attention,
-        _apex,
-        _deepspeed,
-        _megatron,
-        _allocator,
-        _compiler,
+        _torch, _nvml, _flash_attention, _apex, _deepspeed, _megatron, _allocator, _compiler,
         _memory,
-    )
+    )  # fmt: skip
     findings: list[Finding] = []
     for check in checks:
         name = check.__name__.strip("_").replace("_", " ")

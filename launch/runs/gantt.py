@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +29,6 @@ Lanes = Sequence[Sequence[Span]]
 """What each rank runs, in turn: pipeline by pipeline."""
 
 
-@dataclass(frozen=True)
-class Picture:
-    """What was drawn. ``balance``: the makespan over the mean of the ranks' busy seconds."""
-
-    figure: str
-    step: int
-    mode: str
-    ranks: int
-    waves: int
-    dummies: int
-    balance: float
-    makespan_s: float
-
-
 def draw_plan(folder: Path, step: int | None, out: Path) -> Report:
     """Write the picture of a step's schedule (None: the last recorded) and say what it shows.
 
@@ -54,25 +39,25 @@ def draw_plan(folder: Path, step: int | None, out: Path) -> Report:
     record = _record(folder, step)
     plan, pp = plan_of(record), int(record["pp"])
     played = replay(plan, _orders(record) if pp > 1 else None)
-    picture = Picture(
-        figure=str(out),
-        step=record["step"],
-        mode=plan.mode,
-        ranks=plan.ranks,
-        waves=max(map(len, plan.orders)),
-        dummies=sum(order.count(None) for order in plan.orders),
-        balance=played.balance,
-        makespan_s=played.makespan,
-    )
+    waves, dummies = max(map(len, plan.orders)), sum(order.count(None) for order in plan.orders)
+    facts = {
+        "figure": str(out),
+        "step": record["step"],
+        "mode": plan.mode,
+        "ranks": plan.ranks,
+        "waves": waves,
+        "dummies": dummies,
+        "balance": played.balance,  # the makespan over the mean of the ranks' busy seconds
+        "makespan_s": played.makespan,
+    }
     text = (
-        f"step {picture.step}, {picture.mode}: {counted(picture.ranks, 'hdp rank')}"
+        f"step {record['step']}, {plan.mode}: {counted(plan.ranks, 'hdp rank')}"
         + (f" x {pp} pipeline ranks ({record['schedule']})" if pp > 1 else "")
-        + f", {picture.waves} waves, balance {picture.balance:.3f}"
-        + (f", {picture.dummies} dummies" if picture.dummies else "")
+        + f", {waves} waves, balance {played.balance:.3f}"
+        + (f", {dummies} dummies" if dummies else "")
     )
     draw(schedule_figure(played, plan, text), out)
-    said = f"{text}, {picture.makespan_s:.4g} s as planned\nschedule: {out}"
-    return Report(asdict(picture), said)
+    return Report(facts, f"{text}, {played.makespan:.4g} s as planned\nschedule: {out}")
 
 
 def run_and_step(arguments: Sequence[Path]) -> tuple[Path, int | None]:

@@ -24,6 +24,7 @@ from allometry.launch.command import (
     option,
     register,
 )
+from allometry.launch.text import table
 
 LAUNCH = Path(__file__).resolve().parents[3] / "launch"
 SUB_ROOMS = ("laws", "report", "runs", "studies")
@@ -155,3 +156,26 @@ def test_a_command_gets_what_was_given(count: typer.Typer) -> None:
     assert done.exit_code == 1, "what was checked does not hold"
     assert call("a.yaml", "--most", "0").exit_code == 2
     assert isinstance(call("a.yaml", "--most", "9").exception, UserError)
+
+
+def test_one_module_draws_and_one_makes_tables() -> None:
+    drawing, tables = set(), set()
+    for path in modules():
+        text = path.read_text(encoding="utf-8")
+        name = path.relative_to(LAUNCH).as_posix()
+        drawing |= {name} if "import matplotlib" in text or "from matplotlib" in text else set()
+        tables |= {name} if ".ljust(" in text or ".rjust(" in text else set()
+    assert drawing == {"figures/drawing.py"}
+    assert tables == {"text.py"}
+
+
+def test_a_table() -> None:
+    rows = [["name", "steps", ""], ["a", "12345678", "x "], ["longer", "no steps at all: none"]]
+    assert table(rows, right=(1,)).splitlines() == [
+        "name       steps",
+        "a       12345678  x",
+        "longer  no steps at all: none",
+    ]
+    assert (
+        table([["n", "m"], ["10", "2"]], right=(0, 1), least=(4, 3), gap="") == "   n  m\n  10  2"
+    )

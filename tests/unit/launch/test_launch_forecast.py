@@ -23,7 +23,7 @@ COSINE = "schedule={kind: cosine, warmup_steps: 20}"
 def rates(kind: str) -> np.ndarray:
     s = np.arange(1, STEPS + 1)
     x = np.clip((s - WARMUP) / (STEPS - WARMUP), 0, 1)
-    found = (
+    lr = (
         PEAK
         * {
             "constant": np.ones(STEPS),
@@ -31,8 +31,8 @@ def rates(kind: str) -> np.ndarray:
             "wsd": 1 - np.sqrt(np.clip((s - 300) / 100, 0, 1)),
         }[kind]
     )
-    found[:WARMUP] = PEAK * s[:WARMUP] / WARMUP
-    return found
+    lr[:WARMUP] = PEAK * s[:WARMUP] / WARMUP
+    return lr
 
 
 def truth(kind: str) -> np.ndarray:
@@ -56,16 +56,16 @@ def ask(folder: Path, **options: Any) -> dict[str, Any]:
 
 def test_a_run_and_what_it_would_end_at(tmp_path: Path) -> None:
     folder = make(tmp_path / "run", WSD, "wsd", stop=350)
-    found = ask(folder)
-    assert (found["step"], found["total_steps"]) == (350, 400)
-    assert found["low"] < truth("wsd")[-1] < found["high"]
-    assert found["loss"] == pytest.approx(truth("wsd")[-1], rel=0.015)
+    facts = ask(folder)
+    assert (facts["step"], facts["total_steps"]) == (350, 400)
+    assert facts["low"] < truth("wsd")[-1] < facts["high"]
+    assert facts["loss"] == pytest.approx(truth("wsd")[-1], rel=0.015)
     before = ask(folder, at_step=250)
     assert before["step"] == 250
     assert "gain" in before["quality"]["unmeasured"]
-    assert before["high"] - before["low"] > 1.5 * (found["high"] - found["low"])
+    assert before["high"] - before["low"] > 1.5 * (facts["high"] - facts["low"])
     level = ask(folder, level=0.5)
-    assert level["high"] - level["low"] < 0.5 * (found["high"] - found["low"])
+    assert level["high"] - level["low"] < 0.5 * (facts["high"] - facts["low"])
 
 
 def test_other_runs_say_what_a_decay_gains(tmp_path: Path) -> None:

@@ -48,9 +48,9 @@ def run(tmp_path: Path) -> Path:
 
 def test_a_step_as_a_picture(run: Path) -> None:
     out = run / "pictures" / "plan.png"
-    found = draw_plan(run, 3, out).facts
+    facts = draw_plan(run, 3, out).facts
     assert out.read_bytes().startswith(PNG)
-    assert found == {
+    assert facts == {
         "figure": str(out),
         "step": 3,
         "mode": "aligned",
@@ -85,16 +85,16 @@ def test_what_is_drawn() -> None:
     for collection in bars:
         red, green, blue, alpha = collection.get_facecolors()[0]
         corners = [path.vertices for path in collection.get_paths()]
-        found = sorted((*c[:4, 0].take([0, 1]), c[:4, 1].mean()) for c in corners)
-        boxes[(red, green, blue), alpha] = [tuple(np.round(box, 3).tolist()) for box in found]
+        rectangles = sorted((*c[:4, 0].take([0, 1]), c[:4, 1].mean()) for c in corners)
+        boxes[(red, green, blue), alpha] = [tuple(np.round(box, 3).tolist()) for box in rectangles]
     by_colour = {colour: 0 for colour, _ in boxes}
-    for (colour, _), found in boxes.items():
-        by_colour[colour] += len(found)
+    for (colour, _), rectangles in boxes.items():
+        by_colour[colour] += len(rectangles)
     # The ring is run forward and backward by both members, single units by one, dummies by two.
     assert sorted(by_colour.values()) == [4, 4, 4]
     grey = (0.6, 0.6, 0.6)
     assert boxes[grey, 0.55] == [(0.3, 0.304, 1.0), (0.6, 0.604, 2.0)]
-    ring = next(found for found in boxes.values() if (0.0, 0.2, 2.0) in found)
+    ring = next(rectangles for rectangles in boxes.values() if (0.0, 0.2, 2.0) in rectangles)
     assert ring == [(0.0, 0.2, 0.0), (0.0, 0.2, 2.0)]
     labels = axes.get_legend_handles_labels()[1]
     assert labels == ["1 rank", "2 ranks", "counts nothing"]

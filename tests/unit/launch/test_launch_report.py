@@ -47,9 +47,9 @@ class Elements(HTMLParser):
 
 
 def figures(page: str) -> dict[str, Any]:
-    found = re.search(r'<script type="application/json" id="figures">(.*?)</script>', page)
-    assert found
-    return json.loads(found[1])
+    script = re.search(r'<script type="application/json" id="figures">(.*?)</script>', page)
+    assert script
+    return json.loads(script[1])
 
 
 def made(tmp_path: Path, *runs: Path, **options: Any) -> str:
