@@ -20,7 +20,7 @@ import numpy as np
 from contenders.machine import facts
 
 from allometry.configs.errors import UserError
-from allometry.launch.studies.ladder import open_ladder, run
+from allometry.launch.studies.ladder.stages import open_ladder, run
 from allometry.laws.collect import from_runs
 from allometry.laws.fit.bootstrap import bootstrap
 from allometry.laws.fit.engine import fit

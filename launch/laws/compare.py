@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,21 +9,24 @@ from typing import Any
 import numpy as np
 
 from allometry.configs.errors import UserError
-from allometry.launch.laws.fit import FitRequest, holding_out
+from allometry.launch.command import Report
+from allometry.launch.laws.commands import Compare
+from allometry.launch.laws.fit import fit_options, holding_out
 from allometry.launch.laws.sources import observations_for
-from allometry.launch.laws.text import Errors, errors_of, finite, table
+from allometry.launch.laws.text import Errors, errors_of
+from allometry.launch.text import finite, table
 from allometry.laws.fit.compare import Comparison, compare
 from allometry.laws.registry import form_named
 
 
-def run_compare(laws: Sequence[str], request: FitRequest, *, as_json: bool) -> str:
-    """Fit several laws to the same rows and return them in the order of their held-out errors.
+def compared(asked: Compare) -> Report:
+    """Fit several laws to the same rows and list them in the order of their held-out errors.
 
     Raises:
-        UserError: see ``run_fit``; a law that the rows cannot be fitted by is listed with its
+        UserError: as for a fit; a law that the rows cannot be fitted by is listed with its
             problem, unless all are.
     """
-    forms = [form_named(name) for name in law_names(laws)]
+    forms = [form_named(name) for name in law_names(asked.laws)]
     if len(forms) < 2:
         raise UserError("a comparison needs two laws; give --laws chinchilla,kappa")
     targets = list(dict.fromkeys(form.target.name for form in forms))
@@ -33,31 +35,29 @@ def run_compare(laws: Sequence[str], request: FitRequest, *, as_json: bool) -> s
             f"these laws predict different things ({', '.join(targets)}) and cannot be compared; "
             "give laws of one of them"
         )
-    options = request.options(forms)
-    observations = observations_for(request.data, forms)
-    if request.hold_out == "none":
+    options = fit_options(asked.fitting, forms)
+    observations = observations_for(asked.rows, forms)
+    hold_out = asked.fitting.hold_out
+    if hold_out == "none":
         raise UserError("--hold-out=none: laws are compared by what is held out; leave it out")
-    rows, by, how = holding_out(observations, forms, request.hold_out)
-    found = [
+    rows, by, how = holding_out(observations, forms, hold_out)
+    laws = [
         Compared(one, None if one.held_out is None else Errors.of(one.held_out, how))
         for one in compare(forms, rows, options, by)
     ]
-    if all(one.errors is None for one in found):
-        raise UserError(str(found[0].of.problem))
-    found.sort(key=lambda one: float("inf") if one.errors is None else one.errors.mean)
-    if as_json:
-        content = {
-            "rows": len(observations),
-            "groups": len(set(observations.groups)),
-            "laws": [one.to_json() for one in found],
-            "conventions": dict(observations.conventions),
-        }
-        return json.dumps(content, indent=2)
+    if all(law.errors is None for law in laws):
+        raise UserError(str(laws[0].of.problem))
+    laws.sort(key=lambda law: float("inf") if law.errors is None else law.errors.mean)
+    facts = {
+        "rows": len(observations),
+        "groups": len(set(observations.groups)),
+        "laws": [law.to_json() for law in laws],
+        "conventions": dict(observations.conventions),
+    }
     header = ["law", "parameters", "held-out mean", "max", "fitted rows", "starts that agree"]
-    problems = [f"{one.of.form.name}: {one.of.problem}" for one in found if one.errors is None]
-    return "\n".join(
-        [f"held out: {how}", "", table([header, *(one.cells() for one in found)]), *problems]
-    )
+    problems = [f"{law.of.form.name}: {law.of.problem}" for law in laws if law.errors is None]
+    shown = table([header, *(law.cells() for law in laws)])
+    return Report(facts, "\n".join([f"held out: {how}", "", shown, *problems]))
 
 
 @dataclass(frozen=True)

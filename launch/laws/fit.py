@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from allometry.configs.errors import UserError
-from allometry.launch.laws.sources import DataRequest, assignments, numbers, observations_for
-from allometry.launch.laws.text import Errors, certificate_words, edge_words, finite, number, table
+from allometry.launch.command import Report
+from allometry.launch.laws.commands import Fit as FitCommand
+from allometry.launch.laws.commands import Fitting
+from allometry.launch.laws.sources import assignments, numbers, observations_for
+from allometry.launch.laws.text import Errors, certificate_words
+from allometry.launch.text import counted, edge_words, finite, number, table
 from allometry.laws.derive import HELD_OUT, mark_held_out
 from allometry.laws.fit.bootstrap import Bootstrap, bootstrap
 from allometry.laws.fit.compare import GROUPS
@@ -28,46 +31,31 @@ FEW_GROUPS = 10
 """With fewer groups than this a bootstrap's interval is rough."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FitRequest:
-    """What ``fit`` and ``compare`` were asked for; None is an option that was not given."""
-
-    data: DataRequest
-    hold_out: str | None = None
-    bootstraps: int | None = None
-    starts: int | None = None
-    seed: int = 0
-    objective: str = "huber"
-    delta: float = 1e-3
-    fix: tuple[str, ...] = ()
-    out: Path | None = None
-
-    def options(self, forms: Sequence[Form]) -> FitOptions:
-        """Return the fit's options. Raises UserError for one that is no option."""
-        fixed = numbers(assignments(self.fix, "--fix"), "--fix")
-        for name in fixed:
-            for form in forms:
-                known = [parameter.name for parameter in form.parameters]
-                if name not in known:
-                    raise UserError(
-                        f"--fix {name}: {form.name} has no such parameter; it has "
-                        f"{', '.join(known)}"
-                    )
-                parameter = form.parameters[known.index(name)]
-                if not parameter.low <= fixed[name] <= parameter.high:
-                    raise UserError(
-                        f"--fix {name}={fixed[name]:g} is outside of what {form.name} allows, "
-                        f"{parameter.low:g} to {parameter.high:g}; choose a value in it"
-                    )
-        if self.objective not in ("huber", "square"):
-            raise UserError(f"--objective={self.objective} is not known; use huber or square")
-        return FitOptions(
-            loss=self.objective,  # type: ignore[arg-type]
-            delta=self.delta,
-            starts=self.starts,
-            seed=self.seed,
-            fixed=fixed,
-        )
+def fit_options(fitting: Fitting, forms: Sequence[Form]) -> FitOptions:
+    """Return how these laws are best. Raises UserError for an option that is none."""
+    fixed = numbers(assignments(fitting.fix, "--fix"), "--fix")
+    for name in fixed:
+        for form in forms:
+            known = [parameter.name for parameter in form.parameters]
+            if name not in known:
+                raise UserError(
+                    f"--fix {name}: {form.name} has no such parameter; it has {', '.join(known)}"
+                )
+            parameter = form.parameters[known.index(name)]
+            if not parameter.low <= fixed[name] <= parameter.high:
+                raise UserError(
+                    f"--fix {name}={fixed[name]:g} is outside of what {form.name} allows, "
+                    f"{parameter.low:g} to {parameter.high:g}; choose a value in it"
+                )
+    if fitting.objective not in ("huber", "square"):
+        raise UserError(f"--objective={fitting.objective} is not known; use huber or square")
+    return FitOptions(
+        loss=fitting.objective,  # type: ignore[arg-type]
+        delta=fitting.delta,
+        starts=fitting.starts,
+        seed=fitting.seed,
+        fixed=fixed,
+    )
 
 
 @dataclass(frozen=True)
@@ -81,47 +69,45 @@ class Result:
     notes: list[str] = field(default_factory=list)
 
 
-def run_fit(law: str, request: FitRequest, *, as_json: bool) -> str:
-    """Fit a law and return the report; with ``out`` the fit is written there.
+def fitted(asked: FitCommand) -> Report:
+    """Fit a law and report on it; with ``out`` the fit is written there.
 
     Raises:
         UserError: the law, the sources or an option cannot be used, or the data cannot identify a
             parameter.
     """
-    form = form_named(law)
-    options = request.options([form])
-    observations = observations_for(request.data, [form])
-    fitted = fit(form, observations, options)
-    if fitted.certificate.unidentified:
-        require_identified(fitted)
-    result = _examined(fitted, request)
-    if request.out is not None:
+    form = form_named(asked.law)
+    options = fit_options(asked.fitting, [form])
+    observations = observations_for(asked.rows, [form])
+    best = fit(form, observations, options)
+    if best.certificate.unidentified:
+        require_identified(best)
+    result = _examined(best, asked)
+    if asked.out is not None:
         extra = {"held_out": _held_out_json(result), "notes": result.notes}
-        save_fit(request.out, fitted, result.bootstrap, extra)
-    if as_json:
-        return json.dumps(_as_json(result, request.out), indent=2)
-    return _as_text(result, request.out)
+        save_fit(asked.out, best, result.bootstrap, extra)
+    return Report(_facts(result, asked.out), _text(result, asked.out))
 
 
-def _examined(fitted: Fit, request: FitRequest) -> Result:
-    observations, notes = fitted.observations, []
+def _examined(best: Fit, asked: FitCommand) -> Result:
+    observations, notes, fitting = best.observations, [], asked.fitting
     groups = len(set(observations.groups))
     sampled = None
-    if request.data.sweeps and request.objective == "huber" and request.delta < OPTIMA_SCATTER:
+    if asked.rows.sweeps and fitting.objective == "huber" and fitting.delta < OPTIMA_SCATTER:
         notes.append(
-            f"optima of sweeps scatter by percents, and Huber's loss with delta {request.delta:g} "
+            f"optima of sweeps scatter by percents, and Huber's loss with delta {fitting.delta:g} "
             "hears little but the middle ones; --objective square hears all of them"
         )
-    if loose := fitted.certificate.loose:
+    if loose := best.certificate.loose:
         notes.append(
-            f"the data hardly say what {', '.join(loose)} of {fitted.form.name} "
+            f"the data hardly say what {', '.join(loose)} of {best.form.name} "
             f"{'is' if len(loose) == 1 else 'are'}: with their scatter any plausible value fits; "
             "believe predictions inside of the fitted range, not these values"
         )
-    if groups < 2 and request.bootstraps is None:
+    if groups < 2 and asked.bootstraps is None:
         notes.append("no intervals: all rows belong to one group, and a bootstrap resamples groups")
-    elif request.bootstraps is None or request.bootstraps > 0:
-        sampled = bootstrap(fitted, request.bootstraps or SAMPLES, request.seed)
+    elif asked.bootstraps is None or asked.bootstraps > 0:
+        sampled = bootstrap(best, asked.bootstraps or SAMPLES, fitting.seed)
         if sampled.failed:
             notes.append(
                 f"{sampled.failed} of {sampled.failed + len(sampled)} bootstrap samples could not "
@@ -130,17 +116,17 @@ def _examined(fitted: Fit, request: FitRequest) -> Result:
         notes += edge_words(sampled)
         if groups < FEW_GROUPS:
             notes.append(f"intervals rest on {groups} groups and are rough; add runs")
-    if groups < 2 and request.hold_out is None:
+    if groups < 2 and fitting.hold_out is None:
         notes.append("no held-out error: all rows belong to one group, so none can be left out")
-        return Result(fitted, sampled, None, None, notes)
-    if request.hold_out == "none":
-        return Result(fitted, sampled, None, None, notes)
-    rows, by, how = holding_out(observations, [fitted.form], request.hold_out)
+        return Result(best, sampled, None, None, notes)
+    if fitting.hold_out == "none":
+        return Result(best, sampled, None, None, notes)
+    rows, by, how = holding_out(observations, [best.form], fitting.hold_out)
     if by == GROUPS:
-        held = leave_one_group_out(fitted.form, rows, fitted.options)
+        held = leave_one_group_out(best.form, rows, best.options)
     else:
-        held = hold_out_largest(fitted.form, rows, by, fitted.options)
-    return Result(fitted, sampled, held, Errors.of(held, how), notes)
+        held = hold_out_largest(best.form, rows, by, best.options)
+    return Result(best, sampled, held, Errors.of(held, how), notes)
 
 
 def holding_out(
@@ -179,32 +165,32 @@ def holding_out(
     return mark_held_out(observations, text), HELD_OUT, f"those with {text}, by the fit to the rest"
 
 
-def _as_text(result: Result, out: Path | None) -> str:
-    fitted, form = result.fit, result.fit.form
-    observations = fitted.observations
+def _text(result: Result, out: Path | None) -> str:
+    best, form = result.fit, result.fit.form
+    observations = best.observations
     rows = [["parameter", "value", "95 % interval", "unit"]]
     for parameter in form.parameters:
         name = parameter.name
-        interval = "fixed" if name in fitted.options.fixed else "-"
-        if result.bootstrap is not None and name not in fitted.options.fixed:
+        interval = "fixed" if name in best.options.fixed else "-"
+        if result.bootstrap is not None and name not in best.options.fixed:
             low, high = result.bootstrap.interval(name)
             interval = f"{number(low)} to {number(high)}"
-        rows.append([name, number(fitted.values[name]), interval, fitted.unit(parameter.unit)])
+        rows.append([name, number(best.values[name]), interval, best.unit(parameter.unit)])
     groups = len(set(observations.groups))
     scale = "differences" if form.residual == "linear" else "log residuals"
     kind = (
-        f"Huber's loss (delta {fitted.options.delta:g})"
-        if fitted.options.loss == "huber"
+        f"Huber's loss (delta {best.options.delta:g})"
+        if best.options.loss == "huber"
         else "half the square"
     )
     lines = [
         f"{form.name}: {form.equation}",
-        f"fitted to {len(observations)} rows of {groups} group{'' if groups == 1 else 's'}",
+        f"fitted to {len(observations)} rows of {counted(groups, 'group')}",
         "",
         table(rows),
         "",
-        f"objective  {fitted.objective:.6g}, the sum over rows of {kind} of {scale}",
-        "optimum    " + "; ".join(certificate_words(fitted.certificate)),
+        f"objective  {best.objective:.6g}, the sum over rows of {kind} of {scale}",
+        "optimum    " + "; ".join(certificate_words(best.certificate)),
     ]
     if result.errors is not None:
         lines.append(f"held out   {result.errors.words()}")
@@ -217,35 +203,35 @@ def _as_text(result: Result, out: Path | None) -> str:
     return "\n".join(lines)
 
 
-def _as_json(result: Result, out: Path | None) -> dict[str, Any]:
-    fitted, sampled = result.fit, result.bootstrap
+def _facts(result: Result, out: Path | None) -> dict[str, Any]:
+    best, sampled = result.fit, result.bootstrap
     parameters: dict[str, Any] = {}
-    for parameter in fitted.form.parameters:
+    for parameter in best.form.parameters:
         name = parameter.name
         low, high = (None, None) if sampled is None else map(finite, sampled.interval(name))
         parameters[name] = {
-            "value": finite(fitted.values[name]),
+            "value": finite(best.values[name]),
             "low": low,
             "high": high,
-            "unit": fitted.unit(parameter.unit),
-            "fixed": name in fitted.options.fixed,
+            "unit": best.unit(parameter.unit),
+            "fixed": name in best.options.fixed,
         }
     certificate = {
         name: finite(value) if isinstance(value, float) else value
-        for name, value in fitted.certificate.to_json().items()
+        for name, value in best.certificate.to_json().items()
     }
     return {
-        "law": fitted.form.name,
-        "equation": fitted.form.equation,
-        "rows": len(fitted.observations),
-        "groups": len(set(fitted.observations.groups)),
+        "law": best.form.name,
+        "equation": best.form.equation,
+        "rows": len(best.observations),
+        "groups": len(set(best.observations.groups)),
         "parameters": parameters,
         "level": 0.95,
         "bootstraps": 0 if sampled is None else len(sampled),
-        "objective": fitted.objective,
+        "objective": best.objective,
         "certificate": certificate,
         "held_out": _held_out_json(result),
-        "conventions": dict(fitted.observations.conventions),
+        "conventions": dict(best.observations.conventions),
         "notes": result.notes,
         "fit": None if out is None else str(out),
     }

@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from shutil import get_terminal_size
 from typing import Any
 
 import numpy as np
 
-from allometry.launch.laws.text import number, table
+from allometry.launch.command import Report
+from allometry.launch.text import number, table
 from allometry.laws.forms.base import LOSS_UNIT, Form, Parameter, Variable
 from allometry.laws.registry import all_forms, form_named
 
 
-def run_laws(name: str | None, *, as_json: bool) -> str:
-    """Return the registry as a table, or one law in full.
-
-    Raises:
-        UserError: no law has this name.
-    """
-    forms = list(all_forms().values()) if name is None else [form_named(name)]
-    if as_json:
-        described = [describe(form) for form in forms]
-        return json.dumps(described if name is None else described[0], indent=2)
-    if name is None:
-        return f"{overview(forms, get_terminal_size((160, 24)).columns)}\n\n" + (
-            "allometry laws NAME says more of one."
-        )
-    return _details(forms[0])
+def listed(name: str | None) -> Report:
+    """List the registry, or one law in full. Raises UserError: no law has this name."""
+    if name is not None:
+        form = form_named(name)
+        return Report(describe(form), _details(form))
+    forms = list(all_forms().values())
+    shown = overview(forms, get_terminal_size((160, 24)).columns)
+    text = f"{shown}\n\nallometry laws NAME says more of one."
+    return Report([describe(form) for form in forms], text)
 
 
 def overview(forms: Sequence[Form], width: int) -> str:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
+from typing import Any
 
 from allometry.configs.errors import UserError
-from allometry.launch.laws.predict import LEVEL, Law, counted, interval
-from allometry.launch.laws.sources import numbers
-from allometry.launch.laws.text import number, table
+from allometry.launch.command import Report
+from allometry.launch.laws.commands import Optimum
+from allometry.launch.laws.predict import LEVEL, Law, conventions, interval
+from allometry.launch.laws.sources import assignments, numbers
+from allometry.launch.text import number, table
 from allometry.laws.allocation import Allocation, compute_optimal, optimal_size
 from allometry.laws.forms.base import Form
 from allometry.laws.observations import Observations
@@ -18,63 +19,58 @@ FLOPS_TOLERANCE = 0.1
 """Relative difference of FLOPs for each parameter and token beyond which ``optimum`` warns."""
 
 
-def run_optimum(
-    file: Path | None,
-    law: str | None,
-    published: str | None,
-    budgets: str,
-    flops_per_parameter_token: float,
-    others: Mapping[str, str],
-    *,
-    as_json: bool,
-) -> str:
-    """Return N, D and loss of the best use of each budget of FLOPs (``1e21,1e22``).
+def optima(asked: Optimum) -> Report:
+    """Return N, D and loss of the best use of each budget of FLOPs.
 
     Raises:
         UserError: a budget is no positive number, or the law says nothing of N and D.
     """
-    found = Law.of(file, law, published)
-    if found.form.target.name != "loss":
+    law, per_token = Law.of(asked.fit, asked.law, asked.published), asked.flops_per_parameter_token
+    if law.form.target.name != "loss":
         raise UserError(
-            f"{found.form.name} predicts {found.form.target.name}, and FLOPs are spent for the "
+            f"{law.form.name} predicts {law.form.target.name}, and FLOPs are spent for the "
             "least loss; give a law of the loss by N and D, as chinchilla"
         )
-    fixed = numbers(others, "--with")
-    _check_others(found.form, fixed)
+    fixed = numbers(assignments(asked.inputs, "--with"), "--with")
+    _check_others(law.form, fixed)
     rows: list[Allocation] = []
-    for text in budgets.split(","):
+    for text in asked.flops.split(","):
         flops = numbers({"--flops": text.strip()}, "budget")["--flops"]
-        rows.append(_best(found, flops, flops_per_parameter_token, fixed))
+        rows.append(_best(law, flops, per_token, fixed))
     warnings = list(dict.fromkeys(w for row in rows for w in row.warnings))
-    if found.fit is None:
-        warnings.append(f"no interval; these coefficients were shown for: {found.form.valid}")
-    elif found.bootstrap is None:
+    if law.fit is None:
+        warnings.append(f"no interval; these coefficients were shown for: {law.form.valid}")
+    elif law.bootstrap is None:
         warnings.append("no interval: the fit was made without bootstraps")
-    warnings += _other_flops(found, flops_per_parameter_token)
-    if as_json:
-        entries = [
-            {
-                "flops": row.flops,
-                **{
-                    name: {"value": getattr(row, name), **_low_high(row, name)}
-                    for name in ("N", "D", "loss")
-                },
-                "tokens_per_parameter": row.tokens_per_parameter,
-                "warnings": list(row.warnings),
-            }
-            for row in rows
-        ]
-        about = {"law": found.form.name, "from": found.origin, "level": LEVEL}
-        about["flops_per_parameter_token"] = flops_per_parameter_token
-        return json.dumps({**about, "optima": entries, "warnings": warnings}, indent=2)
-    lines = [["FLOPs", "N", "95 % interval", "D", "D/N", "loss", "95 % interval"]]
-    for row in rows:
-        lines.append(_cells(row))
-    spent = (
-        f"N in parameters, D in tokens = FLOPs / ({flops_per_parameter_token:g} N), loss in "
-        f"{found.unit}"
-    )
-    return "\n".join([table(lines), spent, *counted(found), *(f"warning: {w}" for w in warnings)])
+    warnings += _other_flops(law, per_token)
+    facts = {
+        "law": law.form.name,
+        "from": law.origin,
+        "level": LEVEL,
+        "flops_per_parameter_token": per_token,
+        "optima": [_facts(row) for row in rows],
+        "warnings": warnings,
+    }
+    header = ["FLOPs", "N", "95 % interval", "D", "D/N", "loss", "95 % interval"]
+    lines = [
+        table([header, *map(_cells, rows)]),
+        f"N in parameters, D in tokens = FLOPs / ({per_token:g} N), loss in {law.unit}",
+        *conventions(law),
+        *(f"warning: {warning}" for warning in warnings),
+    ]
+    return Report(facts, "\n".join(lines))
+
+
+def _facts(row: Allocation) -> dict[str, Any]:
+    return {
+        "flops": row.flops,
+        **{
+            name: {"value": getattr(row, name), **_low_high(row, name)}
+            for name in ("N", "D", "loss")
+        },
+        "tokens_per_parameter": row.tokens_per_parameter,
+        "warnings": list(row.warnings),
+    }
 
 
 def _cells(row: Allocation) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from allometry.configs.errors import UserError
+from allometry.launch.command import Report
+from allometry.launch.laws.commands import Predict
 from allometry.launch.laws.downstream import Scores, scores_at
 from allometry.launch.laws.sources import numbers
-from allometry.launch.laws.text import finite, narrowed, number
+from allometry.launch.laws.text import narrowed
+from allometry.launch.text import finite, number
 from allometry.laws.fit.bootstrap import EXACT, Bootstrap
 from allometry.laws.fit.engine import Fit, predict
 from allometry.laws.fit.store import StoredFit, load_fit
@@ -73,62 +75,52 @@ class Law:
         return predict(self.form, self.values, observations)
 
 
-def run_predict(
-    arguments: Sequence[str],
-    law: str | None,
-    published: str | None,
-    *,
-    downstream: Path | None = None,
-    noise: bool,
-    as_json: bool,
-) -> str:
+def predicted(asked: Predict) -> Report:
     """Predict at inputs NAME=VALUE (or NAME=VALUE,VALUE), by a fit's file or published values.
-
-    ``downstream``: the fit of a score by the loss, which is then predicted as well.
 
     Raises:
         UserError: an input is missing, unknown or no number, or the law is one of curves; the
-            score's fit does not read what the first one predicts.
+            score's fit (``downstream``) does not read what the first one predicts.
     """
-    file, texts = _split(arguments)
-    found = Law.of(file, law, published)
-    if noise and found.bootstrap is None:
+    file, texts = _split(asked.arguments)
+    law, noise = Law.of(file, asked.law, asked.published), asked.noise
+    if noise and law.bootstrap is None:
         raise UserError(
-            f"--noise widens an interval and {found.origin} has none; use a fit that was made with "
+            f"--noise widens an interval and {law.origin} has none; use a fit that was made with "
             "--bootstraps"
         )
-    observations = _inputs(found.form, texts)
+    observations = _inputs(law.form, texts)
     names = list(texts)
-    points, warnings = _points(found, observations, names, noise)
-    scores = None if downstream is None else _scores(found, downstream, observations, noise)
-    if scores is not None:
-        warnings = list(dict.fromkeys([*warnings, *scores.warnings]))
-    if as_json:
-        content = {
-            "law": found.form.name,
-            "from": found.origin,
-            "unit": found.unit,
-            "level": LEVEL,
-            "noise": noise,
-            "predictions": points,
-            "conventions": {} if found.fit is None else dict(found.fit.observations.conventions),
-            "warnings": warnings,
-        }
-        if scores is not None:
-            content["downstream"] = scores.describe()
-        return json.dumps(content, indent=2)
+    points, warnings = _points(law, observations, names, noise)
+    facts: dict[str, Any] = {
+        "law": law.form.name,
+        "from": law.origin,
+        "unit": law.unit,
+        "level": LEVEL,
+        "noise": noise,
+        "predictions": points,
+        "conventions": {} if law.fit is None else dict(law.fit.observations.conventions),
+        "warnings": warnings,
+    }
     kind = "95 % interval" + (" of one run" if noise else "")
-    rows = [[*names, f"{found.form.target.name} ({found.unit})", kind]]
-    below = [] if scores is None else [[*names, f"{scores.name} ({scores.unit})", kind]]
-    for row, point in enumerate(points):
-        at = [number(float(observations[name][row])) for name in names]
-        rows.append([*at, *_cells(point, found.form.target.name)])
-        if scores is not None:
-            below.append([*at, *_cells(scores.point(row), scores.name)])
-    lines = [narrowed(rows, len(names)), *counted(found)]
-    if below:
-        lines[1:1] = ["", narrowed(below, len(names)), ""]
-    return "\n".join([*lines, *(f"warning: {w}" for w in warnings)])
+    inputs = [
+        [number(float(observations[name][row])) for name in names] for row in range(len(points))
+    ]
+
+    def shown(name: str, unit: str, of: Sequence[Mapping[str, float | None]]) -> str:
+        rows = [[*row, *_cells(point, name)] for row, point in zip(inputs, of, strict=True)]
+        return narrowed([[*names, f"{name} ({unit})", kind], *rows], len(names))
+
+    lines = [shown(law.form.target.name, law.unit, points)]
+    if asked.downstream is not None:
+        scores = _scores(law, asked.downstream, observations, noise)
+        warnings = list(dict.fromkeys([*warnings, *scores.warnings]))
+        facts["downstream"] = scores.describe()
+        of = [scores.point(row) for row in range(len(points))]
+        lines += ["", shown(scores.name, scores.unit, of), ""]
+    facts["warnings"] = warnings
+    lines += [*conventions(law), *(f"warning: {warning}" for warning in warnings)]
+    return Report(facts, "\n".join(lines))
 
 
 def _cells(point: Mapping[str, float | None], name: str) -> list[str]:
@@ -138,24 +130,24 @@ def _cells(point: Mapping[str, float | None], name: str) -> list[str]:
 
 
 def _points(
-    found: Law, observations: Observations, names: Sequence[str], noise: bool
+    law: Law, observations: Observations, names: Sequence[str], noise: bool
 ) -> tuple[list[dict[str, float | None]], list[str]]:
     """The predictions with their intervals, and what is to be warned of."""
-    predicted = found.predict(observations)
+    predicted = law.predict(observations)
     low: Any = [None] * len(predicted)
     high: Any = [None] * len(predicted)
-    if found.bootstrap is not None:
-        low, high = found.bootstrap.predict_interval(observations, LEVEL, noise=noise)
-    warnings = [] if found.fit is None else found.fit.warnings_for(observations)
-    if found.fit is None:
-        warnings = [f"no interval; these coefficients were shown for: {found.form.valid}"]
-    elif found.bootstrap is None:
+    if law.bootstrap is not None:
+        low, high = law.bootstrap.predict_interval(observations, LEVEL, noise=noise)
+    warnings = [] if law.fit is None else law.fit.warnings_for(observations)
+    if law.fit is None:
+        warnings = [f"no interval; these coefficients were shown for: {law.form.valid}"]
+    elif law.bootstrap is None:
         warnings.append("no interval: the fit was made without bootstraps")
     warnings += _at_edges(predicted, low, high)
     points = [
         {
             **{name: float(observations[name][i]) for name in names},
-            found.form.target.name: finite(predicted[i]),
+            law.form.target.name: finite(predicted[i]),
             "low": None if low[i] is None else finite(low[i]),
             "high": None if high[i] is None else finite(high[i]),
         }
@@ -164,17 +156,17 @@ def _points(
     return points, warnings
 
 
-def _scores(found: Law, file: Path, observations: Observations, noise: bool) -> Scores:
+def _scores(law: Law, file: Path, observations: Observations, noise: bool) -> Scores:
     """The scores at the predicted losses."""
     if noise:
         raise UserError(
             "--noise is of one run's loss, and the interval of --downstream is of the laws; leave "
             "one of them out"
         )
-    if found.fit is None:
+    if law.fit is None:
         raise UserError("--downstream goes with a fit of the loss; give its file, not --published")
-    stored = StoredFit(found.fit, found.bootstrap, {})
-    return scores_at(stored, Path(found.origin), file, observations, LEVEL)
+    stored = StoredFit(law.fit, law.bootstrap, {})
+    return scores_at(stored, Path(law.origin), file, observations, LEVEL)
 
 
 def _at_edges(predicted: NDArray[np.float64], low: Any, high: Any) -> list[str]:
@@ -188,7 +180,7 @@ def _at_edges(predicted: NDArray[np.float64], low: Any, high: Any) -> list[str]:
     ]
 
 
-def counted(law: Law) -> list[str]:
+def conventions(law: Law) -> list[str]:
     """Return what each input of a fit counts, a line each, for predictions to count alike."""
     known = {} if law.fit is None else law.fit.observations.conventions
     names = [variable.name for variable in law.form.inputs]
@@ -246,8 +238,8 @@ def _inputs(form: Form, texts: Mapping[str, Sequence[str]]) -> Observations:
                 f"{name} has {len(values)} values where another input has {length}; give one value "
                 "or as many"
             )
-        found = [numbers({name: value}, "input")[name] for value in values]
-        columns[name] = np.resize(np.array(found), length)
+        read = [numbers({name: value}, "input")[name] for value in values]
+        columns[name] = np.resize(np.array(read), length)
         bad = form.inputs[names.index(name)].bad(columns[name])
         if bad.any():
             demand = form.inputs[names.index(name)].demand

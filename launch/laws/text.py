@@ -1,4 +1,4 @@
-"""Words and tables for what the commands about laws print."""
+"""What the commands about laws print: wide tables, certificates, held-out errors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from allometry.laws.fit.bootstrap import Bootstrap
+from allometry.launch.text import finite, number, table
 from allometry.laws.fit.certificate import Certificate
 from allometry.laws.fit.validate import HeldOut
 
@@ -17,24 +17,9 @@ WIDEST = 88
 """Columns that a table may take."""
 
 
-def number(value: float, digits: int = 5) -> str:
-    """Return a number with as many digits as say something."""
-    return f"{value:.{digits}g}"
-
-
 def share(value: float) -> str:
     """Return a relative error as a percentage."""
     return f"{100 * value:.3g} %"
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Return rows as columns of equal width; the first row is the header."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
-    return "\n".join(lines)
 
 
 def narrowed(rows: Sequence[Sequence[str]], inputs: int) -> str:
@@ -50,55 +35,27 @@ def narrowed(rows: Sequence[Sequence[str]], inputs: int) -> str:
 
 def certificate_words(certificate: Certificate) -> list[str]:
     """Return how sure the optimum is, a sentence each; what is doubtful says what to do."""
-    found = certificate
+    given_up = certificate.finished < certificate.starts
     words = [
-        f"{found.agreeing} of {found.finished} starts agree on it"
-        + (f" (of {found.starts}, those not given up)" if found.finished < found.starts else "")
-        + f"; gradient norm {found.gradient_norm:.1e}, condition {found.condition:.1e}"
+        f"{certificate.agreeing} of {certificate.finished} starts agree on it"
+        + (f" (of {certificate.starts}, those not given up)" if given_up else "")
+        + f"; gradient norm {certificate.gradient_norm:.1e}, condition {certificate.condition:.1e}"
     ]
-    if found.agreeing < 2 <= found.finished:
+    if certificate.agreeing < 2 <= certificate.finished:
         words.append(
             "only one start came here, so a better optimum may exist: raise --starts and compare"
         )
-    if found.agreeing >= 2 and found.spread > 1e-2:
+    if certificate.agreeing >= 2 and certificate.spread > 1e-2:
         words.append(
-            f"starts that agree on the objective differ by {found.spread:.2g} in a parameter (or "
-            "its log): the objective is flat there"
+            f"starts that agree on the objective differ by {certificate.spread:.2g} in a parameter "
+            "(or its log): the objective is flat there"
         )
     words.append(
-        f"at a bound: {', '.join(found.at_bounds)}, so the law or its range may not fit the data"
-        if found.at_bounds
+        f"at a bound: {', '.join(certificate.at_bounds)}, so the law or its range may not fit the "
+        "data"
+        if certificate.at_bounds
         else "no parameter is at a bound"
     )
-    return words
-
-
-def edge_words(sampled: Bootstrap) -> list[str]:
-    """Return a sentence for each parameter that is at an end of its 95 % interval, or outside."""
-    words = []
-    for parameter in sampled.fit.form.parameters:
-        name, value = parameter.name, sampled.fit.values[parameter.name]
-        if not sampled.at_edge(name):
-            continue
-        low, high = sampled.interval(name)
-        at = f"at the edge of its interval: {name} = {number(value)}"
-        if name in sampled.fit.certificate.at_bounds:
-            side = "least" if value - parameter.low <= parameter.high - value else "most"
-            words.append(
-                f"{at}, the {side} that the law allows, "
-                + (
-                    "in every sample: the interval has no width and says nothing"
-                    if low == high
-                    else "so the interval is one-sided: only its other end says something"
-                )
-            )
-        elif low <= value <= high:
-            words.append(f"{at}: the samples lie to one side of the fit, so the interval is rough")
-        else:
-            words.append(
-                f"outside of its interval: {name} = {number(value)}: the samples lie to one side "
-                "of the fit, so neither is sure"
-            )
     return words
 
 
@@ -155,8 +112,3 @@ def errors_of(
 ) -> NDArray[np.float64]:
     """Return predicted/measured - 1, or predicted - measured."""
     return predicted / measured - 1.0 if relative else predicted - measured
-
-
-def finite(value: float) -> float | None:
-    """Return the number, or None where JSON has none for it."""
-    return float(value) if np.isfinite(value) else None

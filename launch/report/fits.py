@@ -4,41 +4,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from allometry.launch.report.figure import (
+from allometry.launch.figures.figure import (
     GREY,
     PALETTE,
     POINTS,
     Column,
     Figure,
     Panel,
-    Section,
     Series,
-    Table,
+    star,
     thin,
 )
 from allometry.launch.report.inputs import Inputs
 from allometry.launch.report.law_curves import law_panel, target_label
-from allometry.laws.fit.engine import Fit
+from allometry.launch.report.section import Section, Table
 from allometry.laws.fit.store import StoredFit
 from allometry.laws.ladder import Prediction
 
 HEAD = ("fit", "parameter", "value", "95 % interval", "unit")
 TARGET_HEAD = (
-    "ladder",
-    "law",
-    "target",
-    "predicted",
-    "95 % interval",
-    "made",
-    "measured",
-    "error",
+    "ladder", "law", "target", "predicted", "95 % interval", "made", "measured", "error",
     "inside the interval",
-)
+)  # fmt: skip
 
 
 def fits(inputs: Inputs) -> Section:
@@ -47,7 +39,7 @@ def fits(inputs: Inputs) -> Section:
     targets = _targets(inputs.predictions)
     if not inputs.fits and not inputs.predictions:
         why = "no fit was given (--fit) and no ladder here has a fit.json"
-        return Section(key="fits", title=title, text="", absent=why)
+        return Section(key="fits", title=title, absent=why)
     figures, rows = [], []
     for number, (path, stored) in enumerate(inputs.fits, start=1):
         own = [one for folder, one in inputs.predictions if folder == path.parent]
@@ -86,18 +78,19 @@ def _figure(
 
 
 def _sentence(path: Path, stored: StoredFit) -> str:
-    fit, found = stored.fit, stored.fit.certificate
+    fit, certificate = stored.fit, stored.fit.certificate
     groups = len(set(fit.observations.groups))
     number = len(fit.observations)
     drawn = f" ({POINTS} of them are drawn)" if number > POINTS else ""
     parts = [
         f"{fit.form.name} ({path}): {fit.form.equation}, fitted to {len(fit.observations)} rows of "
-        f"{groups} groups{drawn}. {found.agreeing} of {found.starts} starts found this optimum."
+        f"{groups} groups{drawn}. {certificate.agreeing} of {certificate.starts} starts found this "
+        "optimum."
     ]
-    if found.at_bounds:
-        parts.append(f"At a bound: {', '.join(found.at_bounds)}.")
-    if found.unidentified:
-        parts.append(f"NOT identified by the data: {', '.join(found.unidentified)}.")
+    if certificate.at_bounds:
+        parts.append(f"At a bound: {', '.join(certificate.at_bounds)}.")
+    if certificate.unidentified:
+        parts.append(f"NOT identified by the data: {', '.join(certificate.unidentified)}.")
     if stored.bootstrap is None:
         parts.append(
             "The file has no bootstrap, so there are no bands (allometry fit --bootstraps)."
@@ -115,61 +108,49 @@ def _sentence(path: Path, stored: StoredFit) -> str:
 
 def _held_out(stored: StoredFit) -> tuple[Column, Column, str] | None:
     """Predicted and measured values of rows that the law was fitted without, and their errors."""
-    found = stored.extra.get("held_out")
-    if not isinstance(found, dict):
+    kept = stored.extra.get("held_out")
+    if not isinstance(kept, dict):
         return None
     try:
-        predicted, measured = (
-            np.array(found[key], np.float64) for key in ("predicted", "measured")
-        )
-        mean, most, how = float(found["mean"]), float(found["max"]), str(found["how"])
+        predicted, measured = (np.array(kept[key], np.float64) for key in ("predicted", "measured"))
+        mean, most, how = float(kept["mean"]), float(kept["max"]), str(kept["how"])
     except (KeyError, TypeError, ValueError):
         return None
-    form = "{:.3%}" if found.get("relative") else "{:.4g}"
+    form = "{:.3%}" if kept.get("relative") else "{:.4g}"
     said = f"Held-out error: {form.format(mean)} in the mean, {form.format(most)} at most ({how})."
     return predicted, measured, said
 
 
-def _against(stored: StoredFit, targets: Sequence[Prediction]) -> Panel:
-    """Measured against predicted, with the line where both are equal, and what was held out."""
+def _points(stored: StoredFit, y_of: Callable[[Column, Column], Column]) -> list[Series]:
+    """The fitted rows and what was held out, over what is predicted: y of predicted, measured."""
     fit = stored.fit
     predicted, measured = fit.predict(fit.observations), fit.observations[fit.form.target.name]
-    x, y = thin(predicted, measured)
-    series = [
-        Series(
-            name="fitted rows", x=x, y=y, style="dots", colour=PALETTE[0], notes=_names(fit, len(x))
-        )
-    ]
+    x, y = thin(predicted, y_of(predicted, measured))
+    groups = fit.observations.groups if len(x) == len(fit.observations) else None
+    dots = Series(name="fitted rows", x=x, y=y, style="dots", colour=PALETTE[0], notes=groups)
     held_out = _held_out(stored)
-    if held_out is not None:
-        x, y = thin(held_out[0], held_out[1])
-        series.append(Series(name="held out", x=x, y=y, style="cross", colour=PALETTE[4]))
+    if held_out is None:
+        return [dots]
+    x, y = thin(held_out[0], y_of(held_out[0], held_out[1]))
+    return [dots, Series(name="held out", x=x, y=y, style="cross", colour=PALETTE[4])]
+
+
+def _against(stored: StoredFit, targets: Sequence[Prediction]) -> Panel:
+    """Measured against predicted, with the line where both are equal, and what was held out."""
+    series = _points(stored, lambda predicted, measured: measured)
     for one in targets:
-        if one.measured is None:
-            continue
-        series.append(
-            Series(
-                name=f"target {one.target.get('run', '?')}",
-                x=np.array([one.predicted]),
-                y=np.array([one.measured]),
-                style="star",
-                colour=PALETTE[1],
-            )
-        )
+        if one.measured is not None:
+            name = f"target {one.target.get('run', '?')}"
+            series.append(star(name, one.predicted, one.measured, PALETTE[1]))
     ends = np.concatenate([part for one in series for part in (one.x, one.y)])
     line = np.array([np.nanmin(ends), np.nanmax(ends)])
     equal = Series(name="equal", x=line, y=line, style="dashed", colour=GREY, named=False)
     return Panel(
         title="measured against predicted",
-        x_label=f"predicted {target_label(fit)}",
-        y_label=f"measured {target_label(fit)}",
+        x_label=f"predicted {target_label(stored.fit)}",
+        y_label=f"measured {target_label(stored.fit)}",
         series=(equal, *series),
     )
-
-
-def _names(fit: Fit, number: int) -> tuple[str, ...] | None:
-    """Groups of the rows, where all rows are drawn."""
-    return fit.observations.groups if number == len(fit.observations) else None
 
 
 def _residuals(stored: StoredFit) -> Panel:
@@ -180,24 +161,14 @@ def _residuals(stored: StoredFit) -> Panel:
         return 100.0 * (predicted / measured - 1.0) if relative else predicted - measured
 
     predicted = fit.predict(fit.observations)
-    x, y = thin(predicted, errors(predicted, fit.observations[fit.form.target.name]))
     ends = np.array([predicted.min(), predicted.max()])
-    series = [
-        Series(name="0", x=ends, y=np.zeros(2), style="dashed", colour=GREY, named=False),
-        Series(
-            name="fitted rows", x=x, y=y, style="dots", colour=PALETTE[0], notes=_names(fit, len(x))
-        ),
-    ]
-    held_out = _held_out(stored)
-    if held_out is not None:
-        x, y = thin(held_out[0], errors(held_out[0], held_out[1]))
-        series.append(Series(name="held out", x=x, y=y, style="cross", colour=PALETTE[4]))
+    zero = Series(name="0", x=ends, y=np.zeros(2), style="dashed", colour=GREY, named=False)
     unit = fit.unit(fit.form.target.unit)
     return Panel(
         title="residuals",
         x_label=f"predicted {target_label(fit)}",
         y_label="predicted/measured - 1 (%)" if relative else f"predicted - measured ({unit})",
-        series=tuple(series),
+        series=(zero, *_points(stored, errors)),
     )
 
 

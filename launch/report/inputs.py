@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from allometry.configs.errors import UserError
-from allometry.launch.report.figure import Column, colours
+from allometry.launch.figures.figure import Column, colours
+from allometry.launch.text import names_of
 from allometry.laws.fit.store import StoredFit, load_fit
 from allometry.laws.ladder import Prediction, load_prediction
 from allometry.laws.runs import Run, read_run
@@ -40,8 +41,8 @@ class Shown:
     @cached_property
     def parameters(self) -> dict[str, Any]:
         """Counts of parameters, as run.json has them; empty where it is missing."""
-        found = self.run.record.get("plan", {}).get("parameters", {})
-        return found if isinstance(found, dict) else {}
+        counts = self.run.record.get("plan", {}).get("parameters", {})
+        return counts if isinstance(counts, dict) else {}
 
     @cached_property
     def shares(self) -> dict[str, float]:
@@ -119,17 +120,17 @@ def read_inputs(
         raise UserError(f"--smooth={smoothing:g} must be a share of a run, above 0 and up to 0.5")
     for what in (folders, fits, trials):
         _check_once(what)
-    found: dict[Path, Path] = {}
+    by_place: dict[Path, Path] = {}
     notes: list[str] = []
     fit_files = list(fits)
     predictions = []
     for folder in folders:
         place = _place_of_runs(folder)
         if place is None:
-            found.setdefault(folder.resolve(), folder)
+            by_place.setdefault(folder.resolve(), folder)
             continue
         inside, left_out = _runs_of(place)
-        found |= {run.resolve(): run for run in inside if run.resolve() not in found}
+        by_place |= {run.resolve(): run for run in inside if run.resolve() not in by_place}
         notes += left_out
         if (folder / "fit.json").is_file():
             fit_files.append(folder / "fit.json")
@@ -137,7 +138,7 @@ def read_inputs(
         if prediction is not None:
             predictions.append((folder, prediction))
     return Inputs(
-        runs=_shown([_read(folder) for folder in found.values()]),
+        runs=_shown([_read(folder) for folder in by_place.values()]),
         fits=tuple((path, _load_fit(path)) for path in dict.fromkeys(fit_files)),
         trials=tuple(read_trials(path) for path in dict.fromkeys(trials)),
         predictions=tuple(predictions),
@@ -210,9 +211,7 @@ def _read(folder: Path) -> Run:
 
 def _shown(runs: Sequence[Run]) -> tuple[Shown, ...]:
     """Runs with their names (folders', or whole paths where two are equal) and colours."""
-    names = [run.folder.name for run in runs]
-    if len(set(names)) < len(names):
-        names = [str(run.folder) for run in runs]
+    names = names_of([run.folder for run in runs])
     shown = [Shown(i, name, "", run) for i, (name, run) in enumerate(zip(names, runs, strict=True))]
     sizes = [float(one.parameters.get("total", 0)) for one in shown]
     return tuple(

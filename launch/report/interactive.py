@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from allometry.launch.report.figure import Column, Figure, Panel, Series, Ticks
+from allometry.launch.figures.figure import Column, Figure, Panel, Series, Ticks
 
 HEIGHT, COLUMNS = 392, 2
 TITLE, GAP_X, TOP, BOTTOM = 24, 0.09, 30, 62

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from allometry.launch.report.figure import Figure, Panel, Section, Series, Table, ordered
+from allometry.launch.figures.figure import Figure, Panel, Series, ordered, star
 from allometry.launch.report.inputs import Inputs, Shown
+from allometry.launch.report.section import Section, Table
 from allometry.laws.isoflop import TOLERANCE, IsoFlop, isoflop_optima, size_exponent
 from allometry.laws.observations import Observations
 
@@ -25,7 +26,6 @@ def isoflops(inputs: Inputs) -> Section:
         return Section(
             key="isoflop",
             title=title,
-            text="",
             absent=(
                 "no three finished runs of different sizes, nor rows of a fit, have the same FLOPs "
                 f"(within {TOLERANCE:.0%})"
@@ -46,7 +46,7 @@ def isoflops(inputs: Inputs) -> Section:
         key="isoflop",
         title=title,
         text=text,
-        figures=(Figure(key="isoflop", text="", panels=panels, legend=True),),
+        figures=(Figure(key="isoflop", panels=panels, legend=True),),
         tables=(
             Table(
                 head=HEAD,
@@ -58,20 +58,20 @@ def isoflops(inputs: Inputs) -> Section:
 
 
 def _groups(inputs: Inputs) -> list[tuple[str, Observations]]:
-    found = []
+    groups = []
     done = [one for one in inputs.runs if one.state == "finished" and one.parameters]
     done = [one for one in done if np.isfinite(one.final_loss[0])]
     kinds = {one.final_loss[1] for one in done}
     for kind in sorted(kinds):
         alike = [one for one in done if one.final_loss[1] == kind]
-        found.append((f"runs ({kind} loss)", _rows(alike)))
+        groups.append((f"runs ({kind} loss)", _rows(alike)))
     for path, stored in inputs.fits:
         rows = stored.fit.observations
         wanted = {"N", "loss"}
         if rows.curves or not wanted <= set(rows.columns) or not {"C", "D"} & set(rows.columns):
             continue
-        found.append((str(path), rows))
-    return found
+        groups.append((str(path), rows))
+    return groups
 
 
 def _rows(runs: Sequence[Shown]) -> Observations:
@@ -105,15 +105,7 @@ def _panel(name: str, rows: Observations, optima: Sequence[IsoFlop]) -> Panel:
             )
         )
         if one.problem is None:
-            best = Series(
-                name=f"{label}, least",
-                x=np.array([one.N]),
-                y=np.array([one.loss]),
-                style="star",
-                colour=colour,
-                named=False,
-            )
-            series.append(best)
+            series.append(star(f"{label}, least", one.N, one.loss, colour, named=False))
     return Panel(
         title=name,
         x_label="parameters N",

@@ -7,7 +7,7 @@ from __future__ import annotations
 import numpy as np
 
 from allometry.configs.errors import UserError
-from allometry.launch.report.figure import GREY, PALETTE, Column, Panel, Series, ordered, thin
+from allometry.launch.figures.figure import GREY, PALETTE, Column, Panel, Series, ordered, thin
 from allometry.laws.fit.engine import Fit
 from allometry.laws.fit.store import StoredFit
 from allometry.laws.observations import Observations
@@ -62,13 +62,13 @@ def _ranges(fit: Fit, other: str) -> list[Slice]:
     column = fit.observations[other]
     ends = np.quantile(column, np.linspace(0.0, 1.0, RANGES + 1))
     index = np.clip(np.searchsorted(ends, column, side="right") - 1, 0, RANGES - 1)
-    found = []
+    slices = []
     for number in range(RANGES):
         rows = index == number
         if rows.any():
             middle = float(np.median(column[rows]))
-            found.append((f"{other} {middle:.3g}", middle, rows))
-    return found
+            slices.append((f"{other} {middle:.3g}", middle, rows))
+    return slices
 
 
 def _slices(stored: StoredFit, along: str, other: str, slices: list[Slice]) -> Panel:
@@ -102,14 +102,14 @@ def _drawn(
 ) -> list[Series]:
     """The law at these rows as a band (given a bootstrap) and a line."""
     y = stored.fit.predict(rows)
-    found = [Series(name=name, x=x, y=y, colour=colour)]
+    series = [Series(name=name, x=x, y=y, colour=colour)]
     if stored.bootstrap is not None:
         low, high = stored.bootstrap.predict_interval(rows)
         band = Series(
             name=name, x=x, y=y, low=low, high=high, style="band", colour=colour, named=False
         )
-        found.insert(0, band)
-    return found
+        series.insert(0, band)
+    return series
 
 
 def _curves(stored: StoredFit) -> tuple[Panel, str]:

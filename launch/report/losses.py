@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import numpy as np
 
-from allometry.launch.report.figure import (
+from allometry.launch.figures.figure import (
     Column,
     Figure,
     Panel,
-    Section,
     Series,
     Ticks,
     known,
     smooth,
+    star,
     thin,
 )
 from allometry.launch.report.inputs import Inputs, Shown
+from allometry.launch.report.section import Section
 
 LOSS = "loss (nats per token)"
 SOURCES = 12
@@ -31,7 +32,7 @@ def losses(inputs: Inputs) -> Section:
     """Loss against tokens and against FLOPs, both axes logarithmic."""
     title = "Loss against tokens and compute"
     if not inputs.runs:
-        return Section(key="loss", title=title, text="", absent=_no_runs())
+        return Section(key="loss", title=title, absent=_no_runs())
     share = inputs.smoothing
     panels = tuple(
         Panel(
@@ -51,9 +52,7 @@ def losses(inputs: Inputs) -> Section:
         f"Smoothed lines are, at each point, means over the last {share:.0%} of the run so "
         "far. FLOPs are those of the model, forward and backward, without recomputation."
     )
-    return Section(
-        key="loss", title=title, text=text, figures=(Figure(key="loss", text="", panels=panels),)
-    )
+    return Section(key="loss", title=title, text=text, figures=(Figure(key="loss", panels=panels),))
 
 
 def _no_runs() -> str:
@@ -61,12 +60,12 @@ def _no_runs() -> str:
 
 
 def _curves(one: Shown, key: str, share: float) -> list[Series]:
-    found = _train(one, key, "loss", share)
+    series = _train(one, key, "loss", share)
     tokens, held_out = one.validation
     if len(tokens):
         rows = np.isin(one.metrics["tokens"], tokens)
-        found.append(_dots(one, one.metrics[key][rows], held_out))
-    return found
+        series.append(_dots(one, one.metrics[key][rows], held_out))
+    return series
 
 
 def _train(one: Shown, key: str, column: str, share: float) -> list[Series]:
@@ -104,7 +103,7 @@ def sources(inputs: Inputs) -> Section:
     names = list(dict.fromkeys(n for one in inputs.runs for n in one.run.sources))
     if not names:
         why = "no run has a loss by source" if inputs.runs else _no_runs()
-        return Section(key="sources", title=title, text="", absent=why)
+        return Section(key="sources", title=title, absent=why)
     total = {
         name: sum(
             float(np.nanmax(one.metrics[f"tokens/{name}"]))
@@ -138,19 +137,19 @@ def sources(inputs: Inputs) -> Section:
         key="sources",
         title=title,
         text=text,
-        figures=(Figure(key="sources", text="", panels=panels),),
+        figures=(Figure(key="sources", panels=panels),),
         notes=notes,
     )
 
 
 def _source(one: Shown, name: str, share: float) -> list[Series]:
-    found = []
+    series = []
     if f"loss/{name}" in one.metrics:
-        found += _train(one, "tokens", f"loss/{name}", share)
+        series += _train(one, "tokens", f"loss/{name}", share)
     if f"validation/{name}" in one.metrics:
         x, y = known(one.metrics["tokens"], one.metrics[f"validation/{name}"])
-        found.append(_dots(one, x, y))
-    return found
+        series.append(_dots(one, x, y))
+    return series
 
 
 def forecasts(inputs: Inputs) -> Section:
@@ -159,7 +158,7 @@ def forecasts(inputs: Inputs) -> Section:
     runs = [one for one in inputs.runs if "forecast/loss" in one.metrics]
     if not runs:
         why = "no run recorded a forecast" if inputs.runs else _no_runs()
-        return Section(key="forecast", title=title, text="", absent=why)
+        return Section(key="forecast", title=title, absent=why)
     series: list[Series] = []
     for one in runs:
         rows = np.isfinite(one.metrics["forecast/loss"])
@@ -182,18 +181,9 @@ def forecasts(inputs: Inputs) -> Section:
             )
         series.append(Series(name=one.name, x=x, y=y, colour=one.colour, run=one.number))
         if one.state == "finished":
-            end = one.metrics["tokens"][-1:]
-            series.append(
-                Series(
-                    name=f"{one.name}, measured",
-                    x=end,
-                    y=smooth(one.metrics["loss"], inputs.smoothing)[-1:],
-                    style="star",
-                    colour=one.colour,
-                    run=one.number,
-                    named=False,
-                )
-            )
+            end = one.metrics["tokens"][-1], smooth(one.metrics["loss"], inputs.smoothing)[-1]
+            name = f"{one.name}, measured"
+            series.append(star(name, *end, one.colour, run=one.number, named=False))
     panel = Panel(
         title="predicted final training loss",
         x_label="training tokens when it was forecast",
@@ -205,5 +195,5 @@ def forecasts(inputs: Inputs) -> Section:
         "up to each point, with its 95 % interval; a star is what a finished run measured (its "
         "training loss, smoothed as above)."
     )
-    figure = Figure(key="forecast", text="", panels=(panel,))
+    figure = Figure(key="forecast", panels=(panel,))
     return Section(key="forecast", title=title, text=text, figures=(figure,))

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
-from allometry.launch.report.figure import Figure, Section, Table
+from allometry.launch.figures.figure import Figure
 from allometry.launch.report.inputs import Inputs
 from allometry.launch.report.interactive import specification
+from allometry.launch.report.section import Section, Table
 
 GROUPS_FROM = 2
 """With fewer runs there is nothing to select."""

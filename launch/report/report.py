@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 from allometry.configs.errors import UserError
+from allometry.launch.command import Report
+from allometry.launch.figures.drawing import draw
 from allometry.launch.report import (
     fits,
     isoflop,
@@ -18,22 +18,10 @@ from allometry.launch.report import (
     throughput,
     transfer,
 )
-from allometry.launch.report.figure import Section
+from allometry.launch.report.commands import WriteReport
 from allometry.launch.report.inputs import Inputs, read_inputs
-from allometry.launch.report.pictures import write_pictures
-
-
-@dataclass(frozen=True)
-class Request:
-    """What the command line asks for. ``png``: folder for pictures, None: none."""
-
-    runs: tuple[Path, ...]
-    out: Path = Path("report.html")
-    fits: tuple[Path, ...] = ()
-    trials: tuple[Path, ...] = ()
-    png: Path | None = None
-    smoothing: float = 0.05
-    title: str = "Allometry report"
+from allometry.launch.report.section import Section
+from allometry.launch.text import counted
 
 
 def sections(inputs: Inputs) -> list[Section]:
@@ -52,38 +40,50 @@ def sections(inputs: Inputs) -> list[Section]:
     ]
 
 
-def run(request: Request, *, as_json: bool) -> str:
-    """Write the page and the pictures; return a summary as text or JSON.
+def written(asked: WriteReport) -> Report:
+    """Write the page and the pictures.
 
     Raises:
         UserError: an input is missing or damaged, or the output cannot be written.
     """
-    if request.out.suffix not in (".html", ".htm"):
-        raise UserError(f"--out={request.out}: the report is a page; name it something.html")
+    if asked.out.suffix not in (".html", ".htm"):
+        raise UserError(f"--out={asked.out}: the report is a page; name it something.html")
     _check_plotly()
-    inputs = read_inputs(request.runs, request.fits, request.trials, request.smoothing)
-    found = sections(inputs)
+    inputs = read_inputs(asked.runs, asked.fits, asked.trials, asked.smoothing)
+    shown = sections(inputs)
     made = (
-        f"{_number(len(inputs.runs), 'run')}, {_number(len(inputs.fits), 'fit')}, "
-        f"{_number(len(inputs.trials), 'sweep')}. Made on "
+        f"{counted(len(inputs.runs), 'run')}, {counted(len(inputs.fits), 'fit')}, "
+        f"{counted(len(inputs.trials), 'sweep')}. Made on "
         f"{time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())} by allometry "
         f"{metadata.version('allometry')}."
     )
-    text = page.page(found, inputs, request.title, made)
+    pictures: list[Path] = []
     try:
-        request.out.parent.mkdir(parents=True, exist_ok=True)
-        request.out.write_text(text, encoding="utf-8")
-        figures = [figure for section in found for figure in section.figures]
-        pictures = write_pictures(figures, request.png) if request.png is not None else []
+        asked.out.parent.mkdir(parents=True, exist_ok=True)
+        asked.out.write_text(page.page(shown, inputs, asked.title, made), encoding="utf-8")
+        if asked.png is not None:
+            for figure in (figure for section in shown for figure in section.figures):
+                pictures.append(asked.png / f"{figure.key}.png")
+                draw(figure, pictures[-1])
     except OSError as error:
         raise UserError(
             f"{error.filename} cannot be written ({error.strerror}); choose another path"
         ) from error
-    return _summary(request, inputs, found, pictures, as_json=as_json)
-
-
-def _number(count: int, what: str) -> str:
-    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+    size = asked.out.stat().st_size
+    facts = {
+        "report": str(asked.out),
+        "bytes": size,
+        "runs": [one.name for one in inputs.runs],
+        "sections": [
+            {"section": s.key, "shown": s.absent is None, "absent": s.absent} for s in shown
+        ],
+        "pictures": [str(path) for path in pictures],
+        "left_out": list(inputs.notes),
+    }
+    lines = [f"{section.title}: {section.absent or 'shown'}" for section in shown]
+    lines += [*inputs.notes, f"report: {asked.out} ({size / 1e6:.1f} MB)"]
+    lines += [f"pictures: {len(pictures)} in {asked.png}"] if pictures else []
+    return Report(facts, "\n".join(lines))
 
 
 def _check_plotly() -> None:
@@ -93,26 +93,3 @@ def _check_plotly() -> None:
         raise UserError(
             "the report needs plotly, which is not installed; pip install plotly"
         ) from None
-
-
-def _summary(
-    request: Request, inputs: Inputs, found: list[Section], pictures: list[Path], *, as_json: bool
-) -> str:
-    if as_json:
-        facts = {
-            "report": str(request.out),
-            "bytes": request.out.stat().st_size,
-            "runs": [one.name for one in inputs.runs],
-            "sections": [
-                {"section": s.key, "shown": s.absent is None, "absent": s.absent} for s in found
-            ],
-            "pictures": [str(path) for path in pictures],
-            "left_out": list(inputs.notes),
-        }
-        return json.dumps(facts, indent=2)
-    lines = [f"{s.title}: {s.absent or 'shown'}" for s in found]
-    lines += inputs.notes
-    lines.append(f"report: {request.out} ({request.out.stat().st_size / 1e6:.1f} MB)")
-    if pictures:
-        lines.append(f"pictures: {len(pictures)} in {request.png}")
-    return "\n".join(lines)

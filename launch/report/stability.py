@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from allometry.launch.report.figure import Column, Figure, Panel, Section, Series, known, thin
+from allometry.launch.figures.figure import Column, Figure, Panel, Series, known, thin
 from allometry.launch.report.inputs import Inputs, Shown
+from allometry.launch.report.section import Section
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +71,10 @@ def stability(inputs: Inputs) -> Section:
     """A panel for each quantity that a run has, and alarms where they were raised."""
     title = "Stability"
     if not inputs.runs:
-        return Section(key="stability", title=title, text="", absent="no run folder was given")
+        return Section(key="stability", title=title, absent="no run folder was given")
     panels = tuple(panel for watched in WATCHED if (panel := _panel(inputs, watched)))
     if not panels:
-        return Section(
-            key="stability", title=title, text="", absent="no run has a norm or a monitor"
-        )
+        return Section(key="stability", title=title, absent="no run has a norm or a monitor")
     notes = []
     if not any(key.startswith("monitors/") for one in inputs.runs for key in one.metrics):
         notes.append("No run recorded monitors (record.monitors.every_steps): the norm alone.")
@@ -89,7 +88,7 @@ def stability(inputs: Inputs) -> Section:
         key="stability",
         title=title,
         text=text,
-        figures=(Figure(key="stability", text="", panels=panels),),
+        figures=(Figure(key="stability", panels=panels),),
         notes=tuple(notes),
     )
 
@@ -127,7 +126,7 @@ def _column(one: Shown, watched: Watched) -> tuple[Column, Column]:
 
 
 def _alarms(one: Shown, watched: Watched, x: Column, y: Column) -> list[Series]:
-    found = [
+    alarms = [
         event
         for event in one.run.events
         if watched.alarm is not None
@@ -135,9 +134,9 @@ def _alarms(one: Shown, watched: Watched, x: Column, y: Column) -> list[Series]:
         and event.get("alarm") == watched.alarm
         and isinstance(event.get("step"), int)
     ]
-    if not found:
+    if not alarms:
         return []
-    steps = np.array([event["step"] for event in found], np.float64)
+    steps = np.array([event["step"] for event in alarms], np.float64)
     rows = np.clip(np.searchsorted(x, steps), 0, len(x) - 1)
     return [
         Series(
@@ -147,7 +146,7 @@ def _alarms(one: Shown, watched: Watched, x: Column, y: Column) -> list[Series]:
             style="cross",
             colour="#C00000",
             run=one.number,
-            notes=tuple(str(watched.alarm) for _ in found),
+            notes=tuple(str(watched.alarm) for _ in alarms),
             named=False,
         )
     ]

@@ -9,39 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from allometry.launch.report.figure import Figure, Panel, Section, Series, Table, known, thin
+from allometry.launch.figures.figure import Figure, Panel, Series, known, thin
 from allometry.launch.report.inputs import Inputs, Shown
+from allometry.launch.report.section import Section, Table
 
 RUN_HEAD = (
-    "run",
-    "state",
-    "N",
-    "all",
-    "active",
-    "tokens D",
-    "D/N",
-    "FLOPs C",
-    "final loss",
-    "measured on",
-    "train loss",
-    "lr",
-    "schedule",
-    "seed",
-    "layout",
-    "versions",
-    "commit",
-)
+    "run", "state", "N", "all", "active", "tokens D", "D/N", "FLOPs C", "final loss", "measured on",
+    "train loss", "lr", "schedule", "seed", "layout", "versions", "commit",
+)  # fmt: skip
 LAUNCH_HEAD = (
-    "run",
-    "launch",
-    "from step",
-    "to step",
-    "layout",
-    "tokens/s",
-    "MFU",
-    "peak memory",
-    "commit",
-)
+    "run", "launch", "from step", "to step", "layout", "tokens/s", "MFU", "peak memory", "commit",
+)  # fmt: skip
 EVENT_HEAD = ("run", "time (UTC)", "step", "event", "details")
 QUIET = ("checkpoint_saved", "started", "finished")
 EVENTS = 300
@@ -54,7 +32,7 @@ def runs(inputs: Inputs) -> Section:
     title = "Runs"
     if not inputs.runs:
         why = "no run has a row yet" if inputs.notes else "no run folder was given"
-        return Section(key="runs", title=title, text="", absent=why, notes=inputs.notes)
+        return Section(key="runs", title=title, absent=why, notes=inputs.notes)
     rows = tuple(_run_row(one) for one in inputs.runs)
     text = (
         "N: parameters without embedding and head; beside it all of them, and those that a token "
@@ -117,7 +95,7 @@ def throughput(inputs: Inputs) -> Section:
     """Speed and memory over each run, and by launch."""
     title = "Layouts and throughput"
     if not inputs.runs:
-        return Section(key="throughput", title=title, text="", absent="no run folder was given")
+        return Section(key="throughput", title=title, absent="no run folder was given")
     panels = []
     for key, name, unit, scale in (
         ("tokens_per_s", "speed", "tokens/s", 1.0),
@@ -138,7 +116,7 @@ def throughput(inputs: Inputs) -> Section:
         "Tokens per second, the share of the hardware's peak that the model's FLOPs use (MFU), and "
         "the most memory that was in use, at each recorded step."
     )
-    figures = (Figure(key="throughput", text="", panels=tuple(panels)),) if panels else ()
+    figures = (Figure(key="throughput", panels=tuple(panels)),) if panels else ()
     return Section(key="throughput", title=title, text=text, figures=figures, tables=(table,))
 
 
@@ -191,23 +169,23 @@ def events(inputs: Inputs) -> Section:
     """Restarts, stops, alarms: all events but saved checkpoints and regular starts and ends."""
     title = "Restarts and events"
     if not inputs.runs:
-        return Section(key="events", title=title, text="", absent="no run folder was given")
-    found = [
+        return Section(key="events", title=title, absent="no run folder was given")
+    shown = [
         (one.number, _event_row(one, event))
         for one in inputs.runs
         for event in one.run.events
         if event.get("event") not in QUIET
     ]
-    if not found:
+    if not shown:
         why = "no run was stopped, resumed or alarmed"
-        return Section(key="events", title=title, text="", absent=why)
+        return Section(key="events", title=title, absent=why)
     notes: tuple[str, ...] = ()
-    if len(found) > EVENTS:
-        notes = (f"The first {EVENTS} of {len(found)} events are shown; events.jsonl has all.",)
+    if len(shown) > EVENTS:
+        notes = (f"The first {EVENTS} of {len(shown)} events are shown; events.jsonl has all.",)
     table = Table(
         head=EVENT_HEAD,
-        rows=tuple(row for _, row in found[:EVENTS]),
-        run_s=tuple(number for number, _ in found[:EVENTS]),
+        rows=tuple(row for _, row in shown[:EVENTS]),
+        run_s=tuple(number for number, _ in shown[:EVENTS]),
     )
     text = "Everything in events.jsonl but saved checkpoints and regular starts and ends."
     return Section(key="events", title=title, text=text, tables=(table,), notes=notes)

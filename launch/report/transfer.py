@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from allometry.launch.report.figure import Column, Figure, Panel, Section, Series, Table, ordered
+from allometry.launch.figures.figure import Column, Figure, Panel, Series, ordered, star
 from allometry.launch.report.inputs import Inputs, Shown
+from allometry.launch.report.section import Section, Table
 from allometry.laws.optimum import Optimum, drift, drift_interval, quadratic_optimum
 from allometry.laws.trials import TrialFile
 
@@ -29,7 +30,6 @@ def transfer(inputs: Inputs) -> Section:
         return Section(
             key="transfer",
             title=title,
-            text="",
             absent=(
                 "no file of trials was given (--transfer) and there are no "
                 f"{LEAST_RATES} runs that differ in optimizer.lr alone"
@@ -46,7 +46,7 @@ def transfer(inputs: Inputs) -> Section:
         key="transfer",
         title=title,
         text=text,
-        figures=(Figure(key="transfer", text="", panels=panels, legend=True),),
+        figures=(Figure(key="transfer", panels=panels, legend=True),),
         tables=(Table(head=HEAD, rows=tuple(row for some in rows for row in some)),),
         notes=tuple(note for some in notes for note in some),
     )
@@ -154,16 +154,7 @@ def _panel(
         )
         best = quadratic_optimum(log2_lrs.tolist(), losses.tolist())
         if best.interior:
-            series.append(
-                Series(
-                    name=f"{name}, best",
-                    x=np.array([2.0**best.log2_lr]),
-                    y=np.array([best.loss]),
-                    style="star",
-                    colour=colour,
-                    named=False,
-                )
-            )
+            series.append(star(f"{name}, best", 2.0**best.log2_lr, best.loss, colour, named=False))
         rows.append(_row(title, name, best))
     panel = Panel(
         title=title,

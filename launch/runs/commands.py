@@ -1,137 +1,157 @@
-"""Commands that read what runs left."""
+"""Commands that train, that make what training needs, and that read what runs left."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import typer
+from typing_extensions import override
 
-from allometry.launch.options import Json
-
-commands = typer.Typer()
+from allometry.configs.errors import UserError
+from allometry.launch.command import REQUIRED, Command, ConfigCommand, Report, argument, option
 
 
-@commands.command()
-def plot(
-    runs: Annotated[list[Path], typer.Argument(help="run folders")],
-    hdp: Annotated[
-        bool,
-        typer.Option(
-            "--hdp",
-            help="draw which rank ran which documents in one step: RUN --hdp [STEP]; default: "
-            "the last recorded step",
-        ),
-    ] = False,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="PNG to write; default: loss.png, plan.png")
-    ] = None,
-    json: Json = False,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Train(ConfigCommand):
+    """Train the run that CONFIG describes, or continue it where it stopped.
+
+    Further arguments override single keys: optimizer.lr=3e-4. For several processes:
+    torchrun --nproc-per-node N -m allometry.launch.train CONFIG ...
+    """
+
+    dry_run: bool = option("validate, print the plan, train nothing", False)
+    print_config: bool = option("print the resolved configuration and stop", False)
+    world_size: int | None = option("ranks to plan for (with --dry-run); default: 1", min=1)
+    allocator: str = option("on CPU: auto, jemalloc, tcmalloc, glibc-tuned or system", "auto")
+    stop_at_step: int | None = option("save and stop after this step; run again to go on", min=1)
+    json: bool = option("with --dry-run: print one JSON object", False)
+
+    @override
+    def run(self) -> Report:
+        if self.dry_run and self.print_config:
+            raise UserError("--dry-run and --print-config are two commands; give one of them")
+        for flag, given in (("--world-size", self.world_size is not None), ("--json", self.json)):
+            if given and not self.dry_run:
+                raise UserError(f"{flag} goes with --dry-run; add it or leave {flag} out")
+        if self.print_config:
+            from allometry.configs.loader import dump
+
+            return Report(None, dump(self.load()).removesuffix("\n"))
+        if self.dry_run:
+            from allometry.launch.runs.dry_run import planned
+
+            return planned(self.load(), self.world_size or 1)
+        from allometry.launch.runs.train import train_here
+
+        train_here(self.load(), self.allocator, self.stop_at_step)
+        return Report(None, "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepare(Command):
+    """Turn text into token files that training reads (Megatron's .bin/.idx)."""
+
+    inputs: tuple[str, ...] = argument(
+        "NAME=PATH or PATH: text, JSONL (.gz, .zst), parquet, a folder of them, or "
+        "builtin:python-code, builtin:python-prose"
+    )
+    out: Path = option("folder for the token files", REQUIRED, "-o")
+    tokenizer: Path | None = option("tokenizer.json to use; without one, a BPE is trained")
+    vocab_size: int | None = option("size of the BPE to train; default: 8192")
+    validation_fraction: float = option(
+        "share of the documents held out, chosen by their hash", 0.05
+    )
+    text_key: str = option("field that holds the text", "text")
+    max_documents: int | None = option("read at most this many documents of each source")
+    processes: int | None = option("worker processes; default: cores")
+
+    @override
+    def run(self) -> Report:
+        from allometry.launch.runs.prepare import prepared
+
+        return prepared(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convert(Command):
+    """Export a run's checkpoint as a Hugging Face folder, or import one as a new run.
+
+    Llama, Qwen3, Mixtral and Qwen3-MoE, as safetensors with config.json and the tokenizer.
+    """
+
+    source: Path = argument("run folder, or folder of a Hugging Face model")
+    out: Path | None = option("folder to make; it must not hold anything", None, "-o")
+    step: int | None = option("export this checkpoint; default: the latest", min=0)
+    family: str | None = option("export as llama, qwen3, mixtral or qwen3_moe; default: fit")
+    dtype: str | None = option("type of exported weights, fp32 or bf16; default: fp32")
+    config: str | None = option("import: the run to be trained, a YAML file or preset:NAME")
+    print_model: bool = option("print the model section of a model and stop", False)
+    check: bool = option("compare logits with transformers, and every tensor", False)
+
+    @override
+    def run(self) -> Report:
+        from allometry.launch.runs.convert import converted
+
+        return converted(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doctor(Command):
+    """Say what is installed and usable here, and how to mend what is not."""
+
+    @override
+    def run(self) -> Report:
+        from allometry.launch.runs.doctor import examined
+
+        return examined()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plot(Command):
     """Draw loss against tokens and against FLOPs for one or more runs, or one step's schedule."""
-    if hdp:
-        from allometry.launch.runs.gantt import draw_plan, run_and_step
 
-        folder, step = run_and_step(runs)
-        typer.echo(draw_plan(folder, step, out or Path("plan.png"), as_json=json))
-        return
-    from allometry.launch.runs.plot import draw
-
-    typer.echo(draw(runs, out or Path("loss.png"), as_json=json))
-
-
-@commands.command()
-def report(
-    runs: Annotated[
-        list[Path] | None, typer.Argument(help="run folders, or a ladder's folder for all in it")
-    ] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="page to write")] = Path("report.html"),
-    fit: Annotated[
-        list[Path] | None, typer.Option("--fit", help="a fit to draw (allometry fit --out)")
-    ] = None,
-    transfer: Annotated[
-        list[Path] | None,
-        typer.Option("--transfer", help="a sweep to draw (allometry transfer --trials)"),
-    ] = None,
-    png: Annotated[
-        Path | None, typer.Option("--png", help="folder for the same figures as PNG")
-    ] = None,
-    smooth: Annotated[
-        float, typer.Option(help="smoothed losses: means over this share of the run so far")
-    ] = 0.05,
-    title: Annotated[str, typer.Option(help="title of the page")] = "Allometry report",
-    json: Json = False,
-) -> None:
-    """Write one page with the figures of runs, fits and sweeps; it needs no network."""
-    from allometry.launch.report.report import Request, run
-
-    request = Request(
-        runs=tuple(runs or ()),
-        out=out,
-        fits=tuple(fit or ()),
-        trials=tuple(transfer or ()),
-        png=png,
-        smoothing=smooth,
-        title=title,
+    runs: tuple[Path, ...] = argument("run folders")
+    hdp: bool = option(
+        "draw which rank ran which documents in one step: RUN --hdp [STEP]; default: "
+        "the last recorded step",
+        False,
     )
-    typer.echo(run(request, as_json=json))
+    out: Path | None = option("PNG to write; default: loss.png, plan.png", None, "-o")
+
+    @override
+    def run(self) -> Report:
+        if self.hdp:
+            from allometry.launch.runs.gantt import draw_plan, run_and_step
+
+            return draw_plan(*run_and_step(self.runs), self.out or Path("plan.png"))
+        from allometry.launch.runs.plot import draw_losses
+
+        return draw_losses(self.runs, self.out or Path("loss.png"))
 
 
-@commands.command()
-def forecast(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="the run's folder")],
-    schedule: Annotated[
-        str | None,
-        typer.Option(help="kind of another schedule, e.g. wsd; default: the run's own"),
-    ] = None,
-    decay_fraction: Annotated[
-        float | None, typer.Option(help="share of the steps that the decay takes")
-    ] = None,
-    decay: Annotated[
-        str | None, typer.Option(help="form of the decay: 1-sqrt, linear or exponential")
-    ] = None,
-    final_fraction: Annotated[float | None, typer.Option(help="last rate over peak rate")] = None,
-    total_steps: Annotated[int | None, typer.Option(min=1, help="length of the run")] = None,
-    decay_now: Annotated[
-        bool,
-        typer.Option(
-            "--decay-now", help="as if the decay began now, a tenth of the run (--decay-fraction)"
-        ),
-    ] = False,
-    together: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--with", help="fit this run's curve as well: the same model; repeat for more"
-        ),
-    ] = None,
-    like: Annotated[
-        Path | None,
-        typer.Option(help="a run to borrow from where this one has measured nothing yet"),
-    ] = None,
-    at_step: Annotated[
-        int | None, typer.Option(min=1, help="forget what the run recorded after this step")
-    ] = None,
-    loss: Annotated[
-        str, typer.Option(help="train, validation, train/NAME or validation/NAME")
-    ] = "train",
-    level: Annotated[float, typer.Option(help="probability of the interval")] = 0.95,
-    json: Json = False,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Forecast(Command):
     """Forecast the final loss of RUN from its curve: its own schedule, another, or a decay now."""
-    from allometry.launch.runs.forecast import Request, run
 
-    request = Request(
-        run=folder,
-        together=tuple(together or ()),
-        like=like,
-        schedule=schedule,
-        decay_fraction=decay_fraction,
-        decay=decay,
-        final_fraction=final_fraction,
-        total_steps=total_steps,
-        decay_now=decay_now,
-        at_step=at_step,
-        loss=loss,
-        level=level,
+    folder: Path = argument("the run's folder", metavar="RUN")
+    schedule: str | None = option("kind of another schedule, e.g. wsd; default: the run's own")
+    decay_fraction: float | None = option("share of the steps that the decay takes")
+    decay: str | None = option("form of the decay: 1-sqrt, linear or exponential")
+    final_fraction: float | None = option("last rate over peak rate")
+    total_steps: int | None = option("length of the run", min=1)
+    decay_now: bool = option(
+        "as if the decay began now, a tenth of the run (--decay-fraction)", False
     )
-    typer.echo(run(request, as_json=json))
+    others: tuple[Path, ...] = option(
+        "fit this run's curve as well: the same model; repeat for more", (), "--with"
+    )
+    like: Path | None = option("a run to borrow from where this one has measured nothing yet")
+    at_step: int | None = option("forget what the run recorded after this step", min=1)
+    loss: str = option("train, validation, train/NAME or validation/NAME", "train")
+    level: float = option("probability of the interval", 0.95)
+
+    @override
+    def run(self) -> Report:
+        from allometry.launch.runs.forecast import forecasted
+
+        return forecasted(self)

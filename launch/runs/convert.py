@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from io import StringIO
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from ruamel.yaml import YAML
 
 from allometry.configs.errors import UserError
 from allometry.configs.loader import load
-from allometry.configs.model import ModelConfig
 from allometry.interop.huggingface.compare import Comparison
 from allometry.interop.huggingface.convert import (
     Dtype,
@@ -22,106 +20,94 @@ from allometry.interop.huggingface.convert import (
     import_hf,
     read_model,
 )
+from allometry.launch.command import Report
+from allometry.launch.runs.commands import Convert
 
 _DTYPES = ("fp32", "bf16")
 
 
-@dataclass(frozen=True)
-class Request:
-    """What the command line asks for; None is what was not given."""
-
-    source: Path
-    out: Path | None = None
-    step: int | None = None
-    family: str | None = None
-    dtype: str | None = None
-    config: str | None = None
-    print_model: bool = False
-    check: bool = False
-
-
-def run(request: Request, *, as_json: bool) -> str:
-    """Convert and return a report, as lines or as JSON. Raises UserError for what does not fit."""
-    is_run, is_model = ((request.source / name).exists() for name in ("config.yaml", "config.json"))
-    in_checkpoint = request.source.parent.name == "checkpoints"
+def converted(asked: Convert) -> Report:
+    """Convert. Raises UserError for what does not fit."""
+    is_run, is_model = ((asked.source / name).exists() for name in ("config.yaml", "config.json"))
+    in_checkpoint = asked.source.parent.name == "checkpoints"
     if is_run and is_model:
         raise UserError(
-            f"{request.source} holds both config.yaml (a run) and config.json (a Hugging Face "
+            f"{asked.source} holds both config.yaml (a run) and config.json (a Hugging Face "
             "model); move one of them to a folder of its own"
         )
     if in_checkpoint and not is_model:
         raise UserError(
-            f"{request.source} is one checkpoint; name its run, {request.source.parent.parent}, "
+            f"{asked.source} is one checkpoint; name its run, {asked.source.parent.parent}, "
             "and the checkpoint with --step"
         )
     if is_run:
-        return _export(request, as_json)
+        return _export(asked)
     if is_model:
-        return _import(request, as_json)
+        return _import(asked)
     raise UserError(
-        f"{request.source} holds neither config.yaml (a run) nor config.json (a Hugging Face "
+        f"{asked.source} holds neither config.yaml (a run) nor config.json (a Hugging Face "
         "model); name a folder that does"
     )
 
 
-def _refuse(request: Request, names: tuple[str, ...], why: str) -> None:
+def _refuse(asked: Convert, names: tuple[str, ...], why: str) -> None:
     for name in names:
-        value = getattr(request, name)
+        value = getattr(asked, name)
         if value is not None and value is not False:
             raise UserError(f"--{name.replace('_', '-')} {why}; leave it out")
 
 
-def _export(request: Request, as_json: bool) -> str:
+def _export(asked: Convert) -> Report:
     _refuse(
-        request,
+        asked,
         ("config", "print_model"),
-        f"goes with a Hugging Face model, and {request.source} is a run",
+        f"goes with a Hugging Face model, and {asked.source} is a run",
     )
-    dtype = request.dtype or "fp32"
+    dtype = asked.dtype or "fp32"
     if dtype not in _DTYPES:
         raise UserError(f"--dtype={dtype} is not known; use fp32 or bf16")
     report = export_hf(
-        request.source,
-        _out(request),
-        request.step,
-        request.family,
+        asked.source,
+        _out(asked),
+        asked.step,
+        asked.family,
         cast(Dtype, dtype),
-        check=request.check,
+        check=asked.check,
     )
-    return json.dumps(asdict(report), indent=2) if as_json else _exported(report)
+    return Report(asdict(report), _exported(report))
 
 
-def _import(request: Request, as_json: bool) -> str:
+def _import(asked: Convert) -> Report:
     _refuse(
-        request,
+        asked,
         ("step", "family", "dtype"),
-        f"goes with a run, and {request.source} is a Hugging Face model",
+        f"goes with a run, and {asked.source} is a Hugging Face model",
     )
-    if request.print_model:
-        _refuse(request, ("out", "config", "check"), "does not go with --print-model")
-        _, model = read_model(request.source)
-        described = {"model": model.model_dump(mode="json")}
-        return json.dumps(described, indent=2) if as_json else _yaml(model)
-    if request.config is None:
+    if asked.print_model:
+        _refuse(asked, ("out", "config", "check"), "does not go with --print-model")
+        _, model = read_model(asked.source)
+        section = {"model": model.model_dump(mode="json")}
+        return Report(section, _yaml(section))
+    if asked.config is None:
         raise UserError(
             "importing a model needs --config, the run that is to be trained; --print-model prints "
             "the model section for it"
         )
-    report = import_hf(request.source, load(request.config), _out(request), check=request.check)
-    return json.dumps(asdict(report), indent=2) if as_json else _imported(report, request.config)
+    report = import_hf(asked.source, load(asked.config), _out(asked), check=asked.check)
+    return Report(asdict(report), _imported(report, asked.config))
 
 
-def _out(request: Request) -> Path:
-    if request.out is None:
+def _out(asked: Convert) -> Path:
+    if asked.out is None:
         raise UserError("--out is missing; name the folder to make")
-    return request.out
+    return asked.out
 
 
-def _yaml(model: ModelConfig) -> str:
+def _yaml(section: dict[str, Any]) -> str:
     out = StringIO()
     yaml = YAML(typ="rt")
     yaml.default_flow_style = False
-    yaml.dump({"model": model.model_dump(mode="json")}, out)
+    yaml.dump(section, out)
     return out.getvalue().rstrip("\n")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -12,7 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from allometry.launch.command import Report
 from allometry.launch.start import choose, find_library
+from allometry.launch.text import table
 from allometry.scaling.attention import BACKENDS, AttentionCall, choose_backend, installed
 
 Status = Literal["ok", "absent", "problem"]
@@ -28,19 +29,12 @@ class Finding:
     fix: str = ""
 
 
-def examine() -> list[Finding]:
+def examined() -> Report:
     """Look at everything; nothing that is broken stops the others from being looked at."""
     checks: tuple[Callable[[], Iterator[Finding]], ...] = (
-        _torch,
-        _nvml,
-        _attention,
-        _apex,
-        _deepspeed,
-        _megatron,
-        _allocator,
-        _compiler,
+        _torch, _nvml, _attention, _apex, _deepspeed, _megatron, _allocator, _compiler,
         _memory,
-    )
+    )  # fmt: skip
     findings: list[Finding] = []
     for check in checks:
         name = check.__name__.strip("_").replace("_", " ")
@@ -48,21 +42,12 @@ def examine() -> list[Finding]:
             findings.extend(check())
         except Exception as error:  # a broken install raises anything at all
             findings.append(Finding(name, "problem", f"{type(error).__name__}: {error}"))
-    return findings
-
-
-def render(findings: list[Finding], *, as_json: bool) -> str:
-    """The findings as a table or as JSON."""
-    if as_json:
-        return json.dumps([asdict(finding) for finding in findings], indent=2)
-    marks = {"ok": "ok     ", "absent": "absent ", "problem": "PROBLEM"}
-    width = max(len(finding.name) for finding in findings)
-    lines = []
-    for finding in findings:
-        lines.append(f"{marks[finding.status]}  {finding.name:<{width}}  {finding.detail}")
-        if finding.fix:
-            lines.append(f"{'':9}{'':<{width}}  -> {finding.fix}")
-    return "\n".join(lines)
+    rows = []
+    for one in findings:
+        mark = "PROBLEM" if one.status == "problem" else one.status
+        rows.append([mark, one.name, one.detail])
+        rows += [["", "", f"-> {one.fix}"]] if one.fix else []
+    return Report([asdict(one) for one in findings], table(rows, least=(7,)))
 
 
 def version(package: str) -> str | None:
@@ -216,8 +201,8 @@ def _allocator() -> Iterator[Finding]:
 
 
 def _compiler() -> Iterator[Finding]:
-    if path := (shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")):
-        yield Finding("C++ compiler", "ok", path)
+    if compiler := (shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")):
+        yield Finding("C++ compiler", "ok", compiler)
     else:
         yield Finding(
             "C++ compiler",

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from allometry.configs.run import RunConfig
 from allometry.data.stream import open_stream
 from allometry.data.tokenizer import check_vocabulary
+from allometry.launch.command import Report
 from allometry.optim.schedule import Schedule, resolve_schedule
 from allometry.scaling.memory import EXACT, MemoryEstimate
 from allometry.scaling.plan import RunPlan
 
 
-def report(config: RunConfig, world_size: int, *, as_json: bool) -> str:
-    """The plan on ``world_size`` ranks as text or JSON; raises UserError if there is none."""
+def planned(config: RunConfig, world_size: int) -> Report:
+    """Return the plan on ``world_size`` ranks; raises UserError if there is none."""
     plan = RunPlan.of(config, world_size)
     schedule = resolve_schedule(config, plan.batch)
     rates = learning_rates(config, plan, schedule)
@@ -24,7 +24,7 @@ def report(config: RunConfig, world_size: int, *, as_json: bool) -> str:
         from allometry.studies.rehearse import rehearse  # brings torch, which one rank can spare
 
         facts["ranks"] = [rank.describe() for rank in rehearse(config, world_size)]
-    return json.dumps(facts, indent=2) if as_json else _text(config, plan, facts)
+    return Report(facts, _text(config, plan, facts))
 
 
 def data_here(config: RunConfig, plan: RunPlan) -> dict[str, Any]:
@@ -137,12 +137,12 @@ def _layout(layout: dict[str, Any]) -> str:
     return f"{axes}; schedule {layout['schedule']}, layers of the stages {layers}"
 
 
-def _data(found: dict[str, Any]) -> list[str]:
-    if not found["checked"]:
-        return [f"data              not checked: no files here for {', '.join(found['missing'])}"]
+def _data(data: dict[str, Any]) -> list[str]:
+    if not data["checked"]:
+        return [f"data              not checked: no files here for {', '.join(data['missing'])}"]
     return [
         "data              "
-        + ", ".join(f"{name} {epochs:.3g} epochs" for name, epochs in found["epochs"].items())
+        + ", ".join(f"{name} {epochs:.3g} epochs" for name, epochs in data["epochs"].items())
     ]
 
 

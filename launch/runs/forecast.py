@@ -15,45 +15,23 @@ from allometry.configs.errors import UserError
 from allometry.configs.loader import load
 from allometry.configs.optimization import ContinuedSchedule, WSDSchedule
 from allometry.configs.run import RunConfig
+from allometry.launch.command import Report
+from allometry.launch.runs.commands import Forecast as ForecastCommand
 from allometry.laws.comparable import check_comparable
 from allometry.laws.forecast import PUBLISHED, Curve, Forecast, borrowed, forecast
 from allometry.laws.losses import LossChoice, check_losses, loss_curve
 from allometry.laws.observations import LearningRates
 from allometry.laws.runs import Run, read_run
-from allometry.optim.schedule import Decay, resolve_schedule
-from allometry.scaling.batch import BatchPlan
-from allometry.trainer.record.rates import rates_of
+from allometry.optim.schedule import Decay
+from allometry.trainer.record.rates import planned_rates
 
 SAME = ("model", "parameterization", "batch")
 """Sections in which runs must agree to be taken as curves of one law."""
 KINDS = ("constant", "linear", "cosine", "wsd")
 """Schedules that can be asked for; others need more keys than there are options."""
+DECAY_KEYS = ("decay_fraction", "decay", "final_fraction")
 UNIT = "nats per token"
 _LAST = 0.02  # share of a finished run's rows whose mean stands for its final loss
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to forecast: a run and, where it is not the run's own, the schedule it is asked for.
-
-    ``schedule`` to ``total_steps``: keys that replace the run's own (another ``schedule`` begins
-    from that kind's defaults, with the run's warm-up). ``decay_now``: instead, the steps so far and
-    a decay from the rate they ended at. ``at_step``: forget what came after this step. ``loss``:
-    which one, as ``LossChoice`` spells it.
-    """
-
-    run: Path
-    together: tuple[Path, ...] = ()
-    like: Path | None = None
-    schedule: str | None = None
-    decay_fraction: float | None = None
-    decay: str | None = None
-    final_fraction: float | None = None
-    total_steps: int | None = None
-    decay_now: bool = False
-    at_step: int | None = None
-    loss: str = "train"
-    level: float = 0.95
 
 
 @dataclass(frozen=True)
@@ -63,51 +41,53 @@ class _Read:
     curve: Curve
 
 
-def run(request: Request, *, as_json: bool) -> str:
-    """Return the forecast as text or as JSON.
+def forecasted(asked: ForecastCommand) -> Report:
+    """Forecast the end of the run or, where another schedule is asked for, of one like it.
+
+    ``schedule`` to ``total_steps`` replace keys of the run's own (another ``schedule`` begins from
+    that kind's defaults, with the run's warm-up). ``decay_now``: instead, the steps so far and a
+    decay from the rate they ended at.
 
     Raises:
         UserError: a folder holds no run, the runs differ in what one law needs to be the same, the
             schedule cannot be, or there are too few rows yet.
     """
-    _check(request)
-    choice = LossChoice.parse(request.loss)
-    first = _read(request.run, choice, request.at_step)
-    others = [_read(folder, choice) for folder in request.together]
+    _check(asked)
+    choice = LossChoice.parse(asked.loss)
+    first = _read(asked.folder, choice, asked.at_step)
+    others = [_read(folder, choice) for folder in asked.others]
     for other in others:
         _check_same(first, other, choice)
-    target, words = _target(request, first)
+    target, words = _target(asked, first)
     prior = PUBLISHED
-    if request.like is not None:
-        like = _read(request.like, choice)
-        prior = borrowed([like.curve], target, str(request.like))
+    if asked.like is not None:
+        like = _read(asked.like, choice)
+        prior = borrowed([like.curve], target, str(asked.like))
     curves = [first.curve, *(other.curve for other in others)]
-    found = forecast(curves, target, prior=prior, level=request.level)
+    result = forecast(curves, target, prior=prior, level=asked.level)
     last = first.curve.losses_n[-max(1, int(_LAST * len(first.curve.losses_n))) :]
-    if as_json:
-        facts = {
-            "run": str(request.run),
-            "with": [str(folder) for folder in request.together],
-            "loss_of": request.loss,
-            "target": words,
-            "unit": UNIT,
-            "last_loss": float(last.mean()),
-            "last_loss_rows": len(last),
-            **found.to_json(),
-        }
-        return json.dumps(facts, indent=2)
+    facts = {
+        "run": str(asked.folder),
+        "with": [str(folder) for folder in asked.others],
+        "loss_of": asked.loss,
+        "target": words,
+        "unit": UNIT,
+        "last_loss": float(last.mean()),
+        "last_loss_rows": len(last),
+        **result.to_json(),
+    }
     kind = "training" if choice.kind == "train" else "held-out"
     which = f"{kind} loss of {choice.source or 'the mixture'}"
-    return _text(first, which, words, found, (float(last.mean()), len(last)))
+    return Report(facts, _text(first, which, words, result, (float(last.mean()), len(last))))
 
 
-def _check(request: Request) -> None:
-    if not 0.0 < request.level < 1.0:
-        raise UserError(f"--level={request.level} is no probability; use 0.95, say")
-    if request.decay_now:
+def _check(asked: ForecastCommand) -> None:
+    if not 0.0 < asked.level < 1.0:
+        raise UserError(f"--level={asked.level} is no probability; use 0.95, say")
+    if asked.decay_now:
         for flag, value in (
-            ("--schedule", request.schedule),
-            ("--total-steps", request.total_steps),
+            ("--schedule", asked.schedule),
+            ("--total-steps", asked.total_steps),
         ):
             if value is not None:
                 raise UserError(
@@ -118,16 +98,16 @@ def _check(request: Request) -> None:
 
 def _read(folder: Path, choice: LossChoice, at_step: int | None = None) -> _Read:
     """Return a run with the curve of its loss and the rate of each of its steps."""
-    found = read_run(folder)
+    run = read_run(folder)
     config = load(Path(folder) / "config.yaml")
-    rates = _rates(config)
-    recorded = found.metrics["step"].astype(np.int64)
+    rates = planned_rates(config)
+    recorded = run.metrics["step"].astype(np.int64)
     if int(recorded[-1]) > len(rates.rates):
         raise UserError(
             f"{folder} recorded step {int(recorded[-1])} and its config.yaml plans "
             f"{len(rates.rates)} steps; restore the config.yaml that it was trained with"
         )
-    used, planned = found.metrics["lr"], rates.rates[recorded - 1]
+    used, planned = run.metrics["lr"], rates.rates[recorded - 1]
     wrong = ~np.isclose(used, planned, rtol=1e-6, atol=0.0)
     if wrong.any():
         row = int(np.argmax(wrong))
@@ -136,22 +116,17 @@ def _read(folder: Path, choice: LossChoice, at_step: int | None = None) -> _Read
             f"says {planned[row]:.6g}; restore the config.yaml (or the file of its schedule) that "
             "it was trained with"
         )
-    steps, losses = loss_curve(found, choice)
+    steps, losses = loss_curve(run, choice)
     usable = steps <= (at_step or recorded[-1])
     if not usable.any():
         raise UserError(
             f"{folder} has no recorded loss up to step {at_step}; name a later step (--at-step)"
         )
     after = usable & (steps > rates.warmup_steps)
-    check_losses(found, choice, steps[after], losses[after])
+    check_losses(run, choice, steps[after], losses[after])
     usable &= np.isfinite(losses)  # in the warm-up, which no law reads
     steps_n = steps[usable].astype(np.int64)
-    return _Read(found, config, Curve(str(folder), steps_n, losses[usable], rates))
-
-
-def _rates(config: RunConfig) -> LearningRates:
-    plan = BatchPlan(config.batch, config.data.sequence_length)
-    return rates_of(resolve_schedule(config, plan), config.optimizer.lr)
+    return _Read(run, config, Curve(str(folder), steps_n, losses[usable], rates))
 
 
 def _check_same(first: _Read, other: _Read, choice: LossChoice) -> None:
@@ -165,35 +140,30 @@ def _check_same(first: _Read, other: _Read, choice: LossChoice) -> None:
             )
 
 
-def _target(request: Request, first: _Read) -> tuple[LearningRates, str]:
+def _target(asked: ForecastCommand, first: _Read) -> tuple[LearningRates, str]:
     """Return the rates of the run that is asked for, and that run in words."""
-    if request.decay_now:
-        return _decayed(request, first)
-    keys = {
-        "decay_fraction": request.decay_fraction,
-        "decay": request.decay,
-        "final_fraction": request.final_fraction,
-    }
-    given = {key: value for key, value in keys.items() if value is not None}
-    if request.schedule is None and not given and request.total_steps is None:
+    if asked.decay_now:
+        return _decayed(asked, first)
+    given = {key: getattr(asked, key) for key in DECAY_KEYS if getattr(asked, key) is not None}
+    if asked.schedule is None and not given and asked.total_steps is None:
         words = f"its own schedule ({first.config.schedule.kind})"
         return first.curve.rates, words
     overrides = []
-    if request.schedule is not None or given:
-        overrides.append(f"schedule={json.dumps(_section(request, first, given))}")
-    if request.total_steps is not None:
-        overrides += ["training.total_tokens=null", f"training.total_steps={request.total_steps}"]
+    if asked.schedule is not None or given:
+        overrides.append(f"schedule={json.dumps(_section(asked, first, given))}")
+    if asked.total_steps is not None:
+        overrides += ["training.total_tokens=null", f"training.total_steps={asked.total_steps}"]
     warmup = first.curve.rates.warmup_steps
-    if request.total_steps is not None and request.total_steps <= warmup:
+    if asked.total_steps is not None and asked.total_steps <= warmup:
         raise UserError(
-            f"--total-steps={request.total_steps}: the warm-up of {warmup} steps is longer than "
+            f"--total-steps={asked.total_steps}: the warm-up of {warmup} steps is longer than "
             "the run; ask for more steps"
         )
     try:
         config = load(first.run.folder / "config.yaml", overrides)
-        rates = _rates(config)
+        rates = planned_rates(config)
     except UserError as error:
-        raise UserError(_in_flags(str(error), request, overrides)) from None
+        raise UserError(_in_flags(str(error), asked, overrides)) from None
     text = ", ".join(f"{key} {value}" for key, value in given.items())
     return rates, config.schedule.kind + (f" ({text})" if text else "")
 
@@ -208,57 +178,56 @@ _FLAGS = {
 }
 
 
-def _in_flags(message: str, request: Request, overrides: list[str]) -> str:
+def _in_flags(message: str, asked: ForecastCommand, overrides: list[str]) -> str:
     """Return a sentence about a configuration in terms of this command's options."""
     for override in overrides:
         message = message.removeprefix(f"override {override!r}: ").removeprefix("schedule: ")
     message = message.replace("wsd or wsd_s", "wsd")  # whose decays have ends, which are no option
     message = re.sub(
         r"(?<![\w.-])(schedule\.\w+|final_fraction|decay(?=: ))(: |=)?",
-        lambda found: _FLAGS.get(found[1], found[1]) + ("=" if found[2] else ""),
+        lambda key: _FLAGS.get(key[1], key[1]) + ("=" if key[2] else ""),
         message,
     )
     if message.startswith("--"):
         return message
-    given = {"schedule": request.schedule, "decay-fraction": request.decay_fraction}
-    given |= {"decay": request.decay, "final-fraction": request.final_fraction}
-    given |= {"total-steps": request.total_steps}
+    keys = ("schedule", *DECAY_KEYS, "total_steps")
+    given = {key.replace("_", "-"): getattr(asked, key) for key in keys}
     flags = [f"--{name}={value}" for name, value in given.items() if value is not None]
     return f"{' '.join(flags)}: {message}"
 
 
-def _section(request: Request, first: _Read, given: dict[str, Any]) -> dict[str, Any]:
+def _section(asked: ForecastCommand, first: _Read, given: dict[str, Any]) -> dict[str, Any]:
     """Return the schedule section that is asked for."""
     own = first.config.schedule
-    if request.schedule not in (None, own.kind, *KINDS):
+    if asked.schedule not in (None, own.kind, *KINDS):
         raise UserError(
-            f"--schedule={request.schedule} is no schedule that a forecast can be asked for; use "
+            f"--schedule={asked.schedule} is no schedule that a forecast can be asked for; use "
             f"{', '.join(KINDS)}"
         )
-    if request.schedule in (None, own.kind):
+    if asked.schedule in (None, own.kind):
         return {**own.model_dump(exclude_none=True), **given}
     begun = own.before if isinstance(own, ContinuedSchedule) else own
     warmup = {"warmup_steps": begun.warmup_steps, "warmup_tokens": begun.warmup_tokens}
     kept = {key: value for key, value in warmup.items() if value is not None}
-    return {"kind": request.schedule, **kept, **given}
+    return {"kind": asked.schedule, **kept, **given}
 
 
-def _decayed(request: Request, first: _Read) -> tuple[LearningRates, str]:
+def _decayed(asked: ForecastCommand, first: _Read) -> tuple[LearningRates, str]:
     """Return the steps so far and, from the rate they ended at, a decay."""
-    share = 0.1 if request.decay_fraction is None else request.decay_fraction
+    share = 0.1 if asked.decay_fraction is None else asked.decay_fraction
     if not 0.0 < share < 1.0:
         raise UserError(
             f"--decay-fraction={share} is no share of a run that has begun; use 0.1, say"
         )
     try:
         shape = WSDSchedule(
-            decay=request.decay or "1-sqrt",
-            final_fraction=request.final_fraction or 0.0,
+            decay=asked.decay or "1-sqrt",
+            final_fraction=asked.final_fraction or 0.0,
             decay_fraction=share,
         )
     except ValidationError as error:
         raise UserError(
-            f"--decay={request.decay} --final-fraction={request.final_fraction} is no decay "
+            f"--decay={asked.decay} --final-fraction={asked.final_fraction} is no decay "
             f"({error.errors()[0]['msg']}); use 1-sqrt, linear, or exponential with a final "
             "fraction above 0"
         ) from None
@@ -277,12 +246,12 @@ def _decayed(request: Request, first: _Read) -> tuple[LearningRates, str]:
     return LearningRates(rates, first.curve.rates.warmup_steps), words
 
 
-def _text(first: _Read, which: str, words: str, found: Forecast, last: tuple[float, int]) -> str:
+def _text(first: _Read, which: str, words: str, result: Forecast, last: tuple[float, int]) -> str:
     """The forecast for people; ``which`` loss it is of, ``last``: mean and rows at its end."""
-    quality, values = found.quality, found.values
+    quality, values = result.quality, result.values
     rows = f"mean of the last {last[1]} rows" if last[1] > 1 else "the last row"
     lines = [
-        f"{first.run.folder}: step {found.step}",
+        f"{first.run.folder}: step {result.step}",
         f"now         {last[0]:.4f} {UNIT}, the {which} ({rows})",
         "law         L = {L0:.4f} + {A:.4f} S1^-{alpha:.3f} - {C:.4g} S2, memory "
         "{memory:.0f} steps (arXiv 2408.11029)".format(**values),
@@ -292,7 +261,8 @@ def _text(first: _Read, which: str, words: str, found: Forecast, last: tuple[flo
         f"ones; residual {quality.residual:.2%} of the loss",
         f"decay       gains {quality.gain.mean:.2%} +- {quality.gain.sd:.2%} of the loss (one "
         "deviation), " + ("hardly measured" if "gain" in quality.unmeasured else "measured"),
-        f"forecast    {found.loss:.4f} {UNIT} at step {found.total_steps}, {words}",
-        f"            {100 * found.level:g} % interval {found.low:.4f} to {found.high:.4f} {UNIT}",
+        f"forecast    {result.loss:.4f} {UNIT} at step {result.total_steps}, {words}",
+        f"            {100 * result.level:g} % interval {result.low:.4f} to {result.high:.4f} "
+        f"{UNIT}",
     ]
-    return "\n".join([*lines, *(f"note        {warning}" for warning in found.warnings)])
+    return "\n".join([*lines, *(f"note        {warning}" for warning in result.warnings)])

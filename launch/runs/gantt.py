@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from allometry.configs.errors import UserError
-from allometry.launch.runs.plot import check_format
+from allometry.launch.command import Report
+from allometry.launch.figures.drawing import check_format, draw
+from allometry.launch.figures.figure import Figure, Panel, Series, ordered
+from allometry.launch.text import counted
 from allometry.laws.runs import read_lines
 from allometry.parallel.hdp.orders import Orders, schedule_orders
 from allometry.parallel.hdp.plan import Plan
@@ -19,26 +23,14 @@ from allometry.trainer.record.plans import plan_of
 
 _DUMMY_SHARE = 0.003
 """Of the picture's width: a micro-batch that counts nothing takes no time, and is drawn as this."""
-_MOST_NAMED = 32
-_MOST_IN_LEGEND = 8
+DUMMY, BLACK = "#999999", "#000000"
+
+Lanes = Sequence[Sequence[Span]]
+"""What each rank runs, in turn: pipeline by pipeline."""
 
 
-@dataclass(frozen=True)
-class Picture:
-    """What was drawn. ``balance``: the makespan over the mean of the ranks' busy seconds."""
-
-    figure: str
-    step: int
-    mode: str
-    ranks: int
-    waves: int
-    dummies: int
-    balance: float
-    makespan_s: float
-
-
-def draw_plan(folder: Path, step: int | None, out: Path, *, as_json: bool) -> str:
-    """Write the picture of a step's schedule (None: the last recorded) and return what it shows.
+def draw_plan(folder: Path, step: int | None, out: Path) -> Report:
+    """Write the picture of a step's schedule (None: the last recorded) and say what it shows.
 
     It is drawn from the run's plans.jsonl alone: seconds are those that were planned with.
     Raises UserError for a folder without plans, or a step without one.
@@ -47,26 +39,25 @@ def draw_plan(folder: Path, step: int | None, out: Path, *, as_json: bool) -> st
     record = _record(folder, step)
     plan, pp = plan_of(record), int(record["pp"])
     played = replay(plan, _orders(record) if pp > 1 else None)
-    picture = Picture(
-        figure=str(out),
-        step=record["step"],
-        mode=plan.mode,
-        ranks=plan.ranks,
-        waves=max(map(len, plan.orders)),
-        dummies=sum(order.count(None) for order in plan.orders),
-        balance=played.balance,
-        makespan_s=played.makespan,
-    )
+    waves, dummies = max(map(len, plan.orders)), sum(order.count(None) for order in plan.orders)
+    facts = {
+        "figure": str(out),
+        "step": record["step"],
+        "mode": plan.mode,
+        "ranks": plan.ranks,
+        "waves": waves,
+        "dummies": dummies,
+        "balance": played.balance,  # the makespan over the mean of the ranks' busy seconds
+        "makespan_s": played.makespan,
+    }
     text = (
-        f"step {picture.step}, {picture.mode}: {picture.ranks} hdp rank{'s' * (plan.ranks > 1)}"
+        f"step {record['step']}, {plan.mode}: {counted(plan.ranks, 'hdp rank')}"
         + (f" x {pp} pipeline ranks ({record['schedule']})" if pp > 1 else "")
-        + f", {picture.waves} waves, balance {picture.balance:.3f}"
-        + (f", {picture.dummies} dummies" if picture.dummies else "")
+        + f", {waves} waves, balance {played.balance:.3f}"
+        + (f", {dummies} dummies" if dummies else "")
     )
-    _figure(played, plan, text, out)
-    if as_json:
-        return json.dumps(asdict(picture), indent=2)
-    return f"{text}, {picture.makespan_s:.4g} s as planned\nschedule: {out}"
+    draw(schedule_figure(played, plan, text), out)
+    return Report(facts, f"{text}, {played.makespan:.4g} s as planned\nschedule: {out}")
 
 
 def run_and_step(arguments: Sequence[Path]) -> tuple[Path, int | None]:
@@ -108,88 +99,72 @@ def _orders(record: Mapping[str, Any]) -> Callable[[int], Orders]:
     return lambda count: schedule_orders(record["schedule"], pp, record["stages"] // pp, count)
 
 
-def _figure(played: Replay, plan: Plan, title: str, out: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+def schedule_figure(played: Replay, plan: Plan, title: str) -> Figure:
+    """A row for each rank: what it computes when, coloured by how many ranks share it."""
     lanes = [lane for pipeline in played.spans for lane in pipeline]
-    pp, width = len(lanes) // plan.ranks, played.makespan or 1.0
-    figure, panel = plt.subplots(
-        figsize=(12, min(14.0, 1.8 + 0.3 * len(lanes))), layout="constrained"
+    pp = len(lanes) // plan.ranks
+    panel = Panel(
+        title=title,
+        x_label="seconds, as planned (pale: forward; a line joins a ring)",
+        y_label="hdp rank" if pp == 1 else "hdp rank, pipeline rank",
+        series=(*_bars(lanes, plan, played.makespan or 1.0), *_rings(lanes)),
+        rows=tuple(str(r) if pp == 1 else f"{r // pp}, {r % pp}" for r in range(len(lanes))),
     )
-    draw_boxes(panel, lanes, plan, width)
-    draw_links(panel, lanes)
-    panel.set_xlim(0, width)
-    panel.set_ylim(len(lanes) - 0.4, -0.6)
-    panel.set_xlabel("seconds, as planned (pale: forward; a line joins a ring)")
-    if len(lanes) <= _MOST_NAMED:
-        names = [str(r) if pp == 1 else f"{r // pp}, {r % pp}" for r in range(len(lanes))]
-        panel.set_yticks(range(len(lanes)), names, fontsize=8)
-    panel.set_ylabel("hdp rank" if pp == 1 else "hdp rank, pipeline rank")
-    panel.set_title(title, fontsize=10, loc="left")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=130)
-    plt.close(figure)
+    return Figure(key="plan", panels=(panel,), size=(12.0, min(14.0, 1.8 + 0.3 * len(lanes))))
 
 
-def draw_boxes(panel: Any, lanes: Sequence[Sequence[Span]], plan: Plan, width: float) -> None:
-    """A rectangle for each box, its colour by the ranks that share it, paler in the forward."""
-    from matplotlib import colormaps
-    from matplotlib.collections import PolyCollection
-    from matplotlib.patches import Patch
-
+def _bars(lanes: Lanes, plan: Plan, width: float) -> list[Series]:
+    """Bars, their colour by the ranks that share a unit, pale in the forward."""
     degrees = sorted({len(unit.ring) for unit in plan.units})
-    shades = colormaps["viridis"]
-    colour: dict[int | None, Any] = {
-        degree: shades(0.12 + 0.8 * place / max(1, len(degrees) - 1))
-        for place, degree in enumerate(degrees)
-    }
-    colour[None] = "0.6"
-    half = 0.4 if len(lanes) <= _MOST_NAMED else 0.5
-    groups = defaultdict(list)
+    shades: dict[int | None, str] = dict(zip(degrees, ordered(degrees), strict=True))
+    groups: dict[tuple[int | None, bool], list[tuple[int, Span]]] = defaultdict(list)
     for row, span in _rows(lanes):
         degree = None if span.unit is None else len(plan.units[span.unit].ring)
-        end = max(span.end, span.start + _DUMMY_SHARE * width) if degree is None else span.end
-        low, high = row - half, row + half
-        corners = [(span.start, low), (end, low), (end, high), (span.start, high)]
-        groups[degree, span.action.kind == "F"].append(corners)
-    for (degree, forward), corners in groups.items():
-        alpha = 0.55 if forward else 0.95
-        panel.add_collection(
-            PolyCollection(
-                corners, facecolors=colour[degree], alpha=alpha, edgecolors="white", linewidths=0.3
+        groups[degree, span.action.kind == "F"].append((row, span))
+    series = []
+    for degree, forward in sorted(groups, key=lambda group: (group[0] or math.inf, group[1])):
+        spans = groups[degree, forward]
+        least = _DUMMY_SHARE * width if degree is None else 0.0
+        low = np.array([span.start for _, span in spans])
+        series.append(
+            Series(
+                name="counts nothing" if degree is None else counted(degree, "rank"),
+                x=low,
+                y=np.array([float(row) for row, _ in spans]),
+                low=low,
+                high=np.array([max(span.end, span.start + least) for _, span in spans]),
+                style="bars",
+                colour=shades.get(degree, DUMMY),
+                pale=forward,
+                named=not forward or (degree, False) not in groups,
             )
         )
-    stride = -(-len(degrees) // _MOST_IN_LEGEND)
-    named = sorted({*degrees[::stride], *degrees[-1:]})
-    handles = [Patch(color=colour[d], label=f"{d} rank{'s' if d > 1 else ''}") for d in named]
-    if (None, True) in groups:
-        handles.append(Patch(color=colour[None], label="counts nothing"))
-    panel.figure.legend(
-        handles=handles, fontsize=8, ncols=len(handles), loc="outside upper right", frameon=False
-    )
+    return series
 
 
-def draw_links(panel: Any, lanes: Sequence[Sequence[Span]]) -> None:
+def _rings(lanes: Lanes) -> list[Series]:
     """A line through a forward that the members of a ring run together, a dot on each of them."""
-    from matplotlib.collections import LineCollection
-
     rings = defaultdict(list)
     for row, span in _rows(lanes):
         if span.unit is not None and span.action.kind == "F":
-            # Inside the box, where rings that begin at one moment have lines apart.
+            # Inside the bar, where rings that begin at one moment have lines apart.
             at = span.start + (0.1 + 0.1 * (span.unit % 8)) * (span.end - span.start)
             rings[span.unit, span.action.stage, at].append(row)
-    met = {key: rows for key, rows in rings.items() if len(rows) > 1}
-    few = len(lanes) <= _MOST_NAMED
-    lines = [[(at, min(rows)), (at, max(rows))] for (*_, at), rows in met.items()]
-    panel.add_collection(LineCollection(lines, colors="black", linewidths=0.8 if few else 0.4))
-    dots = [(at, row) for (*_, at), rows in met.items() for row in rows]
-    if dots:
-        panel.plot(*zip(*dots, strict=True), "k.", ms=4 if few else 2)
+    joined = [(at, rows) for (*_, at), rows in rings.items() if len(rows) > 1]
+    if not joined:
+        return []
+    low = np.array([min(rows) for _, rows in joined], np.float64)
+    high = np.array([max(rows) for _, rows in joined], np.float64)
+    lines, dots = np.array([at for at, _ in joined]), [(at, r) for at, rows in joined for r in rows]
+    x, y = np.array(dots, np.float64).T
+    return [
+        Series(
+            name="ring", x=lines, y=low, low=low, high=high,
+            style="links", colour=BLACK, named=False,
+        ),
+        Series(name="ring", x=x, y=y, style="dots", colour=BLACK, named=False),
+    ]  # fmt: skip
 
 
-def _rows(lanes: Sequence[Sequence[Span]]) -> Iterator[tuple[int, Span]]:
+def _rows(lanes: Lanes) -> Iterator[tuple[int, Span]]:
     return ((row, span) for row, lane in enumerate(lanes) for span in lane)

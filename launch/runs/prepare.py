@@ -1,26 +1,32 @@
-"""``allometry prepare``: what it prints when it is done."""
+"""``allometry prepare``: token files, and what it prints when they are written."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
-from allometry.data.manifest import Manifest
 from allometry.data.prepare import PrepareRequest, prepare
+from allometry.launch.command import Report
+from allometry.launch.runs.commands import Prepare
+from allometry.launch.text import table
 
 
-def run(request: PrepareRequest, *, as_json: bool) -> str:
-    """Prepare and return a table of what the folder holds, or the manifest as JSON."""
-    manifest = prepare(request, quiet=as_json)
-    if as_json:
-        return json.dumps(manifest.model_dump(mode="json"), indent=2)
-    return _table(manifest, Path(request.out))
-
-
-def _table(manifest: Manifest, out: Path) -> str:
-    lines = [f"{'source':<20}{'split':<12}{'documents':>12}{'tokens':>16}"]
-    for name, source in manifest.sources.items():
-        for split, record in source.splits.items():
-            lines.append(f"{name:<20}{split:<12}{record.documents:>12,}{record.tokens:>16,}")
-    lines.append(f"vocabulary {manifest.tokenizer.vocab_size:,}, token files in {out}")
-    return "\n".join(lines)
+def prepared(asked: Prepare) -> Report:
+    """Prepare; the facts are the manifest."""
+    request = PrepareRequest(
+        inputs=asked.inputs,
+        out=str(asked.out),
+        tokenizer=str(asked.tokenizer) if asked.tokenizer else None,
+        vocab_size=asked.vocab_size,
+        validation_fraction=asked.validation_fraction,
+        text_key=asked.text_key,
+        max_documents=asked.max_documents,
+        processes=asked.processes,
+    )
+    manifest = prepare(request, quiet=asked.json)
+    rows = [["source", "split", "documents", "tokens"]]
+    rows += [
+        [name, split, f"{record.documents:,}", f"{record.tokens:,}"]
+        for name, source in manifest.sources.items()
+        for split, record in source.splits.items()
+    ]
+    shown = table(rows, right=(2, 3), least=(20, 12, 12, 16), gap="")
+    vocabulary = f"vocabulary {manifest.tokenizer.vocab_size:,}, token files in {asked.out}"
+    return Report(manifest.model_dump(mode="json"), f"{shown}\n{vocabulary}")

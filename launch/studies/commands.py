@@ -1,193 +1,140 @@
-"""Commands about what to tune and whether it carries over."""
+"""Commands that check a layout, a parameterization and a learning rate before a run is trained."""
 
 from __future__ import annotations
 
-import math
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import typer
+from typing_extensions import override
 
 from allometry.configs.errors import UserError
-from allometry.launch.options import OVERRIDES, Config, Json
-
-commands = typer.Typer()
+from allometry.launch.command import Command, ConfigCommand, Report, argument, option
 
 
-@commands.command(context_settings=OVERRIDES)
-def suggest(
-    context: typer.Context,
-    config: Config,
-    params: Annotated[
-        float | None,
-        typer.Option(min=1, help="parameters without embedding and head; default: the model's"),
-    ] = None,
-    tokens: Annotated[
-        float | None, typer.Option(min=1, help="tokens of the run; default: the config's")
-    ] = None,
-    loss: Annotated[
-        float | None,
-        typer.Option(min=0.1, help="expected loss, nats per token, for MiniCPM's batch"),
-    ] = None,
-    json: Json = False,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Verify(ConfigCommand):
+    """Certify that CONFIG's model computes the same run in several layouts as on one process.
+
+    Compares gradients, resumes, checkpoints carried over and exports, on processes of this
+    machine. Shrink a large model first: model.num_layers=4 data.sequence_length=256. Ends with
+    code 1 where a layout differs.
+    """
+
+    layout: tuple[str, ...] = option(
+        "tp=2 or pp=2,hdp=2,zero.stage=1; repeat for more; default: a handful", ()
+    )
+    out: Path = option("where the certificate goes", Path("certificate.json"), "-o")
+
+    @override
+    def run(self) -> Report:
+        from allometry.launch.studies.verify import verified
+
+        return verified(self.load(), self.layout or None, self.out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suggest(ConfigCommand):
     """Say what published laws hold for CONFIG: learning rate, batch, schedule, where to tune.
 
     Each with its source and the range behind it; further arguments override single keys.
     """
-    from allometry.configs.loader import load
-    from allometry.launch.studies.suggest import report
 
-    for flag, value in (("--params", params), ("--tokens", tokens), ("--loss", loss)):
-        if value is not None and not math.isfinite(value):
-            raise UserError(f"{flag}={value:g} is not finite; give a number, as 1e9")
-    run = load(config, context.args)
-    n, d = (None if size is None else round(size) for size in (params, tokens))
-    typer.echo(report(run, n, d, loss, as_json=json))
+    params: float | None = option(
+        "parameters without embedding and head; default: the model's", min=1
+    )
+    tokens: float | None = option("tokens of the run; default: the config's", min=1)
+    loss: float | None = option("expected loss, nats per token, for MiniCPM's batch", min=0.1)
+
+    @override
+    def run(self) -> Report:
+        from allometry.launch.studies.suggest import suggested
+
+        return suggested(self.load(), self)
 
 
-@commands.command(context_settings=OVERRIDES)
-def coordcheck(
-    context: typer.Context,
-    config: Config,
-    widths: Annotated[
-        str | None, typer.Option(help="as 64,128,256; default: the model's narrowest")
-    ] = None,
-    depths: Annotated[
-        str | None, typer.Option(help="as 4,8,16; default where the parameterization has a rule")
-    ] = None,
-    experts: Annotated[str | None, typer.Option(help="as 4,8,16; by mssp's regime")] = None,
-    lr: Annotated[
-        float | None, typer.Option(help="constant rate, best a large one; default: the config's")
-    ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="steps on one batch")] = 5,
-    seeds: Annotated[int, typer.Option(min=1, help="initial values and batches")] = 3,
-    sequences: Annotated[int | None, typer.Option(min=1, help="default: 4, or by width")] = None,
-    length: Annotated[int, typer.Option(min=2, help="tokens of a sequence, at most")] = 64,
-    block_bound: Annotated[
-        float | None, typer.Option(min=0.0, help="largest slope of a block; default: by kind")
-    ] = None,
-    logit_bound: Annotated[
-        float | None, typer.Option(min=0.0, help="largest slope of the logits; default: by kind")
-    ] = None,
-    processes: Annotated[int | None, typer.Option(min=1, help="default: cores")] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="figure to write")] = Path(
-        "coordcheck.png"
-    ),
-    json: Json = False,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class CoordCheck(ConfigCommand):
     """Check that CONFIG's parameterization moves activations alike at every size.
 
     Trains small models of the family for a few steps on the config's data. Ends with code 1 where
     a movement grows or shrinks with the size; further arguments override single keys.
     """
-    from allometry.configs.loader import load
-    from allometry.launch.studies.coordcheck import Request, run
 
-    request = Request(
-        widths=widths,
-        depths=depths,
-        experts=experts,
-        lr=lr,
-        steps=steps,
-        seeds=seeds,
-        sequences=sequences,
-        length=length,
-        processes=processes,
-        block_bound=block_bound,
-        logit_bound=logit_bound,
-        out=out,
-    )
-    text, passed = run(load(config, context.args), request, as_json=json)
-    typer.echo(text)
-    if not passed:
-        raise typer.Exit(1)
+    widths: str | None = option("as 64,128,256; default: the model's narrowest")
+    depths: str | None = option("as 4,8,16; default where the parameterization has a rule")
+    experts: str | None = option("as 4,8,16; by mssp's regime")
+    lr: float | None = option("constant rate, best a large one; default: the config's")
+    steps: int = option("steps on one batch", 5, min=1)
+    seeds: int = option("initial values and batches", 3, min=1)
+    sequences: int | None = option("default: 4, or by width", min=1)
+    length: int = option("tokens of a sequence, at most", 64, min=2)
+    block_bound: float | None = option("largest slope of a block; default: by kind", min=0.0)
+    logit_bound: float | None = option("largest slope of the logits; default: by kind", min=0.0)
+    processes: int | None = option("default: cores", min=1)
+    out: Path = option("figure to write", Path("coordcheck.png"), "-o")
+
+    @override
+    def run(self) -> Report:
+        from allometry.launch.studies.coordcheck import checked
+
+        return checked(self.load(), self)
 
 
-@commands.command(context_settings=OVERRIDES)
-def transfer(
-    context: typer.Context,
-    config: Config,
-    axis: Annotated[
-        str | None,
-        typer.Option(
-            help="width, depth, horizon, experts, or regime-ii and regime-iii: number of experts "
-            "with width and visits in proportion, and in III width of experts; default: width, or "
-            "mssp's regime"
-        ),
-    ] = None,
-    sizes: Annotated[
-        str | None, typer.Option(help="as 64,128,256 (of a horizon: steps); default: small ones")
-    ] = None,
-    octaves: Annotated[
-        float, typer.Option(help="rates around optimizer.lr to begin with, to either side")
-    ] = 1.0,
-    step: Annotated[float, typer.Option(help="octaves between rates")] = 0.5,
-    seeds: Annotated[int, typer.Option(min=1, help="initial values and orders of data")] = 2,
-    steps: Annotated[int, typer.Option(min=2, help="steps of a run")] = 80,
-    warmup: Annotated[int, typer.Option(min=0, help="steps of warm-up")] = 0,
-    sequences: Annotated[int, typer.Option(min=1, help="sequences of a batch")] = 8,
-    length: Annotated[int, typer.Option(min=2, help="tokens of a sequence, at most")] = 64,
-    bound: Annotated[float, typer.Option(min=0.0, help="octaves that best rates may drift")] = 0.5,
-    processes: Annotated[int | None, typer.Option(min=1, help="default: cores")] = None,
-    trials: Annotated[
-        Path | None, typer.Option(help="file that keeps each run's loss, to go on from")
-    ] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="figure to write")] = Path(
-        "transfer.png"
-    ),
-    json: Json = False,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Transfer(ConfigCommand):
     """Measure whether CONFIG's best learning rate stays as its model or its run grows.
 
     Sweeps rates at each size on the config's data and ends with code 1 where the best ones are
     further apart than --bound; further arguments override single keys.
     """
-    from allometry.configs.loader import load
-    from allometry.launch.studies.transfer import Request, run
 
-    request = Request(
-        axis=axis,
-        sizes=sizes,
-        octaves=octaves,
-        step=step,
-        seeds=seeds,
-        steps=steps,
-        warmup_steps=warmup,
-        sequences=sequences,
-        length=length,
-        bound=bound,
-        processes=processes,
-        trials=trials,
-        out=out,
+    axis: str | None = option(
+        "width, depth, horizon, experts, or regime-ii and regime-iii: number of experts "
+        "with width and visits in proportion, and in III width of experts; default: width, or "
+        "mssp's regime"
     )
-    text, passed = run(load(config, context.args), request, as_json=json)
-    typer.echo(text)
-    if not passed:
-        raise typer.Exit(1)
+    sizes: str | None = option("as 64,128,256 (of a horizon: steps); default: small ones")
+    octaves: float = option("rates around optimizer.lr to begin with, to either side", 1.0)
+    step: float = option("octaves between rates", 0.5)
+    seeds: int = option("initial values and orders of data", 2, min=1)
+    steps: int = option("steps of a run", 80, min=2)
+    warmup_steps: int = option("steps of warm-up", 0, "--warmup", min=0)
+    sequences: int = option("sequences of a batch", 8, min=1)
+    length: int = option("tokens of a sequence, at most", 64, min=2)
+    bound: float = option("octaves that best rates may drift", 0.5, min=0.0)
+    processes: int | None = option("default: cores", min=1)
+    trials: Path | None = option("file that keeps each run's loss, to go on from")
+    out: Path = option("figure to write", Path("transfer.png"), "-o")
+
+    @override
+    def run(self) -> Report:
+        from allometry.launch.studies.transfer import swept
+
+        return swept(self.load(), self)
 
 
-@commands.command()
-def refine(
-    run: Annotated[Path, typer.Argument(help="the folder of a run that trained to its end")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="JSON to write")] = Path("schedule.json"),
-    optimizer: Annotated[
-        str, typer.Option(help="adam (1-norms of gradients) or sgd (2-norms, squared)")
-    ] = "adam",
-    smoothing: Annotated[
-        float, typer.Option(help="width of the median filter, as a share of the run")
-    ] = 0.1,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Refine(Command):
     """Make a learning-rate schedule from a run's gradient norms (arXiv 2310.07831).
 
     Train with it: schedule={kind: refined, file: schedule.json}
     """
-    from allometry.laws.refine import refined_schedule, write_schedule
 
-    if optimizer not in ("adam", "sgd"):
-        raise UserError(f"--optimizer={optimizer} is not known; use adam or sgd")
-    content = refined_schedule(run, optimizer, smoothing)
-    write_schedule(content, out)
-    fractions, norm = content["fractions"], content["from"]["norm"]
-    peak = 1 + fractions.index(max(fractions))
-    typer.echo(f"{out}: {len(fractions)} steps from {norm}, the peak at step {peak}")
+    folder: Path = argument("the folder of a run that trained to its end", metavar="run")
+    out: Path = option("JSON to write", Path("schedule.json"), "-o")
+    optimizer: str = option("adam (1-norms of gradients) or sgd (2-norms, squared)", "adam")
+    smoothing: float = option("width of the median filter, as a share of the run", 0.1)
+
+    @override
+    def run(self) -> Report:
+        from allometry.laws.refine import refined_schedule, write_schedule
+
+        if self.optimizer not in ("adam", "sgd"):
+            raise UserError(f"--optimizer={self.optimizer} is not known; use adam or sgd")
+        schedule = refined_schedule(self.folder, self.optimizer, self.smoothing)
+        write_schedule(schedule, self.out)
+        fractions, norm = schedule["fractions"], schedule["from"]["norm"]
+        peak = 1 + fractions.index(max(fractions))
+        facts = {"file": str(self.out), "steps": len(fractions), "norm": norm, "peak_step": peak}
+        text = f"{self.out}: {len(fractions)} steps from {norm}, the peak at step {peak}"
+        return Report(facts, text)

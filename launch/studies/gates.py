@@ -1,14 +1,13 @@
-"""What the gates coordcheck and transfer share: sizes, processes, being stopped, figures."""
+"""What coordcheck and transfer share: families of sizes, processes, being stopped, curves."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+
+import numpy as np
 
 from allometry.configs.errors import UserError
 from allometry.configs.model import (
@@ -20,6 +19,7 @@ from allometry.configs.model import (
     MuPPlusPlus,
     ParameterizationConfig,
 )
+from allometry.launch.figures.figure import Column, Series, star
 from allometry.scaling.shapes import Axis, regime_unit, width_unit
 
 GROWTH = (1, 2, 4)
@@ -32,12 +32,12 @@ def numbers(text: str | None, flag: str) -> tuple[int, ...] | None:
     if text is None:
         return None
     try:
-        found = tuple(sorted({int(part) for part in text.split(",")}))
+        sizes = tuple(sorted({int(part) for part in text.split(",")}))
     except ValueError:
-        found = ()
-    if len(found) < 2 or found[0] < 1:
+        sizes = ()
+    if len(sizes) < 2 or sizes[0] < 1:
         raise UserError(f"{flag}={text}: give two or more different whole numbers, as 64,128,256")
-    return found
+    return sizes
 
 
 def default_sizes(model: ModelConfig, axis: Axis, steps: int) -> tuple[int, ...]:
@@ -81,11 +81,6 @@ def processes_here(asked: int | None) -> int:
     return asked or len(os.sched_getaffinity(0))
 
 
-def counted(number: int, what: str) -> str:
-    """Return ``1 seed`` or ``3 seeds``, of a word whose plural ends in s."""
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
-
-
 @contextmanager
 def stoppable(kept: Callable[[], str]) -> Iterator[None]:
     """While the context lasts Ctrl-C ends the command with a line that says what is kept."""
@@ -96,59 +91,24 @@ def stoppable(kept: Callable[[], str]) -> Iterator[None]:
         raise SystemExit(INTERRUPTED) from None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Line:
-    """A curve over sizes or rates; ``low`` and ``high``: over seeds, ``mark``: its best point."""
-
-    x: Sequence[float]
-    y: Sequence[float]
-    low: Sequence[float] | None = None
-    high: Sequence[float] | None = None
-    mark: tuple[float, float] | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Panel:
-    """Axes of a figure; ``ticks`` of x are written as they are, else powers of two."""
-
-    title: str
-    x_label: str
-    y_label: str
-    lines: Mapping[str, Line]
-    ticks: Sequence[int] | None = None
-    log_y: bool = False
-
-
-def draw(out: Path, panels: Sequence[Panel]) -> None:
-    """Write a figure of these panels side by side; x is log2."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(6 * len(panels), 4.5), squeeze=False, layout="constrained"
-    )
-    for axis, panel in zip(axes[0], panels, strict=True):
-        _panel(axis, panel)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=130)
-    plt.close(figure)
-
-
-def _panel(axis: Any, panel: Panel) -> None:
-    for name, line in panel.lines.items():
-        (drawn,) = axis.plot(line.x, line.y, "o-", ms=4, lw=1.4, label=name)
-        if line.low is not None and line.high is not None:
-            axis.fill_between(line.x, line.low, line.high, color=drawn.get_color(), alpha=0.15)
-        if line.mark is not None:
-            axis.plot(*line.mark, "*", ms=13, mec="black", mew=0.6, color=drawn.get_color())
-    axis.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
-    axis.set_xscale("log", base=2)
-    if panel.ticks is not None:
-        axis.set_xticks(panel.ticks, [str(tick) for tick in panel.ticks])
-        axis.set_xticks([], minor=True)
-    if panel.log_y:
-        axis.set_yscale("log", base=2)
-    axis.grid(alpha=0.3, which="both")
-    axis.legend(fontsize=8)
+def curve(
+    name: str,
+    colour: str,
+    x_n: Sequence[float],
+    y_Rn: Sequence[Sequence[float]] | Column,
+    best: tuple[float, float] | None = None,
+) -> list[Series]:
+    """Return the mean of y over R seeds as a curve, with their range and the ``best`` point."""
+    x, ys = np.array(x_n, np.float64), np.array(y_Rn, np.float64)
+    series = [Series(name=name, x=x, y=ys.mean(axis=0), style="joined", colour=colour)]
+    if len(ys) > 1:
+        low, high = ys.min(axis=0), ys.max(axis=0)
+        series.append(
+            Series(
+                name=name, x=x, y=series[0].y, low=low, high=high,
+                style="band", colour=colour, named=False,
+            )
+        )  # fmt: skip
+    if best is not None:
+        series.append(star(name, *best, colour, named=False))
+    return series

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import json
+import math
 import textwrap
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from allometry.configs.errors import UserError
 from allometry.configs.run import RunConfig
+from allometry.launch.command import Report
+from allometry.launch.studies.commands import Suggest as SuggestCommand
+from allometry.launch.text import table
 from allometry.scaling.batch import BatchPlan, total_steps
 from allometry.scaling.count import count_parameters
 from allometry.scaling.hyperlaws import Suggestion, Target, disagreements, suggest
@@ -26,40 +31,37 @@ class Base:
     tokens: int
 
 
-def report(
-    config: RunConfig,
-    parameters: int | None,
-    tokens: int | None,
-    loss: float | None,
-    *,
-    as_json: bool,
-) -> str:
+def suggested(config: RunConfig, asked: SuggestCommand) -> Report:
     """What the laws say of this run, or of one like it with other parameters and tokens."""
+    for name in ("params", "tokens", "loss"):
+        value = getattr(asked, name)
+        if value is not None and not math.isfinite(value):
+            raise UserError(f"--{name}={value:g} is not finite; give a number, as 1e9")
+    parameters, tokens = (None if n is None else round(n) for n in (asked.params, asked.tokens))
     length = config.data.sequence_length
     plan = BatchPlan(config.batch, length)
     planned = plan.tokens_after(total_steps(config.training, plan))
-    target = Target.of(config.model, tokens or planned, length, parameters=parameters, loss=loss)
-    found = suggest(target)
-    apart = disagreements(found)
-    base = _base(config)
-    if as_json:
-        facts = {
-            "target": asdict(target),
-            "sequence_length": length,
-            "suggestions": [suggestion.describe() for suggestion in found],
-            "disagreements": apart,
-            "base": asdict(base),
-        }
-        return json.dumps(facts, indent=2)
-    small = base.width == config.model.width
-    return "\n".join(
-        [
-            *_wrapped(_head(target)),
-            *_table(found, length),
-            *(line for note in _notes(found, apart) for line in _wrapped(note)),
-            *_wrapped(_tune(base, small)),
-        ]
+    target = Target.of(
+        config.model, tokens or planned, length, parameters=parameters, loss=asked.loss
     )
+    suggestions = suggest(target)
+    apart = disagreements(suggestions)
+    base = _base(config)
+    facts = {
+        "target": asdict(target),
+        "sequence_length": length,
+        "suggestions": [suggestion.describe() for suggestion in suggestions],
+        "disagreements": apart,
+        "base": asdict(base),
+    }
+    small = base.width == config.model.width
+    lines = [
+        *_wrapped(_head(target)),
+        _table(suggestions, length),
+        *(line for note in _notes(suggestions, apart) for line in _wrapped(note)),
+        *_wrapped(_tune(base, small)),
+    ]
+    return Report(facts, "\n".join(lines))
 
 
 def _wrapped(text: str) -> list[str]:
@@ -82,30 +84,27 @@ def _head(target: Target) -> str:
     )
 
 
-def _table(found: tuple[Suggestion, ...], length: int) -> list[str]:
-    rows = [("law", "for", "peak lr", "batch, tokens", "sequences")]
-    for one in found:
+def _table(suggestions: Sequence[Suggestion], length: int) -> str:
+    rows = [["law", "for", "peak lr", "batch, tokens", "sequences"]]
+    for one in suggestions:
         if one.refused:
             continue
         batch = one.batch_tokens
         rows.append(
-            (
+            [
                 one.law + ("*" if one.outside else ""),
                 one.setting,
                 "-" if one.lr is None else f"{one.lr:.3g}",
                 "-" if batch is None else f"{batch:,}",
                 "-" if batch is None else f"{max(1, round(batch / length)):,}",
-            )
+            ]
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
+    return table(rows)
 
 
-def _notes(found: tuple[Suggestion, ...], apart: list[str]) -> list[str]:
+def _notes(suggestions: Sequence[Suggestion], apart: list[str]) -> list[str]:
     lines = []
-    for one in found:
+    for one in suggestions:
         said: list[Any] = [f"fitted on {one.fitted}", f"schedule: {one.schedule}"]
         if one.refused:
             said = [one.refused]

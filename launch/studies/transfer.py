@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 
 from allometry.configs.errors import UserError
 from allometry.configs.run import RunConfig
-from allometry.launch.runs.plot import check_format
+from allometry.launch.command import Report
+from allometry.launch.figures.drawing import check_format, draw
+from allometry.launch.figures.figure import Figure, Panel, Series, colours
+from allometry.launch.studies.commands import Transfer as TransferCommand
 from allometry.launch.studies.gates import (
-    Line,
-    Panel,
-    counted,
+    curve,
     default_sizes,
     depth_words,
-    draw,
     numbers,
     processes_here,
     stoppable,
 )
+from allometry.launch.text import counted, table
 from allometry.scaling.shapes import Axis, growth_axis
 from allometry.studies.sweeps.probe import read_pools
 from allometry.studies.sweeps.transfer import Runner, Transfer, TransferSweep, Trial
@@ -33,62 +32,41 @@ MOST_OCTAVES = 32
 MOST_RATES = 200
 
 
-@dataclass(frozen=True)
-class Request:
-    """What the command line asks for; None: the default."""
-
-    axis: str | None = None
-    sizes: str | None = None
-    octaves: float = 1.0
-    step: float = 0.5
-    seeds: int = 2
-    steps: int = 80
-    warmup_steps: int = 0
-    sequences: int = 8
-    length: int = 64
-    bound: float = 0.5
-    processes: int | None = None
-    trials: Path | None = None
-    out: Path = Path("transfer.png")
-
-
-def run(config: RunConfig, request: Request, *, as_json: bool) -> tuple[str, bool]:
-    """Run the sweep; return the report and whether it is passed."""
-    check_format(request.out)
-    axis = growth_axis(config.parameterization) if request.axis is None else _axis(request.axis)
-    if not 0.0 <= request.bound < math.inf:
-        raise UserError(f"--bound={request.bound:g} is no number of octaves; use 0.5 or another")
-    rates = _rates(config.optimizer.lr, request)
-    sizes = numbers(request.sizes, "--sizes") or default_sizes(config.model, axis, request.steps)
-    sweep = _sweep(config, request, axis, sizes)
-    seeds = tuple(range(request.seeds))
+def swept(config: RunConfig, asked: TransferCommand) -> Report:
+    """Run the sweep; passed where the best rates drift no further than ``bound``."""
+    check_format(asked.out)
+    axis = growth_axis(config.parameterization) if asked.axis is None else _axis(asked.axis)
+    if not 0.0 <= asked.bound < math.inf:
+        raise UserError(f"--bound={asked.bound:g} is no number of octaves; use 0.5 or another")
+    rates = _rates(config.optimizer.lr, asked)
+    sizes = numbers(asked.sizes, "--sizes") or default_sizes(config.model, axis, asked.steps)
+    sweep = _sweep(config, asked, axis, sizes)
+    seeds = tuple(range(asked.seeds))
     sweep.check(sizes, seeds)  # before the file of trials is begun
-    log = None if request.trials is None else TrialLog(request.trials, sweep.settings())
+    log = None if asked.trials is None else TrialLog(asked.trials, sweep.settings())
     ended: dict[Trial, float] = {}
     runner = Runner(
         sweep,
         rates,
-        request.step,
-        processes_here(request.processes),
+        asked.step,
+        processes_here(asked.processes),
         known={} if log is None else log.known,
         done=ended.__setitem__ if log is None else log.add,
     )
     with stoppable(lambda: _kept(log, len(ended))):
-        found = runner.run(sizes, seeds)
-        _figure(found, request.out)
-    wrong = found.failures(request.bound)
-    if as_json:
-        facts = {
-            "kind": config.parameterization.kind,
-            "optimizer": config.optimizer.kind,
-            "bound_octaves": request.bound,
-            "passed": not wrong,
-            "failures": wrong,
-            "figure": str(request.out),
-            **found.describe(),
-        }
-        return json.dumps(facts, indent=2), not wrong
-    return _text(config, request, found, wrong), not wrong
+        transfer = runner.run(sizes, seeds)
+        draw(_figure(transfer), asked.out)
+    wrong = transfer.failures(asked.bound)
+    facts = {
+        "kind": config.parameterization.kind,
+        "optimizer": config.optimizer.kind,
+        "bound_octaves": asked.bound,
+        "passed": not wrong,
+        "failures": wrong,
+        "figure": str(asked.out),
+        **transfer.describe(),
+    }
+    return Report(facts, _text(config, asked, transfer, wrong), not wrong)
 
 
 def _kept(log: TrialLog | None, ended: int) -> str:
@@ -111,35 +89,35 @@ def _axis(name: str) -> Axis:
     return Axis(name)
 
 
-def _rates(lr: float, request: Request) -> tuple[float, ...]:
+def _rates(lr: float, asked: TransferCommand) -> tuple[float, ...]:
     """log2 of the first rates: around the run's own, to a multiple of the step."""
-    if not 0.0 < request.step <= request.octaves:
+    if not 0.0 < asked.step <= asked.octaves:
         raise UserError(
-            f"--step={request.step:g} must be above 0 and at most --octaves={request.octaves:g}; "
+            f"--step={asked.step:g} must be above 0 and at most --octaves={asked.octaves:g}; "
             "change one of them"
         )
-    if request.octaves > MOST_OCTAVES:
+    if asked.octaves > MOST_OCTAVES:
         raise UserError(
-            f"--octaves={request.octaves:g} goes beyond any rate of use; choose at most "
+            f"--octaves={asked.octaves:g} goes beyond any rate of use; choose at most "
             f"{MOST_OCTAVES}"
         )
-    centre = round(math.log2(lr) / request.step)
-    reach = round(request.octaves / request.step)
+    centre = round(math.log2(lr) / asked.step)
+    reach = round(asked.octaves / asked.step)
     if 2 * reach + 1 > MOST_RATES:
         raise UserError(
-            f"--step={request.step:g} makes {2 * reach + 1:,} rates of each size; choose a larger "
+            f"--step={asked.step:g} makes {2 * reach + 1:,} rates of each size; choose a larger "
             f"step, for at most {MOST_RATES}"
         )
-    return tuple((centre + offset) * request.step for offset in range(-reach, reach + 1))
+    return tuple((centre + offset) * asked.step for offset in range(-reach, reach + 1))
 
 
 def _sweep(
-    config: RunConfig, request: Request, axis: Axis, sizes: tuple[int, ...]
+    config: RunConfig, asked: TransferCommand, axis: Axis, sizes: tuple[int, ...]
 ) -> TransferSweep:
-    length = min(request.length, config.data.sequence_length)
-    longest = max(sizes) if axis == Axis.HORIZON else request.steps
+    length = min(asked.length, config.data.sequence_length)
+    longest = max(sizes) if axis == Axis.HORIZON else asked.steps
     pool_PL, held_out_HL = read_pools(
-        config.data, config.run.seed, length, [longest * request.sequences, HELD_OUT]
+        config.data, config.run.seed, length, [longest * asked.sequences, HELD_OUT]
     )
     return TransferSweep(
         model=config.model,
@@ -148,59 +126,61 @@ def _sweep(
         pool_PL=pool_PL,
         held_out_HL=held_out_HL,
         axis=axis,
-        steps=request.steps,
-        sequences=request.sequences,
-        warmup_steps=request.warmup_steps,
+        steps=asked.steps,
+        sequences=asked.sequences,
+        warmup_steps=asked.warmup_steps,
         clip=config.training.clip_grad_norm,
     )
 
 
-def _text(config: RunConfig, request: Request, found: Transfer, wrong: list[str]) -> str:
-    sweeps = {size: found.sweep(size) for size in found.sizes}
+def _text(
+    config: RunConfig, asked: TransferCommand, transfer: Transfer, wrong: Sequence[str]
+) -> str:
+    rows = [[transfer.axis.value, "best lr", "log2", "loss", "seeds apart"]]
+    for size, best in transfer.optima().items():
+        spread = transfer.sweep(size).spread()
+        apart = f"{spread:.2f}" if math.isfinite(spread) else "-"
+        loss = f"{best.loss:.4f}" if best.loss < 1000.0 else f"{best.loss:.2g}"
+        rows.append([str(size), f"{2.0**best.log2_lr:.4g}", f"{best.log2_lr:.2f}", loss, apart])
+    low, high = transfer.drift_interval()
+    interval = f" (95 % over seeds: {low:.2f} to {high:.2f})" if math.isfinite(low) else ""
+    drift = transfer.drift()
+    verdict = "NOT passed" if wrong else f"passed: at most {asked.bound:g} octaves"
     lines = [
         f"best learning rates of {config.parameterization.kind} with {config.optimizer.kind} over "
-        f"{found.axis}, {counted(len(found.seeds), 'seed')}, "
-        f"{counted(request.sequences, 'sequence')} a step",
-        f"{found.axis:<12}{'best lr':>12}{'log2':>9}{'loss':>9}{'seeds apart':>13}",
+        f"{transfer.axis}, {counted(len(transfer.seeds), 'seed')}, "
+        f"{counted(asked.sequences, 'sequence')} a step",
+        table(rows, right=(1, 2, 3, 4), least=(12, 12, 9, 9, 13), gap=""),
+        "drift unknown" if math.isnan(drift) else f"drift {drift:.2f} octaves{interval}",
+        *(f"FAILED: {failure}" for failure in wrong),
+        *(depth_words(config.parameterization, transfer.axis) if wrong else []),
+        f"{verdict}; figure: {asked.out}",
     ]
-    for size, optimum in found.optima().items():
-        spread = sweeps[size].spread()
-        apart = f"{spread:.2f}" if math.isfinite(spread) else "-"
-        loss = f"{optimum.loss:.4f}" if optimum.loss < 1000.0 else f"{optimum.loss:.2g}"
-        lines.append(
-            f"{size:<12}{2.0**optimum.log2_lr:>12.4g}{optimum.log2_lr:>9.2f}{loss:>9}{apart:>13}"
-        )
-    low, high = found.drift_interval()
-    interval = f" (95 % over seeds: {low:.2f} to {high:.2f})" if math.isfinite(low) else ""
-    drift = found.drift()
-    lines.append("drift unknown" if math.isnan(drift) else f"drift {drift:.2f} octaves{interval}")
-    lines += [f"FAILED: {failure}" for failure in wrong]
-    lines += depth_words(config.parameterization, found.axis) if wrong else []
-    verdict = "NOT passed" if wrong else f"passed: at most {request.bound:g} octaves"
-    return "\n".join([*lines, f"{verdict}; figure: {request.out}"])
+    return "\n".join(lines)
 
 
-def _figure(found: Transfer, out: Path) -> None:
-    lines: dict[str, Line] = {}
-    several = len(found.seeds) > 1
-    for size, optimum in found.optima().items():
-        sweep = found.sweep(size)
-        means = sweep.losses_RS.mean(axis=1)
-        kept = np.isfinite(means)
-        losses_RS = sweep.losses_RS[kept]
-        name = f"{size} steps" if found.axis == Axis.HORIZON else f"{found.axis} {size}"
-        lines[name] = Line(
-            x=[float(x) for x in 2.0 ** np.array(sweep.log2_lrs)[kept]],
-            y=[float(y) for y in means[kept]],
-            low=[float(y) for y in losses_RS.min(axis=1)] if several else None,
-            high=[float(y) for y in losses_RS.max(axis=1)] if several else None,
-            mark=(2.0**optimum.log2_lr, optimum.loss) if optimum.interior else None,
+def _figure(transfer: Transfer) -> Figure:
+    """The loss at each size against the rate; rates that diverged are not drawn."""
+    optima, series = transfer.optima(), list[Series]()
+    for (size, best), colour in zip(optima.items(), colours(range(len(optima))), strict=True):
+        sweep = transfer.sweep(size)
+        kept = np.isfinite(sweep.losses_RS.mean(axis=1))
+        name = f"{size} steps" if transfer.axis == Axis.HORIZON else f"{transfer.axis} {size}"
+        series += curve(
+            name,
+            colour,
+            2.0 ** np.array(sweep.log2_lrs)[kept],
+            sweep.losses_RS[kept].T,
+            (2.0**best.log2_lr, best.loss) if best.interior else None,
         )
-    mean = f"mean and range of {len(found.seeds)} seeds" if several else "1 seed"
+    seeds = len(transfer.seeds)
+    mean = f"mean and range of {seeds} seeds" if seeds > 1 else "1 seed"
     panel = Panel(
-        title=f"over {found.axis}: {mean}; stars: best rates",
+        title=f"over {transfer.axis}: {mean}; stars: best rates",
         x_label="peak learning rate",
         y_label="held-out loss, nats per token",
-        lines=lines,
+        x_log=True,
+        log_base=2,
+        series=tuple(series),
     )
-    draw(out, [panel])
+    return Figure(key="transfer", panels=(panel,), legend=True)

@@ -74,25 +74,25 @@ def plan_ladder(ladder: LadderConfig, tree: Tree) -> LadderPlan:
     """
     _check_law(ladder)
     maker = _Maker(ladder, tree)
-    found: list[PlannedRun] = []
+    rungs: list[PlannedRun] = []
     notes: dict[str, None] = {}
     for size, horizon, schedule, seed in _cells(ladder):
         run = maker.make(size, horizon, schedule, seed, is_target=False)
-        twin = next((other for other in found if _same(other, run)), None)
+        twin = next((other for other in rungs if _same(other, run)), None)
         if twin is not None:
             notes[f"{run.name} would be {twin.name} again and is left out"] = None
             continue
-        clash = next((other for other in found if other.name == run.name), None)
+        clash = next((other for other in rungs if other.name == run.name), None)
         if clash is not None:
             raise UserError(
                 f"two runs of the ladder would be called {run.name}; give their sizes names, or "
                 "horizons that differ in six digits"
             )
-        found.append(run)
-    for run in found:
+        rungs.append(run)
+    for run in rungs:
         _check_loss(ladder.loss, run)
-    target = _target(maker, ladder, found)
-    shared, more = share([*found, *([target] if target else [])])
+    target = _target(maker, ladder, rungs)
+    shared, more = share([*rungs, *([target] if target else [])])
     return LadderPlan(
         ladder=ladder,
         rungs=tuple(run for run in shared if not run.is_target),

@@ -53,7 +53,7 @@ def state_of(run: PlannedRun) -> RunState:
     if not (folder / "config.yaml").is_file():
         return RunState("planned")
     row = last_row(folder / "metrics.jsonl")
-    found = RunState(
+    state = RunState(
         stage=_stage(run, row),
         step=int(row.get("step", 0)),
         flops=int(row.get("flops", 0)),
@@ -64,7 +64,7 @@ def state_of(run: PlannedRun) -> RunState:
         for key, value in row.items()
         if key.startswith("validation/")
     }
-    return replace(found, validation=held_out or None)
+    return replace(state, validation=held_out or None)
 
 
 def _stage(run: PlannedRun, row: dict[str, Any]) -> Stage:

@@ -14,7 +14,7 @@ from allometry.configs.layouts import parse_parallel
 from allometry.configs.run import RunConfig
 from allometry.data.documents import DocumentStream
 from allometry.data.stream import open_stream
-from allometry.launch.studies.verify import run
+from allometry.launch.studies.verify import verified
 from allometry.studies.certificate.rank import TOLERANCE
 from allometry.studies.certificate.verify import Certificate, LayoutResult, _small, verify
 
@@ -50,9 +50,8 @@ def with_error(dtype: str, kind: str, error: float) -> dict[str, Any]:
 
 def test_a_layout_of_experts_is_certified(tiny: Make, tmp_path: Path) -> None:
     out = tmp_path / "certificate.json"
-    text, passed = run(
-        tiny(f"model={json.dumps(MOE)}"), ["ep=2,zero.stage=1", "pp=2"], out, as_json=False
-    )
+    report = verified(tiny(f"model={json.dumps(MOE)}"), ["ep=2,zero.stage=1", "pp=2"], out)
+    text, passed = report.text, report.passed
     assert passed, text
     assert "all agree" in text
     found = json.loads(out.read_text())
@@ -79,7 +78,8 @@ def test_layouts_of_whole_documents_are_certified(tiny: Make, tmp_path: Path) ->
         "parallel.context.min_chunk_tokens=8",
     )
     layouts = ["hdp=2", "pp=2,hdp=2"]
-    text, passed = run(config, layouts, tmp_path / "certificate.json", as_json=False)
+    report = verified(config, layouts, tmp_path / "certificate.json")
+    text, passed = report.text, report.passed
     assert passed, text
 
 

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from allometry.launch.report.figure import Panel, Section
+from allometry.launch.figures.figure import Panel
 from allometry.launch.report.inputs import Inputs, read_inputs
+from allometry.launch.report.section import Section
 
 
 def inputs(*runs: Path, fit: Path | None = None, sweeps: tuple[Path, ...] = ()) -> Inputs:

@@ -14,8 +14,8 @@ from allometry.configs.errors import UserError
 from allometry.configs.loader import dump, load
 from allometry.configs.run import RunConfig
 from allometry.launch import start
-from allometry.launch.runs.dry_run import report
-from allometry.launch.runs.plot import check_format
+from allometry.launch.figures.drawing import check_format
+from allometry.launch.runs.dry_run import planned
 
 Make = Callable[..., RunConfig]
 ROOT = Path(__file__).resolve().parents[3]
@@ -77,7 +77,7 @@ def test_dry_run_says_what_will_happen_without_torch(tiny: Make, tmp_path: Path)
 
 def test_dry_run_of_many_ranks_lists_what_they_hold_and_send(tiny: Make) -> None:
     config = tiny("parallel.tp=2", "parallel.zero.stage=2", "batch.sequences=512")
-    text = report(config, 64, as_json=False)
+    text = planned(config, 64).text
     assert "pp=1, hdp=32, tp=2" in text
     assert "rank 0 (stage 0) calls in a step" in text
     assert text.count("parameters") == 2  # of the model; bytes of the one memory number
@@ -85,13 +85,13 @@ def test_dry_run_of_many_ranks_lists_what_they_hold_and_send(tiny: Make) -> None
     large = config.model_copy(
         update={"model": config.model.model_copy(update={"vocab_size": 2**30})}
     )
-    assert "fits 80 GB: no" in report(large, 64, as_json=False)
+    assert "fits 80 GB: no" in planned(large, 64).text
     assert "reduce-scatter" in text
     assert "32 ranks of hdp" in text
 
 
 def test_dry_run_as_json(tiny: Make) -> None:
-    plan = json.loads(report(tiny(), 2, as_json=True))
+    plan = json.loads(json.dumps(planned(tiny(), 2).facts))
     assert plan["total_steps"] == 20
     assert plan["layout"]["hdp"] == 2
     held = plan["ranks"][0]["bytes_held"]
@@ -101,9 +101,9 @@ def test_dry_run_as_json(tiny: Make) -> None:
         assert stated[kind] == held[kind.replace("_", " ")]
     assert plan["learning_rate"][0]["lr"] == pytest.approx(1e-2 / 3)
     with pytest.raises(UserError, match=r"batch\.sequences=8"):
-        report(tiny(), 3, as_json=True)
+        planned(tiny(), 3)
     with pytest.raises(UserError, match=r"optimizer\.rank=1000 is above .*wq.weight, 32; choose"):
-        report(tiny("optimizer.kind=apollo", "optimizer.rank=1000"), 1, as_json=True)
+        planned(tiny("optimizer.kind=apollo", "optimizer.rank=1000"), 1)
 
 
 def test_folder_of_a_figure_is_made_before_the_work(tmp_path: Path) -> None:
@@ -176,11 +176,11 @@ def test_a_run_from_text_to_picture(tmp_path: Path, tiny: Make) -> None:
 def test_doctor_names_everything_and_its_fix() -> None:
     done = allometry("doctor", "--json")
     assert done.returncode == 0, done.stderr
-    found = {finding["name"]: finding for finding in json.loads(done.stdout)}
+    by_name = {finding["name"]: finding for finding in json.loads(done.stdout)}
     names = {"torch", "CUDA", "NCCL", "NVML", "flash-attn", "NVIDIA apex", "deepspeed"}
-    assert names | {"megatron-core", "CPU allocator"} <= found.keys()
-    assert found["torch"]["status"] == "ok"
-    assert all(f["fix"] for f in found.values() if f["status"] == "problem")
+    assert names | {"megatron-core", "CPU allocator"} <= by_name.keys()
+    assert by_name["torch"]["status"] == "ok"
+    assert all(f["fix"] for f in by_name.values() if f["status"] == "problem")
 
 
 def test_doctor_knows_the_wrong_apex(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from allometry.configs.errors import UserError
 from allometry.configs.loader import dump, load
 from allometry.configs.run import RunConfig
 from allometry.interop.huggingface import compare
-from allometry.launch.runs.convert import Request, run
+from allometry.launch.runs.commands import Convert
 from allometry.trainer.train import train
 from hf_models import make, save
 
@@ -28,7 +28,7 @@ ONE = ("training.total_steps=1", "schedule.warmup_steps=0")
 
 def refused(said: str, source: Path, **more: Any) -> None:
     with pytest.raises(UserError, match=said) as caught:
-        run(Request(source, **more), as_json=False)
+        Convert(source=source, **more).run()
     assert "\n" not in str(caught.value)
 
 
@@ -160,8 +160,8 @@ def test_a_tied_model_with_another_head(tiny: Make, tmp_path: Path) -> None:
     tensors = load_file(file)
     embedding = tensors["model.embed_tokens.weight"]
     save_file({**tensors, "lm_head.weight": embedding.clone()}, file)
-    request = Request(source, tmp_path / "same", config=str(config))
-    assert "llama: 29 parameters" in run(request, as_json=False)
+    asked = Convert(source=source, out=tmp_path / "same", config=str(config))
+    assert "llama: 29 parameters" in asked.run().text
     save_file({**tensors, "lm_head.weight": embedding + 1}, file)
     refused("lm_head.weight differs", source, out=tmp_path / "out", config=str(config))
 

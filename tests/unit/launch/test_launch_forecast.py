@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from allometry.configs.errors import UserError
 from allometry.launch.cli import app
-from allometry.launch.runs.forecast import Request, run
+from allometry.launch.runs.commands import Forecast
 from allometry.laws.areas import areas_of
 from fake_runs import fake_run
 
@@ -23,7 +23,7 @@ COSINE = "schedule={kind: cosine, warmup_steps: 20}"
 def rates(kind: str) -> np.ndarray:
     s = np.arange(1, STEPS + 1)
     x = np.clip((s - WARMUP) / (STEPS - WARMUP), 0, 1)
-    found = (
+    lr = (
         PEAK
         * {
             "constant": np.ones(STEPS),
@@ -31,8 +31,8 @@ def rates(kind: str) -> np.ndarray:
             "wsd": 1 - np.sqrt(np.clip((s - 300) / 100, 0, 1)),
         }[kind]
     )
-    found[:WARMUP] = PEAK * s[:WARMUP] / WARMUP
-    return found
+    lr[:WARMUP] = PEAK * s[:WARMUP] / WARMUP
+    return lr
 
 
 def truth(kind: str) -> np.ndarray:
@@ -50,22 +50,22 @@ def make(folder: Path, override: str, kind: str, *others: str, stop: int | None 
 
 
 def ask(folder: Path, **options: Any) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(run(Request(run=folder, **options), as_json=True))
-    return found
+    facts: dict[str, Any] = json.loads(json.dumps(Forecast(folder=folder, **options).run().facts))
+    return facts
 
 
 def test_a_run_and_what_it_would_end_at(tmp_path: Path) -> None:
     folder = make(tmp_path / "run", WSD, "wsd", stop=350)
-    found = ask(folder)
-    assert (found["step"], found["total_steps"]) == (350, 400)
-    assert found["low"] < truth("wsd")[-1] < found["high"]
-    assert found["loss"] == pytest.approx(truth("wsd")[-1], rel=0.015)
+    facts = ask(folder)
+    assert (facts["step"], facts["total_steps"]) == (350, 400)
+    assert facts["low"] < truth("wsd")[-1] < facts["high"]
+    assert facts["loss"] == pytest.approx(truth("wsd")[-1], rel=0.015)
     before = ask(folder, at_step=250)
     assert before["step"] == 250
     assert "gain" in before["quality"]["unmeasured"]
-    assert before["high"] - before["low"] > 1.5 * (found["high"] - found["low"])
+    assert before["high"] - before["low"] > 1.5 * (facts["high"] - facts["low"])
     level = ask(folder, level=0.5)
-    assert level["high"] - level["low"] < 0.5 * (found["high"] - found["low"])
+    assert level["high"] - level["low"] < 0.5 * (facts["high"] - facts["low"])
 
 
 def test_other_runs_say_what_a_decay_gains(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_other_runs_say_what_a_decay_gains(tmp_path: Path) -> None:
     other = make(tmp_path / "cosine", COSINE, "cosine", "run.seed=1")
     wsd = {"schedule": "wsd", "decay_fraction": 0.25}
     alone = ask(folder, **wsd)
-    joint = ask(folder, together=(other,), **wsd)
+    joint = ask(folder, others=(other,), **wsd)
     assert joint["with"] == [str(other)]
     assert joint["loss"] == pytest.approx(truth("wsd")[-1], rel=0.01)
     assert joint["high"] - joint["low"] < 0.5 * (alone["high"] - alone["low"])
@@ -169,7 +169,7 @@ def test_runs_that_one_law_cannot_hold_for(tmp_path: Path) -> None:
     folder = make(tmp_path / "run", CONSTANT, "constant")
     wider = make(tmp_path / "wider", COSINE, "cosine", "model.ffn_width=128")
     with pytest.raises(UserError, match="its model section"):
-        ask(folder, together=(wider,))
+        ask(folder, others=(wider,))
     with pytest.raises(UserError, match="no gain"):
         ask(folder, like=folder, schedule="wsd")
     with pytest.raises(UserError, match="not a folder"):

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure as Drawn
 
 from allometry.configs.errors import UserError
-from allometry.launch.runs.gantt import draw_boxes, draw_links, draw_plan, run_and_step
+from allometry.launch.figures.drawing import draw_panel
+from allometry.launch.runs.gantt import draw_plan, run_and_step, schedule_figure
 from allometry.parallel.hdp.plan import Plan, Unit
 from allometry.parallel.hdp.replay import replay
 from allometry.scaling.layout import Degrees, Layout
@@ -47,9 +48,9 @@ def run(tmp_path: Path) -> Path:
 
 def test_a_step_as_a_picture(run: Path) -> None:
     out = run / "pictures" / "plan.png"
-    found = json.loads(draw_plan(run, 3, out, as_json=True))
+    facts = draw_plan(run, 3, out).facts
     assert out.read_bytes().startswith(PNG)
-    assert found == {
+    assert facts == {
         "figure": str(out),
         "step": 3,
         "mode": "aligned",
@@ -63,7 +64,7 @@ def test_a_step_as_a_picture(run: Path) -> None:
 
 def test_the_last_step_and_a_pipeline(run: Path) -> None:
     out = run / "plan.svg"
-    text = draw_plan(run, None, out, as_json=False)
+    text = draw_plan(run, None, out).text
     assert "step 5, aligned: 3 hdp ranks x 2 pipeline ranks (1f1b), 2 waves" in text
     assert "2 dummies" in text
     assert str(out) in text
@@ -74,45 +75,48 @@ def test_the_last_step_and_a_pipeline(run: Path) -> None:
 
 
 def test_what_is_drawn() -> None:
-    panel = Figure().subplots()
-    lanes = [lane for pipeline in replay(PLAN).spans for lane in pipeline]
-    draw_boxes(panel, lanes, PLAN, width=1.5)
+    figure = schedule_figure(replay(PLAN), PLAN, "title")
+    (panel,) = figure.panels
+    assert panel.rows == ("0", "1", "2")
+    axes = Drawn().subplots()
+    draw_panel(axes, panel)
+    *bars, links = axes.collections
     boxes = {}
-    for collection in panel.collections:
+    for collection in bars:
         red, green, blue, alpha = collection.get_facecolors()[0]
         corners = [path.vertices for path in collection.get_paths()]
-        found = sorted((*c[:4, 0].take([0, 1]), c[:4, 1].mean()) for c in corners)
-        boxes[(red, green, blue), alpha] = [tuple(np.round(box, 3).tolist()) for box in found]
+        rectangles = sorted((*c[:4, 0].take([0, 1]), c[:4, 1].mean()) for c in corners)
+        boxes[(red, green, blue), alpha] = [tuple(np.round(box, 3).tolist()) for box in rectangles]
     by_colour = {colour: 0 for colour, _ in boxes}
-    for (colour, _), found in boxes.items():
-        by_colour[colour] += len(found)
+    for (colour, _), rectangles in boxes.items():
+        by_colour[colour] += len(rectangles)
     # The ring is run forward and backward by both members, single units by one, dummies by two.
     assert sorted(by_colour.values()) == [4, 4, 4]
     grey = (0.6, 0.6, 0.6)
     assert boxes[grey, 0.55] == [(0.3, 0.304, 1.0), (0.6, 0.604, 2.0)]
-    ring = next(found for found in boxes.values() if (0.0, 0.2, 2.0) in found)
+    ring = next(rectangles for rectangles in boxes.values() if (0.0, 0.2, 2.0) in rectangles)
     assert ring == [(0.0, 0.2, 0.0), (0.0, 0.2, 2.0)]
-    labels = [text.get_text() for text in panel.figure.legends[0].get_texts()]
+    labels = axes.get_legend_handles_labels()[1]
     assert labels == ["1 rank", "2 ranks", "counts nothing"]
 
-    panel = Figure().subplots()
-    draw_links(panel, lanes)
-    (line,) = panel.collections[0].get_segments()
+    (line,) = links.get_segments()
     assert line[:, 1].tolist() == [0, 2]
     assert np.all((line[:, 0] > 0) & (line[:, 0] < 0.2))
-    assert list(panel.lines[0].get_ydata()) == [0, 2]
+    assert list(axes.lines[0].get_ydata()) == [0, 2]
+    assert axes.get_xlim() == pytest.approx((0.0, 1.5))
+    assert axes.get_ylim()[0] > axes.get_ylim()[1], "rank 0 on top"
 
 
 def test_a_step_without_a_plan(run: Path, tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"no plan of step 4, only of 2 steps from 3 to 5"
     ) as caught:
-        draw_plan(run, 4, run / "x.png", as_json=False)
+        draw_plan(run, 4, run / "x.png")
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match=r"data\.kind: documents"):
-        draw_plan(tmp_path / "nothing", None, run / "x.png", as_json=False)
+        draw_plan(tmp_path / "nothing", None, run / "x.png")
     with pytest.raises(UserError, match=r"--out=.*\.png"):
-        draw_plan(run, 3, run / "x.txt", as_json=False)
+        draw_plan(run, 3, run / "x.txt")
     assert not (run / "x.png").exists()
 
 

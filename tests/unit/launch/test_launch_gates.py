@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -14,10 +15,19 @@ from allometry.configs.errors import UserError
 from allometry.configs.loader import load
 from allometry.configs.run import RunConfig
 from allometry.launch.cli import app
-from allometry.launch.studies import coordcheck, suggest, transfer
+from allometry.launch.command import Report
+from allometry.launch.studies.commands import CoordCheck, Suggest, Transfer
+from allometry.launch.studies.coordcheck import checked
+from allometry.launch.studies.suggest import suggested
+from allometry.launch.studies.transfer import swept
 
 Make = Callable[..., RunConfig]
 MUP = ("parameterization={kind: mup, base_width: 16, embedding_std: 1.0}",)
+
+
+def facts_of(report: Report) -> Any:
+    """What --json would print."""
+    return json.loads(json.dumps(report.facts))
 
 
 def cli(*arguments: str | Path) -> tuple[int, str]:
@@ -44,7 +54,7 @@ def test_suggest_prints_a_table_and_json() -> None:
 @pytest.mark.parametrize("preset", ["demo", "dense_1b", "moe_demo"])
 def test_suggest_fits_a_terminal(preset: str) -> None:
     config = load(f"preset:{preset}")
-    lines = suggest.report(config, None, None, None, as_json=False).splitlines()
+    lines = suggested(config, Suggest(config="")).text.splitlines()
     assert max(map(len, lines)) <= 100
     said = " ".join(line.strip() for line in lines)
     assert "schedule: cosine to 1e-5 after 2,000 steps of warm-up" in said
@@ -52,10 +62,10 @@ def test_suggest_fits_a_terminal(preset: str) -> None:
 
 
 def test_suggest_says_where_a_model_is_small_already() -> None:
-    said = suggest.report(load("preset:demo"), None, None, None, as_json=False).replace("\n ", "")
+    said = suggested(load("preset:demo"), Suggest(config="")).text.replace("\n ", "")
     assert "model.width=192 (3,147,712 parameters active) is small already" in said
     assert "base_width is" not in said
-    large = suggest.report(load("preset:dense_1b"), None, None, None, as_json=False)
+    large = suggested(load("preset:dense_1b"), Suggest(config="")).text
     assert "small already" not in large
     assert "to tune small: model.width=512 " in large
 
@@ -67,34 +77,41 @@ def test_suggest_refuses_what_is_not_finite(flag: str) -> None:
 
 
 def test_suggest_says_what_lies_outside_and_what_disagrees() -> None:
-    text = suggest.report(load("preset:demo"), None, None, None, as_json=False)
+    text = suggested(load("preset:demo"), Suggest(config="")).text
     assert "step-law*" in text
     assert "below the smallest behind the law" in text
-    far = suggest.report(load("preset:dense_1b"), None, 10**13, None, as_json=False)
+    far = suggested(load("preset:dense_1b"), Suggest(config="", tokens=1e13)).text
     assert "octaves apart" in far
 
 
 def test_coordcheck_passes_mup_and_fails_sp(tiny: Make, tmp_path: Path) -> None:
-    request = coordcheck.Request(
-        widths="16,32,64", lr=2.0**-6, seeds=2, length=32, processes=1, out=tmp_path / "c.png"
+    request = CoordCheck(
+        config="",
+        widths="16,32,64",
+        lr=2.0**-6,
+        seeds=2,
+        length=32,
+        processes=1,
+        out=tmp_path / "c.png",
     )
-    text, passed = coordcheck.run(tiny(*MUP), request, as_json=True)
-    facts = json.loads(text)
+    report = checked(tiny(*MUP), request)
+    passed, facts = report.passed, facts_of(report)
     assert passed == (not facts["axes"][0]["failures"]) == facts["passed"]
     assert (tmp_path / "c.png").stat().st_size > 0
     wide = facts["axes"][0]["slopes"]
     sp = "parameterization={kind: sp, embedding_std: 1.0}"
-    text, passed = coordcheck.run(tiny(sp), request, as_json=False)
+    report = checked(tiny(sp), request)
+    text, passed = report.text, report.passed
     assert not passed
     assert "FAILED: blocks.1 moves as width^+" in text
     assert "NOT passed" in text
-    text, _ = coordcheck.run(tiny(sp), request, as_json=True)
-    narrow = json.loads(text)["axes"][0]["slopes"]
+    narrow = facts_of(checked(tiny(sp), request))["axes"][0]["slopes"]
     assert narrow["blocks.1"] > wide["blocks.1"] + 0.2
 
 
 def test_coordcheck_checks_the_axes_that_are_asked_for(tiny: Make, tmp_path: Path) -> None:
-    request = coordcheck.Request(
+    request = CoordCheck(
+        config="",
         depths="1,2",
         seeds=1,
         steps=1,
@@ -104,18 +121,20 @@ def test_coordcheck_checks_the_axes_that_are_asked_for(tiny: Make, tmp_path: Pat
         block_bound=9.0,
         logit_bound=9.0,
     )
-    text, passed = coordcheck.run(tiny(*MUP), request, as_json=False)
+    report = checked(tiny(*MUP), request)
+    text, passed = report.text, report.passed
     assert passed
     assert "depth" in text
     assert "width" not in text
     with pytest.raises(UserError, match=r"--depths=2: give two or more"):
-        coordcheck.run(tiny(), coordcheck.Request(depths="2"), as_json=False)
+        checked(tiny(), CoordCheck(config="", depths="2"))
     with pytest.raises(UserError, match="no experts to vary"):
-        coordcheck.run(tiny(), coordcheck.Request(experts="2,4"), as_json=False)
+        checked(tiny(), CoordCheck(config="", experts="2,4"))
 
 
 def test_transfer_reports_and_goes_on_from_its_file(tiny: Make, tmp_path: Path) -> None:
-    request = transfer.Request(
+    request = Transfer(
+        config="",
         sizes="16,32",
         seeds=1,
         steps=10,
@@ -128,14 +147,13 @@ def test_transfer_reports_and_goes_on_from_its_file(tiny: Make, tmp_path: Path) 
         out=tmp_path / "t.png",
     )
     config = tiny(*MUP)
-    text, passed = transfer.run(config, request, as_json=True)
-    facts = json.loads(text)
+    report = swept(config, request)
+    passed, facts = report.passed, facts_of(report)
     assert facts["passed"] == passed
     assert [size["size"] for size in facts["sizes"]] == [16, 32]
     assert (tmp_path / "t.png").stat().st_size > 0
     written = (tmp_path / "trials.jsonl").read_text()
-    again, _ = transfer.run(config, request, as_json=True)
-    assert json.loads(again) == facts
+    assert facts_of(swept(config, request)) == facts
     assert (tmp_path / "trials.jsonl").read_text() == written, "nothing was run twice"
 
 
@@ -157,16 +175,16 @@ def test_transfer_reports_and_goes_on_from_its_file(tiny: Make, tmp_path: Path) 
 def test_runs_of_a_sweep_that_are_too_short(
     tiny: Make, tmp_path: Path, options: dict[str, object], said: str
 ) -> None:
-    request = transfer.Request(length=8, trials=tmp_path / "t.jsonl", **options)
+    request = Transfer(config="", length=8, trials=tmp_path / "t.jsonl", **options)
     with pytest.raises(UserError, match=said):
-        transfer.run(tiny(*MUP), request, as_json=False)
+        swept(tiny(*MUP), request)
     assert not (tmp_path / "t.jsonl").exists()
 
 
 def test_transfer_writes_nothing_before_its_sizes_are_checked(tiny: Make, tmp_path: Path) -> None:
-    request = transfer.Request(sizes="16,33", steps=2, length=8, trials=tmp_path / "t.jsonl")
+    request = Transfer(config="", sizes="16,33", steps=2, length=8, trials=tmp_path / "t.jsonl")
     with pytest.raises(UserError, match="33"):
-        transfer.run(tiny(), request, as_json=False)
+        swept(tiny(), request)
     assert not (tmp_path / "t.jsonl").exists()
 
 
@@ -187,7 +205,7 @@ def test_numbers_of_transfer_that_are_none(
     tiny: Make, options: dict[str, float], said: str
 ) -> None:
     with pytest.raises(UserError, match=said):
-        transfer.run(tiny(), transfer.Request(**options), as_json=False)
+        swept(tiny(), Transfer(config="", **options))
 
 
 @pytest.mark.parametrize("lr", ["-1", "0", "nan", "inf"])
@@ -200,9 +218,9 @@ def test_rates_of_coordcheck_that_are_none(tiny: Make, lr: str, tmp_path: Path) 
 
 def test_bounds_of_coordcheck_that_are_none(tiny: Make) -> None:
     for name in ("block_bound", "logit_bound"):
-        request = coordcheck.Request(**{name: float("nan")})
+        request = CoordCheck(config="", **{name: float("nan")})
         with pytest.raises(UserError, match=f"--{name.replace('_', '-')}=nan is no slope"):
-            coordcheck.run(tiny(), request, as_json=False)
+            checked(tiny(), request)
 
 
 def test_transfer_fails_beyond_its_bound(tiny: Make, tmp_path: Path) -> None:
@@ -238,15 +256,13 @@ def test_transfer_fails_beyond_its_bound(tiny: Make, tmp_path: Path) -> None:
 
 def test_mistakes_are_said_in_one_sentence(tiny: Make) -> None:
     with pytest.raises(UserError, match="--axis=hight is not known; use one of width, depth"):
-        transfer.run(tiny(), transfer.Request(axis="hight"), as_json=False)
+        swept(tiny(), Transfer(config="", axis="hight"))
     with pytest.raises(UserError, match="--step=2 must be above 0 and at most --octaves=1"):
-        transfer.run(
-            tiny(), transfer.Request(step=2.0, steps=2, sizes="16,32", length=8), as_json=False
-        )
+        swept(tiny(), Transfer(config="", step=2.0, steps=2, sizes="16,32", length=8))
     with pytest.raises(UserError, match="would be read more than once"):
-        transfer.run(tiny(), transfer.Request(steps=10**5, sizes="16,32"), as_json=False)
+        swept(tiny(), Transfer(config="", steps=10**5, sizes="16,32"))
     with pytest.raises(UserError, match="a figure is written as"):
-        coordcheck.run(tiny(), coordcheck.Request(out=Path("a.txt")), as_json=False)
+        checked(tiny(), CoordCheck(config="", out=Path("a.txt")))
 
 
 MIXED = "{kind: moe, vocab_size: %d, width: 32, num_layers: 1, num_heads: 4, qk_norm: true, %s}"
@@ -287,15 +303,13 @@ def test_transfer_names_what_a_regime_holds_fixed(tiny: Make, tmp_path: Path) ->
     model = MIXED % (tiny().model.vocab_size, EXPERTS)
     mssp = "{kind: mssp, regime: II, base_width: 32, base_experts: 4, base_experts_per_token: 1, "
     config = tiny(f"model={model}", f"parameterization={mssp}base_expert_width: 16}}")
-    request = transfer.Request(axis="regime-iii", sizes="4,8", steps=2, length=8, processes=1)
+    request = Transfer(config="", axis="regime-iii", sizes="4,8", steps=2, length=8, processes=1)
     with pytest.raises(UserError, match=r"experts.width=32 differs .* regime II of mssp"):
-        transfer.run(config, request, as_json=False)
+        swept(config, request)
     with pytest.raises(UserError, match="no experts to vary; choose another axis"):
-        transfer.run(tiny(), transfer.Request(axis="regime-ii"), as_json=False)
+        swept(tiny(), Transfer(config="", axis="regime-ii"))
     with pytest.raises(UserError, match=r"num_experts=4 to 6; choose multiples of 4"):
-        transfer.run(
-            config, transfer.Request(axis="regime-ii", sizes="4,6", length=8), as_json=False
-        )
+        swept(config, Transfer(config="", axis="regime-ii", sizes="4,6", length=8))
 
 
 @pytest.mark.parametrize("regime", ["I", "II", "III"])
@@ -305,23 +319,23 @@ def test_gates_grow_a_family_as_its_regime_does(tiny: Make, tmp_path: Path, regi
     base = "base_width: 32, base_experts: 4, base_experts_per_token: 1, base_expert_width: 16"
     config = tiny(f"model={model}", f"parameterization={{kind: mssp, regime: {regime}, {base}}}")
     grows = {"I": "width", "II": "regime-ii", "III": "regime-iii"}[regime]
-    check = coordcheck.Request(
+    check = CoordCheck(config="",
         seeds=1, steps=2, length=8, sequences=2, processes=1,
         block_bound=9.0, logit_bound=9.0, out=tmp_path / "check.png",
     )  # fmt: skip
-    (axis,) = json.loads(coordcheck.run(config, check, as_json=True)[0])["axes"]
+    (axis,) = facts_of(checked(config, check))["axes"]
     assert axis["axis"] == grows
     sizes = sorted({movement["size"] for movement in axis["movements"]})
     assert sizes == ([8, 16, 32] if regime == "I" else [4, 8, 16])
     if regime != "I":
         asked = replace(check, experts="4,8")
-        (axis,) = json.loads(coordcheck.run(config, asked, as_json=True)[0])["axes"]
+        (axis,) = facts_of(checked(config, asked))["axes"]
         assert axis["axis"] == grows
-    sweep = transfer.Request(
+    sweep = Transfer(config="",
         sizes="16,32" if regime == "I" else "4,8", seeds=1, steps=2, length=8, sequences=2,
         bound=99.0, processes=1, out=tmp_path / "sweep.png",
     )  # fmt: skip
-    assert json.loads(transfer.run(config, sweep, as_json=True)[0])["axis"] == grows
+    assert facts_of(swept(config, sweep))["axis"] == grows
 
 
 @pytest.mark.parametrize(
@@ -336,11 +350,11 @@ def test_batches_of_steps_of_a_fixed_norm_are_as_wide_as_the_model(
 ) -> None:
     hyperp = "{kind: hyperp, base_width: 16, base_layers: 1, embedding_std: 0.5}"
     config = tiny(f"parameterization={hyperp}", f"optimizer={optimizer}")
-    request = coordcheck.Request(
-        widths="16,32", seeds=1, steps=1, length=8, processes=1, out=tmp_path / "c.png"
+    request = CoordCheck(
+        config="", widths="16,32", seeds=1, steps=1, length=8, processes=1, out=tmp_path / "c.png"
     )
-    facts = json.loads(coordcheck.run(config, request, as_json=True)[0])
+    facts = facts_of(checked(config, request))
     assert (facts["sequences"], facts["length"]) == (sequences, 8)
     asked = replace(request, sequences=2)
-    text, _ = coordcheck.run(config, asked, as_json=False)
+    text = checked(config, asked).text
     assert "1 step of 2 x 8 tokens at 0.03" in text

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -13,8 +13,12 @@ from pydantic import TypeAdapter
 
 from allometry.configs.model import ParameterizationConfig
 from allometry.configs.run import RunConfig
+from allometry.launch.figures import drawing
+from allometry.launch.figures.figure import Figure, Panel, Series
 from allometry.launch.studies import coordcheck, gates, transfer
-from allometry.launch.studies.gates import Panel
+from allometry.launch.studies.commands import CoordCheck, Transfer
+from allometry.launch.studies.coordcheck import checked
+from allometry.launch.studies.transfer import swept
 from allometry.scaling.shapes import Axis
 from allometry.studies.sweeps.transfer import TransferSweep, Trial
 
@@ -26,12 +30,17 @@ def panels_of(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[Panel
     """What a gate draws from now on; it is drawn as well."""
     seen: list[Panel] = []
 
-    def draw(out: Path, panels: Sequence[Panel]) -> None:
-        seen.extend(panels)
-        gates.draw(out, panels)
+    def draw(figure: Figure, out: Path) -> None:
+        seen.extend(figure.panels)
+        drawing.draw(figure, out)
 
     monkeypatch.setattr(module, "draw", draw)
     return seen
+
+
+def series_of(panel: Panel, name: str) -> dict[str, Series]:
+    """What is drawn under a name, by style."""
+    return {series.style: series for series in panel.series if series.name == name}
 
 
 @pytest.mark.parametrize("seeds", [1, 2])
@@ -46,29 +55,31 @@ def test_the_figure_of_a_sweep(
 
     seen = panels_of(transfer, monkeypatch)
     monkeypatch.setattr(TransferSweep, "loss", loss)
-    request = transfer.Request(
+    request = Transfer(
+        config="",
         sizes="16,32", seeds=seeds, steps=2, sequences=2, length=8, processes=1,
         octaves=3.0, out=tmp_path / "t.png",
     )  # fmt: skip
-    text, _ = transfer.run(tiny(*MUP), request, as_json=False)
+    text = swept(tiny(*MUP), request).text
     (panel,) = seen
     assert panel.y_label == "held-out loss, nats per token"
-    near, far = panel.lines["width 16"], panel.lines["width 32"]
-    assert near.mark == pytest.approx((2.0**-6.25, 2.0 + (seeds - 1) / 2))
-    assert far.mark is None
-    assert max(near.x) == 2.0**-4.0, "runs that diverged are left out"
+    near, far = series_of(panel, "width 16"), series_of(panel, "width 32")
+    star = near["star"]
+    assert (star.x[0], star.y[0]) == pytest.approx((2.0**-6.25, 2.0 + (seeds - 1) / 2))
+    assert "star" not in far
+    assert max(near["joined"].x) == 2.0**-4.0, "runs that diverged are left out"
     if seeds == 1:
-        assert near.low is None
-        assert near.high is None
+        assert "band" not in near
         assert "over width, 1 seed, " in text
     else:
-        assert np.subtract(near.high, near.low) == pytest.approx(1.0)
+        assert near["band"].high - near["band"].low == pytest.approx(1.0)
         assert "over width, 2 seeds, " in text
 
 
 def test_the_figure_of_a_check(tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = panels_of(coordcheck, monkeypatch)
-    request = coordcheck.Request(
+    request = CoordCheck(
+        config="",
         widths="16,32",
         depths="1,2",
         seeds=2,
@@ -77,16 +88,16 @@ def test_the_figure_of_a_check(tiny: Make, tmp_path: Path, monkeypatch: pytest.M
         processes=1,
         out=tmp_path / "c.png",
     )
-    coordcheck.run(tiny(*MUP), request, as_json=False)
-    assert [(panel.x_label, panel.ticks) for panel in seen] == [
-        ("width", [16, 32]),
-        ("depth, layers", [1, 2]),
+    checked(tiny(*MUP), request)
+    assert [(panel.x_label, panel.x_marks) for panel in seen] == [
+        ("width", (16, 32)),
+        ("depth, layers", (1, 2)),
     ]
     assert seen[0].y_label == "rms of what moved in 1 step"
-    for line in seen[0].lines.values():
-        assert all(
-            a <= b <= c for a, b, c in zip(line.low or (), line.y, line.high or (), strict=True)
-        )
+    bands = [series for series in seen[0].series if series.style == "band"]
+    assert len(bands) == len(seen[0].series) / 2 > 0
+    for band in bands:
+        assert np.all((band.low <= band.y) & (band.y <= band.high))
 
 
 def stop_after(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,12 +133,12 @@ def test_a_stopped_sweep_says_what_it_kept(
 ) -> None:
     short = {"sizes": "16,32", "seeds": 1, "steps": 2, "sequences": 2, "length": 8, "processes": 1}
     for trials, said in ((tmp_path / "t.jsonl", kept), (None, lost)):
-        request = transfer.Request(**short, trials=trials, out=tmp_path / "t.png")
+        request = Transfer(config="", **short, trials=trials, out=tmp_path / "t.png")
         config = tiny(*MUP)
         with monkeypatch.context() as patch:
             stop_after(ended, patch)
             with pytest.raises(SystemExit) as end:
-                transfer.run(config, request, as_json=False)
+                swept(config, request)
         assert end.value.code == 130
         assert capsys.readouterr().err.startswith(f"allometry: stopped; {said.format(trials)}")
     assert len((tmp_path / "t.jsonl").read_text().splitlines()) == 1 + ended
@@ -143,9 +154,9 @@ def test_a_stopped_check_says_that_nothing_is_kept(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(coordcheck.CoordinateCheck, "movement", stop)
-    request = coordcheck.Request(widths="16,32", length=8, processes=1, out=tmp_path / "c.png")
+    request = CoordCheck(config="", widths="16,32", length=8, processes=1, out=tmp_path / "c.png")
     with pytest.raises(SystemExit) as end:
-        coordcheck.run(tiny(*MUP), request, as_json=False)
+        checked(tiny(*MUP), request)
     assert end.value.code == 130
     assert capsys.readouterr().err == (
         "allometry: stopped; nothing is kept: a check is run from its beginning\n"
@@ -162,14 +173,15 @@ def test_a_check_that_fails_over_depth_names_rules_for_it(
 ) -> None:
     small = {"seeds": 1, "steps": 1, "length": 8, "processes": 1, "out": tmp_path / "c.png"}
     bounds = {"block_bound": bound, "logit_bound": bound}
-    deep = coordcheck.Request(depths="1,2", **small, **bounds)
-    text, passed = coordcheck.run(tiny(*MUP), deep, as_json=False)
+    deep = CoordCheck(config="", depths="1,2", **small, **bounds)
+    report = checked(tiny(*MUP), deep)
+    text, passed = report.text, report.passed
     assert passed == (bound > 0.0)
     assert (NO_RULE in text) == (not passed)
-    text, _ = coordcheck.run(tiny(COMPLETEP), deep, as_json=False)
+    text = checked(tiny(COMPLETEP), deep).text
     assert "no rule for depth" not in text
-    wide = coordcheck.Request(widths="16,32", **small, **bounds)
-    text, _ = coordcheck.run(tiny(*MUP), wide, as_json=False)
+    wide = CoordCheck(config="", widths="16,32", **small, **bounds)
+    text = checked(tiny(*MUP), wide).text
     assert "no rule for depth" not in text
 
 
@@ -186,10 +198,10 @@ def test_a_sweep_that_fails_over_depth_names_rules_for_it(
         ("depth", COMPLETEP, False),
         ("horizon", MUP[0], False),
     ):
-        request = transfer.Request(axis=axis, sizes="2,4", **small, out=tmp_path / "t.png")
-        text, passed = transfer.run(tiny(kind), request, as_json=False)
-        assert not passed
-        assert (NO_RULE in text) == said
+        request = Transfer(config="", axis=axis, sizes="2,4", **small, out=tmp_path / "t.png")
+        report = swept(tiny(kind), request)
+        assert not report.passed
+        assert (NO_RULE in report.text) == said
 
 
 def test_what_has_a_rule_for_depth() -> None:

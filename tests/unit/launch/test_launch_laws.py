@@ -67,19 +67,19 @@ def test_a_ladder_is_fitted_held_out_stored_and_predicted_from(
 ) -> None:
     out = tmp_path / "fits/fit.json"
     hold = ("--hold-out", "width == 64")
-    found = shell.json("fit", "chinchilla", ladder, *QUICK, *hold, "--out", out)
-    values = {name: one["value"] for name, one in found["parameters"].items()}
+    facts = shell.json("fit", "chinchilla", ladder, *QUICK, *hold, "--out", out)
+    values = {name: one["value"] for name, one in facts["parameters"].items()}
     expected = {"E": 1.5 + 0.75 * 0.1 - 0.25 * 0.3, "A": 60, "B": 90, "alpha": 0.4, "beta": 0.4}
     assert values == pytest.approx(expected, rel=1e-6)
-    assert (found["rows"], found["groups"], found["bootstraps"]) == (15, 12, 20)
-    assert found["parameters"]["alpha"]["low"] == pytest.approx(0.4, abs=1e-6)
-    assert found["held_out"]["how"].startswith("those with width == 64")
-    assert len(found["held_out"]["measured"]) == 3
-    assert found["held_out"]["max"] < 1e-8
-    assert found["conventions"]["N"] == "parameters without embedding and head"
+    assert (facts["rows"], facts["groups"], facts["bootstraps"]) == (15, 12, 20)
+    assert facts["parameters"]["alpha"]["low"] == pytest.approx(0.4, abs=1e-6)
+    assert facts["held_out"]["how"].startswith("those with width == 64")
+    assert len(facts["held_out"]["measured"]) == 3
+    assert facts["held_out"]["max"] < 1e-8
+    assert facts["conventions"]["N"] == "parameters without embedding and head"
     stored = load_fit(out)
     assert stored.fit.values == values
-    assert stored.extra["held_out"]["mean"] == found["held_out"]["mean"]
+    assert stored.extra["held_out"]["mean"] == facts["held_out"]["mean"]
 
     inside = shell.json("predict", out, "N=2e4", "D=2e4")
     law = float(chinchilla(2e4, np.array([2e4]))[0])
@@ -87,7 +87,7 @@ def test_a_ladder_is_fitted_held_out_stored_and_predicted_from(
     assert point["loss"] == pytest.approx(law, rel=1e-8)
     assert point["low"] <= point["loss"] * (1 + 1e-12)
     assert inside["warnings"] == []
-    assert inside["unit"] == found["parameters"]["E"]["unit"] == "nats per token"
+    assert inside["unit"] == facts["parameters"]["E"]["unit"] == "nats per token"
     beyond = shell("predict", out, "N=2e4,1e6", "D=2e4,2e4")
     assert "N=1e+06 is outside of the fitted range" in beyond
     assert "N: parameters without embedding and head" in beyond
@@ -158,8 +158,8 @@ def test_an_interval_of_one_more_run_is_wider(shell: Shell, table: Path, tmp_pat
 
 
 def test_the_optimum_of_a_fit_has_intervals_and_warnings(shell: Shell, fit_file: Path) -> None:
-    found = shell.json("optimum", fit_file, "--flops", "3e9,1e14")
-    inside, beyond = found["optima"]
+    facts = shell.json("optimum", fit_file, "--flops", "3e9,1e14")
+    inside, beyond = facts["optima"]
     size = (0.4 * 60 / (0.4 * 90)) ** (1 / 0.8) * (3e9 / 6) ** 0.5
     assert inside["N"]["value"] == pytest.approx(size, rel=1e-5)
     assert inside["N"]["low"] <= inside["N"]["value"] * (1 + 1e-9)
@@ -167,16 +167,16 @@ def test_the_optimum_of_a_fit_has_intervals_and_warnings(shell: Shell, fit_file:
     assert any("extrapolation" in warning for warning in beyond["warnings"])
     text = shell("optimum", fit_file, "--flops", "1e10", "--flops-per-parameter-token", "7")
     assert "N: parameters without embedding and head" in text
-    assert any("FLOPs for each parameter and token" in warning for warning in found["warnings"])
+    assert any("FLOPs for each parameter and token" in warning for warning in facts["warnings"])
     assert text.split()[:9] == ["FLOPs", "N", "95", "%", "interval", "D", "D/N", "loss", "95"]
 
 
 def test_laws_are_compared_by_what_they_did_not_see(shell: Shell, table: Path) -> None:
     laws = ("--laws", "over_training,chinchilla", "--laws", "unique_data_tied", "--starts", 32)
-    found = shell.json("compare", table, *MAPPED, *laws, "--hold-out", "N > 5e8")
-    by_name = {one["law"]: one for one in found["laws"]}
+    facts = shell.json("compare", table, *MAPPED, *laws, "--hold-out", "N > 5e8")
+    by_name = {one["law"]: one for one in facts["laws"]}
     assert set(by_name) == {"chinchilla", "over_training", "unique_data_tied"}
-    errors = [one["held_out"]["mean"] for one in found["laws"]]
+    errors = [one["held_out"]["mean"] for one in facts["laws"]]
     assert errors == sorted(errors)
     for one in by_name.values():
         assert one["held_out"]["relative"], "one scale for all, whatever a law's residuals are"
@@ -190,10 +190,10 @@ def test_laws_are_compared_by_what_they_did_not_see(shell: Shell, table: Path) -
 
 def test_a_law_that_cannot_be_fitted_is_listed_with_its_reason(shell: Shell, table: Path) -> None:
     laws = ("--laws", "chinchilla,unique_data_tied", "--where", "size < 5e7", "--starts", 32)
-    found = shell.json("compare", table, *MAPPED, *laws)["laws"]
-    assert [one["law"] for one in found] == ["unique_data_tied", "chinchilla"]
-    assert found[0]["problem"] is None
-    assert "cannot identify" in found[1]["problem"], "two sizes do not tell E, A and alpha"
+    compared = shell.json("compare", table, *MAPPED, *laws)["laws"]
+    assert [one["law"] for one in compared] == ["unique_data_tied", "chinchilla"]
+    assert compared[0]["problem"] is None
+    assert "cannot identify" in compared[1]["problem"], "two sizes do not tell E, A and alpha"
     text = shell("compare", table, *MAPPED, *laws)
     assert "chinchilla: the 6 observations cannot identify" in text
     few = ("--where", "size < 2e7")
@@ -210,9 +210,9 @@ def test_what_data_cannot_identify_is_named(shell: Shell, tmp_path: Path) -> Non
     assert "alpha" in sentence
     assert not (tmp_path / "f").exists()
     fixed = ("--fix", "A=0.0001", "--fix", "alpha=0.3")
-    found = shell.json("fit", "chinchilla", path, *QUICK, *fixed, "--hold-out", "none")
-    assert found["parameters"]["beta"]["value"] == pytest.approx(0.37, rel=1e-3)
-    assert found["parameters"]["A"] | {"unit": ""} == {
+    facts = shell.json("fit", "chinchilla", path, *QUICK, *fixed, "--hold-out", "none")
+    assert facts["parameters"]["beta"]["value"] == pytest.approx(0.37, rel=1e-3)
+    assert facts["parameters"]["A"] | {"unit": ""} == {
         "value": 1e-4, "low": 1e-4, "high": 1e-4, "unit": "", "fixed": True,
     }  # fmt: skip
 
@@ -240,43 +240,43 @@ def test_curves_of_runs_and_tables_are_fitted(shell: Shell, tmp_path: Path) -> N
         changes = (constant, f"run.seed={seed}", "training.total_steps=200")
         fake_run(tmp_path / f"runs/s{seed}", *changes, law=law, noise=1e-3)
     fix = ("--fix", "C=0", "--fix", "memory=1000", "--starts", 16)
-    found = shell.json("fit", "tissue", tmp_path / "runs", *fix, "--bins", 50, "--bootstraps", 10)
-    assert (found["rows"], found["groups"]) == (100, 2)
-    assert found["parameters"]["L0"]["value"] == pytest.approx(2.0, rel=5e-3)
-    assert "intervals rest on 2 groups and are rough; add runs" in found["notes"]
+    facts = shell.json("fit", "tissue", tmp_path / "runs", *fix, "--bins", 50, "--bootstraps", 10)
+    assert (facts["rows"], facts["groups"]) == (100, 2)
+    assert facts["parameters"]["L0"]["value"] == pytest.approx(2.0, rel=5e-3)
+    assert "intervals rest on 2 groups and are rough; add runs" in facts["notes"]
     alone = shell("fit", "tissue", tmp_path / "runs/s0", *fix)
     assert "no intervals: all rows belong to one group" in alone
     assert "no held-out error: all rows belong to one group" in alone
     rows = [f"{s},0.001,{2 + 3 / np.sqrt(s)}" for s in range(1, 60)]
     (tmp_path / "c.csv").write_text("\n".join(["step,lr,loss", *rows]))
-    found = shell.json("fit", "tissue", tmp_path / "c.csv", *fix, "--where", "step > 5")
-    assert found["rows"] == 54
-    assert found["parameters"]["alpha"]["value"] == pytest.approx(0.5, rel=1e-4)
+    facts = shell.json("fit", "tissue", tmp_path / "c.csv", *fix, "--where", "step > 5")
+    assert facts["rows"] == 54
+    assert facts["parameters"]["alpha"]["value"] == pytest.approx(0.5, rel=1e-4)
 
 
 def test_steps_on_the_way_are_rows_where_they_are_asked_for(shell: Shell, ladder: Path) -> None:
     asked = ("--curves", "--bins", 10, "--starts", 64, "--bootstraps", 10)
-    found = shell.json("fit", "chinchilla", ladder, *asked)
-    assert (found["rows"], found["groups"]) == (150, 15)
-    assert found["parameters"]["alpha"]["value"] == pytest.approx(0.4, abs=0.01)
+    facts = shell.json("fit", "chinchilla", ladder, *asked)
+    assert (facts["rows"], facts["groups"]) == (150, 15)
+    assert facts["parameters"]["alpha"]["value"] == pytest.approx(0.4, abs=0.01)
     steps = ("--map", "S_min=step", "--hold-out", "S_min > 100")
-    found = shell.json("fit", "kaplan_trajectory", ladder, *asked, *steps)
-    assert found["rows"] == 150
-    assert found["held_out"]["mean"] < 0.05
+    facts = shell.json("fit", "kaplan_trajectory", ladder, *asked, *steps)
+    assert facts["rows"] == 150
+    assert facts["held_out"]["mean"] < 0.05
     sentence = shell.refusal("fit", "chinchilla", ladder, "--curves", "--last", 0.5)
     assert "rows of finished runs" in sentence
 
 
 def test_groups_are_left_out_by_name(shell: Shell, ladder: Path) -> None:
     by_run = ("--group-by", "run", "--drop", "w64-40-0", "--drop", "w64-80-0")
-    found = shell.json("fit", "chinchilla", ladder, *QUICK, *by_run, "--hold-out", "largest")
-    assert (found["rows"], found["groups"]) == (13, 13)
-    assert found["held_out"]["how"] == "N = 82240, the largest, by the fit to the others"
-    assert found["held_out"]["groups"] == ["w64-160-0"]
+    facts = shell.json("fit", "chinchilla", ladder, *QUICK, *by_run, "--hold-out", "largest")
+    assert (facts["rows"], facts["groups"]) == (13, 13)
+    assert facts["held_out"]["how"] == "N = 82240, the largest, by the fit to the others"
+    assert facts["held_out"]["groups"] == ["w64-160-0"]
     by_size = ("--group-by", "model", "--count", "total")
-    found = shell.json("fit", "chinchilla", ladder, *QUICK, *by_size, "--hold-out", "largest:D")
-    assert found["groups"] == 4
-    assert len(found["held_out"]["groups"]) == 5
+    facts = shell.json("fit", "chinchilla", ladder, *QUICK, *by_size, "--hold-out", "largest:D")
+    assert facts["groups"] == 4
+    assert len(facts["held_out"]["groups"]) == 5
 
 
 def curve_fit(shell: Shell, ladder: Path) -> Path:
@@ -388,11 +388,11 @@ def test_the_points_behind_chinchilla_through_the_command(shell: Shell) -> None:
     path = law_data("chinchilla_epoch") / "svg_extracted_data.csv"
     rows = ("--where", "loss < 3.44", "--map", "N=Model Size")
     tokens = ("--map", "D=`Training FLOP`/(6*N)")
-    found = shell.json("fit", "chinchilla", path, *rows, *tokens, "--bootstraps", 100)
-    assert found["objective"] <= 0.0010184
-    alpha = found["parameters"]["alpha"]
+    facts = shell.json("fit", "chinchilla", path, *rows, *tokens, "--bootstraps", 100)
+    assert facts["objective"] <= 0.0010184
+    alpha = facts["parameters"]["alpha"]
     assert alpha["value"] == pytest.approx(0.347, abs=0.002)
     assert alpha["low"] < 0.3478 < alpha["high"]
-    assert found["rows"] == 240
-    assert found["certificate"]["agreeing"] > 1000
-    assert found["held_out"]["mean"] < 0.006
+    assert facts["rows"] == 240
+    assert facts["certificate"]["agreeing"] > 1000
+    assert facts["held_out"]["mean"] < 0.006

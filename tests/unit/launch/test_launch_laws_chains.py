@@ -52,13 +52,13 @@ def sweeps(tmp_path: Path) -> Path:
 def test_a_law_of_the_best_rate_is_fitted_to_sweeps(shell: Shell, sweeps: Path) -> None:
     out = sweeps.parent / "rate.json"
     asked = (sweeps, "--sweeps", *QUICK, "--hold-out", "largest")
-    found = shell.json("fit", "learning_rate_law", *asked, "--out", out)
-    values = {name: one["value"] for name, one in found["parameters"].items()}
+    facts = shell.json("fit", "learning_rate_law", *asked, "--out", out)
+    values = {name: one["value"] for name, one in facts["parameters"].items()}
     assert values == pytest.approx({"c": 8.0, "a": -0.7, "b": 0.25}, rel=1e-4)
-    assert (found["rows"], found["groups"]) == (8, 8)
-    assert any("--objective square hears all" in note for note in found["notes"])
-    assert found["conventions"]["lr"].startswith("the best of each of 8 sweeps, by a parabola")
-    left_out = found["conventions"]["left out"]
+    assert (facts["rows"], facts["groups"]) == (8, 8)
+    assert any("--objective square hears all" in note for note in facts["notes"])
+    assert facts["conventions"]["lr"].startswith("the best of each of 8 sweeps, by a parabola")
+    left_out = facts["conventions"]["left out"]
     assert left_out.startswith("N=8e+08 D=6.4e+10: ")
     assert "the learning rates that were run" in left_out or "within" in left_out
     (point,) = shell.json("predict", out, "N=1e9", "D=2e10")["predictions"]
@@ -80,10 +80,10 @@ def test_sweeps_of_runs_are_read_from_their_folders(shell: Shell, tmp_path: Path
                     return 2.5 + 0.01 * (rise - 0.25) ** 2 + 0.0 * D_T
 
                 fake_run(tmp_path / f"w{width}-{steps}-{octave}", *changes, width=width, law=law)
-    found = shell.json("fit", "learning_rate_law", tmp_path, "--sweeps", *QUICK)
-    assert found["rows"] == 6
+    facts = shell.json("fit", "learning_rate_law", tmp_path, "--sweeps", *QUICK)
+    assert facts["rows"] == 6
     rate = 0.01 * 2**0.25
-    values = {name: one["value"] for name, one in found["parameters"].items()}
+    values = {name: one["value"] for name, one in facts["parameters"].items()}
     assert values == pytest.approx({"c": rate, "a": 0.0, "b": 0.0}, rel=1e-4, abs=1e-4)
     assert "no column 'B'" in shell.refusal("fit", "batch_law", tmp_path, "--sweeps", *QUICK)
 
@@ -107,15 +107,15 @@ def test_step_laws_grid_through_the_command(shell: Shell) -> None:
     path = law_data("steplaw") / "dense_lr_bs_loss.csv"
     mapped = ("--map", "loss=smooth loss", "--map", "B=bs*2048")
     law = ("fit", "learning_rate_law", path, *mapped, "--sweeps", "--objective", "square")
-    found = shell.json(*law, "--bootstraps", 20, "--hold-out", "none")
+    facts = shell.json(*law, "--bootstraps", 20, "--hold-out", "none")
     rows = read_table(
         path, ("N", "D", "lr", "B", "loss"), mapping={"loss": "smooth loss", "B": "bs*2048"}
     )
     rate = fit_hyperparameter_law(rows, samples=2).rate
     assert rate is not None
-    values = {name: one["value"] for name, one in found["parameters"].items()}
+    values = {name: one["value"] for name, one in facts["parameters"].items()}
     assert values == pytest.approx(rate.values, rel=1e-5)
-    assert not any("--objective square" in note for note in found["notes"])
+    assert not any("--objective square" in note for note in facts["notes"])
 
 
 @pytest.fixture
@@ -140,11 +140,11 @@ def steps(shell: Shell, tmp_path: Path) -> tuple[Path, Path]:
 def test_a_score_is_predicted_by_way_of_the_loss(shell: Shell, steps: tuple[Path, Path]) -> None:
     loss, error = steps
     asked = ("predict", loss, "N=1e8,1e9", "D=2e9,2e10", "--downstream", error)
-    found = shell.json(*asked)
+    facts = shell.json(*asked)
     rows = Observations.of({"N": [1e8, 1e9], "D": [2e9, 2e10]})
     fits = load_fit(loss), load_fit(error)
     chain = Chain(fits[0].fit, fits[1].fit)
-    scores = found["downstream"]
+    scores = facts["downstream"]
     assert (scores["law"], scores["unit"]) == ("downstream_error", "fraction")
     assert [one["error"] for one in scores["predictions"]] == list(chain.predict(rows))
     assert fits[0].bootstrap is not None
@@ -152,8 +152,8 @@ def test_a_score_is_predicted_by_way_of_the_loss(shell: Shell, steps: tuple[Path
     low_n, high_n = chain.predict_interval(rows, fits[0].bootstrap, fits[1].bootstrap)
     assert [one["low"] for one in scores["predictions"]] == list(low_n)
     assert [one["high"] for one in scores["predictions"]] == list(high_n)
-    assert any("N=1e+09 is outside of the fitted range" in text for text in found["warnings"])
-    assert not any("reads a loss described as" in text for text in found["warnings"])
+    assert any("N=1e+09 is outside of the fitted range" in text for text in facts["warnings"])
+    assert not any("reads a loss described as" in text for text in facts["warnings"])
     text = shell(*asked)
     assert "loss (unit of the data)" in text
     assert re.search(r"^1e\+08 +2e\+09 +0\.\d+ +0\.\d+ to 0\.\d+$", text, re.MULTILINE)

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from allometry.launch.laws.commands import Laws
 from allometry.launch.laws.compare import law_names
-from allometry.launch.laws.list import overview, page_line, run_laws
+from allometry.launch.laws.list import overview, page_line
 from allometry.launch.laws.text import certificate_words, narrowed
 from allometry.laws.fit.certificate import Certificate
 from allometry.laws.forms.base import LOSS_UNIT
@@ -24,12 +25,12 @@ def shell(capsys: pytest.CaptureFixture[str]) -> Shell:
 
 def test_published_coefficients_predict_without_a_fit(shell: Shell) -> None:
     which = ("--law", "chinchilla", "--published", "besiroglu")
-    found = shell.json("predict", *which, "N=7e9", "D=1.4e11")
+    facts = shell.json("predict", *which, "N=7e9", "D=1.4e11")
     expected = 1.8172 + 482.01 / 7e9**0.3478 + 2085.43 / 1.4e11**0.3658
-    (point,) = found["predictions"]
+    (point,) = facts["predictions"]
     assert point["loss"] == pytest.approx(expected, rel=1e-12)
     assert point["low"] is None
-    assert "44M to 16B parameters" in found["warnings"][0]
+    assert "44M to 16B parameters" in facts["warnings"][0]
     best = shell.json("optimum", *which, "--flops", "5.76e23,1e21")["optima"]
     for one, flops in zip(best, (5.76e23, 1e21), strict=True):
         total = 0.3478 + 0.3658
@@ -73,7 +74,7 @@ def test_the_registry_is_listed(shell: Shell) -> None:
     for words in ("arXiv 2203.15556", "44M to 16B parameters", "published by besiroglu: E 1.8172"):
         assert words in text
     for name in all_forms():
-        assert form_named(name).source in run_laws(name, as_json=False)
+        assert form_named(name).source in Laws(name=name).run().text
 
 
 def test_the_page_lists_the_registry() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from allometry.launch.report.report import Request, run
+from allometry.launch.report.commands import WriteReport
 from fake_ladder import fake_ladder, watched_run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -19,22 +19,22 @@ POLICY = re.compile(r'<meta http-equiv="Content-Security-Policy"[^>]*>')
 CLICKS = """<script>
 const count = () => [...document.querySelectorAll("[data-figure]")].map((div) =>
   div.data.filter((trace) => trace.visible !== false && trace.meta.run === 0).length);
-const found = { before: count() };
+const seen = { before: count() };
 document.querySelector('input[data-run="0"]').click();
-found.after = count();
-found.others = document.querySelector("[data-figure=loss]").data
+seen.after = count();
+seen.others = document.querySelector("[data-figure=loss]").data
   .filter((trace) => trace.visible && trace.meta.run === 1).length;
-found.rows = document.querySelectorAll('[data-row-run="0"]:not([hidden])').length;
+seen.rows = document.querySelectorAll('[data-row-run="0"]:not([hidden])').length;
 document.querySelector('input[data-run="0"]').click();
 document.getElementById("layers").value = "recorded";
 document.getElementById("layers").dispatchEvent(new Event("change"));
-found.layers = [...new Set(document.querySelector("[data-figure=loss]").data
+seen.layers = [...new Set(document.querySelector("[data-figure=loss]").data
   .filter((trace) => trace.visible).map((trace) => trace.meta.layer))];
 document.getElementById("filter").value = "W64";
 document.getElementById("filter").dispatchEvent(new Event("input"));
 document.getElementById("none").click();
-found.chosen = [...document.querySelectorAll("input[data-run]:checked")].length;
-document.body.dataset.found = JSON.stringify(found);
+seen.chosen = [...document.querySelectorAll("input[data-run]:checked")].length;
+document.body.dataset.seen = JSON.stringify(seen);
 </script></body>"""
 
 
@@ -45,7 +45,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
     out = folder / "report.html"
     ladder, hostile = fake_ladder(folder / "ladder"), watched_run(folder / HOSTILE)
-    run(Request((ladder, hostile), out=out), as_json=True)
+    WriteReport(runs=(ladder, hostile), out=out).run()
     return out
 
 
@@ -106,12 +106,12 @@ def test_boxes_hide_a_run_everywhere(page: Path, tmp_path: Path) -> None:
     clicked.write_text(_end(without, CLICKS))
     dom, said = browse(clicked, tmp_path / "profile")
     assert said == ""
-    answer = re.search(r'data-found="([^"]*)"', dom)
+    answer = re.search(r'data-seen="([^"]*)"', dom)
     assert answer
-    found = json.loads(answer[1].replace("&quot;", '"'))
-    assert sum(count > 0 for count in found["before"]) >= 5  # figures that show run 0
-    assert set(found["after"]) == {0}
-    assert found["others"] > 0
-    assert found["rows"] == 0
-    assert set(found["layers"]) == {"recorded", None}
-    assert found["chosen"] == 5  # of seven runs, the two named w64 were left
+    seen = json.loads(answer[1].replace("&quot;", '"'))
+    assert sum(count > 0 for count in seen["before"]) >= 5  # figures that show run 0
+    assert set(seen["after"]) == {0}
+    assert seen["others"] > 0
+    assert seen["rows"] == 0
+    assert set(seen["layers"]) == {"recorded", None}
+    assert seen["chosen"] == 5  # of seven runs, the two named w64 were left

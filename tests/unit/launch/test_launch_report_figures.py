@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from allometry.configs.errors import UserError
-from allometry.launch.report import losses, stability, throughput
-from allometry.launch.report.figure import (
+from allometry.launch.figures.figure import (
     POINTS,
     Figure,
     Panel,
@@ -21,6 +20,7 @@ from allometry.launch.report.figure import (
     smooth,
     thin,
 )
+from allometry.launch.report import losses, stability, throughput
 from allometry.launch.report.interactive import specification
 from allometry.launch.report.report import sections
 from fake_ladder import (
@@ -87,12 +87,12 @@ def test_a_source_of_another_run_has_its_own_panel(tmp_path: Path) -> None:
         "data.sources=[{name: prose, train: p.train, weight: 1.0}]",
         held_out=(),
     )
-    found = panels(losses.sources(inputs(tmp_path / "a", tmp_path / "b")))
-    assert set(found) == {"web", "code", "prose"}
-    assert {one.run for one in found["web"].series} == {0}
-    assert {one.run for one in found["prose"].series} == {1}
-    assert not any(one.style == "dots" for one in found["prose"].series)
-    assert any(one.style == "dots" for one in found["web"].series)
+    by_title = panels(losses.sources(inputs(tmp_path / "a", tmp_path / "b")))
+    assert set(by_title) == {"web", "code", "prose"}
+    assert {one.run for one in by_title["web"].series} == {0}
+    assert {one.run for one in by_title["prose"].series} == {1}
+    assert not any(one.style == "dots" for one in by_title["prose"].series)
+    assert any(one.style == "dots" for one in by_title["web"].series)
 
 
 def test_more_sources_than_fit_are_named(tmp_path: Path) -> None:
@@ -194,9 +194,9 @@ def test_plotly_takes_every_figure(tmp_path: Path) -> None:
     rows: list[tuple[int, float, int, float | None]] = [(32, r, 0, 2 + r * r) for r in (-1, 0, 1)]
     sweep = trial_file(tmp_path / "t.jsonl", rows)
     shown = inputs(fake_ladder(tmp_path / "ladder"), sweeps=(sweep,))
-    found = [figure for section in sections(shown) for figure in section.figures]
-    assert len(found) >= 8
-    for figure in found:
+    figures = [figure for section in sections(shown) for figure in section.figures]
+    assert len(figures) >= 8
+    for figure in figures:
         spec = specification(figure)
         graph_objects.Figure(spec)  # raises for a key or value that plotly does not know
         json.dumps(spec, allow_nan=False)

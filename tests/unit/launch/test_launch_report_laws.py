@@ -27,9 +27,9 @@ from report_sections import inputs, panels, trial_file
 
 def test_a_fit_is_drawn_with_its_band_and_target(tmp_path: Path) -> None:
     section = fits.fits(inputs(fake_ladder(tmp_path / "ladder")))
-    found = panels(section)
-    assert set(found) == {"chinchilla over N", "measured against predicted", "residuals"}
-    law = found["chinchilla over N"].series
+    by_title = panels(section)
+    assert set(by_title) == {"chinchilla over N", "measured against predicted", "residuals"}
+    law = by_title["chinchilla over N"].series
     bands = [one for one in law if one.style == "band"]
     assert len(bands) == 3  # one for each D
     for band in bands:
@@ -37,7 +37,7 @@ def test_a_fit_is_drawn_with_its_band_and_target(tmp_path: Path) -> None:
         assert band.high is not None
         assert (band.low <= band.high).all()
         assert (band.high > band.low).any()
-    against = found["measured against predicted"].series
+    against = by_title["measured against predicted"].series
     stars = [one for one in against if one.style == "star"]
     assert (stars[0].x[0], stars[0].y[0]) == (3.0, 3.05)
     assert section.tables[1].rows[0][3:] == (
@@ -49,7 +49,7 @@ def test_a_fit_is_drawn_with_its_band_and_target(tmp_path: Path) -> None:
         "yes",
     )
     assert section.notes[0].endswith("ladder: N=1e8 is outside of the fitted range.")
-    errors = found["residuals"].series[1].y
+    errors = by_title["residuals"].series[1].y
     assert 0.0 < np.abs(errors).max() < 5.0
 
 
@@ -99,7 +99,7 @@ def test_a_law_of_many_sizes_is_drawn_for_ranges(tmp_path: Path) -> None:
 
 def test_what_a_fit_held_out_is_marked(tmp_path: Path) -> None:
     path = tmp_path / "fit.json"
-    found = fit(form_named("chinchilla"), small_fit(), FitOptions(starts=16))
+    fitted = fit(form_named("chinchilla"), small_fit(), FitOptions(starts=16))
     held_out = {
         "how": "each by the others",
         "relative": True,
@@ -108,13 +108,13 @@ def test_what_a_fit_held_out_is_marked(tmp_path: Path) -> None:
         "predicted": [4.0, 5.0],
         "measured": [4.08, 5.0],
     }
-    save_fit(path, found, None, {"held_out": held_out, "notes": ["E is hardly known"]})
+    save_fit(path, fitted, None, {"held_out": held_out, "notes": ["E is hardly known"]})
     section = fits.fits(inputs(fit=path))
     assert "Note: E is hardly known." in section.figures[0].text
     assert "Held-out error: 1.000% in the mean, 2.000% at most" in section.figures[0].text
     crosses = [one for one in panels(section)["residuals"].series if one.style == "cross"]
     assert crosses[0].y.tolist() == pytest.approx([100 * (4.0 / 4.08 - 1), 0.0])
-    save_fit(path, found, None, {"held_out": None})
+    save_fit(path, fitted, None, {"held_out": None})
     section = fits.fits(inputs(fit=path))
     assert not any(one.style == "cross" for one in panels(section)["residuals"].series)
 
@@ -129,13 +129,13 @@ def test_a_law_of_curves_is_drawn_over_steps(tmp_path: Path) -> None:
         tuple(groups),
         curves={name: LearningRates(rates, 10) for name in ("a", "b")},
     )
-    found = fit(form_named("tissue"), rows, FitOptions(starts=8))
-    save_fit(tmp_path / "fit.json", found)
+    fitted = fit(form_named("tissue"), rows, FitOptions(starts=8))
+    save_fit(tmp_path / "fit.json", fitted)
     drawn = panels(fits.fits(inputs(fit=tmp_path / "fit.json")))["tissue over steps"].series
     lines = {one.name: one for one in drawn if one.style == "line"}
     assert set(lines) == {"a", "b"}
     assert (lines["a"].x == steps).all()
-    assert lines["a"].y == pytest.approx(found.predict(rows)[:100])
+    assert lines["a"].y == pytest.approx(fitted.predict(rows)[:100])
 
 
 def test_a_law_of_many_inputs_says_that_it_is_not_drawn(tmp_path: Path) -> None:
@@ -167,8 +167,8 @@ def test_isoflop_of_runs_and_fits(tmp_path: Path) -> None:
     (panel,) = section.figures[0].panels
     dots = next(one for one in panel.series if one.style == "dots")
     assert dots.notes == ("equal16", "equal32", "equal64")
-    found = [one.final_loss[0] for one in inputs(*equal).runs]
-    assert dots.y.tolist() == found
+    losses = [one.final_loss[0] for one in inputs(*equal).runs]
+    assert dots.y.tolist() == losses
     curve = panel.series[0]  # three points: the parabola goes through them
     assert np.interp(np.log(dots.x[1]), np.log(curve.x), curve.y) == pytest.approx(dots.y[1], 1e-3)
     apart = runs("apart", (16, 320), (32, 80), (64, 20))  # FLOPs differ by 16 %

@@ -11,8 +11,8 @@ from allometry.configs.errors import UserError
 from allometry.configs.ladder import load_ladder
 from allometry.configs.loader import dump
 from allometry.configs.run import RunConfig
-from allometry.launch.studies import ladder as work
-from allometry.launch.studies.ladder_text import planned_facts, prediction_text, table
+from allometry.launch.studies.ladder import stages as work
+from allometry.launch.studies.ladder.text import planned_facts, prediction_text, status_text
 from allometry.laws.ladder import Prediction, save_prediction
 from allometry.studies.ladder.plan import LadderPlan, plan_ladder
 from allometry.studies.ladder.share import PlannedRun
@@ -75,8 +75,8 @@ def test_runs_of_another_ladder_are_neither_done_nor_fitted(
     assert facts["runs"][0]["spent_flops"] == facts["runs"][0]["step"] == 0
     assert facts["runs"][0]["final_loss"] is None
     assert said in facts["notes"]
-    assert f"note: {said}" in table(facts)
-    assert "2 of 3 runs done" in table(facts)
+    assert f"note: {said}" in status_text(facts)
+    assert "2 of 3 runs done" in status_text(facts)
     for attempt in (
         lambda: work.fit(now),
         lambda: work.predict(now, again=True),
@@ -179,7 +179,7 @@ def test_status_fits_88_columns_and_says_units(planned: Callable[..., LadderPlan
     facts = planned_facts(plan)
     facts["runs"][1] |= {"parent": "w128-d98304-s0", "parent_step": 154, "state": "running"}
     facts["runs"][0]["final_loss"] = 5.5
-    head, units, first, second, target, *_ = lines = table(facts).splitlines()
+    head, units, first, second, target, *_ = lines = status_text(facts).splitlines()
     assert head.split() == ["run", "N", "D", "steps", "FLOPs", "state", "loss", "branches"]
     assert units.split()[:3] == ["tokens", "added", "nats/token"]
     assert (first.split()[0], *first.split()[-2:]) == ("w128-d98304-s0", "done", "5.5000")
@@ -189,4 +189,4 @@ def test_status_fits_88_columns_and_says_units(planned: Callable[..., LadderPlan
     assert max(map(len, lines)) <= 88, lines
     # A parent of another size is named whole.
     facts["runs"][1]["parent"] = "other-size-d98304-s0"
-    assert "other-size-d98304-s0 at 154" in table(facts)
+    assert "other-size-d98304-s0 at 154" in status_text(facts)

@@ -13,7 +13,7 @@ from allometry.configs.errors import UserError
 from allometry.configs.ladder import load_ladder
 from allometry.configs.loader import dump, ladder_presets, load
 from allometry.configs.run import RunConfig
-from allometry.launch.studies.ladder import open_ladder, save_ladder
+from allometry.launch.studies.ladder.stages import open_ladder, save_ladder
 from allometry.optim.schedule import resolve_schedule
 from allometry.scaling.batch import BatchPlan
 from allometry.scaling.count import count_parameters, flops_per_token
@@ -102,9 +102,9 @@ def test_planning_loads_no_torch(base: Path) -> None:
     path = ladder_file(base)
     code = (
         "import sys\n"
-        "from allometry.launch.studies.ladder import open_ladder\n"
-        "from allometry.launch.studies.ladder_text import planned_facts, table\n"
-        f"print(table(planned_facts(open_ladder({str(path)!r}))))\n"
+        "from allometry.launch.studies.ladder.stages import open_ladder\n"
+        "from allometry.launch.studies.ladder.text import planned_facts, status_text\n"
+        f"print(status_text(planned_facts(open_ladder({str(path)!r}))))\n"
         "assert 'torch' not in sys.modules\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -1,16 +1,16 @@
-"""What a report shows, as plain data: both renderers draw these and nothing else."""
+"""Figures as plain data: ``drawing.py`` draws them, and a report's page draws the same."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 Column = NDArray[np.float64]
-Style = Literal["line", "dashed", "joined", "dots", "star", "cross", "band"]
+Style = Literal["line", "dashed", "joined", "dots", "star", "cross", "band", "bars", "links"]
 Ticks = Literal["count", "power", "plain"]
 
 POINTS = 500
@@ -34,12 +34,13 @@ GREY = "#777777"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Series:
-    """One curve, set of points or band.
+    """One curve, or set of points, with what belongs to it.
 
     ``run``: the number of the run whose check box shows and hides it (None: always shown).
     ``layer``: ``recorded`` or ``smooth`` where the page offers the choice. ``low`` and ``high``:
-    ends of a band, or of error bars of points. ``notes``: a text for each point, shown with it.
-    ``named``: whether a legend names it.
+    ends of a band, or of error bars of points; of ``links`` too, which are thin lines along y;
+    of ``bars`` along x, each in the row ``y``, the pale ones half transparent. ``notes``: a text
+    for each point, shown with it. ``named``: whether a legend names it.
     """
 
     name: str
@@ -53,19 +54,22 @@ class Series:
     high: Column | None = None
     notes: tuple[str, ...] | None = None
     named: bool = True
+    pale: bool = False
 
     def __post_init__(self) -> None:
         for other in (self.y, self.low, self.high):
             assert other is None or other.shape == self.x.shape, (self.name, other.shape)
         assert self.notes is None or len(self.notes) == len(self.x), self.name
-        assert self.style != "band" or self.low is not None, self.name
+        assert self.low is not None or self.style not in ("band", "bars", "links"), self.name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Panel:
     """One pair of axes. Labels give the unit.
 
-    ``x_ticks``: how numbers of a logarithmic x axis are written: 20k, 10⁴, or 0.002.
+    ``x_ticks``: how numbers of a logarithmic x axis are written in a page: 20k, 10⁴, or 0.002.
+    In pictures alone: ``log_base`` of the ticks, ``x_marks``: the only numbers on the x axis,
+    ``rows``: names of the rows 0, 1, ... of bars, from above.
     """
 
     title: str
@@ -75,47 +79,29 @@ class Panel:
     x_log: bool = False
     y_log: bool = False
     x_ticks: Ticks = "count"
+    log_base: int = 10
+    x_marks: tuple[float, ...] = ()
+    rows: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figure:
     """Panels side by side. ``key``: name of the PNG and of the place in the page.
 
-    ``legend``: whether series are named beside the panels; figures of runs need none in the page,
-    as the list of runs is their legend.
+    ``legend``: whether series are named in each panel; figures of runs need none in the page, as
+    the list of runs is their legend, and one in a picture. ``size``: of a picture, in inches.
     """
 
     key: str
-    text: str
     panels: tuple[Panel, ...]
+    text: str = ""
     legend: bool = False
+    size: tuple[float, float] | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Table:
-    """Rows of text under a head; numbers are aligned right. ``run_s``: whose a row is, or empty."""
-
-    head: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    caption: str = ""
-    run_s: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Section:
-    """A part of the report. ``absent`` says in one line why there is nothing to show, or None."""
-
-    key: str
-    title: str
-    text: str
-    figures: tuple[Figure, ...] = ()
-    tables: tuple[Table, ...] = ()
-    notes: tuple[str, ...] = ()
-    absent: str | None = None
-
-    def __post_init__(self) -> None:
-        shown = bool(self.figures or self.tables)
-        assert shown == (self.absent is None), f"{self.key}: shown, or absent with a reason"
+def star(name: str, x: float, y: float, colour: str, **more: Any) -> Series:
+    """Return one marked point."""
+    return Series(name=name, x=np.array([x]), y=np.array([y]), style="star", colour=colour, **more)
 
 
 def known(x: Column, y: Column) -> tuple[Column, Column]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from allometry.configs.errors import UserError
-from allometry.launch.laws.text import edge_words, number
-from allometry.launch.laws.text import table as columns
+from allometry.launch.command import Report
+from allometry.launch.text import edge_words, number, table
 from allometry.laws.collect import short
 from allometry.laws.fit.bootstrap import Bootstrap
 from allometry.laws.fit.engine import Fit
@@ -70,11 +70,17 @@ def _final_loss(plan: LadderPlan, run: PlannedRun, state: RunState) -> float | N
         return None  # the fit will say what is wrong with it
 
 
-def table(facts: dict[str, Any]) -> str:
+def status(plan: LadderPlan) -> Report:
+    """Report how far the ladder is."""
+    facts = planned_facts(plan)
+    return Report(facts, status_text(facts))
+
+
+def status_text(facts: dict[str, Any]) -> str:
     """The runs of ``planned_facts``, a line each, and what they cost."""
     rows = [
-        ["run", "N", "D", "steps", "FLOPs", "state", "loss", "branches"],
-        ["", "", "tokens", "", "added", "", "nats/token", "from, at step"],
+        ["run", "N", "D", "steps", "FLOPs", "", "state", "loss", "", "branches"],
+        ["", "", "tokens", "", "added", "", "", "nats/token", "", "from, at step"],
     ]
     for run in facts["runs"]:
         begun = run["state"] != "done" and run["step"] > 0
@@ -85,27 +91,24 @@ def table(facts: dict[str, Any]) -> str:
                 short(run["tokens"]),
                 f"{run['step']}/{run['steps']}" if begun else str(run["steps"]),
                 f"{run['own_flops']:.2g}".replace("e+", "e"),
+                "",
                 run["state"],
                 "" if run["final_loss"] is None else f"{run['final_loss']:.4f}",
+                "",
                 _branch(run),
             ]
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    left = [0, 5, 7]  # columns of words
-    cells = [
-        [cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(pairs)]
-        for pairs in (list(zip(row, widths, strict=True)) for row in rows)
-    ]
-    lines = [" ".join([*row[:5], "", *row[5:7], "", row[7]]).rstrip() for row in cells]
     done = sum(run["state"] == "done" for run in facts["runs"])
     whole, alone = facts["flops"], facts["flops_if_each_from_scratch"]
     saved = f", {1 - whole / alone:.0%} less than from scratch" if alone > whole else ""
-    lines.append(
+    lines = [
+        table(rows, right=(1, 2, 3, 4, 7), gap=" "),
         f"{done} of {len(facts['runs'])} runs done; {facts['flops_spent']:.3g} of {whole:.3g} "
-        f"FLOPs spent{saved}"
-    )
-    lines.append(f"N counts {facts['count']} parameters; loss is that of the law ({facts['loss']})")
-    return "\n".join([*lines, *(f"note: {note}" for note in facts["notes"])])
+        f"FLOPs spent{saved}",
+        f"N counts {facts['count']} parameters; loss is that of the law ({facts['loss']})",
+        *(f"note: {note}" for note in facts["notes"]),
+    ]
+    return "\n".join(lines)
 
 
 def _branch(run: dict[str, Any]) -> str:
@@ -119,19 +122,19 @@ def _branch(run: dict[str, Any]) -> str:
     return f"{name} at {run['parent_step']}"
 
 
-def fit_facts(found: Fit, resampled: Bootstrap, path: str) -> dict[str, Any]:
+def fit_facts(fit: Fit, resampled: Bootstrap, path: str) -> dict[str, Any]:
     """A fit as JSON, without its observations."""
-    plain = found.to_json()
+    plain = fit.to_json()
     return {
-        "law": found.form.name,
-        "equation": found.form.equation,
-        "values": {name: float(value) for name, value in found.values.items()},
-        "units": {p.name: found.unit(p.unit) for p in found.form.parameters},
+        "law": fit.form.name,
+        "equation": fit.form.equation,
+        "values": {name: float(value) for name, value in fit.values.items()},
+        "units": {p.name: fit.unit(p.unit) for p in fit.form.parameters},
         "intervals": {name: list(resampled.interval(name)) for name in resampled.names},
-        "objective": found.objective,
+        "objective": fit.objective,
         "certificate": plain["certificate"],
-        "rows": len(found.observations),
-        "unidentified": unidentified(found),
+        "rows": len(fit.observations),
+        "unidentified": unidentified(fit),
         "at_edges": edge_words(resampled),
         "file": path,
     }
@@ -144,29 +147,31 @@ def fit_text(facts: dict[str, Any]) -> str:
         low, high = facts["intervals"][name]
         rows.append([name, number(value), f"{number(low)} to {number(high)}", facts["units"][name]])
     lines = [f"{facts['law']}: {facts['equation']}", f"fitted to {facts['rows']} runs"]
-    lines.append(columns(rows))
+    lines.append(table(rows))
     notes = [*([facts["unidentified"]] if facts["unidentified"] else []), *facts["at_edges"]]
     lines += [f"note: {note}" for note in notes]
     return "\n".join([*lines, f"written to {facts['file']}"])
 
 
-def prediction_text(found: Prediction) -> str:
+def prediction_text(prediction: Prediction) -> str:
     """A prediction in words."""
-    target = found.target
+    target = prediction.target
     lines = [
         f"{target['run']} (N {short(target['N'])} parameters, D {short(target['D'])} tokens)",
-        f"{found.law} of {found.rungs} runs predicts {found.predicted:.4f} nats per token, "
-        f"{found.level:.0%} interval {found.low:.4f} to {found.high:.4f}",
+        f"{prediction.law} of {prediction.rungs} runs predicts {prediction.predicted:.4f} nats per "
+        f"token, {prediction.level:.0%} interval {prediction.low:.4f} to {prediction.high:.4f}",
     ]
-    if found.measured is not None:
-        assert found.error is not None
-        where = "inside" if found.covered else "OUTSIDE"
+    if prediction.measured is not None:
+        assert prediction.error is not None
+        where = "inside" if prediction.covered else "OUTSIDE"
         lines.append(
-            f"measured {found.measured:.4f} nats per token: the prediction is {found.error:+.2%} "
-            f"off, {where} its interval"
+            f"measured {prediction.measured:.4f} nats per token: the prediction is "
+            f"{prediction.error:+.2%} off, {where} its interval"
         )
-    if found.target_state == "done":
+    if prediction.target_state == "done":
         lines.append("note: this prediction was made AFTER the target's run had ended")
-    elif found.target_state == "partial":
-        lines.append(f"note: the target stood at step {found.target_step} when it was predicted")
-    return "\n".join([*lines, *(f"note: {warning}" for warning in found.warnings)])
+    elif prediction.target_state == "partial":
+        lines.append(
+            f"note: the target stood at step {prediction.target_step} when it was predicted"
+        )
+    return "\n".join([*lines, *(f"note: {warning}" for warning in prediction.warnings)])

@@ -14,7 +14,7 @@ from ruamel.yaml import YAML
 from allometry.configs.errors import UserError
 from allometry.configs.ladder import SbatchLaunch, load_ladder
 from allometry.configs.loader import PRESET
-from allometry.launch.studies import ladder_text as text
+from allometry.launch.studies.ladder import text
 from allometry.laws.areas import areas_of
 from allometry.laws.fit.store import load_fit, save_fit
 from allometry.laws.ladder import (
@@ -159,7 +159,7 @@ def fit(plan: LadderPlan) -> dict[str, Any]:
     """Fit the ladder's law to its rungs and keep it in fit.json; the fit as JSON."""
     ladder = plan.ladder
     rungs = fitted_rungs(plan)
-    found, resampled = fit_rungs(
+    fitted, resampled = fit_rungs(
         [run.folder for run in rungs],
         ladder.law,
         count=ladder.count,
@@ -167,8 +167,10 @@ def fit(plan: LadderPlan) -> dict[str, Any]:
         bootstraps=ladder.bootstraps,
     )
     path = plan.folder / FIT
-    save_fit(path, found, resampled, {"ladder": str(plan.folder), "rungs": [r.name for r in rungs]})
-    return text.fit_facts(found, resampled, str(path))
+    save_fit(
+        path, fitted, resampled, {"ladder": str(plan.folder), "rungs": [r.name for r in rungs]}
+    )
+    return text.fit_facts(fitted, resampled, str(path))
 
 
 def predict(plan: LadderPlan, *, again: bool) -> Prediction:
@@ -183,42 +185,43 @@ def predict(plan: LadderPlan, *, again: bool) -> Prediction:
         raise UserError("the ladder has no target to predict; add target: {size: ..., tokens: ...}")
     _check_folders(plan)
     path, state = plan.folder / PREDICTION, state_of(target)
-    found = load_prediction(path)
+    prediction = load_prediction(path)
     begun = state.step > target.parent_step
-    same = found is not None and found.target["run"] == target.name and begun
-    if found is None or again or not same:
+    same = prediction is not None and prediction.target["run"] == target.name and begun
+    if prediction is None or again or not same:
         fit(plan)
         stored = load_fit(plan.folder / FIT)
         assert stored.bootstrap is not None
         stage: TargetState = "done" if state.stage == "done" else "partial" if begun else "planned"
-        found = predict_target(
+        prediction = predict_target(
             stored.fit, stored.bootstrap, describe(plan, target), state=stage, step=state.step
         )
-    changed = _since(plan, target, found)
+    changed = _since(plan, target, prediction)
     if state.stage == "done" and "loss" not in changed:
         rungs = [run.folder for run in fitted_rungs(plan)]
         count, loss = plan.ladder.count, plan.ladder.loss
-        found = measure_target(found, rungs, target.folder, count=count, loss=loss)
-    save_prediction(path, found)
-    return replace(found, warnings=(*found.warnings, *changed.values()))
+        prediction = measure_target(prediction, rungs, target.folder, count=count, loss=loss)
+    save_prediction(path, prediction)
+    return replace(prediction, warnings=(*prediction.warnings, *changed.values()))
 
 
-def _since(plan: LadderPlan, target: PlannedRun, found: Prediction) -> dict[str, str]:
+def _since(plan: LadderPlan, target: PlannedRun, prediction: Prediction) -> dict[str, str]:
     """What the ladder says otherwise than when the prediction was made: a sentence for each key."""
     other = {}
-    if found.law != plan.ladder.law:
-        other["law"] = f"is of law {found.law}, and the ladder now says {plan.ladder.law}"
-    if found.target.get("N") != target.parameters:
+    if prediction.law != plan.ladder.law:
+        other["law"] = f"is of law {prediction.law}, and the ladder now says {plan.ladder.law}"
+    if prediction.target.get("N") != target.parameters:
         other["count"] = (
-            f"counts N={found.target.get('N')}, and the ladder now counts {target.parameters} "
+            f"counts N={prediction.target.get('N')}, and the ladder now counts {target.parameters} "
             f"({plan.ladder.count})"
         )
     rung = plan.rungs[0]
     if state_of(rung).stage == "done":
         loss = LossChoice.parse(plan.ladder.loss).describe(read_run(rung.folder))
-        if loss != found.loss:
+        if loss != prediction.loss:
             other["loss"] = (
-                f"is of another loss ({found.loss}), which the ladder does not measure now ({loss})"
+                f"is of another loss ({prediction.loss}), which the ladder does not measure now "
+                f"({loss})"
             )
     again = "allometry ladder predict --again makes a new one"
     return {key: f"this prediction {text}; {again}" for key, text in other.items()}

@@ -1,0 +1,166 @@
+"""A command of the command line is a dataclass.
+
+Its fields are the arguments and options, its docstring is the help, and ``run`` returns a Report::
+
+    @dataclass(frozen=True, kw_only=True)
+    class Count(Command):
+        '''Count the tokens of STORE.'''
+
+        store: Path = argument("folder of token files")
+        source: str | None = option("count this source alone")
+
+        def run(self) -> Report:
+            tokens = ...
+            return Report({"tokens": tokens}, f"{tokens:,} tokens")
+
+    register(app, "count", Count)
+
+Modules that define commands are imported to print any help, so they import heavy packages where
+``run`` needs them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+
+import typer
+
+if TYPE_CHECKING:
+    from allometry.configs.run import RunConfig
+
+T = TypeVar("T")
+FURTHER = {"allow_extra_args": True, "ignore_unknown_options": True}
+"""Context settings of a command with further arguments."""
+REQUIRED = MISSING
+
+
+def option(help: str, default: Any = None, *names: str, **more: Any) -> Any:
+    """Return a field that is an option, needed where ``default`` is REQUIRED.
+
+    ``names`` other than the field's, ``--text-key``, and short ones. ``more``: as typer has it.
+    """
+    return field(default=default, metadata={"names": names, "typer": {"help": help, **more}})
+
+
+def argument(help: str, default: Any = REQUIRED, metavar: str | None = None) -> Any:
+    """Return a field that is an argument, told by its place: many values if it is a tuple."""
+    return field(default=default, metadata={"typer": {"help": help, "metavar": metavar}})
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a command has to say: ``facts`` as JSON, or ``text`` (none: it has said all already).
+
+    ``passed``: whether what was checked holds; the command ends with code 1 otherwise.
+    """
+
+    facts: Any
+    text: str
+    passed: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """The base of all commands."""
+
+    json: bool = option("print one JSON object instead of text", False)
+
+    def run(self) -> Report:
+        """Do it. Raises UserError, which ends the command with one sentence and code 2."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfigCommand(Command):
+    """A command about the run that CONFIG describes; further arguments override single keys."""
+
+    config: str = argument("a YAML file, or preset:NAME")
+    overrides: tuple[str, ...] = ()
+
+    def load(self) -> RunConfig:
+        """Return the configuration. Raises UserError for one that is not valid."""
+        from allometry.configs.loader import load
+
+        return load(self.config, list(self.overrides))
+
+
+def register(app: typer.Typer, name: str, command: type[Command]) -> None:
+    """Add a command to ``app``. Here alone its report is printed and its exit code decided."""
+    further = issubclass(command, ConfigCommand)
+
+    def callback(**given: Any) -> None:
+        if further:
+            given["overrides"] = given.pop("context").args
+        asked = _made(command, given)
+        report = asked.run()
+        if asked.json:
+            typer.echo(json.dumps(report.facts, indent=2))
+        elif report.text:
+            typer.echo(report.text)
+        if not report.passed:
+            raise typer.Exit(1)
+
+    parameters = list(_parameters(command).values())
+    if further:
+        kind = inspect.Parameter.KEYWORD_ONLY
+        parameters.append(inspect.Parameter("context", kind, annotation=typer.Context))
+    signed: Any = callback
+    signed.__signature__ = inspect.Signature(parameters)
+    register_callback: Callable[..., Any] = app.command(
+        name, help=command.__doc__, context_settings=FURTHER if further else None
+    )
+    register_callback(signed)
+
+
+def _parameters(command: type[Any]) -> dict[str, inspect.Parameter]:
+    """The parameters as typer reads them, ``json`` last.
+
+    A field that is itself a dataclass stands for its fields.
+    """
+    hints = get_type_hints(command)
+    parameters: dict[str, inspect.Parameter] = {}
+    for one in sorted(fields(command), key=lambda one: one.name == "json"):
+        if is_dataclass(hints[one.name]):
+            parameters |= _parameters(hints[one.name])
+        elif "typer" in one.metadata:
+            parameters[one.name] = _parameter(one, hints[one.name])
+    return parameters
+
+
+def _parameter(one: Field[Any], kind: Any) -> inspect.Parameter:
+    more, names = one.metadata["typer"], one.metadata.get("names")
+    if names is None:
+        said: Any = typer.Argument(**more)
+    else:  # a flag has no --no-flag
+        own = () if any(name.startswith("--") for name in names) else (_flag(one.name),)
+        said = typer.Option(*own, *names, **more)
+    default = inspect.Parameter.empty if one.default is MISSING else one.default
+    if get_origin(kind) is tuple:  # typer reads many values as a list, and none as None
+        kind, default = list[get_args(kind)[0]] | None, None if default == () else default  # type: ignore[misc]
+    return inspect.Parameter(
+        one.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=default,
+        annotation=Annotated[kind, said],
+    )
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _made(kind: type[T], given: Mapping[str, Any]) -> T:
+    """The dataclass of what was given; a field that was not (None) keeps its default."""
+    hints = get_type_hints(kind)
+    values: dict[str, Any] = {}
+    for one in fields(kind):  # type: ignore[arg-type]
+        value = given.get(one.name)
+        if is_dataclass(hints[one.name]):
+            values[one.name] = _made(hints[one.name], given)
+        elif value is not None:
+            values[one.name] = tuple(value) if isinstance(value, list) else value
+    return kind(**values)

@@ -1,0 +1,195 @@
+"""Figures as files, drawn by matplotlib: PNG, SVG or PDF."""
+
+from __future__ import annotations
+
+import math
+import os
+from errno import EACCES, EISDIR
+from pathlib import Path
+from typing import Any
+
+from allometry.configs.errors import UserError
+from allometry.launch.figures.figure import Figure, Panel, Series
+
+FORMATS = (".png", ".svg", ".pdf")
+MARKERS = {"dots": "o", "star": "*", "cross": "x"}
+SIZES = {"dots": 3.0, "star": 12.0, "cross": 7.0}
+NAMED = 12
+"""A legend names at most this many things."""
+MANY_ROWS = 32
+"""More bars than these lie close together, and their links are thin."""
+
+
+def check_format(out: Path) -> None:
+    """Make the folder of ``out``. Raises UserError: it cannot be, or no figure is named so."""
+    if out.suffix not in FORMATS:
+        raise UserError(f"--out={out}: a figure is written as {', '.join(FORMATS)}; name one so")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if out.is_dir():
+            raise IsADirectoryError(EISDIR, "it is a folder")
+        if not os.access(out.parent, os.W_OK):
+            raise PermissionError(EACCES, "its folder may not be written to")
+    except OSError as error:
+        raise UserError(
+            f"--out={out} cannot be written: {error.strerror}; choose another path"
+        ) from None
+
+
+def draw(figure: Figure, out: Path) -> None:
+    """Write the figure, its panels two in a row."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    columns = min(2, len(figure.panels))
+    rows = math.ceil(len(figure.panels) / columns)
+    size = figure.size or (6.5 * columns, 4.3 * rows)
+    drawn, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    for axis in axes.flat[len(figure.panels) :]:
+        axis.set_visible(False)
+    for number, (axis, panel) in enumerate(zip(axes.flat, figure.panels, strict=False)):
+        draw_panel(axis, panel)
+        if figure.legend or number == 0:  # else all panels show the same runs
+            _legend(axis, above=any(series.style == "bars" for series in panel.series))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    drawn.savefig(out, dpi=130)
+    plt.close(drawn)
+
+
+def draw_panel(axis: Any, panel: Panel) -> None:
+    """Draw a panel on matplotlib's axes, without a legend."""
+    for series in panel.series:
+        if series.style in ("bars", "links"):
+            _draw_bars(axis, series, panel)
+        else:
+            _draw_series(axis, series)
+    # A dollar sign would begin a formula.
+    axis.set_title(_plain(panel.title), loc="left", fontsize=10, fontweight="bold")
+    axis.set_xlabel(_plain(panel.x_label))
+    axis.set_ylabel(_plain(panel.y_label))
+    if panel.x_log:
+        axis.set_xscale("log", base=panel.log_base)
+    if panel.y_log:
+        axis.set_yscale("log", base=panel.log_base)
+    if panel.x_marks:
+        axis.set_xticks(panel.x_marks, [f"{mark:g}" for mark in panel.x_marks])
+        axis.set_xticks([], minor=True)
+    if panel.rows:
+        _name_rows(axis, panel.rows)
+        return
+    if panel.log_base == 10:
+        _name_numbers(axis, panel)
+    axis.grid(alpha=0.3)
+
+
+def _name_numbers(axis: Any, panel: Panel) -> None:
+    """Name some numbers of short logarithmic axes, which alone would name one or two, or none."""
+    from matplotlib.ticker import MaxNLocator, NullLocator
+
+    for log, scale, limits in (
+        (panel.x_log, axis.xaxis, axis.get_xlim()),
+        (panel.y_log, axis.yaxis, axis.get_ylim()),
+    ):
+        if log and limits[1] < 20.0 * limits[0]:
+            scale.set_major_locator(MaxNLocator(7))
+            scale.set_minor_locator(NullLocator())
+            scale.set_major_formatter("{x:.3g}")
+
+
+def _name_rows(axis: Any, names: tuple[str, ...]) -> None:
+    axis.margins(x=0)
+    axis.autoscale_view()
+    axis.set_ylim(len(names) - 0.4, -0.6)
+    if len(names) <= MANY_ROWS:
+        axis.set_yticks(range(len(names)), names, fontsize=8)
+
+
+def _legend(axis: Any, *, above: bool) -> None:
+    lines, names = axis.get_legend_handles_labels()
+    first = dict(zip(reversed(names), reversed(lines), strict=True))
+    kept = list(dict.fromkeys(names))
+    if above:
+        stride = -(-len(kept) // NAMED)
+        kept = [name for i, name in enumerate(kept) if i % stride == 0 or i == len(kept) - 1]
+        axis.figure.legend(
+            [first[name] for name in kept], kept, fontsize=8, ncols=len(kept),
+            loc="outside upper right", frameon=False,
+        )  # fmt: skip
+    elif names:
+        more = len(kept) - NAMED
+        kept = kept[:NAMED]
+        title = f"and {more} more" if more > 0 else None
+        axis.legend([first[name] for name in kept], kept, fontsize=7, title=title, title_fontsize=7)
+
+
+def _draw_series(axis: Any, series: Series) -> None:
+    name = _plain(series.name) if series.named else "_"
+    if series.style == "band":
+        axis.fill_between(
+            series.x, series.low, series.high, color=series.colour, alpha=0.18, linewidth=0
+        )
+    elif series.style in MARKERS:
+        marker = {
+            "marker": MARKERS[series.style],
+            "ms": SIZES[series.style],
+            "color": series.colour,
+            "label": name,
+        }
+        if series.style == "star":
+            marker |= {"mec": "black", "mew": 0.6}
+        if series.low is not None and series.high is not None:
+            ends = [series.y - series.low, series.high - series.y]
+            axis.errorbar(series.x, series.y, yerr=ends, fmt="none", ecolor=series.colour, lw=1)
+        axis.plot(series.x, series.y, ls="none", **marker)
+    elif series.layer == "recorded":
+        axis.plot(series.x, series.y, color=series.colour, lw=0.6, alpha=0.35)
+    else:
+        dashes = "--" if series.style == "dashed" else "-"
+        points = "o" if series.style == "joined" else None
+        axis.plot(
+            series.x,
+            series.y,
+            color=series.colour,
+            lw=1.5,
+            ls=dashes,
+            label=name,
+            marker=points,
+            ms=3,
+        )
+
+
+def _draw_bars(axis: Any, series: Series, panel: Panel) -> None:
+    """Bars along x, one collection for each series, and links along y."""
+    from matplotlib.collections import LineCollection, PolyCollection
+
+    few = len(panel.rows) <= MANY_ROWS
+    ends = zip(series.x, series.y, series.low, series.high, strict=True)  # type: ignore[arg-type]
+    if series.style == "links":
+        lines = [[(x, low), (x, high)] for x, _, low, high in ends]
+        axis.add_collection(
+            LineCollection(lines, colors=series.colour, linewidths=0.8 if few else 0.4)
+        )
+        return
+    half = 0.4 if few else 0.5
+    corners = [
+        [(low, y - half), (high, y - half), (high, y + half), (low, y + half)]
+        for _, y, low, high in ends
+    ]
+    axis.add_collection(
+        PolyCollection(
+            corners,
+            facecolors=series.colour,
+            alpha=0.55 if series.pale else 0.95,
+            edgecolors="white",
+            linewidths=0.3,
+            label=_plain(series.name) if series.named else "_",
+        )
+    )
+
+
+def _plain(text: str) -> str:
+    """Text that matplotlib takes as it is: no formulas, and no name that hides from the legend."""
+    escaped = text.replace("$", r"\$")
+    return " " + escaped if escaped.startswith("_") else escaped

@@ -1,0 +1,90 @@
+"""What commands of several kinds print with: one table, numbers, words about fits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from allometry.laws.fit.bootstrap import Bootstrap
+
+
+def table(
+    rows: Sequence[Sequence[str]],
+    *,
+    right: Collection[int] = (),
+    least: Sequence[int] = (),
+    gap: str = "  ",
+) -> str:
+    """Return rows as columns of equal width; the first row is usually the header.
+
+    A row with fewer cells than the first ends with one that may run over the columns after it.
+    ``right``: columns whose cells stand at the right. ``least``: widths of the first columns that
+    are kept where cells are shorter.
+    """
+    widths = [*least, *[0] * (len(rows[0]) - len(least))]
+    for row in rows:
+        for i, cell in enumerate(row if len(row) == len(widths) else row[:-1]):
+            widths[i] = max(widths[i], len(cell))
+    lines = []
+    for row in rows:
+        cells = [
+            cell.rjust(width) if i in right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=False))
+        ]
+        if len(row) < len(widths):
+            cells[-1] = row[-1]
+        lines.append(gap.join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def number(value: float, digits: int = 5) -> str:
+    """Return a number with as many digits as say something."""
+    return f"{value:.{digits}g}"
+
+
+def counted(count: int, what: str) -> str:
+    """Return ``1 seed`` or ``3 seeds``, of a word whose plural ends in s."""
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
+def names_of(folders: Sequence[Path]) -> list[str]:
+    """Return the folders' names, or whole paths where two share a name."""
+    names = [folder.name for folder in folders]
+    return names if len(set(names)) == len(names) else list(map(str, folders))
+
+
+def finite(value: float) -> float | None:
+    """Return the number, or None where JSON has none for it."""
+    return float(value) if math.isfinite(value) else None
+
+
+def edge_words(sampled: Bootstrap) -> list[str]:
+    """Return a sentence for each parameter that is at an end of its 95 % interval, or outside."""
+    words = []
+    for parameter in sampled.fit.form.parameters:
+        name, value = parameter.name, sampled.fit.values[parameter.name]
+        if not sampled.at_edge(name):
+            continue
+        low, high = sampled.interval(name)
+        at = f"at the edge of its interval: {name} = {number(value)}"
+        if name in sampled.fit.certificate.at_bounds:
+            side = "least" if value - parameter.low <= parameter.high - value else "most"
+            words.append(
+                f"{at}, the {side} that the law allows, "
+                + (
+                    "in every sample: the interval has no width and says nothing"
+                    if low == high
+                    else "so the interval is one-sided: only its other end says something"
+                )
+            )
+        elif low <= value <= high:
+            words.append(f"{at}: the samples lie to one side of the fit, so the interval is rough")
+        else:
+            words.append(
+                f"outside of its interval: {name} = {number(value)}: the samples lie to one side "
+                "of the fit, so neither is sure"
+            )
+    return words
