@@ -17,8 +17,9 @@ from allometry.scaling.parameterization import Parameterization
 class RunPlan:
     """What a run on ``world_size`` ranks will do. Steps are counted from 1.
 
-    ``flops_per_token`` is that of sequences that are one whole document; ``memory`` is an
-    estimate of one rank's peak (see ``MemoryEstimate``).
+    ``flops_per_token`` is that of sequences that are one whole document, and ``flops_assumption``
+    says what that means for this run's data, which are not read here; ``memory`` is an estimate of
+    one rank's peak (see ``MemoryEstimate``).
     """
 
     world_size: int
@@ -30,6 +31,7 @@ class RunPlan:
     micro_batch_tokens: int
     parameters: ParameterCount
     flops_per_token: Flops
+    flops_assumption: str
     memory: MemoryEstimate
     parameterization: Parameterization
 
@@ -54,6 +56,7 @@ class RunPlan:
             micro_batch_tokens=_micro_batch_tokens(config),
             parameters=count_parameters(config.model),
             flops_per_token=flops_per_token(config.model, sequence_length),
+            flops_assumption=_flops_assumption(config),
             memory=estimate_memory(
                 config.model,
                 micro_batch_tokens=_micro_batch_tokens(config),
@@ -113,9 +116,23 @@ class RunPlan:
             },
             "parameters": asdict(self.parameters),
             "flops_per_token": asdict(self.flops_per_token),
+            "flops_assumption": self.flops_assumption,
             "memory_estimate_bytes": {**asdict(self.memory), "total": self.memory.total},
             "parameterization": self.parameterization.describe(),
         }
+
+
+def _flops_assumption(config: RunConfig) -> str:
+    """Which documents the FLOPs of the plan are those of; a run counts the ones that it reads."""
+    length = config.data.sequence_length
+    if config.data.kind == "documents":
+        return f"every document as long as a window, {length} tokens; the run counts each as it is"
+    if config.data.packing == "per_document":
+        return (
+            f"every sequence one document of {length} tokens, an upper bound; the run counts each "
+            "document as it is"
+        )
+    return f"every sequence attends as a whole, {length} tokens"
 
 
 def _micro_batch_tokens(config: RunConfig) -> int:

@@ -36,7 +36,8 @@ class Callback:
     def needs_numbers(self, step: int, *, last: bool) -> bool:
         """Whether all numbers up to this step are to be read before another step is begun.
 
-        ``last``: the launch ends with this step. Otherwise a GPU's are read one step later.
+        ``last``: the launch ends with this step. Otherwise a GPU's are read one step later. The
+        answer is the same on every rank.
         """
         return False
 
