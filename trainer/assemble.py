@@ -8,17 +8,21 @@ from dataclasses import replace
 import torch
 
 from allometry.configs.errors import UserError
+from allometry.configs.model import MoEModel
 from allometry.configs.run import RunConfig
 from allometry.models.build import build_model
 from allometry.models.init import initialize
 from allometry.models.transformer import Part, Transformer
 from allometry.optim.build import build_optimizer
+from allometry.optim.schedule import Schedule
 from allometry.parallel.apply import Parallel, materialize, parallelize
 from allometry.parallel.measure import measure_costs
 from allometry.parallel.mesh import Mesh
 from allometry.scaling.layout import Layout
 from allometry.scaling.plan import RunPlan
+from allometry.trainer.balance import Balancer
 from allometry.trainer.state.folder import RunFolder
+from allometry.trainer.step import TrainStep
 
 
 def build_part(config: RunConfig, plan: RunPlan, part: Part) -> Transformer:
@@ -49,6 +53,30 @@ def make_optimizer(
         config.optimizer,
         mesh,
         config.run.seed,
+    )
+
+
+def make_train_step(
+    config: RunConfig,
+    parallel: Parallel,
+    optimizer: torch.optim.Optimizer,
+    schedule: Schedule,
+    mesh: Mesh,
+) -> TrainStep:
+    """What takes the steps of a run."""
+    balancer = None
+    if isinstance(config.model, MoEModel):
+        balancer = Balancer(config.model, list(parallel.parts.values()), mesh)
+    return TrainStep(
+        parallel,
+        optimizer,
+        schedule,
+        mesh,
+        peak_lr=config.optimizer.lr,
+        sources=len(config.data.sources),
+        clip_grad_norm=config.training.clip_grad_norm,
+        dropout_seed=config.run.seed if config.model.dropout else None,
+        balancer=balancer,
     )
 
 

@@ -26,9 +26,9 @@ from allometry.trainer.assemble import (
     make_model,
     make_optimizer,
     make_states,
+    make_train_step,
     with_measured_stages,
 )
-from allometry.trainer.balance import Balancer
 from allometry.trainer.evaluate import (
     Evaluation,
     Evaluator,
@@ -57,7 +57,6 @@ from allometry.trainer.save import Saver
 from allometry.trainer.state import checkpoint
 from allometry.trainer.state.folder import RunFolder
 from allometry.trainer.state.resume import Start, begin
-from allometry.trainer.step import TrainStep
 
 MANY_EPOCHS = 4
 _log = logging.getLogger(__name__)
@@ -172,7 +171,9 @@ class _Run:
         return Loop(
             plan=self.plan,
             mesh=self.mesh,
-            train_step=self._train_step(),
+            train_step=make_train_step(
+                self.config, self.parallel, self.optimizer, self.schedule, self.mesh
+            ),
             stream=self.stream,
             progress=self.progress,
             timer=self.timer,
@@ -182,22 +183,6 @@ class _Run:
             record_every_steps=self.config.record.every_steps,
             document_flops=DocumentFlops.of(self.config.model),
             peak_flops_per_s=self.peak.flops_per_s * self.mesh.world_size,
-        )
-
-    def _train_step(self) -> TrainStep:
-        config, parallel, mesh = self.config, self.parallel, self.mesh
-        return TrainStep(
-            parallel,
-            self.optimizer,
-            self.schedule,
-            mesh,
-            peak_lr=config.optimizer.lr,
-            sources=len(config.data.sources),
-            clip_grad_norm=config.training.clip_grad_norm,
-            dropout_seed=config.run.seed if config.model.dropout else None,
-            balancer=Balancer(config.model, list(parallel.parts.values()), mesh)
-            if isinstance(config.model, MoEModel)
-            else None,
         )
 
     def _monitors(self) -> Iterator[Callback]:
