@@ -99,9 +99,9 @@ def measure(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     with ExitStack() as stack:
         for owner, method, name, step_of in (
             (TrainStep, "__call__", "step", remember),
-            (Monitors, "before", "before", remember),
-            (Monitors, "after", "after", remember),
-            (Monitors, "row", "row", remember),
+            (Monitors, "before_step", "before", remember),
+            (Monitors, "after_step", "after", remember),
+            (Monitors, "additions", "row", lambda args: int(args[1].step)),
             (Monitors, "_singular_values", "singular", lambda _args: number[0]),
         ):
             stack.enter_context(timed(owner, method, times[name], step_of))

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from allometry.configs.model import ModelConfig, MoEModel
@@ -86,8 +86,8 @@ def flops_per_token(model: ModelConfig, sequence_length: int) -> Flops:
     2·N·H for the weighted values of each. Backward = 2 x forward, one product for each operand.
     Lookups, norms, RoPE, softmax, and whatever a kernel or activation checkpointing recomputes are
     not counted: this is the numerator of MFU (PaLM, arXiv 2204.02311, appendix B, with the causal
-    half counted once). Document masks make attention cheaper than this; the figure is that of one
-    whole document.
+    half counted once). The figure is that of one whole document of ``sequence_length`` tokens; of
+    several documents in a sequence see ``DocumentFlops``.
     """
     assert sequence_length > 0, sequence_length
     products = sum(active_numel(model, spec) for spec in inventory(model) if spec.role in _PRODUCTS)
@@ -98,8 +98,32 @@ def flops_per_token(model: ModelConfig, sequence_length: int) -> Flops:
     return Flops(forward=forward, backward=2 * forward, total=3 * forward, attention=3 * attention)
 
 
-def document_flops(model: ModelConfig, lengths: Iterable[int]) -> int:
-    """Return the model FLOPs of training on whole documents of these lengths (see above)."""
-    one, two = (flops_per_token(model, length).total for length in (1, 2))
-    slope = two - one  # attention's share grows with the length, all else is by the token
-    return sum(length * (one + slope * (length - 1)) for length in lengths)
+@dataclass(frozen=True, slots=True)
+class DocumentFlops:
+    """Model FLOPs of training on documents, each of which attends to itself alone.
+
+    ``per_token`` of a token without attention, ``per_pair`` of a query and a key it meets: a
+    document of L tokens has L (L + 1) / 2 pairs.
+    """
+
+    per_token: int
+    per_pair: int
+
+    @classmethod
+    def of(cls, model: ModelConfig) -> DocumentFlops:
+        """The coefficients of this model."""
+        one, three = (flops_per_token(model, length).total for length in (1, 3))
+        per_pair = three - one  # a token of three meets one key more, in the mean, than one alone
+        return cls(one - per_pair, per_pair)
+
+    def __call__(self, tokens: int, squared_lengths: int) -> int:
+        """Return the FLOPs of documents with so many tokens, their squared lengths summing to this.
+
+        Of one document of every length it is ``flops_per_token(model, length).total * length``.
+        """
+        return self.per_token * tokens + self.per_pair * (squared_lengths + tokens) // 2
+
+
+def document_flops(model: ModelConfig, lengths: Sequence[int]) -> int:
+    """Return the model FLOPs of training on whole documents of these lengths."""
+    return DocumentFlops.of(model)(sum(lengths), sum(length**2 for length in lengths))

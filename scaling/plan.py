@@ -19,7 +19,8 @@ from allometry.scaling.parameterization import Parameterization
 class RunPlan:
     """What a run on ``world_size`` ranks will do. Steps are counted from 1.
 
-    ``flops_per_token`` is that of sequences that are one whole document; ``memory`` is the peak of
+    ``flops_per_token`` is that of sequences that are one whole document, and ``flops_assumption``
+    says what that means for this run's data, which are not read here; ``memory`` is the peak of
     the fullest rank (see ``MemoryEstimate``).
     """
 
@@ -32,6 +33,7 @@ class RunPlan:
     micro_batch_tokens: int
     parameters: ParameterCount
     flops_per_token: Flops
+    flops_assumption: str
     memory: MemoryEstimate
     parameterization: Parameterization
     balance_loads: BalanceLoads | None
@@ -57,6 +59,7 @@ class RunPlan:
             micro_batch_tokens=_micro_batch_tokens(config),
             parameters=count_parameters(config.model),
             flops_per_token=flops_per_token(config.model, sequence_length),
+            flops_assumption=_flops_assumption(config),
             memory=estimate_memory(
                 config.model,
                 micro_batch_tokens=_micro_batch_tokens(config),
@@ -118,6 +121,7 @@ class RunPlan:
             },
             "parameters": asdict(self.parameters),
             "flops_per_token": asdict(self.flops_per_token),
+            "flops_assumption": self.flops_assumption,
             "memory_bytes_per_rank": {**asdict(self.memory), "total": self.memory.total},
             "parameterization": self.parameterization.describe(),
             "balance_loads": None if self.balance_loads is None else asdict(self.balance_loads),
@@ -133,6 +137,19 @@ def _attention(config: RunConfig) -> AttentionCall:
         length=config.data.sequence_length,
         compiled=config.training.compile,
     )
+
+
+def _flops_assumption(config: RunConfig) -> str:
+    """Which documents the FLOPs of the plan are those of; a run counts the ones that it reads."""
+    length = config.data.sequence_length
+    if config.data.kind == "documents":
+        return f"every document as long as a window, {length} tokens; the run counts each as it is"
+    if config.data.packing == "per_document":
+        return (
+            f"every sequence one document of {length} tokens, an upper bound; the run counts each "
+            "document as it is"
+        )
+    return f"every sequence attends as a whole, {length} tokens"
 
 
 def _micro_batch_tokens(config: RunConfig) -> int:

@@ -4,17 +4,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from typing_extensions import override
 
 from allometry.data.batch import IGNORE, Batch
 from allometry.data.documents import Pieces
 from allometry.parallel.apply import Parallel
 from allometry.parallel.mesh import Mesh
 from allometry.trainer.feed import DeviceBatch, DocumentPlanner
+from allometry.trainer.record.callbacks import Callback
+from allometry.trainer.record.columns import FinishedStep
+from allometry.trainer.record.timing import StepTimer
+from allometry.trainer.record.writer import Row
 from allometry.trainer.step import source_sums
 
 
@@ -61,6 +67,19 @@ def held_out_documents(
     return HeldOut(tuple(validation), mine)
 
 
+@contextmanager
+def evaluating(parts: Sequence[nn.Module]) -> Iterator[None]:
+    """Meanwhile nothing is dropped; afterwards the parts are in the mode that they were in."""
+    training = [part.training for part in parts]
+    for part in parts:
+        part.eval()
+    try:
+        yield
+    finally:
+        for part, mode in zip(parts, training, strict=True):
+            part.train(mode)
+
+
 class Evaluator:
     """Evaluates the model on each source's validation split, shared out over ranks."""
 
@@ -69,11 +88,6 @@ class Evaluator:
         self._mine = held_out.batches
         self._parallel = parallel
         self._mesh = mesh
-
-    @property
-    def sources(self) -> list[str]:
-        """Names of the sources that have held-out tokens."""
-        return self._names
 
     def __call__(self) -> dict[str, float]:
         """Mean loss in nats per token, by source; same on all ranks."""
@@ -86,14 +100,30 @@ class Evaluator:
             nonlocal total
             total += source_sums(nll_BL, batch.targets_BL, batch.sources, len(self._names))
 
-        parts = self._parallel.parts.values()
-        training = [part.training for part in parts]
-        for part in parts:
-            part.eval()
-        self._parallel.execution.evaluate(self._mine, observe)
-        for part, mode in zip(parts, training, strict=True):
-            part.train(mode)
+        with evaluating(list(self._parallel.parts.values())):
+            self._parallel.execution.evaluate(self._mine, observe)
         self._mesh.all_reduce_sum(total, "hdp")
         self._mesh.all_reduce_sum(total, "pp")
         loss, count = total.tolist()
         return {name: loss[i] / count[i] for i, name in enumerate(self._names) if count[i]}
+
+
+class Evaluation(Callback):
+    """Adds ``validation/SOURCE`` to the rows of steps that are due, and of the run's last one."""
+
+    def __init__(
+        self, evaluator: Evaluator, every_steps: int | None, total_steps: int, timer: StepTimer
+    ) -> None:
+        self._evaluator, self._timer = evaluator, timer
+        self._every, self._total = every_steps, total_steps
+
+    @override
+    def needs_numbers(self, step: int, *, last: bool) -> bool:
+        return step == self._total or bool(self._every and step % self._every == 0)
+
+    @override
+    def additions(self, finished: FinishedStep) -> Row:
+        if not self.needs_numbers(finished.step, last=False):
+            return {}
+        with self._timer.paused():
+            return {f"validation/{name}": loss for name, loss in self._evaluator().items()}

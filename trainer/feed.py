@@ -39,6 +39,8 @@ class DeviceBatch:
 
     ``sources`` numbers the source of each sequence [B], or of each token [B, L]. Of whole documents
     all micro-batches of a step have its ``position``; ``first`` is the first document's number.
+    ``squared_lengths``: sum of the squared lengths of its documents, which FLOPs are counted from;
+    of one that several ranks share, the first of them has it all.
     """
 
     tokens_BL: Tensor
@@ -47,11 +49,14 @@ class DeviceBatch:
     documents: Documents | None
     position: int
     first: int = 0
+    squared_lengths: int = 0
 
     @classmethod
     def of(cls, batch: Batch, device: torch.device, position: int) -> DeviceBatch:
         """Copy a batch to the device; ``position`` is that of its first sequence."""
         packed = batch.documents
+        rows, length = batch.tokens_BL.shape
+        squares = rows * length**2 if packed is None else int(np.square(packed.lengths).sum())
         return cls(
             tokens_BL=_move(batch.tokens_BL, device),
             targets_BL=_move(batch.targets_BL, device),
@@ -64,6 +69,7 @@ class DeviceBatch:
                 positions_BL=_move(packed.positions_BL, device),
             ),
             position=position,
+            squared_lengths=squares,
         )
 
     def to(self, device: torch.device) -> DeviceBatch:
@@ -79,8 +85,13 @@ class DeviceBatch:
                 positions_BL=_move(documents.positions_BL, device),
                 counted_BL=None if counted is None else _move(counted, device),
             )
-        moved = (_move(x, device) for x in (self.tokens_BL, self.targets_BL, self.sources))
-        return DeviceBatch(*moved, documents, self.position, self.first)
+        return replace(
+            self,
+            tokens_BL=_move(self.tokens_BL, device),
+            targets_BL=_move(self.targets_BL, device),
+            sources=_move(self.sources, device),
+            documents=documents,
+        )
 
     @property
     def num_tokens(self) -> int | Tensor:
@@ -115,13 +126,13 @@ class DocumentPlanner:
             tp=degrees.tp,
             checkpointing=config.training.activation_checkpointing,
         )
-        self._ranks, self._tp, self._layout = degrees.hdp, degrees.tp, layout
+        self.layout, self._ranks, self._tp = layout, degrees.hdp, degrees.tp
         self._layers = min(layers)
         self._orders = lru_cache(self._make_orders)
 
     def plan(self, lengths: Sequence[int], mode: Mode | None = None) -> Plan:
         """The plan of a step (``mode``: another than the run's)."""
-        schedule, pp = self._layout.schedule, self._layout.pp
+        schedule, pp = self.layout.schedule, self.layout.pp
         plan = make_plan(
             lengths,
             self._ranks,
@@ -139,11 +150,11 @@ class DocumentPlanner:
 
     def replay(self, plan: Plan) -> Replay:
         """Play a plan through as this layout runs it."""
-        return replay(plan, self._orders if self._layout.pp > 1 else None)
+        return replay(plan, self._orders if self.layout.pp > 1 else None)
 
     def _make_orders(self, count: int) -> Orders:
-        pp = self._layout.pp
-        return schedule_orders(self._layout.schedule, pp, len(self._layout.stages) // pp, count)
+        pp = self.layout.pp
+        return schedule_orders(self.layout.schedule, pp, len(self.layout.stages) // pp, count)
 
     def batches(
         self, plan: Plan, pieces: Pieces, rank: int, device: torch.device, position: int
@@ -241,16 +252,16 @@ def document_steps(
 
     with Prefetcher(fetch, steps) as ahead:
         for step in steps:
-            found = next(ahead)
-            assert found.plan is not None
+            planned = next(ahead)
+            assert planned.plan is not None
             # A plan is arithmetic of doubles: another processor or numpy might round otherwise, and
             # ranks with different plans would wait for ever, or take one's keys for the other's.
-            if not mesh.all_equal(fingerprint(found.plan)):
+            if not mesh.all_equal(fingerprint(planned.plan)):
                 raise UserError(
                     f"ranks planned the documents of step {step} differently; give all nodes the "
                     "same versions of Python and numpy, or use parallel.context.policy: static"
                 )
-            yield StepInput([batch.to(mesh.device) for batch in found.batches], found.plan)
+            yield StepInput([batch.to(mesh.device) for batch in planned.batches], planned.plan)
 
 
 def fingerprint(plan: Plan) -> int:
@@ -302,8 +313,13 @@ def document_batch(
         ring=ring_table(unit.ring, member, lengths, tag) if size > 1 else None,
         offload=unit.offload,
     )
-    rows = (_row(x, device) for x in (tokens, targets, sources))
-    return DeviceBatch(*rows, documents, position, first=unit.documents[0])
+    return DeviceBatch(
+        *(_row(x, device) for x in (tokens, targets, sources)),
+        documents,
+        position,
+        first=unit.documents[0],
+        squared_lengths=sum(length**2 for length in lengths) if member == 0 else 0,
+    )
 
 
 def filling(device: torch.device, multiple: int, position: int) -> DeviceBatch:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +15,13 @@ from torch import Tensor
 from allometry.data.batch import IGNORE
 from allometry.optim.build import set_lr
 from allometry.optim.clip import clip_by_global_norm
+from allometry.optim.matrix_ops import local
 from allometry.optim.schedule import Schedule
 from allometry.parallel.apply import Parallel
 from allometry.parallel.mesh import Mesh
 from allometry.trainer.balance import Balancer
 from allometry.trainer.feed import DeviceBatch
+from allometry.trainer.record.timing import to_host
 
 
 @dataclass(frozen=True)
@@ -28,22 +30,35 @@ class StepOutcome:
 
     ``sums_2S`` is the sum of losses and the number of target tokens of each source, over all
     ranks; ``grad_norm`` the global norm before clipping; ``lr`` the rate at the base dimensions;
-    ``routing`` what the routers observed (``Balancer.end_step``), None without experts.
+    ``routing`` what the routers observed (``Balancer.end_step``), None without experts; ``tokens``
+    and ``squared_lengths`` the tokens of the whole batch and the sum of its documents' squared
+    lengths (whole numbers, exact in float64).
     """
 
     step: int
     lr: float
     sums_2S: Tensor
     grad_norm: Tensor
-    routing: Tensor | None = None
+    routing: Tensor | None
+    tokens: Tensor
+    squared_lengths: Tensor
+
+    def to_host(self) -> StepOutcome:
+        """Return the same in the host's memory; on a GPU once what is queued now has run."""
+        tensors = {
+            field.name: to_host(value)
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return replace(self, **tensors)
 
 
 def source_sums(nll_BL: Tensor, targets_BL: Tensor, sources: Tensor, count: int) -> Tensor:
     """Loss sums and target counts by source, [2, S] in float64; ``sources`` is [B] or [B, L]."""
-    found = torch.stack([nll_BL.double(), (targets_BL != IGNORE).double()])
-    found = found.sum(2) if sources.dim() == 1 else found.flatten(1)
+    sums = torch.stack([nll_BL.double(), (targets_BL != IGNORE).double()])
+    sums = sums.sum(2) if sources.dim() == 1 else sums.flatten(1)
     # A product, as adding by index would use atomics on a GPU and differ from run to run.
-    return found @ F.one_hot(sources.flatten(), count).double()
+    return sums @ F.one_hot(sources.flatten(), count).double()
 
 
 def seed_dropout(seed: int, batch: DeviceBatch) -> None:
@@ -87,7 +102,7 @@ class TrainStep:
         so gradients do not depend on how the tokens are spread over ranks and micro-batches.
         """
         self._optimizer.zero_grad(set_to_none=True)
-        targets, tokens = self._counts(batches)
+        targets, tokens, squared_lengths = self._counts(batches)
         sums_2S = torch.zeros(2, self._sources, dtype=torch.float64, device=self._mesh.device)
 
         def observe(index: int, nll_BL: Tensor) -> None:
@@ -119,14 +134,30 @@ class TrainStep:
             sums_2S=sums_2S,
             grad_norm=norm,
             routing=None if self._balancer is None else self._balancer.end_step(),
+            tokens=tokens,
+            squared_lengths=squared_lengths,
         )
 
-    def _counts(self, batches: Sequence[DeviceBatch]) -> tuple[Tensor, Tensor]:
-        """Targets and tokens of the whole global batch, 0-dim in float64."""
-        counts = torch.zeros(2, dtype=torch.float64, device=self._mesh.device)
+    def groups_not_finite(self) -> list[str]:
+        """Names of the parameter groups with gradients or values on this rank not all finite."""
+        return [
+            str(group["name"])
+            for group in self._optimizer.param_groups
+            if any(
+                not local(tensor).isfinite().all()
+                for parameter in group["params"]
+                for tensor in (parameter.grad, parameter)
+                if tensor is not None
+            )
+        ]
+
+    def _counts(self, batches: Sequence[DeviceBatch]) -> tuple[Tensor, Tensor, Tensor]:
+        """Targets, tokens and squared lengths of the whole global batch, 0-dim in float64."""
+        counts = torch.zeros(3, dtype=torch.float64, device=self._mesh.device)
         for batch in batches:
             counts[0] += (batch.targets_BL != IGNORE).sum()
             counts[1] += batch.num_tokens
+        counts[2] = sum(batch.squared_lengths for batch in batches)
         self._mesh.all_reduce_sum(counts, "hdp")
-        targets, tokens = counts
-        return targets, tokens
+        targets, tokens, squared_lengths = counts
+        return targets, tokens, squared_lengths

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from allometry.configs.model import MoEModel
 from allometry.configs.run import RunConfig
 from allometry.data.documents import DocumentStream
 from allometry.data.stream import Stream, open_stream
@@ -18,8 +20,8 @@ from allometry.laws.areas import LearningRateAreas
 from allometry.models.build import torch_dtype
 from allometry.optim.schedule import Schedule, resolve_schedule
 from allometry.parallel.agree import on_all_ranks, on_main_rank
-from allometry.parallel.apply import Parallel
 from allometry.parallel.mesh import Mesh, launched_world_size, open_mesh
+from allometry.scaling.count import DocumentFlops
 from allometry.scaling.plan import RunPlan
 from allometry.trainer.assemble import (
     make_model,
@@ -29,8 +31,8 @@ from allometry.trainer.assemble import (
     with_measured_stages,
 )
 from allometry.trainer.evaluate import (
+    Evaluation,
     Evaluator,
-    HeldOut,
     held_out_documents,
     held_out_sequences,
 )
@@ -44,10 +46,14 @@ from allometry.trainer.feed import (
 from allometry.trainer.loop import Loop, Progress, RunResult, state_tensors
 from allometry.trainer.record import hardware
 from allometry.trainer.record import writer as record
-from allometry.trainer.record.callbacks import Callback, standard_callbacks
+from allometry.trainer.record.callbacks import Callback, Reporter, standard_callbacks
+from allometry.trainer.record.facts import Invocation, launch_facts, run_facts
 from allometry.trainer.record.forecast import Forecaster
 from allometry.trainer.record.monitors import Monitors
+from allometry.trainer.record.rows import PlanRows, RoutingRows
 from allometry.trainer.record.sample import Sample
+from allometry.trainer.record.timing import StepTimer, clock_of
+from allometry.trainer.save import Saver
 from allometry.trainer.state import checkpoint
 from allometry.trainer.state.folder import RunFolder
 from allometry.trainer.state.resume import Start, begin
@@ -56,78 +62,203 @@ MANY_EPOCHS = 4
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Surroundings:
-    """What the process was started with, for the record; the library reads no environment."""
-
-    allocator: str = "unknown"
-    command: list[str] = field(default_factory=list)
-
-
 def train(
     config: RunConfig,
     *,
     device: torch.device | None = None,
     callbacks: Sequence[Callback] | None = None,
-    surroundings: Surroundings | None = None,
+    invocation: Invocation | None = None,
     stop_at_step: int | None = None,
 ) -> RunResult:
     """Train the run that ``config`` describes, from where its folder says it is.
 
     Every rank of a torchrun calls this. ``device`` defaults to this rank's GPU, or the CPU without
-    one; ``callbacks`` to what ``config.record`` asks for. ``stop_at_step`` ends this launch there,
-    with a checkpoint, as a signal would. Raises UserError on all ranks alike.
+    one; ``callbacks`` (on the main rank) to what ``config.record`` asks for. ``stop_at_step`` ends
+    this launch there, with a checkpoint, as a signal would. Raises UserError on all ranks alike.
     """
     # What a layout cannot do is said before any group starts.
     plan = RunPlan.of(config, launched_world_size())
     with open_mesh(config.parallel, device) as mesh:
         plan = with_measured_stages(config, plan, mesh)
-        return _train(config, plan, mesh, callbacks, surroundings or Surroundings(), stop_at_step)
-
-
-def _train(
-    config: RunConfig,
-    plan: RunPlan,
-    mesh: Mesh,
-    callbacks: Sequence[Callback] | None,
-    surroundings: Surroundings,
-    stop_at_step: int | None,
-) -> RunResult:
-    schedule = resolve_schedule(config, plan.batch)
-    stream = on_all_ranks(mesh, lambda: _open_stream(config, plan), "opening the data")
-    folder = RunFolder(config.run.folder)
-    if callbacks is None:
-        made = on_main_rank(mesh, lambda: _callbacks(config, schedule, folder), "making callbacks")
-        callbacks = made or ()
-    start = begin(folder, config, stream.fingerprints, mesh, stop_at_step)
-    recorder = record.Recorder(folder) if mesh.is_main else None
-    try:
-        loop = _assemble(config, plan, schedule, mesh, stream, start)
-        loop.attach(recorder, callbacks, folder)
-        facts = _facts(config, loop, surroundings)
-        if recorder is not None:
-            if start.step < plan.total_steps:
-                record.write_run(folder, facts, _launch(loop, start, surroundings))
-            for callback in callbacks:
-                callback.on_start(facts, start.step + 1)
-        _report_start(loop, start)
-        with closing(_feed(loop, start.step)) as batches:
-            return loop.run(batches, stop_at_step)
-    finally:
-        if recorder is not None:
-            for callback in callbacks:
+        schedule = resolve_schedule(config, plan.batch)
+        stream = on_all_ranks(mesh, lambda: _open_stream(config, plan), "opening the data")
+        folder = RunFolder(config.run.folder)
+        if callbacks is None:
+            callbacks = on_main_rank(
+                mesh, lambda: standard_callbacks(config.record, folder), "making callbacks"
+            )
+        start = begin(folder, config, stream.fingerprints, mesh, stop_at_step)
+        watching = list(callbacks or ()) if mesh.is_main else []
+        recorder = record.Recorder(folder) if mesh.is_main else None
+        try:
+            run = _Run(config, plan, schedule, mesh, stream, folder, start, recorder)
+            return run.train(watching, invocation or Invocation(), stop_at_step)
+        finally:
+            for callback in watching:
                 callback.on_end()
-            recorder.close()
-        folder.release()
+            if recorder is not None:
+                recorder.close()
+            folder.release()
 
 
-def _callbacks(config: RunConfig, schedule: Schedule, folder: RunFolder) -> list[Callback]:
-    """What the record section asks for."""
-    found = standard_callbacks(config.record, folder)
-    if config.record.forecast.every_steps is not None:
-        every = config.record.forecast.every_steps
-        found.append(Forecaster(every, schedule, config.optimizer.lr, folder))
-    return found
+@dataclass
+class _Run:
+    """A launch and what it is made of: each part once, from those above it."""
+
+    config: RunConfig
+    plan: RunPlan
+    schedule: Schedule
+    mesh: Mesh
+    stream: Stream | DocumentStream
+    folder: RunFolder
+    start: Start
+    recorder: record.Recorder | None
+
+    def __post_init__(self) -> None:
+        config, plan, mesh = self.config, self.plan, self.mesh
+        self.callbacks: list[Callback] = []
+        self.report = Reporter(self.recorder, self.callbacks)
+        self.timer = StepTimer(clock_of(mesh.device))
+        documents = isinstance(self.stream, DocumentStream)
+        self.planner = DocumentPlanner(config, plan.layout) if documents else None
+        self.parallel = make_model(config, plan, mesh)
+        self.optimizer = make_optimizer(config, plan, self.parallel, mesh)
+        self.progress = self._restore()
+        self.peak = hardware.peak(mesh.device, torch_dtype(config.training.compute_dtype))
+
+    def _restore(self) -> Progress:
+        """Load what the launch begins with; return how far that is."""
+        start, areas = self.start, LearningRateAreas(self.plan.warmup_steps)
+        progress = Progress(start.step, areas, saved_step=start.step or None)
+        if start.checkpoint is None or start.facts is None:
+            return progress
+        if start.weights_only:  # converted from elsewhere: training itself begins afresh
+            named = self.parallel.named_parameters()
+            state = {f"model.{name}": p.detach() for name, p in named}
+        else:
+            make_states(self.optimizer)
+            state = state_tensors(self.parallel, self.optimizer)
+            areas.load_state_dict(start.facts["areas"])
+            progress.flops = start.facts["flops"]
+        checkpoint.load(start.checkpoint, state, self.mesh)
+        return progress
+
+    def train(
+        self, watching: Sequence[Callback], invocation: Invocation, stop_at_step: int | None
+    ) -> RunResult:
+        """Train to the end of the plan or to a stop, with callbacks of the main rank."""
+        # Those that ask for a row of a step come before those that only add to one.
+        self.callbacks += [
+            *self._monitors(),
+            self._evaluation(),
+            *self._rows(),
+            *watching,
+            self._saver(),
+        ]
+        loop = self._loop()
+        if self.recorder is not None:
+            first_step = self.start.step + 1
+            facts = run_facts(self.config, self.plan, self.stream, self.mesh, self.peak, invocation)
+            if first_step <= self.plan.total_steps:
+                record.write_run(self.folder, facts, launch_facts(facts, first_step))
+            for callback in self.callbacks:
+                callback.on_start(facts, first_step)
+        self._report_start()
+        with closing(self._batches()) as batches:
+            return loop.run(batches, stop_at_step)
+
+    def _loop(self) -> Loop:
+        return Loop(
+            plan=self.plan,
+            mesh=self.mesh,
+            train_step=make_train_step(
+                self.config, self.plan, self.parallel, self.optimizer, self.schedule, self.mesh
+            ),
+            stream=self.stream,
+            progress=self.progress,
+            timer=self.timer,
+            callbacks=self.callbacks,
+            report=self.report,
+            recorder=self.recorder,
+            record_every_steps=self.config.record.every_steps,
+            document_flops=DocumentFlops.of(self.config.model),
+            peak_flops_per_s=self.peak.flops_per_s * self.mesh.world_size,
+        )
+
+    def _monitors(self) -> Iterator[Callback]:
+        config, wanted = self.config, self.config.record.monitors
+        if wanted.every_steps is None and wanted.singular_values_every_steps is None:
+            return
+        longest = config.parallel.context.capacity_tokens
+        yield Monitors(
+            wanted,
+            self.parallel,
+            self.optimizer,
+            Sample(self.stream, wanted.sequences, longest, self.mesh),
+            self.plan.batch,
+            self.mesh,
+            self.report,
+            num_layers=config.model.num_layers,
+            clip_grad_norm=config.training.clip_grad_norm,
+        )
+
+    def _evaluation(self) -> Evaluation:
+        evaluation, mesh = self.config.evaluation, self.mesh
+        count = evaluation.sequences_per_source
+        if isinstance(self.stream, DocumentStream):
+            assert self.planner is not None
+            pieces = self.stream.validation_pieces(count)
+            held_out = held_out_documents(pieces, self.planner, mesh)
+        else:
+            at_once = self.config.batch.micro_batch_sequences
+            held_out = held_out_sequences(self.stream.validation(count, at_once), mesh)
+        evaluator = Evaluator(held_out, self.parallel, mesh)
+        return Evaluation(evaluator, evaluation.every_steps, self.plan.total_steps, self.timer)
+
+    def _rows(self) -> Iterator[Callback]:
+        if self.recorder is None:
+            return
+        if isinstance(self.config.model, MoEModel):
+            yield RoutingRows(self.config.model, self.recorder)
+        if self.planner is not None:
+            yield PlanRows(self.planner, self.recorder, self.report)
+        every = self.config.record.forecast.every_steps
+        if every is not None:
+            peak_lr = self.config.optimizer.lr
+            yield Forecaster(every, self.schedule, peak_lr, self.folder, self.report)
+
+    def _saver(self) -> Saver:
+        writer = checkpoint.Checkpointer(
+            self.folder, self.config.checkpoint, self.mesh, self.report
+        )
+
+        def state() -> tuple[dict[str, Tensor], dict[str, Any]]:
+            facts = self.progress.facts(self.plan, self.stream, self.config.run.seed)
+            return state_tensors(self.parallel, self.optimizer), facts
+
+        return Saver(writer, self.progress, state, self.timer)
+
+    def _batches(self) -> Iterator[StepInput]:
+        """This rank's micro-batches, step by step."""
+        if isinstance(self.stream, DocumentStream):
+            assert self.planner is not None
+            return document_steps(self.stream, self.plan, self.planner, self.mesh, self.start.step)
+        return sequence_steps(self.stream, self.plan, self.mesh, self.start.step)
+
+    def _report_start(self) -> None:
+        start, report = self.start, self.report
+        for name in start.cleaned:
+            report("removed_unfinished_checkpoint", name=name)
+        for name in start.abandoned:
+            report("abandoned_checkpoint", name=name)
+        parent = self.config.run.parent
+        if start.checkpoint is None:
+            report("started", step=0, dropped_rows=start.dropped_rows)
+        elif start.branched and parent is not None:
+            report("branched", step=start.step, parent=parent.folder)
+        else:
+            name, dropped = start.checkpoint.name, start.dropped_rows
+            report("resumed", step=start.step, checkpoint=name, dropped_rows=dropped)
 
 
 def _open_stream(config: RunConfig, plan: RunPlan) -> Stream | DocumentStream:
@@ -145,151 +276,3 @@ def _open_stream(config: RunConfig, plan: RunPlan) -> Stream | DocumentStream:
                 *(name, epochs, MANY_EPOCHS),
             )
     return stream
-
-
-def _assemble(
-    config: RunConfig,
-    plan: RunPlan,
-    schedule: Schedule,
-    mesh: Mesh,
-    stream: Stream | DocumentStream,
-    start: Start,
-) -> Loop:
-    """The model on the device and all that trains it, in the state that ``start`` says."""
-    parallel = make_model(config, plan, mesh)
-    optimizer = make_optimizer(config, plan, parallel, mesh)
-    progress = Progress(start.step, LearningRateAreas(plan.warmup_steps))
-    if start.checkpoint is not None and start.facts is not None:
-        if start.weights_only:  # converted from elsewhere: training itself begins afresh
-            state = {f"model.{name}": p.detach() for name, p in parallel.named_parameters()}
-        else:
-            make_states(optimizer)
-            state = state_tensors(parallel, optimizer)
-            progress.areas.load_state_dict(start.facts["areas"])
-            progress.flops = start.facts["flops"]
-        checkpoint.load(start.checkpoint, state, mesh)
-    planner = DocumentPlanner(config, plan.layout) if config.data.kind == "documents" else None
-    return Loop(
-        config=config,
-        plan=plan,
-        mesh=mesh,
-        parallel=parallel,
-        optimizer=optimizer,
-        train_step=make_train_step(config, plan, parallel, optimizer, schedule, mesh),
-        evaluator=Evaluator(_held_out(config, stream, planner, mesh), parallel, mesh),
-        planner=planner,
-        monitors=_monitors(config, plan, parallel, optimizer, stream, mesh),
-        stream=stream,
-        progress=progress,
-        peak=hardware.peak(mesh.device, torch_dtype(config.training.compute_dtype)),
-    )
-
-
-def _monitors(
-    config: RunConfig,
-    plan: RunPlan,
-    parallel: Parallel,
-    optimizer: torch.optim.Optimizer,
-    stream: Stream | DocumentStream,
-    mesh: Mesh,
-) -> Monitors | None:
-    wanted = config.record.monitors
-    if wanted.every_steps is None and wanted.singular_values_every_steps is None:
-        return None
-    longest = config.parallel.context.capacity_tokens
-    return Monitors(
-        wanted,
-        parallel,
-        optimizer,
-        Sample(stream, wanted.sequences, longest, mesh),
-        plan.batch,
-        mesh,
-        num_layers=config.model.num_layers,
-        clip_grad_norm=config.training.clip_grad_norm,
-    )
-
-
-def _held_out(
-    config: RunConfig, stream: Stream | DocumentStream, planner: DocumentPlanner | None, mesh: Mesh
-) -> HeldOut:
-    count = config.evaluation.sequences_per_source
-    if isinstance(stream, DocumentStream):
-        assert planner is not None
-        return held_out_documents(stream.validation_pieces(count), planner, mesh)
-    return held_out_sequences(stream.validation(count, config.batch.micro_batch_sequences), mesh)
-
-
-def _feed(loop: Loop, steps_taken: int) -> Iterator[StepInput]:
-    """This rank's micro-batches, step by step."""
-    if isinstance(loop.stream, DocumentStream):
-        assert loop.planner is not None
-        return document_steps(loop.stream, loop.plan, loop.planner, loop.mesh, steps_taken)
-    return sequence_steps(loop.stream, loop.plan, loop.mesh, steps_taken)
-
-
-def _facts(config: RunConfig, loop: Loop, surroundings: Surroundings) -> dict[str, Any]:
-    """What run.json says of the run as a whole."""
-    mesh = loop.mesh
-    return {
-        "versions": record.versions(),
-        "commit": record.commit(),
-        "command": surroundings.command,
-        "allocator": surroundings.allocator,
-        "hardware": hardware.describe(mesh.device),
-        "peak": {"flops_per_s": loop.peak.flops_per_s, "source": loop.peak.source},
-        "compute_dtype": config.training.compute_dtype,
-        "parent": config.run.parent.model_dump() if config.run.parent else None,
-        "layout": layout(config, loop.plan),
-        "plan": loop.plan.describe(),
-        "data": loop.stream.describe(),
-        "conventions": {
-            "step": "counted from 1; a row's lr is what that step used",
-            "s1": "sum of lr over steps, warm-up included",
-            "s2": "sum of lr annealing with momentum 0.999, from the end of warm-up (arXiv "
-            "2408.11029)",
-            "loss": "mean over target tokens of the step's global batch, nats, before its update",
-            "flops": "model FLOPs so far: forward and backward, causal attention, no recomputation",
-            "peak_bytes": "most memory of the main rank so far, allocated (GPU) or resident (CPU)",
-            "mfu": "model FLOPs per second over peak of all ranks",
-        },
-    }
-
-
-def layout(config: RunConfig, plan: RunPlan) -> dict[str, Any]:
-    """The parallel layout, for the record."""
-    return {
-        "world_size": plan.world_size,
-        **plan.layout.describe(),
-        "zero_stage": config.parallel.zero.stage,
-        "offload": config.parallel.zero.offload,
-        "activation_checkpointing": config.training.activation_checkpointing,
-        "compile": config.training.compile,
-        "micro_batch_sequences": config.batch.micro_batch_sequences,
-    }
-
-
-def _launch(loop: Loop, start: Start, surroundings: Surroundings) -> dict[str, Any]:
-    return {
-        "first_step": start.step + 1,
-        "layout": layout(loop.config, loop.plan),
-        "commit": record.commit(),
-        "allocator": surroundings.allocator,
-    }
-
-
-def _report_start(loop: Loop, start: Start) -> None:
-    for name in start.cleaned:
-        loop.report("removed_unfinished_checkpoint", name=name)
-    for name in start.abandoned:
-        loop.report("abandoned_checkpoint", name=name)
-    if start.checkpoint is None:
-        loop.report("started", step=0, dropped_rows=start.dropped_rows)
-    elif start.branched and loop.config.run.parent is not None:
-        loop.report("branched", step=start.step, parent=loop.config.run.parent.folder)
-    else:
-        loop.report(
-            "resumed",
-            step=start.step,
-            checkpoint=start.checkpoint.name,
-            dropped_rows=start.dropped_rows,
-        )

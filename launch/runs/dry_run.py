@@ -66,6 +66,7 @@ def _text(config: RunConfig, plan: RunPlan, facts: dict[str, Any]) -> str:
         f"  by role         {roles}",
         f"FLOPs per token   {flops.total:.4g} (forward {flops.forward:.4g}, backward "
         f"{flops.backward:.4g}; attention is {flops.attention / flops.total:.1%})",
+        f"  of              {plan.flops_assumption}",
         f"tokens            {plan.total_tokens:,} ({plan.total_tokens / counts.total:.1f} per "
         f"parameter), {plan.total_flops:.4g} FLOPs in all",
         f"steps             {plan.total_steps:,} of {config.batch.sequences} x "

@@ -19,7 +19,8 @@ def train_here(config: RunConfig, allocator: str, stop_at_step: int | None) -> N
         level=logging.WARNING if main_rank else logging.ERROR, format="%(levelname)s: %(message)s"
     )
 
-    from allometry.trainer.train import Surroundings, train
+    from allometry.trainer.record.facts import Invocation
+    from allometry.trainer.train import train
 
-    surroundings = Surroundings(allocator=name, command=sys.orig_argv)
-    train(config, surroundings=surroundings, stop_at_step=stop_at_step)
+    invocation = Invocation(allocator=name, command=sys.orig_argv)
+    train(config, invocation=invocation, stop_at_step=stop_at_step)

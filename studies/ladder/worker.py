@@ -57,10 +57,11 @@ def _answer(request: dict[str, str], allocator: str) -> dict[str, Any]:
 
 def _train(config: str, allocator: str) -> dict[str, Any]:
     from allometry.configs.loader import load
-    from allometry.trainer.train import Surroundings, train
+    from allometry.trainer.record.facts import Invocation
+    from allometry.trainer.train import train
 
     command = ["allometry", "train", config]
-    result = train(load(config), surroundings=Surroundings(allocator, command))
+    result = train(load(config), invocation=Invocation(allocator, command))
     return {"error": None, "stopped": result.stopped_by}
 
 

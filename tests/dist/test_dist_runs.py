@@ -58,6 +58,8 @@ def test_a_run_moves_between_layouts(tiny: Make, run_ranks: Ranks, tmp_path: Pat
     run_ranks(launch, 2, tiny(stage(1), folder=moving))
     found = losses(tiny(folder=moving))
     assert found == pytest.approx(losses(straight), rel=1e-5)
+    flops = [[row["flops"] for row in rows(folder)] for folder in (moving, tmp_path / "straight")]
+    assert flops[0] == flops[1]  # of the documents of all ranks
     assert found[:5] != pytest.approx(losses(straight)[1:6], rel=1e-5), "the comparison can fail"
 
 

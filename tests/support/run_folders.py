@@ -1,4 +1,4 @@
-"""Reading a run's folder in tests, without the library."""
+"""Reading a run's folder in tests."""
 
 from __future__ import annotations
 
@@ -6,10 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+from allometry.trainer.record.columns import undeclared
+
 
 def rows(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    """The rows of a run's metrics.jsonl, whose columns must be declared."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    found: list[dict[str, Any]] = [json.loads(line) for line in lines]
+    unknown = undeclared({key for row in found for key in row})
+    assert not unknown, f"columns that trainer/record/columns.py does not declare: {unknown}"
+    return found
 
 
 def events(folder: Path) -> list[dict[str, Any]]:

@@ -30,7 +30,7 @@ class Alarms:
 
     def new(self, findings: Findings) -> dict[str, Mapping[str, Any]]:
         """Return the findings whose kind was not alarming at the look before."""
-        fresh = {kind: found for kind, found in findings.items() if kind not in self._standing}
+        fresh = {kind: each for kind, each in findings.items() if kind not in self._standing}
         self._standing = frozenset(findings)
         return fresh
 
@@ -41,7 +41,7 @@ def find(row: Mapping[str, float | int], eps: Mapping[str, float], mean: float) 
     ``eps``: the largest epsilon of each role that has one; ``mean``: the mean magnitude of the
     layer with the largest activation.
     """
-    found: dict[str, dict[str, Any]] = {}
+    alarming: dict[str, dict[str, Any]] = {}
 
     def of(prefix: str) -> dict[str, float]:
         whole = f"monitors/{prefix}/"
@@ -54,18 +54,18 @@ def find(row: Mapping[str, float | int], eps: Mapping[str, float], mean: float) 
         if role in eps and 0.0 < rms < LEAST_GRADIENT_OVER_EPS * eps[role]
     }
     if small:
-        found["gradient_near_eps"] = {"grad_rms": small, "eps": {r: eps[r] for r in small}}
+        alarming["gradient_near_eps"] = {"grad_rms": small, "eps": {r: eps[r] for r in small}}
     largest = row.get("monitors/activation_max", 0.0)
     if largest > MASSIVE and largest > MASSIVE_OVER_MEAN * mean:
         layer = row["monitors/activation_max_layer"]
-        found["massive_activation"] = {"value": largest, "layer": layer, "mean": mean}
+        alarming["massive_activation"] = {"value": largest, "layer": layer, "mean": mean}
     logit = row.get("monitors/attention_logit_max", 0.0)
     if logit > LARGEST_ATTENTION_LOGIT:
         layers = [
             int(layer) for layer, value in of("attention_logit_max").items() if value == logit
         ]
-        found["attention_logit"] = {"value": logit, "layer": layers[0]}
+        alarming["attention_logit"] = {"value": logit, "layer": layers[0]}
     off = {r: v for r, v in of("sphere_drift").items() if abs(v) > LARGEST_SPHERE_DRIFT}
     if off:
-        found["off_sphere"] = {"drift": off}
-    return found
+        alarming["off_sphere"] = {"drift": off}
+    return alarming

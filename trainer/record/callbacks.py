@@ -3,37 +3,84 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import IO, Any
+
+from typing_extensions import override
 
 from allometry.configs.errors import UserError
 from allometry.configs.execution import RecordConfig, WandB
+from allometry.trainer.record.columns import FinishedStep
 from allometry.trainer.record.format import duration, human
-from allometry.trainer.record.writer import Row
+from allometry.trainer.record.writer import Recorder, Row
 from allometry.trainer.state.folder import RunFolder
-
-Report = Callable[..., None]
-"""``report(kind, **details)`` writes an event and tells all callbacks."""
 
 
 class Callback:
-    """Hooks that run on the main rank. They see rows and events, never the model's insides."""
+    """What happens around steps besides training; each method here does nothing.
+
+    A run's callbacks are called in the order of their list. Those that take part in training or
+    talk between ranks stand in the list of every rank; those that only write stand in the main
+    rank's alone.
+    """
 
     def on_start(self, facts: dict[str, Any], first_step: int) -> None:
-        """Before the first step of this launch; ``facts`` is what run.json says."""
+        """On the main rank, before this launch's first step; ``facts``: what run.json says."""
 
-    def additions(self, row: Row, report: Report) -> Row:
-        """Before a row is written: what to add to it. It may take no part in training."""
+    def before_step(self, step: int) -> None:
+        """Before a step; its time counts as the step's."""
+
+    def after_step(self, step: int) -> None:
+        """After a step was queued: gradients are there, clipped; its time counts as the step's."""
+
+    def needs_numbers(self, step: int, *, last: bool) -> bool:
+        """Whether all numbers up to this step are to be read before another step is begun.
+
+        ``last``: the launch ends with this step. Otherwise a GPU's are read one step later. The
+        answer is the same on every rank.
+        """
+        return False
+
+    def additions(self, finished: FinishedStep) -> Row:
+        """What to add to the row of a step whose numbers were read and are finite.
+
+        A step of which any callback adds something is recorded, due or not: ``recorded`` says so to
+        the callbacks that follow.
+        """
         return {}
 
     def on_row(self, row: Row) -> None:
-        """After a row of metrics is complete."""
+        """On the main rank, after a row was written."""
+
+    def between_steps(self, step: int, *, last: bool) -> None:
+        """After a step and all that was read of it, before the next one."""
 
     def on_event(self, kind: str, details: dict[str, Any]) -> None:
-        """When something happened: a checkpoint, an evaluation, a stop."""
+        """When something happened: a checkpoint, an alarm, a stop."""
+
+    def finish(self) -> None:
+        """When all ranks end this launch together, even by a UserError: wait for what goes on."""
 
     def on_end(self) -> None:
-        """After the last step of this launch."""
+        """On the main rank, when the launch is over, however it ended."""
+
+
+class Reporter:
+    """Writes events on the main rank and tells the callbacks of every rank.
+
+    ``callbacks`` may be filled later; ``recorder`` is None on all ranks but the main one.
+    """
+
+    def __init__(self, recorder: Recorder | None, callbacks: Sequence[Callback]) -> None:
+        self._recorder = recorder
+        self._callbacks = callbacks
+
+    def __call__(self, kind: str, **details: Any) -> None:
+        """Report that something happened."""
+        if self._recorder is not None:
+            self._recorder.event(kind, **details)
+        for callback in self._callbacks:
+            callback.on_event(kind, details)
 
 
 class Display(Callback):
@@ -45,8 +92,8 @@ class Display(Callback):
         self._first = 0
         self._total = 0
 
+    @override
     def on_start(self, facts: dict[str, Any], first_step: int) -> None:
-        """Say what will be trained, on what."""
         plan = facts["plan"]
         self._first, self._total = first_step, plan["total_steps"]
         layout = facts["layout"]
@@ -60,8 +107,8 @@ class Display(Callback):
         if first_step > 1:
             self._say(f"continuing after step {first_step - 1}")
 
+    @override
     def on_row(self, row: Row) -> None:
-        """Print the row if its turn has come."""
         step = int(row["step"])
         held_out = {k: v for k, v in row.items() if k.startswith("validation/")}
         if step % self._every == 0 or step in (self._first, self._total):
@@ -84,8 +131,8 @@ class Display(Callback):
                 f"({row['forecast/low']:.4f} to {row['forecast/high']:.4f})"
             )
 
+    @override
     def on_event(self, kind: str, details: dict[str, Any]) -> None:
-        """Print what an operator wants to see at once."""
         if kind == "checkpoint_saved":
             self._say(f"step {details['step']} | checkpoint saved")
         elif kind == "checkpoint_failed":
@@ -122,6 +169,7 @@ class TensorBoard(Callback):
         self._every = every_steps
         self._writer: Any = None
 
+    @override
     def on_start(self, facts: dict[str, Any], first_step: int) -> None:
         """Open the writer; steps that will be computed again are hidden."""
         from torch.utils.tensorboard import SummaryWriter
@@ -129,8 +177,8 @@ class TensorBoard(Callback):
         purge = first_step if first_step > 1 else None
         self._writer = SummaryWriter(str(self._folder.tensorboard), purge_step=purge)
 
+    @override
     def on_row(self, row: Row) -> None:
-        """Write the row's scalars."""
         step = int(row["step"])
         rare = any(key.startswith(("validation/", "forecast/")) for key in row)
         if step % self._every and not rare:
@@ -139,8 +187,8 @@ class TensorBoard(Callback):
             if key != "step":
                 self._writer.add_scalar(key if "/" in key else f"train/{key}", value, step)
 
+    @override
     def on_end(self) -> None:
-        """Flush."""
         if self._writer is not None:
             self._writer.close()
 
@@ -161,8 +209,8 @@ class WeightsAndBiases(Callback):
         self._folder = folder
         self._run: Any = None
 
+    @override
     def on_start(self, facts: dict[str, Any], first_step: int) -> None:
-        """Open the page that belongs to this folder."""
         identity = self._folder.path / "wandb_id"
         if not identity.exists():
             identity.write_text(self._wandb.util.generate_id(), encoding="utf-8")
@@ -177,24 +225,24 @@ class WeightsAndBiases(Callback):
             config=facts,
         )
 
+    @override
     def on_row(self, row: Row) -> None:
-        """Log the row."""
         self._run.log(dict(row), step=int(row["step"]))
 
+    @override
     def on_end(self) -> None:
-        """Finish the page."""
         if self._run is not None:
             self._run.finish()
 
 
 def standard_callbacks(record: RecordConfig, folder: RunFolder) -> list[Callback]:
     """What the ``record`` section asks for."""
-    found: list[Callback] = [Display(record.display_every_steps)]
+    chosen: list[Callback] = [Display(record.display_every_steps)]
     if record.tensorboard:
-        found.append(TensorBoard(folder, record.display_every_steps))
+        chosen.append(TensorBoard(folder, record.display_every_steps))
     if record.wandb is not None:
-        found.append(WeightsAndBiases(record.wandb, folder))
-    return found
+        chosen.append(WeightsAndBiases(record.wandb, folder))
+    return chosen
 
 
 def _axes(layout: dict[str, Any]) -> str:

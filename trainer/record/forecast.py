@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from typing_extensions import override
 
 from allometry.laws.forecast import Curve, forecast
 from allometry.laws.observations import LearningRates
 from allometry.laws.runs import read_lines
 from allometry.optim.schedule import Schedule
-from allometry.trainer.record.callbacks import Callback, Report
+from allometry.trainer.record.callbacks import Callback, Reporter
+from allometry.trainer.record.columns import FinishedStep
 from allometry.trainer.record.rates import rates_of
 from allometry.trainer.record.writer import Row
 from allometry.trainer.state.folder import RunFolder
@@ -24,18 +26,26 @@ class Forecaster(Callback):
     its record. The first recorded row at or after each multiple of ``every_steps`` has them. Where
     there can be none (too few rows) the row has none and an event ``no_forecast`` says why, once in
     a launch; ``forecast_from_prior`` says once that the decay's gain is not measured. Nothing here
-    ends or changes a run.
+    ends or changes a run. It stands on the main rank.
     """
 
-    def __init__(self, every_steps: int, schedule: Schedule, peak: float, folder: RunFolder):
+    def __init__(
+        self,
+        every_steps: int,
+        schedule: Schedule,
+        peak: float,
+        folder: RunFolder,
+        report: Reporter,
+    ) -> None:
         self._every, self._schedule, self._peak = every_steps, schedule, peak
-        self._folder = folder
+        self._folder, self._report = folder, report
         self._rates: LearningRates | None = None
         self._steps: list[int] = []
         self._losses: list[float] = []
         self._due = every_steps
         self._said: set[str] = set()
 
+    @override
     def on_start(self, facts: dict[str, Any], first_step: int) -> None:
         """Read what earlier launches recorded."""
         for row in read_lines(self._folder.metrics):
@@ -44,26 +54,24 @@ class Forecaster(Callback):
                 self._losses.append(float(row["loss"]))
         self._due = (first_step - 1) // self._every * self._every + self._every
 
-    def additions(self, row: Row, report: Report) -> Row:
-        """Return the forecast, if its turn has come."""
-        step = int(row["step"])
+    @override
+    def additions(self, finished: FinishedStep) -> Row:
+        if not finished.recorded:
+            return {}
+        step = finished.step
         self._steps.append(step)
-        self._losses.append(float(row["loss"]))
+        self._losses.append(finished.loss)
         if step < self._due:
             return {}
         self._due = step // self._every * self._every + self._every
         try:
-            found = forecast([self._curve()], self._whole_run())
+            end = forecast([self._curve()], self._whole_run())
         except (ValueError, ArithmeticError) as error:  # a UserError is a ValueError
-            self._say_once(report, "no_forecast", step, reason=str(error))
+            self._say_once("no_forecast", step, reason=str(error))
             return {}
-        if "gain" in found.quality.unmeasured:
-            self._say_once(report, "forecast_from_prior", step, warning=found.warnings[0])
-        return {
-            "forecast/loss": found.loss,
-            "forecast/low": found.low,
-            "forecast/high": found.high,
-        }
+        if "gain" in end.quality.unmeasured:
+            self._say_once("forecast_from_prior", step, warning=end.warnings[0])
+        return {"forecast/loss": end.loss, "forecast/low": end.low, "forecast/high": end.high}
 
     def _curve(self) -> Curve:
         steps_n = np.array(self._steps, np.int64)
@@ -74,7 +82,7 @@ class Forecaster(Callback):
             self._rates = rates_of(self._schedule, self._peak)
         return self._rates
 
-    def _say_once(self, report: Report, kind: str, step: int, **details: str) -> None:
+    def _say_once(self, kind: str, step: int, **details: str) -> None:
         if kind not in self._said:
             self._said.add(kind)
-            report(kind, step=step, **details)
+            self._report(kind, step=step, **details)

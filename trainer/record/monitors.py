@@ -3,7 +3,7 @@
 At some steps a sample of the step's batch goes through the model once more, without gradients and
 watched (``models/observe.py``), before the step; gradients and what the optimizer made of them are
 looked at after it. Nothing of this changes a bit of training. All sums are over all ranks, so that
-values do not depend on the layout; they stay on the device until a row is written.
+values do not depend on the layout; they are read with the step's own numbers.
 """
 
 # N layers, R roles
@@ -11,13 +11,14 @@ values do not depend on the layout; they stay on the device until a row is writt
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from typing_extensions import override
 
 from allometry.configs.execution import MonitorConfig
 from allometry.models.observe import MAXIMA, OUTPUT, SUMS, Observer
@@ -29,9 +30,13 @@ from allometry.parallel.mesh import AxisName, Mesh
 from allometry.scaling.batch import BatchPlan
 from allometry.scaling.roles import Role
 from allometry.scaling.update_rules import UPDATE_RULES
+from allometry.trainer.evaluate import evaluating
 from allometry.trainer.record.alarms import Alarms, find
+from allometry.trainer.record.callbacks import Callback, Reporter
+from allometry.trainer.record.columns import FinishedStep
 from allometry.trainer.record.sample import Sample
 from allometry.trainer.record.spectrum import TopSingularValues
+from allometry.trainer.record.timing import to_host
 from allometry.trainer.record.writer import Row
 
 SAMPLED_ROWS = 256
@@ -44,7 +49,7 @@ _STEP_SUMS = ("squares", "magnitudes", "elements", "update", "before", "sampled"
 
 @dataclass
 class _Seen:
-    """What was observed at a step, on the device."""
+    """What was observed at a step, in the host's memory."""
 
     sums: Tensor  # [N, len(SUMS)]
     maxima: Tensor  # [N, len(MAXIMA)]
@@ -54,8 +59,8 @@ class _Seen:
     singular: dict[str, float] = field(default_factory=dict)
 
 
-class Monitors:
-    """Looks at steps that are due; every rank calls ``before``, ``after`` and ``row`` alike."""
+class Monitors(Callback):
+    """Looks at steps that are due; it stands on every rank."""
 
     def __init__(
         self,
@@ -65,11 +70,12 @@ class Monitors:
         sample: Sample,
         batch_plan: BatchPlan,
         mesh: Mesh,
+        report: Reporter,
         *,
         num_layers: int,
         clip_grad_norm: float | None,
     ) -> None:
-        self._config, self._mesh, self._parallel = config, mesh, parallel
+        self._config, self._mesh, self._parallel, self._report = config, mesh, parallel, report
         self._sample, self._batch_plan = sample, batch_plan
         self._num_layers, self._clip = num_layers, clip_grad_norm
         self._changes = Changes(optimizer, mesh)
@@ -83,48 +89,51 @@ class Monitors:
         every = self._config.every_steps
         return every is not None and step % every == 0
 
-    def before(self, step: int) -> None:
-        """Look at the model before this step, with tokens of its batch."""
+    @override
+    def before_step(self, step: int) -> None:
         if self._due(step):
             self._observed = self._probe(step)
             self._changes.remember()
 
-    def after(self, step: int) -> None:
-        """Look at what the step did; gradients are still there, as they were after clipping."""
+    @override
+    def after_step(self, step: int) -> None:
         if self._due(step) and self._observed is not None:
             observed, self._observed = self._observed, None
             roles, peaks = self._changes.measure()
-            self._seen[step] = _Seen(observed.sums, observed.maxima, observed.output, roles, peaks)
             for axis in _AXES:
                 for sums in (observed.sums, observed.output):
                     self._mesh.all_reduce_sum(sums, axis)
                 _all_reduce_max(observed.maxima, self._mesh, axis)
             self._mesh.all_reduce_sum(roles, "pp")
             _all_reduce_max(peaks, self._mesh, "pp")
+            seen = (observed.sums, observed.maxima, observed.output, roles, peaks)
+            self._seen[step] = _Seen(*map(to_host, seen))
         every = self._config.singular_values_every_steps
         if every is not None and step % every == 0:
             singular = self._singular_values()
             self._seen.setdefault(step, _nothing()).singular = singular
 
-    def row(self, step: int, grad_norm: float) -> tuple[Row, Mapping[str, Mapping[str, Any]]]:
-        """Return what a row of metrics gets, and the alarms of the step by kind.
+    @override
+    def additions(self, finished: FinishedStep) -> Row:
+        """Add what was seen, and report its alarms.
 
-        Both are empty where the step was not due. ``clip_rate`` is of the steps since the last row
-        of monitors in this launch.
+        ``clip_rate`` is of the steps since the last row of monitors in this launch.
         """
         self._steps += 1
-        self._clipped += self._clip is not None and grad_norm > self._clip
-        seen = self._seen.pop(step, None)
+        self._clipped += self._clip is not None and finished.grad_norm > self._clip
+        seen = self._seen.pop(finished.step, None)
         if seen is None:
-            return {}, {}
+            return {}
         row: Row = {f"monitors/singular/{k}": v for k, v in seen.singular.items()}
         if not seen.sums.numel():
-            return row, {}
+            return row
         row["monitors/clip_rate"] = self._clipped / self._steps
         self._steps = self._clipped = 0
         mean = _model_rows(row, seen)
         eps = _role_rows(row, seen)
-        return row, self._alarms.new(find(row, eps, mean))
+        for kind, details in self._alarms.new(find(row, eps, mean)).items():
+            self._report("alarm", step=finished.step, alarm=kind, **details)
+        return row
 
     def _probe(self, step: int) -> Observer:
         mesh, parts = self._mesh, list(self._parallel.parts.values())
@@ -135,22 +144,17 @@ class Monitors:
         )
         plan = self._batch_plan
         batches = self._sample(plan.sequences_before(step), plan.sequences(step))
-        training = [part.training for part in parts]
-        for part in parts:
-            part.eval()
-        with observer.watching(parts):
+        with evaluating(parts), observer.watching(parts):
             self._parallel.execution.evaluate(batches, lambda index, nll_BL: None)
-        for part, mode in zip(parts, training, strict=True):
-            part.train(mode)
         return observer
 
     def _singular_values(self) -> dict[str, float]:
         if self._spectrum is None:
             named = [(n, p) for n, p in self._parallel.named_parameters() if p.dim() > 1]
             self._spectrum = TopSingularValues(named, self._mesh)
-        found = self._spectrum()
-        largest = torch.stack([value.max() for value in found.values()]).tolist() if found else []
-        mine = dict(zip(found, largest, strict=True))
+        values = self._spectrum()
+        largest = torch.stack([value.max() for value in values.values()]).tolist() if values else []
+        mine = dict(zip(values, largest, strict=True))
         if self._mesh.pp.size == 1:
             return mine
         return {k: v for stage in self._mesh.gather_objects(mine) for k, v in stage.items()}
@@ -272,9 +276,9 @@ def _nothing() -> _Seen:
 
 
 def _all_reduce_max(tensor: Tensor, mesh: Mesh, axis: AxisName) -> None:
-    line = mesh.axis(axis)
-    if line.size > 1:
-        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=line.group)
+    ranks = mesh.axis(axis)
+    if ranks.size > 1:
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=ranks.group)
 
 
 def _model_rows(row: Row, seen: _Seen) -> float:

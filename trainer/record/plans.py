@@ -12,17 +12,11 @@ from allometry.scaling.layout import Layout
 
 
 def plan_rows(plan: Plan, cost: CostModel, played: Replay) -> dict[str, float | int]:
-    """What the row of a step in metrics.jsonl says of its plan.
-
-    Under ``hdp/``: ``micro_batches`` of all ranks, dummies among them, ``waves``: most on one rank,
-    ``dummies``; ``degree/D``: documents that D ranks shared; ``balance``: planned time of the step
-    over the mean of what ranks are busy; ``bytes_sent`` by rings, forward and backward;
-    ``offloaded``: share of the tokens' activations in the host's memory.
-    """
-    found = summary(plan, cost, played)
+    """What the row of a step in metrics.jsonl says of its plan: the columns ``hdp/``."""
+    of = summary(plan, cost, played)
     names = ("micro_batches", "waves", "dummies", "balance", "bytes_sent", "offloaded")
-    degrees = {f"hdp/degree/{degree}": number for degree, number in found["degrees"].items()}
-    return {f"hdp/{name}": found[name] for name in names} | degrees
+    degrees = {f"hdp/degree/{degree}": number for degree, number in of["degrees"].items()}
+    return {f"hdp/{name}": of[name] for name in names} | degrees
 
 
 def plan_record(plan: Plan, layout: Layout) -> dict[str, Any]:

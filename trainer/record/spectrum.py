@@ -47,7 +47,7 @@ class TopSingularValues:
     """
 
     def __init__(self, named: Sequence[tuple[str, Tensor]], mesh: Mesh) -> None:
-        self._line, self._device = mesh.stage, mesh.device
+        self._stage, self._device = mesh.stage, mesh.device
         self.names = [name for name, _ in named]
         placements = Placements(mesh)
         self._matrices = []
@@ -55,9 +55,9 @@ class TopSingularValues:
         for name, parameter in named:
             assert parameter.dim() in (2, 3), (name, parameter.shape)
             placed = placements.of(parameter)
-            mine = placed.boxes[self._line.rank]
+            mine = placed.boxes[self._stage.rank]
             # Of those who hold the same part one adds it to the sums.
-            adds = bool(mine.numel) and placed.holders[mine][0] == self._line.rank
+            adds = bool(mine.numel) and placed.holders[mine][0] == self._stage.rank
             self._matrices.append(_Matrix(parameter, placed.size, mine if adds else None))
             self._vectors.append(_start(name, placed.size).to(self._device))
         self._begun = False
@@ -96,9 +96,9 @@ class TopSingularValues:
                 product = torch.bmm(part.mT if transposed else part, factor[:, :, None])
                 into[m, here] = product[:, :, 0].to(into)
             made.append(into)
-        if self._line.size > 1 and made:
+        if self._stage.size > 1 and made:
             flat = torch.cat([each.flatten() for each in made])
-            dist.all_reduce(flat, group=self._line.group)
+            dist.all_reduce(flat, group=self._stage.group)
             pieces = flat.split([each.numel() for each in made])
             made = [piece.view_as(each) for piece, each in zip(pieces, made, strict=True)]
         return made

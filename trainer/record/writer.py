@@ -91,14 +91,14 @@ class _Appender:
 def versions() -> dict[str, str]:
     """Versions of what shapes the numbers; a package that is absent says so."""
     names = ("allometry", "torch", "numpy", "megatron-core", "flash-attn", "deepspeed")
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for name in names:
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    found["cuda"] = torch.version.cuda or "none"
-    return found
+            installed[name] = "not installed"
+    installed["cuda"] = torch.version.cuda or "none"
+    return installed
 
 
 def commit() -> str | None:

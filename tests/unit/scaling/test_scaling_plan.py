@@ -60,6 +60,18 @@ def test_plan_of_a_run() -> None:
     assert described["memory_bytes_per_rank"]["total"] == plan.memory.total
 
 
+def test_the_plan_says_which_documents_its_flops_are_of() -> None:
+    source = {"sequence_length": 512, "sources": [{"name": "a", "train": "a"}]}
+    for data, said in (
+        ({"packing": "per_document"}, "one document of 512 tokens, an upper bound"),
+        ({"packing": "concatenated"}, "attends as a whole, 512 tokens"),
+        ({"kind": "documents", "max_document_tokens": 2048}, "as long as a window, 512 tokens"),
+    ):
+        batch = {"sequences": 32, "micro_batch_sequences": 1}
+        plan = RunPlan.of(run_config(data={**source, **data}, batch=batch), world_size=1)
+        assert said in plan.describe()["flops_assumption"]
+
+
 def test_the_batch_and_the_ranks_must_fit() -> None:
     with pytest.raises(UserError, match=r"batch.sequences=32 .*; use batch.sequences=24 or 36"):
         RunPlan.of(run_config(), world_size=3)

@@ -4,6 +4,7 @@ import io
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from allometry.configs.run import RunConfig
 from allometry.optim.schedule import Schedule
-from allometry.trainer.record.callbacks import Display
+from allometry.trainer.record.callbacks import Callback, Display, Reporter
 from allometry.trainer.record.forecast import Forecaster
 from allometry.trainer.state.folder import RunFolder
 from allometry.trainer.train import train
@@ -61,22 +62,26 @@ def test_a_resumed_run_forecasts_the_same(tiny: Make, tmp_path: Path) -> None:
     assert [row["loss"] for row in rows(stopped)] == [row["loss"] for row in rows(straight)]
 
 
-def make(folder: Path, every: int = 100) -> tuple[Forecaster, Callable[..., None], list[Any]]:
+def make(folder: Path, every: int = 100) -> tuple[Forecaster, list[Any]]:
     from allometry.configs.optimization import CosineSchedule
 
     said: list[Any] = []
     schedule = Schedule(CosineSchedule(), 400, 20)
-    found = Forecaster(every, schedule, 1e-2, RunFolder(folder))
-    return found, lambda kind, **details: said.append((kind, details)), said
+    listener = Callback()
+    listener.on_event = lambda kind, details: said.append((kind, details))  # type: ignore[method-assign]
+    report = Reporter(None, [listener])
+    return Forecaster(every, schedule, 1e-2, RunFolder(folder), report), said
+
+
+def step_of(step: int, loss: float) -> Any:
+    return SimpleNamespace(step=step, loss=loss, recorded=True)
 
 
 def test_the_first_row_at_or_after_its_turn_has_the_forecast(tmp_path: Path) -> None:
-    forecaster, report, said = make(tmp_path)
+    forecaster, said = make(tmp_path)
     forecaster.on_start({}, 1)
     with_it = [
-        step
-        for step in range(3, 400, 3)
-        if forecaster.additions({"step": step, "loss": 3.0 + 20.0 / step}, report)
+        step for step in range(3, 400, 3) if forecaster.additions(step_of(step, 3.0 + 20.0 / step))
     ]
     assert with_it == [102, 201, 300]
     assert [kind for kind, _ in said] in ([], ["forecast_from_prior"])
@@ -85,7 +90,7 @@ def test_the_first_row_at_or_after_its_turn_has_the_forecast(tmp_path: Path) -> 
 def test_a_curve_that_cannot_be_fitted_is_an_event(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forecaster, report, said = make(tmp_path, every=1)
+    forecaster, said = make(tmp_path, every=1)
     forecaster.on_start({}, 1)
 
     def broken(*_: Any, **__: Any) -> None:
@@ -93,26 +98,26 @@ def test_a_curve_that_cannot_be_fitted_is_an_event(
 
     monkeypatch.setattr("allometry.trainer.record.forecast.forecast", broken)
     for step in range(1, 5):
-        assert forecaster.additions({"step": step, "loss": 3.0}, report) == {}
+        assert forecaster.additions(step_of(step, 3.0)) == {}
     assert said == [("no_forecast", {"step": 1, "reason": "no number"})]
 
 
 def test_earlier_launches_are_read_up_to_the_first_step(tmp_path: Path) -> None:
     lines = [{"step": step, "loss": 3.0 + 20.0 / step} for step in range(1, 151)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
-    forecaster, report, _ = make(tmp_path)
+    forecaster, _ = make(tmp_path)
     forecaster.on_start({}, 121)
     for row in lines[120:]:
-        assert not forecaster.additions(row, report)
+        assert not forecaster.additions(step_of(**row))
     for step in range(151, 200):
-        assert not forecaster.additions({"step": step, "loss": 3.0 + 20.0 / step}, report)
-    found = forecaster.additions({"step": 200, "loss": 3.1}, report)
-    whole, _, _ = make(tmp_path / "other")
+        assert not forecaster.additions(step_of(step, 3.0 + 20.0 / step))
+    found = forecaster.additions(step_of(200, 3.1))
+    whole, _ = make(tmp_path / "other")
     whole.on_start({}, 1)
     expected: dict[str, Any] = {}
     for step in range(1, 201):
         loss = 3.0 + 20.0 / step if step < 200 else 3.1
-        expected = whole.additions({"step": step, "loss": loss}, report) or expected
+        expected = whole.additions(step_of(step, loss)) or expected
     assert found == expected
     assert set(found) == set(KEYS)
 

@@ -1,0 +1,290 @@
+"""The columns of metrics.jsonl: name, unit, meaning, and how each is made.
+
+A new one is declared here and measured in one other file: a tensor of ``StepOutcome`` has its
+``made`` here; what a callback adds to rows has its row here with ``made`` None. run.json's
+``conventions`` and the tables in docs/file_formats.md and docs/monitors.md are made from this.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from allometry.scaling.roles import Role
+
+if TYPE_CHECKING:
+    from allometry.data.sources import Sources
+    from allometry.laws.areas import LearningRateAreas
+    from allometry.parallel.hdp.plan import Plan
+    from allometry.scaling.batch import BatchPlan
+    from allometry.trainer.record.writer import Row
+    from allometry.trainer.step import StepOutcome
+
+_VARYING = {
+    "SOURCE": r"[A-Za-z0-9][A-Za-z0-9._-]*",
+    "LAYER": r"\d+",
+    "BRANCH": "attention|ffn",
+    "ROLE": "|".join(Role),
+    "PARAMETER": r"[A-Za-z_][\w.]*",
+    "DEGREE": r"\d+",
+}
+"""What the words in capitals of a column's name stand for."""
+
+
+@dataclass
+class FinishedStep:
+    """A step whose numbers have been read: what rows are made from.
+
+    ``outcome`` is in the host's memory; ``plan`` says who ran which documents, if it has some.
+    ``losses``: mean loss by source, of those with a target; ``flops`` of the step. ``areas``,
+    ``total_flops`` and ``peak_bytes`` are those up to this step, ``peak_flops_per_s`` that of all
+    ranks together. ``recorded``: this rank writes a row of it, as far as is known yet.
+    """
+
+    outcome: StepOutcome
+    plan: Plan | None
+    loss: float
+    grad_norm: float
+    losses: Mapping[str, float]
+    seconds: float
+    flops: int
+    areas: LearningRateAreas
+    total_flops: int
+    peak_flops_per_s: float
+    peak_bytes: int
+    stream: Sources
+    batch: BatchPlan
+    recorded: bool
+
+    @property
+    def step(self) -> int:
+        """Counted from 1."""
+        return self.outcome.step
+
+    @cached_property
+    def ledger(self) -> dict[str, int]:
+        """Tokens of each source so far."""
+        return self.stream.ledger(self.batch.sequences_before(self.step + 1))
+
+    @cached_property
+    def step_tokens(self) -> int:
+        """Tokens of this step."""
+        before = self.stream.tokens(self.batch.sequences_before(self.step))
+        return sum(self.ledger.values()) - before
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column, or all those that ``name`` stands for: see the words in capitals below.
+
+    ``made`` gives its value, or values by what stands for the last word; None: ``by`` adds it.
+    """
+
+    name: str
+    unit: str
+    meaning: str
+    made: Callable[[FinishedStep], float | int | Mapping[str, float | int]] | None = None
+    by: str = "loop"
+
+    def names(self, key: str) -> bool:
+        """Whether a row's key is this column."""
+        parts = (_VARYING.get(part, re.escape(part)) for part in self.name.split("/"))
+        return re.fullmatch("/".join(f"(?:{part})" for part in parts), key) is not None
+
+
+_LOOP = (
+    Column("step", "1", "updates so far, counted from 1", lambda s: s.step),
+    Column(
+        "tokens",
+        "tokens",
+        "read so far, by all ranks, targets that do not count included",
+        lambda s: sum(s.ledger.values()),
+    ),
+    Column(
+        "flops",
+        "FLOP",
+        "model FLOPs so far: forward and backward, causal attention of each document to itself "
+        "alone (with data.packing: concatenated, of each sequence), no recomputation",
+        lambda s: s.total_flops,
+    ),
+    Column(
+        "loss",
+        "nats",
+        "mean over target tokens of the step's global batch, before its update",
+        lambda s: s.loss,
+    ),
+    Column(
+        "lr",
+        "1",
+        "learning rate that this step used, at the base dimensions",
+        lambda s: s.outcome.lr,
+    ),
+    Column("s1", "1", "sum of lr over steps, warm-up included", lambda s: s.areas.s1),
+    Column(
+        "s2",
+        "1",
+        "sum of lr annealing with momentum 0.999, from the end of warm-up (arXiv 2408.11029)",
+        lambda s: s.areas.s2,
+    ),
+    Column("grad_norm", "1", "2-norm of the whole gradient before clipping", lambda s: s.grad_norm),
+    Column(
+        "tokens_per_s",
+        "tokens/s",
+        "of all ranks in this step",
+        lambda s: s.step_tokens / s.seconds,
+    ),
+    Column(
+        "mfu",
+        "1",
+        "model FLOPs of this step per second, over the peak of all ranks (run.json: peak)",
+        lambda s: s.flops / s.seconds / s.peak_flops_per_s,
+    ),
+    Column(
+        "peak_bytes",
+        "bytes",
+        "most memory of the main rank so far, allocated (GPU) or resident (CPU)",
+        lambda s: s.peak_bytes,
+    ),
+    Column(
+        "time_s",
+        "s",
+        "from the end of the step before to the end of this one, on the device; evaluation and "
+        "saving do not count",
+        lambda s: s.seconds,
+    ),
+    Column("loss/SOURCE", "nats", "the same of a source's targets", lambda s: s.losses),
+    Column("tokens/SOURCE", "tokens", "read so far of a source", lambda s: s.ledger),
+)
+
+_EVALUATION = (
+    Column(
+        "validation/SOURCE",
+        "nats",
+        "mean loss of held-out tokens after this step, every evaluation.every_steps and at the end",
+        by="evaluate",
+    ),
+)
+
+_ROUTERS = tuple(
+    Column(f"router/{layer}{name}", unit, meaning + of, by="balance")
+    for name, unit, meaning in (
+        ("max_vio", "1", "(largest - mean) / mean of the experts' loads (arXiv 2408.15664)"),
+        ("entropy", "nats", "of the router's probabilities, mean over tokens"),
+        ("squared_log_z", "1", "squared log of the softmax's sum, mean over tokens"),
+        ("balance", "1", "E x sum of load times mean probability of this step; 1 where even"),
+        ("auxiliary_loss", "nats", "balance times its coefficient"),
+        ("z_loss", "nats", "squared_log_z times its coefficient"),
+    )
+    for layer, of in (("", "; mean over layers"), ("LAYER/", ""))
+)
+
+_PLANS = tuple(
+    Column(f"hdp/{name}", unit, meaning, by="record.plans")
+    for name, unit, meaning in (
+        ("micro_batches", "1", "of all hdp ranks, dummies among them"),
+        ("waves", "1", "micro-batches of the rank with most"),
+        ("dummies", "1", "micro-batches that count nothing"),
+        ("degree/DEGREE", "1", "documents that so many ranks shared"),
+        ("balance", "1", "planned time of the step over the mean of what ranks are busy"),
+        ("bytes_sent", "bytes", "by rings, forward and backward"),
+        ("offloaded", "1", "share of the tokens' activations in the host's memory"),
+    )
+)
+
+_MONITORS = tuple(
+    Column(f"monitors/{name}", unit, meaning, by="record.monitors")
+    for name, unit, meaning in (
+        (
+            "attention_logit_max/LAYER",
+            "1",
+            "largest q·k times its scale, as the softmax sees it, from at most 128 tokens of each "
+            "sequence, evenly spaced back from its last one, over all keys that these see",
+        ),
+        ("attention_logit_max", "1", "the same of all layers"),
+        ("attention_logit_mean/LAYER", "1", "mean of the same"),
+        ("attention_z/LAYER", "1", "mean of (log Σ exp)² of these logits over tokens and heads"),
+        (
+            "branch_rms/LAYER/BRANCH",
+            "1",
+            "what is added to the residual stream, after the residual scale",
+        ),
+        (
+            "outlier_percent/LAYER/BRANCH",
+            "%",
+            "of these: elements further than 5 standard deviations of their token from its mean",
+        ),
+        ("activation_max/LAYER", "1", "largest magnitude of a block's output"),
+        ("activation_max", "1", "the same of all layers"),
+        ("activation_max_layer", "1", "the layer that has it"),
+        ("output/log_z", "1", "mean of log Z of the output over the same tokens as the logits"),
+        ("output/squared_log_z", "1", "mean of its square"),
+        ("grad_rms/ROLE", "1", "of gradients after clipping"),
+        ("grad_l1", "1", "the sum of all their magnitudes"),
+        (
+            "param_rms/ROLE",
+            "1",
+            "of every n-th row of each tensor, 256 rows to 511, before the step",
+        ),
+        (
+            "update_ratio/ROLE",
+            "1",
+            "rms of these rows' change over param_rms: 0 in the last row where the rate ends at 0",
+        ),
+        ("sphere_drift/ROLE", "1", "largest of abs(‖W‖ / R - 1), where a rule keeps ‖W‖ at R"),
+        (
+            "clip_rate",
+            "1",
+            "share of the steps since the last look, in this launch, whose gradient was clipped",
+        ),
+        (
+            "singular/PARAMETER",
+            "1",
+            "largest singular value of a matrix (of the experts of one: the largest), every "
+            "record.monitors.singular_values_every_steps steps (1000)",
+        ),
+    )
+)
+
+_FORECAST = tuple(
+    Column(f"forecast/{name}", "nats", meaning, by="record.forecast")
+    for name, meaning in (
+        ("loss", "expected training loss of the run's last step (docs/forecast.md)"),
+        ("low", "lower end of its 95 % interval"),
+        ("high", "upper end of its 95 % interval"),
+    )
+)
+
+COLUMNS = (*_LOOP, *_EVALUATION, *_ROUTERS, *_PLANS, *_MONITORS, *_FORECAST)
+
+
+def row_of(finished: FinishedStep) -> Row:
+    """Return the columns that are made here from a step's numbers."""
+    row: Row = {}
+    for column in COLUMNS:
+        if column.made is not None:
+            value = column.made(finished)
+            if isinstance(value, Mapping):
+                prefix = column.name.rpartition("/")[0]
+                row.update({f"{prefix}/{key}": each for key, each in value.items()})
+            else:
+                row[column.name] = value
+    return row
+
+
+def undeclared(keys: Iterable[str]) -> list[str]:
+    """Return the keys that are not exactly one declared column."""
+    return [key for key in keys if sum(column.names(key) for column in COLUMNS) != 1]
+
+
+def conventions() -> dict[str, str]:
+    """Return what run.json says of each column: its meaning and unit."""
+    return {c.name: c.meaning + (f" [{c.unit}]" if c.unit != "1" else "") for c in COLUMNS}
+
+
+def table(columns: Iterable[Column], prefix: str = "") -> str:
+    """Return columns as a table in Markdown, their names without ``prefix``."""
+    lines = [f"| `{c.name.removeprefix(prefix)}` | {c.unit} | {c.meaning} |" for c in columns]
+    return "\n".join(["| key | unit | what |", "|---|---|---|", *lines]) + "\n"

@@ -1,0 +1,64 @@
+"""What run.json says of a run as a whole."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from allometry.configs.run import RunConfig
+from allometry.data.sources import Sources
+from allometry.parallel.mesh import Mesh
+from allometry.scaling.plan import RunPlan
+from allometry.trainer.record import hardware, writer
+from allometry.trainer.record.columns import conventions
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """What the process was started with, for the record; the library reads no environment."""
+
+    allocator: str = "unknown"
+    command: list[str] = field(default_factory=list)
+
+
+def run_facts(
+    config: RunConfig,
+    plan: RunPlan,
+    stream: Sources,
+    mesh: Mesh,
+    peak: hardware.Peak,
+    invocation: Invocation,
+) -> dict[str, Any]:
+    """Return the content of run.json without its launches (JSON)."""
+    return {
+        "versions": writer.versions(),
+        "commit": writer.commit(),
+        "command": invocation.command,
+        "allocator": invocation.allocator,
+        "hardware": hardware.describe(mesh.device),
+        "peak": {"flops_per_s": peak.flops_per_s, "source": peak.source},
+        "compute_dtype": config.training.compute_dtype,
+        "parent": config.run.parent.model_dump() if config.run.parent else None,
+        "layout": _layout(config, plan),
+        "plan": plan.describe(),
+        "data": stream.describe(),
+        "conventions": conventions(),
+    }
+
+
+def launch_facts(facts: dict[str, Any], first_step: int) -> dict[str, Any]:
+    """Return what the list of launches in run.json says of one whose ``run_facts`` these are."""
+    kept = {key: facts[key] for key in ("layout", "commit", "allocator")}
+    return {"first_step": first_step, **kept}
+
+
+def _layout(config: RunConfig, plan: RunPlan) -> dict[str, Any]:
+    return {
+        "world_size": plan.world_size,
+        **plan.layout.describe(),
+        "zero_stage": config.parallel.zero.stage,
+        "offload": config.parallel.zero.offload,
+        "activation_checkpointing": config.training.activation_checkpointing,
+        "compile": config.training.compile,
+        "micro_batch_sequences": config.batch.micro_batch_sequences,
+    }

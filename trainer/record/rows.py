@@ -1,0 +1,62 @@
+"""What routers saw and how documents lay on ranks, in the record; on the main rank."""
+
+from __future__ import annotations
+
+import logging
+
+from typing_extensions import override
+
+from allometry.configs.model import MoEModel
+from allometry.parallel.hdp.plan import Plan
+from allometry.trainer.balance import routing_rows
+from allometry.trainer.feed import DocumentPlanner
+from allometry.trainer.record.callbacks import Callback, Reporter
+from allometry.trainer.record.columns import FinishedStep
+from allometry.trainer.record.plans import plan_record, plan_rows
+from allometry.trainer.record.writer import Recorder, Row
+
+_log = logging.getLogger(__name__)
+
+
+class RoutingRows(Callback):
+    """Adds ``router/`` to rows and writes expert_load.jsonl."""
+
+    def __init__(self, model: MoEModel, recorder: Recorder) -> None:
+        self._model, self._recorder = model, recorder
+
+    @override
+    def additions(self, finished: FinishedStep) -> Row:
+        routing = finished.outcome.routing
+        if routing is None or not finished.recorded:
+            return {}
+        row, loads = routing_rows(self._model, routing)
+        self._recorder.loads(finished.step, loads)
+        return row
+
+
+class PlanRows(Callback):
+    """Adds ``hdp/`` to rows and writes plans.jsonl; says once in a launch that ranks are idle."""
+
+    def __init__(self, planner: DocumentPlanner, recorder: Recorder, report: Reporter) -> None:
+        self._planner, self._recorder, self._report = planner, recorder, report
+        self._said_idle = False
+
+    @override
+    def additions(self, finished: FinishedStep) -> Row:
+        plan = finished.plan
+        if plan is None or not finished.recorded:
+            return {}
+        self._recorder.plan(finished.step, plan_record(plan, self._planner.layout))
+        self._say_idle(finished.step, plan)
+        return plan_rows(plan, self._planner.cost, self._planner.replay(plan))
+
+    def _say_idle(self, step: int, plan: Plan) -> None:
+        idle = plan.ranks - len({rank for unit in plan.units for rank in unit.ring})
+        if idle and not self._said_idle:
+            self._said_idle = True
+            self._report("idle_ranks", step=step, ranks=idle)
+            _log.warning(
+                "step %d leaves %d of %d hdp ranks without a document; raise batch.sequences, "
+                "lower parallel.context.min_chunk_tokens or use fewer hdp ranks",
+                *(step, idle, plan.ranks),
+            )
