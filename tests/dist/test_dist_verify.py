@@ -47,7 +47,7 @@ def test_a_layout_of_experts_is_certified(tiny: Make, tmp_path: Path) -> None:
     report = verified(
         about(
             tiny(f"model={json.dumps(MOE)}"),
-            Verify(config="", layout=tuple(["ep=2,zero.stage=1", "pp=2"]), out=out),
+            Verify(config="", layout=("ep=2,zero.stage=1", "pp=2"), out=out),
         )
     )
     text, passed = report.text, report.passed
@@ -73,9 +73,9 @@ def test_layouts_of_whole_documents_are_certified(tiny: Make, tmp_path: Path) ->
         "parallel.context.capacity_tokens=64",
         "parallel.context.min_chunk_tokens=8",
     )
-    layouts = ["hdp=2", "pp=2,hdp=2"]
+    layouts = ("hdp=2", "pp=2,hdp=2")
     report = verified(
-        about(config, Verify(config="", layout=tuple(layouts), out=tmp_path / "certificate.json"))
+        about(config, Verify(config="", layout=layouts, out=tmp_path / "certificate.json"))
     )
     text, passed = report.text, report.passed
     assert passed, text
