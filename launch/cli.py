@@ -17,30 +17,33 @@ from allometry.launch.runs import commands as runs
 from allometry.launch.studies import commands as studies
 from allometry.launch.studies.ladder import commands as ladder
 
-COMMANDS: dict[str, type[Command]] = {
-    "train": runs.Train,
-    "prepare": runs.Prepare,
-    "convert": runs.Convert,
-    "verify": studies.Verify,
-    "doctor": runs.Doctor,
-    "suggest": studies.Suggest,
-    "coordcheck": studies.CoordCheck,
-    "transfer": studies.Transfer,
-    "refine": studies.Refine,
-    "plot": runs.Plot,
-    "report": report.WriteReport,
-    "forecast": runs.Forecast,
-    "fit": laws.Fit,
-    "compare": laws.Compare,
-    "predict": laws.Predict,
-    "optimum": laws.Optimum,
-    "laws": laws.Laws,
+Commands = dict[str, tuple[type[Command], str]]
+"""The dataclass of each command, and the function that does it, within this room."""
+
+COMMANDS: Commands = {
+    "train": (runs.Train, "runs.train:trained"),
+    "prepare": (runs.Prepare, "runs.prepare:prepared"),
+    "convert": (runs.Convert, "runs.convert:converted"),
+    "verify": (studies.Verify, "studies.verify:verified"),
+    "doctor": (runs.Doctor, "runs.doctor:examined"),
+    "suggest": (studies.Suggest, "studies.suggest:suggested"),
+    "coordcheck": (studies.CoordCheck, "studies.coordcheck:checked"),
+    "transfer": (studies.Transfer, "studies.transfer:swept"),
+    "refine": (studies.Refine, "studies.refine:refined"),
+    "plot": (runs.Plot, "runs.plot:plotted"),
+    "report": (report.WriteReport, "report.report:written"),
+    "forecast": (runs.Forecast, "runs.forecast:forecasted"),
+    "fit": (laws.Fit, "laws.fit:fitted"),
+    "compare": (laws.Compare, "laws.compare:compared"),
+    "predict": (laws.Predict, "laws.predict:predicted"),
+    "optimum": (laws.Optimum, "laws.optimum:optima"),
+    "laws": (laws.Laws, "laws.list:listed"),
 }
-LADDER: dict[str, type[Command]] = {
-    "run": ladder.Run,
-    "status": ladder.Status,
-    "fit": ladder.Fit,
-    "predict": ladder.Predict,
+LADDER: Commands = {
+    "run": (ladder.Run, "studies.ladder.work:run"),
+    "status": (ladder.Status, "studies.ladder.work:status"),
+    "fit": (ladder.Fit, "studies.ladder.work:fit"),
+    "predict": (ladder.Predict, "studies.ladder.work:predict"),
 }
 
 app = typer.Typer(
@@ -53,8 +56,8 @@ app = typer.Typer(
 )
 _ladder = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 for _app, _commands in ((app, COMMANDS), (_ladder, LADDER)):
-    for _name, _command in _commands.items():
-        register(_app, _name, _command)
+    for _name, (_command, _work) in _commands.items():
+        register(_app, _name, _command, f"allometry.launch.{_work}")
 app.add_typer(
     _ladder, name="ladder", help="Train small runs, fit a law to them, predict a larger run."
 )

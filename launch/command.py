@@ -1,6 +1,6 @@
-"""A command of the command line is a dataclass.
+"""A command of the command line is a dataclass, and a function that takes it.
 
-Its fields are the arguments and options, its docstring is the help, and ``run`` returns a Report::
+Its fields are the arguments and options, its docstring is the help; the function returns a Report::
 
     @dataclass(frozen=True, kw_only=True)
     class Count(Command):
@@ -9,18 +9,19 @@ Its fields are the arguments and options, its docstring is the help, and ``run``
         store: Path = argument("folder of token files")
         source: str | None = option("count this source alone")
 
-        def run(self) -> Report:
-            tokens = ...
-            return Report({"tokens": tokens}, f"{tokens:,} tokens")
+    def counted(asked: Count) -> Report:
+        tokens = ...
+        return Report({"tokens": tokens}, f"{tokens:,} tokens")
 
-    register(app, "count", Count)
+    register(app, "count", Count, "allometry.launch.runs.count:counted")
 
-Modules that define commands are imported to print any help, so they import heavy packages where
-``run`` needs them.
+All dataclasses are imported to print any help, so the functions, which bring heavy packages, are in
+other modules.
 """
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 from collections.abc import Callable, Mapping
@@ -69,10 +70,6 @@ class Command:
 
     json: bool = option("print one JSON object instead of text", False)
 
-    def run(self) -> Report:
-        """Do it. Raises UserError, which ends the command with one sentence and code 2."""
-        raise NotImplementedError
-
 
 @dataclass(frozen=True, kw_only=True)
 class ConfigCommand(Command):
@@ -88,15 +85,19 @@ class ConfigCommand(Command):
         return load(self.config, list(self.overrides))
 
 
-def register(app: typer.Typer, name: str, command: type[Command]) -> None:
-    """Add a command to ``app``. Here alone its report is printed and its exit code decided."""
+def register(app: typer.Typer, name: str, command: type[Command], work: str) -> None:
+    """Add a command to ``app``, whose ``work`` is the function ``module:name``.
+
+    Here alone its report is printed and its exit code decided.
+    """
     further = issubclass(command, ConfigCommand)
 
     def callback(**given: Any) -> None:
         if further:
             given["overrides"] = given.pop("context").args
         asked = _made(command, given)
-        report = asked.run()
+        module, function = work.split(":")
+        report: Report = getattr(importlib.import_module(module), function)(asked)
         if asked.json:
             typer.echo(json.dumps(report.facts, indent=2))
         elif report.text:

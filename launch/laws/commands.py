@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from typing_extensions import override
-
-from allometry.launch.command import REQUIRED, Command, Report, argument, option
+from allometry.launch.command import REQUIRED, Command, argument, option
 
 LAW = "instead of a fit: a law with --published values"
 PUBLISHED = "whose coefficients, as `laws NAME` lists them"
@@ -75,12 +73,6 @@ class Fit(Command):
     fitting: Fitting
     out: Path | None = option("JSON to write, for predict and optimum", None, "-o")
 
-    @override
-    def run(self) -> Report:
-        from allometry.launch.laws.fit import fitted
-
-        return fitted(self)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Compare(Command):
@@ -91,12 +83,6 @@ class Compare(Command):
         "a,b,c; a law over columns (NAME:COLUMN,COLUMN) by an option of its own", REQUIRED
     )
     fitting: Fitting
-
-    @override
-    def run(self) -> Report:
-        from allometry.launch.laws.compare import compared
-
-        return compared(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,12 +96,6 @@ class Predict(Command):
     downstream: Path | None = option(
         "a fit of a score by the loss, for the score at the predicted loss"
     )
-
-    @override
-    def run(self) -> Report:
-        from allometry.launch.laws.predict import predicted
-
-        return predicted(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,21 +111,9 @@ class Optimum(Command):
     law: str | None = option(LAW)
     published: str | None = option(PUBLISHED)
 
-    @override
-    def run(self) -> Report:
-        from allometry.launch.laws.optimum import optima
-
-        return optima(self)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Laws(Command):
     """List the laws that can be fitted: equation, inputs with units, source, range."""
 
     name: str | None = argument("a law; default: list them all", None)
-
-    @override
-    def run(self) -> Report:
-        from allometry.launch.laws.list import listed
-
-        return listed(self.name)

@@ -9,15 +9,16 @@ from typing import Any
 import numpy as np
 
 from allometry.launch.command import Report
+from allometry.launch.laws.commands import Laws
 from allometry.launch.text import number, table
 from allometry.laws.forms.base import LOSS_UNIT, Form, Parameter, Variable
 from allometry.laws.registry import all_forms, form_named
 
 
-def listed(name: str | None) -> Report:
+def listed(asked: Laws) -> Report:
     """List the registry, or one law in full. Raises UserError: no law has this name."""
-    if name is not None:
-        form = form_named(name)
+    if asked.name is not None:
+        form = form_named(asked.name)
         return Report(describe(form), _details(form))
     forms = list(all_forms().values())
     shown = overview(forms, get_terminal_size((160, 24)).columns)

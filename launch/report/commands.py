@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from typing_extensions import override
-
-from allometry.launch.command import Command, Report, argument, option
+from allometry.launch.command import Command, argument, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,9 +23,3 @@ class WriteReport(Command):
         "smoothed losses: means over this share of the run so far", 0.05, "--smooth"
     )
     title: str = option("title of the page", "Allometry report")
-
-    @override
-    def run(self) -> Report:
-        from allometry.launch.report.report import written
-
-        return written(self)

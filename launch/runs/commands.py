@@ -5,10 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from typing_extensions import override
-
-from allometry.configs.errors import UserError
-from allometry.launch.command import REQUIRED, Command, ConfigCommand, Report, argument, option
+from allometry.launch.command import REQUIRED, Command, ConfigCommand, argument, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,26 +22,6 @@ class Train(ConfigCommand):
     allocator: str = option("on CPU: auto, jemalloc, tcmalloc, glibc-tuned or system", "auto")
     stop_at_step: int | None = option("save and stop after this step; run again to go on", min=1)
     json: bool = option("with --dry-run: print one JSON object", False)
-
-    @override
-    def run(self) -> Report:
-        if self.dry_run and self.print_config:
-            raise UserError("--dry-run and --print-config are two commands; give one of them")
-        for flag, given in (("--world-size", self.world_size is not None), ("--json", self.json)):
-            if given and not self.dry_run:
-                raise UserError(f"{flag} goes with --dry-run; add it or leave {flag} out")
-        if self.print_config:
-            from allometry.configs.loader import dump
-
-            return Report(None, dump(self.load()).removesuffix("\n"))
-        if self.dry_run:
-            from allometry.launch.runs.dry_run import planned
-
-            return planned(self.load(), self.world_size or 1)
-        from allometry.launch.runs.train import train_here
-
-        train_here(self.load(), self.allocator, self.stop_at_step)
-        return Report(None, "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,12 +42,6 @@ class Prepare(Command):
     max_documents: int | None = option("read at most this many documents of each source")
     processes: int | None = option("worker processes; default: cores")
 
-    @override
-    def run(self) -> Report:
-        from allometry.launch.runs.prepare import prepared
-
-        return prepared(self)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Convert(Command):
@@ -88,22 +59,10 @@ class Convert(Command):
     print_model: bool = option("print the model section of a model and stop", False)
     check: bool = option("compare logits with transformers, and every tensor", False)
 
-    @override
-    def run(self) -> Report:
-        from allometry.launch.runs.convert import converted
-
-        return converted(self)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Doctor(Command):
     """Say what is installed and usable here, and how to mend what is not."""
-
-    @override
-    def run(self) -> Report:
-        from allometry.launch.runs.doctor import examined
-
-        return examined()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,16 +76,6 @@ class Plot(Command):
         False,
     )
     out: Path | None = option("PNG to write; default: loss.png, plan.png", None, "-o")
-
-    @override
-    def run(self) -> Report:
-        if self.hdp:
-            from allometry.launch.runs.gantt import draw_plan, run_and_step
-
-            return draw_plan(*run_and_step(self.runs), self.out or Path("plan.png"))
-        from allometry.launch.runs.plot import draw_losses
-
-        return draw_losses(self.runs, self.out or Path("loss.png"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,9 +98,3 @@ class Forecast(Command):
     at_step: int | None = option("forget what the run recorded after this step", min=1)
     loss: str = option("train, validation, train/NAME or validation/NAME", "train")
     level: float = option("probability of the interval", 0.95)
-
-    @override
-    def run(self) -> Report:
-        from allometry.launch.runs.forecast import forecasted
-
-        return forecasted(self)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from allometry.launch.command import Report
+from allometry.launch.runs.commands import Doctor
 from allometry.launch.start import choose, find_library
 from allometry.launch.text import table
 from allometry.scaling.attention import BACKENDS, AttentionCall, choose_backend, installed
@@ -29,7 +30,7 @@ class Finding:
     fix: str = ""
 
 
-def examined() -> Report:
+def examined(asked: Doctor) -> Report:
     """Look at everything; nothing that is broken stops the others from being looked at."""
     checks: tuple[Callable[[], Iterator[Finding]], ...] = (
         _torch, _nvml, _attention, _apex, _deepspeed, _megatron, _allocator, _compiler,

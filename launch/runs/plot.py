@@ -12,12 +12,22 @@ import numpy as np
 from allometry.launch.command import Report
 from allometry.launch.figures.drawing import check_format, draw
 from allometry.launch.figures.figure import PALETTE, Figure, Panel, Series, colours, known, smooth
+from allometry.launch.runs.commands import Plot
 from allometry.launch.text import names_of, table
 from allometry.laws.runs import Run, read_run
 
 BLACK = "#000000"
 SMOOTHED = 0.05
 """Smoothed losses are means over this share of the run so far."""
+
+
+def plotted(asked: Plot) -> Report:
+    """Draw the losses of runs, or one step's schedule."""
+    if asked.hdp:
+        from allometry.launch.runs.gantt import draw_plan, run_and_step
+
+        return draw_plan(*run_and_step(asked.runs), asked.out or Path("plan.png"))
+    return draw_losses(asked.runs, asked.out or Path("loss.png"))
 
 
 def draw_losses(folders: Sequence[Path], out: Path) -> Report:

@@ -6,13 +6,35 @@ import logging
 import os
 import sys
 
+from allometry.configs.errors import UserError
+from allometry.configs.loader import dump
 from allometry.configs.run import RunConfig
+from allometry.launch.command import Report
+from allometry.launch.runs.commands import Train
 from allometry.launch.start import settle_allocator
 
 
-def train_here(config: RunConfig, allocator: str, stop_at_step: int | None) -> None:
+def trained(asked: Train) -> Report:
+    """Train, or print the configuration or the plan."""
+    if asked.dry_run and asked.print_config:
+        raise UserError("--dry-run and --print-config are two commands; give one of them")
+    for flag, given in (("--world-size", asked.world_size is not None), ("--json", asked.json)):
+        if given and not asked.dry_run:
+            raise UserError(f"{flag} goes with --dry-run; add it or leave {flag} out")
+    config = asked.load()
+    if asked.print_config:
+        return Report(None, dump(config).removesuffix("\n"))
+    if asked.dry_run:
+        from allometry.launch.runs.dry_run import planned
+
+        return planned(config, asked.world_size or 1)
+    _train(config, asked)
+    return Report(None, "")
+
+
+def _train(config: RunConfig, asked: Train) -> None:
     """Train; the allocator, which may replace the process, comes before torch."""
-    name = settle_allocator(allocator)
+    allocator = settle_allocator(asked.allocator)
     # All ranks would say the same; the main one says it.
     main_rank = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(
@@ -22,5 +44,5 @@ def train_here(config: RunConfig, allocator: str, stop_at_step: int | None) -> N
     from allometry.trainer.record.facts import Invocation
     from allometry.trainer.train import train
 
-    invocation = Invocation(allocator=name, command=sys.orig_argv)
-    train(config, invocation=invocation, stop_at_step=stop_at_step)
+    invocation = Invocation(allocator=allocator, command=sys.orig_argv)
+    train(config, invocation=invocation, stop_at_step=asked.stop_at_step)

@@ -5,10 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from typing_extensions import override
-
-from allometry.configs.errors import UserError
-from allometry.launch.command import Command, ConfigCommand, Report, argument, option
+from allometry.launch.command import Command, ConfigCommand, argument, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,12 +22,6 @@ class Verify(ConfigCommand):
     )
     out: Path = option("where the certificate goes", Path("certificate.json"), "-o")
 
-    @override
-    def run(self) -> Report:
-        from allometry.launch.studies.verify import verified
-
-        return verified(self.load(), self.layout or None, self.out)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Suggest(ConfigCommand):
@@ -44,12 +35,6 @@ class Suggest(ConfigCommand):
     )
     tokens: float | None = option("tokens of the run; default: the config's", min=1)
     loss: float | None = option("expected loss, nats per token, for MiniCPM's batch", min=0.1)
-
-    @override
-    def run(self) -> Report:
-        from allometry.launch.studies.suggest import suggested
-
-        return suggested(self.load(), self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,12 +57,6 @@ class CoordCheck(ConfigCommand):
     logit_bound: float | None = option("largest slope of the logits; default: by kind", min=0.0)
     processes: int | None = option("default: cores", min=1)
     out: Path = option("figure to write", Path("coordcheck.png"), "-o")
-
-    @override
-    def run(self) -> Report:
-        from allometry.launch.studies.coordcheck import checked
-
-        return checked(self.load(), self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,12 +85,6 @@ class Transfer(ConfigCommand):
     trials: Path | None = option("file that keeps each run's loss, to go on from")
     out: Path = option("figure to write", Path("transfer.png"), "-o")
 
-    @override
-    def run(self) -> Report:
-        from allometry.launch.studies.transfer import swept
-
-        return swept(self.load(), self)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Refine(Command):
@@ -124,17 +97,3 @@ class Refine(Command):
     out: Path = option("JSON to write", Path("schedule.json"), "-o")
     optimizer: str = option("adam (1-norms of gradients) or sgd (2-norms, squared)", "adam")
     smoothing: float = option("width of the median filter, as a share of the run", 0.1)
-
-    @override
-    def run(self) -> Report:
-        from allometry.laws.refine import refined_schedule, write_schedule
-
-        if self.optimizer not in ("adam", "sgd"):
-            raise UserError(f"--optimizer={self.optimizer} is not known; use adam or sgd")
-        schedule = refined_schedule(self.folder, self.optimizer, self.smoothing)
-        write_schedule(schedule, self.out)
-        fractions, norm = schedule["fractions"], schedule["from"]["norm"]
-        peak = 1 + fractions.index(max(fractions))
-        facts = {"file": str(self.out), "steps": len(fractions), "norm": norm, "peak_step": peak}
-        text = f"{self.out}: {len(fractions)} steps from {norm}, the peak at step {peak}"
-        return Report(facts, text)

@@ -70,8 +70,9 @@ class Outcome:
         }
 
 
-def checked(config: RunConfig, asked: CoordCheck) -> Report:
+def checked(asked: CoordCheck) -> Report:
     """Run the check; passed where no axis has a failure."""
+    config = asked.load()
     check_format(asked.out)
     _check_numbers(asked)
     axes = _axes(config, asked)

@@ -31,8 +31,9 @@ class Base:
     tokens: int
 
 
-def suggested(config: RunConfig, asked: SuggestCommand) -> Report:
+def suggested(asked: SuggestCommand) -> Report:
     """What the laws say of this run, or of one like it with other parameters and tokens."""
+    config = asked.load()
     for name in ("params", "tokens", "loss"):
         value = getattr(asked, name)
         if value is not None and not math.isfinite(value):

@@ -32,8 +32,9 @@ MOST_OCTAVES = 32
 MOST_RATES = 200
 
 
-def swept(config: RunConfig, asked: TransferCommand) -> Report:
+def swept(asked: TransferCommand) -> Report:
     """Run the sweep; passed where the best rates drift no further than ``bound``."""
+    config = asked.load()
     check_format(asked.out)
     axis = growth_axis(config.parameterization) if asked.axis is None else _axis(asked.axis)
     if not 0.0 <= asked.bound < math.inf:

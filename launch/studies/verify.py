@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 
-from allometry.configs.run import RunConfig
 from allometry.launch.command import Report
+from allometry.launch.studies.commands import Verify
 from allometry.launch.text import table
 from allometry.studies.certificate.verify import LayoutResult, verify
 
@@ -17,14 +15,16 @@ HEAD = [
 ]
 
 
-def verified(config: RunConfig, layouts: Sequence[str] | None, out: Path) -> Report:
+def verified(asked: Verify) -> Report:
     """Make the certificate; passed where all layouts agree."""
-    certificate = verify(
-        config, layouts, out, lambda line: print(line, file=sys.stderr, flush=True)
-    )
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    certificate = verify(asked.load(), asked.layout or None, asked.out, say)
     shown = table([HEAD, *map(_cells, certificate.results)], right=range(1, 7))
     verdict = "all agree with one process" if certificate.passed else "NOT all agree"
-    text = f"{shown}\n{verdict}; written to {out}"
+    text = f"{shown}\n{verdict}; written to {asked.out}"
     return Report(certificate.describe(), text, certificate.passed)
 
 

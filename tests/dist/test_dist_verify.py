@@ -14,9 +14,11 @@ from allometry.configs.layouts import parse_parallel
 from allometry.configs.run import RunConfig
 from allometry.data.documents import DocumentStream
 from allometry.data.stream import open_stream
+from allometry.launch.studies.commands import Verify
 from allometry.launch.studies.verify import verified
 from allometry.studies.certificate.rank import TOLERANCE
 from allometry.studies.certificate.verify import Certificate, LayoutResult, _small, verify
+from asked import about
 
 Make = Callable[..., RunConfig]
 MOE = {
@@ -50,7 +52,12 @@ def with_error(dtype: str, kind: str, error: float) -> dict[str, Any]:
 
 def test_a_layout_of_experts_is_certified(tiny: Make, tmp_path: Path) -> None:
     out = tmp_path / "certificate.json"
-    report = verified(tiny(f"model={json.dumps(MOE)}"), ["ep=2,zero.stage=1", "pp=2"], out)
+    report = verified(
+        about(
+            tiny(f"model={json.dumps(MOE)}"),
+            Verify(config="", layout=("ep=2,zero.stage=1", "pp=2"), out=out),
+        )
+    )
     text, passed = report.text, report.passed
     assert passed, text
     assert "all agree" in text
@@ -77,8 +84,10 @@ def test_layouts_of_whole_documents_are_certified(tiny: Make, tmp_path: Path) ->
         "parallel.context.capacity_tokens=64",
         "parallel.context.min_chunk_tokens=8",
     )
-    layouts = ["hdp=2", "pp=2,hdp=2"]
-    report = verified(config, layouts, tmp_path / "certificate.json")
+    layouts = ("hdp=2", "pp=2,hdp=2")
+    report = verified(
+        about(config, Verify(config="", layout=layouts, out=tmp_path / "certificate.json"))
+    )
     text, passed = report.text, report.passed
     assert passed, text
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from allometry.configs.errors import UserError
-from allometry.launch.command import Report
 from allometry.launch.text import edge_words, number, table
 from allometry.laws.collect import short
 from allometry.laws.fit.bootstrap import Bootstrap
@@ -68,12 +67,6 @@ def _final_loss(plan: LadderPlan, run: PlannedRun, state: RunState) -> float | N
         return final_loss(read_run(run.folder), LossChoice.parse(plan.ladder.loss))
     except UserError:
         return None  # the fit will say what is wrong with it
-
-
-def status(plan: LadderPlan) -> Report:
-    """Report how far the ladder is."""
-    facts = planned_facts(plan)
-    return Report(facts, status_text(facts))
 
 
 def status_text(facts: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ from allometry.configs.loader import dump, load
 from allometry.configs.run import RunConfig
 from allometry.interop.huggingface import compare
 from allometry.launch.runs.commands import Convert
+from allometry.launch.runs.convert import converted
 from allometry.trainer.train import train
 from hf_models import make, save
 
@@ -28,7 +29,7 @@ ONE = ("training.total_steps=1", "schedule.warmup_steps=0")
 
 def refused(said: str, source: Path, **more: Any) -> None:
     with pytest.raises(UserError, match=said) as caught:
-        Convert(source=source, **more).run()
+        converted(Convert(source=source, **more))
     assert "\n" not in str(caught.value)
 
 
@@ -161,7 +162,7 @@ def test_a_tied_model_with_another_head(tiny: Make, tmp_path: Path) -> None:
     embedding = tensors["model.embed_tokens.weight"]
     save_file({**tensors, "lm_head.weight": embedding.clone()}, file)
     asked = Convert(source=source, out=tmp_path / "same", config=str(config))
-    assert "llama: 29 parameters" in asked.run().text
+    assert "llama: 29 parameters" in converted(asked).text
     save_file({**tensors, "lm_head.weight": embedding + 1}, file)
     refused("lm_head.weight differs", source, out=tmp_path / "out", config=str(config))
 

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from allometry.configs.errors import UserError
 from allometry.launch.cli import app
 from allometry.launch.runs.commands import Forecast
+from allometry.launch.runs.forecast import forecasted
 from allometry.laws.areas import areas_of
 from fake_runs import fake_run
 
@@ -50,7 +51,9 @@ def make(folder: Path, override: str, kind: str, *others: str, stop: int | None 
 
 
 def ask(folder: Path, **options: Any) -> dict[str, Any]:
-    facts: dict[str, Any] = json.loads(json.dumps(Forecast(folder=folder, **options).run().facts))
+    facts: dict[str, Any] = json.loads(
+        json.dumps(forecasted(Forecast(folder=folder, **options)).facts)
+    )
     return facts
 
 

@@ -20,6 +20,7 @@ from allometry.launch.studies.commands import CoordCheck, Suggest, Transfer
 from allometry.launch.studies.coordcheck import checked
 from allometry.launch.studies.suggest import suggested
 from allometry.launch.studies.transfer import swept
+from asked import about
 
 Make = Callable[..., RunConfig]
 MUP = ("parameterization={kind: mup, base_width: 16, embedding_std: 1.0}",)
@@ -54,7 +55,7 @@ def test_suggest_prints_a_table_and_json() -> None:
 @pytest.mark.parametrize("preset", ["demo", "dense_1b", "moe_demo"])
 def test_suggest_fits_a_terminal(preset: str) -> None:
     config = load(f"preset:{preset}")
-    lines = suggested(config, Suggest(config="")).text.splitlines()
+    lines = suggested(about(config, Suggest(config=""))).text.splitlines()
     assert max(map(len, lines)) <= 100
     said = " ".join(line.strip() for line in lines)
     assert "schedule: cosine to 1e-5 after 2,000 steps of warm-up" in said
@@ -62,10 +63,10 @@ def test_suggest_fits_a_terminal(preset: str) -> None:
 
 
 def test_suggest_says_where_a_model_is_small_already() -> None:
-    said = suggested(load("preset:demo"), Suggest(config="")).text.replace("\n ", "")
+    said = suggested(about(load("preset:demo"), Suggest(config=""))).text.replace("\n ", "")
     assert "model.width=192 (3,147,712 parameters active) is small already" in said
     assert "base_width is" not in said
-    large = suggested(load("preset:dense_1b"), Suggest(config="")).text
+    large = suggested(about(load("preset:dense_1b"), Suggest(config=""))).text
     assert "small already" not in large
     assert "to tune small: model.width=512 " in large
 
@@ -77,10 +78,10 @@ def test_suggest_refuses_what_is_not_finite(flag: str) -> None:
 
 
 def test_suggest_says_what_lies_outside_and_what_disagrees() -> None:
-    text = suggested(load("preset:demo"), Suggest(config="")).text
+    text = suggested(about(load("preset:demo"), Suggest(config=""))).text
     assert "step-law*" in text
     assert "below the smallest behind the law" in text
-    far = suggested(load("preset:dense_1b"), Suggest(config="", tokens=1e13)).text
+    far = suggested(about(load("preset:dense_1b"), Suggest(config="", tokens=1e13))).text
     assert "octaves apart" in far
 
 
@@ -94,18 +95,18 @@ def test_coordcheck_passes_mup_and_fails_sp(tiny: Make, tmp_path: Path) -> None:
         processes=1,
         out=tmp_path / "c.png",
     )
-    report = checked(tiny(*MUP), request)
+    report = checked(about(tiny(*MUP), request))
     passed, facts = report.passed, facts_of(report)
     assert passed == (not facts["axes"][0]["failures"]) == facts["passed"]
     assert (tmp_path / "c.png").stat().st_size > 0
     wide = facts["axes"][0]["slopes"]
     sp = "parameterization={kind: sp, embedding_std: 1.0}"
-    report = checked(tiny(sp), request)
+    report = checked(about(tiny(sp), request))
     text, passed = report.text, report.passed
     assert not passed
     assert "FAILED: blocks.1 moves as width^+" in text
     assert "NOT passed" in text
-    narrow = facts_of(checked(tiny(sp), request))["axes"][0]["slopes"]
+    narrow = facts_of(checked(about(tiny(sp), request)))["axes"][0]["slopes"]
     assert narrow["blocks.1"] > wide["blocks.1"] + 0.2
 
 
@@ -121,15 +122,15 @@ def test_coordcheck_checks_the_axes_that_are_asked_for(tiny: Make, tmp_path: Pat
         block_bound=9.0,
         logit_bound=9.0,
     )
-    report = checked(tiny(*MUP), request)
+    report = checked(about(tiny(*MUP), request))
     text, passed = report.text, report.passed
     assert passed
     assert "depth" in text
     assert "width" not in text
     with pytest.raises(UserError, match=r"--depths=2: give two or more"):
-        checked(tiny(), CoordCheck(config="", depths="2"))
+        checked(about(tiny(), CoordCheck(config="", depths="2")))
     with pytest.raises(UserError, match="no experts to vary"):
-        checked(tiny(), CoordCheck(config="", experts="2,4"))
+        checked(about(tiny(), CoordCheck(config="", experts="2,4")))
 
 
 def test_transfer_reports_and_goes_on_from_its_file(tiny: Make, tmp_path: Path) -> None:
@@ -147,13 +148,13 @@ def test_transfer_reports_and_goes_on_from_its_file(tiny: Make, tmp_path: Path) 
         out=tmp_path / "t.png",
     )
     config = tiny(*MUP)
-    report = swept(config, request)
+    report = swept(about(config, request))
     passed, facts = report.passed, facts_of(report)
     assert facts["passed"] == passed
     assert [size["size"] for size in facts["sizes"]] == [16, 32]
     assert (tmp_path / "t.png").stat().st_size > 0
     written = (tmp_path / "trials.jsonl").read_text()
-    assert facts_of(swept(config, request)) == facts
+    assert facts_of(swept(about(config, request))) == facts
     assert (tmp_path / "trials.jsonl").read_text() == written, "nothing was run twice"
 
 
@@ -177,14 +178,14 @@ def test_runs_of_a_sweep_that_are_too_short(
 ) -> None:
     request = Transfer(config="", length=8, trials=tmp_path / "t.jsonl", **options)
     with pytest.raises(UserError, match=said):
-        swept(tiny(*MUP), request)
+        swept(about(tiny(*MUP), request))
     assert not (tmp_path / "t.jsonl").exists()
 
 
 def test_transfer_writes_nothing_before_its_sizes_are_checked(tiny: Make, tmp_path: Path) -> None:
     request = Transfer(config="", sizes="16,33", steps=2, length=8, trials=tmp_path / "t.jsonl")
     with pytest.raises(UserError, match="33"):
-        swept(tiny(), request)
+        swept(about(tiny(), request))
     assert not (tmp_path / "t.jsonl").exists()
 
 
@@ -205,7 +206,7 @@ def test_numbers_of_transfer_that_are_none(
     tiny: Make, options: dict[str, float], said: str
 ) -> None:
     with pytest.raises(UserError, match=said):
-        swept(tiny(), Transfer(config="", **options))
+        swept(about(tiny(), Transfer(config="", **options)))
 
 
 @pytest.mark.parametrize("lr", ["-1", "0", "nan", "inf"])
@@ -220,7 +221,7 @@ def test_bounds_of_coordcheck_that_are_none(tiny: Make) -> None:
     for name in ("block_bound", "logit_bound"):
         request = CoordCheck(config="", **{name: float("nan")})
         with pytest.raises(UserError, match=f"--{name.replace('_', '-')}=nan is no slope"):
-            checked(tiny(), request)
+            checked(about(tiny(), request))
 
 
 def test_transfer_fails_beyond_its_bound(tiny: Make, tmp_path: Path) -> None:
@@ -256,13 +257,13 @@ def test_transfer_fails_beyond_its_bound(tiny: Make, tmp_path: Path) -> None:
 
 def test_mistakes_are_said_in_one_sentence(tiny: Make) -> None:
     with pytest.raises(UserError, match="--axis=hight is not known; use one of width, depth"):
-        swept(tiny(), Transfer(config="", axis="hight"))
+        swept(about(tiny(), Transfer(config="", axis="hight")))
     with pytest.raises(UserError, match="--step=2 must be above 0 and at most --octaves=1"):
-        swept(tiny(), Transfer(config="", step=2.0, steps=2, sizes="16,32", length=8))
+        swept(about(tiny(), Transfer(config="", step=2.0, steps=2, sizes="16,32", length=8)))
     with pytest.raises(UserError, match="would be read more than once"):
-        swept(tiny(), Transfer(config="", steps=10**5, sizes="16,32"))
+        swept(about(tiny(), Transfer(config="", steps=10**5, sizes="16,32")))
     with pytest.raises(UserError, match="a figure is written as"):
-        checked(tiny(), CoordCheck(config="", out=Path("a.txt")))
+        checked(about(tiny(), CoordCheck(config="", out=Path("a.txt"))))
 
 
 MIXED = "{kind: moe, vocab_size: %d, width: 32, num_layers: 1, num_heads: 4, qk_norm: true, %s}"
@@ -305,11 +306,11 @@ def test_transfer_names_what_a_regime_holds_fixed(tiny: Make, tmp_path: Path) ->
     config = tiny(f"model={model}", f"parameterization={mssp}base_expert_width: 16}}")
     request = Transfer(config="", axis="regime-iii", sizes="4,8", steps=2, length=8, processes=1)
     with pytest.raises(UserError, match=r"experts.width=32 differs .* regime II of mssp"):
-        swept(config, request)
+        swept(about(config, request))
     with pytest.raises(UserError, match="no experts to vary; choose another axis"):
-        swept(tiny(), Transfer(config="", axis="regime-ii"))
+        swept(about(tiny(), Transfer(config="", axis="regime-ii")))
     with pytest.raises(UserError, match=r"num_experts=4 to 6; choose multiples of 4"):
-        swept(config, Transfer(config="", axis="regime-ii", sizes="4,6", length=8))
+        swept(about(config, Transfer(config="", axis="regime-ii", sizes="4,6", length=8)))
 
 
 @pytest.mark.parametrize("regime", ["I", "II", "III"])
@@ -323,19 +324,19 @@ def test_gates_grow_a_family_as_its_regime_does(tiny: Make, tmp_path: Path, regi
         seeds=1, steps=2, length=8, sequences=2, processes=1,
         block_bound=9.0, logit_bound=9.0, out=tmp_path / "check.png",
     )  # fmt: skip
-    (axis,) = facts_of(checked(config, check))["axes"]
+    (axis,) = facts_of(checked(about(config, check)))["axes"]
     assert axis["axis"] == grows
     sizes = sorted({movement["size"] for movement in axis["movements"]})
     assert sizes == ([8, 16, 32] if regime == "I" else [4, 8, 16])
     if regime != "I":
         asked = replace(check, experts="4,8")
-        (axis,) = facts_of(checked(config, asked))["axes"]
+        (axis,) = facts_of(checked(about(config, asked)))["axes"]
         assert axis["axis"] == grows
     sweep = Transfer(config="",
         sizes="16,32" if regime == "I" else "4,8", seeds=1, steps=2, length=8, sequences=2,
         bound=99.0, processes=1, out=tmp_path / "sweep.png",
     )  # fmt: skip
-    assert facts_of(swept(config, sweep))["axis"] == grows
+    assert facts_of(swept(about(config, sweep)))["axis"] == grows
 
 
 @pytest.mark.parametrize(
@@ -353,8 +354,8 @@ def test_batches_of_steps_of_a_fixed_norm_are_as_wide_as_the_model(
     request = CoordCheck(
         config="", widths="16,32", seeds=1, steps=1, length=8, processes=1, out=tmp_path / "c.png"
     )
-    facts = facts_of(checked(config, request))
+    facts = facts_of(checked(about(config, request)))
     assert (facts["sequences"], facts["length"]) == (sequences, 8)
     asked = replace(request, sequences=2)
-    text = checked(config, asked).text
+    text = checked(about(config, asked)).text
     assert "1 step of 2 x 8 tokens at 0.03" in text

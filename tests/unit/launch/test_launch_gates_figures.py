@@ -21,6 +21,7 @@ from allometry.launch.studies.coordcheck import checked
 from allometry.launch.studies.transfer import swept
 from allometry.scaling.shapes import Axis
 from allometry.studies.sweeps.transfer import TransferSweep, Trial
+from asked import about
 
 Make = Callable[..., RunConfig]
 MUP = ("parameterization={kind: mup, base_width: 16, embedding_std: 1.0}",)
@@ -60,7 +61,7 @@ def test_the_figure_of_a_sweep(
         sizes="16,32", seeds=seeds, steps=2, sequences=2, length=8, processes=1,
         octaves=3.0, out=tmp_path / "t.png",
     )  # fmt: skip
-    text = swept(tiny(*MUP), request).text
+    text = swept(about(tiny(*MUP), request)).text
     (panel,) = seen
     assert panel.y_label == "held-out loss, nats per token"
     near, far = series_of(panel, "width 16"), series_of(panel, "width 32")
@@ -88,7 +89,7 @@ def test_the_figure_of_a_check(tiny: Make, tmp_path: Path, monkeypatch: pytest.M
         processes=1,
         out=tmp_path / "c.png",
     )
-    checked(tiny(*MUP), request)
+    checked(about(tiny(*MUP), request))
     assert [(panel.x_label, panel.x_marks) for panel in seen] == [
         ("width", (16, 32)),
         ("depth, layers", (1, 2)),
@@ -138,7 +139,7 @@ def test_a_stopped_sweep_says_what_it_kept(
         with monkeypatch.context() as patch:
             stop_after(ended, patch)
             with pytest.raises(SystemExit) as end:
-                swept(config, request)
+                swept(about(config, request))
         assert end.value.code == 130
         assert capsys.readouterr().err.startswith(f"allometry: stopped; {said.format(trials)}")
     assert len((tmp_path / "t.jsonl").read_text().splitlines()) == 1 + ended
@@ -156,7 +157,7 @@ def test_a_stopped_check_says_that_nothing_is_kept(
     monkeypatch.setattr(coordcheck.CoordinateCheck, "movement", stop)
     request = CoordCheck(config="", widths="16,32", length=8, processes=1, out=tmp_path / "c.png")
     with pytest.raises(SystemExit) as end:
-        checked(tiny(*MUP), request)
+        checked(about(tiny(*MUP), request))
     assert end.value.code == 130
     assert capsys.readouterr().err == (
         "allometry: stopped; nothing is kept: a check is run from its beginning\n"
@@ -174,14 +175,14 @@ def test_a_check_that_fails_over_depth_names_rules_for_it(
     small = {"seeds": 1, "steps": 1, "length": 8, "processes": 1, "out": tmp_path / "c.png"}
     bounds = {"block_bound": bound, "logit_bound": bound}
     deep = CoordCheck(config="", depths="1,2", **small, **bounds)
-    report = checked(tiny(*MUP), deep)
+    report = checked(about(tiny(*MUP), deep))
     text, passed = report.text, report.passed
     assert passed == (bound > 0.0)
     assert (NO_RULE in text) == (not passed)
-    text = checked(tiny(COMPLETEP), deep).text
+    text = checked(about(tiny(COMPLETEP), deep)).text
     assert "no rule for depth" not in text
     wide = CoordCheck(config="", widths="16,32", **small, **bounds)
-    text = checked(tiny(*MUP), wide).text
+    text = checked(about(tiny(*MUP), wide)).text
     assert "no rule for depth" not in text
 
 
@@ -199,7 +200,7 @@ def test_a_sweep_that_fails_over_depth_names_rules_for_it(
         ("horizon", MUP[0], False),
     ):
         request = Transfer(config="", axis=axis, sizes="2,4", **small, out=tmp_path / "t.png")
-        report = swept(tiny(kind), request)
+        report = swept(about(tiny(kind), request))
         assert not report.passed
         assert (NO_RULE in report.text) == said
 

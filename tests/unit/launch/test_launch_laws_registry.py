@@ -8,7 +8,7 @@ import pytest
 
 from allometry.launch.laws.commands import Laws
 from allometry.launch.laws.compare import law_names
-from allometry.launch.laws.list import overview, page_line
+from allometry.launch.laws.list import listed, overview, page_line
 from allometry.launch.laws.text import certificate_words, narrowed
 from allometry.laws.fit.certificate import Certificate
 from allometry.laws.forms.base import LOSS_UNIT
@@ -64,8 +64,8 @@ def test_laws_of_columns_are_one_name() -> None:
 
 
 def test_the_registry_is_listed(shell: Shell) -> None:
-    listed = {line.split()[0] for line in shell("laws").splitlines() if line.strip()}
-    assert set(all_forms()) <= listed
+    shown = {line.split()[0] for line in shell("laws").splitlines() if line.strip()}
+    assert set(all_forms()) <= shown
     assert {one["name"] for one in shell.json("laws")} == set(all_forms())
     one = shell.json("laws", "chinchilla")
     assert [p["name"] for p in one["parameters"]] == ["E", "A", "B", "alpha", "beta"]
@@ -74,14 +74,14 @@ def test_the_registry_is_listed(shell: Shell) -> None:
     for words in ("arXiv 2203.15556", "44M to 16B parameters", "published by besiroglu: E 1.8172"):
         assert words in text
     for name in all_forms():
-        assert form_named(name).source in Laws(name=name).run().text
+        assert form_named(name).source in listed(Laws(name=name)).text
 
 
 def test_the_page_lists_the_registry() -> None:
     page = (ROOT / "docs/laws.md").read_text(encoding="utf-8")
-    listed = {line for line in page.splitlines() if line.startswith("| `")}
+    present = {line for line in page.splitlines() if line.startswith("| `")}
     expected = {page_line(form) for form in all_forms().values()}
-    missing, wrong = sorted(expected - listed), sorted(listed - expected)
+    missing, wrong = sorted(expected - present), sorted(present - expected)
     assert not missing, "write these lines into the table of docs/laws.md:\n" + "\n".join(missing)
     assert not wrong, "these lines of docs/laws.md are of no law:\n" + "\n".join(wrong)
 

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from allometry.configs.errors import UserError
 from allometry.launch.cli import app
 from allometry.launch.report.commands import WriteReport
+from allometry.launch.report.report import written
 from fake_ladder import fake_ladder, small_fit, watched_run, write_fit
 from fake_runs import fake_run
 
@@ -54,7 +55,7 @@ def figures(page: str) -> dict[str, Any]:
 
 def made(tmp_path: Path, *runs: Path, **options: Any) -> str:
     out = tmp_path / "made" / "report.html"
-    WriteReport(runs=runs, out=out, **options).run()
+    written(WriteReport(runs=runs, out=out, **options))
     return out.read_text()
 
 
@@ -159,7 +160,7 @@ def test_runs_that_have_not_begun_are_named(tmp_path: Path) -> None:
     (tmp_path / "ladder" / "runs" / "b").mkdir()
     fake_run(tmp_path / "ladder" / "runs" / "c")
     (tmp_path / "ladder" / "runs" / "c" / "metrics.jsonl").write_text('{"step": 1')
-    text = WriteReport(runs=(tmp_path / "ladder",), out=tmp_path / "r.html").run().text
+    text = written(WriteReport(runs=(tmp_path / "ladder",), out=tmp_path / "r.html")).text
     assert f"{tmp_path}/ladder/runs/b is left out: it is no run's folder, or has not begun." in text
     assert f"{tmp_path}/ladder/runs/c is left out: it has no row yet." in text
     assert "is left out" in (tmp_path / "r.html").read_text()
@@ -169,7 +170,7 @@ def test_a_folder_of_runs_stands_for_them(tmp_path: Path) -> None:
     for name in ("w128-s0", "w64-s10", "w64-s9"):
         fake_run(tmp_path / "all" / name)
     out = tmp_path / "r.html"
-    facts = WriteReport(runs=(tmp_path / "all",), out=out).run().facts
+    facts = written(WriteReport(runs=(tmp_path / "all",), out=out)).facts
     assert facts["runs"] == ["w64-s9", "w64-s10", "w128-s0"]
 
 
@@ -190,7 +191,7 @@ def test_the_same_thing_named_twice_is_refused(ladder: Path, tmp_path: Path) -> 
         {"runs": (), "trials": (tmp_path / "t.jsonl", tmp_path / "t.jsonl")},
     ):
         with pytest.raises(UserError, match="is given twice; give it once"):
-            WriteReport(**options, out=tmp_path / "r.html").run()  # type: ignore[arg-type]
+            written(WriteReport(**options, out=tmp_path / "r.html"))  # type: ignore[arg-type]
     assert not (tmp_path / "r.html").exists()
 
 
@@ -227,6 +228,6 @@ def test_refusals(tmp_path: Path, options: dict[str, Any], message: str) -> None
     }
     paths["out"] = tmp_path / paths["out"]
     with pytest.raises(UserError, match=message) as error:
-        WriteReport(**paths).run()
+        written(WriteReport(**paths))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "r.html").exists()

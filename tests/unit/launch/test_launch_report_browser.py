@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from allometry.launch.report.commands import WriteReport
+from allometry.launch.report.report import written
 from fake_ladder import fake_ladder, watched_run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -45,7 +46,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
     out = folder / "report.html"
     ladder, hostile = fake_ladder(folder / "ladder"), watched_run(folder / HOSTILE)
-    WriteReport(runs=(ladder, hostile), out=out).run()
+    written(WriteReport(runs=(ladder, hostile), out=out))
     return out
 
 

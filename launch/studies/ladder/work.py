@@ -1,0 +1,49 @@
+"""What the commands of a ladder do: each returns its report."""
+
+from __future__ import annotations
+
+import sys
+from typing import cast
+
+from allometry.configs.errors import UserError
+from allometry.launch.command import Report
+from allometry.launch.studies.ladder import stages
+from allometry.launch.studies.ladder.commands import Fit, LadderCommand, Predict, Run
+from allometry.launch.studies.ladder.text import (
+    fit_text,
+    planned_facts,
+    prediction_text,
+    status_text,
+)
+
+
+def run(asked: Run) -> Report:
+    """Train what the ladder lacks; what is done is said at once, beside JSON on stderr."""
+    if asked.only not in (None, "rungs", "target"):
+        raise UserError(f"--only={asked.only} is not known; use rungs or target")
+    if asked.dry_run:
+        return status(asked)
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr if asked.json else sys.stdout, flush=True)
+
+    only = cast(stages.Only | None, asked.only)
+    return Report(stages.run(stages.open_ladder(asked.file), only, asked.parallel, say), "")
+
+
+def status(asked: LadderCommand) -> Report:
+    """Report how far the ladder is."""
+    facts = planned_facts(stages.open_ladder(asked.file))
+    return Report(facts, status_text(facts))
+
+
+def fit(asked: Fit) -> Report:
+    """Fit the ladder's law."""
+    facts = stages.fit(stages.open_ladder(asked.file))
+    return Report(facts, fit_text(facts))
+
+
+def predict(asked: Predict) -> Report:
+    """Predict the target's loss, or compare it with what was measured."""
+    prediction = stages.predict(stages.open_ladder(asked.file), again=asked.again)
+    return Report(prediction.describe(), prediction_text(prediction))
