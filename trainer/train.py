@@ -18,6 +18,7 @@ from allometry.data.stream import Stream, open_stream
 from allometry.data.tokenizer import check_vocabulary
 from allometry.laws.areas import LearningRateAreas
 from allometry.models.build import torch_dtype
+from allometry.optim.build import init_states
 from allometry.optim.schedule import Schedule, resolve_schedule
 from allometry.parallel.apply import Parallel
 from allometry.parallel.mesh import Mesh, launched_world_size, open_mesh
@@ -25,7 +26,6 @@ from allometry.scaling.plan import RunPlan
 from allometry.trainer.assemble import (
     make_model,
     make_optimizer,
-    make_states,
     with_measured_stages,
 )
 from allometry.trainer.balance import Balancer
@@ -165,7 +165,7 @@ def _assemble(
         if start.weights_only:  # converted from elsewhere: training itself begins afresh
             state = {f"model.{name}": p.detach() for name, p in parallel.named_parameters()}
         else:
-            make_states(optimizer)
+            init_states(optimizer)
             state = state_tensors(parallel, optimizer)
             progress.areas.load_state_dict(start.facts["areas"])
             progress.flops = start.facts["flops"]
