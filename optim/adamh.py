@@ -8,42 +8,41 @@ import torch
 from torch import Tensor
 
 from allometry.optim.matrix_ops import MatrixOps
-from allometry.optim.sphere import radii, turn
+from allometry.optim.sphere import init_radii, turn
 from allometry.optim.states import (
-    Group,
+    Item,
     State,
-    at_rest,
     count_step,
-    items_of,
-    like_parameters,
-    steps_before,
+    init_like_parameters,
+    init_steps,
+    local_states,
 )
 
 
-def adamh(groups: Sequence[Group], state: State, ops: MatrixOps) -> None:
-    """Take a step with all parameters of ``groups``, matrices or stacks of them, in place.
-
-    U = m̂/(√v̂+ε) with Adam's moments of G, then each matrix turns by η towards −U
-    (``sphere.turn``). State: ``exp_avg`` and ``exp_avg_sq``, as the parameter; ``radius`` [M];
-    ``step``, a number on the host.
+def init_states(items: Sequence[Item], state: State, ops: MatrixOps) -> None:
+    """Make ``exp_avg`` and ``exp_avg_sq``, as the parameter; ``radius`` [M]; ``step``.
 
     Raises:
-        UserError: see ``sphere.radii``.
+        UserError: see ``sphere.init_radii``.
     """
-    items = items_of(groups)
-    means, squares = (like_parameters(items, state, key) for key in ("exp_avg", "exp_avg_sq"))
-    spheres = radii(items, state, ops)
-    steps = steps_before(items, state)
-    if at_rest(items):
-        return
-    count_step(items, state)
+    init_like_parameters(items, state, "exp_avg", "exp_avg_sq")
+    init_radii(items, state, ops)
+    init_steps(items, state)
+
+
+def adamh(items: Sequence[Item], state: State, ops: MatrixOps) -> None:
+    """Take a step with ``items``, matrices or stacks of them, in place.
+
+    U = m̂/(√v̂+ε) with Adam's moments of G, then each matrix turns by η towards −U
+    (``sphere.turn``).
+    """
+    means, squares = (local_states(items, state, key) for key in ("exp_avg", "exp_avg_sq"))
+    steps = count_step(items, state)
     directions = [
-        adam_direction(
-            item.gradient, mean, square, before + 1, item.group["betas"], item.group["eps"]
-        )
-        for item, mean, square, before in zip(items, means, squares, steps, strict=True)
+        adam_direction(item.gradient, mean, square, step, item.group["betas"], item.group["eps"])
+        for item, mean, square, step in zip(items, means, squares, steps, strict=True)
     ]
-    turn(items, directions, spheres, ops)
+    turn(items, directions, state, ops)
 
 
 def adam_direction(

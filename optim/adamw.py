@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
 
 from allometry.optim.matrix_ops import MatrixOps
-from allometry.optim.states import Group, State, at_rest, items_of, like_parameters
+from allometry.optim.states import Group, Item, State, init_like_parameters, local_states
 
 
 def prepare_group(group: Group) -> None:
@@ -17,27 +17,32 @@ def prepare_group(group: Group) -> None:
     group["fused"] = True
 
 
-def adamw(groups: Sequence[Group], state: State, ops: MatrixOps) -> None:
-    """Take a step with all parameters of ``groups`` by torch's fused kernel, in place.
+def init_states(items: Sequence[Item], state: State, ops: MatrixOps | None = None) -> None:
+    """Make the states that torch's own AdamW makes in its first step, under the same names.
 
-    Elementwise, so ``ops`` is not asked. The states and their names are torch's: ``exp_avg`` and
-    ``exp_avg_sq``, as the parameter, and ``step``, on the device as the kernel wants it.
+    ``exp_avg`` and ``exp_avg_sq``, as the parameter, and ``step``, on the device as the kernel
+    wants it.
     """
-    del ops
-    for group in groups:
-        items = items_of([group])
-        means, squares = (like_parameters(items, state, key) for key in ("exp_avg", "exp_avg_sq"))
-        steps = [_step(state[item.parameter], item.part) for item in items]
-        if at_rest(items):
-            continue
+    init_like_parameters(items, state, "exp_avg", "exp_avg_sq")
+    for item in items:
+        if "step" not in state[item.parameter]:
+            step = torch.zeros((), dtype=torch.float32, device=item.part.device)
+            state[item.parameter]["step"] = step
+
+
+def adamw(items: Sequence[Item], state: State, ops: MatrixOps) -> None:
+    """Take a step with ``items`` by torch's fused kernel, in place; elementwise."""
+    for _, members in itertools.groupby(items, key=lambda item: id(item.group)):
+        same = list(members)
+        group = same[0].group
         beta1, beta2 = group["betas"]
         torch_adamw(
-            [item.part for item in items],
-            [item.gradient for item in items],
-            means,
-            squares,
+            [item.part for item in same],
+            [item.gradient for item in same],
+            local_states(same, state, "exp_avg"),
+            local_states(same, state, "exp_avg_sq"),
             [],
-            steps,
+            [state[item.parameter]["step"] for item in same],
             foreach=False,
             fused=True,
             amsgrad=False,
@@ -48,9 +53,3 @@ def adamw(groups: Sequence[Group], state: State, ops: MatrixOps) -> None:
             eps=group["eps"],
             maximize=False,
         )
-
-
-def _step(states: dict[str, Tensor], part: Tensor) -> Tensor:
-    if "step" not in states:
-        states["step"] = torch.zeros((), dtype=torch.float32, device=part.device)
-    return states["step"]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from allometry.optim.matrix_ops import Matrix, MatrixOps
-from allometry.optim.states import Group, Item, State, at_rest, count_step, items_of, steps_before
+from allometry.optim.states import Group, Item, State, count_step, init_steps
 from allometry.scaling.apollo_rank import check_ranks, projection_rank
 
 _LEAST = 1e-8  # added to norms that something is divided by
@@ -40,29 +40,29 @@ class Moments:
         return cls(mean, torch.zeros_like(mean), torch.zeros_like(mean[0, 0]))
 
 
-def apollo(groups: Sequence[Group], state: State, ops: MatrixOps) -> None:
-    """Take a step with all parameters of ``groups``, matrices or stacks of them, in place.
+def init_states(items: Sequence[Item], state: State, ops: MatrixOps) -> None:
+    """Make ``mean.I``, ``square.I``, ``norm.I`` of logical matrix I, on its owner; and ``step``."""
+    for matrix in ops.owned([item.parameter for item in items], apollo_cost):
+        _make_moments(items[matrix.parameter], matrix.expert, state)
+    init_steps(items, state)
+
+
+def apollo(items: Sequence[Item], state: State, ops: MatrixOps) -> None:
+    """Take a step with ``items``, matrices or stacks of them, in place.
 
     W ← W − η·√(1−β₂ᵗ)/(1−β₁ᵗ)·scaled(G), then W ← W − ηλW; see ``scaled_gradient``. For groups of
     the rule ``apollo_mini`` a matrix has one scale, rank 1 and, unless ``scale`` says, n/4 for it.
 
     ``scaled_gradient`` wants whole matrices: gradients travel to their owners and back in their
-    own type, and the owner alone keeps the moments. State: ``mean.I``, ``square.I`` and ``norm.I``
-    of logical matrix I, on its owner; ``step``, a number on the host.
+    own type, and the owner alone keeps the moments.
     """
-    items = items_of(groups)
     parameters = [item.parameter for item in items]
-    for matrix in ops.owned(parameters, apollo_cost):
-        _make_moments(items[matrix.parameter], matrix.expert, state)
-    steps = steps_before(items, state)
-    if at_rest(items):
-        return
-    count_step(items, state)
+    steps = count_step(items, state)
     function = _function(items, steps, state)
     updates = ops.map(parameters, [item.gradient for item in items], function, apollo_cost)
-    for item, update, before in zip(items, updates, steps, strict=True):
+    for item, update, step in zip(items, updates, steps, strict=True):
         (beta1, beta2), rate = item.group["betas"], item.group["lr"]
-        corrected = rate * math.sqrt(1.0 - beta2 ** (before + 1)) / (1.0 - beta1 ** (before + 1))
+        corrected = rate * math.sqrt(1.0 - beta2**step) / (1.0 - beta1**step)
         item.part.sub_(update, alpha=corrected)
         # After the step, as published: with the weight as it then is.
         item.part.mul_(1.0 - rate * item.group["weight_decay"])
@@ -167,7 +167,7 @@ def _function(
     """Return what an owner does with the whole gradient of one of its matrices."""
 
     def function(gradient: Tensor, matrix: Matrix) -> Tensor:
-        item, before = items[matrix.parameter], steps[matrix.parameter]
+        item, before = items[matrix.parameter], steps[matrix.parameter] - 1
         held, group = state[item.parameter], item.group
         kept = [held[f"{key}.{matrix.expert}"] for key in _KEYS]
         # Of parameters offloaded to the host the states are there, while this runs on the device.

@@ -1,18 +1,21 @@
-"""Making the optimizer and setting its learning rate."""
+"""Making the optimizer and its states, and setting its learning rate."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+import torch
 from torch import Tensor
 from torch.optim import AdamW as TorchAdamW
 from torch.optim import Optimizer
 
 from allometry.configs.optimization import AdamW, OptimizerConfig
+from allometry.optim import adamw
 from allometry.optim.exchange import ShardedMatrixOps
 from allometry.optim.groups import parameter_groups
 from allometry.optim.matrix_ops import LocalMatrixOps
 from allometry.optim.optimizer import RuleOptimizer
+from allometry.optim.states import items_of
 from allometry.parallel.mesh import Mesh
 from allometry.scaling.parameterization import Parameterization
 from allometry.scaling.roles import ParamSpec
@@ -45,8 +48,27 @@ def build_optimizer(
     return RuleOptimizer(groups, ops)
 
 
+@torch.no_grad()
+def init_states(optimizer: Optimizer) -> None:
+    """Make the states of a fresh optimizer, as before its first step, for a checkpoint to fill.
+
+    Parameters are left alone. Every rank of a pipeline stage must call this alike.
+
+    Raises:
+        UserError: see ``RuleOptimizer.init_states``.
+    """
+    if isinstance(optimizer, RuleOptimizer):
+        optimizer.init_states()
+    else:
+        adamw.init_states(items_of(optimizer.param_groups), optimizer.state)
+
+
 def set_lr(optimizer: Optimizer, fraction: float) -> None:
-    """Set every group's learning rate to this fraction of its peak."""
+    """Set every group's learning rate to this fraction of its peak.
+
+    At 0 a step updates an optimizer's states (moments, momenta, counts of steps), whichever it is,
+    and no parameter.
+    """
     assert fraction >= 0.0, fraction
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * fraction

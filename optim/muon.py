@@ -11,20 +11,22 @@ from torch import Tensor
 
 from allometry.optim.matrix_ops import Matrix, MatrixOps
 from allometry.optim.newton_schulz import MUON, Coefficients, newton_schulz, newton_schulz_cost
-from allometry.optim.states import Group, Item, State, at_rest, items_of, like_parameters
+from allometry.optim.states import Item, State, init_like_parameters, local_states
 
 
-def muon(groups: Sequence[Group], state: State, ops: MatrixOps) -> None:
-    """Take a step with all parameters of ``groups``, matrices or stacks of them, in place.
+def init_states(items: Sequence[Item], state: State, ops: MatrixOps) -> None:
+    """Make ``momentum_buffer``, as the parameter."""
+    init_like_parameters(items, state, "momentum_buffer")
+
+
+def muon(items: Sequence[Item], state: State, ops: MatrixOps) -> None:
+    """Take a step with ``items``, matrices or stacks of them, in place.
 
     M ← μM + (1−μ)G; U = μM + (1−μ)G with Nesterov's look ahead, else M; W ← (1−ηλ)W − ηs·NS(U).
     NS runs in bf16 with ``newton_schulz.MUON`` and s is ``adjustment``. Equals torch.optim.Muon,
-    matrix by matrix. State: ``momentum_buffer``, as the parameter.
+    matrix by matrix.
     """
-    items = items_of(groups)
-    momenta = like_parameters(items, state, "momentum_buffer")
-    if at_rest(items):
-        return
+    momenta = local_states(items, state, "momentum_buffer")
     gradients = [item.gradient for item in items]
     keep = [item.group["momentum"] for item in items]
     for momentum, gradient, mu in zip(momenta, gradients, keep, strict=True):
@@ -79,7 +81,7 @@ def precision(items: Sequence[Item]) -> torch.dtype:
 
     ``newton_schulz_dtype`` of a group is for tests, which compare in a type that rounds less.
     """
-    found = {item.group.get("newton_schulz_dtype", torch.bfloat16) for item in items}
-    assert len(found) == 1, found
-    dtype: torch.dtype = found.pop()
+    dtypes = {item.group.get("newton_schulz_dtype", torch.bfloat16) for item in items}
+    assert len(dtypes) == 1, dtypes
+    dtype: torch.dtype = dtypes.pop()
     return dtype

@@ -7,26 +7,28 @@ from collections.abc import Sequence
 from allometry.optim.matrix_ops import MatrixOps
 from allometry.optim.muon import orthogonalized, precision
 from allometry.optim.newton_schulz import DION
-from allometry.optim.sphere import radii, turn
-from allometry.optim.states import Group, State, at_rest, items_of, like_parameters
+from allometry.optim.sphere import init_radii, turn
+from allometry.optim.states import Item, State, init_like_parameters, local_states
 
 
-def muonh(groups: Sequence[Group], state: State, ops: MatrixOps) -> None:
-    """Take a step with all parameters of ``groups``, matrices or stacks of them, in place.
+def init_states(items: Sequence[Item], state: State, ops: MatrixOps) -> None:
+    """Make ``momentum_buffer``, as the parameter, and ``radius`` [M].
+
+    Raises:
+        UserError: see ``sphere.init_radii``.
+    """
+    init_like_parameters(items, state, "momentum_buffer")
+    init_radii(items, state, ops)
+
+
+def muonh(items: Sequence[Item], state: State, ops: MatrixOps) -> None:
+    """Take a step with ``items``, matrices or stacks of them, in place.
 
     M ← μM + G; U = NS(G + μM) with Nesterov's look ahead, else NS(M), in bf16 with
     ``newton_schulz.DION``; then each matrix turns by η towards −U (``sphere.turn``). There is no
-    factor for shapes: η is relative, in the norm that ``step_norm`` says. State:
-    ``momentum_buffer``, as the parameter; ``radius`` [M].
-
-    Raises:
-        UserError: see ``sphere.radii``.
+    factor for shapes: η is relative, in the norm that ``step_norm`` says.
     """
-    items = items_of(groups)
-    momenta = like_parameters(items, state, "momentum_buffer")
-    spheres = radii(items, state, ops)
-    if at_rest(items):
-        return
+    momenta = local_states(items, state, "momentum_buffer")
     gradients = [item.gradient for item in items]
     keep = [item.group["momentum"] for item in items]
     for momentum, gradient, mu in zip(momenta, gradients, keep, strict=True):
@@ -40,4 +42,4 @@ def muonh(groups: Sequence[Group], state: State, ops: MatrixOps) -> None:
     parameters = [item.parameter for item in items]
     orthogonal = orthogonalized(parameters, directions, DION, ops)
     full_rank = [item.group["step_norm"] == "spectral" for item in items]
-    turn(items, orthogonal, spheres, ops, full_rank)
+    turn(items, orthogonal, state, ops, full_rank)

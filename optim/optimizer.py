@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -12,33 +12,29 @@ from torch.optim import Optimizer
 
 from allometry.optim.matrix_ops import LocalMatrixOps, MatrixOps
 from allometry.optim.sphere import check_sphere
-from allometry.optim.states import Group, State
+from allometry.optim.states import Group, Item, State, items_of
 from allometry.scaling.update_rules import UPDATE_RULES, UpdateRule
 
-UpdateFunction = Callable[[Sequence[Group], State, MatrixOps], None]
-"""Takes a step with all groups of a rule; ``state`` are the optimizer's tensors.
-
-It makes the states that are missing, and at rate 0 changes nothing else.
-"""
+UpdateFunction = Callable[[Sequence[Item], State, MatrixOps], None]
+"""Of all parameters of a rule; ``state`` are the optimizer's tensors, which it changes in place."""
 
 
-def update_function(rule: UpdateRule) -> UpdateFunction:
-    """Return the function of a rule: that which is named as its module of ``optim/``."""
-    function: UpdateFunction = getattr(_module(rule), rule.module or rule.name)
-    return function
+def rule_module(rule: UpdateRule) -> ModuleType:
+    """Return the module of ``optim/`` with a rule's functions.
 
-
-def _module(rule: UpdateRule) -> ModuleType:
+    Named as the module is: what takes a step (``UpdateFunction``). It updates states at any rate,
+    and at rate 0 no parameter. ``init_states`` (``UpdateFunction``): makes the states that are
+    missing. ``prepare_group(group)``, if there is one: checks or completes a new group.
+    """
     return importlib.import_module(f"{__package__}.{rule.module or rule.name}")
 
 
 class RuleOptimizer(Optimizer):
     """Updates each parameter by the rule of its group, over whole parameters or shards of them.
 
-    ``groups`` are those of ``groups.parameter_groups`` with a ``seed``; ``ops`` knows
-    how parameters are sharded (``LocalMatrixOps`` if nothing is). Every rank of a stage must call
-    ``step`` alike. A step in which every rate is 0 makes the states that are missing, which a
-    checkpoint may then fill, and changes nothing else.
+    ``groups`` are those of ``groups.parameter_groups`` with a ``seed``; ``ops`` knows how they are
+    sharded (``LocalMatrixOps`` if nothing is). Every rank of a stage must call ``step`` alike. A
+    step at rate 0 updates states, not parameters.
 
     States are tensors in ``state[parameter]``: laid out as the parameter, or [M] for its M logical
     matrices and equal on all ranks, or, named by the number of a logical matrix, on its owner alone
@@ -53,11 +49,23 @@ class RuleOptimizer(Optimizer):
             rule = UPDATE_RULES[group["rule"]]
             if rule.on_sphere:
                 check_sphere(group)
-            prepare = getattr(_module(rule), "prepare_group", None)
+            prepare = getattr(rule_module(rule), "prepare_group", None)
             if prepare is not None:
                 prepare(group)
         super().__init__(groups, {})
         self._ops = LocalMatrixOps() if ops is None else ops
+
+    @torch.no_grad()
+    def init_states(self) -> None:
+        """Make the states that are missing, as before a first step, for a checkpoint to fill.
+
+        Every rank of a stage must call it alike.
+
+        Raises:
+            UserError: a matrix of zeros on a sphere.
+        """
+        for rule, items in self._by_rule():
+            rule_module(rule).init_states(items, self.state, self._ops)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -66,8 +74,18 @@ class RuleOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for name, rule in UPDATE_RULES.items():
-            groups = [group for group in self.param_groups if group["rule"] == name]
-            if groups:
-                update_function(rule)(groups, self.state, self._ops)
+        for rule, items in self._by_rule():
+            # All ranks that hold parts of a matrix must take part, so none may be passed over.
+            for item in items:
+                if item.parameter.grad is None:
+                    raise RuntimeError(f"parameter {item.name!r} has no gradient")
+            module = rule_module(rule)
+            module.init_states(items, self.state, self._ops)
+            getattr(module, rule.module or rule.name)(items, self.state, self._ops)
         return loss
+
+    def _by_rule(self) -> Iterator[tuple[UpdateRule, list[Item]]]:
+        for name, rule in UPDATE_RULES.items():
+            items = items_of(group for group in self.param_groups if group["rule"] == name)
+            if items:
+                yield rule, items

@@ -9,39 +9,39 @@ from torch import Tensor
 
 from allometry.optim.matrix_ops import MatrixOps, partial_sums, squared_norms_of_parts
 from allometry.optim.states import (
-    Group,
     Item,
     State,
-    at_rest,
     count_step,
-    items_of,
-    like_parameters,
-    steps_before,
+    init_like_parameters,
+    init_steps,
+    local_states,
 )
 
 
-def sgd_sai(groups: Sequence[Group], state: State, ops: MatrixOps) -> None:
-    """Take a step with all parameters of ``groups``, in place.
+def init_states(items: Sequence[Item], state: State, ops: MatrixOps) -> None:
+    """Make ``momentum_buffer``, as the parameter; ``gsnr`` [M], each matrix's ρ; ``step``.
 
-    In the first step ρ = ``signal_to_noise`` of G for each logical matrix, and B ← G; later
-    B ← μB + (1−μ)G. W ← (1−ηλ)W − ηρB. Each expert of a stack has a ρ of its own. State:
-    ``momentum_buffer``, as the parameter; ``gsnr`` [M], so that a resumed run goes on with the ρ it
-    began with; ``step``, a number on the host.
+    ρ is kept so that a resumed run goes on with the one that it began with.
     """
-    items = items_of(groups)
-    momenta = like_parameters(items, state, "momentum_buffer")
+    init_like_parameters(items, state, "momentum_buffer")
+    init_steps(items, state)
     for item in items:
         if "gsnr" not in state[item.parameter]:
             count = item.parameter.shape[0] if item.parameter.dim() == 3 else 1
             state[item.parameter]["gsnr"] = torch.zeros(
                 count, dtype=item.part.dtype, device=item.part.device
             )
-    steps = steps_before(items, state)
-    if at_rest(items):
-        return
-    first = [before == 0 for before in steps]
+
+
+def sgd_sai(items: Sequence[Item], state: State, ops: MatrixOps) -> None:
+    """Take a step with ``items``, in place.
+
+    In the first step ρ = ``signal_to_noise`` of G for each logical matrix, and B ← G; later
+    B ← μB + (1−μ)G. W ← (1−ηλ)W − ηρB. Each expert of a stack has a ρ of its own.
+    """
+    momenta = local_states(items, state, "momentum_buffer")
+    first = [step == 1 for step in count_step(items, state)]
     _measure([item for item, new in zip(items, first, strict=True) if new], state, ops)
-    count_step(items, state)
     parameters = [item.parameter for item in items]
     gains = ops.factors(parameters, [state[parameter]["gsnr"] for parameter in parameters])
     for item, momentum, gain, new in zip(items, momenta, gains, first, strict=True):
@@ -64,8 +64,8 @@ def signal_to_noise(total: Tensor, squares: Tensor, count: int, eps: float) -> T
     """
     variance = (squares - total.square() / count) / max(1, count - 1)
     deviation = variance.clamp(min=0.0).sqrt() if count > 1 else torch.zeros_like(variance)
-    found = squares.sqrt() / (deviation + eps)
-    return torch.where(squares > 0.0, found, torch.full_like(found, count**0.5))
+    ratio = squares.sqrt() / (deviation + eps)
+    return torch.where(squares > 0.0, ratio, torch.full_like(ratio, count**0.5))
 
 
 def _measure(items: Sequence[Item], state: State, ops: MatrixOps) -> None:

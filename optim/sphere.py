@@ -53,37 +53,37 @@ def check_sphere(group: Mapping[str, Any]) -> None:
         )
 
 
-def radii(items: Sequence[Item], state: State, ops: MatrixOps) -> list[Tensor]:
-    """Return R of each logical matrix, [M] for each parameter: ‖W‖ when first asked, then kept.
+def init_radii(items: Sequence[Item], state: State, ops: MatrixOps) -> None:
+    """Make ``radius`` [M] where it is missing: ‖W‖ of each logical matrix as it is now.
 
     Raises:
         UserError: a matrix of zeros, which could never turn.
     """
     new = [item for item in items if "radius" not in state[item.parameter]]
-    if new:
-        parameters = [item.parameter for item in new]
-        squares = ops.squared_norms(parameters, [item.part for item in new])
-        for item, square in zip(new, squares, strict=True):
-            radius = square.sqrt().to(item.part.dtype)
-            # Numbers are looked at once in a run, and not where there are none.
-            if not isinstance(radius, FakeTensor) and not bool((radius > 0.0).all()):
-                raise UserError(
-                    f"{item.name} begins with norm {radius.min().item():g}, and matrices of "
-                    f"optimizer rule {item.group['rule']} keep their initial norm; start it from "
-                    "random values or use another optimizer"
-                )
-            state[item.parameter]["radius"] = radius
-    return [state[item.parameter]["radius"] for item in items]
+    if not new:
+        return
+    squares = ops.squared_norms([item.parameter for item in new], [item.part for item in new])
+    for item, square in zip(new, squares, strict=True):
+        radius = square.sqrt().to(item.part.dtype)
+        # Numbers are looked at once in a run, and not where there are none.
+        if not isinstance(radius, FakeTensor) and not bool((radius > 0.0).all()):
+            raise UserError(
+                f"{item.name} begins with norm {radius.min().item():g}, and matrices of "
+                f"optimizer rule {item.group['rule']} keep their initial norm; start it from "
+                "random values or use another optimizer"
+            )
+        state[item.parameter]["radius"] = radius
 
 
 def turn(
     items: Sequence[Item],
     directions: Sequence[Tensor],
-    radii: Sequence[Tensor],
+    state: State,
     ops: MatrixOps,
     full_rank: Sequence[bool] | None = None,
 ) -> None:
-    """Turn this rank's parts of parameters towards minus ``directions``, each by its group's rate.
+    """Turn this rank's parts of parameters towards minus ``directions``, each by its group's rate;
+    at rate 0 a matrix keeps its bits.
 
     Where ``full_rank``, ‖U‖ is √min(out, in), the norm of an orthogonal U of full rank, instead of
     U's own: then the singular values of the step, not their number, are what the rate fixes.
@@ -97,8 +97,8 @@ def turn(
     own = products_of_parts(parts, directions)
     sums = ops.sums(parameters * 3, [*own.xx, *own.xy, *own.yy])
     # All matrices of all parameters at once: on a CPU small tensors cost more than their numbers.
-    counts = [len(radius) for radius in radii]
-    wide = [radius.double() for radius in radii]
+    wide = [state[parameter]["radius"].double() for parameter in parameters]
+    counts = [len(radius) for radius in wide]
     radius_M = torch.cat(wide)
     length_M = torch.cat(torch._foreach_mul(wide, [item.group["lr"] for item in items]))
     ww_M, wu_M, uu_M = torch.cat(sums).view(3, -1)
@@ -112,5 +112,8 @@ def turn(
     square_M = ww_M - 2.0 * step_M * wu_M + step_M.square() * uu_M
     keep_M = radius_M / square_M.clamp(min=0.0).sqrt().clamp(min=_LEAST)
     keeps, moves = (ops.factors(parameters, x.split(counts)) for x in (keep_M, keep_M * step_M))
-    for part, direction, keep, move in zip(parts, directions, keeps, moves, strict=True):
-        part.mul_(keep).addcmul_(direction.to(part.dtype), move, value=-1.0)
+    for item, part, direction, keep, move in zip(
+        items, parts, directions, keeps, moves, strict=True
+    ):
+        if item.group["lr"] != 0.0:
+            part.mul_(keep).addcmul_(direction.to(part.dtype), move, value=-1.0)

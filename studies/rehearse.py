@@ -21,6 +21,7 @@ from allometry.models.build import build_model, torch_dtype
 from allometry.models.head import Losses
 from allometry.models.moe import begin_step
 from allometry.models.transformer import Part, Transformer
+from allometry.optim.build import init_states
 from allometry.optim.clip import clip_by_global_norm
 from allometry.parallel.apply import Parallel, parallelize
 from allometry.parallel.mesh import Mesh
@@ -34,7 +35,7 @@ from allometry.parallel.simulate import (
 )
 from allometry.scaling.layout import Layout
 from allometry.scaling.plan import RunPlan
-from allometry.trainer.assemble import make_optimizer, make_states
+from allometry.trainer.assemble import make_optimizer
 
 
 @dataclass(frozen=True)
@@ -212,7 +213,7 @@ def _update(
 ) -> int:
     """Take an optimizer step, add what it sends to ``calls`` and return the bytes of its states."""
     optimizer = make_optimizer(config, plan, parallel, mesh)
-    make_states(optimizer)  # what is sent for them is sent once in a run
+    init_states(optimizer)  # what is sent for them is sent once in a run
     for _, parameter in parallel.named_parameters():
         parameter.grad = torch.zeros_like(parameter)
     with CollectiveLog(mesh) as log:

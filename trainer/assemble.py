@@ -131,19 +131,3 @@ def _stages_before(config: RunConfig, plan: RunPlan) -> tuple[range, ...] | None
     except (OSError, ValueError, KeyError, TypeError):
         pass
     return None
-
-
-def make_states(optimizer: torch.optim.Optimizer) -> None:
-    """Give a fresh optimizer its states, to be filled from a checkpoint, leaving parameters alone.
-
-    Optimizers make their states in the first step; this is one with zero gradients and rate 0.
-    """
-    rates = [group["lr"] for group in optimizer.param_groups]
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate

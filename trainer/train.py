@@ -18,6 +18,7 @@ from allometry.data.stream import Stream, open_stream
 from allometry.data.tokenizer import check_vocabulary
 from allometry.laws.areas import LearningRateAreas
 from allometry.models.build import torch_dtype
+from allometry.optim.build import init_states
 from allometry.optim.schedule import Schedule, resolve_schedule
 from allometry.parallel.agree import on_all_ranks, on_main_rank
 from allometry.parallel.mesh import Mesh, launched_world_size, open_mesh
@@ -26,7 +27,6 @@ from allometry.scaling.plan import RunPlan
 from allometry.trainer.assemble import (
     make_model,
     make_optimizer,
-    make_states,
     make_train_step,
     with_measured_stages,
 )
@@ -136,7 +136,7 @@ class _Run:
             named = self.parallel.named_parameters()
             state = {f"model.{name}": p.detach() for name, p in named}
         else:
-            make_states(self.optimizer)
+            init_states(self.optimizer)
             state = state_tensors(self.parallel, self.optimizer)
             areas.load_state_dict(start.facts["areas"])
             progress.flops = start.facts["flops"]

@@ -24,11 +24,12 @@ from allometry.configs.run import RunConfig
 from allometry.data.documents import DocumentStream
 from allometry.data.stream import open_stream
 from allometry.laws.areas import LearningRateAreas
+from allometry.optim.build import init_states
 from allometry.parallel.hdp.plan import Unit
 from allometry.parallel.mesh import Mesh, open_mesh
 from allometry.scaling.plan import RunPlan
 from allometry.studies.certificate import step as certificate
-from allometry.trainer.assemble import make_model, make_optimizer, make_states
+from allometry.trainer.assemble import make_model, make_optimizer
 from allometry.trainer.feed import (
     DeviceBatch,
     DocumentPlanner,
@@ -203,7 +204,7 @@ def _rewrite(job: Job, source: Path) -> None:
     with open_mesh(config.parallel, CPU) as mesh:
         parallel = make_model(config, plan, mesh)
         optimizer = make_optimizer(config, plan, parallel, mesh)
-        make_states(optimizer)
+        init_states(optimizer)
         checkpoint.load(
             source / "checkpoints" / f"step-{STOP}", state_tensors(parallel, optimizer), mesh
         )

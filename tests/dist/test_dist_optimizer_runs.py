@@ -12,10 +12,11 @@ import torch.distributed as dist
 
 import tiny as tiny_model
 from allometry.configs.run import RunConfig
+from allometry.optim.build import init_states
 from allometry.optim.matrix_ops import local
 from allometry.scaling.plan import RunPlan
 from allometry.studies.rehearse import rehearse
-from allometry.trainer.assemble import make_model, make_optimizer, make_states
+from allometry.trainer.assemble import make_model, make_optimizer
 from test_dist_checkpoints import DENSE_LAYOUTS, EXPERT_LAYOUTS, MOE, losses, prepared
 from test_dist_runs import launch
 from thinned import thinned
@@ -99,7 +100,7 @@ def states_held(config: RunConfig) -> int:
     plan = RunPlan.of(config, dist.get_world_size())
     with tiny_model.mesh(config) as mesh:
         optimizer = make_optimizer(config, plan, make_model(config, plan, mesh), mesh)
-        make_states(optimizer)
+        init_states(optimizer)
         held = [local(t) for state in optimizer.state.values() for t in state.values()]
         return sum(tensor.numel() * tensor.element_size() for tensor in held)
 

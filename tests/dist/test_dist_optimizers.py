@@ -17,12 +17,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 import tiny
 from allometry.configs.run import RunConfig
 from allometry.models.build import named_parameters, parameter_specs
-from allometry.optim.build import build_optimizer, set_lr
+from allometry.optim.build import build_optimizer, init_states, set_lr
 from allometry.optim.matrix_ops import local
 from allometry.parallel.apply import Parallel
 from allometry.parallel.mesh import Mesh
 from allometry.scaling.parameterization import Parameterization
-from allometry.trainer.assemble import make_states
 from allometry.trainer.loop import state_tensors
 from allometry.trainer.state import checkpoint
 from placed import LAYOUTS, MOE, given, like
@@ -190,7 +189,7 @@ def differences_after_loading(
         run = config(layout, kind)
         with begun(run) as (parallel, optimizer, mesh):
             before = copies(parallel)
-            make_states(optimizer)
+            init_states(optimizer)
             assert all(torch.equal(before[name], now) for name, now in copies(parallel).items())
             checkpoint.load(folder / kind, state_tensors(parallel, optimizer), mesh)
             take_steps(dict(parallel.named_parameters()), optimizer, range(STEPS, STEPS + 2))

@@ -1,4 +1,4 @@
-"""What holds for every kind of optimizer: states, resuming, and steps that change nothing."""
+"""What holds for every kind of optimizer: its states, and resuming."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from torch.optim import Optimizer
 
 from allometry.configs.model import StandardParameterization
 from allometry.configs.optimization import OptimizerConfig
-from allometry.optim.build import build_optimizer, set_lr
+from allometry.optim.build import build_optimizer, init_states, set_lr
 from allometry.optim.optimizer import RuleOptimizer
 from allometry.scaling.inventory import inventory
 from allometry.scaling.parameterization import Parameterization
 from allometry.scaling.roles import Role
+from allometry.scaling.update_rules import OPTIMIZER_KINDS, rule_of
 from mixtures import described
 from rule_groups import give, weights
 
 MODEL = described(first_dense_layers=1)
 SPECS = {spec.name: spec for spec in inventory(MODEL)}
-KINDS = ["adamw", "muon", "muonh", "adamh", "sgd_sai", "apollo", "apollo_mini"]
-MIXED = KINDS[1:]
-_NO_DECAY = {"muonh", "adamh"}
+KINDS = OPTIMIZER_KINDS
+MIXED = tuple(kind for kind in KINDS if kind != "adamw")
 
 
 def config(kind: str) -> Any:
     said: dict[str, Any] = {"kind": kind, "lr": 0.01}
     if kind.startswith("apollo"):
         said["refresh_steps"] = 4
-    if kind not in _NO_DECAY:
+    if not rule_of(kind, Role.HIDDEN).on_sphere:
         said["weight_decay"] = 0.1
     return TypeAdapter(OptimizerConfig).validate_python(said)
 
@@ -61,13 +61,6 @@ def tensors(parameters: dict[str, nn.Parameter], optimizer: Optimizer) -> dict[s
     }
 
 
-def rest(parameters: dict[str, nn.Parameter], optimizer: Optimizer) -> None:
-    give(parameters, 0, scale=0.0)
-    set_lr(optimizer, 0.0)
-    optimizer.step()
-    set_lr(optimizer, 1.0)
-
-
 def equal(one: dict[str, nn.Parameter], other: dict[str, nn.Parameter]) -> bool:
     return all(torch.equal(one[name], other[name]) for name in SPECS)
 
@@ -81,7 +74,7 @@ def test_a_resumed_optimizer_goes_on_bit_by_bit(kind: str) -> None:
     take(halted, second, range(3))
     kept = {name: value.clone() for name, value in tensors(halted, second).items()}
     resumed, third = made(kind)
-    rest(resumed, third)
+    init_states(third)
     for name, p in resumed.items():
         p.data.copy_(halted[name].detach())
     filled = tensors(resumed, third)
@@ -121,23 +114,23 @@ def test_torchs_own_state_dict_resumes_as_well(kind: str) -> None:
     assert equal(straight, resumed)
 
 
-@pytest.mark.parametrize("kind", MIXED)
-def test_a_step_at_rate_zero_makes_states_and_changes_nothing(kind: str) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_making_states_leaves_an_optimizer_as_before_its_first_step(kind: str) -> None:
     straight, first = made(kind)
-    rested, second = made(kind)
-    before = {name: p.detach().clone() for name, p in rested.items()}
-    rest(rested, second)
-    assert all(torch.equal(rested[name], before[name]) for name in SPECS)
-    assert second.state.keys() == set(rested.values())
+    begun, second = made(kind)
+    before = {name: p.detach().clone() for name, p in begun.items()}
+    init_states(second)
+    assert all(torch.equal(begun[name], before[name]) for name in SPECS)
+    assert all(p.grad is None for p in begun.values())
+    assert second.state.keys() == set(begun.values())
     take(straight, first, range(3))
-    take(rested, second, range(3))
-    assert equal(straight, rested)
-    kept = {name: value.clone() for name, value in tensors(rested, second).items()}
-    give(rested, 9)
-    set_lr(second, 0.0)
-    second.step()
-    assert equal(straight, rested)
-    assert all(torch.equal(kept[name], v) for name, v in tensors(rested, second).items())
+    take(begun, second, range(3))
+    assert equal(straight, begun)
+    made_in_steps, made_before = (tensors(straight, first), tensors(begun, second))
+    assert made_in_steps.keys() == made_before.keys()
+    for name, value in made_before.items():
+        assert torch.equal(value, made_in_steps[name])
+        assert (value.dtype, value.device) == (made_in_steps[name].dtype, value.device)
 
 
 @pytest.mark.parametrize("kind", MIXED)
@@ -153,7 +146,7 @@ def test_every_parameter_moves(kind: str) -> None:
 def state_bytes(kind: str, role: Role) -> float:
     """Bytes for each element of the parameters of a role; what is one number apart."""
     parameters, optimizer = made(kind)
-    rest(parameters, optimizer)
+    init_states(optimizer)
     mine = [name for name, spec in SPECS.items() if spec.role is role]
     held = sum(
         value.nbytes
