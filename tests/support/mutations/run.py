@@ -24,6 +24,7 @@ from collections import Counter
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from mutations.choose import Mutant, sampled, written
@@ -267,6 +268,8 @@ def _fork(stage: Stage, tree: Path, log: Path) -> int:
         sys.path[:] = [str(tree / ".typing"), *(p for p in sys.path if str(ROOT) not in p)]
         for name in [n for n in sys.modules if n == "mutations" or n.startswith("mutations.")]:
             del sys.modules[name]
+        # Processes that tests spawn import the main module, which is not theirs.
+        sys.modules["__main__"] = ModuleType("__main__")
         import pytest
 
         words = ["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", "--tb=short"]
