@@ -265,7 +265,8 @@ def _fork(stage: Stage, tree: Path, log: Path) -> int:
             "CI": "1",  # hypothesis tries the same examples each time
         }
         sys.dont_write_bytecode = True
-        sys.path[:] = [str(tree / ".typing"), *(p for p in sys.path if str(ROOT) not in p)]
+        paths = [path for path in sys.path if path and str(ROOT) not in path]
+        sys.path[:] = [str(tree), str(tree / ".typing"), *paths]  # as python -m pytest has it
         for name in [n for n in sys.modules if n == "mutations" or n.startswith("mutations.")]:
             del sys.modules[name]
         # Processes that tests spawn import the main module, which is not theirs.
