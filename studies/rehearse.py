@@ -17,10 +17,10 @@ from torch.distributed.tensor import DTensor
 
 from allometry.configs.model import MoEModel
 from allometry.configs.run import RunConfig
-from allometry.models.build import build_model, torch_dtype
+from allometry.models.build import torch_dtype
 from allometry.models.head import Losses
 from allometry.models.moe import begin_step
-from allometry.models.transformer import Part, Transformer
+from allometry.models.transformer import Transformer
 from allometry.optim.build import init_states
 from allometry.optim.clip import clip_by_global_norm
 from allometry.parallel.apply import Parallel, parallelize
@@ -35,7 +35,7 @@ from allometry.parallel.simulate import (
 )
 from allometry.scaling.layout import Layout
 from allometry.scaling.plan import RunPlan
-from allometry.trainer.assemble import make_optimizer
+from allometry.trainer.assemble import build_part, make_optimizer
 
 
 @dataclass(frozen=True)
@@ -93,14 +93,10 @@ def rehearse(config: RunConfig, world_size: int) -> list[RankReport]:
 
 
 def _rehearse_rank(config: RunConfig, plan: RunPlan, rank: int) -> RankReport:
-    def build(part: Part) -> Transformer:
-        with torch.device("meta"):
-            return build_model(
-                config.model, plan.parameterization, config.training.compute_dtype, part
-            )
-
     with simulated_rank(config.parallel, rank, plan.world_size) as mesh:
-        parallel = parallelize(build, config, plan.layout, mesh)
+        parallel = parallelize(
+            lambda part: build_part(config, plan, part), config, plan.layout, mesh
+        )
         with without_storage():
             parallel.materialize(mesh.device)
             for part in parallel.parts.values():
@@ -184,13 +180,13 @@ def _handed_on(
     tokens = B * L // mesh.tp.size
     dtype = torch_dtype(config.training.compute_dtype)
     size = tokens * config.model.width * dtype.itemsize
-    found: dict[Collective, int] = {}
+    sent: dict[Collective, int] = {}
     here, last = layout.rank_of(stage), len(layout.stages) - 1
     if stage < last and layout.rank_of(stage + 1) != here:
-        found[Collective("send forward", "pp", 2, size, dtype_name(dtype))] = number
+        sent[Collective("send forward", "pp", 2, size, dtype_name(dtype))] = number
     if stage > 0 and layout.rank_of(stage - 1) != here:
-        found[Collective("send backward", "pp", 2, size, dtype_name(dtype))] = number
-    return found
+        sent[Collective("send backward", "pp", 2, size, dtype_name(dtype))] = number
+    return sent
 
 
 def _tied(config: RunConfig, layout: Layout, parallel: Parallel) -> dict[Collective, int]:
@@ -198,14 +194,14 @@ def _tied(config: RunConfig, layout: Layout, parallel: Parallel) -> dict[Collect
     last = len(layout.stages) - 1
     if not config.model.tied_embeddings or layout.rank_of(0) == layout.rank_of(last):
         return {}
-    found: dict[Collective, int] = {}
+    sent: dict[Collective, int] = {}
     for stage, kind in ((0, "send tied weight"), (last, "send tied gradient")):
         part = parallel.parts.get(stage)
         module = None if part is None else part.embedding if stage == 0 else part.head
         if module is not None:
             weight = module.weight
-            found[Collective(kind, "pp", 2, _nbytes([weight]), dtype_name(weight.dtype))] = 1
-    return found
+            sent[Collective(kind, "pp", 2, _nbytes([weight]), dtype_name(weight.dtype))] = 1
+    return sent
 
 
 def _update(

@@ -51,7 +51,7 @@ _EXPERT_DEFAULTS = ("ep=2", "ep=4", "ep=2,tp=2", "ep=2,pp=2")
 
 @dataclass(frozen=True)
 class LayoutResult:
-    """What was found for one layout; ``refused`` says why the model cannot take it.
+    """How far one layout is from one process; ``refused`` says why the model cannot take it.
 
     ``steps``: the worst relative error by type and by kind (see ``StepsResult``), and where it is:
     {"fp64": {"gradients": {"worst": 1e-15, "where": "head.weight"}, ...}, ...}. ``loss``:

@@ -243,12 +243,12 @@ def test_gradients_in_fp32(run_ranks: RunRanks, layout: str) -> None:
 
 
 def gradients_of(*configs: RunConfig) -> list[dict[str, torch.Tensor]]:
-    found = []
+    gradients = []
     for config in configs:
         with open_mesh(config.parallel, torch.device("cpu")) as mesh:
             mine = tiny.device_batches(8)[mesh.hdp.rank :: mesh.hdp.size]
-            found.append(certificate.layout_steps(config, mesh, [mine]).gradients)
-    return found
+            gradients.append(certificate.layout_steps(config, mesh, [mine]).gradients)
+    return gradients
 
 
 def worst(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
@@ -346,7 +346,7 @@ def test_every_layout_starts_with_the_same_bits(
 ) -> None:
     (alone,) = run_ranks(initial_values, 1, run(LATENT, "fp32"))
     held: set[str] = set()
-    for found in run_ranks(initial_values, world_size, run(LATENT, "fp32", **settings)):
-        assert all(torch.equal(value, alone[name]) for name, value in found.items())
-        held |= found.keys()
+    for values in run_ranks(initial_values, world_size, run(LATENT, "fp32", **settings)):
+        assert all(torch.equal(value, alone[name]) for name, value in values.items())
+        held |= values.keys()
     assert held == alone.keys()

@@ -17,12 +17,13 @@ from allometry.configs.loader import load
 from allometry.configs.run import RunConfig
 from allometry.models.build import build_model
 from allometry.models.transformer import Part, Transformer
+from allometry.optim.build import init_states
 from allometry.parallel.apply import parallelize
 from allometry.parallel.simulate import simulated_rank, without_storage
 from allometry.scaling.memory import COMPUTE_BYTES, EXACT, estimate_memory
 from allometry.scaling.plan import RunPlan
 from allometry.studies.rehearse import rehearse
-from allometry.trainer.assemble import make_optimizer, make_states
+from allometry.trainer.assemble import make_optimizer
 from test_dist_layouts import DENSE, LATENT, MOE, run
 from thinned import thinned
 
@@ -49,7 +50,7 @@ def sharded_model(config: RunConfig, plan: RunPlan, pp_rank: int) -> Held:
         with without_storage():
             parallel.materialize(mesh.device)
             optimizer = make_optimizer(config, plan, parallel, mesh)
-            make_states(optimizer)
+            init_states(optimizer)
             here = [p for part in parallel.parts.values() for p in part.parameters()]
             states = [value for state in optimizer.state.values() for value in state.values()]
             # A gradient is as large as its parameter: that of real steps is in other tests.

@@ -64,9 +64,9 @@ def test_collectives_and_bytes_are_those_of_a_real_step(
     # Clipping comes after the step.
     scalars = {call for call, _ in rehearsed.collectives if call.bytes == 8}
     wanted = {call: n for call, n in rehearsed.collectives if call not in scalars}
-    found = {call: n for call, n in calls.items() if call not in scalars}
-    assert found == wanted
-    assert len(found) > 1
+    counted = {call: n for call, n in calls.items() if call not in scalars}
+    assert counted == wanted
+    assert len(counted) > 1
     for kind, size in held.items():
         assert rehearsed.bytes_held[kind] == size, kind
 

@@ -61,10 +61,10 @@ def test_a_layout_of_experts_is_certified(tiny: Make, tmp_path: Path) -> None:
     text, passed = report.text, report.passed
     assert passed, text
     assert "all agree" in text
-    found = json.loads(out.read_text())
-    assert found["passed"]
-    assert len(found["config_sha256"]) == 64
-    for layout in found["layouts"]:
+    written = json.loads(out.read_text())
+    assert written["passed"]
+    assert len(written["config_sha256"]) == 64
+    for layout in written["layouts"]:
         for kind in ("sums", "gradients", "grad_norm", "routing", "routers"):
             assert layout["steps"]["fp64"][kind]["worst"] < 1e-10, kind
         assert layout["steps"]["fp64"]["parameters"]["worst"] < 1e-8
@@ -152,9 +152,9 @@ def test_layouts_that_cannot_be(tiny: Make, tmp_path: Path) -> None:
 
 def test_a_layout_in_words() -> None:
     base = ParallelConfig(timeout_s=77, tp=4)
-    found = parse_parallel("pp=2, hdp=2,zero.stage=1,pipeline.schedule=gpipe", base)
-    assert (found.pp, found.hdp, found.tp, found.zero.stage) == (2, 2, 1, 1)
-    assert (found.pipeline.schedule, found.timeout_s) == ("gpipe", 77)
+    parallel = parse_parallel("pp=2, hdp=2,zero.stage=1,pipeline.schedule=gpipe", base)
+    assert (parallel.pp, parallel.hdp, parallel.tp, parallel.zero.stage) == (2, 2, 1, 1)
+    assert (parallel.pipeline.schedule, parallel.timeout_s) == ("gpipe", 77)
     assert parse_parallel("ep=4", base).hdp == 4
     assert parse_parallel("ep=2,zero.stage=2,zero.replicas=2", base).hdp == 4
     with pytest.raises(ConfigError, match="stage"):

@@ -174,11 +174,11 @@ def whole(tensor: Tensor) -> Tensor:
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     """Whole gradients by name; every parameter has one."""
-    found = {}
+    whole_gradients = {}
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
-        found[name] = whole(parameter.grad)
-    return found
+        whole_gradients[name] = whole(parameter.grad)
+    return whole_gradients
 
 
 def values(model: nn.Module) -> dict[str, Tensor]:

@@ -1,0 +1,150 @@
+"""Which files are the hot path, and which tests see a fault in each, the quickest first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+HOT = (
+    *("models/*.py", "parallel/*.py", "parallel/hdp/*.py", "optim/*.py"),
+    *(f"trainer/{name}.py" for name in ("step", "balance", "feed", "evaluate", "loop")),
+    *(
+        f"data/{name}.py"
+        for name in ("order", "shuffle", "mixture", "stream", "documents", "batch")
+    ),
+    *("scaling/count.py", "scaling/batch.py", "scaling/rules/*.py"),
+)
+COLD = (
+    "*/__init__.py",
+    "*cuda*.py",  # needs a GPU
+    "parallel/measure.py",  # times layers
+    "parallel/simulate.py",  # dry runs
+)
+
+LAYOUTS = "tests/dist/test_dist_layouts.py"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Arguments of one pytest call: test files, and a ``-k`` that thins them."""
+
+    files: tuple[str, ...]
+    keyword: str = ""
+
+    def arguments(self, root: Path) -> list[str]:
+        """Return the arguments for a tree; files that it does not have are left out."""
+        found = [str(path.relative_to(root)) for file in self.files for path in root.glob(file)]
+        return [*sorted(set(found)), *(["-k", self.keyword] if self.keyword else [])]
+
+
+def unit(*names: str) -> Stage:
+    return Stage(tuple(f"tests/unit/{name}.py" for name in names))
+
+
+def dist(*names: str, keyword: str = "") -> Stage:
+    return Stage(tuple(f"tests/dist/test_dist_{name}.py" for name in names), keyword)
+
+
+ONE = dist("layouts", keyword="hdp2-zero3-fp64 or hdp2-selective or every_layout")
+CUT = dist("layouts", keyword="hdp2-tp2-fp64 or pp2-tp2 or ep2-tp2")
+STAGED = dist("layouts", keyword="gpipe or looped_bfs or interleaved_zero_bubble")
+RUNS = unit("trainer/test_trainer_run")
+
+# The first pattern that fits a file says what covers it.
+COVERING: tuple[tuple[str, tuple[Stage, ...]], ...] = (
+    ("models/attention*.py", (unit("models/test_models_attention"), unit("models/test_*"))),
+    ("models/grouped.py", (unit("models/test_models_grouped"), unit("models/test_*"))),
+    ("models/loss.py", (unit("models/test_models_loss"), unit("models/test_*"), CUT)),
+    ("models/head.py", (unit("models/test_models_loss"), unit("models/test_*"), CUT)),
+    (
+        "models/vocabulary.py",
+        (unit("models/test_models_loss"), dist("tensor"), CUT, unit("models/test_*")),
+    ),
+    ("models/init.py", (unit("models/test_models_init"), unit("models/test_*"), ONE)),
+    ("models/observe.py", (unit("models/test_models_observe"), dist("monitors"))),
+    (
+        "models/*.py",
+        (
+            unit("models/test_models_router", "models/test_models_moe"),
+            unit("models/test_*"),
+            ONE,
+            CUT,
+        ),
+    ),
+    ("optim/schedule.py", (unit("optim/test_optim_schedule"), unit("optim/test_*"))),
+    ("optim/*.py", (unit("optim/test_*"), dist("optimizers", "whole", "optimizer_runs"))),
+    ("parallel/mesh.py", (unit("parallel/test_parallel_mesh"), dist("mesh", "process"), ONE)),
+    ("parallel/reduce.py", (dist("flat_reducer", "zero"), ONE, CUT, dist("documents"))),
+    ("parallel/zero.py", (dist("zero"), ONE, dist("layouts", keyword="zero"))),
+    ("parallel/tensor.py", (dist("tensor"), CUT)),
+    ("parallel/expert.py", (dist("layouts", keyword="ep4-fp64 or ep2"),)),
+    (
+        "parallel/execution.py",
+        (ONE, dist("documents", keyword="mixed or without"), dist("zero", "flat_reducer")),
+    ),
+    ("parallel/tied.py", (dist("pipeline", "pipeline_steps"), STAGED)),
+    ("parallel/stage.py", (dist("pipeline", "pipeline_steps"), STAGED)),
+    ("parallel/pipeline.py", (unit("parallel/*pipeline*"), dist("pipeline*"), STAGED)),
+    ("parallel/context.py", (dist("documents", keyword="mixed or planned"),)),
+    ("parallel/checkpointing.py", (unit("models/*twins", "parallel/*apply"), ONE)),
+    ("parallel/apply.py", (unit("parallel/*apply"), ONE, CUT, STAGED, RUNS)),
+    (
+        "parallel/hdp/kernels.py",
+        (unit("parallel/*hdp_kernels"), dist("ring", "context")),
+    ),
+    (
+        "parallel/hdp/ring.py",
+        (unit("parallel/*hdp_shard"), dist("ring", "context"), dist("documents")),
+    ),
+    (
+        "parallel/hdp/offload.py",
+        (unit("parallel/*hdp_offload"), dist("offload_activations")),
+    ),
+    (
+        "parallel/hdp/filling.py",
+        (dist("documents", keyword="mixed or without or planned"), dist("pipeline_hdp")),
+    ),
+    (
+        "parallel/hdp/*.py",
+        (
+            unit("parallel/test_parallel_hdp_*"),
+            unit("trainer/*plans"),
+            dist("documents", keyword="mixed or without or planned"),
+        ),
+    ),
+    ("trainer/step.py", (unit("trainer/*feed", "trainer/*shares"), ONE, dist("faults"), RUNS)),
+    ("trainer/balance.py", (ONE, CUT, RUNS)),
+    (
+        "trainer/feed.py",
+        (
+            unit("trainer/*shares", "trainer/*feed", "trainer/*plans"),
+            dist("documents", keyword="mixed or planned"),
+            RUNS,
+        ),
+    ),
+    ("trainer/evaluate.py", (unit("trainer/*shares"), RUNS, dist("runs"))),
+    (
+        "trainer/loop.py",
+        (RUNS, unit("trainer/*resume_rules", "trainer/*callbacks"), unit("trainer/*")),
+    ),
+    ("data/documents.py", (unit("data/*documents"), unit("data/*stream", "data/*mixture"))),
+    ("data/*.py", (unit("data/*stream", "data/*mixture"), unit("data/*documents"), RUNS)),
+    ("scaling/batch.py", (unit("scaling/*batch"), unit("scaling/*"))),
+    ("scaling/count.py", (unit("scaling/*count"), unit("scaling/*"))),
+    (
+        "scaling/rules/*.py",
+        (unit("scaling/*rules", "scaling/*parameterization"), unit("scaling/*")),
+    ),
+)
+
+
+def hot_files(root: Path) -> list[str]:
+    """Return the files of the hot path, sorted."""
+    found = {str(path.relative_to(root)) for pattern in HOT for path in root.glob(pattern)}
+    return sorted(f for f in found if not any(fnmatch(f, pattern) for pattern in COLD))
+
+
+def stages_of(file: str) -> tuple[Stage, ...]:
+    """Return what is run for a fault in a file."""
+    return next(stages for pattern, stages in COVERING if fnmatch(file, pattern))

@@ -1,0 +1,116 @@
+"""Faults written by hand: what a parallel or a numerical step is most likely to get wrong.
+
+Each is a snippet that its file has exactly once, and what takes its place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Plant:
+    file: str
+    name: str
+    old: str
+    new: str
+
+
+PLANTED = (
+    Plant(
+        "models/moe.py",
+        "attention of a block with experts without its residual scale",
+        "x_BLD + self._scaled(self.attention(self.attention_norm(x_BLD), geometry))",
+        "x_BLD + self.attention(self.attention_norm(x_BLD), geometry)",
+    ),
+    Plant(
+        "models/transformer.py",
+        "attention of a dense block without its residual scale",
+        "x_BLD + self._scaled(self.attention(self.attention_norm(x_BLD), geometry))",
+        "x_BLD + self.attention(self.attention_norm(x_BLD), geometry)",
+    ),
+    Plant(
+        "trainer/feed.py",
+        "sequences dealt to hdp ranks in blocks",
+        "(turn * mesh.hdp.size + mesh.hdp.rank) * size",
+        "(mesh.hdp.rank * plan.micro_batches(step) + turn) * size",
+    ),
+    Plant(
+        "trainer/balance.py",
+        "loads not summed over tp",
+        '("hdp", "tp", "pp")',
+        '("hdp", "pp")',
+    ),
+    Plant(
+        "trainer/step.py",
+        "targets counted for tokens",
+        "counts[1] += batch.num_tokens",
+        "counts[1] += (batch.targets_BL != IGNORE).sum()",
+    ),
+    Plant(
+        "trainer/step.py",
+        "loss over the number of micro-batches",
+        "scale = 1.0 / targets.clamp(min=1.0)",
+        "scale = len(batches) / targets.clamp(min=1.0)",
+    ),
+    Plant(
+        "trainer/step.py",
+        "the norm of one pipeline rank",
+        "self._mesh.pp.group if self._mesh.pp.size > 1 else None",
+        "None",
+    ),
+    Plant(
+        "trainer/step.py",
+        "rate of the step before",
+        "self._schedule.fraction(step)",
+        "self._schedule.fraction(max(1, step - 1))",
+    ),
+    Plant(
+        "trainer/step.py",
+        "gradients of the step before kept",
+        "self._optimizer.zero_grad(set_to_none=True)",
+        "pass",
+    ),
+    Plant(
+        "optim/clip.py",
+        "clipping without its guard",
+        ".where(norm.isfinite(), 1.0)",
+        "",
+    ),
+    Plant(
+        "trainer/evaluate.py",
+        "evaluation in training mode",
+        "part.eval()",
+        "part.train()",
+    ),
+    Plant(
+        "trainer/loop.py",
+        "FLOPs of the step before",
+        "batch.sequences(step) * batch.sequence_length",
+        "batch.sequences(max(1, step - 1)) * batch.sequence_length",
+    ),
+    Plant(
+        "models/moe.py",
+        "biases away from the mean load",
+        "(counts_E.mean() - counts_E).sign()",
+        "(counts_E - counts_E.mean()).sign()",
+    ),
+    Plant(
+        "models/router.py",
+        "balance by the number of experts squared",
+        "ctx.coefficient * load_E.shape[0] * load_E",
+        "ctx.coefficient * load_E.shape[0] ** 2 * load_E",
+    ),
+    Plant(
+        "models/router.py",
+        "groups as good as their best expert",
+        "pair = min(2, scores_TGe.shape[2])",
+        "pair = 1",
+    ),
+    Plant(
+        "trainer/evaluate.py",
+        "an idle rank counts its micro-batch",
+        "idle = place >= len(batches)",
+        "idle = False",
+    ),
+)
