@@ -143,6 +143,9 @@ class Loop:
         except UserError:
             self.checkpointer.wait()  # all ranks are here: what is being saved is still good
             raise
+        except Exception:
+            self.checkpointer.join()
+            raise
         self.checkpointer.wait()
         if stopped:
             self.report("stopped", step=self.progress.step, signal=stopped)
