@@ -141,10 +141,11 @@ class Loop:
         try:
             stopped = self._steps(batches, stop_at_step)
         except UserError:
-            self.checkpointer.wait()  # all ranks are here: what is being saved is still good
+            self.checkpointer.join()  # what is being saved is still good
+            self.checkpointer.poll()
             raise
-        except Exception:
-            self.checkpointer.join()
+        except Exception:  # other ranks may be gone
+            self.checkpointer.join(self.config.parallel.timeout_s)
             raise
         self.checkpointer.wait()
         if stopped:

@@ -180,18 +180,13 @@ class Checkpointer:
     def wait(self) -> None:
         """Until no save is under way on any rank; every rank calls this."""
         if self._mesh.world_size > 1:
-            wait_for_all(self._mesh, self._ended, "saving a checkpoint")
-        elif self._worker is not None:
-            self._worker.join()
+            wait_for_all(self._mesh, self.join, "saving a checkpoint")
+        else:
+            self.join()
         self.poll()
 
-    def join(self) -> None:
-        """Give a save under way here time to end, after an error that other ranks may not share."""
-        if self._worker is not None:
-            self._worker.join(self._mesh.timeout.total_seconds())
-
-    def _ended(self, seconds: float) -> bool:
-        """Whether no save is under way here, after waiting so long for the end of one."""
+    def join(self, seconds: float | None = None) -> bool:
+        """Wait at most so long for a save under way on this rank; whether there is none now."""
         if self._worker is not None:
             self._worker.join(seconds)
         return self._worker is None or not self._worker.is_alive()
