@@ -15,6 +15,7 @@ from allometry.models.init import initialize
 from allometry.models.transformer import Part, Transformer
 from allometry.optim.build import build_optimizer
 from allometry.optim.schedule import Schedule
+from allometry.parallel.agree import from_main_rank
 from allometry.parallel.apply import Parallel, materialize, parallelize
 from allometry.parallel.measure import measure_costs
 from allometry.parallel.mesh import Mesh
@@ -101,19 +102,16 @@ def with_measured_stages(config: RunConfig, plan: RunPlan, mesh: Mesh) -> RunPla
         initialize(made, plan.parameterization, config.run.seed)
         return made
 
-    costs: list[float] | None = None
-    failure: str | None = None
-    if mesh.is_main:
+    def measure() -> list[float]:
         try:
-            costs = measure_costs(build, config, mesh.device)
+            return measure_costs(build, config, mesh.device)
         except (MemoryError, torch.OutOfMemoryError) as error:
-            failure = (
+            raise UserError(
                 "parallel.pipeline.split=measured: a whole layer does not fit this device "
                 f"({str(error).splitlines()[0]}); use split: flops"
-            )
-    costs, failure = mesh.broadcast_object((costs, failure))
-    if failure is not None:
-        raise UserError(failure)
+            ) from None
+
+    costs = from_main_rank(mesh, measure, "measuring stages")
     return replace(plan, layout=Layout.of(config, plan.world_size, costs))
 
 

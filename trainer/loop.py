@@ -109,8 +109,11 @@ class Loop:
         reset_peak_bytes(self.mesh.device)
         try:
             stopped = self._steps(batches, stop_at_step)
-        except UserError:  # all ranks are here: what is being saved is still good
-            self._finish()
+        except UserError:
+            self._abort(None)  # what is being saved is still good
+            raise
+        except Exception:  # other ranks may be gone
+            self._abort(self.mesh.timeout.total_seconds())
             raise
         self._finish()
         step = self.progress.step
@@ -124,6 +127,10 @@ class Loop:
     def _finish(self) -> None:
         for callback in self.callbacks:
             callback.finish()
+
+    def _abort(self, seconds: float | None) -> None:
+        for callback in self.callbacks:
+            callback.abort(seconds)
 
     def _steps(self, batches: Iterator[StepInput], stop_at_step: int | None) -> str | None:
         """Take steps to the end of the plan; the reason, if the run was stopped before."""

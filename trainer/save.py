@@ -54,3 +54,8 @@ class Saver(Callback):
     @override
     def finish(self) -> None:
         self._checkpointer.wait()
+
+    @override
+    def abort(self, seconds: float | None) -> None:
+        self._checkpointer.join(seconds)
+        self._checkpointer.poll()

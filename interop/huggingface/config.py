@@ -122,32 +122,32 @@ def choose_family(model: ModelConfig, asked: str | None = None) -> Family:
 
 def _unsupported(model: ModelConfig, family: Family) -> list[tuple[str, Any, str]]:
     """Return (key, value, reason) for every choice of ``model`` that ``family`` lacks."""
-    found: list[tuple[str, Any, str]] = []
+    lacks: list[tuple[str, Any, str]] = []
     if family == "llama" and model.width % model.num_heads:
-        found.append(("num_heads", model.num_heads, f"it must divide width={model.width}"))
+        lacks.append(("num_heads", model.num_heads, f"it must divide width={model.width}"))
     if not isinstance(model, MoEModel):
-        return found
+        return lacks
     experts, router = model.experts, model.router
     if experts.kind != "swiglu":
-        found.append(("experts.kind", experts.kind, "its experts read the residual stream"))
+        lacks.append(("experts.kind", experts.kind, "its experts read the residual stream"))
     if experts.num_shared_experts:
-        found.append(("experts.num_shared_experts", experts.num_shared_experts, "it has none"))
+        lacks.append(("experts.num_shared_experts", experts.num_shared_experts, "it has none"))
     if family == "mixtral" and model.first_dense_layers:
-        found.append(("first_dense_layers", model.first_dense_layers, "it has none"))
+        lacks.append(("first_dense_layers", model.first_dense_layers, "it has none"))
     gate = _gate(model)
     if gate not in (("softmax", False), ("softmax", True)):
-        found.append(("router.gate", router.gate, "its gate is a softmax"))
+        lacks.append(("router.gate", router.gate, "its gate is a softmax"))
     elif family == "mixtral" and gate != ("softmax", True):
-        found.append(("router.normalize", "false", "it divides by the sum"))
+        lacks.append(("router.normalize", "false", "it divides by the sum"))
     if router.scale != 1.0:
-        found.append(("router.scale", router.scale, "it has no such factor"))
+        lacks.append(("router.scale", router.scale, "it has no such factor"))
     if router.num_groups > 1 and (router.groups_per_token or router.num_groups) != (
         router.num_groups
     ):
-        found.append(("router.groups_per_token", router.groups_per_token, "it has no groups"))
+        lacks.append(("router.groups_per_token", router.groups_per_token, "it has no groups"))
     if router.balance.kind == "bias":
-        found.append(("router.balance.kind", "bias", "its router has no bias"))
-    return found
+        lacks.append(("router.balance.kind", "bias", "its router has no bias"))
+    return lacks
 
 
 def _gate(model: MoEModel) -> tuple[str, bool]:
@@ -238,12 +238,15 @@ def from_hf(values: Mapping[str, Any], where: str) -> tuple[Family, ModelConfig]
         )
     theta = _rope_theta(values, family, where)
     _check_features(values, family, where)
+    key_value = "num_key_value_heads"
     description = {
         "vocab_size": _need(values, "vocab_size", where),
         "width": _need(values, "hidden_size", where),
         "num_layers": _need(values, "num_hidden_layers", where),
         "num_heads": _need(values, "num_attention_heads", where),
-        "num_kv_heads": _kv_heads(values, family, where),
+        "num_kv_heads": values.get(key_value)
+        if family == "llama"
+        else _need(values, key_value, where),
         # Qwen3 is the one family whose class has a default of its own.
         "head_dim": values.get("head_dim", 128 if family == "qwen3" else None),
         "qk_norm": family in ("qwen3", "qwen3_moe"),
@@ -270,12 +273,6 @@ def _need(values: Mapping[str, Any], key: str, where: str) -> Any:
     if values.get(key) is None:
         raise UserError(f"{where}: {key} is missing; add it")
     return values[key]
-
-
-def _kv_heads(values: Mapping[str, Any], family: Family, where: str) -> Any:
-    if family == "llama" and values.get("num_key_value_heads") is None:
-        return None
-    return _need(values, "num_key_value_heads", where)
 
 
 def _experts(values: Mapping[str, Any], family: Family, where: str) -> dict[str, Any]:

@@ -12,7 +12,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial as bind
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,7 +50,6 @@ from allometry.interop.huggingface.weights import (
     FolderWeights,
     chosen_checkpoint,
     read_json,
-    total_bytes,
     write_checkpoint,
     write_safetensors,
 )
@@ -143,7 +141,7 @@ def export_hf(
             family=chosen,
             dtype=dtype,
             tensors=sum(len(counterpart.written) for counterpart in wanted),
-            bytes=total_bytes(partial, files),
+            bytes=sum((partial / file).stat().st_size for file in files),
             files=files,
             folds=[fold.describe() for fold in folding],
             tokenizer=str(tokenizer) if tokenizer else None,
@@ -217,14 +215,10 @@ def read_model(hf_folder: str | Path) -> tuple[Family, ModelConfig]:
     return from_hf(read_json(path), str(path))
 
 
-def _absolute(path: str | Path) -> Path:
-    return Path(os.path.abspath(path))
-
-
 @contextmanager
 def _target(out: str | Path) -> Iterator[tuple[Path, Path]]:
     """Yield the final path and the folder to write; rename it at the end, remove it on failure."""
-    final = _absolute(out)
+    final = Path(os.path.abspath(out))
     if final.exists() and (not final.is_dir() or any(final.iterdir())):
         raise UserError(f"--out={out} exists and is not empty; choose another folder or remove it")
     partial = final.with_name(final.name + ".partial")
@@ -264,21 +258,12 @@ def _part(
     dtype: torch.dtype,
 ) -> tuple[list[tuple[str, int]], Callable[[], dict[str, Tensor]]]:
     """One parameter as ``write_safetensors`` takes it: names and sizes now, tensors when asked."""
+    name = counterpart.spec.name
     nbytes = counterpart.spec.numel * dtype.itemsize // len(counterpart.written)
     return (
-        [(name, nbytes) for name in counterpart.written],
-        bind(_exported, counterpart, weights, folding, dtype),
+        [(written, nbytes) for written in counterpart.written],
+        lambda: counterpart.split(folded(name, weights.read(name), folding).to(dtype)),
     )
-
-
-def _exported(
-    counterpart: Counterpart,
-    weights: CheckpointWeights,
-    folding: tuple[Fold, ...],
-    dtype: torch.dtype,
-) -> dict[str, Tensor]:
-    name = counterpart.spec.name
-    return counterpart.split(folded(name, weights.read(name), folding).to(dtype))
 
 
 def _tokenizer_of(config: RunConfig, folder: RunFolder) -> Path | None:

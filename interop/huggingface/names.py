@@ -163,21 +163,21 @@ def locate(
     Raises UserError naming tensors that are missing, left over or of another shape. A tied model
     may hold the head too; whether it equals the embedding is for the caller to see.
     """
-    found: dict[str, Source] = {}
+    places: dict[str, Source] = {}
     missing: list[str] = []
     for counterpart in wanted:
         source = next((s for s in counterpart.sources if set(s.names) <= present.keys()), None)
         if source is None:
             missing += [name for name in counterpart.written if name not in present]
             continue
-        found[counterpart.spec.name] = source
+        places[counterpart.spec.name] = source
         for name in source.names:
             if present[name] != counterpart.shape_in(source):
                 raise UserError(
                     f"{where}: tensor {name} has shape {list(present[name])}, but config.json "
                     f"asks for {list(counterpart.shape_in(source))}"
                 )
-    used = {name for source in found.values() for name in source.names}
+    used = {name for source in places.values() for name in source.names}
     extra = [n for n in present if n not in used and not _COMPUTED.search(n)]
     if tied:
         extra = [name for name in extra if name != HEAD]
@@ -185,7 +185,7 @@ def locate(
         if names:
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
             raise UserError(f"{where}: tensor {min(names)} {problem}{more}; nothing was written")
-    return found
+    return places
 
 
 def check_names(
@@ -241,21 +241,21 @@ def folds(model: ModelConfig, scales: ForwardScales) -> tuple[Fold, ...]:
     Theirs multiplies scores by 1/sqrt(head width) and nothing else. Raises UserError where a tied
     embedding cannot take a factor of the head or of the embedding alone.
     """
-    found: list[Fold] = []
+    folding: list[Fold] = []
     usual = 1.0 / math.sqrt(model.head_width)
     if scales.attention != usual:
         # A factor of the queries; rotation commutes with it, their norm would undo it.
         target = "attention.q_norm" if model.qk_norm else "attention.wq"
-        found.append(Fold("attention", _snapped(scales.attention / usual), (target,)))
+        folding.append(Fold("attention", _snapped(scales.attention / usual), (target,)))
     if scales.residual != 1.0:
         targets = ["attention.wo"]
         if isinstance(model, MoEModel):
             targets.append("ffn.experts.down")
         if not isinstance(model, MoEModel) or model.first_dense_layers:
             targets.append("ffn.down")
-        found.append(Fold("residual", scales.residual, tuple(targets)))
+        folding.append(Fold("residual", scales.residual, tuple(targets)))
     if scales.experts != 1.0:
-        found.append(Fold("experts", scales.experts, ("ffn.experts.down",)))
+        folding.append(Fold("experts", scales.experts, ("ffn.experts.down",)))
     for scale, factor, target in (
         ("embedding", scales.embedding, "embedding"),
         ("output", scales.output, "head"),
@@ -268,8 +268,8 @@ def folds(model: ModelConfig, scales: ForwardScales) -> tuple[Fold, ...]:
                 "shared by embedding and head cannot hold; model.tied_embeddings=true cannot be "
                 "exported with it"
             )
-        found.append(Fold(scale, factor, (target,)))
-    return tuple(found)
+        folding.append(Fold(scale, factor, (target,)))
+    return tuple(folding)
 
 
 def _snapped(factor: float) -> float:

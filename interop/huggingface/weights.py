@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemReader
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+from typing_extensions import override
 
 from allometry.configs.errors import UserError
 from allometry.trainer.state import checkpoint
@@ -219,11 +220,6 @@ class _OneByOne(DefaultSavePlanner):
         super().__init__()
         self._read = read
 
+    @override
     def lookup_object(self, index: MetadataIndex) -> Any:
-        """Return the tensor to write for ``index``; the planner's own place for extensions."""
         return self._read(index.fqn.removeprefix(MODEL))
-
-
-def total_bytes(folder: Path, names: Iterable[str]) -> int:
-    """Return the size of these files of ``folder``."""
-    return sum((folder / name).stat().st_size for name in names)

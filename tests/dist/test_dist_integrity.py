@@ -222,10 +222,11 @@ def test_saving_reads_nothing_choosing_no_shard_and_each_rank_its_share(
 def slow(path: Path, delay_s: float) -> dict[str, str]:
     """Disks of rank 1 (the main rank's, where it works for all) that take longer than a timeout."""
     real_write, real_read = integrity.ShardWriter.write_data, checkpoint.FileSystemReader.read_data
+    real_seal = checkpoint.seal
 
-    def delayed(real: Callable[..., Any]) -> Callable[..., Any]:
+    def delayed(real: Callable[..., Any], rank: int = 1) -> Callable[..., Any]:
         def work(*args: Any, **options: Any) -> Any:
-            time.sleep(delay_s * (mesh.rank == 1))
+            time.sleep(delay_s * (mesh.rank == rank))
             return real(*args, **options)
 
         return work
@@ -238,6 +239,7 @@ def slow(path: Path, delay_s: float) -> dict[str, str]:
         mesh.barrier("saving")
         integrity.ShardWriter.write_data = delayed(real_write)  # type: ignore[method-assign]
         checkpoint.FileSystemReader.read_data = delayed(real_read)  # type: ignore[method-assign]
+        checkpoint.seal = delayed(real_seal, rank=0)
         try:
             save(folder, mesh, 3)
             if mesh.rank == 1:
@@ -251,6 +253,7 @@ def slow(path: Path, delay_s: float) -> dict[str, str]:
         finally:
             integrity.ShardWriter.write_data = real_write  # type: ignore[method-assign]
             checkpoint.FileSystemReader.read_data = real_read  # type: ignore[method-assign]
+            checkpoint.seal = real_seal
             integrity.READ_BYTES = 4 << 20
         said["from main"] = from_main_rank(
             mesh, lambda: str(time.sleep(delay_s) or "slow"), "working"

@@ -56,11 +56,11 @@ def test_a_run_moves_between_layouts(tiny: Make, run_ranks: Ranks, tmp_path: Pat
     run_ranks(launch, 1, tiny(stage(0), folder=moving), 13)
     run_ranks(launch, 4, tiny(stage(0), "batch.micro_batch_sequences=1", folder=moving), 16)
     run_ranks(launch, 2, tiny(stage(1), folder=moving))
-    found = losses(tiny(folder=moving))
-    assert found == pytest.approx(losses(straight), rel=1e-5)
+    moved = losses(tiny(folder=moving))
+    assert moved == pytest.approx(losses(straight), rel=1e-5)
     flops = [[row["flops"] for row in rows(folder)] for folder in (moving, tmp_path / "straight")]
     assert flops[0] == flops[1]  # of the documents of all ranks
-    assert found[:5] != pytest.approx(losses(straight)[1:6], rel=1e-5), "the comparison can fail"
+    assert moved[:5] != pytest.approx(losses(straight)[1:6], rel=1e-5), "the comparison can fail"
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -77,11 +77,11 @@ def test_golden_losses(
     """
     config = tiny("training.total_steps=60", folder=tmp_path / "golden")
     run_ranks(launch, world_size, config)
-    found = losses(config)
+    recorded = losses(config)
     if pytestconfig.getoption("--update-golden") and world_size == 1:
-        GOLDEN.write_text(json.dumps({"loss": found}, indent=1) + "\n")
+        GOLDEN.write_text(json.dumps({"loss": recorded}, indent=1) + "\n")
     golden = json.loads(GOLDEN.read_text())["loss"]
-    assert found == pytest.approx(golden, rel=1e-4)
+    assert recorded == pytest.approx(golden, rel=1e-4)
     assert golden[-1] < 0.5 * golden[0]
 
 

@@ -59,7 +59,13 @@ class Callback:
         """When something happened: a checkpoint, an alarm, a stop."""
 
     def finish(self) -> None:
-        """When all ranks end this launch together, even by a UserError: wait for what goes on."""
+        """When all ranks end this launch together: wait for what goes on."""
+
+    def abort(self, seconds: float | None) -> None:
+        """When an error ends this launch, maybe on this rank alone: let what goes on here end.
+
+        It may wait ``seconds`` at most (None: as long as that takes), and not for other ranks.
+        """
 
     def on_end(self) -> None:
         """On the main rank, when the launch is over, however it ended."""

@@ -156,7 +156,7 @@ class Checkpointer:
             return
         writer = ShardWriter(partial)
         copy = writer.stage(state)
-        # A daemon: a process that ends in an error does not wait for ranks that are gone.
+        # A daemon: a process that ends does not wait without end for ranks that are gone.
         self._worker = threading.Thread(
             target=self._write, args=(step, writer, copy, facts), name=f"save-{step}", daemon=True
         )
@@ -180,29 +180,31 @@ class Checkpointer:
     def wait(self) -> None:
         """Until no save is under way on any rank; every rank calls this."""
         if self._mesh.world_size > 1:
-            wait_for_all(self._mesh, self._ended, "saving a checkpoint")
-        elif self._worker is not None:
-            self._worker.join()
+            wait_for_all(self._mesh, self.join, "saving a checkpoint")
+        else:
+            self.join()
         self.poll()
 
-    def _ended(self, seconds: float) -> bool:
-        """Whether no save is under way here, after waiting so long for the end of one."""
+    def join(self, seconds: float | None = None) -> bool:
+        """Wait at most so long for a save under way on this rank; whether there is none now."""
         if self._worker is not None:
             self._worker.join(seconds)
         return self._worker is None or not self._worker.is_alive()
 
     def _prepare(self, partial: Path) -> str | None:
         """Make the empty folder on the main rank; every rank learns whether that worked."""
-        failure = None
-        if self._mesh.is_main:
+        mesh = self._mesh
+
+        def make() -> str | None:
             try:
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
+                if mesh.is_main:
+                    shutil.rmtree(partial, ignore_errors=True)
+                    partial.mkdir(parents=True)
             except OSError as error:
-                failure = str(error)
-        outcome = [failure]
-        dist.broadcast_object_list(outcome, src=0, group=self._mesh.checkpoint_group)
-        return outcome[0]
+                return str(error)
+            return None
+
+        return mesh.broadcast_object(with_heartbeat(mesh, make, f"preparing {partial.name}"))
 
     def _write(
         self, step: int, writer: ShardWriter, state: dict[str, Any], facts: dict[str, Any]

@@ -106,8 +106,8 @@ def rates_part(old: RunConfig, new: RunConfig, step: int) -> int | None:
     plan = BatchPlan(old.batch, old.data.sequence_length)
     was, now = resolve_schedule(old, plan), resolve_schedule(new, plan)
     shared = min(step, was.total_steps, now.total_steps)
-    found = (s for s in range(1, shared + 1) if was.fraction(s) != now.fraction(s))
-    return next(found, None if shared == step else shared + 1)
+    different = (s for s in range(1, shared + 1) if was.fraction(s) != now.fraction(s))
+    return next(different, None if shared == step else shared + 1)
 
 
 def _check_length(config: RunConfig, step: int) -> int:
@@ -125,8 +125,8 @@ def _check_length(config: RunConfig, step: int) -> int:
 def _multipliers(config: RunConfig) -> list[tuple[float, float, float, float]]:
     """What multiplies rate, decay, epsilon and 1 - beta2 of each parameter."""
     rules = Parameterization.of_run(config)
-    found = [rules.resolve(spec) for spec in inventory(config.model)]
-    return [(one.lr, one.weight_decay, one.eps, one.forgetting) for one in found]
+    resolved = [rules.resolve(spec) for spec in inventory(config.model)]
+    return [(one.lr, one.weight_decay, one.eps, one.forgetting) for one in resolved]
 
 
 def _why(old: RunConfig, new: RunConfig) -> str:
@@ -154,7 +154,7 @@ def _leaves(value: Any, path: str = "") -> dict[str, Any]:
         items = enumerate(value)  # type: ignore[assignment]
     else:
         return {path: value}
-    found: dict[str, Any] = {}
+    leaves: dict[str, Any] = {}
     for key, inner in items:
-        found |= _leaves(inner, f"{path}.{key}" if path else str(key))
-    return found
+        leaves |= _leaves(inner, f"{path}.{key}" if path else str(key))
+    return leaves

@@ -53,9 +53,9 @@ def our_model(config: RunConfig, step: Path) -> torch.nn.Module:
 
 @torch.no_grad()
 def our_logits(config: RunConfig, step: Path) -> Tensor:
-    found = our_model(config, step)(TOKENS)
-    assert isinstance(found, Tensor)
-    return found
+    logits_BLV = our_model(config, step)(TOKENS)
+    assert isinstance(logits_BLV, Tensor)
+    return logits_BLV
 
 
 def random_run(config: RunConfig, step: int = 4) -> Path:
@@ -225,10 +225,12 @@ def test_training_from_imported_weights_is_training_from_those_weights(
         )
         train(set_by_hand, device=torch.device("cpu"), callbacks=[])
         monkeypatch.undo()
-        found = [[(r["loss"], r["grad_norm"]) for r in rows(f)] for f in (target, hand, untouched)]
-        assert len(found[0]) == 3
-        assert found[0] == found[1]
-        assert found[0] != found[2], "weights matter"
+        recorded = [
+            [(r["loss"], r["grad_norm"]) for r in rows(f)] for f in (target, hand, untouched)
+        ]
+        assert len(recorded[0]) == 3
+        assert recorded[0] == recorded[1]
+        assert recorded[0] != recorded[2], "weights matter"
 
 
 def test_training_keys_may_change_before_the_first_step(tiny: Make, tmp_path: Path) -> None:

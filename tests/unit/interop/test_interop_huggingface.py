@@ -142,8 +142,8 @@ def model(family: Family, **more: Any) -> ModelConfig:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_published_descriptions_are_read(family: Family) -> None:
-    found, described = from_hf(PUBLISHED[family], "config.json")
-    assert found == family
+    read_family, described = from_hf(PUBLISHED[family], "config.json")
+    assert read_family == family
     assert choose_family(described) == family
     again = from_hf(to_hf(described, family, "float32", Text(4096)), "config.json")
     assert again[0] == family
@@ -342,9 +342,9 @@ def test_multipliers_find_their_weights() -> None:
     assert folds(model("llama"), scales(attention=1 / 8**0.5)) == ()
     assert folds(model("llama"), scales(attention=4**0.5 / 8 / 2**0.5)) != ()
     half = {"embedding": 0.5, "residual": 0.25, "attention": USUAL / 2, "output": 0.5}
-    found = folds(model("llama"), scales(**half))
-    assert {fold.scale: fold.factor for fold in found} == {**half, "attention": 0.5}
-    assert all(fold.exact for fold in found)
+    folding = folds(model("llama"), scales(**half))
+    assert {fold.scale: fold.factor for fold in folding} == {**half, "attention": 0.5}
+    assert all(fold.exact for fold in folding)
     by_scale = {fold.scale: fold.parameters for fold in folds(model("qwen3_moe"), scales(**half))}
     assert by_scale["attention"] == ("attention.q_norm",)
     assert by_scale["residual"] == ("attention.wo", "ffn.experts.down", "ffn.down")

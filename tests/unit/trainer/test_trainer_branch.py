@@ -49,8 +49,8 @@ def comparable(folder: Path) -> list[list[Any]]:
 
 def tensors(folder: Path, step: int, scratch: Path) -> dict[str, torch.Tensor]:
     dcp_to_torch_save(folder / "checkpoints" / f"step-{step}", scratch)
-    found: dict[str, torch.Tensor] = torch.load(scratch)
-    return found
+    saved: dict[str, torch.Tensor] = torch.load(scratch)
+    return saved
 
 
 def assert_same_run(one: Path, other: Path, step: int, scratch: Path) -> None:

@@ -91,8 +91,8 @@ for step in range(1, 11):
 recorder.close()
 """
     subprocess.run([sys.executable, "-c", code], check=True)
-    found = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in found] == list(range(1, 11))
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 11))
 
 
 def test_recorder_appends_to_what_is_there(tmp_path: Path) -> None:

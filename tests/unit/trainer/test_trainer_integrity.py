@@ -1,13 +1,22 @@
 """Checksums made while writing, and the shares in which ranks check them."""
 
 import json
+import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from allometry.configs.run import RunConfig
+from allometry.trainer.record.callbacks import Callback
 from allometry.trainer.state import integrity
-from allometry.trainer.state.integrity import Checksum, damage, seal, share
+from allometry.trainer.state.integrity import Checksum, ShardWriter, damage, seal, share
+from allometry.trainer.train import train
+
+Make = Callable[..., RunConfig]
 
 
 def sealed(path: Path, sizes: dict[str, int]) -> Path:
@@ -70,3 +79,25 @@ def test_a_list_that_cannot_be_read(tmp_path: Path) -> None:
         assert damage(path, contents=False) == "complete.json cannot be read"
     (path / "complete.json").unlink()
     assert "never finished" in str(damage(path, contents=False))
+
+
+def test_a_save_under_way_ends_though_the_run_fails(
+    tiny: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = ShardWriter.write_data
+
+    def slowly(self: ShardWriter, *args: Any) -> Any:
+        time.sleep(1.0)
+        return write(self, *args)
+
+    class Failing(Callback):
+        def on_row(self, row: dict[str, Any]) -> None:
+            if row["step"] == 6:
+                raise ZeroDivisionError
+
+    monkeypatch.setattr(ShardWriter, "write_data", slowly)
+    config = tiny("checkpoint.every_steps=5")
+    with pytest.raises(ZeroDivisionError):
+        train(config, device=torch.device("cpu"), callbacks=[Failing()])
+    path = Path(config.run.folder) / "checkpoints" / "step-5"
+    assert damage(path, contents=True) is None
