@@ -7,22 +7,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Partial
 
-from allometry.models.parameters import OwnsParameters
+from allometry.models.parameters import OwnsParameters, local_weight
 from allometry.scaling.roles import ParamSpec
-
-
-def local_weight(parameter: Tensor) -> Tensor:
-    """Return this rank's part of a parameter, the whole where it is not distributed.
-
-    A part that other ranks hold as well is used there on other tokens or other heads, so its
-    gradient is marked as this rank's summand.
-    """
-    if not isinstance(parameter, DTensor):
-        return parameter
-    summands = [Partial() if p.is_replicate() else p for p in parameter.placements]
-    return parameter.to_local(grad_placements=summands)
 
 
 class Linear(OwnsParameters, nn.Linear):
@@ -38,7 +25,7 @@ class Linear(OwnsParameters, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return [..., out] in ``input``'s type."""
-        return F.linear(input, local_weight(self.weight).to(input.dtype))
+        return F.linear(input, self.cast("weight", input.dtype))
 
 
 class Embedding(OwnsParameters, nn.Embedding):
