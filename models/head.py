@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from allometry.configs.model import ModelConfig
-from allometry.models.layers import local_weight
 from allometry.models.loss import GradientSum, WholeSoftmax, linear_cross_entropy
-from allometry.models.parameters import OwnsParameters
+from allometry.models.parameters import OwnsParameters, local_weight
 from allometry.models.vocabulary import SharedSoftmax, Vocabulary
 from allometry.scaling.roles import ParamSpec
 

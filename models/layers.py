@@ -7,21 +7,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from allometry.models.parameters import OwnsParameters
+from allometry.models.parameters import OwnsParameters, local_weight
 from allometry.scaling.roles import ParamSpec
-
-
-def local_weight(parameter: Tensor) -> Tensor:
-    """Return this rank's part of a parameter, the whole where it is not distributed.
-
-    A part that other ranks hold as well is used there on other tokens or other heads: its gradient
-    is this rank's summand, which ``parallel/reduce.py`` adds to theirs at the end of a step.
-    """
-    if not isinstance(parameter, DTensor):
-        return parameter
-    return parameter.to_local(grad_placements=parameter.placements)
 
 
 class Linear(OwnsParameters, nn.Linear):
@@ -37,7 +25,7 @@ class Linear(OwnsParameters, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return [..., out] in ``input``'s type."""
-        return F.linear(input, local_weight(self.weight).to(input.dtype))
+        return F.linear(input, self.cast("weight", input.dtype))
 
 
 class Embedding(OwnsParameters, nn.Embedding):

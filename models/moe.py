@@ -21,7 +21,7 @@ from typing_extensions import override
 
 from allometry.configs.model import AuxiliaryBalance, BiasBalance, MoEModel
 from allometry.models.grouped import gather_rows, grouped_linear, sort_by_expert, spread_rows
-from allometry.models.layers import Linear, local_weight
+from allometry.models.layers import Linear
 from allometry.models.parameters import OwnsParameters
 from allometry.models.router import Router, RouterStatistics
 from allometry.models.transformer import Block, FeedForward, Geometry, Transformer
@@ -67,7 +67,7 @@ class Experts(OwnsParameters):
 
     def compute(self, x_SD: Tensor, counts_E: Tensor) -> Tensor:
         """Return [S, D] for rows sorted by the experts that this rank holds."""
-        gate, up, down = (local_weight(w).to(x_SD.dtype) for w in (self.gate, self.up, self.down))
+        gate, up, down = (self.cast(name, x_SD.dtype) for name in ("gate", "up", "down"))
         gate_SF = grouped_linear(x_SD, gate, counts_E)
         up_SF = grouped_linear(x_SD, up, counts_E)
         return grouped_linear(F.silu(gate_SF) * up_SF, down, counts_E)

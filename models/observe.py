@@ -20,7 +20,7 @@ from torch import Tensor
 
 from allometry.models.attention import Attend
 from allometry.models.documents import Documents
-from allometry.models.layers import local_weight
+from allometry.models.parameters import local_weight
 from allometry.models.transformer import Block, Geometry, Transformer
 
 SUMS = (

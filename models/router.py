@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from allometry.configs.model import AuxiliaryBalance, BiasBalance, RouterConfig
-from allometry.models.layers import local_weight
-from allometry.models.parameters import OwnsParameters
+from allometry.models.parameters import OwnsParameters, local_weight
 from allometry.scaling.roles import ParamSpec
 
 _LEAST_WEIGHT = 1e-30  # under the root of gate "sqrt", whose slope at zero is infinite

@@ -24,7 +24,7 @@ multiples of pp, the others for all numbers that they take.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,7 @@ from torch.distributed.fsdp import FSDPModule
 from allometry.configs.model import ModelConfig
 from allometry.models.head import Losses
 from allometry.models.loss import GradientSum
+from allometry.models.parameters import cast_once
 from allometry.models.transformer import Transformer
 from allometry.parallel.execution import MicroBatch, Observe
 from allometry.parallel.mesh import Mesh
@@ -143,9 +144,12 @@ class PipelineExecution:
         for stage in prepared.stages:
             stage.inputs = inputs
         try:
-            prepared.schedule.step(
-                *((index,) if 0 in self._parts else ()), return_outputs=False, **given
-            )
+            with ExitStack() as stack:
+                for part in self._parts.values():
+                    stack.enter_context(cast_once(part))
+                prepared.schedule.step(
+                    *((index,) if 0 in self._parts else ()), return_outputs=False, **given
+                )
         finally:
             for stage in prepared.stages:
                 stage.inputs = None

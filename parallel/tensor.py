@@ -46,8 +46,9 @@ from torch.distributed.tensor import (
 )
 
 from allometry.models.head import OutputHead
-from allometry.models.layers import Embedding, local_weight
+from allometry.models.layers import Embedding
 from allometry.models.moe import Experts, MoEFeedForward
+from allometry.models.parameters import local_weight
 from allometry.models.transformer import Attention, FeedForward, Transformer
 from allometry.models.vocabulary import SharedSoftmax
 from allometry.parallel.mesh import Axis, Mesh

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -120,6 +122,44 @@ def test_the_heads_gradient_is_there_once_whatever_the_micro_batches(
     run = pipelined.config(2, schedule, layers=4)
     assert run_ranks(kept_of_the_head, 2, run, (4, 8), True)[1] == [0, 0]
     assert run_ranks(kept_of_the_head, 2, run, (4, 8), False)[1] == [4, 8], "negative control"
+
+
+CAST_ONCE = "allometry.parallel.pipeline.cast_once"
+
+
+def cast_weights(run: RunConfig, counts: tuple[int, ...], once: bool) -> list[int]:
+    """How many copies of matrices in blocks a step keeps for its backwards, by count."""
+    with tiny.mesh(run) as mesh:
+        made = tiny.parallel(run, mesh)
+        held = (p for name, p in made.named_parameters() if ".ffn." in name)
+        shapes = {(p.to_local() if isinstance(p, DTensor) else p).shape for p in held}
+        shapes |= {shape[::-1] for shape in shapes}  # a product keeps the transposed
+        kept: list[int] = []
+        for count in counts:
+            storages: dict[int, Tensor] = {}
+
+            def pack(tensor: Tensor, storages: dict[int, Tensor] = storages) -> Tensor:
+                if tensor.shape in shapes and tensor.dtype == torch.bfloat16:
+                    storages[tensor.untyped_storage().data_ptr()] = tensor
+                return tensor
+
+            with (
+                nullcontext() if once else mock.patch(CAST_ONCE, return_value=nullcontext()),
+                torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+            ):
+                made.execution.train(tiny.micro_batches(count), torch.tensor(1.0), lambda *_: None)
+            kept.append(len(storages))
+        return kept
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_micro_batches_in_flight_share_the_cast_weights(run_ranks: RunRanks, tp: int) -> None:
+    run = pipelined.config(2, "gpipe", "bf16", layers=4, tp=tp)
+    matrices = 2 * 3  # of the feed-forwards of two blocks
+    for kept in run_ranks(cast_weights, 2 * tp, run, (2, 4), True):
+        assert kept == [matrices, matrices]
+    for kept in run_ranks(cast_weights, 2 * tp, run, (2, 4), False):
+        assert kept == [2 * matrices, 4 * matrices], "negative control"
 
 
 def bf16_error(run: RunConfig, count: int, repair: bool) -> dict[str, float]:

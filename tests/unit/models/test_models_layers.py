@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from allometry.models.layers import Embedding, Linear, RMSNorm, rotary_angles, rotate
+from allometry.models.parameters import cast_once
 from allometry.scaling.inventory import embedding as table
 from allometry.scaling.inventory import matrix, vector
 from allometry.scaling.roles import Role
@@ -45,6 +46,22 @@ def test_weights_follow_the_activations(dtype):
     assert torch.equal(linear(x), expected)
     linear(x).sum().backward()
     assert linear.weight.grad.dtype == embedding.weight.grad.dtype == torch.float32
+
+
+def test_a_weight_is_cast_once_and_gets_the_gradient_of_each_use():
+    linear = Linear(HIDDEN)
+    torch.nn.init.normal_(linear.weight)
+    x = torch.randn(2, 5, 4).bfloat16()
+    expected = torch.autograd.grad([linear(x[0]).sum(), linear(x[1]).sum()], linear.weight)[0]
+    with cast_once(linear):
+        sums = [linear(part).sum() for part in x]
+        assert linear.cast("weight", torch.bfloat16) is linear.cast("weight", torch.bfloat16)
+        for total in sums:  # one backward after the other through the one cast
+            total.backward()
+    assert torch.equal(linear.weight.grad, expected)
+    with torch.no_grad():
+        linear.weight.zero_()
+    assert not linear(x).any(), "afterwards a changed weight is seen"
 
 
 def test_embedding_gradient_adds_up_in_fp32():
