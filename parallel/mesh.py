@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from allometry.configs.errors import UserError
 from allometry.configs.execution import ParallelConfig
-from allometry.scaling.layout import Degrees, resolve_degrees
+from allometry.scaling.degrees import Degrees, resolve_degrees
 
 T = TypeVar("T")
 

@@ -11,7 +11,8 @@ from allometry.configs.errors import UserError
 from allometry.launch.runs.gantt import draw_boxes, draw_links, draw_plan, run_and_step
 from allometry.parallel.hdp.plan import Plan, Unit
 from allometry.parallel.hdp.replay import replay
-from allometry.scaling.layout import Degrees, Layout
+from allometry.scaling.degrees import Degrees
+from allometry.scaling.layout import Layout
 from allometry.trainer.record.plans import plan_record
 from allometry.trainer.record.writer import Recorder
 from allometry.trainer.state.folder import RunFolder
