@@ -73,10 +73,12 @@ class Parallel:
 
     def specs(self) -> dict[str, ParamSpec]:
         """Return what each parameter of ``named_parameters`` is for."""
-        found: dict[str, ParamSpec] = {}
-        for part in self.parts.values():
-            found |= parameter_specs(part)
-        return {name: spec for name, spec in found.items() if name not in self.mirrors}
+        return {
+            name: spec
+            for part in self.parts.values()
+            for name, spec in parameter_specs(part).items()
+            if name not in self.mirrors
+        }
 
     def materialize(self, device: torch.device) -> None:
         """Give storage on ``device`` to parts from the meta device, unset; move any other there."""

@@ -103,7 +103,7 @@ class PipelineExecution:
             parts,
             first=layout.rank_of(0),
             last=layout.rank_of(self._count - 1),
-            line=mesh.pp,
+            axis=mesh.pp,
             tied=model.tied_embeddings,
         )
         self.mirrors = self._tied.mirrors
@@ -255,7 +255,7 @@ def _gather_first_and_reduce_last(schedule: Any) -> None:
             moved[kind][action.stage_index] = action  # more than once where stages take turns
         else:
             others.append(action)
-    first, reduced, last = ([found[s] for s in sorted(found)] for found in moved.values())
+    first, reduced, last = ([actions[s] for s in sorted(actions)] for actions in moved.values())
     orders[schedule.rank] = [*first, *others, *reduced, *last]
 
 
