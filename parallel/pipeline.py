@@ -32,11 +32,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import pipelining
 from torch.distributed.fsdp import FSDPModule
+from typing_extensions import override
 
 from allometry.configs.model import ModelConfig
 from allometry.models.head import Losses
 from allometry.models.transformer import Transformer
-from allometry.parallel.execution import MicroBatch, Observe
+from allometry.parallel.execution import Execution, MicroBatch, Observe
 from allometry.parallel.mesh import Mesh
 from allometry.parallel.reduce import GradientSync
 from allometry.parallel.stage import Stage, StepInputs
@@ -66,7 +67,7 @@ class _Prepared:
     stages: tuple[Stage, ...]
 
 
-class PipelineExecution:
+class PipelineExecution(Execution):
     """``Execution`` over the ranks of ``mesh.pp``.
 
     ``parts`` are this rank's stages by number; they may be without values, but what shards or
@@ -110,6 +111,7 @@ class PipelineExecution:
         if layout.schedule in SPLIT_BACKWARD:
             _prepare_for_split(parts.values())
 
+    @override
     def train(
         self,
         batches: Sequence[MicroBatch],
@@ -117,7 +119,7 @@ class PipelineExecution:
         observe: Observe,
         before: Callable[[int], None] | None = None,
     ) -> None:
-        """See ``Execution``. ``before(i)`` runs on every rank, once, before its first forward."""
+        # ``before(i)`` runs on every rank, once, before its first forward.
         self._tied.send_value()
         prepared = self._prepare(len(batches))
         inputs = StepInputs(
@@ -145,9 +147,10 @@ class PipelineExecution:
         self._sync.finish()
         self._tied.return_gradient()
 
+    @override
     @torch.no_grad()
     def evaluate(self, batches: Sequence[MicroBatch], observe: Observe) -> None:
-        """See ``Execution``. Micro-batches may be any number, each of any shape."""
+        # Micro-batches may be any number, each of any shape.
         self._tied.send_value()
         sent: list[tuple[dist.Work, Tensor]] = []
         held: dict[int, Tensor] = {}  # by micro-batch: what this rank hands on to itself

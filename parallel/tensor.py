@@ -44,12 +44,13 @@ from torch.distributed.tensor import (
     Shard,
     distribute_tensor,
 )
+from typing_extensions import override
 
 from allometry.models.head import OutputHead
 from allometry.models.layers import Embedding, local
 from allometry.models.moe import Experts, MoEFeedForward
 from allometry.models.transformer import Attention, FeedForward, Transformer
-from allometry.models.vocabulary import SharedSoftmax
+from allometry.models.vocabulary import SharedSoftmax, Vocabulary
 from allometry.parallel.mesh import Axis, Mesh
 
 
@@ -111,7 +112,7 @@ def shard_experts(experts: Experts, mesh: Mesh) -> None:
         _distribute(experts, name, cut_over, placements)
 
 
-class PartOfVocabulary:
+class PartOfVocabulary(Vocabulary):
     """The rows of embedding and head that this rank has: ``models.vocabulary.Vocabulary``."""
 
     def __init__(self, mesh: DeviceMesh, axis: Axis, size: int) -> None:
@@ -125,16 +126,16 @@ class PartOfVocabulary:
                 "use a smaller parallel.tp or a larger vocabulary"
             )
 
+    @override
     def max_(self, values: Tensor) -> None:
-        """See ``Vocabulary``."""
         dist.all_reduce(values, dist.ReduceOp.MAX, group=self._group)
 
+    @override
     def sum_(self, values: Tensor) -> None:
-        """See ``Vocabulary``."""
         dist.all_reduce(values, group=self._group)
 
+    @override
     def gather(self, logits_BLv: Tensor) -> Tensor:
-        """See ``Vocabulary``."""
         B, L, _ = logits_BLv.shape
         # Sizes are given, as each rank would guess them from its own part.
         whole = DTensor.from_local(
