@@ -162,7 +162,11 @@ def open_mesh(parallel: ParallelConfig, device: torch.device | None = None) -> M
     not fit the number of ranks, the device is not there or the launch is half described.
     """
     ours = not dist.is_initialized()
-    launch = read_launch(os.environ) if ours else _started()
+    if ours:
+        launch = read_launch(os.environ)
+    else:
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        launch = Launch(dist.get_rank(), dist.get_world_size(), local_rank, address=None)
     degrees = resolve_degrees(parallel, launch.world_size)
     device = _choose_device(device, launch)
     timeout = timedelta(seconds=parallel.timeout_s)
@@ -328,12 +332,6 @@ def _stage(mesh: DeviceMesh, axes: Mapping[AxisName, Axis]) -> Axis:
         return Axis(dist.get_rank(), dist.get_world_size(), everyone)
     stage = mesh["replicas", "shard", "tp"]._flatten("stage")
     return Axis(stage.get_local_rank(), stage.size(), stage.get_group())
-
-
-def _started() -> Launch:
-    """Describe the process group that the caller has started."""
-    local_rank = os.environ.get("LOCAL_RANK", "0")
-    return Launch(dist.get_rank(), dist.get_world_size(), int(local_rank), address=None)
 
 
 def _choose_device(device: torch.device | None, launch: Launch) -> torch.device:

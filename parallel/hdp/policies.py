@@ -1,7 +1,8 @@
 """The policies of ``parallel.context``: which documents go together, on how many ranks, where.
 
 Each takes a problem and a mode and returns units, their rings and each rank's order. Whatever is
-equal is decided by number, so that every rank comes to the same plan.
+equal is decided by number, so that every rank comes to the same plan. ``static`` and ``naive`` are
+what others do: runs are trained with them to compare, and ``static`` needs no planner.
 """
 
 from __future__ import annotations
