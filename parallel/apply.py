@@ -73,10 +73,12 @@ class Parallel:
 
     def specs(self) -> dict[str, ParamSpec]:
         """Return what each parameter of ``named_parameters`` is for."""
-        found: dict[str, ParamSpec] = {}
-        for part in self.parts.values():
-            found |= parameter_specs(part)
-        return {name: spec for name, spec in found.items() if name not in self.mirrors}
+        return {
+            name: spec
+            for part in self.parts.values()
+            for name, spec in parameter_specs(part).items()
+            if name not in self.mirrors
+        }
 
     def materialize(self, device: torch.device) -> None:
         """Give storage on ``device`` to parts from the meta device, unset; move any other there."""
@@ -135,14 +137,11 @@ def distribute(part: Transformer, config: RunConfig, mesh: Mesh) -> None:
     if kind != "none":
         apply_checkpointing(part, kind, dropout=config.model.dropout > 0)
     if config.training.compile:
-        # What ZeRO hooks on to modules inside a block cannot be traced, nor can an exchange.
-        compile_parts(part, whole=mesh.ep.size == 1 and not _nested(config))
-
-
-def _nested(config: RunConfig) -> bool:
-    """Whether ZeRO shards modules inside of blocks on their own (see ``zero.shard_model``)."""
-    half = config.training.compute_dtype == "bf16"
-    return config.parallel.zero.stage > 0 and half and config.model.kind == "moe"
+        # What ZeRO hooks on to modules inside a block (``zero.shard_model``) cannot be traced, nor
+        # can an exchange.
+        half = config.training.compute_dtype == "bf16"
+        nested = config.parallel.zero.stage > 0 and half and config.model.kind == "moe"
+        compile_parts(part, whole=mesh.ep.size == 1 and not nested)
 
 
 def compile_parts(model: Transformer, *, whole: bool = True) -> None:

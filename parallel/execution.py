@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from allometry.models.documents import Documents
 from allometry.models.head import Losses
@@ -69,7 +70,7 @@ class Execution(Protocol):
         """
 
 
-class Accumulation:
+class Accumulation(Execution):
     """The whole model on this rank (or its shards): one micro-batch after the other.
 
     With ``filling``, a micro-batch without targets, ranks may train on different numbers of
@@ -84,6 +85,7 @@ class Accumulation:
         self._sync = sync
         self._filling = filling
 
+    @override
     def train(
         self,
         batches: Sequence[MicroBatch],
@@ -91,7 +93,6 @@ class Accumulation:
         observe: Observe,
         before: Callable[[int], None] | None = None,
     ) -> None:
-        """See ``Execution``."""
         uneven = self._filling is not None
         closing = self._sync.begin_uneven() if uneven else False
         for index, batch in enumerate(batches):
@@ -107,9 +108,9 @@ class Accumulation:
             self._losses(self._filling).total.backward()
         self._sync.finish()
 
+    @override
     @torch.no_grad()
     def evaluate(self, batches: Sequence[MicroBatch], observe: Observe) -> None:
-        """See ``Execution``."""
         for index, batch in enumerate(batches):
             observe(index, self._losses(batch).nll_BL)
 

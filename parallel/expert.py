@@ -28,24 +28,24 @@ class AllToAll:
     for the number of rows to expect (ep numbers for each of its experts) before it sends them.
     """
 
-    def __init__(self, line: Axis) -> None:
-        self._line = line
+    def __init__(self, axis: Axis) -> None:
+        self._axis = axis
 
     @torch.compiler.disable
     def __call__(self, x_SD: Tensor, counts_E: Tensor, compute: Compute) -> Tensor:
         """Return [S, D]: row for row what the experts make of ``x_SD``, sorted by expert."""
-        ranks = self._line.size
+        ranks = self._axis.size
         sent_Re = counts_E.view(ranks, -1)
         # Functional, so that selective checkpointing can keep the result: nothing is written into.
-        got_Re = all_to_all_single(sent_Re.contiguous(), None, None, self._line.group)
+        got_Re = all_to_all_single(sent_Re.contiguous(), None, None, self._axis.group)
         to, back = sent_Re.sum(1).tolist(), got_Re.sum(1).tolist()
-        arrived_ZD = all_to_all_single_autograd(x_SD.contiguous(), back, to, self._line.group)
+        arrived_ZD = all_to_all_single_autograd(x_SD.contiguous(), back, to, self._axis.group)
         # Rows come sorted by (sender, expert); the experts want them by (expert, sender).
         order_Z = _by_expert(got_Re)
         y_ZD = compute(arrived_ZD[order_Z], got_Re.sum(0))
         inverse_Z = torch.empty_like(order_Z)
         inverse_Z[order_Z] = torch.arange(len(order_Z), device=order_Z.device)
-        return all_to_all_single_autograd(y_ZD[inverse_Z], to, back, self._line.group)
+        return all_to_all_single_autograd(y_ZD[inverse_Z], to, back, self._axis.group)
 
 
 def _by_expert(counts_Re: Tensor) -> Tensor:

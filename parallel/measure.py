@@ -44,7 +44,7 @@ def measure_costs(
         if spec.name.startswith("blocks."):
             _, layer, name = spec.name.split(".", 2)
             shapes[int(layer)].append((name, spec.shape))
-    kinds = [tuple(found) for found in shapes]
+    kinds = [tuple(of_layer) for of_layer in shapes]
     known: dict[tuple[tuple[str, tuple[int, ...]], ...], float] = {}
     for layer, kind in enumerate(kinds):
         if kind not in known:

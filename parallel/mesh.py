@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from allometry.configs.errors import UserError
 from allometry.configs.execution import ParallelConfig
-from allometry.scaling.layout import Degrees, resolve_degrees
+from allometry.scaling.degrees import Degrees, resolve_degrees
 
 T = TypeVar("T")
 # Ranks that write or read a checkpoint wait for the slowest disk, not for ``parallel.timeout_s``;
@@ -32,7 +32,7 @@ AxisName = Literal["pp", "hdp", "tp", "ep", "edp", "stage"]
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """One axis of the mesh, seen from this rank: its place, its length, who else is on the line."""
+    """One axis of the mesh, seen from this rank: its place, its length, the group of its ranks."""
 
     rank: int
     size: int
@@ -47,7 +47,7 @@ class Mesh:
     ``replicas`` x ``shard``, and ``shard`` is ``expert_shard`` x ``ep``. ``device_mesh`` has the
     dimensions (pp, replicas, shard, tp); ``expert_mesh`` is the same ranks with shard cut in two,
     or ``device_mesh`` itself without expert parallelism.
-    ``edp`` is the line of ranks that hold the same experts: replicas x expert_shard. ``stage`` is
+    ``edp`` are the ranks that hold the same experts: replicas x expert_shard. ``stage`` is
     hdp x tp: all ranks that hold parts of the same parameters.
 
     ``host_group`` (gloo) carries host objects and flags. ``checkpoint_group`` (gloo) belongs to
@@ -97,9 +97,9 @@ class Mesh:
 
     def all_reduce_sum(self, tensor: Tensor, axis: AxisName) -> Tensor:
         """Replace ``tensor`` by its sum over the ranks of ``axis``; return it. Same on all."""
-        line = self.axis(axis)
-        if line.size > 1:
-            dist.all_reduce(tensor, group=line.group)
+        along = self.axis(axis)
+        if along.size > 1:
+            dist.all_reduce(tensor, group=along.group)
         return tensor
 
     def broadcast_object(self, value: T, source: int = 0) -> T:
@@ -165,7 +165,11 @@ def open_mesh(parallel: ParallelConfig, device: torch.device | None = None) -> M
     not fit the number of ranks, the device is not there or the launch is half described.
     """
     ours = not dist.is_initialized()
-    launch = read_launch(os.environ) if ours else _started()
+    if ours:
+        launch = read_launch(os.environ)
+    else:
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        launch = Launch(dist.get_rank(), dist.get_world_size(), local_rank, address=None)
     degrees = resolve_degrees(parallel, launch.world_size)
     device = _choose_device(device, launch)
     timeout = timedelta(seconds=parallel.timeout_s)
@@ -173,7 +177,7 @@ def open_mesh(parallel: ParallelConfig, device: torch.device | None = None) -> M
         torch.cuda.set_device(device)
     if ours:
         _start(launch, device, timeout)
-    device_mesh, expert_mesh, lines = _arrange(degrees, device.type)
+    device_mesh, expert_mesh, axes = _arrange(degrees, device.type)
     # A simulated world has no other ranks that gloo could meet.
     host_backend = "fake" if dist.get_backend() == "fake" else "gloo"
     host, checkpoint = (
@@ -183,19 +187,19 @@ def open_mesh(parallel: ParallelConfig, device: torch.device | None = None) -> M
             ("checkpoint writer", max(timeout, CHECKPOINT_TIMEOUT)),
         )
     )
-    made = {line.group for line in lines.values() if line.group is not dist.group.WORLD}
+    made = {axis.group for axis in axes.values() if axis.group is not dist.group.WORLD}
     for each in (device_mesh, expert_mesh):
         for name in each.mesh_dim_names or ():
             _set_timeout(each.get_group(name), timeout)
-    for line in lines.values():
-        _set_timeout(line.group, timeout)
+    for axis in axes.values():
+        _set_timeout(axis.group, timeout)
     return Mesh(
         device=device,
         rank=launch.rank,
         world_size=launch.world_size,
         device_mesh=device_mesh,
         expert_mesh=expert_mesh,
-        **lines,
+        **axes,
         host_group=host,
         checkpoint_group=checkpoint,
         timeout=timeout,
@@ -288,13 +292,13 @@ def launched_world_size() -> int:
 def _arrange(
     degrees: Degrees, device_type: str
 ) -> tuple[DeviceMesh, DeviceMesh, dict[AxisName, Axis]]:
-    """Return the mesh, the mesh with ep in it, and this rank's lines."""
+    """Return the mesh, the mesh with ep in it, and this rank's axes."""
     mesh = init_device_mesh(
         device_type,
         (degrees.pp, degrees.replicas, degrees.shard, degrees.tp),
         mesh_dim_names=("pp", "replicas", "shard", "tp"),
     )
-    # A line that is there already gets no second group: each costs memory and time to connect.
+    # An axis that is there already gets no second group: each costs memory and time to connect.
     hdp = mesh["shard"] if degrees.replicas == 1 else mesh["replicas", "shard"]._flatten("hdp")
     alone = next((mesh[name] for name in ("replicas", "tp", "pp") if mesh[name].size() == 1), None)
     if degrees.ep == 1 and alone is not None:
@@ -308,38 +312,32 @@ def _arrange(
         ep, same_experts = experts["ep"], experts["expert_shard"]
         if degrees.replicas > 1:
             same_experts = experts["replicas", "expert_shard"]._flatten("edp")
-    found: dict[AxisName, DeviceMesh] = {
+    submeshes: dict[AxisName, DeviceMesh] = {
         "pp": mesh["pp"],
         "hdp": hdp,
         "tp": mesh["tp"],
         "ep": ep,
         "edp": same_experts,
     }
-    lines = {
-        name: Axis(line.get_local_rank(), line.size(), line.get_group())
-        for name, line in found.items()
+    axes = {
+        name: Axis(each.get_local_rank(), each.size(), each.get_group())
+        for name, each in submeshes.items()
     }
-    return mesh, experts, lines | {"stage": _stage(mesh, lines)}
+    return mesh, experts, axes | {"stage": _stage(mesh, axes)}
 
 
-def _stage(mesh: DeviceMesh, lines: Mapping[AxisName, Axis]) -> Axis:
-    """Return hdp x tp, which is mostly a line that is there already."""
-    if lines["tp"].size == 1:
-        return lines["hdp"]
-    if lines["hdp"].size == 1:
-        return lines["tp"]
-    if lines["pp"].size == 1:
+def _stage(mesh: DeviceMesh, axes: Mapping[AxisName, Axis]) -> Axis:
+    """Return hdp x tp, which is mostly an axis that is there already."""
+    if axes["tp"].size == 1:
+        return axes["hdp"]
+    if axes["hdp"].size == 1:
+        return axes["tp"]
+    if axes["pp"].size == 1:
         everyone = dist.group.WORLD
         assert everyone is not None
         return Axis(dist.get_rank(), dist.get_world_size(), everyone)
-    line = mesh["replicas", "shard", "tp"]._flatten("stage")
-    return Axis(line.get_local_rank(), line.size(), line.get_group())
-
-
-def _started() -> Launch:
-    """Describe the process group that the caller has started."""
-    local_rank = os.environ.get("LOCAL_RANK", "0")
-    return Launch(dist.get_rank(), dist.get_world_size(), int(local_rank), address=None)
+    stage = mesh["replicas", "shard", "tp"]._flatten("stage")
+    return Axis(stage.get_local_rank(), stage.size(), stage.get_group())
 
 
 def _choose_device(device: torch.device | None, launch: Launch) -> torch.device:

@@ -33,13 +33,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import pipelining
 from torch.distributed.fsdp import FSDPModule
+from typing_extensions import override
 
 from allometry.configs.model import ModelConfig
 from allometry.models.head import Losses
 from allometry.models.loss import GradientSum
 from allometry.models.parameters import cast_once
 from allometry.models.transformer import Transformer
-from allometry.parallel.execution import MicroBatch, Observe
+from allometry.parallel.execution import Execution, MicroBatch, Observe
 from allometry.parallel.mesh import Mesh
 from allometry.parallel.reduce import GradientSync
 from allometry.parallel.stage import Stage, StepInputs
@@ -69,7 +70,7 @@ class _Prepared:
     stages: tuple[Stage, ...]
 
 
-class PipelineExecution:
+class PipelineExecution(Execution):
     """``Execution`` over the ranks of ``mesh.pp``.
 
     ``parts`` are this rank's stages by number; they may be without values, but what shards or
@@ -106,7 +107,7 @@ class PipelineExecution:
             parts,
             first=layout.rank_of(0),
             last=layout.rank_of(self._count - 1),
-            line=mesh.pp,
+            axis=mesh.pp,
             tied=model.tied_embeddings,
         )
         self.mirrors = self._tied.mirrors
@@ -117,6 +118,7 @@ class PipelineExecution:
         if layout.schedule in SPLIT_BACKWARD:
             _prepare_for_split(parts.values())
 
+    @override
     def train(
         self,
         batches: Sequence[MicroBatch],
@@ -124,7 +126,7 @@ class PipelineExecution:
         observe: Observe,
         before: Callable[[int], None] | None = None,
     ) -> None:
-        """See ``Execution``. ``before(i)`` runs on every rank, once, before its first forward."""
+        # ``before(i)`` runs on every rank, once, before its first forward.
         self._head_gradient.begin()
         self._tied.send_value()
         prepared = self._prepare(len(batches))
@@ -156,17 +158,19 @@ class PipelineExecution:
         self._sync.finish()
         self._tied.return_gradient()
 
+    @override
     @torch.no_grad()
     def evaluate(self, batches: Sequence[MicroBatch], observe: Observe) -> None:
-        """See ``Execution``. Micro-batches may be any number, each of any shape."""
+        # Micro-batches may be any number, each of any shape.
         self._tied.send_value()
         self._forward(batches, observe)
 
+    @override
     @torch.no_grad()
     def count_visits(
         self, batches: Sequence[MicroBatch], before: Callable[[int], None] | None = None
     ) -> None:
-        """See ``Execution``. ``before(i)`` runs on every rank, before its first stage's forward."""
+        # ``before(i)`` runs on every rank, before its first stage's forward.
         with self._sync.gathered() if self._uneven else nullcontext():
             self._forward(batches, None, before)
 
@@ -290,7 +294,7 @@ def _gather_first_and_reduce_last(schedule: Any) -> None:
             moved[kind][action.stage_index] = action  # more than once where stages take turns
         else:
             others.append(action)
-    first, reduced, last = ([found[s] for s in sorted(found)] for found in moved.values())
+    first, reduced, last = ([actions[s] for s in sorted(actions)] for actions in moved.values())
     orders[schedule.rank] = [*first, *others, *reduced, *last]
 
 

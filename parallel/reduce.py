@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from typing_extensions import override
 
 from allometry.parallel.mesh import Axis
 
@@ -55,7 +56,7 @@ ReductionGroup = tuple[Sequence[nn.Parameter], Axis]
 """Parameters, and the axis of ranks that hold the same ones and see different micro-batches."""
 
 
-class FlatReducer:
+class FlatReducer(GradientSync):
     """ZeRO stage 0: whole gradients, summed in a few flat buckets of fp32, then over ``tp``.
 
     ``groups`` returns the parameters by the axis of ranks that hold the same ones: hdp for most,
@@ -93,23 +94,23 @@ class FlatReducer:
         self._launched = 0
         self._last = False
 
+    @override
     def micro_batch(self, last: bool) -> None:
-        """See ``GradientSync``."""
         self._last = last
         for bucket in self._made():
             bucket.awaited = len(bucket.parameters)
 
+    @override
     def begin_uneven(self) -> bool:
-        """See ``GradientSync``."""
         self.micro_batch(last=False)
         return False
 
+    @override
     def gathered(self) -> AbstractContextManager[None]:
-        """See ``GradientSync``."""
         return nullcontext()
 
+    @override
     def finish(self) -> None:
-        """See ``GradientSync``."""
         buckets = self._made()
         self._last = False
         while self._launched < len(buckets):

@@ -104,15 +104,15 @@ class CollectiveLog(TorchDispatchMode):
 
 def axis_names(mesh: Mesh) -> dict[str, str]:
     """Return the mesh dimension of each group by the group's name; hdp's parts under their own."""
-    found: dict[str, str] = {}
+    names: dict[str, str] = {}
     for whole in (mesh.expert_mesh, mesh.device_mesh):
         for name in whole.mesh_dim_names or ():
-            found[whole.get_group(name).group_name] = name
+            names[whole.get_group(name).group_name] = name
     for name in ("stage", "edp", "hdp", "ep", "tp", "pp"):
-        line = mesh.axis(name)
-        if line.size > 1:
-            found[line.group.group_name] = name
-    return found
+        axis = mesh.axis(name)
+        if axis.size > 1:
+            names[axis.group.group_name] = name
+    return names
 
 
 def _group(args: tuple[Any, ...]) -> dist.ProcessGroup | None:
@@ -178,7 +178,7 @@ class EvenExchange:
     def __call__(
         self, x_SD: Tensor, counts_E: Tensor, compute: Callable[[Tensor, Tensor], Tensor]
     ) -> Tensor:
-        """See ``expert.AllToAll``."""
+        """Do what ``expert.AllToAll`` does."""
         S = x_SD.shape[0]
         each = [S // self._ranks + (i < S % self._ranks) for i in range(self._ranks)]
         sent_Re = counts_E.view(self._ranks, self._experts)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
+from typing_extensions import override
 
 from allometry.models.head import Losses
 from allometry.parallel.execution import MicroBatch, Observe
@@ -68,31 +69,34 @@ class Stage(PipelineStage):
         self.inputs.observe(index, made.nll_BL)
         return made.total
 
+    @override
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
-        """See torch. A tensor is made when it is about to come, not for all at the start."""
+        # A tensor is made when it is about to come, not for all at the start.
         self._begin(fwd_chunk_id)
         self._make_buffers("forward", self.args_recv_info, fwd_chunk_id)
         return super().get_fwd_recv_ops(fwd_chunk_id)
 
+    @override
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
-        """See ``get_fwd_recv_ops``."""
         if self.has_backward and not self.is_last:
             self._make_buffers("backward", self.grad_recv_info, bwd_chunk_id)
         return super().get_bwd_recv_ops(bwd_chunk_id)
 
+    @override
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
-        """See torch. Afterwards the input is held by what backward needs, and by nothing else."""
+        # Afterwards the input is held by what backward needs, and by nothing else.
         made = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
         self._drop_buffers(self.args_recv_info, fwd_chunk_id)
         return made
 
+    @override
     def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
-        """See ``forward_one_chunk``."""
         super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
         self._drop_buffers(self.grad_recv_info, bwd_chunk_id)
 
+    @override
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
-        """See torch. With FSDP2 in bf16, gradients add up in fp32 also here.
+        """Compute weights' gradients. With FSDP2 in bf16, gradients add up in fp32 also here.
 
         FSDP2 casts them where a backward has gone through a block, and this half does not: those
         of all micro-batches that follow one another would be added in bf16.
@@ -105,8 +109,9 @@ class Stage(PipelineStage):
                     parameter.accumulate_unsharded_grad_if_needed()
                     parameter.to_accumulated_grad_if_needed()
 
+    @override
     def clear_runtime_states(self) -> None:
-        """See torch. Received tensors are new each time: there are no gradients to clear."""
+        # Received tensors are new each time: there are no gradients to clear.
         self.fwd_cache.clear()
         self.output_chunks.clear()
 

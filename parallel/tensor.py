@@ -44,13 +44,14 @@ from torch.distributed.tensor import (
     Shard,
     distribute_tensor,
 )
+from typing_extensions import override
 
 from allometry.models.head import OutputHead
 from allometry.models.layers import Embedding
 from allometry.models.moe import Experts, MoEFeedForward
 from allometry.models.parameters import local_weight
 from allometry.models.transformer import Attention, FeedForward, Transformer
-from allometry.models.vocabulary import SharedSoftmax
+from allometry.models.vocabulary import SharedSoftmax, Vocabulary
 from allometry.parallel.mesh import Axis, Mesh
 
 
@@ -64,26 +65,26 @@ def apply_tensor(model: Transformer, mesh: Mesh) -> None:
     same on all ranks of a tensor group: count them once. Logits are whole on all.
     """
     if mesh.tp.size > 1:
-        line = mesh.device_mesh["tp"]
+        tp = mesh.device_mesh["tp"]
         for module in list(model.modules()):
             match module:
                 case Attention():
-                    _cut_weights(module, line, {"wq": 0, "wk": 0, "wv": 0, "wo": 1})
-                    _exchange_tokens(module, line)
+                    _cut_weights(module, tp, {"wq": 0, "wk": 0, "wv": 0, "wo": 1})
+                    _exchange_tokens(module, tp)
                 case FeedForward():
-                    _cut_weights(module, line, {"gate": 0, "up": 0, "down": 1})
-                    _exchange_tokens(module, line)
+                    _cut_weights(module, tp, {"gate": 0, "up": 0, "down": 1})
+                    _exchange_tokens(module, tp)
                 case Embedding():
-                    _distribute(module, "weight", line, [Shard(0)])
-                    vocabulary = PartOfVocabulary(line, mesh.tp, module.num_embeddings)
+                    _distribute(module, "weight", tp, [Shard(0)])
+                    vocabulary = PartOfVocabulary(tp, mesh.tp, module.num_embeddings)
                     module.forward = partial(_look_up, module, vocabulary)
                 case OutputHead():
-                    _share_head(module, line, mesh.tp)
+                    _share_head(module, tp, mesh.tp)
                 case MoEFeedForward():
                     module.register_forward_pre_hook(partial(_cut_counted, mesh.tp))
                 case Experts():
-                    module.register_forward_pre_hook(partial(_gather_rows, line))
-                    module.register_forward_hook(partial(_scatter_rows, line))
+                    module.register_forward_pre_hook(partial(_gather_rows, tp))
+                    module.register_forward_hook(partial(_scatter_rows, tp))
     for module in list(model.modules()):
         if isinstance(module, Experts):
             shard_experts(module, mesh)
@@ -102,21 +103,21 @@ def shard_experts(experts: Experts, mesh: Mesh) -> None:
     """
     for name, hidden in (("gate", 1), ("up", 1), ("down", 2)):
         if mesh.ep.size > 1 and mesh.tp.size > 1:
-            line, placements = mesh.expert_mesh["ep", "tp"], [Shard(0), Shard(hidden)]
+            cut_over, placements = mesh.expert_mesh["ep", "tp"], [Shard(0), Shard(hidden)]
         elif mesh.ep.size > 1:
-            line, placements = mesh.expert_mesh["ep"], [Shard(0)]
+            cut_over, placements = mesh.expert_mesh["ep"], [Shard(0)]
         elif mesh.tp.size > 1:
-            line, placements = mesh.device_mesh["tp"], [Shard(hidden)]
+            cut_over, placements = mesh.device_mesh["tp"], [Shard(hidden)]
         else:
             return
-        _distribute(experts, name, line, placements)
+        _distribute(experts, name, cut_over, placements)
 
 
-class PartOfVocabulary:
+class PartOfVocabulary(Vocabulary):
     """The rows of embedding and head that this rank has: ``models.vocabulary.Vocabulary``."""
 
-    def __init__(self, line: DeviceMesh, axis: Axis, size: int) -> None:
-        self.line, self._group, self._size = line, axis.group, size
+    def __init__(self, mesh: DeviceMesh, axis: Axis, size: int) -> None:
+        self.mesh, self._group, self._size = mesh, axis.group, size
         # As Shard(0) cuts: equal parts, but the last ones get what is left.
         self.columns = -(-size // axis.size)
         self.first = axis.rank * self.columns
@@ -126,21 +127,21 @@ class PartOfVocabulary:
                 "use a smaller parallel.tp or a larger vocabulary"
             )
 
+    @override
     def max_(self, values: Tensor) -> None:
-        """See ``Vocabulary``."""
         dist.all_reduce(values, dist.ReduceOp.MAX, group=self._group)
 
+    @override
     def sum_(self, values: Tensor) -> None:
-        """See ``Vocabulary``."""
         dist.all_reduce(values, group=self._group)
 
+    @override
     def gather(self, logits_BLv: Tensor) -> Tensor:
-        """See ``Vocabulary``."""
         B, L, _ = logits_BLv.shape
         # Sizes are given, as each rank would guess them from its own part.
         whole = DTensor.from_local(
             logits_BLv,
-            self.line,
+            self.mesh,
             [Shard(2)],
             run_check=False,
             shape=torch.Size((B, L, self._size)),
@@ -149,41 +150,41 @@ class PartOfVocabulary:
         return whole.full_tensor()
 
 
-def gather(x: Tensor, line: DeviceMesh, dim: int) -> Tensor:
+def gather(x: Tensor, mesh: DeviceMesh, dim: int) -> Tensor:
     """Return the ranks' parts side by side; backward sums their gradients and cuts the sum."""
-    parts = DTensor.from_local(x, line, [Shard(dim)], run_check=False)
+    parts = DTensor.from_local(x, mesh, [Shard(dim)], run_check=False)
     return parts.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
 
 
-def scatter_sum(x: Tensor, line: DeviceMesh, dim: int) -> Tensor:
+def scatter_sum(x: Tensor, mesh: DeviceMesh, dim: int) -> Tensor:
     """Return this rank's part of the sum over the ranks; backward gathers."""
-    summands = DTensor.from_local(x, line, [Partial()], run_check=False)
+    summands = DTensor.from_local(x, mesh, [Partial()], run_check=False)
     return summands.redistribute(placements=[Shard(dim)]).to_local()
 
 
 def _distribute(
-    module: nn.Module, name: str, line: DeviceMesh, placements: list[Placement]
+    module: nn.Module, name: str, mesh: DeviceMesh, placements: list[Placement]
 ) -> None:
     """Replace a parameter by its DTensor, without communication."""
     parameter = module.get_parameter(name)
-    tensor = distribute_tensor(parameter.detach(), line, placements, src_data_rank=None)
+    tensor = distribute_tensor(parameter.detach(), mesh, placements, src_data_rank=None)
     module.register_parameter(name, nn.Parameter(tensor, parameter.requires_grad))
 
 
-def _cut_weights(module: nn.Module, line: DeviceMesh, dims: dict[str, int]) -> None:
+def _cut_weights(module: nn.Module, mesh: DeviceMesh, dims: dict[str, int]) -> None:
     for name, dim in dims.items():
-        _distribute(module.get_submodule(name), "weight", line, [Shard(dim)])
+        _distribute(module.get_submodule(name), "weight", mesh, [Shard(dim)])
 
 
-def _exchange_tokens(module: nn.Module, line: DeviceMesh) -> None:
+def _exchange_tokens(module: nn.Module, mesh: DeviceMesh) -> None:
     """Let a branch [B, l, D] -> [B, l, D] gather its tokens and scatter its sums."""
 
     def before(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         x_BlD, *others = inputs
-        return gather(x_BlD, line, dim=1), *others
+        return gather(x_BlD, mesh, dim=1), *others
 
     def after(_: nn.Module, inputs: tuple[Any, ...], y_BLD: Tensor) -> Tensor:
-        return scatter_sum(y_BLD, line, dim=1)
+        return scatter_sum(y_BLD, mesh, dim=1)
 
     module.register_forward_pre_hook(before)
     module.register_forward_hook(after)
@@ -199,7 +200,7 @@ def _cut_counted(axis: Axis, _: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any
 
 
 def _gather_rows(
-    line: DeviceMesh, _: nn.Module, inputs: tuple[Tensor, Tensor, Tensor]
+    mesh: DeviceMesh, _: nn.Module, inputs: tuple[Tensor, Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Bring all tokens [t, ...], their gates and the experts they visit to a part of the experts.
 
@@ -208,12 +209,12 @@ def _gather_rows(
     """
     x_tD, gates_tk, experts_tk = inputs
     with torch.no_grad():
-        experts_Tk = gather(experts_tk, line, dim=0)
-    return gather(x_tD, line, dim=0), gather(gates_tk, line, dim=0), experts_Tk
+        experts_Tk = gather(experts_tk, mesh, dim=0)
+    return gather(x_tD, mesh, dim=0), gather(gates_tk, mesh, dim=0), experts_Tk
 
 
-def _scatter_rows(line: DeviceMesh, _: nn.Module, inputs: tuple[Any, ...], y_TD: Tensor) -> Tensor:
-    return scatter_sum(y_TD, line, dim=0)
+def _scatter_rows(mesh: DeviceMesh, _: nn.Module, inputs: tuple[Any, ...], y_TD: Tensor) -> Tensor:
+    return scatter_sum(y_TD, mesh, dim=0)
 
 
 def _look_up(embedding: Embedding, vocabulary: PartOfVocabulary, tokens_BL: Tensor) -> Tensor:
@@ -222,17 +223,17 @@ def _look_up(embedding: Embedding, vocabulary: PartOfVocabulary, tokens_BL: Tens
     own_BL = tokens_BL - vocabulary.first
     here_BL = (own_BL >= 0) & (own_BL < len(weight_vD))
     x_BLD = F.embedding(own_BL.where(here_BL, 0), weight_vD).to(embedding.dtype)
-    return scatter_sum(x_BLD.where(here_BL[:, :, None], 0.0), vocabulary.line, dim=1)
+    return scatter_sum(x_BLD.where(here_BL[:, :, None], 0.0), vocabulary.mesh, dim=1)
 
 
-def _share_head(head: OutputHead, line: DeviceMesh, axis: Axis) -> None:
+def _share_head(head: OutputHead, mesh: DeviceMesh, axis: Axis) -> None:
     """Let the head see all tokens and its part of the vocabulary (its own weight or a tied one)."""
     if head.weight is not None:
-        _distribute(head, "weight", line, [Shard(0)])
-    head.softmax = SharedSoftmax(PartOfVocabulary(line, axis, head.vocab_size))
+        _distribute(head, "weight", mesh, [Shard(0)])
+    head.softmax = SharedSoftmax(PartOfVocabulary(mesh, axis, head.vocab_size))
 
     def before(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         x_BlD, *others = inputs
-        return gather(x_BlD, line, dim=1), *others
+        return gather(x_BlD, mesh, dim=1), *others
 
     head.register_forward_pre_hook(before)

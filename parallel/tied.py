@@ -29,12 +29,12 @@ class TiedHead:
     """
 
     def __init__(
-        self, parts: Mapping[int, Transformer], first: int, last: int, line: Axis, *, tied: bool
+        self, parts: Mapping[int, Transformer], first: int, last: int, axis: Axis, *, tied: bool
     ) -> None:
         held = parts.values() if tied else ()
         self._owner = next((part.embedding for part in held if part.embedding is not None), None)
         self._mirror = next((part.head for part in held if part.head is not None), None)
-        self._first, self._last, self._line = first, last, line
+        self._first, self._last, self._axis = first, last, axis
         assert self._mirror is None or self._mirror.weight is not None, "the head is not parted"
 
     @property
@@ -70,11 +70,11 @@ class TiedHead:
         _gradient(_weight(self._owner)).add_(gradient)
 
     def _send(self, tensor: Tensor, to: int) -> None:
-        dist.send(tensor.contiguous(), group=self._line.group, group_dst=to)
+        dist.send(tensor.contiguous(), group=self._axis.group, group_dst=to)
 
     def _receive(self, tensor: Tensor, source: int) -> None:
         assert tensor.is_contiguous()
-        dist.recv(tensor, group=self._line.group, group_src=source)
+        dist.recv(tensor, group=self._axis.group, group_src=source)
 
 
 def _weight(module: nn.Module) -> nn.Parameter:

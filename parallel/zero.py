@@ -35,6 +35,7 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.tensor import DTensor, Shard
+from typing_extensions import override
 
 from allometry.configs.execution import Zero
 from allometry.models.build import named_parameters
@@ -46,7 +47,7 @@ from allometry.scaling.roles import Role
 from allometry.scaling.shards import zero_dim
 
 
-class FullyShardedSync:
+class FullyShardedSync(GradientSync):
     """Stages 1 to 3 with FSDP2: a group for the embedding, one for each block, one for the rest.
 
     Stage 1 gathers parameters once a step, keeps gradients whole (in fp32) and reduce-scatters
@@ -85,15 +86,16 @@ class FullyShardedSync:
             if hasattr(unit, "set_reduce_scatter_unused_params"):
                 unit.set_reduce_scatter_unused_params(True, recurse=False)
 
+    @override
     def micro_batch(self, last: bool) -> None:
-        """See ``GradientSync``."""
         for root in self._roots:
             root.set_is_last_backward(last)
             root.set_requires_gradient_sync(last or self._every_time)
             root.set_reshard_after_backward(last or self._free_after_backward)
 
+    @override
     def begin_uneven(self) -> bool:
-        """See ``GradientSync``. Gathered one by one, a rank in a ring would keep others waiting."""
+        # Gathered one by one, a rank in a ring would keep others waiting.
         for root in self._roots:
             root.set_is_last_backward(False)
             root.set_requires_gradient_sync(False)
@@ -102,9 +104,9 @@ class FullyShardedSync:
             unit.unshard()
         return True
 
+    @override
     @contextmanager
     def gathered(self) -> Iterator[None]:
-        """See ``GradientSync``."""
         self._held = True
         for unit in self._units:
             unit.unshard()
@@ -115,8 +117,9 @@ class FullyShardedSync:
             for unit in self._units:
                 unit.reshard()
 
+    @override
     def finish(self) -> None:
-        """See ``GradientSync``. FSDP2 summed over hdp in the last backward; what is left is tp."""
+        # FSDP2 has summed over hdp in the last backward.
         sum_over_tp((p for part in self._parts for p in part.parameters()), self._tp)
 
     def _after_forward(self, *_: Any) -> None:

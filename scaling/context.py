@@ -5,15 +5,13 @@ Pure; ``layout.py`` asks for every run.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from allometry.configs.data import DocumentData
 from allometry.configs.errors import UserError
 from allometry.configs.execution import ContextConfig
 from allometry.configs.run import RunConfig
-
-if TYPE_CHECKING:  # layout.py imports this file
-    from allometry.scaling.layout import Degrees
+from allometry.scaling.degrees import Degrees, divisors, either
 
 
 def mode_of(config: RunConfig, degrees: Degrees) -> Literal["free", "aligned", "lockstep"]:
@@ -62,10 +60,9 @@ def _check_policy(config: RunConfig, degrees: Degrees) -> None:
     context, stage = config.parallel.context, config.parallel.zero.stage
     if context.policy == "static":
         if degrees.hdp % context.degree:
-            fits = [str(d) for d in range(1, degrees.hdp + 1) if degrees.hdp % d == 0]
             raise UserError(
                 f"parallel.context.degree={context.degree} must divide hdp={degrees.hdp}; use "
-                f"one of {', '.join(fits)}"
+                f"{either(divisors(degrees.hdp))}"
             )
         if context.offload != "none":
             raise UserError(

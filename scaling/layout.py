@@ -1,4 +1,4 @@
-"""How a run lies on its ranks: degrees, pipeline stages, and whether a model can take them.
+"""How a run lies on its ranks: pipeline stages, and whether a model can take the degrees.
 
 Pure and without torch, so that trainer, dry run and planner ask the same function.
 """
@@ -11,12 +11,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from allometry.configs.errors import UserError
-from allometry.configs.execution import ParallelConfig, Pipeline
+from allometry.configs.execution import Pipeline
 from allometry.configs.model import ModelConfig, MoEModel
 from allometry.configs.run import RunConfig
 from allometry.scaling.batch import BatchPlan, check_batch
 from allometry.scaling.context import check_context, check_offload
 from allometry.scaling.count import layer_flops
+from allometry.scaling.degrees import Degrees, divisors, either, resolve_degrees
 
 V_SCHEDULES = ("zbv_zero_bubble", "dualpipe_v")
 """Schedules whose stages run down the ranks and back up: the first and the last share a rank."""
@@ -24,66 +25,6 @@ ONE_STAGE_SCHEDULES = ("gpipe", "1f1b")
 SPLIT_BACKWARD = ("interleaved_zero_bubble", "zbv_zero_bubble", "dualpipe_v")
 """Schedules that compute gradients of activations first and those of weights when there is time."""
 INTERLEAVED_ROUNDS = ("interleaved_1f1b", "interleaved_zero_bubble")
-
-
-@dataclass(frozen=True, slots=True)
-class Degrees:
-    """Lengths of the mesh's axes. ``hdp`` = ``replicas`` x ``shard``; ``ep`` divides ``shard``."""
-
-    pp: int
-    hdp: int
-    tp: int
-    ep: int
-    replicas: int
-
-    @property
-    def world_size(self) -> int:
-        """Number of ranks."""
-        return self.pp * self.hdp * self.tp
-
-    @property
-    def shard(self) -> int:
-        """Ranks that share one copy of what ZeRO shards."""
-        return self.hdp // self.replicas
-
-
-def resolve_degrees(parallel: ParallelConfig, world_size: int) -> Degrees:
-    """Return the axes of the mesh on this many ranks.
-
-    Raises:
-        UserError: the degrees do not multiply to ``world_size`` or do not divide one another.
-    """
-    pp, tp = parallel.pp, parallel.tp
-    others = pp * tp
-    if parallel.hdp == "auto":
-        if world_size % others:
-            raise UserError(
-                f"parallel.pp={pp} x parallel.tp={tp} must divide the number of ranks, "
-                f"{world_size}; start a multiple of {others} ranks or change one of them"
-            )
-        hdp = world_size // others
-    else:
-        hdp = parallel.hdp
-        if hdp * others != world_size:
-            fits = f"set parallel.hdp={world_size // others} or auto, or " * (
-                world_size % others == 0
-            )
-            raise UserError(
-                f"parallel.hdp={hdp} (with pp={pp} and tp={tp}) needs {hdp * others} ranks, but "
-                f"there {'is' if world_size == 1 else 'are'} {world_size}; {fits}start "
-                f"{hdp * others} ranks (torchrun --nproc-per-node)"
-            )
-    replicas, ep = parallel.zero.replicas, parallel.ep
-    if hdp % replicas:
-        raise UserError(
-            f"parallel.zero.replicas={replicas} must divide hdp={hdp}; use {either(divisors(hdp))}"
-        )
-    if (hdp // replicas) % ep:
-        whole = f"hdp={hdp}" if replicas == 1 else f"hdp/replicas={hdp // replicas}"
-        raise UserError(
-            f"parallel.ep={ep} must divide {whole}; use {either(divisors(hdp // replicas))}"
-        )
-    return Degrees(pp=pp, hdp=hdp, tp=tp, ep=ep, replicas=replicas)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,11 +85,11 @@ class Layout:
 
     def describe(self) -> dict[str, Any]:
         """Return the layout as JSON; ``stages`` lists [first layer, past the last]."""
-        found: dict[str, Any] = asdict(self.degrees)
+        described: dict[str, Any] = asdict(self.degrees)
         if self.pp > 1:
-            found["schedule"] = self.schedule
-            found["stages"] = [[stage.start, stage.stop] for stage in self.stages]
-        return found
+            described["schedule"] = self.schedule
+            described["stages"] = [[stage.start, stage.stop] for stage in self.stages]
+        return described
 
     def rank_of(self, stage: int) -> int:
         """Return the pipeline rank that runs this stage."""
@@ -160,17 +101,6 @@ class Layout:
     def stages_of(self, pp_rank: int) -> tuple[int, ...]:
         """Return the stages that this pipeline rank runs, in the order of the model."""
         return tuple(s for s in range(len(self.stages)) if self.rank_of(s) == pp_rank)
-
-
-def divisors(number: int) -> list[int]:
-    """Return all divisors in rising order."""
-    return [d for d in range(1, number + 1) if number % d == 0]
-
-
-def either(values: Sequence[int]) -> str:
-    """Return "1, 2 or 4"."""
-    texts = [str(value) for value in values]
-    return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} or {texts[-1]}"
 
 
 def split_layers(costs: Sequence[float], stages: int) -> tuple[range, ...]:

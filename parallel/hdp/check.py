@@ -27,17 +27,17 @@ def check_plan(plan: Plan) -> None:
     if plan.mode == "lockstep" and len(counts) != 1:
         raise PlanError(f"mode lockstep has orders of different lengths: {sorted(counts)}")
     for number, unit in enumerate(plan.units):
-        found = places[number]
+        placed = places[number]
         ring = list(unit.ring)
-        if sorted(rank for rank, _ in found) != sorted(ring) or len(set(ring)) != len(ring):
+        if sorted(rank for rank, _ in placed) != sorted(ring) or len(set(ring)) != len(ring):
             raise PlanError(
                 f"unit {number} has the ring {ring}, but stands in the orders of hdp ranks "
-                f"{sorted(rank for rank, _ in found)}"
+                f"{sorted(rank for rank, _ in placed)}"
             )
-        if plan.mode != "free" and len({place for _, place in found}) != 1:
+        if plan.mode != "free" and len({place for _, place in placed}) != 1:
             raise PlanError(
                 f"unit {number} stands at different places of its ring {ring}: "
-                + ", ".join(f"micro-batch {place} of rank {rank}" for rank, place in found)
+                + ", ".join(f"micro-batch {place} of rank {rank}" for rank, place in placed)
             )
     _check_capacity(plan)
 
@@ -56,15 +56,15 @@ def _check_documents(plan: Plan) -> None:
 
 def _places(plan: Plan) -> list[list[tuple[int, int]]]:
     """Return the (rank, place) where each unit stands."""
-    found: list[list[tuple[int, int]]] = [[] for _ in plan.units]
+    placed: list[list[tuple[int, int]]] = [[] for _ in plan.units]
     for rank, order in enumerate(plan.orders):
         for place, number in enumerate(order):
             if number is None:
                 continue
-            if not 0 <= number < len(found):
-                raise PlanError(f"hdp rank {rank} has no unit {number} of {len(found)} to run")
-            found[number].append((rank, place))
-    return found
+            if not 0 <= number < len(placed):
+                raise PlanError(f"hdp rank {rank} has no unit {number} of {len(placed)} to run")
+            placed[number].append((rank, place))
+    return placed
 
 
 def _check_capacity(plan: Plan) -> None:

@@ -94,9 +94,9 @@ def _torch_orders(schedule: str, pp: int, stages_per_rank: int, count: int) -> O
         )
         for number in range(stages_per_rank)
     ]
-    found = kinds[schedule](stages, count).pipeline_order
+    by_rank = kinds[schedule](stages, count).pipeline_order
     return tuple(
-        tuple(action for entry in found[rank] for action in _actions(entry)) for rank in range(pp)
+        tuple(action for entry in by_rank[rank] for action in _actions(entry)) for rank in range(pp)
     )
 
 

@@ -89,11 +89,11 @@ class Plan:
 
 def member_tokens(lengths: Sequence[int], degree: int, member: int) -> int:
     """Return how many tokens ``member`` of ``degree`` holds: chunks j and 2n-1-j of 2n of each."""
-    found = 0
+    held = 0
     for length in lengths:
         short, longer = divmod(length, 2 * degree)
-        found += 2 * short + (member < longer) + (2 * degree - 1 - member < longer)
-    return found
+        held += 2 * short + (member < longer) + (2 * degree - 1 - member < longer)
+    return held
 
 
 def make_plan(
@@ -115,7 +115,7 @@ def make_plan(
     ``multiple``: that a micro-batch's tokens are filled up to (tp); the capacity holds after that.
     Except in free mode each rank's number of micro-batches is a multiple of ``round_count``, and at
     least ``least``, by dummies at the end; no rank is without a micro-batch. ``pp``: pipeline
-    ranks, each of which waits once for the dearest micro-batch.
+    ranks, each of which waits once for the costliest micro-batch.
 
     Raises:
         UserError: a document does not fit the ranks.

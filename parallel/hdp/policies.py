@@ -1,7 +1,8 @@
 """The policies of ``parallel.context``: which documents go together, on how many ranks, where.
 
 Each takes a problem and a mode and returns units, their rings and each rank's order. Whatever is
-equal is decided by number, so that every rank comes to the same plan.
+equal is decided by number, so that every rank comes to the same plan. ``static`` and ``naive`` are
+what others do: runs are trained with them to compare, and ``static`` needs no planner.
 """
 
 from __future__ import annotations
@@ -9,12 +10,11 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Mapping
 
-from allometry.parallel.hdp.free import place_free
-from allometry.parallel.hdp.goals import choose_waves
-from allometry.parallel.hdp.levels import place_levels
+from allometry.parallel.hdp.balanced_free import place_balanced_free
+from allometry.parallel.hdp.balanced_lockstep import place_balanced_lockstep, place_in_turn
 from allometry.parallel.hdp.packing import best_fit
+from allometry.parallel.hdp.pipeline_balanced import place_pipeline_balanced
 from allometry.parallel.hdp.problem import Placed, Problem
-from allometry.parallel.hdp.waves import place_in_turn, place_lockstep
 
 
 def static(problem: Problem, aligned: bool) -> Placed:
@@ -60,30 +60,19 @@ def naive(problem: Problem, aligned: bool) -> Placed:
     orders: list[list[int | None]] = [[] for _ in range(problem.ranks)]
     members = []
     for number, draft in enumerate([*rings, *singles]):
-        found = [heapq.heappop(counts) for _ in range(draft.degree)]
-        members.append(tuple(sorted(rank for _, rank in found)))
-        for count, rank in found:
+        ring = [heapq.heappop(counts) for _ in range(draft.degree)]
+        members.append(tuple(sorted(rank for _, rank in ring)))
+        for count, rank in ring:
             heapq.heappush(counts, (count + 1, rank))
             orders[rank].append(number)
     return Placed([*rings, *singles], members, orders)
 
 
-def balanced(problem: Problem, aligned: bool) -> Placed:
-    """Give documents ranks until none takes long, and all ranks the same to do."""
-    if not aligned:
-        return place_free(problem)
-    rings, rest = choose_waves(problem)
-    return place_lockstep(problem, rings, rest.tolist())
-
-
-def pipeline_balanced(problem: Problem, aligned: bool) -> Placed:
-    """As balanced, but each pipeline has documents of like lengths; see ``levels.py``."""
-    return place_levels(problem)
-
-
 POLICIES: Mapping[str, Callable[[Problem, bool], Placed]] = {
     "static": static,
     "naive": naive,
-    "balanced": balanced,
-    "pipeline_balanced": pipeline_balanced,
+    "balanced": lambda problem, aligned: (
+        place_balanced_lockstep(problem) if aligned else place_balanced_free(problem)
+    ),
+    "pipeline_balanced": lambda problem, _: place_pipeline_balanced(problem),
 }

@@ -230,11 +230,11 @@ class Problem:
         open_ = np.flatnonzero((seconds > goal) & (fewest < most))
         while open_.size:
             degree[open_] = np.minimum(degree[open_], most[open_])
-            found = self.cost.times(tokens[open_], pairs[open_], degree[open_])
-            better = open_[(found < _WORTH * seconds[open_]) | (found <= goal)]
+            tried_s = self.cost.times(tokens[open_], pairs[open_], degree[open_])
+            better = open_[(tried_s < _WORTH * seconds[open_]) | (tried_s <= goal)]
             best[better] = degree[better]
-            seconds[open_] = np.minimum(seconds[open_], found)
-            open_ = open_[(found > goal) & (degree[open_] < most[open_])]
+            seconds[open_] = np.minimum(seconds[open_], tried_s)
+            open_ = open_[(tried_s > goal) & (degree[open_] < most[open_])]
             tried = np.ceil(degree[open_] * _STEP).astype(np.int64)
             degree[open_] = np.maximum(tried, degree[open_] + 1)
         return best

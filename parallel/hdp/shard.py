@@ -1,7 +1,7 @@
 """How documents lie on the members of a ring: zig-zag, so that all have the same work.
 
 A document of L tokens is cut into 2n chunks that differ by a token at most, and member j of n
-holds chunks j and 2n-1-j: with causal attention an early chunk is cheap and a late one dear
+holds chunks j and 2n-1-j: with causal attention an early chunk is cheap and a late one costly
 (arXiv 2502.21231, Fig. 14). Nothing is filled up: lengths need not be divisible, chunks may be
 empty. A member's rows are, document after document, its first chunk and then its second.
 """

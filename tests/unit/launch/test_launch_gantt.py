@@ -12,7 +12,8 @@ from allometry.launch.figures.drawing import draw_panel
 from allometry.launch.runs.gantt import draw_plan, run_and_step, schedule_figure
 from allometry.parallel.hdp.plan import Plan, Unit
 from allometry.parallel.hdp.replay import replay
-from allometry.scaling.layout import Degrees, Layout
+from allometry.scaling.degrees import Degrees
+from allometry.scaling.layout import Layout
 from allometry.trainer.record.plans import plan_record
 from allometry.trainer.record.writer import Recorder
 from allometry.trainer.state.folder import RunFolder

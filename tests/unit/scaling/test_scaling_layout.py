@@ -11,7 +11,8 @@ from allometry.configs.errors import UserError
 from allometry.configs.execution import ParallelConfig, Pipeline
 from allometry.configs.run import RunConfig
 from allometry.scaling.count import flops_per_token, layer_flops
-from allometry.scaling.layout import Layout, resolve_degrees, split_layers
+from allometry.scaling.degrees import resolve_degrees
+from allometry.scaling.layout import Layout, split_layers
 
 DENSE = {
     "kind": "dense",

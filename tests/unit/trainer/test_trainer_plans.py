@@ -14,7 +14,8 @@ from allometry.parallel.hdp.check import PlanError
 from allometry.parallel.hdp.cost import CostModel
 from allometry.parallel.hdp.plan import Mode, Plan, Unit, make_plan
 from allometry.parallel.hdp.replay import replay
-from allometry.scaling.layout import Degrees, Layout
+from allometry.scaling.degrees import Degrees
+from allometry.scaling.layout import Layout
 from allometry.trainer.record.plans import plan_of, plan_record, plan_rows
 from allometry.trainer.record.writer import Recorder
 from allometry.trainer.state.folder import RunFolder

@@ -1,4 +1,7 @@
-"""Orders in which a ring has the same place in all its members: waves of units side by side."""
+"""The policy ``balanced`` where all ranks run equally many micro-batches, side by side: in waves.
+
+A ring then has the same place in the orders of all its members.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,13 @@ import numpy as np
 
 from allometry.parallel.hdp.packing import best_fit, even_bins
 from allometry.parallel.hdp.problem import Draft, Ints, Placed, Problem
+from allometry.parallel.hdp.ring_degrees import Choice, choices
 
 
 class Waves:
     """Units side by side: a rank has at most one in each wave.
 
-    ``heights``: what a wave's dearest unit costs.
+    ``heights``: what a wave's costliest unit costs.
     """
 
     def __init__(self, ranks: int) -> None:
@@ -24,7 +28,7 @@ class Waves:
 
     @property
     def heights(self) -> list[float]:
-        """What each wave's dearest unit costs."""
+        """What each wave's costliest unit costs."""
         return self._shelves.heights
 
     @property
@@ -45,13 +49,13 @@ class Waves:
         self.rings.append(tuple(np.sort(ranks).tolist()))
 
     def fill(self, drafts: Sequence[Draft]) -> None:
-        """Put units of one rank, dearest first, into the holes of the dearest waves, then anew."""
+        """Put units of one rank, costliest first, into holes of the costliest waves, then anew."""
         known = np.argsort(-np.array(self.heights), kind="stable").tolist()
         start = 0
         while start < len(drafts):
             wave = known.pop(0) if known else self._open()
             ranks = np.flatnonzero(self._taken[wave] < 0)
-            # The dearest unit goes to the rank that has had the least.
+            # The costliest unit goes to the rank that has had the least.
             ranks = ranks[np.argsort(self._loads[ranks], kind="stable")][: len(drafts) - start]
             stop = start + len(ranks)
             self._taken[wave][ranks] = np.arange(len(self.rings), len(self.rings) + len(ranks))
@@ -105,13 +109,15 @@ def place_in_turn(problem: Problem, rings: Sequence[Draft], singles: Sequence[Dr
     return Placed([*rings, *singles], waves.rings, waves.orders())
 
 
-def place_lockstep(problem: Problem, rings: Sequence[Draft], rest: Sequence[int]) -> Placed:
+def place_balanced_lockstep(problem: Problem) -> Placed:
     """Place rings of like cost side by side, and the rest (longest first) in waves of equal cost.
 
-    A step lasts as long as the sum of its waves' dearest units, so rings come dearest first (first
-    fit by falling height, as in strip packing), and documents of one rank are spread over as many
-    micro-batches as there are places in the waves that they need anyway.
+    A step lasts as long as the sum of its waves' costliest units, so rings come costliest first
+    (first fit by falling height, as in strip packing), and documents of one rank are spread over as
+    many micro-batches as there are places in the waves that they need anyway.
     """
+    rings, long_first = _choose_rings(problem)
+    rest = long_first.tolist()
     waves = Waves(problem.ranks)
     for ring in rings:
         waves.add(ring)
@@ -124,3 +130,25 @@ def place_lockstep(problem: Problem, rings: Sequence[Draft], rest: Sequence[int]
     drafts.sort(key=lambda draft: (-draft.cost, draft.documents))
     waves.fill(drafts)
     return Placed([*rings, *drafts], waves.rings, waves.orders())
+
+
+def _choose_rings(problem: Problem) -> Choice:
+    """Return rings such that waves of them and of all else are done soonest.
+
+    A wave lasts as long as its costliest unit; what follows a pipeline's first micro-batch waits
+    for the costliest one once for each further stage.
+    """
+
+    def seconds(choice: Choice) -> float:
+        shelves = Shelves(problem.ranks)
+        for ring in choice.rings:
+            shelves.add(ring.degree, ring.cost)
+        tokens = float(problem.tokens[choice.rest].sum())
+        work = float(problem.alone[choice.rest].sum())
+        full = work * problem.usable / max(tokens, 1.0)  # a full micro-batch
+        waves = max(tokens / problem.usable - sum(shelves.free), 0.0) / problem.ranks
+        heights = [*shelves.heights, min(full, work)]
+        total = sum(shelves.heights) + max(waves * full, work / problem.ranks * (waves > 0))
+        return total + (problem.pp - 1) * max(heights)
+
+    return min(choices(problem), key=seconds)

@@ -1,21 +1,21 @@
-"""Pipelines with documents of like lengths, and the more micro-batches the shorter these are.
+"""The policy ``pipeline_balanced``: each pipeline has documents of like lengths.
 
-A pipeline of p equal stages is done after the sum of its micro-batches and p - 1 times its dearest
-one (arXiv 2104.04473). Pipelines only meet in rings and at the end of a step, so dear documents are
-kept together: they cost the pipelines that have some already no further bubbles, and the others,
-with one level of lengths each, take as many more micro-batches as makes all end at once (arXiv
-2502.21231, section 6, "PP-Balance").
+The shorter they are, the more micro-batches it has. A pipeline of p equal stages is done after the
+sum of its micro-batches and p - 1 times its costliest one (arXiv 2104.04473). Pipelines only meet
+in rings and at the end of a step, so costly documents are kept together: they cost the pipelines
+that have some already no further bubbles, and the others, with one level of lengths each, take as
+many more micro-batches as makes all end at once (arXiv 2502.21231, section 6, "PP-Balance").
 """
 
 from __future__ import annotations
 
 import numpy as np
 
+from allometry.parallel.hdp.balanced_lockstep import Shelves
 from allometry.parallel.hdp.cost import Floats
-from allometry.parallel.hdp.goals import Choice, choices
 from allometry.parallel.hdp.packing import best_fit
 from allometry.parallel.hdp.problem import Ints, Placed, Problem
-from allometry.parallel.hdp.waves import Shelves
+from allometry.parallel.hdp.ring_degrees import Choice, choices
 
 _SLACK = 1.02
 """Over the least length of a step: what pipelines may take of rings before others do."""
@@ -25,7 +25,7 @@ class _Pipelines:
     """Rings on pipelines, and how long each pipeline takes them.
 
     ``loads``: when a pipeline is done with its last ring, ``waits`` for other members included;
-    ``dearest``: its dearest micro-batch, at least a ``full`` one of the documents of one rank.
+    ``costliest``: its costliest micro-batch, at least a ``full`` one of the documents of one rank.
     """
 
     def __init__(self, problem: Problem, choice: Choice) -> None:
@@ -41,7 +41,7 @@ class _Pipelines:
         total = self.work + sum(ring.cost * ring.degree for ring in rings)
         alone = pp * max((ring.cost for ring in rings), default=0.0)
         self.least = max(total / self.ranks + (pp - 1) * self.full, alone)
-        self.dearest: Floats = np.full(self.ranks, self.full)
+        self.costliest: Floats = np.full(self.ranks, self.full)
         self.shelves = Shelves(self.ranks)
 
     def place(self) -> float:
@@ -52,17 +52,17 @@ class _Pipelines:
 
     def order(self, rank: int) -> list[int | None]:
         """What a pipeline runs up to its last ring, None where its rings leave a hole."""
-        found = [None if wave[rank] < 0 else int(wave[rank]) for wave in self.waves]
-        while found and found[-1] is None:
-            found.pop()
-        return found
+        order = [None if wave[rank] < 0 else int(wave[rank]) for wave in self.waves]
+        while order and order[-1] is None:
+            order.pop()
+        return order
 
     @property
     def ends(self) -> Floats:
         """When each pipeline is done with its rings; documents in holes take it no longer."""
         filled = np.array([self.order(rank).count(None) for rank in range(self.ranks)])
         waits = np.minimum(self.waits, self.full * filled)
-        return self.loads - waits + (self.problem.pp - 1) * self.dearest
+        return self.loads - waits + (self.problem.pp - 1) * self.costliest
 
     @property
     def level(self) -> float:
@@ -81,8 +81,8 @@ class _Pipelines:
         wave = self.shelves.add(degree, cost)
         if wave == len(self.waves):
             self.waves.append(np.full(self.ranks, -1, dtype=np.int64))
-        dearest = np.maximum(self.dearest, cost)
-        ends = self.loads + cost + (self.problem.pp - 1) * dearest
+        costliest = np.maximum(self.costliest, cost)
+        ends = self.loads + cost + (self.problem.pp - 1) * costliest
         free = self.waves[wave] < 0
         ranks = np.flatnonzero(free & (ends <= goal))
         if len(ranks) >= degree:
@@ -93,28 +93,31 @@ class _Pipelines:
         start = self.loads[ranks].max()
         self.waits[ranks] += start - self.loads[ranks]
         self.loads[ranks] = start + cost
-        self.dearest[ranks] = dearest[ranks]
+        self.costliest[ranks] = costliest[ranks]
         self.waves[wave][ranks] = len(self.rings)
         self.rings.append(tuple(np.sort(ranks).tolist()))
 
 
-def place_levels(problem: Problem) -> Placed:
-    """Place rings, dearest first; then each pipeline takes the next of the rest.
+def place_pipeline_balanced(problem: Problem) -> Placed:
+    """Place rings, costliest first; then each pipeline takes the next of the rest.
 
-    The pipelines with the dearest rings come first and get the longest documents. What a pipeline
+    The pipelines with the costliest rings come first and get the longest documents. What a pipeline
     has before its last ring stands in the holes that keep rings at one place.
     """
-    tried = sorted((_Pipelines(problem, choice) for choice in choices(problem)), key=_least)
-    found, level = tried[0], tried[0].place()
+    tried = sorted(
+        (_Pipelines(problem, choice) for choice in choices(problem)),
+        key=lambda pipelines: pipelines.least,
+    )
+    best, level = tried[0], tried[0].place()
     for each in tried[1:]:
         if each.least < level and each.place() < level:
-            found, level = each, each.level
-    line = np.argsort(-found.dearest, kind="stable")
-    shares = _cut(problem, found.choice.rest, np.maximum(level - found.ends[line], 0.0))
+            best, level = each, each.level
+    ranks = np.argsort(-best.costliest, kind="stable")
+    shares = _cut(problem, best.choice.rest, np.maximum(level - best.ends[ranks], 0.0))
     sizes = problem.lengths.tolist()
-    drafts, rings = list(found.choice.rings), found.rings
-    orders = [found.order(rank) for rank in range(problem.ranks)]
-    for rank, share in zip(line.tolist(), shares, strict=True):
+    drafts, rings = list(best.choice.rings), best.rings
+    orders = [best.order(rank) for rank in range(problem.ranks)]
+    for rank, share in zip(ranks.tolist(), shares, strict=True):
         made = problem.packed(best_fit(share, sizes, problem.usable))
         made.sort(key=lambda draft: (-draft.cost, draft.documents))
         start = len(drafts)
@@ -124,12 +127,8 @@ def place_levels(problem: Problem) -> Placed:
     return Placed(drafts, rings, orders)
 
 
-def _least(pipelines: _Pipelines) -> float:
-    return pipelines.least
-
-
 def _cut(problem: Problem, rest: Ints, rooms: Floats) -> list[list[int]]:
-    """Cut the line of documents where each pipeline in turn has come up to the common level."""
+    """Cut documents in their order, where each pipeline in turn comes up to the level of all."""
     costs = problem.alone[rest]
     middles = np.cumsum(costs) - costs / 2
     cuts = np.searchsorted(middles, np.cumsum(rooms)[:-1])

@@ -1,4 +1,4 @@
-"""Ranks that run their units in turn, as many as each has, and all end at once.
+"""The policy ``balanced`` in free mode: ranks run as many units as each has and end at once.
 
 Long documents come first. A ring can be of any size, so each takes as few ranks as let it end with
 the step: few and long rings hide their hops better than many and short ones. Documents of one rank
@@ -21,7 +21,7 @@ from allometry.parallel.hdp.cost import Floats
 from allometry.parallel.hdp.packing import first_fit
 from allometry.parallel.hdp.problem import Ints, Placed, Problem
 
-DEAR = 0.3
+COSTLY_SHARE = 0.3
 """Of a step: what a document must take on as few ranks as it fits for its degree to be chosen."""
 STRETCHES = (1.01, 1.03, 1.06, 1.1, 1.2, 1.4)
 """Lengths of the step that are tried, over its lower bound; the first that fits is taken."""
@@ -52,7 +52,7 @@ class Timeline:
         self.shares: dict[tuple[int, int], list[int]] = defaultdict(list)
         self.gaps: list[Gap] = []
 
-    def place_dear(self, documents: Sequence[int], goal: float) -> None:
+    def place_costly(self, documents: Sequence[int], goal: float) -> None:
         """Place documents on as few ranks as let each end by ``goal``, or soon after it can."""
         problem = self._problem
         for document in documents:
@@ -65,12 +65,12 @@ class Timeline:
                 if self.ends[rank] + seconds <= goal or most == 1:
                     self._give(document, np.array([rank]), seconds)
                     continue
-            line = np.argsort(self.ends, kind="stable")
+            soonest = np.argsort(self.ends, kind="stable")
             degrees = np.arange(fewest, most + 1)
             seconds_n = problem.cost.times(tokens, pairs, degrees)
-            ends = self.ends[line[degrees - 1]] + seconds_n
+            ends = self.ends[soonest[degrees - 1]] + seconds_n
             choice = int(np.flatnonzero(ends <= max(goal, _SOON * float(ends.min())))[0])
-            self._give(document, line[: fewest + choice], float(seconds_n[choice]))
+            self._give(document, soonest[: fewest + choice], float(seconds_n[choice]))
 
     def place_small(self, documents: Ints) -> None:
         """Place rings of as few ranks as they fit, on those free soonest."""
@@ -82,12 +82,12 @@ class Timeline:
         order = np.lexsort((documents, -seconds, -degrees))
         columns = (x[order].tolist() for x in (documents, degrees, seconds))
         for document, degree, cost in zip(*columns, strict=True):
-            found = [heapq.heappop(soonest) for _ in range(degree)]
-            start = found[-1][0]
-            for end, rank in found:
+            ring = [heapq.heappop(soonest) for _ in range(degree)]
+            start = ring[-1][0]
+            for end, rank in ring:
                 self._note(rank, start - end)
                 heapq.heappush(soonest, (start + cost, rank))
-            self._enter(document, sorted(rank for _, rank in found))
+            self._enter(document, sorted(rank for _, rank in ring))
         for end, rank in soonest:
             self.ends[rank] = end
 
@@ -118,25 +118,25 @@ class Timeline:
         self.rings.append((document, tuple(members)))
 
 
-def place_free(problem: Problem) -> Placed:
+def place_balanced_free(problem: Problem) -> Placed:
     """Share documents out so that all ranks end at once, as soon as they can."""
     order = problem.descending
     small_s = problem.cost.times(problem.tokens, problem.pairs, problem.fewest)
-    dear = small_s[order] > DEAR * problem.ideal
+    costly = small_s[order] > COSTLY_SHARE * problem.ideal
     long = problem.lengths[order] > problem.usable
-    small, rest = order[long & ~dear], order[~long & ~dear]
+    small, rest = order[long & ~costly], order[~long & ~costly]
     works = (float((problem.fewest * small_s)[x].sum()) for x in (small, rest))
     small_work, rest_work = works
-    least = problem.floor(order[dear], rest_work + small_work)
+    least = problem.floor(order[costly], rest_work + small_work)
     best: Timeline | None = None
-    found = np.inf
+    seconds = np.inf
     for stretch in STRETCHES:
         timeline = Timeline(problem)
-        timeline.place_dear(order[dear].tolist(), stretch * least)
+        timeline.place_costly(order[costly].tolist(), stretch * least)
         estimate = timeline.estimate(rest_work, small_work)
-        if estimate < found:
-            best, found = timeline, estimate
-        if found <= stretch * least:
+        if estimate < seconds:
+            best, seconds = timeline, estimate
+        if seconds <= stretch * least:
             break
     assert best is not None
     best.place_small(small)

@@ -1,4 +1,4 @@
-"""How long a ring may take where ranks run side by side, so that none waits for it."""
+"""Degrees of rings where ranks run micro-batches side by side, so that none waits for a ring."""
 
 from __future__ import annotations
 
@@ -8,39 +8,16 @@ from typing import NamedTuple
 import numpy as np
 
 from allometry.parallel.hdp.problem import Draft, Ints, Problem
-from allometry.parallel.hdp.waves import Shelves
 
 SHARES = (1.5, 1.0, 0.7, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05, 0.025)
 """Of the ideal step: what is tried as the longest that a ring may take."""
 
 
 class Choice(NamedTuple):
-    """Units of the documents that are long or dear, dearest first, and the others."""
+    """Units of the documents that are long or costly, costliest first, and the others."""
 
     rings: list[Draft]
     rest: Ints
-
-
-def choose_waves(problem: Problem) -> Choice:
-    """Return rings such that waves of them and of all else are done soonest.
-
-    A wave lasts as long as its dearest unit; what follows a pipeline's first micro-batch waits for
-    the dearest one once for each further stage.
-    """
-
-    def seconds(choice: Choice) -> float:
-        shelves = Shelves(problem.ranks)
-        for ring in choice.rings:
-            shelves.add(ring.degree, ring.cost)
-        tokens = float(problem.tokens[choice.rest].sum())
-        work = float(problem.alone[choice.rest].sum())
-        full = work * problem.usable / max(tokens, 1.0)  # a full micro-batch
-        waves = max(tokens / problem.usable - sum(shelves.free), 0.0) / problem.ranks
-        heights = [*shelves.heights, min(full, work)]
-        total = sum(shelves.heights) + max(waves * full, work / problem.ranks * (waves > 0))
-        return total + (problem.pp - 1) * max(heights)
-
-    return min(choices(problem), key=seconds)
 
 
 def choices(problem: Problem) -> Iterator[Choice]:

@@ -1,0 +1,80 @@
+"""The lengths of the mesh's axes, and whether they fit the number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from allometry.configs.errors import UserError
+from allometry.configs.execution import ParallelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Degrees:
+    """Lengths of the mesh's axes. ``hdp`` = ``replicas`` x ``shard``; ``ep`` divides ``shard``."""
+
+    pp: int
+    hdp: int
+    tp: int
+    ep: int
+    replicas: int
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.pp * self.hdp * self.tp
+
+    @property
+    def shard(self) -> int:
+        """Ranks that share one copy of what ZeRO shards."""
+        return self.hdp // self.replicas
+
+
+def resolve_degrees(parallel: ParallelConfig, world_size: int) -> Degrees:
+    """Return the axes of the mesh on this many ranks.
+
+    Raises:
+        UserError: the degrees do not multiply to ``world_size`` or do not divide one another.
+    """
+    pp, tp = parallel.pp, parallel.tp
+    others = pp * tp
+    if parallel.hdp == "auto":
+        if world_size % others:
+            raise UserError(
+                f"parallel.pp={pp} x parallel.tp={tp} must divide the number of ranks, "
+                f"{world_size}; start a multiple of {others} ranks or change one of them"
+            )
+        hdp = world_size // others
+    else:
+        hdp = parallel.hdp
+        if hdp * others != world_size:
+            fits = f"set parallel.hdp={world_size // others} or auto, or " * (
+                world_size % others == 0
+            )
+            raise UserError(
+                f"parallel.hdp={hdp} (with pp={pp} and tp={tp}) needs {hdp * others} ranks, but "
+                f"there {'is' if world_size == 1 else 'are'} {world_size}; {fits}start "
+                f"{hdp * others} ranks (torchrun --nproc-per-node)"
+            )
+    replicas, ep = parallel.zero.replicas, parallel.ep
+    if hdp % replicas:
+        raise UserError(
+            f"parallel.zero.replicas={replicas} must divide hdp={hdp}; use {either(divisors(hdp))}"
+        )
+    if (hdp // replicas) % ep:
+        whole = f"hdp={hdp}" if replicas == 1 else f"hdp/replicas={hdp // replicas}"
+        raise UserError(
+            f"parallel.ep={ep} must divide {whole}; use {either(divisors(hdp // replicas))}"
+        )
+    return Degrees(pp=pp, hdp=hdp, tp=tp, ep=ep, replicas=replicas)
+
+
+def divisors(number: int) -> list[int]:
+    """Return all divisors in rising order."""
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def either(values: Sequence[int]) -> str:
+    """Return "1, 2 or 4"."""
+    texts = [str(value) for value in values]
+    return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} or {texts[-1]}"
