@@ -126,6 +126,14 @@ def _step(
         for part in parallel.parts.values():
             begin_step(part, plan.batch.sequences(plan.total_steps) * plan.batch.sequence_length)
     total: Counter[Collective] = Counter()
+    if plan.balance_loads is not None and plan.balance_loads.loads == "this_batch":
+        with CollectiveLog(mesh) as log, torch.no_grad():
+            for stage, part in parallel.parts.items():
+                part(*_inputs(config, part, mesh), blocks_only=True)
+                part.take_statistics()
+                sent = _handed_on(config, mesh, plan.layout, stage, micro_batches)
+                total.update({call: n for call, n in sent.items() if call.kind == "send forward"})
+        total.update({call: n * micro_batches for call, n in Counter(log.calls).items()})
     shapes = [(1, False)] * (micro_batches > 1) + [(micro_batches - 2, False)] * (micro_batches > 2)
     for number, last in [*shapes, (1, True)]:
         with CollectiveLog(mesh) as log:
@@ -147,16 +155,21 @@ def _step(
     return total, gradients
 
 
-def _forward_backward(config: RunConfig, part: Transformer, mesh: Mesh) -> None:
+def _inputs(
+    config: RunConfig, part: Transformer, mesh: Mesh
+) -> tuple[Tensor, Tensor, None, Tensor | None]:
+    """A micro-batch of a part, as it is called with."""
     B, L = _shape(config, mesh)
     tokens_BL = torch.zeros(B, L, dtype=torch.int64)
-    x_BLD = None
-    if part.embedding is None:
-        dtype = torch_dtype(config.training.compute_dtype)
-        x_BLD = torch.zeros(
-            B, L // mesh.tp.size, config.model.width, dtype=dtype, requires_grad=True
-        )
-    made = part(tokens_BL, tokens_BL, None, x_BLD)
+    if part.embedding is not None:
+        return tokens_BL, tokens_BL, None, None
+    dtype = torch_dtype(config.training.compute_dtype)
+    shape_BlD = B, L // mesh.tp.size, config.model.width
+    return tokens_BL, tokens_BL, None, torch.zeros(shape_BlD, dtype=dtype, requires_grad=True)
+
+
+def _forward_backward(config: RunConfig, part: Transformer, mesh: Mesh) -> None:
+    made = part(*_inputs(config, part, mesh))
     (made.total if isinstance(made, Losses) else made.float().sum()).backward()
     part.take_statistics()
 

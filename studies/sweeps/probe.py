@@ -13,12 +13,17 @@ from torch import Tensor
 
 from allometry.configs.data import DocumentData, SequenceData
 from allometry.configs.errors import UserError
-from allometry.configs.model import ModelConfig, MoEModel, ParameterizationConfig
+from allometry.configs.model import (
+    AuxiliaryBalance,
+    ModelConfig,
+    MoEModel,
+    ParameterizationConfig,
+)
 from allometry.configs.optimization import OptimizerConfig
 from allometry.data.stream import Stream
 from allometry.models.build import build_model, parameter_specs
 from allometry.models.init import initialize
-from allometry.models.moe import begin_step, end_step
+from allometry.models.moe import begin_step, end_step, set_loads
 from allometry.models.transformer import Transformer
 from allometry.optim.build import build_optimizer, set_lr
 from allometry.optim.clip import clip_by_global_norm
@@ -58,6 +63,11 @@ class Probe:
             self.model.named_parameters(), self.specs, self.rules, optimizer, seed=seed
         )
         self._mixture = isinstance(model, MoEModel)
+        balance = model.router.balance if isinstance(model, MoEModel) else None
+        # A sweep compares small models on random batches: auto is the cheap choice there.
+        self._counts_first = isinstance(balance, AuxiliaryBalance) and (
+            balance.loads == "this_batch"
+        )
 
     def step(
         self, sequences_BL: Sequences, *, fraction: float = 1.0, clip: float | None = None
@@ -68,6 +78,10 @@ class Probe:
         self.model.train()
         if self._mixture:
             begin_step(self.model, inputs_BL.numel())
+        if self._counts_first:
+            with torch.no_grad():
+                self.model(inputs_BL, blocks_only=True)
+            set_loads(self.model, self._visits())
         loss = self.model(inputs_BL, targets_BL).total / targets_BL.numel()
         loss.backward()
         if clip is not None:
@@ -75,8 +89,7 @@ class Probe:
         set_lr(self.optimizer, fraction)
         self.optimizer.step()
         if self._mixture:
-            seen = self.model.take_statistics()
-            end_step(self.model, {layer: statistics.counts_E for layer, statistics in seen.items()})
+            end_step(self.model, self._visits())
         return float(loss.detach())
 
     @torch.no_grad()
@@ -95,6 +108,9 @@ class Probe:
         kept = activations(self.model, split(sequences_BL)[0])
         self._forget()
         return kept
+
+    def _visits(self) -> dict[int, Tensor]:
+        return {n: seen.counts_E for n, seen in self.model.take_statistics().items()}
 
     def _forget(self) -> None:
         if self._mixture:

@@ -12,6 +12,7 @@ from allometry.configs.run import RunConfig
 from allometry.models.moe import begin_step
 from allometry.parallel.mesh import open_mesh
 from allometry.parallel.simulate import Collective, CollectiveLog
+from allometry.scaling.loads import BalanceLoads
 from allometry.scaling.memory import estimate_memory
 from allometry.scaling.plan import RunPlan
 from allometry.studies.rehearse import rehearse
@@ -31,7 +32,10 @@ def real_step(config: RunConfig) -> tuple[dict[Collective, int], dict[str, int]]
             tiny.MicroBatch(batch.tokens_BL, batch.targets_BL, None)
             for batch in tiny.micro_batches(8)[mesh.hdp.rank :: mesh.hdp.size]
         ]
+        loads = BalanceLoads.of(config)
         with CollectiveLog(mesh) as log:
+            if loads is not None and loads.loads == "this_batch":
+                parallel.execution.count_visits(batches)
             parallel.execution.train(batches, torch.tensor(0.1), lambda *_: None)
 
         def nbytes(tensors: Any) -> int:
@@ -97,9 +101,9 @@ def test_experts_travel_in_equal_parts() -> None:
     config = run(MOE, "fp32", ep=4)
     (report,) = rehearse(config, 4)
     exchanged = {call: number for call, number in report.collectives if call.kind == "all-to-all"}
-    # Two layers with experts, two micro-batches; rows there and back, forward and backward.
+    # Two layers with experts, two micro-batches; rows there and back: counting, forward, backward.
     rows = tiny.LENGTH * 2
-    assert exchanged[Collective("all-to-all", "ep", 4, rows * 24 * 4, "float32")] == 2 * 2 * 4
+    assert exchanged[Collective("all-to-all", "ep", 4, rows * 24 * 4, "float32")] == 2 * 2 * 6
 
 
 @pytest.mark.parametrize(
