@@ -23,7 +23,7 @@ from allometry.configs.run import RunConfig
 from allometry.data.batch import IGNORE
 from allometry.models.build import build_model, parameter_specs
 from allometry.models.init import initialize
-from allometry.models.moe import begin_step, end_step, routers
+from allometry.models.moe import begin_step, end_step, routers, set_loads
 from allometry.models.transformer import Part, Transformer
 from allometry.optim.build import build_optimizer, set_lr
 from allometry.optim.schedule import resolve_schedule
@@ -31,6 +31,7 @@ from allometry.parallel.apply import Parallel, parallelize
 from allometry.parallel.mesh import Mesh
 from allometry.scaling.batch import BatchPlan
 from allometry.scaling.layout import Layout
+from allometry.scaling.loads import BalanceLoads
 from allometry.scaling.parameterization import Parameterization
 from allometry.scaling.plan import RunPlan
 from allometry.trainer.assemble import make_optimizer, make_train_step
@@ -78,9 +79,13 @@ def reference_steps(config: RunConfig, steps: Sequence[Sequence[DeviceBatch]]) -
     )
     schedule = resolve_schedule(config, BatchPlan(config.batch, config.data.sequence_length))
     result = StepsResult([], [], [], {}, {}, {})
+    loads = BalanceLoads.of(config)
     for step, batches in enumerate(steps, 1):
         optimizer.zero_grad()
         begin_step(model, sum(batch.tokens_BL.numel() for batch in batches))
+        before = {layer: router.load.clone() for layer, router in routers(model).items()}
+        if loads is not None and loads.loads == "this_batch":
+            set_loads(model, _counted_visits(config, model, batches))
         result.sums.append(_accumulate(config, model, batches))
         result.grad_norm.append(_clip(list(named.values()), config.training.clip_grad_norm))
         if step == 1:
@@ -88,10 +93,21 @@ def reference_steps(config: RunConfig, steps: Sequence[Sequence[DeviceBatch]]) -
         set_lr(optimizer, schedule.fraction(step))
         optimizer.step()
         if isinstance(config.model, MoEModel):
-            result.routing.append(_end_step(config.model, model))
+            result.routing.append(_end_step(config.model, model, before))
     result.parameters.update((name, _whole(p)) for name, p in named.items())
     result.routers.update(_router_state(model))
     return result
+
+
+def _counted_visits(
+    config: RunConfig, model: Transformer, batches: Sequence[DeviceBatch]
+) -> dict[int, Tensor]:
+    """Visits [E] to each layer's experts in the step's batch, from whole forward passes."""
+    for batch in batches:
+        if config.model.dropout:
+            seed_dropout(config.run.seed, batch)
+        model(batch.tokens_BL, batch.targets_BL, batch.documents)
+    return {layer: seen.counts_E for layer, seen in model.take_statistics().items()}
 
 
 def _accumulate(config: RunConfig, model: Transformer, batches: Sequence[DeviceBatch]) -> Tensor:
@@ -121,16 +137,18 @@ def _clip(parameters: Sequence[Tensor], max_norm: float | None) -> Tensor:
     return norm
 
 
-def _end_step(config: MoEModel, model: Transformer) -> Tensor:
-    """Tell the routers what they saw, and return it as ``Balancer.end_step`` does."""
+def _end_step(config: MoEModel, model: Transformer, before: Mapping[int, Tensor]) -> Tensor:
+    """Tell the routers what they saw, and return it as ``Balancer.end_step`` does.
+
+    ``before``: the loads [E] of the step before, by layer.
+    """
     observed = model.take_statistics()
     end_step(model, {layer: seen.counts_E for layer, seen in observed.items()})
-    rows = torch.zeros(config.num_layers, 2 * config.experts.num_experts + 3, dtype=torch.float64)
+    rows = torch.zeros(config.num_layers, 3 * config.experts.num_experts + 3, dtype=torch.float64)
     for layer, seen in observed.items():
-        rest = torch.stack(
-            [seen.entropy.double(), seen.squared_log_z.double(), seen.tokens.double()]
-        )
-        rows[layer] = torch.cat([seen.counts_E.double(), seen.probabilities_E.double(), rest])
+        scalars = torch.stack([seen.entropy, seen.squared_log_z, seen.tokens])
+        parts = (seen.counts_E, seen.probabilities_E, before[layer], scalars)
+        rows[layer] = torch.cat([part.double() for part in parts])
     return rows
 
 
