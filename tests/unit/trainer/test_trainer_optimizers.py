@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from allometry.configs.run import RunConfig
+from allometry.scaling.update_rules import OPTIMIZER_KINDS
 from allometry.trainer.train import train
 from run_folders import events, rows
 
@@ -35,6 +36,10 @@ def one_thread() -> Iterator[None]:
 def run(config: RunConfig, **options: Any) -> Path:
     train(config, device=CPU, callbacks=[], **options)
     return Path(config.run.folder)
+
+
+def test_every_kind_is_run() -> None:
+    assert {*KINDS, "adamw"} == set(OPTIMIZER_KINDS)
 
 
 @pytest.mark.parametrize("kind", KINDS)
