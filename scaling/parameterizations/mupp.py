@@ -42,8 +42,8 @@ class MuPPlusPlusMultipliers(MuPMultipliers):
         kind = self.optimizer_kind
         if config.batch_rule != "sqrt" and not any(r.second_moment for r in rules_of(kind)):
             raise UserError(
-                f"parameterization.batch_rule={config.batch_rule} says how a second moment forgets, "
-                f"and optimizer.kind={kind} has none; use batch_rule: sqrt"
+                f"parameterization.batch_rule={config.batch_rule} says how a second moment "
+                f"forgets, and optimizer.kind={kind} has none; use batch_rule: sqrt"
             )
         beta2: float | None = getattr(optimizer, "beta2", None)
         if beta2 is not None and (1.0 - beta2) * self.forgetting >= 1.0 != self.forgetting:
