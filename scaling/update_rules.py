@@ -85,6 +85,13 @@ _ROWS = (
         state_size=_like_parameter(2),
     ),
     UpdateRule(
+        name="lion",
+        updates={"lion": _ALL},
+        rates=Rates.ADAM,
+        betas=True,
+        state_size=_like_parameter(1),
+    ),
+    UpdateRule(
         name="muon",
         updates={"muon": MATRICES},
         rates=Rates.MUON,

@@ -16,6 +16,7 @@ from run_folders import events, rows
 Make = Callable[..., RunConfig]
 CPU = torch.device("cpu")
 KINDS: dict[str, list[str]] = {
+    "lion": ["optimizer.lr=0.003"],
     "muon": ["optimizer.lr=0.01"],
     "muonh": ["optimizer.lr=0.03", "optimizer.adamw_lr=0.01"],
     "adamh": ["optimizer.lr=0.03", "optimizer.adamw_lr=0.01"],
