@@ -25,6 +25,24 @@ class AdamW(_Adam):
     kind: Literal["adamw"] = "adamw"
 
 
+class Lion(Section):
+    """The sign of a momentum, for all parameters (arXiv 2302.06675)."""
+
+    kind: Literal["lion"] = "lion"
+    lr: float = Field(
+        gt=0.0,
+        description="peak learning rate, at the base dimensions; 3 to 10 times below AdamW's",
+    )
+    beta1: float = Field(0.9, ge=0.0, lt=1.0, description="share of the momentum in an update")
+    beta2: float = Field(0.99, ge=0.0, lt=1.0, description="decay of the momentum")
+    weight_decay: float = Field(
+        0.1,
+        ge=0.0,
+        description="decay of matrices; vectors have none; as lr is smaller than AdamW's, as many "
+        "times larger",
+    )
+
+
 class _Mixed(_Adam):
     """A rule for some roles; AdamW updates the others with ``beta1``, ``beta2`` and ``eps``."""
 
@@ -125,7 +143,8 @@ def _adamw_unless_said(value: Any) -> Any:
 
 OptimizerConfig = Annotated[
     Annotated[
-        AdamW | Muon | MuonH | AdamH | SGDSaI | Apollo | ApolloMini, Field(discriminator="kind")
+        AdamW | Lion | Muon | MuonH | AdamH | SGDSaI | Apollo | ApolloMini,
+        Field(discriminator="kind"),
     ],
     BeforeValidator(_adamw_unless_said),
 ]

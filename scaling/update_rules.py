@@ -91,6 +91,13 @@ _ROWS = (
         numbers_per_parameter=1,
     ),
     UpdateRule(
+        name="lion",
+        updates={"lion": _ALL},
+        rates=Rates.ADAM,
+        betas=True,
+        state_size=_like_parameter(1),
+    ),
+    UpdateRule(
         name="muon",
         updates={"muon": MATRICES},
         rates=Rates.MUON,

@@ -15,7 +15,7 @@ from allometry.configs.optimization import OptimizerConfig
 from allometry.scaling.parameterizations.base import ForwardScales, RunScale
 from allometry.scaling.parameterizations.mup import MuPMultipliers
 from allometry.scaling.roles import ParamSpec, Role
-from allometry.scaling.update_rules import Rates
+from allometry.scaling.update_rules import Rates, rules_of
 
 
 class MuPPlusPlusMultipliers(MuPMultipliers):
@@ -39,6 +39,12 @@ class MuPPlusPlusMultipliers(MuPMultipliers):
         self._l = model.num_layers / config.base_layers
         tokens = config.base_batch_tokens
         self._b = scale.batch_tokens / tokens if scale and tokens else 1.0
+        kind = self.optimizer_kind
+        if config.batch_rule != "sqrt" and not any(r.second_moment for r in rules_of(kind)):
+            raise UserError(
+                f"parameterization.batch_rule={config.batch_rule} says how a second moment "
+                f"forgets, and optimizer.kind={kind} has none; use batch_rule: sqrt"
+            )
         beta2: float | None = getattr(optimizer, "beta2", None)
         if beta2 is not None and (1.0 - beta2) * self.forgetting >= 1.0 != self.forgetting:
             raise UserError(

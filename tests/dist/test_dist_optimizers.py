@@ -22,6 +22,7 @@ from allometry.optim.matrix_ops import local
 from allometry.parallel.apply import Parallel
 from allometry.parallel.mesh import Mesh
 from allometry.scaling.parameterization import Parameterization
+from allometry.scaling.update_rules import OPTIMIZER_KINDS
 from allometry.trainer.loop import state_tensors
 from allometry.trainer.state import checkpoint
 from placed import LAYOUTS, MOE, given, like
@@ -30,11 +31,8 @@ from thinned import thinned
 RunRanks = Callable[..., list[Any]]
 
 KINDS: dict[str, dict[str, Any]] = {
-    "adamw": {},
-    "muon": {},
-    "muonh": {},
+    **{kind: {} for kind in OPTIMIZER_KINDS},
     "muonh-spectral": {"kind": "muonh", "step_norm": "spectral"},
-    "adamh": {},
     "sgd_sai": {"lr": 1e-3},
     "apollo": {"refresh_steps": 2},
     "apollo_mini": {"refresh_steps": 2},

@@ -51,6 +51,9 @@ def written_out(group: dict[str, Any], name: str, gradients: list[Tensor]) -> di
         case "adamw" | "adamh":
             mean, square = averages(gradients, group["betas"])
             return {"exp_avg": mean, "exp_avg_sq": square}
+        case "lion":
+            mean, _ = averages(gradients, (group["betas"][1], 0.0))
+            return {"exp_avg": mean}
         case "muon":
             mean, _ = averages(gradients, (group["momentum"], 0.0))
             return {"momentum_buffer": mean}

@@ -161,6 +161,7 @@ def state_bytes(kind: str, role: Role) -> float:
     ("kind", "hidden", "output"),
     [
         ("adamw", 8, 8),
+        ("lion", 4, 4),
         ("muon", 4, 8),
         ("muonh", 4, 8),
         ("adamh", 8, 8),

@@ -52,7 +52,7 @@ def at_base(name: str, kind: str, **changes: Any) -> Parameterization:
 def test_the_pairs_that_are_possible() -> None:
     pairs = {name: {kind for one, kind in PAIRS if one == name} for name in PARAMETERIZATIONS}
     everything = set(OPTIMIZER_KINDS)
-    mixtures = {"adamw", "sgd_sai", "apollo", "apollo_mini"}
+    mixtures = {"adamw", "lion", "sgd_sai", "apollo", "apollo_mini"}
     assert pairs == {
         "sp": everything,
         "mup": everything,
@@ -117,6 +117,7 @@ def test_every_parameter_has_one_group_and_its_rule(name: str, kind: str) -> Non
         "muon": {"muon": matrices | {"router"}},
         "muonh": {"muonh": matrices | {"router"}, "adamh": {"output"}},
         "adamh": {"adamh": matrices | {"router", "output"}},
+        "lion": {"lion": {role.value for role in Role}},
         "sgd_sai": {"sgd_sai": {role.value for role in Role}},
         "apollo": {"apollo": matrices},
         "apollo_mini": {"apollo_mini": matrices},

@@ -57,6 +57,7 @@ def measured(parameterization: dict[str, Any], optimizer: dict[str, Any]) -> dic
         {**MUON, "adjust": "original"},
         {**MUON, "adjust": "match_rms_adamw"},
         SAI,
+        {"kind": "lion", "lr": 2.0**-7, "weight_decay": 0.0},
         {"kind": "apollo", "lr": 2.0**-6},
         {"kind": "apollo_mini", "lr": 2.0**-6},
     ],

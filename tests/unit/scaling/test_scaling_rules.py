@@ -293,6 +293,32 @@ def test_muon_keeps_the_spectral_norm_of_updates(
                 assert got.lr * got.weight_decay == pytest.approx(1.0, rel=1e-12)
 
 
+@pytest.mark.parametrize("name", [name for name in TABLES if name != "hyperp"])
+@pytest.mark.parametrize("m", [1, 2, 4])
+def test_lion_follows_the_columns_of_adam(name: str, m: int) -> None:
+    """An update of signs has elements as large as Adam's, at every size."""
+    experts = 1 if name == "mssp-I" else 4
+    model = model_for(name, m, 1, experts)
+    lion, adam = (
+        Parameterization(parameterization(name), model, optimizer(kind))
+        for kind in ("lion", "adamw")
+    )
+    for spec in inventory(model):
+        ours, theirs = lion.resolve(spec), adam.resolve(spec)
+        assert (ours.lr, ours.weight_decay) == (theirs.lr, theirs.weight_decay)
+        assert (ours.rule, ours.sphere) == ("lion", False)
+
+
+def test_batch_rules_of_second_moments_need_one() -> None:
+    for rule in ("sde", "sdew"):
+        config = parameterization("mupp", base_batch_tokens=1000, batch_rule=rule)
+        with pytest.raises(UserError, match=f"batch_rule={rule} .*optimizer.kind=lion has none"):
+            Parameterization(config, mixture(), optimizer("lion"), RunScale(4000, 1))
+    config = parameterization("mupp", base_batch_tokens=1000)
+    rules = Parameterization(config, mixture(), optimizer("lion"), RunScale(4000, 1))
+    assert {rules.resolve(spec).lr for spec in inventory(rules.model)} == {2.0}
+
+
 @pytest.mark.parametrize("m", [1, 2, 4])
 def test_sgd_sai_follows_the_sgd_columns_less_its_own_factor(m: int) -> None:
     rules = Parameterization(parameterization("mup"), mixture(m), optimizer("sgd_sai"))

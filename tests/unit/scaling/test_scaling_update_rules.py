@@ -10,7 +10,7 @@ from tests.support.scaled import mixture, optimizer, parameterization
 
 from allometry.configs.errors import UserError
 from allometry.configs.optimization import OnSphere, OptimizerConfig
-from allometry.optim.optimizer import update_function
+from allometry.optim.optimizer import rule_module
 from allometry.scaling.inventory import inventory
 from allometry.scaling.parameterization import Parameterization
 from allometry.scaling.roles import Role
@@ -57,7 +57,10 @@ def test_sections_have_what_their_rules_read(kind: str) -> None:
 @pytest.mark.parametrize("name", UPDATE_RULES)
 def test_functions_are_found_by_name(name: str) -> None:
     rule = UPDATE_RULES[name]
-    assert update_function(rule).__module__ == f"allometry.optim.{rule.module or name}"
+    module = rule_module(rule)
+    assert module.__name__ == f"allometry.optim.{rule.module or name}"
+    assert callable(getattr(module, rule.module or name))
+    assert callable(module.init_states)
     assert not rule.second_moment or rule.betas
 
 

@@ -9,12 +9,14 @@ import pytest
 import torch
 
 from allometry.configs.run import RunConfig
+from allometry.scaling.update_rules import OPTIMIZER_KINDS
 from allometry.trainer.train import train
 from run_folders import events, rows
 
 Make = Callable[..., RunConfig]
 CPU = torch.device("cpu")
 KINDS: dict[str, list[str]] = {
+    "lion": ["optimizer.lr=0.003"],
     "muon": ["optimizer.lr=0.01"],
     "muonh": ["optimizer.lr=0.03", "optimizer.adamw_lr=0.01"],
     "adamh": ["optimizer.lr=0.03", "optimizer.adamw_lr=0.01"],
@@ -35,6 +37,10 @@ def one_thread() -> Iterator[None]:
 def run(config: RunConfig, **options: Any) -> Path:
     train(config, device=CPU, callbacks=[], **options)
     return Path(config.run.folder)
+
+
+def test_every_kind_is_run() -> None:
+    assert {*KINDS, "adamw"} == set(OPTIMIZER_KINDS)
 
 
 @pytest.mark.parametrize("kind", KINDS)
