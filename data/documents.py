@@ -173,6 +173,11 @@ class DocumentStream(Sources):
     def _epoch_tokens(self, source: int) -> int:
         return self._lines[source].epoch_tokens
 
+    def _epoch_squares(self, source: int) -> float:
+        limit = self.max_document_tokens
+        whole, rest = np.divmod(self._train[source].store.lengths.astype(np.float64), limit)
+        return float((whole * limit**2 + np.where(rest > 1, rest, 0) ** 2).sum())
+
     def pieces(self, position: int, count: int) -> Pieces:
         """The pieces of the ``count`` samples from ``position`` on, by position, then by place."""
         source_B, index_B = self.mixture.sources(position, count)

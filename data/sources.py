@@ -58,6 +58,10 @@ class Sources(ABC):
     def _settings(self) -> dict[str, Any]:
         """What ``describe`` says besides the sources."""
 
+    @abstractmethod
+    def _epoch_squares(self, source: int) -> float:
+        """Sum of the squared lengths that the documents of an epoch have in training, expected."""
+
     def _epoch_tokens(self, source: int) -> int:
         """Tokens that the ledger counts in an epoch of a source."""
         return self._train[source].store.num_tokens
@@ -78,6 +82,18 @@ class Sources(ABC):
             name: tokens / self._epoch_tokens(source)
             for source, (name, tokens) in enumerate(self.ledger(position).items())
         }
+
+    def squared_lengths_per_token(self) -> float:
+        """Expected sum of the squared lengths of documents, as they are trained on, by token.
+
+        It is what FLOPs of attention are counted from (``DocumentFlops``), from the index alone.
+        """
+        squares = tokens = 0.0
+        for source, share in enumerate(self.mixture.shares):
+            weight = share / self._train[source].store.num_tokens  # a window's share of an epoch
+            squares += weight * self._epoch_squares(source)
+            tokens += weight * self._epoch_tokens(source)
+        return squares / tokens
 
     def fingerprints(self) -> dict[str, str]:
         """A name for the contents of each source's training files, wherever they are.

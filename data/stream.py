@@ -36,6 +36,20 @@ class Stream(Sources):
     def _settings(self) -> dict[str, Any]:
         return {"packing": "per_document" if self.per_document else "concatenated"}
 
+    def _epoch_squares(self, source: int) -> float:
+        """The sum over pairs of a document's tokens of the chance that no window's end is between.
+
+        Windows begin anywhere in documents: tokens k apart are in one with 1 - k / L.
+        """
+        store, length = self._train[source].store, self.sequence_length
+        if not self.per_document:
+            return float(store.num_tokens * length)
+        d = store.lengths.astype(np.float64)
+        m = np.minimum(d, length)
+        pairs = d * (m - 1) - (1 + d / length) * m * (m - 1) / 2
+        pairs += (m - 1) * m * (2 * m - 1) / (6 * length)
+        return float((d + 2 * pairs)[d > 0].sum())
+
     def batch(self, position: int, count: int) -> Batch:
         """The ``count`` samples from ``position`` on: rows in the order of their positions."""
         source_B, index_B = self.mixture.sources(position, count)

@@ -88,15 +88,15 @@ def train(
                 mesh, lambda: standard_callbacks(config.record, folder), "making callbacks"
             )
         start = begin(folder, config, stream.fingerprints, mesh, stop_at_step)
-        watching = list(callbacks or ()) if mesh.is_main else []
+        present = list(callbacks or ()) if mesh.is_main else []
         recorder = record.Recorder(folder) if mesh.is_main else None
         try:
-            run = _Run(config, plan, schedule, mesh, stream, folder, start, recorder)
-            return run.train(watching, invocation or Invocation(), stop_at_step)
+            run = _Run(config, plan, schedule, mesh, stream, folder, start, recorder, present)
+            return run.train(invocation or Invocation(), stop_at_step)
         finally:
-            for callback in watching:
-                callback.on_end()
             if recorder is not None:
+                for callback in present:
+                    callback.on_end()
                 recorder.close()
             folder.release()
 
@@ -113,10 +113,10 @@ class _Run:
     folder: RunFolder
     start: Start
     recorder: record.Recorder | None
+    callbacks: list[Callback]
 
     def __post_init__(self) -> None:
         config, plan, mesh = self.config, self.plan, self.mesh
-        self.callbacks: list[Callback] = []
         self.report = Reporter(self.recorder, self.callbacks)
         self.timer = StepTimer(clock_of(mesh.device))
         documents = isinstance(self.stream, DocumentStream)
@@ -143,18 +143,11 @@ class _Run:
         checkpoint.load(start.checkpoint, state, self.mesh)
         return progress
 
-    def train(
-        self, watching: Sequence[Callback], invocation: Invocation, stop_at_step: int | None
-    ) -> RunResult:
-        """Train to the end of the plan or to a stop, with callbacks of the main rank."""
+    def train(self, invocation: Invocation, stop_at_step: int | None) -> RunResult:
+        """Train to the end of the plan or to a stop."""
         # Those that ask for a row of a step come before those that only add to one.
-        self.callbacks += [
-            *self._monitors(),
-            self._evaluation(),
-            *self._rows(),
-            *watching,
-            self._saver(),
-        ]
+        self.callbacks[:0] = [*self._monitors(), self._evaluation(), *self._rows()]
+        self.callbacks.append(self._saver())
         loop = self._loop()
         if self.recorder is not None:
             first_step = self.start.step + 1

@@ -10,6 +10,7 @@ from allometry.data.stream import open_stream
 from allometry.data.tokenizer import check_vocabulary
 from allometry.launch.command import Report
 from allometry.optim.schedule import Schedule, resolve_schedule
+from allometry.scaling.count import DocumentFlops
 from allometry.scaling.memory import EXACT, MemoryEstimate
 from allometry.scaling.plan import RunPlan
 
@@ -38,8 +39,11 @@ def data_here(config: RunConfig, plan: RunPlan) -> dict[str, Any]:
         return {"checked": False, "missing": missing}
     stream = open_stream(config.data, config.run.seed)
     check_vocabulary(config.model.vocab_size, stream.stores)
-    epochs = stream.epochs(plan.batch.sequences_before(plan.total_steps + 1))
-    return {"checked": True, "epochs": epochs}
+    position = plan.batch.sequences_before(plan.total_steps + 1)
+    tokens = stream.tokens(position)
+    squares = round(tokens * stream.squared_lengths_per_token())
+    flops = DocumentFlops.of(config.model)(tokens, squares)
+    return {"checked": True, "epochs": stream.epochs(position), "total_flops": flops}
 
 
 def learning_rates(config: RunConfig, plan: RunPlan, schedule: Schedule) -> list[dict[str, Any]]:
@@ -144,6 +148,7 @@ def _data(data: dict[str, Any]) -> list[str]:
     return [
         "data              "
         + ", ".join(f"{name} {epochs:.3g} epochs" for name, epochs in data["epochs"].items())
+        + f"; {data['total_flops']:.4g} FLOPs with documents as long as here"
     ]
 
 

@@ -14,8 +14,10 @@ import torch
 from allometry.configs.run import RunConfig
 from allometry.data.stream import Stream
 from allometry.data.synthetic import write_store
+from allometry.launch.runs.dry_run import data_here
 from allometry.scaling.batch import BatchPlan
 from allometry.scaling.count import flops_per_token
+from allometry.scaling.plan import RunPlan
 from allometry.trainer.train import train
 from run_folders import rows
 
@@ -86,3 +88,17 @@ def test_the_same_documents_count_the_same_as_sequences_and_as_documents(
     assert [row["flops"] for row in packed] == [row["flops"] for row in whole]
     one_step = sum(n * flops_per_token(config.model, n).total for each in lengths for n in each)
     assert [row["flops"] for row in whole] == [one_step, 2 * one_step, 3 * one_step]
+
+
+@pytest.mark.parametrize("kind", ["sequences", "documents"])
+def test_a_dry_run_expects_the_flops_that_a_run_counts(tiny: Make, kind: str) -> None:
+    of_documents = (
+        "data.kind=documents",
+        "data.max_document_tokens=32",
+        "batch.micro_batch_sequences=1",
+    )
+    config = tiny("evaluation.every_steps=null", *(of_documents if kind == "documents" else ()))
+    plan = RunPlan.of(config, 1)
+    counted = run(config)[-1]["flops"]
+    assert data_here(config, plan)["total_flops"] == pytest.approx(counted, rel=0.005)
+    assert plan.total_flops > 1.01 * counted
