@@ -33,9 +33,12 @@ class Stage:
     keyword: str = ""
 
     def arguments(self, root: Path) -> list[str]:
-        """Return the arguments for a tree; files that it does not have are left out."""
-        found = [str(path.relative_to(root)) for file in self.files for path in root.glob(file)]
-        return [*sorted(set(found)), *(["-k", self.keyword] if self.keyword else [])]
+        """Return the arguments for a tree."""
+        return [*self.files_in(root), *(["-k", self.keyword] if self.keyword else [])]
+
+    def files_in(self, root: Path) -> list[str]:
+        """Return the test files that a tree has."""
+        return sorted({str(path.relative_to(root)) for f in self.files for path in root.glob(f)})
 
 
 def unit(*names: str) -> Stage:
@@ -73,7 +76,14 @@ COVERING: tuple[tuple[str, tuple[Stage, ...]], ...] = (
         ),
     ),
     ("optim/schedule.py", (unit("optim/test_optim_schedule"), unit("optim/test_*"))),
-    ("optim/*.py", (unit("optim/test_*"), dist("optimizers", "whole", "optimizer_runs"))),
+    (
+        "optim/[eosw]*.py",  # what computes with shards
+        (unit("optim/*owners", "optim/*whole", "optim/*rules"), dist("whole"), unit("optim/*")),
+    ),
+    (
+        "optim/*.py",
+        (unit("optim/*rules"), unit("optim/test_*"), dist("optimizers", "whole", "optimizer_runs")),
+    ),
     ("parallel/mesh.py", (unit("parallel/test_parallel_mesh"), dist("mesh", "process"), ONE)),
     ("parallel/reduce.py", (dist("flat_reducer", "zero"), ONE, CUT, dist("documents"))),
     ("parallel/zero.py", (dist("zero"), ONE, dist("layouts", keyword="zero"))),
@@ -145,6 +155,9 @@ def hot_files(root: Path) -> list[str]:
     return sorted(f for f in found if not any(fnmatch(f, pattern) for pattern in COLD))
 
 
-def stages_of(file: str) -> tuple[Stage, ...]:
-    """Return what is run for a fault in a file."""
-    return next(stages for pattern, stages in COVERING if fnmatch(file, pattern))
+def stages_of(root: Path, file: str) -> list[Stage]:
+    """Return what is run for a fault in a file: the tests named after it, and those above."""
+    room, stem = file.split("/")[0], Path(file).stem
+    own = Stage((f"tests/unit/{room}/test_{room}_*{stem}*.py", f"tests/dist/test_dist_{stem}.py"))
+    fitting = next(stages for pattern, stages in COVERING if fnmatch(file, pattern))
+    return [stage for stage in (own, *fitting) if stage.files_in(root)]

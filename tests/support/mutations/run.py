@@ -158,7 +158,7 @@ class Runner:
 
     def _begin(self, mutant: Mutant, tree: Path) -> Task:
         (tree / mutant.file).write_text(mutant.text, encoding="utf-8")
-        task = Task(mutant, tree, list(stages_of(mutant.file)), time.monotonic())
+        task = Task(mutant, tree, stages_of(ROOT, mutant.file), time.monotonic())
         self._next(task)
         return task
 
