@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import time
 import zlib
 from collections.abc import Generator, Iterator
@@ -124,13 +125,15 @@ class _Block(NamedTuple):
 
 
 def _blocks(path: Path) -> list[_Block]:
-    """The blocks of all files that ``complete.json`` lists, in an order that all ranks share.
+    """The blocks of all files that ``complete.json`` lists, those of rank 2 before those of 10.
 
     Raises OSError, ValueError, KeyError or TypeError if it cannot be read.
     """
     content = json.loads((path / COMPLETE).read_text(encoding="utf-8"))
     blocks = []
-    for name, entry in content["files"].items():
+    numbers = re.compile(r"\d+")
+    for name in sorted(content["files"], key=lambda name: [*map(int, numbers.findall(name))]):
+        entry = content["files"][name]
         size, crcs = entry["bytes"], entry["crc32"]
         if isinstance(crcs, int):  # version 1
             blocks.append(_Block(name, 0, size, crcs))
@@ -147,12 +150,11 @@ def _blocks(path: Path) -> list[_Block]:
 def damage(path: Path, *, contents: bool) -> str | None:
     """What is wrong with a checkpoint, in a few words; None if it is whole.
 
-    Sizes are always compared, for which no shard is opened; with ``contents`` this process reads
-    every byte (``damage_of_contents`` shares that out).
+    Sizes are always compared, and the checksum of ``trainer.json``; no shard is opened for that.
+    With ``contents`` this process reads every byte, which ``damage_of_contents`` shares out.
     """
     try:
         blocks = _blocks(path)
-        facts = [block for block in blocks if block.name == FACTS]
     except FileNotFoundError:
         return f"{COMPLETE} is missing: it was never finished"
     except (OSError, ValueError, KeyError, TypeError):
@@ -163,10 +165,12 @@ def damage(path: Path, *, contents: bool) -> str | None:
             actual = (path / name).stat().st_size
         except FileNotFoundError:
             return f"{name} is missing"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
         if actual != size:
             return f"{name} has {actual} bytes instead of {size}"
-    steps = _check(path, blocks if contents else facts)
-    return next((problem for problem in steps if problem is not None), None)
+    checked = [block for block in blocks if contents or block.name == FACTS]
+    return next((problem for problem in _check(path, checked) if problem is not None), None)
 
 
 def damage_of_contents(path: Path, mesh: Mesh) -> str | None:
@@ -201,7 +205,8 @@ def share(blocks: list[_Block], rank: int, world_size: int) -> list[_Block]:
     total = max(1, sum(block.size for block in blocks))
     mine, before = [], 0
     for block in blocks:
-        if (2 * before + block.size) * world_size // (2 * total) == rank:
+        owner = (2 * before + block.size) * world_size // (2 * total)
+        if min(owner, world_size - 1) == rank:
             mine.append(block)
         before += block.size
     return mine
