@@ -5,9 +5,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 import tiny
 from allometry.configs.run import RunConfig
-from allometry.models import layers, router
+from allometry.models import layers, parameters, router
 from allometry.models.documents import Documents
 from allometry.models.head import Losses
 from allometry.models.moe import begin_step, routers
@@ -220,12 +221,14 @@ def test_compiled_mixtures_of_experts(run_ranks: RunRanks) -> None:
 @contextmanager
 def taken_for_whole() -> Iterator[None]:
     """Replicated weights whose gradients nobody marks as summands."""
-    right = layers.local
-    layers.local = router.local = lambda p: p.to_local() if isinstance(p, DTensor) else p
-    try:
+
+    def unmarked(parameter: Tensor) -> Tensor:
+        return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+    with ExitStack() as stack:
+        for module in (layers, parameters, router):
+            stack.enter_context(mock.patch.object(module, "local_weight", unmarked))
         yield
-    finally:
-        layers.local = router.local = right
 
 
 def unsummed_errors(run: RunConfig) -> dict[str, float]:
