@@ -115,7 +115,7 @@ def test_gradients_and_initial_values_equal_one_process(
         (4, 3, {"tp": 2, "zero": {"stage": 2}}),
         (4, 3, {"zero": {"stage": 2, "offload": "cpu"}}),
         (4, 2, {"ep": 2, "zero": {"stage": 2}}),
-        (8, 2, {"tp": 2, "ep": 2, "zero": {"stage": 3}}),
+        pytest.param(8, 2, {"tp": 2, "ep": 2, "zero": {"stage": 3}}, marks=pytest.mark.slow),
     ],
 )
 def test_with_other_ways_to_cut(
