@@ -187,8 +187,8 @@ def summation_error(make: str, stage: int, by_fsdp2: bool) -> float:
                 model = backward(run, finish=True)
         else:
             model = backward(run, finish=True)
-        found = {n: tiny.whole(p.grad) for n, p in model.named_parameters() if n in exact}
-        return tiny.worst_error(found, exact)
+        summed = {n: tiny.whole(p.grad) for n, p in model.named_parameters() if n in exact}
+        return tiny.worst_error(summed, exact)
 
 
 def latent(tp: int, dtype: str, **options: Any) -> RunConfig:

@@ -74,9 +74,9 @@ def whole(waves: list[list[Unit]]) -> list[tiny.MicroBatch]:
 def shared(waves: list[list[Unit]], rank: int) -> Iterator[tiny.MicroBatch]:
     """What a rank runs, one after the other."""
     for number, wave in enumerate(waves):
-        found = unit_of(wave, rank)
-        if found is not None:
-            yield micro_batch(*found, tag=10 * number + wave.index(found[0]))
+        mine = unit_of(wave, rank)
+        if mine is not None:
+            yield micro_batch(*mine, tag=10 * number + wave.index(mine[0]))
 
 
 def summed_gradients(
@@ -143,11 +143,11 @@ def model_error(dtype: str, kind: str, world_size: int, compiled: bool = False) 
 def test_gradients_equal_one_process(
     run_ranks: RunRanks, dtype: str, tolerance: float, kind: str
 ) -> None:
-    for rank, found in enumerate(run_ranks(model_error, 4, dtype, kind, 4)):
-        assert found["error"] < tolerance
-        assert found["new groups"] == 0
-        assert found["sent"] == found["said"], rank
-        assert found["sent"][0] > 0
+    for rank, of_rank in enumerate(run_ranks(model_error, 4, dtype, kind, 4)):
+        assert of_rank["error"] < tolerance
+        assert of_rank["new groups"] == 0
+        assert of_rank["sent"] == of_rank["said"], rank
+        assert of_rank["sent"][0] > 0
 
 
 def misplaced_error() -> float:
@@ -165,9 +165,9 @@ def test_the_comparison_sees_wrong_positions(run_ranks: RunRanks) -> None:
 
 @pytest.mark.parametrize("kind", ["none", pytest.param("selective", marks=pytest.mark.slow)])
 def test_whole_compiled_blocks_equal_one_process(run_ranks: RunRanks, kind: str) -> None:
-    for found in run_ranks(model_error, 2, "fp32", kind, 2, True, timeout_s=240.0):
-        assert found["error"] < 1e-5
-        assert found["sent"] == found["said"]
+    for of_rank in run_ranks(model_error, 2, "fp32", kind, 2, True, timeout_s=240.0):
+        assert of_rank["error"] < 1e-5
+        assert of_rank["sent"] == of_rank["said"]
 
 
 def compilations(dtype: str, own: bool = True) -> list[int]:

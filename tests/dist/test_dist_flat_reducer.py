@@ -111,14 +111,14 @@ def half() -> list[Tensor]:
 
 
 def test_bf16_gradients_are_reduced_in_fp32(run_ranks: RunRanks) -> None:
-    found = run_ranks(half, 4)
+    of_ranks = run_ranks(half, 4)
     model = Branches(torch.bfloat16)
-    for i, (part, gradient) in enumerate(zip(model.parts, found[0], strict=True)):
+    for i, (part, gradient) in enumerate(zip(model.parts, of_ranks[0], strict=True)):
         whole, small = ((2 * w * (i + 1) * part.detach().double()).bfloat16() for w in (1.0, 2**-9))
         assert gradient.dtype == torch.bfloat16
         assert torch.equal(gradient, (whole.float() + 3 * small.float()).bfloat16())
         narrow = whole + small + small + small
         assert not torch.equal(gradient, narrow)
     assert all(
-        torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True)
+        torch.equal(a, b) for other in of_ranks[1:] for a, b in zip(of_ranks[0], other, strict=True)
     )

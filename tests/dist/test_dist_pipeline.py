@@ -132,14 +132,14 @@ def mistaken_errors(run: RunConfig, mistake: str, shift: bool) -> float:
                     parameter.data.mul_(1.5)
         if mistake:
             MISTAKES[mistake](made)
-        found, _, _ = pipelined.step(made, run, mesh, 4)
+        gradients, _, _ = pipelined.step(made, run, mesh, 4)
         alone = tiny.initialized(run, mesh.device)
         if shift:
             alone.embedding.weight.data.mul_(1.5)
         batches = tiny.micro_batches(4 * mesh.hdp.size)
         tiny.backward_alone(alone, batches)
         expected = tiny.gradients(alone)
-        return tiny.worst_error(found, {name: expected[name] for name in found})
+        return tiny.worst_error(gradients, {name: expected[name] for name in gradients})
 
 
 @pytest.mark.parametrize(

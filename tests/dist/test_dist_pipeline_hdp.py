@@ -88,8 +88,8 @@ def micro_batch(held: Held, tag: int, rank: int, seed: int, multiple: int) -> ti
     if n == 1:
         places, runs = torch.cat([torch.arange(0), *map(torch.arange, lengths)]), tuple(lengths)
     else:
-        found, runs = local_positions(lengths, n, member)
-        places = torch.from_numpy(found)
+        held_places, runs = local_positions(lengths, n, member)
+        places = torch.from_numpy(held_places)
     chosen: list[list[Tensor]] = [[], []]
     for part, run in enumerate(places.split(list(runs))):
         for kept, values in zip(chosen, whole[part if n == 1 else part // 2], strict=True):
@@ -200,13 +200,13 @@ def errors(run: RunConfig, steps: Sequence[Step], held_out: int = 0) -> dict[str
                 begin_step(part, num_tokens)
                 for router in routers(part).values():  # even ones would push nothing
                     router.load.copy_(torch.arange(1.0, 5.0) / 10.0)
-            found = train(made, mesh, plan, seed)
+            gradients = train(made, mesh, plan, seed)
             wanted = expected_gradients(alone, plan, seed)
-            assert found.keys() == dict(made.named_parameters()).keys()
-            wanted = {name: wanted[name] for name in found}
-            absolute = max(float((found[n] - wanted[n]).abs().max()) for n in found)
+            assert gradients.keys() == dict(made.named_parameters()).keys()
+            wanted = {name: wanted[name] for name in gradients}
+            absolute = max(float((gradients[n] - wanted[n]).abs().max()) for n in gradients)
             worst["absolute"] = max(worst["absolute"], absolute)
-            worst["relative"] = max(worst["relative"], tiny.worst_error(found, wanted))
+            worst["relative"] = max(worst["relative"], tiny.worst_error(gradients, wanted))
             if held_out:
                 evaluated = orders((held_out,) * mesh.hdp.size, (0, 2) * (mesh.hdp.size > 1))
                 count, error = evaluation_error(made, alone, mesh, evaluated, 77)
@@ -215,10 +215,10 @@ def errors(run: RunConfig, steps: Sequence[Step], held_out: int = 0) -> dict[str
         return worst
 
 
-def assert_equal_to_one_process(found: Sequence[dict[str, float]]) -> None:
-    assert max(errors["absolute"] for errors in found) < 1e-12
-    assert max(errors["relative"] for errors in found) < 1e-10
-    assert max(errors["loss"] for errors in found) < 1e-10
+def assert_equal_to_one_process(of_ranks: Sequence[dict[str, float]]) -> None:
+    assert max(errors["absolute"] for errors in of_ranks) < 1e-12
+    assert max(errors["relative"] for errors in of_ranks) < 1e-10
+    assert max(errors["loss"] for errors in of_ranks) < 1e-10
 
 
 RINGS = (0, 1, 4, 7)  # the last one is the last micro-batch of the pipeline that has eight
@@ -240,8 +240,8 @@ RINGS = (0, 1, 4, 7)  # the last one is the last micro-batch of the pipeline tha
 )
 def test_different_numbers_in_each_pipeline(run_ranks: RunRanks, schedule: str, zero: int) -> None:
     run = config(schedule, zero=zero)
-    found = run_ranks(errors, 4, run, [((8, 18), RINGS)])
-    assert_equal_to_one_process(found)
+    of_ranks = run_ranks(errors, 4, run, [((8, 18), RINGS)])
+    assert_equal_to_one_process(of_ranks)
 
 
 @pytest.mark.parametrize("schedule", ["gpipe", "looped_bfs", "dualpipe_v"])
@@ -259,8 +259,8 @@ def errors_keeping_one(run: RunConfig, steps: Sequence[Step]) -> dict[str, float
 
 def test_schedules_that_are_not_kept(run_ranks: RunRanks) -> None:
     steps = [((4, 2), (0,)), ((2, 4), (1,)), ((4, 2), (0, 1))]
-    found = run_ranks(errors_keeping_one, 4, config("zbv_zero_bubble", zero=1), steps)
-    assert_equal_to_one_process(found)
+    of_ranks = run_ranks(errors_keeping_one, 4, config("zbv_zero_bubble", zero=1), steps)
+    assert_equal_to_one_process(of_ranks)
 
 
 @pytest.mark.parametrize(
@@ -277,9 +277,9 @@ def test_numbers_change_from_step_to_step(
 ) -> None:
     run = config(schedule, tied=True, zero=zero)
     steps = [(numbers, [i for i in (0, 1) if i < min(numbers)]) for numbers in counts]
-    found = run_ranks(errors, 4, run, steps, 5)
-    assert_equal_to_one_process(found)
-    assert sum(errors["losses"] for errors in found) == 2 * 5 * len(counts)
+    of_ranks = run_ranks(errors, 4, run, steps, 5)
+    assert_equal_to_one_process(of_ranks)
+    assert sum(errors["losses"] for errors in of_ranks) == 2 * 5 * len(counts)
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "zbv_zero_bubble"])

@@ -43,10 +43,10 @@ def train(run: RunConfig, counts: tuple[int, ...]) -> dict[str, float]:
             if count:
                 for optimizer in optimizers:
                     optimizer.zero_grad(set_to_none=True)
-                found, _, _ = pipelined.step(made, run, mesh, count, seed=number)
+                gradients, _, _ = pipelined.step(made, run, mesh, count, seed=number)
                 tiny.backward_alone(alone, tiny.micro_batches(count * mesh.hdp.size, seed=number))
-                expected = {n: g for n, g in tiny.gradients(alone).items() if n in found}
-                worst["gradient"] = max(worst["gradient"], tiny.worst_error(found, expected))
+                expected = {n: g for n, g in tiny.gradients(alone).items() if n in gradients}
+                worst["gradient"] = max(worst["gradient"], tiny.worst_error(gradients, expected))
                 for optimizer in optimizers:
                     optimizer.step()
             # More and fewer micro-batches than there are stages.
@@ -87,12 +87,12 @@ def test_training_with_changing_batches_and_evaluation(
     run = pipelined.config(2, schedule, layers=4, tied=True, zero=zero)
     counts = (4, 2, 4)
     results = run_ranks(train, ranks, run, counts)
-    for found in results:
-        assert found["gradient"] < 1e-10
-        assert found["evaluation"] < 1e-10
-        assert found["parameters"] < 1e-10
+    for of_rank in results:
+        assert of_rank["gradient"] < 1e-10
+        assert of_rank["evaluation"] < 1e-10
+        assert of_rank["parameters"] < 1e-10
     lines = ranks // 2
-    assert sum(found["evaluated"] for found in results) == lines * 6 * (len(counts) + 1)
+    assert sum(of_rank["evaluated"] for of_rank in results) == lines * 6 * (len(counts) + 1)
 
 
 def kept_of_the_head(run: RunConfig, counts: tuple[int, ...], summed: bool) -> list[int]:
@@ -170,7 +170,7 @@ def bf16_error(run: RunConfig, count: int, repair: bool) -> dict[str, float]:
         if not repair:
             Stage.backward_weight_one_chunk = PipelineStage.backward_weight_one_chunk
         try:
-            found, _, _ = pipelined.step(made, run, mesh, count)
+            gradients, _, _ = pipelined.step(made, run, mesh, count)
         finally:
             Stage.backward_weight_one_chunk = kept
         batches = tiny.micro_batches(count * mesh.hdp.size)
@@ -179,10 +179,10 @@ def bf16_error(run: RunConfig, count: int, repair: bool) -> dict[str, float]:
             tiny.backward_alone(alone, batches)
         low, high = tiny.gradients(same), tiny.gradients(exact)
         return {
-            "to one process": tiny.worst_error(found, {name: low[name] for name in found}),
-            "to exact": tiny.worst_error(found, {name: high[name] for name in found}),
+            "to one process": tiny.worst_error(gradients, {name: low[name] for name in gradients}),
+            "to exact": tiny.worst_error(gradients, {name: high[name] for name in gradients}),
             "of one process": tiny.worst_error(
-                {name: low[name] for name in found}, {name: high[name] for name in found}
+                {name: low[name] for name in gradients}, {name: high[name] for name in gradients}
             ),
         }
 
@@ -197,9 +197,9 @@ def config_like(run: RunConfig, dtype: str) -> RunConfig:
 @pytest.mark.parametrize("schedule", ["1f1b", "zbv_zero_bubble"])
 def test_bf16(run_ranks: RunRanks, schedule: str, zero: int) -> None:
     run = pipelined.config(2, schedule, "bf16", layers=4, zero=zero)
-    for found in run_ranks(bf16_error, 4 if zero else 2, run, 8, True):
-        assert found["to one process"] < (1e-6 if zero == 0 else 2**-8)
-        assert found["to exact"] < 1.1 * found["of one process"]
+    for of_rank in run_ranks(bf16_error, 4 if zero else 2, run, 8, True):
+        assert of_rank["to one process"] < (1e-6 if zero == 0 else 2**-8)
+        assert of_rank["to exact"] < 1.1 * of_rank["of one process"]
 
 
 def test_gradients_of_weights_do_not_add_up_in_bf16(run_ranks: RunRanks) -> None:

@@ -92,15 +92,15 @@ def compare(run: RunConfig, mesh: Mesh, twin: RunConfig | None = None) -> dict[s
         prepare(each, batches)
     tiny.backward_shared(model, sync, batches, mesh)
     tiny.backward_alone(alone, batches)
-    found = {"gradients": tiny.worst_error(tiny.gradients(model), tiny.gradients(alone))}
+    measured = {"gradients": tiny.worst_error(tiny.gradients(model), tiny.gradients(alone))}
     norms = [clip_by_global_norm(m.parameters(), None) for m in (model, alone)]
-    found["norm"] = float((norms[0] / norms[1] - 1).abs())
+    measured["norm"] = float((norms[0] / norms[1] - 1).abs())
     with torch.no_grad():
         losses = [tiny.forward_loss(m, held_out) for m in (model, alone)]
-    found["loss"] = float((losses[0] / losses[1] - 1).abs())
+    measured["loss"] = float((losses[0] / losses[1] - 1).abs())
     for name, parameter in model.named_parameters():
         assert isinstance(parameter, DTensor), name
-    return found
+    return measured
 
 
 def errors(run: RunConfig, twin: RunConfig | None = None) -> dict[str, float]:
@@ -109,7 +109,7 @@ def errors(run: RunConfig, twin: RunConfig | None = None) -> dict[str, float]:
 
 
 def worst(results: list[dict[str, float]]) -> float:
-    return max(value for found in results for value in found.values())
+    return max(value for errors_of_rank in results for value in errors_of_rank.values())
 
 
 @pytest.mark.parametrize("dtype", EXACT)
@@ -144,8 +144,8 @@ def test_with_activation_checkpointing(run_ranks: RunRanks, kind: str) -> None:
 @pytest.mark.parametrize(("stage", "world_size"), thinned({(0, 2)}, [(0, 2), (1, 4), (3, 4)]))
 def test_compiled(run_ranks: RunRanks, stage: int, world_size: int) -> None:
     run, twin = (config(2, "fp32", stage=stage, compile=compiled) for compiled in (True, False))
-    found = run_ranks(errors, world_size, run, twin, timeout_s=240.0)
-    assert worst(found) < EXACT["fp32"]
+    of_ranks = run_ranks(errors, world_size, run, twin, timeout_s=240.0)
+    assert worst(of_ranks) < EXACT["fp32"]
 
 
 @pytest.mark.parametrize("dtype", EXACT)
@@ -196,8 +196,8 @@ def filled(run: RunConfig) -> dict[str, float]:
         tiny.backward_alone(alone, whole)
         worst_of = {"gradients": tiny.worst_error(tiny.gradients(model), tiny.gradients(alone))}
         expected = alone.take_statistics()
-        for layer, found in model.take_statistics().items():
-            for name, value in found._asdict().items():
+        for layer, statistics in model.take_statistics().items():
+            for name, value in statistics._asdict().items():
                 dist.all_reduce(value, group=mesh.tp.group)
                 exact = getattr(expected[layer], name)
                 worst_of[f"{name} {layer}"] = float(((value - exact) / exact).abs().max())
@@ -205,9 +205,9 @@ def filled(run: RunConfig) -> dict[str, float]:
 
 
 def test_routers_do_not_see_filling(run_ranks: RunRanks) -> None:
-    found = run_ranks(filled, 2, mixture(2))
-    assert len(found[0]) == 1 + 5
-    assert worst(found) < 1e-10
+    of_ranks = run_ranks(filled, 2, mixture(2))
+    assert len(of_ranks[0]) == 1 + 5
+    assert worst(of_ranks) < 1e-10
 
 
 @pytest.mark.slow
@@ -238,9 +238,9 @@ def unsummed_errors(run: RunConfig) -> dict[str, float]:
 def test_the_comparison_sees_gradients_that_nobody_summed(
     run_ranks: RunRanks, make: Callable[..., RunConfig], stage: int
 ) -> None:
-    for found in run_ranks(unsummed_errors, 2, make(2, stage=stage)):
-        assert found["gradients"] > 0.1
-        assert found["loss"] < 1e-10
+    for of_rank in run_ranks(unsummed_errors, 2, make(2, stage=stage)):
+        assert of_rank["gradients"] > 0.1
+        assert of_rank["loss"] < 1e-10
 
 
 def seen(run: RunConfig) -> tuple[Tensor, Tensor, Tensor]:
@@ -262,10 +262,10 @@ def forward(model: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("tp", [2, 4])
 def test_every_rank_has_all_losses_and_all_logits(run_ranks: RunRanks, tp: int, tied: bool) -> None:
     run = config(tp, "fp32", tied_embeddings=tied)
-    found = run_ranks(seen, tp, run)
+    of_ranks = run_ranks(seen, tp, run)
     wanted = forward(tiny.initialized(run, torch.device("cpu")))
-    for rank in found:
-        for mine, first, alone in zip(rank, found[0], wanted, strict=True):
+    for rank in of_ranks:
+        for mine, first, alone in zip(rank, of_ranks[0], wanted, strict=True):
             assert torch.equal(mine, first)
             assert mine.shape == alone.shape
             assert float((mine - alone).abs().max() / alone.abs().max()) < 1e-5
@@ -303,9 +303,9 @@ def test_initial_parameters_are_the_same_bits(
     run_ranks: RunRanks, make: Callable[..., RunConfig], tp: int, stage: int
 ) -> None:
     alone = tiny.values(tiny.initialized(make(1, "fp32"), torch.device("cpu")))
-    for found in run_ranks(initial, 4, make(tp, "fp32", stage=stage)):
-        assert found.keys() == alone.keys()
-        assert all(torch.equal(found[name], alone[name]) for name in alone)
+    for of_rank in run_ranks(initial, 4, make(tp, "fp32", stage=stage)):
+        assert of_rank.keys() == alone.keys()
+        assert all(torch.equal(of_rank[name], alone[name]) for name in alone)
 
 
 def bf16_errors(run: RunConfig) -> dict[str, float]:
@@ -315,7 +315,7 @@ def bf16_errors(run: RunConfig) -> dict[str, float]:
         tiny.backward_shared(model, sync, batches, mesh)
         assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
         rows = model.embedding(batches[0].tokens_BL)
-        found = tiny.gradients(model)
+        gradients = tiny.gradients(model)
         same, exact = (
             tiny.initialized(config(1, dtype), mesh.device) for dtype in ("bf16", "fp64")
         )
@@ -324,16 +324,16 @@ def bf16_errors(run: RunConfig) -> dict[str, float]:
         wanted = same.embedding(batches[0].tokens_BL).chunk(mesh.tp.size, dim=1)[mesh.tp.rank]
         return {
             "rows": float((rows - wanted).abs().max()),
-            "to exact": tiny.worst_error(found, tiny.gradients(exact)),
+            "to exact": tiny.worst_error(gradients, tiny.gradients(exact)),
             "of one process": tiny.worst_error(tiny.gradients(same), tiny.gradients(exact)),
         }
 
 
 def test_bf16_compute(run_ranks: RunRanks) -> None:
-    for found in run_ranks(bf16_errors, 2, config(2, "bf16")):
-        assert found["rows"] == 0.0  # one rank has the row, and zeros take nothing from it
+    for of_rank in run_ranks(bf16_errors, 2, config(2, "bf16")):
+        assert of_rank["rows"] == 0.0  # one rank has the row, and zeros take nothing from it
         # Sums over ranks are rounded once more than those of one process.
-        assert found["to exact"] < 1.5 * found["of one process"]
+        assert of_rank["to exact"] < 1.5 * of_rank["of one process"]
 
 
 def parts_of_a_pipeline(run: RunConfig) -> list[str]:
@@ -342,20 +342,20 @@ def parts_of_a_pipeline(run: RunConfig) -> list[str]:
     from allometry.parallel.tensor import apply_tensor
 
     with tiny.mesh(run) as mesh:
-        found = []
+        names = []
         for part in (Part(range(1), last=False), Part(range(1, 2), first=False)):
             model = tiny.build(run, part)
             apply_tensor(model, mesh)
-            found += [name for name, p in model.named_parameters() if isinstance(p, DTensor)]
-            assert len(found) == len(set(found))
-        return found
+            names += [name for name, p in model.named_parameters() if isinstance(p, DTensor)]
+            assert len(names) == len(set(names))
+        return names
 
 
 def test_parts_of_a_model(run_ranks: RunRanks) -> None:
     run = config(2)
     whole = [name for name, _ in tiny.build(run).named_parameters()]
-    for found in run_ranks(parts_of_a_pipeline, 2, run):
-        assert sorted(found) == sorted(whole)
+    for names in run_ranks(parts_of_a_pipeline, 2, run):
+        assert sorted(names) == sorted(whole)
 
 
 def test_a_vocabulary_smaller_than_the_group_is_refused(run_ranks: RunRanks) -> None:

@@ -122,7 +122,7 @@ def train(stage: int) -> dict[str, float]:
         both = [model, alone]
         optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-2, weight_decay=0.1) for m in both]
         held_out = tiny.micro_batches(1, seed=99)[0]
-        found = {"norm": 0.0, "evaluation": 0.0}
+        errors = {"norm": 0.0, "evaluation": 0.0}
         for step in range(3):
             batches = tiny.micro_batches(3 * mesh.hdp.size, seed=step)
             for optimizer in optimizers:
@@ -131,19 +131,21 @@ def train(stage: int) -> dict[str, float]:
             tiny.backward_alone(alone, batches)
             norms = [clip_by_global_norm(m.parameters(), 0.05) for m in both]
             assert norms[1] > 0.05, "clipping must bite"
-            found["norm"] = max(found["norm"], float((norms[0] / norms[1] - 1).abs()))
+            errors["norm"] = max(errors["norm"], float((norms[0] / norms[1] - 1).abs()))
             for optimizer in optimizers:
                 optimizer.step()
             with torch.no_grad():
                 losses = [tiny.forward_loss(m, held_out) for m in both]
-            found["evaluation"] = max(found["evaluation"], float((losses[0] / losses[1] - 1).abs()))
+            errors["evaluation"] = max(
+                errors["evaluation"], float((losses[0] / losses[1] - 1).abs())
+            )
             for name, parameter in model.named_parameters():
                 assert isinstance(parameter, DTensor) == (stage > 0), name
         moved = tiny.worst_error(
             tiny.values(alone), tiny.values(tiny.initialized(run, mesh.device))
         )
         assert moved > 1e-3, "training must move parameters"
-        return found | {"parameters": tiny.worst_error(tiny.values(model), tiny.values(alone))}
+        return errors | {"parameters": tiny.worst_error(tiny.values(model), tiny.values(alone))}
 
 
 @pytest.mark.parametrize(("stage", "world_size"), [(0, 2), (1, 2), (2, 2), (3, 2), (0, 4), (3, 4)])
@@ -167,9 +169,9 @@ def test_initial_parameters_are_the_same_bits(
     run_ranks: RunRanks, stage: int, world_size: int
 ) -> None:
     alone = tiny.values(tiny.initialized(tiny.config(0, "fp32"), torch.device("cpu")))
-    for found in run_ranks(initial_values, world_size, stage):
-        assert found.keys() == alone.keys()
-        assert all(torch.equal(found[name], alone[name]) for name in alone)
+    for of_rank in run_ranks(initial_values, world_size, stage):
+        assert of_rank.keys() == alone.keys()
+        assert all(torch.equal(of_rank[name], alone[name]) for name in alone)
 
 
 def bf16_errors(stage: int) -> dict[str, float]:
@@ -182,7 +184,7 @@ def bf16_errors(stage: int) -> dict[str, float]:
         )
         tiny.backward_shared(model, sync, batches, mesh)
         assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
-        found = tiny.gradients(model)
+        gradients = tiny.gradients(model)
         assert seen == {torch.float32}, "rotary tables must stay wide"
         same, exact = (
             tiny.initialized(tiny.config(0, dtype), mesh.device) for dtype in ("bf16", "fp64")
@@ -190,10 +192,10 @@ def bf16_errors(stage: int) -> dict[str, float]:
         for alone in (same, exact):
             tiny.backward_alone(alone, batches)
         return {
-            "to one process": tiny.worst_error(found, tiny.gradients(same)),
-            "to exact": tiny.worst_error(found, tiny.gradients(exact)),
+            "to one process": tiny.worst_error(gradients, tiny.gradients(same)),
+            "to exact": tiny.worst_error(gradients, tiny.gradients(exact)),
             "of the embedding": tiny.worst_error(
-                {"": found["embedding.weight"]}, {"": tiny.gradients(same)["embedding.weight"]}
+                {"": gradients["embedding.weight"]}, {"": tiny.gradients(same)["embedding.weight"]}
             ),
             "of one process": tiny.worst_error(tiny.gradients(same), tiny.gradients(exact)),
         }

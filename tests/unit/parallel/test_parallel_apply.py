@@ -193,15 +193,15 @@ def kept_bytes(model: nn.Module) -> tuple[int, dict[str, Tensor]]:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_checkpointing_keeps_less_and_changes_no_bit(mesh: Mesh, dropout: float) -> None:
-    found = {
+    results = {
         kind: kept_bytes(make(config(0, kind, dropout), mesh)[0])
         for kind in ("none", "selective", "full")
     }
     for kind in ("selective", "full"):
-        assert found[kind][1].keys() == found["none"][1].keys()
-        for name, gradient in found["none"][1].items():
-            assert torch.equal(gradient, found[kind][1][name]), (kind, name)
-    assert found["full"][0] < 0.6 * found["none"][0]
+        assert results[kind][1].keys() == results["none"][1].keys()
+        for name, gradient in results["none"][1].items():
+            assert torch.equal(gradient, results[kind][1][name]), (kind, name)
+    assert results["full"][0] < 0.6 * results["none"][0]
 
 
 def test_checkpointed_blocks_compile_whole(mesh: Mesh) -> None:

@@ -69,10 +69,10 @@ def forward(model: Transformer, share: float, seed: int = 0, length: int = L) ->
 
 
 def take_gradients(model: Transformer) -> dict[str, Tensor]:
-    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
-    assert found
-    return found
+    assert gradients
+    return gradients
 
 
 def gradients(model: Transformer, share: float) -> dict[str, Tensor]:
@@ -333,9 +333,9 @@ def test_backward_in_two_halves(kind: Kind):
 
     expected_x, expected = run(0.0)
     store = Watched(part)
-    x, found = run(1.0)
+    x, gradient = run(1.0)
     assert torch.equal(x, expected_x)
-    assert same(found, expected)
+    assert same(gradient, expected)
     assert store.bytes_out <= store.bytes_in <= 2 * store.bytes_out
     gc.collect()  # torch's halves leave cycles
     assert alive(store.hosts) == alive(store.arrivals) == 0

@@ -69,13 +69,13 @@ def test_fewer_micro_batches_than_ranks_in_1f1b() -> None:
 
 
 def each_pass_once(orders: Orders, stages: int, count: int) -> None:
-    found = Counter(action for rank in orders for action in rank)
-    assert set(found.values()) == {1}
+    counts = Counter(action for rank in orders for action in rank)
+    assert set(counts.values()) == {1}
     for stage in range(stages):
         for index in range(count):
-            assert found[Action("F", stage, index)] == 1
-            whole = found[Action("B", stage, index)]
-            halves = [found[Action("I", stage, index)], found[Action("W", stage, index)]]
+            assert counts[Action("F", stage, index)] == 1
+            whole = counts[Action("B", stage, index)]
+            halves = [counts[Action("I", stage, index)], counts[Action("W", stage, index)]]
             # Torch writes I and B of one micro-batch nowhere; some schedules mix both kinds.
             assert (whole, *halves) in ((1, 0, 0), (0, 1, 1)), (stage, index)
 

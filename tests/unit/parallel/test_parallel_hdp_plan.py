@@ -73,7 +73,7 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
 
 def held(plan: Plan, rank: int) -> list[tuple[int, int]]:
     """All (document, place) that a rank computes, cut with numpy alone."""
-    found = []
+    places = []
     for unit in plan.of_rank(rank):
         if unit is None:
             continue
@@ -81,8 +81,8 @@ def held(plan: Plan, rank: int) -> list[tuple[int, int]]:
         for document in unit.documents:
             chunks = np.array_split(np.arange(plan.lengths[document]), 2 * n)
             mine = np.concatenate([chunks[member], chunks[2 * n - 1 - member]])
-            found += [(document, place) for place in mine.tolist()]
-    return found
+            places += [(document, place) for place in mine.tolist()]
+    return places
 
 
 @settings(max_examples=1000, deadline=None)
@@ -172,8 +172,8 @@ def test_ranks_that_cost_more_than_they_bring_are_left_out(mode: Mode) -> None:
 
 def lengths_of(documents: int, seed: int = 0, longest: int = 65536) -> np.ndarray:
     random = np.random.default_rng(seed)
-    found = np.ceil(random.lognormal(7.2, 1.5, size=documents)).astype(np.int64)
-    return np.minimum(found, longest)
+    lengths = np.ceil(random.lognormal(7.2, 1.5, size=documents)).astype(np.int64)
+    return np.minimum(lengths, longest)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -237,7 +237,7 @@ def test_pipelines_have_levels_of_length() -> None:
          for d in unit.documents]
         for rank in range(ranks)
     ]  # fmt: skip
-    spans = sorted((max(found), min(found)) for found in singles if found)
+    spans = sorted((max(of_rank), min(of_rank)) for of_rank in singles if of_rank)
     assert all(low[0] <= high[1] for low, high in pairwise(spans)), spans
     rings = [sum(u.cost for u in plan.of_rank(r) if u and len(u.ring) > 1) for r in range(ranks)]
     counts = [len(order) for order in plan.orders]
@@ -321,18 +321,18 @@ def test_a_capacity_below_the_tensor_ranks() -> None:
 def test_summary_is_json_and_counts() -> None:
     lengths = lengths_of(300)
     plan = make_plan(lengths, 16, context("naive"), COST, "lockstep", layers=32, round_count=4)
-    found = json.loads(json.dumps(summary(plan, COST)))
-    assert found["tokens"] == lengths.sum()
-    assert sum(found["degrees"].values()) == found["documents"] == 300
-    assert found["micro_batches"] == 16 * found["waves"]
-    assert found["waves"] % 4 == 0
+    described = json.loads(json.dumps(summary(plan, COST)))
+    assert described["tokens"] == lengths.sum()
+    assert sum(described["degrees"].values()) == described["documents"] == 300
+    assert described["micro_batches"] == 16 * described["waves"]
+    assert described["waves"] % 4 == 0
     real = sum(len(unit.ring) for unit in plan.units)
-    assert found["dummies"] == found["micro_batches"] - real
+    assert described["dummies"] == described["micro_batches"] - real
     sent = sum(
         (len(unit.ring) - 1) * plan.tokens(unit) * 2 * 8 * 128 * 2 * 32 for unit in plan.units
     )
-    assert found["bytes_forward"] == sent
-    assert found["bytes_sent"] == sent * (1 + 1 + 2), "again, and gradients in fp32"
+    assert described["bytes_forward"] == sent
+    assert described["bytes_sent"] == sent * (1 + 1 + 2), "again, and gradients in fp32"
 
 
 def test_ten_thousand_documents_are_planned_quickly() -> None:

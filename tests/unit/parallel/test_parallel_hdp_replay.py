@@ -60,15 +60,15 @@ def random_plan(random: np.random.Generator, aligned: bool, pp: int) -> Plan:
 
 
 def deadlocks(aligned: bool, plans: int = 300) -> int:
-    random, found = np.random.default_rng(0), 0
+    random, refused = np.random.default_rng(0), 0
     for _ in range(plans):
         pp = int(random.integers(2, 5))
         plan = random_plan(random, aligned, pp)
         try:
             replay(plan, partial(schedule_orders, "1f1b", pp, 1))
         except PlanError:
-            found += 1
-    return found
+            refused += 1
+    return refused
 
 
 def test_rings_at_one_place_never_deadlock() -> None:

@@ -59,7 +59,7 @@ def seen(lengths: Lengths, n: int, member: int) -> list[tuple[int, int, int]]:
         held = [chunks(length, n, holder) for length in lengths]
         return [(d, place) for d, runs in enumerate(held) for run in runs for place in run]
 
-    found = []
+    pairs = []
     for step in range(n):
         pairing = ring.pairing(ring.source(step))
         if pairing is None:
@@ -72,18 +72,18 @@ def seen(lengths: Lengths, n: int, member: int) -> list[tuple[int, int, int]]:
             for i, (document, query) in enumerate(queries):
                 for key_document, key in keys[: i + 1] if pairing.causal else keys:
                     assert key_document == document
-                    found.append((document, query, key))
-    return found
+                    pairs.append((document, query, key))
+    return pairs
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(1, 24), min_size=1, max_size=3), rings)
 def test_every_query_sees_every_key_up_to_itself_once(lengths: Lengths, n: int) -> None:
-    found = [score for member in range(n) for score in seen(lengths, n, member)]
+    pairs = [score for member in range(n) for score in seen(lengths, n, member)]
     causal = [
         (d, q, k) for d, length in enumerate(lengths) for q in range(length) for k in range(q + 1)
     ]
-    assert sorted(found) == causal
+    assert sorted(pairs) == causal
 
 
 @given(rings.filter(lambda n: n > 1), st.integers(0, 1000))
