@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,9 +42,10 @@ def sentence(done: subprocess.CompletedProcess[str]) -> str:
 def test_help_answers_at_once() -> None:
     seconds = []
     for _ in range(5):
-        begun = time.perf_counter()
+        begun = os.times()
         done = allometry("--help")
-        seconds.append(time.perf_counter() - begun)
+        ended = os.times()  # of the processor, which others may use, too
+        seconds.append(sum(ended[2:4]) - sum(begun[2:4]))
     assert done.returncode == 0
     for command in ("train", "prepare", "plot", "doctor"):
         assert command in done.stdout
