@@ -1,6 +1,6 @@
 """Loads of the step before or of this batch: how even one router gets, by what a batch is made of.
 
-    python -m benchmarks.balance_loads [--steps N]
+    python benchmarks/balance_loads.py [--steps N]
 
 Tokens of a sequence are of one topic, a direction of their own. Experts learn the topics (the loss
 pays a token for the experts that its topic likes), the auxiliary loss evens out their load. Printed

@@ -89,7 +89,7 @@ class ProseCorpus(_Library):
     ) -> Iterator[Document]:
         """See ``Corpus.documents``; kept in memory, as parsing takes seconds and they are few."""
         if self._read is None:
-            found: dict[str, Document] = {}
+            by_text: dict[str, Document] = {}
             left_out: Counter[str] = Counter()
             extract = partial(_docstrings, self.root)
             for path, outcome in zip(
@@ -100,12 +100,12 @@ class ProseCorpus(_Library):
                     left_out[outcome] += 1
                     continue
                 for document in outcome:
-                    if document.text in found:
+                    if document.text in by_text:
                         left_out["docstring stands elsewhere too"] += 1
-                    found.setdefault(document.text, document)
+                    by_text.setdefault(document.text, document)
             for document in _topics():
-                found.setdefault(document.text, document)
-            self._read = list(found.values()), left_out
+                by_text.setdefault(document.text, document)
+            self._read = list(by_text.values()), left_out
         else:
             advance(self.total_bytes)
         skipped.update(self._read[1])
@@ -133,7 +133,7 @@ def _docstrings(root: Path, path: Path) -> list[Document] | str:
     except (SyntaxError, ValueError):
         return "file does not parse"
     name, group = path.relative_to(root).as_posix(), text_digest(text)
-    found: list[Document] = []
+    documents: list[Document] = []
     # Statements only: docstrings stand nowhere else, and expressions are most of a tree.
     waiting: list[tuple[ast.AST, str]] = [(tree, name)]
     while waiting:
@@ -143,12 +143,12 @@ def _docstrings(root: Path, path: Path) -> list[Document] | str:
                 where = f"{where}:{node.name}"
             docstring = ast.get_docstring(node)
             if docstring:
-                found.append(Document(where, docstring, group))
+                documents.append(Document(where, docstring, group))
         for block in ("cases", "finalbody", "orelse", "handlers", "body"):
             inner = getattr(node, block, None)
             if isinstance(inner, list):
                 waiting.extend((child, where) for child in reversed(inner))
-    return found
+    return documents
 
 
 def _topics() -> Iterator[Document]:

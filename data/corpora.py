@@ -44,8 +44,8 @@ def open_corpus(name: str, text_key: str) -> Corpus:
             and not any(part.startswith(".") for part in file.relative_to(path).parts)
         )
     elif glob.has_magic(name):
-        found = sorted(glob.glob(name, recursive=True))
-        files = [Path(match) for match in found if Path(match).is_file()]
+        matches = sorted(glob.glob(name, recursive=True))
+        files = [Path(match) for match in matches if Path(match).is_file()]
     else:
         raise UserError(
             f"input {name} does not exist; give a file, a folder, a pattern of files or "

@@ -61,20 +61,20 @@ class Pieces:
         stop = length if stop is None else stop
         assert 0 <= start <= stop <= length
         store, offset = self.stores[int(self.sources[piece])], int(self.offsets[piece])
-        line = np.full(stop - start + 1, IGNORE, np.int64)
-        known = len(line) - int(stop == length and self.ends[piece])
+        window = np.full(stop - start + 1, IGNORE, np.int64)
+        known = len(window) - int(stop == length and self.ends[piece])
         first = offset + start
-        line[:known] = store.read(int(self.documents[piece]), first, first + known)
-        return line[:-1].copy(), line[1:].copy()
+        window[:known] = store.read(int(self.documents[piece]), first, first + known)
+        return window[:-1].copy(), window[1:].copy()
 
 
-_Found = tuple[
+_Columns = tuple[
     NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_], NDArray[np.int64]
 ]
 
 
-class PieceLine:
-    """A source's endless line, each document cut into pieces of ``limit`` tokens and a rest.
+class PieceStream:
+    """A source's token stream, each document cut into pieces of ``limit`` tokens and a rest.
 
     A rest of one token predicts nothing, as its document ends with it: it is left out, and a
     document of one token with it. What stands where is found by bisection.
@@ -95,7 +95,7 @@ class PieceLine:
         return np.flatnonzero(self._lone if documents is None else self._lone[documents])
 
     def tokens_before(self, place: int) -> int:
-        """Tokens of the pieces that begin among the first ``place`` tokens of the line."""
+        """Tokens of the pieces that begin among the first ``place`` tokens of the stream."""
         epoch, offset = divmod(place, self.order.store.num_tokens)
         return epoch * self.epoch_tokens + (self._tokens_in(epoch, offset) if offset else 0)
 
@@ -112,23 +112,24 @@ class PieceLine:
         left_out = int(np.searchsorted(self._lone_places(epoch), index))
         return start + begun - left_out - int(begun == length and self._lone[document])
 
-    def begin_in(self, start: int, stop: int) -> _Found:
-        """The pieces that begin at tokens ``start`` to ``stop`` (exclusive) of the line, in order.
+    def begin_in(self, start: int, stop: int) -> _Columns:
+        """The pieces that begin at tokens ``start`` to ``stop`` of the stream, in order.
 
-        Returns documents, offsets, lengths, ends (as in ``Pieces``) and where each begins.
+        ``stop`` is exclusive. Returns documents, offsets, lengths, ends (as in ``Pieces``) and
+        where each begins.
         """
         period = self.order.store.num_tokens
-        found = []
+        parts = []
         while start < stop:
             epoch, offset = divmod(start, period)
             end = min(period, offset + stop - start)
             *piece, begins = self._begin_in_epoch(epoch, offset, end)
-            found.append((*piece, begins + epoch * period))
+            parts.append((*piece, begins + epoch * period))
             start += end - offset
-        columns = [np.concatenate(column) for column in zip(*found, strict=True)]
+        columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
         return columns[0], columns[1], columns[2], columns[3], columns[4]
 
-    def _begin_in_epoch(self, epoch: int, start: int, stop: int) -> _Found:
+    def _begin_in_epoch(self, epoch: int, start: int, stop: int) -> _Columns:
         made = self.order.epoch(0 if self.order.seed is None else epoch)
         first, last = np.searchsorted(made.ends, (start, stop - 1), side="right")
         documents = made.numbers(int(first), int(last) + 1)
@@ -156,7 +157,7 @@ class PieceLine:
 class DocumentStream(Sources):
     """Training and held-out documents of a data configuration, whole.
 
-    Sample i of a source is window [i L, i L + L) of its endless line, in order (documents are
+    Sample i of a source is window [i L, i L + L) of its token stream, in order (documents are
     permuted already): it holds the pieces that begin there, wherever they end. Targets are the
     tokens that follow in the same document, so each of them counts once an epoch. A sample may hold
     no piece: the one before it then ends behind it.
@@ -165,13 +166,13 @@ class DocumentStream(Sources):
     def __init__(self, data: DocumentData, seed: int) -> None:
         super().__init__(data, seed, whole=True)
         self.max_document_tokens = data.max_document_tokens
-        self._lines = [PieceLine(order, self.max_document_tokens) for order in self._train]
+        self._streams = [PieceStream(order, self.max_document_tokens) for order in self._train]
 
     def _settings(self) -> dict[str, Any]:
         return {"kind": "documents", "max_document_tokens": self.max_document_tokens}
 
     def _epoch_tokens(self, source: int) -> int:
-        return self._lines[source].epoch_tokens
+        return self._streams[source].epoch_tokens
 
     def _epoch_squares(self, source: int) -> float:
         limit = self.max_document_tokens
@@ -181,19 +182,19 @@ class DocumentStream(Sources):
     def pieces(self, position: int, count: int) -> Pieces:
         """The pieces of the ``count`` samples from ``position`` on, by position, then by place."""
         source_B, index_B = self.mixture.sources(position, count)
-        found, rows, sources = [], [], []
+        parts, rows, sources = [], [], []
         for source in np.unique(source_B).tolist():
             row_of = np.flatnonzero(source_B == source)
             first = int(index_B[row_of[0]])  # a source's samples follow each other
             begin, end = (k * self.sequence_length for k in (first, first + len(row_of)))
-            *piece, begins = self._lines[source].begin_in(begin, end)
-            found.append(piece)
+            *piece, begins = self._streams[source].begin_in(begin, end)
+            parts.append(piece)
             rows.append(row_of[begins // self.sequence_length - first])
             sources.append(np.full(len(begins), source, np.int64))
         stores = {source: order.store for source, order in enumerate(self._train)}
         order = np.argsort(np.concatenate(rows), kind="stable")
         documents, offsets, lengths, ends = (
-            np.concatenate(column)[order] for column in zip(*found, strict=True)
+            np.concatenate(column)[order] for column in zip(*parts, strict=True)
         )
         return Pieces(lengths, np.concatenate(sources)[order], documents, offsets, ends, stores)
 
@@ -201,8 +202,8 @@ class DocumentStream(Sources):
         """Tokens of the pieces of each source in the first ``position`` samples, exactly."""
         counts = self.mixture.counts(position).tolist()
         return {
-            name: line.tokens_before(count * self.sequence_length)
-            for name, line, count in zip(self.sources, self._lines, counts, strict=True)
+            name: stream.tokens_before(count * self.sequence_length)
+            for name, stream, count in zip(self.sources, self._streams, counts, strict=True)
         }
 
     def validation_pieces(self, count: int) -> dict[str, Pieces]:
@@ -213,17 +214,17 @@ class DocumentStream(Sources):
         predict there.
         """
         assert count > 0
-        found = {}
+        by_name = {}
         for name, order in self._validation.items():
             total = order.store.num_tokens
             available = -(-total // self.sequence_length)
             stop = self._held_out_windows(name, available, count) * self.sequence_length
-            line = PieceLine(order, self.max_document_tokens)
-            documents, offsets, lengths, ends, _ = line.begin_in(0, min(stop, total))
+            stream = PieceStream(order, self.max_document_tokens)
+            documents, offsets, lengths, ends, _ = stream.begin_in(0, min(stop, total))
             source = self.sources.index(name)
             sources = np.full(len(lengths), source, np.int64)
             stores = {source: order.store}
-            found[name] = Pieces(lengths, sources, documents, offsets, ends, stores)
-            if found[name].num_targets == 0:
+            by_name[name] = Pieces(lengths, sources, documents, offsets, ends, stores)
+            if by_name[name].num_targets == 0:
                 raise self._no_targets(name, count)
-        return found
+        return by_name

@@ -104,9 +104,9 @@ def manifest_of(prefix: str) -> tuple[Manifest, SplitRecord] | None:
         file = path.parent / name
         size = file.stat().st_size if file.is_file() else None
         if size != record.bytes:
-            found = "is missing" if size is None else f"has {size} bytes"
+            problem = "is missing" if size is None else f"has {size} bytes"
             raise UserError(
-                f"token file {file} {found}, but {path.parent / MANIFEST} recorded {record.bytes} "
-                "bytes; prepare the data again into another folder"
+                f"token file {file} {problem}, but {path.parent / MANIFEST} recorded "
+                f"{record.bytes} bytes; prepare the data again into another folder"
             )
     return manifest, split

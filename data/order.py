@@ -30,12 +30,12 @@ class Epoch:
 
 
 class DocumentOrder:
-    """A source as one endless line of tokens: epochs, each a permutation of its documents.
+    """A source as one endless token stream: epochs, each a permutation of its documents.
 
-    The line is read in windows, in an order of their own (``window``).
+    The stream is read in windows, in an order of their own (``window``).
 
     The permutation of an epoch follows from (seed, name, epoch) alone; with ``seed`` None every
-    epoch has the documents as they are stored. A place in the line is found by bisection over the
+    epoch has the documents as they are stored. A place in the stream is found by bisection over the
     epoch's running lengths, which cost 16 bytes a document; two epochs are kept.
     """
 
@@ -53,7 +53,7 @@ class DocumentOrder:
         return Epoch(documents, np.cumsum(self.store.lengths[documents]))
 
     def window(self, sample: int, length: int) -> int:
-        """Which window of the line sample ``sample`` is: window w starts at token w x ``length``.
+        """Which window of the stream sample ``sample`` is: window w starts at token w x ``length``.
 
         The windows that start in an epoch are read in an order that follows from (seed, name,
         epoch, length): neighbours in a long document must not meet in one batch. With ``seed``
@@ -69,7 +69,7 @@ class DocumentOrder:
         return first + shuffle(sample - first)
 
     def read(self, start: int, out: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Fill ``out`` with the line's tokens from ``start`` on.
+        """Fill ``out`` with the stream's tokens from ``start`` on.
 
         Returns the lengths of the runs of one document (int64, positive, sum ``len(out)``), the
         first and last cut where the window cuts them.

@@ -112,10 +112,10 @@ def _prepare_locked(
     request: PrepareRequest, corpora: dict[str, Corpus], out: Path, report: ProgressReport
 ) -> Manifest:
     identity = _identity(request, corpora)
-    found = _already_prepared(out, identity, corpora)
-    if found is not None:
+    manifest = _already_prepared(out, identity, corpora)
+    if manifest is not None:
         report.say(f"{out} is already prepared from the same inputs; nothing to do")
-        return found
+        return manifest
     partial = out / _PARTIAL
     interrupted = (partial / MANIFEST).is_file()
     if partial.exists():
@@ -176,8 +176,8 @@ class _Preparation:
     def _documents(self, corpus: Corpus, skipped: Counter[str]) -> Iterator[Document]:
         """The corpus without blank documents, up to the request's limits."""
         left = self.request.max_bytes or math.inf
-        found = corpus.documents(skipped, self.report.advance, self.workers.map)
-        kept = (document for document in found if document.text.strip())
+        documents = corpus.documents(skipped, self.report.advance, self.workers.map)
+        kept = (document for document in documents if document.text.strip())
         for document in islice(kept, self.request.max_documents):
             left -= len(document.text.encode())
             if left < 0:
@@ -363,10 +363,10 @@ def _locked(out: Path) -> Iterator[None]:
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": python_version()}
+    versions = {"python": python_version()}
     for package in ("allometry", "tokenizers", "numpy", "megatron-core"):
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:  # run from a checkout that was not installed
-            found[package] = "not installed"
-    return found
+            versions[package] = "not installed"
+    return versions

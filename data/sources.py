@@ -26,7 +26,7 @@ class Sources(ABC):
     """Training and held-out documents of a data configuration, each source a ``DocumentOrder``.
 
     ``Mixture`` says which source's sample stands at a position; sample i of a source belongs to
-    a window of L tokens of its endless line of documents. What a sample holds of that window is
+    a window of L tokens of its token stream. What a sample holds of that window is
     what the subclasses are about. Nothing depends on what was asked before, on the number of ranks
     or on how positions are grouped into batches.
 

@@ -105,10 +105,10 @@ class TokenStore:
         num_tokens = int(ends[-1])
         if num_tokens == 0:
             raise self._empty()
-        expected, found = num_tokens * dtype.itemsize, self._bin.stat().st_size
-        if found != expected:
+        expected, num_bytes = num_tokens * dtype.itemsize, self._bin.stat().st_size
+        if num_bytes != expected:
             raise UserError(
-                f"token file {self._bin} has {found} bytes, but its index {self._idx} says "
+                f"token file {self._bin} has {num_bytes} bytes, but its index {self._idx} says "
                 f"{expected}: it was cut short or belongs to another index; prepare or copy both "
                 "files again"
             )

@@ -24,7 +24,7 @@ def open_stream(data: SequenceData | DocumentData, seed: int) -> Stream | Docume
 class Stream(Sources):
     """Training and held-out sequences of a data configuration.
 
-    A sample is a window [w L, w L + L] of its source's endless line of tokens (see
+    A sample is a window [w L, w L + L] of its source's token stream (see
     ``DocumentOrder``): L inputs and, one further, L targets, so that each token is a target once
     an epoch; the windows of an epoch are shuffled.
     """
@@ -97,18 +97,18 @@ class Stream(Sources):
         beginning, and the targets there do not count, so that none counts twice.
         """
         assert count > 0
-        found = {}
+        by_name = {}
         for name, order in self._validation.items():
             num_targets = order.store.num_tokens - 1
             available = -(-num_targets // self.sequence_length)
             end = self._held_out_windows(name, available, count)
-            found[name] = [
+            by_name[name] = [
                 self._held_out(name, order, range(k, k + batch_sequences), end)
                 for k in range(0, end, batch_sequences)
             ]
-            if not any(batch.num_targets for batch in found[name]):
+            if not any(batch.num_targets for batch in by_name[name]):
                 raise self._no_targets(name, count)
-        return found
+        return by_name
 
     def _held_out(self, name: str, order: DocumentOrder, indices: range, end: int) -> Batch:
         """The windows at ``indices``; those from ``end`` on are filling."""

@@ -61,13 +61,13 @@ def check_tokenizer(tokenizer_path: str | None, prefixes: Iterable[str]) -> None
                     tokenizer_path,
                 )
             continue
-        found = recorded[0].tokenizer.sha256
+        sha256 = recorded[0].tokenizer.sha256
         origin = f"{Path(prefix).parent / MANIFEST}"
         if expected is None:
-            expected = (origin, found)
-        elif found != expected[1]:
+            expected = (origin, sha256)
+        elif sha256 != expected[1]:
             raise UserError(
-                f"token files {prefix} were made with another tokenizer (fingerprint {found[:12]} "
+                f"token files {prefix} were made with another tokenizer (fingerprint {sha256[:12]} "
                 f"in {origin}) than {expected[0]} (fingerprint {expected[1][:12]}); set "
                 "data.tokenizer to the tokenizer.json beside the token files, or prepare them "
                 "again with --tokenizer"

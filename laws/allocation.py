@@ -100,11 +100,11 @@ def compute_optimal(
         tails = (0.5 - level / 2, 0.5 + level / 2)
         low_3, high_3 = np.quantile(found_B3, tails, axis=0).tolist()
         intervals = dict(zip(("N", "D", "loss"), zip(low_3, high_3, strict=True), strict=True))
-    found = _at(fit.form, fit.values, size, product, flops, others)
+    optimum = _at(fit.form, fit.values, size, product, flops, others)
     rows = _rows(fit.form, np.array([size]), product, flops, others)
     return Allocation(
         float(flops),
-        *found,
+        *optimum,
         float(flops_per_parameter_token),
         intervals,
         level,
@@ -160,8 +160,8 @@ def searched_size(
     left, right = low, high
     while right - left > 1e-2:
         points = np.linspace(left, right, SCAN)
-        found = np.where(np.isfinite(found := losses(points)), found, np.inf)
-        best = int(np.argmin(found))
+        at_points = np.where(np.isfinite(at_points := losses(points)), at_points, np.inf)
+        best = int(np.argmin(at_points))
         center, reach = points[best], 2 * (points[1] - points[0])
         left, right = max(low, center - reach), min(high, center + reach)
     center = (left + right) / 2

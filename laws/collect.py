@@ -101,7 +101,7 @@ def expand(folders: Sequence[str | Path]) -> list[Path]:
     Raises:
         UserError: one holds no run, or the same run is given twice.
     """
-    found: list[Path] = []
+    expanded: list[Path] = []
     for given in map(Path, folders):
         if not given.is_dir():
             raise UserError(f"{given} is not a folder; give the folder of a run or of runs")
@@ -116,12 +116,12 @@ def expand(folders: Sequence[str | Path]) -> list[Path]:
                 f"{given} holds no config.yaml and no run folder; give the folder of a run "
                 "(run.folder) or one that holds such folders"
             )
-        found += runs
-    for path in found:
-        same = [other for other in found if other.resolve() == path.resolve()]
+        expanded += runs
+    for path in expanded:
+        same = [other for other in expanded if other.resolve() == path.resolve()]
         if len(same) > 1:
             raise UserError(f"{path} is given twice; give each run once")
-    return found
+    return expanded
 
 
 def finished_runs(

@@ -67,14 +67,14 @@ def _check_same(runs: Sequence[Run], what: str, value: Callable[[Run], Any], why
 def _tokenizers(run: Run) -> str:
     """The tokenizers' fingerprints, shortened; None where token files do not say."""
     parts = [source["train"] for source in run.record["data"]["sources"].values()]
-    found = {str(part["tokenizer_sha256"])[:12] for part in parts if part.get("tokenizer_sha256")}
-    return ", ".join(sorted(found)) or "unknown"
+    known = {str(part["tokenizer_sha256"])[:12] for part in parts if part.get("tokenizer_sha256")}
+    return ", ".join(sorted(known)) or "unknown"
 
 
 def _held_out_files(run: Run, only: str | None) -> dict[str, str]:
-    found = {}
+    fingerprints = {}
     for name, source in run.record["data"]["sources"].items():
         part = source.get("validation")
         if part is not None and only in (None, name):
-            found[name] = str(part["fingerprint"])
-    return found
+            fingerprints[name] = str(part["fingerprint"])
+    return fingerprints

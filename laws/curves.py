@@ -94,21 +94,21 @@ def shared_steps(runs: Sequence[Run]) -> list[int]:
     """Return for each run the step up to which its rows are already those of another run here."""
     given = {run.folder.resolve() for run in runs}
     covered: dict[Path, int] = {}
-    found = []
+    steps = []
     for run in runs:
         parent = run.config.get("run", {}).get("parent")
         if not parent:
-            found.append(0)
+            steps.append(0)
             continue
         step = int(parent["step"])
         trunk = Path(parent["folder"]).resolve()
         beside = run.folder.resolve().parent / trunk.name  # a ladder that was moved
         if trunk in given or beside in given:
-            found.append(step)
+            steps.append(step)
         else:
-            found.append(min(step, covered.get(beside, 0)))
+            steps.append(min(step, covered.get(beside, 0)))
             covered[beside] = max(step, covered.get(beside, 0))
-    return found
+    return steps
 
 
 def _left_out(names: Sequence[str], shared: Sequence[int]) -> dict[str, str]:

@@ -145,11 +145,11 @@ class Derived:
         text = self.mapping.get(name, name)
         if text in self.rows.header:
             return [text]
-        found: list[str] = []
+        names: list[str] = []
         for part in Expression.parse(text, f"--map {name}").names:
             own = part == name or part not in self.mapping
-            found += [part] if own else self._read_for(part)
-        return found
+            names += [part] if own else self._read_for(part)
+        return names
 
     def _column(self, name: str) -> Column:
         if name not in self._columns:
@@ -222,12 +222,12 @@ def derive(
             "--group does not go with curves, each of which has learning rates of its own; leave "
             "it out"
         )
-    found = observations.take(kept)
+    taken = observations.take(kept)
     return replace(
-        found,
-        columns={**found.columns, **made},
-        groups=found.groups if groups is None else groups,
-        conventions={**found.conventions, **mapping},
+        taken,
+        columns={**taken.columns, **made},
+        groups=taken.groups if groups is None else groups,
+        conventions={**taken.conventions, **mapping},
     )
 
 

@@ -140,16 +140,16 @@ def forecast(
     end_s1, end_s2_M = _end(target)
     reference_M = _reference(end_s2_M, rows, target)
     fitted_prior = _scaled(prior, target)
-    found = posterior(rows, fitted_prior, end_s1, reference_M)
-    mean_AM, variance_AM = found.predict(end_s1, end_s2_M)
+    estimate = posterior(rows, fitted_prior, end_s1, reference_M)
+    mean_AM, variance_AM = estimate.predict(end_s1, end_s2_M)
     now = int(curves[0].steps_n[-1])
     known = _continues(curves, target)
-    unseen = _unseen(curves, found, rows, end_s2_M) if known else 1.0
-    variance_AM = variance_AM + _law_variance(found, steps / now, unseen)
+    unseen = _unseen(curves, estimate, rows, end_s2_M) if known else 1.0
+    variance_AM = variance_AM + _law_variance(estimate, steps / now, unseen)
     low, middle, high = _quantiles(
-        found.probability_AM, mean_AM, variance_AM, (0.5 - level / 2, 0.5, 0.5 + level / 2)
+        estimate.probability_AM, mean_AM, variance_AM, (0.5 - level / 2, 0.5, 0.5 + level / 2)
     )
-    quality = _quality(found, rows, fitted_prior, bool(end_s2_M.any()))
+    quality = _quality(estimate, rows, fitted_prior, bool(end_s2_M.any()))
     return Forecast(
         step=now,
         total_steps=steps,
@@ -157,7 +157,7 @@ def forecast(
         low=low,
         high=high,
         level=level,
-        values=found.values(),
+        values=estimate.values(),
         quality=quality,
         prior=prior.source,
         warnings=tuple(_warnings(quality, prior, steps / now, known)),
@@ -217,8 +217,8 @@ def borrowed(curves: Sequence[Curve], target: LearningRates, name: str) -> Prior
         )
     end_s1, end_s2_M = _end(scaled)
     reference_M = _reference(end_s2_M, rows, scaled)
-    found = posterior(rows, _scaled(PUBLISHED, scaled), end_s1, reference_M)
-    gain, alpha, memory = found.gain(), found.log_alpha(), found.log_memory()
+    estimate = posterior(rows, _scaled(PUBLISHED, scaled), end_s1, reference_M)
+    gain, alpha, memory = estimate.gain(), estimate.log_alpha(), estimate.log_memory()
     whole = max(_fall(target), 1e-3)
     return Prior(
         gain=Normal(gain.mean / whole, max(gain.sd, 0.2 * abs(gain.mean)) / whole),
@@ -263,21 +263,21 @@ def _continues(curves: Sequence[Curve], target: LearningRates) -> bool:
     )
 
 
-def _unseen(curves: Sequence[Curve], found: Posterior, rows: Rows, end_s2_M: Array) -> float:
+def _unseen(curves: Sequence[Curve], estimate: Posterior, rows: Rows, end_s2_M: Array) -> float:
     """Return the share of the target's annealing that the first curve has not come to."""
     if not end_s2_M.any():
         return 0.0
     last = (rows.starts[1] if len(curves) > 1 else len(rows.loss_n)) - 1
     seen_M = rows.s2_Mn[:, last] / np.where(end_s2_M == 0.0, 1.0, end_s2_M)
-    return float(found.probability_AM.sum(axis=0) @ (1.0 - np.clip(seen_M, 0.0, 1.0)))
+    return float(estimate.probability_AM.sum(axis=0) @ (1.0 - np.clip(seen_M, 0.0, 1.0)))
 
 
-def _law_variance(found: Posterior, longer: float, unseen: float) -> float:
+def _law_variance(estimate: Posterior, longer: float, unseen: float) -> float:
     """Return the variance of the smooth curve around the fitted law at the target's end."""
     share = _ERROR_NOW + _ERROR_PER_LOG_STEP * abs(math.log(longer))
-    decay = _ERROR_OF_GAIN * unseen * abs(found.gain().mean)
-    wandering = found.persistence * found.sd**2
-    return found.scale**2 * (share**2 + decay**2 + wandering)
+    decay = _ERROR_OF_GAIN * unseen * abs(estimate.gain().mean)
+    wandering = estimate.persistence * estimate.sd**2
+    return estimate.scale**2 * (share**2 + decay**2 + wandering)
 
 
 def _quantiles(
@@ -293,63 +293,63 @@ def _quantiles(
     return tuple(float(np.interp(level, below, grid)) for level in levels)
 
 
-def _quality(found: Posterior, rows: Rows, prior: Prior, decays: bool) -> Quality:
+def _quality(estimate: Posterior, rows: Rows, prior: Prior, decays: bool) -> Quality:
     beliefs = {
-        "alpha": (found.log_alpha(), prior.log_alpha),
-        "memory": (found.log_memory(), prior.log_memory),
-        "gain": (found.gain(), prior.gain),
+        "alpha": (estimate.log_alpha(), prior.log_alpha),
+        "memory": (estimate.log_memory(), prior.log_memory),
+        "gain": (estimate.gain(), prior.gain),
     }
     unmeasured = tuple(
         name
         for name, (after, before) in beliefs.items()
         if after.sd > UNKNOWN * before.sd and (decays or name == "alpha")
     )
-    p_A, p_M = found.probability_AM.sum(axis=1), found.probability_AM.sum(axis=0)
+    p_A, p_M = estimate.probability_AM.sum(axis=1), estimate.probability_AM.sum(axis=0)
     edges = float(p_A[0] + p_A[-1]) + (float(p_M[0] + p_M[-1]) if decays else 0.0)
     assert len(p_A) == len(ALPHAS), p_A.shape
     return Quality(
         rows=len(rows.loss_n),
-        effective_rows=found.effective_rows,
-        residual=found.sd,
-        persistence=found.persistence,
+        effective_rows=estimate.effective_rows,
+        residual=estimate.sd,
+        persistence=estimate.persistence,
         unmeasured=unmeasured,
-        gain=found.gain(),
+        gain=estimate.gain(),
         at_edges=edges,
     )
 
 
 def _warnings(quality: Quality, prior: Prior, longer: float, continues: bool) -> list[str]:
-    found = []
+    warnings = []
     if "gain" in quality.unmeasured:
-        found.append(
+        warnings.append(
             f"what the decay gains is hardly measured: {quality.gain.mean:.1%} +- "
             f"{quality.gain.sd:.1%} of the loss rests on the prior, from {prior.source}"
         )
     if "alpha" in quality.unmeasured:
-        found.append(
+        warnings.append(
             "the curve is too short or too noisy to tell how fast it flattens: its exponent is the "
             f"prior, from {prior.source}"
         )
     if longer > LONG:
-        found.append(
+        warnings.append(
             f"the target is {longer:.1f} times as long as what was seen; the law was checked up "
             f"to {LONG:g} times"
         )
     if longer < 1.0:
-        found.append("the target is shorter than what was seen; rows past its end count as well")
+        warnings.append("the target is shorter than what was seen; rows past its end count as well")
     if not continues:
-        found.append(
+        warnings.append(
             "the target does not continue this run: it is the loss of another run with that "
             "schedule; on such the law was off by a fifth of what a decay gains"
         )
     if quality.at_edges > 0.1:
-        found.append(
+        warnings.append(
             f"{quality.at_edges:.0%} of the probability lies at the ends of the searched ranges "
             "of exponent and memory; take the interval as too narrow"
         )
     if quality.persistence > 0.8:
-        found.append(
+        warnings.append(
             "the curve wanders around the law for many rows together: it is no smooth power law, "
             "so be wary of the interval"
         )
-    return found
+    return warnings

@@ -96,12 +96,12 @@ class HyperparameterLaw:
 
         Of what did not vary it is the single value that was run against the law.
         """
-        found = {}
+        octaves = {}
         for cell in self.cells:
             rate, batch = law(cell.at["N"], cell.at["D"])
             best = cell.surface.best
-            found[cell.name] = (math.log2(best["lr"] / rate), math.log2(best["B"] / batch))
-        return found
+            octaves[cell.name] = (math.log2(best["lr"] / rate), math.log2(best["B"] / batch))
+        return octaves
 
     def to_json(self) -> dict[str, Any]:
         """Return laws, cells with their 95 % intervals and what was left out, for JSON."""
@@ -164,7 +164,7 @@ def sweep_optima(
     columns = {name: [cell.at[name] for cell in cells] for name in EXPONENTS}
     columns |= {axis: [cell.surface.best[axis] for cell in cells] for axis in axes}
     columns["loss"] = [cell.surface.loss for cell in cells]
-    found = Observations.of(columns, [cell.name for cell in cells])
+    optima = Observations.of(columns, [cell.name for cell in cells])
     runs = sum(cell.surface.rows for cell in cells)
     how = f"the best of each of {len(cells)} sweeps, by a parabola through {runs} runs near it"
     about = {name: text for name, text in observations.conventions.items() if name in EXPONENTS}
@@ -173,7 +173,7 @@ def sweep_optima(
     earlier = observations.conventions.get("left out")
     parts = [*([earlier] if earlier else []), *([_listed(left_out)] if left_out else [])]
     about |= {"left out": "; ".join(parts)} if parts else {}
-    return replace(found, conventions=about)
+    return replace(optima, conventions=about)
 
 
 def _cells(
@@ -206,15 +206,15 @@ def nearest_excess(observations: Observations, law: PairLaw) -> dict[str, float]
     Relative to the best loss; nearest in log rate and log batch; a run that diverged is infinitely
     far above.
     """
-    found = {}
+    excess = {}
     sizes, tokens = observations["N"], observations["D"]
     for n, d in sorted(set(zip(sizes, tokens, strict=True))):
         cell = observations.take((sizes == n) & (tokens == d))
         rate, batch = law(float(n), float(d))
         distance = np.log(cell["lr"] / rate) ** 2 + np.log(cell["B"] / batch) ** 2
         loss = np.where(np.isfinite(cell["loss"]), cell["loss"], np.inf)
-        found[_cell_name(n, d)] = float(loss[np.argmin(distance)] / loss.min() - 1.0)
-    return found
+        excess[_cell_name(n, d)] = float(loss[np.argmin(distance)] / loss.min() - 1.0)
+    return excess
 
 
 def _cell_name(parameters: float, tokens: float) -> str:

@@ -58,24 +58,24 @@ def isoflop_optima(
         flops = observations["C"]
     else:
         flops = flops_per_parameter_token * sizes * observations["D"]
-    found = []
+    optima = []
     for rows in budgets(flops, tolerance):
         if len(np.unique(sizes[rows])) >= 3:
             budget = float(np.exp(np.log(flops[rows]).mean()))
             tokens = budget / flops_per_parameter_token
-            found.append(_parabola(rows, sizes[rows], losses[rows], budget, tokens))
-    return found
+            optima.append(_parabola(rows, sizes[rows], losses[rows], budget, tokens))
+    return optima
 
 
 def budgets(flops: Array, tolerance: float = TOLERANCE) -> list[NDArray[np.intp]]:
     """Return rows of (nearly) equal FLOPs, in order; a budget begins at its least row."""
     order = np.argsort(flops, kind="stable")
-    found: list[list[int]] = []
+    groups: list[list[int]] = []
     for row in order.tolist():
-        if not found or flops[row] > flops[found[-1][0]] * (1.0 + tolerance):
-            found.append([])
-        found[-1].append(row)
-    return [np.array(sorted(rows), np.intp) for rows in found]
+        if not groups or flops[row] > flops[groups[-1][0]] * (1.0 + tolerance):
+            groups.append([])
+        groups[-1].append(row)
+    return [np.array(sorted(rows), np.intp) for rows in groups]
 
 
 def _parabola(

@@ -73,25 +73,25 @@ def fit_rungs(
             fewer of them than the law has parameters.
     """
     form = form_named(law)
-    found = fit(form, from_runs(folders, count=count, loss=loss))
-    return found, bootstrap(found, bootstraps)
+    fitted = fit(form, from_runs(folders, count=count, loss=loss))
+    return fitted, bootstrap(fitted, bootstraps)
 
 
-def unidentified(found: Fit) -> str | None:
+def unidentified(fitted: Fit) -> str | None:
     """Say which parameters the rungs leave open, if any.
 
     A prediction near the rungs can be good although a parameter, often E, is not: the interval then
     holds what all its plausible values predict.
     """
     try:
-        require_identified(found)
+        require_identified(fitted)
     except UserError as error:
         return str(error)
     return None
 
 
 def predict_target(
-    found: Fit,
+    fitted: Fit,
     resampled: Bootstrap,
     target: Mapping[str, Any],
     *,
@@ -105,19 +105,19 @@ def predict_target(
     """
     columns = {key: [float(value)] for key, value in target.items() if _is_number(value)}
     wanted = Observations.of(columns, [str(target["run"])])
-    predicted = float(found.predict(wanted)[0])
-    open_ones = unidentified(found)
-    warnings = [*found.warnings_for(wanted), *([open_ones] if open_ones else [])]
+    predicted = float(fitted.predict(wanted)[0])
+    open_ones = unidentified(fitted)
+    warnings = [*fitted.warnings_for(wanted), *([open_ones] if open_ones else [])]
     low, high = resampled.predict_interval(wanted, LEVEL, noise=True)
     return Prediction(
-        law=found.form.name,
+        law=fitted.form.name,
         target=dict(target),
         predicted=predicted,
         low=float(low[0]),
         high=float(high[0]),
         level=LEVEL,
-        rungs=len(found.observations),
-        loss=found.observations.conventions.get("loss", ""),
+        rungs=len(fitted.observations),
+        loss=fitted.observations.conventions.get("loss", ""),
         time=round(time.time(), 3),
         target_state=state,
         target_step=step,
@@ -159,14 +159,17 @@ def load_prediction(path: Path) -> Prediction | None:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         fields = {key: data[key] for key in Prediction.__dataclass_fields__}
-        found = Prediction(**fields | {"warnings": tuple(fields["warnings"])})
-        if not all(math.isfinite(value) for value in (found.predicted, found.low, found.high)):
+        prediction = Prediction(**fields | {"warnings": tuple(fields["warnings"])})
+        if not all(
+            math.isfinite(value)
+            for value in (prediction.predicted, prediction.low, prediction.high)
+        ):
             raise ValueError("its numbers are not finite")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path} is not a prediction ({type(error).__name__}: {error}); restore it or remove it"
         ) from None
-    return found
+    return prediction
 
 
 def _is_number(value: Any) -> bool:

@@ -78,7 +78,7 @@ def optimal_mixture(
         return float(total_n[0]), (total_n[1:] - total_n[0]) / STEP
 
     sum_to_one = {"type": "eq", "fun": lambda r: r.sum() - 1.0, "jac": np.ones_like}
-    found = []
+    optima = []
     for start_K in _starts(low_K, high_K, starts, seed):
         result = minimize(
             value_and_slopes,
@@ -91,13 +91,13 @@ def optimal_mixture(
         )
         end_K = into_simplex(np.asarray(result.x, np.float64), low_K, high_K)
         each_V = _losses(laws, domains, at, end_K[None])[:, 0]
-        found.append((float(weight_V @ each_V), end_K, each_V))
-    loss, shares_K, each_V = min(found, key=lambda one: one[0])
+        optima.append((float(weight_V @ each_V), end_K, each_V))
+    loss, shares_K, each_V = min(optima, key=lambda one: one[0])
     return Mixture(
         dict(zip(domains, shares_K.tolist(), strict=True)),
         loss,
         dict(zip(laws, each_V.tolist(), strict=True)),
-        sum(one[0] <= loss + 1e-6 * abs(loss) for one in found),
+        sum(one[0] <= loss + 1e-6 * abs(loss) for one in optima),
         starts,
     )
 

@@ -81,10 +81,10 @@ class Sweep:
         is one seed only)."""
         if self.losses_RS.shape[1] < 2:
             return float("nan")
-        found = [self.optimum([seed]) for seed in range(self.losses_RS.shape[1])]
-        if not all(optimum.interior for optimum in found):
+        optima = [self.optimum([seed]) for seed in range(self.losses_RS.shape[1])]
+        if not all(optimum.interior for optimum in optima):
             return float("nan")
-        return float(np.ptp([optimum.log2_lr for optimum in found]))
+        return float(np.ptp([optimum.log2_lr for optimum in optima]))
 
 
 def drift(sweeps: Mapping[int, Sweep]) -> float:
@@ -120,11 +120,11 @@ def _interval(
     if number < 2:
         return float("nan"), float("nan")
     random = np.random.default_rng(0)
-    found = []
+    statistics = []
     for _ in range(RESAMPLES):
         seeds = [int(random.integers(number)) for _ in range(number)]
-        found.append(statistic([sweep.optimum(seeds) for sweep in sweeps.values()]))
-    kept = np.array(found)[np.isfinite(found)]
+        statistics.append(statistic([sweep.optimum(seeds) for sweep in sweeps.values()]))
+    kept = np.array(statistics)[np.isfinite(statistics)]
     if len(kept) < RESAMPLES / 2:
         return float("nan"), float("nan")
     low, high = np.quantile(kept, [(1 - level) / 2, (1 + level) / 2])

@@ -211,5 +211,5 @@ def _persistence(residual_n: Array, starts: tuple[int, ...]) -> float:
     products = residual_n[1:] * residual_n[:-1]
     inside = np.ones(len(products), bool)
     inside[[start - 1 for start in starts if start > 0]] = False
-    found = products[inside].sum() / max(float((residual_n**2).sum()), 1e-300)
-    return float(np.clip(found + 3.0 / len(residual_n), 0.0, _MOST_PERSISTENCE))
+    correlation = products[inside].sum() / max(float((residual_n**2).sum()), 1e-300)
+    return float(np.clip(correlation + 3.0 / len(residual_n), 0.0, _MOST_PERSISTENCE))

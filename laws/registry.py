@@ -15,14 +15,14 @@ from allometry.laws.forms.base import Form
 @cache
 def all_forms() -> dict[str, Form]:
     """Return every form of ``laws/forms`` by name; a file lists its own in ``FORMS``."""
-    found: dict[str, Form] = {}
+    by_name: dict[str, Form] = {}
     for module in sorted(info.name for info in pkgutil.iter_modules(forms.__path__)):
         if module == "base":
             continue
         for form in importlib.import_module(f"{forms.__name__}.{module}").FORMS:
-            assert form.name not in found, form.name
-            found[form.name] = form
-    return found
+            assert form.name not in by_name, form.name
+            by_name[form.name] = form
+    return by_name
 
 
 def form_named(name: str) -> Form:
@@ -31,14 +31,14 @@ def form_named(name: str) -> Form:
     Raises:
         UserError: there is none, or it takes no columns.
     """
-    found = all_forms()
+    by_name = all_forms()
     base, colon, columns = name.partition(":")
-    if base not in found:
-        near = difflib.get_close_matches(base, found, n=1)
-        hint = f"use one of {', '.join(sorted(found))}"
+    if base not in by_name:
+        near = difflib.get_close_matches(base, by_name, n=1)
+        hint = f"use one of {', '.join(sorted(by_name))}"
         if near:
             hint = f"did you mean {near[0]!r} (allometry laws lists all)?"
         raise UserError(f"no law is called {base!r}; {hint}")
     if not colon:
-        return found[base]
-    return found[base].for_columns([column.strip() for column in columns.split(",")])
+        return by_name[base]
+    return by_name[base].for_columns([column.strip() for column in columns.split(",")])

@@ -106,9 +106,9 @@ def fit_surface(
     problem = _no_optimum(axes, bowl_S, vertex_SA[0], low_A, high_A)
     if problem is not None:
         return failed(problem)
-    found = dict(zip(axes, (2.0 ** (center_A + vertex_SA[0])).tolist(), strict=True))
+    optimum = dict(zip(axes, (2.0 ** (center_A + vertex_SA[0])).tolist(), strict=True))
     return Surface(
-        best={**start, **found},
+        best={**start, **optimum},
         loss=optima.loss,
         curvature=dict(zip(axes, optima.curvature_A.tolist(), strict=True)),
         axes=axes,

@@ -140,11 +140,11 @@ def bootstrap(fit: Fit, samples: int = 200, seed: int = 0) -> Bootstrap:
     loss = fit.options.make_loss()
     center_P = problem.coordinates(fit.values)
     block = max(1, BLOCK // (len(index_n) * (1 + PERTURBED)))
-    found = []
+    refits = []
     for start in range(0, samples, block):
         weights_Bn = counts_BG[start : start + block, index_n].astype(np.float64)
-        found.append(refit(problem, loss, center_P, weights_Bn, PERTURBED, seed + start))
-    x_BP = np.concatenate(found)
+        refits.append(refit(problem, loss, center_P, weights_Bn, PERTURBED, seed + start))
+    x_BP = np.concatenate(refits)
     good_B = np.isfinite(x_BP).all(axis=1)
     names = tuple(parameter.name for parameter in fit.form.parameters)
     free = {

@@ -49,7 +49,7 @@ def compare(
     ``by``: ``"group"`` leaves out one group after the other, a column's name its largest value. A
     form that refuses these observations stays in the list and says why.
     """
-    found = []
+    comparisons = []
     for form in forms:
         try:
             fitted = fit(form, observations, options)
@@ -61,12 +61,12 @@ def compare(
                 held_out = hold_out_largest(form, observations, by, options)
         except UserError as error:
             number = len(form.parameters)
-            found.append(Comparison(form, number, None, None, float("inf"), str(error)))
+            comparisons.append(Comparison(form, number, None, None, float("inf"), str(error)))
             continue
         measured = observations[form.target.name]
         errors = fitted.predict(observations) / measured - 1.0
         if form.residual == "linear":
             errors = fitted.residuals()
         in_sample = float(np.abs(errors).mean())
-        found.append(Comparison(form, len(form.parameters), fitted, held_out, in_sample))
-    return sorted(found, key=lambda comparison: comparison.error)
+        comparisons.append(Comparison(form, len(form.parameters), fitted, held_out, in_sample))
+    return sorted(comparisons, key=lambda comparison: comparison.error)

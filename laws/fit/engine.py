@@ -113,7 +113,7 @@ class Fit:
 
     def warnings_for(self, observations: Observations) -> list[str]:
         """Return a sentence for each input of these rows that lies outside of the fitted range."""
-        found = []
+        warnings = []
         for variable in self.form.inputs:
             if variable.name not in self.observations.columns:
                 continue
@@ -127,11 +127,11 @@ class Fit:
                     edge, word = (low, "below") if value < low else (high, "above")
                     ratio = value / edge if edge > 0.0 and value > 0.0 else None
                     times = f" ({max(ratio, 1 / ratio):.3g} times {word})" if ratio else ""
-                    found.append(
+                    warnings.append(
                         f"{variable.name}={value:.4g} is outside of the fitted range "
                         f"{low:.4g} to {high:.4g}{times}: the prediction is an extrapolation"
                     )
-        return found
+        return warnings
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values, from which ``from_json`` makes a fit that predicts the same bits."""

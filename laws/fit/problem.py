@@ -60,10 +60,10 @@ class Problem:
     def values(self, x_SP: Array) -> dict[str, Any]:
         """Return each parameter's values [S, 1] (fixed ones as they are)."""
         v_SP = self.values_array(x_SP)
-        found: dict[str, Any] = dict(self.fixed)
+        values: dict[str, Any] = dict(self.fixed)
         for index, parameter in enumerate(self.free):
-            found[parameter.name] = v_SP[:, index, None]
-        return found
+            values[parameter.name] = v_SP[:, index, None]
+        return values
 
     def values_array(self, x_SP: Array) -> Array:
         """Return the values [S, P] of search coordinates."""

@@ -107,25 +107,25 @@ NAMES = (
 
 def paper_coefficients(values: Mapping[str, float]) -> dict[str, float]:
     """Return a1, α, b1, a2, β, b2, a3, γ, b3 of fitted values (infinite where a power is 0)."""
-    found = {}
+    coefficients = {}
     for level, a, power, b in NAMES:
         with np.errstate(divide="ignore", invalid="ignore"):
             reach = np.divide(values[f"{level}_slope"], values[power])
-        found[a] = float(reach * REFERENCE ** -values[power])
-        found[power] = values[power]
-        found[b] = float(values[level] - reach)
-    return found
+        coefficients[a] = float(reach * REFERENCE ** -values[power])
+        coefficients[power] = values[power]
+        coefficients[b] = float(values[level] - reach)
+    return coefficients
 
 
 def from_paper(coefficients: Mapping[str, float]) -> dict[str, float]:
     """Return the values of the paper's a1, α, b1, a2, β, b2, a3, γ, b3."""
-    found = {}
+    values = {}
     for level, a, power, b in NAMES:
         reach = coefficients[a] * REFERENCE ** coefficients[power]
-        found[level] = coefficients[b] + reach
-        found[f"{level}_slope"] = reach * coefficients[power]
-        found[power] = coefficients[power]
-    return found
+        values[level] = coefficients[b] + reach
+        values[f"{level}_slope"] = reach * coefficients[power]
+        values[power] = coefficients[power]
+    return values
 
 
 FORMS: tuple[Form, ...] = (Farseer(),)

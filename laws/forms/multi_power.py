@@ -62,7 +62,7 @@ def events_of(
     bounds = _ages(int(steps_n.max()), CLIMBING if warmup else GROWTH)
     stop_nG = np.maximum(steps_n[:, None] - bounds[:-1], 0)
     start_nG = np.maximum(steps_n[:, None] - bounds[1:], 0)  # steps start+1 ... stop
-    found_rows, found = [], []
+    part_rows, part_values = [], []
     for part in (np.maximum(changes, 0.0), np.minimum(changes, 0.0)):
         if not part.any():
             continue
@@ -75,11 +75,11 @@ def events_of(
         rows, groups = np.nonzero(counts[stop_nG] > counts[start_nG])
         fall = mass[rows, groups]
         since = s1[steps_n[rows]] - s1[-1] / 2 - area[rows, groups] / fall
-        found_rows.append(rows)
-        found.append(np.stack([fall, np.maximum(since, 0.0), log_rate[rows, groups] / fall]))
-    if not found:
+        part_rows.append(rows)
+        part_values.append(np.stack([fall, np.maximum(since, 0.0), log_rate[rows, groups] / fall]))
+    if not part_values:
         return np.empty(0, np.intp), np.empty((3, 0))
-    return np.concatenate(found_rows), np.concatenate(found, axis=1)
+    return np.concatenate(part_rows), np.concatenate(part_values, axis=1)
 
 
 def _ages(longest: int, growth: float) -> NDArray[np.int64]:
@@ -143,8 +143,8 @@ class MultiPower(Form):
         power = np.exp(-values["alpha"] * np.log(prepared.s1_n))
         x_K = values["C"] * np.exp(-values["gamma"] * prepared.log_rate_K) * prepared.area_K
         gain = prepared.per_row(1.0 - np.exp(-values["beta"] * np.log(1.0 + x_K)))
-        found: Predictions = values["L0"] + values["A"] * power - values["B"] * gain
-        return found
+        predictions: Predictions = values["L0"] + values["A"] * power - values["B"] * gain
+        return predictions
 
     def derivatives(
         self, values: Values, prepared: Events

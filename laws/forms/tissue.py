@@ -106,11 +106,11 @@ def annealing(
         return np.zeros((len(memories), len(steps_n)))
     falls = falls[:last]
     total = np.cumsum(falls)[steps_n - 1]
-    found = np.empty((len(memories), len(steps_n)))
+    gains = np.empty((len(memories), len(steps_n)))
     for row, memory in enumerate(memories):
         momentum = 1.0 - 1.0 / memory
-        found[row] = total - momentum * lfilter([1.0], [1.0, -momentum], falls)[steps_n - 1]
-    return found
+        gains[row] = total - momentum * lfilter([1.0], [1.0, -momentum], falls)[steps_n - 1]
+    return gains
 
 
 def areas(observations: Observations, steps_n: NDArray[np.int64]) -> Areas:
@@ -161,8 +161,8 @@ class Tissue(Form):
         """See ``Form.predict``."""
         s2, _ = prepared.s2(values["memory"])
         power = np.exp(-values["alpha"] * np.log(prepared.s1_n))
-        found: Predictions = values["L0"] + values["A"] * power - values["C"] * s2
-        return found
+        predictions: Predictions = values["L0"] + values["A"] * power - values["C"] * s2
+        return predictions
 
     def derivatives(
         self, values: Values, prepared: Areas

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from allometry.configs.data import DocumentData, SequenceData
 from allometry.configs.errors import UserError
 from allometry.data.batch import IGNORE
-from allometry.data.documents import DocumentStream, PieceLine, Pieces
+from allometry.data.documents import DocumentStream, Pieces, PieceStream
 from allometry.data.order import DocumentOrder, permutation
 from allometry.data.store import TokenStore
 from allometry.data.stream import Stream, open_stream
@@ -153,7 +153,7 @@ def test_the_ledger_is_a_brute_force_count(
 @pytest.mark.parametrize("limit", [1, 2, 5, 22, 100])
 def test_tokens_before_a_place_grow_where_pieces_begin(folder: Path, limit: int) -> None:
     store = TokenStore(folder / "code")
-    line = PieceLine(DocumentOrder(store, "code", SEED), limit)
+    line = PieceStream(DocumentOrder(store, "code", SEED), limit)
     end = 2 * store.num_tokens + 9
     growth = np.diff([line.tokens_before(place) for place in range(end + 1)])
     expected = np.zeros(end, np.int64)
@@ -280,9 +280,9 @@ def test_ten_thousand_documents_are_found_without_reading_them(tmp_path: Path) -
         file.truncate(2 * int(lengths.sum()))
     stream = DocumentStream(config(tmp_path, 8192, 100_000, many=1), 0)
     stream.pieces(0, 1)  # the permutation of the epoch
-    begin = time.perf_counter()
+    begin = time.process_time()  # others may use the processor, too
     pieces = stream.pieces(1000, 1000)
-    taken = time.perf_counter() - begin
+    taken = time.process_time() - begin
     assert len(pieces) > 9000
     assert taken < 0.5  # milliseconds on an idle core
     assert stream.ledger(2000)["many"] - stream.ledger(1000)["many"] == pieces.num_tokens

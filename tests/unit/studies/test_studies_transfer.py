@@ -270,7 +270,7 @@ from allometry.studies.sweeps.workers import Workers
 
 def task(folder):
     Path(folder, str(os.getpid())).touch()
-    time.sleep(60)
+    time.sleep(3600)
 
 if __name__ == "__main__":
     # A shell in the background, from which tests may run, has its children ignore Ctrl-C.
@@ -288,12 +288,12 @@ def test_workers_end_with_the_process_that_has_them(tmp_path: Path, how: signal.
     started.mkdir()
     command = [sys.executable, str(script), str(started)]
     main = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
-    until = time.monotonic() + 50.0  # less than a task takes
+    until = time.monotonic() + 300.0  # less than a task takes
     while len(pids := [int(file.name) for file in started.iterdir()]) < 2:
         assert time.monotonic() < until, "tasks have begun"
         time.sleep(0.05)
     main.send_signal(how)
-    main.wait(20)
+    main.wait(120)
     while any(Path(f"/proc/{pid}").exists() for pid in pids):
         assert time.monotonic() < until, "no worker outlives it"
         time.sleep(0.05)

@@ -15,12 +15,13 @@ from allometry.trainer.state.folder import RunFolder, write_atomically
 
 def test_second_live_run_is_refused_and_a_dead_one_is_not(tmp_path: Path) -> None:
     code = (
-        "import sys, time\n"
+        "import sys\n"
         "from allometry.trainer.state.folder import RunFolder\n"
         f"folder = RunFolder({str(tmp_path / 'run')!r})\n"
-        "folder.claim(); print('held', flush=True); time.sleep(60)\n"
+        "folder.claim(); print('held', flush=True); sys.stdin.read()\n"
     )
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
+    command, pipe = [sys.executable, "-c", code], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
         folder = RunFolder(tmp_path / "run")
