@@ -12,7 +12,6 @@ import pytest
 from typer.testing import CliRunner
 
 from allometry.configs.errors import UserError
-from allometry.configs.loader import load
 from allometry.configs.run import RunConfig
 from allometry.launch.cli import app
 from allometry.launch.command import Report
@@ -54,8 +53,7 @@ def test_suggest_prints_a_table_and_json() -> None:
 
 @pytest.mark.parametrize("preset", ["demo", "dense_1b", "moe_demo"])
 def test_suggest_fits_a_terminal(preset: str) -> None:
-    config = load(f"preset:{preset}")
-    lines = suggested(about(config, Suggest(config=""))).text.splitlines()
+    lines = suggested(Suggest(config=f"preset:{preset}")).text.splitlines()
     assert max(map(len, lines)) <= 100
     said = " ".join(line.strip() for line in lines)
     assert "schedule: cosine to 1e-5 after 2,000 steps of warm-up" in said
@@ -63,10 +61,10 @@ def test_suggest_fits_a_terminal(preset: str) -> None:
 
 
 def test_suggest_says_where_a_model_is_small_already() -> None:
-    said = suggested(about(load("preset:demo"), Suggest(config=""))).text.replace("\n ", "")
+    said = suggested(Suggest(config="preset:demo")).text.replace("\n ", "")
     assert "model.width=192 (3,147,712 parameters active) is small already" in said
     assert "base_width is" not in said
-    large = suggested(about(load("preset:dense_1b"), Suggest(config=""))).text
+    large = suggested(Suggest(config="preset:dense_1b")).text
     assert "small already" not in large
     assert "to tune small: model.width=512 " in large
 
@@ -78,10 +76,10 @@ def test_suggest_refuses_what_is_not_finite(flag: str) -> None:
 
 
 def test_suggest_says_what_lies_outside_and_what_disagrees() -> None:
-    text = suggested(about(load("preset:demo"), Suggest(config=""))).text
+    text = suggested(Suggest(config="preset:demo")).text
     assert "step-law*" in text
     assert "below the smallest behind the law" in text
-    far = suggested(about(load("preset:dense_1b"), Suggest(config="", tokens=1e13))).text
+    far = suggested(Suggest(config="preset:dense_1b", tokens=1e13)).text
     assert "octaves apart" in far
 
 
