@@ -297,12 +297,12 @@ class ContinuedSchedule(Section):
 
     @property
     def warmup_steps(self) -> int | None:
-        """See ``before``."""
+        """That of ``before``."""
         return self.before.warmup_steps
 
     @property
     def warmup_tokens(self) -> int | None:
-        """See ``before``."""
+        """That of ``before``."""
         return self.before.warmup_tokens
 
 

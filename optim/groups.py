@@ -34,7 +34,7 @@ def parameter_groups(
         UserError: a parameter has no spec, or a spec no parameter.
     """
     assert parameterization.optimizer_kind == config.kind, (
-        "the rules were resolved for another optimizer",
+        "the parameterization was resolved for another optimizer",
         parameterization.optimizer_kind,
         config.kind,
     )

@@ -10,6 +10,8 @@ from bisect import bisect_left
 from pathlib import Path
 from typing import Protocol, assert_never
 
+from typing_extensions import override
+
 from allometry.configs.errors import UserError
 from allometry.configs.optimization import (
     ConstantSchedule,
@@ -92,7 +94,7 @@ class Schedule:
         return self._stretches[number].fraction(step - self._ends[number])
 
 
-class Decay:
+class Decay(Stretch):
     """Warm-up, peak and one decay.
 
     * s <= W: b + (1−b)·s/W, so that step W is the first at the peak (MiniCPM, arXiv 2404.06395,
@@ -101,7 +103,7 @@ class Decay:
       default max(1, round(decay_fraction·T));
     * s > S: f(x) with x = (s−S)/(T−S), which runs from just above 0 to exactly 1 at the last
       step. f(0) = 1: there is no jump after step S. f(1) = ``final_fraction`` = r: the last
-      update uses exactly that.
+      update uses exactly that. With r = 0 it moves no weight, but states (docs/schedules.md).
 
     Forms f: linear 1−(1−r)x; cosine r+(1−r)(1+cos πx)/2; exponential r^x; 1-sqrt
     r+(1−r)(1−√x) (arXiv 2405.18392).
@@ -126,8 +128,8 @@ class Decay:
             self.decay_start = warmup_steps
         self._check()
 
+    @override
     def fraction(self, step: int) -> float:
-        """See ``Stretch``."""
         if step < self._warmup_steps:
             return self._begin + (1.0 - self._begin) * (step / self._warmup_steps)
         if step <= self.decay_start:
@@ -152,7 +154,7 @@ class Decay:
             )
 
 
-class Refined:
+class Refined(Stretch):
     """Given fractions, one for each step; for another number of steps a line between neighbours."""
 
     def __init__(
@@ -162,8 +164,8 @@ class Refined:
         self._warmup_steps, self._begin = warmup_steps, begin
         self.decay_start = max(warmup_steps, 1)
 
+    @override
     def fraction(self, step: int) -> float:
-        """See ``Stretch``."""
         last = len(self._fractions) - 1
         place = (step - 1) * last / max(self.total_steps - 1, 1)
         index = min(int(place), last)
@@ -209,15 +211,15 @@ def _several_decays(
         decay_fraction=config.decay_fraction,
         final_fraction=config.final_fraction,
     )
-    found: list[Stretch] = []
+    stretches: list[Stretch] = []
     start = 0
     for end in ends:
         _check_inside("decay_ends", end, total)
     for end in (*ends, total):
         length = max(1, round(config.decay_fraction * end))
-        found.append(Decay(shape, end - start, warmup, begin, decay_steps=length))
+        stretches.append(Decay(shape, end - start, warmup, begin, decay_steps=length))
         start, warmup, begin = end, config.rewarmup_steps, config.final_fraction
-    return found
+    return stretches
 
 
 def _steps_after(done: int, steps: int | None, tokens: int | None, plan: BatchPlan | None) -> int:

@@ -71,5 +71,6 @@ def local_states(items: Sequence[Item], state: State, key: str) -> list[Tensor]:
 def count_step(items: Sequence[Item], state: State) -> list[int]:
     """Count a step of these parameters; return how many each has now taken, from 1."""
     counts = [state[item.parameter]["step"] for item in items]
+    taken = [int(count.item()) + 1 for count in counts]
     torch._foreach_add_(counts, 1.0)
-    return [int(count.item()) for count in counts]
+    return taken

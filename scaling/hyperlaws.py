@@ -300,7 +300,7 @@ def disagreements(suggestions: Sequence[Suggestion], octaves: float = 1.0) -> li
     Rates are held against each other where optimizer and parameterization are the same, batches
     everywhere.
     """
-    found = []
+    sentences = []
     for index, one in enumerate(suggestions):
         for other in suggestions[index + 1 :]:
             comparable = one.setting == other.setting
@@ -312,11 +312,11 @@ def disagreements(suggestions: Sequence[Suggestion], octaves: float = 1.0) -> li
                     continue
                 apart = abs(math.log2(a / b))
                 if apart > octaves:
-                    found.append(
+                    sentences.append(
                         f"the {what} of {one.law} and {other.law} are {apart:.1f} octaves apart; "
                         "sweep between them at a small size"
                     )
-    return found
+    return sentences
 
 
 def _apply(law: Law, target: Target) -> Suggestion:

@@ -35,7 +35,7 @@ from allometry.scaling.update_rules import rule_of
 
 
 class Parameterization:
-    """The rules of one parameterization for one model, optimizer and run.
+    """The multipliers of one parameterization for one model, optimizer and run.
 
     Pure, and the same on every rank. The tables are in ``scaling/parameterizations``.
 
@@ -70,7 +70,7 @@ class Parameterization:
 
     @classmethod
     def of_run(cls, config: RunConfig) -> Parameterization:
-        """Return the rules of a run, with its optimizer, its full batch and its length."""
+        """Return those of a run, with its optimizer, its full batch and its length."""
         plan = BatchPlan(config.batch, config.data.sequence_length)
         # As asked for: rounded up to whole steps, a run of the base's length would be longer.
         tokens = config.training.total_tokens
@@ -86,7 +86,7 @@ class Parameterization:
 
     @property
     def optimizer_kind(self) -> str:
-        """The optimizer that the rules are for."""
+        """The optimizer that they are for."""
         return self._multipliers.optimizer_kind
 
     @property
@@ -104,7 +104,7 @@ class Parameterization:
         return self._multipliers.resolve(spec)
 
     def describe(self) -> dict[str, Any]:
-        """Return the rules as JSON for a run's record.
+        """Return them as JSON for a run's record.
 
         ``roles`` has one parameter of each role, and more ("vector-2") where some of a role get
         other multipliers.

@@ -34,7 +34,7 @@ class Rates(StrEnum):
     SPHERES = "spheres"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class UpdateRule:
     """One row of the table.
 
@@ -67,7 +67,7 @@ class UpdateRule:
         return self.rates is Rates.SPHERES
 
 
-def _like_parameter(count: int) -> StateSize:
+def _moments(count: int) -> StateSize:
     """Return the size of ``count`` states laid out as the parameter."""
     return lambda smaller, optimizer: Fraction(count)
 
@@ -80,76 +80,69 @@ def _projected(smaller: int, optimizer: OptimizerConfig | None) -> Fraction:
 _ALL = frozenset(Role)
 _OUTPUT = frozenset({Role.OUTPUT})
 
+_MOMENTUM = ("momentum", "nesterov")
+_LOW_RANK = ("scale", "refresh_steps", "norm_growth")
+
 _ROWS = (
     UpdateRule(
-        name="adamw",
-        updates={"adamw": _ALL},
-        rates=Rates.ADAM,
+        "adamw",
+        {"adamw": _ALL},
+        Rates.ADAM,
+        _moments(2),
+        numbers_per_parameter=1,
         betas=True,
         second_moment=True,
-        state_size=_like_parameter(2),
-        numbers_per_parameter=1,
+    ),
+    UpdateRule("lion", {"lion": _ALL}, Rates.ADAM, _moments(1), betas=True),
+    UpdateRule(
+        "muon", {"muon": MATRICES}, Rates.MUON, _moments(1), settings=(*_MOMENTUM, "adjust")
     ),
     UpdateRule(
-        name="lion",
-        updates={"lion": _ALL},
-        rates=Rates.ADAM,
-        betas=True,
-        state_size=_like_parameter(1),
-    ),
-    UpdateRule(
-        name="muon",
-        updates={"muon": MATRICES},
-        rates=Rates.MUON,
-        settings=("momentum", "nesterov", "adjust"),
-        state_size=_like_parameter(1),
-    ),
-    UpdateRule(
-        name="muonh",
-        updates={"muonh": MATRICES},
-        rates=Rates.SPHERES,
-        settings=("momentum", "nesterov", "step_norm"),
-        state_size=_like_parameter(1),
+        "muonh",
+        {"muonh": MATRICES},
+        Rates.SPHERES,
+        _moments(1),
         numbers_per_matrix=1,
+        settings=(*_MOMENTUM, "step_norm"),
     ),
     UpdateRule(
-        name="adamh",
-        updates={"muonh": _OUTPUT, "adamh": MATRICES | _OUTPUT},
-        rates=Rates.SPHERES,
+        "adamh",
+        {"muonh": _OUTPUT, "adamh": MATRICES | _OUTPUT},
+        Rates.SPHERES,
+        _moments(2),
+        numbers_per_parameter=1,
+        numbers_per_matrix=1,
         betas=True,
         second_moment=True,
-        state_size=_like_parameter(2),
-        numbers_per_parameter=1,
-        numbers_per_matrix=1,
     ),
     UpdateRule(
-        name="sgd_sai",
-        updates={"sgd_sai": _ALL},
-        rates=Rates.SGD,
-        scales_with_root_of_size=True,
+        "sgd_sai",
+        {"sgd_sai": _ALL},
+        Rates.SGD,
+        _moments(1),
+        numbers_per_parameter=1,
+        numbers_per_matrix=1,
         settings=("momentum",),
-        state_size=_like_parameter(1),
-        numbers_per_parameter=1,
-        numbers_per_matrix=1,
+        scales_with_root_of_size=True,
     ),
     UpdateRule(
-        name="apollo",
-        updates={"apollo": MATRICES - {Role.ROUTER}},
-        rates=Rates.ADAM,
-        settings=("rank", "scale", "refresh_steps", "norm_growth"),
+        "apollo",
+        {"apollo": MATRICES - {Role.ROUTER}},
+        Rates.ADAM,
+        _projected,
+        settings=("rank", *_LOW_RANK),
         betas=True,
         second_moment=True,
-        state_size=_projected,
     ),
     UpdateRule(
-        name="apollo_mini",
+        "apollo_mini",
+        {"apollo_mini": MATRICES - {Role.ROUTER}},
+        Rates.ADAM,
+        lambda smaller, optimizer: Fraction(2, smaller),
+        settings=_LOW_RANK,
+        betas=True,
+        second_moment=True,
         module="apollo",
-        updates={"apollo_mini": MATRICES - {Role.ROUTER}},
-        rates=Rates.ADAM,
-        settings=("scale", "refresh_steps", "norm_growth"),
-        betas=True,
-        second_moment=True,
-        state_size=lambda smaller, optimizer: Fraction(2, smaller),
     ),
 )
 

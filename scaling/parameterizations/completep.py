@@ -51,7 +51,7 @@ class CompletePMultipliers(MuPMultipliers):
 
 
 class Depth:
-    """The depth rules of CompleteP; ``base_layers`` None: none."""
+    """The depth multipliers of CompleteP; ``base_layers`` None: none."""
 
     def __init__(self, model: ModelConfig, base_layers: int | None, alpha: float) -> None:
         self._l = float(Fraction(model.num_layers, base_layers or model.num_layers))

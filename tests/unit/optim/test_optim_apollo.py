@@ -130,6 +130,24 @@ def test_the_norm_grows_by_no_more_than_the_limit(rule: str) -> None:
     assert float(small.norm()) < sizes[-1] * 0.9, "shrinking is not limited"
 
 
+@pytest.mark.parametrize("rule", KINDS)
+def test_growth_is_limited_against_the_last_norm_that_was_not_zero(rule: str) -> None:
+    """An expert without tokens for a step or two does not begin anew with any step it likes."""
+    rank = 1 if rule == "apollo_mini" else 2
+    moments = Moments.zeros((6, 10), rank, torch.zeros(()))
+    drawn = projection("w", 0, 0, (rank, 6), 0, torch.zeros(()))
+    said = {"rule": rule, "betas": (0.9, 0.95), "eps": 1e-2, "scale": 1.0, "norm_growth": 1.01}
+    first = scaled_gradient(normal("a", (6, 10)) * 1e-3, drawn, moments, said, first=True)
+    for _ in range(2):
+        nothing = scaled_gradient(torch.zeros(6, 10), drawn, moments, said, first=False)
+        assert float(nothing.norm()) == 0.0
+    free = Moments(moments.mean.clone(), moments.square.clone(), torch.zeros(()))
+    again = scaled_gradient(normal("b", (6, 10)) * 1e3, drawn, moments, said, first=False)
+    assert float(again.norm()) == pytest.approx(1.01 * float(first.norm()), rel=1e-5)
+    unlimited = scaled_gradient(normal("b", (6, 10)) * 1e3, drawn, free, said, first=False)
+    assert float(unlimited.norm()) > 1.1 * float(first.norm()), "the limit is felt"
+
+
 def test_projections_depend_on_everything_they_should() -> None:
     like = torch.zeros((), dtype=torch.float64)
     usual = ("a", 0, 0, (100, 200), 0)

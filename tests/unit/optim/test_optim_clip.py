@@ -78,6 +78,20 @@ def test_a_bad_gradient_shows_in_the_norm() -> None:
     assert torch.isnan(clip_by_global_norm(parameters, 1.0))
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_norm_that_is_not_finite_changes_no_gradient(bad: float) -> None:
+    """So that one bad gradient does not spread to all, and shows where it came from."""
+    parameters, original = with_gradients(scale=10.0), with_gradients(scale=10.0)
+    for each in (parameters, original):
+        each[1].grad[3] = bad  # type: ignore[index]
+    norm = clip_by_global_norm(parameters, 0.5)
+    assert not torch.isfinite(norm)
+    for parameter, other in zip(parameters, original, strict=True):
+        assert parameter.grad is not None
+        assert other.grad is not None
+        torch.testing.assert_close(parameter.grad, other.grad, rtol=0, atol=0, equal_nan=True)
+
+
 def _rank(rank: int, world: int, folder: str) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world

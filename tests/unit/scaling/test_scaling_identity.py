@@ -157,6 +157,26 @@ def test_independent_decay_takes_the_same_share_at_any_rate_and_width() -> None:
             assert group["peak_lr"] * group["weight_decay"] == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize("kind", ["muon", "apollo"])
+def test_independent_decay_is_over_the_rate_of_the_group(kind: str) -> None:
+    """That of AdamW for what AdamW updates, where it has a rate of its own."""
+    config = optimizer(kind, lr=0.02, adamw_lr=0.006, weight_decay=0.003)
+    for name in ("sp", "mup"):
+        rules = Parameterization(
+            parameterization(name, weight_decay_rule="independent"), mixture(4), config
+        )
+        with torch.device("meta"):
+            model = build_model(rules.model, rules, "fp32")
+        specs = parameter_specs(model)
+        seen = set()
+        for group in parameter_groups(model.named_parameters(), specs, rules, config):
+            expected = 0.0 if group["role"] == "vector" else 0.003
+            assert group["peak_lr"] * group["weight_decay"] == pytest.approx(expected, rel=1e-12)
+            seen.add((group["rule"], group["peak_lr"]))
+        assert ("adamw", 0.006) in seen
+        assert any(rule == kind and lr != 0.006 for rule, lr in seen)
+
+
 def test_groups_carry_the_second_moment_of_a_larger_batch() -> None:
     config = optimizer(beta2=0.95)
     rules = Parameterization(
