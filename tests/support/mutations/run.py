@@ -12,6 +12,7 @@ neither killed nor survived.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import shutil
@@ -261,6 +262,7 @@ def _fork(stage: Stage, tree: Path, log: Path) -> int:
     code = 1
     try:
         os.setsid()
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: none outlives the script
         with log.open("w") as output:
             os.dup2(output.fileno(), 1)
             os.dup2(output.fileno(), 2)
