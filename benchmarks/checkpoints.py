@@ -84,13 +84,24 @@ def forget(path: Path) -> None:
         os.close(descriptor)
 
 
-def timed(mesh: Mesh, work: Callable[[], None]) -> float:
-    """Seconds until the last rank has ended."""
+def bytes_read() -> int:
+    """What this process has read so far, from disk or from the system's memory."""
+    first = Path("/proc/self/io").read_text(encoding="utf-8").split("\n")[0]
+    return int(first.removeprefix("rchar: "))
+
+
+def timed(mesh: Mesh, work: Callable[[], None]) -> dict[str, float]:
+    """Seconds until the last rank has ended; seconds of processor and GB read of the busiest."""
     mesh.barrier("timing")
-    begun = time.perf_counter()
+    begun, cpu, read = time.perf_counter(), time.process_time(), bytes_read()
     work()
-    mesh.barrier("the end")
-    return time.perf_counter() - begun
+    mine = time.process_time() - cpu, (bytes_read() - read) / 1e9
+    ranks = mesh.gather_objects(mine)
+    return {
+        "s": time.perf_counter() - begun,
+        "cpu_s": max(cpu for cpu, _ in ranks),
+        "read_GB": max(read for _, read in ranks),
+    }
 
 
 SAVES = ("while writing", "read back", "no checksums")
@@ -98,11 +109,16 @@ RESUMES = ("all ranks", "main rank", "load alone")
 
 
 def measure(rank: int, ranks: int, port: int, given: argparse.Namespace, out: str) -> None:
-    """One rank of all rounds; the main rank writes the seconds to ``out``."""
+    """One rank of all rounds; the main rank writes what it measured to ``out``."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    seconds: dict[str, list[float]] = {}
+    measured: dict[str, list[float]] = {}
+
+    def note(name: str, values: dict[str, float]) -> None:
+        for unit, value in values.items():
+            measured.setdefault(f"{name}, {unit}", []).append(value)
+
     with open_mesh(ParallelConfig(), torch.device("cpu")) as mesh:
         folder = RunFolder(given.folder)
         path = folder.checkpoints / "step-1"
@@ -116,25 +132,27 @@ def measure(rank: int, ranks: int, port: int, given: argparse.Namespace, out: st
                     write_atomically(folder.latest, path.name)
                 mesh.barrier("saving")
                 taken = timed(mesh, lambda kind=kind: save(mesh, path, state, kind))
-                seconds.setdefault(f"save, {kind}", []).append(taken)
+                note(f"save, {kind}", taken)
             for kind in RESUMES[round_ % 3 :] + RESUMES[: round_ % 3]:
                 if mesh.is_main:
                     forget(path)
                 taken = timed(mesh, lambda kind=kind: resume(mesh, folder, state, kind))
-                seconds.setdefault(f"resume, {kind}", []).append(taken)
+                note(f"resume, {kind}", taken)
         if mesh.is_main:
             for name, forgotten in (("read and CRC-32, disk", True), ("the same, memory", False)):
                 if forgotten:
                     forget(path)
-                begun = time.perf_counter()
+                begun, cpu = time.perf_counter(), time.process_time()
                 read = sum(file.stat().st_size for file in path.iterdir() if whole_file(file) + 1)
-                seconds[f"{name}, GB/s"] = [read / 1e9 / (time.perf_counter() - begun)]
-            data = os.urandom(4 << 20)
-            begun = time.perf_counter()
+                cpu = time.process_time() - cpu
+                note(name, {"GB/s": read / 1e9 / (time.perf_counter() - begun)})
+                note(name, {"GB per s of processor": read / 1e9 / cpu})
+            data, cpu = os.urandom(4 << 20), time.process_time()
             for _ in range(200):
                 zlib.crc32(data)
-            seconds["CRC-32 alone, GB/s"] = [200 * len(data) / 1e9 / (time.perf_counter() - begun)]
-            Path(out).write_text(json.dumps(seconds), encoding="utf-8")
+            cpu = time.process_time() - cpu
+            note("CRC-32 alone", {"GB per s of processor": 200 * len(data) / 1e9 / cpu})
+            Path(out).write_text(json.dumps(measured), encoding="utf-8")
 
 
 def main() -> None:
@@ -145,18 +163,23 @@ def main() -> None:
     parser.add_argument("--folder", default=tempfile.gettempdir())
     parser.add_argument("--json")
     given = parser.parse_args()
-    result: dict[str, Any] = {**facts(), "gigabytes": given.gigabytes, "rounds": given.rounds}
+    result: dict[str, Any] = {
+        **facts(),
+        "load": os.getloadavg(),
+        "gigabytes": given.gigabytes,
+        "rounds": given.rounds,
+    }
     with tempfile.TemporaryDirectory(dir=given.folder) as scratch:
         given.folder = f"{scratch}/run"
         for ranks in given.ranks:
-            out = f"{scratch}/seconds-{ranks}.json"
+            out = f"{scratch}/{ranks}.json"
             arguments = (ranks, free_port(), given, out)
             multiprocessing.spawn(measure, arguments, nprocs=ranks)
-            seconds = json.loads(Path(out).read_text(encoding="utf-8"))
-            medians = {name: statistics.median(each) for name, each in seconds.items()}
-            result[f"{ranks} rank(s)"] = {"seconds": seconds, "medians": medians}
+            measured = json.loads(Path(out).read_text(encoding="utf-8"))
+            medians = {name: statistics.median(each) for name, each in measured.items()}
+            result[f"{ranks} rank(s)"] = {"measured": measured, "medians": medians}
             for name, median in medians.items():
-                print(f"{ranks} rank(s)  {name:28} {median:7.2f}", flush=True)
+                print(f"{ranks} rank(s)  {name:46} {median:7.2f}", flush=True)
     if given.json:
         Path(given.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
