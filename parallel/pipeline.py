@@ -146,7 +146,8 @@ class PipelineExecution:
         try:
             with ExitStack() as stack:
                 for part in self._parts.values():
-                    stack.enter_context(cast_once(part))
+                    if not isinstance(part, FSDPModule):
+                        stack.enter_context(cast_once(part, self._dtype))
                 prepared.schedule.step(
                     *((index,) if 0 in self._parts else ()), return_outputs=False, **given
                 )
