@@ -148,7 +148,8 @@ class PipelineExecution(Execution):
         try:
             with ExitStack() as stack:
                 for part in self._parts.values():
-                    stack.enter_context(cast_once(part))
+                    if not isinstance(part, FSDPModule):
+                        stack.enter_context(cast_once(part, self._dtype))
                 prepared.schedule.step(
                     *((index,) if 0 in self._parts else ()), return_outputs=False, **given
                 )

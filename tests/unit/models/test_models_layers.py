@@ -53,7 +53,7 @@ def test_a_weight_is_cast_once_and_gets_the_gradient_of_each_use():
     torch.nn.init.normal_(linear.weight)
     x = torch.randn(2, 5, 4).bfloat16()
     expected = torch.autograd.grad([linear(x[0]).sum(), linear(x[1]).sum()], linear.weight)[0]
-    with cast_once(linear):
+    with cast_once(linear, torch.bfloat16):
         sums = [linear(part).sum() for part in x]
         assert linear.cast("weight", torch.bfloat16) is linear.cast("weight", torch.bfloat16)
         for total in sums:  # one backward after the other through the one cast

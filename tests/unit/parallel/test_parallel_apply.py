@@ -15,6 +15,7 @@ from allometry.configs.run import RunConfig
 from allometry.models.build import build_model
 from allometry.models.documents import Documents
 from allometry.models.head import OutputHead
+from allometry.models.parameters import cast_once
 from allometry.models.transformer import Block, Part, Transformer
 from allometry.parallel.apply import compile_parts, materialize, parallelize
 from allometry.parallel.mesh import Mesh, open_mesh
@@ -169,6 +170,48 @@ def test_compiled_blocks_are_compiled_once(mesh: Mesh, monkeypatch: pytest.Monke
     assert not counters["graph_break"]
     loss(compiled, 3, B=2).backward()
     assert counters["stats"]["unique_graphs"] > 3, "the count can change"
+
+
+def test_compiled_blocks_share_the_cast_weights(mesh: Mesh) -> None:
+    given = config(0).model_dump()
+    given["training"]["compute_dtype"] = "bf16"
+    given["model"]["ffn_width"] = 40  # no activation is as large as a matrix of these
+    run = RunConfig.model_validate(given)
+    torch._dynamo.reset()
+    counters.clear()
+    (plain, _), (compiled, _) = make(run, mesh), make(run, mesh)
+    for block in compiled.blocks.values():
+        block.compile(fullgraph=True, backend="aot_eager")
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.numel() == 40 * 16 and tensor.dtype == torch.bfloat16:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    for step in range(2):
+        for model in (plain, compiled):
+            model.zero_grad(set_to_none=True)
+            kept.clear()
+            with (
+                cast_once(model, torch.bfloat16),
+                torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+            ):
+                losses = [loss(model, 3 + i) for i in range(4)]
+                assert len(kept) == 3 * 3, "three matrices in each of three blocks"
+                for total in losses:
+                    total.backward()
+        errors = {
+            name: float((a.grad - b.grad).norm() / a.grad.norm())
+            for (name, a), b in zip(plain.named_parameters(), compiled.parameters(), strict=True)
+        }
+        assert max(errors.values()) < 0.05, errors
+        with torch.no_grad():
+            for model in (plain, compiled):
+                loss(model, 3)  # evaluation casts for itself
+                for parameter in model.parameters():
+                    parameter.mul_(1.01)
+        assert counters["stats"]["unique_graphs"] == 2, step
 
 
 def kept_bytes(model: nn.Module) -> tuple[int, dict[str, Tensor]]:
