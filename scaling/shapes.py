@@ -113,20 +113,6 @@ def resize(model: ModelConfig, axis: Axis, size: int) -> ModelConfig:
             return model
 
 
-def size_of(model: ModelConfig, axis: Axis) -> int:
-    """Return the model's own size on this axis (not of a horizon, which is no model's)."""
-    match axis:
-        case Axis.WIDTH:
-            return model.width
-        case Axis.DEPTH:
-            return model.num_layers
-        case Axis.EXPERTS | Axis.REGIME_II | Axis.REGIME_III:
-            assert isinstance(model, MoEModel)
-            return model.experts.num_experts
-        case Axis.HORIZON:
-            raise AssertionError(axis)
-
-
 def width_unit(model: ModelConfig) -> int:
     """Return the smallest width at which the model exists; its multiples do, too."""
     # size·w/width is whole where w is a multiple of the numerator of width/size.

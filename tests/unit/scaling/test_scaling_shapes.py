@@ -15,7 +15,6 @@ from allometry.scaling.shapes import (
     at_width,
     regime_unit,
     resize,
-    size_of,
     tuning_width,
     width_unit,
 )
@@ -31,6 +30,12 @@ MIXTURE = MoEModel(
     first_dense_layers=1,
     experts=LatentExperts(num_experts=4, experts_per_token=2, width=48, latent_width=32),
 )
+
+
+def size_of(model: MoEModel, axis: Axis) -> int:
+    if axis is Axis.WIDTH:
+        return model.width
+    return model.num_layers if axis is Axis.DEPTH else model.experts.num_experts
 
 
 def test_a_width_that_cannot_be_made_is_named() -> None:
