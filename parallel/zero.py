@@ -157,10 +157,10 @@ def shard_model(model: Transformer, mesh: Mesh, zero: Zero, compute_dtype: torch
         else OffloadPolicy(),
         "shard_placement_fn": _placement(mesh.hdp.size // zero.replicas),
     }
-    apart_over = {
-        "mesh": mesh.expert_zero_mesh,
-        "shard_placement_fn": _placement(mesh.hdp.size // zero.replicas // mesh.ep.size),
-    }
+    spread: dict[str, Any] = {}  # what differs for experts that are spread over ep ranks
+    if mesh.ep.size > 1:
+        shards = mesh.hdp.size // zero.replicas // mesh.ep.size
+        spread = {"mesh": mesh.expert_zero_mesh, "shard_placement_fn": _placement(shards)}
     reshard = zero.stage == 3
     # A tied embedding is needed again by the head; the backward of a look-up needs no table.
     if model.embedding is not None:
@@ -180,7 +180,7 @@ def shard_model(model: Transformer, mesh: Mesh, zero: Zero, compute_dtype: torch
                     module,
                     mp_policy=plain if role is Role.ROUTER else mixed,
                     reshard_after_forward=reshard,
-                    **common | (apart_over if apart else {}),
+                    **common | (spread if apart else {}),
                 )
         fully_shard(block, mp_policy=mixed, reshard_after_forward=reshard, **common)
     if model.mirrored and model.head is not None:

@@ -122,6 +122,7 @@ def test_every_preset(preset: str, world_size: int) -> None:
         (MOE, 8, {"tp": 2, "ep": 2, "zero": {"stage": 2}}),
         (LATENT, 8, {"tp": 4, "ep": 2, "zero": {"stage": 0}}),
         (LATENT, 8, {"tp": 2, "pp": 2, "zero": {"stage": 3}}),
+        (MOE, 16, {"tp": 2, "pp": 2, "zero": {"stage": 2, "replicas": 2}}),
     ],
 )
 @pytest.mark.parametrize("optimizer", ["adamw", "muonh", "sgd_sai"])
