@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Partial
+from torch.distributed.tensor import DTensor
 
 from allometry.scaling.roles import ParamSpec, Role
 
@@ -16,13 +16,12 @@ from allometry.scaling.roles import ParamSpec, Role
 def local_weight(parameter: Tensor) -> Tensor:
     """Return this rank's part of a parameter, the whole where it is not distributed.
 
-    A part that other ranks hold as well is used there on other tokens or other heads, so its
-    gradient is marked as this rank's summand.
+    A part that other ranks hold as well is used there on other tokens or other heads: its gradient
+    is this rank's summand, which ``parallel/reduce.py`` adds to theirs at the end of a step.
     """
     if not isinstance(parameter, DTensor):
         return parameter
-    summands = [Partial() if p.is_replicate() else p for p in parameter.placements]
-    return parameter.to_local(grad_placements=summands)
+    return parameter.to_local(grad_placements=parameter.placements)
 
 
 _CAST = (Role.HIDDEN, Role.EXPERT_UP, Role.EXPERT_DOWN)

@@ -44,8 +44,9 @@ class UpdateRule:
     beside a parameter for each of its elements, ``numbers_per_parameter`` (counts of steps) and
     ``numbers_per_matrix`` (radii of spheres, signal-to-noise ratios): what is kept once for each.
     ``second_moment``: whether updates are divided by the root of averaged squared gradients plus
-    epsilon, whose average a larger batch may shorten. ``scales_with_root_of_size``: the rule itself multiplies the rate by
-    about the root of a matrix's elements. ``module``: the file of ``optim/``, None: ``name``.
+    epsilon, whose average a larger batch may shorten. ``scales_with_root_of_size``: the rule itself
+    multiplies the rate by about the root of a matrix's elements. ``module``: the file of
+    ``optim/``, None: ``name``.
     """
 
     name: str

@@ -13,8 +13,10 @@ from torch import Tensor
 
 import tiny
 from allometry.configs.run import RunConfig
+from allometry.data.batch import IGNORE
 from allometry.data.documents import DocumentStream
 from allometry.data.synthetic import write_store
+from allometry.models.init import initialize
 from allometry.models.moe import begin_step, routers, set_loads
 from allometry.models.transformer import Transformer
 from allometry.parallel.execution import MicroBatch
@@ -51,9 +53,8 @@ def plain_step(
 
     Visits are counted by hooks on the routers. Returns the loads too.
     """
-    model = certificate.build(config)
-    certificate.materialize(model, CPU)
-    certificate.initialize(model, Parameterization.of_run(config), config.run.seed)
+    model = certificate.build(config).to_empty(device="cpu")
+    initialize(model, Parameterization.of_run(config), config.run.seed)
     unbalance([model])
     begin_step(model, sum(batch.tokens_BL.numel() for batch in batches))
     visits: dict[int, Tensor] = {}
@@ -94,7 +95,8 @@ def shared_step(
     balancer = Balancer(config.model, parts, mesh, "this_batch")
     tokens = sum(batch.tokens_BL.numel() for batch in batches)
     balancer.begin_step(tokens, lambda: parallel.execution.count_visits(mine))
-    scale = torch.tensor(1.0 / certificate.targets(batches), dtype=torch.float64)
+    targets = sum(int((batch.targets_BL != IGNORE).sum()) for batch in batches)
+    scale = torch.tensor(1.0 / targets, dtype=torch.float64)
     parallel.execution.train(mine, scale, lambda index, nll_BL: None)
     sums = balancer.end_step()
     assert int(sums[-1, -1]) == tokens, "counted once, not twice"
