@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch.distributed as dist
@@ -17,8 +18,8 @@ from torch.distributed.tensor import DTensor, Partial
 
 import tiny
 from allometry.configs.run import RunConfig
-from allometry.models import layers, router
-from allometry.parallel import reduce, zero
+from allometry.models import head, layers, parameters, router
+from allometry.parallel import reduce, tensor, zero
 from allometry.parallel.reduce import is_replicated_over_tp
 from allometry.studies.rehearse import rehearse
 from test_dist_layouts import DENSE, LATENT, MOE, run
@@ -27,6 +28,9 @@ from test_dist_tensor import config, mixture, prepare
 RunRanks = Callable[..., list[Any]]
 Calls = Counter[tuple[str, str, str]]
 LAYERS, MICRO_BATCHES = 3, 4
+BALANCE = {**MOE["router"]["balance"], "loads": "step_before"}
+ONE_PASS = {**MOE, "router": {**MOE["router"], "balance": BALANCE}}
+"""Without the pass that counts visits before the first forward with gradients."""
 
 
 def activations(mixtures: int, dense: int = 0) -> Calls:
@@ -73,7 +77,7 @@ def gradients(stage: int, routers: int) -> Calls:
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize(
     ("model", "mixtures", "beside"),
-    [(DENSE, 0, 0), (MOE, 2, 1), (LATENT, 3, 0)],
+    [(DENSE, 0, 0), (ONE_PASS, 2, 1), (LATENT, 3, 0)],
     ids=["dense", "moe", "latent"],
 )
 def test_every_collective_of_a_step_in_bf16(
@@ -141,7 +145,6 @@ def test_only_activations_and_parameters_travel_in_bf16(
 @contextmanager
 def summed_by_fsdp2() -> Iterator[None]:
     """Gradients marked as summands, which FSDP2 adds up one by one, in their type."""
-    own, over_tp = layers.local, reduce.sum_over_tp
 
     def marked(parameter: Tensor) -> Tensor:
         if not isinstance(parameter, DTensor):
@@ -149,13 +152,12 @@ def summed_by_fsdp2() -> Iterator[None]:
         summands = [Partial() if p.is_replicate() else p for p in parameter.placements]
         return parameter.to_local(grad_placements=summands)
 
-    layers.local = router.local = marked
-    reduce.sum_over_tp = zero.sum_over_tp = lambda *_: None
-    try:
+    with ExitStack() as stack:
+        for module in (head, layers, parameters, router, tensor):
+            stack.enter_context(mock.patch.object(module, "local_weight", marked))
+        for module in (reduce, zero):
+            stack.enter_context(mock.patch.object(module, "sum_over_tp"))
         yield
-    finally:
-        layers.local = router.local = own
-        reduce.sum_over_tp = zero.sum_over_tp = over_tp
 
 
 def summation_error(make: str, stage: int, by_fsdp2: bool) -> float:
