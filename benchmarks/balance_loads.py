@@ -20,6 +20,8 @@ import torch
 
 from allometry.configs.model import AuxiliaryBalance, RouterConfig
 from allometry.models.router import Router
+from allometry.scaling.inventory import matrix
+from allometry.scaling.roles import Role
 from allometry.trainer.balance import load_correlation
 
 D, E, K, LENGTH = 32, 8, 2, 32
@@ -42,7 +44,8 @@ def simulate(loads: str, draw: Draw, steps: int = 300, seed: int = 0) -> tuple[f
     generator = torch.Generator().manual_seed(seed)
     topic_CD = torch.randn(16, D, generator=generator)
     liking_CE = torch.randn(16, E, generator=generator)
-    router = Router(RouterConfig(balance=AuxiliaryBalance(coefficient=0.1)), D, E, K)
+    config = RouterConfig(balance=AuxiliaryBalance(coefficient=0.1))
+    router = Router(matrix("weight", Role.ROUTER, E, D), config, K)
     with torch.no_grad():
         router.weight.normal_(std=0.02, generator=generator)
     optimizer = torch.optim.Adam(router.parameters(), lr=0.01)

@@ -177,6 +177,11 @@ _ROUTERS = tuple(
         ("balance", "1", "E x sum of load times mean probability of this step; 1 where even"),
         ("auxiliary_loss", "nats", "balance times its coefficient"),
         ("z_loss", "nats", "squared_log_z times its coefficient"),
+        (
+            "load_correlation",
+            "1",
+            "of experts' loads with those of the step before; missing where one of them is even",
+        ),
     )
     for layer, of in (("", "; mean over layers"), ("LAYER/", ""))
 )

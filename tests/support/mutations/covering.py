@@ -13,7 +13,7 @@ HOT = (
         f"data/{name}.py"
         for name in ("order", "shuffle", "mixture", "stream", "documents", "batch")
     ),
-    *("scaling/count.py", "scaling/batch.py", "scaling/rules/*.py"),
+    *("scaling/count.py", "scaling/batch.py", "scaling/parameterizations/*.py"),
 )
 COLD = (
     "*/__init__.py",
@@ -78,14 +78,25 @@ COVERING: tuple[tuple[str, tuple[Stage, ...]], ...] = (
     ("optim/schedule.py", (unit("optim/test_optim_schedule"), unit("optim/test_*"))),
     (
         "optim/[eosw]*.py",  # what computes with shards
-        (unit("optim/*owners", "optim/*whole", "optim/*rules"), dist("whole"), unit("optim/*")),
+        (
+            unit("optim/*owners", "optim/*matrix_ops", "optim/*rules"),
+            dist("matrix_ops"),
+            unit("optim/*"),
+        ),
     ),
     (
         "optim/*.py",
-        (unit("optim/*rules"), unit("optim/test_*"), dist("optimizers", "whole", "optimizer_runs")),
+        (
+            unit("optim/*rules"),
+            unit("optim/test_*"),
+            dist("optimizers", "matrix_ops", "optimizer_runs"),
+        ),
     ),
     ("parallel/mesh.py", (unit("parallel/test_parallel_mesh"), dist("mesh", "process"), ONE)),
-    ("parallel/reduce.py", (dist("flat_reducer", "zero"), ONE, CUT, dist("documents"))),
+    (
+        "parallel/reduce.py",
+        (dist("flat_reducer", "zero"), dist("collectives"), ONE, CUT, dist("documents")),
+    ),
     ("parallel/zero.py", (dist("zero"), ONE, dist("layouts", keyword="zero"))),
     ("parallel/tensor.py", (dist("tensor"), CUT)),
     ("parallel/expert.py", (dist("layouts", keyword="ep4-fp64 or ep2"),)),
@@ -93,6 +104,7 @@ COVERING: tuple[tuple[str, tuple[Stage, ...]], ...] = (
         "parallel/execution.py",
         (ONE, dist("documents", keyword="mixed or without"), dist("zero", "flat_reducer")),
     ),
+    ("parallel/agree.py", (dist("integrity", "runs"),)),
     ("parallel/tied.py", (dist("pipeline", "pipeline_steps"), STAGED)),
     ("parallel/stage.py", (dist("pipeline", "pipeline_steps"), STAGED)),
     ("parallel/pipeline.py", (unit("parallel/*pipeline*"), dist("pipeline*"), STAGED)),
@@ -123,7 +135,10 @@ COVERING: tuple[tuple[str, tuple[Stage, ...]], ...] = (
             dist("documents", keyword="mixed or without or planned"),
         ),
     ),
-    ("trainer/step.py", (unit("trainer/*feed", "trainer/*shares"), ONE, dist("faults"), RUNS)),
+    (
+        "trainer/step.py",
+        (unit("trainer/*_step", "trainer/*feed", "trainer/*shares"), ONE, dist("faults"), RUNS),
+    ),
     ("trainer/balance.py", (ONE, CUT, RUNS)),
     (
         "trainer/feed.py",
@@ -143,8 +158,8 @@ COVERING: tuple[tuple[str, tuple[Stage, ...]], ...] = (
     ("scaling/batch.py", (unit("scaling/*batch"), unit("scaling/*"))),
     ("scaling/count.py", (unit("scaling/*count"), unit("scaling/*"))),
     (
-        "scaling/rules/*.py",
-        (unit("scaling/*rules", "scaling/*parameterization"), unit("scaling/*")),
+        "scaling/parameterizations/*.py",
+        (unit("scaling/*parameterization", "scaling/*rules"), unit("scaling/*")),
     ),
 )
 

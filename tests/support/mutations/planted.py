@@ -85,9 +85,9 @@ PLANTED = (
     ),
     Plant(
         "trainer/loop.py",
-        "FLOPs of the step before",
-        "batch.sequences(step) * batch.sequence_length",
-        "batch.sequences(max(1, step - 1)) * batch.sequence_length",
+        "FLOPs of tokens alone",
+        "int(outcome.squared_lengths))",
+        "int(outcome.tokens))",
     ),
     Plant(
         "models/moe.py",
