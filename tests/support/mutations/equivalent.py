@@ -4,7 +4,25 @@ from __future__ import annotations
 
 from mutations.choose import Mutant
 
-EQUIVALENT: dict[tuple[str, str], str] = {}
+EQUIVALENT: dict[tuple[str, str], str] = {
+    ("optim/schedule.py", "return 2.0"): "a constant schedule has no decay to ask for",
+    (
+        "optim/sphere.py",
+        "turned: Tensor = radius * moved / (moved.double().norm())",
+    ): "a matrix of zeros is refused when its radius is measured",
+    (
+        "optim/optimizer.py",
+        'group["fused"] = False  # load_state_dict then leaves ``step`` on the device',
+    ): "on a CPU the device is the host",
+    (
+        "parallel/context.py",
+        "torch.zeros(1, device=mesh.device)",
+    ): "connects NCCL, on a GPU alone",
+    (
+        "parallel/tensor.py",
+        "summands = DTensor.from_local(x, line, [Partial()], run_check=True)",
+    ): "a check that sends nothing for summands",
+}
 """(file, the line with the fault) -> why it computes the same."""
 
 

@@ -55,7 +55,7 @@ def main() -> None:
     book = Book(asked.out)
     if not asked.report:
         until = time.monotonic() + asked.budget_s
-        Runner(book, asked.jobs, until, trust=asked.trust).run(mutants)
+        Runner(book, asked.jobs, until, asked.stages, trust=asked.trust).run(mutants)
     print(book.summary(mutants))
 
 
@@ -69,6 +69,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--budget-s", type=float, default=1e9, help="start none after this")
     parser.add_argument(
         "--trust", action="store_true", help="take it that all tests pass without a fault"
+    )
+    parser.add_argument(
+        "--stages", type=int, default=99, help="run that many; what passes them is not judged"
     )
     parser.add_argument("--list", action="store_true", help="show the faults and run nothing")
     parser.add_argument("--report", action="store_true", help="print what is known, run nothing")
@@ -120,6 +123,7 @@ class Task:
     tree: Path
     stages: list[Stage]
     begun: float
+    planned: int
     child: int = 0
     deadline: float = 0.0
     log: Path = Path()
@@ -129,8 +133,9 @@ class Task:
 class Runner:
     """Runs faults in as many trees as ``jobs``; a stage is a fork that has torch imported."""
 
-    def __init__(self, book: Book, jobs: int, until: float, *, trust: bool) -> None:
+    def __init__(self, book: Book, jobs: int, until: float, most: int, *, trust: bool) -> None:
         self._book, self._jobs, self._until, self._trust = book, jobs, until, trust
+        self._most = most
 
     def run(self, mutants: list[Mutant]) -> None:
         """Run all that are not in the book."""
@@ -164,7 +169,8 @@ class Runner:
 
     def _begin(self, mutant: Mutant, tree: Path) -> Task:
         (tree / mutant.file).write_text(mutant.text, encoding="utf-8")
-        task = Task(mutant, tree, stages_of(ROOT, mutant.file), time.monotonic())
+        stages = stages_of(ROOT, mutant.file)
+        task = Task(mutant, tree, stages[: self._most], time.monotonic(), len(stages))
         self._next(task)
         return task
 
@@ -213,7 +219,8 @@ class Runner:
         elif os.waitstatus_to_exitcode(status) == 0:
             task.stages.pop(0)
             task.retried = False
-            return None if self._next(task) else ("survived", "")
+            passed = "survived" if task.planned <= self._most else "not judged"
+            return None if self._next(task) else (passed, "")
         text = task.log.read_text(errors="replace")
         if (late or "imed out" in text) and not task.retried:  # the machine may have been busy
             task.retried = True
@@ -226,6 +233,9 @@ class Runner:
         (task.tree / mutant.file).write_text(
             (self._clean / mutant.file).read_text(encoding="utf-8"), encoding="utf-8"
         )
+        print(f"{fate}: {mutant.file}:{mutant.line} {mutant.after}  ({by})", flush=True)
+        if fate == "not judged":
+            return
         self._book.results[mutant.key] = {
             "fate": fate,
             "by": by,
@@ -237,7 +247,6 @@ class Runner:
             "after": mutant.after,
         }
         self._book.save()
-        print(f"{fate}: {mutant.file}:{mutant.line} {mutant.after}  ({by})", flush=True)
 
 
 def _copy_tree(target: Path) -> Path:
