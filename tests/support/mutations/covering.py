@@ -82,7 +82,7 @@ COVERING: tuple[tuple[str, tuple[Stage, ...]], ...] = (
         "optim/[eosw]*.py",  # what computes with shards
         (
             unit("optim/*owners", "optim/*matrix_ops", "optim/*rules"),
-            dist("matrix_ops"),
+            dist("matrix_ops", "clip"),
             unit("optim/*"),
         ),
     ),

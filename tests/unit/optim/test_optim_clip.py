@@ -1,14 +1,8 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch import nn
 
 from allometry.optim.clip import clip_by_global_norm
 
@@ -90,51 +84,3 @@ def test_a_norm_that_is_not_finite_changes_no_gradient(bad: float) -> None:
         assert parameter.grad is not None
         assert other.grad is not None
         torch.testing.assert_close(parameter.grad, other.grad, rtol=0, atol=0, equal_nan=True)
-
-
-def _rank(rank: int, world: int, folder: str) -> None:
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world
-    )
-    mesh = init_device_mesh("cpu", (world,))
-    expected = joint_norm(with_gradients())
-    layouts = (
-        [Shard(0)] * 4,  # uneven, and empty on some ranks
-        [Shard(0), Shard(0), Shard(1), Replicate()],
-        [Replicate()] * 4,
-    )
-    for placements in layouts:
-        parameters, whole = with_gradients(), with_gradients()
-        clip_by_global_norm(whole, 0.5)
-        sharded = []
-        for parameter, placement in zip(parameters, placements, strict=True):
-            shard = nn.Parameter(distribute_tensor(parameter.detach(), mesh, [placement]))
-            shard.grad = distribute_tensor(parameter.grad, mesh, [placement])  # type: ignore[arg-type]
-            sharded.append(shard)
-        sharded.append(nn.Parameter(torch.zeros(2)))
-        sharded[-1].grad = torch.zeros(2)  # a plain gradient among shards
-        norm = clip_by_global_norm(sharded, 0.5)
-        assert abs(float(norm) / expected - 1) < 1e-6, (float(norm), expected)
-        _equal_on_all_ranks(norm)
-        for shard, reference in zip(sharded, whole, strict=False):
-            assert isinstance(shard.grad, DTensor)
-            assert reference.grad is not None
-            torch.testing.assert_close(shard.grad.full_tensor(), reference.grad, rtol=1e-6, atol=0)
-    # Ranks of a pipeline hold different parameters: their squares add up.
-    mine = with_gradients(scale=float(rank + 1))
-    norm = clip_by_global_norm(mine, 0.5, pipeline=dist.group.WORLD)
-    together = expected * sum((r + 1) ** 2 for r in range(world)) ** 0.5
-    assert abs(float(norm) / together - 1) < 1e-6, (float(norm), together)
-    _equal_on_all_ranks(norm)
-    dist.destroy_process_group()
-
-
-def _equal_on_all_ranks(value: Tensor) -> None:
-    gathered: list[Tensor | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, value)
-    assert all(torch.equal(other, value) for other in gathered if other is not None)
-
-
-def test_shards_count_once_and_all_ranks_agree(tmp_path: Path) -> None:
-    world = 2
-    mp.spawn(_rank, args=(world, str(tmp_path)), nprocs=world)

@@ -1,0 +1,74 @@
+"""The global norm of gradients on shards: counted once, equal on all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from allometry.optim.clip import clip_by_global_norm
+
+
+def with_gradients(dtype: torch.dtype = torch.float32, scale: float = 1.0) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for shape in ((5, 3), (7,), (4, 4), (1,)):
+        gradient = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
+        parameter = nn.Parameter(torch.zeros(shape, dtype=dtype))
+        parameter.grad = gradient.to(dtype)
+        made.append(parameter)
+    return made
+
+
+def joint_norm(parameters: list[nn.Parameter]) -> float:
+    gradients = [p.grad.double().flatten() for p in parameters if p.grad is not None]
+    return float(torch.cat(gradients).norm())
+
+
+def clip_on_shards(world: int) -> None:
+    rank = dist.get_rank()
+    mesh = init_device_mesh("cpu", (world,))
+    expected = joint_norm(with_gradients())
+    layouts = (
+        [Shard(0)] * 4,  # uneven, and empty on some ranks
+        [Shard(0), Shard(0), Shard(1), Replicate()],
+        [Replicate()] * 4,
+    )
+    for placements in layouts:
+        parameters, whole = with_gradients(), with_gradients()
+        clip_by_global_norm(whole, 0.5)
+        sharded = []
+        for parameter, placement in zip(parameters, placements, strict=True):
+            shard = nn.Parameter(distribute_tensor(parameter.detach(), mesh, [placement]))
+            shard.grad = distribute_tensor(parameter.grad, mesh, [placement])  # type: ignore[arg-type]
+            sharded.append(shard)
+        sharded.append(nn.Parameter(torch.zeros(2)))
+        sharded[-1].grad = torch.zeros(2)  # a plain gradient among shards
+        norm = clip_by_global_norm(sharded, 0.5)
+        assert abs(float(norm) / expected - 1) < 1e-6, (float(norm), expected)
+        _equal_on_all_ranks(norm)
+        for shard, reference in zip(sharded, whole, strict=False):
+            assert isinstance(shard.grad, DTensor)
+            assert reference.grad is not None
+            torch.testing.assert_close(shard.grad.full_tensor(), reference.grad, rtol=1e-6, atol=0)
+    # Ranks of a pipeline hold different parameters: their squares add up.
+    mine = with_gradients(scale=float(rank + 1))
+    norm = clip_by_global_norm(mine, 0.5, pipeline=dist.group.WORLD)
+    together = expected * sum((r + 1) ** 2 for r in range(world)) ** 0.5
+    assert abs(float(norm) / together - 1) < 1e-6, (float(norm), together)
+    _equal_on_all_ranks(norm)
+
+
+def _equal_on_all_ranks(value: Tensor) -> None:
+    gathered: list[Tensor | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    assert all(torch.equal(other, value) for other in gathered if other is not None)
+
+
+def test_shards_count_once_and_all_ranks_agree(run_ranks: Callable[..., list[Any]]) -> None:
+    run_ranks(clip_on_shards, 2, 2)
