@@ -19,10 +19,6 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "parallel/context.py",
         "torch.zeros(1, device=mesh.device)",
     ): "connects NCCL, on a GPU alone",
-    (
-        "parallel/tensor.py",
-        "summands = DTensor.from_local(x, line, [Partial()], run_check=True)",
-    ): "a check that sends nothing for summands",
 }
 """(file, the line with the fault) -> why it computes the same."""
 
