@@ -98,20 +98,22 @@ def alone(model: str, layers: int, dtype: str, second: int) -> certificate.Steps
     """(On each rank) the steps of one process, which many layouts are compared with."""
     one = run(json.loads(model), dtype)
     sized = one.model.model_copy(update={"num_layers": layers})
-    steps = [tiny.device_batches(count, seed) for seed, count in enumerate((8, second))]
+    steps = [tiny.device_batches(count, seed) for seed, count in enumerate((8, second)) if count]
     return certificate.reference_steps(one.model_copy(update={"model": sized}), steps)
 
 
 def errors(model: dict[str, Any], config: RunConfig) -> dict[str, tuple[str, float]]:
-    """(On each rank) how far this layout's two steps are from those of one process."""
+    """(On each rank) how far this layout's steps are from those of one process."""
     layers, dtype = config.model.num_layers, config.training.compute_dtype
     with open_mesh(config.parallel, torch.device("cpu")) as mesh:
-        second = max(4, 2 * mesh.pp.size * mesh.hdp.size)  # sequences
+        # Sequences; in fp32 what an update leaves is not compared (see TOLERANCE).
+        second = max(4, 2 * mesh.pp.size * mesh.hdp.size) if dtype == "fp64" else 0
         wanted = alone(json.dumps(model), layers, dtype, second)
         assert wanted.grad_norm[0] > 2 * CLIP, "gradients are clipped"
         steps = [
             tiny.device_batches(count, seed)[mesh.hdp.rank :: mesh.hdp.size]
             for seed, count in enumerate((8, second))
+            if count
         ]
         got = certificate.layout_steps(config, mesh, steps)
         assert all(bool((g != 0).any()) for g in got.gradients.values())
