@@ -76,7 +76,7 @@ COVERING: tuple[tuple[str, tuple[Stage, ...]], ...] = (
         ),
     ),
     ("optim/schedule.py", (unit("optim/test_optim_schedule"), unit("optim/test_*"))),
-    ("optim/*h.py", (unit("optim/*sphere"), unit("optim/*"), dist("optimizers", "whole"))),
+    ("optim/*h.py", (unit("optim/*sphere"), unit("optim/*"), dist("optimizers", "matrix_ops"))),
     ("optim/newton_schulz.py", (unit("optim/*muon"), unit("optim/*"))),
     (
         "optim/[eosw]*.py",  # what computes with shards
