@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
 
@@ -117,11 +116,6 @@ class LocalMatrixOps(MatrixOps):
             value = function(aligned(part[e] if stacked else part), Matrix(i, e))
             (result[e] if stacked else result).copy_(value)
         return results
-
-
-def local(tensor: Tensor) -> Tensor:
-    """Return this rank's part of a tensor; it shares its memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def partial_sums(part: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from allometry.optim.matrix_ops import local
+from allometry.parallel.mesh import local
 
 Group = dict[str, Any]
 """A parameter group, as ``groups.parameter_groups`` makes it."""

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from allometry.configs.errors import UserError
 from allometry.configs.execution import ParallelConfig
@@ -155,6 +156,11 @@ class Mesh:
         # error would not be seen. What all ranks agree on is a UserError.
         if error is None or isinstance(error, UserError) or self.world_size == 1:
             self.close()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a tensor, which shares its memory; all of one that is whole."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def open_mesh(parallel: ParallelConfig, device: torch.device | None = None) -> Mesh:

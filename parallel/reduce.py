@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
-from allometry.parallel.mesh import Axis
+from allometry.parallel.mesh import Axis, local
 
 
 class GradientSync(Protocol):
@@ -137,7 +137,7 @@ class FlatReducer(GradientSync):
         bytes_waiting = 0
         for parameter in reversed([p for p in parameters if p.requires_grad]):
             wide = _wide(parameter.dtype)
-            size = _local(parameter).numel() * wide.itemsize
+            size = local(parameter).numel() * wide.itemsize
             other = waiting and _wide(waiting[0].dtype) != wide
             if waiting and (other or bytes_waiting + size > self._bucket_bytes):
                 yield self._make_bucket(waiting, axis)
@@ -193,8 +193,8 @@ class _Bucket:
     def launch(self) -> None:
         """Copy the gradients in and start to sum them."""
         if self._flat is None:
-            first = _local(self.parameters[0])
-            size = sum(_local(p).numel() for p in self.parameters)
+            first = local(self.parameters[0])
+            size = sum(local(p).numel() for p in self.parameters)
             self._flat = torch.empty(size, dtype=_wide(first.dtype), device=first.device)
         views, gradients = [], []
         for parameter, view in self._views():
@@ -202,7 +202,7 @@ class _Bucket:
                 view.zero_()
             else:
                 views.append(view)
-                gradients.append(_local(parameter.grad))
+                gradients.append(local(parameter.grad))
         if views:
             torch._foreach_copy_(views, gradients)
         del views, gradients
@@ -226,7 +226,7 @@ class _Bucket:
 
     def _views(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         assert self._flat is not None
-        locals_ = [_local(p) for p in self.parameters]
+        locals_ = [local(p) for p in self.parameters]
         parts = self._flat.split([tensor.numel() for tensor in locals_])
         for parameter, tensor, part in zip(self.parameters, locals_, parts, strict=True):
             yield parameter, part.view(tensor.shape)
@@ -244,7 +244,7 @@ def sum_over_tp(parameters: Iterable[nn.Parameter], tp: Axis) -> None:
     if tp.size == 1:
         return
     gradients = [
-        _local(parameter.grad)
+        local(parameter.grad)
         for parameter in parameters
         if parameter.grad is not None and is_replicated_over_tp(parameter)
     ]
@@ -279,10 +279,6 @@ def _like(parameter: Tensor, local: Tensor) -> Tensor:
         shape=parameter.shape,
         stride=parameter.stride(),
     )
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from allometry.models.transformer import Transformer
-from allometry.parallel.mesh import Axis
+from allometry.parallel.mesh import Axis, local
 
 MIRROR = "head.weight"
 
@@ -46,11 +46,11 @@ class TiedHead:
     def send_value(self) -> None:
         """Give the mirror the owner's value. Both are shards, if they are sharded at all."""
         if self._owner is not None and self._mirror is not None:
-            _local(_weight(self._mirror)).copy_(_local(_weight(self._owner)))
+            local(_weight(self._mirror)).copy_(local(_weight(self._owner)))
         elif self._owner is not None:
-            self._send(_local(_weight(self._owner)), self._last)
+            self._send(local(_weight(self._owner)), self._last)
         elif self._mirror is not None:
-            self._receive(_local(_weight(self._mirror)), self._first)
+            self._receive(local(_weight(self._mirror)), self._first)
 
     @torch.no_grad()
     def return_gradient(self) -> None:
@@ -89,8 +89,4 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
     if isinstance(gradient, DTensor):
         assert isinstance(parameter, DTensor)
         assert gradient.placements == parameter.placements, (gradient.placements, "not reduced")
-    return _local(gradient)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local(gradient)

@@ -15,10 +15,9 @@ from torch import Tensor
 from allometry.data.batch import IGNORE
 from allometry.optim.build import set_lr
 from allometry.optim.clip import clip_by_global_norm
-from allometry.optim.matrix_ops import local
 from allometry.optim.schedule import Schedule
 from allometry.parallel.apply import Parallel
-from allometry.parallel.mesh import Mesh
+from allometry.parallel.mesh import Mesh, local
 from allometry.trainer.balance import Balancer
 from allometry.trainer.feed import DeviceBatch
 from allometry.trainer.record.timing import to_host

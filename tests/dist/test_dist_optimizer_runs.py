@@ -13,7 +13,7 @@ import torch.distributed as dist
 import tiny as tiny_model
 from allometry.configs.run import RunConfig
 from allometry.optim.build import init_states
-from allometry.optim.matrix_ops import local
+from allometry.parallel.mesh import local
 from allometry.scaling.plan import RunPlan
 from allometry.studies.rehearse import rehearse
 from allometry.trainer.assemble import make_model, make_optimizer

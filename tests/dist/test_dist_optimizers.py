@@ -18,9 +18,8 @@ import tiny
 from allometry.configs.run import RunConfig
 from allometry.models.build import named_parameters, parameter_specs
 from allometry.optim.build import build_optimizer, init_states, set_lr
-from allometry.optim.matrix_ops import local
 from allometry.parallel.apply import Parallel
-from allometry.parallel.mesh import Mesh
+from allometry.parallel.mesh import Mesh, local
 from allometry.scaling.parameterization import Parameterization
 from allometry.scaling.update_rules import OPTIMIZER_KINDS
 from allometry.trainer.loop import state_tensors

@@ -23,10 +23,10 @@ from typing_extensions import override
 from allometry.configs.execution import MonitorConfig
 from allometry.models.observe import MAXIMA, OUTPUT, SUMS, Observer
 from allometry.optim.exchange import ShardedMatrixOps
-from allometry.optim.matrix_ops import local, squared_norms_of_parts
+from allometry.optim.matrix_ops import squared_norms_of_parts
 from allometry.optim.shards import Placements
 from allometry.parallel.apply import Parallel
-from allometry.parallel.mesh import AxisName, Mesh
+from allometry.parallel.mesh import AxisName, Mesh, local
 from allometry.scaling.batch import BatchPlan
 from allometry.scaling.roles import Role
 from allometry.scaling.update_rules import UPDATE_RULES

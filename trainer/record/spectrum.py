@@ -12,9 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from allometry.optim.matrix_ops import local
 from allometry.optim.shards import Box, Placements
-from allometry.parallel.mesh import Mesh
+from allometry.parallel.mesh import Mesh, local
 
 FIRST_ITERATIONS = 32
 ITERATIONS = 4
