@@ -143,10 +143,7 @@ def _parameter(one: Field[Any], kind: Any) -> inspect.Parameter:
     if get_origin(kind) is tuple:  # typer reads many values as a list, and none as None
         kind, default = list[get_args(kind)[0]] | None, None if default == () else default  # type: ignore[misc]
     return inspect.Parameter(
-        one.name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=default,
-        annotation=Annotated[kind, said],
+        one.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, said]
     )
 
 

@@ -16,16 +16,7 @@ Ticks = Literal["count", "power", "plain"]
 POINTS = 500
 """A curve is drawn with at most this many points."""
 
-PALETTE = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-    "#000000",
-    "#8C6D31",
-)
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
 """Okabe and Ito's colours, which the colour-blind can tell apart, in an order for thin lines; their
 yellow, too light on white, is a brown."""
 

@@ -22,9 +22,8 @@ from allometry.laws.registry import form_named
 def compared(asked: Compare) -> Report:
     """Fit several laws to the same rows and list them in the order of their held-out errors.
 
-    Raises:
-        UserError: as for a fit; a law that the rows cannot be fitted by is listed with its
-            problem, unless all are.
+    Raises UserError: as for a fit; a law that the rows cannot be fitted by is listed with its
+    problem, unless all are.
     """
     forms = [form_named(name) for name in law_names(asked.laws)]
     if len(forms) < 2:
@@ -107,8 +106,7 @@ class Compared:
 def law_names(texts: Sequence[str]) -> list[str]:
     """Return the laws of ``a,b`` and of ``a:column,column``, which is one; each once.
 
-    Raises:
-        UserError: one is given twice.
+    Raises UserError: one is given twice.
     """
     names = [name for text in texts for name in ([text] if ":" in text else text.split(","))]
     names = [name.strip() for name in names]

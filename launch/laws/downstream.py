@@ -41,12 +41,7 @@ class Scores:
     def describe(self) -> dict[str, Any]:
         """Return all of it but the warnings, for JSON."""
         points = [self.point(row) for row in range(len(self.value_n))]
-        return {
-            "law": self.law,
-            "from": self.origin,
-            "unit": self.unit,
-            "predictions": points,
-        }
+        return {"law": self.law, "from": self.origin, "unit": self.unit, "predictions": points}
 
 
 def scores_at(
@@ -54,8 +49,7 @@ def scores_at(
 ) -> Scores:
     """Return what the fit in ``file`` says of the losses that another one predicts.
 
-    Raises:
-        UserError: it reads something else than the loss alone.
+    Raises UserError: it reads something else than the loss alone.
     """
     score = load_fit(file)
     form, target = score.fit.form, loss.fit.form.target

@@ -72,9 +72,8 @@ class Result:
 def fitted(asked: FitCommand) -> Report:
     """Fit a law and report on it; with ``out`` the fit is written there.
 
-    Raises:
-        UserError: the law, the sources or an option cannot be used, or the data cannot identify a
-            parameter.
+    Raises UserError: the law, the sources or an option cannot be used, or the data cannot identify
+    a parameter.
     """
     form = form_named(asked.law)
     options = fit_options(asked.fitting, [form])
@@ -135,10 +134,7 @@ def holding_out(
     """Return the rows, by what to hold out (``compare``'s ``by``), and how to say it.
 
     ``text``: ``groups``, ``largest`` (of N, or of the first input of all laws), ``largest:COLUMN``,
-    or a condition.
-
-    Raises:
-        UserError: it is none of them.
+    or a condition. Raises UserError: it is none of them.
     """
     if text in (None, "groups"):
         number_of = len(set(observations.groups))

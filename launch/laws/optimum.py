@@ -22,8 +22,7 @@ FLOPS_TOLERANCE = 0.1
 def optima(asked: Optimum) -> Report:
     """Return N, D and loss of the best use of each budget of FLOPs.
 
-    Raises:
-        UserError: a budget is no positive number, or the law says nothing of N and D.
+    Raises UserError: a budget is no positive number, or the law says nothing of N and D.
     """
     law, per_token = Law.of(asked.fit, asked.law, asked.published), asked.flops_per_parameter_token
     if law.form.target.name != "loss":

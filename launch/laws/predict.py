@@ -41,8 +41,7 @@ class Law:
     def of(cls, file: Path | None, law: str | None, published: str | None) -> Law:
         """Return the law of a fit's file, or published coefficients of a named law.
 
-        Raises:
-            UserError: both or neither are given, or there is none of that name.
+        Raises UserError: both or neither are given, or there is none of that name.
         """
         if file is not None:
             if law is not None or published is not None:
@@ -78,9 +77,8 @@ class Law:
 def predicted(asked: Predict) -> Report:
     """Predict at inputs NAME=VALUE (or NAME=VALUE,VALUE), by a fit's file or published values.
 
-    Raises:
-        UserError: an input is missing, unknown or no number, or the law is one of curves; the
-            score's fit (``downstream``) does not read what the first one predicts.
+    Raises UserError: an input is missing, unknown or no number, or the law is one of curves; the
+    score's fit (``downstream``) does not read what the first one predicts.
     """
     file, texts = _split(asked.arguments)
     law, noise = Law.of(file, asked.law, asked.published), asked.noise

@@ -31,9 +31,8 @@ _CHOICES = {"count": COUNTS, "group_by": GROUPINGS, "unfinished": get_args(Unfin
 def observations_for(rows: Rows, forms: Sequence[Form]) -> Observations:
     """Return what SOURCES hold for these laws.
 
-    Raises:
-        UserError: sources are of two kinds or cannot be read, laws want rows of two kinds, or an
-            option was given that has no meaning for them.
+    Raises UserError: sources are of two kinds or cannot be read, laws want rows of two kinds, or an
+    option was given that has no meaning for them.
     """
     tables = [is_table(source) or Path(source).is_file() for source in rows.sources]
     if not all(rows.sources):
@@ -56,10 +55,7 @@ def observations_for(rows: Rows, forms: Sequence[Form]) -> Observations:
         observations = _of_tables(rows, forms, mapping, curve=curve)
     else:
         observations = derive(
-            _of_runs(rows, curve=curve),
-            mapping=mapping,
-            where=rows.where,
-            group=rows.group,
+            _of_runs(rows, curve=curve), mapping=mapping, where=rows.where, group=rows.group
         )
     if rows.sweeps:
         observations = sweep_optima(observations)

@@ -111,8 +111,7 @@ def read_inputs(
 ) -> Inputs:
     """Read run folders, ladders, folders of runs, fits and files of trials.
 
-    Raises:
-        UserError: nothing was named, something is named twice, or it is missing or damaged.
+    Raises UserError: nothing was named, something is named twice, or it is missing or damaged.
     """
     if not (folders or fits or trials):
         raise UserError("nothing to report on; name run folders, --fit FILE or --transfer FILE")

@@ -9,15 +9,7 @@ from pathlib import Path
 from allometry.configs.errors import UserError
 from allometry.launch.command import Report
 from allometry.launch.figures.drawing import draw
-from allometry.launch.report import (
-    fits,
-    isoflop,
-    losses,
-    page,
-    stability,
-    throughput,
-    transfer,
-)
+from allometry.launch.report import fits, isoflop, losses, page, stability, throughput, transfer
 from allometry.launch.report.commands import WriteReport
 from allometry.launch.report.inputs import Inputs, read_inputs
 from allometry.launch.report.section import Section
@@ -43,8 +35,7 @@ def sections(inputs: Inputs) -> list[Section]:
 def written(asked: WriteReport) -> Report:
     """Write the page and the pictures.
 
-    Raises:
-        UserError: an input is missing or damaged, or the output cannot be written.
+    Raises UserError: an input is missing or damaged, or the output cannot be written.
     """
     if asked.out.suffix not in (".html", ".htm"):
         raise UserError(f"--out={asked.out}: the report is a page; name it something.html")

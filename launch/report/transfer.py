@@ -135,10 +135,7 @@ def _name(one: Shown, taken: set[str]) -> str:
 
 
 def _panel(
-    title: str,
-    curves: Mapping[str, tuple[Column, Column]],
-    shades: Mapping[str, str],
-    y_label: str,
+    title: str, curves: Mapping[str, tuple[Column, Column]], shades: Mapping[str, str], y_label: str
 ) -> tuple[Panel, list[tuple[str, ...]]]:
     series, rows = [], []
     for name, (log2_lrs, losses) in curves.items():

@@ -67,12 +67,7 @@ def _export(asked: Convert) -> Report:
     if dtype not in _DTYPES:
         raise UserError(f"--dtype={dtype} is not known; use fp32 or bf16")
     report = export_hf(
-        asked.source,
-        _out(asked),
-        asked.step,
-        asked.family,
-        cast(Dtype, dtype),
-        check=asked.check,
+        asked.source, _out(asked), asked.step, asked.family, cast(Dtype, dtype), check=asked.check
     )
     return Report(asdict(report), _exported(report))
 

@@ -46,11 +46,8 @@ def forecasted(asked: ForecastCommand) -> Report:
 
     ``schedule`` to ``total_steps`` replace keys of the run's own (another ``schedule`` begins from
     that kind's defaults, with the run's warm-up). ``decay_now``: instead, the steps so far and a
-    decay from the rate they ended at.
-
-    Raises:
-        UserError: a folder holds no run, the runs differ in what one law needs to be the same, the
-            schedule cannot be, or there are too few rows yet.
+    decay from the rate they ended at. Raises UserError: a folder holds no run, the runs differ in
+    what one law needs to be the same, the schedule cannot be, or there are too few rows yet.
     """
     _check(asked)
     choice = LossChoice.parse(asked.loss)
@@ -85,10 +82,7 @@ def _check(asked: ForecastCommand) -> None:
     if not 0.0 < asked.level < 1.0:
         raise UserError(f"--level={asked.level} is no probability; use 0.95, say")
     if asked.decay_now:
-        for flag, value in (
-            ("--schedule", asked.schedule),
-            ("--total-steps", asked.total_steps),
-        ):
+        for flag, value in (("--schedule", asked.schedule), ("--total-steps", asked.total_steps)):
             if value is not None:
                 raise UserError(
                     f"--decay-now says when the run ends; leave {flag}={value} out, or leave "

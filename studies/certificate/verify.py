@@ -255,19 +255,13 @@ def _run(jobs: Sequence[Job], scratch: Path, config: RunConfig) -> None:
     if config.data.kind == "documents":  # one process holds every document whole
         one["context"] = ContextConfig(capacity_tokens=_longest(config))
     alone = config.model_copy(
-        update={
-            "batch": jobs[0].config.batch,
-            "parallel": config.parallel.model_copy(update=one),
-        }
+        update={"batch": jobs[0].config.batch, "parallel": config.parallel.model_copy(update=one)}
     )
     reference = Job("one process", 1, alone, scratch / "alone")
     most = max(job.world_size for job in jobs)
     try:
         torch.multiprocessing.start_processes(
-            verify_rank.main,
-            args=([reference, *jobs], scratch),
-            nprocs=most,
-            start_method="spawn",
+            verify_rank.main, args=([reference, *jobs], scratch), nprocs=most, start_method="spawn"
         )
     except torch.multiprocessing.ProcessRaisedException as error:
         raise RuntimeError(f"a layout could not be run: {error}") from error

@@ -67,10 +67,8 @@ def plan_ladder(ladder: LadderConfig, tree: Tree) -> LadderPlan:
 
     Runs of one model, schedule and seed that differ in length alone are trained in the order of
     their lengths, each branching from the one before it where their learning rates part: of WSD
-    that is where the shorter one's decay begins, so that all of them share one stable trunk.
-
-    Raises:
-        UserError: a run cannot be described so, two have one name, or the target is a rung.
+    that is where the shorter one's decay begins, so that all of them share one stable trunk. Raises
+    UserError: a run cannot be described so, two have one name, or the target is a rung.
     """
     _check_law(ladder)
     maker = _Maker(ladder, tree)
@@ -124,9 +122,7 @@ def _check_loss(loss: str, run: PlannedRun) -> None:
         )
 
 
-def _cells(
-    ladder: LadderConfig,
-) -> Iterator[tuple[Size, _Horizon, NamedSchedule | None, int]]:
+def _cells(ladder: LadderConfig) -> Iterator[tuple[Size, _Horizon, NamedSchedule | None, int]]:
     schedules: tuple[NamedSchedule | None, ...] = ladder.schedules or (None,)
     for size in ladder.rungs:
         horizons = [_Horizon(f"x{ratio:g}", ratio=ratio) for ratio in ladder.tokens_per_parameter]

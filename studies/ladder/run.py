@@ -40,10 +40,8 @@ def train_runs(plan: LadderPlan, wanted: Sequence[PlannedRun], parallel: int, sa
     """Train what is missing of ``wanted``, each after the run it branches from.
 
     A run that fails leaves the others their turn, but not those that branch from it. A signal stops
-    what is running with a checkpoint, and nothing more is begun.
-
-    Raises:
-        UserError: a folder holds another run than the ladder's.
+    what is running with a checkpoint, and nothing more is begun. Raises UserError: a folder holds
+    another run than the ladder's.
     """
     missing = [run for run in wanted if state_of(run).stage != "done"]
     names = {run.name for run in missing}

@@ -20,10 +20,8 @@ def write_scripts(plan: LadderPlan, wanted: Sequence[PlannedRun]) -> list[Path]:
     """Write ``scripts/NAME.sbatch`` for each run that is not done, and ``submit.sh`` beside them.
 
     A run that branches waits until its parent has ended well. Scripts of runs that are done since
-    are removed. Returns the submit script first; nothing if nothing is missing.
-
-    Raises:
-        UserError: a folder holds another run than the ladder's.
+    are removed. Returns the submit script first; nothing if nothing is missing. Raises UserError: a
+    folder holds another run than the ladder's.
     """
     launch = plan.ladder.launch
     assert isinstance(launch, SbatchLaunch), launch

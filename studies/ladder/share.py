@@ -127,10 +127,7 @@ def _connect(runs: dict[str, PlannedRun], parent: str, child: str, step: int) ->
     runs[parent] = replace(runs[parent], config=_with(holder, "checkpoint", {"keep_steps": kept}))
     link = {"folder": holder.run.folder, "step": step}
     runs[child] = replace(
-        runs[child],
-        config=_with(branch, "run", {"parent": link}),
-        parent=parent,
-        parent_step=step,
+        runs[child], config=_with(branch, "run", {"parent": link}), parent=parent, parent_step=step
     )
 
 

@@ -94,10 +94,8 @@ def as_stored(
     """Return the run as its folder can go on with, and a remark where that is not as planned.
 
     A run that has begun keeps the parent that it has. One whose parent has not kept the step, and
-    is not among the runs to be trained before it (``coming``), is trained from scratch.
-
-    Raises:
-        UserError: its folder holds a run that computes something else.
+    is not among the runs to be trained before it (``coming``), is trained from scratch. Raises
+    UserError: its folder holds a run that computes something else.
     """
     stored = check_stored(run)
     if stored is not None:
@@ -138,8 +136,7 @@ def stated(run: PlannedRun) -> tuple[RunState, str | None]:
 def check_stored(run: PlannedRun) -> RunConfig | None:
     """Return the description that the run's folder has; None where it has not begun.
 
-    Raises:
-        UserError: it is of a run that computes something else than the ladder now says.
+    Raises UserError: it is of a run that computes something else than the ladder now says.
     """
     path = run.folder / "config.yaml"
     if not path.is_file():
@@ -210,8 +207,7 @@ def is_held(path: Path) -> bool:
 def only_one(folder: Path) -> Iterator[None]:
     """Keep a second process from training the ladder meanwhile.
 
-    Raises:
-        UserError: one does, or the folder cannot be written.
+    Raises UserError: one does, or the folder cannot be written.
     """
     path = folder / "ladder.lock"
     try:

@@ -90,8 +90,7 @@ class CoordinateCheck:
     ) -> list[Movement]:
         """Return the movement at each size with each seed, however many processes share the work.
 
-        Raises:
-            UserError: the model does not exist at a size.
+        Raises UserError: the model does not exist at a size.
         """
         seeds = tuple(seeds)
         tasks = [(size, seed) for size in sizes for seed in seeds]

@@ -13,12 +13,7 @@ from torch import Tensor
 
 from allometry.configs.data import DocumentData, SequenceData
 from allometry.configs.errors import UserError
-from allometry.configs.model import (
-    AuxiliaryBalance,
-    ModelConfig,
-    MoEModel,
-    ParameterizationConfig,
-)
+from allometry.configs.model import AuxiliaryBalance, ModelConfig, MoEModel, ParameterizationConfig
 from allometry.configs.optimization import OptimizerConfig
 from allometry.data.stream import Stream
 from allometry.models.build import build_model, parameter_specs
@@ -154,8 +149,7 @@ def activations(model: Transformer, tokens_BL: Tensor) -> dict[str, Tensor]:
 def sample(pool_PL: Sequences, count: int, seed: int) -> Sequences:
     """Return ``count`` sequences of the pool in an order of the seed's own, none twice.
 
-    Raises:
-        UserError: the pool holds fewer.
+    Raises UserError: the pool holds fewer.
     """
     if count > len(pool_PL):
         raise UserError(
@@ -172,10 +166,8 @@ def read_pools(
     """Return sequences of ``length`` + 1 tokens of a run's corpora, mixed as it mixes them.
 
     One array for each count; no sequence is in two of them. Documents follow each other without
-    masks, whatever the run does.
-
-    Raises:
-        UserError: the files cannot be used, or a corpus is too short for so many.
+    masks, whatever the run does. Raises UserError: the files cannot be used, or a corpus is too
+    short for so many.
     """
     plain = SequenceData(
         sequence_length=length,

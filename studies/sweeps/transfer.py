@@ -249,8 +249,7 @@ class Runner:
     def run(self, sizes: Sequence[int], seeds: Sequence[int]) -> Transfer:
         """Return the complete sweep.
 
-        Raises:
-            UserError: a size cannot be run, or the rates are too few.
+        Raises UserError: a size cannot be run, or the rates are too few.
         """
         if len(set(self.log2_lrs)) < 3:
             raise UserError("a sweep needs three learning rates or more; give more of them")

@@ -26,11 +26,9 @@ class TrialLog:
     """JSON lines: a sweep's settings, then ``size``, ``log2_lr``, ``seed``, ``loss`` of each trial.
 
     A loss that is not finite is null. A last line that was cut off is left out and written over.
-    Settings that a file of an earlier version lacks had their defaults.
-
-    Raises:
-        UserError: the file holds trials of other settings, or something else, and is left as it
-            is; or it cannot be written.
+    Settings that a file of an earlier version lacks had their defaults. Raises UserError: the file
+    holds trials of other settings, or something else, and is left as it is; or it cannot be
+    written.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
