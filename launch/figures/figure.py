@@ -23,7 +23,7 @@ yellow, too light on white, is a brown."""
 GREY = "#777777"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Series:
     """One curve, or set of points, with what belongs to it.
 
@@ -54,7 +54,7 @@ class Series:
         assert self.low is not None or self.style not in ("band", "bars", "links"), self.name
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Panel:
     """One pair of axes. Labels give the unit.
 
@@ -75,7 +75,7 @@ class Panel:
     rows: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Figure:
     """Panels side by side. ``key``: name of the PNG and of the place in the page.
 
@@ -92,7 +92,7 @@ class Figure:
 
 def star(name: str, x: float, y: float, colour: str, **more: Any) -> Series:
     """Return one marked point."""
-    return Series(name=name, x=np.array([x]), y=np.array([y]), style="star", colour=colour, **more)
+    return Series(name, np.array([x]), np.array([y]), "star", colour, **more)
 
 
 def known(x: Column, y: Column) -> tuple[Column, Column]:

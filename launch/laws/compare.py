@@ -87,16 +87,15 @@ class Compared:
 
     def to_json(self) -> dict[str, Any]:
         """Return the law's fit and errors as plain data."""
-        one = self.of
-        held_out = None
+        one, held_out, values = self.of, None, None
         if one.held_out is not None and self.errors is not None:
             held_out = self.errors.to_json(one.held_out)
+        if one.fit is not None:
+            values = {name: finite(value) for name, value in one.fit.values.items()}
         return {
             "law": one.form.name,
             "parameters": one.parameters,
-            "values": None
-            if one.fit is None
-            else {k: finite(v) for k, v in one.fit.values.items()},
+            "values": values,
             "held_out": held_out,
             "in_sample": self.in_sample,
             "problem": one.problem,

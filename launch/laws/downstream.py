@@ -81,11 +81,10 @@ def scores_at(
 def _of_other_losses(loss: StoredFit, score: StoredFit, file: Path) -> list[str]:
     """A warning where the two fits were made of losses that are not said to be the same."""
     name = loss.fit.form.target.name
-    predicted: dict[str, Any] = dict(loss.fit.observations.conventions)
-    read: dict[str, Any] = dict(score.fit.observations.conventions)
-    if predicted.get(name) == read.get(name):
+    predicted, read = (one.fit.observations.conventions.get(name) for one in (loss, score))
+    if predicted == read:
         return []
     return [
-        f"{file} reads a loss described as {read.get(name)!r}, and the one predicted is "
-        f"{predicted.get(name)!r}: see that they are of the same tokens and unit"
+        f"{file} reads a loss described as {read!r}, and the one predicted is {predicted!r}: see "
+        "that they are of the same tokens and unit"
     ]

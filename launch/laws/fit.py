@@ -115,10 +115,10 @@ def _examined(best: Fit, asked: FitCommand) -> Result:
         notes += edge_words(sampled)
         if groups < FEW_GROUPS:
             notes.append(f"intervals rest on {groups} groups and are rough; add runs")
-    if groups < 2 and fitting.hold_out is None:
+    nothing = groups < 2 and fitting.hold_out is None
+    if nothing:
         notes.append("no held-out error: all rows belong to one group, so none can be left out")
-        return Result(best, sampled, None, None, notes)
-    if fitting.hold_out == "none":
+    if nothing or fitting.hold_out == "none":
         return Result(best, sampled, None, None, notes)
     rows, by, how = holding_out(observations, [best.form], fitting.hold_out)
     if by == GROUPS:
@@ -137,9 +137,8 @@ def holding_out(
     or a condition. Raises UserError: it is none of them.
     """
     if text in (None, "groups"):
-        number_of = len(set(observations.groups))
-        how = f"each of {number_of} groups by the fit to the others"
-        return observations, GROUPS, how
+        groups = len(set(observations.groups))
+        return observations, GROUPS, f"each of {groups} groups by the fit to the others"
     assert text is not None
     kind, colon, column = text.partition(":")
     if kind == "largest" and not (colon and not column):
@@ -174,11 +173,8 @@ def _text(result: Result, out: Path | None) -> str:
         rows.append([name, number(best.values[name]), interval, best.unit(parameter.unit)])
     groups = len(set(observations.groups))
     scale = "differences" if form.residual == "linear" else "log residuals"
-    kind = (
-        f"Huber's loss (delta {best.options.delta:g})"
-        if best.options.loss == "huber"
-        else "half the square"
-    )
+    huber = best.options.loss == "huber"
+    kind = f"Huber's loss (delta {best.options.delta:g})" if huber else "half the square"
     lines = [
         f"{form.name}: {form.equation}",
         f"fitted to {len(observations)} rows of {counted(groups, 'group')}",

@@ -12,7 +12,6 @@ from allometry.launch.laws.predict import LEVEL, Law, conventions, interval
 from allometry.launch.laws.sources import assignments, numbers
 from allometry.launch.text import number, table
 from allometry.laws.allocation import Allocation, compute_optimal, optimal_size
-from allometry.laws.forms.base import Form
 from allometry.laws.observations import Observations
 
 FLOPS_TOLERANCE = 0.1
@@ -31,17 +30,18 @@ def optima(asked: Optimum) -> Report:
             "least loss; give a law of the loss by N and D, as chinchilla"
         )
     fixed = numbers(assignments(asked.inputs, "--with"), "--with")
-    _check_others(law.form, fixed)
-    rows: list[Allocation] = []
-    for text in asked.flops.split(","):
-        flops = numbers({"--flops": text.strip()}, "budget")["--flops"]
-        rows.append(_best(law, flops, per_token, fixed))
+    free = [one.name for one in law.form.inputs if one.name not in ("N", "D", "C", "M")]
+    for name in fixed:  # no input of the law, or one that follows from the budget
+        if name not in free:
+            raise UserError(
+                f"--with {name}: {law.form.name} has "
+                + (f"only {', '.join(free)} besides" if free else "no input besides")
+                + " N, D and what follows from them; leave it out"
+            )
+    texts = [{"--flops": text.strip()} for text in asked.flops.split(",")]
+    rows = [_best(law, numbers(one, "budget")["--flops"], per_token, fixed) for one in texts]
     warnings = list(dict.fromkeys(w for row in rows for w in row.warnings))
-    if law.fit is None:
-        warnings.append(f"no interval; these coefficients were shown for: {law.form.valid}")
-    elif law.bootstrap is None:
-        warnings.append("no interval: the fit was made without bootstraps")
-    warnings += _other_flops(law, per_token)
+    warnings += [*law.warnings(), *_other_flops(law, per_token)]
     facts = {
         "law": law.form.name,
         "from": law.origin,
@@ -61,12 +61,10 @@ def optima(asked: Optimum) -> Report:
 
 
 def _facts(row: Allocation) -> dict[str, Any]:
+    names = ("N", "D", "loss")
     return {
         "flops": row.flops,
-        **{
-            name: {"value": getattr(row, name), **_low_high(row, name)}
-            for name in ("N", "D", "loss")
-        },
+        **{name: {"value": getattr(row, name), **_low_high(row, name)} for name in names},
         "tokens_per_parameter": row.tokens_per_parameter,
         "warnings": list(row.warnings),
     }
@@ -107,18 +105,6 @@ def _low_high(row: Allocation, name: str) -> dict[str, float | None]:
     return {"low": low, "high": high}
 
 
-def _check_others(form: Form, others: Mapping[str, float]) -> None:
-    """Refuse an input that the law lacks, or that follows from the budget."""
-    free = [one.name for one in form.inputs if one.name not in ("N", "D", "C", "M")]
-    for name in others:
-        if name not in free:
-            raise UserError(
-                f"--with {name}: {form.name} has "
-                + (f"only {', '.join(free)} besides" if free else "no input besides")
-                + " N, D and what follows from them; leave it out"
-            )
-
-
 def _best(law: Law, flops: float, per_token: float, others: Mapping[str, float]) -> Allocation:
     if law.fit is not None:
         return compute_optimal(
@@ -129,7 +115,6 @@ def _best(law: Law, flops: float, per_token: float, others: Mapping[str, float])
     product = flops / per_token
     size = optimal_size(law.form, law.values, product, flops, others)
     known = {"N": size, "D": product / size, "C": flops, "M": product / size**2, **others}
-    names = [variable.name for variable in law.form.inputs]
-    rows = Observations.of({name: [known[name]] for name in names})
+    rows = Observations.of({one.name: [known[one.name]] for one in law.form.inputs})
     loss = float(law.predict(rows)[0])
     return Allocation(flops, size, product / size, loss, per_token, None, LEVEL, ())

@@ -17,11 +17,6 @@ WIDEST = 88
 """Columns that a table may take."""
 
 
-def share(value: float) -> str:
-    """Return a relative error as a percentage."""
-    return f"{100 * value:.3g} %"
-
-
 def narrowed(rows: Sequence[Sequence[str]], inputs: int) -> str:
     """Return ``table``; one too wide has a line instead of input columns that never change."""
     text = table(rows)
@@ -85,7 +80,7 @@ class Errors:
 
     def say(self, value: float) -> str:
         """Return a size of these errors with its sign for percent, where they are relative."""
-        return share(value) if self.relative else number(value, 3)
+        return f"{100 * value:.3g} %" if self.relative else number(value, 3)
 
     def words(self) -> str:
         """Return mean and maximum as a sentence."""

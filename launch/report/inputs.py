@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from allometry.configs.errors import UserError
-from allometry.launch.figures.figure import Column, colours
+from allometry.launch.figures.figure import Column, Series, colours
 from allometry.launch.text import names_of
 from allometry.laws.fit.store import StoredFit, load_fit
 from allometry.laws.ladder import Prediction, load_prediction
@@ -32,6 +32,10 @@ class Shown:
     name: str
     colour: str
     run: Run
+
+    def series(self, x: Column, y: Column, name: str = "", **more: Any) -> Series:
+        """Return a curve of this run, in its colour and shown and hidden with it."""
+        return Series(name or self.name, x, y, colour=self.colour, run=self.number, **more)
 
     @property
     def metrics(self) -> dict[str, Column]:
@@ -117,18 +121,21 @@ def read_inputs(
         raise UserError("nothing to report on; name run folders, --fit FILE or --transfer FILE")
     if not 0.0 < smoothing <= 0.5:
         raise UserError(f"--smooth={smoothing:g} must be a share of a run, above 0 and up to 0.5")
-    for what in (folders, fits, trials):
-        _check_once(what)
+    for paths in (folders, fits, trials):
+        resolved = [path.resolve() for path in paths]
+        for path, place in zip(paths, resolved, strict=True):
+            if resolved.count(place) > 1:
+                raise UserError(f"{path} is given twice; give it once")
     by_place: dict[Path, Path] = {}
     notes: list[str] = []
     fit_files = list(fits)
     predictions = []
     for folder in folders:
-        place = _place_of_runs(folder)
-        if place is None:
+        runs_at = _place_of_runs(folder)
+        if runs_at is None:
             by_place.setdefault(folder.resolve(), folder)
             continue
-        inside, left_out = _runs_of(place)
+        inside, left_out = _runs_of(runs_at)
         by_place |= {run.resolve(): run for run in inside if run.resolve() not in by_place}
         notes += left_out
         if (folder / "fit.json").is_file():
@@ -144,13 +151,6 @@ def read_inputs(
         notes=tuple(notes),
         smoothing=smoothing,
     )
-
-
-def _check_once(paths: Sequence[Path]) -> None:
-    resolved = [path.resolve() for path in paths]
-    for path, place in zip(paths, resolved, strict=True):
-        if resolved.count(place) > 1:
-            raise UserError(f"{path} is given twice; give it once")
 
 
 def _place_of_runs(folder: Path) -> Path | None:
@@ -194,17 +194,17 @@ def _has_row(path: Path) -> bool:
 
 def _read(folder: Path) -> Run:
     run = read_run(folder)
-    missing = [name for name in SECTIONS if not isinstance(run.config.get(name), dict)]
-    if missing:
-        raise UserError(
-            f"{folder}/config.yaml has no section {missing[0]!r}; restore what the run wrote"
-        )
-    missing = [name for name in COLUMNS if name not in run.metrics]
-    if missing:
-        raise UserError(
-            f"{folder}/metrics.jsonl has no {missing[0]!r} in any row; give the folder of a run "
-            "that trained"
-        )
+    for name in SECTIONS:
+        if not isinstance(run.config.get(name), dict):
+            raise UserError(
+                f"{folder}/config.yaml has no section {name!r}; restore what the run wrote"
+            )
+    for name in COLUMNS:
+        if name not in run.metrics:
+            raise UserError(
+                f"{folder}/metrics.jsonl has no {name!r} in any row; give the folder of a run "
+                "that trained"
+            )
     return run
 
 

@@ -39,7 +39,12 @@ def written(asked: WriteReport) -> Report:
     """
     if asked.out.suffix not in (".html", ".htm"):
         raise UserError(f"--out={asked.out}: the report is a page; name it something.html")
-    _check_plotly()
+    try:
+        metadata.version("plotly")
+    except metadata.PackageNotFoundError:
+        raise UserError(
+            "the report needs plotly, which is not installed; pip install plotly"
+        ) from None
     inputs = read_inputs(asked.runs, asked.fits, asked.trials, asked.smoothing)
     shown = sections(inputs)
     made = (
@@ -75,12 +80,3 @@ def written(asked: WriteReport) -> Report:
     lines += [*inputs.notes, f"report: {asked.out} ({size / 1e6:.1f} MB)"]
     lines += [f"pictures: {len(pictures)} in {asked.png}"] if pictures else []
     return Report(facts, "\n".join(lines))
-
-
-def _check_plotly() -> None:
-    try:
-        metadata.version("plotly")
-    except metadata.PackageNotFoundError:
-        raise UserError(
-            "the report needs plotly, which is not installed; pip install plotly"
-        ) from None

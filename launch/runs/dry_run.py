@@ -117,7 +117,12 @@ def _ranks(facts: dict[str, Any]) -> list[str]:
     """The messages of a step on one rank of each pipeline rank, the largest first."""
     if "ranks" not in facts:
         return []
-    lines = ["layout            " + _layout(facts["layout"])]
+    layout = facts["layout"]
+    axes = ", ".join(f"{name}={layout[name]}" for name in ("pp", "hdp", "tp", "ep", "replicas"))
+    if "stages" in layout:
+        layers = ", ".join(str(stop - start) for start, stop in layout["stages"])
+        axes += f"; schedule {layout['schedule']}, layers of the stages {layers}"
+    lines = [f"layout            {axes}"]
     for rank in facts["ranks"]:
         stages = ", ".join(map(str, rank["stages"]))
         lines += [f"rank {rank['rank']} (stage {stages}) calls in a step"]
@@ -132,14 +137,6 @@ def _ranks(facts: dict[str, Any]) -> list[str]:
             number = sum(call["per_step"] for call in calls[SHOWN:])
             lines.append(f"  {number:>6,} smaller ones, {_size(rest)} together (--json lists them)")
     return lines
-
-
-def _layout(layout: dict[str, Any]) -> str:
-    axes = ", ".join(f"{name}={layout[name]}" for name in ("pp", "hdp", "tp", "ep", "replicas"))
-    if "stages" not in layout:
-        return axes
-    layers = ", ".join(str(stop - start) for start, stop in layout["stages"])
-    return f"{axes}; schedule {layout['schedule']}, layers of the stages {layers}"
 
 
 def _data(data: dict[str, Any]) -> list[str]:

@@ -49,7 +49,14 @@ def forecasted(asked: ForecastCommand) -> Report:
     decay from the rate they ended at. Raises UserError: a folder holds no run, the runs differ in
     what one law needs to be the same, the schedule cannot be, or there are too few rows yet.
     """
-    _check(asked)
+    if not 0.0 < asked.level < 1.0:
+        raise UserError(f"--level={asked.level} is no probability; use 0.95, say")
+    for flag, value in (("--schedule", asked.schedule), ("--total-steps", asked.total_steps)):
+        if asked.decay_now and value is not None:
+            raise UserError(
+                f"--decay-now says when the run ends; leave {flag}={value} out, or leave "
+                "--decay-now out"
+            )
     choice = LossChoice.parse(asked.loss)
     first = _read(asked.folder, choice, asked.at_step)
     others = [_read(folder, choice) for folder in asked.others]
@@ -58,8 +65,7 @@ def forecasted(asked: ForecastCommand) -> Report:
     target, words = _target(asked, first)
     prior = PUBLISHED
     if asked.like is not None:
-        like = _read(asked.like, choice)
-        prior = borrowed([like.curve], target, str(asked.like))
+        prior = borrowed([_read(asked.like, choice).curve], target, str(asked.like))
     curves = [first.curve, *(other.curve for other in others)]
     result = forecast(curves, target, prior=prior, level=asked.level)
     last = first.curve.losses_n[-max(1, int(_LAST * len(first.curve.losses_n))) :]
@@ -76,18 +82,6 @@ def forecasted(asked: ForecastCommand) -> Report:
     kind = "training" if choice.kind == "train" else "held-out"
     which = f"{kind} loss of {choice.source or 'the mixture'}"
     return Report(facts, _text(first, which, words, result, (float(last.mean()), len(last))))
-
-
-def _check(asked: ForecastCommand) -> None:
-    if not 0.0 < asked.level < 1.0:
-        raise UserError(f"--level={asked.level} is no probability; use 0.95, say")
-    if asked.decay_now:
-        for flag, value in (("--schedule", asked.schedule), ("--total-steps", asked.total_steps)):
-            if value is not None:
-                raise UserError(
-                    f"--decay-now says when the run ends; leave {flag}={value} out, or leave "
-                    "--decay-now out"
-                )
 
 
 def _read(folder: Path, choice: LossChoice, at_step: int | None = None) -> _Read:
@@ -140,8 +134,7 @@ def _target(asked: ForecastCommand, first: _Read) -> tuple[LearningRates, str]:
         return _decayed(asked, first)
     given = {key: getattr(asked, key) for key in DECAY_KEYS if getattr(asked, key) is not None}
     if asked.schedule is None and not given and asked.total_steps is None:
-        words = f"its own schedule ({first.config.schedule.kind})"
-        return first.curve.rates, words
+        return first.curve.rates, f"its own schedule ({first.config.schedule.kind})"
     overrides = []
     if asked.schedule is not None or given:
         overrides.append(f"schedule={json.dumps(_section(asked, first, given))}")

@@ -74,7 +74,11 @@ def checked(asked: CoordCheck) -> Report:
     """Run the check; passed where no axis has a failure."""
     config = asked.load()
     check_format(asked.out)
-    _check_numbers(asked)
+    if asked.lr is not None and not 0.0 < asked.lr < math.inf:
+        raise UserError(f"--lr={asked.lr:g} must be a number above 0; give a rate as 0.01")
+    for flag, bound in (("--block-bound", asked.block_bound), ("--logit-bound", asked.logit_bound)):
+        if bound is not None and not 0.0 <= bound < math.inf:
+            raise UserError(f"{flag}={bound:g} is no slope; give 0 or a number above it")
     axes = _axes(config, asked)
     length = min(asked.length, config.data.sequence_length)
     sequences = asked.sequences or _sequences(config, axes, length)
@@ -112,15 +116,6 @@ def checked(asked: CoordCheck) -> Report:
     return Report(facts, "\n".join([head, *lines, verdict]), passed)
 
 
-def _check_numbers(asked: CoordCheck) -> None:
-    if asked.lr is not None and not 0.0 < asked.lr < math.inf:
-        raise UserError(f"--lr={asked.lr:g} must be a number above 0; give a rate as 0.01")
-    bounds = {"--block-bound": asked.block_bound, "--logit-bound": asked.logit_bound}
-    for flag, bound in bounds.items():
-        if bound is not None and not 0.0 <= bound < math.inf:
-            raise UserError(f"{flag}={bound:g} is no slope; give 0 or a number above it")
-
-
 def _axes(config: RunConfig, asked: CoordCheck) -> dict[Axis, tuple[int, ...]]:
     """The sizes of each axis that is asked for; else widths, and depths where a rule has them.
 
@@ -135,8 +130,7 @@ def _axes(config: RunConfig, asked: CoordCheck) -> dict[Axis, tuple[int, ...]]:
     chosen = {axis: sizes for axis, sizes in given.items() if sizes is not None}
     if chosen:
         return chosen
-    kinds = [growth]
-    kinds += [Axis.DEPTH] * has_depth_rule(config.parameterization)
+    kinds = [growth, *[Axis.DEPTH] * has_depth_rule(config.parameterization)]
     return {axis: default_sizes(config.model, axis, asked.steps) for axis in kinds}
 
 
@@ -197,14 +191,14 @@ def _figure(outcomes: list[Outcome], asked: CoordCheck) -> Figure:
             series += curve(label, colour, sizes, np.array(of_size).T)
         panels.append(
             Panel(
-                title=f"over {outcome.axis} (slope): {mean}",
-                x_label=AXIS_LABELS[outcome.axis],
-                y_label=f"rms of what moved in {counted(asked.steps, 'step')}",
+                f"over {outcome.axis} (slope): {mean}",
+                AXIS_LABELS[outcome.axis],
+                f"rms of what moved in {counted(asked.steps, 'step')}",
+                tuple(series),
                 x_log=True,
                 y_log=True,
                 log_base=2,
                 x_marks=tuple(sizes),
-                series=tuple(series),
             )
         )
-    return Figure(key="coordcheck", panels=tuple(panels), legend=True)
+    return Figure("coordcheck", tuple(panels), legend=True)

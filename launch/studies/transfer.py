@@ -28,6 +28,7 @@ from allometry.studies.sweeps.transfer import Runner, Transfer, TransferSweep, T
 from allometry.studies.sweeps.trials import TrialLog
 
 HELD_OUT = 64
+LOSS = "held-out loss, nats per token"
 MOST_OCTAVES = 32
 MOST_RATES = 200
 
@@ -36,7 +37,12 @@ def swept(asked: TransferCommand) -> Report:
     """Run the sweep; passed where the best rates drift no further than ``bound``."""
     config = asked.load()
     check_format(asked.out)
-    axis = growth_axis(config.parameterization) if asked.axis is None else _axis(asked.axis)
+    axis = growth_axis(config.parameterization)
+    if asked.axis is not None:
+        if asked.axis not in [axis.value for axis in Axis]:
+            known = ", ".join(axis.value for axis in Axis)
+            raise UserError(f"--axis={asked.axis} is not known; use one of {known}")
+        axis = Axis(asked.axis)
     if not 0.0 <= asked.bound < math.inf:
         raise UserError(f"--bound={asked.bound:g} is no number of octaves; use 0.5 or another")
     rates = _rates(config.optimizer.lr, asked)
@@ -81,13 +87,6 @@ def _kept(log: TrialLog | None, ended: int) -> str:
         "the trial that had ended is" if ended == 1 else f"the {ended} trials that had ended are"
     )
     return f"{trials} lost: keep them with --trials FILE, from which the same command goes on"
-
-
-def _axis(name: str) -> Axis:
-    if name not in [axis.value for axis in Axis]:
-        known = ", ".join(axis.value for axis in Axis)
-        raise UserError(f"--axis={name} is not known; use one of {known}")
-    return Axis(name)
 
 
 def _rates(lr: float, asked: TransferCommand) -> tuple[float, ...]:
@@ -176,12 +175,9 @@ def _figure(transfer: Transfer) -> Figure:
         )
     seeds = len(transfer.seeds)
     mean = f"mean and range of {seeds} seeds" if seeds > 1 else "1 seed"
-    panel = Panel(
-        title=f"over {transfer.axis}: {mean}; stars: best rates",
-        x_label="peak learning rate",
-        y_label="held-out loss, nats per token",
-        x_log=True,
-        log_base=2,
-        series=tuple(series),
+    title, y_label = (
+        f"over {transfer.axis}: {mean}; stars: best rates",
+        "held-out loss, nats per token",
     )
-    return Figure(key="transfer", panels=(panel,), legend=True)
+    panel = Panel(title, "peak learning rate", y_label, tuple(series), x_log=True, log_base=2)
+    return Figure("transfer", (panel,), legend=True)

@@ -80,8 +80,7 @@ def plan_ladder(ladder: LadderConfig, tree: Tree) -> LadderPlan:
         if twin is not None:
             notes[f"{run.name} would be {twin.name} again and is left out"] = None
             continue
-        clash = next((other for other in rungs if other.name == run.name), None)
-        if clash is not None:
+        if any(other.name == run.name for other in rungs):
             raise UserError(
                 f"two runs of the ladder would be called {run.name}; give their sizes names, or "
                 "horizons that differ in six digits"
@@ -128,7 +127,8 @@ def _cells(ladder: LadderConfig) -> Iterator[tuple[Size, _Horizon, NamedSchedule
         horizons = [_Horizon(f"x{ratio:g}", ratio=ratio) for ratio in ladder.tokens_per_parameter]
         horizons += [_Horizon(f"d{_round(tokens)}", tokens=tokens) for tokens in ladder.tokens]
         if ladder.isoflop and size.label in (ladder.isoflop.sizes or [size.label]):
-            horizons += [_Horizon(_flops_label(c), flops=c) for c in ladder.isoflop.flops]
+            for c in ladder.isoflop.flops:
+                horizons.append(_Horizon(f"c{c:g}".replace("+", ""), flops=c))
         for schedule in schedules:
             for seed in ladder.seeds:
                 for horizon in horizons:
@@ -217,9 +217,7 @@ class _Maker:
         config = validate(tree)
         plan = RunPlan.of(config, self._ladder.launch.processes)  # says what ranks cannot share
         resolve_schedule(config, plan.batch)  # and what cannot be a schedule
-        steps = plan.total_steps
-        kept = branching_point(config, steps)
-        if kept:
+        if kept := branching_point(config, plan.total_steps):
             put(tree, "checkpoint.keep_steps", [*config.checkpoint.keep_steps, kept], place)
             config = validate(tree)
         return PlannedRun(
@@ -228,7 +226,7 @@ class _Maker:
             size=size.label,
             schedule=schedule.name if schedule else config.schedule.kind,
             config=config,
-            steps=steps,
+            steps=plan.total_steps,
             tokens=plan.total_tokens,
             parameters=count(config, self._ladder.count),
             flops=plan.total_flops,
@@ -260,11 +258,10 @@ class _Maker:
                 wanted = float(base * (tokens / rule.base_tokens) ** rule.exponent)
             case LawBatch():
                 wanted = _law_batch(rule, config, tokens) / config.data.sequence_length
-        unit = config.batch.micro_batch_sequences
-        hdp = config.parallel.hdp
-        parallel = config.parallel.tp * config.parallel.pp
-        ranks = self._ladder.launch.processes // parallel if hdp == "auto" else hdp
-        unit *= max(1, ranks)
+        parallel = config.parallel
+        ranks = self._ladder.launch.processes // (parallel.tp * parallel.pp)
+        ranks = ranks if parallel.hdp == "auto" else parallel.hdp
+        unit = config.batch.micro_batch_sequences * max(1, ranks)
         return unit * max(1, round(wanted / unit))
 
 
@@ -303,7 +300,3 @@ def _round(number: int) -> str:
         if number % size == 0:
             return f"{number // size}{unit}"
     return str(number)
-
-
-def _flops_label(flops: float) -> str:
-    return f"c{flops:g}".replace("+", "")

@@ -47,9 +47,9 @@ def train_runs(plan: LadderPlan, wanted: Sequence[PlannedRun], parallel: int, sa
     names = {run.name for run in missing}
     for run in wanted:  # all that is wrong is said before any step
         as_stored(run, plan, names)
-    stored = [as_stored(run, plan, names) for run in missing]
-    todo = [run for run, _ in stored]
-    for _, remark in stored:
+    todo = []
+    for run, remark in [as_stored(run, plan, names) for run in missing]:
+        todo.append(run)
         if remark:
             say(remark)
     done = len(wanted) - len(todo)
@@ -207,7 +207,9 @@ def _serve(board: _Board) -> None:
             begun = time.monotonic()
             try:
                 run = board.ready(run)
-                error = slot.train(run, *_files(board.plan, run))
+                log = board.plan.folder / "logs" / f"{run.name}.log"
+                log.parent.mkdir(parents=True, exist_ok=True)
+                error = slot.train(write_config(board.plan, run), log)
             except UserError as problem:
                 error = str(problem)
             except Exception as problem:  # said with the others; the slots may wait for this run
@@ -215,14 +217,6 @@ def _serve(board: _Board) -> None:
             board.give(run, error, time.monotonic() - begun)
     finally:
         slot.close()
-
-
-def _files(plan: LadderPlan, run: PlannedRun) -> tuple[Path, Path]:
-    """The description of a run, written out, and its log."""
-    config = write_config(plan, run)
-    log = plan.folder / "logs" / f"{run.name}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    return config, log
 
 
 def write_config(plan: LadderPlan, run: PlannedRun) -> Path:
@@ -240,7 +234,7 @@ class _Worker:
         self._board = board
         self._process: _Child | None = None
 
-    def train(self, run: PlannedRun, config: Path, log: Path) -> str | None:
+    def train(self, config: Path, log: Path) -> str | None:
         """Train it; what went wrong in a sentence."""
         process = self._process or self._start()
         with self._board.child(process):
@@ -290,7 +284,7 @@ class _Torchrun:
     def __init__(self, board: _Board) -> None:
         self._board = board
 
-    def train(self, run: PlannedRun, config: Path, log: Path) -> str | None:
+    def train(self, config: Path, log: Path) -> str | None:
         """Train it; what went wrong in a sentence."""
         threads = os.environ.get("OMP_NUM_THREADS", "1")
         with open(log, "a", encoding="utf-8") as out:
@@ -306,7 +300,10 @@ class _Torchrun:
             code = process.wait()
         if code == 0 or self._board.ended.stopped:
             return None
-        return f"torchrun ended with code {code}: {_last_error(log)}"
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        said = [line for line in lines if line.startswith("allometry: ")]
+        error = said[-1].removeprefix("allometry: ") if said else f"its log is {log}"
+        return f"torchrun ended with code {code}: {error}"
 
     def close(self) -> None:
         """Nothing is left running."""
@@ -316,12 +313,6 @@ def torchrun(processes: int, config: Path) -> list[str]:
     """Arguments for Python that train a run on so many processes of this machine."""
     start = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
     return [*start, "--local-addr", "127.0.0.1", "-m", "allometry.launch.train", str(config)]
-
-
-def _last_error(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    said = [line for line in lines if line.startswith("allometry: ")]
-    return said[-1].removeprefix("allometry: ") if said else f"its log is {log}"
 
 
 def _send(process: _Child, number: signal.Signals) -> None:

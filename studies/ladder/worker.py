@@ -41,7 +41,13 @@ def _answer(request: dict[str, str], allocator: str) -> dict[str, Any]:
             stream.flush()
             os.dup2(log.fileno(), stream.fileno())
     try:
-        return _train(request["config"], allocator)
+        from allometry.configs.loader import load
+        from allometry.trainer.record.facts import Invocation
+        from allometry.trainer.train import train
+
+        command = ["allometry", "train", request["config"]]
+        result = train(load(request["config"]), invocation=Invocation(allocator, command))
+        return {"error": None, "stopped": result.stopped_by}
     except UserError as error:
         print(f"allometry: {error}", file=sys.stderr)
         return {"error": str(error), "stopped": None}
@@ -53,16 +59,6 @@ def _answer(request: dict[str, str], allocator: str) -> dict[str, Any]:
     finally:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
-
-
-def _train(config: str, allocator: str) -> dict[str, Any]:
-    from allometry.configs.loader import load
-    from allometry.trainer.record.facts import Invocation
-    from allometry.trainer.train import train
-
-    command = ["allometry", "train", config]
-    result = train(load(config), invocation=Invocation(allocator, command))
-    return {"error": None, "stopped": result.stopped_by}
 
 
 def _interrupt(number: int, _: FrameType | None) -> None:

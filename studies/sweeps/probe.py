@@ -53,7 +53,12 @@ class Probe:
         self.model = build_model(model, self.rules, "fp32")
         initialize(self.model, self.rules, seed)
         self.specs = parameter_specs(self.model)
-        self._set_zeros(zero)
+        endings = {"head": "head.weight", "queries": ".attention.wq.weight"}
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                wanted = any(name.endswith(endings[part]) for part in zero)
+                if wanted and not self.rules.resolve(self.specs[name]).sphere:
+                    parameter.zero_()
         self.optimizer = build_optimizer(
             self.model.named_parameters(), self.specs, self.rules, optimizer, seed=seed
         )
@@ -110,14 +115,6 @@ class Probe:
     def _forget(self) -> None:
         if self._mixture:
             self.model.take_statistics()
-
-    @torch.no_grad()
-    def _set_zeros(self, parts: tuple[str, ...]) -> None:
-        endings = {"head": "head.weight", "queries": ".attention.wq.weight"}
-        for name, parameter in self.model.named_parameters():
-            wanted = any(name.endswith(endings[part]) for part in parts)
-            if wanted and not self.rules.resolve(self.specs[name]).sphere:
-                parameter.zero_()
 
 
 def split(sequences_BL: Sequences) -> tuple[Tensor, Tensor]:
