@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from allometry.laws.fit.bootstrap import Bootstrap, bootstrap
 from allometry.laws.fit.compare import GROUPS
 from allometry.laws.fit.engine import Fit, FitOptions, fit, require_identified
 from allometry.laws.fit.store import save_fit
-from allometry.laws.fit.validate import HeldOut, hold_out_largest, leave_one_group_out
+from allometry.laws.fit.validate import hold_out_largest, leave_one_group_out
 from allometry.laws.forms.base import Form
 from allometry.laws.observations import Observations
 from allometry.laws.registry import form_named
@@ -64,9 +64,8 @@ class Result:
 
     fit: Fit
     bootstrap: Bootstrap | None
-    held_out: HeldOut | None
     errors: Errors | None
-    notes: list[str] = field(default_factory=list)
+    notes: list[str]
 
 
 def fitted(asked: FitCommand) -> Report:
@@ -83,7 +82,8 @@ def fitted(asked: FitCommand) -> Report:
         require_identified(best)
     result = _examined(best, asked)
     if asked.out is not None:
-        extra = {"held_out": _held_out_json(result), "notes": result.notes}
+        held_out = result.errors and result.errors.to_json()
+        extra = {"held_out": held_out, "notes": result.notes}
         save_fit(asked.out, best, result.bootstrap, extra)
     return Report(_facts(result, asked.out), _text(result, asked.out))
 
@@ -119,13 +119,13 @@ def _examined(best: Fit, asked: FitCommand) -> Result:
     if nothing:
         notes.append("no held-out error: all rows belong to one group, so none can be left out")
     if nothing or fitting.hold_out == "none":
-        return Result(best, sampled, None, None, notes)
+        return Result(best, sampled, None, notes)
     rows, by, how = holding_out(observations, [best.form], fitting.hold_out)
     if by == GROUPS:
         held = leave_one_group_out(best.form, rows, best.options)
     else:
         held = hold_out_largest(best.form, rows, by, best.options)
-    return Result(best, sampled, held, Errors.of(held, how), notes)
+    return Result(best, sampled, Errors(held, how), notes)
 
 
 def holding_out(
@@ -222,14 +222,8 @@ def _facts(result: Result, out: Path | None) -> dict[str, Any]:
         "bootstraps": 0 if sampled is None else len(sampled),
         "objective": best.objective,
         "certificate": certificate,
-        "held_out": _held_out_json(result),
+        "held_out": result.errors and result.errors.to_json(),
         "conventions": dict(best.observations.conventions),
         "notes": result.notes,
         "fit": None if out is None else str(out),
     }
-
-
-def _held_out_json(result: Result) -> dict[str, Any] | None:
-    if result.held_out is None or result.errors is None:
-        return None
-    return result.errors.to_json(result.held_out)

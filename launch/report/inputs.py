@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -143,9 +143,12 @@ def read_inputs(
         prediction = load_prediction(folder / "prediction.json")
         if prediction is not None:
             predictions.append((folder, prediction))
+    for path in fit_files:
+        if not path.is_file():
+            raise UserError(f"--fit={path} is no file; write one with allometry fit LAW ... --out")
     return Inputs(
         runs=_shown([_read(folder) for folder in by_place.values()]),
-        fits=tuple((path, _load_fit(path)) for path in dict.fromkeys(fit_files)),
+        fits=tuple((path, load_fit(path)) for path in dict.fromkeys(fit_files)),
         trials=tuple(read_trials(path) for path in dict.fromkeys(trials)),
         predictions=tuple(predictions),
         notes=tuple(notes),
@@ -166,8 +169,12 @@ def _runs_of(place: Path) -> tuple[list[Path], list[str]]:
     """The run folders in it that have a row, and a sentence for each folder that is left out."""
     started: list[Path] = []
     left_out: list[str] = []
-    folders = [path for path in place.iterdir() if path.is_dir()]
-    for folder in sorted(folders, key=_by_number):
+
+    def by_number(folder: Path) -> list[tuple[int, str]]:  # w64 before w128
+        parts = re.findall(r"[0-9]+|[^0-9]+", folder.name)
+        return [(int(part), "") if part[0] in "0123456789" else (-1, part) for part in parts]
+
+    for folder in sorted(filter(Path.is_dir, place.iterdir()), key=by_number):
         if not (folder / "config.yaml").is_file():
             left_out.append(f"{folder} is left out: it is no run's folder, or has not begun.")
         elif not _has_row(folder / "metrics.jsonl"):
@@ -177,12 +184,6 @@ def _runs_of(place: Path) -> tuple[list[Path], list[str]]:
     if not started and not left_out:
         raise UserError(f"{place} holds no run; run the ladder first (allometry ladder run)")
     return started, left_out
-
-
-def _by_number(folder: Path) -> list[tuple[int, str]]:
-    """Sorts w64 before w128: numbers in names by their values."""
-    parts = re.findall(r"[0-9]+|[^0-9]+", folder.name)
-    return [(int(part), "") if part[0] in "0123456789" else (-1, part) for part in parts]
 
 
 def _has_row(path: Path) -> bool:
@@ -212,14 +213,5 @@ def _shown(runs: Sequence[Run]) -> tuple[Shown, ...]:
     """Runs with their names (folders', or whole paths where two are equal) and colours."""
     names = names_of([run.folder for run in runs])
     shown = [Shown(i, name, "", run) for i, (name, run) in enumerate(zip(names, runs, strict=True))]
-    sizes = [float(one.parameters.get("total", 0)) for one in shown]
-    return tuple(
-        Shown(one.number, one.name, colour, one.run)
-        for one, colour in zip(shown, colours(sizes), strict=True)
-    )
-
-
-def _load_fit(path: Path) -> StoredFit:
-    if not path.is_file():
-        raise UserError(f"--fit={path} is no file; write one with allometry fit LAW ... --out")
-    return load_fit(path)
+    shades = colours([float(one.parameters.get("total", 0)) for one in shown])
+    return tuple(replace(one, colour=shade) for one, shade in zip(shown, shades, strict=True))

@@ -151,13 +151,12 @@ def _traces(series: Series, panel: Panel, suffix: str, legend: bool) -> list[dic
             "line": {"width": 0.8 if series.style == "star" else 0, "color": "#222"},
         }
         return [{**common, "mode": "markers", "marker": marker}]
-    faint = series.layer == "recorded"
     if series.style == "joined":
         common["marker"] = {"size": 5, "color": series.colour}
-    line = {"color": series.colour, "width": 1.0 if faint else 1.8}
+    width, opacity = (1.0, 0.35) if series.layer == "recorded" else (1.8, 1.0)
+    line = {"color": series.colour, "width": width}
     if series.style == "dashed":
         line["dash"] = "dash"
-    opacity = 0.35 if faint else 1.0
     mode = "lines+markers" if series.style == "joined" else "lines"
     return [{**common, "mode": mode, "line": line, "opacity": opacity}]
 

@@ -87,12 +87,5 @@ def _panel(title: str, rows: Observations, optima: Sequence[IsoFlop]) -> Panel:
 
 
 def _row(name: str, one: IsoFlop) -> tuple[str, ...]:
-    return (
-        name,
-        f"{one.flops:.3e}",
-        str(len(one.rows)),
-        f"{one.N:.3e}",
-        f"{one.D:.3e}",
-        f"{one.loss:.4f}",
-        one.problem or "",
-    )
+    best = (f"{one.N:.3e}", f"{one.D:.3e}", f"{one.loss:.4f}")
+    return (name, f"{one.flops:.3e}", str(len(one.rows)), *best, one.problem or "")

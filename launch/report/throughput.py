@@ -12,6 +12,7 @@ import numpy as np
 from allometry.launch.figures.figure import Figure, Panel, Series, known, thin
 from allometry.launch.report.inputs import Inputs, Shown
 from allometry.launch.report.section import Section, Table
+from allometry.laws.collect import short
 
 RUN_HEAD = (
     "run", "state", "N", "all", "active", "tokens D", "D/N", "FLOPs C", "final loss", "measured on",
@@ -73,12 +74,7 @@ def _run_row(one: Shown) -> tuple[str, ...]:
 
 def _si(value: float | None) -> str:
     """A count with a unit: 1.57M."""
-    if value is None or not math.isfinite(value):
-        return "–"
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(value) >= size:
-            return f"{value / size:.3g}{unit}"
-    return f"{value:.4g}"
+    return "–" if value is None or not math.isfinite(value) else short(value)
 
 
 def layout(value: Mapping[str, Any] | None) -> str:

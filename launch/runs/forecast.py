@@ -61,7 +61,14 @@ def forecasted(asked: ForecastCommand) -> Report:
     first = _read(asked.folder, choice, asked.at_step)
     others = [_read(folder, choice) for folder in asked.others]
     for other in others:
-        _check_same(first, other, choice)
+        check_comparable([first.run, other.run], choice)
+        for section in SAME:
+            if getattr(first.config, section) != getattr(other.config, section):
+                raise UserError(
+                    f"--with {other.run.folder}: its {section} section is not that of "
+                    f"{first.run.folder}, so one law cannot hold for both; give runs that differ "
+                    "in schedule, rate and length alone, or borrow from it (--like)"
+                )
     target, words = _target(asked, first)
     prior = PUBLISHED
     if asked.like is not None:
@@ -115,17 +122,6 @@ def _read(folder: Path, choice: LossChoice, at_step: int | None = None) -> _Read
     usable &= np.isfinite(losses)  # in the warm-up, which no law reads
     steps_n = steps[usable].astype(np.int64)
     return _Read(run, config, Curve(str(folder), steps_n, losses[usable], rates))
-
-
-def _check_same(first: _Read, other: _Read, choice: LossChoice) -> None:
-    check_comparable([first.run, other.run], choice)
-    for section in SAME:
-        if getattr(first.config, section) != getattr(other.config, section):
-            raise UserError(
-                f"--with {other.run.folder}: its {section} section is not that of "
-                f"{first.run.folder}, so one law cannot hold for both; give runs that differ in "
-                "schedule, rate and length alone, or borrow from it (--like)"
-            )
 
 
 def _target(asked: ForecastCommand, first: _Read) -> tuple[LearningRates, str]:

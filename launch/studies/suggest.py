@@ -56,9 +56,14 @@ def suggested(asked: SuggestCommand) -> Report:
         "disagreements": apart,
         "base": asdict(base),
     }
+    active = f", {target.active:.3g} active" if target.kind == "moe" else ""
+    head = (
+        f"{target.kind} model, N = {target.parameters:.3g}{active} (without embedding and head), "
+        f"{target.num_layers} layers; D = {target.tokens:.3g} tokens; C = {target.flops:.3g} FLOPs"
+    )
     small = base.width == config.model.width
     lines = [
-        *_wrapped(_head(target)),
+        *_wrapped(head),
         _table(suggestions, length),
         *(line for note in _notes(suggestions, apart) for line in _wrapped(note)),
         *_wrapped(_tune(base, small)),
@@ -69,14 +74,6 @@ def suggested(asked: SuggestCommand) -> Report:
 def _wrapped(text: str) -> list[str]:
     return textwrap.wrap(
         text, COLUMNS, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
-    )
-
-
-def _head(target: Target) -> str:
-    active = f", {target.active:.3g} active" if target.kind == "moe" else ""
-    return (
-        f"{target.kind} model, N = {target.parameters:.3g}{active} (without embedding and head), "
-        f"{target.num_layers} layers; D = {target.tokens:.3g} tokens; C = {target.flops:.3g} FLOPs"
     )
 
 

@@ -12,15 +12,8 @@ from allometry.configs.run import RunConfig
 from allometry.launch.command import Report
 from allometry.launch.figures.drawing import check_format, draw
 from allometry.launch.figures.figure import Figure, Panel, Series, colours
+from allometry.launch.studies import gates
 from allometry.launch.studies.commands import Transfer as TransferCommand
-from allometry.launch.studies.gates import (
-    curve,
-    default_sizes,
-    depth_words,
-    numbers,
-    processes_here,
-    stoppable,
-)
 from allometry.launch.text import counted, table
 from allometry.scaling.shapes import Axis, growth_axis
 from allometry.studies.sweeps.probe import read_pools
@@ -46,7 +39,9 @@ def swept(asked: TransferCommand) -> Report:
     if not 0.0 <= asked.bound < math.inf:
         raise UserError(f"--bound={asked.bound:g} is no number of octaves; use 0.5 or another")
     rates = _rates(config.optimizer.lr, asked)
-    sizes = numbers(asked.sizes, "--sizes") or default_sizes(config.model, axis, asked.steps)
+    sizes = gates.numbers(asked.sizes, "--sizes") or gates.default_sizes(
+        config.model, axis, asked.steps
+    )
     sweep = _sweep(config, asked, axis, sizes)
     seeds = tuple(range(asked.seeds))
     sweep.check(sizes, seeds)  # before the file of trials is begun
@@ -56,11 +51,11 @@ def swept(asked: TransferCommand) -> Report:
         sweep,
         rates,
         asked.step,
-        processes_here(asked.processes),
+        gates.processes_here(asked.processes),
         known={} if log is None else log.known,
         done=ended.__setitem__ if log is None else log.add,
     )
-    with stoppable(lambda: _kept(log, len(ended))):
+    with gates.stoppable(lambda: _kept(log, len(ended))):
         transfer = runner.run(sizes, seeds)
         draw(_figure(transfer), asked.out)
     wrong = transfer.failures(asked.bound)
@@ -153,7 +148,7 @@ def _text(
         table(rows, right=(1, 2, 3, 4), least=(12, 12, 9, 9, 13), gap=""),
         "drift unknown" if math.isnan(drift) else f"drift {drift:.2f} octaves{interval}",
         *(f"FAILED: {failure}" for failure in wrong),
-        *(depth_words(config.parameterization, transfer.axis) if wrong else []),
+        *(gates.depth_words(config.parameterization, transfer.axis) if wrong else []),
         f"{verdict}; figure: {asked.out}",
     ]
     return "\n".join(lines)
@@ -166,7 +161,7 @@ def _figure(transfer: Transfer) -> Figure:
         sweep = transfer.sweep(size)
         kept = np.isfinite(sweep.losses_RS.mean(axis=1))
         name = f"{size} steps" if transfer.axis == Axis.HORIZON else f"{transfer.axis} {size}"
-        series += curve(
+        series += gates.curve(
             name,
             colour,
             2.0 ** np.array(sweep.log2_lrs)[kept],
@@ -175,9 +170,6 @@ def _figure(transfer: Transfer) -> Figure:
         )
     seeds = len(transfer.seeds)
     mean = f"mean and range of {seeds} seeds" if seeds > 1 else "1 seed"
-    title, y_label = (
-        f"over {transfer.axis}: {mean}; stars: best rates",
-        "held-out loss, nats per token",
-    )
-    panel = Panel(title, "peak learning rate", y_label, tuple(series), x_log=True, log_base=2)
+    title = f"over {transfer.axis}: {mean}; stars: best rates"
+    panel = Panel(title, "peak learning rate", LOSS, tuple(series), x_log=True, log_base=2)
     return Figure("transfer", (panel,), legend=True)

@@ -96,7 +96,9 @@ class _Board:
             while True:
                 if self.ended.stopped or not self._todo:
                     return None
-                ready = [run for run in self._todo if self._is_ready(run)]
+                names = [other.name for other in self._todo]
+                waiting = {*names, *self._running, *self.ended.failed}
+                ready = [run for run in self._todo if run.parent not in waiting]
                 if ready:
                     # Several at a time: the longest chains first, so that none is left at the end.
                     run = max(ready, key=self._ahead) if self.parallel > 1 else ready[0]
@@ -168,10 +170,6 @@ class _Board:
         self.ended.stopped = signal.Signals(number).name
         for process in list(self._children):
             _send(process, signal.SIGKILL if again else signal.SIGTERM)
-
-    def _is_ready(self, run: PlannedRun) -> bool:
-        waiting = [*(other.name for other in self._todo), *self._running, *self.ended.failed]
-        return run.parent not in waiting
 
     def _drop_orphans(self) -> None:
         for run in list(self._todo):

@@ -74,19 +74,18 @@ def script(launch: SbatchLaunch, plan: LadderPlan, run: PlannedRun, config: Path
 
 def submission(folder: Path, runs: Sequence[PlannedRun]) -> str:
     """Return the script that submits ``runs``, those that branch after those they branch from."""
-    numbers = {run.name: index for index, run in enumerate(runs)}
+    numbers = {run.name: number for number, run in enumerate(runs)}
     lines = [
         "#!/bin/bash",
         "# Submits what the ladder lacks; what is missing later, allometry ladder run writes anew.",
         "set -euo pipefail",
         f"cd {shlex.quote(str(folder.resolve()))}",
     ]
-    for run in runs:
+    for number, run in enumerate(runs):
         after = ""
         if run.config.run.parent is not None and run.parent in numbers:
             after = f' --dependency="afterok:$job_{numbers[run.parent]}" --kill-on-invalid-dep=yes'
         file = shlex.quote(f"{run.name}.sbatch")
-        number = numbers[run.name]
         lines.append(f"job_{number}=$(sbatch --parsable{after} {file} | cut -d';' -f1)")
         lines.append(f'echo "{run.name}: job $job_{number}"')
     return "\n".join(lines) + "\n"

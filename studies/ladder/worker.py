@@ -14,7 +14,6 @@ import os
 import signal
 import sys
 import traceback
-from types import FrameType
 from typing import Any
 
 from allometry.configs.errors import UserError
@@ -23,7 +22,7 @@ from allometry.configs.errors import UserError
 def serve(allocator: str) -> None:
     """Train what standard input asks for, until it ends; ``allocator`` is for the record."""
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _interrupt)
+        signal.signal(number, signal.default_int_handler)
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
@@ -59,7 +58,3 @@ def _answer(request: dict[str, str], allocator: str) -> dict[str, Any]:
     finally:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
-
-
-def _interrupt(number: int, _: FrameType | None) -> None:
-    raise KeyboardInterrupt
