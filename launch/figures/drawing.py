@@ -77,7 +77,11 @@ def draw_panel(axis: Any, panel: Panel) -> None:
         axis.set_xticks(panel.x_marks, [f"{mark:g}" for mark in panel.x_marks])
         axis.set_xticks([], minor=True)
     if panel.rows:
-        _name_rows(axis, panel.rows)
+        axis.margins(x=0)
+        axis.autoscale_view()
+        axis.set_ylim(len(panel.rows) - 0.4, -0.6)
+        if len(panel.rows) <= MANY_ROWS:
+            axis.set_yticks(range(len(panel.rows)), panel.rows, fontsize=8)
         return
     if panel.log_base == 10:
         _name_numbers(axis, panel)
@@ -96,14 +100,6 @@ def _name_numbers(axis: Any, panel: Panel) -> None:
             scale.set_major_locator(MaxNLocator(7))
             scale.set_minor_locator(NullLocator())
             scale.set_major_formatter("{x:.3g}")
-
-
-def _name_rows(axis: Any, names: tuple[str, ...]) -> None:
-    axis.margins(x=0)
-    axis.autoscale_view()
-    axis.set_ylim(len(names) - 0.4, -0.6)
-    if len(names) <= MANY_ROWS:
-        axis.set_yticks(range(len(names)), names, fontsize=8)
 
 
 def _legend(axis: Any, *, above: bool) -> None:

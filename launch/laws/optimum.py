@@ -73,15 +73,9 @@ def _facts(row: Allocation) -> dict[str, Any]:
 def _cells(row: Allocation) -> list[str]:
     """A row of the table; the interval of D follows from that of N and is left out."""
     size, loss = _low_high(row, "N"), _low_high(row, "loss")
-    return [
-        number(row.flops),
-        number(row.N),
-        interval(size["low"], size["high"], 4),
-        number(row.D),
-        number(row.tokens_per_parameter, 3),
-        number(row.loss),
-        interval(loss["low"], loss["high"], 4),
-    ]
+    best = [number(row.N), interval(size["low"], size["high"], 4), number(row.D)]
+    there = [number(row.loss), interval(loss["low"], loss["high"], 4)]
+    return [number(row.flops), *best, number(row.tokens_per_parameter, 3), *there]
 
 
 def _other_flops(law: Law, per_token: float) -> list[str]:

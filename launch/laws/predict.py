@@ -77,7 +77,11 @@ class Law:
         """Return why it has no interval, if so."""
         if self.fit is None:
             return [f"no interval; these coefficients were shown for: {self.form.valid}"]
-        return [] if self.bootstrap else ["no interval: the fit was made without bootstraps"]
+        return (
+            []
+            if self.bootstrap is not None
+            else ["no interval: the fit was made without bootstraps"]
+        )
 
 
 def predicted(asked: Predict) -> Report:

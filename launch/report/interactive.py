@@ -44,7 +44,11 @@ def specification(figure: Figure) -> dict[str, Any]:
         _axes(layout, panel, suffix, _domain(number, columns, rows, height))
         for series in panel.series:
             data += _traces(series, panel, suffix, figure.legend)
-    _merge_legend(data)
+    seen: set[str] = set()  # each thing is named once, though several panels show it
+    for trace in data:
+        if trace["showlegend"]:
+            trace["showlegend"] = trace["name"] not in seen
+            seen.add(trace["name"])
     return {"data": data, "layout": layout}
 
 
@@ -177,15 +181,6 @@ def _band(series: Series, common: dict[str, Any]) -> dict[str, Any]:
         "hoverinfo": "skip",
         "showlegend": False,
     }
-
-
-def _merge_legend(data: list[dict[str, Any]]) -> None:
-    """Name each thing once, though several panels show it."""
-    seen: set[str] = set()
-    for trace in data:
-        if trace["showlegend"]:
-            trace["showlegend"] = trace["name"] not in seen
-            seen.add(trace["name"])
 
 
 def _text(text: str) -> str:

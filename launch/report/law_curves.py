@@ -115,7 +115,6 @@ def _curves(stored: StoredFit) -> tuple[Panel, str]:
         measured = few[fit.form.target.name]
         series.append(_dots(f"{group}, measured", few["step"], measured, GREY))
         series += _drawn(stored, few, few["step"], group, colour)
-    said = ""
-    if len(groups) > SLICES:
-        said = f"The first {SLICES} of {len(groups)} groups are drawn."
+    drawn = f"The first {SLICES} of {len(groups)} groups are drawn."
+    said = drawn if len(groups) > SLICES else ""
     return Panel(f"{fit.form.name} over steps", "step", target_label(fit), tuple(series)), said

@@ -36,15 +36,7 @@ def losses(inputs: Inputs) -> Section:
         return Section("loss", title, absent=NO_RUNS)
     share = inputs.smoothing
     panels = tuple(
-        Panel(
-            f"against {label}",
-            unit,
-            LOSS,
-            tuple(s for one in inputs.runs for s in _curves(one, key, share)),
-            x_log=True,
-            y_log=True,
-            x_ticks=ticks,
-        )
+        _panel(f"against {label}", unit, ticks, [_curves(one, key, share) for one in inputs.runs])
         for key, label, unit, ticks in AXES
     )
     text = (
@@ -54,6 +46,11 @@ def losses(inputs: Inputs) -> Section:
         "far. FLOPs are those of the model, forward and backward, without recomputation."
     )
     return Section("loss", title, text, (Figure("loss", panels),))
+
+
+def _panel(title: str, x_label: str, ticks: Ticks, of_runs: list[list[Series]]) -> Panel:
+    series = tuple(one for some in of_runs for one in some)
+    return Panel(title, x_label, LOSS, series, x_log=True, y_log=True, x_ticks=ticks)
 
 
 def _curves(one: Shown, key: str, share: float) -> list[Series]:
@@ -98,25 +95,15 @@ def sources(inputs: Inputs) -> Section:
         for name in names
     }
     kept = sorted(names, key=lambda name: -total[name])[:SOURCES]
-    left_out = [name for name in names if name not in kept]
+    x_label, share = "training tokens of the mixture", inputs.smoothing
+    left_out = ", ".join(name for name in names if name not in kept)
     panels = tuple(
-        Panel(
-            name,
-            "training tokens of the mixture",
-            LOSS,
-            tuple(s for one in inputs.runs for s in _source(one, name, inputs.smoothing)),
-            x_log=True,
-            y_log=True,
-        )
+        _panel(name, x_label, "count", [_source(one, name, share) for one in inputs.runs])
         for name in names
         if name in kept
     )
-    notes: tuple[str, ...] = ()
-    if left_out:
-        notes = (
-            f"Shown are the {SOURCES} sources with the most tokens; left out: "
-            f"{', '.join(left_out)}.",
-        )
+    note = f"Shown are the {SOURCES} sources with the most tokens; left out: {left_out}."
+    notes = (note,) if left_out else ()
     text = "Training loss (lines) and held-out loss (dots) of each source, in nats per token."
     return Section("sources", title, text, (Figure("sources", panels),), notes=notes)
 

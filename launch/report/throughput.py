@@ -174,9 +174,8 @@ def events(inputs: Inputs) -> Section:
     ]
     if not shown:
         return Section("events", title, absent="no run was stopped, resumed or alarmed")
-    notes: tuple[str, ...] = ()
-    if len(shown) > EVENTS:
-        notes = (f"The first {EVENTS} of {len(shown)} events are shown; events.jsonl has all.",)
+    note = f"The first {EVENTS} of {len(shown)} events are shown; events.jsonl has all."
+    notes = (note,) if len(shown) > EVENTS else ()
     table = _by_run(EVENT_HEAD, shown[:EVENTS])
     text = "Everything in events.jsonl but saved checkpoints and regular starts and ends."
     return Section("events", title, text, tables=(table,), notes=notes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,10 @@ HEAD = ("sweep", "size", "best learning rate", "log2", "loss there", "note")
 def transfer(inputs: Inputs) -> Section:
     """Loss against the learning rate, a line for each size, and where each is least."""
     title = "Best learning rate"
-    shades = _shades(inputs.trials)
+    # A colour for each size, the same in all files.
+    sizes = sorted({(file.axis, size) for file in inputs.trials for size in file.losses})
+    names, colours = [f"{axis} {size}" for axis, size in sizes], ordered([s for _, s in sizes])
+    shades = dict(zip(names, colours, strict=True))
     drawn = [_of_trials(file, shades) for file in inputs.trials] + _of_runs(inputs.runs)
     if not drawn:
         why = (
@@ -46,13 +49,6 @@ def transfer(inputs: Inputs) -> Section:
 
 
 Drawn = tuple[Panel, list[tuple[str, ...]], list[str]]
-
-
-def _shades(files: Sequence[TrialFile]) -> dict[str, str]:
-    """A colour for each size, the same in all files."""
-    sizes = sorted({(file.axis, size) for file in files for size in file.losses})
-    colours = ordered([size for _, size in sizes])
-    return {f"{axis} {size}": one for (axis, size), one in zip(sizes, colours, strict=True)}
 
 
 def _of_trials(file: TrialFile, shades: Mapping[str, str]) -> Drawn:
@@ -98,7 +94,10 @@ def _of_runs(runs: tuple[Shown, ...]) -> list[Drawn]:
         if len(by_rate) < LEAST_RATES:
             continue
         rates = sorted(by_rate)
-        name = _name(group[0], set(curves))
+        one, model = group[0], group[0].run.config.get("model", {})
+        name = f"width {model.get('width')}, {model.get('num_layers')} layers, "
+        name += f"{one.metrics['tokens'][-1]:.3g} tokens"
+        name = name if name not in curves else f"{name} ({one.name})"
         curves[name] = (np.log2(rates), np.array([np.mean(by_rate[rate]) for rate in rates]))
     if not curves:
         return []
@@ -114,12 +113,6 @@ def _rest(config: Mapping[str, Any]) -> str:
     }
     kept["optimizer"] = {k: v for k, v in config.get("optimizer", {}).items() if k != "lr"}
     return json.dumps(kept, sort_keys=True, default=str)
-
-
-def _name(one: Shown, taken: set[str]) -> str:
-    model, training = one.run.config.get("model", {}), one.metrics["tokens"][-1]
-    name = f"width {model.get('width')}, {model.get('num_layers')} layers, {training:.3g} tokens"
-    return name if name not in taken else f"{name} ({one.name})"
 
 
 def _panel(

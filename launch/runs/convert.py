@@ -16,8 +16,6 @@ from allometry.interop.huggingface.convert import Dtype, export_hf, import_hf, r
 from allometry.launch.command import Report
 from allometry.launch.runs.commands import Convert
 
-_DTYPES = ("fp32", "bf16")
-
 
 def converted(asked: Convert) -> Report:
     """Convert. Raises UserError for what does not fit."""
@@ -54,7 +52,7 @@ def _export(asked: Convert) -> Report:
     why = f"goes with a Hugging Face model, and {asked.source} is a run"
     _refuse(asked, ("config", "print_model"), why)
     dtype = asked.dtype or "fp32"
-    if dtype not in _DTYPES:
+    if dtype not in ("fp32", "bf16"):
         raise UserError(f"--dtype={dtype} is not known; use fp32 or bf16")
     report = export_hf(
         asked.source, _out(asked), asked.step, asked.family, cast(Dtype, dtype), check=asked.check

@@ -86,8 +86,7 @@ def _record(folder: Path, step: int | None) -> dict[str, Any]:
             f"{path} holds no plan; only runs with data.kind: documents plan their steps, from the "
             "first recorded one on"
         )
-    if step is None:
-        return rows[max(rows)]
+    step = max(rows) if step is None else step
     if step not in rows:
         nearest = min(rows, key=lambda known: (abs(known - step), known))
         raise UserError(

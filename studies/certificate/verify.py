@@ -245,13 +245,8 @@ def _smallest_batch(configs: Sequence[RunConfig], *world_sizes: int) -> int:
 
 def _run(jobs: Sequence[Job], scratch: Path, config: RunConfig) -> None:
     """Run all jobs on as many processes as the largest needs; their results are files."""
-    one: dict[str, Any] = {
-        "pp": 1,
-        "tp": 1,
-        "ep": 1,
-        "hdp": 1,
-        "zero": type(config.parallel.zero)(),
-    }
+    one: dict[str, Any] = dict.fromkeys(("pp", "tp", "ep", "hdp"), 1)
+    one["zero"] = type(config.parallel.zero)()
     if config.data.kind == "documents":  # one process holds every document whole
         one["context"] = ContextConfig(capacity_tokens=_longest(config))
     alone = config.model_copy(
@@ -303,7 +298,5 @@ def _exports_equal(ours: Path, theirs: Path) -> tuple[bool | None, str | None]:
             export_hf(folder, out)
         except UserError as error:
             return None, str(error)
-        contents.append(
-            {file.name: file.read_bytes() for file in sorted(out.glob("*.safetensors"))}
-        )
+        contents.append({file.name: file.read_bytes() for file in out.glob("*.safetensors")})
     return contents[0] == contents[1] and bool(contents[0]), None

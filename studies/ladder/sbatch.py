@@ -53,6 +53,7 @@ def script(launch: SbatchLaunch, plan: LadderPlan, run: PlannedRun, config: Path
     script submitted again goes on from there.
     """
     log = plan.folder.resolve() / "logs" / f"{run.name}.log"
+    each = launch.processes // launch.nodes
     lines = [
         "#!/bin/bash",
         f"#SBATCH --job-name={run.name}",
@@ -67,7 +68,10 @@ def script(launch: SbatchLaunch, plan: LadderPlan, run: PlannedRun, config: Path
         *([launch.setup.rstrip()] if launch.setup.strip() else []),
         'head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
         "port=$((20000 + SLURM_JOB_ID % 20000))",
-        f"srun {_command(launch, config)}",
+        # torchrun on each node, which finds the others at the first one.
+        f"srun {shlex.quote(sys.executable)} -m torch.distributed.run --nnodes {launch.nodes} "
+        f'--nproc-per-node {each} --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" '
+        f'--rdzv-endpoint "$head:$port" -m allometry.launch.train {shlex.quote(str(config))}',
     ]
     return "\n".join(lines) + "\n"
 
@@ -89,14 +93,3 @@ def submission(folder: Path, runs: Sequence[PlannedRun]) -> str:
         lines.append(f"job_{number}=$(sbatch --parsable{after} {file} | cut -d';' -f1)")
         lines.append(f'echo "{run.name}: job $job_{number}"')
     return "\n".join(lines) + "\n"
-
-
-def _command(launch: SbatchLaunch, config: Path) -> str:
-    """torchrun on each node, which finds the others at the first one."""
-    each = launch.processes // launch.nodes
-    python = shlex.quote(sys.executable)
-    return (
-        f"{python} -m torch.distributed.run --nnodes {launch.nodes} --nproc-per-node {each} "
-        '--rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$head:$port" '
-        f"-m allometry.launch.train {shlex.quote(str(config))}"
-    )

@@ -19,7 +19,6 @@ from allometry.data.stream import Stream
 from allometry.models.build import build_model, parameter_specs
 from allometry.models.init import initialize
 from allometry.models.moe import begin_step, end_step, set_loads
-from allometry.models.transformer import Transformer
 from allometry.optim.build import build_optimizer, set_lr
 from allometry.optim.clip import clip_by_global_norm
 from allometry.scaling.parameterization import Parameterization
@@ -105,7 +104,20 @@ class Probe:
     def activations(self, sequences_BL: Sequences) -> dict[str, Tensor]:
         """Return each block's output ("blocks.0", ...) and the logits in float64."""
         self.model.eval()
-        kept = activations(self.model, split(sequences_BL)[0])
+        kept: dict[str, Tensor] = {}
+        handles = [
+            block.register_forward_hook(
+                lambda _module, _args, output, name=f"blocks.{index}": kept.update(
+                    {name: output[0].double()}
+                )
+            )
+            for index, block in self.model.blocks.items()
+        ]
+        try:
+            kept[LOGITS] = self.model(split(sequences_BL)[0]).double()
+        finally:
+            for handle in handles:
+                handle.remove()
         self._forget()
         return kept
 
@@ -121,26 +133,6 @@ def split(sequences_BL: Sequences) -> tuple[Tensor, Tensor]:
     """Return inputs [B, L] and targets [B, L] of sequences of L+1 tokens."""
     tokens = torch.from_numpy(np.ascontiguousarray(sequences_BL, dtype=np.int64))
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-
-
-@torch.no_grad()
-def activations(model: Transformer, tokens_BL: Tensor) -> dict[str, Tensor]:
-    """Return each block's output ("blocks.0", ...) and the logits ("logits") in float64."""
-    kept: dict[str, Tensor] = {}
-    handles = [
-        block.register_forward_hook(
-            lambda _module, _args, output, name=f"blocks.{index}": kept.update(
-                {name: output[0].double()}
-            )
-        )
-        for index, block in model.blocks.items()
-    ]
-    try:
-        kept[LOGITS] = model(tokens_BL).double()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return kept
 
 
 def sample(pool_PL: Sequences, count: int, seed: int) -> Sequences:
