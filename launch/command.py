@@ -137,21 +137,15 @@ def _parameter(one: Field[Any], kind: Any) -> inspect.Parameter:
     if names is None:
         said: Any = typer.Argument(**more)
     else:  # a flag has no --no-flag
-        own = () if any(name.startswith("--") for name in names) else (_flag(one.name),)
-        said = typer.Option(*own, *names, **more)
+        if not any(name.startswith("--") for name in names):
+            names = (f"--{one.name.replace('_', '-')}", *names)
+        said = typer.Option(*names, **more)
     default = inspect.Parameter.empty if one.default is MISSING else one.default
     if get_origin(kind) is tuple:  # typer reads many values as a list, and none as None
         kind, default = list[get_args(kind)[0]] | None, None if default == () else default  # type: ignore[misc]
     return inspect.Parameter(
-        one.name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=default,
-        annotation=Annotated[kind, said],
+        one.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, said]
     )
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def _made(kind: type[T], given: Mapping[str, Any]) -> T:

@@ -61,11 +61,8 @@ class Allocator:
 def find_library(kind: str) -> str | None:
     """The path of jemalloc's or tcmalloc's shared library on this machine, or None."""
     name, file = _LIBRARIES[kind]
-    for folder in _FOLDERS:
-        path = Path(folder) / file
-        if path.exists():
-            return str(path)
-    return ctypes.util.find_library(name)
+    paths = (str(Path(folder) / file) for folder in _FOLDERS if (Path(folder) / file).exists())
+    return next(paths, None) or ctypes.util.find_library(name)
 
 
 def has_gpu() -> bool:

@@ -8,7 +8,7 @@ so.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -62,15 +62,7 @@ class RankReport:
             "micro_batches": self.micro_batches,
             "bytes_held": self.bytes_held,
             "collectives": [
-                {
-                    "kind": call.kind,
-                    "axis": call.axis,
-                    "ranks": call.ranks,
-                    "bytes": call.bytes,
-                    "dtype": call.dtype,
-                    "per_step": number,
-                }
-                for call, number in self.collectives
+                {**asdict(call), "per_step": number} for call, number in self.collectives
             ],
         }
 
@@ -139,7 +131,9 @@ def _step(
         with CollectiveLog(mesh) as log:
             parallel.sync.micro_batch(last)
             for stage, part in parallel.parts.items():
-                _forward_backward(config, part, mesh)
+                made = part(*_inputs(config, part, mesh))
+                (made.total if isinstance(made, Losses) else made.float().sum()).backward()
+                part.take_statistics()
                 total.update(_handed_on(config, mesh, plan.layout, stage, number))
             if last:
                 parallel.sync.finish()
@@ -166,12 +160,6 @@ def _inputs(
     dtype = torch_dtype(config.training.compute_dtype)
     shape_BlD = B, L // mesh.tp.size, config.model.width
     return tokens_BL, tokens_BL, None, torch.zeros(shape_BlD, dtype=dtype, requires_grad=True)
-
-
-def _forward_backward(config: RunConfig, part: Transformer, mesh: Mesh) -> None:
-    made = part(*_inputs(config, part, mesh))
-    (made.total if isinstance(made, Losses) else made.float().sum()).backward()
-    part.take_statistics()
 
 
 def _shape(config: RunConfig, mesh: Mesh) -> tuple[int, int]:

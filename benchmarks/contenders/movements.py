@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def run_coordinates(given: argparse.Namespace) -> list[dict[str, Any]]:
         movements = _kept(kept, settings)
         if movements is None:
             movements = check.run(sizes, range(seeds), axis, given.processes)
-            described = [movement.describe() for movement in movements]
+            described = [asdict(movement) for movement in movements]
             kept.write_text(json.dumps({**settings, "movements": described}))
         found = slopes(movements)
         above = slopes([movement for movement in movements if movement.size > sizes[0]])

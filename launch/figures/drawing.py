@@ -77,7 +77,11 @@ def draw_panel(axis: Any, panel: Panel) -> None:
         axis.set_xticks(panel.x_marks, [f"{mark:g}" for mark in panel.x_marks])
         axis.set_xticks([], minor=True)
     if panel.rows:
-        _name_rows(axis, panel.rows)
+        axis.margins(x=0)
+        axis.autoscale_view()
+        axis.set_ylim(len(panel.rows) - 0.4, -0.6)
+        if len(panel.rows) <= MANY_ROWS:
+            axis.set_yticks(range(len(panel.rows)), panel.rows, fontsize=8)
         return
     if panel.log_base == 10:
         _name_numbers(axis, panel)
@@ -96,14 +100,6 @@ def _name_numbers(axis: Any, panel: Panel) -> None:
             scale.set_major_locator(MaxNLocator(7))
             scale.set_minor_locator(NullLocator())
             scale.set_major_formatter("{x:.3g}")
-
-
-def _name_rows(axis: Any, names: tuple[str, ...]) -> None:
-    axis.margins(x=0)
-    axis.autoscale_view()
-    axis.set_ylim(len(names) - 0.4, -0.6)
-    if len(names) <= MANY_ROWS:
-        axis.set_yticks(range(len(names)), names, fontsize=8)
 
 
 def _legend(axis: Any, *, above: bool) -> None:
@@ -131,33 +127,19 @@ def _draw_series(axis: Any, series: Series) -> None:
             series.x, series.low, series.high, color=series.colour, alpha=0.18, linewidth=0
         )
     elif series.style in MARKERS:
-        marker = {
-            "marker": MARKERS[series.style],
-            "ms": SIZES[series.style],
-            "color": series.colour,
-            "label": name,
-        }
+        marker: dict[str, Any] = {"marker": MARKERS[series.style], "ms": SIZES[series.style]}
         if series.style == "star":
             marker |= {"mec": "black", "mew": 0.6}
         if series.low is not None and series.high is not None:
             ends = [series.y - series.low, series.high - series.y]
             axis.errorbar(series.x, series.y, yerr=ends, fmt="none", ecolor=series.colour, lw=1)
-        axis.plot(series.x, series.y, ls="none", **marker)
+        axis.plot(series.x, series.y, ls="none", color=series.colour, label=name, **marker)
     elif series.layer == "recorded":
         axis.plot(series.x, series.y, color=series.colour, lw=0.6, alpha=0.35)
     else:
-        dashes = "--" if series.style == "dashed" else "-"
-        points = "o" if series.style == "joined" else None
-        axis.plot(
-            series.x,
-            series.y,
-            color=series.colour,
-            lw=1.5,
-            ls=dashes,
-            label=name,
-            marker=points,
-            ms=3,
-        )
+        style = {"ls": "--"} if series.style == "dashed" else {}
+        points = {"marker": "o", "ms": 3} if series.style == "joined" else {}
+        axis.plot(series.x, series.y, color=series.colour, lw=1.5, label=name, **style, **points)
 
 
 def _draw_bars(axis: Any, series: Series, panel: Panel) -> None:

@@ -16,23 +16,14 @@ Ticks = Literal["count", "power", "plain"]
 POINTS = 500
 """A curve is drawn with at most this many points."""
 
-PALETTE = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-    "#000000",
-    "#8C6D31",
-)
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
 """Okabe and Ito's colours, which the colour-blind can tell apart, in an order for thin lines; their
 yellow, too light on white, is a brown."""
 
 GREY = "#777777"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Series:
     """One curve, or set of points, with what belongs to it.
 
@@ -63,7 +54,7 @@ class Series:
         assert self.low is not None or self.style not in ("band", "bars", "links"), self.name
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Panel:
     """One pair of axes. Labels give the unit.
 
@@ -84,7 +75,7 @@ class Panel:
     rows: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Figure:
     """Panels side by side. ``key``: name of the PNG and of the place in the page.
 
@@ -101,7 +92,7 @@ class Figure:
 
 def star(name: str, x: float, y: float, colour: str, **more: Any) -> Series:
     """Return one marked point."""
-    return Series(name=name, x=np.array([x]), y=np.array([y]), style="star", colour=colour, **more)
+    return Series(name, np.array([x]), np.array([y]), "star", colour, **more)
 
 
 def known(x: Column, y: Column) -> tuple[Column, Column]:

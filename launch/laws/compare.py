@@ -6,14 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from allometry.configs.errors import UserError
 from allometry.launch.command import Report
 from allometry.launch.laws.commands import Compare
 from allometry.launch.laws.fit import fit_options, holding_out
 from allometry.launch.laws.sources import observations_for
-from allometry.launch.laws.text import Errors, errors_of
+from allometry.launch.laws.text import Errors, sizes_of
 from allometry.launch.text import finite, table
 from allometry.laws.fit.compare import Comparison, compare
 from allometry.laws.registry import form_named
@@ -22,9 +20,8 @@ from allometry.laws.registry import form_named
 def compared(asked: Compare) -> Report:
     """Fit several laws to the same rows and list them in the order of their held-out errors.
 
-    Raises:
-        UserError: as for a fit; a law that the rows cannot be fitted by is listed with its
-            problem, unless all are.
+    Raises UserError: as for a fit; a law that the rows cannot be fitted by is listed with its
+    problem, unless all are.
     """
     forms = [form_named(name) for name in law_names(asked.laws)]
     if len(forms) < 2:
@@ -42,7 +39,7 @@ def compared(asked: Compare) -> Report:
         raise UserError("--hold-out=none: laws are compared by what is held out; leave it out")
     rows, by, how = holding_out(observations, forms, hold_out)
     laws = [
-        Compared(one, None if one.held_out is None else Errors.of(one.held_out, how))
+        Compared(one, None if one.held_out is None else Errors(one.held_out, how))
         for one in compare(forms, rows, options, by)
     ]
     if all(law.errors is None for law in laws):
@@ -74,8 +71,7 @@ class Compared:
             return None
         rows = self.of.fit.observations
         measured = rows[self.of.form.target.name]
-        errors = errors_of(self.of.fit.predict(rows), measured, self.errors.relative)
-        return finite(float(np.abs(errors).mean()))
+        return finite(sizes_of(self.of.fit.predict(rows), measured, self.errors.relative).mean())
 
     def cells(self) -> list[str]:
         """Return the law's row of the table."""
@@ -88,17 +84,14 @@ class Compared:
 
     def to_json(self) -> dict[str, Any]:
         """Return the law's fit and errors as plain data."""
-        one = self.of
-        held_out = None
-        if one.held_out is not None and self.errors is not None:
-            held_out = self.errors.to_json(one.held_out)
+        one, values = self.of, None
+        if one.fit is not None:
+            values = {name: finite(value) for name, value in one.fit.values.items()}
         return {
             "law": one.form.name,
             "parameters": one.parameters,
-            "values": None
-            if one.fit is None
-            else {k: finite(v) for k, v in one.fit.values.items()},
-            "held_out": held_out,
+            "values": values,
+            "held_out": self.errors and self.errors.to_json(),
             "in_sample": self.in_sample,
             "problem": one.problem,
         }
@@ -107,8 +100,7 @@ class Compared:
 def law_names(texts: Sequence[str]) -> list[str]:
     """Return the laws of ``a,b`` and of ``a:column,column``, which is one; each once.
 
-    Raises:
-        UserError: one is given twice.
+    Raises UserError: one is given twice.
     """
     names = [name for text in texts for name in ([text] if ":" in text else text.split(","))]
     names = [name.strip() for name in names]

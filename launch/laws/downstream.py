@@ -41,12 +41,7 @@ class Scores:
     def describe(self) -> dict[str, Any]:
         """Return all of it but the warnings, for JSON."""
         points = [self.point(row) for row in range(len(self.value_n))]
-        return {
-            "law": self.law,
-            "from": self.origin,
-            "unit": self.unit,
-            "predictions": points,
-        }
+        return {"law": self.law, "from": self.origin, "unit": self.unit, "predictions": points}
 
 
 def scores_at(
@@ -54,8 +49,7 @@ def scores_at(
 ) -> Scores:
     """Return what the fit in ``file`` says of the losses that another one predicts.
 
-    Raises:
-        UserError: it reads something else than the loss alone.
+    Raises UserError: it reads something else than the loss alone.
     """
     score = load_fit(file)
     form, target = score.fit.form, loss.fit.form.target
@@ -87,11 +81,10 @@ def scores_at(
 def _of_other_losses(loss: StoredFit, score: StoredFit, file: Path) -> list[str]:
     """A warning where the two fits were made of losses that are not said to be the same."""
     name = loss.fit.form.target.name
-    predicted: dict[str, Any] = dict(loss.fit.observations.conventions)
-    read: dict[str, Any] = dict(score.fit.observations.conventions)
-    if predicted.get(name) == read.get(name):
+    predicted, read = (one.fit.observations.conventions.get(name) for one in (loss, score))
+    if predicted == read:
         return []
     return [
-        f"{file} reads a loss described as {read.get(name)!r}, and the one predicted is "
-        f"{predicted.get(name)!r}: see that they are of the same tokens and unit"
+        f"{file} reads a loss described as {read!r}, and the one predicted is {predicted!r}: see "
+        "that they are of the same tokens and unit"
     ]

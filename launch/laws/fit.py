@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from allometry.laws.fit.bootstrap import Bootstrap, bootstrap
 from allometry.laws.fit.compare import GROUPS
 from allometry.laws.fit.engine import Fit, FitOptions, fit, require_identified
 from allometry.laws.fit.store import save_fit
-from allometry.laws.fit.validate import HeldOut, hold_out_largest, leave_one_group_out
+from allometry.laws.fit.validate import hold_out_largest, leave_one_group_out
 from allometry.laws.forms.base import Form
 from allometry.laws.observations import Observations
 from allometry.laws.registry import form_named
@@ -64,17 +64,15 @@ class Result:
 
     fit: Fit
     bootstrap: Bootstrap | None
-    held_out: HeldOut | None
     errors: Errors | None
-    notes: list[str] = field(default_factory=list)
+    notes: list[str]
 
 
 def fitted(asked: FitCommand) -> Report:
     """Fit a law and report on it; with ``out`` the fit is written there.
 
-    Raises:
-        UserError: the law, the sources or an option cannot be used, or the data cannot identify a
-            parameter.
+    Raises UserError: the law, the sources or an option cannot be used, or the data cannot identify
+    a parameter.
     """
     form = form_named(asked.law)
     options = fit_options(asked.fitting, [form])
@@ -84,7 +82,8 @@ def fitted(asked: FitCommand) -> Report:
         require_identified(best)
     result = _examined(best, asked)
     if asked.out is not None:
-        extra = {"held_out": _held_out_json(result), "notes": result.notes}
+        held_out = result.errors and result.errors.to_json()
+        extra = {"held_out": held_out, "notes": result.notes}
         save_fit(asked.out, best, result.bootstrap, extra)
     return Report(_facts(result, asked.out), _text(result, asked.out))
 
@@ -116,17 +115,17 @@ def _examined(best: Fit, asked: FitCommand) -> Result:
         notes += edge_words(sampled)
         if groups < FEW_GROUPS:
             notes.append(f"intervals rest on {groups} groups and are rough; add runs")
-    if groups < 2 and fitting.hold_out is None:
+    nothing = groups < 2 and fitting.hold_out is None
+    if nothing:
         notes.append("no held-out error: all rows belong to one group, so none can be left out")
-        return Result(best, sampled, None, None, notes)
-    if fitting.hold_out == "none":
-        return Result(best, sampled, None, None, notes)
+    if nothing or fitting.hold_out == "none":
+        return Result(best, sampled, None, notes)
     rows, by, how = holding_out(observations, [best.form], fitting.hold_out)
     if by == GROUPS:
         held = leave_one_group_out(best.form, rows, best.options)
     else:
         held = hold_out_largest(best.form, rows, by, best.options)
-    return Result(best, sampled, held, Errors.of(held, how), notes)
+    return Result(best, sampled, Errors(held, how), notes)
 
 
 def holding_out(
@@ -135,15 +134,11 @@ def holding_out(
     """Return the rows, by what to hold out (``compare``'s ``by``), and how to say it.
 
     ``text``: ``groups``, ``largest`` (of N, or of the first input of all laws), ``largest:COLUMN``,
-    or a condition.
-
-    Raises:
-        UserError: it is none of them.
+    or a condition. Raises UserError: it is none of them.
     """
     if text in (None, "groups"):
-        number_of = len(set(observations.groups))
-        how = f"each of {number_of} groups by the fit to the others"
-        return observations, GROUPS, how
+        groups = len(set(observations.groups))
+        return observations, GROUPS, f"each of {groups} groups by the fit to the others"
     assert text is not None
     kind, colon, column = text.partition(":")
     if kind == "largest" and not (colon and not column):
@@ -178,11 +173,8 @@ def _text(result: Result, out: Path | None) -> str:
         rows.append([name, number(best.values[name]), interval, best.unit(parameter.unit)])
     groups = len(set(observations.groups))
     scale = "differences" if form.residual == "linear" else "log residuals"
-    kind = (
-        f"Huber's loss (delta {best.options.delta:g})"
-        if best.options.loss == "huber"
-        else "half the square"
-    )
+    huber = best.options.loss == "huber"
+    kind = f"Huber's loss (delta {best.options.delta:g})" if huber else "half the square"
     lines = [
         f"{form.name}: {form.equation}",
         f"fitted to {len(observations)} rows of {counted(groups, 'group')}",
@@ -230,14 +222,8 @@ def _facts(result: Result, out: Path | None) -> dict[str, Any]:
         "bootstraps": 0 if sampled is None else len(sampled),
         "objective": best.objective,
         "certificate": certificate,
-        "held_out": _held_out_json(result),
+        "held_out": result.errors and result.errors.to_json(),
         "conventions": dict(best.observations.conventions),
         "notes": result.notes,
         "fit": None if out is None else str(out),
     }
-
-
-def _held_out_json(result: Result) -> dict[str, Any] | None:
-    if result.held_out is None or result.errors is None:
-        return None
-    return result.errors.to_json(result.held_out)

@@ -10,8 +10,8 @@ import numpy as np
 
 from allometry.launch.command import Report
 from allometry.launch.laws.commands import Laws
-from allometry.launch.text import number, table
-from allometry.laws.forms.base import LOSS_UNIT, Form, Parameter, Variable
+from allometry.launch.text import finite, number, table
+from allometry.laws.forms.base import LOSS_UNIT, Form, Variable
 from allometry.laws.registry import all_forms, form_named
 
 
@@ -69,12 +69,7 @@ def describe(form: Form) -> dict[str, Any]:
         "target": variable(form.target),
         "residual": form.residual,
         "parameters": [
-            {
-                "name": one.name,
-                "unit": one.unit,
-                "low": one.low if np.isfinite(one.low) else None,
-                "high": one.high if np.isfinite(one.high) else None,
-            }
+            {"name": one.name, "unit": one.unit, "low": finite(one.low), "high": finite(one.high)}
             for one in form.parameters
         ],
         "published": {name: dict(values) for name, values in form.published.items()},
@@ -85,7 +80,10 @@ def _details(form: Form) -> str:
     variables = [["column", "unit", "what it is"]]
     variables += [[one.name, one.unit, one.description] for one in (*form.inputs, form.target)]
     parameters = [["parameter", "unit", "between"]]
-    parameters += [[one.name, one.unit, _between(one)] for one in form.parameters]
+    for one in form.parameters:
+        low, high = number(one.low, 4), number(one.high, 4)
+        between = f"{low} and {high}" if np.isfinite(one.high) else f"at least {low}"
+        parameters.append([one.name, one.unit, between])
     lines = [
         f"{form.name}: {form.equation}",
         f"source: {form.source}",
@@ -96,17 +94,11 @@ def _details(form: Form) -> str:
         table(parameters) if form.parameters else "name its columns: NAME:COLUMN,COLUMN",
     ]
     if any(one.unit == LOSS_UNIT for one in (*form.inputs, form.target)):
-        lines += [
-            "",
-            f"{LOSS_UNIT}: of run folders and of published coefficients; a fit to a table has the "
-            "table's unit",
-        ]
+        lines.append(
+            f"\n{LOSS_UNIT}: of run folders and of published coefficients; a fit to a table has "
+            "the table's unit"
+        )
     for name, values in form.published.items():
         shown = ", ".join(f"{key} {number(value, 6)}" for key, value in values.items())
         lines.append(f"published by {name}: {shown}")
     return "\n".join(lines)
-
-
-def _between(parameter: Parameter) -> str:
-    low, high = number(parameter.low, 4), number(parameter.high, 4)
-    return f"{low} and {high}" if np.isfinite(parameter.high) else f"at least {low}"

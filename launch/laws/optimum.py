@@ -12,7 +12,6 @@ from allometry.launch.laws.predict import LEVEL, Law, conventions, interval
 from allometry.launch.laws.sources import assignments, numbers
 from allometry.launch.text import number, table
 from allometry.laws.allocation import Allocation, compute_optimal, optimal_size
-from allometry.laws.forms.base import Form
 from allometry.laws.observations import Observations
 
 FLOPS_TOLERANCE = 0.1
@@ -22,8 +21,7 @@ FLOPS_TOLERANCE = 0.1
 def optima(asked: Optimum) -> Report:
     """Return N, D and loss of the best use of each budget of FLOPs.
 
-    Raises:
-        UserError: a budget is no positive number, or the law says nothing of N and D.
+    Raises UserError: a budget is no positive number, or the law says nothing of N and D.
     """
     law, per_token = Law.of(asked.fit, asked.law, asked.published), asked.flops_per_parameter_token
     if law.form.target.name != "loss":
@@ -32,17 +30,18 @@ def optima(asked: Optimum) -> Report:
             "least loss; give a law of the loss by N and D, as chinchilla"
         )
     fixed = numbers(assignments(asked.inputs, "--with"), "--with")
-    _check_others(law.form, fixed)
-    rows: list[Allocation] = []
-    for text in asked.flops.split(","):
-        flops = numbers({"--flops": text.strip()}, "budget")["--flops"]
-        rows.append(_best(law, flops, per_token, fixed))
+    free = [one.name for one in law.form.inputs if one.name not in ("N", "D", "C", "M")]
+    for name in fixed:  # no input of the law, or one that follows from the budget
+        if name not in free:
+            raise UserError(
+                f"--with {name}: {law.form.name} has "
+                + (f"only {', '.join(free)} besides" if free else "no input besides")
+                + " N, D and what follows from them; leave it out"
+            )
+    texts = [{"--flops": text.strip()} for text in asked.flops.split(",")]
+    rows = [_best(law, numbers(one, "budget")["--flops"], per_token, fixed) for one in texts]
     warnings = list(dict.fromkeys(w for row in rows for w in row.warnings))
-    if law.fit is None:
-        warnings.append(f"no interval; these coefficients were shown for: {law.form.valid}")
-    elif law.bootstrap is None:
-        warnings.append("no interval: the fit was made without bootstraps")
-    warnings += _other_flops(law, per_token)
+    warnings += [*law.warnings(), *_other_flops(law, per_token)]
     facts = {
         "law": law.form.name,
         "from": law.origin,
@@ -62,12 +61,10 @@ def optima(asked: Optimum) -> Report:
 
 
 def _facts(row: Allocation) -> dict[str, Any]:
+    names = ("N", "D", "loss")
     return {
         "flops": row.flops,
-        **{
-            name: {"value": getattr(row, name), **_low_high(row, name)}
-            for name in ("N", "D", "loss")
-        },
+        **{name: {"value": getattr(row, name), **_low_high(row, name)} for name in names},
         "tokens_per_parameter": row.tokens_per_parameter,
         "warnings": list(row.warnings),
     }
@@ -76,15 +73,9 @@ def _facts(row: Allocation) -> dict[str, Any]:
 def _cells(row: Allocation) -> list[str]:
     """A row of the table; the interval of D follows from that of N and is left out."""
     size, loss = _low_high(row, "N"), _low_high(row, "loss")
-    return [
-        number(row.flops),
-        number(row.N),
-        interval(size["low"], size["high"], 4),
-        number(row.D),
-        number(row.tokens_per_parameter, 3),
-        number(row.loss),
-        interval(loss["low"], loss["high"], 4),
-    ]
+    best = [number(row.N), interval(size["low"], size["high"], 4), number(row.D)]
+    there = [number(row.loss), interval(loss["low"], loss["high"], 4)]
+    return [number(row.flops), *best, number(row.tokens_per_parameter, 3), *there]
 
 
 def _other_flops(law: Law, per_token: float) -> list[str]:
@@ -108,18 +99,6 @@ def _low_high(row: Allocation, name: str) -> dict[str, float | None]:
     return {"low": low, "high": high}
 
 
-def _check_others(form: Form, others: Mapping[str, float]) -> None:
-    """Refuse an input that the law lacks, or that follows from the budget."""
-    free = [one.name for one in form.inputs if one.name not in ("N", "D", "C", "M")]
-    for name in others:
-        if name not in free:
-            raise UserError(
-                f"--with {name}: {form.name} has "
-                + (f"only {', '.join(free)} besides" if free else "no input besides")
-                + " N, D and what follows from them; leave it out"
-            )
-
-
 def _best(law: Law, flops: float, per_token: float, others: Mapping[str, float]) -> Allocation:
     if law.fit is not None:
         return compute_optimal(
@@ -130,7 +109,6 @@ def _best(law: Law, flops: float, per_token: float, others: Mapping[str, float])
     product = flops / per_token
     size = optimal_size(law.form, law.values, product, flops, others)
     known = {"N": size, "D": product / size, "C": flops, "M": product / size**2, **others}
-    names = [variable.name for variable in law.form.inputs]
-    rows = Observations.of({name: [known[name]] for name in names})
+    rows = Observations.of({one.name: [known[one.name]] for one in law.form.inputs})
     loss = float(law.predict(rows)[0])
     return Allocation(flops, size, product / size, loss, per_token, None, LEVEL, ())

@@ -41,8 +41,7 @@ class Law:
     def of(cls, file: Path | None, law: str | None, published: str | None) -> Law:
         """Return the law of a fit's file, or published coefficients of a named law.
 
-        Raises:
-            UserError: both or neither are given, or there is none of that name.
+        Raises UserError: both or neither are given, or there is none of that name.
         """
         if file is not None:
             if law is not None or published is not None:
@@ -74,13 +73,22 @@ class Law:
         """Return the target [n] of these rows."""
         return predict(self.form, self.values, observations)
 
+    def warnings(self) -> list[str]:
+        """Return why it has no interval, if so."""
+        if self.fit is None:
+            return [f"no interval; these coefficients were shown for: {self.form.valid}"]
+        return (
+            []
+            if self.bootstrap is not None
+            else ["no interval: the fit was made without bootstraps"]
+        )
+
 
 def predicted(asked: Predict) -> Report:
     """Predict at inputs NAME=VALUE (or NAME=VALUE,VALUE), by a fit's file or published values.
 
-    Raises:
-        UserError: an input is missing, unknown or no number, or the law is one of curves; the
-            score's fit (``downstream``) does not read what the first one predicts.
+    Raises UserError: an input is missing, unknown or no number, or the law is one of curves; the
+    score's fit (``downstream``) does not read what the first one predicts.
     """
     file, texts = _split(asked.arguments)
     law, noise = Law.of(file, asked.law, asked.published), asked.noise
@@ -108,8 +116,11 @@ def predicted(asked: Predict) -> Report:
     ]
 
     def shown(name: str, unit: str, of: Sequence[Mapping[str, float | None]]) -> str:
-        rows = [[*row, *_cells(point, name)] for row, point in zip(inputs, of, strict=True)]
-        return narrowed([[*names, f"{name} ({unit})", kind], *rows], len(names))
+        rows = [[*names, f"{name} ({unit})", kind]]
+        for row, point in zip(inputs, of, strict=True):
+            value = "nan" if point[name] is None else number(point[name])
+            rows.append([*row, value, interval(point["low"], point["high"])])
+        return narrowed(rows, len(names))
 
     lines = [shown(law.form.target.name, law.unit, points)]
     if asked.downstream is not None:
@@ -123,12 +134,6 @@ def predicted(asked: Predict) -> Report:
     return Report(facts, "\n".join(lines))
 
 
-def _cells(point: Mapping[str, float | None], name: str) -> list[str]:
-    """A prediction and its interval as they are printed."""
-    value = point[name]
-    return ["nan" if value is None else number(value), interval(point["low"], point["high"])]
-
-
 def _points(
     law: Law, observations: Observations, names: Sequence[str], noise: bool
 ) -> tuple[list[dict[str, float | None]], list[str]]:
@@ -139,11 +144,7 @@ def _points(
     if law.bootstrap is not None:
         low, high = law.bootstrap.predict_interval(observations, LEVEL, noise=noise)
     warnings = [] if law.fit is None else law.fit.warnings_for(observations)
-    if law.fit is None:
-        warnings = [f"no interval; these coefficients were shown for: {law.form.valid}"]
-    elif law.bootstrap is None:
-        warnings.append("no interval: the fit was made without bootstraps")
-    warnings += _at_edges(predicted, low, high)
+    warnings += [*law.warnings(), *_at_edges(predicted, low, high)]
     points = [
         {
             **{name: float(observations[name][i]) for name in names},
@@ -240,11 +241,10 @@ def _inputs(form: Form, texts: Mapping[str, Sequence[str]]) -> Observations:
             )
         read = [numbers({name: value}, "input")[name] for value in values]
         columns[name] = np.resize(np.array(read), length)
-        bad = form.inputs[names.index(name)].bad(columns[name])
-        if bad.any():
-            demand = form.inputs[names.index(name)].demand
+        variable = form.inputs[names.index(name)]
+        if (bad := variable.bad(columns[name])).any():
             raise UserError(
                 f"{name}={values[int(bad.argmax()) % len(values)]} is no value that {form.name} "
-                f"can read; give {demand}"
+                f"can read; give {variable.demand}"
             )
     return Observations.of(columns)

@@ -31,9 +31,8 @@ _CHOICES = {"count": COUNTS, "group_by": GROUPINGS, "unfinished": get_args(Unfin
 def observations_for(rows: Rows, forms: Sequence[Form]) -> Observations:
     """Return what SOURCES hold for these laws.
 
-    Raises:
-        UserError: sources are of two kinds or cannot be read, laws want rows of two kinds, or an
-            option was given that has no meaning for them.
+    Raises UserError: sources are of two kinds or cannot be read, laws want rows of two kinds, or an
+    option was given that has no meaning for them.
     """
     tables = [is_table(source) or Path(source).is_file() for source in rows.sources]
     if not all(rows.sources):
@@ -43,7 +42,7 @@ def observations_for(rows: Rows, forms: Sequence[Form]) -> Observations:
             f"{rows.sources[tables.index(False)]} is not a table and "
             f"{rows.sources[tables.index(True)]} is; give run folders or tables, not both"
         )
-    of_curves = [_is_curve(form) for form in forms]
+    of_curves = [any(one.name == "step" for one in form.inputs) for form in forms]
     if any(of_curves) and not all(of_curves) and not rows.curves:
         raise UserError(
             f"{forms[of_curves.index(True)].name} is a law of whole curves and "
@@ -56,14 +55,18 @@ def observations_for(rows: Rows, forms: Sequence[Form]) -> Observations:
         observations = _of_tables(rows, forms, mapping, curve=curve)
     else:
         observations = derive(
-            _of_runs(rows, curve=curve),
-            mapping=mapping,
-            where=rows.where,
-            group=rows.group,
+            _of_runs(rows, curve=curve), mapping=mapping, where=rows.where, group=rows.group
         )
     if rows.sweeps:
         observations = sweep_optima(observations)
-    return _dropped(observations, rows.drop)
+    for name in rows.drop:
+        if name not in observations.groups:
+            known = ", ".join(dict.fromkeys(observations.groups))
+            raise UserError(f"--drop {name!r} is no group of the rows; the groups are {known}")
+    kept = ~np.isin(np.array(observations.groups), list(rows.drop))
+    if not kept.any():
+        raise UserError("--drop leaves no row; drop fewer groups")
+    return observations.take(kept)
 
 
 def assignments(texts: Sequence[str], flag: str) -> dict[str, str]:
@@ -90,10 +93,6 @@ def numbers(texts: Mapping[str, str], flag: str) -> dict[str, float]:
         if not math.isfinite(values[name]):
             raise UserError(f"{flag} {name}={text} is no number; write as {name}=1e9")
     return values
-
-
-def _is_curve(form: Form) -> bool:
-    return any(variable.name == "step" for variable in form.inputs)
 
 
 def _check_options(rows: Rows, *, table: bool, curve: bool) -> None:
@@ -128,28 +127,17 @@ def _of_tables(
     if curve:
         curves = curves_from_tables(rows.sources, mapping=mapping, warmup_steps=rows.warmup)
         return derive(curves, where=rows.where, name="the tables") if rows.where else curves
-    names = dict.fromkeys(name for form in forms for name in columns_of(form))
-    if rows.sweeps:
-        names = dict.fromkeys(_SWEPT)
+    names = [one.name for form in forms for one in (*form.inputs, form.target)]
+    positive = {form.target.name for form in forms if form.residual == "log"}
+    positive |= {one.name for form in forms for one in form.inputs if one.positive}
     return read_table(
         rows.sources,
-        list(names),
+        list(_SWEPT if rows.sweeps else dict.fromkeys(names)),
         mapping=mapping,
         where=rows.where,
         group=rows.group,
-        positive=_SWEPT if rows.sweeps else _positive(forms),
+        positive=_SWEPT if rows.sweeps else positive,
     )
-
-
-def _positive(forms: Sequence[Form]) -> set[str]:
-    """The columns that a law takes as positive: inputs, and targets whose logs are compared."""
-    targets = {form.target.name for form in forms if form.residual == "log"}
-    return targets | {one.name for form in forms for one in form.inputs if one.positive}
-
-
-def columns_of(form: Form) -> list[str]:
-    """Return the columns that a law reads and predicts."""
-    return [*(variable.name for variable in form.inputs), form.target.name]
 
 
 def _of_runs(rows: Rows, *, curve: bool) -> Observations:
@@ -163,16 +151,3 @@ def _of_runs(rows: Rows, *, curve: bool) -> Observations:
         options["planned"] = lambda run: planned_rates(RunConfig.model_validate(run.config))
         return curves_from_runs(rows.sources, **options)
     return from_runs(rows.sources, **given("count", "loss", "last", "group_by", "unfinished"))
-
-
-def _dropped(observations: Observations, names: Sequence[str]) -> Observations:
-    """The rows of other groups."""
-    groups = np.array(observations.groups)
-    for name in names:
-        if name not in observations.groups:
-            known = ", ".join(dict.fromkeys(observations.groups))
-            raise UserError(f"--drop {name!r} is no group of the rows; the groups are {known}")
-    kept = ~np.isin(groups, list(names))
-    if not kept.any():
-        raise UserError("--drop leaves no row; drop fewer groups")
-    return observations.take(kept)

@@ -17,11 +17,6 @@ WIDEST = 88
 """Columns that a table may take."""
 
 
-def share(value: float) -> str:
-    """Return a relative error as a percentage."""
-    return f"{100 * value:.3g} %"
-
-
 def narrowed(rows: Sequence[Sequence[str]], inputs: int) -> str:
     """Return ``table``; one too wide has a line instead of input columns that never change."""
     text = table(rows)
@@ -61,54 +56,60 @@ def certificate_words(certificate: Certificate) -> list[str]:
 
 @dataclass(frozen=True)
 class Errors:
-    """Held-out errors: relative ones wherever the target is positive, so that laws compare."""
+    """Held-out errors: relative ones wherever the target is positive, so that laws compare.
 
-    errors: NDArray[np.float64]
-    relative: bool
+    ``how``: what was held out, in words.
+    """
+
+    held_out: HeldOut
     how: str
 
-    @classmethod
-    def of(cls, held_out: HeldOut, how: str) -> Errors:
-        """Return the errors of held-out rows; ``how``: what was held out, in words."""
-        relative = bool((held_out.measured > 0.0).all())
-        return cls(errors_of(held_out.predicted, held_out.measured, relative), relative, how)
+    @property
+    def relative(self) -> bool:
+        """Whether they are relative ones."""
+        return bool((self.held_out.measured > 0.0).all())
+
+    @property
+    def sizes(self) -> NDArray[np.float64]:
+        """The size of each error."""
+        return sizes_of(self.held_out.predicted, self.held_out.measured, self.relative)
 
     @property
     def mean(self) -> float:
         """The mean size of an error."""
-        return float(np.abs(self.errors).mean())
+        return float(self.sizes.mean())
 
     @property
     def max(self) -> float:
         """The largest size of an error."""
-        return float(np.abs(self.errors).max())
+        return float(self.sizes.max())
 
     def say(self, value: float) -> str:
         """Return a size of these errors with its sign for percent, where they are relative."""
-        return share(value) if self.relative else number(value, 3)
+        return f"{100 * value:.3g} %" if self.relative else number(value, 3)
 
     def words(self) -> str:
         """Return mean and maximum as a sentence."""
         return (
             f"{self.say(self.mean)} in the mean, {self.say(self.max)} at most, over "
-            f"{len(self.errors)} rows ({self.how})"
+            f"{len(self.sizes)} rows ({self.how})"
         )
 
-    def to_json(self, held_out: HeldOut) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """Return the rows and their errors as plain data."""
         return {
             "how": self.how,
             "relative": self.relative,
             "mean": finite(self.mean),
             "max": finite(self.max),
-            "groups": list(held_out.groups),
-            "predicted": [finite(value) for value in held_out.predicted],
-            "measured": [finite(value) for value in held_out.measured],
+            "groups": list(self.held_out.groups),
+            "predicted": [finite(value) for value in self.held_out.predicted],
+            "measured": [finite(value) for value in self.held_out.measured],
         }
 
 
-def errors_of(
+def sizes_of(
     predicted: NDArray[np.float64], measured: NDArray[np.float64], relative: bool
 ) -> NDArray[np.float64]:
-    """Return predicted/measured - 1, or predicted - measured."""
-    return predicted / measured - 1.0 if relative else predicted - measured
+    """Return |predicted/measured - 1|, or |predicted - measured|."""
+    return np.abs(predicted / measured - 1.0 if relative else predicted - measured)

@@ -36,54 +36,44 @@ TARGET_HEAD = (
 def fits(inputs: Inputs) -> Section:
     """A figure for each fit, its parameters, and targets that were predicted before training."""
     title = "Fitted laws"
-    targets = _targets(inputs.predictions)
     if not inputs.fits and not inputs.predictions:
         why = "no fit was given (--fit) and no ladder here has a fit.json"
-        return Section(key="fits", title=title, absent=why)
+        return Section("fits", title, absent=why)
     figures, rows = [], []
     for number, (path, stored) in enumerate(inputs.fits, start=1):
         own = [one for folder, one in inputs.predictions if folder == path.parent]
         name = f"fit {number}" if len(inputs.fits) > 1 else "fit"
         figures.append(_figure(number, path, stored, own, name))
         rows += _parameters(name, stored)
-    tables = [Table(head=HEAD, rows=tuple(rows))] if rows else []
-    if targets:
+    tables = [Table(HEAD, tuple(rows))] if rows else []
+    if inputs.predictions:
         caption = "What ladders predicted, in nats per token; error = predicted/measured - 1."
-        tables.append(Table(head=TARGET_HEAD, rows=targets, caption=caption))
+        targets = tuple(_target(folder, one) for folder, one in inputs.predictions)
+        tables.append(Table(TARGET_HEAD, targets, caption))
     notes = [f"{folder}: {said}." for folder, one in inputs.predictions for said in one.warnings]
     text = (
         "Dots are measured, lines the law, bands its 95 % interval over bootstrap samples of "
         "groups (the uncertainty of the parameters). Crosses are rows as predicted by a fit "
         "without them; a star is a target that was trained after it was predicted."
     )
-    return Section(
-        key="fits",
-        title=title,
-        text=text,
-        figures=tuple(figures),
-        tables=tuple(tables),
-        notes=tuple(notes),
-    )
+    return Section("fits", title, text, tuple(figures), tuple(tables), tuple(notes))
 
 
 def _figure(
     number: int, path: Path, stored: StoredFit, targets: Sequence[Prediction], name: str
 ) -> Figure:
     law, said = law_panel(stored)
-    panels = [law] if law is not None else []
-    panels += [_against(stored, targets), _residuals(stored)]
-    text = " ".join(part for part in (_sentence(path, stored), said) if part)
-    text = f"{name.capitalize()}: {text}"
-    return Figure(key=f"fit-{number}", text=text, panels=tuple(panels), legend=True)
+    panels = (*([law] if law else []), _against(stored, targets), _residuals(stored))
+    text = f"{name.capitalize()}: {_sentence(path, stored)} {said}".rstrip()
+    return Figure(f"fit-{number}", panels, text, legend=True)
 
 
 def _sentence(path: Path, stored: StoredFit) -> str:
     fit, certificate = stored.fit, stored.fit.certificate
-    groups = len(set(fit.observations.groups))
-    number = len(fit.observations)
+    groups, number = len(set(fit.observations.groups)), len(fit.observations)
     drawn = f" ({POINTS} of them are drawn)" if number > POINTS else ""
     parts = [
-        f"{fit.form.name} ({path}): {fit.form.equation}, fitted to {len(fit.observations)} rows of "
+        f"{fit.form.name} ({path}): {fit.form.equation}, fitted to {number} rows of "
         f"{groups} groups{drawn}. {certificate.agreeing} of {certificate.starts} starts found this "
         "optimum."
     ]
@@ -95,8 +85,7 @@ def _sentence(path: Path, stored: StoredFit) -> str:
         parts.append(
             "The file has no bootstrap, so there are no bands (allometry fit --bootstraps)."
         )
-    held_out = _held_out(stored)
-    if held_out is not None:
+    if (held_out := _held_out(stored)) is not None:
         parts.append(held_out[2])
     notes = stored.extra.get("notes")
     if isinstance(notes, list):
@@ -127,12 +116,11 @@ def _points(stored: StoredFit, y_of: Callable[[Column, Column], Column]) -> list
     predicted, measured = fit.predict(fit.observations), fit.observations[fit.form.target.name]
     x, y = thin(predicted, y_of(predicted, measured))
     groups = fit.observations.groups if len(x) == len(fit.observations) else None
-    dots = Series(name="fitted rows", x=x, y=y, style="dots", colour=PALETTE[0], notes=groups)
-    held_out = _held_out(stored)
-    if held_out is None:
-        return [dots]
-    x, y = thin(held_out[0], y_of(held_out[0], held_out[1]))
-    return [dots, Series(name="held out", x=x, y=y, style="cross", colour=PALETTE[4])]
+    series = [Series("fitted rows", x, y, "dots", PALETTE[0], notes=groups)]
+    if (held_out := _held_out(stored)) is not None:
+        x, y = thin(held_out[0], y_of(*held_out[:2]))
+        series.append(Series("held out", x, y, "cross", PALETTE[4]))
+    return series
 
 
 def _against(stored: StoredFit, targets: Sequence[Prediction]) -> Panel:
@@ -144,13 +132,9 @@ def _against(stored: StoredFit, targets: Sequence[Prediction]) -> Panel:
             series.append(star(name, one.predicted, one.measured, PALETTE[1]))
     ends = np.concatenate([part for one in series for part in (one.x, one.y)])
     line = np.array([np.nanmin(ends), np.nanmax(ends)])
-    equal = Series(name="equal", x=line, y=line, style="dashed", colour=GREY, named=False)
-    return Panel(
-        title="measured against predicted",
-        x_label=f"predicted {target_label(stored.fit)}",
-        y_label=f"measured {target_label(stored.fit)}",
-        series=(equal, *series),
-    )
+    equal = Series("equal", line, line, "dashed", GREY, named=False)
+    labels = [f"{which} {target_label(stored.fit)}" for which in ("predicted", "measured")]
+    return Panel("measured against predicted", *labels, (equal, *series))
 
 
 def _residuals(stored: StoredFit) -> Panel:
@@ -162,14 +146,11 @@ def _residuals(stored: StoredFit) -> Panel:
 
     predicted = fit.predict(fit.observations)
     ends = np.array([predicted.min(), predicted.max()])
-    zero = Series(name="0", x=ends, y=np.zeros(2), style="dashed", colour=GREY, named=False)
+    zero = Series("0", ends, np.zeros(2), "dashed", GREY, named=False)
     unit = fit.unit(fit.form.target.unit)
-    return Panel(
-        title="residuals",
-        x_label=f"predicted {target_label(fit)}",
-        y_label="predicted/measured - 1 (%)" if relative else f"predicted - measured ({unit})",
-        series=(zero, *_points(stored, errors)),
-    )
+    said = "predicted/measured - 1 (%)" if relative else f"predicted - measured ({unit})"
+    x_label, series = f"predicted {target_label(fit)}", (zero, *_points(stored, errors))
+    return Panel("residuals", x_label, said, series)
 
 
 def _parameters(name: str, stored: StoredFit) -> list[tuple[str, ...]]:
@@ -184,29 +165,15 @@ def _parameters(name: str, stored: StoredFit) -> list[tuple[str, ...]]:
     return rows
 
 
-def _targets(predictions: Sequence[tuple[Path, Prediction]]) -> tuple[tuple[str, ...], ...]:
-    rows = []
-    for folder, one in predictions:
-        measured, error, inside = "not trained yet", "–", "–"
-        if one.measured is not None and one.error is not None:
-            measured, error = f"{one.measured:.4f}", f"{100.0 * one.error:+.2f} %"
-            inside = "yes" if one.covered else "NO"
-        made = {
-            "planned": "before the target began",
-            "partial": f"when the target was at step {one.target_step}",
-            "done": "AFTER the target had ended",
-        }[one.target_state]
-        rows.append(
-            (
-                str(folder),
-                one.law,
-                str(one.target.get("run", "?")),
-                f"{one.predicted:.4f}",
-                f"{one.low:.4f} to {one.high:.4f}",
-                made,
-                measured,
-                error,
-                inside,
-            )
-        )
-    return tuple(rows)
+def _target(folder: Path, one: Prediction) -> tuple[str, ...]:
+    measured = ["not trained yet", "–", "–"]
+    if one.measured is not None and one.error is not None:
+        inside = "yes" if one.covered else "NO"
+        measured = [f"{one.measured:.4f}", f"{100.0 * one.error:+.2f} %", inside]
+    made = {
+        "planned": "before the target began",
+        "partial": f"when the target was at step {one.target_step}",
+        "done": "AFTER the target had ended",
+    }[one.target_state]
+    said = [f"{one.predicted:.4f}", f"{one.low:.4f} to {one.high:.4f}", made]
+    return (str(folder), one.law, str(one.target.get("run", "?")), *said, *measured)

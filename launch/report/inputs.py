@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from allometry.configs.errors import UserError
-from allometry.launch.figures.figure import Column, colours
+from allometry.launch.figures.figure import Column, Series, colours
 from allometry.launch.text import names_of
 from allometry.laws.fit.store import StoredFit, load_fit
 from allometry.laws.ladder import Prediction, load_prediction
@@ -32,6 +32,10 @@ class Shown:
     name: str
     colour: str
     run: Run
+
+    def series(self, x: Column, y: Column, name: str = "", **more: Any) -> Series:
+        """Return a curve of this run, in its colour and shown and hidden with it."""
+        return Series(name or self.name, x, y, colour=self.colour, run=self.number, **more)
 
     @property
     def metrics(self) -> dict[str, Column]:
@@ -111,25 +115,27 @@ def read_inputs(
 ) -> Inputs:
     """Read run folders, ladders, folders of runs, fits and files of trials.
 
-    Raises:
-        UserError: nothing was named, something is named twice, or it is missing or damaged.
+    Raises UserError: nothing was named, something is named twice, or it is missing or damaged.
     """
     if not (folders or fits or trials):
         raise UserError("nothing to report on; name run folders, --fit FILE or --transfer FILE")
     if not 0.0 < smoothing <= 0.5:
         raise UserError(f"--smooth={smoothing:g} must be a share of a run, above 0 and up to 0.5")
-    for what in (folders, fits, trials):
-        _check_once(what)
+    for paths in (folders, fits, trials):
+        resolved = [path.resolve() for path in paths]
+        for path, place in zip(paths, resolved, strict=True):
+            if resolved.count(place) > 1:
+                raise UserError(f"{path} is given twice; give it once")
     by_place: dict[Path, Path] = {}
     notes: list[str] = []
     fit_files = list(fits)
     predictions = []
     for folder in folders:
-        place = _place_of_runs(folder)
-        if place is None:
+        runs_at = _place_of_runs(folder)
+        if runs_at is None:
             by_place.setdefault(folder.resolve(), folder)
             continue
-        inside, left_out = _runs_of(place)
+        inside, left_out = _runs_of(runs_at)
         by_place |= {run.resolve(): run for run in inside if run.resolve() not in by_place}
         notes += left_out
         if (folder / "fit.json").is_file():
@@ -137,21 +143,17 @@ def read_inputs(
         prediction = load_prediction(folder / "prediction.json")
         if prediction is not None:
             predictions.append((folder, prediction))
+    for path in fit_files:
+        if not path.is_file():
+            raise UserError(f"--fit={path} is no file; write one with allometry fit LAW ... --out")
     return Inputs(
         runs=_shown([_read(folder) for folder in by_place.values()]),
-        fits=tuple((path, _load_fit(path)) for path in dict.fromkeys(fit_files)),
+        fits=tuple((path, load_fit(path)) for path in dict.fromkeys(fit_files)),
         trials=tuple(read_trials(path) for path in dict.fromkeys(trials)),
         predictions=tuple(predictions),
         notes=tuple(notes),
         smoothing=smoothing,
     )
-
-
-def _check_once(paths: Sequence[Path]) -> None:
-    resolved = [path.resolve() for path in paths]
-    for path, place in zip(paths, resolved, strict=True):
-        if resolved.count(place) > 1:
-            raise UserError(f"{path} is given twice; give it once")
 
 
 def _place_of_runs(folder: Path) -> Path | None:
@@ -167,8 +169,12 @@ def _runs_of(place: Path) -> tuple[list[Path], list[str]]:
     """The run folders in it that have a row, and a sentence for each folder that is left out."""
     started: list[Path] = []
     left_out: list[str] = []
-    folders = [path for path in place.iterdir() if path.is_dir()]
-    for folder in sorted(folders, key=_by_number):
+
+    def by_number(folder: Path) -> list[tuple[int, str]]:  # w64 before w128
+        parts = re.findall(r"[0-9]+|[^0-9]+", folder.name)
+        return [(int(part), "") if part[0] in "0123456789" else (-1, part) for part in parts]
+
+    for folder in sorted(filter(Path.is_dir, place.iterdir()), key=by_number):
         if not (folder / "config.yaml").is_file():
             left_out.append(f"{folder} is left out: it is no run's folder, or has not begun.")
         elif not _has_row(folder / "metrics.jsonl"):
@@ -180,12 +186,6 @@ def _runs_of(place: Path) -> tuple[list[Path], list[str]]:
     return started, left_out
 
 
-def _by_number(folder: Path) -> list[tuple[int, str]]:
-    """Sorts w64 before w128: numbers in names by their values."""
-    parts = re.findall(r"[0-9]+|[^0-9]+", folder.name)
-    return [(int(part), "") if part[0] in "0123456789" else (-1, part) for part in parts]
-
-
 def _has_row(path: Path) -> bool:
     if not path.is_file():
         return False
@@ -195,17 +195,17 @@ def _has_row(path: Path) -> bool:
 
 def _read(folder: Path) -> Run:
     run = read_run(folder)
-    missing = [name for name in SECTIONS if not isinstance(run.config.get(name), dict)]
-    if missing:
-        raise UserError(
-            f"{folder}/config.yaml has no section {missing[0]!r}; restore what the run wrote"
-        )
-    missing = [name for name in COLUMNS if name not in run.metrics]
-    if missing:
-        raise UserError(
-            f"{folder}/metrics.jsonl has no {missing[0]!r} in any row; give the folder of a run "
-            "that trained"
-        )
+    for name in SECTIONS:
+        if not isinstance(run.config.get(name), dict):
+            raise UserError(
+                f"{folder}/config.yaml has no section {name!r}; restore what the run wrote"
+            )
+    for name in COLUMNS:
+        if name not in run.metrics:
+            raise UserError(
+                f"{folder}/metrics.jsonl has no {name!r} in any row; give the folder of a run "
+                "that trained"
+            )
     return run
 
 
@@ -213,14 +213,5 @@ def _shown(runs: Sequence[Run]) -> tuple[Shown, ...]:
     """Runs with their names (folders', or whole paths where two are equal) and colours."""
     names = names_of([run.folder for run in runs])
     shown = [Shown(i, name, "", run) for i, (name, run) in enumerate(zip(names, runs, strict=True))]
-    sizes = [float(one.parameters.get("total", 0)) for one in shown]
-    return tuple(
-        Shown(one.number, one.name, colour, one.run)
-        for one, colour in zip(shown, colours(sizes), strict=True)
-    )
-
-
-def _load_fit(path: Path) -> StoredFit:
-    if not path.is_file():
-        raise UserError(f"--fit={path} is no file; write one with allometry fit LAW ... --out")
-    return load_fit(path)
+    shades = colours([float(one.parameters.get("total", 0)) for one in shown])
+    return tuple(replace(one, colour=shade) for one, shade in zip(shown, shades, strict=True))

@@ -44,7 +44,11 @@ def specification(figure: Figure) -> dict[str, Any]:
         _axes(layout, panel, suffix, _domain(number, columns, rows, height))
         for series in panel.series:
             data += _traces(series, panel, suffix, figure.legend)
-    _merge_legend(data)
+    seen: set[str] = set()  # each thing is named once, though several panels show it
+    for trace in data:
+        if trace["showlegend"]:
+            trace["showlegend"] = trace["name"] not in seen
+            seen.add(trace["name"])
     return {"data": data, "layout": layout}
 
 
@@ -151,13 +155,12 @@ def _traces(series: Series, panel: Panel, suffix: str, legend: bool) -> list[dic
             "line": {"width": 0.8 if series.style == "star" else 0, "color": "#222"},
         }
         return [{**common, "mode": "markers", "marker": marker}]
-    faint = series.layer == "recorded"
     if series.style == "joined":
         common["marker"] = {"size": 5, "color": series.colour}
-    line = {"color": series.colour, "width": 1.0 if faint else 1.8}
+    width, opacity = (1.0, 0.35) if series.layer == "recorded" else (1.8, 1.0)
+    line = {"color": series.colour, "width": width}
     if series.style == "dashed":
         line["dash"] = "dash"
-    opacity = 0.35 if faint else 1.0
     mode = "lines+markers" if series.style == "joined" else "lines"
     return [{**common, "mode": mode, "line": line, "opacity": opacity}]
 
@@ -178,15 +181,6 @@ def _band(series: Series, common: dict[str, Any]) -> dict[str, Any]:
         "hoverinfo": "skip",
         "showlegend": False,
     }
-
-
-def _merge_legend(data: list[dict[str, Any]]) -> None:
-    """Name each thing once, though several panels show it."""
-    seen: set[str] = set()
-    for trace in data:
-        if trace["showlegend"]:
-            trace["showlegend"] = trace["name"] not in seen
-            seen.add(trace["name"])
 
 
 def _text(text: str) -> str:

@@ -23,14 +23,11 @@ def isoflops(inputs: Inputs) -> Section:
         (name, rows, optima) for name, rows in _groups(inputs) if (optima := isoflop_optima(rows))
     ]
     if not drawn:
-        return Section(
-            key="isoflop",
-            title=title,
-            absent=(
-                "no three finished runs of different sizes, nor rows of a fit, have the same FLOPs "
-                f"(within {TOLERANCE:.0%})"
-            ),
+        why = (
+            "no three finished runs of different sizes, nor rows of a fit, have the same FLOPs "
+            f"(within {TOLERANCE:.0%})"
         )
+        return Section("isoflop", title, absent=why)
     panels = tuple(_panel(name, rows, optima) for name, rows, optima in drawn)
     notes = []
     for name, _, optima in drawn:
@@ -42,35 +39,23 @@ def isoflops(inputs: Inputs) -> Section:
         "through the runs of each budget, and its least point (star). The vertices are biased "
         "where the law is no parabola, even without noise; take numbers from a fitted law."
     )
-    return Section(
-        key="isoflop",
-        title=title,
-        text=text,
-        figures=(Figure(key="isoflop", panels=panels, legend=True),),
-        tables=(
-            Table(
-                head=HEAD,
-                rows=tuple(_row(name, one) for name, _, optima in drawn for one in optima),
-            ),
-        ),
-        notes=tuple(notes),
-    )
+    figure = Figure("isoflop", panels, legend=True)
+    table = Table(HEAD, tuple(_row(name, one) for name, _, optima in drawn for one in optima))
+    return Section("isoflop", title, text, (figure,), (table,), tuple(notes))
 
 
 def _groups(inputs: Inputs) -> list[tuple[str, Observations]]:
     groups = []
     done = [one for one in inputs.runs if one.state == "finished" and one.parameters]
     done = [one for one in done if np.isfinite(one.final_loss[0])]
-    kinds = {one.final_loss[1] for one in done}
-    for kind in sorted(kinds):
+    for kind in sorted({one.final_loss[1] for one in done}):
         alike = [one for one in done if one.final_loss[1] == kind]
         groups.append((f"runs ({kind} loss)", _rows(alike)))
     for path, stored in inputs.fits:
         rows = stored.fit.observations
-        wanted = {"N", "loss"}
-        if rows.curves or not wanted <= set(rows.columns) or not {"C", "D"} & set(rows.columns):
-            continue
-        groups.append((str(path), rows))
+        columns = set(rows.columns)
+        if not rows.curves and {"N", "loss"} <= columns and {"C", "D"} & columns:
+            groups.append((str(path), rows))
     return groups
 
 
@@ -86,42 +71,21 @@ def _rows(runs: Sequence[Shown]) -> Observations:
     )
 
 
-def _panel(name: str, rows: Observations, optima: Sequence[IsoFlop]) -> Panel:
+def _panel(title: str, rows: Observations, optima: Sequence[IsoFlop]) -> Panel:
     series: list[Series] = []
     for one, colour in zip(optima, ordered([o.flops for o in optima]), strict=True):
         sizes = rows["N"][one.rows]
         grid = np.geomspace(sizes.min(), sizes.max(), ALONG)
         label = f"C = {one.flops:.2e}"
-        series.append(Series(name=label, x=grid, y=one.losses(grid), colour=colour))
-        series.append(
-            Series(
-                name=f"{label}, measured",
-                x=sizes,
-                y=rows["loss"][one.rows],
-                style="dots",
-                colour=colour,
-                notes=tuple(rows.groups[row] for row in one.rows),
-                named=False,
-            )
-        )
+        series.append(Series(label, grid, one.losses(grid), colour=colour))
+        name, losses = f"{label}, measured", rows["loss"][one.rows]
+        notes = tuple(rows.groups[row] for row in one.rows)
+        series.append(Series(name, sizes, losses, "dots", colour, notes=notes, named=False))
         if one.problem is None:
             series.append(star(f"{label}, least", one.N, one.loss, colour, named=False))
-    return Panel(
-        title=name,
-        x_label="parameters N",
-        y_label="loss (nats per token)",
-        x_log=True,
-        series=tuple(series),
-    )
+    return Panel(title, "parameters N", "loss (nats per token)", tuple(series), x_log=True)
 
 
 def _row(name: str, one: IsoFlop) -> tuple[str, ...]:
-    return (
-        name,
-        f"{one.flops:.3e}",
-        str(len(one.rows)),
-        f"{one.N:.3e}",
-        f"{one.D:.3e}",
-        f"{one.loss:.4f}",
-        one.problem or "",
-    )
+    best = (f"{one.N:.3e}", f"{one.D:.3e}", f"{one.loss:.4f}")
+    return (name, f"{one.flops:.3e}", str(len(one.rows)), *best, one.problem or "")

@@ -38,11 +38,15 @@ def law_panel(stored: StoredFit) -> tuple[Panel | None, str]:
         if not others:
             rows = np.ones(len(fit.observations), bool)
             return _slices(stored, along, "", [("measured", np.nan, rows)]), ""
-        if distinct[others[0]] <= SLICES:
-            return _slices(stored, along, others[0], _values(fit, others[0])), ""
-        panel = _slices(stored, along, others[0], _ranges(fit, others[0]))
+        (other,) = others
+        column = fit.observations[other]
+        if distinct[other] <= SLICES:
+            values = np.unique(column)
+            slices = [(f"{other} {value:.4g}", float(value), column == value) for value in values]
+            return _slices(stored, along, other, slices), ""
+        panel = _slices(stored, along, other, _ranges(column, other))
         return panel, (
-            f"{others[0]} has {distinct[others[0]]} values: curves are for the middle of {RANGES} "
+            f"{other} has {distinct[other]} values: curves are for the middle of {RANGES} "
             "ranges of it, and dots have the colour of their range."
         )
     except UserError as error:
@@ -53,13 +57,7 @@ Slice = tuple[str, float, np.ndarray[tuple[int], np.dtype[np.bool_]]]
 """Name, value of the other input, and the rows that belong to it."""
 
 
-def _values(fit: Fit, other: str) -> list[Slice]:
-    column = fit.observations[other]
-    return [(f"{other} {value:.4g}", float(value), column == value) for value in np.unique(column)]
-
-
-def _ranges(fit: Fit, other: str) -> list[Slice]:
-    column = fit.observations[other]
+def _ranges(column: Column, other: str) -> list[Slice]:
     ends = np.quantile(column, np.linspace(0.0, 1.0, RANGES + 1))
     index = np.clip(np.searchsorted(ends, column, side="right") - 1, 0, RANGES - 1)
     slices = []
@@ -84,17 +82,12 @@ def _slices(stored: StoredFit, along: str, other: str, slices: list[Slice]) -> P
         columns = {along: grid, **({other: np.full(ALONG, value)} if other else {})}
         series += _drawn(stored, Observations.of(columns), grid, name, colour)
         series.append(_dots(f"{name}, measured", x, y_n[rows], colour))
-    return Panel(
-        title=f"{fit.form.name} over {along}",
-        x_label=f"{along} ({units[along]})",
-        y_label=target_label(fit),
-        x_log=log,
-        series=tuple(series),
-    )
+    title, x_label = f"{fit.form.name} over {along}", f"{along} ({units[along]})"
+    return Panel(title, x_label, target_label(fit), tuple(series), x_log=log)
 
 
 def _dots(name: str, x: Column, y: Column, colour: str) -> Series:
-    return Series(name=name, x=x, y=y, style="dots", colour=colour, named=False)
+    return Series(name, x, y, "dots", colour, named=False)
 
 
 def _drawn(
@@ -102,14 +95,11 @@ def _drawn(
 ) -> list[Series]:
     """The law at these rows as a band (given a bootstrap) and a line."""
     y = stored.fit.predict(rows)
-    series = [Series(name=name, x=x, y=y, colour=colour)]
-    if stored.bootstrap is not None:
-        low, high = stored.bootstrap.predict_interval(rows)
-        band = Series(
-            name=name, x=x, y=y, low=low, high=high, style="band", colour=colour, named=False
-        )
-        series.insert(0, band)
-    return series
+    line = Series(name, x, y, colour=colour)
+    if stored.bootstrap is None:
+        return [line]
+    low, high = stored.bootstrap.predict_interval(rows)
+    return [Series(name, x, y, "band", colour, low=low, high=high, named=False), line]
 
 
 def _curves(stored: StoredFit) -> tuple[Panel, str]:
@@ -125,13 +115,6 @@ def _curves(stored: StoredFit) -> tuple[Panel, str]:
         measured = few[fit.form.target.name]
         series.append(_dots(f"{group}, measured", few["step"], measured, GREY))
         series += _drawn(stored, few, few["step"], group, colour)
-    said = ""
-    if len(groups) > SLICES:
-        said = f"The first {SLICES} of {len(groups)} groups are drawn."
-    panel = Panel(
-        title=f"{fit.form.name} over steps",
-        x_label="step",
-        y_label=target_label(fit),
-        series=tuple(series),
-    )
-    return panel, said
+    drawn = f"The first {SLICES} of {len(groups)} groups are drawn."
+    said = drawn if len(groups) > SLICES else ""
+    return Panel(f"{fit.form.name} over steps", "step", target_label(fit), tuple(series)), said

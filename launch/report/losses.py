@@ -19,6 +19,7 @@ from allometry.launch.report.inputs import Inputs, Shown
 from allometry.launch.report.section import Section
 
 LOSS = "loss (nats per token)"
+NO_RUNS = "no run folder was given"
 SOURCES = 12
 DOTS = 20
 """Held-out losses of a run, at most."""
@@ -32,18 +33,10 @@ def losses(inputs: Inputs) -> Section:
     """Loss against tokens and against FLOPs, both axes logarithmic."""
     title = "Loss against tokens and compute"
     if not inputs.runs:
-        return Section(key="loss", title=title, absent=_no_runs())
+        return Section("loss", title, absent=NO_RUNS)
     share = inputs.smoothing
     panels = tuple(
-        Panel(
-            title=f"against {label}",
-            x_label=unit,
-            y_label=LOSS,
-            x_log=True,
-            y_log=True,
-            x_ticks=ticks,
-            series=tuple(s for one in inputs.runs for s in _curves(one, key, share)),
-        )
+        _panel(f"against {label}", unit, ticks, [_curves(one, key, share) for one in inputs.runs])
         for key, label, unit, ticks in AXES
     )
     text = (
@@ -52,11 +45,12 @@ def losses(inputs: Inputs) -> Section:
         f"Smoothed lines are, at each point, means over the last {share:.0%} of the run so "
         "far. FLOPs are those of the model, forward and backward, without recomputation."
     )
-    return Section(key="loss", title=title, text=text, figures=(Figure(key="loss", panels=panels),))
+    return Section("loss", title, text, (Figure("loss", panels),))
 
 
-def _no_runs() -> str:
-    return "no run folder was given"
+def _panel(title: str, x_label: str, ticks: Ticks, of_runs: list[list[Series]]) -> Panel:
+    series = tuple(one for some in of_runs for one in some)
+    return Panel(title, x_label, LOSS, series, x_log=True, y_log=True, x_ticks=ticks)
 
 
 def _curves(one: Shown, key: str, share: float) -> list[Series]:
@@ -75,26 +69,14 @@ def _train(one: Shown, key: str, column: str, share: float) -> list[Series]:
         return []
     thin_x, recorded, smoothed = thin(x, y, smooth(y, share), log=True)
     return [
-        Series(
-            name=one.name, x=thin_x, y=recorded, layer="recorded", colour=one.colour, run=one.number
-        ),
-        Series(
-            name=one.name, x=thin_x, y=smoothed, layer="smooth", colour=one.colour, run=one.number
-        ),
+        one.series(thin_x, recorded, layer="recorded"),
+        one.series(thin_x, smoothed, layer="smooth"),
     ]
 
 
 def _dots(one: Shown, x: Column, y: Column) -> Series:
-    thin_x, thin_y = thin(x, y, log=True, most=DOTS)
-    return Series(
-        name=f"{one.name}, held out",
-        x=thin_x,
-        y=thin_y,
-        style="dots",
-        colour=one.colour,
-        run=one.number,
-        named=False,
-    )
+    kept_x, kept_y = thin(x, y, log=True, most=DOTS)
+    return one.series(kept_x, kept_y, f"{one.name}, held out", style="dots", named=False)
 
 
 def sources(inputs: Inputs) -> Section:
@@ -102,8 +84,8 @@ def sources(inputs: Inputs) -> Section:
     title = "Loss of each source"
     names = list(dict.fromkeys(n for one in inputs.runs for n in one.run.sources))
     if not names:
-        why = "no run has a loss by source" if inputs.runs else _no_runs()
-        return Section(key="sources", title=title, absent=why)
+        why = "no run has a loss by source" if inputs.runs else NO_RUNS
+        return Section("sources", title, absent=why)
     total = {
         name: sum(
             float(np.nanmax(one.metrics[f"tokens/{name}"]))
@@ -113,33 +95,17 @@ def sources(inputs: Inputs) -> Section:
         for name in names
     }
     kept = sorted(names, key=lambda name: -total[name])[:SOURCES]
-    left_out = [name for name in names if name not in kept]
+    x_label, share = "training tokens of the mixture", inputs.smoothing
+    left_out = ", ".join(name for name in names if name not in kept)
     panels = tuple(
-        Panel(
-            title=name,
-            x_label="training tokens of the mixture",
-            y_label=LOSS,
-            x_log=True,
-            y_log=True,
-            series=tuple(s for one in inputs.runs for s in _source(one, name, inputs.smoothing)),
-        )
+        _panel(name, x_label, "count", [_source(one, name, share) for one in inputs.runs])
         for name in names
         if name in kept
     )
-    notes: tuple[str, ...] = ()
-    if left_out:
-        notes = (
-            f"Shown are the {SOURCES} sources with the most tokens; left out: "
-            f"{', '.join(left_out)}.",
-        )
+    note = f"Shown are the {SOURCES} sources with the most tokens; left out: {left_out}."
+    notes = (note,) if left_out else ()
     text = "Training loss (lines) and held-out loss (dots) of each source, in nats per token."
-    return Section(
-        key="sources",
-        title=title,
-        text=text,
-        figures=(Figure(key="sources", panels=panels),),
-        notes=notes,
-    )
+    return Section("sources", title, text, (Figure("sources", panels),), notes=notes)
 
 
 def _source(one: Shown, name: str, share: float) -> list[Series]:
@@ -157,43 +123,28 @@ def forecasts(inputs: Inputs) -> Section:
     title = "Forecast of the final loss"
     runs = [one for one in inputs.runs if "forecast/loss" in one.metrics]
     if not runs:
-        why = "no run recorded a forecast" if inputs.runs else _no_runs()
-        return Section(key="forecast", title=title, absent=why)
+        why = "no run recorded a forecast" if inputs.runs else NO_RUNS
+        return Section("forecast", title, absent=why)
     series: list[Series] = []
     for one in runs:
         rows = np.isfinite(one.metrics["forecast/loss"])
         x, y = thin(one.metrics["tokens"][rows], one.metrics["forecast/loss"][rows])
-        ends = [one.metrics.get(f"forecast/{end}") for end in ("low", "high")]
-        if ends[0] is not None and ends[1] is not None:
-            _, low, high = thin(one.metrics["tokens"][rows], ends[0][rows], ends[1][rows])
+        least, most = (one.metrics.get(f"forecast/{end}") for end in ("low", "high"))
+        if least is not None and most is not None:
+            _, low, high = thin(one.metrics["tokens"][rows], least[rows], most[rows])
             both = np.isfinite(low) & np.isfinite(high)
-            series.append(
-                Series(
-                    name=f"{one.name}, 95 % interval",
-                    x=x[both],
-                    y=y[both],
-                    low=low[both],
-                    high=high[both],
-                    style="band",
-                    colour=one.colour,
-                    run=one.number,
-                )
-            )
-        series.append(Series(name=one.name, x=x, y=y, colour=one.colour, run=one.number))
+            name, ends = f"{one.name}, 95 % interval", {"low": low[both], "high": high[both]}
+            series.append(one.series(x[both], y[both], name, style="band", **ends))
+        series.append(one.series(x, y))
         if one.state == "finished":
             end = one.metrics["tokens"][-1], smooth(one.metrics["loss"], inputs.smoothing)[-1]
             name = f"{one.name}, measured"
             series.append(star(name, *end, one.colour, run=one.number, named=False))
-    panel = Panel(
-        title="predicted final training loss",
-        x_label="training tokens when it was forecast",
-        y_label=LOSS,
-        series=tuple(series),
-    )
+    when = "training tokens when it was forecast"
+    panel = Panel("predicted final training loss", when, LOSS, tuple(series))
     text = (
         "The final training loss that the law of the schedule predicted from the run's own curve "
         "up to each point, with its 95 % interval; a star is what a finished run measured (its "
         "training loss, smoothed as above)."
     )
-    figure = Figure(key="forecast", panels=(panel,))
-    return Section(key="forecast", title=title, text=text, figures=(figure,))
+    return Section("forecast", title, text, (Figure("forecast", (panel,)),))

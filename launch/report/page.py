@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
-from allometry.launch.figures.figure import Figure
 from allometry.launch.report.inputs import Inputs
 from allometry.launch.report.interactive import specification
 from allometry.launch.report.section import Section, Table
@@ -29,6 +28,11 @@ def page(sections: Sequence[Section], inputs: Inputs, title: str, made: str) -> 
 
     scripts = [get_plotlyjs(), _resource("page.js")]
     figures = {f.key: specification(f) for section in sections for f in section.figures}
+    links = "".join(
+        f"<li{' class=absent' if section.absent else ''}>"
+        f'<a href="#{section.key}">{html.escape(section.title)}</a></li>'
+        for section in sections
+    )
     parts = [
         "<!DOCTYPE html>",
         '<html lang="en"><head><meta charset="utf-8">',
@@ -36,7 +40,7 @@ def page(sections: Sequence[Section], inputs: Inputs, title: str, made: str) -> 
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{html.escape(title)}</title>",
         f"<style>{_resource('page.css')}</style></head><body>",
-        _sidebar(sections, inputs),
+        f"<nav><ul>{links}</ul>{_selection(inputs)}</nav>",
         f"<main><header><h1>{html.escape(title)}</h1><p>{html.escape(made)}</p></header>",
         *(_section(section) for section in sections),
         "</main>",
@@ -71,15 +75,6 @@ def _json(value: Any) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _sidebar(sections: Sequence[Section], inputs: Inputs) -> str:
-    links = "".join(
-        f"<li{' class=absent' if section.absent else ''}>"
-        f'<a href="#{section.key}">{html.escape(section.title)}</a></li>'
-        for section in sections
-    )
-    return f"<nav><ul>{links}</ul>{_selection(inputs)}</nav>"
-
-
 def _selection(inputs: Inputs) -> str:
     if not inputs.runs:
         return ""
@@ -110,15 +105,12 @@ def _section(section: Section) -> str:
     body = f"<p>{html.escape(section.text)}</p>" if section.text else ""
     if section.absent:
         body = f'<p class="absent">Not shown: {html.escape(section.absent)}.</p>'
-    body += "".join(_figure(figure) for figure in section.figures)
+    for figure in section.figures:
+        body += f"<p>{html.escape(figure.text)}</p>" if figure.text else ""
+        body += f'<div class="figure" data-figure="{html.escape(figure.key)}"></div>'
     body += "".join(f'<p class="note">{html.escape(note)}</p>' for note in section.notes)
     body += "".join(_table(table) for table in section.tables)
     return f'<section id="{section.key}"><h2>{html.escape(section.title)}</h2>{body}</section>'
-
-
-def _figure(figure: Figure) -> str:
-    text = f"<p>{html.escape(figure.text)}</p>" if figure.text else ""
-    return f'{text}<div class="figure" data-figure="{html.escape(figure.key)}"></div>'
 
 
 def _table(table: Table) -> str:

@@ -9,15 +9,7 @@ from pathlib import Path
 from allometry.configs.errors import UserError
 from allometry.launch.command import Report
 from allometry.launch.figures.drawing import draw
-from allometry.launch.report import (
-    fits,
-    isoflop,
-    losses,
-    page,
-    stability,
-    throughput,
-    transfer,
-)
+from allometry.launch.report import fits, isoflop, losses, page, stability, throughput, transfer
 from allometry.launch.report.commands import WriteReport
 from allometry.launch.report.inputs import Inputs, read_inputs
 from allometry.launch.report.section import Section
@@ -43,12 +35,16 @@ def sections(inputs: Inputs) -> list[Section]:
 def written(asked: WriteReport) -> Report:
     """Write the page and the pictures.
 
-    Raises:
-        UserError: an input is missing or damaged, or the output cannot be written.
+    Raises UserError: an input is missing or damaged, or the output cannot be written.
     """
     if asked.out.suffix not in (".html", ".htm"):
         raise UserError(f"--out={asked.out}: the report is a page; name it something.html")
-    _check_plotly()
+    try:
+        metadata.version("plotly")
+    except metadata.PackageNotFoundError:
+        raise UserError(
+            "the report needs plotly, which is not installed; pip install plotly"
+        ) from None
     inputs = read_inputs(asked.runs, asked.fits, asked.trials, asked.smoothing)
     shown = sections(inputs)
     made = (
@@ -84,12 +80,3 @@ def written(asked: WriteReport) -> Report:
     lines += [*inputs.notes, f"report: {asked.out} ({size / 1e6:.1f} MB)"]
     lines += [f"pictures: {len(pictures)} in {asked.png}"] if pictures else []
     return Report(facts, "\n".join(lines))
-
-
-def _check_plotly() -> None:
-    try:
-        metadata.version("plotly")
-    except metadata.PackageNotFoundError:
-        raise UserError(
-            "the report needs plotly, which is not installed; pip install plotly"
-        ) from None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from allometry.launch.figures.figure import Figure
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Table:
     """Rows of text under a head; numbers are aligned right. ``run_s``: whose a row is, or empty."""
 
@@ -17,7 +17,7 @@ class Table:
     run_s: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Section:
     """A part of the report. ``absent`` says in one line why there is nothing to show, or None."""
 

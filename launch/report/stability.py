@@ -71,10 +71,10 @@ def stability(inputs: Inputs) -> Section:
     """A panel for each quantity that a run has, and alarms where they were raised."""
     title = "Stability"
     if not inputs.runs:
-        return Section(key="stability", title=title, absent="no run folder was given")
+        return Section("stability", title, absent="no run folder was given")
     panels = tuple(panel for watched in WATCHED if (panel := _panel(inputs, watched)))
     if not panels:
-        return Section(key="stability", title=title, absent="no run has a norm or a monitor")
+        return Section("stability", title, absent="no run has a norm or a monitor")
     notes = []
     if not any(key.startswith("monitors/") for one in inputs.runs for key in one.metrics):
         notes.append("No run recorded monitors (record.monitors.every_steps): the norm alone.")
@@ -84,13 +84,7 @@ def stability(inputs: Inputs) -> Section:
         "What monitors saw as the runs went on; of quantities with a value for each layer, role or "
         "matrix, the extreme one. A cross marks the step at which an alarm was raised."
     )
-    return Section(
-        key="stability",
-        title=title,
-        text=text,
-        figures=(Figure(key="stability", panels=panels),),
-        notes=tuple(notes),
-    )
+    return Section("stability", title, text, (Figure("stability", panels),), notes=tuple(notes))
 
 
 def _panel(inputs: Inputs, watched: Watched) -> Panel | None:
@@ -99,19 +93,12 @@ def _panel(inputs: Inputs, watched: Watched) -> Panel | None:
         x, y = _column(one, watched)
         if not len(x):
             continue
-        thin_x, thin_y = thin(x, y)
-        series.append(Series(name=one.name, x=thin_x, y=thin_y, colour=one.colour, run=one.number))
+        series.append(one.series(*thin(x, y)))
         series += _alarms(one, watched, x, y)
     if not series:
         return None
-    positive = all((one.y > 0.0).all() for one in series)
-    return Panel(
-        title=watched.title,
-        x_label="step",
-        y_label=watched.unit,
-        y_log=watched.log and positive,
-        series=tuple(series),
-    )
+    log = watched.log and all((one.y > 0.0).all() for one in series)
+    return Panel(watched.title, "step", watched.unit, tuple(series), y_log=log)
 
 
 def _column(one: Shown, watched: Watched) -> tuple[Column, Column]:
@@ -127,26 +114,16 @@ def _column(one: Shown, watched: Watched) -> tuple[Column, Column]:
 
 def _alarms(one: Shown, watched: Watched, x: Column, y: Column) -> list[Series]:
     alarms = [
-        event
+        event["step"]
         for event in one.run.events
         if watched.alarm is not None
-        and event.get("event") == "alarm"
-        and event.get("alarm") == watched.alarm
+        and (event.get("event"), event.get("alarm")) == ("alarm", watched.alarm)
         and isinstance(event.get("step"), int)
     ]
     if not alarms:
         return []
-    steps = np.array([event["step"] for event in alarms], np.float64)
+    steps = np.array(alarms, np.float64)
     rows = np.clip(np.searchsorted(x, steps), 0, len(x) - 1)
-    return [
-        Series(
-            name=f"{one.name}, alarm",
-            x=steps,
-            y=y[rows],
-            style="cross",
-            colour="#C00000",
-            run=one.number,
-            notes=tuple(str(watched.alarm) for _ in alarms),
-            named=False,
-        )
-    ]
+    name, notes = f"{one.name}, alarm", (str(watched.alarm),) * len(alarms)
+    more: dict[str, Any] = {"run": one.number, "notes": notes, "named": False}
+    return [Series(name, steps, y[rows], "cross", "#C00000", **more)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import numpy as np
 from allometry.launch.figures.figure import Figure, Panel, Series, known, thin
 from allometry.launch.report.inputs import Inputs, Shown
 from allometry.launch.report.section import Section, Table
+from allometry.laws.collect import short
 
 RUN_HEAD = (
     "run", "state", "N", "all", "active", "tokens D", "D/N", "FLOPs C", "final loss", "measured on",
@@ -32,7 +33,7 @@ def runs(inputs: Inputs) -> Section:
     title = "Runs"
     if not inputs.runs:
         why = "no run has a row yet" if inputs.notes else "no run folder was given"
-        return Section(key="runs", title=title, absent=why, notes=inputs.notes)
+        return Section("runs", title, absent=why, notes=inputs.notes)
     rows = tuple(_run_row(one) for one in inputs.runs)
     text = (
         "N: parameters without embedding and head; beside it all of them, and those that a token "
@@ -40,8 +41,8 @@ def runs(inputs: Inputs) -> Section:
         "loss, in nats per token, is the held-out loss of the mixture if it was measured after the "
         "last step, else the mean training loss of the last tenth of the recorded steps."
     )
-    table = Table(head=RUN_HEAD, rows=rows, run_s=tuple(one.number for one in inputs.runs))
-    return Section(key="runs", title=title, text=text, tables=(table,), notes=inputs.notes)
+    table = Table(RUN_HEAD, rows, run_s=tuple(one.number for one in inputs.runs))
+    return Section("runs", title, text, tables=(table,), notes=inputs.notes)
 
 
 def _run_row(one: Shown) -> tuple[str, ...]:
@@ -73,12 +74,7 @@ def _run_row(one: Shown) -> tuple[str, ...]:
 
 def _si(value: float | None) -> str:
     """A count with a unit: 1.57M."""
-    if value is None or not math.isfinite(value):
-        return "–"
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(value) >= size:
-            return f"{value / size:.3g}{unit}"
-    return f"{value:.4g}"
+    return "–" if value is None or not math.isfinite(value) else short(value)
 
 
 def layout(value: Mapping[str, Any] | None) -> str:
@@ -95,7 +91,7 @@ def throughput(inputs: Inputs) -> Section:
     """Speed and memory over each run, and by launch."""
     title = "Layouts and throughput"
     if not inputs.runs:
-        return Section(key="throughput", title=title, absent="no run folder was given")
+        return Section("throughput", title, absent="no run folder was given")
     panels = []
     for key, name, unit, scale in (
         ("tokens_per_s", "speed", "tokens/s", 1.0),
@@ -104,27 +100,30 @@ def throughput(inputs: Inputs) -> Section:
     ):
         series = [s for one in inputs.runs for s in _speed(one, key, scale)]
         if series:
-            panels.append(Panel(title=name, x_label="step", y_label=unit, series=tuple(series)))
+            panels.append(Panel(name, "step", unit, tuple(series)))
     rows = [(one.number, row) for one in inputs.runs for row in _launches(one)]
-    table = Table(
-        head=LAUNCH_HEAD,
-        rows=tuple(row for _, row in rows),
-        run_s=tuple(number for number, _ in rows),
-        caption="Each launch of each run; speeds are medians over its recorded steps.",
-    )
+    caption = "Each launch of each run; speeds are medians over its recorded steps."
+    table = _by_run(LAUNCH_HEAD, rows, caption)
     text = (
         "Tokens per second, the share of the hardware's peak that the model's FLOPs use (MFU), and "
         "the most memory that was in use, at each recorded step."
     )
-    figures = (Figure(key="throughput", panels=tuple(panels)),) if panels else ()
-    return Section(key="throughput", title=title, text=text, figures=figures, tables=(table,))
+    figures = (Figure("throughput", tuple(panels)),) if panels else ()
+    return Section("throughput", title, text, figures, (table,))
+
+
+def _by_run(
+    head: tuple[str, ...], rows: Sequence[tuple[int, tuple[str, ...]]], caption: str = ""
+) -> Table:
+    """A table of rows with the numbers of their runs."""
+    return Table(head, tuple(row for _, row in rows), caption, tuple(number for number, _ in rows))
 
 
 def _speed(one: Shown, key: str, scale: float) -> list[Series]:
     if key not in one.metrics:
         return []
     x, y = thin(*known(one.metrics["step"], one.metrics[key] * scale))
-    return [Series(name=one.name, x=x, y=y, colour=one.colour, run=one.number)] if len(x) else []
+    return [one.series(x, y)] if len(x) else []
 
 
 def _launches(one: Shown) -> list[tuple[str, ...]]:
@@ -141,23 +140,20 @@ def _launches(one: Shown) -> list[tuple[str, ...]]:
             values = values[within] if len(values) else values
             return float(np.nanmedian(values)) if np.isfinite(values).any() else math.nan
 
-        peak = one.metrics.get("peak_bytes")
-        most = (
-            float(np.nanmax(peak[within])) / GIB if peak is not None and within.any() else math.nan
+        peak, most = one.metrics.get("peak_bytes"), math.nan
+        if peak is not None and within.any():
+            most = float(np.nanmax(peak[within])) / GIB
+        cells = (
+            str(number),
+            str(first),
+            str(last) if within.any() else "no step recorded",
+            layout(launch.get("layout") or one.run.record.get("layout")),
+            _number(middle("tokens_per_s"), ",.0f"),
+            _number(middle("mfu"), ".1%"),
+            _number(most, ".2f", " GiB"),
+            str(launch.get("commit") or "–"),
         )
-        rows.append(
-            (
-                one.name,
-                str(number),
-                str(first),
-                str(last) if within.any() else "no step recorded",
-                layout(launch.get("layout") or one.run.record.get("layout")),
-                _number(middle("tokens_per_s"), ",.0f"),
-                _number(middle("mfu"), ".1%"),
-                _number(most, ".2f", " GiB"),
-                str(launch.get("commit") or "–"),
-            )
-        )
+        rows.append((one.name, *cells))
     return rows
 
 
@@ -169,7 +165,7 @@ def events(inputs: Inputs) -> Section:
     """Restarts, stops, alarms: all events but saved checkpoints and regular starts and ends."""
     title = "Restarts and events"
     if not inputs.runs:
-        return Section(key="events", title=title, absent="no run folder was given")
+        return Section("events", title, absent="no run folder was given")
     shown = [
         (one.number, _event_row(one, event))
         for one in inputs.runs
@@ -177,27 +173,18 @@ def events(inputs: Inputs) -> Section:
         if event.get("event") not in QUIET
     ]
     if not shown:
-        why = "no run was stopped, resumed or alarmed"
-        return Section(key="events", title=title, absent=why)
-    notes: tuple[str, ...] = ()
-    if len(shown) > EVENTS:
-        notes = (f"The first {EVENTS} of {len(shown)} events are shown; events.jsonl has all.",)
-    table = Table(
-        head=EVENT_HEAD,
-        rows=tuple(row for _, row in shown[:EVENTS]),
-        run_s=tuple(number for number, _ in shown[:EVENTS]),
-    )
+        return Section("events", title, absent="no run was stopped, resumed or alarmed")
+    note = f"The first {EVENTS} of {len(shown)} events are shown; events.jsonl has all."
+    notes = (note,) if len(shown) > EVENTS else ()
+    table = _by_run(EVENT_HEAD, shown[:EVENTS])
     text = "Everything in events.jsonl but saved checkpoints and regular starts and ends."
-    return Section(key="events", title=title, text=text, tables=(table,), notes=notes)
+    return Section("events", title, text, tables=(table,), notes=notes)
 
 
 def _event_row(one: Shown, event: Mapping[str, Any]) -> tuple[str, ...]:
-    when = event.get("time")
-    said = (
-        time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(when))
-        if isinstance(when, int | float)
-        else "–"
-    )
+    when, said = event.get("time"), "–"
+    if isinstance(when, int | float):
+        said = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(when))
     rest = {k: v for k, v in event.items() if k not in ("event", "time", "step")}
     details = ", ".join(f"{key} {value}" for key, value in rest.items())
     kind = str(event.get("event", "?")).replace("_", " ")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import numpy as np
 from allometry.launch.figures.figure import Column, Figure, Panel, Series, ordered, star
 from allometry.launch.report.inputs import Inputs, Shown
 from allometry.launch.report.section import Section, Table
-from allometry.laws.optimum import Optimum, drift, drift_interval, quadratic_optimum
+from allometry.laws.optimum import drift, drift_interval, quadratic_optimum
 from allometry.laws.trials import TrialFile
 
 LEAST_RATES = 3
@@ -24,17 +24,17 @@ HEAD = ("sweep", "size", "best learning rate", "log2", "loss there", "note")
 def transfer(inputs: Inputs) -> Section:
     """Loss against the learning rate, a line for each size, and where each is least."""
     title = "Best learning rate"
-    shades = _shades(inputs.trials)
+    # A colour for each size, the same in all files.
+    sizes = sorted({(file.axis, size) for file in inputs.trials for size in file.losses})
+    names, colours = [f"{axis} {size}" for axis, size in sizes], ordered([s for _, s in sizes])
+    shades = dict(zip(names, colours, strict=True))
     drawn = [_of_trials(file, shades) for file in inputs.trials] + _of_runs(inputs.runs)
     if not drawn:
-        return Section(
-            key="transfer",
-            title=title,
-            absent=(
-                "no file of trials was given (--transfer) and there are no "
-                f"{LEAST_RATES} runs that differ in optimizer.lr alone"
-            ),
+        why = (
+            "no file of trials was given (--transfer) and there are no "
+            f"{LEAST_RATES} runs that differ in optimizer.lr alone"
         )
+        return Section("transfer", title, absent=why)
     panels, rows, notes = zip(*drawn, strict=True)
     text = (
         "Loss against the peak learning rate (logarithmic), the mean over seeds. A star marks the "
@@ -42,24 +42,13 @@ def transfer(inputs: Inputs) -> Section:
         "Where a rule carries over, the stars stand above each other. Rates that diverged are "
         "not drawn."
     )
-    return Section(
-        key="transfer",
-        title=title,
-        text=text,
-        figures=(Figure(key="transfer", panels=panels, legend=True),),
-        tables=(Table(head=HEAD, rows=tuple(row for some in rows for row in some)),),
-        notes=tuple(note for some in notes for note in some),
-    )
+    figure = Figure("transfer", panels, legend=True)
+    table = Table(HEAD, tuple(row for some in rows for row in some))
+    said = tuple(note for some in notes for note in some)
+    return Section("transfer", title, text, (figure,), (table,), said)
 
 
 Drawn = tuple[Panel, list[tuple[str, ...]], list[str]]
-
-
-def _shades(files: Sequence[TrialFile]) -> dict[str, str]:
-    """A colour for each size, the same in all files."""
-    sizes = sorted({(file.axis, size) for file in files for size in file.losses})
-    colours = ordered([size for _, size in sizes])
-    return {f"{axis} {size}": one for (axis, size), one in zip(sizes, colours, strict=True)}
 
 
 def _of_trials(file: TrialFile, shades: Mapping[str, str]) -> Drawn:
@@ -76,10 +65,8 @@ def _of_trials(file: TrialFile, shades: Mapping[str, str]) -> Drawn:
         for size, sweep in sweeps.items()
     }
     octaves = drift(sweeps)
-    if len({sweep.losses_RS.shape[1] for sweep in sweeps.values()}) == 1:
-        low, high = drift_interval(sweeps)
-    else:
-        low = high = math.nan
+    same_seeds = len({sweep.losses_RS.shape[1] for sweep in sweeps.values()}) == 1
+    low, high = drift_interval(sweeps) if same_seeds else (math.nan, math.nan)
     interval = f" (95 % over seeds: {low:.2f} to {high:.2f})" if math.isfinite(low) else ""
     if len(sweeps) > 1:
         said = "is not known: one has no interior optimum" if math.isnan(octaves) else ""
@@ -100,13 +87,17 @@ def _of_runs(runs: tuple[Shown, ...]) -> list[Drawn]:
     for group in alike.values():
         by_rate: dict[float, list[float]] = {}
         for one in group:
-            if one.state.startswith("running") or float(one.run.config["optimizer"]["lr"]) <= 0.0:
-                continue
-            by_rate.setdefault(float(one.run.config["optimizer"]["lr"]), []).append(_loss(one))
+            rate = float(one.run.config["optimizer"]["lr"])
+            if rate > 0.0 and not one.state.startswith("running"):
+                diverged = one.state.startswith("not finite")
+                by_rate.setdefault(rate, []).append(math.inf if diverged else one.final_loss[0])
         if len(by_rate) < LEAST_RATES:
             continue
         rates = sorted(by_rate)
-        name = _name(group[0], set(curves))
+        one, model = group[0], group[0].run.config.get("model", {})
+        name = f"width {model.get('width')}, {model.get('num_layers')} layers, "
+        name += f"{one.metrics['tokens'][-1]:.3g} tokens"
+        name = name if name not in curves else f"{name} ({one.name})"
         curves[name] = (np.log2(rates), np.array([np.mean(by_rate[rate]) for rate in rates]))
     if not curves:
         return []
@@ -124,50 +115,18 @@ def _rest(config: Mapping[str, Any]) -> str:
     return json.dumps(kept, sort_keys=True, default=str)
 
 
-def _loss(one: Shown) -> float:
-    return math.inf if one.state.startswith("not finite") else one.final_loss[0]
-
-
-def _name(one: Shown, taken: set[str]) -> str:
-    model, training = one.run.config.get("model", {}), one.metrics["tokens"][-1]
-    name = f"width {model.get('width')}, {model.get('num_layers')} layers, {training:.3g} tokens"
-    return name if name not in taken else f"{name} ({one.name})"
-
-
 def _panel(
-    title: str,
-    curves: Mapping[str, tuple[Column, Column]],
-    shades: Mapping[str, str],
-    y_label: str,
+    title: str, curves: Mapping[str, tuple[Column, Column]], shades: Mapping[str, str], y_label: str
 ) -> tuple[Panel, list[tuple[str, ...]]]:
     series, rows = [], []
     for name, (log2_lrs, losses) in curves.items():
         finite, colour = np.isfinite(losses), shades[name]
-        series.append(
-            Series(
-                name=name,
-                x=2.0 ** log2_lrs[finite],
-                y=losses[finite],
-                style="joined",
-                colour=colour,
-            )
-        )
+        series.append(Series(name, 2.0 ** log2_lrs[finite], losses[finite], "joined", colour))
         best = quadratic_optimum(log2_lrs.tolist(), losses.tolist())
         if best.interior:
             series.append(star(f"{name}, best", 2.0**best.log2_lr, best.loss, colour, named=False))
-        rows.append(_row(title, name, best))
-    panel = Panel(
-        title=title,
-        x_label="peak learning rate",
-        y_label=y_label,
-        x_log=True,
-        x_ticks="plain",
-        series=tuple(series),
-    )
-    return panel, rows
-
-
-def _row(sweep: str, size: str, best: Optimum) -> tuple[str, ...]:
-    loss = f"{best.loss:.4f}" if math.isfinite(best.loss) else "–"
-    rate = f"{2.0**best.log2_lr:.4g}"
-    return (sweep, size, rate, f"{best.log2_lr:.2f}", loss, best.problem or "")
+        loss = f"{best.loss:.4f}" if math.isfinite(best.loss) else "–"
+        rate = f"{2.0**best.log2_lr:.4g}"
+        rows.append((title, name, rate, f"{best.log2_lr:.2f}", loss, best.problem or ""))
+    x_label = "peak learning rate"
+    return Panel(title, x_label, y_label, tuple(series), x_log=True, x_ticks="plain"), rows

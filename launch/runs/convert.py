@@ -5,25 +5,16 @@ from __future__ import annotations
 from dataclasses import asdict
 from io import StringIO
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from ruamel.yaml import YAML
 
 from allometry.configs.errors import UserError
 from allometry.configs.loader import load
 from allometry.interop.huggingface.compare import Comparison
-from allometry.interop.huggingface.convert import (
-    Dtype,
-    ExportReport,
-    ImportReport,
-    export_hf,
-    import_hf,
-    read_model,
-)
+from allometry.interop.huggingface.convert import Dtype, export_hf, import_hf, read_model
 from allometry.launch.command import Report
 from allometry.launch.runs.commands import Convert
-
-_DTYPES = ("fp32", "bf16")
 
 
 def converted(asked: Convert) -> Report:
@@ -58,78 +49,56 @@ def _refuse(asked: Convert, names: tuple[str, ...], why: str) -> None:
 
 
 def _export(asked: Convert) -> Report:
-    _refuse(
-        asked,
-        ("config", "print_model"),
-        f"goes with a Hugging Face model, and {asked.source} is a run",
-    )
+    why = f"goes with a Hugging Face model, and {asked.source} is a run"
+    _refuse(asked, ("config", "print_model"), why)
     dtype = asked.dtype or "fp32"
-    if dtype not in _DTYPES:
+    if dtype not in ("fp32", "bf16"):
         raise UserError(f"--dtype={dtype} is not known; use fp32 or bf16")
     report = export_hf(
-        asked.source,
-        _out(asked),
-        asked.step,
-        asked.family,
-        cast(Dtype, dtype),
-        check=asked.check,
+        asked.source, _out(asked), asked.step, asked.family, cast(Dtype, dtype), check=asked.check
     )
-    return Report(asdict(report), _exported(report))
-
-
-def _import(asked: Convert) -> Report:
-    _refuse(
-        asked,
-        ("step", "family", "dtype"),
-        f"goes with a run, and {asked.source} is a Hugging Face model",
-    )
-    if asked.print_model:
-        _refuse(asked, ("out", "config", "check"), "does not go with --print-model")
-        _, model = read_model(asked.source)
-        section = {"model": model.model_dump(mode="json")}
-        return Report(section, _yaml(section))
-    if asked.config is None:
-        raise UserError(
-            "importing a model needs --config, the run that is to be trained; --print-model prints "
-            "the model section for it"
-        )
-    report = import_hf(asked.source, load(asked.config), _out(asked), check=asked.check)
-    return Report(asdict(report), _imported(report, asked.config))
-
-
-def _out(asked: Convert) -> Path:
-    if asked.out is None:
-        raise UserError("--out is missing; name the folder to make")
-    return asked.out
-
-
-def _yaml(section: dict[str, Any]) -> str:
-    out = StringIO()
-    yaml = YAML(typ="rt")
-    yaml.default_flow_style = False
-    yaml.dump(section, out)
-    return out.getvalue().rstrip("\n")
-
-
-def _exported(report: ExportReport) -> str:
     lines = [
         f"{report.source}, step {report.step} -> {report.target}",
         f"{report.family}, {report.dtype}: {report.tensors:,} tensors, {report.bytes:,} bytes in "
         f"{len(report.files)} file(s)",
         *(f"folded: {fold}" for fold in report.folds),
         f"tokenizer: {report.tokenizer or 'none, as data.tokenizer names none'}",
+        *_checked(report.check),
     ]
-    return "\n".join(lines + _checked(report.check))
+    return Report(asdict(report), "\n".join(lines))
 
 
-def _imported(report: ImportReport, config: str) -> str:
+def _import(asked: Convert) -> Report:
+    why = f"goes with a run, and {asked.source} is a Hugging Face model"
+    _refuse(asked, ("step", "family", "dtype"), why)
+    if asked.print_model:
+        _refuse(asked, ("out", "config", "check"), "does not go with --print-model")
+        _, model = read_model(asked.source)
+        section = {"model": model.model_dump(mode="json")}
+        out, yaml = StringIO(), YAML(typ="rt")
+        yaml.default_flow_style = False
+        yaml.dump(section, out)
+        return Report(section, out.getvalue().rstrip("\n"))
+    if asked.config is None:
+        raise UserError(
+            "importing a model needs --config, the run that is to be trained; --print-model prints "
+            "the model section for it"
+        )
+    report = import_hf(asked.source, load(asked.config), _out(asked), check=asked.check)
     lines = [
         f"{report.source} -> {report.target}, step 0",
         f"{report.family}: {report.parameters:,} parameters",
         f"tokenizer: {report.tokenizer or 'none in that folder'}",
+        *_checked(report.check),
+        f"train it: allometry train {asked.config} run.folder={report.target}",
     ]
-    begin = f"train it: allometry train {config} run.folder={report.target}"
-    return "\n".join([*lines, *_checked(report.check), begin])
+    return Report(asdict(report), "\n".join(lines))
+
+
+def _out(asked: Convert) -> Path:
+    if asked.out is None:
+        raise UserError("--out is missing; name the folder to make")
+    return asked.out
 
 
 def _checked(check: Comparison | None) -> list[str]:

@@ -67,40 +67,30 @@ def _torch() -> Iterator[Finding]:
         yield Finding("torch", "problem", str(error), "pip install 'torch>=2.11,<2.14'")
         return
     numbers = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-    good = (2, 11) <= numbers < (2, 14)
-    yield Finding(
-        "torch",
-        "ok" if good else "problem",
-        torch.__version__,
-        "" if good else "allometry is tested with 2.11 to 2.13: pip install 'torch>=2.11,<2.14'",
-    )
+    if (2, 11) <= numbers < (2, 14):
+        yield Finding("torch", "ok", torch.__version__)
+    else:
+        fix = "allometry is tested with 2.11 to 2.13: pip install 'torch>=2.11,<2.14'"
+        yield Finding("torch", "problem", torch.__version__, fix)
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         yield Finding("CUDA", "ok", f"{torch.version.cuda}, {len(names)} x {names[0]}")
     elif torch.version.cuda:
-        yield Finding(
-            "CUDA",
-            "problem",
-            f"torch is built for CUDA {torch.version.cuda} but sees no device",
-            "check the driver with nvidia-smi, and CUDA_VISIBLE_DEVICES",
-        )
+        detail = f"torch is built for CUDA {torch.version.cuda} but sees no device"
+        fix = "check the driver with nvidia-smi, and CUDA_VISIBLE_DEVICES"
+        yield Finding("CUDA", "problem", detail, fix)
     else:
-        yield Finding(
-            "CUDA",
-            "absent",
-            "this is torch's CPU build",
-            "for GPUs install torch's CUDA build; the CPU one trains too, with gloo",
-        )
+        fix = "for GPUs install torch's CUDA build; the CPU one trains too, with gloo"
+        yield Finding("CUDA", "absent", "this is torch's CPU build", fix)
     if dist.is_nccl_available():
         yield Finding("NCCL", "ok", ".".join(map(str, torch.cuda.nccl.version())))
     else:
         yield Finding("NCCL", "absent", "comes with torch's CUDA build; the CPU uses gloo")
-    yield Finding(
-        "gloo",
-        "ok" if dist.is_gloo_available() else "problem",
-        "available" if dist.is_gloo_available() else "this torch was built without gloo",
-        "" if dist.is_gloo_available() else "install an official build of torch",
-    )
+    if dist.is_gloo_available():
+        yield Finding("gloo", "ok", "available")
+    else:
+        why = "this torch was built without gloo"
+        yield Finding("gloo", "problem", why, "install an official build of torch")
 
 
 def _nvml() -> Iterator[Finding]:
@@ -147,81 +137,56 @@ def _apex() -> Iterator[Finding]:
     if folder is not None and (folder / "optimizers").is_dir():
         yield Finding("NVIDIA apex", "ok", str(folder))
     else:
-        yield Finding(
-            "NVIDIA apex",
-            "problem",
-            "the installed package 'apex' is a web toolkit of the same name, not NVIDIA's",
-            "pip uninstall apex; build NVIDIA's from its sources if you want its kernels",
-        )
+        why = "the installed package 'apex' is a web toolkit of the same name, not NVIDIA's"
+        fix = "pip uninstall apex; build NVIDIA's from its sources if you want its kernels"
+        yield Finding("NVIDIA apex", "problem", why, fix)
 
 
 def _deepspeed() -> Iterator[Finding]:
     installed_version = version("deepspeed")
     if installed_version is None:
-        yield Finding(
-            "deepspeed",
-            "absent",
-            "only needed for offload to NVMe",
-            "pip install 'allometry[offload]'",
-        )
+        why, fix = "only needed for offload to NVMe", "pip install 'allometry[offload]'"
+        yield Finding("deepspeed", "absent", why, fix)
         return
-    cache = Path(
-        os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions")
-    )
+    default = Path.home() / ".cache" / "torch_extensions"
+    cache = Path(os.environ.get("TORCH_EXTENSIONS_DIR", default))
     built = sorted({path.stem for path in cache.rglob("*.so")}) if cache.exists() else []
-    yield Finding(
-        "deepspeed",
-        "ok",
-        f"{installed_version}; built ops: {', '.join(built) or 'none yet (built at first use)'}",
-    )
+    ops = ", ".join(built) or "none yet (built at first use)"
+    yield Finding("deepspeed", "ok", f"{installed_version}; built ops: {ops}")
 
 
 def _megatron() -> Iterator[Finding]:
     if number := version("megatron-core"):
         yield Finding("megatron-core", "ok", f"{number} (writes token files)")
     else:
-        yield Finding(
-            "megatron-core",
-            "absent",
-            "needed by allometry prepare, not by training",
-            "pip install 'megatron-core>=0.16,<0.17'",
-        )
+        why = "needed by allometry prepare, not by training"
+        yield Finding("megatron-core", "absent", why, "pip install 'megatron-core>=0.16,<0.17'")
 
 
 def _allocator() -> Iterator[Finding]:
-    name = choose("auto", os.environ).name
-    if find_library("jemalloc") or find_library("tcmalloc"):
-        yield Finding("CPU allocator", "ok", name)
-    else:
-        yield Finding(
-            "CPU allocator",
-            "ok",
-            name,
-            "for faster training on CPU: apt install libjemalloc2 (found by itself)",
-        )
+    faster = "for faster training on CPU: apt install libjemalloc2 (found by itself)"
+    fix = "" if find_library("jemalloc") or find_library("tcmalloc") else faster
+    yield Finding("CPU allocator", "ok", choose("auto", os.environ).name, fix)
 
 
 def _compiler() -> Iterator[Finding]:
     if compiler := (shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")):
         yield Finding("C++ compiler", "ok", compiler)
     else:
-        yield Finding(
-            "C++ compiler",
-            "absent",
-            "needed by training.compile on CPU and by deepspeed's ops",
-            "apt install g++",
-        )
+        why = "needed by training.compile on CPU and by deepspeed's ops"
+        yield Finding("C++ compiler", "absent", why, "apt install g++")
 
 
 def _memory() -> Iterator[Finding]:
     import psutil
 
     memory, shared = psutil.virtual_memory(), shutil.disk_usage("/dev/shm")
-    small = shared.total < 1 << 30
-    yield Finding(
-        "memory",
-        "problem" if small else "ok",
+    sizes = (
         f"{memory.total / 2**30:.0f} GiB, {psutil.cpu_count(logical=False)} cores, /dev/shm "
-        f"{shared.total / 2**30:.1f} GiB",
-        "give the container a larger /dev/shm (docker run --shm-size=8g)" if small else "",
+        f"{shared.total / 2**30:.1f} GiB"
     )
+    if shared.total < 1 << 30:
+        fix = "give the container a larger /dev/shm (docker run --shm-size=8g)"
+        yield Finding("memory", "problem", sizes, fix)
+    else:
+        yield Finding("memory", "ok", sizes)

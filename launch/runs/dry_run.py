@@ -51,13 +51,9 @@ def learning_rates(config: RunConfig, plan: RunPlan, schedule: Schedule) -> list
     total = plan.total_steps
     corners = {1, max(1, plan.warmup_steps), max(1, schedule.decay_start), *schedule.ends}
     corners |= {max(1, round(total * share)) for share in (0.25, 0.5, 0.75, 0.9)}
-    peak = config.optimizer.lr
+    peak, tokens = config.optimizer.lr, plan.batch.tokens_after
     return [
-        {
-            "step": step,
-            "tokens": plan.batch.tokens_after(step),
-            "lr": peak * schedule.fraction(step),
-        }
+        {"step": step, "tokens": tokens(step), "lr": peak * schedule.fraction(step)}
         for step in sorted(corners)
     ]
 
@@ -117,7 +113,12 @@ def _ranks(facts: dict[str, Any]) -> list[str]:
     """The messages of a step on one rank of each pipeline rank, the largest first."""
     if "ranks" not in facts:
         return []
-    lines = ["layout            " + _layout(facts["layout"])]
+    layout = facts["layout"]
+    axes = ", ".join(f"{name}={layout[name]}" for name in ("pp", "hdp", "tp", "ep", "replicas"))
+    if "stages" in layout:
+        layers = ", ".join(str(stop - start) for start, stop in layout["stages"])
+        axes += f"; schedule {layout['schedule']}, layers of the stages {layers}"
+    lines = [f"layout            {axes}"]
     for rank in facts["ranks"]:
         stages = ", ".join(map(str, rank["stages"]))
         lines += [f"rank {rank['rank']} (stage {stages}) calls in a step"]
@@ -134,14 +135,6 @@ def _ranks(facts: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _layout(layout: dict[str, Any]) -> str:
-    axes = ", ".join(f"{name}={layout[name]}" for name in ("pp", "hdp", "tp", "ep", "replicas"))
-    if "stages" not in layout:
-        return axes
-    layers = ", ".join(str(stop - start) for start, stop in layout["stages"])
-    return f"{axes}; schedule {layout['schedule']}, layers of the stages {layers}"
-
-
 def _data(data: dict[str, Any]) -> list[str]:
     if not data["checked"]:
         return [f"data              not checked: no files here for {', '.join(data['missing'])}"]
@@ -153,8 +146,8 @@ def _data(data: dict[str, Any]) -> list[str]:
 
 
 def _size(number: float) -> str:
-    for bound, unit in ((2**28, "GiB"), (2**18, "MiB"), (2**10, "KiB")):
-        if abs(number) >= bound:
-            whole = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}[unit]
-            return f"{number / whole:.{2 if unit == 'GiB' else 1}f} {unit}"
-    return f"{number:.0f} B"
+    if abs(number) >= 2**28:
+        return f"{number / 2**30:.2f} GiB"
+    if abs(number) >= 2**18:
+        return f"{number / 2**20:.1f} MiB"
+    return f"{number / 2**10:.1f} KiB" if abs(number) >= 2**10 else f"{number:.0f} B"

@@ -46,23 +46,33 @@ def forecasted(asked: ForecastCommand) -> Report:
 
     ``schedule`` to ``total_steps`` replace keys of the run's own (another ``schedule`` begins from
     that kind's defaults, with the run's warm-up). ``decay_now``: instead, the steps so far and a
-    decay from the rate they ended at.
-
-    Raises:
-        UserError: a folder holds no run, the runs differ in what one law needs to be the same, the
-            schedule cannot be, or there are too few rows yet.
+    decay from the rate they ended at. Raises UserError: a folder holds no run, the runs differ in
+    what one law needs to be the same, the schedule cannot be, or there are too few rows yet.
     """
-    _check(asked)
+    if not 0.0 < asked.level < 1.0:
+        raise UserError(f"--level={asked.level} is no probability; use 0.95, say")
+    for flag, value in (("--schedule", asked.schedule), ("--total-steps", asked.total_steps)):
+        if asked.decay_now and value is not None:
+            raise UserError(
+                f"--decay-now says when the run ends; leave {flag}={value} out, or leave "
+                "--decay-now out"
+            )
     choice = LossChoice.parse(asked.loss)
     first = _read(asked.folder, choice, asked.at_step)
     others = [_read(folder, choice) for folder in asked.others]
     for other in others:
-        _check_same(first, other, choice)
+        check_comparable([first.run, other.run], choice)
+        for section in SAME:
+            if getattr(first.config, section) != getattr(other.config, section):
+                raise UserError(
+                    f"--with {other.run.folder}: its {section} section is not that of "
+                    f"{first.run.folder}, so one law cannot hold for both; give runs that differ "
+                    "in schedule, rate and length alone, or borrow from it (--like)"
+                )
     target, words = _target(asked, first)
     prior = PUBLISHED
     if asked.like is not None:
-        like = _read(asked.like, choice)
-        prior = borrowed([like.curve], target, str(asked.like))
+        prior = borrowed([_read(asked.like, choice).curve], target, str(asked.like))
     curves = [first.curve, *(other.curve for other in others)]
     result = forecast(curves, target, prior=prior, level=asked.level)
     last = first.curve.losses_n[-max(1, int(_LAST * len(first.curve.losses_n))) :]
@@ -79,21 +89,6 @@ def forecasted(asked: ForecastCommand) -> Report:
     kind = "training" if choice.kind == "train" else "held-out"
     which = f"{kind} loss of {choice.source or 'the mixture'}"
     return Report(facts, _text(first, which, words, result, (float(last.mean()), len(last))))
-
-
-def _check(asked: ForecastCommand) -> None:
-    if not 0.0 < asked.level < 1.0:
-        raise UserError(f"--level={asked.level} is no probability; use 0.95, say")
-    if asked.decay_now:
-        for flag, value in (
-            ("--schedule", asked.schedule),
-            ("--total-steps", asked.total_steps),
-        ):
-            if value is not None:
-                raise UserError(
-                    f"--decay-now says when the run ends; leave {flag}={value} out, or leave "
-                    "--decay-now out"
-                )
 
 
 def _read(folder: Path, choice: LossChoice, at_step: int | None = None) -> _Read:
@@ -129,25 +124,13 @@ def _read(folder: Path, choice: LossChoice, at_step: int | None = None) -> _Read
     return _Read(run, config, Curve(str(folder), steps_n, losses[usable], rates))
 
 
-def _check_same(first: _Read, other: _Read, choice: LossChoice) -> None:
-    check_comparable([first.run, other.run], choice)
-    for section in SAME:
-        if getattr(first.config, section) != getattr(other.config, section):
-            raise UserError(
-                f"--with {other.run.folder}: its {section} section is not that of "
-                f"{first.run.folder}, so one law cannot hold for both; give runs that differ in "
-                "schedule, rate and length alone, or borrow from it (--like)"
-            )
-
-
 def _target(asked: ForecastCommand, first: _Read) -> tuple[LearningRates, str]:
     """Return the rates of the run that is asked for, and that run in words."""
     if asked.decay_now:
         return _decayed(asked, first)
     given = {key: getattr(asked, key) for key in DECAY_KEYS if getattr(asked, key) is not None}
     if asked.schedule is None and not given and asked.total_steps is None:
-        words = f"its own schedule ({first.config.schedule.kind})"
-        return first.curve.rates, words
+        return first.curve.rates, f"its own schedule ({first.config.schedule.kind})"
     overrides = []
     if asked.schedule is not None or given:
         overrides.append(f"schedule={json.dumps(_section(asked, first, given))}")

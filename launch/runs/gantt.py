@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,11 @@ def draw_plan(folder: Path, step: int | None, out: Path) -> Report:
     check_format(out)
     record = _record(folder, step)
     plan, pp = plan_of(record), int(record["pp"])
-    played = replay(plan, _orders(record) if pp > 1 else None)
+
+    def orders(micro_batches: int) -> Orders:  # what a pipeline's ranks do in turn
+        return schedule_orders(record["schedule"], pp, record["stages"] // pp, micro_batches)
+
+    played = replay(plan, orders if pp > 1 else None)
     waves, dummies = max(map(len, plan.orders)), sum(order.count(None) for order in plan.orders)
     facts = {
         "figure": str(out),
@@ -82,8 +86,7 @@ def _record(folder: Path, step: int | None) -> dict[str, Any]:
             f"{path} holds no plan; only runs with data.kind: documents plan their steps, from the "
             "first recorded one on"
         )
-    if step is None:
-        return rows[max(rows)]
+    step = max(rows) if step is None else step
     if step not in rows:
         nearest = min(rows, key=lambda known: (abs(known - step), known))
         raise UserError(
@@ -91,12 +94,6 @@ def _record(folder: Path, step: int | None) -> dict[str, Any]:
             f"{max(rows)}; the nearest is {nearest}"
         )
     return rows[step]
-
-
-def _orders(record: Mapping[str, Any]) -> Callable[[int], Orders]:
-    """What a pipeline's ranks do in turn, for a number of micro-batches."""
-    pp = int(record["pp"])
-    return lambda count: schedule_orders(record["schedule"], pp, record["stages"] // pp, count)
 
 
 def schedule_figure(played: Replay, plan: Plan, title: str) -> Figure:
@@ -110,7 +107,7 @@ def schedule_figure(played: Replay, plan: Plan, title: str) -> Figure:
         series=(*_bars(lanes, plan, played.makespan or 1.0), *_rings(lanes)),
         rows=tuple(str(r) if pp == 1 else f"{r // pp}, {r % pp}" for r in range(len(lanes))),
     )
-    return Figure(key="plan", panels=(panel,), size=(12.0, min(14.0, 1.8 + 0.3 * len(lanes))))
+    return Figure("plan", (panel,), size=(12.0, min(14.0, 1.8 + 0.3 * len(lanes))))
 
 
 def _bars(lanes: Lanes, plan: Plan, width: float) -> list[Series]:
@@ -128,9 +125,9 @@ def _bars(lanes: Lanes, plan: Plan, width: float) -> list[Series]:
         low = np.array([span.start for _, span in spans])
         series.append(
             Series(
-                name="counts nothing" if degree is None else counted(degree, "rank"),
-                x=low,
-                y=np.array([float(row) for row, _ in spans]),
+                "counts nothing" if degree is None else counted(degree, "rank"),
+                low,
+                np.array([float(row) for row, _ in spans]),
                 low=low,
                 high=np.array([max(span.end, span.start + least) for _, span in spans]),
                 style="bars",
@@ -158,12 +155,9 @@ def _rings(lanes: Lanes) -> list[Series]:
     lines, dots = np.array([at for at, _ in joined]), [(at, r) for at, rows in joined for r in rows]
     x, y = np.array(dots, np.float64).T
     return [
-        Series(
-            name="ring", x=lines, y=low, low=low, high=high,
-            style="links", colour=BLACK, named=False,
-        ),
-        Series(name="ring", x=x, y=y, style="dots", colour=BLACK, named=False),
-    ]  # fmt: skip
+        Series("ring", lines, low, "links", BLACK, low=low, high=high, named=False),
+        Series("ring", x, y, "dots", BLACK, named=False),
+    ]
 
 
 def _rows(lanes: Lanes) -> Iterator[tuple[int, Span]]:

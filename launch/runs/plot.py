@@ -22,17 +22,12 @@ SMOOTHED = 0.05
 
 
 def plotted(asked: Plot) -> Report:
-    """Draw the losses of runs, or one step's schedule."""
+    """Draw the losses of runs, or one step's schedule; UserError for a folder that holds none."""
     if asked.hdp:
         from allometry.launch.runs.gantt import draw_plan, run_and_step
 
         return draw_plan(*run_and_step(asked.runs), asked.out or Path("plan.png"))
-    return draw_losses(asked.runs, asked.out or Path("loss.png"))
-
-
-def draw_losses(folders: Sequence[Path], out: Path) -> Report:
-    """Write the figure and summarise the runs. Raises UserError for a folder that holds no run."""
-    runs = [read_run(folder) for folder in folders]
+    out, runs = asked.out or Path("loss.png"), [read_run(folder) for folder in asked.runs]
     check_format(out)
     draw(_figure(runs), out)
     summaries = [_summary(run) for run in runs]
@@ -89,20 +84,20 @@ def _figure(runs: Sequence[Run]) -> Figure:
     alone = len(runs) == 1
     panels = tuple(
         Panel(
-            title=f"loss against {label}",
-            x_label=label,
-            y_label="loss (nats per token)",
-            x_log=True,
-            y_log=True,
-            series=tuple(
+            f"loss against {label}",
+            label,
+            "loss (nats per token)",
+            tuple(
                 series
                 for run, name, colour in zip(runs, names, colours(range(len(runs))), strict=True)
                 for series in _curves(run, name, key, BLACK if alone else colour, alone=alone)
             ),
+            x_log=True,
+            y_log=True,
         )
         for key, label in (("tokens", "tokens"), ("flops", "FLOPs"))
     )
-    return Figure(key="loss", panels=panels)
+    return Figure("loss", panels)
 
 
 def _curves(run: Run, name: str, key: str, colour: str, *, alone: bool) -> list[Series]:
@@ -110,18 +105,16 @@ def _curves(run: Run, name: str, key: str, colour: str, *, alone: bool) -> list[
     x, metrics = run.metrics[key], run.metrics
     smoothed = smooth(metrics["loss"], SMOOTHED)
     series = [
-        Series(name=name, x=x, y=metrics["loss"], layer="recorded", colour=colour),
-        Series(name=name, x=x, y=smoothed, layer="smooth", colour=colour),
+        Series(name, x, metrics["loss"], layer="recorded", colour=colour),
+        Series(name, x, smoothed, layer="smooth", colour=colour),
     ]
     for source, own in zip(run.sources, cycle(PALETTE)):
         shade = own if alone else colour
         if alone:
             kept_x, losses = known(x, metrics[f"loss/{source}"])
-            series.append(Series(name=source, x=kept_x, y=smooth(losses, SMOOTHED), colour=shade))
+            series.append(Series(source, kept_x, smooth(losses, SMOOTHED), colour=shade))
         if f"validation/{source}" in metrics:
             kept_x, losses = known(x, metrics[f"validation/{source}"])
             dots = f"{source}, held out"
-            series.append(
-                Series(name=dots, x=kept_x, y=losses, style="dots", colour=shade, named=alone)
-            )
+            series.append(Series(dots, kept_x, losses, "dots", shade, named=alone))
     return series

@@ -8,7 +8,6 @@ import sys
 
 from allometry.configs.errors import UserError
 from allometry.configs.loader import dump
-from allometry.configs.run import RunConfig
 from allometry.launch.command import Report
 from allometry.launch.runs.commands import Train
 from allometry.launch.start import settle_allocator
@@ -28,13 +27,7 @@ def trained(asked: Train) -> Report:
         from allometry.launch.runs.dry_run import planned
 
         return planned(config, asked.world_size or 1)
-    _train(config, asked)
-    return Report(None, "")
-
-
-def _train(config: RunConfig, asked: Train) -> None:
-    """Train; the allocator, which may replace the process, comes before torch."""
-    allocator = settle_allocator(asked.allocator)
+    allocator = settle_allocator(asked.allocator)  # may replace the process: before torch
     # All ranks would say the same; the main one says it.
     main_rank = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(
@@ -46,3 +39,4 @@ def _train(config: RunConfig, asked: Train) -> None:
 
     invocation = Invocation(allocator=allocator, command=sys.orig_argv)
     train(config, invocation=invocation, stop_at_step=asked.stop_at_step)
+    return Report(None, "")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
@@ -14,16 +13,8 @@ from allometry.configs.run import RunConfig
 from allometry.launch.command import Report
 from allometry.launch.figures.drawing import check_format, draw
 from allometry.launch.figures.figure import Figure, Panel, Series, colours
+from allometry.launch.studies import gates
 from allometry.launch.studies.commands import CoordCheck
-from allometry.launch.studies.gates import (
-    curve,
-    default_sizes,
-    depth_words,
-    has_depth_rule,
-    numbers,
-    processes_here,
-    stoppable,
-)
 from allometry.launch.text import counted, table
 from allometry.scaling.shapes import Axis, growth_axis, resize
 from allometry.scaling.update_rules import fixes_frobenius_norm
@@ -54,27 +45,21 @@ class Outcome:
     """One axis: what moved, how it goes with the size, and what is wrong with that."""
 
     axis: Axis
-    movements: list[Movement]
     slopes: dict[str, float]
     bounds: Bounds
     failures: list[str]
-
-    def describe(self) -> dict[str, Any]:
-        """JSON."""
-        return {
-            "axis": self.axis.value,
-            "slopes": self.slopes,
-            "bounds": {"blocks": self.bounds.blocks, "logits": self.bounds.logits},
-            "failures": self.failures,
-            "movements": [movement.describe() for movement in self.movements],
-        }
+    movements: list[Movement]
 
 
 def checked(asked: CoordCheck) -> Report:
     """Run the check; passed where no axis has a failure."""
     config = asked.load()
     check_format(asked.out)
-    _check_numbers(asked)
+    if asked.lr is not None and not 0.0 < asked.lr < math.inf:
+        raise UserError(f"--lr={asked.lr:g} must be a number above 0; give a rate as 0.01")
+    for flag, bound in (("--block-bound", asked.block_bound), ("--logit-bound", asked.logit_bound)):
+        if bound is not None and not 0.0 <= bound < math.inf:
+            raise UserError(f"{flag}={bound:g} is no slope; give 0 or a number above it")
     axes = _axes(config, asked)
     length = min(asked.length, config.data.sequence_length)
     sequences = asked.sequences or _sequences(config, axes, length)
@@ -87,7 +72,7 @@ def checked(asked: CoordCheck) -> Report:
         tokens_GBL=pool_PL.reshape(asked.seeds, sequences, length + 1),
         steps=asked.steps,
     )
-    with stoppable(lambda: "nothing is kept: a check is run from its beginning"):
+    with gates.stoppable(lambda: "nothing is kept: a check is run from its beginning"):
         outcomes = [_outcome(check, axis, sizes, asked) for axis, sizes in axes.items()]
         draw(_figure(outcomes, asked), asked.out)
     passed = not any(outcome.failures for outcome in outcomes)
@@ -100,7 +85,7 @@ def checked(asked: CoordCheck) -> Report:
         "length": length,
         "passed": passed,
         "figure": str(asked.out),
-        "axes": [outcome.describe() for outcome in outcomes],
+        "axes": [asdict(outcome) for outcome in outcomes],
     }
     head = (
         f"coordinate check of {config.parameterization.kind} with {config.optimizer.kind}, "
@@ -112,15 +97,6 @@ def checked(asked: CoordCheck) -> Report:
     return Report(facts, "\n".join([head, *lines, verdict]), passed)
 
 
-def _check_numbers(asked: CoordCheck) -> None:
-    if asked.lr is not None and not 0.0 < asked.lr < math.inf:
-        raise UserError(f"--lr={asked.lr:g} must be a number above 0; give a rate as 0.01")
-    bounds = {"--block-bound": asked.block_bound, "--logit-bound": asked.logit_bound}
-    for flag, bound in bounds.items():
-        if bound is not None and not 0.0 <= bound < math.inf:
-            raise UserError(f"{flag}={bound:g} is no slope; give 0 or a number above it")
-
-
 def _axes(config: RunConfig, asked: CoordCheck) -> dict[Axis, tuple[int, ...]]:
     """The sizes of each axis that is asked for; else widths, and depths where a rule has them.
 
@@ -128,16 +104,15 @@ def _axes(config: RunConfig, asked: CoordCheck) -> dict[Axis, tuple[int, ...]]:
     """
     growth = growth_axis(config.parameterization)
     given = {
-        Axis.WIDTH: numbers(asked.widths, "--widths"),
-        Axis.DEPTH: numbers(asked.depths, "--depths"),
-        Axis.EXPERTS if growth == Axis.WIDTH else growth: numbers(asked.experts, "--experts"),
+        Axis.WIDTH: gates.numbers(asked.widths, "--widths"),
+        Axis.DEPTH: gates.numbers(asked.depths, "--depths"),
+        Axis.EXPERTS if growth == Axis.WIDTH else growth: gates.numbers(asked.experts, "--experts"),
     }
     chosen = {axis: sizes for axis, sizes in given.items() if sizes is not None}
     if chosen:
         return chosen
-    kinds = [growth]
-    kinds += [Axis.DEPTH] * has_depth_rule(config.parameterization)
-    return {axis: default_sizes(config.model, axis, asked.steps) for axis in kinds}
+    kinds = [growth, *[Axis.DEPTH] * gates.has_depth_rule(config.parameterization)]
+    return {axis: gates.default_sizes(config.model, axis, asked.steps) for axis in kinds}
 
 
 def _sequences(config: RunConfig, axes: Mapping[Axis, tuple[int, ...]], length: int) -> int:
@@ -155,7 +130,7 @@ def _sequences(config: RunConfig, axes: Mapping[Axis, tuple[int, ...]], length: 
 def _outcome(
     check: CoordinateCheck, axis: Axis, sizes: tuple[int, ...], asked: CoordCheck
 ) -> Outcome:
-    movements = check.run(sizes, range(asked.seeds), axis, processes_here(asked.processes))
+    movements = check.run(sizes, range(asked.seeds), axis, gates.processes_here(asked.processes))
     default = default_bounds(check.parameterization.kind, axis)
     blocks, logits = asked.block_bound, asked.logit_bound
     bounds = Bounds(
@@ -163,7 +138,7 @@ def _outcome(
         default.logits if logits is None else (-logits, logits),
     )
     by_name = slopes(movements)
-    return Outcome(axis, movements, by_name, bounds, failures(by_name, bounds, axis))
+    return Outcome(axis, by_name, bounds, failures(by_name, bounds, axis), movements)
 
 
 def _names(outcome: Outcome) -> list[str]:
@@ -181,7 +156,7 @@ def _lines(config: RunConfig, outcome: Outcome) -> list[str]:
         rows.append([f"  {name}", *values, f"{outcome.slopes[name]:+.2f}"])
     sizes = len(by_size)
     shown = table(rows, right=range(1, sizes + 2), least=(12, *[10] * sizes, 8), gap="")
-    words = depth_words(config.parameterization, outcome.axis) if outcome.failures else []
+    words = gates.depth_words(config.parameterization, outcome.axis) if outcome.failures else []
     return [shown, *(f"  FAILED: {one}" for one in outcome.failures), *(f"  {w}" for w in words)]
 
 
@@ -194,17 +169,17 @@ def _figure(outcomes: list[Outcome], asked: CoordCheck) -> Figure:
         for name, colour in zip(names, colours(range(len(names))), strict=True):
             of_size = [[m.rms[name] for m in outcome.movements if m.size == s] for s in sizes]
             label = f"{name} ({outcome.slopes[name]:+.2f})"
-            series += curve(label, colour, sizes, np.array(of_size).T)
+            series += gates.curve(label, colour, sizes, np.array(of_size).T)
         panels.append(
             Panel(
-                title=f"over {outcome.axis} (slope): {mean}",
-                x_label=AXIS_LABELS[outcome.axis],
-                y_label=f"rms of what moved in {counted(asked.steps, 'step')}",
+                f"over {outcome.axis} (slope): {mean}",
+                AXIS_LABELS[outcome.axis],
+                f"rms of what moved in {counted(asked.steps, 'step')}",
+                tuple(series),
                 x_log=True,
                 y_log=True,
                 log_base=2,
                 x_marks=tuple(sizes),
-                series=tuple(series),
             )
         )
-    return Figure(key="coordcheck", panels=tuple(panels), legend=True)
+    return Figure("coordcheck", tuple(panels), legend=True)

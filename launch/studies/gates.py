@@ -45,16 +45,15 @@ def default_sizes(model: ModelConfig, axis: Axis, steps: int) -> tuple[int, ...]
     match axis:
         case Axis.WIDTH:
             unit = width_unit(model)
-            return tuple(unit * growth for growth in GROWTH)
         case Axis.DEPTH:
             return (4, 8, 16)
         case Axis.EXPERTS | Axis.REGIME_II | Axis.REGIME_III:
             if not isinstance(model, MoEModel):
                 raise UserError("model.kind=dense has no experts to vary; choose another axis")
             unit = model.experts.num_experts if axis == Axis.EXPERTS else regime_unit(model)
-            return tuple(unit * growth for growth in GROWTH)
         case Axis.HORIZON:
-            return tuple(steps * growth for growth in GROWTH)
+            unit = steps
+    return tuple(unit * growth for growth in GROWTH)
 
 
 def has_depth_rule(parameterization: ParameterizationConfig) -> bool:
@@ -100,15 +99,10 @@ def curve(
 ) -> list[Series]:
     """Return the mean of y over R seeds as a curve, with their range and the ``best`` point."""
     x, ys = np.array(x_n, np.float64), np.array(y_Rn, np.float64)
-    series = [Series(name=name, x=x, y=ys.mean(axis=0), style="joined", colour=colour)]
+    mean, low, high = ys.mean(axis=0), ys.min(axis=0), ys.max(axis=0)
+    series = [Series(name, x, mean, "joined", colour)]
     if len(ys) > 1:
-        low, high = ys.min(axis=0), ys.max(axis=0)
-        series.append(
-            Series(
-                name=name, x=x, y=series[0].y, low=low, high=high,
-                style="band", colour=colour, named=False,
-            )
-        )  # fmt: skip
+        series.append(Series(name, x, mean, "band", colour, low=low, high=high, named=False))
     if best is not None:
         series.append(star(name, *best, colour, named=False))
     return series

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from allometry.configs.errors import UserError
-from allometry.configs.run import RunConfig
 from allometry.launch.command import Report
 from allometry.launch.studies.commands import Suggest as SuggestCommand
 from allometry.launch.text import table
@@ -47,7 +46,9 @@ def suggested(asked: SuggestCommand) -> Report:
     )
     suggestions = suggest(target)
     apart = disagreements(suggestions)
-    base = _base(config)
+    width = tuning_width(config.model)
+    count = count_parameters(at_width(config.model, width)).active
+    base = Base(width, count, TOKENS_PER_PARAMETER * count)
     facts = {
         "target": asdict(target),
         "sequence_length": length,
@@ -55,9 +56,14 @@ def suggested(asked: SuggestCommand) -> Report:
         "disagreements": apart,
         "base": asdict(base),
     }
+    active = f", {target.active:.3g} active" if target.kind == "moe" else ""
+    head = (
+        f"{target.kind} model, N = {target.parameters:.3g}{active} (without embedding and head), "
+        f"{target.num_layers} layers; D = {target.tokens:.3g} tokens; C = {target.flops:.3g} FLOPs"
+    )
     small = base.width == config.model.width
     lines = [
-        *_wrapped(_head(target)),
+        *_wrapped(head),
         _table(suggestions, length),
         *(line for note in _notes(suggestions, apart) for line in _wrapped(note)),
         *_wrapped(_tune(base, small)),
@@ -71,35 +77,16 @@ def _wrapped(text: str) -> list[str]:
     )
 
 
-def _base(config: RunConfig) -> Base:
-    width = tuning_width(config.model)
-    count = count_parameters(at_width(config.model, width)).active
-    return Base(width, count, TOKENS_PER_PARAMETER * count)
-
-
-def _head(target: Target) -> str:
-    active = f", {target.active:.3g} active" if target.kind == "moe" else ""
-    return (
-        f"{target.kind} model, N = {target.parameters:.3g}{active} (without embedding and head), "
-        f"{target.num_layers} layers; D = {target.tokens:.3g} tokens; C = {target.flops:.3g} FLOPs"
-    )
-
-
 def _table(suggestions: Sequence[Suggestion], length: int) -> str:
     rows = [["law", "for", "peak lr", "batch, tokens", "sequences"]]
     for one in suggestions:
         if one.refused:
             continue
-        batch = one.batch_tokens
-        rows.append(
-            [
-                one.law + ("*" if one.outside else ""),
-                one.setting,
-                "-" if one.lr is None else f"{one.lr:.3g}",
-                "-" if batch is None else f"{batch:,}",
-                "-" if batch is None else f"{max(1, round(batch / length)):,}",
-            ]
-        )
+        batch, cells = one.batch_tokens, ["-", "-"]
+        if batch is not None:
+            cells = [f"{batch:,}", f"{max(1, round(batch / length)):,}"]
+        lr = "-" if one.lr is None else f"{one.lr:.3g}"
+        rows.append([one.law + ("*" if one.outside else ""), one.setting, lr, *cells])
     return table(rows)
 
 

@@ -12,15 +12,8 @@ from allometry.configs.run import RunConfig
 from allometry.launch.command import Report
 from allometry.launch.figures.drawing import check_format, draw
 from allometry.launch.figures.figure import Figure, Panel, Series, colours
+from allometry.launch.studies import gates
 from allometry.launch.studies.commands import Transfer as TransferCommand
-from allometry.launch.studies.gates import (
-    curve,
-    default_sizes,
-    depth_words,
-    numbers,
-    processes_here,
-    stoppable,
-)
 from allometry.launch.text import counted, table
 from allometry.scaling.shapes import Axis, growth_axis
 from allometry.studies.sweeps.probe import read_pools
@@ -28,6 +21,7 @@ from allometry.studies.sweeps.transfer import Runner, Transfer, TransferSweep, T
 from allometry.studies.sweeps.trials import TrialLog
 
 HELD_OUT = 64
+LOSS = "held-out loss, nats per token"
 MOST_OCTAVES = 32
 MOST_RATES = 200
 
@@ -36,11 +30,18 @@ def swept(asked: TransferCommand) -> Report:
     """Run the sweep; passed where the best rates drift no further than ``bound``."""
     config = asked.load()
     check_format(asked.out)
-    axis = growth_axis(config.parameterization) if asked.axis is None else _axis(asked.axis)
+    axis = growth_axis(config.parameterization)
+    if asked.axis is not None:
+        if asked.axis not in [axis.value for axis in Axis]:
+            known = ", ".join(axis.value for axis in Axis)
+            raise UserError(f"--axis={asked.axis} is not known; use one of {known}")
+        axis = Axis(asked.axis)
     if not 0.0 <= asked.bound < math.inf:
         raise UserError(f"--bound={asked.bound:g} is no number of octaves; use 0.5 or another")
     rates = _rates(config.optimizer.lr, asked)
-    sizes = numbers(asked.sizes, "--sizes") or default_sizes(config.model, axis, asked.steps)
+    sizes = gates.numbers(asked.sizes, "--sizes") or gates.default_sizes(
+        config.model, axis, asked.steps
+    )
     sweep = _sweep(config, asked, axis, sizes)
     seeds = tuple(range(asked.seeds))
     sweep.check(sizes, seeds)  # before the file of trials is begun
@@ -50,11 +51,11 @@ def swept(asked: TransferCommand) -> Report:
         sweep,
         rates,
         asked.step,
-        processes_here(asked.processes),
+        gates.processes_here(asked.processes),
         known={} if log is None else log.known,
         done=ended.__setitem__ if log is None else log.add,
     )
-    with stoppable(lambda: _kept(log, len(ended))):
+    with gates.stoppable(lambda: _kept(log, len(ended))):
         transfer = runner.run(sizes, seeds)
         draw(_figure(transfer), asked.out)
     wrong = transfer.failures(asked.bound)
@@ -81,13 +82,6 @@ def _kept(log: TrialLog | None, ended: int) -> str:
         "the trial that had ended is" if ended == 1 else f"the {ended} trials that had ended are"
     )
     return f"{trials} lost: keep them with --trials FILE, from which the same command goes on"
-
-
-def _axis(name: str) -> Axis:
-    if name not in [axis.value for axis in Axis]:
-        known = ", ".join(axis.value for axis in Axis)
-        raise UserError(f"--axis={name} is not known; use one of {known}")
-    return Axis(name)
 
 
 def _rates(lr: float, asked: TransferCommand) -> tuple[float, ...]:
@@ -154,7 +148,7 @@ def _text(
         table(rows, right=(1, 2, 3, 4), least=(12, 12, 9, 9, 13), gap=""),
         "drift unknown" if math.isnan(drift) else f"drift {drift:.2f} octaves{interval}",
         *(f"FAILED: {failure}" for failure in wrong),
-        *(depth_words(config.parameterization, transfer.axis) if wrong else []),
+        *(gates.depth_words(config.parameterization, transfer.axis) if wrong else []),
         f"{verdict}; figure: {asked.out}",
     ]
     return "\n".join(lines)
@@ -167,7 +161,7 @@ def _figure(transfer: Transfer) -> Figure:
         sweep = transfer.sweep(size)
         kept = np.isfinite(sweep.losses_RS.mean(axis=1))
         name = f"{size} steps" if transfer.axis == Axis.HORIZON else f"{transfer.axis} {size}"
-        series += curve(
+        series += gates.curve(
             name,
             colour,
             2.0 ** np.array(sweep.log2_lrs)[kept],
@@ -176,12 +170,6 @@ def _figure(transfer: Transfer) -> Figure:
         )
     seeds = len(transfer.seeds)
     mean = f"mean and range of {seeds} seeds" if seeds > 1 else "1 seed"
-    panel = Panel(
-        title=f"over {transfer.axis}: {mean}; stars: best rates",
-        x_label="peak learning rate",
-        y_label="held-out loss, nats per token",
-        x_log=True,
-        log_base=2,
-        series=tuple(series),
-    )
-    return Figure(key="transfer", panels=(panel,), legend=True)
+    title = f"over {transfer.axis}: {mean}; stars: best rates"
+    panel = Panel(title, "peak learning rate", LOSS, tuple(series), x_log=True, log_base=2)
+    return Figure("transfer", (panel,), legend=True)

@@ -131,9 +131,8 @@ def _layout(job: Job, rank: int, scratch: Path) -> None:
         worst = certificate.differences(result, wanted)
         apart[dtype] = {kind: worst[kind] for kind in tolerance}
     _train(job, "straight")
-    _train(job, "resumed", STOP - 1)
-    _train(job, "resumed", STOP)
-    _train(job, "resumed")
+    for stop in (STOP - 1, STOP, None):
+        _train(job, "resumed", stop)
     stopped = scratch / "alone" / "stopped"
     if rank == 0:
         shutil.copytree(stopped, job.folder / "moved")

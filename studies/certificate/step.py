@@ -210,8 +210,9 @@ def differences(got: StepsResult, wanted: StepsResult) -> dict[str, tuple[str, f
         ours, theirs = getattr(got, kind), getattr(wanted, kind)
         assert len(ours) == len(theirs), (kind, len(ours), len(theirs))
         errors = [
-            (f"step {step}", _finite(_relative(one, other)))
-            for step, (one, other) in enumerate(zip(ours, theirs, strict=True), 1)
+            # The largest relative error of any number; zeros must be zeros.
+            (f"step {step}", _finite(float(((a - b).abs() / b.abs().clamp(min=1e-300)).max())))
+            for step, (a, b) in enumerate(zip(ours, theirs, strict=True), 1)
         ]
         worst[kind] = max(errors, key=lambda pair: pair[1], default=("", 0.0))
     for kind in ("gradients", "parameters", "routers"):
@@ -228,11 +229,6 @@ def relative_errors(
         exact = wanted[name].double()
         error = float((tensor.double() - exact).abs().max())
         yield name, _finite(error / max(float(exact.abs().max()), 1e-300))
-
-
-def _relative(got: Tensor, wanted: Tensor) -> float:
-    """The largest relative error of any number; zeros must be zeros."""
-    return float(((got - wanted).abs() / wanted.abs().clamp(min=1e-300)).max())
 
 
 def _finite(error: float) -> float:

@@ -245,29 +245,18 @@ def _smallest_batch(configs: Sequence[RunConfig], *world_sizes: int) -> int:
 
 def _run(jobs: Sequence[Job], scratch: Path, config: RunConfig) -> None:
     """Run all jobs on as many processes as the largest needs; their results are files."""
-    one: dict[str, Any] = {
-        "pp": 1,
-        "tp": 1,
-        "ep": 1,
-        "hdp": 1,
-        "zero": type(config.parallel.zero)(),
-    }
+    one: dict[str, Any] = dict.fromkeys(("pp", "tp", "ep", "hdp"), 1)
+    one["zero"] = type(config.parallel.zero)()
     if config.data.kind == "documents":  # one process holds every document whole
         one["context"] = ContextConfig(capacity_tokens=_longest(config))
     alone = config.model_copy(
-        update={
-            "batch": jobs[0].config.batch,
-            "parallel": config.parallel.model_copy(update=one),
-        }
+        update={"batch": jobs[0].config.batch, "parallel": config.parallel.model_copy(update=one)}
     )
     reference = Job("one process", 1, alone, scratch / "alone")
     most = max(job.world_size for job in jobs)
     try:
         torch.multiprocessing.start_processes(
-            verify_rank.main,
-            args=([reference, *jobs], scratch),
-            nprocs=most,
-            start_method="spawn",
+            verify_rank.main, args=([reference, *jobs], scratch), nprocs=most, start_method="spawn"
         )
     except torch.multiprocessing.ProcessRaisedException as error:
         raise RuntimeError(f"a layout could not be run: {error}") from error
@@ -309,7 +298,5 @@ def _exports_equal(ours: Path, theirs: Path) -> tuple[bool | None, str | None]:
             export_hf(folder, out)
         except UserError as error:
             return None, str(error)
-        contents.append(
-            {file.name: file.read_bytes() for file in sorted(out.glob("*.safetensors"))}
-        )
+        contents.append({file.name: file.read_bytes() for file in out.glob("*.safetensors")})
     return contents[0] == contents[1] and bool(contents[0]), None

@@ -8,6 +8,7 @@ import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from allometry.configs.errors import ConfigError, UserError
 from allometry.configs.ladder import (
@@ -52,6 +53,16 @@ class LadderPlan:
         return (*self.rungs, *([self.target] if self.target else []))
 
 
+class _Cell(NamedTuple):
+    """What a run is made from."""
+
+    size: Size
+    horizon: _Horizon
+    schedule: NamedSchedule | None
+    seed: int
+    is_target: bool = False
+
+
 @dataclass(frozen=True)
 class _Horizon:
     """How long a run is: one of the three, and what it is called."""
@@ -67,23 +78,25 @@ def plan_ladder(ladder: LadderConfig, tree: Tree) -> LadderPlan:
 
     Runs of one model, schedule and seed that differ in length alone are trained in the order of
     their lengths, each branching from the one before it where their learning rates part: of WSD
-    that is where the shorter one's decay begins, so that all of them share one stable trunk.
-
-    Raises:
-        UserError: a run cannot be described so, two have one name, or the target is a rung.
+    that is where the shorter one's decay begins, so that all of them share one stable trunk. Raises
+    UserError: a run cannot be described so, two have one name, or the target is a rung.
     """
-    _check_law(ladder)
+    form = form_named(ladder.law)
+    if form.target.name != "loss" or any(one.name == "step" for one in form.inputs):
+        raise UserError(
+            f"law={ladder.law} does not predict the loss of finished runs; choose one that does, "
+            "as chinchilla (allometry laws lists them)"
+        )
     maker = _Maker(ladder, tree)
     rungs: list[PlannedRun] = []
     notes: dict[str, None] = {}
-    for size, horizon, schedule, seed in _cells(ladder):
-        run = maker.make(size, horizon, schedule, seed, is_target=False)
+    for cell in _cells(ladder):
+        run = maker.make(cell)
         twin = next((other for other in rungs if _same(other, run)), None)
         if twin is not None:
             notes[f"{run.name} would be {twin.name} again and is left out"] = None
             continue
-        clash = next((other for other in rungs if other.name == run.name), None)
-        if clash is not None:
+        if any(other.name == run.name for other in rungs):
             raise UserError(
                 f"two runs of the ladder would be called {run.name}; give their sizes names, or "
                 "horizons that differ in six digits"
@@ -101,16 +114,6 @@ def plan_ladder(ladder: LadderConfig, tree: Tree) -> LadderPlan:
     )
 
 
-def _check_law(ladder: LadderConfig) -> None:
-    """Refuse, before anything is trained, a law that no ladder can be fitted with."""
-    form = form_named(ladder.law)
-    if form.target.name != "loss" or any(one.name == "step" for one in form.inputs):
-        raise UserError(
-            f"law={ladder.law} does not predict the loss of finished runs; choose one that does, "
-            "as chinchilla (allometry laws lists them)"
-        )
-
-
 def _check_loss(loss: str, run: PlannedRun) -> None:
     """Refuse a loss that the runs will not record."""
     try:
@@ -124,19 +127,18 @@ def _check_loss(loss: str, run: PlannedRun) -> None:
         )
 
 
-def _cells(
-    ladder: LadderConfig,
-) -> Iterator[tuple[Size, _Horizon, NamedSchedule | None, int]]:
+def _cells(ladder: LadderConfig) -> Iterator[_Cell]:
     schedules: tuple[NamedSchedule | None, ...] = ladder.schedules or (None,)
     for size in ladder.rungs:
         horizons = [_Horizon(f"x{ratio:g}", ratio=ratio) for ratio in ladder.tokens_per_parameter]
         horizons += [_Horizon(f"d{_round(tokens)}", tokens=tokens) for tokens in ladder.tokens]
         if ladder.isoflop and size.label in (ladder.isoflop.sizes or [size.label]):
-            horizons += [_Horizon(_flops_label(c), flops=c) for c in ladder.isoflop.flops]
+            for c in ladder.isoflop.flops:
+                horizons.append(_Horizon(f"c{c:g}".replace("+", ""), flops=c))
         for schedule in schedules:
             for seed in ladder.seeds:
                 for horizon in horizons:
-                    yield size, horizon, schedule, seed
+                    yield _Cell(size, horizon, schedule, seed)
 
 
 def _target(maker: _Maker, ladder: LadderConfig, rungs: list[PlannedRun]) -> PlannedRun | None:
@@ -152,7 +154,7 @@ def _target(maker: _Maker, ladder: LadderConfig, rungs: list[PlannedRun]) -> Pla
     first = ladder.schedules[0] if ladder.schedules else None
     named = next((one for one in ladder.schedules if one.name == wanted.schedule), first)
     seed = ladder.seeds[0] if wanted.seed is None else wanted.seed
-    target = maker.make(wanted.size, horizon, named, seed, is_target=True)
+    target = maker.make(_Cell(wanted.size, horizon, named, seed, is_target=True))
     same = next((run for run in rungs if _same(run, target)), None)
     if same is not None:
         raise UserError(
@@ -171,20 +173,13 @@ class _Maker:
         for key, value in ladder.set.items():
             put(self._base, key, value, tree.where(("set", key)))
 
-    def make(
-        self,
-        size: Size,
-        horizon: _Horizon,
-        schedule: NamedSchedule | None,
-        seed: int,
-        *,
-        is_target: bool,
-    ) -> PlannedRun:
+    def make(self, cell: _Cell) -> PlannedRun:
         """Return one run, which shares nothing yet."""
-        parts = [size.label, horizon.label, schedule.name if schedule else "", f"s{seed}"]
-        name = "-".join(["target"] * is_target + [part for part in parts if part])
+        schedule = cell.schedule.name if cell.schedule else ""
+        parts = [cell.size.label, cell.horizon.label, schedule, f"s{cell.seed}"]
+        name = "-".join(["target"] * cell.is_target + [part for part in parts if part])
         try:
-            return self._make(name, size, horizon, schedule, seed, is_target=is_target)
+            return self._make(name, *cell)
         except ConfigError:
             raise  # it names file and line
         except UserError as error:
@@ -197,7 +192,6 @@ class _Maker:
         horizon: _Horizon,
         schedule: NamedSchedule | None,
         seed: int,
-        *,
         is_target: bool,
     ) -> PlannedRun:
         tree = copy.deepcopy(self._base)
@@ -221,9 +215,7 @@ class _Maker:
         config = validate(tree)
         plan = RunPlan.of(config, self._ladder.launch.processes)  # says what ranks cannot share
         resolve_schedule(config, plan.batch)  # and what cannot be a schedule
-        steps = plan.total_steps
-        kept = branching_point(config, steps)
-        if kept:
+        if kept := branching_point(config, plan.total_steps):
             put(tree, "checkpoint.keep_steps", [*config.checkpoint.keep_steps, kept], place)
             config = validate(tree)
         return PlannedRun(
@@ -232,7 +224,7 @@ class _Maker:
             size=size.label,
             schedule=schedule.name if schedule else config.schedule.kind,
             config=config,
-            steps=steps,
+            steps=plan.total_steps,
             tokens=plan.total_tokens,
             parameters=count(config, self._ladder.count),
             flops=plan.total_flops,
@@ -264,11 +256,10 @@ class _Maker:
                 wanted = float(base * (tokens / rule.base_tokens) ** rule.exponent)
             case LawBatch():
                 wanted = _law_batch(rule, config, tokens) / config.data.sequence_length
-        unit = config.batch.micro_batch_sequences
-        hdp = config.parallel.hdp
-        parallel = config.parallel.tp * config.parallel.pp
-        ranks = self._ladder.launch.processes // parallel if hdp == "auto" else hdp
-        unit *= max(1, ranks)
+        parallel = config.parallel
+        ranks = self._ladder.launch.processes // (parallel.tp * parallel.pp)
+        ranks = ranks if parallel.hdp == "auto" else parallel.hdp
+        unit = config.batch.micro_batch_sequences * max(1, ranks)
         return unit * max(1, round(wanted / unit))
 
 
@@ -307,7 +298,3 @@ def _round(number: int) -> str:
         if number % size == 0:
             return f"{number // size}{unit}"
     return str(number)
-
-
-def _flops_label(flops: float) -> str:
-    return f"c{flops:g}".replace("+", "")

@@ -40,18 +40,16 @@ def train_runs(plan: LadderPlan, wanted: Sequence[PlannedRun], parallel: int, sa
     """Train what is missing of ``wanted``, each after the run it branches from.
 
     A run that fails leaves the others their turn, but not those that branch from it. A signal stops
-    what is running with a checkpoint, and nothing more is begun.
-
-    Raises:
-        UserError: a folder holds another run than the ladder's.
+    what is running with a checkpoint, and nothing more is begun. Raises UserError: a folder holds
+    another run than the ladder's.
     """
     missing = [run for run in wanted if state_of(run).stage != "done"]
     names = {run.name for run in missing}
     for run in wanted:  # all that is wrong is said before any step
         as_stored(run, plan, names)
-    stored = [as_stored(run, plan, names) for run in missing]
-    todo = [run for run, _ in stored]
-    for _, remark in stored:
+    todo = []
+    for run, remark in [as_stored(run, plan, names) for run in missing]:
+        todo.append(run)
         if remark:
             say(remark)
     done = len(wanted) - len(todo)
@@ -98,7 +96,9 @@ class _Board:
             while True:
                 if self.ended.stopped or not self._todo:
                     return None
-                ready = [run for run in self._todo if self._is_ready(run)]
+                names = [other.name for other in self._todo]
+                waiting = {*names, *self._running, *self.ended.failed}
+                ready = [run for run in self._todo if run.parent not in waiting]
                 if ready:
                     # Several at a time: the longest chains first, so that none is left at the end.
                     run = max(ready, key=self._ahead) if self.parallel > 1 else ready[0]
@@ -171,10 +171,6 @@ class _Board:
         for process in list(self._children):
             _send(process, signal.SIGKILL if again else signal.SIGTERM)
 
-    def _is_ready(self, run: PlannedRun) -> bool:
-        waiting = [*(other.name for other in self._todo), *self._running, *self.ended.failed]
-        return run.parent not in waiting
-
     def _drop_orphans(self) -> None:
         for run in list(self._todo):
             if run.parent in self.ended.failed:
@@ -209,7 +205,9 @@ def _serve(board: _Board) -> None:
             begun = time.monotonic()
             try:
                 run = board.ready(run)
-                error = slot.train(run, *_files(board.plan, run))
+                log = board.plan.folder / "logs" / f"{run.name}.log"
+                log.parent.mkdir(parents=True, exist_ok=True)
+                error = slot.train(write_config(board.plan, run), log)
             except UserError as problem:
                 error = str(problem)
             except Exception as problem:  # said with the others; the slots may wait for this run
@@ -217,14 +215,6 @@ def _serve(board: _Board) -> None:
             board.give(run, error, time.monotonic() - begun)
     finally:
         slot.close()
-
-
-def _files(plan: LadderPlan, run: PlannedRun) -> tuple[Path, Path]:
-    """The description of a run, written out, and its log."""
-    config = write_config(plan, run)
-    log = plan.folder / "logs" / f"{run.name}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    return config, log
 
 
 def write_config(plan: LadderPlan, run: PlannedRun) -> Path:
@@ -242,7 +232,7 @@ class _Worker:
         self._board = board
         self._process: _Child | None = None
 
-    def train(self, run: PlannedRun, config: Path, log: Path) -> str | None:
+    def train(self, config: Path, log: Path) -> str | None:
         """Train it; what went wrong in a sentence."""
         process = self._process or self._start()
         with self._board.child(process):
@@ -292,7 +282,7 @@ class _Torchrun:
     def __init__(self, board: _Board) -> None:
         self._board = board
 
-    def train(self, run: PlannedRun, config: Path, log: Path) -> str | None:
+    def train(self, config: Path, log: Path) -> str | None:
         """Train it; what went wrong in a sentence."""
         threads = os.environ.get("OMP_NUM_THREADS", "1")
         with open(log, "a", encoding="utf-8") as out:
@@ -308,7 +298,10 @@ class _Torchrun:
             code = process.wait()
         if code == 0 or self._board.ended.stopped:
             return None
-        return f"torchrun ended with code {code}: {_last_error(log)}"
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        said = [line for line in lines if line.startswith("allometry: ")]
+        error = said[-1].removeprefix("allometry: ") if said else f"its log is {log}"
+        return f"torchrun ended with code {code}: {error}"
 
     def close(self) -> None:
         """Nothing is left running."""
@@ -318,12 +311,6 @@ def torchrun(processes: int, config: Path) -> list[str]:
     """Arguments for Python that train a run on so many processes of this machine."""
     start = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
     return [*start, "--local-addr", "127.0.0.1", "-m", "allometry.launch.train", str(config)]
-
-
-def _last_error(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    said = [line for line in lines if line.startswith("allometry: ")]
-    return said[-1].removeprefix("allometry: ") if said else f"its log is {log}"
 
 
 def _send(process: _Child, number: signal.Signals) -> None:

@@ -20,10 +20,8 @@ def write_scripts(plan: LadderPlan, wanted: Sequence[PlannedRun]) -> list[Path]:
     """Write ``scripts/NAME.sbatch`` for each run that is not done, and ``submit.sh`` beside them.
 
     A run that branches waits until its parent has ended well. Scripts of runs that are done since
-    are removed. Returns the submit script first; nothing if nothing is missing.
-
-    Raises:
-        UserError: a folder holds another run than the ladder's.
+    are removed. Returns the submit script first; nothing if nothing is missing. Raises UserError: a
+    folder holds another run than the ladder's.
     """
     launch = plan.ladder.launch
     assert isinstance(launch, SbatchLaunch), launch
@@ -55,6 +53,7 @@ def script(launch: SbatchLaunch, plan: LadderPlan, run: PlannedRun, config: Path
     script submitted again goes on from there.
     """
     log = plan.folder.resolve() / "logs" / f"{run.name}.log"
+    each = launch.processes // launch.nodes
     lines = [
         "#!/bin/bash",
         f"#SBATCH --job-name={run.name}",
@@ -69,37 +68,28 @@ def script(launch: SbatchLaunch, plan: LadderPlan, run: PlannedRun, config: Path
         *([launch.setup.rstrip()] if launch.setup.strip() else []),
         'head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
         "port=$((20000 + SLURM_JOB_ID % 20000))",
-        f"srun {_command(launch, config)}",
+        # torchrun on each node, which finds the others at the first one.
+        f"srun {shlex.quote(sys.executable)} -m torch.distributed.run --nnodes {launch.nodes} "
+        f'--nproc-per-node {each} --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" '
+        f'--rdzv-endpoint "$head:$port" -m allometry.launch.train {shlex.quote(str(config))}',
     ]
     return "\n".join(lines) + "\n"
 
 
 def submission(folder: Path, runs: Sequence[PlannedRun]) -> str:
     """Return the script that submits ``runs``, those that branch after those they branch from."""
-    numbers = {run.name: index for index, run in enumerate(runs)}
+    numbers = {run.name: number for number, run in enumerate(runs)}
     lines = [
         "#!/bin/bash",
         "# Submits what the ladder lacks; what is missing later, allometry ladder run writes anew.",
         "set -euo pipefail",
         f"cd {shlex.quote(str(folder.resolve()))}",
     ]
-    for run in runs:
+    for number, run in enumerate(runs):
         after = ""
         if run.config.run.parent is not None and run.parent in numbers:
             after = f' --dependency="afterok:$job_{numbers[run.parent]}" --kill-on-invalid-dep=yes'
         file = shlex.quote(f"{run.name}.sbatch")
-        number = numbers[run.name]
         lines.append(f"job_{number}=$(sbatch --parsable{after} {file} | cut -d';' -f1)")
         lines.append(f'echo "{run.name}: job $job_{number}"')
     return "\n".join(lines) + "\n"
-
-
-def _command(launch: SbatchLaunch, config: Path) -> str:
-    """torchrun on each node, which finds the others at the first one."""
-    each = launch.processes // launch.nodes
-    python = shlex.quote(sys.executable)
-    return (
-        f"{python} -m torch.distributed.run --nnodes {launch.nodes} --nproc-per-node {each} "
-        '--rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$head:$port" '
-        f"-m allometry.launch.train {shlex.quote(str(config))}"
-    )

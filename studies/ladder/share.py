@@ -57,21 +57,19 @@ def share(runs: list[PlannedRun]) -> tuple[list[PlannedRun], list[str]]:
     alone: dict[str, list[str]] = {}
     changed: dict[str, PlannedRun] = {run.name: run for run in runs}
     for chain in chains.values():
-        ordered = sorted(chain, key=lambda run: run.steps)
-        for shorter, longer in pairwise(ordered):
+        chain.sort(key=lambda run: run.steps)
+        for shorter, longer in pairwise(chain):
             step, problem = _shared_steps(shorter, longer)
             if problem:
                 alone.setdefault(problem, []).append(longer.name)
-                continue
-            _connect(changed, shorter.name, longer.name, step)
-    order = [run.name for chain in chains.values() for run in sorted(chain, key=lambda r: r.steps)]
-    return [changed[name] for name in order], [_note(*entry) for entry in alone.items()]
-
-
-def _note(problem: str, names: list[str]) -> str:
-    """Which runs branch from none, though shorter ones are like them, and why."""
-    verb = "is" if len(names) == 1 else "are"
-    return f"{first_names(names)} {verb} trained from scratch: {problem}"
+            else:
+                _connect(changed, shorter.name, longer.name, step)
+    order = [run.name for chain in chains.values() for run in chain]
+    notes = []
+    for problem, names in alone.items():
+        verb = "is" if len(names) == 1 else "are"
+        notes.append(f"{first_names(names)} {verb} trained from scratch: {problem}")
+    return [changed[name] for name in order], notes
 
 
 def _family(run: PlannedRun, runs: list[PlannedRun]) -> str:
@@ -127,10 +125,7 @@ def _connect(runs: dict[str, PlannedRun], parent: str, child: str, step: int) ->
     runs[parent] = replace(runs[parent], config=_with(holder, "checkpoint", {"keep_steps": kept}))
     link = {"folder": holder.run.folder, "step": step}
     runs[child] = replace(
-        runs[child],
-        config=_with(branch, "run", {"parent": link}),
-        parent=parent,
-        parent_step=step,
+        runs[child], config=_with(branch, "run", {"parent": link}), parent=parent, parent_step=step
     )
 
 

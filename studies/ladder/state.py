@@ -53,18 +53,13 @@ def state_of(run: PlannedRun) -> RunState:
     if not (folder / "config.yaml").is_file():
         return RunState("planned")
     row = last_row(folder / "metrics.jsonl")
-    state = RunState(
-        stage=_stage(run, row),
-        step=int(row.get("step", 0)),
-        flops=int(row.get("flops", 0)),
-        loss=row.get("loss"),
-    )
     held_out = {
         key.removeprefix("validation/"): float(value)
         for key, value in row.items()
         if key.startswith("validation/")
     }
-    return replace(state, validation=held_out or None)
+    step, flops = int(row.get("step", 0)), int(row.get("flops", 0))
+    return RunState(_stage(run, row), step, flops, row.get("loss"), held_out or None)
 
 
 def _stage(run: PlannedRun, row: dict[str, Any]) -> Stage:
@@ -94,30 +89,24 @@ def as_stored(
     """Return the run as its folder can go on with, and a remark where that is not as planned.
 
     A run that has begun keeps the parent that it has. One whose parent has not kept the step, and
-    is not among the runs to be trained before it (``coming``), is trained from scratch.
-
-    Raises:
-        UserError: its folder holds a run that computes something else.
+    is not among the runs to be trained before it (``coming``), is trained from scratch. Raises
+    UserError: its folder holds a run that computes something else.
     """
     stored = check_stored(run)
     if stored is not None:
-        return _with_parent(
-            run, stored.run.parent.model_dump() if stored.run.parent else None
-        ), None
+        parent_of_it = stored.run.parent
+        return _with_parent(run, parent_of_it.model_dump() if parent_of_it else None), None
     if run.parent is None:
         return run, None
     parent = next(other for other in plan.runs if other.name == run.parent)
-    if parent.name not in coming and not _kept(parent, run.parent_step):
+    checkpoint = parent.folder / "checkpoints" / f"step-{run.parent_step}"
+    if parent.name not in coming and not (checkpoint / "complete.json").is_file():
         alone = replace(_with_parent(run, None), parent=None, parent_step=0)
         return alone, (
             f"{run.name}: {parent.name} has not kept step {run.parent_step}, so it is trained from "
             "scratch"
         )
     return run, None
-
-
-def _kept(parent: PlannedRun, step: int) -> bool:
-    return (parent.folder / "checkpoints" / f"step-{step}" / "complete.json").is_file()
 
 
 def _with_parent(run: PlannedRun, parent: dict[str, Any] | None) -> PlannedRun:
@@ -138,8 +127,7 @@ def stated(run: PlannedRun) -> tuple[RunState, str | None]:
 def check_stored(run: PlannedRun) -> RunConfig | None:
     """Return the description that the run's folder has; None where it has not begun.
 
-    Raises:
-        UserError: it is of a run that computes something else than the ladder now says.
+    Raises UserError: it is of a run that computes something else than the ladder now says.
     """
     path = run.folder / "config.yaml"
     if not path.is_file():
@@ -210,8 +198,7 @@ def is_held(path: Path) -> bool:
 def only_one(folder: Path) -> Iterator[None]:
     """Keep a second process from training the ladder meanwhile.
 
-    Raises:
-        UserError: one does, or the folder cannot be written.
+    Raises UserError: one does, or the folder cannot be written.
     """
     path = folder / "ladder.lock"
     try:

@@ -14,7 +14,6 @@ import os
 import signal
 import sys
 import traceback
-from types import FrameType
 from typing import Any
 
 from allometry.configs.errors import UserError
@@ -23,7 +22,7 @@ from allometry.configs.errors import UserError
 def serve(allocator: str) -> None:
     """Train what standard input asks for, until it ends; ``allocator`` is for the record."""
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _interrupt)
+        signal.signal(number, signal.default_int_handler)
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
@@ -41,7 +40,13 @@ def _answer(request: dict[str, str], allocator: str) -> dict[str, Any]:
             stream.flush()
             os.dup2(log.fileno(), stream.fileno())
     try:
-        return _train(request["config"], allocator)
+        from allometry.configs.loader import load
+        from allometry.trainer.record.facts import Invocation
+        from allometry.trainer.train import train
+
+        command = ["allometry", "train", request["config"]]
+        result = train(load(request["config"]), invocation=Invocation(allocator, command))
+        return {"error": None, "stopped": result.stopped_by}
     except UserError as error:
         print(f"allometry: {error}", file=sys.stderr)
         return {"error": str(error), "stopped": None}
@@ -53,17 +58,3 @@ def _answer(request: dict[str, str], allocator: str) -> dict[str, Any]:
     finally:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
-
-
-def _train(config: str, allocator: str) -> dict[str, Any]:
-    from allometry.configs.loader import load
-    from allometry.trainer.record.facts import Invocation
-    from allometry.trainer.train import train
-
-    command = ["allometry", "train", config]
-    result = train(load(config), invocation=Invocation(allocator, command))
-    return {"error": None, "stopped": result.stopped_by}
-
-
-def _interrupt(number: int, _: FrameType | None) -> None:
-    raise KeyboardInterrupt

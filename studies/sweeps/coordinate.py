@@ -7,7 +7,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 
@@ -27,10 +26,6 @@ class Movement:
     seed: int
     rms: dict[str, float]
     losses: tuple[float, ...]
-
-    def describe(self) -> dict[str, Any]:
-        """JSON."""
-        return {"size": self.size, "seed": self.seed, "rms": self.rms, "losses": [*self.losses]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +85,7 @@ class CoordinateCheck:
     ) -> list[Movement]:
         """Return the movement at each size with each seed, however many processes share the work.
 
-        Raises:
-            UserError: the model does not exist at a size.
+        Raises UserError: the model does not exist at a size.
         """
         seeds = tuple(seeds)
         tasks = [(size, seed) for size in sizes for seed in seeds]
@@ -148,9 +142,8 @@ def default_bounds(kind: str, axis: Axis) -> Bounds:
     towards what shrinks, as its angle per step does. docs/transfer.md has what was measured.
     """
     if axis == Axis.DEPTH:
-        if kind == "hyperp":
-            return Bounds((-0.5, 0.1), (-0.5, 0.1))
-        return Bounds.within(0.25, 0.25)
+        towards = (-0.5, 0.1)
+        return Bounds(towards, towards) if kind == "hyperp" else Bounds.within(0.25, 0.25)
     return Bounds.within(0.2, 0.3) if kind == "hyperp" else Bounds.within(0.1, 0.2)
 
 

@@ -13,18 +13,12 @@ from torch import Tensor
 
 from allometry.configs.data import DocumentData, SequenceData
 from allometry.configs.errors import UserError
-from allometry.configs.model import (
-    AuxiliaryBalance,
-    ModelConfig,
-    MoEModel,
-    ParameterizationConfig,
-)
+from allometry.configs.model import AuxiliaryBalance, ModelConfig, MoEModel, ParameterizationConfig
 from allometry.configs.optimization import OptimizerConfig
 from allometry.data.stream import Stream
 from allometry.models.build import build_model, parameter_specs
 from allometry.models.init import initialize
 from allometry.models.moe import begin_step, end_step, set_loads
-from allometry.models.transformer import Transformer
 from allometry.optim.build import build_optimizer, set_lr
 from allometry.optim.clip import clip_by_global_norm
 from allometry.scaling.parameterization import Parameterization
@@ -58,7 +52,12 @@ class Probe:
         self.model = build_model(model, self.rules, "fp32")
         initialize(self.model, self.rules, seed)
         self.specs = parameter_specs(self.model)
-        self._set_zeros(zero)
+        endings = {"head": "head.weight", "queries": ".attention.wq.weight"}
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                wanted = any(name.endswith(endings[part]) for part in zero)
+                if wanted and not self.rules.resolve(self.specs[name]).sphere:
+                    parameter.zero_()
         self.optimizer = build_optimizer(
             self.model.named_parameters(), self.specs, self.rules, optimizer, seed=seed
         )
@@ -105,7 +104,20 @@ class Probe:
     def activations(self, sequences_BL: Sequences) -> dict[str, Tensor]:
         """Return each block's output ("blocks.0", ...) and the logits in float64."""
         self.model.eval()
-        kept = activations(self.model, split(sequences_BL)[0])
+        kept: dict[str, Tensor] = {}
+        handles = [
+            block.register_forward_hook(
+                lambda _module, _args, output, name=f"blocks.{index}": kept.update(
+                    {name: output[0].double()}
+                )
+            )
+            for index, block in self.model.blocks.items()
+        ]
+        try:
+            kept[LOGITS] = self.model(split(sequences_BL)[0]).double()
+        finally:
+            for handle in handles:
+                handle.remove()
         self._forget()
         return kept
 
@@ -116,14 +128,6 @@ class Probe:
         if self._mixture:
             self.model.take_statistics()
 
-    @torch.no_grad()
-    def _set_zeros(self, parts: tuple[str, ...]) -> None:
-        endings = {"head": "head.weight", "queries": ".attention.wq.weight"}
-        for name, parameter in self.model.named_parameters():
-            wanted = any(name.endswith(endings[part]) for part in parts)
-            if wanted and not self.rules.resolve(self.specs[name]).sphere:
-                parameter.zero_()
-
 
 def split(sequences_BL: Sequences) -> tuple[Tensor, Tensor]:
     """Return inputs [B, L] and targets [B, L] of sequences of L+1 tokens."""
@@ -131,31 +135,10 @@ def split(sequences_BL: Sequences) -> tuple[Tensor, Tensor]:
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
-@torch.no_grad()
-def activations(model: Transformer, tokens_BL: Tensor) -> dict[str, Tensor]:
-    """Return each block's output ("blocks.0", ...) and the logits ("logits") in float64."""
-    kept: dict[str, Tensor] = {}
-    handles = [
-        block.register_forward_hook(
-            lambda _module, _args, output, name=f"blocks.{index}": kept.update(
-                {name: output[0].double()}
-            )
-        )
-        for index, block in model.blocks.items()
-    ]
-    try:
-        kept[LOGITS] = model(tokens_BL).double()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return kept
-
-
 def sample(pool_PL: Sequences, count: int, seed: int) -> Sequences:
     """Return ``count`` sequences of the pool in an order of the seed's own, none twice.
 
-    Raises:
-        UserError: the pool holds fewer.
+    Raises UserError: the pool holds fewer.
     """
     if count > len(pool_PL):
         raise UserError(
@@ -172,10 +155,8 @@ def read_pools(
     """Return sequences of ``length`` + 1 tokens of a run's corpora, mixed as it mixes them.
 
     One array for each count; no sequence is in two of them. Documents follow each other without
-    masks, whatever the run does.
-
-    Raises:
-        UserError: the files cannot be used, or a corpus is too short for so many.
+    masks, whatever the run does. Raises UserError: the files cannot be used, or a corpus is too
+    short for so many.
     """
     plain = SequenceData(
         sequence_length=length,

@@ -8,7 +8,6 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -108,20 +107,17 @@ class TransferSweep:
         """Raise UserError for a size that cannot be run."""
         for size in sizes:
             steps = size if self.axis == Axis.HORIZON else self.steps
-            self._check_length(steps)
+            least = self.warmup_steps + AFTER_WARMUP
+            if steps < least:
+                flag = "--sizes" if self.axis == Axis.HORIZON else "--steps"
+                raise UserError(
+                    f"{flag}={steps} is too short for a sweep, whose runs end {AFTER_WARMUP} steps "
+                    f"or more after their warm-up of {self.warmup_steps}; choose {least} or more"
+                )
             model = resize(self.model, self.axis, size)
             Parameterization(self.parameterization, model, self.optimizer, self._scale(steps))
             Schedule(LinearSchedule(final_fraction=0.1), steps, self.warmup_steps)
             sample(self.pool_PL, steps * self.sequences, seeds[0])
-
-    def _check_length(self, steps: int) -> None:
-        least = self.warmup_steps + AFTER_WARMUP
-        if steps < least:
-            flag = "--sizes" if self.axis == Axis.HORIZON else "--steps"
-            raise UserError(
-                f"{flag}={steps} is too short for a sweep, whose runs end {AFTER_WARMUP} steps or "
-                f"more after their warm-up of {self.warmup_steps}; choose {least} or more"
-            )
 
     def _scale(self, steps: int) -> RunScale | None:
         if self.axis != Axis.HORIZON:
@@ -249,8 +245,7 @@ class Runner:
     def run(self, sizes: Sequence[int], seeds: Sequence[int]) -> Transfer:
         """Return the complete sweep.
 
-        Raises:
-            UserError: a size cannot be run, or the rates are too few.
+        Raises UserError: a size cannot be run, or the rates are too few.
         """
         if len(set(self.log2_lrs)) < 3:
             raise UserError("a sweep needs three learning rates or more; give more of them")
@@ -260,23 +255,18 @@ class Runner:
         with Workers(self.processes) as workers:
             for _ in range(EXTENSIONS + 1):
                 wanted = {Trial(s, r, seed) for s in sizes for r in rates[s] for seed in seeds}
-                self._complete(workers, wanted, known)
+                # The largest first, so that no process is left with a long one at the end.
+                missing = sorted(wanted - set(known), reverse=True)
+                ended = workers.run(self.sweep.loss, missing, self.done)
+                known.update(zip(missing, ended, strict=True))
                 losses = {t: known[t] for t in wanted}
                 transfer = Transfer(self.sweep.axis, tuple(seeds), losses, self.sweep.guessing)
                 beyond = {size: self._beyond(transfer.sweep(size)) for size in sizes}
-                if not any(rate is not None for rate in beyond.values()):
+                if all(rate is None for rate in beyond.values()):
                     break
                 for size, rate in beyond.items():
                     rates[size] |= set() if rate is None else {rate}
         return transfer
-
-    def _complete(
-        self, workers: Workers, wanted: Iterable[Trial], known: dict[Trial, float]
-    ) -> None:
-        # The largest first, so that no process is left with a long one at the end.
-        missing = sorted(set(wanted) - set(known), reverse=True)
-        losses = workers.run(partial(_loss, self.sweep), missing, self.done)
-        known.update(zip(missing, losses, strict=True))
 
     def _beyond(self, sweep: Sweep) -> float | None:
         """Return the next rate to try if the best one is at an edge."""
@@ -290,10 +280,6 @@ class Runner:
         if best == 0 or means[best] > self.sweep.guessing - LOSS_TOLERANCE:
             return sweep.log2_lrs[0] - self.step
         return None
-
-
-def _loss(sweep: TransferSweep, trial: Trial) -> float:
-    return sweep.loss(trial)
 
 
 def _finite(value: float) -> float | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,9 @@ class TrialLog:
     """JSON lines: a sweep's settings, then ``size``, ``log2_lr``, ``seed``, ``loss`` of each trial.
 
     A loss that is not finite is null. A last line that was cut off is left out and written over.
-    Settings that a file of an earlier version lacks had their defaults.
-
-    Raises:
-        UserError: the file holds trials of other settings, or something else, and is left as it
-            is; or it cannot be written.
+    Settings that a file of an earlier version lacks had their defaults. Raises UserError: the file
+    holds trials of other settings, or something else, and is left as it is; or it cannot be
+    written.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
@@ -53,12 +52,7 @@ class TrialLog:
     def add(self, trial: Trial, loss: float) -> None:
         """Write one trial; it is on disk when this returns."""
         self.known[trial] = loss
-        row = {
-            "size": trial.size,
-            "log2_lr": trial.log2_lr,
-            "seed": trial.seed,
-            "loss": loss if math.isfinite(loss) else None,
-        }
+        row = {**asdict(trial), "loss": loss if math.isfinite(loss) else None}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -70,9 +64,8 @@ class TrialLog:
             rows = [json.loads(line) for line in whole]
         except ValueError:  # of another encoding, too
             raise self._another() from None
-        if not all(isinstance(row, dict) for row in rows):
-            raise self._another()
-        if not rows and not head.startswith(torn):  # no first line that was cut off
+        begun = rows or head.startswith(torn)  # else no first line that was cut off
+        if not (begun and all(isinstance(row, dict) for row in rows)):
             raise self._another()
         return rows
 

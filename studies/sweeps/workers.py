@@ -70,9 +70,13 @@ class Workers:
         ``done`` hears of each result as soon as it is there, in any order. The first exception of
         a task is raised here; tasks that have not begun are dropped when the context ends.
         """
-        if self._pool is None:
-            return self._here(function, tasks, done)
         results: dict[int, Result] = {}
+        if self._pool is None:
+            for index, task in enumerate(tasks):
+                results[index] = function(task)
+                if done is not None:
+                    done(task, results[index])
+            return [*results.values()]
         # Processes start here and hold Ctrl-C back until they can take it without a traceback.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
@@ -85,19 +89,6 @@ class Workers:
             if done is not None:
                 done(tasks[index], results[index])
         return [results[index] for index in range(len(tasks))]
-
-    def _here(
-        self,
-        function: Callable[[Task], Result],
-        tasks: Sequence[Task],
-        done: Callable[[Task, Result], None] | None,
-    ) -> list[Result]:
-        results = []
-        for task in tasks:
-            results.append(function(task))
-            if done is not None:
-                done(task, results[-1])
-        return results
 
 
 def _start() -> None:

@@ -59,7 +59,8 @@ def run(plan: LadderPlan, only: Only | None, parallel: int | None, say: Say) -> 
     """
     if only == "target" and plan.target is None:
         raise UserError("--only=target: the ladder has no target; add one or leave --only out")
-    _check_folders(plan)  # before the ladder's description is written over
+    for planned in plan.runs:  # before the ladder's description is written over
+        check_stored(planned)
     with only_one(plan.folder):
         save_ladder(plan)
         for planned in plan.runs:
@@ -90,11 +91,6 @@ def run(plan: LadderPlan, only: Only | None, parallel: int | None, say: Say) -> 
     }
 
 
-def _check_folders(plan: LadderPlan) -> None:
-    for planned in plan.runs:
-        check_stored(planned)
-
-
 def _train(plan: LadderPlan, wanted: Sequence[PlannedRun], at_once: int, say: Say) -> Ended:
     begun = time.monotonic()
     ended = train_runs(plan, wanted, at_once, say)
@@ -115,10 +111,8 @@ def _scripts(plan: LadderPlan, only: Only | None, parallel: int | None, say: Say
         )
     wanted = {"rungs": plan.rungs, "target": [plan.target], None: plan.rungs}[only]
     written = write_scripts(plan, [run for run in wanted if run is not None])
-    if written:
-        say(f"{len(written) - 1} scripts written; submit them with {written[0]}")
-    else:
-        say("nothing is missing")
+    submit = f"{len(written) - 1} scripts written; submit them with {written[0]}" if written else ""
+    say(submit or "nothing is missing")
     if only is None and plan.target is not None:
         say("when they are done: allometry ladder predict, then allometry ladder run --only target")
     return {**text.planned_facts(plan), "scripts": [str(path) for path in written]}
@@ -129,8 +123,7 @@ def save_ladder(plan: LadderPlan) -> None:
     plain = plan.ladder.model_dump(mode="json")
     if not plan.ladder.base.startswith(PRESET):
         plain["base"] = str(Path(plan.ladder.base).resolve())
-    out = StringIO()
-    yaml = YAML(typ="rt")
+    out, yaml = StringIO(), YAML(typ="rt")
     yaml.default_flow_style = False
     yaml.width = 100
     yaml.dump(plain, out)
@@ -166,10 +159,8 @@ def fit(plan: LadderPlan) -> dict[str, Any]:
         loss=ladder.loss,
         bootstraps=ladder.bootstraps,
     )
-    path = plan.folder / FIT
-    save_fit(
-        path, fitted, resampled, {"ladder": str(plan.folder), "rungs": [r.name for r in rungs]}
-    )
+    path, extra = plan.folder / FIT, {"ladder": str(plan.folder), "rungs": [r.name for r in rungs]}
+    save_fit(path, fitted, resampled, extra)
     return text.fit_facts(fitted, resampled, str(path))
 
 
@@ -183,7 +174,8 @@ def predict(plan: LadderPlan, *, again: bool) -> Prediction:
     target = plan.target
     if target is None:
         raise UserError("the ladder has no target to predict; add target: {size: ..., tokens: ...}")
-    _check_folders(plan)
+    for planned in plan.runs:
+        check_stored(planned)
     path, state = plan.folder / PREDICTION, state_of(target)
     prediction = load_prediction(path)
     begun = state.step > target.parent_step

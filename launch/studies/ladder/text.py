@@ -77,20 +77,11 @@ def status_text(facts: dict[str, Any]) -> str:
     ]
     for run in facts["runs"]:
         begun = run["state"] != "done" and run["step"] > 0
-        rows.append(
-            [
-                run["name"],
-                short(run["parameters"]),
-                short(run["tokens"]),
-                f"{run['step']}/{run['steps']}" if begun else str(run["steps"]),
-                f"{run['own_flops']:.2g}".replace("e+", "e"),
-                "",
-                run["state"],
-                "" if run["final_loss"] is None else f"{run['final_loss']:.4f}",
-                "",
-                _branch(run),
-            ]
-        )
+        steps = f"{run['step']}/{run['steps']}" if begun else str(run["steps"])
+        flops = f"{run['own_flops']:.2g}".replace("e+", "e")
+        loss = "" if run["final_loss"] is None else f"{run['final_loss']:.4f}"
+        sizes = [short(run["parameters"]), short(run["tokens"]), steps, flops]
+        rows.append([run["name"], *sizes, "", run["state"], loss, "", _branch(run)])
     done = sum(run["state"] == "done" for run in facts["runs"])
     whole, alone = facts["flops"], facts["flops_if_each_from_scratch"]
     saved = f", {1 - whole / alone:.0%} less than from scratch" if alone > whole else ""

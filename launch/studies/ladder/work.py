@@ -7,14 +7,8 @@ from typing import cast
 
 from allometry.configs.errors import UserError
 from allometry.launch.command import Report
-from allometry.launch.studies.ladder import stages
+from allometry.launch.studies.ladder import stages, text
 from allometry.launch.studies.ladder.commands import Fit, LadderCommand, Predict, Run
-from allometry.launch.studies.ladder.text import (
-    fit_text,
-    planned_facts,
-    prediction_text,
-    status_text,
-)
 
 
 def run(asked: Run) -> Report:
@@ -33,17 +27,17 @@ def run(asked: Run) -> Report:
 
 def status(asked: LadderCommand) -> Report:
     """Report how far the ladder is."""
-    facts = planned_facts(stages.open_ladder(asked.file))
-    return Report(facts, status_text(facts))
+    facts = text.planned_facts(stages.open_ladder(asked.file))
+    return Report(facts, text.status_text(facts))
 
 
 def fit(asked: Fit) -> Report:
     """Fit the ladder's law."""
     facts = stages.fit(stages.open_ladder(asked.file))
-    return Report(facts, fit_text(facts))
+    return Report(facts, text.fit_text(facts))
 
 
 def predict(asked: Predict) -> Report:
     """Predict the target's loss, or compare it with what was measured."""
     prediction = stages.predict(stages.open_ladder(asked.file), again=asked.again)
-    return Report(prediction.describe(), prediction_text(prediction))
+    return Report(prediction.describe(), text.prediction_text(prediction))
