@@ -68,15 +68,12 @@ def from_runs(
     ``validation/NAME`` and ``train/NAME``.
 
     ``group_by``: rows of one group are resampled and held out together. ``cell``: runs that differ
-    in seed alone, so that no held-out point has its twin among the fitted ones and an interval
-    does not count a point twice that lies off the law twice. ``model``: all runs of one model, for
-    horizons that branch from one trunk and share its luck, or to hold out a size. ``run``: each
-    by itself.
-
-    Raises:
-        UserError: a folder holds no run; a run has not finished (``unfinished="skip"`` leaves such
-            runs out and names them in ``conventions["left out"]``) or its record is too old; or the
-            runs' losses cannot be compared (other tokenizers, held-out tokens or shares).
+    in seed alone, so that no held-out point has its twin among the fitted ones and an interval does
+    not count a point twice that lies off the law twice. ``model``: all runs of one model, for
+    horizons that branch from one trunk and share its luck, or to hold out a size. ``run``: each by
+    itself. Raises UserError if a folder holds no run; a run has not finished (``unfinished="skip"``
+    leaves such runs out and names them in ``conventions["left out"]``) or its record is too old; or
+    the runs' losses cannot be compared (other tokenizers, held-out tokens or shares).
     """
     runs, skipped = finished_runs(folders, unfinished)
     choice = LossChoice.parse(loss, last)
@@ -98,8 +95,7 @@ def from_runs(
 def expand(folders: Sequence[str | Path]) -> list[Path]:
     """Return run folders: those given, and those in a given folder or in its ``runs/``.
 
-    Raises:
-        UserError: one holds no run, or the same run is given twice.
+    Raises UserError if one holds no run, or the same run is given twice.
     """
     expanded: list[Path] = []
     for given in map(Path, folders):
@@ -129,8 +125,7 @@ def finished_runs(
 ) -> tuple[list[Run], list[str]]:
     """Return the runs that came to their end, and the folders of those that did not.
 
-    Raises:
-        UserError: see ``from_runs``.
+    Raises UserError: see ``from_runs``.
     """
     runs: list[Run] = []
     skipped: list[str] = []

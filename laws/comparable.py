@@ -13,10 +13,9 @@ from allometry.laws.runs import Run
 def check_comparable(runs: Sequence[Run], choice: LossChoice) -> None:
     """Refuse runs whose losses are not of the same tokens, cut in the same way.
 
-    Raises:
-        UserError: two runs differ in tokenizer or sequence length; for held-out losses in the
-            held-out files or the number of sequences read of them; for losses of the mixture in
-            the shares of their sources. The sentence names both runs and what to do.
+    Raises UserError if two runs differ in tokenizer or sequence length; for held-out losses in the
+    held-out files or the number of sequences read of them; for losses of the mixture in the shares
+    of their sources. The sentence names both runs and what to do.
     """
     of_mixture = choice.source is None
     held_out = choice.kind == "validation"

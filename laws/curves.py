@@ -51,12 +51,9 @@ def curves_from_runs(
     step by step, must agree.
 
     A branch (run.parent) has its parent's rows as its own. Steps that two runs share are rows of
-    the parent, or of the first of its branches that are given: see
-    ``conventions["left out"]``.
-
-    Raises:
-        UserError: a folder holds no run, no row is left after the warm-up, a loss is not there or
-            is no positive number, or the recorded rates are too few to tell those between.
+    the parent, or of the first of its branches that are given: see ``conventions["left out"]``.
+    Raises UserError if a folder holds no run, no row is left after the warm-up, a loss is not there
+    or is no positive number, or the recorded rates are too few to tell those between.
     """
     choice = LossChoice.parse(loss)
     if bins is not None and bins < 1:
@@ -117,11 +114,7 @@ def _left_out(names: Sequence[str], shared: Sequence[int]) -> dict[str, str]:
 
 
 def rates_of(run: Run, planned: Callable[[Run], LearningRates] | None = None) -> LearningRates:
-    """Return the learning rate of each step so far.
-
-    Raises:
-        UserError: see ``curves_from_runs``.
-    """
+    """Return the learning rate of each step so far. Raises UserError: see ``curves_from_runs``."""
     check_record(run)
     warmup = int(run.record["plan"]["warmup_steps"])
     steps, rates, sums = (run.metrics[key] for key in ("step", "lr", "s1"))
@@ -186,11 +179,9 @@ def curves_from_tables(
     Columns may be mapped as in ``read_table``; each file is a group, named as it is. Rates of steps
     that have no row are filled in on straight lines, and before the first row on a line from 0: the
     warm-up, which ends at ``warmup_steps`` (None: at the first row). A file whose first row is step
-    1 has no warm-up unless ``warmup_steps`` says so. Rows of the warm-up are left out.
-
-    Raises:
-        UserError: what ``read_table`` says; a loss is not positive; two rows of a file are of one
-            step; a step is no whole number from 1; a rate is negative.
+    1 has no warm-up unless ``warmup_steps`` says so. Rows of the warm-up are left out. Raises
+    UserError: what ``read_table`` says; a loss is not positive; two rows of a file are of one step;
+    a step is no whole number from 1; a rate is negative.
     """
     resolved = [Path(path).resolve() for path in paths]
     if len(set(resolved)) < len(resolved):

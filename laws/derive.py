@@ -56,11 +56,7 @@ class Derived:
     _columns: dict[str, Column] = field(default_factory=dict)
 
     def meeting(self, conditions: Sequence[Condition]) -> NDArray[np.bool_]:
-        """Return which rows [n] meet all conditions.
-
-        Raises:
-            UserError: one names no column.
-        """
+        """Return which rows [n] meet all conditions. Raises UserError if one names no column."""
         kept = np.ones(len(self.rows), dtype=bool)
         for condition in conditions:
             asked = f"--where {condition.text!r}"
@@ -77,8 +73,7 @@ class Derived:
     def checked(self, name: str, kept: NDArray[np.bool_], *, positive: bool = False) -> Column:
         """Return the values of the kept rows, all of them finite (and ``positive``).
 
-        Raises:
-            UserError: one is not, or a column is not there; names place and column.
+        Raises UserError if one is not, or a column is not there; names place and column.
         """
         values = self._value(name, (), f"--map {name}=COLUMN")
         broken = kept & ~np.isfinite(values)
@@ -108,8 +103,7 @@ class Derived:
     def groups(self, group: str, kept: NDArray[np.bool_]) -> list[str]:
         """Return the kept rows' cells of the column that says whose they are.
 
-        Raises:
-            UserError: it is not there.
+        Raises UserError if it is not there.
         """
         return [str(text) for text in self.rows.texts(self._known(group, "--group"))[kept]]
 
@@ -204,11 +198,8 @@ def derive(
     """Return observations with more columns, fewer rows or other groups, as ``read_table`` does.
 
     ``group`` is in ``where`` a column of texts, the groups so far. ``name``: what the rows are
-    called in a sentence.
-
-    Raises:
-        UserError: an expression cannot be read or names no column, no row is left, or a value is
-            not finite.
+    called in a sentence. Raises UserError if an expression cannot be read or names no column, no
+    row is left, or a value is not finite.
     """
     mapping = dict(mapping or {})
     derived = Derived(_ObservedRows(observations, name), mapping)
@@ -234,8 +225,7 @@ def derive(
 def mark_held_out(observations: Observations, condition: str) -> Observations:
     """Return observations with a column ``HELD_OUT``: 1 where the condition holds, else 0.
 
-    Raises:
-        UserError: it cannot be read, names no column, or holds for all rows or none.
+    Raises UserError if it cannot be read, names no column, or holds for all rows or none.
     """
     derived = Derived(_ObservedRows(observations, "the observations"), {})
     met = derived.meeting([Condition.parse(condition, "--hold-out")])

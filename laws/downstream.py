@@ -81,13 +81,10 @@ def smooth_checkpoints(
 ) -> Observations:
     """Return checkpoints of runs with noise averaged out, for the second step of a chain.
 
-    In each group, by ``order``: the checkpoints in the first ``skip`` of the run (as a share of
-    the group's largest ``order``) go, then ``columns`` are means of each ``window`` successive
-    rows; other columns are those of the window's last row. As the OLMo ladder does
-    (arXiv 2412.04403).
-
-    Raises:
-        UserError: ``skip`` or ``window`` make no sense, or a run has fewer checkpoints left.
+    In each group, by ``order``: the checkpoints in the first ``skip`` of the run (as a share of the
+    group's largest ``order``) go, then ``columns`` are means of each ``window`` successive rows;
+    other columns are those of the window's last row. As the OLMo ladder does (arXiv 2412.04403).
+    Raises UserError if ``skip`` or ``window`` make no sense, or a run has fewer checkpoints left.
     """
     if window < 1 or not 0.0 <= skip < 1.0:
         raise UserError(f"window={window}, skip={skip}: use window >= 1 and 0 <= skip < 1")

@@ -50,8 +50,7 @@ class Expression:
     def parse(cls, text: str, flag: str) -> Expression:
         """Read arithmetic.
 
-        Raises:
-            UserError: it is none; the sentence names ``flag``, the option it came from.
+        Raises UserError if it is none; the sentence names ``flag``, the option it came from.
         """
         tree, quoted = _parse(text, flag)
         _check(tree, text, flag)
@@ -74,11 +73,7 @@ class Condition:
 
     @classmethod
     def parse(cls, text: str, flag: str = "--where") -> Condition:
-        """Read a condition.
-
-        Raises:
-            UserError: it is none; the sentence names ``flag``.
-        """
+        """Read a condition. Raises UserError if it is none; the sentence names ``flag``."""
         tree, quoted = _parse(text, flag)
         if not isinstance(tree, ast.Compare) or len(tree.ops) != 1:
             raise UserError(

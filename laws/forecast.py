@@ -123,11 +123,9 @@ def forecast(
     The first curve is the run's own. Losses after warm-up are averaged to at most 200 rows a curve
     and L = L0 + A·S1^−alpha − C·S2 (arXiv 2408.11029) is fitted to all of them together, see
     ``posterior``. Where no rate has fallen yet, nothing has been measured of what a decay gains:
-    the prior's gain then stands in, its whole width in the interval, with a warning.
-
-    Raises:
-        UserError: a curve has fewer than 20 rows after its warm-up; the target ends before the
-            warm-up does.
+    the prior's gain then stands in, its whole width in the interval, with a warning. Raises
+    UserError if a curve has fewer than 20 rows after its warm-up; the target ends before the
+    warm-up does.
     """
     assert 0.0 < level < 1.0, level
     steps = len(target.rates)
@@ -167,8 +165,7 @@ def forecast(
 def average(curves: Sequence[Curve]) -> Rows:
     """Return the rows of curves, averaged, without warm-up and first quarter (tenth, of few rows).
 
-    Raises:
-        UserError: fewer than 20 rows are left of one.
+    Raises UserError if fewer than 20 rows are left of one.
     """
     losses, s1, s2, starts = [], [], [], [0]
     for curve in curves:
@@ -202,10 +199,8 @@ def borrowed(curves: Sequence[Curve], target: LearningRates, name: str) -> Prior
 
     The gain is that of the target's rates, scaled to the peak of the first curve, as a share of the
     loss; deviations are at least a fifth of the gain, a tenth of alpha and 0.3 in log memory, as
-    another run is not this one.
-
-    Raises:
-        UserError: their rates never fell, so that they have measured no gain either.
+    another run is not this one. Raises UserError if their rates never fell, so that they have
+    measured no gain either.
     """
     peak = float(curves[0].rates.rates.max()) / float(target.rates.max())
     scaled = LearningRates(target.rates * peak, target.warmup_steps)

@@ -133,11 +133,9 @@ def fit_hyperparameter_law(
     Least squares of the logs of the cells' optima (Step Law, arXiv 2503.04715, has the same two
     laws of the best runs); ``order`` and ``within`` as ``fit_surface`` takes them. An input that is
     the same in all cells is left out of a law. A sample of the bootstrap draws runs in each cell
-    and moves its optimum by what the law misses beside that.
-
-    Raises:
-        UserError: fewer cells with an optimum than a law has coefficients; N and D vary together,
-            so that their exponents cannot be told apart; what ``fit_surface`` raises.
+    and moves its optimum by what the law misses beside that. Raises UserError if there are fewer
+    cells with an optimum than a law has coefficients; N and D vary together, so that their
+    exponents cannot be told apart; what ``fit_surface`` raises.
     """
     cells, left_out = _cells(observations, order, within, samples, seed)
     laws = {}
@@ -153,11 +151,8 @@ def sweep_optima(
     """Return a row for each cell: its N, D, best ``lr`` and ``B``, and the ``loss`` there.
 
     What ``learning_rate_law`` and ``batch_law`` are fitted to; each cell is a group. A column is
-    left out that did not vary in every cell. ``conventions["left out"]`` names the cells without
-    an optimum, and why.
-
-    Raises:
-        UserError: no cell has an optimum; what ``fit_surface`` raises.
+    left out that did not vary in every cell. ``conventions["left out"]`` names the cells without an
+    optimum, and why. Raises UserError if no cell has an optimum; what ``fit_surface`` raises.
     """
     cells, left_out = _cells(observations, order, within, 0, 0)
     axes = [axis for axis in AXIS_NAMES if all(axis in cell.surface.axes for cell in cells)]

@@ -68,9 +68,8 @@ def fit_rungs(
 ) -> tuple[Fit, Bootstrap]:
     """Return the law of these finished runs and its bootstrap over cells (runs alike but in seed).
 
-    Raises:
-        UserError: the law is not known, runs have not finished or cannot be compared, or there are
-            fewer of them than the law has parameters.
+    Raises UserError if the law is not known, runs have not finished or cannot be compared, or there
+    are fewer of them than the law has parameters.
     """
     form = form_named(law)
     fitted = fit(form, from_runs(folders, count=count, loss=loss))
@@ -100,8 +99,7 @@ def predict_target(
 ) -> Prediction:
     """Return the prediction of a run of which ``target`` gives what the law reads, and its name.
 
-    Raises:
-        UserError: the law reads what is not known before a run.
+    Raises UserError if the law reads what is not known before a run.
     """
     columns = {key: [float(value)] for key, value in target.items() if _is_number(value)}
     wanted = Observations.of(columns, [str(target["run"])])
@@ -130,8 +128,7 @@ def measure_target(
 ) -> Prediction:
     """Return the prediction with the loss of the target's finished run, comparable with the rungs.
 
-    Raises:
-        UserError: it has not finished, or its loss is another than that of the rungs.
+    Raises UserError if it has not finished, or its loss is another than that of the rungs.
     """
     together = from_runs([*rungs, target], count=count, loss=loss)
     return replace(prediction, measured=float(together["loss"][-1]))
@@ -151,8 +148,7 @@ def save_prediction(path: Path, prediction: Prediction) -> None:
 def load_prediction(path: Path) -> Prediction | None:
     """Return the prediction of ``save_prediction``; None where there is none.
 
-    Raises:
-        UserError: the file is something else.
+    Raises UserError if the file is something else.
     """
     if not path.is_file():
         return None

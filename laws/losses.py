@@ -28,8 +28,7 @@ class LossChoice:
     def parse(cls, text: str, last: float = 0.1) -> LossChoice:
         """Read ``validation``, ``train``, ``validation/NAME`` or ``train/NAME``.
 
-        Raises:
-            UserError: it is none of them, or ``last`` is not a share of the run.
+        Raises UserError if it is none of them, or ``last`` is not a share of the run.
         """
         kind, slash, source = text.partition("/")
         if kind not in ("validation", "train") or (slash and not source):
@@ -68,8 +67,7 @@ def validation_weights(run: Run) -> dict[str, float]:
 def final_loss(run: Run, choice: LossChoice) -> float:
     """Return a finished run's loss in nats per token.
 
-    Raises:
-        UserError: the run does not have it, or it is not a positive number.
+    Raises UserError if the run does not have it, or it is not a positive number.
     """
     steps, losses = loss_curve(run, choice)
     if choice.kind == "train":
@@ -90,8 +88,7 @@ def final_loss(run: Run, choice: LossChoice) -> float:
 def check_losses(run: Run, choice: LossChoice, steps: Column, losses: Column) -> None:
     """Refuse losses that are not positive numbers, as laws compare their logs or their shares.
 
-    Raises:
-        UserError: one is zero, negative or not finite; names file, step and value.
+    Raises UserError if one is zero, negative or not finite; names file, step and value.
     """
     bad = ~np.isfinite(losses) | (losses <= 0.0)
     if bad.any():
@@ -108,9 +105,7 @@ def loss_curve(run: Run, choice: LossChoice) -> tuple[Column, Column]:
     """Return the recorded steps that have this loss, and their losses.
 
     Every row has the training loss of the mixture: there NaN is a loss, for ``check_losses``.
-
-    Raises:
-        UserError: none has.
+    Raises UserError if none has.
     """
     metrics = run.metrics
     if choice.kind == "train":

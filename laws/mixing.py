@@ -59,13 +59,11 @@ def optimal_mixture(
 
     ``laws``: a fit for each validation set, which reads columns ``domains``; ``weights``: by
     validation set (one each if absent), not negative; ``least`` and ``most``: bounds of some
-    domains (0 and 1 else; ``most`` = U/D keeps a domain of U tokens from being repeated);
-    ``at``: other columns that the laws read (N, D), the same for every mixture. Sequential least
-    squares from points spread over the simplex: sums of mixing_exponential laws are convex, so all
-    starts agree; other laws may have several minima.
-
-    Raises:
-        UserError: a name is unknown, a weight negative, or no mixture keeps the bounds.
+    domains (0 and 1 else; ``most`` = U/D keeps a domain of U tokens from being repeated); ``at``:
+    other columns that the laws read (N, D), the same for every mixture. Sequential least squares
+    from points spread over the simplex: sums of mixing_exponential laws are convex, so all starts
+    agree; other laws may have several minima. Raises UserError if a name is unknown, a weight
+    negative, or no mixture keeps the bounds.
     """
     from scipy.optimize import minimize
 
@@ -139,10 +137,8 @@ def mixture_intervals(
     """Return the interval of each domain's share in the best mixture.
 
     The best mixture is found anew, from one start, for each sample that all ``bootstraps`` (by
-    validation set) have; ``options`` as of ``optimal_mixture``.
-
-    Raises:
-        UserError: what ``optimal_mixture`` raises.
+    validation set) have; ``options`` as of ``optimal_mixture``. Raises UserError: what
+    ``optimal_mixture`` raises.
     """
     number = min((len(bootstrap) for bootstrap in bootstraps.values()), default=0)
     best_BK = [

@@ -58,11 +58,7 @@ class Observations:
         return len(self.groups)
 
     def __getitem__(self, name: str) -> Column:
-        """Return a column.
-
-        Raises:
-            UserError: there is none of this name.
-        """
+        """Return a column. Raises UserError if there is none of this name."""
         if name not in self.columns:
             raise UserError(
                 f"the observations have no column {name!r}, only {', '.join(self.columns)}; map "

@@ -28,8 +28,7 @@ def all_forms() -> dict[str, Form]:
 def form_named(name: str) -> Form:
     """Return the form of this name; ``name:a,b,c`` is a law over columns a, b and c.
 
-    Raises:
-        UserError: there is none, or it takes no columns.
+    Raises UserError if there is none, or it takes no columns.
     """
     by_name = all_forms()
     base, colon, columns = name.partition(":")

@@ -31,10 +31,8 @@ def fit_in_two_stages(
     """Fit the data-constrained law as 2305.16264 does: first unique data, then repetition.
 
     Columns N, D (tokens seen), U (unique tokens available) and loss. ``max_epochs`` leaves out of
-    the second stage runs with more, which may have diverged.
-
-    Raises:
-        UserError: too few rows repeat nothing, or no row repeats.
+    the second stage runs with more, which may have diverged. Raises UserError if too few rows
+    repeat nothing, or no row repeats.
     """
     options = options or FitOptions()
     epochs_n = observations["D"] / observations["U"]
@@ -72,10 +70,8 @@ def best_repetition(
 ) -> Repetition:
     """Return the N and D of the least predicted loss with ``flops`` = 6 N D and U unique tokens.
 
-    ``form``: one that reads N, D and U. Up to 10,000 epochs are considered.
-
-    Raises:
-        UserError: a budget is not a positive number.
+    ``form``: one that reads N, D and U. Up to 10,000 epochs are considered. Raises UserError if a
+    budget is not a positive number.
     """
     for name, value in (("unique_tokens", unique_tokens), ("flops", flops)):
         if not (np.isfinite(value) and value > 0.0):

@@ -41,10 +41,8 @@ def read_run(folder: str | Path) -> Run:
     """Read a run's folder, also while the run is writing to it.
 
     A last line without its end (the run was killed, or is writing) is left out. Where a run was
-    resumed from an earlier step, the rows it wrote again replace the first ones.
-
-    Raises:
-        UserError: the folder is missing, is not a run's, holds no row yet, or is damaged.
+    resumed from an earlier step, the rows it wrote again replace the first ones. Raises UserError
+    if the folder is missing, is not a run's, holds no row yet, or is damaged.
     """
     folder = Path(folder)
     if not folder.is_dir():

@@ -78,11 +78,8 @@ def fit_surface(
     Real bowls are steeper towards high rates, so that a parabola's optimum leans to low ones, the
     more the wider the window (0.2 octaves on Step Law's grid). ``order=3`` puts a full cubic
     through the same runs and takes its minimum near the parabola's: less lean, three times the
-    noise; for grids of some 30 runs and more near the optimum.
-
-    Raises:
-        UserError: no rate varies, an axis has just two values, or a rate or batch or ``within`` is
-            not positive.
+    noise; for grids of some 30 runs and more near the optimum. Raises UserError if no rate varies,
+    an axis has just two values, or a rate or batch or ``within`` is not positive.
     """
     axes, loss_n = _check_sweep(observations, within)
     best_row = int(np.argmin(loss_n))

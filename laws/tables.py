@@ -39,12 +39,10 @@ def read_table(
     backticks: ``"`Training FLOP`/(6*N)"``. What ``mapping`` names comes too if it is not in
     ``names``. ``where``: conditions that a row must meet, ``"loss < 3.44"``, ``"set == 'C4'"``; a
     missing number meets none. ``group``: the column that says whose a row is; without it each row
-    is its own, named by file and line. ``positive``: names whose values must be above 0.
-
-    Raises:
-        UserError: a file or column is absent, a file is given twice, an expression cannot be read,
-            no row is left, or a cell that is needed is not a number, or not a positive one; the
-            sentence names file, line and column.
+    is its own, named by file and line. ``positive``: names whose values must be above 0. Raises
+    UserError if a file or column is absent, a file is given twice, an expression cannot be read, no
+    row is left, or a cell that is needed is not a number, or not a positive one; the sentence names
+    file, line and column.
     """
     files = [paths] if isinstance(paths, str | Path) else list(paths)
     mapping = dict(mapping or {})

@@ -53,8 +53,7 @@ class TrialFile:
 def read_trials(path: Path) -> TrialFile:
     """Read a file of trials, also while a sweep writes to it.
 
-    Raises:
-        UserError: the file is missing, damaged or something else, or holds no trial yet.
+    Raises UserError if the file is missing, damaged or something else, or holds no trial yet.
     """
     if not path.is_file():
         raise UserError(f"{path} is no file; name what allometry transfer --trials wrote")

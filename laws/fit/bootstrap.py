@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from allometry.configs.errors import UserError
 from allometry.laws.fit.engine import Fit
-from allometry.laws.fit.plain import plain_numbers, read_number
+from allometry.laws.fit.plain import plain_numbers
 from allometry.laws.fit.problem import Problem
 from allometry.laws.fit.solver import Loss, minimize
 from allometry.laws.observations import Observations
@@ -107,8 +107,7 @@ class Bootstrap:
     @classmethod
     def from_json(cls, fit: Fit, data: Mapping[str, Any]) -> Self:
         """Return the bootstrap of ``to_json``."""
-        rows = [[read_number(value) for value in row] for row in data["values"]]
-        values_BP = np.array(rows, np.float64).reshape(len(rows), len(data["names"]))
+        values_BP = np.array(data["values"], np.float64).reshape(-1, len(data["names"]))
         return cls(fit, values_BP, tuple(data["names"]), data["seed"], data["failed"])
 
 
@@ -121,10 +120,8 @@ def bootstrap(fit: Fit, samples: int = 200, seed: int = 0) -> Bootstrap:
     """Return fits to ``samples`` draws of as many groups, with replacement.
 
     A drawn group weighs its rows as often as it was drawn. Each sample is searched for from the
-    fit's optimum and from two perturbed ones, and the best is kept.
-
-    Raises:
-        UserError: there are fewer than two groups, or fewer than two samples are asked for.
+    fit's optimum and from two perturbed ones, and the best is kept. Raises UserError if there are
+    fewer than two groups, or fewer than two samples are asked for.
     """
     groups, index_n = np.unique(np.array(fit.observations.groups), return_inverse=True)
     if len(groups) < 2:
@@ -147,13 +144,8 @@ def bootstrap(fit: Fit, samples: int = 200, seed: int = 0) -> Bootstrap:
     x_BP = np.concatenate(refits)
     good_B = np.isfinite(x_BP).all(axis=1)
     names = tuple(parameter.name for parameter in fit.form.parameters)
-    free = {
-        p.name: v for p, v in zip(problem.free, problem.values_array(x_BP[good_B]).T, strict=True)
-    }
-    values_BP = np.stack(
-        [free[name] if name in free else np.full(good_B.sum(), fit.values[name]) for name in names],
-        axis=1,
-    )
+    values, shape = problem.values(x_BP[good_B]), (int(good_B.sum()), 1)
+    values_BP = np.concatenate([np.broadcast_to(values[name], shape) for name in names], axis=1)
     return Bootstrap(fit, values_BP, names, seed, int((~good_B).sum()))
 
 

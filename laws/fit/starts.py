@@ -47,8 +47,7 @@ def spread_points(number: int, dimensions: int, seed: int) -> Array:
         phi = (1.0 + phi) ** (1.0 / (dimensions + 1))
     step_P = phi ** -np.arange(1.0, dimensions + 1)
     shift_P = np.random.default_rng(seed).random(dimensions)
-    points: Array = (shift_P + np.arange(1, number + 1)[:, None] * step_P) % 1.0
-    return points
+    return np.asarray((shift_P + np.arange(1, number + 1)[:, None] * step_P) % 1.0)
 
 
 def project(problem: Problem, x_SP: Array) -> Array:
@@ -67,12 +66,8 @@ def project(problem: Problem, x_SP: Array) -> Array:
     others = [index for index in range(x_SP.shape[1]) if index not in linear]
     _, first, back = np.unique(x_SP[:, others], axis=0, return_index=True, return_inverse=True)
     rows = max(1, CHUNK // len(problem.target_n))
-    solved_SP = np.concatenate(
-        [
-            _solve_linear(problem, x_SP[first[start : start + rows]], linear)
-            for start in range(0, len(first), rows)
-        ]
-    )
+    parts = [first[start : start + rows] for start in range(0, len(first), rows)]
+    solved_SP = np.concatenate([_solve_linear(problem, x_SP[part], linear) for part in parts])
     projected_SP = solved_SP[back.reshape(-1)]
     usable_S = np.isfinite(projected_SP).all(axis=1)
     return np.where(usable_S[:, None], projected_SP, x_SP)

@@ -33,10 +33,8 @@ def save_fit(
 ) -> None:
     """Write a fit, its observations and its bootstrap as one JSON file.
 
-    The file appears at once under its name: a reader sees the old one or the new one.
-
-    Raises:
-        UserError: the file cannot be written.
+    The file appears at once under its name: a reader sees the old one or the new one. Raises
+    UserError if the file cannot be written.
     """
     data = {
         "kind": KIND,
@@ -58,8 +56,7 @@ def save_fit(
 def load_fit(path: Path) -> StoredFit:
     """Return the fit of ``save_fit``; it predicts the same bits.
 
-    Raises:
-        UserError: the file is missing, is not a fit, or is of another version.
+    Raises UserError if the file is missing, is not a fit, or is of another version.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
