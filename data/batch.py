@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,8 +36,7 @@ class PackedDocuments:
         cu_lengths = np.zeros(len(lengths) + 1, np.int64)
         np.cumsum(lengths, out=cu_lengths[1:])
         assert cu_lengths[-1] == total
-        positions = np.arange(total, dtype=np.int64)
-        positions -= np.repeat(cu_lengths[:-1], lengths)
+        positions = np.arange(total) - np.repeat(cu_lengths[:-1], lengths)
         return cls(cu_lengths.astype(np.int32), int(lengths.max()), positions.reshape(shape))
 
     @property
@@ -81,11 +80,10 @@ class Batch:
         documents = None
         if self.documents is not None:
             length = self.tokens_BL.shape[1]
-            cu = self.documents.cu_lengths
-            first, last = np.searchsorted(cu, (start * length, stop * length))
-            documents = PackedDocuments.of_lengths(
-                np.diff(cu[first : last + 1]).astype(np.int64), (stop - start, length)
-            )
+            bounds = (start * length, stop * length)
+            first, last = np.searchsorted(self.documents.cu_lengths, bounds)
+            lengths = self.documents.lengths[first:last]
+            documents = PackedDocuments.of_lengths(lengths, (stop - start, length))
         return Batch(
             self.tokens_BL[start:stop],
             self.targets_BL[start:stop],
@@ -103,8 +101,7 @@ class Batch:
         documents = None
         if packed:
             lengths = np.concatenate([part.lengths for part in packed])
-            shape: Any = tokens_BL.shape
-            documents = PackedDocuments.of_lengths(lengths, shape)
+            documents = PackedDocuments.of_lengths(lengths, tokens_BL.shape)
         return cls(
             tokens_BL,
             np.concatenate([batch.targets_BL for batch in batches]),

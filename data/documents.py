@@ -193,9 +193,8 @@ class DocumentStream(Sources):
             sources.append(np.full(len(begins), source, np.int64))
         stores = {source: order.store for source, order in enumerate(self._train)}
         order = np.argsort(np.concatenate(rows), kind="stable")
-        documents, offsets, lengths, ends = (
-            np.concatenate(column)[order] for column in zip(*parts, strict=True)
-        )
+        columns = (np.concatenate(column)[order] for column in zip(*parts, strict=True))
+        documents, offsets, lengths, ends = columns
         return Pieces(lengths, np.concatenate(sources)[order], documents, offsets, ends, stores)
 
     def ledger(self, position: int) -> dict[str, int]:

@@ -13,7 +13,6 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import numpy as np
@@ -117,13 +116,10 @@ def find_end_of_document(path: str, tokenizer: Tokenizer, wanted: str | None) ->
         return wanted, number
     config = Path(path).parent / "tokenizer_config.json"
     if config.is_file():
-        values = json.loads(config.read_text(encoding="utf-8"))
-        token = values.get("eos_token")
+        token = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
         token = token.get("content") if isinstance(token, dict) else token
-        if isinstance(token, str):
-            number = tokenizer.token_to_id(token)
-            if number is not None:
-                return token, number
+        if isinstance(token, str) and (number := tokenizer.token_to_id(token)) is not None:
+            return token, number
     known = [name for name in _KNOWN_ENDS if name in special]
     number = tokenizer.token_to_id(known[0]) if len(known) == 1 else None
     if number is None:
@@ -259,11 +255,6 @@ class Workers:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)

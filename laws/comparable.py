@@ -50,17 +50,13 @@ def check_comparable(runs: Sequence[Run], choice: LossChoice) -> None:
             )
         )
     for what, value, why in checks:
-        _check_same(runs, what, value, why)
-
-
-def _check_same(runs: Sequence[Run], what: str, value: Callable[[Run], Any], why: str) -> None:
-    first = value(runs[0])
-    for run in runs[1:]:
-        if (other := value(run)) != first:
-            raise UserError(
-                f"{runs[0].folder} and {run.folder} differ in {what} ({first} and {other}): {why}; "
-                "give runs that agree in it"
-            )
+        first = value(runs[0])
+        for run in runs[1:]:
+            if (other := value(run)) != first:
+                raise UserError(
+                    f"{runs[0].folder} and {run.folder} differ in {what} ({first} and {other}): "
+                    f"{why}; give runs that agree in it"
+                )
 
 
 def _tokenizers(run: Run) -> str:
@@ -71,9 +67,8 @@ def _tokenizers(run: Run) -> str:
 
 
 def _held_out_files(run: Run, only: str | None) -> dict[str, str]:
-    fingerprints = {}
-    for name, source in run.record["data"]["sources"].items():
-        part = source.get("validation")
-        if part is not None and only in (None, name):
-            fingerprints[name] = str(part["fingerprint"])
-    return fingerprints
+    return {
+        name: str(source["validation"]["fingerprint"])
+        for name, source in run.record["data"]["sources"].items()
+        if source.get("validation") is not None and only in (None, name)
+    }

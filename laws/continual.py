@@ -72,12 +72,8 @@ def choose_ratio(
         crossing = int(np.argmax(over_n))
         below, last, bounded = float(shares_n[crossing - 1]), float(shares_n[crossing]), True
     share_1 = np.array([below])
-    return RatioChoice(
-        below,
-        float(general_loss(share_1)[0]),
-        float(_predict(domain, share_1, at)[0]),
-        bounded,
-    )
+    general_1, domain_1 = general_loss(share_1), _predict(domain, share_1, at)
+    return RatioChoice(below, float(general_1[0]), float(domain_1[0]), bounded)
 
 
 def ratio_interval(
@@ -96,12 +92,11 @@ def ratio_interval(
     """
     shares = []
     for index in range(min(len(general), len(domain))):
-        sampled, other = Sample(general, index), Sample(domain, index)
-        if _predict(sampled, 1.0 - np.array([low]), at)[0] <= bound:
-            chosen = choose_ratio(sampled, other, at=at, bound=bound, low=low, high=high)
-            shares.append(chosen.share)
-        else:
-            shares.append(low)
+        laws = Sample(general, index), Sample(domain, index)
+        share = low
+        if _predict(laws[0], 1.0 - np.array([low]), at)[0] <= bound:
+            share = choose_ratio(*laws, at=at, bound=bound, low=low, high=high).share
+        shares.append(share)
     tail = (1.0 - level) / 2.0
     least, most = np.quantile(shares, [tail, 1.0 - tail])
     return float(least), float(most)

@@ -65,14 +65,14 @@ def curves_from_runs(
     parts: list[dict[str, Column]] = []
     groups: list[str] = []
     curves: dict[str, LearningRates] = {}
-    names = run_names(runs)
-    shared = shared_steps(runs)
+    names, shared = run_names(runs), shared_steps(runs)
     for run, name, taken_over in zip(runs, names, shared, strict=True):
         curves[name] = rates_of(run, planned)
         part = _rows(run, choice, count, curves[name], bins, taken_over)
         parts.append(part)
         groups += [name] * len(part["step"])
     binned = bins is not None and choice.kind == "train"
+    left_out = [f"{name} to step {step}" for name, step in zip(names, shared, strict=True) if step]
     return Observations(
         columns={key: np.concatenate([part[key] for part in parts]) for key in parts[0]},
         groups=tuple(groups),
@@ -82,7 +82,7 @@ def curves_from_runs(
             + (f", means of at most {bins} stretches of a run" if binned else ""),
             "step": "counted from 1, after the warm-up",
             "N": f"{count} parameters",
-            **_left_out(names, shared),
+            **({"left out": f"rows of another run: {', '.join(left_out)}"} if left_out else {}),
         },
     )
 
@@ -108,37 +108,26 @@ def shared_steps(runs: Sequence[Run]) -> list[int]:
     return steps
 
 
-def _left_out(names: Sequence[str], shared: Sequence[int]) -> dict[str, str]:
-    parts = [f"{name} to step {step}" for name, step in zip(names, shared, strict=True) if step]
-    return {"left out": f"rows of another run: {', '.join(parts)}"} if parts else {}
-
-
 def rates_of(run: Run, planned: Callable[[Run], LearningRates] | None = None) -> LearningRates:
     """Return the learning rate of each step so far. Raises UserError: see ``curves_from_runs``."""
     check_record(run)
     warmup = int(run.record["plan"]["warmup_steps"])
     steps, rates, sums = (run.metrics[key] for key in ("step", "lr", "s1"))
-    filled = _between(steps, rates, warmup)
+    ends = (np.append(0, steps), np.append(0.0, rates)) if warmup > 0 else (steps, rates)
+    filled = np.interp(np.arange(1, int(steps[-1]) + 1), *ends)
     if planned is not None and len(steps) < steps[-1]:
         plan = planned(run).rates[: len(filled)]
         recorded = steps.astype(int) - 1
         if len(plan) == len(filled) and np.allclose(plan[recorded], rates, rtol=1e-9, atol=0.0):
             filled = plan
-    missed = np.abs(np.cumsum(filled)[steps.astype(int) - 1] - sums)
-    if (missed > S1_TOLERANCE * sums).any():
-        step = int(steps[np.argmax(missed > S1_TOLERANCE * sums)])
+    missed = np.abs(np.cumsum(filled)[steps.astype(int) - 1] - sums) > S1_TOLERANCE * sums
+    if missed.any():
+        step = int(steps[np.argmax(missed)])
         raise UserError(
             f"{run.folder}: the recorded learning rates do not tell those between them (their sum "
             f"to step {step} misses the recorded s1); set record.every_steps: 1 and train again"
         )
     return LearningRates(filled, warmup)
-
-
-def _between(steps: Column, rates: Column, warmup_steps: int) -> Column:
-    """Rates on straight lines between recorded steps, and from 0 where there is a warm-up."""
-    if warmup_steps > 0:
-        steps, rates = np.append(0, steps), np.append(0.0, rates)
-    return np.interp(np.arange(1, int(steps[-1]) + 1), steps, rates)
 
 
 def _rows(
@@ -202,9 +191,7 @@ def curves_from_tables(
         parts.append(table.take(after))
     return Observations(
         columns={key: np.concatenate([part[key] for part in parts]) for key in parts[0].columns},
-        groups=tuple(
-            name for name, part in zip(names, parts, strict=True) for _ in range(len(part))
-        ),
+        groups=tuple(np.repeat(names, [len(part) for part in parts]).tolist()),
         curves=curves,
         conventions={
             "loss": f"{(mapping or {}).get('loss', 'loss')} of {', '.join(names)}",

@@ -124,14 +124,13 @@ class Derived:
         text = self.mapping[name]
         if text in self.rows.header:
             return self._column(text)
-        expression = Expression.parse(text, f"--map {name}")
 
         def column(part: str) -> Column:
             if part == name and part in self.rows.header:
                 return self._column(part)  # N=N*1e6: the file's own N
             return self._value(part, (*inside, name), f"--map {name}={text}")
 
-        values = expression.evaluate(column)
+        values = Expression.parse(text, f"--map {name}").evaluate(column)
         return np.broadcast_to(values, (len(self.rows),)).astype(np.float64)
 
     def _read_for(self, name: str) -> list[str]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -136,17 +136,16 @@ def forecast(
         )
     rows = average(curves)
     end_s1, end_s2_M = _end(target)
-    reference_M = _reference(end_s2_M, rows, target)
     fitted_prior = _scaled(prior, target)
-    estimate = posterior(rows, fitted_prior, end_s1, reference_M)
+    estimate = posterior(rows, fitted_prior, end_s1, _reference(end_s2_M, rows, target))
     mean_AM, variance_AM = estimate.predict(end_s1, end_s2_M)
     now = int(curves[0].steps_n[-1])
-    known = _continues(curves, target)
+    taken = curves[0].rates.rates[:now]
+    known = steps >= now and np.allclose(taken, target.rates[:now], rtol=1e-6, atol=0.0)
     unseen = _unseen(curves, estimate, rows, end_s2_M) if known else 1.0
     variance_AM = variance_AM + _law_variance(estimate, steps / now, unseen)
-    low, middle, high = _quantiles(
-        estimate.probability_AM, mean_AM, variance_AM, (0.5 - level / 2, 0.5, 0.5 + level / 2)
-    )
+    levels = (0.5 - level / 2, 0.5, 0.5 + level / 2)
+    low, middle, high = _quantiles(estimate.probability_AM, mean_AM, variance_AM, levels)
     quality = _quality(estimate, rows, fitted_prior, bool(end_s2_M.any()))
     return Forecast(
         step=now,
@@ -238,8 +237,7 @@ def _fall(target: LearningRates) -> float:
 def _scaled(prior: Prior, target: LearningRates) -> Prior:
     """Return the prior with the gain of a decay that goes only as far as the target's."""
     share = _fall(target) or 1.0
-    gain = Normal(prior.gain.mean * share, prior.gain.sd * share)
-    return Prior(gain, prior.log_alpha, prior.log_memory, prior.level, prior.source)
+    return replace(prior, gain=Normal(prior.gain.mean * share, prior.gain.sd * share))
 
 
 def _reference(end_s2_M: Array, rows: Rows, target: LearningRates) -> Array:
@@ -247,15 +245,6 @@ def _reference(end_s2_M: Array, rows: Rows, target: LearningRates) -> Array:
     if (end_s2_M > 0.0).all():
         return end_s2_M
     return np.asarray(np.maximum(np.abs(rows.s2_Mn).max(axis=1), 1e-9 * float(target.rates.max())))
-
-
-def _continues(curves: Sequence[Curve], target: LearningRates) -> bool:
-    """Whether the target begins with the very steps that the first curve has taken."""
-    now = int(curves[0].steps_n[-1])
-    taken = curves[0].rates.rates[:now]
-    return len(target.rates) >= now and bool(
-        np.allclose(taken, target.rates[:now], rtol=1e-6, atol=0.0)
-    )
 
 
 def _unseen(curves: Sequence[Curve], estimate: Posterior, rows: Rows, end_s2_M: Array) -> float:

@@ -9,7 +9,7 @@ logs of the optima are linear in ln N and ln D.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -165,8 +165,7 @@ def sweep_optima(
     about = {name: text for name, text in observations.conventions.items() if name in EXPONENTS}
     about |= dict.fromkeys(axes, how)
     about["loss"] = f"at the best of each sweep; {observations.conventions.get('loss', 'loss')}"
-    earlier = observations.conventions.get("left out")
-    parts = [*([earlier] if earlier else []), *([_listed(left_out)] if left_out else [])]
+    parts = [part for part in (observations.conventions.get("left out"), _listed(left_out)) if part]
     about |= {"left out": "; ".join(parts)} if parts else {}
     return replace(optima, conventions=about)
 
@@ -176,18 +175,14 @@ def _cells(
 ) -> tuple[list[Cell], dict[str, str]]:
     """Return the sweeps that have an optimum, and why the others have none."""
     cells, left_out = [], {}
-    at = {name: observations[name] for name in EXPONENTS}
-    for index, (n, d) in enumerate(sorted(set(zip(at["N"], at["D"], strict=True)))):
-        rows = observations.take((at["N"] == n) & (at["D"] == d))
-        name = _cell_name(n, d)
+    options: dict[str, Any] = {"order": order, "within": within, "samples": samples}
+    for index, (name, at, rows) in enumerate(_sweeps(observations)):
         try:
-            surface = fit_surface(
-                rows, order=order, within=within, samples=samples, seed=seed + index
-            )
+            surface = fit_surface(rows, seed=seed + index, **options)
         except UserError as error:
             raise UserError(f"cell {name}: {error}") from None
         if surface.problem is None:
-            cells.append(Cell(name, {"N": float(n), "D": float(d)}, surface))
+            cells.append(Cell(name, at, surface))
         else:
             left_out[name] = surface.problem
     if not cells:
@@ -202,18 +197,20 @@ def nearest_excess(observations: Observations, law: PairLaw) -> dict[str, float]
     far above.
     """
     excess = {}
-    sizes, tokens = observations["N"], observations["D"]
-    for n, d in sorted(set(zip(sizes, tokens, strict=True))):
-        cell = observations.take((sizes == n) & (tokens == d))
-        rate, batch = law(float(n), float(d))
+    for name, at, cell in _sweeps(observations):
+        rate, batch = law(at["N"], at["D"])
         distance = np.log(cell["lr"] / rate) ** 2 + np.log(cell["B"] / batch) ** 2
         loss = np.where(np.isfinite(cell["loss"]), cell["loss"], np.inf)
-        excess[_cell_name(n, d)] = float(loss[np.argmin(distance)] / loss.min() - 1.0)
+        excess[name] = float(loss[np.argmin(distance)] / loss.min() - 1.0)
     return excess
 
 
-def _cell_name(parameters: float, tokens: float) -> str:
-    return f"N={parameters:.4g} D={tokens:.4g}"
+def _sweeps(observations: Observations) -> Iterator[tuple[str, dict[str, float], Observations]]:
+    """Each cell's name, its N and D, and its rows."""
+    sizes, tokens = observations["N"], observations["D"]
+    for n, d in sorted(set(zip(sizes.tolist(), tokens.tolist(), strict=True))):
+        rows = observations.take((sizes == n) & (tokens == d))
+        yield f"N={n:.4g} D={d:.4g}", {"N": n, "D": d}, rows
 
 
 def _listed(left_out: Mapping[str, str]) -> str:

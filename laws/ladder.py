@@ -101,7 +101,11 @@ def predict_target(
 
     Raises UserError if the law reads what is not known before a run.
     """
-    columns = {key: [float(value)] for key, value in target.items() if _is_number(value)}
+    columns = {
+        key: [float(value)]
+        for key, value in target.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
     wanted = Observations.of(columns, [str(target["run"])])
     predicted = float(fitted.predict(wanted)[0])
     open_ones = unidentified(fitted)
@@ -156,17 +160,10 @@ def load_prediction(path: Path) -> Prediction | None:
         data = json.loads(path.read_text(encoding="utf-8"))
         fields = {key: data[key] for key in Prediction.__dataclass_fields__}
         prediction = Prediction(**fields | {"warnings": tuple(fields["warnings"])})
-        if not all(
-            math.isfinite(value)
-            for value in (prediction.predicted, prediction.low, prediction.high)
-        ):
+        if not all(map(math.isfinite, (prediction.predicted, prediction.low, prediction.high))):
             raise ValueError("its numbers are not finite")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path} is not a prediction ({type(error).__name__}: {error}); restore it or remove it"
         ) from None
     return prediction
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -57,9 +57,7 @@ def shares(run: Run) -> dict[str, float]:
 
 def validation_weights(run: Run) -> dict[str, float]:
     """Return the shares of the sources that have held-out tokens, scaled to sum to one."""
-    held_out = {
-        name: share for name, share in shares(run).items() if f"validation/{name}" in run.metrics
-    }
+    held_out = {n: share for n, share in shares(run).items() if f"validation/{n}" in run.metrics}
     total = sum(held_out.values())
     return {name: share / total for name, share in held_out.items()}
 
@@ -107,14 +105,10 @@ def loss_curve(run: Run, choice: LossChoice) -> tuple[Column, Column]:
     Every row has the training loss of the mixture: there NaN is a loss, for ``check_losses``.
     Raises UserError if none has.
     """
-    metrics = run.metrics
-    if choice.kind == "train":
-        key = "loss" if choice.source is None else f"loss/{choice.source}"
-        values = metrics.get(key)
-    elif choice.source is not None:
-        key = f"validation/{choice.source}"
-        values = metrics.get(key)
-    else:
+    metrics, kind = run.metrics, "loss" if choice.kind == "train" else "validation"
+    key = kind if choice.source is None else f"{kind}/{choice.source}"
+    values = metrics.get(key)
+    if key == "validation":
         key = "validation/"
         weights = validation_weights(run)
         parts = [weight * metrics[f"validation/{name}"] for name, weight in weights.items()]

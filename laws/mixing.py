@@ -107,10 +107,9 @@ def _losses(
     shares_nK: Array,
 ) -> Array:
     """Return the loss [V, n] that each law predicts for these mixtures."""
-    columns: dict[str, Any] = {name: shares_nK[:, i] for i, name in enumerate(domains)}
-    for name, value in (at or {}).items():
-        columns[name] = np.full(len(shares_nK), float(value))
-    rows = Observations.of(columns)
+    columns = {name: shares_nK[:, i] for i, name in enumerate(domains)}
+    others = {name: np.full(len(shares_nK), float(v)) for name, v in (at or {}).items()}
+    rows = Observations.of({**columns, **others})
     return np.stack([law.predict(rows) for law in laws.values()])
 
 
@@ -141,16 +140,11 @@ def mixture_intervals(
     ``optimal_mixture`` raises.
     """
     number = min((len(bootstrap) for bootstrap in bootstraps.values()), default=0)
-    best_BK = [
-        list(
-            optimal_mixture(
-                {name: Sample(bootstrap, index) for name, bootstrap in bootstraps.items()},
-                domains,
-                **{"starts": 1, **options},
-            ).shares.values()
-        )
-        for index in range(max(number, 1))
-    ]
+    best_BK = []
+    for index in range(max(number, 1)):
+        laws = {name: Sample(bootstrap, index) for name, bootstrap in bootstraps.items()}
+        best = optimal_mixture(laws, domains, **{"starts": 1, **options})
+        best_BK.append(list(best.shares.values()))
     tail = (1.0 - level) / 2.0
     low_K, high_K = np.quantile(best_BK, [tail, 1.0 - tail], axis=0)
     return {d: (float(low_K[i]), float(high_K[i])) for i, d in enumerate(domains)}
@@ -166,8 +160,7 @@ def into_simplex(shares_K: Array, low_K: Array, high_K: Array) -> Array:
             down = shift
         else:
             up = shift
-    nearest_K: Array = np.clip(shares_K + up, low_K, high_K)
-    return nearest_K
+    return np.asarray(np.clip(shares_K + up, low_K, high_K))
 
 
 def _weights(laws: Mapping[str, Predictor], weights: Mapping[str, float] | None) -> Array:

@@ -45,10 +45,9 @@ def quadratic_optimum(log2_lrs: Sequence[float], losses: Sequence[float]) -> Opt
     here = Optimum(float(x[best]), float(y[best]))
     if not np.isfinite(here.loss):
         return Optimum(here.log2_lr, here.loss, "every run diverged")
-    if best == 0:
-        return Optimum(here.log2_lr, here.loss, "the best rate is the least that was tried")
-    if best == len(x) - 1:
-        return Optimum(here.log2_lr, here.loss, "the best rate is the largest that was tried")
+    if best in (0, len(x) - 1):
+        end = "least" if best == 0 else "largest"
+        return Optimum(here.log2_lr, here.loss, f"the best rate is the {end} that was tried")
     if not np.isfinite(y[best - 1 : best + 2]).all():
         return Optimum(here.log2_lr, here.loss, "a neighbour of the best rate diverged")
     (x0, x1, x2), (y0, y1, y2) = x[best - 1 : best + 2], y[best - 1 : best + 2]
@@ -81,10 +80,7 @@ class Sweep:
         is one seed only)."""
         if self.losses_RS.shape[1] < 2:
             return float("nan")
-        optima = [self.optimum([seed]) for seed in range(self.losses_RS.shape[1])]
-        if not all(optimum.interior for optimum in optima):
-            return float("nan")
-        return float(np.ptp([optimum.log2_lr for optimum in optima]))
+        return _drift([self.optimum([seed]) for seed in range(self.losses_RS.shape[1])])
 
 
 def drift(sweeps: Mapping[int, Sweep]) -> float:

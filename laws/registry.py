@@ -33,9 +33,8 @@ def form_named(name: str) -> Form:
     by_name = all_forms()
     base, colon, columns = name.partition(":")
     if base not in by_name:
-        near = difflib.get_close_matches(base, by_name, n=1)
         hint = f"use one of {', '.join(sorted(by_name))}"
-        if near:
+        if near := difflib.get_close_matches(base, by_name, n=1):
             hint = f"did you mean {near[0]!r} (allometry laws lists all)?"
         raise UserError(f"no law is called {base!r}; {hint}")
     if not colon:

@@ -13,8 +13,6 @@ from allometry.laws.forms.base import Form
 from allometry.laws.forms.repetition import DataConstrainedTied, TiedPower
 from allometry.laws.observations import Observations
 
-EPOCHS_CONSIDERED = 1e4
-
 
 @dataclass(frozen=True, slots=True)
 class TwoStages:
@@ -76,19 +74,14 @@ def best_repetition(
     for name, value in (("unique_tokens", unique_tokens), ("flops", flops)):
         if not (np.isfinite(value) and value > 0.0):
             raise UserError(f"{name}={value} must be a positive number")
-    low, high = np.log(unique_tokens * 1e-4), np.log(unique_tokens * EPOCHS_CONSIDERED)
+    low, high = np.log(unique_tokens * 1e-4), np.log(unique_tokens * 1e4)
     for _ in range(5):  # each round narrows the range by 100
         tokens_n = np.exp(np.linspace(low, high, 201))
         size_n = flops / (flops_per_parameter_token * tokens_n)
-        rows = Observations.of(
-            {"N": size_n, "D": tokens_n, "U": np.full(len(tokens_n), unique_tokens)}
-        )
+        unique_n = np.full(len(tokens_n), unique_tokens)
+        rows = Observations.of({"N": size_n, "D": tokens_n, "U": unique_n})
         loss_n = np.asarray(form.predict(values, form.prepare(rows)))
         best = int(np.argmin(loss_n))
         low, high = (np.log(tokens_n[max(best - 1, 0)]), np.log(tokens_n[min(best + 1, 200)]))
-    return Repetition(
-        float(size_n[best]),
-        float(tokens_n[best]),
-        float(tokens_n[best] / unique_tokens),
-        float(loss_n[best]),
-    )
+    size, tokens, loss = (float(values_n[best]) for values_n in (size_n, tokens_n, loss_n))
+    return Repetition(size, tokens, tokens / unique_tokens, loss)

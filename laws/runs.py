@@ -103,14 +103,11 @@ def _resumed(rows: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
 
 
 def _columns(rows: list[dict[str, Any]], path: Path) -> dict[str, NDArray[np.float64]]:
-    keys = dict.fromkeys(key for row in rows for key in row)
     columns: dict[str, NDArray[np.float64]] = {}
-    for key in keys:
+    for key in dict.fromkeys(key for row in rows for key in row):
         values = [row.get(key) for row in rows]
         try:
-            columns[key] = np.array(
-                [np.nan if value is None else float(value) for value in values], dtype=np.float64
-            )
+            columns[key] = np.array([np.nan if v is None else float(v) for v in values])
         except (TypeError, ValueError) as error:
             raise UserError(
                 f"{path} has a value of {key!r} that is not a number ({error}); remove that row"
@@ -118,7 +115,7 @@ def _columns(rows: list[dict[str, Any]], path: Path) -> dict[str, NDArray[np.flo
     return columns
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_record(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
@@ -127,15 +124,10 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not JSON ({error}); restore it or remove it") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} is not a JSON object; restore it or remove it")
-    return value
-
-
-def _read_record(path: Path) -> dict[str, Any]:
-    record = _read_json(path)
     for key in ("plan", "data"):
-        if not isinstance(record.get(key, {}), dict):
+        if not isinstance(value.get(key, {}), dict):
             raise UserError(f"{path}: {key} is not a JSON object; restore the file or remove it")
-    return record
+    return value
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
