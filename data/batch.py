@@ -84,12 +84,8 @@ class Batch:
             first, last = np.searchsorted(self.documents.cu_lengths, bounds)
             lengths = self.documents.lengths[first:last]
             documents = PackedDocuments.of_lengths(lengths, (stop - start, length))
-        return Batch(
-            self.tokens_BL[start:stop],
-            self.targets_BL[start:stop],
-            self.source_B[start:stop],
-            documents,
-        )
+        part = slice(start, stop)
+        return Batch(self.tokens_BL[part], self.targets_BL[part], self.source_B[part], documents)
 
     @classmethod
     def concatenate(cls, batches: Sequence[Batch]) -> Self:
@@ -102,9 +98,6 @@ class Batch:
         if packed:
             lengths = np.concatenate([part.lengths for part in packed])
             documents = PackedDocuments.of_lengths(lengths, tokens_BL.shape)
-        return cls(
-            tokens_BL,
-            np.concatenate([batch.targets_BL for batch in batches]),
-            np.concatenate([batch.source_B for batch in batches]),
-            documents,
-        )
+        targets_BL = np.concatenate([batch.targets_BL for batch in batches])
+        source_B = np.concatenate([batch.source_B for batch in batches])
+        return cls(tokens_BL, targets_BL, source_B, documents)

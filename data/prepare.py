@@ -103,10 +103,8 @@ def prepare(request: PrepareRequest, quiet: bool = False) -> Manifest:
     """
     corpora = _open_inputs(request)
     out = Path(request.out)
-    with ProgressReport(quiet=quiet) as report, _writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-        with _locked(out):
-            return _prepare_locked(request, corpora, out, report)
+    with ProgressReport(quiet=quiet) as report, _locked(out):
+        return _prepare_locked(request, corpora, out, report)
 
 
 def _prepare_locked(
@@ -324,28 +322,24 @@ def _refuse_to_overwrite(out: Path, corpora: dict[str, Corpus]) -> None:
 
 
 @contextmanager
-def _writing(out: Path) -> Iterator[None]:
-    """Turn what the disk refuses into a sentence."""
+def _locked(out: Path) -> Iterator[None]:
+    """Make the folder and hold its lock; turn what the disk refuses into a sentence."""
     try:
-        yield
+        out.mkdir(parents=True, exist_ok=True)
+        with (out / _LOCK).open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(
+                    f"another `allometry prepare` is writing into {out}; wait for it or choose "
+                    "another output folder"
+                ) from error
+            yield
     except OSError as error:
         raise UserError(
             f"cannot write token files into {out} ({error.strerror or error}); make room or choose "
             "another output folder"
         ) from error
-
-
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    with (out / _LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"another `allometry prepare` is writing into {out}; wait for it or choose another "
-                "output folder"
-            ) from error
-        yield
 
 
 def _versions() -> dict[str, str]:

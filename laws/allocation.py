@@ -14,18 +14,7 @@ from allometry.configs.errors import UserError
 from allometry.laws.fit.bootstrap import Bootstrap
 from allometry.laws.fit.engine import Fit, predict
 from allometry.laws.forms.base import Form
-from allometry.laws.isoflop import IsoFlop, isoflop_optima, size_exponent
 from allometry.laws.observations import Observations
-
-__all__ = [
-    "Allocation",
-    "IsoFlop",
-    "compute_optimal",
-    "isoflop_optima",
-    "optimal_size",
-    "searched_size",
-    "size_exponent",
-]
 
 Array = NDArray[np.float64]
 

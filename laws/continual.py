@@ -123,10 +123,7 @@ class CriticalShares:
 
 
 def critical_shares(
-    general: Mapping[float, Predictor],
-    tokens: Sequence[float],
-    *,
-    bound: float = GENERAL_BOUND,
+    general: Mapping[float, Predictor], tokens: Sequence[float], *, bound: float = GENERAL_BOUND
 ) -> CriticalShares:
     """Return the largest domain share whose general loss rises by at most ``bound``, per horizon.
 

@@ -15,15 +15,7 @@ from numpy.typing import NDArray
 from allometry.configs.errors import UserError
 from allometry.laws.forms.tissue import annealing
 from allometry.laws.observations import LearningRates
-from allometry.laws.posterior import (
-    ALPHAS,
-    MEMORIES,
-    Normal,
-    Posterior,
-    Prior,
-    Rows,
-    posterior,
-)
+from allometry.laws.posterior import ALPHAS, MEMORIES, Normal, Posterior, Prior, Rows, posterior
 
 Array = NDArray[np.float64]
 
@@ -112,11 +104,7 @@ class Forecast:
 
 
 def forecast(
-    curves: Sequence[Curve],
-    target: LearningRates,
-    *,
-    prior: Prior = PUBLISHED,
-    level: float = 0.95,
+    curves: Sequence[Curve], target: LearningRates, *, prior: Prior = PUBLISHED, level: float = 0.95
 ) -> Forecast:
     """Return the loss that ``target``'s last step ends at, from the curves so far of one model.
 

@@ -90,12 +90,7 @@ def unidentified(fitted: Fit) -> str | None:
 
 
 def predict_target(
-    fitted: Fit,
-    resampled: Bootstrap,
-    target: Mapping[str, Any],
-    *,
-    state: TargetState,
-    step: int,
+    fitted: Fit, resampled: Bootstrap, target: Mapping[str, Any], *, state: TargetState, step: int
 ) -> Prediction:
     """Return the prediction of a run of which ``target`` gives what the law reads, and its name.
 

@@ -69,6 +69,8 @@ def optimal_mixture(
 
     weight_V = _weights(laws, weights)
     low_K, high_K = _bounds(domains, least, most)
+    if starts < 1:
+        raise UserError(f"starts={starts} must be at least 1")
 
     def value_and_slopes(shares_K: Array) -> tuple[float, Array]:
         steps = np.concatenate([np.zeros((1, len(domains))), STEP * np.eye(len(domains))])
@@ -76,11 +78,13 @@ def optimal_mixture(
         return float(total_n[0]), (total_n[1:] - total_n[0]) / STEP
 
     sum_to_one = {"type": "eq", "fun": lambda r: r.sum() - 1.0, "jac": np.ones_like}
-    optima = []
-    for start_K in _starts(low_K, high_K, starts, seed):
+    random, optima = np.random.default_rng(seed), []
+    for number in range(starts):
+        even = np.ones(len(domains))
+        start_K = even / len(domains) if number == 0 else random.dirichlet(even)
         result = minimize(
             value_and_slopes,
-            start_K,
+            into_simplex(start_K, low_K, high_K),
             jac=True,
             method="SLSQP",
             bounds=list(zip(low_K, high_K, strict=True)),
@@ -196,12 +200,3 @@ def _bounds(
             f"most {high_K.tolist()} that sum to 1; widen least or most"
         )
     return low_K, high_K
-
-
-def _starts(low_K: Array, high_K: Array, number: int, seed: int) -> list[Array]:
-    if number < 1:
-        raise UserError(f"starts={number} must be at least 1")
-    random = np.random.default_rng(seed)
-    even_K = np.full(len(low_K), 1.0 / len(low_K))
-    spread = [random.dirichlet(np.ones(len(low_K))) for _ in range(number - 1)]
-    return [into_simplex(start_K, low_K, high_K) for start_K in (even_K, *spread)]

@@ -51,8 +51,7 @@ class Observations:
         """Return rows from plain sequences; without ``groups`` each row is its own."""
         arrays = {name: np.asarray(values, np.float64) for name, values in columns.items()}
         number = len(next(iter(arrays.values())))
-        own = tuple(groups) if groups is not None else tuple(str(i) for i in range(number))
-        return cls(arrays, own)
+        return cls(arrays, tuple(map(str, range(number)) if groups is None else groups))
 
     def __len__(self) -> int:
         return len(self.groups)

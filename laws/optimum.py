@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -101,12 +102,12 @@ def drift_interval(sweeps: Mapping[int, Sweep], level: float = 0.95) -> tuple[fl
 def exponent(sweeps: Mapping[int, Sweep]) -> float:
     """Return the slope of log2 of the best rate of the means on log2 of the size, by least squares
     (NaN: an optimum is at an edge, or there is one size only)."""
-    return _slope([*sweeps])([sweep.optimum() for sweep in sweeps.values()])
+    return _slope([*sweeps], [sweep.optimum() for sweep in sweeps.values()])
 
 
 def exponent_interval(sweeps: Mapping[int, Sweep], level: float = 0.95) -> tuple[float, float]:
     """Return the bootstrap interval of the exponent over seeds, as ``drift_interval`` does."""
-    return _interval(sweeps, level, _slope([*sweeps]))
+    return _interval(sweeps, level, partial(_slope, [*sweeps]))
 
 
 def _interval(
@@ -133,14 +134,10 @@ def _drift(optima: Sequence[Optimum]) -> float:
     return float(np.ptp([optimum.log2_lr for optimum in optima]))
 
 
-def _slope(sizes: Sequence[int]) -> Callable[[Sequence[Optimum]], float]:
+def _slope(sizes: Sequence[int], optima: Sequence[Optimum]) -> float:
+    if len(optima) < 2 or not all(optimum.interior for optimum in optima):
+        return float("nan")
     x = np.log2(np.asarray(sizes, np.float64))
     centred = x - x.mean()
-
-    def slope(optima: Sequence[Optimum]) -> float:
-        if len(optima) < 2 or not all(optimum.interior for optimum in optima):
-            return float("nan")
-        rates = np.array([optimum.log2_lr for optimum in optima])
-        return float(centred @ rates / (centred @ centred))
-
-    return slope
+    rates = np.array([optimum.log2_lr for optimum in optima])
+    return float(centred @ rates / (centred @ centred))

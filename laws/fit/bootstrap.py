@@ -87,11 +87,9 @@ class Bootstrap:
             draw = np.random.default_rng(self.seed + 1)
             predicted_Bn = np.repeat(predicted_Bn, NOISES, axis=0)
             moved_Bn = draw.choice(residual_n, predicted_Bn.shape)
-            moved_Bn *= np.sqrt(len(residual_n) / freedom)
-            if self.fit.form.residual == "log":  # residuals are predicted less measured
-                predicted_Bn = predicted_Bn * np.exp(-moved_Bn)
-            else:
-                predicted_Bn = predicted_Bn - moved_Bn
+            moved_Bn *= np.sqrt(len(residual_n) / freedom)  # predicted less measured
+            log = self.fit.form.residual == "log"
+            predicted_Bn = predicted_Bn * np.exp(-moved_Bn) if log else predicted_Bn - moved_Bn
         low_n, high_n = np.quantile(predicted_Bn, _tails(level), axis=0)
         return low_n, high_n
 
@@ -164,9 +162,8 @@ def refit(
     weights_Sn = np.repeat(weights_Bn, len(starts_KP), axis=0)
     solved = minimize(problem, starts_SP, loss, weights_Sn)
     objective_BK = solved.objective_S.reshape(number, len(starts_KP))
-    best_B = np.argmin(objective_BK, axis=1)
     x_BKP = solved.x_SP.reshape(number, len(starts_KP), -1)
-    x_BP = x_BKP[np.arange(number), best_B]
+    x_BP = x_BKP[np.arange(number), np.argmin(objective_BK, axis=1)]
     return np.where(np.isfinite(objective_BK.min(axis=1))[:, None], x_BP, np.nan)
 
 

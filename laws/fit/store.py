@@ -26,10 +26,7 @@ class StoredFit:
 
 
 def save_fit(
-    path: Path,
-    fit: Fit,
-    bootstrap: Bootstrap | None = None,
-    extra: Mapping[str, Any] | None = None,
+    path: Path, fit: Fit, bootstrap: Bootstrap | None = None, extra: Mapping[str, Any] | None = None
 ) -> None:
     """Write a fit, its observations and its bootstrap as one JSON file.
 

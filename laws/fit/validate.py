@@ -72,14 +72,8 @@ def leave_one_group_out(
     for group in range(len(names)):
         check_enough(problem, observations.take(index_n != group))
     keep_Gn = (index_n[None, :] != np.arange(len(names))[:, None]).astype(np.float64)
-    x_GP = refit(
-        problem,
-        whole.options.make_loss(),
-        problem.coordinates(whole.values),
-        keep_Gn,
-        FOLD_STARTS,
-        whole.options.seed,
-    )
+    loss, seed = whole.options.make_loss(), whole.options.seed
+    x_GP = refit(problem, loss, problem.coordinates(whole.values), keep_Gn, FOLD_STARTS, seed)
     predicted_n = np.empty(len(observations))
     for group, name in enumerate(names):
         rows = index_n == group

@@ -49,11 +49,8 @@ class Variable:
     def demand(self) -> str:
         """What values must be, in words."""
         kind = "a positive number" if self.positive else "a number"
-        edges = [
-            f"{word} {edge:g}"
-            for word, edge in (("at least", self.least), ("at most", self.most))
-            if np.isfinite(edge)
-        ]
+        limits = (("at least", self.least), ("at most", self.most))
+        edges = [f"{word} {edge:g}" for word, edge in limits if np.isfinite(edge)]
         return " ".join([kind, *([f"of {' and '.join(edges)}"] if edges else [])])
 
 

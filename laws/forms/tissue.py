@@ -82,13 +82,11 @@ def check_curve(form: Form, observations: Observations) -> NDArray[np.int64]:
 
 def curves_of(observations: Observations) -> list[tuple[LearningRates, NDArray[np.intp]]]:
     """Return each curve with its rows; groups that share one curve are taken together."""
+    curves = [observations.curves[group] for group in observations.groups]
     rows: dict[int, list[int]] = {}
-    curves: dict[int, LearningRates] = {}
-    for row, group in enumerate(observations.groups):
-        curve = observations.curves[group]
-        curves[id(curve)] = curve
+    for row, curve in enumerate(curves):
         rows.setdefault(id(curve), []).append(row)
-    return [(curve, np.array(rows[key], np.intp)) for key, curve in curves.items()]
+    return [(curves[its[0]], np.array(its, np.intp)) for its in rows.values()]
 
 
 def annealing(
