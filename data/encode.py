@@ -197,20 +197,16 @@ def _loaded(path: str, sha256: str) -> Tokenizer:
 def encode_chunk(encoding: Encoding, chunk: list[tuple[str, str]]) -> EncodedChunk:
     """Encode one chunk; the same for any process and any chunks."""
     tokenizer = _loaded(encoding.tokenizer, encoding.tokenizer_sha256)
-    tokens, lengths = [], []
+    tokens = []
     for _, text in chunk:
         # A batch of one: faster than `encode`, which tracks offsets, and on one thread, as the
         # processes are what runs in parallel.
         ids = tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
         ids.append(encoding.end_of_document)
         tokens.append(np.array(ids, encoding.dtype))
-        lengths.append(len(ids))
-    return EncodedChunk(
-        np.concatenate(tokens),
-        lengths,
-        [int(group[:16], 16) < encoding.validation_below for group, _ in chunk],
-        [len(text.encode()) for _, text in chunk],
-    )
+    held_out = [int(group[:16], 16) < encoding.validation_below for group, _ in chunk]
+    lengths, text_bytes = [len(ids) for ids in tokens], [len(text.encode()) for _, text in chunk]
+    return EncodedChunk(np.concatenate(tokens), lengths, held_out, text_bytes)
 
 
 def _live_and_die_with_parent() -> None:

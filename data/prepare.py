@@ -153,13 +153,8 @@ class _Preparation:
     def run(self, corpora: dict[str, Corpus], identity: dict[str, Any]) -> Manifest:
         tokenizer = self._tokenizer(corpora)
         dtype: Literal["uint16", "int32"] = "uint16" if tokenizer.vocab_size < 65536 else "int32"
-        encoding = Encoding(
-            str(self.folder / TOKENIZER),
-            tokenizer.sha256,
-            tokenizer.end_of_document_id,
-            dtype,
-            self.validation_below,
-        )
+        path, end = str(self.folder / TOKENIZER), tokenizer.end_of_document_id
+        encoding = Encoding(path, tokenizer.sha256, end, dtype, self.validation_below)
         manifest = Manifest(
             dtype=dtype,
             tokenizer=tokenizer,

@@ -28,15 +28,9 @@ class ProgressReport:
         self._console = console
         self._bar: Progress | None = None
         if console.is_terminal and not quiet:
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                DownloadColumn(),
-                TransferSpeedColumn(),
-                TimeRemainingColumn(),
-                console=console,
-                transient=True,
-            )
+            text = TextColumn("{task.description}")
+            speed = (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+            self._bar = Progress(text, BarColumn(), *speed, console=console, transient=True)
         self._task: TaskID | None = None
         self._label, self._total, self._done, self._spoke = "", 0, 0, 0.0
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from allometry.configs.errors import UserError
 from allometry.laws.fit.bootstrap import Bootstrap
 from allometry.laws.fit.engine import Fit, predict
-from allometry.laws.forms.base import Form
+from allometry.laws.forms.base import Form, Values
 from allometry.laws.observations import Observations
 
 Array = NDArray[np.float64]
@@ -94,11 +94,7 @@ def compute_optimal(
 
 
 def optimal_size(
-    form: Form,
-    values: Mapping[str, float],
-    product: float,
-    flops: float,
-    others: Mapping[str, float] | None = None,
+    form: Form, values: Values, product: float, flops: float, others: Values | None = None
 ) -> float:
     """Return the N of the least loss where N·D = product.
 
@@ -117,11 +113,7 @@ def optimal_size(
 
 
 def searched_size(
-    form: Form,
-    values: Mapping[str, float],
-    product: float,
-    flops: float,
-    others: Mapping[str, float] | None = None,
+    form: Form, values: Values, product: float, flops: float, others: Values | None = None
 ) -> float:
     """Return the N of the least loss where N·D = product, by scans of ln N and a last polynomial.
 
@@ -159,7 +151,7 @@ def searched_size(
 
 
 def _rows(
-    form: Form, sizes: Array, product: float, flops: float, others: Mapping[str, float] | None
+    form: Form, sizes: Array, product: float, flops: float, others: Values | None
 ) -> Observations:
     known = {
         "N": sizes,

@@ -133,10 +133,7 @@ def finished_runs(
     for path in expand(folders):
         if unfinished == "skip" and not (path / "metrics.jsonl").is_file():
             skipped.append(str(path))
-            continue
-        run = read_run(path)
-        problem = not_finished(run)
-        if problem is None:
+        elif (problem := not_finished(run := read_run(path))) is None:
             check_record(run)
             runs.append(run)
         elif unfinished == "skip":

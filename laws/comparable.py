@@ -17,7 +17,6 @@ def check_comparable(runs: Sequence[Run], choice: LossChoice) -> None:
     held-out files or the number of sequences read of them; for losses of the mixture in the shares
     of their sources. The sentence names both runs and what to do.
     """
-    of_mixture = choice.source is None
     held_out = choice.kind == "validation"
     checks: list[tuple[str, Callable[[Run], Any], str]] = [
         ("tokenizers", _tokenizers, "a loss per token depends on what a token is"),
@@ -40,7 +39,7 @@ def check_comparable(runs: Sequence[Run], choice: LossChoice) -> None:
                 "their losses are of other parts of the held-out tokens",
             ),
         ]
-    if of_mixture:
+    if choice.source is None:
         checks.append(
             (
                 "shares of their sources",

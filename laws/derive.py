@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -60,14 +61,8 @@ class Derived:
         kept = np.ones(len(self.rows), dtype=bool)
         for condition in conditions:
             asked = f"--where {condition.text!r}"
-
-            def column(name: str, asked: str = asked) -> Column:
-                return self._value(name, (), asked)
-
-            def texts(name: str, asked: str = asked) -> NDArray[np.str_]:
-                return self.rows.texts(self._known(name, asked))
-
-            kept &= condition.evaluate(column, texts)
+            column = partial(self._value, inside=(), asked=asked)
+            kept &= condition.evaluate(column, partial(self._texts, asked=asked))
         return kept
 
     def checked(self, name: str, kept: NDArray[np.bool_], *, positive: bool = False) -> Column:
@@ -101,11 +96,11 @@ class Derived:
         return values[kept]
 
     def groups(self, group: str, kept: NDArray[np.bool_]) -> list[str]:
-        """Return the kept rows' cells of the column that says whose they are.
+        """Return the kept rows' cells of the column of groups; UserError if it is not there."""
+        return [str(text) for text in self._texts(group, "--group")[kept]]
 
-        Raises UserError if it is not there.
-        """
-        return [str(text) for text in self.rows.texts(self._known(group, "--group"))[kept]]
+    def _texts(self, name: str, asked: str) -> NDArray[np.str_]:
+        return self.rows.texts(self._known(name, asked))
 
     def _value(self, name: str, inside: tuple[str, ...], asked: str) -> Column:
         """A mapped name or a column."""

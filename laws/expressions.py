@@ -50,10 +50,7 @@ class Expression(_Parsed):
 
     @classmethod
     def parse(cls, text: str, flag: str) -> Expression:
-        """Read arithmetic.
-
-        Raises UserError if it is none; the sentence names ``flag``, the option it came from.
-        """
+        """Read arithmetic; UserError if it is none, naming ``flag``, the option it came from."""
         tree, quoted = _parse(text, flag)
         _check(tree, text, flag)
         return cls(text, _names(tree, quoted), tree, quoted)

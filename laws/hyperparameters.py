@@ -98,8 +98,7 @@ class HyperparameterLaw:
         """
         octaves = {}
         for cell in self.cells:
-            rate, batch = law(cell.at["N"], cell.at["D"])
-            best = cell.surface.best
+            (rate, batch), best = law(cell.at["N"], cell.at["D"]), cell.surface.best
             octaves[cell.name] = (math.log2(best["lr"] / rate), math.log2(best["B"] / batch))
         return octaves
 

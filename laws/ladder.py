@@ -145,10 +145,7 @@ def save_prediction(path: Path, prediction: Prediction) -> None:
 
 
 def load_prediction(path: Path) -> Prediction | None:
-    """Return the prediction of ``save_prediction``; None where there is none.
-
-    Raises UserError if the file is something else.
-    """
+    """Return the prediction of ``save_prediction``; None without a file, UserError for another."""
     if not path.is_file():
         return None
     try:

@@ -63,24 +63,18 @@ def validation_weights(run: Run) -> dict[str, float]:
 
 
 def final_loss(run: Run, choice: LossChoice) -> float:
-    """Return a finished run's loss in nats per token.
-
-    Raises UserError if the run does not have it, or it is not a positive number.
-    """
+    """Return a finished run's loss in nats per token; UserError if it has none or none above 0."""
     steps, losses = loss_curve(run, choice)
+    there = steps == steps[-1]
     if choice.kind == "train":
         there = steps > steps[-1] * (1.0 - choice.last)
-        value = float(losses[there].mean())
-    else:
-        if steps[-1] != run.metrics["step"][-1]:
-            raise UserError(
-                f"{run.folder} has no held-out loss at its last step, "
-                f"{run.metrics['step'][-1]:.0f}; choose --loss train"
-            )
-        there = steps == steps[-1]
-        value = float(losses[-1])
+    elif steps[-1] != run.metrics["step"][-1]:
+        raise UserError(
+            f"{run.folder} has no held-out loss at its last step, "
+            f"{run.metrics['step'][-1]:.0f}; choose --loss train"
+        )
     check_losses(run, choice, steps[there], losses[there])
-    return value
+    return float(losses[there].mean())
 
 
 def check_losses(run: Run, choice: LossChoice, steps: Column, losses: Column) -> None:

@@ -95,13 +95,10 @@ def optimal_mixture(
         each_V = _losses(laws, domains, at, end_K[None])[:, 0]
         optima.append((float(weight_V @ each_V), end_K, each_V))
     loss, shares_K, each_V = min(optima, key=lambda one: one[0])
-    return Mixture(
-        dict(zip(domains, shares_K.tolist(), strict=True)),
-        loss,
-        dict(zip(laws, each_V.tolist(), strict=True)),
-        sum(one[0] <= loss + 1e-6 * abs(loss) for one in optima),
-        starts,
-    )
+    shares = dict(zip(domains, shares_K.tolist(), strict=True))
+    losses = dict(zip(laws, each_V.tolist(), strict=True))
+    agreeing = sum(one[0] <= loss + 1e-6 * abs(loss) for one in optima)
+    return Mixture(shares, loss, losses, agreeing, starts)
 
 
 def _losses(

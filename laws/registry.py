@@ -26,10 +26,7 @@ def all_forms() -> dict[str, Form]:
 
 
 def form_named(name: str) -> Form:
-    """Return the form of this name; ``name:a,b,c`` is a law over columns a, b and c.
-
-    Raises UserError if there is none, or it takes no columns.
-    """
+    """Return the form ``name``, or ``name:a,b,c`` over columns; UserError if there is none."""
     by_name = all_forms()
     base, colon, columns = name.partition(":")
     if base not in by_name:

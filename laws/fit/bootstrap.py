@@ -121,7 +121,7 @@ def bootstrap(fit: Fit, samples: int = 200, seed: int = 0) -> Bootstrap:
     fit's optimum and from two perturbed ones, and the best is kept. Raises UserError if there are
     fewer than two groups, or fewer than two samples are asked for.
     """
-    groups, index_n = np.unique(np.array(fit.observations.groups), return_inverse=True)
+    groups, index_n = np.unique(fit.observations.groups, return_inverse=True)
     if len(groups) < 2:
         raise UserError(
             f"all {len(index_n)} observations belong to group {str(groups[0])!r}, and a bootstrap "
@@ -131,11 +131,9 @@ def bootstrap(fit: Fit, samples: int = 200, seed: int = 0) -> Bootstrap:
         raise UserError(f"{samples} bootstrap samples say nothing; use at least 2, better 200")
     draw = np.random.default_rng(seed)
     counts_BG = draw.multinomial(len(groups), np.full(len(groups), 1 / len(groups)), samples)
-    problem = fit.problem()
-    loss = fit.options.make_loss()
+    problem, loss = fit.problem(), fit.options.make_loss()
     center_P = problem.coordinates(fit.values)
-    block = max(1, BLOCK // (len(index_n) * (1 + PERTURBED)))
-    refits = []
+    block, refits = max(1, BLOCK // (len(index_n) * (1 + PERTURBED))), []
     for start in range(0, samples, block):
         weights_Bn = counts_BG[start : start + block, index_n].astype(np.float64)
         refits.append(refit(problem, loss, center_P, weights_Bn, PERTURBED, seed + start))

@@ -113,12 +113,9 @@ class Fit:
                 continue
             fitted, asked = self.observations[variable.name], observations[variable.name]
             low, high = float(fitted.min()), float(fitted.max())
-            for value, outside in (
-                (float(asked.min()), asked.min() < low),
-                (float(asked.max()), asked.max() > high),
-            ):
-                if outside:
-                    edge, word = (low, "below") if value < low else (high, "above")
+            least, most = float(asked.min()), float(asked.max())
+            for value, edge, word in ((least, low, "below"), (most, high, "above")):
+                if value < low if word == "below" else value > high:
                     ratio = value / edge if edge > 0.0 and value > 0.0 else None
                     times = f" ({max(ratio, 1 / ratio):.3g} times {word})" if ratio else ""
                     warnings.append(

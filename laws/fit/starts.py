@@ -22,12 +22,8 @@ def starts_of(problem: Problem, number: int | None, seed: int) -> Array:
     ``number`` None: the grid of the form if all its free parameters have one, else 256 spread
     points. A number asks for so many spread points.
     """
-    grids = [parameter.grid for parameter in problem.free]
-    if number is None and all(grid is not None for grid in grids):
-        axes = [
-            [search_coordinate(parameter, value) for value in grid or ()]
-            for parameter, grid in zip(problem.free, grids, strict=True)
-        ]
+    if number is None and all(p.grid is not None for p in problem.free):
+        axes = [[search_coordinate(p, value) for value in p.grid or ()] for p in problem.free]
         return np.array(list(itertools.product(*axes)))
     low_P = np.array([search_coordinate(p, p.start[0]) for p in problem.free])
     high_P = np.array([search_coordinate(p, p.start[1]) for p in problem.free])
@@ -91,11 +87,9 @@ def _solve_linear(problem: Problem, x_SP: Array, linear: list[int]) -> Array:
         design_SnK = design_SnK * weight_n[:, None]
         size_SK = np.sqrt((design_SnK**2).sum(axis=1))
         goal_Sn = target_n - rest_Sn * weight_n
-    for row, (design_nK, size_K, goal_n) in enumerate(
-        zip(design_SnK, size_SK, goal_Sn, strict=True)
-    ):
-        usable = np.isfinite(size_K).all() and (size_K > 0.0).all() and np.isfinite(goal_n).all()
-        if not usable:
+    problems = zip(design_SnK, size_SK, goal_Sn, strict=True)
+    for row, (design_nK, size_K, goal_n) in enumerate(problems):
+        if not ((np.isfinite(size_K) & (size_K > 0.0)).all() and np.isfinite(goal_n).all()):
             solved_SP[row] = np.nan
             continue
         values_K = np.linalg.lstsq(design_nK / size_K, goal_n, rcond=1e-10)[0] / size_K

@@ -133,8 +133,8 @@ class CrossDomainContinual(DomainContinual):
 
     def predict(self, values: Values, prepared: Any) -> Predictions:
         """Return the loss [S, n]."""
-        loss_Sn = super().predict(values, prepared)
-        return np.asarray(loss_Sn + values["F"] * self._domain(values, prepared)[1])
+        more_Sn = values["F"] * self._domain(values, prepared)[1]
+        return np.asarray(super().predict(values, prepared) + more_Sn)
 
     def derivatives(self, values: Values, prepared: Any) -> Slopes:
         """Return predictions [S, n] and derivatives [S, 12, n]."""

@@ -74,10 +74,7 @@ class DomainForm(Form):
         """Return the parameters over these domains."""
 
     def for_columns(self, columns: Sequence[str]) -> Self:
-        """Return this law over these columns, named ``NAME:a,b,c``.
-
-        Raises UserError if they are too few, not named, or not all different.
-        """
+        """Return this law over columns, as ``NAME:a,b,c``; UserError if too few or not distinct."""
         name = self.name.partition(":")[0]
         if len(columns) < self.fewest or "" in columns or len(set(columns)) < len(columns):
             raise UserError(

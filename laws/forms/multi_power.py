@@ -110,10 +110,7 @@ class MultiPower(Form):
     warmup_counts = False
 
     def prepare(self, observations: Observations) -> Events:
-        """Return S1 and the events of each row.
-
-        Raises UserError if a group has no learning rates, or a step is outside of them.
-        """
+        """Return S1 and the events of each row; UserError as of ``check_curve``."""
         super().prepare(observations)
         steps_n = check_curve(self, observations)
         number = len(observations)

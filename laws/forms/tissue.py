@@ -102,11 +102,10 @@ def annealing(
     falls = np.zeros_like(curve.rates)
     falls[first:] = curve.rates[first - 1 : -1] - curve.rates[first:]
     last = int(steps_n.max())
-    if not falls[:last].any():
-        return np.zeros((len(memories), len(steps_n)))
-    falls = falls[:last]
+    falls, gains = falls[:last], np.zeros((len(memories), len(steps_n)))
+    if not falls.any():
+        return gains
     total = np.cumsum(falls)[steps_n - 1]
-    gains = np.empty((len(memories), len(steps_n)))
     for row, memory in enumerate(memories):
         momentum = 1.0 - 1.0 / memory
         gains[row] = total - momentum * lfilter([1.0], [1.0, -momentum], falls)[steps_n - 1]
@@ -148,10 +147,7 @@ class Tissue(Form):
     valid = "after the warm-up; shown for 25M to 2B parameters, any schedule, up to 3 times longer"
 
     def prepare(self, observations: Observations) -> Areas:
-        """Return S1 and the table of S2.
-
-        Raises UserError if a group has no learning rates, or a step is outside of them.
-        """
+        """Return S1 and the table of S2; UserError as of ``check_curve``."""
         super().prepare(observations)
         return areas(observations, check_curve(self, observations))
 
