@@ -87,8 +87,7 @@ def minimize(
     f_S, g_SP, H_SPP = _evaluate(problem, x_SP, loss, weights_Sn, np.ones(number))
     iterations_S = np.zeros(number, np.int64)
     decrease_S = np.full(number, np.inf)
-    active_S = np.isfinite(f_S)
-    finished_S = active_S.copy()
+    active_S, finished_S = np.isfinite(f_S), np.isfinite(f_S)
     for iteration in range(max_iterations):
         if survivors is not None and iteration and iteration % HALVING == 0:
             going = np.flatnonzero(finished_S)
@@ -113,8 +112,8 @@ def minimize(
         damping_S[rows] = np.where(won, eased, damping * TIGHTEN)
         ended = (small & (damping < 1.0)) | (damping_S[rows] > MOST_DAMPING) | (f_S[rows] == 0.0)
         active_S[rows[ended]] = False
-    blocked_SP = _blocked(problem, x_SP, g_SP)
-    return Solved(x_SP, f_S, np.where(blocked_SP, 0.0, g_SP), decrease_S, iterations_S, finished_S)
+    g_SP = np.where(_blocked(problem, x_SP, g_SP), 0.0, g_SP)
+    return Solved(x_SP, f_S, g_SP, decrease_S, iterations_S, finished_S)
 
 
 def _blocked(problem: Problem, x_SP: Array, g_SP: Array) -> NDArray[np.bool_]:
