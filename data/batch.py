@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,8 +36,7 @@ class PackedDocuments:
         cu_lengths = np.zeros(len(lengths) + 1, np.int64)
         np.cumsum(lengths, out=cu_lengths[1:])
         assert cu_lengths[-1] == total
-        positions = np.arange(total, dtype=np.int64)
-        positions -= np.repeat(cu_lengths[:-1], lengths)
+        positions = np.arange(total) - np.repeat(cu_lengths[:-1], lengths)
         return cls(cu_lengths.astype(np.int32), int(lengths.max()), positions.reshape(shape))
 
     @property
@@ -81,17 +80,12 @@ class Batch:
         documents = None
         if self.documents is not None:
             length = self.tokens_BL.shape[1]
-            cu = self.documents.cu_lengths
-            first, last = np.searchsorted(cu, (start * length, stop * length))
-            documents = PackedDocuments.of_lengths(
-                np.diff(cu[first : last + 1]).astype(np.int64), (stop - start, length)
-            )
-        return Batch(
-            self.tokens_BL[start:stop],
-            self.targets_BL[start:stop],
-            self.source_B[start:stop],
-            documents,
-        )
+            bounds = (start * length, stop * length)
+            first, last = np.searchsorted(self.documents.cu_lengths, bounds)
+            lengths = self.documents.lengths[first:last]
+            documents = PackedDocuments.of_lengths(lengths, (stop - start, length))
+        part = slice(start, stop)
+        return Batch(self.tokens_BL[part], self.targets_BL[part], self.source_B[part], documents)
 
     @classmethod
     def concatenate(cls, batches: Sequence[Batch]) -> Self:
@@ -103,11 +97,7 @@ class Batch:
         documents = None
         if packed:
             lengths = np.concatenate([part.lengths for part in packed])
-            shape: Any = tokens_BL.shape
-            documents = PackedDocuments.of_lengths(lengths, shape)
-        return cls(
-            tokens_BL,
-            np.concatenate([batch.targets_BL for batch in batches]),
-            np.concatenate([batch.source_B for batch in batches]),
-            documents,
-        )
+            documents = PackedDocuments.of_lengths(lengths, tokens_BL.shape)
+        targets_BL = np.concatenate([batch.targets_BL for batch in batches])
+        source_B = np.concatenate([batch.source_B for batch in batches])
+        return cls(tokens_BL, targets_BL, source_B, documents)

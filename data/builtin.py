@@ -44,19 +44,15 @@ def python_version() -> str:
     return ".".join(str(part) for part in sys.version_info[:3])
 
 
-class _Library(Corpus):
-    """Sources of the standard library, its own tests included, installed packages not."""
+class CodeCorpus(Corpus):
+    """Each source file of the standard library, its own tests included, installed packages not.
+
+    pydoc's topics are left to the prose.
+    """
 
     def __init__(self, input: str, root: Path, files: list[Path]) -> None:
         super().__init__(input, files)
         self.root = root
-
-    def _id(self, path: Path) -> str:
-        return path.relative_to(self.root).as_posix()
-
-
-class CodeCorpus(_Library):
-    """Each source file is a document; pydoc's topics are left to the prose."""
 
     def documents(
         self, skipped: Counter[str], advance: Callable[[int], None], ordered_map: OrderedMap
@@ -65,13 +61,14 @@ class CodeCorpus(_Library):
         for path in self.files:
             text = _source(path)
             advance(path.stat().st_size)
+            name = path.relative_to(self.root).as_posix()
             if text is None:
                 skipped["file is not text in its declared encoding"] += 1
-            elif self._id(path) != _TOPICS:
-                yield Document(self._id(path), text, text_digest(text))
+            elif name != _TOPICS:
+                yield Document(name, text, text_digest(text))
 
 
-class ProseCorpus(_Library):
+class ProseCorpus(Corpus):
     """Each docstring is a document, the first of equal ones, and so is each topic of pydoc.
 
     The library's own tests are left out: two thirds of the sources to parse, with few words. A
@@ -81,7 +78,8 @@ class ProseCorpus(_Library):
 
     def __init__(self, input: str, root: Path, files: list[Path]) -> None:
         files = [path for path in files if not _TESTS & set(path.relative_to(root).parts)]
-        super().__init__(input, root, files)
+        super().__init__(input, files)
+        self.root = root
         self._read: tuple[list[Document], Counter[str]] | None = None
 
     def documents(
@@ -92,9 +90,8 @@ class ProseCorpus(_Library):
             by_text: dict[str, Document] = {}
             left_out: Counter[str] = Counter()
             extract = partial(_docstrings, self.root)
-            for path, outcome in zip(
-                self.files, ordered_map(extract, iter(self.files)), strict=True
-            ):
+            outcomes = ordered_map(extract, iter(self.files))
+            for path, outcome in zip(self.files, outcomes, strict=True):
                 advance(path.stat().st_size)
                 if isinstance(outcome, str):
                     left_out[outcome] += 1

@@ -10,6 +10,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -37,12 +38,9 @@ def open_corpus(name: str, text_key: str) -> Corpus:
     if path.is_file():
         files = [path]
     elif path.is_dir():
-        files = sorted(
-            file
-            for file in path.rglob("*")
-            if file.is_file()
-            and not any(part.startswith(".") for part in file.relative_to(path).parts)
-        )
+        inside = sorted(file for file in path.rglob("*") if file.is_file())
+        hidden = re.compile(r"(^|/)\.")
+        files = [file for file in inside if not hidden.search(str(file.relative_to(path)))]
     elif glob.has_magic(name):
         matches = sorted(glob.glob(name, recursive=True))
         files = [Path(match) for match in matches if Path(match).is_file()]
@@ -161,10 +159,9 @@ def _json_text(line: bytes, key: str, where: str) -> str:
     try:
         values = json.loads(line)
     except ValueError as error:
-        hint = "; write one JSON object on each line" if line.strip() in (b"[", b"{") else ""
-        raise UserError(
-            f"{where} is not JSON ({error}){hint or '; repair or remove it'}"
-        ) from error
+        pretty = line.strip() in (b"[", b"{")
+        hint = "write one JSON object on each line" if pretty else "repair or remove it"
+        raise UserError(f"{where} is not JSON ({error}); {hint}") from error
     if not isinstance(values, dict):
         raise UserError(f"{where} is no JSON object; write one object on each line")
     if key not in values:
@@ -192,19 +189,17 @@ def _parquet_texts(path: Path, key: str, skipped: Counter[str]) -> Iterator[tupl
                 f"input file {path} has no column {key!r} (its columns: {', '.join(names)}); "
                 "set the text key"
             )
-        number = 0
-        for batch in file.iter_batches(columns=[key]):
-            for value in batch.column(0).to_pylist():
-                number += 1
-                if value is None:
-                    skipped["row without text"] += 1
-                elif isinstance(value, str):
-                    yield f":{number}", value
-                else:
-                    raise UserError(
-                        f"input file {path}, row {number} has no text in column {key!r} but "
-                        f"{type(value).__name__}; set the text key"
-                    )
+        batches = (batch.column(0).to_pylist() for batch in file.iter_batches(columns=[key]))
+        for number, value in enumerate(chain.from_iterable(batches), start=1):
+            if value is None:
+                skipped["row without text"] += 1
+            elif isinstance(value, str):
+                yield f":{number}", value
+            else:
+                raise UserError(
+                    f"input file {path}, row {number} has no text in column {key!r} but "
+                    f"{type(value).__name__}; set the text key"
+                )
     except pyarrow.ArrowException as error:
         raise UserError(
             f"input file {path} is not parquet that can be read ({error}); repair it or take it out"

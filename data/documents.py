@@ -145,13 +145,8 @@ class PieceStream:
         left = lengths[of] - offsets
         kept = left > 1  # a rest of one token has nothing to predict
         of, offsets, left = of[kept], offsets[kept], left[kept]
-        return (
-            documents[of],
-            offsets,
-            np.minimum(left, self.limit),
-            left <= self.limit,
-            begins[of] + offsets,
-        )
+        lengths, ends = np.minimum(left, self.limit), left <= self.limit
+        return documents[of], offsets, lengths, ends, begins[of] + offsets
 
 
 class DocumentStream(Sources):
@@ -193,25 +188,21 @@ class DocumentStream(Sources):
             sources.append(np.full(len(begins), source, np.int64))
         stores = {source: order.store for source, order in enumerate(self._train)}
         order = np.argsort(np.concatenate(rows), kind="stable")
-        documents, offsets, lengths, ends = (
-            np.concatenate(column)[order] for column in zip(*parts, strict=True)
-        )
+        columns = (np.concatenate(column)[order] for column in zip(*parts, strict=True))
+        documents, offsets, lengths, ends = columns
         return Pieces(lengths, np.concatenate(sources)[order], documents, offsets, ends, stores)
 
     def ledger(self, position: int) -> dict[str, int]:
         """Tokens of the pieces of each source in the first ``position`` samples, exactly."""
-        counts = self.mixture.counts(position).tolist()
-        return {
-            name: stream.tokens_before(count * self.sequence_length)
-            for name, stream, count in zip(self.sources, self._streams, counts, strict=True)
-        }
+        places = (self.mixture.counts(position) * self.sequence_length).tolist()
+        parts = zip(self.sources, self._streams, places, strict=True)
+        return {name: stream.tokens_before(place) for name, stream, place in parts}
 
     def validation_pieces(self, count: int) -> dict[str, Pieces]:
         """The held-out documents that begin in the first ``count`` windows of each split.
 
-        They come as they are stored and are cut as training documents are. A split of fewer
-        windows gives what it has, which is logged. Raises UserError for one with nothing to
-        predict there.
+        They come as they are stored and are cut as training documents are. A split of fewer windows
+        gives what it has, which is logged. Raises UserError for one with nothing to predict there.
         """
         assert count > 0
         by_name = {}

@@ -13,7 +13,6 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import numpy as np
@@ -117,13 +116,10 @@ def find_end_of_document(path: str, tokenizer: Tokenizer, wanted: str | None) ->
         return wanted, number
     config = Path(path).parent / "tokenizer_config.json"
     if config.is_file():
-        values = json.loads(config.read_text(encoding="utf-8"))
-        token = values.get("eos_token")
+        token = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
         token = token.get("content") if isinstance(token, dict) else token
-        if isinstance(token, str):
-            number = tokenizer.token_to_id(token)
-            if number is not None:
-                return token, number
+        if isinstance(token, str) and (number := tokenizer.token_to_id(token)) is not None:
+            return token, number
     known = [name for name in _KNOWN_ENDS if name in special]
     number = tokenizer.token_to_id(known[0]) if len(known) == 1 else None
     if number is None:
@@ -201,20 +197,16 @@ def _loaded(path: str, sha256: str) -> Tokenizer:
 def encode_chunk(encoding: Encoding, chunk: list[tuple[str, str]]) -> EncodedChunk:
     """Encode one chunk; the same for any process and any chunks."""
     tokenizer = _loaded(encoding.tokenizer, encoding.tokenizer_sha256)
-    tokens, lengths = [], []
+    tokens = []
     for _, text in chunk:
         # A batch of one: faster than `encode`, which tracks offsets, and on one thread, as the
         # processes are what runs in parallel.
         ids = tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
         ids.append(encoding.end_of_document)
         tokens.append(np.array(ids, encoding.dtype))
-        lengths.append(len(ids))
-    return EncodedChunk(
-        np.concatenate(tokens),
-        lengths,
-        [int(group[:16], 16) < encoding.validation_below for group, _ in chunk],
-        [len(text.encode()) for _, text in chunk],
-    )
+    held_out = [int(group[:16], 16) < encoding.validation_below for group, _ in chunk]
+    lengths, text_bytes = [len(ids) for ids in tokens], [len(text.encode()) for _, text in chunk]
+    return EncodedChunk(np.concatenate(tokens), lengths, held_out, text_bytes)
 
 
 def _live_and_die_with_parent() -> None:
@@ -259,11 +251,6 @@ class Workers:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)

@@ -65,11 +65,8 @@ class Manifest(Section):
 
     def split(self, stem: str) -> SplitRecord | None:
         """The split whose files are ``stem``.bin and .idx, if it is recorded here."""
-        for source in self.sources.values():
-            for split in source.splits.values():
-                if f"{stem}.bin" in split.files:
-                    return split
-        return None
+        splits = (split for source in self.sources.values() for split in source.splits.values())
+        return next((split for split in splits if f"{stem}.bin" in split.files), None)
 
 
 def read_manifest(folder: Path) -> Manifest | None:

@@ -91,19 +91,13 @@ class Mixture:
         slack = (self.num_sources + 1) // 2
         begin, end = max(0, first - slack), first + count + slack
         before = [self._given(units, begin) for units in self.units]
-        number = np.array(
-            [self._given(u, end) - b for u, b in zip(self.units, before, strict=True)], np.int64
-        )
+        number = np.array([self._given(units, end) for units in self.units], np.int64)
+        number -= before
         source = np.repeat(np.arange(self.num_sources), number)
         nth = np.arange(len(source)) - np.repeat(np.cumsum(number) - number, number)
         # Time from begin to when sample (before + nth) is due, as a fraction over units[source].
-        wait = np.array(
-            [
-                (2 * b + 1) * (_UNITS >> 1) - u * begin
-                for u, b in zip(self.units, before, strict=True)
-            ],
-            np.int64,
-        )
+        pairs = zip(self.units, before, strict=True)
+        wait = np.array([(2 * b + 1) * (_UNITS >> 1) - u * begin for u, b in pairs], np.int64)
         numerator = wait[source] + nth * _UNITS
         whole, fraction = _exact_order(numerator, self._units[source])
         order = np.lexsort((source, fraction, whole))

@@ -79,10 +79,8 @@ class DocumentOrder:
         while filled < len(out):
             epoch, offset = divmod(start + filled, period)
             count = min(len(out) - filled, period - offset)
-            part = out[filled : filled + count]
-            lengths.append(
-                self._read_epoch(self.epoch(0 if self.seed is None else epoch), offset, part)
-            )
+            made = self.epoch(0 if self.seed is None else epoch)
+            lengths.append(self._read_epoch(made, offset, out[filled : filled + count]))
             filled += count
         return np.concatenate(lengths) if len(lengths) > 1 else lengths[0]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from types import TracebackType
 from typing import Generic, Self, TypeVar
 
 Request = TypeVar("Request")
@@ -53,7 +52,7 @@ class Prefetcher(Generic[Request, Item]):
                 self._ready.put(item, timeout=_POLL_S)
                 return True
             except queue.Full:
-                continue
+                pass
         return False
 
     def __iter__(self) -> Iterator[Item]:
@@ -77,10 +76,5 @@ class Prefetcher(Generic[Request, Item]):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import math
 import os
 import shutil
@@ -102,10 +103,8 @@ def prepare(request: PrepareRequest, quiet: bool = False) -> Manifest:
     """
     corpora = _open_inputs(request)
     out = Path(request.out)
-    with ProgressReport(quiet=quiet) as report, _writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-        with _locked(out):
-            return _prepare_locked(request, corpora, out, report)
+    with ProgressReport(quiet=quiet) as report, _locked(out):
+        return _prepare_locked(request, corpora, out, report)
 
 
 def _prepare_locked(
@@ -154,18 +153,12 @@ class _Preparation:
     def run(self, corpora: dict[str, Corpus], identity: dict[str, Any]) -> Manifest:
         tokenizer = self._tokenizer(corpora)
         dtype: Literal["uint16", "int32"] = "uint16" if tokenizer.vocab_size < 65536 else "int32"
-        encoding = Encoding(
-            str(self.folder / TOKENIZER),
-            tokenizer.sha256,
-            tokenizer.end_of_document_id,
-            dtype,
-            self.validation_below,
-        )
-        sources = {name: self._source(name, corpora[name], encoding) for name in corpora}
+        path, end = str(self.folder / TOKENIZER), tokenizer.end_of_document_id
+        encoding = Encoding(path, tokenizer.sha256, end, dtype, self.validation_below)
         manifest = Manifest(
             dtype=dtype,
             tokenizer=tokenizer,
-            sources=sources,
+            sources={name: self._source(name, corpora[name], encoding) for name in corpora},
             request=identity,
             versions=_versions(),
         )
@@ -222,8 +215,8 @@ class _Preparation:
         splits: tuple[Split, Split] = ("train", "validation")
         writers = [TokenWriter(self.folder, f"{name}.{split}", encoding.dtype) for split in splits]
         self.report.begin(f"encoding {name}", corpus.total_bytes)
-        jobs = ((encoding, chunk) for chunk in chunks(self._documents(corpus, skipped)))
-        for chunk in self.workers.map(_encode, jobs):
+        texts = chunks(self._documents(corpus, skipped))
+        for chunk in self.workers.map(functools.partial(encode_chunk, encoding), texts):
             at = 0
             for length, held_out, text_bytes in zip(
                 chunk.lengths, chunk.held_out, chunk.text_bytes, strict=True
@@ -261,10 +254,6 @@ class _Preparation:
             self.report.say(f"{name}: no document fell into the held-out split, so it has no files")
 
 
-def _encode(job: tuple[Encoding, list[tuple[str, str]]]) -> Any:
-    return encode_chunk(*job)
-
-
 def _open_inputs(request: PrepareRequest) -> dict[str, Corpus]:
     corpora: dict[str, Corpus] = {}
     for value in request.inputs:
@@ -280,20 +269,13 @@ def _open_inputs(request: PrepareRequest) -> dict[str, Corpus]:
 
 def _identity(request: PrepareRequest, corpora: dict[str, Corpus]) -> dict[str, Any]:
     """What decides the files that a request makes, the content of the inputs aside (JSON)."""
-    trained = request.vocab_size or DEFAULT_VOCAB_SIZE
-    return {
-        "inputs": {name: corpus.input for name, corpus in corpora.items()},
-        "tokenizer": (
-            {"trained_vocab_size": trained}
-            if request.tokenizer is None
-            else {"sha256": fingerprint(read_tokenizer_json(request.tokenizer))}
-        ),
-        "validation_fraction": request.validation_fraction,
-        "text_key": request.text_key,
-        "end_of_document": request.end_of_document,
-        "max_documents": request.max_documents,
-        "max_bytes": request.max_bytes,
-    }
+    if request.tokenizer is None:
+        tokenizer: dict[str, Any] = {"trained_vocab_size": request.vocab_size or DEFAULT_VOCAB_SIZE}
+    else:
+        tokenizer = {"sha256": fingerprint(read_tokenizer_json(request.tokenizer))}
+    inputs = {name: corpus.input for name, corpus in corpora.items()}
+    same = "validation_fraction", "text_key", "end_of_document", "max_documents", "max_bytes"
+    return {"inputs": inputs, "tokenizer": tokenizer, **{k: getattr(request, k) for k in same}}
 
 
 def _already_prepared(
@@ -325,11 +307,8 @@ def _already_prepared(
 
 
 def _refuse_to_overwrite(out: Path, corpora: dict[str, Corpus]) -> None:
-    names = [TOKENIZER, MANIFEST]
-    for name in corpora:
-        for split in ("train", "validation"):
-            names += [f"{name}.{split}.bin", f"{name}.{split}.idx"]
-    for name in names:
+    endings = ("train.bin", "train.idx", "validation.bin", "validation.idx")
+    for name in (TOKENIZER, MANIFEST, *(f"{name}.{end}" for name in corpora for end in endings)):
         if (out / name).exists():
             raise UserError(
                 f"folder {out} holds {name}, but no manifest.json that tells how it was made; "
@@ -338,28 +317,24 @@ def _refuse_to_overwrite(out: Path, corpora: dict[str, Corpus]) -> None:
 
 
 @contextmanager
-def _writing(out: Path) -> Iterator[None]:
-    """Turn what the disk refuses into a sentence."""
+def _locked(out: Path) -> Iterator[None]:
+    """Make the folder and hold its lock; turn what the disk refuses into a sentence."""
     try:
-        yield
+        out.mkdir(parents=True, exist_ok=True)
+        with (out / _LOCK).open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(
+                    f"another `allometry prepare` is writing into {out}; wait for it or choose "
+                    "another output folder"
+                ) from error
+            yield
     except OSError as error:
         raise UserError(
             f"cannot write token files into {out} ({error.strerror or error}); make room or choose "
             "another output folder"
         ) from error
-
-
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    with (out / _LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"another `allometry prepare` is writing into {out}; wait for it or choose another "
-                "output folder"
-            ) from error
-        yield
 
 
 def _versions() -> dict[str, str]:

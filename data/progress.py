@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from types import TracebackType
 from typing import Self, TextIO
 
 from rich.console import Console
@@ -29,15 +28,9 @@ class ProgressReport:
         self._console = console
         self._bar: Progress | None = None
         if console.is_terminal and not quiet:
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                DownloadColumn(),
-                TransferSpeedColumn(),
-                TimeRemainingColumn(),
-                console=console,
-                transient=True,
-            )
+            text = TextColumn("{task.description}")
+            speed = (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+            self._bar = Progress(text, BarColumn(), *speed, console=console, transient=True)
         self._task: TaskID | None = None
         self._label, self._total, self._done, self._spoke = "", 0, 0, 0.0
 
@@ -46,12 +39,7 @@ class ProgressReport:
             self._bar.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._bar is not None:
             self._bar.stop()
 

@@ -28,15 +28,12 @@ class Shuffle:
         """Where ``index`` goes."""
         assert 0 <= index < self.size, (index, self.size)
         while True:
-            index = self._encrypt(index)
+            left, right = index >> self._half, index & self._low
+            for key in self._keys:
+                mixed = (right + key) & _MASK
+                mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+                mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & _MASK
+                left, right = right, left ^ ((mixed ^ (mixed >> 31)) & self._low)
+            index = (left << self._half) | right
             if index < self.size:
                 return index
-
-    def _encrypt(self, index: int) -> int:
-        left, right = index >> self._half, index & self._low
-        for key in self._keys:
-            mixed = (right + key) & _MASK
-            mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-            mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & _MASK
-            left, right = right, left ^ ((mixed ^ (mixed >> 31)) & self._low)
-        return (left << self._half) | right

@@ -78,10 +78,8 @@ class Sources(ABC):
 
     def epochs(self, position: int) -> dict[str, float]:
         """How often each source was read in the first ``position`` samples."""
-        return {
-            name: tokens / self._epoch_tokens(source)
-            for source, (name, tokens) in enumerate(self.ledger(position).items())
-        }
+        read = enumerate(self.ledger(position).items())
+        return {name: tokens / self._epoch_tokens(source) for source, (name, tokens) in read}
 
     def squared_lengths_per_token(self) -> float:
         """Expected sum of the squared lengths of documents, as they are trained on, by token.
@@ -101,10 +99,8 @@ class Sources(ABC):
         It covers the whole index (every document's length), the number of tokens, and the first
         and last tokens: enough to notice another preparation, cheap enough for terabytes.
         """
-        return {
-            name: fingerprint_of(order.store)
-            for name, order in zip(self.sources, self._train, strict=True)
-        }
+        orders = zip(self.sources, self._train, strict=True)
+        return {name: fingerprint_of(order.store) for name, order in orders}
 
     def describe(self) -> dict[str, Any]:
         """What the data are, for a run's record: sizes, shares and fingerprints (JSON)."""
@@ -116,12 +112,8 @@ class Sources(ABC):
                 "train": _describe(order.store),
                 "validation": None if held_out is None else _describe(held_out.store),
             }
-        return {
-            "seed": self.seed,
-            "sequence_length": self.sequence_length,
-            **self._settings(),
-            "sources": sources,
-        }
+        settings = {"seed": self.seed, "sequence_length": self.sequence_length, **self._settings()}
+        return {**settings, "sources": sources}
 
     def _held_out_windows(self, name: str, available: int, count: int) -> int:
         """How many of ``count`` windows a held-out split gives; fewer than asked is logged."""

@@ -88,15 +88,7 @@ class TokenStore:
         lengths = section("<i4", num_sequences, 0)
         pointers = section("<i8", num_sequences, 4 * num_sequences)
         indices = section("<i8", num_indices, 12 * num_sequences)
-        return DTYPES[code], self._document_starts(DTYPES[code], lengths, pointers, indices)
-
-    def _document_starts(
-        self,
-        dtype: np.dtype[Any],
-        lengths: NDArray[np.int32],
-        pointers: NDArray[np.int64],
-        indices: NDArray[np.int64],
-    ) -> NDArray[np.int64]:
+        dtype = DTYPES[code]
         ends = np.cumsum(lengths, dtype=np.int64)
         if lengths.min() < 0 or np.any(pointers != (ends - lengths) * dtype.itemsize):
             raise self._damaged("has sequences that do not follow each other")
@@ -112,9 +104,7 @@ class TokenStore:
                 f"{expected}: it was cut short or belongs to another index; prepare or copy both "
                 "files again"
             )
-        starts = np.zeros(len(lengths) + 1, np.int64)
-        starts[1:] = ends
-        return starts[indices]
+        return dtype, np.concatenate(([0], ends))[indices]
 
     def _damaged(self, how: str) -> UserError:
         return UserError(f"token index {self._idx} {how}; prepare or copy both files again")

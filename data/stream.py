@@ -82,11 +82,8 @@ class Stream(Sources):
 
     def ledger(self, position: int) -> dict[str, int]:
         """Input tokens of each source in the first ``position`` samples: L a sample, exactly."""
-        counts = self.mixture.counts(position).tolist()
-        return {
-            name: count * self.sequence_length
-            for name, count in zip(self.sources, counts, strict=True)
-        }
+        tokens = self.mixture.counts(position) * self.sequence_length
+        return dict(zip(self.sources, tokens.tolist(), strict=True))
 
     def validation(self, count: int, batch_sequences: int = 1) -> dict[str, list[Batch]]:
         """The first ``count`` sequences of each held-out split, in batches of one size.

@@ -41,7 +41,9 @@ def write_random_store(
     """Write documents of random tokens, geometric in length; uint16 where the ids fit."""
     rng = np.random.default_rng(seed)
     dtype = "uint16" if vocab_size < 65536 else "int32"
-    lengths = _cut(rng.geometric(1 / mean_length, 2 + 2 * num_tokens // mean_length), num_tokens)
+    drawn = rng.geometric(1 / mean_length, 2 + 2 * num_tokens // mean_length)
+    whole = drawn[: int(np.searchsorted(np.cumsum(drawn), num_tokens))]
+    lengths = np.append(whole, num_tokens - int(whole.sum()))  # the last is cut
     rng.integers(0, vocab_size, num_tokens).astype(dtype).tofile(f"{prefix}.bin")
     write_index(Path(f"{prefix}.idx"), dtype, lengths)
 
@@ -54,10 +56,3 @@ def write_sparse_store(prefix: str | Path, num_tokens: int, num_documents: int) 
     with Path(f"{prefix}.bin").open("wb") as file:
         file.truncate(2 * num_tokens)
     write_index(Path(f"{prefix}.idx"), "uint16", lengths)
-
-
-def _cut(lengths: NDArray[np.int64], total: int) -> NDArray[np.int64]:
-    """The first of ``lengths``, the last of them changed, so that their sum is ``total``."""
-    ends = np.cumsum(lengths)
-    whole = lengths[: int(np.searchsorted(ends, total))]
-    return np.append(whole, total - int(whole.sum()))

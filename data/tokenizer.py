@@ -56,9 +56,7 @@ def check_tokenizer(tokenizer_path: str | None, prefixes: Iterable[str]) -> None
             if tokenizer_path is not None:
                 _log.warning(
                     "no %s beside %s.bin: whether it was made with tokenizer %s is not known",
-                    MANIFEST,
-                    prefix,
-                    tokenizer_path,
+                    *(MANIFEST, prefix, tokenizer_path),
                 )
             continue
         sha256 = recorded[0].tokenizer.sha256

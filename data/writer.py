@@ -38,10 +38,7 @@ class TokenWriter:
         self._bin = folder / f"{stem}.bin"
         self._idx = folder / f"{stem}.idx"
         self._builder = load_megatron().IndexedDatasetBuilder(str(self._bin), np.dtype(dtype).type)
-        self.documents = 0
-        self.tokens = 0
-        self.text_bytes = 0
-        self._largest_id = 0
+        self.documents = self.tokens = self.text_bytes = self._largest_id = 0
 
     def add(self, tokens: NDArray[Any], text_bytes: int) -> None:
         """Append one document, end-of-document token included."""

@@ -13,19 +13,8 @@ from numpy.typing import NDArray
 from allometry.configs.errors import UserError
 from allometry.laws.fit.bootstrap import Bootstrap
 from allometry.laws.fit.engine import Fit, predict
-from allometry.laws.forms.base import Form
-from allometry.laws.isoflop import IsoFlop, isoflop_optima, size_exponent
+from allometry.laws.forms.base import Form, Values
 from allometry.laws.observations import Observations
-
-__all__ = [
-    "Allocation",
-    "IsoFlop",
-    "compute_optimal",
-    "isoflop_optima",
-    "optimal_size",
-    "searched_size",
-    "size_exponent",
-]
 
 Array = NDArray[np.float64]
 
@@ -73,38 +62,30 @@ def compute_optimal(
 
     In closed form for Chinchilla's law (Hoffmann et al., arXiv 2203.15556, equation 4), else by a
     search over ln N. ``others``: values of the form's inputs besides N, D, C (flops) and M (D/N).
-
-    Raises:
-        UserError: the form has no such inputs, or the least loss is at the end of all sizes.
+    Raises UserError if the form has no such inputs, or the least loss is at the end of all sizes.
     """
     for name, value in (("flops", flops), ("flops_per_parameter_token", flops_per_parameter_token)):
         if not (np.isfinite(value) and value > 0.0):
             raise UserError(f"{name}={value} must be a positive number")
     product = flops / flops_per_parameter_token
-    size = optimal_size(fit.form, fit.values, product, flops, others)
+
+    def optimum(values: Mapping[str, float]) -> tuple[float, float, float]:
+        size = optimal_size(fit.form, values, product, flops, others)
+        rows = _rows(fit.form, np.array([size]), product, flops, others)
+        return size, product / size, float(predict(fit.form, values, rows)[0])
+
+    best = optimum(fit.values)
     intervals = None
     if bootstrap is not None:
-        found_B3 = np.array(
-            [
-                _at(
-                    fit.form,
-                    values,
-                    optimal_size(fit.form, values, product, flops, others),
-                    product,
-                    flops,
-                    others,
-                )
-                for values in _samples(bootstrap)
-            ]
-        )
+        samples_BP = bootstrap.values_BP.tolist()
+        optima_B3 = [optimum(dict(zip(bootstrap.names, v, strict=True))) for v in samples_BP]
         tails = (0.5 - level / 2, 0.5 + level / 2)
-        low_3, high_3 = np.quantile(found_B3, tails, axis=0).tolist()
+        low_3, high_3 = np.quantile(optima_B3, tails, axis=0).tolist()
         intervals = dict(zip(("N", "D", "loss"), zip(low_3, high_3, strict=True), strict=True))
-    optimum = _at(fit.form, fit.values, size, product, flops, others)
-    rows = _rows(fit.form, np.array([size]), product, flops, others)
+    rows = _rows(fit.form, np.array(best[:1]), product, flops, others)
     return Allocation(
         float(flops),
-        *optimum,
+        *best,
         float(flops_per_parameter_token),
         intervals,
         level,
@@ -113,20 +94,14 @@ def compute_optimal(
 
 
 def optimal_size(
-    form: Form,
-    values: Mapping[str, float],
-    product: float,
-    flops: float,
-    others: Mapping[str, float] | None = None,
+    form: Form, values: Values, product: float, flops: float, others: Values | None = None
 ) -> float:
-    """Return the N of the least loss where N·D = product."""
-    if form.name == "chinchilla":
-        return _chinchilla_size(values, product)
-    return searched_size(form, values, product, flops, others)
+    """Return the N of the least loss where N·D = product.
 
-
-def _chinchilla_size(values: Mapping[str, float], product: float) -> float:
-    """Return N* = G·(C/6)^(β/(α+β)), G = (αA/βB)^(1/(α+β))."""
+    Of Chinchilla's law it is N* = G·(C/6)^(β/(α+β)), G = (αA/βB)^(1/(α+β)).
+    """
+    if form.name != "chinchilla":
+        return searched_size(form, values, product, flops, others)
     alpha, beta = values["alpha"], values["beta"]
     if min(alpha * values["A"], beta * values["B"]) <= 0.0:
         raise UserError(
@@ -138,11 +113,7 @@ def _chinchilla_size(values: Mapping[str, float], product: float) -> float:
 
 
 def searched_size(
-    form: Form,
-    values: Mapping[str, float],
-    product: float,
-    flops: float,
-    others: Mapping[str, float] | None = None,
+    form: Form, values: Values, product: float, flops: float, others: Values | None = None
 ) -> float:
     """Return the N of the least loss where N·D = product, by scans of ln N and a last polynomial.
 
@@ -180,7 +151,7 @@ def searched_size(
 
 
 def _rows(
-    form: Form, sizes: Array, product: float, flops: float, others: Mapping[str, float] | None
+    form: Form, sizes: Array, product: float, flops: float, others: Values | None
 ) -> Observations:
     known = {
         "N": sizes,
@@ -201,19 +172,3 @@ def _rows(
             f"{form.name} also needs {', '.join(missing)}; give a value of each for the optimum"
         )
     return Observations.of({name: known[name] for name in names})
-
-
-def _at(
-    form: Form,
-    values: Mapping[str, float],
-    size: float,
-    product: float,
-    flops: float,
-    others: Mapping[str, float] | None,
-) -> tuple[float, float, float]:
-    loss = predict(form, values, _rows(form, np.array([size]), product, flops, others))[0]
-    return size, product / size, float(loss)
-
-
-def _samples(bootstrap: Bootstrap) -> list[dict[str, float]]:
-    return [dict(zip(bootstrap.names, map(float, row), strict=True)) for row in bootstrap.values_BP]

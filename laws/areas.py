@@ -30,10 +30,7 @@ class LearningRateAreas:
         self.warmup_steps = warmup_steps
         self.momentum = momentum
         self.step = 0
-        self.s1 = 0.0
-        self.s2 = 0.0
-        self._velocity = 0.0
-        self._last = 0.0
+        self.s1 = self.s2 = self._velocity = self._last = 0.0
 
     def update(self, lr: float) -> None:
         """Add the next step, which used this learning rate."""
@@ -46,21 +43,14 @@ class LearningRateAreas:
 
     def state_dict(self) -> dict[str, float | int]:
         """Return what ``load_state_dict`` needs to go on after this step."""
-        return {
-            "step": self.step,
-            "s1": self.s1,
-            "s2": self.s2,
-            "velocity": self._velocity,
-            "last": self._last,
-        }
+        sums = {"s1": self.s1, "s2": self.s2, "velocity": self._velocity, "last": self._last}
+        return {"step": self.step, **sums}
 
     def load_state_dict(self, state: Mapping[str, float | int]) -> None:
         """Go on after the step at which the state was taken."""
         self.step = int(state["step"])
-        self.s1 = float(state["s1"])
-        self.s2 = float(state["s2"])
-        self._velocity = float(state["velocity"])
-        self._last = float(state["last"])
+        sums = (float(state[name]) for name in ("s1", "s2", "velocity", "last"))
+        self.s1, self.s2, self._velocity, self._last = sums
 
 
 def areas_of(

@@ -68,22 +68,25 @@ def from_runs(
     ``validation/NAME`` and ``train/NAME``.
 
     ``group_by``: rows of one group are resampled and held out together. ``cell``: runs that differ
-    in seed alone, so that no held-out point has its twin among the fitted ones and an interval
-    does not count a point twice that lies off the law twice. ``model``: all runs of one model, for
-    horizons that branch from one trunk and share its luck, or to hold out a size. ``run``: each
-    by itself.
-
-    Raises:
-        UserError: a folder holds no run; a run has not finished (``unfinished="skip"`` leaves such
-            runs out and names them in ``conventions["left out"]``) or its record is too old; or the
-            runs' losses cannot be compared (other tokenizers, held-out tokens or shares).
+    in seed alone, so that no held-out point has its twin among the fitted ones and an interval does
+    not count a point twice that lies off the law twice. ``model``: all runs of one model, for
+    horizons that branch from one trunk and share its luck, or to hold out a size. ``run``: each by
+    itself. Raises UserError if a folder holds no run; a run has not finished (``unfinished="skip"``
+    leaves such runs out and names them in ``conventions["left out"]``) or its record is too old; or
+    the runs' losses cannot be compared (other tokenizers, held-out tokens or shares).
     """
     runs, skipped = finished_runs(folders, unfinished)
     choice = LossChoice.parse(loss, last)
     check_comparable(runs, choice)
     rows = [run_facts(run, count) | {"loss": final_loss(run, choice)} for run in runs]
+    # A source that a run lacks has share 0; of other columns one that a run lacks is left out.
+    columns = {
+        name: np.array([row.get(name, 0.0) for row in rows], dtype=np.float64)
+        for name in dict.fromkeys(name for row in rows for name in row)
+        if name.startswith(("r/", "U/")) or all(np.isfinite(row.get(name, np.nan)) for row in rows)
+    }
     return Observations(
-        columns=_columns(rows),
+        columns=columns,
         groups=group_names(runs, rows, group_by),
         conventions={
             **_MEANING,
@@ -98,28 +101,23 @@ def from_runs(
 def expand(folders: Sequence[str | Path]) -> list[Path]:
     """Return run folders: those given, and those in a given folder or in its ``runs/``.
 
-    Raises:
-        UserError: one holds no run, or the same run is given twice.
+    Raises UserError if one holds no run, or the same run is given twice.
     """
     expanded: list[Path] = []
     for given in map(Path, folders):
         if not given.is_dir():
             raise UserError(f"{given} is not a folder; give the folder of a run or of runs")
         inside = given / "runs" if (given / "runs").is_dir() else given
-        runs = (
-            [given]
-            if _is_run(given)
-            else sorted(path for path in inside.iterdir() if _is_run(path))
-        )
+        runs = [given] if _is_run(given) else sorted(filter(_is_run, inside.iterdir()))
         if not runs:
             raise UserError(
                 f"{given} holds no config.yaml and no run folder; give the folder of a run "
                 "(run.folder) or one that holds such folders"
             )
         expanded += runs
+    resolved = [path.resolve() for path in expanded]
     for path in expanded:
-        same = [other for other in expanded if other.resolve() == path.resolve()]
-        if len(same) > 1:
+        if resolved.count(path.resolve()) > 1:
             raise UserError(f"{path} is given twice; give each run once")
     return expanded
 
@@ -129,18 +127,13 @@ def finished_runs(
 ) -> tuple[list[Run], list[str]]:
     """Return the runs that came to their end, and the folders of those that did not.
 
-    Raises:
-        UserError: see ``from_runs``.
+    Raises UserError: see ``from_runs``.
     """
-    runs: list[Run] = []
-    skipped: list[str] = []
+    runs, skipped = [], []
     for path in expand(folders):
         if unfinished == "skip" and not (path / "metrics.jsonl").is_file():
             skipped.append(str(path))
-            continue
-        run = read_run(path)
-        problem = not_finished(run)
-        if problem is None:
+        elif (problem := not_finished(run := read_run(path))) is None:
             check_record(run)
             runs.append(run)
         elif unfinished == "skip":
@@ -242,17 +235,6 @@ def count_of(run: Run, count: CountName) -> int:
         head = by_role["input"] if run.config["model"]["tied_embeddings"] else by_role["output"]
         return int(parameters["non_embedding"] + head)
     return int(parameters[count])
-
-
-def _columns(rows: Sequence[Mapping[str, float]]) -> dict[str, np.ndarray[Any, Any]]:
-    """Rows as columns; a source that a run lacks has share 0, else what one lacks is left out."""
-    names = dict.fromkeys(name for row in rows for name in row)
-    zero = ("r/", "U/")
-    return {
-        name: np.array([row.get(name, 0.0) for row in rows], dtype=np.float64)
-        for name in names
-        if name.startswith(zero) or all(np.isfinite(row.get(name, np.nan)) for row in rows)
-    }
 
 
 def group_names(

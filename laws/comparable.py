@@ -13,12 +13,10 @@ from allometry.laws.runs import Run
 def check_comparable(runs: Sequence[Run], choice: LossChoice) -> None:
     """Refuse runs whose losses are not of the same tokens, cut in the same way.
 
-    Raises:
-        UserError: two runs differ in tokenizer or sequence length; for held-out losses in the
-            held-out files or the number of sequences read of them; for losses of the mixture in
-            the shares of their sources. The sentence names both runs and what to do.
+    Raises UserError if two runs differ in tokenizer or sequence length; for held-out losses in the
+    held-out files or the number of sequences read of them; for losses of the mixture in the shares
+    of their sources. The sentence names both runs and what to do.
     """
-    of_mixture = choice.source is None
     held_out = choice.kind == "validation"
     checks: list[tuple[str, Callable[[Run], Any], str]] = [
         ("tokenizers", _tokenizers, "a loss per token depends on what a token is"),
@@ -41,7 +39,7 @@ def check_comparable(runs: Sequence[Run], choice: LossChoice) -> None:
                 "their losses are of other parts of the held-out tokens",
             ),
         ]
-    if of_mixture:
+    if choice.source is None:
         checks.append(
             (
                 "shares of their sources",
@@ -51,17 +49,13 @@ def check_comparable(runs: Sequence[Run], choice: LossChoice) -> None:
             )
         )
     for what, value, why in checks:
-        _check_same(runs, what, value, why)
-
-
-def _check_same(runs: Sequence[Run], what: str, value: Callable[[Run], Any], why: str) -> None:
-    first = value(runs[0])
-    for run in runs[1:]:
-        if (other := value(run)) != first:
-            raise UserError(
-                f"{runs[0].folder} and {run.folder} differ in {what} ({first} and {other}): {why}; "
-                "give runs that agree in it"
-            )
+        first = value(runs[0])
+        for run in runs[1:]:
+            if (other := value(run)) != first:
+                raise UserError(
+                    f"{runs[0].folder} and {run.folder} differ in {what} ({first} and {other}): "
+                    f"{why}; give runs that agree in it"
+                )
 
 
 def _tokenizers(run: Run) -> str:
@@ -72,9 +66,8 @@ def _tokenizers(run: Run) -> str:
 
 
 def _held_out_files(run: Run, only: str | None) -> dict[str, str]:
-    fingerprints = {}
-    for name, source in run.record["data"]["sources"].items():
-        part = source.get("validation")
-        if part is not None and only in (None, name):
-            fingerprints[name] = str(part["fingerprint"])
-    return fingerprints
+    return {
+        name: str(source["validation"]["fingerprint"])
+        for name, source in run.record["data"]["sources"].items()
+        if source.get("validation") is not None and only in (None, name)
+    }

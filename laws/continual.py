@@ -43,14 +43,12 @@ def choose_ratio(
 ) -> RatioChoice:
     """Return the largest share of the domain that keeps the general loss at or below ``bound``.
 
-    2406.01375, usage 1: ``general`` and ``domain`` are fits of a law that reads ``r``, the share
-    of the corpus whose loss it predicts (``d_cpt``); ``at``: the other columns (N, D). For "at
+    2406.01375, usage 1: ``general`` and ``domain`` are fits of a law that reads ``r``, the share of
+    the corpus whose loss it predicts (``d_cpt``); ``at``: the other columns (N, D). For "at
     most 3 % more general loss" ``bound`` is 1.03 times the loss before. ``low`` and ``high`` limit
     the domain's share: where the fits have runs. Shares above one that exceeds the bound are not
-    considered, though a law may come back below it.
-
-    Raises:
-        UserError: the bound is exceeded at ``low`` already, or low and high are no range of shares.
+    considered, though a law may come back below it. Raises UserError if the bound is exceeded at
+    ``low`` already, or low and high are no range of shares.
     """
     if not 0.0 <= low < high <= 1.0:
         raise UserError(f"low={low} and high={high} must be shares, 0 <= low < high <= 1")
@@ -74,12 +72,8 @@ def choose_ratio(
         crossing = int(np.argmax(over_n))
         below, last, bounded = float(shares_n[crossing - 1]), float(shares_n[crossing]), True
     share_1 = np.array([below])
-    return RatioChoice(
-        below,
-        float(general_loss(share_1)[0]),
-        float(_predict(domain, share_1, at)[0]),
-        bounded,
-    )
+    general_1, domain_1 = general_loss(share_1), _predict(domain, share_1, at)
+    return RatioChoice(below, float(general_1[0]), float(domain_1[0]), bounded)
 
 
 def ratio_interval(
@@ -98,12 +92,11 @@ def ratio_interval(
     """
     shares = []
     for index in range(min(len(general), len(domain))):
-        sampled, other = Sample(general, index), Sample(domain, index)
-        if _predict(sampled, 1.0 - np.array([low]), at)[0] <= bound:
-            chosen = choose_ratio(sampled, other, at=at, bound=bound, low=low, high=high)
-            shares.append(chosen.share)
-        else:
-            shares.append(low)
+        laws = Sample(general, index), Sample(domain, index)
+        share = low
+        if _predict(laws[0], 1.0 - np.array([low]), at)[0] <= bound:
+            share = choose_ratio(*laws, at=at, bound=bound, low=low, high=high).share
+        shares.append(share)
     tail = (1.0 - level) / 2.0
     least, most = np.quantile(shares, [tail, 1.0 - tail])
     return float(least), float(most)
@@ -130,19 +123,14 @@ class CriticalShares:
 
 
 def critical_shares(
-    general: Mapping[float, Predictor],
-    tokens: Sequence[float],
-    *,
-    bound: float = GENERAL_BOUND,
+    general: Mapping[float, Predictor], tokens: Sequence[float], *, bound: float = GENERAL_BOUND
 ) -> CriticalShares:
     """Return the largest domain share whose general loss rises by at most ``bound``, per horizon.
 
     2407.17467: ``general`` has a fit of ``cmr_general`` for each domain share that was run;
     ``tokens``: horizons. Between two shares the rise is taken as linear. Extrapolate the result
-    with a fit of ``cmr_critical``.
-
-    Raises:
-        UserError: there are fewer than two shares, one is no share, or the least exceeds the bound.
+    with a fit of ``cmr_critical``. Raises UserError if there are fewer than two shares, one is no
+    share, or the least exceeds the bound.
     """
     shares = sorted(general)
     if len(shares) < 2 or not (shares[0] >= 0.0 and shares[-1] <= 1.0):
@@ -172,8 +160,7 @@ def critical_shares(
 def critical_mixture_ratio(critical: Predictor, tokens: float) -> float:
     """Return the critical mixture ratio for a horizon from a fit of ``cmr_critical``.
 
-    Raises:
-        UserError: the law gives no share there, which is beyond what it was fitted to.
+    Raises UserError if the law gives no share there, which is beyond what it was fitted to.
     """
     share = float(critical.predict(Observations.of({"D": [tokens]}))[0])
     if not 0.0 <= share <= 1.0:

@@ -51,12 +51,9 @@ def curves_from_runs(
     step by step, must agree.
 
     A branch (run.parent) has its parent's rows as its own. Steps that two runs share are rows of
-    the parent, or of the first of its branches that are given: see
-    ``conventions["left out"]``.
-
-    Raises:
-        UserError: a folder holds no run, no row is left after the warm-up, a loss is not there or
-            is no positive number, or the recorded rates are too few to tell those between.
+    the parent, or of the first of its branches that are given: see ``conventions["left out"]``.
+    Raises UserError if a folder holds no run, no row is left after the warm-up, a loss is not there
+    or is no positive number, or the recorded rates are too few to tell those between.
     """
     choice = LossChoice.parse(loss)
     if bins is not None and bins < 1:
@@ -68,14 +65,14 @@ def curves_from_runs(
     parts: list[dict[str, Column]] = []
     groups: list[str] = []
     curves: dict[str, LearningRates] = {}
-    names = run_names(runs)
-    shared = shared_steps(runs)
+    names, shared = run_names(runs), shared_steps(runs)
     for run, name, taken_over in zip(runs, names, shared, strict=True):
         curves[name] = rates_of(run, planned)
         part = _rows(run, choice, count, curves[name], bins, taken_over)
         parts.append(part)
         groups += [name] * len(part["step"])
     binned = bins is not None and choice.kind == "train"
+    left_out = [f"{name} to step {step}" for name, step in zip(names, shared, strict=True) if step]
     return Observations(
         columns={key: np.concatenate([part[key] for part in parts]) for key in parts[0]},
         groups=tuple(groups),
@@ -85,7 +82,7 @@ def curves_from_runs(
             + (f", means of at most {bins} stretches of a run" if binned else ""),
             "step": "counted from 1, after the warm-up",
             "N": f"{count} parameters",
-            **_left_out(names, shared),
+            **({"left out": f"rows of another run: {', '.join(left_out)}"} if left_out else {}),
         },
     )
 
@@ -111,41 +108,26 @@ def shared_steps(runs: Sequence[Run]) -> list[int]:
     return steps
 
 
-def _left_out(names: Sequence[str], shared: Sequence[int]) -> dict[str, str]:
-    parts = [f"{name} to step {step}" for name, step in zip(names, shared, strict=True) if step]
-    return {"left out": f"rows of another run: {', '.join(parts)}"} if parts else {}
-
-
 def rates_of(run: Run, planned: Callable[[Run], LearningRates] | None = None) -> LearningRates:
-    """Return the learning rate of each step so far.
-
-    Raises:
-        UserError: see ``curves_from_runs``.
-    """
+    """Return the learning rate of each step so far. Raises UserError: see ``curves_from_runs``."""
     check_record(run)
     warmup = int(run.record["plan"]["warmup_steps"])
     steps, rates, sums = (run.metrics[key] for key in ("step", "lr", "s1"))
-    filled = _between(steps, rates, warmup)
+    ends = (np.append(0, steps), np.append(0.0, rates)) if warmup > 0 else (steps, rates)
+    filled = np.interp(np.arange(1, int(steps[-1]) + 1), *ends)
     if planned is not None and len(steps) < steps[-1]:
         plan = planned(run).rates[: len(filled)]
         recorded = steps.astype(int) - 1
         if len(plan) == len(filled) and np.allclose(plan[recorded], rates, rtol=1e-9, atol=0.0):
             filled = plan
-    missed = np.abs(np.cumsum(filled)[steps.astype(int) - 1] - sums)
-    if (missed > S1_TOLERANCE * sums).any():
-        step = int(steps[np.argmax(missed > S1_TOLERANCE * sums)])
+    missed = np.abs(np.cumsum(filled)[steps.astype(int) - 1] - sums) > S1_TOLERANCE * sums
+    if missed.any():
+        step = int(steps[np.argmax(missed)])
         raise UserError(
             f"{run.folder}: the recorded learning rates do not tell those between them (their sum "
             f"to step {step} misses the recorded s1); set record.every_steps: 1 and train again"
         )
     return LearningRates(filled, warmup)
-
-
-def _between(steps: Column, rates: Column, warmup_steps: int) -> Column:
-    """Rates on straight lines between recorded steps, and from 0 where there is a warm-up."""
-    if warmup_steps > 0:
-        steps, rates = np.append(0, steps), np.append(0.0, rates)
-    return np.interp(np.arange(1, int(steps[-1]) + 1), steps, rates)
 
 
 def _rows(
@@ -186,11 +168,9 @@ def curves_from_tables(
     Columns may be mapped as in ``read_table``; each file is a group, named as it is. Rates of steps
     that have no row are filled in on straight lines, and before the first row on a line from 0: the
     warm-up, which ends at ``warmup_steps`` (None: at the first row). A file whose first row is step
-    1 has no warm-up unless ``warmup_steps`` says so. Rows of the warm-up are left out.
-
-    Raises:
-        UserError: what ``read_table`` says; a loss is not positive; two rows of a file are of one
-            step; a step is no whole number from 1; a rate is negative.
+    1 has no warm-up unless ``warmup_steps`` says so. Rows of the warm-up are left out. Raises
+    UserError: what ``read_table`` says; a loss is not positive; two rows of a file are of one step;
+    a step is no whole number from 1; a rate is negative.
     """
     resolved = [Path(path).resolve() for path in paths]
     if len(set(resolved)) < len(resolved):
@@ -211,9 +191,7 @@ def curves_from_tables(
         parts.append(table.take(after))
     return Observations(
         columns={key: np.concatenate([part[key] for part in parts]) for key in parts[0].columns},
-        groups=tuple(
-            name for name, part in zip(names, parts, strict=True) for _ in range(len(part))
-        ),
+        groups=tuple(np.repeat(names, [len(part) for part in parts]).tolist()),
         curves=curves,
         conventions={
             "loss": f"{(mapping or {}).get('loss', 'loss')} of {', '.join(names)}",

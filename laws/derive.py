@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -56,29 +57,18 @@ class Derived:
     _columns: dict[str, Column] = field(default_factory=dict)
 
     def meeting(self, conditions: Sequence[Condition]) -> NDArray[np.bool_]:
-        """Return which rows [n] meet all conditions.
-
-        Raises:
-            UserError: one names no column.
-        """
+        """Return which rows [n] meet all conditions. Raises UserError if one names no column."""
         kept = np.ones(len(self.rows), dtype=bool)
         for condition in conditions:
             asked = f"--where {condition.text!r}"
-
-            def column(name: str, asked: str = asked) -> Column:
-                return self._value(name, (), asked)
-
-            def texts(name: str, asked: str = asked) -> NDArray[np.str_]:
-                return self.rows.texts(self._known(name, asked))
-
-            kept &= condition.evaluate(column, texts)
+            column = partial(self._value, inside=(), asked=asked)
+            kept &= condition.evaluate(column, partial(self._texts, asked=asked))
         return kept
 
     def checked(self, name: str, kept: NDArray[np.bool_], *, positive: bool = False) -> Column:
         """Return the values of the kept rows, all of them finite (and ``positive``).
 
-        Raises:
-            UserError: one is not, or a column is not there; names place and column.
+        Raises UserError if one is not, or a column is not there; names place and column.
         """
         values = self._value(name, (), f"--map {name}=COLUMN")
         broken = kept & ~np.isfinite(values)
@@ -106,12 +96,11 @@ class Derived:
         return values[kept]
 
     def groups(self, group: str, kept: NDArray[np.bool_]) -> list[str]:
-        """Return the kept rows' cells of the column that says whose they are.
+        """Return the kept rows' cells of the column of groups; UserError if it is not there."""
+        return [str(text) for text in self._texts(group, "--group")[kept]]
 
-        Raises:
-            UserError: it is not there.
-        """
-        return [str(text) for text in self.rows.texts(self._known(group, "--group"))[kept]]
+    def _texts(self, name: str, asked: str) -> NDArray[np.str_]:
+        return self.rows.texts(self._known(name, asked))
 
     def _value(self, name: str, inside: tuple[str, ...], asked: str) -> Column:
         """A mapped name or a column."""
@@ -130,14 +119,13 @@ class Derived:
         text = self.mapping[name]
         if text in self.rows.header:
             return self._column(text)
-        expression = Expression.parse(text, f"--map {name}")
 
         def column(part: str) -> Column:
             if part == name and part in self.rows.header:
                 return self._column(part)  # N=N*1e6: the file's own N
             return self._value(part, (*inside, name), f"--map {name}={text}")
 
-        values = expression.evaluate(column)
+        values = Expression.parse(text, f"--map {name}").evaluate(column)
         return np.broadcast_to(values, (len(self.rows),)).astype(np.float64)
 
     def _read_for(self, name: str) -> list[str]:
@@ -204,11 +192,8 @@ def derive(
     """Return observations with more columns, fewer rows or other groups, as ``read_table`` does.
 
     ``group`` is in ``where`` a column of texts, the groups so far. ``name``: what the rows are
-    called in a sentence.
-
-    Raises:
-        UserError: an expression cannot be read or names no column, no row is left, or a value is
-            not finite.
+    called in a sentence. Raises UserError if an expression cannot be read or names no column, no
+    row is left, or a value is not finite.
     """
     mapping = dict(mapping or {})
     derived = Derived(_ObservedRows(observations, name), mapping)
@@ -234,8 +219,7 @@ def derive(
 def mark_held_out(observations: Observations, condition: str) -> Observations:
     """Return observations with a column ``HELD_OUT``: 1 where the condition holds, else 0.
 
-    Raises:
-        UserError: it cannot be read, names no column, or holds for all rows or none.
+    Raises UserError if it cannot be read, names no column, or holds for all rows or none.
     """
     derived = Derived(_ObservedRows(observations, "the observations"), {})
     met = derived.meeting([Condition.parse(condition, "--hold-out")])

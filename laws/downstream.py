@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,27 +43,17 @@ class Chain:
         return [*self.loss.warnings_for(observations), *self.score.warnings_for(second)]
 
     def predict_interval(
-        self,
-        observations: Observations,
-        loss: Bootstrap,
-        score: Bootstrap,
-        level: float = 0.95,
+        self, observations: Observations, loss: Bootstrap, score: Bootstrap, level: float = 0.95
     ) -> tuple[Array, Array]:
         """Return the percentile interval [n], [n] of the score by the uncertainty of both fits.
 
         Samples of the two bootstraps are paired as they come, as if the fits were independent.
         """
         losses_Bn = loss.predictions(observations)
-        names, values_BP = score.names, score.values_BP
-        scores_Bn = np.stack(
-            [
-                self.score.form.predict(
-                    dict(zip(names, values_P, strict=True)),
-                    self.score.form.prepare(self._with_loss(losses_n)),
-                )
-                for losses_n, values_P in zip(losses_Bn, values_BP, strict=False)
-            ]
-        )
+        form, scores_Bn = self.score.form, []
+        for losses_n, values_P in zip(losses_Bn, score.values_BP, strict=False):
+            values = dict(zip(score.names, values_P, strict=True))
+            scores_Bn.append(form.predict(values, form.prepare(self._with_loss(losses_n))))
         low_n, high_n = np.quantile(scores_Bn, [(1.0 - level) / 2.0, (1.0 + level) / 2.0], axis=0)
         return low_n, high_n
 
@@ -81,13 +71,10 @@ def smooth_checkpoints(
 ) -> Observations:
     """Return checkpoints of runs with noise averaged out, for the second step of a chain.
 
-    In each group, by ``order``: the checkpoints in the first ``skip`` of the run (as a share of
-    the group's largest ``order``) go, then ``columns`` are means of each ``window`` successive
-    rows; other columns are those of the window's last row. As the OLMo ladder does
-    (arXiv 2412.04403).
-
-    Raises:
-        UserError: ``skip`` or ``window`` make no sense, or a run has fewer checkpoints left.
+    In each group, by ``order``: the checkpoints in the first ``skip`` of the run (as a share of the
+    group's largest ``order``) go, then ``columns`` are means of each ``window`` successive rows;
+    other columns are those of the window's last row. As the OLMo ladder does (arXiv 2412.04403).
+    Raises UserError if ``skip`` or ``window`` make no sense, or a run has fewer checkpoints left.
     """
     if window < 1 or not 0.0 <= skip < 1.0:
         raise UserError(f"window={window}, skip={skip}: use window >= 1 and 0 <= skip < 1")
@@ -110,9 +97,5 @@ def smooth_checkpoints(
             means[name] += windows.mean(axis=1).tolist()
     smoothed = {name: observations[name][rows] for name in observations.columns}
     smoothed.update({name: np.array(values) for name, values in means.items()})
-    return Observations(
-        smoothed,
-        tuple(observations.groups[row] for row in rows),
-        observations.curves,
-        observations.conventions,
-    )
+    groups = tuple(observations.groups[row] for row in rows)
+    return replace(observations, columns=smoothed, groups=groups)

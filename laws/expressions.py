@@ -37,22 +37,20 @@ _COMPARISONS: dict[type[ast.cmpop], Callable[..., NDArray[np.bool_]]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Expression:
-    """Arithmetic on columns. ``names``: the columns it reads, in order."""
-
+@dataclass(frozen=True)
+class _Parsed:
     text: str
     names: tuple[str, ...]
     _tree: ast.expr
     _quoted: tuple[str, ...]
 
+
+class Expression(_Parsed):
+    """Arithmetic on columns. ``names``: the columns it reads, in order."""
+
     @classmethod
     def parse(cls, text: str, flag: str) -> Expression:
-        """Read arithmetic.
-
-        Raises:
-            UserError: it is none; the sentence names ``flag``, the option it came from.
-        """
+        """Read arithmetic; UserError if it is none, naming ``flag``, the option it came from."""
         tree, quoted = _parse(text, flag)
         _check(tree, text, flag)
         return cls(text, _names(tree, quoted), tree, quoted)
@@ -63,22 +61,14 @@ class Expression:
             return _evaluate(self._tree, self._quoted, column)
 
 
-@dataclass(frozen=True, slots=True)
-class Condition:
+class Condition(_Parsed):
     """A comparison of two expressions, or of a column with a text: ``set == 'C4'``."""
 
-    text: str
-    names: tuple[str, ...]
     _tree: ast.Compare
-    _quoted: tuple[str, ...]
 
     @classmethod
     def parse(cls, text: str, flag: str = "--where") -> Condition:
-        """Read a condition.
-
-        Raises:
-            UserError: it is none; the sentence names ``flag``.
-        """
+        """Read a condition. Raises UserError if it is none; the sentence names ``flag``."""
         tree, quoted = _parse(text, flag)
         if not isinstance(tree, ast.Compare) or len(tree.ops) != 1:
             raise UserError(
@@ -111,8 +101,13 @@ class Condition:
         compare = _COMPARISONS[type(self._tree.ops[0])]
         sides = (self._tree.left, self._tree.comparators[0])
         if any(_is_text(side) for side in sides):
-            left, right = (_text_of(side, self._quoted, texts) for side in sides)
-            return np.asarray(compare(left, right))
+            cells = (
+                texts(_name(side, self._quoted))
+                if isinstance(side, ast.Name)
+                else np.asarray(str(ast.literal_eval(side)))
+                for side in sides
+            )
+            return np.asarray(compare(*cells))
         with np.errstate(all="ignore"):
             one, two = (_evaluate(side, self._quoted, column) for side in sides)
             return np.asarray(compare(one, two) & ~(np.isnan(one) | np.isnan(two)))
@@ -134,15 +129,13 @@ def _parse(text: str, flag: str) -> tuple[ast.expr, tuple[str, ...]]:
 
 def _check(tree: ast.expr, text: str, flag: str) -> None:
     for node in ast.walk(tree):
-        if isinstance(node, ast.BinOp) and type(node.op) in _ARITHMETIC:
-            continue
-        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd):
-            continue
-        if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-            continue
-        if isinstance(node, ast.Name | ast.Load | ast.operator | ast.unaryop):
-            continue
-        raise UserError(f"{flag} {text!r} is more than arithmetic on columns; {SYNTAX}")
+        if not (
+            (isinstance(node, ast.BinOp) and type(node.op) in _ARITHMETIC)
+            or (isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd))
+            or (isinstance(node, ast.Constant) and type(node.value) in (int, float))
+            or isinstance(node, ast.Name | ast.Load | ast.operator | ast.unaryop)
+        ):
+            raise UserError(f"{flag} {text!r} is more than arithmetic on columns; {SYNTAX}")
 
 
 def _names(tree: ast.AST, quoted: tuple[str, ...]) -> tuple[str, ...]:
@@ -174,12 +167,3 @@ def _evaluate(node: ast.expr, quoted: tuple[str, ...], column: Callable[[str], C
 
 def _is_text(node: ast.expr) -> bool:
     return isinstance(node, ast.Constant) and isinstance(node.value, str)
-
-
-def _text_of(
-    node: ast.expr, quoted: tuple[str, ...], texts: Callable[[str], NDArray[np.str_]]
-) -> NDArray[np.str_]:
-    if isinstance(node, ast.Name):
-        return texts(_name(node, quoted))
-    assert isinstance(node, ast.Constant), ast.dump(node)
-    return np.asarray(str(node.value))

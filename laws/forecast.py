@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,15 +15,7 @@ from numpy.typing import NDArray
 from allometry.configs.errors import UserError
 from allometry.laws.forms.tissue import annealing
 from allometry.laws.observations import LearningRates
-from allometry.laws.posterior import (
-    ALPHAS,
-    MEMORIES,
-    Normal,
-    Posterior,
-    Prior,
-    Rows,
-    posterior,
-)
+from allometry.laws.posterior import ALPHAS, MEMORIES, Normal, Posterior, Prior, Rows, posterior
 
 Array = NDArray[np.float64]
 
@@ -112,22 +104,16 @@ class Forecast:
 
 
 def forecast(
-    curves: Sequence[Curve],
-    target: LearningRates,
-    *,
-    prior: Prior = PUBLISHED,
-    level: float = 0.95,
+    curves: Sequence[Curve], target: LearningRates, *, prior: Prior = PUBLISHED, level: float = 0.95
 ) -> Forecast:
     """Return the loss that ``target``'s last step ends at, from the curves so far of one model.
 
     The first curve is the run's own. Losses after warm-up are averaged to at most 200 rows a curve
     and L = L0 + A·S1^−alpha − C·S2 (arXiv 2408.11029) is fitted to all of them together, see
     ``posterior``. Where no rate has fallen yet, nothing has been measured of what a decay gains:
-    the prior's gain then stands in, its whole width in the interval, with a warning.
-
-    Raises:
-        UserError: a curve has fewer than 20 rows after its warm-up; the target ends before the
-            warm-up does.
+    the prior's gain then stands in, its whole width in the interval, with a warning. Raises
+    UserError if a curve has fewer than 20 rows after its warm-up; the target ends before the
+    warm-up does.
     """
     assert 0.0 < level < 1.0, level
     steps = len(target.rates)
@@ -138,17 +124,16 @@ def forecast(
         )
     rows = average(curves)
     end_s1, end_s2_M = _end(target)
-    reference_M = _reference(end_s2_M, rows, target)
     fitted_prior = _scaled(prior, target)
-    estimate = posterior(rows, fitted_prior, end_s1, reference_M)
+    estimate = posterior(rows, fitted_prior, end_s1, _reference(end_s2_M, rows, target))
     mean_AM, variance_AM = estimate.predict(end_s1, end_s2_M)
     now = int(curves[0].steps_n[-1])
-    known = _continues(curves, target)
+    taken = curves[0].rates.rates[:now]
+    known = steps >= now and np.allclose(taken, target.rates[:now], rtol=1e-6, atol=0.0)
     unseen = _unseen(curves, estimate, rows, end_s2_M) if known else 1.0
     variance_AM = variance_AM + _law_variance(estimate, steps / now, unseen)
-    low, middle, high = _quantiles(
-        estimate.probability_AM, mean_AM, variance_AM, (0.5 - level / 2, 0.5, 0.5 + level / 2)
-    )
+    levels = (0.5 - level / 2, 0.5, 0.5 + level / 2)
+    low, middle, high = _quantiles(estimate.probability_AM, mean_AM, variance_AM, levels)
     quality = _quality(estimate, rows, fitted_prior, bool(end_s2_M.any()))
     return Forecast(
         step=now,
@@ -167,8 +152,7 @@ def forecast(
 def average(curves: Sequence[Curve]) -> Rows:
     """Return the rows of curves, averaged, without warm-up and first quarter (tenth, of few rows).
 
-    Raises:
-        UserError: fewer than 20 rows are left of one.
+    Raises UserError if fewer than 20 rows are left of one.
     """
     losses, s1, s2, starts = [], [], [], [0]
     for curve in curves:
@@ -202,10 +186,8 @@ def borrowed(curves: Sequence[Curve], target: LearningRates, name: str) -> Prior
 
     The gain is that of the target's rates, scaled to the peak of the first curve, as a share of the
     loss; deviations are at least a fifth of the gain, a tenth of alpha and 0.3 in log memory, as
-    another run is not this one.
-
-    Raises:
-        UserError: their rates never fell, so that they have measured no gain either.
+    another run is not this one. Raises UserError if their rates never fell, so that they have
+    measured no gain either.
     """
     peak = float(curves[0].rates.rates.max()) / float(target.rates.max())
     scaled = LearningRates(target.rates * peak, target.warmup_steps)
@@ -243,8 +225,7 @@ def _fall(target: LearningRates) -> float:
 def _scaled(prior: Prior, target: LearningRates) -> Prior:
     """Return the prior with the gain of a decay that goes only as far as the target's."""
     share = _fall(target) or 1.0
-    gain = Normal(prior.gain.mean * share, prior.gain.sd * share)
-    return Prior(gain, prior.log_alpha, prior.log_memory, prior.level, prior.source)
+    return replace(prior, gain=Normal(prior.gain.mean * share, prior.gain.sd * share))
 
 
 def _reference(end_s2_M: Array, rows: Rows, target: LearningRates) -> Array:
@@ -252,15 +233,6 @@ def _reference(end_s2_M: Array, rows: Rows, target: LearningRates) -> Array:
     if (end_s2_M > 0.0).all():
         return end_s2_M
     return np.asarray(np.maximum(np.abs(rows.s2_Mn).max(axis=1), 1e-9 * float(target.rates.max())))
-
-
-def _continues(curves: Sequence[Curve], target: LearningRates) -> bool:
-    """Whether the target begins with the very steps that the first curve has taken."""
-    now = int(curves[0].steps_n[-1])
-    taken = curves[0].rates.rates[:now]
-    return len(target.rates) >= now and bool(
-        np.allclose(taken, target.rates[:now], rtol=1e-6, atol=0.0)
-    )
 
 
 def _unseen(curves: Sequence[Curve], estimate: Posterior, rows: Rows, end_s2_M: Array) -> float:

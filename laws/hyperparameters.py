@@ -9,7 +9,7 @@ logs of the optima are linear in ln N and ln D.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -98,8 +98,7 @@ class HyperparameterLaw:
         """
         octaves = {}
         for cell in self.cells:
-            rate, batch = law(cell.at["N"], cell.at["D"])
-            best = cell.surface.best
+            (rate, batch), best = law(cell.at["N"], cell.at["D"]), cell.surface.best
             octaves[cell.name] = (math.log2(best["lr"] / rate), math.log2(best["B"] / batch))
         return octaves
 
@@ -133,11 +132,9 @@ def fit_hyperparameter_law(
     Least squares of the logs of the cells' optima (Step Law, arXiv 2503.04715, has the same two
     laws of the best runs); ``order`` and ``within`` as ``fit_surface`` takes them. An input that is
     the same in all cells is left out of a law. A sample of the bootstrap draws runs in each cell
-    and moves its optimum by what the law misses beside that.
-
-    Raises:
-        UserError: fewer cells with an optimum than a law has coefficients; N and D vary together,
-            so that their exponents cannot be told apart; what ``fit_surface`` raises.
+    and moves its optimum by what the law misses beside that. Raises UserError if there are fewer
+    cells with an optimum than a law has coefficients; N and D vary together, so that their
+    exponents cannot be told apart; what ``fit_surface`` raises.
     """
     cells, left_out = _cells(observations, order, within, samples, seed)
     laws = {}
@@ -153,11 +150,8 @@ def sweep_optima(
     """Return a row for each cell: its N, D, best ``lr`` and ``B``, and the ``loss`` there.
 
     What ``learning_rate_law`` and ``batch_law`` are fitted to; each cell is a group. A column is
-    left out that did not vary in every cell. ``conventions["left out"]`` names the cells without
-    an optimum, and why.
-
-    Raises:
-        UserError: no cell has an optimum; what ``fit_surface`` raises.
+    left out that did not vary in every cell. ``conventions["left out"]`` names the cells without an
+    optimum, and why. Raises UserError if no cell has an optimum; what ``fit_surface`` raises.
     """
     cells, left_out = _cells(observations, order, within, 0, 0)
     axes = [axis for axis in AXIS_NAMES if all(axis in cell.surface.axes for cell in cells)]
@@ -170,8 +164,7 @@ def sweep_optima(
     about = {name: text for name, text in observations.conventions.items() if name in EXPONENTS}
     about |= dict.fromkeys(axes, how)
     about["loss"] = f"at the best of each sweep; {observations.conventions.get('loss', 'loss')}"
-    earlier = observations.conventions.get("left out")
-    parts = [*([earlier] if earlier else []), *([_listed(left_out)] if left_out else [])]
+    parts = [part for part in (observations.conventions.get("left out"), _listed(left_out)) if part]
     about |= {"left out": "; ".join(parts)} if parts else {}
     return replace(optima, conventions=about)
 
@@ -181,18 +174,14 @@ def _cells(
 ) -> tuple[list[Cell], dict[str, str]]:
     """Return the sweeps that have an optimum, and why the others have none."""
     cells, left_out = [], {}
-    at = {name: observations[name] for name in EXPONENTS}
-    for index, (n, d) in enumerate(sorted(set(zip(at["N"], at["D"], strict=True)))):
-        rows = observations.take((at["N"] == n) & (at["D"] == d))
-        name = _cell_name(n, d)
+    options: dict[str, Any] = {"order": order, "within": within, "samples": samples}
+    for index, (name, at, rows) in enumerate(_sweeps(observations)):
         try:
-            surface = fit_surface(
-                rows, order=order, within=within, samples=samples, seed=seed + index
-            )
+            surface = fit_surface(rows, seed=seed + index, **options)
         except UserError as error:
             raise UserError(f"cell {name}: {error}") from None
         if surface.problem is None:
-            cells.append(Cell(name, {"N": float(n), "D": float(d)}, surface))
+            cells.append(Cell(name, at, surface))
         else:
             left_out[name] = surface.problem
     if not cells:
@@ -207,18 +196,20 @@ def nearest_excess(observations: Observations, law: PairLaw) -> dict[str, float]
     far above.
     """
     excess = {}
-    sizes, tokens = observations["N"], observations["D"]
-    for n, d in sorted(set(zip(sizes, tokens, strict=True))):
-        cell = observations.take((sizes == n) & (tokens == d))
-        rate, batch = law(float(n), float(d))
+    for name, at, cell in _sweeps(observations):
+        rate, batch = law(at["N"], at["D"])
         distance = np.log(cell["lr"] / rate) ** 2 + np.log(cell["B"] / batch) ** 2
         loss = np.where(np.isfinite(cell["loss"]), cell["loss"], np.inf)
-        excess[_cell_name(n, d)] = float(loss[np.argmin(distance)] / loss.min() - 1.0)
+        excess[name] = float(loss[np.argmin(distance)] / loss.min() - 1.0)
     return excess
 
 
-def _cell_name(parameters: float, tokens: float) -> str:
-    return f"N={parameters:.4g} D={tokens:.4g}"
+def _sweeps(observations: Observations) -> Iterator[tuple[str, dict[str, float], Observations]]:
+    """Each cell's name, its N and D, and its rows."""
+    sizes, tokens = observations["N"], observations["D"]
+    for n, d in sorted(set(zip(sizes.tolist(), tokens.tolist(), strict=True))):
+        rows = observations.take((sizes == n) & (tokens == d))
+        yield f"N={n:.4g} D={d:.4g}", {"N": n, "D": d}, rows
 
 
 def _listed(left_out: Mapping[str, str]) -> str:

@@ -54,9 +54,8 @@ def isoflop_optima(
     look at, and a fitted law for numbers.
     """
     sizes, losses = observations["N"], observations["loss"]
-    if "C" in observations.columns:
-        flops = observations["C"]
-    else:
+    flops = observations.columns.get("C")
+    if flops is None:
         flops = flops_per_parameter_token * sizes * observations["D"]
     optima = []
     for rows in budgets(flops, tolerance):
@@ -69,9 +68,8 @@ def isoflop_optima(
 
 def budgets(flops: Array, tolerance: float = TOLERANCE) -> list[NDArray[np.intp]]:
     """Return rows of (nearly) equal FLOPs, in order; a budget begins at its least row."""
-    order = np.argsort(flops, kind="stable")
     groups: list[list[int]] = []
-    for row in order.tolist():
+    for row in np.argsort(flops, kind="stable").tolist():
         if not groups or flops[row] > flops[groups[-1][0]] * (1.0 + tolerance):
             groups.append([])
         groups[-1].append(row)
@@ -85,16 +83,13 @@ def _parabola(
     x = np.log(sizes / center)
     c0, c1, c2 = (float(c) for c in np.polynomial.polynomial.polyfit(x, losses, 2))
     best = int(np.argmin(losses))
-    problem = None
-    vertex = -c1 / (2 * c2) if c2 > 0.0 else np.nan
+    size, loss, problem = float(sizes[best]), float(losses[best]), None
     if not c2 > 0.0:
         problem = "the parabola has no least value"
-    elif not x.min() < vertex < x.max():
+    elif not x.min() < (vertex := -c1 / (2 * c2)) < x.max():
         problem = "the least value lies outside of the sizes that were run"
-    if problem is None:
-        size, loss = center * float(np.exp(vertex)), c0 - c1 * c1 / (4 * c2)
     else:
-        size, loss = float(sizes[best]), float(losses[best])
+        size, loss = center * float(np.exp(vertex)), c0 - c1 * c1 / (4 * c2)
     return IsoFlop(budget, rows, center, (c0, c1, c2), size, product / size, loss, problem)
 
 

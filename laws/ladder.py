@@ -68,9 +68,8 @@ def fit_rungs(
 ) -> tuple[Fit, Bootstrap]:
     """Return the law of these finished runs and its bootstrap over cells (runs alike but in seed).
 
-    Raises:
-        UserError: the law is not known, runs have not finished or cannot be compared, or there are
-            fewer of them than the law has parameters.
+    Raises UserError if the law is not known, runs have not finished or cannot be compared, or there
+    are fewer of them than the law has parameters.
     """
     form = form_named(law)
     fitted = fit(form, from_runs(folders, count=count, loss=loss))
@@ -91,19 +90,17 @@ def unidentified(fitted: Fit) -> str | None:
 
 
 def predict_target(
-    fitted: Fit,
-    resampled: Bootstrap,
-    target: Mapping[str, Any],
-    *,
-    state: TargetState,
-    step: int,
+    fitted: Fit, resampled: Bootstrap, target: Mapping[str, Any], *, state: TargetState, step: int
 ) -> Prediction:
     """Return the prediction of a run of which ``target`` gives what the law reads, and its name.
 
-    Raises:
-        UserError: the law reads what is not known before a run.
+    Raises UserError if the law reads what is not known before a run.
     """
-    columns = {key: [float(value)] for key, value in target.items() if _is_number(value)}
+    columns = {
+        key: [float(value)]
+        for key, value in target.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
     wanted = Observations.of(columns, [str(target["run"])])
     predicted = float(fitted.predict(wanted)[0])
     open_ones = unidentified(fitted)
@@ -130,8 +127,7 @@ def measure_target(
 ) -> Prediction:
     """Return the prediction with the loss of the target's finished run, comparable with the rungs.
 
-    Raises:
-        UserError: it has not finished, or its loss is another than that of the rungs.
+    Raises UserError if it has not finished, or its loss is another than that of the rungs.
     """
     together = from_runs([*rungs, target], count=count, loss=loss)
     return replace(prediction, measured=float(together["loss"][-1]))
@@ -149,28 +145,17 @@ def save_prediction(path: Path, prediction: Prediction) -> None:
 
 
 def load_prediction(path: Path) -> Prediction | None:
-    """Return the prediction of ``save_prediction``; None where there is none.
-
-    Raises:
-        UserError: the file is something else.
-    """
+    """Return the prediction of ``save_prediction``; None without a file, UserError for another."""
     if not path.is_file():
         return None
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         fields = {key: data[key] for key in Prediction.__dataclass_fields__}
         prediction = Prediction(**fields | {"warnings": tuple(fields["warnings"])})
-        if not all(
-            math.isfinite(value)
-            for value in (prediction.predicted, prediction.low, prediction.high)
-        ):
+        if not all(map(math.isfinite, (prediction.predicted, prediction.low, prediction.high))):
             raise ValueError("its numbers are not finite")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path} is not a prediction ({type(error).__name__}: {error}); restore it or remove it"
         ) from None
     return prediction
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

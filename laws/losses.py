@@ -28,8 +28,7 @@ class LossChoice:
     def parse(cls, text: str, last: float = 0.1) -> LossChoice:
         """Read ``validation``, ``train``, ``validation/NAME`` or ``train/NAME``.
 
-        Raises:
-            UserError: it is none of them, or ``last`` is not a share of the run.
+        Raises UserError if it is none of them, or ``last`` is not a share of the run.
         """
         kind, slash, source = text.partition("/")
         if kind not in ("validation", "train") or (slash and not source):
@@ -58,40 +57,30 @@ def shares(run: Run) -> dict[str, float]:
 
 def validation_weights(run: Run) -> dict[str, float]:
     """Return the shares of the sources that have held-out tokens, scaled to sum to one."""
-    held_out = {
-        name: share for name, share in shares(run).items() if f"validation/{name}" in run.metrics
-    }
+    held_out = {n: share for n, share in shares(run).items() if f"validation/{n}" in run.metrics}
     total = sum(held_out.values())
     return {name: share / total for name, share in held_out.items()}
 
 
 def final_loss(run: Run, choice: LossChoice) -> float:
-    """Return a finished run's loss in nats per token.
-
-    Raises:
-        UserError: the run does not have it, or it is not a positive number.
-    """
+    """Return a finished run's loss in nats per token; UserError if it has none or none above 0."""
     steps, losses = loss_curve(run, choice)
+    there = steps == steps[-1]
     if choice.kind == "train":
         there = steps > steps[-1] * (1.0 - choice.last)
-        value = float(losses[there].mean())
-    else:
-        if steps[-1] != run.metrics["step"][-1]:
-            raise UserError(
-                f"{run.folder} has no held-out loss at its last step, "
-                f"{run.metrics['step'][-1]:.0f}; choose --loss train"
-            )
-        there = steps == steps[-1]
-        value = float(losses[-1])
+    elif steps[-1] != run.metrics["step"][-1]:
+        raise UserError(
+            f"{run.folder} has no held-out loss at its last step, "
+            f"{run.metrics['step'][-1]:.0f}; choose --loss train"
+        )
     check_losses(run, choice, steps[there], losses[there])
-    return value
+    return float(losses[there].mean())
 
 
 def check_losses(run: Run, choice: LossChoice, steps: Column, losses: Column) -> None:
     """Refuse losses that are not positive numbers, as laws compare their logs or their shares.
 
-    Raises:
-        UserError: one is zero, negative or not finite; names file, step and value.
+    Raises UserError if one is zero, negative or not finite; names file, step and value.
     """
     bad = ~np.isfinite(losses) | (losses <= 0.0)
     if bad.any():
@@ -108,18 +97,12 @@ def loss_curve(run: Run, choice: LossChoice) -> tuple[Column, Column]:
     """Return the recorded steps that have this loss, and their losses.
 
     Every row has the training loss of the mixture: there NaN is a loss, for ``check_losses``.
-
-    Raises:
-        UserError: none has.
+    Raises UserError if none has.
     """
-    metrics = run.metrics
-    if choice.kind == "train":
-        key = "loss" if choice.source is None else f"loss/{choice.source}"
-        values = metrics.get(key)
-    elif choice.source is not None:
-        key = f"validation/{choice.source}"
-        values = metrics.get(key)
-    else:
+    metrics, kind = run.metrics, "loss" if choice.kind == "train" else "validation"
+    key = kind if choice.source is None else f"{kind}/{choice.source}"
+    values = metrics.get(key)
+    if key == "validation":
         key = "validation/"
         weights = validation_weights(run)
         parts = [weight * metrics[f"validation/{name}"] for name, weight in weights.items()]

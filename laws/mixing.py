@@ -59,18 +59,18 @@ def optimal_mixture(
 
     ``laws``: a fit for each validation set, which reads columns ``domains``; ``weights``: by
     validation set (one each if absent), not negative; ``least`` and ``most``: bounds of some
-    domains (0 and 1 else; ``most`` = U/D keeps a domain of U tokens from being repeated);
-    ``at``: other columns that the laws read (N, D), the same for every mixture. Sequential least
-    squares from points spread over the simplex: sums of mixing_exponential laws are convex, so all
-    starts agree; other laws may have several minima.
-
-    Raises:
-        UserError: a name is unknown, a weight negative, or no mixture keeps the bounds.
+    domains (0 and 1 else; ``most`` = U/D keeps a domain of U tokens from being repeated); ``at``:
+    other columns that the laws read (N, D), the same for every mixture. Sequential least squares
+    from points spread over the simplex: sums of mixing_exponential laws are convex, so all starts
+    agree; other laws may have several minima. Raises UserError if a name is unknown, a weight
+    negative, or no mixture keeps the bounds.
     """
     from scipy.optimize import minimize
 
     weight_V = _weights(laws, weights)
     low_K, high_K = _bounds(domains, least, most)
+    if starts < 1:
+        raise UserError(f"starts={starts} must be at least 1")
 
     def value_and_slopes(shares_K: Array) -> tuple[float, Array]:
         steps = np.concatenate([np.zeros((1, len(domains))), STEP * np.eye(len(domains))])
@@ -78,11 +78,13 @@ def optimal_mixture(
         return float(total_n[0]), (total_n[1:] - total_n[0]) / STEP
 
     sum_to_one = {"type": "eq", "fun": lambda r: r.sum() - 1.0, "jac": np.ones_like}
-    optima = []
-    for start_K in _starts(low_K, high_K, starts, seed):
+    random, optima = np.random.default_rng(seed), []
+    for number in range(starts):
+        even = np.ones(len(domains))
+        start_K = even / len(domains) if number == 0 else random.dirichlet(even)
         result = minimize(
             value_and_slopes,
-            start_K,
+            into_simplex(start_K, low_K, high_K),
             jac=True,
             method="SLSQP",
             bounds=list(zip(low_K, high_K, strict=True)),
@@ -93,13 +95,10 @@ def optimal_mixture(
         each_V = _losses(laws, domains, at, end_K[None])[:, 0]
         optima.append((float(weight_V @ each_V), end_K, each_V))
     loss, shares_K, each_V = min(optima, key=lambda one: one[0])
-    return Mixture(
-        dict(zip(domains, shares_K.tolist(), strict=True)),
-        loss,
-        dict(zip(laws, each_V.tolist(), strict=True)),
-        sum(one[0] <= loss + 1e-6 * abs(loss) for one in optima),
-        starts,
-    )
+    shares = dict(zip(domains, shares_K.tolist(), strict=True))
+    losses = dict(zip(laws, each_V.tolist(), strict=True))
+    agreeing = sum(one[0] <= loss + 1e-6 * abs(loss) for one in optima)
+    return Mixture(shares, loss, losses, agreeing, starts)
 
 
 def _losses(
@@ -109,10 +108,9 @@ def _losses(
     shares_nK: Array,
 ) -> Array:
     """Return the loss [V, n] that each law predicts for these mixtures."""
-    columns: dict[str, Any] = {name: shares_nK[:, i] for i, name in enumerate(domains)}
-    for name, value in (at or {}).items():
-        columns[name] = np.full(len(shares_nK), float(value))
-    rows = Observations.of(columns)
+    columns = {name: shares_nK[:, i] for i, name in enumerate(domains)}
+    others = {name: np.full(len(shares_nK), float(v)) for name, v in (at or {}).items()}
+    rows = Observations.of({**columns, **others})
     return np.stack([law.predict(rows) for law in laws.values()])
 
 
@@ -139,22 +137,15 @@ def mixture_intervals(
     """Return the interval of each domain's share in the best mixture.
 
     The best mixture is found anew, from one start, for each sample that all ``bootstraps`` (by
-    validation set) have; ``options`` as of ``optimal_mixture``.
-
-    Raises:
-        UserError: what ``optimal_mixture`` raises.
+    validation set) have; ``options`` as of ``optimal_mixture``. Raises UserError: what
+    ``optimal_mixture`` raises.
     """
     number = min((len(bootstrap) for bootstrap in bootstraps.values()), default=0)
-    best_BK = [
-        list(
-            optimal_mixture(
-                {name: Sample(bootstrap, index) for name, bootstrap in bootstraps.items()},
-                domains,
-                **{"starts": 1, **options},
-            ).shares.values()
-        )
-        for index in range(max(number, 1))
-    ]
+    best_BK = []
+    for index in range(max(number, 1)):
+        laws = {name: Sample(bootstrap, index) for name, bootstrap in bootstraps.items()}
+        best = optimal_mixture(laws, domains, **{"starts": 1, **options})
+        best_BK.append(list(best.shares.values()))
     tail = (1.0 - level) / 2.0
     low_K, high_K = np.quantile(best_BK, [tail, 1.0 - tail], axis=0)
     return {d: (float(low_K[i]), float(high_K[i])) for i, d in enumerate(domains)}
@@ -170,8 +161,7 @@ def into_simplex(shares_K: Array, low_K: Array, high_K: Array) -> Array:
             down = shift
         else:
             up = shift
-    nearest_K: Array = np.clip(shares_K + up, low_K, high_K)
-    return nearest_K
+    return np.asarray(np.clip(shares_K + up, low_K, high_K))
 
 
 def _weights(laws: Mapping[str, Predictor], weights: Mapping[str, float] | None) -> Array:
@@ -207,12 +197,3 @@ def _bounds(
             f"most {high_K.tolist()} that sum to 1; widen least or most"
         )
     return low_K, high_K
-
-
-def _starts(low_K: Array, high_K: Array, number: int, seed: int) -> list[Array]:
-    if number < 1:
-        raise UserError(f"starts={number} must be at least 1")
-    random = np.random.default_rng(seed)
-    even_K = np.full(len(low_K), 1.0 / len(low_K))
-    spread = [random.dirichlet(np.ones(len(low_K))) for _ in range(number - 1)]
-    return [into_simplex(start_K, low_K, high_K) for start_K in (even_K, *spread)]

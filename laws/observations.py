@@ -51,18 +51,13 @@ class Observations:
         """Return rows from plain sequences; without ``groups`` each row is its own."""
         arrays = {name: np.asarray(values, np.float64) for name, values in columns.items()}
         number = len(next(iter(arrays.values())))
-        own = tuple(groups) if groups is not None else tuple(str(i) for i in range(number))
-        return cls(arrays, own)
+        return cls(arrays, tuple(map(str, range(number)) if groups is None else groups))
 
     def __len__(self) -> int:
         return len(self.groups)
 
     def __getitem__(self, name: str) -> Column:
-        """Return a column.
-
-        Raises:
-            UserError: there is none of this name.
-        """
+        """Return a column. Raises UserError if there is none of this name."""
         if name not in self.columns:
             raise UserError(
                 f"the observations have no column {name!r}, only {', '.join(self.columns)}; map "

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,10 +46,9 @@ def quadratic_optimum(log2_lrs: Sequence[float], losses: Sequence[float]) -> Opt
     here = Optimum(float(x[best]), float(y[best]))
     if not np.isfinite(here.loss):
         return Optimum(here.log2_lr, here.loss, "every run diverged")
-    if best == 0:
-        return Optimum(here.log2_lr, here.loss, "the best rate is the least that was tried")
-    if best == len(x) - 1:
-        return Optimum(here.log2_lr, here.loss, "the best rate is the largest that was tried")
+    if best in (0, len(x) - 1):
+        end = "least" if best == 0 else "largest"
+        return Optimum(here.log2_lr, here.loss, f"the best rate is the {end} that was tried")
     if not np.isfinite(y[best - 1 : best + 2]).all():
         return Optimum(here.log2_lr, here.loss, "a neighbour of the best rate diverged")
     (x0, x1, x2), (y0, y1, y2) = x[best - 1 : best + 2], y[best - 1 : best + 2]
@@ -81,10 +81,7 @@ class Sweep:
         is one seed only)."""
         if self.losses_RS.shape[1] < 2:
             return float("nan")
-        optima = [self.optimum([seed]) for seed in range(self.losses_RS.shape[1])]
-        if not all(optimum.interior for optimum in optima):
-            return float("nan")
-        return float(np.ptp([optimum.log2_lr for optimum in optima]))
+        return _drift([self.optimum([seed]) for seed in range(self.losses_RS.shape[1])])
 
 
 def drift(sweeps: Mapping[int, Sweep]) -> float:
@@ -105,12 +102,12 @@ def drift_interval(sweeps: Mapping[int, Sweep], level: float = 0.95) -> tuple[fl
 def exponent(sweeps: Mapping[int, Sweep]) -> float:
     """Return the slope of log2 of the best rate of the means on log2 of the size, by least squares
     (NaN: an optimum is at an edge, or there is one size only)."""
-    return _slope([*sweeps])([sweep.optimum() for sweep in sweeps.values()])
+    return _slope([*sweeps], [sweep.optimum() for sweep in sweeps.values()])
 
 
 def exponent_interval(sweeps: Mapping[int, Sweep], level: float = 0.95) -> tuple[float, float]:
     """Return the bootstrap interval of the exponent over seeds, as ``drift_interval`` does."""
-    return _interval(sweeps, level, _slope([*sweeps]))
+    return _interval(sweeps, level, partial(_slope, [*sweeps]))
 
 
 def _interval(
@@ -137,14 +134,10 @@ def _drift(optima: Sequence[Optimum]) -> float:
     return float(np.ptp([optimum.log2_lr for optimum in optima]))
 
 
-def _slope(sizes: Sequence[int]) -> Callable[[Sequence[Optimum]], float]:
+def _slope(sizes: Sequence[int], optima: Sequence[Optimum]) -> float:
+    if len(optima) < 2 or not all(optimum.interior for optimum in optima):
+        return float("nan")
     x = np.log2(np.asarray(sizes, np.float64))
     centred = x - x.mean()
-
-    def slope(optima: Sequence[Optimum]) -> float:
-        if len(optima) < 2 or not all(optimum.interior for optimum in optima):
-            return float("nan")
-        rates = np.array([optimum.log2_lr for optimum in optima])
-        return float(centred @ rates / (centred @ centred))
-
-    return slope
+    rates = np.array([optimum.log2_lr for optimum in optima])
+    return float(centred @ rates / (centred @ centred))

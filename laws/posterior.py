@@ -141,7 +141,9 @@ def posterior(rows: Rows, prior: Prior, s1: float, reference_M: Array) -> Poster
         log_p = -0.5 * (misfit / variance + strain - np.linalg.slogdet(covariance)[1]) + prior_AM
         best = np.unravel_index(int(log_p.argmax()), log_p.shape)
         residual_n = columns.residuals(best, coefficients[best])
-        weights_n = _weights(residual_n)
+        size_n = np.abs(residual_n)  # Huber's weights, by a deviation that outliers do not move
+        deviation = 1.4826 * float(np.median(size_n))
+        weights_n = np.minimum(1.0, _OUTLIER * deviation / np.maximum(size_n, 1e-300))
         weighted_n = residual_n * np.sqrt(weights_n)
         sd = float(np.sqrt((weighted_n**2).sum() / max(n - 5, 1)))
         persistence = _persistence(weighted_n, rows.starts)
@@ -195,12 +197,6 @@ class _Columns:
 
 def _log_density(x: Array, belief: Normal) -> Array:
     return np.asarray(-0.5 * ((x - belief.mean) / belief.sd) ** 2)
-
-
-def _weights(residual_n: Array) -> Array:
-    """Return Huber's weights [n], in units of a deviation that outliers do not move."""
-    deviation = 1.4826 * float(np.median(np.abs(residual_n)))
-    return np.minimum(1.0, _OUTLIER * deviation / np.maximum(np.abs(residual_n), 1e-300))
 
 
 def _persistence(residual_n: Array, starts: tuple[int, ...]) -> float:

@@ -51,10 +51,8 @@ def gradient_norms(run: Run, kind: Literal["sgd", "adam"]) -> tuple[NDArray[np.f
 
     Adam: the 1-norms of the monitors (``monitors/grad_l1``, after clipping) where the run looked at
     ten steps or more, else the 2-norms (``grad_norm``), as for SGD. Steps that were not recorded
-    are filled in on a line between their neighbours.
-
-    Raises:
-        UserError: fewer than ten steps are recorded, or a norm is zero or not finite.
+    are filled in on a line between their neighbours. Raises UserError if fewer than ten steps are
+    recorded, or a norm is zero or not finite.
     """
     key = "grad_norm"
     if kind == "adam":
@@ -81,9 +79,8 @@ def refined_schedule(
 ) -> dict[str, Any]:
     """Return what ``schedule: {kind: refined, file: ...}`` reads, from the run in ``folder``.
 
-    Raises:
-        UserError: see ``gradient_norms`` and ``read_run``; the run has not finished; or
-            ``smoothing`` is not a share.
+    Raises UserError: see ``gradient_norms`` and ``read_run``; the run has not finished; or
+    ``smoothing`` is not a share.
     """
     if not 0.0 <= smoothing <= 1.0:
         raise UserError(f"--smoothing={smoothing} is not a share of the run; use 0 to 1, e.g. 0.1")

@@ -26,17 +26,12 @@ def all_forms() -> dict[str, Form]:
 
 
 def form_named(name: str) -> Form:
-    """Return the form of this name; ``name:a,b,c`` is a law over columns a, b and c.
-
-    Raises:
-        UserError: there is none, or it takes no columns.
-    """
+    """Return the form ``name``, or ``name:a,b,c`` over columns; UserError if there is none."""
     by_name = all_forms()
     base, colon, columns = name.partition(":")
     if base not in by_name:
-        near = difflib.get_close_matches(base, by_name, n=1)
         hint = f"use one of {', '.join(sorted(by_name))}"
-        if near:
+        if near := difflib.get_close_matches(base, by_name, n=1):
             hint = f"did you mean {near[0]!r} (allometry laws lists all)?"
         raise UserError(f"no law is called {base!r}; {hint}")
     if not colon:

@@ -13,8 +13,6 @@ from allometry.laws.forms.base import Form
 from allometry.laws.forms.repetition import DataConstrainedTied, TiedPower
 from allometry.laws.observations import Observations
 
-EPOCHS_CONSIDERED = 1e4
-
 
 @dataclass(frozen=True, slots=True)
 class TwoStages:
@@ -31,10 +29,8 @@ def fit_in_two_stages(
     """Fit the data-constrained law as 2305.16264 does: first unique data, then repetition.
 
     Columns N, D (tokens seen), U (unique tokens available) and loss. ``max_epochs`` leaves out of
-    the second stage runs with more, which may have diverged.
-
-    Raises:
-        UserError: too few rows repeat nothing, or no row repeats.
+    the second stage runs with more, which may have diverged. Raises UserError if too few rows
+    repeat nothing, or no row repeats.
     """
     options = options or FitOptions()
     epochs_n = observations["D"] / observations["U"]
@@ -72,27 +68,20 @@ def best_repetition(
 ) -> Repetition:
     """Return the N and D of the least predicted loss with ``flops`` = 6 N D and U unique tokens.
 
-    ``form``: one that reads N, D and U. Up to 10,000 epochs are considered.
-
-    Raises:
-        UserError: a budget is not a positive number.
+    ``form``: one that reads N, D and U. Up to 10,000 epochs are considered. Raises UserError if a
+    budget is not a positive number.
     """
     for name, value in (("unique_tokens", unique_tokens), ("flops", flops)):
         if not (np.isfinite(value) and value > 0.0):
             raise UserError(f"{name}={value} must be a positive number")
-    low, high = np.log(unique_tokens * 1e-4), np.log(unique_tokens * EPOCHS_CONSIDERED)
+    low, high = np.log(unique_tokens * 1e-4), np.log(unique_tokens * 1e4)
     for _ in range(5):  # each round narrows the range by 100
         tokens_n = np.exp(np.linspace(low, high, 201))
         size_n = flops / (flops_per_parameter_token * tokens_n)
-        rows = Observations.of(
-            {"N": size_n, "D": tokens_n, "U": np.full(len(tokens_n), unique_tokens)}
-        )
+        unique_n = np.full(len(tokens_n), unique_tokens)
+        rows = Observations.of({"N": size_n, "D": tokens_n, "U": unique_n})
         loss_n = np.asarray(form.predict(values, form.prepare(rows)))
         best = int(np.argmin(loss_n))
         low, high = (np.log(tokens_n[max(best - 1, 0)]), np.log(tokens_n[min(best + 1, 200)]))
-    return Repetition(
-        float(size_n[best]),
-        float(tokens_n[best]),
-        float(tokens_n[best] / unique_tokens),
-        float(loss_n[best]),
-    )
+    size, tokens, loss = (float(values_n[best]) for values_n in (size_n, tokens_n, loss_n))
+    return Repetition(size, tokens, tokens / unique_tokens, loss)

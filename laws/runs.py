@@ -41,10 +41,8 @@ def read_run(folder: str | Path) -> Run:
     """Read a run's folder, also while the run is writing to it.
 
     A last line without its end (the run was killed, or is writing) is left out. Where a run was
-    resumed from an earlier step, the rows it wrote again replace the first ones.
-
-    Raises:
-        UserError: the folder is missing, is not a run's, holds no row yet, or is damaged.
+    resumed from an earlier step, the rows it wrote again replace the first ones. Raises UserError
+    if the folder is missing, is not a run's, holds no row yet, or is damaged.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -105,14 +103,11 @@ def _resumed(rows: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
 
 
 def _columns(rows: list[dict[str, Any]], path: Path) -> dict[str, NDArray[np.float64]]:
-    keys = dict.fromkeys(key for row in rows for key in row)
     columns: dict[str, NDArray[np.float64]] = {}
-    for key in keys:
+    for key in dict.fromkeys(key for row in rows for key in row):
         values = [row.get(key) for row in rows]
         try:
-            columns[key] = np.array(
-                [np.nan if value is None else float(value) for value in values], dtype=np.float64
-            )
+            columns[key] = np.array([np.nan if v is None else float(v) for v in values])
         except (TypeError, ValueError) as error:
             raise UserError(
                 f"{path} has a value of {key!r} that is not a number ({error}); remove that row"
@@ -120,7 +115,7 @@ def _columns(rows: list[dict[str, Any]], path: Path) -> dict[str, NDArray[np.flo
     return columns
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_record(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
@@ -129,15 +124,10 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not JSON ({error}); restore it or remove it") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} is not a JSON object; restore it or remove it")
-    return value
-
-
-def _read_record(path: Path) -> dict[str, Any]:
-    record = _read_json(path)
     for key in ("plan", "data"):
-        if not isinstance(record.get(key, {}), dict):
+        if not isinstance(value.get(key, {}), dict):
             raise UserError(f"{path}: {key} is not a JSON object; restore the file or remove it")
-    return record
+    return value
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

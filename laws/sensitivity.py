@@ -37,10 +37,7 @@ def sweep_sensitivity(
 
     A run's final loss is the mean of the last tenth of its recorded steps; the initial loss is the
     mean of the runs' first ones. A run that ended because its loss was not finite counts as
-    diverged.
-
-    Raises:
-        UserError: two runs have the same learning rate, or none lies in ``between``.
+    diverged. Raises UserError if two runs have the same learning rate, or none lies in ``between``.
     """
     losses: dict[float, float] = {}
     first = []

@@ -78,11 +78,8 @@ def fit_surface(
     Real bowls are steeper towards high rates, so that a parabola's optimum leans to low ones, the
     more the wider the window (0.2 octaves on Step Law's grid). ``order=3`` puts a full cubic
     through the same runs and takes its minimum near the parabola's: less lean, three times the
-    noise; for grids of some 30 runs and more near the optimum.
-
-    Raises:
-        UserError: no rate varies, an axis has just two values, or a rate or batch or ``within`` is
-            not positive.
+    noise; for grids of some 30 runs and more near the optimum. Raises UserError if no rate varies,
+    an axis has just two values, or a rate or batch or ``within`` is not positive.
     """
     axes, loss_n = _check_sweep(observations, within)
     best_row = int(np.argmin(loss_n))
@@ -100,7 +97,10 @@ def fit_surface(
         return failed(problem)
     x_nA, y_n, weight_n = x_nA[near_n], loss_n[near_n], weight_n[near_n]
     center_A = x_nA.mean(axis=0)
-    optima = _optima(x_nA - center_A, y_n, _resampled(weight_n, samples, seed), order)
+    n = len(y_n)  # all rows once, then each bootstrap draw of them
+    drawn_Sn = np.random.default_rng(seed).multinomial(n, np.full(n, 1.0 / n), samples)
+    weights_Sn = weight_n * np.vstack([np.ones(n), drawn_Sn])
+    optima = _optima(x_nA - center_A, y_n, weights_Sn, order)
     vertex_SA, bowl_S = optima.at_SA, optima.bowl_S
     low_A, high_A = x_nA.min(axis=0) - center_A, x_nA.max(axis=0) - center_A
     problem = _no_optimum(axes, bowl_S, vertex_SA[0], low_A, high_A)
@@ -114,9 +114,7 @@ def fit_surface(
         axes=axes,
         rows=len(y_n),
         rms=float(np.sqrt(np.average(optima.residual_n**2, weights=weight_n))),
-        best_SA=np.where(
-            bowl_S[1:, None], center_A + np.clip(vertex_SA[1:], low_A, high_A), np.nan
-        ),
+        best_SA=np.where(bowl_S[1:, None], center_A + vertex_SA[1:].clip(low_A, high_A), np.nan),
     )
 
 
@@ -145,14 +143,6 @@ def _no_optimum(
     if len(bowl_S) > 1 and bowl_S[1:].mean() < 0.5:
         return "half the resamples of the runs around the best one are no bowl"
     return None
-
-
-def _resampled(weight_n: Array, samples: int, seed: int) -> Array:
-    """Return the weights [1 + samples, n]: all rows once, then each bootstrap draw of them."""
-    n = len(weight_n)
-    drawn_Sn = np.random.default_rng(seed).multinomial(n, np.full(n, 1.0 / n), samples)
-    weights_Sn: Array = weight_n * np.vstack([np.ones(n), drawn_Sn])
-    return weights_Sn
 
 
 def percentiles(values_S: Array, level: float) -> tuple[float, float]:
@@ -213,10 +203,8 @@ def _unfit(x_nA: Array, near_n: Rows, within: float, order: int = 2) -> str | No
     shape = "parabola" if order == 2 else "cubic"
     if number < coefficients + 1:
         runs = "1 run is" if number == 1 else f"{number} runs are"
-        return (
-            f"only {runs} within {within:.2%} of the best, of {coefficients + 1} that a {shape} "
-            f"needs"
-        )
+        needed = f"{coefficients + 1} that a {shape} needs"
+        return f"only {runs} within {within:.2%} of the best, of {needed}"
     terms_nK = _terms(x_nA[near_n] - x_nA[near_n].mean(axis=0), order)
     if np.linalg.matrix_rank(terms_nK) < coefficients:
         return f"the runs within {within:.2%} of the best do not span a {shape}"
@@ -264,13 +252,8 @@ def _newton(coefficients_SK: Array, at_SA: Array, order: int) -> tuple[Array, ND
     """One step of Newton's from each point [S, A]; whether the bowl is convex there [S]."""
     axes = range(at_SA.shape[1])
     slope_SA = np.stack([_derivative(coefficients_SK, at_SA, order, (i,)) for i in axes], axis=1)
-    hessian_SAA = np.stack(
-        [
-            np.stack([_derivative(coefficients_SK, at_SA, order, (i, j)) for j in axes], axis=1)
-            for i in axes
-        ],
-        axis=1,
-    )
+    hessian_SA = [_derivative(coefficients_SK, at_SA, order, (i, j)) for i in axes for j in axes]
+    hessian_SAA = np.stack(hessian_SA, axis=1).reshape(-1, len(axes), len(axes))
     known_S = np.isfinite(slope_SA).all(axis=1) & np.isfinite(hessian_SAA).all(axis=(1, 2))
     hessian_SAA[~known_S] = -np.eye(len(axes))
     bowl_S = np.linalg.eigvalsh(hessian_SAA)[:, 0] > 0.0

@@ -39,12 +39,10 @@ def read_table(
     backticks: ``"`Training FLOP`/(6*N)"``. What ``mapping`` names comes too if it is not in
     ``names``. ``where``: conditions that a row must meet, ``"loss < 3.44"``, ``"set == 'C4'"``; a
     missing number meets none. ``group``: the column that says whose a row is; without it each row
-    is its own, named by file and line. ``positive``: names whose values must be above 0.
-
-    Raises:
-        UserError: a file or column is absent, a file is given twice, an expression cannot be read,
-            no row is left, or a cell that is needed is not a number, or not a positive one; the
-            sentence names file, line and column.
+    is its own, named by file and line. ``positive``: names whose values must be above 0. Raises
+    UserError if a file or column is absent, a file is given twice, an expression cannot be read, no
+    row is left, or a cell that is needed is not a number, or not a positive one; the sentence names
+    file, line and column.
     """
     files = [paths] if isinstance(paths, str | Path) else list(paths)
     mapping = dict(mapping or {})
@@ -128,25 +126,20 @@ def _read(path: Path) -> _Table:
         raise UserError(f"{path} cannot be read ({error}); save it as UTF-8 text") from None
     delimiter = "\t" if ".tsv" in path.name else ","
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    rows: list[list[str]] = []
-    lines: list[int] = []
     try:
-        for row in reader:
-            if row:
-                rows.append([cell.strip() for cell in row])
-                lines.append(reader.line_num)
+        cells = [([cell.strip() for cell in row], reader.line_num) for row in reader if row]
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num}, is not CSV ({error}); mend it") from None
-    if len(rows) < 2:
+    if len(cells) < 2:
         raise UserError(f"{path} holds no row below its header; give a table with a header line")
-    header = tuple(rows[0])
+    (header, _), *below = cells
     for name in header:
         if header.count(name) > 1:
             raise UserError(f"{path} has two columns called {name!r}; rename one")
-    for row, line in zip(rows[1:], lines[1:], strict=True):
+    for row, line in below:
         if len(row) != len(header):
             raise UserError(
                 f"{path}, line {line}, has {len(row)} cells where the header has {len(header)}; "
                 "mend that line"
             )
-    return _Table(path, header, rows[1:], lines[1:])
+    return _Table(path, tuple(header), [row for row, _ in below], [line for _, line in below])

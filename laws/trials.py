@@ -39,22 +39,19 @@ class TrialFile:
         rates that make it largest.
         """
         rates = self.losses[size]
-        having = {seeds: [r for r in rates if seeds <= set(rates[r])] for seeds in self._sets(size)}
+        sets = {frozenset(by_seed) for by_seed in rates.values()}
+        having = {seeds: [r for r in rates if seeds <= set(rates[r])] for seeds in sets}
         chosen = max(having, key=lambda some: (len(some) * len(having[some]), len(some)))
         seeds, whole = sorted(chosen), sorted(having[chosen])
         losses = [[rates[rate][seed] for seed in seeds] for rate in whole]
         table = np.array(losses, np.float64).reshape(len(whole), len(seeds))
         return Sweep(tuple(whole), table), len(rates) - len(whole)
 
-    def _sets(self, size: int) -> set[frozenset[int]]:
-        return {frozenset(by_seed) for by_seed in self.losses[size].values()}
-
 
 def read_trials(path: Path) -> TrialFile:
     """Read a file of trials, also while a sweep writes to it.
 
-    Raises:
-        UserError: the file is missing, damaged or something else, or holds no trial yet.
+    Raises UserError if the file is missing, damaged or something else, or holds no trial yet.
     """
     if not path.is_file():
         raise UserError(f"{path} is no file; name what allometry transfer --trials wrote")

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from allometry.configs.errors import UserError
 from allometry.laws.fit.engine import Fit
-from allometry.laws.fit.plain import plain_numbers, read_number
+from allometry.laws.fit.plain import plain_numbers
 from allometry.laws.fit.problem import Problem
 from allometry.laws.fit.solver import Loss, minimize
 from allometry.laws.observations import Observations
@@ -87,11 +87,9 @@ class Bootstrap:
             draw = np.random.default_rng(self.seed + 1)
             predicted_Bn = np.repeat(predicted_Bn, NOISES, axis=0)
             moved_Bn = draw.choice(residual_n, predicted_Bn.shape)
-            moved_Bn *= np.sqrt(len(residual_n) / freedom)
-            if self.fit.form.residual == "log":  # residuals are predicted less measured
-                predicted_Bn = predicted_Bn * np.exp(-moved_Bn)
-            else:
-                predicted_Bn = predicted_Bn - moved_Bn
+            moved_Bn *= np.sqrt(len(residual_n) / freedom)  # predicted less measured
+            log = self.fit.form.residual == "log"
+            predicted_Bn = predicted_Bn * np.exp(-moved_Bn) if log else predicted_Bn - moved_Bn
         low_n, high_n = np.quantile(predicted_Bn, _tails(level), axis=0)
         return low_n, high_n
 
@@ -107,8 +105,7 @@ class Bootstrap:
     @classmethod
     def from_json(cls, fit: Fit, data: Mapping[str, Any]) -> Self:
         """Return the bootstrap of ``to_json``."""
-        rows = [[read_number(value) for value in row] for row in data["values"]]
-        values_BP = np.array(rows, np.float64).reshape(len(rows), len(data["names"]))
+        values_BP = np.array(data["values"], np.float64).reshape(-1, len(data["names"]))
         return cls(fit, values_BP, tuple(data["names"]), data["seed"], data["failed"])
 
 
@@ -121,12 +118,10 @@ def bootstrap(fit: Fit, samples: int = 200, seed: int = 0) -> Bootstrap:
     """Return fits to ``samples`` draws of as many groups, with replacement.
 
     A drawn group weighs its rows as often as it was drawn. Each sample is searched for from the
-    fit's optimum and from two perturbed ones, and the best is kept.
-
-    Raises:
-        UserError: there are fewer than two groups, or fewer than two samples are asked for.
+    fit's optimum and from two perturbed ones, and the best is kept. Raises UserError if there are
+    fewer than two groups, or fewer than two samples are asked for.
     """
-    groups, index_n = np.unique(np.array(fit.observations.groups), return_inverse=True)
+    groups, index_n = np.unique(fit.observations.groups, return_inverse=True)
     if len(groups) < 2:
         raise UserError(
             f"all {len(index_n)} observations belong to group {str(groups[0])!r}, and a bootstrap "
@@ -136,24 +131,17 @@ def bootstrap(fit: Fit, samples: int = 200, seed: int = 0) -> Bootstrap:
         raise UserError(f"{samples} bootstrap samples say nothing; use at least 2, better 200")
     draw = np.random.default_rng(seed)
     counts_BG = draw.multinomial(len(groups), np.full(len(groups), 1 / len(groups)), samples)
-    problem = fit.problem()
-    loss = fit.options.make_loss()
+    problem, loss = fit.problem(), fit.options.make_loss()
     center_P = problem.coordinates(fit.values)
-    block = max(1, BLOCK // (len(index_n) * (1 + PERTURBED)))
-    refits = []
+    block, refits = max(1, BLOCK // (len(index_n) * (1 + PERTURBED))), []
     for start in range(0, samples, block):
         weights_Bn = counts_BG[start : start + block, index_n].astype(np.float64)
         refits.append(refit(problem, loss, center_P, weights_Bn, PERTURBED, seed + start))
     x_BP = np.concatenate(refits)
     good_B = np.isfinite(x_BP).all(axis=1)
     names = tuple(parameter.name for parameter in fit.form.parameters)
-    free = {
-        p.name: v for p, v in zip(problem.free, problem.values_array(x_BP[good_B]).T, strict=True)
-    }
-    values_BP = np.stack(
-        [free[name] if name in free else np.full(good_B.sum(), fit.values[name]) for name in names],
-        axis=1,
-    )
+    values, shape = problem.values(x_BP[good_B]), (int(good_B.sum()), 1)
+    values_BP = np.concatenate([np.broadcast_to(values[name], shape) for name in names], axis=1)
     return Bootstrap(fit, values_BP, names, seed, int((~good_B).sum()))
 
 
@@ -172,9 +160,8 @@ def refit(
     weights_Sn = np.repeat(weights_Bn, len(starts_KP), axis=0)
     solved = minimize(problem, starts_SP, loss, weights_Sn)
     objective_BK = solved.objective_S.reshape(number, len(starts_KP))
-    best_B = np.argmin(objective_BK, axis=1)
     x_BKP = solved.x_SP.reshape(number, len(starts_KP), -1)
-    x_BP = x_BKP[np.arange(number), best_B]
+    x_BP = x_BKP[np.arange(number), np.argmin(objective_BK, axis=1)]
     return np.where(np.isfinite(objective_BK.min(axis=1))[:, None], x_BP, np.nan)
 
 

@@ -11,7 +11,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from allometry.laws.fit.plain import plain_number, read_number
+from allometry.laws.fit.plain import plain_number
 from allometry.laws.fit.problem import Problem, search_coordinate
 from allometry.laws.fit.solver import Solved
 from allometry.laws.forms.base import Parameter
@@ -59,26 +59,17 @@ class Certificate:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values, which ``from_json`` reads."""
-        data = asdict(self)
         errors = {name: plain_number(value) for name, value in self.standard_errors.items()}
-        return {
-            **data,
-            **{name: plain_number(data[name]) for name in NUMBERS},
-            "standard_errors": errors,
-        }
+        numbers = {name: plain_number(getattr(self, name)) for name in NUMBERS}
+        return {**asdict(self), **numbers, "standard_errors": errors}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         """Return the certificate of ``to_json``."""
-        errors = {name: read_number(value) for name, value in data["standard_errors"].items()}
-        return cls(
-            **{
-                **data,
-                **{name: read_number(data[name]) for name in NUMBERS},
-                **{name: tuple(data[name]) for name in ("at_bounds", "unidentified", "loose")},
-                "standard_errors": errors,
-            }
-        )
+        errors = {name: float(value) for name, value in data["standard_errors"].items()}
+        numbers = {name: float(data[name]) for name in NUMBERS}
+        names = {name: tuple(data[name]) for name in ("at_bounds", "unidentified", "loose")}
+        return cls(**{**data, **numbers, **names, "standard_errors": errors})
 
 
 def certify(problem: Problem, solved: Solved, counts_S: NDArray[np.int64]) -> Certificate:
@@ -91,6 +82,7 @@ def certify(problem: Problem, solved: Solved, counts_S: NDArray[np.int64]) -> Ce
     )
     at_bounds = (x_P <= problem.low_P) | (x_P >= problem.high_P)
     condition, unidentified, errors_P = identifiability(problem, x_P)
+    errors = list(zip(problem.free, errors_P.tolist(), strict=True))
     gain = float(solved.decrease_S[best])
     return Certificate(
         gradient_norm=float(np.linalg.norm(solved.gradient_SP[best])),
@@ -102,12 +94,10 @@ def certify(problem: Problem, solved: Solved, counts_S: NDArray[np.int64]) -> Ce
         at_bounds=tuple(p.name for p, at in zip(problem.free, at_bounds, strict=True) if at),
         condition=condition,
         unidentified=unidentified,
-        standard_errors={
-            p.name: float(error) for p, error in zip(problem.free, errors_P, strict=True)
-        },
+        standard_errors={p.name: error for p, error in errors},
         loose=tuple(
             p.name
-            for p, error in zip(problem.free, errors_P, strict=True)
+            for p, error in errors
             if p.name not in unidentified and 4.0 * error > start_width(p)
         ),
     )

@@ -63,10 +63,10 @@ def compare(
             number = len(form.parameters)
             comparisons.append(Comparison(form, number, None, None, float("inf"), str(error)))
             continue
-        measured = observations[form.target.name]
-        errors = fitted.predict(observations) / measured - 1.0
         if form.residual == "linear":
             errors = fitted.residuals()
+        else:
+            errors = fitted.predict(observations) / observations[form.target.name] - 1.0
         in_sample = float(np.abs(errors).mean())
         comparisons.append(Comparison(form, len(form.parameters), fitted, held_out, in_sample))
     return sorted(comparisons, key=lambda comparison: comparison.error)

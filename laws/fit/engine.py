@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -13,12 +13,7 @@ from numpy.typing import NDArray
 
 from allometry.configs.errors import UserError
 from allometry.laws.fit.certificate import Certificate, certify
-from allometry.laws.fit.plain import (
-    observations_from_json,
-    observations_to_json,
-    plain_number,
-    read_number,
-)
+from allometry.laws.fit.plain import observations_from_json, observations_to_json, plain_number
 from allometry.laws.fit.problem import Problem
 from allometry.laws.fit.solver import Loss, Solved, minimize
 from allometry.laws.fit.starts import project, starts_of
@@ -92,8 +87,7 @@ class Fit:
     def residuals(self) -> Array:
         """Return the residuals [n] of the fitted rows, on the form's scale (logs by default)."""
         problem = self.problem()
-        residuals_n: Array = problem.residuals(problem.coordinates(self.values)[None])[0]
-        return residuals_n
+        return np.asarray(problem.residuals(problem.coordinates(self.values)[None])[0])
 
     def problem(self) -> Problem:
         """Return the fit's problem, for searches and certificates."""
@@ -119,12 +113,9 @@ class Fit:
                 continue
             fitted, asked = self.observations[variable.name], observations[variable.name]
             low, high = float(fitted.min()), float(fitted.max())
-            for value, outside in (
-                (float(asked.min()), asked.min() < low),
-                (float(asked.max()), asked.max() > high),
-            ):
-                if outside:
-                    edge, word = (low, "below") if value < low else (high, "above")
+            least, most = float(asked.min()), float(asked.max())
+            for value, edge, word in ((least, low, "below"), (most, high, "above")):
+                if value < low if word == "below" else value > high:
                     ratio = value / edge if edge > 0.0 and value > 0.0 else None
                     times = f" ({max(ratio, 1 / ratio):.3g} times {word})" if ratio else ""
                     warnings.append(
@@ -135,34 +126,22 @@ class Fit:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values, from which ``from_json`` makes a fit that predicts the same bits."""
-        options = {
-            name: getattr(self.options, name) for name in ("loss", "delta", "starts", "seed")
-        }
         return {
             "form": self.form.name,
             "values": {name: plain_number(value) for name, value in self.values.items()},
             "objective": plain_number(self.objective),
             "certificate": self.certificate.to_json(),
             "observations": observations_to_json(self.observations),
-            "options": {
-                **options,
-                "fixed": dict(self.options.fixed),
-                "projection": self.options.projection,
-                "survivors": self.options.survivors,
-            },
+            "options": asdict(self.options),
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """Return the fit of ``to_json``.
-
-        Raises:
-            UserError: no law has its name.
-        """
+        """Return the fit of ``to_json``. Raises UserError if no law has its name."""
         return cls(
             form_named(data["form"]),
-            {name: read_number(value) for name, value in data["values"].items()},
-            read_number(data["objective"]),
+            {name: float(value) for name, value in data["values"].items()},
+            float(data["objective"]),
             Certificate.from_json(data["certificate"]),
             observations_from_json(data["observations"]),
             FitOptions(**data["options"]),
@@ -178,9 +157,8 @@ def predict(form: Form, values: Mapping[str, float], observations: Observations)
 def fit(form: Form, observations: Observations, options: FitOptions | None = None) -> Fit:
     """Return the best of the local optima that all starts reach, with its certificate.
 
-    Raises:
-        UserError: too few rows differ in their inputs; a column is missing or unusable; no start
-            gives predictions that can be compared.
+    Raises UserError if too few rows differ in their inputs; a column is missing or unusable; no
+    start gives predictions that can be compared.
     """
     options = options or FitOptions()
     problem = Problem(form, observations, options.fixed)
@@ -189,13 +167,9 @@ def fit(form: Form, observations: Observations, options: FitOptions | None = Non
     solved = minimize(problem, starts_SP, options.make_loss(), survivors=options.survivors)
     best = best_of(form, solved)
     solved = polish(problem, solved, options.make_loss(), best)
-    values = {
-        p.name: float(v)
-        for p, v in zip(problem.free, problem.values_array(solved.x_SP[best]), strict=True)
-    }
     return Fit(
         form,
-        {p.name: values.get(p.name, problem.fixed.get(p.name, np.nan)) for p in form.parameters},
+        problem.values_at(solved.x_SP[best]),
         float(solved.objective_S[best]),
         certify(problem, solved, counts_S),
         observations,
@@ -226,11 +200,7 @@ def polish(problem: Problem, solved: Solved, loss: Loss, best: int) -> Solved:
 
 
 def best_of(form: Form, solved: Solved) -> int:
-    """Return the search with the least objective.
-
-    Raises:
-        UserError: none has a finite one.
-    """
+    """Return the search with the least objective. Raises UserError if none has a finite one."""
     best = int(np.argmin(solved.objective_S))
     if not np.isfinite(solved.objective_S[best]):
         raise UserError(
@@ -246,10 +216,7 @@ def check_enough(problem: Problem, observations: Observations) -> None:
     form = problem.form
     columns = [observations[v.name] for v in form.inputs if v.name in observations.columns]
     if observations.curves:
-        numbers = {
-            name: float(index) for index, name in enumerate(sorted(set(observations.groups)))
-        }
-        columns.append(np.array([numbers[group] for group in observations.groups]))
+        columns.append(np.unique(observations.groups, return_inverse=True)[1].astype(np.float64))
         if "step" in observations.columns:
             columns.append(observations["step"])
     distinct = len(np.unique(np.stack(columns, axis=1), axis=0)) if columns else len(observations)
@@ -264,22 +231,17 @@ def check_enough(problem: Problem, observations: Observations) -> None:
 def require_identified(fit: Fit) -> None:
     """Raise unless the data say what every parameter is.
 
-    Raises:
-        UserError: names the parameters that can move without moving a prediction, or whose
-            standard errors are as wide as all that starts were drawn from.
+    Raises UserError, which names the parameters that can move without moving a prediction, or whose
+    standard errors are as wide as all that starts were drawn from.
     """
-    names = fit.certificate.unidentified
-    if names:
-        raise UserError(
-            f"the {len(fit.observations)} observations cannot identify {', '.join(names)} of "
-            f"{fit.form.name}: other values predict the same; add runs that differ in more of "
-            f"{', '.join(variable.name for variable in fit.form.inputs)} or choose a simpler law"
-        )
-    names = fit.certificate.loose
-    if names:
-        raise UserError(
-            f"the {len(fit.observations)} observations cannot identify {', '.join(names)} of "
-            f"{fit.form.name}: with their scatter any plausible value fits; add runs that differ "
-            f"in more of {', '.join(variable.name for variable in fit.form.inputs)} or choose a "
-            f"simpler law"
-        )
+    for names, why in (
+        (fit.certificate.unidentified, "other values predict the same"),
+        (fit.certificate.loose, "with their scatter any plausible value fits"),
+    ):
+        if names:
+            inputs = ", ".join(variable.name for variable in fit.form.inputs)
+            raise UserError(
+                f"the {len(fit.observations)} observations cannot identify {', '.join(names)} of "
+                f"{fit.form.name}: {why}; add runs that differ in more of {inputs} or choose a "
+                "simpler law"
+            )

@@ -11,13 +11,8 @@ from allometry.laws.observations import LearningRates, Observations
 
 
 def plain_number(value: float) -> float | str:
-    """Return the number, or ``"nan"``, ``"inf"``, ``"-inf"``, which JSON has no numbers for."""
+    """Return the number, or ``"nan"``, ``"inf"``, ``"-inf"`` for JSON; ``float`` reads all."""
     return float(value) if np.isfinite(value) else str(float(value))
-
-
-def read_number(value: float | str) -> float:
-    """Return what ``plain_number`` was given."""
-    return float(value)
 
 
 def plain_numbers(values: Any) -> list[float | str]:
@@ -41,15 +36,10 @@ def observations_to_json(observations: Observations) -> dict[str, Any]:
 def observations_from_json(data: Mapping[str, Any]) -> Observations:
     """Return the observations of ``observations_to_json``."""
     return Observations(
-        {
-            name: np.array([read_number(v) for v in column])
-            for name, column in data["columns"].items()
-        },
+        {name: np.array(column, np.float64) for name, column in data["columns"].items()},
         tuple(data["groups"]),
         {
-            name: LearningRates(
-                np.array([read_number(v) for v in curve["rates"]]), curve["warmup_steps"]
-            )
+            name: LearningRates(np.array(curve["rates"], np.float64), curve["warmup_steps"])
             for name, curve in data["curves"].items()
         },
         dict(data["conventions"]),

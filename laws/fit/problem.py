@@ -27,11 +27,9 @@ class Problem:
     """The residuals of a form on observations as functions of its free parameters.
 
     Search coordinates: the natural log of a parameter of log scale, else its value. ``fixed``
-    parameters keep their values and are none of the P coordinates.
-
-    Raises:
-        UserError: the target is missing, not finite, or not positive where its log is compared; a
-            fixed parameter is unknown, or all are fixed.
+    parameters keep their values and are none of the P coordinates. Raises UserError if the target
+    is missing, not finite, or not positive where its log is compared; a fixed parameter is unknown,
+    or all are fixed.
     """
 
     def __init__(
@@ -39,11 +37,11 @@ class Problem:
     ) -> None:
         self.form = form
         self.fixed = dict(fixed or {})
+        names = [parameter.name for parameter in form.parameters]
         for name in self.fixed:
-            if name not in {parameter.name for parameter in form.parameters}:
+            if name not in names:
                 raise UserError(
-                    f"{form.name} has no parameter {name!r} to fix; it has "
-                    f"{', '.join(parameter.name for parameter in form.parameters)}"
+                    f"{form.name} has no parameter {name!r} to fix; it has {', '.join(names)}"
                 )
         self.columns = [i for i, p in enumerate(form.parameters) if p.name not in self.fixed]
         self.free = tuple(form.parameters[i] for i in self.columns)
@@ -60,10 +58,12 @@ class Problem:
     def values(self, x_SP: Array) -> dict[str, Any]:
         """Return each parameter's values [S, 1] (fixed ones as they are)."""
         v_SP = self.values_array(x_SP)
-        values: dict[str, Any] = dict(self.fixed)
-        for index, parameter in enumerate(self.free):
-            values[parameter.name] = v_SP[:, index, None]
-        return values
+        return {**self.fixed, **{p.name: v_SP[:, i, None] for i, p in enumerate(self.free)}}
+
+    def values_at(self, x_P: Array) -> dict[str, float]:
+        """Return each parameter's value, in the form's order."""
+        free = {p.name: float(v) for p, v in zip(self.free, self.values_array(x_P), strict=True)}
+        return {p.name: {**self.fixed, **free}[p.name] for p in self.form.parameters}
 
     def values_array(self, x_SP: Array) -> Array:
         """Return the values [S, P] of search coordinates."""

@@ -54,17 +54,6 @@ class Solved:
     finished_S: NDArray[np.bool_]
 
 
-def _keep_freed_memory() -> None:
-    """Let the C library keep freed blocks of less than 16 MiB, which it would return each time.
-
-    glibc gives a freed block back to the system unless one as large was freed before. A search
-    frees blocks of a few hundred KiB all the time, and getting their pages anew took two thirds
-    of it. The block here is never touched. Other C libraries take no notice.
-    """
-    block = np.empty(2**21)
-    del block
-
-
 def minimize(
     problem: Problem,
     starts_SP: Array,
@@ -88,18 +77,22 @@ def minimize(
     half of the searches with the larger objectives is given up where it stands, as long as at least
     so many remain. None: every search is run to its end.
     """
-    _keep_freed_memory()
+    # glibc gives a freed block back to the system unless one as large was freed before. A search
+    # frees blocks of a few hundred KiB all the time, and getting their pages anew took two thirds
+    # of it. This block of 16 MiB is never touched. Other C libraries take no notice.
+    np.empty(2**21)
     number = len(starts_SP)
     x_SP = np.clip(starts_SP, problem.low_P, problem.high_P)
     damping_S = np.ones(number)
     f_S, g_SP, H_SPP = _evaluate(problem, x_SP, loss, weights_Sn, np.ones(number))
     iterations_S = np.zeros(number, np.int64)
     decrease_S = np.full(number, np.inf)
-    active_S = np.isfinite(f_S)
-    finished_S = active_S.copy()
+    active_S, finished_S = np.isfinite(f_S), np.isfinite(f_S)
     for iteration in range(max_iterations):
         if survivors is not None and iteration and iteration % HALVING == 0:
-            _halve(f_S, finished_S, survivors)
+            going = np.flatnonzero(finished_S)
+            keep = max(survivors, len(going) // 2)
+            finished_S[going[np.argsort(f_S[going], kind="stable")[keep:]]] = False
             active_S &= finished_S
         rows = np.flatnonzero(active_S)
         if not len(rows):
@@ -119,15 +112,8 @@ def minimize(
         damping_S[rows] = np.where(won, eased, damping * TIGHTEN)
         ended = (small & (damping < 1.0)) | (damping_S[rows] > MOST_DAMPING) | (f_S[rows] == 0.0)
         active_S[rows[ended]] = False
-    blocked_SP = _blocked(problem, x_SP, g_SP)
-    return Solved(x_SP, f_S, np.where(blocked_SP, 0.0, g_SP), decrease_S, iterations_S, finished_S)
-
-
-def _halve(f_S: Array, finished_S: NDArray[np.bool_], survivors: int) -> None:
-    """Strike out the worse half of what is not struck out yet, but for ``survivors``."""
-    rows = np.flatnonzero(finished_S)
-    keep = max(survivors, len(rows) // 2)
-    finished_S[rows[np.argsort(f_S[rows], kind="stable")[keep:]]] = False
+    g_SP = np.where(_blocked(problem, x_SP, g_SP), 0.0, g_SP)
+    return Solved(x_SP, f_S, g_SP, decrease_S, iterations_S, finished_S)
 
 
 def _blocked(problem: Problem, x_SP: Array, g_SP: Array) -> NDArray[np.bool_]:

@@ -22,12 +22,8 @@ def starts_of(problem: Problem, number: int | None, seed: int) -> Array:
     ``number`` None: the grid of the form if all its free parameters have one, else 256 spread
     points. A number asks for so many spread points.
     """
-    grids = [parameter.grid for parameter in problem.free]
-    if number is None and all(grid is not None for grid in grids):
-        axes = [
-            [search_coordinate(parameter, value) for value in grid or ()]
-            for parameter, grid in zip(problem.free, grids, strict=True)
-        ]
+    if number is None and all(p.grid is not None for p in problem.free):
+        axes = [[search_coordinate(p, value) for value in p.grid or ()] for p in problem.free]
         return np.array(list(itertools.product(*axes)))
     low_P = np.array([search_coordinate(p, p.start[0]) for p in problem.free])
     high_P = np.array([search_coordinate(p, p.start[1]) for p in problem.free])
@@ -47,8 +43,7 @@ def spread_points(number: int, dimensions: int, seed: int) -> Array:
         phi = (1.0 + phi) ** (1.0 / (dimensions + 1))
     step_P = phi ** -np.arange(1.0, dimensions + 1)
     shift_P = np.random.default_rng(seed).random(dimensions)
-    points: Array = (shift_P + np.arange(1, number + 1)[:, None] * step_P) % 1.0
-    return points
+    return np.asarray((shift_P + np.arange(1, number + 1)[:, None] * step_P) % 1.0)
 
 
 def project(problem: Problem, x_SP: Array) -> Array:
@@ -67,12 +62,8 @@ def project(problem: Problem, x_SP: Array) -> Array:
     others = [index for index in range(x_SP.shape[1]) if index not in linear]
     _, first, back = np.unique(x_SP[:, others], axis=0, return_index=True, return_inverse=True)
     rows = max(1, CHUNK // len(problem.target_n))
-    solved_SP = np.concatenate(
-        [
-            _solve_linear(problem, x_SP[first[start : start + rows]], linear)
-            for start in range(0, len(first), rows)
-        ]
-    )
+    parts = [first[start : start + rows] for start in range(0, len(first), rows)]
+    solved_SP = np.concatenate([_solve_linear(problem, x_SP[part], linear) for part in parts])
     projected_SP = solved_SP[back.reshape(-1)]
     usable_S = np.isfinite(projected_SP).all(axis=1)
     return np.where(usable_S[:, None], projected_SP, x_SP)
@@ -96,11 +87,9 @@ def _solve_linear(problem: Problem, x_SP: Array, linear: list[int]) -> Array:
         design_SnK = design_SnK * weight_n[:, None]
         size_SK = np.sqrt((design_SnK**2).sum(axis=1))
         goal_Sn = target_n - rest_Sn * weight_n
-    for row, (design_nK, size_K, goal_n) in enumerate(
-        zip(design_SnK, size_SK, goal_Sn, strict=True)
-    ):
-        usable = np.isfinite(size_K).all() and (size_K > 0.0).all() and np.isfinite(goal_n).all()
-        if not usable:
+    problems = zip(design_SnK, size_SK, goal_Sn, strict=True)
+    for row, (design_nK, size_K, goal_n) in enumerate(problems):
+        if not ((np.isfinite(size_K) & (size_K > 0.0)).all() and np.isfinite(goal_n).all()):
             solved_SP[row] = np.nan
             continue
         values_K = np.linalg.lstsq(design_nK / size_K, goal_n, rcond=1e-10)[0] / size_K

@@ -26,17 +26,12 @@ class StoredFit:
 
 
 def save_fit(
-    path: Path,
-    fit: Fit,
-    bootstrap: Bootstrap | None = None,
-    extra: Mapping[str, Any] | None = None,
+    path: Path, fit: Fit, bootstrap: Bootstrap | None = None, extra: Mapping[str, Any] | None = None
 ) -> None:
     """Write a fit, its observations and its bootstrap as one JSON file.
 
-    The file appears at once under its name: a reader sees the old one or the new one.
-
-    Raises:
-        UserError: the file cannot be written.
+    The file appears at once under its name: a reader sees the old one or the new one. Raises
+    UserError if the file cannot be written.
     """
     data = {
         "kind": KIND,
@@ -58,8 +53,7 @@ def save_fit(
 def load_fit(path: Path) -> StoredFit:
     """Return the fit of ``save_fit``; it predicts the same bits.
 
-    Raises:
-        UserError: the file is missing, is not a fit, or is of another version.
+    Raises UserError if the file is missing, is not a fit, or is of another version.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))

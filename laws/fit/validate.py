@@ -58,9 +58,8 @@ def leave_one_group_out(
     """Return every row, predicted by the fit to all other groups.
 
     All folds are searched for at once, each from the optimum of all rows and eight points around.
-
-    Raises:
-        UserError: there are fewer than two groups; what ``fit`` raises, for the rows of a fold too.
+    Raises UserError if there are fewer than two groups; what ``fit`` raises, for the rows of a fold
+    too.
     """
     names, index_n = np.unique(np.array(observations.groups), return_inverse=True)
     if len(names) < 2:
@@ -73,14 +72,8 @@ def leave_one_group_out(
     for group in range(len(names)):
         check_enough(problem, observations.take(index_n != group))
     keep_Gn = (index_n[None, :] != np.arange(len(names))[:, None]).astype(np.float64)
-    x_GP = refit(
-        problem,
-        whole.options.make_loss(),
-        problem.coordinates(whole.values),
-        keep_Gn,
-        FOLD_STARTS,
-        whole.options.seed,
-    )
+    loss, seed = whole.options.make_loss(), whole.options.seed
+    x_GP = refit(problem, loss, problem.coordinates(whole.values), keep_Gn, FOLD_STARTS, seed)
     predicted_n = np.empty(len(observations))
     for group, name in enumerate(names):
         rows = index_n == group
@@ -88,13 +81,8 @@ def leave_one_group_out(
             raise UserError(
                 f"{form.name} cannot be fitted without group {str(name)!r}; hold out something else"
             )
-        values = dict(whole.values)
-        for parameter, value in zip(
-            problem.free, problem.values_array(x_GP[group][None])[0], strict=True
-        ):
-            values[parameter.name] = float(value)
-        part = observations.take(rows)
-        predicted_n[rows] = form.predict(values, form.prepare(part))
+        prepared = form.prepare(observations.take(rows))
+        predicted_n[rows] = form.predict(problem.values_at(x_GP[group]), prepared)
     return HeldOut(
         observations.groups, predicted_n, observations[form.target.name], form.residual == "log"
     )
@@ -109,8 +97,7 @@ def hold_out_largest(
 ) -> HeldOut:
     """Return the rows with the ``number`` largest values of column ``by``, predicted by the others.
 
-    Raises:
-        UserError: the column is missing or has too few values; what ``fit`` raises.
+    Raises UserError if the column is missing or has too few values; what ``fit`` raises.
     """
     values_n = observations[by]
     levels = np.unique(values_n)

@@ -18,7 +18,8 @@ from allometry.laws.observations import Observations
 Values = Mapping[str, Any]
 """Value of each parameter: a float, or an array [S, 1] for S sets at once; complex too."""
 Predictions = NDArray[Any]
-
+Slopes = tuple[Predictions, NDArray[np.float64]]
+"""Predictions [S, n] and their derivatives [S, P, n] by parameter value."""
 
 LOSS_UNIT = "nats per token"
 """Of losses of run folders and of published coefficients; no law depends on it (see ``Fit.unit``).
@@ -48,11 +49,8 @@ class Variable:
     def demand(self) -> str:
         """What values must be, in words."""
         kind = "a positive number" if self.positive else "a number"
-        edges = [
-            f"{word} {edge:g}"
-            for word, edge in (("at least", self.least), ("at most", self.most))
-            if np.isfinite(edge)
-        ]
+        limits = (("at least", self.least), ("at most", self.most))
+        edges = [f"{word} {edge:g}" for word, edge in limits if np.isfinite(edge)]
         return " ".join([kind, *([f"of {' and '.join(edges)}"] if edges else [])])
 
 
@@ -105,10 +103,8 @@ class Form(ABC):
     def prepare(self, observations: Observations) -> Any:
         """Return what ``predict`` needs of the rows, computed once for many predictions.
 
-        Here: the input columns, checked. Forms of curves also precompute sums.
-
-        Raises:
-            UserError: a column is missing, not finite, or outside of what the law can take.
+        Here: the input columns, checked. Forms of curves also precompute sums. Raises UserError if
+        a column is missing, not finite, or outside of what the law can take.
         """
         columns = {}
         for variable in self.inputs:
@@ -134,21 +130,26 @@ class Form(ABC):
     def for_columns(self, columns: Sequence[str]) -> Form:
         """Return this law over columns of these names: for laws of any number of domains.
 
-        Users write ``NAME:COLUMN,COLUMN``, which is then the name of the form.
-
-        Raises:
-            UserError: this law reads fixed columns.
+        Users write ``NAME:COLUMN,COLUMN``, which is then the name of the form. Raises UserError if
+        this law reads fixed columns.
         """
         raise UserError(
             f"{self.name} reads {', '.join(variable.name for variable in self.inputs)} and takes "
             f"no names of columns, not {','.join(columns)!r}; write {self.name} alone"
         )
 
-    def derivatives(
-        self, values: Values, prepared: Any
-    ) -> tuple[Predictions, NDArray[np.float64]] | None:
-        """Return predictions [S, n] and their derivatives [S, P, n] by parameter value, or None.
+    def derivatives(self, values: Values, prepared: Any) -> Slopes | None:
+        """Return predictions and derivatives, or None: the fit then takes complex steps.
 
-        None: the fit takes complex steps. Override where speed matters.
+        Override where speed matters.
         """
         return None
+
+
+class LogForm(Form):
+    """A law of the logs of its inputs."""
+
+    def prepare(self, observations: Observations) -> Any:
+        """Return the natural log [n] of each input, in their order."""
+        columns = super().prepare(observations)
+        return tuple(np.log(columns[variable.name]) for variable in self.inputs)

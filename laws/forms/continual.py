@@ -8,10 +8,9 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from allometry.configs.errors import UserError
-from allometry.laws.forms.base import Form, Parameter, Predictions, Values, Variable
+from allometry.laws.forms.base import Form, Parameter, Predictions, Slopes, Values, Variable
 from allometry.laws.observations import Observations
 
 LEAST_SHARE = 1e-300
@@ -82,12 +81,10 @@ class DomainContinual(Form):
     def predict(self, values: Values, prepared: Any) -> Predictions:
         """Return the loss [S, n]."""
         size, data, share = self._parts(values, prepared)
-        loss_Sn: Predictions = (
-            values["E"] + values["A"] * size + values["B"] * data + values["C"] * share
-        )
-        return loss_Sn
+        loss = values["E"] + values["A"] * size + values["B"] * data + values["C"] * share
+        return np.asarray(loss)
 
-    def derivatives(self, values: Values, prepared: Any) -> tuple[Predictions, NDArray[np.float64]]:
+    def derivatives(self, values: Values, prepared: Any) -> Slopes:
         """Return predictions [S, n] and derivatives [S, 9, n]."""
         size, data, share = self._parts(values, prepared)
         log, r_n = prepared["log"], prepared["r"]
@@ -136,11 +133,10 @@ class CrossDomainContinual(DomainContinual):
 
     def predict(self, values: Values, prepared: Any) -> Predictions:
         """Return the loss [S, n]."""
-        loss_Sn: Predictions = super().predict(values, prepared)
-        total_Sn: Predictions = loss_Sn + values["F"] * self._domain(values, prepared)[1]
-        return total_Sn
+        more_Sn = values["F"] * self._domain(values, prepared)[1]
+        return np.asarray(super().predict(values, prepared) + more_Sn)
 
-    def derivatives(self, values: Values, prepared: Any) -> tuple[Predictions, NDArray[np.float64]]:
+    def derivatives(self, values: Values, prepared: Any) -> Slopes:
         """Return predictions [S, n] and derivatives [S, 12, n]."""
         loss_Sn, slopes_SPn = super().derivatives(values, prepared)
         coefficient_Sn, part_Sn = self._domain(values, prepared)
@@ -158,22 +154,23 @@ class CrossDomainContinual(DomainContinual):
         return coefficient_Sn, np.exp(-values["mu"] * np.log(coefficient_Sn))
 
 
-def _power(name: str) -> Parameter:
-    return Parameter(name, "1", -3.0, 3.0, (-1.0, 1.0))
-
-
-def _linear(name: str, unit: str) -> Parameter:
-    return Parameter(name, unit, -1e3, 1e3, (-10.0, 10.0), linear=True)
-
-
-class _PowerOfTokens(Form):
-    """``a T^s + b`` with T in the units of 2407.17467, which only scale a.
+class _Power(Form):
+    """``a x^s + b`` of one input x, of which ``prepare`` returns the log.
 
     An s near zero makes a and b grow without changing the curve, which is then a logarithm.
     """
 
-    equation: ClassVar[str] = "a T^s + b, T = D/0.2e9"
     source: ClassVar[str] = "Gu et al. 2407.17467 (CMR scaling law)"
+
+    def predict(self, values: Values, prepared: Any) -> Predictions:
+        """Return the target [S, n]."""
+        return np.asarray(values["a"] * np.exp(values["s"] * prepared) + values["b"])
+
+
+class _PowerOfTokens(_Power):
+    """``a T^s + b`` with T in the units of 2407.17467, which only scale a."""
+
+    equation: ClassVar[str] = "a T^s + b, T = D/0.2e9"
     inputs: ClassVar[tuple[Variable, ...]] = (_D,)
     residual = "linear"
     valid: ClassVar[str] = "0.46 to 3.1B parameters, finance and papers; up to 20B tokens (T = 100)"
@@ -182,11 +179,6 @@ class _PowerOfTokens(Form):
     def prepare(self, observations: Observations) -> Any:
         """Return log T."""
         return np.log(super().prepare(observations)["D"] / CMR_TOKENS)
-
-    def predict(self, values: Values, prepared: Any) -> Predictions:
-        """Return the target [S, n]."""
-        target_Sn: Predictions = values["a"] * np.exp(values["s"] * prepared) + values["b"]
-        return target_Sn
 
 
 class CriticalShare(_PowerOfTokens):
@@ -234,19 +226,14 @@ class GeneralChange(_PowerOfTokens):
     def predict(self, values: Values, prepared: Any) -> Predictions:
         """Return the change of the loss [S, n]."""
         second = values["a2"] * np.exp((values["s"] + values["gap"]) * prepared)
-        change_Sn: Predictions = super().predict(values, prepared) + second
-        return change_Sn
+        return np.asarray(super().predict(values, prepared) + second)
 
 
-class DomainLossByShare(Form):
-    """2407.17467: the domain's loss at one size and horizon, by the domain's share.
-
-    An s near zero makes a and b grow without changing the curve, which is then a logarithm.
-    """
+class DomainLossByShare(_Power):
+    """2407.17467: the domain's loss at one size and horizon, by the domain's share."""
 
     name: ClassVar[str] = "cmr_domain_share"
     equation: ClassVar[str] = "loss = a r^s + b"
-    source: ClassVar[str] = "Gu et al. 2407.17467 (CMR scaling law)"
     inputs: ClassVar[tuple[Variable, ...]] = (
         Variable("r", "1", "share of the domain in training, above 0"),
     )
@@ -259,11 +246,6 @@ class DomainLossByShare(Form):
         columns = super().prepare(observations)
         _check_shares(self, observations, "r")
         return np.log(columns["r"])
-
-    def predict(self, values: Values, prepared: Any) -> Predictions:
-        """Return the loss [S, n]."""
-        loss_Sn: Predictions = values["a"] * np.exp(values["s"] * prepared) + values["b"]
-        return loss_Sn
 
 
 FORMS: tuple[Form, ...] = (

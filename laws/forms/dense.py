@@ -9,22 +9,28 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
-from allometry.laws.forms.base import Form, Parameter, Predictions, Values, Variable
-from allometry.laws.observations import Observations
+from allometry.laws.forms.base import (
+    Form,
+    LogForm,
+    Parameter,
+    Predictions,
+    Slopes,
+    Values,
+    Variable,
+)
 
 N = Variable("N", "parameters", "parameters of the model, as the observations' convention counts")
 D = Variable("D", "tokens", "training tokens")
 LOSS = Variable("loss", "nats per token", "loss of the finished run")
 
 
-def _exp_grid(low: float, high: float, step: float) -> tuple[float, ...]:
+def _exps(low: float, high: float, step: float) -> tuple[float, ...]:
     """Return exp of an even grid, both ends included."""
     return tuple(float(np.exp(x)) for x in np.arange(low, high + step / 2, step))
 
 
-class Chinchilla(Form):
+class Chinchilla(LogForm):
     """L = E + A/N^α + B/D^β, the third approach of Hoffmann et al.
 
     The grid of starts is the 4,500 points of Besiroglu et al.: ln A, ln B in {0, 5, ..., 25},
@@ -37,15 +43,9 @@ class Chinchilla(Form):
     inputs = (N, D)
     target = LOSS
     parameters = (
-        Parameter(
-            "E", "nats per token", 0.0, np.inf, (0.3, 4.0), "log", _exp_grid(-1, 1, 0.5), True
-        ),
-        Parameter(
-            "A", "nats per token", 0.0, np.inf, (1.0, 1e11), "log", _exp_grid(0, 25, 5), True
-        ),
-        Parameter(
-            "B", "nats per token", 0.0, np.inf, (1.0, 1e11), "log", _exp_grid(0, 25, 5), True
-        ),
+        Parameter("E", "nats per token", 0.0, np.inf, (0.3, 4.0), "log", _exps(-1, 1, 0.5), True),
+        Parameter("A", "nats per token", 0.0, np.inf, (1.0, 1e11), "log", _exps(0, 25, 5), True),
+        Parameter("B", "nats per token", 0.0, np.inf, (1.0, 1e11), "log", _exps(0, 25, 5), True),
         Parameter("alpha", "1", 0.0, 4.0, (0.0, 2.0), grid=(0.0, 0.5, 1.0, 1.5, 2.0)),
         Parameter("beta", "1", 0.0, 4.0, (0.0, 2.0), grid=(0.0, 0.5, 1.0, 1.5, 2.0)),
     )
@@ -63,11 +63,6 @@ class Chinchilla(Form):
         "besiroglu": {"E": 1.8172, "A": 482.01, "B": 2085.43, "alpha": 0.3478, "beta": 0.3658},
     }
 
-    def prepare(self, observations: Observations) -> Any:
-        """Return ln N and ln D [n]."""
-        columns = super().prepare(observations)
-        return np.log(columns["N"]), np.log(columns["D"])
-
     def predict(self, values: Values, prepared: Any) -> Predictions:
         """Return the loss [S, n]."""
         log_n, log_d = prepared
@@ -77,9 +72,7 @@ class Chinchilla(Form):
             + values["B"] * np.exp(-values["beta"] * log_d)
         )
 
-    def derivatives(
-        self, values: Values, prepared: Any
-    ) -> tuple[Predictions, NDArray[np.float64]] | None:
+    def derivatives(self, values: Values, prepared: Any) -> Slopes:
         """Return the loss [S, n] and its derivatives [S, 5, n]; the exponentials are shared."""
         log_n, log_d = prepared
         power_n, power_d = np.exp(-values["alpha"] * log_n), np.exp(-values["beta"] * log_d)
@@ -93,7 +86,7 @@ class Chinchilla(Form):
         return values["E"] + part_n + part_d, slopes
 
 
-class Kappa(Form):
+class Kappa(LogForm):
     """L = E + (A/N^a + B/D^b)^κ: Chinchilla's law with one more freedom, κ = 1.
 
     The competitor of Farseer's nine parameters: with κ < 1 tokens and parameters lack less where
@@ -115,11 +108,6 @@ class Kappa(Form):
     )
     valid = "as Chinchilla's; needs N and D that vary apart"
 
-    def prepare(self, observations: Observations) -> Any:
-        """Return ln N and ln D [n]."""
-        columns = super().prepare(observations)
-        return np.log(columns["N"]), np.log(columns["D"])
-
     def predict(self, values: Values, prepared: Any) -> Predictions:
         """Return the loss [S, n]."""
         log_n, log_d = prepared
@@ -127,9 +115,7 @@ class Kappa(Form):
         part_d = values["B"] * np.exp(-values["b"] * log_d)
         return np.asarray(values["E"] + np.exp(values["kappa"] * np.log(part_n + part_d)))
 
-    def derivatives(
-        self, values: Values, prepared: Any
-    ) -> tuple[Predictions, NDArray[np.float64]] | None:
+    def derivatives(self, values: Values, prepared: Any) -> Slopes:
         """Return the loss [S, n] and its derivatives [S, 6, n]."""
         log_n, log_d = prepared
         power_n, power_d = np.exp(-values["a"] * log_n), np.exp(-values["b"] * log_d)

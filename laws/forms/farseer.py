@@ -8,9 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from allometry.laws.forms.base import Form, Parameter, Predictions, Values, Variable
+from allometry.laws.forms.base import Form, Parameter, Predictions, Slopes, Values, Variable
 from allometry.laws.forms.dense import D
 from allometry.laws.observations import Observations
 
@@ -55,15 +54,12 @@ class Farseer(Form):
         """Return the loss [S, n]."""
         log_n, log_d = prepared
         endless = values["endless"] + values["endless_slope"] * stretched(values["gamma"], log_n)
-        coefficient = values["coefficient"] + values["coefficient_slope"] * stretched(
-            values["beta"], log_n
-        )
+        slope = values["coefficient_slope"] * stretched(values["beta"], log_n)
+        coefficient = values["coefficient"] + slope
         exponent = values["exponent"] + values["exponent_slope"] * stretched(values["alpha"], log_n)
         return np.asarray(np.exp(endless) + np.exp(coefficient - np.exp(exponent) * log_d))
 
-    def derivatives(
-        self, values: Values, prepared: Any
-    ) -> tuple[Predictions, NDArray[np.float64]] | None:
+    def derivatives(self, values: Values, prepared: Any) -> Slopes:
         """Return the loss [S, n] and its derivatives [S, 9, n]."""
         log_n, log_d = prepared
         shapes, logs = [], []

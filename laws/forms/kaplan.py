@@ -4,13 +4,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from allometry.configs.errors import UserError
-from allometry.laws.forms.base import Form, Parameter, Predictions, Values, Variable
+from allometry.laws.forms.base import Form, LogForm, Parameter, Predictions, Values, Variable
 from allometry.laws.forms.dense import LOSS, D
 from allometry.laws.observations import Observations
 
@@ -19,11 +20,9 @@ NON_EMBEDDING = Variable("N", "parameters", "non-embedding parameters")
 # Constants of the paper, from memory and never compared with it, so no published sets: N_c 8.8e13,
 # α_N .076, D_c 5.4e13, α_D .095; of the trajectory N_c 6.5e13, α_N .077, S_c 2.1e3, α_S .76;
 # B_crit = 2e8 tokens · L^(-1/.21).
-CRITICAL_BATCH = 2e8
-CRITICAL_EXPONENT = 0.21
 
 
-class Kaplan(Form):
+class Kaplan(LogForm):
     """L = ((N_c/N)^(α_N/α_D) + D_c/D)^α_D: there is no irreducible loss."""
 
     name = "kaplan"
@@ -39,11 +38,6 @@ class Kaplan(Form):
     )
     valid = "the paper: 768 to 1.5B non-embedding parameters, 22M to 23B tokens"
 
-    def prepare(self, observations: Observations) -> Any:
-        """Return ln N and ln D [n]."""
-        columns = super().prepare(observations)
-        return np.log(columns["N"]), np.log(columns["D"])
-
     def predict(self, values: Values, prepared: Any) -> Predictions:
         """Return the loss [S, n]."""
         log_n, log_d = prepared
@@ -53,7 +47,7 @@ class Kaplan(Form):
         return np.asarray(np.exp(values["alpha_D"] * np.log(part_n + part_d)))
 
 
-class KaplanTrajectory(Form):
+class KaplanTrajectory(LogForm):
     """L = (N_c/N)^α_N + (S_c/S_min)^α_S, after S_min steps of a batch far above the critical one.
 
     Rows give S_min, or S, B and B_crit (tokens of the batch and of the critical batch), from which
@@ -80,8 +74,7 @@ class KaplanTrajectory(Form):
         """Return ln N and ln S_min [n]."""
         if "S_min" not in observations.columns:
             observations = with_minimum_steps(observations)
-        columns = super().prepare(observations)
-        return np.log(columns["N"]), np.log(columns["S_min"])
+        return super().prepare(observations)
 
     def predict(self, values: Values, prepared: Any) -> Predictions:
         """Return the loss [S, n]."""
@@ -94,8 +87,7 @@ class KaplanTrajectory(Form):
 def with_minimum_steps(observations: Observations) -> Observations:
     """Return the rows with a column S_min = S/(1 + B_crit/B) (arXiv 2001.08361, equation 5.5).
 
-    Raises:
-        UserError: S, B or B_crit is missing.
+    Raises UserError if S, B or B_crit is missing.
     """
     missing = [name for name in ("S", "B", "B_crit") if name not in observations.columns]
     if missing:
@@ -105,11 +97,11 @@ def with_minimum_steps(observations: Observations) -> Observations:
         )
     steps, batch, critical = (observations[name] for name in ("S", "B", "B_crit"))
     columns = {**observations.columns, "S_min": steps / (1.0 + critical / batch)}
-    return Observations(columns, observations.groups, observations.curves, observations.conventions)
+    return replace(observations, columns=columns)
 
 
 def critical_batch(
-    loss: ArrayLike, scale: float = CRITICAL_BATCH, exponent: float = CRITICAL_EXPONENT
+    loss: ArrayLike, scale: float = 2e8, exponent: float = 0.21
 ) -> NDArray[np.float64]:
     """Return B_crit = scale · loss^(-1/exponent) in tokens (arXiv 2001.08361, equation 1.4)."""
     return np.asarray(scale * np.asarray(loss, np.float64) ** (-1.0 / exponent))

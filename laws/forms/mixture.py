@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar, Self
 
@@ -11,16 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from allometry.configs.errors import UserError
-from allometry.laws.forms.base import Form, Parameter, Predictions, Values, Variable
+from allometry.laws.forms.base import Form, Parameter, Predictions, Slopes, Values, Variable
 from allometry.laws.observations import Observations
 
 SUM_TOLERANCE = 0.02
 """How far from one the shares of a row may sum; they are then divided by their sum."""
-
-
-def share_variable(domain: str) -> Variable:
-    """Return the column of a domain's share of the training tokens."""
-    return Variable(domain, "1", f"share of {domain} in the training tokens", positive=False)
 
 
 def shares_of(
@@ -28,9 +24,8 @@ def shares_of(
 ) -> NDArray[np.float64]:
     """Return the shares [n, K] of each row, summing to one.
 
-    Raises:
-        UserError: a column is missing, a share is negative or not finite, or a row's shares sum
-            to something further from one than rounding explains.
+    Raises UserError if a column is missing, a share is negative or not finite, or a row's shares
+    sum to something further from one than rounding explains.
     """
     missing = [domain for domain in domains if domain not in observations.columns]
     if missing:
@@ -56,25 +51,47 @@ def shares_of(
             f"{sums_n[row]:.4g}, and {form.name} needs the shares of all domains, which sum to 1; "
             f"add the columns of the others"
         )
-    normalised_nK: NDArray[np.float64] = shares_nK / sums_n[:, None]
-    return normalised_nK
+    return np.asarray(shares_nK / sums_n[:, None])
 
 
-def check_domains(name: str, columns: Sequence[str], least: int) -> tuple[str, ...]:
-    """Return the columns, which must be ``least`` or more, named, and all different.
+class DomainForm(Form):
+    """A law over ``fewest`` or more columns, ``domains``; its inputs and parameters follow them."""
 
-    Raises:
-        UserError: they are not.
-    """
-    if len(columns) < least or "" in columns or len(set(columns)) < len(columns):
-        raise UserError(
-            f"{name} needs at least {least} different columns, not {','.join(columns)!r}; write "
-            f"{name}:COLUMN,COLUMN"
-        )
-    return tuple(columns)
+    domains: ClassVar[tuple[str, ...]]
+    fewest: ClassVar[int]
+
+    def __init_subclass__(cls) -> None:
+        cls.inputs, cls.parameters = cls.inputs_of(cls.domains), cls.parameters_of(cls.domains)
+
+    @classmethod
+    @abstractmethod
+    def inputs_of(cls, domains: Sequence[str]) -> tuple[Variable, ...]:
+        """Return the columns over these domains."""
+
+    @classmethod
+    @abstractmethod
+    def parameters_of(cls, domains: Sequence[str]) -> tuple[Parameter, ...]:
+        """Return the parameters over these domains."""
+
+    def for_columns(self, columns: Sequence[str]) -> Self:
+        """Return this law over columns, as ``NAME:a,b,c``; UserError if too few or not distinct."""
+        name = self.name.partition(":")[0]
+        if len(columns) < self.fewest or "" in columns or len(set(columns)) < len(columns):
+            raise UserError(
+                f"{name} needs at least {self.fewest} different columns, not "
+                f"{','.join(columns)!r}; write {name}:COLUMN,COLUMN"
+            )
+        members = {
+            "__module__": type(self).__module__,
+            "equation": self.equation.partition(";")[0],
+            "name": f"{name}:{','.join(columns)}",
+            "domains": tuple(columns),
+        }
+        form: Self = type(type(self).__name__, (type(self),), members)()
+        return form
 
 
-class MixingExponential(Form):
+class MixingExponential(DomainForm):
     """Data mixing laws 2403.16952: ``L = c + k exp(sum_j t_j r_j)``.
 
     The shares sum to one, so k would only shift all t_j: here k is 1, and t_j says directly where
@@ -84,30 +101,20 @@ class MixingExponential(Form):
     """
 
     name: ClassVar[str] = "mixing_exponential"
-    domains: ClassVar[tuple[str, ...]] = ("r1", "r2")
+    domains = ("r1", "r2")
+    fewest = 2
     target = Variable("loss", "nats per token", "loss on one validation set")
     source = "Ye et al. 2403.16952 (k absorbed by t, as shares sum to one)"
     valid = "one size and horizon; shares inside of the hull of those fitted; 2 to 17 domains"
     equation: ClassVar[str] = (
         "loss = c + exp(sum_j t_j r_j); name the shares' columns: mixing_exponential:a,b,c"
     )
-    inputs: ClassVar[tuple[Variable, ...]] = tuple(share_variable(d) for d in domains)
-    parameters: ClassVar[tuple[Parameter, ...]] = ()
 
-    def for_columns(self, columns: Sequence[str]) -> Self:
-        """Return this law over these columns of shares, named ``mixing_exponential:a,b,c``."""
-        base = self.name.partition(":")[0]
-        domains = check_domains(base, columns, 2)
-        members = {
-            "__module__": __name__,
-            "equation": self.equation.partition(";")[0],
-            "name": f"{base}:{','.join(domains)}",
-            "domains": domains,
-            "inputs": tuple(share_variable(domain) for domain in domains),
-            "parameters": self.parameters_of(domains),
-        }
-        form: Self = type(type(self).__name__, (type(self),), members)()
-        return form
+    @classmethod
+    def inputs_of(cls, domains: Sequence[str]) -> tuple[Variable, ...]:
+        """Return each domain's share of the training tokens."""
+        about = "share of {} in the training tokens"
+        return tuple(Variable(d, "1", about.format(d), positive=False) for d in domains)
 
     @classmethod
     def parameters_of(cls, domains: Sequence[str]) -> tuple[Parameter, ...]:
@@ -123,22 +130,19 @@ class MixingExponential(Form):
 
     def predict(self, values: Values, prepared: Any) -> Predictions:
         """Return the loss [S, n]."""
-        loss_Sn: Predictions = values["c"] + np.exp(self._exponent(values, prepared))
-        return loss_Sn
+        return np.asarray(values["c"] + np.exp(self._exponent(values, prepared)))
 
-    def derivatives(self, values: Values, prepared: Any) -> tuple[Predictions, NDArray[np.float64]]:
+    def derivatives(self, values: Values, prepared: Any) -> Slopes:
         """Return predictions [S, n] and derivatives [S, 1 + K, n]."""
         reducible_Sn = np.exp(self._exponent(values, prepared))
         slopes_SKn = reducible_Sn[..., None, :] * prepared.T
         ones_S1n = np.ones_like(reducible_Sn)[..., None, :]
-        loss_Sn: Predictions = values["c"] + reducible_Sn
-        return loss_Sn, np.concatenate([ones_S1n, slopes_SKn], axis=-2)
+        return values["c"] + reducible_Sn, np.concatenate([ones_S1n, slopes_SKn], axis=-2)
 
     def _exponent(self, values: Values, shares_nK: NDArray[np.float64]) -> Predictions:
         t_KS = [np.asarray(values[f"t_{domain}"]) for domain in self.domains]
         t_SK = np.array(t_KS) if t_KS[0].ndim == 0 else np.concatenate(t_KS, axis=-1)
-        exponent_Sn: Predictions = t_SK @ shares_nK.T
-        return exponent_Sn
+        return np.asarray(t_SK @ shares_nK.T)
 
 
 class MixingImplicit(MixingExponential):
@@ -165,23 +169,19 @@ class MixingImplicit(MixingExponential):
 
     def predict(self, values: Values, prepared: Any) -> Predictions:
         """Return the loss [S, n]."""
-        loss_Sn: Predictions = super().predict(values, prepared)
-        return loss_Sn + np.exp(self._second(values, prepared))
+        second_Sn = np.exp(self._second(values, prepared))
+        return np.asarray(super().predict(values, prepared) + second_Sn)
 
-    def derivatives(self, values: Values, prepared: Any) -> tuple[Predictions, NDArray[np.float64]]:
+    def derivatives(self, values: Values, prepared: Any) -> Slopes:
         """Return predictions [S, n] and derivatives [S, 1 + 2 K, n]."""
         first_Sn, slopes_SPn = super().derivatives(values, prepared)
         second_Sn = np.exp(self._second(values, prepared))
         more_SKn = second_Sn[..., None, :] * prepared.T
-        loss_Sn: Predictions = first_Sn + second_Sn
-        return loss_Sn, np.concatenate([slopes_SPn, more_SKn], axis=-2)
+        return first_Sn + second_Sn, np.concatenate([slopes_SPn, more_SKn], axis=-2)
 
     def _second(self, values: Values, shares_nK: NDArray[np.float64]) -> Predictions:
         renamed = {f"t_{domain}": values[f"u_{domain}"] for domain in self.domains}
         return self._exponent(renamed, shares_nK)
 
-
-for _form in (MixingExponential, MixingImplicit):
-    _form.parameters = _form.parameters_of(_form.domains)
 
 FORMS: tuple[Form, ...] = (MixingExponential(), MixingImplicit())

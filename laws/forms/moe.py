@@ -95,15 +95,10 @@ class Clark(Form):
     def predict(self, values: Values, prepared: Any) -> Predictions:
         """Return the loss [S, n]; holds for complex values."""
         log_size = np.log10(prepared["N"])
-        log_experts = np.log10(
-            effective_experts(prepared["experts"], values["E_start"], values["E_max"])
-        )
-        log_loss = (
-            values["a"] * log_size
-            + values["b"] * log_experts
-            + values["c"] * log_size * log_experts
-            + values["d"]
-        )
+        effective = effective_experts(prepared["experts"], values["E_start"], values["E_max"])
+        log_experts = np.log10(effective)
+        log_loss = values["a"] * log_size + values["b"] * log_experts
+        log_loss = log_loss + values["c"] * log_size * log_experts + values["d"]
         return np.asarray(np.exp(np.log(10.0) * log_loss))
 
 

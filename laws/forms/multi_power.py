@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from allometry.laws.forms.base import Form, Parameter, Predictions, Values, Variable
-from allometry.laws.forms.tissue import check_curve, curves_of
+from allometry.laws.forms.base import Form, Parameter, Predictions, Slopes, Values
+from allometry.laws.forms.tissue import CURVE_LOSS, POWER_OF_S1, STEP, check_curve, curves_of
 from allometry.laws.observations import LearningRates, Observations
 
 GROWTH, CLIMBING = 1.2, 1.1
@@ -59,7 +59,10 @@ def events_of(
     changes[first:] = before[first:] - rates[first:]
     s1 = np.concatenate(([0.0], np.cumsum(rates)))
     log_rates = np.log(np.maximum(rates, _FLOOR * rates.max()))
-    bounds = _ages(int(steps_n.max()), CLIMBING if warmup else GROWTH)
+    growth, ages = CLIMBING if warmup else GROWTH, [0]
+    while ages[-1] <= steps_n.max():
+        ages.append(max(ages[-1] + 1, int(ages[-1] * growth)))
+    bounds = np.array(ages)
     stop_nG = np.maximum(steps_n[:, None] - bounds[:-1], 0)
     start_nG = np.maximum(steps_n[:, None] - bounds[1:], 0)  # steps start+1 ... stop
     part_rows, part_values = [], []
@@ -82,14 +85,6 @@ def events_of(
     return np.concatenate(part_rows), np.concatenate(part_values, axis=1)
 
 
-def _ages(longest: int, growth: float) -> NDArray[np.int64]:
-    """Return ages 0, 1, 2, ... that bound the groups, the last one past ``longest``."""
-    ages = [0]
-    while ages[-1] <= longest:
-        ages.append(max(ages[-1] + 1, int(ages[-1] * growth)))
-    return np.array(ages)
-
-
 class MultiPower(Form):
     """L(t) = L0 + A·S1^−alpha − B Σ_k (η_{k−1} − η_k)·(1 − (1 + C·η_k^−gamma·S_k)^−beta).
 
@@ -101,11 +96,10 @@ class MultiPower(Form):
     name = "multi_power"
     equation = "L = L0 + A·S1^-alpha - B·Σ_k (η_k-1 - η_k)·(1 - (1 + C·η_k^-gamma·S_k)^-beta)"
     source = "Luo et al., arXiv 2503.12811; events from the end of the warm-up on"
-    inputs = (Variable("step", "steps", "step of the curve, from 1"),)
-    target = Variable("loss", "nats per token", "training loss, averaged over neighbouring steps")
+    inputs = (STEP,)
+    target = CURVE_LOSS
     parameters = (
-        Parameter("L0", "nats per token", 0.0, 1e3, (0.5, 4.0), linear=True),
-        Parameter("A", "nats per token x lr^alpha", 0.0, 1e6, (0.05, 2.0), linear=True),
+        *POWER_OF_S1,
         Parameter("B", "nats per token per lr", 0.0, 1e8, (0.0, 1e3), linear=True),
         Parameter("alpha", "1", 0.01, 5.0, (0.1, 1.5), "log"),
         Parameter("C", "lr^(gamma-1)", 1e-6, 1e6, (0.1, 30.0), "log"),
@@ -116,11 +110,7 @@ class MultiPower(Form):
     warmup_counts = False
 
     def prepare(self, observations: Observations) -> Events:
-        """Return S1 and the events of each row.
-
-        Raises:
-            UserError: a group has no learning rates, or a step is outside of them.
-        """
+        """Return S1 and the events of each row; UserError as of ``check_curve``."""
         super().prepare(observations)
         steps_n = check_curve(self, observations)
         number = len(observations)
@@ -143,12 +133,9 @@ class MultiPower(Form):
         power = np.exp(-values["alpha"] * np.log(prepared.s1_n))
         x_K = values["C"] * np.exp(-values["gamma"] * prepared.log_rate_K) * prepared.area_K
         gain = prepared.per_row(1.0 - np.exp(-values["beta"] * np.log(1.0 + x_K)))
-        predictions: Predictions = values["L0"] + values["A"] * power - values["B"] * gain
-        return predictions
+        return np.asarray(values["L0"] + values["A"] * power - values["B"] * gain)
 
-    def derivatives(
-        self, values: Values, prepared: Events
-    ) -> tuple[Predictions, NDArray[np.float64]]:
+    def derivatives(self, values: Values, prepared: Events) -> Slopes:
         """See ``Form.derivatives``."""
         log_s1 = np.log(prepared.s1_n)
         power = np.exp(-values["alpha"] * log_s1)

@@ -78,12 +78,8 @@ def critical_tokens(
     """
     if block <= 1.0:
         return float("inf")
-    power = (
-        values["d"]
-        * float(_fineness(values, exponent_bits, mantissa_bits))
-        * parameters ** values["alpha"]
-        / np.log2(block)
-    )
+    fineness = float(_fineness(values, exponent_bits, mantissa_bits))
+    power = values["d"] * fineness * parameters ** values["alpha"] / np.log2(block)
     return float(power ** (0.5 / values["beta"]))
 
 
@@ -104,11 +100,7 @@ class QuantisedTraining(Form):
     name = "qat"
     equation = "rise = k D^gamma_D log2(group_size)^gamma_G / N^gamma_N"
     source = "arXiv 2505.14302"
-    inputs = (
-        _SIZE,
-        _TOKENS,
-        Variable("group_size", "1", "numbers that share a scale", least=2.0),
-    )
+    inputs = (_SIZE, _TOKENS, Variable("group_size", "1", "numbers that share a scale", least=2.0))
     target = Variable("rise", "nats per token", "loss above that of the same run in bf16")
     parameters = (
         Parameter("k", "nats per token", 1e-12, 1e9, (1e-5, 1e3), "log", linear=True),
@@ -168,11 +160,8 @@ class PrecisionEffective(Form):
     def predict(self, values: Values, prepared: Any) -> Predictions:
         """Return the loss [S, n]; holds for complex values."""
         ln_effective = np.log(prepared["N"])
-        for bits, scale in (
-            ("weight_bits", "gamma_w"),
-            ("activation_bits", "gamma_a"),
-            ("cache_bits", "gamma_kv"),
-        ):
+        scales = {"weight_bits": "gamma_w", "activation_bits": "gamma_a", "cache_bits": "gamma_kv"}
+        for bits, scale in scales.items():
             ln_effective = ln_effective + np.log(1.0 - np.exp(-prepared[bits] / values[scale]))
         size = values["A"] * np.exp(-values["alpha"] * ln_effective)
         data = values["B"] * np.exp(-values["beta"] * np.log(prepared["D"]))

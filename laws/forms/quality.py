@@ -5,22 +5,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import numpy as np
 
 from allometry.configs.errors import UserError
 from allometry.laws.forms.base import Form, Parameter, Predictions, Values, Variable
-from allometry.laws.forms.mixture import check_domains
+from allometry.laws.forms.mixture import DomainForm
 from allometry.laws.observations import Observations
 
 MAX_EPOCHS = 1000
 """More epochs than this in one row are refused: each is computed."""
 
-_LN2 = float(np.log(2.0))
 
-
-class QualityPools(Form):
+class QualityPools(DomainForm):
     """Quality-quantity law, 2404.07177: a pool's use halves every tau epochs.
 
     ``loss = d + (D_1/D0)^-b prod_j (D_j/D_{j-1})^{-b_j}`` with D_j the samples after j epochs and
@@ -34,54 +32,38 @@ class QualityPools(Form):
     """
 
     name: ClassVar[str] = "quality_pools"
-    pools: ClassVar[tuple[str, ...]] = ("pool1", "pool2")
+    domains = ("pool1", "pool2")
+    fewest = 1
     equation: ClassVar[str] = (
         "loss = d + (D_1/D0)^-b prod_j (D_j/D_{j-1})^-b_j, b_j = b 0.5^{(j-1)/tau}; "
         "name the pools' columns: quality_pools:a,b"
     )
     source: ClassVar[str] = "Goyal et al. 2404.07177"
-    inputs: ClassVar[tuple[Variable, ...]] = ()
     target = Variable("loss", "unit of the data", "error or loss, above its floor d")
     valid: ClassVar[str] = "CLIP on pools of 12.8M pairs, 32 to 640M samples seen, up to 10 epochs"
-    parameters: ClassVar[tuple[Parameter, ...]] = ()
 
-    def for_columns(self, columns: Sequence[str]) -> Self:
-        """Return this law over these pools, named ``quality_pools:a,b``."""
-        base = self.name.partition(":")[0]
-        pools = check_domains(base, columns, 1)
-        members = {
-            "__module__": __name__,
-            "equation": self.equation.partition(";")[0],
-            "name": f"{base}:{','.join(pools)}",
-            "pools": pools,
-            "inputs": self.inputs_of(pools),
-            "parameters": self.parameters_of(pools),
-        }
-        form: Self = type(type(self).__name__, (type(self),), members)()
-        return form
-
-    @staticmethod
-    def inputs_of(pools: Sequence[str]) -> tuple[Variable, ...]:
+    @classmethod
+    def inputs_of(cls, domains: Sequence[str]) -> tuple[Variable, ...]:
         """Return the columns for these pools."""
         return (
             Variable("D", "samples", "samples (or tokens) seen, repetitions included"),
-            *(Variable(p, "samples", f"unique ones of {p}", positive=False) for p in pools),
+            *(Variable(p, "samples", f"unique ones of {p}", positive=False) for p in domains),
         )
 
-    @staticmethod
-    def parameters_of(pools: Sequence[str]) -> tuple[Parameter, ...]:
+    @classmethod
+    def parameters_of(cls, domains: Sequence[str]) -> tuple[Parameter, ...]:
         """Return the parameters of these pools."""
         return (
             Parameter("d", "unit of the data", 0.0, 50.0, (0.0, 3.0), linear=True),
             Parameter("D0", "samples", 1e-6, 1e18, (1e2, 1e9), scale="log"),
-            *(Parameter(f"b_{p}", "1", 1e-3, 3.0, (0.02, 1.0), scale="log") for p in pools),
-            *(Parameter(f"tau_{p}", "epochs", 0.05, 1e3, (0.5, 50.0), scale="log") for p in pools),
+            *(Parameter(f"b_{p}", "1", 1e-3, 3.0, (0.02, 1.0), scale="log") for p in domains),
+            *(Parameter(f"tau_{p}", "epochs", 0.05, 1e3, (0.5, 50.0), "log") for p in domains),
         )
 
     def prepare(self, observations: Observations) -> Any:
         """Return log of the samples of the first epoch [n], logs of the later ratios [J, n] and
         each pool's fraction [K, n]."""
-        missing = [pool for pool in self.pools if pool not in observations.columns]
+        missing = [pool for pool in self.domains if pool not in observations.columns]
         if missing:
             raise UserError(
                 f"{self.name} reads a column of unique samples for each pool and the observations "
@@ -89,7 +71,7 @@ class QualityPools(Form):
                 f"{', '.join(observations.columns)}"
             )
         columns = super().prepare(observations)
-        unique_Kn = np.stack([columns[pool] for pool in self.pools])
+        unique_Kn = np.stack([columns[pool] for pool in self.domains])
         total_n = unique_Kn.sum(axis=0)
         bad_n = (unique_Kn < 0.0).any(axis=0) | (total_n <= 0.0)
         epochs_n = columns["D"] / np.where(bad_n, 1.0, total_n)
@@ -98,7 +80,7 @@ class QualityPools(Form):
             row = int(np.argmax(bad_n))
             raise UserError(
                 f"row {row + 1} ({observations.groups[row]}) has D={columns['D'][row]:g} of pools "
-                f"{', '.join(f'{p}={columns[p][row]:g}' for p in self.pools)}, and {self.name} "
+                f"{', '.join(f'{p}={columns[p][row]:g}' for p in self.domains)}, and {self.name} "
                 f"needs at least 0 of each, more in all, and up to {MAX_EPOCHS} epochs; mend or "
                 f"drop it"
             )
@@ -111,17 +93,13 @@ class QualityPools(Form):
         log_first_n, ratio_Jn, fraction_Kn = prepared
         epoch_J = np.arange(1, len(ratio_Jn) + 1)
         exponent = 0.0
-        for pool, fraction_n in zip(self.pools, fraction_Kn, strict=True):
+        for pool, fraction_n in zip(self.domains, fraction_Kn, strict=True):
             b, tau = (np.asarray(values[f"{name}_{pool}"]) for name in ("b", "tau"))
-            rate_Sn = _LN2 * fraction_n / tau
+            rate_Sn = np.log(2.0) * fraction_n / tau
             left = np.exp(-rate_Sn[..., None, :] * epoch_J[:, None])
             used_Sn = log_first_n - np.log(values["D0"]) + (left * ratio_Jn).sum(axis=-2)
             exponent = exponent - b * fraction_n * used_Sn
-        loss_Sn: Predictions = values["d"] + np.exp(exponent)
-        return loss_Sn
+        return np.asarray(values["d"] + np.exp(exponent))
 
-
-QualityPools.inputs = QualityPools.inputs_of(QualityPools.pools)
-QualityPools.parameters = QualityPools.parameters_of(QualityPools.pools)
 
 FORMS: tuple[Form, ...] = (QualityPools(),)

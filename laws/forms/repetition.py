@@ -9,23 +9,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from allometry.laws.forms.base import Form, Parameter, Predictions, Values, Variable
-from allometry.laws.observations import Observations
+from allometry.laws.forms.base import Form, LogForm, Parameter, Predictions, Values, Variable
 
 _N = Variable("N", "parameters", "all parameters")
 _D = Variable("D", "tokens", "tokens seen, repetitions included")
-_U = Variable("U", "tokens", "unique tokens available")
 _LOSS = Variable("loss", "nats per token", "validation loss")
-
-_SCALES = (
-    Parameter("A", "nats per token", 1e-2, 1e12, (1.0, 1e8), scale="log"),
-    Parameter("B", "nats per token", 1e-2, 1e12, (1.0, 1e8), scale="log"),
-)
 _EXPONENT = Parameter("alpha", "1", 0.01, 2.0, (0.05, 1.0))
-_HALF_LIVES = (
-    Parameter("R_D", "epochs", 0.05, 1e4, (0.5, 100.0), scale="log"),
-    Parameter("R_N", "1", 0.05, 1e4, (0.5, 100.0), scale="log"),
-)
 
 
 def effective(unique: Any, repeats: Any, half_life: Any) -> Any:
@@ -61,7 +50,11 @@ class DataConstrained(Form):
         "N' = U_N (1 + R_N (1 - exp(-(N/U_N - 1)/R_N))), U_D = min(U, D), U_N = min(N, N_opt(U))"
     )
     source: ClassVar[str] = "Muennighoff et al. 2305.16264"
-    inputs: ClassVar[tuple[Variable, ...]] = (_N, _D, _U)
+    inputs: ClassVar[tuple[Variable, ...]] = (
+        _N,
+        _D,
+        Variable("U", "tokens", "unique tokens available"),
+    )
     target = _LOSS
     valid: ClassVar[str] = (
         "7M to 8.7B parameters, up to 900B tokens; it ranks choices of epochs: its mean error is "
@@ -69,10 +62,12 @@ class DataConstrained(Form):
     )
     parameters: ClassVar[tuple[Parameter, ...]] = (
         Parameter("E", "nats per token", 0.0, 20.0, (0.0, 3.0), linear=True),
-        *_SCALES,
+        Parameter("A", "nats per token", 1e-2, 1e12, (1.0, 1e8), scale="log"),
+        Parameter("B", "nats per token", 1e-2, 1e12, (1.0, 1e8), scale="log"),
         _EXPONENT,
         Parameter("beta", "1", 0.01, 2.0, (0.05, 1.0)),
-        *_HALF_LIVES,
+        Parameter("R_D", "epochs", 0.05, 1e4, (0.5, 100.0), scale="log"),
+        Parameter("R_N", "1", 0.05, 1e4, (0.5, 100.0), scale="log"),
     )
     published: ClassVar[Mapping[str, Mapping[str, float]]] = {
         "C4": {
@@ -90,12 +85,8 @@ class DataConstrained(Form):
         """Return the loss [S, n]."""
         size_Sn, data_Sn = self.effective_sizes(values, prepared)
         beta = values.get("beta", values["alpha"])
-        loss_Sn: Predictions = (
-            values["E"]
-            + values["A"] * np.exp(-values["alpha"] * np.log(size_Sn))
-            + values["B"] * np.exp(-beta * np.log(data_Sn))
-        )
-        return loss_Sn
+        size = values["A"] * np.exp(-values["alpha"] * np.log(size_Sn))
+        return np.asarray(values["E"] + size + values["B"] * np.exp(-beta * np.log(data_Sn)))
 
     def effective_sizes(self, values: Values, prepared: Any) -> tuple[Any, Any]:
         """Return N' and D' [S, n]: the parameters and unique tokens that would do as well."""
@@ -120,7 +111,7 @@ class DataConstrainedTied(DataConstrained):
     }
 
 
-class TiedPower(Form):
+class TiedPower(LogForm):
     """Stage 1 of 2305.16264: runs that repeat nothing, alpha = beta, so that N and D grow alike."""
 
     name: ClassVar[str] = "unique_data_tied"
@@ -136,20 +127,10 @@ class TiedPower(Form):
         _EXPONENT,
     )
 
-    def prepare(self, observations: Observations) -> Any:
-        """Return log N and log D."""
-        columns = super().prepare(observations)
-        return np.log(columns["N"]), np.log(columns["D"])
-
     def predict(self, values: Values, prepared: Any) -> Predictions:
         """Return the loss [S, n]."""
-        log_N, log_D = prepared
-        loss_Sn: Predictions = (
-            values["E"]
-            + values["A"] * np.exp(-values["alpha"] * log_N)
-            + values["B"] * np.exp(-values["alpha"] * log_D)
-        )
-        return loss_Sn
+        size, data = (np.exp(-values["alpha"] * log) for log in prepared)
+        return np.asarray(values["E"] + values["A"] * size + values["B"] * data)
 
 
 FORMS: tuple[Form, ...] = (DataConstrained(), DataConstrainedTied(), TiedPower())

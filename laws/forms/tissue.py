@@ -11,10 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from allometry.configs.errors import UserError
-from allometry.laws.forms.base import Form, Parameter, Predictions, Values, Variable
+from allometry.laws.forms.base import Form, Parameter, Predictions, Slopes, Values, Variable
 from allometry.laws.observations import LearningRates, Observations
 
 SHORTEST, LONGEST = 2.0, 1e5
+STEP = Variable("step", "steps", "step of the curve, from 1")
+CURVE_LOSS = Variable("loss", "nats per token", "training loss, averaged over neighbouring steps")
+POWER_OF_S1 = (
+    Parameter("L0", "nats per token", 0.0, 1e3, (0.5, 4.0), linear=True),
+    Parameter("A", "nats per token x lr^alpha", 0.0, 1e6, (0.05, 2.0), linear=True),
+)
 _STENCIL = 6  # points of the table that an interpolation uses
 _SPACING = 0.2  # between memories of the table, in natural logs
 
@@ -39,8 +45,7 @@ class Areas:
         value, slope = 0.0, 0.0
         for j in range(_STENCIL):
             weight, change = _lagrange((place - grid[first]) / _SPACING, j)
-            rows = self.annealed_Mn[first[..., 0] + j] if np.ndim(first) else None
-            rows = self.annealed_Mn[first + j] if rows is None else rows
+            rows = self.annealed_Mn[(first[..., 0] if np.ndim(first) else first) + j]
             value, slope = value + weight * rows, slope + change * rows
         return memory * value, value + slope / _SPACING
 
@@ -57,8 +62,7 @@ def _lagrange(x: Any, j: int) -> tuple[Any, Any]:
 def check_curve(form: Form, observations: Observations) -> NDArray[np.int64]:
     """Return the step of each row, after checking that its group's rates reach so far.
 
-    Raises:
-        UserError: a group has no curve, or a row's step is none of its steps.
+    Raises UserError if a group has no curve, or a row's step is none of its steps.
     """
     steps = observations["step"]
     for row, (group, step) in enumerate(zip(observations.groups, steps, strict=True)):
@@ -76,17 +80,13 @@ def check_curve(form: Form, observations: Observations) -> NDArray[np.int64]:
     return steps.astype(np.int64)
 
 
-def curves_of(
-    observations: Observations,
-) -> list[tuple[LearningRates, NDArray[np.intp]]]:
+def curves_of(observations: Observations) -> list[tuple[LearningRates, NDArray[np.intp]]]:
     """Return each curve with its rows; groups that share one curve are taken together."""
+    curves = [observations.curves[group] for group in observations.groups]
     rows: dict[int, list[int]] = {}
-    curves: dict[int, LearningRates] = {}
-    for row, group in enumerate(observations.groups):
-        curve = observations.curves[group]
-        curves[id(curve)] = curve
+    for row, curve in enumerate(curves):
         rows.setdefault(id(curve), []).append(row)
-    return [(curve, np.array(rows[key], np.intp)) for key, curve in curves.items()]
+    return [(curves[its[0]], np.array(its, np.intp)) for its in rows.values()]
 
 
 def annealing(
@@ -102,11 +102,10 @@ def annealing(
     falls = np.zeros_like(curve.rates)
     falls[first:] = curve.rates[first - 1 : -1] - curve.rates[first:]
     last = int(steps_n.max())
-    if not falls[:last].any():
-        return np.zeros((len(memories), len(steps_n)))
-    falls = falls[:last]
+    falls, gains = falls[:last], np.zeros((len(memories), len(steps_n)))
+    if not falls.any():
+        return gains
     total = np.cumsum(falls)[steps_n - 1]
-    gains = np.empty((len(memories), len(steps_n)))
     for row, memory in enumerate(memories):
         momentum = 1.0 - 1.0 / memory
         gains[row] = total - momentum * lfilter([1.0], [1.0, -momentum], falls)[steps_n - 1]
@@ -137,11 +136,10 @@ class Tissue(Form):
     name = "tissue"
     equation = "L = L0 + A·S1^-alpha - C·S2"
     source = "Tissue et al., arXiv 2408.11029, equation 1; Huber of log residuals"
-    inputs = (Variable("step", "steps", "step of the curve, from 1"),)
-    target = Variable("loss", "nats per token", "training loss, averaged over neighbouring steps")
+    inputs = (STEP,)
+    target = CURVE_LOSS
     parameters = (
-        Parameter("L0", "nats per token", 0.0, 1e3, (0.5, 4.0), linear=True),
-        Parameter("A", "nats per token x lr^alpha", 0.0, 1e6, (0.05, 2.0), linear=True),
+        *POWER_OF_S1,
         Parameter("C", "nats per token per lr", 0.0, 1e6, (0.0, 1.0), linear=True),
         Parameter("alpha", "1", 0.01, 5.0, (0.1, 1.5), "log"),
         Parameter("memory", "steps", SHORTEST, LONGEST, (10.0, 1e4), "log"),
@@ -149,11 +147,7 @@ class Tissue(Form):
     valid = "after the warm-up; shown for 25M to 2B parameters, any schedule, up to 3 times longer"
 
     def prepare(self, observations: Observations) -> Areas:
-        """Return S1 and the table of S2.
-
-        Raises:
-            UserError: a group has no learning rates, or a step is outside of them.
-        """
+        """Return S1 and the table of S2; UserError as of ``check_curve``."""
         super().prepare(observations)
         return areas(observations, check_curve(self, observations))
 
@@ -161,23 +155,15 @@ class Tissue(Form):
         """See ``Form.predict``."""
         s2, _ = prepared.s2(values["memory"])
         power = np.exp(-values["alpha"] * np.log(prepared.s1_n))
-        predictions: Predictions = values["L0"] + values["A"] * power - values["C"] * s2
-        return predictions
+        return np.asarray(values["L0"] + values["A"] * power - values["C"] * s2)
 
-    def derivatives(
-        self, values: Values, prepared: Areas
-    ) -> tuple[Predictions, NDArray[np.float64]]:
+    def derivatives(self, values: Values, prepared: Areas) -> Slopes:
         """See ``Form.derivatives``."""
         s2, slope = prepared.s2(values["memory"])
         log_s1 = np.log(prepared.s1_n)
         power = np.exp(-values["alpha"] * log_s1)
-        parts = (
-            np.ones_like(power),
-            power,
-            -s2,
-            -values["A"] * log_s1 * power,
-            -values["C"] * slope,
-        )
+        fall = -values["A"] * log_s1 * power
+        parts = (np.ones_like(power), power, -s2, fall, -values["C"] * slope)
         predicted = values["L0"] + values["A"] * power - values["C"] * s2
         return predicted, np.stack(np.broadcast_arrays(*parts), axis=-2)
 
