@@ -16,11 +16,7 @@ from allometry.configs.execution import (
     RecordConfig,
     RunSection,
 )
-from allometry.configs.model import (
-    ModelConfig,
-    ParameterizationConfig,
-    StandardParameterization,
-)
+from allometry.configs.model import ModelConfig, ParameterizationConfig, StandardParameterization
 from allometry.configs.optimization import OptimizerConfig, ScheduleConfig, TrainingConfig
 
 

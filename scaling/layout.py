@@ -143,10 +143,7 @@ def split_layers(costs: Sequence[float], stages: int) -> tuple[range, ...]:
 
 def _check_tensor(config: RunConfig, tp: int) -> None:
     model = config.model
-    cut = {
-        "model.num_heads": model.num_heads,
-        "model.num_kv_heads": model.kv_heads,
-    }
+    cut = {"model.num_heads": model.num_heads, "model.num_kv_heads": model.kv_heads}
     if config.data.kind == "sequences":
         cut["data.sequence_length"] = config.data.sequence_length
     if model.ffn_width is not None:

@@ -14,13 +14,7 @@ from allometry.configs.errors import UserError
 from allometry.configs.model import ModelConfig, ParameterizationConfig, WeightDecayRule
 from allometry.configs.optimization import Muon, OptimizerConfig
 from allometry.scaling.roles import ParamSpec, Role
-from allometry.scaling.update_rules import (
-    OPTIMIZER_KINDS,
-    Rates,
-    UpdateRule,
-    rule_of,
-    rules_of,
-)
+from allometry.scaling.update_rules import OPTIMIZER_KINDS, Rates, UpdateRule, rule_of, rules_of
 
 InitKind = Literal["normal", "uniform", "ones", "zeros"]
 
@@ -85,10 +79,7 @@ class Multipliers(ABC):
     columns: ClassVar[frozenset[Rates]]
 
     def __init__(
-        self,
-        config: ParameterizationConfig,
-        model: ModelConfig,
-        optimizer: OptimizerConfig | None,
+        self, config: ParameterizationConfig, model: ModelConfig, optimizer: OptimizerConfig | None
     ) -> None:
         self.config = config
         self.model = model

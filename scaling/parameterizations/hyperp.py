@@ -10,12 +10,7 @@ from typing_extensions import override
 
 from allometry.configs.model import HyperP, ModelConfig
 from allometry.configs.optimization import OptimizerConfig
-from allometry.scaling.parameterizations.base import (
-    ForwardScales,
-    InitKind,
-    Multipliers,
-    RunScale,
-)
+from allometry.scaling.parameterizations.base import ForwardScales, InitKind, Multipliers, RunScale
 from allometry.scaling.roles import MATRICES, ParamSpec, Role
 from allometry.scaling.update_rules import Rates, UpdateRule
 

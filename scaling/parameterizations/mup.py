@@ -9,18 +9,9 @@ from fractions import Fraction
 
 from typing_extensions import override
 
-from allometry.configs.model import (
-    CompleteP,
-    MaximalUpdateParameterization,
-    MuPPlusPlus,
-)
+from allometry.configs.model import CompleteP, MaximalUpdateParameterization, MuPPlusPlus
 from allometry.configs.optimization import OptimizerConfig
-from allometry.scaling.parameterizations.base import (
-    ForwardScales,
-    InitKind,
-    Multipliers,
-    muon_rate,
-)
+from allometry.scaling.parameterizations.base import ForwardScales, InitKind, Multipliers, muon_rate
 from allometry.scaling.roles import MATRICES, ParamSpec, Role
 from allometry.scaling.update_rules import Rates, UpdateRule
 

@@ -131,10 +131,7 @@ _LOOP = (
     ),
     Column("grad_norm", "1", "2-norm of the whole gradient before clipping", lambda s: s.grad_norm),
     Column(
-        "tokens_per_s",
-        "tokens/s",
-        "of all ranks in this step",
-        lambda s: s.step_tokens / s.seconds,
+        "tokens_per_s", "tokens/s", "of all ranks in this step", lambda s: s.step_tokens / s.seconds
     ),
     Column(
         "mfu",

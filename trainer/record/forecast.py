@@ -30,12 +30,7 @@ class Forecaster(Callback):
     """
 
     def __init__(
-        self,
-        every_steps: int,
-        schedule: Schedule,
-        peak: float,
-        folder: RunFolder,
-        report: Reporter,
+        self, every_steps: int, schedule: Schedule, peak: float, folder: RunFolder, report: Reporter
     ) -> None:
         self._every, self._schedule, self._peak = every_steps, schedule, peak
         self._folder, self._report = folder, report
