@@ -68,22 +68,22 @@ class RunScale:
 class Multipliers(ABC):
     """One parameterization for one model, optimizer and run; what differs is in the subclasses.
 
-    ``optimizer`` None: that which the parameterization is made for. ``columns``: the rates that it
-    knows; an update rule that follows others is an error, never a guess.
-
-    Raises:
-        UserError: the optimizer has a rule for whose rates there is no column.
+    ``optimizer`` None: that which the parameterization is made for; ``scale`` None: the base's run.
+    ``columns``: the rates that it knows. Raises UserError for an optimizer with a rule that follows
+    others: never a guess.
     """
 
     default_optimizer = "adamw"
     columns: ClassVar[frozenset[Rates]]
 
     def __init__(
-        self, config: ParameterizationConfig, model: ModelConfig, optimizer: OptimizerConfig | None
+        self,
+        config: ParameterizationConfig,
+        model: ModelConfig,
+        optimizer: OptimizerConfig | None,
+        scale: RunScale | None,
     ) -> None:
-        self.config = config
-        self.model = model
-        self.optimizer = optimizer
+        self.config, self.model, self.optimizer, self.scale = config, model, optimizer, scale
         self.optimizer_kind = optimizer.kind if optimizer else self.default_optimizer
         self._check_columns()
         base_width: int | None = getattr(config, "base_width", None)
@@ -99,13 +99,13 @@ class Multipliers(ABC):
     def initial(self, spec: ParamSpec) -> tuple[InitKind, float]:
         """Return how a matrix or an embedding starts, and its σ."""
 
-    @abstractmethod
     def width_rate(self, spec: ParamSpec, rule: UpdateRule) -> float:
         """Return the factor on the learning rate that follows from widths and experts."""
+        return 1.0
 
-    @abstractmethod
     def epsilon(self, spec: ParamSpec) -> float:
         """Return the factor on epsilon."""
+        return 1.0
 
     @property
     def decay_rule(self) -> WeightDecayRule:
@@ -126,6 +126,10 @@ class Multipliers(ABC):
         """What multiplies 1 - beta2."""
         return 1.0
 
+    def growth(self, quantity: Literal["batch_tokens", "total_tokens"], base: int | None) -> float:
+        """Return this quantity of the run's ``scale`` over ``base``; 1 where one is None."""
+        return getattr(self.scale, quantity) / base if self.scale and base else 1.0
+
     def alike(self, spec: ParamSpec) -> bool:
         """Whether all experts of a parameter start equal."""
         return False
@@ -135,12 +139,8 @@ class Multipliers(ABC):
         rule = rule_of(self.optimizer_kind, spec.role)
         width_rate = self.width_rate(spec, rule)
         lr = width_rate * self.other_rate(spec)
-        start: tuple[InitKind, float] = ("ones", 0.0)
-        if spec.role is not Role.VECTOR:
-            start = self.initial(spec)
         return Resolved(
-            init_kind=start[0],
-            init_std=start[1],
+            *(("ones", 0.0) if spec.role is Role.VECTOR else self.initial(spec)),
             lr=lr,
             weight_decay=self._decay(spec, rule, width_rate, lr),
             eps=self.epsilon(spec),

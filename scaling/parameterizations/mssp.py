@@ -9,9 +9,9 @@ from fractions import Fraction
 
 from typing_extensions import override
 
-from allometry.configs.model import MSSP, MoEModel
+from allometry.configs.model import MSSP, ModelConfig, MoEModel, ParameterizationConfig
 from allometry.configs.optimization import OptimizerConfig
-from allometry.scaling.parameterizations.base import ForwardScales, InitKind, Multipliers
+from allometry.scaling.parameterizations.base import ForwardScales, InitKind, Multipliers, RunScale
 from allometry.scaling.parameterizations.completep import Depth
 from allometry.scaling.roles import ParamSpec, Role
 from allometry.scaling.update_rules import Rates, UpdateRule
@@ -50,13 +50,20 @@ class MSSPMultipliers(Multipliers):
     config: MSSP
     columns = frozenset({Rates.ADAM, Rates.SGD})
 
-    def __init__(self, config: MSSP, model: MoEModel, optimizer: OptimizerConfig | None) -> None:
-        super().__init__(config, model, optimizer)
-        experts = model.experts
-        self.experts = Fraction(experts.num_experts, config.base_experts)
-        self.visits = Fraction(experts.experts_per_token, config.base_experts_per_token)
-        self.expert_width = Fraction(experts.width, config.base_expert_width)
-        self.depth = Depth(model, config.base_layers, config.depth_alpha)
+    def __init__(
+        self,
+        config: ParameterizationConfig,
+        model: ModelConfig,
+        optimizer: OptimizerConfig | None,
+        scale: RunScale | None,
+    ) -> None:
+        super().__init__(config, model, optimizer, scale)
+        assert isinstance(model, MoEModel), model
+        experts, base = model.experts, self.config
+        self.experts = Fraction(experts.num_experts, base.base_experts)
+        self.visits = Fraction(experts.experts_per_token, base.base_experts_per_token)
+        self.expert_width = Fraction(experts.width, base.base_expert_width)
+        self.depth = Depth(model, base.base_layers, base.depth_alpha)
 
     @property
     @override
@@ -99,11 +106,8 @@ class MSSPMultipliers(Multipliers):
             own = self._elements(spec.role) if rule.scales_with_root_of_size else 1
             return float(self._sgd(spec.role)) / math.sqrt(own)
         assert rule.rates is Rates.ADAM, rule.name
-        if spec.role in (Role.INPUT, Role.VECTOR):
-            return 1.0
-        if spec.role is Role.EXPERT_DOWN and self.config.regime == "II":
-            return 1.0
-        return float(1 / self.m)
+        alone = spec.role is Role.EXPERT_DOWN and self.config.regime == "II"
+        return 1.0 if alone or spec.role in (Role.INPUT, Role.VECTOR) else float(1 / self.m)
 
     @override
     def other_rate(self, spec: ParamSpec) -> float:
@@ -111,17 +115,16 @@ class MSSPMultipliers(Multipliers):
 
     @override
     def epsilon(self, spec: ParamSpec) -> float:
-        return float(self._epsilon(spec.role)) * self.depth.epsilon(spec)
-
-    def _epsilon(self, role: Role) -> Fraction:
-        n, experts, regime = self.m, self.experts, self.config.regime
+        n, experts, regime, role = self.m, self.experts, self.config.regime, spec.role
         if role is Role.OUTPUT:
-            return Fraction(1)
-        if regime == "I" or role in (Role.INPUT, Role.VECTOR, Role.HIDDEN):
-            return 1 / n
-        if role is Role.ROUTER or (regime == "II" and role is Role.EXPERT_UP):
-            return 1 / experts
-        return 1 / (n * experts)
+            grown = Fraction(1)
+        elif regime == "I" or role in (Role.INPUT, Role.VECTOR, Role.HIDDEN):
+            grown = n
+        elif role is Role.ROUTER or (regime == "II" and role is Role.EXPERT_UP):
+            grown = experts
+        else:
+            grown = n * experts
+        return float(1 / grown) * self.depth.epsilon(spec)
 
     def _sgd(self, role: Role) -> Fraction:
         n, experts, regime = self.m, self.experts, self.config.regime

@@ -106,15 +106,7 @@ def mup_rate(
         case Rates.SPHERES:
             return 1.0
         case Rates.SGD:
-            sgd = {Role.ROUTER: 1 / m}.get(spec.role, Fraction(1) if _square(spec) else m)
-            own = elements(spec, m) if rule.scales_with_root_of_size else 1
+            both_grow = spec.role in MATRICES and spec.role is not Role.ROUTER
+            sgd = {Role.ROUTER: 1 / m}.get(spec.role, Fraction(1) if both_grow else m)
+            own = (m * m if both_grow else m) if rule.scales_with_root_of_size else 1
             return float(sgd) / math.sqrt(own)
-
-
-def _square(spec: ParamSpec) -> bool:
-    return spec.role in (Role.HIDDEN, Role.EXPERT_UP, Role.EXPERT_DOWN)
-
-
-def elements(spec: ParamSpec, m: Fraction) -> Fraction:
-    """Return how many times the elements of one matrix those at the base are."""
-    return m * m if _square(spec) else m

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing_extensions import override
 
 from allometry.configs.errors import UserError
-from allometry.configs.model import ModelConfig, MuPPlusPlus
+from allometry.configs.model import ModelConfig, MuPPlusPlus, ParameterizationConfig
 from allometry.configs.optimization import OptimizerConfig
 from allometry.scaling.parameterizations.base import ForwardScales, RunScale
 from allometry.scaling.parameterizations.mup import MuPMultipliers
@@ -27,22 +27,22 @@ class MuPPlusPlusMultipliers(MuPMultipliers):
 
     columns = MuPMultipliers.columns - {Rates.SGD}
 
+    config: MuPPlusPlus
+
     def __init__(
         self,
-        config: MuPPlusPlus,
+        config: ParameterizationConfig,
         model: ModelConfig,
         optimizer: OptimizerConfig | None,
         scale: RunScale | None,
     ) -> None:
-        super().__init__(config, model, optimizer)
-        self._batch_rule = config.batch_rule
-        self._l = model.num_layers / config.base_layers
-        tokens = config.base_batch_tokens
-        self._b = scale.batch_tokens / tokens if scale and tokens else 1.0
+        super().__init__(config, model, optimizer, scale)
+        self._batch_rule = self.config.batch_rule
+        self._b = self.growth("batch_tokens", self.config.base_batch_tokens)
         kind = self.optimizer_kind
-        if config.batch_rule != "sqrt" and not any(r.second_moment for r in rules_of(kind)):
+        if self._batch_rule != "sqrt" and not any(r.second_moment for r in rules_of(kind)):
             raise UserError(
-                f"parameterization.batch_rule={config.batch_rule} says how a second moment "
+                f"parameterization.batch_rule={self._batch_rule} says how a second moment "
                 f"forgets, and optimizer.kind={kind} has none; use batch_rule: sqrt"
             )
         beta2: float | None = getattr(optimizer, "beta2", None)
@@ -63,7 +63,7 @@ class MuPPlusPlusMultipliers(MuPMultipliers):
     def other_rate(self, spec: ParamSpec) -> float:
         """Return 1/√l x √b."""
         batch = 1.0 if self._batch_rule == "sdew" else math.sqrt(self._b)
-        return batch / math.sqrt(self._l)
+        return batch / math.sqrt(self.model.num_layers / self.config.base_layers)
 
     @override
     def other_decay(self, spec: ParamSpec) -> float:
