@@ -33,8 +33,7 @@ class Degrees:
 def resolve_degrees(parallel: ParallelConfig, world_size: int) -> Degrees:
     """Return the axes of the mesh on this many ranks.
 
-    Raises:
-        UserError: the degrees do not multiply to ``world_size`` or do not divide one another.
+    Raises UserError for degrees that do not multiply to ``world_size`` or divide one another.
     """
     pp, tp = parallel.pp, parallel.tp
     others = pp * tp
@@ -48,9 +47,8 @@ def resolve_degrees(parallel: ParallelConfig, world_size: int) -> Degrees:
     else:
         hdp = parallel.hdp
         if hdp * others != world_size:
-            fits = f"set parallel.hdp={world_size // others} or auto, or " * (
-                world_size % others == 0
-            )
+            fits = f"set parallel.hdp={world_size // others} or auto, or "
+            fits *= world_size % others == 0
             raise UserError(
                 f"parallel.hdp={hdp} (with pp={pp} and tp={tp}) needs {hdp * others} ranks, but "
                 f"there {'is' if world_size == 1 else 'are'} {world_size}; {fits}start "

@@ -5,6 +5,7 @@ Pure and without torch, so that trainer, dry run and planner ask the same functi
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -44,11 +45,8 @@ class Layout:
         """Return the layout of this run on this many ranks.
 
         ``costs``: time of the embedding, of each layer and of the head, where the split is to be
-        by measurement; FLOPs stand in for them until they are known.
-
-        Raises:
-            UserError: the ranks do not fit the degrees, the model or the batch; it names the key,
-                its value and what would be valid.
+        by measurement; FLOPs stand in for them until they are known. Raises UserError where the
+        ranks do not fit the degrees, the model or the batch: key, value and what would be valid.
         """
         degrees = resolve_degrees(config.parallel, world_size)
         _check_tensor(config, degrees.tp)
@@ -57,16 +55,15 @@ class Layout:
             check_batch(config.batch, degrees.hdp)
         check_context(config, degrees)
         _check_dropout(config, degrees)
-        split = config.parallel.pipeline.split
+        pipeline = config.parallel.pipeline
+        split = pipeline.split
         if degrees.pp == 1:
             if not isinstance(split, str) and split != (config.model.num_layers,):
                 raise UserError(
                     f"parallel.pipeline.split={list(split)} needs stages, but parallel.pp=1; set "
                     "parallel.pp or use split: flops"
                 )
-            layers = range(config.model.num_layers)
-            return cls(degrees, config.parallel.pipeline.schedule, (layers,))
-        pipeline = config.parallel.pipeline
+            return cls(degrees, pipeline.schedule, (range(config.model.num_layers),))
         _check_halves(config)
         count = _stage_count(pipeline, degrees.pp, config.model.num_layers)
         if config.data.kind == "sequences":
@@ -112,9 +109,7 @@ def split_layers(costs: Sequence[float], stages: int) -> tuple[range, ...]:
     """
     first, *layers, last = costs
     assert 1 <= stages <= len(layers), (stages, len(layers))
-    before = [0.0]
-    for cost in layers:
-        before.append(before[-1] + cost)
+    before = list(itertools.accumulate(layers, initial=0.0))
 
     def price(stage: int, start: int, stop: int) -> float:
         ends = (first if stage == 0 else 0.0) + (last if stage == stages - 1 else 0.0)
@@ -165,15 +160,14 @@ def _check_tensor(config: RunConfig, tp: int) -> None:
 
 
 def _check_expert(model: ModelConfig, ep: int) -> None:
-    if ep == 1:
-        return
     if not isinstance(model, MoEModel):
+        if ep == 1:
+            return
         raise UserError(
             f"parallel.ep={ep} needs experts, but model.kind={model.kind} has none; use "
             "parallel.ep=1 or model.kind=moe"
         )
-    number = model.experts.num_experts
-    if number % ep:
+    if (number := model.experts.num_experts) % ep:
         raise UserError(
             f"parallel.ep={ep} must divide model.experts.num_experts={number}; use "
             f"{either(divisors(number))}"
@@ -286,5 +280,5 @@ def _stages(
             f"parallel.pipeline.split={list(numbers)} must be {count} positive numbers, one for "
             f"each stage, whose sum is model.num_layers={model.num_layers}; or use flops"
         )
-    ends = [sum(numbers[: i + 1]) for i in range(count)]
-    return tuple(range(end - number, end) for end, number in zip(ends, numbers, strict=True))
+    bounds = itertools.accumulate(numbers, initial=0)
+    return tuple(itertools.starmap(range, itertools.pairwise(bounds)))

@@ -12,7 +12,6 @@ from allometry.configs.errors import UserError
 from allometry.configs.model import ModelConfig, ParameterizationConfig
 from allometry.configs.optimization import Apollo, OptimizerConfig
 from allometry.configs.run import RunConfig
-from allometry.scaling.apollo_rank import check_ranks
 from allometry.scaling.batch import BatchPlan, total_steps
 from allometry.scaling.inventory import inventory
 from allometry.scaling.parameterizations.base import ForwardScales, Multipliers, Resolved, RunScale
@@ -23,7 +22,7 @@ from allometry.scaling.parameterizations.mup import MuPMultipliers
 from allometry.scaling.parameterizations.mupp import MuPPlusPlusMultipliers
 from allometry.scaling.parameterizations.sp import StandardMultipliers
 from allometry.scaling.roles import ParamSpec
-from allometry.scaling.update_rules import rule_of
+from allometry.scaling.update_rules import check_ranks, rule_of
 
 _TABLES: Mapping[str, type[Multipliers]] = {
     "sp": StandardMultipliers,

@@ -13,10 +13,8 @@ from allometry.configs.model import MSSP, ModelConfig, MoEModel, Parameterizatio
 from allometry.configs.optimization import OptimizerConfig
 from allometry.scaling.parameterizations.base import ForwardScales, InitKind, Multipliers, RunScale
 from allometry.scaling.parameterizations.completep import Depth
-from allometry.scaling.roles import ParamSpec, Role
+from allometry.scaling.roles import EXPERTS, ParamSpec, Role
 from allometry.scaling.update_rules import Rates, UpdateRule
-
-_EXPERTS = (Role.EXPERT_UP, Role.EXPERT_DOWN)
 
 
 class MSSPMultipliers(Multipliers):
@@ -97,7 +95,7 @@ class MSSPMultipliers(Multipliers):
     @override
     def alike(self, spec: ParamSpec) -> bool:
         """Whether all experts start equal: in regime III."""
-        return self.config.regime == "III" and spec.role in _EXPERTS
+        return self.config.regime == "III" and spec.role in EXPERTS
 
     @override
     def width_rate(self, spec: ParamSpec, rule: UpdateRule) -> float:
