@@ -88,14 +88,14 @@ class FolderWeights:
         return tensor
 
     def _files(self) -> list[Path]:
-        index = self.folder / INDEX
+        index, single = self.folder / INDEX, self.folder / SINGLE
         if not index.exists():
-            if not (self.folder / SINGLE).exists():
-                raise UserError(
-                    f"{self.folder} holds neither {SINGLE} nor {INDEX}; save the model in "
-                    "safetensors format there"
-                )
-            return [self.folder / SINGLE]
+            if single.exists():
+                return [single]
+            raise UserError(
+                f"{self.folder} holds neither {SINGLE} nor {INDEX}; save the model in "
+                "safetensors format there"
+            )
         names = sorted(set(dict(read_json(index).get("weight_map", {})).values()))
         if not names:
             raise UserError(f"{index} names no files; save the model there again")
@@ -136,6 +136,7 @@ def chosen_checkpoint(folder: RunFolder, step: int | None) -> Path:
     """Return the checkpoint of ``step``, or the latest; UserError if it is absent or damaged."""
     there = checkpoint.saved(folder)
     names = ", ".join(path.name for path in there) or "none"
+    latest = f"step-{step}"
     if step is None:
         if not there:
             raise UserError(f"{folder.path} has no checkpoint yet; train it first")
@@ -143,8 +144,6 @@ def chosen_checkpoint(folder: RunFolder, step: int | None) -> Path:
             latest = folder.latest.read_text(encoding="utf-8").strip()
         except OSError:
             latest = there[-1].name
-    else:
-        latest = f"step-{step}"
     path = folder.checkpoints / latest
     if path not in there:
         raise UserError(f"{folder.path} has no checkpoint {latest}; it has {names}")

@@ -111,7 +111,7 @@ class Monitors(Callback):
         every = self._config.singular_values_every_steps
         if every is not None and step % every == 0:
             singular = self._singular_values()
-            self._seen.setdefault(step, _nothing()).singular = singular
+            self._seen.setdefault(step, _Seen(*[torch.empty(0)] * 5)).singular = singular
 
     @override
     def additions(self, finished: FinishedStep) -> Row:
@@ -199,26 +199,17 @@ class Changes:
             *squared_norms_of_parts(updates),
             *squared_norms_of_parts(kept),
         ]
-        totals = self._whole.sums([*with_gradient * 2, *parameters * 2], partials)
-        values = iter(totals)
-        by_role = {group["role"]: group for group, _ in self._members()}
-        roles = {p: str(group["role"]) for group, p in self._members()}
-        assert set(by_role) <= set(_ROLES), by_role
+        values = iter(self._whole.sums([*with_gradient * 2, *parameters * 2], partials))
+        roles = {p: _ROLES.index(group["role"]) for group, p in self._members()}
         device = self._mesh.device
         sums = torch.zeros(len(_ROLES), len(_STEP_SUMS), dtype=torch.float64, device=device)
-        for column, over in (
-            (0, with_gradient),
-            (1, with_gradient),
-            (3, parameters),
-            (4, parameters),
-        ):
+        columns = {0: with_gradient, 1: with_gradient, 3: parameters, 4: parameters}
+        for column, over in columns.items():
             for p in over:
-                sums[_ROLES.index(roles[p]), column] += next(values).sum().to(device)
+                sums[roles[p], column] += next(values).sum().to(device)
         for p in parameters:
-            role = _ROLES.index(roles[p])
-            if p.grad is not None:
-                sums[role, 2] += p.numel()
-            sums[role, 5] += self._sampled(p)
+            sums[roles[p], 2] += p.numel() if p.grad is not None else 0
+            sums[roles[p], 5] += self._sampled(p)
         return sums, self._peaks()
 
     def _peaks(self) -> Tensor:
@@ -268,11 +259,6 @@ def _apart(parameter: Tensor) -> int:
     rows = parameter.shape[-2]
     experts = parameter.shape[0] if parameter.dim() == 3 else 1
     return max(1, min(rows, rows * experts // SAMPLED_ROWS))
-
-
-def _nothing() -> _Seen:
-    none = torch.empty(0)
-    return _Seen(none, none, none, none, none)
 
 
 def _all_reduce_max(tensor: Tensor, mesh: Mesh, axis: AxisName) -> None:
