@@ -78,8 +78,6 @@ _SIZES = frozenset(
     ]
 )
 _EXPERT_SIZES: Mapping[Family, frozenset[str]] = {
-    "llama": frozenset(),
-    "qwen3": frozenset(),
     "mixtral": frozenset({"num_local_experts", "num_experts_per_tok"}),
     "qwen3_moe": frozenset(
         [
@@ -317,7 +315,7 @@ def _check_features(values: Mapping[str, Any], family: Family, where: str) -> No
             f"{where}: layer_types has {min(kinds)!r}, which is not supported; only "
             "'full_attention' is"
         )
-    known = _WITHOUT_EFFECT | _FIXED.keys() | _SIZES | _EXPERT_SIZES[family]
+    known = _WITHOUT_EFFECT | _FIXED.keys() | _SIZES | _EXPERT_SIZES.get(family, frozenset())
     for key in sorted(values.keys() - known):
         # Old files spell out absent features with null, false, 0 and empty lists.
         if values[key]:

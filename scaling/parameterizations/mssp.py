@@ -125,29 +125,16 @@ class MSSPMultipliers(Multipliers):
         return float(1 / grown) * self.depth.epsilon(spec)
 
     def _sgd(self, role: Role) -> Fraction:
-        n, experts, regime = self.m, self.experts, self.config.regime
-        match role:
-            case Role.INPUT | Role.VECTOR:
-                return n
-            case Role.HIDDEN:
-                return Fraction(1)
-            case Role.OUTPUT:
-                return 1 / n
-            case Role.ROUTER:
-                return {"I": 1 / n, "II": experts / n, "III": Fraction(1)}[regime]
-            case Role.EXPERT_UP:
-                return {"I": Fraction(1), "II": experts / n, "III": experts}[regime]
-            case Role.EXPERT_DOWN:
-                return {"I": Fraction(1), "II": experts * n, "III": experts}[regime]
+        n, experts, one = self.m, self.experts, Fraction(1)
+        mixture = {
+            "I": (1 / n, one, one),
+            "II": (experts / n, experts / n, experts * n),
+            "III": (one, experts, experts),
+        }[self.config.regime]
+        of_experts = zip((Role.ROUTER, *EXPERTS), mixture, strict=True)
+        return {Role.HIDDEN: one, Role.OUTPUT: 1 / n, **dict(of_experts)}.get(role, n)
 
     def _elements(self, role: Role) -> Fraction:
         """Elements of one matrix over those at the base; each expert is one."""
-        match role:
-            case Role.HIDDEN:
-                return self.m * self.m
-            case Role.ROUTER:
-                return self.m * self.experts
-            case Role.EXPERT_UP | Role.EXPERT_DOWN:
-                return self.m * self.expert_width
-            case _:
-                return self.m
+        other = dict.fromkeys(EXPERTS, self.expert_width)
+        return self.m * {**other, Role.HIDDEN: self.m, Role.ROUTER: self.experts}.get(role, 1)

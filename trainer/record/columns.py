@@ -154,9 +154,6 @@ _LOOP = (
     ),
     Column("loss/SOURCE", "nats", "the same of a source's targets", lambda s: s.losses),
     Column("tokens/SOURCE", "tokens", "read so far of a source", lambda s: s.ledger),
-)
-
-_EVALUATION = (
     Column(
         "validation/SOURCE",
         "nats",
@@ -259,7 +256,7 @@ _FORECAST = tuple(
     )
 )
 
-COLUMNS = (*_LOOP, *_EVALUATION, *_ROUTERS, *_PLANS, *_MONITORS, *_FORECAST)
+COLUMNS = (*_LOOP, *_ROUTERS, *_PLANS, *_MONITORS, *_FORECAST)
 
 
 def row_of(finished: FinishedStep) -> Row:
