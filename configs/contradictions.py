@@ -32,7 +32,27 @@ def contradiction(
     problem = _mssp(parameterization, model) if isinstance(parameterization, MSSP) else None
     if problem is not None or optimizer is None:
         return problem
-    return _of_optimizer(parameterization, optimizer)
+    on_spheres = isinstance(optimizer, OnSphere)
+    if isinstance(parameterization, HyperP):
+        if not on_spheres:
+            kinds = " or ".join(s.model_fields["kind"].default for s in OnSphere.__subclasses__())
+            return (
+                f"optimizer.kind={optimizer.kind} contradicts parameterization.kind=hyperp, whose "
+                f"matrices keep their norms; use optimizer.kind: {kinds}"
+            )
+        if optimizer.weight_decay:
+            return (
+                f"optimizer.weight_decay={optimizer.weight_decay:g} contradicts "
+                "parameterization.kind=hyperp, whose norms are fixed; set weight_decay: 0"
+            )
+    # mssp starts heads from zeros, but knows no rates for spheres at all, whatever the head.
+    zero_head = getattr(parameterization, "zero_head", False)
+    if on_spheres and zero_head and not isinstance(parameterization, MSSP):
+        return (
+            f"parameterization.zero_head=true contradicts optimizer.kind={optimizer.kind}: a "
+            "matrix of zeros on its sphere stays zero; set zero_head: false"
+        )
+    return None
 
 
 def _mssp(parameterization: MSSP, model: ModelConfig) -> str | None:
@@ -60,30 +80,4 @@ def _mssp(parameterization: MSSP, model: ModelConfig) -> str | None:
                 f"regime {regime} of mssp holds fixed; keep it or choose another "
                 "regime"
             )
-    return None
-
-
-def _of_optimizer(
-    parameterization: ParameterizationConfig, optimizer: OptimizerConfig
-) -> str | None:
-    on_spheres = isinstance(optimizer, OnSphere)
-    if isinstance(parameterization, HyperP):
-        if not on_spheres:
-            kinds = " or ".join(s.model_fields["kind"].default for s in OnSphere.__subclasses__())
-            return (
-                f"optimizer.kind={optimizer.kind} contradicts parameterization.kind=hyperp, whose "
-                f"matrices keep their norms; use optimizer.kind: {kinds}"
-            )
-        if optimizer.weight_decay:
-            return (
-                f"optimizer.weight_decay={optimizer.weight_decay:g} contradicts "
-                "parameterization.kind=hyperp, whose norms are fixed; set weight_decay: 0"
-            )
-    # mssp starts heads from zeros, but knows no rates for spheres at all, whatever the head.
-    zero_head = getattr(parameterization, "zero_head", False)
-    if on_spheres and zero_head and not isinstance(parameterization, MSSP):
-        return (
-            f"parameterization.zero_head=true contradicts optimizer.kind={optimizer.kind}: a "
-            "matrix of zeros on its sphere stays zero; set zero_head: false"
-        )
     return None

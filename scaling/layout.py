@@ -54,7 +54,12 @@ class Layout:
         if config.data.kind == "sequences":
             check_batch(config.batch, degrees.hdp)
         check_context(config, degrees)
-        _check_dropout(config, degrees)
+        for name, degree in (("pp", degrees.pp), ("tp", degrees.tp)):
+            if config.model.dropout and degree > 1:
+                raise UserError(
+                    f"model.dropout={config.model.dropout} with parallel.{name}={degree}: its "
+                    f"masks would depend on the layout; set model.dropout: 0 or parallel.{name}: 1"
+                )
         pipeline = config.parallel.pipeline
         split = pipeline.split
         if degrees.pp == 1:
@@ -172,15 +177,6 @@ def _check_expert(model: ModelConfig, ep: int) -> None:
             f"parallel.ep={ep} must divide model.experts.num_experts={number}; use "
             f"{either(divisors(number))}"
         )
-
-
-def _check_dropout(config: RunConfig, degrees: Degrees) -> None:
-    for name, degree in (("pp", degrees.pp), ("tp", degrees.tp)):
-        if config.model.dropout and degree > 1:
-            raise UserError(
-                f"model.dropout={config.model.dropout} with parallel.{name}={degree}: its masks "
-                f"would depend on the layout; set model.dropout: 0 or parallel.{name}: 1"
-            )
 
 
 def _check_halves(config: RunConfig) -> None:

@@ -240,7 +240,11 @@ def folds(model: ModelConfig, scales: ForwardScales) -> tuple[Fold, ...]:
     if scales.attention != usual:
         # A factor of the queries; rotation commutes with it, their norm would undo it.
         target = "attention.q_norm" if model.qk_norm else "attention.wq"
-        folding.append(Fold("attention", _snapped(scales.attention / usual), (target,)))
+        # What is a power of two but for the rounding of square roots is made one.
+        factor = scales.attention / usual
+        near = 2.0 ** round(math.log2(factor))
+        factor = near if math.isclose(factor, near, rel_tol=1e-14) else factor
+        folding.append(Fold("attention", factor, (target,)))
     if scales.residual != 1.0:
         targets = ["attention.wo"]
         if isinstance(model, MoEModel):
@@ -264,12 +268,6 @@ def folds(model: ModelConfig, scales: ForwardScales) -> tuple[Fold, ...]:
             )
         folding.append(Fold(scale, factor, (target,)))
     return tuple(folding)
-
-
-def _snapped(factor: float) -> float:
-    """Return the power of two that ``factor`` is but for the rounding of square roots, or it."""
-    near = 2.0 ** round(math.log2(factor))
-    return near if math.isclose(factor, near, rel_tol=1e-14) else factor
 
 
 def folded(name: str, tensor: Tensor, folding: Collection[Fold]) -> Tensor:

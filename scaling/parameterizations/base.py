@@ -85,7 +85,7 @@ class Multipliers(ABC):
     ) -> None:
         self.config, self.model, self.optimizer, self.scale = config, model, optimizer, scale
         self.optimizer_kind = optimizer.kind if optimizer else self.default_optimizer
-        self._check_columns()
+        self.check()
         base_width: int | None = getattr(config, "base_width", None)
         # Fractions, so that what is 1 at the base is exactly 1 and nothing drifts by rounding.
         self.m = Fraction(model.width, base_width or model.width)
@@ -164,7 +164,8 @@ class Multipliers(ABC):
                 factor = 1.0 / lr
         return factor * self.other_decay(spec)
 
-    def _check_columns(self) -> None:
+    def check(self) -> None:
+        """Raise UserError for an optimizer with a rule for whose rates there is no column."""
         for rule in rules_of(self.optimizer_kind):
             if rule.rates in self.columns:
                 continue

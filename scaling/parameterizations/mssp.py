@@ -6,12 +6,12 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from functools import cached_property
 
 from typing_extensions import override
 
-from allometry.configs.model import MSSP, ModelConfig, MoEModel, ParameterizationConfig
-from allometry.configs.optimization import OptimizerConfig
-from allometry.scaling.parameterizations.base import ForwardScales, InitKind, Multipliers, RunScale
+from allometry.configs.model import MSSP, MoEModel
+from allometry.scaling.parameterizations.base import ForwardScales, InitKind, Multipliers
 from allometry.scaling.parameterizations.completep import Depth
 from allometry.scaling.roles import EXPERTS, ParamSpec, Role
 from allometry.scaling.update_rules import Rates, UpdateRule
@@ -46,33 +46,32 @@ class MSSPMultipliers(Multipliers):
     """
 
     config: MSSP
+    model: MoEModel
     columns = frozenset({Rates.ADAM, Rates.SGD})
 
-    def __init__(
-        self,
-        config: ParameterizationConfig,
-        model: ModelConfig,
-        optimizer: OptimizerConfig | None,
-        scale: RunScale | None,
-    ) -> None:
-        super().__init__(config, model, optimizer, scale)
-        assert isinstance(model, MoEModel), model
-        experts, base = model.experts, self.config
-        self.experts = Fraction(experts.num_experts, base.base_experts)
-        self.visits = Fraction(experts.experts_per_token, base.base_experts_per_token)
-        self.expert_width = Fraction(experts.width, base.base_expert_width)
-        self.depth = Depth(model, base.base_layers, base.depth_alpha)
+    @cached_property
+    def depth(self) -> Depth:
+        """The multipliers that follow from depth."""
+        return Depth(self.model, self.config.base_layers, self.config.depth_alpha)
+
+    @property
+    def experts(self) -> Fraction:
+        """M, the number of experts relative to the base."""
+        return Fraction(self.model.experts.num_experts, self.config.base_experts)
 
     @property
     @override
     def forward(self) -> ForwardScales:
         """The sum over experts x K^-α; the head has no factor, as its σ and lr shrink."""
+        visits = self.model.experts.experts_per_token
         return ForwardScales(
             embedding=1.0,
             residual=self.depth.branch,
             attention=self.scores(self.config.base_head_dim),
             output=1.0,
-            experts=1.0 if self.config.regime == "I" else float(1 / self.visits),
+            experts=1.0
+            if self.config.regime == "I"
+            else self.config.base_experts_per_token / visits,
         )
 
     @override
@@ -136,5 +135,6 @@ class MSSPMultipliers(Multipliers):
 
     def _elements(self, role: Role) -> Fraction:
         """Elements of one matrix over those at the base; each expert is one."""
-        other = dict.fromkeys(EXPERTS, self.expert_width)
+        width = Fraction(self.model.experts.width, self.config.base_expert_width)
+        other = dict.fromkeys(EXPERTS, width)
         return self.m * {**other, Role.HIDDEN: self.m, Role.ROUTER: self.experts}.get(role, 1)
