@@ -11,7 +11,7 @@ from allometry.configs.data import DocumentData
 from allometry.configs.errors import UserError
 from allometry.configs.execution import ContextConfig
 from allometry.configs.run import RunConfig
-from allometry.scaling.degrees import Degrees, divisors, either
+from allometry.scaling.degrees import Degrees, check_divides
 
 
 def mode_of(config: RunConfig, degrees: Degrees) -> Literal["free", "aligned", "lockstep"]:
@@ -56,11 +56,7 @@ def check_context(config: RunConfig, degrees: Degrees) -> None:
 def _check_policy(config: RunConfig, degrees: Degrees) -> None:
     context, stage = config.parallel.context, config.parallel.zero.stage
     if context.policy == "static":
-        if degrees.hdp % context.degree:
-            raise UserError(
-                f"parallel.context.degree={context.degree} must divide hdp={degrees.hdp}; use "
-                f"{either(divisors(degrees.hdp))}"
-            )
+        check_divides("parallel.context.degree", context.degree, "hdp", degrees.hdp)
         if context.offload != "none":
             raise UserError(
                 f"parallel.context.offload={context.offload} saves ranks that policy: static gives "

@@ -55,16 +55,17 @@ def resolve_degrees(parallel: ParallelConfig, world_size: int) -> Degrees:
                 f"{hdp * others} ranks (torchrun --nproc-per-node)"
             )
     replicas, ep = parallel.zero.replicas, parallel.ep
-    if hdp % replicas:
-        raise UserError(
-            f"parallel.zero.replicas={replicas} must divide hdp={hdp}; use {either(divisors(hdp))}"
-        )
-    if (hdp // replicas) % ep:
-        whole = f"hdp={hdp}" if replicas == 1 else f"hdp/replicas={hdp // replicas}"
-        raise UserError(
-            f"parallel.ep={ep} must divide {whole}; use {either(divisors(hdp // replicas))}"
-        )
+    check_divides("parallel.zero.replicas", replicas, "hdp", hdp)
+    check_divides("parallel.ep", ep, "hdp" if replicas == 1 else "hdp/replicas", hdp // replicas)
     return Degrees(pp=pp, hdp=hdp, tp=tp, ep=ep, replicas=replicas)
+
+
+def check_divides(key: str, value: int, name: str, whole: int, common: int | None = None) -> None:
+    """Raise UserError unless ``value`` divides ``whole``; ``common``: whose divisors would fit."""
+    if whole % value:
+        raise UserError(
+            f"{key}={value} must divide {name}={whole}; use {either(divisors(common or whole))}"
+        )
 
 
 def divisors(number: int) -> list[int]:

@@ -18,7 +18,7 @@ from allometry.configs.run import RunConfig
 from allometry.scaling.batch import BatchPlan, check_batch
 from allometry.scaling.context import check_context, check_offload
 from allometry.scaling.count import layer_flops
-from allometry.scaling.degrees import Degrees, divisors, either, resolve_degrees
+from allometry.scaling.degrees import Degrees, check_divides, either, resolve_degrees
 
 V_SCHEDULES = ("zbv_zero_bubble", "dualpipe_v")
 """Schedules whose stages run down the ranks and back up: the first and the last share a rank."""
@@ -158,10 +158,7 @@ def _check_tensor(config: RunConfig, tp: int) -> None:
         )
     common = math.gcd(*cut.values())
     for name, size in cut.items():
-        if size % tp:
-            raise UserError(
-                f"parallel.tp={tp} must divide {name}={size}; use {either(divisors(common))}"
-            )
+        check_divides("parallel.tp", tp, name, size, common)
 
 
 def _check_expert(model: ModelConfig, ep: int) -> None:
@@ -172,11 +169,7 @@ def _check_expert(model: ModelConfig, ep: int) -> None:
             f"parallel.ep={ep} needs experts, but model.kind={model.kind} has none; use "
             "parallel.ep=1 or model.kind=moe"
         )
-    if (number := model.experts.num_experts) % ep:
-        raise UserError(
-            f"parallel.ep={ep} must divide model.experts.num_experts={number}; use "
-            f"{either(divisors(number))}"
-        )
+    check_divides("parallel.ep", ep, "model.experts.num_experts", model.experts.num_experts)
 
 
 def _check_halves(config: RunConfig) -> None:

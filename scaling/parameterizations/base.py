@@ -50,10 +50,10 @@ class ForwardScales:
     ``attention`` the scores q·k, ``output`` the logits, ``experts`` the sum over routed experts.
     """
 
-    embedding: float
-    residual: float
-    attention: float
-    output: float
+    embedding: float = 1.0
+    residual: float = 1.0
+    attention: float = 1.0
+    output: float = 1.0
     experts: float = 1.0
 
 

@@ -46,7 +46,6 @@ class HyperPMultipliers(Multipliers):
         """Branches x 1/√(2 L), at the base as well; scores √(base head width)/H."""
         divided = self.config.output_multiplier == "1/m"
         return ForwardScales(
-            embedding=1.0,
             residual=1.0 / math.sqrt(2 * self.model.num_layers),
             attention=self.scores(self.config.base_head_dim),
             output=float(1 / self.m) if divided else 1.0,

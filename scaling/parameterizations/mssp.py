@@ -65,10 +65,8 @@ class MSSPMultipliers(Multipliers):
         """The sum over experts x K^-α; the head has no factor, as its σ and lr shrink."""
         visits = self.model.experts.experts_per_token
         return ForwardScales(
-            embedding=1.0,
             residual=self.depth.branch,
             attention=self.scores(self.config.base_head_dim),
-            output=1.0,
             experts=1.0
             if self.config.regime == "I"
             else self.config.base_experts_per_token / visits,

@@ -58,12 +58,8 @@ class MuPMultipliers(Multipliers):
     @override
     def forward(self) -> ForwardScales:
         """Logits are divided by m, scores by H where the head's width grows."""
-        return ForwardScales(
-            embedding=1.0,
-            residual=1.0,
-            attention=self.scores(self.config.base_head_dim),
-            output=float(1 / self.m),
-        )
+        scores = self.scores(self.config.base_head_dim)
+        return ForwardScales(attention=scores, output=float(1 / self.m))
 
     @override
     def initial(self, spec: ParamSpec) -> tuple[InitKind, float]:

@@ -25,7 +25,7 @@ class StandardMultipliers(Multipliers):
     @override
     def forward(self) -> ForwardScales:
         """Scores are divided by √H; nothing else is scaled."""
-        return ForwardScales(embedding=1.0, residual=1.0, attention=self.scores(None), output=1.0)
+        return ForwardScales(attention=self.scores(None))
 
     @override
     def initial(self, spec: ParamSpec) -> tuple[InitKind, float]:

@@ -113,10 +113,14 @@ class Display(Callback):
     def on_start(self, facts: dict[str, Any], first_step: int) -> None:
         plan, layout = facts["plan"], facts["layout"]
         self._first, self._total = first_step, plan["total_steps"]
+        # The degrees that are not 1, hdp always, and the pipeline's schedule.
+        names = [n for n in ("pp", "hdp", "tp", "ep") if n == "hdp" or layout.get(n, 1) > 1]
+        axes = " ".join(f"{name}={layout[name]}" for name in names)
+        axes += f" {layout['schedule']}" if "schedule" in layout else ""
         self._say(
             f"model {human(plan['parameters']['total'])} parameters | "
             f"{human(plan['total_tokens'])} tokens in {plan['total_steps']} steps | "
-            f"{layout['world_size']} x {facts['hardware']['device']}, {_axes(layout)}, "
+            f"{layout['world_size']} x {facts['hardware']['device']}, {axes}, "
             f"ZeRO {layout['zero_stage']}, {facts['compute_dtype']} | "
             f"allocator {facts['allocator']}"
         )
@@ -231,10 +235,3 @@ def standard_callbacks(record: RecordConfig, folder: RunFolder) -> list[Callback
     if record.wandb is not None:
         chosen.append(WeightsAndBiases(record.wandb, folder))
     return chosen
-
-
-def _axes(layout: dict[str, Any]) -> str:
-    """The degrees that are not 1, hdp always, and the pipeline's schedule."""
-    names = [n for n in ("pp", "hdp", "tp", "ep") if n == "hdp" or layout.get(n, 1) > 1]
-    axes = " ".join(f"{name}={layout[name]}" for name in names)
-    return f"{axes} {layout['schedule']}" if "schedule" in layout else axes
