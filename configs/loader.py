@@ -73,10 +73,8 @@ def validate_as(root: type[Root], tree: Tree) -> Root:
 
 def dump(config: RunConfig) -> str:
     """YAML text that ``load`` reads back as an equal run; every default is written out."""
-    out = StringIO()
-    yaml = YAML(typ="rt")
-    yaml.default_flow_style = False
-    yaml.width = 100
+    out, yaml = StringIO(), YAML(typ="rt")
+    yaml.default_flow_style, yaml.width = False, 100
     yaml.dump(config.model_dump(mode="json"), out)
     return out.getvalue()
 

@@ -46,15 +46,12 @@ class Tree:
             if isinstance(holder, list):
                 holder = holder[_index(holder, key, path, place)]
                 continue
-            inner = holder.get(key)
-            inner = list(inner) if isinstance(inner, list) else inner
-            if inner is None:
-                inner = {}
+            inner = {} if holder.get(key) is None else holder[key]
             if not isinstance(inner, dict | list):
                 name = ".".join(map(str, path[: depth + 1]))
                 raise ConfigError(f"{place}: {name} is a single value and has no key {path[-1]!r}")
-            holder[key] = inner
-            holder = inner
+            holder[key] = list(inner) if isinstance(inner, list) else inner
+            holder = holder[key]
         last = path[-1]
         if isinstance(holder, list):
             last = _index(holder, last, path, place)
@@ -68,11 +65,11 @@ class Tree:
 
 
 def _index(holder: list[Any], key: str | int, path: KeyPath, place: str) -> int:
-    name = ".".join(map(str, path))
     try:
         index = int(key)
         holder[index]
     except (ValueError, IndexError):
+        name = ".".join(map(str, path))
         raise ConfigError(
             f"{place}: {name} does not exist; the list has items 0 to {len(holder) - 1}"
         ) from None

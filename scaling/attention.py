@@ -26,10 +26,6 @@ class AttentionCall(NamedTuple):
     compiled: bool
 
 
-def _log_sum_exp(heads: int, length: int, compute_bytes: int) -> int:
-    return 4 * heads
-
-
 class AttentionBackend(NamedTuple):
     """One way to compute causal attention within documents.
 
@@ -38,13 +34,13 @@ class AttentionBackend(NamedTuple):
     call, and selective checkpointing keeps their results. ``package``: what must be installed
     beside torch, by import name, and ``install`` how.
     ``kept_bytes(heads, length, compute_bytes)``: bytes for each token that a backward needs beside
-    queries, keys, values and output.
+    queries, keys, values and output; the log-sum-exp in fp32 unless said.
     """
 
     name: str
     suits: Callable[[AttentionCall], bool]
     operators: tuple[str, ...]
-    kept_bytes: Callable[[int, int, int], int] = _log_sum_exp
+    kept_bytes: Callable[[int, int, int], int] = lambda heads, length, compute_bytes: 4 * heads
     devices: tuple[str, ...] | None = None
     package: str | None = None
     install: str = ""

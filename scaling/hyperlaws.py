@@ -277,7 +277,30 @@ LAWS: tuple[Law, ...] = (
 
 def suggest(target: Target, laws: Sequence[Law] = LAWS) -> tuple[Suggestion, ...]:
     """Return what every law says of the target, in the order of the laws."""
-    return tuple(_apply(law, target) for law in laws)
+    suggestions = []
+    for law in laws:
+        ranges = law.fitted.get(target.kind, ())
+        refused = None
+        if not ranges:
+            kinds = " and ".join(law.fitted)
+            refused = f"fitted on {kinds} models only, not on {target.kind} ones"
+        values = law.evaluate(target) if ranges else Values()
+        batch = values.batch_tokens
+        fitted = (f"{_NAMES[r.quantity]} {r.low:.3g} to {r.high:.3g}" for r in ranges)
+        suggestion = Suggestion(
+            law=law.name,
+            source=law.source,
+            setting=law.setting,
+            schedule=law.schedule,
+            fitted=", ".join(fitted),
+            lr=values.lr,
+            batch_tokens=None if batch is None else round(batch),
+            outside=tuple(filter(None, (r.objection(target) for r in ranges))),
+            notes=values.notes,
+            refused=refused,
+        )
+        suggestions.append(suggestion)
+    return tuple(suggestions)
 
 
 def disagreements(suggestions: Sequence[Suggestion], octaves: float = 1.0) -> list[str]:
@@ -300,25 +323,3 @@ def disagreements(suggestions: Sequence[Suggestion], octaves: float = 1.0) -> li
                     "sweep between them at a small size"
                 )
     return sentences
-
-
-def _apply(law: Law, target: Target) -> Suggestion:
-    ranges = law.fitted.get(target.kind, ())
-    refused = None
-    if not ranges:
-        kinds = " and ".join(law.fitted)
-        refused = f"fitted on {kinds} models only, not on {target.kind} ones"
-    values = law.evaluate(target) if ranges else Values()
-    batch = values.batch_tokens
-    return Suggestion(
-        law=law.name,
-        source=law.source,
-        setting=law.setting,
-        schedule=law.schedule,
-        fitted=", ".join(f"{_NAMES[r.quantity]} {r.low:.3g} to {r.high:.3g}" for r in ranges),
-        lr=values.lr,
-        batch_tokens=None if batch is None else round(batch),
-        outside=tuple(filter(None, (r.objection(target) for r in ranges))),
-        notes=values.notes,
-        refused=refused,
-    )

@@ -166,14 +166,14 @@ def write_safetensors(
     Each part is what one call makes: its (name, bytes) pairs, known beforehand, and the call. A
     part is never divided; a file holds parts up to ``shard_bytes`` and at least one.
     """
-    shards: list[list[int]] = []
+    shards: list[list[Callable[[], dict[str, Tensor]]]] = []
     filled = 0
-    for number, (tensors, _) in enumerate(parts):
+    for tensors, make in parts:
         size = sum(nbytes for _, nbytes in tensors)
         if not shards or filled + size > shard_bytes:
             shards.append([])
             filled = 0
-        shards[-1].append(number)
+        shards[-1].append(make)
         filled += size
     single = len(shards) == 1
     weight_map: dict[str, str] = {}
@@ -181,8 +181,8 @@ def write_safetensors(
     for number, shard in enumerate(shards, start=1):
         file = SINGLE if single else f"model-{number:05}-of-{len(shards):05}.safetensors"
         held: dict[str, Tensor] = {}
-        for part in shard:
-            held |= parts[part][1]()
+        for make in shard:
+            held |= make()
         save_file(held, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(held, file)
         files.append(file)

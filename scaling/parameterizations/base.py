@@ -170,15 +170,11 @@ class Multipliers(ABC):
             if rule.rates in self.columns:
                 continue
             known = " and ".join(rates for rates in Rates if rates in self.columns)
-            others = ", ".join(
-                kind
-                for kind in OPTIMIZER_KINDS
-                if all(other.rates in self.columns for other in rules_of(kind))
-            )
+            fits = [k for k in OPTIMIZER_KINDS if {r.rates for r in rules_of(k)} <= self.columns]
             raise UserError(
                 f"optimizer.kind={self.optimizer_kind} contradicts parameterization.kind="
                 f"{self.config.kind}, whose learning rates are known for {known} only, while "
-                f"{rule.name} follows {rule.rates}; use optimizer.kind: {others}"
+                f"{rule.name} follows {rule.rates}; use optimizer.kind: {', '.join(fits)}"
             )
 
     def scores(self, base_head_dim: int | None) -> float:
