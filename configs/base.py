@@ -15,6 +15,11 @@ class Section(BaseModel):
     )
 
 
+def kind_unless_said(kind: str) -> BeforeValidator:
+    """Return what lets a section without ``kind`` be of this one."""
+    return BeforeValidator(lambda v: {"kind": kind, **v} if isinstance(v, dict) else v)
+
+
 def _whole(value: Any) -> Any:
     """Let ``1e9`` (a float in YAML 1.2) stand where a whole number is meant."""
     if isinstance(value, bool):

@@ -29,49 +29,9 @@ def contradiction(
             f"model.tied_embeddings=true contradicts parameterization.kind={kind}, whose embedding "
             "and head scale differently; set model.tied_embeddings: false"
         )
-    if isinstance(parameterization, MSSP):
-        problem = _mssp(parameterization, model)
-        if problem is not None:
-            return problem
-    return None if optimizer is None else _of_optimizer(parameterization, optimizer)
-
-
-def _mssp(parameterization: MSSP, model: ModelConfig) -> str | None:
-    if not isinstance(model, MoEModel):
-        return (
-            f"parameterization.kind=mssp contradicts model.kind={model.kind}, as its rules are "
-            "those of experts; use kind: mup or completep"
-        )
-    router, experts = model.router, model.experts
-    if router.gate != "sigmoid" or router.normalize:
-        return (
-            f"model.router.gate={router.gate} with normalize={str(router.normalize).lower()} "
-            "contradicts parameterization.kind=mssp, whose aggregation is a sum over plain sigmoid "
-            "gates with a power of experts_per_token; set gate: sigmoid and normalize: false"
-        )
-    fixed = {
-        "I": {
-            "num_experts": parameterization.base_experts,
-            "experts_per_token": parameterization.base_experts_per_token,
-        },
-        "II": {"width": parameterization.base_expert_width},
-        "III": {},
-    }[parameterization.regime]
-    for key, base in fixed.items():
-        value = getattr(experts, key)
-        if value != base:
-            name = {"width": "base_expert_width"}.get(key, f"base_{key.removeprefix('num_')}")
-            return (
-                f"model.experts.{key}={value} differs from parameterization.{name}={base}, which "
-                f"regime {parameterization.regime} of mssp holds fixed; keep it or choose another "
-                "regime"
-            )
-    return None
-
-
-def _of_optimizer(
-    parameterization: ParameterizationConfig, optimizer: OptimizerConfig
-) -> str | None:
+    problem = _mssp(parameterization, model) if isinstance(parameterization, MSSP) else None
+    if problem is not None or optimizer is None:
+        return problem
     on_spheres = isinstance(optimizer, OnSphere)
     if isinstance(parameterization, HyperP):
         if not on_spheres:
@@ -92,4 +52,32 @@ def _of_optimizer(
             f"parameterization.zero_head=true contradicts optimizer.kind={optimizer.kind}: a "
             "matrix of zeros on its sphere stays zero; set zero_head: false"
         )
+    return None
+
+
+def _mssp(parameterization: MSSP, model: ModelConfig) -> str | None:
+    if not isinstance(model, MoEModel):
+        return (
+            f"parameterization.kind=mssp contradicts model.kind={model.kind}, as its rules are "
+            "those of experts; use kind: mup or completep"
+        )
+    router = model.router
+    if router.gate != "sigmoid" or router.normalize:
+        return (
+            f"model.router.gate={router.gate} with normalize={str(router.normalize).lower()} "
+            "contradicts parameterization.kind=mssp, whose aggregation is a sum over plain sigmoid "
+            "gates with a power of experts_per_token; set gate: sigmoid and normalize: false"
+        )
+    for regime, key, name in (
+        ("I", "num_experts", "base_experts"),
+        ("I", "experts_per_token", "base_experts_per_token"),
+        ("II", "width", "base_expert_width"),
+    ):
+        value, base = getattr(model.experts, key), getattr(parameterization, name)
+        if regime == parameterization.regime and value != base:
+            return (
+                f"model.experts.{key}={value} differs from parameterization.{name}={base}, which "
+                f"regime {regime} of mssp holds fixed; keep it or choose another "
+                "regime"
+            )
     return None

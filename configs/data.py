@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
-from allometry.configs.base import Count, Section
+from allometry.configs.base import Count, Section, kind_unless_said
 
 
 class Source(Section):
@@ -64,14 +64,9 @@ class DocumentData(_TokenData):
     )
 
 
-def _sequences_unless_said(value: Any) -> Any:
-    """Let a section without ``kind`` be sequences."""
-    return {"kind": "sequences", **value} if isinstance(value, dict) else value
-
-
 DataConfig = Annotated[
     Annotated[SequenceData | DocumentData, Field(discriminator="kind")],
-    BeforeValidator(_sequences_unless_said),
+    kind_unless_said("sequences"),
 ]
 
 

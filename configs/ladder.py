@@ -9,12 +9,11 @@ from pydantic import Field, model_validator
 
 from allometry.configs.base import Count, Section
 from allometry.configs.errors import ConfigError
-from allometry.configs.loader import PRESET, ladder_presets, validate_as
+from allometry.configs.loader import PRESET, ladder_presets, locate, validate_as
 from allometry.configs.optimization import ScheduleConfig
 from allometry.configs.source import Tree, parse_file
 
-_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.]*$"
-Name = Annotated[str, Field(pattern=_NAME)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.]*$")]
 Ratio = Annotated[float, Field(gt=0.0)]
 Positive = Annotated[Count, Field(gt=0)]
 
@@ -174,27 +173,21 @@ class LadderConfig(Section):
             raise ValueError("give horizons: tokens_per_parameter, tokens or isoflop")
         if self.tokens_per_parameter and self.tokens:
             raise ValueError("give horizons as tokens_per_parameter or as tokens, not both")
-        for what, names in (
-            ("sizes", [size.label for size in self.rungs]),
-            ("schedules", [one.name for one in self.schedules]),
-            ("seeds", [str(seed) for seed in self.seeds]),
-        ):
+        sizes = [size.label for size in self.rungs]
+        schedules = [one.name for one in self.schedules]
+        seeds = [str(seed) for seed in self.seeds]
+        for what, names in (("sizes", sizes), ("schedules", schedules), ("seeds", seeds)):
             twice = sorted({name for name in names if names.count(name) > 1})
             if twice:
                 raise ValueError(f"{what}: {twice[0]} stands twice; remove or rename one")
-        self._check_names()
-        return self
-
-    def _check_names(self) -> None:
-        sizes = [size.label for size in self.rungs]
         for name in (self.isoflop.sizes if self.isoflop else None) or ():
             if name not in sizes:
                 raise ValueError(f"isoflop.sizes: {name} is not one of {', '.join(sizes)}")
-        schedules = [one.name for one in self.schedules]
         wanted = self.target.schedule if self.target else None
         if wanted is not None and wanted not in schedules:
             known = ", ".join(schedules) or "none, as the base's is used"
             raise ValueError(f"target.schedule: {wanted} is not among the schedules ({known})")
+        return self
 
     @property
     def rungs(self) -> tuple[Size, ...]:
@@ -208,7 +201,7 @@ def load_ladder(path: str | Path) -> tuple[LadderConfig, Tree]:
     ``base`` is then a path from here, or ``preset:NAME``. Raises ConfigError, one sentence with
     file, line and key.
     """
-    file = _locate(str(path))
+    file = locate(str(path), ladder_presets(), "ladder")
     tree = parse_file(file)
     kind = tree.data.get("kind")
     if kind != "ladder":
@@ -220,15 +213,3 @@ def load_ladder(path: str | Path) -> tuple[LadderConfig, Tree]:
     if not ladder.base.startswith(PRESET):
         ladder = ladder.model_copy(update={"base": str(file.parent / ladder.base)})
     return ladder, tree
-
-
-def _locate(path: str) -> Path:
-    known = ladder_presets()
-    if not path.startswith(PRESET):
-        if path in known and not Path(path).exists():
-            raise ConfigError(f"{path} is not a file but a preset; write {PRESET}{path}")
-        return Path(path)
-    name = path.removeprefix(PRESET)
-    if name not in known:
-        raise ConfigError(f"there is no ladder {name!r}; the ladders are {', '.join(known)}")
-    return known[name]

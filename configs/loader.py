@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from io import StringIO
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -22,14 +22,17 @@ Root = TypeVar("Root", bound=BaseModel)
 
 def presets() -> dict[str, Path]:
     """The configurations that ship with the package, by name."""
-    folder = Path(__file__).parent / "presets"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return _presets("*.yaml")
 
 
 def ladder_presets() -> dict[str, Path]:
     """The ladders that ship with the package, by name."""
-    folder = Path(__file__).parent / "presets" / "ladders"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return _presets("ladders/*.yaml")
+
+
+def _presets(pattern: str) -> dict[str, Path]:
+    folder = Path(__file__).parent / "presets"
+    return {path.stem: path for path in sorted(folder.glob(pattern))}
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -40,8 +43,13 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     file, line and key.
     """
     tree = read(path)
-    for override in overrides:
-        _override(tree, override)
+    for text in overrides:
+        key, equals, value = text.lstrip("-").partition("=")
+        place = f"override {text!r}"
+        if not equals or not key:
+            hint = "; options are listed by --help" if text.startswith("-") else ""
+            raise ConfigError(f"{place}: expected section.key=value{hint}")
+        put(tree, key, parse_value(value, place), place)
     return validate(tree)
 
 
@@ -65,16 +73,16 @@ def validate_as(root: type[Root], tree: Tree) -> Root:
 
 def dump(config: RunConfig) -> str:
     """YAML text that ``load`` reads back as an equal run; every default is written out."""
-    out = StringIO()
-    yaml = YAML(typ="rt")
-    yaml.default_flow_style = False
-    yaml.width = 100
+    out, yaml = StringIO(), YAML(typ="rt")
+    yaml.default_flow_style, yaml.width = False, 100
     yaml.dump(config.model_dump(mode="json"), out)
     return out.getvalue()
 
 
 def _read(path: str, seen: tuple[Path, ...]) -> Tree:
-    file = _locate(path)
+    if path in {PRESET + name for name in ladder_presets()}:
+        raise ConfigError(f"{path} is not a run but a ladder; give it to allometry ladder")
+    file = locate(path, presets(), "preset")
     if file.resolve() in seen:
         chain = " -> ".join(str(p) for p in (*seen, file.resolve()))
         raise ConfigError(f"base: files name each other in a circle: {chain}")
@@ -89,26 +97,16 @@ def _read(path: str, seen: tuple[Path, ...]) -> Tree:
     return _read(below, (*seen, file.resolve())).overlay(tree)
 
 
-def _locate(path: str) -> Path:
+def locate(path: str, known: Mapping[str, Path], what: str) -> Path:
+    """Return the file at ``path`` or, for ``preset:NAME``, of the ``known`` ones (``what``)."""
+    name = path.removeprefix(PRESET)
     if not path.startswith(PRESET):
-        if path in presets() and not Path(path).exists():
+        if path in known and not Path(path).exists():
             raise ConfigError(f"{path} is not a file but a preset; write {PRESET}{path}")
         return Path(path)
-    name, known = path.removeprefix(PRESET), presets()
-    if name in ladder_presets():
-        raise ConfigError(f"{path} is not a run but a ladder; give it to allometry ladder")
     if name not in known:
-        raise ConfigError(f"there is no preset {name!r}; the presets are {', '.join(known)}")
+        raise ConfigError(f"there is no {what} {name!r}; the {what}s are {', '.join(known)}")
     return known[name]
-
-
-def _override(tree: Tree, text: str) -> None:
-    key, equals, value = text.lstrip("-").partition("=")
-    place = f"override {text!r}"
-    if not equals or not key:
-        hint = "; options are listed by --help" if text.startswith("-") else ""
-        raise ConfigError(f"{place}: expected section.key=value{hint}")
-    put(tree, key, parse_value(value, place), place)
 
 
 def put(tree: Tree, key: str, value: Any, place: str) -> None:
@@ -155,26 +153,21 @@ def _data_path(detail: ErrorDetails, tree: Tree, root: type[BaseModel]) -> KeyPa
     node: Any = tree.data
     for part in detail["loc"]:
         inside = isinstance(node, dict) and part in node
-        if isinstance(node, dict) and not inside and part == _kind_in(node, path, root):
-            continue
+        if isinstance(node, dict) and not inside:
+            # The kind of this section, or the first that may stand here if it says none.
+            sections = _models_at(root, tuple(path))
+            if part == node.get("kind", _kind_of(sections[0]) if sections else None):
+                continue
         if not isinstance(node, dict | list) and path:
             break  # which of several types a value was tried as
         path.append(part)
-        if inside or (isinstance(node, list) and isinstance(part, int) and part < len(node)):
-            node = node[part]
-        else:
-            node = None
+        item = isinstance(node, list) and isinstance(part, int) and part < len(node)
+        node = node[part] if inside or item else None
     return tuple(path)
 
 
-def _kind_in(node: dict[str, Any], path: Sequence[str | int], root: type[BaseModel]) -> Any:
-    """The kind of the section ``node``: the first that may stand at ``path`` if it says none."""
-    sections = _models_at(root, tuple(path))
-    return node.get("kind", _kind_of(sections[0]) if sections else None)
-
-
 def _explain(detail: ErrorDetails, path: KeyPath, name: str, root: type[BaseModel]) -> str:
-    kind, given = detail["type"], detail.get("input")
+    kind, given, context = detail["type"], detail.get("input"), detail.get("ctx", {})
     if kind == "extra_forbidden":
         return _unknown(path, name, root)
     if kind == "missing":
@@ -183,16 +176,14 @@ def _explain(detail: ErrorDetails, path: KeyPath, name: str, root: type[BaseMode
         said = detail["msg"].removeprefix("Value error, ")
         return f"{name}: {said}" if path else said  # of the whole run: it names the keys itself
     if kind == "union_tag_invalid":
-        expected = detail.get("ctx", {}).get("expected_tags", "")
-        tag = detail.get("ctx", {}).get("tag", "")
-        return f"{name}.kind={tag} is not known; use one of {expected}"
+        return f"{name}.kind={context['tag']} is not known; use one of {context['expected_tags']}"
     if kind == "union_tag_not_found":
         return f"{name}.kind is missing; add it"
     if kind in ("model_type", "model_attributes_type"):
         return f"{name} must be a section of 'key: value' lines, not {given!r}"
-    if kind == "literal_error" and detail.get("ctx", {}).get("expected") == "1":
+    if kind == "literal_error" and context["expected"] == "1":
         return f"{name}={given!r} is not supported yet; only 1 is"
-    if kind == "too_short" and not detail["ctx"]["actual_length"]:
+    if kind == "too_short" and not context["actual_length"]:
         return f"{name} is empty: name at least one {str(path[-1]).removesuffix('s')}"
     message = detail["msg"][0].lower() + detail["msg"][1:]
     return f"{name}={given!r} is not valid: {message}"
@@ -206,12 +197,11 @@ def _unknown(path: KeyPath, name: str, root: type[BaseModel]) -> str:
         where = ".".join(map(str, path[:-1]))
         return f"{name} goes with {where}.kind={' or '.join(kinds)}; set that or remove it"
     valid = sorted({k for model in sections for k in model.model_fields})
-    near = difflib.get_close_matches(key, valid, n=1)
-    if near:
-        return f"{name} is not a known key; did you mean {near[0]!r}?"
-    elsewhere = [p for p in _all_keys(root, ()) if p[-1] == key]
-    if elsewhere:
-        return f"{name} is not a known key here; did you mean {'.'.join(elsewhere[0])}?"
+    for near in difflib.get_close_matches(key, valid, n=1):
+        return f"{name} is not a known key; did you mean {near!r}?"
+    for elsewhere in _all_keys(root, ()):
+        if elsewhere[-1] == key:
+            return f"{name} is not a known key here; did you mean {'.'.join(elsewhere)}?"
     return f"{name} is not a known key; valid keys here are {', '.join(valid)}"
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
-from allometry.configs.base import Count, Section
+from allometry.configs.base import Count, Section, kind_unless_said
 
 
 class _Adam(Section):
@@ -136,17 +136,12 @@ class ApolloMini(_LowRank):
     )
 
 
-def _adamw_unless_said(value: Any) -> Any:
-    """Let a section without ``kind`` be AdamW."""
-    return {"kind": "adamw", **value} if isinstance(value, dict) else value
-
-
 OptimizerConfig = Annotated[
     Annotated[
         AdamW | Lion | Muon | MuonH | AdamH | SGDSaI | Apollo | ApolloMini,
         Field(discriminator="kind"),
     ],
-    BeforeValidator(_adamw_unless_said),
+    kind_unless_said("adamw"),
 ]
 
 
@@ -267,15 +262,15 @@ class RefinedSchedule(_Warmup):
     )
 
 
-SimpleSchedule = Annotated[
+_Simple = (
     ConstantSchedule
     | LinearSchedule
     | CosineSchedule
     | WSDSchedule
     | WSDSSchedule
-    | RefinedSchedule,
-    Field(discriminator="kind"),
-]
+    | RefinedSchedule
+)
+SimpleSchedule = Annotated[_Simple, Field(discriminator="kind")]
 
 
 class ContinuedSchedule(Section):
@@ -306,16 +301,7 @@ class ContinuedSchedule(Section):
         return self.before.warmup_tokens
 
 
-ScheduleConfig = Annotated[
-    ConstantSchedule
-    | LinearSchedule
-    | CosineSchedule
-    | WSDSchedule
-    | WSDSSchedule
-    | RefinedSchedule
-    | ContinuedSchedule,
-    Field(discriminator="kind"),
-]
+ScheduleConfig = Annotated[_Simple | ContinuedSchedule, Field(discriminator="kind")]
 
 
 class TrainingConfig(Section):

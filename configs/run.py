@@ -16,11 +16,7 @@ from allometry.configs.execution import (
     RecordConfig,
     RunSection,
 )
-from allometry.configs.model import (
-    ModelConfig,
-    ParameterizationConfig,
-    StandardParameterization,
-)
+from allometry.configs.model import ModelConfig, ParameterizationConfig, StandardParameterization
 from allometry.configs.optimization import OptimizerConfig, ScheduleConfig, TrainingConfig
 
 
@@ -45,24 +41,22 @@ class RunConfig(Section):
         reason = contradiction(self.parameterization, self.model, self.optimizer)
         if reason is not None:
             raise ValueError(reason)
-        if isinstance(self.data, DocumentData):
-            _check_documents(self.data, self.batch)
+        data, batch = self.data, self.batch
+        if not isinstance(data, DocumentData):
+            return self
+        if batch.micro_batch_sequences != 1:
+            raise ValueError(
+                f"batch.micro_batch_sequences={batch.micro_batch_sequences} has no meaning with "
+                "data.kind=documents, whose micro-batches hold up to "
+                "parallel.context.capacity_tokens; set batch.micro_batch_sequences: 1"
+            )
+        first, key = batch.sequences, "batch.sequences"
+        if batch.ramp is not None:
+            first, key = batch.ramp.start_sequences, "batch.ramp.start_sequences"
+        if first * data.sequence_length < data.max_document_tokens:
+            raise ValueError(
+                f"{key}={first} of data.sequence_length={data.sequence_length} is less than one "
+                f"document of data.max_document_tokens={data.max_document_tokens}, so that a step "
+                f"could begin none; raise {key} or lower data.max_document_tokens"
+            )
         return self
-
-
-def _check_documents(data: DocumentData, batch: BatchConfig) -> None:
-    """What a batch of whole documents may be; raises ValueError."""
-    if batch.micro_batch_sequences != 1:
-        raise ValueError(
-            f"batch.micro_batch_sequences={batch.micro_batch_sequences} has no meaning with "
-            "data.kind=documents, whose micro-batches hold up to parallel.context.capacity_tokens; "
-            "set batch.micro_batch_sequences: 1"
-        )
-    first = batch.sequences if batch.ramp is None else batch.ramp.start_sequences
-    if first * data.sequence_length < data.max_document_tokens:
-        key = "batch.sequences" if batch.ramp is None else "batch.ramp.start_sequences"
-        raise ValueError(
-            f"{key}={first} of data.sequence_length={data.sequence_length} is less than one "
-            f"document of data.max_document_tokens={data.max_document_tokens}, so that a step "
-            f"could begin none; raise {key} or lower data.max_document_tokens"
-        )

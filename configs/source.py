@@ -46,15 +46,12 @@ class Tree:
             if isinstance(holder, list):
                 holder = holder[_index(holder, key, path, place)]
                 continue
-            inner = holder.get(key)
-            inner = list(inner) if isinstance(inner, list) else inner
-            if inner is None:
-                inner = {}
+            inner = {} if holder.get(key) is None else holder[key]
             if not isinstance(inner, dict | list):
                 name = ".".join(map(str, path[: depth + 1]))
                 raise ConfigError(f"{place}: {name} is a single value and has no key {path[-1]!r}")
-            holder[key] = inner
-            holder = inner
+            holder[key] = list(inner) if isinstance(inner, list) else inner
+            holder = holder[key]
         last = path[-1]
         if isinstance(holder, list):
             last = _index(holder, last, path, place)
@@ -68,11 +65,11 @@ class Tree:
 
 
 def _index(holder: list[Any], key: str | int, path: KeyPath, place: str) -> int:
-    name = ".".join(map(str, path))
     try:
         index = int(key)
         holder[index]
     except (ValueError, IndexError):
+        name = ".".join(map(str, path))
         raise ConfigError(
             f"{place}: {name} does not exist; the list has items 0 to {len(holder) - 1}"
         ) from None
@@ -124,28 +121,22 @@ def parse_file(path: Path) -> Tree:
         raise ConfigError(f"{path} cannot be read: {error}") from None
     try:
         raw = YAML(typ="rt").load(StringIO(text))
-    except DuplicateKeyError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 0
-        key = str(error.problem).split('"')[1] if '"' in str(error.problem) else "?"
-        raise ConfigError(
-            f"{path}:{line}: key {key!r} stands twice in this section; remove one"
-        ) from None
     except MarkedYAMLError as error:
+        problem = f"not valid YAML: {_reason(error)}"
+        if isinstance(error, DuplicateKeyError):
+            key = str(error.problem).split('"')[1] if '"' in str(error.problem) else "?"
+            problem = f"key {key!r} stands twice in this section; remove one"
         line = error.problem_mark.line + 1 if error.problem_mark else 0
-        raise ConfigError(f"{path}:{line}: not valid YAML: {_reason(error)}") from None
+        raise ConfigError(f"{path}:{line}: {problem}") from None
     except YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {_reason(error)}") from None
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: expected 'section: ...' lines, found {_what(raw)}")
+        kind = "a list" if isinstance(raw, CommentedSeq) else "a single value"
+        held = "nothing" if raw is None else kind
+        raise ConfigError(f"{path}: expected 'section: ...' lines, found {held}")
     tree = Tree({})
     tree.data = _plain(raw, tree, str(path), ())
     return tree
-
-
-def _what(raw: Any) -> str:
-    if raw is None:
-        return "nothing"
-    return "a list" if isinstance(raw, CommentedSeq) else "a single value"
 
 
 def _reason(error: YAMLError) -> str:
@@ -165,9 +156,5 @@ def _plain(raw: Any, tree: Tree, file: str, path: KeyPath) -> Any:
         for index in range(len(raw)):
             tree.origin[(*path, index)] = f"{file}:{raw.lc.item(index)[0] + 1}"
         return [_plain(value, tree, file, (*path, index)) for index, value in enumerate(raw)]
-    if isinstance(raw, bool) or raw is None:
-        return raw
-    for kind in (int, float, str):
-        if isinstance(raw, kind):
-            return kind(raw)
-    return raw
+    kinds = () if isinstance(raw, bool) else (int, float, str)
+    return next((kind(raw) for kind in kinds if isinstance(raw, kind)), raw)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from allometry.optim.matrix_ops import Matrix, MatrixOps
 from allometry.optim.states import Group, Item, State, count_step, init_steps
-from allometry.scaling.apollo_rank import check_ranks, projection_rank
+from allometry.scaling.update_rules import check_ranks, projection_rank
 
 _LEAST = 1e-8  # added to norms that something is divided by
 

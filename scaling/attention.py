@@ -34,13 +34,13 @@ class AttentionBackend(NamedTuple):
     call, and selective checkpointing keeps their results. ``package``: what must be installed
     beside torch, by import name, and ``install`` how.
     ``kept_bytes(heads, length, compute_bytes)``: bytes for each token that a backward needs beside
-    queries, keys, values and output.
+    queries, keys, values and output; the log-sum-exp in fp32 unless said.
     """
 
     name: str
     suits: Callable[[AttentionCall], bool]
     operators: tuple[str, ...]
-    kept_bytes: Callable[[int, int, int], int]
+    kept_bytes: Callable[[int, int, int], int] = lambda heads, length, compute_bytes: 4 * heads
     devices: tuple[str, ...] | None = None
     package: str | None = None
     install: str = ""
@@ -59,10 +59,6 @@ _SDPA = (
 )
 
 
-def _log_sum_exp(heads: int, length: int, compute_bytes: int) -> int:
-    return 4 * heads
-
-
 def _half_and_packed(call: AttentionCall) -> bool:
     return call.packed and call.dtype in ("bf16", "fp16")
 
@@ -76,13 +72,12 @@ BACKENDS: tuple[AttentionBackend, ...] = (
         devices=("cpu",),
     ),
     AttentionBackend(  # torch's scaled_dot_product_attention
-        "flash", lambda call: not call.packed, operators=_SDPA, kept_bytes=_log_sum_exp
+        "flash", lambda call: not call.packed, operators=_SDPA
     ),
     AttentionBackend(  # flash-attn's kernel for documents of any lengths
         "flash2",
         _half_and_packed,
         operators=("flash_attn::_flash_attn_varlen_forward",),
-        kept_bytes=_log_sum_exp,
         devices=("cuda",),
         package="flash_attn",
         install="on a GPU machine with nvcc: pip install 'allometry[cuda]' --no-build-isolation",
@@ -91,14 +86,12 @@ BACKENDS: tuple[AttentionBackend, ...] = (
         "varlen",
         _half_and_packed,
         operators=("torch_attn::_varlen_attn",),
-        kept_bytes=_log_sum_exp,
         devices=("cuda",),
     ),
     AttentionBackend(  # torch's flash kernel for CPUs on documents of like length
         "packed",
         lambda call: call.packed,
         operators=("allometry::packed_attention",),
-        kept_bytes=_log_sum_exp,
         devices=("cpu",),
     ),
     AttentionBackend(  # scaled_dot_product_attention with a dense mask, which it keeps

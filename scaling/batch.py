@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -59,11 +59,8 @@ class BatchPlan:
         """Return the fewest steps that hold at least this many tokens: the last one is whole."""
         assert tokens >= 0, tokens
         wanted = -(-tokens // self.sequence_length)
-        stage = self.stages[0]
-        for later in self.stages[1:]:
-            if later.first_sequence >= wanted:
-                break
-            stage = later
+        begun = bisect_left(self.stages, wanted, key=lambda stage: stage.first_sequence)
+        stage = self.stages[max(begun - 1, 0)]
         return stage.first_step - 1 + -(-(wanted - stage.first_sequence) // stage.sequences)
 
     def _stage_at(self, step: int) -> Stage:
@@ -86,26 +83,19 @@ def warmup_steps(schedule: ScheduleConfig, plan: BatchPlan) -> int:
 
 
 def check_batch(batch: BatchConfig, hdp: int) -> None:
-    """Check that hdp ranks can share each batch of the run in whole micro-batches.
+    """Raise UserError unless hdp ranks can share each batch in whole micro-batches.
 
-    Raises:
-        UserError: they cannot; names the key, its value and the nearest values that work.
+    It names the key, its value and the nearest values that work.
     """
     unit = hdp * batch.micro_batch_sequences
     share = f"hdp={hdp} x batch.micro_batch_sequences={batch.micro_batch_sequences}"
     if batch.sequences % unit:
         raise UserError(
             f"batch.sequences={batch.sequences} cannot be divided by {share}; use "
-            + _smaller_micro_batch(batch, hdp)
-            + "batch.sequences="
-            + _nearest(batch.sequences, unit)
+            f"{_smaller_micro_batch(batch, hdp)}batch.sequences={_nearest(batch.sequences, unit)}"
         )
-    if batch.ramp is None:
-        return
-    for name, value in (
-        ("start_sequences", batch.ramp.start_sequences),
-        ("increment_sequences", batch.ramp.increment_sequences),
-    ):
+    for name in ("start_sequences", "increment_sequences") if batch.ramp else ():
+        value = getattr(batch.ramp, name)
         if value % unit:
             raise UserError(
                 f"batch.ramp.{name}={value} cannot be divided by {share}, as each stage of the "

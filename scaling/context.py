@@ -11,7 +11,7 @@ from allometry.configs.data import DocumentData
 from allometry.configs.errors import UserError
 from allometry.configs.execution import ContextConfig
 from allometry.configs.run import RunConfig
-from allometry.scaling.degrees import Degrees, divisors, either
+from allometry.scaling.degrees import Degrees, check_divides
 
 
 def mode_of(config: RunConfig, degrees: Degrees) -> Literal["free", "aligned", "lockstep"]:
@@ -31,19 +31,16 @@ def mode_of(config: RunConfig, degrees: Degrees) -> Literal["free", "aligned", "
 def check_context(config: RunConfig, degrees: Degrees) -> None:
     """Check ``parallel.context`` against the data, the model and the mesh.
 
-    Raises:
-        UserError: something asked for cannot be done or would have no effect; it names the keys.
+    Raises UserError, naming the keys, for what cannot be done or would have no effect.
     """
     context = config.parallel.context
     if not isinstance(config.data, DocumentData):
-        if context != ContextConfig():
-            changed = [
-                name
-                for name in ContextConfig.model_fields
-                if getattr(context, name) != getattr(ContextConfig(), name)
-            ]
+        usual = ContextConfig()
+        for name in ContextConfig.model_fields:
+            if getattr(context, name) == getattr(usual, name):
+                continue
             raise UserError(
-                f"parallel.context.{changed[0]} has no effect while data.kind is "
+                f"parallel.context.{name} has no effect while data.kind is "
                 f"{config.data.kind}; set data.kind: documents or leave parallel.context out"
             )
         return
@@ -59,11 +56,7 @@ def check_context(config: RunConfig, degrees: Degrees) -> None:
 def _check_policy(config: RunConfig, degrees: Degrees) -> None:
     context, stage = config.parallel.context, config.parallel.zero.stage
     if context.policy == "static":
-        if degrees.hdp % context.degree:
-            raise UserError(
-                f"parallel.context.degree={context.degree} must divide hdp={degrees.hdp}; use "
-                f"{either(divisors(degrees.hdp))}"
-            )
+        check_divides("parallel.context.degree", context.degree, "hdp", degrees.hdp)
         if context.offload != "none":
             raise UserError(
                 f"parallel.context.offload={context.offload} saves ranks that policy: static gives "
@@ -75,23 +68,19 @@ def _check_policy(config: RunConfig, degrees: Degrees) -> None:
                 "parallel.context.policy=pipeline_balanced needs a pipeline, but parallel.pp=1; "
                 "use policy: balanced or set parallel.pp"
             )
-        for key, value in (("ep", degrees.ep), ("zero.stage", stage)):
-            if value > (1 if key == "ep" else 2):
+        for key, value, most in (("ep", degrees.ep, 1), ("zero.stage", stage, 2)):
+            if value > most:
                 raise UserError(
                     "parallel.context.policy=pipeline_balanced gives pipelines different numbers "
                     f"of micro-batches, which parallel.{key}={value} cannot have; use policy: "
-                    f"balanced or parallel.{key}: {1 if key == 'ep' else 2}"
+                    f"balanced or parallel.{key}: {most}"
                 )
     if context.offload == "selective" and degrees.pp == 1:  # of stages Layout.of asks
         check_offload(config.model.num_layers)
 
 
 def check_offload(layers: int) -> None:
-    """Check that a pipeline stage of so many layers has some that may offload activations.
-
-    Raises:
-        UserError: it has no more than the two that never do.
-    """
+    """Raise UserError for a pipeline stage with no more than the two layers that never offload."""
     if layers < 3:
         raise UserError(
             "parallel.context.offload=selective leaves two layers of a stage where they are, and "

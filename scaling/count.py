@@ -9,9 +9,7 @@ from dataclasses import dataclass
 
 from allometry.configs.model import ModelConfig, MoEModel
 from allometry.scaling.inventory import inventory
-from allometry.scaling.roles import ParamSpec, Role
-
-_PRODUCTS = frozenset({Role.HIDDEN, Role.ROUTER, Role.EXPERT_UP, Role.EXPERT_DOWN})
+from allometry.scaling.roles import EXPERTS, MATRICES, ParamSpec, Role
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +56,7 @@ def count_parameters(model: ModelConfig) -> ParameterCount:
 
 def active_numel(model: ModelConfig, spec: ParamSpec) -> int:
     """Return how many elements of this parameter one token uses."""
-    if spec.role not in (Role.EXPERT_UP, Role.EXPERT_DOWN):
+    if spec.role not in EXPERTS:
         return spec.numel
     assert isinstance(model, MoEModel), spec.name
     return spec.numel // model.experts.num_experts * model.experts.experts_per_token
@@ -72,7 +70,7 @@ def layer_flops(model: ModelConfig, sequence_length: int) -> tuple[int, ...]:
     attention = 2 * model.num_heads * model.head_width * (sequence_length + 1)
     layers = [attention] * model.num_layers
     for spec in inventory(model):
-        if spec.role in _PRODUCTS:
+        if spec.role in MATRICES:
             layers[int(spec.name.split(".")[1])] += 2 * active_numel(model, spec)
     return (0, *layers, 2 * model.vocab_size * model.width)
 
@@ -90,7 +88,7 @@ def flops_per_token(model: ModelConfig, sequence_length: int) -> Flops:
     several documents in a sequence see ``DocumentFlops``.
     """
     assert sequence_length > 0, sequence_length
-    products = sum(active_numel(model, spec) for spec in inventory(model) if spec.role in _PRODUCTS)
+    products = sum(active_numel(model, spec) for spec in inventory(model) if spec.role in MATRICES)
     head = model.vocab_size * model.width
     attention_width = model.num_heads * model.head_width
     attention = model.num_layers * 2 * attention_width * (sequence_length + 1)

@@ -33,8 +33,7 @@ class Degrees:
 def resolve_degrees(parallel: ParallelConfig, world_size: int) -> Degrees:
     """Return the axes of the mesh on this many ranks.
 
-    Raises:
-        UserError: the degrees do not multiply to ``world_size`` or do not divide one another.
+    Raises UserError for degrees that do not multiply to ``world_size`` or divide one another.
     """
     pp, tp = parallel.pp, parallel.tp
     others = pp * tp
@@ -48,25 +47,25 @@ def resolve_degrees(parallel: ParallelConfig, world_size: int) -> Degrees:
     else:
         hdp = parallel.hdp
         if hdp * others != world_size:
-            fits = f"set parallel.hdp={world_size // others} or auto, or " * (
-                world_size % others == 0
-            )
+            fits = f"set parallel.hdp={world_size // others} or auto, or "
+            fits *= world_size % others == 0
             raise UserError(
                 f"parallel.hdp={hdp} (with pp={pp} and tp={tp}) needs {hdp * others} ranks, but "
                 f"there {'is' if world_size == 1 else 'are'} {world_size}; {fits}start "
                 f"{hdp * others} ranks (torchrun --nproc-per-node)"
             )
     replicas, ep = parallel.zero.replicas, parallel.ep
-    if hdp % replicas:
-        raise UserError(
-            f"parallel.zero.replicas={replicas} must divide hdp={hdp}; use {either(divisors(hdp))}"
-        )
-    if (hdp // replicas) % ep:
-        whole = f"hdp={hdp}" if replicas == 1 else f"hdp/replicas={hdp // replicas}"
-        raise UserError(
-            f"parallel.ep={ep} must divide {whole}; use {either(divisors(hdp // replicas))}"
-        )
+    check_divides("parallel.zero.replicas", replicas, "hdp", hdp)
+    check_divides("parallel.ep", ep, "hdp" if replicas == 1 else "hdp/replicas", hdp // replicas)
     return Degrees(pp=pp, hdp=hdp, tp=tp, ep=ep, replicas=replicas)
+
+
+def check_divides(key: str, value: int, name: str, whole: int, common: int | None = None) -> None:
+    """Raise UserError unless ``value`` divides ``whole``; ``common``: whose divisors would fit."""
+    if whole % value:
+        raise UserError(
+            f"{key}={value} must divide {name}={whole}; use {either(divisors(common or whole))}"
+        )
 
 
 def divisors(number: int) -> list[int]:

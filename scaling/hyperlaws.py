@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -87,13 +88,11 @@ class Range:
     def objection(self, target: Target) -> str | None:
         """Say how far the target lies outside; None inside."""
         value = float(getattr(target, self.quantity))
-        name = _NAMES[self.quantity]
+        said = f"{_NAMES[self.quantity]} {value:.3g} is"
         if value > self.high * _EDGE:
-            return f"{name} {value:.3g} is {value / self.high:.3g} x the largest behind the law"
+            return f"{said} {value / self.high:.3g} x the largest behind the law"
         if value * _EDGE < self.low:
-            return (
-                f"{name} {value:.3g} is {self.low / value:.3g} x below the smallest behind the law"
-            )
+            return f"{said} {self.low / value:.3g} x below the smallest behind the law"
         return None
 
 
@@ -206,37 +205,21 @@ def _step(target: Target) -> Values:
     return Values(lr, batch, notes)
 
 
-def _deepseek(target: Target) -> Values:
-    return Values(*deepseek_law(target.flops))
-
-
-def _ling(target: Target) -> Values:
-    return Values(
-        *ling_law(target.flops),
-        ("C is read as training FLOPs: the paper's own runs (table 7) agree with that best",),
-    )
-
-
 def _minicpm(target: Target) -> Values:
-    rate = ("the rate is that at the base width of 256 of its own muP, the same at every size",)
+    rate = "the rate is that at the base width of 256 of its own muP, the same at every size"
     if target.loss is None:
-        return Values(0.01, None, (*rate, "its batch needs the loss that is expected"))
-    return Values(0.01, minicpm_batch(target.loss), (*rate, "loss and batch are those on C4"))
+        return Values(0.01, None, (rate, "its batch needs the loss that is expected"))
+    return Values(0.01, minicpm_batch(target.loss), (rate, "loss and batch are those on C4"))
 
 
 def _hyperp(target: Target) -> Values:
     at_base = hyperp_base_lr(target.tokens)
-    lr = at_base * math.sqrt(HYPERP_LAYERS / target.num_layers)
-    base = hyperp_base_lr(HYPERP_TOKENS)
-    return Values(
-        lr,
-        None,
-        (
-            f"for {target.num_layers} layers and steps of 2^21 tokens; x sqrt(B / 2^21) for others",
-            f"{base:.3g} at its base, which the parameterization scales from",
-            "it has no law of the batch: 2^18 to 2^21 tokens were below the critical one",
-        ),
+    notes = (
+        f"for {target.num_layers} layers and steps of 2^21 tokens; x sqrt(B / 2^21) for others",
+        f"{hyperp_base_lr(HYPERP_TOKENS):.3g} at its base, which the parameterization scales from",
+        "it has no law of the batch: 2^18 to 2^21 tokens were below the critical one",
     )
+    return Values(at_base * math.sqrt(HYPERP_LAYERS / target.num_layers), None, notes)
 
 
 _ADAMW = "adamw, standard parameterization"
@@ -260,7 +243,7 @@ LAWS: tuple[Law, ...] = (
         setting=_ADAMW,
         schedule="multi-step: 31.6 % of the peak after 80 % of the tokens, 10 % after 90 %",
         fitted={"dense": (Range("flops", 1e17, 2e19),)},
-        evaluate=_deepseek,
+        evaluate=lambda target: Values(*deepseek_law(target.flops)),
     ),
     Law(
         name="ling",
@@ -268,7 +251,10 @@ LAWS: tuple[Law, ...] = (
         setting=_ADAMW,
         schedule="1 % of warm-up, exponential decay to 10 %",
         fitted={"moe": (Range("flops", 3e17, 3e20),)},
-        evaluate=_ling,
+        evaluate=lambda target: Values(
+            *ling_law(target.flops),
+            ("C is read as training FLOPs: the paper's own runs (table 7) agree with that best",),
+        ),
     ),
     Law(
         name="minicpm",
@@ -291,7 +277,30 @@ LAWS: tuple[Law, ...] = (
 
 def suggest(target: Target, laws: Sequence[Law] = LAWS) -> tuple[Suggestion, ...]:
     """Return what every law says of the target, in the order of the laws."""
-    return tuple(_apply(law, target) for law in laws)
+    suggestions = []
+    for law in laws:
+        ranges = law.fitted.get(target.kind, ())
+        refused = None
+        if not ranges:
+            kinds = " and ".join(law.fitted)
+            refused = f"fitted on {kinds} models only, not on {target.kind} ones"
+        values = law.evaluate(target) if ranges else Values()
+        batch = values.batch_tokens
+        fitted = (f"{_NAMES[r.quantity]} {r.low:.3g} to {r.high:.3g}" for r in ranges)
+        suggestion = Suggestion(
+            law=law.name,
+            source=law.source,
+            setting=law.setting,
+            schedule=law.schedule,
+            fitted=", ".join(fitted),
+            lr=values.lr,
+            batch_tokens=None if batch is None else round(batch),
+            outside=tuple(filter(None, (r.objection(target) for r in ranges))),
+            notes=values.notes,
+            refused=refused,
+        )
+        suggestions.append(suggestion)
+    return tuple(suggestions)
 
 
 def disagreements(suggestions: Sequence[Suggestion], octaves: float = 1.0) -> list[str]:
@@ -301,42 +310,16 @@ def disagreements(suggestions: Sequence[Suggestion], octaves: float = 1.0) -> li
     everywhere.
     """
     sentences = []
-    for index, one in enumerate(suggestions):
-        for other in suggestions[index + 1 :]:
-            comparable = one.setting == other.setting
-            for what, a, b in (
-                ("learning rates", one.lr, other.lr if comparable else None),
-                ("batches", one.batch_tokens, other.batch_tokens),
-            ):
-                if a is None or b is None:
-                    continue
-                apart = abs(math.log2(a / b))
-                if apart > octaves:
-                    sentences.append(
-                        f"the {what} of {one.law} and {other.law} are {apart:.1f} octaves apart; "
-                        "sweep between them at a small size"
-                    )
+    for one, other in itertools.combinations(suggestions, 2):
+        comparable = one.setting == other.setting
+        for what, a, b in (
+            ("learning rates", one.lr, other.lr if comparable else None),
+            ("batches", one.batch_tokens, other.batch_tokens),
+        ):
+            apart = 0.0 if a is None or b is None else abs(math.log2(a / b))
+            if apart > octaves:
+                sentences.append(
+                    f"the {what} of {one.law} and {other.law} are {apart:.1f} octaves apart; "
+                    "sweep between them at a small size"
+                )
     return sentences
-
-
-def _apply(law: Law, target: Target) -> Suggestion:
-    ranges = law.fitted.get(target.kind)
-    refused = None
-    if ranges is None:
-        kinds = " and ".join(law.fitted)
-        refused = f"fitted on {kinds} models only, not on {target.kind} ones"
-    values = law.evaluate(target) if ranges else Values()
-    objections = [r.objection(target) for r in ranges or ()]
-    batch = values.batch_tokens
-    return Suggestion(
-        law=law.name,
-        source=law.source,
-        setting=law.setting,
-        schedule=law.schedule,
-        fitted=", ".join(f"{_NAMES[r.quantity]} {r.low:.3g} to {r.high:.3g}" for r in ranges or ()),
-        lr=values.lr,
-        batch_tokens=None if batch is None else round(batch),
-        outside=tuple(words for words in objections if words is not None),
-        notes=values.notes,
-        refused=refused,
-    )

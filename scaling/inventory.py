@@ -82,9 +82,8 @@ def attention_specs(model: ModelConfig, prefix: str) -> Iterator[ParamSpec]:
     """Yield the parameters of grouped-query attention."""
     width, head_width = model.width, model.head_width
     queries, keys = model.num_heads * head_width, model.kv_heads * head_width
-    yield matrix(f"{prefix}.wq.weight", Role.HIDDEN, queries, width)
-    yield matrix(f"{prefix}.wk.weight", Role.HIDDEN, keys, width)
-    yield matrix(f"{prefix}.wv.weight", Role.HIDDEN, keys, width)
+    for name, fan_out in (("wq", queries), ("wk", keys), ("wv", keys)):
+        yield matrix(f"{prefix}.{name}.weight", Role.HIDDEN, fan_out, width)
     if model.qk_norm:
         yield vector(f"{prefix}.q_norm.weight", head_width)
         yield vector(f"{prefix}.k_norm.weight", head_width)

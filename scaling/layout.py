@@ -5,6 +5,7 @@ Pure and without torch, so that trainer, dry run and planner ask the same functi
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +18,7 @@ from allometry.configs.run import RunConfig
 from allometry.scaling.batch import BatchPlan, check_batch
 from allometry.scaling.context import check_context, check_offload
 from allometry.scaling.count import layer_flops
-from allometry.scaling.degrees import Degrees, divisors, either, resolve_degrees
+from allometry.scaling.degrees import Degrees, check_divides, either, resolve_degrees
 
 V_SCHEDULES = ("zbv_zero_bubble", "dualpipe_v")
 """Schedules whose stages run down the ranks and back up: the first and the last share a rank."""
@@ -44,11 +45,8 @@ class Layout:
         """Return the layout of this run on this many ranks.
 
         ``costs``: time of the embedding, of each layer and of the head, where the split is to be
-        by measurement; FLOPs stand in for them until they are known.
-
-        Raises:
-            UserError: the ranks do not fit the degrees, the model or the batch; it names the key,
-                its value and what would be valid.
+        by measurement; FLOPs stand in for them until they are known. Raises UserError where the
+        ranks do not fit the degrees, the model or the batch: key, value and what would be valid.
         """
         degrees = resolve_degrees(config.parallel, world_size)
         _check_tensor(config, degrees.tp)
@@ -56,17 +54,21 @@ class Layout:
         if config.data.kind == "sequences":
             check_batch(config.batch, degrees.hdp)
         check_context(config, degrees)
-        _check_dropout(config, degrees)
-        split = config.parallel.pipeline.split
+        for name, degree in (("pp", degrees.pp), ("tp", degrees.tp)):
+            if config.model.dropout and degree > 1:
+                raise UserError(
+                    f"model.dropout={config.model.dropout} with parallel.{name}={degree}: its "
+                    f"masks would depend on the layout; set model.dropout: 0 or parallel.{name}: 1"
+                )
+        pipeline = config.parallel.pipeline
+        split = pipeline.split
         if degrees.pp == 1:
             if not isinstance(split, str) and split != (config.model.num_layers,):
                 raise UserError(
                     f"parallel.pipeline.split={list(split)} needs stages, but parallel.pp=1; set "
                     "parallel.pp or use split: flops"
                 )
-            layers = range(config.model.num_layers)
-            return cls(degrees, config.parallel.pipeline.schedule, (layers,))
-        pipeline = config.parallel.pipeline
+            return cls(degrees, pipeline.schedule, (range(config.model.num_layers),))
         _check_halves(config)
         count = _stage_count(pipeline, degrees.pp, config.model.num_layers)
         if config.data.kind == "sequences":
@@ -112,9 +114,7 @@ def split_layers(costs: Sequence[float], stages: int) -> tuple[range, ...]:
     """
     first, *layers, last = costs
     assert 1 <= stages <= len(layers), (stages, len(layers))
-    before = [0.0]
-    for cost in layers:
-        before.append(before[-1] + cost)
+    before = list(itertools.accumulate(layers, initial=0.0))
 
     def price(stage: int, start: int, stop: int) -> float:
         ends = (first if stage == 0 else 0.0) + (last if stage == stages - 1 else 0.0)
@@ -143,10 +143,7 @@ def split_layers(costs: Sequence[float], stages: int) -> tuple[range, ...]:
 
 def _check_tensor(config: RunConfig, tp: int) -> None:
     model = config.model
-    cut = {
-        "model.num_heads": model.num_heads,
-        "model.num_kv_heads": model.kv_heads,
-    }
+    cut = {"model.num_heads": model.num_heads, "model.num_kv_heads": model.kv_heads}
     if config.data.kind == "sequences":
         cut["data.sequence_length"] = config.data.sequence_length
     if model.ffn_width is not None:
@@ -161,35 +158,18 @@ def _check_tensor(config: RunConfig, tp: int) -> None:
         )
     common = math.gcd(*cut.values())
     for name, size in cut.items():
-        if size % tp:
-            raise UserError(
-                f"parallel.tp={tp} must divide {name}={size}; use {either(divisors(common))}"
-            )
+        check_divides("parallel.tp", tp, name, size, common)
 
 
 def _check_expert(model: ModelConfig, ep: int) -> None:
-    if ep == 1:
-        return
     if not isinstance(model, MoEModel):
+        if ep == 1:
+            return
         raise UserError(
             f"parallel.ep={ep} needs experts, but model.kind={model.kind} has none; use "
             "parallel.ep=1 or model.kind=moe"
         )
-    number = model.experts.num_experts
-    if number % ep:
-        raise UserError(
-            f"parallel.ep={ep} must divide model.experts.num_experts={number}; use "
-            f"{either(divisors(number))}"
-        )
-
-
-def _check_dropout(config: RunConfig, degrees: Degrees) -> None:
-    for name, degree in (("pp", degrees.pp), ("tp", degrees.tp)):
-        if config.model.dropout and degree > 1:
-            raise UserError(
-                f"model.dropout={config.model.dropout} with parallel.{name}={degree}: its masks "
-                f"would depend on the layout; set model.dropout: 0 or parallel.{name}: 1"
-            )
+    check_divides("parallel.ep", ep, "model.experts.num_experts", model.experts.num_experts)
 
 
 def _check_halves(config: RunConfig) -> None:
@@ -289,5 +269,5 @@ def _stages(
             f"parallel.pipeline.split={list(numbers)} must be {count} positive numbers, one for "
             f"each stage, whose sum is model.num_layers={model.num_layers}; or use flops"
         )
-    ends = [sum(numbers[: i + 1]) for i in range(count)]
-    return tuple(range(end - number, end) for end, number in zip(ends, numbers, strict=True))
+    bounds = itertools.accumulate(numbers, initial=0)
+    return tuple(itertools.starmap(range, itertools.pairwise(bounds)))

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -160,15 +161,14 @@ def _compute_copies(part: RankParts, compute_bytes: int, stage: int) -> int:
         if not part.model.tied_embeddings:
             total -= embedding  # a lookup casts only the rows it reads
         return 0 if compute_bytes == _FP32 else compute_bytes * total
-    blocks: dict[int, int] = {}
-    joined: dict[int, int] = {}
+    blocks: Counter[int] = Counter()
+    joined: Counter[int] = Counter()
     for spec in part.specs():
         layer = layer_of(spec.name)
         if layer is not None:
-            size = sizes.get(spec.name, 0)
-            blocks[layer] = blocks.get(layer, 0) + size
+            blocks[layer] += sizes.get(spec.name, 0)
             if zero_dim(part.part(spec), part.ranks_of(spec)):
-                joined[layer] = joined.get(layer, 0) + size
+                joined[layer] += sizes.get(spec.name, 0)
     copy = max(joined.values(), default=0)
     if stage < 3:
         return compute_bytes * (total - embedding + copy) + _FP32 * embedding
@@ -240,14 +240,12 @@ def _activations(
             kept.append(common + 4 * compute_bytes * model.ffn_width)
             least.append(products + 2 * compute_bytes * model.ffn_width)
     gathered = 0 if part.tp == 1 else 2 * compute_bytes * model.width * (part.tp - 1)
-    if checkpointing != "none":
-        one = max(kept) + gathered
-        inputs = compute_bytes * model.width * len(kept)
-        total = one + (inputs if checkpointing == "full" else sum(least))
+    total = norm if part.last else 0
+    if checkpointing == "none":
+        total += sum(kept) + gathered * len(kept)
     else:
-        total = sum(kept) + gathered * len(kept)
-    if part.last:
-        total += norm
+        inputs = compute_bytes * model.width * len(kept)
+        total += max(kept) + gathered + (inputs if checkpointing == "full" else sum(least))
     return tokens * total // part.tp
 
 

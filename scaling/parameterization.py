@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from typing import Any, assert_never
+from operator import attrgetter
+from typing import Any
 
 from allometry.configs.contradictions import contradiction
 from allometry.configs.errors import UserError
-from allometry.configs.model import (
-    MSSP,
-    CompleteP,
-    HyperP,
-    MaximalUpdateParameterization,
-    ModelConfig,
-    MoEModel,
-    MuPPlusPlus,
-    ParameterizationConfig,
-    StandardParameterization,
-)
+from allometry.configs.model import ModelConfig, ParameterizationConfig
 from allometry.configs.optimization import Apollo, OptimizerConfig
 from allometry.configs.run import RunConfig
-from allometry.scaling.apollo_rank import check_ranks
 from allometry.scaling.batch import BatchPlan, total_steps
 from allometry.scaling.inventory import inventory
 from allometry.scaling.parameterizations.base import ForwardScales, Multipliers, Resolved, RunScale
@@ -31,20 +22,32 @@ from allometry.scaling.parameterizations.mup import MuPMultipliers
 from allometry.scaling.parameterizations.mupp import MuPPlusPlusMultipliers
 from allometry.scaling.parameterizations.sp import StandardMultipliers
 from allometry.scaling.roles import ParamSpec
-from allometry.scaling.update_rules import rule_of
+from allometry.scaling.update_rules import check_ranks, rule_of
+
+_TABLES: Mapping[str, type[Multipliers]] = {
+    "sp": StandardMultipliers,
+    "mup": MuPMultipliers,
+    "completep": CompletePMultipliers,
+    "mupp": MuPPlusPlusMultipliers,
+    "hyperp": HyperPMultipliers,
+    "mssp": MSSPMultipliers,
+}
+"""By ``parameterization.kind``."""
+
+group_key: Callable[[Resolved], tuple[Any, ...]] = attrgetter(
+    "rule", "lr", "weight_decay", "eps", "sphere", "forgetting"
+)
+"""What ``Resolved`` of one role must share for their parameters to share an optimizer's group."""
 
 
 class Parameterization:
     """The multipliers of one parameterization for one model, optimizer and run.
 
     Pure, and the same on every rank. The tables are in ``scaling/parameterizations``.
-
     ``optimizer`` None: the one that the parameterization is made for, MuonH for ``hyperp`` and
     AdamW for the others. ``scale`` None: a run as long as that of the base, with its batch. At the
-    base dimensions every multiplier of learning rates, decay and epsilon is exactly 1.
-
-    Raises:
-        UserError: the sections contradict one another, or APOLLO's rank does not fit a matrix.
+    base dimensions every multiplier of learning rates, decay and epsilon is exactly 1. Raises
+    UserError where the sections contradict one another or APOLLO's rank does not fit a matrix.
     """
 
     def __init__(
@@ -62,11 +65,8 @@ class Parameterization:
                 s for s in inventory(model) if rule_of(optimizer.kind, s.role).name == "apollo"
             )
             check_ranks(optimizer.rank, ((s.name, min(s.shape[-2:])) for s in matrices))
-        self.config = config
-        self.model = model
-        self.optimizer = optimizer
-        self.scale = scale
-        self._multipliers = _multipliers(config, model, optimizer, scale)
+        self.config, self.model, self.optimizer, self.scale = config, model, optimizer, scale
+        self._multipliers = _TABLES[config.kind](config, model, optimizer, scale)
 
     @classmethod
     def of_run(cls, config: RunConfig) -> Parameterization:
@@ -109,15 +109,6 @@ class Parameterization:
         ``roles`` has one parameter of each role, and more ("vector-2") where some of a role get
         other multipliers.
         """
-        return {
-            **self.config.model_dump(mode="json"),
-            "width_ratio": self.width_ratio,
-            "scale": asdict(self.scale) if self.scale else None,
-            "forward": asdict(self.forward),
-            "roles": self._examples(),
-        }
-
-    def _examples(self) -> dict[str, dict[str, Any]]:
         seen: set[tuple[Any, ...]] = set()
         examples: dict[str, dict[str, Any]] = {}
         for spec in inventory(self.model):
@@ -128,40 +119,10 @@ class Parameterization:
                 twins = sum(role is spec.role for role, *_ in seen)
                 name = spec.role.value if twins == 1 else f"{spec.role.value}-{twins}"
                 examples[name] = asdict(resolved)
-        return examples
-
-
-def group_key(resolved: Resolved) -> tuple[Any, ...]:
-    """Return what parameters of one role must share to share a group of an optimizer."""
-    return (
-        resolved.rule,
-        resolved.lr,
-        resolved.weight_decay,
-        resolved.eps,
-        resolved.sphere,
-        resolved.forgetting,
-    )
-
-
-def _multipliers(
-    config: ParameterizationConfig,
-    model: ModelConfig,
-    optimizer: OptimizerConfig | None,
-    scale: RunScale | None,
-) -> Multipliers:
-    match config:
-        case StandardParameterization():
-            return StandardMultipliers(config, model, optimizer)
-        case MaximalUpdateParameterization():
-            return MuPMultipliers(config, model, optimizer)
-        case CompleteP():
-            return CompletePMultipliers(config, model, optimizer)
-        case MuPPlusPlus():
-            return MuPPlusPlusMultipliers(config, model, optimizer, scale)
-        case HyperP():
-            return HyperPMultipliers(config, model, optimizer, scale)
-        case MSSP():
-            assert isinstance(model, MoEModel), model
-            return MSSPMultipliers(config, model, optimizer)
-        case _:
-            assert_never(config)
+        return {
+            **self.config.model_dump(mode="json"),
+            "width_ratio": self.width_ratio,
+            "scale": asdict(self.scale) if self.scale else None,
+            "forward": asdict(self.forward),
+            "roles": examples,
+        }

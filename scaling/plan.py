@@ -42,13 +42,17 @@ class RunPlan:
     def of(cls, config: RunConfig, world_size: int) -> RunPlan:
         """Plan this run on this many ranks, without torch.
 
-        Raises:
-            UserError: the ranks cannot share the batch or do not fit the mesh.
+        Raises UserError where the ranks cannot share the batch or do not fit the mesh.
         """
         assert world_size >= 1, world_size
         layout = Layout.of(config, world_size)
         sequence_length = config.data.sequence_length
         batch = BatchPlan(config.batch, sequence_length)
+        packed = config.data.kind == "documents" or config.data.packing == "per_document"
+        micro_batch_tokens = config.batch.micro_batch_sequences * sequence_length
+        if config.data.kind == "documents":
+            micro_batch_tokens = config.parallel.context.capacity_tokens
+        at_once = layout.degrees.hdp * micro_batch_tokens
         return cls(
             world_size=world_size,
             layout=layout,
@@ -56,24 +60,27 @@ class RunPlan:
             warmup_steps=warmup_steps(config.schedule, batch),
             batch=batch,
             micro_batch_sequences=config.batch.micro_batch_sequences,
-            micro_batch_tokens=_micro_batch_tokens(config),
+            micro_batch_tokens=micro_batch_tokens,
             parameters=count_parameters(config.model),
             flops_per_token=flops_per_token(config.model, sequence_length),
             flops_assumption=_flops_assumption(config),
             memory=estimate_memory(
                 config.model,
-                micro_batch_tokens=_micro_batch_tokens(config),
+                micro_batch_tokens=micro_batch_tokens,
                 compute_bytes=COMPUTE_BYTES[config.training.compute_dtype],
                 zero=config.parallel.zero,
                 hdp=layout.degrees.hdp,
                 layout=layout,
-                micro_batches=_micro_batches(
-                    batch.full_sequences * sequence_length,
-                    layout.degrees.hdp * _micro_batch_tokens(config),
-                ),
+                micro_batches=-(-batch.full_sequences * sequence_length // at_once),
                 checkpointing=config.training.activation_checkpointing,
                 optimizer=config.optimizer,
-                attention=_attention(config),
+                attention=AttentionCall(
+                    "cuda",
+                    config.training.compute_dtype,
+                    packed=packed,
+                    length=sequence_length,
+                    compiled=config.training.compile,
+                ),
             ),
             parameterization=Parameterization.of_run(config),
             balance_loads=BalanceLoads.of(config),
@@ -100,7 +107,7 @@ class RunPlan:
         Of whole documents: the fewest that can hold the batch, as plans are made step by step.
         """
         tokens = self.batch.sequences(step) * self.batch.sequence_length
-        return _micro_batches(tokens, self.hdp * self.micro_batch_tokens)
+        return -(-tokens // (self.hdp * self.micro_batch_tokens))
 
     def describe(self) -> dict[str, Any]:
         """Return the plan as JSON."""
@@ -128,17 +135,6 @@ class RunPlan:
         }
 
 
-def _attention(config: RunConfig) -> AttentionCall:
-    """Return what the run asks of attention on a GPU."""
-    return AttentionCall(
-        "cuda",
-        config.training.compute_dtype,
-        packed=config.data.kind == "documents" or config.data.packing == "per_document",
-        length=config.data.sequence_length,
-        compiled=config.training.compile,
-    )
-
-
 def _flops_assumption(config: RunConfig) -> str:
     """Which documents the FLOPs of the plan are those of; a run counts the ones that it reads."""
     length = config.data.sequence_length
@@ -150,14 +146,3 @@ def _flops_assumption(config: RunConfig) -> str:
             "document as it is"
         )
     return f"every sequence attends as a whole, {length} tokens"
-
-
-def _micro_batch_tokens(config: RunConfig) -> int:
-    """Most tokens of a micro-batch."""
-    if config.data.kind == "documents":
-        return config.parallel.context.capacity_tokens
-    return config.batch.micro_batch_sequences * config.data.sequence_length
-
-
-def _micro_batches(tokens: int, at_once: int) -> int:
-    return -(-tokens // at_once)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -23,7 +24,8 @@ class Role(StrEnum):
     EXPERT_DOWN = "expert_down"
 
 
-MATRICES = frozenset({Role.HIDDEN, Role.ROUTER, Role.EXPERT_UP, Role.EXPERT_DOWN})
+EXPERTS = (Role.EXPERT_UP, Role.EXPERT_DOWN)
+MATRICES = frozenset({Role.HIDDEN, Role.ROUTER, *EXPERTS})
 """The roles between embedding and head whose weights are multiplied with activations."""
 
 
@@ -44,8 +46,7 @@ class ParamSpec:
 
     def __post_init__(self) -> None:
         assert all(size > 0 for size in self.shape), (self.name, self.shape)
-        assert self.fan_in > 0, (self.name, self.fan_in)
-        assert self.fan_out > 0, (self.name, self.fan_out)
+        assert min(self.fan_in, self.fan_out) > 0, (self.name, self.fan_in, self.fan_out)
 
     @property
     def in_block(self) -> bool:
@@ -55,7 +56,4 @@ class ParamSpec:
     @property
     def numel(self) -> int:
         """Elements of the whole parameter."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)

@@ -34,38 +34,34 @@ class Axis(StrEnum):
 def at_width(model: ModelConfig, width: int) -> ModelConfig:
     """Return the same model at another width, everything in proportion, head width unchanged.
 
-    The number of experts and of those that a token visits stays; their width grows.
-
-    Raises:
-        UserError: the heads or a feed-forward cannot be scaled to whole numbers.
+    The number of experts and of those that a token visits stays; their width grows. Raises
+    UserError where the heads or a feed-forward cannot be scaled to whole numbers.
     """
-    scaled = {key: _scaled(model, key, size, width) for key, size in _widths(model).items()}
     changes: dict[str, Any] = {"head_dim": model.head_width}
     experts: dict[str, Any] = {}
-    for key, size in scaled.items():
-        if key.startswith("experts."):
-            experts[key.removeprefix("experts.")] = size
-        else:
-            changes[key] = size
+    for key, size in _widths(model).items():
+        scaled, rest = divmod(size * width, model.width)
+        if rest or not scaled:
+            raise UserError(
+                f"model.{key}={size} cannot be scaled from width={model.width} to width={width}; "
+                f"choose multiples of {width_unit(model)}"
+            )
+        section = experts if key.startswith("experts.") else changes
+        section[key.removeprefix("experts.")] = scaled
     if isinstance(model, MoEModel):
         changes["experts"] = model.experts.model_copy(update=experts)
     return model.model_copy(update=changes)
 
 
 def at_depth(model: ModelConfig, layers: int) -> ModelConfig:
-    """Return the same model with another number of layers.
-
-    Raises:
-        UserError: there is no such model.
-    """
+    """Return the same model with another number of layers; UserError if there is no such model."""
     return _checked(model, {"num_layers": layers}, f"{layers} layers")
 
 
 def at_experts(model: ModelConfig, number: int) -> ModelConfig:
     """Return the same mixture with another number of routed experts; a token visits as many.
 
-    Raises:
-        UserError: the model has no experts, or cannot have so many.
+    Raises UserError for a model that has no experts, or cannot have so many.
     """
     experts = _mixture(model).experts.model_dump() | {"num_experts": number}
     return _checked(model, {"experts": experts}, f"{number} experts")
@@ -75,10 +71,8 @@ def at_regime(model: ModelConfig, number: int, *, widen_experts: bool) -> ModelC
     """Return the mixture with this number of routed experts, and all that grows along with it.
 
     Width and experts that a token visits grow in the same proportion: what MSSP (arXiv 2605.14200)
-    calls regime II, in which experts keep their width, and III, in which they grow too.
-
-    Raises:
-        UserError: the model has no experts, or something would not be whole.
+    calls regime II, in which experts keep their width, and III, in which they grow too. Raises
+    UserError for a model that has no experts, and where something would not be whole.
     """
     experts = _mixture(model).experts
     width, rest = divmod(model.width * number, experts.num_experts)
@@ -105,10 +99,8 @@ def resize(model: ModelConfig, axis: Axis, size: int) -> ModelConfig:
             return at_depth(model, size)
         case Axis.EXPERTS:
             return at_experts(model, size)
-        case Axis.REGIME_II:
-            return at_regime(model, size, widen_experts=False)
-        case Axis.REGIME_III:
-            return at_regime(model, size, widen_experts=True)
+        case Axis.REGIME_II | Axis.REGIME_III:
+            return at_regime(model, size, widen_experts=axis is Axis.REGIME_III)
         case Axis.HORIZON:
             return model
 
@@ -122,8 +114,7 @@ def width_unit(model: ModelConfig) -> int:
 def regime_unit(model: ModelConfig) -> int:
     """Return the smallest number of experts to which ``at_regime`` scales; its multiples do, too.
 
-    Raises:
-        UserError: the model has no experts.
+    Raises UserError for a model without experts.
     """
     whole = _mixture(model).experts.num_experts
     for number in range(1, whole):
@@ -164,16 +155,6 @@ def _widths(model: ModelConfig) -> dict[str, int]:
         if isinstance(model.experts, LatentExperts):
             sizes["experts.latent_width"] = model.experts.latent_width
     return sizes
-
-
-def _scaled(model: ModelConfig, key: str, size: int, width: int) -> int:
-    scaled, rest = divmod(size * width, model.width)
-    if rest or not scaled:
-        raise UserError(
-            f"model.{key}={size} cannot be scaled from width={model.width} to width={width}; "
-            f"choose multiples of {width_unit(model)}"
-        )
-    return scaled
 
 
 def _checked(model: ModelConfig, changes: dict[str, Any], what: str) -> ModelConfig:

@@ -14,9 +14,7 @@ from dataclasses import dataclass
 from allometry.configs.model import ModelConfig
 from allometry.scaling.inventory import inventory
 from allometry.scaling.layout import Layout
-from allometry.scaling.roles import ParamSpec, Role
-
-EXPERTS = (Role.EXPERT_UP, Role.EXPERT_DOWN)
+from allometry.scaling.roles import EXPERTS, ParamSpec, Role
 
 
 def tensor_dim(spec: ParamSpec) -> int | None:
@@ -94,18 +92,9 @@ class RankParts:
 
     def specs(self) -> list[ParamSpec]:
         """Return the parameters that lie here, the copy of a tied embedding included."""
-        tied = self.model.tied_embeddings
-        here = []
-        for spec in inventory(self.model):
-            layer = layer_of(spec.name)
-            if layer is not None:
-                here += [spec] * (layer in self.layers)
-            elif spec.name == "embedding.weight":
-                # A tied head away from its embedding is a copy of it.
-                here += [spec] * (self.first or (self.last and tied))
-            else:
-                here += [spec] * self.last
-        return here
+        # A tied head away from its embedding is a copy of it.
+        first = self.first or (self.last and self.model.tied_embeddings)
+        return list(inventory(self.model, sorted(self.layers), first=first, last=self.last))
 
     def trains(self, spec: ParamSpec) -> bool:
         """Return whether the optimizer of this rank has the parameter: copies have none."""

@@ -7,13 +7,13 @@ row) and ``optim/NAME.py`` (its function, which ``optim/optimizer.py`` finds by 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from fractions import Fraction
 
+from allometry.configs.errors import UserError
 from allometry.configs.optimization import Apollo, OptimizerConfig
-from allometry.scaling.apollo_rank import projection_rank
 from allometry.scaling.roles import MATRICES, ParamSpec, Role
 
 StateSize = Callable[[int, OptimizerConfig | None], Fraction]
@@ -67,8 +67,22 @@ class UpdateRule:
         return self.rates is Rates.SPHERES
 
 
+def projection_rank(rank: int | None, smaller: int) -> int:
+    """Return APOLLO's rank (arXiv 2412.05270) for a matrix of this side; None: a quarter of it."""
+    return rank or max(1, smaller // 4)
+
+
+def check_ranks(rank: int | None, smaller_sides: Iterable[tuple[str, int]]) -> None:
+    """Raise UserError for an ``optimizer.rank`` above a smaller side of these (name, side)."""
+    for name, smaller in smaller_sides:
+        if rank is not None and rank > smaller:
+            raise UserError(
+                f"optimizer.rank={rank} is above the smaller side of {name}, {smaller}; choose a "
+                "smaller one, or null for a quarter of each"
+            )
+
+
 def _moments(count: int) -> StateSize:
-    """Return the size of ``count`` states laid out as the parameter."""
     return lambda smaller, optimizer: Fraction(count)
 
 
@@ -162,7 +176,7 @@ def rule_of(kind: str, role: Role) -> UpdateRule:
 
 def rules_of(kind: str) -> tuple[UpdateRule, ...]:
     """Return all rules that this kind of optimizer uses."""
-    return tuple({rule.name: rule for rule in (rule_of(kind, role) for role in Role)}.values())
+    return tuple({rule_of(kind, role).name: rule_of(kind, role) for role in Role}.values())
 
 
 def state_bytes(spec: ParamSpec, elements: int, optimizer: OptimizerConfig | None) -> int:

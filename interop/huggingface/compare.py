@@ -63,7 +63,16 @@ def compare(
     ``dtype`` is what an export rounded weights to; fp32 for an import. Raises UserError if a
     tensor differs in a bit or logits by more than ``TOLERANCE`` of the largest.
     """
-    tensors = _compare_tensors(config, weights, folder, wanted, folding, dtype)
+    stored = FolderWeights(folder)  # read as an import would
+    places = locate(wanted, stored.shapes, str(folder), tied=config.model.tied_embeddings)
+    for counterpart in wanted:
+        name = counterpart.spec.name
+        expected = folded(name, weights.read(name), folding).to(dtype).float()
+        if not torch.equal(counterpart.join(places[name], stored.read), expected):
+            raise UserError(
+                f"--check: {name} came back changed from {', '.join(places[name].names[:1])}; "
+                "nothing was written: please report it"
+            )
     vocabulary, length = config.model.vocab_size, min(config.data.sequence_length, LONGEST)
     generator = torch.Generator().manual_seed(SEED)
     tokens_BL = torch.randint(vocabulary, (SEQUENCES, length), generator=generator)
@@ -82,29 +91,7 @@ def compare(
             f"--check: logits differ by {difference:.3g}, which is {difference / scale:.3g} of the "
             f"largest logit and more than {TOLERANCE:g}; nothing was written: please report it"
         )
-    return Comparison(difference, difference / scale, tensors, rounding)
-
-
-def _compare_tensors(
-    config: RunConfig,
-    weights: CheckpointWeights,
-    folder: Path,
-    wanted: Collection[Counterpart],
-    folding: Sequence[Fold],
-    dtype: torch.dtype,
-) -> int:
-    """Read the folder as an import would; the number of tensors, all equal to the checkpoint's."""
-    stored = FolderWeights(folder)
-    places = locate(wanted, stored.shapes, str(folder), tied=config.model.tied_embeddings)
-    for counterpart in wanted:
-        name = counterpart.spec.name
-        expected = folded(name, weights.read(name), folding).to(dtype).float()
-        if not torch.equal(counterpart.join(places[name], stored.read), expected):
-            raise UserError(
-                f"--check: {name} came back changed from {', '.join(places[name].names[:1])}; "
-                "nothing was written: please report it"
-            )
-    return len(wanted)
+    return Comparison(difference, difference / scale, len(wanted), rounding)
 
 
 @torch.no_grad()

@@ -78,8 +78,6 @@ _SIZES = frozenset(
     ]
 )
 _EXPERT_SIZES: Mapping[Family, frozenset[str]] = {
-    "llama": frozenset(),
-    "qwen3": frozenset(),
     "mixtral": frozenset({"num_local_experts", "num_experts_per_tok"}),
     "qwen3_moe": frozenset(
         [
@@ -141,9 +139,7 @@ def _unsupported(model: ModelConfig, family: Family) -> list[tuple[str, Any, str
         lacks.append(("router.normalize", "false", "it divides by the sum"))
     if router.scale != 1.0:
         lacks.append(("router.scale", router.scale, "it has no such factor"))
-    if router.num_groups > 1 and (router.groups_per_token or router.num_groups) != (
-        router.num_groups
-    ):
+    if router.groups_per_token not in (None, router.num_groups):
         lacks.append(("router.groups_per_token", router.groups_per_token, "it has no groups"))
     if router.balance.kind == "bias":
         lacks.append(("router.balance.kind", "bias", "its router has no bias"))
@@ -156,10 +152,8 @@ def _gate(model: MoEModel) -> tuple[str, bool]:
     The softmax over all experts, divided by its sum over the chosen ones, is the softmax over the
     chosen ones.
     """
-    router = model.router
-    if router.gate == "softmax_after_topk":
-        return "softmax", True
-    return router.gate, router.normalize
+    gate, normalize = model.router.gate, model.router.normalize
+    return ("softmax", True) if gate == "softmax_after_topk" else (gate, normalize)
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,15 +232,14 @@ def from_hf(values: Mapping[str, Any], where: str) -> tuple[Family, ModelConfig]
         )
     theta = _rope_theta(values, family, where)
     _check_features(values, family, where)
-    key_value = "num_key_value_heads"
     description = {
         "vocab_size": _need(values, "vocab_size", where),
         "width": _need(values, "hidden_size", where),
         "num_layers": _need(values, "num_hidden_layers", where),
         "num_heads": _need(values, "num_attention_heads", where),
-        "num_kv_heads": values.get(key_value)
+        "num_kv_heads": values.get("num_key_value_heads")
         if family == "llama"
-        else _need(values, key_value, where),
+        else _need(values, "num_key_value_heads", where),
         # Qwen3 is the one family whose class has a default of its own.
         "head_dim": values.get("head_dim", 128 if family == "qwen3" else None),
         "qk_norm": family in ("qwen3", "qwen3_moe"),
@@ -277,10 +270,8 @@ def _need(values: Mapping[str, Any], key: str, where: str) -> Any:
 
 def _experts(values: Mapping[str, Any], family: Family, where: str) -> dict[str, Any]:
     """Return the keys of ``MoEModel`` that a dense model lacks."""
-    experts: dict[str, Any] = {
-        "kind": "swiglu",
-        "experts_per_token": _need(values, "num_experts_per_tok", where),
-    }
+    visits = _need(values, "num_experts_per_tok", where)
+    experts: dict[str, Any] = {"kind": "swiglu", "experts_per_token": visits}
     if family == "mixtral":
         experts["num_experts"] = _need(values, "num_local_experts", where)
         experts["width"] = _need(values, "intermediate_size", where)
@@ -324,7 +315,7 @@ def _check_features(values: Mapping[str, Any], family: Family, where: str) -> No
             f"{where}: layer_types has {min(kinds)!r}, which is not supported; only "
             "'full_attention' is"
         )
-    known = _WITHOUT_EFFECT | _FIXED.keys() | _SIZES | _EXPERT_SIZES[family]
+    known = _WITHOUT_EFFECT | _FIXED.keys() | _SIZES | _EXPERT_SIZES.get(family, frozenset())
     for key in sorted(values.keys() - known):
         # Old files spell out absent features with null, false, 0 and empty lists.
         if values[key]:
@@ -351,8 +342,7 @@ def _rope_theta(values: Mapping[str, Any], family: Family, where: str) -> float:
     top = values.get("rope_theta")
     if theta is not None and top is not None and theta != top:
         raise UserError(f"{where}: rope_theta={top} and rope_parameters' {theta} differ; keep one")
-    theta = theta if theta is not None else top
-    if theta is None and family == "llama":  # the first Llama's files have no such key
+    if theta is None and top is None and family == "llama":  # the first Llama's files lack it
         return 10_000.0
     return float(theta if theta is not None else _need(values, "rope_theta", where))
 
@@ -363,11 +353,8 @@ def differences(ours: ModelConfig, theirs: ModelConfig) -> list[tuple[str, Any, 
     Defaults are filled in, and what matters in training only is left out.
     """
     one, other = _function(ours), _function(theirs)
-    return [
-        (key, one.get(key), other.get(key))
-        for key in sorted(one.keys() | other.keys())
-        if one.get(key) != other.get(key)
-    ]
+    keys = sorted(one.keys() | other.keys())
+    return [(k, one.get(k), other.get(k)) for k in keys if one.get(k) != other.get(k)]
 
 
 def _function(model: ModelConfig) -> dict[str, Any]:
@@ -386,6 +373,6 @@ def _function(model: ModelConfig) -> dict[str, Any]:
     flat |= {"num_kv_heads": model.kv_heads, "head_dim": model.head_width}
     if isinstance(model, MoEModel):
         flat["router.gate"], flat["router.normalize"] = _gate(model)
-        if (model.router.groups_per_token or model.router.num_groups) == model.router.num_groups:
+        if model.router.groups_per_token in (None, model.router.num_groups):
             flat["router.num_groups"] = flat["router.groups_per_token"] = None
     return flat

@@ -120,17 +120,20 @@ def export_hf(
     wanted = counterparts(config.model, chosen)
     path = chosen_checkpoint(folder, step)
     weights = CheckpointWeights(path)
-    _check_checkpoint(config.model, weights, path)
+    for name in check_names(config.model, weights.shapes, str(path)):
+        if weights.read(name).any():
+            raise UserError(
+                f"{path}: {name} is not zero, and models of Hugging Face's families have no bias "
+                "in their routers; nothing was written"
+            )
     tokenizer = _tokenizer_of(config, folder)
-    end = _end_of_document(config)
+    manifests = (read_manifest(Path(source.train).parent) for source in config.data.sources)
+    end = next((manifest.tokenizer for manifest in manifests if manifest is not None), None)
     text = Text(config.data.sequence_length, end.end_of_document_id if end else None)
     torch_dtype = _TORCH[dtype]
     with _target(out) as (final, partial):
-        files = write_safetensors(
-            partial,
-            [_part(counterpart, weights, folding, torch_dtype) for counterpart in wanted],
-            shard_bytes,
-        )
+        parts = [_part(counterpart, weights, folding, torch_dtype) for counterpart in wanted]
+        files = write_safetensors(partial, parts, shard_bytes)
         name = str(torch_dtype).removeprefix("torch.")
         _write_json(partial / CONFIG, to_hf(config.model, chosen, name, text))
         _write_texts(partial, tokenizer, end, text)
@@ -170,7 +173,12 @@ def import_hf(
     folder = FolderWeights(source)
     places = locate(wanted, folder.shapes, str(source), tied=config.model.tied_embeddings)
     if config.model.tied_embeddings and HEAD in folder.shapes:
-        _check_tied(folder, wanted[0].written[0])
+        embedding = wanted[0].written[0]
+        if not torch.equal(folder.read(HEAD), folder.read(embedding)):
+            raise UserError(
+                f"{folder.folder}: config.json ties embedding and head, but {HEAD} differs from "
+                f"{embedding}; set tie_word_embeddings to false there if both are meant"
+            )
     tokenizer = _check_tokenizer(config, source)
     by_name = {counterpart.spec.name: counterpart for counterpart in wanted}
     run = config.run.model_copy(update={"folder": str(out), "resume": "auto", "parent": None})
@@ -234,21 +242,11 @@ def _target(out: str | Path) -> Iterator[tuple[Path, Path]]:
     try:
         yield final, partial
         partial.rename(final)
-    except OSError as error:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if not isinstance(error, OSError):
+            raise
         raise UserError(f"--out={out} cannot be written ({error}); nothing is left of it") from None
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def _check_checkpoint(model: ModelConfig, weights: CheckpointWeights, path: Path) -> None:
-    for name in check_names(model, weights.shapes, str(path)):
-        if weights.read(name).any():
-            raise UserError(
-                f"{path}: {name} is not zero, and models of Hugging Face's families have no bias "
-                "in their routers; nothing was written"
-            )
 
 
 def _part(
@@ -275,15 +273,6 @@ def _tokenizer_of(config: RunConfig, folder: RunFolder) -> Path | None:
     path = Path(named) / TOKENIZER if Path(named).is_dir() else Path(named)
     read_tokenizer_json(path)
     return path
-
-
-def _end_of_document(config: RunConfig) -> TokenizerRecord | None:
-    """What the token files were made with, where they are here and say so."""
-    for source in config.data.sources:
-        manifest = read_manifest(Path(source.train).parent)
-        if manifest is not None:
-            return manifest.tokenizer
-    return None
 
 
 def _write_texts(
@@ -323,27 +312,16 @@ def _check_agreement(config: RunConfig, theirs: ModelConfig, source: Path) -> No
     """Raise UserError unless the run's model computes the function of the model in ``source``."""
     different = differences(config.model, theirs)
     if different:
-        listed = ", ".join(
-            f"model.{key}={ours!r} (there {other!r})" for key, ours, other in different
-        )
+        listed = ", ".join(f"model.{key}={ours!r} (there {o!r})" for key, ours, o in different)
         raise UserError(
             f"the configuration describes another model than {source}: {listed}; set these keys "
             "to the values there (--print-model prints them all)"
         )
-    scales = Parameterization.of_run(config).forward
-    for fold in folds(config.model, scales):
+    for fold in folds(config.model, Parameterization.of_run(config).forward):
         raise UserError(
             f"parameterization.kind={config.parameterization.kind} multiplies the {fold.scale} by "
             f"{fold.factor:.6g}, which the imported weights do not expect; use "
             "parameterization.kind=sp"
-        )
-
-
-def _check_tied(folder: FolderWeights, embedding: str) -> None:
-    if not torch.equal(folder.read(HEAD), folder.read(embedding)):
-        raise UserError(
-            f"{folder.folder}: config.json ties embedding and head, but {HEAD} differs from "
-            f"{embedding}; set tie_word_embeddings to false there if both are meant"
         )
 
 

@@ -48,7 +48,7 @@ _EXPERTS: Mapping[str, tuple[str, Mapping[str, str]]] = {
 }
 HEAD = "lm_head.weight"
 # Tables that old files hold and that every model computes by itself.
-_COMPUTED = re.compile(r"\.rotary_emb\.inv_freq$|^model\.rotary_emb\.inv_freq$")
+_COMPUTED = re.compile(r"\.rotary_emb\.inv_freq$")
 # Buffers of a router that count visits and are no part of a forward pass.
 _BOOKKEEPING = re.compile(r"^blocks\.\d+\.ffn\.router\.load$")
 # A bias for the choice of experts; it is all zeros unless router.balance.kind is bias.
@@ -135,20 +135,15 @@ def _sources(spec: ParamSpec, family: Family) -> tuple[Source, ...]:
                 return tuple(Source((f"{layer}.{place}.gate.weight",)) for place in places)
             kind = inner.removeprefix("ffn.experts.")
             if kind in names:
-                return _expert_sources(spec, layer, module, kind, names)
+                # Per expert, as files are; or fused, as raw state dicts of transformers 5 are.
+                each = f"{layer}.{module}.experts.{{}}.{names[kind]}.weight"
+                fused = f"{layer}.mlp.experts.{'down_proj' if kind == 'down' else 'gate_up_proj'}"
+                half = {"gate": 0, "up": 1}.get(kind)
+                files = Source(tuple(map(each.format, range(spec.shape[0]))), stacked=True)
+                return files, Source((fused,), half=half)
     raise UserError(
         f"parameter {spec.name} has no counterpart in a model of {family}; nothing was written"
     )
-
-
-def _expert_sources(
-    spec: ParamSpec, layer: str, module: str, kind: str, names: Mapping[str, str]
-) -> tuple[Source, ...]:
-    """Per expert, as files are; or fused over experts, as raw state dicts of transformers 5 are."""
-    each = tuple(f"{layer}.{module}.experts.{e}.{names[kind]}.weight" for e in range(spec.shape[0]))
-    fused = f"{layer}.mlp.experts.{'down_proj' if kind == 'down' else 'gate_up_proj'}"
-    half = {"gate": 0, "up": 1}.get(kind)
-    return Source(each, stacked=True), Source((fused,), half=half)
 
 
 def locate(
@@ -178,9 +173,8 @@ def locate(
                     f"asks for {list(counterpart.shape_in(source))}"
                 )
     used = {name for source in places.values() for name in source.names}
-    extra = [n for n in present if n not in used and not _COMPUTED.search(n)]
-    if tied:
-        extra = [name for name in extra if name != HEAD]
+    used |= {HEAD} if tied else set()
+    extra = [name for name in present if name not in used and not _COMPUTED.search(name)]
     for problem, names in (("is missing", missing), ("has no counterpart in our models", extra)):
         if names:
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
@@ -246,7 +240,11 @@ def folds(model: ModelConfig, scales: ForwardScales) -> tuple[Fold, ...]:
     if scales.attention != usual:
         # A factor of the queries; rotation commutes with it, their norm would undo it.
         target = "attention.q_norm" if model.qk_norm else "attention.wq"
-        folding.append(Fold("attention", _snapped(scales.attention / usual), (target,)))
+        # What is a power of two but for the rounding of square roots is made one.
+        factor = scales.attention / usual
+        near = 2.0 ** round(math.log2(factor))
+        factor = near if math.isclose(factor, near, rel_tol=1e-14) else factor
+        folding.append(Fold("attention", factor, (target,)))
     if scales.residual != 1.0:
         targets = ["attention.wo"]
         if isinstance(model, MoEModel):
@@ -270,12 +268,6 @@ def folds(model: ModelConfig, scales: ForwardScales) -> tuple[Fold, ...]:
             )
         folding.append(Fold(scale, factor, (target,)))
     return tuple(folding)
-
-
-def _snapped(factor: float) -> float:
-    """Return the power of two that ``factor`` is but for the rounding of square roots, or it."""
-    near = 2.0 ** round(math.log2(factor))
-    return near if math.isclose(factor, near, rel_tol=1e-14) else factor
 
 
 def folded(name: str, tensor: Tensor, folding: Collection[Fold]) -> Tensor:

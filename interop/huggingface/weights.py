@@ -88,14 +88,14 @@ class FolderWeights:
         return tensor
 
     def _files(self) -> list[Path]:
-        index = self.folder / INDEX
+        index, single = self.folder / INDEX, self.folder / SINGLE
         if not index.exists():
-            if not (self.folder / SINGLE).exists():
-                raise UserError(
-                    f"{self.folder} holds neither {SINGLE} nor {INDEX}; save the model in "
-                    "safetensors format there"
-                )
-            return [self.folder / SINGLE]
+            if single.exists():
+                return [single]
+            raise UserError(
+                f"{self.folder} holds neither {SINGLE} nor {INDEX}; save the model in "
+                "safetensors format there"
+            )
         names = sorted(set(dict(read_json(index).get("weight_map", {})).values()))
         if not names:
             raise UserError(f"{index} names no files; save the model there again")
@@ -136,6 +136,7 @@ def chosen_checkpoint(folder: RunFolder, step: int | None) -> Path:
     """Return the checkpoint of ``step``, or the latest; UserError if it is absent or damaged."""
     there = checkpoint.saved(folder)
     names = ", ".join(path.name for path in there) or "none"
+    latest = f"step-{step}"
     if step is None:
         if not there:
             raise UserError(f"{folder.path} has no checkpoint yet; train it first")
@@ -143,8 +144,6 @@ def chosen_checkpoint(folder: RunFolder, step: int | None) -> Path:
             latest = folder.latest.read_text(encoding="utf-8").strip()
         except OSError:
             latest = there[-1].name
-    else:
-        latest = f"step-{step}"
     path = folder.checkpoints / latest
     if path not in there:
         raise UserError(f"{folder.path} has no checkpoint {latest}; it has {names}")
@@ -167,14 +166,14 @@ def write_safetensors(
     Each part is what one call makes: its (name, bytes) pairs, known beforehand, and the call. A
     part is never divided; a file holds parts up to ``shard_bytes`` and at least one.
     """
-    shards: list[list[int]] = []
+    shards: list[list[Callable[[], dict[str, Tensor]]]] = []
     filled = 0
-    for number, (tensors, _) in enumerate(parts):
+    for tensors, make in parts:
         size = sum(nbytes for _, nbytes in tensors)
         if not shards or filled + size > shard_bytes:
             shards.append([])
             filled = 0
-        shards[-1].append(number)
+        shards[-1].append(make)
         filled += size
     single = len(shards) == 1
     weight_map: dict[str, str] = {}
@@ -182,8 +181,8 @@ def write_safetensors(
     for number, shard in enumerate(shards, start=1):
         file = SINGLE if single else f"model-{number:05}-of-{len(shards):05}.safetensors"
         held: dict[str, Tensor] = {}
-        for part in shard:
-            held |= parts[part][1]()
+        for make in shard:
+            held |= make()
         save_file(held, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(held, file)
         files.append(file)

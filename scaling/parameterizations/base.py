@@ -14,13 +14,7 @@ from allometry.configs.errors import UserError
 from allometry.configs.model import ModelConfig, ParameterizationConfig, WeightDecayRule
 from allometry.configs.optimization import Muon, OptimizerConfig
 from allometry.scaling.roles import ParamSpec, Role
-from allometry.scaling.update_rules import (
-    OPTIMIZER_KINDS,
-    Rates,
-    UpdateRule,
-    rule_of,
-    rules_of,
-)
+from allometry.scaling.update_rules import OPTIMIZER_KINDS, Rates, UpdateRule, rule_of, rules_of
 
 InitKind = Literal["normal", "uniform", "ones", "zeros"]
 
@@ -56,10 +50,10 @@ class ForwardScales:
     ``attention`` the scores q·k, ``output`` the logits, ``experts`` the sum over routed experts.
     """
 
-    embedding: float
-    residual: float
-    attention: float
-    output: float
+    embedding: float = 1.0
+    residual: float = 1.0
+    attention: float = 1.0
+    output: float = 1.0
     experts: float = 1.0
 
 
@@ -74,11 +68,9 @@ class RunScale:
 class Multipliers(ABC):
     """One parameterization for one model, optimizer and run; what differs is in the subclasses.
 
-    ``optimizer`` None: that which the parameterization is made for. ``columns``: the rates that it
-    knows; an update rule that follows others is an error, never a guess.
-
-    Raises:
-        UserError: the optimizer has a rule for whose rates there is no column.
+    ``optimizer`` None: that which the parameterization is made for; ``scale`` None: the base's run.
+    ``columns``: the rates that it knows. Raises UserError for an optimizer with a rule that follows
+    others: never a guess.
     """
 
     default_optimizer = "adamw"
@@ -89,12 +81,11 @@ class Multipliers(ABC):
         config: ParameterizationConfig,
         model: ModelConfig,
         optimizer: OptimizerConfig | None,
+        scale: RunScale | None,
     ) -> None:
-        self.config = config
-        self.model = model
-        self.optimizer = optimizer
+        self.config, self.model, self.optimizer, self.scale = config, model, optimizer, scale
         self.optimizer_kind = optimizer.kind if optimizer else self.default_optimizer
-        self._check_columns()
+        self.check()
         base_width: int | None = getattr(config, "base_width", None)
         # Fractions, so that what is 1 at the base is exactly 1 and nothing drifts by rounding.
         self.m = Fraction(model.width, base_width or model.width)
@@ -108,13 +99,13 @@ class Multipliers(ABC):
     def initial(self, spec: ParamSpec) -> tuple[InitKind, float]:
         """Return how a matrix or an embedding starts, and its σ."""
 
-    @abstractmethod
     def width_rate(self, spec: ParamSpec, rule: UpdateRule) -> float:
         """Return the factor on the learning rate that follows from widths and experts."""
+        return 1.0
 
-    @abstractmethod
     def epsilon(self, spec: ParamSpec) -> float:
         """Return the factor on epsilon."""
+        return 1.0
 
     @property
     def decay_rule(self) -> WeightDecayRule:
@@ -135,6 +126,10 @@ class Multipliers(ABC):
         """What multiplies 1 - beta2."""
         return 1.0
 
+    def growth(self, quantity: Literal["batch_tokens", "total_tokens"], base: int | None) -> float:
+        """Return this quantity of the run's ``scale`` over ``base``; 1 where one is None."""
+        return getattr(self.scale, quantity) / base if self.scale and base else 1.0
+
     def alike(self, spec: ParamSpec) -> bool:
         """Whether all experts of a parameter start equal."""
         return False
@@ -144,12 +139,8 @@ class Multipliers(ABC):
         rule = rule_of(self.optimizer_kind, spec.role)
         width_rate = self.width_rate(spec, rule)
         lr = width_rate * self.other_rate(spec)
-        start: tuple[InitKind, float] = ("ones", 0.0)
-        if spec.role is not Role.VECTOR:
-            start = self.initial(spec)
         return Resolved(
-            init_kind=start[0],
-            init_std=start[1],
+            *(("ones", 0.0) if spec.role is Role.VECTOR else self.initial(spec)),
             lr=lr,
             weight_decay=self._decay(spec, rule, width_rate, lr),
             eps=self.epsilon(spec),
@@ -173,20 +164,17 @@ class Multipliers(ABC):
                 factor = 1.0 / lr
         return factor * self.other_decay(spec)
 
-    def _check_columns(self) -> None:
+    def check(self) -> None:
+        """Raise UserError for an optimizer with a rule for whose rates there is no column."""
         for rule in rules_of(self.optimizer_kind):
             if rule.rates in self.columns:
                 continue
             known = " and ".join(rates for rates in Rates if rates in self.columns)
-            others = ", ".join(
-                kind
-                for kind in OPTIMIZER_KINDS
-                if all(other.rates in self.columns for other in rules_of(kind))
-            )
+            fits = [k for k in OPTIMIZER_KINDS if {r.rates for r in rules_of(k)} <= self.columns]
             raise UserError(
                 f"optimizer.kind={self.optimizer_kind} contradicts parameterization.kind="
                 f"{self.config.kind}, whose learning rates are known for {known} only, while "
-                f"{rule.name} follows {rule.rates}; use optimizer.kind: {others}"
+                f"{rule.name} follows {rule.rates}; use optimizer.kind: {', '.join(fits)}"
             )
 
     def scores(self, base_head_dim: int | None) -> float:

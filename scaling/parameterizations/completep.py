@@ -6,11 +6,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from fractions import Fraction
+from functools import cached_property
 
 from typing_extensions import override
 
 from allometry.configs.model import CompleteP, ModelConfig
-from allometry.configs.optimization import OptimizerConfig
 from allometry.scaling.parameterizations.base import ForwardScales
 from allometry.scaling.parameterizations.mup import MuPMultipliers
 from allometry.scaling.roles import ParamSpec
@@ -25,13 +25,13 @@ class CompletePMultipliers(MuPMultipliers):
     authors' code since its correction of January 2025 (EleutherAI/nanoGPT-mup).
     """
 
+    config: CompleteP
     columns = MuPMultipliers.columns - {Rates.SGD}
 
-    def __init__(
-        self, config: CompleteP, model: ModelConfig, optimizer: OptimizerConfig | None
-    ) -> None:
-        super().__init__(config, model, optimizer)
-        self.depth = Depth(model, config.base_layers, config.depth_alpha)
+    @cached_property
+    def depth(self) -> Depth:
+        """The multipliers that follow from depth."""
+        return Depth(self.model, self.config.base_layers, self.config.depth_alpha)
 
     @property
     @override

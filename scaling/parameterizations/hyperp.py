@@ -8,16 +8,10 @@ import math
 
 from typing_extensions import override
 
-from allometry.configs.model import HyperP, ModelConfig
-from allometry.configs.optimization import OptimizerConfig
-from allometry.scaling.parameterizations.base import (
-    ForwardScales,
-    InitKind,
-    Multipliers,
-    RunScale,
-)
+from allometry.configs.model import HyperP
+from allometry.scaling.parameterizations.base import ForwardScales, InitKind, Multipliers
 from allometry.scaling.roles import MATRICES, ParamSpec, Role
-from allometry.scaling.update_rules import Rates, UpdateRule
+from allometry.scaling.update_rules import Rates
 
 HEAD_STD = 0.64
 """σ of the head is this over √(base width): logits of RMS 0.64 at the start, .02 at width 1024."""
@@ -46,25 +40,12 @@ class HyperPMultipliers(Multipliers):
     default_optimizer = "muonh"
     columns = frozenset({Rates.SPHERES, Rates.ADAM})
 
-    def __init__(
-        self,
-        config: HyperP,
-        model: ModelConfig,
-        optimizer: OptimizerConfig | None,
-        scale: RunScale | None,
-    ) -> None:
-        super().__init__(config, model, optimizer)
-        batch, tokens = config.base_batch_tokens, config.base_tokens
-        self._batch = scale.batch_tokens / batch if scale and batch else 1.0
-        self._tokens = scale.total_tokens / tokens if scale and tokens else 1.0
-
     @property
     @override
     def forward(self) -> ForwardScales:
         """Branches x 1/√(2 L), at the base as well; scores √(base head width)/H."""
         divided = self.config.output_multiplier == "1/m"
         return ForwardScales(
-            embedding=1.0,
             residual=1.0 / math.sqrt(2 * self.model.num_layers),
             attention=self.scores(self.config.base_head_dim),
             output=float(1 / self.m) if divided else 1.0,
@@ -79,22 +60,16 @@ class HyperPMultipliers(Multipliers):
         return "uniform", 1.0 / math.sqrt(3 * spec.fan_in)
 
     @override
-    def width_rate(self, spec: ParamSpec, rule: UpdateRule) -> float:
-        return 1.0
-
-    @override
     def other_rate(self, spec: ParamSpec) -> float:
         config = self.config
         depth = math.sqrt(config.base_layers / self.model.num_layers)
-        rate = depth * math.pow(self._batch, config.batch_exponent)
+        batch = self.growth("batch_tokens", config.base_batch_tokens)
+        rate = depth * math.pow(batch, config.batch_exponent)
         if config.data_exponent_scope == "all" or spec.role in MATRICES:
-            rate *= math.pow(self._tokens, -config.data_exponent)
+            tokens = self.growth("total_tokens", config.base_tokens)
+            rate *= math.pow(tokens, -config.data_exponent)
         return rate
 
     @override
     def other_decay(self, spec: ParamSpec) -> float:
         return 0.0
-
-    @override
-    def epsilon(self, spec: ParamSpec) -> float:
-        return 1.0

@@ -6,17 +6,15 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from functools import cached_property
 
 from typing_extensions import override
 
 from allometry.configs.model import MSSP, MoEModel
-from allometry.configs.optimization import OptimizerConfig
 from allometry.scaling.parameterizations.base import ForwardScales, InitKind, Multipliers
 from allometry.scaling.parameterizations.completep import Depth
-from allometry.scaling.roles import ParamSpec, Role
+from allometry.scaling.roles import EXPERTS, ParamSpec, Role
 from allometry.scaling.update_rules import Rates, UpdateRule
-
-_EXPERTS = (Role.EXPERT_UP, Role.EXPERT_DOWN)
 
 
 class MSSPMultipliers(Multipliers):
@@ -48,26 +46,30 @@ class MSSPMultipliers(Multipliers):
     """
 
     config: MSSP
+    model: MoEModel
     columns = frozenset({Rates.ADAM, Rates.SGD})
 
-    def __init__(self, config: MSSP, model: MoEModel, optimizer: OptimizerConfig | None) -> None:
-        super().__init__(config, model, optimizer)
-        experts = model.experts
-        self.experts = Fraction(experts.num_experts, config.base_experts)
-        self.visits = Fraction(experts.experts_per_token, config.base_experts_per_token)
-        self.expert_width = Fraction(experts.width, config.base_expert_width)
-        self.depth = Depth(model, config.base_layers, config.depth_alpha)
+    @cached_property
+    def depth(self) -> Depth:
+        """The multipliers that follow from depth."""
+        return Depth(self.model, self.config.base_layers, self.config.depth_alpha)
+
+    @property
+    def experts(self) -> Fraction:
+        """M, the number of experts relative to the base."""
+        return Fraction(self.model.experts.num_experts, self.config.base_experts)
 
     @property
     @override
     def forward(self) -> ForwardScales:
         """The sum over experts x K^-α; the head has no factor, as its σ and lr shrink."""
+        visits = self.model.experts.experts_per_token
         return ForwardScales(
-            embedding=1.0,
             residual=self.depth.branch,
             attention=self.scores(self.config.base_head_dim),
-            output=1.0,
-            experts=1.0 if self.config.regime == "I" else float(1 / self.visits),
+            experts=1.0
+            if self.config.regime == "I"
+            else self.config.base_experts_per_token / visits,
         )
 
     @override
@@ -90,7 +92,7 @@ class MSSPMultipliers(Multipliers):
     @override
     def alike(self, spec: ParamSpec) -> bool:
         """Whether all experts start equal: in regime III."""
-        return self.config.regime == "III" and spec.role in _EXPERTS
+        return self.config.regime == "III" and spec.role in EXPERTS
 
     @override
     def width_rate(self, spec: ParamSpec, rule: UpdateRule) -> float:
@@ -99,11 +101,8 @@ class MSSPMultipliers(Multipliers):
             own = self._elements(spec.role) if rule.scales_with_root_of_size else 1
             return float(self._sgd(spec.role)) / math.sqrt(own)
         assert rule.rates is Rates.ADAM, rule.name
-        if spec.role in (Role.INPUT, Role.VECTOR):
-            return 1.0
-        if spec.role is Role.EXPERT_DOWN and self.config.regime == "II":
-            return 1.0
-        return float(1 / self.m)
+        alone = spec.role is Role.EXPERT_DOWN and self.config.regime == "II"
+        return 1.0 if alone or spec.role in (Role.INPUT, Role.VECTOR) else float(1 / self.m)
 
     @override
     def other_rate(self, spec: ParamSpec) -> float:
@@ -111,42 +110,29 @@ class MSSPMultipliers(Multipliers):
 
     @override
     def epsilon(self, spec: ParamSpec) -> float:
-        return float(self._epsilon(spec.role)) * self.depth.epsilon(spec)
-
-    def _epsilon(self, role: Role) -> Fraction:
-        n, experts, regime = self.m, self.experts, self.config.regime
+        n, experts, regime, role = self.m, self.experts, self.config.regime, spec.role
         if role is Role.OUTPUT:
-            return Fraction(1)
-        if regime == "I" or role in (Role.INPUT, Role.VECTOR, Role.HIDDEN):
-            return 1 / n
-        if role is Role.ROUTER or (regime == "II" and role is Role.EXPERT_UP):
-            return 1 / experts
-        return 1 / (n * experts)
+            grown = Fraction(1)
+        elif regime == "I" or role in (Role.INPUT, Role.VECTOR, Role.HIDDEN):
+            grown = n
+        elif role is Role.ROUTER or (regime == "II" and role is Role.EXPERT_UP):
+            grown = experts
+        else:
+            grown = n * experts
+        return float(1 / grown) * self.depth.epsilon(spec)
 
     def _sgd(self, role: Role) -> Fraction:
-        n, experts, regime = self.m, self.experts, self.config.regime
-        match role:
-            case Role.INPUT | Role.VECTOR:
-                return n
-            case Role.HIDDEN:
-                return Fraction(1)
-            case Role.OUTPUT:
-                return 1 / n
-            case Role.ROUTER:
-                return {"I": 1 / n, "II": experts / n, "III": Fraction(1)}[regime]
-            case Role.EXPERT_UP:
-                return {"I": Fraction(1), "II": experts / n, "III": experts}[regime]
-            case Role.EXPERT_DOWN:
-                return {"I": Fraction(1), "II": experts * n, "III": experts}[regime]
+        n, experts, one = self.m, self.experts, Fraction(1)
+        mixture = {
+            "I": (1 / n, one, one),
+            "II": (experts / n, experts / n, experts * n),
+            "III": (one, experts, experts),
+        }[self.config.regime]
+        of_experts = zip((Role.ROUTER, *EXPERTS), mixture, strict=True)
+        return {Role.HIDDEN: one, Role.OUTPUT: 1 / n, **dict(of_experts)}.get(role, n)
 
     def _elements(self, role: Role) -> Fraction:
         """Elements of one matrix over those at the base; each expert is one."""
-        match role:
-            case Role.HIDDEN:
-                return self.m * self.m
-            case Role.ROUTER:
-                return self.m * self.experts
-            case Role.EXPERT_UP | Role.EXPERT_DOWN:
-                return self.m * self.expert_width
-            case _:
-                return self.m
+        width = Fraction(self.model.experts.width, self.config.base_expert_width)
+        other = dict.fromkeys(EXPERTS, width)
+        return self.m * {**other, Role.HIDDEN: self.m, Role.ROUTER: self.experts}.get(role, 1)

@@ -9,18 +9,9 @@ from fractions import Fraction
 
 from typing_extensions import override
 
-from allometry.configs.model import (
-    CompleteP,
-    MaximalUpdateParameterization,
-    MuPPlusPlus,
-)
+from allometry.configs.model import CompleteP, MaximalUpdateParameterization, MuPPlusPlus
 from allometry.configs.optimization import OptimizerConfig
-from allometry.scaling.parameterizations.base import (
-    ForwardScales,
-    InitKind,
-    Multipliers,
-    muon_rate,
-)
+from allometry.scaling.parameterizations.base import ForwardScales, InitKind, Multipliers, muon_rate
 from allometry.scaling.roles import MATRICES, ParamSpec, Role
 from allometry.scaling.update_rules import Rates, UpdateRule
 
@@ -67,12 +58,8 @@ class MuPMultipliers(Multipliers):
     @override
     def forward(self) -> ForwardScales:
         """Logits are divided by m, scores by H where the head's width grows."""
-        return ForwardScales(
-            embedding=1.0,
-            residual=1.0,
-            attention=self.scores(self.config.base_head_dim),
-            output=float(1 / self.m),
-        )
+        scores = self.scores(self.config.base_head_dim)
+        return ForwardScales(attention=scores, output=float(1 / self.m))
 
     @override
     def initial(self, spec: ParamSpec) -> tuple[InitKind, float]:
@@ -115,15 +102,7 @@ def mup_rate(
         case Rates.SPHERES:
             return 1.0
         case Rates.SGD:
-            sgd = {Role.ROUTER: 1 / m}.get(spec.role, Fraction(1) if _square(spec) else m)
-            own = elements(spec, m) if rule.scales_with_root_of_size else 1
+            both_grow = spec.role in MATRICES and spec.role is not Role.ROUTER
+            sgd = {Role.ROUTER: 1 / m}.get(spec.role, Fraction(1) if both_grow else m)
+            own = (m * m if both_grow else m) if rule.scales_with_root_of_size else 1
             return float(sgd) / math.sqrt(own)
-
-
-def _square(spec: ParamSpec) -> bool:
-    return spec.role in (Role.HIDDEN, Role.EXPERT_UP, Role.EXPERT_DOWN)
-
-
-def elements(spec: ParamSpec, m: Fraction) -> Fraction:
-    """Return how many times the elements of one matrix those at the base are."""
-    return m * m if _square(spec) else m

@@ -6,13 +6,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import cached_property
 
 from typing_extensions import override
 
 from allometry.configs.errors import UserError
-from allometry.configs.model import ModelConfig, MuPPlusPlus
-from allometry.configs.optimization import OptimizerConfig
-from allometry.scaling.parameterizations.base import ForwardScales, RunScale
+from allometry.configs.model import MuPPlusPlus
+from allometry.scaling.parameterizations.base import ForwardScales
 from allometry.scaling.parameterizations.mup import MuPMultipliers
 from allometry.scaling.roles import ParamSpec, Role
 from allometry.scaling.update_rules import Rates, rules_of
@@ -27,28 +27,26 @@ class MuPPlusPlusMultipliers(MuPMultipliers):
 
     columns = MuPMultipliers.columns - {Rates.SGD}
 
-    def __init__(
-        self,
-        config: MuPPlusPlus,
-        model: ModelConfig,
-        optimizer: OptimizerConfig | None,
-        scale: RunScale | None,
-    ) -> None:
-        super().__init__(config, model, optimizer)
-        self._batch_rule = config.batch_rule
-        self._l = model.num_layers / config.base_layers
-        tokens = config.base_batch_tokens
-        self._b = scale.batch_tokens / tokens if scale and tokens else 1.0
-        kind = self.optimizer_kind
-        if config.batch_rule != "sqrt" and not any(r.second_moment for r in rules_of(kind)):
+    config: MuPPlusPlus
+
+    @cached_property
+    def _b(self) -> float:
+        return self.growth("batch_tokens", self.config.base_batch_tokens)
+
+    @override
+    def check(self) -> None:
+        """Also raise UserError for a ``batch_rule`` that the optimizer cannot follow."""
+        super().check()
+        kind, rule = self.optimizer_kind, self.config.batch_rule
+        if rule != "sqrt" and not any(r.second_moment for r in rules_of(kind)):
             raise UserError(
-                f"parameterization.batch_rule={config.batch_rule} says how a second moment "
+                f"parameterization.batch_rule={rule} says how a second moment "
                 f"forgets, and optimizer.kind={kind} has none; use batch_rule: sqrt"
             )
-        beta2: float | None = getattr(optimizer, "beta2", None)
+        beta2: float | None = getattr(self.optimizer, "beta2", None)
         if beta2 is not None and (1.0 - beta2) * self.forgetting >= 1.0 != self.forgetting:
             raise UserError(
-                f"parameterization.batch_rule={self._batch_rule} multiplies 1 - optimizer.beta2="
+                f"parameterization.batch_rule={rule} multiplies 1 - optimizer.beta2="
                 f"{1.0 - beta2:g} by {self.forgetting:g}, which leaves no second moment; choose a "
                 "smaller batch, a larger beta2 or batch_rule: sqrt"
             )
@@ -62,22 +60,22 @@ class MuPPlusPlusMultipliers(MuPMultipliers):
     @override
     def other_rate(self, spec: ParamSpec) -> float:
         """Return 1/√l x √b."""
-        batch = 1.0 if self._batch_rule == "sdew" else math.sqrt(self._b)
-        return batch / math.sqrt(self._l)
+        batch = 1.0 if self.config.batch_rule == "sdew" else math.sqrt(self._b)
+        return batch / math.sqrt(self.model.num_layers / self.config.base_layers)
 
     @override
     def other_decay(self, spec: ParamSpec) -> float:
         """Return 0 for embedding and head."""
         if spec.role in (Role.INPUT, Role.OUTPUT):
             return 0.0
-        return math.sqrt(self._b) if self._batch_rule == "sdew" else 1.0
+        return math.sqrt(self._b) if self.config.batch_rule == "sdew" else 1.0
 
     @override
     def epsilon(self, spec: ParamSpec) -> float:
         """Return 1, x 1/√b by the rules for which gradient noise sets the scale."""
-        return 1.0 if self._batch_rule == "sqrt" else 1.0 / math.sqrt(self._b)
+        return 1.0 if self.config.batch_rule == "sqrt" else 1.0 / math.sqrt(self._b)
 
     @property
     @override
     def forgetting(self) -> float:
-        return {"sqrt": 1.0, "sde": self._b, "sdew": math.sqrt(self._b)}[self._batch_rule]
+        return {"sqrt": 1.0, "sde": self._b, "sdew": math.sqrt(self._b)}[self.config.batch_rule]

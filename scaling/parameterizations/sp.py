@@ -9,11 +9,14 @@ from typing_extensions import override
 from allometry.configs.model import StandardParameterization
 from allometry.scaling.parameterizations.base import ForwardScales, InitKind, Multipliers
 from allometry.scaling.roles import ParamSpec, Role
-from allometry.scaling.update_rules import Rates, UpdateRule
+from allometry.scaling.update_rules import Rates
 
 
 class StandardMultipliers(Multipliers):
-    """σ = 1/√fan_in for hidden matrices, routers, experts and the head; one learning rate."""
+    """σ = 1/√fan_in for hidden matrices, routers, experts and the head; one learning rate.
+
+    The best rate falls as a model widens, and nobody says by how much.
+    """
 
     config: StandardParameterization
     columns = frozenset(Rates)
@@ -22,19 +25,10 @@ class StandardMultipliers(Multipliers):
     @override
     def forward(self) -> ForwardScales:
         """Scores are divided by √H; nothing else is scaled."""
-        return ForwardScales(embedding=1.0, residual=1.0, attention=self.scores(None), output=1.0)
+        return ForwardScales(attention=self.scores(None))
 
     @override
     def initial(self, spec: ParamSpec) -> tuple[InitKind, float]:
         if spec.role is Role.INPUT:
             return "normal", self.config.embedding_std
         return "normal", 1.0 / math.sqrt(spec.fan_in)
-
-    @override
-    def width_rate(self, spec: ParamSpec, rule: UpdateRule) -> float:
-        """Return 1: the best rate falls as a model widens, and nobody says by how much."""
-        return 1.0
-
-    @override
-    def epsilon(self, spec: ParamSpec) -> float:
-        return 1.0

@@ -61,10 +61,8 @@ def find(row: Mapping[str, float | int], eps: Mapping[str, float], mean: float) 
         alarming["massive_activation"] = {"value": largest, "layer": layer, "mean": mean}
     logit = row.get("monitors/attention_logit_max", 0.0)
     if logit > LARGEST_ATTENTION_LOGIT:
-        layers = [
-            int(layer) for layer, value in of("attention_logit_max").items() if value == logit
-        ]
-        alarming["attention_logit"] = {"value": logit, "layer": layers[0]}
+        layer = next(n for n, value in of("attention_logit_max").items() if value == logit)
+        alarming["attention_logit"] = {"value": logit, "layer": int(layer)}
     off = {r: v for r, v in of("sphere_drift").items() if abs(v) > LARGEST_SPHERE_DRIFT}
     if off:
         alarming["off_sphere"] = {"drift": off}

@@ -78,8 +78,7 @@ class Reporter:
     """
 
     def __init__(self, recorder: Recorder | None, callbacks: Sequence[Callback]) -> None:
-        self._recorder = recorder
-        self._callbacks = callbacks
+        self._recorder, self._callbacks = recorder, callbacks
 
     def __call__(self, kind: str, **details: Any) -> None:
         """Report that something happened."""
@@ -89,24 +88,39 @@ class Reporter:
             callback.on_event(kind, details)
 
 
+_SAID = {
+    "checkpoint_saved": "step {step} | checkpoint saved",
+    "checkpoint_failed": "step {step} | CHECKPOINT FAILED ({reason}); training goes on, the "
+    "previous checkpoint is kept",
+    "abandoned_checkpoint": "going back: a later checkpoint is kept aside as {name}",
+    "started": "starting over: the last launch ended before its first checkpoint "
+    "({dropped_rows} rows of its record dropped)",
+    "branched": "branching from {parent} after its step {step}",
+    "already_finished": "nothing to do: the run is complete, all {step} steps are taken",
+    "stopped": "step {step} | stopped by {signal}; the same command continues from here",
+}
+"""What is displayed of an event, by its kind."""
+
+
 class Display(Callback):
     """One line each few steps, the same on a terminal and in a log file."""
 
     def __init__(self, every_steps: int, out: IO[str] | None = None) -> None:
-        self._every = every_steps
-        self._out = out or sys.stdout
-        self._first = 0
-        self._total = 0
+        self._every, self._out = every_steps, out or sys.stdout
+        self._first = self._total = 0
 
     @override
     def on_start(self, facts: dict[str, Any], first_step: int) -> None:
-        plan = facts["plan"]
+        plan, layout = facts["plan"], facts["layout"]
         self._first, self._total = first_step, plan["total_steps"]
-        layout = facts["layout"]
+        # The degrees that are not 1, hdp always, and the pipeline's schedule.
+        names = [n for n in ("pp", "hdp", "tp", "ep") if n == "hdp" or layout.get(n, 1) > 1]
+        axes = " ".join(f"{name}={layout[name]}" for name in names)
+        axes += f" {layout['schedule']}" if "schedule" in layout else ""
         self._say(
             f"model {human(plan['parameters']['total'])} parameters | "
             f"{human(plan['total_tokens'])} tokens in {plan['total_steps']} steps | "
-            f"{layout['world_size']} x {facts['hardware']['device']}, {_axes(layout)}, "
+            f"{layout['world_size']} x {facts['hardware']['device']}, {axes}, "
             f"ZeRO {layout['zero_stage']}, {facts['compute_dtype']} | "
             f"allocator {facts['allocator']}"
         )
@@ -127,9 +141,7 @@ class Display(Callback):
                 f"{duration(left)} left"
             )
         if held_out:
-            losses = ", ".join(
-                f"{k.removeprefix('validation/')} {v:.4f}" for k, v in held_out.items()
-            )
+            losses = ", ".join(f"{k.partition('/')[2]} {v:.4f}" for k, v in held_out.items())
             self._say(f"step {step} | validation loss: {losses}")
         if "forecast/loss" in row:
             self._say(
@@ -139,29 +151,8 @@ class Display(Callback):
 
     @override
     def on_event(self, kind: str, details: dict[str, Any]) -> None:
-        if kind == "checkpoint_saved":
-            self._say(f"step {details['step']} | checkpoint saved")
-        elif kind == "checkpoint_failed":
-            self._say(
-                f"step {details['step']} | CHECKPOINT FAILED ({details['reason']}); training goes "
-                "on, the previous checkpoint is kept"
-            )
-        elif kind == "abandoned_checkpoint":
-            self._say(f"going back: a later checkpoint is kept aside as {details['name']}")
-        elif kind == "started" and details["dropped_rows"]:
-            self._say(
-                "starting over: the last launch ended before its first checkpoint "
-                f"({details['dropped_rows']} rows of its record dropped)"
-            )
-        elif kind == "branched":
-            self._say(f"branching from {details['parent']} after its step {details['step']}")
-        elif kind == "already_finished":
-            self._say(f"nothing to do: the run is complete, all {details['step']} steps are taken")
-        elif kind == "stopped":
-            self._say(
-                f"step {details['step']} | stopped by {details['signal']}; the same command "
-                "continues from here"
-            )
+        if kind in _SAID and (kind != "started" or details["dropped_rows"]):
+            self._say(_SAID[kind].format(**details))
 
     def _say(self, text: str) -> None:
         print(text, file=self._out, flush=True)
@@ -171,8 +162,7 @@ class TensorBoard(Callback):
     """Scalars for TensorBoard, with tokens as the x axis's second choice."""
 
     def __init__(self, folder: RunFolder, every_steps: int) -> None:
-        self._folder = folder
-        self._every = every_steps
+        self._folder, self._every = folder, every_steps
         self._writer: Any = None
 
     @override
@@ -210,9 +200,7 @@ class WeightsAndBiases(Callback):
                 "record.wandb is set but the package wandb is not installed; "
                 "pip install 'allometry[wandb]' or set record.wandb: null"
             ) from None
-        self._wandb = wandb
-        self._config = config
-        self._folder = folder
+        self._wandb, self._config, self._folder = wandb, config, folder
         self._run: Any = None
 
     @override
@@ -221,9 +209,7 @@ class WeightsAndBiases(Callback):
         if not identity.exists():
             identity.write_text(self._wandb.util.generate_id(), encoding="utf-8")
         self._run = self._wandb.init(
-            project=self._config.project,
-            entity=self._config.entity,
-            mode=self._config.mode,
+            **self._config.model_dump(),
             id=identity.read_text(encoding="utf-8").strip(),
             resume="allow",
             dir=str(self._folder.path),
@@ -249,10 +235,3 @@ def standard_callbacks(record: RecordConfig, folder: RunFolder) -> list[Callback
     if record.wandb is not None:
         chosen.append(WeightsAndBiases(record.wandb, folder))
     return chosen
-
-
-def _axes(layout: dict[str, Any]) -> str:
-    """The degrees that are not 1, hdp always, and the pipeline's schedule."""
-    names = [n for n in ("pp", "hdp", "tp", "ep") if n == "hdp" or layout.get(n, 1) > 1]
-    axes = " ".join(f"{name}={layout[name]}" for name in names)
-    return f"{axes} {layout['schedule']}" if "schedule" in layout else axes

@@ -131,10 +131,7 @@ _LOOP = (
     ),
     Column("grad_norm", "1", "2-norm of the whole gradient before clipping", lambda s: s.grad_norm),
     Column(
-        "tokens_per_s",
-        "tokens/s",
-        "of all ranks in this step",
-        lambda s: s.step_tokens / s.seconds,
+        "tokens_per_s", "tokens/s", "of all ranks in this step", lambda s: s.step_tokens / s.seconds
     ),
     Column(
         "mfu",
@@ -157,9 +154,6 @@ _LOOP = (
     ),
     Column("loss/SOURCE", "nats", "the same of a source's targets", lambda s: s.losses),
     Column("tokens/SOURCE", "tokens", "read so far of a source", lambda s: s.ledger),
-)
-
-_EVALUATION = (
     Column(
         "validation/SOURCE",
         "nats",
@@ -262,7 +256,7 @@ _FORECAST = tuple(
     )
 )
 
-COLUMNS = (*_LOOP, *_EVALUATION, *_ROUTERS, *_PLANS, *_MONITORS, *_FORECAST)
+COLUMNS = (*_LOOP, *_ROUTERS, *_PLANS, *_MONITORS, *_FORECAST)
 
 
 def row_of(finished: FinishedStep) -> Row:

@@ -39,7 +39,15 @@ def run_facts(
         "peak": {"flops_per_s": peak.flops_per_s, "source": peak.source},
         "compute_dtype": config.training.compute_dtype,
         "parent": config.run.parent.model_dump() if config.run.parent else None,
-        "layout": _layout(config, plan),
+        "layout": {
+            "world_size": plan.world_size,
+            **plan.layout.describe(),
+            "zero_stage": config.parallel.zero.stage,
+            "offload": config.parallel.zero.offload,
+            "activation_checkpointing": config.training.activation_checkpointing,
+            "compile": config.training.compile,
+            "micro_batch_sequences": config.batch.micro_batch_sequences,
+        },
         "plan": plan.describe(),
         "data": stream.describe(),
         "conventions": conventions(),
@@ -50,15 +58,3 @@ def launch_facts(facts: dict[str, Any], first_step: int) -> dict[str, Any]:
     """Return what the list of launches in run.json says of one whose ``run_facts`` these are."""
     kept = {key: facts[key] for key in ("layout", "commit", "allocator")}
     return {"first_step": first_step, **kept}
-
-
-def _layout(config: RunConfig, plan: RunPlan) -> dict[str, Any]:
-    return {
-        "world_size": plan.world_size,
-        **plan.layout.describe(),
-        "zero_stage": config.parallel.zero.stage,
-        "offload": config.parallel.zero.offload,
-        "activation_checkpointing": config.training.activation_checkpointing,
-        "compile": config.training.compile,
-        "micro_batch_sequences": config.batch.micro_batch_sequences,
-    }

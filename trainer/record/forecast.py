@@ -30,12 +30,7 @@ class Forecaster(Callback):
     """
 
     def __init__(
-        self,
-        every_steps: int,
-        schedule: Schedule,
-        peak: float,
-        folder: RunFolder,
-        report: Reporter,
+        self, every_steps: int, schedule: Schedule, peak: float, folder: RunFolder, report: Reporter
     ) -> None:
         self._every, self._schedule, self._peak = every_steps, schedule, peak
         self._folder, self._report = folder, report
@@ -64,23 +59,17 @@ class Forecaster(Callback):
         if step < self._due:
             return {}
         self._due = step // self._every * self._every + self._every
+        steps_n, losses_n = np.array(self._steps, np.int64), np.array(self._losses)
         try:
-            end = forecast([self._curve()], self._whole_run())
+            if self._rates is None:
+                self._rates = rates_of(self._schedule, self._peak)
+            end = forecast([Curve("this run", steps_n, losses_n, self._rates)], self._rates)
         except (ValueError, ArithmeticError) as error:  # a UserError is a ValueError
             self._say_once("no_forecast", step, reason=str(error))
             return {}
         if "gain" in end.quality.unmeasured:
             self._say_once("forecast_from_prior", step, warning=end.warnings[0])
         return {"forecast/loss": end.loss, "forecast/low": end.low, "forecast/high": end.high}
-
-    def _curve(self) -> Curve:
-        steps_n = np.array(self._steps, np.int64)
-        return Curve("this run", steps_n, np.array(self._losses), self._whole_run())
-
-    def _whole_run(self) -> LearningRates:
-        if self._rates is None:
-            self._rates = rates_of(self._schedule, self._peak)
-        return self._rates
 
     def _say_once(self, kind: str, step: int, **details: str) -> None:
         if kind not in self._said:

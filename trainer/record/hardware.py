@@ -6,6 +6,7 @@ import platform
 import re
 import resource
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -49,10 +50,6 @@ def peak(device: torch.device, dtype: torch.dtype) -> Peak:
             if set(part.split()) <= words:
                 return Peak(tflops * 1e12, f"data sheet, dense bf16, {name}")
         dtype = torch.bfloat16
-    return _measured(device, dtype)
-
-
-def _measured(device: torch.device, dtype: torch.dtype) -> Peak:
     size = 8192 if device.type == "cuda" else 1024
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best = float("inf")
@@ -88,11 +85,8 @@ def describe(device: torch.device) -> dict[str, str | int]:
 
 
 def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            for line in lines:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
+    with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
+        for line in lines:
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()

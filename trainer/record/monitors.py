@@ -111,7 +111,7 @@ class Monitors(Callback):
         every = self._config.singular_values_every_steps
         if every is not None and step % every == 0:
             singular = self._singular_values()
-            self._seen.setdefault(step, _nothing()).singular = singular
+            self._seen.setdefault(step, _Seen(*[torch.empty(0)] * 5)).singular = singular
 
     @override
     def additions(self, finished: FinishedStep) -> Row:
@@ -199,31 +199,25 @@ class Changes:
             *squared_norms_of_parts(updates),
             *squared_norms_of_parts(kept),
         ]
-        totals = self._whole.sums([*with_gradient * 2, *parameters * 2], partials)
-        values = iter(totals)
-        by_role = {group["role"]: group for group, _ in self._members()}
-        roles = {p: str(group["role"]) for group, p in self._members()}
-        assert set(by_role) <= set(_ROLES), by_role
+        values = iter(self._whole.sums([*with_gradient * 2, *parameters * 2], partials))
+        roles = {p: _ROLES.index(group["role"]) for group, p in self._members()}
         device = self._mesh.device
         sums = torch.zeros(len(_ROLES), len(_STEP_SUMS), dtype=torch.float64, device=device)
-        for column, over in (
-            (0, with_gradient),
-            (1, with_gradient),
-            (3, parameters),
-            (4, parameters),
-        ):
+        columns = {0: with_gradient, 1: with_gradient, 3: parameters, 4: parameters}
+        for column, over in columns.items():
             for p in over:
-                sums[_ROLES.index(roles[p]), column] += next(values).sum().to(device)
+                sums[roles[p], column] += next(values).sum().to(device)
         for p in parameters:
-            role = _ROLES.index(roles[p])
-            if p.grad is not None:
-                sums[role, 2] += p.numel()
-            sums[role, 5] += self._sampled(p)
+            sums[roles[p], 2] += p.numel() if p.grad is not None else 0
+            sums[roles[p], 5] += self._sampled(p)
         return sums, self._peaks()
 
     def _peaks(self) -> Tensor:
         peaks = torch.full((len(_ROLES), 2), -1.0, dtype=torch.float64, device=self._mesh.device)
-        norms = self._norms()
+        # ‖W‖ of the logical matrices [M] of parameters that are kept on spheres.
+        on_spheres = [p for group, p in self._members() if group.get("sphere")]
+        squares = self._whole.squared_norms(on_spheres, [local(p.detach()) for p in on_spheres])
+        norms = {p: square.sqrt() for p, square in zip(on_spheres, squares, strict=True)}
         for group, parameter in self._members():
             role = peaks[_ROLES.index(group["role"])]
             if UPDATE_RULES[group["rule"]].second_moment:
@@ -233,13 +227,6 @@ class Changes:
                 drift = (norms[parameter] / radius.to(norms[parameter]) - 1.0).abs().max()
                 role[1].copy_(torch.maximum(role[1], drift.to(role.device)))
         return peaks
-
-    @torch.no_grad()
-    def _norms(self) -> dict[Tensor, Tensor]:
-        """Return ‖W‖ of the logical matrices [M] of parameters that are kept on spheres."""
-        on_spheres = [p for group, p in self._members() if group.get("sphere")]
-        squares = self._whole.squared_norms(on_spheres, [local(p.detach()) for p in on_spheres])
-        return {p: square.sqrt() for p, square in zip(on_spheres, squares, strict=True)}
 
     def _rows(self, parameter: Tensor) -> Tensor:
         """Return this rank's part of the rows that are looked at."""
@@ -270,11 +257,6 @@ def _apart(parameter: Tensor) -> int:
     return max(1, min(rows, rows * experts // SAMPLED_ROWS))
 
 
-def _nothing() -> _Seen:
-    none = torch.empty(0)
-    return _Seen(none, none, none, none, none)
-
-
 def _all_reduce_max(tensor: Tensor, mesh: Mesh, axis: AxisName) -> None:
     ranks = mesh.axis(axis)
     if ranks.size > 1:
@@ -283,33 +265,27 @@ def _all_reduce_max(tensor: Tensor, mesh: Mesh, axis: AxisName) -> None:
 
 def _model_rows(row: Row, seen: _Seen) -> float:
     """Add what the model showed; return the mean magnitude where the largest activation is."""
-    worst, means = 0, []
-    layers = seen.maxima.tolist()
-    for layer, (values, largest) in enumerate(zip(seen.sums.tolist(), layers, strict=True)):
-        of = dict(zip(SUMS, values, strict=True))
-        top = dict(zip(MAXIMA, largest, strict=True))
-        elements = max(of["elements"], 1.0)
+    values = torch.cat([seen.sums, seen.maxima], dim=1).tolist()
+    layers = [dict(zip((*SUMS, *MAXIMA), each, strict=True)) for each in values]
+    for layer, of in enumerate(layers):
+        elements, queries, pairs = (max(of[k], 1.0) for k in ("elements", "queries", "pairs"))
         for branch in ("attention", "ffn"):
-            row[f"monitors/branch_rms/{layer}/{branch}"] = math.sqrt(
-                of[f"{branch}_squares"] / elements
-            )
+            rms = math.sqrt(of[f"{branch}_squares"] / elements)
             outliers = 100.0 * of[f"{branch}_outliers"] / elements
+            row[f"monitors/branch_rms/{layer}/{branch}"] = rms
             row[f"monitors/outlier_percent/{layer}/{branch}"] = outliers
-        queries, pairs = max(of["queries"], 1.0), max(of["pairs"], 1.0)
         row[f"monitors/attention_z/{layer}"] = of["squared_attention_log_z"] / queries
         row[f"monitors/attention_logit_mean/{layer}"] = of["attention_logits"] / pairs
-        row[f"monitors/attention_logit_max/{layer}"] = top["attention_logit"]
-        row[f"monitors/activation_max/{layer}"] = top["activation"]
-        means.append(of["magnitudes"] / elements)
-        if top["activation"] > layers[worst][MAXIMA.index("activation")]:
-            worst = layer
-    row["monitors/attention_logit_max"] = max(t[MAXIMA.index("attention_logit")] for t in layers)
-    row["monitors/activation_max"] = layers[worst][MAXIMA.index("activation")]
+        row[f"monitors/attention_logit_max/{layer}"] = of["attention_logit"]
+        row[f"monitors/activation_max/{layer}"] = of["activation"]
+    worst = max(range(len(layers)), key=lambda layer: layers[layer]["activation"])
+    row["monitors/attention_logit_max"] = max(of["attention_logit"] for of in layers)
+    row["monitors/activation_max"] = layers[worst]["activation"]
     row["monitors/activation_max_layer"] = worst
     output = dict(zip(OUTPUT, seen.output.tolist(), strict=True))
-    row["monitors/output/log_z"] = output["log_z"] / max(output["tokens"], 1.0)
-    row["monitors/output/squared_log_z"] = output["squared_log_z"] / max(output["tokens"], 1.0)
-    return means[worst]
+    for name in ("log_z", "squared_log_z"):
+        row[f"monitors/output/{name}"] = output[name] / max(output["tokens"], 1.0)
+    return float(layers[worst]["magnitudes"] / max(layers[worst]["elements"], 1.0))
 
 
 def _role_rows(row: Row, seen: _Seen) -> dict[str, float]:

@@ -25,6 +25,11 @@ def plan_record(plan: Plan, layout: Layout) -> dict[str, Any]:
     Of a unit's documents it keeps their number, their tokens and the longest one: enough to see
     who did what for how long, in a size that does not grow with the documents.
     """
+    units: list[list[Any]] = []
+    for unit in plan.units:
+        lengths = [int(plan.lengths[number]) for number in unit.documents]
+        documents = [len(lengths), sum(lengths), max(lengths)]
+        units.append([*documents, list(unit.ring), float(f"{unit.cost:.6g}"), unit.offload])
     return {
         "mode": plan.mode,
         "ranks": plan.ranks,
@@ -32,15 +37,9 @@ def plan_record(plan: Plan, layout: Layout) -> dict[str, Any]:
         "pp": layout.degrees.pp,
         "schedule": layout.schedule if layout.degrees.pp > 1 else None,
         "stages": len(layout.stages),
-        "units": [_unit_record(plan, unit) for unit in plan.units],
+        "units": units,
         "orders": [list(order) for order in plan.orders],
     }
-
-
-def _unit_record(plan: Plan, unit: Unit) -> list[Any]:
-    lengths = [int(plan.lengths[number]) for number in unit.documents]
-    cost = float(f"{unit.cost:.6g}")
-    return [len(lengths), sum(lengths), max(lengths), list(unit.ring), cost, unit.offload]
 
 
 def plan_of(record: Mapping[str, Any]) -> Plan:

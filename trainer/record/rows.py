@@ -7,7 +7,6 @@ import logging
 from typing_extensions import override
 
 from allometry.configs.model import MoEModel
-from allometry.parallel.hdp.plan import Plan
 from allometry.trainer.balance import routing_rows
 from allometry.trainer.feed import DocumentPlanner
 from allometry.trainer.record.callbacks import Callback, Reporter
@@ -47,16 +46,13 @@ class PlanRows(Callback):
         if plan is None or not finished.recorded:
             return {}
         self._recorder.plan(finished.step, plan_record(plan, self._planner.layout))
-        self._say_idle(finished.step, plan)
-        return plan_rows(plan, self._planner.cost, self._planner.replay(plan))
-
-    def _say_idle(self, step: int, plan: Plan) -> None:
         idle = plan.ranks - len({rank for unit in plan.units for rank in unit.ring})
         if idle and not self._said_idle:
             self._said_idle = True
-            self._report("idle_ranks", step=step, ranks=idle)
+            self._report("idle_ranks", step=finished.step, ranks=idle)
             _log.warning(
                 "step %d leaves %d of %d hdp ranks without a document; raise batch.sequences, "
                 "lower parallel.context.min_chunk_tokens or use fewer hdp ranks",
-                *(step, idle, plan.ranks),
+                *(finished.step, idle, plan.ranks),
             )
+        return plan_rows(plan, self._planner.cost, self._planner.replay(plan))

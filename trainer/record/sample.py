@@ -51,10 +51,8 @@ class Sample:
         """Return what reads each line of the sample; there is one at least."""
         stream = self._stream
         if isinstance(stream, Stream):
-            return [
-                lambda at=position + i: _sequence(stream, at)
-                for i in range(min(self._sequences, count))
-            ]
+            places = range(position, position + min(self._sequences, count))
+            return [lambda at=place: _sequence(stream, at) for place in places]
         pieces = stream.pieces(position, count)
 
         def prefix(index: int) -> Line:

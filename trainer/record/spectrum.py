@@ -28,11 +28,6 @@ class _Matrix:
     size: tuple[int, int, int]
     box: Box | None
 
-    def part(self) -> Tensor:
-        """Return this rank's part, [m, r, c]."""
-        part = local(self.parameter.detach())
-        return part if part.dim() == 3 else part[None]
-
 
 class TopSingularValues:
     """Follows the largest singular value of each logical matrix of some parameters.
@@ -90,7 +85,8 @@ class TopSingularValues:
                 if transposed:
                     here, there = there, here
                 m = slice(*box.matrices)
-                part = matrix.part()
+                part = local(matrix.parameter.detach())
+                part = part if part.dim() == 3 else part[None]  # [m, r, c]
                 factor = vector[m, there].to(device=part.device, dtype=part.dtype)
                 product = torch.bmm(part.mT if transposed else part, factor[:, :, None])
                 into[m, here] = product[:, :, 0].to(into)

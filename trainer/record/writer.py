@@ -26,38 +26,36 @@ class Recorder:
     """
 
     def __init__(self, folder: RunFolder) -> None:
-        self._metrics = _Appender(folder.metrics)
-        self._events = _Appender(folder.events)
         self._folder = folder
-        self._others: dict[Path, _Appender] = {}  # files that not every run has
+        # Not every run has the others, which are opened when they are first written to.
+        self._files = {path: _Appender(path) for path in (folder.metrics, folder.events)}
 
     def row(self, row: Row) -> None:
         """Append one row to metrics.jsonl."""
-        self._metrics.append(row)
+        self._append(self._folder.metrics, row)
 
     def loads(self, step: int, loads: Mapping[str, list[float]]) -> None:
         """Append the share of tokens that each expert took, by layer, to expert_load.jsonl."""
-        self._other(self._folder.loads).append({"step": step, "load": loads})
+        self._append(self._folder.loads, {"step": step, "load": loads})
 
     def plan(self, step: int, record: Mapping[str, Any]) -> None:
         """Append how a step's documents were shared out (``plan_record``) to plans.jsonl."""
-        self._other(self._folder.plans).append({"step": step, **record})
+        self._append(self._folder.plans, {"step": step, **record})
 
-    def _other(self, path: Path) -> _Appender:
-        if path not in self._others:
-            self._others[path] = _Appender(path)
-        return self._others[path]
+    def _append(self, path: Path, row: Mapping[str, Any]) -> None:
+        if path not in self._files:
+            self._files[path] = _Appender(path)
+        self._files[path].append(row)
 
     def event(self, kind: str, **details: Any) -> None:
         """Append one event, with the time, to events.jsonl."""
-        self._events.append({"event": kind, "time": round(time.time(), 3), **details})
+        row = {"event": kind, "time": round(time.time(), 3), **details}
+        self._append(self._folder.events, row)
 
     def close(self) -> None:
         """Write what is pending and close the files."""
-        self._metrics.close()
-        self._events.close()
-        for other in self._others.values():
-            other.close()
+        for file in self._files.values():
+            file.close()
 
 
 class _Appender:
