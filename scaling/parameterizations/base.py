@@ -99,13 +99,13 @@ class Multipliers(ABC):
     def initial(self, spec: ParamSpec) -> tuple[InitKind, float]:
         """Return how a matrix or an embedding starts, and its σ."""
 
+    @abstractmethod
     def width_rate(self, spec: ParamSpec, rule: UpdateRule) -> float:
         """Return the factor on the learning rate that follows from widths and experts."""
-        return 1.0
 
+    @abstractmethod
     def epsilon(self, spec: ParamSpec) -> float:
         """Return the factor on epsilon."""
-        return 1.0
 
     @property
     def decay_rule(self) -> WeightDecayRule:

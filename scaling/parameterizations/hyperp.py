@@ -11,7 +11,7 @@ from typing_extensions import override
 from allometry.configs.model import HyperP
 from allometry.scaling.parameterizations.base import ForwardScales, InitKind, Multipliers
 from allometry.scaling.roles import MATRICES, ParamSpec, Role
-from allometry.scaling.update_rules import Rates
+from allometry.scaling.update_rules import Rates, UpdateRule
 
 HEAD_STD = 0.64
 """σ of the head is this over √(base width): logits of RMS 0.64 at the start, .02 at width 1024."""
@@ -73,3 +73,11 @@ class HyperPMultipliers(Multipliers):
     @override
     def other_decay(self, spec: ParamSpec) -> float:
         return 0.0
+
+    @override
+    def width_rate(self, spec: ParamSpec, rule: UpdateRule) -> float:
+        return 1.0
+
+    @override
+    def epsilon(self, spec: ParamSpec) -> float:
+        return 1.0

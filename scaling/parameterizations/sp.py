@@ -9,7 +9,7 @@ from typing_extensions import override
 from allometry.configs.model import StandardParameterization
 from allometry.scaling.parameterizations.base import ForwardScales, InitKind, Multipliers
 from allometry.scaling.roles import ParamSpec, Role
-from allometry.scaling.update_rules import Rates
+from allometry.scaling.update_rules import Rates, UpdateRule
 
 
 class StandardMultipliers(Multipliers):
@@ -32,3 +32,11 @@ class StandardMultipliers(Multipliers):
         if spec.role is Role.INPUT:
             return "normal", self.config.embedding_std
         return "normal", 1.0 / math.sqrt(spec.fan_in)
+
+    @override
+    def width_rate(self, spec: ParamSpec, rule: UpdateRule) -> float:
+        return 1.0
+
+    @override
+    def epsilon(self, spec: ParamSpec) -> float:
+        return 1.0
