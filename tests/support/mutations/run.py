@@ -28,6 +28,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pytest
+
 from mutations.choose import Mutant, sampled, written
 from mutations.covering import Stage, hot_files, stages_of
 from mutations.equivalent import reason_of
@@ -283,14 +285,13 @@ def _fork(stage: Stage, tree: Path, log: Path) -> int:
             "CI": "1",  # hypothesis tries the same examples each time
         }
         sys.dont_write_bytecode = True
-        paths = [path for path in sys.path if path and str(ROOT) not in path]
+        ours = {str(ROOT), str(ROOT / ".typing"), str(ROOT / "tests/support")}
+        paths = [path for path in sys.path if path and str(Path(path).resolve()) not in ours]
         sys.path[:] = [str(tree), str(tree / ".typing"), *paths]  # as python -m pytest has it
         for name in [n for n in sys.modules if n == "mutations" or n.startswith("mutations.")]:
             del sys.modules[name]
         # Processes that tests spawn import the main module, which is not theirs.
         sys.modules["__main__"] = ModuleType("__main__")
-        import pytest
-
         words = ["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", "--tb=short"]
         code = int(pytest.main([*words, *stage.arguments(tree)]))
     finally:
