@@ -6,7 +6,7 @@ from allometry.launch.start import settle_allocator
 
 
 def main() -> None:
-    """Settle the allocator, which comes before torch, and serve."""
+    """Choose the memory allocator, before torch is imported, and train what is asked for."""
     allocator = settle_allocator("auto")
     from allometry.studies.ladder.worker import serve
 
