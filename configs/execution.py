@@ -202,7 +202,9 @@ class WandB(Section):
 
     project: str = Field(min_length=1, description="W&B project")
     entity: str | None = Field(None, description="W&B team or user; null: the default one")
-    mode: Literal["online", "offline"] = Field("online", description="W&B mode")
+    mode: Literal["online", "offline"] | None = Field(
+        None, description="W&B mode; null: what $WANDB_MODE says, else online"
+    )
 
 
 class MonitorConfig(Section):

@@ -149,16 +149,19 @@ class _Run:
         self.callbacks[:0] = [*self._monitors(), self._evaluation(), *self._rows()]
         self.callbacks.append(self._saver())
         loop = self._loop()
-        if self.recorder is not None:
-            first_step = self.start.step + 1
-            facts = run_facts(self.config, self.plan, self.stream, self.mesh, self.peak, invocation)
-            if first_step <= self.plan.total_steps:
-                record.write_run(self.folder, facts, launch_facts(facts, first_step))
-            for callback in self.callbacks:
-                callback.on_start(facts, first_step)
+        # Files may be slow, and a service's page is opened over the network.
+        on_main_rank(self.mesh, lambda: self._open_record(invocation), "opening the record")
         self._report_start()
         with closing(self._batches()) as batches:
             return loop.run(batches, stop_at_step)
+
+    def _open_record(self, invocation: Invocation | None) -> None:
+        first_step = self.start.step + 1
+        facts = run_facts(self.config, self.plan, self.stream, self.mesh, self.peak, invocation)
+        if first_step <= self.plan.total_steps:
+            record.write_run(self.folder, facts, launch_facts(facts, first_step))
+        for callback in self.callbacks:
+            callback.on_start(facts, first_step)
 
     def _loop(self) -> Loop:
         return Loop(

@@ -19,9 +19,11 @@ from allometry.configs.execution import CheckpointConfig, ParallelConfig
 from allometry.configs.run import RunConfig
 from allometry.parallel.agree import from_main_rank, with_heartbeat
 from allometry.parallel.mesh import Mesh, open_mesh
+from allometry.trainer.record.callbacks import Callback
 from allometry.trainer.state import checkpoint, integrity
 from allometry.trainer.state.checkpoint import Checkpointer
 from allometry.trainer.state.folder import RunFolder
+from allometry.trainer.train import train
 from run_folders import rows
 from test_dist_runs import failing_launch, launch, losses
 
@@ -267,6 +269,22 @@ def test_a_slow_disk_is_not_a_dead_rank(run_ranks: Ranks, tmp_path: Path) -> Non
         run_ranks(slow, 2, tmp_path, 6.0)
         == [{"checked": "None", "resumed": "loaded", "from main": "slow"}] * 2
     )
+
+
+class SlowPage(Callback):
+    """A service that answers after longer than the ranks' timeout."""
+
+    def on_start(self, facts: dict[str, Any], first_step: int) -> None:
+        time.sleep(6.0)
+
+
+def launch_with_a_slow_page(config: RunConfig) -> int:
+    return train(config, device=torch.device("cpu"), callbacks=[SlowPage()]).step
+
+
+def test_a_slow_page_is_not_a_dead_rank(tiny: Make, run_ranks: Ranks) -> None:
+    config = tiny("parallel.timeout_s=4", "training.compile=false", "training.total_steps=4")
+    assert run_ranks(launch_with_a_slow_page, 2, config) == [4, 4]
 
 
 def deserted() -> str:

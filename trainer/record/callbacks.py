@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import uuid
 from collections.abc import Sequence
 from typing import IO, Any
 
@@ -207,15 +208,22 @@ class WeightsAndBiases(Callback):
     def on_start(self, facts: dict[str, Any], first_step: int) -> None:
         identity = self._folder.path / "wandb_id"
         if not identity.exists():
-            identity.write_text(self._wandb.util.generate_id(), encoding="utf-8")
-        self._run = self._wandb.init(
-            **self._config.model_dump(),
-            id=identity.read_text(encoding="utf-8").strip(),
-            resume="allow",
-            dir=str(self._folder.path),
-            name=self._folder.path.name,
-            config=facts,
-        )
+            identity.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
+        try:
+            self._run = self._wandb.init(
+                **self._config.model_dump(),
+                id=identity.read_text(encoding="utf-8").strip(),
+                resume="allow",
+                dir=str(self._folder.path),
+                name=self._folder.path.name,
+                config=facts,
+            )
+        except self._wandb.Error as error:
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"record.wandb: Weights & Biases cannot be used ({reason}); log in with "
+                "wandb login, set record.wandb.mode=offline, or record.wandb: null"
+            ) from None
 
     @override
     def on_row(self, row: Row) -> None:

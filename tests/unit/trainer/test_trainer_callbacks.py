@@ -80,7 +80,7 @@ def test_wandb_continues_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             pass
 
     fake: Any = types.ModuleType("wandb")
-    fake.util = types.SimpleNamespace(generate_id=lambda: f"id{len(opened)}")
+    fake.Error = RuntimeError
     fake.init = lambda **options: opened.append(options) or Page()
     monkeypatch.setitem(sys.modules, "wandb", fake)
     for step in (1, 2):
@@ -88,6 +88,32 @@ def test_wandb_continues_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         callback.on_start({}, step)
         callback.on_row({"step": step, "loss": 1.0})
         callback.on_end()
-    assert [options["id"] for options in opened] == ["id0", "id0"]
+    assert opened[0]["id"] == opened[1]["id"]
     assert opened[1]["resume"] == "allow"
     assert logged == [1, 2]
+
+
+def test_wandb_takes_the_rows_of_a_run(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb", reason="the package wandb is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    config = tiny("record.wandb={project: p}", "training.total_steps=6")
+    for stop in (3, None):
+        train(config, device=torch.device("cpu"), stop_at_step=stop)
+    pages = list(Path(config.run.folder).glob("wandb/offline-run-*/*.wandb"))
+    identity = (Path(config.run.folder) / "wandb_id").read_text()
+    assert [page.name for page in pages] == [f"run-{identity}.wandb"] * 2
+    for page in pages:
+        assert b"train/loss" in page.read_bytes() or b"loss" in page.read_bytes()
+
+
+def test_wandb_that_cannot_be_reached_is_an_error(
+    tiny: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(**options: Any) -> None:
+        raise fake.Error("api_key not configured\n(no-tty)")
+
+    fake: Any = types.ModuleType("wandb")
+    fake.Error, fake.init = type("Error", (Exception,), {}), unreachable
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    with pytest.raises(UserError, match=r"^record\.wandb: .*\(api_key not configured \(no-tty\)\)"):
+        train(tiny("record.wandb={project: p}"), device=torch.device("cpu"))
