@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,11 @@ from allometry.data.sources import Sources
 def open_stream(data: SequenceData | DocumentData, seed: int) -> Stream | DocumentStream:
     """The stream of the kind that ``data`` asks for; UserError as for ``Sources``."""
     return DocumentStream(data, seed) if data.kind == "documents" else Stream(data, seed)
+
+
+def missing_sources(data: SequenceData | DocumentData) -> list[str]:
+    """Names of the sources whose training files are not on this machine."""
+    return [source.name for source in data.sources if not Path(f"{source.train}.idx").exists()]
 
 
 class Stream(Sources):

@@ -121,6 +121,10 @@ class DocumentFlops:
         """
         return self.per_token * tokens + self.per_pair * (squared_lengths + tokens) // 2
 
+    def expected(self, squared_lengths_per_token: float) -> float:
+        """Return the FLOPs of a token, from the expected squared lengths of documents by token."""
+        return self.per_token + self.per_pair * (squared_lengths_per_token + 1) / 2
+
 
 def document_flops(model: ModelConfig, lengths: Sequence[int]) -> int:
     """Return the model FLOPs of training on whole documents of these lengths."""

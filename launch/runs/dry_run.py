@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from allometry.configs.run import RunConfig
-from allometry.data.stream import open_stream
+from allometry.data.stream import missing_sources, open_stream
 from allometry.data.tokenizer import check_vocabulary
 from allometry.launch.command import Report
 from allometry.optim.schedule import Schedule, resolve_schedule
@@ -34,15 +33,14 @@ def data_here(config: RunConfig, plan: RunPlan) -> dict[str, Any]:
     Raises UserError for files that are here but do not fit: damaged, another tokenizer, token ids
     beyond the vocabulary.
     """
-    missing = [s.name for s in config.data.sources if not Path(f"{s.train}.idx").exists()]
-    if missing:
+    if missing := missing_sources(config.data):
         return {"checked": False, "missing": missing}
     stream = open_stream(config.data, config.run.seed)
     check_vocabulary(config.model.vocab_size, stream.stores)
     position = plan.batch.sequences_before(plan.total_steps + 1)
     tokens = stream.tokens(position)
-    squares = round(tokens * stream.squared_lengths_per_token())
-    flops = DocumentFlops.of(config.model)(tokens, squares)
+    per_token = DocumentFlops.of(config.model).expected(stream.squared_lengths_per_token())
+    flops = round(tokens * per_token)
     return {"checked": True, "epochs": stream.epochs(position), "total_flops": flops}
 
 

@@ -22,10 +22,11 @@ from allometry.configs.ladder import (
 from allometry.configs.loader import put, read, validate
 from allometry.configs.run import RunConfig
 from allometry.configs.source import Tree
+from allometry.data.stream import missing_sources, open_stream
 from allometry.laws.losses import LossChoice
 from allometry.laws.registry import form_named
 from allometry.optim.schedule import resolve_schedule
-from allometry.scaling.count import count_parameters, flops_per_token
+from allometry.scaling.count import DocumentFlops, count_parameters, flops_per_token
 from allometry.scaling.hyperlaws import LAWS, Target, suggest
 from allometry.scaling.plan import RunPlan
 from allometry.scaling.shapes import at_width
@@ -110,7 +111,7 @@ def plan_ladder(ladder: LadderConfig, tree: Tree) -> LadderPlan:
         ladder=ladder,
         rungs=tuple(run for run in shared if not run.is_target),
         target=next((run for run in shared if run.is_target), None),
-        notes=(*notes, *more),
+        notes=(*maker.notes, *notes, *more),
     )
 
 
@@ -169,6 +170,8 @@ class _Maker:
 
     def __init__(self, ladder: LadderConfig, tree: Tree) -> None:
         self._ladder, self._tree = ladder, tree
+        self._squares: dict[str, float | None] = {}  # by the description of the data
+        self.notes: dict[str, None] = {}
         self._base = read(ladder.base)
         for key, value in ladder.set.items():
             put(self._base, key, value, tree.where(("set", key)))
@@ -227,7 +230,7 @@ class _Maker:
             steps=plan.total_steps,
             tokens=plan.total_tokens,
             parameters=count(config, self._ladder.count),
-            flops=plan.total_flops,
+            flops=round(plan.total_tokens * self._flops_per_token(config)),
         )
 
     def _place(self, size: Size, is_target: bool) -> str:
@@ -243,8 +246,29 @@ class _Maker:
         if horizon.ratio is not None:
             return max(1, round(horizon.ratio * count(config, self._ladder.count)))
         assert horizon.flops is not None
-        per_token = flops_per_token(config.model, config.data.sequence_length).total
-        return max(1, round(horizon.flops / per_token))
+        return max(1, round(horizon.flops / self._flops_per_token(config)))
+
+    def _flops_per_token(self, config: RunConfig) -> float:
+        """Model FLOPs of a token as the run will record them, expected over an epoch.
+
+        Without the token files it is the upper bound of windows that are one document each, and a
+        note says so where lengths follow from it.
+        """
+        key = config.data.model_dump_json()
+        if key not in self._squares:
+            missing = missing_sources(config.data)
+            stream = None if missing else open_stream(config.data, config.run.seed)
+            self._squares[key] = stream and stream.squared_lengths_per_token()
+            if missing and self._ladder.isoflop:
+                self.notes[
+                    f"isoflop.flops are those of windows that are one document each, as the tokens "
+                    f"of {', '.join(missing)} are not on this machine; runs grow where "
+                    "documents are shorter"
+                ] = None
+        squares = self._squares[key]
+        if squares is None:
+            return flops_per_token(config.model, config.data.sequence_length).total
+        return DocumentFlops.of(config.model).expected(squares)
 
     def _sequences(self, config: RunConfig, tokens: int) -> int:
         """The batch of a run of so many tokens, a multiple of what its ranks share."""
