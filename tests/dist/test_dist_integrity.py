@@ -1,7 +1,9 @@
 """Damage of each file is seen alike on all ranks, each of which reads its share and no more."""
 
 import builtins
+import errno
 import json
+import os
 import shutil
 import time
 import zlib
@@ -269,6 +271,40 @@ def test_a_slow_disk_is_not_a_dead_rank(run_ranks: Ranks, tmp_path: Path) -> Non
         run_ranks(slow, 2, tmp_path, 6.0)
         == [{"checked": "None", "resumed": "loaded", "from main": "slow"}] * 2
     )
+
+
+def launch_beside_another_disk(config: RunConfig) -> list[str]:
+    """The shards that this rank copies where links are not possible."""
+    copied: list[str] = []
+    link, copy = os.link, shutil.copyfile
+
+    def cross(file: Path, to: Path) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    def counted(file: Path, to: Path) -> Any:
+        copied.extend([file.name] * (file.suffix == ".distcp"))
+        return copy(file, to)
+
+    os.link, shutil.copyfile = cross, counted  # type: ignore[assignment]
+    try:
+        launch(config)
+    finally:
+        os.link, shutil.copyfile = link, copy
+    return copied
+
+
+def test_a_parent_on_another_disk_is_copied_by_all_ranks(
+    tiny: Make, run_ranks: Ranks, tmp_path: Path
+) -> None:
+    shared = ("parallel.zero.stage=3", "checkpoint.keep_steps=[14]")
+    trunk = tiny(*shared, folder=tmp_path / "trunk")
+    run_ranks(launch, 2, trunk, 16)
+    parent = f"run.parent={{folder: {tmp_path / 'trunk'}, step: 14}}"
+    branch = tiny(*shared, parent, folder=tmp_path / "branch")
+    copied = run_ranks(launch_beside_another_disk, 2, branch)
+    assert copied == [["__0_0.distcp"], ["__1_0.distcp"]]
+    run_ranks(launch, 2, trunk)
+    assert losses(branch) == losses(trunk)
 
 
 class SlowPage(Callback):

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +23,32 @@ from allometry.trainer.state.folder import RunFolder, write_atomically
 from allometry.trainer.state.integrity import damage
 from allometry.trainer.state.unchanged import check_branch
 
+SHARD_SUFFIX = ".distcp"  # torch.distributed.checkpoint's
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A parent's checkpoint in the branch's folder: ``path``, and its facts.
+
+    ``copies``, from and to: shards that could not be linked, as the parent is on another disk.
+    """
+
+    path: Path
+    facts: dict[str, Any]
+    copies: tuple[tuple[Path, Path], ...]
+
 
 def take(
     folder: RunFolder,
     config: RunConfig,
     parent: Parent,
     check: Callable[[dict[str, Any]], None],
-) -> tuple[Path, dict[str, Any]]:
-    """Link the parent's checkpoint into the new ``folder``; where it is now, and its facts.
+) -> Taken:
+    """Link the parent's checkpoint into the new ``folder``.
 
     The parent may be training: its checkpoint is taken over as a whole or not at all, and stays
-    when the parent forgets its own. It is copied to another disk. ``check`` gets the checkpoint's
-    facts before anything is written. Contents are not read: then comes ``keep`` or ``discard``.
+    when the parent forgets its own. ``check`` gets the checkpoint's facts before anything is
+    written. Contents are not read: then come ``copy_share``, and ``keep`` or ``discard``.
 
     Raises:
         UserError: there is no such checkpoint or files of it are missing, or the parent's first
@@ -65,15 +81,27 @@ def take(
     for left in (partial, folder.checkpoints / path.name):  # of a launch that ended in between
         shutil.rmtree(left, ignore_errors=True)
     partial.mkdir(parents=True)
+    copies = []
     try:
         for file in sorted(path.iterdir()):
-            _link(file, partial / file.name)
-        problem = damage(partial, contents=False)
+            if not _linked(file, partial / file.name):
+                copies.append((file, partial / file.name))
+        problem = damage(path if copies else partial, contents=False)
     except FileNotFoundError:
         problem = "it was removed meanwhile"
     if problem is not None:
         raise discard(partial, parent, problem)
-    return partial, facts
+    return Taken(partial, facts, tuple(copies))
+
+
+def copy_share(copies: Sequence[tuple[Path, Path]], rank: int, world_size: int) -> None:
+    """Copy what could not be linked, each of the ranks its share.
+
+    A file that the parent has removed meanwhile is left out, which a check of contents notices.
+    """
+    for file, to in copies[rank::world_size]:
+        with suppress(FileNotFoundError):
+            shutil.copyfile(file, to)
 
 
 def keep(folder: RunFolder, parent: Parent, partial: Path) -> Path:
@@ -114,10 +142,14 @@ def stored_config(folder: RunFolder) -> RunConfig:
         ) from None
 
 
-def _link(file: Path, to: Path) -> None:
+def _linked(file: Path, to: Path) -> bool:
+    """Link a file, or copy a small one; False for a shard that is to be copied."""
     try:
         os.link(file, to)
     except FileNotFoundError:
         raise
     except OSError:  # another disk, or one without links
+        if file.suffix == SHARD_SUFFIX:
+            return False
         shutil.copyfile(file, to)
+    return True

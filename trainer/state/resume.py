@@ -12,11 +12,11 @@ from allometry.configs.errors import UserError
 from allometry.configs.loader import dump
 from allometry.configs.run import RunConfig
 from allometry.optim.schedule import resolve_schedule
-from allometry.parallel.agree import from_main_rank
+from allometry.parallel.agree import from_main_rank, on_all_ranks
 from allometry.parallel.mesh import Mesh
 from allometry.scaling.batch import BatchPlan
 from allometry.trainer.state import checkpoint
-from allometry.trainer.state.branch import discard, keep, stored_config, take
+from allometry.trainer.state.branch import copy_share, discard, keep, stored_config, take
 from allometry.trainer.state.folder import RunFolder, write_atomically
 from allometry.trainer.state.integrity import damage_of_contents
 from allometry.trainer.state.unchanged import check_unchanged
@@ -59,6 +59,7 @@ class _Choice:
     path: Path | None
     facts: dict[str, Any] | None
     new: bool = False
+    copies: tuple[tuple[Path, Path], ...] = ()  # from and to: what could not be linked
 
 
 def begin(
@@ -78,8 +79,8 @@ def begin(
     configuration changes what may not change. Nothing is written before all of that is known.
     """
 
-    def on_main(work: Callable[[], T], what: str) -> T:
-        def writing() -> T:
+    def writing(work: Callable[[], T]) -> Callable[[], T]:
+        def checked() -> T:
             try:
                 return work()
             except OSError as error:
@@ -87,15 +88,22 @@ def begin(
                     f"run.folder={folder.path} cannot be written: {error.strerror}"
                 ) from None
 
-        return from_main_rank(mesh, writing, what)
+        return checked
 
     try:
-        choice = on_main(
-            lambda: _choose(folder, config, fingerprints(), stop_at_step), "choosing a checkpoint"
+        choice = from_main_rank(
+            mesh,
+            writing(lambda: _choose(folder, config, fingerprints(), stop_at_step)),
+            "choosing a checkpoint",
         )
+        if choice.copies:
+            copy = writing(lambda: copy_share(choice.copies, mesh.rank, mesh.world_size))
+            on_all_ranks(mesh, copy, "copying the parent's checkpoint")
         problem = None if choice.path is None else damage_of_contents(choice.path, mesh)
-        return on_main(
-            lambda: _enter(folder, config, choice, problem), "preparing the run's folder"
+        return from_main_rank(
+            mesh,
+            writing(lambda: _enter(folder, config, choice, problem)),
+            "preparing the run's folder",
         )
     except BaseException:
         folder.release()
@@ -117,10 +125,10 @@ def _choose(
         if parent is None:
             return _Choice(None, None, new=True)
         _check_stop(folder, parent.step, stop_at_step)
-        path, facts = take(
+        taken = take(
             folder, config, parent, lambda facts: _check_facts(config, facts, fingerprints)
         )
-        return _Choice(path, facts, new=True)
+        return _Choice(taken.path, taken.facts, new=True, copies=taken.copies)
     if resume == "never":
         raise UserError(
             f"run.folder={folder.path} already holds a run and run.resume=never; choose another "
