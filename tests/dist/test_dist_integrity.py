@@ -3,6 +3,7 @@
 import builtins
 import errno
 import json
+import logging
 import os
 import shutil
 import time
@@ -321,6 +322,28 @@ def launch_with_a_slow_page(config: RunConfig) -> int:
 def test_a_slow_page_is_not_a_dead_rank(tiny: Make, run_ranks: Ranks) -> None:
     config = tiny("parallel.timeout_s=4", "training.compile=false", "training.total_steps=4")
     assert run_ranks(launch_with_a_slow_page, 2, config) == [4, 4]
+
+
+def warned() -> list[str]:
+    """What this rank logs while rank 1 works for longer than the timeout."""
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("allometry.parallel.agree")
+    logger.addHandler(handler)
+    try:
+        with open_mesh(ParallelConfig(timeout_s=2), torch.device("cpu")) as mesh:
+            with_heartbeat(mesh, lambda: time.sleep(4.0 * mesh.rank), "reading")
+    finally:
+        logger.removeHandler(handler)
+    return said
+
+
+def test_the_main_rank_warns_of_slow_ranks(run_ranks: Ranks) -> None:
+    main, other = run_ranks(warned, 2)
+    assert main
+    assert all(text.startswith("rank(s) [1]: reading has taken") for text in main)
+    assert not other
 
 
 def deserted() -> str:

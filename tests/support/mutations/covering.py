@@ -79,6 +79,10 @@ COVERING: tuple[tuple[str, tuple[Stage, ...]], ...] = (
     ("optim/*h.py", (unit("optim/*sphere"), unit("optim/*"), dist("optimizers", "matrix_ops"))),
     ("optim/newton_schulz.py", (unit("optim/*muon"), unit("optim/*"))),
     (
+        "optim/groups.py",
+        (unit("optim/*build", "scaling/*identity"), unit("optim/*"), dist("optimizers")),
+    ),
+    (
         "optim/[eosw]*.py",  # what computes with shards
         (
             unit("optim/*owners", "optim/*matrix_ops", "optim/*rules"),

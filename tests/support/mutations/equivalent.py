@@ -14,6 +14,18 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "optim/optimizer.py",
         'group["fused"] = False  # load_state_dict then leaves ``step`` on the device',
     ): "on a CPU the device is the host",
+    (
+        "models/attention_cpu.py",
+        "octave = (lengths + 1).clamp(min=1).log2().floor().long()",
+    ): "powers of two and their predecessors alone differ, and all round to the power",
+    (
+        "scaling/parameterizations/base.py",
+        "adjusted = Fraction(2)",
+    ): "a constant that cancels in the quotient of two such numbers",
+    (
+        "models/loss.py",
+        "x_TD, (weight_VD), handle, targets_T, *options, gradient_sum",
+    ): "an edge of the graph through which no gradient comes",
     ("models/loss.py", "return total, (nll_T)"): "in the plain twin, which tests alone call",
     (
         "parallel/context.py",

@@ -27,6 +27,14 @@ def cut(size: tuple[int, int, int], dim: int, shards: int, replicas: int) -> Pla
     return Placed(size, tuple(boxes))
 
 
+def test_whole_everywhere_is_every_rank_having_all() -> None:
+    assert cut((1, 4, 6), 1, 1, 3).whole_everywhere
+    assert not cut((1, 4, 6), 1, 2, 1).whole_everywhere
+    assert not cut((1, 4, 6), 1, 2, 2).whole_everywhere
+    # One row for two ranks: the first has it and the second nothing.
+    assert not cut((1, 1, 6), 1, 2, 1).whole_everywhere
+
+
 placements = st.tuples(
     st.tuples(st.integers(1, 4), st.integers(1, 9), st.integers(1, 9)), st.integers(0, 2)
 )

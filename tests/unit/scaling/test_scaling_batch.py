@@ -54,6 +54,13 @@ def test_ramp_by_hand() -> None:
     assert plan.tokens_before(9) == 5 * (5 * 2 + 3 * 4)
 
 
+def test_stages_that_a_step_jumps_over_are_not_in_the_plan() -> None:
+    # 8 sequences of one token take the batch to 16 in one step: stages of 9 to 15 would end at 8.
+    plan = BatchPlan(ramped(8, 1, 16, 8), 1)
+    stages = [(stage.first_step, stage.first_sequence, stage.sequences) for stage in plan.stages]
+    assert stages == [(1, 0, 8), (2, 8, 16)]
+
+
 def test_every_ramp_is_what_its_definition_says_step_by_step() -> None:
     draw = random.Random(0)
     jumped = 0
