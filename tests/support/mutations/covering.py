@@ -154,7 +154,7 @@ COVERING: tuple[tuple[str, tuple[Stage, ...]], ...] = (
             RUNS,
         ),
     ),
-    ("trainer/evaluate.py", (unit("trainer/*shares"), RUNS, dist("runs"))),
+    ("trainer/evaluate.py", (unit("trainer/*shares", "trainer/*_step"), RUNS, dist("runs"))),
     (
         "trainer/loop.py",
         (RUNS, unit("trainer/*resume_rules", "trainer/*callbacks"), unit("trainer/*")),

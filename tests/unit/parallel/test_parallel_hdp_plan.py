@@ -147,6 +147,15 @@ def test_static_gives_short_documents_as_many_ranks(degree: int) -> None:
     assert plan.describe()["degrees"] == {str(degree): 4}
 
 
+def test_static_deals_the_costliest_first() -> None:
+    lengths = [3, 30, 17, 24, 20, 29, 27, 19]
+    plan = make_plan(lengths, 4, context("static", degree=2, capacity_tokens=16), COST,
+                     "free", layers=8)  # fmt: skip
+    costs = [[unit.cost for unit in plan.of_rank(rank) if unit] for rank in (0, 2)]
+    assert costs == [sorted(each, reverse=True) for each in costs]
+    assert sorted(unit.cost for unit in plan.units)[-2:] == sorted(each[0] for each in costs)
+
+
 def test_naive_gives_as_few_ranks_as_fit() -> None:
     lengths = [100, 10, 33, 32, 64, 65, 5]
     plan = make_plan(lengths, 6, context("naive", capacity_tokens=32), COST, "free", layers=8)
