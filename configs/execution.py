@@ -177,7 +177,9 @@ class EvaluationConfig(Section):
         None, gt=0, description="steps between evaluations; null: only at the end"
     )
     sequences_per_source: Count = Field(
-        64, gt=0, description="sequences read from each source's validation split"
+        64,
+        gt=0,
+        description="sequences read from each source's validation split, evenly spread over it",
     )
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from allometry.configs.data import DocumentData
 from allometry.data.batch import IGNORE
 from allometry.data.order import DocumentOrder
-from allometry.data.sources import Sources
+from allometry.data.sources import Sources, evenly
 from allometry.data.store import TokenStore
 
 _EPOCHS_KEPT = 2
@@ -199,23 +199,23 @@ class DocumentStream(Sources):
         return {name: stream.tokens_before(place) for name, stream, place in parts}
 
     def validation_pieces(self, count: int) -> dict[str, Pieces]:
-        """The held-out documents that begin in the first ``count`` windows of each split.
+        """Documents of each held-out split, evenly spread: on average ``count`` windows of tokens.
 
         They come as they are stored and are cut as training documents are. A split of fewer windows
-        gives what it has, which is logged. Raises UserError for one with nothing to predict there.
+        gives what it has, which is logged.
         """
         assert count > 0
         by_name = {}
         for name, order in self._validation.items():
             total = order.store.num_tokens
             available = -(-total // self.sequence_length)
-            stop = self._held_out_windows(name, available, count) * self.sequence_length
+            share = len(self._held_out_windows(name, available, count)) / available
             stream = PieceStream(order, self.max_document_tokens)
-            documents, offsets, lengths, ends, _ = stream.begin_in(0, min(stop, total))
+            documents, offsets, lengths, ends, _ = stream.begin_in(0, total)
+            at = evenly(len(documents), max(1, round(len(documents) * share)))
             source = self.sources.index(name)
-            sources = np.full(len(lengths), source, np.int64)
-            stores = {source: order.store}
-            by_name[name] = Pieces(lengths, sources, documents, offsets, ends, stores)
-            if by_name[name].num_targets == 0:
-                raise self._no_targets(name, count)
+            by_name[name] = Pieces(
+                *(lengths[at], np.full(len(at), source, np.int64), documents[at], offsets[at]),
+                *(ends[at], {source: order.store}),
+            )
         return by_name

@@ -115,8 +115,8 @@ class Sources(ABC):
         settings = {"seed": self.seed, "sequence_length": self.sequence_length, **self._settings()}
         return {**settings, "sources": sources}
 
-    def _held_out_windows(self, name: str, available: int, count: int) -> int:
-        """How many of ``count`` windows a held-out split gives; fewer than asked is logged."""
+    def _held_out_windows(self, name: str, available: int, count: int) -> list[int]:
+        """Which windows stand for a held-out split: ``count`` of them, or all; fewer is logged."""
         if available < count:
             _log.warning(
                 "validation split of source %s has %d sequences of %d tokens, fewer than the "
@@ -124,13 +124,16 @@ class Sources(ABC):
                 *(name, available, self.sequence_length, count),
                 self._validation[name].store.prefix,
             )
-        return min(count, available)
+        return evenly(available, min(count, available))
 
-    def _no_targets(self, name: str, count: int) -> UserError:
-        return UserError(
-            f"the first {count} sequences of {self._validation[name].store.prefix} hold nothing to "
-            "predict; raise evaluation.sequences_per_source or prepare a larger held-out split"
-        )
+
+def evenly(available: int, count: int) -> list[int]:
+    """``count`` of the numbers below ``available``, evenly spread, in order.
+
+    What is stored side by side is alike (files of one folder), so the first ones would not do.
+    """
+    assert 0 <= count <= available, (count, available)
+    return [(2 * k + 1) * available // (2 * count) for k in range(count)]
 
 
 def _open(prefix: str, *, whole: bool) -> TokenStore:

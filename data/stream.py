@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from allometry.configs.data import DocumentData, SequenceData
+from allometry.configs.errors import UserError
 from allometry.data.batch import IGNORE, Batch, PackedDocuments
 from allometry.data.documents import DocumentStream
 from allometry.data.order import DocumentOrder
@@ -92,7 +93,7 @@ class Stream(Sources):
         return dict(zip(self.sources, tokens.tolist(), strict=True))
 
     def validation(self, count: int, batch_sequences: int = 1) -> dict[str, list[Batch]]:
-        """The first ``count`` sequences of each held-out split, in batches of one size.
+        """``count`` sequences of each held-out split, evenly spread, in batches of one size.
 
         A last batch that is not full is filled with rows that do not count.
         Documents come in the order in which they are stored. A split of fewer than ``count``
@@ -104,21 +105,25 @@ class Stream(Sources):
         for name, order in self._validation.items():
             num_targets = order.store.num_tokens - 1
             available = -(-num_targets // self.sequence_length)
-            end = self._held_out_windows(name, available, count)
+            windows = self._held_out_windows(name, available, count)
             by_name[name] = [
-                self._held_out(name, order, range(k, k + batch_sequences), end)
-                for k in range(0, end, batch_sequences)
+                self._held_out(name, order, windows[k : k + batch_sequences], batch_sequences)
+                for k in range(0, len(windows), batch_sequences)
             ]
             if not any(batch.num_targets for batch in by_name[name]):
-                raise self._no_targets(name, count)
+                raise UserError(
+                    f"{len(windows)} sequences of {order.store.prefix} hold nothing to predict; "
+                    "raise evaluation.sequences_per_source or prepare a larger held-out split"
+                )
         return by_name
 
-    def _held_out(self, name: str, order: DocumentOrder, indices: range, end: int) -> Batch:
-        """The windows at ``indices``; those from ``end`` on are filling."""
-        source_B = np.full(len(indices), self.sources.index(name), np.int64)
-        batch = self._assemble([(order, min(index, end - 1)) for index in indices], source_B)
+    def _held_out(self, name: str, order: DocumentOrder, windows: list[int], rows: int) -> Batch:
+        """These windows, and the last one again for rows that are left."""
+        source_B = np.full(rows, self.sources.index(name), np.int64)
+        filled = windows + windows[-1:] * (rows - len(windows))
+        batch = self._assemble([(order, window) for window in filled], source_B)
         num_targets = order.store.num_tokens - 1
-        for row, index in enumerate(indices):
-            remaining = num_targets - index * self.sequence_length if index < end else 0
+        for row, window in enumerate(filled):
+            remaining = num_targets - window * self.sequence_length if row < len(windows) else 0
             batch.targets_BL[row, max(0, remaining) :] = IGNORE
         return batch

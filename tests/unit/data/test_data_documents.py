@@ -237,19 +237,22 @@ def test_validation_is_the_documents_as_stored(tmp_path: Path, caplog: Any) -> N
     for source, pieces in enumerate(found.values()):
         assert contents(pieces) == expected
         assert pieces.sources.tolist() == [source] * 2
-    assert contents(stream.validation_pieces(1)["code"]) == expected[:1]
+    assert contents(stream.validation_pieces(1)["code"]) == expected[1:]
     caplog.clear()
     stream.validation_pieces(3)
     assert not caplog.records
 
 
-def test_held_out_documents_with_nothing_to_predict(tmp_path: Path) -> None:
+def test_held_out_documents_are_spread_evenly(tmp_path: Path) -> None:
     write_store(tmp_path / "code", [[1, 2, 3]])
+    write_store(tmp_path / "held", [[k, k + 1] for k in range(100, 200, 2)] + [[7]] * 20)
+    stream = DocumentStream(config(tmp_path, 12, 4, code=1), 0)
+    # 120 tokens are 10 windows; a document of one token has nothing to predict.
+    chosen = [tokens[0] for tokens, _ in contents(stream.validation_pieces(2)["code"])]
+    assert chosen == [104, 114, 124, 134, 144, 154, 164, 174, 184, 194]
     write_store(tmp_path / "held", [[1], [2], [3, 4]])
     stream = DocumentStream(config(tmp_path, 2, 4, code=1), 0)
-    with pytest.raises(UserError, match=r"evaluation\.sequences_per_source"):
-        stream.validation_pieces(1)
-    assert stream.validation_pieces(2)["code"].num_targets == 1
+    assert stream.validation_pieces(1)["code"].num_targets == 1
 
 
 def test_documents_of_one_token_alone_are_an_error(tmp_path: Path) -> None:

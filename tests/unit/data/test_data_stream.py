@@ -239,12 +239,22 @@ def test_validation_covers_the_split_once(folder: Path, tmp_path: Path, caplog: 
     assert targets[targets != IGNORE].tolist() == [11, 12, 13, 14, 20, 21, 30, 31, 32, 33]
 
     packed = Stream(config(tmp_path, 4, code=1), 0)
-    same(packed.validation(3)["code"][0], packed.validation(1)["code"][0])
+    same(packed.validation(3)["code"][1], packed.validation(1)["code"][0])
     targets = np.concatenate([b.targets_BL.reshape(-1) for b in packed.validation(3)["code"]])
     assert targets[targets != IGNORE].tolist() == [11, 12, 13, 14, 21, 31, 32, 33]
     caplog.clear()
     packed.validation(3)
     assert not caplog.records
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4])
+def test_held_out_sequences_are_spread_evenly(tmp_path: Path, rows: int) -> None:
+    write_store(tmp_path / "code", [[1, 2, 3]])
+    write_store(tmp_path / "held", [np.arange(100, 201)])
+    batches = Stream(config(tmp_path, 10, code=1), 0).validation(4, rows)["code"]
+    begins = np.concatenate([b.tokens_BL[(b.targets_BL != IGNORE).any(1), 0] for b in batches])
+    assert begins.tolist() == [110, 130, 160, 180]
+    assert all(len(batch.tokens_BL) == rows for batch in batches)
 
 
 def test_validation_smaller_than_a_sequence(tmp_path: Path) -> None:
