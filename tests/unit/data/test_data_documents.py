@@ -89,7 +89,7 @@ def test_pieces_follow_the_definition(folder: Path, length: int, limit: int) -> 
     assert pieces.num_targets == sum(t != IGNORE for _, targets in expected for t in targets)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 10**9), st.integers(1, 12), st.integers(1, 40), st.integers(1, 30))
 def test_a_step_is_its_samples(
     folder: Path, position: int, count: int, length: int, limit: int
@@ -105,7 +105,7 @@ def test_a_step_is_its_samples(
     same(stream.pieces(position, count), whole)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 40), st.integers(1, 30), st.integers(1, 3), st.data())
 def test_every_document_of_an_epoch_comes_once_and_whole(
     folder: Path, length: int, limit: int, epochs: int, data: st.DataObject
@@ -132,7 +132,7 @@ def test_every_document_of_an_epoch_comes_once_and_whole(
     assert sum(size for _, _, size in served) <= length + limit
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.integers(1, 40), st.integers(1, 30), st.integers(0, 400))
 def test_the_ledger_is_a_brute_force_count(
     folder: Path, length: int, limit: int, position: int

@@ -30,7 +30,7 @@ def plain_schedule(units: tuple[int, ...], count: int) -> list[tuple[int, int]]:
     return [(source, j) for _, source, j in due[:count]]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(WEIGHTS)
 def test_schedule_is_the_order_of_due_times(weights: list[float]) -> None:
     mixture = Mixture(weights)
@@ -40,7 +40,7 @@ def test_schedule_is_the_order_of_due_times(weights: list[float]) -> None:
     )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(WEIGHTS, POSITIONS, st.integers(1, 50))
 def test_random_access_agrees_with_itself(weights: list[float], position: int, count: int) -> None:
     mixture = Mixture(weights)
@@ -57,7 +57,7 @@ def test_random_access_agrees_with_itself(weights: list[float], position: int, c
         counts = after
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(WEIGHTS, POSITIONS)
 def test_counts_stay_near_their_shares(weights: list[float], position: int) -> None:
     mixture = Mixture(weights)
@@ -65,7 +65,7 @@ def test_counts_stay_near_their_shares(weights: list[float], position: int) -> N
         assert abs(count - Fraction(units, 2**32) * position) <= Fraction(len(weights) + 1, 2)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(WEIGHTS)
 def test_shares_are_the_weights(weights: list[float]) -> None:
     shares = Mixture(weights).shares
@@ -107,7 +107,7 @@ def test_change_of_weights_in_mid_run_continues_the_counts() -> None:
         after.source(1000)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.tuples(st.integers(0, 2**40), st.integers(1, 2**31)),
     st.tuples(st.integers(0, 2**40), st.integers(1, 2**31)),

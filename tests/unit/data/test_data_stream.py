@@ -104,7 +104,7 @@ def test_documents_are_runs_of_the_flat_tokens(folder: Path, length: int) -> Non
         assert targets[end - 1] in (IGNORE, flat[end - 1] + 1)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 10**9), st.integers(1, 12), st.integers(1, 40))
 def test_a_batch_is_its_samples(folder: Path, position: int, count: int, length: int) -> None:
     data = config(folder, length, code=0.7, prose=0.3)
@@ -161,7 +161,7 @@ def test_order_is_pinned() -> None:
         assert sorted(permutation("k", count).tolist()) == list(range(count))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 700), st.text(max_size=5))
 def test_a_shuffle_is_a_bijection(size: int, key: str) -> None:
     shuffle = Shuffle(key, size)

@@ -85,7 +85,7 @@ def held(plan: Plan, rank: int) -> list[tuple[int, int]]:
     return places
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=1000)
 @given(problems())
 def test_every_plan_holds(problem: dict[str, Any]) -> None:
     plan = make_plan(**problem)

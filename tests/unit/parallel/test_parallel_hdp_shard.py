@@ -76,7 +76,7 @@ def seen(lengths: Lengths, n: int, member: int) -> list[tuple[int, int, int]]:
     return pairs
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.integers(1, 24), min_size=1, max_size=3), rings)
 def test_every_query_sees_every_key_up_to_itself_once(lengths: Lengths, n: int) -> None:
     pairs = [score for member in range(n) for score in seen(lengths, n, member)]

@@ -1,6 +1,5 @@
 """Which runs a ladder is made of, without training any."""
 
-import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,51 +12,23 @@ from allometry.configs.errors import UserError
 from allometry.configs.ladder import load_ladder
 from allometry.configs.loader import dump, ladder_presets, load
 from allometry.configs.run import RunConfig
-from allometry.data.stream import Stream, open_stream
 from allometry.launch.studies.ladder.stages import open_ladder, save_ladder
 from allometry.optim.schedule import resolve_schedule
 from allometry.scaling.batch import BatchPlan
 from allometry.scaling.count import (
-    DocumentFlops,
     count_parameters,
-    document_flops,
-    flops_per_token,
 )
-from allometry.studies.ladder.plan import LadderPlan, plan_ladder
+from allometry.studies.ladder.plan import plan_ladder
 from allometry.studies.ladder.sbatch import write_scripts
 from allometry.studies.ladder.state import as_stored
 from allometry.trainer.state.unchanged import check_branch
+from planned_ladders import ladder_file, per_token, planned
 
 
 @pytest.fixture
 def base(tiny: Callable[..., RunConfig], tmp_path: Path) -> Path:
     tiny()
     return tmp_path / "tiny.yaml"
-
-
-def ladder_file(base: Path, /, **keys: Any) -> Path:
-    described = {
-        "kind": "ladder",
-        "base": base.name,
-        "folder": str(base.parent / "ladder"),
-        "widths": [16, 32],
-        "tokens": [2048, 5120, 10240],
-        "seeds": [0, 1],
-        "target": {"size": {"width": 64}, "tokens": 20480},
-    }
-    path = base.parent / "ladder.yaml"
-    path.write_text(json.dumps({k: v for k, v in (described | keys).items() if v is not None}))
-    return path
-
-
-def planned(base: Path, /, **keys: Any) -> LadderPlan:
-    return plan_ladder(*load_ladder(ladder_file(base, **keys)))
-
-
-def per_token(config: RunConfig) -> float:
-    """Model FLOPs of a token of the run's documents."""
-    squares = open_stream(config.data, 0).squared_lengths_per_token()
-    return DocumentFlops.of(config.model).expected(squares)
 
 
 def refused(base: Path, /, **keys: Any) -> str:
@@ -150,35 +121,6 @@ def test_horizons_by_parameters_and_by_compute(base: Path) -> None:
         if "-c" in run.name:
             wanted = asked / per_token(run.config)
         assert wanted - 1 <= run.tokens < wanted + step, "rounded up to whole steps"
-
-
-@pytest.mark.parametrize("packing", ["per_document", "concatenated"])
-def test_a_compute_budget_is_what_a_run_records(base: Path, packing: str) -> None:
-    budget = 4e9
-    keys = {"data.packing": packing, "data.sequence_length": 128}
-    plan = planned(base, set=keys, tokens=None, isoflop={"flops": [budget]}, seeds=[0], target=None)
-    for run in plan.rungs:
-        stream = open_stream(run.config.data, run.config.run.seed)
-        assert isinstance(stream, Stream)
-        batch = stream.batch(0, run.tokens // 128)
-        lengths = [128] * (run.tokens // 128)
-        if batch.documents is not None:
-            lengths = [int(length) for length in batch.documents.lengths]
-        recorded = document_flops(run.config.model, lengths)
-        one_step = 8 * 128 * per_token(run.config)
-        assert recorded == pytest.approx(run.flops, rel=0.01)
-        assert budget * 0.99 < recorded < (budget + one_step) * 1.01
-        whole = run.tokens * flops_per_token(run.config.model, 128).total
-        assert (whole > 1.05 * recorded) == (packing == "per_document")
-
-
-def test_without_token_files_a_compute_budget_says_what_it_counts(base: Path) -> None:
-    keys = {"data.sources": [{"name": "far", "train": "/nowhere/far.train"}]}
-    asked = {"set": keys, "tokens": None, "seeds": [0], "target": None}
-    plan = planned(base, isoflop={"flops": [1e9]}, **asked)
-    assert [note for note in plan.notes if "tokens of far are not on this machine" in note]
-    assert len(plan.notes) == 1
-    assert not planned(base, **(asked | {"tokens": [2048]})).notes
 
 
 @pytest.mark.parametrize("count", ["non_embedding", "total", "with_head"])

@@ -2,6 +2,7 @@
 
 import io
 import sys
+import time
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -102,8 +103,10 @@ def test_wandb_takes_the_rows_of_a_run(tiny: Make, monkeypatch: pytest.MonkeyPat
     pages = list(Path(config.run.folder).glob("wandb/offline-run-*/*.wandb"))
     identity = (Path(config.run.folder) / "wandb_id").read_text()
     assert [page.name for page in pages] == [f"run-{identity}.wandb"] * 2
-    for page in pages:
-        assert b"train/loss" in page.read_bytes() or b"loss" in page.read_bytes()
+    until = time.monotonic() + 60.0  # the package's own process may write on after it said it ended
+    while not all(b"loss/down" in page.read_bytes() for page in pages):
+        assert time.monotonic() < until, [page.stat().st_size for page in pages]
+        time.sleep(0.2)
 
 
 def test_wandb_that_cannot_be_reached_is_an_error(
