@@ -34,6 +34,9 @@ class Prepare(Command):
     )
     out: Path = option("folder for the token files", REQUIRED, "-o")
     tokenizer: Path | None = option("tokenizer.json to use; without one, a BPE is trained")
+    end_of_document: str | None = option(
+        "token of --tokenizer that ends documents; default: its eos_token, or a well-known name"
+    )
     vocab_size: int | None = option("size of the BPE to train; default: 8192")
     validation_fraction: float = option(
         "share of the documents held out, chosen by their hash", 0.05
