@@ -40,12 +40,12 @@ from allometry.data.manifest import (
 )
 from allometry.data.progress import ProgressReport
 from allometry.data.special_tokens import (
-    BESIDE,
     find_end_of_document,
     load_tokenizer,
     vocabulary_bound,
 )
 from allometry.data.tokenizer import (
+    BESIDE,
     TOKENIZER,
     fingerprint,
     read_tokenizer_json,

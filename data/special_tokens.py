@@ -17,11 +17,8 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from allometry.configs.errors import UserError
-from allometry.data.tokenizer import read_tokenizer_json, tokenizer_file
+from allometry.data.tokenizer import BESIDE, read_tokenizer_json, tokenizer_file
 
-TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP = "tokenizer_config.json", "special_tokens_map.json"
-BESIDE = (TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP)
-"""Files beside a tokenizer.json that say which tokens are special."""
 END_OF_DOCUMENT = "<|endoftext|>"
 _KNOWN_ENDS = (
     END_OF_DOCUMENT,
@@ -39,8 +36,10 @@ _WRITTEN_LIKE_ONE = re.compile(  # U+FF5C, DeepSeek's bar, beside the plain one
     r"|\[(UNK|PAD|MASK|BOS|EOS|SEP|CLS)\]",
     re.DOTALL,
 )
-_NAMED = ("additional_special_tokens", "extra_special_tokens") + tuple(
-    f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+_NAMED = (
+    "additional_special_tokens",
+    "extra_special_tokens",
+    *(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")),
 )
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 

@@ -15,6 +15,9 @@ from allometry.data.manifest import MANIFEST, TokenizerRecord, manifest_of, read
 from allometry.data.store import TokenStore
 
 TOKENIZER = "tokenizer.json"
+TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP = "tokenizer_config.json", "special_tokens_map.json"
+BESIDE = (TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP)
+"""Files beside a tokenizer.json that say which tokens are special."""
 _log = logging.getLogger(__name__)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from allometry.configs.model import MoEModel
 from allometry.configs.run import RunConfig
 from allometry.data.documents import DocumentStream
+from allometry.data.run_tokenizer import tokenizer_of_run
 from allometry.data.stream import Stream, open_stream
 from allometry.data.tokenizer import check_vocabulary
 from allometry.laws.areas import LearningRateAreas
@@ -159,6 +160,9 @@ class _Run:
         first_step = self.start.step + 1
         facts = run_facts(self.config, self.plan, self.stream, self.mesh, self.peak, invocation)
         if first_step <= self.plan.total_steps:
+            tokenizer = tokenizer_of_run(self.folder.path, self.config.data)
+            tokenizer.keep(self.folder.path)
+            facts["tokenizer"] = tokenizer.describe()
             record.write_run(self.folder, facts, launch_facts(facts, first_step))
         for callback in self.callbacks:
             callback.on_start(facts, first_step)

@@ -22,8 +22,14 @@ from allometry.configs.errors import UserError
 from allometry.configs.loader import dump, load
 from allometry.configs.model import ModelConfig
 from allometry.configs.run import RunConfig
-from allometry.data.manifest import TokenizerRecord, read_manifest
-from allometry.data.tokenizer import fingerprint, read_tokenizer_json
+from allometry.data.run_tokenizer import RunTokenizer, tokenizer_of_run
+from allometry.data.tokenizer import (
+    BESIDE,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    difference,
+    read_tokenizer_json,
+)
 from allometry.interop.huggingface import compare
 from allometry.interop.huggingface.compare import Comparison
 from allometry.interop.huggingface.config import (
@@ -61,12 +67,14 @@ from allometry.trainer.state.integrity import seal
 Dtype = Literal["fp32", "bf16"]
 _TORCH: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SHARD_BYTES = 5_000_000_000
-TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What an export did. ``folds`` say which multipliers went into weights; ``bytes`` of them."""
+    """What an export did. ``folds`` say which multipliers went into weights; ``bytes`` of them.
+
+    ``unknown`` says why there is no tokenizer or no end of documents.
+    """
 
     source: str
     step: int
@@ -78,6 +86,8 @@ class ExportReport:
     files: list[str]
     folds: list[str]
     tokenizer: str | None
+    end_of_document: str | None
+    unknown: list[str]
     check: Comparison | None = None
 
 
@@ -100,12 +110,15 @@ def export_hf(
     family: str | None = None,
     dtype: Dtype = "fp32",
     *,
+    tokenizer: str | None = None,
+    end_of_document: str | None = None,
     check: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> ExportReport:
     """Write a checkpoint of a run (default: the latest) as a Hugging Face folder ``out``.
 
-    Multipliers of the forward pass that the family lacks are folded into weights. With ``check``
+    Multipliers of the forward pass that the family lacks are folded into weights. ``tokenizer`` and
+    ``end_of_document`` say what the run's folder does not know. With ``check``
     the folder is loaded with transformers and compared before it gets its name. Raises UserError
     for anything that the family cannot hold, before anything is written.
     """
@@ -126,17 +139,17 @@ def export_hf(
                 f"{path}: {name} is not zero, and models of Hugging Face's families have no bias "
                 "in their routers; nothing was written"
             )
-    tokenizer = _tokenizer_of(config, folder)
-    manifests = (read_manifest(Path(source.train).parent) for source in config.data.sources)
-    end = next((manifest.tokenizer for manifest in manifests if manifest is not None), None)
-    text = Text(config.data.sequence_length, end.end_of_document_id if end else None)
+    text = tokenizer_of_run(folder.path, config.data)
+    text = text.told(tokenizer, end_of_document, config.model.vocab_size)
+    longest = config.data.sequence_length
     torch_dtype = _TORCH[dtype]
     with _target(out) as (final, partial):
         parts = [_part(counterpart, weights, folding, torch_dtype) for counterpart in wanted]
         files = write_safetensors(partial, parts, shard_bytes)
         name = str(torch_dtype).removeprefix("torch.")
-        _write_json(partial / CONFIG, to_hf(config.model, chosen, name, text))
-        _write_texts(partial, tokenizer, end, text)
+        end_id = text.end[1] if text.end else None
+        _write_json(partial / CONFIG, to_hf(config.model, chosen, name, Text(longest, end_id)))
+        _write_texts(partial, text, longest)
         report = ExportReport(
             source=str(folder.path),
             step=step_of(path),
@@ -147,7 +160,9 @@ def export_hf(
             bytes=sum((partial / file).stat().st_size for file in files),
             files=files,
             folds=[fold.describe() for fold in folding],
-            tokenizer=str(tokenizer) if tokenizer else None,
+            tokenizer=str(text.file) if text.file else None,
+            end_of_document=text.end[0] if text.end else None,
+            unknown=list(text.unknown),
         )
         if check:
             comparison = compare.compare(config, weights, partial, wanted, folding, torch_dtype)
@@ -200,7 +215,7 @@ def import_hf(
             "imported_from": str(source),
         }
         seal(step, 0, files, facts)
-        _copy_tokenizer(tokenizer, partial)
+        RunTokenizer(tokenizer).keep(partial)
         write_atomically(RunFolder(partial).config, dump(config))
         write_atomically(RunFolder(partial).latest, step.name + "\n")
         report = ImportReport(
@@ -264,44 +279,27 @@ def _part(
     )
 
 
-def _tokenizer_of(config: RunConfig, folder: RunFolder) -> Path | None:
-    """The tokenizer.json of a run: the one it names, else the one it was imported with."""
-    named = config.data.tokenizer
-    if named is None:
-        imported = folder.path / TOKENIZER
-        return imported if imported.exists() else None
-    path = Path(named) / TOKENIZER if Path(named).is_dir() else Path(named)
-    read_tokenizer_json(path)
-    return path
-
-
-def _write_texts(
-    folder: Path, tokenizer: Path | None, end: TokenizerRecord | None, text: Text
-) -> None:
+def _write_texts(folder: Path, text: RunTokenizer, longest: int) -> None:
     """The tokenizer and what generation needs to know."""
-    if end is not None:
-        generation = {"_from_model_config": True, "eos_token_id": end.end_of_document_id}
+    if text.end is not None:
+        generation = {"_from_model_config": True, "eos_token_id": text.end[1]}
         _write_json(folder / "generation_config.json", generation)
-    _copy_tokenizer(tokenizer, folder)
-    if tokenizer is not None and not (folder / TOKENIZER_CONFIG).exists():
+    if text.file is None:
+        return
+    text.keep(folder)
+    config = folder / TOKENIZER_CONFIG
+    if not config.exists():
         values: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "model_max_length": text.longest,
+            "model_max_length": longest,
             "clean_up_tokenization_spaces": False,
         }
-        if end is not None:
-            values["eos_token"] = end.end_of_document
-        _write_json(folder / TOKENIZER_CONFIG, values)
-
-
-def _copy_tokenizer(tokenizer: Path | None, folder: Path) -> None:
-    """Copy a tokenizer.json and, if it stands beside it, its configuration."""
-    if tokenizer is None:
+        _write_json(config, values)
+    if text.end is None:
         return
-    shutil.copyfile(tokenizer, folder / TOKENIZER)
-    beside = tokenizer.parent / TOKENIZER_CONFIG
-    if beside.exists():
-        shutil.copyfile(beside, folder / TOKENIZER_CONFIG)
+    for file in (folder / name for name in BESIDE):
+        if file.exists():  # one from elsewhere may name the end of a chat's turn
+            _write_json(file, read_json(file) | {"eos_token": text.end[0]})
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
@@ -331,11 +329,12 @@ def _check_tokenizer(config: RunConfig, source: Path) -> Path | None:
     if not path.exists():
         return None
     named = config.data.tokenizer
-    if named is not None and fingerprint(read_tokenizer_json(named)) != fingerprint(
-        read_tokenizer_json(path)
-    ):
+    different = None
+    if named is not None:
+        different = difference(read_tokenizer_json(named), read_tokenizer_json(path))
+    if different is not None:
         raise UserError(
             f"data.tokenizer={named} is another tokenizer than {path}, with which the model was "
-            f"trained; prepare the data with --tokenizer {path}"
+            f"trained (its {different} differs); prepare the data with --tokenizer={path}"
         )
     return path

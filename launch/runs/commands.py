@@ -58,6 +58,8 @@ class Convert(Command):
     step: int | None = option("export this checkpoint; default: the latest", min=0)
     family: str | None = option("export as llama, qwen3, mixtral or qwen3_moe; default: fit")
     dtype: str | None = option("type of exported weights, fp32 or bf16; default: fp32")
+    tokenizer: Path | None = option("export: tokenizer.json of a run that does not know its own")
+    end_of_document: str | None = option("export: token that ended the documents, likewise")
     config: str | None = option("import: the run to be trained, a YAML file or preset:NAME")
     print_model: bool = option("print the model section of a model and stop", False)
     check: bool = option("compare logits with transformers, and every tensor", False)

@@ -12,7 +12,13 @@ from ruamel.yaml import YAML
 from allometry.configs.errors import UserError
 from allometry.configs.loader import load
 from allometry.interop.huggingface.compare import Comparison
-from allometry.interop.huggingface.convert import Dtype, export_hf, import_hf, read_model
+from allometry.interop.huggingface.convert import (
+    Dtype,
+    ExportReport,
+    export_hf,
+    import_hf,
+    read_model,
+)
 from allometry.launch.command import Report
 from allometry.launch.runs.commands import Convert
 
@@ -55,14 +61,21 @@ def _export(asked: Convert) -> Report:
     if dtype not in ("fp32", "bf16"):
         raise UserError(f"--dtype={dtype} is not known; use fp32 or bf16")
     report = export_hf(
-        asked.source, _out(asked), asked.step, asked.family, cast(Dtype, dtype), check=asked.check
+        asked.source,
+        _out(asked),
+        asked.step,
+        asked.family,
+        cast(Dtype, dtype),
+        tokenizer=str(asked.tokenizer) if asked.tokenizer else None,
+        end_of_document=asked.end_of_document,
+        check=asked.check,
     )
     lines = [
         f"{report.source}, step {report.step} -> {report.target}",
         f"{report.family}, {report.dtype}: {report.tensors:,} tensors, {report.bytes:,} bytes in "
         f"{len(report.files)} file(s)",
         *(f"folded: {fold}" for fold in report.folds),
-        f"tokenizer: {report.tokenizer or 'none, as data.tokenizer names none'}",
+        *_text(report),
         *_checked(report.check),
     ]
     return Report(asdict(report), "\n".join(lines))
@@ -70,7 +83,7 @@ def _export(asked: Convert) -> Report:
 
 def _import(asked: Convert) -> Report:
     why = f"goes with a run, and {asked.source} is a Hugging Face model"
-    _refuse(asked, ("step", "family", "dtype"), why)
+    _refuse(asked, ("step", "family", "dtype", "tokenizer", "end_of_document"), why)
     if asked.print_model:
         _refuse(asked, ("out", "config", "check"), "does not go with --print-model")
         _, model = read_model(asked.source)
@@ -93,6 +106,15 @@ def _import(asked: Convert) -> Report:
         f"train it: allometry train {asked.config} run.folder={report.target}",
     ]
     return Report(asdict(report), "\n".join(lines))
+
+
+def _text(report: ExportReport) -> list[str]:
+    """The tokenizer and the end of documents, or why they are missing and what to do."""
+    lines = [f"tokenizer: {report.tokenizer}"] if report.tokenizer else []
+    if report.end_of_document:
+        lines.append(f"end of documents: {report.end_of_document}")
+    remedy = {"tokenizer": "--tokenizer", "end of documents": "--end-of-document"}
+    return lines + [f"{why}; give it with {remedy[why.split(':')[0]]}" for why in report.unknown]
 
 
 def _out(asked: Convert) -> Path:

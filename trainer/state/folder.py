@@ -1,7 +1,8 @@
 """A run's folder: who may write in it, and what it already holds.
 
 config.yaml     the resolved configuration
-run.json        versions, counts, multipliers, layout, data fingerprints, launches
+run.json        versions, counts, multipliers, layout, data fingerprints, tokenizer, launches
+tokenizer.json  the tokenizer of the data, where it is known, and the files beside it
 metrics.jsonl   one row for each recorded step
 expert_load.jsonl  the experts' share of tokens at the same steps, by layer (mixtures of experts)
 plans.jsonl     how documents lay on ranks at the same steps (data.kind: documents)
