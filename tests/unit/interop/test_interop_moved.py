@@ -41,9 +41,9 @@ def trained(tiny: Make, **data: Any) -> Path:
     """A run of one step in ``work/runs/one``, the working directory being ``work``."""
     text = json.dumps([SOURCE]).replace('"', "")
     more = [f"data.{key}={value}" for key, value in data.items()]
-    length = ["training.total_steps=1", "schedule.warmup_steps=0"]
+    length = ["training.total_steps=2", "schedule.warmup_steps=0"]
     config = tiny(*length, f"data.sources={text}", "run.folder=runs/one", *more)
-    train(config, device=CPU, callbacks=[])
+    train(config, device=CPU, callbacks=[], stop_at_step=1)
     return Path("runs/one")
 
 
@@ -105,8 +105,7 @@ def test_a_folder_keeps_what_a_later_launch_no_longer_finds(work: Path, tiny: Ma
     assert (first["file"], first["end_of_document"]) == ("tokenizer.json", "</s>")
     assert (first["end_of_document_id"], first["unknown"]) == (1, [])
     (work / "tokens" / "manifest.json").unlink()
-    more = load(run / "config.yaml", ["training.total_steps=2"])
-    train(more, device=CPU, callbacks=[])
+    train(load(run / "config.yaml"), device=CPU, callbacks=[])
     content = json.loads((run / "run.json").read_text())
     assert len(content["launches"]) == 2
     assert content["tokenizer"] == first
