@@ -30,7 +30,8 @@ class Prepare(Command):
 
     inputs: tuple[str, ...] = argument(
         "NAME=PATH or PATH: text, JSONL (.gz, .zst), parquet, a folder of them, or "
-        "builtin:python-code, builtin:python-prose"
+        "builtin:python-code, builtin:python-prose",
+        paths=True,
     )
     out: Path = option("folder for the token files", REQUIRED, "-o")
     tokenizer: Path | None = option("tokenizer.json to use; without one, a BPE is trained")
