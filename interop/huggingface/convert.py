@@ -63,6 +63,7 @@ from allometry.scaling.parameterization import Parameterization
 from allometry.trainer.state.checkpoint import step_of
 from allometry.trainer.state.folder import RunFolder, write_atomically
 from allometry.trainer.state.integrity import seal
+from allometry.trainer.state.refused import REFUSED, partial_of
 
 Dtype = Literal["fp32", "bf16"]
 _TORCH: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -242,9 +243,10 @@ def read_model(hf_folder: str | Path) -> tuple[Family, ModelConfig]:
 def _target(out: str | Path) -> Iterator[tuple[Path, Path]]:
     """Yield the final path and the folder to write; rename it at the end, remove it on failure."""
     final = Path(os.path.abspath(out))
-    if final.exists() and (not final.is_dir() or any(final.iterdir())):
+    refused = final / REFUSED
+    if final.exists() and (not final.is_dir() or set(final.iterdir()) - {refused}):
         raise UserError(f"--out={out} exists and is not empty; choose another folder or remove it")
-    partial = final.with_name(final.name + ".partial")
+    partial = partial_of(final)
     try:
         partial.mkdir(parents=True)
     except FileExistsError:
@@ -256,6 +258,7 @@ def _target(out: str | Path) -> Iterator[tuple[Path, Path]]:
         raise UserError(f"--out={out} cannot be written ({error.strerror})") from None
     try:
         yield final, partial
+        refused.unlink(missing_ok=True)
         partial.rename(final)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)

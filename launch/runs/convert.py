@@ -21,6 +21,7 @@ from allometry.interop.huggingface.convert import (
 )
 from allometry.launch.command import Report
 from allometry.launch.runs.commands import Convert
+from allometry.trainer.state.refused import mark_refused
 
 
 def converted(asked: Convert) -> Report:
@@ -39,12 +40,17 @@ def converted(asked: Convert) -> Report:
         )
     if is_run:
         return _export(asked)
-    if is_model:
-        return _import(asked)
-    raise UserError(
-        f"{asked.source} holds neither config.yaml (a run) nor config.json (a Hugging Face "
-        "model); name a folder that does"
-    )
+    try:
+        if is_model:
+            return _import(asked)
+        raise UserError(
+            f"{asked.source} holds neither config.yaml (a run) nor config.json (a Hugging Face "
+            "model); name a folder that does"
+        )
+    except UserError as error:
+        if asked.out is not None and (is_model or asked.config is not None):
+            mark_refused(asked.out, asked.source, str(error))
+        raise
 
 
 def _refuse(asked: Convert, names: tuple[str, ...], why: str) -> None:

@@ -19,6 +19,7 @@ from allometry.trainer.state import checkpoint
 from allometry.trainer.state.branch import copy_share, discard, keep, stored_config, take
 from allometry.trainer.state.folder import RunFolder, write_atomically
 from allometry.trainer.state.integrity import damage_of_contents
+from allometry.trainer.state.refused import check_not_refused
 from allometry.trainer.state.unchanged import check_unchanged
 
 T = TypeVar("T")
@@ -114,6 +115,8 @@ def _choose(
     folder: RunFolder, config: RunConfig, fingerprints: dict[str, Any], stop_at_step: int | None
 ) -> _Choice:
     """Claim the folder and choose what to begin from, without reading a shard."""
+    if folder.is_new():
+        check_not_refused(folder)
     folder.claim()
     parent, resume = config.run.parent, config.run.resume
     if folder.is_new():
