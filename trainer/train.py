@@ -57,7 +57,7 @@ from allometry.trainer.record.timing import StepTimer, clock_of
 from allometry.trainer.save import Saver
 from allometry.trainer.state import checkpoint
 from allometry.trainer.state.folder import RunFolder
-from allometry.trainer.state.resume import Start, begin
+from allometry.trainer.state.resume import Start, begin, read_again
 
 MANY_EPOCHS = 4
 _log = logging.getLogger(__name__)
@@ -136,6 +136,10 @@ class _Run:
         if start.weights_only:  # converted from elsewhere: training itself begins afresh
             named = self.parallel.named_parameters()
             state = {f"model.{name}": p.detach() for name, p in named}
+            if start.facts.get("optimizer", False):
+                init_states(self.optimizer)
+                names = {parameter: name for name, parameter in self.parallel.named_parameters()}
+                state |= checkpoint.optimizer_state(self.optimizer, names)
         else:
             init_states(self.optimizer)
             state = state_tensors(self.parallel, self.optimizer)
@@ -163,6 +167,8 @@ class _Run:
             tokenizer = tokenizer_of_run(self.folder.path, self.config.data)
             tokenizer.keep(self.folder.path)
             facts["tokenizer"] = tokenizer.describe()
+            if self.start.weights_only and self.start.facts is not None:
+                facts["origin"] = self.start.facts.get("origin")
             record.write_run(self.folder, facts, launch_facts(facts, first_step))
         for callback in self.callbacks:
             callback.on_start(facts, first_step)
@@ -252,6 +258,9 @@ class _Run:
         for name in start.abandoned:
             report("abandoned_checkpoint", name=name)
         parent = self.config.run.parent
+        again = read_again(start, self.config.run.seed, self.stream.fingerprints())
+        if again:
+            report("same_documents", sources=again, seed=self.config.run.seed)
         if start.checkpoint is None:
             report("started", step=0, dropped_rows=start.dropped_rows)
         elif start.branched and parent is not None:

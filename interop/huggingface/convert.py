@@ -22,7 +22,7 @@ from allometry.configs.errors import UserError
 from allometry.configs.loader import dump, load
 from allometry.configs.model import ModelConfig
 from allometry.configs.run import RunConfig
-from allometry.data.run_tokenizer import RunTokenizer, tokenizer_of_run
+from allometry.data.run_tokenizer import RunTokenizer, tokenizer_of, tokenizer_of_run
 from allometry.data.tokenizer import (
     BESIDE,
     TOKENIZER,
@@ -49,15 +49,26 @@ from allometry.interop.huggingface.names import (
     folded,
     folds,
     locate,
+    unfolded,
+)
+from allometry.interop.huggingface.origin import (
+    STATES,
+    kept_origin,
+    notes,
+    read_origin,
+    states_to_keep,
+    write_origin,
 )
 from allometry.interop.huggingface.weights import (
     CONFIG,
+    OPTIMIZER,
     CheckpointWeights,
     FolderWeights,
     chosen_checkpoint,
     read_json,
     write_checkpoint,
     write_safetensors,
+    write_states,
 )
 from allometry.scaling.parameterization import Parameterization
 from allometry.trainer.state.checkpoint import step_of
@@ -94,13 +105,18 @@ class ExportReport:
 
 @dataclass(frozen=True)
 class ImportReport:
-    """What an import did; ``parameters`` counts tensors of ours."""
+    """What an import did; ``parameters`` counts tensors of ours.
+
+    ``unfolds`` say which multipliers were divided out of weights.
+    """
 
     source: str
     target: str
     family: Family
     parameters: int
+    unfolds: list[str]
     tokenizer: str | None
+    notes: list[str]
     check: Comparison | None = None
 
 
@@ -113,15 +129,17 @@ def export_hf(
     *,
     tokenizer: str | None = None,
     end_of_document: str | None = None,
+    optimizer_state: bool = False,
     check: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> ExportReport:
     """Write a checkpoint of a run (default: the latest) as a Hugging Face folder ``out``.
 
     Multipliers of the forward pass that the family lacks are folded into weights. ``tokenizer`` and
-    ``end_of_document`` say what the run's folder does not know. With ``check``
-    the folder is loaded with transformers and compared before it gets its name. Raises UserError
-    for anything that the family cannot hold, before anything is written.
+    ``end_of_document`` say what the run's folder does not know. ``optimizer_state`` puts the
+    optimizer's states beside the weights, for an import. With ``check`` the folder is loaded with
+    transformers and compared before it gets its name. Raises UserError for anything that the family
+    cannot hold, before anything is written.
     """
     if check:
         compare.require_transformers()
@@ -140,6 +158,9 @@ def export_hf(
                 f"{path}: {name} is not zero, and models of Hugging Face's families have no bias "
                 "in their routers; nothing was written"
             )
+    states = CheckpointWeights(path, OPTIMIZER) if optimizer_state else None
+    if states is not None and not states.shapes:
+        raise UserError(f"--optimizer-state: {path} holds none; leave the option out")
     text = tokenizer_of_run(folder.path, config.data)
     text = text.told(tokenizer, end_of_document, config.model.vocab_size)
     longest = config.data.sequence_length
@@ -151,6 +172,9 @@ def export_hf(
         end_id = text.end[1] if text.end else None
         _write_json(partial / CONFIG, to_hf(config.model, chosen, name, Text(longest, end_id)))
         _write_texts(partial, text, longest)
+        write_origin(partial, folder, config, path)
+        if states is not None:
+            write_states(partial / STATES, states)
         report = ExportReport(
             source=str(folder.path),
             step=step_of(path),
@@ -172,13 +196,19 @@ def export_hf(
 
 
 def import_hf(
-    hf_folder: str | Path, config: RunConfig, out: str | Path, *, check: bool = False
+    hf_folder: str | Path,
+    config: RunConfig,
+    out: str | Path,
+    *,
+    optimizer_state: bool = False,
+    check: bool = False,
 ) -> ImportReport:
     """Write a run folder ``out`` whose step 0 are the weights of a Hugging Face folder.
 
-    ``config`` is the run to be trained; its model must be the one of the folder and its
-    parameterization must multiply nothing in the forward pass. Raises UserError naming each key
-    that differs, each tensor without a place, and a tokenizer that is not the run's.
+    ``config`` is the run to be trained; its model must be the one of the folder. What its
+    parameterization multiplies in the forward pass is divided out of weights. ``optimizer_state``
+    takes the optimizer's states from a folder that was exported with them. Raises UserError naming
+    each key that differs, each tensor without a place, and a tokenizer that is not the run's.
     """
     if check:
         compare.require_transformers()
@@ -196,6 +226,9 @@ def import_hf(
                 f"{embedding}; set tie_word_embeddings to false there if both are meant"
             )
     tokenizer = _check_tokenizer(config, source)
+    origin = read_origin(source)
+    states = states_to_keep(source, origin, config) if optimizer_state else None
+    folding = folds(config.model, Parameterization.of_run(config).forward)
     by_name = {counterpart.spec.name: counterpart for counterpart in wanted}
     run = config.run.model_copy(update={"folder": str(out), "resume": "auto", "parent": None})
     config = config.model_copy(update={"run": run})
@@ -205,7 +238,8 @@ def import_hf(
         files = write_checkpoint(
             step,
             {name: counterpart.spec.shape for name, counterpart in by_name.items()},
-            lambda name: by_name[name].join(places[name], folder.read),
+            lambda name: unfolded(name, by_name[name].join(places[name], folder.read), folding),
+            states,
         )
         facts = {  # nothing was trained, nothing was read
             "step": 0,
@@ -213,7 +247,8 @@ def import_hf(
             "tokens": 0,
             "seed": config.run.seed,
             "weights_only": True,
-            "imported_from": str(source),
+            "optimizer": states is not None,
+            "origin": kept_origin(source, family, origin),
         }
         seal(step, 0, files, facts)
         RunTokenizer(tokenizer).keep(partial)
@@ -224,11 +259,15 @@ def import_hf(
             target=str(final),
             family=family,
             parameters=len(wanted),
+            unfolds=[fold.describe() for fold in folding],
             tokenizer=str(tokenizer) if tokenizer else None,
+            notes=notes(origin, config),
         )
         if check:
             weights = CheckpointWeights(step)
-            comparison = compare.compare(config, weights, source, wanted, (), torch.float32)
+            comparison = compare.compare(
+                config, weights, source, wanted, folding, torch.float32, imported=True
+            )
             report = replace(report, check=comparison)
     return report
 
@@ -318,12 +357,6 @@ def _check_agreement(config: RunConfig, theirs: ModelConfig, source: Path) -> No
             f"the configuration describes another model than {source}: {listed}; set these keys "
             "to the values there (--print-model prints them all)"
         )
-    for fold in folds(config.model, Parameterization.of_run(config).forward):
-        raise UserError(
-            f"parameterization.kind={config.parameterization.kind} multiplies the {fold.scale} by "
-            f"{fold.factor:.6g}, which the imported weights do not expect; use "
-            "parameterization.kind=sp"
-        )
 
 
 def _check_tokenizer(config: RunConfig, source: Path) -> Path | None:
@@ -331,7 +364,7 @@ def _check_tokenizer(config: RunConfig, source: Path) -> Path | None:
     path = source / TOKENIZER
     if not path.exists():
         return None
-    named = config.data.tokenizer
+    named = tokenizer_of(config.data).file
     different = None
     if named is not None:
         different = difference(read_tokenizer_json(named), read_tokenizer_json(path))

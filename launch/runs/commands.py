@@ -63,6 +63,9 @@ class Convert(Command):
     end_of_document: str | None = option("export: token that ended the documents, likewise")
     config: str | None = option("import: the run to be trained, a YAML file or preset:NAME")
     print_model: bool = option("print the model section of a model and stop", False)
+    optimizer_state: bool = option(
+        "export: keep the optimizer's states beside the weights; import: go on with them", False
+    )
     check: bool = option("compare logits with transformers, and every tensor", False)
 
 

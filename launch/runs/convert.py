@@ -19,6 +19,7 @@ from allometry.interop.huggingface.convert import (
     import_hf,
     read_model,
 )
+from allometry.interop.huggingface.origin import read_origin
 from allometry.launch.command import Report
 from allometry.launch.runs.commands import Convert
 from allometry.trainer.state.refused import mark_refused
@@ -74,6 +75,7 @@ def _export(asked: Convert) -> Report:
         cast(Dtype, dtype),
         tokenizer=str(asked.tokenizer) if asked.tokenizer else None,
         end_of_document=asked.end_of_document,
+        optimizer_state=asked.optimizer_state,
         check=asked.check,
     )
     lines = [
@@ -91,9 +93,14 @@ def _import(asked: Convert) -> Report:
     why = f"goes with a run, and {asked.source} is a Hugging Face model"
     _refuse(asked, ("step", "family", "dtype", "tokenizer", "end_of_document"), why)
     if asked.print_model:
-        _refuse(asked, ("out", "config", "check"), "does not go with --print-model")
+        _refuse(
+            asked, ("out", "config", "check", "optimizer_state"), "does not go with --print-model"
+        )
         _, model = read_model(asked.source)
         section = {"model": model.model_dump(mode="json")}
+        origin = read_origin(asked.source)
+        if origin is not None and origin["parameterization"]["kind"] != "sp":
+            section["parameterization"] = origin["parameterization"]
         out, yaml = StringIO(), YAML(typ="rt")
         yaml.default_flow_style = False
         yaml.dump(section, out)
@@ -103,10 +110,19 @@ def _import(asked: Convert) -> Report:
             "importing a model needs --config, the run that is to be trained; --print-model prints "
             "the model section for it"
         )
-    report = import_hf(asked.source, load(asked.config), _out(asked), check=asked.check)
+    report = import_hf(
+        asked.source,
+        load(asked.config),
+        _out(asked),
+        optimizer_state=asked.optimizer_state,
+        check=asked.check,
+    )
     lines = [
         f"{report.source} -> {report.target}, step 0",
-        f"{report.family}: {report.parameters:,} parameters",
+        f"{report.family}: {report.parameters:,} parameters"
+        + (", and the optimizer's states" if asked.optimizer_state else ""),
+        *(f"divided out: {unfold}" for unfold in report.unfolds),
+        *report.notes,
         f"tokenizer: {report.tokenizer or 'none in that folder'}",
         *_checked(report.check),
         f"train it: allometry train {asked.config} run.folder={report.target}",

@@ -23,6 +23,7 @@ from allometry.trainer.state.refused import check_not_refused
 from allometry.trainer.state.unchanged import check_unchanged
 
 T = TypeVar("T")
+_SETTLED = ("model", "parameterization")
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,15 @@ def begin(
         raise
 
 
+def read_again(start: Start, seed: int, fingerprints: dict[str, Any]) -> list[str]:
+    """The sources whose documents the run that the weights come from has read in this order."""
+    origin = start.facts.get("origin", {}) if start.weights_only and start.facts else {}
+    if origin.get("seed") != seed:
+        return []
+    data = origin.get("data", {}).items()
+    return [name for name, known in data if fingerprints.get(name) == known]
+
+
 def _choose(
     folder: RunFolder, config: RunConfig, fingerprints: dict[str, Any], stop_at_step: int | None
 ) -> _Choice:
@@ -146,7 +156,9 @@ def _choose(
     facts = checkpoint.read_facts(path)
     _check_stop(folder, facts["step"], stop_at_step)
     # Nothing was trained on imported weights yet: only their own description is settled.
-    settled = ("model", "parameterization") if facts.get("weights_only") else None
+    settled = _SETTLED if facts.get("weights_only") else None
+    if settled is not None and facts.get("optimizer"):
+        settled = (*settled, "optimizer.kind")
     check_unchanged(old, config, facts["step"], settled)
     _check_facts(config, facts, fingerprints)
     return _Choice(path, facts)

@@ -121,9 +121,6 @@ def test_wrong_models(tiny: Make, tmp_path: Path) -> None:
     config.write_text(dump(tiny(*ONE, *model)))
     more: dict[str, Any] = {"out": out, "config": str(config)}
     refused(r"model\.norm_eps=1e-05 \(there 1e-06\)", source, **more)
-    mup = "parameterization={kind: mup, base_width: 8}"
-    config.write_text(dump(tiny(*ONE, *model, "model.norm_eps=1e-6", mup)))
-    refused("kind=mup multiplies the output by 0.25", source, **more)
     config.write_text(right)
     refused("needs --config", source, out=out)
     refused("--step goes with a run", source, **more, step=1)
