@@ -10,19 +10,18 @@ from allometry.configs.errors import UserError
 from allometry.configs.run import RunConfig
 from allometry.interop.huggingface.weights import OPTIMIZER, CheckpointWeights, read_json
 from allometry.trainer.state.checkpoint import read_facts, step_of
-from allometry.trainer.state.folder import RunFolder
 
 ORIGIN, STATES = "allometry.json", "allometry_optimizer"
 _KIND = {"kind": "allometry.origin", "version": 1}
 _SECTIONS = ("model", "parameterization", "optimizer")
 
 
-def write_origin(folder: Path, run: RunFolder, config: RunConfig, checkpoint: Path) -> None:
+def write_origin(folder: Path, config: RunConfig, checkpoint: Path) -> None:
     """Say in an exported folder which run, step, seed and data its weights come from."""
     facts = read_facts(checkpoint)
     content = {
         **_KIND,
-        "run": str(run.path.resolve()),
+        "run": config.run.folder,
         "step": step_of(checkpoint),
         "seed": config.run.seed,
         **{key: facts[key] for key in ("tokens", "data") if key in facts},
