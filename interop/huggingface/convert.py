@@ -6,14 +6,13 @@ fails leaves nothing that looks like a model.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,14 +21,7 @@ from allometry.configs.errors import UserError
 from allometry.configs.loader import dump, load
 from allometry.configs.model import ModelConfig
 from allometry.configs.run import RunConfig
-from allometry.data.run_tokenizer import RunTokenizer, tokenizer_of, tokenizer_of_run
-from allometry.data.tokenizer import (
-    BESIDE,
-    TOKENIZER,
-    TOKENIZER_CONFIG,
-    difference,
-    read_tokenizer_json,
-)
+from allometry.data.run_tokenizer import RunTokenizer, tokenizer_of_run
 from allometry.interop.huggingface import compare
 from allometry.interop.huggingface.compare import Comparison
 from allometry.interop.huggingface.config import (
@@ -58,6 +50,12 @@ from allometry.interop.huggingface.origin import (
     read_origin,
     states_to_keep,
     write_origin,
+)
+from allometry.interop.huggingface.texts import (
+    check_tokenizer,
+    unsure,
+    write_json,
+    write_texts,
 )
 from allometry.interop.huggingface.weights import (
     CONFIG,
@@ -170,8 +168,8 @@ def export_hf(
         files = write_safetensors(partial, parts, shard_bytes)
         name = str(torch_dtype).removeprefix("torch.")
         end_id = text.end[1] if text.end else None
-        _write_json(partial / CONFIG, to_hf(config.model, chosen, name, Text(longest, end_id)))
-        _write_texts(partial, text, longest)
+        write_json(partial / CONFIG, to_hf(config.model, chosen, name, Text(longest, end_id)))
+        write_texts(partial, text, longest)
         write_origin(partial, config, path)
         if states is not None:
             write_states(partial / STATES, states)
@@ -225,7 +223,7 @@ def import_hf(
                 f"{folder.folder}: config.json ties embedding and head, but {HEAD} differs from "
                 f"{embedding}; set tie_word_embeddings to false there if both are meant"
             )
-    tokenizer = _check_tokenizer(config, source)
+    tokenizer = check_tokenizer(config, source)
     origin = read_origin(source)
     states = states_to_keep(source, origin, config) if optimizer_state else None
     folding = folds(config.model, Parameterization.of_run(config).forward)
@@ -261,7 +259,7 @@ def import_hf(
             parameters=len(wanted),
             unfolds=[fold.describe() for fold in folding],
             tokenizer=str(tokenizer) if tokenizer else None,
-            notes=notes(origin, config),
+            notes=[*notes(origin, config), *unsure(config, source, tokenizer)],
         )
         if check:
             weights = CheckpointWeights(step)
@@ -321,33 +319,6 @@ def _part(
     )
 
 
-def _write_texts(folder: Path, text: RunTokenizer, longest: int) -> None:
-    """The tokenizer and what generation needs to know."""
-    if text.end is not None:
-        generation = {"_from_model_config": True, "eos_token_id": text.end[1]}
-        _write_json(folder / "generation_config.json", generation)
-    if text.file is None:
-        return
-    text.keep(folder)
-    config = folder / TOKENIZER_CONFIG
-    if not config.exists():
-        values: dict[str, Any] = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "model_max_length": longest,
-            "clean_up_tokenization_spaces": False,
-        }
-        _write_json(config, values)
-    if text.end is None:
-        return
-    for file in (folder / name for name in BESIDE):
-        if file.exists():  # one from elsewhere may name the end of a chat's turn
-            _write_json(file, read_json(file) | {"eos_token": text.end[0]})
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
 def _check_agreement(config: RunConfig, theirs: ModelConfig, source: Path) -> None:
     """Raise UserError unless the run's model computes the function of the model in ``source``."""
     different = differences(config.model, theirs)
@@ -357,20 +328,3 @@ def _check_agreement(config: RunConfig, theirs: ModelConfig, source: Path) -> No
             f"the configuration describes another model than {source}: {listed}; set these keys "
             "to the values there (--print-model prints them all)"
         )
-
-
-def _check_tokenizer(config: RunConfig, source: Path) -> Path | None:
-    """The folder's tokenizer.json, if it has one; UserError if the run uses another."""
-    path = source / TOKENIZER
-    if not path.exists():
-        return None
-    named = tokenizer_of(config.data).file
-    different = None
-    if named is not None:
-        different = difference(read_tokenizer_json(named), read_tokenizer_json(path))
-    if different is not None:
-        raise UserError(
-            f"data.tokenizer={named} is another tokenizer than {path}, with which the model was "
-            f"trained (its {different} differs); prepare the data with --tokenizer={path}"
-        )
-    return path

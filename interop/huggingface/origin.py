@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from allometry.configs.errors import UserError
 from allometry.configs.run import RunConfig
+from allometry.interop.huggingface.texts import write_json
 from allometry.interop.huggingface.weights import OPTIMIZER, CheckpointWeights, read_json
 from allometry.trainer.state.checkpoint import read_facts, step_of
 
@@ -27,7 +27,7 @@ def write_origin(folder: Path, config: RunConfig, checkpoint: Path) -> None:
         **{key: facts[key] for key in ("tokens", "data") if key in facts},
         **{section: getattr(config, section).model_dump(mode="json") for section in _SECTIONS},
     }
-    (folder / ORIGIN).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / ORIGIN, content)
 
 
 def read_origin(folder: Path) -> dict[str, Any] | None:

@@ -48,9 +48,9 @@ def converted(asked: Convert) -> Report:
             f"{asked.source} holds neither config.yaml (a run) nor config.json (a Hugging Face "
             "model); name a folder that does"
         )
-    except UserError as error:
+    except BaseException as error:  # Ctrl-C too
         if asked.out is not None and (is_model or asked.config is not None):
-            mark_refused(asked.out, asked.source, str(error))
+            mark_refused(asked.out, asked.source, str(error) or type(error).__name__)
         raise
 
 

@@ -15,7 +15,7 @@ from allometry.configs.loader import load
 from allometry.configs.run import RunConfig
 from allometry.data.prepare import PrepareRequest, prepare
 from allometry.data.synthetic import write_random_store
-from allometry.interop.huggingface.convert import export_hf
+from allometry.interop.huggingface.convert import export_hf, import_hf
 from allometry.launch.runs.commands import Convert
 from allometry.launch.runs.convert import converted
 from allometry.trainer.train import train
@@ -140,6 +140,28 @@ def test_what_is_unknown_is_said_and_can_be_told(work: Path, tiny: Make) -> None
     large.save("large.json")
     with pytest.raises(UserError, match=r"--tokenizer=large.json has 65 ids, but model\.vocab_si"):
         converted(Convert(source=run, out=Path("c"), tokenizer=Path("large.json")))
+
+
+def test_an_import_says_whether_data_and_model_agree(work: Path, tiny: Make) -> None:
+    prepared(work)
+    run = trained(tiny)
+    export_hf(run, "hf")
+    config = load(run / "config.yaml")
+    assert len(import_hf("hf", config, "same").notes) == 1  # its origin
+    values = json.loads((work / "hf" / "config.json").read_text())
+    (work / "hf" / "config.json").write_text(json.dumps(values | {"eos_token_id": [2, 5]}))
+    notes = import_hf("hf", config, "other").notes
+    assert notes[1].startswith("end of documents: the data have </s> (1), the model's config.json")
+    other = json.loads((work / "hf" / "tokenizer.json").read_text())
+    other["pre_tokenizer"] = None
+    whole = (work / "hf" / "tokenizer.json").read_text()
+    (work / "hf" / "tokenizer.json").write_text(json.dumps(other))
+    with pytest.raises(UserError, match=r"tokens/tokenizer.json is another .*pre_tokenizer"):
+        import_hf("hf", config, "no")  # found beside the token files, though not named
+    (work / "hf" / "tokenizer.json").write_text(whole)
+    (work / "tokens" / "manifest.json").unlink()
+    notes = import_hf("hf", config, "unknown").notes
+    assert notes[1].startswith("tokenizer: whether the data were made with the model's is not kn")
 
 
 def test_what_is_known_is_not_told_otherwise(work: Path, tiny: Make) -> None:

@@ -23,6 +23,10 @@ Make = Callable[..., RunConfig]
 CPU = torch.device("cpu")
 MUP = "parameterization={kind: mup, base_width: 8, base_head_dim: 2}"
 ODD = "parameterization={kind: mup, base_width: 24, base_head_dim: 4}"
+DEEP = (
+    "parameterization={kind: completep, base_width: 8, base_head_dim: 2, base_layers: 1, "
+    "depth_alpha: 1.0}"
+)
 LENGTH = ("training.total_steps=4", "schedule={kind: constant, warmup_steps: 0}")
 
 
@@ -40,19 +44,24 @@ def tensors(checkpoint: Path, prefix: str = "model.") -> dict[str, Tensor]:
     return {name: held.read(name) for name in held.shapes}
 
 
-@pytest.mark.parametrize(("mup", "dtype"), [(MUP, "fp32"), (ODD, "fp32"), (MUP, "bf16")])
+@pytest.mark.parametrize(
+    ("mup", "dtype"),
+    [(MUP, "fp32"), (ODD, "fp32"), (MUP, "bf16"), (DEEP, "fp32")],
+    ids=["mup", "roundings", "bf16", "completep"],
+)
 def test_mup_comes_back_as_mup(mup: str, dtype: Any, tiny: Make, tmp_path: Path) -> None:
     config = run_of(tiny, tmp_path / "run", mup)
     export_hf(trained(config), tmp_path / "hf", dtype=dtype, check=True)
     again = run_of(tiny, tmp_path / "again", mup)
     report = import_hf(tmp_path / "hf", again, tmp_path / "again", check=True)
-    assert [unfold.split()[0] for unfold in report.unfolds] == ["attention", "output"]
+    unfolded = ["attention", *(["residual"] if mup == DEEP else []), "output"]
+    assert [unfold.split()[0] for unfold in report.unfolds] == unfolded
     assert report.check is not None
     assert report.check.relative <= 1e-5
     before = tensors(tmp_path / "run" / "checkpoints" / "step-4")
     after = tensors(tmp_path / "again" / "checkpoints" / "step-0")
     for name, tensor in after.items():
-        if dtype == "fp32" and mup == MUP:  # factors are powers of two
+        if dtype == "fp32" and mup != ODD:  # factors are powers of two
             assert torch.equal(tensor, before[name]), name
         torch.testing.assert_close(
             tensor, before[name], rtol=1e-6 if dtype == "fp32" else 1e-2, atol=0
@@ -61,7 +70,8 @@ def test_mup_comes_back_as_mup(mup: str, dtype: Any, tiny: Make, tmp_path: Path)
     plain = run_of(tiny, tmp_path / "sp")
     said = import_hf(tmp_path / "hf", plain, tmp_path / "sp", check=True)
     assert said.unfolds == []
-    assert said.notes[1].startswith("parameterization.kind=sp (there mup): the model computes the")
+    kind = "completep" if mup == DEEP else "mup"
+    assert said.notes[1].startswith(f"parameterization.kind=sp (there {kind}): the model computes")
     moved = tensors(tmp_path / "sp" / "checkpoints" / "step-0")["head.weight"]
     assert not torch.allclose(moved, head, rtol=0.1), "what is divided out matters"
 
