@@ -47,14 +47,15 @@ def check_tokenizer(config: RunConfig, source: Path) -> Path | None:
     path = source / TOKENIZER
     if not path.exists():
         return None
-    named = tokenizer_of(config.data).file
-    different = None
+    if config.data.tokenizer is not None:
+        read_tokenizer_json(config.data.tokenizer)
+    named, different = tokenizer_of(config.data).file, None
     if named is not None:
         different = difference(read_tokenizer_json(named), read_tokenizer_json(path))
     if different is not None:
         raise UserError(
-            f"the data's tokenizer {named} is another tokenizer than {path}, with which the model was "
-            f"trained (its {different} differs); prepare the data with --tokenizer={path}"
+            f"the data's tokenizer {named} is another tokenizer than {path}, with which the model "
+            f"was trained (its {different} differs); prepare the data with --tokenizer={path}"
         )
     return path
 
