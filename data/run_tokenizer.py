@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,10 @@ class RunTokenizer:
 
 def tokenizer_of(data: SequenceData | DocumentData) -> RunTokenizer:
     """The tokenizer that a run's data name, and what the manifests beside its files say."""
-    file = None if data.tokenizer is None else tokenizer_file(data.tokenizer)
+    file, named = None, "data.tokenizer names none"
+    if data.tokenizer is not None:
+        path = tokenizer_file(data.tokenizer)
+        file, named = path if path.is_file() else None, f"there is no {path}"
     ends: dict[tuple[str, int], str] = {}
     without = []
     for source in data.sources:
@@ -117,10 +120,8 @@ def tokenizer_of(data: SequenceData | DocumentData) -> RunTokenizer:
             same = fingerprint(read_tokenizer_json(beside)) == record.sha256
             file = beside if same else None
     why = []
-    if file is None or not file.is_file():
-        named = "data.tokenizer names none" if file is None else f"there is no {file}"
+    if file is None:
         why.append(f"tokenizer: not known, as {named} and none stands beside the token files")
-        file = None
     if len(ends) > 1:
         listed = ", ".join(f"{end} ({number}) of {ends[end, number]}" for end, number in ends)
         why.append(f"end of documents: not known, as sources have different ones: {listed}")
@@ -130,19 +131,29 @@ def tokenizer_of(data: SequenceData | DocumentData) -> RunTokenizer:
 
 
 def tokenizer_of_run(folder: Path, data: SequenceData | DocumentData) -> RunTokenizer:
-    """What a run's folder keeps, and of what it lacks what its data say."""
-    kept, file = RunTokenizer(), folder / TOKENIZER
-    if file.is_file():
-        kept = RunTokenizer(file)
+    """What a run's folder keeps, and of what it lacks what its data say.
+
+    A tokenizer in the folder that is no longer the one that was kept there does not count.
+    """
+    record: dict[str, Any] = {}
     if (folder / _RUN).is_file():
-        record = json.loads((folder / _RUN).read_text(encoding="utf-8")).get("tokenizer")
-        if record is not None and record["end_of_document"] is not None:
-            kept = replace(kept, end=(record["end_of_document"], record["end_of_document_id"]))
-    if kept.file is not None and kept.end is not None:
-        return kept
+        record = json.loads((folder / _RUN).read_text(encoding="utf-8")).get("tokenizer", {})
+    file: Path | None = folder / TOKENIZER if (folder / TOKENIZER).is_file() else None
+    known, changed = record.get("sha256"), ""
+    if file is not None and known and fingerprint(read_tokenizer_json(file)) != known:
+        changed, file = (
+            f"tokenizer: not known, as {file} is not the one that run.json records",
+            None,
+        )
+    end = None
+    if record.get("end_of_document") is not None:
+        end = record["end_of_document"], record["end_of_document_id"]
+    if file is not None and end is not None:
+        return RunTokenizer(file, end)
     found = tokenizer_of(data)
-    file_found, end = kept.file or found.file, kept.end or found.end
-    return RunTokenizer(file_found, end, _unknown(file_found, end, found.unknown))
+    file, end = file or found.file, end or found.end
+    why = [changed if changed and one.startswith("tokenizer:") else one for one in found.unknown]
+    return RunTokenizer(file, end, _unknown(file, end, tuple(why)))
 
 
 def _unknown(file: Path | None, end: object, before: tuple[str, ...]) -> tuple[str, ...]:

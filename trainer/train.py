@@ -167,11 +167,18 @@ class _Run:
             tokenizer = tokenizer_of_run(self.folder.path, self.config.data)
             tokenizer.keep(self.folder.path)
             facts["tokenizer"] = tokenizer.describe()
-            if self.start.weights_only and self.start.facts is not None:
-                facts["origin"] = self.start.facts.get("origin")
+            facts |= self._origin()
             record.write_run(self.folder, facts, launch_facts(facts, first_step))
         for callback in self.callbacks:
             callback.on_start(facts, first_step)
+
+    def _origin(self) -> dict[str, Any]:
+        """Where the first weights of a new run, or of the one it branches from, were imported."""
+        parent = self.config.run.parent
+        if self.start.branched and parent is not None:
+            return RunFolder(parent.folder).origin()
+        known = self.start.facts if self.start.weights_only else None
+        return {key: value for key, value in (known or {}).items() if key == "origin"}
 
     def _loop(self) -> Loop:
         return Loop(

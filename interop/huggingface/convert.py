@@ -170,7 +170,7 @@ def export_hf(
         end_id = text.end[1] if text.end else None
         write_json(partial / CONFIG, to_hf(config.model, chosen, name, Text(longest, end_id)))
         write_texts(partial, text, longest)
-        write_origin(partial, config, path)
+        write_origin(partial, folder, config, path)
         if states is not None:
             write_states(partial / STATES, states)
         report = ExportReport(

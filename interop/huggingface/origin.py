@@ -10,13 +10,14 @@ from allometry.configs.run import RunConfig
 from allometry.interop.huggingface.texts import write_json
 from allometry.interop.huggingface.weights import OPTIMIZER, CheckpointWeights, read_json
 from allometry.trainer.state.checkpoint import read_facts, step_of
+from allometry.trainer.state.folder import RunFolder
 
 ORIGIN, STATES = "allometry.json", "allometry_optimizer"
 _KIND = {"kind": "allometry.origin", "version": 1}
 _SECTIONS = ("model", "parameterization", "optimizer")
 
 
-def write_origin(folder: Path, config: RunConfig, checkpoint: Path) -> None:
+def write_origin(folder: Path, run: RunFolder, config: RunConfig, checkpoint: Path) -> None:
     """Say in an exported folder which run, step, seed and data its weights come from."""
     facts = read_facts(checkpoint)
     content = {
@@ -25,6 +26,7 @@ def write_origin(folder: Path, config: RunConfig, checkpoint: Path) -> None:
         "step": step_of(checkpoint),
         "seed": config.run.seed,
         **{key: facts[key] for key in ("tokens", "data") if key in facts},
+        **run.origin(),
         **{section: getattr(config, section).model_dump(mode="json") for section in _SECTIONS},
     }
     write_json(folder / ORIGIN, content)

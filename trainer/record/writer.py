@@ -120,11 +120,7 @@ def write_run(folder: RunFolder, facts: dict[str, Any], launch: dict[str, Any]) 
 
     Where the weights came from is a fact of the first launch, and kept.
     """
-    before: dict[str, Any] = {}
-    if folder.run.exists():
-        before = json.loads(folder.run.read_text(encoding="utf-8"))
-    launches = before.get("launches", [])
+    launches = folder.recorded().get("launches", [])
     launches.append({**launch, "time": round(time.time(), 3)})
-    origin = {"origin": before["origin"]} if "origin" in before else {}
-    content = {**origin, **facts, "launches": launches}
+    content = {**folder.origin(), **facts, "launches": launches}
     write_atomically(folder.run, json.dumps(content, indent=2) + "\n")

@@ -87,6 +87,17 @@ class RunFolder:
             self._lock.close()
             self._lock = None
 
+    def recorded(self) -> dict[str, Any]:
+        """What run.json says; nothing before the first launch."""
+        if not self.run.exists():
+            return {}
+        content: dict[str, Any] = json.loads(self.run.read_text(encoding="utf-8"))
+        return content
+
+    def origin(self) -> dict[str, Any]:
+        """``{"origin": ...}`` as run.json has it, for a run whose first weights were imported."""
+        return {key: value for key, value in self.recorded().items() if key == "origin"}
+
     def recorded_steps(self) -> int:
         """The last step that metrics.jsonl holds; 0 without a row."""
         if not self.metrics.exists():

@@ -113,12 +113,14 @@ def begin(
 
 
 def read_again(start: Start, seed: int, fingerprints: dict[str, Any]) -> list[str]:
-    """The sources whose documents the run that the weights come from has read in this order."""
-    origin = start.facts.get("origin", {}) if start.weights_only and start.facts else {}
-    if origin.get("seed") != seed:
-        return []
-    data = origin.get("data", {}).items()
-    return [name for name, known in data if fingerprints.get(name) == known]
+    """The sources whose documents runs that the weights come from have read in this order."""
+    again: set[str] = set()
+    origin = start.facts.get("origin") if start.weights_only and start.facts else None
+    while origin:
+        data = origin.get("data", {}).items() if origin.get("seed") == seed else ()
+        again |= {name for name, known in data if fingerprints.get(name) == known}
+        origin = origin.get("origin")
+    return [name for name in fingerprints if name in again]
 
 
 def _choose(

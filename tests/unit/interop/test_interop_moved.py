@@ -111,6 +111,22 @@ def test_a_folder_keeps_what_a_later_launch_no_longer_finds(work: Path, tiny: Ma
     assert content["tokenizer"] == first
 
 
+def test_a_tokenizer_that_was_changed_in_the_folder_is_not_used(work: Path, tiny: Make) -> None:
+    prepared(work)
+    run = trained(tiny, tokenizer="tok/tokenizer.json")
+    values = json.loads((run / "tokenizer.json").read_text())
+    (run / "tokenizer.json").write_text(json.dumps(values | {"normalizer": {"type": "Lowercase"}}))
+    assert export_hf(run, "found").tokenizer == "tok/tokenizer.json"
+    shutil.rmtree(work / "tok")
+    assert export_hf(run, "beside").tokenizer == "tokens/tokenizer.json"
+    shutil.rmtree(work / "tokens")
+    report = export_hf(run, "none")
+    assert report.tokenizer is None
+    (why,) = report.unknown
+    assert "runs/one/tokenizer.json is not the one that run.json records" in why
+    assert report.end_of_document == "</s>"
+
+
 def test_what_is_unknown_is_said_and_can_be_told(work: Path, tiny: Make) -> None:
     (work / "tokens").mkdir()
     write_random_store("tokens/a.train", 4000, 60)

@@ -156,6 +156,18 @@ def test_origin_and_documents_that_are_read_again(tiny: Make, tmp_path: Path) ->
         said = [event for event in events(tmp_path / name) if event["event"] == "same_documents"]
         assert [event["sources"] for event in said] == ([told] if told else [])
     assert "origin" not in json.loads((run / "run.json").read_text())
+    # The run before the one before counts as well, and a branch has its parent's origin.
+    export_hf(tmp_path / "other", tmp_path / "hf-other")
+    config = run_of(tiny, tmp_path / "third", "run.seed=3")
+    import_hf(tmp_path / "hf-other", config, tmp_path / "third")
+    trained(config, stop=1)
+    said = [event for event in events(tmp_path / "third") if event["event"] == "same_documents"]
+    assert [event["sources"] for event in said] == [["up", "down"]]
+    parent = f"run.parent={{folder: {tmp_path / 'third'}, step: 1}}"
+    trained(run_of(tiny, tmp_path / "branch", "run.seed=3", parent), stop=2)
+    content = json.loads((tmp_path / "branch" / "run.json").read_text())
+    assert content["origin"]["source"] == str(tmp_path / "hf-other")
+    assert content["origin"]["origin"]["source"] == str(tmp_path / "hf")
 
 
 def test_a_damaged_origin_is_said(tiny: Make, tmp_path: Path) -> None:
