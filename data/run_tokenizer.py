@@ -141,10 +141,8 @@ def tokenizer_of_run(folder: Path, data: SequenceData | DocumentData) -> RunToke
     file: Path | None = folder / TOKENIZER if (folder / TOKENIZER).is_file() else None
     known, changed = record.get("sha256"), ""
     if file is not None and known and fingerprint(read_tokenizer_json(file)) != known:
-        changed, file = (
-            f"tokenizer: not known, as {file} is not the one that run.json records",
-            None,
-        )
+        changed = f"tokenizer: not known, as {file} is not the one that run.json records"
+        file = None
     end = None
     if record.get("end_of_document") is not None:
         end = record["end_of_document"], record["end_of_document_id"]
