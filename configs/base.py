@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict
+
+from allometry.configs.paths import expanded
 
 
 class Section(BaseModel):
@@ -31,3 +33,6 @@ def _whole(value: Any) -> Any:
 
 Count = Annotated[int, BeforeValidator(_whole)]
 """A whole number that may be written ``1_000_000_000`` or ``1e9``."""
+
+PathText = Annotated[str, AfterValidator(expanded)]
+"""A path, kept as ``expanded`` gives it."""

@@ -6,15 +6,17 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from allometry.configs.base import Count, Section, kind_unless_said
+from allometry.configs.base import Count, PathText, Section, kind_unless_said
 
 
 class Source(Section):
     """One corpus: token files in Megatron's .bin/.idx format, named without the ending."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name in the record")
-    train: str = Field(min_length=1, description="path of the training tokens, without .bin/.idx")
-    validation: str | None = Field(
+    train: PathText = Field(
+        min_length=1, description="path of the training tokens, without .bin/.idx"
+    )
+    validation: PathText | None = Field(
         None, description="path of the held-out tokens, without .bin/.idx; null: no evaluation"
     )
     weight: float = Field(1.0, gt=0.0, description="share of the batch, relative to the others")
@@ -25,7 +27,7 @@ class _TokenData(Section):
 
     kind: Literal["sequences", "documents"]
     sequence_length: Count = Field(gt=0, description="tokens in a sequence")
-    tokenizer: str | None = Field(
+    tokenizer: PathText | None = Field(
         None, description="tokenizer.json the token files were made with; null: do not check"
     )
     sources: tuple[Source, ...] = Field(min_length=1, description="the corpora to mix")

@@ -6,13 +6,15 @@ from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
-from allometry.configs.base import Count, Section
+from allometry.configs.base import Count, PathText, Section
 
 
 class Parent(Section):
     """The run that a new run branches from, with everything it has learnt and recorded."""
 
-    folder: str = Field(min_length=1, description="the parent's run.folder; it may be training")
+    folder: PathText = Field(
+        min_length=1, description="the parent's run.folder; it may be training"
+    )
     step: Count = Field(
         gt=0, description="its checkpoint to begin at; see ``checkpoint.keep_steps``"
     )
@@ -21,7 +23,7 @@ class Parent(Section):
 class RunSection(Section):
     """Where the run lives and what makes it repeatable."""
 
-    folder: str = Field(min_length=1, description="the run's folder")
+    folder: PathText = Field(min_length=1, description="the run's folder")
     seed: Count = Field(0, ge=0, description="seed of parameters, data order and dropout")
     resume: str = Field(
         "auto",

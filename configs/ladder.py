@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from allometry.configs.base import Count, Section
+from allometry.configs.base import Count, PathText, Section
 from allometry.configs.errors import ConfigError
 from allometry.configs.loader import PRESET, ladder_presets, locate, validate_as
 from allometry.configs.optimization import ScheduleConfig
@@ -133,8 +133,10 @@ class LadderConfig(Section):
     """A ladder: sizes x horizons x schedules x seeds of one base run, and a target."""
 
     kind: Literal["ladder"] = "ladder"
-    base: str = Field(min_length=1, description="a run: YAML file, beside this one, or preset:NAME")
-    folder: str = Field(min_length=1, description="the ladder's folder, which holds its runs")
+    base: PathText = Field(
+        min_length=1, description="a run: YAML file, beside this one, or preset:NAME"
+    )
+    folder: PathText = Field(min_length=1, description="the ladder's folder, which holds its runs")
     set: dict[str, Any] = Field(
         default_factory=dict, description="keys of every run: {optimizer.lr: 6e-3}"
     )

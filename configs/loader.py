@@ -13,6 +13,7 @@ from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 
 from allometry.configs.errors import ConfigError
+from allometry.configs.paths import expanded
 from allometry.configs.run import RunConfig
 from allometry.configs.source import KeyPath, Tree, parse_file, parse_value
 
@@ -93,7 +94,10 @@ def _read(path: str, seen: tuple[Path, ...]) -> Tree:
         return tree
     if not isinstance(base, str):
         raise ConfigError(f"{place}: base must be one file name or preset:NAME, not {base!r}")
-    below = base if base.startswith(PRESET) else str(file.parent / base)
+    try:
+        below = base if base.startswith(PRESET) else str(file.parent / expanded(base))
+    except ConfigError as error:
+        raise ConfigError(f"{place}: base: {error}") from None
     return _read(below, (*seen, file.resolve())).overlay(tree)
 
 
@@ -103,7 +107,7 @@ def locate(path: str, known: Mapping[str, Path], what: str) -> Path:
     if not path.startswith(PRESET):
         if path in known and not Path(path).exists():
             raise ConfigError(f"{path} is not a file but a preset; write {PRESET}{path}")
-        return Path(path)
+        return Path(expanded(path))
     if name not in known:
         raise ConfigError(f"there is no {what} {name!r}; the {what}s are {', '.join(known)}")
     return known[name]

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from allometry.configs.base import Count, Section, kind_unless_said
+from allometry.configs.base import Count, PathText, Section, kind_unless_said
 
 
 class _Adam(Section):
@@ -255,7 +255,7 @@ class RefinedSchedule(_Warmup):
     reads_file: ClassVar[bool] = True
 
     kind: Literal["refined"] = "refined"
-    file: str = Field(
+    file: PathText = Field(
         min_length=1,
         description="JSON with ``fractions`` of the peak rate; a run of another length reads "
         "them in proportion. A warm-up, where one is given, multiplies them",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-import json
 import multiprocessing
 import signal
 from collections import deque
@@ -12,7 +11,6 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import numpy as np
@@ -22,19 +20,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from allometry.configs.errors import UserError
 from allometry.data.corpus import Document, text_digest
 from allometry.data.processes import end_with_parent
-from allometry.data.tokenizer import read_tokenizer_json
+from allometry.data.special_tokens import END_OF_DOCUMENT, load_encoder
 
-END_OF_DOCUMENT = "<|endoftext|>"
-_KNOWN_ENDS = (
-    END_OF_DOCUMENT,
-    "<|end_of_text|>",
-    "<|eod|>",
-    "<|eos|>",
-    "<eos>",
-    "<eod>",
-    "</s>",
-    "<|end▁of▁sentence|>",
-)
 _CHUNK_CHARACTERS = 1 << 18
 _IN_FLIGHT = 4
 
@@ -99,57 +86,6 @@ class TextSample:
         return [text for _, text in sorted(self._kept, reverse=True)]
 
 
-def find_end_of_document(path: str, tokenizer: Tokenizer, wanted: str | None) -> tuple[str, int]:
-    """The special token that ends a document and its id.
-
-    It is ``wanted``, or the ``eos_token`` of a tokenizer_config.json beside ``path``, or the one
-    well-known name that the tokenizer has. Raises UserError when none or several qualify.
-    """
-    special = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    if wanted is not None:
-        number = tokenizer.token_to_id(wanted)
-        if number is None:
-            raise UserError(
-                f"end_of_document={wanted!r} is not a token of {path}; choose one of "
-                f"{', '.join(sorted(special)) or 'its tokens'}"
-            )
-        return wanted, number
-    config = Path(path).parent / "tokenizer_config.json"
-    if config.is_file():
-        token = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
-        token = token.get("content") if isinstance(token, dict) else token
-        if isinstance(token, str) and (number := tokenizer.token_to_id(token)) is not None:
-            return token, number
-    known = [name for name in _KNOWN_ENDS if name in special]
-    number = tokenizer.token_to_id(known[0]) if len(known) == 1 else None
-    if number is None:
-        raise UserError(
-            f"tokenizer {path} has {'several' if known else 'no'} special tokens that could end a "
-            f"document ({', '.join(known or sorted(special)) or 'it has none'}); name one with "
-            "end_of_document"
-        )
-    return known[0], number
-
-
-def load_tokenizer(path: str) -> Tokenizer:
-    """The tokenizer in ``path``, set to encode plain text: no padding, no cut, no added tokens."""
-    read_tokenizer_json(path)
-    try:
-        tokenizer = Tokenizer.from_file(path)
-    except Exception as error:  # the library raises nothing narrower
-        raise UserError(f"tokenizer {path} cannot be loaded ({error}); save it again") from error
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    # A document that spells out <|endoftext|> is text, not the end of a document.
-    tokenizer.encode_special_tokens = True
-    return tokenizer
-
-
-def vocabulary_bound(tokenizer: Tokenizer) -> int:
-    """The largest id plus one; more than the number of tokens where ids have gaps."""
-    return int(max(tokenizer.get_vocab(with_added_tokens=True).values())) + 1
-
-
 @dataclass(frozen=True)
 class Encoding:
     """How to encode: all that a process needs to know.
@@ -189,19 +125,36 @@ def chunks(documents: Iterable[Document]) -> Iterator[list[tuple[str, str]]]:
 
 
 @lru_cache(maxsize=1)
-def _loaded(path: str, sha256: str) -> Tokenizer:
+def _loaded(path: str, sha256: str, end: int) -> Tokenizer:
     """Loaded once a process; ``sha256`` tells apart what one path held at different times."""
-    return load_tokenizer(path)
+    return load_encoder(path, end)
+
+
+def _encoded(tokenizer: Tokenizer, text: str, end: int) -> list[int]:
+    """The ids of a text, among which ``end`` is not. Raises UserError for a text that has none."""
+    try:
+        # A batch of one: faster than `encode`, which tracks offsets, and on one thread, as the
+        # processes are what runs in parallel.
+        ids: list[int] = tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+    except Exception as error:  # the library raises nothing narrower
+        raise UserError(
+            f"the tokenizer cannot encode a document that begins {text[:40]!r} ({error}); give one "
+            "that has a token for what is unknown, or knows all bytes"
+        ) from error
+    if end in ids:
+        raise UserError(
+            f"a document that begins {text[:40]!r} holds what the tokenizer does not know, and its "
+            "token for that is the one that ends documents; choose another with --end-of-document"
+        )
+    return ids
 
 
 def encode_chunk(encoding: Encoding, chunk: list[tuple[str, str]]) -> EncodedChunk:
     """Encode one chunk; the same for any process and any chunks."""
-    tokenizer = _loaded(encoding.tokenizer, encoding.tokenizer_sha256)
+    tokenizer = _loaded(encoding.tokenizer, encoding.tokenizer_sha256, encoding.end_of_document)
     tokens = []
     for _, text in chunk:
-        # A batch of one: faster than `encode`, which tracks offsets, and on one thread, as the
-        # processes are what runs in parallel.
-        ids = tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        ids = _encoded(tokenizer, text, encoding.end_of_document)
         ids.append(encoding.end_of_document)
         tokens.append(np.array(ids, encoding.dtype))
     held_out = [int(group[:16], 16) < encoding.validation_below for group, _ in chunk]

@@ -27,10 +27,7 @@ from allometry.data.encode import (
     Workers,
     chunks,
     encode_chunk,
-    find_end_of_document,
-    load_tokenizer,
     train_tokenizer,
-    vocabulary_bound,
 )
 from allometry.data.manifest import (
     MANIFEST,
@@ -42,10 +39,21 @@ from allometry.data.manifest import (
     read_manifest,
 )
 from allometry.data.progress import ProgressReport
-from allometry.data.tokenizer import fingerprint, read_tokenizer_json
+from allometry.data.special_tokens import (
+    find_end_of_document,
+    load_tokenizer,
+    vocabulary_bound,
+)
+from allometry.data.tokenizer import (
+    BESIDE,
+    TOKENIZER,
+    fingerprint,
+    read_tokenizer_json,
+    recorded_as,
+    tokenizer_file,
+)
 from allometry.data.writer import TokenWriter, load_megatron
 
-TOKENIZER = "tokenizer.json"
 DEFAULT_VOCAB_SIZE = 8192
 _PARTIAL = ".partial"
 _LOCK = ".lock"
@@ -182,7 +190,10 @@ class _Preparation:
         path = self.folder / TOKENIZER
         given = self.request.tokenizer
         if given is not None:
-            shutil.copyfile(given, path)
+            shutil.copyfile(tokenizer_file(given), path)
+            for beside in map(tokenizer_file(given).with_name, BESIDE):
+                if beside.is_file():
+                    shutil.copyfile(beside, self.folder / beside.name)
         else:
             texts = [text for name in corpora for text in self._sample(name, corpora[name])]
             vocab_size = self.request.vocab_size or DEFAULT_VOCAB_SIZE
@@ -272,7 +283,7 @@ def _identity(request: PrepareRequest, corpora: dict[str, Corpus]) -> dict[str, 
     if request.tokenizer is None:
         tokenizer: dict[str, Any] = {"trained_vocab_size": request.vocab_size or DEFAULT_VOCAB_SIZE}
     else:
-        tokenizer = {"sha256": fingerprint(read_tokenizer_json(request.tokenizer))}
+        tokenizer = {"sha256": recorded_as(request.tokenizer, Path(request.out))}
     inputs = {name: corpus.input for name, corpus in corpora.items()}
     same = "validation_fraction", "text_key", "end_of_document", "max_documents", "max_bytes"
     return {"inputs": inputs, "tokenizer": tokenizer, **{k: getattr(request, k) for k in same}}
@@ -308,7 +319,12 @@ def _already_prepared(
 
 def _refuse_to_overwrite(out: Path, corpora: dict[str, Corpus]) -> None:
     endings = ("train.bin", "train.idx", "validation.bin", "validation.idx")
-    for name in (TOKENIZER, MANIFEST, *(f"{name}.{end}" for name in corpora for end in endings)):
+    for name in (
+        TOKENIZER,
+        *BESIDE,
+        MANIFEST,
+        *(f"{name}.{end}" for name in corpora for end in endings),
+    ):
         if (out / name).exists():
             raise UserError(
                 f"folder {out} holds {name}, but no manifest.json that tells how it was made; "

@@ -6,26 +6,35 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from allometry.configs.errors import UserError
-from allometry.data.manifest import MANIFEST, manifest_of
+from allometry.data.manifest import MANIFEST, TokenizerRecord, manifest_of, read_manifest
 from allometry.data.store import TokenStore
 
+TOKENIZER = "tokenizer.json"
+TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP = "tokenizer_config.json", "special_tokens_map.json"
+BESIDE = (TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP)
+"""Files beside a tokenizer.json that say which tokens are special."""
 _log = logging.getLogger(__name__)
+
+
+def tokenizer_file(path: str | Path) -> Path:
+    """The tokenizer.json that ``path``, a file or the folder that holds it, names."""
+    path = Path(path)
+    return path / TOKENIZER if path.is_dir() else path
 
 
 def read_tokenizer_json(path: str | Path) -> dict[str, Any]:
     """The content of a tokenizer.json; UserError when it is missing or is none."""
-    path = Path(path)
-    if path.is_dir():
-        path = path / "tokenizer.json"
+    path = tokenizer_file(path)
     if not path.is_file():
         raise UserError(f"tokenizer {path} does not exist; give the path of a tokenizer.json")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"tokenizer {path} is not JSON ({error}); give a tokenizer.json") from error
     if not isinstance(values, dict) or "model" not in values:
         raise UserError(
@@ -41,15 +50,93 @@ def fingerprint(tokenizer: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
+def difference(one: dict[str, Any], other: dict[str, Any]) -> str | None:
+    """The first part of two tokenizers by which a text may get other ids; None if none does.
+
+    Text never becomes a special token, so one that a tokenizer has and the other lacks is no
+    difference, but one with another id is. Versions, post-processors, decoders, padding,
+    truncation and what is dropped at random while a model trains do not count.
+    """
+    if fingerprint(one) == fingerprint(other):
+        return None
+    from tokenizers import Tokenizer
+
+    written = []
+    for values in (one, other):
+        try:  # both as this version of the library writes them
+            text = json.dumps(values | {"version": "1.0"})
+            values = json.loads(Tokenizer.from_str(text).to_str())
+        except Exception:  # the library raises nothing narrower
+            return "content, as one of them cannot be loaded,"
+        values["model"].pop("dropout", None)
+        written.append(values)
+    for part in ("normalizer", "pre_tokenizer", "model"):
+        if written[0][part] != written[1][part]:
+            return part
+    ordinary, special = [], []
+    for values in written:
+        tokens = values["added_tokens"]
+        ordinary.append([token for token in tokens if not token["special"]])
+        special.append({token["content"]: token["id"] for token in tokens if token["special"]})
+    shared = special[0].keys() & special[1].keys()
+    names = [{number: content for content, number in ids.items()} for ids in special]
+    taken = names[0].keys() & names[1].keys()
+    agree = all(special[0][content] == special[1][content] for content in shared)
+    agree = agree and all(names[0][number] == names[1][number] for number in taken)
+    return None if ordinary[0] == ordinary[1] and agree else "added_tokens"
+
+
+@dataclass(frozen=True)
+class _Made:
+    """The tokenizer of token files: where it is named, and its content where that is known."""
+
+    origin: str
+    sha256: str
+    values: dict[str, Any] | None
+
+    def difference(self, other: _Made) -> str | None:
+        if self.sha256 == other.sha256:
+            return None
+        if self.values is None or other.values is None:
+            return "content"
+        return difference(self.values, other.values)
+
+
+def _given(path: str) -> _Made:
+    values = read_tokenizer_json(path)
+    return _Made(path, fingerprint(values), values)
+
+
+def _recorded(folder: Path, record: TokenizerRecord) -> _Made:
+    """What a manifest says, with the tokenizer.json beside it if it is the one recorded."""
+    values = None
+    if (folder / record.file).is_file():
+        values = read_tokenizer_json(folder / record.file)
+        values = values if fingerprint(values) == record.sha256 else None
+    return _Made(str(folder / MANIFEST), record.sha256, values)
+
+
+def recorded_as(path: str, folder: Path) -> str:
+    """The fingerprint by which ``folder``'s manifest knows the tokenizer in ``path``.
+
+    It is the recorded one if both give the same ids, else that of ``path``.
+    """
+    given, manifest = _given(path), read_manifest(folder)
+    if manifest is None:
+        return given.sha256
+    recorded = _recorded(folder, manifest.tokenizer)
+    return given.sha256 if given.difference(recorded) else recorded.sha256
+
+
 def check_tokenizer(tokenizer_path: str | None, prefixes: Iterable[str]) -> None:
     """Raise UserError unless the token files were made with one tokenizer, the one given.
 
-    ``tokenizer_path`` None checks only that the files agree with each other. Files without a
-    manifest of ours cannot be checked, which is logged when a tokenizer was given.
+    Tokenizers that differ only in what does not change ids are one. ``tokenizer_path`` None checks
+    only that the files agree with each other. Files without a manifest of ours cannot be checked,
+    which is logged when a tokenizer was given.
     """
-    expected = None
-    if tokenizer_path is not None:
-        expected = (tokenizer_path, fingerprint(read_tokenizer_json(tokenizer_path)))
+    expected = None if tokenizer_path is None else _given(tokenizer_path)
+    same: set[str] = set()
     for prefix in prefixes:
         recorded = manifest_of(prefix)
         if recorded is None:
@@ -59,17 +146,20 @@ def check_tokenizer(tokenizer_path: str | None, prefixes: Iterable[str]) -> None
                     *(MANIFEST, prefix, tokenizer_path),
                 )
             continue
-        sha256 = recorded[0].tokenizer.sha256
-        origin = f"{Path(prefix).parent / MANIFEST}"
-        if expected is None:
-            expected = (origin, sha256)
-        elif sha256 != expected[1]:
+        record = recorded[0].tokenizer
+        if record.sha256 in same:
+            continue
+        made = _recorded(Path(prefix).parent, record)
+        different = None if expected is None else expected.difference(made)
+        if expected is not None and different is not None:
             raise UserError(
-                f"token files {prefix} were made with another tokenizer (fingerprint {sha256[:12]} "
-                f"in {origin}) than {expected[0]} (fingerprint {expected[1][:12]}); set "
-                "data.tokenizer to the tokenizer.json beside the token files, or prepare them "
-                "again with --tokenizer"
+                f"token files {prefix} were made with another tokenizer (its {different} differs; "
+                f"fingerprint {made.sha256[:12]} in {made.origin}) than {expected.origin} "
+                f"(fingerprint {expected.sha256[:12]}); set data.tokenizer to the tokenizer.json "
+                "beside the token files, or prepare them again with --tokenizer"
             )
+        expected = expected or made
+        same.add(record.sha256)
 
 
 def check_vocabulary(model_vocab_size: int, stores: Iterable[TokenStore]) -> None:

@@ -26,9 +26,12 @@ import inspect
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
+
+from allometry.configs.paths import expanded
 
 if TYPE_CHECKING:
     from allometry.configs.run import RunConfig
@@ -47,9 +50,15 @@ def option(help: str, default: Any = None, *names: str, **more: Any) -> Any:
     return field(default=default, metadata={"names": names, "typer": {"help": help, **more}})
 
 
-def argument(help: str, default: Any = REQUIRED, metavar: str | None = None) -> Any:
-    """Return a field that is an argument, told by its place: many values if it is a tuple."""
-    return field(default=default, metadata={"typer": {"help": help, "metavar": metavar}})
+def argument(
+    help: str, default: Any = REQUIRED, metavar: str | None = None, *, paths: bool = False
+) -> Any:
+    """Return a field that is an argument, told by its place: many values if it is a tuple.
+
+    ``paths``: its text is a path, or NAME=PATH; a field of type Path is one by itself.
+    """
+    more = {"help": help, "metavar": metavar}
+    return field(default=default, metadata={"typer": more, "paths": paths})
 
 
 @dataclass(frozen=True)
@@ -157,5 +166,21 @@ def _made(kind: type[T], given: Mapping[str, Any]) -> T:
         if is_dataclass(hints[one.name]):
             values[one.name] = _made(hints[one.name], given)
         elif value is not None:
-            values[one.name] = tuple(value) if isinstance(value, list) else value
+            paths = bool(one.metadata.get("paths"))
+            many = isinstance(value, list)
+            values[one.name] = (
+                tuple(_whole(item, paths) for item in value) if many else _whole(value, paths)
+            )
     return kind(**values)
+
+
+def _whole(value: Any, is_path: bool) -> Any:
+    """A value as it was given, a path with ``~`` and variables replaced."""
+    if isinstance(value, Path):
+        return Path(expanded(str(value)))
+    if not is_path:
+        return value
+    name, equals, path = value.partition("=")
+    if path.startswith("~"):  # which a shell leaves alone there
+        return name + equals + expanded(path)
+    return expanded(value)

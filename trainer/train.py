@@ -14,6 +14,7 @@ from torch import Tensor
 from allometry.configs.model import MoEModel
 from allometry.configs.run import RunConfig
 from allometry.data.documents import DocumentStream
+from allometry.data.run_tokenizer import tokenizer_of_run
 from allometry.data.stream import Stream, open_stream
 from allometry.data.tokenizer import check_vocabulary
 from allometry.laws.areas import LearningRateAreas
@@ -56,7 +57,7 @@ from allometry.trainer.record.timing import StepTimer, clock_of
 from allometry.trainer.save import Saver
 from allometry.trainer.state import checkpoint
 from allometry.trainer.state.folder import RunFolder
-from allometry.trainer.state.resume import Start, begin
+from allometry.trainer.state.resume import Start, begin, read_again
 
 MANY_EPOCHS = 4
 _log = logging.getLogger(__name__)
@@ -135,6 +136,10 @@ class _Run:
         if start.weights_only:  # converted from elsewhere: training itself begins afresh
             named = self.parallel.named_parameters()
             state = {f"model.{name}": p.detach() for name, p in named}
+            if start.facts.get("optimizer", False):
+                init_states(self.optimizer)
+                names = {parameter: name for name, parameter in self.parallel.named_parameters()}
+                state |= checkpoint.optimizer_state(self.optimizer, names)
         else:
             init_states(self.optimizer)
             state = state_tensors(self.parallel, self.optimizer)
@@ -159,9 +164,21 @@ class _Run:
         first_step = self.start.step + 1
         facts = run_facts(self.config, self.plan, self.stream, self.mesh, self.peak, invocation)
         if first_step <= self.plan.total_steps:
+            tokenizer = tokenizer_of_run(self.folder.path, self.config.data)
+            tokenizer.keep(self.folder.path)
+            facts["tokenizer"] = tokenizer.describe()
+            facts |= self._origin()
             record.write_run(self.folder, facts, launch_facts(facts, first_step))
         for callback in self.callbacks:
             callback.on_start(facts, first_step)
+
+    def _origin(self) -> dict[str, Any]:
+        """Where the first weights of a new run, or of the one it branches from, were imported."""
+        parent = self.config.run.parent
+        if self.start.branched and parent is not None:
+            return RunFolder(parent.folder).origin()
+        known = self.start.facts if self.start.weights_only else None
+        return {key: value for key, value in (known or {}).items() if key == "origin"}
 
     def _loop(self) -> Loop:
         return Loop(
@@ -248,6 +265,9 @@ class _Run:
         for name in start.abandoned:
             report("abandoned_checkpoint", name=name)
         parent = self.config.run.parent
+        again = read_again(start, self.config.run.seed, self.stream.fingerprints())
+        if again:
+            report("same_documents", sources=again, seed=self.config.run.seed)
         if start.checkpoint is None:
             report("started", step=0, dropped_rows=start.dropped_rows)
         elif start.branched and parent is not None:

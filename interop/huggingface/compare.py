@@ -16,7 +16,7 @@ from torch import Tensor
 from allometry.configs.errors import UserError
 from allometry.configs.model import ParameterizationConfig, StandardParameterization
 from allometry.configs.run import RunConfig
-from allometry.interop.huggingface.names import Counterpart, Fold, folded, locate
+from allometry.interop.huggingface.names import Counterpart, Fold, folded, locate, unfolded
 from allometry.interop.huggingface.weights import CheckpointWeights, FolderWeights
 from allometry.models.build import build_model
 from allometry.models.transformer import Transformer
@@ -57,18 +57,25 @@ def compare(
     wanted: Collection[Counterpart],
     folding: Sequence[Fold],
     dtype: torch.dtype,
+    *,
+    imported: bool = False,
 ) -> Comparison:
     """Compare the model in a checkpoint of ours with the one in a Hugging Face folder.
 
-    ``dtype`` is what an export rounded weights to; fp32 for an import. Raises UserError if a
+    ``dtype`` is what an export rounded weights to; fp32 for an import (``imported``), which took
+    ``folding`` out of the weights instead of putting it in. Raises UserError if a
     tensor differs in a bit or logits by more than ``TOLERANCE`` of the largest.
     """
     stored = FolderWeights(folder)  # read as an import would
     places = locate(wanted, stored.shapes, str(folder), tied=config.model.tied_embeddings)
     for counterpart in wanted:
         name = counterpart.spec.name
-        expected = folded(name, weights.read(name), folding).to(dtype).float()
-        if not torch.equal(counterpart.join(places[name], stored.read), expected):
+        there, expected = counterpart.join(places[name], stored.read), weights.read(name)
+        if imported:
+            there = unfolded(name, there, folding)
+        else:
+            expected = folded(name, expected, folding).to(dtype).float()
+        if not torch.equal(there, expected):
             raise UserError(
                 f"--check: {name} came back changed from {', '.join(places[name].names[:1])}; "
                 "nothing was written: please report it"

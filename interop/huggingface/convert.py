@@ -6,14 +6,13 @@ fails leaves nothing that looks like a model.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,8 +21,7 @@ from allometry.configs.errors import UserError
 from allometry.configs.loader import dump, load
 from allometry.configs.model import ModelConfig
 from allometry.configs.run import RunConfig
-from allometry.data.manifest import TokenizerRecord, read_manifest
-from allometry.data.tokenizer import fingerprint, read_tokenizer_json
+from allometry.data.run_tokenizer import RunTokenizer, tokenizer_of_run
 from allometry.interop.huggingface import compare
 from allometry.interop.huggingface.compare import Comparison
 from allometry.interop.huggingface.config import (
@@ -43,30 +41,50 @@ from allometry.interop.huggingface.names import (
     folded,
     folds,
     locate,
+    unfolded,
+)
+from allometry.interop.huggingface.origin import (
+    STATES,
+    kept_origin,
+    notes,
+    read_origin,
+    states_to_keep,
+    write_origin,
+)
+from allometry.interop.huggingface.texts import (
+    check_tokenizer,
+    unsure,
+    write_json,
+    write_texts,
 )
 from allometry.interop.huggingface.weights import (
     CONFIG,
+    OPTIMIZER,
     CheckpointWeights,
     FolderWeights,
     chosen_checkpoint,
     read_json,
     write_checkpoint,
     write_safetensors,
+    write_states,
 )
 from allometry.scaling.parameterization import Parameterization
 from allometry.trainer.state.checkpoint import step_of
 from allometry.trainer.state.folder import RunFolder, write_atomically
 from allometry.trainer.state.integrity import seal
+from allometry.trainer.state.refused import REFUSED, partial_of
 
 Dtype = Literal["fp32", "bf16"]
 _TORCH: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SHARD_BYTES = 5_000_000_000
-TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What an export did. ``folds`` say which multipliers went into weights; ``bytes`` of them."""
+    """What an export did. ``folds`` say which multipliers went into weights; ``bytes`` of them.
+
+    ``unknown`` says why there is no tokenizer or no end of documents.
+    """
 
     source: str
     step: int
@@ -78,18 +96,25 @@ class ExportReport:
     files: list[str]
     folds: list[str]
     tokenizer: str | None
+    end_of_document: str | None
+    unknown: list[str]
     check: Comparison | None = None
 
 
 @dataclass(frozen=True)
 class ImportReport:
-    """What an import did; ``parameters`` counts tensors of ours."""
+    """What an import did; ``parameters`` counts tensors of ours.
+
+    ``unfolds`` say which multipliers were divided out of weights.
+    """
 
     source: str
     target: str
     family: Family
     parameters: int
+    unfolds: list[str]
     tokenizer: str | None
+    notes: list[str]
     check: Comparison | None = None
 
 
@@ -100,14 +125,19 @@ def export_hf(
     family: str | None = None,
     dtype: Dtype = "fp32",
     *,
+    tokenizer: str | None = None,
+    end_of_document: str | None = None,
+    optimizer_state: bool = False,
     check: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> ExportReport:
     """Write a checkpoint of a run (default: the latest) as a Hugging Face folder ``out``.
 
-    Multipliers of the forward pass that the family lacks are folded into weights. With ``check``
-    the folder is loaded with transformers and compared before it gets its name. Raises UserError
-    for anything that the family cannot hold, before anything is written.
+    Multipliers of the forward pass that the family lacks are folded into weights. ``tokenizer`` and
+    ``end_of_document`` say what the run's folder does not know. ``optimizer_state`` puts the
+    optimizer's states beside the weights, for an import. With ``check`` the folder is loaded with
+    transformers and compared before it gets its name. Raises UserError for anything that the family
+    cannot hold, before anything is written.
     """
     if check:
         compare.require_transformers()
@@ -126,17 +156,23 @@ def export_hf(
                 f"{path}: {name} is not zero, and models of Hugging Face's families have no bias "
                 "in their routers; nothing was written"
             )
-    tokenizer = _tokenizer_of(config, folder)
-    manifests = (read_manifest(Path(source.train).parent) for source in config.data.sources)
-    end = next((manifest.tokenizer for manifest in manifests if manifest is not None), None)
-    text = Text(config.data.sequence_length, end.end_of_document_id if end else None)
+    states = CheckpointWeights(path, OPTIMIZER) if optimizer_state else None
+    if states is not None and not states.shapes:
+        raise UserError(f"--optimizer-state: {path} holds none; leave the option out")
+    text = tokenizer_of_run(folder.path, config.data)
+    text = text.told(tokenizer, end_of_document, config.model.vocab_size)
+    longest = config.data.sequence_length
     torch_dtype = _TORCH[dtype]
     with _target(out) as (final, partial):
         parts = [_part(counterpart, weights, folding, torch_dtype) for counterpart in wanted]
         files = write_safetensors(partial, parts, shard_bytes)
         name = str(torch_dtype).removeprefix("torch.")
-        _write_json(partial / CONFIG, to_hf(config.model, chosen, name, text))
-        _write_texts(partial, tokenizer, end, text)
+        end_id = text.end[1] if text.end else None
+        write_json(partial / CONFIG, to_hf(config.model, chosen, name, Text(longest, end_id)))
+        write_texts(partial, text, longest)
+        write_origin(partial, folder, config, path)
+        if states is not None:
+            write_states(partial / STATES, states)
         report = ExportReport(
             source=str(folder.path),
             step=step_of(path),
@@ -147,7 +183,9 @@ def export_hf(
             bytes=sum((partial / file).stat().st_size for file in files),
             files=files,
             folds=[fold.describe() for fold in folding],
-            tokenizer=str(tokenizer) if tokenizer else None,
+            tokenizer=str(text.file) if text.file else None,
+            end_of_document=text.end[0] if text.end else None,
+            unknown=list(text.unknown),
         )
         if check:
             comparison = compare.compare(config, weights, partial, wanted, folding, torch_dtype)
@@ -156,13 +194,19 @@ def export_hf(
 
 
 def import_hf(
-    hf_folder: str | Path, config: RunConfig, out: str | Path, *, check: bool = False
+    hf_folder: str | Path,
+    config: RunConfig,
+    out: str | Path,
+    *,
+    optimizer_state: bool = False,
+    check: bool = False,
 ) -> ImportReport:
     """Write a run folder ``out`` whose step 0 are the weights of a Hugging Face folder.
 
-    ``config`` is the run to be trained; its model must be the one of the folder and its
-    parameterization must multiply nothing in the forward pass. Raises UserError naming each key
-    that differs, each tensor without a place, and a tokenizer that is not the run's.
+    ``config`` is the run to be trained; its model must be the one of the folder. What its
+    parameterization multiplies in the forward pass is divided out of weights. ``optimizer_state``
+    takes the optimizer's states from a folder that was exported with them. Raises UserError naming
+    each key that differs, each tensor without a place, and a tokenizer that is not the run's.
     """
     if check:
         compare.require_transformers()
@@ -179,7 +223,10 @@ def import_hf(
                 f"{folder.folder}: config.json ties embedding and head, but {HEAD} differs from "
                 f"{embedding}; set tie_word_embeddings to false there if both are meant"
             )
-    tokenizer = _check_tokenizer(config, source)
+    tokenizer = check_tokenizer(config, source)
+    origin = read_origin(source)
+    states = states_to_keep(source, origin, config) if optimizer_state else None
+    folding = folds(config.model, Parameterization.of_run(config).forward)
     by_name = {counterpart.spec.name: counterpart for counterpart in wanted}
     run = config.run.model_copy(update={"folder": str(out), "resume": "auto", "parent": None})
     config = config.model_copy(update={"run": run})
@@ -189,7 +236,8 @@ def import_hf(
         files = write_checkpoint(
             step,
             {name: counterpart.spec.shape for name, counterpart in by_name.items()},
-            lambda name: by_name[name].join(places[name], folder.read),
+            lambda name: unfolded(name, by_name[name].join(places[name], folder.read), folding),
+            states,
         )
         facts = {  # nothing was trained, nothing was read
             "step": 0,
@@ -197,10 +245,11 @@ def import_hf(
             "tokens": 0,
             "seed": config.run.seed,
             "weights_only": True,
-            "imported_from": str(source),
+            "optimizer": states is not None,
+            "origin": kept_origin(source, family, origin),
         }
         seal(step, 0, files, facts)
-        _copy_tokenizer(tokenizer, partial)
+        RunTokenizer(tokenizer).keep(partial)
         write_atomically(RunFolder(partial).config, dump(config))
         write_atomically(RunFolder(partial).latest, step.name + "\n")
         report = ImportReport(
@@ -208,11 +257,15 @@ def import_hf(
             target=str(final),
             family=family,
             parameters=len(wanted),
+            unfolds=[fold.describe() for fold in folding],
             tokenizer=str(tokenizer) if tokenizer else None,
+            notes=[*notes(origin, config), *unsure(config, source, tokenizer)],
         )
         if check:
             weights = CheckpointWeights(step)
-            comparison = compare.compare(config, weights, source, wanted, (), torch.float32)
+            comparison = compare.compare(
+                config, weights, source, wanted, folding, torch.float32, imported=True
+            )
             report = replace(report, check=comparison)
     return report
 
@@ -227,9 +280,10 @@ def read_model(hf_folder: str | Path) -> tuple[Family, ModelConfig]:
 def _target(out: str | Path) -> Iterator[tuple[Path, Path]]:
     """Yield the final path and the folder to write; rename it at the end, remove it on failure."""
     final = Path(os.path.abspath(out))
-    if final.exists() and (not final.is_dir() or any(final.iterdir())):
+    refused = final / REFUSED
+    if final.exists() and (not final.is_dir() or set(final.iterdir()) - {refused}):
         raise UserError(f"--out={out} exists and is not empty; choose another folder or remove it")
-    partial = final.with_name(final.name + ".partial")
+    partial = partial_of(final)
     try:
         partial.mkdir(parents=True)
     except FileExistsError:
@@ -241,6 +295,7 @@ def _target(out: str | Path) -> Iterator[tuple[Path, Path]]:
         raise UserError(f"--out={out} cannot be written ({error.strerror})") from None
     try:
         yield final, partial
+        refused.unlink(missing_ok=True)
         partial.rename(final)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -264,50 +319,6 @@ def _part(
     )
 
 
-def _tokenizer_of(config: RunConfig, folder: RunFolder) -> Path | None:
-    """The tokenizer.json of a run: the one it names, else the one it was imported with."""
-    named = config.data.tokenizer
-    if named is None:
-        imported = folder.path / TOKENIZER
-        return imported if imported.exists() else None
-    path = Path(named) / TOKENIZER if Path(named).is_dir() else Path(named)
-    read_tokenizer_json(path)
-    return path
-
-
-def _write_texts(
-    folder: Path, tokenizer: Path | None, end: TokenizerRecord | None, text: Text
-) -> None:
-    """The tokenizer and what generation needs to know."""
-    if end is not None:
-        generation = {"_from_model_config": True, "eos_token_id": end.end_of_document_id}
-        _write_json(folder / "generation_config.json", generation)
-    _copy_tokenizer(tokenizer, folder)
-    if tokenizer is not None and not (folder / TOKENIZER_CONFIG).exists():
-        values: dict[str, Any] = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "model_max_length": text.longest,
-            "clean_up_tokenization_spaces": False,
-        }
-        if end is not None:
-            values["eos_token"] = end.end_of_document
-        _write_json(folder / TOKENIZER_CONFIG, values)
-
-
-def _copy_tokenizer(tokenizer: Path | None, folder: Path) -> None:
-    """Copy a tokenizer.json and, if it stands beside it, its configuration."""
-    if tokenizer is None:
-        return
-    shutil.copyfile(tokenizer, folder / TOKENIZER)
-    beside = tokenizer.parent / TOKENIZER_CONFIG
-    if beside.exists():
-        shutil.copyfile(beside, folder / TOKENIZER_CONFIG)
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
 def _check_agreement(config: RunConfig, theirs: ModelConfig, source: Path) -> None:
     """Raise UserError unless the run's model computes the function of the model in ``source``."""
     different = differences(config.model, theirs)
@@ -317,25 +328,3 @@ def _check_agreement(config: RunConfig, theirs: ModelConfig, source: Path) -> No
             f"the configuration describes another model than {source}: {listed}; set these keys "
             "to the values there (--print-model prints them all)"
         )
-    for fold in folds(config.model, Parameterization.of_run(config).forward):
-        raise UserError(
-            f"parameterization.kind={config.parameterization.kind} multiplies the {fold.scale} by "
-            f"{fold.factor:.6g}, which the imported weights do not expect; use "
-            "parameterization.kind=sp"
-        )
-
-
-def _check_tokenizer(config: RunConfig, source: Path) -> Path | None:
-    """The folder's tokenizer.json, if it has one; UserError if the run uses another."""
-    path = source / TOKENIZER
-    if not path.exists():
-        return None
-    named = config.data.tokenizer
-    if named is not None and fingerprint(read_tokenizer_json(named)) != fingerprint(
-        read_tokenizer_json(path)
-    ):
-        raise UserError(
-            f"data.tokenizer={named} is another tokenizer than {path}, with which the model was "
-            f"trained; prepare the data with --tokenizer {path}"
-        )
-    return path

@@ -264,10 +264,16 @@ def folds(model: ModelConfig, scales: ForwardScales) -> tuple[Fold, ...]:
             raise UserError(
                 f"the parameterization multiplies the {scale} by {factor:.6g}, which a weight "
                 "shared by embedding and head cannot hold; model.tied_embeddings=true cannot be "
-                "exported with it"
+                "converted with it"
             )
         folding.append(Fold(scale, factor, (target,)))
     return tuple(folding)
+
+
+def unfolded(name: str, tensor: Tensor, folding: Collection[Fold]) -> Tensor:
+    """Return what ``folded`` made ``tensor`` (fp32) of, rounded once."""
+    factor = math.prod(fold.factor for fold in folding if fold.applies_to(name))
+    return tensor if factor == 1.0 else (tensor.double() / factor).to(tensor.dtype)
 
 
 def folded(name: str, tensor: Tensor, folding: Collection[Fold]) -> Tensor:

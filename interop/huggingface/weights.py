@@ -26,7 +26,7 @@ from allometry.trainer.state import checkpoint
 from allometry.trainer.state.folder import RunFolder
 from allometry.trainer.state.integrity import Files, ShardWriter, damage
 
-MODEL = "model."
+MODEL, OPTIMIZER = "model.", "optimizer."
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -36,25 +36,31 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 class CheckpointWeights:
-    """The model's tensors in one checkpoint, whatever layout wrote it."""
+    """The model's tensors in one checkpoint, whatever layout wrote it; or with ``OPTIMIZER`` the
+    optimizer's."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, prefix: str = MODEL) -> None:
         self.path = path
+        self._prefix = prefix
         self._reader = FileSystemReader(path)
         tensors = self._reader.read_metadata().state_dict_metadata
         self._tensors = {
-            name.removeprefix(MODEL): stored
+            name.removeprefix(prefix): stored
             for name, stored in tensors.items()
-            if name.startswith(MODEL) and isinstance(stored, TensorStorageMetadata)
+            if name.startswith(prefix) and isinstance(stored, TensorStorageMetadata)
         }
         self.shapes: Shapes = {n: tuple(stored.size) for n, stored in self._tensors.items()}
+
+    def types(self) -> dict[str, torch.dtype]:
+        """Types of the tensors by name."""
+        return {name: stored.properties.dtype for name, stored in self._tensors.items()}
 
     def read(self, name: str) -> Tensor:
         """Return one tensor, whole and on the CPU."""
         stored = self._tensors[name]
         tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
         with _alone():
-            dcp.load({MODEL + name: tensor}, storage_reader=self._reader, no_dist=True)
+            dcp.load({self._prefix + name: tensor}, storage_reader=self._reader, no_dist=True)
         return tensor
 
 
@@ -194,18 +200,46 @@ def write_safetensors(
 
 
 def write_checkpoint(
-    path: Path, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], Tensor]
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    read: Callable[[str], Tensor],
+    states: CheckpointWeights | None = None,
 ) -> Files:
     """Write the shards of a checkpoint that holds these fp32 parameters of a model, and no more.
 
-    ``read`` is asked for one parameter at a time, while the files are written. Returns sizes and
-    checksums, for ``integrity.seal``.
+    ``read`` is asked for one parameter at a time, while the files are written; ``states`` of an
+    optimizer are added. Returns sizes and checksums, for ``integrity.seal``.
     """
     # The plan needs shapes and types only, which tensors without storage have.
     state = {
         MODEL + name: torch.empty(shape, dtype=torch.float32, device="meta")
         for name, shape in shapes.items()
     }
+    if states is not None:
+        state |= _planned(states)
+
+    def part(name: str) -> Tensor:
+        if states is not None and name.startswith(OPTIMIZER):
+            return states.read(name.removeprefix(OPTIMIZER))
+        return read(name.removeprefix(MODEL))
+
+    return _written(path, state, part)
+
+
+def write_states(path: Path, states: CheckpointWeights) -> None:
+    """Write an optimizer's states alone, for ``CheckpointWeights(path, OPTIMIZER)``."""
+    _written(path, _planned(states), lambda name: states.read(name.removeprefix(OPTIMIZER)))
+
+
+def _planned(states: CheckpointWeights) -> dict[str, Tensor]:
+    types = states.types()
+    return {
+        OPTIMIZER + name: torch.empty(shape, dtype=types[name], device="meta")
+        for name, shape in states.shapes.items()
+    }
+
+
+def _written(path: Path, state: dict[str, Tensor], read: Callable[[str], Tensor]) -> Files:
     writer = ShardWriter(path)
     with _alone():
         dcp.save(state, storage_writer=writer, planner=_OneByOne(read), no_dist=True)
@@ -221,4 +255,4 @@ class _OneByOne(DefaultSavePlanner):
 
     @override
     def lookup_object(self, index: MetadataIndex) -> Any:
-        return self._read(index.fqn.removeprefix(MODEL))
+        return self._read(index.fqn)

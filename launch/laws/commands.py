@@ -15,7 +15,9 @@ PUBLISHED = "whose coefficients, as `laws NAME` lists them"
 class Rows:
     """SOURCES and the options that say how to read them; None is an option that was not given."""
 
-    sources: tuple[str, ...] = argument("run folders, folders of them, or CSV files (.tsv, .gz)")
+    sources: tuple[str, ...] = argument(
+        "run folders, folders of them, or CSV files (.tsv, .gz)", paths=True
+    )
     mapping: tuple[str, ...] = option(
         "N=COLUMN, or arithmetic: D='`Training FLOP`/(6*N)'; backticks around a column's "
         "name that has other signs; repeat for more",
@@ -89,7 +91,9 @@ class Compare(Command):
 class Predict(Command):
     """Predict by a fit, with an interval, or by published coefficients (--law, --published)."""
 
-    arguments: tuple[str, ...] = argument("FIT.json and inputs: N=7e9 D=1.4e11, or N=1e9,7e9")
+    arguments: tuple[str, ...] = argument(
+        "FIT.json and inputs: N=7e9 D=1.4e11, or N=1e9,7e9", paths=True
+    )
     law: str | None = option(LAW)
     published: str | None = option(PUBLISHED)
     noise: bool = option("interval of one more run: with the scatter of runs", False)

@@ -30,10 +30,14 @@ class Prepare(Command):
 
     inputs: tuple[str, ...] = argument(
         "NAME=PATH or PATH: text, JSONL (.gz, .zst), parquet, a folder of them, or "
-        "builtin:python-code, builtin:python-prose"
+        "builtin:python-code, builtin:python-prose",
+        paths=True,
     )
     out: Path = option("folder for the token files", REQUIRED, "-o")
     tokenizer: Path | None = option("tokenizer.json to use; without one, a BPE is trained")
+    end_of_document: str | None = option(
+        "token of --tokenizer that ends documents; default: its eos_token, or a well-known name"
+    )
     vocab_size: int | None = option("size of the BPE to train; default: 8192")
     validation_fraction: float = option(
         "share of the documents held out, chosen by their hash", 0.05
@@ -55,8 +59,13 @@ class Convert(Command):
     step: int | None = option("export this checkpoint; default: the latest", min=0)
     family: str | None = option("export as llama, qwen3, mixtral or qwen3_moe; default: fit")
     dtype: str | None = option("type of exported weights, fp32 or bf16; default: fp32")
+    tokenizer: Path | None = option("export: tokenizer.json of a run that does not know its own")
+    end_of_document: str | None = option("export: token that ended the documents, likewise")
     config: str | None = option("import: the run to be trained, a YAML file or preset:NAME")
     print_model: bool = option("print the model section of a model and stop", False)
+    optimizer_state: bool = option(
+        "export: keep the optimizer's states beside the weights; import: go on with them", False
+    )
     check: bool = option("compare logits with transformers, and every tensor", False)
 
 

@@ -12,9 +12,17 @@ from ruamel.yaml import YAML
 from allometry.configs.errors import UserError
 from allometry.configs.loader import load
 from allometry.interop.huggingface.compare import Comparison
-from allometry.interop.huggingface.convert import Dtype, export_hf, import_hf, read_model
+from allometry.interop.huggingface.convert import (
+    Dtype,
+    ExportReport,
+    export_hf,
+    import_hf,
+    read_model,
+)
+from allometry.interop.huggingface.origin import read_origin
 from allometry.launch.command import Report
 from allometry.launch.runs.commands import Convert
+from allometry.trainer.state.refused import mark_refused
 
 
 def converted(asked: Convert) -> Report:
@@ -33,12 +41,17 @@ def converted(asked: Convert) -> Report:
         )
     if is_run:
         return _export(asked)
-    if is_model:
-        return _import(asked)
-    raise UserError(
-        f"{asked.source} holds neither config.yaml (a run) nor config.json (a Hugging Face "
-        "model); name a folder that does"
-    )
+    try:
+        if is_model:
+            return _import(asked)
+        raise UserError(
+            f"{asked.source} holds neither config.yaml (a run) nor config.json (a Hugging Face "
+            "model); name a folder that does"
+        )
+    except BaseException as error:  # Ctrl-C too
+        if asked.out is not None and (is_model or asked.config is not None):
+            mark_refused(asked.out, asked.source, str(error) or type(error).__name__)
+        raise
 
 
 def _refuse(asked: Convert, names: tuple[str, ...], why: str) -> None:
@@ -55,14 +68,22 @@ def _export(asked: Convert) -> Report:
     if dtype not in ("fp32", "bf16"):
         raise UserError(f"--dtype={dtype} is not known; use fp32 or bf16")
     report = export_hf(
-        asked.source, _out(asked), asked.step, asked.family, cast(Dtype, dtype), check=asked.check
+        asked.source,
+        _out(asked),
+        asked.step,
+        asked.family,
+        cast(Dtype, dtype),
+        tokenizer=str(asked.tokenizer) if asked.tokenizer else None,
+        end_of_document=asked.end_of_document,
+        optimizer_state=asked.optimizer_state,
+        check=asked.check,
     )
     lines = [
         f"{report.source}, step {report.step} -> {report.target}",
         f"{report.family}, {report.dtype}: {report.tensors:,} tensors, {report.bytes:,} bytes in "
         f"{len(report.files)} file(s)",
         *(f"folded: {fold}" for fold in report.folds),
-        f"tokenizer: {report.tokenizer or 'none, as data.tokenizer names none'}",
+        *_text(report),
         *_checked(report.check),
     ]
     return Report(asdict(report), "\n".join(lines))
@@ -70,11 +91,16 @@ def _export(asked: Convert) -> Report:
 
 def _import(asked: Convert) -> Report:
     why = f"goes with a run, and {asked.source} is a Hugging Face model"
-    _refuse(asked, ("step", "family", "dtype"), why)
+    _refuse(asked, ("step", "family", "dtype", "tokenizer", "end_of_document"), why)
     if asked.print_model:
-        _refuse(asked, ("out", "config", "check"), "does not go with --print-model")
+        _refuse(
+            asked, ("out", "config", "check", "optimizer_state"), "does not go with --print-model"
+        )
         _, model = read_model(asked.source)
         section = {"model": model.model_dump(mode="json")}
+        origin = read_origin(asked.source)
+        if origin is not None and origin["parameterization"]["kind"] != "sp":
+            section["parameterization"] = origin["parameterization"]
         out, yaml = StringIO(), YAML(typ="rt")
         yaml.default_flow_style = False
         yaml.dump(section, out)
@@ -84,15 +110,33 @@ def _import(asked: Convert) -> Report:
             "importing a model needs --config, the run that is to be trained; --print-model prints "
             "the model section for it"
         )
-    report = import_hf(asked.source, load(asked.config), _out(asked), check=asked.check)
+    report = import_hf(
+        asked.source,
+        load(asked.config),
+        _out(asked),
+        optimizer_state=asked.optimizer_state,
+        check=asked.check,
+    )
     lines = [
         f"{report.source} -> {report.target}, step 0",
-        f"{report.family}: {report.parameters:,} parameters",
+        f"{report.family}: {report.parameters:,} parameters"
+        + (", and the optimizer's states" if asked.optimizer_state else ""),
+        *(f"divided out: {unfold}" for unfold in report.unfolds),
+        *report.notes,
         f"tokenizer: {report.tokenizer or 'none in that folder'}",
         *_checked(report.check),
         f"train it: allometry train {asked.config} run.folder={report.target}",
     ]
     return Report(asdict(report), "\n".join(lines))
+
+
+def _text(report: ExportReport) -> list[str]:
+    """The tokenizer and the end of documents, or why they are missing and what to do."""
+    lines = [f"tokenizer: {report.tokenizer}"] if report.tokenizer else []
+    if report.end_of_document:
+        lines.append(f"end of documents: {report.end_of_document}")
+    remedy = {"tokenizer": "--tokenizer", "end of documents": "--end-of-document"}
+    return lines + [f"{why}; give it with {remedy[why.split(':')[0]]}" for why in report.unknown]
 
 
 def _out(asked: Convert) -> Path:

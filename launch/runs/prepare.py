@@ -15,6 +15,7 @@ def prepared(asked: Prepare) -> Report:
         out=str(asked.out),
         tokenizer=str(asked.tokenizer) if asked.tokenizer else None,
         vocab_size=asked.vocab_size,
+        end_of_document=asked.end_of_document,
         validation_fraction=asked.validation_fraction,
         text_key=asked.text_key,
         max_documents=asked.max_documents,
@@ -28,5 +29,9 @@ def prepared(asked: Prepare) -> Report:
         for split, record in source.splits.items()
     ]
     shown = table(rows, right=(2, 3), least=(20, 12, 12, 16), gap="")
-    vocabulary = f"vocabulary {manifest.tokenizer.vocab_size:,}, token files in {asked.out}"
+    made = manifest.tokenizer
+    vocabulary = (
+        f"vocabulary {made.vocab_size:,}, documents end with {made.end_of_document} "
+        f"({made.end_of_document_id}), token files in {asked.out}"
+    )
     return Report(manifest.model_dump(mode="json"), f"{shown}\n{vocabulary}")

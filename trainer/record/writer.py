@@ -116,9 +116,11 @@ def commit() -> str | None:
 
 
 def write_run(folder: RunFolder, facts: dict[str, Any], launch: dict[str, Any]) -> None:
-    """Write run.json: the facts as they are now, and one more launch on the list of launches."""
-    launches = []
-    if folder.run.exists():
-        launches = json.loads(folder.run.read_text(encoding="utf-8")).get("launches", [])
-    content = {**facts, "launches": [*launches, {**launch, "time": round(time.time(), 3)}]}
+    """Write run.json: the facts as they are now, and one more launch on the list of launches.
+
+    Where the weights came from is a fact of the first launch, and kept.
+    """
+    launches = folder.recorded().get("launches", [])
+    launches.append({**launch, "time": round(time.time(), 3)})
+    content = {**folder.origin(), **facts, "launches": launches}
     write_atomically(folder.run, json.dumps(content, indent=2) + "\n")

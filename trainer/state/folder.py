@@ -1,7 +1,8 @@
 """A run's folder: who may write in it, and what it already holds.
 
 config.yaml     the resolved configuration
-run.json        versions, counts, multipliers, layout, data fingerprints, launches
+run.json        versions, counts, multipliers, layout, data fingerprints, tokenizer, launches
+tokenizer.json  the tokenizer of the data, where it is known, and the files beside it
 metrics.jsonl   one row for each recorded step
 expert_load.jsonl  the experts' share of tokens at the same steps, by layer (mixtures of experts)
 plans.jsonl     how documents lay on ranks at the same steps (data.kind: documents)
@@ -85,6 +86,17 @@ class RunFolder:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+    def recorded(self) -> dict[str, Any]:
+        """What run.json says; nothing before the first launch."""
+        if not self.run.exists():
+            return {}
+        content: dict[str, Any] = json.loads(self.run.read_text(encoding="utf-8"))
+        return content
+
+    def origin(self) -> dict[str, Any]:
+        """``{"origin": ...}`` as run.json has it, for a run whose first weights were imported."""
+        return {key: value for key, value in self.recorded().items() if key == "origin"}
 
     def recorded_steps(self) -> int:
         """The last step that metrics.jsonl holds; 0 without a row."""

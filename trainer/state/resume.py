@@ -19,9 +19,11 @@ from allometry.trainer.state import checkpoint
 from allometry.trainer.state.branch import copy_share, discard, keep, stored_config, take
 from allometry.trainer.state.folder import RunFolder, write_atomically
 from allometry.trainer.state.integrity import damage_of_contents
+from allometry.trainer.state.refused import check_not_refused
 from allometry.trainer.state.unchanged import check_unchanged
 
 T = TypeVar("T")
+_SETTLED = ("model", "parameterization")
 
 
 @dataclass(frozen=True)
@@ -110,10 +112,23 @@ def begin(
         raise
 
 
+def read_again(start: Start, seed: int, fingerprints: dict[str, Any]) -> list[str]:
+    """The sources whose documents runs that the weights come from have read in this order."""
+    again: set[str] = set()
+    origin = start.facts.get("origin") if start.weights_only and start.facts else None
+    while origin:
+        data = origin.get("data", {}).items() if origin.get("seed") == seed else ()
+        again |= {name for name, known in data if fingerprints.get(name) == known}
+        origin = origin.get("origin")
+    return [name for name in fingerprints if name in again]
+
+
 def _choose(
     folder: RunFolder, config: RunConfig, fingerprints: dict[str, Any], stop_at_step: int | None
 ) -> _Choice:
     """Claim the folder and choose what to begin from, without reading a shard."""
+    if folder.is_new():
+        check_not_refused(folder)
     folder.claim()
     parent, resume = config.run.parent, config.run.resume
     if folder.is_new():
@@ -143,7 +158,9 @@ def _choose(
     facts = checkpoint.read_facts(path)
     _check_stop(folder, facts["step"], stop_at_step)
     # Nothing was trained on imported weights yet: only their own description is settled.
-    settled = ("model", "parameterization") if facts.get("weights_only") else None
+    settled = _SETTLED if facts.get("weights_only") else None
+    if settled is not None and facts.get("optimizer"):
+        settled = (*settled, "optimizer.kind")
     check_unchanged(old, config, facts["step"], settled)
     _check_facts(config, facts, fingerprints)
     return _Choice(path, facts)

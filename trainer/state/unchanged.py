@@ -40,10 +40,10 @@ def check_unchanged(
 ) -> None:
     """Refuse a change to what a run computes, naming the key; ``step`` steps have been taken.
 
-    With ``sections`` only these may not change.
+    With ``sections`` only these, or single keys, may not change.
     """
     for key, before, after in differences(old, new):
-        if sections is None or key.split(".")[0] in sections:
+        if sections is None or f"{key}.".startswith(tuple(f"{one}." for one in sections)):
             raise UserError(
                 f"{key}={after!r} differs from {before!r}, with which {old.run.folder} was "
                 f"started, and {CONTINUES}"

@@ -11,7 +11,9 @@ from allometry.launch.command import Command, argument, option
 class LadderCommand(Command):
     """A command about a ladder."""
 
-    file: str = argument("a YAML file of kind: ladder, preset:NAME, or a ladder's folder")
+    file: str = argument(
+        "a YAML file of kind: ladder, preset:NAME, or a ladder's folder", paths=True
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -293,7 +293,7 @@ def test_end_of_document_must_be_known(small: PrepareRequest, tmp_path: Path) ->
     two = replace(none, tokenizer=path)
     with pytest.raises(UserError, match="several special tokens"):
         prepare(two, quiet=True)
-    with pytest.raises(UserError, match="end_of_document='<x>' is not a token of"):
+    with pytest.raises(UserError, match="--end-of-document='<x>' is not a token of"):
         prepare(replace(two, end_of_document="<x>"), quiet=True)
     chosen = prepare(replace(two, end_of_document="<eos>"), quiet=True)
     assert chosen.tokenizer.end_of_document == "<eos>"

@@ -121,9 +121,6 @@ def test_wrong_models(tiny: Make, tmp_path: Path) -> None:
     config.write_text(dump(tiny(*ONE, *model)))
     more: dict[str, Any] = {"out": out, "config": str(config)}
     refused(r"model\.norm_eps=1e-05 \(there 1e-06\)", source, **more)
-    mup = "parameterization={kind: mup, base_width: 8}"
-    config.write_text(dump(tiny(*ONE, *model, "model.norm_eps=1e-6", mup)))
-    refused("kind=mup multiplies the output by 0.25", source, **more)
     config.write_text(right)
     refused("needs --config", source, out=out)
     refused("--step goes with a run", source, **more, step=1)
@@ -149,7 +146,42 @@ def test_wrong_models(tiny: Make, tmp_path: Path) -> None:
     refused("model-00001-of-00002.safetensors cannot be read", source, **more)
     (source / "config.json").write_text("[")
     refused("config.json cannot be read", source, **more)
-    assert not list(tmp_path.glob("out*")), "nothing half-written"
+    (left,) = tmp_path.glob("out*")
+    assert [path.name for path in left.iterdir()] == ["conversion_refused.json"]
+
+
+def test_training_does_not_begin_where_a_conversion_was_refused(tiny: Make, tmp_path: Path) -> None:
+    source, file, out = save(tmp_path / "hf", "qwen3"), tmp_path / "run.yaml", tmp_path / "out"
+    model = ("model.num_layers=3", "model.head_dim=16", "model.ffn_width=48")
+    wrong, config = tiny(*ONE, *model), tiny(*ONE, *model, "model.norm_eps=1e-6")
+    run = config.run.model_copy(update={"folder": str(out)})
+    config = config.model_copy(update={"run": run})
+    file.write_text(dump(wrong))
+    refused(r"model\.norm_eps", source, out=out, config=str(file))
+    with pytest.raises(UserError, match=r"out: the conversion of .*hf into it was refused"):
+        train(config, device=CPU, callbacks=[])
+    assert [path.name for path in out.iterdir()] == ["conversion_refused.json"]
+    (tmp_path / "out.partial" / "checkpoints").mkdir(parents=True)  # a conversion that was killed
+    (out / "conversion_refused.json").unlink()
+    with pytest.raises(UserError, match=r"into it runs or was interrupted .*random weights"):
+        train(config, device=CPU, callbacks=[])
+    shutil.rmtree(tmp_path / "out.partial")
+    refused("neither config.yaml", tmp_path / "typo", out=out, config=str(file))
+    file.write_text(dump(config))
+    converted(Convert(source=source, out=out, config=str(file)))
+    assert not (out / "conversion_refused.json").exists()
+    assert train(config, device=CPU, callbacks=[]).step == 1
+    refused("is not empty", source, out=out, config=str(file))  # a run is there, and goes on
+    assert not (out / "conversion_refused.json").exists()
+
+
+def test_random_weights_may_be_meant(tiny: Make, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    refused("needs --config", save(tmp_path / "hf", "qwen3"), out=out)
+    (out / "conversion_refused.json").unlink()
+    run = tiny(*ONE).run.model_copy(update={"folder": str(out)})
+    config = tiny(*ONE).model_copy(update={"run": run})
+    assert train(config, device=CPU, callbacks=[]).step == 1
 
 
 def test_a_tied_model_with_another_head(tiny: Make, tmp_path: Path) -> None:

@@ -1,0 +1,160 @@
+"""The tokenizer of a run and the token that ends its documents: found with its data, then kept.
+
+A run's folder holds ``tokenizer.json``, what says which of its tokens are special, and under
+``tokenizer`` in run.json what is known of it, so that the folder can be moved and converted.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from allometry.configs.data import DocumentData, SequenceData
+from allometry.configs.errors import UserError
+from allometry.data.manifest import MANIFEST, read_manifest
+from allometry.data.tokenizer import (
+    BESIDE,
+    TOKENIZER,
+    difference,
+    fingerprint,
+    read_tokenizer_json,
+    tokenizer_file,
+)
+
+_RUN = "run.json"
+
+
+@dataclass(frozen=True)
+class RunTokenizer:
+    """``file``: a tokenizer.json; ``end``: the token that ends documents, and its id.
+
+    ``unknown`` says in a sentence each why one of them is None.
+    """
+
+    file: Path | None = None
+    end: tuple[str, int] | None = None
+    unknown: tuple[str, ...] = ()
+
+    def describe(self) -> dict[str, Any]:
+        """What run.json says of it (JSON)."""
+        return {
+            "file": None if self.file is None else TOKENIZER,
+            "sha256": None if self.file is None else fingerprint(read_tokenizer_json(self.file)),
+            "end_of_document": None if self.end is None else self.end[0],
+            "end_of_document_id": None if self.end is None else self.end[1],
+            "unknown": list(self.unknown),
+        }
+
+    def keep(self, folder: Path) -> None:
+        """Copy the tokenizer and the files beside it into ``folder``."""
+        if self.file is None or self.file.parent.resolve() == folder.resolve():
+            return
+        for name in (TOKENIZER, *BESIDE):
+            source = self.file if name == TOKENIZER else self.file.parent / name
+            if source.is_file():
+                shutil.copyfile(source, folder / name)
+
+    def told(self, tokenizer: str | None, end: str | None, vocab_size: int) -> RunTokenizer:
+        """With what a user says of it.
+
+        Raises UserError for a tokenizer that gives other ids than the known one, one with more
+        ids than the model's ``vocab_size``, and an end of documents that it does not have.
+        """
+        from allometry.data.special_tokens import load_tokenizer, vocabulary_bound
+
+        file, known = self.file, self.end
+        if tokenizer is not None:
+            file = tokenizer_file(tokenizer)
+            given = read_tokenizer_json(file)
+            different = difference(given, read_tokenizer_json(self.file)) if self.file else None
+            if different is not None:
+                raise UserError(
+                    f"--tokenizer={tokenizer} is another tokenizer than the run's, {self.file} "
+                    f"(its {different} differs); leave it out"
+                )
+            bound = vocabulary_bound(load_tokenizer(file))
+            if bound > vocab_size:
+                raise UserError(
+                    f"--tokenizer={tokenizer} has {bound} ids, but model.vocab_size={vocab_size}; "
+                    "give the one that the run was trained with"
+                )
+        if end is not None:
+            if file is None:
+                raise UserError(
+                    f"--end-of-document={end} needs the tokenizer that it is a token of; give it "
+                    "with --tokenizer"
+                )
+            number = load_tokenizer(file).token_to_id(end)
+            if number is None:
+                raise UserError(f"--end-of-document={end} is not a token of {file}; name one")
+            if known is not None and known != (end, number):
+                raise UserError(
+                    f"--end-of-document={end} ({number}) is not the token that ends the documents "
+                    f"of the run, {known[0]} ({known[1]}); leave it out"
+                )
+            known = end, int(number)
+        return RunTokenizer(file, known, _unknown(file, known, self.unknown))
+
+
+def tokenizer_of(data: SequenceData | DocumentData) -> RunTokenizer:
+    """The tokenizer that a run's data name, and what the manifests beside its files say."""
+    file, named = None, "data.tokenizer names none"
+    if data.tokenizer is not None:
+        path = tokenizer_file(data.tokenizer)
+        file, named = path if path.is_file() else None, f"there is no {path}"
+    ends: dict[tuple[str, int], str] = {}
+    without = []
+    for source in data.sources:
+        folder = Path(source.train).parent
+        manifest = read_manifest(folder)
+        if manifest is None:
+            without.append(str(folder / MANIFEST))
+            continue
+        record = manifest.tokenizer
+        ends.setdefault((record.end_of_document, record.end_of_document_id), source.name)
+        beside = folder / record.file
+        if file is None and beside.is_file():
+            same = fingerprint(read_tokenizer_json(beside)) == record.sha256
+            file = beside if same else None
+    why = []
+    if file is None:
+        why.append(f"tokenizer: not known, as {named} and none stands beside the token files")
+    if len(ends) > 1:
+        listed = ", ".join(f"{end} ({number}) of {ends[end, number]}" for end, number in ends)
+        why.append(f"end of documents: not known, as sources have different ones: {listed}")
+    elif not ends:
+        why.append(f"end of documents: not known, as there is no {without[0]}")
+    return RunTokenizer(file, next(iter(ends)) if len(ends) == 1 else None, tuple(why))
+
+
+def tokenizer_of_run(folder: Path, data: SequenceData | DocumentData) -> RunTokenizer:
+    """What a run's folder keeps, and of what it lacks what its data say.
+
+    A tokenizer in the folder that is no longer the one that was kept there does not count.
+    """
+    record: dict[str, Any] = {}
+    if (folder / _RUN).is_file():
+        record = json.loads((folder / _RUN).read_text(encoding="utf-8")).get("tokenizer", {})
+    file: Path | None = folder / TOKENIZER if (folder / TOKENIZER).is_file() else None
+    known, changed = record.get("sha256"), ""
+    if file is not None and known and fingerprint(read_tokenizer_json(file)) != known:
+        changed = f"tokenizer: not known, as {file} is not the one that run.json records"
+        file = None
+    end = None
+    if record.get("end_of_document") is not None:
+        end = record["end_of_document"], record["end_of_document_id"]
+    if file is not None and end is not None:
+        return RunTokenizer(file, end)
+    found = tokenizer_of(data)
+    file, end = file or found.file, end or found.end
+    why = [changed if changed and one.startswith("tokenizer:") else one for one in found.unknown]
+    return RunTokenizer(file, end, _unknown(file, end, tuple(why)))
+
+
+def _unknown(file: Path | None, end: object, before: tuple[str, ...]) -> tuple[str, ...]:
+    """What of ``before`` is still unknown."""
+    still = {"tokenizer": file is None, "end of documents": end is None}
+    return tuple(why for why in before if still[why.split(":")[0]])

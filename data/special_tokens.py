@@ -1,0 +1,214 @@
+"""Special tokens: which ones a tokenizer has, which one ends documents, and text that spells one.
+
+A special token is an added token flagged as special or written like one (``<|...|>``, ``</s>``,
+``[SEP]``), one that ``tokenizer_config.json`` or ``special_tokens_map.json`` beside the tokenizer
+names, the model's token for what is unknown, and the end of documents.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import uuid
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from allometry.configs.errors import UserError
+from allometry.data.tokenizer import BESIDE, read_tokenizer_json, tokenizer_file
+
+END_OF_DOCUMENT = "<|endoftext|>"
+_KNOWN_ENDS = (
+    END_OF_DOCUMENT,
+    "<|end_of_text|>",
+    "<|eod|>",
+    "<|eos|>",
+    "<eos>",
+    "<eod>",
+    "</s>",
+    "<|end▁of▁sentence|>",
+    "<｜end▁of▁sentence｜>",
+)
+_WRITTEN_LIKE_ONE = re.compile(  # U+FF5C, DeepSeek's bar, beside the plain one
+    r"<[|\uff5c].*[|\uff5c]>|</?s>|<(unk|pad|mask|bos|eos|eod|sep|cls|endoftext)>"
+    r"|\[(UNK|PAD|MASK|BOS|EOS|SEP|CLS)\]",
+    re.DOTALL,
+)
+_NAMED = (
+    "additional_special_tokens",
+    "extra_special_tokens",
+    *(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")),
+)
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+
+
+def find_end_of_document(path: str, tokenizer: Tokenizer, wanted: str | None) -> tuple[str, int]:
+    """The token that ends a document and its id.
+
+    It is ``wanted``, or the ``eos_token`` that the files beside ``path`` name, or the one
+    well-known name that the tokenizer has. Raises UserError when none or several qualify, and for
+    one that ordinary text needs.
+    """
+    end, why = wanted, "--end-of-document"
+    if end is None:
+        end, why = _named_end(path)
+    special = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    among = ", ".join(sorted(special)) or "its tokens"
+    if end is None:
+        known = [name for name in _KNOWN_ENDS if name in special]
+        if len(known) != 1:
+            raise UserError(
+                f"tokenizer {path} has {'several' if known else 'no'} special tokens known to end "
+                f"a document ({', '.join(known) or among}); name one with --end-of-document"
+            )
+        end, why = known[0], "its added token"
+    number = tokenizer.token_to_id(end)
+    if number is None:
+        raise UserError(
+            f"{why}={end!r} is not a token of {path}; choose one of {among} with --end-of-document"
+        )
+    if _needed(_canonical(path)["model"], end):
+        raise UserError(
+            f"{why}={end!r} is a token that ordinary text needs, so that it cannot mark the end of "
+            f"documents; choose another of {among} with --end-of-document"
+        )
+    return end, int(number)
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer in ``path`` (a tokenizer.json, or a folder that holds one) as it is."""
+    return _loaded(path, json.dumps(read_tokenizer_json(path)))
+
+
+def load_encoder(path: str | Path, end: int) -> Tokenizer:
+    """The tokenizer in ``path``, set to encode plain text, which never becomes a special token.
+
+    Nothing is padded, cut, dropped at random or added around the text. ``end`` is the id of the
+    token that ends documents. The special tokens keep their ids under names drawn anew, which no
+    text can spell: neither the added tokens nor the model's own vocabulary then hold what a text
+    spells out, so that it is encoded from smaller parts. Other text has the ids that it always has.
+    """
+    values = _canonical(path)
+    names = _special(path, values) | {str(load_tokenizer(path).id_to_token(end))}
+    hidden = {name: f"{uuid.uuid4().hex}{uuid.uuid4().hex}" for name in names}
+    values |= {"post_processor": None, "padding": None, "truncation": None}
+    _hide(values["model"], hidden)
+    values["added_tokens"] = [
+        token
+        if token["content"] not in hidden
+        else token
+        | {"content": hidden[token["content"]], "special": True, "normalized": False}
+        | {"lstrip": False, "rstrip": False, "single_word": False}
+        for token in values["added_tokens"]
+    ]
+    tokenizer = _loaded(path, json.dumps(values))
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def vocabulary_bound(tokenizer: Tokenizer) -> int:
+    """The largest id plus one; more than the number of tokens where ids have gaps."""
+    return int(max(tokenizer.get_vocab(with_added_tokens=True).values())) + 1
+
+
+def _loaded(path: str | Path, text: str) -> Tokenizer:
+    try:
+        return Tokenizer.from_str(text)
+    except Exception as error:  # the library raises nothing narrower
+        raise UserError(f"tokenizer {path} cannot be loaded ({error}); save it again") from error
+
+
+def _canonical(path: str | Path) -> dict[str, Any]:
+    """What a tokenizer.json says as the library in use would write it."""
+    values: dict[str, Any] = json.loads(load_tokenizer(path).to_str())
+    return values
+
+
+def _special(path: str | Path, values: Mapping[str, Any]) -> set[str]:
+    """The special tokens of a tokenizer, its end of documents aside."""
+    model = values["model"]
+    names = {
+        token["content"]
+        for token in values["added_tokens"]
+        if token["special"] or _WRITTEN_LIKE_ONE.fullmatch(token["content"])
+    }
+    for settings in _beside(path).values():
+        names |= {name for key in _NAMED for name in _contents(settings.get(key))}
+        decoder = settings.get("added_tokens_decoder")
+        for token in decoder.values() if isinstance(decoder, dict) else ():
+            names |= set(_contents(token)) if token.get("special") else set()
+    if model.get("unk_token") is not None:
+        names.add(model["unk_token"])
+    if model["type"] == "Unigram" and model["unk_id"] is not None:
+        names.add(model["vocab"][model["unk_id"]][0])
+    return {name for name in names if name and not _needed(model, name)}
+
+
+def _needed(model: Mapping[str, Any], token: str) -> bool:
+    """Whether a token is a character or byte from which a BPE makes all others."""
+    if model["type"] != "BPE" or token not in model["vocab"] or token == model["unk_token"]:
+        return False
+    return len(token) == 1 or bool(model["byte_fallback"] and _BYTE.fullmatch(token))
+
+
+def _hide(model: dict[str, Any], hidden: Mapping[str, str]) -> None:
+    """Give tokens of the model's vocabulary other names; they keep their ids and scores."""
+    if model["type"] == "Unigram":
+        model["vocab"] = [[hidden.get(piece, piece), score] for piece, score in model["vocab"]]
+        return
+    model["vocab"] = {hidden.get(token, token): number for token, number in model["vocab"].items()}
+    if model["unk_token"] is not None:
+        model["unk_token"] = hidden.get(model["unk_token"], model["unk_token"])
+    if model["type"] == "BPE":
+        model["dropout"] = None
+        skip = len(model["continuing_subword_prefix"] or "")
+        model["merges"] = [
+            (one, other)
+            for one, other in model["merges"]
+            if not {one, other, one + other[skip:]} & hidden.keys()
+        ]
+
+
+def _named_end(path: str) -> tuple[str | None, str]:
+    """The ``eos_token`` that files beside a tokenizer name, and where; None without one."""
+    named = {
+        f"eos_token of {tokenizer_file(path).parent / file}": name
+        for file, settings in _beside(path).items()
+        for name in _contents(settings.get("eos_token"))
+    }
+    if len(set(named.values())) > 1:
+        raise UserError(
+            " and ".join(f"{where} ({name})" for where, name in named.items())
+            + " differ; say which token ends documents with --end-of-document"
+        )
+    return next(((name, where) for where, name in named.items()), (None, ""))
+
+
+def _beside(path: str | Path) -> dict[str, dict[str, Any]]:
+    """What the files beside a tokenizer.json hold, by their names."""
+    found = {}
+    for name in BESIDE:
+        file = tokenizer_file(path).parent / name
+        if not file.is_file():
+            continue
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file} cannot be read ({error}); mend or remove it") from None
+        if not isinstance(values, dict):
+            raise UserError(f"{file} holds no JSON object; mend or remove it")
+        found[name] = values
+    return found
+
+
+def _contents(value: Any) -> Iterable[str]:
+    """The tokens in a value of such a file: text, an object with ``content``, or many of them."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict) and isinstance(value.get("content"), str):
+        yield value["content"]
+    elif isinstance(value, list | dict):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _contents(inner)

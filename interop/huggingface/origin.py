@@ -1,0 +1,100 @@
+"""Where a converted model comes from: what an export says of its run, and what an import keeps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from allometry.configs.errors import UserError
+from allometry.configs.run import RunConfig
+from allometry.interop.huggingface.texts import write_json
+from allometry.interop.huggingface.weights import OPTIMIZER, CheckpointWeights, read_json
+from allometry.trainer.state.checkpoint import read_facts, step_of
+from allometry.trainer.state.folder import RunFolder
+
+ORIGIN, STATES = "allometry.json", "allometry_optimizer"
+_KIND = {"kind": "allometry.origin", "version": 1}
+_SECTIONS = ("model", "parameterization", "optimizer")
+
+
+def write_origin(folder: Path, run: RunFolder, config: RunConfig, checkpoint: Path) -> None:
+    """Say in an exported folder which run, step, seed and data its weights come from."""
+    facts = read_facts(checkpoint)
+    content = {
+        **_KIND,
+        "run": config.run.folder,
+        "step": step_of(checkpoint),
+        "seed": config.run.seed,
+        **{key: facts[key] for key in ("tokens", "data") if key in facts},
+        **run.origin(),
+        **{section: getattr(config, section).model_dump(mode="json") for section in _SECTIONS},
+    }
+    write_json(folder / ORIGIN, content)
+
+
+def read_origin(folder: Path) -> dict[str, Any] | None:
+    """What ``write_origin`` said; None for a folder from elsewhere."""
+    path = folder / ORIGIN
+    if not path.is_file():
+        return None
+    content = read_json(path)
+    known = {"run", "step", "seed", *_SECTIONS} <= content.keys()
+    if not known or any(content.get(key) != value for key, value in _KIND.items()):
+        raise UserError(f"{path} was not written by this version; move it away to do without it")
+    return content
+
+
+def kept_origin(source: Path, family: str, said: dict[str, Any] | None) -> dict[str, Any]:
+    """What an imported run's run.json says of its origin (JSON)."""
+    kept = {"source": str(source.resolve()), "family": family}
+    run = {key: value for key, value in (said or {}).items() if key not in (*_KIND, *_SECTIONS)}
+    return {**kept, **({"parameterization": said["parameterization"], **run} if said else {})}
+
+
+def notes(origin: dict[str, Any] | None, config: RunConfig) -> list[str]:
+    """What a user should know of the run that an imported model comes from."""
+    if origin is None:
+        return []
+    lines = [f"origin: {origin['run']}, step {origin['step']}"]
+    different = _different(origin["parameterization"], config)
+    if different is not None:
+        lines.append(
+            f"{different}: the model computes the same, but learning rates and other settings do "
+            "not carry over"
+        )
+    return lines
+
+
+def _different(before: dict[str, Any], config: RunConfig) -> str | None:
+    """The first key of the parameterization that is not what it was, the kind above all."""
+    now = config.parameterization.model_dump(mode="json")
+    for key in ("kind", *sorted(before.keys() | now.keys())):
+        if before.get(key) != now.get(key):
+            return f"parameterization.{key}={now.get(key)} (there {before.get(key)})"
+    return None
+
+
+def states_to_keep(
+    source: Path, origin: dict[str, Any] | None, config: RunConfig
+) -> CheckpointWeights:
+    """The optimizer's states in an exported folder.
+
+    Raises UserError if there are none, or the run would go on with another optimizer or
+    parameterization, for which they have no meaning.
+    """
+    path = source / STATES
+    if origin is None or not path.is_dir():
+        raise UserError(
+            f"--optimizer-state: {source} holds none; export it with --optimizer-state, or leave "
+            "the option out to begin with fresh states"
+        )
+    different = _different(origin["parameterization"], config)
+    kind = origin["optimizer"]["kind"]
+    if config.optimizer.kind != kind:
+        different = f"optimizer.kind={config.optimizer.kind} (there {kind})"
+    if different is not None:
+        raise UserError(
+            f"--optimizer-state: {different}, for which the states have no meaning; set it as "
+            "there, or leave the option out"
+        )
+    return CheckpointWeights(path, OPTIMIZER)

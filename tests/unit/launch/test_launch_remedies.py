@@ -1,0 +1,130 @@
+"""What a message tells the user to give exists: each option on the command line, each key."""
+
+import ast
+import re
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from allometry.configs.ladder import LadderConfig
+from allometry.configs.loader import _all_keys
+from allometry.configs.run import RunConfig
+from allometry.data.prepare import PrepareRequest
+from allometry.launch.cli import COMMANDS, LADDER, app
+from allometry.launch.runs.commands import Prepare
+
+ROOT = Path(__file__).parents[3]
+ROOMS = [link.name for link in sorted((ROOT / ".typing" / "allometry").iterdir())]
+OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*[a-z]")
+SECTIONS = "|".join(RunConfig.model_fields)
+KEY = re.compile(rf"(?<![\w./-])(?:{SECTIONS})(?:\.[a-z_][a-z_0-9]*)+(?![\w/(])")
+# Options of programs that are run or named: git, sbatch, torchrun, pip, docker.
+OF_OTHERS = {
+    "trainer/record/writer.py": "--abbrev --always --dirty --error-unmatch --exclude",
+    "studies/ladder/sbatch.py": "--dependency --job-name --kill-on-invalid-dep --nnodes --nodes "
+    "--ntasks-per-node --open-mode --output --parsable --signal --rdzv-backend --rdzv-endpoint "
+    "--rdzv-id",
+    "studies/ladder/run.py": "--local-addr --standalone",
+    "configs/ladder.py": "--gres --key --partition --time",
+    "scaling/attention.py": "--no-build-isolation",
+    "launch/runs/doctor.py": "--shm-size",
+    "configs/loader.py": "--help",
+}
+ANYWHERE = {"--nproc-per-node"}  # torchrun's
+NO_KEYS = {  # names of files, tensors and modules that look like keys
+    "run.json",
+    "run.lock",
+    "schedule.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model.embed_tokens.weight",
+    "model.layers",
+    "model.norm.weight",
+    "record.plans",
+}
+
+
+def texts(tree: ast.AST) -> Iterator[str]:
+    """String constants that are no docstrings, parts of f-strings among them."""
+    holders = ast.Module, ast.ClassDef, ast.FunctionDef
+    docstrings = {
+        id(statement.value)
+        for node in ast.walk(tree)
+        if isinstance(node, holders)
+        for statement in node.body
+        if isinstance(statement, ast.Expr)
+    }
+    for node in ast.walk(tree):
+        is_text = isinstance(node, ast.Constant) and isinstance(node.value, str)
+        if is_text and id(node) not in docstrings:
+            yield node.value
+
+
+def sources() -> Iterator[tuple[str, ast.AST]]:
+    for room in ROOMS:
+        for path in sorted((ROOT / room).rglob("*.py")):
+            yield str(path.relative_to(ROOT)), ast.parse(path.read_text(encoding="utf-8"))
+
+
+def options(command: Any, name: str = "") -> Iterator[tuple[str, set[str]]]:
+    for inner, one in getattr(command, "commands", {}).items():
+        yield from options(one, f"{name} {inner}".strip())
+    if not hasattr(command, "commands"):
+        yield name, {option for parameter in command.params for option in parameter.opts}
+
+
+COMMAND_OPTIONS: dict[str, set[str]] = dict(options(typer.main.get_command(app)))
+
+
+def unknown_options(file: str, tree: ast.AST, known: set[str]) -> list[str]:
+    allowed = known | ANYWHERE | set(OF_OTHERS.get(file, "").split())
+    named = {option for text in texts(tree) for option in OPTION.findall(text)}
+    return [f"{file}: {option}" for option in sorted(named - allowed)]
+
+
+def unknown_keys(file: str, tree: ast.AST) -> list[str]:
+    roots: tuple[Any, ...] = (RunConfig, LadderConfig)
+    known = {".".join(key) for root in roots for key in _all_keys(root, ())}
+    named = {key for text in texts(tree) for key in KEY.findall(text)}
+    return [f"{file}: {key}" for key in sorted(named - known - NO_KEYS)]
+
+
+def test_every_option_that_is_named_exists() -> None:
+    known = set().union(*COMMAND_OPTIONS.values())
+    assert [one for file, tree in sources() for one in unknown_options(file, tree, known)] == []
+
+
+def test_every_key_that_is_named_exists() -> None:
+    assert [one for file, tree in sources() for one in unknown_keys(file, tree)] == []
+
+
+@pytest.mark.parametrize(
+    ("command", "files"),
+    [
+        ("prepare", ("data/prepare.py", "data/encode.py", "data/special_tokens.py")),
+        ("convert", ("launch/runs/convert.py", "data/run_tokenizer.py")),
+    ],
+)
+def test_a_command_has_the_options_that_its_own_messages_name(
+    command: str, files: tuple[str, ...]
+) -> None:
+    for file in files:
+        tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+        assert unknown_options(file, tree, COMMAND_OPTIONS[command]) == []
+
+
+def test_what_messages_of_prepare_call_by_its_field_is_an_option() -> None:
+    without = {one.name for one in fields(PrepareRequest)} - {one.name for one in fields(Prepare)}
+    assert without <= {"max_bytes"}, "which no message names unless code sets it"
+
+
+def test_commands_and_options_are_found() -> None:
+    assert COMMAND_OPTIONS.keys() == {*COMMANDS, *(f"ladder {name}" for name in LADDER)}
+    assert {"--end-of-document", "--tokenizer", "--out", "-o"} <= COMMAND_OPTIONS["prepare"]
+    wrong = ast.parse("raise UserError(f'{x}: give --no-such-thing or data.no_such=1')")
+    assert unknown_options("x.py", wrong, COMMAND_OPTIONS["prepare"]) == ["x.py: --no-such-thing"]
+    assert unknown_keys("x.py", wrong) == ["x.py: data.no_such"]

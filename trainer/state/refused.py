@@ -1,0 +1,49 @@
+"""What a conversion into a run's folder leaves when it is refused or cut short.
+
+Training in that folder would begin from random weights instead of the model's, so it does not begin
+until the conversion has succeeded or the user has removed what was left.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from pathlib import Path
+
+from allometry.configs.errors import UserError
+from allometry.trainer.state.folder import RunFolder, write_atomically
+
+REFUSED = "conversion_refused.json"
+
+
+def partial_of(folder: Path) -> Path:
+    """Where a conversion writes what becomes ``folder`` when it is whole."""
+    return folder.with_name(folder.name + ".partial")
+
+
+def mark_refused(folder: Path, source: Path, reason: str) -> None:
+    """Note in ``folder``, unless it holds a run, that it was to be the model in ``source``."""
+    if RunFolder(folder).is_new():
+        with suppress(OSError):  # the refusal itself is what matters
+            folder.mkdir(parents=True, exist_ok=True)
+            note = {"source": str(source), "reason": reason}
+            write_atomically(folder / REFUSED, json.dumps(note, indent=2) + "\n")
+
+
+def check_not_refused(folder: RunFolder) -> None:
+    """Raise UserError if a new run would begin where a conversion was refused or cut short."""
+    note, partial = folder.path / REFUSED, partial_of(Path(folder.path.absolute()))
+    if RunFolder(partial).checkpoints.exists():
+        raise UserError(
+            f"run.folder={folder.path}: a conversion into it runs or was interrupted ({partial}), "
+            "and training would begin from random weights; wait, or remove that and convert again"
+        )
+    try:
+        said = json.loads(note.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    raise UserError(
+        f"run.folder={folder.path}: the conversion of {said['source']} into it was refused "
+        f"({said['reason']}), and training would begin from random weights; convert it again, or "
+        f"remove {note} if random weights are meant"
+    )
