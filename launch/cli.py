@@ -37,6 +37,7 @@ COMMANDS: Commands = {
     "compare": (laws.Compare, "laws.compare:compared"),
     "predict": (laws.Predict, "laws.predict:predicted"),
     "optimum": (laws.Optimum, "laws.optimum:optima"),
+    "isoflop": (laws.IsoFlop, "laws.isoflop:profiled"),
     "laws": (laws.Laws, "laws.list:listed"),
 }
 LADDER: Commands = {

@@ -113,6 +113,24 @@ class Optimum(Command):
 
 
 @dataclass(frozen=True, kw_only=True)
+class IsoFlop(Command):
+    """Fit a parabola of loss over ln N at each compute budget: best N and D, and their exponents.
+
+    FLOPs are the column C of runs, or of a table where --map C=COLUMN names it, else 6 N D.
+    """
+
+    rows: Rows
+    within: float | None = option(
+        "leave out rows whose loss is more than this many percent above their budget's best; "
+        "default: none"
+    )
+    tolerance: float = option("rows of one budget have FLOPs within this many percent", 10.0)
+    flops_per_parameter_token: float = option("without a column C: C = this x N x D", 6.0)
+    bootstraps: int = option("samples for intervals; 0: none", 1000, min=0)
+    seed: int = option("of the bootstrap", 0, min=0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Laws(Command):
     """List the laws that can be fitted: equation, inputs with units, source, range."""
 

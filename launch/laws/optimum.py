@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from allometry.configs.errors import UserError
@@ -11,9 +11,10 @@ from allometry.launch.laws.commands import Optimum
 from allometry.launch.laws.predict import LEVEL, Law, conventions, interval
 from allometry.launch.laws.sources import assignments, numbers
 from allometry.launch.text import number, table
-from allometry.laws.allocation import Allocation, compute_optimal, optimal_size
-from allometry.laws.observations import Observations
+from allometry.laws.allocation import Allocation, best_share, compute_optimal
 
+SAME_EXPONENT = 1e-4
+"""Exponents of several budgets that differ by less are one power law's, but for rounding."""
 FLOPS_TOLERANCE = 0.1
 """Relative difference of FLOPs for each parameter and token beyond which ``optimum`` warns."""
 
@@ -54,6 +55,7 @@ def optima(asked: Optimum) -> Report:
     lines = [
         table([header, *map(_cells, rows)]),
         f"N in parameters, D in tokens = FLOPs / ({per_token:g} N), loss in {law.unit}",
+        *_growth(rows),
         *conventions(law),
         *(f"warning: {warning}" for warning in warnings),
     ]
@@ -65,6 +67,7 @@ def _facts(row: Allocation) -> dict[str, Any]:
     return {
         "flops": row.flops,
         **{name: {"value": getattr(row, name), **_low_high(row, name)} for name in names},
+        "exponents": _exponents(row),
         "tokens_per_parameter": row.tokens_per_parameter,
         "warnings": list(row.warnings),
     }
@@ -100,15 +103,35 @@ def _low_high(row: Allocation, name: str) -> dict[str, float | None]:
 
 
 def _best(law: Law, flops: float, per_token: float, others: Mapping[str, float]) -> Allocation:
-    if law.fit is not None:
-        return compute_optimal(
-            law.fit, flops, per_token, bootstrap=law.bootstrap, level=LEVEL, others=others
-        )
-    if not (flops > 0.0 and per_token > 0.0):
-        raise UserError(f"flops={flops} and {per_token} for each parameter and token must be > 0")
-    product = flops / per_token
-    size = optimal_size(law.form, law.values, product, flops, others)
-    known = {"N": size, "D": product / size, "C": flops, "M": product / size**2, **others}
-    rows = Observations.of({one.name: [known[one.name]] for one in law.form.inputs})
-    loss = float(law.predict(rows)[0])
-    return Allocation(flops, size, product / size, loss, per_token, None, LEVEL, ())
+    if law.fit is None:
+        return best_share(law.form, law.values, flops, per_token, others)
+    return compute_optimal(
+        law.fit, flops, per_token, bootstrap=law.bootstrap, level=LEVEL, others=others
+    )
+
+
+def _growth(rows: Sequence[Allocation]) -> list[str]:
+    """How N and D grow with C: a line for all budgets where the powers are the same, else each."""
+    powers = [row.exponent for row in rows]
+    same = max(powers) - min(powers) < SAME_EXPONENT
+
+    def power(value: float, low: float | None, high: float | None) -> str:
+        known = "" if low is None else f" (95 % interval {interval(low, high, 3)})"
+        return f"C^{number(value, 3)}{known}"
+
+    lines = []
+    for row in rows[:1] if same else rows:
+        size, tokens = (power(**one) for one in _exponents(row).values())
+        at = "" if same else f"at {number(row.flops)} FLOPs "
+        lines.append(f"{at}N grows as {size}, D as {tokens}")
+    return lines
+
+
+def _exponents(row: Allocation) -> dict[str, dict[str, Any]]:
+    """The exponents of C in N and in D, with intervals; they sum to 1."""
+    low, high = _low_high(row, "exponent").values()
+    tokens = (None if end is None else 1.0 - end for end in (high, low))
+    return {
+        "N": {"value": row.exponent, "low": low, "high": high},
+        "D": {"value": 1.0 - row.exponent, **dict(zip(("low", "high"), tokens, strict=True))},
+    }

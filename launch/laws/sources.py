@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -34,6 +34,26 @@ def observations_for(rows: Rows, forms: Sequence[Form]) -> Observations:
     Raises UserError: sources are of two kinds or cannot be read, laws want rows of two kinds, or an
     option was given that has no meaning for them.
     """
+    of_curves = [any(one.name == "step" for one in form.inputs) for form in forms]
+    if any(of_curves) and not all(of_curves) and not rows.curves:
+        raise UserError(
+            f"{forms[of_curves.index(True)].name} is a law of whole curves and "
+            f"{forms[of_curves.index(False)].name} of finished runs; fit them apart"
+        )
+    names = [one.name for form in forms for one in (*form.inputs, form.target)]
+    positive = {form.target.name for form in forms if form.residual == "log"}
+    positive |= {one.name for form in forms for one in form.inputs if one.positive}
+    return rows_with(rows, list(dict.fromkeys(names)), positive, curve=of_curves[0] or rows.curves)
+
+
+def rows_with(
+    rows: Rows, names: Sequence[str], positive: Collection[str], *, curve: bool = False
+) -> Observations:
+    """Return what SOURCES hold: of tables the columns ``names``, of runs all that they say.
+
+    ``positive``: names whose values must be above 0. ``curve``: rows are steps, not finished runs.
+    Raises UserError: see ``observations_for``.
+    """
     tables = [is_table(source) or Path(source).is_file() for source in rows.sources]
     if not all(rows.sources):
         raise UserError("a source is an empty text; give run folders or tables")
@@ -42,17 +62,10 @@ def observations_for(rows: Rows, forms: Sequence[Form]) -> Observations:
             f"{rows.sources[tables.index(False)]} is not a table and "
             f"{rows.sources[tables.index(True)]} is; give run folders or tables, not both"
         )
-    of_curves = [any(one.name == "step" for one in form.inputs) for form in forms]
-    if any(of_curves) and not all(of_curves) and not rows.curves:
-        raise UserError(
-            f"{forms[of_curves.index(True)].name} is a law of whole curves and "
-            f"{forms[of_curves.index(False)].name} of finished runs; fit them apart"
-        )
-    curve = of_curves[0] or rows.curves
     _check_options(rows, table=tables[0], curve=curve)
     mapping = assignments(rows.mapping, "--map")
     if tables[0]:
-        observations = _of_tables(rows, forms, mapping, curve=curve)
+        observations = _of_tables(rows, names, positive, mapping, curve=curve)
     else:
         observations = derive(
             _of_runs(rows, curve=curve), mapping=mapping, where=rows.where, group=rows.group
@@ -122,17 +135,19 @@ def _check_options(rows: Rows, *, table: bool, curve: bool) -> None:
 
 
 def _of_tables(
-    rows: Rows, forms: Sequence[Form], mapping: Mapping[str, str], *, curve: bool
+    rows: Rows,
+    names: Sequence[str],
+    positive: Collection[str],
+    mapping: Mapping[str, str],
+    *,
+    curve: bool,
 ) -> Observations:
     if curve:
         curves = curves_from_tables(rows.sources, mapping=mapping, warmup_steps=rows.warmup)
         return derive(curves, where=rows.where, name="the tables") if rows.where else curves
-    names = [one.name for form in forms for one in (*form.inputs, form.target)]
-    positive = {form.target.name for form in forms if form.residual == "log"}
-    positive |= {one.name for form in forms for one in form.inputs if one.positive}
     return read_table(
         rows.sources,
-        list(_SWEPT if rows.sweeps else dict.fromkeys(names)),
+        list(_SWEPT if rows.sweeps else names),
         mapping=mapping,
         where=rows.where,
         group=rows.group,
