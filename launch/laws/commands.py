@@ -38,6 +38,11 @@ class Rows:
     unfinished: str | None = option("of runs: refuse (default) or skip those that did not finish")
     bins: int | None = option("of runs' curves: stretches that a train loss is averaged in")
     warmup: int | None = option("of tables of curves: steps of warm-up; default: to the first row")
+    smooth: int | None = option(
+        "rows are means of this many successive checkpoints of each group, in order of D, after "
+        "the first tenth; for laws of scores",
+        min=1,
+    )
     curves: bool = option(
         "of runs: rows are recorded steps, also for a law that reads no step", False
     )
@@ -60,7 +65,11 @@ class Fitting:
     seed: int = option("of spread starts and of bootstraps", 0, min=0)
     objective: str = option("huber or square, of residuals of logs", "huber")
     delta: float = option("where Huber's loss turns from square to linear", 1e-3)
-    fix: tuple[str, ...] = option("NAME=VALUE: a parameter that is not to be fitted", ())
+    fix: tuple[str, ...] = option(
+        "NAME=VALUE: a parameter that is not to be fitted; or the file of a fit, whose values are "
+        "kept; repeat for more",
+        (),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,9 +41,10 @@ def optima(asked: Optimum) -> Report:
             )
     texts = [{"--flops": text.strip()} for text in asked.flops.split(",")]
     rows = [_best(law, numbers(one, "budget")["--flops"], per_token, fixed) for one in texts]
+    repeated = [_repeated(law, row, fixed) for row in rows] if "U" in fixed else []
     warnings = list(dict.fromkeys(w for row in rows for w in row.warnings))
     warnings += [*law.warnings(), *_other_flops(law, per_token)]
-    facts = {
+    facts: dict[str, Any] = {
         "law": law.form.name,
         "from": law.origin,
         "level": LEVEL,
@@ -51,11 +52,19 @@ def optima(asked: Optimum) -> Report:
         "optima": [_facts(row) for row in rows],
         "warnings": warnings,
     }
+    for one, more in zip(facts["optima"], repeated, strict=False):
+        one |= more
     header = ["FLOPs", "N", "95 % interval", "D", "D/N", "loss", "95 % interval"]
     lines = [
         table([header, *map(_cells, rows)]),
         f"N in parameters, D in tokens = FLOPs / ({per_token:g} N), loss in {law.unit}",
         *_growth(rows),
+        *(
+            f"at {number(row.flops)} FLOPs {number(more['epochs'], 3)} epochs of U = "
+            f"{number(fixed['U'])} tokens; if none had to be repeated the loss would be "
+            f"{number(more['unique']['loss'])}, with N = {number(more['unique']['N'])}"
+            for row, more in zip(rows, repeated, strict=False)
+        ),
         *conventions(law),
         *(f"warning: {warning}" for warning in warnings),
     ]
@@ -108,6 +117,14 @@ def _best(law: Law, flops: float, per_token: float, others: Mapping[str, float])
     return compute_optimal(
         law.fit, flops, per_token, bootstrap=law.bootstrap, level=LEVEL, others=others
     )
+
+
+def _repeated(law: Law, row: Allocation, others: Mapping[str, float]) -> dict[str, Any]:
+    """The epochs of an optimum on U unique tokens, and the optimum with no end of them."""
+    ample = {**others, "U": row.flops}  # more tokens than the budget can read
+    best = best_share(law.form, law.values, row.flops, row.flops_per_parameter_token, ample)
+    unique = {"N": best.N, "D": best.D, "loss": best.loss}
+    return {"epochs": row.D / others["U"], "unique": unique}
 
 
 def _growth(rows: Sequence[Allocation]) -> list[str]:

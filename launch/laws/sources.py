@@ -15,6 +15,7 @@ from allometry.launch.laws.commands import Rows
 from allometry.laws.collect import COUNTS, GROUPINGS, Unfinished, from_runs
 from allometry.laws.curves import curves_from_runs, curves_from_tables
 from allometry.laws.derive import derive
+from allometry.laws.downstream import smooth_checkpoints
 from allometry.laws.forms.base import Form
 from allometry.laws.hyperparameters import sweep_optima
 from allometry.laws.observations import Observations
@@ -72,6 +73,8 @@ def rows_with(
         )
     if rows.sweeps:
         observations = sweep_optima(observations)
+    if rows.smooth is not None:
+        observations = smooth_checkpoints(observations, names, window=rows.smooth)
     for name in rows.drop:
         if name not in observations.groups:
             known = ", ".join(dict.fromkeys(observations.groups))
@@ -115,6 +118,8 @@ def _check_options(rows: Rows, *, table: bool, curve: bool) -> None:
         (_OF_CURVES, not curve, "laws of curves (or --curves)"),
         (("warmup",), not table, "tables of curves; runs say their own warm-up"),
         (("sweeps",), curve, "rows of finished runs, not to curves"),
+        (("smooth",), not table, "tables of checkpoints; --last and --bins average runs"),
+        (("smooth",), curve or rows.group is None, "rows of checkpoints with --group"),
         (("group",), table and curve, "rows of finished runs; each file is a curve of its own"),
     ):
         for name in names:
@@ -145,9 +150,10 @@ def _of_tables(
     if curve:
         curves = curves_from_tables(rows.sources, mapping=mapping, warmup_steps=rows.warmup)
         return derive(curves, where=rows.where, name="the tables") if rows.where else curves
+    wanted = [*names, "D"] if rows.smooth is not None and "D" not in names else list(names)
     return read_table(
         rows.sources,
-        list(_SWEPT if rows.sweeps else names),
+        list(_SWEPT) if rows.sweeps else wanted,
         mapping=mapping,
         where=rows.where,
         group=rows.group,

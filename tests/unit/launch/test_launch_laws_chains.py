@@ -176,3 +176,30 @@ def test_scores_that_cannot_be_had_are_one_sentence(shell: Shell, steps: tuple[P
     ):
         sentence = shell.refusal("predict", *arguments)
         assert re.search(words, sentence), sentence
+
+
+def test_checkpoints_are_averaged_before_a_law_of_scores(shell: Shell, tmp_path: Path) -> None:
+    """The OLMo ladder's second step: five checkpoints a row, the first tenth of a run left out."""
+    rng = np.random.default_rng(0)
+    lines = ["run,D,loss,accuracy"]
+    for run, end in (("a", 2.9), ("b", 2.5)):
+        for step in range(1, 41):
+            loss = end + 1.5 * (step / 40) ** -0.3 - 1.5
+            accuracy = 0.95 - 0.65 / (1 + np.exp(-6 * (loss - 3.0)))
+            lines.append(f"{run},{step}e9,{loss},{accuracy + 0.02 * rng.standard_normal()}")
+    path = tmp_path / "checkpoints.csv"
+    path.write_text("\n".join(lines))
+    law = ("fit", "downstream_sigmoid", path, "--group", "run", *QUICK, "--hold-out", "none")
+    law = (*law, "--fix", "b=0.95")
+    noisy, smooth = shell.json(*law), shell.json(*law, "--smooth", 5)
+    assert (noisy["rows"], smooth["rows"], smooth["groups"]) == (80, 64, 2)
+    errors = [
+        abs(one["parameters"]["a"]["value"] + 0.65) + abs(one["parameters"]["L0"]["value"] - 3.0)
+        for one in (noisy, smooth)
+    ]
+    assert errors[1] < errors[0]
+    assert errors[1] < 0.1
+    few = shell.refusal(*law, "--smooth", 50)
+    assert "has 36 checkpoints after the first 10%" in few
+    alone = ("fit", "downstream_sigmoid", path, *QUICK, "--smooth", 5)
+    assert "--smooth belongs to rows of checkpoints with --group" in shell.refusal(*alone)

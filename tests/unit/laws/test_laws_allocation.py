@@ -12,9 +12,10 @@ from allometry.laws.allocation import best_share, compute_optimal, searched_size
 from allometry.laws.fit.bootstrap import bootstrap
 from allometry.laws.fit.engine import Fit, fit, predict
 from allometry.laws.forms.dense import Chinchilla, Kappa
-from allometry.laws.forms.farseer import Farseer, from_paper
+from allometry.laws.forms.farseer import Farseer
 from allometry.laws.forms.kaplan import Kaplan, KaplanTrajectory
 from allometry.laws.observations import Observations
+from farseer_paper import from_paper
 
 TRUE = {"E": 1.8, "A": 480.0, "B": 2000.0, "alpha": 0.35, "beta": 0.37}
 
