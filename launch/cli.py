@@ -38,6 +38,7 @@ COMMANDS: Commands = {
     "predict": (laws.Predict, "laws.predict:predicted"),
     "optimum": (laws.Optimum, "laws.optimum:optima"),
     "isoflop": (laws.IsoFlop, "laws.isoflop:profiled"),
+    "sweeps": (laws.Sweeps, "laws.sweeps:swept"),
     "laws": (laws.Laws, "laws.list:listed"),
 }
 LADDER: Commands = {

@@ -140,6 +140,26 @@ class IsoFlop(Command):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sweeps(Command):
+    """Say the best lr and B of each sweep (the runs of one N and D), and the laws through them.
+
+    Intervals hold the noise of the runs in each sweep, and how far runs near the laws lie above
+    the best ones says what the laws are worth.
+    """
+
+    rows: Rows
+    at: tuple[str, ...] = option("N=VALUE,D=VALUE: best lr and B there; repeat for more", ())
+    cubic: bool = option("a cubic through each sweep: it leans less and takes 30 runs", False)
+    within: float = option("runs that count, up to this many percent above a sweep's best", 1.5)
+    initial_loss: float | None = option(
+        "loss before training, for the sensitivity to lr (arXiv 2309.14322): the mean over rates "
+        "of min(loss, initial) less the best"
+    )
+    bootstraps: int = option("samples for intervals", 1000, min=2)
+    seed: int = option("of the bootstrap", 0, min=0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Laws(Command):
     """List the laws that can be fitted: equation, inputs with units, source, range."""
 

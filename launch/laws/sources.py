@@ -22,7 +22,8 @@ from allometry.laws.observations import Observations
 from allometry.laws.tables import is_table, read_table
 from allometry.trainer.record.rates import planned_rates
 
-_SWEPT = ("N", "D", "lr", "B", "loss")
+SWEPT = ("N", "D", "lr", "B", "loss")
+"""What sweeps are read by."""
 _OF_RUNS = ("count", "loss", "last", "group_by", "unfinished", "bins", "curves")
 _OF_FINISHED_RUNS = ("last", "group_by", "unfinished")
 _OF_CURVES = ("bins", "warmup")
@@ -153,11 +154,11 @@ def _of_tables(
     wanted = [*names, "D"] if rows.smooth is not None and "D" not in names else list(names)
     return read_table(
         rows.sources,
-        list(_SWEPT) if rows.sweeps else wanted,
+        list(SWEPT) if rows.sweeps else wanted,
         mapping=mapping,
         where=rows.where,
         group=rows.group,
-        positive=_SWEPT if rows.sweeps else positive,
+        positive=SWEPT if rows.sweeps else positive,
     )
 
 
