@@ -160,6 +160,52 @@ class Sweeps(Command):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MixBest(Command):
+    """Say which shares of the domains reach the least (weighted) loss, with intervals."""
+
+    fits: tuple[str, ...] = argument(
+        "fits of laws of shares: FILE, or NAME=FILE, one for each loss"
+    )
+    weights: tuple[str, ...] = option(
+        "NAME=NUMBER: of a fit's loss in the sum; default: 1 of each", (), "--weight"
+    )
+    least: tuple[str, ...] = option("DOMAIN=SHARE: at least this; repeat for more", ())
+    most: tuple[str, ...] = option("DOMAIN=SHARE: at most this; repeat for more", ())
+    inputs: tuple[str, ...] = option("NAME=VALUE: what the laws read besides shares", (), "--with")
+    starts: int = option("searches, whose agreement is told", 16, min=1)
+    seed: int = option("of the starts", 0, min=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixRatio(Command):
+    """Say how large a domain's share can be before the general loss rises too far (D-CPT).
+
+    Both fits are of a law that reads r, the share of the corpus whose loss it predicts: d_cpt.
+    """
+
+    general: Path = option("the fit of the general loss, by the general share", REQUIRED)
+    domain: Path = option("the fit of the domain's loss, by the domain's share", REQUIRED)
+    start: float = option("general loss before the training", REQUIRED)
+    rise: float = option("percent that the general loss may be above it", 3.0)
+    inputs: tuple[str, ...] = option("NAME=VALUE: what the laws read besides r", (), "--with")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixCritical(Command):
+    """Say the critical mixture ratio of a domain by tokens (CMR), from runs of several shares.
+
+    Rows have D, r (the domain's share) and dloss (general loss less that before): of runs by
+    --curves --map r=r/DOMAIN --map 'dloss=loss - 2.86'.
+    """
+
+    rows: Rows
+    tokens: str = option("horizons, as 1e10,2e10", REQUIRED)
+    bound: float = option("rise of the general loss that is allowed", 0.05)
+    bootstraps: int = option("samples for intervals; 0: none", 50, min=0)
+    seed: int = option("of starts and samples", 0, min=0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Laws(Command):
     """List the laws that can be fitted: equation, inputs with units, source, range."""
 
