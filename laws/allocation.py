@@ -161,7 +161,8 @@ def searched_size(
         raise UserError(f"flops={flops:.4g} are too few to share between parameters and tokens")
 
     def losses(log_n: Array) -> Array:
-        return predict(form, values, _rows(form, np.exp(log_n), product, flops, others))
+        with np.errstate(all="ignore"):  # far from all runs a law may overflow
+            return predict(form, values, _rows(form, np.exp(log_n), product, flops, others))
 
     left, right = low, high
     while right - left > 1e-2:
