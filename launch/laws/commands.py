@@ -169,8 +169,12 @@ class MixBest(Command):
     weights: tuple[str, ...] = option(
         "NAME=NUMBER: of a fit's loss in the sum; default: 1 of each", (), "--weight"
     )
-    least: tuple[str, ...] = option("DOMAIN=SHARE: at least this; repeat for more", ())
-    most: tuple[str, ...] = option("DOMAIN=SHARE: at most this; repeat for more", ())
+    least: tuple[str, ...] = option(
+        "DOMAIN=SHARE: at least this; default: the least that was run; repeat for more", ()
+    )
+    most: tuple[str, ...] = option(
+        "DOMAIN=SHARE: at most this; default: the largest that was run; repeat for more", ()
+    )
     inputs: tuple[str, ...] = option("NAME=VALUE: what the laws read besides shares", (), "--with")
     starts: int = option("searches, whose agreement is told", 16, min=1)
     seed: int = option("of the starts", 0, min=0)

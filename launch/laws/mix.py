@@ -9,17 +9,20 @@ from typing import Any
 from allometry.configs.errors import UserError
 from allometry.launch.command import Report
 from allometry.launch.laws.commands import MixBest
-from allometry.launch.laws.predict import LEVEL, interval
+from allometry.launch.laws.predict import LEVEL
 from allometry.launch.laws.sources import assignments, numbers
-from allometry.launch.text import counted, number, table
+from allometry.launch.text import number, table
 from allometry.laws.fit.store import StoredFit, load_fit
 from allometry.laws.forms.mixture import DomainForm
 from allometry.laws.mixing import mixture_intervals, optimal_mixture
 from allometry.laws.observations import Observations
 
+END = 1e-4
+"""A share this near to an end of the runs' is at it."""
+
 
 def best(asked: MixBest) -> Report:
-    """Return the best shares and each fit's loss there.
+    """Return the best shares within those that were run, and each fit's loss there.
 
     Raises UserError: a file is no fit of a law of shares, the fits are of other domains, an input
     that they read is missing, or no mixture keeps the bounds.
@@ -28,8 +31,9 @@ def best(asked: MixBest) -> Report:
     domains = _domains(fits)
     at = _inputs(fits, domains, numbers(assignments(asked.inputs, "--with"), "--with"))
     options: dict[str, Any] = {"at": at, "seed": asked.seed}
+    ran = {"least": _ends(fits, domains, max, min), "most": _ends(fits, domains, min, max)}
     for name, texts in (("least", asked.least), ("most", asked.most)):
-        options[name] = numbers(assignments(texts, f"--{name}"), f"--{name}")
+        options[name] = ran[name] | numbers(assignments(texts, f"--{name}"), f"--{name}")
     given = numbers(assignments(asked.weights, "--weight"), "--weight")
     for name in given:
         if name not in fits:
@@ -38,7 +42,7 @@ def best(asked: MixBest) -> Report:
     laws = {name: one.fit for name, one in fits.items()}
     found = optimal_mixture(laws, domains, starts=asked.starts, **options)
     sampled = {name: one.bootstrap for name, one in fits.items() if one.bootstrap is not None}
-    warnings = _warnings(fits, found.shares, at)
+    warnings = [*_warnings(fits, found.shares, at), *_at_ends(found.shares, options, ran)]
     intervals = None
     if len(sampled) == len(fits):
         intervals = mixture_intervals(sampled, domains, level=LEVEL, **options)
@@ -52,7 +56,12 @@ def best(asked: MixBest) -> Report:
         )
     low_high = {name: (None, None) if intervals is None else intervals[name] for name in domains}
     shares = {
-        name: {"share": found.shares[name], "low": low_high[name][0], "high": low_high[name][1]}
+        name: {
+            **dict(
+                zip(("share", "low", "high"), (found.shares[name], *low_high[name]), strict=True)
+            ),
+            "run": [ran["least"][name], ran["most"][name]],
+        }
         for name in domains
     }
     facts = {
@@ -66,20 +75,21 @@ def best(asked: MixBest) -> Report:
         "starts": found.starts,
         "warnings": warnings,
     }
-    rows = [["domain", "share", "95 % interval", "fitted shares"]]
-    for name in domains:
-        fitted = [law.observations[name] for law in laws.values()]
-        lowest, highest = (f(map(f, fitted)) for f in (min, max))
-        shown = interval(*low_high[name], 3)
-        rows.append([name, f"{found.shares[name]:.4f}", shown, interval(lowest, highest, 3)])
+    return Report(facts, _text(facts))
+
+
+def _text(facts: Mapping[str, Any]) -> str:
+    rows = [["domain", "share", "95 % interval", "shares of the runs"]]
+    for name, one in facts["shares"].items():
+        shown = "-" if one["low"] is None else f"{one['low']:.4f} to {one['high']:.4f}"
+        low, high = one["run"]
+        rows.append([name, f"{one['share']:.4f}", shown, f"{low:.4f} to {high:.4f}"])
     losses = [["fit", "weight", "loss there"]]
-    losses += [
-        [name, number(options["weights"][name]), number(loss)]
-        for name, loss in found.losses.items()
-    ]
-    agree = f"{found.agreeing} of {counted(found.starts, 'search').replace('searchs', 'searches')}"
-    lines = [table(rows), "", table(losses), f"{agree} agree on it"]
-    return Report(facts, "\n".join([*lines, *(f"warning: {one}" for one in warnings)]))
+    for name, loss in facts["losses"].items():
+        losses.append([name, number(facts["weights"][name]), number(loss)])
+    agree = f"{facts['agreeing']} of {facts['starts']} searches agree on it"
+    warnings = (f"warning: {one}" for one in facts["warnings"])
+    return "\n".join([table(rows), "", table(losses), agree, *warnings])
 
 
 def _fits(texts: Sequence[str]) -> dict[str, StoredFit]:
@@ -127,6 +137,30 @@ def _inputs(
     if missing:
         raise UserError(f"the fits also read {', '.join(missing)}; give --with {missing[0]}=VALUE")
     return dict(given)
+
+
+def _ends(
+    fits: Mapping[str, StoredFit], domains: Sequence[str], over_fits: Any, over_rows: Any
+) -> dict[str, float]:
+    """The ends of the shares that the runs of every fit have."""
+    rows = [one.fit.observations for one in fits.values()]
+    return {name: float(over_fits(over_rows(one[name]) for one in rows)) for name in domains}
+
+
+def _at_ends(
+    shares: Mapping[str, float], asked: Mapping[str, Any], ran: Mapping[str, Mapping[str, float]]
+) -> list[str]:
+    """A warning for each domain whose share is at an end of what was run, and not at 0 or 1."""
+    warnings = []
+    for end, word in (("least", "least"), ("most", "largest")):
+        for name, share in shares.items():
+            edge = ran[end][name]
+            if asked[end][name] == edge and abs(share - edge) < END and END < edge < 1.0 - END:
+                warnings.append(
+                    f"{name} is at the {word} share that was run, {edge:.4g}: run more, or let the "
+                    f"search go beyond (--{end} {name}=...)"
+                )
+    return warnings
 
 
 def _warnings(

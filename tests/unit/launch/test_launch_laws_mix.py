@@ -84,6 +84,23 @@ def test_weights_and_bounds_move_the_best_mixture(shell: Shell, fits: dict[str, 
     assert sum(shares.values()) == pytest.approx(1.0)
 
 
+def test_shares_beyond_those_that_were_run_are_not_searched(shell: Shell, tmp_path: Path) -> None:
+    """A law of runs with at most 40 % of a says nothing of 100 %."""
+    lines = ["a,b,c,loss"]
+    for a, b in ((0.1, 0.3), (0.2, 0.2), (0.3, 0.5), (0.4, 0.3), (0.25, 0.65), (0.35, 0.1)):
+        loss = 1.5 + np.exp(-2 * a - b)
+        lines.append(f"{a},{b},{1 - a - b:.6f},{loss}")
+    table, file = tmp_path / "few.csv", tmp_path / "few.json"
+    table.write_text("\n".join(lines))
+    shell("fit", "mixing_exponential:a,b,c", table, *QUICK, "--out", file)
+    facts = shell.json("mix", "best", file)
+    assert facts["shares"]["a"]["share"] == pytest.approx(0.4)
+    assert any("a is at the largest share that was run, 0.4" in w for w in facts["warnings"])
+    beyond = shell.json("mix", "best", file, "--most", "a=0.9")
+    assert beyond["shares"]["a"]["share"] == pytest.approx(0.8)  # b and c had 0.1 at least
+    assert any("a=0.8 is outside of the fitted range" in w for w in beyond["warnings"])
+
+
 def chemistry(shell: Shell, folder: Path) -> dict[str, Path]:
     """Fits to the ratios of 2406.01375's table 5, by the law in r alone."""
     path = law_data("published_tables") / "published.json"

@@ -84,6 +84,9 @@ def test_the_best_mixture_moves_with_the_budget_in_the_joint_law_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shell, best = Shell(capsys), {}
+    whole = [
+        f"--{end}={name}={share}" for name in DOMAINS for end, share in (("least", 0), ("most", 1))
+    ]
     for name in LAWS:
         true = Exact(name)
         rows = Observations.of({**runs().columns, "loss": true.predict(runs())})
@@ -91,7 +94,7 @@ def test_the_best_mixture_moves_with_the_budget_in_the_joint_law_alone(
         save_fit(path, fit(true.form, rows, FitOptions(starts=64)))
         for size, tokens in ((4e7, 1e9), (7e9, 1.4e11)):
             at = ("--with", f"N={size}", "--with", f"D={tokens}")
-            facts = shell.json("mix", "best", path, *at)
+            facts = shell.json("mix", "best", path, *at, *whole)
             best[name, size] = [facts["shares"][domain]["share"] for domain in DOMAINS]
     assert "also read N, D; give --with N=VALUE" in shell.refusal("mix", "best", path)
     moved = {name: np.ptp([best[name, 4e7], best[name, 7e9]], axis=0).max() for name in LAWS}
