@@ -37,7 +37,14 @@ COMMANDS: Commands = {
     "compare": (laws.Compare, "laws.compare:compared"),
     "predict": (laws.Predict, "laws.predict:predicted"),
     "optimum": (laws.Optimum, "laws.optimum:optima"),
+    "isoflop": (laws.IsoFlop, "laws.isoflop:profiled"),
+    "sweeps": (laws.Sweeps, "laws.sweeps:swept"),
     "laws": (laws.Laws, "laws.list:listed"),
+}
+MIX: Commands = {
+    "best": (laws.MixBest, "laws.mix:best"),
+    "ratio": (laws.MixRatio, "laws.continual:ratio"),
+    "critical": (laws.MixCritical, "laws.continual:critical"),
 }
 LADDER: Commands = {
     "run": (ladder.Run, "studies.ladder.work:run"),
@@ -55,12 +62,14 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 _ladder = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
-for _app, _commands in ((app, COMMANDS), (_ladder, LADDER)):
+_mix = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+for _app, _commands in ((app, COMMANDS), (_ladder, LADDER), (_mix, MIX)):
     for _name, (_command, _work) in _commands.items():
         register(_app, _name, _command, f"allometry.launch.{_work}")
 app.add_typer(
     _ladder, name="ladder", help="Train small runs, fit a law to them, predict a larger run."
 )
+app.add_typer(_mix, name="mix", help="Choose the shares of data by laws of small runs.")
 
 
 def main(arguments: list[str] | None = None) -> Any:

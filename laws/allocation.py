@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,20 +24,26 @@ SCAN = 257
 """Sizes of one scan; each next one is 64 times finer."""
 FEWEST = 100.0
 """Parameters and tokens are sought above this."""
+DEPTH = 1e-9
+"""Share by which losses to both sides of a least one exceed it: more than rounding does."""
+NAMES = ("N", "D", "loss", "exponent")
+"""What an optimum has intervals of."""
 
 
 @dataclass(frozen=True)
 class Allocation:
     """The best use of ``flops``: ``N`` parameters, ``D`` tokens, and the ``loss`` they reach.
 
-    ``intervals``: (low, high) of N, D and loss at ``level``, from a bootstrap. ``warnings``: what
-    lies outside of the range that was fitted.
+    ``exponent``: a = d ln N / d ln C there, so that N grows as C^a and D as C^(1 - a).
+    ``intervals``: (low, high) of N, D, loss and exponent at ``level``, from a bootstrap.
+    ``warnings``: what lies outside of the range that was fitted.
     """
 
     flops: float
     N: float
     D: float
     loss: float
+    exponent: float
     flops_per_parameter_token: float
     intervals: Mapping[str, tuple[float, float]] | None
     level: float
@@ -62,35 +68,62 @@ def compute_optimal(
 
     In closed form for Chinchilla's law (Hoffmann et al., arXiv 2203.15556, equation 4), else by a
     search over ln N. ``others``: values of the form's inputs besides N, D, C (flops) and M (D/N).
-    Raises UserError if the form has no such inputs, or the least loss is at the end of all sizes.
+    Samples of the bootstrap that have no optimum are left out of the intervals, and a warning says
+    how many. Raises UserError if the form has no such inputs, or the least loss is at the end of
+    all sizes, or it is so in most samples.
+    """
+    best = best_share(fit.form, fit.values, flops, flops_per_parameter_token, others)
+    rows = _rows(fit.form, np.array([best.N]), best.N * best.D, flops, others)
+    warnings = fit.warnings_for(rows)
+    if bootstrap is None:
+        return replace(best, level=level, warnings=tuple(warnings))
+    samples = []
+    for values_P in bootstrap.values_BP.tolist():
+        values = dict(zip(bootstrap.names, values_P, strict=True))
+        try:
+            one = best_share(fit.form, values, flops, flops_per_parameter_token, others)
+        except UserError as error:
+            reason = error
+            continue
+        samples.append([getattr(one, name) for name in NAMES])
+    lost = len(bootstrap) - len(samples)
+    if 2 * lost > len(bootstrap):
+        raise UserError(f"in {lost} of {len(bootstrap)} bootstrap samples {reason}")
+    if lost:
+        warnings.append(
+            f"{lost} of {len(bootstrap)} bootstrap samples have no optimum at {flops:.4g} FLOPs "
+            "and are left out of its intervals, which are then too narrow"
+        )
+    low, high = np.quantile(samples, (0.5 - level / 2, 0.5 + level / 2), axis=0).tolist()
+    intervals = dict(zip(NAMES, zip(low, high, strict=True), strict=True))
+    return replace(best, intervals=intervals, level=level, warnings=tuple(warnings))
+
+
+def best_share(
+    form: Form,
+    values: Values,
+    flops: float,
+    flops_per_parameter_token: float = FLOPS_PER_PARAMETER_TOKEN,
+    others: Values | None = None,
+) -> Allocation:
+    """Return the optimum of a law with these values, without intervals or warnings.
+
+    Its exponent is that between budgets of half and of twice the FLOPs, which for a law whose
+    optimum is a power of C is the power. Raises UserError: see ``compute_optimal``.
     """
     for name, value in (("flops", flops), ("flops_per_parameter_token", flops_per_parameter_token)):
         if not (np.isfinite(value) and value > 0.0):
             raise UserError(f"{name}={value} must be a positive number")
-    product = flops / flops_per_parameter_token
 
-    def optimum(values: Mapping[str, float]) -> tuple[float, float, float]:
-        size = optimal_size(fit.form, values, product, flops, others)
-        rows = _rows(fit.form, np.array([size]), product, flops, others)
-        return size, product / size, float(predict(fit.form, values, rows)[0])
+    def size(flops: float) -> float:
+        return optimal_size(form, values, flops / flops_per_parameter_token, flops, others)
 
-    best = optimum(fit.values)
-    intervals = None
-    if bootstrap is not None:
-        samples_BP = bootstrap.values_BP.tolist()
-        optima_B3 = [optimum(dict(zip(bootstrap.names, v, strict=True))) for v in samples_BP]
-        tails = (0.5 - level / 2, 0.5 + level / 2)
-        low_3, high_3 = np.quantile(optima_B3, tails, axis=0).tolist()
-        intervals = dict(zip(("N", "D", "loss"), zip(low_3, high_3, strict=True), strict=True))
-    rows = _rows(fit.form, np.array(best[:1]), product, flops, others)
-    return Allocation(
-        float(flops),
-        *best,
-        float(flops_per_parameter_token),
-        intervals,
-        level,
-        tuple(fit.warnings_for(rows)),
-    )
+    best, product = size(flops), flops / flops_per_parameter_token
+    rows = _rows(form, np.array([best]), product, flops, others)
+    loss = float(predict(form, values, rows)[0])
+    exponent = float(np.log(size(2.0 * flops) / size(0.5 * flops)) / np.log(4.0))
+    each = float(flops_per_parameter_token)
+    return Allocation(float(flops), best, product / best, loss, exponent, each, None, 0.95, ())
 
 
 def optimal_size(
@@ -117,7 +150,9 @@ def searched_size(
 ) -> float:
     """Return the N of the least loss where N·D = product, by scans of ln N and a last polynomial.
 
-    A scan of all sizes, then finer ones around its least loss; at last the root of the derivative
+    A scan of all sizes, then finer ones around its least loss, which is one between higher losses
+    where there is such: some laws (Farseer's) have a second descent at sizes that nobody can train.
+    At last the root of the derivative
     of a polynomial through 13 points around it, as differences of losses near an optimum are lost
     in rounding long before their slopes are.
     """
@@ -126,13 +161,13 @@ def searched_size(
         raise UserError(f"flops={flops:.4g} are too few to share between parameters and tokens")
 
     def losses(log_n: Array) -> Array:
-        return predict(form, values, _rows(form, np.exp(log_n), product, flops, others))
+        with np.errstate(all="ignore"):  # far from all runs a law may overflow
+            return predict(form, values, _rows(form, np.exp(log_n), product, flops, others))
 
     left, right = low, high
     while right - left > 1e-2:
         points = np.linspace(left, right, SCAN)
-        at_points = np.where(np.isfinite(at_points := losses(points)), at_points, np.inf)
-        best = int(np.argmin(at_points))
+        best = _least_inside(losses(points))
         center, reach = points[best], 2 * (points[1] - points[0])
         left, right = max(low, center - reach), min(high, center + reach)
     center = (left + right) / 2
@@ -148,6 +183,18 @@ def searched_size(
     inside = real[np.abs(real) <= 0.05]
     vertex = inside[np.argmin(polynomial(inside))] if len(inside) else 0.0
     return float(np.exp(center + vertex))
+
+
+def _least_inside(losses: Array) -> int:
+    """The place of the least loss with higher ones to both sides, else of the least of all."""
+    losses = np.where(np.isfinite(losses), losses, np.inf)
+    higher = losses * (1.0 + DEPTH)
+    before = np.maximum.accumulate(np.where(np.isinf(losses), -np.inf, losses))
+    after = np.maximum.accumulate(np.where(np.isinf(losses), -np.inf, losses)[::-1])[::-1]
+    inside = np.zeros(len(losses), np.bool_)
+    inside[1:-1] = (losses[1:-1] <= losses[:-2]) & (losses[1:-1] <= losses[2:])
+    inside &= (before > higher) & (after > higher)
+    return int(np.argmin(np.where(inside, losses, np.inf) if inside.any() else losses))
 
 
 def _rows(

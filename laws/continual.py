@@ -54,7 +54,7 @@ def choose_ratio(
         raise UserError(f"low={low} and high={high} must be shares, 0 <= low < high <= 1")
 
     def general_loss(shares_n: Array) -> Array:
-        return _predict(general, 1.0 - shares_n, at)
+        return losses_at(general, 1.0 - shares_n, at)
 
     first, last = float(general_loss(np.array([low]))[0]), high
     if not first <= bound:
@@ -72,7 +72,7 @@ def choose_ratio(
         crossing = int(np.argmax(over_n))
         below, last, bounded = float(shares_n[crossing - 1]), float(shares_n[crossing]), True
     share_1 = np.array([below])
-    general_1, domain_1 = general_loss(share_1), _predict(domain, share_1, at)
+    general_1, domain_1 = general_loss(share_1), losses_at(domain, share_1, at)
     return RatioChoice(below, float(general_1[0]), float(domain_1[0]), bounded)
 
 
@@ -94,7 +94,7 @@ def ratio_interval(
     for index in range(min(len(general), len(domain))):
         laws = Sample(general, index), Sample(domain, index)
         share = low
-        if _predict(laws[0], 1.0 - np.array([low]), at)[0] <= bound:
+        if losses_at(laws[0], 1.0 - np.array([low]), at)[0] <= bound:
             share = choose_ratio(*laws, at=at, bound=bound, low=low, high=high).share
         shares.append(share)
     tail = (1.0 - level) / 2.0
@@ -102,7 +102,8 @@ def ratio_interval(
     return float(least), float(most)
 
 
-def _predict(law: Predictor, shares_n: Array, at: Mapping[str, float]) -> Array:
+def losses_at(law: Predictor, shares_n: Array, at: Mapping[str, float]) -> Array:
+    """Return the loss [n] at these shares of the corpus whose loss the law predicts."""
     others = {name: np.full(len(shares_n), float(value)) for name, value in at.items()}
     return law.predict(Observations.of({**others, "r": shares_n}))
 

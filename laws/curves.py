@@ -154,6 +154,9 @@ def _rows(
     columns = {"step": steps, "loss": losses, "N": np.full(len(steps), float(count_of(run, count)))}
     for name, key in (("D", "tokens"), ("C", "flops"), ("S1", "s1"), ("S2", "s2")):
         columns[name] = np.interp(steps, run.metrics["step"], run.metrics[key])
+    for name in run.record.get("data", {}).get("sources", {}):
+        share = run.metrics[f"tokens/{name}"][-1] / run.metrics["tokens"][-1]
+        columns[f"r/{name}"] = np.full(len(steps), float(share))
     return columns
 
 

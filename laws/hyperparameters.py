@@ -91,6 +91,12 @@ class HyperparameterLaw:
     cells: tuple[Cell, ...]
     left_out: Mapping[str, str]
 
+    def pair(self, n: float, d: float) -> tuple[float, float]:
+        """Return the best rate and batch at N and D; 1 for what did not vary."""
+        laws = (self.rate, self.batch)
+        rate, batch = (1.0 if law is None else law.predict(N=n, D=d) for law in laws)
+        return rate, batch
+
     def octaves_from(self, law: PairLaw) -> dict[str, tuple[float, float]]:
         """Return log2(optimum / law(N, D)) of rate and batch by the cell's name.
 
@@ -187,6 +193,26 @@ def _cells(
     if not cells:
         raise UserError(f"no cell has an optimum: {_listed(left_out)}; run more around the best")
     return cells, left_out
+
+
+def held_out_excess(
+    observations: Observations, *, order: Literal[2, 3] = 2, within: float = 0.015
+) -> dict[str, float]:
+    """Return ``nearest_excess`` of each cell by the laws of all other sizes.
+
+    Of a size whose others are fewer than two, or have no law, there is none.
+    """
+    excess: dict[str, float] = {}
+    sizes = np.unique(observations["N"])
+    for size in sizes if len(sizes) > 2 else ():
+        held = observations["N"] == size
+        others = observations.take(~held)
+        try:
+            law = fit_hyperparameter_law(others, order=order, within=within, samples=2)
+        except UserError:
+            continue
+        excess |= nearest_excess(observations.take(held), law.pair)
+    return excess
 
 
 def nearest_excess(observations: Observations, law: PairLaw) -> dict[str, float]:

@@ -4,8 +4,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from allometry.laws.observations import Observations
 
 Array = NDArray[np.float64]
+Interval = tuple[float, float] | None
 
 TOLERANCE = 0.1
 """Rows whose FLOPs exceed a budget's least by less than this share belong to it."""
@@ -22,9 +24,10 @@ TOLERANCE = 0.1
 class IsoFlop:
     """One budget's parabola, loss = c0 + c1·x + c2·x² with x = ln(N / center).
 
-    ``rows``: which observations it is through. ``N``, ``loss``: its vertex; ``D`` the tokens that
-    the budget then buys. ``problem`` says why there is no vertex inside of the sizes that were
-    run; N, D and loss are then those of the best row.
+    ``rows``: which observations it is through; ``trimmed``: those of the budget that were too far
+    above the best. ``N``, ``loss``: its vertex; ``D`` the tokens that the budget then buys.
+    ``problem`` says why there is no vertex inside of the sizes that were run; N, D and loss are
+    then those of the best row.
     """
 
     flops: float
@@ -35,6 +38,7 @@ class IsoFlop:
     D: float
     loss: float
     problem: str | None = None
+    trimmed: NDArray[np.intp] = field(default_factory=lambda: np.empty(0, np.intp))
 
     def losses(self, sizes: Array) -> Array:
         """Return the parabola at these N."""
@@ -43,27 +47,38 @@ class IsoFlop:
 
 
 def isoflop_optima(
-    observations: Observations, flops_per_parameter_token: float = 6.0, tolerance: float = TOLERANCE
+    observations: Observations,
+    flops_per_parameter_token: float = 6.0,
+    tolerance: float = TOLERANCE,
+    within: float = np.inf,
 ) -> list[IsoFlop]:
     """Return the parabola of each compute budget with at least three sizes, in order of FLOPs.
 
-    FLOPs are the column ``C`` or, without one, ``flops_per_parameter_token``·N·D. This is the
-    second approach of Hoffmann et al. (arXiv 2203.15556). Caveat: a loss that is a sum of power
-    laws is no parabola in ln N, so the vertices are biased even without noise, the more so the
-    wider and the less symmetric the sizes lie around the optimum (arXiv 2603.22339): use them to
-    look at, and a fitted law for numbers.
+    FLOPs are the column ``C`` or, without one, ``flops_per_parameter_token``·N·D; with both C and D
+    the tokens at a vertex are what the runs of neighbouring sizes had. ``within``: only rows whose
+    loss exceeds the budget's least by at most this share; where fewer than three sizes are left the
+    budget's ``problem`` says so. This is the second approach of Hoffmann et al. (arXiv 2203.15556).
+    Caveat: a loss that is a sum of power laws is no parabola in ln N, so the vertices are biased
+    even without noise, the more so the wider and the less symmetric the sizes lie around the
+    optimum (arXiv 2603.22339): trim, use them to look at, and a fitted law for numbers.
     """
     sizes, losses = observations["N"], observations["loss"]
-    flops = observations.columns.get("C")
-    if flops is None:
-        flops = flops_per_parameter_token * sizes * observations["D"]
+    flops = flops_of(observations, flops_per_parameter_token)
+    tokens = observations.columns.get("D", flops / (flops_per_parameter_token * sizes))
     optima = []
     for rows in budgets(flops, tolerance):
         if len(np.unique(sizes[rows])) >= 3:
-            budget = float(np.exp(np.log(flops[rows]).mean()))
-            tokens = budget / flops_per_parameter_token
-            optima.append(_parabola(rows, sizes[rows], losses[rows], budget, tokens))
+            near = losses[rows] <= losses[rows].min() * (1.0 + within)
+            best = _parabola(rows[near], sizes, losses, flops, tokens)
+            optima.append(replace(best, trimmed=rows[~near]))
     return optima
+
+
+def flops_of(observations: Observations, flops_per_parameter_token: float = 6.0) -> Array:
+    """Return the FLOPs of each row: the column ``C``, or so many for each parameter and token."""
+    if "C" in observations.columns:
+        return observations["C"]
+    return flops_per_parameter_token * observations["N"] * observations["D"]
 
 
 def budgets(flops: Array, tolerance: float = TOLERANCE) -> list[NDArray[np.intp]]:
@@ -77,28 +92,116 @@ def budgets(flops: Array, tolerance: float = TOLERANCE) -> list[NDArray[np.intp]
 
 
 def _parabola(
-    rows: NDArray[np.intp], sizes: Array, losses: Array, budget: float, product: float
+    rows: NDArray[np.intp], sizes: Array, losses: Array, flops: Array, tokens: Array
 ) -> IsoFlop:
+    """The parabola of one budget's rows, whose columns are given whole."""
+    sizes, losses, flops, tokens = (column[rows] for column in (sizes, losses, flops, tokens))
+    budget = float(np.exp(np.log(flops).mean()))
+    best = int(np.argmin(losses))
+    if (number := len(np.unique(sizes))) < 3:
+        at = (float(sizes[best]), float(tokens[best]), float(losses[best]))
+        few = f"{number} sizes are within the trimming, and a parabola takes three"
+        return IsoFlop(budget, rows, at[0], (at[2], 0.0, 0.0), *at, few)
     center = float(np.exp(np.log(sizes).mean()))
     x = np.log(sizes / center)
     c0, c1, c2 = (float(c) for c in np.polynomial.polynomial.polyfit(x, losses, 2))
-    best = int(np.argmin(losses))
-    size, loss, problem = float(sizes[best]), float(losses[best]), None
+    size, loss = float(sizes[best]), float(losses[best])
+    problem: str | None = None
     if not c2 > 0.0:
         problem = "the parabola has no least value"
     elif not x.min() < (vertex := -c1 / (2 * c2)) < x.max():
         problem = "the least value lies outside of the sizes that were run"
     else:
         size, loss = center * float(np.exp(vertex)), c0 - c1 * c1 / (4 * c2)
-    return IsoFlop(budget, rows, center, (c0, c1, c2), size, product / size, loss, problem)
+    order = np.argsort(sizes)
+    spent = np.log(flops / (sizes * tokens))[order]  # of each parameter and token
+    each = float(np.exp(np.interp(np.log(size), np.log(sizes)[order], spent)))
+    return IsoFlop(budget, rows, center, (c0, c1, c2), size, budget / (each * size), loss, problem)
 
 
-def size_exponent(optima: Sequence[IsoFlop]) -> tuple[float, float] | None:
-    """Return (a, ln k) of N = k·C^a through the vertices, or None with fewer than two of them."""
+def exponent(
+    optima: Sequence[IsoFlop], name: Literal["N", "D"] = "N"
+) -> tuple[float, float] | None:
+    """Return (a, ln k) of k·C^a, N or D at the vertices, or None with fewer than two of them."""
     inside = [optimum for optimum in optima if optimum.problem is None]
     if len(inside) < 2:
         return None
     log_c = np.log([optimum.flops for optimum in inside])
-    log_n = np.log([optimum.N for optimum in inside])
-    slope, intercept = np.polyfit(log_c, log_n, 1)
+    slope, intercept = np.polyfit(log_c, np.log([getattr(one, name) for one in inside]), 1)
     return float(slope), float(intercept)
+
+
+@dataclass(frozen=True)
+class Resampled:
+    """Percentile intervals of the vertices and exponents; None: fewer than half of the samples had
+    one. ``N``, ``D``, ``loss``: by budget, in the order of the optima, from the samples with a
+    vertex, which are this share (``vertices``)."""
+
+    N: tuple[Interval, ...]
+    D: tuple[Interval, ...]
+    loss: tuple[Interval, ...]
+    vertices: tuple[float, ...]
+    exponents: Mapping[Literal["N", "D"], Interval]
+
+
+def resampled(
+    observations: Observations,
+    optima: Sequence[IsoFlop],
+    flops_per_parameter_token: float = 6.0,
+    *,
+    samples: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Resampled | None:
+    """Return intervals by a bootstrap of residuals, or None where there are none to draw.
+
+    Rows would leave too few sizes in a budget if they were drawn themselves, so each sample adds to
+    the parabolas residuals drawn from all budgets. Rows of one budget and size move together, by
+    the mean of their residuals, widened by k/(k - 3) for a budget of k sizes, whose parabola used
+    up three; three sizes have no residuals. Without a single budget of more sizes, None.
+    """
+    sizes = observations["N"]
+    flops = flops_of(observations, flops_per_parameter_token)
+    tokens = observations.columns.get("D", flops / (flops_per_parameter_token * sizes))
+    fitted, pool = observations["loss"].copy(), []
+    cells = []
+    for one in optima:
+        if one.problem is not None:
+            continue
+        fitted[one.rows] = one.losses(sizes[one.rows])
+        residual = observations["loss"] - fitted
+        of_sizes = [one.rows[sizes[one.rows] == size] for size in np.unique(sizes[one.rows])]
+        cells += of_sizes
+        if (k := len(of_sizes)) > 3:
+            pool += [residual[rows].mean() * np.sqrt(k / (k - 3)) for rows in of_sizes]
+    if not pool:
+        return None
+    draw = np.random.default_rng(seed)
+    found: dict[str, list[list[float]]] = {"N": [], "D": [], "loss": []}
+    slopes: dict[Literal["N", "D"], list[float]] = {"N": [], "D": []}
+    for _ in range(samples):
+        losses = fitted.copy()
+        for rows, moved in zip(cells, draw.choice(pool, len(cells)), strict=True):
+            losses[rows] += moved
+        drawn = [_parabola(one.rows, sizes, losses, flops, tokens) for one in optima]
+        drawn = [
+            now if one.problem is None else replace(now, problem=one.problem)
+            for one, now in zip(optima, drawn, strict=True)
+        ]
+        for name, rows_of in found.items():
+            rows_of.append([np.nan if now.problem else getattr(now, name) for now in drawn])
+        for name, values in slopes.items():
+            values.append(np.nan if (power := exponent(drawn, name)) is None else power[0])
+    columns = {name: np.array(rows_of).T for name, rows_of in found.items()}
+    by_budget = {name: tuple(_interval(v, level) for v in rows) for name, rows in columns.items()}
+    exponents = {name: _interval(np.array(values), level) for name, values in slopes.items()}
+    had = tuple(np.isfinite(columns["N"]).mean(axis=1).tolist())
+    return Resampled(**by_budget, vertices=had, exponents=exponents)
+
+
+def _interval(values: Array, level: float) -> Interval:
+    known = values[np.isfinite(values)]
+    if 2 * len(known) < len(values):
+        return None
+    low, high = np.quantile(known, (0.5 - level / 2, 0.5 + level / 2))
+    return float(low), float(high)

@@ -77,11 +77,6 @@ def _orthogonal(matrix: Tensor, _which: Matrix, coefficients: tuple[Coefficients
 
 
 def precision(items: Sequence[Item]) -> torch.dtype:
-    """Return the type in which matrices travel and are made orthogonal: bf16 unless a group says.
-
-    ``newton_schulz_dtype`` of a group is for tests, which compare in a type that rounds less.
-    """
-    dtypes = {item.group.get("newton_schulz_dtype", torch.bfloat16) for item in items}
-    assert len(dtypes) == 1, dtypes
-    dtype: torch.dtype = dtypes.pop()
-    return dtype
+    """Return the type in which matrices travel and are made orthogonal: bf16; float64 stays."""
+    dtypes = {item.parameter.dtype for item in items}
+    return torch.float64 if dtypes == {torch.float64} else torch.bfloat16

@@ -17,7 +17,6 @@ from allometry.scaling.inventory import inventory
 from allometry.scaling.roles import MATRICES
 
 HYPERP_LAYERS = 8
-HYPERP_BATCH = 2**21
 HYPERP_TOKENS = 10.4e9
 
 
@@ -179,20 +178,6 @@ def minicpm_batch(loss: float) -> float:
 def hyperp_base_lr(tokens: float) -> float:
     """Return HyperP's best rate at 8 layers and 2²¹ tokens a step, arXiv 2603.28743, eq. 8."""
     return float(24.27 * tokens**-0.320)
-
-
-def hyperp_lr(base_lr: float, *, batch_tokens: float, num_layers: int, tokens: float) -> float:
-    """Return HyperP's rate away from its base (8 layers, 2²¹ tokens a step, 10.4e9 tokens).
-
-    η = η₀·√(B/B₀)·√(L₀/L)·(T/T₀)^−0.32, as the authors' code applies it to every group
-    (microsoft/ArchScale, pretrain.py).
-    """
-    return float(
-        base_lr
-        * math.sqrt(batch_tokens / HYPERP_BATCH)
-        * math.sqrt(HYPERP_LAYERS / num_layers)
-        * (tokens / HYPERP_TOKENS) ** -0.32
-    )
 
 
 def _step(target: Target) -> Values:

@@ -40,6 +40,11 @@ class Rows:
     unfinished: str | None = option("of runs: refuse (default) or skip those that did not finish")
     bins: int | None = option("of runs' curves: stretches that a train loss is averaged in")
     warmup: int | None = option("of tables of curves: steps of warm-up; default: to the first row")
+    smooth: int | None = option(
+        "rows are means of this many successive checkpoints of each group, in order of D, after "
+        "the first tenth; for laws of scores",
+        min=1,
+    )
     curves: bool = option(
         "of runs: rows are recorded steps, also for a law that reads no step", False
     )
@@ -62,7 +67,11 @@ class Fitting:
     seed: int = option("of spread starts and of bootstraps", 0, min=0)
     objective: str = option("huber or square, of residuals of logs", "huber")
     delta: float = option("where Huber's loss turns from square to linear", 1e-3)
-    fix: tuple[str, ...] = option("NAME=VALUE: a parameter that is not to be fitted", ())
+    fix: tuple[str, ...] = option(
+        "NAME=VALUE: a parameter that is not to be fitted; or the file of a fit, whose values are "
+        "kept; repeat for more",
+        (),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +123,94 @@ class Optimum(Command):
     )
     law: str | None = option(LAW)
     published: str | None = option(PUBLISHED)
+
+
+@dataclass(frozen=True, kw_only=True)
+class IsoFlop(Command):
+    """Fit a parabola of loss over ln N at each compute budget: best N and D, and their exponents.
+
+    FLOPs are the column C of runs, or of a table where --map C=COLUMN names it, else 6 N D.
+    """
+
+    rows: Rows
+    within: float | None = option(
+        "leave out rows whose loss is more than this many percent above their budget's best; "
+        "default: none"
+    )
+    tolerance: float = option("rows of one budget have FLOPs within this many percent", 10.0)
+    flops_per_parameter_token: float = option("without a column C: C = this x N x D", 6.0)
+    bootstraps: int = option("samples for intervals; 0: none", 1000, min=0)
+    seed: int = option("of the bootstrap", 0, min=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweeps(Command):
+    """Say the best lr and B of each sweep (the runs of one N and D), and the laws through them.
+
+    Intervals hold the noise of the runs in each sweep, and how far runs near the laws lie above
+    the best ones says what the laws are worth.
+    """
+
+    rows: Rows
+    at: tuple[str, ...] = option("N=VALUE,D=VALUE: best lr and B there; repeat for more", ())
+    cubic: bool = option("a cubic through each sweep: it leans less and takes 30 runs", False)
+    within: float = option("runs that count, up to this many percent above a sweep's best", 1.5)
+    initial_loss: float | None = option(
+        "loss before training, for the sensitivity to lr (arXiv 2309.14322): the mean over rates "
+        "of min(loss, initial) less the best"
+    )
+    bootstraps: int = option("samples for intervals", 1000, min=2)
+    seed: int = option("of the bootstrap", 0, min=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixBest(Command):
+    """Say which shares of the domains reach the least (weighted) loss, with intervals."""
+
+    fits: tuple[str, ...] = argument(
+        "fits of laws of shares: FILE, or NAME=FILE, one for each loss"
+    )
+    weights: tuple[str, ...] = option(
+        "NAME=NUMBER: of a fit's loss in the sum; default: 1 of each", (), "--weight"
+    )
+    least: tuple[str, ...] = option(
+        "DOMAIN=SHARE: at least this; default: the least that was run; repeat for more", ()
+    )
+    most: tuple[str, ...] = option(
+        "DOMAIN=SHARE: at most this; default: the largest that was run; repeat for more", ()
+    )
+    inputs: tuple[str, ...] = option("NAME=VALUE: what the laws read besides shares", (), "--with")
+    starts: int = option("searches, whose agreement is told", 16, min=1)
+    seed: int = option("of the starts", 0, min=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixRatio(Command):
+    """Say how large a domain's share can be before the general loss rises too far (D-CPT).
+
+    Both fits are of a law that reads r, the share of the corpus whose loss it predicts: d_cpt.
+    """
+
+    general: Path = option("the fit of the general loss, by the general share", REQUIRED)
+    domain: Path = option("the fit of the domain's loss, by the domain's share", REQUIRED)
+    start: float = option("general loss before the training", REQUIRED)
+    rise: float = option("percent that the general loss may be above it", 3.0)
+    inputs: tuple[str, ...] = option("NAME=VALUE: what the laws read besides r", (), "--with")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixCritical(Command):
+    """Say the critical mixture ratio of a domain by tokens (CMR), from runs of several shares.
+
+    Rows have D, r (the domain's share) and dloss (general loss less that before): of runs by
+    --curves --map r=r/DOMAIN --map 'dloss=loss - 2.86'.
+    """
+
+    rows: Rows
+    tokens: str = option("horizons, as 1e10,2e10", REQUIRED)
+    bound: float = option("rise of the general loss that is allowed", 0.05)
+    bootstraps: int = option("samples for intervals; 0: none", 50, min=0)
+    seed: int = option("of starts and samples", 0, min=0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from allometry.laws.derive import HELD_OUT, mark_held_out
 from allometry.laws.fit.bootstrap import Bootstrap, bootstrap
 from allometry.laws.fit.compare import GROUPS
 from allometry.laws.fit.engine import Fit, FitOptions, fit, require_identified
-from allometry.laws.fit.store import save_fit
+from allometry.laws.fit.store import load_fit, save_fit
 from allometry.laws.fit.validate import hold_out_largest, leave_one_group_out
 from allometry.laws.forms.base import Form
 from allometry.laws.observations import Observations
@@ -33,7 +33,7 @@ FEW_GROUPS = 10
 
 def fit_options(fitting: Fitting, forms: Sequence[Form]) -> FitOptions:
     """Return how these laws are best. Raises UserError for an option that is none."""
-    fixed = numbers(assignments(fitting.fix, "--fix"), "--fix")
+    fixed = _fixed(fitting.fix)
     for name in fixed:
         for form in forms:
             known = [parameter.name for parameter in form.parameters]
@@ -56,6 +56,19 @@ def fit_options(fitting: Fitting, forms: Sequence[Form]) -> FitOptions:
         seed=fitting.seed,
         fixed=fixed,
     )
+
+
+def _fixed(texts: Sequence[str]) -> dict[str, float]:
+    """Parameters that are not to be fitted, of NAME=VALUE texts and files of fits."""
+    files = [text for text in texts if text.endswith(".json")]
+    given = [text for text in texts if text not in files]
+    fixed = numbers(assignments(given, "--fix"), "--fix")
+    for file in files:
+        for name, value in load_fit(Path(file)).fit.values.items():
+            if name in fixed:
+                raise UserError(f"--fix {file}: {name} is fixed already; give each parameter once")
+            fixed[name] = value
+    return fixed
 
 
 @dataclass(frozen=True)
@@ -171,6 +184,8 @@ def _text(result: Result, out: Path | None) -> str:
             low, high = result.bootstrap.interval(name)
             interval = f"{number(low)} to {number(high)}"
         rows.append([name, number(best.values[name]), interval, best.unit(parameter.unit)])
+    paper = form.restated(best.values)
+    restated = ", ".join(f"{name} = {number(value)}" for name, value in paper.items())
     groups = len(set(observations.groups))
     scale = "differences" if form.residual == "linear" else "log residuals"
     huber = best.options.loss == "huber"
@@ -180,6 +195,7 @@ def _text(result: Result, out: Path | None) -> str:
         f"fitted to {len(observations)} rows of {counted(groups, 'group')}",
         "",
         table(rows),
+        *([f"as in the paper: {restated}"] if paper else []),
         "",
         f"objective  {best.objective:.6g}, the sum over rows of {kind} of {scale}",
         "optimum    " + "; ".join(certificate_words(best.certificate)),
@@ -197,6 +213,7 @@ def _text(result: Result, out: Path | None) -> str:
 
 def _facts(result: Result, out: Path | None) -> dict[str, Any]:
     best, sampled = result.fit, result.bootstrap
+    restated = best.form.restated(best.values)
     parameters: dict[str, Any] = {}
     for parameter in best.form.parameters:
         name = parameter.name
@@ -218,6 +235,7 @@ def _facts(result: Result, out: Path | None) -> dict[str, Any]:
         "rows": len(best.observations),
         "groups": len(set(best.observations.groups)),
         "parameters": parameters,
+        "restated": {name: finite(value) for name, value in restated.items()},
         "level": 0.95,
         "bootstraps": 0 if sampled is None else len(sampled),
         "objective": best.objective,

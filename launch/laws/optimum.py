@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from allometry.configs.errors import UserError
@@ -11,9 +11,10 @@ from allometry.launch.laws.commands import Optimum
 from allometry.launch.laws.predict import LEVEL, Law, conventions, interval
 from allometry.launch.laws.sources import assignments, numbers
 from allometry.launch.text import number, table
-from allometry.laws.allocation import Allocation, compute_optimal, optimal_size
-from allometry.laws.observations import Observations
+from allometry.laws.allocation import Allocation, best_share, compute_optimal
 
+SAME_EXPONENT = 1e-4
+"""Exponents of several budgets that differ by less are one power law's, but for rounding."""
 FLOPS_TOLERANCE = 0.1
 """Relative difference of FLOPs for each parameter and token beyond which ``optimum`` warns."""
 
@@ -40,9 +41,10 @@ def optima(asked: Optimum) -> Report:
             )
     texts = [{"--flops": text.strip()} for text in asked.flops.split(",")]
     rows = [_best(law, numbers(one, "budget")["--flops"], per_token, fixed) for one in texts]
+    repeated = [_repeated(law, row, fixed) for row in rows] if "U" in fixed else []
     warnings = list(dict.fromkeys(w for row in rows for w in row.warnings))
     warnings += [*law.warnings(), *_other_flops(law, per_token)]
-    facts = {
+    facts: dict[str, Any] = {
         "law": law.form.name,
         "from": law.origin,
         "level": LEVEL,
@@ -50,10 +52,19 @@ def optima(asked: Optimum) -> Report:
         "optima": [_facts(row) for row in rows],
         "warnings": warnings,
     }
+    for one, more in zip(facts["optima"], repeated, strict=False):
+        one |= more
     header = ["FLOPs", "N", "95 % interval", "D", "D/N", "loss", "95 % interval"]
     lines = [
         table([header, *map(_cells, rows)]),
         f"N in parameters, D in tokens = FLOPs / ({per_token:g} N), loss in {law.unit}",
+        *_growth(rows),
+        *(
+            f"at {number(row.flops)} FLOPs {number(more['epochs'], 3)} epochs of U = "
+            f"{number(fixed['U'])} tokens; if none had to be repeated the loss would be "
+            f"{number(more['unique']['loss'])}, with N = {number(more['unique']['N'])}"
+            for row, more in zip(rows, repeated, strict=False)
+        ),
         *conventions(law),
         *(f"warning: {warning}" for warning in warnings),
     ]
@@ -65,6 +76,7 @@ def _facts(row: Allocation) -> dict[str, Any]:
     return {
         "flops": row.flops,
         **{name: {"value": getattr(row, name), **_low_high(row, name)} for name in names},
+        "exponents": _exponents(row),
         "tokens_per_parameter": row.tokens_per_parameter,
         "warnings": list(row.warnings),
     }
@@ -100,15 +112,43 @@ def _low_high(row: Allocation, name: str) -> dict[str, float | None]:
 
 
 def _best(law: Law, flops: float, per_token: float, others: Mapping[str, float]) -> Allocation:
-    if law.fit is not None:
-        return compute_optimal(
-            law.fit, flops, per_token, bootstrap=law.bootstrap, level=LEVEL, others=others
-        )
-    if not (flops > 0.0 and per_token > 0.0):
-        raise UserError(f"flops={flops} and {per_token} for each parameter and token must be > 0")
-    product = flops / per_token
-    size = optimal_size(law.form, law.values, product, flops, others)
-    known = {"N": size, "D": product / size, "C": flops, "M": product / size**2, **others}
-    rows = Observations.of({one.name: [known[one.name]] for one in law.form.inputs})
-    loss = float(law.predict(rows)[0])
-    return Allocation(flops, size, product / size, loss, per_token, None, LEVEL, ())
+    if law.fit is None:
+        return best_share(law.form, law.values, flops, per_token, others)
+    return compute_optimal(
+        law.fit, flops, per_token, bootstrap=law.bootstrap, level=LEVEL, others=others
+    )
+
+
+def _repeated(law: Law, row: Allocation, others: Mapping[str, float]) -> dict[str, Any]:
+    """The epochs of an optimum on U unique tokens, and the optimum with no end of them."""
+    ample = {**others, "U": row.flops}  # more tokens than the budget can read
+    best = best_share(law.form, law.values, row.flops, row.flops_per_parameter_token, ample)
+    unique = {"N": best.N, "D": best.D, "loss": best.loss}
+    return {"epochs": row.D / others["U"], "unique": unique}
+
+
+def _growth(rows: Sequence[Allocation]) -> list[str]:
+    """How N and D grow with C: a line for all budgets where the powers are the same, else each."""
+    powers = [row.exponent for row in rows]
+    same = max(powers) - min(powers) < SAME_EXPONENT
+
+    def power(value: float, low: float | None, high: float | None) -> str:
+        known = "" if low is None else f" (95 % interval {interval(low, high, 3)})"
+        return f"C^{number(value, 3)}{known}"
+
+    lines = []
+    for row in rows[:1] if same else rows:
+        size, tokens = (power(**one) for one in _exponents(row).values())
+        at = "" if same else f"at {number(row.flops)} FLOPs "
+        lines.append(f"{at}N grows as {size}, D as {tokens}")
+    return lines
+
+
+def _exponents(row: Allocation) -> dict[str, dict[str, Any]]:
+    """The exponents of C in N and in D, with intervals; they sum to 1."""
+    low, high = _low_high(row, "exponent").values()
+    tokens = (None if end is None else 1.0 - end for end in (high, low))
+    return {
+        "N": {"value": row.exponent, "low": low, "high": high},
+        "D": {"value": 1.0 - row.exponent, **dict(zip(("low", "high"), tokens, strict=True))},
+    }

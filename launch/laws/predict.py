@@ -144,6 +144,7 @@ def _points(
     if law.bootstrap is not None:
         low, high = law.bootstrap.predict_interval(observations, LEVEL, noise=noise)
     warnings = [] if law.fit is None else law.fit.warnings_for(observations)
+    warnings += law.form.cautions(law.values, observations)
     warnings += [*law.warnings(), *_at_edges(predicted, low, high)]
     points = [
         {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,13 +15,15 @@ from allometry.launch.laws.commands import Rows
 from allometry.laws.collect import COUNTS, GROUPINGS, Unfinished, from_runs
 from allometry.laws.curves import curves_from_runs, curves_from_tables
 from allometry.laws.derive import derive
+from allometry.laws.downstream import smooth_checkpoints
 from allometry.laws.forms.base import Form
 from allometry.laws.hyperparameters import sweep_optima
 from allometry.laws.observations import Observations
 from allometry.laws.tables import is_table, read_table
 from allometry.trainer.record.rates import planned_rates
 
-_SWEPT = ("N", "D", "lr", "B", "loss")
+SWEPT = ("N", "D", "lr", "B", "loss")
+"""What sweeps are read by."""
 _OF_RUNS = ("count", "loss", "last", "group_by", "unfinished", "bins", "curves")
 _OF_FINISHED_RUNS = ("last", "group_by", "unfinished")
 _OF_CURVES = ("bins", "warmup")
@@ -34,6 +36,26 @@ def observations_for(rows: Rows, forms: Sequence[Form]) -> Observations:
     Raises UserError: sources are of two kinds or cannot be read, laws want rows of two kinds, or an
     option was given that has no meaning for them.
     """
+    of_curves = [any(one.name == "step" for one in form.inputs) for form in forms]
+    if any(of_curves) and not all(of_curves) and not rows.curves:
+        raise UserError(
+            f"{forms[of_curves.index(True)].name} is a law of whole curves and "
+            f"{forms[of_curves.index(False)].name} of finished runs; fit them apart"
+        )
+    names = [one.name for form in forms for one in (*form.inputs, form.target)]
+    positive = {form.target.name for form in forms if form.residual == "log"}
+    positive |= {one.name for form in forms for one in form.inputs if one.positive}
+    return rows_with(rows, list(dict.fromkeys(names)), positive, curve=of_curves[0] or rows.curves)
+
+
+def rows_with(
+    rows: Rows, names: Sequence[str], positive: Collection[str], *, curve: bool = False
+) -> Observations:
+    """Return what SOURCES hold: of tables the columns ``names``, of runs all that they say.
+
+    ``positive``: names whose values must be above 0. ``curve``: rows are steps, not finished runs.
+    Raises UserError: see ``observations_for``.
+    """
     tables = [is_table(source) or Path(source).is_file() for source in rows.sources]
     if not all(rows.sources):
         raise UserError("a source is an empty text; give run folders or tables")
@@ -42,23 +64,18 @@ def observations_for(rows: Rows, forms: Sequence[Form]) -> Observations:
             f"{rows.sources[tables.index(False)]} is not a table and "
             f"{rows.sources[tables.index(True)]} is; give run folders or tables, not both"
         )
-    of_curves = [any(one.name == "step" for one in form.inputs) for form in forms]
-    if any(of_curves) and not all(of_curves) and not rows.curves:
-        raise UserError(
-            f"{forms[of_curves.index(True)].name} is a law of whole curves and "
-            f"{forms[of_curves.index(False)].name} of finished runs; fit them apart"
-        )
-    curve = of_curves[0] or rows.curves
     _check_options(rows, table=tables[0], curve=curve)
     mapping = assignments(rows.mapping, "--map")
     if tables[0]:
-        observations = _of_tables(rows, forms, mapping, curve=curve)
+        observations = _of_tables(rows, names, positive, mapping, curve=curve)
     else:
         observations = derive(
             _of_runs(rows, curve=curve), mapping=mapping, where=rows.where, group=rows.group
         )
     if rows.sweeps:
         observations = sweep_optima(observations)
+    if rows.smooth is not None:
+        observations = smooth_checkpoints(observations, names, window=rows.smooth)
     for name in rows.drop:
         if name not in observations.groups:
             known = ", ".join(dict.fromkeys(observations.groups))
@@ -102,6 +119,8 @@ def _check_options(rows: Rows, *, table: bool, curve: bool) -> None:
         (_OF_CURVES, not curve, "laws of curves (or --curves)"),
         (("warmup",), not table, "tables of curves; runs say their own warm-up"),
         (("sweeps",), curve, "rows of finished runs, not to curves"),
+        (("smooth",), not table, "tables of checkpoints; --last and --bins average runs"),
+        (("smooth",), curve or rows.group is None, "rows of checkpoints with --group"),
         (("group",), table and curve, "rows of finished runs; each file is a curve of its own"),
     ):
         for name in names:
@@ -122,21 +141,24 @@ def _check_options(rows: Rows, *, table: bool, curve: bool) -> None:
 
 
 def _of_tables(
-    rows: Rows, forms: Sequence[Form], mapping: Mapping[str, str], *, curve: bool
+    rows: Rows,
+    names: Sequence[str],
+    positive: Collection[str],
+    mapping: Mapping[str, str],
+    *,
+    curve: bool,
 ) -> Observations:
     if curve:
         curves = curves_from_tables(rows.sources, mapping=mapping, warmup_steps=rows.warmup)
         return derive(curves, where=rows.where, name="the tables") if rows.where else curves
-    names = [one.name for form in forms for one in (*form.inputs, form.target)]
-    positive = {form.target.name for form in forms if form.residual == "log"}
-    positive |= {one.name for form in forms for one in form.inputs if one.positive}
+    wanted = [*names, "D"] if rows.smooth is not None and "D" not in names else list(names)
     return read_table(
         rows.sources,
-        list(_SWEPT if rows.sweeps else dict.fromkeys(names)),
+        list(SWEPT) if rows.sweeps else wanted,
         mapping=mapping,
         where=rows.where,
         group=rows.group,
-        positive=_SWEPT if rows.sweeps else positive,
+        positive=SWEPT if rows.sweeps else positive,
     )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from allometry.launch.figures.figure import Figure, Panel, Series, ordered, star
 from allometry.launch.report.inputs import Inputs, Shown
 from allometry.launch.report.section import Section, Table
-from allometry.laws.isoflop import TOLERANCE, IsoFlop, isoflop_optima, size_exponent
+from allometry.laws.isoflop import TOLERANCE, IsoFlop, exponent, isoflop_optima
 from allometry.laws.observations import Observations
 
 ALONG = 60
@@ -31,7 +31,7 @@ def isoflops(inputs: Inputs) -> Section:
     panels = tuple(_panel(name, rows, optima) for name, rows, optima in drawn)
     notes = []
     for name, _, optima in drawn:
-        power = size_exponent(optima)
+        power = exponent(optima)
         if power is not None:
             notes.append(f"{name}: the best N grows as C to the power {power[0]:.3f}.")
     text = (

@@ -127,6 +127,14 @@ class Form(ABC):
         values, as derivatives are taken by complex steps where ``derivatives`` is not overridden.
         """
 
+    def cautions(self, values: Mapping[str, float], observations: Observations) -> list[str]:
+        """Return what to be warned of where the law is asked about these rows, a sentence each."""
+        return []
+
+    def restated(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Return the paper's coefficients, where the parameters are other functions of them."""
+        return {}
+
     def for_columns(self, columns: Sequence[str]) -> Form:
         """Return this law over columns of these names: for laws of any number of domains.
 

@@ -67,14 +67,4 @@ class StepsToLoss(Form):
         return np.asarray(values["S_min"] + values["E_min"] / prepared["B"])
 
 
-def critical_batch_of(values: Mapping[str, float]) -> float:
-    """Return B_crit = E_min / S_min, in tokens, of a ``steps_to_loss`` law."""
-    return values["E_min"] / values["S_min"]
-
-
-def batch_overhead(batch: float, critical: float) -> tuple[float, float]:
-    """Return (S/S_min, E/E_min) of a batch: 1 + B_crit/B and 1 + B/B_crit."""
-    return 1.0 + critical / batch, 1.0 + batch / critical
-
-
 FORMS: tuple[Form, ...] = (CriticalBatch(), StepsToLoss())

@@ -24,7 +24,7 @@ class Farseer(Form):
     exponent. The paper's a and b cannot be told apart as an exponent nears 0, so a fit moves the
     logs' values at N = 1e9 (``endless``, ``coefficient``, ``exponent``), their slopes there by
     ln N, and how these grow with N: a·N^γ + b = level + slope·((N/1e9)^γ - 1)/γ.
-    ``paper_coefficients`` and ``from_paper`` translate. N counts non-embedding parameters.
+    ``restated`` gives the paper's. N counts non-embedding parameters.
     """
 
     name = "farseer"
@@ -58,6 +58,17 @@ class Farseer(Form):
         coefficient = values["coefficient"] + slope
         exponent = values["exponent"] + values["exponent_slope"] * stretched(values["alpha"], log_n)
         return np.asarray(np.exp(endless) + np.exp(coefficient - np.exp(exponent) * log_d))
+
+    def restated(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Return the paper's a1, α, b1, a2, β, b2, a3, γ, b3 (infinite where a power is 0)."""
+        coefficients = {}
+        for level, a, power, b in NAMES:
+            with np.errstate(divide="ignore", invalid="ignore"):
+                reach = np.divide(values[f"{level}_slope"], values[power])
+            coefficients[a] = float(reach * REFERENCE ** -values[power])
+            coefficients[power] = values[power]
+            coefficients[b] = float(values[level] - reach)
+        return coefficients
 
     def derivatives(self, values: Values, prepared: Any) -> Slopes:
         """Return the loss [S, n] and its derivatives [S, 9, n]."""
@@ -99,29 +110,6 @@ NAMES = (
     ("coefficient", "a2", "beta", "b2"),
     ("exponent", "a1", "alpha", "b1"),
 )
-
-
-def paper_coefficients(values: Mapping[str, float]) -> dict[str, float]:
-    """Return a1, α, b1, a2, β, b2, a3, γ, b3 of fitted values (infinite where a power is 0)."""
-    coefficients = {}
-    for level, a, power, b in NAMES:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            reach = np.divide(values[f"{level}_slope"], values[power])
-        coefficients[a] = float(reach * REFERENCE ** -values[power])
-        coefficients[power] = values[power]
-        coefficients[b] = float(values[level] - reach)
-    return coefficients
-
-
-def from_paper(coefficients: Mapping[str, float]) -> dict[str, float]:
-    """Return the values of the paper's a1, α, b1, a2, β, b2, a3, γ, b3."""
-    values = {}
-    for level, a, power, b in NAMES:
-        reach = coefficients[a] * REFERENCE ** coefficients[power]
-        values[level] = coefficients[b] + reach
-        values[f"{level}_slope"] = reach * coefficients[power]
-        values[power] = coefficients[power]
-    return values
 
 
 FORMS: tuple[Form, ...] = (Farseer(),)

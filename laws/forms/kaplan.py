@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 
 from allometry.configs.errors import UserError
 from allometry.laws.forms.base import Form, LogForm, Parameter, Predictions, Values, Variable
@@ -51,7 +50,7 @@ class KaplanTrajectory(LogForm):
     """L = (N_c/N)^α_N + (S_c/S_min)^α_S, after S_min steps of a batch far above the critical one.
 
     Rows give S_min, or S, B and B_crit (tokens of the batch and of the critical batch), from which
-    S_min = S/(1 + B_crit/B). ``critical_batch`` gives B_crit of a loss.
+    S_min = S/(1 + B_crit/B). The law ``critical_batch`` gives B_crit of a loss.
     """
 
     name = "kaplan_trajectory"
@@ -98,13 +97,6 @@ def with_minimum_steps(observations: Observations) -> Observations:
     steps, batch, critical = (observations[name] for name in ("S", "B", "B_crit"))
     columns = {**observations.columns, "S_min": steps / (1.0 + critical / batch)}
     return replace(observations, columns=columns)
-
-
-def critical_batch(
-    loss: ArrayLike, scale: float = 2e8, exponent: float = 0.21
-) -> NDArray[np.float64]:
-    """Return B_crit = scale · loss^(-1/exponent) in tokens (arXiv 2001.08361, equation 1.4)."""
-    return np.asarray(scale * np.asarray(loss, np.float64) ** (-1.0 / exponent))
 
 
 FORMS: tuple[Form, ...] = (Kaplan(), KaplanTrajectory())

@@ -58,11 +58,6 @@ class EfficiencyLeverage(Form):
         return np.asarray(np.exp(exponent * np.log(prepared["activation"] + values["A_start"])))
 
 
-def best_granularity(values: Mapping[str, float]) -> float:
-    """Return the G of most leverage, 2^(−β/2γ), whatever A and C; arXiv 2507.17702."""
-    return float(2.0 ** (-values["beta"] / (2.0 * values["gamma"])))
-
-
 class Clark(Form):
     """log10 L = a log10 N + b log10 Ê + c log10 N log10 Ê + d for routed models of E experts.
 
@@ -111,8 +106,9 @@ def effective_experts(experts: Any, start: Any, most: Any) -> Any:
 class Granularity(Form):
     """L = c + (g / G^γ + a) / N^α + b / D^β for mixtures whose experts are cut G times finer.
 
-    Finer experts help without end in this law; what bounds G is the cost of routing, see
-    ``granular_flops``.
+    Finer experts help without end in this law; what bounds G is the cost of routing, which is not
+    in it: 14 d E G FLOPs for each token and layer of width d beside 72 d² of the matrices, for all
+    experts of E times the dense block's parameters.
     """
 
     name = "granularity"
@@ -147,20 +143,6 @@ class Granularity(Form):
         size = (finer + values["a"]) * np.exp(-values["alpha"] * np.log(prepared["N"]))
         data = values["b"] * np.exp(-values["beta"] * np.log(prepared["D"]))
         return np.asarray(values["c"] + size + data)
-
-
-def granular_flops(
-    *, width: float, num_layers: float, expansion: float, granularity: float, tokens: float
-) -> float:
-    """Return training FLOPs with the cost of routing, arXiv 2402.07871.
-
-    (12 d² c_f + d E G c_r) D layers with c_f = 6 FLOPs for each parameter and token and c_r = 14
-    for each routed pair of feature and expert; ``expansion`` E is the ratio of all experts'
-    parameters to the dense block's.
-    """
-    matrices = 12.0 * width**2 * 6.0
-    routing = width * expansion * granularity * 14.0
-    return float((matrices + routing) * tokens * num_layers)
 
 
 FORMS: tuple[Form, ...] = (EfficiencyLeverage(), Clark(), Granularity())

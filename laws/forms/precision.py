@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from allometry.laws.forms.base import Form, Parameter, Predictions, Values, Variable
+from allometry.laws.observations import Observations
 
 _SIZE = Variable("N", "parameters", "parameters without embeddings")
 _TOKENS = Variable("D", "tokens", "tokens of the run")
@@ -20,7 +21,7 @@ class FloatTraining(Form):
     """L = n/N^α + d/D^β + ε + (D^β/N^α) log2(block) / (γ (E+½)^δ (M+½)^ν).
 
     Training with products in floats of E exponent and M mantissa bits, scaled in blocks of
-    ``block`` numbers. The last term grows with D: past ``critical_tokens`` more data harm.
+    ``block`` numbers. The last term grows with D: past some D (``cautions``) more data harm.
     """
 
     name = "float_training"
@@ -63,24 +64,22 @@ class FloatTraining(Form):
         rounding = data * size * np.log2(prepared["block"]) / fineness
         return np.asarray(values["n"] * size + values["d"] / data + values["epsilon"] + rounding)
 
+    def cautions(self, values: Mapping[str, float], observations: Observations) -> list[str]:
+        """Return a sentence for each row with more tokens than help it.
 
-def critical_tokens(
-    values: Mapping[str, float],
-    *,
-    parameters: float,
-    exponent_bits: float,
-    mantissa_bits: float,
-    block: float,
-) -> float:
-    """Return the D beyond which more tokens raise the loss of a ``float_training`` law.
-
-    ∂L/∂D = 0 at D^{2β} = d γ (E+½)^δ (M+½)^ν N^α / log2(block); infinite for blocks of one.
-    """
-    if block <= 1.0:
-        return float("inf")
-    fineness = float(_fineness(values, exponent_bits, mantissa_bits))
-    power = values["d"] * fineness * parameters ** values["alpha"] / np.log2(block)
-    return float(power ** (0.5 / values["beta"]))
+        ∂L/∂D = 0 at D^{2β} = d γ (E+½)^δ (M+½)^ν N^α / log2(block); never for blocks of one.
+        """
+        columns = self.prepare(observations)
+        fineness = _fineness(values, columns["exponent_bits"], columns["mantissa_bits"])
+        with np.errstate(divide="ignore"):
+            power = values["d"] * fineness * columns["N"] ** values["alpha"]
+            turn_n = (power / np.log2(columns["block"])) ** (0.5 / values["beta"])
+        harmed = np.flatnonzero(columns["D"] > turn_n)
+        return [
+            f"more tokens raise the loss at D={columns['D'][i]:.4g} and N={columns['N'][i]:.4g} in "
+            f"this precision: by this law it is least at {turn_n[i]:.4g} tokens"
+            for i in harmed
+        ]
 
 
 def _fineness(values: Values, exponent_bits: Any, mantissa_bits: Any) -> Any:

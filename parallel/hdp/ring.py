@@ -18,7 +18,7 @@ sees to it).
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -36,41 +36,15 @@ _KEYS, _KEYS_AGAIN, _GRADIENTS = range(3)
 _CHANNELS = 3
 
 
-class Traffic(NamedTuple):
-    """What one member sends: messages (those without a row are not sent) and their bytes."""
-
-    hops: int
-    bytes: int
-
-
-def ring_traffic(
-    table: Tensor, features: int, dtype: torch.dtype, *, backward: bool = False
-) -> Traffic:
-    """Return what the member of ``table`` sends in one attention layer: exact, and pure.
-
-    ``features``: K * H of this rank, keys alone; ``dtype``: theirs.
-    """
-    ring = Ring.of(table)
-    sizes = [
-        2 * features * dtype.itemsize * ring.tokens(ring.source(step)) for step in range(ring.size)
-    ]
-    messages = sizes[:-1]
-    if backward:
-        wider = _wide(dtype).itemsize // dtype.itemsize
-        messages = messages + [wider * size for size in sizes[1:]]
-    messages = [size for size in messages if size]
-    return Traffic(len(messages), sum(messages))
-
-
 @torch.library.custom_op(RING_OPERATOR, mutates_args=())
 def ring_attention(
     q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, table: Tensor, group_name: str, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Return causal attention within each document [T, N, H] and its log-sum-exp [N, T].
 
-    The rows are what ``shard.local_positions`` says, then filling, which gives zeros. ``table``
-    (``shard.ring_table``) says who takes part: all members call this at once, each with its own
-    table, in the group of this name, whose ranks are the hdp ranks.
+    The rows are the member's chunks (``shard.chunks``) of each document, then filling, which gives
+    zeros. ``table`` (``shard.ring_table``) says who takes part: all members call this at once, each
+    with its own table, in the group of this name, whose ranks are the hdp ranks.
     """
     ring, group = Ring.of(table), _group(group_name)
     tokens = ring.tokens(ring.member)

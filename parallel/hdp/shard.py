@@ -34,20 +34,6 @@ def _chunk(length: int, n: int, i: int) -> range:
     return range(start, start + short + (i < longer))
 
 
-def local_positions(lengths: Sequence[int], n: int, member: int) -> tuple[Ints, tuple[int, ...]]:
-    """Return what ``member`` holds of documents that share a ring of ``n``.
-
-    Each row's place in its document, int64, and the lengths of the runs that attention takes for
-    documents: two for each, either of which may be empty; on a ring of one the document itself.
-    """
-    if n == 1:
-        runs = [range(length) for length in lengths]
-    else:
-        runs = [run for length in lengths for run in chunks(length, n, member)]
-    places = [np.arange(run.start, run.stop, dtype=np.int64) for run in runs]
-    return np.concatenate([np.zeros(0, np.int64), *places]), tuple(len(run) for run in runs)
-
-
 def ring_table(ring: Sequence[int], member: int, lengths: Sequence[int], tag: int) -> Tensor:
     """Return all that ``ring_attention`` must know of a unit, int64 on the CPU.
 

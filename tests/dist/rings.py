@@ -9,8 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from allometry.parallel.hdp import ring as ring_module
-from allometry.parallel.hdp.ring import Traffic
-from allometry.parallel.hdp.shard import local_positions
+from ring_oracles import Traffic, local_positions
 
 Unit = tuple[tuple[int, ...], tuple[int, ...]]
 """The ranks of a ring in their order, and the lengths of the documents on it."""

@@ -18,9 +18,9 @@ from allometry.models.transformer import Transformer
 from allometry.parallel.apply import compile_parts
 from allometry.parallel.checkpointing import apply_checkpointing
 from allometry.parallel.context import apply_context
-from allometry.parallel.hdp.ring import ring_traffic
-from allometry.parallel.hdp.shard import local_positions, ring_table
+from allometry.parallel.hdp.shard import ring_table
 from allometry.parallel.mesh import Mesh
+from ring_oracles import local_positions, ring_traffic
 from rings import Unit, counting, held, unit_of
 
 RunRanks = Callable[..., list[Any]]

@@ -26,8 +26,9 @@ from allometry.models.moe import begin_step, routers
 from allometry.models.transformer import Transformer
 from allometry.parallel import pipeline
 from allometry.parallel.apply import Parallel
-from allometry.parallel.hdp.shard import local_positions, ring_table
+from allometry.parallel.hdp.shard import ring_table
 from allometry.parallel.mesh import Mesh
+from ring_oracles import local_positions
 from thinned import thinned
 
 RunRanks = Callable[..., list[Any]]

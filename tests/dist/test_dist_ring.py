@@ -15,9 +15,10 @@ from torch import Tensor
 from allometry.configs.execution import ParallelConfig
 from allometry.models.attention import attend
 from allometry.models.documents import Documents
-from allometry.parallel.hdp.ring import Traffic, ring_attention, ring_traffic
+from allometry.parallel.hdp.ring import ring_attention
 from allometry.parallel.hdp.shard import ring_table
 from allometry.parallel.mesh import Mesh, open_mesh
+from ring_oracles import Traffic, ring_traffic
 from rings import Unit, counting, held, unit_of
 from thinned import thinned
 

@@ -176,3 +176,76 @@ def test_scores_that_cannot_be_had_are_one_sentence(shell: Shell, steps: tuple[P
     ):
         sentence = shell.refusal("predict", *arguments)
         assert re.search(words, sentence), sentence
+
+
+def test_checkpoints_are_averaged_before_a_law_of_scores(shell: Shell, tmp_path: Path) -> None:
+    """The OLMo ladder's second step: five checkpoints a row, the first tenth of a run left out."""
+    rng = np.random.default_rng(0)
+    lines = ["run,D,loss,accuracy"]
+    for run, end in (("a", 2.9), ("b", 2.5)):
+        for step in range(1, 41):
+            loss = end + 1.5 * (step / 40) ** -0.3 - 1.5
+            accuracy = 0.95 - 0.65 / (1 + np.exp(-6 * (loss - 3.0)))
+            lines.append(f"{run},{step}e9,{loss},{accuracy + 0.02 * rng.standard_normal()}")
+    path = tmp_path / "checkpoints.csv"
+    path.write_text("\n".join(lines))
+    law = ("fit", "downstream_sigmoid", path, "--group", "run", *QUICK, "--hold-out", "none")
+    law = (*law, "--fix", "b=0.95")
+    noisy, smooth = shell.json(*law), shell.json(*law, "--smooth", 5)
+    assert (noisy["rows"], smooth["rows"], smooth["groups"]) == (80, 64, 2)
+    errors = [
+        abs(one["parameters"]["a"]["value"] + 0.65) + abs(one["parameters"]["L0"]["value"] - 3.0)
+        for one in (noisy, smooth)
+    ]
+    assert errors[1] < errors[0]
+    assert errors[1] < 0.1
+    few = shell.refusal(*law, "--smooth", 50)
+    assert "has 36 checkpoints after the first 10%" in few
+    alone = ("fit", "downstream_sigmoid", path, *QUICK, "--smooth", 5)
+    assert "--smooth belongs to rows of checkpoints with --group" in shell.refusal(*alone)
+
+
+def test_sweeps_have_laws_with_intervals_and_what_they_are_worth(
+    shell: Shell, sweeps: Path
+) -> None:
+    asked = ("sweeps", sweeps, "--bootstraps", 50, "--at", "N=1e9,D=2e10")
+    facts = shell.json(*asked, "--initial-loss", 2.51)
+    assert len(facts["cells"]) == 8
+    assert list(facts["left_out"]) == ["N=8e+08 D=6.4e+10"]
+    assert facts["rate"]["values"] == pytest.approx({"c": 8.0, "a": -0.7, "b": 0.25}, rel=1e-4)
+    assert facts["batch"]["values"]["b"] == pytest.approx(0.57, rel=1e-4)
+    (at,) = facts["predictions"]
+    assert at["lr"]["value"] == pytest.approx(best(1e9, 2e10)[0], rel=1e-3)
+    assert at["B"]["low"] <= at["B"]["value"] * (1 + 1e-9)
+    worth = facts["excess"]
+    assert len(worth["the laws of the other sizes"]) == 9
+    # The nearest run of an unbroken sweep is the best one; Step Law is of other optima.
+    own = [v for name, v in worth["the laws of the other sizes"].items() if "6.4e+10" not in name]
+    assert max(own) < 1e-4 < 1e-3 < max(worth["Step Law"].values())
+    # Rates from -2 to 2 octaves around: min(0.006 u^2 + its best batch, 0.01) in the mean.
+    u = np.arange(-1.8, 2.3, 0.5)
+    batch = 0.004 * min(abs(np.arange(-2.0, 2.1) - 0.3)) ** 2
+    losses = np.minimum(0.006 * u**2 + batch, 0.01)
+    first = facts["sensitivity"]["N=5e+07 D=4e+09"]
+    assert first == pytest.approx(np.mean(losses) - losses.min(), rel=1e-6)
+    text = shell(*asked)
+    assert "best lr = c N^a D^b: c = 8 (" in text
+    assert "sensitivity" not in text
+    assert "left out: N=8e+08 D=6.4e+10: " in text
+    assert "at N = 1e+09, D = 2e+10: lr = 0.00" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--at", "N=7e9"), "--at 'N=7e9' must give N and D"),
+        (("--at", "N=7e9,D=-1"), "must give N and D, positive numbers"),
+        (("--within", "-1"), "--within=-1 must be a positive number of percent"),
+        (("--sweeps",), "--sweeps: this command reads every finished run"),
+        (("--where", "N > 1e9"), "no row is left"),
+    ],
+)
+def test_what_sweeps_cannot_do_is_one_sentence(
+    shell: Shell, sweeps: Path, options: tuple[str, ...], words: str
+) -> None:
+    assert re.search(words, shell.refusal("sweeps", sweeps, *options))

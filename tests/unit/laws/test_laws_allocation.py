@@ -1,18 +1,21 @@
-"""Compute-optimal sizes: in closed form, by search, with intervals; and IsoFLOP parabolas."""
+"""Compute-optimal sizes: in closed form, by search, with intervals and exponents."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from allometry.configs.errors import UserError
-from allometry.laws.allocation import compute_optimal, searched_size
+from allometry.laws.allocation import best_share, compute_optimal, searched_size
 from allometry.laws.fit.bootstrap import bootstrap
 from allometry.laws.fit.engine import Fit, fit, predict
 from allometry.laws.forms.dense import Chinchilla, Kappa
+from allometry.laws.forms.farseer import Farseer
 from allometry.laws.forms.kaplan import Kaplan, KaplanTrajectory
-from allometry.laws.isoflop import budgets, isoflop_optima, size_exponent
 from allometry.laws.observations import Observations
+from farseer_paper import from_paper
 
 TRUE = {"E": 1.8, "A": 480.0, "B": 2000.0, "alpha": 0.35, "beta": 0.37}
 
@@ -64,13 +67,44 @@ def test_intervals_hold_the_truth_and_extrapolation_is_said(found: Fit) -> None:
         best = compute_optimal(found, flops, bootstrap=bootstrap(found, 100))
         exact = compute_optimal(truth, flops)
         assert best.intervals is not None
-        for name in ("N", "D", "loss"):
+        for name in ("N", "D", "loss", "exponent"):
             low, high = best.intervals[name]
             assert low < getattr(exact, name) < high
             assert low < getattr(best, name) < high
         assert len(best.warnings) == number
         assert best.tokens_per_parameter == best.D / best.N
     assert compute_optimal(found, 1e20).intervals is None
+
+
+def test_exponents_are_those_of_closed_forms(found: Fit) -> None:
+    """β/(α+β) of Chinchilla's law (arXiv 2203.15556, equation 4); of kappa's inner sum the same;
+    Farseer's exponent is none, but a slope between budgets."""
+    alpha, beta = (found.values[name] for name in ("alpha", "beta"))
+    for flops in (1e18, 1e24):
+        best = compute_optimal(found, flops)
+        assert best.exponent == pytest.approx(beta / (alpha + beta), abs=1e-9)
+    values = {"E": 1.7, "A": 2e3, "B": 3e4, "a": 0.5, "b": 0.55, "kappa": 0.7}
+    assert best_share(Kappa(), values, 1e21).exponent == pytest.approx(0.55 / 1.05, abs=1e-6)
+    paper = {"a1": -0.124, "alpha": 0.123, "b1": 0.424, "a2": 88.01, "beta": -0.1, "b2": -6.287}
+    values = from_paper({**paper, "a3": -0.021, "gamma": 0.169, "b3": -0.091})
+    powers = [best_share(Farseer(), values, flops) for flops in (1e20, 5e20, 2e21)]
+    assert 1 < powers[0].tokens_per_parameter < 1000  # not the second descent at N = 1e17
+    slope = np.log(powers[2].N / powers[0].N) / np.log(20)
+    assert min(p.exponent for p in powers) < slope < max(p.exponent for p in powers)
+
+
+def test_samples_without_an_optimum_are_left_out_aloud(found: Fit) -> None:
+    drawn = bootstrap(found, 20)
+    values_BP = drawn.values_BP.copy()
+    values_BP[3, drawn.names.index("beta")] = 0.0
+    some = replace(drawn, values_BP=values_BP)
+    best = compute_optimal(found, 1e20, bootstrap=some)
+    assert best.warnings[-1].startswith("1 of 20 bootstrap samples have no optimum at 1e+20 FLOPs")
+    assert best.intervals is not None
+    assert best.intervals["exponent"][0] > 0.1
+    values_BP[:11, drawn.names.index("beta")] = 0.0
+    with pytest.raises(UserError, match="in 11 of 20 bootstrap samples the law has no compute-opt"):
+        compute_optimal(found, 1e20, bootstrap=replace(drawn, values_BP=values_BP))
 
 
 def test_laws_without_a_best_share_say_so(found: Fit) -> None:
@@ -96,61 +130,3 @@ def test_laws_without_a_best_share_say_so(found: Fit) -> None:
         compute_optimal(found, 0.0)
     with pytest.raises(UserError, match="too few to share"):
         searched_size(Chinchilla(), TRUE, 10.0, 60.0)
-
-
-LOPSIDED = {"E": 1.8, "A": 30.0, "B": 1e6, "alpha": 0.2, "beta": 0.6}
-
-
-def profiles(width: float, shift: float = 0.0, law: dict[str, float] = TRUE) -> Observations:
-    """Noise-free IsoFLOP rows at three budgets, ``width`` of ln N to each side of the optimum."""
-    columns: dict[str, list[float]] = {"N": [], "D": [], "loss": []}
-    for flops in (1e19, 1e20, 1e21):
-        best = searched_size(Chinchilla(), law, flops / 6, flops)
-        for x in np.linspace(-width, width, 7) + shift:
-            columns["N"].append(best * np.exp(x))
-            columns["D"].append(flops / 6 / columns["N"][-1])
-    rows = Observations.of({"N": columns["N"], "D": columns["D"]})
-    return Observations.of({**rows.columns, "loss": predict(Chinchilla(), law, rows)})
-
-
-def test_narrow_parabolas_find_the_optimum() -> None:
-    for profile in isoflop_optima(profiles(0.1)):
-        exact = searched_size(Chinchilla(), TRUE, profile.flops / 6, profile.flops)
-        assert pytest.approx(exact, rel=1e-3) == profile.N
-    slope = size_exponent(isoflop_optima(profiles(0.1)))
-    assert slope is not None
-    assert slope[0] == pytest.approx(0.37 / (0.35 + 0.37), abs=1e-3)
-
-
-def test_wide_parabolas_are_biased_without_any_noise() -> None:
-    """The documented caveat, where N and D have different exponents."""
-    for profile in isoflop_optima(profiles(2.0, law=LOPSIDED)):
-        exact = searched_size(Chinchilla(), LOPSIDED, profile.flops / 6, profile.flops)
-        assert abs(profile.N / exact - 1.0) > 0.1
-        assert profile.problem is None
-
-
-def test_parabolas_describe_their_rows() -> None:
-    rows = profiles(0.1)
-    profile = isoflop_optima(rows)[1]
-    assert profile.flops == pytest.approx(1e20)
-    assert profile.rows.tolist() == list(range(7, 14))
-    assert pytest.approx(1e20 / 6 / profile.N) == profile.D
-    np.testing.assert_allclose(profile.losses(rows["N"][7:14]), rows["loss"][7:14], rtol=1e-5)
-    assert profile.losses(np.array([profile.N]))[0] == pytest.approx(profile.loss)
-
-
-def test_parabolas_without_an_inner_optimum_say_so() -> None:
-    rising = isoflop_optima(profiles(0.5, 2.0))[0]
-    assert rising.problem == "the least value lies outside of the sizes that were run"
-    assert pytest.approx(profiles(0.5, 2.0)["N"][0]) == rising.N
-    bent = Observations.of({"N": [1e8, 2e8, 4e8], "C": [1e19] * 3, "loss": [3.0, 3.1, 3.0]})
-    assert isoflop_optima(bent)[0].problem == "the parabola has no least value"
-    assert isoflop_optima(bent.take([0, 1])) == []
-    assert size_exponent([rising]) is None
-
-
-def test_budgets_are_rows_of_nearly_equal_flops() -> None:
-    flops = np.array([1e20, 1.05e19, 1e19, 9.9e19, 1.2e19])
-    assert [rows.tolist() for rows in budgets(flops)] == [[1, 2], [4], [0, 3]]
-    assert [rows.tolist() for rows in budgets(flops, 0.3)] == [[1, 2, 4], [0, 3]]

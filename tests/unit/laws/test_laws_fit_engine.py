@@ -19,9 +19,10 @@ from allometry.laws.fit.solver import Loss, minimize
 from allometry.laws.fit.starts import project, spread_points, starts_of
 from allometry.laws.forms.base import Form, Parameter, Predictions, Values, Variable
 from allometry.laws.forms.dense import Chinchilla, Kappa
-from allometry.laws.forms.farseer import Farseer, from_paper
+from allometry.laws.forms.farseer import Farseer
 from allometry.laws.forms.kaplan import Kaplan
 from allometry.laws.observations import Observations
+from farseer_paper import from_paper
 
 TRUE = {"E": 1.8, "A": 480.0, "B": 2000.0, "alpha": 0.35, "beta": 0.37}
 

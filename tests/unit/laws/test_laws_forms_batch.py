@@ -11,8 +11,6 @@ from allometry.laws.fit.engine import FitOptions, fit, predict
 from allometry.laws.forms.batch import (
     CriticalBatch,
     StepsToLoss,
-    batch_overhead,
-    critical_batch_of,
 )
 from allometry.laws.forms.hyperparameters import BatchLaw, LearningRateLaw
 from allometry.laws.forms.parallel_scaling import stream_factor
@@ -31,14 +29,10 @@ def test_steps_and_tokens_lie_on_a_hyperbola() -> None:
 
 def test_the_critical_batch_costs_twice_the_steps_and_twice_the_tokens() -> None:
     values = {"S_min": 4000.0, "E_min": 1.6e9}
-    critical = critical_batch_of(values)
-    assert critical == pytest.approx(4e5)
-    assert batch_overhead(critical, critical) == (2.0, 2.0)
+    critical = values["E_min"] / values["S_min"]
     steps = predict(StepsToLoss(), values, Observations.of({"B": [critical]}))[0]
     assert steps == pytest.approx(2.0 * values["S_min"])
     assert steps * critical == pytest.approx(2.0 * values["E_min"])
-    more_steps, more_tokens = batch_overhead(4.0 * critical, critical)
-    assert (more_steps, more_tokens) == (1.25, 5.0)
 
 
 def test_a_critical_batch_comes_out_of_noisy_steps() -> None:
@@ -46,7 +40,7 @@ def test_a_critical_batch_comes_out_of_noisy_steps() -> None:
     batch = np.geomspace(2**12, 2**22, 11)
     steps = (4000.0 + 1.6e9 / batch) * np.exp(0.02 * random.standard_normal(11))
     found = fit(StepsToLoss(), Observations.of({"B": batch, "S": steps}), FitOptions(loss="square"))
-    assert critical_batch_of(found.values) == pytest.approx(4e5, rel=0.1)
+    assert found.values["E_min"] / found.values["S_min"] == pytest.approx(4e5, rel=0.1)
 
 
 def test_published_batches_and_rates_are_those_of_the_planner() -> None:

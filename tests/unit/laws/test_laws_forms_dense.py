@@ -14,14 +14,13 @@ from allometry.laws.forms.base import Form
 from allometry.laws.forms.dense import Chinchilla, Kappa
 from allometry.laws.forms.farseer import (
     Farseer,
-    from_paper,
-    paper_coefficients,
     stretched,
     stretched_slope,
 )
-from allometry.laws.forms.kaplan import Kaplan, KaplanTrajectory, critical_batch
+from allometry.laws.forms.kaplan import Kaplan, KaplanTrajectory
 from allometry.laws.observations import Observations
 from allometry.laws.registry import all_forms
+from farseer_paper import from_paper
 
 ROWS = Observations.of(
     {
@@ -68,7 +67,7 @@ def by_hand(name: str, n: float, d: float, s: float) -> float:
         return float(inside ** v["alpha_D"])
     if name == "kaplan_trajectory":
         return (v["N_c"] / n) ** v["alpha_N"] + (v["S_c"] / s) ** v["alpha_S"]
-    p = paper_coefficients(v)
+    p = Farseer().restated(v)
     exponent = -math.exp(p["a1"] * n ** p["alpha"] + p["b1"])
     coefficient = math.exp(p["a2"] * n ** p["beta"] + p["b2"])
     return math.exp(p["a3"] * n ** p["gamma"] + p["b3"]) + coefficient * d**exponent
@@ -135,7 +134,7 @@ def test_published_chinchilla_at_its_own_model() -> None:
 
 
 def test_farseer_translates_to_the_paper_and_back() -> None:
-    back = paper_coefficients(from_paper(PAPER))
+    back = Farseer().restated(from_paper(PAPER))
     assert back == pytest.approx(PAPER, rel=1e-12)
 
 
@@ -159,11 +158,6 @@ def test_least_steps_follow_from_the_batch() -> None:
     np.testing.assert_allclose(found, predict(form, values, least), rtol=1e-14)
     with pytest.raises(UserError, match="no B_crit; map"):
         predict(form, values, Observations.of({k: v for k, v in rows.items() if k != "B_crit"}))
-
-
-def test_critical_batch_grows_as_loss_falls() -> None:
-    found = critical_batch([4.0, 2.0], scale=2e8, exponent=0.25)
-    np.testing.assert_allclose(found, [2e8 / 256, 2e8 / 16])
 
 
 def test_rows_that_are_no_sizes_are_refused() -> None:

@@ -11,9 +11,9 @@ from allometry.laws.forms.precision import (
     FloatTraining,
     PrecisionEffective,
     QuantisedTraining,
-    critical_tokens,
 )
 from allometry.laws.observations import Observations
+from shell import Shell
 
 PAPER = FloatTraining.published["paper"]
 
@@ -34,23 +34,38 @@ def float_loss(
     return predict(FloatTraining(), PAPER, rows)
 
 
-def test_the_loss_turns_at_the_critical_tokens() -> None:
-    turn = critical_tokens(PAPER, parameters=1e9, exponent_bits=2, mantissa_bits=1, block=128)
-    before, at, after = float_loss([turn / 1.5, turn, turn * 1.5])
-    assert at < before
-    assert at < after
-    near = float_loss([turn * 0.999, turn, turn * 1.001])
-    assert near[1] == near.min()
+def cautions(tokens: float, **changes: float) -> list[str]:
+    base = {"N": 1e9, "D": tokens, "exponent_bits": 2, "mantissa_bits": 1, "block": 128}
+    rows = Observations.of({name: [value] for name, value in (base | changes).items()})
+    return FloatTraining().cautions(PAPER, rows)
+
+
+def turn_of_the_loss() -> float:
+    tokens = np.geomspace(1e9, 1e14, 20001)
+    return float(tokens[np.argmin(float_loss(tokens.tolist()))])
+
+
+def test_more_tokens_than_help_are_warned_of() -> None:
+    turn = turn_of_the_loss()
+    assert 1.1e9 < turn < 0.9e14
+    assert cautions(turn * 0.995) == []
+    (sentence,) = cautions(turn * 1.005)
+    assert float(sentence.split(" at ")[-1].split()[0]) == pytest.approx(turn, rel=2e-3)
 
 
 def test_more_bits_and_parameters_move_the_turn_up_and_larger_blocks_down() -> None:
-    base = {"parameters": 1e9, "exponent_bits": 2, "mantissa_bits": 1, "block": 128}
-    turn = critical_tokens(PAPER, **base)
-    assert critical_tokens(PAPER, **{**base, "mantissa_bits": 3}) > turn
-    assert critical_tokens(PAPER, **{**base, "exponent_bits": 4}) > turn
-    assert critical_tokens(PAPER, **{**base, "parameters": 2e9}) > turn
-    assert critical_tokens(PAPER, **{**base, "block": 512}) < turn
-    assert critical_tokens(PAPER, **{**base, "block": 1}) == np.inf
+    above, below = turn_of_the_loss() * 1.005, turn_of_the_loss() * 0.995
+    assert cautions(above)
+    for more in ({"mantissa_bits": 3}, {"exponent_bits": 4}, {"N": 2e9}, {"block": 1}):
+        assert cautions(above, **more) == []
+    assert cautions(below, block=512)
+
+
+def test_predictions_say_where_more_tokens_harm(capsys: pytest.CaptureFixture[str]) -> None:
+    law = ("predict", "--law", "float_training", "--published", "paper", "N=1e9", "block=128")
+    law = (*law, "exponent_bits=2", "mantissa_bits=1", "D=1e10,1e14")
+    (warning,) = (w for w in Shell(capsys).json(*law)["warnings"] if "more tokens" in w)
+    assert warning.startswith("more tokens raise the loss at D=1e+14 and N=1e+09")
 
 
 def test_blocks_of_one_lose_nothing() -> None:

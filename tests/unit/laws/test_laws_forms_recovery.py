@@ -14,6 +14,10 @@ from allometry.laws.forms.base import Form
 from allometry.laws.observations import Observations
 from allometry.laws.registry import form_named
 
+MIXTURES = [
+    (0.8, 0.1, 0.1), (0.1, 0.8, 0.1), (0.1, 0.1, 0.8), (0.4, 0.3, 0.3), (0.5, 0.5, 0.0),
+    (0.5, 0.0, 0.5), (0.0, 0.5, 0.5), (0.6, 0.3, 0.1), (0.1, 0.3, 0.6), (0.3, 0.6, 0.1),
+]  # fmt: skip
 SIZES, TOKENS = (4e7, 1.3e8, 4e8, 1.2e9), (2e9, 8e9, 3e10, 1.2e11)
 BITS = [(1, 2), (2, 1), (2, 3), (3, 2), (4, 3), (5, 6)]
 
@@ -41,6 +45,21 @@ TRUTH: dict[str, dict[str, float]] = {
     },
     "learning_rate_law": dict(form_named("learning_rate_law").published["step_law"]),
     "batch_law": dict(form_named("batch_law").published["step_law"]),
+    "aspect_ratio": {
+        "E": 1.8, "A": 400.0, "B": 1500.0, "alpha": 0.34, "beta": 0.33, "eps": 2e-3, "gamma": 0.6,
+    },
+    "width_depth": {
+        "E": 1.7, "A": 30.0, "G": 1.2, "B": 1500.0, "alpha": 0.7, "gamma": 1.0, "beta": 0.33,
+    },
+    "mixing_additive:a,b,c": {
+        "E": 1.2, "A": 400.0, "B": 1500.0, "alpha": 0.34, "beta": 0.33,
+        "C_a": 2.0, "C_b": 1.0, "C_c": 0.5, "g_a": 0.5, "g_b": 0.8, "g_c": 0.3,
+    },
+    "mixing_joint:a,b,c": {
+        "E": 1.2, "alpha": 0.34, "beta": 0.33, "mu": 0.8, "nu": 1.2,
+        "C_a": 2.0, "C_b": 1.0, "C_c": 0.5, "g_a": 0.5, "g_b": 0.8, "g_c": 0.3,
+        "A_a": 0.5, "A_b": 1.2, "A_c": 0.3, "B_a": 0.9, "B_b": 0.4, "B_c": 1.3,
+    },
 }  # fmt: skip
 
 
@@ -79,6 +98,13 @@ DESIGN: dict[str, dict[str, list[float]]] = {
     ),
     "learning_rate_law": rows(("N", "D"), SIZES, TOKENS),
     "batch_law": rows(("D",), TOKENS),
+    "aspect_ratio": rows(
+        ("N", "width", "layers", "D"),
+        [(12.0 * w**2 * k, w, k) for w in (256, 512, 1024, 2048) for k in (4, 8, 16, 32)], TOKENS,
+    ),
+    "width_depth": rows(("width", "layers", "D"), (256, 512, 1024, 2048), (4, 8, 16, 32), TOKENS),
+    "mixing_additive:a,b,c": rows(("N", "D", "a", "b", "c"), SIZES[:3], TOKENS[:3], MIXTURES),
+    "mixing_joint:a,b,c": rows(("N", "D", "a", "b", "c"), SIZES[:3], TOKENS[:3], MIXTURES),
 }  # fmt: skip
 
 

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import csv
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from allometry.configs.errors import UserError
-from allometry.laws.fit.engine import FitOptions, fit, predict
+from allometry.laws.allocation import best_share
+from allometry.laws.fit.engine import Fit, FitOptions, fit, predict
 from allometry.laws.forms.repetition import effective, optimal_parameters
 from allometry.laws.observations import Observations
 from allometry.laws.registry import form_named
-from allometry.laws.repetition import best_repetition, fit_in_two_stages
 from law_checks import check_slopes, noisy
 from law_data import law_data
+from shell import Shell
 
 LAW, TIED = form_named("data_constrained"), form_named("data_constrained_tied")
 C4 = dict(LAW.published["C4"])
+
+
+@pytest.fixture
+def shell(capsys: pytest.CaptureFixture[str]) -> Shell:
+    return Shell(capsys)
 
 
 @pytest.mark.parametrize("name", ["data_constrained", "data_constrained_tied"])
@@ -87,45 +94,76 @@ def test_parameters_are_found_again() -> None:
     assert found.values["R_N"] == pytest.approx(true["R_N"], rel=0.2)
 
 
-def test_two_stages_find_them_too() -> None:
-    # The first stage's law knows no surplus parameters: its runs have ample unique tokens.
+def in_two_stages(rows: Observations, max_epochs: float = np.inf) -> tuple[Fit, Fit]:
+    """As the paper fits: the law of unique data first, whose values the second fit keeps."""
+    epochs_n = rows["D"] / rows["U"]
+    options = FitOptions(starts=32)
+    unique = fit(form_named("unique_data_tied"), rows.take(epochs_n <= 1.0), options)
+    kept = rows.take(epochs_n <= max_epochs)
+    return unique, fit(TIED, kept, replace(options, fixed=unique.values))
+
+
+def rows_of_two_kinds() -> Observations:
+    """The first stage's law knows no surplus parameters: its runs have ample unique tokens."""
     N, D = (m.ravel() for m in np.meshgrid((1e8, 3e8, 1e9, 3e9), np.geomspace(1e9, 1e11, 8)))
     ample, repeated = {"N": N, "D": D, "U": np.full(len(N), 1e12)}, repeated_runs()
     repeated = repeated.take(repeated["D"] > repeated["U"])
     columns = {name: np.concatenate([ample[name], repeated[name]]) for name in ample}
-    rows = noisy(TIED, TIED.published["C4"], Observations.of(columns), 0.002)
-    stages = fit_in_two_stages(rows, FitOptions(starts=32))
-    assert len(stages.unique.observations) == 32
-    assert stages.repeated.values["alpha"] == stages.unique.values["alpha"]
-    assert stages.unique.values["alpha"] == pytest.approx(C4["alpha"], abs=0.02)
-    assert stages.repeated.values["R_D"] == pytest.approx(C4["R_D"], rel=0.15)
-    assert stages.repeated.values["R_N"] == pytest.approx(C4["R_N"], rel=0.25)
+    return noisy(TIED, TIED.published["C4"], Observations.of(columns), 0.002)
 
 
-def test_two_stages_need_both_kinds_of_runs() -> None:
-    rows = noisy(TIED, TIED.published["C4"], repeated_runs(), 0.002)
-    with pytest.raises(UserError, match="15 rows have D <= U and 0 of the others"):
-        fit_in_two_stages(rows.take(rows["D"] <= rows["U"]))
-    with pytest.raises(UserError, match="0 rows have D <= U and 45 of the others"):
-        fit_in_two_stages(rows.take(rows["D"] > rows["U"]))
+def test_two_stages_find_them_too() -> None:
+    unique, repeated = in_two_stages(rows_of_two_kinds())
+    assert len(unique.observations) == 32
+    assert unique.values["alpha"] == pytest.approx(C4["alpha"], abs=0.02)
+    assert repeated.values["R_D"] == pytest.approx(C4["R_D"], rel=0.15)
+    assert repeated.values["R_N"] == pytest.approx(C4["R_N"], rel=0.25)
+
+
+def test_two_stages_and_the_best_epochs_through_the_commands(shell: Shell, tmp_path: Path) -> None:
+    """--fix takes the file of the first stage; optimum then says how often U tokens are read."""
+    rows, table = rows_of_two_kinds(), tmp_path / "runs.csv"
+    lines = [",".join(f"{rows[name][i]}" for name in ("N", "D", "U", "loss")) for i in range(77)]
+    table.write_text("\n".join(["N,D,U,loss", *lines]))
+    one, two = tmp_path / "unique.json", tmp_path / "repeated.json"
+    quick = ("--starts", 32, "--bootstraps", 0, "--hold-out", "none")
+    shell("fit", "unique_data_tied", table, *quick, "--where", "D <= U", "--out", one)
+    facts = shell.json("fit", "data_constrained_tied", table, *quick, "--fix", one, "--out", two)
+    _, repeated = in_two_stages(rows)
+    found = {name: part["value"] for name, part in facts["parameters"].items()}
+    assert found == pytest.approx(repeated.values, rel=1e-4)
+    assert facts["parameters"]["alpha"]["fixed"]
+    assert not facts["parameters"]["R_D"]["fixed"]
+    again = shell.refusal("fit", "data_constrained_tied", table, "--fix", one, "--fix", "E=1")
+    assert "E is fixed already; give each parameter once" in again
+    no_such = shell.refusal("fit", "chinchilla", table, "--fix", two)
+    assert "chinchilla has no such parameter" in no_such
+
+    asked = ("optimum", two, "--flops", "1e21,1e22", "--with", "U=1e9")
+    few, many = shell.json(*asked)["optima"]
+    assert few["epochs"] == few["D"]["value"] / 1e9
+    assert few["epochs"] < many["epochs"]
+    lost = [one["loss"]["value"] - one["unique"]["loss"] for one in (few, many)]
+    assert 0.0 < lost[0] < lost[1]
+    unlimited = shell.json("optimum", one, "--flops", "1e21")["optima"][0]["loss"]["value"]
+    assert few["unique"]["loss"] == pytest.approx(unlimited, rel=1e-6)
+    text = shell(*asked)
+    assert f"at 1e+21 FLOPs {few['epochs']:.3g} epochs of U = 1e+09 tokens; if none had" in text
 
 
 def test_the_best_epochs() -> None:
     """2305.16264's example allots 6.34B parameters and 9.7 epochs; the law's optimum is flat."""
     flops = 6 * 6.34e9 * 242e9
-    best = best_repetition(LAW, C4, 25e9, flops)
-    assert best.parameters * best.tokens * 6 == pytest.approx(flops, rel=1e-12)
+    best = best_share(LAW, C4, flops, others={"U": 25e9})
+    assert pytest.approx(flops, rel=1e-12) == best.N * best.D * 6
     assert best.loss < 2.2256440889984477
     assert best.loss == pytest.approx(2.2256440889984477, rel=1e-4)
-    assert best.epochs == pytest.approx(9.7, abs=1.0)
+    assert pytest.approx(9.7, abs=1.0) == best.D / 25e9
     for factor in (0.97, 1.03):
-        tokens = best.tokens * factor
+        tokens = best.D * factor
         row = Observations.of({"N": [flops / 6 / tokens], "D": [tokens], "U": [25e9]})
         assert predict(LAW, C4, row)[0] > best.loss
-    ample = best_repetition(LAW, C4, 1e13, flops)
-    assert ample.epochs < 1.0
-    with pytest.raises(UserError, match="unique_tokens=-1"):
-        best_repetition(LAW, C4, -1.0, flops)
+    assert best_share(LAW, C4, flops, others={"U": 1e13}).D < 1e13
 
 
 def scores(predicted: np.ndarray, measured: np.ndarray) -> tuple[float, float]:
@@ -148,8 +186,8 @@ def test_on_the_printed_runs() -> None:
     r_squared, error = scores(predict(LAW, C4, few), few["loss"])
     assert r_squared == pytest.approx(0.788, abs=5e-4)
     assert error == pytest.approx(0.0973, abs=5e-5)
-    stages = fit_in_two_stages(rows, FitOptions(starts=32), max_epochs=44)
-    assert stages.repeated.certificate.agreeing == 32
-    r_squared, error = scores(stages.repeated.predict(few), few["loss"])
+    _, repeated = in_two_stages(rows, max_epochs=44)
+    assert repeated.certificate.agreeing == 32
+    r_squared, error = scores(repeated.predict(few), few["loss"])
     assert r_squared > 0.95
     assert error < 0.034

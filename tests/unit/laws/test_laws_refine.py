@@ -8,7 +8,7 @@ import pytest
 
 from allometry.configs.errors import UserError
 from allometry.laws.refine import refine, refined_schedule, write_schedule
-from allometry.laws.sensitivity import learning_rate_sensitivity, sweep_sensitivity
+from allometry.laws.sensitivity import learning_rate_sensitivity
 from allometry.optim.schedule import read_refined
 
 
@@ -108,17 +108,3 @@ def test_sensitivity_by_hand() -> None:
     assert learning_rate_sensitivity(diverged, 7.0) == pytest.approx(7 / 6, abs=1e-6)
     assert learning_rate_sensitivity(losses, 7.0, (1e-3, 1.0)) == pytest.approx(1.5)
     assert learning_rate_sensitivity({1.0: 8.0, 2.0: 9.0}, 7.0) == 0.0
-
-
-def test_sensitivity_of_a_sweep(tmp_path: Path) -> None:
-    def curve(last: float) -> list[dict[str, float]]:
-        return [{"step": s, "loss": last if s > 18 else 7.0} for s in range(1, 21)]
-
-    folders = [
-        run_folder(tmp_path / "a", curve(4.5), 3e-4),
-        run_folder(tmp_path / "b", curve(4.0), 1e-2),
-        run_folder(tmp_path / "c", curve(5.0), 3e-1, ended="not_finite"),
-    ]
-    assert sweep_sensitivity(folders) == pytest.approx(7 / 6, abs=1e-6)
-    with pytest.raises(UserError, match="another run of the sweep"):
-        sweep_sensitivity([folders[0], folders[0]])

@@ -106,9 +106,7 @@ def test_equals_muon_written_out() -> None:
     parameters = weights(SHAPES, torch.float64)
     expected = {name: p.detach().clone() for name, p in parameters.items()}
     momenta = {name: torch.zeros_like(p) for name, p in expected.items()}
-    mine = optimizer(
-        "muon", parameters, weight_decay=0.1, newton_schulz_dtype=torch.float64, adjust="none"
-    )
+    mine = optimizer("muon", parameters, weight_decay=0.1, adjust="none")
     for step in range(STEPS):
         give(parameters, step)
         mine.step()

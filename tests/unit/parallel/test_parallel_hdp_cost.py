@@ -7,9 +7,9 @@ import torch
 from allometry.configs.execution import ContextCosts
 from allometry.configs.model import DenseModel
 from allometry.parallel.hdp.cost import CostModel
-from allometry.parallel.hdp.ring import ring_traffic
 from allometry.parallel.hdp.shard import ring_table
 from allometry.scaling.count import flops_per_token
+from ring_oracles import ring_traffic
 
 MODEL = DenseModel(
     vocab_size=1000, width=512, num_layers=6, num_heads=8, num_kv_heads=2, ffn_width=1024

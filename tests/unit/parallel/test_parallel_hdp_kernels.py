@@ -19,7 +19,8 @@ from allometry.parallel.hdp.kernels import (
     merge_block,
 )
 from allometry.parallel.hdp.kernels_cuda import Runs
-from allometry.parallel.hdp.shard import Ring, local_positions, ring_table
+from allometry.parallel.hdp.shard import Ring, ring_table
+from ring_oracles import local_positions
 
 SCALE = 0.3
 CPU = torch.device("cpu")

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from allometry.parallel.hdp.shard import Ring, chunks, local_positions, ring_table
+from allometry.parallel.hdp.shard import Ring, chunks, ring_table
+from ring_oracles import local_positions
 
 Lengths = list[int]
 rings = st.integers(1, 7)
