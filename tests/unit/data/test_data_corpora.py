@@ -11,20 +11,25 @@ import zstandard
 from allometry.configs.errors import UserError
 from allometry.data.builtin import _docstrings
 from allometry.data.corpora import named_input, open_corpus
-from allometry.data.corpus import Document, text_digest
+from allometry.data.corpus import Document, LeftOut, OnBadLine, ReadLog, text_digest
 
 TEXTS = ["one\ntwo", "Größe ≠ 大", "", "three"]
 LINES = "".join(json.dumps({"text": text, "n": n}) + "\n" for n, text in enumerate(TEXTS))
 
 
-def read(path: Path | str, key: str = "text") -> tuple[list[Document], Counter[str]]:
-    skipped: Counter[str] = Counter()
+def read(
+    path: Path | str, key: str = "text", on_bad_line: OnBadLine = "stop"
+) -> tuple[list[Document], Counter[str]]:
     corpus = open_corpus(str(path), key)
     told: list[int] = []
-    documents = list(corpus.documents(skipped, told.append, map))
+    log = ReadLog(told.append, on_bad_line)
+    documents = list(corpus.documents(log, map))
     assert sum(told) == corpus.total_bytes
     assert len({document.id for document in documents}) == len(documents)
-    return documents, skipped
+    skipped = LeftOut()
+    skipped.update(corpus.left_out)
+    skipped.update(log.left_out)
+    return documents, skipped.counts
 
 
 def texts(path: Path | str, key: str = "text") -> list[str]:
@@ -172,7 +177,7 @@ def test_builtin_prose(library: Path) -> None:
     assert sum(d.id.startswith("pydoc_data/topics.py:") for d in documents) > 50
     assert skipped["docstring stands elsewhere too"] == 1
     corpus = open_corpus("builtin:python-prose", "text")
-    twice = [list(corpus.documents(Counter(), lambda n: None, map)) for _ in range(2)]
+    twice = [list(corpus.documents(ReadLog(lambda n: None), map)) for _ in range(2)]
     assert twice[0] == twice[1] == documents
 
 
