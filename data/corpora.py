@@ -9,6 +9,7 @@ import re
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from fnmatch import fnmatchcase
 from hashlib import sha256
 from pathlib import Path
 
@@ -62,8 +63,10 @@ def open_corpus(name: str, text_key: str, separator: str | None = None) -> Corpu
     path, found = Path(name), _Found(text_key)
     try:
         if not os.path.lexists(path) and glob.has_magic(name):
-            for match in sorted(glob.glob(name, recursive=True)):
-                found.look_at(Path(match))
+            parts = path.parts
+            at = parts.index("**") if "**" in parts else len(parts)
+            for match in sorted(glob.glob(str(Path(*parts[:at])))):
+                found.look_at(Path(match), parts[at:])
         elif stat.S_ISDIR(path.stat().st_mode):
             found.look_at(path)
         else:
@@ -96,18 +99,24 @@ class _Found:
         self._text_key = text_key
         self._seen: dict[tuple[int, int], Path] = {}
 
-    def look_at(self, start: Path) -> None:
-        """Take a file, or all files in a folder; each only once, whatever links lead to it."""
+    def look_at(self, start: Path, pattern: tuple[str, ...] = ()) -> None:
+        """Take a file, or the files in a folder; each only once, whatever links lead to it.
+
+        ``pattern``: the parts that a path goes on with, ``**`` being any number of folders.
+        """
         waiting = [start]
         while waiting:
             path = waiting.pop()
             try:
                 status = path.stat()
+                is_folder = stat.S_ISDIR(status.st_mode)
+                if not is_folder and not _matches(path.relative_to(start).parts, pattern):
+                    continue
                 before = self._seen.setdefault((status.st_dev, status.st_ino), path)
                 if before is not path:
                     if before != path:
                         self.left_out.add("the same again by another path", str(path))
-                elif stat.S_ISDIR(status.st_mode):
+                elif is_folder:
                     inside = sorted(path.iterdir(), reverse=True)
                     waiting += [entry for entry in inside if not entry.name.startswith(".")]
                     for entry in reversed(inside):
@@ -129,6 +138,15 @@ class _Found:
                 "not a regular file", "give a file, as inputs are read more than once"
             )
         self.files.append(kind_of(path.absolute(), self._text_key))
+
+
+def _matches(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
+    """Whether a path, or a folder that it is in, matches."""
+    if not pattern:
+        return True
+    if pattern[0] == "**":
+        return any(_matches(parts[n:], pattern[1:]) for n in range(len(parts) + 1))
+    return bool(parts) and fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
 
 
 class FileCorpus(Corpus):
