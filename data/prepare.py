@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import math
 import os
 import shutil
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
@@ -31,6 +29,7 @@ from allometry.data.encode import (
     train_tokenizer,
     vocabulary_bound,
 )
+from allometry.data.lock import locked
 from allometry.data.manifest import (
     MANIFEST,
     Manifest,
@@ -47,7 +46,6 @@ from allometry.data.writer import TokenWriter, load_megatron
 TOKENIZER = "tokenizer.json"
 DEFAULT_VOCAB_SIZE = 8192
 _PARTIAL = ".partial"
-_LOCK = ".lock"
 _SAMPLE_CHARACTERS = 4 << 20
 _SAMPLED_FROM = 16  # times the sample: how far a source is read for it
 
@@ -113,7 +111,7 @@ def prepare(request: PrepareRequest, quiet: bool = False) -> Manifest:
     """
     corpora = _open_inputs(request)
     out = Path(request.out)
-    with ProgressReport(quiet=quiet) as report, _locked(out):
+    with ProgressReport(quiet=quiet) as report, locked(out):
         return _prepare_locked(request, corpora, out, report)
 
 
@@ -349,27 +347,6 @@ def _refuse_to_overwrite(out: Path, corpora: dict[str, Corpus]) -> None:
                 f"folder {out} holds {name}, but no manifest.json that tells how it was made; "
                 "choose another output folder"
             )
-
-
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Make the folder and hold its lock; turn what the disk refuses into a sentence."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with (out / _LOCK).open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(
-                    f"another `allometry prepare` is writing into {out}; wait for it or choose "
-                    "another output folder"
-                ) from error
-            yield
-    except OSError as error:
-        raise UserError(
-            f"cannot write token files into {out} ({error.strerror or error}); make room or choose "
-            "another output folder"
-        ) from error
 
 
 def _versions() -> dict[str, str]:

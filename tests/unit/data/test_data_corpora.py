@@ -144,7 +144,7 @@ def test_damaged_compressed_files(tmp_path: Path, ending: str, name: str) -> Non
     data = PACKS[ending]("".join(lines).encode())
     for damaged in (data[:-20], data[: len(data) // 2] + b"x" * 50 + data[len(data) // 2 + 50 :]):
         path.write_bytes(damaged)
-        with pytest.raises(UserError, match=r"cannot be read|is not UTF-8|of a kind not read"):
+        with pytest.raises(UserError, match=r"cannot be read|is not|of a kind not read"):
             read(path)
     path.write_bytes(data[:-20])
     documents, skipped = read(path, on_bad_line="skip")

@@ -14,6 +14,7 @@ from allometry.configs.errors import UserError
 from allometry.data import prepare as room
 from allometry.data.corpus import text_digest
 from allometry.data.encode import END_OF_DOCUMENT, train_tokenizer
+from allometry.data.lock import locked
 from allometry.data.manifest import manifest_of, read_manifest
 from allometry.data.prepare import PrepareRequest, prepare
 from allometry.data.store import TokenStore
@@ -235,7 +236,7 @@ def test_files_of_others_are_not_overwritten(small: PrepareRequest) -> None:
 def test_two_at_once(small: PrepareRequest) -> None:
     Path(small.out).mkdir()
     with (
-        room._locked(Path(small.out)),
+        locked(Path(small.out)),
         pytest.raises(UserError, match="another `allometry prepare` is writing"),
     ):
         prepare(small, quiet=True)
@@ -368,69 +369,6 @@ def test_sources_of_two_tokenizers_do_not_mix(small: PrepareRequest, prepared: P
     prepare(small, quiet=True)
     with pytest.raises(UserError, match="were made with another tokenizer"):
         check_tokenizer(None, [str(prepared / "web.train"), str(Path(small.out) / "a.train")])
-
-
-BAD = '{"text": 3}\n{"n": 1}\nno\n{"text": " "}\n{"text": null}\n'
-
-
-def test_bad_lines_stop_or_are_counted(small: PrepareRequest, tmp_path: Path, capfd: Any) -> None:
-    good = json.dumps({"text": "some words and more words"}) + "\n"
-    (tmp_path / "b.jsonl").write_text(good + BAD + good)
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "b.jsonl").symlink_to(tmp_path / "b.jsonl")
-    (tmp_path / "in" / "c.zip").write_bytes(b"PK\x03\x04")
-    bad = replace(small, inputs=(str(tmp_path / "in"),), validation_fraction=0.0)
-    with pytest.raises(UserError, match=r"b\.jsonl, line 2 has no text under 'text' but int"):
-        prepare(bad, quiet=True)
-    assert contents(Path(small.out)) == {}
-    with pytest.raises(UserError, match=r"line 4 is not JSON .*more than 2 bad lines"):
-        prepare(replace(bad, on_bad_line="skip", max_bad_lines=2), quiet=True)
-    manifest = prepare(replace(bad, on_bad_line="skip", max_bad_lines=3))
-    assert manifest.sources["in"].skipped == {
-        "line is not JSON": 1,
-        "no text under 'text'": 2,
-        "text is blank": 1,
-        "text is null": 1,
-        "zip archive": 1,
-    }
-    assert manifest.sources["in"].splits["train"].documents == 2
-    said = capfd.readouterr().err
-    assert "in: files read: 1 JSON Lines" in said
-    assert f"zip archive: 1 ({tmp_path / 'in' / 'c.zip'})" in said
-    with pytest.raises(UserError, match="was prepared with on_bad_line=skip, not stop"):
-        prepare(bad, quiet=True)
-
-
-def test_what_separates_documents(small: PrepareRequest, tmp_path: Path, capfd: Any) -> None:
-    stories = ["Once there was a cat.\n", "Then there was a dog.\n", "It rained.\n"]
-    (tmp_path / "a.txt").write_text(f"{END_OF_DOCUMENT}\n".join(stories))
-    request = replace(small, validation_fraction=0.0)
-    assert prepare(request).sources["a"].splits["train"].documents == 1
-    assert "give --separator '<|endoftext|>'" in capfd.readouterr().err
-    apart = replace(request, out=str(tmp_path / "apart"), separator=END_OF_DOCUMENT)
-    assert prepare(apart).sources["a"].splits["train"].documents == 3
-    assert "--separator" not in capfd.readouterr().err
-    assert decoded(tmp_path / "apart" / "a.train") == [story.strip() for story in stories]
-
-
-def test_an_older_manifest_answers_the_same_request(small: PrepareRequest) -> None:
-    prepare(small, quiet=True)
-    path = Path(small.out) / "manifest.json"
-    values = json.loads(path.read_text())
-    for key in ("separator", "on_bad_line"):
-        del values["request"][key]
-    for key in ("kinds", "skipped_places", "inexact_cuts"):
-        del values["sources"]["a"][key]
-    path.write_text(json.dumps(values))
-    prepare(small, quiet=True)
-    assert json.loads(path.read_text()) == values
-
-
-def test_a_manifest_that_is_nested_too_deeply(small: PrepareRequest) -> None:
-    Path(small.out).mkdir()
-    (Path(small.out) / "manifest.json").write_text("[" * 100_000)
-    with pytest.raises(UserError, match=r"manifest .* is damaged"):
-        prepare(small, quiet=True)
 
 
 def test_vocabulary_too_small(prepared: Path) -> None:
