@@ -46,6 +46,7 @@ from allometry.data.writer import TokenWriter, load_megatron
 TOKENIZER = "tokenizer.json"
 DEFAULT_VOCAB_SIZE = 8192
 _PARTIAL = ".partial"
+_LONG_DOCUMENT_BYTES = 1 << 20  # documents that a mark separates are shorter on average
 _SAMPLE_CHARACTERS = 4 << 20
 _SAMPLED_FROM = 16  # times the sample: how far a source is read for it
 
@@ -276,8 +277,9 @@ class _Preparation:
         )
         if left_out:
             self.report.say(f"{name}: left out: {left_out}")
+        text_bytes = train.text_bytes + validation.text_bytes
         for mark, count in log.marks.items():
-            if count > 1:
+            if count > 1 and text_bytes < count * _LONG_DOCUMENT_BYTES:
                 self.report.say(
                     f"{name}: {mark} stands {count:,} times in text files, each of which is one "
                     f"document; if it separates documents, give --separator '{mark}'"
