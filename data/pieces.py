@@ -102,13 +102,13 @@ def _candidates(window: str) -> Iterator[int]:
 
 
 def stretches(text: str) -> Iterator[str]:
-    """A text in parts of about SPAN characters, cut before white space after a word if it has any.
+    """A text in parts of SPAN to 2 SPAN characters, cut before white space after a word if it has any.
 
     For training a tokenizer that splits words there.
     """
     begin = 0
     while len(text) - begin > SPAN + MARGIN:
-        space = re.compile(r"(?<=\w)\s").search(text, begin + SPAN, begin + SPAN + MARGIN)
+        space = re.compile(r"(?<=\w)\s").search(text, begin + SPAN, begin + 2 * SPAN)
         end = space.start() if space else begin + SPAN
         yield text[begin:end]
         begin = end
