@@ -102,7 +102,7 @@ def _candidates(window: str) -> Iterator[int]:
 
 
 def stretches(text: str) -> Iterator[str]:
-    """A text in parts of SPAN to 2 SPAN characters, cut before white space after a word if it has any.
+    """A text in parts of SPAN characters or more, cut before white space after a word if it can be.
 
     For training a tokenizer that splits words there.
     """
