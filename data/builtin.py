@@ -8,13 +8,12 @@ import sys
 import sysconfig
 import tokenize
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 from allometry.configs.errors import UserError
-from allometry.data.corpus import Corpus, Document, OrderedMap, text_digest
+from allometry.data.corpus import Corpus, Document, LeftOut, OrderedMap, ReadLog, text_digest
 
 _OTHERS = {"site-packages", "dist-packages", "__pycache__"}
 _TESTS = {"test", "tests", "idle_test"}
@@ -51,21 +50,19 @@ class CodeCorpus(Corpus):
     """
 
     def __init__(self, input: str, root: Path, files: list[Path]) -> None:
-        super().__init__(input, files)
+        super().__init__(input, files, {"Python": len(files)})
         self.root = root
 
-    def documents(
-        self, skipped: Counter[str], advance: Callable[[int], None], ordered_map: OrderedMap
-    ) -> Iterator[Document]:
+    def documents(self, log: ReadLog, ordered_map: OrderedMap) -> Iterator[Document]:
         """See ``Corpus.documents``."""
         for path in self.files:
             text = _source(path)
-            advance(path.stat().st_size)
+            log.advance(path.stat().st_size)
             name = path.relative_to(self.root).as_posix()
             if text is None:
-                skipped["file is not text in its declared encoding"] += 1
+                log.left_out.add("file is not text in its declared encoding", name)
             elif name != _TOPICS:
-                yield Document(name, text, text_digest(text))
+                yield Document.of(name, text)
 
 
 class ProseCorpus(Corpus):
@@ -78,34 +75,32 @@ class ProseCorpus(Corpus):
 
     def __init__(self, input: str, root: Path, files: list[Path]) -> None:
         files = [path for path in files if not _TESTS & set(path.relative_to(root).parts)]
-        super().__init__(input, files)
+        super().__init__(input, files, {"Python": len(files)})
         self.root = root
-        self._read: tuple[list[Document], Counter[str]] | None = None
+        self._read: tuple[list[Document], LeftOut] | None = None
 
-    def documents(
-        self, skipped: Counter[str], advance: Callable[[int], None], ordered_map: OrderedMap
-    ) -> Iterator[Document]:
+    def documents(self, log: ReadLog, ordered_map: OrderedMap) -> Iterator[Document]:
         """See ``Corpus.documents``; kept in memory, as parsing takes seconds and they are few."""
         if self._read is None:
             by_text: dict[str, Document] = {}
-            left_out: Counter[str] = Counter()
+            left_out = LeftOut()
             extract = partial(_docstrings, self.root)
             outcomes = ordered_map(extract, iter(self.files))
             for path, outcome in zip(self.files, outcomes, strict=True):
-                advance(path.stat().st_size)
+                log.advance(path.stat().st_size)
                 if isinstance(outcome, str):
-                    left_out[outcome] += 1
+                    left_out.add(outcome, path.relative_to(self.root).as_posix())
                     continue
                 for document in outcome:
                     if document.text in by_text:
-                        left_out["docstring stands elsewhere too"] += 1
+                        left_out.add("docstring stands elsewhere too", document.id)
                     by_text.setdefault(document.text, document)
             for document in _topics():
                 by_text.setdefault(document.text, document)
             self._read = list(by_text.values()), left_out
         else:
-            advance(self.total_bytes)
-        skipped.update(self._read[1])
+            log.advance(self.total_bytes)
+        log.left_out.update(self._read[1])
         yield from self._read[0]
 
 
@@ -140,7 +135,7 @@ def _docstrings(root: Path, path: Path) -> list[Document] | str:
                 where = f"{where}:{node.name}"
             docstring = ast.get_docstring(node)
             if docstring:
-                documents.append(Document(where, docstring, group))
+                documents.append(Document.of(where, docstring, group))
         for block in ("cases", "finalbody", "orelse", "handlers", "body"):
             inner = getattr(node, block, None)
             if isinstance(inner, list):
@@ -157,4 +152,4 @@ def _topics() -> Iterator[Document]:
             "whole standard library or give a corpus of your own"
         ) from error
     for name, text in sorted(topics.items()):
-        yield Document(f"{_TOPICS}:{name}", text, text_digest(text))
+        yield Document.of(f"{_TOPICS}:{name}", text)

@@ -2,103 +2,237 @@
 
 from __future__ import annotations
 
+import codecs
 import glob
-import gzip
-import io
-import json
+import os
 import re
-import zlib
+import stat
 from collections import Counter
-from collections.abc import Callable, Iterator
-from itertools import chain
+from collections.abc import Callable, Iterable, Iterator
+from fnmatch import fnmatchcase
+from hashlib import sha256
 from pathlib import Path
-from typing import IO, Any, cast
-
-import zstandard
 
 from allometry.configs.errors import UserError
 from allometry.data.builtin import open_builtin
-from allometry.data.corpus import Corpus, Document, OrderedMap, text_digest
+from allometry.data.corpus import (
+    BadText,
+    Corpus,
+    Document,
+    LeftOut,
+    OrderedMap,
+    ReadLog,
+    text_digest,
+)
+from allometry.data.kinds import (
+    DAMAGE,
+    JSON_LINES,
+    PARQUET,
+    SourceFile,
+    UnusableError,
+    kind_of,
+    opened,
+)
+from allometry.data.records import NULL, json_text, parquet_rows, parquet_texts
 
-JSON_ENDINGS = (".jsonl", ".json", ".ndjson")
+MARKS = (
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<|eod|>",
+    "<|eos|>",
+    "<eos>",
+    "<eod>",
+    "</s>",
+    "<doc ",
+)
+"""What separates documents in text files of others."""
 _SAY_EVERY_LINES = 1000
-_ZSTD_CHUNK_BYTES = 1 << 18
+_BLOCK_BYTES = 1 << 20
 
 
-def open_corpus(name: str, text_key: str) -> Corpus:
-    """The corpus that ``name`` names: ``builtin:...``, a file, a folder or a pattern of files.
+def open_corpus(name: str, text_key: str, separator: str | None = None) -> Corpus:
+    """The corpus that ``name`` names: ``builtin:...``, a file, a folder or a pattern of either.
 
-    Folders are searched through, in the order of the paths; names that begin with a dot are not
-    looked at. ``text_key`` is the key (JSON Lines) or column (parquet) of the text. Raises
-    UserError when there is nothing of that name.
+    Folders are searched through, in the order of the paths, links followed; what is found there and
+    not read is in ``left_out``. ``text_key`` is the key (JSON Lines) or column (parquet) of the
+    text, ``meta.text`` a field of a field; ``separator`` stands between documents of a text file.
+    Raises UserError when there is nothing of that name, or nothing that can be read.
     """
     if name.startswith("builtin:"):
         return open_builtin(name)
-    path = Path(name)
-    if path.is_file():
-        files = [path]
-    elif path.is_dir():
-        inside = sorted(file for file in path.rglob("*") if file.is_file())
-        hidden = re.compile(r"(^|/)\.")
-        files = [file for file in inside if not hidden.search(str(file.relative_to(path)))]
-    elif glob.has_magic(name):
-        matches = sorted(glob.glob(name, recursive=True))
-        files = [Path(match) for match in matches if Path(match).is_file()]
-    else:
+    path, found = Path(name), _Found(text_key)
+    try:
+        if not os.path.lexists(path) and glob.has_magic(name):
+            parts = path.parts
+            at = parts.index("**") if "**" in parts else len(parts)
+            for match in sorted(glob.glob(str(Path(*parts[:at])))):
+                found.look_at(Path(match), parts[at:])
+        elif stat.S_ISDIR(path.stat().st_mode):
+            found.look_at(path)
+        else:
+            found.take(path)
+    except FileNotFoundError as error:
         raise UserError(
-            f"input {name} does not exist; give a file, a folder, a pattern of files or "
+            f"input {name} is a link to {os.readlink(path)}, which does not exist; mend the link"
+            if path.is_symlink()
+            else f"input {name} does not exist; give a file, a folder, a pattern of files or "
             "builtin:python-code or builtin:python-prose"
+        ) from error
+    except OSError as error:
+        raise UserError(f"input {name} cannot be read ({error.strerror})") from error
+    except UnusableError as error:
+        raise UserError(f"input {name} is of a kind not read: {error}; {error.advice}") from error
+    if not found.files:
+        left_out = (
+            f" that can be read (left out: {found.left_out})" if found.left_out.counts else ""
         )
-    if not files:
-        raise UserError(f"input {name} has no files; give a path that holds text")
-    return FileCorpus(str(path.absolute()), [file.absolute() for file in files], text_key)
+        raise UserError(f"input {name} has no files{left_out}; give a path that holds text")
+    return FileCorpus(str(path.absolute()), found.files, found.left_out, text_key, separator)
+
+
+class _Found:
+    """What is found on the way through folders: files to read, and what is left out."""
+
+    def __init__(self, text_key: str) -> None:
+        self.files: list[SourceFile] = []
+        self.left_out = LeftOut()
+        self._text_key = text_key
+        self._seen: dict[tuple[int, int], Path] = {}
+
+    def look_at(self, start: Path, pattern: tuple[str, ...] = ()) -> None:
+        """Take a file, or the files in a folder; each only once, whatever links lead to it.
+
+        ``pattern``: the parts that a path goes on with, ``**`` being any number of folders.
+        """
+        waiting = [start]
+        while waiting:
+            path = waiting.pop()
+            try:
+                status = path.stat()
+                is_folder = stat.S_ISDIR(status.st_mode)
+                if not is_folder and not _matches(path.relative_to(start).parts, pattern):
+                    continue
+                before = self._seen.setdefault((status.st_dev, status.st_ino), path)
+                if before is not path:
+                    if before != path:
+                        self.left_out.add("the same again by another path", str(path))
+                elif is_folder:
+                    inside = sorted(path.iterdir(), reverse=True)
+                    waiting += [entry for entry in inside if not entry.name.startswith(".")]
+                    for entry in reversed(inside):
+                        if entry.name.startswith("."):
+                            self.left_out.add("hidden (name begins with a dot)", str(entry))
+                else:
+                    self.take(path)
+            except UnusableError as error:
+                self.left_out.add(error.reason, str(path))
+            except FileNotFoundError:
+                self.left_out.add("link to nothing", str(path))
+            except OSError as error:
+                self.left_out.add(f"unreadable ({error.strerror})", str(path))
+
+    def take(self, path: Path) -> None:
+        """Add one file. Raises UnusableError for one that cannot be read."""
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise UnusableError(
+                "not a regular file", "give a file, as inputs are read more than once"
+            )
+        self.files.append(kind_of(path.absolute(), self._text_key))
+
+
+def _matches(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
+    """Whether a path, or a folder that it is in, matches."""
+    if not pattern:
+        return True
+    if pattern[0] == "**":
+        return any(_matches(parts[n:], pattern[1:]) for n in range(len(parts) + 1))
+    return bool(parts) and fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
 
 
 class FileCorpus(Corpus):
-    """Files of the user's: each text file is a document, as is each line or row of the others."""
+    """Files of the user's: each text file is a document, as is each line or row of the others.
 
-    def __init__(self, input: str, files: list[Path], text_key: str) -> None:
-        super().__init__(input, files)
+    With a ``separator``, so is each stretch of a text file between two of them, without the line
+    ends around it.
+    """
+
+    def __init__(
+        self,
+        input: str,
+        files: list[SourceFile],
+        left_out: LeftOut,
+        text_key: str,
+        separator: str | None = None,
+    ) -> None:
+        kinds = Counter(file.kind for file in files)
+        super().__init__(input, [file.path for file in files], dict(sorted(kinds.items())))
+        self.left_out = left_out
         self.text_key = text_key
+        self.separator = separator
+        self._sources = files
 
-    def documents(
-        self, skipped: Counter[str], advance: Callable[[int], None], ordered_map: OrderedMap
-    ) -> Iterator[Document]:
+    def documents(self, log: ReadLog, ordered_map: OrderedMap) -> Iterator[Document]:
         """See ``Corpus.documents``."""
-        for path in self.files:
-            read = _Reading(path, advance)
+        for file in self._sources:
+            read = _Reading(file.path, log.advance)
             try:
-                for where, text in self._texts(path, read, skipped):
-                    yield Document(f"{path}{where}", text, text_digest(text))
-            except (EOFError, zlib.error, zstandard.ZstdError, OSError) as error:
-                raise UserError(
-                    f"input file {path} cannot be read ({error}); repair it or take it out"
-                ) from error
+                if file.kind == PARQUET:
+                    yield from self._rows(file.path, log)
+                elif file.kind == JSON_LINES:
+                    yield from self._lines(file, read, log)
+                else:
+                    yield from self._texts(file, read, log)
+            except BadText as error:
+                log.bad(f"input file {file.path}", error)
+            except DAMAGE as error:
+                says = f"cannot be read ({error}); repair it or take it out"
+                log.bad(f"input file {file.path}", BadText("file is damaged", says))
             read.finish()
 
-    def _texts(
-        self, path: Path, read: _Reading, skipped: Counter[str]
-    ) -> Iterator[tuple[str, str]]:
-        compressed = path.suffix in (".gz", ".zst")
-        ending = Path(path.stem).suffix if compressed else path.suffix
-        if path.suffix == ".parquet":
-            yield from _parquet_texts(path, self.text_key, skipped)
-        elif ending in JSON_ENDINGS or (compressed and ending == ""):
-            with path.open("rb") as raw:
-                lines = _decompress(raw, path.suffix)
-                for number, line in enumerate(lines, start=1):
-                    if line.strip():
-                        where = f"input file {path}, line {number}"
-                        yield f":{number}", _json_text(line, self.text_key, where)
-                    if number % _SAY_EVERY_LINES == 0:
-                        read.at(raw.tell())
-        else:
-            with path.open("rb") as raw:
-                data = _decompress(raw, path.suffix).read()
-            try:
-                yield "", data.decode("utf-8-sig")
-            except UnicodeDecodeError:
-                skipped["file is not UTF-8 text"] += 1
+    def _texts(self, file: SourceFile, read: _Reading, log: ReadLog) -> Iterator[Document]:
+        """The document of a text file, read once to see that it is text and to name its split."""
+        digest, first, count = sha256(), "", 0
+        for block in _blocks(file, lambda place: None):
+            digest.update(block.encode())
+            first, count = first or block, count + 1
+            for mark in MARKS if self.separator is None else ():
+                log.marks[mark] += block.count(mark)
+        again: Iterable[str] = (first,) if count <= 1 else _Again(file, read)
+        if self.separator is None:
+            yield Document(str(file.path), again, digest.hexdigest())
+            return
+        for number, text in enumerate(_between(again, self.separator), start=1):
+            yield Document.of(f"{file.path}:{number}", text.strip("\r\n"))
+
+    def _lines(self, file: SourceFile, read: _Reading, log: ReadLog) -> Iterator[Document]:
+        with opened(file) as (lines, raw):
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield from self._record(f"{file.path}", "line", number, line, log)
+                if number % _SAY_EVERY_LINES == 0:
+                    read.at(raw.tell())
+
+    def _rows(self, path: Path, log: ReadLog) -> Iterator[Document]:
+        for number, text in parquet_texts(path, self.text_key):
+            if number == 0 and isinstance(text, BadText):
+                log.bad(f"input file {path}", text, parquet_rows(path))
+            else:
+                yield from self._record(f"{path}", "row", number, text, log)
+
+    def _record(
+        self, path: str, unit: str, number: int, value: bytes | str | BadText | None, log: ReadLog
+    ) -> Iterator[Document]:
+        """The document of one line or row, unless it has none."""
+        try:
+            if isinstance(value, BadText):
+                raise value
+            text = json_text(value, self.text_key) if isinstance(value, bytes) else value
+            if text is None:
+                log.left_out.add(NULL, f"{path}:{number}")
+            else:
+                yield Document(f"{path}:{number}", (text,), text_digest(text))
+        except BadText as error:
+            log.bad(f"input file {path}, {unit} {number}", error)
 
 
 class _Reading:
@@ -117,102 +251,66 @@ class _Reading:
         self.at(self._size)
 
 
-def _decompress(raw: IO[bytes], suffix: str) -> IO[bytes]:
-    if suffix == ".gz":
-        return cast(IO[bytes], gzip.GzipFile(fileobj=raw, mode="rb"))
-    if suffix == ".zst":
-        return cast(IO[bytes], io.BufferedReader(_ZstdReader(raw)))
-    return raw
+def _blocks(file: SourceFile, at: Callable[[int], None]) -> Iterator[str]:
+    """The text of a file. Raises BadText at what is not UTF-8, NUL included."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    before = 0
+    with opened(file) as (stream, raw):
+        try:
+            while data := stream.read(_BLOCK_BYTES):
+                if b"\0" in data:
+                    raise _not_utf8("NUL", before + data.index(b"\0"))
+                yield decoder.decode(data)
+                before += len(data)
+                at(raw.tell())
+            decoder.decode(b"", final=True)
+        except UnicodeDecodeError as error:
+            raise _not_utf8(error.reason, before + error.start) from error
 
 
-class _ZstdReader(io.RawIOBase):
-    """Frames of zstd; unlike the library's own reader it refuses a file that was cut short."""
-
-    def __init__(self, raw: IO[bytes]) -> None:
-        self._raw = raw
-        self._ready = b""
-        self._frame = zstandard.ZstdDecompressor().decompressobj()
-        self._inside = False
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            data = self._frame.unused_data if self._frame.eof else b""
-            data = data or self._raw.read(_ZSTD_CHUNK_BYTES)
-            if not data:
-                if self._inside:
-                    raise EOFError("the compressed data end too early")
-                return 0
-            if self._frame.eof:
-                self._frame = zstandard.ZstdDecompressor().decompressobj()
-            self._ready = self._frame.decompress(data)
-            self._inside = not self._frame.eof
-        count = min(len(buffer), len(self._ready))
-        buffer[:count] = self._ready[:count]
-        self._ready = self._ready[count:]
-        return count
+def _not_utf8(what: str, place: int) -> BadText:
+    return BadText(
+        "text is not UTF-8",
+        f"is not UTF-8 text ({what} near byte {place}); convert it with iconv -t UTF-8 -f ENCODING",
+    )
 
 
-def _json_text(line: bytes, key: str, where: str) -> str:
-    try:
-        values = json.loads(line)
-    except ValueError as error:
-        pretty = line.strip() in (b"[", b"{")
-        hint = "write one JSON object on each line" if pretty else "repair or remove it"
-        raise UserError(f"{where} is not JSON ({error}); {hint}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{where} is no JSON object; write one object on each line")
-    if key not in values:
-        keys = ", ".join(sorted(values)) or "none"
-        raise UserError(f"{where} has no key {key!r} (its keys: {keys}); set the text key")
-    text = values[key]
-    if not isinstance(text, str):
-        raise UserError(f"{where} has no text under {key!r} but {type(text).__name__}; repair it")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where} has text that is not Unicode ({error}); repair it") from error
-    return text
+class _Again:
+    """The text of a file that was read before, read anew each time so that it need not be held."""
 
+    def __init__(self, file: SourceFile, read: _Reading) -> None:
+        self._file = file
+        self._read = read
 
-def _parquet_texts(path: Path, key: str, skipped: Counter[str]) -> Iterator[tuple[str, str]]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        file = parquet.ParquetFile(path)
-        names = file.schema_arrow.names
-        if key not in names:
+    def __iter__(self) -> Iterator[str]:
+        try:
+            yield from _blocks(self._file, self._read.at)
+        except (*DAMAGE, BadText) as error:
             raise UserError(
-                f"input file {path} has no column {key!r} (its columns: {', '.join(names)}); "
-                "set the text key"
-            )
-        batches = (batch.column(0).to_pylist() for batch in file.iter_batches(columns=[key]))
-        for number, value in enumerate(chain.from_iterable(batches), start=1):
-            if value is None:
-                skipped["row without text"] += 1
-            elif isinstance(value, str):
-                yield f":{number}", value
-            else:
-                raise UserError(
-                    f"input file {path}, row {number} has no text in column {key!r} but "
-                    f"{type(value).__name__}; set the text key"
-                )
-    except pyarrow.ArrowException as error:
-        raise UserError(
-            f"input file {path} is not parquet that can be read ({error}); repair it or take it out"
-        ) from error
+                f"input file {self._file.path} was read once and cannot be again ({error}); run "
+                "again when nothing else changes it"
+            ) from error
+
+
+def _between(blocks: Iterable[str], separator: str) -> Iterator[str]:
+    rest = ""
+    for block in blocks:
+        *done, rest = (rest + block).split(separator)
+        yield from done
+    yield rest
 
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def named_input(value: str) -> tuple[str, str]:
-    """Split ``name=input``; without a name, one is made from the input."""
+    """Split ``name=input``; without a name, one is made from the input.
+
+    A path whose first folder is called ``lang=en`` has no name in front.
+    """
     name, equals, rest = value.partition("=")
-    if equals and _NAME.fullmatch(name) and not Path(value).exists():
+    folder = Path(value).parts[0] if Path(value).parts else value
+    if equals and _NAME.fullmatch(name) and not os.path.lexists(folder):
         if not rest:
             raise UserError(f"input {value!r} names no path; write name=path")
         return name, rest

@@ -3,59 +3,165 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
+
+from allometry.configs.errors import UserError
+
+_PLACES_KEPT = 5
 
 
 class Document(NamedTuple):
     """A text and its stable name; ``group`` is the digest that decides its split.
 
-    The digest is of the text itself, or of the larger text out of which the document was taken,
-    so that what stands in one file never lands in two splits.
+    ``blocks`` are the text in order, and can be gone through again: one string, or what a large
+    file is read in. The digest is of the text itself, or of the larger text out of which the
+    document was taken, so that what stands in one file never lands in two splits.
     """
 
     id: str
-    text: str
+    blocks: Iterable[str]
     group: str
+
+    @classmethod
+    def of(cls, id: str, text: str, group: str | None = None) -> Self:
+        """A document of one string; ``group`` defaults to the digest of the text."""
+        return cls(id, (text,), text_digest(text) if group is None else group)
+
+    @property
+    def text(self) -> str:
+        """The whole text as one string."""
+        return "".join(self.blocks)
+
+    def is_blank(self) -> bool:
+        """Whether there is nothing but white space."""
+        return all(not block or block.isspace() for block in self.blocks)
+
+    def num_bytes(self) -> int:
+        """Size of the text in UTF-8."""
+        return sum(len(block.encode()) for block in self.blocks)
 
 
 OrderedMap = Callable[[Callable[[Any], Any], Iterator[Any]], Iterator[Any]]
 """A map that keeps the order and may work in several processes."""
 
+OnBadLine = Literal["stop", "skip"]
+
+
+class BadText(Exception):
+    """A line, row or file whose text is missing or damaged.
+
+    ``reason`` is what it is counted under; ``says`` goes on with a sentence that begins with its
+    place.
+    """
+
+    def __init__(self, reason: str, says: str) -> None:
+        super().__init__(says)
+        self.reason = reason
+
+
+class LeftOut:
+    """What is left out, by reason: how many, and the first few places."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.places: dict[str, list[str]] = {}
+
+    def add(self, reason: str, place: str, count: int = 1) -> None:
+        """Count ``count`` more, of which ``place`` is one (or the first)."""
+        self.counts[reason] += count
+        places = self.places.setdefault(reason, [])
+        if len(places) < _PLACES_KEPT:
+            places.append(place)
+
+    def update(self, other: LeftOut) -> None:
+        """Add what another one counts."""
+        for reason, places in other.places.items():
+            self.counts[reason] += other.counts[reason]
+            self.places.setdefault(reason, []).extend(places)
+            del self.places[reason][_PLACES_KEPT:]
+
+    def __str__(self) -> str:
+        parts = []
+        for reason, count in sorted(self.counts.items()):
+            places = self.places[reason]
+            more = ", ..." if count > len(places) else ""
+            parts.append(f"{reason}: {count:,} ({', '.join(places)}{more})")
+        return "; ".join(parts)
+
+
+class ReadLog:
+    """What reading one source has to tell.
+
+    One rule holds in every format. Text that is null or blank is no document, and is counted. Text
+    that is missing or damaged stops the reading (``on_bad_line`` "stop") or is counted ("skip"), up
+    to ``max_bad_lines`` of them.
+    """
+
+    def __init__(
+        self,
+        advance: Callable[[int], None],
+        on_bad_line: OnBadLine = "stop",
+        max_bad_lines: int = 1000,
+    ) -> None:
+        self.advance = advance
+        """Told how many more bytes of the corpus' files were read."""
+        self.left_out = LeftOut()
+        self.marks: Counter[str] = Counter()
+        """How often what separates documents elsewhere stands in text files."""
+        self._on_bad_line = on_bad_line
+        self._max_bad_lines = max_bad_lines
+        self._bad = 0
+
+    def bad(self, place: str, error: BadText, count: int = 1) -> None:
+        """Leave out what is bad, or raise UserError."""
+        if self._on_bad_line == "stop":
+            raise UserError(
+                f"{place} {error}, or leave out what is like it with --on-bad-line skip"
+            )
+        self.left_out.add(error.reason, place, count)
+        self._bad += count
+        if self._bad > self._max_bad_lines:
+            raise UserError(
+                f"{place} {error}; it is one of more than {self._max_bad_lines} bad lines "
+                f"({self.left_out}); mend the input or raise --max-bad-lines"
+            )
+
 
 class Corpus(ABC):
     """Documents in a fixed order, to be read as often as needed.
 
-    ``input`` is how the record names it; ``files`` are all that is read.
+    ``input`` is how the record names it; ``files`` are all that is read; ``left_out`` is what was
+    found there and is not read; ``kinds`` says how many files of what kind there are.
     """
 
-    def __init__(self, input: str, files: list[Path]) -> None:
+    def __init__(self, input: str, files: list[Path], kinds: dict[str, int]) -> None:
         self.input = input
         self.files = files
+        self.kinds = kinds
+        self.left_out = LeftOut()
 
     @abstractmethod
-    def documents(
-        self, skipped: Counter[str], advance: Callable[[int], None], ordered_map: OrderedMap
-    ) -> Iterator[Document]:
-        """Read all documents; count in ``skipped`` what cannot be one, by reason.
+    def documents(self, log: ReadLog, ordered_map: OrderedMap) -> Iterator[Document]:
+        """Read all documents; tell ``log`` what cannot be one.
 
-        ``advance`` is told how many bytes of ``files`` were read since it was last called. Text
-        that is blank is left to the caller. Raises UserError for a file that cannot be read.
+        Text that is blank is left to the caller. Raises UserError for a file that cannot be read.
         """
 
     @property
     def total_bytes(self) -> int:
         """Size of ``files`` on disk."""
-        return sum(path.stat().st_size for path in self.files)
+        return sum(_status(path).st_size for path in self.files)
 
     def fingerprint(self) -> str:
         """SHA-256 of the names, sizes and times of change of ``files``."""
         digest = hashlib.sha256()
         for path in self.files:
-            status = path.stat()
+            status = _status(path)
             digest.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
         return digest.hexdigest()
 
@@ -63,3 +169,13 @@ class Corpus(ABC):
 def text_digest(text: str) -> str:
     """SHA-256 of the text in UTF-8."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _status(path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except OSError as error:
+        raise UserError(
+            f"input file {path} was there and cannot be read now ({error.strerror}); run again "
+            "when nothing else changes the input"
+        ) from error

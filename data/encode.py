@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, Self, TypeVar
+from functools import lru_cache, partial
+from typing import Any, NamedTuple, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,10 +19,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from allometry.configs.errors import UserError
 from allometry.data.corpus import Document, text_digest
+from allometry.data.pieces import SPAN, Span, encode_span, spans, stretches
 from allometry.data.processes import end_with_parent
 from allometry.data.special_tokens import END_OF_DOCUMENT, load_encoder
 
-_CHUNK_CHARACTERS = 1 << 18
+_CHUNK_CHARACTERS = SPAN
 _IN_FLIGHT = 4
 
 Item = TypeVar("Item")
@@ -49,7 +50,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=alphabet,
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    parts = (part for text in texts for part in stretches(text))
+    tokenizer.train_from_iterator(parts, trainer)
     return tokenizer
 
 
@@ -68,10 +70,10 @@ class TextSample:
 
     def offer(self, document: Document) -> None:
         """Consider one document."""
-        text = document.text[: self.budget]
-        self.offered += len(document.text)
+        text = _beginning(document.blocks, self.budget)
+        self.offered += len(text)
         # Docstrings of a file share a group: the text's own hash breaks their ties evenly.
-        digest = int(text_digest(document.group + document.text)[:16], 16)
+        digest = int(text_digest(document.group + text)[:16], 16)
         if digest >= self._smallest_refused:
             return
         heapq.heappush(self._kept, (-digest, text))
@@ -84,6 +86,16 @@ class TextSample:
     def texts(self) -> list[str]:
         """The sample, by digest."""
         return [text for _, text in sorted(self._kept, reverse=True)]
+
+
+def _beginning(blocks: Iterable[str], characters: int) -> str:
+    kept: list[str] = []
+    for block in blocks:
+        kept.append(block[:characters])
+        characters -= len(kept[-1])
+        if characters == 0:
+            break
+    return "".join(kept)
 
 
 @dataclass(frozen=True)
@@ -100,26 +112,38 @@ class Encoding:
     validation_below: int
 
 
-@dataclass(frozen=True)
-class EncodedChunk:
-    """Documents in order: their tokens one after another, lengths, splits and UTF-8 bytes."""
+class Piece(NamedTuple):
+    """A document, or a span of a long one; ``group`` is the document's."""
+
+    group: str
+    span: Span
+
+
+class EncodedPiece(NamedTuple):
+    """Tokens of a piece in the dtype of the files; ``text_bytes`` of UTF-8 that they stand for.
+
+    ``last``: the document ends here, with the end-of-document token. ``exact``: the tokens are
+    those that the whole document would have.
+    """
 
     tokens: NDArray[Any]
-    lengths: list[int]
-    held_out: list[bool]
-    text_bytes: list[int]
+    text_bytes: int
+    held_out: bool
+    last: bool
+    exact: bool
 
 
-def chunks(documents: Iterable[Document]) -> Iterator[list[tuple[str, str]]]:
-    """(group, text) of documents, gathered to what is worth a trip to another process."""
-    chunk: list[tuple[str, str]] = []
+def chunks(documents: Iterable[Document]) -> Iterator[list[Piece]]:
+    """Documents gathered, and long ones cut, to what is worth a trip to another process."""
+    chunk: list[Piece] = []
     size = 0
     for document in documents:
-        chunk.append((document.group, document.text))
-        size += len(document.text)
-        if size >= _CHUNK_CHARACTERS:
-            yield chunk
-            chunk, size = [], 0
+        for span in spans(document.blocks):
+            chunk.append(Piece(document.group, span))
+            size += len(span.text)
+            if size >= _CHUNK_CHARACTERS:
+                yield chunk
+                chunk, size = [], 0
     if chunk:
         yield chunk
 
@@ -149,17 +173,20 @@ def _encoded(tokenizer: Tokenizer, text: str, end: int) -> list[int]:
     return ids
 
 
-def encode_chunk(encoding: Encoding, chunk: list[tuple[str, str]]) -> EncodedChunk:
+def encode_chunk(encoding: Encoding, chunk: list[Piece]) -> list[EncodedPiece]:
     """Encode one chunk; the same for any process and any chunks."""
-    tokenizer = _loaded(encoding.tokenizer, encoding.tokenizer_sha256, encoding.end_of_document)
-    tokens = []
-    for _, text in chunk:
-        ids = _encoded(tokenizer, text, encoding.end_of_document)
-        ids.append(encoding.end_of_document)
-        tokens.append(np.array(ids, encoding.dtype))
-    held_out = [int(group[:16], 16) < encoding.validation_below for group, _ in chunk]
-    lengths, text_bytes = [len(ids) for ids in tokens], [len(text.encode()) for _, text in chunk]
-    return EncodedChunk(np.concatenate(tokens), lengths, held_out, text_bytes)
+    end = encoding.end_of_document
+    encode = partial(_encoded, _loaded(encoding.tokenizer, encoding.tokenizer_sha256, end), end=end)
+    outcomes = []
+    for group, span in chunk:
+        ids, text_bytes, exact = encode_span(encode, span)
+        last = span.after == 0
+        if last:
+            ids.append(end)
+        tokens = np.array(ids, encoding.dtype)
+        held_out = int(group[:16], 16) < encoding.validation_below
+        outcomes.append(EncodedPiece(tokens, text_bytes, held_out, last, exact))
+    return outcomes
 
 
 def _live_and_die_with_parent() -> None:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from allometry.configs.base import Section
 from allometry.configs.errors import UserError
@@ -34,11 +34,19 @@ class SplitRecord(Section):
 
 
 class SourceRecord(Section):
-    """One source: where it came from, what was left out, its splits."""
+    """One source: where it came from, what was left out, its splits.
+
+    ``kinds`` counts the files of each kind that were read, ``skipped`` what was left out, by
+    reason; ``skipped_places`` are the first few of each. ``inexact_cuts`` counts places in long
+    documents where tokens may differ from those of the whole text (data/pieces.py).
+    """
 
     input: str
     input_sha256: str
+    kinds: dict[str, int] = Field(default_factory=dict)
     skipped: dict[str, int]
+    skipped_places: dict[str, list[str]] = Field(default_factory=dict)
+    inexact_cuts: int = 0
     splits: dict[Split, SplitRecord]
 
 
@@ -79,7 +87,7 @@ def read_manifest(folder: Path) -> Manifest | None:
         if not isinstance(values, dict) or values.get("kind") != "allometry.tokens":
             return None
         return Manifest.model_validate(values)
-    except (ValidationError, ValueError) as error:
+    except (ValidationError, ValueError, RecursionError) as error:
         raise UserError(
             f"manifest {path} is damaged ({str(error).splitlines()[0]}); prepare the data again "
             "into another folder"

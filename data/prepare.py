@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import math
 import os
 import shutil
 import threading
-from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from allometry.configs.errors import UserError
 from allometry.data.builtin import python_version
 from allometry.data.corpora import named_input, open_corpus
-from allometry.data.corpus import Corpus, Document
+from allometry.data.corpus import Corpus, Document, OnBadLine, ReadLog
 from allometry.data.encode import (
     Encoding,
     TextSample,
@@ -29,6 +26,7 @@ from allometry.data.encode import (
     encode_chunk,
     train_tokenizer,
 )
+from allometry.data.lock import locked
 from allometry.data.manifest import (
     MANIFEST,
     Manifest,
@@ -56,7 +54,7 @@ from allometry.data.writer import TokenWriter, load_megatron
 
 DEFAULT_VOCAB_SIZE = 8192
 _PARTIAL = ".partial"
-_LOCK = ".lock"
+_LONG_DOCUMENT_BYTES = 1 << 20  # documents that a mark separates are shorter on average
 _SAMPLE_CHARACTERS = 4 << 20
 _SAMPLED_FROM = 16  # times the sample: how far a source is read for it
 
@@ -69,7 +67,9 @@ class PrepareRequest:
     builtin:python-prose. ``tokenizer`` is the path of a tokenizer.json; None trains one with
     ``vocab_size`` ids (default 8192). ``validation_fraction`` is the share of documents held out.
     ``max_documents`` and ``max_bytes`` (of UTF-8 text) end a source early. ``processes`` None
-    takes all cores; the files do not depend on it.
+    takes all cores; the files do not depend on it. ``separator`` stands between the documents of a
+    text file. ``on_bad_line``: whether text that is missing or damaged stops the preparation or is
+    left out and counted ("skip"), up to ``max_bad_lines`` in a source.
     """
 
     inputs: tuple[str, ...]
@@ -82,6 +82,9 @@ class PrepareRequest:
     max_documents: int | None = None
     max_bytes: int | None = None
     processes: int | None = None
+    separator: str | None = None
+    on_bad_line: OnBadLine = "stop"
+    max_bad_lines: int = 1000
 
     def __post_init__(self) -> None:
         if not self.inputs:
@@ -94,6 +97,12 @@ class PrepareRequest:
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise UserError(f"{key}={value} must be at least 1")
+        if self.separator == "":
+            raise UserError("separator is empty; give the text that stands between documents")
+        if self.on_bad_line not in get_args(OnBadLine):
+            raise UserError(f"on_bad_line={self.on_bad_line} must be stop or skip")
+        if self.max_bad_lines < 0:
+            raise UserError(f"max_bad_lines={self.max_bad_lines} must be at least 0")
         if self.tokenizer is not None and self.vocab_size is not None:
             raise UserError(
                 f"vocab_size={self.vocab_size} is for a tokenizer that is trained, but "
@@ -111,7 +120,7 @@ def prepare(request: PrepareRequest, quiet: bool = False) -> Manifest:
     """
     corpora = _open_inputs(request)
     out = Path(request.out)
-    with ProgressReport(quiet=quiet) as report, _locked(out):
+    with ProgressReport(quiet=quiet) as report, locked(out):
         return _prepare_locked(request, corpora, out, report)
 
 
@@ -174,15 +183,25 @@ class _Preparation:
         (self.folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
         return manifest
 
-    def _documents(self, corpus: Corpus, skipped: Counter[str]) -> Iterator[Document]:
+    def _log(self) -> ReadLog:
+        return ReadLog(self.report.advance, self.request.on_bad_line, self.request.max_bad_lines)
+
+    def _documents(self, corpus: Corpus, log: ReadLog) -> Iterator[Document]:
         """The corpus without blank documents, up to the request's limits."""
-        left = self.request.max_bytes or math.inf
-        documents = corpus.documents(skipped, self.report.advance, self.workers.map)
-        kept = (document for document in documents if document.text.strip())
-        for document in islice(kept, self.request.max_documents):
-            left -= len(document.text.encode())
-            if left < 0:
-                return
+
+        def with_text() -> Iterator[Document]:
+            for document in corpus.documents(log, self.workers.map):
+                if document.is_blank():
+                    log.left_out.add("text is blank", document.id)
+                else:
+                    yield document
+
+        left = self.request.max_bytes
+        for document in islice(with_text(), self.request.max_documents):
+            if left is not None:
+                left -= document.num_bytes()
+                if left < 0:
+                    return
             yield document
 
     def _tokenizer(self, corpora: dict[str, Corpus]) -> TokenizerRecord:
@@ -214,7 +233,7 @@ class _Preparation:
         """Training documents of one source for the tokenizer; no source outweighs another."""
         sample = TextSample(_SAMPLE_CHARACTERS)
         self.report.begin(f"sampling {name} for the tokenizer", corpus.total_bytes)
-        for document in self._documents(corpus, Counter()):
+        for document in self._documents(corpus, self._log()):
             if int(document.group[:16], 16) >= self.validation_below:
                 sample.offer(document)
             if sample.offered >= _SAMPLED_FROM * sample.budget:
@@ -222,38 +241,46 @@ class _Preparation:
         return sample.texts()
 
     def _source(self, name: str, corpus: Corpus, encoding: Encoding) -> SourceRecord:
-        skipped: Counter[str] = Counter()
+        log, inexact_cuts = self._log(), 0
+        log.left_out.update(corpus.left_out)
         splits: tuple[Split, Split] = ("train", "validation")
         writers = [TokenWriter(self.folder, f"{name}.{split}", encoding.dtype) for split in splits]
         self.report.begin(f"encoding {name}", corpus.total_bytes)
-        texts = chunks(self._documents(corpus, skipped))
-        for chunk in self.workers.map(functools.partial(encode_chunk, encoding), texts):
-            at = 0
-            for length, held_out, text_bytes in zip(
-                chunk.lengths, chunk.held_out, chunk.text_bytes, strict=True
-            ):
-                writers[held_out].add(chunk.tokens[at : at + length], text_bytes)
-                at += length
+        pieces = chunks(self._documents(corpus, log))
+        for chunk in self.workers.map(functools.partial(encode_chunk, encoding), pieces):
+            for piece in chunk:
+                writers[piece.held_out].add(piece.tokens, piece.text_bytes, piece.last)
+                inexact_cuts += not piece.exact
         records = {split: writer.finish() for split, writer in zip(splits, writers, strict=True)}
-        self._say_source(name, corpus, writers, skipped)
+        self._say_source(name, corpus, writers, log)
+        if inexact_cuts:
+            self.report.say(
+                f"{name}: {inexact_cuts} cuts in long stretches without a boundary between tokens; "
+                "a few tokens there may differ from those of the whole text"
+            )
         return SourceRecord(
             input=corpus.input,
             input_sha256=corpus.fingerprint(),
-            skipped=dict(sorted(skipped.items())),
+            kinds=corpus.kinds,
+            skipped=dict(sorted(log.left_out.counts.items())),
+            skipped_places=dict(sorted(log.left_out.places.items())),
+            inexact_cuts=inexact_cuts,
             splits={split: record for split, record in records.items() if record is not None},
         )
 
     def _say_source(
-        self, name: str, corpus: Corpus, writers: list[TokenWriter], skipped: Counter[str]
+        self, name: str, corpus: Corpus, writers: list[TokenWriter], log: ReadLog
     ) -> None:
         train, validation = writers
-        left_out = "; ".join(f"{reason}: {count}" for reason, count in sorted(skipped.items()))
+        left_out = str(log.left_out)
         if train.documents == 0:
             raise UserError(
                 f"source {name} ({corpus.input}) has no documents to train on "
                 f"({validation.documents} held out; left out: {left_out or 'nothing'}); give an "
                 "input with more text or lower validation_fraction"
             )
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in corpus.kinds.items())
+        self.report.say(f"{name}: files read: {kinds}")
         self.report.say(
             f"{name}: {train.documents:,} documents, {train.tokens:,} tokens to train on "
             f"({train.text_bytes / train.tokens:.2f} bytes a token); {validation.documents:,} "
@@ -261,6 +288,13 @@ class _Preparation:
         )
         if left_out:
             self.report.say(f"{name}: left out: {left_out}")
+        text_bytes = train.text_bytes + validation.text_bytes
+        for mark, count in log.marks.items():
+            if count > 1 and text_bytes < count * _LONG_DOCUMENT_BYTES:
+                self.report.say(
+                    f"{name}: {mark} stands {count:,} times in text files, each of which is one "
+                    f"document; if it separates documents, give --separator '{mark}'"
+                )
         if validation.documents == 0 and self.validation_below:
             self.report.say(f"{name}: no document fell into the held-out split, so it has no files")
 
@@ -274,7 +308,7 @@ def _open_inputs(request: PrepareRequest) -> dict[str, Corpus]:
                 f"two inputs give the source {name!r} (the second is {value}); name one of them "
                 "with name=input"
             )
-        corpora[name] = open_corpus(source, request.text_key)
+        corpora[name] = open_corpus(source, request.text_key, request.separator)
     return corpora
 
 
@@ -285,7 +319,10 @@ def _identity(request: PrepareRequest, corpora: dict[str, Corpus]) -> dict[str, 
     else:
         tokenizer = {"sha256": recorded_as(request.tokenizer, Path(request.out))}
     inputs = {name: corpus.input for name, corpus in corpora.items()}
-    same = "validation_fraction", "text_key", "end_of_document", "max_documents", "max_bytes"
+    same = (
+        *("validation_fraction", "text_key", "end_of_document", "max_documents", "max_bytes"),
+        *("separator", "on_bad_line"),
+    )
     return {"inputs": inputs, "tokenizer": tokenizer, **{k: getattr(request, k) for k in same}}
 
 
@@ -298,11 +335,9 @@ def _already_prepared(
         return None
     advice = "choose another output folder or remove this one"
     for key, value in identity.items():
-        if manifest.request.get(key) != value:
-            raise UserError(
-                f"folder {out} was prepared with {key}={manifest.request.get(key)}, not {value}; "
-                f"{advice}"
-            )
+        before = manifest.request.get(key, value)  # an older manifest has fewer keys
+        if before != value:
+            raise UserError(f"folder {out} was prepared with {key}={before}, not {value}; {advice}")
     for name, corpus in corpora.items():
         source = manifest.sources[name]
         if source.input_sha256 != corpus.fingerprint():
@@ -330,27 +365,6 @@ def _refuse_to_overwrite(out: Path, corpora: dict[str, Corpus]) -> None:
                 f"folder {out} holds {name}, but no manifest.json that tells how it was made; "
                 "choose another output folder"
             )
-
-
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Make the folder and hold its lock; turn what the disk refuses into a sentence."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with (out / _LOCK).open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(
-                    f"another `allometry prepare` is writing into {out}; wait for it or choose "
-                    "another output folder"
-                ) from error
-            yield
-    except OSError as error:
-        raise UserError(
-            f"cannot write token files into {out} ({error.strerror or error}); make room or choose "
-            "another output folder"
-        ) from error
 
 
 def _versions() -> dict[str, str]:

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from allometry.configs.errors import UserError
 from allometry.data.manifest import FileRecord, SplitRecord
 
+LONGEST_SEQUENCE = 2**31 - 1
+
 
 @lru_cache(maxsize=1)
 def load_megatron() -> Any:
@@ -32,21 +34,31 @@ def load_megatron() -> Any:
 
 
 class TokenWriter:
-    """Writes ``folder``/``stem``.bin and .idx, one sequence a document."""
+    """Writes ``folder``/``stem``.bin and .idx, one sequence a document.
+
+    A document of more tokens than the index can count in one sequence has several.
+    """
 
     def __init__(self, folder: Path, stem: str, dtype: str) -> None:
         self._bin = folder / f"{stem}.bin"
         self._idx = folder / f"{stem}.idx"
         self._builder = load_megatron().IndexedDatasetBuilder(str(self._bin), np.dtype(dtype).type)
         self.documents = self.tokens = self.text_bytes = self._largest_id = 0
+        self._begun = 0
 
-    def add(self, tokens: NDArray[Any], text_bytes: int) -> None:
-        """Append one document, end-of-document token included."""
-        self._builder.add_document(tokens, [len(tokens)])
-        self.documents += 1
+    def add(self, tokens: NDArray[Any], text_bytes: int, last: bool) -> None:
+        """Append tokens to the document in hand, which ends with them if they are its ``last``."""
         self.tokens += len(tokens)
         self.text_bytes += text_bytes
-        self._largest_id = max(self._largest_id, int(tokens.max()))
+        self._largest_id = max(self._largest_id, int(tokens.max(initial=0)))
+        self._begun += len(tokens)
+        if not last:
+            self._builder.data_file.write(tokens.tobytes())
+            return
+        full, rest = divmod(self._begun, LONGEST_SEQUENCE)
+        self._builder.add_document(tokens, [LONGEST_SEQUENCE] * full + [rest] * (rest > 0))
+        self.documents += 1
+        self._begun = 0
 
     def finish(self) -> SplitRecord | None:
         """Close the files and say what they hold; None, and no files, without documents."""

@@ -29,8 +29,8 @@ class Prepare(Command):
     """Turn text into token files that training reads (Megatron's .bin/.idx)."""
 
     inputs: tuple[str, ...] = argument(
-        "NAME=PATH or PATH: text, JSONL (.gz, .zst), parquet, a folder of them, or "
-        "builtin:python-code, builtin:python-prose",
+        "NAME=PATH or PATH: text, JSON Lines (both also as .gz, .zst, .bz2, .xz), parquet, a "
+        "folder or a pattern of them, or builtin:python-code, builtin:python-prose",
         paths=True,
     )
     out: Path = option("folder for the token files", REQUIRED, "-o")
@@ -42,7 +42,14 @@ class Prepare(Command):
     validation_fraction: float = option(
         "share of the documents held out, chosen by their hash", 0.05
     )
-    text_key: str = option("field that holds the text", "text")
+    text_key: str = option("field that holds the text; meta.text: a field in a field", "text")
+    separator: str | None = option(
+        "what stands between the documents of a text file; default: each file is one document"
+    )
+    on_bad_line: str = option(
+        "stop, or skip: leave out and count text that is missing or damaged", "stop"
+    )
+    max_bad_lines: int = option("stop all the same after this many in a source", 1000, min=0)
     max_documents: int | None = option("read at most this many documents of each source")
     processes: int | None = option("worker processes; default: cores")
 

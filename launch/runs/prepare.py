@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import cast
+
+from allometry.data.corpus import OnBadLine
 from allometry.data.prepare import PrepareRequest, prepare
 from allometry.launch.command import Report
 from allometry.launch.runs.commands import Prepare
@@ -20,6 +23,9 @@ def prepared(asked: Prepare) -> Report:
         text_key=asked.text_key,
         max_documents=asked.max_documents,
         processes=asked.processes,
+        separator=asked.separator,
+        on_bad_line=cast(OnBadLine, asked.on_bad_line),
+        max_bad_lines=asked.max_bad_lines,
     )
     manifest = prepare(request, quiet=asked.json)
     rows = [["source", "split", "documents", "tokens"]]
@@ -29,6 +35,14 @@ def prepared(asked: Prepare) -> Report:
         for split, record in source.splits.items()
     ]
     shown = table(rows, right=(2, 3), least=(20, 12, 12, 16), gap="")
+    left_out = [
+        [name, reason, f"{count:,}", ", ".join(source.skipped_places.get(reason, ()))]
+        for name, source in manifest.sources.items()
+        for reason, count in source.skipped.items()
+    ]
+    if left_out:
+        header = ["source", "left out", "count", "the first of them"]
+        shown += "\n" + table([header, *left_out], right=(2,), least=(20,))
     made = manifest.tokenizer
     vocabulary = (
         f"vocabulary {made.vocab_size:,}, documents end with {made.end_of_document} "

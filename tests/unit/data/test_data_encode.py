@@ -24,7 +24,7 @@ def test_training_a_tokenizer_is_deterministic() -> None:
 def test_sample_does_not_depend_on_the_order() -> None:
     rng = random.Random(1)
     documents = [
-        Document(str(n), chr(97 + n % 26) * rng.randint(1, 30), str(n % 7)) for n in range(200)
+        Document.of(str(n), chr(97 + n % 26) * rng.randint(1, 30), str(n % 7)) for n in range(200)
     ]
     samples = []
     for _ in range(4):

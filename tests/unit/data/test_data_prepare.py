@@ -14,6 +14,7 @@ from allometry.configs.errors import UserError
 from allometry.data import prepare as room
 from allometry.data.corpus import text_digest
 from allometry.data.encode import END_OF_DOCUMENT, train_tokenizer
+from allometry.data.lock import locked
 from allometry.data.manifest import manifest_of, read_manifest
 from allometry.data.prepare import PrepareRequest, prepare
 from allometry.data.store import TokenStore
@@ -97,6 +98,9 @@ def test_manifest_tells_what_is_there(corpus: Path, prepared: Path) -> None:
             assert file.bytes == len(data)
             assert file.sha256 == hashlib.sha256(data).hexdigest()
         sizes += record.bytes
+    assert (web.kinds, book.kinds) == ({"JSON Lines": 1}, {"text": 1})
+    assert (web.skipped, book.skipped) == ({"text is blank": 1}, {})
+    assert web.skipped_places == {"text is blank": [f"{corpus / 'web.jsonl'}:12"]}
     assert sizes == sum(len(text.encode()) for text in texts_of(corpus))
     assert TokenStore(prepared / "web.train").vocab_bound == manifest.tokenizer.vocab_size == 400
     assert TokenStore(prepared / "web.train").vocab_bound_origin == "manifest"
@@ -232,7 +236,7 @@ def test_files_of_others_are_not_overwritten(small: PrepareRequest) -> None:
 def test_two_at_once(small: PrepareRequest) -> None:
     Path(small.out).mkdir()
     with (
-        room._locked(Path(small.out)),
+        locked(Path(small.out)),
         pytest.raises(UserError, match="another `allometry prepare` is writing"),
     ):
         prepare(small, quiet=True)
@@ -321,6 +325,9 @@ def test_bad_tokenizers(small: PrepareRequest, tmp_path: Path, text: str | None,
         ({"validation_fraction": 1.0}, "validation_fraction=1.0"),
         ({"vocab_size": 0}, "vocab_size=0"),
         ({"tokenizer": "t.json"}, "give one of them"),
+        ({"on_bad_line": "warn"}, "on_bad_line=warn must be stop or skip"),
+        ({"max_bad_lines": -1}, "max_bad_lines=-1"),
+        ({"separator": ""}, "separator is empty"),
     ],
 )
 def test_bad_requests(small: PrepareRequest, change: dict[str, Any], says: str) -> None:

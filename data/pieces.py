@@ -1,0 +1,115 @@
+"""Long texts in pieces, so that memory does not grow with a document.
+
+A tokenizer needs some 160 bytes for each byte of the text that it encodes. A text is therefore cut
+into spans of ``SPAN`` characters. Each is encoded with a margin of its neighbours, in which the
+place of the cut is chosen, and whose tokens are taken off again. Where a tokenizer's rules look no
+further than the margin, the tokens are those of the whole text. A cut is tried on the spot: what
+stands before it is encoded the same with and without what follows, and what follows is the same
+for two different beginnings. Where there is no such place, as in a long text without a space, the
+tokens around the cut may differ from those of the whole text, and the cut is counted.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import NamedTuple
+
+SPAN = 1 << 18
+MARGIN = 2048
+_OTHER_BEGINNING = MARGIN // 4
+_TRIED = 16
+
+
+class Span(NamedTuple):
+    """A part of a text; ``before`` and ``after`` characters at its ends are its neighbours'.
+
+    Each is 0, where the text begins or ends, or ``MARGIN``. The window around a cut, twice the
+    margin, is the same in both spans that share it, so both find the same place.
+    """
+
+    text: str
+    before: int
+    after: int
+
+
+def spans(blocks: Iterable[str]) -> Iterator[Span]:
+    """The text of ``blocks`` as spans; one of up to SPAN + MARGIN characters is one span."""
+    text, before = "", 0
+    for block in blocks:
+        text += block
+        while len(text) > before + SPAN + MARGIN:
+            end = before + SPAN + MARGIN
+            yield Span(text[:end], before, MARGIN)
+            text, before = text[end - 2 * MARGIN :], MARGIN
+    yield Span(text, before, 0)
+
+
+class EncodedSpan(NamedTuple):
+    """Token ids, the UTF-8 bytes they stand for, and whether the ids are the whole text's."""
+
+    ids: list[int]
+    text_bytes: int
+    exact: bool
+
+
+def encode_span(encode: Callable[[str], list[int]], span: Span) -> EncodedSpan:
+    """Encode what of a text is the span's own; the spans' ids one after another are the text's."""
+    text, begin, end, exact = span.text, 0, len(span.text), True
+    if span.after:
+        end += find_cut(encode, text[-2 * MARGIN :])[0] - 2 * MARGIN
+    if not span.before:
+        return EncodedSpan(encode(text[:end]), len(text[:end].encode()), True)
+    begin, exact = find_cut(encode, text[: 2 * MARGIN])
+    before, ids = encode(text[:begin]), encode(text[:end])
+    if ids[: len(before)] == before:
+        ids = ids[len(before) :]
+    else:
+        ids, exact = encode(text[begin:end]), False
+    return EncodedSpan(ids, len(text[begin:end].encode()), exact)
+
+
+def find_cut(encode: Callable[[str], list[int]], window: str) -> tuple[int, bool]:
+    """Where near the middle to cut, and whether tokens are the same on both sides of the cut."""
+    other = window[_OTHER_BEGINNING:]
+    whole, whole_other = encode(window), encode(other)
+    for at in _candidates(window):
+        left, left_other = encode(window[:at]), encode(other[: at - _OTHER_BEGINNING])
+        right, right_other = whole[len(left) :], whole_other[len(left_other) :]
+        if right == right_other and left + right == whole and left_other + right == whole_other:
+            return at, True
+    return len(window) // 2, False
+
+
+def _candidates(window: str) -> Iterator[int]:
+    """Places to cut, likely ones first: before white space after a word, then other ends of one."""
+    middle = len(window) // 2
+    places = range(len(window) // 4, len(window) - len(window) // 16)
+    order = sorted(places, key=lambda at: abs(at - middle))
+    words = [at for at in order if window[at - 1].isalnum()]
+    tried: set[int] = set()
+    for likely in (
+        (at for at in words if window[at] == "\n"),
+        (at for at in words if window[at].isspace()),
+        (at for at in words if not window[at].isalnum()),
+        order,
+    ):
+        for at in islice(likely, _TRIED):
+            if at not in tried:
+                tried.add(at)
+                yield at
+
+
+def stretches(text: str) -> Iterator[str]:
+    """A text in parts of SPAN characters or more, cut before white space after a word if it can be.
+
+    For training a tokenizer that splits words there.
+    """
+    begin = 0
+    while len(text) - begin > SPAN + MARGIN:
+        space = re.compile(r"(?<=\w)\s").search(text, begin + SPAN, begin + 2 * SPAN)
+        end = space.start() if space else begin + SPAN
+        yield text[begin:end]
+        begin = end
+    yield text[begin:]

@@ -1,0 +1,164 @@
+"""The text of a record: a line of JSON, a row of parquet."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from allometry.data.corpus import BadText
+
+_ROWS_AT_ONCE = 256  # rows may be large
+_KEYS_NAMED = 20
+NULL = "text is null"
+
+
+def json_text(line: bytes, key: str) -> str | None:
+    """The text under ``key`` of one line; None where it is null. Raises BadText."""
+    try:
+        record = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise BadText("text is not UTF-8", f"is not UTF-8 ({error}); convert it") from error
+    except RecursionError as error:
+        raise BadText(
+            "JSON is nested too deeply", "is nested too deeply to be read; repair or remove it"
+        ) from error
+    except ValueError as error:
+        pretty = line.strip() in (b"[", b"{")
+        advice = "write one JSON object on each line" if pretty else "repair or remove it"
+        raise BadText("line is not JSON", f"is not JSON ({error}); {advice}") from error
+    if not isinstance(record, dict):
+        raise BadText("line is no JSON object", "is no JSON object; write one object on each line")
+    text = _value_at(record, key)
+    if text is None:
+        return None
+    if not isinstance(text, str):
+        raise _other_type(key, type(text).__name__)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadText(
+            "text is not Unicode", f"has text that is not Unicode ({error}); repair it"
+        ) from error
+    return text
+
+
+def _value_at(record: dict[str, Any], key: str) -> Any:
+    """``record[key]``; without such a key, ``record["meta"]["text"]`` for ``meta.text``."""
+    if key in record:
+        return record[key]
+    value: Any = record
+    for name in key.split("."):
+        if value is None:
+            return None
+        if not isinstance(value, dict) or name not in value:
+            raise _no_key(key, list(_names(record)))
+        value = value[name]
+    return value
+
+
+def _names(record: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for name, value in sorted(record.items()):
+        if isinstance(value, dict) and value and prefix.count(".") < 3:
+            yield from _names(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def parquet_texts(path: Path, key: str) -> Iterator[tuple[int, str | BadText | None]]:
+    """The text in column ``key`` of each row, by the row's number from 1.
+
+    None where it is null. ``key`` may be a field in a struct: ``meta.text``. Where no row has it,
+    BadText stands for all of them, under the number 0. Raises OSError for a damaged file.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            names = _column(file.schema_arrow, key)
+            if isinstance(names, BadText):
+                yield 0, names
+                return
+            number = 0
+            for batch in file.iter_batches(_ROWS_AT_ONCE, columns=[key]):
+                for value in _strings(batch, names).to_pylist():
+                    number += 1
+                    yield number, value if value is None else _decoded(value)
+    except pyarrow.ArrowException as error:
+        raise OSError(f"it is not parquet that can be read: {error}") from error
+
+
+def parquet_rows(path: Path) -> int:
+    """The number of rows that a parquet file says it has."""
+    from pyarrow import parquet
+
+    return int(parquet.read_metadata(path).num_rows)
+
+
+def _column(schema: Any, key: str) -> list[str] | BadText:
+    """The names that lead to a column of text, or why there is none."""
+    from pyarrow import types
+
+    names = [key] if key in schema.names else key.split(".")
+    fields = {field.name: field for field in schema}
+    for at, name in enumerate(names):
+        if name not in fields:
+            return _no_key(key, list(_leaves(schema)))
+        kind = fields[name].type
+        if at < len(names) - 1:
+            fields = {f.name: f for f in kind.fields} if types.is_struct(kind) else {}
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    is_text = (
+        types.is_string, types.is_large_string, types.is_string_view, types.is_binary,
+        types.is_large_binary, types.is_binary_view, types.is_null,
+    )  # fmt: skip
+    return names if any(test(kind) for test in is_text) else _other_type(key, str(kind))
+
+
+def _leaves(fields: Any, prefix: str = "") -> Iterator[str]:
+    from pyarrow import types
+
+    for field in fields:
+        if types.is_struct(field.type):
+            yield from _leaves(field.type.fields, f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}"
+
+
+def _strings(batch: Any, names: list[str]) -> Any:
+    """The column as bytes, as a string of arrow's may hold what is not UTF-8."""
+    import pyarrow
+    from pyarrow import compute, types
+
+    column = batch.column(0)
+    for name in names[1:]:
+        column = compute.struct_field(column, name)
+    if types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    return column.cast(pyarrow.large_binary())
+
+
+def _decoded(value: bytes) -> str | BadText:
+    try:
+        return value.decode()
+    except UnicodeDecodeError as error:
+        return BadText("text is not UTF-8", f"has text that is not UTF-8 ({error}); convert it")
+
+
+def _no_key(key: str, names: list[str]) -> BadText:
+    more = ", ..." if len(names) > _KEYS_NAMED else ""
+    known = ", ".join(names[:_KEYS_NAMED]) + more if names else "none"
+    return BadText(
+        f"no text under {key!r}",
+        f"has no {key!r} (it has: {known}); name the field of the text with --text-key",
+    )
+
+
+def _other_type(key: str, kind: str) -> BadText:
+    return BadText(
+        f"no text under {key!r}",
+        f"has no text under {key!r} but {kind}; name the field of the text with --text-key",
+    )
