@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from allometry.configs.errors import UserError
 from allometry.configs.model import MoEModel
 from allometry.configs.run import RunConfig
 from allometry.data.documents import DocumentStream
@@ -57,6 +58,7 @@ from allometry.trainer.save import Saver
 from allometry.trainer.state import checkpoint
 from allometry.trainer.state.folder import RunFolder
 from allometry.trainer.state.resume import Start, begin
+from allometry.trainer.state.room import checkpoint_bytes
 
 MANY_EPOCHS = 4
 _log = logging.getLogger(__name__)
@@ -92,13 +94,25 @@ def train(
         recorder = record.Recorder(folder) if mesh.is_main else None
         try:
             run = _Run(config, plan, schedule, mesh, stream, folder, start, recorder, present)
-            return run.train(invocation or Invocation(), stop_at_step)
+            result = run.train(invocation or Invocation(), stop_at_step)
         finally:
-            if recorder is not None:
-                for callback in present:
-                    callback.on_end()
-                recorder.close()
+            lost = _close(recorder, present)
             folder.release()
+        if lost is not None:
+            raise UserError(f"{lost}; the last checkpoint is whole")
+        return result
+
+
+def _close(recorder: record.Recorder | None, callbacks: Sequence[Callback]) -> str | None:
+    """End what the main rank writes; what of the record could not be written."""
+    if recorder is None:
+        return None
+    try:
+        for callback in callbacks:
+            callback.on_end()
+    finally:
+        lost = recorder.close()
+    return lost
 
 
 @dataclass
@@ -225,7 +239,8 @@ class _Run:
 
     def _saver(self) -> Saver:
         writer = checkpoint.Checkpointer(
-            self.folder, self.config.checkpoint, self.mesh, self.report
+            *(self.folder, self.config.checkpoint, self.mesh, self.report),
+            checkpoint_bytes(self.config),
         )
 
         def state() -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -101,6 +101,7 @@ def save(folder: RunFolder, mesh: Mesh, step: int) -> Counter[str]:
         CheckpointConfig(keep_last=9),
         mesh,
         lambda kind, **details: said.append(f"{kind} {details}"),
+        needed_bytes=80_000,
     )
     with Reads().counted() as reads:
         saver.save(step, state_of(mesh.rank, 1.0), {"step": step})

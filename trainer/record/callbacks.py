@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import IO, Any
 
 from typing_extensions import override
@@ -15,6 +17,8 @@ from allometry.trainer.record.columns import FinishedStep
 from allometry.trainer.record.format import duration, human
 from allometry.trainer.record.writer import Recorder, Row
 from allometry.trainer.state.folder import RunFolder
+
+_log = logging.getLogger(__name__)
 
 
 class Callback:
@@ -91,8 +95,7 @@ class Reporter:
 
 _SAID = {
     "checkpoint_saved": "step {step} | checkpoint saved",
-    "checkpoint_failed": "step {step} | CHECKPOINT FAILED ({reason}); training goes on, the "
-    "previous checkpoint is kept",
+    "checkpoint_failed": "step {step} | CHECKPOINT FAILED ({reason}); the one before is kept",
     "abandoned_checkpoint": "going back: a later checkpoint is kept aside as {name}",
     "started": "starting over: the last launch ended before its first checkpoint "
     "({dropped_rows} rows of its record dropped)",
@@ -178,16 +181,31 @@ class TensorBoard(Callback):
     def on_row(self, row: Row) -> None:
         step = int(row["step"])
         rare = any(key.startswith(("validation/", "forecast/")) for key in row)
-        if step % self._every and not rare:
+        if self._writer is None or (step % self._every and not rare):
             return
-        for key, value in row.items():
-            if key != "step":
-                self._writer.add_scalar(key if "/" in key else f"train/{key}", value, step)
+        with self._unless_full():
+            for key, value in row.items():
+                if key != "step":
+                    self._writer.add_scalar(key if "/" in key else f"train/{key}", value, step)
 
     @override
     def on_end(self) -> None:
         if self._writer is not None:
-            self._writer.close()
+            with self._unless_full():
+                self._writer.close()
+
+    @contextmanager
+    def _unless_full(self) -> Iterator[None]:
+        """Give up on what the disk does not take: metrics.jsonl has it, and training goes on."""
+        try:
+            yield
+        except OSError as error:
+            self._writer = None
+            _log.warning(
+                "%s cannot be written (%s): this launch leaves TensorBoard out from here on, and "
+                "metrics.jsonl has all",
+                *(self._folder.tensorboard, error.strerror),
+            )
 
 
 class WeightsAndBiases(Callback):
