@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +59,7 @@ from allometry.trainer.state import checkpoint
 from allometry.trainer.state.folder import RunFolder
 from allometry.trainer.state.resume import Start, begin
 from allometry.trainer.state.room import checkpoint_bytes
+from allometry.trainer.stop import StopSignals
 
 MANY_EPOCHS = 4
 _log = logging.getLogger(__name__)
@@ -71,16 +72,19 @@ def train(
     callbacks: Sequence[Callback] | None = None,
     invocation: Invocation | None = None,
     stop_at_step: int | None = None,
+    signals: StopSignals | None = None,
 ) -> RunResult:
     """Train the run that ``config`` describes, from where its folder says it is.
 
     Every rank of a torchrun calls this. ``device`` defaults to this rank's GPU, or the CPU without
     one; ``callbacks`` (on the main rank) to what ``config.record`` asks for. ``stop_at_step`` ends
-    this launch there, with a checkpoint, as a signal would. Raises UserError on all ranks alike.
+    this launch there, with a checkpoint, as a signal would; ``signals``: watched since before.
+    Raises UserError on all ranks alike.
     """
     # What a layout cannot do is said before any group starts.
     plan = RunPlan.of(config, launched_world_size())
-    with open_mesh(config.parallel, device) as mesh:
+    watched = nullcontext(signals) if signals else StopSignals()
+    with watched as signals, open_mesh(config.parallel, device) as mesh:
         plan = with_measured_stages(config, plan, mesh)
         schedule = resolve_schedule(config, plan.batch)
         stream = on_all_ranks(mesh, lambda: _open_stream(config, plan), "opening the data")
@@ -94,7 +98,7 @@ def train(
         recorder = record.Recorder(folder) if mesh.is_main else None
         try:
             run = _Run(config, plan, schedule, mesh, stream, folder, start, recorder, present)
-            result = run.train(invocation or Invocation(), stop_at_step)
+            result = run.train(invocation or Invocation(), stop_at_step, signals)
         finally:
             lost = _close(recorder, present)
             folder.release()
@@ -157,12 +161,14 @@ class _Run:
         checkpoint.load(start.checkpoint, state, self.mesh)
         return progress
 
-    def train(self, invocation: Invocation, stop_at_step: int | None) -> RunResult:
+    def train(
+        self, invocation: Invocation, stop_at_step: int | None, signals: StopSignals
+    ) -> RunResult:
         """Train to the end of the plan or to a stop."""
         # Those that ask for a row of a step come before those that only add to one.
         self.callbacks[:0] = [*self._monitors(), self._evaluation(), *self._rows()]
         self.callbacks.append(self._saver())
-        loop = self._loop()
+        loop = self._loop(signals)
         # Files may be slow, and a service's page is opened over the network.
         on_main_rank(self.mesh, lambda: self._open_record(invocation), "opening the record")
         self._report_start()
@@ -177,7 +183,7 @@ class _Run:
         for callback in self.callbacks:
             callback.on_start(facts, first_step)
 
-    def _loop(self) -> Loop:
+    def _loop(self, signals: StopSignals) -> Loop:
         return Loop(
             plan=self.plan,
             mesh=self.mesh,
@@ -189,6 +195,7 @@ class _Run:
             timer=self.timer,
             callbacks=self.callbacks,
             report=self.report,
+            signals=signals,
             recorder=self.recorder,
             record_every_steps=self.config.record.every_steps,
             document_flops=DocumentFlops.of(self.config.model),

@@ -387,6 +387,8 @@ def test_scripts_for_slurm(base: Path) -> None:
     assert "#SBATCH --partition=gpu\n#SBATCH --gres=gpu:8\n" in text
     assert text.index("#SBATCH") < text.index("module load cuda") < text.index("srun ")
     assert "--nnodes 2 --nproc-per-node 8" in text
+    assert "-m allometry.launch.torchrun " in text
+    assert "#SBATCH --requeue\n" in text
     described = load(base.parent / "ladder/configs/w16-d20480-s0.yaml")
     assert described.run.parent is not None
     assert described.run.parent.folder.endswith("w16-d8192-s0")
@@ -406,6 +408,13 @@ def test_scripts_for_slurm(base: Path) -> None:
         "--parsable w32-d8192-s0.sbatch",
         "--parsable --dependency=afterok:3 --kill-on-invalid-dep=yes w32-d20480-s0.sbatch",
     ]
+
+
+def test_scripts_of_one_process_need_no_torchrun(base: Path) -> None:
+    plan = planned(base, launch={"kind": "sbatch"})
+    text = write_scripts(plan, plan.rungs)[1].read_text()
+    assert "torchrun" not in text
+    assert f"srun {sys.executable} -m allometry.launch.train " in text
 
 
 def test_branches_have_the_rates_of_their_own_schedule(base: Path) -> None:
