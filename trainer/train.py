@@ -169,6 +169,10 @@ class _Run:
         self.callbacks[:0] = [*self._monitors(), self._evaluation(), *self._rows()]
         self.callbacks.append(self._saver())
         loop = self._loop(signals)
+        for name in self.start.cleaned:
+            self.report("removed_unfinished_checkpoint", name=name)
+        for name in self.start.abandoned:
+            self.report("abandoned_checkpoint", name=name)
         # Files may be slow, and a service's page is opened over the network.
         on_main_rank(self.mesh, lambda: self._open_record(invocation), "opening the record")
         self._report_start()
@@ -265,10 +269,6 @@ class _Run:
 
     def _report_start(self) -> None:
         start, report = self.start, self.report
-        for name in start.cleaned:
-            report("removed_unfinished_checkpoint", name=name)
-        for name in start.abandoned:
-            report("abandoned_checkpoint", name=name)
         parent = self.config.run.parent
         if start.checkpoint is None:
             report("started", step=0, dropped_rows=start.dropped_rows)

@@ -118,6 +118,7 @@ def job(slurm: Shell, number: int, wanted: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(4 * LIMIT_S)  # of which Slurm waits two minutes
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_signal_puts_the_job_back_and_the_branch_waits(
     ladder: Ladder, slurm: Shell, tmp_path: Path, processes: int
@@ -135,7 +136,7 @@ def test_a_signal_puts_the_job_back_and_the_branch_waits(
         assert time.monotonic() < until, "no rank came to the gate"
         time.sleep(0.1)
     slurm("scancel", "--signal=USR1", "1")
-    job(slurm, 1, "PENDING")  # Slurm lets two minutes pass before it starts again
+    job(slurm, 1, "PENDING")  # a job that goes back waits for two minutes
     first, second = (tmp_path / f"ladder/runs/w16-d{tokens}-s0" for tokens in (5120, 10240))
     assert kinds(first) == ["started", "stopped"]
     assert not second.exists()
