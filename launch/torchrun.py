@@ -6,7 +6,8 @@ Its arguments are torchrun's::
 
 torchrun itself takes SIGTERM, SIGINT and SIGHUP as its own end: it gives its ranks 30 seconds, and
 ends with a traceback and code 1 although they have saved. Here a signal goes to the ranks alone,
-which take the time that they need, and torchrun ends as they do: with code 0 if all have.
+which take the time that they need, and torchrun ends as they do: with code 0 if all have, and with
+2 after the sentence of a UserError.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ import psutil
 
 from allometry.trainer.stop import STOP_SIGNALS
 
+USER_ERROR = 2
+"""Exit code of a rank that has said what is wrong."""
+
 
 def main(arguments: list[str]) -> None:
     """Run torchrun with signals blocked in all its threads but one, which passes them on.
@@ -29,8 +33,15 @@ def main(arguments: list[str]) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     threading.Thread(target=_pass_on, name="signals", daemon=True).start()
     from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    run.main(arguments)
+    try:
+        run.main(arguments)
+    except ChildFailedError as error:
+        _, first = error.get_first_failure()
+        if first.exitcode != USER_ERROR:
+            raise
+        sys.exit(USER_ERROR)
 
 
 def _pass_on() -> None:

@@ -129,6 +129,14 @@ def test_a_signal_saves_and_ends_cleanly(
     }
 
 
+def test_two_ranks_refuse_with_one_sentence_and_code_2(tiny: Make, start: Start) -> None:
+    process = start(tiny("data.sources.0.train=nowhere"), ranks=2)
+    output, _ = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 2, output
+    assert output.count("allometry: token file nowhere.bin does not exist") == 1
+    assert "Traceback" not in output
+
+
 def test_second_live_run_in_a_folder_is_refused(tiny: Make, start: Start, tmp_path: Path) -> None:
     config = tiny(*LONG)
     gate = Gate(tmp_path / "gate", 2)
