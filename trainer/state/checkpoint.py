@@ -14,6 +14,7 @@ import json
 import shutil
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -263,15 +264,17 @@ class Checkpointer:
         if not failure.full:
             return failure.reason
         free = free_bytes(self._folder.checkpoints)
-        self._prune(step, max(1, self._config.keep_last - 1))
+        with suppress(OSError):
+            self._prune(step - 1, max(1, self._config.keep_last - 1))
         left = "" if free is None else f", and {megabytes(free)} were free"
         return f"{failure.reason}: a checkpoint takes {megabytes(self._needed_bytes)}{left}"
 
     def _prune(self, step: int, keep: int) -> None:
-        """Remove those up to ``step`` but the newest ``keep``, and those that stay."""
+        """Remove those up to ``step`` but the newest ``keep``, those that stay and ``latest``."""
+        latest = _latest(self._folder)
         past = [p for p in saved(self._folder) if step_of(p) <= step]
         for path in past[:-keep]:
-            if not stays(self._config, step_of(path)):
+            if not stays(self._config, step_of(path)) and path.name != latest:
                 # The marker goes first: a crash while deleting must not leave a "complete" half.
                 (path / COMPLETE).unlink(missing_ok=True)
                 shutil.rmtree(path, ignore_errors=True)

@@ -121,6 +121,27 @@ def test_a_full_disk_lets_go_of_what_the_save_would_have_replaced(
     assert (seen[12], seen[13]) == (before, after)
 
 
+def test_what_latest_names_is_never_given_up(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk is full when the pointer is to be written: the new folder is not yet the newest."""
+    real = checkpoint.write_atomically
+
+    def full(path: Path, text: str) -> None:
+        if path.name == "latest" and text in ("step-9\n", "step-12\n"):
+            raise OSError(28, os.strerror(28))
+        real(path, text)
+
+    monkeypatch.setattr(checkpoint, "write_atomically", full)
+    config = tiny("checkpoint.every_steps=3", "training.total_steps=12")
+    with pytest.raises(UserError, match=r"step 12: the last .* step-6 is kept"):
+        run(config)
+    folder = Path(config.run.folder)
+    assert (folder / "latest").read_text() == "step-6\n"
+    assert "step-6" in saved(folder)
+    monkeypatch.undo()
+    run(config)
+    assert [event["step"] for event in events(folder) if event["event"] == "resumed"] == [6]
+
+
 @pytest.mark.parametrize("kind", ["adamw", "muon", "lion"])
 def test_the_size_of_a_checkpoint_is_known_before(tiny: Make, kind: str) -> None:
     """Never above what it is: nobody is refused who has room."""
