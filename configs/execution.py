@@ -241,7 +241,11 @@ class RecordConfig(Section):
 
     every_steps: Count = Field(1, gt=0, description="steps between rows of metrics.jsonl")
     display_every_steps: Count = Field(10, gt=0, description="steps between printed lines")
-    tensorboard: bool = Field(True, description="write TensorBoard events beside the record")
+    tensorboard: bool = Field(
+        True,
+        description="write rows for TensorBoard, those of each printed line (display_every_steps) "
+        "and those with a held-out loss or a forecast",
+    )
     wandb: WandB | None = Field(None, description="also log to Weights & Biases")
     monitors: MonitorConfig = Field(
         default_factory=MonitorConfig, description="what is watched besides the loss"

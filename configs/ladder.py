@@ -84,7 +84,9 @@ class LocalLaunch(Section):
     """Runs on this machine."""
 
     kind: Literal["local"] = "local"
-    processes: Count = Field(1, gt=0, description="ranks of a run, started with torchrun")
+    processes: Count = Field(
+        1, gt=0, description="ranks of a run; more than one are started with torchrun"
+    )
     parallel: Count = Field(
         1, gt=0, description="runs at a time; more than one get one thread each"
     )

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from io import StringIO
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -117,17 +117,24 @@ def put(tree: Tree, key: str, value: Any, place: str) -> None:
     """Set ``section.key`` of a run's tree; ``place`` is where an error will say it was written."""
     path: KeyPath = tuple(int(part) if part.isdigit() else part for part in key.split("."))
     if path[-1] == "kind" and len(path) > 1:
-        tree.set(path[:-1], _of_kind(tree, path[:-1], value), place)
+        section = _section(tree, path[:-1])
+        kept = _of_kind(section, path[:-1], value)
+        tree.leave_out(path[:-1], section, kept)
+        tree.set(path[:-1], kept, place)
     tree.set(path, value, place)
 
 
-def _of_kind(tree: Tree, path: KeyPath, kind: Any) -> dict[str, Any]:
-    """What may stay of a section whose kind is overridden: the keys both kinds know."""
+def _section(tree: Tree, path: KeyPath) -> dict[str, Any]:
     section: Any = tree.data
     for key in path:
         section = section.get(key, {}) if isinstance(section, dict) else {}
-    if not isinstance(section, dict) or section.get("kind") == kind:
-        return section if isinstance(section, dict) else {}
+    return section if isinstance(section, dict) else {}
+
+
+def _of_kind(section: dict[str, Any], path: KeyPath, kind: Any) -> dict[str, Any]:
+    """What may stay of a section whose kind is overridden: the keys both kinds know."""
+    if section.get("kind") == kind:
+        return section
     chosen = next((m for m in _models_at(RunConfig, path) if _kind_of(m) == kind), None)
     known = set(chosen.model_fields) if chosen else set(section)
     return {key: value for key, value in section.items() if key in known}
@@ -147,8 +154,53 @@ def _sentence(error: ValidationError, tree: Tree, root: type[BaseModel]) -> str:
         if len(keys) > 1:
             section = ".".join(map(str, path[:-1])) or "the run"
             said, number = f"{section} lacks {', '.join(keys)}; add them", len(keys)
+    if first["type"] != "extra_forbidden":
+        said += _form(path, root)
+    said += _left_out(path, tree)
     more = f" ({len(details) - number} more)" if len(details) > number else ""
     return f"{tree.where(path)}: {said}{more}"
+
+
+def _left_out(path: KeyPath, tree: Tree) -> str:
+    """What the section of a mistake lost when its kind was changed, as the end of a sentence."""
+    for section, lost in tree.left_out.items():
+        if path[: len(section)] == section:
+            name = ".".join(map(str, section))
+            kind = _section(tree, section).get("kind")
+            return f"; {name}.kind={kind} replaced another kind and its {', '.join(lost)}"
+    return ""
+
+
+def _form(path: KeyPath, root: type[BaseModel]) -> str:
+    """How a list is written, as the end of a sentence about it or a single value in it."""
+    while path and isinstance(path[-1], int):
+        path = path[:-1]
+    for section in _models_at(root, path[:-1]):
+        field = section.model_fields.get(str(path[-1])) if path else None
+        item = _item(field.annotation) if field else None
+        if item is not None:
+            name = ".".join(map(str, path))
+            return f"; write it as {name}=[{', '.join(_examples(item))}]"
+    return ""
+
+
+def _item(annotation: Any) -> Any:
+    """The type of the items, of an annotation that takes a list; None for another one."""
+    if get_origin(annotation) is tuple:
+        return get_args(annotation)[0]
+    return next((item for a in get_args(annotation) if (item := _item(a)) is not None), None)
+
+
+def _examples(kind: Any) -> tuple[str, ...]:
+    """Items of a list as YAML has them."""
+    sections = list(_sections(kind))
+    if sections:
+        known = sections[0].model_fields
+        needed = [key for key, field in known.items() if field.is_required()] or list(known)[:2]
+        return (f"{{{', '.join(f'{key}: ...' for key in needed)}}}", "...")
+    if float in (kind, *get_args(kind)):
+        return ("0.5", "2.0")
+    return ("first", "second") if str in (kind, *get_args(kind)) else ("1", "2")
 
 
 def _data_path(detail: ErrorDetails, tree: Tree, root: type[BaseModel]) -> KeyPath:
@@ -162,7 +214,8 @@ def _data_path(detail: ErrorDetails, tree: Tree, root: type[BaseModel]) -> KeyPa
             sections = _models_at(root, tuple(path))
             if part == node.get("kind", _kind_of(sections[0]) if sections else None):
                 continue
-        if not isinstance(node, dict | list) and path:
+        named = isinstance(node, list) and not isinstance(part, int)
+        if path and (named or not isinstance(node, dict | list)):
             break  # which of several types a value was tried as
         path.append(part)
         item = isinstance(node, list) and isinstance(part, int) and part < len(node)
@@ -189,7 +242,7 @@ def _explain(detail: ErrorDetails, path: KeyPath, name: str, root: type[BaseMode
         return f"{name}={given!r} is not supported yet; only 1 is"
     if kind == "too_short" and not context["actual_length"]:
         return f"{name} is empty: name at least one {str(path[-1]).removesuffix('s')}"
-    message = detail["msg"][0].lower() + detail["msg"][1:]
+    message = detail["msg"][0].lower() + detail["msg"][1:].replace("valid tuple", "list")
     return f"{name}={given!r} is not valid: {message}"
 
 

@@ -19,10 +19,14 @@ KeyPath = tuple[str | int, ...]
 
 @dataclass
 class Tree:
-    """Plain data and, for each path in it, the place that wrote it."""
+    """Plain data and, for each path in it, the place that wrote it.
+
+    ``left_out``: keys that a section had under a kind that another one took the place of.
+    """
 
     data: dict[str, Any]
     origin: dict[KeyPath, str] = field(default_factory=dict)
+    left_out: dict[KeyPath, tuple[str, ...]] = field(default_factory=dict)
 
     def where(self, path: KeyPath) -> str:
         """The place of ``path``, or of the nearest enclosing section that was written."""
@@ -35,7 +39,7 @@ class Tree:
 
     def overlay(self, top: Tree) -> Tree:
         """This tree with ``top`` on it: mappings merge, lists and other kinds replace."""
-        result = Tree(dict(self.data), dict(self.origin))
+        result = Tree(dict(self.data), dict(self.origin), dict(self.left_out))
         _merge(result, top, result.data, top.data, ())
         return result
 
@@ -58,6 +62,12 @@ class Tree:
         self._forget(path)
         holder[last] = value
         self.origin[path] = place
+
+    def leave_out(self, path: KeyPath, old: dict[str, Any], new: dict[str, Any]) -> None:
+        """Note the keys of a section that its successor at ``path``, of another kind, lacks."""
+        lost = [str(key) for key in old if key not in new]
+        if lost:
+            self.left_out[path] = (*self.left_out.get(path, ()), *lost)
 
     def _forget(self, path: KeyPath) -> None:
         for known in [p for p in self.origin if p[: len(path)] == path]:
@@ -87,6 +97,8 @@ def _merge(
             result.origin[here] = top.origin.get(here, result.origin.get(here, ""))
             _merge(result, top, below[key], value, here)
         else:
+            if isinstance(old, dict) and isinstance(value, dict):
+                result.leave_out(here, old, value)
             result._forget(here)
             below[key] = value
             for known, place in top.origin.items():

@@ -65,12 +65,13 @@ def argument(
 class Report:
     """What a command has to say: ``facts`` as JSON, or ``text`` (none: it has said all already).
 
-    ``passed``: whether what was checked holds; the command ends with code 1 otherwise.
+    ``passed``: whether what was checked holds; the command ends with ``code`` otherwise.
     """
 
     facts: Any
     text: str
     passed: bool = True
+    code: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +113,7 @@ def register(app: typer.Typer, name: str, command: type[Command], work: str) -> 
         elif report.text:
             typer.echo(report.text)
         if not report.passed:
-            raise typer.Exit(1)
+            raise typer.Exit(report.code)
 
     parameters = list(_parameters(command).values())
     if further:

@@ -1,4 +1,4 @@
-"""``torchrun -m allometry.launch.train CONFIG [section.key=value ...]``: one rank of a run."""
+"""``python -m allometry.launch.train CONFIG [section.key=value ...]``: one rank of a run."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from allometry.trainer.record.timing import Span, StepTimer
 from allometry.trainer.record.writer import Recorder, Row
 from allometry.trainer.state.checkpoint import optimizer_state
 from allometry.trainer.step import StepOutcome, TrainStep
-from allometry.trainer.stop import StopRequest
+from allometry.trainer.stop import StopRequest, StopSignals
 
 
 @dataclass
@@ -94,6 +94,7 @@ class Loop:
     timer: StepTimer
     callbacks: Sequence[Callback]
     report: Reporter
+    signals: StopSignals
     recorder: Recorder | None
     record_every_steps: int
     document_flops: DocumentFlops
@@ -135,7 +136,9 @@ class Loop:
     def _steps(self, batches: Iterator[StepInput], stop_at_step: int | None) -> str | None:
         """Take steps to the end of the plan; the reason, if the run was stopped before."""
         total = self.plan.total_steps
-        with StopRequest(self.mesh) as stop:
+        with StopRequest(self.mesh, self.signals) as stop:
+            if (stopped := stop.agreed(now=True)) and self.progress.step < total:
+                return stopped  # while the launch was being prepared
             for step in range(self.progress.step + 1, total + 1):
                 self._take(step, next(batches))
                 stopped = stop.agreed() if step < total else None

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 from typing_extensions import override
 
+from allometry.configs.errors import UserError
 from allometry.trainer.loop import Progress
 from allometry.trainer.record.callbacks import Callback
 from allometry.trainer.record.timing import StepTimer
 from allometry.trainer.state.checkpoint import Checkpointer
+
+RETRY_AFTER_S = (1.0, 5.0)
+"""Pauses before the last checkpoint of a launch is tried again."""
 
 
 class Saver(Callback):
@@ -31,6 +36,7 @@ class Saver(Callback):
         self._checkpointer, self._progress = checkpointer, progress
         self._state, self._timer = state, timer
         self._begun_step = progress.saved_step  # saved or being saved
+        self._failed: tuple[int, str] | None = None  # the newest save that failed, and why
 
     @override
     def needs_numbers(self, step: int, *, last: bool) -> bool:
@@ -40,20 +46,48 @@ class Saver(Callback):
     def between_steps(self, step: int, *, last: bool) -> None:
         with self._timer.paused():
             if self.needs_numbers(step, last=last) and self._begun_step != step:
-                self._begun_step = step
-                self._checkpointer.save(step, *self._state())
+                self._save(step)
             self._checkpointer.poll()
+
+    def _save(self, step: int) -> None:
+        self._begun_step = step
+        self._checkpointer.save(step, *self._state())
 
     @override
     def on_event(self, kind: str, details: dict[str, Any]) -> None:
         if kind == "checkpoint_saved":
-            self._progress.saved_step = details["step"]
+            self._progress.saved_step, self._failed = details["step"], None
         elif kind == "checkpoint_failed" and self._begun_step == details["step"]:
             self._begun_step = None
+            self._failed = details["step"], details["reason"]
 
     @override
     def finish(self) -> None:
+        """Wait for the last checkpoint; try again if it failed.
+
+        Raises UserError on every rank: it cannot be written.
+        """
+        step = self._progress.step
         self._checkpointer.wait()
+        for pause in RETRY_AFTER_S:
+            if self._missing() is None:
+                return
+            time.sleep(pause)
+            self._save(step)
+            self._checkpointer.wait()
+        reason = self._missing()
+        if reason is not None:
+            kept = self._progress.saved_step
+            whole = "there is none before" if kept is None else f"step-{kept} is kept"
+            raise UserError(
+                f"step {step}: the last checkpoint could not be written ({reason}); {whole}: "
+                "mend that and run again, which goes on from there"
+            )
+
+    def _missing(self) -> str | None:
+        """Why the state as it is now could not be saved; None if it was."""
+        step, reason = self._failed or (None, None)
+        return reason if step == self._progress.step else None
 
     @override
     def abort(self, seconds: float | None) -> None:

@@ -3,61 +3,104 @@
 from __future__ import annotations
 
 import signal
+import time
+from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.distributed as dist
+if TYPE_CHECKING:  # signals are watched from before torch is loaded
+    from allometry.parallel.mesh import Mesh
 
-from allometry.parallel.mesh import Mesh
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""What asks a run to save and stop: operators, terminals and schedulers (``sbatch --signal``)."""
+TWICE_S = 2.0
+"""Seconds in which a second Ctrl-C is a double press, or the same one on another way."""
+
+
+def _interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+class StopSignals:
+    """While the context lasts, a signal that asks to stop is kept in ``received``.
+
+    ``heard`` gets the first one at once, in the handler. A Ctrl-C more than two seconds after the
+    first one calls ``at_once``, which interrupts. A SIGHUP that is ignored (nohup) stays so; one of
+    these signals that was blocked until now (``launch/torchrun.py``) is received.
+    """
+
+    def __init__(
+        self,
+        heard: Callable[[signal.Signals], None] = lambda _: None,
+        at_once: Callable[[], None] = _interrupt,
+    ) -> None:
+        self.received: signal.Signals | None = None
+        self._heard, self._at_once = heard, at_once
+        self._since = 0.0
+        self._previous: dict[signal.Signals, Any] = {}
+        self._blocked: set[int] = set()
+
+    def __enter__(self) -> StopSignals:
+        for number in STOP_SIGNALS:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self._receive)
+        self._blocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._blocked)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _: FrameType | None) -> None:
+        if self.received is None:
+            self.received, self._since = signal.Signals(number), time.monotonic()
+            self._heard(self.received)
+        elif number == signal.SIGINT and time.monotonic() - self._since > TWICE_S:
+            self._at_once()
 
 
 class StopRequest:
-    """SIGTERM and SIGINT become a request that all ranks see at the same step.
+    """What ``signals`` received on any rank, seen by all ranks at the same step.
 
-    Use as a context manager around the loop. A second SIGINT interrupts at once.
+    Use as a context manager around the loop.
     """
 
-    def __init__(self, mesh: Mesh) -> None:
-        self._mesh = mesh
-        self._received: signal.Signals | None = None
-        self._previous: dict[signal.Signals, Any] = {}
+    def __init__(self, mesh: Mesh, signals: StopSignals) -> None:
+        import torch
+
+        self._mesh, self._signals = mesh, signals
         self._flag = torch.zeros(1, dtype=torch.int32)
         self._exchange: Any = None
 
     def __enter__(self) -> StopRequest:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._previous[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
         # After an error other ranks may never join.
         if self._exchange is not None and kind is None:
             self._exchange.wait()
 
-    def _receive(self, number: int, _: FrameType | None) -> None:
-        if self._received == signal.SIGINT and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self._received = signal.Signals(number)
-
-    def agreed(self) -> str | None:
+    def agreed(self, *, now: bool = False) -> str | None:
         """The signal's name once every rank knows of it; call it once a step, on every rank.
 
         The ranks' flags are exchanged in the background and read one call later, so that no step
-        waits for them.
+        waits for them; ``now`` waits.
         """
+        import torch.distributed as dist
+
         if self._mesh.world_size == 1:
-            return self._received.name if self._received else None
-        if self._exchange is not None:
-            self._exchange.wait()
-            number = int(self._flag.item())
-            if number:
-                self._exchange = None
-                return signal.Signals(number).name
-        self._flag.fill_(int(self._received or 0))
+            return self._signals.received.name if self._signals.received else None
+        if self._exchange is not None and (found := self._read()) is not None:
+            return found
+        self._flag.fill_(int(self._signals.received or 0))
         self._exchange = dist.all_reduce(
             self._flag, op=dist.ReduceOp.MAX, group=self._mesh.host_group, async_op=True
         )
-        return None
+        return self._read() if now else None
+
+    def _read(self) -> str | None:
+        self._exchange.wait()
+        self._exchange = None
+        number = int(self._flag.item())
+        return signal.Signals(number).name if number else None

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from allometry.configs.errors import UserError
 from allometry.configs.model import MoEModel
 from allometry.configs.run import RunConfig
 from allometry.data.documents import DocumentStream
@@ -58,6 +59,8 @@ from allometry.trainer.save import Saver
 from allometry.trainer.state import checkpoint
 from allometry.trainer.state.folder import RunFolder
 from allometry.trainer.state.resume import Start, begin, read_again
+from allometry.trainer.state.room import checkpoint_bytes
+from allometry.trainer.stop import StopSignals
 
 MANY_EPOCHS = 4
 _log = logging.getLogger(__name__)
@@ -70,16 +73,19 @@ def train(
     callbacks: Sequence[Callback] | None = None,
     invocation: Invocation | None = None,
     stop_at_step: int | None = None,
+    signals: StopSignals | None = None,
 ) -> RunResult:
     """Train the run that ``config`` describes, from where its folder says it is.
 
     Every rank of a torchrun calls this. ``device`` defaults to this rank's GPU, or the CPU without
     one; ``callbacks`` (on the main rank) to what ``config.record`` asks for. ``stop_at_step`` ends
-    this launch there, with a checkpoint, as a signal would. Raises UserError on all ranks alike.
+    this launch there, with a checkpoint, as a signal would; ``signals``: watched since before.
+    Raises UserError on all ranks alike.
     """
     # What a layout cannot do is said before any group starts.
     plan = RunPlan.of(config, launched_world_size())
-    with open_mesh(config.parallel, device) as mesh:
+    watched = nullcontext(signals) if signals else StopSignals()
+    with watched as signals, open_mesh(config.parallel, device) as mesh:
         plan = with_measured_stages(config, plan, mesh)
         schedule = resolve_schedule(config, plan.batch)
         stream = on_all_ranks(mesh, lambda: _open_stream(config, plan), "opening the data")
@@ -93,13 +99,25 @@ def train(
         recorder = record.Recorder(folder) if mesh.is_main else None
         try:
             run = _Run(config, plan, schedule, mesh, stream, folder, start, recorder, present)
-            return run.train(invocation or Invocation(), stop_at_step)
+            result = run.train(invocation or Invocation(), stop_at_step, signals)
         finally:
-            if recorder is not None:
-                for callback in present:
-                    callback.on_end()
-                recorder.close()
+            lost = _close(recorder, present)
             folder.release()
+        if lost is not None:
+            raise UserError(f"{lost}; the last checkpoint is whole")
+        return result
+
+
+def _close(recorder: record.Recorder | None, callbacks: Sequence[Callback]) -> str | None:
+    """End what the main rank writes; what of the record could not be written."""
+    if recorder is None:
+        return None
+    try:
+        for callback in callbacks:
+            callback.on_end()
+    finally:
+        lost = recorder.close()
+    return lost
 
 
 @dataclass
@@ -148,12 +166,18 @@ class _Run:
         checkpoint.load(start.checkpoint, state, self.mesh)
         return progress
 
-    def train(self, invocation: Invocation, stop_at_step: int | None) -> RunResult:
+    def train(
+        self, invocation: Invocation, stop_at_step: int | None, signals: StopSignals
+    ) -> RunResult:
         """Train to the end of the plan or to a stop."""
         # Those that ask for a row of a step come before those that only add to one.
         self.callbacks[:0] = [*self._monitors(), self._evaluation(), *self._rows()]
         self.callbacks.append(self._saver())
-        loop = self._loop()
+        loop = self._loop(signals)
+        for name in self.start.cleaned:
+            self.report("removed_unfinished_checkpoint", name=name)
+        for name in self.start.abandoned:
+            self.report("abandoned_checkpoint", name=name)
         # Files may be slow, and a service's page is opened over the network.
         on_main_rank(self.mesh, lambda: self._open_record(invocation), "opening the record")
         self._report_start()
@@ -180,7 +204,7 @@ class _Run:
         known = self.start.facts if self.start.weights_only else None
         return {key: value for key, value in (known or {}).items() if key == "origin"}
 
-    def _loop(self) -> Loop:
+    def _loop(self, signals: StopSignals) -> Loop:
         return Loop(
             plan=self.plan,
             mesh=self.mesh,
@@ -192,6 +216,7 @@ class _Run:
             timer=self.timer,
             callbacks=self.callbacks,
             report=self.report,
+            signals=signals,
             recorder=self.recorder,
             record_every_steps=self.config.record.every_steps,
             document_flops=DocumentFlops.of(self.config.model),
@@ -242,7 +267,8 @@ class _Run:
 
     def _saver(self) -> Saver:
         writer = checkpoint.Checkpointer(
-            self.folder, self.config.checkpoint, self.mesh, self.report
+            *(self.folder, self.config.checkpoint, self.mesh, self.report),
+            checkpoint_bytes(self.config),
         )
 
         def state() -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -260,10 +286,6 @@ class _Run:
 
     def _report_start(self) -> None:
         start, report = self.start, self.report
-        for name in start.cleaned:
-            report("removed_unfinished_checkpoint", name=name)
-        for name in start.abandoned:
-            report("abandoned_checkpoint", name=name)
         parent = self.config.run.parent
         again = read_again(start, self.config.run.seed, self.stream.fingerprints())
         if again:

@@ -12,7 +12,9 @@ from allometry.launch.command import Command, argument, option
 class WriteReport(Command):
     """Write one page with the figures of runs, fits and sweeps; it needs no network."""
 
-    runs: tuple[Path, ...] = argument("run folders, or a ladder's folder for all in it", ())
+    runs: tuple[Path, ...] = argument(
+        "run folders (of runs/*, what is no run is left out), or a ladder's folder", ()
+    )
     out: Path = option("page to write", Path("report.html"), "-o")
     fits: tuple[Path, ...] = option("a fit to draw (allometry fit --out)", (), "--fit")
     trials: tuple[Path, ...] = option(

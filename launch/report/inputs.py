@@ -115,7 +115,9 @@ def read_inputs(
 ) -> Inputs:
     """Read run folders, ladders, folders of runs, fits and files of trials.
 
-    Raises UserError: nothing was named, something is named twice, or it is missing or damaged.
+    Of several paths, as ``runs/*`` gives them, what is no run or has no row is left out and noted.
+    Raises UserError: nothing was named, something is named twice, or it is missing or damaged, or
+    none of several is a run.
     """
     if not (folders or fits or trials):
         raise UserError("nothing to report on; name run folders, --fit FILE or --transfer FILE")
@@ -133,7 +135,11 @@ def read_inputs(
     for folder in folders:
         runs_at = _place_of_runs(folder)
         if runs_at is None:
-            by_place.setdefault(folder.resolve(), folder)
+            problem = _no_run(folder) if len(folders) > 1 and folder.exists() else None
+            if problem is None:
+                by_place.setdefault(folder.resolve(), folder)
+            else:
+                notes.append(f"{folder} is left out: {problem}.")
             continue
         inside, left_out = _runs_of(runs_at)
         by_place |= {run.resolve(): run for run in inside if run.resolve() not in by_place}
@@ -143,6 +149,8 @@ def read_inputs(
         prediction = load_prediction(folder / "prediction.json")
         if prediction is not None:
             predictions.append((folder, prediction))
+    if notes and not (by_place or fit_files or trials):
+        raise UserError(f"none of the {len(folders)} that are named is a run; {notes[0]}")
     for path in fit_files:
         if not path.is_file():
             raise UserError(f"--fit={path} is no file; write one with allometry fit LAW ... --out")
@@ -175,15 +183,21 @@ def _runs_of(place: Path) -> tuple[list[Path], list[str]]:
         return [(int(part), "") if part[0] in "0123456789" else (-1, part) for part in parts]
 
     for folder in sorted(filter(Path.is_dir, place.iterdir()), key=by_number):
-        if not (folder / "config.yaml").is_file():
-            left_out.append(f"{folder} is left out: it is no run's folder, or has not begun.")
-        elif not _has_row(folder / "metrics.jsonl"):
-            left_out.append(f"{folder} is left out: it has no row yet.")
-        else:
+        problem = _no_run(folder)
+        if problem is None:
             started.append(folder)
+        else:
+            left_out.append(f"{folder} is left out: {problem}.")
     if not started and not left_out:
         raise UserError(f"{place} holds no run; run the ladder first (allometry ladder run)")
     return started, left_out
+
+
+def _no_run(folder: Path) -> str | None:
+    """Why there is nothing to show of a path; None for a run with a row."""
+    if not (folder / "config.yaml").is_file():
+        return "it is no run's folder, or has not begun"
+    return None if _has_row(folder / "metrics.jsonl") else "it has no row yet"
 
 
 def _has_row(path: Path) -> bool:

@@ -13,7 +13,7 @@ class Train(ConfigCommand):
     """Train the run that CONFIG describes, or continue it where it stopped.
 
     Further arguments override single keys: optimizer.lr=3e-4. For several processes:
-    torchrun --nproc-per-node N -m allometry.launch.train CONFIG ...
+    python -m allometry.launch.torchrun --nproc-per-node N -m allometry.launch.train CONFIG ...
     """
 
     dry_run: bool = option("validate, print the plan, train nothing", False)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from allometry.configs.errors import UserError
 from allometry.launch.command import Report
 from allometry.launch.figures.drawing import check_format, draw
 from allometry.launch.figures.figure import PALETTE, Figure, Panel, Series, colours, known, smooth
@@ -27,12 +28,28 @@ def plotted(asked: Plot) -> Report:
         from allometry.launch.runs.gantt import draw_plan, run_and_step
 
         return draw_plan(*run_and_step(asked.runs), asked.out or Path("plan.png"))
-    out, runs = asked.out or Path("loss.png"), [read_run(folder) for folder in asked.runs]
+    out = asked.out or Path("loss.png")
     check_format(out)
+    runs, left_out = _runs(asked.runs)
     draw(_figure(runs), out)
     summaries = [_summary(run) for run in runs]
-    text = "\n\n".join([*map(_table, summaries), f"loss curves: {out}"])
-    return Report({"figure": str(out), "runs": summaries}, text)
+    text = "\n\n".join([*map(_table, summaries), *left_out, f"loss curves: {out}"])
+    return Report({"figure": str(out), "runs": summaries, "left_out": left_out}, text)
+
+
+def _runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
+    """The runs among several paths, as ``runs/*`` gives them, and why others are left out."""
+    runs, left_out = list[Run](), list[str]()
+    for path in paths:
+        try:
+            runs.append(read_run(path))
+        except UserError as error:
+            if len(paths) == 1 or not path.exists() or (path / "metrics.jsonl").exists():
+                raise  # what is missing or damaged
+            left_out.append(f"left out: {error}")
+    if not runs:
+        raise UserError(f"none of the {len(paths)} that are named is a run; {left_out[0]}")
+    return runs, left_out
 
 
 def _summary(run: Run) -> dict[str, Any]:

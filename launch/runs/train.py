@@ -11,6 +11,7 @@ from allometry.configs.loader import dump
 from allometry.launch.command import Report
 from allometry.launch.runs.commands import Train
 from allometry.launch.start import settle_allocator
+from allometry.trainer.stop import StopSignals
 
 
 def trained(asked: Train) -> Report:
@@ -34,9 +35,10 @@ def trained(asked: Train) -> Report:
         level=logging.WARNING if main_rank else logging.ERROR, format="%(levelname)s: %(message)s"
     )
 
-    from allometry.trainer.record.facts import Invocation
-    from allometry.trainer.train import train
+    with StopSignals() as signals:
+        from allometry.trainer.record.facts import Invocation
+        from allometry.trainer.train import train
 
-    invocation = Invocation(allocator=allocator, command=sys.orig_argv)
-    train(config, invocation=invocation, stop_at_step=asked.stop_at_step)
+        invocation = Invocation(allocator=allocator, command=sys.orig_argv)
+        train(config, invocation=invocation, stop_at_step=asked.stop_at_step, signals=signals)
     return Report(None, "")

@@ -64,7 +64,8 @@ class Transfer(ConfigCommand):
     """Measure whether CONFIG's best learning rate stays as its model or its run grows.
 
     Sweeps rates at each size on the config's data and ends with code 1 where the best ones are
-    further apart than --bound; further arguments override single keys.
+    further apart than --bound, or one seed leaves that undecided; further arguments override single
+    keys.
     """
 
     axis: str | None = option(

@@ -58,17 +58,18 @@ def swept(asked: TransferCommand) -> Report:
     with gates.stoppable(lambda: _kept(log, len(ended))):
         transfer = runner.run(sizes, seeds)
         draw(_figure(transfer), asked.out)
-    wrong = transfer.failures(asked.bound)
+    wrong, unsure = transfer.failures(asked.bound), transfer.undecided(asked.bound)
     facts = {
         "kind": config.parameterization.kind,
         "optimizer": config.optimizer.kind,
         "bound_octaves": asked.bound,
-        "passed": not wrong,
+        "passed": not (wrong or unsure),
         "failures": wrong,
+        "undecided": unsure,
         "figure": str(asked.out),
         **transfer.describe(),
     }
-    return Report(facts, _text(config, asked, transfer, wrong), not wrong)
+    return Report(facts, _text(config, asked, transfer, wrong, unsure), not (wrong or unsure))
 
 
 def _kept(log: TrialLog | None, ended: int) -> str:
@@ -129,7 +130,11 @@ def _sweep(
 
 
 def _text(
-    config: RunConfig, asked: TransferCommand, transfer: Transfer, wrong: Sequence[str]
+    config: RunConfig,
+    asked: TransferCommand,
+    transfer: Transfer,
+    wrong: Sequence[str],
+    unsure: Sequence[str],
 ) -> str:
     rows = [[transfer.axis.value, "best lr", "log2", "loss", "seeds apart"]]
     for size, best in transfer.optima().items():
@@ -140,7 +145,9 @@ def _text(
     low, high = transfer.drift_interval()
     interval = f" (95 % over seeds: {low:.2f} to {high:.2f})" if math.isfinite(low) else ""
     drift = transfer.drift()
-    verdict = "NOT passed" if wrong else f"passed: at most {asked.bound:g} octaves"
+    verdict = f"passed: at most {asked.bound:g} octaves"
+    if wrong or unsure:
+        verdict = "NOT passed" if wrong else "UNDECIDED; repeat it with --seeds 3"
     lines = [
         f"best learning rates of {config.parameterization.kind} with {config.optimizer.kind} over "
         f"{transfer.axis}, {counted(len(transfer.seeds), 'seed')}, "
@@ -148,6 +155,7 @@ def _text(
         table(rows, right=(1, 2, 3, 4), least=(12, 12, 9, 9, 13), gap=""),
         "drift unknown" if math.isnan(drift) else f"drift {drift:.2f} octaves{interval}",
         *(f"FAILED: {failure}" for failure in wrong),
+        *(f"undecided: {reason}" for reason in unsure),
         *(gates.depth_words(config.parameterization, transfer.axis) if wrong else []),
         f"{verdict}; figure: {asked.out}",
     ]

@@ -41,6 +41,7 @@ from allometry.trainer.loop import Progress, state_tensors
 from allometry.trainer.state import checkpoint
 from allometry.trainer.state.checkpoint import Checkpointer
 from allometry.trainer.state.folder import RunFolder, write_atomically
+from allometry.trainer.state.room import checkpoint_bytes
 from allometry.trainer.train import train
 
 CPU = torch.device("cpu")
@@ -215,7 +216,7 @@ def _rewrite(job: Job, source: Path) -> None:
         facts = Progress(STOP, LearningRateAreas(plan.warmup_steps)).facts(
             plan, open_stream(config.data, config.run.seed), config.run.seed
         )
-        writer = Checkpointer(folder, config.checkpoint, mesh, _report)
+        writer = Checkpointer(folder, config.checkpoint, mesh, _report, checkpoint_bytes(config))
         writer.save(STOP, state_tensors(parallel, optimizer), facts)
         writer.wait()
         mesh.barrier("going on")

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
+
+import psutil
 
 from allometry.configs.errors import UserError
 from allometry.configs.loader import dump
@@ -22,6 +23,7 @@ from allometry.studies.ladder.plan import LadderPlan
 from allometry.studies.ladder.share import PlannedRun
 from allometry.studies.ladder.state import as_stored, last_row, spent, state_of
 from allometry.trainer.record.format import duration
+from allometry.trainer.stop import StopSignals
 
 Say = Callable[[str], None]
 PROGRESS_S = 20.0
@@ -59,7 +61,7 @@ def train_runs(plan: LadderPlan, wanted: Sequence[PlannedRun], parallel: int, sa
         return Ended()
     parallel = min(parallel, len(todo))  # a run alone has all cores
     board = _Board(plan, todo, len(wanted), say, parallel)
-    with _signals(board):
+    with StopSignals(board.stop, board.kill):
         threads = [
             threading.Thread(target=_serve, args=(board,), name=f"slot-{number}")
             for number in range(parallel)
@@ -158,18 +160,25 @@ class _Board:
         """Have signals passed on to a child meanwhile."""
         self._children.add(process)
         if self.ended.stopped:  # it came while the child was being started
-            _send(process, signal.SIGTERM)
+            _stop(process)
         try:
             yield
         finally:
             self._children.discard(process)
 
-    def stop(self, number: int) -> None:
-        """Begin nothing more and stop the children; the second time, at once. For a handler."""
-        again = self.ended.stopped is not None
-        self.ended.stopped = signal.Signals(number).name
+    def stop(self, received: signal.Signals) -> None:
+        """Begin nothing more and have the children save and stop. For a handler."""
+        self.ended.stopped = received.name
         for process in list(self._children):
-            _send(process, signal.SIGKILL if again else signal.SIGTERM)
+            _stop(process)
+
+    def kill(self) -> None:
+        """End the children at once, and theirs. For a handler."""
+        for process in list(self._children):
+            with suppress(psutil.NoSuchProcess):
+                for one in psutil.Process(process.pid).children(recursive=True):
+                    one.kill()
+            process.kill()
 
     def _drop_orphans(self) -> None:
         for run in list(self._todo):
@@ -309,27 +318,10 @@ class _Torchrun:
 
 def torchrun(processes: int, config: Path) -> list[str]:
     """Arguments for Python that train a run on so many processes of this machine."""
-    start = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
+    start = ["-m", "allometry.launch.torchrun", "--nproc-per-node", str(processes), "--standalone"]
     return [*start, "--local-addr", "127.0.0.1", "-m", "allometry.launch.train", str(config)]
 
 
-def _send(process: _Child, number: signal.Signals) -> None:
-    """To the child, which passes it on; SIGKILL to all of its session."""
+def _stop(process: _Child) -> None:
     if process.poll() is None:
-        if number == signal.SIGKILL:
-            os.killpg(process.pid, number)
-        else:
-            process.send_signal(number)
-
-
-@contextmanager
-def _signals(board: _Board) -> Iterator[None]:
-    def receive(number: int, _: FrameType | None) -> None:
-        board.stop(number)
-
-    previous = {n: signal.signal(n, receive) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        process.send_signal(signal.SIGTERM)

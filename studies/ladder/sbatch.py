@@ -49,11 +49,11 @@ def write_scripts(plan: LadderPlan, wanted: Sequence[PlannedRun]) -> list[Path]:
 def script(launch: SbatchLaunch, plan: LadderPlan, run: PlannedRun, config: Path) -> str:
     """Return the script of one run.
 
-    Slurm's SIGTERM, two minutes before the end of the job's time, saves and stops the run; the
-    script submitted again goes on from there.
+    Slurm's SIGUSR1, two minutes before the end of the job's time, saves and stops the run, as any
+    signal does that asks to stop (docs/resume.md). The job then goes back into the queue, so that
+    what depends on it waits until the run has finished.
     """
     log = plan.folder.resolve() / "logs" / f"{run.name}.log"
-    each = launch.processes // launch.nodes
     lines = [
         "#!/bin/bash",
         f"#SBATCH --job-name={run.name}",
@@ -61,19 +61,36 @@ def script(launch: SbatchLaunch, plan: LadderPlan, run: PlannedRun, config: Path
         "#SBATCH --open-mode=append",
         f"#SBATCH --nodes={launch.nodes}",
         "#SBATCH --ntasks-per-node=1",
-        "#SBATCH --signal=TERM@120",
+        "#SBATCH --signal=USR1@120",
+        "#SBATCH --requeue",
         *(f"#SBATCH {option}" for option in launch.options),
         "set -euo pipefail",
         f"cd {shlex.quote(str(Path.cwd()))}",
         *([launch.setup.rstrip()] if launch.setup.strip() else []),
-        'head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
-        "port=$((20000 + SLURM_JOB_ID % 20000))",
-        # torchrun on each node, which finds the others at the first one.
-        f"srun {shlex.quote(sys.executable)} -m torch.distributed.run --nnodes {launch.nodes} "
-        f'--nproc-per-node {each} --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" '
-        f'--rdzv-endpoint "$head:$port" -m allometry.launch.train {shlex.quote(str(config))}',
+        *_training(launch, config),
+        f"events={shlex.quote(str(run.folder.resolve() / 'events.jsonl'))}",
+        'if tail -n 1 "$events" | grep -q \'"event": "stopped"\'; then',
+        '    scontrol requeue "$SLURM_JOB_ID"',
+        "fi",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _training(launch: SbatchLaunch, config: Path) -> list[str]:
+    """Lines that train: one process, or torchrun on each node, which finds the first one."""
+    python, train = (
+        shlex.quote(sys.executable),
+        f"-m allometry.launch.train {shlex.quote(str(config))}",
+    )
+    if launch.processes == 1:
+        return [f"srun {python} {train}"]
+    return [
+        'head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
+        "port=$((20000 + SLURM_JOB_ID % 20000))",
+        f"srun {python} -m allometry.launch.torchrun --nnodes {launch.nodes} "
+        f"--nproc-per-node {launch.processes // launch.nodes} --rdzv-backend c10d "
+        f'--rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$head:$port" {train}',
+    ]
 
 
 def submission(folder: Path, runs: Sequence[PlannedRun]) -> str:

@@ -17,11 +17,12 @@ import traceback
 from typing import Any
 
 from allometry.configs.errors import UserError
+from allometry.trainer.stop import STOP_SIGNALS
 
 
 def serve(allocator: str) -> None:
     """Train what standard input asks for, until it ends; ``allocator`` is for the record."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.default_int_handler)
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")

@@ -179,8 +179,8 @@ class Transfer:
     def failures(self, bound: float) -> list[str]:
         """Return a sentence for each thing that forbids to carry the rate over; none: passed.
 
-        Best rates further than ``bound`` octaves apart, an optimum at an edge and, over widths, a
-        loss that rises by more than 0.01 with the size.
+        Best rates further than ``bound`` octaves apart (unless that is ``undecided``), an optimum
+        at an edge and, over widths, a loss that rises by more than 0.01 with the size.
         """
         optima = self.optima()
         reasons = [
@@ -188,7 +188,7 @@ class Transfer:
             for size, optimum in optima.items()
             if optimum.problem is not None
         ]
-        if self.drift() > bound:
+        if self.drift() > bound and not self.undecided(bound):
             reasons.append(
                 f"the best rate drifts by {self.drift():.2f} octaves, more than {bound:g}"
             )
@@ -200,6 +200,27 @@ class Transfer:
                 for a, b in pairwise(sizes)
                 if optima[b].loss > optima[a].loss + LOSS_TOLERANCE
             ]
+        return reasons
+
+    def undecided(self, bound: float) -> list[str]:
+        """Return a sentence for each size whose best rate one seed does not tell; none: it does.
+
+        Rates ``bound`` octaves from its best one lose less than 0.01 nats, and with a single seed
+        nothing says how much of the losses is luck.
+        """
+        if len(self.seeds) > 1:
+            return []
+        reasons = []
+        for size, best in self.optima().items():
+            sweep = self.sweep(size)
+            places = (best.log2_lr - bound, best.log2_lr + bound)
+            beside = np.interp(places, sweep.log2_lrs, sweep.losses_RS.mean(axis=1))
+            lost = float(beside.min() - best.loss)
+            if best.interior and lost < LOSS_TOLERANCE:
+                reasons.append(
+                    f"{self.axis} {size}: a rate {bound:g} octaves from the best one loses "
+                    f"{max(0.0, lost):.4f} nats, and one seed does not say what is luck"
+                )
         return reasons
 
     def describe(self) -> dict[str, Any]:

@@ -93,12 +93,11 @@ def state_of(rank: int, fill: float) -> dict[str, torch.Tensor]:
 def save(folder: RunFolder, mesh: Mesh, step: int) -> Counter[str]:
     """Save a checkpoint; what this process read back meanwhile."""
     said: list[str] = []
-    saver = Checkpointer(
-        folder,
-        CheckpointConfig(keep_last=9),
-        mesh,
-        lambda kind, **details: said.append(f"{kind} {details}"),
-    )
+
+    def report(kind: str, **details: Any) -> None:
+        said.append(f"{kind} {details}")
+
+    saver = Checkpointer(folder, CheckpointConfig(keep_last=9), mesh, report, needed_bytes=80_000)
     with Reads().counted() as reads:
         saver.save(step, state_of(mesh.rank, 1.0), {"step": step})
         saver.wait()

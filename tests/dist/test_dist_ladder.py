@@ -118,7 +118,7 @@ def test_interrupted_ladder_goes_on_to_the_same_bits(ladder: Ladder, tmp_path: P
         gate.wait(process)
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=LIMIT_S)
-        assert process.returncode == 0, output
+        assert process.returncode == 128 + signal.SIGINT, output
         assert "stopped by SIGINT" in output
         assert kinds(runs / wanted)[-1] == "stopped"
     call("run", path)

@@ -1,4 +1,4 @@
-"""Real processes: kill -9 under torchrun, SIGTERM and Ctrl-C, two runs in one folder."""
+"""Real processes: kill -9 under torchrun, signals that stop, two runs in one folder."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
         path.write_text(dump(config))
         module = ["-m", "allometry.launch.train", str(path)]
         if ranks > 1:
-            torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+            torchrun = ["-m", "allometry.launch.torchrun", "--nproc-per-node", str(ranks)]
             module = [*torchrun, "--standalone", "--local-addr", "127.0.0.1", *module]
         process = subprocess.Popen(
             [sys.executable, *module],
@@ -94,19 +94,32 @@ def kill_group(process: subprocess.Popen[str]) -> None:
     psutil.wait_procs(workers, timeout=10)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("ranks", "number", "times"),
+    [
+        (1, signal.SIGTERM, 1),
+        (1, signal.SIGINT, 2),  # Ctrl-C pressed twice
+        (1, signal.SIGHUP, 1),
+        (2, signal.SIGUSR1, 1),
+        (2, signal.SIGTERM, 2),  # as Slurm sends it: to torchrun, and to the ranks, too
+    ],
+)
 def test_a_signal_saves_and_ends_cleanly(
-    tiny: Make, start: Start, tmp_path: Path, number: signal.Signals
+    tiny: Make, start: Start, tmp_path: Path, ranks: int, number: signal.Signals, times: int
 ) -> None:
     config = tiny(*LONG, "checkpoint.every_steps=null")
     folder = Path(config.run.folder)
     gate = Gate(tmp_path / "gate", 11)
-    process = start(config, gate=gate)
-    gate.wait(process)
-    process.send_signal(number)
-    assert f"stopped by {number.name}" in finish(process)
+    process = start(config, ranks, gate=gate)
+    gate.wait(process, ranks)
+    for _ in range(times):
+        process.send_signal(number)
+    output = finish(process)
+    assert f"stopped by {number.name}" in output
+    assert "Traceback" not in output
     last = rows(folder)[-1]["step"]
-    assert last == 11
+    # Flags of ranks are read one step later.
+    assert last in ((11,) if ranks == 1 else (11, 12, 13))
     assert (folder / "latest").read_text().strip() == f"step-{last}"
     assert events(folder)[-1] | {"time": 0} == {
         "event": "stopped",
@@ -114,6 +127,14 @@ def test_a_signal_saves_and_ends_cleanly(
         "step": last,
         "signal": number.name,
     }
+
+
+def test_two_ranks_refuse_with_one_sentence_and_code_2(tiny: Make, start: Start) -> None:
+    process = start(tiny("data.sources.0.train=nowhere"), ranks=2)
+    output, _ = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 2, output
+    assert output.count("allometry: token file nowhere.bin does not exist") == 1
+    assert "Traceback" not in output
 
 
 def test_second_live_run_in_a_folder_is_refused(tiny: Make, start: Start, tmp_path: Path) -> None:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import IO, Any
 
 from typing_extensions import override
 
 from allometry.configs.errors import UserError
 from allometry.configs.execution import RecordConfig, WandB
+from allometry.laws.runs import read_lines
 from allometry.trainer.record.columns import FinishedStep
 from allometry.trainer.record.format import duration, human
 from allometry.trainer.record.writer import Recorder, Row
-from allometry.trainer.state.folder import RunFolder
+from allometry.trainer.state.folder import RunFolder, write_atomically
+
+_log = logging.getLogger(__name__)
 
 
 class Callback:
@@ -91,8 +96,7 @@ class Reporter:
 
 _SAID = {
     "checkpoint_saved": "step {step} | checkpoint saved",
-    "checkpoint_failed": "step {step} | CHECKPOINT FAILED ({reason}); training goes on, the "
-    "previous checkpoint is kept",
+    "checkpoint_failed": "step {step} | CHECKPOINT FAILED ({reason}); the one before is kept",
     "abandoned_checkpoint": "going back: a later checkpoint is kept aside as {name}",
     "started": "starting over: the last launch ended before its first checkpoint "
     "({dropped_rows} rows of its record dropped)",
@@ -161,8 +165,16 @@ class Display(Callback):
         print(text, file=self._out, flush=True)
 
 
+def _history(folder: RunFolder, first_step: int) -> list[Row]:
+    """The rows before this launch, its trunk's too: for a page that begins with it."""
+    return [row for row in read_lines(folder.metrics) if row["step"] < first_step]
+
+
 class TensorBoard(Callback):
-    """Scalars for TensorBoard, with tokens as the x axis's second choice."""
+    """Scalars for TensorBoard: rows of every ``every_steps``, and those with rarer losses.
+
+    A run that has none yet, as a branch has, begins with the rows that its folder holds.
+    """
 
     def __init__(self, folder: RunFolder, every_steps: int) -> None:
         self._folder, self._every = folder, every_steps
@@ -174,26 +186,49 @@ class TensorBoard(Callback):
         from torch.utils.tensorboard import SummaryWriter
 
         purge = first_step if first_step > 1 else None
+        new = not any(self._folder.tensorboard.glob("events.*"))
         self._writer = SummaryWriter(str(self._folder.tensorboard), purge_step=purge)
+        for row in _history(self._folder, first_step) if new else ():
+            self.on_row(row)
 
     @override
     def on_row(self, row: Row) -> None:
         step = int(row["step"])
         rare = any(key.startswith(("validation/", "forecast/")) for key in row)
-        if step % self._every and not rare:
+        if self._writer is None or (step % self._every and not rare):
             return
-        for key, value in row.items():
-            if key != "step":
-                self._writer.add_scalar(key if "/" in key else f"train/{key}", value, step)
+        with self._unless_full():
+            for key, value in row.items():
+                if key != "step":
+                    self._writer.add_scalar(key if "/" in key else f"train/{key}", value, step)
 
     @override
     def on_end(self) -> None:
         if self._writer is not None:
-            self._writer.close()
+            with self._unless_full():
+                self._writer.close()
+
+    @contextmanager
+    def _unless_full(self) -> Iterator[None]:
+        """Give up on what the disk does not take: metrics.jsonl has it, and training goes on."""
+        try:
+            yield
+        except OSError as error:
+            self._writer = None
+            _log.warning(
+                "%s cannot be written (%s): this launch leaves TensorBoard out from here on, and "
+                "metrics.jsonl has all",
+                *(self._folder.tensorboard, error.strerror),
+            )
 
 
 class WeightsAndBiases(Callback):
-    """Rows to Weights & Biases; a continued run continues its page rather than fork it."""
+    """Rows to Weights & Biases, at their steps; a continued run continues its page.
+
+    Steps that are taken again after a crash have the numbers that the page has. A run that goes
+    back to an earlier checkpoint begins a new page, as W&B takes no step twice, and so does a
+    branch: with the rows that its folder holds.
+    """
 
     def __init__(self, config: WandB, folder: RunFolder) -> None:
         try:
@@ -205,16 +240,22 @@ class WeightsAndBiases(Callback):
             ) from None
         self._wandb, self._config, self._folder = wandb, config, folder
         self._run: Any = None
+        self._identity = folder.path / "wandb_id"
+
+    @override
+    def on_event(self, kind: str, details: dict[str, Any]) -> None:
+        if kind == "abandoned_checkpoint":  # told before ``on_start``
+            self._identity.unlink(missing_ok=True)
 
     @override
     def on_start(self, facts: dict[str, Any], first_step: int) -> None:
-        identity = self._folder.path / "wandb_id"
-        if not identity.exists():
-            identity.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
+        new = not self._identity.exists()
+        if new:
+            write_atomically(self._identity, uuid.uuid4().hex[:12])
         try:
             self._run = self._wandb.init(
                 **self._config.model_dump(),
-                id=identity.read_text(encoding="utf-8").strip(),
+                id=self._identity.read_text(encoding="utf-8").strip(),
                 resume="allow",
                 dir=str(self._folder.path),
                 name=self._folder.path.name,
@@ -226,6 +267,8 @@ class WeightsAndBiases(Callback):
                 f"record.wandb: Weights & Biases cannot be used ({reason}); log in with "
                 "wandb login, set record.wandb.mode=offline, or record.wandb: null"
             ) from None
+        for row in _history(self._folder, first_step) if new else ():
+            self.on_row(row)
 
     @override
     def on_row(self, row: Row) -> None:

@@ -52,10 +52,10 @@ class Recorder:
         row = {"event": kind, "time": round(time.time(), 3), **details}
         self._append(self._folder.events, row)
 
-    def close(self) -> None:
-        """Write what is pending and close the files."""
-        for file in self._files.values():
-            file.close()
+    def close(self) -> str | None:
+        """Write what is pending and close the files; what could not be written, if anything."""
+        lost = [text for file in self._files.values() if (text := file.close()) is not None]
+        return "; ".join(lost) or None
 
 
 class _Appender:
@@ -63,6 +63,7 @@ class _Appender:
         self._path = path
         self._file: IO[str] = open(path, "a", encoding="utf-8")  # noqa: SIM115
         self._pending: list[str] = []
+        self._reason: str | None = None
 
     def append(self, row: Mapping[str, Any]) -> None:
         self._pending.append(json.dumps(row, allow_nan=True) + "\n")
@@ -74,16 +75,20 @@ class _Appender:
             self._file.write("".join(self._pending))
             self._file.flush()
             self._pending.clear()
-        except OSError:
+        except OSError as error:
+            self._reason = error.strerror
             # Nothing half-written may stay: cut back, reopen, and keep the rows for later.
             self._file = open(self._path, "r+", encoding="utf-8")  # noqa: SIM115
             self._file.truncate(start)
             self._file.seek(start)
 
-    def close(self) -> None:
+    def close(self) -> str | None:
         if self._pending:
             self._write()
         self._file.close()
+        if not self._pending:
+            return None
+        return f"{len(self._pending)} rows of {self._path} could not be written ({self._reason})"
 
 
 def versions() -> dict[str, str]:

@@ -9,12 +9,14 @@ checkpoint or a folder that nothing reads.
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -28,8 +30,10 @@ from allometry.parallel.agree import wait_for_all, with_heartbeat
 from allometry.parallel.mesh import Mesh
 from allometry.trainer.state.folder import RunFolder, write_atomically
 from allometry.trainer.state.integrity import COMPLETE, FACTS, Files, ShardWriter, damage, seal
+from allometry.trainer.state.room import due, free_bytes, megabytes, stays
 
 State = dict[str, Tensor]
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def step_of(path: Path) -> int:
@@ -122,8 +126,10 @@ def load(path: Path, state: State, mesh: Mesh) -> None:
 class Checkpointer:
     """Saves checkpoints while training goes on, and keeps the ones that were asked for.
 
-    A save that fails (a full disk, say) is reported through ``report(event, details)`` and leaves
-    the previous checkpoint as it was.
+    ``needed_bytes``: about what a checkpoint takes. A save that fails is reported through
+    ``report(event, details)`` on every rank, with the system's reason, and leaves the newest
+    checkpoint as it was; where the disk is full, older ones go that this save would have replaced,
+    so that the next one has room.
     """
 
     def __init__(
@@ -132,8 +138,10 @@ class Checkpointer:
         config: CheckpointConfig,
         mesh: Mesh,
         report: Callable[..., None],
+        needed_bytes: int,
     ) -> None:
         self._folder = folder
+        self._needed_bytes = needed_bytes
         self._config = config
         self._mesh = mesh
         self._report = report
@@ -142,14 +150,13 @@ class Checkpointer:
 
     def due(self, step: int) -> bool:
         """Whether the configuration asks for a checkpoint at ``step``."""
-        every = self._config.every_steps
-        return step in self._config.keep_steps or (every is not None and step % every == 0)
+        return due(self._config, step)
 
     def save(self, step: int, state: State, facts: dict[str, Any]) -> None:
         """Begin to save; returns as soon as the tensors are copied. A save under way ends first."""
         self.wait()
         partial = self._folder.checkpoints / f".step-{step}.partial"
-        failure = self._prepare(partial)
+        failure = self._prepare(step, partial)
         if failure is not None:
             self._outcome = (step, failure)
             self.poll()
@@ -175,7 +182,8 @@ class Checkpointer:
             if failure is None:
                 self._report("checkpoint_saved", step=step)
             else:
-                self._report("checkpoint_failed", step=step, reason=failure)
+                needed = self._needed_bytes
+                self._report("checkpoint_failed", step=step, reason=failure, needed_bytes=needed)
 
     def wait(self) -> None:
         """Until no save is under way on any rank; every rank calls this."""
@@ -191,7 +199,7 @@ class Checkpointer:
             self._worker.join(seconds)
         return self._worker is None or not self._worker.is_alive()
 
-    def _prepare(self, partial: Path) -> str | None:
+    def _prepare(self, step: int, partial: Path) -> str | None:
         """Make the empty folder on the main rank; every rank learns whether that worked."""
         mesh = self._mesh
 
@@ -201,7 +209,7 @@ class Checkpointer:
                     shutil.rmtree(partial, ignore_errors=True)
                     partial.mkdir(parents=True)
             except OSError as error:
-                return str(error)
+                return self._failed(step, _Failure.of(error))
             return None
 
         return mesh.broadcast_object(with_heartbeat(mesh, make, f"preparing {partial.name}"))
@@ -211,14 +219,15 @@ class Checkpointer:
     ) -> None:
         """In the background: write the shards, add what makes them a checkpoint, rename."""
         group = self._mesh.checkpoint_group
-        failure: str | None = None
+        failure: _Failure | None = None
         try:
             dcp.save(state, storage_writer=writer, process_group=group)
         except (Exception, CheckpointException) as error:  # the run must go on
-            failure = _reason(error)
+            failure = _Failure.of(error)
         gathered: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(gathered, (failure, writer.files), group=group)
         failure = next((reason for reason, _ in gathered if reason), None)
+        told: list[str | None] = [None]
         if self._mesh.is_main:
             partial = Path(writer.path)
             if failure is None:
@@ -226,9 +235,13 @@ class Checkpointer:
                 failure = self._finish(step, partial, files, facts)
             if failure is not None:
                 shutil.rmtree(partial, ignore_errors=True)
-        self._outcome = (step, failure)
+                told[0] = self._failed(step, failure)
+        dist.broadcast_object_list(told, src=0, group=group)
+        self._outcome = (step, told[0])
 
-    def _finish(self, step: int, partial: Path, files: Files, facts: dict[str, Any]) -> str | None:
+    def _finish(
+        self, step: int, partial: Path, files: Files, facts: dict[str, Any]
+    ) -> _Failure | None:
         final = self._folder.checkpoints / f"step-{step}"
         try:
             seal(partial, step, files, facts)
@@ -241,35 +254,54 @@ class Checkpointer:
             else:
                 partial.rename(final)
             write_atomically(self._folder.latest, final.name + "\n")
-            self._prune(step)
+            self._prune(step, self._config.keep_last)
         except OSError as error:
-            return _reason(error)
+            return _Failure.of(error)
         return None
 
-    def _prune(self, step: int) -> None:
+    def _failed(self, step: int, failure: _Failure) -> str:
+        """Make room for the next save where that was missing; the failure in words."""
+        if not failure.full:
+            return failure.reason
+        free = free_bytes(self._folder.checkpoints)
+        with suppress(OSError):
+            self._prune(step - 1, max(1, self._config.keep_last - 1))
+        left = "" if free is None else f", and {megabytes(free)} were free"
+        return f"{failure.reason}: a checkpoint takes {megabytes(self._needed_bytes)}{left}"
+
+    def _prune(self, step: int, keep: int) -> None:
+        """Remove those up to ``step`` but the newest ``keep``, those that stay and ``latest``."""
+        latest = _latest(self._folder)
         past = [p for p in saved(self._folder) if step_of(p) <= step]
-        every = self._config.keep_every_steps
-        for path in past[: -self._config.keep_last]:
-            if step_of(path) in self._config.keep_steps:
-                continue
-            if every is None or step_of(path) % every:
+        for path in past[:-keep]:
+            if not stays(self._config, step_of(path)) and path.name != latest:
                 # The marker goes first: a crash while deleting must not leave a "complete" half.
                 (path / COMPLETE).unlink(missing_ok=True)
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def _reason(error: BaseException) -> str:
-    """The cause at the bottom of DCP's nested exceptions, in one line."""
-    failures = getattr(error, "failures", None)
-    if failures:
-        first = next(iter(failures.values()))
-        error = first[0] if isinstance(first, tuple) else first
-    return f"{type(error).__name__}: {error}".split("\n")[0]
+class _Failure(NamedTuple):
+    """Why a save failed, in the system's words, and whether for want of room."""
+
+    reason: str
+    full: bool = False
+
+    @classmethod
+    def of(cls, error: BaseException) -> _Failure:
+        """The cause at the bottom of DCP's nested exceptions, in one line."""
+        failures = getattr(error, "failures", None)
+        if failures:
+            first = next(iter(failures.values()))
+            error = first[0] if isinstance(first, tuple) else first
+        if isinstance(error, OSError) and error.strerror:
+            return cls(error.strerror, error.errno in _FULL)
+        return cls(f"{type(error).__name__}: {error}".split("\n")[0])
 
 
-def clean(folder: RunFolder) -> list[str]:
-    """Remove what an interrupted save left behind; the names removed."""
+def clean(folder: RunFolder, used: Path | None) -> list[str]:
+    """Remove what an interrupted save left behind, but not ``used``; the names removed."""
     left = [*folder.checkpoints.glob(".step-*.partial"), *folder.checkpoints.glob(".*.replaced")]
+    left = [path for path in left if path != used]
     for path in left:
         shutil.rmtree(path, ignore_errors=True)
     return [path.name for path in left]

@@ -16,8 +16,10 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -53,12 +55,15 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.latest = self.path / "latest"
         self._lock: IO[str] | None = None
+        self._made: list[Path] = []  # by ``claim``, the deepest first
 
     def claim(self) -> None:
         """Make the folder and hold its lock until ``release`` or the end of the process.
 
         Raises UserError if another live process holds it or it cannot be made.
         """
+        places = (self.checkpoints, self.path, *self.path.parents)
+        self._made = [place for place in places if not place.exists()]
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             lock = open(self.path / "run.lock", "a+", encoding="utf-8")  # noqa: SIM115
@@ -98,12 +103,17 @@ class RunFolder:
         """``{"origin": ...}`` as run.json has it, for a run whose first weights were imported."""
         return {key: value for key, value in self.recorded().items() if key == "origin"}
 
-    def recorded_steps(self) -> int:
-        """The last step that metrics.jsonl holds; 0 without a row."""
-        if not self.metrics.exists():
-            return 0
-        rows = [_row(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
-        return max((int(row["step"]) for row in rows if row is not None), default=0)
+    def withdraw(self) -> None:
+        """Release, and leave the place as ``claim`` found it if no run was begun."""
+        if self._lock is not None and self.is_new():
+            if self.checkpoints in self._made:
+                shutil.rmtree(self.checkpoints, ignore_errors=True)
+            (self.path / "run.lock").unlink(missing_ok=True)
+            with suppress(OSError):  # somebody else has put something there
+                for place in self._made:
+                    if place != self.checkpoints:
+                        place.rmdir()
+        self.release()
 
     def is_new(self) -> bool:
         """Whether no run was ever started here."""

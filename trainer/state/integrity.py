@@ -64,11 +64,16 @@ class _ChecksumFile(io.BufferedWriter):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         super().__init__(io.FileIO(path, "wb"))
         self.checksum = Checksum()
+        self.error: OSError | None = None
 
     @override
     def write(self, data: Any, /) -> int:
         self.checksum.update(data)
-        return super().write(data)
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.error = error  # torch's writer says something else of it
+            raise
 
 
 class _ChecksumFileSystem(FileSystem):
@@ -83,9 +88,13 @@ class _ChecksumFileSystem(FileSystem):
         self, path: str | os.PathLike[str], mode: str
     ) -> Generator[io.IOBase, None, None]:
         assert mode == "wb", mode
-        with _ChecksumFile(path) as stream:
-            self.checksums[Path(path).name] = stream.checksum
-            yield stream
+        stream = _ChecksumFile(path)
+        try:
+            with stream:
+                self.checksums[Path(path).name] = stream.checksum
+                yield stream
+        except Exception as error:
+            raise stream.error or error from None
 
     @override
     def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:

@@ -20,6 +20,7 @@ from allometry.trainer.state.branch import copy_share, discard, keep, stored_con
 from allometry.trainer.state.folder import RunFolder, write_atomically
 from allometry.trainer.state.integrity import damage_of_contents
 from allometry.trainer.state.refused import check_not_refused
+from allometry.trainer.state.room import check_room
 from allometry.trainer.state.unchanged import check_unchanged
 
 T = TypeVar("T")
@@ -108,7 +109,7 @@ def begin(
             "preparing the run's folder",
         )
     except BaseException:
-        folder.release()
+        folder.withdraw()
         raise
 
 
@@ -169,16 +170,20 @@ def _choose(
 def _enter(folder: RunFolder, config: RunConfig, choice: _Choice, problem: str | None) -> Start:
     """Bring the folder to where the launch begins; ``problem`` is what is wrong with contents."""
     path, parent = choice.path, config.run.parent
+    step = int(choice.facts["step"]) if choice.facts else 0
     abandoned, dropped_rows = [], 0
+    if path is not None and problem is not None:
+        if choice.new and parent is not None:
+            raise discard(path, parent, problem)
+        raise checkpoint.damaged(folder, path, problem)
+    cleaned = checkpoint.clean(folder, path)
+    total = _total_steps(config)
+    if step < total:
+        check_room(folder.path, config, len(checkpoint.saved(folder)), step, total)
     if choice.new:
         if path is not None and parent is not None:
-            if problem is not None:
-                raise discard(path, parent, problem)
             path = keep(folder, parent, path)
-    elif path is not None and problem is not None:
-        raise checkpoint.damaged(folder, path, problem)
     else:
-        step = int(choice.facts["step"]) if choice.facts else 0
         if path is not None:
             write_atomically(folder.latest, path.name + "\n")
         abandoned = checkpoint.abandon_after(folder, step)
@@ -186,20 +191,19 @@ def _enter(folder: RunFolder, config: RunConfig, choice: _Choice, problem: str |
     start = Start(
         checkpoint=path,
         facts=choice.facts,
-        cleaned=checkpoint.clean(folder),
+        cleaned=cleaned,
         abandoned=abandoned,
         dropped_rows=dropped_rows,
         branched=choice.new and path is not None,
     )
-    if not _finished(config, start.step):
+    if step < total:  # else the launch changes nothing that the folder says
         write_atomically(folder.config, dump(config))
     return start
 
 
-def _finished(config: RunConfig, step: int) -> bool:
-    """Whether no step is left: the launch then changes nothing that the folder says."""
+def _total_steps(config: RunConfig) -> int:
     plan = BatchPlan(config.batch, config.data.sequence_length)
-    return step >= resolve_schedule(config, plan).total_steps
+    return resolve_schedule(config, plan).total_steps
 
 
 def _check_stop(folder: RunFolder, step: int, stop_at_step: int | None) -> None:

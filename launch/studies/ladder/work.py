@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from typing import cast
 
@@ -22,7 +23,10 @@ def run(asked: Run) -> Report:
         print(line, file=sys.stderr if asked.json else sys.stdout, flush=True)
 
     only = cast(stages.Only | None, asked.only)
-    return Report(stages.run(stages.open_ladder(asked.file), only, asked.parallel, say), "")
+    facts = stages.run(stages.open_ladder(asked.file), only, asked.parallel, say)
+    stopped = facts.get("stopped")
+    code = 128 + signal.Signals[stopped] if stopped else 0  # as shells have it
+    return Report(facts, "", passed=not stopped, code=code)
 
 
 def status(asked: LadderCommand) -> Report:

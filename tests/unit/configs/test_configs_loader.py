@@ -1,5 +1,7 @@
 """Strictness of the configuration: every mistake names its place, its key and the fix."""
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,8 +10,8 @@ from ruamel.yaml import YAML
 
 from allometry.configs.data import DocumentData, SequenceData
 from allometry.configs.errors import ConfigError, UserError
-from allometry.configs.ladder import load_ladder
-from allometry.configs.loader import dump, load, presets
+from allometry.configs.ladder import LadderConfig, load_ladder
+from allometry.configs.loader import _form, _sections, dump, load, presets
 from allometry.configs.run import RunConfig
 
 PRESET = "preset:dense_25m"
@@ -116,7 +118,9 @@ def test_all_keys_that_a_section_lacks_are_named(override: str, said: str) -> No
 
 
 def test_an_empty_list_says_what_to_name() -> None:
-    with pytest.raises(ConfigError, match=r"data.sources is empty: name at least one source$"):
+    with pytest.raises(
+        ConfigError, match=r"data.sources is empty: name at least one source; write it as"
+    ):
         load("preset:demo", ["data.sources=[]"])
 
 
@@ -262,3 +266,61 @@ def test_every_field_is_described() -> None:
 def test_a_config_error_is_a_user_error() -> None:
     assert issubclass(ConfigError, UserError)
     assert issubclass(UserError, ValueError)
+
+
+def test_a_kind_over_another_says_what_went_with_it(tmp_path: Path) -> None:
+    """Of a file over its base, all keys; of an override, those that the new kind lacks."""
+    text = message(write(tmp_path, f"base: {PRESET}\nmodel: {{kind: moe, width: 64}}\n"))
+    assert "model lacks vocab_size, num_layers, num_heads, experts; add them; " in text
+    lost = "vocab_size, num_layers, num_heads, ffn_width"
+    assert text.endswith(f"; model.kind=moe replaced another kind and its {lost}")
+    text = message("preset:moe_demo", "model.kind=dense", "model.ffn_width=-1")
+    assert "; model.kind=dense replaced another kind and its " in text
+    assert "experts" in text.rpartition(" its ")[2]
+    # Where the mistake is in another section, nothing is said of this one.
+    assert "replaced" not in message(PRESET, "schedule.kind=cosine", "model.width=a")
+
+
+def test_every_list_shows_its_form() -> None:
+    """Wherever a description takes a list: none is left to pydantic's words of tuples."""
+    for root, whole in ((RunConfig, RUN_LISTS), (LadderConfig, LADDER_LISTS)):
+        assert {".".join(path) for path in lists(root, ())} >= whole
+        for path in lists(root, ()):
+            assert re.match(rf"; write it as {'.'.join(path)}=\[[^]]", _form(path, root))
+
+
+RUN_LISTS = {
+    "data.sources",
+    "checkpoint.keep_steps",
+    "parallel.pipeline.split",
+    "schedule.decay_ends_steps",
+    "schedule.decay_ends_tokens",
+}
+LADDER_LISTS = {
+    *("widths", "sizes", "tokens", "tokens_per_parameter", "seeds", "schedules"),
+    *("isoflop.flops", "isoflop.sizes", "launch.options"),
+}
+
+
+def lists(root: type[BaseModel], path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """Where lists may stand in a description, outside of items of lists."""
+    for key, field in root.model_fields.items():
+        if "tuple[" in str(field.annotation):
+            yield (*path, key)
+            continue
+        for section in _sections(field.annotation):
+            yield from lists(section, (*path, key))
+
+
+def test_a_list_shows_the_form_of_its_items() -> None:
+    for change, form in (
+        ("checkpoint.keep_steps=5", "checkpoint.keep_steps=[1, 2]"),
+        ("checkpoint.keep_steps=[a]", "checkpoint.keep_steps=[1, 2]"),
+        ("data.sources=store/x", "data.sources=[{name: ..., train: ...}, ...]"),
+        ("data.sources=[a]", "data.sources=[{name: ..., train: ...}, ...]"),
+        ("parallel.pipeline.split=[a]", "parallel.pipeline.split=[1, 2]"),
+    ):
+        text = message(PRESET, change)
+        assert f"; write it as {form}" in text
+        assert "tuple" not in text
+    assert "write it" not in message(PRESET, "data.sources.0.nme=3")

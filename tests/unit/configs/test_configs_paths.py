@@ -15,7 +15,7 @@ from allometry.configs.ladder import LadderConfig, load_ladder
 from allometry.configs.loader import _sections, load
 from allometry.configs.paths import expanded
 from allometry.configs.run import RunConfig
-from allometry.launch.cli import COMMANDS, LADDER
+from allometry.launch.cli import COMMANDS, LADDER, MIX
 from allometry.launch.command import _made, _parameters
 from allometry.launch.report.commands import WriteReport
 from allometry.launch.runs.commands import Prepare
@@ -128,12 +128,13 @@ def test_no_argument_that_is_a_path_is_forgotten() -> None:
     """Texts that commands take as paths are marked; all others are words and numbers."""
     marked = {
         f"{command.__name__}.{name}"
-        for command, _ in (*COMMANDS.values(), *LADDER.values())
+        for command, _ in (*COMMANDS.values(), *LADDER.values(), *MIX.values())
         for name in _parameters(command)
         if _paths(command, name)
     }
     assert marked == {
         *("Prepare.inputs", "Fit.sources", "Compare.sources", "Predict.arguments"),
+        *("IsoFlop.sources", "Sweeps.sources"),
         *("Run.file", "Status.file", "Fit.file", "Predict.file"),
     }
 

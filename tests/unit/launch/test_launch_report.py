@@ -15,6 +15,8 @@ from allometry.configs.errors import UserError
 from allometry.launch.cli import app
 from allometry.launch.report.commands import WriteReport
 from allometry.launch.report.report import written
+from allometry.launch.runs.commands import Plot
+from allometry.launch.runs.plot import plotted
 from fake_ladder import fake_ladder, small_fit, watched_run, write_fit
 from fake_runs import fake_run
 
@@ -164,6 +166,40 @@ def test_runs_that_have_not_begun_are_named(tmp_path: Path) -> None:
     assert f"{tmp_path}/ladder/runs/b is left out: it is no run's folder, or has not begun." in text
     assert f"{tmp_path}/ladder/runs/c is left out: it has no row yet." in text
     assert "is left out" in (tmp_path / "r.html").read_text()
+
+
+def test_of_several_what_is_no_run_is_left_out(tmp_path: Path) -> None:
+    """As a shell makes them of runs/*."""
+    place = tmp_path / "runs"
+    for name in ("a", "b", "c"):
+        fake_run(place / name)
+    (place / "a/metrics.jsonl").write_text("")
+    (place / "plots").mkdir()
+    (place / "notes.txt").write_text("mine")
+    paths = tuple(sorted(place.iterdir()))
+    report = written(WriteReport(runs=paths, out=tmp_path / "r.html"))
+    assert report.facts["runs"] == ["b", "c"]
+    assert len(report.facts["left_out"]) == 3
+    for name in ("plots", "notes.txt"):
+        assert f"{place}/{name} is left out: it is no run's folder, or has" in report.text
+    assert f"{place}/a is left out: it has no row yet." in report.text
+    with pytest.raises(UserError, match=r"none of the 2 that are named is a run; .*/plots is left"):
+        written(WriteReport(runs=(place / "plots", place / "notes.txt"), out=tmp_path / "n.html"))
+    with pytest.raises(UserError, match="absent is not a folder"):  # a slip of the pen
+        written(WriteReport(runs=(place / "b", place / "absent"), out=tmp_path / "n.html"))
+
+
+def test_plot_leaves_out_what_is_no_run(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        watched_run(tmp_path / "runs" / name)
+    (tmp_path / "runs/plots").mkdir()
+    paths = tuple(sorted((tmp_path / "runs").iterdir()))
+    report = plotted(Plot(runs=paths, out=tmp_path / "loss.png"))
+    assert [Path(run["folder"]).name for run in report.facts["runs"]] == ["a", "b"]
+    assert f"left out: {tmp_path}/runs/plots holds no config.yaml" in report.text
+    (tmp_path / "runs/a/metrics.jsonl").write_text("{broken\n{}\n")
+    with pytest.raises(UserError, match=r"runs/a/metrics\.jsonl"):  # damaged, not left out
+        plotted(Plot(runs=paths, out=tmp_path / "loss.png"))
 
 
 def test_a_folder_of_runs_stands_for_them(tmp_path: Path) -> None:

@@ -19,7 +19,6 @@ from allometry.scaling.count import (
     count_parameters,
 )
 from allometry.studies.ladder.plan import plan_ladder
-from allometry.studies.ladder.sbatch import write_scripts
 from allometry.studies.ladder.state import as_stored
 from allometry.trainer.state.unchanged import check_branch
 from planned_ladders import ladder_file, per_token, planned
@@ -307,47 +306,6 @@ def test_folder_of_another_run_is_refused(base: Path, changes: list[str]) -> Non
     stored.write_text(dump(load(stored, changes)))
     with pytest.raises(UserError, match="the ladder now says"):
         as_stored(run, plan, ())
-
-
-def test_scripts_for_slurm(base: Path) -> None:
-    launch = {
-        "kind": "sbatch",
-        "processes": 16,
-        "nodes": 2,
-        "options": ["--partition=gpu", "--gres=gpu:8"],
-        "setup": "module load cuda",
-    }
-    keys = {"batch.sequences": 32}
-    plan = planned(base, launch=launch, seeds=[0], set=keys, tokens=[8192, 20480])
-    submit, *scripts = write_scripts(plan, plan.rungs)
-    assert [path.name for path in scripts] == [f"{run.name}.sbatch" for run in plan.rungs]
-    for path in (submit, *scripts):
-        done = subprocess.run(["bash", "-n", path], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-    text = scripts[1].read_text()
-    assert text.startswith("#!/bin/bash\n#SBATCH --job-name=w16-d20480-s0\n")
-    assert "#SBATCH --partition=gpu\n#SBATCH --gres=gpu:8\n" in text
-    assert text.index("#SBATCH") < text.index("module load cuda") < text.index("srun ")
-    assert "--nnodes 2 --nproc-per-node 8" in text
-    described = load(base.parent / "ladder/configs/w16-d20480-s0.yaml")
-    assert described.run.parent is not None
-    assert described.run.parent.folder.endswith("w16-d8192-s0")
-    # A stand-in for sbatch says what it was asked; the decay waits for its trunk.
-    fake = base.parent / "bin"
-    fake.mkdir()
-    (fake / "sbatch").write_text('#!/bin/bash\necho "$@" >> "$CALLS"\nwc -l < "$CALLS"\n')
-    (fake / "sbatch").chmod(0o755)
-    calls = base.parent / "calls"
-    done = subprocess.run(
-        [submit], env={"PATH": f"{fake}:/usr/bin:/bin", "CALLS": str(calls)}, capture_output=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert calls.read_text().splitlines() == [
-        "--parsable w16-d8192-s0.sbatch",
-        "--parsable --dependency=afterok:1 --kill-on-invalid-dep=yes w16-d20480-s0.sbatch",
-        "--parsable w32-d8192-s0.sbatch",
-        "--parsable --dependency=afterok:3 --kill-on-invalid-dep=yes w32-d20480-s0.sbatch",
-    ]
 
 
 def test_branches_have_the_rates_of_their_own_schedule(base: Path) -> None:

@@ -137,8 +137,14 @@ def test_what_cannot_branch_is_one_sentence_and_leaves_no_run(
         change = change.replace("OTHER", str(tiny_store / "down.train"))
         with pytest.raises(UserError, match=said):
             run(tiny(parent(trunk, 14), change, folder=tmp_path / "branch"))
-        assert RunFolder(tmp_path / "branch").is_new()
-        assert not checkpoint.saved(RunFolder(tmp_path / "branch"))
+        assert not (tmp_path / "branch").exists()
+    # What was there before stays; what was made on the way to it goes, too.
+    (tmp_path / "mine").mkdir()
+    for place in (tmp_path / "mine", tmp_path / "a/b"):
+        with pytest.raises(UserError, match="no such checkpoint"):
+            run(tiny(parent(trunk, 13), folder=place))
+    assert not list((tmp_path / "mine").iterdir())
+    assert not (tmp_path / "a").exists()
 
 
 def test_a_run_cannot_branch_from_itself(tiny: Make, tmp_path: Path) -> None:

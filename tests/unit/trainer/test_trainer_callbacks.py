@@ -1,8 +1,10 @@
 """What watches a run: the printed lines, TensorBoard, Weights & Biases."""
 
+import importlib.util
 import io
+import os
+import shutil
 import sys
-import time
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +14,11 @@ import pytest
 import torch
 
 from allometry.configs.errors import UserError
-from allometry.configs.execution import WandB
 from allometry.configs.run import RunConfig
-from allometry.trainer.record.callbacks import Display, WeightsAndBiases
+from allometry.trainer.record.callbacks import Display
 from allometry.trainer.record.format import duration, human
-from allometry.trainer.state.folder import RunFolder
 from allometry.trainer.train import train
+from wandb_file import history
 
 Make = Callable[..., RunConfig]
 
@@ -61,6 +62,28 @@ def test_tensorboard_holds_the_rows(tiny: Make) -> None:
     assert {"loss/up", "validation/down", "train/lr"} <= set(events.Tags()["scalars"])
 
 
+def test_a_branch_has_the_history_of_its_trunk(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    both = ["record.tensorboard=true", "record.display_every_steps=2"]
+    if importlib.util.find_spec("wandb"):
+        both.append("record.wandb={project: p}")
+    trunk = ("schedule={kind: constant, warmup_steps: 3}", "checkpoint.keep_steps=[8]", *both)
+    train(tiny(*trunk, folder=tmp_path / "trunk"), device=torch.device("cpu"), stop_at_step=10)
+    parent = f"run.parent={{folder: {tmp_path}/trunk, step: 8}}"
+    branch = tiny(parent, "training.total_steps=12", *both, folder=tmp_path / "branch")
+    for stop in (10, None):
+        train(branch, device=torch.device("cpu"), stop_at_step=stop)
+    shown = EventAccumulator(str(tmp_path / "branch/tb"))
+    shown.Reload()
+    assert [scalar.step for scalar in shown.Scalars("train/loss")] == [2, 4, 6, 8, 10, 12]
+    for page in wandb_pages(tmp_path / "branch").values():
+        assert [steps(rows) for rows in page] == [list(range(1, 11)), [11, 12]]
+
+
 def test_wandb_that_is_asked_for_and_absent_is_an_error(
     tiny: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -69,44 +92,54 @@ def test_wandb_that_is_asked_for_and_absent_is_an_error(
         train(tiny("record.wandb={project: p}"), device=torch.device("cpu"))
 
 
-def test_wandb_continues_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened: list[dict[str, Any]] = []
-    logged: list[int] = []
-
-    class Page:
-        def log(self, row: dict[str, Any], step: int) -> None:
-            logged.append(step)
-
-        def finish(self) -> None:
-            pass
-
-    fake: Any = types.ModuleType("wandb")
-    fake.Error = RuntimeError
-    fake.init = lambda **options: opened.append(options) or Page()
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    for step in (1, 2):
-        callback = WeightsAndBiases(WandB(project="p"), RunFolder(tmp_path))
-        callback.on_start({}, step)
-        callback.on_row({"step": step, "loss": 1.0})
-        callback.on_end()
-    assert opened[0]["id"] == opened[1]["id"]
-    assert opened[1]["resume"] == "allow"
-    assert logged == [1, 2]
+def wandb_pages(folder: Path) -> dict[str, list[list[dict[str, Any]]]]:
+    """The rows of each launch, by W&B's id of the page that they belong to."""
+    pages: dict[str, list[list[dict[str, Any]]]] = {}
+    for path in sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=os.path.getmtime):
+        pages.setdefault(path.stem.removeprefix("run-"), []).append(history(path))
+    return pages
 
 
-def test_wandb_takes_the_rows_of_a_run(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def steps(rows: list[dict[str, Any]]) -> list[int]:
+    assert all(row["_step"] == row["step"] for row in rows)
+    return [row["step"] for row in rows]
+
+
+def test_wandb_continues_its_page(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the package as it is, offline: what it keeps of launches, crashes, going back."""
     pytest.importorskip("wandb", reason="the package wandb is not installed")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    config = tiny("record.wandb={project: p}", "training.total_steps=6")
-    for stop in (3, None):
-        train(config, device=torch.device("cpu"), stop_at_step=stop)
-    pages = list(Path(config.run.folder).glob("wandb/offline-run-*/*.wandb"))
-    identity = (Path(config.run.folder) / "wandb_id").read_text()
-    assert [page.name for page in pages] == [f"run-{identity}.wandb"] * 2
-    until = time.monotonic() + 60.0  # the package's own process may write on after it said it ended
-    while not all(b"loss/down" in page.read_bytes() for page in pages):
-        assert time.monotonic() < until, [page.stat().st_size for page in pages]
-        time.sleep(0.2)
+    config = tiny("record.wandb={project: p}", "training.total_steps=8", "checkpoint.every_steps=2")
+    folder = Path(config.run.folder)
+    train(config, device=torch.device("cpu"), stop_at_step=4)
+    shutil.copytree(folder, tmp_path / "at-4")
+    train(config, device=torch.device("cpu"), stop_at_step=6)
+    page = (folder / "wandb_id").read_text()
+    assert [steps(rows) for rows in wandb_pages(folder)[page]] == [[1, 2, 3, 4], [5, 6]]
+    # A crash after step 6, before its checkpoint: steps 5 and 6 are taken, and logged, again.
+    for name in ("checkpoints", "latest", "metrics.jsonl"):
+        (shutil.rmtree if name == "checkpoints" else os.unlink)(folder / name)
+        copy = shutil.copytree if name == "checkpoints" else shutil.copy
+        copy(tmp_path / "at-4" / name, folder / name)
+    train(config, device=torch.device("cpu"))
+    assert wandb_pages(folder).keys() == {page}
+    _, second, third = wandb_pages(folder)[page]
+    assert (steps(second), steps(third)) == ([5, 6], [5, 6, 7, 8])
+    keys = ("loss", "grad_norm", "lr", "tokens")
+    assert [[row[k] for k in keys] for row in second] == [
+        [row[k] for k in keys] for row in third[:2]
+    ]
+    # Going back takes other steps than the page has: a page of its own, with what came before.
+    back = tiny(
+        *("record.wandb={project: p}", "training.total_steps=8", "run.resume=step-6"),
+        "checkpoint.every_steps=3",
+    )
+    train(back, device=torch.device("cpu"))
+    other = (folder / "wandb_id").read_text()
+    assert other != page
+    assert [steps(rows) for rows in wandb_pages(folder)[other]] == [[1, 2, 3, 4, 5, 6, 7, 8]]
 
 
 def test_wandb_that_cannot_be_reached_is_an_error(

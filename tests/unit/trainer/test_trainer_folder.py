@@ -94,6 +94,11 @@ recorder.close()
     subprocess.run([sys.executable, "-c", code], check=True)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 11))
+    # One that does not empty: what is lost is said.
+    code = code.replace("recorder.close()", "print(recorder.close())").replace("step == 8", "False")
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    place = tmp_path / "metrics.jsonl"
+    assert done.stdout == f"7 rows of {place} could not be written (File too large)\n"
 
 
 def test_recorder_appends_to_what_is_there(tmp_path: Path) -> None:

@@ -251,7 +251,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(tiny: Make, override: str,
     with pytest.raises(UserError, match=said) as caught:
         run(config)
     assert "\n" not in str(caught.value)
-    assert not (Path(config.run.folder) / "config.yaml").exists()
+    assert not Path(config.run.folder).exists()
 
 
 def test_never_means_a_new_folder(tiny: Make) -> None:

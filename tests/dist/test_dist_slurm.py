@@ -1,0 +1,162 @@
+"""A small ladder on a real Slurm of this machine: stopped by a signal, back in the queue, finished.
+
+Needs root and Debian's Slurm (``apt-get install slurm-wlm munge``). No service of the machine is
+used: daemons are started in a temporary folder, on ports of their own.
+"""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from allometry.configs.run import RunConfig
+from gates import LIMIT_S, Gate
+from run_folders import events, rows
+from test_dist_ladder import call, kinds, ladder
+
+__all__ = ["ladder"]
+Make = Callable[..., RunConfig]
+Ladder = Callable[..., Path]
+Shell = Callable[..., str]
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel")
+CONFIG = """
+ClusterName=loopback
+SlurmctldHost={host}(127.0.0.1)
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket={place}/munge.socket
+SlurmctldPort={ports[0]}
+SlurmdPort={ports[1]}
+StateSaveLocation={place}/state
+SlurmdSpoolDir={place}/spool
+SlurmctldPidFile={place}/slurmctld.pid
+SlurmdPidFile={place}/slurmd.pid
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SwitchType=switch/none
+MpiDefault=none
+SlurmdParameters=config_overrides
+NodeName={host} NodeAddr=127.0.0.1 CPUs=4 RealMemory=2000
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@pytest.fixture
+def slurm(tmp_path: Path) -> Iterator[Shell]:
+    """``slurm("scontrol", ...)``: what a command says of a cluster of one node, this machine."""
+    missing = [name for name in PROGRAMS if shutil.which(name) is None]
+    if missing or os.geteuid():
+        pytest.skip(f"Slurm cannot be started here: not root, or without {', '.join(missing)}")
+    place = tmp_path / "slurm"
+    for name in ("state", "spool", "munge"):
+        (place / name).mkdir(parents=True)
+    (place / "munge").chmod(0o700)
+    (place / "munge/key").write_bytes(os.urandom(1024))
+    (place / "munge/key").chmod(0o400)
+    host = socket.gethostname().split(".")[0]
+    text = CONFIG.format(host=host, place=place, ports=(free_port(), free_port()))
+    (place / "slurm.conf").write_text(text)
+    environment = os.environ | {"SLURM_CONF": str(place / "slurm.conf")}
+    files = {"key-file": "munge/key", "socket": "munge.socket", "seed-file": "munge/seed"}
+    files |= {"pid-file": "munge/pid", "log-file": "munge/log"}
+    munged = [
+        "munged",
+        "--foreground",
+        "--force",
+        *(f"--{k}={place / v}" for k, v in files.items()),
+    ]
+    said = open(place / "daemons.log", "w")  # noqa: SIM115
+    daemons = [
+        subprocess.Popen(words, env=environment, stdout=said, stderr=said)
+        for words in (munged, ["slurmctld", "-D"], ["slurmd", "-D"])
+    ]
+
+    def command(*words: str) -> str:
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr + (place / "daemons.log").read_text()
+        return done.stdout
+
+    try:
+        until = time.monotonic() + 60.0
+        while time.monotonic() < until:
+            done = subprocess.run(["sinfo", "-h", "-o", "%T"], env=environment, capture_output=True)
+            if done.stdout.strip() == b"idle":
+                break
+            time.sleep(0.5)
+        yield command
+    finally:
+        for daemon in reversed(daemons):
+            daemon.terminate()
+            daemon.wait(30)
+        said.close()
+
+
+def job(slurm: Shell, number: int, wanted: str) -> None:
+    """Wait until a job is in a state."""
+    until = time.monotonic() + 2 * LIMIT_S
+    while f"JobState={wanted} " not in (told := slurm("scontrol", "show", "job", str(number))):
+        assert time.monotonic() < until, told
+        assert not re.search("JobState=(FAILED|CANCELLED)", told), told
+        time.sleep(0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(4 * LIMIT_S)  # of which Slurm waits two minutes
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_signal_puts_the_job_back_and_the_branch_waits(
+    ladder: Ladder, slurm: Shell, tmp_path: Path, processes: int
+) -> None:
+    gate = Gate(tmp_path / "gate", 5)
+    environment = gate.environment | {"OMP_NUM_THREADS": "1"}
+    setup = "\n".join(f"export {key}={value}" for key, value in environment.items())
+    launch = {"kind": "sbatch", "processes": processes, "setup": setup}
+    launch["options"] = [f"--cpus-per-task={processes}"]
+    path = ladder(widths=[16], launch=launch)
+    scripts = json.loads(call("run", path, "--json"))["scripts"]
+    slurm(scripts[0])
+    until = time.monotonic() + LIMIT_S
+    while len(list(gate.folder.iterdir())) < processes:
+        assert time.monotonic() < until, "no rank came to the gate"
+        time.sleep(0.1)
+    slurm("scancel", "--signal=USR1", "1")
+    job(slurm, 1, "PENDING")  # a job that goes back waits for two minutes
+    first, second = (tmp_path / f"ladder/runs/w16-d{tokens}-s0" for tokens in (5120, 10240))
+    assert kinds(first) == ["started", "stopped"]
+    assert not second.exists()
+    job(slurm, 2, "COMPLETED")
+    assert kinds(first) == ["started", "stopped", "resumed", "finished"]
+    assert [event["signal"] for event in events(first) if event["event"] == "stopped"] == [
+        "SIGUSR1"
+    ]
+    assert kinds(second) == ["branched", "finished"]
+    logs = [p.read_text() for p in (tmp_path / "ladder/logs").iterdir()]
+    assert len(logs) == 2
+    assert not any("Traceback" in text for text in logs)
+    assert "Restarts=1 " in slurm("scontrol", "show", "job", "1")
+    # Equal to the bit to a ladder that nobody stopped.
+    straight = ladder(
+        widths=[16],
+        folder=str(tmp_path / "straight"),
+        launch={"kind": "local", "processes": processes},
+    )
+    call("run", straight)
+    for folder in (first, second):
+        other = tmp_path / "straight/runs" / folder.name
+        assert [row["loss"] for row in rows(folder)] == [row["loss"] for row in rows(other)]
