@@ -1,4 +1,4 @@
-"""The rate that MFU is measured against: measured once on a machine, and not by the wall's clock."""
+"""The rate that MFU is held against: measured once on a machine, and not by the clock on the wall."""
 
 from __future__ import annotations
 
