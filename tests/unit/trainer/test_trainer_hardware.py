@@ -1,4 +1,4 @@
-"""The rate that MFU is held against: measured once on a machine, and not by the clock on the wall."""
+"""The rate that MFU is held against: measured once on a machine, and not by a wall clock."""
 
 from __future__ import annotations
 
