@@ -25,7 +25,7 @@ from allometry.launch.figures.figure import (
     smooth,
 )
 from allometry.launch.runs.commands import Plot
-from allometry.launch.text import counted, names_of, table
+from allometry.launch.text import counted, finite, names_of, table
 from allometry.laws.runs import Run, read_run
 
 BLACK = "#000000"
@@ -82,12 +82,18 @@ def _summary(run: Run, name: str) -> dict[str, Any]:
         "folder": str(run.folder),
         "steps": int(metrics["step"][-1]),
         "tokens": int(metrics["tokens"][-1]),
-        "first_loss": float(metrics["loss"][0]),
-        "last_loss": float(metrics["loss"][-1]),
-        "tokens_per_s": float(np.median(metrics["tokens_per_s"])),
-        "mfu": float(np.median(metrics["mfu"])),
+        "first_loss": finite(metrics["loss"][0]),
+        "last_loss": finite(metrics["loss"][-1]),
+        "tokens_per_s": _median(run, "tokens_per_s"),
+        "mfu": _median(run, "mfu"),
         "sources": [_of_source(run, name) for name in run.sources],
     }
+
+
+def _median(run: Run, column: str) -> float | None:
+    values = run.metrics.get(column, np.empty(0))
+    values = values[np.isfinite(values)]
+    return float(np.median(values)) if len(values) else None
 
 
 def _of_source(run: Run, name: str) -> dict[str, Any]:
@@ -111,11 +117,14 @@ def _table(summary: Mapping[str, Any]) -> str:
         losses = (part.get(f"{kind}_loss") for kind in ("first", "last", "validation"))
         said = ("-" if loss is None else f"{loss:.4f}" for loss in losses)
         rows.append([part["source"], f"{part['tokens']:,}", *said])
+    speed, mfu = summary["tokens_per_s"], summary["mfu"]
+    went = [counted(summary["steps"], "step")]
+    went += [] if speed is None else [f"{speed:,.0f} tokens/s"]
+    went += [] if mfu is None else [f"MFU {mfu:.1%} (medians)"]
     return (
         f"{summary['label']}\n"
         f"{table(rows, right=(1, 2, 3, 4), least=(20, 12, 16, 10, 10), gap='')}\n"
-        f"{counted(summary['steps'], 'step')}, {summary['tokens_per_s']:,.0f} tokens/s, "
-        f"MFU {summary['mfu']:.1%} (medians), run folder {summary['folder']}"
+        f"{', '.join(went)}, run folder {summary['folder']}"
     )
 
 
