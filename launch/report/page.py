@@ -172,4 +172,5 @@ def _kind(column: Sequence[str]) -> str:
 
 
 def _is_number(cell: str) -> bool:
-    return len(cell) <= 2 * WORD and (cell[:1].isdigit() or cell[:1] in ("-", "–", "+"))
+    begins = cell[:1].isdigit() or cell[:1] in ("-", "–", "+") or cell in ("nan", "inf")
+    return begins and len(cell) <= 2 * WORD
