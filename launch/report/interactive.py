@@ -18,6 +18,15 @@ FAINT = 0.35
 POWERS = 2.0
 """Powers of ten alone label an axis of so many decades."""
 DASHES = {"dashed": "dash", "dotted": "2px,6px"}
+LEGEND = {
+    "orientation": "h",
+    "x": 0,
+    "y": 0,
+    "yref": "container",
+    "yanchor": "bottom",
+    "font": {"size": 11},
+    "itemsizing": "constant",
+}
 BESIDE = 460
 """A legend counts on so many pixels beside each other."""
 
@@ -67,15 +76,7 @@ def specification(panel: Panel, *, legend: bool) -> dict[str, Any]:
                 **_scale(panel.y_log, "plain", [one.y for one in series]),
             },
             "showlegend": bool(named),
-            "legend": {
-                "orientation": "h",
-                "x": 0,
-                "y": 0,
-                "yref": "container",
-                "yanchor": "bottom",
-                "font": {"size": 11},
-                "itemsizing": "constant",
-            },
+            "legend": dict(LEGEND),
             "hovermode": "closest",
             "hoverlabel": {"namelength": -1},
             "font": {"family": "system-ui, sans-serif", "size": 12, "color": "#222"},
