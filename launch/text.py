@@ -41,13 +41,18 @@ def table(
 
 
 def number(value: float, digits: int = 5) -> str:
-    """Return a number with as many digits as say something."""
+    """Return a number with as many digits as say something.
+
+    What lies below 1e-99 is 0: a parameter that is fitted as a logarithm comes no nearer.
+    """
+    if abs(value) < 1e-99:
+        value = 0.0
     return f"{value:.{digits}g}"
 
 
 def counted(count: int, what: str) -> str:
     """Return ``1 seed`` or ``3 seeds``, of a word whose plural ends in s."""
-    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+    return f"{count} {what}" if count == 1 else f"{count:,} {what}s"
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from allometry.configs.errors import UserError
-from allometry.launch.figures.figure import Figure, Panel, Series
+from allometry.launch.figures.figure import Figure, Panel, Series, Ticks, rows_of, shortened
+from allometry.laws.collect import short
 
 FORMATS = (".png", ".svg", ".pdf")
-MARKERS = {"dots": "o", "star": "*", "cross": "x"}
-SIZES = {"dots": 3.0, "star": 12.0, "cross": 7.0}
+MARKERS = {"dots": "o", "point": "s", "star": "*", "cross": "x"}
+SIZES = {"dots": 3.0, "point": 4.0, "star": 12.0, "cross": 7.0}
+COLUMNS, FAINT, FEW_TICKS = 2, 0.35, 3
+DASHES: dict[str, Any] = {"dashed": "--", "dotted": (0, (1.0, 6.0))}
 NAMED = 12
 """A legend names at most this many things."""
 MANY_ROWS = 32
@@ -37,22 +40,25 @@ def check_format(out: Path) -> None:
 
 
 def draw(figure: Figure, out: Path) -> None:
-    """Write the figure, its panels two in a row."""
+    """Write the figure, its panels two in a row; the last of an odd number has a row of its own."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    columns = min(2, len(figure.panels))
-    rows = math.ceil(len(figure.panels) / columns)
-    size = figure.size or (6.5 * columns, 4.3 * rows)
-    drawn, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-    for axis in axes.flat[len(figure.panels) :]:
-        axis.set_visible(False)
-    for number, (axis, panel) in enumerate(zip(axes.flat, figure.panels, strict=False)):
-        draw_panel(axis, panel)
-        if figure.legend or number == 0:  # else all panels show the same runs
-            _legend(axis, above=any(series.style == "bars" for series in panel.series))
+    rows = rows_of(len(figure.panels), COLUMNS)
+    size = figure.size or (6.5 * max(rows), 4.3 * len(rows))
+    drawn = plt.figure(figsize=size, layout="constrained")
+    places = drawn.add_gridspec(len(rows), COLUMNS)
+    panels = iter(figure.panels)
+    for row, number in enumerate(rows):
+        width = COLUMNS // number
+        for column in range(number):
+            panel, first = next(panels), row == column == 0
+            axis = drawn.add_subplot(places[row, column * width : (column + 1) * width])
+            draw_panel(axis, panel)
+            if figure.legend or first:  # else all panels show the same runs
+                _legend(axis, above=any(series.style == "bars" for series in panel.series))
     out.parent.mkdir(parents=True, exist_ok=True)
     drawn.savefig(out, dpi=130)
     plt.close(drawn)
@@ -60,7 +66,7 @@ def draw(figure: Figure, out: Path) -> None:
 
 def draw_panel(axis: Any, panel: Panel) -> None:
     """Draw a panel on matplotlib's axes, without a legend."""
-    for series in panel.series:
+    for series in panel.drawn():
         if series.style in ("bars", "links"):
             _draw_bars(axis, series, panel)
         else:
@@ -90,16 +96,23 @@ def draw_panel(axis: Any, panel: Panel) -> None:
 
 def _name_numbers(axis: Any, panel: Panel) -> None:
     """Name some numbers of short logarithmic axes, which alone would name one or two, or none."""
-    from matplotlib.ticker import MaxNLocator, NullLocator
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-    for log, scale, limits in (
-        (panel.x_log, axis.xaxis, axis.get_xlim()),
-        (panel.y_log, axis.yaxis, axis.get_ylim()),
-    ):
-        if log and limits[1] < 20.0 * limits[0]:
-            scale.set_major_locator(MaxNLocator(7))
+    sides: tuple[tuple[bool, Any, Ticks, Any], ...] = (
+        (panel.x_log, axis.xaxis, panel.x_ticks, axis.set_xlim),
+        (panel.y_log, axis.yaxis, "plain", axis.set_ylim),
+    )
+    for log, scale, ticks, hold in sides:
+        low, high = scale.get_view_interval()
+        if log and high < 20.0 * low:
+            hold(low, high)  # else it is widened to the ticks
+            digits = max(3, 2 - math.floor(math.log10(1.0 - low / high)))
+            form = short if ticks == "count" else f"{{:.{digits}g}}".format
+            few = LogLocator(subs=(1.0, 2.0, 5.0))  # those of all numbers lie close at the end
+            there = sum(low <= place <= high for place in few.tick_values(low, high))
+            scale.set_major_locator(few if there >= FEW_TICKS else MaxNLocator(FEW_TICKS + 2))
             scale.set_minor_locator(NullLocator())
-            scale.set_major_formatter("{x:.3g}")
+            scale.set_major_formatter(FuncFormatter(lambda x, _, form=form: form(x)))
 
 
 def _legend(axis: Any, *, above: bool) -> None:
@@ -121,7 +134,8 @@ def _legend(axis: Any, *, above: bool) -> None:
 
 
 def _draw_series(axis: Any, series: Series) -> None:
-    name = _plain(series.name) if series.named else "_"
+    faint = series.layer == "recorded"
+    name = _plain(shortened(series.name)) if series.named and not faint else "_"
     if series.style == "band":
         axis.fill_between(
             series.x, series.low, series.high, color=series.colour, alpha=0.18, linewidth=0
@@ -133,13 +147,15 @@ def _draw_series(axis: Any, series: Series) -> None:
         if series.low is not None and series.high is not None:
             ends = [series.y - series.low, series.high - series.y]
             axis.errorbar(series.x, series.y, yerr=ends, fmt="none", ecolor=series.colour, lw=1)
-        axis.plot(series.x, series.y, ls="none", color=series.colour, label=name, **marker)
-    elif series.layer == "recorded":
-        axis.plot(series.x, series.y, color=series.colour, lw=0.6, alpha=0.35)
+        alpha = FAINT if faint else 1.0
+        axis.plot(
+            series.x, series.y, ls="none", color=series.colour, alpha=alpha, label=name, **marker
+        )
     else:
-        style = {"ls": "--"} if series.style == "dashed" else {}
+        style: dict[str, Any] = {"ls": DASHES.get(series.style, "-"), "lw": 0.6 if faint else 1.5}
+        style["alpha"] = FAINT if faint else 1.0
         points = {"marker": "o", "ms": 3} if series.style == "joined" else {}
-        axis.plot(series.x, series.y, color=series.colour, lw=1.5, label=name, **style, **points)
+        axis.plot(series.x, series.y, color=series.colour, label=name, **style, **points)
 
 
 def _draw_bars(axis: Any, series: Series, panel: Panel) -> None:

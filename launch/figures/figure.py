@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 Column = NDArray[np.float64]
-Style = Literal["line", "dashed", "joined", "dots", "star", "cross", "band", "bars", "links"]
+Style = Literal[
+    "line", "dashed", "dotted", "joined", "point", "dots", "star", "cross", "band", "bars", "links"
+]
 Ticks = Literal["count", "power", "plain"]
+
+NAME = 42
+"""Characters of a name in a legend or a title, at most."""
 
 POINTS = 500
 """A curve is drawn with at most this many points."""
@@ -74,6 +79,28 @@ class Panel:
     x_marks: tuple[float, ...] = ()
     rows: tuple[str, ...] = ()
 
+    def drawn(self) -> tuple[Series, ...]:
+        """Return the series as they are drawn, without those of which nothing would be seen.
+
+        A line or a band of one point has no extent: it is drawn as a point, with its interval.
+        """
+        shown = []
+        for one in self.series:
+            count = int(self._visible(one).sum())
+            if count == 1 and one.style in ("line", "dashed", "dotted", "joined", "band"):
+                one = replace(one, style="point")
+            if count:
+                shown.append(one)
+        return tuple(shown)
+
+    def _visible(self, one: Series) -> NDArray[np.bool_]:
+        """Which points are on the axes: finite, and above 0 on a logarithmic one."""
+        seen: NDArray[np.bool_] = np.isfinite(one.x) & np.isfinite(one.y)
+        for log, values in ((self.x_log, one.x), (self.y_log, one.y)):
+            if log:
+                seen &= values > 0.0
+        return seen
+
 
 @dataclass(frozen=True, slots=True)
 class Figure:
@@ -88,6 +115,25 @@ class Figure:
     text: str = ""
     legend: bool = False
     size: tuple[float, float] | None = None
+
+
+def rows_of(count: int, most: int) -> list[int]:
+    """Return how many of ``count`` panels stand in each row: at most ``most``, as even as can be.
+
+    A row with fewer panels than another has wider ones, so that none is half empty.
+    """
+    rows = -(-count // most)
+    return [count // rows + (row < count % rows) for row in range(rows)]
+
+
+def shortened(name: str) -> str:
+    """Return a name that fits into a legend or a title: what is too long loses its middle."""
+    return name if len(name) <= NAME else f"{name[: NAME // 2]}…{name[1 - NAME // 2 :]}"
+
+
+def above_zero(series: Sequence[Series]) -> bool:
+    """Return whether a logarithmic axis would show every finite y."""
+    return all((one.y[np.isfinite(one.y)] > 0.0).all() for one in series)
 
 
 def star(name: str, x: float, y: float, colour: str, **more: Any) -> Series:
@@ -134,12 +180,13 @@ def smooth(values: Column, share: float) -> Column:
 def colours(sizes: Sequence[float]) -> list[str]:
     """Return a colour for each run, or for each of anything that has a size.
 
-    Up to eight: as many hues. More: from dark blue (small) to yellow-green (large) by size, the
-    same for equal sizes.
+    Up to eight: as many hues. More: from dark blue (small) to yellow-green (large) by size, and of
+    equal sizes by place, so that no two are the same.
     """
     if len(sizes) <= len(PALETTE):
         return list(PALETTE[: len(sizes)])
-    return ordered(sizes)
+    ranks = sorted(range(len(sizes)), key=lambda place: sizes[place])
+    return ordered([float(ranks.index(place)) for place in range(len(sizes))])
 
 
 def ordered(sizes: Sequence[float]) -> list[str]:

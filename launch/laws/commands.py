@@ -168,7 +168,7 @@ class MixBest(Command):
     """Say which shares of the domains reach the least (weighted) loss, with intervals."""
 
     fits: tuple[str, ...] = argument(
-        "fits of laws of shares: FILE, or NAME=FILE, one for each loss"
+        "fits of laws of shares: FILE, or NAME=FILE, one for each loss", paths=True
     )
     weights: tuple[str, ...] = option(
         "NAME=NUMBER: of a fit's loss in the sum; default: 1 of each", (), "--weight"

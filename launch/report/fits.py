@@ -23,6 +23,7 @@ from allometry.launch.figures.figure import (
 from allometry.launch.report.inputs import Inputs
 from allometry.launch.report.law_curves import law_panel, target_label
 from allometry.launch.report.section import Section, Table
+from allometry.launch.text import number
 from allometry.laws.fit.store import StoredFit
 from allometry.laws.ladder import Prediction
 
@@ -40,10 +41,10 @@ def fits(inputs: Inputs) -> Section:
         why = "no fit was given (--fit) and no ladder here has a fit.json"
         return Section("fits", title, absent=why)
     figures, rows = [], []
-    for number, (path, stored) in enumerate(inputs.fits, start=1):
+    for place, (path, stored) in enumerate(inputs.fits, start=1):
         own = [one for folder, one in inputs.predictions if folder == path.parent]
-        name = f"fit {number}" if len(inputs.fits) > 1 else "fit"
-        figures.append(_figure(number, path, stored, own, name))
+        name = f"fit {place}" if len(inputs.fits) > 1 else "fit"
+        figures.append(_figure(place, path, stored, own, name))
         rows += _parameters(name, stored)
     tables = [Table(HEAD, tuple(rows))] if rows else []
     if inputs.predictions:
@@ -60,20 +61,20 @@ def fits(inputs: Inputs) -> Section:
 
 
 def _figure(
-    number: int, path: Path, stored: StoredFit, targets: Sequence[Prediction], name: str
+    place: int, path: Path, stored: StoredFit, targets: Sequence[Prediction], name: str
 ) -> Figure:
     law, said = law_panel(stored)
     panels = (*([law] if law else []), _against(stored, targets), _residuals(stored))
     text = f"{name.capitalize()}: {_sentence(path, stored)} {said}".rstrip()
-    return Figure(f"fit-{number}", panels, text, legend=True)
+    return Figure(f"fit-{place}", panels, text, legend=True)
 
 
 def _sentence(path: Path, stored: StoredFit) -> str:
     fit, certificate = stored.fit, stored.fit.certificate
-    groups, number = len(set(fit.observations.groups)), len(fit.observations)
-    drawn = f" ({POINTS} of them are drawn)" if number > POINTS else ""
+    groups, rows = len(set(fit.observations.groups)), len(fit.observations)
+    drawn = f" ({POINTS} of them are drawn)" if rows > POINTS else ""
     parts = [
-        f"{fit.form.name} ({path}): {fit.form.equation}, fitted to {number} rows of "
+        f"{fit.form.name} ({path}): {fit.form.equation}, fitted to {rows} rows of "
         f"{groups} groups{drawn}. {certificate.agreeing} of {certificate.starts} starts found this "
         "optimum."
     ]
@@ -159,8 +160,8 @@ def _parameters(name: str, stored: StoredFit) -> list[tuple[str, ...]]:
         interval = "–"
         if stored.bootstrap is not None:
             low, high = stored.bootstrap.interval(parameter.name)
-            interval = f"{low:.4g} to {high:.4g}"
-        value = f"{stored.fit.values[parameter.name]:.5g}"
+            interval = f"{number(low, 4)} to {number(high, 4)}"
+        value = number(stored.fit.values[parameter.name])
         rows.append((name, parameter.name, value, interval, stored.fit.unit(parameter.unit)))
     return rows
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from allometry.configs.errors import UserError
+from allometry.launch.figures.branches import branched, taken_over, trunks_first
 from allometry.launch.figures.figure import Column, Series, colours
 from allometry.launch.text import names_of
 from allometry.laws.fit.store import StoredFit, load_fit
@@ -32,6 +33,10 @@ class Shown:
     name: str
     colour: str
     run: Run
+
+    def curve(self, x: Column, y: Column, along: str, **more: Any) -> list[Series]:
+        """Return a curve over the metric ``along``, dotted where it is the trunk's."""
+        return branched(self.series(x, y, **more), taken_over(self.run, along))
 
     def series(self, x: Column, y: Column, name: str = "", **more: Any) -> Series:
         """Return a curve of this run, in its colour and shown and hidden with it."""
@@ -224,7 +229,11 @@ def _read(folder: Path) -> Run:
 
 
 def _shown(runs: Sequence[Run]) -> tuple[Shown, ...]:
-    """Runs with their names (folders', or whole paths where two are equal) and colours."""
+    """Runs, trunks before their branches, with their names and colours.
+
+    Names are folders', or whole paths where two are equal.
+    """
+    runs = [runs[place] for place in trunks_first(runs)]
     names = names_of([run.folder for run in runs])
     shown = [Shown(i, name, "", run) for i, (name, run) in enumerate(zip(names, runs, strict=True))]
     shades = colours([float(one.parameters.get("total", 0)) for one in shown])

@@ -1,4 +1,4 @@
-"""Figures as plotly's JSON: traces and a layout that plotly.js draws in the page."""
+"""Panels as plotly's JSON: traces and a layout that plotly.js draws in the page."""
 
 from __future__ import annotations
 
@@ -9,124 +9,122 @@ from typing import Any
 
 import numpy as np
 
-from allometry.launch.figures.figure import Column, Figure, Panel, Series, Ticks
+from allometry.launch.figures.figure import Column, Panel, Series, Ticks, shortened
 
-HEIGHT, COLUMNS = 392, 2
-TITLE, GAP_X, TOP, BOTTOM = 24, 0.09, 30, 62
-SYMBOLS = {"dots": "circle", "star": "star", "cross": "x"}
-SIZES = {"dots": 5, "star": 13, "cross": 9}
+HEIGHT, LEGEND_ROW = 390, 20
+SYMBOLS = {"dots": "circle", "point": "square", "star": "star", "cross": "x"}
+SIZES = {"dots": 5, "point": 6, "star": 13, "cross": 9}
+FAINT = 0.35
+POWERS = 2.0
+"""Powers of ten alone label an axis of so many decades."""
+DASHES = {"dashed": "dash", "dotted": "2px,6px"}
+LEGEND = {
+    "orientation": "h",
+    "x": 0,
+    "y": 0,
+    "yref": "container",
+    "yanchor": "bottom",
+    "font": {"size": 11},
+    "itemsizing": "constant",
+}
+BESIDE = 460
+"""A legend counts on so many pixels beside each other."""
 
 
-def specification(figure: Figure) -> dict[str, Any]:
+def specification(panel: Panel, *, legend: bool) -> dict[str, Any]:
     """Return ``{"data": [...], "layout": {...}}`` with nothing but JSON in it.
 
-    Each trace's ``meta`` says whose it is (``run``) and of which ``layer``. Names are escaped, as
-    plotly reads a little HTML in them.
+    Each trace's ``meta`` says whose it is (``run``) and of which ``layer``. ``legend``: whether the
+    panel has one, which lies under its axes. Names are escaped, as plotly reads a little HTML in
+    them.
     """
-    columns = min(COLUMNS, len(figure.panels))
-    rows = math.ceil(len(figure.panels) / columns)
-    height = TOP + rows * HEIGHT
-    layout: dict[str, Any] = {
-        "height": height,
-        "margin": {"l": 64, "r": 16, "t": TOP, "b": BOTTOM},
-        "showlegend": figure.legend,
-        "legend": {"font": {"size": 11}, "itemsizing": "constant"},
-        "hovermode": "closest",
-        "hoverlabel": {"namelength": -1},
-        "font": {"family": "system-ui, sans-serif", "size": 12, "color": "#222"},
-        "paper_bgcolor": "#fff",
-        "plot_bgcolor": "#fff",
-        "annotations": [],
-    }
-    data: list[dict[str, Any]] = []
-    for number, panel in enumerate(figure.panels):
-        suffix = "" if number == 0 else str(number + 1)
-        _axes(layout, panel, suffix, _domain(number, columns, rows, height))
-        for series in panel.series:
-            data += _traces(series, panel, suffix, figure.legend)
-    seen: set[str] = set()  # each thing is named once, though several panels show it
+    series = panel.drawn()
+    data = [trace for one in series for trace in _traces(one, panel, legend)]
+    seen: set[str] = set()
     for trace in data:
         if trace["showlegend"]:
             trace["showlegend"] = trace["name"] not in seen
             seen.add(trace["name"])
-    return {"data": data, "layout": layout}
-
-
-def _domain(number: int, columns: int, rows: int, height: int) -> tuple[list[float], list[float]]:
-    """Where a panel lies, as shares of the figure: ([left, right], [bottom, top])."""
-    row, column = divmod(number, columns)
-    width = (1.0 - GAP_X * (columns - 1)) / columns
-    left = column * (width + GAP_X)
-    inner = height - TOP - BOTTOM  # what shares are of
-    top = 1.0 - (row * HEIGHT + TITLE) / inner
-    bottom = 1.0 - ((row + 1) * HEIGHT - BOTTOM) / inner
-    return [left, min(1.0, left + width)], [max(0.0, bottom), top]
-
-
-def _axes(
-    layout: dict[str, Any], panel: Panel, suffix: str, domain: tuple[list[float], list[float]]
-) -> None:
+    named = [trace["name"] for trace in data if trace["showlegend"]]
     common = {"gridcolor": "#e6e6e6", "zeroline": False, "linecolor": "#999", "ticks": "outside"}
-    layout[f"xaxis{suffix}"] = {
-        **common,
-        "domain": domain[0],
-        "anchor": f"y{suffix}",
-        "title": {"text": _text(panel.x_label), "standoff": 8},
-        "tickangle": 0,
-        **_scale(panel.x_log, panel.x_ticks, [one.x for one in panel.series]),
+    below = LEGEND_ROW * _legend_rows(named)
+    return {
+        "data": data,
+        "layout": {
+            "height": HEIGHT + below,
+            "margin": {"l": 64, "r": 16, "t": 56, "b": 56 + below},
+            "title": {
+                "text": f"<b>{_text(shortened(panel.title))}</b>",
+                "font": {"size": 13},
+                "x": 0,
+                "xref": "paper",
+                "y": 1,
+                "yref": "paper",
+                "yanchor": "bottom",
+                "pad": {"b": 8},  # the buttons are above it
+            },
+            "xaxis": {
+                **common,
+                "title": {"text": _text(panel.x_label), "standoff": 8},
+                "tickangle": 0,
+                **_scale(panel.x_log, panel.x_ticks, [one.x for one in series]),
+            },
+            "yaxis": {
+                **common,
+                "title": {"text": _text(panel.y_label), "standoff": 8},
+                "automargin": True,
+                **_scale(panel.y_log, "plain", [one.y for one in series]),
+            },
+            "showlegend": bool(named),
+            "legend": dict(LEGEND),
+            "hovermode": "closest",
+            "hoverlabel": {"namelength": -1},
+            "font": {"family": "system-ui, sans-serif", "size": 12, "color": "#222"},
+            "paper_bgcolor": "#fff",
+            "plot_bgcolor": "#fff",
+        },
     }
-    layout[f"yaxis{suffix}"] = {
-        **common,
-        "domain": domain[1],
-        "anchor": f"x{suffix}",
-        "title": {"text": _text(panel.y_label), "standoff": 8},
-        **_scale(panel.y_log, "plain", [one.y for one in panel.series]),
-    }
-    layout["annotations"].append(
-        {
-            "text": f"<b>{_text(panel.title)}</b>",
-            "x": domain[0][0],
-            "y": domain[1][1],
-            "xref": "paper",
-            "yref": "paper",
-            "xanchor": "left",
-            "yanchor": "bottom",
-            "yshift": 6,
-            "showarrow": False,
-            "font": {"size": 13},
-        }
-    )
+
+
+def _legend_rows(names: Sequence[str]) -> int:
+    """How many rows a legend has in a narrow panel: its columns are as wide as the longest."""
+    if not names:
+        return 0
+    longest = 48 + 6 * max(map(len, names))
+    return -(-len(names) // max(1, BESIDE // longest))
 
 
 def _scale(log: bool, ticks: Ticks, values: Sequence[Column]) -> dict[str, Any]:
     """Type of an axis and how its numbers are written.
 
     On a logarithmic axis plotly labels 1, 2, 5 of each decade where there are more than 0.3 decades
-    to a tick, every digit where there are fewer, and the labels then overlap.
+    to a tick, every digit where there are fewer, and the labels then overlap. With a format of
+    their own all are of one size.
     """
+    finite = [one[np.isfinite(one)] for one in values]
+    joined = np.concatenate(finite) if finite else np.empty(0)
     if not log:
-        most = max((np.nanmax(np.abs(one)) for one in values if len(one)), default=0.0)
+        most = float(np.abs(joined).max()) if len(joined) else 0.0
         return {"type": "linear", "exponentformat": "B" if most >= 1000.0 else "e"}
-    joined = np.concatenate([one[one > 0.0] for one in values]) if values else np.empty(0)
+    joined = joined[joined > 0.0]
     decades = float(np.log10(joined.max() / joined.min())) if len(joined) else 0.0
     number = 6 if decades < 0.85 else int(max(decades, 1.0) / 0.31)
     if decades > 3.0:
         number = min(12, int(decades) + 1)
-    form = {"count": "B", "power": "power", "plain": "none"}[ticks]
-    labels = "none" if ticks == "power" else "complete"
-    return {"type": "log", "exponentformat": form, "minorloglabels": labels, "nticks": number}
+    scale: dict[str, Any] = {"type": "log", "minorloglabels": "complete", "nticks": number}
+    if ticks == "power" and decades >= POWERS:
+        return scale | {"exponentformat": "power", "minorloglabels": "none"}
+    return scale | {"tickformat": {"count": "~s", "plain": "~g", "power": "~e"}[ticks]}
 
 
-def _traces(series: Series, panel: Panel, suffix: str, legend: bool) -> list[dict[str, Any]]:
+def _traces(series: Series, panel: Panel, legend: bool) -> list[dict[str, Any]]:
     name = _text(series.name)
     hover = f"{_text(panel.x_label)}: %{{x:.5~g}}<br>{_text(panel.y_label)}: %{{y:.5~g}}"
     common: dict[str, Any] = {
         "type": "scatter",
-        "name": name,
+        "name": _text(shortened(series.name)),
         "x": numbers(series.x),
         "y": numbers(series.y),
-        "xaxis": f"x{suffix}",
-        "yaxis": f"y{suffix}",
         "meta": {"run": series.run, "layer": series.layer},
         "showlegend": legend and series.named,
         "legendgroup": name,
@@ -154,13 +152,14 @@ def _traces(series: Series, panel: Panel, suffix: str, legend: bool) -> list[dic
             "color": series.colour,
             "line": {"width": 0.8 if series.style == "star" else 0, "color": "#222"},
         }
-        return [{**common, "mode": "markers", "marker": marker}]
+        opacity = FAINT if series.layer == "recorded" else 1.0
+        return [{**common, "mode": "markers", "marker": marker, "opacity": opacity}]
     if series.style == "joined":
         common["marker"] = {"size": 5, "color": series.colour}
-    width, opacity = (1.0, 0.35) if series.layer == "recorded" else (1.8, 1.0)
-    line = {"color": series.colour, "width": width}
-    if series.style == "dashed":
-        line["dash"] = "dash"
+    width, opacity = (1.0, FAINT) if series.layer == "recorded" else (1.8, 1.0)
+    line: dict[str, Any] = {"color": series.colour, "width": width}
+    if series.style in DASHES:
+        line["dash"] = DASHES[series.style]
     mode = "lines+markers" if series.style == "joined" else "lines"
     return [{**common, "mode": mode, "line": line, "opacity": opacity}]
 

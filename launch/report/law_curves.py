@@ -8,6 +8,7 @@ import numpy as np
 
 from allometry.configs.errors import UserError
 from allometry.launch.figures.figure import GREY, PALETTE, Column, Panel, Series, ordered, thin
+from allometry.laws.collect import short
 from allometry.laws.fit.engine import Fit
 from allometry.laws.fit.store import StoredFit
 from allometry.laws.observations import Observations
@@ -42,7 +43,9 @@ def law_panel(stored: StoredFit) -> tuple[Panel | None, str]:
         column = fit.observations[other]
         if distinct[other] <= SLICES:
             values = np.unique(column)
-            slices = [(f"{other} {value:.4g}", float(value), column == value) for value in values]
+            slices = [
+                (f"{other} = {_value(value)}", float(value), column == value) for value in values
+            ]
             return _slices(stored, along, other, slices), ""
         panel = _slices(stored, along, other, _ranges(column, other))
         return panel, (
@@ -51,6 +54,11 @@ def law_panel(stored: StoredFit) -> tuple[Panel | None, str]:
         )
     except UserError as error:
         return None, f"It is not drawn as curves: {error}."
+
+
+def _value(value: float) -> str:
+    """A count as people write it, anything else as a number."""
+    return short(value) if value >= 1000.0 else f"{value:.4g}"
 
 
 Slice = tuple[str, float, np.ndarray[tuple[int], np.dtype[np.bool_]]]
@@ -65,7 +73,7 @@ def _ranges(column: Column, other: str) -> list[Slice]:
         rows = index == number
         if rows.any():
             middle = float(np.median(column[rows]))
-            slices.append((f"{other} {middle:.3g}", middle, rows))
+            slices.append((f"{other} = {_value(middle)}", middle, rows))
     return slices
 
 

@@ -10,6 +10,7 @@ from allometry.launch.figures.figure import (
     Panel,
     Series,
     Ticks,
+    above_zero,
     known,
     smooth,
     star,
@@ -43,14 +44,16 @@ def losses(inputs: Inputs) -> Section:
         "Training loss in nats per token (lines) and held-out loss of the mixture (dots: the mean "
         "over sources, weighted by their shares). "
         f"Smoothed lines are, at each point, means over the last {share:.0%} of the run so "
-        "far. FLOPs are those of the model, forward and backward, without recomputation."
+        "far. Dotted is what a branch took over from its trunk; a square is a line of one point. "
+        "FLOPs are those of the model, forward and backward, without recomputation."
     )
     return Section("loss", title, text, (Figure("loss", panels),))
 
 
 def _panel(title: str, x_label: str, ticks: Ticks, of_runs: list[list[Series]]) -> Panel:
     series = tuple(one for some in of_runs for one in some)
-    return Panel(title, x_label, LOSS, series, x_log=True, y_log=True, x_ticks=ticks)
+    log = above_zero(series)
+    return Panel(title, x_label, LOSS, series, x_log=True, y_log=log, x_ticks=ticks)
 
 
 def _curves(one: Shown, key: str, share: float) -> list[Series]:
@@ -69,8 +72,8 @@ def _train(one: Shown, key: str, column: str, share: float) -> list[Series]:
         return []
     thin_x, recorded, smoothed = thin(x, y, smooth(y, share), log=True)
     return [
-        one.series(thin_x, recorded, layer="recorded"),
-        one.series(thin_x, smoothed, layer="smooth"),
+        *one.curve(thin_x, recorded, key, layer="recorded"),
+        *one.curve(thin_x, smoothed, key, layer="smooth"),
     ]
 
 

@@ -10,10 +10,15 @@ from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
+from allometry.launch.figures.figure import Figure, Panel, rows_of
 from allometry.launch.report.inputs import Inputs
 from allometry.launch.report.interactive import specification
 from allometry.launch.report.section import Section, Table
 
+NARROW, WIDE, SHARES = 2, 3, 6
+"""Panels in a row of a narrow page and of a wide one; a row is divided into so many shares."""
+WORD = 14
+"""Longer words than this, such as paths, may be broken in a table."""
 GROUPS_FROM = 2
 """With fewer runs there is nothing to select."""
 
@@ -27,7 +32,12 @@ def page(sections: Sequence[Section], inputs: Inputs, title: str, made: str) -> 
     from plotly.offline import get_plotlyjs
 
     scripts = [get_plotlyjs(), _resource("page.js")]
-    figures = {f.key: specification(f) for section in sections for f in section.figures}
+    panels = {
+        key: specification(panel, legend=figure.legend)
+        for section in sections
+        for figure in section.figures
+        for key, panel in _panels(figure)
+    }
     links = "".join(
         f"<li{' class=absent' if section.absent else ''}>"
         f'<a href="#{section.key}">{html.escape(section.title)}</a></li>'
@@ -44,7 +54,7 @@ def page(sections: Sequence[Section], inputs: Inputs, title: str, made: str) -> 
         f"<main><header><h1>{html.escape(title)}</h1><p>{html.escape(made)}</p></header>",
         *(_section(section) for section in sections),
         "</main>",
-        f'<script type="application/json" id="figures">{_json(figures)}</script>',
+        f'<script type="application/json" id="figures">{_json(panels)}</script>',
         *(f"<script>{script}</script>" for script in scripts),
         "</body></html>\n",
     ]
@@ -107,25 +117,43 @@ def _section(section: Section) -> str:
         body = f'<p class="absent">Not shown: {html.escape(section.absent)}.</p>'
     for figure in section.figures:
         body += f"<p>{html.escape(figure.text)}</p>" if figure.text else ""
-        body += f'<div class="figure" data-figure="{html.escape(figure.key)}"></div>'
+        body += _figure(figure)
     body += "".join(f'<p class="note">{html.escape(note)}</p>' for note in section.notes)
     body += "".join(_table(table) for table in section.tables)
     return f'<section id="{section.key}"><h2>{html.escape(section.title)}</h2>{body}</section>'
 
 
+def _panels(figure: Figure) -> list[tuple[str, Panel]]:
+    return [(f"{figure.key}-{number}", panel) for number, panel in enumerate(figure.panels, 1)]
+
+
+def _figure(figure: Figure) -> str:
+    """A place for each panel, with its share of a row on a narrow page and on a wide one."""
+    spans = [
+        [SHARES // number for number in rows_of(len(figure.panels), most) for _ in range(number)]
+        for most in (NARROW, WIDE)
+    ]
+    places = "".join(
+        f'<div class="panel" data-figure="{html.escape(key)}" '
+        f'style="--narrow:{narrow};--wide:{wide}"></div>'
+        for (key, _), narrow, wide in zip(_panels(figure), *spans, strict=True)
+    )
+    return f'<div class="figure">{places}</div>'
+
+
 def _table(table: Table) -> str:
     columns = list(zip(*table.rows, strict=True)) or [()] * len(table.head)
-    right = [bool(column) and all(map(_is_number, column)) for column in columns]
+    kinds = [_kind(column) for column in columns]
     head = "".join(
-        f"<th{' class=number' if number else ''}>{html.escape(name)}</th>"
-        for name, number in zip(table.head, right, strict=True)
+        f"<th class={kind}>{html.escape(name)}</th>"
+        for name, kind in zip(table.head, kinds, strict=True)
     )
     rows = []
     for number, row in enumerate(table.rows):
         mark = f' data-row-run="{table.run_s[number]}"' if table.run_s else ""
         cells = "".join(
-            f"<td{' class=number' if number else ''}>{html.escape(cell)}</td>"
-            for cell, number in zip(row, right, strict=True)
+            f"<td class={kind}>{html.escape(cell)}</td>"
+            for cell, kind in zip(row, kinds, strict=True)
         )
         rows.append(f"<tr{mark}>{cells}</tr>")
     caption = f"<p>{html.escape(table.caption)}</p>" if table.caption else ""
@@ -135,5 +163,14 @@ def _table(table: Table) -> str:
     )
 
 
+def _kind(column: Sequence[str]) -> str:
+    """How a column is set: numbers in one line, words between spaces, long ones anywhere."""
+    if column and all(map(_is_number, column)):
+        return "number"
+    longest = max((len(word) for cell in column for word in cell.split()), default=0)
+    return "long" if longest > WORD else "words"
+
+
 def _is_number(cell: str) -> bool:
-    return cell[:1].isdigit() or cell[:1] in ("-", "–", "+")
+    begins = cell[:1].isdigit() or cell[:1] in ("-", "–", "+") or cell in ("nan", "inf")
+    return begins and len(cell) <= 2 * WORD

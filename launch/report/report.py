@@ -18,18 +18,19 @@ from allometry.launch.text import counted
 
 def sections(inputs: Inputs) -> list[Section]:
     """Every section of the report, in order; those without data say why."""
-    return [
-        throughput.runs(inputs),
-        losses.losses(inputs),
-        fits.fits(inputs),
-        isoflop.isoflops(inputs),
-        transfer.transfer(inputs),
-        losses.sources(inputs),
-        losses.forecasts(inputs),
-        stability.stability(inputs),
-        throughput.throughput(inputs),
-        throughput.events(inputs),
-    ]
+    makers = (
+        throughput.runs,
+        losses.losses,
+        fits.fits,
+        isoflop.isoflops,
+        transfer.transfer,
+        losses.sources,
+        losses.forecasts,
+        stability.stability,
+        throughput.throughput,
+        throughput.events,
+    )
+    return [make(inputs).without_blanks() for make in makers]
 
 
 def written(asked: WriteReport) -> Report:

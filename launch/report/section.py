@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from allometry.launch.figures.figure import Figure
 
@@ -15,6 +15,31 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     caption: str = ""
     run_s: tuple[int, ...] = ()
+
+    def beside(self, other: Table) -> Table:
+        """Return one table of two that begin with the same column."""
+        rows = tuple((*one, *more[1:]) for one, more in zip(self.rows, other.rows, strict=True))
+        caption = f"{self.caption} {other.caption}".strip()
+        return replace(self, head=(*self.head, *other.head[1:]), rows=rows, caption=caption)
+
+    def without_equal_columns(self) -> Table:
+        """Return the table with what is the same in all of several rows said once, before it."""
+        columns = list(zip(*self.rows, strict=True))
+        equal = [len(self.rows) > 1 and len(set(column)) == 1 for column in columns]
+        if not any(equal):
+            return self
+        said = ", ".join(
+            f"{name} {column[0]}"
+            for name, column, same in zip(self.head, columns, equal, strict=True)
+            if same
+        )
+
+        def kept(cells: tuple[str, ...]) -> tuple[str, ...]:
+            return tuple(cell for cell, same in zip(cells, equal, strict=True) if not same)
+
+        caption = f"{self.caption} The same in all rows: {said}.".lstrip()
+        rows = tuple(kept(row) for row in self.rows)
+        return replace(self, head=kept(self.head), rows=rows, caption=caption)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,3 +57,18 @@ class Section:
     def __post_init__(self) -> None:
         shown = bool(self.figures or self.tables)
         assert shown == (self.absent is None), f"{self.key}: shown, or absent with a reason"
+
+    def without_blanks(self) -> Section:
+        """Return the section without panels in which nothing would be seen; it names them."""
+        figures, blank = [], []
+        for figure in self.figures:
+            panels = tuple(panel for panel in figure.panels if panel.drawn())
+            blank += [panel.title for panel in figure.panels if panel not in panels]
+            if panels:
+                figures.append(replace(figure, panels=panels))
+        if not blank:
+            return self
+        why = f"no finite value to draw for: {', '.join(blank)}"
+        absent = None if figures or self.tables else why
+        notes = (*self.notes, *([] if absent else [f"N{why[1:]}."]))
+        return replace(self, figures=tuple(figures), notes=notes, absent=absent)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from allometry.launch.figures.figure import Column, Figure, Panel, Series, known, thin
+from allometry.launch.figures.figure import Column, Figure, Panel, Series, above_zero, known, thin
 from allometry.launch.report.inputs import Inputs, Shown
 from allometry.launch.report.section import Section
 
@@ -93,11 +93,11 @@ def _panel(inputs: Inputs, watched: Watched) -> Panel | None:
         x, y = _column(one, watched)
         if not len(x):
             continue
-        series.append(one.series(*thin(x, y)))
+        series += one.curve(*thin(x, y), "step")
         series += _alarms(one, watched, x, y)
     if not series:
         return None
-    log = watched.log and all((one.y > 0.0).all() for one in series)
+    log = watched.log and above_zero(series)
     return Panel(watched.title, "step", watched.unit, tuple(series), y_log=log)
 
 

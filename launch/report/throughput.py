@@ -16,8 +16,11 @@ from allometry.laws.collect import short
 
 RUN_HEAD = (
     "run", "state", "N", "all", "active", "tokens D", "D/N", "FLOPs C", "final loss", "measured on",
-    "train loss", "lr", "schedule", "seed", "layout", "versions", "commit",
+    "train loss",
 )  # fmt: skip
+FEW_SETTINGS = 2
+"""So many columns of settings still fit beside the results."""
+SETTINGS_HEAD = ("run", "lr", "schedule", "seed", "layout", "versions", "commit")
 LAUNCH_HEAD = (
     "run", "launch", "from step", "to step", "layout", "tokens/s", "MFU", "peak memory", "commit",
 )  # fmt: skip
@@ -34,23 +37,25 @@ def runs(inputs: Inputs) -> Section:
     if not inputs.runs:
         why = "no run has a row yet" if inputs.notes else "no run folder was given"
         return Section("runs", title, absent=why, notes=inputs.notes)
-    rows = tuple(_run_row(one) for one in inputs.runs)
     text = (
         "N: parameters without embedding and head; beside it all of them, and those that a token "
         "uses. D: training tokens. C: model FLOPs. The final "
         "loss, in nats per token, is the held-out loss of the mixture if it was measured after the "
         "last step, else the mean training loss of the last tenth of the recorded steps."
     )
-    table = Table(RUN_HEAD, rows, run_s=tuple(one.number for one in inputs.runs))
-    return Section("runs", title, text, tables=(table,), notes=inputs.notes)
+    results = _by_run(RUN_HEAD, [(one.number, _run_row(one)) for one in inputs.runs])
+    settings = _by_run(SETTINGS_HEAD, [(one.number, _settings_row(one)) for one in inputs.runs])
+    settings = settings.without_equal_columns()
+    few = len(settings.head) <= 1 + FEW_SETTINGS
+    tables = (results.beside(settings),) if few else (results, settings)
+    return Section("runs", title, text, tables=tables, notes=inputs.notes)
 
 
 def _run_row(one: Shown) -> tuple[str, ...]:
-    config, record, metrics = one.run.config, one.run.record, one.metrics
+    metrics = one.metrics
     n = one.parameters.get("non_embedding")
     tokens = float(metrics["tokens"][-1])
     loss, measured = one.final_loss
-    versions = record.get("versions", {})
     return (
         one.name,
         one.state,
@@ -63,6 +68,14 @@ def _run_row(one: Shown) -> tuple[str, ...]:
         f"{loss:.4f}",
         measured,
         f"{one.train_loss:.4f}",
+    )
+
+
+def _settings_row(one: Shown) -> tuple[str, ...]:
+    config, record = one.run.config, one.run.record
+    versions = record.get("versions", {})
+    return (
+        one.name,
         str(config.get("optimizer", {}).get("lr", "–")),
         str(config.get("schedule", {}).get("kind", "–")),
         str(config.get("run", {}).get("seed", "–")),
@@ -123,7 +136,7 @@ def _speed(one: Shown, key: str, scale: float) -> list[Series]:
     if key not in one.metrics:
         return []
     x, y = thin(*known(one.metrics["step"], one.metrics[key] * scale))
-    return [one.series(x, y)] if len(x) else []
+    return one.curve(x, y, "step") if len(x) else []
 
 
 def _launches(one: Shown) -> list[tuple[str, ...]]:

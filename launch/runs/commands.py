@@ -92,6 +92,12 @@ class Plot(Command):
         False,
     )
     out: Path | None = option("PNG to write; default: loss.png, plan.png", None, "-o")
+    labels: tuple[str, ...] = option(
+        "name of a run in the figure and the table, once for each run in their order; default: "
+        "its folder's",
+        (),
+        "--label",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,60 +11,104 @@ import numpy as np
 
 from allometry.configs.errors import UserError
 from allometry.launch.command import Report
+from allometry.launch.figures.branches import branched, taken_over, trunks_first
 from allometry.launch.figures.drawing import check_format, draw
-from allometry.launch.figures.figure import PALETTE, Figure, Panel, Series, colours, known, smooth
+from allometry.launch.figures.figure import (
+    PALETTE,
+    Figure,
+    Panel,
+    Series,
+    Ticks,
+    above_zero,
+    colours,
+    known,
+    smooth,
+)
 from allometry.launch.runs.commands import Plot
-from allometry.launch.text import names_of, table
+from allometry.launch.text import counted, finite, names_of, table
 from allometry.laws.runs import Run, read_run
 
 BLACK = "#000000"
+OF_SOURCES = tuple(colour for colour in PALETTE if colour != BLACK)
+LOSS = "loss (nats per token)"
+AXES: tuple[tuple[str, str, Ticks], ...] = (
+    ("tokens", "tokens", "count"),
+    ("flops", "FLOPs", "power"),
+)
 SMOOTHED = 0.05
 """Smoothed losses are means over this share of the run so far."""
 
 
 def plotted(asked: Plot) -> Report:
-    """Draw the losses of runs, or one step's schedule; UserError for a folder that holds none."""
+    """Draw the losses of runs, or one step's schedule.
+
+    Raises UserError: a folder holds no run, or labels are not one for each run.
+    """
     if asked.hdp:
+        if asked.labels:
+            raise UserError("--label names curves, and --hdp draws none; leave one of them out")
         from allometry.launch.runs.gantt import draw_plan, run_and_step
 
         return draw_plan(*run_and_step(asked.runs), asked.out or Path("plan.png"))
     out = asked.out or Path("loss.png")
     check_format(out)
-    runs, left_out = _runs(asked.runs)
-    draw(_figure(runs), out)
-    summaries = [_summary(run) for run in runs]
+    named, left_out = _runs(dict(zip(_names(asked), asked.runs, strict=True)))
+    draw(_figure(list(named.values()), list(named)), out)
+    summaries = [_summary(run, name) for name, run in named.items()]
     text = "\n\n".join([*map(_table, summaries), *left_out, f"loss curves: {out}"])
     return Report({"figure": str(out), "runs": summaries, "left_out": left_out}, text)
 
 
-def _runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
+def _runs(named: dict[str, Path]) -> tuple[dict[str, Run], list[str]]:
     """The runs among several paths, as ``runs/*`` gives them, and why others are left out."""
-    runs, left_out = list[Run](), list[str]()
-    for path in paths:
+    runs, left_out = dict[str, Run](), list[str]()
+    for name, path in named.items():
         try:
-            runs.append(read_run(path))
+            runs[name] = read_run(path)
         except UserError as error:
-            if len(paths) == 1 or not path.exists() or (path / "metrics.jsonl").exists():
+            if len(named) == 1 or not path.exists() or (path / "metrics.jsonl").exists():
                 raise  # what is missing or damaged
             left_out.append(f"left out: {error}")
     if not runs:
-        raise UserError(f"none of the {len(paths)} that are named is a run; {left_out[0]}")
+        raise UserError(f"none of the {len(named)} that are named is a run; {left_out[0]}")
     return runs, left_out
 
 
-def _summary(run: Run) -> dict[str, Any]:
+def _names(asked: Plot) -> list[str]:
+    """What each run is called."""
+    if not asked.labels:
+        return names_of(asked.runs)
+    if len(asked.labels) != len(asked.runs):
+        raise UserError(
+            f"--label is given {counted(len(asked.labels), 'time')} for "
+            f"{counted(len(asked.runs), 'run')}; give it once for each run, in their order"
+        )
+    if len(set(asked.labels)) < len(asked.labels):
+        twice = next(label for label in asked.labels if asked.labels.count(label) > 1)
+        raise UserError(f"--label {twice!r} is given to two runs; give each its own")
+    return list(asked.labels)
+
+
+def _summary(run: Run, name: str) -> dict[str, Any]:
     """How a run went. Losses are in nats per token; speeds are medians over rows."""
     metrics = run.metrics
     return {
+        "label": name,
         "folder": str(run.folder),
         "steps": int(metrics["step"][-1]),
         "tokens": int(metrics["tokens"][-1]),
-        "first_loss": float(metrics["loss"][0]),
-        "last_loss": float(metrics["loss"][-1]),
-        "tokens_per_s": float(np.median(metrics["tokens_per_s"])),
-        "mfu": float(np.median(metrics["mfu"])),
+        "first_loss": finite(metrics["loss"][0]),
+        "last_loss": finite(metrics["loss"][-1]),
+        "tokens_per_s": _median(run, "tokens_per_s"),
+        "mfu": _median(run, "mfu"),
         "sources": [_of_source(run, name) for name in run.sources],
     }
+
+
+def _median(run: Run, column: str) -> float | None:
+    values = run.metrics.get(column, np.empty(0))
+    values = values[np.isfinite(values)]
+    return float(np.median(values)) if len(values) else None
 
 
 def _of_source(run: Run, name: str) -> dict[str, Any]:
@@ -88,44 +132,42 @@ def _table(summary: Mapping[str, Any]) -> str:
         losses = (part.get(f"{kind}_loss") for kind in ("first", "last", "validation"))
         said = ("-" if loss is None else f"{loss:.4f}" for loss in losses)
         rows.append([part["source"], f"{part['tokens']:,}", *said])
+    speed, mfu = summary["tokens_per_s"], summary["mfu"]
+    went = [counted(summary["steps"], "step")]
+    went += [] if speed is None else [f"{speed:,.0f} tokens/s"]
+    went += [] if mfu is None else [f"MFU {mfu:.1%} (medians)"]
     return (
+        f"{summary['label']}\n"
         f"{table(rows, right=(1, 2, 3, 4), least=(20, 12, 16, 10, 10), gap='')}\n"
-        f"{summary['steps']:,} steps, {summary['tokens_per_s']:,.0f} tokens/s, "
-        f"MFU {summary['mfu']:.1%} (medians), run folder {summary['folder']}"
+        f"{', '.join(went)}, run folder {summary['folder']}"
     )
 
 
-def _figure(runs: Sequence[Run]) -> Figure:
-    """Loss against tokens and against FLOPs, one legend for both."""
-    names = names_of([run.folder for run in runs])
+def _figure(runs: Sequence[Run], names: Sequence[str]) -> Figure:
+    """Loss against tokens and against FLOPs, one legend for both; trunks under their branches."""
     alone = len(runs) == 1
-    panels = tuple(
-        Panel(
-            f"loss against {label}",
-            label,
-            "loss (nats per token)",
-            tuple(
-                series
-                for run, name, colour in zip(runs, names, colours(range(len(runs))), strict=True)
-                for series in _curves(run, name, key, BLACK if alone else colour, alone=alone)
-            ),
-            x_log=True,
-            y_log=True,
+    shades = [BLACK] if alone else colours(range(len(runs)))
+    panels = []
+    for key, label, ticks in AXES:
+        series = tuple(
+            one
+            for place in trunks_first(runs)
+            for one in _curves(runs[place], names[place], key, shades[place], alone=alone)
         )
-        for key, label in (("tokens", "tokens"), ("flops", "FLOPs"))
-    )
-    return Figure("loss", panels)
+        title, log = f"loss against {label}", above_zero(series)
+        panels.append(Panel(title, label, LOSS, series, x_log=True, y_log=log, x_ticks=ticks))
+    return Figure("loss", tuple(panels))
 
 
 def _curves(run: Run, name: str, key: str, colour: str, *, alone: bool) -> list[Series]:
     """The run's loss (raw and smoothed); alone, each source's too; held-out losses as dots."""
     x, metrics = run.metrics[key], run.metrics
-    smoothed = smooth(metrics["loss"], SMOOTHED)
-    series = [
-        Series(name, x, metrics["loss"], layer="recorded", colour=colour),
-        Series(name, x, smoothed, layer="smooth", colour=colour),
-    ]
-    for source, own in zip(run.sources, cycle(PALETTE)):
+    kept_x, losses = known(x, metrics["loss"])
+    fork = taken_over(run, key)
+    raw = Series(name, kept_x, losses, layer="recorded", colour=colour)
+    line = Series(name, kept_x, smooth(losses, SMOOTHED), layer="smooth", colour=colour)
+    series = [*branched(raw, fork), *branched(line, fork)]
+    for source, own in zip(run.sources, cycle(OF_SOURCES)):
         shade = own if alone else colour
         if alone:
             kept_x, losses = known(x, metrics[f"loss/{source}"])

@@ -1,0 +1,69 @@
+"""Runs that branch from others: trunks first, and what a branch took over as a dotted line."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from allometry.launch.figures.figure import Series
+from allometry.laws.runs import Run
+
+
+def trunks_first(runs: Sequence[Run]) -> list[int]:
+    """Return the runs' places in an order in which none stands before the run it branches from.
+
+    What is drawn later lies on top, so trunks lie under their branches; else the order stays.
+    """
+    order: list[int] = []
+
+    def add(place: int, below: tuple[int, ...] = ()) -> None:
+        parent = _parent(runs, place)
+        if parent is not None and parent not in (*below, place):
+            add(parent, (*below, place))
+        if place not in order:
+            order.append(place)
+
+    for place in range(len(runs)):
+        add(place)
+    return order
+
+
+def _parent(runs: Sequence[Run], place: int) -> int | None:
+    """The run that this one branches from: by its path, or of that name in the same folder."""
+    branch, parent = runs[place], runs[place].record.get("parent")
+    if not isinstance(parent, dict) or not isinstance(parent.get("folder"), str):
+        return None
+    named = Path(parent["folder"])
+    beside = branch.folder.resolve().parent / named.name
+    places = {run.folder.resolve(): number for number, run in enumerate(runs)}
+    return places.get(named.resolve(), places.get(beside))
+
+
+def taken_over(run: Run, along: str) -> float:
+    """Return the value of the metric ``along`` at which the run branched, NaN for a trunk."""
+    parent = run.record.get("parent")
+    step = parent.get("step") if isinstance(parent, dict) else None
+    if not isinstance(step, int):
+        return math.nan
+    before = run.metrics[along][run.metrics["step"] <= step]
+    return float(before[-1]) if len(before) else math.nan
+
+
+def branched(series: Series, fork: float) -> list[Series]:
+    """Divide a curve where its run branched (NaN: nowhere), dotted up to there."""
+    taken = series.x <= fork
+    if not taken.any():
+        return [series]
+    own = ~taken
+    if not own.any():
+        return [replace(series, style="dotted")]
+    own[np.flatnonzero(taken)[-1]] = True  # it goes on where the other part ends
+
+    def part(rows: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> Series:
+        return replace(series, x=series.x[rows], y=series.y[rows])
+
+    return [replace(part(taken), style="dotted", named=False), part(own)]
