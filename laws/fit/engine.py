@@ -150,7 +150,7 @@ class Fit:
 
 def predict(form: Form, values: Mapping[str, float], observations: Observations) -> Array:
     """Return the target [n] of these rows by a form with these values (published ones, say)."""
-    predicted = np.asarray(form.predict(values, form.prepare(observations)), np.float64)
+    predicted = form.target.clip(form.predict(values, form.prepare(observations)))
     return np.array(np.broadcast_to(predicted, (len(observations),)))
 
 

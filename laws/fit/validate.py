@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from allometry.configs.errors import UserError
-from allometry.laws.fit.bootstrap import refit
 from allometry.laws.fit.engine import FitOptions, check_enough, fit
+from allometry.laws.fit.refit import refit
 from allometry.laws.forms.base import Form
 from allometry.laws.observations import Observations
 

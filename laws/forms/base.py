@@ -45,6 +45,10 @@ class Variable:
         outside = ~np.isfinite(values) | (values < self.least) | (values > self.most)
         return outside | (values <= 0.0) if self.positive else outside
 
+    def clip(self, values: Any) -> NDArray[np.float64]:
+        """Return predictions kept within ``least`` and ``most``: an accuracy never passes 1."""
+        return np.clip(np.asarray(values, np.float64), self.least, self.most)
+
     @property
     def demand(self) -> str:
         """What values must be, in words."""
