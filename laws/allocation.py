@@ -75,6 +75,7 @@ def compute_optimal(
         return size, product / size, float(predict(fit.form, values, rows)[0])
 
     best = optimum(fit.values)
+    rows = _rows(fit.form, np.array(best[:1]), product, flops, others)
     intervals = None
     if bootstrap is not None:
         samples_BP = bootstrap.values_BP.tolist()
@@ -82,7 +83,12 @@ def compute_optimal(
         tails = (0.5 - level / 2, 0.5 + level / 2)
         low_3, high_3 = np.quantile(optima_B3, tails, axis=0).tolist()
         intervals = dict(zip(("N", "D", "loss"), zip(low_3, high_3, strict=True), strict=True))
-    rows = _rows(fit.form, np.array(best[:1]), product, flops, others)
+        if (width := float(bootstrap.form_width(rows, level)[0])) > 0.0:  # beyond the data
+            log = fit.form.residual == "log"
+            low, high = (np.log(end / best[2]) if log else end - best[2] for end in intervals["loss"])
+            low, high = -np.hypot(min(low, 0.0), width), np.hypot(max(high, 0.0), width)
+            ends = best[2] * np.exp((low, high)) if log else best[2] + np.array((low, high))
+            intervals["loss"] = (float(ends[0]), float(ends[1]))
     return Allocation(
         float(flops),
         *best,

@@ -92,6 +92,7 @@ class Predict(Command):
     arguments: tuple[str, ...] = argument("FIT.json and inputs: N=7e9 D=1.4e11, or N=1e9,7e9")
     law: str | None = option(LAW)
     published: str | None = option(PUBLISHED)
+    level: float = option("probability of the interval", 0.95)
     noise: bool = option("interval of one more run: with the scatter of runs", False)
     downstream: Path | None = option(
         "a fit of a score by the loss, for the score at the predicted loss"

@@ -122,9 +122,11 @@ def _examined(best: Fit, asked: FitCommand) -> Result:
         return Result(best, sampled, None, notes)
     rows, by, how = holding_out(observations, [best.form], fitting.hold_out)
     if by == GROUPS:
-        held = leave_one_group_out(best.form, rows, best.options)
+        held = leave_one_group_out(best.form, rows, best.options, sampled=sampled)
     else:
-        held = hold_out_largest(best.form, rows, by, best.options)
+        samples = 0 if sampled is None else len(sampled)
+        held = hold_out_largest(best.form, rows, by, best.options, samples=samples)
+    notes += held.notes
     return Result(best, sampled, Errors(held, how), notes)
 
 

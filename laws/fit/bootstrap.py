@@ -101,14 +101,19 @@ class Bootstrap:
         return spread.low_n, spread.high_n
 
     def spread(
-        self, observations: Observations, level: float = 0.95, *, noise: bool = False
+        self,
+        observations: Observations,
+        level: float = 0.95,
+        *,
+        noise: bool = False,
+        far_n: Array | None = None,
     ) -> Spread:
         """Return the interval of the target and what it is made of.
 
         Percentiles of the samples' predictions, widened in quadrature beyond the data by the error
         of the form. ``noise``: of a new measurement: each sample's prediction is moved by a
         residual of the fit, drawn at random and widened by n/(n - P) for the freedom that the fit
-        used up.
+        used up. ``far_n``: how far beyond the data rows are, where not as ``distance`` says.
         """
         form, log = self.fit.form, self.fit.form.residual == "log"
         predicted_Bn = self.predictions(observations)
@@ -125,10 +130,7 @@ class Bootstrap:
             predicted_Bn = predicted_Bn * np.exp(-moved_Bn) if log else predicted_Bn - moved_Bn
             outer_2n = np.quantile(predicted_Bn, _tails(level), axis=0)
         center_n = self.fit.predict(observations)
-        form_n = np.zeros(len(observations))
-        if self.form_error is not None:
-            far_n = distance(form, self.fit.observations, observations)
-            form_n = self.form_error.half_width(far_n, level)
+        form_n = self.form_width(observations, level, far_n)
         with np.errstate(all="ignore"):
             on_scale = np.log if log else np.asarray
             parameters_n = np.ptp(on_scale(inner_2n), axis=0) / 2
@@ -138,6 +140,16 @@ class Bootstrap:
         low_n, high_n = form.target.clip(np.where(form_n > 0.0, wide_2n, outer_2n))
         noise_n = np.full(len(observations), scatter)
         return Spread(low_n, high_n, parameters_n, form_n, noise_n)
+
+    def form_width(
+        self, observations: Observations, level: float = 0.95, far_n: Array | None = None
+    ) -> Array:
+        """Return half widths [n] for the form's own error, on its scale; 0 within the data."""
+        if self.form_error is None:
+            return np.zeros(len(observations))
+        if far_n is None:
+            far_n = distance(self.fit.form, self.fit.observations, observations)
+        return self.form_error.half_width(far_n, level)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values, which ``from_json`` reads."""
