@@ -85,7 +85,9 @@ def compute_optimal(
         intervals = dict(zip(("N", "D", "loss"), zip(low_3, high_3, strict=True), strict=True))
         if (width := float(bootstrap.form_width(rows, level)[0])) > 0.0:  # beyond the data
             log = fit.form.residual == "log"
-            low, high = (np.log(end / best[2]) if log else end - best[2] for end in intervals["loss"])
+            low, high = (
+                np.log(end / best[2]) if log else end - best[2] for end in intervals["loss"]
+            )
             low, high = -np.hypot(min(low, 0.0), width), np.hypot(max(high, 0.0), width)
             ends = best[2] * np.exp((low, high)) if log else best[2] + np.array((low, high))
             intervals["loss"] = (float(ends[0]), float(ends[1]))

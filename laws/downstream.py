@@ -66,7 +66,10 @@ class Chain:
             moved_n = losses_n * np.exp(sign * off_n) if log else losses_n + sign * off_n
             change_n = np.abs(self.score.predict(self._with_loss(moved_n)) - center_n)
             width_n = np.hypot(width_n, change_n / np.sqrt(2.0))
-        below_n, above_n = np.maximum(center_n - ends_2n[0], 0), np.maximum(ends_2n[1] - center_n, 0)
+        below_n, above_n = (
+            np.maximum(center_n - ends_2n[0], 0),
+            np.maximum(ends_2n[1] - center_n, 0),
+        )
         wide_2n = center_n + np.array([-np.hypot(below_n, width_n), np.hypot(above_n, width_n)])
         low_n, high_n = form.target.clip(np.where(width_n > 0.0, wide_2n, ends_2n))
         return low_n, high_n

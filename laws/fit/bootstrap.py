@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 import numpy as np
@@ -158,7 +158,7 @@ class Bootstrap:
             "values": [plain_numbers(row) for row in self.values_BP],
             "seed": self.seed,
             "failed": self.failed,
-            "form_error": None if self.form_error is None else self.form_error.to_json(),
+            "form_error": None if self.form_error is None else asdict(self.form_error),
         }
 
     @classmethod
@@ -166,7 +166,7 @@ class Bootstrap:
         """Return the bootstrap of ``to_json``."""
         values_BP = np.array(data["values"], np.float64).reshape(-1, len(data["names"]))
         kept = data.get("form_error")
-        error = None if kept is None else FormError.from_json(kept)
+        error = None if kept is None else FormError(float(kept["scale"]), int(kept["folds"]))
         return cls(fit, values_BP, tuple(data["names"]), data["seed"], data["failed"], error)
 
 

@@ -4,15 +4,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from allometry.laws.fit.engine import Fit
-from allometry.laws.fit.plain import plain_numbers
 from allometry.laws.fit.refit import refit
 from allometry.laws.forms.base import Form
 from allometry.laws.observations import Observations
@@ -24,57 +21,37 @@ CUTS = (0.5, 0.6, 0.7, 0.8, 0.9)
 SAMPLES = 40
 """Bootstrap samples of a fold, for the part of its errors that its parameters explain."""
 PERTURBED = 2
+NEAR = float(np.log(2.0))
+"""A row nearer to a fold's data than a factor of 2 counts as that far away: it says what outliers
+there are, and not how errors grow."""
 
 
 @dataclass(frozen=True)
 class FormError:
-    """What folds were wrong by on rows beyond their data, and what of it is no fault of the form.
+    """How much more a law is wrong beyond its data than its parameters and the scatter of runs say.
 
-    By held-out row, of the K folds one after the other: ``fold_n``; ``error_n``, predicted less
-    measured on the form's scale; ``sd_n``, of the fold's parameters and the scatter of its rows
-    together; ``distance_n``, how far beyond the fold's data the row lies.
+    ``scale``: a standard deviation, on the form's scale, for each factor of e beyond the data;
+    errors are taken to grow in proportion to the log of the distance, as those of a wrong exponent
+    do. ``folds``: how many said so.
 
-    The form's discrepancy is taken for a random walk in the log of the distance (a Brownian prior,
-    as in Kennedy & O'Hagan, J. R. Stat. Soc. B 63, 2001, "Bayesian calibration of computer
-    models"): its half width is scale x sqrt(distance). The scale is set as a conformal half width
-    is (Vovk et al. 2005; Lei et al., arXiv 1604.04173), by held-out rows: the least with which
-    *each* fold has the share ``level`` of its rows within the combined interval. Rows of a fold
-    lie off together, so they do not count as many; hence the worst fold and not the mean of all.
-    Where the law is the truth, parameters and scatter explain the errors and the scale is mostly 0.
-    No coverage is guaranteed: folds beyond the data are not exchangeable with what comes after.
+    A fold is fitted to the rows up to a cut and predicts the others. Its excess is the mean square
+    of its errors, less what its parameters (by bootstrap) and the scatter of its rows explain, over
+    the mean square of the rows' distances: the estimate by moments of the variance between studies
+    (DerSimonian & Laird, Controlled Clinical Trials 7, 1986), with the discrepancy of a model as a
+    term of its own in quadrature (Kennedy & O'Hagan, J. R. Stat. Soc. B 63, 2001). The rows of one
+    fold lie off together, so a fold is one measurement, and the scale is that of the worst. It is
+    small where the law is the truth. No coverage is guaranteed: what comes after the data need not
+    be like what came within it.
     """
 
-    fold_n: NDArray[np.int64]
-    error_n: Array
-    sd_n: Array
-    distance_n: Array
-
-    def scale(self, level: float) -> float:
-        """Return the half width at a distance of 1 (a factor of e), on the form's scale."""
-        from scipy.special import ndtri
-
-        z = float(ndtri(0.5 + level / 2))
-        open_n = np.sqrt(np.maximum(self.error_n**2 - (z * self.sd_n) ** 2, 0.0))
-        needed_n = open_n / np.sqrt(self.distance_n)
-        folds = np.unique(self.fold_n)
-        return max(float(np.quantile(needed_n[self.fold_n == fold], level)) for fold in folds)
+    scale: float
+    folds: int
 
     def half_width(self, distance_n: Array, level: float) -> Array:
         """Return the half width [n] at these distances, on the form's scale; 0 at 0."""
-        return np.asarray(self.scale(level) * np.sqrt(distance_n))
+        from scipy.special import ndtri
 
-    def to_json(self) -> dict[str, Any]:
-        """Return plain values, which ``from_json`` reads."""
-        names = ("error_n", "sd_n", "distance_n")
-        numbers = {name: plain_numbers(getattr(self, name)) for name in names}
-        return {"fold_n": self.fold_n.tolist(), **numbers}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """Return the errors of ``to_json``."""
-        names = ("error_n", "sd_n", "distance_n")
-        arrays = [np.array(data[name], np.float64) for name in names]
-        return cls(np.array(data["fold_n"], np.int64), *arrays)
+        return np.asarray(float(ndtri(0.5 + level / 2)) * self.scale * distance_n)
 
 
 def extents(form: Form, observations: Observations) -> dict[str, Array]:
@@ -119,7 +96,7 @@ def far_axis(form: Form, observations: Observations) -> Array | None:
 
 
 def form_error(fit: Fit, seed: int = 0) -> FormError | None:
-    """Return the errors of up to five folds, each fitted to the rows below a cut of ``far_axis``.
+    """Return the error of the form by up to five folds, each fitted to the rows below a cut of ``far_axis``.
 
     Folds are searched for from the optimum of all rows. None: the law has no such axis, or no fold
     has more distinct rows than parameters.
@@ -129,17 +106,15 @@ def form_error(fit: Fit, seed: int = 0) -> FormError | None:
         return None
     levels = np.unique(far_n)
     cuts = {levels[max(int(np.ceil(share * len(levels))), 1) - 1] for share in CUTS}
-    parts = [_fold(fit, far_n <= cut, seed + k) for k, cut in enumerate(sorted(cuts))]
+    parts = [_excess(fit, far_n <= cut, seed + k) for k, cut in enumerate(sorted(cuts))]
     folds = [part for part in parts if part is not None]
     if not folds:
         return None
-    numbers = [np.full(len(errors), k) for k, (errors, _, _) in enumerate(folds)]
-    columns = (np.concatenate(column) for column in zip(*folds, strict=True))
-    return FormError(np.concatenate(numbers), *columns)
+    return FormError(float(np.sqrt(max(*folds, 0.0))), len(folds))
 
 
-def _fold(fit: Fit, kept_n: NDArray[np.bool_], seed: int) -> tuple[Array, Array, Array] | None:
-    """Errors, standard deviations and distances of the rows that are not kept."""
+def _excess(fit: Fit, kept_n: NDArray[np.bool_], seed: int) -> float | None:
+    """A fold's excess of squared errors on the rows that are not kept, over squared distances."""
     rows, problem = fit.observations, fit.problem()
     inputs = [rows[one.name][kept_n] for one in fit.form.inputs if one.name in rows.columns]
     if kept_n.all() or len(np.unique(inputs, axis=1).T) <= len(problem.free):
@@ -160,7 +135,7 @@ def _fold(fit: Fit, kept_n: NDArray[np.bool_], seed: int) -> tuple[Array, Array,
     low_n, high_n = np.nanquantile(residual_Bn[1:], (0.1587, 0.8413), axis=0)
     freedom = max(int(kept_n.sum()) - len(problem.free), 1)
     scatter = float((error_n[kept_n] ** 2).sum()) / freedom
-    sd_n = np.sqrt(((high_n - low_n) / 2) ** 2 + scatter)
-    distance_n = distance(fit.form, rows.take(kept_n), rows)
-    told_n = ~kept_n & (distance_n > 0.0) & np.isfinite(error_n) & np.isfinite(sd_n)
-    return (error_n[told_n], sd_n[told_n], distance_n[told_n]) if told_n.any() else None
+    excess_n = error_n**2 - ((high_n - low_n) / 2) ** 2 - scatter
+    far_n = np.maximum(distance(fit.form, rows.take(kept_n), rows), NEAR)
+    told_n = ~kept_n & np.isfinite(excess_n)
+    return float(excess_n[told_n].mean() / (far_n[told_n] ** 2).mean()) if told_n.any() else None
