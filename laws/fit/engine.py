@@ -137,9 +137,18 @@ class Fit:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """Return the fit of ``to_json``. Raises UserError if no law has its name."""
+        """Return the fit of ``to_json``.
+
+        Raises UserError if no law has its name, or the law has other parameters now.
+        """
+        form, names = form_named(data["form"]), list(data["values"])
+        if names != [parameter.name for parameter in form.parameters]:
+            raise UserError(
+                f"{form.name} was fitted with the parameters {', '.join(names)}, and has "
+                f"{', '.join(p.name for p in form.parameters)} now; fit again"
+            )
         return cls(
-            form_named(data["form"]),
+            form,
             {name: float(value) for name, value in data["values"].items()},
             float(data["objective"]),
             Certificate.from_json(data["certificate"]),

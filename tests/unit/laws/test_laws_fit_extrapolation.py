@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from allometry.laws.fit.bootstrap import bootstrap
 from allometry.laws.fit.engine import fit, predict
