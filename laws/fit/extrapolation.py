@@ -96,9 +96,9 @@ def far_axis(form: Form, observations: Observations) -> Array | None:
 
 
 def form_error(fit: Fit, seed: int = 0) -> FormError | None:
-    """Return the error of the form by up to five folds, each fitted to the rows below a cut of ``far_axis``.
+    """Return the error of the form by up to five folds, fitted to the rows up to a cut.
 
-    Folds are searched for from the optimum of all rows. None: the law has no such axis, or no fold
+    Cuts are along ``far_axis``. Folds are searched for from the optimum of all rows. None: the law has no such axis, or no fold
     has more distinct rows than parameters.
     """
     far_n = far_axis(fit.form, fit.observations)

@@ -184,7 +184,7 @@ def test_percent_is_told_from_shares() -> None:
     ):
         fit(form_named("downstream_sigmoid"), percent)
     wrong = Observations.of({"loss": rows["loss"], "accuracy": rows["accuracy"] - 1.0})
-    with pytest.raises(UserError, match="at most 1; mend or drop the row$"):
+    with pytest.raises(UserError, match=r"at most 1; mend or drop the row$"):
         fit(form_named("downstream_sigmoid"), wrong)
     experts = {"activation": [3.1], "granularity": [12.0], "C": [1e22]}
     leverage = form_named("efficiency_leverage")
