@@ -33,8 +33,8 @@ def compared(asked: Compare) -> Report:
             "give laws of one of them"
         )
     options = fit_options(asked.fitting, forms)
-    observations = observations_for(asked.rows, forms)
     hold_out = asked.fitting.hold_out
+    observations = observations_for(asked.rows, forms, hold_out)
     if hold_out == "none":
         raise UserError("--hold-out=none: laws are compared by what is held out; leave it out")
     rows, by, how = holding_out(observations, forms, hold_out)

@@ -11,10 +11,11 @@ from allometry.configs.errors import UserError
 from allometry.launch.command import Report
 from allometry.launch.laws.commands import Fit as FitCommand
 from allometry.launch.laws.commands import Fitting
-from allometry.launch.laws.sources import assignments, numbers, observations_for
+from allometry.launch.laws.sources import assignments, numbers, observations_for, table_notes
 from allometry.launch.laws.text import Errors, certificate_words
 from allometry.launch.text import counted, edge_words, finite, number, table
 from allometry.laws.derive import HELD_OUT, mark_held_out
+from allometry.laws.expressions import is_condition
 from allometry.laws.fit.bootstrap import Bootstrap, bootstrap
 from allometry.laws.fit.compare import GROUPS
 from allometry.laws.fit.engine import Fit, FitOptions, fit, require_identified
@@ -76,7 +77,7 @@ def fitted(asked: FitCommand) -> Report:
     """
     form = form_named(asked.law)
     options = fit_options(asked.fitting, [form])
-    observations = observations_for(asked.rows, [form])
+    observations = observations_for(asked.rows, [form], asked.fitting.hold_out)
     best = fit(form, observations, options)
     if best.certificate.unidentified:
         require_identified(best)
@@ -89,7 +90,8 @@ def fitted(asked: FitCommand) -> Report:
 
 
 def _examined(best: Fit, asked: FitCommand) -> Result:
-    observations, notes, fitting = best.observations, [], asked.fitting
+    observations, fitting = best.observations, asked.fitting
+    notes = table_notes(asked.rows, observations, [best.form])
     groups = len(set(observations.groups))
     sampled = None
     if asked.rows.sweeps and fitting.objective == "huber" and fitting.delta < OPTIMA_SCATTER:
@@ -154,7 +156,7 @@ def holding_out(
         column = column or ("N" if "N" in shared else shared[0])
         at = number(float(observations[column].max()))
         return observations, column, f"{column} = {at}, the largest, by the fit to the others"
-    if not any(sign in text for sign in "<>="):
+    if not is_condition(text):
         raise UserError(
             f"--hold-out={text} is not known; use groups, largest, largest:COLUMN, none, or a "
             "condition such as 'N > 1e9'"

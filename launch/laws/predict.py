@@ -17,6 +17,7 @@ from allometry.launch.laws.downstream import Scores, scores_at
 from allometry.launch.laws.sources import numbers
 from allometry.launch.laws.text import narrowed
 from allometry.launch.text import finite, number
+from allometry.laws.cells import SMALL, unit_note
 from allometry.laws.fit.bootstrap import EXACT, Bootstrap, Spread
 from allometry.laws.fit.engine import Fit, predict
 from allometry.laws.fit.store import StoredFit, load_fit
@@ -165,7 +166,12 @@ def _points(
             }
         points.append(point)
     beyond = [] if law.fit is None else law.fit.warnings_for(observations)
-    warnings = [*beyond, *law.warnings()]
+    small = [
+        note
+        for one in law.form.inputs
+        if _larger(law, one.name) and (note := unit_note(one, observations)) is not None
+    ]
+    warnings = [*small, *beyond, *law.warnings()]
     if law.bootstrap is not None and law.bootstrap.form_error is None and beyond:
         warnings.append(
             "the interval holds the uncertainty of the parameters alone: nothing could be held out "
@@ -175,6 +181,12 @@ def _points(
     if spread is not None:
         warnings += _at_edges(predicted, spread.low_n, spread.high_n)
     return points, warnings
+
+
+def _larger(law: Law, name: str) -> bool:
+    """Whether the law was fitted to counts that nobody would take for millions or billions."""
+    known = {} if law.fit is None else law.fit.observations.columns
+    return name not in known or float(known[name].max()) >= SMALL
 
 
 def _parts_words(law: Law, spread: Spread, *, noise: bool) -> str:

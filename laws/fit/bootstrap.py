@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from allometry.configs.errors import UserError
+from allometry.laws.fit.distance import distance
 from allometry.laws.fit.engine import Fit
-from allometry.laws.fit.extrapolation import FormError, distance, form_error
+from allometry.laws.fit.extrapolation import FormError, form_error
 from allometry.laws.fit.plain import plain_numbers
 from allometry.laws.fit.refit import refit
 from allometry.laws.observations import Observations

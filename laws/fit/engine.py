@@ -106,23 +106,27 @@ class Fit:
         return unit.replace(LOSS_UNIT, DATA_UNIT)
 
     def warnings_for(self, observations: Observations) -> list[str]:
-        """Return a sentence for each input of these rows that lies outside of the fitted range."""
-        warnings = []
-        for variable in self.form.inputs:
-            if variable.name not in self.observations.columns:
-                continue
-            fitted, asked = self.observations[variable.name], observations[variable.name]
-            low, high = float(fitted.min()), float(fitted.max())
-            least, most = float(asked.min()), float(asked.max())
-            for value, edge, word in ((least, low, "below"), (most, high, "above")):
-                if value < low if word == "below" else value > high:
-                    ratio = value / edge if edge > 0.0 and value > 0.0 else None
-                    times = f" ({max(ratio, 1 / ratio):.3g} times {word})" if ratio else ""
-                    warnings.append(
-                        f"{variable.name}={value:.4g} is outside of the fitted range "
-                        f"{low:.4g} to {high:.4g}{times}: the prediction is an extrapolation"
-                    )
-        return warnings
+        """Return a sentence for each input of these rows that lies outside of the fitted range.
+
+        And one for rows whose N and D are within theirs while 6 N D, their compute, is not.
+        """
+        fitted, asked = self.observations, observations
+        names = [v.name for v in self.form.inputs if v.name in fitted.columns]
+        warnings = [_outside(name, fitted[name], asked[name]) for name in names]
+        if "N" in names and "D" in names:
+            apart_n = np.ones(len(asked), dtype=bool)
+            for name in ("N", "D"):
+                apart_n &= (asked[name] >= fitted[name].min()) & (asked[name] <= fitted[name].max())
+            both = 6.0 * asked["N"] * asked["D"]
+            warnings.append(
+                _outside(
+                    "6ND",
+                    6.0 * fitted["N"] * fitted["D"],
+                    both[apart_n],
+                    " (N and D by themselves are within theirs)",
+                )
+            )
+        return [warning for some in warnings for warning in some]
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values, from which ``from_json`` makes a fit that predicts the same bits."""
@@ -155,6 +159,23 @@ class Fit:
             observations_from_json(data["observations"]),
             FitOptions(**data["options"]),
         )
+
+
+def _outside(name: str, fitted: Array, asked: Array, more: str = "") -> list[str]:
+    """A sentence for each end of the fitted range that the least or the largest value is beyond."""
+    warnings = []
+    if not len(asked):
+        return []
+    low, high = float(fitted.min()), float(fitted.max())
+    for value, edge, word in ((asked.min(), low, "below"), (asked.max(), high, "above")):
+        if value < low if word == "below" else value > high:
+            ratio = value / edge if edge > 0.0 and value > 0.0 else None
+            times = f" ({max(ratio, 1 / ratio):.3g} times {word})" if ratio else ""
+            warnings.append(
+                f"{name}={value:.4g} is outside of the fitted range {low:.4g} to {high:.4g}{times}"
+                f"{more}: the prediction is an extrapolation"
+            )
+    return warnings
 
 
 def predict(form: Form, values: Mapping[str, float], observations: Observations) -> Array:

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from allometry.laws.fit.distance import distance, far_axis
 from allometry.laws.fit.engine import Fit
 from allometry.laws.fit.refit import refit
-from allometry.laws.forms.base import Form
-from allometry.laws.observations import Observations
 
 Array = NDArray[np.float64]
 
@@ -54,52 +53,11 @@ class FormError:
         return np.asarray(float(ndtri(0.5 + level / 2)) * self.scale * distance_n)
 
 
-def extents(form: Form, observations: Observations) -> dict[str, Array]:
-    """Return what distances are measured along: the log of each positive input, and of 6 N D."""
-    logs = {
-        one.name: np.log(observations[one.name])
-        for one in form.inputs
-        if one.positive and one.name in observations.columns
-    }
-    if "N" in logs and "D" in logs:
-        logs["6ND"] = np.log(6.0) + logs["N"] + logs["D"]
-    return logs
-
-
-def distance(form: Form, fitted: Observations, asked: Observations) -> Array:
-    """Return how far [n] rows lie outside of the fitted ones: the largest natural log of a ratio.
-
-    Of each positive input to its fitted range, and of 6 N D, which may leave its range while N and
-    D are within theirs.
-    """
-    inside, outside_n = extents(form, fitted), np.zeros(len(asked))
-    for name, at_n in extents(form, asked).items():
-        if name in inside:
-            low, high = float(inside[name].min()), float(inside[name].max())
-            outside_n = np.maximum(outside_n, np.maximum(low - at_n, at_n - high))
-    return outside_n
-
-
-def far_axis(form: Form, observations: Observations) -> Array | None:
-    """Return what grows towards predictions [n], by which folds are cut; None: the law has none.
-
-    Compute (N D, or C), else one of N, D; of laws that read the loss, its fall. Laws of whole
-    curves have none: their forecasts carry an error of their own (``laws/forecast.py``).
-    """
-    logs = extents(form, observations)
-    if "step" in observations.columns and observations.curves:
-        return None
-    for name in ("6ND", "C", "N", "D"):
-        if name in logs:
-            return logs[name]
-    return -logs["loss"] if "loss" in logs else None
-
-
 def form_error(fit: Fit, seed: int = 0) -> FormError | None:
     """Return the error of the form by up to five folds, fitted to the rows up to a cut.
 
-    Cuts are along ``far_axis``. Folds are searched for from the optimum of all rows. None: the law has no such axis, or no fold
-    has more distinct rows than parameters.
+    Cuts are along ``far_axis``. Folds are searched for from the optimum of all rows. None: the law
+    has no such axis, or no fold has more distinct rows than parameters.
     """
     far_n = far_axis(fit.form, fit.observations)
     if far_n is None:

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from allometry.configs.errors import UserError
 from allometry.laws.fit.bootstrap import Bootstrap, bootstrap
+from allometry.laws.fit.distance import distance
 from allometry.laws.fit.engine import Fit, FitOptions, check_enough, fit
-from allometry.laws.fit.extrapolation import distance
 from allometry.laws.fit.refit import refit
 from allometry.laws.forms.base import Form
 from allometry.laws.observations import Observations

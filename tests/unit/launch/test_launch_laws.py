@@ -145,6 +145,29 @@ def test_tables_fit_88_columns(shell: Shell, fit_file: Path) -> None:
     assert max(map(len, text.splitlines()[:2])) <= 88
 
 
+def test_an_interval_says_what_it_is_made_of(shell: Shell, table: Path, tmp_path: Path) -> None:
+    out = tmp_path / "f.json"
+    hold = ("--hold-out", "N * D > 2e18")
+    text = shell("fit", "chinchilla", table, *MAPPED, "--out", out, *hold)
+    assert re.search(r"held out .* (\d+) of 7 in their 95 % intervals of one run", text), text
+    facts = shell.json("fit", "chinchilla", table, *MAPPED, *QUICK, *hold)
+    assert facts["held_out"]["covered"]["of"] == 7
+    asked = ("predict", out, "N=1e8,1e11", "D=1e9,1e12", "--noise")
+    at_95, at_80 = (shell.json(*asked, "--level", level) for level in (0.95, 0.8))
+    for wide, narrow in zip(at_95["predictions"], at_80["predictions"], strict=True):
+        assert wide["low"] < narrow["low"] < narrow["loss"] < narrow["high"] < wide["high"]
+    inside, beyond = (point["half_widths"] for point in at_95["predictions"])
+    assert inside["form"] == 0.0 < beyond["form"]
+    assert inside["noise"] == beyond["noise"] > 0.0
+    text = shell(*asked, "--level", "0.8")
+    assert "80 % interval of one run" in text
+    assert re.search(
+        r"half of the widest interval, parts that add in quadrature: [\d.e+]+ % of the law's "
+        r"parameters; [\d.e+]+ % of its form, .*; [\d.]+ % of one run's scatter",
+        text,
+    ), text
+
+
 def test_an_interval_of_one_more_run_is_wider(shell: Shell, table: Path, tmp_path: Path) -> None:
     out = tmp_path / "f.json"
     shell("fit", "chinchilla", table, *MAPPED, "--out", out, "--hold-out", "none")
@@ -226,7 +249,9 @@ def test_what_data_hardly_say_is_noted(shell: Shell, tmp_path: Path) -> None:
             lines.append(f"{size},{tokens},{loss}")
     path = tmp_path / "near.csv"
     path.write_text("\n".join(lines))
-    (note,) = shell.json("fit", "chinchilla", path, *QUICK, "--hold-out", "none")["notes"]
+    asked = ("fit", "chinchilla", path, *QUICK, "--hold-out", "none")
+    repeated, note = shell.json(*asked)["notes"]
+    assert "3 values of N are in 18 rows" in repeated
     assert "hardly say what" in note
     assert "alpha" in note
 
@@ -366,6 +391,9 @@ def curve_fit(shell: Shell, ladder: Path) -> Path:
             ["predict", "--law", "chinchilla", "--published", "hoffmann", "N=1", "D=1", "--noise"],
             "--noise widens an interval",
         ),
+        (["predict", "FIT", "N=1", "D=1", "--level", "95"], "--level=95 is no probability"),
+        (["fit", "chinchilla", "TABLE", *MAPPED, "--hold-out", "set == 'c'"], "holds for none of"),
+        (["fit", "chinchilla", "TABLE", *MAPPED, "--hold-out", "sets == 'b'"], "--hold-out .sets"),
         (["optimum", "FIT", "--flops", "1e10,x"], "--flops=x is no number"),
         (["optimum", "FIT", "--flops", "-1"], "must be a positive number"),
         (["optimum", "FIT", "--flops", "1e10", "--with", "x"], "--with 'x' is not NAME=VALUE"),

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from allometry.laws.fit.bootstrap import bootstrap
+from allometry.laws.fit.distance import distance, far_axis
 from allometry.laws.fit.engine import fit, predict
-from allometry.laws.fit.extrapolation import FormError, distance, far_axis, form_error
+from allometry.laws.fit.extrapolation import FormError, form_error
 from allometry.laws.fit.store import load_fit, save_fit
 from allometry.laws.fit.validate import hold_out_largest, leave_one_group_out
 from allometry.laws.forms.dense import Chinchilla
