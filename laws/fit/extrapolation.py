@@ -95,5 +95,5 @@ def _excess(fit: Fit, kept_n: NDArray[np.bool_], seed: int) -> float | None:
     scatter = float((error_n[kept_n] ** 2).sum()) / freedom
     excess_n = error_n**2 - ((high_n - low_n) / 2) ** 2 - scatter
     far_n = np.maximum(distance(fit.form, rows.take(kept_n), rows), NEAR)
-    told_n = ~kept_n & np.isfinite(excess_n)
+    told_n = np.asarray(~kept_n & np.isfinite(excess_n))
     return float(excess_n[told_n].mean() / (far_n[told_n] ** 2).mean()) if told_n.any() else None

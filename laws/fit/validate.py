@@ -32,7 +32,8 @@ class HeldOut:
     ``errors``: predicted/measured - 1 (of a form whose residuals are linear: predicted less
     measured). ``mean``, ``max``: of their sizes. ``interval``: (low [n], high [n]) of one run at
     ``level``, by fits without the row; NaN where there is none. ``notes``: what was left out, and
-    why. ``fold``: the fit that predicted all of them, where there is one.
+    why. ``at_bounds``: parameters that a fold, or more, has at a bound. ``fold``: the fit that
+    predicted all of them, where there is one.
     """
 
     groups: tuple[str, ...]
@@ -42,6 +43,7 @@ class HeldOut:
     interval: tuple[Array, Array] | None = None
     level: float = 0.95
     notes: tuple[str, ...] = ()
+    at_bounds: tuple[str, ...] = ()
     fold: Fit | None = None
 
     @property
@@ -116,6 +118,8 @@ def leave_one_group_out(
     if len(failed) == len(names):
         raise UserError(f"no group can be held out: {next(iter(failed.values()))}")
     told_n = ~np.isin(index_n, list(failed))
+    x_FP = x_GP[[group for group in range(len(names)) if group not in failed]]
+    edges_P = ((x_FP <= problem.low_P) | (x_FP >= problem.high_P)).any(axis=0)
     interval = None if sampled is None else out_of_bag(sampled, level)
     if interval is not None:
         interval = (interval[0][told_n], interval[1][told_n])
@@ -129,6 +133,7 @@ def leave_one_group_out(
         tuple(
             f"group {str(names[group])!r} is not held out: {why}" for group, why in failed.items()
         ),
+        tuple(p.name for p, at in zip(problem.free, edges_P, strict=True) if at),
     )
 
 
@@ -191,5 +196,6 @@ def hold_out_largest(
         form.residual == "log",
         interval,
         level,
+        at_bounds=fitted.certificate.at_bounds,
         fold=fitted,
     )
