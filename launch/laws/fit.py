@@ -79,7 +79,7 @@ def fitted(asked: FitCommand) -> Report:
     options = fit_options(asked.fitting, [form])
     observations = observations_for(asked.rows, [form], asked.fitting.hold_out)
     best = fit(form, observations, options)
-    if best.certificate.unidentified:
+    if best.unidentified:
         require_identified(best)
     result = _examined(best, asked)
     if asked.out is not None:
@@ -98,6 +98,11 @@ def _examined(best: Fit, asked: FitCommand) -> Result:
         notes.append(
             f"optima of sweeps scatter by percents, and Huber's loss with delta {fitting.delta:g} "
             "hears little but the middle ones; --objective square hears all of them"
+        )
+    for name in best.vanished:
+        notes.append(
+            f"{name} went to 0: the data show no such term, and the fit is kept without it; "
+            f"--fix {name}=0 holds it there, so that the other intervals know"
         )
     if loose := best.certificate.loose:
         notes.append(

@@ -30,7 +30,10 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Law:
-    """A form with values: of a fit, then with its intervals and range, or published ones."""
+    """A form with values: of a fit, then with its intervals and range, or published ones.
+
+    A fit that does not identify its parameters has no intervals.
+    """
 
     form: Form
     values: Mapping[str, float]
@@ -51,7 +54,8 @@ class Law:
                     "out, or the file"
                 )
             stored = load_fit(file)
-            return cls(stored.fit.form, stored.fit.values, str(file), stored.fit, stored.bootstrap)
+            fit, sampled = stored.fit, None if stored.fit.unidentified else stored.bootstrap
+            return cls(fit.form, fit.values, str(file), fit, sampled)
         if law is None:
             raise UserError("no law is given; give the file of a fit, or --law and --published")
         form = form_named(law)
@@ -75,14 +79,20 @@ class Law:
         return predict(self.form, self.values, observations)
 
     def warnings(self) -> list[str]:
-        """Return why it has no interval, if so."""
+        """Return why it has no interval, or why to be wary of it."""
         if self.fit is None:
             return [f"no interval; these coefficients were shown for: {self.form.valid}"]
-        return (
-            []
-            if self.bootstrap is not None
-            else ["no interval: the fit was made without bootstraps"]
-        )
+        if unidentified := self.fit.unidentified:
+            return [f"no interval: the data do not identify {', '.join(unidentified)}"]
+        if self.bootstrap is None:
+            return ["no interval: the fit was made without bootstraps"]
+        if loose := self.fit.certificate.loose:
+            return [
+                f"the data hardly say what {', '.join(loose)} of {self.form.name} "
+                f"{'is' if len(loose) == 1 else 'are'}: beyond the fitted range be wary of the "
+                "prediction and of its interval"
+            ]
+        return []
 
 
 def predicted(asked: Predict) -> Report:

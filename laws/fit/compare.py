@@ -62,7 +62,7 @@ def compare(
     for form in forms:
         try:
             fitted = fit(form, observations, options)
-            if fitted.certificate.unidentified:
+            if fitted.unidentified:
                 require_identified(fitted)
             held_out = _hold_out(form, observations, by, options)
         except UserError as error:
@@ -106,8 +106,8 @@ def _faults(fitted: Fit, held_out: HeldOut) -> tuple[str, ...]:
     ]
     for which, one in folds:
         certificate = one.certificate
-        if certificate.unidentified:
-            reasons.append(f"{which}the data cannot identify {', '.join(certificate.unidentified)}")
+        if one.unidentified:
+            reasons.append(f"{which}the data cannot identify {', '.join(one.unidentified)}")
         if certificate.agreeing < 2 <= certificate.finished:
             reasons.append(f"{which}only one of {certificate.finished} starts came to its optimum")
     moved = [name for name in held_out.at_bounds if name not in fitted.certificate.at_bounds]

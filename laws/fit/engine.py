@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from allometry.configs.errors import UserError
-from allometry.laws.fit.certificate import Certificate, certify
+from allometry.laws.fit.certificate import NULL, Certificate, certify
 from allometry.laws.fit.plain import observations_from_json, observations_to_json, plain_number
 from allometry.laws.fit.problem import Problem
 from allometry.laws.fit.solver import Loss, Solved, minimize
@@ -88,6 +88,28 @@ class Fit:
         """Return the residuals [n] of the fitted rows, on the form's scale (logs by default)."""
         problem = self.problem()
         return np.asarray(problem.residuals(problem.coordinates(self.values)[None])[0])
+
+    @property
+    def vanished(self) -> tuple[str, ...]:
+        """Constants and coefficients that went to 0, the least they may be.
+
+        Those that enter predictions linearly and move none of the fitted rows' by 1e-7 of it when
+        they are set to 0.
+        """
+        rows, names = self.observations, []
+        here_n = predict(self.form, self.values, rows)
+        for one in self.form.parameters:
+            if one.linear and one.low == 0.0 and one.name not in self.options.fixed:
+                without_n = predict(self.form, {**self.values, one.name: 0.0}, rows)
+                if (np.abs(without_n - here_n) <= NULL * np.abs(here_n)).all():
+                    names.append(one.name)
+        return tuple(names)
+
+    @property
+    def unidentified(self) -> tuple[str, ...]:
+        """Parameters of which the data say nothing; a constant by itself at 0 is no such one."""
+        unidentified = self.certificate.unidentified
+        return () if set(unidentified) <= set(self.vanished) else unidentified
 
     def problem(self) -> Problem:
         """Return the fit's problem, for searches and certificates."""
@@ -262,10 +284,12 @@ def require_identified(fit: Fit) -> None:
     """Raise unless the data say what every parameter is.
 
     Raises UserError, which names the parameters that can move without moving a prediction, or whose
-    standard errors are as wide as all that starts were drawn from.
+    standard errors are as wide as all that starts were drawn from; and how to hold those at 0.
     """
+    zero = [f"--fix {name}=0" for name in fit.vanished]
+    hold = f", or hold what went to 0 there ({' '.join(zero)})" if zero else ""
     for names, why in (
-        (fit.certificate.unidentified, "other values predict the same"),
+        (fit.unidentified, "other values predict the same"),
         (fit.certificate.loose, "with their scatter any plausible value fits"),
     ):
         if names:
@@ -273,5 +297,5 @@ def require_identified(fit: Fit) -> None:
             raise UserError(
                 f"the {len(fit.observations)} observations cannot identify {', '.join(names)} of "
                 f"{fit.form.name}: {why}; add runs that differ in more of {inputs} or choose a "
-                "simpler law"
+                f"simpler law{hold}"
             )

@@ -88,6 +88,17 @@ def plan_ladder(ladder: LadderConfig, tree: Tree) -> LadderPlan:
             f"law={ladder.law} does not predict the loss of finished runs; choose one that does, "
             "as chinchilla (allometry laws lists them)"
         )
+    known = {one.name: one for one in form.parameters}
+    for name, value in ladder.fix.items():
+        if name not in known or not known[name].low <= value <= known[name].high:
+            raise UserError(
+                f"fix.{name}={value:g}: {form.name} has "
+                + (
+                    f"no such parameter; it has {', '.join(known)}"
+                    if name not in known
+                    else f"{name} between {known[name].low:g} and {known[name].high:g}"
+                )
+            )
     maker = _Maker(ladder, tree)
     rungs: list[PlannedRun] = []
     notes: dict[str, None] = {}
