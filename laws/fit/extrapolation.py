@@ -85,7 +85,7 @@ def _excess(fit: Fit, kept_n: NDArray[np.bool_], seed: int) -> float | None:
     weights_Bn[1:, kept_n] = counts_BG[:, index_n]
     center_P, loss = problem.coordinates(fit.values), fit.options.make_loss()
     x_BP = refit(problem, loss, center_P, weights_Bn, PERTURBED, seed)
-    good_B = np.isfinite(x_BP).all(axis=1)
+    good_B = np.asarray(np.isfinite(x_BP).all(axis=1))
     if not good_B[0] or good_B.sum() < 3:
         return None
     residual_Bn = problem.residuals(x_BP[good_B])

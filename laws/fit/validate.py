@@ -119,7 +119,7 @@ def leave_one_group_out(
         raise UserError(f"no group can be held out: {next(iter(failed.values()))}")
     told_n = ~np.isin(index_n, list(failed))
     x_FP = x_GP[[group for group in range(len(names)) if group not in failed]]
-    edges_P = ((x_FP <= problem.low_P) | (x_FP >= problem.high_P)).any(axis=0)
+    edge_FP = (x_FP <= problem.low_P) | (x_FP >= problem.high_P)
     interval = None if sampled is None else out_of_bag(sampled, level)
     if interval is not None:
         interval = (interval[0][told_n], interval[1][told_n])
@@ -133,7 +133,7 @@ def leave_one_group_out(
         tuple(
             f"group {str(names[group])!r} is not held out: {why}" for group, why in failed.items()
         ),
-        tuple(p.name for p, at in zip(problem.free, edges_P, strict=True) if at),
+        tuple(p.name for i, p in enumerate(problem.free) if edge_FP[:, i].any()),
     )
 
 

@@ -9,6 +9,7 @@ from allometry.configs.errors import UserError
 from allometry.laws.fit.engine import FitOptions, fit, predict, require_identified
 from allometry.laws.forms.dense import Chinchilla
 from allometry.laws.observations import Observations
+from law_checks import noisy
 
 TRUE = {"E": 1.8, "A": 480.0, "B": 2000.0, "alpha": 0.35, "beta": 0.37}
 
@@ -51,4 +52,6 @@ def test_what_noise_leaves_open_is_named() -> None:
     assert set(found.certificate.loose) | set(found.certificate.unidentified)
     with pytest.raises(UserError, match="cannot identify"):
         require_identified(found)
-    require_identified(fit(Chinchilla(), measured(Chinchilla(), TRUE, noise=3e-3)))
+    n, d = np.meshgrid(np.geomspace(1e7, 1e10, 6), np.geomspace(1e9, 1e12, 6))
+    rows = Observations.of({"N": n.ravel(), "D": d.ravel()})
+    require_identified(fit(Chinchilla(), noisy(Chinchilla(), TRUE, rows, 3e-3)))
