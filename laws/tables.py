@@ -59,21 +59,18 @@ def read_table(
     named_alike = len({table.path.name for table in tables}) < len(tables)
     columns: dict[str, list[Column]] = {name: [] for name in wanted}
     groups: list[str] = []
-    runs: dict[str, list[str]] = {}
-    if held_out is not None:
-        columns[HELD_OUT] = []
+    repeated: str | None = None
+    held = [] if held_out is None else [Condition.parse(held_out, "--hold-out")]
     for table in tables:
         derived = Derived(table, mapping)
         kept = derived.meeting(conditions)
         for name in wanted:
             columns[name].append(derived.checked(name, kept, positive=name in positive))
-        if held_out is not None:
-            met = derived.meeting([Condition.parse(held_out, "--hold-out")], "--hold-out")
-            columns[HELD_OUT].append(met[kept].astype(np.float64))
-        for name in table.header:
-            if name.lower() in RUN_COLUMNS and group is None:
-                runs.setdefault(name, []).extend(table.texts(name)[kept].tolist())
+        if held:
+            met = derived.meeting(held, "--hold-out")[kept]
+            columns.setdefault(HELD_OUT, []).append(met.astype(np.float64))
         if group is None:
+            repeated = repeated or table.repeated_runs(kept)
             name = str(table.path) if named_alike else table.path.name
             groups += [f"{name}:{line}" for line in np.array(table.lines)[kept]]
         else:
@@ -82,15 +79,11 @@ def read_table(
         said = "".join(f" --where {text!r}" for text in where)
         raise UserError(f"{', '.join(map(str, files))}: no row is left{said and ' by'}{said}")
     shown = ", ".join(table.path.name for table in tables)
-    repeated = [name for name, texts in runs.items() if len(set(texts)) < len(texts)]
-    return Observations(
-        columns={name: np.concatenate(parts) for name, parts in columns.items()},
-        groups=tuple(groups),
-        conventions={
-            **{name: f"{mapping.get(name, name)} of {shown}" for name in wanted},
-            **({"run column": repeated[0]} if repeated else {}),
-        },
-    )
+    conventions = {name: f"{mapping.get(name, name)} of {shown}" for name in wanted}
+    if repeated is not None:
+        conventions["run column"] = repeated
+    joined = {name: np.concatenate(parts) for name, parts in columns.items()}
+    return Observations(joined, tuple(groups), conventions=conventions)
 
 
 def is_table(path: str | Path) -> bool:
@@ -120,6 +113,14 @@ class _Table:
     def texts(self, name: str) -> NDArray[np.str_]:
         place = self.header.index(name)
         return np.array([row[place] for row in self.rows], dtype=np.str_)
+
+    def repeated_runs(self, kept: NDArray[np.bool_]) -> str | None:
+        """A column of runs' names that names two kept rows alike."""
+        for name in self.header:
+            cells = self.texts(name)[kept] if name.lower() in RUN_COLUMNS else np.array([], str)
+            if len(np.unique(cells)) < len(cells):
+                return name
+        return None
 
     def place(self, row: int) -> str:
         return f"{self.path}, line {self.lines[row]}"

@@ -13,6 +13,7 @@ from allometry.configs.errors import UserError
 from allometry.laws.fit.bootstrap import Bootstrap, bootstrap
 from allometry.laws.fit.distance import distance
 from allometry.laws.fit.engine import Fit, FitOptions, check_enough, fit
+from allometry.laws.fit.problem import Problem
 from allometry.laws.fit.refit import refit
 from allometry.laws.forms.base import Form
 from allometry.laws.observations import Observations
@@ -96,12 +97,7 @@ def leave_one_group_out(
         )
     whole = sampled.fit if sampled is not None else fit(form, observations, options)
     problem = whole.problem()
-    failed: dict[int, str] = {}
-    for group in range(len(names)):
-        try:
-            check_enough(problem, observations.take(index_n != group))
-        except UserError as error:
-            failed[group] = str(error)
+    failed = _too_small(problem, observations, index_n)
     keep_Gn = (index_n[None, :] != np.arange(len(names))[:, None]).astype(np.float64)
     loss, seed = whole.options.make_loss(), whole.options.seed
     x_GP = refit(problem, loss, problem.coordinates(whole.values), keep_Gn, FOLD_STARTS, seed)
@@ -135,6 +131,19 @@ def leave_one_group_out(
         ),
         tuple(p.name for i, p in enumerate(problem.free) if edge_FP[:, i].any()),
     )
+
+
+def _too_small(
+    problem: Problem, observations: Observations, index_n: NDArray[np.intp]
+) -> dict[int, str]:
+    """Groups without which fewer rows remain than the law has parameters, and the sentence."""
+    failed = {}
+    for group in range(int(index_n.max()) + 1):
+        try:
+            check_enough(problem, observations.take(index_n != group))
+        except UserError as error:
+            failed[group] = str(error)
+    return failed
 
 
 def out_of_bag(sampled: Bootstrap, level: float = 0.95) -> tuple[Array, Array] | None:

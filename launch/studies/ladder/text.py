@@ -115,6 +115,7 @@ def fit_facts(fit: Fit, resampled: Bootstrap, path: str) -> dict[str, Any]:
         "values": {name: float(value) for name, value in fit.values.items()},
         "units": {p.name: fit.unit(p.unit) for p in fit.form.parameters},
         "intervals": {name: list(resampled.interval(name)) for name in resampled.names},
+        "fixed": list(fit.options.fixed),
         "objective": fit.objective,
         "certificate": plain["certificate"],
         "rows": len(fit.observations),
@@ -130,6 +131,7 @@ def fit_text(facts: dict[str, Any]) -> str:
     for name, value in facts["values"].items():
         low, high = facts["intervals"][name]
         interval = "-" if facts["unidentified"] else f"{number(low)} to {number(high)}"
+        interval = "fixed" if name in facts["fixed"] else interval
         rows.append([name, number(value), interval, facts["units"][name]])
     lines = [f"{facts['law']}: {facts['equation']}", f"fitted to {facts['rows']} runs"]
     lines.append(table(rows))
