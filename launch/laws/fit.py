@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +193,12 @@ def _text(result: Result, out: Path | None) -> str:
         f"objective  {best.objective:.6g}, the sum over rows of {kind} of {scale}",
         "optimum    " + "; ".join(certificate_words(best.certificate)),
     ]
+    if result.bootstrap is not None and (error := result.bootstrap.form_error) is not None:
+        size = number(error.scale, 2) if form.residual == "linear" else f"{100 * error.scale:.2g} %"
+        lines.append(
+            f"beyond     the form adds a standard deviation of {size} for each factor of e beyond "
+            f"the data, by {counted(error.folds, 'fold')}"
+        )
     if result.errors is not None:
         lines.append(f"held out   {result.errors.words()}")
     for name in [*(v.name for v in form.inputs), form.target.name, "left out"]:
@@ -229,6 +235,7 @@ def _facts(result: Result, out: Path | None) -> dict[str, Any]:
         "parameters": parameters,
         "level": 0.95,
         "bootstraps": 0 if sampled is None else len(sampled),
+        "form_error": sampled and sampled.form_error and asdict(sampled.form_error),
         "objective": best.objective,
         "certificate": certificate,
         "held_out": result.errors and result.errors.to_json(),

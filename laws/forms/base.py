@@ -54,11 +54,13 @@ class Variable:
         known = values[np.isfinite(values)]
         if self.most != 1.0 or not len(known) or not 1.0 < known.max() <= 100.0 or known.min() < 0:
             return ""
-        return f" (a column in percent: --map {self.name}=COLUMN/100)"
+        return f" (if it is in percent: --map {self.name}=COLUMN/100)"
 
     @property
     def demand(self) -> str:
         """What values must be, in words."""
+        if (self.least, self.most) == (0.0, 1.0):
+            return "a share from 0 to 1"
         kind = "a positive number" if self.positive else "a number"
         limits = (("at least", self.least), ("at most", self.most))
         edges = [f"{word} {edge:g}" for word, edge in limits if np.isfinite(edge)]

@@ -48,6 +48,10 @@ def test_an_interval_says_what_it_is_made_of(shell: Shell, table: Path, tmp_path
     assert re.search(r"held out .* (\d+) of 7 in their 95 % intervals of one run", text), text
     facts = shell.json("fit", "chinchilla", table, *MAPPED, *QUICK, *hold)
     assert facts["held_out"]["covered"]["of"] == 7
+    assert facts["form_error"]["folds"] == 5
+    said = re.search(r"beyond     the form adds a standard deviation of ([\d.]+) % .*5 folds", text)
+    assert said is not None, text
+    assert float(said[1]) < 1.0
     asked = ("predict", out, "N=1e8,1e11", "D=1e9,1e12", "--noise")
     at_95, at_80 = (shell.json(*asked, "--level", level) for level in (0.95, 0.8))
     for wide, narrow in zip(at_95["predictions"], at_80["predictions"], strict=True):

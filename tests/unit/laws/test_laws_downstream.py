@@ -179,12 +179,10 @@ def test_an_error_stays_within_its_range() -> None:
 def test_percent_is_told_from_shares() -> None:
     rows = accuracies(0.9)
     percent = Observations.of({"loss": rows["loss"], "accuracy": 100 * rows["accuracy"]})
-    with pytest.raises(
-        UserError, match=r"at least 0 and at most 1.*percent: .*accuracy=COLUMN/100"
-    ):
+    with pytest.raises(UserError, match=r"share from 0 to 1; .*percent: .*accuracy=COLUMN/100"):
         fit(form_named("downstream_sigmoid"), percent)
     wrong = Observations.of({"loss": rows["loss"], "accuracy": rows["accuracy"] - 1.0})
-    with pytest.raises(UserError, match=r"at most 1; mend or drop the row$"):
+    with pytest.raises(UserError, match=r"share from 0 to 1; mend or drop the row$"):
         fit(form_named("downstream_sigmoid"), wrong)
     experts = {"activation": [3.1], "granularity": [12.0], "C": [1e22]}
     leverage = form_named("efficiency_leverage")
