@@ -89,8 +89,9 @@ def fit_rungs(
 def unidentified(fitted: Fit) -> str | None:
     """Say which parameters the rungs leave open, if any.
 
-    A prediction near the rungs can be good although a parameter, often E, is not. But the target
-    lies beyond the rungs, and an interval of such a law has been seen to miss: none is given.
+    A prediction near the rungs can be good although a parameter, often E, is not. There is no
+    interval where other values predict the rungs the same, or where the rungs hardly tell a
+    parameter and too few can be held out to say how far off the law is beyond the others.
     """
     try:
         require_identified(fitted)
@@ -116,7 +117,7 @@ def predict_target(
     open_ones = unidentified(fitted)
     warnings = [*fitted.warnings_for(wanted), *([open_ones] if open_ones else [])]
     low, high = None, None
-    if open_ones is None:
+    if not fitted.unidentified and (open_ones is None or resampled.form_error is not None):
         ends = resampled.predict_interval(wanted, LEVEL, noise=True)
         low, high = (float(end[0]) for end in ends)
     else:

@@ -288,14 +288,14 @@ def require_identified(fit: Fit) -> None:
     """
     zero = [f"--fix {name}=0" for name in fit.vanished]
     hold = f", or hold what went to 0 there ({' '.join(zero)})" if zero else ""
-    for names, why in (
-        (fit.unidentified, "other values predict the same"),
-        (fit.certificate.loose, "with their scatter any plausible value fits"),
+    for verb, names, why in (
+        ("cannot", fit.unidentified, "other values predict the same"),
+        ("hardly", fit.certificate.loose, "with their scatter any plausible value fits"),
     ):
         if names:
             inputs = ", ".join(variable.name for variable in fit.form.inputs)
             raise UserError(
-                f"the {len(fit.observations)} observations cannot identify {', '.join(names)} of "
+                f"the {len(fit.observations)} observations {verb} identify {', '.join(names)} of "
                 f"{fit.form.name}: {why}; add runs that differ in more of {inputs} or choose a "
                 f"simpler law{hold}"
             )
