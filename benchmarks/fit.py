@@ -35,9 +35,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from allometry.laws.fit.bootstrap import bootstrap, refit
+from allometry.laws.fit.bootstrap import bootstrap
 from allometry.laws.fit.engine import Fit, FitOptions, fit, predict
 from allometry.laws.fit.problem import Problem
+from allometry.laws.fit.refit import refit
 from allometry.laws.fit.solver import Loss, minimize
 from allometry.laws.fit.starts import starts_of
 from allometry.laws.forms.dense import Chinchilla

@@ -161,6 +161,9 @@ class LadderConfig(Section):
     )
     target: LadderTarget | None = Field(None, description="the run to predict")
     law: str = Field("chinchilla", description="the law to fit; allometry laws lists them")
+    fix: dict[str, float] = Field(
+        default_factory=dict, description="the law's parameters that are not fitted: {E: 0}"
+    )
     loss: str = Field(
         "validation", description="what it predicts: validation, train, or either/SOURCE"
     )

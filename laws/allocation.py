@@ -96,7 +96,21 @@ def compute_optimal(
         )
     low, high = np.quantile(samples, (0.5 - level / 2, 0.5 + level / 2), axis=0).tolist()
     intervals = dict(zip(NAMES, zip(low, high, strict=True), strict=True))
+    if (width := float(bootstrap.form_width(rows, level)[0])) > 0.0:  # beyond the data
+        intervals["loss"] = _widened(best.loss, intervals["loss"], width, fit.form)
     return replace(best, intervals=intervals, level=level, warnings=tuple(warnings))
+
+
+def _widened(
+    loss: float, ends: tuple[float, float], width: float, form: Form
+) -> tuple[float, float]:
+    """The interval and the error of the form, in quadrature, in the form's kind of residuals."""
+    log = form.residual == "log"
+    low, high = (np.log(end / loss) if log else end - loss for end in ends)
+    low, high = -np.hypot(min(low, 0.0), width), np.hypot(max(high, 0.0), width)
+    if log:
+        return float(loss * np.exp(low)), float(loss * np.exp(high))
+    return float(loss + low), float(loss + high)
 
 
 def best_share(

@@ -56,11 +56,11 @@ class Derived:
     _mapped: dict[str, Column] = field(default_factory=dict)
     _columns: dict[str, Column] = field(default_factory=dict)
 
-    def meeting(self, conditions: Sequence[Condition]) -> NDArray[np.bool_]:
+    def meeting(self, conditions: Sequence[Condition], flag: str = "--where") -> NDArray[np.bool_]:
         """Return which rows [n] meet all conditions. Raises UserError if one names no column."""
         kept = np.ones(len(self.rows), dtype=bool)
         for condition in conditions:
-            asked = f"--where {condition.text!r}"
+            asked = f"{flag} {condition.text!r}"
             column = partial(self._value, inside=(), asked=asked)
             kept &= condition.evaluate(column, partial(self._texts, asked=asked))
         return kept
@@ -219,13 +219,19 @@ def derive(
 def mark_held_out(observations: Observations, condition: str) -> Observations:
     """Return observations with a column ``HELD_OUT``: 1 where the condition holds, else 0.
 
-    Raises UserError if it cannot be read, names no column, or holds for all rows or none.
+    Rows of a table may have it already, as the table has more columns than the observations
+    (``read_table``). Raises UserError if it cannot be read, names no column, or holds for all rows
+    or none.
     """
-    derived = Derived(_ObservedRows(observations, "the observations"), {})
-    met = derived.meeting([Condition.parse(condition, "--hold-out")])
+    if HELD_OUT not in observations.columns:
+        derived = Derived(_ObservedRows(observations, "the observations"), {})
+        met = derived.meeting([Condition.parse(condition, "--hold-out")], "--hold-out")
+        columns = {**observations.columns, HELD_OUT: met.astype(np.float64)}
+        observations = replace(observations, columns=columns)
+    met = observations[HELD_OUT] > 0.0
     if met.all() or not met.any():
         raise UserError(
             f"--hold-out {condition!r} holds for {'all' if met.all() else 'none'} of "
             f"{len(met)} rows; some must be held out and some remain"
         )
-    return replace(observations, columns={**observations.columns, HELD_OUT: met.astype(np.float64)})
+    return observations

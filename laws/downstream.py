@@ -45,16 +45,33 @@ class Chain:
     def predict_interval(
         self, observations: Observations, loss: Bootstrap, score: Bootstrap, level: float = 0.95
     ) -> tuple[Array, Array]:
-        """Return the percentile interval [n], [n] of the score by the uncertainty of both fits.
+        """Return the interval [n], [n] of the score by the uncertainty of both fits.
 
-        Samples of the two bootstraps are paired as they come, as if the fits were independent.
+        Percentiles; samples of the two bootstraps are paired as they come, as if the fits were
+        independent. Beyond the data of either, widened in quadrature by what the forms' own errors
+        (``Bootstrap.form_width``) move the score.
         """
         losses_Bn = loss.predictions(observations)
         form, scores_Bn = self.score.form, []
         for losses_n, values_P in zip(losses_Bn, score.values_BP, strict=False):
             values = dict(zip(score.names, values_P, strict=True))
             scores_Bn.append(form.predict(values, form.prepare(self._with_loss(losses_n))))
-        low_n, high_n = np.quantile(scores_Bn, [(1.0 - level) / 2.0, (1.0 + level) / 2.0], axis=0)
+        ends_2n = np.quantile(scores_Bn, [(1.0 - level) / 2.0, (1.0 + level) / 2.0], axis=0)
+        center_n, losses_n = self.predict(observations), self.loss.predict(observations)
+        width_n = score.form_width(self._with_loss(losses_n), level)
+        if form.residual == "log":
+            width_n = width_n * np.abs(center_n)
+        off_n, log = loss.form_width(observations, level), self.loss.form.residual == "log"
+        for sign in (-1.0, 1.0):
+            moved_n = losses_n * np.exp(sign * off_n) if log else losses_n + sign * off_n
+            change_n = np.abs(self.score.predict(self._with_loss(moved_n)) - center_n)
+            width_n = np.hypot(width_n, change_n / np.sqrt(2.0))
+        below_n, above_n = (
+            np.maximum(center_n - ends_2n[0], 0),
+            np.maximum(ends_2n[1] - center_n, 0),
+        )
+        wide_2n = center_n + np.array([-np.hypot(below_n, width_n), np.hypot(above_n, width_n)])
+        low_n, high_n = form.target.clip(np.where(width_n > 0.0, wide_2n, ends_2n))
         return low_n, high_n
 
     def _with_loss(self, losses_n: Array) -> Observations:

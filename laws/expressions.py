@@ -1,4 +1,7 @@
-"""Small arithmetic on columns, as users write it: ``C/(6*N)``, ``loss < 3.44``."""
+"""Small arithmetic on columns, as users write it: ``C/(6*N)``, ``loss < 3.44 or N in (1e7, 1e8)``.
+
+Text is parsed by Python's own grammar and walked; nothing in it is run.
+"""
 
 # n rows
 
@@ -8,6 +11,7 @@ import ast
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,9 +21,20 @@ from allometry.configs.errors import UserError
 Column = NDArray[np.float64]
 
 SYNTAX = (
-    "use columns, numbers, + - * / **, parentheses, and backticks around a column's name that has "
-    "other signs in it"
+    "use columns, numbers, + - * / **, log log2 log10 exp sqrt abs, parentheses, and backticks "
+    "around a column's name that has other signs in it"
 )
+CONDITION = (
+    "write as 'loss < 3.44', '1e7 <= N < 1e9', \"set in ('C4', 'Pile')\", joined by and, or, not"
+)
+_FUNCTIONS: dict[str, Callable[[Column], Column]] = {
+    "log": np.log,
+    "log2": np.log2,
+    "log10": np.log10,
+    "exp": np.exp,
+    "sqrt": np.sqrt,
+    "abs": np.abs,
+}
 _ARITHMETIC: dict[type[ast.operator], Callable[[Column, Column], Column]] = {
     ast.Add: np.add,
     ast.Sub: np.subtract,
@@ -35,6 +50,18 @@ _COMPARISONS: dict[type[ast.cmpop], Callable[..., NDArray[np.bool_]]] = {
     ast.Eq: np.equal,
     ast.NotEq: np.not_equal,
 }
+_OPPOSITES: dict[type[ast.cmpop], type[ast.cmpop]] = {
+    ast.Lt: ast.GtE,
+    ast.GtE: ast.Lt,
+    ast.Gt: ast.LtE,
+    ast.LtE: ast.Gt,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+    ast.In: ast.NotIn,
+    ast.NotIn: ast.In,
+}
+Met = NDArray[np.bool_]
+Texts = Callable[[str], NDArray[np.str_]]
 
 
 @dataclass(frozen=True)
@@ -62,44 +89,57 @@ class Expression(_Parsed):
 
 
 class Condition(_Parsed):
-    """A comparison of two expressions, or of a column with a text: ``set == 'C4'``."""
+    """Comparisons joined by ``and``, ``or`` and ``not``: ``N > 1e8 and set in ('C4', 'Pile')``.
 
-    _tree: ast.Compare
+    A comparison is of arithmetic with arithmetic, in a chain too, or of a column with a text by
+    ``==`` and ``!=``; ``in`` compares with each of a list.
+    """
 
     @classmethod
     def parse(cls, text: str, flag: str = "--where") -> Condition:
         """Read a condition. Raises UserError if it is none; the sentence names ``flag``."""
         tree, quoted = _parse(text, flag)
-        if not isinstance(tree, ast.Compare) or len(tree.ops) != 1:
-            raise UserError(
-                f"{flag} {text!r} is not one comparison; write as 'loss < 3.44' and repeat {flag} "
-                "for more of them"
-            )
-        if type(tree.ops[0]) not in _COMPARISONS:
-            raise UserError(
-                f"{flag} {text!r} compares by something else than < <= > >= == !=; use one of these"
-            )
-        sides = (tree.left, tree.comparators[0])
-        texts = [side for side in sides if _is_text(side)]
-        if texts:
-            named = all(isinstance(side, ast.Name) for side in sides if not _is_text(side))
-            equality = isinstance(tree.ops[0], ast.Eq | ast.NotEq)
-            if len(texts) == 2 or not named or not equality:
-                raise UserError(
-                    f"{flag} {text!r}: a text in quotes is compared with one column, by == or != "
-                    "(a column's name with other signs in it goes in backticks)"
-                )
-        for side in sides:
-            if not _is_text(side):
-                _check(side, text, flag)
+        _check_condition(tree, text, flag)
         return cls(text, _names(tree, quoted), tree, quoted)
 
-    def evaluate(
-        self, column: Callable[[str], Column], texts: Callable[[str], NDArray[np.str_]]
-    ) -> NDArray[np.bool_]:
+    def evaluate(self, column: Callable[[str], Column], texts: Texts) -> Met:
         """Return whether it holds in each row; a comparison with a missing number does not."""
-        compare = _COMPARISONS[type(self._tree.ops[0])]
-        sides = (self._tree.left, self._tree.comparators[0])
+        with np.errstate(all="ignore"):
+            return self._met(self._tree, column, texts, opposite=False)
+
+    def _met(
+        self, node: ast.expr, column: Callable[[str], Column], texts: Texts, *, opposite: bool
+    ) -> Met:
+        """Whether it holds, or its ``opposite``; neither does with a missing number."""
+        if isinstance(node, ast.UnaryOp):
+            return self._met(node.operand, column, texts, opposite=not opposite)
+        if isinstance(node, ast.BoolOp):
+            parts = [self._met(part, column, texts, opposite=opposite) for part in node.values]
+            every = isinstance(node.op, ast.And) is not opposite
+            return reduce(np.logical_and if every else np.logical_or, parts)
+        assert isinstance(node, ast.Compare), ast.dump(node)
+        lefts = [node.left, *node.comparators[:-1]]
+        pairs = list(zip(lefts, node.ops, node.comparators, strict=True))
+        parts = []
+        for left, operator, right in pairs:
+            kind = _OPPOSITES[type(operator)] if opposite else type(operator)
+            if kind in _COMPARISONS:
+                parts.append(self._compared(left, kind, right, column, texts))
+                continue
+            one_by_one = ast.Eq if kind is ast.In else ast.NotEq
+            some = [self._compared(left, one_by_one, x, column, texts) for x in _members(right)]
+            parts.append(reduce(np.logical_or if kind is ast.In else np.logical_and, some))
+        return reduce(np.logical_or if opposite else np.logical_and, parts)
+
+    def _compared(
+        self,
+        left: ast.expr,
+        kind: type[ast.cmpop],
+        right: ast.expr,
+        column: Callable[[str], Column],
+        texts: Texts,
+    ) -> Met:
+        compare, sides = _COMPARISONS[kind], (left, right)
         if any(_is_text(side) for side in sides):
             cells = (
                 texts(_name(side, self._quoted))
@@ -108,9 +148,56 @@ class Condition(_Parsed):
                 for side in sides
             )
             return np.asarray(compare(*cells))
-        with np.errstate(all="ignore"):
-            one, two = (_evaluate(side, self._quoted, column) for side in sides)
-            return np.asarray(compare(one, two) & ~(np.isnan(one) | np.isnan(two)))
+        one, two = (_evaluate(side, self._quoted, column) for side in sides)
+        return np.asarray(compare(one, two) & ~(np.isnan(one) | np.isnan(two)))
+
+
+def is_condition(text: str) -> bool:
+    """Whether a text compares something, or tries to: a word alone does not."""
+    return any(sign in text for sign in "<>=") or bool(re.search(r"\b(in|and|or|not)\b", text))
+
+
+def _check_condition(node: ast.expr, text: str, flag: str) -> None:
+    if isinstance(node, ast.BoolOp):
+        for part in node.values:
+            _check_condition(part, text, flag)
+        return
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+        _check_condition(node.operand, text, flag)
+        return
+    if not isinstance(node, ast.Compare):
+        raise UserError(f"{flag} {text!r} is not one comparison, or several; {CONDITION}")
+    lefts = [node.left, *node.comparators[:-1]]
+    for left, operator, right in zip(lefts, node.ops, node.comparators, strict=True):
+        if type(operator) not in _OPPOSITES:
+            raise UserError(
+                f"{flag} {text!r} compares by something else than < <= > >= == != in; {CONDITION}"
+            )
+        listed = isinstance(operator, ast.In | ast.NotIn)
+        if listed and not (isinstance(right, ast.Tuple | ast.List | ast.Set) and right.elts):
+            raise UserError(f"{flag} {text!r}: after in stands a list in parentheses; {CONDITION}")
+        equality = listed or isinstance(operator, ast.Eq | ast.NotEq)
+        for side in _members(right) if listed else [right]:
+            _check_pair(left, side, text, flag, equality=equality)
+
+
+def _check_pair(left: ast.expr, right: ast.expr, text: str, flag: str, *, equality: bool) -> None:
+    texts = [side for side in (left, right) if _is_text(side)]
+    if texts:
+        named = all(isinstance(side, ast.Name) for side in (left, right) if not _is_text(side))
+        if len(texts) == 2 or not named or not equality:
+            raise UserError(
+                f"{flag} {text!r}: a text in quotes is compared with one column, by == or != or in "
+                "(a column's name with other signs in it goes in backticks)"
+            )
+    for side in (left, right):
+        if not _is_text(side):
+            _check(side, text, flag)
+
+
+def _members(node: ast.expr) -> list[ast.expr]:
+    assert isinstance(node, ast.Tuple | ast.List | ast.Set), ast.dump(node)
+    return node.elts
 
 
 def _parse(text: str, flag: str) -> tuple[ast.expr, tuple[str, ...]]:
@@ -128,9 +215,12 @@ def _parse(text: str, flag: str) -> tuple[ast.expr, tuple[str, ...]]:
 
 
 def _check(tree: ast.expr, text: str, flag: str) -> None:
+    called = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
     for node in ast.walk(tree):
         if not (
-            (isinstance(node, ast.BinOp) and type(node.op) in _ARITHMETIC)
+            (isinstance(node, ast.Call) and _function(node) is not None)
+            or id(node) in called
+            or (isinstance(node, ast.BinOp) and type(node.op) in _ARITHMETIC)
             or (isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd))
             or (isinstance(node, ast.Constant) and type(node.value) in (int, float))
             or isinstance(node, ast.Name | ast.Load | ast.operator | ast.unaryop)
@@ -138,8 +228,15 @@ def _check(tree: ast.expr, text: str, flag: str) -> None:
             raise UserError(f"{flag} {text!r} is more than arithmetic on columns; {SYNTAX}")
 
 
+def _function(node: ast.Call) -> Callable[[Column], Column] | None:
+    """The function of one argument that is called, if it is known."""
+    plain = isinstance(node.func, ast.Name) and len(node.args) == 1 and not node.keywords
+    return _FUNCTIONS.get(node.func.id) if plain and isinstance(node.func, ast.Name) else None
+
+
 def _names(tree: ast.AST, quoted: tuple[str, ...]) -> tuple[str, ...]:
-    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
+    called = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    nodes = [n for n in ast.walk(tree) if isinstance(n, ast.Name) and id(n) not in called]
     return tuple(dict.fromkeys(_name(node, quoted) for node in nodes))
 
 
@@ -157,6 +254,10 @@ def _evaluate(node: ast.expr, quoted: tuple[str, ...], column: Callable[[str], C
     if isinstance(node, ast.BinOp):
         left, right = (_evaluate(side, quoted, column) for side in (node.left, node.right))
         return np.asarray(_ARITHMETIC[type(node.op)](left, right), np.float64)
+    if isinstance(node, ast.Call):
+        function = _function(node)
+        assert function is not None, ast.dump(node)
+        return np.asarray(function(_evaluate(node.args[0], quoted, column)), np.float64)
     assert isinstance(node, ast.Constant), ast.dump(node)
     assert isinstance(node.value, int | float), ast.dump(node)
     try:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from allometry.configs.errors import UserError
 from allometry.laws.collect import CountName, from_runs
 from allometry.laws.fit.bootstrap import Bootstrap, bootstrap
-from allometry.laws.fit.engine import Fit, fit, require_identified
+from allometry.laws.fit.engine import Fit, FitOptions, fit, require_identified
 from allometry.laws.observations import Observations
 from allometry.laws.registry import form_named
 
@@ -29,7 +29,8 @@ class Prediction:
     """A target's loss as the rungs foretell it, and as it was measured.
 
     ``low``, ``high``: the ``level`` interval of one run's loss: of the law's parameters, by
-    bootstrap over cells, and of the scatter of runs around it. ``time``: when it was made, seconds
+    bootstrap over cells, of its form, by folds, and of the scatter of runs around it; None where
+    the rungs do not identify the law. ``time``: when it was made, seconds
     since 1970; ``target_state`` and ``target_step``: how far the target was then: a prediction that
     was made of a run that had ended says ``done``. ``target``: the run's name, N, D and more.
     """
@@ -37,8 +38,8 @@ class Prediction:
     law: str
     target: dict[str, Any]
     predicted: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     level: float
     rungs: int
     loss: str
@@ -56,7 +57,9 @@ class Prediction:
     @property
     def covered(self) -> bool | None:
         """Whether the interval holds what was measured."""
-        return None if self.measured is None else self.low <= self.measured <= self.high
+        if self.measured is None or self.low is None or self.high is None:
+            return None
+        return self.low <= self.measured <= self.high
 
     def describe(self) -> dict[str, Any]:
         """JSON."""
@@ -64,7 +67,13 @@ class Prediction:
 
 
 def fit_rungs(
-    folders: Sequence[Path], law: str, *, count: CountName, loss: str, bootstraps: int
+    folders: Sequence[Path],
+    law: str,
+    *,
+    count: CountName,
+    loss: str,
+    bootstraps: int,
+    fixed: Mapping[str, float] | None = None,
 ) -> tuple[Fit, Bootstrap]:
     """Return the law of these finished runs and its bootstrap over cells (runs alike but in seed).
 
@@ -72,15 +81,17 @@ def fit_rungs(
     are fewer of them than the law has parameters.
     """
     form = form_named(law)
-    fitted = fit(form, from_runs(folders, count=count, loss=loss))
+    observations = from_runs(folders, count=count, loss=loss)
+    fitted = fit(form, observations, FitOptions(fixed=dict(fixed or {})))
     return fitted, bootstrap(fitted, bootstraps)
 
 
 def unidentified(fitted: Fit) -> str | None:
     """Say which parameters the rungs leave open, if any.
 
-    A prediction near the rungs can be good although a parameter, often E, is not: the interval then
-    holds what all its plausible values predict.
+    A prediction near the rungs can be good although a parameter, often E, is not. There is no
+    interval where other values predict the rungs the same, or where the rungs hardly tell a
+    parameter and too few can be held out to say how far off the law is beyond the others.
     """
     try:
         require_identified(fitted)
@@ -105,13 +116,18 @@ def predict_target(
     predicted = float(fitted.predict(wanted)[0])
     open_ones = unidentified(fitted)
     warnings = [*fitted.warnings_for(wanted), *([open_ones] if open_ones else [])]
-    low, high = resampled.predict_interval(wanted, LEVEL, noise=True)
+    low, high = None, None
+    if not fitted.unidentified and (open_ones is None or resampled.form_error is not None):
+        ends = resampled.predict_interval(wanted, LEVEL, noise=True)
+        low, high = (float(end[0]) for end in ends)
+    else:
+        warnings.append("no interval is given, as the rungs do not identify the law")
     return Prediction(
         law=fitted.form.name,
         target=dict(target),
         predicted=predicted,
-        low=float(low[0]),
-        high=float(high[0]),
+        low=low,
+        high=high,
         level=LEVEL,
         rungs=len(fitted.observations),
         loss=fitted.observations.conventions.get("loss", ""),
@@ -152,7 +168,9 @@ def load_prediction(path: Path) -> Prediction | None:
         data = json.loads(path.read_text(encoding="utf-8"))
         fields = {key: data[key] for key in Prediction.__dataclass_fields__}
         prediction = Prediction(**fields | {"warnings": tuple(fields["warnings"])})
-        if not all(map(math.isfinite, (prediction.predicted, prediction.low, prediction.high))):
+        ends = (prediction.low, prediction.high)
+        numbers = [prediction.predicted, *(() if ends == (None, None) else ends)]
+        if not all(map(math.isfinite, numbers)):
             raise ValueError("its numbers are not finite")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(

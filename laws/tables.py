@@ -15,10 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from allometry.configs.errors import UserError
-from allometry.laws.derive import Derived
+from allometry.laws.derive import HELD_OUT, Derived
 from allometry.laws.expressions import Condition
 from allometry.laws.observations import Column, Observations
 
+RUN_COLUMNS = ("run", "run_id", "run_name", "name", "experiment", "exp_name", "model_name")
+"""Headings, in lower case, of columns whose cells name runs."""
 SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
 
 
@@ -30,6 +32,7 @@ def read_table(
     where: Sequence[str] = (),
     group: str | None = None,
     positive: Collection[str] = (),
+    held_out: str | None = None,
 ) -> Observations:
     """Return rows of one or more CSV files (.tsv with tabs; .gz too) that have the same columns.
 
@@ -39,7 +42,9 @@ def read_table(
     backticks: ``"`Training FLOP`/(6*N)"``. What ``mapping`` names comes too if it is not in
     ``names``. ``where``: conditions that a row must meet, ``"loss < 3.44"``, ``"set == 'C4'"``; a
     missing number meets none. ``group``: the column that says whose a row is; without it each row
-    is its own, named by file and line. ``positive``: names whose values must be above 0. Raises
+    is its own, named by file and line. ``positive``: names whose values must be above 0.
+    ``held_out``: a condition that becomes the column ``HELD_OUT``, 1 or 0. A convention "run
+    column" is there if, without ``group``, a column that names runs has names that repeat. Raises
     UserError if a file or column is absent, a file is given twice, an expression cannot be read, no
     row is left, or a cell that is needed is not a number, or not a positive one; the sentence names
     file, line and column.
@@ -54,12 +59,18 @@ def read_table(
     named_alike = len({table.path.name for table in tables}) < len(tables)
     columns: dict[str, list[Column]] = {name: [] for name in wanted}
     groups: list[str] = []
+    repeated: str | None = None
+    held = [] if held_out is None else [Condition.parse(held_out, "--hold-out")]
     for table in tables:
         derived = Derived(table, mapping)
         kept = derived.meeting(conditions)
         for name in wanted:
             columns[name].append(derived.checked(name, kept, positive=name in positive))
+        if held:
+            met = derived.meeting(held, "--hold-out")[kept]
+            columns.setdefault(HELD_OUT, []).append(met.astype(np.float64))
         if group is None:
+            repeated = repeated or table.repeated_runs(kept)
             name = str(table.path) if named_alike else table.path.name
             groups += [f"{name}:{line}" for line in np.array(table.lines)[kept]]
         else:
@@ -68,11 +79,11 @@ def read_table(
         said = "".join(f" --where {text!r}" for text in where)
         raise UserError(f"{', '.join(map(str, files))}: no row is left{said and ' by'}{said}")
     shown = ", ".join(table.path.name for table in tables)
-    return Observations(
-        columns={name: np.concatenate(parts) for name, parts in columns.items()},
-        groups=tuple(groups),
-        conventions={name: f"{mapping.get(name, name)} of {shown}" for name in wanted},
-    )
+    conventions = {name: f"{mapping.get(name, name)} of {shown}" for name in wanted}
+    if repeated is not None:
+        conventions["run column"] = repeated
+    joined = {name: np.concatenate(parts) for name, parts in columns.items()}
+    return Observations(joined, tuple(groups), conventions=conventions)
 
 
 def is_table(path: str | Path) -> bool:
@@ -102,6 +113,14 @@ class _Table:
     def texts(self, name: str) -> NDArray[np.str_]:
         place = self.header.index(name)
         return np.array([row[place] for row in self.rows], dtype=np.str_)
+
+    def repeated_runs(self, kept: NDArray[np.bool_]) -> str | None:
+        """A column of runs' names that names two kept rows alike."""
+        for name in self.header:
+            cells = self.texts(name)[kept] if name.lower() in RUN_COLUMNS else np.array([], str)
+            if len(np.unique(cells)) < len(cells):
+                return name
+        return None
 
     def place(self, row: int) -> str:
         return f"{self.path}, line {self.lines[row]}"

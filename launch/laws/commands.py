@@ -19,16 +19,16 @@ class Rows:
         "run folders, folders of them, or CSV files (.tsv, .gz)", paths=True
     )
     mapping: tuple[str, ...] = option(
-        "N=COLUMN, or arithmetic: D='`Training FLOP`/(6*N)'; backticks around a column's "
-        "name that has other signs; repeat for more",
+        "N=COLUMN, or arithmetic: D='`Training FLOP`/(6*N)', log, exp, sqrt; backticks around "
+        "a column's name that has other signs; repeat for more",
         (),
         "--map",
     )
     where: tuple[str, ...] = option(
-        "rows to take: 'loss < 3.44', \"set == 'C4'\"; repeat for more", ()
+        "rows to take: 'loss < 3.44', \"set in ('C4', 'Pile') or N > 1e9\"; repeat for more", ()
     )
     group: str | None = option(
-        "column that says whose a row is; default: each row of a table its own"
+        "column that says whose a row is; default: rows of a table that agree in all inputs"
     )
     drop: tuple[str, ...] = option("leave out the rows of this group; repeat for more", ())
     count: str | None = option("of runs: N is non_embedding (default), total or with_head")
@@ -61,7 +61,7 @@ class Fitting:
 
     hold_out: str | None = option(
         "groups (each by the others; default), largest (N), largest:COLUMN, a condition "
-        "as 'N > 1e9', or none"
+        "as of --where, or none"
     )
     starts: int | None = option("starts; default: the law's grid, or 256 spread points", min=1)
     seed: int = option("of spread starts and of bootstraps", 0, min=0)
@@ -105,6 +105,7 @@ class Predict(Command):
     )
     law: str | None = option(LAW)
     published: str | None = option(PUBLISHED)
+    level: float = option("probability of the interval", 0.95)
     noise: bool = option("interval of one more run: with the scatter of runs", False)
     downstream: Path | None = option(
         "a fit of a score by the loss, for the score at the predicted loss"

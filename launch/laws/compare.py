@@ -10,10 +10,10 @@ from allometry.configs.errors import UserError
 from allometry.launch.command import Report
 from allometry.launch.laws.commands import Compare
 from allometry.launch.laws.fit import fit_options, holding_out
-from allometry.launch.laws.sources import observations_for
+from allometry.launch.laws.sources import observations_for, table_notes
 from allometry.launch.laws.text import Errors, sizes_of
 from allometry.launch.text import finite, table
-from allometry.laws.fit.compare import Comparison, compare
+from allometry.laws.fit.compare import OTHER, Comparison, compare
 from allometry.laws.registry import form_named
 
 
@@ -33,8 +33,8 @@ def compared(asked: Compare) -> Report:
             "give laws of one of them"
         )
     options = fit_options(asked.fitting, forms)
-    observations = observations_for(asked.rows, forms)
     hold_out = asked.fitting.hold_out
+    observations = observations_for(asked.rows, forms, hold_out)
     if hold_out == "none":
         raise UserError("--hold-out=none: laws are compared by what is held out; leave it out")
     rows, by, how = holding_out(observations, forms, hold_out)
@@ -44,17 +44,32 @@ def compared(asked: Compare) -> Report:
     ]
     if all(law.errors is None for law in laws):
         raise UserError(str(laws[0].of.problem))
-    laws.sort(key=lambda law: float("inf") if law.errors is None else law.errors.mean)
+    laws.sort(key=Compared.rank)
+    notes = table_notes(asked.rows, observations, forms)
+    for law in laws:
+        notes += [f"{law.of.form.name}: {note}" for note in law.notes()]
     facts = {
         "rows": len(observations),
         "groups": len(set(observations.groups)),
         "laws": [law.to_json() for law in laws],
         "conventions": dict(observations.conventions),
+        "notes": notes,
     }
-    header = ["law", "parameters", "held-out mean", "max", "fitted rows", "starts that agree"]
-    problems = [f"{law.of.form.name}: {law.of.problem}" for law in laws if law.errors is None]
-    shown = table([header, *(law.cells() for law in laws)])
-    return Report(facts, "\n".join([f"held out: {how}", "", shown, *problems]))
+    other = OTHER[options.loss]
+    header = ["law", "params", "held-out mean", "max", f"by {other}", "fitted rows", "starts agree"]
+    shown = table([[*header, "at a bound"], *(law.cells() for law in laws)])
+    lines = [f"held out: {how}", "", shown, *_objectives(laws, options.loss, other)]
+    return Report(facts, "\n".join([*lines, *(f"note: {note}" for note in notes)]))
+
+
+def _objectives(laws: Sequence[Compared], asked: str, other: str) -> list[str]:
+    """A line that says by which objective each law predicts better what was held out."""
+    better: dict[str, list[str]] = {asked: [], other: []}
+    for law in laws:
+        if law.errors is not None and law.other is not None:
+            better[asked if law.errors.mean <= law.other else other].append(law.of.form.name)
+    said = [f"{objective} for {', '.join(names)}" for objective, names in better.items() if names]
+    return [f"objective that holds out better: {'; '.join(said)}"] if said else []
 
 
 @dataclass(frozen=True)
@@ -63,6 +78,31 @@ class Compared:
 
     of: Comparison
     errors: Errors | None
+
+    def rank(self) -> tuple[bool, bool, float]:
+        """Return what laws are sorted by: laws that failed are last, fragile ones before them."""
+        failed = self.errors is None
+        return failed, bool(self.of.fragile), self.errors.mean if self.errors else 0.0
+
+    def notes(self) -> list[str]:
+        """Return why it failed or is fragile, and what could not be held out."""
+        if self.errors is None:
+            return [str(self.of.problem)]
+        left_out = self.errors.held_out.notes
+        more = [f"{len(left_out) - 1} more groups are not held out"] if len(left_out) > 2 else []
+        return [
+            *(f"fragile: {why}" for why in self.of.fragile),
+            *(left_out[:1] if more else left_out),
+            *more,
+        ]
+
+    @property
+    def other(self) -> float | None:
+        """The mean held-out error by the other objective."""
+        if self.of.other is None or self.errors is None:
+            return None
+        held = self.of.other
+        return finite(sizes_of(held.predicted, held.measured, self.errors.relative).mean())
 
     @property
     def in_sample(self) -> float | None:
@@ -77,10 +117,15 @@ class Compared:
         """Return the law's row of the table."""
         first = [self.of.form.name, str(self.of.parameters)]
         if self.of.fit is None or self.errors is None or self.in_sample is None:
-            return [*first, "-", "-", "-", "not fitted"]
-        sizes = [self.errors.say(v) for v in (self.errors.mean, self.errors.max, self.in_sample)]
+            return [*first, "-", "-", "-", "-", "not fitted", "-"]
+        if self.of.fragile:
+            first[0] += " (fragile)"
+        sizes = [self.errors.say(value) for value in (self.errors.mean, self.errors.max)]
+        sizes.append("-" if self.other is None else self.errors.say(self.other))
         certificate = self.of.fit.certificate
-        return [*first, *sizes, f"{certificate.agreeing} of {certificate.finished}"]
+        agree = f"{certificate.agreeing} of {certificate.finished}"
+        at_bounds = ", ".join(certificate.at_bounds) or "-"
+        return [*first, *sizes, self.errors.say(self.in_sample), agree, at_bounds]
 
     def to_json(self) -> dict[str, Any]:
         """Return the law's fit and errors as plain data."""
@@ -93,6 +138,12 @@ class Compared:
             "values": values,
             "held_out": self.errors and self.errors.to_json(),
             "in_sample": self.in_sample,
+            "held_out_mean_by_other_objective": self.other,
+            "fragile": list(one.fragile),
+            "starts": None
+            if one.fit is None
+            else {"agree": one.fit.certificate.agreeing, "of": one.fit.certificate.finished},
+            "at_bounds": None if one.fit is None else list(one.fit.certificate.at_bounds),
             "problem": one.problem,
         }
 

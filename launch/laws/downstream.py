@@ -62,9 +62,11 @@ def scores_at(
     chain = Chain(loss.fit, score.fit)
     interval_n = None
     warnings = [*_of_other_losses(loss, score, file), *chain.warnings_for(observations)]
+    if score.fit.unidentified:
+        score = StoredFit(score.fit, None, score.extra)
     if loss.bootstrap is None or score.bootstrap is None:
         which = loss_file if loss.bootstrap is None else file
-        warnings.append(f"no interval of {form.target.name}: {which} was made without bootstraps")
+        warnings.append(f"no interval of {form.target.name}: {which} has none")
     else:
         interval_n = chain.predict_interval(observations, loss.bootstrap, score.bootstrap, level)
     return Scores(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,11 @@ from allometry.configs.errors import UserError
 from allometry.launch.command import Report
 from allometry.launch.laws.commands import Fit as FitCommand
 from allometry.launch.laws.commands import Fitting
-from allometry.launch.laws.sources import assignments, numbers, observations_for
+from allometry.launch.laws.sources import assignments, numbers, observations_for, table_notes
 from allometry.launch.laws.text import Errors, certificate_words
 from allometry.launch.text import counted, edge_words, finite, number, table
 from allometry.laws.derive import HELD_OUT, mark_held_out
+from allometry.laws.expressions import is_condition
 from allometry.laws.fit.bootstrap import Bootstrap, bootstrap
 from allometry.laws.fit.compare import GROUPS
 from allometry.laws.fit.engine import Fit, FitOptions, fit, require_identified
@@ -89,9 +90,9 @@ def fitted(asked: FitCommand) -> Report:
     """
     form = form_named(asked.law)
     options = fit_options(asked.fitting, [form])
-    observations = observations_for(asked.rows, [form])
+    observations = observations_for(asked.rows, [form], asked.fitting.hold_out)
     best = fit(form, observations, options)
-    if best.certificate.unidentified:
+    if best.unidentified:
         require_identified(best)
     result = _examined(best, asked)
     if asked.out is not None:
@@ -102,13 +103,19 @@ def fitted(asked: FitCommand) -> Report:
 
 
 def _examined(best: Fit, asked: FitCommand) -> Result:
-    observations, notes, fitting = best.observations, [], asked.fitting
+    observations, fitting = best.observations, asked.fitting
+    notes = table_notes(asked.rows, observations, [best.form])
     groups = len(set(observations.groups))
     sampled = None
     if asked.rows.sweeps and fitting.objective == "huber" and fitting.delta < OPTIMA_SCATTER:
         notes.append(
             f"optima of sweeps scatter by percents, and Huber's loss with delta {fitting.delta:g} "
             "hears little but the middle ones; --objective square hears all of them"
+        )
+    for name in best.vanished:
+        notes.append(
+            f"{name} went to 0: the data show no such term, and the fit is kept without it; "
+            f"--fix {name}=0 holds it there, so that the other intervals know"
         )
     if loose := best.certificate.loose:
         notes.append(
@@ -135,9 +142,11 @@ def _examined(best: Fit, asked: FitCommand) -> Result:
         return Result(best, sampled, None, notes)
     rows, by, how = holding_out(observations, [best.form], fitting.hold_out)
     if by == GROUPS:
-        held = leave_one_group_out(best.form, rows, best.options)
+        held = leave_one_group_out(best.form, rows, best.options, sampled=sampled)
     else:
-        held = hold_out_largest(best.form, rows, by, best.options)
+        samples = 0 if sampled is None else len(sampled)
+        held = hold_out_largest(best.form, rows, by, best.options, samples=samples)
+    notes += held.notes
     return Result(best, sampled, Errors(held, how), notes)
 
 
@@ -165,7 +174,7 @@ def holding_out(
         column = column or ("N" if "N" in shared else shared[0])
         at = number(float(observations[column].max()))
         return observations, column, f"{column} = {at}, the largest, by the fit to the others"
-    if not any(sign in text for sign in "<>="):
+    if not is_condition(text):
         raise UserError(
             f"--hold-out={text} is not known; use groups, largest, largest:COLUMN, none, or a "
             "condition such as 'N > 1e9'"
@@ -200,6 +209,12 @@ def _text(result: Result, out: Path | None) -> str:
         f"objective  {best.objective:.6g}, the sum over rows of {kind} of {scale}",
         "optimum    " + "; ".join(certificate_words(best.certificate)),
     ]
+    if result.bootstrap is not None and (error := result.bootstrap.form_error) is not None:
+        size = number(error.scale, 2) if form.residual == "linear" else f"{100 * error.scale:.2g} %"
+        lines.append(
+            f"beyond     the form adds a standard deviation of {size} for each factor of e beyond "
+            f"the data, by {counted(error.folds, 'fold')}"
+        )
     if result.errors is not None:
         lines.append(f"held out   {result.errors.words()}")
     for name in [*(v.name for v in form.inputs), form.target.name, "left out"]:
@@ -238,6 +253,7 @@ def _facts(result: Result, out: Path | None) -> dict[str, Any]:
         "restated": {name: finite(value) for name, value in restated.items()},
         "level": 0.95,
         "bootstraps": 0 if sampled is None else len(sampled),
+        "form_error": sampled and sampled.form_error and asdict(sampled.form_error),
         "objective": best.objective,
         "certificate": certificate,
         "held_out": result.errors and result.errors.to_json(),

@@ -17,7 +17,8 @@ from allometry.launch.laws.downstream import Scores, scores_at
 from allometry.launch.laws.sources import numbers
 from allometry.launch.laws.text import narrowed
 from allometry.launch.text import finite, number
-from allometry.laws.fit.bootstrap import EXACT, Bootstrap
+from allometry.laws.cells import SMALL, unit_note
+from allometry.laws.fit.bootstrap import EXACT, Bootstrap, Spread
 from allometry.laws.fit.engine import Fit, predict
 from allometry.laws.fit.store import StoredFit, load_fit
 from allometry.laws.forms.base import Form
@@ -29,7 +30,10 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Law:
-    """A form with values: of a fit, then with its intervals and range, or published ones."""
+    """A form with values: of a fit, then with its intervals and range, or published ones.
+
+    A fit that does not identify its parameters has no intervals.
+    """
 
     form: Form
     values: Mapping[str, float]
@@ -50,7 +54,8 @@ class Law:
                     "out, or the file"
                 )
             stored = load_fit(file)
-            return cls(stored.fit.form, stored.fit.values, str(file), stored.fit, stored.bootstrap)
+            fit, sampled = stored.fit, None if stored.fit.unidentified else stored.bootstrap
+            return cls(fit.form, fit.values, str(file), fit, sampled)
         if law is None:
             raise UserError("no law is given; give the file of a fit, or --law and --published")
         form = form_named(law)
@@ -74,14 +79,20 @@ class Law:
         return predict(self.form, self.values, observations)
 
     def warnings(self) -> list[str]:
-        """Return why it has no interval, if so."""
+        """Return why it has no interval, or why to be wary of it."""
         if self.fit is None:
             return [f"no interval; these coefficients were shown for: {self.form.valid}"]
-        return (
-            []
-            if self.bootstrap is not None
-            else ["no interval: the fit was made without bootstraps"]
-        )
+        if unidentified := self.fit.unidentified:
+            return [f"no interval: the data do not identify {', '.join(unidentified)}"]
+        if self.bootstrap is None:
+            return ["no interval: the fit was made without bootstraps"]
+        if loose := self.fit.certificate.loose:
+            return [
+                f"the data hardly say what {', '.join(loose)} of {self.form.name} "
+                f"{'is' if len(loose) == 1 else 'are'}: beyond the fitted range be wary of the "
+                "prediction and of its interval"
+            ]
+        return []
 
 
 def predicted(asked: Predict) -> Report:
@@ -97,70 +108,117 @@ def predicted(asked: Predict) -> Report:
             f"--noise widens an interval and {law.origin} has none; use a fit that was made with "
             "--bootstraps"
         )
+    if not 0.0 < asked.level < 1.0:
+        raise UserError(f"--level={asked.level:g} is no probability; use one as 0.95")
     observations = _inputs(law.form, texts)
     names = list(texts)
-    points, warnings = _points(law, observations, names, noise)
+    spread = None
+    if law.bootstrap is not None:
+        spread = law.bootstrap.spread(observations, asked.level, noise=noise)
+    points, warnings = _points(law, observations, names, spread)
     facts: dict[str, Any] = {
         "law": law.form.name,
         "from": law.origin,
         "unit": law.unit,
-        "level": LEVEL,
+        "level": asked.level,
         "noise": noise,
         "predictions": points,
         "conventions": {} if law.fit is None else dict(law.fit.observations.conventions),
         "warnings": warnings,
     }
-    kind = "95 % interval" + (" of one run" if noise else "")
-    inputs = [
-        [number(float(observations[name][row])) for name in names] for row in range(len(points))
-    ]
-
-    def shown(name: str, unit: str, of: Sequence[Mapping[str, float | None]]) -> str:
-        rows = [[*names, f"{name} ({unit})", kind]]
-        for row, point in zip(inputs, of, strict=True):
-            value = "nan" if point[name] is None else number(point[name])
-            rows.append([*row, value, interval(point["low"], point["high"])])
-        return narrowed(rows, len(names))
-
-    lines = [shown(law.form.target.name, law.unit, points)]
+    kind = f"{100 * asked.level:g} % interval" + (" of one run" if noise else "")
+    lines = [_table(observations, names, (law.form.target.name, law.unit), kind, points)]
+    if spread is not None:
+        lines.append(_parts_words(law, spread, noise=noise))
     if asked.downstream is not None:
-        scores = _scores(law, asked.downstream, observations, noise)
+        scores = _scores(law, asked, asked.downstream, observations)
         warnings = list(dict.fromkeys([*warnings, *scores.warnings]))
         facts["downstream"] = scores.describe()
         of = [scores.point(row) for row in range(len(points))]
-        lines += ["", shown(scores.name, scores.unit, of), ""]
+        lines += ["", _table(observations, names, (scores.name, scores.unit), kind, of), ""]
     facts["warnings"] = warnings
     lines += [*conventions(law), *(f"warning: {warning}" for warning in warnings)]
     return Report(facts, "\n".join(lines))
 
 
+def _table(
+    observations: Observations,
+    names: Sequence[str],
+    predicts: tuple[str, str],
+    kind: str,
+    points: Sequence[Mapping[str, Any]],
+) -> str:
+    """Inputs, predictions and intervals; ``predicts``: name and unit."""
+    name, unit = predicts
+    rows = [[*names, f"{name} ({unit})", kind]]
+    for row, point in enumerate(points):
+        inputs = [number(float(observations[one][row])) for one in names]
+        value = "nan" if point[name] is None else number(point[name])
+        rows.append([*inputs, value, interval(point["low"], point["high"])])
+    return narrowed(rows, len(names))
+
+
 def _points(
-    law: Law, observations: Observations, names: Sequence[str], noise: bool
-) -> tuple[list[dict[str, float | None]], list[str]]:
+    law: Law, observations: Observations, names: Sequence[str], spread: Spread | None
+) -> tuple[list[dict[str, Any]], list[str]]:
     """The predictions with their intervals, and what is to be warned of."""
     predicted = law.predict(observations)
-    low: Any = [None] * len(predicted)
-    high: Any = [None] * len(predicted)
-    if law.bootstrap is not None:
-        low, high = law.bootstrap.predict_interval(observations, LEVEL, noise=noise)
-    warnings = [] if law.fit is None else law.fit.warnings_for(observations)
-    warnings += law.form.cautions(law.values, observations)
-    warnings += [*law.warnings(), *_at_edges(predicted, low, high)]
-    points = [
-        {
-            **{name: float(observations[name][i]) for name in names},
-            law.form.target.name: finite(predicted[i]),
-            "low": None if low[i] is None else finite(low[i]),
-            "high": None if high[i] is None else finite(high[i]),
-        }
-        for i in range(len(predicted))
+    points: list[dict[str, Any]] = []
+    for i, value in enumerate(predicted):
+        inputs = {name: float(observations[name][i]) for name in names}
+        point = {**inputs, law.form.target.name: finite(value), "low": None, "high": None}
+        if spread is not None:
+            point |= {"low": finite(spread.low_n[i]), "high": finite(spread.high_n[i])}
+            point["half_widths"] = {
+                "parameters": finite(spread.parameters_n[i]),
+                "form": finite(spread.form_n[i]),
+                "noise": finite(spread.noise_n[i]),
+            }
+        points.append(point)
+    beyond = [] if law.fit is None else law.fit.warnings_for(observations)
+    small = [
+        note
+        for one in law.form.inputs
+        if _larger(law, one.name) and (note := unit_note(one, observations)) is not None
     ]
+    cautions = law.form.cautions(law.values, observations)
+    warnings = [*small, *beyond, *cautions, *law.warnings()]
+    if law.bootstrap is not None and law.bootstrap.form_error is None and beyond:
+        warnings.append(
+            "the interval holds the uncertainty of the parameters alone: nothing could be held out "
+            "to say how wrong the law's form is beyond the data (too few rows, or no input such as "
+            "N, D or loss to cut them by)"
+        )
+    if spread is not None:
+        warnings += _at_edges(predicted, spread.low_n, spread.high_n)
     return points, warnings
 
 
-def _scores(law: Law, file: Path, observations: Observations, noise: bool) -> Scores:
-    """The scores at the predicted losses."""
+def _larger(law: Law, name: str) -> bool:
+    """Whether the law was fitted to counts that nobody would take for millions or billions."""
+    known = {} if law.fit is None else law.fit.observations.columns
+    return name not in known or float(known[name].max()) >= SMALL
+
+
+def _parts_words(law: Law, spread: Spread, *, noise: bool) -> str:
+    """What the widest interval is made of."""
+    share = law.form.residual == "log"
+    widest = int(np.argmax(np.hypot(spread.parameters_n, spread.form_n)))
+
+    def size(part_n: NDArray[np.float64]) -> str:
+        return f"{100 * part_n[widest]:.2g} %" if share else number(float(part_n[widest]), 2)
+
+    which = "the widest interval" if len(spread.form_n) > 1 else "the interval"
+    parts = [f"{size(spread.parameters_n)} of the law's parameters"]
+    parts.append(f"{size(spread.form_n)} of its form, by held-out rows beyond the data")
     if noise:
+        parts.append(f"{size(spread.noise_n)} of one run's scatter")
+    return f"half of {which}, parts that add in quadrature: {'; '.join(parts)}"
+
+
+def _scores(law: Law, asked: Predict, file: Path, observations: Observations) -> Scores:
+    """The scores at the predicted losses."""
+    if asked.noise:
         raise UserError(
             "--noise is of one run's loss, and the interval of --downstream is of the laws; leave "
             "one of them out"
@@ -168,17 +226,19 @@ def _scores(law: Law, file: Path, observations: Observations, noise: bool) -> Sc
     if law.fit is None:
         raise UserError("--downstream goes with a fit of the loss; give its file, not --published")
     stored = StoredFit(law.fit, law.bootstrap, {})
-    return scores_at(stored, Path(law.origin), file, observations, LEVEL)
+    return scores_at(stored, Path(law.origin), file, observations, asked.level)
 
 
-def _at_edges(predicted: NDArray[np.float64], low: Any, high: Any) -> list[str]:
+def _at_edges(
+    predicted: NDArray[np.float64], low: NDArray[np.float64], high: NDArray[np.float64]
+) -> list[str]:
     """A warning where a prediction is at an end of its interval, or outside of it."""
     return [
         f"{number(value)} is {'at the edge' if least <= value <= most else 'outside'} of its "
         f"interval {interval(least, most)}: the samples lie to one side of the fit, so the "
         "interval is rough"
         for value, least, most in zip(predicted, low, high, strict=True)
-        if least is not None and most - least > EXACT * abs(value) and not least < value < most
+        if most - least > EXACT * abs(value) and not least < value < most
     ]
 
 

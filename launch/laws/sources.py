@@ -12,10 +12,12 @@ import numpy as np
 from allometry.configs.errors import UserError
 from allometry.configs.run import RunConfig
 from allometry.launch.laws.commands import Rows
+from allometry.laws.cells import by_cell, row_notes
 from allometry.laws.collect import COUNTS, GROUPINGS, Unfinished, from_runs
 from allometry.laws.curves import curves_from_runs, curves_from_tables
 from allometry.laws.derive import derive
 from allometry.laws.downstream import smooth_checkpoints
+from allometry.laws.expressions import is_condition
 from allometry.laws.forms.base import Form
 from allometry.laws.hyperparameters import sweep_optima
 from allometry.laws.observations import Observations
@@ -30,9 +32,12 @@ _OF_CURVES = ("bins", "warmup")
 _CHOICES = {"count": COUNTS, "group_by": GROUPINGS, "unfinished": get_args(Unfinished)}
 
 
-def observations_for(rows: Rows, forms: Sequence[Form]) -> Observations:
-    """Return what SOURCES hold for these laws.
+def observations_for(
+    rows: Rows, forms: Sequence[Form], hold_out: str | None = None
+) -> Observations:
+    """Return what SOURCES hold for these laws; with the columns that ``hold_out`` asks for.
 
+    Rows of a table that agree in all inputs are one group, unless the user says whose they are.
     Raises UserError: sources are of two kinds or cannot be read, laws want rows of two kinds, or an
     option was given that has no meaning for them.
     """
@@ -42,18 +47,28 @@ def observations_for(rows: Rows, forms: Sequence[Form]) -> Observations:
             f"{forms[of_curves.index(True)].name} is a law of whole curves and "
             f"{forms[of_curves.index(False)].name} of finished runs; fit them apart"
         )
-    names = [one.name for form in forms for one in (*form.inputs, form.target)]
+    inputs = list(dict.fromkeys(one.name for form in forms for one in form.inputs))
+    names = [*inputs, *dict.fromkeys(form.target.name for form in forms)]
     positive = {form.target.name for form in forms if form.residual == "log"}
     positive |= {one.name for form in forms for one in form.inputs if one.positive}
-    return rows_with(rows, list(dict.fromkeys(names)), positive, curve=of_curves[0] or rows.curves)
+    curve = of_curves[0] or rows.curves
+    return rows_with(rows, names, positive, curve=curve, hold_out=hold_out, cells=inputs)
 
 
 def rows_with(
-    rows: Rows, names: Sequence[str], positive: Collection[str], *, curve: bool = False
+    rows: Rows,
+    names: Sequence[str],
+    positive: Collection[str],
+    *,
+    curve: bool = False,
+    hold_out: str | None = None,
+    cells: Sequence[str] = (),
 ) -> Observations:
     """Return what SOURCES hold: of tables the columns ``names``, of runs all that they say.
 
     ``positive``: names whose values must be above 0. ``curve``: rows are steps, not finished runs.
+    ``hold_out``: a choice of rows, whose columns are read too. ``cells``: rows of a table that
+    agree in these columns are one group, unless the user says whose they are.
     Raises UserError: see ``observations_for``.
     """
     tables = [is_table(source) or Path(source).is_file() for source in rows.sources]
@@ -67,7 +82,9 @@ def rows_with(
     _check_options(rows, table=tables[0], curve=curve)
     mapping = assignments(rows.mapping, "--map")
     if tables[0]:
-        observations = _of_tables(rows, names, positive, mapping, curve=curve)
+        observations = _of_tables(
+            rows, names, positive, mapping, hold_out=hold_out, cells=cells, curve=curve
+        )
     else:
         observations = derive(
             _of_runs(rows, curve=curve), mapping=mapping, where=rows.where, group=rows.group
@@ -140,26 +157,45 @@ def _check_options(rows: Rows, *, table: bool, curve: bool) -> None:
             )
 
 
+def table_notes(rows: Rows, observations: Observations, forms: Sequence[Form]) -> list[str]:
+    """Return what is odd about the rows of tables; of run folders nothing can be."""
+    if not is_table(rows.sources[0]) or rows.sweeps or observations.curves:
+        return []
+    inputs = list({one.name: one for form in forms for one in form.inputs}.values())
+    grouped = rows.group is not None
+    return row_notes(observations, inputs, forms[0].target.name, grouped=grouped)
+
+
 def _of_tables(
     rows: Rows,
     names: Sequence[str],
     positive: Collection[str],
     mapping: Mapping[str, str],
     *,
+    hold_out: str | None,
+    cells: Sequence[str],
     curve: bool,
 ) -> Observations:
     if curve:
         curves = curves_from_tables(rows.sources, mapping=mapping, warmup_steps=rows.warmup)
         return derive(curves, where=rows.where, name="the tables") if rows.where else curves
     wanted = [*names, "D"] if rows.smooth is not None and "D" not in names else list(names)
-    return read_table(
+    kind, _, column = (hold_out or "").partition(":")
+    if kind == "largest" and column:
+        wanted.append(column)
+    marked = hold_out is not None and is_condition(hold_out) and not rows.sweeps
+    observations = read_table(
         rows.sources,
         list(SWEPT) if rows.sweeps else wanted,
         mapping=mapping,
         where=rows.where,
         group=rows.group,
         positive=SWEPT if rows.sweeps else positive,
+        held_out=hold_out if marked else None,
     )
+    if rows.group is not None or rows.sweeps or not cells:
+        return observations
+    return by_cell(observations, cells)
 
 
 def _of_runs(rows: Rows, *, curve: bool) -> Observations:

@@ -89,19 +89,28 @@ class Errors:
         return f"{100 * value:.3g} %" if self.relative else number(value, 3)
 
     def words(self) -> str:
-        """Return mean and maximum as a sentence."""
-        return (
+        """Return mean, maximum and coverage as a sentence."""
+        words = (
             f"{self.say(self.mean)} in the mean, {self.say(self.max)} at most, over "
             f"{len(self.sizes)} rows ({self.how})"
         )
+        if (covered := self.held_out.covered) is None:
+            return words
+        inside, number_of = covered
+        level = f"{100 * self.held_out.level:g} %"
+        return f"{words}; {inside} of {number_of} in their {level} intervals of one run"
 
     def to_json(self) -> dict[str, Any]:
         """Return the rows and their errors as plain data."""
+        covered = self.held_out.covered
         return {
             "how": self.how,
             "relative": self.relative,
             "mean": finite(self.mean),
             "max": finite(self.max),
+            "level": self.held_out.level,
+            "covered": None if covered is None else {"inside": covered[0], "of": covered[1]},
+            "notes": list(self.held_out.notes),
             "groups": list(self.held_out.groups),
             "predicted": [finite(value) for value in self.held_out.predicted],
             "measured": [finite(value) for value in self.held_out.measured],

@@ -80,8 +80,8 @@ def _sentence(path: Path, stored: StoredFit) -> str:
     ]
     if certificate.at_bounds:
         parts.append(f"At a bound: {', '.join(certificate.at_bounds)}.")
-    if certificate.unidentified:
-        parts.append(f"NOT identified by the data: {', '.join(certificate.unidentified)}.")
+    if fit.unidentified:
+        parts.append(f"NOT identified by the data: {', '.join(fit.unidentified)}.")
     if stored.bootstrap is None:
         parts.append(
             "The file has no bootstrap, so there are no bands (allometry fit --bootstraps)."
@@ -169,12 +169,15 @@ def _parameters(name: str, stored: StoredFit) -> list[tuple[str, ...]]:
 def _target(folder: Path, one: Prediction) -> tuple[str, ...]:
     measured = ["not trained yet", "–", "–"]
     if one.measured is not None and one.error is not None:
-        inside = "yes" if one.covered else "NO"
+        inside = {True: "yes", False: "NO", None: "–"}[one.covered]
         measured = [f"{one.measured:.4f}", f"{100.0 * one.error:+.2f} %", inside]
     made = {
         "planned": "before the target began",
         "partial": f"when the target was at step {one.target_step}",
         "done": "AFTER the target had ended",
     }[one.target_state]
-    said = [f"{one.predicted:.4f}", f"{one.low:.4f} to {one.high:.4f}", made]
+    interval = "none: the law is not identified"
+    if one.low is not None and one.high is not None:
+        interval = f"{one.low:.4f} to {one.high:.4f}"
+    said = [f"{one.predicted:.4f}", interval, made]
     return (str(folder), one.law, str(one.target.get("run", "?")), *said, *measured)

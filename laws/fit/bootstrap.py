@@ -5,17 +5,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from allometry.configs.errors import UserError
+from allometry.laws.fit.distance import distance
 from allometry.laws.fit.engine import Fit
+from allometry.laws.fit.extrapolation import FormError, form_error
 from allometry.laws.fit.plain import plain_numbers
-from allometry.laws.fit.problem import Problem
-from allometry.laws.fit.solver import Loss, minimize
+from allometry.laws.fit.refit import refit
 from allometry.laws.observations import Observations
 
 Array = NDArray[np.float64]
@@ -31,11 +32,29 @@ BLOCK = 2**23
 
 
 @dataclass(frozen=True)
+class Spread:
+    """An interval (low_n, high_n) of predictions and half widths of what it is made of.
+
+    ``parameters_n``: what the data leave open about the parameters. ``form_n``: what the law's form
+    may be wrong by beyond the data. ``noise_n``: the scatter of one run (0 where it was not asked
+    for). Half widths are those of logs where the law compares logs: shares of the prediction.
+    """
+
+    low_n: Array
+    high_n: Array
+    parameters_n: Array
+    form_n: Array
+    noise_n: Array
+
+
+@dataclass(frozen=True)
 class Bootstrap:
     """The parameters of fits to resampled groups: ``values_BP`` by sample and name.
 
-    Intervals are percentiles. They hold the uncertainty of the parameters; ``noise`` adds that of
-    one more run. ``failed``: samples that no search could fit, left out of ``values_BP``.
+    Intervals of parameters are percentiles. Those of predictions also hold what the form was wrong
+    by on held-out rows beyond the data (``form_error``; None where too few rows could be held out);
+    ``noise`` adds the scatter of one more run. ``failed``: samples that no search could fit, left
+    out of ``values_BP``. ``drawn_BG``: which groups (sorted) each sample has; not stored.
     """
 
     fit: Fit
@@ -43,6 +62,8 @@ class Bootstrap:
     names: tuple[str, ...]
     seed: int
     failed: int = 0
+    form_error: FormError | None = None
+    drawn_BG: NDArray[np.bool_] | None = None
 
     def __len__(self) -> int:
         return len(self.values_BP)
@@ -70,28 +91,66 @@ class Bootstrap:
         """Return the target of these rows by each sample's parameters [B, n]."""
         form = self.fit.form
         predicted = form.predict(self.values(), form.prepare(observations))
-        return np.array(np.broadcast_to(predicted, (len(self), len(observations))))
+        predicted = np.broadcast_to(predicted, (len(self), len(observations)))
+        return np.array(form.target.clip(predicted))
 
     def predict_interval(
         self, observations: Observations, level: float = 0.95, *, noise: bool = False
     ) -> tuple[Array, Array]:
-        """Return (low [n], high [n]) of the target.
+        """Return (low [n], high [n]) of the target: those of ``spread``."""
+        spread = self.spread(observations, level, noise=noise)
+        return spread.low_n, spread.high_n
 
-        ``noise``: of a new measurement: each sample's prediction is moved by a residual of the
-        fit, drawn at random and widened by n/(n - P) for the freedom that the fit used up.
+    def spread(
+        self,
+        observations: Observations,
+        level: float = 0.95,
+        *,
+        noise: bool = False,
+        far_n: Array | None = None,
+    ) -> Spread:
+        """Return the interval of the target and what it is made of.
+
+        Percentiles of the samples' predictions, widened in quadrature beyond the data by the error
+        of the form. ``noise``: of a new measurement: each sample's prediction is moved by a
+        residual of the fit, drawn at random and widened by n/(n - P) for the freedom that the fit
+        used up. ``far_n``: how far beyond the data rows are, where not as ``distance`` says.
         """
+        form, log = self.fit.form, self.fit.form.residual == "log"
         predicted_Bn = self.predictions(observations)
+        inner_2n = np.quantile(predicted_Bn, _tails(level), axis=0)
+        outer_2n, scatter = inner_2n, 0.0
         if noise:
             residual_n = self.fit.residuals()
             freedom = max(len(residual_n) - len(self.names), 1)
+            residual_n = residual_n * np.sqrt(len(residual_n) / freedom)  # predicted less measured
+            scatter = float(np.ptp(np.quantile(residual_n, _tails(level)))) / 2
             draw = np.random.default_rng(self.seed + 1)
             predicted_Bn = np.repeat(predicted_Bn, NOISES, axis=0)
             moved_Bn = draw.choice(residual_n, predicted_Bn.shape)
-            moved_Bn *= np.sqrt(len(residual_n) / freedom)  # predicted less measured
-            log = self.fit.form.residual == "log"
             predicted_Bn = predicted_Bn * np.exp(-moved_Bn) if log else predicted_Bn - moved_Bn
-        low_n, high_n = np.quantile(predicted_Bn, _tails(level), axis=0)
-        return low_n, high_n
+            outer_2n = np.quantile(predicted_Bn, _tails(level), axis=0)
+        center_n = self.fit.predict(observations)
+        form_n = self.form_width(observations, level, far_n)
+        with np.errstate(all="ignore"):
+            on_scale = np.log if log else np.asarray
+            parameters_n = np.ptp(on_scale(inner_2n), axis=0) / 2
+            apart_2n = np.array([[-1.0], [1.0]]) * (on_scale(outer_2n) - on_scale(center_n))
+            apart_2n = np.array([[-1.0], [1.0]]) * np.hypot(np.maximum(apart_2n, 0.0), form_n)
+            wide_2n = center_n * np.exp(apart_2n) if log else center_n + apart_2n
+        low_n, high_n = form.target.clip(np.where(form_n > 0.0, wide_2n, outer_2n))
+        noise_n = np.full(len(observations), scatter)
+        return Spread(low_n, high_n, parameters_n, form_n, noise_n)
+
+    def form_width(
+        self, observations: Observations, level: float = 0.95, far_n: Array | None = None
+    ) -> Array:
+        """Return half widths [n] for the form's own error, on its scale; 0 within the data."""
+        if self.form_error is None:
+            return np.zeros(len(observations))
+        if far_n is None:
+            far_n = distance(self.fit.form, self.fit.observations, observations)
+        return self.form_error.half_width(far_n, level)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values, which ``from_json`` reads."""
@@ -100,13 +159,16 @@ class Bootstrap:
             "values": [plain_numbers(row) for row in self.values_BP],
             "seed": self.seed,
             "failed": self.failed,
+            "form_error": None if self.form_error is None else asdict(self.form_error),
         }
 
     @classmethod
     def from_json(cls, fit: Fit, data: Mapping[str, Any]) -> Self:
         """Return the bootstrap of ``to_json``."""
         values_BP = np.array(data["values"], np.float64).reshape(-1, len(data["names"]))
-        return cls(fit, values_BP, tuple(data["names"]), data["seed"], data["failed"])
+        kept = data.get("form_error")
+        error = None if kept is None else FormError(float(kept["scale"]), int(kept["folds"]))
+        return cls(fit, values_BP, tuple(data["names"]), data["seed"], data["failed"], error)
 
 
 def _tails(level: float) -> tuple[float, float]:
@@ -142,35 +204,7 @@ def bootstrap(fit: Fit, samples: int = 200, seed: int = 0) -> Bootstrap:
     names = tuple(parameter.name for parameter in fit.form.parameters)
     values, shape = problem.values(x_BP[good_B]), (int(good_B.sum()), 1)
     values_BP = np.concatenate([np.broadcast_to(values[name], shape) for name in names], axis=1)
-    return Bootstrap(fit, values_BP, names, seed, int((~good_B).sum()))
-
-
-def refit(
-    problem: Problem, loss: Loss, center_P: Array, weights_Bn: Array, perturbed: int, seed: int
-) -> Array:
-    """Return the optima [B, P], in search coordinates, for each row of weights; NaN for none.
-
-    Searches start at ``center_P`` and at ``perturbed`` points around it, drawn from the normal
-    distribution that squared residuals would give the optimum (at most 1 in a coordinate).
-    """
-    number = len(weights_Bn)
-    draw = np.random.default_rng(seed)
-    starts_KP = np.concatenate([center_P[None], around(problem, center_P, perturbed, draw)])
-    starts_SP = np.tile(starts_KP, (number, 1))
-    weights_Sn = np.repeat(weights_Bn, len(starts_KP), axis=0)
-    solved = minimize(problem, starts_SP, loss, weights_Sn)
-    objective_BK = solved.objective_S.reshape(number, len(starts_KP))
-    x_BKP = solved.x_SP.reshape(number, len(starts_KP), -1)
-    x_BP = x_BKP[np.arange(number), np.argmin(objective_BK, axis=1)]
-    return np.where(np.isfinite(objective_BK.min(axis=1))[:, None], x_BP, np.nan)
-
-
-def around(problem: Problem, x_P: Array, number: int, draw: np.random.Generator) -> Array:
-    """Return points [number, P] around an optimum, as far as its residuals leave it open."""
-    r_Sn, J_SPn = problem.slopes(x_P[None])
-    left, singular, _ = np.linalg.svd(J_SPn[0], full_matrices=False)
-    freedom = max(r_Sn.shape[1] - len(x_P), 1)
-    noise = float(np.sqrt((r_Sn**2).sum() / freedom))
-    reach = np.minimum(noise / np.maximum(singular, 1e-300), 1.0)
-    steps_KP = (draw.standard_normal((number, len(reach))) * reach) @ left.T
-    return np.asarray(np.clip(x_P + np.clip(steps_KP, -1.0, 1.0), problem.low_P, problem.high_P))
+    failed = int((~good_B).sum())
+    return Bootstrap(
+        fit, values_BP, names, seed, failed, form_error(fit, seed), counts_BG[good_B] > 0
+    )

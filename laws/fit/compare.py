@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
@@ -17,12 +18,17 @@ GROUPS = "group"
 """As ``by``: leave one group out, instead of the largest values of a column."""
 
 
+OTHER: dict[str, Literal["huber", "square"]] = {"huber": "square", "square": "huber"}
+
+
 @dataclass(frozen=True)
 class Comparison:
     """One form's fit to all rows, and its error on held-out ones.
 
-    ``in_sample``: mean size of the relative errors on the rows it was fitted to. ``problem``: why
-    the form could not be fitted or held out; the others are then None or infinite.
+    ``in_sample``: mean size of the relative errors on the rows it was fitted to. ``other``: what is
+    held out as the fit by the other objective (Huber's for square, square for Huber's) predicts it.
+    ``fragile``: why the optimum cannot be trusted, though there is one. ``problem``: why the form
+    could not be fitted or held out; the others are then None or infinite.
     """
 
     form: Form
@@ -31,6 +37,8 @@ class Comparison:
     held_out: HeldOut | None
     in_sample: float
     problem: str | None = None
+    other: HeldOut | None = None
+    fragile: tuple[str, ...] = ()
 
     @property
     def error(self) -> float:
@@ -44,21 +52,19 @@ def compare(
     options: FitOptions | None = None,
     by: str = GROUPS,
 ) -> list[Comparison]:
-    """Return the forms in order of their mean held-out error, those that cannot be fitted last.
+    """Return the forms in order of their mean held-out error, then fragile ones, then failed ones.
 
     ``by``: ``"group"`` leaves out one group after the other, a column's name its largest value. A
     form that refuses these observations stays in the list and says why.
     """
+    options = options or FitOptions()
     comparisons = []
     for form in forms:
         try:
             fitted = fit(form, observations, options)
-            if fitted.certificate.unidentified:
+            if fitted.unidentified:
                 require_identified(fitted)
-            if by == GROUPS:
-                held_out = leave_one_group_out(form, observations, options)
-            else:
-                held_out = hold_out_largest(form, observations, by, options)
+            held_out = _hold_out(form, observations, by, options)
         except UserError as error:
             number = len(form.parameters)
             comparisons.append(Comparison(form, number, None, None, float("inf"), str(error)))
@@ -67,6 +73,44 @@ def compare(
             errors = fitted.residuals()
         else:
             errors = fitted.predict(observations) / observations[form.target.name] - 1.0
-        in_sample = float(np.abs(errors).mean())
-        comparisons.append(Comparison(form, len(form.parameters), fitted, held_out, in_sample))
-    return sorted(comparisons, key=lambda comparison: comparison.error)
+        try:
+            other = _hold_out(form, observations, by, replace(options, loss=OTHER[options.loss]))
+        except UserError:
+            other = None
+        comparisons.append(
+            Comparison(
+                form,
+                len(form.parameters),
+                fitted,
+                held_out,
+                float(np.abs(errors).mean()),
+                other=other,
+                fragile=_faults(fitted, held_out),
+            )
+        )
+    return sorted(comparisons, key=lambda one: (bool(one.fragile), one.error))
+
+
+def _hold_out(form: Form, observations: Observations, by: str, options: FitOptions) -> HeldOut:
+    if by == GROUPS:
+        return leave_one_group_out(form, observations, options)
+    return hold_out_largest(form, observations, by, options)
+
+
+def _faults(fitted: Fit, held_out: HeldOut) -> tuple[str, ...]:
+    """Why a fit, or that to the rows that are not held out, is fragile; one reason each."""
+    reasons = []
+    folds = [
+        ("", fitted),
+        *([("without the held-out rows ", held_out.fold)] if held_out.fold else []),
+    ]
+    for which, one in folds:
+        certificate = one.certificate
+        if one.unidentified:
+            reasons.append(f"{which}the data cannot identify {', '.join(one.unidentified)}")
+        if certificate.agreeing < 2 <= certificate.finished:
+            reasons.append(f"{which}only one of {certificate.finished} starts came to its optimum")
+    moved = [name for name in held_out.at_bounds if name not in fitted.certificate.at_bounds]
+    if moved:
+        reasons.append(f"without the held-out rows {', '.join(moved)} goes to a bound")
+    return tuple(reasons)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from allometry.configs.errors import UserError
-from allometry.laws.fit.certificate import Certificate, certify
+from allometry.laws.fit.certificate import NULL, Certificate, certify
 from allometry.laws.fit.plain import observations_from_json, observations_to_json, plain_number
 from allometry.laws.fit.problem import Problem
 from allometry.laws.fit.solver import Loss, Solved, minimize
@@ -89,6 +89,28 @@ class Fit:
         problem = self.problem()
         return np.asarray(problem.residuals(problem.coordinates(self.values)[None])[0])
 
+    @property
+    def vanished(self) -> tuple[str, ...]:
+        """Constants and coefficients that went to 0, the least they may be.
+
+        Those that enter predictions linearly and move none of the fitted rows' by 1e-7 of it when
+        they are set to 0.
+        """
+        rows, names = self.observations, []
+        here_n = predict(self.form, self.values, rows)
+        for one in self.form.parameters:
+            if one.linear and one.low == 0.0 and one.name not in self.options.fixed:
+                without_n = predict(self.form, {**self.values, one.name: 0.0}, rows)
+                if (np.abs(without_n - here_n) <= NULL * np.abs(here_n)).all():
+                    names.append(one.name)
+        return tuple(names)
+
+    @property
+    def unidentified(self) -> tuple[str, ...]:
+        """Parameters of which the data say nothing; a constant by itself at 0 is no such one."""
+        unidentified = self.certificate.unidentified
+        return () if set(unidentified) <= set(self.vanished) else unidentified
+
     def problem(self) -> Problem:
         """Return the fit's problem, for searches and certificates."""
         return Problem(self.form, self.observations, self.options.fixed)
@@ -106,23 +128,27 @@ class Fit:
         return unit.replace(LOSS_UNIT, DATA_UNIT)
 
     def warnings_for(self, observations: Observations) -> list[str]:
-        """Return a sentence for each input of these rows that lies outside of the fitted range."""
-        warnings = []
-        for variable in self.form.inputs:
-            if variable.name not in self.observations.columns:
-                continue
-            fitted, asked = self.observations[variable.name], observations[variable.name]
-            low, high = float(fitted.min()), float(fitted.max())
-            least, most = float(asked.min()), float(asked.max())
-            for value, edge, word in ((least, low, "below"), (most, high, "above")):
-                if value < low if word == "below" else value > high:
-                    ratio = value / edge if edge > 0.0 and value > 0.0 else None
-                    times = f" ({max(ratio, 1 / ratio):.3g} times {word})" if ratio else ""
-                    warnings.append(
-                        f"{variable.name}={value:.4g} is outside of the fitted range "
-                        f"{low:.4g} to {high:.4g}{times}: the prediction is an extrapolation"
-                    )
-        return warnings
+        """Return a sentence for each input of these rows that lies outside of the fitted range.
+
+        And one for rows whose N and D are within theirs while 6 N D, their compute, is not.
+        """
+        fitted, asked = self.observations, observations
+        names = [v.name for v in self.form.inputs if v.name in fitted.columns]
+        warnings = [_outside(name, fitted[name], asked[name]) for name in names]
+        if "N" in names and "D" in names:
+            apart_n = np.ones(len(asked), dtype=bool)
+            for name in ("N", "D"):
+                apart_n &= (asked[name] >= fitted[name].min()) & (asked[name] <= fitted[name].max())
+            both = 6.0 * asked["N"] * asked["D"]
+            warnings.append(
+                _outside(
+                    "6ND",
+                    6.0 * fitted["N"] * fitted["D"],
+                    both[apart_n],
+                    " (N and D by themselves are within theirs)",
+                )
+            )
+        return [warning for some in warnings for warning in some]
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values, from which ``from_json`` makes a fit that predicts the same bits."""
@@ -137,9 +163,18 @@ class Fit:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """Return the fit of ``to_json``. Raises UserError if no law has its name."""
+        """Return the fit of ``to_json``.
+
+        Raises UserError if no law has its name, or the law has other parameters now.
+        """
+        form, names = form_named(data["form"]), list(data["values"])
+        if names != [parameter.name for parameter in form.parameters]:
+            raise UserError(
+                f"{form.name} was fitted with the parameters {', '.join(names)}, and has "
+                f"{', '.join(p.name for p in form.parameters)} now; fit again"
+            )
         return cls(
-            form_named(data["form"]),
+            form,
             {name: float(value) for name, value in data["values"].items()},
             float(data["objective"]),
             Certificate.from_json(data["certificate"]),
@@ -148,9 +183,26 @@ class Fit:
         )
 
 
+def _outside(name: str, fitted: Array, asked: Array, more: str = "") -> list[str]:
+    """A sentence for each end of the fitted range that the least or the largest value is beyond."""
+    warnings = []
+    if not len(asked):
+        return []
+    low, high = float(fitted.min()), float(fitted.max())
+    for value, edge, word in ((asked.min(), low, "below"), (asked.max(), high, "above")):
+        if value < low if word == "below" else value > high:
+            ratio = value / edge if edge > 0.0 and value > 0.0 else None
+            times = f" ({max(ratio, 1 / ratio):.3g} times {word})" if ratio else ""
+            warnings.append(
+                f"{name}={value:.4g} is outside of the fitted range {low:.4g} to {high:.4g}{times}"
+                f"{more}: the prediction is an extrapolation"
+            )
+    return warnings
+
+
 def predict(form: Form, values: Mapping[str, float], observations: Observations) -> Array:
     """Return the target [n] of these rows by a form with these values (published ones, say)."""
-    predicted = np.asarray(form.predict(values, form.prepare(observations)), np.float64)
+    predicted = form.target.clip(form.predict(values, form.prepare(observations)))
     return np.array(np.broadcast_to(predicted, (len(observations),)))
 
 
@@ -232,16 +284,18 @@ def require_identified(fit: Fit) -> None:
     """Raise unless the data say what every parameter is.
 
     Raises UserError, which names the parameters that can move without moving a prediction, or whose
-    standard errors are as wide as all that starts were drawn from.
+    standard errors are as wide as all that starts were drawn from; and how to hold those at 0.
     """
-    for names, why in (
-        (fit.certificate.unidentified, "other values predict the same"),
-        (fit.certificate.loose, "with their scatter any plausible value fits"),
+    zero = [f"--fix {name}=0" for name in fit.vanished]
+    hold = f", or hold what went to 0 there ({' '.join(zero)})" if zero else ""
+    for verb, names, why in (
+        ("cannot", fit.unidentified, "other values predict the same"),
+        ("hardly", fit.certificate.loose, "with their scatter any plausible value fits"),
     ):
         if names:
             inputs = ", ".join(variable.name for variable in fit.form.inputs)
             raise UserError(
-                f"the {len(fit.observations)} observations cannot identify {', '.join(names)} of "
+                f"the {len(fit.observations)} observations {verb} identify {', '.join(names)} of "
                 f"{fit.form.name}: {why}; add runs that differ in more of {inputs} or choose a "
-                "simpler law"
+                f"simpler law{hold}"
             )

@@ -126,13 +126,16 @@ class Problem:
 def checked_target(form: Form, observations: Observations) -> Array:
     """Return the target column, fit to be compared."""
     target_n = observations[form.target.name]
-    bad = ~np.isfinite(target_n) | ((target_n <= 0.0) if form.residual == "log" else False)
+    target, logs = form.target, form.residual == "log"
+    bad = ~np.isfinite(target_n) | ((target_n <= 0.0) if logs else False)
+    bad |= (target_n < target.least) | (target_n > target.most)
     if bad.any():
         row = int(np.argmax(bad))
+        bounded = np.isfinite((target.least, target.most)).any()
+        demand = target.demand if bounded else "positive numbers" if logs else "numbers"
         raise UserError(
-            f"{form.target.name} of row {row + 1} ({observations.groups[row]}) is "
-            f"{target_n[row]}, and {form.name} is fitted to "
-            f"{'positive numbers' if form.residual == 'log' else 'numbers'}; mend or drop the row"
+            f"{target.name} of row {row + 1} ({observations.groups[row]}) is {target_n[row]}, and "
+            f"{form.name} is fitted to {demand}; mend or drop the row{target.hint(target_n)}"
         )
     return target_n
 

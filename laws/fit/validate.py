@@ -4,19 +4,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from allometry.configs.errors import UserError
-from allometry.laws.fit.bootstrap import refit
-from allometry.laws.fit.engine import FitOptions, check_enough, fit
+from allometry.laws.fit.bootstrap import Bootstrap, bootstrap
+from allometry.laws.fit.distance import distance
+from allometry.laws.fit.engine import Fit, FitOptions, check_enough, fit
+from allometry.laws.fit.problem import Problem
+from allometry.laws.fit.refit import refit
 from allometry.laws.forms.base import Form
 from allometry.laws.observations import Observations
 
 Array = NDArray[np.float64]
 
+FEWEST_SAMPLES = 20
+"""Samples without a group that its interval needs at least."""
 FOLD_STARTS = 8
 """Perturbed starts of a fold, beside the optimum of all rows."""
 
@@ -26,13 +31,30 @@ class HeldOut:
     """Rows that were predicted by a fit without them.
 
     ``errors``: predicted/measured - 1 (of a form whose residuals are linear: predicted less
-    measured). ``mean``, ``max``: of their sizes.
+    measured). ``mean``, ``max``: of their sizes. ``interval``: (low [n], high [n]) of one run at
+    ``level``, by fits without the row; NaN where there is none. ``notes``: what was left out, and
+    why. ``at_bounds``: parameters that a fold, or more, has at a bound. ``fold``: the fit that
+    predicted all of them, where there is one.
     """
 
     groups: tuple[str, ...]
     predicted: Array
     measured: Array
     relative: bool = True
+    interval: tuple[Array, Array] | None = None
+    level: float = 0.95
+    notes: tuple[str, ...] = ()
+    at_bounds: tuple[str, ...] = ()
+    fold: Fit | None = None
+
+    @property
+    def covered(self) -> tuple[int, int] | None:
+        """How many rows lie in their interval, and how many have one."""
+        if self.interval is None:
+            return None
+        low_n, high_n = self.interval
+        inside_n = (low_n <= self.measured) & (self.measured <= high_n)
+        return int(inside_n.sum()), int(np.isfinite(low_n).sum())
 
     @property
     def errors(self) -> Array:
@@ -53,13 +75,19 @@ class HeldOut:
 
 
 def leave_one_group_out(
-    form: Form, observations: Observations, options: FitOptions | None = None
+    form: Form,
+    observations: Observations,
+    options: FitOptions | None = None,
+    *,
+    sampled: Bootstrap | None = None,
+    level: float = 0.95,
 ) -> HeldOut:
     """Return every row, predicted by the fit to all other groups.
 
     All folds are searched for at once, each from the optimum of all rows and eight points around.
-    Raises UserError if there are fewer than two groups; what ``fit`` raises, for the rows of a fold
-    too.
+    A group without which the law cannot be fitted is left out, with a note. ``sampled``: a
+    bootstrap of the same rows, for intervals (``out_of_bag``). Raises UserError if there are fewer
+    than two groups, or no group can be held out; what ``fit`` raises.
     """
     names, index_n = np.unique(np.array(observations.groups), return_inverse=True)
     if len(names) < 2:
@@ -67,25 +95,79 @@ def leave_one_group_out(
             f"all observations belong to group {str(names[0])!r}, so none can be held out; give "
             f"rows of at least two runs"
         )
-    whole = fit(form, observations, options)
+    whole = sampled.fit if sampled is not None else fit(form, observations, options)
     problem = whole.problem()
-    for group in range(len(names)):
-        check_enough(problem, observations.take(index_n != group))
+    failed = _too_small(problem, observations, index_n)
     keep_Gn = (index_n[None, :] != np.arange(len(names))[:, None]).astype(np.float64)
     loss, seed = whole.options.make_loss(), whole.options.seed
     x_GP = refit(problem, loss, problem.coordinates(whole.values), keep_Gn, FOLD_STARTS, seed)
-    predicted_n = np.empty(len(observations))
-    for group, name in enumerate(names):
+    predicted_n = np.full(len(observations), np.nan)
+    for group in range(len(names)):
         rows = index_n == group
         if not np.isfinite(x_GP[group]).all():
-            raise UserError(
-                f"{form.name} cannot be fitted without group {str(name)!r}; hold out something else"
+            failed.setdefault(group, "no search reached a finite objective")
+        if group not in failed:
+            prepared = form.prepare(observations.take(rows))
+            predicted_n[rows] = form.target.clip(
+                form.predict(problem.values_at(x_GP[group]), prepared)
             )
-        prepared = form.prepare(observations.take(rows))
-        predicted_n[rows] = form.predict(problem.values_at(x_GP[group]), prepared)
+    if len(failed) == len(names):
+        raise UserError(f"no group can be held out: {next(iter(failed.values()))}")
+    told_n = ~np.isin(index_n, list(failed))
+    x_FP = x_GP[[group for group in range(len(names)) if group not in failed]]
+    edge_FP = (x_FP <= problem.low_P) | (x_FP >= problem.high_P)
+    interval = None if sampled is None else out_of_bag(sampled, level)
+    if interval is not None:
+        interval = (interval[0][told_n], interval[1][told_n])
     return HeldOut(
-        observations.groups, predicted_n, observations[form.target.name], form.residual == "log"
+        tuple(np.array(observations.groups)[told_n].tolist()),
+        predicted_n[told_n],
+        observations[form.target.name][told_n],
+        form.residual == "log",
+        interval,
+        level,
+        tuple(
+            f"group {str(names[group])!r} is not held out: {why}" for group, why in failed.items()
+        ),
+        tuple(p.name for i, p in enumerate(problem.free) if edge_FP[:, i].any()),
     )
+
+
+def _too_small(
+    problem: Problem, observations: Observations, index_n: NDArray[np.intp]
+) -> dict[int, str]:
+    """Groups without which fewer rows remain than the law has parameters, and the sentence."""
+    failed = {}
+    for group in range(int(index_n.max()) + 1):
+        try:
+            check_enough(problem, observations.take(index_n != group))
+        except UserError as error:
+            failed[group] = str(error)
+    return failed
+
+
+def out_of_bag(sampled: Bootstrap, level: float = 0.95) -> tuple[Array, Array] | None:
+    """Return intervals (low [n], high [n]) of one run for each fitted row, by fits without it.
+
+    By the samples that did not draw the row's group, as jackknife+-after-bootstrap does (Kim, Xu &
+    Barber, arXiv 2002.09025), widened by the form's error where the group lies beyond all others.
+    NaN where fewer than 20 samples lack the group; None for a bootstrap that was read from a file.
+    """
+    if sampled.drawn_BG is None:
+        return None
+    rows, form = sampled.fit.observations, sampled.fit.form
+    names, index_n = np.unique(np.array(rows.groups), return_inverse=True)
+    low_n, high_n = np.full(len(rows), np.nan), np.full(len(rows), np.nan)
+    for group in range(len(names)):
+        without_B, mine_n = ~sampled.drawn_BG[:, group], index_n == group
+        if without_B.sum() < FEWEST_SAMPLES:
+            continue
+        few = replace(sampled, values_BP=sampled.values_BP[without_B])
+        held = rows.take(mine_n)
+        far_n = distance(form, rows.take(~mine_n), held)
+        spread = few.spread(held, level, noise=True, far_n=far_n)
+        low_n[mine_n], high_n[mine_n] = spread.low_n, spread.high_n
+    return low_n, high_n
 
 
 def hold_out_largest(
@@ -94,10 +176,14 @@ def hold_out_largest(
     by: str,
     options: FitOptions | None = None,
     number: int = 1,
+    *,
+    samples: int = 0,
+    level: float = 0.95,
 ) -> HeldOut:
     """Return the rows with the ``number`` largest values of column ``by``, predicted by the others.
 
-    Raises UserError if the column is missing or has too few values; what ``fit`` raises.
+    ``samples``: of a bootstrap of the others, for intervals at ``level``; 0: none. Raises UserError
+    if the column is missing or has too few values; what ``fit`` raises.
     """
     values_n = observations[by]
     levels = np.unique(values_n)
@@ -108,7 +194,17 @@ def hold_out_largest(
         )
     held_n = values_n >= levels[-number]
     fitted = fit(form, observations.take(~held_n), options)
-    held = observations.take(held_n)
+    held, interval = observations.take(held_n), None
+    if samples and len(set(fitted.observations.groups)) > 1:
+        sampled = bootstrap(fitted, samples, fitted.options.seed)
+        interval = sampled.predict_interval(held, level, noise=True)
     return HeldOut(
-        held.groups, fitted.predict(held), held[form.target.name], form.residual == "log"
+        held.groups,
+        fitted.predict(held),
+        held[form.target.name],
+        form.residual == "log",
+        interval,
+        level,
+        at_bounds=fitted.certificate.at_bounds,
+        fold=fitted,
     )

@@ -45,9 +45,22 @@ class Variable:
         outside = ~np.isfinite(values) | (values < self.least) | (values > self.most)
         return outside | (values <= 0.0) if self.positive else outside
 
+    def clip(self, values: Any) -> NDArray[np.float64]:
+        """Return predictions kept within ``least`` and ``most``: an accuracy never passes 1."""
+        return np.clip(np.asarray(values, np.float64), self.least, self.most)
+
+    def hint(self, values: NDArray[np.float64]) -> str:
+        """Return words that follow a complaint: that a share looks like one in percent, if so."""
+        known = values[np.isfinite(values)]
+        if self.most != 1.0 or not len(known) or not 1.0 < known.max() <= 100.0 or known.min() < 0:
+            return ""
+        return f" (if it is in percent: --map {self.name}=COLUMN/100)"
+
     @property
     def demand(self) -> str:
         """What values must be, in words."""
+        if (self.least, self.most) == (0.0, 1.0):
+            return "a share from 0 to 1"
         kind = "a positive number" if self.positive else "a number"
         limits = (("at least", self.least), ("at most", self.most))
         edges = [f"{word} {edge:g}" for word, edge in limits if np.isfinite(edge)]
@@ -115,6 +128,7 @@ class Form(ABC):
                 raise UserError(
                     f"{variable.name} of row {row + 1} ({observations.groups[row]}) is "
                     f"{values[row]}, and {self.name} needs {variable.demand}; mend or drop it"
+                    f"{variable.hint(values)}"
                 )
             columns[variable.name] = values
         return columns

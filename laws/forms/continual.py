@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from allometry.configs.errors import UserError
 from allometry.laws.forms.base import Form, Parameter, Predictions, Slopes, Values, Variable
 from allometry.laws.observations import Observations
 
@@ -22,7 +21,7 @@ CMR_TOKENS = 0.2e9
 _N = Variable("N", "parameters", "all parameters of the model")
 _D = Variable("D", "tokens", "tokens of the continual pretraining")
 _R = Variable(
-    "r", "1", "share, in training, of the corpus whose loss is measured, 0 to 1", positive=False
+    "r", "1", "share, in training, of the corpus whose loss is measured, 0 to 1", False, 0.0, 1.0
 )
 _LOSS = Variable("loss", "nats per token", "validation loss on one corpus, domain's or general")
 _CHANGE = Variable("dloss", "nats per token", "loss minus the loss at the start", positive=False)
@@ -34,16 +33,6 @@ def _power_law(unit: str) -> tuple[Parameter, ...]:
         Parameter("s", "1", -3.0, 3.0, (-1.0, 1.0)),
         Parameter("b", unit, -1e3, 1e3, (-10.0, 10.0), linear=True),
     )
-
-
-def _check_shares(form: Form, observations: Observations, name: str) -> None:
-    values = observations[name]
-    if ((values < 0.0) | (values > 1.0)).any():
-        row = int(np.argmax((values < 0.0) | (values > 1.0)))
-        raise UserError(
-            f"{name} of row {row + 1} ({observations.groups[row]}) is {values[row]}, and "
-            f"{form.name} needs a share between 0 and 1; mend or drop it"
-        )
 
 
 class DomainContinual(Form):
@@ -74,7 +63,6 @@ class DomainContinual(Form):
     def prepare(self, observations: Observations) -> Any:
         """Return the columns and the logs of those under a power."""
         columns = super().prepare(observations)
-        _check_shares(self, observations, "r")
         logs = {name: np.log(columns[name]) for name in ("N", "D")}
         return {**columns, "log": {**logs, "r": np.log(np.maximum(columns["r"], LEAST_SHARE))}}
 
@@ -184,13 +172,19 @@ class _PowerOfTokens(_Power):
 class CriticalShare(_PowerOfTokens):
     """CMR scaling law, 2407.17467: the critical mixture ratio by the tokens to be trained on.
 
-    Fit it to what ``allometry.laws.continual.critical_shares`` finds at several horizons. Nothing
-    keeps the share between zero and one outside of the fitted range.
+    Fit it to what ``allometry.laws.continual.critical_shares`` finds at several horizons.
+    Predictions are kept between 0 and 1; the power law by itself leaves that range far out.
     """
 
     name: ClassVar[str] = "cmr_critical"
     equation: ClassVar[str] = f"R = {_PowerOfTokens.equation}"
-    target = Variable("R", "1", "largest share of the domain that keeps the general loss in bound")
+    target = Variable(
+        "R",
+        "1",
+        "largest share of the domain that keeps the general loss in bound",
+        least=0.0,
+        most=1.0,
+    )
     published: ClassVar[Mapping[str, Mapping[str, float]]] = {
         "finance 460M": {"a": 0.22524761, "s": 0.26944345, "b": -0.48139982},
         "finance 940M": {"a": 0.7520627, "s": 0.13720245, "b": -1.06581937},
@@ -235,7 +229,7 @@ class DomainLossByShare(_Power):
     name: ClassVar[str] = "cmr_domain_share"
     equation: ClassVar[str] = "loss = a r^s + b"
     inputs: ClassVar[tuple[Variable, ...]] = (
-        Variable("r", "1", "share of the domain in training, above 0"),
+        Variable("r", "1", "share of the domain in training, above 0", most=1.0),
     )
     target = Variable("loss", "nats per token", "validation loss on the domain")
     valid: ClassVar[str] = "0.46 to 3.1B parameters; shares from 1/4 to 1"
@@ -244,7 +238,6 @@ class DomainLossByShare(_Power):
     def prepare(self, observations: Observations) -> Any:
         """Return log r."""
         columns = super().prepare(observations)
-        _check_shares(self, observations, "r")
         return np.log(columns["r"])
 
 

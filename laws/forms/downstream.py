@@ -15,16 +15,17 @@ class DownstreamError(Form):
     """Err(L) = ε − k exp(−γ L): the mean error over tasks falls as the loss does.
 
     Meant for a mean over many tasks that start above chance; single tasks are noisy and may not
-    move at all at small scales.
+    move at all at small scales. ε, the error at high loss, is at most 1; where the tasks' chance is
+    known, ``fixed={"epsilon": 1 - chance}`` holds it there.
     """
 
     name = "downstream_error"
     equation = "error = epsilon - k exp(-gamma loss)"
     source = "Gadre et al., arXiv 2403.08540"
     inputs = (Variable("loss", "nats per token", "loss on the evaluation set"),)
-    target = Variable("error", "fraction", "1 - accuracy, averaged over tasks")
+    target = Variable("error", "fraction", "1 - accuracy, averaged over tasks", False, 0.0, 1.0)
     parameters = (
-        Parameter("epsilon", "fraction", 0.0, 2.0, (0.1, 1.0), linear=True),
+        Parameter("epsilon", "fraction", 0.0, 1.0, (0.1, 1.0), linear=True),
         Parameter("k", "fraction", 1e-9, 1e9, (0.01, 1e3), "log", linear=True),
         Parameter("gamma", "tokens per nat", 1e-3, 50.0, (0.05, 5.0), "log"),
     )
@@ -38,24 +39,26 @@ class DownstreamError(Form):
 
 
 class DownstreamSigmoid(Form):
-    """Acc(L) = a / (1 + exp(−k (L − L0))) + b: chance at high loss, saturation at low loss.
+    """Acc(L) = c + (1 − c) g / (1 + exp(k (L − L0))): chance at high loss, more at low loss.
 
     The second of two steps: the first predicts the task's own loss (of the right answers, in bits
-    for each byte) from N and D. a is negative: b is what a perfect model gets, a + b what chance
-    gives. Fit it to intermediate checkpoints, averaged as ``laws.downstream.smooth_checkpoints``
-    does.
+    for each byte) from N and D. The paper writes a/(1 + exp(−k (L − L0))) + b, where b = c + (1−c)g
+    is what a perfect model gets and a + b = c what chance gives. Here both lie between 0 and 1, and
+    the former is no less than the latter, whatever the data. Where chance is known, hold c there:
+    ``fixed={"chance": 0.25}``. Fit it to intermediate checkpoints, averaged as
+    ``laws.downstream.smooth_checkpoints`` does.
     """
 
     name = "downstream_sigmoid"
-    equation = "accuracy = a / (1 + exp(-k (loss - L0))) + b"
+    equation = "accuracy = chance + (1 - chance) gain / (1 + exp(k (loss - L0)))"
     source = "Bhagia et al. (OLMo ladder), arXiv 2412.04403"
     inputs = (Variable("loss", "bits per byte", "loss of the task's right answers"),)
-    target = Variable("accuracy", "fraction", "accuracy on the task")
+    target = Variable("accuracy", "fraction", "accuracy on the task", False, 0.0, 1.0)
     parameters = (
-        Parameter("a", "fraction", -2.0, 0.0, (-1.0, -0.05), linear=True),
+        Parameter("chance", "fraction", 0.0, 1.0, (0.0, 0.6)),
+        Parameter("gain", "fraction", 0.0, 1.0, (0.05, 1.0), linear=True),
         Parameter("k", "bytes per bit", 0.01, 1e3, (0.5, 50.0), "log"),
         Parameter("L0", "bits per byte", -20.0, 20.0, (0.1, 5.0)),
-        Parameter("b", "fraction", -1.0, 2.0, (0.2, 1.0), linear=True),
     )
     valid = "multiple-choice tasks, models of 190M to 13B parameters"
     residual = "linear"
@@ -63,9 +66,9 @@ class DownstreamSigmoid(Form):
     def predict(self, values: Values, prepared: Any) -> Predictions:
         """Return the accuracy [S, n]; holds for complex values and far into both tails."""
         argument = values["k"] * (prepared["loss"] - values["L0"])
-        # 1/(1 + exp(-x)) without the overflow.
-        step = 0.5 * (1.0 + np.tanh(0.5 * argument))
-        return np.asarray(values["a"] * step + values["b"])
+        # 1/(1 + exp(x)) without the overflow.
+        reached = values["gain"] * 0.5 * (1.0 - np.tanh(0.5 * argument))
+        return np.asarray(values["chance"] + (1.0 - values["chance"]) * reached)
 
 
 FORMS: tuple[Form, ...] = (DownstreamError(), DownstreamSigmoid())

@@ -23,6 +23,7 @@ from allometry.configs.loader import put, read, validate
 from allometry.configs.run import RunConfig
 from allometry.configs.source import Tree
 from allometry.data.stream import missing_sources, open_stream
+from allometry.laws.forms.base import Form
 from allometry.laws.losses import LossChoice
 from allometry.laws.registry import form_named
 from allometry.optim.schedule import resolve_schedule
@@ -88,6 +89,7 @@ def plan_ladder(ladder: LadderConfig, tree: Tree) -> LadderPlan:
             f"law={ladder.law} does not predict the loss of finished runs; choose one that does, "
             "as chinchilla (allometry laws lists them)"
         )
+    _check_fixed(ladder, form)
     maker = _Maker(ladder, tree)
     rungs: list[PlannedRun] = []
     notes: dict[str, None] = {}
@@ -285,6 +287,22 @@ class _Maker:
         ranks = ranks if parallel.hdp == "auto" else parallel.hdp
         unit = config.batch.micro_batch_sequences * max(1, ranks)
         return unit * max(1, round(wanted / unit))
+
+
+def _check_fixed(ladder: LadderConfig, form: Form) -> None:
+    """Refuse to fix what is no parameter of the law, or a value that it cannot have."""
+    known = {one.name: one for one in form.parameters}
+    for name, value in ladder.fix.items():
+        if name not in known:
+            raise UserError(
+                f"fix.{name}: {form.name} has no such parameter; use one of {', '.join(known)}"
+            )
+        low, high = known[name].low, known[name].high
+        if not low <= value <= high:
+            raise UserError(
+                f"fix.{name}={value:g} is outside of what {form.name} allows; choose a value from "
+                f"{low:g} to {high:g}"
+            )
 
 
 def _law_batch(rule: LawBatch, config: RunConfig, tokens: int) -> float:

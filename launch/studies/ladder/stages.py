@@ -158,6 +158,7 @@ def fit(plan: LadderPlan) -> dict[str, Any]:
         count=ladder.count,
         loss=ladder.loss,
         bootstraps=ladder.bootstraps,
+        fixed=ladder.fix,
     )
     path, extra = plan.folder / FIT, {"ladder": str(plan.folder), "rungs": [r.name for r in rungs]}
     save_fit(path, fitted, resampled, extra)

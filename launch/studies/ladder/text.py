@@ -115,6 +115,7 @@ def fit_facts(fit: Fit, resampled: Bootstrap, path: str) -> dict[str, Any]:
         "values": {name: float(value) for name, value in fit.values.items()},
         "units": {p.name: fit.unit(p.unit) for p in fit.form.parameters},
         "intervals": {name: list(resampled.interval(name)) for name in resampled.names},
+        "fixed": list(fit.options.fixed),
         "objective": fit.objective,
         "certificate": plain["certificate"],
         "rows": len(fit.observations),
@@ -129,12 +130,20 @@ def fit_text(facts: dict[str, Any]) -> str:
     rows = [["parameter", "value", "95 % interval", "unit"]]
     for name, value in facts["values"].items():
         low, high = facts["intervals"][name]
-        rows.append([name, number(value), f"{number(low)} to {number(high)}", facts["units"][name]])
+        interval = "-" if facts["unidentified"] else f"{number(low)} to {number(high)}"
+        interval = "fixed" if name in facts["fixed"] else interval
+        rows.append([name, number(value), interval, facts["units"][name]])
     lines = [f"{facts['law']}: {facts['equation']}", f"fitted to {facts['rows']} runs"]
     lines.append(table(rows))
     notes = [*([facts["unidentified"]] if facts["unidentified"] else []), *facts["at_edges"]]
     lines += [f"note: {note}" for note in notes]
     return "\n".join([*lines, f"written to {facts['file']}"])
+
+
+def _interval(prediction: Prediction) -> str:
+    if prediction.low is None or prediction.high is None:
+        return "no interval"
+    return f"{prediction.level:.0%} interval {prediction.low:.4f} to {prediction.high:.4f}"
 
 
 def prediction_text(prediction: Prediction) -> str:
@@ -143,14 +152,14 @@ def prediction_text(prediction: Prediction) -> str:
     lines = [
         f"{target['run']} (N {short(target['N'])} parameters, D {short(target['D'])} tokens)",
         f"{prediction.law} of {prediction.rungs} runs predicts {prediction.predicted:.4f} nats per "
-        f"token, {prediction.level:.0%} interval {prediction.low:.4f} to {prediction.high:.4f}",
+        f"token, {_interval(prediction)}",
     ]
     if prediction.measured is not None:
         assert prediction.error is not None
-        where = "inside" if prediction.covered else "OUTSIDE"
+        where = {True: ", inside its interval", False: ", OUTSIDE its interval", None: ""}
         lines.append(
             f"measured {prediction.measured:.4f} nats per token: the prediction is "
-            f"{prediction.error:+.2%} off, {where} its interval"
+            f"{prediction.error:+.2%} off{where[prediction.covered]}"
         )
     if prediction.target_state == "done":
         lines.append("note: this prediction was made AFTER the target's run had ended")

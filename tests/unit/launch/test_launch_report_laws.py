@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from allometry.launch.report import fits, isoflop, transfer
 from allometry.laws.fit.engine import FitOptions, fit
 from allometry.laws.fit.store import save_fit
+from allometry.laws.ladder import load_prediction, save_prediction
 from allometry.laws.observations import LearningRates, Observations
 from allometry.laws.registry import form_named
 from allometry.laws.trials import read_trials
@@ -79,6 +81,16 @@ def test_a_target_outside_of_its_interval_is_said(tmp_path: Path) -> None:
     assert not any(
         one.style == "star" for one in panels(section)["measured against predicted"].series
     )
+
+
+def test_a_target_without_an_interval_says_why(tmp_path: Path) -> None:
+    folder = fake_ladder(tmp_path / "ladder", measured=3.5)
+    kept = load_prediction(folder / "prediction.json")
+    assert kept is not None
+    save_prediction(folder / "prediction.json", replace(kept, low=None, high=None))
+    row = fits.fits(inputs(folder)).tables[1].rows[0]
+    assert "none: the law is not identified" in row
+    assert row[-1] == "–"
 
 
 def test_a_law_of_many_sizes_is_drawn_for_ranges(tmp_path: Path) -> None:

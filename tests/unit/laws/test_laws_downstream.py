@@ -131,11 +131,63 @@ def test_the_interval_of_a_chain_holds_the_truth_and_grows_with_noise() -> None:
 
 
 def test_a_sigmoid_holds_far_into_both_tails() -> None:
-    values = {"a": -0.7, "k": 500.0, "L0": 1.0, "b": 0.95}
+    values = {"chance": 0.25, "gain": 0.7 / 0.75, "k": 500.0, "L0": 1.0}
     rows = Observations.of({"loss": [1e-6, 1.0, 1e3]})
     with np.errstate(all="raise"):
         found = predict(DownstreamSigmoid(), values, rows)
     np.testing.assert_allclose(found, [0.95, 0.6, 0.25], atol=1e-12)
+
+
+def accuracies(top: float, noise: float = 0.01) -> Observations:
+    """Checkpoints of which only the lower half of the rise from chance, 0.25, is seen."""
+    loss = np.linspace(0.9, 1.6, 24)
+    accuracy = 0.25 + (top - 0.25) / (1.0 + np.exp(6.0 * (loss - 0.8)))
+    accuracy += noise * np.random.default_rng(0).standard_normal(len(loss))
+    return Observations.of({"loss": loss, "accuracy": accuracy})
+
+
+@pytest.mark.parametrize("top", [0.9, 1.4])
+def test_an_accuracy_ends_between_chance_and_one(top: float) -> None:
+    """Even where the data, by themselves, point far above 1."""
+    form = form_named("downstream_sigmoid")
+    everywhere = Observations.of({"loss": [1e-6, 0.1, 0.4, 3.0, 9.0]})
+    for fixed in ({}, {"chance": 0.25}):
+        found = fit(form, accuracies(top), FitOptions(loss="square", fixed=fixed))
+        predicted = found.predict(everywhere)
+        assert predicted.min() >= found.values["chance"] - 1e-12
+        assert predicted.max() <= 1.0
+        for noise in (False, True):
+            low, high = bootstrap(found, 40).predict_interval(everywhere, noise=noise)
+            assert low.min() >= 0.0
+            assert high.max() <= 1.0
+    assert found.values["chance"] == 0.25
+    falling = Observations.of({"loss": [1.0, 1.2, 1.4, 1.6], "accuracy": [0.2, 0.25, 0.3, 0.35]})
+    found = fit(form, falling, FitOptions(fixed={"chance": 0.25}))
+    assert found.predict(everywhere).min() >= 0.25
+
+
+def test_an_error_stays_within_its_range() -> None:
+    form = form_named("downstream_error")
+    steep = {"epsilon": 0.9, "k": 30.0, "gamma": 1.2}
+    predicted = predict(form, steep, Observations.of({"loss": [0.5, 2.0, 3.0, 9.0]}))
+    assert predicted[:2].tolist() == [0.0, 0.0]
+    assert 0.0 < predicted[2] < predicted[3] <= 0.9
+    rising = Observations.of({"loss": [3.0, 4.0, 5.0, 6.0], "error": [0.5, 0.7, 0.9, 0.99]})
+    assert fit(form, rising).values["epsilon"] <= 1.0
+
+
+def test_percent_is_told_from_shares() -> None:
+    rows = accuracies(0.9)
+    percent = Observations.of({"loss": rows["loss"], "accuracy": 100 * rows["accuracy"]})
+    with pytest.raises(UserError, match=r"share from 0 to 1; .*percent: .*accuracy=COLUMN/100"):
+        fit(form_named("downstream_sigmoid"), percent)
+    wrong = Observations.of({"loss": rows["loss"], "accuracy": rows["accuracy"] - 1.0})
+    with pytest.raises(UserError, match=r"share from 0 to 1; mend or drop the row$"):
+        fit(form_named("downstream_sigmoid"), wrong)
+    experts = {"activation": [3.1], "granularity": [12.0], "C": [1e22]}
+    leverage = form_named("efficiency_leverage")
+    with pytest.raises(UserError, match="activation=COLUMN/100"):
+        predict(leverage, leverage.published["ling"], Observations.of(experts))
 
 
 def test_checkpoints_are_averaged_within_their_run_and_without_its_beginning() -> None:

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from allometry.configs.errors import UserError
-from allometry.laws.fit.bootstrap import Bootstrap, bootstrap, refit
+from allometry.laws.fit.bootstrap import Bootstrap, bootstrap
 from allometry.laws.fit.engine import Fit, FitOptions, fit, predict
+from allometry.laws.fit.refit import refit
 from allometry.laws.forms.dense import Chinchilla
 from allometry.laws.observations import Observations
 

@@ -305,29 +305,6 @@ def test_parameters_that_can_be_fixed_are() -> None:
         fit(Chinchilla(), rows, FitOptions(fixed=TRUE))
 
 
-def test_what_the_data_cannot_identify_is_named() -> None:
-    n = np.geomspace(1e7, 1e10, 12)
-    rows = Observations.of({"N": n, "D": np.full(12, 1e10), "loss": 1.8 + 480 / n**0.35})
-    found = fit(Chinchilla(), rows)
-    assert found.certificate.unidentified == ("E", "B", "beta")
-    assert found.certificate.condition == np.inf
-    with pytest.raises(UserError, match="cannot identify E, B, beta of chinchilla"):
-        require_identified(found)
-
-
-def test_what_noise_leaves_open_is_named() -> None:
-    """All runs at 20 tokens for each parameter: N and D say the same."""
-    n = np.geomspace(1e7, 1e9, 16)
-    draw = np.random.default_rng(0)
-    clean = predict(Chinchilla(), TRUE, Observations.of({"N": n, "D": 20 * n}))
-    loss = clean * np.exp(draw.normal(0, 3e-3, 16))
-    found = fit(Chinchilla(), Observations.of({"N": n, "D": 20 * n, "loss": loss}))
-    assert set(found.certificate.loose) | set(found.certificate.unidentified)
-    with pytest.raises(UserError, match="cannot identify"):
-        require_identified(found)
-    require_identified(fit(Chinchilla(), measured(Chinchilla(), TRUE, noise=3e-3)))
-
-
 def test_fewer_different_rows_than_parameters_are_refused() -> None:
     rows = measured(Chinchilla(), TRUE)
     with pytest.raises(UserError, match="5 parameters to fit and the observations only 4 rows"):

@@ -18,6 +18,7 @@ from allometry.laws.forms.base import Form
 from allometry.laws.forms.dense import Chinchilla, Kappa
 from allometry.laws.forms.kaplan import Kaplan
 from allometry.laws.observations import LearningRates, Observations
+from allometry.laws.registry import form_named
 
 KAPPA = {"E": 1.7, "A": 2e3, "B": 3e4, "a": 0.5, "b": 0.55, "kappa": 0.7}
 CHINCHILLA = {"E": 1.8, "A": 480.0, "B": 2000.0, "alpha": 0.35, "beta": 0.37}
@@ -90,6 +91,59 @@ def test_a_form_that_refuses_stays_in_the_list_and_says_why() -> None:
     assert found[0].problem is None
     assert "6 parameters" in str(found[1].problem)
     assert found[1].error == np.inf
+
+
+def test_a_group_without_which_nothing_can_be_fitted_is_left_out_with_a_note() -> None:
+    """Six rows in two groups: five rows remain without the small one, one without the large one."""
+    n, d = np.array([1e7, 1e8, 1e9, 1e7, 1e8, 1e9, 3e8]), np.geomspace(1e9, 1e11, 7)
+    rows = Observations.of({"N": n, "D": d})
+    loss = predict(Chinchilla(), CHINCHILLA, rows)
+    rows = Observations.of({**rows.columns, "loss": loss}, ["one", *["many"] * 6])
+    held = leave_one_group_out(Chinchilla(), rows)
+    assert held.groups == ("one",)
+    (note,) = held.notes
+    assert note.startswith("group 'many' is not held out: chinchilla has 5 parameters to fit and")
+    compared = compare([Chinchilla(), Kaplan()], rows, FitOptions(starts=32))
+    assert all(one.problem is None for one in compared)
+
+
+def test_the_other_objective_is_held_out_too() -> None:
+    rows = runs(Chinchilla(), CHINCHILLA)
+    loss = rows["loss"].copy()
+    loss[[3, 20]] *= 1.2  # outliers: Huber's loss hears little of them
+    rows = Observations({**rows.columns, "loss": loss}, rows.groups)
+    (one,) = compare([Chinchilla()], rows, FitOptions(starts=64), by="N")
+    assert one.held_out is not None
+    assert one.other is not None
+    square = hold_out_largest(Chinchilla(), rows, "N", FitOptions(starts=64, loss="square"))
+    np.testing.assert_array_equal(one.other.predicted, square.predicted)
+    assert one.error < one.other.mean
+
+
+def test_a_fragile_law_is_marked_and_stands_after_the_others() -> None:
+    """Without the largest of three sizes, two remain, which do not tell E, A and alpha apart."""
+    rows = runs(Chinchilla(), CHINCHILLA)
+    three = rows.take(np.isin(rows.groups, ["1e+07", "2e+08", "1e+10"]))
+    assert len(three) == 18
+    found = compare([Chinchilla(), Kaplan()], three, FitOptions(starts=64), by="N")
+    assert [one.form.name for one in found] == ["kaplan", "chinchilla"]
+    assert found[0].fragile == ()
+    (why,) = found[1].fragile
+    assert why.startswith("without the held-out rows the data cannot identify")
+
+
+def test_a_law_whose_held_out_fit_goes_to_a_bound_is_fragile() -> None:
+    """Without the largest runs, whose losses lie high, E is 0."""
+    n, d = np.meshgrid(np.geomspace(1e7, 1e9, 5), np.geomspace(1e9, 1e11, 5))
+    n, d = n.ravel(), d.ravel()
+    loss = 30 / n**0.2 + 60 / d**0.2 - 0.1
+    loss[n > 9e8] += 0.3
+    rows = Observations.of({"N": n, "D": d, "loss": loss})
+    options = FitOptions(starts=64, loss="square")
+    found = compare([form_named("over_training"), Kaplan()], rows, options, by="N")
+    assert [one.form.name for one in found] == ["kaplan", "over_training"]
+    assert found[1].fragile == ("without the held-out rows E goes to a bound",)
+    assert found[0].fragile == ()
 
 
 def test_a_stored_fit_is_the_same_fit(tmp_path: Path) -> None:

@@ -41,8 +41,11 @@ def test_slopes() -> None:
     both = Observations.of({**rows.columns, **k})
     check_slopes(cross, {**TRUE, "F": 0.4, "mu": 0.8, "w": 3.0}, both)
     tokens = Observations.of({"D": np.geomspace(0.2e9, 20e9, 12)})
-    for name in ("cmr_critical", "cmr_domain"):
-        check_slopes(form_named(name), {"a": -1.3, "s": -0.3, "b": 0.9}, tokens)
+    power = {"a": -1.3, "s": -0.3, "b": 0.9}
+    check_slopes(form_named("cmr_domain"), power, tokens)
+    check_slopes(form_named("cmr_critical"), power, tokens.take(tokens["D"] > 2e9))
+    far = Observations.of({"D": [0.2e9, 2e30]})
+    assert predict(form_named("cmr_critical"), power | {"b": 1.2}, far).tolist() == [0.0, 1.0]
     general = {"a": 0.2, "s": 0.1, "b": -0.2, "a2": -0.01, "gap": 0.4}
     check_slopes(form_named("cmr_general"), general, tokens)
     shares = Observations.of({"r": [0.1, 0.25, 0.5, 1.0]})
@@ -109,7 +112,7 @@ def test_published_critical_ratios(size: str, share: float) -> None:
 def test_critical_ratios_are_found_again() -> None:
     law = form_named("cmr_critical")
     for true in law.published.values():
-        tokens = Observations.of({"D": np.geomspace(1e9, 20e9, 15)})
+        tokens = Observations.of({"D": np.geomspace(4e9, 20e9, 15)})  # where all are above 0
         shares = predict(law, true, tokens)
         shares += 0.001 * np.random.default_rng(0).standard_normal(15)
         found = fit(law, Observations.of({**tokens.columns, "R": shares}), FitOptions(starts=32))

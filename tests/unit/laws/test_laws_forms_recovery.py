@@ -25,7 +25,7 @@ BITS = [(1, 2), (2, 1), (2, 3), (3, 2), (4, 3), (5, 6)]
 TRUTH: dict[str, dict[str, float]] = {
     "over_training": {"E": 1.8, "a": 210.0, "b": 370.0, "eta": 0.136},
     "downstream_error": {"epsilon": 0.86, "k": 2.2, "gamma": 0.71},
-    "downstream_sigmoid": {"a": -0.65, "k": 6.0, "L0": 0.9, "b": 0.95},
+    "downstream_sigmoid": {"chance": 0.3, "gain": 0.93, "k": 6.0, "L0": 0.9},
     "efficiency_leverage": dict(form_named("efficiency_leverage").published["ling"]),
     "clark_moe": {
         "a": -0.083, "b": -0.12, "c": 0.0105, "d": 1.11, "E_start": 1.9, "E_max": 300.0,

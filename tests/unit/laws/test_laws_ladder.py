@@ -47,6 +47,10 @@ def test_interval_holds_the_target_and_grows_with_the_scatter() -> None:
     true = law(TARGET["N"], TARGET["D"])
     calm, wild = prediction(rungs(1e-4)), prediction(rungs(1e-2))
     assert abs(calm.predicted / true - 1) < 2e-3
+    assert calm.low is not None
+    assert calm.high is not None
+    assert wild.low is not None
+    assert wild.high is not None
     assert calm.low < true < calm.high
     assert wild.low < true < wild.high
     assert wild.high - wild.low > 10 * (calm.high - calm.low)
@@ -60,16 +64,27 @@ def test_interval_covers_one_more_run_as_often_as_it_says() -> None:
     for seed in range(40):
         found = prediction(rungs(3e-3, seed))
         run = true * np.exp(3e-3 * np.random.default_rng(1000 + seed).standard_normal())
-        covered += found.low <= run <= found.high
+        covered += bool(replace(found, measured=float(run)).covered)
     assert covered >= 33
 
 
-def test_open_parameters_are_said_not_refused() -> None:
+def test_open_parameters_are_said_not_refused_and_have_no_interval(tmp_path: Path) -> None:
     narrow = fit(form_named("chinchilla"), rungs(2e-2, span=2.0))
     text = unidentified(narrow)
     assert text is not None
-    assert "cannot identify" in text
-    assert text in prediction(rungs(2e-2, span=2.0)).warnings
+    assert "hardly identify" in text
+    known = prediction(rungs(2e-2, span=2.0))
+    assert text in known.warnings
+    assert known.low is not None  # by folds
+    one_horizon = rungs(1e-3).take(rungs(1e-3)["D"] < 6e5)
+    found = prediction(one_horizon)
+    assert any("cannot identify" in warning for warning in found.warnings)
+    assert "no interval is given, as the rungs do not identify the law" in found.warnings
+    assert (found.low, found.high) == (None, None)
+    assert replace(found, measured=3.0).covered is None
+    path = tmp_path / "prediction.json"
+    save_prediction(path, found)
+    assert load_prediction(path) == found
     assert unidentified(fit(form_named("chinchilla"), rungs(1e-5))) is None
 
 
@@ -95,6 +110,7 @@ def test_file_of_a_prediction(tmp_path: Path) -> None:
     save_prediction(path, after)
     assert json.loads(path.read_text())["error"] == pytest.approx(0.01)
     assert load_prediction(path) == after
+    assert before.high is not None
     assert replace(before, measured=before.high * 1.01).covered is False
 
 

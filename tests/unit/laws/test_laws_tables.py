@@ -98,8 +98,13 @@ def test_files_of_any_kind_are_read_together(table: Path, tmp_path: Path) -> Non
         (["N"], {"N": "`Model Size`/0"}, [], r"line 2: N = `Model Size`/0 is not a finite"),
         (["loss"], {}, ["loss < 1"], r"no row is left by --where 'loss < 1'"),
         (["loss"], {}, ["loss"], "not one comparison"),
-        (["loss"], {}, ["1 < loss < 2"], "not one comparison"),
-        (["loss"], {}, ["loss in 2"], "something else than <"),
+        (["loss"], {}, ["loss is 2"], "something else than <"),
+        (["loss"], {}, ["loss in 2"], "after in stands a list in parentheses"),
+        (["loss"], {}, ["loss in ()"], "after in stands a list in parentheses"),
+        (["loss"], {}, ["loss < 1 or loss"], "not one comparison, or several"),
+        (["loss"], {}, ["log(loss, 2) < 1"], "more than arithmetic"),
+        (["loss"], {}, ["open('x') == 1"], "more than arithmetic"),
+        (["loss"], {}, ["set < 'C4' or loss > 1"], "by == or !="),
         (["loss"], {}, ["set < 'C4'"], "by == or !="),
         (["loss"], {}, ["'C4' == 'C4'"], "by == or !="),
         (["loss"], {}, ["set == C4"], r"is called 'C4' \(--where 'set == C4'\)"),
@@ -159,6 +164,31 @@ def test_a_missing_number_meets_no_condition() -> None:
     for text in ("a < 5", "a != 5"):
         met = Condition.parse(text).evaluate(columns.__getitem__, lambda name: np.array([""]))
         np.testing.assert_array_equal(met, [False, True])
+
+
+def test_conditions_are_joined_and_read_lists_and_functions() -> None:
+    columns = {"N": np.array([1e6, 1e7, 1e8, np.nan]), "loss": np.array([4.0, 3.0, 2.0, 1.0])}
+    cells = {"set": np.array(["C4", "Pile", "books", "C4"])}
+
+    def met(text: str) -> list[int]:
+        found = Condition.parse(text).evaluate(columns.__getitem__, cells.__getitem__)
+        return np.flatnonzero(found).tolist()
+
+    assert met("set in ('C4', 'Pile')") == [0, 1, 3]
+    assert met("set not in ['C4', 'Pile']") == [2]
+    assert met("N in (1e6, 1e8)") == [0, 2]
+    assert met("N not in (1e6, 1e8)") == [1]  # a missing number is neither
+    assert met("set == 'C4' or loss < 2.5") == [0, 2, 3]
+    assert met("set == 'C4' and loss > 2.5") == [0]
+    assert met("loss < 1.5 or loss > 2.5 and set != 'C4'") == [1, 3]
+    assert met("(loss < 1.5 or loss > 2.5) and set != 'C4'") == [1]
+    assert met("not (N < 1e7 or loss < 2.5)") == [1]
+    assert met("not N < 5e6") == [1, 2]
+    assert met("1e6 < N <= 1e8") == [1, 2]
+    assert met("not 1e6 < N <= 1e7") == [0, 2]
+    assert met("log10(N) >= 7 and sqrt(loss) < 1.5") == [2]
+    assert met("log2(loss) == 1 or abs(loss - 5) < exp(0) + 0.5") == [0, 2]
+    assert set(Condition.parse("log(log) > 1 or `a b` in (1, 2)").names) == {"log", "a b"}
 
 
 def test_the_points_behind_chinchilla_are_240() -> None:

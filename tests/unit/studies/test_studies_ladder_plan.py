@@ -246,6 +246,11 @@ def test_keys_of_sizes_reach_their_runs_alone(base: Path) -> None:
         ({"law": "chinchila"}, "no law is called 'chinchila'"),
         ({"law": "tissue"}, "law=tissue does not predict the loss of finished runs"),
         ({"law": "batch_law"}, "law=batch_law does not predict the loss of finished runs"),
+        ({"fix": {"F": 0}}, "fix.F: chinchilla has no such parameter; use one of E, A, B, alpha"),
+        (
+            {"fix": {"alpha": 9}},
+            "fix.alpha=9 is outside of what chinchilla allows; choose a value from 0",
+        ),
         ({"loss": "held-out"}, "loss=held-out is no loss of a run"),
         ({"loss": "validation/x"}, "loss=validation/x: the runs have no source 'x', only "),
         ({"base": "nowhere.yaml"}, "nowhere.yaml does not exist"),

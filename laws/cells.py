@@ -1,0 +1,97 @@
+"""Rows that are no measurements of their own: copies, repetitions, checkpoints of one run."""
+
+# n rows
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from allometry.laws.forms.base import Variable
+from allometry.laws.observations import Observations
+
+SMALL = 1e4
+"""Counts of parameters and tokens that are all below this are likely in millions or billions."""
+COUNTED = ("parameters", "tokens")
+
+
+def by_cell(observations: Observations, names: Sequence[str]) -> Observations:
+    """Return observations whose rows are one group where they agree in all of these columns.
+
+    Such rows are repetitions (seeds) of one cell: off the law in the same direction where the law
+    is wrong. A group has the name of its first row's.
+    """
+    first_n = _first_alike(observations, names)
+    return replace(observations, groups=tuple(observations.groups[first] for first in first_n))
+
+
+def row_notes(
+    observations: Observations, inputs: Sequence[Variable], target: str, *, grouped: bool
+) -> list[str]:
+    """Return what is odd about rows of a table, a sentence each, with what to do.
+
+    ``grouped``: whether the user said whose a row is.
+    """
+    names = [one.name for one in inputs if one.name in observations.columns]
+    notes = [note for one in inputs if (note := unit_note(one, observations)) is not None]
+    copies_n = _first_alike(observations, [*names, target])
+    copies = int((copies_n != np.arange(len(observations))).sum())
+    if copies:
+        row = int(np.argmax(copies_n != np.arange(len(observations))))
+        notes.append(
+            f"{copies} of {len(observations)} rows are copies of others in {', '.join(names)} and "
+            f"{target} (first: {_place(observations, row)}), and count twice; remove them unless "
+            "they are runs of their own"
+        )
+    if grouped:
+        return notes
+    first_n = _first_alike(observations, names)
+    repeated = int((first_n != np.arange(len(observations))).sum())
+    if repeated:
+        notes.append(
+            f"{repeated} of {len(observations)} rows have the {', '.join(names)} of others and are "
+            "one group with them; --group COLUMN says otherwise"
+        )
+    if (column := observations.conventions.get("run column")) is not None:
+        notes.append(
+            f"column {column!r} names several rows alike, which are taken as runs of their own; if "
+            f"they are of one run, --group {column!r} takes them together"
+        )
+    elif "N" in names and len(names) > 1:
+        sizes, rows = len(np.unique(observations["N"])), len(np.unique(first_n))
+        if 2 * sizes <= rows:
+            notes.append(
+                f"{sizes} values of N are in {rows} rows, which are taken as runs of their own; if "
+                "they are checkpoints of one run for each N, --group COLUMN takes them together"
+            )
+    return notes
+
+
+def unit_note(variable: Variable, observations: Observations) -> str | None:
+    """Return a sentence if counts of parameters or tokens are so small that the unit is another."""
+    if variable.unit not in COUNTED or variable.name not in observations.columns:
+        return None
+    low, high = (float(end(observations[variable.name])) for end in (np.min, np.max))
+    if high >= SMALL:
+        return None
+    name, span = variable.name, f"{low:g}" if low == high else f"{low:g} to {high:g}"
+    return (
+        f"{name} is {span}: in millions or billions? {name} counts {variable.unit}; as billions it "
+        f"is {name}={low * 1e9:g}, in a table --map {name}={name}*1e9"
+    )
+
+
+def _first_alike(observations: Observations, names: Sequence[str]) -> NDArray[np.intp]:
+    """The first row [n] that agrees with each one in these columns."""
+    known = [observations[name] for name in names if name in observations.columns]
+    if not known:
+        return np.arange(len(observations))
+    _, first, index_n = np.unique(np.stack(known), axis=1, return_index=True, return_inverse=True)
+    return np.asarray(first[index_n.reshape(-1)])
+
+
+def _place(observations: Observations, row: int) -> str:
+    return f"row {row + 1}, {observations.groups[row]}"
