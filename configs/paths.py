@@ -13,6 +13,8 @@ _VARIABLE = re.compile(r"\$(?:([A-Za-z_][A-Za-z0-9_]*)|\{([^}]*)\})")
 def expanded(path: str) -> str:
     """``path`` with ``~`` at its beginning and ``$VAR`` or ``${VAR}`` replaced, as shells do.
 
+    A file or folder that is there under its name with ``$`` is meant as it is written.
+
     Raises ConfigError for a user or a variable that there is not, so that no folder is ever called
     ``~`` or ``$VAR`` by mistake.
     """
@@ -33,4 +35,7 @@ def expanded(path: str) -> str:
                 "folder of that name"
             )
         path = whole
+    match = _VARIABLE.search(path)
+    if match is None or os.path.exists(path[: match.end()] + path[match.end() :].partition("/")[0]):
+        return path
     return _VARIABLE.sub(value, path)

@@ -22,7 +22,7 @@ from allometry.launch.runs.commands import Prepare
 
 # Texts of a description that are no paths: names, patterns and lines of scripts.
 NO_PATHS = {"name", "resume", "project", "entity", "law", "loss", "schedule"}
-NO_PATHS |= {"set", "options", "setup"}
+NO_PATHS |= {"set", "options", "setup", "fix"}
 
 
 @pytest.fixture(autouse=True)
@@ -70,6 +70,16 @@ def test_every_path_of_a_run_is(tiny: Callable[..., RunConfig], home: Path) -> N
     assert "$" not in dumped
     with pytest.raises(ConfigError, match=r"run\.folder: \$NOWHERE/x names the variable \$NOWH"):
         tiny("run.folder=$NOWHERE/x")
+
+
+def test_a_folder_whose_name_holds_a_dollar_is_meant_as_it_is(
+    home: Path, tiny: Callable[..., RunConfig]
+) -> None:
+    (home / "of $DATA").mkdir()
+    (home / "$x$").mkdir()
+    for name in ("~/of $DATA/a", f"{home}/$x$", "~/$x$/b"):
+        assert tiny(f"run.folder={name}").run.folder == name.replace("~", str(home))
+    assert tiny("run.folder=~/of ${DATA}").run.folder == f"{home}/of /big/data"
 
 
 def _texts(model: type[BaseModel], seen: set[type[BaseModel]]) -> list[tuple[str, str, Any]]:

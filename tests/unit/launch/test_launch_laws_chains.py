@@ -190,11 +190,12 @@ def test_checkpoints_are_averaged_before_a_law_of_scores(shell: Shell, tmp_path:
     path = tmp_path / "checkpoints.csv"
     path.write_text("\n".join(lines))
     law = ("fit", "downstream_sigmoid", path, "--group", "run", *QUICK, "--hold-out", "none")
-    law = (*law, "--fix", "b=0.95")
+    law = (*law, "--fix", "chance=0.3")
     noisy, smooth = shell.json(*law), shell.json(*law, "--smooth", 5)
     assert (noisy["rows"], smooth["rows"], smooth["groups"]) == (80, 64, 2)
     errors = [
-        abs(one["parameters"]["a"]["value"] + 0.65) + abs(one["parameters"]["L0"]["value"] - 3.0)
+        abs(0.7 * one["parameters"]["gain"]["value"] - 0.65)
+        + abs(one["parameters"]["L0"]["value"] - 3.0)
         for one in (noisy, smooth)
     ]
     assert errors[1] < errors[0]

@@ -14,7 +14,7 @@ from allometry.configs.ladder import LadderConfig
 from allometry.configs.loader import _all_keys
 from allometry.configs.run import RunConfig
 from allometry.data.prepare import PrepareRequest
-from allometry.launch.cli import COMMANDS, LADDER, app
+from allometry.launch.cli import COMMANDS, LADDER, MIX, app
 from allometry.launch.runs.commands import Prepare
 
 ROOT = Path(__file__).parents[3]
@@ -26,12 +26,13 @@ KEY = re.compile(rf"(?<![\w./-])(?:{SECTIONS})(?:\.[a-z_][a-z_0-9]*)+(?![\w/(])"
 OF_OTHERS = {
     "trainer/record/writer.py": "--abbrev --always --dirty --error-unmatch --exclude",
     "studies/ladder/sbatch.py": "--dependency --job-name --kill-on-invalid-dep --nnodes --nodes "
-    "--ntasks-per-node --open-mode --output --parsable --signal --rdzv-backend --rdzv-endpoint "
-    "--rdzv-id",
+    "--ntasks-per-node --open-mode --output --parsable --requeue --signal --rdzv-backend "
+    "--rdzv-endpoint --rdzv-id",
     "studies/ladder/run.py": "--local-addr --standalone",
     "configs/ladder.py": "--gres --key --partition --time",
     "scaling/attention.py": "--no-build-isolation",
     "launch/runs/doctor.py": "--shm-size",
+    "launch/report/page.py": "--narrow --wide",
     "configs/loader.py": "--help",
 }
 ANYWHERE = {"--nproc-per-node"}  # torchrun's
@@ -123,7 +124,11 @@ def test_what_messages_of_prepare_call_by_its_field_is_an_option() -> None:
 
 
 def test_commands_and_options_are_found() -> None:
-    assert COMMAND_OPTIONS.keys() == {*COMMANDS, *(f"ladder {name}" for name in LADDER)}
+    assert COMMAND_OPTIONS.keys() == {
+        *COMMANDS,
+        *(f"ladder {name}" for name in LADDER),
+        *(f"mix {name}" for name in MIX),
+    }
     assert {"--end-of-document", "--tokenizer", "--out", "-o"} <= COMMAND_OPTIONS["prepare"]
     wrong = ast.parse("raise UserError(f'{x}: give --no-such-thing or data.no_such=1')")
     assert unknown_options("x.py", wrong, COMMAND_OPTIONS["prepare"]) == ["x.py: --no-such-thing"]
