@@ -24,7 +24,8 @@ LONG = ("training.total_steps=80", "checkpoint.every_steps=10", "record.display_
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """``start(config, ranks)``: the command a user types, in a process group of its own."""
+    """``start(config, ranks)``: the command a user types, whom a hang-up reaches (no nohup)."""
+    hang_up = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     started: list[subprocess.Popen[str]] = []
 
     def launch(
@@ -50,6 +51,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
     for process in started:
         if process.poll() is None:
             kill_group(process)
+    signal.signal(signal.SIGHUP, hang_up)
 
 
 def finish(process: subprocess.Popen[str]) -> str:

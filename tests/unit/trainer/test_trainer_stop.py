@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,12 +24,14 @@ Make = Callable[..., RunConfig]
 
 @pytest.fixture(autouse=True)
 def as_before() -> Iterator[None]:
-    """Handlers and the mask are what they were, whatever a test does."""
+    """Handlers and the mask are what they were, whatever a test does, under nohup too."""
+    hang_up = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     before = [signal.getsignal(number) for number in STOP_SIGNALS]
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     yield
     assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == mask
+    signal.signal(signal.SIGHUP, hang_up)
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
@@ -65,7 +68,8 @@ def test_nohup_keeps_a_run_alive() -> None:
 def test_a_signal_that_came_while_it_was_blocked_is_received() -> None:
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
-        os.kill(os.getpid(), signal.SIGUSR1)
+        # To this thread: others of a test's process do not block it.
+        signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
         with StopSignals() as signals:
             assert signals.received == signal.SIGUSR1
     finally:
