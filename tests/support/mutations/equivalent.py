@@ -28,6 +28,18 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     ): "an edge of the graph through which no gradient comes",
     ("models/loss.py", "return total, (nll_T)"): "in the plain twin, which tests alone call",
     (
+        "parallel/hdp/orders.py",
+        "is_last=True,",
+    ): "of stages that compute nothing the order alone is read",
+    (
+        "parallel/pipeline.py",
+        'total = torch.empty((), dtype=wide, device="meta", requires_grad=False)',
+    ): "the last stage sends its output to nobody",
+    (
+        "parallel/zero.py",
+        'overlap = mesh.device.type == "cuda" and mesh.pp.size != 1',
+    ): "on a CPU nothing overlaps",
+    (
         "parallel/context.py",
         "torch.zeros(1, device=mesh.device)",
     ): "connects NCCL, on a GPU alone",
