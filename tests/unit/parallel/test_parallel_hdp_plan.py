@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from allometry.configs.errors import UserError
 from allometry.configs.execution import ContextConfig, ContextCosts
 from allometry.configs.model import DenseModel
+from allometry.parallel.hdp.balanced_lockstep import Waves
 from allometry.parallel.hdp.cost import CostModel
 from allometry.parallel.hdp.plan import Mode, Plan, make_plan, member_tokens
 from allometry.parallel.hdp.policies import POLICIES
+from allometry.parallel.hdp.problem import Draft
 from allometry.parallel.hdp.replay import replay, summary
 
 MODEL = DenseModel(
@@ -154,6 +156,15 @@ def test_static_deals_the_costliest_first() -> None:
     costs = [[unit.cost for unit in plan.of_rank(rank) if unit] for rank in (0, 2)]
     assert costs == [sorted(each, reverse=True) for each in costs]
     assert sorted(unit.cost for unit in plan.units)[-2:] == sorted(each[0] for each in costs)
+
+
+def test_the_costliest_single_unit_goes_beside_the_costliest_ring() -> None:
+    waves = Waves(4)
+    for cost in (2.0, 5.0):
+        waves.add(Draft((0,), 3, cost, 0.0))
+    waves.fill([Draft((1,), 1, 4.0, 0.0), Draft((2,), 1, 1.0, 0.0)])
+    by_wave = [set(numbers) for numbers in zip(*waves.orders(), strict=True)]
+    assert by_wave == [{0, 3}, {1, 2}], "4 beside 5, and 1 beside 2"
 
 
 def test_naive_gives_as_few_ranks_as_fit() -> None:
