@@ -10,9 +10,9 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -141,39 +141,27 @@ def export_hf(
     """
     if check:
         compare.require_transformers()
-    folder = RunFolder(run_folder)
-    if not folder.config.exists():
-        raise UserError(f"{folder.path} has no {folder.config.name}; name the folder of a run")
-    config = load(folder.config)
+    folder, config = _run(run_folder)
     chosen = choose_family(config.model, family)
     folding = folds(config.model, Parameterization.of_run(config).forward)
     wanted = counterparts(config.model, chosen)
     path = chosen_checkpoint(folder, step)
     weights = CheckpointWeights(path)
-    for name in check_names(config.model, weights.shapes, str(path)):
-        if weights.read(name).any():
-            raise UserError(
-                f"{path}: {name} is not zero, and models of Hugging Face's families have no bias "
-                "in their routers; nothing was written"
-            )
-    states = CheckpointWeights(path, OPTIMIZER) if optimizer_state else None
-    if states is not None and not states.shapes:
-        raise UserError(f"--optimizer-state: {path} holds none; leave the option out")
+    _check_no_bias(config.model, weights, path)
+    states = _optimizer_states(path) if optimizer_state else None
     text = tokenizer_of_run(folder.path, config.data)
     text = text.told(tokenizer, end_of_document, config.model.vocab_size)
-    longest = config.data.sequence_length
-    torch_dtype = _TORCH[dtype]
+    longest, torch_dtype = config.data.sequence_length, _TORCH[dtype]
+    name, end_id = str(torch_dtype).removeprefix("torch."), text.end[1] if text.end else None
     with _target(out) as (final, partial):
         parts = [_part(counterpart, weights, folding, torch_dtype) for counterpart in wanted]
         files = write_safetensors(partial, parts, shard_bytes)
-        name = str(torch_dtype).removeprefix("torch.")
-        end_id = text.end[1] if text.end else None
         write_json(partial / CONFIG, to_hf(config.model, chosen, name, Text(longest, end_id)))
         write_texts(partial, text, longest)
         write_origin(partial, folder, config, path)
         if states is not None:
             write_states(partial / STATES, states)
-        report = ExportReport(
+        return ExportReport(
             source=str(folder.path),
             step=step_of(path),
             target=str(final),
@@ -186,11 +174,36 @@ def export_hf(
             tokenizer=str(text.file) if text.file else None,
             end_of_document=text.end[0] if text.end else None,
             unknown=list(text.unknown),
+            check=compare.compare(config, weights, partial, wanted, folding, torch_dtype)
+            if check
+            else None,
         )
-        if check:
-            comparison = compare.compare(config, weights, partial, wanted, folding, torch_dtype)
-            report = replace(report, check=comparison)
-    return report
+
+
+def _run(run_folder: str | Path) -> tuple[RunFolder, RunConfig]:
+    """The folder of a run and its description."""
+    folder = RunFolder(run_folder)
+    if not folder.config.exists():
+        raise UserError(f"{folder.path} has no {folder.config.name}; name the folder of a run")
+    return folder, load(folder.config)
+
+
+def _check_no_bias(model: ModelConfig, weights: CheckpointWeights, path: Path) -> None:
+    """Refuse a router's bias that is not zero, which no family has a place for."""
+    for name in check_names(model, weights.shapes, str(path)):
+        if weights.read(name).any():
+            raise UserError(
+                f"{path}: {name} is not zero, and models of Hugging Face's families have no bias "
+                "in their routers; nothing was written"
+            )
+
+
+def _optimizer_states(path: Path) -> CheckpointWeights:
+    """The optimizer's states in a checkpoint. Raises UserError where it holds none."""
+    states = CheckpointWeights(path, OPTIMIZER)
+    if not states.shapes:
+        raise UserError(f"--optimizer-state: {path} holds none; leave the option out")
+    return states
 
 
 def import_hf(
@@ -217,19 +230,13 @@ def import_hf(
     folder = FolderWeights(source)
     places = locate(wanted, folder.shapes, str(source), tied=config.model.tied_embeddings)
     if config.model.tied_embeddings and HEAD in folder.shapes:
-        embedding = wanted[0].written[0]
-        if not torch.equal(folder.read(HEAD), folder.read(embedding)):
-            raise UserError(
-                f"{folder.folder}: config.json ties embedding and head, but {HEAD} differs from "
-                f"{embedding}; set tie_word_embeddings to false there if both are meant"
-            )
+        _check_tied(folder, wanted[0].written[0])
     tokenizer = check_tokenizer(config, source)
     origin = read_origin(source)
     states = states_to_keep(source, origin, config) if optimizer_state else None
     folding = folds(config.model, Parameterization.of_run(config).forward)
     by_name = {counterpart.spec.name: counterpart for counterpart in wanted}
-    run = config.run.model_copy(update={"folder": str(out), "resume": "auto", "parent": None})
-    config = config.model_copy(update={"run": run})
+    config = _placed(config, out)
     with _target(out) as (final, partial):
         step = RunFolder(partial).checkpoints / "step-0"
         step.mkdir(parents=True)
@@ -239,20 +246,12 @@ def import_hf(
             lambda name: unfolded(name, by_name[name].join(places[name], folder.read), folding),
             states,
         )
-        facts = {  # nothing was trained, nothing was read
-            "step": 0,
-            "position_sequences": 0,
-            "tokens": 0,
-            "seed": config.run.seed,
-            "weights_only": True,
-            "optimizer": states is not None,
-            "origin": kept_origin(source, family, origin),
-        }
-        seal(step, 0, files, facts)
+        kept = kept_origin(source, family, origin)
+        seal(step, 0, files, _untrained(config, states is not None, kept))
         RunTokenizer(tokenizer).keep(partial)
         write_atomically(RunFolder(partial).config, dump(config))
         write_atomically(RunFolder(partial).latest, step.name + "\n")
-        report = ImportReport(
+        return ImportReport(
             source=str(source),
             target=str(final),
             family=family,
@@ -260,14 +259,41 @@ def import_hf(
             unfolds=[fold.describe() for fold in folding],
             tokenizer=str(tokenizer) if tokenizer else None,
             notes=[*notes(origin, config), *unsure(config, source, tokenizer)],
-        )
-        if check:
-            weights = CheckpointWeights(step)
-            comparison = compare.compare(
-                config, weights, source, wanted, folding, torch.float32, imported=True
+            check=compare.compare(
+                *(config, CheckpointWeights(step), source, wanted, folding, torch.float32),
+                imported=True,
             )
-            report = replace(report, check=comparison)
-    return report
+            if check
+            else None,
+        )
+
+
+def _placed(config: RunConfig, out: str | Path) -> RunConfig:
+    """The description of the run in its own folder, which nothing precedes."""
+    run = config.run.model_copy(update={"folder": str(out), "resume": "auto", "parent": None})
+    return config.model_copy(update={"run": run})
+
+
+def _untrained(config: RunConfig, states: bool, origin: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says of a run that has trained on nothing and read nothing."""
+    return {
+        "step": 0,
+        "position_sequences": 0,
+        "tokens": 0,
+        "seed": config.run.seed,
+        "weights_only": True,
+        "optimizer": states,
+        "origin": origin,
+    }
+
+
+def _check_tied(folder: FolderWeights, embedding: str) -> None:
+    """Refuse a head that a folder ties to its embedding and stores otherwise."""
+    if not torch.equal(folder.read(HEAD), folder.read(embedding)):
+        raise UserError(
+            f"{folder.folder}: config.json ties embedding and head, but {HEAD} differs from "
+            f"{embedding}; set tie_word_embeddings to false there if both are meant"
+        )
 
 
 def read_model(hf_folder: str | Path) -> tuple[Family, ModelConfig]:

@@ -10,8 +10,8 @@ MAX_FUNCTION_LINES = 60
 
 
 def sources() -> list[Path]:
-    rooms = ["configs", "scaling", "laws", "data", "models", "parallel", "optim", "trainer"]
-    folders = [*rooms, "launch", "tests", "benchmarks"]
+    rooms = [link.name for link in (ROOT / ".typing" / "allometry").iterdir() if link.is_dir()]
+    folders = [*rooms, "tests", "benchmarks"]
     return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -48,3 +49,11 @@ def test_of_whole_documents(folder: Path, limit: int) -> None:
     pieces = stream.pieces(0, SAMPLES)
     read = float(np.square(pieces.lengths).sum() / pieces.num_tokens)
     assert stream.squared_lengths_per_token() == pytest.approx(read, rel=0.01)
+
+
+def test_squares_of_documents_longer_than_float32_counts() -> None:
+    lengths = np.array([2**24 + 3], np.int32)
+    stream = object.__new__(DocumentStream)
+    stream.max_document_tokens = 2**24
+    stream._train = [SimpleNamespace(store=SimpleNamespace(lengths=lengths))]  # type: ignore[list-item]
+    assert stream._epoch_squares(0) == 2.0**48 + 9

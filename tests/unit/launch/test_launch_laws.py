@@ -12,6 +12,7 @@ from allometry.launch.cli import main
 from allometry.laws.fit.store import load_fit
 from fake_runs import chinchilla, fake_run
 from law_data import law_data
+from law_tables import MAPPED, noisy_table
 from shell import Shell
 
 QUICK = ("--starts", "48", "--bootstraps", "20")
@@ -46,20 +47,7 @@ def fit_file(ladder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def table(tmp_path: Path) -> Path:
-    """Rows of Chinchilla's law with some noise."""
-    rng = np.random.default_rng(0)
-    lines = ["size,tokens,nll,set"]
-    for size in (1e7, 3e7, 1e8, 3e8, 1e9):
-        for ratio in (5, 20, 80):
-            loss = 1.8 + 480 / size**0.35 + 2000 / (ratio * size) ** 0.37
-            noisy = loss * (1 + 0.002 * rng.standard_normal())
-            lines.append(f"{size},{ratio * size},{noisy},{'a' if ratio < 50 else 'b'}")
-    path = tmp_path / "runs.csv"
-    path.write_text("\n".join(lines))
-    return path
-
-
-MAPPED = ("--map", "N=size", "--map", "D=tokens", "--map", "loss=nll")
+    return noisy_table(tmp_path / "runs.csv")
 
 
 def test_a_ladder_is_fitted_held_out_stored_and_predicted_from(
