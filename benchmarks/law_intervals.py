@@ -1,4 +1,4 @@
-"""How often 95 % intervals of laws hold what lies beyond the fitted compute, and the truth.
+"""Coverage of laws' 95 % intervals beyond the fitted compute, on public data and simulated truth.
 
     python benchmarks/law_intervals.py --data DATA/laws [--simulations 60] [--json out.json]
 

@@ -91,7 +91,7 @@ def open_corpus(name: str, text_key: str, separator: str | None = None) -> Corpu
 
 
 class _Found:
-    """What is found on the way through folders: files to read, and what is left out."""
+    """Files to read under a folder, and the entries that are skipped."""
 
     def __init__(self, text_key: str) -> None:
         self.files: list[SourceFile] = []
@@ -252,7 +252,7 @@ class _Reading:
 
 
 def _blocks(file: SourceFile, at: Callable[[int], None]) -> Iterator[str]:
-    """The text of a file. Raises BadText at what is not UTF-8, NUL included."""
+    """The text of a file. Raises BadText at bytes that are not UTF-8 text, NUL included."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     before = 0
     with opened(file) as (stream, raw):

@@ -65,7 +65,7 @@ class BadText(Exception):
 
 
 class LeftOut:
-    """What is left out, by reason: how many, and the first few places."""
+    """Counts of skipped documents by reason, with the first few places of each."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
