@@ -1,6 +1,8 @@
 # make demo      install, prepare the built-in corpora, train a ladder of small runs, fit a law, predict
 #                a larger run, train that on 2 processes (with a stop and a resume), report
 # make test      install and run the tests (minutes); make test-all adds the slow ones
+# make gpu       on a machine with a GPU: the tests that need one, then training speed beside other
+#                frameworks' (minutes; benchmarks/README.md)
 # make check     linters and type checks
 # make docs      check that the documentation's links and commands hold
 #
@@ -16,7 +18,7 @@ LADDER := ladders/demo
 TARGET := $(LADDER)/configs/target-w128-d786432-s0.yaml
 TORCHRUN := OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 --master-addr 127.0.0.1
 
-.PHONY: demo test test-all check format docs install clean
+.PHONY: demo test test-all gpu check format docs install clean
 
 install: $(VENV)/.installed
 
@@ -59,6 +61,11 @@ test: install
 test-all: install
 	$(UNIT)
 	$(REST)
+
+gpu: install
+	$(BIN)/python -m pytest -q tests/gpu tests/unit/models/test_models_cuda.py tests/dist/test_dist_cuda.py
+	$(BIN)/python benchmarks/gpu/throughput.py
+	$(BIN)/python benchmarks/loss_memory.py --device cuda
 
 check: install
 	$(BIN)/ruff check .

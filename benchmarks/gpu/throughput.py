@@ -1,11 +1,14 @@
-"""Training speed on one GPU: dense models of 125M and 1.2B parameters, bf16, compiled and not.
+"""Training speed on one GPU, beside torchtitan, a loop over transformers' Llama, and its Trainer.
 
-    python benchmarks/gpu/throughput.py [--only 125m|1b] [--packing concatenated] [--out FILE]
+    python benchmarks/gpu/throughput.py [--seconds 470] [--only PART ...] [--out FILE] [--check]
 
-Every variant is a run of ``python -m allometry.launch.train`` on random tokens, as a user would
-start it, record on; the numbers are medians over the rows of its metrics.jsonl after the warm-up.
-A variant that does not fit the GPU's memory is tried with the next smaller micro-batch. Prints a
-table and writes JSON; says so and ends well where there is no GPU. Minutes on an H100.
+Parts run in order of importance, each in a process of its own as its user would start it, bf16 and
+compiled, 131k tokens a step; ours are runs of ``python -m allometry.launch.train``, record on. A
+part that does not fit in the time left is passed over; the same command goes on with it, as FILE
+keeps what was measured. Numbers are medians over the steps after the warm-up. A micro-batch that
+does not fit the device's memory is followed by the next smaller one. Ratios are printed of parts
+that one call measured; the table says "not yet measured" of what no call did. MFU counts attention
+causally and within documents. ``--check`` rehearses all parts with tiny models on the CPU.
 """
 
 from __future__ import annotations
@@ -13,190 +16,368 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import shutil
+import math
+import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from shapes import REHEARSED, SHAPES, WARMUP_STEPS, Shape, dense_model, model_flops_per_token
 
 from allometry.data.synthetic import write_random_store
+from allometry.trainer.record.hardware import peak
 from allometry.trainer.record.writer import commit, versions
 
-MFU_GOAL = 0.5
-WARMUP_STEPS = 3
 OUT_OF_MEMORY = "OutOfMemoryError"
+MEAN_DOCUMENT = 1024
 # In memory, as the checkpoint at the end of a 1.2B run is 14 GB: its writing is not measured here.
 MEMORY_FOLDER = Path("/dev/shm")
 
 
 @dataclass(frozen=True)
-class Variant:
-    """A model and how it is trained; micro-batches are tried from the first on."""
+class Part:
+    """One measurement. ``seconds``: what it is expected to take, compilation included.
+
+    ``overrides`` are for the configuration of our runs; ``mfu_goal`` is the share of the peak that
+    is wanted of them.
+    """
 
     name: str
-    preset: str
-    model: dict[str, Any]
-    sequence_length: int
-    sequences: int
-    micro_batches: tuple[int, ...]
-    timed_steps: int
-    compile: bool = True
+    shape: str
+    seconds: int
+    contender: str = "allometry"
+    overrides: dict[str, Any] = field(default_factory=dict)
+    mfu_goal: float | None = None
 
 
-def variants(only: Sequence[str] | None, micro_batches: Sequence[int] | None) -> list[Variant]:
-    """What is measured. A step is 131k tokens: a GPU's share of dense_1b on one node of eight."""
-    small = {
-        "vocab_size": 50304,
-        "width": 768,
-        "num_layers": 12,
-        "num_heads": 12,
-        "ffn_width": 2048,
-    }
-    found = []
-    for compile in (True, False):
-        found += [
-            Variant("125m", "dense_25m", small, 2048, 64, (64, 32, 16), 25, compile),
-            Variant("1b", "dense_1b", {}, 4096, 32, (8, 4, 2, 1), 8, compile),
-        ]
-    if micro_batches:
-        found = [Variant(**{**asdict(v), "micro_batches": tuple(micro_batches)}) for v in found]
-    return [v for v in found if not only or v.name in only]
+DOCUMENTS = {"data": {"packing": "per_document"}}
+MUONH = {
+    "parameterization": {"kind": "hyperp", "base_width": 256, "base_layers": 8},
+    "optimizer": {"kind": "muonh", "lr": 1e-2},
+}
+
+PARTS = (
+    Part("1b", "1b", 55, mfu_goal=0.58),
+    Part("1b, torchtitan", "1b", 75, "torchtitan"),
+    Part("1b, HF loop", "1b", 75, "hf_loop"),
+    Part("1b, documents", "1b", 60, overrides=DOCUMENTS, mfu_goal=0.55),
+    Part("125m", "125m", 45, mfu_goal=0.48),
+    Part("moe", "moe", 60, mfu_goal=0.35),
+    Part("1b, MuonH", "1b", 60, overrides=MUONH),
+    Part("1b, HF Trainer", "1b", 75, "hf_trainer"),
+    Part("125m, torchtitan", "125m", 60, "torchtitan"),
+    Part("125m, HF loop", "125m", 60, "hf_loop"),
+    Part("125m, HF Trainer", "125m", 60, "hf_trainer"),
+    Part("7b-cut", "7b-cut", 70),
+    Part("7b-cut, torchtitan", "7b-cut", 80, "torchtitan"),
+    Part("1b, not compiled", "1b", 45, overrides={"training": {"compile": False}}),
+)
 
 
-def description(variant: Variant, micro_batch: int, packing: str, folder: Path) -> dict[str, Any]:
-    """The configuration of a run."""
-    return {
-        "base": f"preset:{variant.preset}",
-        "run": {"folder": str(folder / "run")},
-        "model": variant.model,
-        "data": {
-            "sequence_length": variant.sequence_length,
-            "packing": packing,
-            "sources": [{"name": "random", "train": str(folder.parent / "random")}],
-        },
-        "batch": {"sequences": variant.sequences, "micro_batch_sequences": micro_batch},
-        "training": {
-            "total_tokens": None,
-            "total_steps": WARMUP_STEPS + variant.timed_steps,
-            "compute_dtype": "bf16",
-            "compile": variant.compile,
-        },
-        "schedule": {"warmup_tokens": None, "warmup_steps": 0},
-        "parallel": {"zero": {"stage": 0}},
-        "evaluation": {"every_steps": None},
-        "checkpoint": {"every_steps": None, "keep_every_steps": None},
-    }
+@dataclass(frozen=True)
+class Ratio:
+    """Tokens/s of one part over those of another, and what is wanted of it.
+
+    ``less_memory``: its peak of memory is wanted to be below the other's.
+    """
+
+    part: str
+    over: str
+    goal: float | None
+    less_memory: bool = True
 
 
-def attempt(
-    variant: Variant, micro_batch: int, packing: str, folder: Path
-) -> dict[str, Any] | None:
-    """One run; None if the GPU's memory was too small. Other failures raise RuntimeError."""
-    folder.mkdir()
-    path = folder / "config.yaml"
-    path.write_text(json.dumps(description(variant, micro_batch, packing, folder)))
-    begun = time.perf_counter()
-    command = [sys.executable, "-m", "allometry.launch.train", str(path)]
-    finished = subprocess.run(command, capture_output=True, text=True)
-    wall = time.perf_counter() - begun
-    if finished.returncode:
-        if OUT_OF_MEMORY in finished.stderr:
+RATIOS = (
+    Ratio("1b", "1b, torchtitan", 1.10),
+    Ratio("1b", "1b, HF loop", 1.15),
+    Ratio("1b", "1b, HF Trainer", 1.40),
+    Ratio("125m", "125m, torchtitan", 1.10),
+    Ratio("125m", "125m, HF loop", 1.15),
+    Ratio("125m", "125m, HF Trainer", 1.40),
+    Ratio("7b-cut", "7b-cut, torchtitan", 1.10),
+    Ratio("1b, documents", "1b", None, less_memory=False),
+    Ratio("1b, MuonH", "1b", 0.97, less_memory=False),
+)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where and on what parts run; ``until``: seconds on ``time.monotonic``'s clock."""
+
+    shapes: dict[str, Shape]
+    device: str
+    scratch: Path
+    until: float
+
+    def measure(self, part: Part) -> dict[str, Any]:
+        """Run a part with its largest micro-batch that fits; what it measured, or its ``error``."""
+        shape = self.shapes[part.shape]
+        for micro_batch in shape.micro_batches:
+            folder = Path(tempfile.mkdtemp(dir=self.scratch))
+            run = self._ours if part.contender == "allometry" else self._peer
+            result = run(part, shape, micro_batch, folder)
+            if result["error"] != OUT_OF_MEMORY:
+                return result
+        return result
+
+    def config(self, part: Part, shape: Shape, micro_batch: int, folder: Path) -> dict[str, Any]:
+        """The configuration of one of our runs, whose folder is ``folder / "run"``."""
+        return merged(
+            {
+                "base": f"preset:{shape.preset}",
+                "run": {"folder": str(folder / "run")},
+                "model": shape.model,
+                "data": {
+                    "sequence_length": shape.length,
+                    "packing": "concatenated",
+                    "sources": [{"name": "random", "train": str(self.scratch / "random")}],
+                },
+                "batch": {
+                    "sequences": shape.sequences,
+                    "micro_batch_sequences": micro_batch,
+                    "ramp": None,
+                },
+                "training": {
+                    "total_tokens": None,
+                    "total_steps": WARMUP_STEPS + shape.timed_steps,
+                    "compute_dtype": "bf16",
+                    "compile": True,
+                },
+                "schedule": {"warmup_tokens": None, "warmup_steps": 0},
+                "parallel": {"zero": {"stage": 0}},
+                "evaluation": {"every_steps": None},
+                "checkpoint": {"every_steps": None, "keep_every_steps": None},
+            },
+            part.overrides,
+        )
+
+    def _ours(self, part: Part, shape: Shape, micro_batch: int, folder: Path) -> dict[str, Any]:
+        path = folder / "config.yaml"
+        path.write_text(json.dumps(self.config(part, shape, micro_batch, folder)))
+        error = self._run([sys.executable, "-m", "allometry.launch.train", str(path)], folder)
+        rows = lines_of(folder / "run" / "metrics.jsonl")
+        result = measured(shape, micro_batch, [row["time_s"] for row in rows], error)
+        if rows:
+            timed = rows[WARMUP_STEPS:] or rows[-1:]
+            result["mfu"] = statistics.median(row["mfu"] for row in timed)
+            result["peak_bytes"] = max(row["peak_bytes"] for row in rows)
+            facts = json.loads((folder / "run" / "run.json").read_text())
+            kept = ("plan", "peak", "kernels")
+            result["facts"] = {key: facts[key] for key in kept if key in facts}
+        return result
+
+    def _peer(self, part: Part, shape: Shape, micro_batch: int, folder: Path) -> dict[str, Any]:
+        model, out = dense_model(shape), folder / "out.jsonl"
+        task = {
+            "contender": part.contender,
+            "vocab_size": model.vocab_size,
+            "width": model.width,
+            "num_layers": model.num_layers,
+            "num_heads": model.num_heads,
+            "num_kv_heads": model.num_kv_heads,
+            "ffn_width": model.ffn_width,
+            "length": shape.length,
+            "sequences": shape.sequences,
+            "micro_batch": micro_batch,
+            "steps": WARMUP_STEPS + shape.timed_steps,
+            "device": self.device,
+            "out": str(out),
+        }
+        (folder / "task.json").write_text(json.dumps(task))
+        program = Path(__file__).with_name("peers.py")
+        error = self._run([sys.executable, str(program), str(folder / "task.json")], folder)
+        rows = [row for row in lines_of(out) if "seconds" in row]
+        result = measured(shape, micro_batch, [row["seconds"] for row in rows], error)
+        if result["tokens_per_s"] is not None:
+            rate = peak(torch.device(self.device), torch.bfloat16).flops_per_s
+            result["mfu"] = result["tokens_per_s"] * model_flops_per_token(shape) / rate
+            result["peak_bytes"] = max(row["peak_bytes"] for row in rows)
+        return result
+
+    def _run(self, command: list[str], folder: Path) -> str | None:
+        """Run until it ends or the time is over; what went wrong, None if nothing did."""
+        environment = {
+            **os.environ,
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONUNBUFFERED": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+        }
+        log = folder / "log.txt"
+        with log.open("wb") as file:
+            process = subprocess.Popen(
+                command, env=environment, stdout=file, stderr=file, start_new_session=True
+            )
+            try:
+                process.wait(min(threading.TIMEOUT_MAX, max(1.0, self.until - time.monotonic())))
+            except subprocess.TimeoutExpired:
+                return "the time was over"
+            finally:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+        if process.returncode == 0:
             return None
-        raise RuntimeError(f"{command} failed:\n{finished.stdout}\n{finished.stderr}")
-    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    timed = rows[WARMUP_STEPS:]
-    assert len(timed) == variant.timed_steps, len(timed)
-    facts = json.loads((folder / "run" / "run.json").read_text())
+        text = log.read_text(errors="replace")
+        return OUT_OF_MEMORY if OUT_OF_MEMORY in text else text[-1500:]
+
+
+def merged(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """A tree with the keys of ``changes`` laid over it, section by section."""
+    found = dict(tree)
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(found.get(key), dict)
+        found[key] = merged(found[key], value) if both else value
+    return found
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of a file of JSON; none if it is not there."""
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def measured(
+    shape: Shape, micro_batch: int, seconds: list[float], error: str | None
+) -> dict[str, Any]:
+    """What a run measured; of one that was cut off, if steps after the warm-up are among it."""
+    timed = seconds[WARMUP_STEPS:]
     return {
-        "model": variant.name,
-        "parameters": facts["plan"]["parameters"]["total"],
-        "compile": variant.compile,
-        "packing": packing,
-        "sequence_length": variant.sequence_length,
-        "tokens_per_step": variant.sequences * variant.sequence_length,
-        "micro_batch_sequences": micro_batch,
-        "tokens_per_s": statistics.median(row["tokens_per_s"] for row in timed),
-        "mfu": statistics.median(row["mfu"] for row in timed),
-        "flops_per_token": facts["plan"]["flops_per_token"],
-        "peak": facts["peak"],
-        "peak_bytes": rows[-1]["peak_bytes"],
-        "first_step_s": rows[0]["time_s"],
-        "wall_s": wall,
-        "first_loss": rows[0]["loss"],
-        "step_seconds": [row["time_s"] for row in rows],
+        "micro_batch": micro_batch,
+        "length": shape.length,
+        "step_seconds": seconds,
+        "tokens_per_s": shape.tokens / statistics.median(timed) if timed else None,
+        "first_step_s": seconds[0] if seconds else None,
+        "error": error,
     }
 
 
-def measure(variant: Variant, packing: str, scratch: Path) -> dict[str, Any]:
-    """The variant with its largest micro-batch that fits."""
-    for micro_batch in variant.micro_batches:
-        folder = scratch / "variant"
-        result = attempt(variant, micro_batch, packing, folder)
-        shutil.rmtree(folder)
-        if result is not None:
-            return result
-        print(f"{variant.name}: micro-batch {micro_batch} does not fit, trying less", flush=True)
-    raise RuntimeError(f"{variant.name} does not fit this GPU even with the smallest micro-batch")
+class Results:
+    """The file of results: parts by name, each with the call that measured it."""
+
+    def __init__(self, path: Path, facts: dict[str, Any]) -> None:
+        self._path = path
+        if path.exists():
+            self._tree = json.loads(path.read_text(encoding="utf-8"))
+            differ = [key for key in facts if self._tree["facts"][key] != facts[key]]
+            if differ:
+                raise SystemExit(
+                    f"{path} was measured with another {differ[0]}; give another --out"
+                )
+        else:
+            self._tree = {"facts": facts, "calls": [], "parts": {}}
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        self._tree["calls"].append({"date": now, "command": sys.argv})
+
+    def __contains__(self, name: str) -> bool:
+        return self.of(name) is not None
+
+    def of(self, name: str) -> dict[str, Any] | None:
+        """A part that has a rate."""
+        found = self._tree["parts"].get(name)
+        return found if found and found["tokens_per_s"] is not None else None
+
+    def add(self, name: str, result: dict[str, Any]) -> None:
+        result["call"] = len(self._tree["calls"])
+        self._tree["parts"][name] = result
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.write_text(json.dumps(self._tree, indent=1) + "\n", encoding="utf-8")
+
+    def why_not(self, name: str) -> str:
+        found = self._tree["parts"].get(name)
+        return "not yet measured" if found is None else str(found["error"]).strip()[-100:]
 
 
-def line(result: dict[str, Any]) -> str:
-    compiled = "compiled" if result["compile"] else "eager"
-    verdict = "met" if result["mfu"] >= MFU_GOAL else "NOT MET"
-    return (
-        f"| {result['model']} | {compiled} | {result['packing']} | "
-        f"{result['micro_batch_sequences']} x {result['sequence_length']} | "
-        f"{result['tokens_per_s']:.0f} | {100 * result['mfu']:.1f} % | "
-        f"{result['peak_bytes'] / 2**30:.1f} GiB | {result['first_step_s']:.0f} s | "
-        f"MFU >= {100 * MFU_GOAL:.0f} %: {verdict} |"
-    )
+def table(results: Results) -> str:
+    """The measured parts and their ratios, as markdown."""
+    lines = [
+        "| part | micro-batch | tokens/s | MFU | peak memory | first step | goal |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for part in PARTS:
+        found = results.of(part.name)
+        if found is None:
+            lines.append(f"| {part.name} | {results.why_not(part.name)} | | | | | |")
+            continue
+        goal = ""
+        if part.mfu_goal is not None:
+            verdict = "met" if found["mfu"] >= part.mfu_goal else "NOT MET"
+            goal = f"MFU >= {100 * part.mfu_goal:.0f} %: {verdict}"
+        lines.append(
+            f"| {part.name} | {found['micro_batch']} x {found['length']} "
+            f"| {found['tokens_per_s']:,.0f} | {100 * found['mfu']:.1f} % "
+            f"| {found['peak_bytes'] / 2**30:.1f} GiB | {found['first_step_s']:.0f} s | {goal} |"
+        )
+    lines += ["", "| tokens/s of | over | ratio | goal | peak memory |", "|---|---|---|---|---|"]
+    lines += [line_of(ratio, results) for ratio in RATIOS]
+    return "\n".join(lines)
+
+
+def line_of(ratio: Ratio, results: Results) -> str:
+    """A ratio's row; ratios are of one call alone."""
+    one, other = results.of(ratio.part), results.of(ratio.over)
+    if one is None or other is None or one["call"] != other["call"]:
+        return f"| {ratio.part} | {ratio.over} | not yet measured in one call | | |"
+    value = one["tokens_per_s"] / other["tokens_per_s"]
+    goal = memory = ""
+    if ratio.goal is not None:
+        goal = f">= {ratio.goal:.2f}: {'met' if value >= ratio.goal else 'NOT MET'}"
+    if ratio.less_memory and other["peak_bytes"]:
+        share = one["peak_bytes"] / other["peak_bytes"]
+        memory = f"{share:.2f}: {'met' if share < 1 else 'NOT MET'}"
+    return f"| {ratio.part} | {ratio.over} | {value:.3f} | {goal} | {memory} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--only", choices=("125m", "1b"), action="append")
-    parser.add_argument("--compile", choices=("yes", "no", "both"), default="both")
-    parser.add_argument("--packing", choices=("concatenated", "per_document"), action="append")
-    parser.add_argument("--micro-batch", type=int, action="append", help="sizes to try, in order")
-    parser.add_argument("--out", type=Path, default=None, help="JSON file to write")
+    parser.add_argument("--seconds", type=float, default=470, help="time of the whole call")
+    names = [part.name for part in PARTS]
+    parser.add_argument("--only", choices=names, action="append", help="parts; default all")
+    parser.add_argument("--out", type=Path, default=None, help="file of results, JSON")
+    parser.add_argument("--check", action="store_true", help="tiny models on the CPU")
     given = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("skipped: this benchmark needs a CUDA device, and torch sees none")
+    until = math.inf if given.check else time.monotonic() + given.seconds
+    if not given.check and not torch.cuda.is_available():
+        print(
+            "skipped: this benchmark needs a CUDA device, and torch sees none (--check rehearses)"
+        )
         return
-    today = datetime.date.today().isoformat()
-    name = torch.cuda.get_device_name().lower().replace(" ", "-")
-    out = given.out or Path(__file__).parents[1] / "results" / f"throughput-{name}-{today}.json"
-    results = []
-    wanted = {"yes": (True,), "no": (False,), "both": (True, False)}[given.compile]
+    device = "cpu" if given.check else "cuda"
+    name = "check" if given.check else torch.cuda.get_device_name().lower().replace(" ", "-")
+    default = f"throughput-{name}-{datetime.date.today().isoformat()}.json"
+    facts = {"device": name, "commit": commit(), "versions": versions(), "warmup": WARMUP_STEPS}
+    out = given.out or Path(__file__).parents[1] / "results" / default
+    results = Results(out, facts)
     place = MEMORY_FOLDER if MEMORY_FOLDER.is_dir() else None
-    print("| model | | packing | micro-batch | tokens/s | MFU | peak memory | first step | goal |")
-    print("|---|---|---|---|---|---|---|---|---|", flush=True)
-    with tempfile.TemporaryDirectory(prefix="allometry-throughput-", dir=place) as folder:
-        write_random_store(Path(folder) / "random", 20_000_000, 50_000, mean_length=1024)
-        for variant in variants(given.only, given.micro_batch):
-            if variant.compile not in wanted:
+    with tempfile.TemporaryDirectory(prefix="allometry-throughput-", dir=place) as scratch:
+        tokens = 200_000 if given.check else 20_000_000
+        vocabulary = 500 if given.check else 30_000
+        write_random_store(Path(scratch) / "random", tokens, vocabulary, mean_length=MEAN_DOCUMENT)
+        bench = Bench(REHEARSED if given.check else SHAPES, device, Path(scratch), until)
+        for part in PARTS:
+            if part.name in results or (given.only and part.name not in given.only):
                 continue
-            for packing in given.packing or ("concatenated",):
-                results.append(measure(variant, packing, Path(folder)))
-                print(line(results[-1]), flush=True)
-                record = {
-                    "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-                    "command": sys.argv,
-                    "commit": commit(),
-                    "device": torch.cuda.get_device_name(),
-                    "versions": versions(),
-                    "warmup_steps": WARMUP_STEPS,
-                    "results": results,
-                }
-                out.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"written to {out}")
+            if time.monotonic() + part.seconds > until:
+                print(f"{part.name}: no time left for its {part.seconds} s", flush=True)
+                continue
+            begun = time.monotonic()
+            result = bench.measure(part)
+            results.add(part.name, {**result, "shape": asdict(bench.shapes[part.shape])})
+            rate = result["tokens_per_s"]
+            said = f"{rate:,.0f} tokens/s" if rate else str(result["error"])
+            print(f"{part.name}: {said} ({time.monotonic() - begun:.0f} s)", flush=True)
+    print(f"written to {out}\n")
+    print(table(results))
 
 
 if __name__ == "__main__":
