@@ -237,6 +237,19 @@ def run_titan(task: Task, watch: Watch) -> None:
     spec.build_dataloader_fn = lambda **_: Tokens()
     register_train_spec("same", spec)
     config = JobConfig()
+    _configure_titan(config, task)
+    init_logger()
+    with tempfile.TemporaryDirectory(prefix="allometry-titan-") as folder:
+        config.job.dump_folder = folder
+        trainer = Timed(config)
+        assert trainer.model_parts[0].layers["0"].feed_forward.w1.weight.shape[0] == task.ffn_width
+        watch.start()
+        trainer.train()
+        trainer.close()
+    torch.distributed.destroy_process_group()
+
+
+def _configure_titan(config: Any, task: Task) -> None:
     config.model.name = config.model.flavor = "same"
     config.metrics.log_freq = 1_000_000  # its log resets the peak of memory
     config.optimizer.lr, config.training.max_norm = LR, CLIP
@@ -248,15 +261,6 @@ def run_titan(task: Task, watch: Watch) -> None:
     config.compile.enable = True
     config.checkpoint.enable = False
     config.comm.trace_buf_size = 0
-    init_logger()
-    with tempfile.TemporaryDirectory(prefix="allometry-titan-") as folder:
-        config.job.dump_folder = folder
-        trainer = Timed(config)
-        assert trainer.model_parts[0].layers["0"].feed_forward.w1.weight.shape[0] == task.ffn_width
-        watch.start()
-        trainer.train()
-        trainer.close()
-    torch.distributed.destroy_process_group()
 
 
 def _multiple_of(task: Task) -> int:
