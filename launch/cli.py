@@ -25,6 +25,7 @@ COMMANDS: Commands = {
     "prepare": (runs.Prepare, "runs.prepare:prepared"),
     "convert": (runs.Convert, "runs.convert:converted"),
     "verify": (studies.Verify, "studies.verify:verified"),
+    "selftest": (studies.SelfTest, "studies.selftest:tested"),
     "doctor": (runs.Doctor, "runs.doctor:examined"),
     "suggest": (studies.Suggest, "studies.suggest:suggested"),
     "coordcheck": (studies.CoordCheck, "studies.coordcheck:checked"),

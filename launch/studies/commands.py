@@ -24,6 +24,20 @@ class Verify(ConfigCommand):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SelfTest(ConfigCommand):
+    """Test the machines that CONFIG will run on, under torchrun: the first thing on new hardware.
+
+    Sends every message of a step, checks and times it; compares one step's gradients of a small
+    model in the same layout with one rank's; measures devices and the disk. Ends with code 1 where
+    something is wrong. python -m allometry.launch.torchrun ... -m allometry.launch.selftest CONFIG
+    """
+
+    out: Path = option("where the measurements go, JSON", Path("selftest.json"), "-o")
+    seconds: float = option("about how long messages may take", 45.0, min=1.0)
+    disk_mib: int = option("MiB that each rank writes and reads", 256, min=1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Suggest(ConfigCommand):
     """Say what published laws hold for CONFIG: learning rate, batch, schedule, where to tune.
 

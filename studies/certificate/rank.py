@@ -125,7 +125,7 @@ def _layout(job: Job, rank: int, scratch: Path) -> None:
         kept = torch.load(scratch / "alone" / f"steps-{dtype}.pt", mmap=True)
         wanted = certificate.StepsResult(**kept)
         with open_mesh(config.parallel, CPU) as mesh:
-            mine = _batches_of_rank(config, mesh, _count(tolerance))
+            mine = batches_of_rank(config, mesh, _count(tolerance))
             result = certificate.layout_steps(config, mesh, mine)
             held = {name for names in mesh.gather_objects(set(result.gradients)) for name in names}
             assert held == set(wanted.gradients), held ^ set(wanted.gradients)
@@ -159,7 +159,7 @@ def batches(config: RunConfig, count: int) -> list[list[DeviceBatch]]:
     return steps
 
 
-def _batches_of_rank(config: RunConfig, mesh: Mesh, count: int) -> list[list[DeviceBatch]]:
+def batches_of_rank(config: RunConfig, mesh: Mesh, count: int) -> list[list[DeviceBatch]]:
     """This rank's micro-batches of the same steps, as the trainer feeds them."""
     stream = open_stream(config.data, config.run.seed)
     plan = RunPlan.of(config, mesh.world_size)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import shutil
 import tempfile
 import time
@@ -27,16 +26,14 @@ from allometry.configs.execution import ContextConfig
 from allometry.configs.layouts import parse_parallel
 from allometry.configs.loader import dump
 from allometry.configs.run import RunConfig
-from allometry.data.synthetic import write_random_store
 from allometry.interop.huggingface.convert import export_hf
-from allometry.scaling.layout import Layout
 from allometry.studies.certificate import rank as verify_rank
 from allometry.studies.certificate.rank import TOLERANCE, Job
+from allometry.studies.certificate.small import STEPS, longest, small_run, smallest_batch
 from allometry.trainer.record import writer as record
 from allometry.trainer.state.folder import write_atomically
 
 LOSS_TOLERANCE = 1e-5
-STEPS = 4
 _DEFAULTS = (
     "hdp=2",
     "hdp=4,zero.stage=3",
@@ -128,7 +125,7 @@ def verify(
     if not asked and config.model.kind == "moe":
         names += _EXPERT_DEFAULTS
     with tempfile.TemporaryDirectory(prefix="allometry-verify-") as scratch:
-        plain = _small(config, Path(scratch))
+        plain = small_run(config, Path(scratch))
         jobs, refused = _jobs(plain, names, Path(scratch), asked=asked)
         progress(f"{len(jobs)} layouts on up to {max(j.world_size for j in jobs)} processes")
         _run(jobs, Path(scratch), plain)
@@ -149,50 +146,6 @@ def verify(
     return certificate
 
 
-def _small(config: RunConfig, scratch: Path) -> RunConfig:
-    """The configuration with random data, a few steps and nothing on the side."""
-    sources = []
-    for index, source in enumerate(config.data.sources):
-        prefix = scratch / f"source-{index}"
-        length = _longest(config)
-        write_random_store(
-            prefix, 64 * length, config.model.vocab_size, mean_length=max(2, length // 2)
-        )
-        sources.append(source.model_copy(update={"train": str(prefix), "validation": None}))
-    data = config.data.model_copy(update={"sources": tuple(sources), "tokenizer": None})
-    text = config.model_dump(mode="json") | {
-        "data": data.model_dump(mode="json"),
-        "schedule": {"kind": "constant"},
-        "checkpoint": {"every_steps": 2, "keep_last": 10, "asynchronous": False},
-        "record": {"tensorboard": False},
-        "evaluation": {},
-    }
-    text["training"] |= {"total_tokens": None, "total_steps": STEPS, "compile": False}
-    text["training"] |= {"compute_dtype": "fp32"}
-    text["batch"] = {"sequences": _least_sequences(config), "micro_batch_sequences": 1}
-    return RunConfig.model_validate(text)
-
-
-def _longest(config: RunConfig) -> int:
-    """Tokens of the longest sequence or document."""
-    data = config.data
-    return data.max_document_tokens if data.kind == "documents" else data.sequence_length
-
-
-def _least_sequences(config: RunConfig) -> int:
-    """The smallest batch that a configuration may have.
-
-    A document of any length fits in, and in each step one begins: the heaviest source has more
-    windows of each than a document can cover (``feed.check_steps``).
-    """
-    data = config.data
-    if data.kind != "documents":
-        return 1
-    weights = [source.weight for source in data.sources]
-    windows = data.max_document_tokens // data.sequence_length + 2
-    return math.ceil(windows * sum(weights) / max(weights) + 1e-6)
-
-
 def _jobs(
     config: RunConfig, names: Sequence[str], scratch: Path, *, asked: bool
 ) -> tuple[list[Job], list[LayoutResult]]:
@@ -204,7 +157,7 @@ def _jobs(
         world_size = parallel.pp * parallel.tp * int(parallel.hdp)
         one = config.model_copy(update={"parallel": parallel})
         try:
-            _smallest_batch([one], world_size)
+            smallest_batch([one], world_size)
         except UserError as error:
             if asked:
                 raise UserError(f"--layout {name}: {error}") from None
@@ -216,7 +169,7 @@ def _jobs(
             f"no layout of {', '.join(names)} suits this model ({refused[0].refused}); name "
             "others with --layout"
         )
-    batch = _smallest_batch([job.config for job in jobs], *[job.world_size for job in jobs])
+    batch = smallest_batch([job.config for job in jobs], *[job.world_size for job in jobs])
     sized = {"batch": config.batch.model_copy(update={"sequences": batch})}
     return [
         Job(job.name, job.world_size, job.config.model_copy(update=sized), job.folder)
@@ -224,31 +177,12 @@ def _jobs(
     ], refused
 
 
-def _smallest_batch(configs: Sequence[RunConfig], *world_sizes: int) -> int:
-    """The fewest sequences of a step that every layout can run, each rank more than one of them."""
-    failure: UserError | None = None
-    least = max(_least_sequences(config) for config in configs)
-    ranks = max(int(config.parallel.hdp) for config in configs)
-    for sequences in range(max(2, least), max(129, 2 * least, 4 * ranks)):
-        try:
-            for config, world_size in zip(configs, world_sizes, strict=True):
-                sized = config.batch.model_copy(update={"sequences": sequences})
-                Layout.of(config.model_copy(update={"batch": sized}), world_size)
-        except UserError as error:
-            failure = error
-        else:
-            if sequences >= 2 * ranks:
-                return sequences
-    assert failure is not None
-    raise failure
-
-
 def _run(jobs: Sequence[Job], scratch: Path, config: RunConfig) -> None:
     """Run all jobs on as many processes as the largest needs; their results are files."""
     one: dict[str, Any] = dict.fromkeys(("pp", "tp", "ep", "hdp"), 1)
     one["zero"] = type(config.parallel.zero)()
     if config.data.kind == "documents":  # one process holds every document whole
-        one["context"] = ContextConfig(capacity_tokens=_longest(config))
+        one["context"] = ContextConfig(capacity_tokens=longest(config))
     alone = config.model_copy(
         update={"batch": jobs[0].config.batch, "parallel": config.parallel.model_copy(update=one)}
     )

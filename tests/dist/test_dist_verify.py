@@ -17,7 +17,8 @@ from allometry.data.stream import open_stream
 from allometry.launch.studies.commands import Verify
 from allometry.launch.studies.verify import verified
 from allometry.studies.certificate.rank import TOLERANCE
-from allometry.studies.certificate.verify import Certificate, LayoutResult, _small, verify
+from allometry.studies.certificate.small import small_run
+from allometry.studies.certificate.verify import Certificate, LayoutResult, verify
 from asked import about
 
 Make = Callable[..., RunConfig]
@@ -109,7 +110,7 @@ def test_every_step_of_a_certificate_begins_a_document(
         "parallel.context.capacity_tokens=512",
         f"run.seed={seed}",
     )
-    small = _small(config, tmp_path)
+    small = small_run(config, tmp_path)
     stream = open_stream(small.data, seed)
     assert isinstance(stream, DocumentStream)
     counts = [

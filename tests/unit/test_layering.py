@@ -35,6 +35,7 @@ SUB_ROOM_MAY_IMPORT = {
     },
     "interop.huggingface": set(),
     "studies.certificate": set(),
+    "studies.selftest": {"studies.certificate", "studies.rehearse"},
     "studies.sweeps": set(),
     "studies.ladder": set(),
     "launch.figures": set(),

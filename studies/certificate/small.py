@@ -1,0 +1,152 @@
+"""The smallest run that has a configuration's layout: random data, few steps, few tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from allometry.configs.errors import UserError
+from allometry.configs.model import ModelConfig
+from allometry.configs.run import RunConfig
+from allometry.data.synthetic import write_random_store
+from allometry.scaling.layout import Layout
+
+STEPS = 4
+
+
+def small_run(config: RunConfig, scratch: Path) -> RunConfig:
+    """The configuration with random data, a few steps and nothing on the side."""
+    sources = []
+    for index, source in enumerate(config.data.sources):
+        prefix = scratch / f"source-{index}"
+        length = longest(config)
+        write_random_store(
+            prefix, 64 * length, config.model.vocab_size, mean_length=max(2, length // 2)
+        )
+        sources.append(source.model_copy(update={"train": str(prefix), "validation": None}))
+    data = config.data.model_copy(update={"sources": tuple(sources), "tokenizer": None})
+    text = config.model_dump(mode="json") | {
+        "data": data.model_dump(mode="json"),
+        "schedule": {"kind": "constant"},
+        "checkpoint": {"every_steps": 2, "keep_last": 10, "asynchronous": False},
+        "record": {"tensorboard": False},
+        "evaluation": {},
+    }
+    text["training"] |= {"total_tokens": None, "total_steps": STEPS, "compile": False}
+    text["training"] |= {"compute_dtype": "fp32"}
+    text["batch"] = {"sequences": least_sequences(config), "micro_batch_sequences": 1}
+    return RunConfig.model_validate(text)
+
+
+def longest(config: RunConfig) -> int:
+    """Tokens of the longest sequence or document."""
+    data = config.data
+    return data.max_document_tokens if data.kind == "documents" else data.sequence_length
+
+
+def least_sequences(config: RunConfig) -> int:
+    """The smallest batch that a configuration may have.
+
+    A document of any length fits in, and in each step one begins: the heaviest source has more
+    windows of each than a document can cover (``feed.check_steps``).
+    """
+    data = config.data
+    if data.kind != "documents":
+        return 1
+    weights = [source.weight for source in data.sources]
+    windows = data.max_document_tokens // data.sequence_length + 2
+    return math.ceil(windows * sum(weights) / max(weights) + 1e-6)
+
+
+def smallest_batch(configs: Sequence[RunConfig], *world_sizes: int) -> int:
+    """The fewest sequences of a step that every layout can run, each rank more than one of them."""
+    failure: UserError | None = None
+    least = max(least_sequences(config) for config in configs)
+    ranks = max(int(config.parallel.hdp) for config in configs)
+    for sequences in range(max(2, least), max(129, 2 * least, 4 * ranks)):
+        try:
+            for config, world_size in zip(configs, world_sizes, strict=True):
+                sized = config.batch.model_copy(update={"sequences": sequences})
+                Layout.of(config.model_copy(update={"batch": sized}), world_size)
+        except UserError as error:
+            failure = error
+        else:
+            if sequences >= 2 * ranks:
+                return sequences
+    assert failure is not None
+    raise failure
+
+
+def shrunk(config: RunConfig, world_size: int) -> RunConfig:
+    """Return a configuration with the same layout and kinds of modules, and as small a model.
+
+    Widths, heads, vocabulary and sequences become as small as ``tp`` and ``ep`` allow, and there
+    are only as many layers as the pipeline needs. A parameterization may refuse a width, so
+    several are tried. Raises UserError where the configuration's own layout cannot be.
+    """
+    degrees = Layout.of(config, world_size).degrees
+    failure: Exception | None = None
+    for layers in _doubled(config.model.num_layers):
+        for head_dim in (8, 16, 32, 64, 128):
+            tree = config.model_dump(mode="json")
+            tree["model"] |= _sizes(config.model, degrees.tp, layers, head_dim)
+            tree["parallel"]["hdp"] = degrees.hdp
+            _shorten(tree, degrees.tp)
+            try:
+                found = RunConfig.model_validate(tree)
+                Layout.of(found, world_size)
+            except (UserError, ValueError) as error:
+                failure = error
+                continue
+            return found
+    raise UserError(f"no smaller model has this layout ({failure})")
+
+
+def _doubled(most: int) -> Iterator[int]:
+    count = 1
+    while count < most:
+        yield count
+        count *= 2
+    yield most
+
+
+def _sizes(model: ModelConfig, tp: int, layers: int, head_dim: int) -> dict[str, Any]:
+    """Keys of a model section: the fewest heads that tp can share, and widths to match."""
+    kv_heads = model.num_kv_heads or model.num_heads
+    kv_shared = math.lcm(tp, 2) if kv_heads % 2 == 0 else tp
+    groups = model.num_heads // kv_heads
+    heads = groups * kv_shared
+    sizes: dict[str, Any] = {
+        "num_layers": layers,
+        "num_heads": heads,
+        "num_kv_heads": kv_shared,
+        "head_dim": head_dim,
+        "width": heads * head_dim,
+        "vocab_size": min(model.vocab_size, max(128, 8 * tp)),
+    }
+    if model.kind == "dense":
+        return sizes | {"ffn_width": 16 * math.lcm(tp, 2)}
+    if model.ffn_width is not None:
+        sizes["ffn_width"] = 16 * math.lcm(tp, 2)
+        sizes["first_dense_layers"] = min(model.first_dense_layers, layers - 1)
+    experts = model.experts.model_dump(mode="json") | {"width": 8 * math.lcm(tp, 2)}
+    if "latent_width" in experts:
+        experts["latent_width"] = 16
+    return sizes | {"experts": experts}
+
+
+def _shorten(tree: dict[str, Any], tp: int) -> None:
+    """Make sequences, or documents and what ranks hold of them, short, in the same proportion."""
+    data = tree["data"]
+    short = 32 * tp
+    if data["kind"] == "documents":
+        capacity = tree["parallel"]["context"]["capacity_tokens"]
+        longest = data["max_document_tokens"]
+        tree["parallel"]["context"]["capacity_tokens"] = short
+        data["max_document_tokens"] = max(2, short * longest // capacity)
+    data["sequence_length"] = min(data["sequence_length"], short)
+    tree["batch"] |= {"ramp": None}
+    tree["training"] |= {"total_tokens": None, "total_steps": STEPS, "compile": False}
+    tree["schedule"] = {"kind": "constant"}

@@ -1,0 +1,1 @@
+"""``allometry.launch.selftest``: whether these machines can run a configuration, and how fast."""
