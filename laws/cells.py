@@ -41,10 +41,11 @@ def row_notes(
     copies = int((copies_n != np.arange(len(observations))).sum())
     if copies:
         row = int(np.argmax(copies_n != np.arange(len(observations))))
+        first = int(copies_n[row])
         notes.append(
             f"{copies} of {len(observations)} rows are copies of others in {', '.join(names)} and "
-            f"{target} (first: {_place(observations, row)}), and count twice; remove them unless "
-            "they are runs of their own"
+            f"{target} (row {row + 1} is row {first + 1} again, {observations.groups[first]}), and "
+            "count twice; remove them unless they are runs of their own"
         )
     if grouped:
         return notes
@@ -91,7 +92,3 @@ def _first_alike(observations: Observations, names: Sequence[str]) -> NDArray[np
         return np.arange(len(observations))
     _, first, index_n = np.unique(np.stack(known), axis=1, return_index=True, return_inverse=True)
     return np.asarray(first[index_n.reshape(-1)])
-
-
-def _place(observations: Observations, row: int) -> str:
-    return f"row {row + 1}, {observations.groups[row]}"

@@ -146,6 +146,11 @@ def _examined(best: Fit, asked: FitCommand) -> Result:
     else:
         samples = 0 if sampled is None else len(sampled)
         held = hold_out_largest(best.form, rows, by, best.options, samples=samples)
+        if held.fold is not None and (open_ones := held.fold.unidentified):
+            notes.append(
+                f"the rows that are not held out cannot identify {', '.join(open_ones)}, so the "
+                "held-out error says little of the law and has no intervals; hold out fewer"
+            )
     notes += held.notes
     return Result(best, sampled, Errors(held, how), notes)
 

@@ -22,6 +22,7 @@ from allometry.laws.forms.base import Form
 from allometry.laws.hyperparameters import sweep_optima
 from allometry.laws.observations import Observations
 from allometry.laws.tables import is_table, read_table
+from allometry.trainer.record.format import first_names
 from allometry.trainer.record.rates import planned_rates
 
 SWEPT = ("N", "D", "lr", "B", "loss")
@@ -95,7 +96,7 @@ def rows_with(
         observations = smooth_checkpoints(observations, names, window=rows.smooth)
     for name in rows.drop:
         if name not in observations.groups:
-            known = ", ".join(dict.fromkeys(observations.groups))
+            known = first_names(list(dict.fromkeys(observations.groups)), 8)
             raise UserError(f"--drop {name!r} is no group of the rows; the groups are {known}")
     kept = ~np.isin(np.array(observations.groups), list(rows.drop))
     if not kept.any():
@@ -109,11 +110,22 @@ def assignments(texts: Sequence[str], flag: str) -> dict[str, str]:
     for text in texts:
         name, sign, value = (part.strip() for part in text.partition("="))
         if not (name and sign and value):
-            raise UserError(f"{flag} {text!r} is not NAME=VALUE; write as {flag} N=1e9")
+            raise UserError(f"{flag} {text!r} is not NAME=VALUE; {_form_of(flag)}")
         if name in assigned:
             raise UserError(f"{flag} gives {name} twice; give it once")
         assigned[name] = value
     return assigned
+
+
+def _form_of(flag: str) -> str:
+    """How a text of NAME=VALUE is written for this option."""
+    forms = {
+        "--map": "--map N=COLUMN, or arithmetic on columns: --map 'D=C/(6*N)'",
+        "--fix": "--fix PARAMETER=NUMBER as in --fix E=0, or the .json file of a fit",
+        "--at": "--at N=7e9,D=1.4e11",
+        "--with": "--with INPUT=NUMBER as in --with N=7e9",
+    }
+    return f"write as {forms.get(flag, f'{flag} DOMAIN=NUMBER, as in {flag} code=0.5')}"
 
 
 def numbers(texts: Mapping[str, str], flag: str) -> dict[str, float]:
@@ -125,7 +137,7 @@ def numbers(texts: Mapping[str, str], flag: str) -> dict[str, float]:
         except ValueError:
             values[name] = math.nan
         if not math.isfinite(values[name]):
-            raise UserError(f"{flag} {name}={text} is no number; write as {name}=1e9")
+            raise UserError(f"{flag} {name}={text} is no number; give one such as 0.5 or 7e9")
     return values
 
 

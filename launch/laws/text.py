@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from allometry.launch.text import finite, number, table
+from allometry.launch.text import counted, finite, number, table
 from allometry.laws.fit.certificate import Certificate
 from allometry.laws.fit.validate import HeldOut
 
@@ -92,7 +92,7 @@ class Errors:
         """Return mean, maximum and coverage as a sentence."""
         words = (
             f"{self.say(self.mean)} in the mean, {self.say(self.max)} at most, over "
-            f"{len(self.sizes)} rows ({self.how})"
+            f"{counted(len(self.sizes), 'row')} ({self.how})"
         )
         if (covered := self.held_out.covered) is None:
             return words

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -130,13 +130,18 @@ def save_ladder(plan: LadderPlan) -> None:
     (plan.folder / LADDER).write_text(out.getvalue(), encoding="utf-8")
 
 
+def rungs_of_law(plan: LadderPlan) -> list[PlannedRun]:
+    """The rungs with the target's schedule."""
+    schedule = plan.target.schedule if plan.target else plan.rungs[0].schedule
+    return [run for run in plan.rungs if run.schedule == schedule]
+
+
 def fitted_rungs(plan: LadderPlan) -> list[PlannedRun]:
     """The rungs that the law is fitted to: those with the target's schedule.
 
     Raises UserError: some of them are not done, or are not what the ladder now says.
     """
-    schedule = plan.target.schedule if plan.target else plan.rungs[0].schedule
-    rungs = [run for run in plan.rungs if run.schedule == schedule]
+    rungs = rungs_of_law(plan)
     for run in rungs:
         check_stored(run)
     missing = [run.name for run in rungs if state_of(run).stage != "done"]
@@ -170,7 +175,8 @@ def predict(plan: LadderPlan, *, again: bool) -> Prediction:
 
     A prediction stands once its target is trained: then only the measurement is added, unless a new
     one is asked for ``again``, which says that it came after. One that stands although the ladder
-    has another law, loss or count since carries a warning, which is not kept. Raises UserError.
+    fits another law, or otherwise, or to other rungs since carries a warning, which is not kept.
+    Raises UserError.
     """
     target = plan.target
     if target is None:
@@ -187,7 +193,12 @@ def predict(plan: LadderPlan, *, again: bool) -> Prediction:
         assert stored.bootstrap is not None
         stage: TargetState = "done" if state.stage == "done" else "partial" if begun else "planned"
         prediction = predict_target(
-            stored.fit, stored.bootstrap, describe(plan, target), state=stage, step=state.step
+            stored.fit,
+            stored.bootstrap,
+            describe(plan, target),
+            state=stage,
+            step=state.step,
+            runs=[run.name for run in rungs_of_law(plan)],
         )
     changed = _since(plan, target, prediction)
     if state.stage == "done" and "loss" not in changed:
@@ -208,6 +219,24 @@ def _since(plan: LadderPlan, target: PlannedRun, prediction: Prediction) -> dict
             f"counts N={prediction.target.get('N')}, and the ladder now counts {target.parameters} "
             f"({plan.ladder.count})"
         )
+    if prediction.fix not in (None, plan.ladder.fix):
+        other["fix"] = (
+            f"was fitted with {_held(prediction.fix)} fixed, and the ladder now fixes "
+            f"{_held(plan.ladder.fix)}"
+        )
+    if prediction.bootstraps not in (None, plan.ladder.bootstraps):
+        other["bootstraps"] = (
+            f"has an interval of {prediction.bootstraps} bootstraps, and the ladder now says "
+            f"{plan.ladder.bootstraps}"
+        )
+    rungs = {run.name for run in rungs_of_law(plan)}
+    if prediction.runs is not None and set(prediction.runs) != rungs:
+        gone, new = sorted(set(prediction.runs) - rungs), sorted(rungs - set(prediction.runs))
+        other["rungs"] = "is of other rungs than the ladder now has: " + "; ".join(
+            f"{word} {first_names(names)}"
+            for word, names in (("of", gone), ("not of", new))
+            if names
+        )
     rung = plan.rungs[0]
     if state_of(rung).stage == "done":
         loss = LossChoice.parse(plan.ladder.loss).describe(read_run(rung.folder))
@@ -218,6 +247,11 @@ def _since(plan: LadderPlan, target: PlannedRun, prediction: Prediction) -> dict
             )
     again = "allometry ladder predict --again makes a new one"
     return {key: f"this prediction {text}; {again}" for key, text in other.items()}
+
+
+def _held(fixed: Mapping[str, float] | None) -> str:
+    """Which parameters are not fitted."""
+    return ", ".join(f"{name}={value:g}" for name, value in (fixed or {}).items()) or "nothing"
 
 
 def describe(plan: LadderPlan, run: PlannedRun) -> dict[str, Any]:
