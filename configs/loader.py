@@ -74,9 +74,14 @@ def validate_as(root: type[Root], tree: Tree) -> Root:
 
 def dump(config: RunConfig) -> str:
     """YAML text that ``load`` reads back as an equal run; every default is written out."""
+    return yaml_text(config.model_dump(mode="json"))
+
+
+def yaml_text(plain: Mapping[str, Any]) -> str:
+    """Plain values as YAML, a key a line."""
     out, yaml = StringIO(), YAML(typ="rt")
     yaml.default_flow_style, yaml.width = False, 100
-    yaml.dump(config.model_dump(mode="json"), out)
+    yaml.dump(plain, out)
     return out.getvalue()
 
 

@@ -10,6 +10,7 @@ from typing import Any, get_args
 import numpy as np
 
 from allometry.configs.errors import UserError
+from allometry.configs.format import first_names
 from allometry.configs.run import RunConfig
 from allometry.launch.laws.commands import Rows
 from allometry.laws.cells import by_cell, row_notes
@@ -22,7 +23,6 @@ from allometry.laws.forms.base import Form
 from allometry.laws.hyperparameters import sweep_optima
 from allometry.laws.observations import Observations
 from allometry.laws.tables import is_table, read_table
-from allometry.trainer.record.format import first_names
 from allometry.trainer.record.rates import planned_rates
 
 SWEPT = ("N", "D", "lr", "B", "loss")

@@ -5,15 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from io import StringIO
 from pathlib import Path
 from typing import Any, Literal
 
-from ruamel.yaml import YAML
-
 from allometry.configs.errors import UserError
+from allometry.configs.format import duration, first_names
 from allometry.configs.ladder import SbatchLaunch, load_ladder
-from allometry.configs.loader import PRESET
+from allometry.configs.loader import PRESET, yaml_text
 from allometry.launch.studies.ladder import text
 from allometry.laws.areas import areas_of
 from allometry.laws.fit.store import load_fit, save_fit
@@ -36,7 +34,6 @@ from allometry.studies.ladder.run import Ended, train_runs, write_config
 from allometry.studies.ladder.sbatch import write_scripts
 from allometry.studies.ladder.share import PlannedRun
 from allometry.studies.ladder.state import check_stored, only_one, state_of
-from allometry.trainer.record.format import duration, first_names
 
 Only = Literal["rungs", "target"]
 Say = Callable[[str], None]
@@ -123,11 +120,7 @@ def save_ladder(plan: LadderPlan) -> None:
     plain = plan.ladder.model_dump(mode="json")
     if not plan.ladder.base.startswith(PRESET):
         plain["base"] = str(Path(plan.ladder.base).resolve())
-    out, yaml = StringIO(), YAML(typ="rt")
-    yaml.default_flow_style = False
-    yaml.width = 100
-    yaml.dump(plain, out)
-    (plan.folder / LADDER).write_text(out.getvalue(), encoding="utf-8")
+    (plan.folder / LADDER).write_text(yaml_text(plain), encoding="utf-8")
 
 
 def rungs_of_law(plan: LadderPlan) -> list[PlannedRun]:

@@ -8,10 +8,10 @@ import pytest
 
 from allometry.launch.laws.commands import Laws
 from allometry.launch.laws.compare import law_names
-from allometry.launch.laws.list import listed, overview, page_line
+from allometry.launch.laws.list import listed, overview, reads
 from allometry.launch.laws.text import certificate_words, narrowed
 from allometry.laws.fit.certificate import Certificate
-from allometry.laws.forms.base import LOSS_UNIT
+from allometry.laws.forms.base import LOSS_UNIT, Form
 from allometry.laws.registry import all_forms, form_named
 from shell import Shell
 
@@ -75,6 +75,12 @@ def test_the_registry_is_listed(shell: Shell) -> None:
         assert words in text
     for name in all_forms():
         assert form_named(name).source in listed(Laws(name=name)).text
+
+
+def page_line(form: Form) -> str:
+    """A law's line in the table of docs/laws.md."""
+    cells = [f"`{form.name}`", form.target.name, reads(form), f"`{form.equation}`", form.source]
+    return "| " + " | ".join(cells) + " |"
 
 
 def test_the_page_lists_the_registry() -> None:
