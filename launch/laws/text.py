@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from allometry.launch.text import counted, finite, number, table
 from allometry.laws.fit.certificate import Certificate
+from allometry.laws.fit.engine import Fit
 from allometry.laws.fit.validate import HeldOut
 
 WIDEST = 88
@@ -52,6 +53,24 @@ def certificate_words(certificate: Certificate) -> list[str]:
         else "no parameter is at a bound"
     )
     return words
+
+
+def doubts(fit: Fit) -> list[str]:
+    """Return why to be wary of a fit beyond its data, though it has intervals."""
+    found = []
+    if loose := fit.certificate.loose:
+        found.append(
+            f"the data hardly say what {', '.join(loose)} of {fit.form.name} "
+            f"{'is' if len(loose) == 1 else 'are'}: beyond the fitted range be wary of the "
+            "prediction and of its interval"
+        )
+    at_bounds = [name for name in fit.certificate.at_bounds if name not in fit.vanished]
+    if at_bounds:
+        found.append(
+            f"the data want {', '.join(at_bounds)} of {fit.form.name} outside of what the law "
+            "allows, so it may not be their law: compare it with others (allometry compare)"
+        )
+    return found
 
 
 @dataclass(frozen=True)
