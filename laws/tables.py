@@ -40,9 +40,6 @@ def read_table(
 ) -> Observations:
     """Return rows of one or more tables that have the same columns: CSV, .tsv, .jsonl; .gz too.
 
-    Of CSV without a comma in its header cells are separated by semicolons or tabs. JSON Lines hold
-    an object a row, whose missing keys are empty cells.
-
     ``names``: what is wanted, each a column of the files, or what ``mapping`` says of it: a column
     or arithmetic on columns, ``{"N": "Model Size", "D": "C/(6*N)"}``. In arithmetic a name is
     another one of the mapping, else a column; a column's name with other signs in it stands in
@@ -178,6 +175,7 @@ _Cells = list[tuple[list[str], int]]
 
 
 def _csv_cells(path: Path, text: str) -> _Cells:
+    """Cells between commas (.tsv: tabs), or what stands in a header that has none of them."""
     usual = "\t" if ".tsv" in path.name.lower() else ","
     first = text.partition("\n")[0]
     delimiter = next((one for one in (usual, ";", "\t", ",") if one in first), usual)
@@ -189,6 +187,7 @@ def _csv_cells(path: Path, text: str) -> _Cells:
 
 
 def _json_cells(path: Path, text: str) -> _Cells:
+    """Objects, one a line; a key that one lacks is an empty cell."""
     rows: list[tuple[dict[str, Any], int]] = []
     for line, row in enumerate(text.splitlines(), start=1):
         if not row.strip():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -24,9 +25,10 @@ def narrowed(rows: Sequence[Sequence[str]], inputs: int) -> str:
     same = [i for i in range(inputs) if len({row[i] for row in rows[1:]}) == 1]
     if not same or max(map(len, text.splitlines())) <= WIDEST:
         return text
-    at = ", ".join(f"{rows[0][i]} = {rows[1][i]}" for i in same)
+    said = "at " + ", ".join(f"{rows[0][i]} = {rows[1][i]}" for i in same)
+    at = fill(said, WIDEST, break_long_words=False, break_on_hyphens=False)
     kept = [[cell for i, cell in enumerate(row) if i not in same] for row in rows]
-    return f"at {at}\n{table(kept)}"
+    return f"{at}\n{table(kept)}"
 
 
 def certificate_words(certificate: Certificate) -> list[str]:
