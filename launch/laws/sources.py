@@ -189,8 +189,9 @@ def _of_tables(
     curve: bool,
 ) -> Observations:
     if curve:
-        curves = curves_from_tables(rows.sources, mapping=mapping, warmup_steps=rows.warmup)
-        return derive(curves, where=rows.where, name="the tables") if rows.where else curves
+        return curves_from_tables(
+            rows.sources, mapping=mapping, where=rows.where, warmup_steps=rows.warmup
+        )
     wanted = [*names, "D"] if rows.smooth is not None and "D" not in names else list(names)
     kind, _, column = (hold_out or "").partition(":")
     if kind == "largest" and column:
