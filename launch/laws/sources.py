@@ -13,7 +13,7 @@ from allometry.configs.errors import UserError
 from allometry.configs.format import first_names
 from allometry.configs.run import RunConfig
 from allometry.launch.laws.commands import Rows
-from allometry.laws.cells import by_cell, row_notes
+from allometry.laws.cells import by_cell, copies_note, row_notes
 from allometry.laws.collect import COUNTS, GROUPINGS, Unfinished, from_runs
 from allometry.laws.curves import curves_from_runs, curves_from_tables
 from allometry.laws.derive import derive
@@ -169,13 +169,18 @@ def _check_options(rows: Rows, *, table: bool, curve: bool) -> None:
             )
 
 
-def table_notes(rows: Rows, observations: Observations, forms: Sequence[Form]) -> list[str]:
-    """Return what is odd about the rows of tables; of run folders nothing can be."""
-    if not is_table(rows.sources[0]) or rows.sweeps or observations.curves:
+def notes_of_rows(rows: Rows, observations: Observations, forms: Sequence[Form]) -> list[str]:
+    """Return what is odd about the rows; of run folders only that some are copies."""
+    if rows.sweeps or observations.curves:
         return []
     inputs = list({one.name: one for form in forms for one in form.inputs}.values())
+    target = forms[0].target.name
+    if not is_table(rows.sources[0]):
+        known = dict.fromkeys([*(one.name for one in inputs), "D", "lr", "seed", target])
+        note = copies_note(observations, list(known))
+        return [] if note is None else [note]
     grouped = rows.group is not None
-    return row_notes(observations, inputs, forms[0].target.name, grouped=grouped)
+    return row_notes(observations, inputs, target, grouped=grouped)
 
 
 def _of_tables(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from allometry.laws.fit.engine import fit
 from allometry.laws.fit.store import save_fit
 from allometry.laws.observations import Observations
 from allometry.laws.registry import form_named
+from fake_runs import fake_run
 from shell import Shell
 
 QUICK = ("--starts", 48, "--bootstraps", 0, "--hold-out", "none")
@@ -152,3 +154,16 @@ def test_a_parameter_at_a_bound_is_warned_of_by_what_predicts(
     small = written(tmp_path / "small.csv", {"N": n, "D": d, "loss": 480 / n**0.35 + 99 / d**0.37})
     shell("fit", "chinchilla", small, *quick, "--hold-out", "none", "--out", kept)
     assert "outside of what the law allows" not in shell("predict", kept, "N=1e10", "D=1e11")
+
+
+def test_a_copied_run_folder_is_named(shell: Shell, tmp_path: Path) -> None:
+    for width in (16, 32, 64):
+        for steps in (40, 80):
+            name = f"w{width}-s{steps}"
+            fake_run(tmp_path / "runs" / name, f"training.total_steps={steps}", width=width)
+    asked = ("fit", "unique_data_tied", tmp_path / "runs", *QUICK)
+    assert "are copies" not in shell(*asked)
+    shutil.copytree(tmp_path / "runs" / "w16-s40", tmp_path / "runs" / "w16-s40-copy")
+    assert any("1 of 7 rows are copies of others in N, D" in n for n in shell.json(*asked)["notes"])
+    fake_run(tmp_path / "runs" / "seed", "training.total_steps=40", "run.seed=1", width=16)
+    assert any(n.startswith("1 of 8 rows are copies") for n in shell.json(*asked)["notes"])
