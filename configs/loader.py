@@ -74,9 +74,14 @@ def validate_as(root: type[Root], tree: Tree) -> Root:
 
 def dump(config: RunConfig) -> str:
     """YAML text that ``load`` reads back as an equal run; every default is written out."""
+    return yaml_text(config.model_dump(mode="json"))
+
+
+def yaml_text(plain: Mapping[str, Any]) -> str:
+    """Plain values as YAML, a key a line."""
     out, yaml = StringIO(), YAML(typ="rt")
     yaml.default_flow_style, yaml.width = False, 100
-    yaml.dump(config.model_dump(mode="json"), out)
+    yaml.dump(plain, out)
     return out.getvalue()
 
 
@@ -172,7 +177,7 @@ def _left_out(path: KeyPath, tree: Tree) -> str:
 
 
 def _form(path: KeyPath, root: type[BaseModel]) -> str:
-    """How a list is written, as the end of a sentence about it or a single value in it."""
+    """How a list or a mapping is written, as the end of a sentence about it or a value in it."""
     while path and isinstance(path[-1], int):
         path = path[:-1]
     for section in _models_at(root, path[:-1]):
@@ -181,6 +186,9 @@ def _form(path: KeyPath, root: type[BaseModel]) -> str:
         if item is not None:
             name = ".".join(map(str, path))
             return f"; write it as {name}=[{', '.join(_examples(item))}]"
+        if field and get_origin(field.annotation) is dict:
+            value = _examples(get_args(field.annotation)[1])[0]
+            return f"; write it as {'.'.join(map(str, path))}={{name: {value}}}"
     return ""
 
 

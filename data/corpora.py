@@ -34,17 +34,9 @@ from allometry.data.kinds import (
     opened,
 )
 from allometry.data.records import NULL, json_text, parquet_rows, parquet_texts
+from allometry.data.special_tokens import KNOWN_ENDS
 
-MARKS = (
-    "<|endoftext|>",
-    "<|end_of_text|>",
-    "<|eod|>",
-    "<|eos|>",
-    "<eos>",
-    "<eod>",
-    "</s>",
-    "<doc ",
-)
+MARKS = (*KNOWN_ENDS, "<doc ")
 """What separates documents in text files of others."""
 _SAY_EVERY_LINES = 1000
 _BLOCK_BYTES = 1 << 20

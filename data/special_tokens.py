@@ -20,7 +20,7 @@ from allometry.configs.errors import UserError
 from allometry.data.tokenizer import BESIDE, read_tokenizer_json, tokenizer_file
 
 END_OF_DOCUMENT = "<|endoftext|>"
-_KNOWN_ENDS = (
+KNOWN_ENDS = (
     END_OF_DOCUMENT,
     "<|end_of_text|>",
     "<|eod|>",
@@ -57,7 +57,7 @@ def find_end_of_document(path: str, tokenizer: Tokenizer, wanted: str | None) ->
     special = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     among = ", ".join(sorted(special)) or "its tokens"
     if end is None:
-        known = [name for name in _KNOWN_ENDS if name in special]
+        known = [name for name in KNOWN_ENDS if name in special]
         if len(known) != 1:
             raise UserError(
                 f"tokenizer {path} has {'several' if known else 'no'} special tokens known to end "

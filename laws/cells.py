@@ -37,15 +37,8 @@ def row_notes(
     """
     names = [one.name for one in inputs if one.name in observations.columns]
     notes = [note for one in inputs if (note := unit_note(one, observations)) is not None]
-    copies_n = _first_alike(observations, [*names, target])
-    copies = int((copies_n != np.arange(len(observations))).sum())
-    if copies:
-        row = int(np.argmax(copies_n != np.arange(len(observations))))
-        notes.append(
-            f"{copies} of {len(observations)} rows are copies of others in {', '.join(names)} and "
-            f"{target} (first: {_place(observations, row)}), and count twice; remove them unless "
-            "they are runs of their own"
-        )
+    if (note := copies_note(observations, [*names, target])) is not None:
+        notes.append(note)
     if grouped:
         return notes
     first_n = _first_alike(observations, names)
@@ -70,6 +63,23 @@ def row_notes(
     return notes
 
 
+def copies_note(observations: Observations, names: Sequence[str]) -> str | None:
+    """Return a sentence if rows agree with others in all of these columns, to the bit."""
+    known = [name for name in names if name in observations.columns]
+    first_n = _first_alike(observations, known)
+    again_n = first_n != np.arange(len(observations))
+    if not again_n.any():
+        return None
+    row = int(np.argmax(again_n))
+    first = int(first_n[row])
+    return (
+        f"{int(again_n.sum())} of {len(observations)} rows are copies of others in "
+        f"{', '.join(known[:-1])} and {known[-1]} (row {row + 1} is row {first + 1} again, "
+        f"{observations.groups[first]}), and count twice; remove them unless they are runs of "
+        "their own"
+    )
+
+
 def unit_note(variable: Variable, observations: Observations) -> str | None:
     """Return a sentence if counts of parameters or tokens are so small that the unit is another."""
     if variable.unit not in COUNTED or variable.name not in observations.columns:
@@ -91,7 +101,3 @@ def _first_alike(observations: Observations, names: Sequence[str]) -> NDArray[np
         return np.arange(len(observations))
     _, first, index_n = np.unique(np.stack(known), axis=1, return_index=True, return_inverse=True)
     return np.asarray(first[index_n.reshape(-1)])
-
-
-def _place(observations: Observations, row: int) -> str:
-    return f"row {row + 1}, {observations.groups[row]}"

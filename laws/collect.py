@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from allometry.configs.errors import UserError
+from allometry.configs.format import human
 from allometry.laws.comparable import check_comparable
 from allometry.laws.losses import LossChoice, final_loss
 from allometry.laws.observations import Observations
@@ -245,10 +246,10 @@ def group_names(
         return run_names(runs)
     if group_by == "cell":
         keys = [json.dumps(_cell(run.config), sort_keys=True) for run in runs]
-        labels = [f"N={short(row['N'])} D={short(row['D'])}" for row in rows]
+        labels = [f"N={human(row['N'])} D={human(row['D'])}" for row in rows]
     else:
         keys = [json.dumps(run.config["model"], sort_keys=True) for run in runs]
-        labels = [f"N={short(row['N'])}" for row in rows]
+        labels = [f"N={human(row['N'])}" for row in rows]
     names: dict[str, str] = {}
     for key, label in zip(keys, labels, strict=True):
         if key not in names:
@@ -269,14 +270,6 @@ def distinct_names(paths: Sequence[Path]) -> tuple[str, ...]:
     while len({path.parts[-depth:] for path in resolved}) < len(resolved):
         depth += 1
     return tuple("/".join(path.parts[-depth:]) for path in resolved)
-
-
-def short(value: float) -> str:
-    """Return a count as people write it: 1.57M, 655k, 20B."""
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(value) >= size:
-            return f"{value / size:.3g}{unit}"
-    return f"{value:.3g}"
 
 
 def _cell(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -164,16 +165,18 @@ def curves_from_tables(
     paths: Sequence[str | Path],
     *,
     mapping: Mapping[str, str] | None = None,
+    where: Sequence[str] = (),
     warmup_steps: int | None = None,
 ) -> Observations:
-    """Return rows of curves in CSV files, one curve each, by columns ``step``, ``lr``, ``loss``.
+    """Return rows of curves in tables, one curve each, by columns ``step``, ``lr``, ``loss``.
 
-    Columns may be mapped as in ``read_table``; each file is a group, named as it is. Rates of steps
+    Columns may be mapped and rows chosen as in ``read_table``; a row that is left out still says
+    the rate of its step. Each file is a group, named as it is. Rates of steps
     that have no row are filled in on straight lines, and before the first row on a line from 0: the
     warm-up, which ends at ``warmup_steps`` (None: at the first row). A file whose first row is step
     1 has no warm-up unless ``warmup_steps`` says so. Rows of the warm-up are left out. Raises
     UserError: what ``read_table`` says; a loss is not positive; two rows of a file are of one step;
-    a step is no whole number from 1; a rate is negative.
+    a step is no whole number from 1; a rate is negative; two files hold the same curve.
     """
     resolved = [Path(path).resolve() for path in paths]
     if len(set(resolved)) < len(resolved):
@@ -182,9 +185,14 @@ def curves_from_tables(
     parts: list[Observations] = []
     curves: dict[str, LearningRates] = {}
     for path, name in zip(paths, names, strict=True):
-        table = read_table(path, ["step", "lr", "loss"], mapping=mapping, positive=("loss",))
+        others = {key: text for key, text in (mapping or {}).items() if key != "loss"}
+        whole = read_table(path, ["step", "lr"], mapping=others)
+        whole = whole.take(np.argsort(whole["step"], kind="stable"))
+        curves[name] = _rates_of_rows(path, whole, warmup_steps)
+        table = read_table(
+            path, ["step", "lr", "loss"], mapping=mapping, where=where, positive=("loss",)
+        )
         table = table.take(np.argsort(table["step"], kind="stable"))
-        curves[name] = _rates_of_rows(path, table, warmup_steps)
         after = table["step"] > curves[name].warmup_steps
         if not after.any():
             raise UserError(
@@ -192,6 +200,9 @@ def curves_from_tables(
                 "longer curve or another --warmup"
             )
         parts.append(table.take(after))
+    for (one, first), (other, second) in combinations(zip(names, parts, strict=True), 2):
+        if all(np.array_equal(first[key], second[key]) for key in ("step", "loss")):
+            raise UserError(f"{one} and {other} hold the same curve; give each curve once")
     return Observations(
         columns={key: np.concatenate([part[key] for part in parts]) for key in parts[0].columns},
         groups=tuple(np.repeat(names, [len(part) for part in parts]).tolist()),

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,6 +19,8 @@ from allometry.laws.observations import Column, Observations
 
 HELD_OUT = "held out"
 """The column of ``mark_held_out``."""
+_WRITTEN_OTHERWISE = re.compile(r"[-+]?[\d.,'_\s]*\d[\d.,'_\s]*([eE][-+]?\d+)?\s*[^\W\d]*%?")
+"""A number with a decimal comma, separators of thousands, or a unit."""
 
 
 class Rows(Protocol):
@@ -76,10 +79,16 @@ class Derived:
             row = int(np.argmax(broken))
             for column in self._read_for(name):
                 if not np.isfinite(self._column(column)[row]):
+                    cell = str(self.rows.texts(column)[row])
                     raise UserError(
-                        f"{self.rows.place(row)}, column {column!r}: "
-                        f"{str(self.rows.texts(column)[row])!r} is not a finite number; mend it or "
-                        f"leave such rows out, as --where '`{column}` > 0' does"
+                        f"{self.rows.place(row)}, column {column!r}: {cell!r} "
+                        + (
+                            "is no plain number; write it with a decimal point and without "
+                            "separators or units, as 0.5 or 1e7"
+                            if _WRITTEN_OTHERWISE.fullmatch(cell)
+                            else "is not a finite number; mend it or leave such rows out, as "
+                            f"--where '`{column}` > 0' does"
+                        )
                     )
             raise UserError(
                 f"{self.rows.place(row)}: {name} = {self.mapping.get(name, name)} is not a finite "
@@ -178,7 +187,7 @@ class _ObservedRows:
         return np.array([f"{value:.12g}" for value in self.observations[name]], dtype=np.str_)
 
     def place(self, row: int) -> str:
-        return f"row {row + 1} of {self.name} ({self.observations.groups[row]})"
+        return f"{self.observations.place(row)} of {self.name}"
 
 
 def derive(

@@ -100,7 +100,7 @@ def _parabola(
     best = int(np.argmin(losses))
     if (number := len(np.unique(sizes))) < 3:
         at = (float(sizes[best]), float(tokens[best]), float(losses[best]))
-        few = f"{number} sizes are within the trimming, and a parabola takes three"
+        few = f"{number} of 3 sizes that a parabola takes; raise --within or drop its outliers"
         return IsoFlop(budget, rows, at[0], (at[2], 0.0, 0.0), *at, few)
     center = float(np.exp(np.log(sizes).mean()))
     x = np.log(sizes / center)

@@ -33,6 +33,8 @@ class Prediction:
     the rungs do not identify the law. ``time``: when it was made, seconds
     since 1970; ``target_state`` and ``target_step``: how far the target was then: a prediction that
     was made of a run that had ended says ``done``. ``target``: the run's name, N, D and more.
+    ``fix``, ``bootstraps``, ``runs``: how the law was fitted, and to the runs of which names; None
+    in a file of a time when that was not kept.
     """
 
     law: str
@@ -48,6 +50,9 @@ class Prediction:
     target_step: int
     warnings: tuple[str, ...]
     measured: float | None = None
+    fix: dict[str, float] | None = None
+    bootstraps: int | None = None
+    runs: tuple[str, ...] | None = None
 
     @property
     def error(self) -> float | None:
@@ -94,18 +99,25 @@ def unidentified(fitted: Fit) -> str | None:
     parameter and too few can be held out to say how far off the law is beyond the others.
     """
     try:
-        require_identified(fitted)
+        require_identified(fitted, "fix: {{{name}: 0}} in the ladder")
     except UserError as error:
         return str(error)
     return None
 
 
 def predict_target(
-    fitted: Fit, resampled: Bootstrap, target: Mapping[str, Any], *, state: TargetState, step: int
+    fitted: Fit,
+    resampled: Bootstrap,
+    target: Mapping[str, Any],
+    *,
+    state: TargetState,
+    step: int,
+    runs: Sequence[str] = (),
 ) -> Prediction:
     """Return the prediction of a run of which ``target`` gives what the law reads, and its name.
 
-    Raises UserError if the law reads what is not known before a run.
+    ``runs``: names of the rungs that the law was fitted to. Raises UserError if the law reads what
+    is not known before a run.
     """
     columns = {
         key: [float(value)]
@@ -135,6 +147,9 @@ def predict_target(
         target_state=state,
         target_step=step,
         warnings=tuple(warnings),
+        fix=dict(fitted.options.fixed),
+        bootstraps=len(resampled) + resampled.failed,
+        runs=tuple(runs),
     )
 
 
@@ -166,8 +181,11 @@ def load_prediction(path: Path) -> Prediction | None:
         return None
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        fields = {key: data[key] for key in Prediction.__dataclass_fields__}
-        prediction = Prediction(**fields | {"warnings": tuple(fields["warnings"])})
+        fields = {key: data[key] for key in Prediction.__dataclass_fields__ if key in data}
+        lists = {
+            key: tuple(fields[key]) for key in ("warnings", "runs") if fields.get(key) is not None
+        }
+        prediction = Prediction(**{**fields, "warnings": (), **lists})
         ends = (prediction.low, prediction.high)
         numbers = [prediction.predicted, *(() if ends == (None, None) else ends)]
         if not all(map(math.isfinite, numbers)):

@@ -65,6 +65,11 @@ class Observations:
             )
         return self.columns[name]
 
+    def place(self, row: int) -> str:
+        """Return where a row stands, for a sentence: its number, and its group if that is named."""
+        group = self.groups[row]
+        return f"row {row + 1}" + (f" ({group})" if group != str(row) else "")
+
     def take(self, rows: NDArray[np.intp] | NDArray[np.bool_] | Sequence[int]) -> Self:
         """Return some of the rows, by index or mask, with the curves of their groups."""
         chosen = np.arange(len(self))[np.asarray(rows)]

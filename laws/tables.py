@@ -1,4 +1,4 @@
-"""Observations from tables: CSV files whose columns are mapped to what a law reads."""
+"""Observations from tables: CSV or JSON Lines, columns mapped to what a law reads."""
 
 # n rows
 
@@ -7,9 +7,12 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import json
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +24,8 @@ from allometry.laws.observations import Column, Observations
 
 RUN_COLUMNS = ("run", "run_id", "run_name", "name", "experiment", "exp_name", "model_name")
 """Headings, in lower case, of columns whose cells name runs."""
-SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
+ENDINGS = (".csv", ".tsv", ".jsonl")
+SUFFIXES = (*ENDINGS, *(f"{ending}.gz" for ending in ENDINGS))
 
 
 def read_table(
@@ -34,7 +38,7 @@ def read_table(
     positive: Collection[str] = (),
     held_out: str | None = None,
 ) -> Observations:
-    """Return rows of one or more CSV files (.tsv with tabs; .gz too) that have the same columns.
+    """Return rows of one or more tables that have the same columns: CSV, .tsv, .jsonl; .gz too.
 
     ``names``: what is wanted, each a column of the files, or what ``mapping`` says of it: a column
     or arithmetic on columns, ``{"N": "Model Size", "D": "C/(6*N)"}``. In arithmetic a name is
@@ -88,7 +92,7 @@ def read_table(
 
 def is_table(path: str | Path) -> bool:
     """Whether the name is that of a file that ``read_table`` reads."""
-    return str(path).endswith(SUFFIXES)
+    return str(path).lower().endswith(SUFFIXES)
 
 
 @dataclass(frozen=True)
@@ -127,34 +131,36 @@ class _Table:
 
 
 def _number(cell: str) -> float:
+    """The number, NaN where a cell holds none or none that is finite."""
     try:
-        return float(cell)
+        value = float(cell)
     except ValueError:
-        return float("nan")
+        return math.nan
+    return value if math.isfinite(value) else math.nan
 
 
 def _read(path: Path) -> _Table:
     if not path.is_file():
-        raise UserError(f"{path} is no file; give a CSV file or the folder of a run")
+        raise UserError(f"{path} is no file; give a table or the folder of a run")
     if not is_table(path):
-        raise UserError(f"{path} is not named as a table is ({', '.join(SUFFIXES)}); rename it")
+        raise UserError(
+            f"{path} is not named as a table is; save it as CSV or JSON Lines under a name that "
+            f"ends in one of {', '.join(SUFFIXES)}"
+        )
     try:
         raw = path.read_bytes()
-        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
+        zipped = path.suffix.lower() == ".gz"
+        text = (gzip.decompress(raw) if zipped else raw).decode("utf-8-sig")
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({error}); save it as UTF-8 text") from None
-    delimiter = "\t" if ".tsv" in path.name else ","
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    try:
-        cells = [([cell.strip() for cell in row], reader.line_num) for row in reader if row]
-    except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}, is not CSV ({error}); mend it") from None
+    name = path.name.lower()
+    cells = _json_cells(path, text) if ".jsonl" in name else _csv_cells(path, text)
     if len(cells) < 2:
         raise UserError(f"{path} holds no row below its header; give a table with a header line")
     (header, _), *below = cells
-    for name in header:
-        if header.count(name) > 1:
-            raise UserError(f"{path} has two columns called {name!r}; rename one")
+    for column in header:
+        if header.count(column) > 1:
+            raise UserError(f"{path} has two columns called {column!r}; rename one")
     for row, line in below:
         if len(row) != len(header):
             raise UserError(
@@ -162,3 +168,43 @@ def _read(path: Path) -> _Table:
                 "mend that line"
             )
     return _Table(path, tuple(header), [row for row, _ in below], [line for _, line in below])
+
+
+_Cells = list[tuple[list[str], int]]
+"""The header and the rows, each with the line that it ends on."""
+
+
+def _csv_cells(path: Path, text: str) -> _Cells:
+    """Cells between commas (.tsv: tabs), or what stands in a header that has none of them."""
+    usual = "\t" if ".tsv" in path.name.lower() else ","
+    first = text.partition("\n")[0]
+    delimiter = next((one for one in (usual, ";", "\t", ",") if one in first), usual)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        return [([cell.strip() for cell in row], reader.line_num) for row in reader if row]
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}, is not CSV ({error}); mend it") from None
+
+
+def _json_cells(path: Path, text: str) -> _Cells:
+    """Objects, one a line; a key that one lacks is an empty cell."""
+    rows: list[tuple[dict[str, Any], int]] = []
+    for line, row in enumerate(text.splitlines(), start=1):
+        if not row.strip():
+            continue
+        try:
+            found = json.loads(row)
+        except (ValueError, RecursionError):
+            found = None
+        if not isinstance(found, dict):
+            raise UserError(f"{path}, line {line}, is no JSON object; mend it")
+        rows.append((found, line))
+    header = list(dict.fromkeys(key for row, _ in rows for key in row))
+    cells = [([_json_cell(row.get(key)) for key in header], line) for row, line in rows]
+    return [(header, 0), *cells]
+
+
+def _json_cell(value: object) -> str:
+    if value is None:
+        return ""
+    return value.strip() if isinstance(value, str) else json.dumps(value)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from allometry.configs.errors import UserError
+from allometry.configs.format import human
 from allometry.launch.figures.figure import Figure, Panel, Series, Ticks, rows_of, shortened
-from allometry.laws.collect import short
 
 FORMATS = (".png", ".svg", ".pdf")
 MARKERS = {"dots": "o", "point": "s", "star": "*", "cross": "x"}
@@ -107,7 +107,7 @@ def _name_numbers(axis: Any, panel: Panel) -> None:
         if log and high < 20.0 * low:
             hold(low, high)  # else it is widened to the ticks
             digits = max(3, 2 - math.floor(math.log10(1.0 - low / high)))
-            form = short if ticks == "count" else f"{{:.{digits}g}}".format
+            form = human if ticks == "count" else f"{{:.{digits}g}}".format
             few = LogLocator(subs=(1.0, 2.0, 5.0))  # those of all numbers lie close at the end
             there = sum(low <= place <= high for place in few.tick_values(low, high))
             scale.set_major_locator(few if there >= FEW_TICKS else MaxNLocator(FEW_TICKS + 2))

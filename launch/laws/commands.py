@@ -16,7 +16,7 @@ class Rows:
     """SOURCES and the options that say how to read them; None is an option that was not given."""
 
     sources: tuple[str, ...] = argument(
-        "run folders, folders of them, or CSV files (.tsv, .gz)", paths=True
+        "run folders, folders of them, or tables (.csv, .tsv, .jsonl; .gz)", paths=True
     )
     mapping: tuple[str, ...] = option(
         "N=COLUMN, or arithmetic: D='`Training FLOP`/(6*N)', log, exp, sqrt; backticks around "

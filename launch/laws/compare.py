@@ -10,7 +10,7 @@ from allometry.configs.errors import UserError
 from allometry.launch.command import Report
 from allometry.launch.laws.commands import Compare
 from allometry.launch.laws.fit import fit_options, holding_out
-from allometry.launch.laws.sources import observations_for, table_notes
+from allometry.launch.laws.sources import notes_of_rows, observations_for
 from allometry.launch.laws.text import Errors, sizes_of
 from allometry.launch.text import finite, table
 from allometry.laws.fit.compare import OTHER, Comparison, compare
@@ -45,7 +45,7 @@ def compared(asked: Compare) -> Report:
     if all(law.errors is None for law in laws):
         raise UserError(str(laws[0].of.problem))
     laws.sort(key=Compared.rank)
-    notes = table_notes(asked.rows, observations, forms)
+    notes = notes_of_rows(asked.rows, observations, forms)
     for law in laws:
         notes += [f"{law.of.form.name}: {note}" for note in law.notes()]
     facts = {

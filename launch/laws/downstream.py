@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from allometry.configs.errors import UserError
+from allometry.launch.laws.text import doubts
 from allometry.laws.downstream import Chain
 from allometry.laws.fit.store import StoredFit, load_fit
 from allometry.laws.observations import Observations
@@ -62,6 +63,7 @@ def scores_at(
     chain = Chain(loss.fit, score.fit)
     interval_n = None
     warnings = [*_of_other_losses(loss, score, file), *chain.warnings_for(observations)]
+    warnings += doubts(score.fit)
     if score.fit.unidentified:
         score = StoredFit(score.fit, None, score.extra)
     if loss.bootstrap is None or score.bootstrap is None:

@@ -11,7 +11,7 @@ from allometry.configs.errors import UserError
 from allometry.launch.command import Report
 from allometry.launch.laws.commands import Fit as FitCommand
 from allometry.launch.laws.commands import Fitting
-from allometry.launch.laws.sources import assignments, numbers, observations_for, table_notes
+from allometry.launch.laws.sources import assignments, notes_of_rows, numbers, observations_for
 from allometry.launch.laws.text import Errors, certificate_words
 from allometry.launch.text import counted, edge_words, finite, number, table
 from allometry.laws.derive import HELD_OUT, mark_held_out
@@ -104,7 +104,7 @@ def fitted(asked: FitCommand) -> Report:
 
 def _examined(best: Fit, asked: FitCommand) -> Result:
     observations, fitting = best.observations, asked.fitting
-    notes = table_notes(asked.rows, observations, [best.form])
+    notes = notes_of_rows(asked.rows, observations, [best.form])
     groups = len(set(observations.groups))
     sampled = None
     if asked.rows.sweeps and fitting.objective == "huber" and fitting.delta < OPTIMA_SCATTER:
@@ -146,6 +146,11 @@ def _examined(best: Fit, asked: FitCommand) -> Result:
     else:
         samples = 0 if sampled is None else len(sampled)
         held = hold_out_largest(best.form, rows, by, best.options, samples=samples)
+        if held.fold is not None and (open_ones := held.fold.unidentified):
+            notes.append(
+                f"the rows that are not held out cannot identify {', '.join(open_ones)}, so the "
+                "held-out error says little of the law and has no intervals; hold out fewer"
+            )
     notes += held.notes
     return Result(best, sampled, Errors(held, how), notes)
 

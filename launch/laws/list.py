@@ -48,12 +48,6 @@ def reads(form: Form) -> str:
     return ", ".join(variable.name for variable in form.inputs) or "columns that you name"
 
 
-def page_line(form: Form) -> str:
-    """Return a law's line in the table of docs/laws.md."""
-    cells = [f"`{form.name}`", form.target.name, reads(form), f"`{form.equation}`", form.source]
-    return "| " + " | ".join(cells) + " |"
-
-
 def describe(form: Form) -> dict[str, Any]:
     """Return all that a form declares, as plain data."""
 

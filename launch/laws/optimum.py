@@ -15,6 +15,10 @@ from allometry.laws.allocation import Allocation, best_share, compute_optimal
 
 SAME_EXPONENT = 1e-4
 """Exponents of several budgets that differ by less are one power law's, but for rounding."""
+OF_PARAMETERS = (
+    "intervals of N and of the powers are of the law's parameters alone; that of the loss holds "
+    "the form's error, too"
+)
 FLOPS_TOLERANCE = 0.1
 """Relative difference of FLOPs for each parameter and token beyond which ``optimum`` warns."""
 
@@ -47,9 +51,11 @@ def optima(asked: Optimum) -> Report:
     facts: dict[str, Any] = {
         "law": law.form.name,
         "from": law.origin,
+        "unit": law.unit,
         "level": LEVEL,
         "flops_per_parameter_token": per_token,
         "optima": [_facts(row) for row in rows],
+        "conventions": {} if law.fit is None else dict(law.fit.observations.conventions),
         "warnings": warnings,
     }
     for one, more in zip(facts["optima"], repeated, strict=False):
@@ -59,6 +65,7 @@ def optima(asked: Optimum) -> Report:
         table([header, *map(_cells, rows)]),
         f"N in parameters, D in tokens = FLOPs / ({per_token:g} N), loss in {law.unit}",
         *_growth(rows),
+        *([OF_PARAMETERS] if law.bootstrap is not None else []),
         *(
             f"at {number(row.flops)} FLOPs {number(more['epochs'], 3)} epochs of U = "
             f"{number(fixed['U'])} tokens; if none had to be repeated the loss would be "

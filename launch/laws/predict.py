@@ -15,7 +15,7 @@ from allometry.launch.command import Report
 from allometry.launch.laws.commands import Predict
 from allometry.launch.laws.downstream import Scores, scores_at
 from allometry.launch.laws.sources import numbers
-from allometry.launch.laws.text import narrowed
+from allometry.launch.laws.text import doubts, narrowed
 from allometry.launch.text import finite, number
 from allometry.laws.cells import SMALL, unit_note
 from allometry.laws.fit.bootstrap import EXACT, Bootstrap, Spread
@@ -86,13 +86,7 @@ class Law:
             return [f"no interval: the data do not identify {', '.join(unidentified)}"]
         if self.bootstrap is None:
             return ["no interval: the fit was made without bootstraps"]
-        if loose := self.fit.certificate.loose:
-            return [
-                f"the data hardly say what {', '.join(loose)} of {self.form.name} "
-                f"{'is' if len(loose) == 1 else 'are'}: beyond the fitted range be wary of the "
-                "prediction and of its interval"
-            ]
-        return []
+        return doubts(self.fit)
 
 
 def predicted(asked: Predict) -> Report:

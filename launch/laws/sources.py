@@ -10,9 +10,10 @@ from typing import Any, get_args
 import numpy as np
 
 from allometry.configs.errors import UserError
+from allometry.configs.format import first_names
 from allometry.configs.run import RunConfig
 from allometry.launch.laws.commands import Rows
-from allometry.laws.cells import by_cell, row_notes
+from allometry.laws.cells import by_cell, copies_note, row_notes
 from allometry.laws.collect import COUNTS, GROUPINGS, Unfinished, from_runs
 from allometry.laws.curves import curves_from_runs, curves_from_tables
 from allometry.laws.derive import derive
@@ -95,7 +96,7 @@ def rows_with(
         observations = smooth_checkpoints(observations, names, window=rows.smooth)
     for name in rows.drop:
         if name not in observations.groups:
-            known = ", ".join(dict.fromkeys(observations.groups))
+            known = first_names(list(dict.fromkeys(observations.groups)), 8)
             raise UserError(f"--drop {name!r} is no group of the rows; the groups are {known}")
     kept = ~np.isin(np.array(observations.groups), list(rows.drop))
     if not kept.any():
@@ -109,11 +110,22 @@ def assignments(texts: Sequence[str], flag: str) -> dict[str, str]:
     for text in texts:
         name, sign, value = (part.strip() for part in text.partition("="))
         if not (name and sign and value):
-            raise UserError(f"{flag} {text!r} is not NAME=VALUE; write as {flag} N=1e9")
+            raise UserError(f"{flag} {text!r} is not NAME=VALUE; {_form_of(flag)}")
         if name in assigned:
             raise UserError(f"{flag} gives {name} twice; give it once")
         assigned[name] = value
     return assigned
+
+
+def _form_of(flag: str) -> str:
+    """How a text of NAME=VALUE is written for this option."""
+    forms = {
+        "--map": "--map N=COLUMN, or arithmetic on columns: --map 'D=C/(6*N)'",
+        "--fix": "--fix PARAMETER=NUMBER as in --fix E=0, or the .json file of a fit",
+        "--at": "--at N=7e9,D=1.4e11",
+        "--with": "--with INPUT=NUMBER as in --with N=7e9",
+    }
+    return f"write as {forms.get(flag, f'{flag} DOMAIN=NUMBER, as in {flag} code=0.5')}"
 
 
 def numbers(texts: Mapping[str, str], flag: str) -> dict[str, float]:
@@ -125,7 +137,7 @@ def numbers(texts: Mapping[str, str], flag: str) -> dict[str, float]:
         except ValueError:
             values[name] = math.nan
         if not math.isfinite(values[name]):
-            raise UserError(f"{flag} {name}={text} is no number; write as {name}=1e9")
+            raise UserError(f"{flag} {name}={text} is no number; give one such as 0.5 or 7e9")
     return values
 
 
@@ -157,13 +169,18 @@ def _check_options(rows: Rows, *, table: bool, curve: bool) -> None:
             )
 
 
-def table_notes(rows: Rows, observations: Observations, forms: Sequence[Form]) -> list[str]:
-    """Return what is odd about the rows of tables; of run folders nothing can be."""
-    if not is_table(rows.sources[0]) or rows.sweeps or observations.curves:
+def notes_of_rows(rows: Rows, observations: Observations, forms: Sequence[Form]) -> list[str]:
+    """Return what is odd about the rows; of run folders only that some are copies."""
+    if rows.sweeps or observations.curves:
         return []
     inputs = list({one.name: one for form in forms for one in form.inputs}.values())
+    target = forms[0].target.name
+    if not is_table(rows.sources[0]):
+        known = dict.fromkeys([*(one.name for one in inputs), "D", "lr", "seed", target])
+        note = copies_note(observations, list(known))
+        return [] if note is None else [note]
     grouped = rows.group is not None
-    return row_notes(observations, inputs, forms[0].target.name, grouped=grouped)
+    return row_notes(observations, inputs, target, grouped=grouped)
 
 
 def _of_tables(
@@ -177,8 +194,9 @@ def _of_tables(
     curve: bool,
 ) -> Observations:
     if curve:
-        curves = curves_from_tables(rows.sources, mapping=mapping, warmup_steps=rows.warmup)
-        return derive(curves, where=rows.where, name="the tables") if rows.where else curves
+        return curves_from_tables(
+            rows.sources, mapping=mapping, where=rows.where, warmup_steps=rows.warmup
+        )
     wanted = [*names, "D"] if rows.smooth is not None and "D" not in names else list(names)
     kind, _, column = (hold_out or "").partition(":")
     if kind == "largest" and column:

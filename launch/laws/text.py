@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from textwrap import fill
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from allometry.launch.text import finite, number, table
+from allometry.launch.text import counted, finite, number, table
 from allometry.laws.fit.certificate import Certificate
+from allometry.laws.fit.engine import Fit
 from allometry.laws.fit.validate import HeldOut
 
 WIDEST = 88
@@ -23,9 +25,10 @@ def narrowed(rows: Sequence[Sequence[str]], inputs: int) -> str:
     same = [i for i in range(inputs) if len({row[i] for row in rows[1:]}) == 1]
     if not same or max(map(len, text.splitlines())) <= WIDEST:
         return text
-    at = ", ".join(f"{rows[0][i]} = {rows[1][i]}" for i in same)
+    said = "at " + ", ".join(f"{rows[0][i]} = {rows[1][i]}" for i in same)
+    at = fill(said, WIDEST, break_long_words=False, break_on_hyphens=False)
     kept = [[cell for i, cell in enumerate(row) if i not in same] for row in rows]
-    return f"at {at}\n{table(kept)}"
+    return f"{at}\n{table(kept)}"
 
 
 def certificate_words(certificate: Certificate) -> list[str]:
@@ -52,6 +55,24 @@ def certificate_words(certificate: Certificate) -> list[str]:
         else "no parameter is at a bound"
     )
     return words
+
+
+def doubts(fit: Fit) -> list[str]:
+    """Return why to be wary of a fit beyond its data, though it has intervals."""
+    found = []
+    if loose := fit.certificate.loose:
+        found.append(
+            f"the data hardly say what {', '.join(loose)} of {fit.form.name} "
+            f"{'is' if len(loose) == 1 else 'are'}: beyond the fitted range be wary of the "
+            "prediction and of its interval"
+        )
+    at_bounds = [name for name in fit.certificate.at_bounds if name not in fit.vanished]
+    if at_bounds:
+        found.append(
+            f"the data want {', '.join(at_bounds)} of {fit.form.name} outside of what the law "
+            "allows, so it may not be their law: compare it with others (allometry compare)"
+        )
+    return found
 
 
 @dataclass(frozen=True)
@@ -92,7 +113,7 @@ class Errors:
         """Return mean, maximum and coverage as a sentence."""
         words = (
             f"{self.say(self.mean)} in the mean, {self.say(self.max)} at most, over "
-            f"{len(self.sizes)} rows ({self.how})"
+            f"{counted(len(self.sizes), 'row')} ({self.how})"
         )
         if (covered := self.held_out.covered) is None:
             return words

@@ -7,8 +7,8 @@ from __future__ import annotations
 import numpy as np
 
 from allometry.configs.errors import UserError
+from allometry.configs.format import human
 from allometry.launch.figures.figure import GREY, PALETTE, Column, Panel, Series, ordered, thin
-from allometry.laws.collect import short
 from allometry.laws.fit.engine import Fit
 from allometry.laws.fit.store import StoredFit
 from allometry.laws.observations import Observations
@@ -58,7 +58,7 @@ def law_panel(stored: StoredFit) -> tuple[Panel | None, str]:
 
 def _value(value: float) -> str:
     """A count as people write it, anything else as a number."""
-    return short(value) if value >= 1000.0 else f"{value:.4g}"
+    return human(value) if value >= 1000.0 else f"{value:.4g}"
 
 
 Slice = tuple[str, float, np.ndarray[tuple[int], np.dtype[np.bool_]]]

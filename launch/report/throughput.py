@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from allometry.configs.format import human
 from allometry.launch.figures.figure import Figure, Panel, Series, known, thin
 from allometry.launch.report.inputs import Inputs, Shown
 from allometry.launch.report.section import Section, Table
-from allometry.laws.collect import short
 
 RUN_HEAD = (
     "run", "state", "N", "all", "active", "tokens D", "D/N", "FLOPs C", "final loss", "measured on",
@@ -87,7 +87,7 @@ def _settings_row(one: Shown) -> tuple[str, ...]:
 
 def _si(value: float | None) -> str:
     """A count with a unit: 1.57M."""
-    return "–" if value is None or not math.isfinite(value) else short(value)
+    return "–" if value is None or not math.isfinite(value) else human(value)
 
 
 def layout(value: Mapping[str, Any] | None) -> str:

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from allometry.configs.format import human
 from allometry.launch.figures.figure import Column, Figure, Panel, Series, ordered, star
 from allometry.launch.report.inputs import Inputs, Shown
 from allometry.launch.report.section import Section, Table
-from allometry.laws.collect import short
 from allometry.laws.optimum import drift, drift_interval, quadratic_optimum
 from allometry.laws.trials import TrialFile
 
@@ -97,7 +97,7 @@ def _of_runs(runs: tuple[Shown, ...]) -> list[Drawn]:
         rates = sorted(by_rate)
         one, model = group[0], group[0].run.config.get("model", {})
         name = f"width {model.get('width')}, {model.get('num_layers')} layers, "
-        name += f"{short(one.metrics['tokens'][-1])} tokens"
+        name += f"{human(one.metrics['tokens'][-1])} tokens"
         name = name if name not in curves else f"{name} ({one.name})"
         curves[name] = (np.log2(rates), np.array([np.mean(by_rate[rate]) for rate in rates]))
     if not curves:

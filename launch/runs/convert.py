@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from io import StringIO
 from pathlib import Path
 from typing import cast
 
-from ruamel.yaml import YAML
-
 from allometry.configs.errors import UserError
-from allometry.configs.loader import load
+from allometry.configs.loader import load, yaml_text
 from allometry.interop.huggingface.compare import Comparison
 from allometry.interop.huggingface.convert import (
     Dtype,
@@ -101,10 +98,7 @@ def _import(asked: Convert) -> Report:
         origin = read_origin(asked.source)
         if origin is not None and origin["parameterization"]["kind"] != "sp":
             section["parameterization"] = origin["parameterization"]
-        out, yaml = StringIO(), YAML(typ="rt")
-        yaml.default_flow_style = False
-        yaml.dump(section, out)
-        return Report(section, out.getvalue().rstrip("\n"))
+        return Report(section, yaml_text(section).rstrip("\n"))
     if asked.config is None:
         raise UserError(
             "importing a model needs --config, the run that is to be trained; --print-model prints "

@@ -280,13 +280,14 @@ def check_enough(problem: Problem, observations: Observations) -> None:
         )
 
 
-def require_identified(fit: Fit) -> None:
+def require_identified(fit: Fit, held: str = "--fix {name}=0") -> None:
     """Raise unless the data say what every parameter is.
 
     Raises UserError, which names the parameters that can move without moving a prediction, or whose
-    standard errors are as wide as all that starts were drawn from; and how to hold those at 0.
+    standard errors are as wide as all that starts were drawn from; and how to hold those at 0,
+    which is written as ``held``.
     """
-    zero = [f"--fix {name}=0" for name in fit.vanished]
+    zero = [held.format(name=name) for name in fit.vanished]
     hold = f", or hold what went to 0 there ({' '.join(zero)})" if zero else ""
     for verb, names, why in (
         ("cannot", fit.unidentified, "other values predict the same"),

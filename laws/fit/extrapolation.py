@@ -15,6 +15,8 @@ from allometry.laws.fit.refit import refit
 
 Array = NDArray[np.float64]
 
+FEW_FOLDS = 3
+"""Fewer folds than this cannot tell the form's error from what else moves their predictions."""
 CUTS = (0.5, 0.6, 0.7, 0.8, 0.9)
 """Shares of the distinct values of the fold's axis that a fold is fitted to."""
 SAMPLES = 40
@@ -39,8 +41,9 @@ class FormError:
     (DerSimonian & Laird, Controlled Clinical Trials 7, 1986), with the discrepancy of a model as a
     term of its own in quadrature (Kennedy & O'Hagan, J. R. Stat. Soc. B 63, 2001). The rows of one
     fold lie off together, so a fold is one measurement, and the scale is that of the worst. It is
-    small where the law is the truth. No coverage is guaranteed: what comes after the data need not
-    be like what came within it.
+    small where the law is the truth. One or two folds say little: nothing is then subtracted, and
+    what the parameters and the scatter explain counts as the form's error where it is the larger.
+    No coverage is guaranteed: what comes after the data need not be like what came within it.
     """
 
     scale: float
@@ -64,15 +67,20 @@ def form_error(fit: Fit, seed: int = 0) -> FormError | None:
         return None
     levels = np.unique(far_n)
     cuts = {levels[max(int(np.ceil(share * len(levels))), 1) - 1] for share in CUTS}
-    parts = [_excess(fit, far_n <= cut, seed + k) for k, cut in enumerate(sorted(cuts))]
+    parts = [_squares(fit, far_n <= cut, seed + k) for k, cut in enumerate(sorted(cuts))]
     folds = [part for part in parts if part is not None]
     if not folds:
         return None
-    return FormError(float(np.sqrt(max(*folds, 0.0))), len(folds))
+    few = len(folds) < FEW_FOLDS
+    worst = max(max(found, known) if few else found - known for found, known in folds)
+    return FormError(float(np.sqrt(max(worst, 0.0))), len(folds))
 
 
-def _excess(fit: Fit, kept_n: NDArray[np.bool_], seed: int) -> float | None:
-    """A fold's excess of squared errors on the rows that are not kept, over squared distances."""
+def _squares(fit: Fit, kept_n: NDArray[np.bool_], seed: int) -> tuple[float, float] | None:
+    """A fold's mean square error on the rows that are not kept, and what of it is explained.
+
+    By its parameters and the scatter of its rows; both over the mean square of distances.
+    """
     rows, problem = fit.observations, fit.problem()
     inputs = [rows[one.name][kept_n] for one in fit.form.inputs if one.name in rows.columns]
     if kept_n.all() or len(np.unique(inputs, axis=1).T) <= len(problem.free):
@@ -93,7 +101,10 @@ def _excess(fit: Fit, kept_n: NDArray[np.bool_], seed: int) -> float | None:
     low_n, high_n = np.nanquantile(residual_Bn[1:], (0.1587, 0.8413), axis=0)
     freedom = max(int(kept_n.sum()) - len(problem.free), 1)
     scatter = float((error_n[kept_n] ** 2).sum()) / freedom
-    excess_n = error_n**2 - ((high_n - low_n) / 2) ** 2 - scatter
+    known_n = ((high_n - low_n) / 2) ** 2 + scatter
     far_n = np.maximum(distance(fit.form, rows.take(kept_n), rows), NEAR)
-    told_n = np.asarray(~kept_n & np.isfinite(excess_n))
-    return float(excess_n[told_n].mean() / (far_n[told_n] ** 2).mean()) if told_n.any() else None
+    told_n = np.asarray(~kept_n & np.isfinite(error_n**2 - known_n))
+    if not told_n.any():
+        return None
+    apart = float((far_n[told_n] ** 2).mean())
+    return float((error_n[told_n] ** 2).mean()) / apart, float(known_n[told_n].mean()) / apart

@@ -134,7 +134,7 @@ def checked_target(form: Form, observations: Observations) -> Array:
         bounded = np.isfinite((target.least, target.most)).any()
         demand = target.demand if bounded else "positive numbers" if logs else "numbers"
         raise UserError(
-            f"{target.name} of row {row + 1} ({observations.groups[row]}) is {target_n[row]}, and "
+            f"{target.name} of {observations.place(row)} is {target_n[row]}, and "
             f"{form.name} is fitted to {demand}; mend or drop the row{target.hint(target_n)}"
         )
     return target_n

@@ -182,8 +182,9 @@ def hold_out_largest(
 ) -> HeldOut:
     """Return the rows with the ``number`` largest values of column ``by``, predicted by the others.
 
-    ``samples``: of a bootstrap of the others, for intervals at ``level``; 0: none. Raises UserError
-    if the column is missing or has too few values; what ``fit`` raises.
+    ``samples``: of a bootstrap of the others, for intervals at ``level``; 0: none. There are none
+    where the others do not identify the law. Raises UserError if the column is missing or has too
+    few values; what ``fit`` raises.
     """
     values_n = observations[by]
     levels = np.unique(values_n)
@@ -195,7 +196,7 @@ def hold_out_largest(
     held_n = values_n >= levels[-number]
     fitted = fit(form, observations.take(~held_n), options)
     held, interval = observations.take(held_n), None
-    if samples and len(set(fitted.observations.groups)) > 1:
+    if samples and len(set(fitted.observations.groups)) > 1 and not fitted.unidentified:
         sampled = bootstrap(fitted, samples, fitted.options.seed)
         interval = sampled.predict_interval(held, level, noise=True)
     return HeldOut(

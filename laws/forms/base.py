@@ -126,7 +126,7 @@ class Form(ABC):
             if bad.any():
                 row = int(np.argmax(bad))
                 raise UserError(
-                    f"{variable.name} of row {row + 1} ({observations.groups[row]}) is "
+                    f"{variable.name} of {observations.place(row)} is "
                     f"{values[row]}, and {self.name} needs {variable.demand}; mend or drop it"
                     f"{variable.hint(values)}"
                 )

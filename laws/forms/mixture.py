@@ -39,17 +39,22 @@ def shares_of(
     if bad_nK.any():
         row, domain = (int(i) for i in np.argwhere(bad_nK)[0])
         raise UserError(
-            f"{domains[domain]} of row {row + 1} ({observations.groups[row]}) is "
+            f"{domains[domain]} of {observations.place(row)} is "
             f"{shares_nK[row, domain]}, and {form.name} needs shares of at least 0; mend or drop it"
         )
     sums_n = shares_nK.sum(axis=1)
     off_n = np.abs(sums_n - 1.0) > SUM_TOLERANCE
     if off_n.any():
         row = int(np.argmax(off_n))
+        percent = abs(sums_n[row] / 100.0 - 1.0) <= SUM_TOLERANCE
         raise UserError(
-            f"the shares {', '.join(domains)} of row {row + 1} ({observations.groups[row]}) sum to "
+            f"the shares {', '.join(domains)} of {observations.place(row)} sum to "
             f"{sums_n[row]:.4g}, and {form.name} needs the shares of all domains, which sum to 1; "
-            f"add the columns of the others"
+            + (
+                "they look like percent: divide each by 100, in a table --map NAME=COLUMN/100"
+                if percent
+                else "add the columns of the others"
+            )
         )
     return np.asarray(shares_nK / sums_n[:, None])
 

@@ -79,7 +79,7 @@ class QualityPools(DomainForm):
         if bad_n.any():
             row = int(np.argmax(bad_n))
             raise UserError(
-                f"row {row + 1} ({observations.groups[row]}) has D={columns['D'][row]:g} of pools "
+                f"{observations.place(row)} has D={columns['D'][row]:g} of pools "
                 f"{', '.join(f'{p}={columns[p][row]:g}' for p in self.domains)}, and {self.name} "
                 f"needs at least 0 of each, more in all, and up to {MAX_EPOCHS} epochs; mend or "
                 f"drop it"

@@ -17,12 +17,11 @@ from pathlib import Path
 import psutil
 
 from allometry.configs.errors import UserError
+from allometry.configs.format import duration, human
 from allometry.configs.loader import dump
-from allometry.laws.collect import short
 from allometry.studies.ladder.plan import LadderPlan
 from allometry.studies.ladder.share import PlannedRun
 from allometry.studies.ladder.state import as_stored, last_row, spent, state_of
-from allometry.trainer.record.format import duration
 from allometry.trainer.stop import StopSignals
 
 Say = Callable[[str], None]
@@ -131,7 +130,7 @@ class _Board:
                 self._said = time.monotonic()
                 self._say(
                     f"[{self._count:>{len(str(self.total))}}/{self.total}] {run.name}: "
-                    f"{state.loss_text}, {short(run.tokens)} tokens, "
+                    f"{state.loss_text}, {human(run.tokens)} tokens, "
                     f"{run.own_flops:.2g} FLOPs in {duration(seconds)} | {self._left()}"
                 )
             else:

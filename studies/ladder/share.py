@@ -9,10 +9,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from allometry.configs.format import first_names
 from allometry.configs.run import RunConfig
 from allometry.optim.schedule import resolve_schedule
 from allometry.scaling.batch import BatchPlan
-from allometry.trainer.record.format import first_names
 from allometry.trainer.state.unchanged import differences, rates_part
 
 

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from allometry.trainer.record.columns import undeclared
+from allometry.trainer.record.columns import COLUMNS
+
+
+def undeclared(keys: Iterable[str]) -> list[str]:
+    """The keys that are not exactly one declared column."""
+    return [key for key in keys if sum(column.names(key) for column in COLUMNS) != 1]
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:

@@ -13,9 +13,9 @@ from typing_extensions import override
 
 from allometry.configs.errors import UserError
 from allometry.configs.execution import RecordConfig, WandB
+from allometry.configs.format import duration, human
 from allometry.laws.runs import read_lines
 from allometry.trainer.record.columns import FinishedStep
-from allometry.trainer.record.format import duration, human
 from allometry.trainer.record.writer import Recorder, Row
 from allometry.trainer.state.folder import RunFolder, write_atomically
 

@@ -273,11 +273,6 @@ def row_of(finished: FinishedStep) -> Row:
     return row
 
 
-def undeclared(keys: Iterable[str]) -> list[str]:
-    """Return the keys that are not exactly one declared column."""
-    return [key for key in keys if sum(column.names(key) for column in COLUMNS) != 1]
-
-
 def conventions() -> dict[str, str]:
     """Return what run.json says of each column: its meaning and unit."""
     return {c.name: c.meaning + (f" [{c.unit}]" if c.unit != "1" else "") for c in COLUMNS}

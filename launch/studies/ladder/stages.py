@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from io import StringIO
 from pathlib import Path
 from typing import Any, Literal
 
-from ruamel.yaml import YAML
-
 from allometry.configs.errors import UserError
+from allometry.configs.format import duration, first_names
 from allometry.configs.ladder import SbatchLaunch, load_ladder
-from allometry.configs.loader import PRESET
+from allometry.configs.loader import PRESET, yaml_text
 from allometry.launch.studies.ladder import text
 from allometry.laws.areas import areas_of
 from allometry.laws.fit.store import load_fit, save_fit
@@ -36,7 +34,6 @@ from allometry.studies.ladder.run import Ended, train_runs, write_config
 from allometry.studies.ladder.sbatch import write_scripts
 from allometry.studies.ladder.share import PlannedRun
 from allometry.studies.ladder.state import check_stored, only_one, state_of
-from allometry.trainer.record.format import duration, first_names
 
 Only = Literal["rungs", "target"]
 Say = Callable[[str], None]
@@ -123,11 +120,13 @@ def save_ladder(plan: LadderPlan) -> None:
     plain = plan.ladder.model_dump(mode="json")
     if not plan.ladder.base.startswith(PRESET):
         plain["base"] = str(Path(plan.ladder.base).resolve())
-    out, yaml = StringIO(), YAML(typ="rt")
-    yaml.default_flow_style = False
-    yaml.width = 100
-    yaml.dump(plain, out)
-    (plan.folder / LADDER).write_text(out.getvalue(), encoding="utf-8")
+    (plan.folder / LADDER).write_text(yaml_text(plain), encoding="utf-8")
+
+
+def rungs_of_law(plan: LadderPlan) -> list[PlannedRun]:
+    """The rungs with the target's schedule."""
+    schedule = plan.target.schedule if plan.target else plan.rungs[0].schedule
+    return [run for run in plan.rungs if run.schedule == schedule]
 
 
 def fitted_rungs(plan: LadderPlan) -> list[PlannedRun]:
@@ -135,8 +134,7 @@ def fitted_rungs(plan: LadderPlan) -> list[PlannedRun]:
 
     Raises UserError: some of them are not done, or are not what the ladder now says.
     """
-    schedule = plan.target.schedule if plan.target else plan.rungs[0].schedule
-    rungs = [run for run in plan.rungs if run.schedule == schedule]
+    rungs = rungs_of_law(plan)
     for run in rungs:
         check_stored(run)
     missing = [run.name for run in rungs if state_of(run).stage != "done"]
@@ -170,7 +168,8 @@ def predict(plan: LadderPlan, *, again: bool) -> Prediction:
 
     A prediction stands once its target is trained: then only the measurement is added, unless a new
     one is asked for ``again``, which says that it came after. One that stands although the ladder
-    has another law, loss or count since carries a warning, which is not kept. Raises UserError.
+    fits another law, or otherwise, or to other rungs since carries a warning, which is not kept.
+    Raises UserError.
     """
     target = plan.target
     if target is None:
@@ -187,7 +186,12 @@ def predict(plan: LadderPlan, *, again: bool) -> Prediction:
         assert stored.bootstrap is not None
         stage: TargetState = "done" if state.stage == "done" else "partial" if begun else "planned"
         prediction = predict_target(
-            stored.fit, stored.bootstrap, describe(plan, target), state=stage, step=state.step
+            stored.fit,
+            stored.bootstrap,
+            describe(plan, target),
+            state=stage,
+            step=state.step,
+            runs=[run.name for run in rungs_of_law(plan)],
         )
     changed = _since(plan, target, prediction)
     if state.stage == "done" and "loss" not in changed:
@@ -208,6 +212,24 @@ def _since(plan: LadderPlan, target: PlannedRun, prediction: Prediction) -> dict
             f"counts N={prediction.target.get('N')}, and the ladder now counts {target.parameters} "
             f"({plan.ladder.count})"
         )
+    if prediction.fix not in (None, plan.ladder.fix):
+        other["fix"] = (
+            f"was fitted with {_held(prediction.fix)} fixed, and the ladder now fixes "
+            f"{_held(plan.ladder.fix)}"
+        )
+    if prediction.bootstraps not in (None, plan.ladder.bootstraps):
+        other["bootstraps"] = (
+            f"has an interval of {prediction.bootstraps} bootstraps, and the ladder now says "
+            f"{plan.ladder.bootstraps}"
+        )
+    rungs = {run.name for run in rungs_of_law(plan)}
+    if prediction.runs is not None and set(prediction.runs) != rungs:
+        gone, new = sorted(set(prediction.runs) - rungs), sorted(rungs - set(prediction.runs))
+        other["rungs"] = "is of other rungs than the ladder now has: " + "; ".join(
+            f"{word} {first_names(names)}"
+            for word, names in (("of", gone), ("not of", new))
+            if names
+        )
     rung = plan.rungs[0]
     if state_of(rung).stage == "done":
         loss = LossChoice.parse(plan.ladder.loss).describe(read_run(rung.folder))
@@ -218,6 +240,11 @@ def _since(plan: LadderPlan, target: PlannedRun, prediction: Prediction) -> dict
             )
     again = "allometry ladder predict --again makes a new one"
     return {key: f"this prediction {text}; {again}" for key, text in other.items()}
+
+
+def _held(fixed: Mapping[str, float] | None) -> str:
+    """Which parameters are not fitted."""
+    return ", ".join(f"{name}={value:g}" for name, value in (fixed or {}).items()) or "nothing"
 
 
 def describe(plan: LadderPlan, run: PlannedRun) -> dict[str, Any]:

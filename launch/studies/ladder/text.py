@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from allometry.configs.errors import UserError
+from allometry.configs.format import human
 from allometry.launch.text import edge_words, number, table
-from allometry.laws.collect import short
 from allometry.laws.fit.bootstrap import Bootstrap
 from allometry.laws.fit.engine import Fit
 from allometry.laws.ladder import Prediction, unidentified
@@ -80,7 +80,7 @@ def status_text(facts: dict[str, Any]) -> str:
         steps = f"{run['step']}/{run['steps']}" if begun else str(run["steps"])
         flops = f"{run['own_flops']:.2g}".replace("e+", "e")
         loss = "" if run["final_loss"] is None else f"{run['final_loss']:.4f}"
-        sizes = [short(run["parameters"]), short(run["tokens"]), steps, flops]
+        sizes = [human(run["parameters"]), human(run["tokens"]), steps, flops]
         rows.append([run["name"], *sizes, "", run["state"], loss, "", _branch(run)])
     done = sum(run["state"] == "done" for run in facts["runs"])
     whole, alone = facts["flops"], facts["flops_if_each_from_scratch"]
@@ -150,7 +150,7 @@ def prediction_text(prediction: Prediction) -> str:
     """A prediction in words."""
     target = prediction.target
     lines = [
-        f"{target['run']} (N {short(target['N'])} parameters, D {short(target['D'])} tokens)",
+        f"{target['run']} (N {human(target['N'])} parameters, D {human(target['D'])} tokens)",
         f"{prediction.law} of {prediction.rungs} runs predicts {prediction.predicted:.4f} nats per "
         f"token, {_interval(prediction)}",
     ]

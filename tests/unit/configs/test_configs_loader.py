@@ -312,6 +312,15 @@ def lists(root: type[BaseModel], path: tuple[str, ...]) -> Iterator[tuple[str, .
             yield from lists(section, (*path, key))
 
 
+def test_a_mapping_shows_its_form(tmp_path: Path) -> None:
+    for key, form in (("fix", "fix={name: 0.5}"), ("set", "set={name: 1}")):
+        path = tmp_path / "ladder.yaml"
+        path.write_text(f"kind: ladder\nbase: x.yaml\nfolder: x\n{key}: E=0\n")
+        with pytest.raises(ConfigError) as caught:
+            load_ladder(path)
+        assert f"; write it as {form}" in str(caught.value)
+
+
 def test_a_list_shows_the_form_of_its_items() -> None:
     for change, form in (
         ("checkpoint.keep_steps=5", "checkpoint.keep_steps=[1, 2]"),

@@ -58,3 +58,15 @@ def test_a_law_without_one_power_has_a_slope_at_each_budget(shell: Shell) -> Non
     lines = shell("optimum", *law, "--flops", "1e18,1e21").splitlines()
     slopes = [line for line in lines if "grows as" in line]
     assert [line.split(" FLOPs ")[0] for line in slopes] == ["at 1e+18", "at 1e+21"]
+
+
+def test_json_has_units_and_conventions_as_the_text_has(shell: Shell, fit: Path) -> None:
+    asked = ("optimum", fit, "--flops", "1e18")
+    facts, text = shell.json(*asked), shell(*asked)
+    assert f"loss in {facts['unit']}" in text
+    for name in ("N", "D"):
+        assert f"{name}: {facts['conventions'][name]}" in text
+    assert "intervals of N and of the powers are of the law's parameters alone" in text
+    law = ("--law", "chinchilla", "--published", "hoffmann")
+    published = shell("optimum", *law, "--flops", "1e21")
+    assert "parameters alone" not in published, "there are no intervals"

@@ -38,7 +38,7 @@ def test_copies_repetitions_and_checkpoints_are_named() -> None:
     assert seeds[0].startswith("1 of 4 rows have the N, D of others and are one group")
     copies = notes(Observations.of({"N": n, "D": d, "loss": [3.0, 2.9, 2.8, 3.0]}, list("abcd")))
     assert copies[0].startswith(
-        "1 of 4 rows are copies of others in N, D and loss (first: row 4, d"
+        "1 of 4 rows are copies of others in N, D and loss (row 4 is row 1 again, a)"
     )
     one = Observations.of({"N": [1e7, 1e7, 2e7, 2e7], "D": [1e8, 2e8, 1e8, 2e8], "loss": [4.0] * 4})
     assert "2 values of N are in 4 rows" in notes(one)[0]

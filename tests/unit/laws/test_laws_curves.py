@@ -161,3 +161,30 @@ def test_tables_that_are_no_curves_are_refused(tmp_path: Path, rows: str, words:
         curves_from_tables([tmp_path / "a.csv"])
     with pytest.raises(UserError, match="given twice"):
         curves_from_tables([tmp_path / "a.csv"] * 2)
+
+
+def test_rows_of_a_table_are_chosen_and_still_say_their_rates(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    rates = (1e-3, 1e-3, 8e-4, 6e-4, 4e-4)
+    losses = ("4", "3.5", "nan", "3.2", "3.1")
+    rows = [
+        f"{step},{rate},{loss}"
+        for step, (rate, loss) in enumerate(zip(rates, losses, strict=True), 1)
+    ]
+    path.write_text("\n".join(["step,lr,loss", *rows]))
+    with pytest.raises(UserError, match=r"line 4, column 'loss'.*--where '`loss` > 0' does"):
+        curves_from_tables([path])
+    found = curves_from_tables([path], where=["`loss` > 0"])
+    assert found["step"].tolist() == [1, 2, 4, 5]
+    assert found.curves["a.csv"].rates.tolist() == pytest.approx(rates)
+
+
+def test_one_curve_in_two_files_is_refused(tmp_path: Path) -> None:
+    text = "step,lr,loss\n1,1e-3,4\n2,1e-3,3.5\n3,1e-3,3.4\n"
+    (tmp_path / "a.csv").write_text(text)
+    (tmp_path / "b.tsv").write_text(text.replace(",", "\t"))
+    files = [tmp_path / "a.csv", tmp_path / "b.tsv"]
+    with pytest.raises(UserError, match=r"a\.csv and b\.tsv hold the same curve"):
+        curves_from_tables(files)
+    files[1].write_text(text.replace("3.4", "3.3").replace(",", "\t"))
+    assert len(curves_from_tables(files)) == 6

@@ -69,6 +69,19 @@ def test_a_law_that_is_right_is_covered_and_hardly_widened() -> None:
     assert np.median(ratios) < 2.0, np.median(ratios)
 
 
+def test_one_or_two_folds_do_not_say_that_a_law_is_right() -> None:
+    """Nine runs and six parameters leave two folds, which can tell no error of the form."""
+    for seed in range(4):
+        few = fit(form_named("kappa"), rows(seed, size=3))
+        found = form_error(few)
+        assert found is not None
+        assert found.folds == 2
+        assert found.scale > 1e-4
+    enough = [form_error(fit(form_named("kappa"), rows(seed))) for seed in range(4)]
+    assert all(one is not None and one.folds == 5 for one in enough)
+    assert min(one.scale for one in enough if one) == 0.0
+
+
 def test_nothing_changes_within_the_data() -> None:
     whole = bootstrap(fit(FORM, rows(0, bend=1e-3)), 40)
     inside = Observations.of({"N": [1e8, 1e9], "D": [1e9, 2e10]})

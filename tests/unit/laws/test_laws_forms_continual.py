@@ -144,7 +144,7 @@ def test_the_domain_loss_by_share_of_table_2(size: str) -> None:
 
 
 def test_what_is_no_share_is_refused() -> None:
-    with pytest.raises(UserError, match=r"r of row 2 \(1\) is 1.5, and d_cpt needs a share"):
+    with pytest.raises(UserError, match=r"r of row 2 is 1.5, and d_cpt needs a share"):
         D_CPT.prepare(Observations.of({"N": [1e9] * 2, "D": [1e9] * 2, "r": [0.5, 1.5]}))
-    with pytest.raises(UserError, match=r"r of row 1 .* is 0\.0"):
+    with pytest.raises(UserError, match=r"r of row 1 is 0\.0"):
         form_named("cmr_domain_share").prepare(Observations.of({"r": [0.0, 0.5]}))

@@ -96,8 +96,8 @@ def test_shares_that_rounding_moved_are_normalised_and_others_refused() -> None:
     assert predict(LAW, TRUE, rounded) == pytest.approx(predict(LAW, TRUE, exact), rel=1e-15)
     for bad, words in (
         ({"web": [0.5], "code": [0.3], "books": [0.1]}, "sum to 0.9.*add the columns"),
-        ({"web": [1.2], "code": [-0.2], "books": [0.0]}, "code of row 1 .* is -0.2"),
-        ({"web": [math.nan], "code": [0.5], "books": [0.5]}, "web of row 1 .* is nan"),
+        ({"web": [1.2], "code": [-0.2], "books": [0.0]}, "code of row 1 is -0.2"),
+        ({"web": [math.nan], "code": [0.5], "books": [0.5]}, "web of row 1 is nan"),
         ({"web": [0.5], "code": [0.5]}, "no 'books'; name theirs: mixing_exponential:COLUMN"),
     ):
         with pytest.raises(UserError, match=words):

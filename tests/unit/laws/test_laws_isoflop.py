@@ -94,7 +94,7 @@ def test_trimming_takes_the_bias_of_wide_profiles_away() -> None:
     assert (rows["loss"][one.rows] <= 1.02 * least).all()
     assert (rows["loss"][one.trimmed] > 1.02 * least).all()
     few = isoflop_optima(rows, within=1e-4)[0]
-    assert few.problem == "1 sizes are within the trimming, and a parabola takes three"
+    assert few.problem == "1 of 3 sizes that a parabola takes; raise --within or drop its outliers"
     assert few.loss == least
 
 

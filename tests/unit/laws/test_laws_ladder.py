@@ -95,6 +95,16 @@ def test_law_that_reads_what_is_not_known_before(tmp_path: Path) -> None:
         predict_target(found, bootstrap(found, 20), target, state="planned", step=0)
 
 
+def test_what_went_to_zero_is_held_by_a_key_of_the_ladder() -> None:
+    n, d = np.meshgrid([13_440.0, 30_096.0, 53_472.0], [32_768.0, 65_536.0, 98_304.0])
+    loss = [6.425, 6.276, 6.341, 5.9972, 5.8389, 5.8475, 5.723, 5.5611, 5.5539]
+    small = Observations.of({"N": n.ravel(), "D": d.ravel(), "loss": loss})
+    text = unidentified(fit(form_named("chinchilla"), small))
+    assert text is not None
+    assert text.endswith(" (fix: {E: 0} in the ladder)")
+    assert "--" not in text, "a ladder has no options of a law"
+
+
 def test_file_of_a_prediction(tmp_path: Path) -> None:
     path = tmp_path / "ladder" / "prediction.json"
     assert load_prediction(path) is None

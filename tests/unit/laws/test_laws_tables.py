@@ -28,6 +28,48 @@ def table(tmp_path: Path) -> Path:
     return path
 
 
+def test_json_lines_are_rows_whose_missing_keys_are_empty_cells(tmp_path: Path) -> None:
+    path = tmp_path / "Runs.JSONL"
+    path.write_text('{"N": 1000, "loss": 4, "set": "C4"}\n\n{"loss": 3.5, "N": 2e3, "x": null}\n')
+    found = read_table(path, ["N", "loss"])
+    np.testing.assert_array_equal(found["N"], [1000, 2000])
+    assert found.groups == ("Runs.JSONL:1", "Runs.JSONL:3")
+    assert read_table(path, ["N"], where=["set == 'C4'"])["N"].tolist() == [1000]
+    with pytest.raises(UserError, match=r"line 3, column 'set': '' is not a finite number"):
+        read_table(path, ["set"], where=["N > 1500"])
+    path.write_text('{"N": 1}\n[1, 2]\n')
+    with pytest.raises(UserError, match="line 2, is no JSON object; mend it"):
+        read_table(path, ["N"])
+
+
+def test_semicolons_separate_cells_where_the_header_has_no_comma(tmp_path: Path) -> None:
+    path = tmp_path / "runs.csv"
+    path.write_text("N;loss;note\n1e6;3.5;a, b\n2e6;3.25;\n")
+    np.testing.assert_array_equal(read_table(path, ["loss"])["loss"], [3.5, 3.25])
+
+
+@pytest.mark.parametrize("cell", ["3,5", "10,000,000", "10M", "7.5 B", "3.5e3 tokens", "12 %"])
+def test_a_number_written_otherwise_is_named_as_such(tmp_path: Path, cell: str) -> None:
+    path = tmp_path / "runs.tsv"
+    path.write_text(f"N\tloss\n1e6\t3\n{cell}\t3\n")
+    with pytest.raises(UserError) as caught:
+        read_table(path, ["N"])
+    assert f"line 3, column 'N': {cell!r} is no plain number; write it with" in str(caught.value)
+    assert "--where" not in str(caught.value), "that would leave out every such row"
+
+
+@pytest.mark.parametrize("cell", ["inf", "-inf", "nan", "", "diverged"])
+def test_what_is_no_finite_number_is_left_out_as_the_message_says(
+    tmp_path: Path, cell: str
+) -> None:
+    path = tmp_path / "runs.csv"
+    path.write_text(f"N,loss\n1e6,3\n2e6,{cell}\n")
+    with pytest.raises(UserError) as caught:
+        read_table(path, ["N", "loss"])
+    condition = str(caught.value).partition("as --where '")[2].partition("'")[0]
+    assert read_table(path, ["N", "loss"], where=[condition])["N"].tolist() == [1e6]
+
+
 def test_columns_are_mapped_computed_and_chosen(table: Path) -> None:
     found = read_table(table, ["N", "D", "loss"], mapping=MAPPING, where=["loss < 3.9"])
     np.testing.assert_array_equal(found["N"], [2e6, 4e6])
@@ -142,7 +184,9 @@ def test_what_is_no_table_is_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no file"):
         read_table(tmp_path / "x.csv", ["a"])
     (tmp_path / "x.xls").write_text("a")
-    with pytest.raises(UserError, match=r"not named as a table is \(\.csv"):
+    with pytest.raises(
+        UserError, match=r"save it as CSV or JSON Lines under a name that ends in one of \.csv"
+    ):
         read_table(tmp_path / "x.xls", ["a"])
     (tmp_path / "x.csv").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="cannot be read"):

@@ -100,6 +100,9 @@ def test_changed_target_is_not_measured(planned: Callable[..., LadderPlan]) -> N
         work.predict(now, again=False)
 
 
+OPTIONAL = ("fix", "bootstraps", "runs")
+
+
 def kept_prediction(plan: LadderPlan, **changes: Any) -> None:
     assert plan.target is not None
     values: dict[str, Any] = {
@@ -115,6 +118,9 @@ def kept_prediction(plan: LadderPlan, **changes: Any) -> None:
         "target_state": "planned",
         "target_step": 0,
         "warnings": ("as it was",),
+        "fix": dict(plan.ladder.fix),
+        "bootstraps": plan.ladder.bootstraps,
+        "runs": tuple(run.name for run in plan.rungs),
     }
     save_prediction(plan.folder / work.PREDICTION, Prediction(**values | changes))
 
@@ -133,6 +139,10 @@ def test_kept_prediction_says_what_the_ladder_says_otherwise(
         ({"law": "kaplan"}, "is of law chinchilla, and the ladder now says kaplan"),
         ({"count": "total"}, "and the ladder now counts"),
         ({"loss": f"train/{source}"}, "is of another loss (training loss of the mixture"),
+        ({"fix": {"E": 0}}, "was fitted with nothing fixed, and the ladder now fixes E=0"),
+        ({"bootstraps": 70}, f"of {plan.ladder.bootstraps} bootstraps, and the ladder now says 70"),
+        ({"tokens": [5120, 9216]}, "the ladder now has: not of large-d9216-s0, small-d9216-s0"),
+        ({"sizes": [{"name": "small", "width": 16}]}, "the ladder now has: of large-d5120-s0"),
     ):
         found = work.predict(planned(**keys), again=False)
         assert len(found.warnings) == 2, found.warnings
@@ -142,6 +152,11 @@ def test_kept_prediction_says_what_the_ladder_says_otherwise(
         assert "allometry ladder predict --again makes a new one" in text
         # It is of today's ladder, so the kept file does not say it.
         assert work.predict(plan, again=False).warnings == ("as it was",)
+    # A file of before these were kept is not held to them.
+    path = plan.folder / work.PREDICTION
+    kept = json.loads(path.read_text())
+    path.write_text(json.dumps({key: kept[key] for key in kept if key not in OPTIONAL}))
+    assert work.predict(planned(fix={"E": 0}), again=False).warnings == ("as it was",)
 
 
 def test_kept_prediction_is_not_held_to_another_loss(planned: Callable[..., LadderPlan]) -> None:

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from allometry.configs.errors import UserError
+from allometry.configs.format import duration, human
 from allometry.configs.run import RunConfig
 from allometry.trainer.record.callbacks import Display
-from allometry.trainer.record.format import duration, human
 from allometry.trainer.train import train
 from wandb_file import history
 

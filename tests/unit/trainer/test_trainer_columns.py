@@ -13,9 +13,9 @@ import torch
 
 from allometry.configs.run import RunConfig
 from allometry.trainer.record.callbacks import Callback
-from allometry.trainer.record.columns import COLUMNS, conventions, table, undeclared
+from allometry.trainer.record.columns import COLUMNS, conventions, table
 from allometry.trainer.train import train
-from run_folders import rows
+from run_folders import rows, undeclared
 
 Make = Callable[..., RunConfig]
 DOCS = Path(__file__).parents[3] / "docs"
