@@ -75,7 +75,7 @@ class LeftOut:
         """Count ``count`` more, of which ``place`` is one (or the first)."""
         self.counts[reason] += count
         places = self.places.setdefault(reason, [])
-        if len(places) < _PLACES_KEPT:
+        if len(places) < _PLACES_KEPT and place not in places:
             places.append(place)
 
     def update(self, other: LeftOut) -> None:

@@ -17,10 +17,11 @@ from typing import Any, Literal, get_args
 from allometry.configs.errors import UserError
 from allometry.data.builtin import python_version
 from allometry.data.corpora import named_input, open_corpus
-from allometry.data.corpus import Corpus, Document, OnBadLine, ReadLog
+from allometry.data.corpus import Corpus, Document, LeftOut, OnBadLine, ReadLog
 from allometry.data.encode import (
     Encoding,
     TextSample,
+    Unknown,
     Workers,
     chunks,
     encode_chunk,
@@ -38,6 +39,7 @@ from allometry.data.manifest import (
 )
 from allometry.data.progress import ProgressReport
 from allometry.data.special_tokens import (
+    END_OF_DOCUMENT,
     find_end_of_document,
     load_tokenizer,
     vocabulary_bound,
@@ -251,6 +253,8 @@ class _Preparation:
             for piece in chunk:
                 writers[piece.held_out].add(piece.tokens, piece.text_bytes, piece.last)
                 inexact_cuts += not piece.exact
+                if piece.unknown is not None:
+                    _add_unknown(log.left_out, piece.unknown)
         records = {split: writer.finish() for split, writer in zip(splits, writers, strict=True)}
         self._say_source(name, corpus, writers, log)
         if inexact_cuts:
@@ -299,6 +303,15 @@ class _Preparation:
             self.report.say(f"{name}: no document fell into the held-out split, so it has no files")
 
 
+def _add_unknown(left_out: LeftOut, unknown: Unknown) -> None:
+    """Count and name what has no token."""
+    became = "dropped" if unknown.token is None else f"became {unknown.token}"
+    reason = f"text that the tokenizer does not know, {became}"
+    left_out.counts[reason] += unknown.count
+    for part in unknown.parts:
+        left_out.add(reason, repr(part), 0)
+
+
 def _open_inputs(request: PrepareRequest) -> dict[str, Corpus]:
     corpora: dict[str, Corpus] = {}
     for value in request.inputs:
@@ -316,14 +329,19 @@ def _identity(request: PrepareRequest, corpora: dict[str, Corpus]) -> dict[str, 
     """What decides the files that a request makes, the content of the inputs aside (JSON)."""
     if request.tokenizer is None:
         tokenizer: dict[str, Any] = {"trained_vocab_size": request.vocab_size or DEFAULT_VOCAB_SIZE}
+        end = request.end_of_document or END_OF_DOCUMENT
     else:
         tokenizer = {"sha256": recorded_as(request.tokenizer, Path(request.out))}
+        end, _ = find_end_of_document(
+            request.tokenizer, load_tokenizer(request.tokenizer), request.end_of_document
+        )
     inputs = {name: corpus.input for name, corpus in corpora.items()}
     same = (
-        *("validation_fraction", "text_key", "end_of_document", "max_documents", "max_bytes"),
+        *("validation_fraction", "text_key", "max_documents", "max_bytes"),
         *("separator", "on_bad_line"),
     )
-    return {"inputs": inputs, "tokenizer": tokenizer, **{k: getattr(request, k) for k in same}}
+    values = {key: getattr(request, key) for key in same}
+    return {"inputs": inputs, "tokenizer": tokenizer, "end_of_document": end, **values}
 
 
 def _already_prepared(
@@ -334,8 +352,11 @@ def _already_prepared(
     if manifest is None:
         return None
     advice = "choose another output folder or remove this one"
+    recorded = manifest.request | {"end_of_document": manifest.tokenizer.end_of_document}
     for key, value in identity.items():
-        before = manifest.request.get(key, value)  # an older manifest has fewer keys
+        before = recorded.get(key, value)  # an older manifest has fewer keys
+        if key == "on_bad_line" and before == "stop":
+            continue  # nothing was bad
         if before != value:
             raise UserError(f"folder {out} was prepared with {key}={before}, not {value}; {advice}")
     for name, corpus in corpora.items():

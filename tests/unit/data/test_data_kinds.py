@@ -50,6 +50,10 @@ UNUSABLE = {
     "wide.txt": ("text".encode("utf-16"), "UTF-16 text"),
     "wide.jsonl": ('{"text": "a"}'.encode("utf-16"), "UTF-16 text"),
     "nul.txt": (b"a\0b", "binary file"),
+    "photo.jpg": (b"\xff\xd8\xff\xe0\x10JFIF\x01\x02", "binary file"),
+    "a.txt.br": (b"\x8b\x02\x80text\x03", "binary file"),
+    "a.txt.lz": (b"LZIP\x01\x0c", "lzip file"),
+    "a.Z": (b"\x1f\x9d\x90\x74", "file packed with compress"),
     "a.arrow": (b"ARROW1\0\0", "Arrow file"),
     "a.warc": (b"WARC/1.0\r\n", "WARC file"),
     "a.pdf": (b"%PDF-1.7\n", "PDF file"),
@@ -88,6 +92,9 @@ def test_what_is_no_text_is_refused_or_counted(tmp_path: Path, name: str) -> Non
         (b"[Music]\n", "text"),
         (b"ORCHIDS and BZh5 and Rar! are words", "text"),
         ("é".encode("latin-1"), "text"),
+        ("“é”\x1b[0m\ttab\f".encode("cp1252"), "text"),
+        ("a \x01 in UTF-8 é".encode(), "text"),
+        (b"x" * 65_535 + "é\x01".encode(), "text"),  # the first block ends in a letter
         (b"\r\n", "text"),
     ],
 )

@@ -148,9 +148,28 @@ def test_again_is_nothing_to_do(request_: PrepareRequest, prepared: Path, capfd:
     assert changed() == before
 
 
+def test_what_is_named_and_would_be_found_is_the_same(
+    request_: PrepareRequest, prepared: Path, tmp_path: Path
+) -> None:
+    manifest = read_manifest(prepared)
+    for same in ({"end_of_document": END_OF_DOCUMENT}, {"on_bad_line": "skip"}):
+        assert prepare(replace(request_, **same), quiet=True) == manifest
+    tokenizer = str(prepared / "tokenizer.json")
+    found = replace(request_, vocab_size=None, tokenizer=tokenizer, out=str(tmp_path / "found"))
+    named = replace(found, end_of_document=END_OF_DOCUMENT, out=str(tmp_path / "named"))
+    for first, then in ((found, named), (named, found)):
+        manifest = prepare(first, quiet=True)
+        assert prepare(replace(then, out=first.out), quiet=True) == manifest
+    (prepared / "tokenizer_config.json").write_text(json.dumps({"eos_token": "a"}))
+    with pytest.raises(UserError, match="eos_token of"):
+        prepare(found, quiet=True)  # now another would be found
+    (prepared / "tokenizer_config.json").unlink()
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
+        ({"end_of_document": "<other>"}, "with end_of_document=<.endoftext.>, not <other>"),
         ({"vocab_size": 300}, "was prepared with tokenizer="),
         ({"validation_fraction": 0.2}, r"with validation_fraction=0.1, not 0.2; choose another"),
         ({"inputs": ("builtin:python-code",)}, "was prepared with inputs="),
