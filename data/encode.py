@@ -137,12 +137,12 @@ class EncodedPiece(NamedTuple):
 
 
 class Unknown(NamedTuple):
-    """How often a text holds what has no token, some of it, and the token in its place.
+    """How many times a text holds what has no token, some of it, and the token in its place.
 
     Without such a token (None) the tokenizer drops it.
     """
 
-    count: int
+    times: int
     parts: tuple[str, ...]
     token: str | None
 

@@ -307,7 +307,7 @@ def _add_unknown(left_out: LeftOut, unknown: Unknown) -> None:
     """Count and name what has no token."""
     became = "dropped" if unknown.token is None else f"became {unknown.token}"
     reason = f"text that the tokenizer does not know, {became}"
-    left_out.counts[reason] += unknown.count
+    left_out.counts[reason] += unknown.times
     for part in unknown.parts:
         left_out.add(reason, repr(part), 0)
 

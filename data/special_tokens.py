@@ -121,19 +121,18 @@ def load_watcher(path: str | Path, end: int) -> tuple[Tokenizer, int, str | None
         return None if number is None else (load_encoder(path, end), number, plain["unk_token"])
     if _knows_all_bytes(values):
         return None
-    model["unk_token"], model["fuse_unk"] = uuid.uuid4().hex, False
-    model["vocab"][model["unk_token"]] = vocabulary_bound(load_tokenizer(path))
-    watcher = _loaded(path, json.dumps(values), plain=True)
-    return watcher, int(watcher.token_to_id(model["unk_token"])), None
+    name, bound = uuid.uuid4().hex, vocabulary_bound(load_tokenizer(path))
+    model |= {"unk_token": name, "fuse_unk": False, "vocab": {**model["vocab"], name: bound}}
+    return _loaded(path, json.dumps(values), plain=True), bound, None
 
 
 def _knows_all_bytes(values: Mapping[str, Any]) -> bool:
     """Whether a BPE has a token for each byte, and writes what it does not know as bytes."""
     model = values["model"]
-    steps = json.dumps([values["normalizer"], values["pre_tokenizer"]])
-    if '"ByteLevel"' in steps:
-        return model["vocab"].keys() >= set(pre_tokenizers.ByteLevel.alphabet())
-    return bool(model["byte_fallback"]) and model["vocab"].keys() >= _BYTES
+    vocabulary: set[str] = set(model["vocab"])
+    if '"ByteLevel"' in json.dumps([values["normalizer"], values["pre_tokenizer"]]):
+        return vocabulary >= set(pre_tokenizers.ByteLevel.alphabet())
+    return bool(model["byte_fallback"]) and vocabulary >= _BYTES
 
 
 def _of_plain_text(path: str | Path, end: int) -> dict[str, Any]:
