@@ -35,8 +35,8 @@ class StopSignals:
     first one calls ``at_once``, which interrupts. A SIGHUP that is ignored (nohup) stays so; one of
     these signals that was blocked until now (``launch/torchrun.py``) is received.
 
-    ``to_the_end``: signals are watched until the process ends, which the context is the work of. One
-    that comes when all is done and saved, such as a second one, does not change its exit code.
+    ``to_the_end``: signals are watched until the process ends, whose work the context is. One that
+    comes when all is done and saved, such as a second one, does not change its exit code.
     """
 
     def __init__(
