@@ -202,6 +202,7 @@ class FileCorpus(Corpus):
             yield Document(str(file.path), again, digest.hexdigest())
             return
         for number, text in enumerate(_between(again, self.separator), start=1):
+            log.separators += number > 1
             yield Document.of(f"{file.path}:{number}", text.strip("\r\n"))
 
     def _lines(self, file: SourceFile, read: _Reading, log: ReadLog) -> Iterator[Document]:

@@ -113,6 +113,8 @@ class ReadLog:
         self.left_out = LeftOut()
         self.marks: Counter[str] = Counter()
         """How often what separates documents elsewhere stands in text files."""
+        self.separators = 0
+        """How often the separator that was asked for stands there."""
         self._on_bad_line = on_bad_line
         self._max_bad_lines = max_bad_lines
         self._bad = 0

@@ -52,6 +52,7 @@ _COMPRESSIONS: dict[str, tuple[bytes, Any]] = {
 }
 _UNPACK = "unpack it and give what is in it"
 _CONVERT = "write its text as JSON Lines or parquet"
+_HOW = "docs/file_formats.md has the command"
 _CONTROL = bytes({*range(32)} - {*b"\b\t\n\v\f\r\x1b"})
 """Bytes that no text holds, in any encoding that has one byte for each letter."""
 _UTF8 = "convert it with iconv -t UTF-8 -f ENCODING"
@@ -122,7 +123,7 @@ def _kind_of_content(head: bytes, ending: str, text_key: str) -> str:
     if ending == ".parquet":
         raise UnusableError("not the parquet file that its name says", "repair it or take it out")
     if ending in _TABLE_ENDINGS:
-        raise UnusableError(f"{ending[1:].upper()} table", _CONVERT)
+        raise UnusableError(f"{ending[1:].upper()} table", f"{_CONVERT} ({_HOW})")
     if re.match(rb"(\xef\xbb\xbf)?\s*\[" if ending in _JSON_ENDINGS else rb'\s*\[\s*\{\s*"', head):
         raise UnusableError(
             "JSON array", "write one JSON object on each line, as `jq -c '.[]'` does"

@@ -3,6 +3,7 @@
 import gzip
 import io
 import os
+import re
 import stat
 import tarfile
 import zipfile
@@ -101,6 +102,35 @@ def test_what_is_no_text_is_refused_or_counted(tmp_path: Path, name: str) -> Non
 def test_kinds_by_content(tmp_path: Path, content: bytes, kind: str) -> None:
     (tmp_path / "part-0").write_bytes(content)
     assert open_corpus(str(tmp_path / "part-0"), "text").kinds == {kind: 1}
+
+
+def test_a_table_is_read_as_the_document_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = Path(__file__).parents[3] / "docs" / "file_formats.md"
+    (code,) = re.findall(r'^python -c "(.*csv.*)"$', page.read_text(encoding="utf-8"), re.M)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in.csv").write_text('n,text\n1,"a, ""b""\nc"\n2,d\n', encoding="utf-8")
+    with pytest.raises(UserError, match=r"CSV table; write its text as .*file_formats\.md has the"):
+        open_corpus("in.csv", "text")
+    exec(code, {})
+    assert texts(open_corpus("in.parquet", "text")) == ['a, "b"\nc', "d"]
+
+
+def test_files_of_settings_in_a_folder_stop_it_or_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "config.json").write_text('{"name": "web", "rows": 1}')
+    corpus = open_corpus(str(tmp_path), "text")
+    with pytest.raises(
+        UserError,
+        match=r"config\.json, line 1 has no 'text' \(it has: name, rows\); .*--on-bad-line skip",
+    ):
+        list(corpus.documents(ReadLog(lambda n: None), map))
+    log = ReadLog(lambda n: None, "skip")
+    assert [document.text for document in corpus.documents(log, map)] == ["a"]
+    assert log.left_out.places["no text under 'text'"] == [
+        f"input file {tmp_path / 'config.json'}, line 1"
+    ]
 
 
 def test_links(tmp_path: Path) -> None:

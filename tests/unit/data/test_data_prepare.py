@@ -160,6 +160,8 @@ def test_what_is_named_and_would_be_found_is_the_same(
     for first, then in ((found, named), (named, found)):
         manifest = prepare(first, quiet=True)
         assert prepare(replace(then, out=first.out), quiet=True) == manifest
+    with pytest.raises(UserError, match=r"=<x> is a token of no tokenizer .*give --tokenizer"):
+        replace(request_, end_of_document="<x>")
     (prepared / "tokenizer_config.json").write_text(json.dumps({"eos_token": "a"}))
     with pytest.raises(UserError, match="eos_token of"):
         prepare(found, quiet=True)  # now another would be found
@@ -169,7 +171,6 @@ def test_what_is_named_and_would_be_found_is_the_same(
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"end_of_document": "<other>"}, "with end_of_document=<.endoftext.>, not <other>"),
         ({"vocab_size": 300}, "was prepared with tokenizer="),
         ({"validation_fraction": 0.2}, r"with validation_fraction=0.1, not 0.2; choose another"),
         ({"inputs": ("builtin:python-code",)}, "was prepared with inputs="),
