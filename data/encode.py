@@ -26,7 +26,7 @@ from allometry.data.special_tokens import END_OF_DOCUMENT, load_encoder, load_wa
 
 _CHUNK_CHARACTERS = SPAN
 _IN_FLIGHT = 4
-_PARTS_NAMED, _CHARACTERS_NAMED = 5, 20
+_TEXTS_NAMED, _PARTS_NAMED, _CHARACTERS_NAMED = 16, 5, 20  # of a chunk, a text, a part
 
 Item = TypeVar("Item")
 Outcome = TypeVar("Outcome")
@@ -222,11 +222,11 @@ def encode_chunk(encoding: Encoding, chunk: list[Piece]) -> list[EncodedPiece]:
     end = encoding.end_of_document
     encode = _loaded(encoding.tokenizer, encoding.tokenizer_sha256, end)
     outcomes: list[EncodedPiece] = []
-    to_be_named = True  # the first of a chunk are enough
+    to_be_named = _TEXTS_NAMED
     for group, span in chunk:
         ids, text, exact = encode_span(encode, span)
-        unknown = encode.unknown(text, ids, named=to_be_named)
-        to_be_named &= unknown is None
+        unknown = encode.unknown(text, ids, named=to_be_named > 0)
+        to_be_named -= unknown is not None
         last = span.after == 0
         if last:
             ids.append(end)

@@ -172,4 +172,5 @@ def test_names_come_from_each_process_alike(tmp_path: Path) -> None:
         manifests.append(prepare(request, quiet=True))
     assert manifests[0].sources == manifests[1].sources
     assert manifests[0].sources["a"].skipped == {DROPPED: 24 * 3000}
-    assert len(manifests[0].sources["a"].skipped_places[DROPPED]) > 1
+    # Not only of the first text that holds some.
+    assert manifests[0].sources["a"].skipped_places[DROPPED] == [repr(one) for one in "αβγδε"]
