@@ -194,6 +194,7 @@ class FileCorpus(Corpus):
             yield Document(str(file.path), again, digest.hexdigest())
             return
         for number, text in enumerate(_between(again, self.separator), start=1):
+            log.separators += number > 1
             yield Document.of(f"{file.path}:{number}", text.strip("\r\n"))
 
     def _lines(self, file: SourceFile, read: _Reading, log: ReadLog) -> Iterator[Document]:
@@ -298,11 +299,16 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 def named_input(value: str) -> tuple[str, str]:
     """Split ``name=input``; without a name, one is made from the input.
 
-    A path whose first folder is called ``lang=en`` has no name in front.
+    A path whose first folder is called ``lang=en``, or a pattern that one matches (``lang=*``), has
+    no name in front.
     """
+    if not value.strip():
+        raise UserError(
+            "an input is empty; give a file, a folder, a pattern of files or builtin:..."
+        )
     name, equals, rest = value.partition("=")
     folder = Path(value).parts[0] if Path(value).parts else value
-    if equals and _NAME.fullmatch(name) and not os.path.lexists(folder):
+    if equals and _NAME.fullmatch(name) and not (os.path.lexists(folder) or glob.glob(folder)):
         if not rest:
             raise UserError(f"input {value!r} names no path; write name=path")
         return name, rest

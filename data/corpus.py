@@ -75,7 +75,7 @@ class LeftOut:
         """Count ``count`` more, of which ``place`` is one (or the first)."""
         self.counts[reason] += count
         places = self.places.setdefault(reason, [])
-        if len(places) < _PLACES_KEPT:
+        if len(places) < _PLACES_KEPT and place not in places:
             places.append(place)
 
     def update(self, other: LeftOut) -> None:
@@ -113,6 +113,8 @@ class ReadLog:
         self.left_out = LeftOut()
         self.marks: Counter[str] = Counter()
         """How often what separates documents elsewhere stands in text files."""
+        self.separators = 0
+        """How often the separator that was asked for stands there."""
         self._on_bad_line = on_bad_line
         self._max_bad_lines = max_bad_lines
         self._bad = 0

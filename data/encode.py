@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
+from itertools import islice
 from typing import Any, NamedTuple, Self, TypeVar
 
 import numpy as np
@@ -21,10 +22,11 @@ from allometry.configs.errors import UserError
 from allometry.data.corpus import Document, text_digest
 from allometry.data.pieces import SPAN, Span, encode_span, spans, stretches
 from allometry.data.processes import end_with_parent
-from allometry.data.special_tokens import END_OF_DOCUMENT, load_encoder
+from allometry.data.special_tokens import END_OF_DOCUMENT, load_encoder, load_watcher
 
 _CHUNK_CHARACTERS = SPAN
 _IN_FLIGHT = 4
+_TEXTS_NAMED, _PARTS_NAMED, _CHARACTERS_NAMED = 16, 5, 20  # of a chunk, a text, a part
 
 Item = TypeVar("Item")
 Outcome = TypeVar("Outcome")
@@ -123,7 +125,7 @@ class EncodedPiece(NamedTuple):
     """Tokens of a piece in the dtype of the files; ``text_bytes`` of UTF-8 that they stand for.
 
     ``last``: the document ends here, with the end-of-document token. ``exact``: the tokens are
-    those that the whole document would have.
+    those that the whole document would have. ``unknown``: what of it has no token.
     """
 
     tokens: NDArray[Any]
@@ -131,6 +133,18 @@ class EncodedPiece(NamedTuple):
     held_out: bool
     last: bool
     exact: bool
+    unknown: Unknown | None = None
+
+
+class Unknown(NamedTuple):
+    """How many times a text holds what has no token, some of it, and the token in its place.
+
+    Without such a token (None) the tokenizer drops it.
+    """
+
+    times: int
+    parts: tuple[str, ...]
+    token: str | None
 
 
 def chunks(documents: Iterable[Document]) -> Iterator[list[Piece]]:
@@ -148,44 +162,78 @@ def chunks(documents: Iterable[Document]) -> Iterator[list[Piece]]:
         yield chunk
 
 
-@lru_cache(maxsize=1)
-def _loaded(path: str, sha256: str, end: int) -> Tokenizer:
-    """Loaded once a process; ``sha256`` tells apart what one path held at different times."""
-    return load_encoder(path, end)
+class Encoder:
+    """Text to ids, among which ``end`` is not; ``path`` names a tokenizer."""
+
+    def __init__(self, path: str, end: int) -> None:
+        self._tokenizer = load_encoder(path, end)
+        self._watcher = load_watcher(path, end)
+        self._end = end
+
+    def __call__(self, text: str) -> list[int]:
+        """The ids of a text. Raises UserError for a text that has none."""
+        try:
+            ids = _ids(self._tokenizer, text)
+        except Exception as error:  # the library raises nothing narrower
+            raise UserError(
+                f"the tokenizer cannot encode a document that begins {text[:40]!r} ({error}); give "
+                "one that has a token for what is unknown, or knows all bytes"
+            ) from error
+        if self._end in ids:
+            raise UserError(
+                f"a document that begins {text[:40]!r} holds what the tokenizer does not know, and "
+                "its token for that is the one that ends documents; choose another with "
+                "--end-of-document"
+            )
+        return ids
+
+    def unknown(self, text: str, ids: list[int], *, named: bool) -> Unknown | None:
+        """What of a text, whose ids are ``ids``, has no token; None if all of it has.
+
+        Its parts are only looked for where they are to be ``named``, which takes longer.
+        """
+        if self._watcher is None:
+            return None
+        watcher, number, token = self._watcher
+        count = (_ids(watcher, text) if token is None else ids).count(number)
+        if not count or not named:
+            return Unknown(count, (), token) if count else None
+        found = watcher.encode(text, add_special_tokens=False)
+        places = (at for at, one in zip(found.offsets, found.ids, strict=True) if one == number)
+        parts = dict.fromkeys(text[slice(*at)][:_CHARACTERS_NAMED] for at in places)
+        return Unknown(count, tuple(islice(parts, _PARTS_NAMED)), token)
 
 
-def _encoded(tokenizer: Tokenizer, text: str, end: int) -> list[int]:
-    """The ids of a text, among which ``end`` is not. Raises UserError for a text that has none."""
-    try:
-        # A batch of one: faster than `encode`, which tracks offsets, and on one thread, as the
-        # processes are what runs in parallel.
-        ids: list[int] = tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
-    except Exception as error:  # the library raises nothing narrower
-        raise UserError(
-            f"the tokenizer cannot encode a document that begins {text[:40]!r} ({error}); give one "
-            "that has a token for what is unknown, or knows all bytes"
-        ) from error
-    if end in ids:
-        raise UserError(
-            f"a document that begins {text[:40]!r} holds what the tokenizer does not know, and its "
-            "token for that is the one that ends documents; choose another with --end-of-document"
-        )
+def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    # A batch of one: faster than `encode`, which tracks offsets, and on one thread, as the
+    # processes are what runs in parallel.
+    ids: list[int] = tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
     return ids
+
+
+@lru_cache(maxsize=1)
+def _loaded(path: str, sha256: str, end: int) -> Encoder:
+    """Loaded once a process; ``sha256`` tells apart what one path held at different times."""
+    return Encoder(path, end)
 
 
 def encode_chunk(encoding: Encoding, chunk: list[Piece]) -> list[EncodedPiece]:
     """Encode one chunk; the same for any process and any chunks."""
     end = encoding.end_of_document
-    encode = partial(_encoded, _loaded(encoding.tokenizer, encoding.tokenizer_sha256, end), end=end)
-    outcomes = []
+    encode = _loaded(encoding.tokenizer, encoding.tokenizer_sha256, end)
+    outcomes: list[EncodedPiece] = []
+    to_be_named = _TEXTS_NAMED
     for group, span in chunk:
-        ids, text_bytes, exact = encode_span(encode, span)
+        ids, text, exact = encode_span(encode, span)
+        unknown = encode.unknown(text, ids, named=to_be_named > 0)
+        to_be_named -= unknown is not None
         last = span.after == 0
         if last:
             ids.append(end)
         tokens = np.array(ids, encoding.dtype)
         held_out = int(group[:16], 16) < encoding.validation_below
-        outcomes.append(EncodedPiece(tokens, text_bytes, held_out, last, exact))
+        text_bytes = len(text.encode())
+        outcomes.append(EncodedPiece(tokens, text_bytes, held_out, last, exact, unknown))
     return outcomes
 
 

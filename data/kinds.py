@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import codecs
 import gzip
 import io
 import json
@@ -51,6 +52,9 @@ _COMPRESSIONS: dict[str, tuple[bytes, Any]] = {
 }
 _UNPACK = "unpack it and give what is in it"
 _CONVERT = "write its text as JSON Lines or parquet"
+_HOW = "docs/file_formats.md has the command"
+_CONTROL = bytes({*range(32)} - {*b"\b\t\n\v\f\r\x1b"})
+"""Bytes that no text holds, in any encoding that has one byte for each letter."""
 _UTF8 = "convert it with iconv -t UTF-8 -f ENCODING"
 # Offset, bytes, what has them there, what to do.
 _MAGIC = (
@@ -59,6 +63,8 @@ _MAGIC = (
     (0, b"7z\xbc\xaf\x27\x1c", "7z archive", _UNPACK),
     (0, b"Rar!\x1a\x07", "rar archive", _UNPACK),
     (0, b"\x04\x22\x4d\x18", "lz4 file", _UNPACK),
+    (0, b"LZIP\x01", "lzip file", _UNPACK),
+    (0, b"\x1f\x9d", "file packed with compress", _UNPACK),
     (0, b"\xff\x06\0\0sNaPpY", "snappy file", _UNPACK),
     (0, b"ARROW1\0", "Arrow file", "write it as parquet"),
     (0, b"Obj\x01", "Avro file", "write it as parquet"),
@@ -117,7 +123,7 @@ def _kind_of_content(head: bytes, ending: str, text_key: str) -> str:
     if ending == ".parquet":
         raise UnusableError("not the parquet file that its name says", "repair it or take it out")
     if ending in _TABLE_ENDINGS:
-        raise UnusableError(f"{ending[1:].upper()} table", _CONVERT)
+        raise UnusableError(f"{ending[1:].upper()} table", f"{_CONVERT} ({_HOW})")
     if re.match(rb"(\xef\xbb\xbf)?\s*\[" if ending in _JSON_ENDINGS else rb'\s*\[\s*\{\s*"', head):
         raise UnusableError(
             "JSON array", "write one JSON object on each line, as `jq -c '.[]'` does"
@@ -129,9 +135,17 @@ def _kind_of_content(head: bytes, ending: str, text_key: str) -> str:
                 "write one JSON object on each line, as `jq -c .` does",
             )
         return JSON_LINES
-    if b"\0" in head:
+    if b"\0" in head or (not _is_utf8(head) and head.translate(None, _CONTROL) != head):
         raise UnusableError("binary file", "give text, JSON Lines or parquet")
     return JSON_LINES if _holds_json_lines(head, text_key) else TEXT
+
+
+def _is_utf8(head: bytes) -> bool:
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)  # its last letter may be cut
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _holds_json_lines(head: bytes, text_key: str) -> bool:

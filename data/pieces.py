@@ -47,10 +47,10 @@ def spans(blocks: Iterable[str]) -> Iterator[Span]:
 
 
 class EncodedSpan(NamedTuple):
-    """Token ids, the UTF-8 bytes they stand for, and whether the ids are the whole text's."""
+    """Token ids, the text that they stand for, and whether the ids are the whole text's."""
 
     ids: list[int]
-    text_bytes: int
+    text: str
     exact: bool
 
 
@@ -60,14 +60,14 @@ def encode_span(encode: Callable[[str], list[int]], span: Span) -> EncodedSpan:
     if span.after:
         end += find_cut(encode, text[-2 * MARGIN :])[0] - 2 * MARGIN
     if not span.before:
-        return EncodedSpan(encode(text[:end]), len(text[:end].encode()), True)
+        return EncodedSpan(encode(text[:end]), text[:end], True)
     begin, exact = find_cut(encode, text[: 2 * MARGIN])
     before, ids = encode(text[:begin]), encode(text[:end])
     if ids[: len(before)] == before:
         ids = ids[len(before) :]
     else:
         ids, exact = encode(text[begin:end]), False
-    return EncodedSpan(ids, len(text[begin:end].encode()), exact)
+    return EncodedSpan(ids, text[begin:end], exact)
 
 
 def find_cut(encode: Callable[[str], list[int]], window: str) -> tuple[int, bool]:

@@ -17,15 +17,17 @@ from typing import Any, Literal, get_args
 from allometry.configs.errors import UserError
 from allometry.data.builtin import python_version
 from allometry.data.corpora import named_input, open_corpus
-from allometry.data.corpus import Corpus, Document, OnBadLine, ReadLog
+from allometry.data.corpus import Corpus, Document, LeftOut, OnBadLine, ReadLog
 from allometry.data.encode import (
     Encoding,
     TextSample,
+    Unknown,
     Workers,
     chunks,
     encode_chunk,
     train_tokenizer,
 )
+from allometry.data.hints import hints, unused
 from allometry.data.lock import locked
 from allometry.data.manifest import (
     MANIFEST,
@@ -38,6 +40,7 @@ from allometry.data.manifest import (
 )
 from allometry.data.progress import ProgressReport
 from allometry.data.special_tokens import (
+    END_OF_DOCUMENT,
     find_end_of_document,
     load_tokenizer,
     vocabulary_bound,
@@ -54,7 +57,7 @@ from allometry.data.writer import TokenWriter, load_megatron
 
 DEFAULT_VOCAB_SIZE = 8192
 _PARTIAL = ".partial"
-_LONG_DOCUMENT_BYTES = 1 << 20  # documents that a mark separates are shorter on average
+_DECIDING = "text_key", "max_documents", "max_bytes", "separator", "on_bad_line"
 _SAMPLE_CHARACTERS = 4 << 20
 _SAMPLED_FROM = 16  # times the sample: how far a source is read for it
 
@@ -103,6 +106,11 @@ class PrepareRequest:
             raise UserError(f"on_bad_line={self.on_bad_line} must be stop or skip")
         if self.max_bad_lines < 0:
             raise UserError(f"max_bad_lines={self.max_bad_lines} must be at least 0")
+        if self.tokenizer is None and self.end_of_document not in (None, END_OF_DOCUMENT):
+            raise UserError(
+                f"end_of_document={self.end_of_document} is a token of no tokenizer that is given; "
+                f"leave it out (one that is trained has {END_OF_DOCUMENT}) or give --tokenizer"
+            )
         if self.tokenizer is not None and self.vocab_size is not None:
             raise UserError(
                 f"vocab_size={self.vocab_size} is for a tokenizer that is trained, but "
@@ -168,6 +176,8 @@ class _Preparation:
         self.validation_below = round(request.validation_fraction * 2**64)
 
     def run(self, corpora: dict[str, Corpus], identity: dict[str, Any]) -> Manifest:
+        for hint in unused(corpora.values(), self.request.text_key, self.request.separator):
+            self.report.say(hint)
         tokenizer = self._tokenizer(corpora)
         dtype: Literal["uint16", "int32"] = "uint16" if tokenizer.vocab_size < 65536 else "int32"
         path, end = str(self.folder / TOKENIZER), tokenizer.end_of_document_id
@@ -251,6 +261,8 @@ class _Preparation:
             for piece in chunk:
                 writers[piece.held_out].add(piece.tokens, piece.text_bytes, piece.last)
                 inexact_cuts += not piece.exact
+                if piece.unknown is not None:
+                    _add_unknown(log.left_out, piece.unknown)
         records = {split: writer.finish() for split, writer in zip(splits, writers, strict=True)}
         self._say_source(name, corpus, writers, log)
         if inexact_cuts:
@@ -289,14 +301,20 @@ class _Preparation:
         if left_out:
             self.report.say(f"{name}: left out: {left_out}")
         text_bytes = train.text_bytes + validation.text_bytes
-        for mark, count in log.marks.items():
-            if count > 1 and text_bytes < count * _LONG_DOCUMENT_BYTES:
-                self.report.say(
-                    f"{name}: {mark} stands {count:,} times in text files, each of which is one "
-                    f"document; if it separates documents, give --separator '{mark}'"
-                )
+        whole = self.request.max_documents is None and self.request.max_bytes is None
+        for hint in hints(corpus, log, text_bytes, self.request.separator if whole else None):
+            self.report.say(f"{name}: {hint}")
         if validation.documents == 0 and self.validation_below:
             self.report.say(f"{name}: no document fell into the held-out split, so it has no files")
+
+
+def _add_unknown(left_out: LeftOut, unknown: Unknown) -> None:
+    """Count and name what has no token."""
+    became = "dropped" if unknown.token is None else f"became {unknown.token}"
+    reason = f"text that the tokenizer does not know, {became}"
+    left_out.counts[reason] += unknown.times
+    for part in unknown.parts:
+        left_out.add(reason, repr(part), 0)
 
 
 def _open_inputs(request: PrepareRequest) -> dict[str, Corpus]:
@@ -316,14 +334,15 @@ def _identity(request: PrepareRequest, corpora: dict[str, Corpus]) -> dict[str, 
     """What decides the files that a request makes, the content of the inputs aside (JSON)."""
     if request.tokenizer is None:
         tokenizer: dict[str, Any] = {"trained_vocab_size": request.vocab_size or DEFAULT_VOCAB_SIZE}
+        end = END_OF_DOCUMENT
     else:
         tokenizer = {"sha256": recorded_as(request.tokenizer, Path(request.out))}
+        end, _ = find_end_of_document(
+            request.tokenizer, load_tokenizer(request.tokenizer), request.end_of_document
+        )
     inputs = {name: corpus.input for name, corpus in corpora.items()}
-    same = (
-        *("validation_fraction", "text_key", "end_of_document", "max_documents", "max_bytes"),
-        *("separator", "on_bad_line"),
-    )
-    return {"inputs": inputs, "tokenizer": tokenizer, **{k: getattr(request, k) for k in same}}
+    values = {key: getattr(request, key) for key in ("validation_fraction", *_DECIDING)}
+    return {"inputs": inputs, "tokenizer": tokenizer, "end_of_document": end, **values}
 
 
 def _already_prepared(
@@ -334,9 +353,11 @@ def _already_prepared(
     if manifest is None:
         return None
     advice = "choose another output folder or remove this one"
+    recorded = manifest.request | {"end_of_document": manifest.tokenizer.end_of_document}
     for key, value in identity.items():
-        before = manifest.request.get(key, value)  # an older manifest has fewer keys
-        if before != value:
+        before = recorded.get(key, value)  # an older manifest has fewer keys
+        nothing_was_bad = key == "on_bad_line" and before == "stop"
+        if before != value and not nothing_was_bad:
             raise UserError(f"folder {out} was prepared with {key}={before}, not {value}; {advice}")
     for name, corpus in corpora.items():
         source = manifest.sources[name]

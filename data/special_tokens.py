@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, pre_tokenizers
 
 from allometry.configs.errors import UserError
 from allometry.data.tokenizer import BESIDE, read_tokenizer_json, tokenizer_file
@@ -42,6 +42,13 @@ _NAMED = (
     *(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")),
 )
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+_BYTES = {f"<0x{number:02X}>" for number in range(256)}
+_APART = {  # a pre-tokenizer: no piece then holds a byte's token as it is spelled
+    "type": "Split",
+    "pattern": {"Regex": "<(?=0x[0-9A-F]{2}>)"},
+    "behavior": "MergedWithPrevious",
+    "invert": False,
+}
 
 
 def find_end_of_document(path: str, tokenizer: Tokenizer, wanted: str | None) -> tuple[str, int]:
@@ -88,8 +95,48 @@ def load_encoder(path: str | Path, end: int) -> Tokenizer:
     Nothing is padded, cut, dropped at random or added around the text. ``end`` is the id of the
     token that ends documents. The special tokens keep their ids under names drawn anew, which no
     text can spell: neither the added tokens nor the model's own vocabulary then hold what a text
-    spells out, so that it is encoded from smaller parts. Other text has the ids that it always has.
+    spells out, so that it is encoded from smaller parts. A byte's token (``<0x0A>``), which keeps
+    its name, is cut where a text spells it. Other text has the ids that it always has.
     """
+    return _loaded(path, json.dumps(_of_plain_text(path, end)), plain=True)
+
+
+def load_watcher(path: str | Path, end: int) -> tuple[Tokenizer, int, str | None] | None:
+    """What shows that a text holds what the tokenizer in ``path`` has no token for.
+
+    It encodes plain text, with the id that it gives in place of what is unknown, and the token of
+    that id: then it is as ``load_encoder`` has it. Without such a token, what is unknown is dropped
+    by the tokenizer, and the other ids of the watcher mean nothing. None: all text has tokens, or
+    what has none is an error.
+    """
+    values = _of_plain_text(path, end)
+    model, plain = values["model"], _canonical(path)["model"]
+    if model["type"] == "Unigram":
+        number = model["unk_id"]
+        if number is None or (model["byte_fallback"] and {p for p, _ in model["vocab"]} >= _BYTES):
+            return None
+        return load_encoder(path, end), int(number), str(plain["vocab"][number][0])
+    if model["unk_token"] is not None:
+        number = model["vocab"].get(model["unk_token"])
+        return None if number is None else (load_encoder(path, end), number, plain["unk_token"])
+    if _knows_all_bytes(values):
+        return None
+    name, bound = uuid.uuid4().hex, vocabulary_bound(load_tokenizer(path))
+    model |= {"unk_token": name, "fuse_unk": False, "vocab": {**model["vocab"], name: bound}}
+    return _loaded(path, json.dumps(values), plain=True), bound, None
+
+
+def _knows_all_bytes(values: Mapping[str, Any]) -> bool:
+    """Whether a BPE has a token for each byte, and writes what it does not know as bytes."""
+    model = values["model"]
+    vocabulary: set[str] = set(model["vocab"])
+    if '"ByteLevel"' in json.dumps([values["normalizer"], values["pre_tokenizer"]]):
+        return vocabulary >= set(pre_tokenizers.ByteLevel.alphabet())
+    return bool(model["byte_fallback"]) and vocabulary >= _BYTES
+
+
+def _of_plain_text(path: str | Path, end: int) -> dict[str, Any]:
+    """The tokenizer of ``load_encoder`` as JSON."""
     values = _canonical(path)
     names = _special(path, values) | {str(load_tokenizer(path).id_to_token(end))}
     hidden = {name: f"{uuid.uuid4().hex}{uuid.uuid4().hex}" for name in names}
@@ -103,9 +150,9 @@ def load_encoder(path: str | Path, end: int) -> Tokenizer:
         | {"lstrip": False, "rstrip": False, "single_word": False}
         for token in values["added_tokens"]
     ]
-    tokenizer = _loaded(path, json.dumps(values))
-    tokenizer.encode_special_tokens = True
-    return tokenizer
+    if values["model"].get("byte_fallback"):
+        _keep_bytes_apart(values)
+    return values
 
 
 def vocabulary_bound(tokenizer: Tokenizer) -> int:
@@ -113,11 +160,13 @@ def vocabulary_bound(tokenizer: Tokenizer) -> int:
     return int(max(tokenizer.get_vocab(with_added_tokens=True).values())) + 1
 
 
-def _loaded(path: str | Path, text: str) -> Tokenizer:
+def _loaded(path: str | Path, text: str, *, plain: bool = False) -> Tokenizer:
     try:
-        return Tokenizer.from_str(text)
+        tokenizer = Tokenizer.from_str(text)
     except Exception as error:  # the library raises nothing narrower
         raise UserError(f"tokenizer {path} cannot be loaded ({error}); save it again") from error
+    tokenizer.encode_special_tokens = plain
+    return tokenizer
 
 
 def _canonical(path: str | Path) -> dict[str, Any]:
@@ -169,6 +218,22 @@ def _hide(model: dict[str, Any], hidden: Mapping[str, str]) -> None:
             for one, other in model["merges"]
             if not {one, other, one + other[skip:]} & hidden.keys()
         ]
+
+
+def _keep_bytes_apart(values: dict[str, Any]) -> None:
+    """Keep what a text spells from the tokens of bytes, which the model finds by their names."""
+    model = values["model"]
+    values["added_tokens"] = [
+        token for token in values["added_tokens"] if not _BYTE.fullmatch(token["content"])
+    ]
+    merged = ("".join(pair) for pair in model.get("merges", ()))
+    found = (
+        model["type"] == "Unigram" or model["ignore_merges"] or any(map(_BYTE.fullmatch, merged))
+    )
+    if found:
+        before = values["pre_tokenizer"]
+        steps = [_APART] if before is None else [before, _APART]
+        values["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
 
 
 def _named_end(path: str) -> tuple[str | None, str]:

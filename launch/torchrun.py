@@ -16,6 +16,7 @@ import os
 import signal
 import sys
 import threading
+from contextlib import suppress
 
 import psutil
 
@@ -45,13 +46,16 @@ def main(arguments: list[str]) -> None:
 
 
 def _pass_on() -> None:
+    passed_on = False
     while True:
         number = signal.sigwait(STOP_SIGNALS)
         ranks = psutil.Process().children()
-        if not ranks:  # not started yet
+        if not (ranks or passed_on):  # not started yet
             os._exit(128 + number)
         for rank in ranks:
-            rank.send_signal(number)
+            with suppress(psutil.NoSuchProcess):  # it has ended since
+                rank.send_signal(number)
+            passed_on = True
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import signal
 import time
 from collections.abc import Callable
@@ -21,26 +22,39 @@ def _interrupt() -> None:
     raise KeyboardInterrupt
 
 
+def _ignore() -> None:
+    """Let no signal end an interpreter that is ending, which gives up its handlers."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 class StopSignals:
     """While the context lasts, a signal that asks to stop is kept in ``received``.
 
     ``heard`` gets the first one at once, in the handler. A Ctrl-C more than two seconds after the
     first one calls ``at_once``, which interrupts. A SIGHUP that is ignored (nohup) stays so; one of
     these signals that was blocked until now (``launch/torchrun.py``) is received.
+
+    ``to_the_end``: signals are watched until the process ends, whose work the context is. One that
+    comes when all is done and saved, such as a second one, does not change its exit code.
     """
 
     def __init__(
         self,
         heard: Callable[[signal.Signals], None] = lambda _: None,
         at_once: Callable[[], None] = _interrupt,
+        *,
+        to_the_end: bool = False,
     ) -> None:
         self.received: signal.Signals | None = None
-        self._heard, self._at_once = heard, at_once
+        self._heard, self._at_once, self._to_the_end = heard, at_once, to_the_end
         self._since = 0.0
         self._previous: dict[signal.Signals, Any] = {}
         self._blocked: set[int] = set()
 
     def __enter__(self) -> StopSignals:
+        if self._to_the_end:
+            atexit.register(_ignore)  # before others are, so that it is called after them
         for number in STOP_SIGNALS:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 self._previous[number] = signal.signal(number, self._receive)
@@ -48,6 +62,8 @@ class StopSignals:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._to_the_end:
+            return
         signal.pthread_sigmask(signal.SIG_SETMASK, self._blocked)
         for number, handler in self._previous.items():
             signal.signal(number, handler)

@@ -23,6 +23,8 @@ from allometry.laws.trials import TrialFile, read_trials
 SECTIONS = ("run", "model", "data", "optimizer", "schedule")
 COLUMNS = ("step", "tokens", "flops", "loss")
 """What every run has."""
+LAUNCHED = ("started", "resumed", "branched")
+"""Events with which a launch begins."""
 
 
 @dataclass(frozen=True)
@@ -89,15 +91,22 @@ class Shown:
 
     @cached_property
     def state(self) -> str:
-        """How the run stands: finished, or its last event and step."""
-        kinds = [event.get("event") for event in self.run.events]
-        if "finished" in kinds:
-            return "finished"
-        step = int(self.metrics["step"][-1])
-        for kind in reversed(kinds):
-            if kind in ("stopped", "not_finite"):
-                return f"{str(kind).replace('_', ' ')} at step {step}"
-        return f"running or cut off, step {step}"
+        """How the run stands: how its last launch ended, as far as events tell, and at which step.
+
+        A launch that ended at a step whose checkpoint could not be written is ``not saved``.
+        """
+        step, end = int(self.metrics["step"][-1]), ""
+        for event in self.run.events:
+            kind = event.get("event")
+            if kind in LAUNCHED:
+                end = ""
+            elif kind == "finished":
+                end = "finished"
+            elif kind in ("stopped", "not_finite"):
+                end = f"{str(kind).replace('_', ' ')} at step {step}"
+            elif kind == "checkpoint_failed" and event.get("step", 0) >= step:
+                end = f"not saved at step {step}"
+        return end or f"running or cut off, step {step}"
 
 
 @dataclass(frozen=True)

@@ -89,8 +89,8 @@ def _of_runs(runs: tuple[Shown, ...]) -> list[Drawn]:
         by_rate: dict[float, list[float]] = {}
         for one in group:
             rate = float(one.run.config["optimizer"]["lr"])
-            if rate > 0.0 and not one.state.startswith("running"):
-                diverged = one.state.startswith("not finite")
+            diverged = one.state.startswith("not finite")
+            if rate > 0.0 and (diverged or one.state == "finished"):
                 by_rate.setdefault(rate, []).append(math.inf if diverged else one.final_loss[0])
         if len(by_rate) < LEAST_RATES:
             continue

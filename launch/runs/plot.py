@@ -55,7 +55,8 @@ def plotted(asked: Plot) -> Report:
     named, left_out = _runs(dict(zip(_names(asked), asked.runs, strict=True)))
     draw(_figure(list(named.values()), list(named)), out)
     summaries = [_summary(run, name) for name, run in named.items()]
-    text = "\n\n".join([*map(_table, summaries), *left_out, f"loss curves: {out}"])
+    parts = [*map(_table, summaries), "\n".join(left_out), f"loss curves: {out}"]
+    text = "\n\n".join(filter(None, parts))
     return Report({"figure": str(out), "runs": summaries, "left_out": left_out}, text)
 
 

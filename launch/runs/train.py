@@ -35,7 +35,7 @@ def trained(asked: Train) -> Report:
         level=logging.WARNING if main_rank else logging.ERROR, format="%(levelname)s: %(message)s"
     )
 
-    with StopSignals() as signals:
+    with StopSignals(to_the_end=True) as signals:
         from allometry.trainer.record.facts import Invocation
         from allometry.trainer.train import train
 

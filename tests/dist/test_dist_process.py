@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,10 @@ from run_folders import events, rows
 Make = Callable[..., RunConfig]
 Start = Callable[..., subprocess.Popen[str]]
 LONG = ("training.total_steps=80", "checkpoint.every_steps=10", "record.display_every_steps=50")
+
+
+UNTIL_IT_ENDS = 10_000
+"""So many signals, a hundredth of a second apart."""
 
 
 @pytest.fixture
@@ -104,6 +109,8 @@ def kill_group(process: subprocess.Popen[str]) -> None:
         (1, signal.SIGHUP, 1),
         (2, signal.SIGUSR1, 1),
         (2, signal.SIGTERM, 2),  # as Slurm sends it: to torchrun, and to the ranks, too
+        (1, signal.SIGTERM, UNTIL_IT_ENDS),
+        (2, signal.SIGTERM, UNTIL_IT_ENDS),
     ],
 )
 def test_a_signal_saves_and_ends_cleanly(
@@ -114,8 +121,10 @@ def test_a_signal_saves_and_ends_cleanly(
     gate = Gate(tmp_path / "gate", 11)
     process = start(config, ranks, gate=gate)
     gate.wait(process, ranks)
-    for _ in range(times):
+    while times and process.poll() is None:
         process.send_signal(number)
+        times -= 1
+        time.sleep(0.01 if times > 1 else 0.0)
     output = finish(process)
     assert f"stopped by {number.name}" in output
     assert "Traceback" not in output

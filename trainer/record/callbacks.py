@@ -96,7 +96,7 @@ class Reporter:
 
 _SAID = {
     "checkpoint_saved": "step {step} | checkpoint saved",
-    "checkpoint_failed": "step {step} | CHECKPOINT FAILED ({reason}); the one before is kept",
+    "checkpoint_failed": "step {step} | CHECKPOINT FAILED ({reason}); earlier ones are kept",
     "abandoned_checkpoint": "going back: a later checkpoint is kept aside as {name}",
     "started": "starting over: the last launch ended before its first checkpoint "
     "({dropped_rows} rows of its record dropped)",

@@ -345,6 +345,9 @@ def test_unknown_builtin() -> None:
         ("lang=en/dump/b.txt", ("b", "lang=en/dump/b.txt")),
         ("web=lang=en/*.txt", ("web", "lang=en/*.txt")),
         ("lang=de/a.txt", ("lang", "de/a.txt")),
+        ("lang=*/a.txt", ("a", "lang=*/a.txt")),
+        ("la*=e?", ("la-e", "la*=e?")),
+        ("web=*.txt", ("web", "*.txt")),
     ],
 )
 def test_names_of_sources(
@@ -360,3 +363,5 @@ def test_inputs_without_a_name() -> None:
         named_input("/x/*.*")
     with pytest.raises(UserError, match="names no path"):
         named_input("web=")
+    with pytest.raises(UserError, match="an input is empty; give a file"):
+        named_input(" ")

@@ -3,6 +3,7 @@
 import gzip
 import io
 import os
+import re
 import stat
 import tarfile
 import zipfile
@@ -50,6 +51,10 @@ UNUSABLE = {
     "wide.txt": ("text".encode("utf-16"), "UTF-16 text"),
     "wide.jsonl": ('{"text": "a"}'.encode("utf-16"), "UTF-16 text"),
     "nul.txt": (b"a\0b", "binary file"),
+    "photo.jpg": (b"\xff\xd8\xff\xe0\x10JFIF\x01\x02", "binary file"),
+    "a.txt.br": (b"\x8b\x02\x80text\x03", "binary file"),
+    "a.txt.lz": (b"LZIP\x01\x0c", "lzip file"),
+    "a.Z": (b"\x1f\x9d\x90\x74", "file packed with compress"),
     "a.arrow": (b"ARROW1\0\0", "Arrow file"),
     "a.warc": (b"WARC/1.0\r\n", "WARC file"),
     "a.pdf": (b"%PDF-1.7\n", "PDF file"),
@@ -88,12 +93,44 @@ def test_what_is_no_text_is_refused_or_counted(tmp_path: Path, name: str) -> Non
         (b"[Music]\n", "text"),
         (b"ORCHIDS and BZh5 and Rar! are words", "text"),
         ("é".encode("latin-1"), "text"),
+        ("“é”\x1b[0m\ttab\f".encode("cp1252"), "text"),
+        ("a \x01 in UTF-8 é".encode(), "text"),
+        (b"x" * 65_535 + "é\x01".encode(), "text"),  # the first block ends in a letter
         (b"\r\n", "text"),
     ],
 )
 def test_kinds_by_content(tmp_path: Path, content: bytes, kind: str) -> None:
     (tmp_path / "part-0").write_bytes(content)
     assert open_corpus(str(tmp_path / "part-0"), "text").kinds == {kind: 1}
+
+
+def test_a_table_is_read_as_the_document_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = Path(__file__).parents[3] / "docs" / "file_formats.md"
+    (code,) = re.findall(r'^python -c "(.*csv.*)"$', page.read_text(encoding="utf-8"), re.M)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in.csv").write_text('n,text\n1,"a, ""b""\nc"\n2,d\n', encoding="utf-8")
+    with pytest.raises(UserError, match=r"CSV table; write its text as .*file_formats\.md has the"):
+        open_corpus("in.csv", "text")
+    exec(code, {})
+    assert texts(open_corpus("in.parquet", "text")) == ['a, "b"\nc', "d"]
+
+
+def test_files_of_settings_in_a_folder_stop_it_or_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "config.json").write_text('{"name": "web", "rows": 1}')
+    corpus = open_corpus(str(tmp_path), "text")
+    with pytest.raises(
+        UserError,
+        match=r"config\.json, line 1 has no 'text' \(it has: name, rows\); .*--on-bad-line skip",
+    ):
+        list(corpus.documents(ReadLog(lambda n: None), map))
+    log = ReadLog(lambda n: None, "skip")
+    assert [document.text for document in corpus.documents(log, map)] == ["a"]
+    assert log.left_out.places["no text under 'text'"] == [
+        f"input file {tmp_path / 'config.json'}, line 1"
+    ]
 
 
 def test_links(tmp_path: Path) -> None:

@@ -72,6 +72,28 @@ def test_what_separates_documents(small: PrepareRequest, tmp_path: Path, capfd: 
     assert found == [story.strip() for story in stories]
 
 
+def test_a_separator_or_key_without_a_use_is_said(
+    small: PrepareRequest, tmp_path: Path, capfd: Any
+) -> None:
+    (tmp_path / "a.txt").write_text("Once there was a cat.\n\nThen there was a dog.\n")
+    (tmp_path / "b.jsonl").write_text('{"text": "once there was a dog"}\n')
+
+    def said(**more: Any) -> str:
+        out = str(tmp_path / f"out{len(list(tmp_path.iterdir()))}")
+        prepare(replace(small, out=out, **more))
+        return capfd.readouterr().err
+
+    literal = said(separator=r"\n\n")
+    assert "a: --separator='\\\\n\\\\n' stands in none of the text files" in literal
+    assert r"in bash, $'\n' is a line end" in literal
+    assert "stands in none" not in said(separator="\n\n")
+    assert "stands in none" not in said(separator="zzz", max_documents=1)  # not all was read
+    lines = (f"b={tmp_path / 'b.jsonl'}",)
+    assert "--separator='x' has no use" in said(inputs=lines, separator="x")
+    assert "has no use" not in said(inputs=(*small.inputs, *lines), separator="\n\n")
+    assert "--text-key=body has no use" in said(text_key="body")
+
+
 def test_the_table_names_what_was_left_out(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     records = [{"text": "some words and more words"}, {"text": None}, {"text": "\n"}, {"n": 1}]

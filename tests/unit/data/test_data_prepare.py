@@ -148,6 +148,26 @@ def test_again_is_nothing_to_do(request_: PrepareRequest, prepared: Path, capfd:
     assert changed() == before
 
 
+def test_what_is_named_and_would_be_found_is_the_same(
+    request_: PrepareRequest, prepared: Path, tmp_path: Path
+) -> None:
+    manifest = read_manifest(prepared)
+    for same in ({"end_of_document": END_OF_DOCUMENT}, {"on_bad_line": "skip"}):
+        assert prepare(replace(request_, **same), quiet=True) == manifest
+    tokenizer = str(prepared / "tokenizer.json")
+    found = replace(request_, vocab_size=None, tokenizer=tokenizer, out=str(tmp_path / "found"))
+    named = replace(found, end_of_document=END_OF_DOCUMENT, out=str(tmp_path / "named"))
+    for first, then in ((found, named), (named, found)):
+        manifest = prepare(first, quiet=True)
+        assert prepare(replace(then, out=first.out), quiet=True) == manifest
+    with pytest.raises(UserError, match=r"=<x> is a token of no tokenizer .*give --tokenizer"):
+        replace(request_, end_of_document="<x>")
+    (prepared / "tokenizer_config.json").write_text(json.dumps({"eos_token": "a"}))
+    with pytest.raises(UserError, match="eos_token of"):
+        prepare(found, quiet=True)  # now another would be found
+    (prepared / "tokenizer_config.json").unlink()
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [

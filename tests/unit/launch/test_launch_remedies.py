@@ -36,6 +36,8 @@ OF_OTHERS = {
     "configs/loader.py": "--help",
 }
 ANYWHERE = {"--nproc-per-node"}  # torchrun's
+COMMAND = re.compile(r"(?<![\w./-])allometry ([a-z]+(?: [a-z]+)?)([^\n]*)")
+NO_COMMANDS = {"is"}  # "allometry is tested with ..."
 NO_KEYS = {  # names of files, tensors and modules that look like keys
     "run.json",
     "run.lock",
@@ -106,16 +108,54 @@ def test_every_key_that_is_named_exists() -> None:
 @pytest.mark.parametrize(
     ("command", "files"),
     [
-        ("prepare", ("data/prepare.py", "data/encode.py", "data/special_tokens.py")),
-        ("convert", ("launch/runs/convert.py", "data/run_tokenizer.py")),
+        ("prepare", "data/*.py launch/runs/prepare.py"),
+        ("convert", "launch/runs/convert.py data/run_tokenizer.py interop/**/*.py"),
+        ("train", "launch/runs/train.py launch/start.py trainer/*.py trainer/state/*.py"),
+        ("plot", "launch/runs/plot.py launch/runs/gantt.py"),
+        ("report", "launch/report/inputs.py launch/report/report.py"),
+        ("forecast", "launch/runs/forecast.py"),
     ],
 )
-def test_a_command_has_the_options_that_its_own_messages_name(
-    command: str, files: tuple[str, ...]
-) -> None:
-    for file in files:
-        tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
-        assert unknown_options(file, tree, COMMAND_OPTIONS[command]) == []
+def test_a_command_has_the_options_that_its_own_messages_name(command: str, files: str) -> None:
+    paths = [path for pattern in files.split() for path in sorted(ROOT.glob(pattern))]
+    assert len(paths) >= len(files.split())
+    unknown = []
+    for path in paths:
+        file = str(path.relative_to(ROOT))
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        unknown += unknown_options(file, tree, COMMAND_OPTIONS[command])
+    assert unknown == []
+
+
+def named_commands(text: str) -> Iterator[tuple[str, set[str]]]:
+    """Commands that a text names as ``allometry NAME``, and the options that follow each."""
+    for words, rest in COMMAND.findall(text.replace("\\\n", " ")):
+        both = words.split()
+        name = next((one for one in (" ".join(both[:2]), both[0]) if one in COMMAND_OPTIONS), None)
+        if name is not None:
+            yield name, set(OPTION.findall(re.split(r"\ballometry |[|`\n]", rest)[0]))
+        elif both[0] not in {one.split()[0] for one in COMMAND_OPTIONS} | NO_COMMANDS:
+            yield words, {"which is no command"}
+
+
+def wrong_commands(place: str, text: str) -> list[str]:
+    return [
+        f"{place}: allometry {name} {option}"
+        for name, found in named_commands(text)
+        for option in sorted(found - COMMAND_OPTIONS.get(name, set()))
+    ]
+
+
+def test_options_that_are_named_with_a_command_are_its_own() -> None:
+    """In messages, and in documents, where lines of a shell show how to call it."""
+    places = [(file, text) for file, tree in sources() for text in texts(tree)]
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    places += [(page.name, page.read_text(encoding="utf-8")) for page in pages]
+    assert [one for place, text in places for one in wrong_commands(place, text)] == []
+    assert wrong_commands("x", "run allometry plot --fit x") == ["x: allometry plot --fit"]
+    assert wrong_commands("x", "allometry pepare a") == [
+        "x: allometry pepare a which is no command"
+    ]
 
 
 def test_what_messages_of_prepare_call_by_its_field_is_an_option() -> None:

@@ -129,6 +129,29 @@ def test_a_run_that_is_not_finished_has_no_measured_star(tmp_path: Path) -> None
     assert throughput.runs(shown).tables[0].rows[0][1] == "stopped at step 30"
 
 
+def test_how_the_last_launch_ended_is_said(tmp_path: Path) -> None:
+    """A launch that began again is not as the one before it ended."""
+    folder = watched_run(tmp_path / "a")  # finished at step 40
+
+    def state(*events: dict[str, Any]) -> str:
+        for event in events:
+            add_event(folder, event)
+        return inputs(folder).runs[0].state
+
+    failed = {"event": "checkpoint_failed", "reason": "No space left on device"}
+    assert state() == "finished"
+    assert state({"event": "resumed", "step": 20}) == "running or cut off, step 40"
+    assert state({**failed, "step": 30}) == "running or cut off, step 40"
+    assert state({**failed, "step": 40}) == "not saved at step 40"
+    assert throughput.runs(inputs(folder)).tables[0].rows[0][1] == "not saved at step 40"
+    assert state({"event": "checkpoint_saved", "step": 40}, {"event": "stopped", "step": 40}) == (
+        "stopped at step 40"
+    )
+    assert state({"event": "branched", "step": 20}) == "running or cut off, step 40"
+    assert state({"event": "not_finite", "step": 40}) == "not finite at step 40"
+    assert state({"event": "resumed", "step": 20}, {"event": "finished", "step": 40}) == "finished"
+
+
 def test_launches_divide_the_steps(tmp_path: Path) -> None:
     folder = watched_run(tmp_path / "a")
     add_columns(folder, {"tokens_per_s": lambda step: 100.0 if step <= 20 else 300.0})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -225,6 +226,12 @@ def test_sweeps_among_runs(tmp_path: Path) -> None:
     (panel,) = section.figures[0].panels
     assert panel.series[0].x.tolist() == pytest.approx([0.005, 0.01, 0.02])
     assert panel.series[1].x.tolist() == pytest.approx([0.01])
+    # Runs that were stopped early are not compared with whole ones.
+    for stopped in ("stopped", "checkpoint_failed"):
+        events = folders[4] / "events.jsonl", folders[5] / "events.jsonl"
+        for path in events:
+            path.write_text(json.dumps({"event": stopped, "step": 40}) + "\n")
+        assert transfer.transfer(inputs(*folders)).absent is not None
     # Two rates are no sweep, nor are three runs that differ in more than the rate.
     assert transfer.transfer(inputs(*folders[:4])).absent is not None
     fake_run(tmp_path / "wide", "optimizer.lr=0.02", width=64)

@@ -99,6 +99,33 @@ def test_a_signal_during_the_last_checkpoint_does_not_undo_the_run(tiny: Make) -
     assert events(Path(config.run.folder))[-1]["event"] == "finished"
 
 
+LATE = """
+import atexit, os, signal, sys
+from allometry.trainer.stop import StopSignals
+
+class Late:
+    def __del__(self, kill=os.kill, process=os.getpid(), number=signal.SIGTERM):
+        kill(process, number)  # while modules are taken apart
+
+with StopSignals(to_the_end=sys.argv[1] == "True"):
+    atexit.register(os.kill, os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)
+sys.late = Late()
+print("all is saved")
+"""
+
+
+def test_a_signal_at_the_end_of_a_process_does_not_change_its_exit_code() -> None:
+    def ended(to_the_end: bool) -> int:
+        command = [sys.executable, "-c", LATE, str(to_the_end)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.stdout == "all is saved\n"
+        return done.returncode
+
+    assert ended(True) == 0
+    assert ended(False) != 0
+
+
 def test_torchrun_that_has_no_ranks_yet_ends_as_signals_end_programs() -> None:
     """Ranks that never were save nothing; torchrun waits here for a second node."""
     node = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]

@@ -1,0 +1,33 @@
+"""What ``prepare`` says of requests that may be meant otherwise: separators and keys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from allometry.data.corpus import Corpus, ReadLog
+from allometry.data.kinds import JSON_LINES, PARQUET, TEXT
+
+_LONG_DOCUMENT_BYTES = 1 << 20  # documents that a mark separates are shorter on average
+
+
+def unused(corpora: Iterable[Corpus], text_key: str, separator: str | None) -> Iterator[str]:
+    """A sentence for each option that none of the inputs has a use for."""
+    kinds = {kind for corpus in corpora for kind in corpus.kinds}
+    if separator is not None and TEXT not in kinds:
+        yield f"--separator={separator!r} has no use: none of the inputs is a text file"
+    if text_key != "text" and not kinds & {JSON_LINES, PARQUET}:
+        yield f"--text-key={text_key} has no use: none of the inputs is JSON Lines or parquet"
+
+
+def hints(corpus: Corpus, log: ReadLog, text_bytes: int, separator: str | None) -> Iterator[str]:
+    """A sentence for each thing about a source's documents that may be a mistake."""
+    for mark, count in log.marks.items():
+        if count > 1 and text_bytes < count * _LONG_DOCUMENT_BYTES:
+            yield (
+                f"{mark} stands {count:,} times in text files, each of which is one document; if "
+                f"it separates documents, give --separator '{mark}'"
+            )
+    if separator is not None and TEXT in corpus.kinds and not log.separators:
+        said = f"--separator={separator!r} stands in none of the text files, each of which is one "
+        escaped = "; a backslash is one: in bash, $'\\n' is a line end" if "\\" in separator else ""
+        yield f"{said}document{escaped}"
