@@ -16,7 +16,7 @@ def test_names_are_given_once() -> None:
 
 
 def test_what_needs_a_package_says_how_to_install_it() -> None:
-    assert [b.name for b in BACKENDS if b.package] == ["flash2"]
+    assert [b.name for b in BACKENDS if b.package] == ["flash3", "flash2"]
     assert all(bool(b.install) == (b.package is not None) for b in BACKENDS)
 
 
