@@ -71,12 +71,15 @@ def _apex(same: Sequence[Item], state: State) -> None:
     group, device = same[0].group, same[0].part.device
     steps = [state[item.parameter]["step"] for item in same]
     torch._foreach_add_(steps, 1.0)
+    here = [item for item in same if item.part.numel()]  # a shard may be empty
     lists = [
-        [item.gradient for item in same],
-        [item.part for item in same],
-        local_states(same, state, "exp_avg"),
-        local_states(same, state, "exp_avg_sq"),
+        [item.gradient for item in here],
+        [item.part for item in here],
+        local_states(here, state, "exp_avg"),
+        local_states(here, state, "exp_avg_sq"),
     ]
+    if not here:
+        return
     skip = torch.zeros(1, dtype=torch.int32, device=device)
     rate = torch.full((), group["lr"], dtype=torch.float32, device=device)
     step, unscaled = steps[0].to(torch.int32).view(1), torch.ones(1, device=device)

@@ -195,22 +195,21 @@ def worth_measuring(call: AttentionCall, is_installed: Installed = installed) ->
 def refusal(name: str, call: AttentionCall, is_installed: Installed = installed) -> str | None:
     """Return why the back end of this name cannot do a call and what to do; None if it can."""
     backend = next(b for b in BACKENDS if b.name == name)
-    if not is_installed(backend.package):
-        package = str(backend.package)
-        return (
-            f"needs the package {package}, which is not installed; install it ({backend.install})"
-        )
+    able = [b.name for b in BACKENDS if b.able(call) and is_installed(b.package)]
+    others = f"use {', '.join(able)}"
     if backend.devices is not None and call.device not in backend.devices:
-        return f"runs on {' or '.join(backend.devices)}, not on {call.device}; use another one"
+        return f"runs on {' or '.join(backend.devices)}, not on {call.device}; {others}"
+    if not is_installed(backend.package):
+        return f"needs {backend.package}, which is not installed; install it ({backend.install})"
     if call.deterministic and not backend.deterministic:
         return (
-            "cannot give the same bits twice, which training.deterministic asks for; use another "
-            "one or set training.deterministic: false"
+            "cannot give the same bits twice, which training.deterministic asks for; set "
+            f"training.deterministic: false or {others}"
         )
     if not backend.takes(call):
         documents = "packed documents" if call.packed else "whole sequences"
         return (
             f"takes {backend.needs}, not {documents} in {call.dtype} with heads of "
-            f"{call.head_width}; use another one"
+            f"{call.head_width}; {others}"
         )
     return None
