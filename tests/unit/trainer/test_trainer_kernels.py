@@ -6,6 +6,8 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +16,12 @@ import fake_apex
 from allometry.configs.errors import UserError
 from allometry.configs.kernels import KernelsConfig
 from allometry.configs.run import RunConfig
+from allometry.data.stream import open_stream
 from allometry.models.attention import RUN
 from allometry.scaling.attention import BACKENDS, AttentionCall, refusal, worth_measuring
 from allometry.scaling.kernels import apex_folder, apex_refusal
-from allometry.trainer.kernels import Choice, Kernels, settle
+from allometry.scaling.plan import RunPlan
+from allometry.trainer.kernels import Choice, Kernels, _decide, settle
 from allometry.trainer.measure import AttentionShape, Outcome, time_attention
 from allometry.trainer.train import train
 from run_folders import events, rows
@@ -272,3 +276,64 @@ class TestApex:
         losses = [[row["loss"] for row in rows(Path(c.run.folder))] for c in (plain, config)]
         assert losses[0] == pytest.approx(losses[1], rel=1e-5)
         assert losses[1][-1] < losses[1][0]
+
+
+class TestOnAGpu:
+    """What is asked of a GPU, with its place held and its clock made up."""
+
+    @pytest.fixture
+    def asked(self, monkeypatch: pytest.MonkeyPatch) -> list:
+        seen = []
+
+        def time(names, shape, device):
+            seen.append((tuple(names), shape))
+            return {name: {"varlen": 2.0, "flex": 1.0}.get(name, 3.0) for name in names}
+
+        monkeypatch.setattr("allometry.trainer.kernels.time_attention", time)
+        return seen
+
+    def decide(self, config: RunConfig, before: dict, step: int = 0) -> Kernels:
+        mesh: Any = SimpleNamespace(
+            device=SimpleNamespace(type="cuda"), tp=SimpleNamespace(size=2), is_main=True
+        )
+        start: Any = SimpleNamespace(step=step)
+        stream = open_stream(config.data, config.run.seed)
+        return _decide(config, RunPlan.of(config, 1), stream, start, mesh, before)
+
+    def test_the_documents_of_the_next_micro_batch_are_measured(self, tiny: Make, asked) -> None:
+        config = tiny("training.compute_dtype=bf16")
+        kernels = self.decide(config, {}, step=3)
+        assert (kernels.attention.name, kernels.core) == ("flex", "flex")
+        ((names, shape),) = asked
+        assert names == ("varlen", "cudnn", "flex")
+        assert (shape.sequences, shape.length, shape.heads, shape.kv_heads) == (2, 32, 2, 1)
+        stream = open_stream(config.data, config.run.seed)
+        packed = stream.batch(3 * 8, 2).documents
+        assert packed is not None
+        assert shape.documents == tuple(packed.lengths.tolist())
+        assert sum(shape.documents) == 64
+
+    def test_whole_documents_fill_a_micro_batch(self, tiny: Make, asked) -> None:
+        config = tiny(
+            *("training.compute_dtype=bf16", "data.kind=documents", "data.max_document_tokens=56"),
+            *("batch.micro_batch_sequences=1", "parallel.context.capacity_tokens=64"),
+        )
+        self.decide(config, {})
+        ((_, shape),) = asked
+        assert (shape.sequences, shape.length, sum(shape.documents)) == (1, 64, 64)
+
+    def test_whole_sequences(self, tiny: Make, asked) -> None:
+        config = tiny("training.compute_dtype=bf16", "data.packing=concatenated")
+        assert self.decide(config, {}).attention.name == "flash"
+        assert asked[0][0] == ("flash", "cudnn")
+        assert asked[0][1].documents is None
+
+    def test_a_record_is_kept_or_said_to_be_gone(self, tiny: Make, asked) -> None:
+        config = tiny("training.compute_dtype=bf16")
+        before = {"attention": {"name": "cudnn"}}
+        assert self.decide(config, before).attention.name == "cudnn"
+        exact = tiny("training.compute_dtype=bf16", "training.deterministic=true")
+        now = self.decide(exact, before)
+        assert now.attention.name == "flex"
+        (change,) = now.changes(before)
+        assert "the same bits twice" in change["reason"]
