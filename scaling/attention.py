@@ -183,6 +183,11 @@ def choose_backend(call: AttentionCall, is_installed: Installed = installed) -> 
     raise AssertionError(f"no back end of attention suits {call}")
 
 
+def named(name: str) -> AttentionBackend:
+    """Return the back end of this name."""
+    return next(backend for backend in BACKENDS if backend.name == name)
+
+
 def worth_measuring(call: AttentionCall, is_installed: Installed = installed) -> tuple[str, ...]:
     """Return the back ends that may be the fastest for a call on a GPU, in order of preference.
 
@@ -194,7 +199,7 @@ def worth_measuring(call: AttentionCall, is_installed: Installed = installed) ->
 
 def refusal(name: str, call: AttentionCall, is_installed: Installed = installed) -> str | None:
     """Return why the back end of this name cannot do a call and what to do; None if it can."""
-    backend = next(b for b in BACKENDS if b.name == name)
+    backend = named(name)
     able = [b.name for b in BACKENDS if b.able(call) and is_installed(b.package)]
     others = f"use {', '.join(able)}"
     if backend.devices is not None and call.device not in backend.devices:

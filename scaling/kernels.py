@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-BUILD = "build it from NVIDIA's sources with --cpp_ext --cuda_ext"
+BUILD = "build it from NVIDIA's sources with its CUDA extensions"
 
 
 def apex_folder() -> Path | None:

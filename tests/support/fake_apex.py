@@ -21,59 +21,63 @@ def install(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Counter[str]:
         (place / package).mkdir(parents=True, exist_ok=True)
         (place / package / "__init__.py").touch()
     monkeypatch.syspath_prepend(str(folder))
-    applier = types.ModuleType("apex.multi_tensor_apply")
+    for name in ("apex", "apex.optimizers", "apex.normalization"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
 
     def multi_tensor_applier(kernel: Any, skip: Tensor, lists: list[list[Tensor]], *rest: Any):
         calls["applier"] += 1
         return kernel(65536, skip, lists, *rest)
 
-    applier.multi_tensor_applier = multi_tensor_applier
-    norm = types.ModuleType("apex.normalization.fused_layer_norm")
+    def counted(name: str, function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls[name] += 1
+            return function(*args, **kwargs)
 
-    def fused_rms_norm_affine(
-        input: Tensor, weight: Tensor, normalized_shape: Any, eps: float = 1e-6
-    ) -> Tensor:
-        calls["norm"] += 1
-        assert tuple(normalized_shape) == tuple(weight.shape) == input.shape[-1:]
-        assert input.dtype == weight.dtype
-        return torch.nn.functional.rms_norm(input, normalized_shape, weight, eps)
+        return call
 
-    norm.fused_rms_norm_affine = fused_rms_norm_affine
-    kernels = types.ModuleType("amp_C")
-
-    def multi_tensor_adam_capturable(
-        chunk_size: int,
-        noop_flag: Tensor,
-        tensor_lists: list[list[Tensor]],
-        lr: Tensor,
-        beta1: float,
-        beta2: float,
-        epsilon: float,
-        step: Tensor,
-        mode: int,
-        bias_correction: int,
-        weight_decay: float,
-        inv_scale: Tensor,
-    ) -> None:
-        calls["adam"] += 1
-        assert (mode, bias_correction) == (1, 1), "decoupled decay, and both corrections"
-        assert noop_flag.dtype == step.dtype == torch.int32
-        assert (int(noop_flag), float(inv_scale)) == (0, 1.0)
-        for g, p, m, v in zip(*tensor_lists, strict=True):
-            assert g.shape == p.shape == m.shape == v.shape
-            m.mul_(beta1).add_(g, alpha=1 - beta1)
-            v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-            first, second = 1 - beta1 ** int(step), 1 - beta2 ** int(step)
-            update = (m / first) / ((v / second).sqrt() + epsilon) + weight_decay * p
-            p.sub_(lr * update)
-
-    kernels.multi_tensor_adam_capturable = multi_tensor_adam_capturable
-    for name, module in (
-        ("apex.multi_tensor_apply", applier),
-        ("apex.normalization.fused_layer_norm", norm),
-        ("amp_C", kernels),
-    ):
+    functions = {
+        "apex.multi_tensor_apply": {"multi_tensor_applier": multi_tensor_applier},
+        "apex.normalization.fused_layer_norm": {
+            "fused_rms_norm_affine": counted("norm", _fused_rms_norm_affine)
+        },
+        "amp_C": {"multi_tensor_adam_capturable": counted("adam", _multi_tensor_adam_capturable)},
+    }
+    for name, members in functions.items():
+        module = types.ModuleType(name)
+        vars(module).update(members)
         monkeypatch.setitem(sys.modules, name, module)
-    for name in ("apex", "apex.optimizers", "apex.normalization"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
     return calls
+
+
+def _fused_rms_norm_affine(
+    input: Tensor, weight: Tensor, normalized_shape: Any, eps: float = 1e-6
+) -> Tensor:
+    assert tuple(normalized_shape) == tuple(weight.shape) == input.shape[-1:]
+    assert input.dtype == weight.dtype
+    return torch.nn.functional.rms_norm(input, normalized_shape, weight, eps)
+
+
+def _multi_tensor_adam_capturable(
+    chunk_size: int,
+    noop_flag: Tensor,
+    tensor_lists: list[list[Tensor]],
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    epsilon: float,
+    step: Tensor,
+    mode: int,
+    bias_correction: int,
+    weight_decay: float,
+    inv_scale: Tensor,
+) -> None:
+    assert (mode, bias_correction) == (1, 1), "decoupled decay, and both corrections"
+    assert noop_flag.dtype == step.dtype == torch.int32
+    assert (int(noop_flag), float(inv_scale)) == (0, 1.0)
+    for g, p, m, v in zip(*tensor_lists, strict=True):
+        assert g.shape == p.shape == m.shape == v.shape
+        m.mul_(beta1).add_(g, alpha=1 - beta1)
+        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        first, second = 1 - beta1 ** int(step), 1 - beta2 ** int(step)
+        update = (m / first) / ((v / second).sqrt() + epsilon) + weight_decay * p
+        p.sub_(lr * update)

@@ -31,7 +31,6 @@ OF_OTHERS = {
     "studies/ladder/run.py": "--local-addr --standalone",
     "configs/ladder.py": "--gres --key --partition --time",
     "scaling/attention.py": "--no-build-isolation",
-    "scaling/kernels.py": "--cpp_ext --cuda_ext",
     "launch/runs/doctor.py": "--shm-size",
     "launch/report/page.py": "--narrow --wide",
     "configs/loader.py": "--help",

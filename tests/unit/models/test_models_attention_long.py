@@ -137,3 +137,13 @@ def test_the_flex_mask_of_two_sequences() -> None:
     for b in range(2):
         seen = mask.mask_mod(torch.tensor(b), 0, token[:, None], token[None])
         assert torch.equal(seen, packed.mask()[b])
+
+
+def test_flex_is_traced_whole() -> None:
+    """The mask is made within compiled code; torch's eager kernel runs, as a CPU may have none."""
+    packed = documents((200, 56, 1, 255), sequences=2)
+    q, k, v = (x.detach().view(2, 256, -1, H) for x in inputs(torch.float64, 512))
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
+    expected = attend(q, k, v, packed, 0.3, "reference")
+    assert error([compiled(q, k, v, packed, 0.3, "flex")], [expected]) < 1e-12
