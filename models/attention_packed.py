@@ -34,13 +34,16 @@ class _Kernels(NamedTuple):
 
     ``forward(q, k, v, scale)`` returns output and log-sum-exp, ``backward(grad, q, k, v, o, lse,
     scale)`` the gradients of q, k and v. ``least``: the shortest length to pad to; ``by_powers``:
-    whether the number of documents is to be a power of two, so that few are planned for.
+    whether the number of documents is to be a power of two, so that few are planned for. ``spare``:
+    whether what is past documents' ends goes to a row of nobody, as counting would wait for the
+    device, or nowhere.
     """
 
     forward: Callable[..., tuple[Tensor, Tensor]]
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     least: int
     by_powers: bool
+    spare: bool
 
 
 class _Like(NamedTuple):
@@ -123,16 +126,19 @@ def _dimensions_of_lse(device: torch.device, dtype: torch.dtype) -> int:
     ].dim()
 
 
-CPU = _Kernels(_forward_cpu, _backward_cpu, least=32, by_powers=False)
-CUDNN = _Kernels(_forward_cudnn, _backward_cudnn, least=128, by_powers=True)
+CPU = _Kernels(_forward_cpu, _backward_cpu, least=32, by_powers=False, spare=False)
+CUDNN = _Kernels(_forward_cudnn, _backward_cudnn, least=128, by_powers=True, spare=True)
 
 
 def _gather(x_TNH: Tensor, rows_nP: Tensor) -> Tensor:
     return x_TNH[rows_nP].transpose(1, 2)  # [n, N, P, H]
 
 
-def _scatter(whole_SNH: Tensor, part_nNPH: Tensor, like: _Like) -> None:
-    whole_SNH[like.targets_nP] = part_nNPH.transpose(1, 2)
+def _scatter(whole_SNH: Tensor, part_nPNH: Tensor, like: _Like, T: int) -> None:
+    if len(whole_SNH) > T:
+        whole_SNH[like.targets_nP] = part_nPNH
+    else:
+        whole_SNH[like.rows_nP[like.own_nP]] = part_nPNH[like.own_nP]
 
 
 @torch.library.custom_op("allometry::packed_attention", mutates_args=(), device_types="cpu")
@@ -163,13 +169,14 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Compute what ``packed_attention`` returns."""
     assert int(cu_lengths[-1]) == q_TNH.shape[0], (cu_lengths[-1], q_TNH.shape)
-    o_SNH, lse_NS = _outputs(q_TNH, more=1)
+    T, spare = len(q_TNH), int(kernels.spare)
+    o_SNH, lse_NS = _outputs(q_TNH, spare)
     for like in _like_documents(cu_lengths, q_TNH.device, kernels):
         q, k, v = (_gather(x, like.rows_nP) for x in (q_TNH, k_TKH, v_TKH))
         o, lse_nNP = kernels.forward(q, k, v, scale)
-        _scatter(o_SNH, o, like)
-        lse_NS[:, like.targets_nP] = lse_nNP.transpose(0, 1)
-    return o_SNH[:-1], lse_NS[:, :-1].contiguous()
+        _scatter(o_SNH, o.transpose(1, 2), like, T)
+        _scatter(lse_NS.t(), lse_nNP.transpose(1, 2), like, T)
+    return o_SNH[:T], lse_NS[:, :T].contiguous()
 
 
 def _like(x: Tensor, more: int = 0) -> Tensor:
@@ -232,15 +239,16 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute what ``packed_attention_backward`` returns; ``qkvo``: its next four arguments."""
-    dq, dk, dv = (_like(x, more=1) for x in qkvo[:3])
+    T = len(grad_TNH)
+    dq, dk, dv = (_like(x, int(kernels.spare)) for x in qkvo[:3])
     for like in _like_documents(cu_lengths, grad_TNH.device, kernels):
         q, k, v, o = (_gather(x, like.rows_nP) for x in qkvo)
         lse_nNP = lse_NT[:, like.rows_nP].transpose(0, 1).contiguous()
         grad = _gather(grad_TNH, like.rows_nP) * like.own_nP[:, None, :, None]
         parts = kernels.backward(grad, q, k, v, o, lse_nNP, scale)
         for whole, part in zip((dq, dk, dv), parts, strict=True):
-            _scatter(whole, part, like)
-    return dq[:-1], dk[:-1], dv[:-1]
+            _scatter(whole, part.transpose(1, 2), like, T)
+    return dq[:T], dk[:T], dv[:T]
 
 
 @packed_attention_backward.register_fake
