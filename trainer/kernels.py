@@ -85,12 +85,14 @@ def settle(
     refused: Callable[[str], str | None],
     measure: Callable[[Sequence[str]], dict[str, Outcome]] | None,
     before: str | None = None,
+    *,
+    by_clock: bool = True,
 ) -> Choice:
     """Choose one of ``names``, which are in order of preference and can all do it.
 
     ``asked``: a name, which must do, or auto: the record's (``before``) if it still can, else the
-    fastest. ``refused(name)``: why a name cannot be used. ``measure(names)`` tries them on the
-    device; without it the first name is taken.
+    fastest; without ``by_clock`` the first that runs. ``refused(name)``: why a name cannot be used.
+    ``measure(names)`` tries them on the device; without it the first name is taken.
 
     Raises:
         UserError: what is named cannot be used, or nothing that may be used runs.
@@ -117,9 +119,9 @@ def settle(
     if not times:
         reasons = "; ".join(f"{name} {reason}" for name, reason in left_out.items())
         raise UserError(f"kernels.{key}=auto finds none that runs on this device: {reasons}")
-    fastest = min(times.values())
-    best = next(name for name in names if times.get(name, np.inf) <= CLOSE * fastest)
-    return Choice(best, "measured", times, left_out)
+    slowest = CLOSE * min(times.values()) if by_clock else max(times.values())
+    best = next(name for name in names if times.get(name, np.inf) <= slowest)
+    return Choice(best, "measured" if by_clock else "rule", times, left_out)
 
 
 def _times(found: Mapping[str, Outcome]) -> dict[str, float]:
@@ -186,6 +188,7 @@ def _decide(
     before: Mapping[str, Any],
 ) -> Kernels:
     asked, device, on_cuda = config.kernels, mesh.device, mesh.device.type == "cuda"
+    by_clock = not config.training.deterministic  # two runs of one description must be alike
     call, compiled = _call(config, plan, mesh), config.training.compile
 
     def known(key: str) -> str | None:
@@ -201,6 +204,7 @@ def _decide(
         if on_cuda
         else None,
         known("attention"),
+        by_clock=by_clock,
     )
     apex = ("torch", "apex") if on_cuda and apex_folder() is not None else ("torch",)
     dtype, rows = torch_dtype(config.training.compute_dtype), plan.micro_batch_tokens
@@ -213,6 +217,7 @@ def _decide(
         if len(apex) > 1 or asked.norm == "apex"
         else None,
         known("norm"),
+        by_clock=by_clock,
     )
     adamw = settle(
         "adamw",
@@ -223,6 +228,7 @@ def _decide(
         if len(apex) > 1 or asked.adamw == "apex"
         else None,
         known("adamw"),
+        by_clock=by_clock,
     )
     if on_cuda:
         torch.cuda.empty_cache()

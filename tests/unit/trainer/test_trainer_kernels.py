@@ -49,6 +49,12 @@ class TestSettle:
         assert choose(1.02).name == "one"
         assert choose(1.04).name == "two"
 
+    def test_without_the_clock_it_is_the_first_that_runs(self) -> None:
+        choose = settle(
+            "norm", "auto", NAMES, fine, measured(one="a", two=9.0, three=1.0), by_clock=False
+        )
+        assert (choose.name, choose.by, choose.left_out) == ("two", "rule", {"one": "a"})
+
     def test_what_fails_is_left_out_and_said(self) -> None:
         choice = settle("norm", "auto", NAMES, fine, measured(one="fails", two=3.0, three="slow"))
         assert choice.name == "two"
@@ -334,6 +340,6 @@ class TestOnAGpu:
         assert self.decide(config, before).attention.name == "cudnn"
         exact = tiny("training.compute_dtype=bf16", "training.deterministic=true")
         now = self.decide(exact, before)
-        assert now.attention.name == "flex"
+        assert now.attention.name == "varlen", "the first, as nothing is to hang on a clock"
         (change,) = now.changes(before)
         assert "the same bits twice" in change["reason"]
