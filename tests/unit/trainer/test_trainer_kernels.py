@@ -343,3 +343,25 @@ class TestOnAGpu:
         assert now.attention.name == "varlen", "the first, as nothing is to hang on a clock"
         (change,) = now.changes(before)
         assert "the same bits twice" in change["reason"]
+
+    @pytest.mark.parametrize(("apex_ms", "taken"), [(0.5, "apex"), (0.99, "torch"), (2.0, "torch")])
+    def test_apex_is_taken_where_it_is_faster(
+        self,
+        tiny: Make,
+        asked,
+        monkeypatch: pytest.MonkeyPatch,
+        tmp_path: Path,
+        apex_ms: float,
+        taken: str,
+    ) -> None:
+        fake_apex.install(monkeypatch, tmp_path)
+        for kind in ("norms", "adamw"):
+            monkeypatch.setattr(
+                f"allometry.trainer.kernels.time_{kind}",
+                lambda names, *_: {name: {"apex": apex_ms}.get(name, 1.0) for name in names},
+            )
+        kernels = self.decide(tiny(), {})
+        assert (kernels.norm.name, kernels.adamw.name) == (taken, taken)
+        compiled = self.decide(tiny("training.compile=true"), {"norm": {"name": "apex"}})
+        assert (compiled.norm.name, compiled.adamw.name) == ("torch", taken)
+        assert "cannot be compiled" in compiled.norm.left_out["apex"]
