@@ -321,6 +321,11 @@ class TrainingConfig(Section):
         "matrix products, attention and communication; everything",
     )
     compile: bool = Field(False, description="torch.compile each block and the loss")
+    deterministic: bool = Field(
+        False,
+        description="the same bits from the same step on CUDA too, for bit-exact resume: kernels "
+        "without atomics, at some cost; a CPU always gives them",
+    )
 
     @model_validator(mode="after")
     def _one_unit(self) -> Self:

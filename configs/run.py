@@ -16,6 +16,7 @@ from allometry.configs.execution import (
     RecordConfig,
     RunSection,
 )
+from allometry.configs.kernels import KernelsConfig
 from allometry.configs.model import ModelConfig, ParameterizationConfig, StandardParameterization
 from allometry.configs.optimization import OptimizerConfig, ScheduleConfig, TrainingConfig
 
@@ -32,6 +33,7 @@ class RunConfig(Section):
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    kernels: KernelsConfig = Field(default_factory=KernelsConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     record: RecordConfig = Field(default_factory=RecordConfig)

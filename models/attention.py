@@ -5,14 +5,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from allometry.models import attention_cuda
 from allometry.models.attention_blocked import blocked_attention
-from allometry.models.attention_cpu import packed_attention
-from allometry.models.attention_cuda import flash_attn_varlen, torch_varlen
+from allometry.models.attention_packed import packed_attention
 from allometry.models.documents import Documents
 from allometry.scaling.attention import AttentionBackend, AttentionCall, choose_backend, installed
 
@@ -47,6 +48,11 @@ def attend(
     return RUN[backend](q_BLNH, k_BLKH, v_BLKH, documents, scale)
 
 
+def attend_by(backend: str | None) -> Attend:
+    """Return ``attend`` with this back end in every call; None: the first that suits each call."""
+    return attend if backend is None else partial(attend, backend=backend)
+
+
 def backend_of(q_BLNH: Tensor, documents: Documents | None, *, compiled: bool) -> AttentionBackend:
     """Return the back end that ``attend`` uses for these queries."""
     call = AttentionCall(
@@ -55,6 +61,8 @@ def backend_of(q_BLNH: Tensor, documents: Documents | None, *, compiled: bool) -
         packed=documents is not None,
         length=q_BLNH.shape[1],
         compiled=compiled,
+        head_width=q_BLNH.shape[3],
+        deterministic=torch.are_deterministic_algorithms_enabled(),
     )
     return choose_backend(call, _installed)
 
@@ -87,8 +95,29 @@ def _flash(
 ) -> Tensor:
     assert documents is None
     q, k, v, grouped = _heads_first(q_BLNH, k_BLKH, v_BLKH)
+    half = q.dtype in (torch.bfloat16, torch.float16)
+    if q.device.type == "cuda" and half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256:
+        # Not whichever kernel torch prefers: the record says which one ran.
+        return attention_cuda.flash(q, k, v, scale).transpose(1, 2)
     o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
     return o.transpose(1, 2)
+
+
+def _cudnn(
+    q_BLNH: Tensor, k_BLKH: Tensor, v_BLKH: Tensor, documents: Documents | None, scale: float
+) -> Tensor:
+    if documents is not None:
+        return _packed(q_BLNH, k_BLKH, v_BLKH, documents, scale)
+    q, k, v = (x.transpose(1, 2) for x in (q_BLNH, k_BLKH, v_BLKH))
+    return attention_cuda.cudnn(q, k, v, scale).transpose(1, 2)
+
+
+def _flex(
+    q_BLNH: Tensor, k_BLKH: Tensor, v_BLKH: Tensor, documents: Documents | None, scale: float
+) -> Tensor:
+    from allometry.models.attention_flex import flex  # torch's takes seconds to import
+
+    return flex(q_BLNH, k_BLKH, v_BLKH, documents, scale)
 
 
 def _masked(
@@ -115,34 +144,32 @@ def _heads_first(
     return q, k, v, groups > 1
 
 
-def _on_tokens(
-    attention: Callable[[Tensor, Tensor, Tensor, Documents, float], Tensor],
-) -> Attend:
-    """Let a function of flattened tokens [T, heads, H] take sequences of them."""
-
-    def run(
-        q_BLNH: Tensor, k_BLKH: Tensor, v_BLKH: Tensor, documents: Documents | None, scale: float
-    ) -> Tensor:
-        assert documents is not None
-        q, k, v = (t.flatten(0, 1) for t in (q_BLNH, k_BLKH, v_BLKH))
-        return attention(q, k, v, documents, scale).view(q_BLNH.shape)
-
-    return run
+def _varlen(
+    q_BLNH: Tensor, k_BLKH: Tensor, v_BLKH: Tensor, documents: Documents | None, scale: float
+) -> Tensor:
+    assert documents is not None
+    q, k, v = (x.flatten(0, 1) for x in (q_BLNH, k_BLKH, v_BLKH))
+    return attention_cuda.torch_varlen(q, k, v, documents, scale).view(q_BLNH.shape)
 
 
 def _packed(
-    q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, documents: Documents, scale: float
+    q_BLNH: Tensor, k_BLKH: Tensor, v_BLKH: Tensor, documents: Documents | None, scale: float
 ) -> Tensor:
-    o_TNH, _ = packed_attention(q_TNH, k_TKH, v_TKH, documents.cu_lengths, scale)
-    return o_TNH
+    assert documents is not None
+    q, k, v = (x.flatten(0, 1) for x in (q_BLNH, k_BLKH, v_BLKH))
+    o_TNH, _ = packed_attention(q, k, v, documents.on_cpu(), scale)
+    return o_TNH.view(q_BLNH.shape)
 
 
 RUN: dict[str, Attend] = {
     "blocked": blocked_attention,
     "flash": _flash,
-    "flash2": _on_tokens(flash_attn_varlen),
-    "varlen": _on_tokens(torch_varlen),
-    "packed": _on_tokens(_packed),
+    "flash3": attention_cuda.flash_attn_3,
+    "flash2": attention_cuda.flash_attn_2,
+    "varlen": _varlen,
+    "cudnn": _cudnn,
+    "flex": _flex,
+    "packed": _packed,
     "masked": _masked,
     "reference": _reference,
 }

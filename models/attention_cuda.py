@@ -1,11 +1,12 @@
-"""Attention within packed documents on CUDA: variable-length flash kernels, for half types only."""
+"""Attention by kernels for CUDA: torch's, cuDNN's, flash-attn's; for half types only."""
 
-# T tokens, N query heads, K key/value heads, H head width
+# B sequences, L tokens in a sequence, T = B*L, N query heads, K key/value heads, H head width
 
 from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,15 +15,52 @@ from torch import Tensor
 from allometry.models.documents import Documents
 
 
-def flash_attn_varlen(
-    q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, documents: Documents, scale: float
+def flash_attn_2(
+    q_BLNH: Tensor, k_BLKH: Tensor, v_BLKH: Tensor, documents: Documents | None, scale: float
 ) -> Tensor:
-    """Return causal attention within each document [T, N, H]: flash-attn's kernel."""
-    from flash_attn import flash_attn_varlen_func
+    """Return causal attention within each document [B, L, N, H]: flash-attn's kernels."""
+    import flash_attn
 
-    return flash_attn_varlen_func(
-        q_TNH, k_TKH, v_TKH, *_bounds(documents), softmax_scale=scale, causal=True
+    functions = (flash_attn.flash_attn_func, flash_attn.flash_attn_varlen_func)
+    return _package(functions, q_BLNH, k_BLKH, v_BLKH, documents, scale)
+
+
+def flash_attn_3(
+    q_BLNH: Tensor, k_BLKH: Tensor, v_BLKH: Tensor, documents: Documents | None, scale: float
+) -> Tensor:
+    """Return the same by flash-attn's kernels for Hopper (arXiv 2407.08608)."""
+    import flash_attn_interface
+
+    functions = (
+        flash_attn_interface.flash_attn_func,
+        flash_attn_interface.flash_attn_varlen_func,
     )
+    return _package(functions, q_BLNH, k_BLKH, v_BLKH, documents, scale)
+
+
+def _package(
+    functions: tuple[Callable[..., Any], Callable[..., Any]],
+    q_BLNH: Tensor,
+    k_BLKH: Tensor,
+    v_BLKH: Tensor,
+    documents: Documents | None,
+    scale: float,
+) -> Tensor:
+    whole, varlen = functions
+    # Without it the backward adds gradients of queries by atomics, in any order.
+    options: dict[str, Any] = {
+        "softmax_scale": scale,
+        "causal": True,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
+    if documents is None:
+        o_BLNH = whole(q_BLNH, k_BLKH, v_BLKH, **options)
+    else:
+        q, k, v = (x.flatten(0, 1) for x in (q_BLNH, k_BLKH, v_BLKH))
+        o_BLNH = varlen(q, k, v, *_bounds(documents), **options)
+    # Early versions for Hopper also return the log-sum-exp.
+    o_BLNH = o_BLNH[0] if isinstance(o_BLNH, tuple) else o_BLNH
+    return o_BLNH.view(q_BLNH.shape)
 
 
 def torch_varlen(
@@ -59,3 +97,15 @@ def torch_spelling() -> tuple[bool, bool]:
 @torch.compiler.assume_constant_result  # torch's version does not change in a run
 def _spelling() -> tuple[bool, bool]:
     return torch_spelling()  # cached behind this: the compiler would trace into a cache
+
+
+def flash(q_BNLH: Tensor, k_BKLH: Tensor, v_BKLH: Tensor, scale: float) -> Tensor:
+    """Return causal attention [B, N, L, H] by torch's flash kernel and no other of its kernels."""
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention
+    return kernel(q_BNLH, k_BKLH, v_BKLH, 0.0, True, False, scale=scale)[0]
+
+
+def cudnn(q_BNLH: Tensor, k_BKLH: Tensor, v_BKLH: Tensor, scale: float) -> Tensor:
+    """Return causal attention [B, N, L, H] by cuDNN's kernel and no other."""
+    kernel = torch.ops.aten._scaled_dot_product_cudnn_attention
+    return kernel(q_BNLH, k_BKLH, v_BKLH, None, True, 0.0, True, False, scale=scale)[0]

@@ -17,7 +17,8 @@ class Documents:
     ``cu_lengths`` int32 [n + 1]: document i is tokens ``cu_lengths[i]`` to ``cu_lengths[i + 1]``;
     it starts with 0, ends with T, never decreases (empty documents are allowed and have no
     effect), and a document lies within one sequence. ``max_length``: tokens of the longest
-    document, or more. ``positions_BL``: each token's place in its document, from 0.
+    document, or more. ``positions_BL``: each token's place in its document, from 0. ``cu_host``:
+    ``cu_lengths`` on the CPU, where it is known; without it ``on_cpu`` waits for the device.
 
     What follows is for documents that several ranks share. ``counted_BL`` (bool; None: all) is
     False for filling, which routers do not see. ``ring`` (int64 on the CPU; None: all of each
@@ -31,6 +32,13 @@ class Documents:
     counted_BL: Tensor | None = None
     ring: Tensor | None = None
     offload: float = 0.0
+    cu_host: Tensor | None = None
+
+    def on_cpu(self) -> Tensor:
+        """Return ``cu_lengths`` on the CPU."""
+        if self.cu_lengths.device.type == "cpu":
+            return self.cu_lengths
+        return self.cu_lengths.cpu() if self.cu_host is None else self.cu_host
 
     def mask(self) -> Tensor:
         """Return the causal mask inside documents, bool [B, L, L]: query x key."""

@@ -53,12 +53,13 @@ class RMSNorm(OwnsParameters):
 
     def __init__(self, spec: ParamSpec, eps: float) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.rms_norm = eps, F.rms_norm  # ``kernels.use_kernels`` may replace it
         self.own("weight", spec)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x's shape and type; torch widens half types to fp32 inside this operator."""
-        return F.rms_norm(x, (x.shape[-1],), local_weight(self.weight).to(x.dtype), self.eps)
+        weight = local_weight(self.weight).to(x.dtype)
+        return self.rms_norm(x, (x.shape[-1],), weight, self.eps)
 
 
 def rotary_angles(positions: Tensor, head_width: int, theta: float, dtype: torch.dtype) -> Tensor:

@@ -246,6 +246,6 @@ def _expect_any_number_of(documents: Documents) -> None:
     # Importing torch's compiler takes seconds; it is there already if anything was compiled.
     if "torch._dynamo" in sys.modules and not torch.compiler.is_compiling():
         mark: Callable[[Tensor, int], None] = sys.modules["torch._dynamo"].maybe_mark_dynamic
-        mark(documents.cu_lengths, 0)
-        if documents.ring is not None:
-            mark(documents.ring, 0)
+        for each in (documents.cu_lengths, documents.cu_host, documents.ring):
+            if each is not None:
+                mark(each, 0)

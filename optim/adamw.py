@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.optim.adamw import adamw as torch_adamw
@@ -31,25 +31,65 @@ def init_states(items: Sequence[Item], state: State, ops: MatrixOps | None = Non
 
 
 def adamw(items: Sequence[Item], state: State, ops: MatrixOps) -> None:
-    """Take a step with ``items`` by torch's fused kernel, in place; elementwise."""
+    """Take a step with ``items`` by the fused kernel that their groups name; elementwise."""
     for _, members in itertools.groupby(items, key=lambda item: id(item.group)):
         same = list(members)
-        group = same[0].group
-        beta1, beta2 = group["betas"]
-        torch_adamw(
-            [item.part for item in same],
-            [item.gradient for item in same],
-            local_states(same, state, "exp_avg"),
-            local_states(same, state, "exp_avg_sq"),
-            [],
-            [state[item.parameter]["step"] for item in same],
-            foreach=False,
-            fused=True,
-            amsgrad=False,
-            beta1=beta1,
-            beta2=beta2,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
+        KERNELS[same[0].group.get("kernel", "torch")](same, state)
+
+
+def _torch(same: Sequence[Item], state: State) -> None:
+    group = same[0].group
+    beta1, beta2 = group["betas"]
+    torch_adamw(
+        [item.part for item in same],
+        [item.gradient for item in same],
+        local_states(same, state, "exp_avg"),
+        local_states(same, state, "exp_avg_sq"),
+        [],
+        [state[item.parameter]["step"] for item in same],
+        foreach=False,
+        fused=True,
+        amsgrad=False,
+        beta1=beta1,
+        beta2=beta2,
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+    )
+
+
+def _apex(same: Sequence[Item], state: State) -> None:
+    """Call the kernel of apex's ``FusedAdam`` in its mode 1, decoupled decay.
+
+    Rate and step are tensors, as ``capturable`` has them: nothing waits for the device. All
+    parameters of a group have taken as many steps.
+    """
+    from amp_C import multi_tensor_adam_capturable
+    from apex.multi_tensor_apply import multi_tensor_applier
+
+    group, device = same[0].group, same[0].part.device
+    steps = [state[item.parameter]["step"] for item in same]
+    torch._foreach_add_(steps, 1.0)
+    here = [item for item in same if item.part.numel()]  # a shard may be empty
+    lists = [
+        [item.gradient for item in here],
+        [item.part for item in here],
+        local_states(here, state, "exp_avg"),
+        local_states(here, state, "exp_avg_sq"),
+    ]
+    if not here:
+        return
+    skip = torch.zeros(1, dtype=torch.int32, device=device)
+    rate = torch.full((), group["lr"], dtype=torch.float32, device=device)
+    step, unscaled = steps[0].to(torch.int32).view(1), torch.ones(1, device=device)
+    beta1, beta2 = group["betas"]
+    multi_tensor_applier(
+        *(multi_tensor_adam_capturable, skip, lists, rate, beta1, beta2, group["eps"], step),
+        *(_DECOUPLED, _CORRECT_BIAS, group["weight_decay"], unscaled),
+    )
+
+
+_DECOUPLED = _CORRECT_BIAS = 1
+KERNELS: dict[str, Callable[[Sequence[Item], State], None]] = {"torch": _torch, "apex": _apex}
+"""The fused kernels, by ``kernels.adamw``; each takes the items of one group."""

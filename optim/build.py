@@ -28,22 +28,24 @@ def build_optimizer(
     config: OptimizerConfig,
     mesh: Mesh | None = None,
     seed: int = 0,
+    adamw_kernel: str = "torch",
 ) -> Optimizer:
     """Return the optimizer of a run, over whole parameters or shards of them.
 
     Each group keeps its ``peak_lr``; its ``lr`` is the peak until ``set_lr`` is called. AdamW is
     torch's fused kernel on every device, for plain tensors and DTensors alike: elementwise, so
     right on shards. All else is a ``RuleOptimizer``: ``mesh`` is where its parameters are sharded
-    (None: every one is whole), and ``seed`` is that of what rules draw.
+    (None: every one is whole), and ``seed`` is that of what rules draw. ``adamw_kernel``: a name
+    in ``adamw.KERNELS``; with another one than torch's AdamW is a ``RuleOptimizer`` too.
 
     Raises:
         UserError: see ``parameter_groups`` and ``RuleOptimizer``.
     """
     groups = parameter_groups(named_parameters, specs, parameterization, config)
-    if isinstance(config, AdamW):
+    if isinstance(config, AdamW) and adamw_kernel == "torch":
         return TorchAdamW(groups, betas=(config.beta1, config.beta2), fused=True)
     for group in groups:
-        group["seed"] = seed
+        group["seed"], group["kernel"] = seed, adamw_kernel
     ops = LocalMatrixOps() if mesh is None or mesh.world_size == 1 else ShardedMatrixOps(mesh)
     return RuleOptimizer(groups, ops)
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from allometry.models.attention import attend, backend_of
+from allometry.models.attention import Attend, attend, backend_of
 from allometry.models.documents import Documents
 from allometry.models.transformer import Transformer
 from allometry.parallel.hdp.ring import ring_attention
@@ -19,10 +19,13 @@ from allometry.parallel.mesh import Mesh
 
 
 class ContextAttention:
-    """Takes the place of ``Attention.core``: a ring where documents name one, else all is here."""
+    """Takes the place of ``Attention.core``: a ring where documents name one, else all is here.
 
-    def __init__(self, group_name: str) -> None:
-        self._group_name = group_name
+    ``here`` computes what needs no ring.
+    """
+
+    def __init__(self, group_name: str, here: Attend = attend) -> None:
+        self._group_name, self._here = group_name, here
 
     def __call__(
         self,
@@ -37,6 +40,8 @@ class ContextAttention:
             q, k, v = (x.flatten(0, 1) for x in (q_BLNH, k_BLKH, v_BLKH))
             o_TNH, _ = ring_attention(q, k, v, documents.ring, self._group_name, scale)
             return o_TNH.view(q_BLNH.shape)
+        if self._here is not attend:
+            return self._here(q_BLNH, k_BLKH, v_BLKH, documents, scale)
         # As if not compiled: what is fastest in compiled code is compiled for one L, and here each
         # micro-batch has its own.
         backend = backend_of(q_BLNH, documents, compiled=False)
@@ -48,9 +53,9 @@ def apply_context(part: Transformer, mesh: Mesh) -> None:
 
     Every rank calls this alike, before blocks are wrapped or compiled: on CUDA the ranks meet here.
     """
-    core = ContextAttention(mesh.hdp.group.group_name)
+    name = mesh.hdp.group.group_name
     for block in part.blocks.values():
-        block.attention.core = core
+        block.attention.core = ContextAttention(name, block.attention.core)
     if mesh.device.type == "cuda" and mesh.hdp.size > 1:
         warm_up(mesh)
 

@@ -1,7 +1,8 @@
 """The back ends of attention: when each is used, what it keeps, which operators it runs.
 
 One table, in order of preference, without torch: the choice in ``models/attention.py`` (which says
-how each runs), selective checkpointing, ``allometry doctor`` and the memory estimate read it.
+how each runs), the measurement at the start of a run, selective checkpointing, ``allometry doctor``
+and the memory estimate read it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ class AttentionCall(NamedTuple):
     """What attention is asked for.
 
     ``device``: cpu, cuda or meta; ``dtype``: bf16, fp16, fp32 or fp64; ``packed``: documents share
-    a sequence; ``length``: tokens of a sequence; ``compiled``: whether torch.compile traces it.
+    a sequence; ``length``: tokens of a sequence; ``compiled``: whether torch.compile traces it;
+    ``deterministic``: the same call must give the same bits.
     """
 
     device: str
@@ -24,26 +26,41 @@ class AttentionCall(NamedTuple):
     packed: bool
     length: int
     compiled: bool
+    head_width: int = 64
+    deterministic: bool = False
+
+
+def _always(call: AttentionCall) -> bool:
+    return True
 
 
 class AttentionBackend(NamedTuple):
     """One way to compute causal attention within documents.
 
-    ``suits``: whether it can do a call on one of its ``devices`` (None: any) and is meant to.
-    ``operators``: those of its forward as torch's dispatcher names them; some of them run in each
-    call, and selective checkpointing keeps their results. ``package``: what must be installed
-    beside torch, by import name, and ``install`` how.
+    ``takes``: whether it can do a call on one of its ``devices`` (None: any), ``needs`` the same in
+    words; ``meant``: whether it may be chosen without being named. ``operators``: those of its
+    forward as torch's dispatcher names them; some of them run in each call, and selective
+    checkpointing keeps their results. ``package``: what must be installed beside torch, by import
+    name, and ``install`` how. ``deterministic``: whether its backward can give the same bits twice.
     ``kept_bytes(heads, length, compute_bytes)``: bytes for each token that a backward needs beside
     queries, keys, values and output; the log-sum-exp in fp32 unless said.
     """
 
     name: str
-    suits: Callable[[AttentionCall], bool]
+    takes: Callable[[AttentionCall], bool]
+    needs: str
     operators: tuple[str, ...]
+    meant: Callable[[AttentionCall], bool] = _always
     kept_bytes: Callable[[int, int, int], int] = lambda heads, length, compute_bytes: 4 * heads
     devices: tuple[str, ...] | None = None
     package: str | None = None
     install: str = ""
+    deterministic: bool = True
+
+    def able(self, call: AttentionCall) -> bool:
+        """Whether it can do the call, where its package is installed."""
+        here = self.devices is None or call.device in self.devices
+        return here and self.takes(call) and (self.deterministic or not call.deterministic)
 
 
 LONGEST_BLOCKED = 1024
@@ -57,56 +74,99 @@ _SDPA = (
     "aten::_scaled_dot_product_fused_attention_overrideable",
     "aten::bmm",  # where no fused kernel takes the type
 )
+_FLASH_ATTN = "on a GPU machine with nvcc: pip install 'allometry[cuda]' --no-build-isolation"
+_HOPPER = "on an H100 or H200 with nvcc: python setup.py install in flash-attention's folder hopper"
 
 
-def _half_and_packed(call: AttentionCall) -> bool:
-    return call.packed and call.dtype in ("bf16", "fp16")
+def _half(widest: int, call: AttentionCall) -> bool:
+    return call.dtype in ("bf16", "fp16") and call.head_width % 8 == 0 and call.head_width <= widest
 
+
+_HALF = "bf16 or fp16 and heads of at most {} in steps of 8"
 
 BACKENDS: tuple[AttentionBackend, ...] = (
     AttentionBackend(  # products on blocks of queries, for short sequences in compiled code
         "blocked",
-        lambda call: call.compiled and call.dtype == "bf16" and call.length <= LONGEST_BLOCKED,
+        _always,
+        "a CPU",
         operators=("aten::bmm",),
+        meant=lambda call: (
+            call.compiled and call.dtype == "bf16" and call.length <= LONGEST_BLOCKED
+        ),
         kept_bytes=lambda heads, length, compute_bytes: compute_bytes * heads * length,
         devices=("cpu",),
     ),
-    AttentionBackend(  # torch's scaled_dot_product_attention
-        "flash", lambda call: not call.packed, operators=_SDPA
+    AttentionBackend(  # torch's flash kernel; for wide types on CUDA another of SDPA's
+        "flash",
+        lambda call: not call.packed,
+        "sequences that are not packed with documents",
+        operators=_SDPA,
     ),
-    AttentionBackend(  # flash-attn's kernel for documents of any lengths
+    AttentionBackend(  # flash-attn's kernels for Hopper
+        "flash3",
+        functools.partial(_half, 256),
+        _HALF.format(256),
+        operators=("flash_attn_3::_flash_attn_forward", "flash_attn_3::fwd"),
+        devices=("cuda",),
+        package="flash_attn_interface",
+        install=_HOPPER,
+    ),
+    AttentionBackend(  # flash-attn's kernels
         "flash2",
-        _half_and_packed,
-        operators=("flash_attn::_flash_attn_varlen_forward",),
+        functools.partial(_half, 256),
+        _HALF.format(256),
+        operators=("flash_attn::_flash_attn_forward", "flash_attn::_flash_attn_varlen_forward"),
         devices=("cuda",),
         package="flash_attn",
-        install="on a GPU machine with nvcc: pip install 'allometry[cuda]' --no-build-isolation",
+        install=_FLASH_ATTN,
     ),
-    AttentionBackend(  # the same of torch
+    AttentionBackend(  # torch's flash kernel for documents of any lengths
         "varlen",
-        _half_and_packed,
+        lambda call: call.packed and _half(256, call),
+        "packed documents, " + _HALF.format(256),
         operators=("torch_attn::_varlen_attn",),
+        devices=("cuda",),
+    ),
+    AttentionBackend(  # cuDNN's kernel; documents by batches of like length
+        "cudnn",
+        functools.partial(_half, 128),
+        _HALF.format(128),
+        operators=("aten::_scaled_dot_product_cudnn_attention", "allometry::packed_attention"),
+        devices=("cuda",),
+        deterministic=False,
+    ),
+    AttentionBackend(  # torch's flex_attention, generated for masks of documents
+        "flex",
+        lambda call: call.packed and _half(256, call),
+        "packed documents, " + _HALF.format(256),
+        operators=("flex_attention",),
         devices=("cuda",),
     ),
     AttentionBackend(  # torch's flash kernel for CPUs on documents of like length
         "packed",
         lambda call: call.packed,
+        "packed documents",
         operators=("allometry::packed_attention",),
         devices=("cpu",),
     ),
     AttentionBackend(  # scaled_dot_product_attention with a dense mask, which it keeps
         "masked",
         lambda call: call.packed,
+        "packed documents",
         operators=_SDPA,
         kept_bytes=lambda heads, length, compute_bytes: 4 * heads + compute_bytes * length,
     ),
     AttentionBackend(  # softmax written out: what tests compare the others with
         "reference",
-        lambda call: False,
+        _always,
+        "nothing",
         operators=("aten::bmm",),
+        meant=lambda call: False,
         kept_bytes=lambda heads, length, compute_bytes: max(4, compute_bytes) * heads * length,
     ),
 )
+
+Installed = Callable[[str | None], bool]
 
 
 @functools.cache  # the file system is not to be asked in every layer
@@ -115,12 +175,46 @@ def installed(package: str | None) -> bool:
     return package is None or importlib.util.find_spec(package) is not None
 
 
-def choose_backend(
-    call: AttentionCall, is_installed: Callable[[str | None], bool] = installed
-) -> AttentionBackend:
-    """Return the first back end of ``BACKENDS`` that suits the call."""
+def choose_backend(call: AttentionCall, is_installed: Installed = installed) -> AttentionBackend:
+    """Return the first back end of ``BACKENDS`` that can do the call and is meant to."""
     for backend in BACKENDS:
-        here = backend.devices is None or call.device in backend.devices
-        if here and backend.suits(call) and is_installed(backend.package):
+        if backend.able(call) and backend.meant(call) and is_installed(backend.package):
             return backend
     raise AssertionError(f"no back end of attention suits {call}")
+
+
+def named(name: str) -> AttentionBackend:
+    """Return the back end of this name."""
+    return next(backend for backend in BACKENDS if backend.name == name)
+
+
+def worth_measuring(call: AttentionCall, is_installed: Installed = installed) -> tuple[str, ...]:
+    """Return the back ends that may be the fastest for a call on a GPU, in order of preference.
+
+    A dense mask is never one: it is there for calls that nothing else takes.
+    """
+    able = [b for b in BACKENDS if b.able(call) and b.meant(call) and is_installed(b.package)]
+    return tuple(b.name for b in able if b.name != "masked") or ("masked",)
+
+
+def refusal(name: str, call: AttentionCall, is_installed: Installed = installed) -> str | None:
+    """Return why the back end of this name cannot do a call and what to do; None if it can."""
+    backend = named(name)
+    able = [b.name for b in BACKENDS if b.able(call) and is_installed(b.package)]
+    others = f"use {', '.join(able)}"
+    if backend.devices is not None and call.device not in backend.devices:
+        return f"runs on {' or '.join(backend.devices)}, not on {call.device}; {others}"
+    if not is_installed(backend.package):
+        return f"needs {backend.package}, which is not installed; install it ({backend.install})"
+    if call.deterministic and not backend.deterministic:
+        return (
+            "cannot give the same bits twice, which training.deterministic asks for; set "
+            f"training.deterministic: false or {others}"
+        )
+    if not backend.takes(call):
+        documents = "packed documents" if call.packed else "whole sequences"
+        return (
+            f"takes {backend.needs}, not {documents} in {call.dtype} with heads of "
+            f"{call.head_width}; {others}"
+        )
+    return None

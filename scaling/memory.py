@@ -13,7 +13,7 @@ from typing import Literal
 from allometry.configs.execution import Zero
 from allometry.configs.model import LatentExperts, ModelConfig, MoEModel
 from allometry.configs.optimization import OptimizerConfig
-from allometry.scaling.attention import AttentionCall, choose_backend
+from allometry.scaling.attention import AttentionCall, choose_backend, named
 from allometry.scaling.layout import Layout
 from allometry.scaling.shards import RankParts, layer_of, zero_dim
 from allometry.scaling.update_rules import state_bytes
@@ -79,6 +79,7 @@ def estimate_memory(
     fused_norm: bool = True,
     optimizer: OptimizerConfig | None = None,
     attention: AttentionCall = FUSED_ATTENTION,
+    attention_backend: str | None = None,
     pp_rank: int | None = None,
 ) -> MemoryEstimate:
     """Return the bytes that a rank needs at the peak of a step, the fullest of each axis.
@@ -90,8 +91,8 @@ def estimate_memory(
     on a CPU).
     ``fused_norm``: whether norms keep no more than their input and output, as torch's CUDA kernel
     (on a CPU they also keep both widened to fp32). ``optimizer`` None: AdamW. ``attention``: what
-    is asked of attention, whose back ends differ in what they keep. ``pp_rank`` None: the fullest
-    rank of the pipeline.
+    is asked of attention, whose back ends differ in what they keep, and ``attention_backend`` the
+    name of one; None: the first that suits. ``pp_rank`` None: the fullest rank of the pipeline.
     """
     columns = math.ceil(model.vocab_size / (layout.degrees.tp if layout is not None else 1))
     if logits_chunk_tokens is None:
@@ -101,7 +102,8 @@ def estimate_memory(
     # In a pipeline gradients are whole until the stage's last backward.
     add_up = pp > 1 or (zero.stage == 1 and micro_batches > 1)
     estimates = []
-    scores = choose_backend(attention).kept_bytes(model.num_heads, attention.length, compute_bytes)
+    backend = choose_backend(attention) if attention_backend is None else named(attention_backend)
+    scores = backend.kept_bytes(model.num_heads, attention.length, compute_bytes)
     for rank in range(pp) if pp_rank is None else (pp_rank,):
         part = RankParts.of(model, layout, rank, hdp // zero.replicas if zero.stage else 1)
         kept = _activations(

@@ -80,7 +80,11 @@ class RunPlan:
                     packed=packed,
                     length=sequence_length,
                     compiled=config.training.compile,
+                    head_width=config.model.head_width,
                 ),
+                attention_backend=None
+                if config.kernels.attention == "auto"
+                else config.kernels.attention,
             ),
             parameterization=Parameterization.of_run(config),
             balance_loads=BalanceLoads.of(config),

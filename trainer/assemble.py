@@ -12,6 +12,7 @@ from allometry.configs.model import MoEModel
 from allometry.configs.run import RunConfig
 from allometry.models.build import build_model
 from allometry.models.init import initialize
+from allometry.models.kernels import use_kernels
 from allometry.models.transformer import Part, Transformer
 from allometry.optim.build import build_optimizer
 from allometry.optim.schedule import Schedule
@@ -22,29 +23,43 @@ from allometry.parallel.mesh import Mesh
 from allometry.scaling.layout import Layout
 from allometry.scaling.plan import RunPlan
 from allometry.trainer.balance import Balancer
+from allometry.trainer.kernels import Kernels
 from allometry.trainer.state.folder import RunFolder
 from allometry.trainer.step import TrainStep
 
 
-def build_part(config: RunConfig, plan: RunPlan, part: Part) -> Transformer:
-    """A part of the model without storage."""
+def build_part(
+    config: RunConfig, plan: RunPlan, part: Part, kernels: Kernels | None = None
+) -> Transformer:
+    """A part of the model without storage; ``kernels`` None: those that the table prefers."""
     with torch.device("meta"):
-        return build_model(config.model, plan.parameterization, config.training.compute_dtype, part)
+        made = build_model(config.model, plan.parameterization, config.training.compute_dtype, part)
+    if kernels is not None:
+        use_kernels(made, kernels.core, kernels.norm.name)
+    return made
 
 
-def make_model(config: RunConfig, plan: RunPlan, mesh: Mesh) -> Parallel:
+def make_model(
+    config: RunConfig, plan: RunPlan, mesh: Mesh, kernels: Kernels | None = None
+) -> Parallel:
     """This rank's part of the model, with its initial values.
 
     It is made without storage, sharded, and only then filled, so that no rank ever holds it whole.
     """
-    parallel = parallelize(lambda part: build_part(config, plan, part), config, plan.layout, mesh)
+    parallel = parallelize(
+        lambda part: build_part(config, plan, part, kernels), config, plan.layout, mesh
+    )
     parallel.materialize(mesh.device)
     parallel.initialize(plan.parameterization, config.run.seed)
     return parallel
 
 
 def make_optimizer(
-    config: RunConfig, plan: RunPlan, parallel: Parallel, mesh: Mesh
+    config: RunConfig,
+    plan: RunPlan,
+    parallel: Parallel,
+    mesh: Mesh,
+    kernels: Kernels | None = None,
 ) -> torch.optim.Optimizer:
     """The optimizer of this rank's part of the model, which is sharded over ``mesh``."""
     return build_optimizer(
@@ -54,6 +69,7 @@ def make_optimizer(
         config.optimizer,
         mesh,
         config.run.seed,
+        "torch" if kernels is None else kernels.adamw.name,
     )
 
 

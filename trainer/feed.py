@@ -67,6 +67,7 @@ class DeviceBatch:
                 cu_lengths=_move(packed.cu_lengths, device),
                 max_length=packed.max_length,
                 positions_BL=_move(packed.positions_BL, device),
+                cu_host=torch.as_tensor(packed.cu_lengths),
             ),
             position=position,
             squared_lengths=squares,
@@ -305,13 +306,15 @@ def document_batch(
         if size == 1:
             runs.append(padding)
     lengths = [int(pieces.lengths[index]) for index in unit.documents]
+    ends = np.cumsum([0, *runs], dtype=np.int32)
     documents = Documents(
-        cu_lengths=_move(np.cumsum([0, *runs], dtype=np.int32), device),
+        cu_lengths=_move(ends, device),
         max_length=max(runs),
         positions_BL=_row(positions, device),
         counted_BL=(torch.arange(held + padding, device=device) < held)[None] if padding else None,
         ring=ring_table(unit.ring, member, lengths, tag) if size > 1 else None,
         offload=unit.offload,
+        cu_host=torch.as_tensor(ends),
     )
     return DeviceBatch(
         *(_row(x, device) for x in (tokens, targets, sources)),

@@ -32,6 +32,7 @@ from allometry.trainer.assemble import (
     make_train_step,
     with_measured_stages,
 )
+from allometry.trainer.deterministic import algorithms
 from allometry.trainer.evaluate import (
     Evaluation,
     Evaluator,
@@ -45,6 +46,7 @@ from allometry.trainer.feed import (
     document_steps,
     sequence_steps,
 )
+from allometry.trainer.kernels import choose_kernels
 from allometry.trainer.loop import Loop, Progress, RunResult, state_tensors
 from allometry.trainer.record import hardware
 from allometry.trainer.record import writer as record
@@ -85,7 +87,8 @@ def train(
     # What a layout cannot do is said before any group starts.
     plan = RunPlan.of(config, launched_world_size())
     watched = nullcontext(signals) if signals else StopSignals()
-    with watched as signals, open_mesh(config.parallel, device) as mesh:
+    exact = algorithms(deterministic=config.training.deterministic)
+    with watched as signals, exact, open_mesh(config.parallel, device) as mesh:
         plan = with_measured_stages(config, plan, mesh)
         schedule = resolve_schedule(config, plan.batch)
         stream = on_all_ranks(mesh, lambda: _open_stream(config, plan), "opening the data")
@@ -140,8 +143,11 @@ class _Run:
         self.timer = StepTimer(clock_of(mesh.device))
         documents = isinstance(self.stream, DocumentStream)
         self.planner = DocumentPlanner(config, plan.layout) if documents else None
-        self.parallel = make_model(config, plan, mesh)
-        self.optimizer = make_optimizer(config, plan, self.parallel, mesh)
+        self.kernels, self.kernel_changes = choose_kernels(
+            config, plan, self.stream, self.folder, self.start, mesh
+        )
+        self.parallel = make_model(config, plan, mesh, self.kernels)
+        self.optimizer = make_optimizer(config, plan, self.parallel, mesh, self.kernels)
         self.progress = self._restore()
         self.peak = hardware.peak(mesh.device, torch_dtype(config.training.compute_dtype))
 
@@ -186,7 +192,11 @@ class _Run:
 
     def _open_record(self, invocation: Invocation | None) -> None:
         first_step = self.start.step + 1
-        facts = run_facts(self.config, self.plan, self.stream, self.mesh, self.peak, invocation)
+        facts = run_facts(
+            *(self.config, self.plan, self.stream, self.mesh, self.peak),
+            invocation or Invocation(),
+            self.kernels.describe(),
+        )
         if first_step <= self.plan.total_steps:
             tokenizer = tokenizer_of_run(self.folder.path, self.config.data)
             tokenizer.keep(self.folder.path)
@@ -297,6 +307,8 @@ class _Run:
         else:
             name, dropped = start.checkpoint.name, start.dropped_rows
             report("resumed", step=start.step, checkpoint=name, dropped_rows=dropped)
+        for change in self.kernel_changes:
+            report("kernels_changed", step=start.step, **change)
 
 
 def _open_stream(config: RunConfig, plan: RunPlan) -> Stream | DocumentStream:

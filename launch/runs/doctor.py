@@ -15,7 +15,14 @@ from allometry.launch.command import Report
 from allometry.launch.runs.commands import Doctor
 from allometry.launch.start import choose, find_library
 from allometry.launch.text import table
-from allometry.scaling.attention import BACKENDS, AttentionCall, choose_backend, installed
+from allometry.scaling.attention import (
+    BACKENDS,
+    AttentionCall,
+    choose_backend,
+    installed,
+    worth_measuring,
+)
+from allometry.scaling.kernels import BUILD, apex_folder
 
 Status = Literal["ok", "absent", "problem"]
 
@@ -116,29 +123,39 @@ def _attention() -> Iterator[Finding]:
     for backend in BACKENDS:
         if backend.package is None:
             continue
-        name = backend.package.replace("_", "-")
+        name = _DISTRIBUTIONS[backend.package]
         if installed(backend.package):
             importlib.import_module(backend.package)
             yield Finding(name, "ok", f"{version(name)}, attention back end {backend.name}")
         else:
-            yield Finding(name, "absent", "torch's own attention kernels are used", backend.install)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    call = AttentionCall(device, "bf16", packed=False, length=4096, compiled=False)
-    whole, packed = (choose_backend(call._replace(packed=p)).name for p in (False, True))
-    yield Finding("attention", "ok", f"{device}, bf16: {whole}, with several documents {packed}")
+            why = f"no attention back end {backend.name}; torch's own kernels are used"
+            yield Finding(name, "absent", why, backend.install)
+    on_cuda = torch.cuda.is_available()
+    call = AttentionCall(
+        "cuda" if on_cuda else "cpu", "bf16", packed=False, length=4096, compiled=False
+    )
+    whole, packed = (
+        ", ".join(worth_measuring(one)) if on_cuda else choose_backend(one).name
+        for one in (call, call._replace(packed=True))
+    )
+    how = "the fastest, measured when a run begins, of" if on_cuda else "by rule"
+    yield Finding("attention", "ok", f"bf16: {how} {whole}; with several documents {packed}")
+
+
+_DISTRIBUTIONS = {"flash_attn": "flash-attn", "flash_attn_interface": "flash-attn-3"}
+"""Under what name flash-attn's packages are installed, by import name."""
 
 
 def _apex() -> Iterator[Finding]:
-    spec = importlib.util.find_spec("apex")
-    if spec is None:
+    folder = apex_folder()
+    if folder is not None:
+        why = f"{folder}: kernels.norm and kernels.adamw may be apex"
+        yield Finding("NVIDIA apex", "ok", why)
+    elif importlib.util.find_spec("apex") is None:
         yield Finding("NVIDIA apex", "absent", "optional; torch's fused AdamW and norm are used")
-        return
-    folder = Path(spec.origin).parent if spec.origin else None
-    if folder is not None and (folder / "optimizers").is_dir():
-        yield Finding("NVIDIA apex", "ok", str(folder))
     else:
         why = "the installed package 'apex' is a web toolkit of the same name, not NVIDIA's"
-        fix = "pip uninstall apex; build NVIDIA's from its sources if you want its kernels"
+        fix = f"pip uninstall apex; if you want NVIDIA's kernels, {BUILD}"
         yield Finding("NVIDIA apex", "problem", why, fix)
 
 

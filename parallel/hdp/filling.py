@@ -34,5 +34,6 @@ class Filling:
             max_length=length,
             positions_BL=torch.arange(length, device=device)[None],
             counted_BL=torch.zeros(1, length, dtype=torch.bool, device=device),
+            cu_host=torch.tensor([0, length], dtype=torch.int32),
         )
         return cls(tokens_BL, torch.full_like(tokens_BL, IGNORE), documents)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from allometry.models.attention_cpu import padded_lengths
+from allometry.models.attention_packed import padded_lengths
 from allometry.parallel.hdp import kernels_cuda
 from allometry.parallel.hdp.kernels_cuda import Runs
 

@@ -48,7 +48,8 @@ def test_documents_learn_as_on_a_cpu(
 
 
 def test_documents_in_bf16_resume_to_the_bit(tiny: Make, tmp_path: Path) -> None:
-    settings = (*DOCUMENTS, "training.compute_dtype=bf16")
+    exact = "training.deterministic=true"
+    settings = (*DOCUMENTS, "training.compute_dtype=bf16", exact)
     straight = losses(tiny(*settings, folder=tmp_path / "straight"), "cuda")
     parts = tiny(*settings, folder=tmp_path / "parts")
     for stop in (7, 12, None):

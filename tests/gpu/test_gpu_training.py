@@ -45,6 +45,7 @@ MOE = {
     "router": {"gate": "sqrt", "z_loss": 1e-3},
 }
 SHAPE = ("model.width=128", "model.ffn_width=256", "model.num_heads=4", "model.num_kv_heads=2")
+EXACT = "training.deterministic=true"
 PACKINGS = ("per_document", "concatenated")
 # Largest difference over largest element, of a parameter's gradient. bf16 has 8 bits, and the two
 # devices round at different places of a sum.
@@ -137,7 +138,7 @@ def test_experts_have_the_gradients_of_a_cpu(
 
 
 def test_experts_in_bf16_learn_and_resume_to_the_bit(tiny: Make, tmp_path: Path) -> None:
-    chosen = (f"model={json.dumps(MOE)}", "training.compute_dtype=bf16")
+    chosen = (f"model={json.dumps(MOE)}", "training.compute_dtype=bf16", EXACT)
     straight, parts = (tiny(*chosen, folder=tmp_path / name) for name in ("straight", "parts"))
     train(straight, device=CUDA, callbacks=[])
     for stop in (7, None):
@@ -171,7 +172,7 @@ def test_runs_on_both_devices_learn_alike(tiny: Make, tmp_path: Path, packing: s
     ids=",".join,
 )
 def test_resume_is_bit_exact(tiny: Make, tmp_path: Path, extra: list[str], stage: int) -> None:
-    chosen = (*SHAPE, *extra, f"parallel.zero.stage={stage}", "training.total_steps=8")
+    chosen = (*SHAPE, *extra, EXACT, f"parallel.zero.stage={stage}", "training.total_steps=8")
     straight = tiny(*chosen, folder=tmp_path / "straight")
     train(straight, device=CUDA, callbacks=[])
     parts = tiny(*chosen, folder=tmp_path / "parts")

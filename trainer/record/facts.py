@@ -28,6 +28,7 @@ def run_facts(
     mesh: Mesh,
     peak: hardware.Peak,
     invocation: Invocation,
+    kernels: dict[str, Any],
 ) -> dict[str, Any]:
     """Return the content of run.json without its launches (JSON)."""
     return {
@@ -37,6 +38,7 @@ def run_facts(
         "allocator": invocation.allocator,
         "hardware": hardware.describe(mesh.device),
         "peak": {"flops_per_s": peak.flops_per_s, "source": peak.source},
+        "kernels": kernels,
         "compute_dtype": config.training.compute_dtype,
         "parent": config.run.parent.model_dump() if config.run.parent else None,
         "layout": {
@@ -56,5 +58,5 @@ def run_facts(
 
 def launch_facts(facts: dict[str, Any], first_step: int) -> dict[str, Any]:
     """Return what the list of launches in run.json says of one whose ``run_facts`` these are."""
-    kept = {key: facts[key] for key in ("layout", "commit", "allocator")}
+    kept = {key: facts[key] for key in ("layout", "commit", "allocator", "kernels")}
     return {"first_step": first_step, **kept}

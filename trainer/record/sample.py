@@ -82,6 +82,7 @@ class Sample:
             max_length=int(np.diff(cuts).max()),
             positions_BL=torch.as_tensor(positions, device=self._mesh.device)[None],
             counted_BL=torch.as_tensor(counted, device=self._mesh.device)[None],
+            cu_host=torch.as_tensor(cuts.astype(np.int32)),
         )
         tokens_BL = row(tokens, 0)
         sources = torch.zeros_like(tokens_BL)

@@ -93,7 +93,10 @@ class _Appender:
 
 def versions() -> dict[str, str]:
     """Versions of what shapes the numbers; a package that is absent says so."""
-    names = ("allometry", "torch", "numpy", "megatron-core", "flash-attn", "deepspeed")
+    names = (
+        *("allometry", "torch", "numpy", "megatron-core", "triton"),
+        *("flash-attn", "flash-attn-3", "apex", "deepspeed"),
+    )
     installed = {"python": platform.python_version()}
     for name in names:
         try:

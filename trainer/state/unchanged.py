@@ -24,6 +24,8 @@ FREE = (
     "batch.micro_batch_sequences",
     "training.compile",
     "training.activation_checkpointing",
+    "training.deterministic",
+    "kernels",
     "data.tokenizer",
     "training.total_steps",
     "training.total_tokens",

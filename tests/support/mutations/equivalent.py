@@ -15,7 +15,7 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         'group["fused"] = False  # load_state_dict then leaves ``step`` on the device',
     ): "on a CPU the device is the host",
     (
-        "models/attention_cpu.py",
+        "models/attention_packed.py",
         "octave = (lengths + 1).clamp(min=1).log2().floor().long()",
     ): "powers of two and their predecessors alone differ, and all round to the power",
     (

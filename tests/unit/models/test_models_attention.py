@@ -11,9 +11,10 @@ from torch import Tensor
 
 from allometry.models import attention_blocked, attention_cuda
 from allometry.models.attention import RUN, attend, backend_of
-from allometry.models.attention_cpu import packed_attention, padded_lengths
+from allometry.models.attention_packed import packed_attention, padded_lengths
 from allometry.models.documents import Documents
 from allometry.scaling.attention import BACKENDS, AttentionCall, choose_backend
+from allometry.trainer.deterministic import algorithms
 
 B, L, H = 2, 12, 8
 LENGTHS = [5, 0, 6, 1, 12, 0]  # empty documents and one of a single token among them
@@ -121,8 +122,8 @@ CALL = AttentionCall("cpu", "bf16", packed=False, length=512, compiled=False)
 
 
 def chosen(*, package: bool = False, **changes) -> str:
-    installed = {None: True, "flash_attn": package}
-    return choose_backend(CALL._replace(**changes), installed.__getitem__).name
+    here = {None, "flash_attn"} if package else {None}
+    return choose_backend(CALL._replace(**changes), here.__contains__).name
 
 
 @pytest.mark.parametrize(
@@ -227,18 +228,45 @@ class TestVarlenKernel:
         self.call("varlen")
         assert seen == {"scale": 0.4, "is_causal": True, "keys": 4}
 
-    def test_flash_attn(self, monkeypatch):
+    @pytest.mark.parametrize(
+        "package", [("flash2", "flash_attn"), ("flash3", "flash_attn_interface")]
+    )
+    def test_flash_attn(self, package, monkeypatch):
         seen = {}
 
-        def flash_attn_varlen_func(q, k, v, *_, softmax_scale, causal):
-            seen.update(scale=softmax_scale, causal=causal, keys=k.shape[1])
+        def flash_attn_varlen_func(
+            q, k, v, cu_q, cu_k, max_q, max_k, *, softmax_scale, causal, deterministic
+        ):
+            assert torch.equal(cu_q, documents().cu_lengths)
+            assert torch.equal(cu_k, cu_q)
+            seen.update(scale=softmax_scale, causal=causal, keys=k.shape[1], longest=(max_q, max_k))
+            seen["exact"] = deterministic
             return q
 
-        stand_in = types.ModuleType("flash_attn")
+        def flash_attn_func(q, k, v, *, softmax_scale, causal, deterministic):
+            seen.update(scale=softmax_scale, causal=causal, keys=k.shape[2], exact=deterministic)
+            return q
+
+        name, module = package
+        stand_in = types.ModuleType(module)
         stand_in.flash_attn_varlen_func = flash_attn_varlen_func
-        monkeypatch.setitem(sys.modules, "flash_attn", stand_in)
-        self.call("flash2")
-        assert seen == {"scale": 0.4, "causal": True, "keys": 2}
+        stand_in.flash_attn_func = flash_attn_func
+        monkeypatch.setitem(sys.modules, module, stand_in)
+        self.call(name)
+        common = {"scale": 0.4, "causal": True, "keys": 2}
+        assert seen == common | {"longest": (12, 12), "exact": False}
+        seen.clear()
+        with algorithms(deterministic=True):
+            attend(*inputs(torch.float64, 4, 2), None, 0.4, name)
+        assert seen == common | {"exact": True}
+
+    def test_early_versions_also_return_the_log_sum_exp(self, monkeypatch):
+        stand_in = types.ModuleType("flash_attn_interface")
+        stand_in.flash_attn_varlen_func = lambda q, *_, **__: (q, None)
+        stand_in.flash_attn_func = None
+        monkeypatch.setitem(sys.modules, "flash_attn_interface", stand_in)
+        q, k, v = inputs(torch.float64, 4, 2)
+        assert torch.equal(attend(q, k, v, documents(), 0.4, "flash3"), q)
 
 
 def test_padding_leaves_few_lengths_and_wastes_little():

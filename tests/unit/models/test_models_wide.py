@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from allometry.models.attention import attend
-from allometry.models.attention_cpu import packed_attention
+from allometry.models.attention_packed import packed_attention
 from allometry.models.documents import Documents
 
 BF16 = torch.bfloat16

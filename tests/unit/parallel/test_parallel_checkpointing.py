@@ -6,6 +6,7 @@ import sys
 import types
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, Literal
 
@@ -62,7 +63,8 @@ def model_on(device: str) -> Transformer:
 def documents_on(device: str, ring: Tensor | None = None) -> Documents:
     bounds = torch.tensor([0, *LENGTHS]).cumsum(0).int().to(device)
     positions_BL = torch.cat([torch.arange(n) for n in LENGTHS])[None].to(device)
-    return Documents(bounds, max(LENGTHS), positions_BL, ring=ring)
+    bounds_host = torch.tensor([0, *LENGTHS], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    return Documents(bounds, max(LENGTHS), positions_BL, ring=ring, cu_host=bounds_host)
 
 
 Step = tuple[Counter[str], Counter[str], list[Tensor]]
@@ -106,33 +108,45 @@ def test_backward_does_not_run_attention_again(backend) -> None:
 
 @pytest.fixture
 def flash_attn(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Stand in for flash-attn, whose function calls a custom operator of its own."""
-    with torch.library._scoped_library("flash_attn", "DEF") as library:
-        library.define("_flash_attn_varlen_forward(Tensor q, Tensor k, Tensor v) -> Tensor")
-        library.impl("_flash_attn_varlen_forward", lambda q, k, v: torch.empty_like(q), "Meta")
-
-        class FlashAttnVarlenFunc(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-                o = torch.ops.flash_attn._flash_attn_varlen_forward(q, k, v)
-                ctx.save_for_backward(q, k, v, o)
-                return o
-
-            @staticmethod
-            def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-                q, k, v, _ = ctx.saved_tensors
-                return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-
-        package = types.ModuleType("flash_attn")
-        package.flash_attn_varlen_func = lambda q, k, v, *_, **__: FlashAttnVarlenFunc.apply(
-            q, k, v
-        )
-        monkeypatch.setitem(sys.modules, "flash_attn", package)
+    """Stand in for flash-attn's packages, whose functions call custom operators of their own."""
+    packages = {
+        "flash_attn": ("flash_attn", "_flash_attn_varlen_forward"),
+        "flash_attn_interface": ("flash_attn_3", "_flash_attn_forward"),
+    }
+    with ExitStack() as stack:
+        for package, (namespace, short) in packages.items():
+            library = stack.enter_context(torch.library._scoped_library(namespace, "DEF"))
+            library.define(f"{short}(Tensor q, Tensor k, Tensor v) -> Tensor")
+            library.impl(short, lambda q, k, v: torch.empty_like(q), "Meta")
+            module = types.ModuleType(package)
+            module.flash_attn_func = None
+            module.flash_attn_varlen_func = _varlen(getattr(torch.ops, namespace), short)
+            monkeypatch.setitem(sys.modules, package, module)
         yield
 
 
+def _varlen(operators: Any, short: str) -> Any:
+    class FlashAttnVarlenFunc(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            o = getattr(operators, short)(q, k, v)
+            ctx.save_for_backward(q, k, v, o)
+            return o
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+            q, k, v, _ = ctx.saved_tensors
+            return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+    return lambda q, k, v, *_, **__: FlashAttnVarlenFunc.apply(q, k, v)
+
+
+# Outside of compiled code flex runs code of its own compiling, which no dispatcher sees.
+ON_CUDA = [b for b in BACKENDS if b.devices == ("cuda",) and b.name != "flex"]
+
+
 @pytest.mark.usefixtures("flash_attn")
-@pytest.mark.parametrize("backend", [b for b in BACKENDS if b.devices == ("cuda",)])
+@pytest.mark.parametrize("backend", ON_CUDA)
 def test_backward_does_not_run_attention_of_cuda_again(backend) -> None:
     """On the meta device: which operators run, without a number."""
     steps = []
@@ -157,15 +171,18 @@ def test_backward_does_not_run_a_ring_again() -> None:
 
 def test_every_backend_runs_and_names_operators_that_exist() -> None:
     import torch.nn.attention.varlen  # registers its operator
+    from torch._higher_order_ops.flex_attention import flex_attention as flex_attention_operator
 
     assert {backend.name for backend in BACKENDS} == RUN.keys()
     for backend in BACKENDS:
         assert backend.operators, backend.name
         for name in backend.operators:
             assert keeps(name), name
-            namespace, short = name.split("::")
+            namespace, _, short = name.rpartition("::")
             # flash-attn cannot be installed without CUDA: its names are those of its releases.
-            if namespace != "flash_attn":
+            if namespace == "":
+                assert str(flex_attention_operator) == short
+            elif namespace not in ("flash_attn", "flash_attn_3"):
                 assert hasattr(getattr(torch.ops, namespace), short), name
 
 

@@ -16,7 +16,7 @@ def test_names_are_given_once() -> None:
 
 
 def test_what_needs_a_package_says_how_to_install_it() -> None:
-    assert [b.name for b in BACKENDS if b.package] == ["flash2"]
+    assert [b.name for b in BACKENDS if b.package] == ["flash3", "flash2"]
     assert all(bool(b.install) == (b.package is not None) for b in BACKENDS)
 
 
@@ -45,3 +45,18 @@ def test_memory_is_what_the_back_end_keeps(changes: dict[str, object], more_byte
     call = FUSED_ATTENTION._replace(length=LENGTH, **changes)
     assert choose_backend(call).kept_bytes(4, LENGTH, 4) == 4 * 4 + more_bytes
     assert activations(call) - activations(FUSED_ATTENTION) == 3 * TOKENS * more_bytes
+
+
+def test_a_named_back_end_counts_as_what_it_keeps() -> None:
+    model = DenseModel(vocab_size=64, width=64, num_layers=3, num_heads=4, ffn_width=128)
+
+    def kept(backend: str | None) -> int:
+        return estimate_memory(
+            model,
+            **{"micro_batch_tokens": TOKENS, "compute_bytes": 4, "zero": Zero(), "hdp": 1},
+            attention=FUSED_ATTENTION._replace(length=LENGTH),
+            attention_backend=backend,
+        ).activations
+
+    assert kept(None) == kept("cudnn")
+    assert kept("reference") - kept(None) == 3 * TOKENS * (4 * 4 * LENGTH - 4 * 4)

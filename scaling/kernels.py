@@ -1,0 +1,31 @@
+"""What NVIDIA's apex can do for a run, without importing it."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+BUILD = "build it from NVIDIA's sources with its CUDA extensions"
+
+
+def apex_folder() -> Path | None:
+    """Return where NVIDIA's apex is installed; None where it is not."""
+    spec = importlib.util.find_spec("apex")
+    folder = Path(spec.origin).parent if spec is not None and spec.origin else None
+    return folder if folder is not None and (folder / "optimizers").is_dir() else None
+
+
+def apex_refusal(device: str, *, compiled: bool) -> str | None:
+    """Return why apex's kernel cannot be used and what to do; None if it can.
+
+    ``compiled``: it would be part of compiled code, which its calls would break up.
+    """
+    if apex_folder() is None:
+        other = importlib.util.find_spec("apex") is not None
+        found = "the installed package of that name is another one" if other else "it is absent"
+        return f"needs NVIDIA's apex ({found}); {BUILD} or use torch"
+    if device != "cuda":
+        return f"runs on cuda, not on {device}; use torch"
+    if compiled:
+        return "cannot be compiled; set training.compile: false or use torch"
+    return None

@@ -1,0 +1,287 @@
+"""Which kernels a launch computes with: named, kept from the run's record, ruled, or measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from allometry.configs.errors import UserError
+from allometry.configs.run import RunConfig
+from allometry.data.documents import DocumentStream
+from allometry.data.stream import Stream
+from allometry.models.build import torch_dtype
+from allometry.parallel.agree import from_main_rank, on_all_ranks
+from allometry.parallel.mesh import Mesh
+from allometry.scaling.attention import AttentionCall, choose_backend, refusal, worth_measuring
+from allometry.scaling.kernels import apex_folder, apex_refusal
+from allometry.scaling.plan import RunPlan
+from allometry.trainer.measure import (
+    AttentionShape,
+    Outcome,
+    time_adamw,
+    time_attention,
+    time_norms,
+)
+from allometry.trainer.state.folder import RunFolder
+from allometry.trainer.state.resume import Start
+
+CLOSE = 1.03
+"""A kernel must be faster than one that is preferred to it by more than this."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A kernel; ``by``: how it was chosen; what was measured, and what was left out and why."""
+
+    name: str
+    by: Literal["named", "record", "rule", "measured"]
+    milliseconds: dict[str, float] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What a launch computes with; ``described`` in run.json as ``kernels``."""
+
+    attention: Choice
+    norm: Choice
+    adamw: Choice
+    deterministic: bool
+    by_call: bool = False  # attention: the first back end that suits each call
+
+    @property
+    def core(self) -> str | None:
+        """The back end of all calls of attention; None: each call has its own."""
+        return None if self.by_call else self.attention.name
+
+    def describe(self) -> dict[str, Any]:
+        """Return all of it as JSON."""
+        return {key: value for key, value in asdict(self).items() if key != "by_call"}
+
+    def changes(self, before: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """Yield what differs from a record's ``kernels``, as details of events."""
+        for key in ("attention", "norm", "adamw"):
+            choice: Choice = getattr(self, key)
+            was = before.get(key, {}).get("name")
+            if was not in (None, choice.name):
+                reason = choice.left_out.get(was, f"chosen by: {choice.by}")
+                yield {"kernel": key, "before": was, "now": choice.name, "reason": reason}
+        was = before.get("deterministic", self.deterministic)
+        if was != self.deterministic:
+            yield {
+                "kernel": "training.deterministic",
+                **{"before": was, "now": self.deterministic, "reason": "the configuration"},
+            }
+
+
+def settle(
+    key: str,
+    asked: str,
+    names: Sequence[str],
+    refused: Callable[[str], str | None],
+    measure: Callable[[Sequence[str]], dict[str, Outcome]] | None,
+    before: str | None = None,
+    *,
+    by_clock: bool = True,
+) -> Choice:
+    """Choose one of ``names``, which are in order of preference and can all do it.
+
+    ``asked``: a name, which must do, or auto: the record's (``before``) if it still can, else the
+    fastest; without ``by_clock`` the first that runs. ``refused(name)``: why a name cannot be used.
+    ``measure(names)`` tries them on the device; without it the first name is taken.
+
+    Raises:
+        UserError: what is named cannot be used, or nothing that may be used runs.
+    """
+    if asked != "auto":
+        reason = refused(asked)
+        if reason is not None:
+            raise UserError(f"kernels.{key}={asked} {reason}, or kernels.{key}: auto")
+        tried = measure([asked]) if measure is not None else {}
+        if isinstance(tried.get(asked), str):
+            raise UserError(f"kernels.{key}={asked} {tried[asked]}; use kernels.{key}: auto")
+        return Choice(asked, "named", _times(tried))
+    left_out: dict[str, str] = {}
+    if before is not None and measure is not None:
+        reason = refused(before)
+        tried = measure([before]) if reason is None else {before: reason}
+        if not isinstance(tried[before], str):
+            return Choice(before, "record", _times(tried))
+        left_out = _failures(tried)
+    if measure is None or len(names) == 1:
+        return Choice(names[0], "rule", left_out=left_out)
+    found = measure(names)
+    times, left_out = _times(found), left_out | _failures(found)
+    if not times:
+        reasons = "; ".join(f"{name} {reason}" for name, reason in left_out.items())
+        raise UserError(f"kernels.{key}=auto finds none that runs on this device: {reasons}")
+    slowest = CLOSE * min(times.values()) if by_clock else max(times.values())
+    best = next(name for name in names if times.get(name, np.inf) <= slowest)
+    return Choice(best, "measured" if by_clock else "rule", times, left_out)
+
+
+def _times(found: Mapping[str, Outcome]) -> dict[str, float]:
+    return {name: round(each, 4) for name, each in found.items() if not isinstance(each, str)}
+
+
+def _failures(found: Mapping[str, Outcome]) -> dict[str, str]:
+    return {name: each for name, each in found.items() if isinstance(each, str)}
+
+
+def choose_kernels(
+    config: RunConfig,
+    plan: RunPlan,
+    stream: Stream | DocumentStream,
+    folder: RunFolder,
+    start: Start,
+    mesh: Mesh,
+) -> tuple[Kernels, list[dict[str, Any]]]:
+    """Return the kernels of a launch, the same on all ranks, and how they differ from the record's.
+
+    The main rank decides, on its own device; on a CPU by rule alone, so that nothing depends on a
+    clock. Raises UserError on all ranks: what is named cannot be used, on whichever rank.
+    """
+
+    def decide() -> tuple[Kernels, list[dict[str, Any]]]:
+        before = _recorded(config, folder, start)
+        kernels = _decide(config, plan, stream, start, mesh, before)
+        return kernels, list(kernels.changes(before))
+
+    kernels, changes = from_main_rank(mesh, decide, "choosing kernels")
+    on_all_ranks(mesh, lambda: _check(config, plan, mesh, kernels), "checking kernels")
+    return kernels, changes
+
+
+def _recorded(config: RunConfig, folder: RunFolder, start: Start) -> dict[str, Any]:
+    """What the record of the steps taken so far says of kernels; nothing before the first step."""
+    if not start.step or start.weights_only:
+        return {}
+    parent = config.run.parent
+    taken = RunFolder(parent.folder) if start.branched and parent is not None else folder
+    found: dict[str, Any] = taken.recorded().get("kernels", {})
+    return found
+
+
+def _call(config: RunConfig, plan: RunPlan, mesh: Mesh) -> AttentionCall:
+    documents = config.data.kind == "documents"
+    return AttentionCall(
+        mesh.device.type,
+        config.training.compute_dtype,
+        packed=documents or config.data.packing == "per_document",
+        length=plan.micro_batch_tokens if documents else config.data.sequence_length,
+        compiled=config.training.compile and not documents,
+        head_width=config.model.head_width,
+        deterministic=config.training.deterministic and mesh.device.type == "cuda",
+    )
+
+
+def _decide(
+    config: RunConfig,
+    plan: RunPlan,
+    stream: Stream | DocumentStream,
+    start: Start,
+    mesh: Mesh,
+    before: Mapping[str, Any],
+) -> Kernels:
+    asked, device, on_cuda = config.kernels, mesh.device, mesh.device.type == "cuda"
+    by_clock = not config.training.deterministic  # two runs of one description must be alike
+    call, compiled = _call(config, plan, mesh), config.training.compile
+
+    def known(key: str) -> str | None:
+        name: str | None = before.get(key, {}).get("name")
+        return name
+
+    attention = settle(
+        "attention",
+        asked.attention,
+        worth_measuring(call) if on_cuda else (choose_backend(call).name,),
+        lambda name: refusal(name, call),
+        (lambda names: time_attention(names, _shape(config, plan, stream, start, mesh), device))
+        if on_cuda
+        else None,
+        known("attention"),
+        by_clock=by_clock,
+    )
+    apex = ("torch", "apex") if on_cuda and apex_folder() is not None else ("torch",)
+    dtype, rows = torch_dtype(config.training.compute_dtype), plan.micro_batch_tokens
+    norm = settle(
+        "norm",
+        asked.norm,
+        ("torch",) if compiled else apex,
+        lambda name: apex_refusal(device.type, compiled=compiled) if name == "apex" else None,
+        (lambda names: time_norms(names, rows, config.model.width, dtype, device))
+        if len(apex) > 1 or asked.norm == "apex"
+        else None,
+        known("norm"),
+        by_clock=by_clock,
+    )
+    adamw = settle(
+        "adamw",
+        asked.adamw,
+        apex,
+        lambda name: apex_refusal(device.type, compiled=False) if name == "apex" else None,
+        (lambda names: time_adamw(names, device))
+        if len(apex) > 1 or asked.adamw == "apex"
+        else None,
+        known("adamw"),
+        by_clock=by_clock,
+    )
+    if on_cuda:
+        torch.cuda.empty_cache()
+    by_call = not on_cuda and asked.attention == "auto"
+    return Kernels(attention, norm, adamw, config.training.deterministic, by_call)
+
+
+def _check(config: RunConfig, plan: RunPlan, mesh: Mesh, kernels: Kernels) -> None:
+    """Refuse what the main rank chose where this rank's machine lacks it."""
+    reason, key = refusal(kernels.attention.name, _call(config, plan, mesh)), "attention"
+    for other in ("norm", "adamw"):
+        if reason is None and getattr(kernels, other).name == "apex":
+            reason, key = apex_refusal(mesh.device.type, compiled=False), other
+    if reason is not None:
+        name = getattr(kernels, key).name
+        raise UserError(f"kernels.{key}={name} on rank {mesh.rank}: {reason}")
+
+
+def _shape(
+    config: RunConfig,
+    plan: RunPlan,
+    stream: Stream | DocumentStream,
+    start: Start,
+    mesh: Mesh,
+) -> AttentionShape:
+    """What attention sees of the run's next micro-batch, or of a full one of whole documents."""
+    model, size = config.model, plan.micro_batch_sequences
+    shape = AttentionShape(
+        sequences=size,
+        length=config.data.sequence_length,
+        heads=model.num_heads // mesh.tp.size,
+        kv_heads=max(model.kv_heads // mesh.tp.size, 1),
+        head_width=model.head_width,
+        dtype=torch_dtype(config.training.compute_dtype),
+        documents=None,
+        compiled=config.training.compile,
+    )
+    position = plan.batch.sequences_before(start.step + 1)
+    if isinstance(stream, DocumentStream):
+        lengths = _filled(stream, position, plan)
+        return replace(shape, sequences=1, length=sum(lengths), documents=lengths)
+    packed = stream.batch(position, size).documents
+    if packed is None:
+        return shape
+    return replace(shape, documents=tuple(np.diff(packed.cu_lengths).tolist()))
+
+
+def _filled(stream: DocumentStream, position: int, plan: RunPlan) -> tuple[int, ...]:
+    """Lengths of documents that fill a micro-batch."""
+    room, lengths = plan.micro_batch_tokens, []
+    for length in stream.pieces(position, plan.batch.sequences(1)).lengths.tolist():
+        lengths.append(min(length, room))
+        room -= lengths[-1]
+        if not room:
+            return tuple(lengths)
+    return (*lengths, room)
