@@ -32,7 +32,8 @@ def use_a_started_group() -> dict[str, Any]:
         "equal": (mesh.all_equal(2**55 + 1), mesh.all_equal(2**55 + mesh.rank)),
         "groups": len({id(g) for g in (dist.group.WORLD, mesh.host_group, mesh.checkpoint_group)}),
     }
-    mesh.barrier("the end of the test")
+    for _ in range(3):
+        mesh.barrier("the end of the test")
     mesh.close()
     mesh.close()
     dist.barrier()  # what the caller had started is still there
@@ -108,5 +109,6 @@ def barrier_without_rank_1() -> str:
 
 def test_a_barrier_names_who_is_missing(run_ranks: RunRanks) -> None:
     sentence, _ = run_ranks(barrier_without_rank_1, 2)
-    assert sentence.startswith("not all ranks are ready for the first checkpoint: ")
-    assert "Ranks 1 failed to pass" in sentence
+    assert sentence == (
+        "not all ranks are ready for the first checkpoint: rank(s) [1] did not come within 2 s"
+    )
