@@ -27,12 +27,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from allometry.scaling.degrees import Degrees
 
 AXES: Mapping[str, tuple[str, ...]] = {
-    "stage": ("replicas", "expert_shard", "ep", "tp"),
-    "hdp": ("replicas", "expert_shard", "ep"),
     "pp": ("pp",),
+    "hdp": ("replicas", "expert_shard", "ep"),
     "tp": ("tp",),
     "ep": ("ep",),
     "edp": ("replicas", "expert_shard"),
+    "stage": ("replicas", "expert_shard", "ep", "tp"),
     "replicas": ("replicas",),
     "shard": ("expert_shard", "ep"),
     "expert_shard": ("expert_shard",),
@@ -225,7 +225,7 @@ def warm_up(communicators: Iterable[Communicator], device: torch.device) -> None
     All ranks call this before anything else is sent. NCCL connects ranks when they first talk, and
     a communicator that only a part of its ranks has come to so far hangs: the first message of a
     ring or between two stages would be one. Ranks that send to single others do so here with both
-    neighbours, which for a pipeline are all that stages, and the ends of a tied model, ever talk to.
+    neighbours: in a pipeline all that stages, and the ends of a tied model, ever talk to.
     """
     for each in communicators:
         if dist.get_backend(each.group) == "fake":

@@ -47,6 +47,21 @@ class Axis:
     size: int
     group: dist.ProcessGroup
 
+    # As batches of one message: NCCL may make a communicator for two ranks that send singly.
+
+    def send(self, tensor: Tensor, to: int) -> dist.Work:
+        """Begin to send; ``tensor`` must stay as it is until the work returned is done."""
+        sent = on_wire(tensor.contiguous(), self.group)
+        return _batch_of_one(dist.P2POp(dist.isend, sent, group=self.group, group_peer=to))
+
+    def receive(self, tensor: Tensor, source: int) -> None:
+        """Fill ``tensor`` with what the rank ``source`` of this axis sends."""
+        assert tensor.is_contiguous()
+        got = on_wire(tensor, self.group)
+        _batch_of_one(dist.P2POp(dist.irecv, got, group=self.group, group_peer=source)).wait()
+        if got is not tensor:
+            tensor.copy_(got)
+
 
 @dataclass(frozen=True)
 class Mesh:
@@ -62,8 +77,9 @@ class Mesh:
     ``communicators`` are the groups of axes with more than one rank, each once: NCCL's alone on
     CUDA, so what travels in them lies on ``device``. ``host_group`` (gloo) carries host objects and
     flags. ``checkpoint_group`` (gloo) belongs to the checkpoint writer alone: it communicates from
-    a thread of its own, and two threads in one group cross their collectives. Close the mesh, or use it as a context manager, when the run
-    ends; a mesh over a process group that the caller had started leaves that one running.
+    a thread of its own, and two threads in one group cross their collectives. Close the mesh, or
+    use it as a context manager, when the run ends; a mesh over a process group that the caller had
+    started leaves that one running.
     """
 
     device: torch.device
@@ -183,6 +199,28 @@ class Mesh:
 def local(tensor: Tensor) -> Tensor:
     """Return this rank's part of a tensor, which shares its memory; all of one that is whole."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def on_wire(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Return the tensor, or a copy on this rank's GPU of one that the group cannot send.
+
+    Gradients of offloaded parameters lie in the host's memory, which NCCL does not read.
+    """
+    on_gpu = tensor.is_cuda or dist.get_backend(group) != "nccl"
+    return tensor if on_gpu else tensor.cuda()
+
+
+def sum_over(tensor: Tensor, group: dist.ProcessGroup) -> None:
+    """Replace a tensor, wherever it lies, by its sum over the ranks of ``group``."""
+    summed = on_wire(tensor, group)
+    dist.all_reduce(summed, group=group)
+    if summed is not tensor:
+        tensor.copy_(summed)
+
+
+def _batch_of_one(message: dist.P2POp) -> dist.Work:
+    (work,) = dist.batch_isend_irecv([message])
+    return work
 
 
 def open_mesh(parallel: ParallelConfig, device: torch.device | None = None) -> Mesh:
