@@ -3,7 +3,9 @@
     python benchmarks/groups.py [--ranks 2 4 8] [--rounds 3] [--out FILE]
 
 ``torch`` are the groups of ``init_device_mesh``, with a gloo group for host objects and another for
-checkpoints, as earlier versions had them; ``ours`` are those of ``open_mesh``. Real ranks run over
+checkpoints, as earlier versions had them; ``ours`` are those of ``open_mesh``, and ``ours, host
+groups alone`` what of them is gloo's on a machine with NCCL, with an object broadcast and others
+gathered in each. Real ranks run over
 gloo on this machine and count what they ask of the store and the sockets that they hold once every
 group has summed a number. Simulated ranks make no connections: what is counted are groups that are
 made one after the other, and seconds. Owner plans are those of a dense 7B model and of a mixture
@@ -21,6 +23,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -36,7 +39,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from allometry.configs.execution import ParallelConfig
 from allometry.optim.owners import plan_exchange
 from allometry.optim.shards import Box, Placed
-from allometry.parallel.groups import grid_of
+from allometry.parallel.groups import grid_of, open_groups
 from allometry.parallel.mesh import open_mesh
 from allometry.scaling.degrees import resolve_degrees
 from allometry.trainer.state.folder import write_atomically
@@ -112,9 +115,20 @@ def our_groups(layout: ParallelConfig) -> list[dist.ProcessGroup]:
     return [*(c.group for c in mesh.communicators), mesh.host_group, mesh.checkpoint_group]
 
 
+def host_groups(layout: ParallelConfig) -> list[dist.ProcessGroup]:
+    """Make what gloo has left to do where NCCL has the axes; use it as runs do."""
+    world = dist.get_world_size()
+    groups = open_groups({"pp": 1, "hdp": world}, CPU, timedelta(minutes=1), timedelta(minutes=1))
+    for group in (groups.host, groups.checkpoint):
+        dist.broadcast_object_list([layout], src=0, group=group)
+        dist.all_gather_object([None] * world, layout, group=group)
+    return [groups.host, groups.checkpoint]
+
+
 MAKERS: dict[str, Callable[[ParallelConfig], list[dist.ProcessGroup]]] = {
     "torch": torch_groups,
     "ours": our_groups,
+    "ours, host groups alone": host_groups,
 }
 
 
@@ -241,7 +255,7 @@ def main() -> None:
     for world in given.ranks:
         result["real"][world] = {kind: real(world, kind) for kind in MAKERS}
         print(world, json.dumps(result["real"][world]), flush=True)
-    result["simulated"][1024] = {kind: simulated(1024, kind) for kind in MAKERS}
+    result["simulated"][1024] = {kind: simulated(1024, kind) for kind in ("torch", "ours")}
     print(1024, json.dumps(result["simulated"]), flush=True)
     result["owners"] = {1024: owners(1024, given.rounds)}
     print(json.dumps(result["owners"]), flush=True)

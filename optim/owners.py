@@ -105,16 +105,18 @@ def _piece(matrix: Matrix, box: Box, holders: tuple[int, ...], j: int, owner: in
     return Piece(matrix, box, source, owner, holders)
 
 
+_Ways = tuple[list[list[Piece]], list[list[Piece]]]
+
+
 class _Drafted:
     """A bucket while matrices are added to it, in their order."""
 
     def __init__(self, ranks: int) -> None:
         self.owned: dict[Matrix, tuple[Piece, ...]] = {}
         self.silent_out = self.silent_back = True
-        # Out and back: what is sent to each rank, and what is received from each.
-        self.out, self.back = (
-            ([[] for _ in range(ranks)], [[] for _ in range(ranks)]) for _ in (0, 1)
-        )
+        # What is sent to each rank, and what is received from each.
+        self.out: _Ways = ([[] for _ in range(ranks)], [[] for _ in range(ranks)])
+        self.back: _Ways = ([[] for _ in range(ranks)], [[] for _ in range(ranks)])
 
     def own(self, matrix: Matrix, pieces: tuple[Piece, ...]) -> None:
         """Add a matrix of this rank's."""
