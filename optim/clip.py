@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from allometry.parallel.mesh import sum_over
+
 _Layout = tuple[DeviceMesh | None, tuple[int, ...]]
 
 
@@ -60,10 +62,10 @@ def clip_by_global_norm(
         square = _sum_of_squares(gradients, device)
         for dim in sharded:
             assert mesh is not None
-            dist.all_reduce(square, group=mesh.get_group(dim))
+            sum_over(square, mesh.get_group(dim))
         total += square
     if pipeline is not None:
-        dist.all_reduce(total, group=pipeline)
+        sum_over(total, pipeline)
     norm = total.sqrt()
     if max_norm is not None:
         # A norm that is not finite would spread to all gradients and hide where it came from.

@@ -12,6 +12,7 @@ has the same bits in every layout.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -91,12 +92,15 @@ class ShardedMatrixOps(MatrixOps):
             return self._start(bucket.out, lambda piece: part_of(parts, piece), dtype)
 
         results = [torch.empty_like(part, memory_format=torch.contiguous_format) for part in parts]
-        buckets = self._plan(parameters, cost).buckets
-        incoming, outgoing = send(buckets[0]), []
-        for k, bucket in enumerate(buckets):
-            arrived = incoming.wait()
-            if k + 1 < len(buckets):
-                incoming = send(buckets[k + 1])
+        plan = self._plan(parameters, cost)
+        coming = deque(plan.buckets)
+        ahead = len(plan.buckets) if plan.apart else 1
+        incoming = deque(send(coming.popleft()) for _ in range(ahead))
+        outgoing = []
+        for bucket in plan.buckets:
+            arrived = incoming.popleft().wait()
+            if coming:
+                incoming.append(send(coming.popleft()))
             returned: dict[Piece, Tensor] = {}
             for matrix, pieces in bucket.owned.items():
                 for piece in pieces:

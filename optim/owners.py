@@ -5,8 +5,10 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from allometry.optim.matrix_ops import Cost, Matrix
 from allometry.optim.shards import Box, Placed
@@ -54,9 +56,14 @@ class Bucket:
 @dataclass(frozen=True)
 class Plan:
     """How a list of parameters is exchanged: in buckets, one of which travels while another is
-    computed. Every rank has as many, of the same matrices; in each, an equal share of its own."""
+    computed. Every rank has as many, of the same matrices; in each, an equal share of its own.
+
+    ``apart``: no rank has more than one matrix, so each bucket is computed by ranks of its own.
+    Then all buckets may set out at once: no rank holds more for it.
+    """
 
     buckets: tuple[Bucket, ...]
+    apart: bool = False
 
     @property
     def owned(self) -> tuple[Matrix, ...]:
@@ -69,37 +76,103 @@ NUM_BUCKETS = 4
 
 
 def plan_exchange(placed: Sequence[Placed], cost: Cost, rank: int, ranks: int) -> Plan:
-    """Return what ``rank`` of ``ranks`` does for parameters placed so."""
-    pieces = list(_pieces(placed, cost, ranks))
-    bucket_of = _buckets_of({piece.matrix: piece.owner for piece in pieces})
-    buckets: list[list[Piece]] = [[] for _ in range(1 + max(bucket_of.values(), default=-1))]
-    for piece in pieces:
-        buckets[bucket_of[piece.matrix]].append(piece)
-    return Plan(tuple(_bucket(members, rank, ranks) for members in buckets))
+    """Return what ``rank`` of ``ranks`` does for parameters placed so.
+
+    Linear in the matrices and in the pieces of this rank's own: of other ranks' matrices only the
+    part that lies here is looked at.
+    """
+    owners = _owners_of(placed, cost, ranks)
+    bucket_of = _buckets_of(owners)
+    made = [_Drafted(ranks) for _ in range(1 + max(bucket_of.values(), default=-1))]
+    for j, (matrix, owner) in enumerate(owners.items()):
+        where, drafted = placed[matrix.parameter], made[bucket_of[matrix]]
+        parts = where.parts[matrix.expert]
+        drafted.silent_out &= len(parts) == 1 and owner in parts[0][1]
+        drafted.silent_back &= len(parts) == 1 and parts[0][1] == (owner,)
+        mine = where.boxes[rank]
+        if owner == rank:
+            drafted.own(matrix, tuple(_piece(matrix, *part, j, owner) for part in parts))
+        elif mine.numel and mine.matrices[0] <= matrix.expert < mine.matrices[1]:
+            box = mine.of_matrix(matrix.expert)
+            drafted.hold(_piece(matrix, box, where.holders[mine], j, owner), rank)
+    apart = len(set(owners.values())) == len(owners)
+    return Plan(tuple(each.bucket() for each in made), apart)
+
+
+def _piece(matrix: Matrix, box: Box, holders: tuple[int, ...], j: int, owner: int) -> Piece:
+    # Replicas take turns, so that all of them share in the sending.
+    source = owner if owner in holders else holders[j % len(holders)]
+    return Piece(matrix, box, source, owner, holders)
+
+
+_Ways = tuple[list[list[Piece]], list[list[Piece]]]
+
+
+class _Drafted:
+    """A bucket while matrices are added to it, in their order."""
+
+    def __init__(self, ranks: int) -> None:
+        self.owned: dict[Matrix, tuple[Piece, ...]] = {}
+        self.silent_out = self.silent_back = True
+        # What is sent to each rank, and what is received from each.
+        self.out: _Ways = ([[] for _ in range(ranks)], [[] for _ in range(ranks)])
+        self.back: _Ways = ([[] for _ in range(ranks)], [[] for _ in range(ranks)])
+
+    def own(self, matrix: Matrix, pieces: tuple[Piece, ...]) -> None:
+        """Add a matrix of this rank's."""
+        self.owned[matrix] = pieces
+        for piece in pieces:
+            if piece.source != piece.owner:
+                self.out[1][piece.source].append(piece)
+            for to in piece.holders:
+                if to != piece.owner:
+                    self.back[0][to].append(piece)
+
+    def hold(self, piece: Piece, rank: int) -> None:
+        """Add what lies on ``rank`` of another one's matrix."""
+        if piece.source == rank:
+            self.out[0][piece.owner].append(piece)
+        self.back[1][piece.owner].append(piece)
+
+    def bucket(self) -> Bucket:
+        """Return what has come together."""
+        out, back = (
+            Messages(tuple(map(tuple, sent)), tuple(map(tuple, received)), silent)
+            for (sent, received), silent in (
+                (self.out, self.silent_out),
+                (self.back, self.silent_back),
+            )
+        )
+        return Bucket(self.owned, out, back)
+
+
+def _owners_of(placed: Sequence[Placed], cost: Cost, ranks: int) -> dict[Matrix, int]:
+    """Return the owner of each matrix, in the order of matrices, the same on every rank."""
+    matrices = [Matrix(i, e) for i, where in enumerate(placed) for e in range(where.size[0])]
+    costs, homes = [], []
+    for i, e in matrices:
+        parts = placed[i].parts[e]
+        costs.append(cost(*placed[i].size[1:]))
+        homes.append(parts[0][1] if len(parts) == 1 else ())
+    return dict(zip(matrices, assign_owners(costs, homes, ranks), strict=True))
 
 
 def _buckets_of(owners: Mapping[Matrix, int]) -> dict[Matrix, int]:
-    """Return the bucket of each matrix; an owner's are spread evenly, in their order."""
+    """Return the bucket of each matrix; an owner's are spread evenly, in their order.
+
+    Where no rank has more than one, the owners are: a bucket is a group of ranks, which compute
+    while the next group's pieces come and the results of the one before leave.
+    """
     of_owner: dict[int, list[Matrix]] = {}
     for matrix, owner in owners.items():
         of_owner.setdefault(owner, []).append(matrix)
+    if len(of_owner) == len(owners):
+        return {matrix: place % NUM_BUCKETS for place, matrix in enumerate(owners)}
     return {
         matrix: place * NUM_BUCKETS // max(NUM_BUCKETS, len(matrices))
         for matrices in of_owner.values()
         for place, matrix in enumerate(matrices)
     }
-
-
-def _bucket(pieces: Sequence[Piece], rank: int, ranks: int) -> Bucket:
-    owned: dict[Matrix, list[Piece]] = {}
-    for piece in pieces:
-        if piece.owner == rank:
-            owned.setdefault(piece.matrix, []).append(piece)
-    return Bucket(
-        owned={matrix: tuple(parts) for matrix, parts in owned.items()},
-        out=_messages(((p, p.source, p.owner) for p in pieces), rank, ranks),
-        back=_messages(((p, p.owner, to) for p in pieces for to in p.holders), rank, ranks),
-    )
 
 
 def assign_owners(costs: Sequence[float], homes: Sequence[Sequence[int]], ranks: int) -> list[int]:
@@ -109,7 +182,7 @@ def assign_owners(costs: Sequence[float], homes: Sequence[Sequence[int]], ranks:
     that leaves the rank with its fair share or less. Graham, "Bounds on multiprocessing timing
     anomalies" (1969): LPT gives no rank more than 4/3 of what is possible.
     """
-    loads = [0.0] * ranks
+    loads = np.zeros(ranks)
     share = sum(costs) / ranks * (1.0 + 1e-9)
     queue = [(0.0, rank) for rank in range(ranks)]
     owners = [0] * len(costs)
@@ -117,49 +190,11 @@ def assign_owners(costs: Sequence[float], homes: Sequence[Sequence[int]], ranks:
         while queue[0][0] != loads[queue[0][1]]:  # it has got more to do since it was queued
             heapq.heappop(queue)
         owner = queue[0][1]
-        if len(homes[j]) < ranks:
-            home = min(homes[j], key=lambda rank: (loads[rank], rank), default=owner)
+        if 0 < len(homes[j]) < ranks:
+            at_home = np.sort(homes[j])
+            home = int(at_home[loads[at_home].argmin()])  # of the least loaded ones the first
             owner = home if loads[home] + costs[j] <= share else owner
         loads[owner] += costs[j]
-        heapq.heappush(queue, (loads[owner], owner))
+        heapq.heappush(queue, (float(loads[owner]), owner))
         owners[j] = owner
     return owners
-
-
-def _pieces(placed: Sequence[Placed], cost: Cost, ranks: int) -> Iterator[Piece]:
-    """Yield the pieces of all matrices in their order, the same ones on every rank."""
-    matrices = [Matrix(i, e) for i, where in enumerate(placed) for e in range(where.size[0])]
-    parts = [_parts(placed[matrix.parameter], matrix.expert) for matrix in matrices]
-    costs = [cost(*placed[matrix.parameter].size[1:]) for matrix in matrices]
-    homes = [boxes[0][1] if len(boxes) == 1 else [] for boxes in parts]
-    owners = assign_owners(costs, homes, ranks)
-    for j, (matrix, boxes, owner) in enumerate(zip(matrices, parts, owners, strict=True)):
-        for box, holders in boxes:
-            # Replicas take turns, so that all of them share in the sending.
-            source = owner if owner in holders else holders[j % len(holders)]
-            yield Piece(matrix, box, source, owner, tuple(holders))
-
-
-def _parts(placed: Placed, index: int) -> list[tuple[Box, list[int]]]:
-    """Return the boxes of one matrix and who holds them."""
-    return [
-        (Box((index, index + 1), box.rows, box.columns), holders)
-        for box, holders in placed.holders.items()
-        if box.matrices[0] <= index < box.matrices[1]
-    ]
-
-
-def _messages(pieces: Iterable[tuple[Piece, int, int]], rank: int, ranks: int) -> Messages:
-    """Sort (piece, from, to) by the ranks that this one talks to."""
-    sent: list[list[Piece]] = [[] for _ in range(ranks)]
-    received: list[list[Piece]] = [[] for _ in range(ranks)]
-    silent = True
-    for piece, source, to in pieces:
-        if source == to:
-            continue
-        silent = False
-        if source == rank:
-            sent[to].append(piece)
-        elif to == rank:
-            received[source].append(piece)
-    return Messages(tuple(map(tuple, sent)), tuple(map(tuple, received)), silent)

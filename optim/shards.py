@@ -41,6 +41,10 @@ class Box:
         ranges = (self.matrices, self.rows, self.columns)
         return math.prod(stop - start for start, stop in ranges)
 
+    def of_matrix(self, index: int) -> Box:
+        """Return what it has of one matrix."""
+        return Box((index, index + 1), self.rows, self.columns)
+
 
 @dataclass(frozen=True)
 class Placed:
@@ -50,13 +54,22 @@ class Placed:
     boxes: tuple[Box, ...]
 
     @cached_property
-    def holders(self) -> dict[Box, list[int]]:
+    def holders(self) -> dict[Box, tuple[int, ...]]:
         """The ranks that have each box, empty ones left out, in the order of ranks."""
         holders: dict[Box, list[int]] = {}
         for rank, box in enumerate(self.boxes):
             if box.numel:
                 holders.setdefault(box, []).append(rank)
-        return holders
+        return {box: tuple(ranks) for box, ranks in holders.items()}
+
+    @cached_property
+    def parts(self) -> tuple[tuple[tuple[Box, tuple[int, ...]], ...], ...]:
+        """Of each logical matrix: its boxes, and the ranks that have each."""
+        parts: list[list[tuple[Box, tuple[int, ...]]]] = [[] for _ in range(self.size[0])]
+        for box, ranks in self.holders.items():
+            for index in range(*box.matrices):
+                parts[index].append((box.of_matrix(index), ranks))
+        return tuple(map(tuple, parts))
 
     @cached_property
     def whole_everywhere(self) -> bool:
@@ -80,8 +93,11 @@ class Placements:
     def of(self, parameter: Tensor) -> Placed:
         """Return where a parameter is: whole on every rank, or as its DTensor says."""
         if not isinstance(parameter, DTensor):
-            box = _box(parameter.shape, (0,) * parameter.dim())
-            return Placed(_size(parameter.shape), (box,) * len(self._places))
+            if parameter.shape not in self._known:
+                box = _box(parameter.shape, (0,) * parameter.dim())
+                whole = Placed(_size(parameter.shape), (box,) * len(self._places))
+                self._known[parameter.shape] = whole
+            return self._known[parameter.shape]
         mesh, placements = parameter.device_mesh, parameter.placements
         key = (parameter.shape, mesh, placements)
         if key not in self._known:

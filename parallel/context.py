@@ -7,8 +7,6 @@ Which documents do is said with each micro-batch (``Documents.ring``); nothing i
 
 from __future__ import annotations
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from allometry.models.attention import Attend, attend, backend_of
@@ -51,15 +49,8 @@ class ContextAttention:
 def apply_context(part: Transformer, mesh: Mesh) -> None:
     """Let the attention of ``part`` reach over the ranks of ``mesh.hdp``.
 
-    Every rank calls this alike, before blocks are wrapped or compiled: on CUDA the ranks meet here.
+    Every rank calls this alike, before blocks are wrapped or compiled.
     """
     name = mesh.hdp.group.group_name
     for block in part.blocks.values():
         block.attention.core = ContextAttention(name, block.attention.core)
-    if mesh.device.type == "cuda" and mesh.hdp.size > 1:
-        warm_up(mesh)
-
-
-def warm_up(mesh: Mesh) -> None:
-    """Connect the ranks of ``mesh.hdp``: NCCL cannot when a part of them sends first."""
-    dist.all_reduce(torch.zeros(1, device=mesh.device), group=mesh.hdp.group)

@@ -11,17 +11,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from allometry.configs.errors import UserError
 from allometry.configs.execution import ParallelConfig
-from allometry.scaling.degrees import Degrees, resolve_degrees
+from allometry.parallel.groups import (
+    Communicator,
+    allow_sockets,
+    device_meshes,
+    grid_of,
+    open_groups,
+    warm_up,
+)
+from allometry.scaling.degrees import resolve_degrees
 
 T = TypeVar("T")
 # Ranks that write or read a checkpoint wait for the slowest disk, not for ``parallel.timeout_s``;
@@ -39,6 +47,21 @@ class Axis:
     size: int
     group: dist.ProcessGroup
 
+    # As batches of one message: NCCL may make a communicator for two ranks that send singly.
+
+    def send(self, tensor: Tensor, to: int) -> dist.Work:
+        """Begin to send; ``tensor`` must stay as it is until the work returned is done."""
+        sent = on_wire(tensor.contiguous(), self.group)
+        return _batch_of_one(dist.P2POp(dist.isend, sent, group=self.group, group_peer=to))
+
+    def receive(self, tensor: Tensor, source: int) -> None:
+        """Fill ``tensor`` with what the rank ``source`` of this axis sends."""
+        assert tensor.is_contiguous()
+        got = on_wire(tensor, self.group)
+        _batch_of_one(dist.P2POp(dist.irecv, got, group=self.group, group_peer=source)).wait()
+        if got is not tensor:
+            tensor.copy_(got)
+
 
 @dataclass(frozen=True)
 class Mesh:
@@ -51,10 +74,12 @@ class Mesh:
     ``edp`` are the ranks that hold the same experts: replicas x expert_shard. ``stage`` is
     hdp x tp: all ranks that hold parts of the same parameters.
 
-    ``host_group`` (gloo) carries host objects and flags. ``checkpoint_group`` (gloo) belongs to
-    the checkpoint writer alone: it communicates from a thread of its own, and two threads in one
-    group cross their collectives. Close the mesh, or use it as a context manager, when the run
-    ends; a mesh over a process group that the caller had started leaves that one running.
+    ``communicators`` are the groups of axes with more than one rank, each once: NCCL's alone on
+    CUDA, so what travels in them lies on ``device``. ``host_group`` (gloo) carries host objects and
+    flags. ``checkpoint_group`` (gloo) belongs to the checkpoint writer alone: it communicates from
+    a thread of its own, and two threads in one group cross their collectives. Close the mesh, or
+    use it as a context manager, when the run ends; a mesh over a process group that the caller had
+    started leaves that one running.
     """
 
     device: torch.device
@@ -68,6 +93,7 @@ class Mesh:
     ep: Axis
     edp: Axis
     stage: Axis
+    communicators: tuple[Communicator, ...]
     host_group: dist.ProcessGroup
     checkpoint_group: dist.ProcessGroup
     timeout: timedelta
@@ -129,11 +155,23 @@ class Mesh:
         """Wait for all ranks; if some do not come within the timeout, say which, before what."""
         if self.world_size == 1:
             return
+        # Over the store: in a group, only ranks that are there can say who is not, and to hear of
+        # all others a rank would need a connection to each.
+        store = dist.distributed_c10d._get_default_store()
+        place = f"{self.host_group.group_name}/barrier"
+        meeting, last = divmod(store.add(f"{place}/came", 1) - 1, self.world_size)
+        here = f"{place}/{meeting}"
+        store.set(f"{here}/{self.rank}", "")
+        if last == self.world_size - 1:
+            store.set(f"{here}/all", "")
         try:
-            # Without being told, this collective does not take the timeout of its group.
-            dist.monitored_barrier(self.host_group, self.timeout, wait_all_ranks=True)
+            store.wait([f"{here}/all"], self.timeout)
         except RuntimeError as error:
-            raise RuntimeError(f"not all ranks are ready for {reason}: {error}") from error
+            absent = [r for r in range(self.world_size) if not store.check([f"{here}/{r}"])]
+            raise RuntimeError(
+                f"not all ranks are ready for {reason}: rank(s) {absent} did not come within "
+                f"{self.timeout.total_seconds():.0f} s"
+            ) from error
 
     def close(self) -> None:
         """Leave the groups that ``open_mesh`` made. A second call does nothing."""
@@ -163,6 +201,28 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def on_wire(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Return the tensor, or a copy on this rank's GPU of one that the group cannot send.
+
+    Gradients of offloaded parameters lie in the host's memory, which NCCL does not read.
+    """
+    on_gpu = tensor.is_cuda or dist.get_backend(group) != "nccl"
+    return tensor if on_gpu else tensor.cuda()
+
+
+def sum_over(tensor: Tensor, group: dist.ProcessGroup) -> None:
+    """Replace a tensor, wherever it lies, by its sum over the ranks of ``group``."""
+    summed = on_wire(tensor, group)
+    dist.all_reduce(summed, group=group)
+    if summed is not tensor:
+        tensor.copy_(summed)
+
+
+def _batch_of_one(message: dist.P2POp) -> dist.Work:
+    (work,) = dist.batch_isend_irecv([message])
+    return work
+
+
 def open_mesh(parallel: ParallelConfig, device: torch.device | None = None) -> Mesh:
     """Start the process groups of this run, or use the one the caller has started.
 
@@ -183,22 +243,18 @@ def open_mesh(parallel: ParallelConfig, device: torch.device | None = None) -> M
         torch.cuda.set_device(device)
     if ours:
         _start(launch, device, timeout)
-    device_mesh, expert_mesh, axes = _arrange(degrees, device.type)
-    # A simulated world has no other ranks that gloo could meet.
-    host_backend = "fake" if dist.get_backend() == "fake" else "gloo"
-    host, checkpoint = (
-        dist.new_group(backend=host_backend, timeout=limit, group_desc=what)
-        for what, limit in (
-            ("host objects", timeout),
-            ("checkpoint writer", max(timeout, CHECKPOINT_TIMEOUT)),
-        )
-    )
-    made = {axis.group for axis in axes.values() if axis.group is not dist.group.WORLD}
-    for each in (device_mesh, expert_mesh):
-        for name in each.mesh_dim_names or ():
-            _set_timeout(each.get_group(name), timeout)
-    for axis in axes.values():
-        _set_timeout(axis.group, timeout)
+    grid = grid_of(degrees)
+    groups = open_groups(grid, device, timeout, max(timeout, CHECKPOINT_TIMEOUT))
+    everyone = dist.group.WORLD
+    assert everyone is not None
+    _set_timeout(everyone, timeout)
+    warm_up(groups.communicators, device)
+    device_mesh, expert_mesh = device_meshes(grid, groups, device.type)
+    names: tuple[AxisName, ...] = get_args(AxisName)
+    axes = {
+        name: Axis(dist.get_rank(group), dist.get_world_size(group), group)
+        for name, group in ((name, groups.of[name]) for name in names)
+    }
     return Mesh(
         device=device,
         rank=launch.rank,
@@ -206,10 +262,11 @@ def open_mesh(parallel: ParallelConfig, device: torch.device | None = None) -> M
         device_mesh=device_mesh,
         expert_mesh=expert_mesh,
         **axes,
-        host_group=host,
-        checkpoint_group=checkpoint,
+        communicators=groups.communicators,
+        host_group=groups.host,
+        checkpoint_group=groups.checkpoint,
         timeout=timeout,
-        _closes=(None,) if ours else (host, checkpoint, *made),
+        _closes=(None,) if ours else groups.made,
     )
 
 
@@ -295,57 +352,6 @@ def launched_world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else read_launch(os.environ).world_size
 
 
-def _arrange(
-    degrees: Degrees, device_type: str
-) -> tuple[DeviceMesh, DeviceMesh, dict[AxisName, Axis]]:
-    """Return the mesh, the mesh with ep in it, and this rank's axes."""
-    mesh = init_device_mesh(
-        device_type,
-        (degrees.pp, degrees.replicas, degrees.shard, degrees.tp),
-        mesh_dim_names=("pp", "replicas", "shard", "tp"),
-    )
-    # An axis that is there already gets no second group: each costs memory and time to connect.
-    hdp = mesh["shard"] if degrees.replicas == 1 else mesh["replicas", "shard"]._flatten("hdp")
-    alone = next((mesh[name] for name in ("replicas", "tp", "pp") if mesh[name].size() == 1), None)
-    if degrees.ep == 1 and alone is not None:
-        experts, ep, same_experts = mesh, alone, hdp
-    else:
-        # Unflattened rather than made anew: FSDP2 wants its mesh and that of the parameter it
-        # shards to descend from one.
-        experts = mesh._unflatten(
-            2, (degrees.shard // degrees.ep, degrees.ep), ("expert_shard", "ep")
-        )
-        ep, same_experts = experts["ep"], experts["expert_shard"]
-        if degrees.replicas > 1:
-            same_experts = experts["replicas", "expert_shard"]._flatten("edp")
-    submeshes: dict[AxisName, DeviceMesh] = {
-        "pp": mesh["pp"],
-        "hdp": hdp,
-        "tp": mesh["tp"],
-        "ep": ep,
-        "edp": same_experts,
-    }
-    axes = {
-        name: Axis(each.get_local_rank(), each.size(), each.get_group())
-        for name, each in submeshes.items()
-    }
-    return mesh, experts, axes | {"stage": _stage(mesh, axes)}
-
-
-def _stage(mesh: DeviceMesh, axes: Mapping[AxisName, Axis]) -> Axis:
-    """Return hdp x tp, which is mostly an axis that is there already."""
-    if axes["tp"].size == 1:
-        return axes["hdp"]
-    if axes["hdp"].size == 1:
-        return axes["tp"]
-    if axes["pp"].size == 1:
-        everyone = dist.group.WORLD
-        assert everyone is not None
-        return Axis(dist.get_rank(), dist.get_world_size(), everyone)
-    stage = mesh["replicas", "shard", "tp"]._flatten("stage")
-    return Axis(stage.get_local_rank(), stage.size(), stage.get_group())
-
-
 def _choose_device(device: torch.device | None, launch: Launch) -> torch.device:
     if device is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -363,8 +369,9 @@ def _choose_device(device: torch.device | None, launch: Launch) -> torch.device:
 
 
 def _start(launch: Launch, device: torch.device, timeout: timedelta) -> None:
-    """Start the default process group: gloo for host tensors, nccl beside it for CUDA's."""
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    """Start the group of all ranks: NCCL's, bound to this rank's GPU, or gloo's."""
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    allow_sockets(launch.world_size)
     if launch.address is None:
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
@@ -377,6 +384,9 @@ def _start(launch: Launch, device: torch.device, timeout: timedelta) -> None:
             rank=launch.rank,
             world_size=launch.world_size,
             timeout=timeout,
+            # NCCL's communicator is made here and now, and others are split off it; without,
+            # each pair of ranks that send to one another would get one of its own.
+            device_id=device if device.type == "cuda" else None,
         )
     except dist.DistError as error:
         raise UserError(

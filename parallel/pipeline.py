@@ -220,15 +220,11 @@ class PipelineExecution(Execution):
             work.wait()
 
     def _send(self, x_BLD: Tensor, stage: int) -> dist.Work:
-        work = dist.isend(
-            x_BLD.contiguous(), group=self._mesh.pp.group, group_dst=self._layout.rank_of(stage)
-        )
-        assert work is not None
-        return work
+        return self._mesh.pp.send(x_BLD, self._layout.rank_of(stage))
 
     def _receive(self, stage: int, batch: MicroBatch) -> Tensor:
         x_BLD = self._empty(batch)
-        dist.recv(x_BLD, group=self._mesh.pp.group, group_src=self._layout.rank_of(stage))
+        self._mesh.pp.receive(x_BLD, self._layout.rank_of(stage))
         return x_BLD
 
     def _empty(self, batch: MicroBatch) -> Tensor:

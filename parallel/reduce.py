@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
-from allometry.parallel.mesh import Axis, local
+from allometry.parallel.mesh import Axis, local, sum_over
 
 
 class GradientSync(Protocol):
@@ -251,7 +251,7 @@ def sum_over_tp(parameters: Iterable[nn.Parameter], tp: Axis) -> None:
     if gradients:
         dtype = _wide(gradients[0].dtype)
         flat = torch.cat([gradient.flatten().to(dtype) for gradient in gradients])
-        dist.all_reduce(flat, group=tp.group)
+        sum_over(flat, tp.group)
         parts = flat.split([gradient.numel() for gradient in gradients])
         torch._foreach_copy_(
             gradients, [p.view(g.shape) for p, g in zip(parts, gradients, strict=True)]

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -48,9 +47,9 @@ class TiedHead:
         if self._owner is not None and self._mirror is not None:
             local(_weight(self._mirror)).copy_(local(_weight(self._owner)))
         elif self._owner is not None:
-            self._send(local(_weight(self._owner)), self._last)
+            self._axis.send(local(_weight(self._owner)), self._last).wait()
         elif self._mirror is not None:
-            self._receive(local(_weight(self._mirror)), self._first)
+            self._axis.receive(local(_weight(self._mirror)), self._first)
 
     @torch.no_grad()
     def return_gradient(self) -> None:
@@ -60,21 +59,14 @@ class TiedHead:
             gradient = _gradient(mirror)
             mirror.grad = None
             if self._owner is None:
-                self._send(gradient, self._first)
+                self._axis.send(gradient, self._first).wait()
                 return
         elif self._owner is not None:
             gradient = torch.empty_like(_gradient(_weight(self._owner)))
-            self._receive(gradient, self._last)
+            self._axis.receive(gradient, self._last)
         else:
             return
         _gradient(_weight(self._owner)).add_(gradient)
-
-    def _send(self, tensor: Tensor, to: int) -> None:
-        dist.send(tensor.contiguous(), group=self._axis.group, group_dst=to)
-
-    def _receive(self, tensor: Tensor, source: int) -> None:
-        assert tensor.is_contiguous()
-        dist.recv(tensor, group=self._axis.group, group_src=source)
 
 
 def _weight(module: nn.Module) -> nn.Parameter:

@@ -25,6 +25,18 @@ Orders = tuple[tuple[Action, ...], ...]
 """By pipeline rank: its actions in turn."""
 
 
+def ring_pass(action: Action) -> str | None:
+    """Return in which pass of a ring its members meet here: forward (F), backward (G) or none.
+
+    A whole backward meets the first half of one: pipelines of other lengths split it elsewhere. In
+    the first stage, which hands no gradient on, torch leaves all of it to the second half.
+    """
+    if action.kind == "F":
+        return "F"
+    whole = action.kind == "B"
+    return "G" if whole or (action.kind == "I") == (action.stage > 0) else None
+
+
 def schedule_orders(schedule: str, pp: int, stages_per_rank: int, count: int) -> Orders:
     """Return what torch's ``schedule`` makes of ``count`` micro-batches on ``pp`` ranks.
 

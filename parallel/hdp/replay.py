@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from allometry.parallel.hdp.check import PlanError, check_plan
 from allometry.parallel.hdp.cost import CostModel
-from allometry.parallel.hdp.orders import Action, Orders
+from allometry.parallel.hdp.orders import Action, Orders, ring_pass
 from allometry.parallel.hdp.plan import Plan
 
 SHARES: Mapping[str, float] = {"F": 1 / 3, "B": 2 / 3, "I": 1 / 3, "W": 1 / 3}
@@ -186,7 +186,7 @@ class _Play:
             lane.clock = max(lane.clock, when)
         number = lane.units[index]
         ring = () if number is None else self.units[number].ring
-        passed = _ring_pass(action)
+        passed = ring_pass(action)
         if number is None or len(ring) == 1 or passed is None:
             self._finish(lane, action, number, lane.clock)
             return True
@@ -217,7 +217,7 @@ class _Play:
         """Say which ring waits for whom; without one the orders themselves are at fault."""
         for lane in stuck:
             _, stage, index = lane.next
-            number, passed = lane.units[index], _ring_pass(lane.next)
+            number, passed = lane.units[index], ring_pass(lane.next)
             if number is None or passed is None:
                 continue
             here = self.met.get((number, passed, stage), [])
@@ -236,18 +236,6 @@ class _Play:
                 f"but {absent[0].place}"
             )
         return f"the plan never ends: {stuck[0].place} waits for a pass that nobody does before it"
-
-
-def _ring_pass(action: Action) -> str | None:
-    """Return in which pass of a ring its members meet here: forward (F), backward (G) or none.
-
-    A whole backward meets the first half of one: pipelines of other lengths split it elsewhere. In
-    the first stage, which hands no gradient on, torch leaves all of it to the second half.
-    """
-    if action.kind == "F":
-        return "F"
-    whole = action.kind == "B"
-    return "G" if whole or (action.kind == "I") == (action.stage > 0) else None
 
 
 def _in_turn(count: int) -> Orders:

@@ -9,8 +9,8 @@ can overlap with is computed. All documents of a unit travel in one message, key
 together; sizes come from the table, so nothing is negotiated.
 
 Only the group of all hdp ranks is used: rings of any ranks cost no communicators of their own. On
-NCCL all ranks must have met in that group before a part of them sends (``context.apply_context``
-sees to it).
+NCCL all ranks must have met in that group before a part of them sends (``groups.warm_up`` sees to
+it), and its messages have no tags: all members post the same ones in one order (``messages.py``).
 """
 
 # T rows of this rank, S rows of the member whose keys are here, N query heads, K key/value heads,

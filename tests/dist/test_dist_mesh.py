@@ -3,7 +3,7 @@
 import os
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -32,7 +32,8 @@ def use_a_started_group() -> dict[str, Any]:
         "equal": (mesh.all_equal(2**55 + 1), mesh.all_equal(2**55 + mesh.rank)),
         "groups": len({id(g) for g in (dist.group.WORLD, mesh.host_group, mesh.checkpoint_group)}),
     }
-    mesh.barrier("the end of the test")
+    for _ in range(3):
+        mesh.barrier("the end of the test")
     mesh.close()
     mesh.close()
     dist.barrier()  # what the caller had started is still there
@@ -108,5 +109,52 @@ def barrier_without_rank_1() -> str:
 
 def test_a_barrier_names_who_is_missing(run_ranks: RunRanks) -> None:
     sentence, _ = run_ranks(barrier_without_rank_1, 2)
-    assert sentence.startswith("not all ranks are ready for the first checkpoint: ")
-    assert "Ranks 1 failed to pass" in sentence
+    assert sentence == (
+        "not all ranks are ready for the first checkpoint: rank(s) [1] did not come within 2 s"
+    )
+
+
+def sockets() -> int:
+    held = 0
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):
+            held += os.readlink(f"/proc/self/fd/{name}").startswith("socket:")
+    return held
+
+
+def sockets_of_a_mesh() -> tuple[int, int, int]:
+    """Those that a mesh of one axis adds, and those that one of gloo's own groups does."""
+    before = sockets()
+    mesh = open_mesh(ParallelConfig(timeout_s=30), CPU)
+    added = sockets() - before
+    mesh.gather_objects(mesh.rank)
+    used = sockets() - before
+    eager = dist.new_group(backend="gloo")
+    theirs = sockets() - before - used
+    dist.destroy_process_group(eager)
+    mesh.close()
+    return added, used, theirs
+
+
+def test_host_groups_connect_when_ranks_talk(run_ranks: RunRanks) -> None:
+    for added, used, theirs in run_ranks(sockets_of_a_mesh, 4):
+        assert theirs >= 3, "one for each other rank"
+        # Of the host's two groups and one of a rank alone, connected as gloo usually does it, there
+        # would be more than twice as many.
+        assert added < 2 * theirs
+        assert added < used
+
+
+def open_and_close(times: int) -> list[float]:
+    """One after the other over one store, which keeps what earlier groups said of themselves."""
+    sums = []
+    for _ in range(times):
+        with open_mesh(ParallelConfig(pp=2, tp=2, timeout_s=30), CPU) as mesh:
+            each = [mesh.all_reduce_sum(torch.ones(()), axis) for axis in ("pp", "tp", "stage")]
+            sums.append(float(torch.stack(each).sum()))
+            assert mesh.gather_objects(mesh.rank) == [0, 1, 2, 3]
+    return sums
+
+
+def test_a_mesh_may_be_opened_again_over_one_store(run_ranks: RunRanks) -> None:
+    assert run_ranks(open_and_close, 4, 4) == [[6.0] * 4] * 4

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from allometry.optim.matrix_ops import Matrix
-from allometry.optim.owners import Bucket, Piece, Plan, assign_owners, plan_exchange
+from allometry.optim.owners import Bucket, Messages, Piece, Plan, assign_owners, plan_exchange
 from allometry.optim.shards import Box, Placed
+from plain_owners import plain_owners, plain_plan
 
 
 def work(rows: int, columns: int) -> float:
@@ -68,6 +69,56 @@ def test_pieces_make_up_matrices_and_messages_match(
         assert returned == sum(where.boxes[rank].numel for where in placed), "all comes back"
 
 
+@given(st.lists(placements, min_size=1, max_size=6), st.integers(1, 4), st.integers(1, 2))
+def test_the_plan_is_that_of_the_plain_algorithm(
+    parameters: list[tuple[tuple[int, int, int], int]], shards: int, replicas: int
+) -> None:
+    placed = [cut(size, dim, shards, replicas) for size, dim in parameters]
+    ranks = shards * replicas
+    for rank in range(ranks):
+        wanted = plain_plan(placed, work, rank, ranks)
+        assert _plain(plan_exchange(placed, work, rank, ranks)) == _plain(wanted)
+
+
+def _plain(plan: Plan) -> object:
+    """A plan as what compares by value: pieces compare by identity."""
+
+    def of(piece: Piece) -> object:
+        return (piece.matrix, piece.box, piece.source, piece.owner, piece.holders)
+
+    def messages(each: Messages) -> object:
+        lists = (each.sent, each.received)
+        return [[[of(p) for p in pieces] for pieces in way] for way in lists], each.silent
+
+    return plan.apart, [
+        (
+            {matrix: [of(p) for p in pieces] for matrix, pieces in bucket.owned.items()},
+            messages(bucket.out),
+            messages(bucket.back),
+        )
+        for bucket in plan.buckets
+    ]
+
+
+def test_pieces_of_a_rank_are_the_same_objects_wherever_they_are_listed() -> None:
+    placed = [cut((2, 6, 5), 1, 3, 1)] * 5
+    for rank in range(3):
+        for bucket in plan_exchange(placed, work, rank, 3).buckets:
+            own = {id(piece) for pieces in bucket.owned.values() for piece in pieces}
+            listed = [*bucket.out.received, *bucket.back.sent]
+            assert {id(piece) for pieces in listed for piece in pieces} <= own
+
+
+def test_with_more_ranks_than_matrices_each_bucket_has_ranks_of_its_own() -> None:
+    plans = [plan_exchange([cut((1, 6, 6), 0, 9, 1)] * 8, work, rank, 9) for rank in range(9)]
+    assert all(plan.apart for plan in plans)
+    by_bucket = [{r for r in range(9) if plans[r].buckets[k].owned} for k in range(4)]
+    assert [len(ranks) for ranks in by_bucket] == [2, 2, 2, 2]
+    assert len(set.union(*by_bucket)) == 8
+    crowded = plan_exchange([cut((1, 6, 6), 0, 9, 1)] * 10, work, 0, 9)
+    assert not crowded.apart
+
+
 def _messages_match(buckets: list[Bucket]) -> None:
     for direction in ("out", "back"):
         assert len({getattr(bucket, direction).silent for bucket in buckets}) == 1
@@ -105,6 +156,7 @@ def test_buckets_have_an_equal_share_of_each_owners_matrices() -> None:
         assert sorted(len(bucket.owned) for bucket in plan.buckets) == [2, 3, 3, 3]
     few = plan_exchange([cut((1, 6, 6), 1, 2, 1)] * 4, work, 0, 2)
     assert [len(bucket.owned) for bucket in few.buckets] == [1, 1]
+    assert not few.apart
 
 
 def test_experts_stay_where_they_are() -> None:
@@ -121,7 +173,9 @@ def test_no_rank_has_more_than_half_again_of_what_is_possible(
     costs: list[float], ranks: int, data: st.DataObject
 ) -> None:
     some = st.lists(st.integers(0, ranks - 1), max_size=ranks, unique=True)
-    owners = assign_owners(costs, [data.draw(some) for _ in costs], ranks)
+    homes = [data.draw(some) for _ in costs]
+    owners = assign_owners(costs, homes, ranks)
+    assert owners == plain_owners(costs, homes, ranks)
     loads = [
         sum(c for c, o in zip(costs, owners, strict=True) if o == rank) for rank in range(ranks)
     ]
