@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from allometry.models.products import Stacked, apart, join
+
 _KERNEL_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ALIGNMENT_BYTES = 16
 
@@ -28,13 +30,39 @@ def grouped_linear(x_SD: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor
     is zero. Where torch has no kernel for this type or alignment, a loop over groups does it,
     which waits for the counts on a GPU.
     """
+    if _looped(x_SD, (weight_EFD,)):
+        return loop_linear(x_SD, weight_EFD, counts_E)
+    y_SF: Tensor
+    (y_SF,) = _GroupedLinear.apply(x_SD, _offsets(counts_E), None, weight_EFD)
+    return y_SF
+
+
+def multiply_groups(x_SD: Tensor, stacked: Stacked, counts_E: Tensor) -> tuple[Tensor, ...]:
+    """Return ``grouped_linear`` of each weight [E, F, D], as one product where they are cast.
+
+    The results are then views of one tensor.
+    """
+    weights = stacked.weights()
+    if stacked.copy is None and apart(weights, x_SD.dtype):
+        return tuple(grouped_linear(x_SD, weight, counts_E) for weight in weights)
+    if stacked.plain or _looped(x_SD, weights):
+        widths = [weight.shape[1] for weight in weights]
+        whole_EFD = join(weights, x_SD.dtype) if not stacked.plain else stacked.joined(x_SD.dtype)
+        return grouped_linear(x_SD, whole_EFD, counts_E).split(widths, dim=1)
+    made: tuple[Tensor, ...] = _GroupedLinear.apply(
+        x_SD, _offsets(counts_E), stacked.copy, *weights
+    )
+    return made
+
+
+def _offsets(counts_E: Tensor) -> Tensor:
+    return counts_E.cumsum(0).to(torch.int32)
+
+
+def _looped(x_SD: Tensor, weights: tuple[Tensor, ...]) -> bool:
     # Without values there is nothing to loop over, and a compiler cannot trace a loop of data.
     traced = torch.compiler.is_compiling() or isinstance(x_SD, FakeTensor)
-    if traced or _has_kernel(x_SD.dtype, weight_EFD.shape):
-        offsets_E = counts_E.cumsum(0).to(torch.int32)
-        y_SF: Tensor = _GroupedLinear.apply(x_SD, weight_EFD, offsets_E)
-        return y_SF
-    return loop_linear(x_SD, weight_EFD, counts_E)
+    return not traced and not all(_has_kernel(x_SD.dtype, w.shape) for w in weights)
 
 
 def loop_linear(x_SD: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:
@@ -127,28 +155,43 @@ class _GroupedLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x_SD: Tensor, weight_EFD: Tensor, offsets_E: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x_SD: Tensor, offsets_E: Tensor, whole_EFD: Tensor | None, *weights: Tensor
+    ) -> tuple[Tensor, ...]:
         x_SD = x_SD.contiguous()
-        ctx.save_for_backward(x_SD, weight_EFD, offsets_E)
+        ctx.widths = [weight.shape[1] for weight in weights]
+        ctx.dtype = weights[0].dtype
+        # What FSDP2 frees and gathers again must not live on in a copy.
+        gathered = whole_EFD is None and ctx.dtype == x_SD.dtype
+        if whole_EFD is None:
+            whole_EFD = join(weights, x_SD.dtype)
+        ctx.save_for_backward(x_SD, offsets_E, *(weights if gathered else (whole_EFD,)))
         if x_SD.shape[0] == 0:
-            return x_SD.new_zeros(0, weight_EFD.shape[1])
-        return _grouped_mm(x_SD, weight_EFD.transpose(-2, -1), offsets_E)
+            y_SF = x_SD.new_zeros(0, whole_EFD.shape[1])
+        else:
+            y_SF = _grouped_mm(x_SD, whole_EFD.transpose(-2, -1), offsets_E)
+        return y_SF.split(ctx.widths, dim=1)
 
     @staticmethod
-    def backward(ctx: Any, grad_SF: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x_SD, weight_EFD, offsets_E = ctx.saved_tensors
-        if x_SD.shape[0] == 0:
-            return torch.zeros_like(x_SD), torch.zeros_like(weight_EFD), None
-        grad_SF = grad_SF.contiguous()
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x_SD, offsets_E, *kept = ctx.saved_tensors
+        whole_EFD = join(tuple(kept), x_SD.dtype)
         grad_x = grad_weight = None
-        if ctx.needs_input_grad[0]:
-            grad_x = _grouped_mm(grad_SF, weight_EFD, offsets_E)
-        if ctx.needs_input_grad[1]:
-            grad_weight = _grouped_mm(grad_SF.t(), x_SD, offsets_E)
-            if grad_weight.is_cuda:
-                empty_E = offsets_E.diff(prepend=offsets_E.new_zeros(1)) == 0
-                grad_weight = grad_weight.masked_fill(empty_E[:, None, None], 0.0)
-        return grad_x, grad_weight, None
+        if x_SD.shape[0] == 0:
+            grad_x, grad_weight = torch.zeros_like(x_SD), torch.zeros_like(whole_EFD)
+        else:
+            grad_SF = torch.cat(grads, dim=1) if len(grads) > 1 else grads[0].contiguous()
+            if ctx.needs_input_grad[0]:
+                grad_x = _grouped_mm(grad_SF, whole_EFD, offsets_E)
+            if any(ctx.needs_input_grad[3:]):
+                grad_weight = _grouped_mm(grad_SF.t(), x_SD, offsets_E)
+                if grad_weight.is_cuda:
+                    empty_E = offsets_E.diff(prepend=offsets_E.new_zeros(1)) == 0
+                    grad_weight = grad_weight.masked_fill(empty_E[:, None, None], 0.0)
+        made: list[Tensor | None] = [None] * len(grads)
+        if grad_weight is not None:
+            made = [part.to(ctx.dtype) for part in grad_weight.split(ctx.widths, dim=1)]
+        return grad_x, None, None, *made
 
 
 class Sorting(NamedTuple):

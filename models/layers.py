@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from allometry.models.parameters import OwnsParameters, local_weight
+from allometry.models.products import Stacked, multiply
 from allometry.scaling.roles import ParamSpec
 
 
@@ -22,10 +23,12 @@ class Linear(OwnsParameters, nn.Linear):
         self.in_features, self.out_features = spec.fan_in, spec.fan_out
         self.register_parameter("bias", None)
         self.own("weight", spec)
+        self.stacked = Stacked((self, "weight"))
 
     def forward(self, input: Tensor) -> Tensor:
         """Return [..., out] in ``input``'s type."""
-        return F.linear(input, self.cast("weight", input.dtype))
+        (y,) = multiply(input, self.stacked)
+        return y
 
 
 class Embedding(OwnsParameters, nn.Embedding):

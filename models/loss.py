@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
+from allometry.models.products import add_product_, product
+
 IGNORE = -100
 """A target that does not count (the same number as in ``allometry.data.batch``)."""
 
@@ -111,6 +113,7 @@ def linear_cross_entropy(
     chunk_tokens: int | None = None,
     softmax: ChunkSoftmax | None = None,
     gradient_sum: GradientSum | None = None,
+    cast_VD: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return (total, nll_T) of logits = ``logit_scale`` * x @ weight.T.
 
@@ -125,7 +128,8 @@ def linear_cross_entropy(
     ``chunk_tokens`` None: ``default_chunk_tokens``. ``softmax`` None: the weight is the whole
     vocabulary (``WholeSoftmax``). Where it is a part, ``total`` and ``nll_T`` are of the whole, the
     gradient of the weight is the part's, and that of x is the part's summand. ``gradient_sum``:
-    what adds up the weight's gradient over calls.
+    what adds up the weight's gradient over calls. ``cast_VD``: the weight in x's type, where it is
+    there already.
     """
     assert x_TD.ndim == 2, x_TD.shape
     assert targets_T.shape == x_TD.shape[:1], (targets_T.shape, x_TD.shape)
@@ -134,7 +138,7 @@ def linear_cross_entropy(
         columns = softmax.columns(weight_VD)
         chunk_tokens = default_chunk_tokens(len(x_TD), columns, x_TD.dtype, x_TD.device.type)
     if torch.is_grad_enabled() and (x_TD.requires_grad or weight_VD.requires_grad):
-        options = (logit_scale, z_loss, chunk_tokens, softmax)
+        options = (cast_VD, logit_scale, z_loss, chunk_tokens, softmax)
         if gradient_sum is None or not weight_VD.requires_grad:
             return _LinearCrossEntropy.apply(x_TD, weight_VD, None, targets_T, *options, None)
         handle: Tensor = _HandOver.apply(weight_VD, gradient_sum, _wide(x_TD))
@@ -142,7 +146,7 @@ def linear_cross_entropy(
             x_TD, weight_VD.detach(), handle, targets_T, *options, gradient_sum
         )
     total, nll_T = _empty_sums(x_TD)
-    weight = weight_VD.to(x_TD.dtype)
+    weight = weight_VD.to(x_TD.dtype) if cast_VD is None else cast_VD
     for part in _chunks(x_TD.shape[0], chunk_tokens):
         logits = F.linear(x_TD[part], weight)
         nll_T[part], penalty = softmax.loss(logits, targets_T[part], logit_scale, z_loss)
@@ -248,6 +252,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight_VD: Tensor,
         handle: Tensor | None,
         targets_T: Tensor,
+        cast_VD: Tensor | None,
         logit_scale: float,
         z_loss: float,
         chunk_tokens: int,
@@ -256,7 +261,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         need_x, need_weight = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3])
         total, nll_T = _empty_sums(x_TD)
-        weight = weight_VD.to(x_TD.dtype)
+        weight = weight_VD.to(x_TD.dtype) if cast_VD is None else cast_VD
         grad_x = torch.empty_like(x_TD) if need_x else None
         grad_weight = None if gradient_sum is None else gradient_sum.pending_VD
 
@@ -301,7 +306,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             same = "the loss was differentiated before, with another factor"
             torch._assert_async(ctx.scaled_by == grad_total, same)
         handle = grad_total if ctx.needs_input_grad[2] else None
-        return *grads, handle, *([None] * 6)
+        return *grads, handle, *([None] * 7)
 
 
 def _accumulate(
@@ -309,10 +314,8 @@ def _accumulate(
 ) -> Tensor:
     """Add gradient.T @ x to the weight's gradient, which is kept in ``wide``."""
     if grad_weight is None:
-        return torch.mm(gradient_cV.t(), x_cD).to(wide)
-    if x_cD.dtype == wide:
-        return grad_weight.addmm_(gradient_cV.t(), x_cD)
-    return grad_weight.add_(torch.mm(gradient_cV.t(), x_cD))
+        return product(gradient_cV.t(), x_cD, wide)
+    return add_product_(grad_weight, gradient_cV.t(), x_cD)
 
 
 def reference_cross_entropy(

@@ -124,7 +124,7 @@ def test_the_heads_gradient_is_there_once_whatever_the_micro_batches(
     assert run_ranks(kept_of_the_head, 2, run, (4, 8), False)[1] == [4, 8], "negative control"
 
 
-CAST_ONCE = "allometry.parallel.pipeline.cast_once"
+CAST_ONCE = "allometry.parallel.execution.cast_once"
 
 
 def cast_weights(run: RunConfig, counts: tuple[int, ...], once: bool) -> list[int]:

@@ -15,7 +15,7 @@ from allometry.configs.run import RunConfig
 from allometry.models.build import build_model
 from allometry.models.documents import Documents
 from allometry.models.head import OutputHead
-from allometry.models.parameters import cast_once
+from allometry.models.products import cast_once
 from allometry.models.transformer import Block, Part, Transformer
 from allometry.parallel.apply import compile_parts, materialize, parallelize
 from allometry.parallel.mesh import Mesh, open_mesh
