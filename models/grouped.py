@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from allometry.models.products import Stacked, apart, join
+from allometry.models.products import Joined, Stacked, apart, join
 
 _KERNEL_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ALIGNMENT_BYTES = 16
@@ -32,27 +32,22 @@ def grouped_linear(x_SD: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor
     """
     if _looped(x_SD, (weight_EFD,)):
         return loop_linear(x_SD, weight_EFD, counts_E)
-    y_SF: Tensor
-    (y_SF,) = _GroupedLinear.apply(x_SD, _offsets(counts_E), None, weight_EFD)
+    y_SF: Tensor = _GroupedLinear.apply(x_SD, _offsets(counts_E), None, weight_EFD)
     return y_SF
 
 
-def multiply_groups(x_SD: Tensor, stacked: Stacked, counts_E: Tensor) -> tuple[Tensor, ...]:
-    """Return ``grouped_linear`` of each weight [E, F, D], as one product where they are cast.
-
-    The results are then views of one tensor.
-    """
+def multiply_groups(x_SD: Tensor, stacked: Stacked, counts_E: Tensor) -> Joined:
+    """Return ``grouped_linear`` of the weights [E, F, D]: ``products.multiply`` for groups."""
     weights = stacked.weights()
     if stacked.copy is None and apart(weights, x_SD.dtype):
-        return tuple(grouped_linear(x_SD, weight, counts_E) for weight in weights)
-    if stacked.plain or _looped(x_SD, weights):
-        widths = [weight.shape[1] for weight in weights]
-        whole_EFD = join(weights, x_SD.dtype) if not stacked.plain else stacked.joined(x_SD.dtype)
-        return grouped_linear(x_SD, whole_EFD, counts_E).split(widths, dim=1)
-    made: tuple[Tensor, ...] = _GroupedLinear.apply(
-        x_SD, _offsets(counts_E), stacked.copy, *weights
-    )
-    return made
+        made = tuple(grouped_linear(x_SD, weight, counts_E) for weight in weights)
+        return made[0] if len(made) == 1 else made
+    if stacked.plain:
+        return grouped_linear(x_SD, stacked.joined(x_SD.dtype), counts_E)
+    if _looped(x_SD, weights):
+        return loop_linear(x_SD, join(weights, x_SD.dtype), counts_E)
+    y_SF: Tensor = _GroupedLinear.apply(x_SD, _offsets(counts_E), stacked.copy, *weights)
+    return y_SF
 
 
 def _offsets(counts_E: Tensor) -> Tensor:
@@ -157,7 +152,7 @@ class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x_SD: Tensor, offsets_E: Tensor, whole_EFD: Tensor | None, *weights: Tensor
-    ) -> tuple[Tensor, ...]:
+    ) -> Tensor:
         x_SD = x_SD.contiguous()
         ctx.widths = [weight.shape[1] for weight in weights]
         ctx.dtype = weights[0].dtype
@@ -167,20 +162,18 @@ class _GroupedLinear(torch.autograd.Function):
             whole_EFD = join(weights, x_SD.dtype)
         ctx.save_for_backward(x_SD, offsets_E, *(weights if gathered else (whole_EFD,)))
         if x_SD.shape[0] == 0:
-            y_SF = x_SD.new_zeros(0, whole_EFD.shape[1])
-        else:
-            y_SF = _grouped_mm(x_SD, whole_EFD.transpose(-2, -1), offsets_E)
-        return y_SF.split(ctx.widths, dim=1)
+            return x_SD.new_zeros(0, whole_EFD.shape[1])
+        return _grouped_mm(x_SD, whole_EFD.transpose(-2, -1), offsets_E)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_SF: Tensor) -> tuple[Tensor | None, ...]:
         x_SD, offsets_E, *kept = ctx.saved_tensors
         whole_EFD = join(tuple(kept), x_SD.dtype)
         grad_x = grad_weight = None
         if x_SD.shape[0] == 0:
             grad_x, grad_weight = torch.zeros_like(x_SD), torch.zeros_like(whole_EFD)
         else:
-            grad_SF = torch.cat(grads, dim=1) if len(grads) > 1 else grads[0].contiguous()
+            grad_SF = grad_SF.contiguous()
             if ctx.needs_input_grad[0]:
                 grad_x = _grouped_mm(grad_SF, whole_EFD, offsets_E)
             if any(ctx.needs_input_grad[3:]):
@@ -188,7 +181,7 @@ class _GroupedLinear(torch.autograd.Function):
                 if grad_weight.is_cuda:
                     empty_E = offsets_E.diff(prepend=offsets_E.new_zeros(1)) == 0
                     grad_weight = grad_weight.masked_fill(empty_E[:, None, None], 0.0)
-        made: list[Tensor | None] = [None] * len(grads)
+        made: list[Tensor | None] = [None] * len(ctx.widths)
         if grad_weight is not None:
             made = [part.to(ctx.dtype) for part in grad_weight.split(ctx.widths, dim=1)]
         return grad_x, None, None, *made

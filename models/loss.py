@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -40,8 +41,17 @@ class ChunkSoftmax(Protocol):
         """Return (nll_c, the z-loss) and leave the logits alone."""
 
 
+def row_kernels(logits_cv: Tensor) -> Any:
+    """Return the module of kernels that do these logits row by row on CUDA, or None: torch does."""
+    if not logits_cv.is_cuda or importlib.util.find_spec("triton") is None:
+        return None
+    from allometry.models import loss_triton
+
+    return loss_triton if loss_triton.takes(logits_cv) else None
+
+
 class WholeSoftmax(ChunkSoftmax):
-    """All columns are here. ``compile`` compiles the gradient of a chunk."""
+    """All columns are here. ``compile`` compiles the gradient of a chunk that torch computes."""
 
     def __init__(self) -> None:
         self._gradient_: ChunkGradient = softmax_gradient_
@@ -58,7 +68,11 @@ class WholeSoftmax(ChunkSoftmax):
     def gradient_(
         self, logits_cV: Tensor, targets_c: Tensor, logit_scale: float, z_loss: float
     ) -> tuple[Tensor, Tensor]:
-        return self._gradient_(logits_cV, targets_c, logit_scale, z_loss)
+        kernels = row_kernels(logits_cV)
+        if kernels is None:
+            return self._gradient_(logits_cV, targets_c, logit_scale, z_loss)
+        nll_c, log_z_c = kernels.gradient_(logits_cV, targets_c, logit_scale, z_loss, IGNORE)
+        return nll_c, z_loss * log_z_c.square().sum()
 
     @override
     def loss(
@@ -163,14 +177,15 @@ def default_chunk_tokens(tokens: int, vocab_size: int, dtype: torch.dtype, devic
     are fastest, 2048 take 1.3 times as long). A GPU's cache holds no useful chunk, and its products
     want thousands of tokens (H100, bf16, compiled: V = 128k and D = 2048 run at .60, .77, .92 of
     the speed of 4096 tokens with 512, 1024, 2048; a model of 125M parameters trains 1.05 times as
-    fast with 8192 as with 2000). So there it is an eighth of the full logits, but at least 192 MiB,
-    which keeps the peak at V = 128k and 4k tokens below a tenth of theirs, and at most 1 GiB.
+    fast with 8192 as with 2000). So there it is an eighth of the full logits, but at least 256 MiB,
+    which keeps the peak at V = 128k and 4k tokens below a tenth of theirs, and at most 1 GiB. A
+    rule rather than a measurement: a run that resumes adds up the same chunks.
     """
     row_bytes = vocab_size * dtype.itemsize
     if device_type == "cpu":
         held = 8 << 20
     else:
-        held = min(max(tokens * row_bytes // 8, 192 << 20), 1 << 30)
+        held = min(max(tokens * row_bytes // 8, 256 << 20), 1 << 30)
     return min(max(held // row_bytes // 128 * 128, 128), 8192)
 
 

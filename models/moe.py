@@ -15,13 +15,12 @@ import math
 from collections.abc import Callable, Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
 from allometry.configs.model import AuxiliaryBalance, BiasBalance, MoEModel
 from allometry.models.grouped import gather_rows, multiply_groups, sort_by_expert, spread_rows
-from allometry.models.layers import Linear
+from allometry.models.layers import Linear, swiglu
 from allometry.models.parameters import OwnsParameters
 from allometry.models.products import Stacked
 from allometry.models.router import Router, RouterStatistics
@@ -70,8 +69,9 @@ class Experts(OwnsParameters):
 
     def compute(self, x_SD: Tensor, counts_E: Tensor) -> Tensor:
         """Return [S, D] for rows sorted by the experts that this rank holds."""
-        gate_SF, up_SF = multiply_groups(x_SD, self.gate_up, counts_E)
-        (y_SD,) = multiply_groups(F.silu(gate_SF) * up_SF, self.down_only, counts_E)
+        h_SF = swiglu(multiply_groups(x_SD, self.gate_up, counts_E))
+        y_SD = multiply_groups(h_SF, self.down_only, counts_E)
+        assert isinstance(y_SD, Tensor)
         return y_SD
 
 

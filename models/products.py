@@ -16,7 +16,7 @@ rounded to bf16; autograd keeps the first as it is and adds the others in place,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -47,6 +47,10 @@ class Stacked:
         """Return this rank's part of each weight."""
         return tuple(local_weight(getattr(owner, name)) for owner, name in self.places)
 
+    def rows(self) -> list[int]:
+        """Return the rows of each, here."""
+        return [weight.shape[-2] for weight in self.weights()]
+
     def joined(self, dtype: torch.dtype) -> Tensor:
         """Return the copy, or make one of the weights, differentiable."""
         return self.copy if self.copy is not None else join(self.weights(), dtype)
@@ -76,60 +80,51 @@ def apart(weights: tuple[Tensor, ...], dtype: torch.dtype) -> bool:
     return weights[0].dtype == dtype and (len(weights) == 1 or dtype.itemsize > 2)
 
 
-def multiply(x: Tensor, stacked: Stacked) -> tuple[Tensor, ...]:
-    """Return x [..., D] times each weight [out, D] transposed, in x's type.
+Joined = Tensor | tuple[Tensor, ...]
+"""What several weights made of one input: side by side in one tensor [..., R], or each its own."""
 
-    Where they are one product, the results are views of one tensor.
-    """
+
+def multiply(x: Tensor, stacked: Stacked) -> Joined:
+    """Return x [..., D] times the weights [out, D] transposed, in x's type."""
     weights = stacked.weights()
     if stacked.copy is None and apart(weights, x.dtype):
-        return tuple(F.linear(x, weight) for weight in weights)
+        made = tuple(F.linear(x, weight) for weight in weights)
+        return made[0] if len(made) == 1 else made
     if stacked.plain:
-        rows = [len(weight) for weight in weights]
-        return F.linear(x, stacked.joined(x.dtype)).split(rows, dim=-1)
-    made: tuple[Tensor, ...] = _Multiply.apply(x, stacked.copy, *weights)
-    return made
+        return F.linear(x, stacked.joined(x.dtype))
+    y: Tensor = _Multiply.apply(x, stacked.copy, *weights)
+    return y
+
+
+def separate(made: Joined, widths: Sequence[int]) -> tuple[Tensor, ...]:
+    """Return what each weight made; views where they are side by side."""
+    return made.split(list(widths), dim=-1) if isinstance(made, Tensor) else made
 
 
 class _Multiply(torch.autograd.Function):
-    """One product forward. Compiled, one for x and one for the weights backward, too.
-
-    Otherwise backward takes the gradients as they come, weight by weight, and adds up that of x
-    within the products: to put them side by side would be a pass over all of them.
-    """
+    """One product forward, one for x and one for all weights backward."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, whole_RD: Tensor | None, *weights: Tensor
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, whole_RD: Tensor | None, *weights: Tensor) -> Tensor:
         ctx.rows = [len(weight) for weight in weights]
         ctx.dtype = weights[0].dtype
         # What FSDP2 frees and gathers again must not live on in a copy.
-        ctx.gathered = whole_RD is None and ctx.dtype == x.dtype
+        gathered = whole_RD is None and ctx.dtype == x.dtype
         if whole_RD is None:
             whole_RD = join(weights, x.dtype)
-        ctx.save_for_backward(x, *(weights if ctx.gathered else (whole_RD,)))
-        return F.linear(x, whole_RD).split(ctx.rows, dim=-1)
+        ctx.save_for_backward(x, *(weights if gathered else (whole_RD,)))
+        return F.linear(x, whole_RD)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *kept = ctx.saved_tensors
-        x_TD, grads_T = x.flatten(0, -2), [grad.flatten(0, -2) for grad in grads]
-        if len(grads) > 1 and torch.compiler.is_compiling():
-            grads_T = [torch.cat(grads_T, dim=1)]
-            matrices = [join(tuple(kept), x.dtype)]
-        else:
-            matrices = kept if ctx.gathered else list(kept[0].split(ctx.rows))
+        grad_TR = grad.flatten(0, -2)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = grads_T[0] @ matrices[0]
-            for grad_T, matrix in zip(grads_T[1:], matrices[1:], strict=True):
-                grad_x.addmm_(grad_T, matrix)
-            grad_x = grad_x.view(x.shape)
-        made: list[Tensor | None] = [None] * len(grads)
+            grad_x = (grad_TR @ join(tuple(kept), x.dtype)).view(x.shape)
+        made: tuple[Tensor | None, ...] = (None,) * len(ctx.rows)
         if any(ctx.needs_input_grad[2:]):
-            products = [product(grad_T.t(), x_TD, ctx.dtype) for grad_T in grads_T]
-            made = list(products[0].split(ctx.rows) if len(products) < len(grads) else products)
+            made = product(grad_TR.t(), x.flatten(0, -2), ctx.dtype).split(ctx.rows)
         return grad_x, None, *made
 
 

@@ -23,8 +23,8 @@ from allometry.configs.model import ModelConfig
 from allometry.models.attention import Attend, attend
 from allometry.models.documents import Documents
 from allometry.models.head import Losses, OutputHead
-from allometry.models.layers import Embedding, Linear, RMSNorm, rotary_angles, rotate
-from allometry.models.products import Stacked, multiply
+from allometry.models.layers import Embedding, Linear, RMSNorm, rotary_angles, rotate, swiglu
+from allometry.models.products import Stacked, multiply, separate
 from allometry.models.router import RouterStatistics
 from allometry.scaling.inventory import Specs, inventory, within
 from allometry.scaling.parameterizations.base import ForwardScales
@@ -63,9 +63,8 @@ class Attention(nn.Module):
     def forward(self, x_BLD: Tensor, geometry: Geometry) -> Tensor:
         """Return [B, L, D]."""
         B, L, _ = x_BLD.shape
-        q_BLNH, k_BLKH, v_BLKH = (
-            y.view(B, L, -1, self.head_width) for y in multiply(x_BLD, self.qkv)
-        )
+        made = separate(multiply(x_BLD, self.qkv), self.qkv.rows())
+        q_BLNH, k_BLKH, v_BLKH = (y.view(B, L, -1, self.head_width) for y in made)
         if self.q_norm is not None and self.k_norm is not None:
             q_BLNH, k_BLKH = self.q_norm(q_BLNH), self.k_norm(k_BLKH)
         else:
@@ -88,8 +87,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         """Return [B, L, D]."""
-        gate_BLF, up_BLF = multiply(x_BLD, self.gate_up)
-        return self.down(F.silu(gate_BLF) * up_BLF)
+        return self.down(swiglu(multiply(x_BLD, self.gate_up)))
 
 
 class Block(nn.Module):
