@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from allometry.models.products import Joined, Stacked, apart, join
+from allometry.models.products import Joined, Stacked, join
 
 _KERNEL_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ALIGNMENT_BYTES = 16
@@ -39,7 +39,7 @@ def grouped_linear(x_SD: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor
 def multiply_groups(x_SD: Tensor, stacked: Stacked, counts_E: Tensor) -> Joined:
     """Return ``grouped_linear`` of the weights [E, F, D]: ``products.multiply`` for groups."""
     weights = stacked.weights()
-    if stacked.copy is None and apart(weights, x_SD.dtype):
+    if not stacked.joins(x_SD.dtype):
         made = tuple(grouped_linear(x_SD, weight, counts_E) for weight in weights)
         return made[0] if len(made) == 1 else made
     if stacked.plain:
@@ -156,11 +156,10 @@ class _GroupedLinear(torch.autograd.Function):
         x_SD = x_SD.contiguous()
         ctx.widths = [weight.shape[1] for weight in weights]
         ctx.dtype = weights[0].dtype
-        # What FSDP2 frees and gathers again must not live on in a copy.
-        gathered = whole_EFD is None and ctx.dtype == x_SD.dtype
+        # What is no step's copy is made again: FSDP2 frees weights, and gathers them for backward.
+        ctx.save_for_backward(x_SD, offsets_E, *(weights if whole_EFD is None else (whole_EFD,)))
         if whole_EFD is None:
             whole_EFD = join(weights, x_SD.dtype)
-        ctx.save_for_backward(x_SD, offsets_E, *(weights if gathered else (whole_EFD,)))
         if x_SD.shape[0] == 0:
             return x_SD.new_zeros(0, whole_EFD.shape[1])
         return _grouped_mm(x_SD, whole_EFD.transpose(-2, -1), offsets_E)

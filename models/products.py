@@ -47,6 +47,11 @@ class Stacked:
         """Return this rank's part of each weight."""
         return tuple(local_weight(getattr(owner, name)) for owner, name in self.places)
 
+    def joins(self, dtype: torch.dtype) -> bool:
+        """Return whether one product takes all of them: they are cast, or gathered in half."""
+        cast = self.copy is not None or getattr(*self.places[0]).dtype != dtype
+        return cast or (len(self.places) > 1 and dtype.itemsize <= 2)
+
     def rows(self) -> list[int]:
         """Return the rows of each, here."""
         return [weight.shape[-2] for weight in self.weights()]
@@ -75,11 +80,6 @@ def join(weights: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
     return cast[0] if len(cast) == 1 else torch.cat(cast, dim=-2)
 
 
-def apart(weights: tuple[Tensor, ...], dtype: torch.dtype) -> bool:
-    """Return whether each weight has a product of its own, as nothing is cast or gathered."""
-    return weights[0].dtype == dtype and (len(weights) == 1 or dtype.itemsize > 2)
-
-
 Joined = Tensor | tuple[Tensor, ...]
 """What several weights made of one input: side by side in one tensor [..., R], or each its own."""
 
@@ -87,7 +87,7 @@ Joined = Tensor | tuple[Tensor, ...]
 def multiply(x: Tensor, stacked: Stacked) -> Joined:
     """Return x [..., D] times the weights [out, D] transposed, in x's type."""
     weights = stacked.weights()
-    if stacked.copy is None and apart(weights, x.dtype):
+    if not stacked.joins(x.dtype):
         made = tuple(F.linear(x, weight) for weight in weights)
         return made[0] if len(made) == 1 else made
     if stacked.plain:
@@ -108,12 +108,9 @@ class _Multiply(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, whole_RD: Tensor | None, *weights: Tensor) -> Tensor:
         ctx.rows = [len(weight) for weight in weights]
         ctx.dtype = weights[0].dtype
-        # What FSDP2 frees and gathers again must not live on in a copy.
-        gathered = whole_RD is None and ctx.dtype == x.dtype
-        if whole_RD is None:
-            whole_RD = join(weights, x.dtype)
-        ctx.save_for_backward(x, *(weights if gathered else (whole_RD,)))
-        return F.linear(x, whole_RD)
+        # What is no step's copy is made again: FSDP2 frees weights, and gathers them for backward.
+        ctx.save_for_backward(x, *(weights if whole_RD is None else (whole_RD,)))
+        return F.linear(x, join(weights, x.dtype) if whole_RD is None else whole_RD)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

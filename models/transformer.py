@@ -87,6 +87,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         """Return [B, L, D]."""
+        if not self.gate_up.joins(x_BLD.dtype):  # each is used while it is in the cache
+            return self.down(F.silu(self.gate(x_BLD)) * self.up(x_BLD))
         return self.down(swiglu(multiply(x_BLD, self.gate_up)))
 
 

@@ -18,6 +18,7 @@ import pipelined
 import tiny
 from allometry.configs.run import RunConfig
 from allometry.models.init import initialize
+from allometry.models.products import stacks
 from allometry.models.transformer import Part, Transformer
 from allometry.parallel.apply import materialize
 from allometry.parallel.measure import measure_costs
@@ -136,6 +137,8 @@ def cast_weights(run: RunConfig, counts: tuple[int, ...], once: bool) -> list[in
         shapes |= {torch.Size((2 * rows, columns)) for rows, columns in shapes}  # gate and up
         shapes |= {shape[::-1] for shape in shapes}  # a product keeps the transposed
         kept: list[int] = []
+        for stacked in (s for part in made.parts.values() for s in stacks(part)):
+            stacked.plain = not once
         for count in counts:
             storages: dict[int, Tensor] = {}
 

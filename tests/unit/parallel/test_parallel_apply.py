@@ -185,7 +185,7 @@ def test_compiled_blocks_share_the_cast_weights(mesh: Mesh) -> None:
     kept: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        if tensor.numel() == 40 * 16 and tensor.dtype == torch.bfloat16:
+        if tensor.numel() in (40 * 16, 2 * 40 * 16) and tensor.dtype == torch.bfloat16:
             kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
@@ -198,7 +198,7 @@ def test_compiled_blocks_share_the_cast_weights(mesh: Mesh) -> None:
                 torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
             ):
                 losses = [loss(model, 3 + i) for i in range(4)]
-                assert len(kept) == 3 * 3, "three matrices in each of three blocks"
+                assert len(kept) == 3 * 2, "gate with up and down in each of three blocks"
                 for total in losses:
                     total.backward()
         errors = {
