@@ -42,7 +42,7 @@ def multiply_groups(x_SD: Tensor, stacked: Stacked, counts_E: Tensor) -> Joined:
     if not stacked.joins(x_SD.dtype):
         made = tuple(grouped_linear(x_SD, weight, counts_E) for weight in weights)
         return made[0] if len(made) == 1 else made
-    if stacked.plain:
+    if stacked.plain or not torch.is_grad_enabled():
         return grouped_linear(x_SD, stacked.joined(x_SD.dtype), counts_E)
     if _looped(x_SD, weights):
         return loop_linear(x_SD, join(weights, x_SD.dtype), counts_E)

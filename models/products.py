@@ -90,7 +90,8 @@ def multiply(x: Tensor, stacked: Stacked) -> Joined:
     if not stacked.joins(x.dtype):
         made = tuple(F.linear(x, weight) for weight in weights)
         return made[0] if len(made) == 1 else made
-    if stacked.plain:
+    # Without gradients, too, as torch's compiler then counts the arguments of a function of ours.
+    if stacked.plain or not torch.is_grad_enabled():
         return F.linear(x, stacked.joined(x.dtype))
     y: Tensor = _Multiply.apply(x, stacked.copy, *weights)
     return y

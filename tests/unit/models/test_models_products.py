@@ -174,6 +174,26 @@ def test_compiled_without_a_break_and_once_for_both_micro_batches() -> None:
     assert counters["stats"]["unique_graphs"] == 1
 
 
+def test_compiled_without_gradients() -> None:
+    torch._dynamo.reset()
+    model = Two(torch.float32)
+    weights = [model.gate[0], model.up[0]]
+    for count in (1, 2):
+        owners = [Linear(matrix("weight", Role.HIDDEN, len(w), 8)) for w in weights[:count]]
+        stacked = Stacked(*((owner, "weight") for owner in owners))
+        for owner, weight in zip(owners, weights, strict=False):
+            owner.weight.data.copy_(weight.detach())
+
+        def run(x: Tensor, stacked: Stacked = stacked) -> Tensor:
+            made = multiply(x, stacked)
+            assert isinstance(made, Tensor)
+            return made
+
+        x = torch.randn(7, 8).bfloat16()
+        with torch.no_grad():
+            assert torch.equal(torch.compile(run, fullgraph=True, backend="aot_eager")(x), run(x))
+
+
 def test_wide_products() -> None:
     a, b = torch.randn(5, 7).bfloat16(), torch.randn(7, 3).bfloat16()
     assert torch.equal(product(a, b, torch.float32), (a @ b).float())
