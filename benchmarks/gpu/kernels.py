@@ -21,7 +21,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,48 @@ def profile(model: str) -> dict[str, Any]:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
+    on_gpu = torch.cuda.is_available()
+
+    def seconds(first: int) -> float:
+        """Of ``PROFILED`` steps from this number on."""
+        begun = time.perf_counter()
+        for number in range(first, first + PROFILED):
+            step(number)
+        if on_gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter() - begun
+
+    with steps(MODELS[model], torch.device("cuda" if on_gpu else "cpu")) as step:
+        for number in range(1, WARMUP + 1):
+            step(number)
+        if on_gpu:
+            torch.cuda.synchronize()
+        plain = seconds(WARMUP + 1)
+        kind = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
+        with profiler(activities=[kind]) as seen:
+            wall = seconds(WARMUP + PROFILED + 1)
+    kernels = {
+        event.key: (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6
+        for event in seen.key_averages()
+    }
+    # On a GPU annotations have the time of the kernels within them: those would count twice.
+    notes = r"^(## Call|Torch-Compiled|Optimizer\.|ProfilerStep)" if on_gpu else r"^$"
+    kernels = {n: s for n, s in kernels.items() if s > 0.0 and re.search(notes, n) is None}
+    tokens = PROFILED * MODELS[model]["sequences"] * MODELS[model]["length"]
+    return {
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        "torch": torch.__version__,
+        "wall_s": wall,
+        "tokens_per_s": tokens / plain,
+        "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
+        "shares": shares(kernels.items(), wall),
+        "kernels": sorted(kernels.items(), key=lambda item: -item[1]),
+    }
+
+
+@contextmanager
+def steps(shape: dict[str, Any], device: Any) -> Iterator[Callable[[int], None]]:
+    """Yield what takes the trainer's step of a number."""
     from allometry.configs.loader import load
     from allometry.data.stream import Stream
     from allometry.data.synthetic import write_random_store
@@ -106,8 +149,6 @@ def profile(model: str) -> dict[str, Any]:
     from allometry.trainer.assemble import make_model, make_optimizer, make_train_step
     from allometry.trainer.feed import DeviceBatch
 
-    shape = MODELS[model]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory(prefix="allometry-kernels-") as folder:
         store = Path(folder) / "random"
         write_random_store(store, 2_000_000, shape["model"].get("vocab_size", 32_000))
@@ -126,48 +167,10 @@ def profile(model: str) -> dict[str, Any]:
                 first = (number - 1) * shape["sequences"]
                 places = range(first, first + shape["sequences"], shape["micro"])
                 batches = [stream.batch(at, shape["micro"]) for at in places]
-                take(
-                    number,
-                    [DeviceBatch.of(b, device, at) for b, at in zip(batches, places, strict=True)],
-                )
+                pairs = zip(batches, places, strict=True)
+                take(number, [DeviceBatch.of(batch, device, at) for batch, at in pairs])
 
-            def wait() -> None:
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-
-            for number in range(1, WARMUP + 1):
-                step(number)
-            wait()
-            begun = time.perf_counter()
-            for number in range(WARMUP + 1, WARMUP + PROFILED + 1):
-                step(number)
-            wait()
-            plain = time.perf_counter() - begun
-            kind = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
-            with profiler(activities=[kind]) as seen:
-                begun = time.perf_counter()
-                for number in range(WARMUP + PROFILED + 1, WARMUP + 2 * PROFILED + 1):
-                    step(number)
-                wait()
-                wall = time.perf_counter() - begun
-    on_gpu = device.type == "cuda"
-    kernels = {
-        event.key: (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6
-        for event in seen.key_averages()
-    }
-    # On a GPU annotations have the time of the kernels within them: those would count twice.
-    notes = r"^(## Call|Torch-Compiled|Optimizer\.|ProfilerStep)" if on_gpu else r"^$"
-    kernels = {n: s for n, s in kernels.items() if s > 0.0 and re.search(notes, n) is None}
-    tokens = PROFILED * shape["sequences"] * shape["length"]
-    return {
-        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
-        "torch": torch.__version__,
-        "wall_s": wall,
-        "tokens_per_s": tokens / plain,
-        "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
-        "shares": shares(kernels.items(), wall),
-        "kernels": sorted(kernels.items(), key=lambda item: -item[1]),
-    }
+            yield step
 
 
 def description(shape: dict[str, Any], store: Path, run: Path) -> dict[str, Any]:
