@@ -13,7 +13,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "gpu" / "kernels.py"
 SPEC = importlib.util.spec_from_file_location("benchmark_kernels", SCRIPT)
-assert SPEC is not None and SPEC.loader is not None
+assert SPEC is not None
+assert SPEC.loader is not None
 kernels = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(kernels)
 
