@@ -66,6 +66,7 @@ gpu: install
 	$(BIN)/python -m pytest -q tests/gpu tests/unit/models/test_models_cuda.py tests/dist/test_dist_cuda.py tests/dist/test_dist_cuda_layouts.py
 	$(BIN)/python benchmarks/gpu/throughput.py
 	$(BIN)/python benchmarks/loss_memory.py --device cuda
+	$(BIN)/python benchmarks/gpu/kernels.py
 
 check: install
 	$(BIN)/ruff check .

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from allometry.models.products import Joined, Stacked, join
+
 _KERNEL_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ALIGNMENT_BYTES = 16
 
@@ -28,13 +30,34 @@ def grouped_linear(x_SD: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor
     is zero. Where torch has no kernel for this type or alignment, a loop over groups does it,
     which waits for the counts on a GPU.
     """
+    if _looped(x_SD, (weight_EFD,)):
+        return loop_linear(x_SD, weight_EFD, counts_E)
+    y_SF: Tensor = _GroupedLinear.apply(x_SD, _offsets(counts_E), None, weight_EFD)
+    return y_SF
+
+
+def multiply_groups(x_SD: Tensor, stacked: Stacked, counts_E: Tensor) -> Joined:
+    """Return ``grouped_linear`` of the weights [E, F, D]: ``products.multiply`` for groups."""
+    weights = stacked.weights()
+    if not stacked.joins(x_SD.dtype):
+        made = tuple(grouped_linear(x_SD, weight, counts_E) for weight in weights)
+        return made[0] if len(made) == 1 else made
+    if stacked.plain or not torch.is_grad_enabled():
+        return grouped_linear(x_SD, stacked.joined(x_SD.dtype), counts_E)
+    if _looped(x_SD, weights):
+        return loop_linear(x_SD, join(weights, x_SD.dtype), counts_E)
+    y_SF: Tensor = _GroupedLinear.apply(x_SD, _offsets(counts_E), stacked.copy, *weights)
+    return y_SF
+
+
+def _offsets(counts_E: Tensor) -> Tensor:
+    return counts_E.cumsum(0).to(torch.int32)
+
+
+def _looped(x_SD: Tensor, weights: tuple[Tensor, ...]) -> bool:
     # Without values there is nothing to loop over, and a compiler cannot trace a loop of data.
     traced = torch.compiler.is_compiling() or isinstance(x_SD, FakeTensor)
-    if traced or _has_kernel(x_SD.dtype, weight_EFD.shape):
-        offsets_E = counts_E.cumsum(0).to(torch.int32)
-        y_SF: Tensor = _GroupedLinear.apply(x_SD, weight_EFD, offsets_E)
-        return y_SF
-    return loop_linear(x_SD, weight_EFD, counts_E)
+    return not traced and not all(_has_kernel(x_SD.dtype, w.shape) for w in weights)
 
 
 def loop_linear(x_SD: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor:
@@ -127,28 +150,40 @@ class _GroupedLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x_SD: Tensor, weight_EFD: Tensor, offsets_E: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x_SD: Tensor, offsets_E: Tensor, whole_EFD: Tensor | None, *weights: Tensor
+    ) -> Tensor:
         x_SD = x_SD.contiguous()
-        ctx.save_for_backward(x_SD, weight_EFD, offsets_E)
+        ctx.widths = [weight.shape[1] for weight in weights]
+        ctx.dtype = weights[0].dtype
+        # What is no step's copy is made again: FSDP2 frees weights, and gathers them for backward.
+        ctx.save_for_backward(x_SD, offsets_E, *(weights if whole_EFD is None else (whole_EFD,)))
+        if whole_EFD is None:
+            whole_EFD = join(weights, x_SD.dtype)
         if x_SD.shape[0] == 0:
-            return x_SD.new_zeros(0, weight_EFD.shape[1])
-        return _grouped_mm(x_SD, weight_EFD.transpose(-2, -1), offsets_E)
+            return x_SD.new_zeros(0, whole_EFD.shape[1])
+        return _grouped_mm(x_SD, whole_EFD.transpose(-2, -1), offsets_E)
 
     @staticmethod
-    def backward(ctx: Any, grad_SF: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x_SD, weight_EFD, offsets_E = ctx.saved_tensors
-        if x_SD.shape[0] == 0:
-            return torch.zeros_like(x_SD), torch.zeros_like(weight_EFD), None
-        grad_SF = grad_SF.contiguous()
+    def backward(ctx: Any, grad_SF: Tensor) -> tuple[Tensor | None, ...]:
+        x_SD, offsets_E, *kept = ctx.saved_tensors
+        whole_EFD = join(tuple(kept), x_SD.dtype)
         grad_x = grad_weight = None
-        if ctx.needs_input_grad[0]:
-            grad_x = _grouped_mm(grad_SF, weight_EFD, offsets_E)
-        if ctx.needs_input_grad[1]:
-            grad_weight = _grouped_mm(grad_SF.t(), x_SD, offsets_E)
-            if grad_weight.is_cuda:
-                empty_E = offsets_E.diff(prepend=offsets_E.new_zeros(1)) == 0
-                grad_weight = grad_weight.masked_fill(empty_E[:, None, None], 0.0)
-        return grad_x, grad_weight, None
+        if x_SD.shape[0] == 0:
+            grad_x, grad_weight = torch.zeros_like(x_SD), torch.zeros_like(whole_EFD)
+        else:
+            grad_SF = grad_SF.contiguous()
+            if ctx.needs_input_grad[0]:
+                grad_x = _grouped_mm(grad_SF, whole_EFD, offsets_E)
+            if any(ctx.needs_input_grad[3:]):
+                grad_weight = _grouped_mm(grad_SF.t(), x_SD, offsets_E)
+                if grad_weight.is_cuda:
+                    empty_E = offsets_E.diff(prepend=offsets_E.new_zeros(1)) == 0
+                    grad_weight = grad_weight.masked_fill(empty_E[:, None, None], 0.0)
+        made: list[Tensor | None] = [None] * len(ctx.widths)
+        if grad_weight is not None:
+            made = [part.to(ctx.dtype) for part in grad_weight.split(ctx.widths, dim=1)]
+        return grad_x, None, None, *made
 
 
 class Sorting(NamedTuple):

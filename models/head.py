@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from allometry.configs.model import ModelConfig
 from allometry.models.loss import GradientSum, WholeSoftmax, linear_cross_entropy
-from allometry.models.parameters import OwnsParameters, local_weight
+from allometry.models.parameters import OwnsParameters
+from allometry.models.products import Stacked
 from allometry.models.vocabulary import SharedSoftmax, Vocabulary
 from allometry.scaling.roles import ParamSpec
 
@@ -29,7 +30,9 @@ class Losses(NamedTuple):
 
 
 class OutputHead(OwnsParameters):
-    """Logits or loss. ``weight`` is None where the embedding is the head: it is then passed in.
+    """Logits or loss. ``weight`` is None where the head is ``tied`` to the embedding, the owner.
+
+    ``stacked`` is the weight as products read it.
 
     ``compile`` compiles the softmax of a chunk only: matrix products gain nothing, and a loop
     over chunks would be unrolled into one large graph. ``softmax`` says whether the weight here is
@@ -38,15 +41,23 @@ class OutputHead(OwnsParameters):
 
     weight: nn.Parameter | None
 
-    def __init__(self, spec: ParamSpec | None, model: ModelConfig, scale: float) -> None:
+    def __init__(
+        self,
+        spec: ParamSpec | None,
+        model: ModelConfig,
+        scale: float,
+        tied: OwnsParameters | None = None,
+    ) -> None:
         super().__init__()
         self.scale, self.z_loss, self.vocab_size = scale, model.z_loss, model.vocab_size
         self.softmax: WholeSoftmax | SharedSoftmax = WholeSoftmax()
         self.gradient_sum: GradientSum | None = None
         if spec is None:
+            assert tied is not None
             self.register_parameter("weight", None)
         else:
             self.own("weight", spec)
+        self.stacked = Stacked((self if tied is None else tied, "weight"))
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the loss with these options of ``torch.compile``."""
@@ -57,23 +68,19 @@ class OutputHead(OwnsParameters):
         """Which part of the vocabulary the weight here is; None: all of it."""
         return self.softmax.vocabulary if isinstance(self.softmax, SharedSoftmax) else None
 
-    def forward(
-        self, x_BLD: Tensor, targets_BL: Tensor | None, tied_VD: Tensor | None
-    ) -> Tensor | Losses:
+    def forward(self, x_BLD: Tensor, targets_BL: Tensor | None) -> Tensor | Losses:
         """Return logits [B, L, V] (fp32 or wider), or with targets the losses."""
-        weight_VD = self.weight if tied_VD is None else tied_VD
-        assert weight_VD is not None
-        weight_VD = local_weight(weight_VD)
         if targets_BL is None:
-            logits_BLV = F.linear(x_BLD, weight_VD.to(x_BLD.dtype))
+            logits_BLV = F.linear(x_BLD, self.stacked.joined(x_BLD.dtype))
             if self.vocabulary is not None:
                 logits_BLV = self.vocabulary.gather(logits_BLV)
             wide = torch.promote_types(x_BLD.dtype, torch.float32)
             return logits_BLV.to(wide) * self.scale
         total, nll_T = linear_cross_entropy(
             x_BLD.flatten(0, 1),
-            weight_VD,
+            *self.stacked.weights(),
             targets_BL.flatten(),
+            cast_VD=self.stacked.copy,
             logit_scale=self.scale,
             z_loss=self.z_loss,
             softmax=self.softmax,

@@ -4,11 +4,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from allometry.models.parameters import OwnsParameters, local_weight
+from allometry.models.products import Joined, Stacked, multiply
 from allometry.scaling.roles import ParamSpec
 
 
@@ -22,10 +25,13 @@ class Linear(OwnsParameters, nn.Linear):
         self.in_features, self.out_features = spec.fan_in, spec.fan_out
         self.register_parameter("bias", None)
         self.own("weight", spec)
+        self.stacked = Stacked((self, "weight"))
 
     def forward(self, input: Tensor) -> Tensor:
         """Return [..., out] in ``input``'s type."""
-        return F.linear(input, self.cast("weight", input.dtype))
+        y = multiply(input, self.stacked)
+        assert isinstance(y, Tensor)
+        return y
 
 
 class Embedding(OwnsParameters, nn.Embedding):
@@ -85,3 +91,36 @@ def rotate(x_BLNH: Tensor, cos_BL1h: Tensor, sin_BL1h: Tensor) -> Tensor:
         second * cos_BL1h + first * sin_BL1h,
     )
     return torch.cat(turned, dim=-1).to(x_BLNH.dtype)
+
+
+def swiglu(gate_up: Joined) -> Tensor:
+    """Return silu(gate) * up (arXiv 2002.05202), of two tensors or of one that has both, [..., 2F].
+
+    The gradient of one is one: halves that are put together would be a pass of their own.
+    """
+    if not isinstance(gate_up, Tensor):
+        gate, up = gate_up
+        return F.silu(gate) * up
+    made: Tensor = _SwiGLU.apply(gate_up)
+    return made
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        silu = F.silu(gate)
+        ctx.save_for_backward(gate_up, silu)
+        return silu * up
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        gate_up, silu = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        if torch.compiler.is_compiling():  # into one tensor all the same, and functional
+            return torch.cat([torch.ops.aten.silu_backward(grad * up, gate), grad * silu], dim=-1)
+        made = torch.empty_like(gate_up)
+        of_gate, of_up = made.chunk(2, dim=-1)
+        torch.ops.aten.silu_backward(grad * up, gate, grad_input=of_gate)
+        torch.mul(grad, silu, out=of_up)
+        return made

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -11,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
+
+from allometry.models.products import add_product_, product
 
 IGNORE = -100
 """A target that does not count (the same number as in ``allometry.data.batch``)."""
@@ -38,8 +41,17 @@ class ChunkSoftmax(Protocol):
         """Return (nll_c, the z-loss) and leave the logits alone."""
 
 
+def row_kernels(logits_cv: Tensor) -> Any:
+    """Return the module of kernels that do these logits row by row on CUDA, or None: torch does."""
+    if not logits_cv.is_cuda or importlib.util.find_spec("triton") is None:
+        return None
+    from allometry.models import loss_triton
+
+    return loss_triton if loss_triton.takes(logits_cv) else None
+
+
 class WholeSoftmax(ChunkSoftmax):
-    """All columns are here. ``compile`` compiles the gradient of a chunk."""
+    """All columns are here. ``compile`` compiles the gradient of a chunk that torch computes."""
 
     def __init__(self) -> None:
         self._gradient_: ChunkGradient = softmax_gradient_
@@ -56,7 +68,11 @@ class WholeSoftmax(ChunkSoftmax):
     def gradient_(
         self, logits_cV: Tensor, targets_c: Tensor, logit_scale: float, z_loss: float
     ) -> tuple[Tensor, Tensor]:
-        return self._gradient_(logits_cV, targets_c, logit_scale, z_loss)
+        kernels = row_kernels(logits_cV)
+        if kernels is None:
+            return self._gradient_(logits_cV, targets_c, logit_scale, z_loss)
+        nll_c, log_z_c = kernels.gradient_(logits_cV, targets_c, logit_scale, z_loss, IGNORE)
+        return nll_c, z_loss * log_z_c.square().sum()
 
     @override
     def loss(
@@ -111,6 +127,7 @@ def linear_cross_entropy(
     chunk_tokens: int | None = None,
     softmax: ChunkSoftmax | None = None,
     gradient_sum: GradientSum | None = None,
+    cast_VD: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return (total, nll_T) of logits = ``logit_scale`` * x @ weight.T.
 
@@ -125,7 +142,8 @@ def linear_cross_entropy(
     ``chunk_tokens`` None: ``default_chunk_tokens``. ``softmax`` None: the weight is the whole
     vocabulary (``WholeSoftmax``). Where it is a part, ``total`` and ``nll_T`` are of the whole, the
     gradient of the weight is the part's, and that of x is the part's summand. ``gradient_sum``:
-    what adds up the weight's gradient over calls.
+    what adds up the weight's gradient over calls. ``cast_VD``: the weight in x's type, where it is
+    there already.
     """
     assert x_TD.ndim == 2, x_TD.shape
     assert targets_T.shape == x_TD.shape[:1], (targets_T.shape, x_TD.shape)
@@ -134,7 +152,7 @@ def linear_cross_entropy(
         columns = softmax.columns(weight_VD)
         chunk_tokens = default_chunk_tokens(len(x_TD), columns, x_TD.dtype, x_TD.device.type)
     if torch.is_grad_enabled() and (x_TD.requires_grad or weight_VD.requires_grad):
-        options = (logit_scale, z_loss, chunk_tokens, softmax)
+        options = (cast_VD, logit_scale, z_loss, chunk_tokens, softmax)
         if gradient_sum is None or not weight_VD.requires_grad:
             return _LinearCrossEntropy.apply(x_TD, weight_VD, None, targets_T, *options, None)
         handle: Tensor = _HandOver.apply(weight_VD, gradient_sum, _wide(x_TD))
@@ -142,7 +160,7 @@ def linear_cross_entropy(
             x_TD, weight_VD.detach(), handle, targets_T, *options, gradient_sum
         )
     total, nll_T = _empty_sums(x_TD)
-    weight = weight_VD.to(x_TD.dtype)
+    weight = weight_VD.to(x_TD.dtype) if cast_VD is None else cast_VD
     for part in _chunks(x_TD.shape[0], chunk_tokens):
         logits = F.linear(x_TD[part], weight)
         nll_T[part], penalty = softmax.loss(logits, targets_T[part], logit_scale, z_loss)
@@ -159,14 +177,15 @@ def default_chunk_tokens(tokens: int, vocab_size: int, dtype: torch.dtype, devic
     are fastest, 2048 take 1.3 times as long). A GPU's cache holds no useful chunk, and its products
     want thousands of tokens (H100, bf16, compiled: V = 128k and D = 2048 run at .60, .77, .92 of
     the speed of 4096 tokens with 512, 1024, 2048; a model of 125M parameters trains 1.05 times as
-    fast with 8192 as with 2000). So there it is an eighth of the full logits, but at least 192 MiB,
-    which keeps the peak at V = 128k and 4k tokens below a tenth of theirs, and at most 1 GiB.
+    fast with 8192 as with 2000). So there it is an eighth of the full logits, but at least 256 MiB,
+    which keeps the peak at V = 128k and 4k tokens below a tenth of theirs, and at most 1 GiB. A
+    rule rather than a measurement: a run that resumes adds up the same chunks.
     """
     row_bytes = vocab_size * dtype.itemsize
     if device_type == "cpu":
         held = 8 << 20
     else:
-        held = min(max(tokens * row_bytes // 8, 192 << 20), 1 << 30)
+        held = min(max(tokens * row_bytes // 8, 256 << 20), 1 << 30)
     return min(max(held // row_bytes // 128 * 128, 128), 8192)
 
 
@@ -248,6 +267,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight_VD: Tensor,
         handle: Tensor | None,
         targets_T: Tensor,
+        cast_VD: Tensor | None,
         logit_scale: float,
         z_loss: float,
         chunk_tokens: int,
@@ -256,7 +276,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         need_x, need_weight = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3])
         total, nll_T = _empty_sums(x_TD)
-        weight = weight_VD.to(x_TD.dtype)
+        weight = weight_VD.to(x_TD.dtype) if cast_VD is None else cast_VD
         grad_x = torch.empty_like(x_TD) if need_x else None
         grad_weight = None if gradient_sum is None else gradient_sum.pending_VD
 
@@ -301,7 +321,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             same = "the loss was differentiated before, with another factor"
             torch._assert_async(ctx.scaled_by == grad_total, same)
         handle = grad_total if ctx.needs_input_grad[2] else None
-        return *grads, handle, *([None] * 6)
+        return *grads, handle, *([None] * 7)
 
 
 def _accumulate(
@@ -309,10 +329,8 @@ def _accumulate(
 ) -> Tensor:
     """Add gradient.T @ x to the weight's gradient, which is kept in ``wide``."""
     if grad_weight is None:
-        return torch.mm(gradient_cV.t(), x_cD).to(wide)
-    if x_cD.dtype == wide:
-        return grad_weight.addmm_(gradient_cV.t(), x_cD)
-    return grad_weight.add_(torch.mm(gradient_cV.t(), x_cD))
+        return product(gradient_cV.t(), x_cD, wide)
+    return add_product_(grad_weight, gradient_cV.t(), x_cD)
 
 
 def reference_cross_entropy(

@@ -15,14 +15,14 @@ import math
 from collections.abc import Callable, Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
 from allometry.configs.model import AuxiliaryBalance, BiasBalance, MoEModel
-from allometry.models.grouped import gather_rows, grouped_linear, sort_by_expert, spread_rows
-from allometry.models.layers import Linear
+from allometry.models.grouped import gather_rows, multiply_groups, sort_by_expert, spread_rows
+from allometry.models.layers import Linear, swiglu
 from allometry.models.parameters import OwnsParameters
+from allometry.models.products import Stacked
 from allometry.models.router import Router, RouterStatistics
 from allometry.models.transformer import Block, FeedForward, Geometry, Transformer
 from allometry.scaling.inventory import Specs, within
@@ -57,6 +57,8 @@ class Experts(OwnsParameters):
         self.exchange: Exchange = stay
         for name in ("gate", "up", "down"):
             self.own(name, specs[name])
+        self.gate_up = Stacked((self, "gate"), (self, "up"))
+        self.down_only = Stacked((self, "down"))
 
     def forward(self, x_TD: Tensor, gates_Tk: Tensor, experts_Tk: Tensor) -> Tensor:
         """Return [T, D] in x's type: the sum over each token's experts, times its gates."""
@@ -67,10 +69,10 @@ class Experts(OwnsParameters):
 
     def compute(self, x_SD: Tensor, counts_E: Tensor) -> Tensor:
         """Return [S, D] for rows sorted by the experts that this rank holds."""
-        gate, up, down = (self.cast(name, x_SD.dtype) for name in ("gate", "up", "down"))
-        gate_SF = grouped_linear(x_SD, gate, counts_E)
-        up_SF = grouped_linear(x_SD, up, counts_E)
-        return grouped_linear(F.silu(gate_SF) * up_SF, down, counts_E)
+        h_SF = swiglu(multiply_groups(x_SD, self.gate_up, counts_E))
+        y_SD = multiply_groups(h_SF, self.down_only, counts_E)
+        assert isinstance(y_SD, Tensor)
+        return y_SD
 
 
 class MoEFeedForward(nn.Module):

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from allometry.models.attention import Attend
 from allometry.models.documents import Documents
-from allometry.models.parameters import local_weight
 from allometry.models.transformer import Block, Geometry, Transformer
 
 SUMS = (
@@ -166,11 +165,12 @@ class Observer:
 
     @torch.no_grad()
     def _see_head(self, head: Any, inputs: tuple[Any, ...]) -> None:
-        x_BLD, _, tied_VD = inputs
-        weight_VD = local_weight(head.weight if tied_VD is None else tied_VD)
+        x_BLD = inputs[0]
         B, L, _ = x_BLD.shape
         place_Q = self._places(L, x_BLD.device)
-        logits_BQV = _wide(F.linear(x_BLD[:, place_Q], weight_VD.to(x_BLD.dtype))) * head.scale
+        logits_BQV = (
+            _wide(F.linear(x_BLD[:, place_Q], head.stacked.joined(x_BLD.dtype))) * head.scale
+        )
         largest_BQ = logits_BQV.amax(2)
         if head.vocabulary is not None:
             head.vocabulary.max_(largest_BQ)

@@ -23,7 +23,8 @@ from allometry.configs.model import ModelConfig
 from allometry.models.attention import Attend, attend
 from allometry.models.documents import Documents
 from allometry.models.head import Losses, OutputHead
-from allometry.models.layers import Embedding, Linear, RMSNorm, rotary_angles, rotate
+from allometry.models.layers import Embedding, Linear, RMSNorm, rotary_angles, rotate, swiglu
+from allometry.models.products import Stacked, multiply, separate
 from allometry.models.router import RouterStatistics
 from allometry.scaling.inventory import Specs, inventory, within
 from allometry.scaling.parameterizations.base import ForwardScales
@@ -57,15 +58,17 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(q_norm, model.norm_eps) if q_norm else None
         self.k_norm = RMSNorm(k_norm, model.norm_eps) if k_norm else None
         self.wo = Linear(specs["wo.weight"])
+        self.qkv = Stacked(*((w, "weight") for w in (self.wq, self.wk, self.wv)))
 
     def forward(self, x_BLD: Tensor, geometry: Geometry) -> Tensor:
         """Return [B, L, D]."""
         B, L, _ = x_BLD.shape
-        q_BLNH, k_BLKH, v_BLKH = (
-            w(x_BLD).view(B, L, -1, self.head_width) for w in (self.wq, self.wk, self.wv)
-        )
+        made = separate(multiply(x_BLD, self.qkv), self.qkv.rows())
+        q_BLNH, k_BLKH, v_BLKH = (y.view(B, L, -1, self.head_width) for y in made)
         if self.q_norm is not None and self.k_norm is not None:
             q_BLNH, k_BLKH = self.q_norm(q_BLNH), self.k_norm(k_BLKH)
+        else:
+            v_BLKH = v_BLKH.contiguous()  # a view would keep queries and keys for backward
         q_BLNH = rotate(q_BLNH, geometry.cos_BL1h, geometry.sin_BL1h)
         k_BLKH = rotate(k_BLKH, geometry.cos_BL1h, geometry.sin_BL1h)
         o_BLNH = self.core(q_BLNH, k_BLKH, v_BLKH, geometry.documents, self.scale)
@@ -80,10 +83,13 @@ class FeedForward(nn.Module):
         self.gate = Linear(specs["gate.weight"])
         self.up = Linear(specs["up.weight"])
         self.down = Linear(specs["down.weight"])
+        self.gate_up = Stacked((self.gate, "weight"), (self.up, "weight"))
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         """Return [B, L, D]."""
-        return self.down(F.silu(self.gate(x_BLD)) * self.up(x_BLD))
+        if not self.gate_up.joins(x_BLD.dtype):  # each is used while it is in the cache
+            return self.down(F.silu(self.gate(x_BLD)) * self.up(x_BLD))
+        return self.down(swiglu(multiply(x_BLD, self.gate_up)))
 
 
 class Block(nn.Module):
@@ -169,7 +175,10 @@ class Transformer(nn.Module):
             self.blocks[str(layer)] = self._make_block(of_block, model, scales, layer)
         self.final_norm = RMSNorm(specs["final_norm.weight"], model.norm_eps) if part.last else None
         head = specs.get("head.weight")
-        self.head = OutputHead(head, model, scales.output) if part.last else None
+        # A tied head is the embedding's weight passed on, not a second name for it: a parameter
+        # has one owner, so that moving off the meta device or sharding cannot untie the two.
+        owner = self.embedding if self.tied else None
+        self.head = OutputHead(head, model, scales.output, owner) if part.last else None
         self._statistics: dict[int, RouterStatistics] = {}
 
     def _make_block(
@@ -207,11 +216,7 @@ class Transformer(nn.Module):
                 self._add_statistics(int(layer), statistics)
         if self.final_norm is None or self.head is None or blocks_only:
             return x_BLD
-        x_BLD = self.final_norm(x_BLD)
-        # A tied head is the embedding's weight passed on, not a second name for it: a parameter
-        # has one owner, so that moving off the meta device or sharding cannot untie the two.
-        tied_VD = self.embedding.weight if self.tied and self.embedding is not None else None
-        return self.head(x_BLD, targets_BL, tied_VD)
+        return self.head(self.final_norm(x_BLD), targets_BL)
 
     def take_statistics(self) -> dict[int, RouterStatistics]:
         """Return what the routers saw since the last call, by layer, and forget it.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from allometry.models.loss import IGNORE, ChunkSoftmax
+from allometry.models.loss import IGNORE, ChunkSoftmax, row_kernels
 
 
 class Vocabulary(Protocol):
@@ -40,19 +40,18 @@ class Vocabulary(Protocol):
 class SharedSoftmax(ChunkSoftmax):
     """``WholeSoftmax`` on a part of the columns.
 
-    Exponentials are computed twice rather than kept in a wide type. ``compile`` compiles what
-    lies between two exchanges: a pass that reads the logits for the maxima, one for the sums, and
-    one that reads and writes.
+    Exponentials are computed twice rather than kept in a wide type: a pass reads the logits for
+    maxima and sums of the part (which the exchanged maxima then scale), another reads and writes.
+    ``compile`` compiles both, where torch computes them.
     """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary
-        self._maxima, self._sums, self._write_ = _maxima, _sums, _write_
+        self._scan, self._write_ = _scan, _write_
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the passes over the logits with these options of ``torch.compile``."""
-        self._maxima = torch.compile(_maxima, *args, **kwargs)
-        self._sums = torch.compile(_sums, *args, **kwargs)
+        self._scan = torch.compile(_scan, *args, **kwargs)
         self._write_ = torch.compile(_write_, *args, **kwargs)
 
     @override
@@ -68,7 +67,9 @@ class SharedSoftmax(ChunkSoftmax):
         log_z_c, counted_c = largest_c + sums_c.log(), targets_c != IGNORE
         # d/dlogits of -log p(t) + z log²Z is (1 + 2 z log Z) p - onehot(t).
         weight_c = ((1.0 + 2.0 * z_loss * log_z_c) * logit_scale).where(counted_c, 0.0) / sums_c
-        self._write_(logits_cv, own_c, largest_c, weight_c, logit_scale)
+        kernels = row_kernels(logits_cv)
+        write_ = self._write_ if kernels is None else kernels.write_
+        write_(logits_cv, own_c, largest_c, weight_c, logit_scale)
         return _loss(log_z_c, target_c, counted_c, z_loss)
 
     @override
@@ -84,9 +85,12 @@ class SharedSoftmax(ChunkSoftmax):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return maxima, sums of exponentials above them and targets' logits, over all parts."""
         assert logit_scale > 0.0, logit_scale
-        largest_c = self._maxima(logits_cv, logit_scale)
+        kernels = row_kernels(logits_cv)
+        scan = self._scan if kernels is None else kernels.scan
+        part_c, sums_c, target_c = scan(logits_cv, own_c, logit_scale)
+        largest_c = part_c.clone()
         self.vocabulary.max_(largest_c)
-        both_2c = self._sums(logits_cv, own_c, largest_c, logit_scale)
+        both_2c = torch.stack([sums_c * (part_c - largest_c).exp(), target_c])
         self.vocabulary.sum_(both_2c)
         sums_c, target_c = both_2c.unbind()
         return largest_c, sums_c, target_c
@@ -96,18 +100,15 @@ def _wide(logits: Tensor) -> torch.dtype:
     return torch.promote_types(logits.dtype, torch.float32)
 
 
-def _maxima(logits_cv: Tensor, logit_scale: float) -> Tensor:
-    return logits_cv.amax(dim=1).to(_wide(logits_cv)) * logit_scale
-
-
-def _sums(logits_cv: Tensor, own_c: Tensor, largest_c: Tensor, logit_scale: float) -> Tensor:
-    """Return [2, c]: sums of exponentials, and the targets' logits, 0 where they are elsewhere."""
+def _scan(logits_cv: Tensor, own_c: Tensor, logit_scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return maxima, sums of exponentials above them, targets' logits (0 where elsewhere), [c]."""
     scaled_cv = logits_cv.to(_wide(logits_cv)) * logit_scale
     here_c = (own_c >= 0) & (own_c < logits_cv.shape[1])
     index_c1 = own_c.where(here_c, 0)[:, None]
     target_c = scaled_cv.gather(1, index_c1)[:, 0].where(here_c, 0.0)
+    largest_c = scaled_cv.amax(dim=1)
     sums_c = scaled_cv.sub_(largest_c[:, None]).exp_().sum(dim=1)
-    return torch.stack([sums_c, target_c])
+    return largest_c, sums_c, target_c
 
 
 def _write_(

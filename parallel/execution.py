@@ -4,16 +4,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from typing_extensions import override
 
 from allometry.models.documents import Documents
 from allometry.models.head import Losses
+from allometry.models.products import cast_once
 from allometry.models.transformer import Transformer
 from allometry.parallel.reduce import GradientSync
 
@@ -32,6 +34,16 @@ class MicroBatch(Protocol):
     @property
     def documents(self) -> Documents | None:
         """Where documents begin and end."""
+
+
+@contextmanager
+def cast_weights(parts: Iterable[Transformer]) -> Iterator[None]:
+    """Cast what is not sharded once, for all micro-batches that run inside."""
+    with ExitStack() as stack:
+        for part in parts:
+            if not isinstance(part, FSDPModule):
+                stack.enter_context(cast_once(part, part.compute_dtype))
+        yield
 
 
 Observe = Callable[[int, Tensor], None]
@@ -93,6 +105,16 @@ class Accumulation(Execution):
         observe: Observe,
         before: Callable[[int], None] | None = None,
     ) -> None:
+        with cast_weights([self._model]):
+            self._train(batches, scale, observe, before)
+
+    def _train(
+        self,
+        batches: Sequence[MicroBatch],
+        scale: Tensor,
+        observe: Observe,
+        before: Callable[[int], None] | None,
+    ) -> None:
         uneven = self._filling is not None
         closing = self._sync.begin_uneven() if uneven else False
         for index, batch in enumerate(batches):
@@ -111,15 +133,17 @@ class Accumulation(Execution):
     @override
     @torch.no_grad()
     def evaluate(self, batches: Sequence[MicroBatch], observe: Observe) -> None:
-        for index, batch in enumerate(batches):
-            observe(index, self._losses(batch).nll_BL)
+        with cast_weights([self._model]):
+            for index, batch in enumerate(batches):
+                observe(index, self._losses(batch).nll_BL)
 
     @torch.no_grad()
     def count_visits(
         self, batches: Sequence[MicroBatch], before: Callable[[int], None] | None = None
     ) -> None:
         """See ``Execution``."""
-        with self._sync.gathered() if self._filling is not None else nullcontext():
+        gathered = self._sync.gathered() if self._filling is not None else nullcontext()
+        with gathered, cast_weights([self._model]):
             for index, batch in enumerate(batches):
                 if before is not None:
                     before(index)

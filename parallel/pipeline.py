@@ -24,7 +24,7 @@ multiples of pp, the others for all numbers that they take.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,9 +38,9 @@ from typing_extensions import override
 from allometry.configs.model import ModelConfig
 from allometry.models.head import Losses
 from allometry.models.loss import GradientSum
-from allometry.models.parameters import cast_once
+from allometry.models.products import stacks
 from allometry.models.transformer import Transformer
-from allometry.parallel.execution import Execution, MicroBatch, Observe
+from allometry.parallel.execution import Execution, MicroBatch, Observe, cast_weights
 from allometry.parallel.mesh import Mesh
 from allometry.parallel.reduce import GradientSync
 from allometry.parallel.stage import Stage, StepInputs
@@ -146,10 +146,7 @@ class PipelineExecution(Execution):
         for stage in prepared.stages:
             stage.inputs = inputs
         try:
-            with ExitStack() as stack:
-                for part in self._parts.values():
-                    if not isinstance(part, FSDPModule):
-                        stack.enter_context(cast_once(part, self._dtype))
+            with cast_weights(self._parts.values()):
                 prepared.schedule.step(
                     *((index,) if 0 in self._parts else ()), return_outputs=False, **given
                 )
@@ -164,7 +161,8 @@ class PipelineExecution(Execution):
     def evaluate(self, batches: Sequence[MicroBatch], observe: Observe) -> None:
         # Micro-batches may be any number, each of any shape.
         self._tied.send_value()
-        self._forward(batches, observe)
+        with cast_weights(self._parts.values()):
+            self._forward(batches, observe)
 
     @override
     @torch.no_grad()
@@ -172,7 +170,8 @@ class PipelineExecution(Execution):
         self, batches: Sequence[MicroBatch], before: Callable[[int], None] | None = None
     ) -> None:
         # ``before(i)`` runs on every rank, before its first stage's forward.
-        with self._sync.gathered() if self._uneven else nullcontext():
+        gathered = self._sync.gathered() if self._uneven else nullcontext()
+        with gathered, cast_weights(self._parts.values()):
             self._forward(batches, None, before)
 
     def _forward(
@@ -298,6 +297,8 @@ def _gather_first_and_reduce_last(schedule: Any) -> None:
 def _prepare_for_split(parts: Iterable[Transformer]) -> None:
     """Set what the two halves of a backward need."""
     for part in parts:
+        for stacked in stacks(part):
+            stacked.plain = True
         for module in part.modules():
             assert module._compiled_call_impl is None, "compiled code has no halves"
             if isinstance(module, FSDPModule):

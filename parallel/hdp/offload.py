@@ -39,6 +39,7 @@ from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_map_only
 
+from allometry.models.products import stacks
 from allometry.models.router import RouterStatistics
 from allometry.models.transformer import Geometry, Transformer
 
@@ -239,7 +240,9 @@ class _Packing:
     def __init__(self, store: ActivationStore, block: nn.Module, geometry: Geometry) -> None:
         self._moved = _Moved()
         self._store, self._block = store, block
-        self._shared = {tensor.untyped_storage()._cdata for tensor in _tensors(geometry)}
+        copies = (stacked.copy for stacked in stacks(block))
+        shared = [*_tensors(geometry), *(copy for copy in copies if copy is not None)]
+        self._shared = {tensor.untyped_storage()._cdata for tensor in shared}
         # By storage and version. The reference keeps the number of a storage that has gone from
         # being given to another.
         self._seen: dict[tuple[int, int], tuple[StorageWeakRef, _Kept]] = {}

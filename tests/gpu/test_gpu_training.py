@@ -115,7 +115,7 @@ def test_stages_equal_stage_0(tiny: Make, dtype: str, stage: int, compiled: str)
     common = (*SHAPE, f"training.compute_dtype={dtype}", f"training.compile={compiled}")
     reference = gradients(tiny(*common), CUDA)
     error, name = worst(gradients(tiny(*common, f"parallel.zero.stage={stage}"), CUDA), reference)
-    # In bf16, stage 0 adds micro-batches up in fp32 from bf16 products, as the others do.
+    # In bf16, stage 0 adds up products in fp32; the others round each to bf16 before.
     assert error < {"fp32": 1e-6, "bf16": 1e-2}[dtype], name
 
 

@@ -1,0 +1,207 @@
+"""Products of activations with weights: those of one input in one, each weight cast once a step.
+
+``Stacked`` names parameters that multiply the same input: gate and up, or queries, keys and values.
+Parameters stay apart, in names, roles, checkpoints and optimizers; what a product reads is one
+matrix, a copy in the compute type with their rows one below the other. ``cast_once`` fills these
+copies at the start of a step, in memory that stays, and all micro-batches compute with them. Where
+nothing is cast (fp32), nothing is copied either and each weight has a product of its own. What
+FSDP2 gathers is cast already; it is put together where it is used and not kept for backward.
+
+The gradient of a weight is made in the parameter's type by the product itself where torch can
+(CUDA: cuBLAS accumulates in fp32 anyway and writes that), so micro-batches add up what was never
+rounded to bf16; autograd keeps the first as it is and adds the others in place, in one pass.
+"""
+
+# T tokens, D input width, R output width of all weights together
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from allometry.models.parameters import OwnsParameters, local_weight
+
+_WIDE_OUTPUT = "dtype" in torch.ops.aten.mm.overloads()
+
+
+class Stacked:
+    """Weights [..., out, in] of one input; ``places`` are their owners and names there.
+
+    ``copy``: the weights in the compute type, one below the other, while ``cast_once`` lasts.
+    ``plain``: leave derivatives to autograd, as schedules need that split a backward in two (a
+    function of ours would compute both halves twice). It is the plain twin of the rest.
+    """
+
+    def __init__(self, *places: tuple[OwnsParameters, str]) -> None:
+        self.places = places
+        self.copy: Tensor | None = None
+        self.plain = False
+        self._memory: Tensor | None = None
+
+    def weights(self) -> tuple[Tensor, ...]:
+        """Return this rank's part of each weight."""
+        return tuple(local_weight(getattr(owner, name)) for owner, name in self.places)
+
+    def joins(self, dtype: torch.dtype) -> bool:
+        """Return whether one product takes all of them: they are cast, or gathered in half."""
+        cast = self.copy is not None or getattr(*self.places[0]).dtype != dtype
+        return cast or (len(self.places) > 1 and dtype.itemsize <= 2)
+
+    def rows(self) -> list[int]:
+        """Return the rows of each, here."""
+        return [weight.shape[-2] for weight in self.weights()]
+
+    def joined(self, dtype: torch.dtype) -> Tensor:
+        """Return the copy, or make one of the weights, differentiable."""
+        return self.copy if self.copy is not None else join(self.weights(), dtype)
+
+    def room(self, dtype: torch.dtype) -> list[Tensor]:
+        """Return the parts of ``copy``, to be filled; their memory is asked for once."""
+        weights = self.weights()
+        first = weights[0]
+        rows = [weight.shape[-2] for weight in weights]
+        shape = (*first.shape[:-2], sum(rows), first.shape[-1])
+        kept = self._memory
+        if kept is None or (kept.shape, kept.dtype, kept.device) != (shape, dtype, first.device):
+            self._memory = torch.empty(shape, dtype=dtype, device=first.device)
+        assert self._memory is not None
+        self.copy = self._memory
+        return list(self.copy.split(rows, dim=-2))
+
+
+def join(weights: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+    """Return weights in ``dtype``, their rows one below the other."""
+    cast = [weight.to(dtype) for weight in weights]
+    return cast[0] if len(cast) == 1 else torch.cat(cast, dim=-2)
+
+
+Joined = Tensor | tuple[Tensor, ...]
+"""What several weights made of one input: side by side in one tensor [..., R], or each its own."""
+
+
+def multiply(x: Tensor, stacked: Stacked) -> Joined:
+    """Return x [..., D] times the weights [out, D] transposed, in x's type."""
+    weights = stacked.weights()
+    if not stacked.joins(x.dtype):
+        made = tuple(F.linear(x, weight) for weight in weights)
+        return made[0] if len(made) == 1 else made
+    # Without gradients, too, as torch's compiler then counts the arguments of a function of ours.
+    if stacked.plain or not torch.is_grad_enabled():
+        return F.linear(x, stacked.joined(x.dtype))
+    y: Tensor = _Multiply.apply(x, stacked.copy, *weights)
+    return y
+
+
+def separate(made: Joined, widths: Sequence[int]) -> tuple[Tensor, ...]:
+    """Return what each weight made; views where they are side by side."""
+    return made.split(list(widths), dim=-1) if isinstance(made, Tensor) else made
+
+
+class _Multiply(torch.autograd.Function):
+    """One product forward, one for x and one for all weights backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, whole_RD: Tensor | None, *weights: Tensor) -> Tensor:
+        ctx.rows = [len(weight) for weight in weights]
+        ctx.dtype = weights[0].dtype
+        # What is no step's copy is made again: FSDP2 frees weights, and gathers them for backward.
+        ctx.save_for_backward(x, *(weights if whole_RD is None else (whole_RD,)))
+        return F.linear(x, join(weights, x.dtype) if whole_RD is None else whole_RD)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, *kept = ctx.saved_tensors
+        grad_TR = grad.flatten(0, -2)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad_TR @ join(tuple(kept), x.dtype)).view(x.shape)
+        made: tuple[Tensor | None, ...] = (None,) * len(ctx.rows)
+        if any(ctx.needs_input_grad[2:]):
+            made = product(grad_TR.t(), x.flatten(0, -2), ctx.dtype).split(ctx.rows)
+        return grad_x, None, *made
+
+
+def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a @ b in ``dtype``, rounded to it alone where torch can."""
+    if a.dtype == dtype:
+        return a @ b
+    if a.is_cuda and _WIDE_OUTPUT and dtype == torch.float32:
+        return _wide_mm(a, b) if torch.compiler.is_compiling() else _wide(a, b)
+    return (a @ b).to(dtype)
+
+
+def _wide(a: Tensor, b: Tensor) -> Tensor:
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else (a @ b).float()
+
+
+# What compiled code calls: not all versions of its compiler know this product of torch's.
+@torch.library.custom_op("allometry::_wide_mm", mutates_args=())
+def _wide_mm(a: Tensor, b: Tensor) -> Tensor:
+    return _wide(a, b)
+
+
+@_wide_mm.register_fake
+def _(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty(a.shape[0], b.shape[1], dtype=torch.float32)
+
+
+def add_product_(sum_: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Add a @ b to ``sum_`` in place, rounded to its type alone where torch can."""
+    if a.dtype == sum_.dtype:
+        return sum_.addmm_(a, b)
+    if a.is_cuda and _WIDE_OUTPUT and sum_.dtype == torch.float32:
+        torch.ops.aten.addmm.dtype_out(sum_, a, b, sum_.dtype, out=sum_)
+        return sum_
+    return sum_.add_(a @ b)
+
+
+@contextmanager
+def cast_once(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Cast weights to ``dtype`` now and compute with these while the context lasts.
+
+    Otherwise each micro-batch casts them again, and those in flight in a pipeline keep as many
+    copies. Parameters must not change meanwhile, nor be sharded (what FSDP gathers is cast
+    already). Gradients are the parameters', of whatever was computed inside.
+    """
+    chosen = [
+        stacked
+        for stacked in stacks(model)
+        if any(getattr(owner, name).dtype != dtype for owner, name in stacked.places)
+    ]
+    room: list[Tensor] = []
+    values: list[Tensor] = []
+    for stacked in chosen:
+        if stacked.plain:
+            stacked.copy = join(stacked.weights(), dtype)
+        else:
+            room += stacked.room(dtype)
+            values += stacked.weights()
+    if room:
+        with torch.no_grad():
+            torch._foreach_copy_(room, values)
+    try:
+        yield
+    finally:
+        for stacked in chosen:
+            stacked.copy = None
+
+
+def stacks(model: nn.Module) -> list[Stacked]:
+    """Return what multiplies in ``model``; a weight that is in a larger stack in that one alone."""
+    found = [
+        value
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Stacked)
+    ]
+    larger = {(id(o), n) for stacked in found if len(stacked.places) > 1 for o, n in stacked.places}
+    return [
+        stacked
+        for stacked in found
+        if len(stacked.places) > 1 or (id(stacked.places[0][0]), stacked.places[0][1]) not in larger
+    ]
