@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from allometry.configs.model import AuxiliaryBalance, BiasBalance, NoBalance, RouterConfig
-from allometry.models.router import Router
+from allometry.models.router import Router, _best
 from allometry.scaling.inventory import matrix
 from allometry.scaling.roles import Role
 
@@ -281,3 +281,14 @@ def test_what_is_not_counted_leaves_no_trace(gate):
     made.zero_grad()
     (made(tokens()).gates_Tk * weights).sum().backward()
     assert (made.weight.grad - alone.weight.grad).abs().max() > 1e-4
+
+
+def test_the_best_are_those_of_a_stable_sort():
+    """Ties, infinities and NaN included, which the steps after a fault may bring."""
+    drawn = torch.randint(5, (200, 12), generator=torch.Generator().manual_seed(1)).double()
+    drawn[::7, 3:9] = float("-inf")
+    drawn[::11, 5] = float("nan")
+    for k in (1, 3, 6):
+        wanted = drawn.sort(dim=1, descending=True, stable=True).indices[:, :k]
+        assert torch.equal(_best(drawn, k), wanted)
+    assert not torch.equal(_best(drawn, 3), _best(drawn.flip(1), 3))
