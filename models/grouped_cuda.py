@@ -24,7 +24,7 @@ def zero_empty_groups_(y_EFD: Tensor, offsets_E: Tensor) -> None:
 
 
 @triton.jit
-def _zero_empty_groups(y, offsets, size, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _zero_empty_groups(y, offsets, size, BLOCK: tl.constexpr):
     group = tl.program_id(0)
     start = tl.load(offsets + group - 1, mask=group > 0, other=0)
     if tl.load(offsets + group) == start:

@@ -12,6 +12,7 @@ pytest.importorskip("triton", reason="needs triton: pip install triton")
 
 # The interpreter is chosen where kernels are defined, so this test has a process of its own.
 INTERPRETED = """
+import torch
 from allometry.models.grouped_cuda import zero_empty_groups_
 for counts in ([3, 0, 7, 2], [0, 0, 12, 0], [0, 0, 0, 0], [1, 1, 1, 1]):
     for dtype in (torch.float32, torch.bfloat16):
