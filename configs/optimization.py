@@ -321,6 +321,11 @@ class TrainingConfig(Section):
         "matrix products, attention and communication; everything",
     )
     compile: bool = Field(False, description="torch.compile each block and the loss")
+    cuda_graphs: Literal["auto"] | bool = Field(
+        "auto",
+        description="run forward and backward of a micro-batch as CUDA graphs; auto: where they "
+        "can be (one GPU, zero.stage 0, packing: concatenated, no dropout); on elsewhere: an error",
+    )
 
     @model_validator(mode="after")
     def _one_unit(self) -> Self:
