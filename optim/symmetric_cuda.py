@@ -15,7 +15,7 @@ _TILE, _DEPTH = 128, 64
 def symmetric_product(
     x_BRC: Tensor, add_BRR: Tensor | None = None, beta: float = 0.0, alpha: float = 1.0
 ) -> Tensor:
-    """Return beta * ``add`` + alpha * x x\u1d40, [B, R, R] in x's type, added up in fp32.
+    """Return beta * ``add`` + alpha * x xᵀ, [B, R, R] in x's type, added up in fp32.
 
     ``add`` is symmetric, and so is the result, to the bit: blocks on and below the diagonal are
     computed and stored twice. The bits of a matrix depend on no other of the batch.

@@ -166,3 +166,10 @@ def test_counting_gives_the_order_of_a_stable_sort(T, k, experts):
         assert one.dtype == other.dtype, name
     if T > 1 and experts > k:
         assert not torch.equal(counted.token_S, sorted_by_sort(chosen.flip(0), experts).token_S)
+
+
+def test_counting_compiles_whole():
+    chosen = torch.rand(90, 20, generator=torch.Generator().manual_seed(2)).topk(3).indices
+    compiled = torch.compile(sorted_by_counting, backend="aot_eager", fullgraph=True)
+    for one, other in zip(compiled(chosen, 20), sorted_by_sort(chosen, 20), strict=True):
+        assert torch.equal(one, other)

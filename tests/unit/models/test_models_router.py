@@ -292,3 +292,27 @@ def test_the_best_are_those_of_a_stable_sort():
         wanted = drawn.sort(dim=1, descending=True, stable=True).indices[:, :k]
         assert torch.equal(_best(drawn, k), wanted)
     assert not torch.equal(_best(drawn, 3), _best(drawn.flip(1), 3))
+
+
+@pytest.mark.parametrize("gate", ["softmax", "sigmoid", "sqrt"])
+def test_compiled_it_is_the_same_without_scatters(gate):
+    """The compiled form of choosing and weighting is written otherwise, to be one pass."""
+    torch._dynamo.reset()
+    balance = BiasBalance(rate=1e-3)
+    spec = matrix("router", Role.ROUTER, 12, 8)
+    router = Router(spec, RouterConfig(gate=gate, balance=balance), 3)
+    router.double()
+    with torch.no_grad():
+        drawn = torch.randn(12, 8, generator=torch.Generator().manual_seed(3))
+        router.weight.copy_(drawn)
+        router.bias.copy_(torch.linspace(-0.2, 0.2, len(router.bias)))
+    x = torch.randn(40, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    found = []
+    for function in (router, torch.compile(router, backend="aot_eager", fullgraph=True)):
+        given = x.clone().requires_grad_()
+        gates, experts, statistics = function(given)
+        gates.square().sum().backward()
+        found.append((gates.detach(), experts, *statistics, given.grad, router.weight.grad))
+        router.weight.grad = None
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
