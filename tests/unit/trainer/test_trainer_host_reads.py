@@ -16,6 +16,7 @@ from allometry.models.transformer import Transformer
 from allometry.optim.schedule import resolve_schedule
 from allometry.parallel.mesh import open_mesh
 from allometry.scaling.plan import RunPlan
+from allometry.scaling.update_rules import OPTIMIZER_KINDS
 from allometry.trainer.assemble import make_model, make_optimizer, make_train_step
 from allometry.trainer.feed import DeviceBatch
 from allometry.trainer.step import TrainStep
@@ -47,7 +48,6 @@ MODELS = {
     "experts": (f"model={json.dumps(EXPERTS)}",),
     "biased": (f"model={json.dumps(BIASED)}",),
 }
-OPTIMIZERS = ("adamw", "muonh", "muon")
 
 
 def reads_of_a_step(
@@ -75,12 +75,19 @@ def reads_of_a_step(
     return found
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    ("model", "optimizer"),
+    [
+        *(("dense", kind) for kind in OPTIMIZER_KINDS),
+        *((model, kind) for model in ("experts", "biased") for kind in ("adamw", "muonh")),
+    ],
+)
 def test_a_step_reads_no_value(tiny: Make, model: str, optimizer: str) -> None:
-    kind = () if optimizer == "adamw" else (f"optimizer.kind={optimizer}",)
     config = tiny(
-        *MODELS[model], *kind, "data.packing=concatenated", "training.clip_grad_norm=0.01"
+        *MODELS[model],
+        f"optimizer.kind={optimizer}",
+        "data.packing=concatenated",
+        "training.clip_grad_norm=0.01",
     )
     assert reads_of_a_step(config, lambda *_: None) == []
 
