@@ -37,7 +37,7 @@ def symmetric_product(
         _TILE,
         _DEPTH,
         num_warps=8,
-        num_stages=4,
+        num_stages=3,
     )
     return y_BRR
 

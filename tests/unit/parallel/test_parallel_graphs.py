@@ -42,6 +42,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "one micro-batch": ("batch.micro_batch_sequences=8",),
     "checkpointed": ("training.activation_checkpointing=full",),
     "muonh": ("optimizer.kind=muonh",),
+    "bf16": ("training.compute_dtype=bf16", "model.tied_embeddings=true"),
 }
 
 
