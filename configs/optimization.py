@@ -326,6 +326,11 @@ class TrainingConfig(Section):
         description="the same bits from the same step on CUDA too, for bit-exact resume: kernels "
         "without atomics, at some cost; a CPU always gives them",
     )
+    cuda_graphs: Literal["auto"] | bool = Field(
+        "auto",
+        description="run forward and backward of a micro-batch as CUDA graphs; auto: where they "
+        "can be (one GPU, zero.stage 0, packing: concatenated, no dropout); on elsewhere: an error",
+    )
 
     @model_validator(mode="after")
     def _one_unit(self) -> Self:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from allometry.launch.start import settle_allocator
+from allometry.launch.start import settle_allocator, settle_cuda_allocator
 
 
 def main() -> None:
-    """Choose the memory allocator, before torch is imported, and train what is asked for."""
+    """Choose the memory allocators, before torch is imported, and train what is asked for."""
     allocator = settle_allocator("auto")
+    cuda_allocator = settle_cuda_allocator()
     from allometry.studies.ladder.worker import serve
 
-    serve(allocator)
+    serve(allocator, cuda_allocator)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What must be settled before a process imports torch: the memory allocator.
+"""What must be settled before a process imports torch: the memory allocators.
 
 On a CPU, glibc gives the large buffers of every training step back to the kernel and faults them
 in again; a caching allocator, or glibc told to keep them, is worth tens of per cent
@@ -101,6 +101,27 @@ def choose(wanted: str, environment: Mapping[str, str]) -> Allocator:
 
 def _preloaded(kind: str, path: str) -> Allocator:
     return Allocator(f"{kind} ({path})", {"LD_PRELOAD": path, **_PRELOADED.get(kind, {})})
+
+
+def settle_cuda_allocator(gpu: bool | None = None) -> str | None:
+    """Let torch's allocator of GPU memory grow segments instead of adding ever more; what it is.
+
+    Sizes that differ from step to step, as of documents and experts, otherwise leave gaps that no
+    tensor fits in. What the user has set stays. None: there is no GPU (``gpu``: None to look). Call
+    it before torch is imported.
+    """
+    if not (has_gpu() if gpu is None else gpu):
+        return None
+    for name in _CUDA_SETTINGS:
+        if name in os.environ:
+            return os.environ[name]
+    # torch reads the older name too, but newer versions warn of it.
+    os.environ[_CUDA_SETTINGS[0]] = EXPANDABLE
+    return EXPANDABLE
+
+
+_CUDA_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+EXPANDABLE = "expandable_segments:True"
 
 
 def settle_allocator(wanted: str) -> str:

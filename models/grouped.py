@@ -8,6 +8,7 @@ input gives the same bits.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -178,12 +179,26 @@ class _GroupedLinear(torch.autograd.Function):
             if any(ctx.needs_input_grad[3:]):
                 grad_weight = _grouped_mm(grad_SF.t(), x_SD, offsets_E)
                 if grad_weight.is_cuda:
-                    empty_E = offsets_E.diff(prepend=offsets_E.new_zeros(1)) == 0
-                    grad_weight = grad_weight.masked_fill(empty_E[:, None, None], 0.0)
+                    grad_weight = _with_zeros(grad_weight, offsets_E)
         made: list[Tensor | None] = [None] * len(ctx.widths)
         if grad_weight is not None:
             made = [part.to(ctx.dtype) for part in grad_weight.split(ctx.widths, dim=1)]
         return grad_x, None, None, *made
+
+
+def _with_zeros(grad_EFD: Tensor, offsets_E: Tensor) -> Tensor:
+    """Return gradients that are zeros for groups without rows, which torch's kernel leaves unset.
+
+    Compiled, it is part of the pass that casts the gradient; else in place, for those groups alone.
+    """
+    traced = torch.compiler.is_compiling() or isinstance(grad_EFD, FakeTensor)
+    if not traced and grad_EFD.is_contiguous() and find_spec("triton") is not None:
+        from allometry.models.grouped_cuda import zero_empty_groups_
+
+        zero_empty_groups_(grad_EFD, offsets_E)
+        return grad_EFD
+    empty_E = offsets_E.diff(prepend=offsets_E.new_zeros(1)) == 0
+    return grad_EFD.masked_fill(empty_E[:, None, None], 0.0)
 
 
 class Sorting(NamedTuple):
@@ -199,7 +214,36 @@ class Sorting(NamedTuple):
 
 
 def sort_by_expert(experts_Tk: Tensor, num_experts: int) -> Sorting:
-    """Sort visits by expert; those to one expert stay in the order of tokens."""
+    """Sort visits by expert; those to one expert stay in the order of tokens.
+
+    The experts of a token are different ones. Nothing waits for the device.
+    """
+    if experts_Tk.device.type == "cpu":  # whose sort of small numbers is faster than counting
+        return sorted_by_sort(experts_Tk, num_experts)
+    return sorted_by_counting(experts_Tk, num_experts)
+
+
+def sorted_by_counting(experts_Tk: Tensor, num_experts: int) -> Sorting:
+    """Return ``sort_by_expert`` from one running sum over a table [E, T] of who visits whom.
+
+    Read row by row, the visits in the table come in their sorted order already: a visit's place is
+    the number of visits up to it. One scan of E*T numbers, where a sort reads and writes all S rows
+    several times.
+    """
+    T, k = experts_Tk.shape
+    visited_ET = torch.zeros(num_experts, T, dtype=torch.int32, device=experts_Tk.device)
+    visited_ET = visited_ET.scatter(0, experts_Tk.t(), 1)
+    # Flat, as a GPU's scan of one row is faster than its scans of many.
+    upto_ET = visited_ET.flatten().cumsum(0, dtype=torch.int32)
+    tokens_T = torch.arange(T, device=experts_Tk.device)
+    row_Tk = upto_ET[experts_Tk * T + tokens_T[:, None]].long() - 1
+    token_S = torch.empty(T * k, dtype=torch.int64, device=experts_Tk.device)
+    token_S = token_S.scatter(0, row_Tk.flatten(), tokens_T[:, None].expand(T, k).flatten())
+    return Sorting(token_S, row_Tk, counts_E=visited_ET.sum(1))
+
+
+def sorted_by_sort(experts_Tk: Tensor, num_experts: int) -> Sorting:
+    """Return ``sort_by_expert`` by a stable sort of all visits: its plain twin."""
     chosen_S = experts_Tk.flatten()
     sorted_S, order_S = chosen_S.sort(stable=True)
     visits_S = torch.arange(chosen_S.shape[0], device=chosen_S.device)

@@ -136,16 +136,38 @@ def select(scores_TE: Tensor, bias_E: Tensor | None, config: RouterConfig, k: in
 
 
 def _best(scores_TE: Tensor, k: int) -> Tensor:
-    # Not topk: which of two equals it takes depends on the device. Contiguous, since backward
-    # passes keep the result and a view would keep all E columns.
-    return scores_TE.sort(dim=1, descending=True, stable=True).indices[:, :k].contiguous()
+    """Return the places of the ``k`` largest [T, k], among equals the first: a stable sort's."""
+    # Not topk: which of two equals it takes depends on the device. Not a sort of all E either:
+    # argmax takes the first of equals everywhere, and compiled, all of it is one pass over a row.
+    compiled = torch.compiler.is_compiling()
+    numbers_E = torch.arange(scores_TE.shape[1], device=scores_TE.device)
+    left_TE, chosen = scores_TE if compiled else scores_TE.clone(), []
+    for visit in range(k):
+        chosen.append(left_TE.argmax(1, keepdim=True))
+        if visit == k - 1:
+            break
+        if compiled:
+            left_TE = left_TE.where(numbers_E != chosen[-1], float("-inf"))
+        else:
+            left_TE.scatter_(1, chosen[-1], float("-inf"))
+    return torch.cat(chosen, dim=1)
+
+
+def _chosen(x_TE: Tensor, experts_Tk: Tensor) -> Tensor:
+    """Return [T, k]: of each row the columns that were chosen."""
+    if not torch.compiler.is_compiling():
+        return x_TE.gather(1, experts_Tk)
+    # As sums they are part of the pass that makes x, and their gradient is no scatter.
+    numbers_E = torch.arange(x_TE.shape[1], device=x_TE.device)
+    places = experts_Tk.split(1, dim=1)
+    return torch.stack([x_TE.where(numbers_E == place, 0.0).sum(1) for place in places], dim=1)
 
 
 def gates(logits_TE: Tensor, scores_TE: Tensor, experts_Tk: Tensor, config: RouterConfig) -> Tensor:
     """Return the weights [T, k] of the chosen experts, without ``scale``."""
     if config.gate in ("softmax", "sigmoid") and not config.normalize:
-        return scores_TE.gather(1, experts_Tk)
-    shares_Tk = shares(logits_TE.gather(1, experts_Tk), config.gate == "sigmoid")
+        return _chosen(scores_TE, experts_Tk)
+    shares_Tk = shares(_chosen(logits_TE, experts_Tk), config.gate == "sigmoid")
     return (shares_Tk + _LEAST_WEIGHT).sqrt() if config.gate == "sqrt" else shares_Tk
 
 
@@ -161,7 +183,10 @@ def observe(
 ) -> RouterStatistics:
     """Return the statistics of these tokens, or of those that are counted."""
     shares_TE = shares(logits_TE, config.gate == "sigmoid")
-    chosen_TE = torch.zeros_like(logits_TE, dtype=torch.bool).scatter(1, experts_Tk, True)
+    numbers_E = torch.arange(logits_TE.shape[1], device=logits_TE.device)
+    chosen_TE = torch.zeros_like(logits_TE, dtype=torch.bool)
+    for place in experts_Tk.split(1, dim=1):
+        chosen_TE = chosen_TE | (numbers_E == place)
     log_z_T = logits_TE.logsumexp(1)
     tokens = torch.full((), logits_TE.shape[0], dtype=torch.int64, device=logits_TE.device)
     if counted_T is not None:

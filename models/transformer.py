@@ -213,7 +213,7 @@ class Transformer(nn.Module):
             # What is recomputed in a backward pass does not come here, so each token counts once.
             counting = blocks_only or (self.training and torch.is_grad_enabled())
             if statistics is not None and counting:
-                self._add_statistics(int(layer), statistics)
+                self.add_statistics(int(layer), statistics)
         if self.final_norm is None or self.head is None or blocks_only:
             return x_BLD
         return self.head(self.final_norm(x_BLD), targets_BL)
@@ -227,7 +227,8 @@ class Transformer(nn.Module):
         taken, self._statistics = self._statistics, {}
         return taken
 
-    def _add_statistics(self, layer: int, statistics: RouterStatistics) -> None:
+    def add_statistics(self, layer: int, statistics: RouterStatistics) -> None:
+        """Add to what ``take_statistics`` returns next; the tensors are not copied."""
         seen = RouterStatistics(*(value.double() for value in statistics))
         before = self._statistics.get(layer)
         if before is not None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from allometry.optim.matrix_ops import Matrix, MatrixOps
+from allometry.optim.matrix_ops import Matrix, MatrixOps, one_by_one
 from allometry.optim.states import Group, Item, State, count_step, init_steps
 from allometry.scaling.update_rules import check_ranks, projection_rank
 
@@ -58,7 +58,7 @@ def apollo(items: Sequence[Item], state: State, ops: MatrixOps) -> None:
     """
     parameters = [item.parameter for item in items]
     steps = count_step(items, state)
-    function = _function(items, steps, state)
+    function = one_by_one(_function(items, steps, state))
     updates = ops.map(parameters, [item.gradient for item in items], function, apollo_cost)
     for item, update, step in zip(items, updates, steps, strict=True):
         (beta1, beta2), rate = item.group["betas"], item.group["lr"]

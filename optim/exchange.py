@@ -13,7 +13,7 @@ has the same bits in every layout.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -102,14 +102,11 @@ class ShardedMatrixOps(MatrixOps):
             if coming:
                 incoming.append(send(coming.popleft()))
             returned: dict[Piece, Tensor] = {}
-            for matrix, pieces in bucket.owned.items():
-                for piece in pieces:
-                    if piece.source == self._stage.rank:
-                        arrived[piece] = part_of(parts, piece).to(self._device)
-                whole = _assembled(placed[matrix.parameter], pieces, arrived)
-                result = function(whole, matrix)
-                assert (result.shape, result.dtype) == (whole.shape, whole.dtype), result.shape
-                for piece in pieces:
+            wholes = self._wholes(bucket, placed, arrived, lambda piece: part_of(parts, piece))
+            for matrix, result in function(wholes):
+                size = placed[matrix.parameter].size[1:]
+                assert (result.shape, result.dtype) == (size, dtype), (result.shape, size)
+                for piece in bucket.owned[matrix]:
                     returned[piece] = result[slice(*piece.box.rows), slice(*piece.box.columns)]
                     if self._stage.rank in piece.holders:
                         part_of(results, piece).copy_(returned[piece])
@@ -120,6 +117,20 @@ class ShardedMatrixOps(MatrixOps):
                 here = [part_of(results, piece) for piece in received]
                 torch._foreach_copy_(here, list(received.values()))
         return results
+
+    def _wholes(
+        self,
+        bucket: Bucket,
+        placed: Sequence[Placed],
+        arrived: dict[Piece, Tensor],
+        own: Callable[[Piece], Tensor],
+    ) -> Iterator[tuple[Matrix, Tensor]]:
+        """Yield this rank's matrices of a bucket, put together of what is here and has come."""
+        for matrix, pieces in bucket.owned.items():
+            for piece in pieces:
+                if piece.source == self._stage.rank:
+                    arrived[piece] = own(piece).to(self._device)
+            yield matrix, _assembled(placed[matrix.parameter], pieces, arrived)
 
     def _start(
         self, messages: Messages, value: Callable[[Piece], Tensor], dtype: torch.dtype

@@ -13,7 +13,7 @@ sums over a whole matrix, and functions of one. ``parameters`` are always the pa
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -28,8 +28,18 @@ class Matrix(NamedTuple):
     expert: int
 
 
-MatrixFunction = Callable[[Tensor, Matrix], Tensor]
-"""[out, in] -> [out, in] in the same type, new: its argument may be the caller's own part."""
+MatrixFunction = Callable[[Iterable[tuple[Matrix, Tensor]]], Iterable[tuple[Matrix, Tensor]]]
+"""Whole matrices [out, in] with what they are -> the same of the results, in any order, each once.
+
+Results have the type of the arguments and are new: an argument may be the caller's own part.
+Both are consumed one after the other, so what is not held by the function does not exist at once.
+"""
+
+
+def one_by_one(function: Callable[[Tensor, Matrix], Tensor]) -> MatrixFunction:
+    """Return what applies ``function`` to one matrix after the other."""
+    return lambda matrices: ((which, function(matrix, which)) for which, matrix in matrices)
+
 
 Cost = Callable[[int, int], float]
 """(out, in) -> work of a function, in any unit; a function of a module, not made anew each step."""
@@ -56,7 +66,7 @@ class MatrixOps(ABC):
 
     @abstractmethod
     def owned(self, parameters: Sequence[Tensor], cost: Cost) -> list[Matrix]:
-        """Return the logical matrices for which ``map`` calls the function on this rank.
+        """Return the logical matrices that ``map`` gives to the function on this rank.
 
         Always the same ones for the same parameters and cost, in ascending order; a rule may keep
         a state of each, on that rank alone.
@@ -73,8 +83,8 @@ class MatrixOps(ABC):
         """Return this rank's parts of ``function`` of each whole logical matrix.
 
         ``parts`` are this rank's parts of the matrices, all of one type; they travel in that type,
-        so hand over bf16 where the function computes in bf16. The function runs once for each
-        matrix, on one rank: its owner. The results are new tensors.
+        so hand over bf16 where the function computes in bf16. The function gets each matrix once,
+        on one rank: its owner. The results are new tensors.
         """
 
 
@@ -110,11 +120,17 @@ class LocalMatrixOps(MatrixOps):
         cost: Cost,
     ) -> list[Tensor]:
         results = [torch.empty_like(part, memory_format=torch.contiguous_format) for part in parts]
-        for i, e in self.owned(parameters, cost):
-            part, result = parts[i], results[i]
-            stacked = part.dim() == 3
-            value = function(aligned(part[e] if stacked else part), Matrix(i, e))
-            (result[e] if stacked else result).copy_(value)
+
+        def one(tensors: Sequence[Tensor], which: Matrix) -> Tensor:
+            tensor = tensors[which.parameter]
+            return tensor[which.expert] if tensor.dim() == 3 else tensor
+
+        def wholes() -> Iterator[tuple[Matrix, Tensor]]:
+            for which in self.owned(parameters, cost):
+                yield which, aligned(one(parts, which))
+
+        for which, value in function(wholes()):
+            one(results, which).copy_(value)
         return results
 
 

@@ -9,8 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from allometry.optim.matrix_ops import Matrix, MatrixOps
-from allometry.optim.newton_schulz import MUON, Coefficients, newton_schulz, newton_schulz_cost
+from allometry.optim.matrix_ops import MatrixOps
+from allometry.optim.newton_schulz import MUON, Coefficients, newton_schulz_cost, orthogonal
 from allometry.optim.states import Item, State, init_like_parameters, local_states
 
 
@@ -68,12 +68,8 @@ def orthogonalized(
     ops: MatrixOps,
 ) -> list[Tensor]:
     """Return this rank's parts of NS of each logical matrix, in the directions' type."""
-    function = partial(_orthogonal, coefficients=coefficients)
+    function = partial(orthogonal, coefficients=coefficients)
     return ops.map(parameters, directions, function, newton_schulz_cost)
-
-
-def _orthogonal(matrix: Tensor, _which: Matrix, coefficients: tuple[Coefficients, ...]) -> Tensor:
-    return newton_schulz(matrix, coefficients, dtype=matrix.dtype)
 
 
 def precision(items: Sequence[Item]) -> torch.dtype:

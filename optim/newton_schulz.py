@@ -1,11 +1,18 @@
-"""Making a matrix orthogonal by matrix products alone."""
+"""Making matrices orthogonal by matrix products alone."""
+
+# B matrices of a batch, R and C their rows and columns
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib.util import find_spec
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+Which = TypeVar("Which")
 
 Coefficients = tuple[float, float, float]
 """(a, b, c) of one iteration X ← aX + b(XXᵀ)X + c(XXᵀ)²X."""
@@ -34,8 +41,7 @@ def newton_schulz(
 
     Source: https://kellerjordan.github.io/posts/muon/. With ``MUON`` the bits are those of
     torch.optim.Muon, whose order of operations this keeps. The matrix is divided by its Frobenius
-    norm, or by ``eps`` where that is larger: zeros stay zeros. Always one matrix: batched products
-    round differently for different batches, and layouts batch differently.
+    norm, or by ``eps`` where that is larger: zeros stay zeros.
     """
     assert matrix.dim() == 2, matrix.shape
     tall = matrix.shape[0] > matrix.shape[1]
@@ -47,6 +53,92 @@ def newton_schulz(
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.T if tall else x
+
+
+def orthogonal(
+    matrices: Iterable[tuple[Which, Tensor]],
+    coefficients: Sequence[Coefficients],
+    batch_of: Callable[[int, int, str], int] | None = None,
+) -> Iterator[tuple[Which, Tensor]]:
+    """Yield ``newton_schulz`` of each matrix, in its type, with what stands beside it; any order.
+
+    Matrices of one shape are computed in batches of ``batch_of(rows, columns, device type)`` (None:
+    ``usual_batch``), the last one filled up with zeros: batched products round differently for
+    different batches, so their size must not depend on how many matrices a layout brings here.
+    """
+    waiting: dict[tuple[int, ...], list[tuple[Which, Tensor]]] = {}
+    for which, matrix in matrices:
+        rows, columns = matrix.shape
+        batch = (batch_of or usual_batch)(rows, columns, matrix.device.type)
+        if batch == 0:
+            yield which, newton_schulz(matrix, coefficients, dtype=matrix.dtype)
+            continue
+        members = waiting.setdefault((batch, *matrix.shape), [])
+        members.append((which, matrix))
+        if len(members) == batch:
+            yield from _batch(members, batch, coefficients)
+            members.clear()
+    for (batch, *_), members in waiting.items():
+        if members:
+            yield from _batch(members, batch, coefficients)
+
+
+def usual_batch(rows: int, columns: int, device_type: str) -> int:
+    """Return how many matrices of a shape to compute at once; 0: one by one, without a batch.
+
+    On a GPU as many as make one wave of thread blocks of their smallest product, so that a batch
+    that is not full costs what one matrix does. A CPU's products gain nothing. A function of the
+    shape and the type of device alone.
+    """
+    if device_type == "cpu":
+        return 0
+    tiles = -(-min(rows, columns) // _TILE)
+    return min(1 << (max(1, _BLOCKS // (tiles * (tiles + 1) // 2)).bit_length() - 1), 64)
+
+
+_TILE, _BLOCKS = 128, 132  # of a product, and of a wave: an H100 and H200 have 132 multiprocessors
+
+
+def _batch(
+    members: Sequence[tuple[Which, Tensor]], batch: int, coefficients: Sequence[Coefficients]
+) -> Iterator[tuple[Which, Tensor]]:
+    first = members[0][1]
+    stack_BRC = first.new_zeros(batch, *first.shape)
+    torch._foreach_copy_(list(stack_BRC[: len(members)].unbind()), [each for _, each in members])
+    results = newton_schulz_batch(stack_BRC, coefficients).unbind()
+    yield from ((which, result) for (which, _), result in zip(members, results, strict=False))
+
+
+def newton_schulz_batch(
+    stack_BRC: Tensor, coefficients: Sequence[Coefficients], *, eps: float = 1e-7
+) -> Tensor:
+    """Return ``newton_schulz`` of each matrix of a stack, in its type.
+
+    The first two products of an iteration are symmetric: where ``_symmetric`` has a kernel for
+    that, half of each is computed and mirrored.
+    """
+    tall = stack_BRC.shape[1] > stack_BRC.shape[2]
+    x = stack_BRC.mT.contiguous() if tall else stack_BRC
+    x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=eps)
+    for a, b, c in coefficients:
+        gram = _symmetric(x)
+        x = torch.baddbmm(x, _symmetric(gram, gram, b, c), x, beta=a)
+    return x.mT if tall else x
+
+
+def _symmetric(
+    x_BRC: Tensor, add_BRR: Tensor | None = None, beta: float = 0.0, alpha: float = 1.0
+) -> Tensor:
+    """Return beta * ``add`` + alpha * x xᵀ, [B, R, R]; ``add`` is symmetric."""
+    half = x_BRC.dtype in (torch.bfloat16, torch.float16)
+    there = x_BRC.is_cuda and half and not isinstance(x_BRC, FakeTensor)
+    if there and find_spec("triton") is not None:
+        from allometry.optim.symmetric_cuda import symmetric_product
+
+        return symmetric_product(x_BRC, add_BRR, beta, alpha)
+    if add_BRR is None:
+        return torch.bmm(x_BRC, x_BRC.mT)
+    return torch.baddbmm(add_BRR, x_BRC, x_BRC.mT, beta=beta, alpha=alpha)
 
 
 def newton_schulz_cost(rows: int, columns: int) -> float:

@@ -28,6 +28,7 @@ from allometry.parallel.checkpointing import apply_checkpointing, hide_fsdp_hook
 from allometry.parallel.context import apply_context
 from allometry.parallel.execution import Accumulation, Execution
 from allometry.parallel.expert import apply_expert
+from allometry.parallel.graphs import CudaCapture, MicroBatchGraphs, choose_graphs
 from allometry.parallel.hdp.filling import Filling
 from allometry.parallel.hdp.offload import apply_offload
 from allometry.parallel.mesh import Mesh
@@ -55,6 +56,7 @@ class Parallel:
     execution: Execution
     mirrors: frozenset[str] = frozenset()
     offloaded: bool = False
+    graphs: MicroBatchGraphs | None = None
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield (name in the whole model, parameter) for all that this rank trains."""
@@ -116,7 +118,11 @@ def parallelize(
     mode = mode_of(config, layout.degrees) if config.data.kind == "documents" else None
     if mesh.pp.size == 1:
         filling = Filling.of(mesh.device, mesh.tp.size) if mode == "free" else None
-        return Parallel(parts, sync, Accumulation(parts[0], sync, filling), offloaded=offloaded)
+        used = choose_graphs(config, mesh).used
+        required = config.training.cuda_graphs is True
+        graphs = MicroBatchGraphs(parts[0], CudaCapture(), required=required) if used else None
+        accumulation = Accumulation(parts[0], sync, filling, graphs)
+        return Parallel(parts, sync, accumulation, offloaded=offloaded, graphs=graphs)
     execution = PipelineExecution(
         parts, config.model, layout, mesh, sync, dtype, uneven=mode == "aligned"
     )

@@ -17,6 +17,7 @@ from allometry.models.documents import Documents
 from allometry.models.head import Losses
 from allometry.models.products import cast_once
 from allometry.models.transformer import Transformer
+from allometry.parallel.graphs import MicroBatchGraphs
 from allometry.parallel.reduce import GradientSync
 
 
@@ -87,13 +88,18 @@ class Accumulation(Execution):
 
     With ``filling``, a micro-batch without targets, ranks may train on different numbers of
     micro-batches, none included, and wait for one another within them (rings). Gradients are then
-    reduced once, after all of them.
+    reduced once, after all of them. ``graphs``: what runs micro-batches instead of this class.
     """
 
     def __init__(
-        self, model: Transformer, sync: GradientSync, filling: MicroBatch | None = None
+        self,
+        model: Transformer,
+        sync: GradientSync,
+        filling: MicroBatch | None = None,
+        graphs: MicroBatchGraphs | None = None,
     ) -> None:
         self._model = model
+        self._graphs = graphs
         self._sync = sync
         self._filling = filling
 
@@ -117,11 +123,17 @@ class Accumulation(Execution):
     ) -> None:
         uneven = self._filling is not None
         closing = self._sync.begin_uneven() if uneven else False
+        if self._graphs is not None:
+            self._graphs.begin_step()
         for index, batch in enumerate(batches):
             if not uneven:
                 self._sync.micro_batch(last=index == len(batches) - 1)
             if before is not None:
                 before(index)
+            if self._graphs is not None:
+                inputs = batch.tokens_BL, batch.targets_BL, scale
+                observe(index, self._graphs.run(*inputs, first=index == 0))
+                continue
             losses = self._losses(batch)
             (losses.total * scale.to(losses.total.dtype)).backward()
             observe(index, losses.nll_BL)

@@ -14,6 +14,7 @@ from torch.distributed._functional_collectives import (
     all_to_all_single_autograd,
 )
 
+from allometry.models.grouped import Sorting, spread_rows
 from allometry.models.moe import Experts
 from allometry.models.transformer import Transformer
 from allometry.parallel.mesh import Axis, Mesh
@@ -38,21 +39,37 @@ class AllToAll:
         sent_Re = counts_E.view(ranks, -1)
         # Functional, so that selective checkpointing can keep the result: nothing is written into.
         got_Re = all_to_all_single(sent_Re.contiguous(), None, None, self._axis.group)
-        to, back = sent_Re.sum(1).tolist(), got_Re.sum(1).tolist()
+        # The one time that the host waits.
+        to, back = torch.stack([sent_Re.sum(1), got_Re.sum(1)]).tolist()
         arrived_ZD = all_to_all_single_autograd(x_SD.contiguous(), back, to, self._axis.group)
         # Rows come sorted by (sender, expert); the experts want them by (expert, sender).
-        order_Z = _by_expert(got_Re)
-        y_ZD = compute(arrived_ZD[order_Z], got_Re.sum(0))
-        inverse_Z = torch.empty_like(order_Z)
-        inverse_Z[order_Z] = torch.arange(len(order_Z), device=order_Z.device)
-        return all_to_all_single_autograd(y_ZD[inverse_Z], to, back, self._axis.group)
+        there, by_sender = by_expert(got_Re, sum(back))
+        y_ZD = compute(spread_rows(arrived_ZD, there), got_Re.sum(0))
+        return all_to_all_single_autograd(spread_rows(y_ZD, by_sender), to, back, self._axis.group)
 
 
-def _by_expert(counts_Re: Tensor) -> Tensor:
-    """Return the order [Z] that sorts rows by expert, then by sender, each in its own order."""
-    ranks, experts = counts_Re.shape
-    expert_of_run = torch.arange(experts, device=counts_Re.device).repeat(ranks)
-    return torch.argsort(expert_of_run.repeat_interleave(counts_Re.flatten()), stable=True)
+def by_expert(counts_Re: Tensor, rows: int) -> tuple[Sorting, Sorting]:
+    """Return the order that sorts ``rows`` by expert, then by sender, each in its own; and back.
+
+    ``counts_Re``: rows of each sender for each expert, as they lie: by sender, then by expert.
+    Found by counting; nothing waits for the device.
+    """
+    counts_eR = counts_Re.t()
+    before_Re = counts_Re.flatten().cumsum(0).view(counts_Re.shape) - counts_Re
+    after_eR = counts_eR.flatten().cumsum(0).view(counts_eR.shape) - counts_eR
+    move_Re = after_eR.t() - before_Re  # how far the rows of a run go
+    places_Z = torch.arange(rows, device=counts_Re.device)
+
+    def moved(by: Tensor, counts: Tensor) -> Tensor:
+        each = by.flatten().repeat_interleave(counts.flatten(), output_size=rows)
+        return places_Z + each
+
+    to_Z, from_Z = moved(move_Re, counts_Re), moved(-move_Re.t(), counts_eR)
+    by_expert, by_sender = counts_Re.sum(0), counts_Re.sum(1)
+    return (
+        Sorting(from_Z, to_Z[:, None], by_expert),
+        Sorting(to_Z, from_Z[:, None], by_sender),
+    )
 
 
 def apply_expert(model: Transformer, mesh: Mesh) -> None:

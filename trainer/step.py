@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from allometry.data.batch import IGNORE
@@ -57,7 +56,8 @@ def source_sums(nll_BL: Tensor, targets_BL: Tensor, sources: Tensor, count: int)
     sums = torch.stack([nll_BL.double(), (targets_BL != IGNORE).double()])
     sums = sums.sum(2) if sources.dim() == 1 else sums.flatten(1)
     # A product, as adding by index would use atomics on a GPU and differ from run to run.
-    return sums @ F.one_hot(sources.flatten(), count).double()
+    numbers_S = torch.arange(count, device=sums.device)
+    return sums @ (sources.flatten()[:, None] == numbers_S).double()
 
 
 def seed_dropout(seed: int, batch: DeviceBatch) -> None:

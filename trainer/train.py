@@ -23,6 +23,7 @@ from allometry.models.build import torch_dtype
 from allometry.optim.build import init_states
 from allometry.optim.schedule import Schedule, resolve_schedule
 from allometry.parallel.agree import on_all_ranks, on_main_rank
+from allometry.parallel.graphs import choose_graphs
 from allometry.parallel.mesh import Mesh, launched_world_size, open_mesh
 from allometry.scaling.count import DocumentFlops
 from allometry.scaling.plan import RunPlan
@@ -32,6 +33,7 @@ from allometry.trainer.assemble import (
     make_train_step,
     with_measured_stages,
 )
+from allometry.trainer.collection import GarbageCollection
 from allometry.trainer.deterministic import algorithms
 from allometry.trainer.evaluate import (
     Evaluation,
@@ -54,7 +56,7 @@ from allometry.trainer.record.callbacks import Callback, Reporter, standard_call
 from allometry.trainer.record.facts import Invocation, launch_facts, run_facts
 from allometry.trainer.record.forecast import Forecaster
 from allometry.trainer.record.monitors import Monitors
-from allometry.trainer.record.rows import PlanRows, RoutingRows
+from allometry.trainer.record.rows import GraphEvents, PlanRows, RoutingRows
 from allometry.trainer.record.sample import Sample
 from allometry.trainer.record.timing import StepTimer, clock_of
 from allometry.trainer.save import Saver
@@ -89,6 +91,7 @@ def train(
     watched = nullcontext(signals) if signals else StopSignals()
     exact = algorithms(deterministic=config.training.deterministic)
     with watched as signals, exact, open_mesh(config.parallel, device) as mesh:
+        choose_graphs(config, mesh)  # what cannot be is said before the folder is touched
         plan = with_measured_stages(config, plan, mesh)
         schedule = resolve_schedule(config, plan.batch)
         stream = on_all_ranks(mesh, lambda: _open_stream(config, plan), "opening the data")
@@ -176,6 +179,7 @@ class _Run:
         self, invocation: Invocation, stop_at_step: int | None, signals: StopSignals
     ) -> RunResult:
         """Train to the end of the plan or to a stop."""
+        self.callbacks.insert(0, GarbageCollection(self.start.step))
         # Those that ask for a row of a step come before those that only add to one.
         self.callbacks[:0] = [*self._monitors(), self._evaluation(), *self._rows()]
         self.callbacks.append(self._saver())
@@ -268,6 +272,8 @@ class _Run:
             return
         if isinstance(self.config.model, MoEModel):
             yield RoutingRows(self.config.model, self.recorder)
+        if self.parallel.graphs is not None:
+            yield GraphEvents(self.parallel.graphs, self.report)
         if self.planner is not None:
             yield PlanRows(self.planner, self.recorder, self.report)
         every = self.config.record.forecast.every_steps

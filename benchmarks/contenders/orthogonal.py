@@ -18,7 +18,7 @@ from allometry.configs.execution import ParallelConfig
 from allometry.configs.optimization import MuonH
 from allometry.models.build import build_model, parameter_specs
 from allometry.models.init import initialize
-from allometry.optim import muon
+from allometry.optim import newton_schulz
 from allometry.optim.build import build_optimizer
 from allometry.parallel.mesh import open_mesh
 from allometry.scaling.parameterization import Parameterization
@@ -51,8 +51,8 @@ def main() -> None:
     rules = Parameterization(hyperp(given.size), description, config)
     made = build_model(description, rules, "fp32")
     initialize(made, rules, 0)
-    clock = Clock(muon.newton_schulz)
-    muon.newton_schulz = clock
+    clock = Clock(newton_schulz.newton_schulz)
+    newton_schulz.newton_schulz = clock
     with open_mesh(ParallelConfig(), torch.device("cpu")) as mesh:
         optimizer = build_optimizer(
             made.named_parameters(), parameter_specs(made), rules, config, mesh

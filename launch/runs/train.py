@@ -10,7 +10,7 @@ from allometry.configs.errors import UserError
 from allometry.configs.loader import dump
 from allometry.launch.command import Report
 from allometry.launch.runs.commands import Train
-from allometry.launch.start import settle_allocator
+from allometry.launch.start import settle_allocator, settle_cuda_allocator
 from allometry.trainer.stop import StopSignals
 
 
@@ -29,6 +29,7 @@ def trained(asked: Train) -> Report:
 
         return planned(config, asked.world_size or 1)
     allocator = settle_allocator(asked.allocator)  # may replace the process: before torch
+    cuda_allocator = settle_cuda_allocator()
     # All ranks would say the same; the main one says it.
     main_rank = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(
@@ -39,6 +40,6 @@ def trained(asked: Train) -> Report:
         from allometry.trainer.record.facts import Invocation
         from allometry.trainer.train import train
 
-        invocation = Invocation(allocator=allocator, command=sys.orig_argv)
+        invocation = Invocation(allocator, sys.orig_argv, cuda_allocator)
         train(config, invocation=invocation, stop_at_step=asked.stop_at_step, signals=signals)
     return Report(None, "")

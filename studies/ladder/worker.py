@@ -20,7 +20,7 @@ from allometry.configs.errors import UserError
 from allometry.trainer.stop import STOP_SIGNALS
 
 
-def serve(allocator: str) -> None:
+def serve(allocator: str, cuda_allocator: str | None = None) -> None:
     """Train what standard input asks for, until it ends; ``allocator`` is for the record."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.default_int_handler)
@@ -28,14 +28,14 @@ def serve(allocator: str) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         for line in sys.stdin:
-            answer = _answer(json.loads(line), allocator)
+            answer = _answer(json.loads(line), allocator, cuda_allocator)
             answers.write(json.dumps(answer) + "\n")
             answers.flush()
     except KeyboardInterrupt:
         pass
 
 
-def _answer(request: dict[str, str], allocator: str) -> dict[str, Any]:
+def _answer(request: dict[str, str], allocator: str, cuda_allocator: str | None) -> dict[str, Any]:
     with open(request["log"], "a", encoding="utf-8") as log:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
@@ -46,7 +46,8 @@ def _answer(request: dict[str, str], allocator: str) -> dict[str, Any]:
         from allometry.trainer.train import train
 
         command = ["allometry", "train", request["config"]]
-        result = train(load(request["config"]), invocation=Invocation(allocator, command))
+        invocation = Invocation(allocator, command, cuda_allocator)
+        result = train(load(request["config"]), invocation=invocation)
         return {"error": None, "stopped": result.stopped_by}
     except UserError as error:
         print(f"allometry: {error}", file=sys.stderr)

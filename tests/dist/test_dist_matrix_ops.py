@@ -17,7 +17,7 @@ import tiny
 from allometry.configs.run import RunConfig
 from allometry.optim import owners
 from allometry.optim.exchange import ShardedMatrixOps
-from allometry.optim.matrix_ops import Matrix, partial_sums
+from allometry.optim.matrix_ops import Matrix, one_by_one, partial_sums
 from allometry.parallel.apply import Parallel
 from placed import LAYOUTS, MOE, given, like
 
@@ -57,7 +57,7 @@ def whole_errors(layout: dict[str, Any]) -> dict[str, Any]:
             return bend(matrix, which)
 
         parameters = list(named.values())
-        got = ops.map(parameters, parts, function, work)
+        got = ops.map(parameters, parts, one_by_one(function), work)
         assert ops.owned(parameters, work) == [
             Matrix(list(named).index(name), e) for name, e in calls
         ]
@@ -136,7 +136,7 @@ def order_of_events(buckets: int) -> str:
         parts = [like(given(name, p.shape), p).clone() for name, p in named.items()]
         try:
             owners.NUM_BUCKETS, dist.all_to_all_single = buckets, all_to_all_single
-            ShardedMatrixOps(mesh).map(list(named.values()), parts, function, work)
+            ShardedMatrixOps(mesh).map(list(named.values()), parts, one_by_one(function), work)
         finally:
             owners.NUM_BUCKETS, dist.all_to_all_single = usual, begin
     return "".join(events)

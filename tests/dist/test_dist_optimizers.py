@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 import tiny
 from allometry.configs.run import RunConfig
 from allometry.models.build import named_parameters, parameter_specs
+from allometry.optim import newton_schulz
 from allometry.optim.build import build_optimizer, init_states, set_lr
 from allometry.parallel.apply import Parallel
 from allometry.parallel.mesh import Mesh, local
@@ -139,6 +140,25 @@ def test_given_gradients_give_the_same_bits_in_every_layout(run_ranks: RunRanks,
     world_size, layout = LAYOUTS[name]
     for found in run_ranks(differences, world_size, layout, list(KINDS)):
         assert found == {kind: {} for kind in KINDS}
+
+
+def differences_in_batches(layout: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """With Newton-Schulz as a GPU does it: matrices of a shape in batches of four."""
+    usual = newton_schulz.usual_batch
+    try:
+        newton_schulz.usual_batch = lambda rows, columns, device_type: 4
+        return differences(layout, ["muon", "muonh"])
+    finally:
+        newton_schulz.usual_batch = usual
+
+
+@pytest.mark.parametrize("name", ["zero0", "zero3-4", "ep2-tp2-zero1", "pp2"])
+def test_batches_of_matrices_give_the_same_bits_in_every_layout(
+    run_ranks: RunRanks, name: str
+) -> None:
+    world_size, layout = LAYOUTS[name]
+    for found in run_ranks(differences_in_batches, world_size, layout):
+        assert found == {"muon": {}, "muonh": {}}
 
 
 def differences_of_shards(kind: str) -> float:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from allometry.configs.run import RunConfig
 from allometry.data.sources import Sources
+from allometry.parallel.graphs import choose_graphs
 from allometry.parallel.mesh import Mesh
 from allometry.scaling.plan import RunPlan
 from allometry.trainer.record import hardware, writer
@@ -19,6 +20,7 @@ class Invocation:
 
     allocator: str = "unknown"
     command: list[str] = field(default_factory=list)
+    cuda_allocator: str | None = None
 
 
 def run_facts(
@@ -36,6 +38,7 @@ def run_facts(
         "commit": writer.commit(),
         "command": invocation.command,
         "allocator": invocation.allocator,
+        "cuda_allocator": invocation.cuda_allocator,
         "hardware": hardware.describe(mesh.device),
         "peak": {"flops_per_s": peak.flops_per_s, "source": peak.source},
         "kernels": kernels,
@@ -48,6 +51,7 @@ def run_facts(
             "offload": config.parallel.zero.offload,
             "activation_checkpointing": config.training.activation_checkpointing,
             "compile": config.training.compile,
+            "cuda_graphs": asdict(choose_graphs(config, mesh)),
             "micro_batch_sequences": config.batch.micro_batch_sequences,
         },
         "plan": plan.describe(),
@@ -58,5 +62,6 @@ def run_facts(
 
 def launch_facts(facts: dict[str, Any], first_step: int) -> dict[str, Any]:
     """Return what the list of launches in run.json says of one whose ``run_facts`` these are."""
-    kept = {key: facts[key] for key in ("layout", "commit", "allocator", "kernels")}
+    names = ("layout", "commit", "allocator", "cuda_allocator", "kernels")
+    kept = {key: facts[key] for key in names}
     return {"first_step": first_step, **kept}

@@ -7,6 +7,7 @@ import logging
 from typing_extensions import override
 
 from allometry.configs.model import MoEModel
+from allometry.parallel.graphs import MicroBatchGraphs
 from allometry.trainer.balance import routing_rows
 from allometry.trainer.feed import DocumentPlanner
 from allometry.trainer.record.callbacks import Callback, Reporter
@@ -56,3 +57,22 @@ class PlanRows(Callback):
                 *(finished.step, idle, plan.ranks),
             )
         return plan_rows(plan, self._planner.cost, self._planner.replay(plan))
+
+
+class GraphEvents(Callback):
+    """Says once what became of CUDA graphs: how many there are, or why there are none."""
+
+    def __init__(self, graphs: MicroBatchGraphs, report: Reporter) -> None:
+        self._graphs, self._report = graphs, report
+        self._told = False
+
+    @override
+    def after_step(self, step: int) -> None:
+        failure, recorded = self._graphs.failure, self._graphs.recorded
+        if self._told or (failure is None and not recorded):
+            return
+        self._told = True
+        if failure is not None:
+            self._report("cuda_graphs_failed", step=step, reason=failure)
+        else:
+            self._report("cuda_graphs_recorded", step=step, graphs=recorded)

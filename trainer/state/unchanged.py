@@ -23,6 +23,7 @@ FREE = (
     "record",
     "batch.micro_batch_sequences",
     "training.compile",
+    "training.cuda_graphs",
     "training.activation_checkpointing",
     "training.deterministic",
     "kernels",

@@ -77,7 +77,7 @@ COVERING: tuple[tuple[str, tuple[Stage, ...]], ...] = (
     ),
     ("optim/schedule.py", (unit("optim/test_optim_schedule"), unit("optim/test_*"))),
     ("optim/*h.py", (unit("optim/*sphere"), unit("optim/*"), dist("optimizers", "matrix_ops"))),
-    ("optim/newton_schulz.py", (unit("optim/*muon"), unit("optim/*"))),
+    ("optim/newton_schulz.py", (unit("optim/*newton_schulz", "optim/*muon"), unit("optim/*"))),
     (
         "optim/groups.py",
         (unit("optim/*build", "scaling/*identity"), unit("optim/*"), dist("optimizers")),
@@ -105,7 +105,11 @@ COVERING: tuple[tuple[str, tuple[Stage, ...]], ...] = (
     ),
     ("parallel/zero.py", (dist("zero"), ONE, dist("layouts", keyword="zero"))),
     ("parallel/tensor.py", (dist("tensor"), CUT)),
-    ("parallel/expert.py", (dist("layouts", keyword="ep4-fp64 or ep2"),)),
+    (
+        "parallel/expert.py",
+        (unit("parallel/*expert"), dist("layouts", keyword="ep4-fp64 or ep2")),
+    ),
+    ("parallel/graphs.py", (unit("parallel/*graphs"),)),
     (
         "parallel/execution.py",
         (ONE, dist("documents", keyword="mixed or without"), dist("zero", "flat_reducer")),

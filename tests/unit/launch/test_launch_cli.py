@@ -249,3 +249,20 @@ def test_allocator_choices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert start.choose("auto", {}).environment["LD_PRELOAD"] == "/lib/jemalloc.so"
     monkeypatch.setattr(start, "has_gpu", lambda: True)
     assert start.choose("auto", {}) == start.Allocator("system", {})
+
+
+def test_segments_of_gpu_memory_grow_unless_the_user_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    assert start.settle_cuda_allocator(gpu=False) is None
+    assert not any(name in os.environ for name in names)
+    for name in names:
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "max_split_size_mb:64")
+            assert start.settle_cuda_allocator(gpu=True) == "max_split_size_mb:64"
+            assert sum(name in os.environ for name in names) == 1
+    monkeypatch.setenv(names[0], "")  # so that it is as it was afterwards
+    del os.environ[names[0]]
+    assert start.settle_cuda_allocator(gpu=True) == "expandable_segments:True"
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"

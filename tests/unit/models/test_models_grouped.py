@@ -14,6 +14,8 @@ from allometry.models.grouped import (
     loop_linear,
     rounded,
     sort_by_expert,
+    sorted_by_counting,
+    sorted_by_sort,
     spread_rows,
 )
 
@@ -151,3 +153,23 @@ def test_half_rows_are_added_in_fp32():
     x = torch.ones(1, 1, dtype=torch.bfloat16, requires_grad=True)
     spread_rows(x, where).backward(y)
     assert x.grad.item() == 1.0 + 2.0**-7
+
+
+@pytest.mark.parametrize(("T", "k", "experts"), [(0, 2, 5), (1, 1, 1), (64, 3, 3), (500, 4, 37)])
+def test_counting_gives_the_order_of_a_stable_sort(T, k, experts):
+    scores = torch.rand(T, experts, generator=torch.Generator().manual_seed(T))
+    scores[:, 1::5] *= 0.01  # some experts have no visit
+    chosen = scores.topk(k).indices
+    counted, by_sort = sorted_by_counting(chosen, experts), sorted_by_sort(chosen, experts)
+    for name, one, other in zip(Sorting._fields, counted, by_sort, strict=True):
+        assert torch.equal(one, other), name
+        assert one.dtype == other.dtype, name
+    if T > 1 and experts > k:
+        assert not torch.equal(counted.token_S, sorted_by_sort(chosen.flip(0), experts).token_S)
+
+
+def test_counting_compiles_whole():
+    chosen = torch.rand(90, 20, generator=torch.Generator().manual_seed(2)).topk(3).indices
+    compiled = torch.compile(sorted_by_counting, backend="aot_eager", fullgraph=True)
+    for one, other in zip(compiled(chosen, 20), sorted_by_sort(chosen, 20), strict=True):
+        assert torch.equal(one, other)

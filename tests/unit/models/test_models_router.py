@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from allometry.configs.model import AuxiliaryBalance, BiasBalance, NoBalance, RouterConfig
-from allometry.models.router import Router
+from allometry.models.router import Router, _best
 from allometry.scaling.inventory import matrix
 from allometry.scaling.roles import Role
 
@@ -281,3 +281,38 @@ def test_what_is_not_counted_leaves_no_trace(gate):
     made.zero_grad()
     (made(tokens()).gates_Tk * weights).sum().backward()
     assert (made.weight.grad - alone.weight.grad).abs().max() > 1e-4
+
+
+def test_the_best_are_those_of_a_stable_sort():
+    """Ties, infinities and NaN included, which the steps after a fault may bring."""
+    drawn = torch.randint(5, (200, 12), generator=torch.Generator().manual_seed(1)).double()
+    drawn[::7, 3:9] = float("-inf")
+    drawn[::11, 5] = float("nan")
+    for k in (1, 3, 6):
+        wanted = drawn.sort(dim=1, descending=True, stable=True).indices[:, :k]
+        assert torch.equal(_best(drawn, k), wanted)
+    assert not torch.equal(_best(drawn, 3), _best(drawn.flip(1), 3))
+
+
+@pytest.mark.parametrize("gate", ["softmax", "sigmoid", "sqrt"])
+def test_compiled_it_is_the_same_without_scatters(gate):
+    """The compiled form of choosing and weighting is written otherwise, to be one pass."""
+    torch._dynamo.reset()
+    balance = BiasBalance(rate=1e-3)
+    spec = matrix("router", Role.ROUTER, 12, 8)
+    router = Router(spec, RouterConfig(gate=gate, balance=balance), 3)
+    router.double()
+    with torch.no_grad():
+        drawn = torch.randn(12, 8, generator=torch.Generator().manual_seed(3))
+        router.weight.copy_(drawn)
+        router.bias.copy_(torch.linspace(-0.2, 0.2, len(router.bias)))
+    x = torch.randn(40, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    found = []
+    for function in (router, torch.compile(router, backend="aot_eager", fullgraph=True)):
+        given = x.clone().requires_grad_()
+        gates, experts, statistics = function(given)
+        gates.square().sum().backward()
+        found.append((gates.detach(), experts, *statistics, given.grad, router.weight.grad))
+        router.weight.grad = None
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)

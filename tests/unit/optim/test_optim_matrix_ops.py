@@ -10,6 +10,7 @@ from allometry.optim import matrix_ops
 from allometry.optim.matrix_ops import (
     LocalMatrixOps,
     Matrix,
+    one_by_one,
     partial_sums,
     products_of_parts,
     squared_norms_of_parts,
@@ -85,7 +86,7 @@ def test_a_function_is_called_once_for_each_matrix_and_leaves_parts_alone() -> N
         return matrix.T.contiguous().T * (1 + len(calls))  # as odd in memory as may be
 
     ops = LocalMatrixOps()
-    found = ops.map(matrices, matrices, function, cost)
+    found = ops.map(matrices, matrices, one_by_one(function), cost)
     assert calls == ops.owned(matrices, cost) == [(0, 0), (1, 0), (1, 1), (1, 2)]
     assert torch.equal(found[0], before[0] * 2)
     assert torch.equal(found[1], before[1] * torch.tensor([3.0, 4.0, 5.0]).view(3, 1, 1))
