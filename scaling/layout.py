@@ -178,6 +178,11 @@ def _check_halves(config: RunConfig) -> None:
     if schedule not in SPLIT_BACKWARD:
         return
     refused = f"parallel.pipeline.schedule={schedule} splits backward in two, which"
+    if config.parallel.zero.regather == "micro_batch":
+        raise UserError(
+            f"{refused} needs a stage's parameters throughout; set parallel.zero.regather: step or "
+            "schedule: interleaved_1f1b"
+        )
     if training.compile:
         raise UserError(
             f"{refused} compiled blocks cannot; set training.compile: false or schedule: "

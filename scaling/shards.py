@@ -16,6 +16,9 @@ from allometry.scaling.inventory import inventory
 from allometry.scaling.layout import Layout
 from allometry.scaling.roles import EXPERTS, ParamSpec, Role
 
+PREFETCHED = 2
+"""Blocks whose parameters ZeRO gathers ahead of the one that computes."""
+
 
 def tensor_dim(spec: ParamSpec) -> int | None:
     """Return the dimension that tensor parallelism cuts; None: every tp rank holds it whole."""
