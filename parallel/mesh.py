@@ -7,7 +7,7 @@ that nobody launched gets a group of one, so nothing else has to ask whether it 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import TracebackType
@@ -102,6 +102,17 @@ class Mesh:
         if along.size > 1:
             dist.all_reduce(tensor, group=along.group)
         return tensor
+
+    def sum_together(self, tensors: Sequence[Tensor]) -> None:
+        """Replace tensors of one type by their sums over all ranks, in one message."""
+        if self.world_size == 1:
+            return
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat, group=self.stage.group if self.pp.size == 1 else dist.group.WORLD)
+        for tensor, part in zip(
+            tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True
+        ):
+            tensor.copy_(part.view(tensor.shape))
 
     def broadcast_object(self, value: T, source: int = 0) -> T:
         """Return what rank ``source`` passed, on every rank (pickled, over the host group)."""

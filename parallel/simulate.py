@@ -45,6 +45,8 @@ _KINDS = {
     "alltoall": "all-to-all",
     "all_to_all_single": "all-to-all",
     "broadcast": "broadcast",
+    "send": "send",
+    "recv": "receive",
 }
 _SILENT = ("wait_tensor", "_wrap_tensor_autograd", "barrier", "monitored_barrier")
 

@@ -137,9 +137,10 @@ class Stage(PipelineStage):
 
     def perform_reduce_grad(self, grad_scale_factor: int) -> None:
         """Reduce what the last backward has not reduced already."""
-        assert grad_scale_factor == 1, grad_scale_factor
         if not self._reduced:
             super().perform_reduce_grad(grad_scale_factor)
+        elif grad_scale_factor != 1:
+            self.scale_grads(grad_scale_factor)
 
     @override
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:

@@ -143,8 +143,7 @@ def _step(
     parameters = [p for _, p in parallel.named_parameters()]
     gradients = _nbytes(p.grad for p in _parameters(parallel))
     with CollectiveLog(mesh) as log:
-        pipeline = mesh.pp.group if mesh.pp.size > 1 else None
-        clip_by_global_norm(parameters, config.training.clip_grad_norm, pipeline)
+        clip_by_global_norm(parameters, config.training.clip_grad_norm, mesh)
     total.update(log.calls)
     return total, gradients
 

@@ -93,7 +93,9 @@ def compare(run: RunConfig, mesh: Mesh, twin: RunConfig | None = None) -> dict[s
     tiny.backward_shared(model, sync, batches, mesh)
     tiny.backward_alone(alone, batches)
     measured = {"gradients": tiny.worst_error(tiny.gradients(model), tiny.gradients(alone))}
-    norms = [clip_by_global_norm(m.parameters(), None) for m in (model, alone)]
+    norms = [
+        clip_by_global_norm(m.parameters(), None, on) for m, on in ((model, mesh), (alone, None))
+    ]
     measured["norm"] = float((norms[0] / norms[1] - 1).abs())
     with torch.no_grad():
         losses = [tiny.forward_loss(m, held_out) for m in (model, alone)]
