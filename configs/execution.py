@@ -176,8 +176,18 @@ class ParallelConfig(Section):
         "auto", description="hybrid data/context ranks; auto: all ranks that pp and tp leave"
     )
     tp: Count = Field(1, gt=0, description="tensor and sequence parallel ranks")
+    tp_overlap: Literal["off", "chunked", "symmetric"] = Field(
+        "off",
+        description="tensor parallelism's messages behind its products; chunked: tokens in chunks "
+        "(without compile); symmetric: torch's async TP through symmetric memory (CUDA, compiled)",
+    )
     pp: Count = Field(1, gt=0, description="pipeline ranks")
     ep: Count = Field(1, gt=0, description="expert parallel ranks, a factor of hdp")
+    expert_tp: Literal[1] | None = Field(
+        None,
+        description="null: tp cuts the width of each expert; 1: it spreads whole experts as ep "
+        "does, over ep x tp ranks together, and no tokens are gathered for them",
+    )
     pipeline: Pipeline = Field(default_factory=Pipeline, description="stages, where pp > 1")
     context: ContextConfig = Field(
         default_factory=ContextConfig, description="how whole documents lie on hdp ranks"

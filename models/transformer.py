@@ -60,9 +60,8 @@ class Attention(nn.Module):
 
     def forward(self, x_BLD: Tensor, geometry: Geometry) -> Tensor:
         """Return [B, L, D]."""
-        B, L, _ = x_BLD.shape
         q_BLNH, k_BLKH, v_BLKH = (
-            w(x_BLD).view(B, L, -1, self.head_width) for w in (self.wq, self.wk, self.wv)
+            y.unflatten(2, (-1, self.head_width)) for y in self.project(x_BLD)
         )
         if self.q_norm is not None and self.k_norm is not None:
             q_BLNH, k_BLKH = self.q_norm(q_BLNH), self.k_norm(k_BLKH)
@@ -70,6 +69,10 @@ class Attention(nn.Module):
         k_BLKH = rotate(k_BLKH, geometry.cos_BL1h, geometry.sin_BL1h)
         o_BLNH = self.core(q_BLNH, k_BLKH, v_BLKH, geometry.documents, self.scale)
         return self.wo(o_BLNH.flatten(2))
+
+    def project(self, x_BLD: Tensor) -> tuple[Tensor, ...]:
+        """Return queries, keys and values, [B, L, N H] or [B, L, K H], token by token."""
+        return self.wq(x_BLD), self.wk(x_BLD), self.wv(x_BLD)
 
 
 class FeedForward(nn.Module):

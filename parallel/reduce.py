@@ -75,7 +75,8 @@ class FlatReducer(GradientSync):
     gradients as if we did not exist, without a zero-fill or an addition in the first micro-batch.
 
     ``overlap``: copy and reduce a bucket during the last backward, once its last gradient is
-    there; in a pipeline while other stages of the rank, or earlier blocks, still have theirs. That is right for CUDA, where communication has its own hardware. Without it all are
+    there; in a pipeline while other stages of the rank, or earlier blocks, still have theirs. That
+    is right for CUDA, where communication has its own hardware. Without it all are
     reduced in ``finish``. ``keep``: hold the buckets' memory from step to step, as a CPU pays more
     for fresh pages than for the copy; a GPU, where memory is short, gives it back with the views.
 
