@@ -116,7 +116,7 @@ class MoEFeedForward(nn.Module):
             gates_Tk = gates_Tk * self.routed_scale
         h_TD = x_TD if self.latent_down is None else self.latent_down(x_TD)
         shared = None if self.shared is None else partial(self.shared, x_BLD)
-        y_TD, shared_BLD = self.experts(h_TD, gates_Tk, experts_Tk, shared)
+        y_TD, shared_BLD = self.experts(h_TD, gates_Tk, experts_Tk, beside=shared)
         if self.latent_up is not None:
             y_TD = self.latent_up(y_TD)
         y_BLD = y_TD.view(x_BLD.shape)

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed._functional_collectives import all_gather_tensor, all_to_all_single
+from torch.distributed._functional_collectives import all_to_all_single
 
 from allometry.models.moe import Compute, Experts, Finish
 from allometry.models.transformer import Transformer
@@ -60,7 +60,11 @@ class AllToAll:
         got_Re = all_to_all_single(sent_Re, None, None, self.axis.group)
         got_tRe = got_Re[None]
         if self.cut is not None:
-            got_tRe = all_gather_tensor(got_Re, 0, self.cut.group).view(-1, *got_Re.shape)
+            functional = torch.ops._c10d_functional
+            gathered = functional.all_gather_into_tensor(
+                got_Re.contiguous(), self.cut.size, self.cut.group.group_name
+            )
+            got_tRe = functional.wait_tensor(gathered).view(-1, *got_Re.shape)
         sizes = self.sizes(sent_Re, got_tRe, len(x_SD))
         exchange = _exchange(sizes.back, sizes.to, self.axis)
         return partial(self._finish, exchange, exchange.send(x_SD), got_tRe, sizes)

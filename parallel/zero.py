@@ -188,7 +188,10 @@ def shard_model(model: Transformer, mesh: Mesh, zero: Zero, compute_dtype: torch
         )
         if not model.tied:
             model.embedding.set_unshard_in_backward(False)
+    *_, last = model.blocks.values()
     for block in model.blocks.values():
+        # Backward begins with the last block: it would be gathered again before anything computes.
+        reshard = zero.frees(mesh.pp.size) and block is not last
         for module, role in _special(block):
             apart = role is not Role.ROUTER and mesh.ep.size > 1
             if apart or (role is Role.ROUTER and low is not None):

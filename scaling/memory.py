@@ -147,9 +147,9 @@ def _compute_copies(part: RankParts, compute_bytes: int, zero: Zero, pp: int) ->
     """Return the bytes of weights that exist beside the fp32 parameters.
 
     Unsharded, a cast weight stays until its backward pass; fp32 compute needs no copy. Sharded,
-    what is gathered stays for the step (``gathered_bytes``); where a block is freed after use, the
-    largest of block and ends exists beside the blocks that are gathered ahead. Experts that ZeRO
-    shards in another dimension than the first are put together in a copy.
+    what is gathered stays for the step (``gathered_bytes``); where a block is freed after use, it
+    and those that are gathered ahead of it exist beside norm and head, or the embedding and these.
+    Experts that ZeRO shards in another dimension than the first are put together in a copy.
     """
     if zero.stage == 0:
         sizes = {spec.name: math.prod(part.part(spec)) for spec in part.specs() if _is_cast(spec)}
@@ -162,7 +162,12 @@ def _compute_copies(part: RankParts, compute_bytes: int, zero: Zero, pp: int) ->
     ends = gathered.pop(None, 0)
     block = max(gathered.values())
     ahead = min(PREFETCHED, len(gathered) - 1)
-    return max(block, ends) + ahead * block + joined
+    table = sum(
+        max(_FP32, compute_bytes) * math.prod(part.part(spec))
+        for spec in part.specs()
+        if spec.role is Role.INPUT and not part.model.tied_embeddings
+    )
+    return ends - table + max(table, block) + ahead * block + joined
 
 
 def gathered_bytes(part: RankParts, compute_bytes: int) -> dict[int | None, int]:
