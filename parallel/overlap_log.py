@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
@@ -183,24 +182,9 @@ def _place(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def rows(messages: list[Message]) -> list[tuple[str, str, int, int, int, int]]:
-    """Return (kind, axis, number, bytes, number and bytes with FLOPs to hide behind), by kind."""
-    table: dict[tuple[str, str], list[Message]] = {}
-    for message in messages:
-        table.setdefault((message.call.kind, message.call.axis), []).append(message)
-    return [
-        (
-            *key,
-            len(some),
-            sum(m.call.bytes for m in some),
-            sum(m.behind > 0 for m in some),
-            sum(m.call.bytes for m in some if m.behind > 0),
-        )
-        for key, some in sorted(table.items())
-    ]
-
-
-def step_messages(parallel: Any, mesh: Mesh, inputs: Callable[[Any], tuple[Any, ...]]) -> OverlapLog:
+def step_messages(
+    parallel: Any, mesh: Mesh, inputs: Callable[[Any], tuple[Any, ...]]
+) -> OverlapLog:
     """Run two micro-batches and the reduction of one simulated rank; return what was asked for.
 
     Parts are materialized and experts even (``simulate.py``); ``inputs(part)`` is a micro-batch.
