@@ -227,8 +227,12 @@ def prefetch(model: Transformer) -> None:
     blocks = [
         [m for m in block.modules() if isinstance(m, FSDPModule)] for block in model.blocks.values()
     ]
-    start = [model.embedding] if isinstance(model.embedding, FSDPModule) else []
-    end = [[model.head]] if isinstance(model.head, FSDPModule) else []
+    start: list[FSDPModule] = []
+    if isinstance(model.embedding, FSDPModule):
+        start = [model.embedding]
+    end: list[list[FSDPModule]] = []
+    if isinstance(model.head, FSDPModule):
+        end = [[model.head]]
     forward, backward = [*blocks, *end], [*end, *reversed(blocks)]
 
     def ahead(units: list[list[FSDPModule]], place: int) -> list[FSDPModule]:

@@ -15,8 +15,8 @@ from allometry.scaling.layout import SPLIT_BACKWARD
 from allometry.scaling.plan import RunPlan, memory_of
 
 DEVICE_BYTES = 80 * 10**9
-"""Memory that a run is held against: what an A100 or H100 has, less some GB for what no estimate has
-in it (see ``MemoryEstimate``)."""
+"""Memory that a run is held against: what an A100 or H100 has, less some GB for what no estimate
+has in it (see ``MemoryEstimate``)."""
 NODE_RANKS = 8
 """Ranks of a node where the launcher says nothing."""
 
