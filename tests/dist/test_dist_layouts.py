@@ -322,6 +322,20 @@ def compiled_errors() -> tuple[float, float]:
     return worst(others[0], exact), worst(others[1], exact)
 
 
+def compiled_exchange_error(settings: dict[str, Any]) -> float:
+    """(On each rank) how far compiled gradients in fp32 are from eager ones, of one layout."""
+    eager = run(MOE, "fp32", **settings)
+    training = eager.training.model_copy(update={"compile": True})
+    exact, compiled = gradients_of(eager, eager.model_copy(update={"training": training}))
+    return worst(compiled, exact)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{"ep": 2}, {"tp": 2, "expert_tp": 1}], ids=["ep2", "whole"])
+def test_compiled_blocks_with_an_exchange(run_ranks: RunRanks, settings: dict[str, Any]) -> None:
+    assert max(run_ranks(compiled_exchange_error, 2, settings)) < 1e-5
+
+
 @pytest.mark.slow
 def test_compiled_experts_in_bf16_when_sharded(run_ranks: RunRanks) -> None:
     for whole, sharded in run_ranks(compiled_errors, 2, timeout_s=240.0):
