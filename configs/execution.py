@@ -59,9 +59,25 @@ class Zero(Section):
         description="stages 1-3: where sharded parameters, gradients and optimizer states live "
         "between uses",
     )
+    regather: Literal["auto", "micro_batch", "step"] = Field(
+        "auto",
+        description="stage 3: how often a block's parameters are gathered; micro_batch: for each "
+        "forward and backward, freed in between; step: once, kept for all micro-batches of a step; "
+        "auto: step in a pipeline, else micro_batch",
+    )
+
+    def frees(self, pp: int) -> bool:
+        """Return whether gathered parameters are freed within a step, with so many ``pp`` ranks."""
+        each = self.regather == "micro_batch" or (self.regather == "auto" and pp == 1)
+        return self.stage == 3 and each
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.stage != 3 and self.regather == "micro_batch":
+            raise ValueError(
+                f"regather=micro_batch needs parameters that are sharded, but stage={self.stage} "
+                "gathers them once a step; set stage to 3 or regather to auto"
+            )
         for name, usual in (("replicas", 1), ("offload", "none")):
             if self.stage == 0 and getattr(self, name) != usual:
                 raise ValueError(
@@ -160,8 +176,18 @@ class ParallelConfig(Section):
         "auto", description="hybrid data/context ranks; auto: all ranks that pp and tp leave"
     )
     tp: Count = Field(1, gt=0, description="tensor and sequence parallel ranks")
+    tp_overlap: Literal["off", "chunked", "symmetric"] = Field(
+        "off",
+        description="tensor parallelism's messages behind its products; chunked: tokens in chunks "
+        "(without compile); symmetric: torch's async TP through symmetric memory (CUDA, compiled)",
+    )
     pp: Count = Field(1, gt=0, description="pipeline ranks")
     ep: Count = Field(1, gt=0, description="expert parallel ranks, a factor of hdp")
+    expert_tp: Literal[1] | None = Field(
+        None,
+        description="null: tp cuts the width of each expert; 1: it spreads whole experts as ep "
+        "does, over ep x tp ranks together, and no tokens are gathered for them",
+    )
     pipeline: Pipeline = Field(default_factory=Pipeline, description="stages, where pp > 1")
     context: ContextConfig = Field(
         default_factory=ContextConfig, description="how whole documents lie on hdp ranks"

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -31,13 +32,16 @@ from allometry.scaling.parameterizations.base import ForwardScales
 Compute = Callable[[Tensor, Tensor], Tensor]
 """(rows sorted by local expert, rows of each local expert) -> what the experts make of them."""
 
-Exchange = Callable[[Tensor, Tensor, Compute], Tensor]
-"""(rows [S, D] sorted by expert, rows of each expert [E], compute) -> [S, D], row for row."""
+Finish = Callable[[Compute], Tensor]
+"""What experts make of rows that were sent: [S, D], row for row."""
+
+Exchange = Callable[[Tensor, Tensor], Finish]
+"""(rows [S, D] sorted by expert, rows of each expert [E]) -> what ends the exchange it begins."""
 
 
-def stay(x_SD: Tensor, counts_E: Tensor, compute: Compute) -> Tensor:
+def stay(x_SD: Tensor, counts_E: Tensor) -> Finish:
     """The exchange of a rank that holds all experts."""
-    return compute(x_SD, counts_E)
+    return lambda compute: compute(x_SD, counts_E)
 
 
 class Experts(OwnsParameters):
@@ -60,12 +64,21 @@ class Experts(OwnsParameters):
         self.gate_up = Stacked((self, "gate"), (self, "up"))
         self.down_only = Stacked((self, "down"))
 
-    def forward(self, x_TD: Tensor, gates_Tk: Tensor, experts_Tk: Tensor) -> Tensor:
-        """Return [T, D] in x's type: the sum over each token's experts, times its gates."""
+    def forward(
+        self,
+        x_TD: Tensor,
+        gates_Tk: Tensor,
+        experts_Tk: Tensor,
+        beside: Callable[[], Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return [T, D] in x's type: the sum over each token's experts, times its gates.
+
+        And what ``beside`` returns, which runs while rows travel.
+        """
         sorting = sort_by_expert(experts_Tk, self.num_experts)
-        x_SD = spread_rows(x_TD, sorting)
-        y_SD = self.exchange(x_SD, sorting.counts_E, self.compute)
-        return gather_rows(y_SD, gates_Tk, sorting)
+        finish = self.exchange(spread_rows(x_TD, sorting), sorting.counts_E)
+        made = None if beside is None else beside()
+        return gather_rows(finish(self.compute), gates_Tk, sorting), made
 
     def compute(self, x_SD: Tensor, counts_E: Tensor) -> Tensor:
         """Return [S, D] for rows sorted by the experts that this rank holds."""
@@ -104,12 +117,12 @@ class MoEFeedForward(nn.Module):
         if self.routed_scale != 1.0:
             gates_Tk = gates_Tk * self.routed_scale
         h_TD = x_TD if self.latent_down is None else self.latent_down(x_TD)
-        y_TD = self.experts(h_TD, gates_Tk, experts_Tk)
+        shared = None if self.shared is None else partial(self.shared, x_BLD)
+        y_TD, shared_BLD = self.experts(h_TD, gates_Tk, experts_Tk, beside=shared)
         if self.latent_up is not None:
             y_TD = self.latent_up(y_TD)
         y_BLD = y_TD.view(x_BLD.shape)
-        if self.shared is not None:
-            shared_BLD = self.shared(x_BLD)
+        if shared_BLD is not None:
             y_BLD = y_BLD + (
                 shared_BLD if self.shared_scale == 1.0 else shared_BLD * self.shared_scale
             )

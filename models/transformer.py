@@ -62,9 +62,9 @@ class Attention(nn.Module):
 
     def forward(self, x_BLD: Tensor, geometry: Geometry) -> Tensor:
         """Return [B, L, D]."""
-        B, L, _ = x_BLD.shape
-        made = separate(multiply(x_BLD, self.qkv), self.qkv.rows())
-        q_BLNH, k_BLKH, v_BLKH = (y.view(B, L, -1, self.head_width) for y in made)
+        q_BLNH, k_BLKH, v_BLKH = (
+            y.unflatten(2, (-1, self.head_width)) for y in self.project(x_BLD)
+        )
         if self.q_norm is not None and self.k_norm is not None:
             q_BLNH, k_BLKH = self.q_norm(q_BLNH), self.k_norm(k_BLKH)
         else:
@@ -73,6 +73,10 @@ class Attention(nn.Module):
         k_BLKH = rotate(k_BLKH, geometry.cos_BL1h, geometry.sin_BL1h)
         o_BLNH = self.core(q_BLNH, k_BLKH, v_BLKH, geometry.documents, self.scale)
         return self.wo(o_BLNH.flatten(2))
+
+    def project(self, x_BLD: Tensor) -> tuple[Tensor, ...]:
+        """Return queries, keys and values, [B, L, N H] or [B, L, K H], token by token."""
+        return separate(multiply(x_BLD, self.qkv), self.qkv.rows())
 
 
 class FeedForward(nn.Module):

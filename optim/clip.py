@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from allometry.parallel.mesh import sum_over
+from allometry.parallel.mesh import Mesh
 
 _Layout = tuple[DeviceMesh | None, tuple[int, ...]]
 
@@ -34,14 +34,16 @@ def _layout(gradient: Tensor) -> _Layout:
 def clip_by_global_norm(
     parameters: Iterable[Tensor],
     max_norm: float | None,
-    pipeline: dist.ProcessGroup | None = None,
+    mesh: Mesh | None = None,
+    along: Sequence[Tensor] = (),
 ) -> Tensor:
     """Scale gradients so that their joint 2-norm is at most ``max_norm``; return the norm before.
 
-    Each gradient is whole (a plain tensor, equal on all ranks that hold it) or a DTensor, whose
-    shards are summed over the mesh dimensions that shard it; replicas count once. ``pipeline`` is
-    the group of ranks that hold other parameters of the same model, over which the squares are
-    summed as well. Every rank must call this with the same parameters in the same order.
+    Each gradient is whole (a plain tensor, equal on all ranks of ``mesh.stage``) or a DTensor of
+    some shards there; replicas count once, and ranks of a pipeline hold different parameters.
+    ``mesh`` None: one process has them all. Every rank calls this with its parameters in the same
+    order. It sends one message, to all ranks, in which the tensors ``along`` (float64) are summed
+    in place as well.
 
     The result is a 0-dim float64 tensor on the gradients' device, bitwise equal on all ranks:
     squares are summed in float32 (float64 for float64 gradients) within a tensor, in float64
@@ -57,16 +59,15 @@ def clip_by_global_norm(
             layouts.setdefault(_layout(gradient), []).append(local)
     assert layouts, "no parameter has a gradient"
     device = next(iter(layouts.values()))[0].device
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    for (mesh, sharded), gradients in layouts.items():
-        square = _sum_of_squares(gradients, device)
-        for dim in sharded:
-            assert mesh is not None
-            sum_over(square, mesh.get_group(dim))
-        total += square
-    if pipeline is not None:
-        sum_over(total, pipeline)
-    norm = total.sqrt()
+    holders = 1 if mesh is None else mesh.stage.size
+    square = torch.zeros((), dtype=torch.float64, device=device)
+    for (cut_over, sharded), gradients in layouts.items():
+        shards = math.prod(cut_over.size(dim) for dim in sharded) if cut_over is not None else 1
+        assert holders % shards == 0, (holders, shards)
+        square += _sum_of_squares(gradients, device) / (holders // shards)  # each copy its part
+    if mesh is not None:
+        mesh.sum_together([square, *along])
+    norm = square.sqrt()
     if max_norm is not None:
         # A norm that is not finite would spread to all gradients and hide where it came from.
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0).where(norm.isfinite(), 1.0)

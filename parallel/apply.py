@@ -16,10 +16,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from allometry.configs.errors import UserError
 from allometry.configs.run import RunConfig
 from allometry.models.build import named_parameters, parameter_specs, torch_dtype
 from allometry.models.init import initialize
@@ -132,9 +134,10 @@ def parallelize(
 def distribute(part: Transformer, config: RunConfig, mesh: Mesh) -> None:
     """Apply to one part of a model, in place, all that happens inside of its blocks."""
     if mesh.tp.size > 1 or mesh.ep.size > 1:
-        apply_tensor(part, mesh)
-    if mesh.ep.size > 1:
-        apply_expert(part, mesh)
+        whole = config.parallel.expert_tp == 1 and mesh.tp.size > 1
+        chunked = config.parallel.tp_overlap == "chunked"
+        apply_tensor(part, mesh, whole_experts=whole, chunked=chunked)
+        apply_expert(part, mesh, whole_experts=whole)
     if config.data.kind == "documents":
         apply_context(part, mesh)
         if config.parallel.context.offload == "selective":
@@ -147,10 +150,36 @@ def distribute(part: Transformer, config: RunConfig, mesh: Mesh) -> None:
         # can an exchange.
         half = config.training.compute_dtype == "bf16"
         nested = config.parallel.zero.stage > 0 and half and config.model.kind == "moe"
-        compile_parts(part, whole=mesh.ep.size == 1 and not nested)
+        options = symmetric_memory(mesh) if config.parallel.tp_overlap == "symmetric" else None
+        exchanged = mesh.ep.size > 1 or (mesh.tp.size > 1 and config.parallel.expert_tp == 1)
+        compile_parts(part, whole=not exchanged and not nested, options=options)
 
 
-def compile_parts(model: Transformer, *, whole: bool = True) -> None:
+def symmetric_memory(mesh: Mesh) -> dict[str, Any] | None:
+    """Return what lets torch's compiler fuse the tp group's messages with its products.
+
+    In symmetric memory, a chunk of a gather is multiplied as it comes and a product's rows are
+    scattered as they are made (torch's async tensor parallelism). None without a tp group. Raises
+    UserError, on all ranks alike, where the device or torch has no such memory.
+    """
+    if mesh.tp.size == 1:
+        return None
+    try:
+        if mesh.device.type != "cuda":
+            raise RuntimeError(f"the device is {mesh.device.type}")
+        from torch.distributed._symmetric_memory import enable_symm_mem_for_group
+
+        enable_symm_mem_for_group(mesh.tp.group.group_name)
+    except (ImportError, RuntimeError) as error:
+        raise UserError(
+            f"parallel.tp_overlap=symmetric needs CUDA with symmetric memory ({error}); use off"
+        ) from None
+    return {"_micro_pipeline_tp": True}
+
+
+def compile_parts(
+    model: Transformer, *, whole: bool = True, options: dict[str, Any] | None = None
+) -> None:
     """Compile each block, and the softmax of the loss; ``whole``: each without a break, or fail.
 
     All blocks share their code, so they are compiled once for all; as a unit the block keeps
@@ -159,7 +188,7 @@ def compile_parts(model: Transformer, *, whole: bool = True) -> None:
     at their second value. The exchange of expert parallelism, whose sizes are data, is a break.
     """
     for block in model.blocks.values():
-        block.compile(fullgraph=whole)
+        block.compile(fullgraph=whole, options=options)
     if model.head is not None:
         model.head.compile(fullgraph=True)
 

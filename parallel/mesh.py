@@ -7,7 +7,7 @@ that nobody launched gets a group of one, so nothing else has to ask whether it 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import TracebackType
@@ -29,6 +29,7 @@ from allometry.parallel.groups import (
     open_groups,
     warm_up,
 )
+from allometry.parallel.wire import on_wire
 from allometry.scaling.degrees import resolve_degrees
 
 T = TypeVar("T")
@@ -129,6 +130,17 @@ class Mesh:
             dist.all_reduce(tensor, group=along.group)
         return tensor
 
+    def sum_together(self, tensors: Sequence[Tensor]) -> None:
+        """Replace tensors of one type by their sums over all ranks, in one message."""
+        if self.world_size == 1:
+            return
+        flat = torch.cat([tensor.flatten().to(self.device) for tensor in tensors])
+        dist.all_reduce(flat, group=self.stage.group if self.pp.size == 1 else dist.group.WORLD)
+        for tensor, part in zip(
+            tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True
+        ):
+            tensor.copy_(part.view(tensor.shape))
+
     def broadcast_object(self, value: T, source: int = 0) -> T:
         """Return what rank ``source`` passed, on every rank (pickled, over the host group)."""
         held = [value]
@@ -199,23 +211,6 @@ class Mesh:
 def local(tensor: Tensor) -> Tensor:
     """Return this rank's part of a tensor, which shares its memory; all of one that is whole."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def on_wire(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Return the tensor, or a copy on this rank's GPU of one that the group cannot send.
-
-    Gradients of offloaded parameters lie in the host's memory, which NCCL does not read.
-    """
-    on_gpu = tensor.is_cuda or dist.get_backend(group) != "nccl"
-    return tensor if on_gpu else tensor.cuda()
-
-
-def sum_over(tensor: Tensor, group: dist.ProcessGroup) -> None:
-    """Replace a tensor, wherever it lies, by its sum over the ranks of ``group``."""
-    summed = on_wire(tensor, group)
-    dist.all_reduce(summed, group=group)
-    if summed is not tensor:
-        tensor.copy_(summed)
 
 
 def _batch_of_one(message: dist.P2POp) -> dist.Work:

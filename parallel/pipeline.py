@@ -5,10 +5,12 @@ has a shard of the sequence). Tokens, targets and documents do not travel: each 
 batch and looks a micro-batch up by its number. So micro-batches of one step may be of any shapes,
 with every schedule.
 
-With ZeRO 1 to 3 gradients stay whole until a stage's last backward and are then reduced, once in a
-step. Stage 3 frees a block after its forward where the schedule computes whole backwards; it is
-gathered for its backward and stays until the stage's next forward. The schedules that split
-backward (``SPLIT_BACKWARD``) keep all parameters of a stage gathered throughout the step.
+With ZeRO 1 to 3 parameters are gathered once in a step, and gradients stay whole until a stage's
+last backward: it reduces those of a block while it goes through the blocks before. Where the last
+half of a backward computes no more than weights' gradients (``SPLIT_BACKWARD``), it is followed by
+the reduction. So are buckets of ZeRO 0 launched. ``regather: micro_batch`` (stage 3) frees a block
+after its forward; it is gathered for its backward and stays until the stage's next forward. The
+schedules that split backward cannot: they keep all parameters of a stage throughout the step.
 
 Where attention runs in rings over hdp ranks, pipelines wait for one another inside their stages. A
 ring has then the same number among the micro-batches of all its members, so that all come to it in
@@ -138,6 +140,7 @@ class PipelineExecution(Execution):
             first=min(self._parts),
             empty=lambda i: self._empty(batches[i]),
             begin=self._sync.begin_uneven if self._uneven else lambda: None,
+            sync=None if self._uneven else self._sync,
         )
         index = torch.arange(len(batches))
         given: dict[str, Any] = {"mb": index}

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
-from allometry.parallel.mesh import Axis, local, sum_over
+from allometry.parallel.mesh import Axis, local
+from allometry.parallel.wire import sum_over
 
 
 class GradientSync(Protocol):
@@ -29,12 +30,18 @@ class GradientSync(Protocol):
     After ``finish`` each parameter's ``.grad`` is the SUM over ranks and micro-batches (nothing is
     averaged: the loss was divided by the global count), reduced in fp32 (fp64 where parameters
     are) and laid out as the parameter is. Forward passes under ``no_grad`` may run before or after
-    a step, not within one. A pipeline, whose schedule knows which backward is the last, leaves
-    ``micro_batch`` out.
+    a step, not within one. A pipeline, in which each stage has a last backward of its own, calls
+    ``close`` and ``closed`` around that instead of ``micro_batch``.
     """
 
     def micro_batch(self, last: bool) -> None:
         """Announce the next forward and backward; ``last``: the step's last one."""
+
+    def close(self, part: nn.Module) -> None:
+        """Announce the last backward of this step through ``part``, a stage of a pipeline."""
+
+    def closed(self, part: nn.Module) -> None:
+        """Tell that it is done: no gradient of ``part`` will change in this step."""
 
     def begin_uneven(self) -> bool:
         """Announce a step in which ranks run different numbers of micro-batches, none included.
@@ -69,7 +76,8 @@ class FlatReducer(GradientSync):
     gradients as if we did not exist, without a zero-fill or an addition in the first micro-batch.
 
     ``overlap``: copy and reduce a bucket during the last backward, once its last gradient is
-    there. That is right for CUDA, where communication has its own hardware. Without it all are
+    there; in a pipeline while other stages of the rank, or earlier blocks, still have theirs. That
+    is right for CUDA, where communication has its own hardware. Without it all are
     reduced in ``finish``. ``keep``: hold the buckets' memory from step to step, as a CPU pays more
     for fresh pages than for the copy; a GPU, where memory is short, gives it back with the views.
 
@@ -92,13 +100,25 @@ class FlatReducer(GradientSync):
         self._keep = not overlap if keep is None else keep
         self._buckets: list[_Bucket] | None = None
         self._launched = 0
-        self._last = False
+        self._final: set[int] = set()  # ids of parameters whose next gradient is their last
 
     @override
     def micro_batch(self, last: bool) -> None:
-        self._last = last
-        for bucket in self._made():
-            bucket.awaited = len(bucket.parameters)
+        buckets = self._made()
+        self._final = {id(p) for bucket in buckets for p in bucket.parameters} if last else set()
+
+    @override
+    def close(self, part: nn.Module) -> None:
+        self._made()
+        self._final |= {id(parameter) for parameter in part.parameters()}
+
+    @override
+    def closed(self, part: nn.Module) -> None:
+        if self._overlap:
+            # Half a backward calls no hooks, and some parameter may have had no gradient.
+            for bucket in self._made():
+                bucket.awaited -= {id(parameter) for parameter in part.parameters()}
+            self._launch_ready()
 
     @override
     def begin_uneven(self) -> bool:
@@ -112,7 +132,7 @@ class FlatReducer(GradientSync):
     @override
     def finish(self) -> None:
         buckets = self._made()
-        self._last = False
+        self._final = set()
         while self._launched < len(buckets):
             self._launch_next()
         for bucket in buckets:
@@ -152,19 +172,21 @@ class FlatReducer(GradientSync):
         if self._overlap:
             for parameter in parameters:
                 parameter.register_post_accumulate_grad_hook(
-                    lambda _, bucket=bucket: self._ready(bucket)
+                    lambda parameter, bucket=bucket: self._ready(parameter, bucket)
                 )
         return bucket
 
-    def _ready(self, bucket: _Bucket) -> None:
-        """One more gradient of ``bucket`` is complete for this micro-batch."""
-        bucket.awaited -= 1
-        if not self._last:
-            return
+    def _ready(self, parameter: Tensor, bucket: _Bucket) -> None:
+        """One more gradient of ``bucket`` has come, maybe its last in this step."""
+        if id(parameter) in self._final:
+            bucket.awaited.discard(id(parameter))
+            self._launch_ready()
+
+    def _launch_ready(self) -> None:
         assert self._buckets is not None
         # Strictly in order, also when a later bucket is complete first: all ranks must issue the
         # same collectives in the same order, whichever gradients they lack.
-        while self._launched < len(self._buckets) and self._buckets[self._launched].awaited == 0:
+        while self._launched < len(self._buckets) and not self._buckets[self._launched].awaited:
             self._launch_next()
 
     def _launch_next(self) -> None:
@@ -183,7 +205,7 @@ class _Bucket:
         self, parameters: list[nn.Parameter], group: dist.ProcessGroup, keep: bool
     ) -> None:
         self.parameters = parameters
-        self.awaited = len(parameters)
+        self.awaited = set(map(id, parameters))
         self._group = group
         self._keep = keep
         self._flat: Tensor | None = None
@@ -218,6 +240,7 @@ class _Bucket:
         assert self._work is not None
         self._work.wait()
         self._work = None
+        self.awaited = set(map(id, self.parameters))
         for parameter, view in self._views():
             if parameter.dtype != view.dtype:  # autograd insists on the parameter's type
                 parameter.grad = _like(parameter, view.to(parameter.dtype))

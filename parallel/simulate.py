@@ -5,11 +5,11 @@ Everything that builds and runs a distributed model is the real code; only messa
 is exact in shapes: which tensors a rank holds and which collectives it calls, with their sizes.
 """
 
-# E experts, R ep ranks, S rows, D width
+# R ranks of an exchange, t tp ranks, e experts of a rank
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,15 +18,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed._functional_collectives import (
-    all_to_all_single,
-    all_to_all_single_autograd,
-)
 from torch.utils._python_dispatch import TorchDispatchMode
+from typing_extensions import override
 
 from allometry.configs.execution import ParallelConfig
 from allometry.models.moe import Experts
 from allometry.models.transformer import Transformer
+from allometry.parallel.expert import AllToAll, Sizes
 from allometry.parallel.mesh import Mesh, open_mesh
 
 # torch's names, without namespace and trailing underscore, and what people call them.
@@ -45,6 +43,8 @@ _KINDS = {
     "alltoall": "all-to-all",
     "all_to_all_single": "all-to-all",
     "broadcast": "broadcast",
+    "send": "send",
+    "recv": "receive",
 }
 _SILENT = ("wait_tensor", "_wrap_tensor_autograd", "barrier", "monitored_barrier")
 
@@ -166,30 +166,20 @@ def without_storage() -> FakeTensorMode:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
-class EvenExchange:
+class EvenExchange(AllToAll):
     """The exchange of expert parallelism with every expert visited equally often.
 
     Real counts are data, which a simulation does not have. Sizes are those of the mean.
     """
 
-    def __init__(self, mesh: Mesh, local_experts: int) -> None:
-        self._group, self._ranks, self._experts = mesh.ep.group, mesh.ep.size, local_experts
-
-    def __call__(
-        self, x_SD: Tensor, counts_E: Tensor, compute: Callable[[Tensor, Tensor], Tensor]
-    ) -> Tensor:
-        """Do what ``expert.AllToAll`` does."""
-        S = x_SD.shape[0]
-        each = [S // self._ranks + (i < S % self._ranks) for i in range(self._ranks)]
-        sent_Re = counts_E.view(self._ranks, self._experts)
-        exchanged = all_to_all_single(sent_Re.contiguous(), None, None, self._group)
-        x_SD = all_to_all_single_autograd(x_SD.contiguous(), each, each, self._group)
-        y_SD = compute(x_SD, exchanged.sum(0))
-        return all_to_all_single_autograd(y_SD.contiguous(), each, each, self._group)
+    @override
+    def sizes(self, sent_Re: Tensor, got_tRe: Tensor, rows: int) -> Sizes:
+        each = [rows // self.ranks + (i < rows % self.ranks) for i in range(self.ranks)]
+        return Sizes(each, each, [rows] * len(got_tRe))
 
 
-def even_experts(part: Transformer, mesh: Mesh) -> None:
+def even_experts(part: Transformer) -> None:
     """Replace the exchange of all experts of ``part`` by one that needs no data."""
     for module in part.modules():
-        if isinstance(module, Experts) and mesh.ep.size > 1:
-            module.exchange = EvenExchange(mesh, module.num_experts // mesh.ep.size)
+        if isinstance(module, Experts) and isinstance(module.exchange, AllToAll):
+            module.exchange = EvenExchange(module.exchange.axis, module.exchange.cut)

@@ -4,7 +4,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +13,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining._backward import stage_backward
 from typing_extensions import override
 
 from allometry.models.head import Losses
 from allometry.parallel.execution import MicroBatch, Observe
+from allometry.parallel.reduce import GradientSync
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,8 @@ class StepInputs:
     """What a rank's stages share in a step; ``first`` is the rank's lowest stage.
 
     ``empty(i)`` makes a tensor for what stages hand on of micro-batch i. ``begin`` is what all
-    ranks do together before this one's first message and forward; it may be called again.
+    ranks do together before this one's first message and forward; it may be called again. ``sync``
+    reduces a stage's gradients behind its last backward; None: nothing may wait there.
     """
 
     batches: Sequence[MicroBatch]
@@ -33,6 +37,7 @@ class StepInputs:
     first: int
     empty: Callable[[int], Tensor]
     begin: Callable[[], object]
+    sync: GradientSync | None
 
 
 class Stage(PipelineStage):
@@ -48,6 +53,8 @@ class Stage(PipelineStage):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._emptied: set[str] = set()
+        self._backwards = 0  # that gave gradients of weights, in this step
+        self._last, self._reduced = False, False
 
     def scaled_loss(self, total: Tensor, _: Tensor) -> Tensor:
         """Return what is differentiated; the second argument is the micro-batch's number."""
@@ -90,9 +97,50 @@ class Stage(PipelineStage):
         return made
 
     @override
-    def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
-        super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+    def backward_one_chunk(
+        self,
+        bwd_chunk_id: int,
+        loss: Tensor | None = None,
+        full_backward: bool = True,
+        last_backward: bool = False,
+    ) -> None:
+        with self._gradients_of_weights() if full_backward else nullcontext():
+            super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
         self._drop_buffers(self.grad_recv_info, bwd_chunk_id)
+
+    @contextmanager
+    def _gradients_of_weights(self) -> Iterator[None]:
+        """Count a backward, or the half of it that is of weights; there is one a micro-batch."""
+        assert self.inputs is not None
+        self._backwards += 1
+        sync = self.inputs.sync
+        self._last = sync is not None and self._backwards == len(self.inputs.batches)
+        if sync is not None and self._last:
+            sync.close(self.submod)
+        yield
+        if sync is not None and self._last:
+            sync.closed(self.submod)
+        self._last = False
+
+    def backward_maybe_with_nosync(
+        self, backward_type: str, bwd_kwargs: dict[str, Any], last_backward: bool = False
+    ) -> tuple[tuple[Tensor | None, ...], Any]:
+        """Differentiate; the last time, whole, with FSDP2 reducing block by block behind it.
+
+        Torch keeps FSDP2 from that until all backwards are done.
+        """
+        whole = backward_type == "full" and isinstance(self.submod, FSDPModule)
+        if not (self._last and whole):
+            return super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
+        self._reduced = True
+        return stage_backward(**bwd_kwargs), None
+
+    def perform_reduce_grad(self, grad_scale_factor: int) -> None:
+        """Reduce what the last backward has not reduced already."""
+        if not self._reduced:
+            super().perform_reduce_grad(grad_scale_factor)
+        elif grad_scale_factor != 1:
+            self.scale_grads(grad_scale_factor)
 
     @override
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
@@ -101,7 +149,10 @@ class Stage(PipelineStage):
         FSDP2 casts them where a backward has gone through a block, and this half does not: those
         of all micro-batches that follow one another would be added in bf16.
         """
-        super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
+        with self._gradients_of_weights():
+            super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
+        if self._reduced:
+            return
         for module in self.submod.modules():
             if isinstance(module, FSDPModule):
                 group = module._get_fsdp_state()._fsdp_param_group
@@ -112,6 +163,7 @@ class Stage(PipelineStage):
     @override
     def clear_runtime_states(self) -> None:
         # Received tensors are new each time: there are no gradients to clear.
+        self._backwards, self._reduced = 0, False
         self.fwd_cache.clear()
         self.output_chunks.clear()
 

@@ -16,6 +16,7 @@ arithmetic is at those seams.
 | wo, down                      | Shard(1)              |
 | experts' gate, up [E, F, D]   | Shard(1)              |
 | experts' down [E, D, F]       | Shard(2)              |
+| the same, ``expert_tp: 1``    | Shard(0)              |
 | embedding, head               | Shard(0), even or not |
 | everything else               | Replicate             |
 
@@ -53,10 +54,17 @@ from allometry.models.parameters import local_weight
 from allometry.models.transformer import Attention, FeedForward, Transformer
 from allometry.models.vocabulary import SharedSoftmax, Vocabulary
 from allometry.parallel.mesh import Axis, Mesh
+from allometry.parallel.tensor_chunks import chunk_attention, chunk_feed_forward
 
 
-def apply_tensor(model: Transformer, mesh: Mesh) -> None:
+def apply_tensor(
+    model: Transformer, mesh: Mesh, *, whole_experts: bool = False, chunked: bool = False
+) -> None:
     """Cut a model, or a part of one, over ``mesh.tp``, and its experts over ``mesh.ep`` too.
+
+    ``whole_experts``: tp spreads experts as ep does. Then, and with ep, each tp rank sends the rows
+    of its own tokens (``expert.py``); else all tokens are gathered before the experts. ``chunked``:
+    branches work on their tokens in chunks, so that one travels while another is computed.
 
     In place, on the meta device or off it (then every rank has the same values). All ranks of a
     tensor group pass the same tokens, targets and documents, whole; the residual stream, which is
@@ -70,10 +78,16 @@ def apply_tensor(model: Transformer, mesh: Mesh) -> None:
             match module:
                 case Attention():
                     _cut_weights(module, tp, {"wq": 0, "wk": 0, "wv": 0, "wo": 1})
-                    _exchange_tokens(module, tp)
+                    if chunked:
+                        chunk_attention(module, mesh.tp)
+                    else:
+                        _exchange_tokens(module, tp)
                 case FeedForward():
                     _cut_weights(module, tp, {"gate": 0, "up": 0, "down": 1})
-                    _exchange_tokens(module, tp)
+                    if chunked:
+                        chunk_feed_forward(module, mesh.tp)
+                    else:
+                        _exchange_rows(module, tp)
                 case Embedding():
                     _distribute(module, "weight", tp, [Shard(0)])
                     vocabulary = PartOfVocabulary(tp, mesh.tp, module.num_embeddings)
@@ -82,12 +96,12 @@ def apply_tensor(model: Transformer, mesh: Mesh) -> None:
                     _share_head(module, tp, mesh.tp)
                 case MoEFeedForward():
                     module.register_forward_pre_hook(partial(_cut_counted, mesh.tp))
-                case Experts():
+                case Experts() if mesh.ep.size == 1 and not whole_experts:
                     module.register_forward_pre_hook(partial(_gather_rows, tp))
                     module.register_forward_hook(partial(_scatter_rows, tp))
     for module in list(model.modules()):
         if isinstance(module, Experts):
-            shard_experts(module, mesh)
+            shard_experts(module, mesh, whole=whole_experts)
     if mesh.tp.size > 1:
         for module in list(model.modules()):
             for name, parameter in list(module.named_parameters(recurse=False)):
@@ -95,19 +109,21 @@ def apply_tensor(model: Transformer, mesh: Mesh) -> None:
                     _distribute(module, name, mesh.device_mesh["tp"], [Replicate()])
 
 
-def shard_experts(experts: Experts, mesh: Mesh) -> None:
+def shard_experts(experts: Experts, mesh: Mesh, *, whole: bool = False) -> None:
     """Give each ep rank some experts and each tp rank a part of their hidden width.
 
-    Only axes longer than one appear on the weights' mesh, so that ZeRO can shard them over the
-    ranks that hold the same part: ``mesh.expert_zero_mesh`` with ep, else ``mesh.zero_mesh``.
+    ``whole``: each tp rank some of the ep rank's experts. Only axes longer than one appear on the
+    weights' mesh, so that ZeRO can shard them over the ranks that hold the same part:
+    ``mesh.expert_zero_mesh`` with ep, else ``mesh.zero_mesh``.
     """
     for name, hidden in (("gate", 1), ("up", 1), ("down", 2)):
+        over_tp = Shard(0) if whole else Shard(hidden)
         if mesh.ep.size > 1 and mesh.tp.size > 1:
-            cut_over, placements = mesh.expert_mesh["ep", "tp"], [Shard(0), Shard(hidden)]
+            cut_over, placements = mesh.expert_mesh["ep", "tp"], [Shard(0), over_tp]
         elif mesh.ep.size > 1:
             cut_over, placements = mesh.expert_mesh["ep"], [Shard(0)]
         elif mesh.tp.size > 1:
-            cut_over, placements = mesh.device_mesh["tp"], [Shard(hidden)]
+            cut_over, placements = mesh.device_mesh["tp"], [over_tp]
         else:
             return
         _distribute(experts, name, cut_over, placements)
@@ -156,6 +172,13 @@ def gather(x: Tensor, mesh: DeviceMesh, dim: int) -> Tensor:
     return parts.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
 
 
+def gather_tokens(x_BlD: Tensor, mesh: DeviceMesh) -> Tensor:
+    """Return [B, L, D]. One sequence is gathered where it lies; several are put together anew."""
+    if len(x_BlD) == 1:
+        return gather(x_BlD[0], mesh, dim=0)[None]
+    return gather(x_BlD, mesh, dim=1)
+
+
 def scatter_sum(x: Tensor, mesh: DeviceMesh, dim: int) -> Tensor:
     """Return this rank's part of the sum over the ranks; backward gathers."""
     summands = DTensor.from_local(x, mesh, [Partial()], run_check=False)
@@ -181,10 +204,30 @@ def _exchange_tokens(module: nn.Module, mesh: DeviceMesh) -> None:
 
     def before(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         x_BlD, *others = inputs
-        return gather(x_BlD, mesh, dim=1), *others
+        return gather_tokens(x_BlD, mesh), *others
 
     def after(_: nn.Module, inputs: tuple[Any, ...], y_BLD: Tensor) -> Tensor:
+        if len(y_BLD) == 1:
+            return scatter_sum(y_BLD[0], mesh, dim=0)[None]
         return scatter_sum(y_BLD, mesh, dim=1)
+
+    module.register_forward_pre_hook(before)
+    module.register_forward_hook(after)
+
+
+def _exchange_rows(module: nn.Module, mesh: DeviceMesh) -> None:
+    """The same for a branch that sees each token by itself: rows in the order of ranks will do.
+
+    As rows they are gathered and scattered where they lie; tokens in the order of sequences would
+    be put together by a copy on each side.
+    """
+
+    def before(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        (x_BlD,) = inputs
+        return (gather(x_BlD.flatten(0, 1), mesh, dim=0).unflatten(0, (len(x_BlD), -1)),)
+
+    def after(_: nn.Module, inputs: tuple[Any, ...], y_BLD: Tensor) -> Tensor:
+        return scatter_sum(y_BLD.flatten(0, 1), mesh, dim=0).unflatten(0, (len(y_BLD), -1))
 
     module.register_forward_pre_hook(before)
     module.register_forward_hook(after)
@@ -213,8 +256,11 @@ def _gather_rows(
     return gather(x_tD, mesh, dim=0), gather(gates_tk, mesh, dim=0), experts_Tk
 
 
-def _scatter_rows(mesh: DeviceMesh, _: nn.Module, inputs: tuple[Any, ...], y_TD: Tensor) -> Tensor:
-    return scatter_sum(y_TD, mesh, dim=0)
+def _scatter_rows(
+    mesh: DeviceMesh, _: nn.Module, inputs: tuple[Any, ...], made: tuple[Tensor, Tensor | None]
+) -> tuple[Tensor, Tensor | None]:
+    y_TD, beside = made
+    return scatter_sum(y_TD, mesh, dim=0), beside
 
 
 def _look_up(embedding: Embedding, vocabulary: PartOfVocabulary, tokens_BL: Tensor) -> Tensor:
@@ -234,6 +280,6 @@ def _share_head(head: OutputHead, mesh: DeviceMesh, axis: Axis) -> None:
 
     def before(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         x_BlD, *others = inputs
-        return gather(x_BlD, mesh, dim=1), *others
+        return gather_tokens(x_BlD, mesh), *others
 
     head.register_forward_pre_hook(before)

@@ -12,8 +12,12 @@ are gathered in, 2 in bf16; the buffers of one block in flight left out:
 | 3     | 4P/W and some blocks | 4P/W and one block whole              | 8P/W   | (2c + 4)MP |
 
 So stage 2 pays for its memory with a reduction in every micro-batch, and stage 3 with two gathers
-as well: with gradient accumulation prefer the lowest stage that fits. In a pipeline gradients are
-reduced once, after the last backward, at every stage of ZeRO.
+as well: with gradient accumulation prefer the lowest stage that fits (``regather: step`` makes
+stage 3 gather as stage 2 does). In a pipeline gradients are reduced once, in a stage's last
+backward, at every stage of ZeRO, and parameters gathered once, unless ``regather: micro_batch``.
+
+What a block computes with is gathered while the two before it compute, in forward and in backward
+(``prefetch``). A block's gradients are reduced while the blocks before it do their last backward.
 
 ``replicas`` > 1 is hybrid sharding: W is then a copy's share of the ranks, and gradients are summed
 over the copies too. ``offload: cpu`` keeps the shards and the optimizer on the host.
@@ -44,7 +48,7 @@ from allometry.models.transformer import Transformer
 from allometry.parallel.mesh import Mesh
 from allometry.parallel.reduce import FlatReducer, GradientSync, ReductionGroup, sum_over_tp
 from allometry.scaling.roles import Role
-from allometry.scaling.shards import zero_dim
+from allometry.scaling.shards import PREFETCHED, zero_dim
 
 
 class FullyShardedSync(GradientSync):
@@ -68,10 +72,11 @@ class FullyShardedSync(GradientSync):
         assert zero.stage in (1, 2, 3), zero.stage
         # A pipeline's schedule reduces once, after a stage's last backward.
         self._every_time = zero.stage >= 2 and mesh.pp.size == 1
-        self._free_after_backward = zero.stage == 3 and mesh.pp.size == 1
+        self._free_after_backward = zero.frees(mesh.pp.size) and mesh.pp.size == 1
         self._held = False  # whether parameters stay gathered after a forward without gradients
         for part in parts:
             shard_model(part, mesh, zero, compute_dtype)
+            prefetch(part)
             part.register_forward_hook(self._after_forward)
         self._parts, self._tp = parts, mesh.tp
         self._roots: list[FSDPModule] = [part for part in parts if isinstance(part, FSDPModule)]
@@ -92,6 +97,17 @@ class FullyShardedSync(GradientSync):
             root.set_is_last_backward(last)
             root.set_requires_gradient_sync(last or self._every_time)
             root.set_reshard_after_backward(last or self._free_after_backward)
+
+    @override
+    def close(self, part: nn.Module) -> None:
+        assert isinstance(part, FSDPModule)
+        part.set_is_last_backward(True)
+        part.set_requires_gradient_sync(True)
+        part.set_reshard_after_backward(True)
+
+    @override
+    def closed(self, part: nn.Module) -> None:
+        """Nothing: FSDP2 has started every reduction in the backward itself."""
 
     @override
     def begin_uneven(self) -> bool:
@@ -161,7 +177,7 @@ def shard_model(model: Transformer, mesh: Mesh, zero: Zero, compute_dtype: torch
     if mesh.ep.size > 1:
         shards = mesh.hdp.size // zero.replicas // mesh.ep.size
         spread = {"mesh": mesh.expert_zero_mesh, "shard_placement_fn": _placement(shards)}
-    reshard = zero.stage == 3
+    reshard = zero.frees(mesh.pp.size)
     # A tied embedding is needed again by the head; the backward of a look-up needs no table.
     if model.embedding is not None:
         fully_shard(
@@ -172,7 +188,10 @@ def shard_model(model: Transformer, mesh: Mesh, zero: Zero, compute_dtype: torch
         )
         if not model.tied:
             model.embedding.set_unshard_in_backward(False)
+    *_, last = model.blocks.values()
     for block in model.blocks.values():
+        # Backward begins with the last block: it would be gathered again before anything computes.
+        reshard = zero.frees(mesh.pp.size) and block is not last
         for module, role in _special(block):
             apart = role is not Role.ROUTER and mesh.ep.size > 1
             if apart or (role is Role.ROUTER and low is not None):
@@ -188,6 +207,44 @@ def shard_model(model: Transformer, mesh: Mesh, zero: Zero, compute_dtype: torch
         fully_shard(model.head, mp_policy=plain, reshard_after_forward=False, **common)
     # Backward begins with norm and head: freeing them after forward would only gather them again.
     fully_shard(model, mp_policy=mixed, reshard_after_forward=False, **common)
+
+
+def prefetch(model: Transformer) -> None:
+    """Let each block, when it begins, have the next ``PREFETCHED`` blocks' parameters gathered.
+
+    In forward and in backward, with the experts and routers that are gathered by themselves. On a
+    device with streams of its own for communication the gathers then run behind what the block
+    computes; left to itself FSDP2 would issue a gather when the block that needs it begins, and in
+    backward one block ahead. On a CPU the same messages come in another order. What is gathered
+    already is not gathered again.
+    """
+    assert isinstance(model, FSDPModule)
+    for unit in model.modules():
+        if isinstance(unit, FSDPModule):
+            # Left to itself, FSDP2 gathers in backward what was forward before: after the first
+            # block of a micro-batch the last one of the micro-batch before, for nothing.
+            unit.set_modules_to_backward_prefetch([unit])
+    blocks = [
+        [m for m in block.modules() if isinstance(m, FSDPModule)] for block in model.blocks.values()
+    ]
+    start: list[FSDPModule] = []
+    if isinstance(model.embedding, FSDPModule):
+        start = [model.embedding]
+    end: list[list[FSDPModule]] = []
+    if isinstance(model.head, FSDPModule):
+        end = [[model.head]]
+    forward, backward = [*blocks, *end], [*end, *reversed(blocks)]
+
+    def ahead(units: list[list[FSDPModule]], place: int) -> list[FSDPModule]:
+        return [unit for some in units[place : place + PREFETCHED] for unit in some]
+
+    # The root begins first; it has nothing to compute before the embedding.
+    model.set_modules_to_forward_prefetch([*start, *ahead(forward, 0)])
+    model.set_modules_to_backward_prefetch(ahead(backward, 0))
+    for place, (block, *_) in enumerate(blocks):
+        block.set_modules_to_forward_prefetch(ahead(forward, place + 1))
+        if place > 0:
+            block.set_modules_to_backward_prefetch(ahead(backward, len(backward) - place))
 
 
 def reduction_groups(parts: Sequence[Transformer], mesh: Mesh) -> list[ReductionGroup]:
@@ -211,11 +268,12 @@ def apply_zero(
 ) -> GradientSync:
     """Shard over the hdp axis what ``zero.stage`` says."""
     if zero.stage == 0:
-        # A pipeline's schedule does not say which backward is a block's last.
-        overlap = mesh.device.type == "cuda" and mesh.pp.size == 1
-        on_cpu = mesh.device.type == "cpu"
         return FlatReducer(
-            lambda: reduction_groups(parts, mesh), mesh.tp, zero.bucket_mib * 2**20, overlap, on_cpu
+            lambda: reduction_groups(parts, mesh),
+            mesh.tp,
+            zero.bucket_mib * 2**20,
+            overlap=mesh.device.type == "cuda",
+            keep=mesh.device.type == "cpu",
         )
     return FullyShardedSync(parts, mesh, zero, compute_dtype)
 

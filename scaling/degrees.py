@@ -11,13 +11,22 @@ from allometry.configs.execution import ParallelConfig
 
 @dataclass(frozen=True, slots=True)
 class Degrees:
-    """Lengths of the mesh's axes. ``hdp`` = ``replicas`` x ``shard``; ``ep`` divides ``shard``."""
+    """Lengths of the mesh's axes. ``hdp`` = ``replicas`` x ``shard``; ``ep`` divides ``shard``.
+
+    ``whole_experts``: tp spreads experts rather than cutting them.
+    """
 
     pp: int
     hdp: int
     tp: int
     ep: int
     replicas: int
+    whole_experts: bool = False
+
+    @property
+    def expert_ranks(self) -> int:
+        """Ranks over which whole experts are spread."""
+        return self.ep * self.tp if self.whole_experts else self.ep
 
     @property
     def world_size(self) -> int:
@@ -57,7 +66,8 @@ def resolve_degrees(parallel: ParallelConfig, world_size: int) -> Degrees:
     replicas, ep = parallel.zero.replicas, parallel.ep
     check_divides("parallel.zero.replicas", replicas, "hdp", hdp)
     check_divides("parallel.ep", ep, "hdp" if replicas == 1 else "hdp/replicas", hdp // replicas)
-    return Degrees(pp=pp, hdp=hdp, tp=tp, ep=ep, replicas=replicas)
+    whole = parallel.expert_tp == 1 and tp > 1
+    return Degrees(pp=pp, hdp=hdp, tp=tp, ep=ep, replicas=replicas, whole_experts=whole)
 
 
 def check_divides(key: str, value: int, name: str, whole: int, common: int | None = None) -> None:

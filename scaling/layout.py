@@ -49,8 +49,8 @@ class Layout:
         ranks do not fit the degrees, the model or the batch: key, value and what would be valid.
         """
         degrees = resolve_degrees(config.parallel, world_size)
-        _check_tensor(config, degrees.tp)
-        _check_expert(config.model, degrees.ep)
+        _check_tensor(config, degrees)
+        _check_expert(config.model, degrees)
         if config.data.kind == "sequences":
             check_batch(config.batch, degrees.hdp)
         check_context(config, degrees)
@@ -141,14 +141,14 @@ def split_layers(costs: Sequence[float], stages: int) -> tuple[range, ...]:
     return tuple(reversed(parts))
 
 
-def _check_tensor(config: RunConfig, tp: int) -> None:
-    model = config.model
+def _check_tensor(config: RunConfig, degrees: Degrees) -> None:
+    model, tp = config.model, degrees.tp
     cut = {"model.num_heads": model.num_heads, "model.num_kv_heads": model.kv_heads}
     if config.data.kind == "sequences":
         cut["data.sequence_length"] = config.data.sequence_length
     if model.ffn_width is not None:
         cut["model.ffn_width"] = model.ffn_width
-    if isinstance(model, MoEModel):
+    if isinstance(model, MoEModel) and not degrees.whole_experts:
         cut["model.experts.width"] = model.experts.width
     rows = -(-model.vocab_size // tp)
     if rows * (tp - 1) >= model.vocab_size:
@@ -156,20 +156,34 @@ def _check_tensor(config: RunConfig, tp: int) -> None:
             f"parallel.tp={tp} leaves a rank without a row of model.vocab_size="
             f"{model.vocab_size}; use a smaller parallel.tp or a larger vocabulary"
         )
+    overlap, compiled = config.parallel.tp_overlap, config.training.compile
+    if overlap != "off" and compiled != (overlap == "symmetric"):
+        raise UserError(
+            f"parallel.tp_overlap={overlap} needs training.compile: {str(not compiled).lower()}; "
+            f"set that, or parallel.tp_overlap: {'symmetric' if compiled else 'chunked'} or off"
+        )
     common = math.gcd(*cut.values())
     for name, size in cut.items():
         check_divides("parallel.tp", tp, name, size, common)
 
 
-def _check_expert(model: ModelConfig, ep: int) -> None:
+def _check_expert(model: ModelConfig, degrees: Degrees) -> None:
     if not isinstance(model, MoEModel):
-        if ep == 1:
-            return
-        raise UserError(
-            f"parallel.ep={ep} needs experts, but model.kind={model.kind} has none; use "
-            "parallel.ep=1 or model.kind=moe"
-        )
-    check_divides("parallel.ep", ep, "model.experts.num_experts", model.experts.num_experts)
+        for key, value, none in (
+            ("ep", degrees.ep, 1),
+            ("expert_tp", 1 if degrees.whole_experts else None, None),
+        ):
+            if value != none:
+                raise UserError(
+                    f"parallel.{key}={value} needs experts, but model.kind={model.kind} has none; "
+                    f"use parallel.{key}={none or 'null'} or model.kind=moe"
+                )
+        return
+    key = "parallel.ep"
+    if degrees.whole_experts:
+        key = f"parallel.ep={degrees.ep} x parallel.tp={degrees.tp} (parallel.expert_tp=1)"
+    experts = model.experts.num_experts
+    check_divides(key, degrees.expert_ranks, "model.experts.num_experts", experts)
 
 
 def _check_halves(config: RunConfig) -> None:
@@ -178,6 +192,11 @@ def _check_halves(config: RunConfig) -> None:
     if schedule not in SPLIT_BACKWARD:
         return
     refused = f"parallel.pipeline.schedule={schedule} splits backward in two, which"
+    if config.parallel.zero.regather == "micro_batch":
+        raise UserError(
+            f"{refused} needs a stage's parameters throughout; set parallel.zero.regather: step or "
+            "schedule: interleaved_1f1b"
+        )
     if training.compile:
         raise UserError(
             f"{refused} compiled blocks cannot; set training.compile: false or schedule: "

@@ -15,7 +15,8 @@ from allometry.configs.model import LatentExperts, ModelConfig, MoEModel
 from allometry.configs.optimization import OptimizerConfig
 from allometry.scaling.attention import AttentionCall, choose_backend, named
 from allometry.scaling.layout import Layout
-from allometry.scaling.shards import RankParts, layer_of, zero_dim
+from allometry.scaling.roles import ParamSpec, Role
+from allometry.scaling.shards import PREFETCHED, RankParts, layer_of, zero_dim
 from allometry.scaling.update_rules import state_bytes
 
 COMPUTE_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
@@ -117,7 +118,7 @@ def estimate_memory(
                 gradients=held,
                 optimizer_states=states,
                 reduction=_reduction(part, zero, hdp, held, compute_bytes, add_up),
-                compute_copies=_compute_copies(part, compute_bytes, zero.stage),
+                compute_copies=_compute_copies(part, compute_bytes, zero, pp),
                 activations=in_flight * kept,
                 loss=_loss(part, micro_batch_tokens, chunk, compute_bytes, in_flight),
             )
@@ -144,39 +145,60 @@ def _reduction(
     return whole - held + _FP32 * unit if add_up else (compute_bytes + _FP32) * unit
 
 
-def _compute_copies(part: RankParts, compute_bytes: int, stage: int) -> int:
+def _compute_copies(part: RankParts, compute_bytes: int, zero: Zero, pp: int) -> int:
     """Return the bytes of weights that exist beside the fp32 parameters.
 
     Unsharded, a cast weight stays until its backward pass; fp32 compute needs no copy. Sharded,
-    what is gathered stays for the step; at stage 3 a gathered block is freed after use: the
-    largest of block and ends exists beside a prefetched block. The embedding is gathered in fp32.
+    what is gathered stays for the step (``gathered_bytes``); where a block is freed after use, it
+    and those that are gathered ahead of it exist beside norm and head, or the embedding and these.
     Experts that ZeRO shards in another dimension than the first are put together in a copy.
     """
-    sizes = {
-        spec.name: math.prod(part.part(spec))
-        for spec in part.specs()
-        if not spec.name.endswith("norm.weight")
-    }
-    embedding = sizes.get("embedding.weight", 0)
-    total = sum(sizes.values())
-    if stage == 0:
+    if zero.stage == 0:
+        sizes = {spec.name: math.prod(part.part(spec)) for spec in part.specs() if _is_cast(spec)}
         if not part.model.tied_embeddings:
-            total -= embedding  # a lookup casts only the rows it reads
-        return 0 if compute_bytes == _FP32 else compute_bytes * total
-    blocks: Counter[int] = Counter()
-    joined: Counter[int] = Counter()
+            sizes.pop("embedding.weight", 0)  # a lookup casts only the rows it reads
+        return 0 if compute_bytes == _FP32 else compute_bytes * sum(sizes.values())
+    gathered, joined = gathered_bytes(part, compute_bytes), _joined_bytes(part, compute_bytes)
+    if not zero.frees(pp):
+        return sum(gathered.values()) + joined
+    ends = gathered.pop(None, 0)
+    block = max(gathered.values())
+    ahead = min(PREFETCHED, len(gathered) - 1)
+    table = sum(
+        max(_FP32, compute_bytes) * math.prod(part.part(spec))
+        for spec in part.specs()
+        if spec.role is Role.INPUT and not part.model.tied_embeddings
+    )
+    return ends - table + max(table, block) + ahead * block + joined
+
+
+def gathered_bytes(part: RankParts, compute_bytes: int) -> dict[int | None, int]:
+    """Return the bytes of each block's gathered parameters, by layer; None: of the ends.
+
+    Exact: blocks and head are gathered in the compute type, the embedding (with its copies) and
+    routers in fp32, or wider where parameters are.
+    """
+    wide = max(_FP32, compute_bytes)
+    total: dict[int | None, int] = {}
     for spec in part.specs():
+        size = wide if spec.role in (Role.INPUT, Role.ROUTER) else compute_bytes
         layer = layer_of(spec.name)
-        if layer is not None:
-            blocks[layer] += sizes.get(spec.name, 0)
-            if zero_dim(part.part(spec), part.ranks_of(spec)):
-                joined[layer] += sizes.get(spec.name, 0)
-    copy = max(joined.values(), default=0)
-    if stage < 3:
-        return compute_bytes * (total - embedding + copy) + _FP32 * embedding
-    block = max(blocks.values())
-    ends = total - sum(blocks.values())
-    return compute_bytes * (block + max(block, ends) + copy)
+        total[layer] = total.get(layer, 0) + size * math.prod(part.part(spec))
+    return total
+
+
+def _joined_bytes(part: RankParts, compute_bytes: int) -> int:
+    """Return the bytes of the block's experts that are put together after they are gathered."""
+    joined: Counter[int | None] = Counter()
+    for spec in part.specs():
+        if zero_dim(part.part(spec), part.ranks_of(spec)):
+            joined[layer_of(spec.name)] += compute_bytes * math.prod(part.part(spec))
+    return max(joined.values(), default=0)
+
+
+def _is_cast(spec: ParamSpec) -> bool:
+    """Whether a product, which wants its weight in the compute type, uses the parameter."""
+    return not spec.name.endswith("norm.weight")
 
 
 def _in_flight(layout: Layout, rank: int, micro_batches: int) -> int:

@@ -48,11 +48,6 @@ class RunPlan:
         layout = Layout.of(config, world_size)
         sequence_length = config.data.sequence_length
         batch = BatchPlan(config.batch, sequence_length)
-        packed = config.data.kind == "documents" or config.data.packing == "per_document"
-        micro_batch_tokens = config.batch.micro_batch_sequences * sequence_length
-        if config.data.kind == "documents":
-            micro_batch_tokens = config.parallel.context.capacity_tokens
-        at_once = layout.degrees.hdp * micro_batch_tokens
         return cls(
             world_size=world_size,
             layout=layout,
@@ -60,32 +55,11 @@ class RunPlan:
             warmup_steps=warmup_steps(config.schedule, batch),
             batch=batch,
             micro_batch_sequences=config.batch.micro_batch_sequences,
-            micro_batch_tokens=micro_batch_tokens,
+            micro_batch_tokens=_micro_batch_tokens(config),
             parameters=count_parameters(config.model),
             flops_per_token=flops_per_token(config.model, sequence_length),
             flops_assumption=_flops_assumption(config),
-            memory=estimate_memory(
-                config.model,
-                micro_batch_tokens=micro_batch_tokens,
-                compute_bytes=COMPUTE_BYTES[config.training.compute_dtype],
-                zero=config.parallel.zero,
-                hdp=layout.degrees.hdp,
-                layout=layout,
-                micro_batches=-(-batch.full_sequences * sequence_length // at_once),
-                checkpointing=config.training.activation_checkpointing,
-                optimizer=config.optimizer,
-                attention=AttentionCall(
-                    "cuda",
-                    config.training.compute_dtype,
-                    packed=packed,
-                    length=sequence_length,
-                    compiled=config.training.compile,
-                    head_width=config.model.head_width,
-                ),
-                attention_backend=None
-                if config.kernels.attention == "auto"
-                else config.kernels.attention,
-            ),
+            memory=memory_of(config, layout, batch),
             parameterization=Parameterization.of_run(config),
             balance_loads=BalanceLoads.of(config),
         )
@@ -137,6 +111,37 @@ class RunPlan:
             "parameterization": self.parameterization.describe(),
             "balance_loads": None if self.balance_loads is None else asdict(self.balance_loads),
         }
+
+
+def memory_of(config: RunConfig, layout: Layout, batch: BatchPlan) -> MemoryEstimate:
+    """Return what the fullest rank of this layout needs."""
+    length, tokens = config.data.sequence_length, _micro_batch_tokens(config)
+    return estimate_memory(
+        config.model,
+        micro_batch_tokens=tokens,
+        compute_bytes=COMPUTE_BYTES[config.training.compute_dtype],
+        zero=config.parallel.zero,
+        hdp=layout.degrees.hdp,
+        layout=layout,
+        micro_batches=-(-batch.full_sequences * length // (layout.degrees.hdp * tokens)),
+        checkpointing=config.training.activation_checkpointing,
+        optimizer=config.optimizer,
+        attention=AttentionCall(
+            "cuda",
+            config.training.compute_dtype,
+            packed=config.data.kind == "documents" or config.data.packing == "per_document",
+            length=length,
+            compiled=config.training.compile,
+            head_width=config.model.head_width,
+        ),
+        attention_backend=None if config.kernels.attention == "auto" else config.kernels.attention,
+    )
+
+
+def _micro_batch_tokens(config: RunConfig) -> int:
+    if config.data.kind == "documents":
+        return config.parallel.context.capacity_tokens
+    return config.batch.micro_batch_sequences * config.data.sequence_length
 
 
 def _flops_assumption(config: RunConfig) -> str:

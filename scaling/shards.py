@@ -16,6 +16,9 @@ from allometry.scaling.inventory import inventory
 from allometry.scaling.layout import Layout
 from allometry.scaling.roles import EXPERTS, ParamSpec, Role
 
+PREFETCHED = 2
+"""Blocks whose parameters ZeRO gathers ahead of the one that computes."""
+
 
 def tensor_dim(spec: ParamSpec) -> int | None:
     """Return the dimension that tensor parallelism cuts; None: every tp rank holds it whole."""
@@ -37,13 +40,16 @@ def zero_dim(shape: tuple[int, ...], ranks: int) -> int:
     return even[0] if len(shape) == 3 and even else 0
 
 
-def part_before_zero(spec: ParamSpec, tp: int, ep: int) -> tuple[int, ...]:
+def part_before_zero(
+    spec: ParamSpec, tp: int, ep: int, whole_experts: bool = False
+) -> tuple[int, ...]:
     """Return the shape of a rank's part where expert and tensor parallelism alone cut."""
     shape = list(spec.shape)
+    whole = whole_experts and spec.role in EXPERTS
     if spec.role in EXPERTS:
-        shape[0] //= ep
+        shape[0] //= ep * tp if whole else ep
     dim = tensor_dim(spec)
-    if dim is not None:
+    if dim is not None and not whole:
         shape[dim] = -(-shape[dim] // tp)
     return tuple(shape)
 
@@ -73,6 +79,7 @@ class RankParts:
     tp: int = 1
     ep: int = 1
     shards: int = 1
+    whole_experts: bool = False
 
     @classmethod
     def of(cls, model: ModelConfig, layout: Layout | None, pp_rank: int, shards: int) -> RankParts:
@@ -88,6 +95,7 @@ class RankParts:
             tp=layout.degrees.tp,
             ep=layout.degrees.ep,
             shards=shards,
+            whole_experts=layout.degrees.whole_experts,
         )
 
     def specs(self) -> list[ParamSpec]:
@@ -102,7 +110,7 @@ class RankParts:
 
     def part(self, spec: ParamSpec) -> tuple[int, ...]:
         """Return the shape of this rank's part of a parameter before ZeRO."""
-        return part_before_zero(spec, self.tp, self.ep)
+        return part_before_zero(spec, self.tp, self.ep, self.whole_experts)
 
     def ranks_of(self, spec: ParamSpec) -> int:
         """Return over how many ranks ZeRO shards this parameter."""

@@ -75,8 +75,11 @@ def rehearse(config: RunConfig, world_size: int) -> list[RankReport]:
     Raises UserError where there is no such layout.
     """
     plain = config.training.model_copy(update={"compile": False})
-    config = config.model_copy(update={"training": plain})
     plan = RunPlan.of(config, world_size)
+    # What the compiler fuses with products are the same messages, cut in smaller ones.
+    overlap = "chunked" if config.parallel.tp_overlap == "chunked" else "off"
+    parallel = config.parallel.model_copy(update={"tp_overlap": overlap})
+    config = config.model_copy(update={"training": plain, "parallel": parallel})
     degrees = plan.layout.degrees
     return [
         _rehearse_rank(config, plan, pp_rank * degrees.hdp * degrees.tp)
@@ -92,7 +95,7 @@ def _rehearse_rank(config: RunConfig, plan: RunPlan, rank: int) -> RankReport:
         with without_storage():
             parallel.materialize(mesh.device)
             for part in parallel.parts.values():
-                even_experts(part, mesh)
+                even_experts(part)
             micro_batches = plan.micro_batches(plan.total_steps)
             calls, gradients = _step(config, plan, parallel, mesh, micro_batches)
             states = _update(config, plan, parallel, mesh, calls)
@@ -143,8 +146,7 @@ def _step(
     parameters = [p for _, p in parallel.named_parameters()]
     gradients = _nbytes(p.grad for p in _parameters(parallel))
     with CollectiveLog(mesh) as log:
-        pipeline = mesh.pp.group if mesh.pp.size > 1 else None
-        clip_by_global_norm(parameters, config.training.clip_grad_norm, pipeline)
+        clip_by_global_norm(parameters, config.training.clip_grad_norm, mesh)
     total.update(log.calls)
     return total, gradients
 

@@ -20,14 +20,15 @@ from allometry.trainer.record.writer import Row
 
 
 class Balancer:
-    """Sums the routers' observations over ranks and hands the sums back to them.
+    """Collects the routers' observations, and hands them back summed over all ranks.
 
-    ``parts`` are this rank's stages of the model; all ranks take part, whether they hold routers
-    or not. ``loads``: whose loads the auxiliary loss holds against experts. Those of ``this_batch``
-    are exact, whatever the layout: before the first micro-batch that has a gradient, all of them go
-    forward through the blocks once more, which is about a third of a step's arithmetic (a quarter
-    where activations are recomputed). With dropout the masks are those of the step, except where a
-    rank runs several stages of a pipeline.
+    Whoever sums them puts them into messages that are sent anyway. ``parts`` are this rank's stages
+    of the model; all ranks take part, whether they hold routers or not. ``loads``: whose loads the
+    auxiliary loss holds against experts. Those of ``this_batch`` are exact, whatever the layout:
+    before the first micro-batch that has a gradient, all of them go forward through the blocks once
+    more, which is about a third of a step's arithmetic (a quarter where activations are
+    recomputed). With dropout the masks are those of the step, except where a rank runs several
+    stages of a pipeline.
     """
 
     def __init__(
@@ -43,40 +44,44 @@ class Balancer:
         self._loads = loads
         self._before: dict[int, Tensor] = {}
 
-    def begin_step(self, tokens: int | Tensor, count_visits: Callable[[], None]) -> None:
-        """Announce the number of tokens in the step's global batch, and set the loads for it.
+    def count_visits(self, run: Callable[[], None]) -> Tensor | None:
+        """Return this rank's visits [N, E] of the step in float64, where loads are those of it.
 
-        ``count_visits`` runs the step's micro-batches through the blocks (see ``Execution``).
+        ``run`` sends the step's micro-batches through the blocks (see ``Execution``).
         """
         for part in self._parts:
-            begin_step(part, tokens)
             for layer, router in routers(part).items():
                 self._before[layer] = router.load.clone()
-        if self._loads == "this_batch":
-            count_visits()
-            visits_NE = self._reduced()[:, : self._model.experts.num_experts]
-            for part in self._parts:
+        if self._loads != "this_batch":
+            return None
+        run()
+        return self.observed()[:, : self._model.experts.num_experts].contiguous()
+
+    def begin_step(self, tokens: int | Tensor, visits_NE: Tensor | None) -> None:
+        """Announce the tokens in the step's global batch and, summed over all ranks, its visits."""
+        for part in self._parts:
+            begin_step(part, tokens)
+            if visits_NE is not None:
                 set_loads(part, {layer: visits_NE[layer] for layer in routers(part)})
 
-    def end_step(self) -> Tensor:
-        """Return what all routers observed, [N, 3E + 3] in float64, after telling the routers.
-
-        Dense layers have zeros. A row: counts of the experts, sums of their probabilities, their
-        loads in the step before, sums of entropy and of squared log Z, and the number of tokens.
-        """
+    def end_step(self, sums: Tensor) -> None:
+        """Tell the routers what all of them observed: ``observed``, summed over all ranks."""
         experts = self._model.experts.num_experts
-        sums = self._reduced()
         for part in self._parts:
             end_step(part, {layer: sums[layer, :experts] for layer in routers(part)})
-        return sums
 
-    def _reduced(self) -> Tensor:
-        """Return the routers' statistics since the last call, summed over ranks."""
+    def observed(self) -> Tensor:
+        """Return what this rank's routers saw since the last call, [N, 3E + 3] in float64.
+
+        Layers of other ranks and dense ones have zeros. A row: counts of the experts, sums of their
+        probabilities, their loads in the step before (of one rank of its stage), sums of entropy
+        and of squared log Z, and the number of tokens.
+        """
         experts = self._model.experts.num_experts
         sums = torch.zeros(
             self._model.num_layers, 3 * experts + 3, dtype=torch.float64, device=self._mesh.device
         )
-        one_of_its_stage = self._mesh.hdp.rank == self._mesh.tp.rank == 0
+        one_of_its_stage = self._mesh.stage.rank == 0
         for part in self._parts:
             for layer, seen in part.take_statistics().items():
                 sums[layer] += torch.cat(
@@ -87,8 +92,6 @@ class Balancer:
                         torch.stack([seen.entropy, seen.squared_log_z, seen.tokens]).double(),
                     ]
                 )
-        for axis in ("hdp", "tp", "pp"):
-            self._mesh.all_reduce_sum(sums, axis)
         return sums
 
 

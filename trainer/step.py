@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -28,9 +28,9 @@ class StepOutcome:
 
     ``sums_2S`` is the sum of losses and the number of target tokens of each source, over all
     ranks; ``grad_norm`` the global norm before clipping; ``lr`` the rate at the base dimensions;
-    ``routing`` what the routers observed (``Balancer.end_step``), None without experts; ``tokens``
-    and ``squared_lengths`` the tokens of the whole batch and the sum of its documents' squared
-    lengths (whole numbers, exact in float64).
+    ``routing`` what the routers observed (``Balancer.observed``, over all ranks), None without
+    experts; ``tokens`` and ``squared_lengths`` the tokens of the whole batch and the sum of its
+    documents' squared lengths (whole numbers, exact in float64).
     """
 
     step: int
@@ -101,7 +101,6 @@ class TrainStep:
         so gradients do not depend on how the tokens are spread over ranks and micro-batches.
         """
         self._optimizer.zero_grad(set_to_none=True)
-        targets, tokens, squared_lengths = self._counts(batches)
         sums_2S = torch.zeros(2, self._sources, dtype=torch.float64, device=self._mesh.device)
 
         def observe(index: int, nll_BL: Tensor) -> None:
@@ -115,24 +114,27 @@ class TrainStep:
 
         before = None if self._dropout_seed is None else seed
         execution = self.parallel.execution
-        if self._balancer is not None:
-            self._balancer.begin_step(tokens, lambda: execution.count_visits(batches, before))
+        targets, tokens, squared_lengths = self._begin(
+            batches, lambda: execution.count_visits(batches, before)
+        )
         # A batch without a single target has no gradient rather than a division by zero.
         scale = 1.0 / targets.clamp(min=1.0)
         execution.train(batches, scale, observe, before)
-        self._mesh.all_reduce_sum(sums_2S, "hdp")
-        self._mesh.all_reduce_sum(sums_2S, "pp")
-        pipeline = self._mesh.pp.group if self._mesh.pp.size > 1 else None
-        norm = clip_by_global_norm(self._parameters, self._clip, pipeline)
+        sums_2S *= self._mesh.tp.rank == 0  # all ranks of a tensor group have the same losses
+        routing = None if self._balancer is None else self._balancer.observed()
+        along = [sums_2S] if routing is None else [sums_2S, routing]
+        norm = clip_by_global_norm(self._parameters, self._clip, self._mesh, along)
         fraction = self._schedule.fraction(step)
         set_lr(self._optimizer, fraction)
         self._optimizer.step()
+        if self._balancer is not None and routing is not None:
+            self._balancer.end_step(routing)
         return StepOutcome(
             step=step,
             lr=self._peak_lr * fraction,
             sums_2S=sums_2S,
             grad_norm=norm,
-            routing=None if self._balancer is None else self._balancer.end_step(),
+            routing=routing,
             tokens=tokens,
             squared_lengths=squared_lengths,
         )
@@ -150,13 +152,27 @@ class TrainStep:
             )
         ]
 
-    def _counts(self, batches: Sequence[DeviceBatch]) -> tuple[Tensor, Tensor, Tensor]:
-        """Targets, tokens and squared lengths of the whole global batch, 0-dim in float64."""
+    def _begin(
+        self, batches: Sequence[DeviceBatch], count_visits: Callable[[], None]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Begin the routers' step; return targets, tokens and squared lengths of the global batch.
+
+        These are 0-dim in float64. What ranks must know before the first backward goes to all in
+        one message.
+        """
         counts = torch.zeros(3, dtype=torch.float64, device=self._mesh.device)
         for batch in batches:
             counts[0] += (batch.targets_BL != IGNORE).sum()
             counts[1] += batch.num_tokens
         counts[2] = sum(batch.squared_lengths for batch in batches)
-        self._mesh.all_reduce_sum(counts, "hdp")
+        visits = None if self._balancer is None else self._balancer.count_visits(count_visits)
+        # All ranks of a pipeline and of a tensor group have the same micro-batches.
+        if visits is None:
+            self._mesh.all_reduce_sum(counts, "hdp")
+        else:
+            counts *= self._mesh.tp.rank == self._mesh.pp.rank == 0
+            self._mesh.sum_together([counts, visits])
         targets, tokens, squared_lengths = counts
+        if self._balancer is not None:
+            self._balancer.begin_step(tokens, visits)
         return targets, tokens, squared_lengths

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from allometry.optim.schedule import Schedule, resolve_schedule
 from allometry.parallel.agree import on_all_ranks, on_main_rank
 from allometry.parallel.graphs import choose_graphs
 from allometry.parallel.mesh import Mesh, launched_world_size, open_mesh
+from allometry.scaling.advice import NODE_RANKS, advice
 from allometry.scaling.count import DocumentFlops
 from allometry.scaling.plan import RunPlan
 from allometry.trainer.assemble import (
@@ -303,6 +305,11 @@ class _Run:
     def _report_start(self) -> None:
         start, report = self.start, self.report
         parent = self.config.run.parent
+        if self.mesh.device.type == "cuda":  # estimates are of one
+            here = os.environ.get("LOCAL_WORLD_SIZE", "")
+            node_ranks = int(here) if here.isdecimal() else NODE_RANKS
+            for rule, text in advice(self.config, self.plan, node_ranks).items():
+                report("advice", rule=rule, text=text)
         again = read_again(start, self.config.run.seed, self.stream.fingerprints())
         if again:
             report("same_documents", sources=again, seed=self.config.run.seed)

@@ -9,9 +9,11 @@ from allometry.data.stream import missing_sources, open_stream
 from allometry.data.tokenizer import check_vocabulary
 from allometry.launch.command import Report
 from allometry.optim.schedule import Schedule, resolve_schedule
+from allometry.scaling.advice import DEVICE_BYTES, advice
 from allometry.scaling.count import DocumentFlops
+from allometry.scaling.layout import SPLIT_BACKWARD
 from allometry.scaling.memory import EXACT, MemoryEstimate
-from allometry.scaling.plan import RunPlan
+from allometry.scaling.plan import RunPlan, memory_of
 
 
 def planned(config: RunConfig, world_size: int) -> Report:
@@ -20,6 +22,7 @@ def planned(config: RunConfig, world_size: int) -> Report:
     schedule = resolve_schedule(config, plan.batch)
     rates = learning_rates(config, plan, schedule)
     facts = {**plan.describe(), "learning_rate": rates, "data": data_here(config, plan)}
+    facts["advice"] = advice(config, plan)
     if world_size > 1:
         from allometry.studies.rehearse import rehearse  # brings torch, which one rank can spare
 
@@ -77,6 +80,8 @@ def _text(config: RunConfig, plan: RunPlan, facts: dict[str, Any]) -> str:
             for name, number in facts["memory_bytes_per_rank"].items()
             if name in MemoryEstimate.__dataclass_fields__ and number
         ),
+        *_gathered(config, plan),
+        *(f"advice            {text}" for text in facts["advice"].values()),
         *_ranks(facts),
         *_data(facts["data"]),
         "learning rate",
@@ -101,10 +106,23 @@ def _share(config: RunConfig, plan: RunPlan) -> str:
 
 
 SHOWN = 8
-DEVICE_GB = 80
-"""Memory of a GPU that a run is held against, in 10**9 bytes: what an A100 or H100 has, less some
-GB for what no estimate has in it (see ``MemoryEstimate``)."""
+DEVICE_GB = DEVICE_BYTES // 10**9
 _KINDS = {"reduction": "gradients to be reduced", "loss": "logits, head's gradient"}
+
+
+def _gathered(config: RunConfig, plan: RunPlan) -> list[str]:
+    """What it costs to keep gathered parameters for a pipeline's step, and what would spare it."""
+    zero, pp = config.parallel.zero, plan.layout.pp
+    if zero.stage < 3 or pp == 1 or zero.frees(pp) or plan.layout.schedule in SPLIT_BACKWARD:
+        return []
+    freed = zero.model_copy(update={"regather": "micro_batch"})
+    parallel = config.parallel.model_copy(update={"zero": freed})
+    other = memory_of(config.model_copy(update={"parallel": parallel}), plan.layout, plan.batch)
+    spared = plan.memory.compute_copies - other.compute_copies
+    return [
+        f"  parameters are gathered once a step and kept; parallel.zero.regather: micro_batch "
+        f"would spare {_size(spared)} and gather them in each micro-batch"
+    ]
 
 
 def _ranks(facts: dict[str, Any]) -> list[str]:

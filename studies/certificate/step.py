@@ -44,7 +44,7 @@ class StepsResult:
     """What some optimizer steps computed, the same numbers on one process and on any layout.
 
     By step: ``sums`` [2, S] (sums of losses and target tokens by source), ``grad_norm`` (0-dim,
-    before clipping) and ``routing`` [N, 2E + 3] (see ``Balancer.end_step``; empty without experts).
+    before clipping) and ``routing`` [N, 2E + 3] (see ``Balancer.observed``; empty without experts).
     ``gradients`` are those that the first update was given, so after clipping; ``parameters`` and
     ``routers`` (loads and biases) are what the last step left. These three are whole tensors by
     name, on a layout of the pipeline stages of the rank. All are on the CPU.
@@ -138,7 +138,7 @@ def _clip(parameters: Sequence[Tensor], max_norm: float | None) -> Tensor:
 
 
 def _end_step(config: MoEModel, model: Transformer, before: Mapping[int, Tensor]) -> Tensor:
-    """Tell the routers what they saw, and return it as ``Balancer.end_step`` does.
+    """Tell the routers what they saw, and return it as ``Balancer.observed`` is summed.
 
     ``before``: the loads [E] of the step before, by layer.
     """

@@ -94,11 +94,16 @@ def shared_step(
     unbalance(parts)
     balancer = Balancer(config.model, parts, mesh, "this_batch")
     tokens = sum(batch.tokens_BL.numel() for batch in batches)
-    balancer.begin_step(tokens, lambda: parallel.execution.count_visits(mine))
+    visits = balancer.count_visits(lambda: parallel.execution.count_visits(mine))
+    assert visits is not None
+    mesh.sum_together([visits])
+    balancer.begin_step(tokens, visits)
     targets = sum(int((batch.targets_BL != IGNORE).sum()) for batch in batches)
     scale = torch.tensor(1.0 / targets, dtype=torch.float64)
     parallel.execution.train(mine, scale, lambda index, nll_BL: None)
-    sums = balancer.end_step()
+    sums = balancer.observed()
+    mesh.sum_together([sums])
+    balancer.end_step(sums)
     assert int(sums[-1, -1]) == tokens, "counted once, not twice"
     for part in parts:
         for layer, router in routers(part).items():

@@ -62,9 +62,10 @@ def gradients(stage: int, routers: int) -> Calls:
     # A unit for each block, one for the rest; of fp32 those of the embedding and the routers.
     times = MICRO_BATCHES if stage == 3 else 1
     sums = MICRO_BATCHES if stage >= 2 else 1
-    # At stage 3 all but the rest are gathered for backward again; a look-up needs no table there.
-    blocks = LAYERS * (2 if stage == 3 else 1)
-    special = routers * (2 if stage == 3 else 1) + 1
+    # At stage 3 all but the rest and the last block are gathered for backward again; a look-up
+    # needs no table there.
+    blocks = 2 * LAYERS - 1 if stage == 3 else LAYERS
+    special = (2 * routers - (routers > 0) if stage == 3 else routers) + 1
     return Counter(
         {
             ("all-gather", "hdp", "bfloat16"): times * (blocks + 1),
@@ -126,6 +127,7 @@ def test_only_activations_and_parameters_travel_in_bf16(
         ("all-gather", "tp"),  # activations
         ("reduce-scatter", "tp"),
         ("all-to-all", "ep"),
+        ("all-to-all", "tp"),  # rows that have come over ep
         ("send forward", "pp"),
         ("send backward", "pp"),
         ("all-gather", "shard"),  # parameters

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 import allometry.configs
@@ -20,8 +21,9 @@ from allometry.models.transformer import Part, Transformer
 from allometry.optim.build import init_states
 from allometry.parallel.apply import parallelize
 from allometry.parallel.simulate import simulated_rank, without_storage
-from allometry.scaling.memory import COMPUTE_BYTES, EXACT, estimate_memory
+from allometry.scaling.memory import COMPUTE_BYTES, EXACT, estimate_memory, gathered_bytes
 from allometry.scaling.plan import RunPlan
+from allometry.scaling.shards import RankParts
 from allometry.studies.rehearse import rehearse
 from allometry.trainer.assemble import make_optimizer
 from test_dist_layouts import DENSE, LATENT, MOE, run
@@ -123,6 +125,8 @@ def test_every_preset(preset: str, world_size: int) -> None:
         (LATENT, 8, {"tp": 4, "ep": 2, "zero": {"stage": 0}}),
         (LATENT, 8, {"tp": 2, "pp": 2, "zero": {"stage": 3}}),
         (MOE, 16, {"tp": 2, "pp": 2, "zero": {"stage": 2, "replicas": 2}}),
+        (MOE, 8, {"tp": 2, "ep": 2, "expert_tp": 1, "zero": {"stage": 2}}),
+        (LATENT, 4, {"tp": 2, "expert_tp": 1, "zero": {"stage": 1}}),
     ],
 )
 @pytest.mark.parametrize("optimizer", ["adamw", "muonh", "sgd_sai"])
@@ -141,3 +145,34 @@ def test_no_message_is_larger_where_there_are_more_ranks_than_experts() -> None:
     whole = 4 * max(sum(p.numel() for p in block.parameters()) for block in blocks)
     # Rows of norms, of the router and of the attention are padded to the ranks, experts are not.
     assert whole <= largest < 1.1 * whole
+
+
+@pytest.mark.parametrize(
+    ("model", "world_size", "layout"),
+    [
+        (DENSE, 2, {"zero": {"stage": 1}}),
+        (DENSE | {"tied_embeddings": True}, 4, {"pp": 2, "zero": {"stage": 3}}),
+        (MOE, 4, {"tp": 2, "zero": {"stage": 2}}),
+        (MOE, 8, {"tp": 2, "ep": 2, "expert_tp": 1, "zero": {"stage": 2}}),
+        (LATENT, 4, {"zero": {"stage": 3, "regather": "step"}}),
+    ],
+)
+def test_parameters_that_stay_gathered_are_as_large_as_stated(
+    model: dict[str, Any], world_size: int, layout: dict[str, Any]
+) -> None:
+    config = run(model, "bf16", **layout)
+    plan = RunPlan.of(config, world_size)
+    shards = plan.hdp // config.parallel.zero.replicas
+    for pp_rank in range(plan.layout.pp):
+        rank = pp_rank * plan.hdp * plan.layout.degrees.tp
+        with simulated_rank(config.parallel, rank, world_size) as mesh:
+            made = parallelize(lambda part: tiny.build(config, part), config, plan.layout, mesh)
+            with without_storage():
+                made.materialize(mesh.device)
+                for part in made.parts.values():
+                    for unit in part.modules():
+                        if isinstance(unit, FSDPModule):
+                            unit.unshard()
+                here = nbytes([p for part in made.parts.values() for p in part.parameters()])
+        stated = gathered_bytes(RankParts.of(config.model, plan.layout, pp_rank, shards), 2)
+        assert sum(stated.values()) == here

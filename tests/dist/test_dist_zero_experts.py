@@ -73,7 +73,10 @@ def step(run: RunConfig, check: Callable[[DTensor], None] | None = None) -> dict
             if ".experts." in name and check is not None:
                 assert isinstance(parameter, DTensor)
                 check(parameter)
-        norms = [clip_by_global_norm(m.parameters(), None) for m in (sharded, alone)]
+        norms = [
+            clip_by_global_norm(m.parameters(), None, on)
+            for m, on in ((sharded, mesh), (alone, None))
+        ]
         return {
             "gradients": tiny.worst_error(tiny.gradients(sharded), tiny.gradients(alone)),
             "norm": float((norms[0] / norms[1] - 1).abs()),

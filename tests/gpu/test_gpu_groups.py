@@ -10,7 +10,8 @@ import torch.distributed as dist
 
 from allometry.configs.execution import ParallelConfig
 from allometry.parallel.groups import Communicator, open_groups, warm_up
-from allometry.parallel.mesh import open_mesh, sum_over
+from allometry.parallel.mesh import open_mesh
+from allometry.parallel.wire import sum_over
 
 pytestmark = [
     pytest.mark.gpu,

@@ -105,6 +105,7 @@ _SAID = {
     "{step} on ({reason}), so that the run does not continue to the bit",
     "same_documents": "WARNING: the run that these weights come from has read the documents of "
     "{sources} in the same order (run.seed={seed}); with another run.seed the order is another",
+    "advice": "WARNING: {text}",
     "already_finished": "nothing to do: the run is complete, all {step} steps are taken",
     "stopped": "step {step} | stopped by {signal}; the same command continues from here",
 }

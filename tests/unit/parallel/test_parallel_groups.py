@@ -17,8 +17,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from allometry.configs.execution import ParallelConfig
 from allometry.parallel import groups
 from allometry.parallel.groups import AXES, allow_sockets, grid_of, open_groups, parts_of, warm_up
-from allometry.parallel.mesh import on_wire, sum_over
 from allometry.parallel.simulate import simulated_rank
+from allometry.parallel.wire import on_wire, sum_over
 from allometry.scaling.degrees import Degrees, resolve_degrees
 
 LAYOUT = ParallelConfig(pp=4, hdp=32, tp=8, ep=8)

@@ -148,11 +148,17 @@ def test_copies_and_loss_by_hand() -> None:
     assert estimate(compute_bytes=4).compute_copies == 0
     block = 4 * 384**2 + 3 * 384 * 1536
     assert memory.compute_copies == 2 * (8 * block + 8192 * 384)
-    # Sharded: all gathered, the embedding in fp32; at stage 3 both ends and a block ahead.
+    # Sharded: all gathered, norms too, the embedding in fp32; at stage 3 norm and head, the
+    # embedding or a block, and two blocks ahead.
     gathered = estimate(zero=Zero(stage=1), hdp=2)
-    assert gathered.compute_copies == memory.compute_copies + 4 * 8192 * 384
+    norms, table = 2 * 17 * 384, 4 * 8192 * 384
+    assert gathered.compute_copies == memory.compute_copies + norms + table
+    assert estimate(zero=Zero(stage=3, regather="step"), hdp=2).compute_copies == (
+        gathered.compute_copies
+    )
     sharded = estimate(zero=Zero(stage=3), hdp=2)
-    assert sharded.compute_copies == 2 * (block + 2 * 8192 * 384)
+    head = 2 * (8192 * 384 + 384)
+    assert sharded.compute_copies == head + table + 2 * 2 * (block + 2 * 384)
 
 
 @pytest.mark.parametrize("compute_dtype", ["bf16", "fp32"])

@@ -1,0 +1,119 @@
+"""Tensor parallelism with its messages behind its products: tokens travel in chunks.
+
+A branch gathers the tokens of all ranks, multiplies, and scatters the sums. Its products see each
+token by itself, so they take a chunk of every rank's tokens while the next chunk is gathered, and
+while the sums of the one before are scattered; in backward likewise. Only the first gather and the
+last scatter of a branch are waited for. The rows of an activation keep their bits; a weight's
+gradient is a sum over chunks, in another order than in one product (equal to rounding).
+
+It costs one addition to each weight's gradient for each chunk, and smaller products.
+"""
+
+# B sequences, L tokens in a sequence, l = L/tp of them, t tp ranks, c tokens of a chunk and rank,
+# D width
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from allometry.models.transformer import Attention, FeedForward
+from allometry.parallel.in_two import InTwo
+from allometry.parallel.mesh import Axis
+
+CHUNKS = 4
+"""Chunks of the tokens of a branch: a quarter of what it sends is waited for."""
+
+Products = Callable[[Tensor], Tensor]
+
+
+def chunk_feed_forward(module: FeedForward, axis: Axis) -> None:
+    """Let a feed-forward [B, l, D] -> [B, l, D] work chunk by chunk."""
+    compute = module.forward
+
+    def forward(x_BlD: Tensor) -> Tensor:
+        def each() -> Iterator[tuple[InTwo, Tensor]]:
+            for x_RD in _gathered(x_BlD, axis):
+                scatter = _scatter(axis)
+                yield scatter, scatter.send(compute(x_RD[None])[0])
+
+        return _back([scatter.arrive(moving) for scatter, moving in list(each())], x_BlD.shape)
+
+    module.forward = forward  # type: ignore[method-assign]
+
+
+def chunk_attention(module: Attention, axis: Axis) -> None:
+    """Let the products before and after attention work chunk by chunk."""
+    project, output = module.project, module.wo.forward
+
+    def gather_and_project(x_BlD: Tensor) -> tuple[Tensor, ...]:
+        chunks = [project(x_RD[None]) for x_RD in _gathered(x_BlD, axis)]
+        return tuple(
+            _sequences([y[0] for y in made], len(x_BlD), axis.size)
+            for made in zip(*chunks, strict=True)
+        )
+
+    def multiply_and_scatter(o_BLD: Tensor) -> Tensor:
+        B, L, _ = o_BLD.shape
+        begun = []
+        for o_BtcD in o_BLD.unflatten(1, (axis.size, -1)).tensor_split(_count(L // axis.size), 2):
+            scatter = _scatter(axis)
+            rows_RD = o_BtcD.transpose(0, 1).flatten(0, 2)
+            begun.append((scatter, scatter.send(output(rows_RD[None])[0])))
+        made = [scatter.arrive(moving) for scatter, moving in begun]
+        return _back(made, torch.Size((B, L // axis.size, made[0].shape[1])))
+
+    module.project = gather_and_project  # type: ignore[method-assign]
+    module.wo.forward = multiply_and_scatter  # type: ignore[method-assign]
+
+
+def _count(tokens: int) -> int:
+    return min(CHUNKS, tokens)
+
+
+def _gathered(x_BlD: Tensor, axis: Axis) -> Iterator[Tensor]:
+    """Yield chunks [t * B * c, D] of all ranks' tokens, each with the next one under way."""
+    chunks = x_BlD.tensor_split(_count(x_BlD.shape[1]), dim=1)
+    gathers = [_gather(axis) for _ in chunks]
+    moving = gathers[0].send(chunks[0].flatten(0, 1))
+    for place, gather in enumerate(gathers):
+        arriving = moving
+        if place + 1 < len(chunks):
+            moving = gathers[place + 1].send(chunks[place + 1].flatten(0, 1))
+        yield gather.arrive(arriving)
+
+
+def _sequences(chunks: Sequence[Tensor], batch: int, ranks: int) -> Tensor:
+    """Return [B, L, D] of chunks [t * B * c, D]."""
+    parts = [chunk.view(ranks, batch, -1, chunk.shape[1]) for chunk in chunks]
+    return torch.cat(parts, dim=2).transpose(0, 1).flatten(1, 2)
+
+
+def _back(chunks: Sequence[Tensor], shape: torch.Size) -> Tensor:
+    """Return [B, l, D] of chunks [B * c, D] of this rank's tokens."""
+    return torch.cat([chunk.view(shape[0], -1, shape[2]) for chunk in chunks], dim=1)
+
+
+def _gather(axis: Axis) -> InTwo:
+    return InTwo(partial(_all_gather, axis), partial(_reduce_scatter, axis))
+
+
+def _scatter(axis: Axis) -> InTwo:
+    return InTwo(partial(_reduce_scatter, axis), partial(_all_gather, axis))
+
+
+def _all_gather(axis: Axis, x: Tensor) -> Tensor:
+    begun: Tensor = torch.ops._c10d_functional.all_gather_into_tensor(
+        x, axis.size, axis.group.group_name
+    )
+    return begun
+
+
+def _reduce_scatter(axis: Axis, x: Tensor) -> Tensor:
+    begun: Tensor = torch.ops._c10d_functional.reduce_scatter_tensor(
+        x, "sum", axis.size, axis.group.group_name
+    )
+    return begun

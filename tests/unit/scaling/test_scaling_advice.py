@@ -1,0 +1,88 @@
+"""Each rule about combinations that no expert would run: when it speaks, and when it is silent."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import allometry.configs
+from allometry.configs.loader import load
+from allometry.configs.run import RunConfig
+from allometry.scaling.advice import RULES, advice
+from allometry.scaling.plan import RunPlan
+
+SEVEN, MOE = "dense_7b", "moe_1b_a200m"
+FULL = "training.activation_checkpointing=full"
+
+
+def preset_config(name: str, *changes: str) -> RunConfig:
+    return load(str(Path(allometry.configs.__file__).parent / "presets" / f"{name}.yaml"), changes)
+
+
+def said(preset: str, world_size: int, *changes: str, node_ranks: int = 8) -> dict[str, str]:
+    config = preset_config(preset, *changes)
+    return advice(config, RunPlan.of(config, world_size), node_ranks)
+
+
+SPEAKS: dict[str, tuple[str, int, list[str], str]] = {
+    "does_not_fit": (SEVEN, 8, ["parallel.zero.stage=0", FULL], "parallel.zero.stage="),
+    "stage_higher_than_needed": (SEVEN, 32, ["parallel.zero.stage=3", FULL], "stage 1"),
+    "regathers_in_a_pipeline": (
+        SEVEN,
+        64,
+        ["parallel.pp=4", "parallel.zero.regather=micro_batch", FULL],
+        "step does so once",
+    ),
+    "recomputes_though_memory_is_ample": ("dense_25m", 8, [FULL], "computes every forward twice"),
+    "offloads_though_memory_is_ample": (
+        "dense_25m",
+        8,
+        ["parallel.zero.stage=1", "parallel.zero.offload=cpu"],
+        "none needs",
+    ),
+    "tp_across_nodes": (SEVEN, 64, ["parallel.tp=4"], "use parallel.tp="),
+    "pipeline_mostly_waits": (
+        SEVEN,
+        256,
+        ["parallel.pp=8", "batch.micro_batch_sequences=4", "batch.ramp=null"],
+        "leave ranks idle for 47%",
+    ),
+    "experts_cut_too_thin": (MOE, 8, ["parallel.tp=2"], "parallel.expert_tp: 1"),
+}
+
+
+def test_every_rule_is_here() -> None:
+    assert set(SPEAKS) == {rule.__name__ for rule in RULES}
+
+
+@pytest.mark.parametrize("rule", SPEAKS)
+def test_a_rule_speaks(rule: str) -> None:
+    preset, world_size, changes, words = SPEAKS[rule]
+    node_ranks = 6 if rule == "tp_across_nodes" else 8
+    found = said(preset, world_size, *changes, node_ranks=node_ranks)
+    assert words in found[rule]
+
+
+SILENT: dict[str, tuple[str, int, list[str]]] = {
+    "does_not_fit": (SEVEN, 64, ["parallel.zero.stage=3", FULL]),
+    "stage_higher_than_needed": (SEVEN, 32, ["parallel.zero.stage=1", FULL]),
+    "regathers_in_a_pipeline": (SEVEN, 64, ["parallel.pp=4", FULL]),
+    "recomputes_though_memory_is_ample": ("dense_25m", 8, []),
+    "offloads_though_memory_is_ample": ("dense_25m", 8, ["parallel.zero.stage=1"]),
+    "tp_across_nodes": (SEVEN, 64, ["parallel.tp=4"]),
+    "pipeline_mostly_waits": (SEVEN, 64, ["parallel.pp=4"]),
+    "experts_cut_too_thin": (MOE, 8, ["parallel.tp=2", "parallel.expert_tp=1"]),
+}
+
+
+@pytest.mark.parametrize("rule", SILENT)
+def test_a_rule_is_silent(rule: str) -> None:
+    preset, world_size, changes = SILENT[rule]
+    assert rule not in said(preset, world_size, *changes)
+
+
+def test_what_is_proposed_is_what_is_planned() -> None:
+    text = said(SEVEN, 32, "parallel.zero.stage=3", FULL)["stage_higher_than_needed"]
+    lower = preset_config(SEVEN, "parallel.zero.stage=1", FULL)
+    assert f"{RunPlan.of(lower, 32).memory.total / 1e9:.1f} GB" in text
