@@ -22,7 +22,7 @@ class Tape(TorchDispatchMode):
         super().__init__()
         self._steps: list[tuple[Any, tuple[Any, ...], dict[str, Any], list[Tensor]]] = []
         self._made: set[int] = set()
-        self._before: dict[int, tuple[Tensor, Tensor]] = {}
+        self._before: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -46,14 +46,14 @@ class Tape(TorchDispatchMode):
             value = args[place] if place < len(args) else kwargs.get(argument.name)
             for x in value if isinstance(value, list | tuple) else [value]:
                 if x is not None and storage(x) not in self._made | self._before.keys():
-                    with torch._C._DisableTorchDispatch():
-                        self._before[storage(x)] = x, x.clone()
+                    # All of it: tensors that are written one after the other may share it.
+                    whole = x.untyped_storage()
+                    self._before[storage(x)] = whole, whole.clone()
 
     def undo(self) -> None:
         """Put back what was written to tensors from outside: recording does nothing."""
-        with torch.no_grad():
-            for tensor, value in self._before.values():
-                tensor.copy_(value)
+        for whole, value in self._before.values():
+            whole.copy_(value)
 
     def replay(self) -> None:
         """Run all of it again."""

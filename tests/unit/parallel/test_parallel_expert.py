@@ -44,7 +44,7 @@ def test_an_exchange_waits_once(tiny: Callable[..., RunConfig], experts: int) ->
     with open_mesh(tiny().parallel, torch.device("cpu")) as mesh:
         exchange = AllToAll(mesh.ep)
         with host_reads() as found:
-            y = exchange(x, counts, lambda x, counts: grouped_linear(x, weight, counts))
+            y = exchange(x, counts)(lambda x, counts: grouped_linear(x, weight, counts))
             y.square().sum().backward()
     assert len(found) == 1
     assert found[0].startswith("tolist at parallel/expert.py")
