@@ -19,7 +19,9 @@ COLD = (
     "*/__init__.py",
     "*cuda*.py",  # needs a GPU
     "parallel/measure.py",  # times layers
+    "*triton*.py",  # likewise
     "parallel/simulate.py",  # dry runs
+    "parallel/overlap_log.py",
 )
 
 LAYOUTS = "tests/dist/test_dist_layouts.py"
@@ -58,6 +60,10 @@ RUNS = unit("trainer/test_trainer_run")
 COVERING: tuple[tuple[str, tuple[Stage, ...]], ...] = (
     ("models/attention*.py", (unit("models/test_models_attention"), unit("models/test_*"))),
     ("models/grouped.py", (unit("models/test_models_grouped"), unit("models/test_*"))),
+    (
+        "models/products.py",
+        (unit("models/*products", "models/*passes"), unit("models/test_*"), ONE),
+    ),
     ("models/loss.py", (unit("models/test_models_loss"), unit("models/test_*"), CUT)),
     ("models/head.py", (unit("models/test_models_loss"), unit("models/test_*"), CUT)),
     (
@@ -98,6 +104,10 @@ COVERING: tuple[tuple[str, tuple[Stage, ...]], ...] = (
             dist("optimizers", "matrix_ops", "optimizer_runs"),
         ),
     ),
+    ("parallel/groups.py", (unit("parallel/*groups", "parallel/*mesh"), dist("mesh"), ONE)),
+    ("parallel/wire.py", (unit("parallel/*groups"), dist("mesh"))),
+    ("parallel/tensor_chunks.py", (dist("overlap_keys", "tensor"), CUT)),
+    ("parallel/in_two.py", (unit("parallel/*expert"), dist("overlap_keys"), CUT)),
     ("parallel/mesh.py", (unit("parallel/test_parallel_mesh"), dist("mesh", "process"), ONE)),
     (
         "parallel/reduce.py",

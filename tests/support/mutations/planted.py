@@ -37,9 +37,9 @@ PLANTED = (
     ),
     Plant(
         "trainer/balance.py",
-        "loads not summed over tp",
-        '("hdp", "tp", "pp")',
-        '("hdp", "pp")',
+        "the load of the step before counted on all ranks of a stage",
+        "self._mesh.stage.rank == 0",
+        "True",
     ),
     Plant(
         "trainer/step.py",
@@ -54,10 +54,16 @@ PLANTED = (
         "scale = len(batches) / targets.clamp(min=1.0)",
     ),
     Plant(
-        "trainer/step.py",
+        "parallel/mesh.py",
         "the norm of one pipeline rank",
-        "self._mesh.pp.group if self._mesh.pp.size > 1 else None",
-        "None",
+        "self.stage.group if self.pp.size == 1 else dist.group.WORLD",
+        "self.stage.group",
+    ),
+    Plant(
+        "trainer/step.py",
+        "losses counted on every tp rank",
+        "sums_2S *= self._mesh.tp.rank == 0",
+        "pass",
     ),
     Plant(
         "trainer/step.py",
