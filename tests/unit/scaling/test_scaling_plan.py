@@ -13,7 +13,8 @@ from allometry.configs.execution import Zero
 from allometry.configs.loader import load
 from allometry.configs.model import DenseModel, StandardParameterization
 from allometry.configs.run import RunConfig
-from allometry.models.build import build_model
+from allometry.models.build import build_model, torch_dtype
+from allometry.models.products import cast_once
 from allometry.scaling.count import count_parameters
 from allometry.scaling.inventory import inventory
 from allometry.scaling.layout import Layout
@@ -180,7 +181,8 @@ def test_activations_are_near_what_autograd_keeps(compute_dtype: Any, qk_norm: b
         return tensor
 
     tokens = torch.zeros(4, 128, dtype=torch.long)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with cast_once(module, torch_dtype(compute_dtype)), hooks:
         module(tokens, tokens)
     measured = sum(
         tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in owned
