@@ -71,6 +71,7 @@ class CollectiveLog(TorchDispatchMode):
         super().__init__()
         self.calls: list[Collective] = []
         self._axes = axis_names(mesh)
+        self._ep = mesh.ep.group.group_name if mesh.ep.size > 1 else None
 
     def __torch_dispatch__(
         self,
@@ -99,16 +100,21 @@ class CollectiveLog(TorchDispatchMode):
         (dtype,) = {tensor.dtype for value in args for tensor in _tensors(value)}
         size = max(sum(t.nbytes for t in _tensors(value)) for value in (*args, result))
         axis = self._axes.get(group.group_name, "ranks")
+        if group.group_name == self._ep and _KINDS[name] == "all-to-all":
+            axis = "ep"  # where hdp is the same ranks
         self.calls.append(Collective(_KINDS[name], axis, ranks, size, dtype_name(dtype)))
 
 
 def axis_names(mesh: Mesh) -> dict[str, str]:
-    """Return the mesh dimension of each group by the group's name; hdp's parts under their own."""
+    """Return the mesh dimension of each group by the group's name; hdp's parts under their own.
+
+    A group of several axes has the name of the longest one that they are parts of.
+    """
     names: dict[str, str] = {}
     for whole in (mesh.expert_mesh, mesh.device_mesh):
         for name in whole.mesh_dim_names or ():
             names[whole.get_group(name).group_name] = name
-    for name in ("stage", "edp", "hdp", "ep", "tp", "pp"):
+    for name in ("stage", "edp", "ep", "hdp", "tp", "pp"):
         axis = mesh.axis(name)
         if axis.size > 1:
             names[axis.group.group_name] = name

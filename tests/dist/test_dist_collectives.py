@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Partial
 
 import tiny
 from allometry.configs.run import RunConfig
-from allometry.models import head, layers, parameters, router
+from allometry.models import layers, parameters, products, router
 from allometry.parallel import reduce, tensor, zero
 from allometry.parallel.reduce import is_replicated_over_tp
 from allometry.studies.rehearse import rehearse
@@ -155,7 +155,7 @@ def summed_by_fsdp2() -> Iterator[None]:
         return parameter.to_local(grad_placements=summands)
 
     with ExitStack() as stack:
-        for module in (head, layers, parameters, router, tensor):
+        for module in (layers, parameters, products, router, tensor):
             stack.enter_context(mock.patch.object(module, "local_weight", marked))
         for module in (reduce, zero):
             stack.enter_context(mock.patch.object(module, "sum_over_tp"))
