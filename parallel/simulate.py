@@ -114,7 +114,7 @@ def axis_names(mesh: Mesh) -> dict[str, str]:
     for whole in (mesh.expert_mesh, mesh.device_mesh):
         for name in whole.mesh_dim_names or ():
             names[whole.get_group(name).group_name] = name
-    for name in ("stage", "edp", "ep", "hdp", "tp", "pp"):
+    for name in ("stage", "edp", "hdp", "tp", "pp"):
         axis = mesh.axis(name)
         if axis.size > 1:
             names[axis.group.group_name] = name
