@@ -27,9 +27,9 @@ LEAST_BYTES = 4096
 
 
 class Stored(NamedTuple):
-    """A tensor of a file: ``like`` has its shape, type and layout, and no memory of its own.
+    """A state between steps: ``like`` has its shape, type and layout, and no memory of its own.
 
-    ``read`` returns this rank's part of it, and ``write`` replaces that.
+    ``read`` returns this rank's part on the host, and ``write`` replaces it.
     """
 
     like: Tensor
@@ -124,19 +124,13 @@ class TieredOptimizer(RuleOptimizer):
             away = (i for i in items if self._tiers[i.name] is Tier.NVME)
             self._swap = SwapFile(wanted.nvme, sum(sizes[item.name] for item in away))
 
-    def stored(self) -> Iterator[tuple[Tensor, str, Tensor | Stored]]:
-        """Yield (parameter, name, state) of all that is not in ``state``, at rest.
-
-        States in the host's memory are the tensors themselves, which may be filled in place.
-        """
+    def stored(self) -> Iterator[tuple[Tensor, str, Stored]]:
+        """Yield (parameter, name, state) of all that is not in ``state``, once it is at rest."""
         if self._stream is not None:
             self._stream.drain()
         for bucket, home in self._at_home():
             for index, held in enumerate(bucket.held):
-                if isinstance(home, HostHome):
-                    yield held.parameter, held.key, held.wrapped(held.view(home.get(index)))
-                else:
-                    yield held.parameter, held.key, _stored(held, home, index)
+                yield held.parameter, held.key, _stored(held, home, index)
 
     def resident_bytes(self) -> dict[Tier, int]:
         """Return this rank's bytes of states in each tier, once they are made."""

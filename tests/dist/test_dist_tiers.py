@@ -160,7 +160,9 @@ def test_a_run_resumes_from_every_tier_to_every_tier(
         config = prepared(tiny, moving, "hdp2-zero1", tier)
         run_ranks(launch, 2, config, stop if stop < len(path) else None)
     assert_same_bits(bits(config, 20), wanted)
-    assert [row["loss"] for row in rows(moving)] == [row["loss"] for row in rows(tmp_path / "straight")]
+    assert [row["loss"] for row in rows(moving)] == [
+        row["loss"] for row in rows(tmp_path / "straight")
+    ]
 
 
 def test_a_checkpoint_of_files_loads_in_another_layout(

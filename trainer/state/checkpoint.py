@@ -165,14 +165,15 @@ class Checkpointer:
             self.poll()
             return
         writer = ShardWriter(partial)
-        files = {name: value for name, value in state.items() if isinstance(value, Stored)}
-        copy: State = {**writer.stage(layouts(state, files=False)), **files}
+        stored = {name: value for name, value in state.items() if isinstance(value, Stored)}
+        near = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        copy: State = {**writer.stage(near), **stored}
         # A daemon: a process that ends does not wait without end for ranks that are gone.
         self._worker = threading.Thread(
             target=self._write, args=(step, writer, copy, facts), name=f"save-{step}", daemon=True
         )
         self._worker.start()
-        if files or not self._config.asynchronous:  # files are read while they are saved
+        if stored or not self._config.asynchronous:  # what is stored has no copy
             self.wait()
 
     def poll(self) -> None:

@@ -1,4 +1,4 @@
-"""Saving and loading states that lie in files, one tensor at a time."""
+"""Saving and loading states that do not lie on the device, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -15,17 +15,15 @@ State = dict[str, Tensor | Stored]
 """What a checkpoint holds, by name."""
 
 
-def layouts(state: State, *, files: bool = True) -> dict[str, Tensor]:
-    """The tensors of ``state``, and of what lies in files tensors of its layout, if wanted."""
+def layouts(state: State) -> dict[str, Tensor]:
+    """The tensors of ``state``, and for what is stored tensors of its layout."""
     return {
-        name: value.like if isinstance(value, Stored) else value
-        for name, value in state.items()
-        if files or not isinstance(value, Stored)
+        name: value.like if isinstance(value, Stored) else value for name, value in state.items()
     }
 
 
 class Saving(DefaultSavePlanner):
-    """Reads what lies in a file when it is written to the checkpoint."""
+    """Reads what is stored when it is written to the checkpoint."""
 
     def __init__(self, state: State) -> None:
         super().__init__()
@@ -38,7 +36,7 @@ class Saving(DefaultSavePlanner):
 
 
 class Loading(DefaultLoadPlanner):
-    """Writes what was read from the checkpoint to the file where it lies, piece by piece."""
+    """Puts what was read from the checkpoint where it is stored, piece by piece."""
 
     def __init__(self, state: State) -> None:
         super().__init__()
