@@ -67,8 +67,8 @@ class OptimizerStates(Section):
         description="folder on a local disk for the rest: each rank keeps a file without a name "
         "there, which goes when its process does",
     )
-    bucket_mib: Count = Field(
-        64, gt=0, description="MiB of states that move at once; three buckets are held in memory"
+    bucket_mib: float = Field(
+        64.0, gt=0.0, description="MiB of states that move at once; three buckets are held"
     )
 
     @model_validator(mode="after")

@@ -113,7 +113,7 @@ class TieredOptimizer(RuleOptimizer):
                 for bucket in packed(
                     [item for item in of_rule if self._tiers[item.name] is tier],
                     sizes,
-                    wanted.bucket_mib << 20,
+                    int(wanted.bucket_mib * 2**20),
                 )
             ]
             for rule, of_rule in super()._by_rule()
@@ -132,7 +132,7 @@ class TieredOptimizer(RuleOptimizer):
             for index, held in enumerate(bucket.held):
                 yield held.parameter, held.key, _stored(held, home, index)
 
-    def resident_bytes(self) -> dict[Tier, int]:
+    def held_bytes(self) -> dict[Tier, int]:
         """Return this rank's bytes of states in each tier, once they are made."""
         held = dict.fromkeys(Tier, 0)
         for states in self.state.values():

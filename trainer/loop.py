@@ -112,14 +112,15 @@ class Loop:
         reset_peak_bytes(self.mesh.device)
         try:
             stopped = self._steps(batches, stop_at_step)
-        except (UserError, StatesLost) as error:
-            self._abort(None)  # what is being saved is still good
-            if isinstance(error, UserError):
-                raise
+        except StatesLost as error:
+            self._abort(self.mesh.timeout.total_seconds())  # other ranks go on
             raise UserError(
                 f"step {self.progress.step + 1}: {error}; {self._kept()}: mend that or name "
                 "another place, then run again"
             ) from None
+        except UserError:
+            self._abort(None)  # what is being saved is still good
+            raise
         except Exception:  # other ranks may be gone
             self._abort(self.mesh.timeout.total_seconds())
             raise

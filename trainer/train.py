@@ -314,6 +314,9 @@ class _Run:
         else:
             name, dropped = start.checkpoint.name, start.dropped_rows
             report("resumed", step=start.step, checkpoint=name, dropped_rows=dropped)
+        if isinstance(self.optimizer, TieredOptimizer):
+            held = {f"{tier}_bytes": size for tier, size in self.optimizer.held_bytes().items()}
+            report("optimizer_states", step=start.step, **held)
         for change in self.kernel_changes:
             report("kernels_changed", step=start.step, **change)
 

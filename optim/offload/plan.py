@@ -24,7 +24,9 @@ def assign(sizes: Sequence[int], limits: Mapping[Tier, int]) -> list[Tier]:
     """
     total = sum(sizes)
     *near, last = limits
-    room = [min(limits[tier], total) for tier in near]
+    room: list[int] = []
+    for tier in near:
+        room.append(min(limits[tier], total - sum(room)))
     shares = [each / total if total else 0.0 for each in room]
     held, passed, tiers = [0] * len(near), 0, []
     for size in sizes:

@@ -31,7 +31,7 @@ CHUNK = 16 << 20  # bytes in one system call
 _KEY = "parallel.zero.optimizer_states.nvme"
 
 
-class StatesLost(Exception):
+class StatesLost(UserError):
     """States in a file cannot be written, or read as they were written; the run cannot go on."""
 
 

@@ -30,7 +30,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "hdp2-tp2-zero2": (4, {"tp": 2, "zero": {"stage": 2}}),
     "pp2-hdp2-zero1": (4, {"pp": 2, "zero": {"stage": 1}}),
 }
-# A rank's states are at most some 100 KiB, so a bucket of a MiB would hold all of them.
 TIERS: dict[str, dict[str, Any] | None] = {
     "memory": None,
     "cpu": {},
@@ -51,7 +50,12 @@ def prepared(
     parallel = json.loads(json.dumps(LAYOUTS[layout][1]))
     states = TIERS[tier]
     if states is not None:
-        states = states | ({"nvme": str(folder.parent / "swap")} if "nvme" in states else {})
+        # A rank's states take half a MiB to two: several buckets of each rule.
+        states = (
+            states
+            | {"bucket_mib": 0.1}
+            | ({"nvme": str(folder.parent / "swap")} if "nvme" in states else {})
+        )
         parallel.setdefault("zero", {})["optimizer_states"] = states
     return tiny(
         f"parallel={json.dumps(parallel)}",
@@ -90,11 +94,6 @@ def assert_same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     differing = [name for name in one if not torch.equal(one[name], other[name])]
     assert not differing
     assert any(name.startswith("optimizer.") for name in one)
-
-
-@pytest.fixture(autouse=True)
-def small_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that a rank has several: the ranks read this when they make an optimizer."""
 
 
 @pytest.fixture(scope="module")
