@@ -38,7 +38,7 @@ def disk_rates(folder: Path, nbytes: int = 128 << 20, rounds: int = 3) -> DiskRa
     return DiskRates(nbytes / write[rounds // 2], nbytes / read[rounds // 2])
 
 
-def adam_rate(elements: int = 4 << 20, rounds: int = 5) -> float:
+def adam_rate(elements: int = 16 << 20, rounds: int = 3) -> float:
     """Return parameters a second of torch's fused AdamW on this process's threads, the median."""
     parameter, gradient, mean, square = (torch.full((elements,), 0.01) for _ in range(4))
     step = torch.tensor(0.0)
