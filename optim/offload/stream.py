@@ -100,8 +100,7 @@ class FileHome(Home):
     @override
     def empty(self, slot: Slot) -> None:
         if slot.device is not slot.host:
-            slot.host[: self.nbytes].copy_(slot.device[: self.nbytes], non_blocking=True)
-            torch.cuda.current_stream(slot.device.device).synchronize()
+            slot.host[: self.nbytes].copy_(slot.device[: self.nbytes])  # done when it returns
         self._swap.write(self._regions, slot.host)
 
     @override

@@ -184,6 +184,21 @@ def test_homes_keep_their_own_bytes(count: int, monkeypatch: pytest.MonkeyPatch)
     assert [int(home.get(0)[17]) for home in homes] == [8 * (n + 1) for n in range(count)]
 
 
+@pytest.mark.parametrize("place", ["cpu", "nvme", "all"])
+def test_slots_apart_from_the_host(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where bytes of a file come to the device by way of the host."""
+    inner = streams.Slot.__init__
+
+    def apart(self: streams.Slot, nbytes: int, device: torch.device, *, files: bool) -> None:
+        inner(self, nbytes, device, files=files)
+        self.device = torch.full((nbytes,), 255, dtype=torch.uint8)
+
+    monkeypatch.setattr(streams.Slot, "__init__", apart)
+    test_every_rule_has_the_bits_of_memory("muonh", place, tmp_path)
+
+
 def test_places_are_filled_to_their_limits_and_no_further() -> None:
     sizes = [10] * 20
     for near, middle in ((0, 0), (0, 100), (50, 50), (200, 0), (95, 1000), (5, 5)):
