@@ -6,9 +6,10 @@
 Each round trains the same model with the trainer once for each place of the states, in a process of
 its own, and reads that process's memory before the checkpoint at the end. ``allowed`` is a quarter
 of the states; three buckets fit there, which is all that is held of states in a file. Then the
-optimizer takes steps alone, with gradients given once, between two measurements of the disk:
-``share of the disk`` is the time that the bytes of the states would take to be written and read one
-after the other at the disk's measured rates, over the time of a step. On a CPU the device's memory
+optimizer takes steps alone, with gradients given once, each until all is written and followed by a
+measurement of the disk: ``share of the disk`` is the time that the bytes of the states would take
+to be written and read one after the other at these rates, over the time of the step (the median
+of all steps). On a CPU the device's memory
 is the host's, so ``cpu`` shows what moving costs and saves nothing.
 """
 
@@ -117,7 +118,7 @@ def training(asked: argparse.Namespace, place: str, folder: Path) -> dict[str, A
 
 
 def stepping(asked: argparse.Namespace, place: str, folder: Path) -> dict[str, Any]:
-    """(In a process of its own.) Take optimizer steps alone, between measurements of the disk."""
+    """(In a process of its own.) Take optimizer steps alone, each beside a measurement of the disk."""
     run = run_of(asked, place, folder)
     rules = Parameterization.of_run(run)
     made = build_model(run.model, rules, "fp32")
@@ -132,20 +133,23 @@ def stepping(asked: argparse.Namespace, place: str, folder: Path) -> dict[str, A
     optimizer.step()
     optimizer.step()
     sizes = optimizer.held_bytes() if isinstance(optimizer, TieredOptimizer) else {}
-    before = disk_rates(folder / "swap")
-    begun = time.perf_counter()
-    for _ in range(asked.steps):
+    away, seconds, shares, rates = sizes.get("nvme", 0), [], [], []
+    for _ in range(2 * asked.steps):
+        begun = time.perf_counter()
         optimizer.step()
-    if isinstance(optimizer, TieredOptimizer):
-        list(optimizer.stored())  # until all is written
-    seconds = (time.perf_counter() - begun) / asked.steps
-    after = disk_rates(folder / "swap")
-    rates = {"before": before._asdict(), "after": after._asdict()}
-    write, read = ((getattr(before, way) + getattr(after, way)) / 2 for way in ("write", "read"))
-    away = sizes.get("nvme", 0)
-    found = {"step_s": seconds, "held": {str(k): v for k, v in sizes.items()}, "disk": rates}
+        if isinstance(optimizer, TieredOptimizer):
+            list(optimizer.stored())  # until all is written
+        seconds.append(time.perf_counter() - begun)
+        if away:
+            disk = disk_rates(folder / "swap", rounds=1)
+            rates.append(disk)
+            shares.append(away * (1 / disk.write + 1 / disk.read) / seconds[-1])
+    found: dict[str, Any] = {
+        "step_s": statistics.median(seconds),
+        "held": {str(tier): size for tier, size in sizes.items()},
+    }
     if away:
-        found["share_of_the_disk"] = away * (1 / write + 1 / read) / seconds
+        found |= {"shares": shares, "share_of_the_disk": statistics.median(shares), "disk": rates}
     return found
 
 
