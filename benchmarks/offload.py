@@ -118,7 +118,7 @@ def training(asked: argparse.Namespace, place: str, folder: Path) -> dict[str, A
 
 
 def stepping(asked: argparse.Namespace, place: str, folder: Path) -> dict[str, Any]:
-    """(In a process of its own.) Take optimizer steps alone, each beside a measurement of the disk."""
+    """(In a process of its own.) Take optimizer steps alone, each beside the disk's rates."""
     run = run_of(asked, place, folder)
     rules = Parameterization.of_run(run)
     made = build_model(run.model, rules, "fp32")
