@@ -36,6 +36,53 @@ class RunSection(Section):
     )
 
 
+Amount = (
+    Annotated[float, Field(ge=0.0, le=1.0)]
+    | Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)? GiB$")]
+)
+"""A share, or bytes on a rank as ``"1.5 GiB"``."""
+
+
+def bytes_of(amount: Amount, total: int) -> int:
+    """Return the bytes that ``amount`` allows of ``total``, rounded down."""
+    if isinstance(amount, str):
+        return int(float(amount.removesuffix(" GiB")) * 2**30)
+    return int(amount * total)
+
+
+class OptimizerStates(Section):
+    """Where a rank's optimizer states live between steps: each place is filled before the next."""
+
+    device: Amount = Field(
+        0.0, description='share of the states beside the parameters, or "N GiB"; none by default'
+    )
+    cpu: Amount | None = Field(
+        None,
+        description='share in the host\'s memory, or "N GiB"; only with ``nvme``, which takes the '
+        "rest; null: all that ``device`` leaves, none with ``nvme``",
+    )
+    nvme: PathText | None = Field(
+        None,
+        min_length=1,
+        description="folder on a local disk for the rest: each rank keeps a file without a name "
+        "there, which goes when its process does",
+    )
+    bucket_mib: float = Field(
+        64.0, gt=0.0, description="MiB of states that move at once; three buckets are held"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.device == 1.0:
+            raise ValueError("device=1.0 moves no state; leave optimizer_states out")
+        if self.cpu is not None and self.nvme is None:
+            raise ValueError(
+                f"cpu={self.cpu} limits the host's memory, but nothing takes the rest; name a "
+                "folder in nvme, or leave cpu out"
+            )
+        return self
+
+
 class Zero(Section):
     """ZeRO on the ``hdp`` axis with torch's FSDP2 (arXiv 1910.02054)."""
 
@@ -66,6 +113,10 @@ class Zero(Section):
         "auto: step in a pipeline, else micro_batch",
     )
 
+    optimizer_states: OptimizerStates | None = Field(
+        None, description="where optimizer states live between steps; null: beside the parameters"
+    )
+
     def frees(self, pp: int) -> bool:
         """Return whether gathered parameters are freed within a step, with so many ``pp`` ranks."""
         each = self.regather == "micro_batch" or (self.regather == "auto" and pp == 1)
@@ -73,6 +124,12 @@ class Zero(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        states = self.optimizer_states
+        if self.offload == "cpu" and states is not None and (states.device or not states.nvme):
+            raise ValueError(
+                "offload=cpu keeps parameters and optimizer states in the host's memory, which "
+                "optimizer_states can only relieve; set its nvme and leave its device at 0"
+            )
         if self.stage != 3 and self.regather == "micro_batch":
             raise ValueError(
                 f"regather=micro_batch needs parameters that are sharded, but stage={self.stage} "

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW as TorchAdamW
 from torch.optim import Optimizer
 
+from allometry.configs.execution import Zero
 from allometry.configs.optimization import AdamW, OptimizerConfig
 from allometry.optim import adamw
 from allometry.optim.exchange import ShardedMatrixOps
@@ -16,9 +19,11 @@ from allometry.optim.groups import parameter_groups
 from allometry.optim.matrix_ops import LocalMatrixOps
 from allometry.optim.optimizer import RuleOptimizer
 from allometry.optim.states import items_of
+from allometry.optim.tiered import TieredOptimizer
 from allometry.parallel.mesh import Mesh
 from allometry.scaling.parameterization import Parameterization
 from allometry.scaling.roles import ParamSpec
+from allometry.scaling.update_rules import state_bytes
 
 
 def build_optimizer(
@@ -29,6 +34,9 @@ def build_optimizer(
     mesh: Mesh | None = None,
     seed: int = 0,
     adamw_kernel: str = "torch",
+    zero: Zero | None = None,
+    timeout_s: float = 600.0,
+    still: bool = False,
 ) -> Optimizer:
     """Return the optimizer of a run, over whole parameters or shards of them.
 
@@ -36,18 +44,35 @@ def build_optimizer(
     torch's fused kernel on every device, for plain tensors and DTensors alike: elementwise, so
     right on shards. All else is a ``RuleOptimizer``: ``mesh`` is where its parameters are sharded
     (None: every one is whole), and ``seed`` is that of what rules draw. ``adamw_kernel``: a name
-    in ``adamw.KERNELS``; with another one than torch's AdamW is a ``RuleOptimizer`` too.
+    in ``adamw.KERNELS``; with another one than torch's AdamW is a ``RuleOptimizer`` too. Where
+    ``zero.optimizer_states`` says so, all is a ``TieredOptimizer``, which describes the rest.
 
     Raises:
-        UserError: see ``parameter_groups`` and ``RuleOptimizer``.
+        UserError: see ``parameter_groups``, ``RuleOptimizer`` and ``TieredOptimizer``.
     """
+    tiered = zero is not None and zero.optimizer_states is not None
+    named_parameters = list(named_parameters)
     groups = parameter_groups(named_parameters, specs, parameterization, config)
-    if isinstance(config, AdamW) and adamw_kernel == "torch":
+    if isinstance(config, AdamW) and adamw_kernel == "torch" and not tiered:
         return TorchAdamW(groups, betas=(config.beta1, config.beta2), fused=True)
     for group in groups:
         group["seed"], group["kernel"] = seed, adamw_kernel
     ops = LocalMatrixOps() if mesh is None or mesh.world_size == 1 else ShardedMatrixOps(mesh)
-    return RuleOptimizer(groups, ops)
+    if zero is None or zero.optimizer_states is None:
+        return RuleOptimizer(groups, ops)
+    sizes = {
+        name: state_bytes(specs[name], _elements(parameter), config)
+        for name, parameter in named_parameters
+    }
+    return TieredOptimizer(groups, ops, zero, sizes, timeout_s, still=still)
+
+
+def _elements(parameter: Tensor) -> int:
+    """Return how many elements of a parameter a rank has, rounded up: equal on all ranks."""
+    if not isinstance(parameter, DTensor):
+        return parameter.numel()
+    cuts = zip(parameter.device_mesh.shape, parameter.placements, strict=True)
+    return -(-parameter.numel() // math.prod(n for n, how in cuts if not how.is_replicate()))
 
 
 @torch.no_grad()

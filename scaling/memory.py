@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from allometry.configs.execution import Zero
+from allometry.configs.execution import Zero, bytes_of
 from allometry.configs.model import LatentExperts, ModelConfig, MoEModel
 from allometry.configs.optimization import OptimizerConfig
 from allometry.scaling.attention import AttentionCall, choose_backend, named
@@ -37,7 +37,8 @@ class MemoryEstimate:
 
     Exact, those of the sharded model: ``parameters`` in fp32, this rank's share, with the copy
     that a tied head away from its embedding is; their ``gradients`` after the last backward;
-    ``optimizer_states`` (near for APOLLO, whose states lie with the owners of matrices). Where
+    ``optimizer_states`` (near for APOLLO, whose states lie with the owners of matrices, and where
+    ``zero.optimizer_states`` lets only a part of them be there). Where
     they are offloaded they are not on the device and 0 here.
 
     Estimates: ``reduction``, gradients beyond these until they are reduced: one bucket at ZeRO
@@ -111,7 +112,7 @@ def estimate_memory(
             part, micro_batch_tokens, compute_bytes, fused_norm, checkpointing, scores
         )
         in_flight = _in_flight(layout, rank, micro_batches) if layout is not None else 1
-        held, states = _held(part, optimizer) if zero.offload == "none" else (0, 0)
+        held, states = _held(part, optimizer, zero) if zero.offload == "none" else (0, 0)
         estimates.append(
             MemoryEstimate(
                 parameters=held,
@@ -126,12 +127,19 @@ def estimate_memory(
     return max(estimates, key=lambda estimate: estimate.total)
 
 
-def _held(part: RankParts, optimizer: OptimizerConfig | None) -> tuple[int, int]:
-    """Return the bytes of this rank's parameters and of their optimizer states."""
+def _held(part: RankParts, optimizer: OptimizerConfig | None, zero: Zero) -> tuple[int, int]:
+    """Return the bytes of this rank's parameters and of their optimizer states on the device.
+
+    States that travel are there in three buckets, each as large as the largest of its parameters.
+    """
     specs = part.specs()
     parameters = _FP32 * sum(map(part.held, specs))
-    trained = filter(part.trains, specs)
-    return parameters, sum(state_bytes(spec, part.held(spec), optimizer) for spec in trained)
+    sizes = [state_bytes(each, part.held(each), optimizer) for each in filter(part.trains, specs)]
+    states, tiers = sum(sizes), zero.optimizer_states
+    if tiers is None or not sizes:
+        return parameters, states
+    bucket = max(int(tiers.bucket_mib * 2**20), *sizes)
+    return parameters, min(states, bytes_of(tiers.device, states) + 3 * bucket)
 
 
 def _reduction(

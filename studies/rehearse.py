@@ -211,7 +211,7 @@ def _update(
     config: RunConfig, plan: RunPlan, parallel: Parallel, mesh: Mesh, calls: Counter[Collective]
 ) -> int:
     """Take an optimizer step, add what it sends to ``calls`` and return the bytes of its states."""
-    optimizer = make_optimizer(config, plan, parallel, mesh)
+    optimizer = make_optimizer(config, plan, parallel, mesh, still=True)
     init_states(optimizer)  # what is sent for them is sent once in a run
     for _, parameter in parallel.named_parameters():
         parameter.grad = torch.zeros_like(parameter)

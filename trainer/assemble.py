@@ -60,8 +60,14 @@ def make_optimizer(
     parallel: Parallel,
     mesh: Mesh,
     kernels: Kernels | None = None,
+    *,
+    still: bool = False,
 ) -> torch.optim.Optimizer:
-    """The optimizer of this rank's part of the model, which is sharded over ``mesh``."""
+    """The optimizer of this rank's part of the model, which is sharded over ``mesh``.
+
+    ``still``: its states stay where they are made, though the run's would travel (a rehearsal).
+    Raises UserError: see ``build_optimizer``.
+    """
     return build_optimizer(
         parallel.named_parameters(),
         parallel.specs(),
@@ -70,6 +76,9 @@ def make_optimizer(
         mesh,
         config.run.seed,
         "torch" if kernels is None else kernels.adamw.name,
+        config.parallel.zero,
+        config.parallel.timeout_s,
+        still,
     )
 
 

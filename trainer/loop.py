@@ -14,6 +14,7 @@ from torch import Tensor
 from allometry.configs.errors import UserError
 from allometry.data.sources import Sources
 from allometry.laws.areas import LearningRateAreas
+from allometry.optim.offload.swap import StatesLost
 from allometry.parallel.apply import Parallel
 from allometry.parallel.hdp.plan import Plan
 from allometry.parallel.mesh import Mesh
@@ -26,6 +27,7 @@ from allometry.trainer.record.hardware import peak_bytes, reset_peak_bytes
 from allometry.trainer.record.timing import Span, StepTimer
 from allometry.trainer.record.writer import Recorder, Row
 from allometry.trainer.state.checkpoint import optimizer_state
+from allometry.trainer.state.planners import State
 from allometry.trainer.step import StepOutcome, TrainStep
 from allometry.trainer.stop import StopRequest, StopSignals
 
@@ -110,6 +112,12 @@ class Loop:
         reset_peak_bytes(self.mesh.device)
         try:
             stopped = self._steps(batches, stop_at_step)
+        except StatesLost as error:
+            self._abort(self.mesh.timeout.total_seconds())  # other ranks go on
+            raise UserError(
+                f"step {self.progress.step + 1}: {error}; {self._kept()}: mend that or name "
+                "another place, then run again"
+            ) from None
         except UserError:
             self._abort(None)  # what is being saved is still good
             raise
@@ -205,6 +213,12 @@ class Loop:
             for callback in self.callbacks:
                 callback.on_row(row)
 
+    def _kept(self) -> str:
+        saved = self.progress.saved_step
+        return (
+            "no checkpoint had been made" if saved is None else f"checkpoint step-{saved} is kept"
+        )
+
     def _not_finite(self, step: int, loss: float, norm: float) -> NoReturn:
         # Pipeline ranks have different groups, so names are gathered rather than flags summed.
         ranks = self.mesh.gather_objects(self.train_step.groups_not_finite())
@@ -212,20 +226,16 @@ class Loop:
         groups = ", ".join(names) or "none is left: only the loss"
         self._finish()
         self.report("not_finite", step=step, loss=str(loss), grad_norm=str(norm), groups=groups)
-        saved = self.progress.saved_step
-        kept = (
-            "no checkpoint had been made" if saved is None else f"checkpoint step-{saved} is kept"
-        )
         raise UserError(
             f"step {step}: the loss is {loss} and the gradient norm {norm}, first not finite in "
-            f"parameter group(s) {groups}; {kept}; lower optimizer.lr, lengthen the warm-up or "
-            "check the data of that step, then run again"
+            f"parameter group(s) {groups}; {self._kept()}; lower optimizer.lr, lengthen the "
+            "warm-up or check the data of that step, then run again"
         )
 
 
-def state_tensors(parallel: Parallel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def state_tensors(parallel: Parallel, optimizer: torch.optim.Optimizer) -> State:
     """All tensors of a run by name: parameters, buffers, what the optimizer remembers of each."""
     names: dict[Tensor, str] = {p: name for name, p in parallel.named_parameters()}
-    parameters = {f"model.{name}": p.detach() for p, name in names.items()}
-    buffers = {f"model.{name}": buffer for name, buffer in parallel.named_buffers()}
+    parameters: State = {f"model.{name}": p.detach() for p, name in names.items()}
+    buffers: State = {f"model.{name}": buffer for name, buffer in parallel.named_buffers()}
     return parameters | buffers | optimizer_state(optimizer, names)

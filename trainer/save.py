@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
 from typing_extensions import override
 
 from allometry.configs.errors import UserError
@@ -14,6 +13,7 @@ from allometry.trainer.loop import Progress
 from allometry.trainer.record.callbacks import Callback
 from allometry.trainer.record.timing import StepTimer
 from allometry.trainer.state.checkpoint import Checkpointer
+from allometry.trainer.state.planners import State
 
 RETRY_AFTER_S = (1.0, 5.0)
 """Pauses before the last checkpoint of a launch is tried again."""
@@ -30,7 +30,7 @@ class Saver(Callback):
         self,
         checkpointer: Checkpointer,
         progress: Progress,
-        state: Callable[[], tuple[dict[str, Tensor], dict[str, Any]]],
+        state: Callable[[], tuple[State, dict[str, Any]]],
         timer: StepTimer,
     ) -> None:
         self._checkpointer, self._progress = checkpointer, progress

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from allometry.configs.errors import UserError
 from allometry.configs.model import MoEModel
@@ -23,6 +22,7 @@ from allometry.laws.areas import LearningRateAreas
 from allometry.models.build import torch_dtype
 from allometry.optim.build import init_states
 from allometry.optim.schedule import Schedule, resolve_schedule
+from allometry.optim.tiered import TieredOptimizer
 from allometry.parallel.agree import on_all_ranks, on_main_rank
 from allometry.parallel.graphs import choose_graphs
 from allometry.parallel.mesh import Mesh, launched_world_size, open_mesh
@@ -64,6 +64,7 @@ from allometry.trainer.record.timing import StepTimer, clock_of
 from allometry.trainer.save import Saver
 from allometry.trainer.state import checkpoint
 from allometry.trainer.state.folder import RunFolder
+from allometry.trainer.state.planners import State
 from allometry.trainer.state.resume import Start, begin, read_again
 from allometry.trainer.state.room import checkpoint_bytes
 from allometry.trainer.stop import StopSignals
@@ -152,8 +153,14 @@ class _Run:
             config, plan, self.stream, self.folder, self.start, mesh
         )
         self.parallel = make_model(config, plan, mesh, self.kernels)
-        self.optimizer = make_optimizer(config, plan, self.parallel, mesh, self.kernels)
+        self.optimizer = on_all_ranks(
+            mesh,
+            lambda: make_optimizer(config, plan, self.parallel, mesh, self.kernels),
+            "making the optimizer",
+        )
         self.progress = self._restore()
+        if isinstance(self.optimizer, TieredOptimizer):
+            init_states(self.optimizer)  # what finds no room is found before the first step
         self.peak = hardware.peak(mesh.device, torch_dtype(config.training.compute_dtype))
 
     def _restore(self) -> Progress:
@@ -164,7 +171,7 @@ class _Run:
             return progress
         if start.weights_only:  # converted from elsewhere: training itself begins afresh
             named = self.parallel.named_parameters()
-            state = {f"model.{name}": p.detach() for name, p in named}
+            state: State = {f"model.{name}": p.detach() for name, p in named}
             if start.facts.get("optimizer", False):
                 init_states(self.optimizer)
                 names = {parameter: name for name, parameter in self.parallel.named_parameters()}
@@ -289,7 +296,7 @@ class _Run:
             checkpoint_bytes(self.config),
         )
 
-        def state() -> tuple[dict[str, Tensor], dict[str, Any]]:
+        def state() -> tuple[State, dict[str, Any]]:
             facts = self.progress.facts(self.plan, self.stream, self.config.run.seed)
             return state_tensors(self.parallel, self.optimizer), facts
 
@@ -320,6 +327,9 @@ class _Run:
         else:
             name, dropped = start.checkpoint.name, start.dropped_rows
             report("resumed", step=start.step, checkpoint=name, dropped_rows=dropped)
+        if isinstance(self.optimizer, TieredOptimizer):
+            held = {f"{tier}_bytes": size for tier, size in self.optimizer.held_bytes().items()}
+            report("optimizer_states", step=start.step, **held)
         for change in self.kernel_changes:
             report("kernels_changed", step=start.step, **change)
 

@@ -80,6 +80,10 @@ class Convert(Command):
 class Doctor(Command):
     """Say what is installed and usable here, and how to mend what is not."""
 
+    disk: Path | None = option(
+        "also measure the disk of this folder, for parallel.zero.optimizer_states.nvme"
+    )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plot(Command):

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
 import os
+import platform
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from allometry.configs.errors import UserError
 from allometry.launch.command import Report
 from allometry.launch.runs.commands import Doctor
 from allometry.launch.start import choose, find_library
@@ -39,9 +43,13 @@ class Finding:
 
 def examined(asked: Doctor) -> Report:
     """Look at everything; nothing that is broken stops the others from being looked at."""
+
+    def offload() -> Iterator[Finding]:
+        return _offload(asked.disk)
+
     checks: tuple[Callable[[], Iterator[Finding]], ...] = (
         _torch, _nvml, _attention, _apex, _deepspeed, _megatron, _allocator, _compiler,
-        _memory,
+        _memory, offload,
     )  # fmt: skip
     findings: list[Finding] = []
     for check in checks:
@@ -162,8 +170,8 @@ def _apex() -> Iterator[Finding]:
 def _deepspeed() -> Iterator[Finding]:
     installed_version = version("deepspeed")
     if installed_version is None:
-        why, fix = "only needed for offload to NVMe", "pip install 'allometry[offload]'"
-        yield Finding("deepspeed", "absent", why, fix)
+        why = "optional; optimizer states go to the host and to NVMe without it"
+        yield Finding("deepspeed", "absent", why)
         return
     default = Path.home() / ".cache" / "torch_extensions"
     cache = Path(os.environ.get("TORCH_EXTENSIONS_DIR", default))
@@ -207,3 +215,43 @@ def _memory() -> Iterator[Finding]:
         yield Finding("memory", "problem", sizes, fix)
     else:
         yield Finding("memory", "ok", sizes)
+
+
+RATES = Path("~/.cache/allometry/offload.json")
+"""The newest rates, by machine and by folder."""
+
+
+def _offload(disk: Path | None, kept: Path = RATES) -> Iterator[Finding]:
+    from allometry.optim.offload.rates import adam_rate, disk_rates
+
+    rate = adam_rate()
+    found: dict[str, Any] = {"adam_parameters_per_s": rate}
+    said = f"{rate / 1e6:,.0f} M parameters/s, torch's fused AdamW on the threads in use"
+    yield Finding("host AdamW", "ok", said)
+    if disk is not None:
+        try:
+            write, read = disk_rates(disk)
+        except UserError as error:
+            yield Finding("disk", "problem", str(error), "name another folder")
+        else:
+            found["disks"] = {str(disk.resolve()): {"write_b_per_s": write, "read_b_per_s": read}}
+            said = f"{disk}: {write / 1e9:.2f} GB/s written, {read / 1e9:.2f} GB/s read, checked"
+            yield Finding("disk", "ok", said)
+    _keep(found, kept)
+
+
+def _keep(found: dict[str, Any], kept: Path) -> None:
+    """Put this machine's rates among those in the file; other folders' stay."""
+    from allometry.trainer.state.folder import write_atomically
+
+    with suppress(OSError, RuntimeError):  # RuntimeError: a user without a home
+        place = kept.expanduser()
+        place.parent.mkdir(parents=True, exist_ok=True)
+        known: Any = {}
+        with suppress(OSError, ValueError):
+            known = json.loads(place.read_text(encoding="utf-8"))
+        known = known if isinstance(known, dict) else {}
+        before = known.get(platform.node(), {})
+        disks = {**before.get("disks", {}), **found.get("disks", {})}
+        known[platform.node()] = {**before, **found, "disks": disks}
+        write_atomically(place, json.dumps(known, indent=1) + "\n")

@@ -29,6 +29,7 @@ SUB_ROOM_MAY_IMPORT = {
     "laws.forms": {"laws.observations"},
     "laws.fit": {"laws.observations", "laws.registry", "laws.forms"},
     "parallel.hdp": set(),
+    "optim.offload": {"optim.states"},
     "trainer.state": set(),
     "trainer.record": {
         *("trainer.state", "trainer.feed", "trainer.balance", "trainer.step", "trainer.evaluate"),

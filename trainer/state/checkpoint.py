@@ -26,13 +26,14 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 
 from allometry.configs.errors import UserError
 from allometry.configs.execution import CheckpointConfig
+from allometry.optim.tiered import Stored, TieredOptimizer
 from allometry.parallel.agree import wait_for_all, with_heartbeat
 from allometry.parallel.mesh import Mesh
 from allometry.trainer.state.folder import RunFolder, write_atomically
 from allometry.trainer.state.integrity import COMPLETE, FACTS, Files, ShardWriter, damage, seal
+from allometry.trainer.state.planners import Loading, Saving, State, layouts
 from allometry.trainer.state.room import due, free_bytes, megabytes, stays
 
-State = dict[str, Tensor]
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -118,7 +119,9 @@ def load(path: Path, state: State, mesh: Mesh) -> None:
     """Fill the tensors of ``state`` in place, whatever layout wrote the checkpoint."""
 
     def read() -> None:
-        dcp.load(state, storage_reader=FileSystemReader(path), process_group=mesh.checkpoint_group)
+        tensors, planner = layouts(state), Loading(state)
+        reader, group = FileSystemReader(path), mesh.checkpoint_group
+        dcp.load(tensors, storage_reader=reader, planner=planner, process_group=group)
 
     with_heartbeat(mesh, read, f"loading {path.name}")
 
@@ -162,13 +165,15 @@ class Checkpointer:
             self.poll()
             return
         writer = ShardWriter(partial)
-        copy = writer.stage(state)
+        stored = {name: value for name, value in state.items() if isinstance(value, Stored)}
+        near = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        copy: State = {**writer.stage(near), **stored}
         # A daemon: a process that ends does not wait without end for ranks that are gone.
         self._worker = threading.Thread(
             target=self._write, args=(step, writer, copy, facts), name=f"save-{step}", daemon=True
         )
         self._worker.start()
-        if not self._config.asynchronous:
+        if stored or not self._config.asynchronous:  # what is stored has no copy
             self.wait()
 
     def poll(self) -> None:
@@ -214,14 +219,13 @@ class Checkpointer:
 
         return mesh.broadcast_object(with_heartbeat(mesh, make, f"preparing {partial.name}"))
 
-    def _write(
-        self, step: int, writer: ShardWriter, state: dict[str, Any], facts: dict[str, Any]
-    ) -> None:
+    def _write(self, step: int, writer: ShardWriter, state: State, facts: dict[str, Any]) -> None:
         """In the background: write the shards, add what makes them a checkpoint, rename."""
         group = self._mesh.checkpoint_group
         failure: _Failure | None = None
         try:
-            dcp.save(state, storage_writer=writer, process_group=group)
+            planner = Saving(state)
+            dcp.save(layouts(state), storage_writer=writer, planner=planner, process_group=group)
         except (Exception, CheckpointException) as error:  # the run must go on
             failure = _Failure.of(error)
         gathered: list[Any] = [None] * dist.get_world_size(group)
@@ -308,8 +312,10 @@ def clean(folder: RunFolder, used: Path | None) -> list[str]:
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]) -> State:
-    """An optimizer's tensors under ``optimizer.<parameter>.<key>``."""
-    return {
+    """An optimizer's tensors under ``optimizer.<parameter>.<key>``; waits for what is in flight."""
+    stored = optimizer.stored() if isinstance(optimizer, TieredOptimizer) else ()
+    away = {f"optimizer.{names[parameter]}.{key}": value for parameter, key, value in stored}
+    return away | {
         f"optimizer.{names[parameter]}.{key}": value
         for parameter, state in optimizer.state.items()
         for key, value in state.items()

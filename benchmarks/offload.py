@@ -1,0 +1,233 @@
+"""Optimizer states in memory, on the host and in a file: resident memory, tokens/s, disk rates.
+
+    python benchmarks/offload.py [--width 512] [--layers 8] [--steps 8] [--rounds 3]
+        [--folder DIR] [--out FILE]
+
+Each round trains the same model with the trainer once for each place of the states, in a process of
+its own, and reads that process's memory before the checkpoint at the end. ``allowed`` is a quarter
+of the states; three buckets fit there, which is all that is held of states in a file. Then the
+optimizer takes steps alone, with gradients given once, each until all is written and followed by a
+measurement of the disk: ``share of the disk`` is the time that the bytes of the states would take
+to be written and read one after the other at these rates, over the time of the step (the median
+of all steps). On a CPU the device's memory
+is the host's, so ``cpu`` shows what moving costs and saves nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from contenders.machine import facts
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from allometry.configs.execution import OptimizerStates, Zero
+from allometry.configs.run import RunConfig
+from allometry.data.synthetic import write_random_store
+from allometry.models.build import build_model, parameter_specs
+from allometry.models.init import initialize
+from allometry.optim.build import build_optimizer
+from allometry.optim.offload.rates import adam_rate, disk_rates
+from allometry.optim.tiered import TieredOptimizer
+from allometry.scaling.count import count_parameters
+from allometry.scaling.parameterization import Parameterization
+from allometry.trainer.record.callbacks import Callback
+from allometry.trainer.state.folder import write_atomically
+from allometry.trainer.train import train
+
+VOCAB, LENGTH, SEQUENCES = 4096, 256, 4
+PLACES = ("memory", "cpu", "half", "nvme")
+
+
+def states_of(place: str, folder: Path, bucket_mib: float) -> dict[str, Any] | None:
+    if place == "memory":
+        return None
+    more: dict[str, Any] = {"cpu": {}, "half": {"device": 0.5}, "nvme": {}}[place]
+    if place in ("half", "nvme"):
+        more = more | {"nvme": str(folder / "swap")}
+    return more | {"bucket_mib": bucket_mib}
+
+
+def run_of(asked: argparse.Namespace, place: str, folder: Path) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "run": {"folder": str(folder / place)},
+            "model": {
+                "kind": "dense",
+                "vocab_size": VOCAB,
+                "width": asked.width,
+                "num_layers": asked.layers,
+                "num_heads": asked.width // 64,
+                "ffn_width": 3 * asked.width,
+            },
+            "data": {
+                "sequence_length": LENGTH,
+                "sources": [{"name": "random", "train": str(folder / "random")}],
+            },
+            "batch": {"sequences": SEQUENCES, "micro_batch_sequences": SEQUENCES},
+            "training": {"total_steps": asked.steps, "compute_dtype": "fp32"},
+            "optimizer": {"lr": 1e-3},
+            "schedule": {"kind": "constant"},
+            "parallel": {"zero": {"optimizer_states": states_of(place, folder, asked.bucket_mib)}},
+            "record": {"tensorboard": False, "monitors": {"every_steps": None}},
+        }
+    )
+
+
+class Probe(Callback):
+    """Seconds of steps and memory, all before the launch's last step ends."""
+
+    def __init__(self) -> None:
+        self.steps: list[float] = []
+        self.resident = self._begun = 0.0
+
+    def before_step(self, step: int) -> None:
+        self._begun = time.perf_counter()
+
+    def after_step(self, step: int) -> None:
+        self.steps.append(time.perf_counter() - self._begun)
+        self.resident = max(self.resident, psutil.Process().memory_info().rss)
+
+
+def training(asked: argparse.Namespace, place: str, folder: Path) -> dict[str, Any]:
+    """(In a process of its own.) Train and say what it took."""
+    probe, updates, begun = Probe(), [], [0.0]
+    register_optimizer_step_pre_hook(lambda *_: begun.append(time.perf_counter()))
+    register_optimizer_step_post_hook(lambda *_: updates.append(time.perf_counter() - begun[-1]))
+    train(run_of(asked, place, folder), device=torch.device("cpu"), callbacks=[probe])
+    skipped = slice(2, None)
+    return {
+        "resident_bytes": probe.resident,
+        "step_s": statistics.median(probe.steps[skipped]),
+        "update_s": statistics.median(updates[skipped]),
+        "tokens_per_s": SEQUENCES * LENGTH / statistics.median(probe.steps[skipped]),
+    }
+
+
+def stepping(asked: argparse.Namespace, place: str, folder: Path) -> dict[str, Any]:
+    """(In a process of its own.) Take optimizer steps alone, each beside the disk's rates."""
+    run = run_of(asked, place, folder)
+    rules = Parameterization.of_run(run)
+    made = build_model(run.model, rules, "fp32")
+    initialize(made, rules, 0)
+    states = states_of(place, folder, asked.bucket_mib)
+    zero = None if states is None else Zero(optimizer_states=OptimizerStates.model_validate(states))
+    optimizer = build_optimizer(
+        *(made.named_parameters(), parameter_specs(made), rules, run.optimizer), zero=zero
+    )
+    for parameter in made.parameters():
+        parameter.grad = torch.full_like(parameter, 1e-3)
+    optimizer.step()
+    optimizer.step()
+    sizes = optimizer.held_bytes() if isinstance(optimizer, TieredOptimizer) else {}
+    away, seconds, shares, rates = sizes.get("nvme", 0), [], [], []
+    for _ in range(2 * asked.steps):
+        begun = time.perf_counter()
+        optimizer.step()
+        if isinstance(optimizer, TieredOptimizer):
+            list(optimizer.stored())  # until all is written
+        seconds.append(time.perf_counter() - begun)
+        if away:
+            disk = disk_rates(folder / "swap", rounds=1)
+            rates.append(disk)
+            shares.append(away * (1 / disk.write + 1 / disk.read) / seconds[-1])
+    found: dict[str, Any] = {
+        "step_s": statistics.median(seconds),
+        "held": {str(tier): size for tier, size in sizes.items()},
+    }
+    if away:
+        found |= {"shares": shares, "share_of_the_disk": statistics.median(shares), "disk": rates}
+    return found
+
+
+def in_a_process(asked: argparse.Namespace, what: str, place: str, folder: Path) -> dict[str, Any]:
+    command = [
+        *(sys.executable, __file__, "--child", what, place, "--folder", str(folder)),
+        *("--width", str(asked.width), "--layers", str(asked.layers)),
+        *("--steps", str(asked.steps), "--bucket-mib", str(asked.bucket_mib)),
+    ]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def table(result: dict[str, Any]) -> str:
+    lines = [
+        f"{result['parameters'] / 1e6:.1f} M parameters, states {result['states_bytes'] / 1e6:.0f}"
+        f" MB, allowed {result['allowed_bytes'] / 1e6:.0f} MB, buckets of"
+        f" {result['bucket_mib']:g} MiB",
+        "place     resident MB  tokens/s  update ms  update alone ms  share of the disk",
+    ]
+    for place in PLACES:
+        rounds = [one[place] for one in result["rounds"]]
+
+        def median(what: str, key: str, of: list[Any] = rounds) -> float:
+            return statistics.median(one[what].get(key, float("nan")) for one in of)
+
+        lines.append(
+            f"{place:8} {median('training', 'resident_bytes') / 1e6:12.0f}"
+            f" {median('training', 'tokens_per_s'):9.0f}"
+            f" {1e3 * median('training', 'update_s'):10.0f}"
+            f" {1e3 * median('stepping', 'step_s'):16.0f}"
+            f" {median('stepping', 'share_of_the_disk'):18.2f}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name, usual in (("width", 512), ("layers", 8), ("steps", 8), ("rounds", 3)):
+        parser.add_argument(f"--{name}", type=int, default=usual)
+    parser.add_argument("--bucket-mib", type=float, default=16.0)
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--child", nargs=2, metavar=("WHAT", "PLACE"), help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.child:
+        what, place = asked.child
+        work = training if what == "training" else stepping
+        print(json.dumps(work(asked, place, asked.folder)))
+        return
+    model = run_of(asked, "memory", Path("none")).model
+    parameters = count_parameters(model).total
+    states = 8 * parameters
+    result = facts() | {
+        "parameters": parameters,
+        "states_bytes": states,
+        "allowed_bytes": states // 4,
+        "bucket_mib": asked.bucket_mib,
+        "adam_parameters_per_s": adam_rate(),
+        "load": os.getloadavg(),
+        "rounds": [],
+    }
+    for _ in range(asked.rounds):
+        one: dict[str, Any] = {}
+        for place in PLACES:
+            with tempfile.TemporaryDirectory(dir=asked.folder) as made:
+                folder = Path(made)
+                write_random_store(folder / "random", 1 << 20, VOCAB)
+                one[place] = {
+                    what: in_a_process(asked, what, place, folder)
+                    for what in ("training", "stepping")
+                }
+        result["rounds"].append(one)
+    print(table(result))
+    if asked.out is not None:
+        write_atomically(asked.out, json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""Optimizer states in the host's memory and in files: every bit as in memory, and resumable."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from allometry.configs.run import RunConfig
+from run_folders import rows
+from test_dist_runs import launch
+from thinned import thinned
+
+Ranks = Callable[..., list[Any]]
+Make = Callable[..., RunConfig]
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "alone": (1, {}),
+    "hdp2-zero1": (2, {"zero": {"stage": 1}}),
+    "hdp2-zero3-cpu": (2, {"zero": {"stage": 3, "offload": "cpu"}}),
+    "tp2": (2, {"tp": 2}),
+    "pp2": (2, {"pp": 2}),
+    "hdp2-tp2-zero2": (4, {"tp": 2, "zero": {"stage": 2}}),
+    "pp2-hdp2-zero1": (4, {"pp": 2, "zero": {"stage": 1}}),
+}
+TIERS: dict[str, dict[str, Any] | None] = {
+    "memory": None,
+    "cpu": {},
+    "nvme": {"nvme": "SWAP"},
+    "half": {"device": 0.5},
+    "all": {"device": 0.3, "cpu": 0.4, "nvme": "SWAP"},
+}
+OPTIMIZERS = {
+    "adamw": {"kind": "adamw", "lr": 1e-2},
+    "muonh": {"kind": "muonh", "lr": 1e-2, "weight_decay": 0.0},
+    "apollo": {"kind": "apollo", "lr": 1e-2},
+}
+
+
+def prepared(
+    tiny: Make, folder: Path, layout: str, tier: str, optimizer: str = "adamw", *more: str
+) -> RunConfig:
+    parallel = json.loads(json.dumps(LAYOUTS[layout][1]))
+    states = TIERS[tier]
+    if states is not None:
+        # A rank's states take half a MiB to two: several buckets of each rule.
+        states = (
+            states
+            | {"bucket_mib": 0.1}
+            | ({"nvme": str(folder.parent / "swap")} if "nvme" in states else {})
+        )
+        parallel.setdefault("zero", {})["optimizer_states"] = states
+    return tiny(
+        f"parallel={json.dumps(parallel)}",
+        f"optimizer={json.dumps(OPTIMIZERS[optimizer])}",
+        *("model.width=64", "model.ffn_width=160", "model.num_layers=4"),
+        *more,
+        folder=folder,
+    )
+
+
+def bits(config: RunConfig, step: int) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, whole."""
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+    found: dict[str, Any] = {}
+    reader = FileSystemReader(Path(config.run.folder) / "checkpoints" / f"step-{step}")
+    planner = _EmptyStateDictLoadPlanner()
+    _load_state_dict(found, storage_reader=reader, planner=planner, no_dist=True)
+    flat: dict[str, Tensor] = {}
+
+    def flatten(prefix: str, value: Any) -> None:
+        if isinstance(value, Tensor):
+            flat[prefix] = value
+        else:
+            for key, inner in value.items():
+                flatten(f"{prefix}.{key}" if prefix else key, inner)
+
+    flatten("", found)
+    return flat
+
+
+def assert_same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    differing = [name for name in one if not torch.equal(one[name], other[name])]
+    assert not differing
+    assert any(name.startswith("optimizer.") for name in one)
+
+
+@pytest.fixture(scope="module")
+def in_memory() -> dict[tuple[str, str], dict[str, Tensor]]:
+    """The last bits of the runs without tiers, made once for all."""
+    return {}
+
+
+@pytest.mark.parametrize(
+    ("layout", "tier", "optimizer"),
+    thinned(
+        {
+            ("alone", "cpu", "adamw"),
+            ("alone", "nvme", "muonh"),
+            ("alone", "all", "apollo"),
+            ("hdp2-zero1", "all", "adamw"),
+            ("hdp2-zero3-cpu", "nvme", "adamw"),
+            ("tp2", "nvme", "muonh"),
+            ("pp2", "all", "adamw"),
+        },
+        [
+            (layout, tier, optimizer)
+            for layout in LAYOUTS
+            for tier in ("cpu", "nvme", "half", "all")
+            for optimizer in OPTIMIZERS
+            if layout != "hdp2-zero3-cpu" or tier == "nvme"
+        ],
+    ),
+)
+def test_every_tier_gives_the_bits_of_memory(
+    tiny: Make,
+    run_ranks: Ranks,
+    tmp_path: Path,
+    in_memory: dict[tuple[str, str], dict[str, Tensor]],
+    layout: str,
+    tier: str,
+    optimizer: str,
+) -> None:
+    world_size = LAYOUTS[layout][0]
+    if (layout, optimizer) not in in_memory:
+        config = prepared(tiny, tmp_path / "memory", layout, "memory", optimizer)
+        run_ranks(launch, world_size, config)
+        in_memory[layout, optimizer] = bits(config, 20)
+    config = prepared(tiny, tmp_path / "tiers", layout, tier, optimizer)
+    run_ranks(launch, world_size, config)
+    assert_same_bits(bits(config, 20), in_memory[layout, optimizer])
+    swap = tmp_path / "swap"
+    if swap.exists():
+        assert not os.listdir(swap)
+        assert swap.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_run_resumes_from_every_tier_to_every_tier(
+    tiny: Make, run_ranks: Ranks, tmp_path: Path
+) -> None:
+    straight = prepared(tiny, tmp_path / "straight", "hdp2-zero1", "memory")
+    run_ranks(launch, 2, straight)
+    wanted = bits(straight, 20)
+    moving = tmp_path / "moving"
+    path = ["memory", "cpu", "nvme", "memory", "nvme", "cpu", "memory", "all", "half", "nvme"]
+    path += ["all", "cpu", "all"]
+    for stop, tier in enumerate(path, start=1):
+        config = prepared(tiny, moving, "hdp2-zero1", tier)
+        run_ranks(launch, 2, config, stop if stop < len(path) else None)
+    assert_same_bits(bits(config, 20), wanted)
+    assert [row["loss"] for row in rows(moving)] == [
+        row["loss"] for row in rows(tmp_path / "straight")
+    ]
+
+
+def test_a_checkpoint_of_files_loads_in_another_layout(
+    tiny: Make, run_ranks: Ranks, tmp_path: Path
+) -> None:
+    first = prepared(tiny, tmp_path / "first", "alone", "nvme")
+    run_ranks(launch, 1, first, 5)
+    shutil.copytree(tmp_path / "first", tmp_path / "other")
+    memory = prepared(tiny, tmp_path / "first", "hdp2-zero1", "memory")
+    files = prepared(tiny, tmp_path / "other", "hdp2-zero1", "nvme")
+    for config in (memory, files):
+        run_ranks(launch, 2, config)
+    assert_same_bits(bits(files, 20), bits(memory, 20))

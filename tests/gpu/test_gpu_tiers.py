@@ -1,0 +1,61 @@
+"""Optimizer states away from the GPU: every bit as on it, less memory there, locked host memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from allometry.configs.run import RunConfig
+from allometry.optim.offload.buffers import BLOCK, host_buffer
+from allometry.trainer.train import train
+from run_folders import events, rows
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+Make = Callable[..., RunConfig]
+CUDA = torch.device("cuda")
+OPTIMIZERS = {
+    "adamw": {"kind": "adamw", "lr": 1e-2},
+    "muonh": {"kind": "muonh", "lr": 1e-2, "weight_decay": 0.0},
+}
+
+
+def losses(tiny: Make, folder: Path, optimizer: str, states: dict[str, Any] | None) -> list[float]:
+    run = tiny(
+        f"parallel.zero.optimizer_states={json.dumps(states)}",
+        f"optimizer={json.dumps(OPTIMIZERS[optimizer])}",
+        *("model.width=64", "model.ffn_width=160", "training.deterministic=true"),
+        folder=folder,
+    )
+    for stop in (7, None):
+        train(run, device=CUDA, callbacks=[], stop_at_step=stop)
+    return [row["loss"] for row in rows(folder)]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("place", ["cpu", "nvme", "all"])
+def test_every_place_gives_the_losses_of_the_gpu(
+    tiny: Make, tmp_path: Path, place: str, optimizer: str
+) -> None:
+    swap = {"nvme": str(tmp_path / "swap"), "bucket_mib": 0.1}
+    states = {"cpu": {"bucket_mib": 0.1}, "nvme": swap, "all": swap | {"device": 0.3, "cpu": 0.4}}
+    wanted = losses(tiny, tmp_path / "memory", optimizer, None)
+    assert losses(tiny, tmp_path / "away", optimizer, states[place]) == wanted
+    said = next(e for e in events(tmp_path / "away") if e["event"] == "optimizer_states")
+    assert said["cpu_bytes"] + said["nvme_bytes"] > said["device_bytes"]
+
+
+def test_host_buffers_are_locked_and_begin_at_a_block() -> None:
+    buffer = host_buffer(3 * BLOCK, CUDA)
+    assert buffer.is_pinned()
+    assert buffer.data_ptr() % BLOCK == 0
+    again = host_buffer(3 * BLOCK, CUDA)
+    del buffer, again
+    assert host_buffer(3 * BLOCK, CUDA).is_pinned()

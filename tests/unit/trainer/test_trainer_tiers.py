@@ -1,0 +1,142 @@
+"""Whole runs whose optimizer states lie in a file: broken disks, killed processes, dry runs."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from allometry.configs.errors import UserError
+from allometry.configs.run import RunConfig
+from allometry.optim.offload.swap import SwapFile
+from allometry.trainer.train import train
+from run_folders import events, rows
+
+Make = Callable[..., RunConfig]
+
+
+def config(tiny: Make, folder: Path, **states: Any) -> RunConfig:
+    import json
+
+    states = {"nvme": str(folder.parent / "swap"), "bucket_mib": 0.05} | states
+    return tiny(
+        f"parallel.zero.optimizer_states={json.dumps(states)}",
+        *("model.width=64", "model.ffn_width=160"),
+        folder=folder,
+    )
+
+
+def launch(run: RunConfig) -> None:
+    train(run, device=torch.device("cpu"), callbacks=[])
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [("_pwrite", "No space left on device"), ("_pread", "Input/output error"), ("lost", "written")],
+)
+def test_a_disk_that_breaks_ends_the_run_with_its_checkpoint_named(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, said: str
+) -> None:
+    run = config(tiny, tmp_path / "run")
+    method = "_pwrite" if call == "lost" else call
+    inner, calls = getattr(SwapFile, method), [0]
+
+    def breaking(self: SwapFile, data: Any, start: int) -> int:
+        calls[0] += 1
+        if calls[0] < 100:
+            return int(inner(self, data, start))
+        if call == "lost":
+            return len(data)
+        raise OSError(5 if call == "_pread" else 28, said)
+
+    monkeypatch.setattr(SwapFile, method, breaking)
+    with pytest.raises(UserError, match=rf"^step \d+: .*optimizer_states.nvme=.*{said}; ") as error:
+        launch(run)
+    saved = [event["step"] for event in events(tmp_path / "run") if "saved" in event["event"]]
+    assert saved
+    assert f"checkpoint step-{saved[-1]} is kept" in str(error.value)
+    monkeypatch.undo()
+    launch(run)
+    straight = config(tiny, tmp_path / "straight")
+    launch(straight)
+    losses = [[row["loss"] for row in rows(Path(r.run.folder))] for r in (run, straight)]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 20
+
+
+def killed(run: RunConfig, at: int) -> None:
+    """Train, and kill the process in the middle of a write of the swap file."""
+    inner, calls = SwapFile._pwrite, [0]
+
+    def dying(self: SwapFile, data: Any, start: int) -> int:
+        calls[0] += 1
+        if calls[0] == at:
+            inner(self, data[:4096], start)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return inner(self, data, start)
+
+    SwapFile._pwrite = dying  # type: ignore[method-assign]
+    launch(run)
+
+
+def test_kill_9_during_a_write_loses_nothing(tiny: Make, tmp_path: Path) -> None:
+    run = config(tiny, tmp_path / "run")
+    for at in (100, 60):
+        process = get_context("spawn").Process(target=killed, args=(run, at))
+        process.start()
+        process.join(120)
+        assert process.exitcode == -signal.SIGKILL
+        assert not list((tmp_path / "swap").iterdir())
+    launch(run)
+    straight = tiny("model.width=64", "model.ffn_width=160", folder=tmp_path / "straight")
+    launch(straight)
+    losses = [[row["loss"] for row in rows(Path(r.run.folder))] for r in (run, straight)]
+    assert losses[0] == losses[1]
+
+
+def test_the_record_says_where_states_are(tiny: Make, tmp_path: Path) -> None:
+    run = config(tiny, tmp_path / "run", device=0.25, cpu=0.25)
+    launch(run)
+    said = next(one for one in events(tmp_path / "run") if one["event"] == "optimizer_states")
+    sizes = [said[f"{tier}_bytes"] for tier in ("device", "cpu", "nvme")]
+    assert all(sizes)
+    assert sizes[0] < 0.35 * sum(sizes)
+    assert sizes[1] < 0.3 * sum(sizes)
+
+
+def test_a_full_disk_is_found_before_anything_starts(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(file: int, start: int, size: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(UserError, match=r"nvme=.*: No space left on device .* choose another"):
+        launch(config(tiny, tmp_path / "run"))
+    assert not (tmp_path / "run" / "run.json").exists()
+    monkeypatch.undo()
+    launch(config(tiny, tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("zero", "said"),
+    [
+        ("{optimizer_states: {cpu: 0.5}}", "nothing takes the rest; name a folder in nvme"),
+        ("{optimizer_states: {device: 1.0}}", "leave optimizer_states out"),
+        ("{optimizer_states: {device: 2.0}}", "device"),
+        ("{optimizer_states: {device: 2 GB}}", "device"),
+        ("{stage: 1, offload: cpu, optimizer_states: {}}", "set its nvme and leave its device"),
+        ("{optimizer_states: {nvme: ''}}", "nvme"),
+        ("{optimizer_states: {bucket_mib: 0}}", "bucket_mib"),
+    ],
+)
+def test_what_cannot_be_is_refused(tiny: Make, zero: str, said: str) -> None:
+    with pytest.raises(UserError, match=said) as error:
+        tiny(f"parallel.zero={zero}")
+    assert "optimizer_states" in str(error.value) or "zero" in str(error.value)
