@@ -101,7 +101,7 @@ def _texts(model: type[BaseModel], seen: set[type[BaseModel]]) -> list[tuple[str
 def test_no_key_that_is_a_path_is_forgotten(root: type[BaseModel]) -> None:
     texts = _texts(root, set())
     keys = {key for _, key, kind in texts if "expanded" in str(kind)}
-    expected = {"folder", "train", "validation", "tokenizer", "file"}
+    expected = {"folder", "train", "validation", "tokenizer", "file", "nvme"}
     assert keys == (expected if root is RunConfig else {"folder", "file", "base"})
     others = {key for _, key, kind in texts if "expanded" not in str(kind)}
     assert others <= NO_PATHS, "a path is PathText; what is none belongs to NO_PATHS"
