@@ -65,11 +65,11 @@ class Experts(OwnsParameters):
         sorting = sort_by_expert(experts_Tk, self.num_experts)
         x_SD = spread_rows(x_TD, sorting)
         y_SD = self.exchange(x_SD, sorting.counts_E, self.compute)
-        return gather_rows(y_SD, gates_Tk, sorting)
+        return gather_rows(y_SD, gates_Tk, sorting, saves=self.gate_up.saves)
 
     def compute(self, x_SD: Tensor, counts_E: Tensor) -> Tensor:
         """Return [S, D] for rows sorted by the experts that this rank holds."""
-        h_SF = swiglu(multiply_groups(x_SD, self.gate_up, counts_E))
+        h_SF = swiglu(multiply_groups(x_SD, self.gate_up, counts_E), saves=self.gate_up.saves)
         y_SD = multiply_groups(h_SF, self.down_only, counts_E)
         assert isinstance(y_SD, Tensor)
         return y_SD
