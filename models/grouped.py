@@ -330,12 +330,9 @@ def spread_rows(x_TD: Tensor, sorting: Sorting) -> Tensor:
     return x_SD
 
 
-def gather_rows(y_SD: Tensor, gates_Tk: Tensor, sorting: Sorting, *, saves: bool = False) -> Tensor:
-    """Return [T, D] in y's type: the sum of each token's rows times its gates, added in fp32.
-
-    ``saves``: keep the rows for backward in FP8.
-    """
-    y_TD: Tensor = _Gather.apply(y_SD, gates_Tk, sorting.token_S, sorting.row_Tk, saves)
+def gather_rows(y_SD: Tensor, gates_Tk: Tensor, sorting: Sorting) -> Tensor:
+    """Return [T, D] in y's type: the sum of each token's rows times its gates, added in fp32."""
+    y_TD: Tensor = _Gather.apply(y_SD, gates_Tk, sorting.token_S, sorting.row_Tk)
     return y_TD
 
 
@@ -366,21 +363,18 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, y_SD: Tensor, gates_Tk: Tensor, token_S: Tensor, row_Tk: Tensor, saves: bool
+        ctx: Any, y_SD: Tensor, gates_Tk: Tensor, token_S: Tensor, row_Tk: Tensor
     ) -> Tensor:
-        kept = fp8.save(y_SD) if saves else (y_SD,)
-        ctx.save_for_backward(gates_Tk, token_S, row_Tk, *kept)
-        ctx.shape, ctx.compute = y_SD.shape, y_SD.dtype
+        # In the compute type always: where a layout cuts experts, rows are summands of each rank.
+        ctx.save_for_backward(y_SD, gates_Tk, token_S, row_Tk)
         y_TD = y_SD[row_Tk[:, 0]].to(_wide(y_SD.dtype)) * gates_Tk[:, :1]
         for visit in range(1, row_Tk.shape[1]):
             y_TD = y_TD + y_SD[row_Tk[:, visit]] * gates_Tk[:, visit : visit + 1]
         return y_TD.to(y_SD.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        gates_Tk, token_S, row_Tk, y_SD, *scales = ctx.saved_tensors
-        if scales:
-            y_SD = fp8.restore(y_SD, *scales, ctx.shape, ctx.compute)
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        y_SD, gates_Tk, token_S, row_Tk = ctx.saved_tensors
         gates_S = gates_Tk.flatten()
         gates_S = torch.empty_like(gates_S).scatter(0, row_Tk.flatten(), gates_S)
         grad_SD = (grad_TD[token_S] * gates_S[:, None]).to(y_SD.dtype)
@@ -388,4 +382,4 @@ class _Gather(torch.autograd.Function):
         grad_gates = [
             (y_SD[row_Tk[:, visit]].to(wide) * grad_TD).sum(1) for visit in range(row_Tk.shape[1])
         ]
-        return grad_SD, torch.stack(grad_gates, dim=1).to(gates_Tk.dtype), None, None, None
+        return grad_SD, torch.stack(grad_gates, dim=1).to(gates_Tk.dtype), None, None

@@ -65,7 +65,7 @@ class Experts(OwnsParameters):
         sorting = sort_by_expert(experts_Tk, self.num_experts)
         x_SD = spread_rows(x_TD, sorting)
         y_SD = self.exchange(x_SD, sorting.counts_E, self.compute)
-        return gather_rows(y_SD, gates_Tk, sorting, saves=self.gate_up.saves)
+        return gather_rows(y_SD, gates_Tk, sorting)
 
     def compute(self, x_SD: Tensor, counts_E: Tensor) -> Tensor:
         """Return [S, D] for rows sorted by the experts that this rank holds."""
