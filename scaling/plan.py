@@ -74,6 +74,7 @@ class RunPlan:
                 micro_batches=-(-batch.full_sequences * sequence_length // at_once),
                 checkpointing=config.training.activation_checkpointing,
                 optimizer=config.optimizer,
+                saved_activations=config.precision.saved_activations,
                 attention=AttentionCall(
                     "cuda",
                     config.training.compute_dtype,
