@@ -6,8 +6,8 @@ Byte models on Python's library, computing in bf16. `activations`: saved activat
 `linears`: products in FP8, emulated, alone and with saved activations. Printed: held-out loss after
 equal tokens, its difference to bf16 of the same seed with a 95 % interval, seconds of a step (FP8
 only costs time on a CPU), and of one layer of COAT's shape the bytes that wait for backward, in U,
-one activation in bf16. Each trial is kept in --work as soon as it ends: the same command goes on where
-it was interrupted.
+one activation in bf16. Each trial is kept in --work as soon as it ends: the same command goes on
+where it was interrupted.
 """
 
 from __future__ import annotations

@@ -109,10 +109,8 @@ def estimate_memory(
     scores = backend.kept_bytes(model.num_heads, attention.length, compute_bytes)
     for rank in range(pp) if pp_rank is None else (pp_rank,):
         part = RankParts.of(model, layout, rank, hdp // zero.replicas if zero.stage else 1)
-        fp8 = saved_activations == "fp8"
-        kept = _activations(
-            part, micro_batch_tokens, compute_bytes, fused_norm, checkpointing, scores, fp8
-        )
+        given = micro_batch_tokens, compute_bytes, fused_norm, checkpointing, scores
+        kept = _activations(part, *given, fp8=saved_activations == "fp8")
         in_flight = _in_flight(layout, rank, micro_batches) if layout is not None else 1
         held, states = _held(part, optimizer) if zero.offload == "none" else (0, 0)
         estimates.append(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from allometry.configs.run import RunConfig
 from allometry.scaling.attention import AttentionCall
@@ -21,7 +21,8 @@ class RunPlan:
 
     ``flops_per_token`` is that of sequences that are one whole document, and ``flops_assumption``
     says what that means for this run's data, which are not read here; ``memory`` is the peak of
-    the fullest rank (see ``MemoryEstimate``).
+    the fullest rank (see ``MemoryEstimate``), ``bytes_saved`` what activations kept in FP8 take off
+    that of one that keeps them in the compute type.
     """
 
     world_size: int
@@ -35,6 +36,7 @@ class RunPlan:
     flops_per_token: Flops
     flops_assumption: str
     memory: MemoryEstimate
+    bytes_saved: int
     parameterization: Parameterization
     balance_loads: BalanceLoads | None
 
@@ -53,18 +55,9 @@ class RunPlan:
         if config.data.kind == "documents":
             micro_batch_tokens = config.parallel.context.capacity_tokens
         at_once = layout.degrees.hdp * micro_batch_tokens
-        return cls(
-            world_size=world_size,
-            layout=layout,
-            total_steps=total_steps(config.training, batch),
-            warmup_steps=warmup_steps(config.schedule, batch),
-            batch=batch,
-            micro_batch_sequences=config.batch.micro_batch_sequences,
-            micro_batch_tokens=micro_batch_tokens,
-            parameters=count_parameters(config.model),
-            flops_per_token=flops_per_token(config.model, sequence_length),
-            flops_assumption=_flops_assumption(config),
-            memory=estimate_memory(
+
+        def estimate(saved: Literal["compute", "fp8"]) -> MemoryEstimate:
+            return estimate_memory(
                 config.model,
                 micro_batch_tokens=micro_batch_tokens,
                 compute_bytes=COMPUTE_BYTES[config.training.compute_dtype],
@@ -74,7 +67,6 @@ class RunPlan:
                 micro_batches=-(-batch.full_sequences * sequence_length // at_once),
                 checkpointing=config.training.activation_checkpointing,
                 optimizer=config.optimizer,
-                saved_activations=config.precision.saved_activations,
                 attention=AttentionCall(
                     "cuda",
                     config.training.compute_dtype,
@@ -86,7 +78,23 @@ class RunPlan:
                 attention_backend=None
                 if config.kernels.attention == "auto"
                 else config.kernels.attention,
-            ),
+                saved_activations=saved,
+            )
+
+        memory = estimate(config.precision.saved_activations)
+        return cls(
+            world_size=world_size,
+            layout=layout,
+            total_steps=total_steps(config.training, batch),
+            warmup_steps=warmup_steps(config.schedule, batch),
+            batch=batch,
+            micro_batch_sequences=config.batch.micro_batch_sequences,
+            micro_batch_tokens=micro_batch_tokens,
+            parameters=count_parameters(config.model),
+            flops_per_token=flops_per_token(config.model, sequence_length),
+            flops_assumption=_flops_assumption(config),
+            memory=memory,
+            bytes_saved=estimate("compute").total - memory.total,
             parameterization=Parameterization.of_run(config),
             balance_loads=BalanceLoads.of(config),
         )
@@ -135,6 +143,7 @@ class RunPlan:
             "flops_per_token": asdict(self.flops_per_token),
             "flops_assumption": self.flops_assumption,
             "memory_bytes_per_rank": {**asdict(self.memory), "total": self.memory.total},
+            "bytes_saved_by_fp8": self.bytes_saved,
             "parameterization": self.parameterization.describe(),
             "balance_loads": None if self.balance_loads is None else asdict(self.balance_loads),
         }
