@@ -19,6 +19,7 @@ from allometry.configs.execution import (
 from allometry.configs.kernels import KernelsConfig
 from allometry.configs.model import ModelConfig, ParameterizationConfig, StandardParameterization
 from allometry.configs.optimization import OptimizerConfig, ScheduleConfig, TrainingConfig
+from allometry.configs.precision import PrecisionConfig
 
 
 class RunConfig(Section):
@@ -33,6 +34,7 @@ class RunConfig(Section):
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    precision: PrecisionConfig = Field(default_factory=PrecisionConfig)
     kernels: KernelsConfig = Field(default_factory=KernelsConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)

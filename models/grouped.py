@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from allometry.models.products import Joined, Stacked, join
+from allometry.models import fp8
+from allometry.models.products import COMPUTE, Joined, Stacked, join
 
 _KERNEL_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ALIGNMENT_BYTES = 16
@@ -33,12 +34,16 @@ def grouped_linear(x_SD: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor
     """
     if _looped(x_SD, (weight_EFD,)):
         return loop_linear(x_SD, weight_EFD, counts_E)
-    y_SF: Tensor = _GroupedLinear.apply(x_SD, _offsets(counts_E), None, weight_EFD)
+    y_SF: Tensor = _GroupedLinear.apply(x_SD, _offsets(counts_E), None, *COMPUTE, weight_EFD)
     return y_SF
 
 
 def multiply_groups(x_SD: Tensor, stacked: Stacked, counts_E: Tensor) -> Joined:
     """Return ``grouped_linear`` of the weights [E, F, D]: ``products.multiply`` for groups."""
+    if stacked.watch is not None:
+        stacked.watch(x_SD)
+    if stacked.saves or stacked.recipe:
+        return _multiply_in_fp8(x_SD, stacked, counts_E)
     weights = stacked.weights()
     if not stacked.joins(x_SD.dtype):
         made = tuple(grouped_linear(x_SD, weight, counts_E) for weight in weights)
@@ -47,8 +52,17 @@ def multiply_groups(x_SD: Tensor, stacked: Stacked, counts_E: Tensor) -> Joined:
         return grouped_linear(x_SD, stacked.joined(x_SD.dtype), counts_E)
     if _looped(x_SD, weights):
         return loop_linear(x_SD, join(weights, x_SD.dtype), counts_E)
-    y_SF: Tensor = _GroupedLinear.apply(x_SD, _offsets(counts_E), stacked.copy, *weights)
+    y_SF: Tensor = _GroupedLinear.apply(x_SD, _offsets(counts_E), stacked.copy, *COMPUTE, *weights)
     return y_SF
+
+
+def _multiply_in_fp8(x_SD: Tensor, stacked: Stacked, counts_E: Tensor) -> Tensor:
+    offsets_E = _offsets(counts_E)
+    if not torch.is_grad_enabled():
+        return _forward(x_SD, stacked.joined(x_SD.dtype), offsets_E, stacked.recipe)[0]
+    how = stacked.saves, stacked.recipe, stacked.gradients
+    y: Tensor = _GroupedLinear.apply(x_SD, offsets_E, stacked.copy, *how, *stacked.weights())
+    return y
 
 
 def _offsets(counts_E: Tensor) -> Tensor:
@@ -91,12 +105,14 @@ def _(a: Tensor, b: Tensor, offsets_E: Tensor) -> Tensor:
 
 def _grouped_mm(a: Tensor, b: Tensor, offsets_E: Tensor) -> Tensor:
     """Return a's stretches of rows times the matrices of ``b``, or stretches of both [E, ...]."""
+    widths = b.shape if b.ndim == 3 else torch.Size((1, a.shape[0], b.shape[1]))
     # While tracing, and without values, torch believes that its kernel takes bf16 alone.
     if torch.compiler.is_compiling() or isinstance(a, FakeTensor):
         known = a.dtype == torch.bfloat16 and b.ndim == 3 and _has_kernel(a.dtype, b.shape)
         if not known or _by_onednn(a):
             return _opaque_mm(a, b, offsets_E)
-    return _looped_mm(a, b, offsets_E) if _by_onednn(a) else torch._grouped_mm(a, b, offsets_E)
+    looped = _by_onednn(a) or not _has_kernel(a.dtype, widths)
+    return _looped_mm(a, b, offsets_E) if looped else torch._grouped_mm(a, b, offsets_E)
 
 
 def _by_onednn(a: Tensor) -> bool:
@@ -152,22 +168,33 @@ class _GroupedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_SD: Tensor, offsets_E: Tensor, whole_EFD: Tensor | None, *weights: Tensor
+        ctx: Any,
+        x_SD: Tensor,
+        offsets_E: Tensor,
+        whole_EFD: Tensor | None,
+        saves: bool,
+        recipe: str,
+        gradients: torch.dtype,
+        *weights: Tensor,
     ) -> Tensor:
         x_SD = x_SD.contiguous()
         ctx.widths = [weight.shape[1] for weight in weights]
-        ctx.dtype = weights[0].dtype
+        ctx.dtype, ctx.compute = weights[0].dtype, x_SD.dtype
+        ctx.saves, ctx.recipe, ctx.gradients = saves, recipe, gradients
+        joined = join(weights, x_SD.dtype) if whole_EFD is None else whole_EFD
+        y_SF, small = _forward(x_SD, joined, offsets_E, recipe)
+        kept = (x_SD,) if not saves else fp8.save(x_SD) if small is None else small
         # What is no step's copy is made again: FSDP2 frees weights, and gathers them for backward.
-        ctx.save_for_backward(x_SD, offsets_E, *(weights if whole_EFD is None else (whole_EFD,)))
-        if whole_EFD is None:
-            whole_EFD = join(weights, x_SD.dtype)
-        if x_SD.shape[0] == 0:
-            return x_SD.new_zeros(0, whole_EFD.shape[1])
-        return _grouped_mm(x_SD, whole_EFD.transpose(-2, -1), offsets_E)
+        ctx.save_for_backward(*kept, offsets_E, *(weights if whole_EFD is None else (whole_EFD,)))
+        return y_SF
 
     @staticmethod
     def backward(ctx: Any, grad_SF: Tensor) -> tuple[Tensor | None, ...]:
-        x_SD, offsets_E, *kept = ctx.saved_tensors
+        x_SD, *kept = ctx.saved_tensors
+        if ctx.saves:
+            block = _BLOCKS[ctx.recipe][0] if ctx.recipe else fp8.SAVED
+            x_SD = fp8.dequantise(fp8.Quantised(x_SD, kept.pop(0)), block, ctx.compute)
+        offsets_E, *kept = kept
         whole_EFD = join(tuple(kept), x_SD.dtype)
         grad_x = grad_weight = None
         if x_SD.shape[0] == 0:
@@ -175,15 +202,54 @@ class _GroupedLinear(torch.autograd.Function):
         else:
             grad_SF = grad_SF.contiguous()
             if ctx.needs_input_grad[0]:
-                grad_x = _grouped_mm(grad_SF, whole_EFD, offsets_E)
-            if any(ctx.needs_input_grad[3:]):
+                matrices = whole_EFD.transpose(-2, -1)
+                grad_x = _product(grad_SF, matrices, offsets_E, ctx.recipe, ctx.gradients)[0]
+            if any(ctx.needs_input_grad[6:]):
                 grad_weight = _grouped_mm(grad_SF.t(), x_SD, offsets_E)
                 if grad_weight.is_cuda:
                     grad_weight = _with_zeros(grad_weight, offsets_E)
         made: list[Tensor | None] = [None] * len(ctx.widths)
         if grad_weight is not None:
             made = [part.to(ctx.dtype) for part in grad_weight.split(ctx.widths, dim=1)]
-        return grad_x, None, None, *made
+        return grad_x, None, None, None, None, None, *made
+
+
+# Scales of activations and weights. torch's kernel takes those of rows alone, and one for all rows
+# would be of rows that meet at an expert.
+_ROWS = (fp8.ACTIVATION_BLOCKS["fp8_rowwise"], fp8.WEIGHT_BLOCKS["fp8_rowwise"])
+_BLOCKS: dict[str, tuple[fp8.Block, fp8.Block]] = {
+    "fp8_tensorwise": _ROWS,
+    "fp8_rowwise": _ROWS,
+    "fp8_blockwise": (fp8.ACTIVATION_BLOCKS["fp8_blockwise"], fp8.WEIGHT_BLOCKS["fp8_blockwise"]),
+}
+
+
+def _forward(
+    x_SD: Tensor, whole_EFD: Tensor, offsets_E: Tensor, recipe: str
+) -> tuple[Tensor, fp8.Quantised | None]:
+    if x_SD.shape[0] == 0:
+        small = fp8.quantise(x_SD, _BLOCKS[recipe][0]) if recipe else None
+        return x_SD.new_zeros(0, whole_EFD.shape[1]), small
+    return _product(x_SD, whole_EFD, offsets_E, recipe, fp8.E4M3)
+
+
+def _product(
+    x_SK: Tensor, matrices_ENK: Tensor, offsets_E: Tensor, recipe: str, dtype: torch.dtype
+) -> tuple[Tensor, fp8.Quantised | None]:
+    """Return each row times the transposed matrix of its group, and x as ``dtype`` where read so.
+
+    FP8 on CUDA, rows under a scale each; elsewhere the same numbers in fp32.
+    """
+    if not recipe:
+        return _grouped_mm(x_SK, matrices_ENK.transpose(-2, -1), offsets_E), None
+    block, of_weights = _BLOCKS[recipe]
+    x, weights = fp8.quantise(x_SK, block, dtype), fp8.quantise(matrices_ENK, of_weights)
+    if x_SK.is_cuda:
+        return fp8.grouped_on_cuda(x, weights, offsets_E, x_SK.dtype), x
+    wide = torch.promote_types(x_SK.dtype, torch.float32)
+    left = fp8.dequantise(x, block, wide)
+    right = fp8.dequantise(weights, of_weights, wide).transpose(-2, -1)
+    return _grouped_mm(left, right, offsets_E).to(x_SK.dtype), x
 
 
 def _with_zeros(grad_EFD: Tensor, offsets_E: Tensor) -> Tensor:
@@ -299,6 +365,7 @@ class _Gather(torch.autograd.Function):
     def forward(
         ctx: Any, y_SD: Tensor, gates_Tk: Tensor, token_S: Tensor, row_Tk: Tensor
     ) -> Tensor:
+        # In the compute type always: where a layout cuts experts, rows are summands of each rank.
         ctx.save_for_backward(y_SD, gates_Tk, token_S, row_Tk)
         y_TD = y_SD[row_Tk[:, 0]].to(_wide(y_SD.dtype)) * gates_Tk[:, :1]
         for visit in range(1, row_Tk.shape[1]):

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from allometry.models import fp8
 from allometry.models.parameters import OwnsParameters, local_weight
 from allometry.models.products import Joined, Stacked, multiply
 from allometry.scaling.roles import ParamSpec
@@ -53,19 +54,50 @@ class Embedding(OwnsParameters, nn.Embedding):
 
 
 class RMSNorm(OwnsParameters):
-    """``x / rms(x) * weight`` over the last dimension (arXiv 1910.07467), fp32 inside."""
+    """``x / rms(x) * weight`` over the last dimension (arXiv 1910.07467), fp32 inside.
+
+    ``saves``: keep the input for backward in FP8.
+    """
 
     weight: nn.Parameter
 
     def __init__(self, spec: ParamSpec, eps: float) -> None:
         super().__init__()
         self.eps, self.rms_norm = eps, F.rms_norm  # ``kernels.use_kernels`` may replace it
+        self.saves = False
         self.own("weight", spec)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x's shape and type; torch widens half types to fp32 inside this operator."""
         weight = local_weight(self.weight).to(x.dtype)
+        if self.saves and torch.is_grad_enabled():
+            y: Tensor = _SavedNorm.apply(x, weight, self.eps, self.rms_norm)
+            return y
         return self.rms_norm(x, (x.shape[-1],), weight, self.eps)
+
+
+class _SavedNorm(torch.autograd.Function):
+    """RMSNorm that keeps its input in FP8 and one number of each row; forward is as without."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, norm: Any) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        scale = (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
+        ctx.save_for_backward(*fp8.save(x), scale, weight)
+        ctx.shape, ctx.dtype = x.shape, x.dtype
+        made: Tensor = norm(x, (x.shape[-1],), weight, eps)
+        return made
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        values, scales, scale, weight = ctx.saved_tensors
+        unit = fp8.restore(values, scales, ctx.shape, scale.dtype) * scale
+        grad = grad.to(scale.dtype)
+        grad_weight = (grad * unit).reshape(-1, grad.shape[-1]).sum(0)
+        grad = grad * weight
+        along = (grad * unit).mean(-1, keepdim=True)
+        grad_x = scale * (grad - unit * along)
+        return grad_x.to(ctx.dtype), grad_weight.to(weight.dtype), None, None
 
 
 def rotary_angles(positions: Tensor, head_width: int, theta: float, dtype: torch.dtype) -> Tensor:
@@ -93,15 +125,16 @@ def rotate(x_BLNH: Tensor, cos_BL1h: Tensor, sin_BL1h: Tensor) -> Tensor:
     return torch.cat(turned, dim=-1).to(x_BLNH.dtype)
 
 
-def swiglu(gate_up: Joined) -> Tensor:
+def swiglu(gate_up: Joined, *, saves: bool = False) -> Tensor:
     """Return silu(gate) * up (arXiv 2002.05202), of two tensors or of one that has both, [..., 2F].
 
     The gradient of one is one: halves that are put together would be a pass of their own.
+    ``saves``: keep one tensor of both for backward in FP8, and nothing else.
     """
     if not isinstance(gate_up, Tensor):
         gate, up = gate_up
         return F.silu(gate) * up
-    made: Tensor = _SwiGLU.apply(gate_up)
+    made: Tensor = (_SavedSwiGLU if saves else _SwiGLU).apply(gate_up)
     return made
 
 
@@ -115,12 +148,29 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        gate_up, silu = ctx.saved_tensors
+        return _grad_swiglu(grad, *ctx.saved_tensors)
+
+
+class _SavedSwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
-        if torch.compiler.is_compiling():  # into one tensor all the same, and functional
-            return torch.cat([torch.ops.aten.silu_backward(grad * up, gate), grad * silu], dim=-1)
-        made = torch.empty_like(gate_up)
-        of_gate, of_up = made.chunk(2, dim=-1)
-        torch.ops.aten.silu_backward(grad * up, gate, grad_input=of_gate)
-        torch.mul(grad, silu, out=of_up)
-        return made
+        ctx.save_for_backward(*fp8.save(gate_up))
+        ctx.shape, ctx.dtype = gate_up.shape, gate_up.dtype
+        return F.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        gate_up = fp8.restore(*ctx.saved_tensors, ctx.shape, ctx.dtype)
+        return _grad_swiglu(grad, gate_up, F.silu(gate_up.chunk(2, dim=-1)[0]))
+
+
+def _grad_swiglu(grad: Tensor, gate_up: Tensor, silu: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    if torch.compiler.is_compiling():  # into one tensor all the same, and functional
+        return torch.cat([torch.ops.aten.silu_backward(grad * up, gate), grad * silu], dim=-1)
+    made = torch.empty_like(gate_up)
+    of_gate, of_up = made.chunk(2, dim=-1)
+    torch.ops.aten.silu_backward(grad * up, gate, grad_input=of_gate)
+    torch.mul(grad, silu, out=of_up)
+    return made

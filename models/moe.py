@@ -82,7 +82,7 @@ class Experts(OwnsParameters):
 
     def compute(self, x_SD: Tensor, counts_E: Tensor) -> Tensor:
         """Return [S, D] for rows sorted by the experts that this rank holds."""
-        h_SF = swiglu(multiply_groups(x_SD, self.gate_up, counts_E))
+        h_SF = swiglu(multiply_groups(x_SD, self.gate_up, counts_E), saves=self.gate_up.saves)
         y_SD = multiply_groups(h_SF, self.down_only, counts_E)
         assert isinstance(y_SD, Tensor)
         return y_SD

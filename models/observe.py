@@ -12,15 +12,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from allometry.models import fp8
 from allometry.models.attention import Attend
 from allometry.models.documents import Documents
+from allometry.models.precision import inputs_by_role
+from allometry.models.products import Stacked
 from allometry.models.transformer import Block, Geometry, Transformer
+from allometry.scaling.roles import Role
 
 SUMS = (
     "attention_squares",
@@ -39,6 +44,10 @@ SUMS = (
 MAXIMA = ("attention_logit", "activation")
 OUTPUT = ("log_z", "squared_log_z", "tokens")
 OUTLIER_SIGMAS = 5.0
+ROUNDING = ("squares", "errors", "elements", "underflows", "saturated")
+"""Columns of ``Observer.rounding``, see there; its rows are ``FP8_ROLES``."""
+
+FP8_ROLES = (Role.HIDDEN, Role.EXPERT_UP, Role.EXPERT_DOWN)
 
 
 class Observer:
@@ -49,10 +58,14 @@ class Observer:
     from its token's mean, arXiv 2603.28743), Σ|x| of the block's output, the elements of each of
     these; Σ(log Σ exp s)², Σs and the largest s of attention logits s, as the softmax sees them;
     the largest |x| of the block's output. ``output``: Σ log Z and Σ log² Z of the logits.
+    ``rounding``: of what products read or keep in FP8, by the role of their weights: Σx², Σ of
+    squared errors, numbers, numbers that became 0, numbers that were clipped or not finite.
 
     Attention and output are looked at from at most ``queries`` tokens of each sequence, evenly
     spaced back from its last one, and all the keys that these see. Tokens that do not count
-    (``Documents.counted_BL``) are left out. ``own``: cuts [B, L] as the residual stream is cut.
+    (``Documents.counted_BL``) are left out, but for rows sorted by expert. ``own``: cuts [B, L] as
+    the residual stream is cut; ``copies``: ranks that see the same tokens before a weight that is
+    cut by its rows.
     """
 
     def __init__(
@@ -62,12 +75,14 @@ class Observer:
         *,
         queries: int = 128,
         own: Callable[[Tensor], Tensor] = lambda x_BL: x_BL,
+        copies: int = 1,
     ) -> None:
         wide: dict[str, Any] = {"dtype": torch.float64, "device": device}
         self.sums = torch.zeros(num_layers, len(SUMS), **wide)
         self.maxima = torch.full((num_layers, len(MAXIMA)), float("-inf"), **wide)
         self.output = torch.zeros(len(OUTPUT), **wide)
-        self._queries, self._own = queries, own
+        self.rounding = torch.zeros(len(FP8_ROLES), len(ROUNDING), **wide)
+        self._queries, self._own, self._copies = queries, own, copies
         self._documents: Documents | None = None
 
     @contextmanager
@@ -79,6 +94,10 @@ class Observer:
                     assert isinstance(block, Block)
                     stack.enter_context(_uncompiled(block))
                     self._watch_block(int(layer), block, stack)
+                for role, inputs in inputs_by_role(part).items():
+                    for stacked in inputs if role in FP8_ROLES else ():
+                        stacked.watch = partial(self._see_input, stacked)
+                        stack.callback(setattr, stacked, "watch", None)
                 if part.head is not None:
                     handle = part.head.register_forward_pre_hook(self._see_head)
                     stack.callback(handle.remove)
@@ -182,6 +201,38 @@ class Observer:
         self.output += torch.stack(
             [log_z_BQ.sum(), log_z_BQ.square().sum(), counted_BQ.sum().double()]
         )
+
+    @torch.no_grad()
+    def _see_input(self, stacked: Stacked, x: Tensor) -> None:
+        if not (stacked.recipe or stacked.saves):
+            return
+        block = fp8.ACTIVATION_BLOCKS[stacked.recipe] if stacked.recipe else fp8.SAVED
+        scale_dtype = torch.float32 if stacked.recipe else torch.bfloat16
+        rows = _wide(x).reshape(-1, x.shape[-1])
+        small = fp8.quantise(rows, block, scale_dtype=scale_dtype)
+        kept = fp8.dequantise(small, block, rows.dtype)
+        known = rows.isfinite() & kept.isfinite()
+        counted = torch.ones_like(rows, dtype=torch.bool)
+        documents = self._documents
+        if documents is not None and documents.counted_BL is not None and x.dim() == 3:
+            counted_BL = documents.counted_BL
+            if counted_BL.shape != x.shape[:2]:
+                counted_BL = self._own(counted_BL)
+            counted = counted_BL.reshape(-1, 1).expand_as(rows)
+        error = (kept - rows).where(known, 0.0)
+        lost = ~known | (error.abs() > 2**-3 * rows.abs()) & (small.values.float().abs() >= 448.0)
+        columns = torch.stack(
+            [
+                (rows.where(known, 0.0).square() * counted).sum(),
+                (error.square() * counted).sum(),
+                counted.sum(),
+                ((kept == 0) & (rows != 0) & counted).sum(),
+                (lost & counted).sum(),
+            ]
+        )
+        owner, name = stacked.places[0]
+        cut = stacked.weights()[0].shape[-2] < owner.specs[name].shape[-2]
+        self.rounding[FP8_ROLES.index(stacked.role)] += columns / (self._copies if cut else 1)
 
     def _places(self, length: int, device: torch.device) -> Tensor:
         """Return the places of the tokens that are looked at, the last one among them."""

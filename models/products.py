@@ -16,7 +16,7 @@ rounded to bf16; autograd keeps the first as it is and adds the others in place,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,7 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from allometry.models import fp8
 from allometry.models.parameters import OwnsParameters, local_weight
+from allometry.scaling.roles import Role
+
+COMPUTE = (False, "", fp8.E4M3)
+"""``saves``, ``recipe`` and ``gradients`` of a ``Stacked`` where nothing is FP8."""
 
 _WIDE_OUTPUT = "dtype" in torch.ops.aten.mm.overloads()
 
@@ -32,6 +37,9 @@ _WIDE_OUTPUT = "dtype" in torch.ops.aten.mm.overloads()
 class Stacked:
     """Weights [..., out, in] of one input; ``places`` are their owners and names there.
 
+    ``saves``: keep the input for backward in FP8. ``recipe``: how FP8 products are scaled, as in
+    ``precision.linears``, "" for products in the compute type; ``gradients``: the type of incoming
+    gradients in them. ``watch`` sees each input while somebody looks.
     ``copy``: the weights in the compute type, one below the other, while ``cast_once`` lasts.
     ``plain``: leave derivatives to autograd, as schedules need that split a backward in two (a
     function of ours would compute both halves twice). It is the plain twin of the rest.
@@ -41,7 +49,15 @@ class Stacked:
         self.places = places
         self.copy: Tensor | None = None
         self.plain = False
+        self.saves, self.recipe, self.gradients = False, "", fp8.E4M3
+        self.watch: Callable[[Tensor], None] | None = None
         self._memory: Tensor | None = None
+
+    @property
+    def role(self) -> Role:
+        """What the weights are for: of one input, the same for all."""
+        owner, name = self.places[0]
+        return owner.specs[name].role
 
     def weights(self) -> tuple[Tensor, ...]:
         """Return this rank's part of each weight."""
@@ -49,6 +65,8 @@ class Stacked:
 
     def joins(self, dtype: torch.dtype) -> bool:
         """Return whether one product takes all of them: they are cast, or gathered in half."""
+        if self.saves or self.recipe:  # one input, kept and rounded once
+            return True
         cast = self.copy is not None or getattr(*self.places[0]).dtype != dtype
         return cast or (len(self.places) > 1 and dtype.itemsize <= 2)
 
@@ -86,14 +104,25 @@ Joined = Tensor | tuple[Tensor, ...]
 
 def multiply(x: Tensor, stacked: Stacked) -> Joined:
     """Return x [..., D] times the weights [out, D] transposed, in x's type."""
+    if stacked.watch is not None:
+        stacked.watch(x)
     weights = stacked.weights()
     if not stacked.joins(x.dtype):
         made = tuple(F.linear(x, weight) for weight in weights)
         return made[0] if len(made) == 1 else made
     # Without gradients, too, as torch's compiler then counts the arguments of a function of ours.
-    if stacked.plain or not torch.is_grad_enabled():
-        return F.linear(x, stacked.joined(x.dtype))
-    y: Tensor = _Multiply.apply(x, stacked.copy, *weights)
+    if not torch.is_grad_enabled() or (stacked.plain and not (stacked.saves or stacked.recipe)):
+        return _forward(x, stacked.joined(x.dtype), stacked.recipe)[0]
+    how = stacked.saves, stacked.recipe, stacked.gradients
+    y: Tensor = _Multiply.apply(x, stacked.copy, *how, *weights)
+    return y
+
+
+def saved_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Return ``F.linear(x, weight)`` in x's type, which keeps x for backward in FP8."""
+    if not torch.is_grad_enabled():
+        return F.linear(x, weight.to(x.dtype))
+    y: Tensor = _Multiply.apply(x, None, True, *COMPUTE[1:], weight)
     return y
 
 
@@ -102,28 +131,72 @@ def separate(made: Joined, widths: Sequence[int]) -> tuple[Tensor, ...]:
     return made.split(list(widths), dim=-1) if isinstance(made, Tensor) else made
 
 
+def _forward(x: Tensor, whole_RD: Tensor, recipe: str) -> tuple[Tensor, fp8.Quantised | None]:
+    """Return the product, and x in FP8 where the product read that."""
+    if not recipe:
+        return F.linear(x, whole_RD), None
+    small = fp8.quantise(x.reshape(-1, x.shape[-1]), fp8.ACTIVATION_BLOCKS[recipe])
+    weight = fp8.quantise(whole_RD, fp8.WEIGHT_BLOCKS[recipe])
+    y_TR = fp8.scaled_product(small, weight, recipe, x.dtype, fast=True)
+    return y_TR.view(*x.shape[:-1], -1), small
+
+
 class _Multiply(torch.autograd.Function):
     """One product forward, one for x and one for all weights backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, whole_RD: Tensor | None, *weights: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        whole_RD: Tensor | None,
+        saves: bool,
+        recipe: str,
+        gradients: torch.dtype,
+        *weights: Tensor,
+    ) -> Tensor:
         ctx.rows = [len(weight) for weight in weights]
-        ctx.dtype = weights[0].dtype
+        ctx.dtype, ctx.shape, ctx.compute = weights[0].dtype, x.shape, x.dtype
+        ctx.saves, ctx.recipe, ctx.gradients = saves, recipe, gradients
+        y, small = _forward(x, join(weights, x.dtype) if whole_RD is None else whole_RD, recipe)
+        kept = (x,) if not saves else fp8.save(x) if small is None else small
         # What is no step's copy is made again: FSDP2 frees weights, and gathers them for backward.
-        ctx.save_for_backward(x, *(weights if whole_RD is None else (whole_RD,)))
-        return F.linear(x, join(weights, x.dtype) if whole_RD is None else whole_RD)
+        ctx.save_for_backward(*kept, *(weights if whole_RD is None else (whole_RD,)))
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *kept = ctx.saved_tensors
-        grad_TR = grad.flatten(0, -2)
+        if ctx.saves:
+            block = fp8.ACTIVATION_BLOCKS[ctx.recipe] if ctx.recipe else fp8.SAVED
+            x = fp8.dequantise(fp8.Quantised(x, kept.pop(0)), block, ctx.compute)
+        grad_TR, x_TD = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad_TR @ join(tuple(kept), x.dtype)).view(x.shape)
+            whole_RD = join(tuple(kept), ctx.compute)
+            grad_x = _of_input(grad_TR, whole_RD, ctx.recipe, ctx.gradients).view(ctx.shape)
         made: tuple[Tensor | None, ...] = (None,) * len(ctx.rows)
-        if any(ctx.needs_input_grad[2:]):
-            made = product(grad_TR.t(), x.flatten(0, -2), ctx.dtype).split(ctx.rows)
-        return grad_x, None, *made
+        if any(ctx.needs_input_grad[5:]):
+            made = _of_weight(grad_TR, x_TD, ctx.recipe, ctx.gradients, ctx.dtype).split(ctx.rows)
+        return grad_x, None, None, None, None, *made
+
+
+def _of_input(grad_TR: Tensor, whole_RD: Tensor, recipe: str, gradients: torch.dtype) -> Tensor:
+    if not recipe:
+        return grad_TR @ whole_RD
+    grad = fp8.quantise(grad_TR, fp8.ACTIVATION_BLOCKS[recipe], gradients)
+    weight = fp8.quantise(whole_RD.t(), fp8.WEIGHT_BLOCKS[recipe])
+    return fp8.scaled_product(grad, weight, recipe, grad_TR.dtype)
+
+
+def _of_weight(
+    grad_TR: Tensor, x_TD: Tensor, recipe: str, gradients: torch.dtype, dtype: torch.dtype
+) -> Tensor:
+    # Scales of rows and blocks would here be of tokens that lie together by chance of the layout.
+    if recipe != "fp8_tensorwise":
+        return product(grad_TR.t(), x_TD, dtype)
+    whole = fp8.ACTIVATION_BLOCKS[recipe]
+    grad, x = fp8.quantise(grad_TR.t(), whole, gradients), fp8.quantise(x_TD.t(), whole)
+    return fp8.scaled_product(grad, x, recipe, dtype)
 
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:

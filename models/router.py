@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from allometry.configs.model import AuxiliaryBalance, BiasBalance, RouterConfig
 from allometry.models.parameters import OwnsParameters, local_weight
+from allometry.models.products import saved_linear
 from allometry.scaling.roles import ParamSpec
 
 _LEAST_WEIGHT = 1e-30  # under the root of gate "sqrt", whose slope at zero is infinite
@@ -56,6 +57,7 @@ class Router(OwnsParameters):
     Its gradient, and that of the z-loss (coefficient x mean of logsumexp(logits)**2), joins the
     gradient of the logits, once for each backward pass and whatever the scale of the loss.
 
+    ``saves``: keep the input for backward in FP8; logits are of the input itself.
     ``begin_step`` and ``end_step`` of ``models/moe.py`` keep the buffers. ``tokens`` is NaN until
     it is set, so that a loss without a step's size shows as NaN gradients.
     """
@@ -67,7 +69,7 @@ class Router(OwnsParameters):
 
     def __init__(self, spec: ParamSpec, config: RouterConfig, experts_per_token: int) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.saves = config, False
         self.num_experts, self.experts_per_token = spec.fan_out, experts_per_token
         self.own("weight", spec)
         self.register_buffer("load", torch.empty(self.num_experts, dtype=torch.float32))
@@ -89,7 +91,11 @@ class Router(OwnsParameters):
         neither in the statistics nor in the gradient of a balance; ``tokens`` leaves them out too.
         """
         wide = torch.promote_types(x_TD.dtype, torch.float32)
-        logits_TE = F.linear(x_TD.to(wide), local_weight(self.weight).to(wide))
+        weight = local_weight(self.weight)
+        if self.saves:
+            logits_TE = saved_linear(x_TD.to(wide), weight)
+        else:
+            logits_TE = F.linear(x_TD.to(wide), weight.to(wide))
         logits_TE = self._with_balance(logits_TE, counted_T)
         scores_TE = scores(logits_TE, self.config)
         bias = self.bias if isinstance(self.config.balance, BiasBalance) else None

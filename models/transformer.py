@@ -67,7 +67,7 @@ class Attention(nn.Module):
         )
         if self.q_norm is not None and self.k_norm is not None:
             q_BLNH, k_BLKH = self.q_norm(q_BLNH), self.k_norm(k_BLKH)
-        else:
+        if self.q_norm is None or self.qkv.saves:
             v_BLKH = v_BLKH.contiguous()  # a view would keep queries and keys for backward
         q_BLNH = rotate(q_BLNH, geometry.cos_BL1h, geometry.sin_BL1h)
         k_BLKH = rotate(k_BLKH, geometry.cos_BL1h, geometry.sin_BL1h)
@@ -93,7 +93,7 @@ class FeedForward(nn.Module):
         """Return [B, L, D]."""
         if not self.gate_up.joins(x_BLD.dtype):  # each is used while it is in the cache
             return self.down(F.silu(self.gate(x_BLD)) * self.up(x_BLD))
-        return self.down(swiglu(multiply(x_BLD, self.gate_up)))
+        return self.down(swiglu(multiply(x_BLD, self.gate_up), saves=self.gate_up.saves))
 
 
 class Block(nn.Module):

@@ -19,6 +19,7 @@ from allometry.scaling.batch import BatchPlan, check_batch
 from allometry.scaling.context import check_context, check_offload
 from allometry.scaling.count import layer_flops
 from allometry.scaling.degrees import Degrees, check_divides, either, resolve_degrees
+from allometry.scaling.precision import check_precision
 
 V_SCHEDULES = ("zbv_zero_bubble", "dualpipe_v")
 """Schedules whose stages run down the ranks and back up: the first and the last share a rank."""
@@ -50,6 +51,7 @@ class Layout:
         """
         degrees = resolve_degrees(config.parallel, world_size)
         _check_tensor(config, degrees)
+        check_precision(config, degrees.tp)
         _check_expert(config.model, degrees)
         if config.data.kind == "sequences":
             check_batch(config.batch, degrees.hdp)

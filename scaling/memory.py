@@ -15,6 +15,7 @@ from allometry.configs.model import LatentExperts, ModelConfig, MoEModel
 from allometry.configs.optimization import OptimizerConfig
 from allometry.scaling.attention import AttentionCall, choose_backend, named
 from allometry.scaling.layout import Layout
+from allometry.scaling.precision import SAVED_BYTES
 from allometry.scaling.roles import ParamSpec, Role
 from allometry.scaling.shards import PREFETCHED, RankParts, layer_of, zero_dim
 from allometry.scaling.update_rules import state_bytes
@@ -83,6 +84,7 @@ def estimate_memory(
     attention: AttentionCall = FUSED_ATTENTION,
     attention_backend: str | None = None,
     pp_rank: int | None = None,
+    saved_activations: Literal["compute", "fp8"] = "compute",
 ) -> MemoryEstimate:
     """Return the bytes that a rank needs at the peak of a step, the fullest of each axis.
 
@@ -95,6 +97,7 @@ def estimate_memory(
     (on a CPU they also keep both widened to fp32). ``optimizer`` None: AdamW. ``attention``: what
     is asked of attention, whose back ends differ in what they keep, and ``attention_backend`` the
     name of one; None: the first that suits. ``pp_rank`` None: the fullest rank of the pipeline.
+    ``saved_activations``: as ``precision.saved_activations``.
     """
     columns = math.ceil(model.vocab_size / (layout.degrees.tp if layout is not None else 1))
     if logits_chunk_tokens is None:
@@ -108,9 +111,8 @@ def estimate_memory(
     scores = backend.kept_bytes(model.num_heads, attention.length, compute_bytes)
     for rank in range(pp) if pp_rank is None else (pp_rank,):
         part = RankParts.of(model, layout, rank, hdp // zero.replicas if zero.stage else 1)
-        kept = _activations(
-            part, micro_batch_tokens, compute_bytes, fused_norm, checkpointing, scores
-        )
+        given = micro_batch_tokens, compute_bytes, fused_norm, checkpointing, scores
+        kept = _activations(part, *given, fp8=saved_activations == "fp8")
         in_flight = _in_flight(layout, rank, micro_batches) if layout is not None else 1
         held, states = _held(part, optimizer, zero) if zero.offload == "none" else (0, 0)
         estimates.append(
@@ -237,6 +239,7 @@ def _activations(
     fused_norm: bool,
     checkpointing: Literal["none", "selective", "full"],
     scores: int,
+    fp8: bool,
 ) -> int:
     """Return the bytes kept for the backward pass of one micro-batch.
 
@@ -246,7 +249,8 @@ def _activations(
     end keeps besides; with qk_norm q and k before it as well; gate, up, SiLU and product of the
     feed-forward (4·F), or what a mixture keeps. Then the final norm. Tensor parallelism divides
     all but the two gathered inputs (2·D). Checkpointing keeps a block's input (D) and one block
-    whole; selective keeps products and attention besides.
+    whole; selective keeps products and attention besides. ``fp8``: inputs of norms and products
+    (D, N·H, D, F) and of SwiGLU (2·F) in FP8, attention as before.
     """
     model = part.model
     queries = model.num_heads * model.head_width
@@ -259,17 +263,24 @@ def _activations(
         common += norm_input * (queries + keys)
     if model.dropout:
         common += 2 * model.width  # a mask of one byte for each branch
+    if fp8:
+        small = 2 * model.width + queries + model.width
+        small += (queries + keys if model.qk_norm else 0) + model.width
+        common = compute_bytes * 2 * (queries + keys) + scores + 2 * _FP32
+        common += math.ceil(SAVED_BYTES * small) + (2 * model.width if model.dropout else 0)
+        norm = math.ceil(SAVED_BYTES * model.width) + compute_bytes * model.width
     products = compute_bytes * (2 * queries + 2 * keys + 3 * model.width) + scores
     kept: list[int] = []
     least: list[int] = []
     for layer in sorted(part.layers):
         if isinstance(model, MoEModel) and model.has_experts(layer):
-            mixture = _mixture(model, compute_bytes)
+            mixture = _mixture(model, compute_bytes, fp8)
             kept.append(common + mixture)
             least.append(products + mixture * 3 // 4)
         else:
             assert model.ffn_width is not None
-            kept.append(common + 4 * compute_bytes * model.ffn_width)
+            each = 3 * SAVED_BYTES if fp8 else 4 * compute_bytes
+            kept.append(common + math.ceil(each * model.ffn_width))
             least.append(products + 2 * compute_bytes * model.ffn_width)
     gathered = 0 if part.tp == 1 else 2 * compute_bytes * model.width * (part.tp - 1)
     total = norm if part.last else 0
@@ -281,17 +292,26 @@ def _activations(
     return tokens * total // part.tp
 
 
-def _mixture(model: MoEModel, compute_bytes: int) -> int:
+def _mixture(model: MoEModel, compute_bytes: int, fp8: bool) -> int:
     """Return the bytes that a mixture keeps for one token; loads are taken to be even.
 
     The router's input in fp32 or wider where activations are not (D), its logits and scores (2·E);
     three numbers of a visit in int64 and its weight; for each visit the expert's input and output
     (2·D, or latent widths) and 4·F; the sum before the latent projection up; shared experts (4·F
-    each).
+    each). ``fp8``: all of it but an expert's output, with 3·F for 4·F; inputs that several modules
+    read are kept by each.
     """
     mixture = model.experts
     wide = max(_FP32, compute_bytes)
     latent = mixture.latent_width if isinstance(mixture, LatentExperts) else None
+    if fp8:
+        small = mixture.experts_per_token * ((latent or model.width) + 3 * mixture.width)
+        small += model.width * bool(latent) + (latent or 0)
+        shared = mixture.num_shared_experts
+        small += 3 * shared * mixture.width + model.width * bool(shared)
+        whole = compute_bytes * (latent or model.width) + 3 * 8 + wide
+        kept = mixture.experts_per_token * whole + 2 * wide * mixture.num_experts
+        return kept + math.ceil(SAVED_BYTES * small)
     visit = 2 * (latent or model.width) + 4 * mixture.width
     kept = compute_bytes * mixture.experts_per_token * visit
     kept += mixture.experts_per_token * (3 * 8 + wide)

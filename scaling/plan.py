@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from allometry.configs.run import RunConfig
 from allometry.scaling.attention import AttentionCall
@@ -21,7 +21,8 @@ class RunPlan:
 
     ``flops_per_token`` is that of sequences that are one whole document, and ``flops_assumption``
     says what that means for this run's data, which are not read here; ``memory`` is the peak of
-    the fullest rank (see ``MemoryEstimate``).
+    the fullest rank (see ``MemoryEstimate``), ``bytes_saved`` what activations kept in FP8 take off
+    that of one that keeps them in the compute type.
     """
 
     world_size: int
@@ -35,6 +36,7 @@ class RunPlan:
     flops_per_token: Flops
     flops_assumption: str
     memory: MemoryEstimate
+    bytes_saved: int
     parameterization: Parameterization
     balance_loads: BalanceLoads | None
 
@@ -48,6 +50,8 @@ class RunPlan:
         layout = Layout.of(config, world_size)
         sequence_length = config.data.sequence_length
         batch = BatchPlan(config.batch, sequence_length)
+        memory = memory_of(config, layout, batch)
+        unsaved = memory_of(config, layout, batch, "compute")
         return cls(
             world_size=world_size,
             layout=layout,
@@ -59,7 +63,8 @@ class RunPlan:
             parameters=count_parameters(config.model),
             flops_per_token=flops_per_token(config.model, sequence_length),
             flops_assumption=_flops_assumption(config),
-            memory=memory_of(config, layout, batch),
+            memory=memory,
+            bytes_saved=unsaved.total - memory.total,
             parameterization=Parameterization.of_run(config),
             balance_loads=BalanceLoads.of(config),
         )
@@ -108,13 +113,19 @@ class RunPlan:
             "flops_per_token": asdict(self.flops_per_token),
             "flops_assumption": self.flops_assumption,
             "memory_bytes_per_rank": {**asdict(self.memory), "total": self.memory.total},
+            "bytes_saved_by_fp8": self.bytes_saved,
             "parameterization": self.parameterization.describe(),
             "balance_loads": None if self.balance_loads is None else asdict(self.balance_loads),
         }
 
 
-def memory_of(config: RunConfig, layout: Layout, batch: BatchPlan) -> MemoryEstimate:
-    """Return what the fullest rank of this layout needs."""
+def memory_of(
+    config: RunConfig,
+    layout: Layout,
+    batch: BatchPlan,
+    saved: Literal["compute", "fp8"] | None = None,
+) -> MemoryEstimate:
+    """Return what the fullest rank of this layout needs; ``saved`` in place of the run's own."""
     length, tokens = config.data.sequence_length, _micro_batch_tokens(config)
     return estimate_memory(
         config.model,

@@ -13,6 +13,7 @@ from allometry.configs.run import RunConfig
 from allometry.models.build import build_model
 from allometry.models.init import initialize
 from allometry.models.kernels import use_kernels
+from allometry.models.precision import use_precision
 from allometry.models.transformer import Part, Transformer
 from allometry.optim.build import build_optimizer
 from allometry.optim.schedule import Schedule
@@ -36,6 +37,7 @@ def build_part(
         made = build_model(config.model, plan.parameterization, config.training.compute_dtype, part)
     if kernels is not None:
         use_kernels(made, kernels.core, kernels.norm.name)
+    use_precision(made, config.precision, None if kernels is None else kernels.linears.name)
     return made
 
 

@@ -19,6 +19,7 @@ from allometry.parallel.mesh import Mesh
 from allometry.scaling.attention import AttentionCall, choose_backend, refusal, worth_measuring
 from allometry.scaling.kernels import apex_folder, apex_refusal
 from allometry.scaling.plan import RunPlan
+from allometry.trainer import precision
 from allometry.trainer.measure import (
     AttentionShape,
     Outcome,
@@ -50,6 +51,7 @@ class Kernels:
     attention: Choice
     norm: Choice
     adamw: Choice
+    linears: Choice  # the recipe of FP8 products, or compute
     deterministic: bool
     by_call: bool = False  # attention: the first back end that suits each call
 
@@ -64,7 +66,7 @@ class Kernels:
 
     def changes(self, before: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """Yield what differs from a record's ``kernels``, as details of events."""
-        for key in ("attention", "norm", "adamw"):
+        for key in ("attention", "norm", "adamw", "linears"):
             choice: Choice = getattr(self, key)
             was = before.get(key, {}).get("name")
             if was not in (None, choice.name):
@@ -230,10 +232,12 @@ def _decide(
         known("adamw"),
         by_clock=by_clock,
     )
+    recipe, by, left_out = precision.choose(config, mesh.tp.size, device, known("linears"))
+    linears = Choice(recipe, by, left_out=left_out)
     if on_cuda:
         torch.cuda.empty_cache()
     by_call = not on_cuda and asked.attention == "auto"
-    return Kernels(attention, norm, adamw, config.training.deterministic, by_call)
+    return Kernels(attention, norm, adamw, linears, config.training.deterministic, by_call)
 
 
 def _check(config: RunConfig, plan: RunPlan, mesh: Mesh, kernels: Kernels) -> None:
@@ -242,9 +246,14 @@ def _check(config: RunConfig, plan: RunPlan, mesh: Mesh, kernels: Kernels) -> No
     for other in ("norm", "adamw"):
         if reason is None and getattr(kernels, other).name == "apex":
             reason, key = apex_refusal(mesh.device.type, compiled=False), other
+    if reason is None and kernels.linears.name != "compute":
+        found = precision.Device.of(mesh.device)
+        reason = precision.refusal(kernels.linears.name, config, mesh.tp.size, found)
+        key = "linears"
     if reason is not None:
         name = getattr(kernels, key).name
-        raise UserError(f"kernels.{key}={name} on rank {mesh.rank}: {reason}")
+        section = "precision" if key == "linears" else "kernels"
+        raise UserError(f"{section}.{key}={name} on rank {mesh.rank}: {reason}")
 
 
 def _shape(

@@ -25,6 +25,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -298,13 +299,13 @@ class Results:
         return "not yet measured" if found is None else str(found["error"]).strip()[-100:]
 
 
-def table(results: Results) -> str:
+def table(results: Results, parts: Sequence[Part] = PARTS, ratios: Sequence[Ratio] = RATIOS) -> str:
     """The measured parts and their ratios, as markdown."""
     lines = [
         "| part | micro-batch | tokens/s | MFU | peak memory | first step | goal |",
         "|---|---|---|---|---|---|---|",
     ]
-    for part in PARTS:
+    for part in parts:
         found = results.of(part.name)
         if found is None:
             lines.append(f"| {part.name} | {results.why_not(part.name)} | | | | | |")
@@ -319,7 +320,7 @@ def table(results: Results) -> str:
             f"| {found['peak_bytes'] / 2**30:.1f} GiB | {found['first_step_s']:.0f} s | {goal} |"
         )
     lines += ["", "| tokens/s of | over | ratio | goal | peak memory |", "|---|---|---|---|---|"]
-    lines += [line_of(ratio, results) for ratio in RATIOS]
+    lines += [line_of(ratio, results) for ratio in ratios]
     return "\n".join(lines)
 
 
@@ -338,10 +339,17 @@ def line_of(ratio: Ratio, results: Results) -> str:
     return f"| {ratio.part} | {ratio.over} | {value:.3f} | {goal} | {memory} |"
 
 
-def main() -> None:
+def main(
+    title: str = "throughput",
+    parts: Sequence[Part] = PARTS,
+    ratios: Sequence[Ratio] = RATIOS,
+    shapes: dict[str, Shape] = SHAPES,
+    rehearsed: dict[str, Shape] = REHEARSED,
+) -> None:
+    """Measure ``parts`` and write results/TITLE-DEVICE-DATE.json."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--seconds", type=float, default=470, help="time of the whole call")
-    names = [part.name for part in PARTS]
+    names = [part.name for part in parts]
     parser.add_argument("--only", choices=names, action="append", help="parts; default all")
     parser.add_argument("--out", type=Path, default=None, help="file of results, JSON")
     parser.add_argument("--check", action="store_true", help="tiny models on the CPU")
@@ -354,7 +362,7 @@ def main() -> None:
         return
     device = "cpu" if given.check else "cuda"
     name = "check" if given.check else torch.cuda.get_device_name().lower().replace(" ", "-")
-    default = f"throughput-{name}-{datetime.date.today().isoformat()}.json"
+    default = f"{title}-{name}-{datetime.date.today().isoformat()}.json"
     facts = {"device": name, "commit": commit(), "versions": versions(), "warmup": WARMUP_STEPS}
     out = given.out or Path(__file__).parents[1] / "results" / default
     results = Results(out, facts)
@@ -363,8 +371,8 @@ def main() -> None:
         tokens = 200_000 if given.check else 20_000_000
         vocabulary = 500 if given.check else 30_000
         write_random_store(Path(scratch) / "random", tokens, vocabulary, mean_length=MEAN_DOCUMENT)
-        bench = Bench(REHEARSED if given.check else SHAPES, device, Path(scratch), until)
-        for part in PARTS:
+        bench = Bench(rehearsed if given.check else shapes, device, Path(scratch), until)
+        for part in parts:
             if part.name in results or (given.only and part.name not in given.only):
                 continue
             if time.monotonic() + part.seconds > until:
@@ -377,7 +385,7 @@ def main() -> None:
             said = f"{rate:,.0f} tokens/s" if rate else str(result["error"])
             print(f"{part.name}: {said} ({time.monotonic() - begun:.0f} s)", flush=True)
     print(f"written to {out}\n")
-    print(table(results))
+    print(table(results, parts, ratios))
 
 
 if __name__ == "__main__":

@@ -58,12 +58,14 @@ class CostModel:
         compute_bytes: int = 2,
         tp: int = 1,
         checkpointing: Literal["none", "selective", "full"] = "none",
+        saved_activations: Literal["compute", "fp8"] = "compute",
     ) -> CostModel:
         """Return the costs of a model, cut over ``tp`` ranks.
 
         ``layers``: a rank's number of layers where the model is cut into stages of equal cost, so
-        that the head counts in proportion; None: the whole model. ``checkpointing`` matters to
-        what is kept, not to time: recomputing lengthens all documents alike.
+        that the head counts in proportion; None: the whole model. ``checkpointing`` and
+        ``saved_activations`` matter to what is kept, not to time: recomputing lengthens all
+        documents alike.
         """
         number = model.num_layers if layers is None else layers
         share = number / model.num_layers
@@ -79,6 +81,7 @@ class CostModel:
             zero=Zero(),
             hdp=1,
             checkpointing=checkpointing,
+            saved_activations=saved_activations,
         ).activations
         return cls(
             token_s=share * products / rate,

@@ -131,7 +131,7 @@ def _sizes(model: ModelConfig, tp: int, layers: int, head_dim: int) -> dict[str,
     if model.ffn_width is not None:
         sizes["ffn_width"] = 16 * math.lcm(tp, 2)
         sizes["first_dense_layers"] = min(model.first_dense_layers, layers - 1)
-    experts = model.experts.model_dump(mode="json") | {"width": 8 * math.lcm(tp, 2)}
+    experts = model.experts.model_dump(mode="json") | {"width": 16 * math.lcm(tp, 2)}
     if "latent_width" in experts:
         experts["latent_width"] = 16
     return sizes | {"experts": experts}

@@ -24,6 +24,7 @@ from allometry.data.batch import IGNORE
 from allometry.models.build import build_model, parameter_specs
 from allometry.models.init import initialize
 from allometry.models.moe import begin_step, end_step, routers, set_loads
+from allometry.models.precision import use_precision
 from allometry.models.transformer import Part, Transformer
 from allometry.optim.build import build_optimizer, set_lr
 from allometry.optim.schedule import resolve_schedule
@@ -187,6 +188,7 @@ def build(config: RunConfig, part: Part | None = None) -> Transformer:
         parameterization = Parameterization.of_run(config)
         dtype = config.training.compute_dtype
         model = build_model(config.model, parameterization, dtype, part)
+        use_precision(model, config.precision)
         return model.double() if dtype == "fp64" else model
 
 

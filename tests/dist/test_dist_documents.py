@@ -57,7 +57,7 @@ def config(
 ) -> RunConfig:
     parallel = {"timeout_s": 60, **changes.pop("parallel", {})}
     context = {"capacity_tokens": 64, "min_chunk_tokens": 4, **changes.pop("context", {})}
-    layers = changes.pop("layers", 2)
+    layers, precision = changes.pop("layers", 2), changes.pop("precision", {})
     return RunConfig.model_validate(
         {
             "run": {"folder": "none", "seed": tiny.SEED},
@@ -70,6 +70,7 @@ def config(
             },
             "batch": {"sequences": 1, "micro_batch_sequences": 1},
             "training": {"total_steps": 3, "compute_dtype": dtype, **changes},
+            "precision": precision,
             "optimizer": {"lr": 1e-2},
             "schedule": {"kind": "constant"},
             "parallel": {**parallel, "context": context},
@@ -219,6 +220,16 @@ def test_planned_documents_in_fp32(run_ranks: RunRanks, store: str, name: str) -
     ranks, changes = LAYOUTS[name]
     found = run_ranks(errors, ranks, config(store, dtype="fp32", **changes))
     assert max(found) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["hdp4", "hdp4-zero3", "hdp3-full", "hdp3-offload"])
+def test_planned_documents_with_activations_saved_in_fp8(
+    run_ranks: RunRanks, store: str, name: str
+) -> None:
+    """Rings part documents by tokens, and what shares a scale is of one token."""
+    ranks, changes = LAYOUTS[name]
+    run = config(store, precision={"saved_activations": "fp8"}, **changes)
+    assert max(run_ranks(errors, ranks, run)) <= 1e-12
 
 
 @pytest.mark.parametrize("name", EXPERTS)

@@ -27,6 +27,12 @@ MOE = (
     "experts: {kind: swiglu, num_experts: 4, experts_per_token: 2, width: 16}}",
 )
 SPHERES = (*MOE, "optimizer={kind: muonh, lr: 0.02}")
+FP8 = ("precision.saved_activations=fp8",)
+# As many sequences on each rank, as rows of experts do not know which of them are filling.
+FP8_ROWS = (
+    "precision={saved_activations: fp8, linears: fp8_rowwise}",
+    "record.monitors.sequences=4",
+)
 DOCUMENTS = (
     "data.kind=documents",
     "data.max_document_tokens=60",
@@ -72,6 +78,8 @@ def slow(*values: Any) -> Any:
         slow((), ("parallel.zero={stage: 1, replicas: 2}",), 2),
         slow(DOCUMENTS, ("parallel.pp=2", "parallel.zero.stage=1"), 4),
         (DOCUMENTS, ("parallel.zero.stage=3",), 2),
+        (FP8, ("parallel.tp=2",), 2),
+        ((*MOE, *FP8_ROWS), ("parallel.ep=2",), 2),
     ],
 )
 def test_values_do_not_depend_on_the_layout(
@@ -90,6 +98,7 @@ def test_values_do_not_depend_on_the_layout(
     assert len(wanted[0]) > 30
     assert any(key.startswith("monitors/singular/") for key in wanted[1])
     assert ("monitors/sphere_drift/hidden" in wanted[0]) == (kind == SPHERES)
+    assert ("monitors/fp8_error/hidden" in wanted[0]) == ("fp8" in " ".join(kind))
     # Singular values are of the second step: their vectors, and Adam where gradients are almost
     # zero, enlarge what rounding does.
     assert not differences(found[0], wanted[0], 1e-4)

@@ -16,7 +16,7 @@ from allometry.models.loss import (
     reference_cross_entropy,
     row_kernels,
 )
-from allometry.models.products import _Multiply, add_product_, product
+from allometry.models.products import COMPUTE, _Multiply, add_product_, product
 
 pytestmark = [
     pytest.mark.gpu,
@@ -55,7 +55,7 @@ def test_gradients_of_joined_weights(compiled: bool) -> None:
     torch._dynamo.reset()
 
     def run(x: Tensor, *weights: Tensor) -> Tensor:
-        return _Multiply.apply(x, None, *weights)
+        return _Multiply.apply(x, None, *COMPUTE, *weights)
 
     y = (torch.compile(run, fullgraph=True) if compiled else run)(x, *weights)
     grads = torch.autograd.grad(y.float().square().sum(), [x, *weights])

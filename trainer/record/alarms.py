@@ -64,6 +64,9 @@ def find(row: Mapping[str, float | int], eps: Mapping[str, float], mean: float) 
         layer = next(n for n, value in of("attention_logit_max").items() if value == logit)
         alarming["attention_logit"] = {"value": logit, "layer": int(layer)}
     off = {r: v for r, v in of("sphere_drift").items() if abs(v) > LARGEST_SPHERE_DRIFT}
+    lost = {role: share for role, share in of("fp8_saturated_percent").items() if share > 0.0}
+    if lost:
+        alarming["fp8_saturated"] = {"percent": lost}
     if off:
         alarming["off_sphere"] = {"drift": off}
     return alarming

@@ -234,6 +234,13 @@ _MONITORS = tuple(
         ),
         ("sphere_drift/ROLE", "1", "largest of abs(‖W‖ / R - 1), where a rule keeps ‖W‖ at R"),
         (
+            "fp8_error/ROLE",
+            "1",
+            "of inputs of products that are read or kept in FP8: rms of the rounding over theirs",
+        ),
+        ("fp8_underflow_percent/ROLE", "%", "of these: elements that became 0"),
+        ("fp8_saturated_percent/ROLE", "%", "of these: elements clipped or in a block not finite"),
+        (
             "clip_rate",
             "1",
             "share of the steps since the last look, in this launch, whose gradient was clipped",

@@ -21,7 +21,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from allometry.configs.execution import MonitorConfig
-from allometry.models.observe import MAXIMA, OUTPUT, SUMS, Observer
+from allometry.models.observe import FP8_ROLES, MAXIMA, OUTPUT, ROUNDING, SUMS, Observer
 from allometry.optim.exchange import ShardedMatrixOps
 from allometry.optim.matrix_ops import squared_norms_of_parts
 from allometry.optim.shards import Placements
@@ -55,6 +55,7 @@ class _Seen:
     maxima: Tensor  # [N, len(MAXIMA)]
     output: Tensor  # [len(OUTPUT)]
     roles: Tensor  # [R, len(_STEP_SUMS)]
+    rounding: Tensor  # [len(FP8_ROLES), len(ROUNDING)]
     peaks: Tensor  # [R, 2]: largest epsilon, largest | ‖W‖/R − 1 |; −1 where there is none
     singular: dict[str, float] = field(default_factory=dict)
 
@@ -101,17 +102,18 @@ class Monitors(Callback):
             observed, self._observed = self._observed, None
             roles, peaks = self._changes.measure()
             for axis in _AXES:
-                for sums in (observed.sums, observed.output):
+                for sums in (observed.sums, observed.output, observed.rounding):
                     self._mesh.all_reduce_sum(sums, axis)
                 _all_reduce_max(observed.maxima, self._mesh, axis)
             self._mesh.all_reduce_sum(roles, "pp")
             _all_reduce_max(peaks, self._mesh, "pp")
-            seen = (observed.sums, observed.maxima, observed.output, roles, peaks)
+            of_model = observed.sums, observed.maxima, observed.output
+            seen = (*of_model, roles, observed.rounding, peaks)
             self._seen[step] = _Seen(*map(to_host, seen))
         every = self._config.singular_values_every_steps
         if every is not None and step % every == 0:
             singular = self._singular_values()
-            self._seen.setdefault(step, _Seen(*[torch.empty(0)] * 5)).singular = singular
+            self._seen.setdefault(step, _Seen(*[torch.empty(0)] * 6)).singular = singular
 
     @override
     def additions(self, finished: FinishedStep) -> Row:
@@ -131,6 +133,7 @@ class Monitors(Callback):
         self._steps = self._clipped = 0
         mean = _model_rows(row, seen)
         eps = _role_rows(row, seen)
+        _rounding_rows(row, seen)
         for kind, details in self._alarms.new(find(row, eps, mean)).items():
             self._report("alarm", step=finished.step, alarm=kind, **details)
         return row
@@ -141,6 +144,7 @@ class Monitors(Callback):
             self._num_layers,
             mesh.device,
             own=lambda x_BL: x_BL.tensor_split(mesh.tp.size, dim=1)[mesh.tp.rank],
+            copies=mesh.tp.size,
         )
         plan = self._batch_plan
         batches = self._sample(plan.sequences_before(step), plan.sequences(step))
@@ -286,6 +290,16 @@ def _model_rows(row: Row, seen: _Seen) -> float:
     for name in ("log_z", "squared_log_z"):
         row[f"monitors/output/{name}"] = output[name] / max(output["tokens"], 1.0)
     return float(layers[worst]["magnitudes"] / max(layers[worst]["elements"], 1.0))
+
+
+def _rounding_rows(row: Row, seen: _Seen) -> None:
+    """Add what FP8 did to the inputs of products, by the role of the weights."""
+    for role, values in zip(FP8_ROLES, seen.rounding.tolist(), strict=True):
+        of = dict(zip(ROUNDING, values, strict=True))
+        if of["elements"]:
+            row[f"monitors/fp8_error/{role}"] = math.sqrt(of["errors"] / max(of["squares"], 1e-300))
+            row[f"monitors/fp8_underflow_percent/{role}"] = 100 * of["underflows"] / of["elements"]
+            row[f"monitors/fp8_saturated_percent/{role}"] = 100 * of["saturated"] / of["elements"]
 
 
 def _role_rows(row: Row, seen: _Seen) -> dict[str, float]:

@@ -39,6 +39,11 @@ RUNS: dict[str, tuple[str, ...]] = {
     "forecast": ("training.total_steps=30", "record.forecast.every_steps=30"),
     "spheres": ("training.total_steps=2", "optimizer={kind: muonh, lr: 0.02}"),
     "experts": ("training.total_steps=2", f"model={json.dumps(MOE)}"),
+    "fp8": (
+        "training.total_steps=2",
+        f"model={json.dumps(MOE)}",
+        "precision={saved_activations: fp8, linears: fp8_rowwise}",
+    ),
     "documents": (
         "training.total_steps=2",
         "data.kind=documents",

@@ -85,7 +85,7 @@ class TestSettle:
         )
         assert (gone.name, gone.left_out) == ("one", {"three": "is absent"})
         torch_now = Choice("torch", "rule")
-        kernels = Kernels(gone, torch_now, torch_now, deterministic=False)
+        kernels = Kernels(gone, torch_now, torch_now, torch_now, deterministic=False)
         before = {key: {"name": "three"} for key in ("attention", "norm")}
         found = list(kernels.changes(before | {"deterministic": True}))
         assert [each["kernel"] for each in found] == ["attention", "norm", "training.deterministic"]

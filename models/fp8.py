@@ -1,0 +1,162 @@
+"""FP8 tensors with scales, and products of them: by torch's kernels on CUDA, emulated elsewhere.
+
+A scale is the largest magnitude of a block over the largest number of the type, so nothing finite
+is ever clipped. What is not finite makes its block NaN: it is never turned into 448.
+"""
+
+# M, N rows, K columns (what a product sums over), E groups, S rows sorted by group
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from allometry.scaling.precision import SAVED_GROUP
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+LARGEST = {E4M3: 448.0, E5M2: 57344.0}
+_LEAST_SCALE = 2.0**-126
+Block = tuple[int | None, int | None]
+"""Rows and columns under one scale; None: all of them."""
+
+SAVED: Block = (1, SAVED_GROUP)
+ACTIVATION_BLOCKS: dict[str, Block] = {
+    "fp8_tensorwise": (None, None),
+    "fp8_rowwise": (1, None),
+    "fp8_blockwise": (1, 128),
+}
+WEIGHT_BLOCKS: dict[str, Block] = {**ACTIVATION_BLOCKS, "fp8_blockwise": (128, 128)}
+
+
+class Quantised(NamedTuple):
+    """``values`` [..., M, K] in FP8 and ``scales`` [..., ceil(M / rows), ceil(K / columns)]."""
+
+    values: Tensor
+    scales: Tensor
+
+
+def quantise(
+    x: Tensor,
+    block: Block,
+    dtype: torch.dtype = E4M3,
+    scale_dtype: torch.dtype = torch.float32,
+) -> Quantised:
+    """Return x [..., M, K] rounded to ``dtype``, each block divided by its scale.
+
+    A block of zeros stays zeros; one with an infinity or a NaN becomes NaN as a whole.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    blocks = _in_blocks(wide, block)
+    largest = blocks.abs().amax(dim=(-3, -1), keepdim=True)
+    # Rounded as it will be kept, so that both sides use one number.
+    scales = (largest / LARGEST[dtype]).clamp(min=_LEAST_SCALE).to(scale_dtype)
+    # A scale that was rounded down would carry the largest past the type's end.
+    divided = (blocks / scales.to(wide.dtype)).clamp(-LARGEST[dtype], LARGEST[dtype])
+    values = _from_blocks(divided, x.shape).to(dtype)
+    return Quantised(values, scales.squeeze(-1).squeeze(-2))
+
+
+def dequantise(x: Quantised, block: Block, dtype: torch.dtype) -> Tensor:
+    """Return values times scales in ``dtype``."""
+    wide = torch.promote_types(dtype, torch.float32)
+    blocks = _in_blocks(x.values.to(wide), block) * x.scales.to(wide)[..., :, None, :, None]
+    return _from_blocks(blocks, x.values.shape).to(dtype)
+
+
+def _in_blocks(x: Tensor, block: Block) -> Tensor:
+    """Return [..., M/rows, rows, K/columns, columns], filled up with zeros."""
+    M, K = x.shape[-2:]
+    rows, columns = block[0] or max(M, 1), block[1] or max(K, 1)
+    below, beside = -M % rows, -K % columns
+    if below or beside:
+        x = F.pad(x, (0, beside, 0, below))
+    shape = (*x.shape[:-2], (M + below) // rows, rows, (K + beside) // columns, columns)
+    return x.reshape(shape)
+
+
+def _from_blocks(blocks: Tensor, shape: torch.Size) -> Tensor:
+    m, rows, k, columns = blocks.shape[-4:]
+    whole = blocks.reshape(*shape[:-2], m * rows, k * columns)
+    return whole[..., : shape[-2], : shape[-1]]
+
+
+def save(x: Tensor) -> Quantised:
+    """Return x [..., K] as it is kept for backward: 1.125 bytes a number."""
+    return quantise(x.reshape(-1, x.shape[-1]), SAVED, scale_dtype=torch.bfloat16)
+
+
+def restore(values: Tensor, scales: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Return what ``save`` kept."""
+    return dequantise(Quantised(values, scales), SAVED, dtype).view(shape)
+
+
+def gradient_type(recipe: str, gradients: str | None) -> torch.dtype:
+    """Return the type of incoming gradients under ``precision.linears`` and ``.gradients``."""
+    if gradients is None:
+        gradients = "e5m2" if recipe == "fp8_tensorwise" else "e4m3"
+    return E5M2 if gradients == "e5m2" else E4M3
+
+
+def scaled_product(
+    a: Quantised, b: Quantised, recipe: str, dtype: torch.dtype, *, fast: bool = False
+) -> Tensor:
+    """Return a [M, K] times b [N, K] transposed in ``dtype``, sums in fp32.
+
+    ``a`` has the recipe's blocks of activations, ``b`` of weights. ``fast``: let Hopper's tensor
+    cores keep sums in fewer bits, as is usual forward.
+    """
+    if a.values.is_cuda:
+        return _on_cuda(a, b, recipe, dtype, fast)
+    return emulated_product(a, b, recipe, dtype)
+
+
+def emulated_product(a: Quantised, b: Quantised, recipe: str, dtype: torch.dtype) -> Tensor:
+    """Return ``scaled_product`` of the same FP8 numbers by fp32 products: its plain twin."""
+    wide = torch.promote_types(dtype, torch.float32)
+    if recipe == "fp8_blockwise":
+        blocks = ACTIVATION_BLOCKS[recipe], WEIGHT_BLOCKS[recipe]
+        return (dequantise(a, blocks[0], wide) @ dequantise(b, blocks[1], wide).t()).to(dtype)
+    made = a.values.to(wide) @ b.values.to(wide).t()
+    return (made * (a.scales.to(wide) * b.scales.to(wide).t())).to(dtype)
+
+
+def _on_cuda(a: Quantised, b: Quantised, recipe: str, dtype: torch.dtype, fast: bool) -> Tensor:
+    left, right = a.values, b.values
+    if left.shape[1] % 16:  # tokens, in the gradient of a weight
+        beside = (0, -left.shape[1] % 16)
+        left, right = (F.pad(x.view(torch.uint8), beside).view(x.dtype) for x in (left, right))
+    scale_a, scale_b = a.scales, b.scales.t()
+    if recipe == "fp8_rowwise":
+        scale_a, scale_b = scale_a.contiguous(), scale_b.contiguous()
+    elif recipe == "fp8_blockwise":
+        # cuBLAS reads the scales of 1 x 128 along the rows, and rows of 128 x 128 of 4 at a time.
+        scale_a = scale_a.t().contiguous().t()
+        grid = b.scales
+        scale_b = F.pad(grid, (0, -grid.shape[1] % 4))[:, : grid.shape[1]].t()
+        fast = False
+    return torch._scaled_mm(
+        left.contiguous(),
+        right.contiguous().t(),
+        scale_a=scale_a,
+        scale_b=scale_b,
+        out_dtype=dtype,
+        use_fast_accum=fast,
+    )
+
+
+def grouped_on_cuda(
+    x: Quantised, weights: Quantised, offsets_E: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Return each row of x [S, K] times the transposed matrix [N, K] of its group; row scales."""
+    return torch._scaled_grouped_mm(
+        x.values,
+        weights.values.contiguous().transpose(-2, -1),
+        scale_a=x.scales.flatten(),
+        scale_b=weights.scales.flatten(1),
+        offs=offsets_E,
+        out_dtype=dtype,
+        use_fast_accum=True,
+    )

@@ -1,0 +1,52 @@
+"""What FP8 asks of a layout: groups of numbers that share a scale must lie together on any."""
+
+from __future__ import annotations
+
+from allometry.configs.errors import UserError
+from allometry.configs.model import ModelConfig, MoEModel
+from allometry.configs.run import RunConfig
+
+SAVED_GROUP = 16
+"""Numbers of a row under one scale in what is kept for backward (COAT, arXiv 2410.19313)."""
+
+SAVED_BYTES = 1 + 2 / SAVED_GROUP
+"""Bytes of a number that is kept in FP8, with its share of a bf16 scale."""
+
+_BLOCK = 128
+
+
+def cut_widths(model: ModelConfig) -> dict[str, int]:
+    """Return the widths that tensor parallelism cuts and products sum over, by key."""
+    cut = {"model.num_heads x model.head_dim": model.num_heads * model.head_width}
+    if model.ffn_width is not None:
+        cut["model.ffn_width"] = model.ffn_width
+    if isinstance(model, MoEModel):
+        cut["model.experts.width"] = model.experts.width
+        if model.experts.num_shared_experts:
+            cut["width of the shared experts"] = (
+                model.experts.width * model.experts.num_shared_experts
+            )
+    return cut
+
+
+def check_precision(config: RunConfig, tp: int) -> None:
+    """Refuse a layout on which other numbers would share a scale than on one rank."""
+    precision, model = config.precision, config.model
+    past = [layer for layer in precision.compute_layers if layer >= model.num_layers]
+    if past:
+        raise UserError(
+            f"precision.compute_layers={list(precision.compute_layers)} names layer {past[0]}, but "
+            f"model.num_layers={model.num_layers}; layers are counted from 0"
+        )
+    asked = {
+        "precision.saved_activations=fp8": SAVED_GROUP * (precision.saved_activations == "fp8"),
+        "precision.linears=fp8_blockwise": _BLOCK * (precision.linears == "fp8_blockwise"),
+    }
+    for key, group in asked.items():
+        for name, size in cut_widths(model).items():
+            if tp > 1 and group and size // tp % group:
+                raise UserError(
+                    f"{key} scales {group} numbers together, which parallel.tp={tp} would part: "
+                    f"{name}={size} over {tp} ranks is no multiple of {group}; use a smaller "
+                    "parallel.tp or another width"
+                )
