@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.optim import AdamW as TorchAdamW
 from torch.optim import Optimizer
 
-from allometry.configs.optimization import AdamW, OptimizerConfig
+from allometry.configs.optimization import AdamW, Fp8StatesConfig, OptimizerConfig
 from allometry.optim import adamw
 from allometry.optim.exchange import ShardedMatrixOps
+from allometry.optim.fp8_states import Fp8States
 from allometry.optim.groups import parameter_groups
 from allometry.optim.matrix_ops import LocalMatrixOps
 from allometry.optim.optimizer import RuleOptimizer
@@ -33,17 +34,20 @@ def build_optimizer(
 
     Each group keeps its ``peak_lr``; its ``lr`` is the peak until ``set_lr`` is called. AdamW is
     torch's fused kernel on every device, for plain tensors and DTensors alike: elementwise, so
-    right on shards. All else is a ``RuleOptimizer``: ``mesh`` is where its parameters are sharded
-    (None: every one is whole), and ``seed`` is that of what rules draw.
+    right on shards. All else, and AdamW with states in FP8, is a ``RuleOptimizer``: ``mesh`` is
+    where its parameters are sharded (None: every one is whole), and ``seed`` is that of what rules
+    draw.
 
     Raises:
         UserError: see ``parameter_groups`` and ``RuleOptimizer``.
     """
     groups = parameter_groups(named_parameters, specs, parameterization, config)
-    if isinstance(config, AdamW):
+    states = getattr(config, "states", None)
+    fp8 = Fp8States(states.rounding, seed) if isinstance(states, Fp8StatesConfig) else None
+    if isinstance(config, AdamW) and fp8 is None:
         return TorchAdamW(groups, betas=(config.beta1, config.beta2), fused=True)
     for group in groups:
-        group["seed"] = seed
+        group["seed"], group["fp8"] = seed, fp8
     ops = LocalMatrixOps() if mesh is None or mesh.world_size == 1 else ShardedMatrixOps(mesh)
     return RuleOptimizer(groups, ops)
 
