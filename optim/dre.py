@@ -32,7 +32,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-GROUP = 128
+from allometry.scaling.update_rules import FP8_GROUP
+
+GROUP = FP8_GROUP
 """Elements of a row that share a scale and an exponent."""
 
 STEPS = 16

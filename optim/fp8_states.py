@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, Literal
@@ -53,6 +53,13 @@ class Groups:
             cuts *= size
         assert columns % cuts == 0, (parameter.shape, cuts)
         return cls(columns, 1 if columns // cuts % GROUP == 0 else cuts)
+
+    @classmethod
+    def named(cls, parameter: Tensor, key: str, names: Collection[str]) -> Groups:
+        """Return the groups that the names of a saved state's tensors tell of."""
+        whole = f"{key}.scale"
+        (suffix,) = (name.removeprefix(whole) for name in names if name.startswith(whole))
+        return cls(parameter.shape[-1], int(suffix.removeprefix(".cut") or 1))
 
     @property
     def number(self) -> int:
@@ -148,6 +155,12 @@ def values_of(parameter: Tensor, tensors: Tensors, key: str, groups: Groups) -> 
     sizes = table.values[part.exponent.long()[..., group_C], (codes & 127).long()]
     x = sizes * part.scale[..., group_C]
     return torch.where(codes > 127, -x, x)
+
+
+def write_values(tensors: Tensors, key: str, groups: Groups, values: Tensor) -> None:
+    """Round this rank's part of a state, fp32, into tensors of its own layout."""
+    part = Encoded(*(local(tensors[name]) for name in names(key, groups.suffix)))
+    dre.encode(values.contiguous(), part, Table.on(part.q.device))
 
 
 @dataclass

@@ -128,7 +128,7 @@ def _held(part: RankParts, optimizer: OptimizerConfig | None) -> tuple[int, int]
     specs = part.specs()
     parameters = _FP32 * sum(map(part.held, specs))
     trained = filter(part.trains, specs)
-    return parameters, sum(state_bytes(spec, part.held(spec), optimizer) for spec in trained)
+    return parameters, sum(state_bytes(spec, part.shard(spec), optimizer) for spec in trained)
 
 
 def _reduction(

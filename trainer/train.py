@@ -60,6 +60,7 @@ from allometry.trainer.state import checkpoint
 from allometry.trainer.state.folder import RunFolder
 from allometry.trainer.state.resume import Start, begin, read_again
 from allometry.trainer.state.room import checkpoint_bytes
+from allometry.trainer.state.states import load
 from allometry.trainer.stop import StopSignals
 
 MANY_EPOCHS = 4
@@ -142,6 +143,7 @@ class _Run:
         self.planner = DocumentPlanner(config, plan.layout) if documents else None
         self.parallel = make_model(config, plan, mesh)
         self.optimizer = make_optimizer(config, plan, self.parallel, mesh)
+        self.converted: dict[str, int] = {}
         self.progress = self._restore()
         self.peak = hardware.peak(mesh.device, torch_dtype(config.training.compute_dtype))
 
@@ -151,19 +153,18 @@ class _Run:
         progress = Progress(start.step, areas, saved_step=start.step or None)
         if start.checkpoint is None or start.facts is None:
             return progress
+        names = {parameter: name for name, parameter in self.parallel.named_parameters()}
         if start.weights_only:  # converted from elsewhere: training itself begins afresh
-            named = self.parallel.named_parameters()
-            state = {f"model.{name}": p.detach() for name, p in named}
+            state = {f"model.{name}": p.detach() for p, name in names.items()}
             if start.facts.get("optimizer", False):
                 init_states(self.optimizer)
-                names = {parameter: name for name, parameter in self.parallel.named_parameters()}
                 state |= checkpoint.optimizer_state(self.optimizer, names)
         else:
             init_states(self.optimizer)
             state = state_tensors(self.parallel, self.optimizer)
             areas.load_state_dict(start.facts["areas"])
             progress.flops = start.facts["flops"]
-        checkpoint.load(start.checkpoint, state, self.mesh)
+        self.converted = load(start.checkpoint, state, self.optimizer, names, self.mesh)
         return progress
 
     def train(
@@ -297,6 +298,8 @@ class _Run:
         else:
             name, dropped = start.checkpoint.name, start.dropped_rows
             report("resumed", step=start.step, checkpoint=name, dropped_rows=dropped)
+        for change, states in self.converted.items():
+            report("states_converted", step=start.step, change=change, states=states)
 
 
 def _open_stream(config: RunConfig, plan: RunPlan) -> Stream | DocumentStream:

@@ -38,10 +38,10 @@ from allometry.trainer.feed import (
     sequence_steps,
 )
 from allometry.trainer.loop import Progress, state_tensors
-from allometry.trainer.state import checkpoint
 from allometry.trainer.state.checkpoint import Checkpointer
 from allometry.trainer.state.folder import RunFolder, write_atomically
 from allometry.trainer.state.room import checkpoint_bytes
+from allometry.trainer.state.states import load
 from allometry.trainer.train import train
 
 CPU = torch.device("cpu")
@@ -205,9 +205,8 @@ def _rewrite(job: Job, source: Path) -> None:
         parallel = make_model(config, plan, mesh)
         optimizer = make_optimizer(config, plan, parallel, mesh)
         init_states(optimizer)
-        checkpoint.load(
-            source / "checkpoints" / f"step-{STOP}", state_tensors(parallel, optimizer), mesh
-        )
+        path, state = source / "checkpoints" / f"step-{STOP}", state_tensors(parallel, optimizer)
+        load(path, state, optimizer, {p: n for n, p in parallel.named_parameters()}, mesh)
         folder = RunFolder(config.run.folder)
         if mesh.is_main:
             folder.checkpoints.mkdir(parents=True)
