@@ -10,8 +10,9 @@ The paper and its kernel write the same map with a centre c and a scale s, y = (
 s = (M/c)^k / 448, from which c cancels. M is fp32, so that a group whose gradients are zero decays
 with its averages; a narrower one would stand still once a step changes less than its last place.
 k is a multiple of 1/16, the largest for which the least magnitude that is not zero does not fall
-below the format (at most 255/16). q of one byte, M of four and k of one for 128 elements are
-1.04 bytes for an element.
+below the format (at most 255/16). A group keeps the k it has while that is within 1/16 of it: a new
+k moves every value, and averages that hardly change would gather an error at each step. q of one
+byte, and M of four and k of one for 128 elements, are 1.04 bytes for an element.
 
 Values of the format are read from a table, and rounding only compares fp32 numbers with it: the
 bits are the same on every device and wherever an element lies. All bytes 0 are zeros. A group with
@@ -46,17 +47,22 @@ LARGEST = 126
 LOG2_RANGE = math.log2(448.0**2 / 2.0)
 """k log2(M/least) is no more, as in COAT's kernel: the least is kept as 2.3 times E4M3's least."""
 
+LOG2_KEPT_RANGE = math.log2(448.0 / (1.5 * 2.0**-9))
+"""The same while k stays: the least does not fall below the least but one that E4M3 has."""
+
 _CHUNK = 1 << 18  # elements whose temporary copies exist at once
 
 
 class Table(NamedTuple):
     """``values`` [256, 128]: (q/448)^(1/k) by 16k and code, fp32, row 0 zeros and code 127 unused.
 
-    ``ranges`` [256]: the largest M/least for which 16k may be 255, 254, ...; ascending, and 0 last.
+    ``ranges`` [256]: the largest M/least for which 16k may be 255, 254, ... 1, 0, ascending;
+    ``kept_ranges`` [256]: that for which it may stay 0, 1, ... 255.
     """
 
     values: Tensor
     ranges: Tensor
+    kept_ranges: Tensor
 
     @classmethod
     def on(cls, device: torch.device) -> Table:
@@ -66,8 +72,9 @@ class Table(NamedTuple):
         exponents = torch.arange(256, dtype=torch.float64, device=device).clamp(min=1.0) / STEPS
         values = F.pad(share.log2() / exponents[:, None], (0, 1), value=-math.inf).exp2()
         values[0] = 0.0
-        ranges = torch.exp2(LOG2_RANGE / exponents)
-        return cls(values.float(), ranges.float().flip(0).contiguous())
+        ranges, kept = (torch.exp2(limit / exponents) for limit in (LOG2_RANGE, LOG2_KEPT_RANGE))
+        kept[0] = 0.0
+        return cls(values.float(), ranges.float().flip(0).contiguous(), kept.float())
 
 
 class Encoded(NamedTuple):
@@ -159,7 +166,8 @@ def decode_rows(part: Encoded, table: Table) -> Tensor:
 
 
 def encode(x: Tensor, to: Encoded, table: Table, dither: Dither | None = None) -> Tensor:
-    """Write values [..., C], fp32, into ``to``; return what ``encode_rows`` does, [R, G, 4]."""
+    """Write values [..., C], fp32, into ``to``, where the state was before this step; return what
+    ``encode_rows`` does, [R, G, 4]."""
     flat = x.view(-1, x.shape[-1]) if x.numel() else x
     seen = [encode_rows(flat[rows], part, table, rows, dither) for rows, part in to.rows()]
     return torch.cat(seen) if seen else x.new_zeros(0, num_groups(x.shape[-1]), 4)
@@ -179,8 +187,7 @@ def encode_rows(
     size_RGW = x_RGW.abs()
     scale_RG = size_RGW.amax(2)
     least_RG = torch.where(size_RGW > 0.0, size_RGW, math.inf).amin(2)
-    exponent_RG = torch.searchsorted(table.ranges, scale_RG / least_RG)
-    exponent_RG = torch.where(scale_RG != 0.0, 255 - exponent_RG.clamp(max=254), 0)
+    exponent_RG = _exponents(scale_RG, scale_RG / least_RG, to.exponent.long(), table)
     # Of zeros the quotient is not a number.
     share_RGW = torch.where(scale_RG[..., None] == 0.0, 0.0, size_RGW / scale_RG[..., None])
     power_RG1 = exponent_RG[..., None].clamp(min=1).float() / STEPS
@@ -209,6 +216,13 @@ def encode_rows(
     sums = error_RGW.square().sum(2), share_RGW.square().sum(2)
     counts = lost_RGW.sum(2), (code_RGW == LARGEST).sum(2)
     return torch.stack([*sums, *(count.float() for count in counts)], 2)
+
+
+def _exponents(scale_RG: Tensor, ratio_RG: Tensor, had_RG: Tensor, table: Table) -> Tensor:
+    """Return 16k of groups, of whose values the largest is so many times the least."""
+    best_RG = 255 - torch.searchsorted(table.ranges, ratio_RG).clamp(max=254)
+    stays_RG = (ratio_RG <= table.kept_ranges[had_RG]) & (had_RG * 16 >= best_RG * 15 - 16)
+    return torch.where(scale_RG == 0.0, 0, torch.where(stays_RG, had_RG, best_RG))
 
 
 def _grouped(x_RC: Tensor) -> Tensor:

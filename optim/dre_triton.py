@@ -156,8 +156,8 @@ def _random(rows, first_column, key_1, key_2, row_b, column_bW, inside_b):
 
 
 @triton.jit
-def _exponent(scale_b, least_b, ranges):
-    """Return 16k: a guess, corrected by the table."""
+def _exponent(scale_b, least_b, had_b, ranges, kept_ranges):
+    """Return 16k: a guess, corrected by the table, or what it was."""
     ratio_b = tl.div_rn(scale_b, least_b)
     guess_b = tl.minimum(_RANGE / tl.log2(tl.maximum(ratio_b, 1.0000001)), 255.0)
     code_b = tl.minimum(tl.maximum(tl.maximum(guess_b, 1.0).to(tl.int32), 1), 255)
@@ -165,6 +165,8 @@ def _exponent(scale_b, least_b, ranges):
     code_b = tl.where((code_b < 255) & more_b, code_b + 1, code_b)
     less_b = tl.load(ranges + (255 - code_b)) < ratio_b
     code_b = tl.where((code_b > 1) & less_b, code_b - 1, code_b)
+    stays_b = (ratio_b <= tl.load(kept_ranges + had_b)) & (had_b * 16 >= code_b * 15 - 16)
+    code_b = tl.where(stays_b, had_b, code_b)
     return tl.where(scale_b == 0.0, 0, code_b)
 
 
@@ -180,7 +182,7 @@ def _guess(share_bW, power_b):
 
 @triton.jit
 def _write(
-    x_bW, q, scale, exponent, values, ranges, seen, rows, first_column, key_1, key_2,
+    x_bW, q, scale, exponent, values, ranges, kept_ranges, seen, rows, first_column, key_1, key_2,
     group_b, groups, row_b, column_bW, at_bW, there_bW, WATCH: tl.constexpr,
 ):  # fmt: skip
     """``dre.encode_rows`` for the groups of a program."""
@@ -190,7 +192,8 @@ def _write(
     number_b = tl.min((size_bW == size_bW).to(tl.int32), 1) == 1  # a maximum may pass over NaN
     scale_b = tl.where(number_b, scale_b, float("nan"))
     least_b = tl.min(tl.where(size_bW > 0.0, size_bW, float("inf")), 1)
-    exponent_b = _exponent(scale_b, least_b, ranges)
+    had_b = tl.load(exponent + group_b, mask=inside_b, other=0).to(tl.int32)
+    exponent_b = _exponent(scale_b, least_b, had_b, ranges, kept_ranges)
     share_bW = tl.div_rn(size_bW, tl.where(scale_b == 0.0, 1.0, scale_b)[:, None])
     code_bW = _guess(share_bW, exponent_b.to(tl.float32) / _STEPS)
     first_bW = values + exponent_b[:, None] * 128
@@ -229,20 +232,21 @@ def _decode_kernel(
 
 @triton.jit
 def _encode_kernel(
-    x, q, scale, exponent, values, ranges, seen, rows, first_column, key_1, key_2,
+    x, q, scale, exponent, values, ranges, kept_ranges, seen, rows, first_column, key_1, key_2,
     groups, groups_in_row, columns, WATCH: tl.constexpr, b: tl.constexpr,
 ):  # fmt: skip
     group_b, row_b, column_bW, at_bW, there_bW = _places(groups, groups_in_row, columns, b)
     x_bW = tl.load(x + at_bW, mask=there_bW, other=0.0)
     _write(
-        x_bW, q, scale, exponent, values, ranges, seen, rows, first_column, key_1, key_2,
+        x_bW, q, scale, exponent, values, ranges, kept_ranges, seen,
+        rows, first_column, key_1, key_2,
         group_b, groups, row_b, column_bW, at_bW, there_bW, WATCH,
     )  # fmt: skip
 
 
 @triton.jit
 def _adamw_kernel(
-    part, gradient, m_q, m_scale, m_exponent, v_q, v_scale, v_exponent, values, ranges,
+    part, gradient, m_q, m_scale, m_exponent, v_q, v_scale, v_exponent, values, ranges, kept_ranges,
     m_seen, v_seen, rows, first_column, m_key_1, m_key_2, v_key_1, v_key_2,
     keep, lr, new_1, beta_2, new_2, correction_1, correction_2, eps,
     groups, groups_in_row, columns, WATCH: tl.constexpr, b: tl.constexpr,
@@ -258,12 +262,12 @@ def _adamw_kernel(
     p_bW = tl.load(part + at_bW, mask=there_bW, other=0.0)
     tl.store(part + at_bW, p_bW * keep - lr * direction_bW, mask=there_bW)
     _write(
-        m_bW, m_q, m_scale, m_exponent, values, ranges, m_seen,
+        m_bW, m_q, m_scale, m_exponent, values, ranges, kept_ranges, m_seen,
         rows, first_column, m_key_1, m_key_2,
         group_b, groups, row_b, column_bW, at_bW, there_bW, WATCH,
     )  # fmt: skip
     _write(
-        v_bW, v_q, v_scale, v_exponent, values, ranges, v_seen,
+        v_bW, v_q, v_scale, v_exponent, values, ranges, kept_ranges, v_seen,
         rows, first_column, v_key_1, v_key_2,
         group_b, groups, row_b, column_bW, at_bW, there_bW, WATCH,
     )  # fmt: skip

@@ -37,6 +37,10 @@ Tensors = dict[str, Tensor]
 """The states of one parameter by name."""
 
 
+KEYS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
+"""States that may be in FP8."""
+
+
 @dataclass(frozen=True)
 class Groups:
     """How the rows of a parameter are cut into groups: all ``columns`` into ``cuts`` equal parts,

@@ -54,6 +54,7 @@ from allometry.trainer.record.forecast import Forecaster
 from allometry.trainer.record.monitors import Monitors
 from allometry.trainer.record.rows import PlanRows, RoutingRows
 from allometry.trainer.record.sample import Sample
+from allometry.trainer.record.states import CompressedStates
 from allometry.trainer.record.timing import StepTimer, clock_of
 from allometry.trainer.save import Saver
 from allometry.trainer.state import checkpoint
@@ -240,6 +241,9 @@ class _Run:
             num_layers=config.model.num_layers,
             clip_grad_norm=config.training.clip_grad_norm,
         )
+        fp8 = self.optimizer.param_groups[0].get("fp8")
+        if fp8 is not None:
+            yield CompressedStates(wanted, self.optimizer, fp8, self.mesh, self.report)
 
     def _evaluation(self) -> Evaluation:
         evaluation, mesh = self.config.evaluation, self.mesh

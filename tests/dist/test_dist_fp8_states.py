@@ -18,7 +18,7 @@ import tiny
 from allometry.configs.run import RunConfig
 from allometry.models.build import parameter_specs
 from allometry.optim.build import build_optimizer, init_states
-from allometry.optim.fp8_states import Fp8States, Groups
+from allometry.optim.fp8_states import KEYS, Fp8States, Groups
 from allometry.parallel.apply import Parallel
 from allometry.parallel.mesh import local
 from allometry.trainer.loop import state_tensors
@@ -31,7 +31,6 @@ from thinned import thinned
 
 RunRanks = Callable[..., list[Any]]
 Make = Callable[..., RunConfig]
-KEYS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 KINDS = {
     "adamw": ("adamw", "nearest"),
     "adamw at random": ("adamw", "stochastic"),
@@ -54,6 +53,7 @@ def config(layout: dict[str, Any], kind: str, model: dict[str, Any] = WIDE) -> R
     states = {"kind": "fp8", "rounding": rounding}
     optimizer = {"kind": name, "lr": 2e-2, "states": states}
     run = tiny.config(0, "fp32").model_dump() | {"model": model, "optimizer": optimizer}
+    run["batch"] = {"sequences": 24, "micro_batch_sequences": 1}
     return RunConfig.model_validate(run | {"parallel": layout})
 
 

@@ -13,12 +13,9 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 
 from allometry.optim import fp8_states
-from allometry.optim.fp8_states import Groups
+from allometry.optim.fp8_states import KEYS, Groups
 from allometry.parallel.mesh import Mesh, local
 from allometry.trainer.state import checkpoint
-
-_KEYS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
-"""States that may be in FP8."""
 
 
 def load(
@@ -87,7 +84,7 @@ def _others(
                 by_prefix[name[: end + 1]].append(name[end + 1 :])
     for parameter, held in optimizer.state.items():
         prefix = f"optimizer.{names[parameter]}."
-        for key in _KEYS:
+        for key in KEYS:
             mine = {n: t for n, t in held.items() if n == key or n.startswith(f"{key}.")}
             theirs = [n for n in by_prefix[prefix] if n == key or n.startswith(f"{key}.")]
             if not mine or not theirs or mine.keys() == set(theirs):
