@@ -19,7 +19,7 @@ bits are the same on every device and wherever an element lies. All bytes 0 are 
 a number that is not finite decodes to numbers that are not finite, never to 448.
 """
 
-# R rows, C columns, G groups in a row
+# R rows, C columns, G groups in a row, W elements of a group, V codes
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ LOG2_RANGE = math.log2(448.0**2 / 2.0)
 LOG2_KEPT_RANGE = math.log2(448.0 / (1.5 * 2.0**-9))
 """The same while k stays: the least does not fall below the least but one that E4M3 has."""
 
-_CHUNK = 1 << 18  # elements whose temporary copies exist at once
+_CHUNK = 1 << 16  # elements whose temporary copies exist at once
 
 
 class Table(NamedTuple):
@@ -158,9 +158,8 @@ def decode_rows(part: Encoded, table: Table) -> Tensor:
     """Return a few rows' values, fp32 [R, C]."""
     codes_RC = part.q.view(torch.uint8)
     columns = codes_RC.shape[1]
-    index_RGW = _grouped(codes_RC & 127).long()
-    index_RGW += part.exponent.long()[..., None] * table.values.shape[1]
-    x_RGW = table.values.view(-1)[index_RGW].mul_(part.scale[..., None])
+    values_RGV = table.values[part.exponent.long()]
+    x_RGW = values_RGV.gather(2, _grouped(codes_RC & 127).long()).mul_(part.scale[..., None])
     x_RC = x_RGW.flatten(1)[:, :columns]
     return torch.where(codes_RC > 127, -x_RC, x_RC)
 
@@ -193,13 +192,12 @@ def encode_rows(
     power_RG1 = exponent_RG[..., None].clamp(min=1).float() / STEPS
     # About the code, one off at most; exact is what the table says.
     guess_RGW = share_RGW.pow(power_RG1).mul_(448.0).to(torch.float8_e4m3fn).view(torch.uint8)
-    first_RG1 = exponent_RG[..., None] * table.values.shape[1]
-    values = table.values.view(-1)
+    values_RGV = table.values[exponent_RG]
     code_RGW = guess_RGW.long().clamp_(max=LARGEST)
-    code_RGW -= (values[code_RGW + first_RG1] > share_RGW).long()
+    code_RGW -= (values_RGV.gather(2, code_RGW) > share_RGW).long()
     code_RGW.clamp_(0, LARGEST - 1)
-    below_RGW = values[code_RGW + first_RG1]
-    above_RGW = values[code_RGW + (first_RG1 + 1)]
+    below_RGW = values_RGV.gather(2, code_RGW)
+    above_RGW = values_RGV.gather(2, code_RGW + 1)
     rest_RGW, step_RGW = share_RGW - below_RGW, above_RGW - below_RGW
     if dither is None:
         up_RGW = rest_RGW > above_RGW - share_RGW

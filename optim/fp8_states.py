@@ -275,9 +275,11 @@ class Fp8States:
         sums = torch.zeros(len(SEEN), dtype=torch.float64, device=part.q.device)
         if seen is not None and part.q.numel():
             error_RG, square_RG, lost_RG, most_RG = seen.double().unbind(2)
-            some_RG = square_RG > 0.0
+            finite_RG = part.scale.isfinite().view(square_RG.shape)
+            some_RG = (square_RG > 0.0) & finite_RG
             relative = torch.where(some_RG, error_RG / square_RG.clamp(min=1e-300), 0.0)
-            bad = (~part.scale.isfinite()).sum().double()
+            lost_RG, most_RG = (torch.where(finite_RG, x, 0.0) for x in (lost_RG, most_RG))
+            bad = (~finite_RG).sum().double()
             sums += torch.stack([relative.sum(), some_RG.sum(), lost_RG.sum(), most_RG.sum(), bad])
         self.watched[parameter, key] = sums
 
