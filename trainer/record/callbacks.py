@@ -101,6 +101,7 @@ _SAID = {
     "started": "starting over: the last launch ended before its first checkpoint "
     "({dropped_rows} rows of its record dropped)",
     "branched": "branching from {parent} after its step {step}",
+    "states_converted": "optimizer states: {states} were converted, {change}",
     "same_documents": "WARNING: the run that these weights come from has read the documents of "
     "{sources} in the same order (run.seed={seed}); with another run.seed the order is another",
     "already_finished": "nothing to do: the run is complete, all {step} steps are taken",
