@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from allometry.configs.loader import dump
+from allometry.configs.optimization import Fp32States
 from allometry.configs.run import RunConfig
 from allometry.data.documents import DocumentStream
 from allometry.data.stream import open_stream
@@ -184,7 +185,11 @@ def _count(tolerance: Mapping[str, float]) -> int:
 
 def _in(config: RunConfig, dtype: str) -> RunConfig:
     training = config.training.model_copy(update={"compute_dtype": dtype})
-    return config.model_copy(update={"training": training})
+    optimizer = config.optimizer
+    if hasattr(optimizer, "states"):
+        # A gradient's last place may decide to which FP8 number a state is rounded.
+        optimizer = optimizer.model_copy(update={"states": Fp32States()})
+    return config.model_copy(update={"training": training, "optimizer": optimizer})
 
 
 def _named(job: Job, name: str) -> RunConfig:

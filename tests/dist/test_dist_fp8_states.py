@@ -16,6 +16,8 @@ from torch.distributed.tensor import DTensor
 
 import tiny
 from allometry.configs.run import RunConfig
+from allometry.launch.studies.commands import Verify
+from allometry.launch.studies.verify import verified
 from allometry.models.build import parameter_specs
 from allometry.optim.build import build_optimizer, init_states
 from allometry.optim.fp8_states import KEYS, Fp8States, Groups
@@ -25,6 +27,7 @@ from allometry.scaling.plan import RunPlan
 from allometry.studies.rehearse import rehearse
 from allometry.trainer.loop import state_tensors
 from allometry.trainer.state.states import load
+from asked import about
 from placed import LAYOUTS, MOE, like
 from run_folders import events, rows
 from test_dist_optimizers import begun, rules, take_steps
@@ -293,3 +296,12 @@ def test_two_resumes_change_no_bit_and_the_run_goes_on_elsewhere(
     told = [event for event in events(tmp_path / "parts") if event["event"] == "states_converted"]
     # Columns of 32 and 64 are cut in two by tp alone.
     assert bool(told) == (parallel == {"tp": 2})
+
+
+@pytest.mark.slow
+def test_layouts_are_certified(tiny: Make, tmp_path: Path) -> None:
+    """Columns cut by tp too, where groups are others."""
+    config = tiny("optimizer.states.kind=fp8")
+    asked = Verify(config="", layout=("tp=2", "zero.stage=2"), out=tmp_path / "certificate.json")
+    report = verified(about(config, asked))
+    assert report.passed, report.text

@@ -65,7 +65,8 @@ class CompressedStates(Callback):
 
     def _sums(self, watched: Mapping[tuple[Tensor, str], Tensor]) -> Tensor:
         """Return sums over this stage, [R, K, S], with the number of elements last."""
-        parameters, partials = [], []
+        parameters: list[Tensor] = []
+        partials: list[Tensor] = []
         for (parameter, _), sums_S in watched.items():
             part = local(parameter.detach())
             # Of a stack of matrices all sums stand with its first one here.
