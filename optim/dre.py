@@ -66,15 +66,16 @@ class Table(NamedTuple):
 
     @classmethod
     def on(cls, device: torch.device) -> Table:
-        """Return the table on a device."""
-        codes = torch.arange(LARGEST + 1, dtype=torch.uint8, device=device)
+        """Return the table on a device; computed on a CPU, so that all have the same bits."""
+        codes = torch.arange(LARGEST + 1, dtype=torch.uint8, device="cpu")
         share = codes.view(torch.float8_e4m3fn).double() / 448.0
-        exponents = torch.arange(256, dtype=torch.float64, device=device).clamp(min=1.0) / STEPS
+        exponents = torch.arange(256, dtype=torch.float64, device="cpu").clamp(min=1.0) / STEPS
         values = F.pad(share.log2() / exponents[:, None], (0, 1), value=-math.inf).exp2()
         values[0] = 0.0
         ranges, kept = (torch.exp2(limit / exponents) for limit in (LOG2_RANGE, LOG2_KEPT_RANGE))
         kept[0] = 0.0
-        return cls(values.float(), ranges.float().flip(0).contiguous(), kept.float())
+        tables = values, ranges.flip(0).contiguous(), kept
+        return cls(*(table.float().to(device) for table in tables))
 
 
 class Encoded(NamedTuple):

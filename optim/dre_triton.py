@@ -157,9 +157,9 @@ def _random(rows, first_column, key_1, key_2, row_b, column_bW, inside_b):
 
 @triton.jit
 def _exponent(scale_b, least_b, had_b, ranges, kept_ranges):
-    """Return 16k: a guess, corrected by the table, or what it was."""
+    """Return 16k: a guess, corrected by the table, or what it was. Below 2 it is 255 anyway."""
     ratio_b = tl.div_rn(scale_b, least_b)
-    guess_b = tl.minimum(_RANGE / tl.log2(tl.maximum(ratio_b, 1.0000001)), 255.0)
+    guess_b = tl.minimum(_RANGE / tl.log2(tl.maximum(ratio_b, 1.5)), 255.0)
     code_b = tl.minimum(tl.maximum(tl.maximum(guess_b, 1.0).to(tl.int32), 1), 255)
     more_b = tl.load(ranges + tl.maximum(254 - code_b, 0)) >= ratio_b
     code_b = tl.where((code_b < 255) & more_b, code_b + 1, code_b)

@@ -14,6 +14,7 @@ none of its own in such a checkpoint, and states are rounded anew (``trainer/sta
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import math
@@ -180,7 +181,7 @@ class Fp8States:
     seed: int
     watched: dict[tuple[Tensor, str], Tensor] | None = None
     _tables: dict[torch.device, Table] = field(default_factory=dict)
-    _rows: dict[Tensor, Tensor] = field(default_factory=dict)
+    _places: dict[Tensor, tuple[Tensor, int]] = field(default_factory=dict)
 
     @property
     def stochastic(self) -> bool:
@@ -259,15 +260,14 @@ class Fp8States:
         step = int(state["step"].item())
         digest = hashlib.sha256(f"states|{self.seed}|{name}|{key}|{step}".encode()).digest()
         keys = int.from_bytes(digest[:4], "big"), int.from_bytes(digest[4:8], "big")
-        place = first_place(parameter)
-        if parameter not in self._rows:
-            part = local(parameter)
+        if parameter not in self._places:
+            part, place = local(parameter), first_place(parameter)
             row = torch.arange(part.shape[-2], device=part.device) + place[-2]
             if part.dim() == 3:
                 matrix = torch.arange(part.shape[0], device=part.device) + place[0]
                 row = (matrix[:, None] * parameter.shape[-2] + row).flatten()
-            self._rows[parameter] = row
-        return Dither(keys, self._rows[parameter], place[-1])
+            self._places[parameter] = row, place[-1]
+        return Dither(keys, *self._places[parameter])
 
     def _watch(self, parameter: Tensor, key: str, seen: Tensor | None, part: Encoded) -> None:
         if self.watched is None:
@@ -296,7 +296,8 @@ def _adamw(
 ) -> tuple[Tensor | None, ...]:
     """The plain twin of ``dre_triton.adamw``, some rows at a time."""
     lr, decay = group["lr"], group["weight_decay"]
-    p_RC, g_RC = (x.view(-1, x.shape[-1]) if x.numel() else x for x in (p, gradient))
+    p_RC = p.view(-1, p.shape[-1]) if p.numel() else p
+    g_RC = gradient.reshape(p_RC.shape)
     sums: tuple[list[Tensor], list[Tensor]] = ([], [])
     for (rows, m), (_, v) in zip(mean.rows(), square.rows(), strict=True):
         moments = dre.decode_rows(m, table), dre.decode_rows(v, table)
@@ -316,8 +317,13 @@ not finite."""
 
 def kernels_for(tensor: Tensor) -> ModuleType | None:
     """Return the Triton kernels where they can run on this tensor, None for the plain twin."""
-    if not tensor.is_cuda or importlib.util.find_spec("triton") is None:
+    if not tensor.is_cuda or not _has_triton():
         return None
     from allometry.optim import dre_triton
 
     return dre_triton
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
