@@ -1,6 +1,9 @@
 """What precision costs in quality and saves in memory, on a CPU.
 
-    python benchmarks/precision.py [--only states] [--size 10m] [--kinds dense,moe] [--seeds 3]
+    python benchmarks/precision.py [--only PART] [--size 10m] [--kinds dense,moe] [--seeds 3]
+
+`format`: moments drawn at random, rounded once and after each step of an average, in E4M3 expanded
+and plain. Seconds.
 
 `states`: a byte model on Python's library with AdamW whose moments are in fp32, in FP8 as
 optimizer.states says (nearest, stochastic), and in plain E4M3 with one scale for 128 elements (no
@@ -26,6 +29,7 @@ from typing import Any
 
 import torch
 from contenders.families import mixture
+from contenders.formats import SPREADS, averaged, once, plain, rounded
 from contenders.machine import facts, source_bytes
 from contenders.rules import SIZES, model, standard
 from pydantic import TypeAdapter
@@ -34,14 +38,13 @@ from torch import Tensor
 
 from allometry.configs.model import ModelConfig
 from allometry.configs.optimization import AdamW
-from allometry.optim import dre
-from allometry.optim.dre import Encoded, Table
+from allometry.optim.dre import Table
 from allometry.optim.fp8_states import Fp8States
 from allometry.optim.schedule import Schedule
 from allometry.studies.sweeps.probe import Probe, sample
 from allometry.studies.sweeps.workers import Workers
 
-PARTS = ("states",)
+PARTS = ("format", "states")
 LENGTH, SEQUENCES, HELD_OUT = 128, 8, 128
 STATES: dict[str, dict[str, str]] = {
     "fp32": {"kind": "fp32"},
@@ -72,19 +75,6 @@ def description(kind: str, size: str) -> ModelConfig:
     width, _ = SIZES[size]
     # Of the mixture a token uses 2 of 8 experts, together as wide as half the dense feed-forward.
     return model(size) if kind == "dense" else mixture(width, 8, 2, width, "softmax")
-
-
-def plain(table: Table) -> Table:
-    """The same codes without expansion: every exponent is 1."""
-    ranges = torch.full_like(table.ranges, math.inf)
-    ranges[: 255 - dre.STEPS] = -1.0
-    return table._replace(ranges=ranges, kept_ranges=torch.full_like(table.kept_ranges, -1.0))
-
-
-def rounded(x: Tensor, table: Table) -> Tensor:
-    to = Encoded.zeros(tuple(x.shape), x.device)
-    dre.encode(x.contiguous(), to, table)
-    return dre.decode(to, table)
 
 
 def error_of_updates(states: Sequence[dict[str, Tensor]]) -> dict[str, float]:
@@ -202,6 +192,27 @@ def summary(kinds: Sequence[str], seeds: int, known: dict[Trial, Any]) -> list[d
     return rows
 
 
+def run_format(given: argparse.Namespace) -> dict[str, Any]:
+    single = [once(spread) for spread in SPREADS]
+    print("| spread | MSE of m/sqrt(v), plain | expanded | ratio | m, plain | expanded | zeros |")
+    print("|---|---|---|---|---|---|---|")
+    for row in single:
+        print(
+            f"| {row['spread']} | {row['plain update']:.3g} | {row['expanded update']:.3g} "
+            f"| {row['plain update'] / row['expanded update']:.2f} | {row['plain m']:.4f} "
+            f"| {row['expanded m']:.4f} | {row['expanded m with zeros']:.4f} |"
+        )
+    averages = [averaged(0.95, 400), averaged(0.999, 300 if given.quick else 3000)]
+    print("\n| beta | plain | a new exponent each step | expanded | at random |")
+    print("|---|---|---|---|---|")
+    for row in averages:
+        print(
+            f"| {row['beta']} | {row['plain']:.4f} | {row['fresh']:.4f} | {row['expanded']:.4f} "
+            f"| {row['at random']:.4f} |"
+        )
+    return {"once": single, "averages": averages}
+
+
 def run_states(given: argparse.Namespace) -> dict[str, Any]:
     settings = Settings(given.size, given.steps, given.beta2)
     log = Log(given.work / "states.jsonl", settings)
@@ -257,7 +268,7 @@ def arguments(asked: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     given = arguments()
     given.work.mkdir(parents=True, exist_ok=True)
-    runs = {"states": run_states}
+    runs = {"format": run_format, "states": run_states}
     result: dict[str, Any] = {**facts(), "quick": given.quick}
     for part in given.only or PARTS:
         result[part] = runs[part](given)
