@@ -43,9 +43,9 @@ KINDS = {
     "muonh": ("muonh", "nearest"),
     "adamh": ("adamh", "nearest"),
 }
-# Every cut of columns, by tp 2, leaves 128; rows are uneven.
+# Every cut of columns, by tp 2, leaves 128, and 8 ranks find rows of experts' down to cut instead.
 WIDE = MOE | {
-    "width": 44,
+    "width": 48,
     "head_dim": 64,
     "ffn_width": 256,
     "experts": {"kind": "swiglu", "num_experts": 6, "experts_per_token": 2, "width": 256},
