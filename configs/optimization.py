@@ -9,6 +9,36 @@ from pydantic import Field, model_validator
 from allometry.configs.base import Count, PathText, Section, kind_unless_said
 
 
+class Fp32States(Section):
+    """States as plain tensors of the parameters' type."""
+
+    kind: Literal["fp32"] = "fp32"
+
+
+class Fp8StatesConfig(Section):
+    """Moments and momenta of matrices in FP8, expanded to its range (COAT, arXiv 2410.19313).
+
+    Groups of 128 elements of a row, in E4M3, share a scale and an exponent: 1.05 bytes of an
+    element instead of 4. Vectors keep fp32. See docs/precision.md.
+    """
+
+    kind: Literal["fp8"] = "fp8"
+    rounding: Literal["nearest", "stochastic"] = Field(
+        "nearest",
+        description="how a state is rounded in each step: to the nearest number, as published; or "
+        "to one of the two around it at random, so that small changes are kept in the mean",
+    )
+
+
+StatesConfig = Annotated[Fp32States | Fp8StatesConfig, Field(discriminator="kind")]
+
+
+class _Compressible(Section):
+    states: StatesConfig = Field(
+        default_factory=Fp32States, description="how moments and momenta are kept"
+    )
+
+
 class _Adam(Section):
     """What every optimizer says: its rate, its decay, and AdamW for the roles it leaves to it."""
 
@@ -19,7 +49,7 @@ class _Adam(Section):
     weight_decay: float = Field(0.1, ge=0.0, description="decay of matrices; vectors have none")
 
 
-class AdamW(_Adam):
+class AdamW(_Adam, _Compressible):
     """AdamW with decoupled weight decay (arXiv 1711.05101)."""
 
     kind: Literal["adamw"] = "adamw"
@@ -51,7 +81,7 @@ class _Mixed(_Adam):
     )
 
 
-class Muon(_Mixed):
+class Muon(_Mixed, _Compressible):
     """Momentum made orthogonal, for hidden matrices, routers and experts (K. Jordan, 2024)."""
 
     kind: Literal["muon"] = "muon"
@@ -64,7 +94,7 @@ class Muon(_Mixed):
     )
 
 
-class OnSphere(_Mixed):
+class OnSphere(_Mixed, _Compressible):
     """Optimizers whose matrices keep their initial norms."""
 
     weight_decay: float = Field(

@@ -9,7 +9,15 @@ import torch
 from torch.optim.adamw import adamw as torch_adamw
 
 from allometry.optim.matrix_ops import MatrixOps
-from allometry.optim.states import Group, Item, State, init_like_parameters, local_states
+from allometry.optim.states import (
+    Group,
+    Item,
+    State,
+    count_step,
+    init_like_parameters,
+    init_steps,
+    local_states,
+)
 
 
 def prepare_group(group: Group) -> None:
@@ -21,9 +29,10 @@ def init_states(items: Sequence[Item], state: State, ops: MatrixOps | None = Non
     """Make the states that torch's own AdamW makes in its first step, under the same names.
 
     ``exp_avg`` and ``exp_avg_sq``, as the parameter, and ``step``, on the device as the kernel
-    wants it.
+    wants it. Of moments in FP8 it is on the host.
     """
     init_like_parameters(items, state, "exp_avg", "exp_avg_sq")
+    init_steps([item for item in items if item.fp8 is not None], state)
     for item in items:
         if "step" not in state[item.parameter]:
             step = torch.zeros((), dtype=torch.float32, device=item.part.device)
@@ -31,8 +40,18 @@ def init_states(items: Sequence[Item], state: State, ops: MatrixOps | None = Non
 
 
 def adamw(items: Sequence[Item], state: State, ops: MatrixOps) -> None:
-    """Take a step with ``items`` by the fused kernel that their groups name; elementwise."""
-    for _, members in itertools.groupby(items, key=lambda item: id(item.group)):
+    """Take a step with ``items``, in place; elementwise.
+
+    By the fused kernel that their groups name; of moments in FP8 by ``Fp8States.adamw``.
+    """
+    compressed = [item for item in items if item.fp8 is not None]
+    count_step(compressed, state)
+    for item in compressed:
+        assert item.fp8 is not None
+        held = state[item.parameter]
+        item.fp8.adamw(item.name, item.parameter, item.gradient, held, item.group)
+    plain = [item for item in items if item.fp8 is None]
+    for _, members in itertools.groupby(plain, key=lambda item: id(item.group)):
         same = list(members)
         KERNELS[same[0].group.get("kernel", "torch")](same, state)
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.optim import AdamW as TorchAdamW
 from torch.optim import Optimizer
 
 from allometry.configs.execution import Zero
-from allometry.configs.optimization import AdamW, OptimizerConfig
+from allometry.configs.optimization import AdamW, Fp8StatesConfig, OptimizerConfig
 from allometry.optim import adamw
 from allometry.optim.exchange import ShardedMatrixOps
+from allometry.optim.fp8_states import Fp8States
 from allometry.optim.groups import parameter_groups
 from allometry.optim.matrix_ops import LocalMatrixOps
 from allometry.optim.optimizer import RuleOptimizer
@@ -42,9 +42,10 @@ def build_optimizer(
 
     Each group keeps its ``peak_lr``; its ``lr`` is the peak until ``set_lr`` is called. AdamW is
     torch's fused kernel on every device, for plain tensors and DTensors alike: elementwise, so
-    right on shards. All else is a ``RuleOptimizer``: ``mesh`` is where its parameters are sharded
-    (None: every one is whole), and ``seed`` is that of what rules draw. ``adamw_kernel``: a name
-    in ``adamw.KERNELS``; with another one than torch's AdamW is a ``RuleOptimizer`` too. Where
+    right on shards. All else, and AdamW with states in FP8, is a ``RuleOptimizer``: ``mesh`` is
+    where its parameters are sharded (None: every one is whole), and ``seed`` is that of what rules
+    draw. ``adamw_kernel``: a name in ``adamw.KERNELS``; with another one than torch's AdamW is a
+    ``RuleOptimizer`` too. Where
     ``zero.optimizer_states`` says so, all is a ``TieredOptimizer``, which describes the rest.
 
     Raises:
@@ -53,26 +54,30 @@ def build_optimizer(
     tiered = zero is not None and zero.optimizer_states is not None
     named_parameters = list(named_parameters)
     groups = parameter_groups(named_parameters, specs, parameterization, config)
-    if isinstance(config, AdamW) and adamw_kernel == "torch" and not tiered:
+    states = getattr(config, "states", None)
+    fp8 = Fp8States(states.rounding, seed) if isinstance(states, Fp8StatesConfig) else None
+    if isinstance(config, AdamW) and adamw_kernel == "torch" and not tiered and fp8 is None:
         return TorchAdamW(groups, betas=(config.beta1, config.beta2), fused=True)
     for group in groups:
-        group["seed"], group["kernel"] = seed, adamw_kernel
+        group["seed"], group["kernel"], group["fp8"] = seed, adamw_kernel, fp8
     ops = LocalMatrixOps() if mesh is None or mesh.world_size == 1 else ShardedMatrixOps(mesh)
     if zero is None or zero.optimizer_states is None:
         return RuleOptimizer(groups, ops)
     sizes = {
-        name: state_bytes(specs[name], _elements(parameter), config)
+        name: state_bytes(specs[name], _shard(parameter), config)
         for name, parameter in named_parameters
     }
     return TieredOptimizer(groups, ops, zero, sizes, timeout_s, still=still)
 
 
-def _elements(parameter: Tensor) -> int:
-    """Return how many elements of a parameter a rank has, rounded up: equal on all ranks."""
-    if not isinstance(parameter, DTensor):
-        return parameter.numel()
-    cuts = zip(parameter.device_mesh.shape, parameter.placements, strict=True)
-    return -(-parameter.numel() // math.prod(n for n, how in cuts if not how.is_replicate()))
+def _shard(parameter: Tensor) -> tuple[int, ...]:
+    """Return the shape that a rank has of a parameter, rounded up: equal on all ranks."""
+    shape = list(parameter.shape)
+    if isinstance(parameter, DTensor):
+        for ranks, how in zip(parameter.device_mesh.shape, parameter.placements, strict=True):
+            if isinstance(how, Shard):
+                shape[how.dim] = -(-shape[how.dim] // ranks)
+    return tuple(shape)
 
 
 @torch.no_grad()

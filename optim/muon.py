@@ -11,7 +11,14 @@ from torch import Tensor
 
 from allometry.optim.matrix_ops import MatrixOps
 from allometry.optim.newton_schulz import MUON, Coefficients, newton_schulz_cost, orthogonal
-from allometry.optim.states import Item, State, init_like_parameters, local_states
+from allometry.optim.states import (
+    Item,
+    State,
+    count_step,
+    init_like_parameters,
+    rounded_at_random,
+    updated,
+)
 
 
 def init_states(items: Sequence[Item], state: State, ops: MatrixOps) -> None:
@@ -26,16 +33,15 @@ def muon(items: Sequence[Item], state: State, ops: MatrixOps) -> None:
     NS runs in bf16 with ``newton_schulz.MUON`` and s is ``adjustment``. Equals torch.optim.Muon,
     matrix by matrix.
     """
-    momenta = local_states(items, state, "momentum_buffer")
-    gradients = [item.gradient for item in items]
-    keep = [item.group["momentum"] for item in items]
-    for momentum, gradient, mu in zip(momenta, gradients, keep, strict=True):
-        momentum.lerp_(gradient, 1.0 - mu)
+    count_step(rounded_at_random(items), state)
     dtype = precision(items)
-    directions = [
-        (gradient.lerp(momentum, mu) if item.group["nesterov"] else momentum).to(dtype)
-        for item, momentum, gradient, mu in zip(items, momenta, gradients, keep, strict=True)
-    ]
+    directions = []
+    for item in items:
+        gradient, mu = item.gradient, item.group["momentum"]
+        with updated(item, state, "momentum_buffer") as (momentum,):
+            momentum.lerp_(gradient, 1.0 - mu)
+            look = gradient.lerp(momentum, mu) if item.group["nesterov"] else momentum
+            directions.append(look.to(dtype))
     parameters = [item.parameter for item in items]
     for item, update in zip(items, orthogonalized(parameters, directions, MUON, ops), strict=True):
         rate = item.group["lr"]

@@ -8,7 +8,14 @@ from allometry.optim.matrix_ops import MatrixOps
 from allometry.optim.muon import orthogonalized, precision
 from allometry.optim.newton_schulz import DION
 from allometry.optim.sphere import init_radii, turn
-from allometry.optim.states import Item, State, init_like_parameters, local_states
+from allometry.optim.states import (
+    Item,
+    State,
+    count_step,
+    init_like_parameters,
+    rounded_at_random,
+    updated,
+)
 
 
 def init_states(items: Sequence[Item], state: State, ops: MatrixOps) -> None:
@@ -28,17 +35,16 @@ def muonh(items: Sequence[Item], state: State, ops: MatrixOps) -> None:
     ``newton_schulz.DION``; then each matrix turns by η towards −U (``sphere.turn``). There is no
     factor for shapes: η is relative, in the norm that ``step_norm`` says.
     """
-    momenta = local_states(items, state, "momentum_buffer")
-    gradients = [item.gradient for item in items]
-    keep = [item.group["momentum"] for item in items]
-    for momentum, gradient, mu in zip(momenta, gradients, keep, strict=True):
-        momentum.mul_(mu).add_(gradient)  # one after the other, while a CPU has it in its cache
+    count_step(rounded_at_random(items), state)
     dtype = precision(items)
+    directions = []
     # One at a time, so that of what is not bf16 only one matrix is held besides the states.
-    directions = [
-        (gradient.add(momentum, alpha=mu) if item.group["nesterov"] else momentum).to(dtype)
-        for item, momentum, gradient, mu in zip(items, momenta, gradients, keep, strict=True)
-    ]
+    for item in items:
+        gradient, mu = item.gradient, item.group["momentum"]
+        with updated(item, state, "momentum_buffer") as (momentum,):
+            momentum.mul_(mu).add_(gradient)  # one after the other, while a CPU has it in its cache
+            look = gradient.add(momentum, alpha=mu) if item.group["nesterov"] else momentum
+            directions.append(look.to(dtype))
     parameters = [item.parameter for item in items]
     orthogonal = orthogonalized(parameters, directions, DION, ops)
     full_rank = [item.group["step_norm"] == "spectral" for item in items]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from allometry.optim.fp8_states import Fp8States
 from allometry.parallel.mesh import local
 
 Group = dict[str, Any]
@@ -35,6 +37,12 @@ class Item(NamedTuple):
         assert self.parameter.grad is not None, self.name
         return local(self.parameter.grad)
 
+    @property
+    def fp8(self) -> Fp8States | None:
+        """What holds this parameter's states in FP8; None where they are plain."""
+        fp8: Fp8States | None = self.group.get("fp8")
+        return fp8 if fp8 is not None and fp8.holds(self.parameter) else None
+
 
 def items_of(groups: Iterable[Group]) -> list[Item]:
     """Return all parameters of groups in their order."""
@@ -48,6 +56,9 @@ def items_of(groups: Iterable[Group]) -> list[Item]:
 def init_like_parameters(items: Sequence[Item], state: State, *keys: str) -> None:
     """Make the states ``keys`` that are missing, of zeros and laid out as the parameters."""
     for item in items:
+        if item.fp8 is not None:
+            item.fp8.init(item.parameter, state[item.parameter], *keys)
+            continue
         for key in keys:
             if key not in state[item.parameter]:
                 state[item.parameter][key] = torch.zeros_like(
@@ -68,9 +79,32 @@ def local_states(items: Sequence[Item], state: State, key: str) -> list[Tensor]:
     return [local(state[item.parameter][key]) for item in items]
 
 
+@contextmanager
+def updated(item: Item, state: State, *keys: str) -> Iterator[list[Tensor]]:
+    """Yield this rank's parts of the states ``keys``, to be changed in place.
+
+    What is in FP8 is yielded as copies in fp32 and rounded afterwards. Where it is rounded at
+    random, ``step`` must count this step already.
+    """
+    fp8, held = item.fp8, state[item.parameter]
+    if fp8 is None:
+        yield [local(held[key]) for key in keys]
+        return
+    values = [fp8.read(item.parameter, held, key) for key in keys]
+    yield values
+    for key, value in zip(keys, values, strict=True):
+        fp8.write(item.name, item.parameter, held, key, value)
+
+
+def rounded_at_random(items: Sequence[Item]) -> list[Item]:
+    """Return the items whose states are rounded at random, which takes a count of steps."""
+    return [item for item in items if item.fp8 is not None and item.fp8.stochastic]
+
+
 def count_step(items: Sequence[Item], state: State) -> list[int]:
     """Count a step of these parameters; return how many each has now taken, from 1."""
     counts = [state[item.parameter]["step"] for item in items]
     taken = [int(count.item()) + 1 for count in counts]
-    torch._foreach_add_(counts, 1.0)
+    if counts:
+        torch._foreach_add_(counts, 1.0)
     return taken

@@ -136,7 +136,7 @@ def _held(part: RankParts, optimizer: OptimizerConfig | None, zero: Zero) -> tup
     """
     specs = part.specs()
     parameters = _FP32 * sum(map(part.held, specs))
-    sizes = [state_bytes(each, part.held(each), optimizer) for each in filter(part.trains, specs)]
+    sizes = [state_bytes(each, part.shard(each), optimizer) for each in filter(part.trains, specs)]
     states, tiers = sum(sizes), zero.optimizer_states
     if tiers is None or not sizes:
         return parameters, states

@@ -116,9 +116,13 @@ class RankParts:
         """Return over how many ranks ZeRO shards this parameter."""
         return max(self.shards // self.ep, 1) if spec.role in EXPERTS else self.shards
 
+    def shard(self, spec: ParamSpec) -> tuple[int, ...]:
+        """Return the shape of what this rank holds of a parameter between steps."""
+        return shard(self.part(spec), self.ranks_of(spec))
+
     def held(self, spec: ParamSpec) -> int:
         """Return the elements that this rank holds between steps."""
-        return math.prod(shard(self.part(spec), self.ranks_of(spec)))
+        return math.prod(self.shard(spec))
 
     def units(self) -> dict[str, int]:
         """Return the elements of what FSDP2 gathers and reduces at once, whole, by its name."""

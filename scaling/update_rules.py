@@ -7,13 +7,13 @@ row) and ``optim/NAME.py`` (its function, which ``optim/optimizer.py`` finds by 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from fractions import Fraction
 
 from allometry.configs.errors import UserError
-from allometry.configs.optimization import Apollo, OptimizerConfig
+from allometry.configs.optimization import Apollo, Fp8StatesConfig, OptimizerConfig
 from allometry.scaling.roles import MATRICES, ParamSpec, Role
 
 StateSize = Callable[[int, OptimizerConfig | None], Fraction]
@@ -90,6 +90,11 @@ def _projected(smaller: int, optimizer: OptimizerConfig | None) -> Fraction:
     rank = optimizer.rank if isinstance(optimizer, Apollo) else None
     return Fraction(2 * projection_rank(rank, smaller), smaller)
 
+
+_FP32 = 4
+
+FP8_GROUP = 128
+"""Elements of a row that share a scale in an FP8 state."""
 
 _ALL = frozenset(Role)
 _OUTPUT = frozenset({Role.OUTPUT})
@@ -179,8 +184,8 @@ def rules_of(kind: str) -> tuple[UpdateRule, ...]:
     return tuple({rule_of(kind, role).name: rule_of(kind, role) for role in Role}.values())
 
 
-def state_bytes(spec: ParamSpec, elements: int, optimizer: OptimizerConfig | None) -> int:
-    """Return the bytes that an optimizer keeps for so many elements of a parameter, as a shard.
+def state_bytes(spec: ParamSpec, part: Sequence[int], optimizer: OptimizerConfig | None) -> int:
+    """Return the bytes that an optimizer keeps for a part, of this shape, of a parameter.
 
     ``optimizer`` None: AdamW.
     """
@@ -188,7 +193,18 @@ def state_bytes(spec: ParamSpec, elements: int, optimizer: OptimizerConfig | Non
     matrices = spec.shape[0] if len(spec.shape) == 3 else 1
     once = rule.numbers_per_parameter + rule.numbers_per_matrix * matrices
     each = rule.state_size(min(spec.fan_in, spec.fan_out), optimizer)
-    return 4 * (math.ceil(elements * each) + once)
+    states = getattr(optimizer, "states", None)
+    if isinstance(states, Fp8StatesConfig) and len(part) > 1:
+        counted = states.rounding == "stochastic" and not rule.numbers_per_parameter
+        return math.ceil(fp8_bytes(part) * each) + _FP32 * (once + counted)
+    return _FP32 * (math.ceil(math.prod(part) * each) + once)
+
+
+def fp8_bytes(part: Sequence[int]) -> int:
+    """Return the bytes of one FP8 state of a matrix or a stack of them: a byte of each element,
+    and of each group in a row a scale of four bytes and an exponent of one (``optim/dre.py``)."""
+    *leading, columns = part
+    return math.prod(leading) * (columns + (_FP32 + 1) * math.ceil(columns / FP8_GROUP))
 
 
 def fixes_frobenius_norm(optimizer: OptimizerConfig) -> bool:

@@ -60,6 +60,7 @@ from allometry.trainer.record.forecast import Forecaster
 from allometry.trainer.record.monitors import Monitors
 from allometry.trainer.record.rows import GraphEvents, PlanRows, RoutingRows
 from allometry.trainer.record.sample import Sample
+from allometry.trainer.record.states import CompressedStates
 from allometry.trainer.record.timing import StepTimer, clock_of
 from allometry.trainer.save import Saver
 from allometry.trainer.state import checkpoint
@@ -67,6 +68,7 @@ from allometry.trainer.state.folder import RunFolder
 from allometry.trainer.state.planners import State
 from allometry.trainer.state.resume import Start, begin, read_again
 from allometry.trainer.state.room import checkpoint_bytes
+from allometry.trainer.state.states import load
 from allometry.trainer.stop import StopSignals
 
 MANY_EPOCHS = 4
@@ -158,6 +160,7 @@ class _Run:
             lambda: make_optimizer(config, plan, self.parallel, mesh, self.kernels),
             "making the optimizer",
         )
+        self.converted: dict[str, int] = {}
         self.progress = self._restore()
         if isinstance(self.optimizer, TieredOptimizer):
             init_states(self.optimizer)  # what finds no room is found before the first step
@@ -169,19 +172,18 @@ class _Run:
         progress = Progress(start.step, areas, saved_step=start.step or None)
         if start.checkpoint is None or start.facts is None:
             return progress
+        names = {parameter: name for name, parameter in self.parallel.named_parameters()}
         if start.weights_only:  # converted from elsewhere: training itself begins afresh
-            named = self.parallel.named_parameters()
-            state: State = {f"model.{name}": p.detach() for name, p in named}
+            state: State = {f"model.{name}": p.detach() for p, name in names.items()}
             if start.facts.get("optimizer", False):
                 init_states(self.optimizer)
-                names = {parameter: name for name, parameter in self.parallel.named_parameters()}
                 state |= checkpoint.optimizer_state(self.optimizer, names)
         else:
             init_states(self.optimizer)
             state = state_tensors(self.parallel, self.optimizer)
             areas.load_state_dict(start.facts["areas"])
             progress.flops = start.facts["flops"]
-        checkpoint.load(start.checkpoint, state, self.mesh)
+        self.converted = load(start.checkpoint, state, self.optimizer, names, self.mesh)
         return progress
 
     def train(
@@ -262,6 +264,9 @@ class _Run:
             num_layers=config.model.num_layers,
             clip_grad_norm=config.training.clip_grad_norm,
         )
+        fp8 = self.optimizer.param_groups[0].get("fp8")
+        if fp8 is not None:
+            yield CompressedStates(wanted, self.optimizer, fp8, self.mesh, self.report)
 
     def _evaluation(self) -> Evaluation:
         evaluation, mesh = self.config.evaluation, self.mesh
@@ -332,6 +337,8 @@ class _Run:
             report("optimizer_states", step=start.step, **held)
         for change in self.kernel_changes:
             report("kernels_changed", step=start.step, **change)
+        for change, states in self.converted.items():
+            report("states_converted", step=start.step, change=change, states=states)
 
 
 def _open_stream(config: RunConfig, plan: RunPlan) -> Stream | DocumentStream:

@@ -10,8 +10,8 @@ from pydantic import TypeAdapter
 from allometry.configs.model import DenseModel, ParameterizationConfig
 from allometry.configs.optimization import OptimizerConfig
 
-SIZES = {"10m": (256, 10), "tiny": (32, 2)}
-"""Width and layers: 10.6M parameters, and a few."""
+SIZES = {"10m": (256, 10), "2m": (192, 4), "tiny": (32, 2)}
+"""Width and layers: 10.6M parameters, 2.4M, and a few."""
 
 
 def model(size: str) -> DenseModel:

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from allometry.configs.loader import dump
+from allometry.configs.optimization import Fp32States
 from allometry.configs.run import RunConfig
 from allometry.data.documents import DocumentStream
 from allometry.data.stream import open_stream
@@ -38,10 +39,10 @@ from allometry.trainer.feed import (
     sequence_steps,
 )
 from allometry.trainer.loop import Progress, state_tensors
-from allometry.trainer.state import checkpoint
 from allometry.trainer.state.checkpoint import Checkpointer
 from allometry.trainer.state.folder import RunFolder, write_atomically
 from allometry.trainer.state.room import checkpoint_bytes
+from allometry.trainer.state.states import load
 from allometry.trainer.train import train
 
 CPU = torch.device("cpu")
@@ -184,7 +185,11 @@ def _count(tolerance: Mapping[str, float]) -> int:
 
 def _in(config: RunConfig, dtype: str) -> RunConfig:
     training = config.training.model_copy(update={"compute_dtype": dtype})
-    return config.model_copy(update={"training": training})
+    optimizer = config.optimizer
+    if hasattr(optimizer, "states"):
+        # A gradient's last place may decide to which FP8 number a state is rounded.
+        optimizer = optimizer.model_copy(update={"states": Fp32States()})
+    return config.model_copy(update={"training": training, "optimizer": optimizer})
 
 
 def _named(job: Job, name: str) -> RunConfig:
@@ -205,9 +210,8 @@ def _rewrite(job: Job, source: Path) -> None:
         parallel = make_model(config, plan, mesh)
         optimizer = make_optimizer(config, plan, parallel, mesh)
         init_states(optimizer)
-        checkpoint.load(
-            source / "checkpoints" / f"step-{STOP}", state_tensors(parallel, optimizer), mesh
-        )
+        path, state = source / "checkpoints" / f"step-{STOP}", state_tensors(parallel, optimizer)
+        load(path, state, optimizer, {p: n for n, p in parallel.named_parameters()}, mesh)
         folder = RunFolder(config.run.folder)
         if mesh.is_main:
             folder.checkpoints.mkdir(parents=True)

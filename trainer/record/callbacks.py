@@ -105,6 +105,7 @@ _SAID = {
     "{step} on ({reason}), so that the run does not continue to the bit",
     "optimizer_states": "optimizer states of this rank: {device_bytes} bytes on the device, "
     "{cpu_bytes} in the host's memory, {nvme_bytes} in a file",
+    "states_converted": "optimizer states: {states} were converted, {change}",
     "same_documents": "WARNING: the run that these weights come from has read the documents of "
     "{sources} in the same order (run.seed={seed}); with another run.seed the order is another",
     "advice": "WARNING: {text}",

@@ -30,6 +30,7 @@ _VARYING = {
     "ROLE": "|".join(Role),
     "PARAMETER": r"[A-Za-z_][\w.]*",
     "DEGREE": r"\d+",
+    "STATE": "exp_avg|exp_avg_sq|momentum_buffer",
 }
 """What the words in capitals of a column's name stand for."""
 
@@ -263,7 +264,25 @@ _FORECAST = tuple(
     )
 )
 
-COLUMNS = (*_LOOP, *_ROUTERS, *_PLANS, *_MONITORS, *_FORECAST)
+_STATES = tuple(
+    Column(f"monitors/state_{name}/ROLE/STATE", unit, meaning, by="record.states")
+    for name, unit, meaning in (
+        (
+            "error",
+            "1",
+            "of this step's rounding to FP8: root of squared errors over squared values of a group "
+            "of 128, root mean square over groups (optimizer.states)",
+        ),
+        ("underflow_percent", "%", "of a state's values: those that became zero by it"),
+        (
+            "saturated_percent",
+            "%",
+            "of a state's values: those kept as their group's largest, itself among them",
+        ),
+    )
+)
+
+COLUMNS = (*_LOOP, *_ROUTERS, *_PLANS, *_MONITORS, *_STATES, *_FORECAST)
 
 
 def row_of(finished: FinishedStep) -> Row:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from allometry.configs.optimization import Fp32States
 from allometry.configs.run import RunConfig
 from allometry.data.sources import Sources
 from allometry.parallel.graphs import choose_graphs
 from allometry.parallel.mesh import Mesh
+from allometry.scaling.inventory import inventory
 from allometry.scaling.plan import RunPlan
+from allometry.scaling.update_rules import state_bytes
 from allometry.trainer.record import hardware, writer
 from allometry.trainer.record.columns import conventions
 
@@ -55,9 +58,22 @@ def run_facts(
             "micro_batch_sequences": config.batch.micro_batch_sequences,
         },
         "plan": plan.describe(),
+        "optimizer_states": _states(config),
         "data": stream.describe(),
         "conventions": conventions(),
     }
+
+
+def _states(config: RunConfig) -> dict[str, Any]:
+    """Return how the optimizer keeps its states: bytes of the whole model, and what FP8 saves."""
+    states = getattr(config.optimizer, "states", Fp32States())
+    specs = inventory(config.model)
+    held = sum(state_bytes(spec, spec.shape, config.optimizer) for spec in specs)
+    saved = 0
+    if states.kind != "fp32":
+        plain = config.optimizer.model_copy(update={"states": Fp32States()})
+        saved = sum(state_bytes(spec, spec.shape, plain) for spec in specs) - held
+    return {**states.model_dump(), "bytes": held, "bytes_saved": saved}
 
 
 def launch_facts(facts: dict[str, Any], first_step: int) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def checkpoint_bytes(config: RunConfig) -> int:
     total = 0
     for spec in inventory(config.model):
         size = math.prod(spec.shape)
-        total += _FP32 * size + state_bytes(spec, size, config.optimizer) + _HEADERS
+        total += _FP32 * size + state_bytes(spec, spec.shape, config.optimizer) + _HEADERS
     return total
 
 

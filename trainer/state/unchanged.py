@@ -34,6 +34,8 @@ FREE = (
 )
 # The paths of a source's files may change too: their contents are compared by fingerprint.
 _PATHS = ("train", "validation")
+# How states are kept may change where a run branches: they are converted, which is an event.
+BRANCH_FREE = ("run.parent", "optimizer.states.")
 CONTINUES = "may not change when a run continues; restore it or choose another run.folder"
 BRANCHES = "may not differ in a run that branches from it; restore it or leave run.parent out"
 
@@ -68,7 +70,7 @@ def check_branch(parent: RunConfig, branch: RunConfig, step: int) -> None:
         UserError: names the key that differs, or the first step with another learning rate.
     """
     for key, before, after in differences(parent, branch):
-        if not key.startswith("run.parent"):
+        if not key.startswith(BRANCH_FREE):
             raise UserError(
                 f"{key}={after!r} differs from {before!r} of run.parent.folder="
                 f"{parent.run.folder}, and {BRANCHES}"

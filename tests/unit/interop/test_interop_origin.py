@@ -11,6 +11,7 @@ from torch import Tensor
 
 from allometry.configs.errors import UserError
 from allometry.configs.loader import dump, load
+from allometry.configs.optimization import Fp8StatesConfig, Fp32States
 from allometry.configs.run import RunConfig
 from allometry.interop.huggingface.convert import export_hf, import_hf
 from allometry.interop.huggingface.weights import OPTIMIZER, CheckpointWeights
@@ -119,6 +120,23 @@ def test_states_of_the_optimizer_come_back(tiny: Make, tmp_path: Path) -> None:
     assert not torch.equal(moved[0][name], moved[1][name])
     states = tensors(tmp_path / "new" / "checkpoints" / "step-1", OPTIMIZER)
     assert states[f"{name}.step"].item() == 3  # two in the run, one here
+
+
+@pytest.mark.parametrize("fp8_first", [True, False])
+def test_states_come_back_into_another_format(tiny: Make, tmp_path: Path, fp8_first: bool) -> None:
+    def made(name: str, fp8: bool) -> RunConfig:
+        config = run_of(tiny, tmp_path / name)
+        states = Fp8StatesConfig() if fp8 else Fp32States()
+        optimizer = config.optimizer.model_copy(update={"states": states})
+        return config.model_copy(update={"optimizer": optimizer})
+
+    run = trained(made("run", fp8_first), stop=2)
+    export_hf(run, tmp_path / "hf", optimizer_state=True)
+    config = made("new", not fp8_first)
+    import_hf(tmp_path / "hf", config, tmp_path / "new", optimizer_state=True)
+    trained(config, stop=1)
+    told = [e for e in events(tmp_path / "new") if e["event"] == "states_converted"]
+    assert [e["change"] for e in told] == ["fp8 -> fp32" if fp8_first else "fp32 -> fp8"]
 
 
 def test_states_that_do_not_fit_are_refused(tiny: Make, tmp_path: Path) -> None:
