@@ -113,7 +113,7 @@ def train(
             result = run.train(invocation or Invocation(), stop_at_step, signals)
         finally:
             lost = _close(recorder, present)
-            folder.release()
+            folder.withdraw()
         if lost is not None:
             raise UserError(f"{lost}; the last checkpoint is whole")
         return result

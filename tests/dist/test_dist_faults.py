@@ -14,7 +14,7 @@ import torch.distributed as dist
 from allometry.configs.run import RunConfig
 from allometry.data.batch import IGNORE
 from allometry.parallel.execution import Accumulation
-from allometry.parallel.mesh import Mesh
+from allometry.trainer.balance import Balancer
 from allometry.trainer.feed import DeviceBatch
 from test_dist_layouts import MOE, errors, run
 
@@ -36,12 +36,12 @@ def gradients_averaged_over_hdp() -> Iterator[None]:
 @contextmanager
 def loads_not_summed_over_tp() -> Iterator[None]:
     """A balancer that takes a tp rank's tokens for all of them."""
-    everywhere = Mesh.all_reduce_sum
+    everywhere = Balancer.observed
 
-    def summed(self: Mesh, tensor: torch.Tensor, axis: Any) -> torch.Tensor:
-        return tensor if axis == "tp" else everywhere(self, tensor, axis)
+    def observed(self: Balancer) -> torch.Tensor:
+        return everywhere(self) * (self._mesh.tp.rank == 0)
 
-    with patch.object(Mesh, "all_reduce_sum", summed):
+    with patch.object(Balancer, "observed", observed):
         yield
 
 

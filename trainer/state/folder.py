@@ -56,6 +56,7 @@ class RunFolder:
         self.latest = self.path / "latest"
         self._lock: IO[str] | None = None
         self._made: list[Path] = []  # by ``claim``, the deepest first
+        self._written: list[Path] = []  # files that were not there when it was claimed
 
     def claim(self) -> None:
         """Make the folder and hold its lock until ``release`` or the end of the process.
@@ -64,6 +65,8 @@ class RunFolder:
         """
         places = (self.checkpoints, self.path, *self.path.parents)
         self._made = [place for place in places if not place.exists()]
+        files = (self.config, self.metrics, self.events, self.loads, self.plans)
+        self._written = [file for file in files if not file.exists()]
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             lock = open(self.path / "run.lock", "a+", encoding="utf-8")  # noqa: SIM115
@@ -104,8 +107,13 @@ class RunFolder:
         return {key: value for key, value in self.recorded().items() if key == "origin"}
 
     def withdraw(self) -> None:
-        """Release, and leave the place as ``claim`` found it if no run was begun."""
-        if self._lock is not None and self.is_new():
+        """Release, and leave the place as ``claim`` found it if no run was begun.
+
+        A run begins with its run.json; a launch that is refused before leaves nothing of its own.
+        """
+        if self._lock is not None and not self.run.exists() and self.config in self._written:
+            for file in self._written:
+                file.unlink(missing_ok=True)
             if self.checkpoints in self._made:
                 shutil.rmtree(self.checkpoints, ignore_errors=True)
             (self.path / "run.lock").unlink(missing_ok=True)

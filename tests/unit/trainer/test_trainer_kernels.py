@@ -365,3 +365,15 @@ class TestOnAGpu:
         compiled = self.decide(tiny("training.compile=true"), {"norm": {"name": "apex"}})
         assert (compiled.norm.name, compiled.adamw.name) == ("torch", taken)
         assert "cannot be compiled" in compiled.norm.left_out["apex"]
+
+
+def test_a_launch_that_is_refused_leaves_no_folder(tiny: Make, tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "one"
+    with pytest.raises(UserError, match="flash3"):
+        train(tiny("kernels.attention=flash3", folder=folder), device=torch.device("cpu"))
+    assert not folder.parent.exists()
+    folder.mkdir(parents=True)
+    (folder / "mine.txt").write_text("kept")
+    with pytest.raises(UserError, match="flash3"):
+        train(tiny("kernels.attention=flash3", folder=folder), device=torch.device("cpu"))
+    assert [file.name for file in folder.iterdir()] == ["mine.txt"]
