@@ -124,9 +124,11 @@ def sockets() -> int:
 
 def sockets_of_a_mesh() -> tuple[int, int, int]:
     """Those that a mesh of one axis adds, and those that one of gloo's own groups does."""
+    dist.barrier()  # connects the group that was there before
     before = sockets()
     mesh = open_mesh(ParallelConfig(timeout_s=30), CPU)
     added = sockets() - before
+    dist.barrier()  # of the group that was there before: a faster rank would connect to this one
     mesh.gather_objects(mesh.rank)
     used = sockets() - before
     eager = dist.new_group(backend="gloo")
