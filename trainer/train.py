@@ -183,7 +183,7 @@ class _Run:
             state = state_tensors(self.parallel, self.optimizer)
             areas.load_state_dict(start.facts["areas"])
             progress.flops = start.facts["flops"]
-        self.converted = load(start.checkpoint, state, self.optimizer, names, self.mesh)
+        self.converted = load(start.checkpoint, state, names, self.mesh)
         return progress
 
     def train(

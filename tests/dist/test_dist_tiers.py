@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from allometry.configs.run import RunConfig
-from run_folders import rows
+from run_folders import events, rows
 from test_dist_runs import launch
 from thinned import thinned
 
@@ -42,6 +42,13 @@ OPTIMIZERS = {
     "muonh": {"kind": "muonh", "lr": 1e-2, "weight_decay": 0.0},
     "apollo": {"kind": "apollo", "lr": 1e-2},
 }
+RANDOM = {"kind": "fp8", "rounding": "stochastic"}
+IN_FP8 = {
+    "adamw in fp8": OPTIMIZERS["adamw"] | {"states": {"kind": "fp8"}},
+    "adamw in fp8 at random": OPTIMIZERS["adamw"] | {"states": RANDOM},
+    "muonh in fp8": OPTIMIZERS["muonh"] | {"states": {"kind": "fp8"}},
+    "muon in fp8 at random": {"kind": "muon", "lr": 1e-2, "states": RANDOM},
+}
 
 
 def prepared(
@@ -59,7 +66,7 @@ def prepared(
         parallel.setdefault("zero", {})["optimizer_states"] = states
     return tiny(
         f"parallel={json.dumps(parallel)}",
-        f"optimizer={json.dumps(OPTIMIZERS[optimizer])}",
+        f"optimizer={json.dumps((OPTIMIZERS | IN_FP8)[optimizer])}",
         *("model.width=64", "model.ffn_width=160", "model.num_layers=4"),
         *more,
         folder=folder,
@@ -144,6 +151,77 @@ def test_every_tier_gives_the_bits_of_memory(
     if swap.exists():
         assert not os.listdir(swap)
         assert swap.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize(
+    ("layout", "tier", "optimizer"),
+    thinned(
+        {("hdp2-zero1", "nvme", "adamw in fp8")},
+        [
+            ("alone", "all", "adamw in fp8 at random"),
+            ("alone", "nvme", "muon in fp8 at random"),
+            ("hdp2-zero1", "nvme", "adamw in fp8"),
+            ("hdp2-zero1", "all", "muonh in fp8"),
+            ("hdp2-zero3-cpu", "nvme", "adamw in fp8 at random"),
+            ("tp2", "cpu", "adamw in fp8"),
+            ("pp2", "all", "muon in fp8 at random"),
+        ],
+    ),
+)
+def test_states_in_fp8_have_the_bits_of_memory_too(
+    tiny: Make, run_ranks: Ranks, tmp_path: Path, layout: str, tier: str, optimizer: str
+) -> None:
+    memory = prepared(tiny, tmp_path / "memory", layout, "memory", optimizer)
+    away = prepared(tiny, tmp_path / "tiers", layout, tier, optimizer)
+    for config in (memory, away):
+        run_ranks(launch, LAYOUTS[layout][0], config)
+    wanted = bits(memory, 20)
+    assert_same_bits(bits(away, 20), wanted)
+    codes = [tensor for name, tensor in wanted.items() if name.endswith(".q")]
+    assert codes
+    assert all(tensor.dtype is torch.float8_e4m3fn for tensor in codes)
+    (said,) = (one for one in events(tmp_path / "tiers") if one["event"] == "optimizer_states")
+    travels = said["cpu_bytes"] + said["nvme_bytes"]
+    assert travels > 0.3 * sum(tensor.nbytes for tensor in codes) / LAYOUTS[layout][0]
+
+
+def test_states_in_fp8_resume_from_place_to_place(
+    tiny: Make, run_ranks: Ranks, tmp_path: Path
+) -> None:
+    optimizer, ranks = "adamw in fp8 at random", 2
+    straight = prepared(tiny, tmp_path / "straight", "hdp2-zero1", "memory", optimizer)
+    run_ranks(launch, ranks, straight)
+    path = ["memory", "nvme", "all", "memory"]
+    for stop, tier in enumerate(path, start=1):
+        config = prepared(tiny, tmp_path / "moving", "hdp2-zero1", tier, optimizer)
+        run_ranks(launch, ranks, config, 5 * stop if stop < len(path) else None)
+    assert_same_bits(bits(config, 20), bits(straight, 20))
+    told = [one["event"] for one in events(tmp_path / "moving")]
+    assert "states_converted" not in told
+
+
+@pytest.mark.parametrize("to", thinned({"other groups"}, ["fp8", "other groups", "fp32"]))
+def test_states_are_converted_in_tiers_as_in_memory(
+    tiny: Make, run_ranks: Ranks, tmp_path: Path, to: str
+) -> None:
+    """A branch to FP8, and to fp32; a layout that cuts columns within groups."""
+    layout, before, after = {
+        "fp8": ("alone", "adamw", "adamw in fp8 at random"),
+        "other groups": ("tp2", "adamw in fp8", "adamw in fp8"),
+        "fp32": ("alone", "adamw in fp8", "adamw"),
+    }[to]
+    parent = prepared(tiny, tmp_path / "parent", "alone", "nvme", before)
+    run_ranks(launch, 1, parent, 10)
+    said = f"run.parent={{folder: {parent.run.folder}, step: 10}}"
+    found = []
+    for tier in ("memory", "all"):
+        config = prepared(tiny, tmp_path / tier, layout, tier, after, said)
+        run_ranks(launch, LAYOUTS[layout][0], config)
+        found.append((bits(config, 20), [row["loss"] for row in rows(tmp_path / tier)]))
+        (told,) = (one for one in events(tmp_path / tier) if one["event"] == "states_converted")
+        assert told["states"] > 10
+    assert_same_bits(found[1][0], found[0][0])
+    assert found[1][1] == found[0][1]
 
 
 def test_a_run_resumes_from_every_tier_to_every_tier(

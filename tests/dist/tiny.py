@@ -138,7 +138,7 @@ def distributed(run: RunConfig, mesh: Mesh) -> tuple[Transformer, GradientSync]:
 def mesh(run: RunConfig | None = None) -> Mesh:
     """The ranks as ``run`` arranges them, all on the hdp axis without one, on the CPU."""
     degrees = run.parallel if run is not None else ParallelConfig()
-    return open_mesh(degrees.model_copy(update={"timeout_s": 30}), torch.device("cpu"))
+    return open_mesh(degrees.model_copy(update={"timeout_s": 80}), torch.device("cpu"))
 
 
 def global_count(batches: Sequence[MicroBatch | DeviceBatch]) -> int:
