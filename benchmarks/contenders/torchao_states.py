@@ -23,7 +23,7 @@ BLOCK, LEAST = 256, 4096
 def missing() -> str | None:
     """Why there is no torchao; None if there is."""
     if importlib.util.find_spec("torchao") is None:
-        return "torchao is not installed (pip install -c constraints.txt torchao): left out"
+        return "torchao is not installed (pip install -e '.[benchmarks]'): left out"
     return None
 
 
