@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from allometry.configs.execution import OptimizerStates, Zero
+from allometry.optim.fp8_states import Fp8States
 from allometry.optim.matrix_ops import LocalMatrixOps
 from allometry.optim.offload import stream as streams
 from allometry.optim.offload.plan import Tier, assign
@@ -24,11 +25,16 @@ SHAPES = {f"w{i}": (96, 64 + 32 * (i % 3)) for i in range(7)} | {"norm": (1, 20)
 
 
 def tiered(
-    rule: str, parameters: Mapping[str, nn.Parameter], states: dict[str, Any], **more: Any
+    rule: str,
+    parameters: Mapping[str, nn.Parameter],
+    states: dict[str, Any],
+    fp8: Fp8States | None = None,
+    **more: Any,
 ) -> TieredOptimizer:
     zero = Zero(optimizer_states=OptimizerStates.model_validate({"bucket_mib": 0.15} | states))
     sizes = {name: 8 * parameter.numel() for name, parameter in parameters.items()}
-    return TieredOptimizer([group(rule, parameters)], LocalMatrixOps(), zero, sizes, **more)
+    made = group(rule, parameters, **({"fp8": fp8} if fp8 else {}))
+    return TieredOptimizer([made], LocalMatrixOps(), zero, sizes, **more)
 
 
 def all_states(optimizer: RuleOptimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Any]:
@@ -72,6 +78,36 @@ def test_every_rule_has_the_bits_of_memory(rule: str, place: str, tmp_path: Path
     assert held[Tier.DEVICE] + travels == sum(each.nbytes for each in wanted.values())
     if place == "all" and travels:
         assert all(held.values())
+
+
+@pytest.mark.parametrize("rule", ["adamw", "muon", "muonh", "adamh"])
+@pytest.mark.parametrize("place", ["nvme", "all"])
+def test_states_in_fp8_have_the_bits_of_memory(rule: str, place: str, tmp_path: Path) -> None:
+    """Twenty steps with rounding at random."""
+    states = {"device": 0.3, "cpu": 0.3} if place == "all" else {}
+    fp8 = Fp8States("stochastic", 3)
+    one, other = weights(SHAPES), weights(SHAPES)
+    plain = RuleOptimizer([group(rule, one, fp8=fp8)])
+    moving = tiered(rule, other, {"nvme": str(tmp_path), "bucket_mib": 0.05} | states, fp8=fp8)
+    for step in range(1, 21):
+        give(one, step)
+        give(other, step)
+        plain.step()
+        moving.step()
+        if step == 10:
+            assert all_states(moving, other).keys() == all_states(plain, one).keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    wanted, got = all_states(plain, one), all_states(moving, other)
+    codes = {name for name in wanted if name.endswith(".q")}
+    assert len(codes) == (2 if rule in ("adamw", "adamh") else 1) * len(SHAPES)
+    for name, tensor in wanted.items():
+        assert got[name].dtype == tensor.dtype
+        bits = [each.view(torch.uint8) if name in codes else each for each in (tensor, got[name])]
+        assert torch.equal(*bits), name
+    held = moving.held_bytes()
+    assert sum(held.values()) == sum(each.nbytes for each in wanted.values())
+    assert held[Tier.NVME] > (sum(wanted[name].nbytes for name in codes) / 4)
+    assert place == "nvme" or held[Tier.CPU] > 0
 
 
 def test_what_is_loaded_between_steps_is_used(tmp_path: Path) -> None:

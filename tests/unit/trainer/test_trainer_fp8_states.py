@@ -19,6 +19,7 @@ from allometry.optim.fp8_states import Fp8States
 from allometry.parallel.mesh import open_mesh
 from allometry.trainer import train as train_module
 from allometry.trainer.record.states import CompressedStates
+from allometry.trainer.state import checkpoint, states
 from allometry.trainer.state.states import load
 from allometry.trainer.train import train
 from rule_groups import give, optimizer, weights
@@ -151,6 +152,32 @@ def test_a_branch_may(
     assert found[:11] == wanted[:11]
     assert found[11:] != wanted[11:]
     assert found[11:] == pytest.approx(wanted[11:], rel=0.02)
+
+
+def test_states_are_converted_some_at_a_time(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = ["training.total_steps=6", "checkpoint.keep_steps=[4]"]
+    parent = run(tiny(*said, folder=tmp_path / "parent"))
+    inner, loads = checkpoint.load, [0]
+
+    def counted(*given: Any) -> None:
+        loads[0] += 1
+        inner(*given)
+
+    monkeypatch.setattr(checkpoint, "load", counted)
+    found = []
+    for name, most in (("at once", 1 << 30), ("each alone", 1), ("some", 20_000)):
+        monkeypatch.setattr(states, "READ_BYTES", most)
+        loads[0] = 0
+        start = f"run.parent={{folder: {parent}, step: 4}}"
+        folder = run(tiny(*said[:1], start, FP8, folder=tmp_path / name))
+        (told,) = (event for event in events(folder) if event["event"] == "states_converted")
+        found.append((loads[0], told["states"], losses(folder)))
+    assert found[0][1:] == found[1][1:] == found[2][1:]
+    assert found[0][0] == 2
+    assert found[1][0] == 1 + found[1][1]
+    assert 2 < found[2][0] < found[1][0]
 
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
