@@ -195,7 +195,7 @@ def summary(kinds: Sequence[str], seeds: int, known: dict[Trial, Any]) -> list[d
     rows = []
     for kind in kinds:
         base = [known[Trial(kind, "fp32", seed)] for seed in range(seeds)]
-        for name in (name for name in STATES if Trial(kind, name, 0) in known):
+        for name in (s for s in STATES if all(Trial(kind, s, i) in known for i in range(seeds))):
             found = [known[Trial(kind, name, seed)] for seed in range(seeds)]
             relative = [
                 100.0 * (one["held_out"] / other["held_out"] - 1.0)
@@ -272,7 +272,8 @@ def run_states(given: argparse.Namespace) -> dict[str, Any]:
     settings = Settings(given.size, given.steps, given.beta2)
     log = Log(given.work / "states.jsonl", settings)
     kinds = given.kinds.split(",")
-    trials = [Trial(k, s, seed) for seed in range(given.seeds) for k in kinds for s in compared()]
+    asked = given.states.split(",") if given.states else compared()
+    trials = [Trial(k, s, seed) for seed in range(given.seeds) for k in kinds for s in asked]
     with Workers(given.processes) as workers:
         missing = [trial for trial in trials if trial not in log.known]
         workers.run(partial(run, settings), missing, log.add)
@@ -306,6 +307,7 @@ def arguments(asked: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", choices=PARTS, action="append", help="default: all")
     parser.add_argument("--size", choices=SIZES, default="10m")
     parser.add_argument("--kinds", default="dense,moe")
+    parser.add_argument("--states", help="of the part states, by comma; default: all")
     parser.add_argument("--steps", type=int, default=500, help="of 1,024 tokens")
     parser.add_argument("--beta2", type=float, default=0.95)
     parser.add_argument("--seeds", type=int, default=3)
