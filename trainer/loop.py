@@ -56,7 +56,7 @@ class Progress:
             "position_sequences": position,
             "tokens": stream.tokens(position),
             "flops": self.flops,
-            "ledger_tokens": stream.ledger(position),
+            "reading": stream.state(position),
             "seed": seed,
             "data": stream.fingerprints(),
             "areas": self.areas.state_dict(),
