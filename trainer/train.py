@@ -188,6 +188,7 @@ class _Run:
             state = state_tensors(self.parallel, self.optimizer)
             areas.load_state_dict(start.facts["areas"])
             progress.flops = start.facts["flops"]
+            progress.held_out_before.update(start.facts.get("held_out_before", {}))
         self.converted = load(start.checkpoint, state, self.optimizer, names, self.mesh)
         return progress
 
@@ -284,7 +285,12 @@ class _Run:
             at_once = self.config.batch.micro_batch_sequences
             held_out = held_out_sequences(self.stream.validation(count, at_once), mesh)
         evaluator = Evaluator(held_out, self.parallel, mesh)
-        return Evaluation(evaluator, evaluation.every_steps, self.plan.total_steps, self.timer)
+        replay = self.config.data.replay
+        return Evaluation(
+            *(evaluator, evaluation.every_steps, self.plan.total_steps, self.timer, self.report),
+            replayed=replay.sources if replay else (),
+            before=self.progress.held_out_before,
+        )
 
     def _rows(self) -> Iterator[Callback]:
         if self.recorder is None:
