@@ -33,6 +33,12 @@ class Account:
     samples: int
 
 
+def samples_read(run: Mapping[str, Any], name: str) -> int | None:
+    """Samples of a source that a run has read, as its export tells; None: it does not tell."""
+    state = run.get("reading")
+    return None if state is None else int(state["ledger"].get(name, {"samples": 0})["samples"])
+
+
 class Reading(ABC):
     """The samples of a data configuration, as a function of their position.
 
@@ -169,6 +175,8 @@ class Reading(ABC):
     def _read_of(self, run: Mapping[str, Any], name: str, here: list[str]) -> int:
         """Samples that an ancestor has read of source ``name``, whose documents ``here`` has."""
         state, problem = run.get("reading"), None
+        if samples_read(run, name) == 0:
+            return 0
         if state is None:
             problem = "its export does not say how much of them; export it again"
         elif state["order"] != self._order():

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from allometry.configs.run import RunConfig
 from allometry.data.changes import Change, declared, in_force
+from allometry.data.reading import samples_read
 from allometry.data.sources import Sources
 from allometry.trainer.state import checkpoint
 from allometry.trainer.state.branch import stored_config
@@ -32,7 +33,8 @@ def read_again(facts: dict[str, Any] | None, stream: Sources) -> list[str]:
     fingerprints = stream.fingerprints()
     for origin in _ancestors(facts) if weights_only(facts) else ():
         data = origin.get("data", {}).items() if origin.get("seed") == stream.seed else ()
-        again |= {name for name, known in data if fingerprints.get(name) == known}
+        same = {name for name, known in data if fingerprints.get(name) == known}
+        again |= {name for name in same if samples_read(origin, name) != 0}
     starts = zip(stream.sources, stream.starts, strict=True)
     return [name for name, start in starts if name in again and not start]
 

@@ -22,6 +22,7 @@ from allometry.data.order import DocumentOrder
 from allometry.data.store import TokenStore
 from allometry.data.stream import Stream
 from allometry.data.synthetic import write_store
+from allometry.launch.runs.dry_run import planned as planned_run
 from allometry.scaling.batch import BatchPlan
 from allometry.trainer.feed import sequence_steps
 from allometry.trainer.state import checkpoint
@@ -181,6 +182,7 @@ def test_an_edited_file_is_the_mixture_that_was_declared(tiny: Make, tmp_path: P
     whole = run(tiny(*FEW, replay(0.25, change), folder=tmp_path / "whole"))
     edited = tmp_path / "edited"
     run(tiny(*FEW, replay(0.25), folder=edited), stop=4)
+    foreseen = planned_run(tiny(*FEW, replay(0.9), folder=edited), 1).facts["data"]["sources"]
     run(tiny(*FEW, replay(0.9), "batch.micro_batch_sequences=8", folder=edited), stop=6)
     run(tiny(*FEW, replay(0.9), folder=edited))
     keys = ("tokens/down", "unique_tokens/up", "epochs/down")
@@ -195,6 +197,8 @@ def test_an_edited_file_is_the_mixture_that_was_declared(tiny: Make, tmp_path: P
     assert said["tokens"] == {"up": 24 * 32, "down": 8 * 32}
     facts = checkpoint.read_facts(edited / "checkpoints" / "step-8")
     assert facts["reading"]["ledger"]["down"]["tokens"] == rows(edited)[-1]["tokens/down"]
+    for name, account in foreseen.items():  # the dry run knows what the folder has read
+        assert account == facts["reading"]["ledger"][name]
     assert rows(edited)[-1]["tokens/down"] == pytest.approx((8 + 32 * 0.9) * 32, abs=32)
     described = json.loads((edited / "run.json").read_text())["data"]
     assert [change["position"] for change in described["mixture"]] == [0, 32]
