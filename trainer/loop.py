@@ -37,12 +37,14 @@ class Progress:
     """How far a run is, besides its tensors; ``facts`` of a checkpoint.
 
     ``saved_step``: that of the newest checkpoint that is known to be whole, None without one.
+    ``held_out_before``: losses by source before the first step with ``data.replay``, if it has one.
     """
 
     step: int
     areas: LearningRateAreas
     flops: int = 0
     saved_step: int | None = None
+    held_out_before: dict[str, float] = field(default_factory=dict)
 
     def facts(self, plan: RunPlan, stream: Sources, seed: int) -> dict[str, Any]:
         """JSON for a checkpoint.
@@ -56,10 +58,11 @@ class Progress:
             "position_sequences": position,
             "tokens": stream.tokens(position),
             "flops": self.flops,
-            "ledger_tokens": stream.ledger(position),
+            "reading": stream.state(position),
             "seed": seed,
             "data": stream.fingerprints(),
             "areas": self.areas.state_dict(),
+            "held_out_before": self.held_out_before,
         }
 
 

@@ -16,6 +16,7 @@ from allometry.configs.model import MoEModel
 from allometry.configs.run import RunConfig
 from allometry.data.documents import DocumentStream
 from allometry.data.run_tokenizer import tokenizer_of_run
+from allometry.data.sources import Sources
 from allometry.data.stream import Stream, open_stream
 from allometry.data.tokenizer import check_vocabulary
 from allometry.laws.areas import LearningRateAreas
@@ -66,7 +67,8 @@ from allometry.trainer.save import Saver
 from allometry.trainer.state import checkpoint
 from allometry.trainer.state.folder import RunFolder
 from allometry.trainer.state.planners import State
-from allometry.trainer.state.resume import Start, begin, read_again
+from allometry.trainer.state.reading import continued, data_events, read_again
+from allometry.trainer.state.resume import Start, begin
 from allometry.trainer.state.room import checkpoint_bytes
 from allometry.trainer.state.states import load
 from allometry.trainer.stop import StopSignals
@@ -99,13 +101,16 @@ def train(
         choose_graphs(config, mesh)  # what cannot be is said before the folder is touched
         plan = with_measured_stages(config, plan, mesh)
         schedule = resolve_schedule(config, plan.batch)
-        stream = on_all_ranks(mesh, lambda: _open_stream(config, plan), "opening the data")
+        stream = on_all_ranks(mesh, lambda: _open_stream(config), "opening the data")
         folder = RunFolder(config.run.folder)
         if callbacks is None:
             callbacks = on_main_rank(
                 mesh, lambda: standard_callbacks(config.record, folder), "making callbacks"
             )
-        start = begin(folder, config, stream.fingerprints, mesh, stop_at_step)
+        start = begin(
+            folder, config, stream, mesh, stop_at_step, lambda found: _check_data(found, plan)
+        )
+        stream = continued(stream, start.facts)
         present = list(callbacks or ()) if mesh.is_main else []
         recorder = record.Recorder(folder) if mesh.is_main else None
         try:
@@ -183,6 +188,7 @@ class _Run:
             state = state_tensors(self.parallel, self.optimizer)
             areas.load_state_dict(start.facts["areas"])
             progress.flops = start.facts["flops"]
+            progress.held_out_before.update(start.facts.get("held_out_before", {}))
         self.converted = load(start.checkpoint, state, names, self.mesh)
         return progress
 
@@ -279,7 +285,12 @@ class _Run:
             at_once = self.config.batch.micro_batch_sequences
             held_out = held_out_sequences(self.stream.validation(count, at_once), mesh)
         evaluator = Evaluator(held_out, self.parallel, mesh)
-        return Evaluation(evaluator, evaluation.every_steps, self.plan.total_steps, self.timer)
+        replay = self.config.data.replay
+        return Evaluation(
+            *(evaluator, evaluation.every_steps, self.plan.total_steps, self.timer, self.report),
+            replayed=replay.sources if replay else (),
+            before=self.progress.held_out_before,
+        )
 
     def _rows(self) -> Iterator[Callback]:
         if self.recorder is None:
@@ -322,7 +333,7 @@ class _Run:
             node_ranks = int(here) if here.isdecimal() else NODE_RANKS
             for rule, text in advice(self.config, self.plan, node_ranks).items():
                 report("advice", rule=rule, text=text)
-        again = read_again(start, self.config.run.seed, self.stream.fingerprints())
+        again = read_again(start.facts, self.stream)
         if again:
             report("same_documents", sources=again, seed=self.config.run.seed)
         if start.checkpoint is None:
@@ -335,19 +346,27 @@ class _Run:
         if isinstance(self.optimizer, TieredOptimizer):
             held = {f"{tier}_bytes": size for tier, size in self.optimizer.held_bytes().items()}
             report("optimizer_states", step=start.step, **held)
+        for kind, facts in data_events(start.facts, self.stream):
+            report(kind, step=start.step, **facts)
         for change in self.kernel_changes:
             report("kernels_changed", step=start.step, **change)
         for change, states in self.converted.items():
             report("states_converted", step=start.step, change=change, states=states)
 
 
-def _open_stream(config: RunConfig, plan: RunPlan) -> Stream | DocumentStream:
+def _open_stream(config: RunConfig) -> Stream | DocumentStream:
     """The data, after checking that tokenizer and vocabulary fit it."""
     stream = open_stream(config.data, config.run.seed)
     check_vocabulary(config.model.vocab_size, stream.stores)
+    return stream
+
+
+def _check_data(stream: Sources, plan: RunPlan) -> None:
+    """Check that the data are enough for the run as it goes on with them."""
     if isinstance(stream, DocumentStream):
         check_steps(stream, plan)
     sequences = plan.batch.sequences_before(plan.total_steps + 1)
+    stream.check_run(sequences)
     for name, epochs in stream.epochs(sequences).items():
         if epochs > MANY_EPOCHS:
             _log.warning(
@@ -355,4 +374,3 @@ def _open_stream(config: RunConfig, plan: RunPlan) -> Stream | DocumentStream:
                 "2305.16264): add data, lower its weight or shorten the run",
                 *(name, epochs, MANY_EPOCHS),
             )
-    return stream

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from allometry.configs.run import RunConfig
@@ -14,6 +15,7 @@ from allometry.scaling.count import DocumentFlops
 from allometry.scaling.layout import SPLIT_BACKWARD
 from allometry.scaling.memory import EXACT, MemoryEstimate
 from allometry.scaling.plan import RunPlan, memory_of
+from allometry.trainer.state.folder import RunFolder
 
 
 def planned(config: RunConfig, world_size: int) -> Report:
@@ -40,11 +42,22 @@ def data_here(config: RunConfig, plan: RunPlan) -> dict[str, Any]:
         return {"checked": False, "missing": missing}
     stream = open_stream(config.data, config.run.seed)
     check_vocabulary(config.model.vocab_size, stream.stores)
+    folder = RunFolder(config.run.folder)
+    if not folder.is_new() or config.data.continue_sources:
+        from allometry.trainer.state.reading import continued, standing
+
+        stream = continued(stream, standing(folder))
     position = plan.batch.sequences_before(plan.total_steps + 1)
-    tokens = stream.tokens(position)
-    per_token = DocumentFlops.of(config.model).expected(stream.squared_lengths_per_token())
-    flops = round(tokens * per_token)
-    return {"checked": True, "epochs": stream.epochs(position), "total_flops": flops}
+    stream.check_run(position)
+    accounts = stream.accounts(position)
+    squares = stream.squared_lengths_per_token(position)
+    tokens = sum(account.tokens for account in accounts.values())
+    return {
+        "checked": True,
+        "epochs": {name: account.epochs for name, account in accounts.items()},
+        "sources": {name: asdict(account) for name, account in accounts.items()},
+        "total_flops": round(tokens * DocumentFlops.of(config.model).expected(squares)),
+    }
 
 
 def learning_rates(config: RunConfig, plan: RunPlan, schedule: Schedule) -> list[dict[str, Any]]:
@@ -156,7 +169,10 @@ def _data(data: dict[str, Any]) -> list[str]:
         return [f"data              not checked: no files here for {', '.join(data['missing'])}"]
     return [
         "data              "
-        + ", ".join(f"{name} {epochs:.3g} epochs" for name, epochs in data["epochs"].items())
+        + ", ".join(
+            f"{name} {account['tokens']:,} tokens ({account['epochs']:.3g} epochs)"
+            for name, account in data["sources"].items()
+        )
         + f"; {data['total_flops']:.4g} FLOPs with documents as long as here"
     ]
 

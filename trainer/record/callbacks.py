@@ -107,7 +107,10 @@ _SAID = {
     "{cpu_bytes} in the host's memory, {nvme_bytes} in a file",
     "states_converted": "optimizer states: {states} were converted, {change}",
     "same_documents": "WARNING: the run that these weights come from has read the documents of "
-    "{sources} in the same order (run.seed={seed}); with another run.seed the order is another",
+    "{sources} in the same order (run.seed={seed}); data.continue_sources: true goes on after "
+    "them, and with another run.seed the order is another",
+    "mixture_changed": "the mixture is another one from step {step} on: {before} became {after}",
+    "sources_continued": "sources go on after what earlier runs have read: epochs {epochs}",
     "advice": "WARNING: {text}",
     "already_finished": "nothing to do: the run is complete, all {step} steps are taken",
     "stopped": "step {step} | stopped by {signal}; the same command continues from here",

@@ -11,7 +11,10 @@ HOT = (
     *(f"trainer/{name}.py" for name in ("step", "balance", "feed", "evaluate", "loop")),
     *(
         f"data/{name}.py"
-        for name in ("order", "shuffle", "mixture", "stream", "documents", "batch")
+        for name in (
+            *("order", "shuffle", "mixture", "changes", "reading", "stream", "documents"),
+            "batch",
+        )
     ),
     *("scaling/count.py", "scaling/batch.py", "scaling/parameterizations/*.py"),
 )
@@ -174,7 +177,22 @@ COVERING: tuple[tuple[str, tuple[Stage, ...]], ...] = (
         (RUNS, unit("trainer/*resume_rules", "trainer/*callbacks"), unit("trainer/*")),
     ),
     ("data/documents.py", (unit("data/*documents"), unit("data/*stream", "data/*mixture"))),
-    ("data/*.py", (unit("data/*stream", "data/*mixture"), unit("data/*documents"), RUNS)),
+    (
+        "data/changes.py",
+        (unit("data/*changes", "data/*mixture"), unit("trainer/test_trainer_mixtures")),
+    ),
+    (
+        "data/reading.py",
+        (unit("data/*reading", "data/*changes"), unit("trainer/test_trainer_mixtures")),
+    ),
+    (
+        "data/*.py",
+        (
+            unit("data/*stream", "data/*mixture", "data/*changes"),
+            unit("data/*documents", "data/*reading"),
+            RUNS,
+        ),
+    ),
     ("scaling/batch.py", (unit("scaling/*batch"), unit("scaling/*"))),
     ("scaling/count.py", (unit("scaling/*count"), unit("scaling/*"))),
     (

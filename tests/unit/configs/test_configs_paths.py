@@ -21,7 +21,7 @@ from allometry.launch.report.commands import WriteReport
 from allometry.launch.runs.commands import Prepare
 
 # Texts of a description that are no paths: names, patterns and lines of scripts.
-NO_PATHS = {"name", "resume", "project", "entity", "law", "loss", "schedule"}
+NO_PATHS = {"name", "resume", "project", "entity", "law", "loss", "schedule", "sources"}
 NO_PATHS |= {"set", "options", "setup", "fix"}
 
 

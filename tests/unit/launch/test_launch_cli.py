@@ -94,6 +94,16 @@ def test_dry_run_of_many_ranks_lists_what_they_hold_and_send(tiny: Make) -> None
     assert "32 ranks of hdp" in text
 
 
+def test_dry_run_counts_what_is_read_and_finds_what_runs_dry(tiny: Make) -> None:
+    report = planned(tiny("data.replay={ratio: 0.25, sources: [down]}"), 1)
+    assert report.facts["data"]["sources"]["down"]["tokens"] == 20 * 8 * 32 / 4
+    assert "down 1,280 tokens (0." in report.text
+    with pytest.raises(UserError, match="'down' runs dry after"):
+        planned(tiny("data.sources.1.max_epochs=0.1"), 1)
+    with pytest.raises(UserError, match="no run is known"):
+        planned(tiny("data.continue_sources=true"), 1)
+
+
 def test_dry_run_as_json(tiny: Make) -> None:
     plan = json.loads(json.dumps(planned(tiny(), 2).facts))
     assert plan["total_steps"] == 20
