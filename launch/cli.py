@@ -22,6 +22,8 @@ Commands = dict[str, tuple[type[Command], str]]
 
 COMMANDS: Commands = {
     "train": (runs.Train, "runs.train:trained"),
+    "runs": (runs.Runs, "runs.listing:listed"),
+    "branch": (runs.Branch, "runs.branch:branched"),
     "prepare": (runs.Prepare, "runs.prepare:prepared"),
     "convert": (runs.Convert, "runs.convert:converted"),
     "verify": (studies.Verify, "studies.verify:verified"),

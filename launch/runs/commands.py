@@ -86,6 +86,42 @@ class Doctor(Command):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Runs(Command):
+    """List the runs in FOLDER: state, step, tokens, loss, size, what branches from what.
+
+    States: new, running, stopped (by a signal or a step), crashed (it did not say how it ended),
+    diverged (its loss was not finite), ended. A folder that is no run's is passed over aloud.
+    """
+
+    folder: Path = argument("a folder that holds runs, ladders or trees of runs", Path("runs"))
+    tree: bool = option("branches below their trunks", False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Branch(Command):
+    """Describe a run that begins at a checkpoint of RUN, or train a tree of such branches.
+
+    The branch shares the checkpoint, which its trunk then keeps. Its description is RUN's with
+    --config and --set on top; it is trained by the command that is printed, or with --train. With
+    --tree, what the file of kind: tree lacks is trained; safe to interrupt and to run again.
+    """
+
+    run: Path | None = argument("the run to branch from", None, metavar="[RUN]")
+    at: int | None = option("step of its checkpoint", min=1)
+    config: str | None = option(
+        "YAML file of what the branch has otherwise: schedule, data, length"
+    )
+    sets: tuple[str, ...] = option("section.key=value; repeat for more", (), "--set")
+    name: str | None = option(
+        "the branch's folder, beside RUN; default: RUN-CONFIG-STEP", None, "--run"
+    )
+    train: bool = option("train it here, in this process", False)
+    tree: str | None = option("a YAML file of kind: tree, or a tree's folder: train what it lacks")
+    parallel: int | None = option("with --tree: runs at a time; default: the tree's", min=1)
+    dry_run: bool = option("with --tree: print how far its runs are, train nothing", False)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plot(Command):
     """Draw loss against tokens and against FLOPs for one or more runs, or one step's schedule."""
 
