@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -58,7 +58,7 @@ class TreeBranch(Section):
 class TreeConfig(Section):
     """A trunk and its branches: stable, then decays with other data (arXiv 2404.06395)."""
 
-    kind: str = Field("tree", pattern="^tree$")
+    kind: Literal["tree"] = "tree"
     folder: PathText = Field(min_length=1, description="the tree's folder, which holds its runs")
     trunk: Trunk = Field(description="the run that all of them begin with")
     branches: tuple[TreeBranch, ...] = Field(min_length=1, description="what branches from it")

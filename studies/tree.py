@@ -51,6 +51,12 @@ def plan_tree(tree: TreeConfig, source: Tree) -> TreePlan:
     if outside is None:
         runs[TRUNK] = _planned(TRUNK, described[TRUNK], tree)
     for number, branch in enumerate(tree.branches):
+        parent = runs.get(branch.parent)
+        if parent is not None and branch.at > parent.steps:
+            raise UserError(
+                f"branch {branch.name} of the tree: at={branch.at} is past the {parent.steps} "
+                f"steps of {branch.parent}; branch earlier or make that run longer"
+            )
         try:
             config = _branch(tree, source, number, described[branch.parent])
         except ConfigError:
@@ -59,7 +65,7 @@ def plan_tree(tree: TreeConfig, source: Tree) -> TreePlan:
             raise UserError(f"branch {branch.name} of the tree: {error}") from None
         described[branch.name] = Tree(config.model_dump(mode="json"))
         run = _planned(branch.name, described[branch.name], tree)
-        if branch.parent in runs:
+        if parent is not None:
             _keep(runs, branch)
             run = replace(run, parent=branch.parent)
         elif not (run.folder / "config.yaml").is_file():
@@ -138,11 +144,6 @@ def _folder(tree: TreeConfig, name: str) -> Path:
 def _keep(runs: dict[str, PlannedRun], branch: TreeBranch) -> None:
     """Have the parent, a run of the tree, keep the checkpoint."""
     parent = runs[branch.parent]
-    if branch.at > parent.steps:
-        raise UserError(
-            f"branch {branch.name} of the tree: at={branch.at} is past the {parent.steps} steps of "
-            f"{branch.parent}; branch earlier or make that run longer"
-        )
     checkpoint = parent.config.checkpoint
     kept = tuple(sorted({*checkpoint.keep_steps, branch.at}))
     config = parent.config.model_copy(
