@@ -77,6 +77,29 @@ class Convert(Command):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Evaluate(Command):
+    """Score checkpoints of a run, or a Hugging Face model, with the lm-evaluation-harness.
+
+    Scores are added to scores.jsonl in that folder, for reports and for laws of scores. Needs the
+    extra: pip install 'allometry[evaluate]'.
+    """
+
+    source: Path = argument("run folder, or folder of a Hugging Face model")
+    tasks: tuple[str, ...] = option(
+        "the harness' names, .yaml files or folders of them, with commas or repeated", REQUIRED
+    )
+    checkpoints: str = option("all that are kept, last, or steps: 1000,2000", "last")
+    fewshot: int | None = option("examples before each question; default: the task's", min=0)
+    limit: int | None = option("of each task only so many documents", min=1)
+    batch_size: int = option("requests at a time", 8, min=1)
+    device: str | None = option("cpu, cuda, cuda:1; default: a GPU where there is one")
+    dtype: str | None = option("type of the weights, fp32 or bf16; default: fp32")
+    tokenizer: Path | None = option("tokenizer.json of a run that does not know its own")
+    end_of_document: str | None = option("token that ended the documents, likewise")
+    again: bool = option("evaluate also what was evaluated before", False)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Doctor(Command):
     """Say what is installed and usable here, and how to mend what is not."""
 
