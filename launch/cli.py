@@ -22,8 +22,11 @@ Commands = dict[str, tuple[type[Command], str]]
 
 COMMANDS: Commands = {
     "train": (runs.Train, "runs.train:trained"),
+    "runs": (runs.Runs, "runs.listing:listed"),
+    "branch": (runs.Branch, "runs.branch:branched"),
     "prepare": (runs.Prepare, "runs.prepare:prepared"),
     "convert": (runs.Convert, "runs.convert:converted"),
+    "evaluate": (runs.Evaluate, "runs.evaluate:evaluated"),
     "verify": (studies.Verify, "studies.verify:verified"),
     "selftest": (studies.SelfTest, "studies.selftest:tested"),
     "doctor": (runs.Doctor, "runs.doctor:examined"),

@@ -31,6 +31,7 @@ from allometry.parallel.agree import wait_for_all, with_heartbeat
 from allometry.parallel.mesh import Mesh
 from allometry.trainer.state.folder import RunFolder, write_atomically
 from allometry.trainer.state.integrity import COMPLETE, FACTS, Files, ShardWriter, damage, seal
+from allometry.trainer.state.pins import pins
 from allometry.trainer.state.planners import Loading, Saving, State, layouts
 from allometry.trainer.state.room import due, free_bytes, megabytes, stays
 
@@ -274,11 +275,16 @@ class Checkpointer:
         return f"{failure.reason}: a checkpoint takes {megabytes(self._needed_bytes)}{left}"
 
     def _prune(self, step: int, keep: int) -> None:
-        """Remove those up to ``step`` but the newest ``keep``, those that stay and ``latest``."""
+        """Remove those up to ``step`` but the newest ``keep``, ``latest`` and those that stay.
+
+        What a branch refers to stays, too.
+        """
         latest = _latest(self._folder)
         past = [p for p in saved(self._folder) if step_of(p) <= step]
+        pinned = {pin.step for pin in pins(self._folder.path)}
         for path in past[:-keep]:
-            if not stays(self._config, step_of(path)) and path.name != latest:
+            kept = stays(self._config, step_of(path)) or step_of(path) in pinned
+            if not kept and path.name != latest:
                 # The marker goes first: a crash while deleting must not leave a "complete" half.
                 (path / COMPLETE).unlink(missing_ok=True)
                 shutil.rmtree(path, ignore_errors=True)
