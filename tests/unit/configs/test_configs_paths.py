@@ -26,7 +26,6 @@ NO_PATHS = {"name", "resume", "project", "entity", "law", "loss", "schedule", "s
 NO_PATHS |= {"set", "options", "setup", "fix", "parent"}
 
 
-
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("HOME", str(tmp_path))
