@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from allometry.models import fp8
+from allometry.models.gathered import quantised
 from allometry.models.parameters import OwnsParameters, local_weight
 from allometry.scaling.roles import Role
 
@@ -76,7 +77,11 @@ class Stacked:
 
     def joined(self, dtype: torch.dtype) -> Tensor:
         """Return the copy, or make one of the weights, differentiable."""
-        return self.copy if self.copy is not None else join(self.weights(), dtype)
+        return join(self.parts(), dtype)
+
+    def parts(self) -> tuple[Tensor, ...]:
+        """Return the copy alone, or the weights."""
+        return self.weights() if self.copy is None else (self.copy,)
 
     def room(self, dtype: torch.dtype) -> list[Tensor]:
         """Return the parts of ``copy``, to be filled; their memory is asked for once."""
@@ -112,7 +117,7 @@ def multiply(x: Tensor, stacked: Stacked) -> Joined:
         return made[0] if len(made) == 1 else made
     # Without gradients, too, as torch's compiler then counts the arguments of a function of ours.
     if not torch.is_grad_enabled() or (stacked.plain and not (stacked.saves or stacked.recipe)):
-        return _forward(x, stacked.joined(x.dtype), stacked.recipe)[0]
+        return _forward(x, stacked.parts(), stacked.recipe)[0]
     how = stacked.saves, stacked.recipe, stacked.gradients
     y: Tensor = _Multiply.apply(x, stacked.copy, *how, *weights)
     return y
@@ -131,12 +136,16 @@ def separate(made: Joined, widths: Sequence[int]) -> tuple[Tensor, ...]:
     return made.split(list(widths), dim=-1) if isinstance(made, Tensor) else made
 
 
-def _forward(x: Tensor, whole_RD: Tensor, recipe: str) -> tuple[Tensor, fp8.Quantised | None]:
+def _forward(
+    x: Tensor, weights: tuple[Tensor, ...], recipe: str
+) -> tuple[Tensor, fp8.Quantised | None]:
     """Return the product, and x in FP8 where the product read that."""
     if not recipe:
-        return F.linear(x, whole_RD), None
+        return F.linear(x, join(weights, x.dtype)), None
     small = fp8.quantise(x.reshape(-1, x.shape[-1]), fp8.ACTIVATION_BLOCKS[recipe])
-    weight = fp8.quantise(whole_RD, fp8.WEIGHT_BLOCKS[recipe])
+    weight = quantised(weights)
+    if weight is None:
+        weight = fp8.quantise(join(weights, x.dtype), fp8.WEIGHT_BLOCKS[recipe])
     y_TR = fp8.scaled_product(small, weight, recipe, x.dtype, fast=True)
     return y_TR.view(*x.shape[:-1], -1), small
 
@@ -157,7 +166,7 @@ class _Multiply(torch.autograd.Function):
         ctx.rows = [len(weight) for weight in weights]
         ctx.dtype, ctx.shape, ctx.compute = weights[0].dtype, x.shape, x.dtype
         ctx.saves, ctx.recipe, ctx.gradients = saves, recipe, gradients
-        y, small = _forward(x, join(weights, x.dtype) if whole_RD is None else whole_RD, recipe)
+        y, small = _forward(x, weights if whole_RD is None else (whole_RD,), recipe)
         kept = (x,) if not saves else fp8.save(x) if small is None else small
         # What is no step's copy is made again: FSDP2 frees weights, and gathers them for backward.
         ctx.save_for_backward(*kept, *(weights if whole_RD is None else (whole_RD,)))
@@ -172,20 +181,26 @@ class _Multiply(torch.autograd.Function):
         grad_TR, x_TD = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         grad_x = None
         if ctx.needs_input_grad[0]:
-            whole_RD = join(tuple(kept), ctx.compute)
-            grad_x = _of_input(grad_TR, whole_RD, ctx.recipe, ctx.gradients).view(ctx.shape)
+            grad_x = _of_input(grad_TR, tuple(kept), ctx.recipe, ctx.gradients).view(ctx.shape)
         made: tuple[Tensor | None, ...] = (None,) * len(ctx.rows)
         if any(ctx.needs_input_grad[5:]):
             made = _of_weight(grad_TR, x_TD, ctx.recipe, ctx.gradients, ctx.dtype).split(ctx.rows)
         return grad_x, None, None, None, None, *made
 
 
-def _of_input(grad_TR: Tensor, whole_RD: Tensor, recipe: str, gradients: torch.dtype) -> Tensor:
+def _of_input(
+    grad_TR: Tensor, weights: tuple[Tensor, ...], recipe: str, gradients: torch.dtype
+) -> Tensor:
     if not recipe:
-        return grad_TR @ whole_RD
+        return grad_TR @ join(weights, grad_TR.dtype)
     grad = fp8.quantise(grad_TR, fp8.ACTIVATION_BLOCKS[recipe], gradients)
-    weight = fp8.quantise(whole_RD.t(), fp8.WEIGHT_BLOCKS[recipe])
-    return fp8.scaled_product(grad, weight, recipe, grad_TR.dtype)
+    small = quantised(weights)
+    if small is None:
+        whole_DR = join(weights, grad_TR.dtype).t()
+        small = fp8.quantise(whole_DR, fp8.WEIGHT_BLOCKS[recipe])
+    else:
+        small = fp8.Quantised(small.values.t(), small.scales)
+    return fp8.scaled_product(grad, small, recipe, grad_TR.dtype)
 
 
 def _of_weight(
