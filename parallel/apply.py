@@ -113,7 +113,8 @@ def parallelize(
         distribute(part, config, mesh)
     dtype = torch_dtype(config.training.compute_dtype)
     offloaded = config.parallel.zero.offload == "cpu"
-    sync = apply_zero(list(parts.values()), config.parallel.zero, dtype, mesh)
+    in_fp8 = config.precision.gather == "fp8"
+    sync = apply_zero(list(parts.values()), config.parallel.zero, dtype, mesh, in_fp8)
     if config.training.activation_checkpointing == "selective":
         for part in parts.values():
             hide_fsdp_hooks(part)

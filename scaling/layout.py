@@ -51,7 +51,7 @@ class Layout:
         """
         degrees = resolve_degrees(config.parallel, world_size)
         _check_tensor(config, degrees)
-        check_precision(config, degrees.tp)
+        check_precision(config, degrees)
         _check_expert(config.model, degrees)
         if config.data.kind == "sequences":
             check_batch(config.batch, degrees.hdp)

@@ -274,7 +274,7 @@ def _activations(
     least: list[int] = []
     for layer in sorted(part.layers):
         if isinstance(model, MoEModel) and model.has_experts(layer):
-            mixture = _mixture(model, compute_bytes, fp8)
+            mixture = _mixture(part, model, compute_bytes, fp8)
             kept.append(common + mixture)
             least.append(products + mixture * 3 // 4)
         else:
@@ -292,24 +292,26 @@ def _activations(
     return tokens * total // part.tp
 
 
-def _mixture(model: MoEModel, compute_bytes: int, fp8: bool) -> int:
+def _mixture(part: RankParts, model: MoEModel, compute_bytes: int, fp8: bool) -> int:
     """Return the bytes that a mixture keeps for one token; loads are taken to be even.
 
     The router's input in fp32 or wider where activations are not (D), its logits and scores (2·E);
     three numbers of a visit in int64 and its weight; for each visit the expert's input and output
     (2·D, or latent widths) and 4·F; the sum before the latent projection up; shared experts (4·F
-    each). ``fp8``: all of it but an expert's output, with 3·F for 4·F; inputs that several modules
-    read are kept by each.
+    each). ``fp8``: all of it but an expert's output, with 3·F for 4·F; tokens are kept rather than
+    their rows where these do not travel, and what several modules of a rank read once.
     """
     mixture = model.experts
     wide = max(_FP32, compute_bytes)
     latent = mixture.latent_width if isinstance(mixture, LatentExperts) else None
     if fp8:
-        small = mixture.experts_per_token * ((latent or model.width) + 3 * mixture.width)
-        small += model.width * bool(latent) + (latent or 0)
+        inner, visits = latent or model.width, mixture.experts_per_token
+        travel = part.ep > 1 or (part.tp > 1 and part.whole_experts)
+        small = 3 * visits * mixture.width + (latent or 0)
+        small += inner * (visits if travel else bool(latent) or part.tp > 1)
         shared = mixture.num_shared_experts
-        small += 3 * shared * mixture.width + model.width * bool(shared)
-        whole = compute_bytes * (latent or model.width) + 3 * 8 + wide
+        small += 3 * shared * mixture.width + model.width * (bool(shared) and part.tp > 1)
+        whole = compute_bytes * inner + 3 * 8 + wide
         kept = mixture.experts_per_token * whole + 2 * wide * mixture.num_experts
         return kept + math.ceil(SAVED_BYTES * small)
     visit = 2 * (latent or model.width) + 4 * mixture.width

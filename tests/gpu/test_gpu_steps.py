@@ -12,13 +12,8 @@ import torch
 from torch import Tensor
 
 from allometry.configs.run import RunConfig
-from allometry.models.grouped import (
-    Sorting,
-    grouped_linear,
-    loop_linear,
-    sort_by_expert,
-    sorted_by_sort,
-)
+from allometry.models.grouped import grouped_linear, loop_linear
+from allometry.models.visits import Sorting, sort_by_expert, sorted_by_sort
 from allometry.optim.newton_schulz import DION, newton_schulz, orthogonal
 from allometry.trainer.feed import DeviceBatch
 from allometry.trainer.loop import Loop

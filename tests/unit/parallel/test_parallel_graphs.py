@@ -36,6 +36,7 @@ EXPERTS = {
     "experts": {"kind": "swiglu", "num_experts": 8, "experts_per_token": 2, "width": 16},
     "router": {"gate": "sqrt", "z_loss": 1e-3},
 }
+FP8 = {"saved_activations": "fp8", "linears": "fp8_rowwise"}
 KINDS: dict[str, tuple[str, ...]] = {
     "dense": (),
     "experts": (f"model={json.dumps(EXPERTS)}",),
@@ -43,6 +44,8 @@ KINDS: dict[str, tuple[str, ...]] = {
     "checkpointed": ("training.activation_checkpointing=full",),
     "muonh": ("optimizer.kind=muonh",),
     "bf16": ("training.compute_dtype=bf16", "model.tied_embeddings=true"),
+    "fp8": ("training.compute_dtype=bf16", f"precision={json.dumps(FP8)}"),
+    "fp8 experts": (f"model={json.dumps(EXPERTS)}", f"precision={json.dumps(FP8)}"),
 }
 
 
