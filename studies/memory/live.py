@@ -37,10 +37,10 @@ class Stored:
     scope: str
     operator: str
     last_dim: int
-    wide_int: bool
     of_weight: bool
     kind: str | None = None
     died: str | None = None
+    resized: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +176,6 @@ class LiveBytes(TorchDispatchMode):
             scope=self._scopes[-1] if self._scopes else "",
             operator=name,
             last_dim=tensor.shape[-1] if tensor.dim() else 0,
-            wide_int=tensor.dtype in (torch.int64, torch.int32, torch.bool),
             of_weight=of_weight,
         )
 
@@ -186,13 +185,14 @@ class LiveBytes(TorchDispatchMode):
         found = self._alive.get(address)
         if found is None:
             number = len(self.stored)
-            made = born() if born else Stored(self.moment, self._scope, "resize", 0, False, False)
+            made = born() if born else Stored(self.moment, self._scope, "resize", 0, False)
             self.stored.append(made)
             gone = weakref.ref(storage, lambda _: self._died(address))
             self._alive[address] = number, size, gone
             self._log(number, size)
         elif found[1] != size:
             self._alive[address] = found[0], size, found[2]
+            self.stored[found[0]].resized = True
             self._log(found[0], size - found[1])
 
     def _died(self, address: int) -> None:
