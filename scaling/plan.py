@@ -48,11 +48,6 @@ class RunPlan:
         layout = Layout.of(config, world_size)
         sequence_length = config.data.sequence_length
         batch = BatchPlan(config.batch, sequence_length)
-        packed = config.data.kind == "documents" or config.data.packing == "per_document"
-        micro_batch_tokens = config.batch.micro_batch_sequences * sequence_length
-        if config.data.kind == "documents":
-            micro_batch_tokens = config.parallel.context.capacity_tokens
-        at_once = layout.degrees.hdp * micro_batch_tokens
         return cls(
             world_size=world_size,
             layout=layout,
@@ -60,28 +55,11 @@ class RunPlan:
             warmup_steps=warmup_steps(config.schedule, batch),
             batch=batch,
             micro_batch_sequences=config.batch.micro_batch_sequences,
-            micro_batch_tokens=micro_batch_tokens,
+            micro_batch_tokens=tokens_of_micro_batch(config),
             parameters=count_parameters(config.model),
             flops_per_token=flops_per_token(config.model, sequence_length),
             flops_assumption=_flops_assumption(config),
-            memory=estimate_memory(
-                config.model,
-                micro_batch_tokens=micro_batch_tokens,
-                compute_bytes=COMPUTE_BYTES[config.training.compute_dtype],
-                zero=config.parallel.zero,
-                hdp=layout.degrees.hdp,
-                layout=layout,
-                micro_batches=-(-batch.full_sequences * sequence_length // at_once),
-                checkpointing=config.training.activation_checkpointing,
-                optimizer=config.optimizer,
-                attention=AttentionCall(
-                    "cuda",
-                    config.training.compute_dtype,
-                    packed=packed,
-                    length=sequence_length,
-                    compiled=config.training.compile,
-                ),
-            ),
+            memory=memory_of(config, layout, "cuda"),
             parameterization=Parameterization.of_run(config),
             balance_loads=BalanceLoads.of(config),
         )
@@ -129,10 +107,44 @@ class RunPlan:
             "parameters": asdict(self.parameters),
             "flops_per_token": asdict(self.flops_per_token),
             "flops_assumption": self.flops_assumption,
-            "memory_bytes_per_rank": {**asdict(self.memory), "total": self.memory.total},
+            "memory_bytes_per_rank": self.memory.describe(),
             "parameterization": self.parameterization.describe(),
             "balance_loads": None if self.balance_loads is None else asdict(self.balance_loads),
         }
+
+
+def tokens_of_micro_batch(config: RunConfig) -> int:
+    """Return the tokens of a micro-batch; of whole documents, as many as a rank may hold."""
+    if config.data.kind == "documents":
+        return config.parallel.context.capacity_tokens
+    return config.batch.micro_batch_sequences * config.data.sequence_length
+
+
+def memory_of(
+    config: RunConfig, layout: Layout, device: str, pp_rank: int | None = None
+) -> MemoryEstimate:
+    """Return the memory of a rank (None: of the fullest) on a device, "cuda" or "cpu"."""
+    tokens, length = tokens_of_micro_batch(config), config.data.sequence_length
+    batch = BatchPlan(config.batch, length)
+    return estimate_memory(
+        config.model,
+        micro_batch_tokens=tokens,
+        compute_bytes=COMPUTE_BYTES[config.training.compute_dtype],
+        zero=config.parallel.zero,
+        hdp=layout.degrees.hdp,
+        layout=layout,
+        micro_batches=-(-batch.full_sequences * length // (layout.degrees.hdp * tokens)),
+        checkpointing=config.training.activation_checkpointing,
+        optimizer=config.optimizer,
+        attention=AttentionCall(
+            device,
+            config.training.compute_dtype,
+            packed=config.data.kind == "documents" or config.data.packing == "per_document",
+            length=length,
+            compiled=config.training.compile,
+        ),
+        pp_rank=pp_rank,
+    )
 
 
 def _flops_assumption(config: RunConfig) -> str:

@@ -20,7 +20,9 @@ from allometry.optim.build import init_states
 from allometry.optim.schedule import resolve_schedule
 from allometry.parallel.agree import on_all_ranks, on_main_rank
 from allometry.parallel.mesh import Mesh
-from allometry.scaling.plan import RunPlan
+from allometry.scaling.layout import Layout
+from allometry.scaling.memory import MemoryEstimate
+from allometry.scaling.plan import RunPlan, memory_of
 from allometry.studies.memory.allocator import AllocatorLog
 from allometry.studies.memory.kinds import kind_of
 from allometry.studies.memory.live import LiveBytes, Peak, peak_of
@@ -43,7 +45,7 @@ class Measured:
     allocated: int
 
 
-def as_probed(config: RunConfig, folder: Path, world_size: int) -> RunConfig:
+def as_probed(config: RunConfig, folder: Path) -> RunConfig:
     """Return the run of two full steps on random tokens in ``folder``, not compiled.
 
     Compiled code keeps what its compiler chose, inside of operators that nothing can look into.
@@ -79,7 +81,7 @@ def probe(config: RunConfig, mesh: Mesh) -> Measured:
     """
     with ExitStack() as stack:
         scratch = stack.enter_context(_shared_folder(mesh))
-        config = as_probed(config, scratch, mesh.world_size)
+        config = as_probed(config, scratch)
         on_main_rank(mesh, lambda: write_tokens(config, scratch), "writing random tokens")
         plan = RunPlan.of(config, mesh.world_size)
         steps = list(_inputs(config, plan, mesh))
@@ -108,6 +110,14 @@ def probe(config: RunConfig, mesh: Mesh) -> Measured:
             live.mark((s for s in states if isinstance(s, torch.Tensor)), "optimizer states")
         allocated = log.peak()
         return Measured(mesh.rank, peak_of(live, kind_of(config.model), begin), allocated)
+
+
+def predicted(config: RunConfig, world_size: int, device: str, rank: int) -> MemoryEstimate:
+    """Return the estimate for what ``probe`` measures on a rank: the same run, not compiled."""
+    config = as_probed(config, Path("nowhere"))
+    layout = Layout.of(config, world_size)
+    each = layout.degrees.hdp * layout.degrees.tp
+    return memory_of(config, layout, device, rank // each)
 
 
 def _inputs(config: RunConfig, plan: RunPlan, mesh: Mesh) -> Iterator[StepInput]:

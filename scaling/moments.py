@@ -1,0 +1,314 @@
+"""What is alive at each moment of a step: the loss, the backward of each block, the update.
+
+Nothing here is known of tensors: bytes follow from the description of the model and from what the
+code of the step keeps, as ``studies/memory`` measures it.
+"""
+
+# T tokens of a micro-batch, D width, F hidden width, V vocabulary
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from allometry.configs.execution import Zero
+from allometry.configs.optimization import OptimizerConfig
+from allometry.scaling.roles import MATRICES, ParamSpec, Role
+from allometry.scaling.saved import NORMS, RESIDUAL, Block, Checkpointing, Kernels, norm
+from allometry.scaling.shards import RankParts, layer_of
+from allometry.scaling.update_rules import rule_of
+
+_FP32 = 4
+_LOGITS_ON_CPU, _LOGITS_AT_MOST = 8 << 20, 8192
+WEIGHTS, GRADIENTS, STATES = "weights", "gradients", "optimizer states"
+COPIES, LOSS, WORKSPACE = "weight copies", "loss", "workspace"
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """Bytes alive at one moment of a step, by kind; ``saved: NAME`` is kept for backward."""
+
+    name: str
+    kinds: Mapping[str, int]
+
+    @property
+    def total(self) -> int:
+        """The sum of all kinds."""
+        return sum(self.kinds.values())
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of one rank, as ``memory.estimate_memory`` describes it.
+
+    ``held``, ``states``: bytes of parameters (and of their gradients) and of optimizer states
+    between steps, on the device; ``reduction`` and ``copies`` as in ``MemoryEstimate``.
+    """
+
+    part: RankParts
+    kernels: Kernels
+    checkpointing: Checkpointing
+    zero: Zero
+    hdp: int
+    pipelined: bool
+    optimizer: OptimizerConfig | None
+    on_cpu: bool
+    tokens: int
+    chunk: int | None
+    micro_batches: int
+    in_flight: int
+    held: int
+    states: int
+    reduction: int
+    copies: int
+
+    def saved(self) -> Counter[str]:
+        """Return what all micro-batches in flight keep for backward, by operation."""
+        total: Counter[str] = Counter()
+        for layer in self._layers:
+            total += self._block(layer).saved(self.tokens, self.checkpointing)
+        total += self._ends()
+        return Counter({name: self.in_flight * size for name, size in total.items()})
+
+    def moments(self) -> tuple[Moment, ...]:
+        """Return the moments of the step that may be the fullest."""
+        found = [*self._backward(), self._reduced(), self._update()]
+        return (self._head(), *found) if self.part.last else tuple(found)
+
+    # --- the model, as this rank has it
+
+    @cached_property
+    def _layers(self) -> list[int]:
+        return sorted(self.part.layers)
+
+    def _block(self, layer: int) -> Block:
+        part = self.part
+        return Block(part.model, layer, self.kernels, part.tp, part.ep)
+
+    @cached_property
+    def _sizes(self) -> dict[ParamSpec, int]:
+        """Elements of this rank's part of each parameter, before ZeRO."""
+        return {spec: math.prod(self.part.part(spec)) for spec in self.part.specs()}
+
+    @cached_property
+    def _by_layer(self) -> Counter[int | None]:
+        """Elements of the parameters of each block; None: of the ends."""
+        sizes: Counter[int | None] = Counter()
+        for spec, size in self._sizes.items():
+            sizes[layer_of(spec.name)] += size
+        return sizes
+
+    @property
+    def _vocabulary(self) -> int:
+        return math.ceil(self.part.model.vocab_size / self.part.tp)
+
+    def _ends(self) -> Counter[str]:
+        """What the final norm keeps, and in a pipeline what comes and goes."""
+        model, part = self.part.model, self.part
+        c, local = self.kernels.element.compute, self.tokens // part.tp
+        kept: Counter[str] = Counter()
+        if part.last:
+            of_norm = norm(model.width, self.kernels)
+            kept += Counter({name: round(local * n) for name, n in of_norm.items()})
+        if self.pipelined:
+            kept[RESIDUAL] += c * local * model.width * ((not part.first) + (not part.last))
+        return kept
+
+    # --- what stays while micro-batches run
+
+    def _base(self, copies: int, gradients: int) -> Counter[str]:
+        if self.zero.stage == 0:
+            copies = self.copies
+        return Counter(
+            {WEIGHTS: self.held, STATES: self.states, COPIES: copies, GRADIENTS: gradients}
+        )
+
+    @property
+    def _flat(self) -> int:
+        """Buckets of stage 0 that a CPU holds from step to step."""
+        kept = self.on_cpu and self.zero.stage == 0 and self.hdp > 1
+        return _FP32 * sum(self._sizes.values()) if kept else 0
+
+    @property
+    def _added_up(self) -> int:
+        """Gradients of micro-batches that have run while this one runs, at most."""
+        if self.micro_batches <= self.in_flight:
+            return 0
+        whole = _FP32 * sum(self._sizes.values())
+        if self.zero.stage == 0 or self.pipelined or self.zero.stage == 1:
+            return whole
+        return self.held
+
+    # --- the moments
+
+    def _head(self) -> Moment:
+        model, part = self.part.model, self.part
+        element, local = self.kernels.element, self.tokens // part.tp
+        c, wide = element.compute, element.wide
+        vocabulary = self._vocabulary
+        chunk = self._chunk_tokens()
+        head = vocabulary * model.width
+        logits = chunk * vocabulary
+        # The softmax widens the logits; of a part of the vocabulary it scales a copy of that.
+        softmax = logits * (c if c == wide else c + wide)
+        if part.tp > 1:
+            softmax = logits * (c + 2 * wide if c < wide else c + wide)
+        first = chunk >= self.tokens and not (self.pipelined and self.micro_batches > 1)
+        summed = 0 if first else wide * head
+        product = logits * c + (head * (wide if c == wide else c + wide) if first else c * head)
+        inputs = c * self.tokens * model.width * self.in_flight  # their gradients
+        normed = c * model.width * (local if part.tp == 1 else local + self.tokens)
+        gathered = c * head + (_FP32 * head if model.tied_embeddings and part.first else 0)
+        if self.zero.stage in (1, 2):
+            gathered = self.copies
+        kinds = self._base(gathered, self._added_up + self._flat)
+        kinds[LOSS] = summed + max(softmax, product) + inputs
+        kinds[WORKSPACE] = normed
+        return Moment("head", _with_saved(kinds, self.saved()))
+
+    def _chunk_tokens(self) -> int:
+        """Tokens whose logits exist at once: ``models.loss.default_chunk_tokens``."""
+        chunk = self.chunk
+        if chunk is None:
+            row = self._vocabulary * self.kernels.element.compute
+            on_gpu = min(max(self.tokens * row // 8, 256 << 20), 1 << 30)
+            room = _LOGITS_ON_CPU if self.on_cpu else on_gpu
+            chunk = min(max(room // row // 128 * 128, 128), _LOGITS_AT_MOST)
+        count = max(1, -(-self.tokens // chunk))
+        return min(-(-self.tokens // (count * 64)) * 64, chunk, self.tokens)
+
+    def _backward(self) -> list[Moment]:
+        """The moments while each block is differentiated, the last one first, and after it."""
+        c, model = self.kernels.element.compute, self.part.model
+        one = self.saved()
+        others = Counter({name: n * (self.in_flight - 1) // self.in_flight for name, n in one.items()})
+        left = Counter({name: n - others[name] for name, n in one.items()})
+        done = self._ends_gradients
+        stream = c * self.tokens // self.part.tp * model.width
+        found = []
+        if self.part.last:
+            final = self._norm_backward(model.width) * (self.tokens // self.part.tp)
+            kinds = self._base(self._gathered(None), max(self._added_up, done) + self._flat)
+            kinds[WORKSPACE] = final + stream
+            found.append(Moment("backward of the head", _with_saved(kinds, left + others)))
+        for layer in reversed(self._layers):
+            block = self._block(layer)
+            kept = block.saved(self.tokens, self.checkpointing)
+            again = Counter()
+            if self.checkpointing != "none":
+                again = block.saved(self.tokens, "none") - kept
+            kinds = self._base(self._gathered(layer), max(self._added_up, done) + self._flat)
+            kinds[WORKSPACE] = self._block_backward(block) + stream
+            found.append(Moment("backward", _with_saved(kinds, left + others + again)))
+            left -= kept
+            done += _FP32 * self._by_layer[layer] if self.zero.stage == 0 else 0
+            if self.zero.stage:
+                kinds = self._base(self._gathered(layer), max(self._added_up, done))
+                kinds[WORKSPACE] = (c + _FP32) * self._by_layer[layer] + stream
+                found.append(Moment("backward", _with_saved(kinds, left + others)))
+                done += _FP32 * self._by_layer[layer] // max(self.part.shards, 1)
+        return found
+
+    @property
+    def _ends_gradients(self) -> int:
+        """Bytes of the head's gradient, which is there before any block's."""
+        if not self.part.last:
+            return 0
+        head = self._vocabulary * self.part.model.width
+        return head * (_FP32 if self.zero.stage == 0 else self.kernels.element.compute)
+
+    def _gathered(self, layer: int | None) -> int:
+        """Bytes of gathered weights at stages 1 to 3 while a block is differentiated."""
+        if self.zero.stage < 3 or self.pipelined:
+            return self.copies
+        c = self.kernels.element.compute
+        head = self._vocabulary * self.part.model.width * self.part.last
+        blocks = 0
+        if layer is not None:
+            ahead = layer - 1 if layer - 1 in self.part.layers else layer
+            blocks = self._by_layer[layer] + (self._by_layer[ahead] if ahead != layer else 0)
+        return c * (head + blocks)
+
+    def _norm_backward(self, width: int) -> int:
+        """Bytes of a token while a norm is differentiated, beyond what was kept for it."""
+        element = self.kernels.element
+        if self.kernels.fused_norm:
+            return 2 * element.compute * width
+        return (4 if element.compute < element.wide else 3) * element.wide * width
+
+    def _block_backward(self, block: Block) -> int:
+        """Bytes beyond what is kept, at the fullest moment of a block's backward."""
+        element, part, tokens = self.kernels.element, self.part, self.tokens
+        c, wide = element.compute, element.wide
+        hidden = block.hidden * tokens // part.tp
+        # One product made gate and up of half types, so one tensor takes their gradients.
+        found = [c * hidden * (3 if c < wide else 2)]
+        up, down = self._matrices(block.layer)
+        fresh = c if c < wide else _FP32
+        again = _FP32 if self.micro_batches > 1 else 0
+        found.append(c * hidden + fresh * down + again * down)
+        if block.mixture is not None:
+            rows = block.rows_width * tokens
+            found.append((c + wide) * rows)
+            found.append(c * (rows + hidden) + fresh * down + again * down)
+        found.append(self._norm_backward(part.model.width) * tokens // part.tp - c * hidden)
+        if part.tp > 1:
+            found = [n + c * tokens * part.model.width for n in found]
+        return max(found)
+
+    def _matrices(self, layer: int) -> tuple[int, int]:
+        """Elements of a block's matrices into the hidden width and out of it."""
+        up = down = 0
+        for spec, size in self._sizes.items():
+            if layer_of(spec.name) == layer and ".ffn." in spec.name:
+                if spec.name.endswith((".down.weight", ".down")):
+                    down = max(down, size)
+                elif spec.name.endswith((".up.weight", ".up")):
+                    up = max(up, 2 * size)
+        return up, down
+
+    def _reduced(self) -> Moment:
+        """After the last block's backward: the embedding's gradient, and what is being reduced."""
+        part, c = self.part, self.kernels.element.compute
+        embedding = self._vocabulary * part.model.width if part.first else 0
+        whole = _FP32 * sum(self._sizes.values())
+        kinds = self._base(self.copies if self.zero.stage else 0, 0)
+        if self.zero.stage == 0:
+            kinds[GRADIENTS] = whole + (self._flat or self.reduction)
+        else:
+            ends = self._by_layer[None]
+            add_up = self._added_up == whole
+            kinds[GRADIENTS] = whole if add_up else self.held
+            kinds[WORKSPACE] = _FP32 * ends if add_up else (c + _FP32) * ends
+        if part.model.tied_embeddings and part.first and part.last:
+            kinds[WORKSPACE] += _FP32 * embedding
+        return Moment("backward's end", _positive(kinds))
+
+    def _update(self) -> Moment:
+        kinds = self._base(0, self._flat or self.held)
+        kinds[WORKSPACE] = self._rule_workspace()
+        return Moment("optimizer step", _positive(kinds))
+
+    def _rule_workspace(self) -> int:
+        """What update rules of whole matrices hold beside the states: directions and results."""
+        kind = self.optimizer.kind if self.optimizer is not None else "adamw"
+        total = largest = 0
+        for spec in self._sizes:
+            if spec.role in MATRICES and rule_of(kind, spec.role).name in ("muon", "muonh"):
+                total += self.part.held(spec)
+                largest = max(largest, math.prod(spec.shape[-2:]))
+        return 2 * 2 * total + 2 * _FP32 * largest
+
+
+def _with_saved(kinds: Counter[str], saved: Mapping[str, int]) -> dict[str, int]:
+    return _positive(kinds | Counter({f"saved: {name}": size for name, size in saved.items()}))
+
+
+def _positive(kinds: Mapping[str, int]) -> dict[str, int]:
+    return {name: size for name, size in kinds.items() if size > 0}
+
+
+_ = (NORMS, Role)
