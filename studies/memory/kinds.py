@@ -5,54 +5,64 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from allometry.configs.model import ModelConfig, MoEModel
-from allometry.studies.memory.live import BACKWARD, FORWARD, HEAD, Stored
+from allometry.scaling.moments import COPIES, LOSS, WORKSPACE
+from allometry.scaling.saved import (
+    ATTENTION,
+    GATE_UP,
+    GATHERED,
+    NORMS,
+    QKV,
+    RESIDUAL,
+    ROUTER,
+    ROWS,
+    SWIGLU,
+)
+from allometry.studies.memory.live import BACKWARD, BETWEEN, FORWARD, HEAD, Stored
 
-_OPERATIONS = {
-    "attention_norm": "norms",
-    "ffn_norm": "norms",
-    "final_norm": "norms",
-    "q_norm": "norms",
-    "k_norm": "norms",
-    "wq": "q, k, v",
-    "wk": "q, k, v",
-    "wv": "q, k, v",
-    "gate": "gate, up",
-    "up": "gate, up",
-    "router": "router",
-    "latent_down": "expert rows",
-    "latent_up": "expert rows",
+_MODULES = {
+    **dict.fromkeys(("attention_norm", "ffn_norm", "final_norm", "q_norm", "k_norm"), NORMS),
+    **dict.fromkeys(("wq", "wk", "wv"), QKV),
+    **dict.fromkeys(("gate", "up"), GATE_UP),
+    **dict.fromkeys(("latent_down", "latent_up"), ROWS),
+    "router": ROUTER,
 }
+_PRODUCTS = ("mm", "linear", "_to_copy", "cat")
 
 
 def kind_of(model: ModelConfig) -> Callable[[Stored], str]:
     """Return what names a storage of a step of this model."""
-    hidden = model.experts.width if isinstance(model, MoEModel) else 0
 
     def kind(stored: Stored) -> str:
         if stored.kind is not None:
             return stored.kind
-        if stored.of_weight or stored.resized:
-            return "weight copies"
+        # Memory that is asked for before the first forward and stays is that of cast weights.
+        kept = stored.born == BETWEEN and stored.operator == "aten::empty" and stored.half
+        if stored.of_weight or stored.resized or kept:
+            return COPIES
         if stored.born == HEAD:
-            return "loss"
-        if stored.born == FORWARD and stored.died in (None, BACKWARD):
-            return f"saved: {_operation(stored, hidden)}"
-        return "workspace"
+            return LOSS
+        forward = stored.born == FORWARD and stored.died in (None, BACKWARD)
+        recomputed = stored.born == BACKWARD and stored.scope.startswith("blocks.")
+        return f"saved: {_operation(stored, model)}" if forward or recomputed else WORKSPACE
 
     return kind
 
 
-def _operation(stored: Stored, hidden: int) -> str:
+def _operation(stored: Stored, model: ModelConfig) -> str:
     leaf = stored.scope.rpartition(".")[2]
     name = stored.operator.partition("::")[2]
-    if stored.operator.startswith(("c10d", "_c10d")) and leaf != "experts":
-        return "gathered tokens"
-    if leaf in _OPERATIONS:
-        return _OPERATIONS[leaf]
+    whole = stored.last_dim == model.width and name != "mm"
+    sent = stored.operator.startswith(("c10d", "_c10d"))
+    if leaf in ("attention", "ffn", "shared") and whole and (sent or name == "cat"):
+        return GATHERED
+    if leaf in _MODULES:
+        return _MODULES[leaf]
     if leaf == "attention":
-        return "q, k, v" if name in ("_to_copy", "cat") else "attention"
-    if leaf == "experts" and name not in ("silu", "mul"):
-        return "gate, up" if stored.last_dim == hidden else "expert rows"
+        return QKV if name in _PRODUCTS else ATTENTION
+    if leaf == "experts":
+        width = model.experts.width if isinstance(model, MoEModel) else 0
+        if stored.last_dim % width or stored.last_dim == model.width:
+            return ROWS
     if leaf in ("ffn", "shared", "experts"):
-        return "SwiGLU" if name in ("silu", "mul") else "residual"
-    return "residual"
+        return SWIGLU if name in ("silu", "mul") else GATE_UP
+    return RESIDUAL

@@ -37,6 +37,7 @@ class Stored:
     scope: str
     operator: str
     last_dim: int
+    half: bool
     of_weight: bool
     kind: str | None = None
     died: str | None = None
@@ -176,6 +177,7 @@ class LiveBytes(TorchDispatchMode):
             scope=self._scopes[-1] if self._scopes else "",
             operator=name,
             last_dim=tensor.shape[-1] if tensor.dim() else 0,
+            half=tensor.dtype in (torch.bfloat16, torch.float16),
             of_weight=of_weight,
         )
 
@@ -185,7 +187,7 @@ class LiveBytes(TorchDispatchMode):
         found = self._alive.get(address)
         if found is None:
             number = len(self.stored)
-            made = born() if born else Stored(self.moment, self._scope, "resize", 0, False)
+            made = born() if born else Stored(self.moment, self._scope, "resize", 0, False, False)
             self.stored.append(made)
             gone = weakref.ref(storage, lambda _: self._died(address))
             self._alive[address] = number, size, gone
