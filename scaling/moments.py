@@ -23,7 +23,7 @@ from allometry.scaling.update_rules import rule_of
 
 _FP32 = 4
 _LOGITS_ON_CPU, _LOGITS_AT_MOST = 8 << 20, 8192
-WEIGHTS, GRADIENTS, STATES = "weights", "gradients", "optimizer states"
+PARAMETERS, GRADIENTS, STATES = "parameters", "gradients", "optimizer states"
 COPIES, LOSS, WORKSPACE = "weight copies", "loss", "workspace"
 
 
@@ -123,7 +123,7 @@ class Step:
         if self.zero.stage == 0:
             copies = self.copies
         return Counter(
-            {WEIGHTS: self.held, STATES: self.states, COPIES: copies, GRADIENTS: gradients}
+            {PARAMETERS: self.held, STATES: self.states, COPIES: copies, GRADIENTS: gradients}
         )
 
     @property

@@ -169,7 +169,7 @@ class LiveBytes(TorchDispatchMode):
         name = func._schema.name
         of_weight = name == "aten::_to_copy" and any(
             (found := self._alive.get(arg.untyped_storage()._cdata)) is not None
-            and (self.stored[found[0]].kind == "weights" or self.stored[found[0]].of_weight)
+            and (self.stored[found[0]].kind == "parameters" or self.stored[found[0]].of_weight)
             for arg in _tensors(args)
         )
         return Stored(

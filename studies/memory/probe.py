@@ -37,12 +37,18 @@ class Measured:
     """What one rank held at the peak of its second step.
 
     ``peak``: of all tensors, with their kinds. ``allocated``: the allocator's own peak in the same
-    step, which kernels' workspaces are in as well (CPU: from its events, CUDA: its counter).
+    step, which kernels' workspaces are in as well (CPU: from its events, CUDA: its counter). None
+    on a CPU with several ranks: what gloo's threads give back is not among the events.
     """
 
     rank: int
     peak: Peak
-    allocated: int
+    allocated: int | None
+
+    @property
+    def bytes(self) -> int:
+        """The peak: the allocator's where it has a counter, else that of all tensors."""
+        return self.peak.bytes if self.allocated is None else max(self.peak.bytes, self.allocated)
 
 
 def as_probed(config: RunConfig, folder: Path) -> RunConfig:
@@ -93,7 +99,7 @@ def probe(config: RunConfig, mesh: Mesh) -> Measured:
         schedule = resolve_schedule(config, plan.batch)
         train_step = make_train_step(config, plan, parallel, optimizer, schedule, mesh)
         parts = list(parallel.parts.values())
-        live.mark((p for part in parts for p in part.parameters()), "weights")
+        live.mark((p for part in parts for p in part.parameters()), "parameters")
         live.mark((b for part in parts for b in part.buffers()), "buffers")
 
         def mark_gradients(*_: object) -> None:
@@ -108,16 +114,21 @@ def probe(config: RunConfig, mesh: Mesh) -> Measured:
             train_step(number, step)
             states = [s for state in optimizer.state.values() for s in state.values()]
             live.mark((s for s in states if isinstance(s, torch.Tensor)), "optimizer states")
-        allocated = log.peak()
+        allocated = log.peak() if mesh.device.type == "cuda" or mesh.world_size == 1 else None
         return Measured(mesh.rank, peak_of(live, kind_of(config.model), begin), allocated)
 
 
-def predicted(config: RunConfig, world_size: int, device: str, rank: int) -> MemoryEstimate:
-    """Return the estimate for what ``probe`` measures on a rank: the same run, not compiled."""
+def predicted(
+    config: RunConfig, world_size: int, device: str, rank: int | None
+) -> MemoryEstimate:
+    """Return the estimate for what ``probe`` measures: the same run, not compiled.
+
+    Of this rank, which is that of the fullest rank of its pipeline stage; None: of the fullest.
+    """
     config = as_probed(config, Path("nowhere"))
     layout = Layout.of(config, world_size)
     each = layout.degrees.hdp * layout.degrees.tp
-    return memory_of(config, layout, device, rank // each)
+    return memory_of(config, layout, device, None if rank is None else rank // each)
 
 
 def _inputs(config: RunConfig, plan: RunPlan, mesh: Mesh) -> Iterator[StepInput]:
