@@ -221,18 +221,23 @@ class Peak:
     kinds: dict[str, int]
 
 
-def peak_of(live: LiveBytes, kind_of: Callable[[Stored], str], begin: int = 0) -> Peak:
-    """Return the peak among the events from number ``begin`` on; ``kind_of`` names each storage."""
+def peak_of(
+    live: LiveBytes, kind_of: Callable[[Stored], str], begin: int = 0, at: str | None = None
+) -> Peak:
+    """Return the peak among the events from number ``begin`` on; ``kind_of`` names each storage.
+
+    ``at``: among those of this moment alone.
+    """
     total = best = place = 0
     for index, event in enumerate(live.events):
         total += event.bytes
-        if index >= begin and total > best:
+        if index >= begin and at in (None, event.moment) and total > best:
             best, place = total, index
     kinds: Counter[str] = Counter()
     for event in live.events[: place + 1]:
         kinds[kind_of(live.stored[event.storage])] += event.bytes
-    at = live.events[place]
-    return Peak(best, at.moment, at.scope, {kind: n for kind, n in kinds.items() if n})
+    there = live.events[place]
+    return Peak(best, there.moment, there.scope, {kind: n for kind, n in kinds.items() if n})
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -25,7 +25,7 @@ from allometry.scaling.memory import MemoryEstimate
 from allometry.scaling.plan import RunPlan, memory_of
 from allometry.studies.memory.allocator import AllocatorLog
 from allometry.studies.memory.kinds import kind_of
-from allometry.studies.memory.live import LiveBytes, Peak, peak_of
+from allometry.studies.memory.live import HEAD, LiveBytes, Peak, peak_of
 from allometry.trainer.assemble import make_model, make_optimizer, make_train_step
 from allometry.trainer.feed import DocumentPlanner, StepInput, document_steps, sequence_steps
 
@@ -38,12 +38,14 @@ class Measured:
 
     ``peak``: of all tensors, with their kinds. ``allocated``: the allocator's own peak in the same
     step, which kernels' workspaces are in as well (CPU: from its events, CUDA: its counter). None
-    on a CPU with several ranks: what gloo's threads give back is not among the events.
+    on a CPU with several ranks: what gloo's threads give back is not among the events. ``saved``:
+    what was kept for backward while the loss was computed, by operation (empty without a head).
     """
 
     rank: int
     peak: Peak
     allocated: int | None
+    saved: dict[str, int]
 
     @property
     def bytes(self) -> int:
@@ -115,7 +117,9 @@ def probe(config: RunConfig, mesh: Mesh) -> Measured:
             states = [s for state in optimizer.state.values() for s in state.values()]
             live.mark((s for s in states if isinstance(s, torch.Tensor)), "optimizer states")
         allocated = log.peak() if mesh.device.type == "cuda" or mesh.world_size == 1 else None
-        return Measured(mesh.rank, peak_of(live, kind_of(config.model), begin), allocated)
+        kinds = kind_of(config.model)
+        head = peak_of(live, kinds, begin, HEAD) if HEAD in {e.moment for e in live.events} else None
+        return Measured(mesh.rank, peak_of(live, kinds, begin), allocated, _saved(head))
 
 
 def predicted(
@@ -129,6 +133,15 @@ def predicted(
     layout = Layout.of(config, world_size)
     each = layout.degrees.hdp * layout.degrees.tp
     return memory_of(config, layout, device, None if rank is None else rank // each)
+
+
+def _saved(peak: Peak | None) -> dict[str, int]:
+    kinds = peak.kinds if peak is not None else {}
+    return {
+        name.removeprefix("saved: "): size
+        for name, size in kinds.items()
+        if name.startswith("saved: ")
+    }
 
 
 def _inputs(config: RunConfig, plan: RunPlan, mesh: Mesh) -> Iterator[StepInput]:

@@ -92,7 +92,7 @@ def _rank(rank: int, jobs: Sequence[Job], scratch: str) -> None:
 
 def _read(path: Path) -> Measured:
     found = json.loads(path.read_text())
-    return Measured(found["rank"], Peak(**found["peak"]), found["allocated"])
+    return Measured(found["rank"], Peak(**found["peak"]), found["allocated"], found["saved"])
 
 
 def _check_room(config: RunConfig, world_size: int) -> None:
