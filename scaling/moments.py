@@ -16,8 +16,8 @@ from functools import cached_property
 
 from allometry.configs.execution import Zero
 from allometry.configs.optimization import OptimizerConfig
-from allometry.scaling.roles import MATRICES, ParamSpec, Role
-from allometry.scaling.saved import NORMS, RESIDUAL, Block, Checkpointing, Kernels, norm
+from allometry.scaling.roles import EXPERTS, MATRICES, ParamSpec
+from allometry.scaling.saved import RESIDUAL, Block, Checkpointing, Kernels, norm
 from allometry.scaling.shards import RankParts, layer_of
 from allometry.scaling.update_rules import rule_of
 
@@ -75,7 +75,7 @@ class Step:
 
     def moments(self) -> tuple[Moment, ...]:
         """Return the moments of the step that may be the fullest."""
-        found = [*self._backward(), self._reduced(), self._update()]
+        found = [*self._backward(), self._end(), self._update()]
         return (self._head(), *found) if self.part.last else tuple(found)
 
     # --- the model, as this rank has it
@@ -129,8 +129,12 @@ class Step:
     @property
     def _flat(self) -> int:
         """Buckets of stage 0 that a CPU holds from step to step."""
-        kept = self.on_cpu and self.zero.stage == 0 and self.hdp > 1
-        return _FP32 * sum(self._sizes.values()) if kept else 0
+        if not self.on_cpu or self.zero.stage or self.hdp == 1:
+            return 0
+        alone = self.part.ep == self.hdp  # experts that no other rank holds are not summed
+        return _FP32 * sum(
+            size for spec, size in self._sizes.items() if not (alone and spec.role in EXPERTS)
+        )
 
     @property
     def _added_up(self) -> int:
@@ -167,6 +171,10 @@ class Step:
         kinds = self._base(gathered, self._added_up + self._flat)
         kinds[LOSS] = summed + max(softmax, product) + inputs
         kinds[WORKSPACE] = normed
+        if self.zero.stage >= 2 and self.micro_batches > 1 and not self.pipelined:
+            kinds[WORKSPACE] += _FP32 * head  # the buffer of the last reduction
+        if self.zero.stage == 3 and not self.pipelined:
+            kinds[WORKSPACE] += c * head  # that of the last gather
         return Moment("head", _with_saved(kinds, self.saved()))
 
     def _chunk_tokens(self) -> int:
@@ -204,12 +212,10 @@ class Step:
             kinds[WORKSPACE] = self._block_backward(block) + stream
             found.append(Moment("backward", _with_saved(kinds, left + others + again)))
             left -= kept
-            done += _FP32 * self._by_layer[layer] if self.zero.stage == 0 else 0
+            size = self._by_layer[layer]
+            done += _FP32 * size // (max(self.part.shards, 1) if self.zero.stage else 1)
             if self.zero.stage:
-                kinds = self._base(self._gathered(layer), max(self._added_up, done))
-                kinds[WORKSPACE] = (c + _FP32) * self._by_layer[layer] + stream
-                found.append(Moment("backward", _with_saved(kinds, left + others)))
-                done += _FP32 * self._by_layer[layer] // max(self.part.shards, 1)
+                found.append(self._reduced(size, self._gathered(layer, after=True), done, left + others))
         return found
 
     @property
@@ -220,17 +226,29 @@ class Step:
         head = self._vocabulary * self.part.model.width
         return head * (_FP32 if self.zero.stage == 0 else self.kernels.element.compute)
 
-    def _gathered(self, layer: int | None) -> int:
-        """Bytes of gathered weights at stages 1 to 3 while a block is differentiated."""
-        if self.zero.stage < 3 or self.pipelined:
-            return self.copies
+    def _gathered(self, layer: int | None, *, after: bool = False) -> int:
+        """Bytes of gathered weights at stages 1 to 3 while, or after, a block is differentiated."""
         c = self.kernels.element.compute
+        if self.pipelined:
+            return self.copies
+        if self.zero.stage < 3:
+            gone = sum(self._by_layer[i] for i in self._layers if layer is not None and i >= layer)
+            return self.copies - c * gone if after else self.copies
         head = self._vocabulary * self.part.model.width * self.part.last
-        blocks = 0
-        if layer is not None:
-            ahead = layer - 1 if layer - 1 in self.part.layers else layer
-            blocks = self._by_layer[layer] + (self._by_layer[ahead] if ahead != layer else 0)
-        return c * (head + blocks)
+        if layer is None:
+            return c * head
+        ahead = self._by_layer[layer - 1] if layer - 1 in self.part.layers else 0
+        return c * (head + ahead + (0 if after else self._by_layer[layer]))
+
+    def _reduced(
+        self, size: int, copies: int, gradients: int, saved: Mapping[str, int]
+    ) -> Moment:
+        """While FSDP2 reduces a unit of ``size`` elements: its buffer beside the one before."""
+        before = max(self.part.units().values())
+        kinds = self._base(copies, max(self._added_up, gradients))
+        kinds[WORKSPACE] = _FP32 * (size + before)
+        kinds[LOSS] = self._ends_gradients  # of the unit that is reduced last
+        return Moment("backward", _with_saved(kinds, saved))
 
     def _norm_backward(self, width: int) -> int:
         """Bytes of a token while a norm is differentiated, beyond what was kept for it."""
@@ -270,19 +288,21 @@ class Step:
                     up = max(up, 2 * size)
         return up, down
 
-    def _reduced(self) -> Moment:
+    def _end(self) -> Moment:
         """After the last block's backward: the embedding's gradient, and what is being reduced."""
         part, c = self.part, self.kernels.element.compute
         embedding = self._vocabulary * part.model.width if part.first else 0
         whole = _FP32 * sum(self._sizes.values())
-        kinds = self._base(self.copies if self.zero.stage else 0, 0)
         if self.zero.stage == 0:
-            kinds[GRADIENTS] = whole + (self._flat or self.reduction)
+            kinds = self._base(0, whole + (self._flat or self.reduction))
         else:
-            ends = self._by_layer[None]
-            add_up = self._added_up == whole
-            kinds[GRADIENTS] = whole if add_up else self.held
-            kinds[WORKSPACE] = _FP32 * ends if add_up else (c + _FP32) * ends
+            ends = _FP32 * self._by_layer[None] // max(part.shards, 1)
+            head = c * self._vocabulary * part.model.width * part.last
+            table = _FP32 * embedding if self.zero.stage < 3 else 0
+            kinds = self._base(head + table, max(self._added_up, self.held - ends))
+            blocks = max((self._by_layer[i] for i in self._layers), default=0)
+            kinds[WORKSPACE] = _FP32 * (2 * embedding + blocks)
+            kinds[LOSS] = self._ends_gradients
         if part.model.tied_embeddings and part.first and part.last:
             kinds[WORKSPACE] += _FP32 * embedding
         return Moment("backward's end", _positive(kinds))
@@ -310,5 +330,3 @@ def _with_saved(kinds: Counter[str], saved: Mapping[str, int]) -> dict[str, int]
 def _positive(kinds: Mapping[str, int]) -> dict[str, int]:
     return {name: size for name, size in kinds.items() if size > 0}
 
-
-_ = (NORMS, Role)

@@ -162,7 +162,8 @@ class Block:
         logits = 2 if model.router.gate in ("softmax", "sigmoid") else 1
         rows[ROUTER] += logits * element.wide * experts.num_experts
         rows[ROUTER] += visits * (element.wide + _INT64)
-        rows[ROWS] += 2 * element.expert_rows * self.rows_width
+        # As they are sorted here, as they came back and, over ep, as they arrived.
+        rows[ROWS] += (3 if self.ep > 1 else 2) * element.expert_rows * self.rows_width
         rows[ROWS] += visits * 2 * _INT64 * (2 if self.ep > 1 else 1)
         if isinstance(experts, LatentExperts):
             rows[ROWS] += element.product_input * experts.latent_width

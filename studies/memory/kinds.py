@@ -26,7 +26,7 @@ _MODULES = {
     **dict.fromkeys(("latent_down", "latent_up"), ROWS),
     "router": ROUTER,
 }
-_PRODUCTS = ("mm", "linear", "_to_copy", "cat")
+_PRODUCTS = ("mm", "linear", "_to_copy", "cat", "clone")
 
 
 def kind_of(model: ModelConfig) -> Callable[[Stored], str]:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 FORWARD, HEAD, BACKWARD, UPDATE, BETWEEN = (
     "forward",
@@ -160,7 +160,8 @@ class LiveBytes(TorchDispatchMode):
                 hook.remove()
 
     def _see(self, tensor: Tensor, func: Any, args: tuple[Any, ...]) -> None:
-        if isinstance(tensor, DTensor) or tensor.device.type == "meta":
+        # A wrapper's storage is said to have a size, but has none: what it wraps has been seen.
+        if is_traceable_wrapper_subclass(tensor) or tensor.device.type == "meta":
             return
         storage = tensor.untyped_storage()
         self._note(storage, lambda: self._born(tensor, func, args))
