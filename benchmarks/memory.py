@@ -168,7 +168,8 @@ def layer_table(preset: str, tokens: int = 256) -> dict[str, dict[str, float]]:
     others are what ``scaling/saved.py`` says.
     """
     small = [
-        "data={kind: sequences, sequence_length: 64, packing: concatenated, sources: [{name: random, train: none}]}",
+        "data={kind: sequences, sequence_length: 64, packing: concatenated, "
+        "sources: [{name: random, train: none}]}",
         *("model.num_layers=2", "model.vocab_size=512", "training.compute_dtype=bf16"),
         *("training.compile=false", "training.total_tokens=null", "training.total_steps=2"),
         f"batch={{sequences: {tokens // 64}, micro_batch_sequences: {tokens // 64}}}",

@@ -112,10 +112,7 @@ def estimate_memory(
     # In a pipeline gradients are whole until the stage's last backward.
     add_up = pp > 1 or (zero.stage == 1 and micro_batches > 1)
     estimates = []
-    scores = choose_backend(attention).kept_bytes(model.num_heads, attention.length, compute_bytes)
-    kernels = Kernels(
-        ElementBytes.as_computed(compute_bytes), attention.device == "cuda", scores
-    )
+    kernels = _kernels(model, compute_bytes, attention)
     for rank in range(pp) if pp_rank is None else (pp_rank,):
         part = RankParts.of(model, layout, rank, hdp // zero.replicas if zero.stage else 1)
         in_flight = _in_flight(layout, rank, micro_batches) if layout is not None else 1
@@ -152,6 +149,12 @@ def estimate_memory(
             )
         )
     return max(estimates, key=lambda estimate: estimate.total)
+
+
+def _kernels(model: ModelConfig, compute_bytes: int, attention: AttentionCall) -> Kernels:
+    """Return what the operators of a device keep; a recipe with other types begins here."""
+    scores = choose_backend(attention).kept_bytes(model.num_heads, attention.length, compute_bytes)
+    return Kernels(ElementBytes.as_computed(compute_bytes), attention.device == "cuda", scores)
 
 
 def _held(part: RankParts, optimizer: OptimizerConfig | None) -> tuple[int, int]:

@@ -192,7 +192,9 @@ class Step:
         """The moments while each block is differentiated, the last one first, and after it."""
         c, model = self.kernels.element.compute, self.part.model
         one = self.saved()
-        others = Counter({name: n * (self.in_flight - 1) // self.in_flight for name, n in one.items()})
+        others = Counter(
+            {name: n * (self.in_flight - 1) // self.in_flight for name, n in one.items()}
+        )
         left = Counter({name: n - others[name] for name, n in one.items()})
         done = self._ends_gradients
         stream = c * self.tokens // self.part.tp * model.width
@@ -205,7 +207,7 @@ class Step:
         for layer in reversed(self._layers):
             block = self._block(layer)
             kept = block.saved(self.tokens, self.checkpointing)
-            again = Counter()
+            again: Counter[str] = Counter()
             if self.checkpointing != "none":
                 again = block.saved(self.tokens, "none") - kept
             kinds = self._base(self._gathered(layer), max(self._added_up, done) + self._flat)
@@ -215,7 +217,9 @@ class Step:
             size = self._by_layer[layer]
             done += _FP32 * size // (max(self.part.shards, 1) if self.zero.stage else 1)
             if self.zero.stage:
-                found.append(self._reduced(size, self._gathered(layer, after=True), done, left + others))
+                found.append(
+                    self._reduced(size, self._gathered(layer, after=True), done, left + others)
+                )
         return found
 
     @property
@@ -240,9 +244,7 @@ class Step:
         ahead = self._by_layer[layer - 1] if layer - 1 in self.part.layers else 0
         return c * (head + ahead + (0 if after else self._by_layer[layer]))
 
-    def _reduced(
-        self, size: int, copies: int, gradients: int, saved: Mapping[str, int]
-    ) -> Moment:
+    def _reduced(self, size: int, copies: int, gradients: int, saved: Mapping[str, int]) -> Moment:
         """While FSDP2 reduces a unit of ``size`` elements: its buffer beside the one before."""
         before = max(self.part.units().values())
         kinds = self._base(copies, max(self._added_up, gradients))
@@ -264,7 +266,7 @@ class Step:
         hidden = block.hidden * tokens // part.tp
         # One product made gate and up of half types, so one tensor takes their gradients.
         found = [c * hidden * (3 if c < wide else 2)]
-        up, down = self._matrices(block.layer)
+        down = self._down(block.layer)
         fresh = c if c < wide else _FP32
         again = _FP32 if self.micro_batches > 1 else 0
         found.append(c * hidden + fresh * down + again * down)
@@ -277,16 +279,11 @@ class Step:
             found = [n + c * tokens * part.model.width for n in found]
         return max(found)
 
-    def _matrices(self, layer: int) -> tuple[int, int]:
-        """Elements of a block's matrices into the hidden width and out of it."""
-        up = down = 0
-        for spec, size in self._sizes.items():
-            if layer_of(spec.name) == layer and ".ffn." in spec.name:
-                if spec.name.endswith((".down.weight", ".down")):
-                    down = max(down, size)
-                elif spec.name.endswith((".up.weight", ".up")):
-                    up = max(up, 2 * size)
-        return up, down
+    def _down(self, layer: int) -> int:
+        """Elements of the largest matrix out of a block's hidden width, experts' together."""
+        names = (".down.weight", ".down")
+        inside = (s for s in self._sizes if layer_of(s.name) == layer and s.name.endswith(names))
+        return max((self._sizes[spec] for spec in inside), default=0)
 
     def _end(self) -> Moment:
         """After the last block's backward: the embedding's gradient, and what is being reduced."""
@@ -329,4 +326,3 @@ def _with_saved(kinds: Counter[str], saved: Mapping[str, int]) -> dict[str, int]
 
 def _positive(kinds: Mapping[str, int]) -> dict[str, int]:
     return {name: size for name, size in kinds.items() if size > 0}
-

@@ -6,7 +6,7 @@ Bytes are those of one token; a recipe that keeps something in another type is a
 """
 
 # D width, N query heads, Q query features, K key features (and as many of values), F hidden width
-# of a feed-forward or an expert, E experts, k of them that a token visits, W width that experts read
+# of a feed-forward or an expert, E experts, k of them that a token visits, W width experts read
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ class ElementBytes:
     """Bytes of one element of what is kept, by who reads it; ``compute``: of activations."""
 
     compute: int
-    norm_input: float
-    product_input: float
-    attention_input: float
-    swiglu_input: float
-    expert_rows: float
+    norm_input: int
+    product_input: int
+    attention_input: int
+    swiglu_input: int
+    expert_rows: int
 
     @classmethod
     def as_computed(cls, compute_bytes: int) -> ElementBytes:

@@ -28,7 +28,9 @@ def counted(asked: Memory) -> Report:
         raise UserError(f"--rank={asked.rank} is not below --world-size={world_size}")
     if asked.device not in (None, "cuda", "cpu"):
         raise UserError(f"--device={asked.device} is not known; use cuda or cpu")
-    return _probed(asked, config, world_size) if asked.probe else _planned(asked, config, world_size)
+    return (
+        _probed(asked, config, world_size) if asked.probe else _planned(asked, config, world_size)
+    )
 
 
 def _planned(asked: Memory, config: RunConfig, world_size: int) -> Report:
@@ -45,7 +47,7 @@ def _planned(asked: Memory, config: RunConfig, world_size: int) -> Report:
         table([["moment", "bytes"], *_moments(estimate)], right=(1,)),
     ]
     facts = {"world_size": world_size, "device": device, **estimate.describe()}
-    facts["moments"] = {name: bytes_ for name, bytes_ in _fullest(estimate).items()}
+    facts["moments"] = _fullest(estimate)
     return Report(facts, "\n".join(lines))
 
 
@@ -94,7 +96,9 @@ def _probed(asked: Memory, config: RunConfig, world_size: int) -> Report:
 
 def _beside(estimate: MemoryEstimate, measured: Measured, device: str) -> str:
     peak, real = estimate.peak, measured.peak
-    names = sorted({*peak.kinds, *real.kinds}, key=lambda n: -max(_of(peak.kinds, n), _of(real.kinds, n)))
+    names = sorted(
+        {*peak.kinds, *real.kinds}, key=lambda n: -max(_of(peak.kinds, n), _of(real.kinds, n))
+    )
     rows = [
         ["kind", "predicted", "measured"],
         *([name, size(_of(peak.kinds, name)), size(_of(real.kinds, name))] for name in names),

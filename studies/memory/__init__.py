@@ -1,1 +1,1 @@
-"""How much memory a step needs: every tensor's birth and death counted, beside what is predicted."""
+"""``allometry memory --probe``: every tensor of a step counted, beside what is predicted."""

@@ -65,7 +65,9 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.events: list[Event] = []
         self.stored: list[Stored] = []
-        self._alive: dict[int, tuple[int, int, Any]] = {}  # address -> number, bytes, weak reference
+        self._alive: dict[
+            int, tuple[int, int, Any]
+        ] = {}  # address -> number, bytes, weak reference
         self._scopes: list[str] = []
         self._updating = False
 

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from allometry.configs.run import RunConfig
 from allometry.data.documents import DocumentStream
 from allometry.data.stream import open_stream
 from allometry.data.synthetic import write_random_store
-from allometry.optim.build import init_states
 from allometry.optim.schedule import resolve_schedule
 from allometry.parallel.agree import on_all_ranks, on_main_rank
 from allometry.parallel.mesh import Mesh
@@ -118,13 +115,13 @@ def probe(config: RunConfig, mesh: Mesh) -> Measured:
             live.mark((s for s in states if isinstance(s, torch.Tensor)), "optimizer states")
         allocated = log.peak() if mesh.device.type == "cuda" or mesh.world_size == 1 else None
         kinds = kind_of(config.model)
-        head = peak_of(live, kinds, begin, HEAD) if HEAD in {e.moment for e in live.events} else None
+        head = (
+            peak_of(live, kinds, begin, HEAD) if HEAD in {e.moment for e in live.events} else None
+        )
         return Measured(mesh.rank, peak_of(live, kinds, begin), allocated, _saved(head))
 
 
-def predicted(
-    config: RunConfig, world_size: int, device: str, rank: int | None
-) -> MemoryEstimate:
+def predicted(config: RunConfig, world_size: int, device: str, rank: int | None) -> MemoryEstimate:
     """Return the estimate for what ``probe`` measures: the same run, not compiled.
 
     Of this rank, which is that of the fullest rank of its pipeline stage; None: of the fullest.
