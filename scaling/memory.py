@@ -137,16 +137,9 @@ def estimate_memory(
             reduction=reduction,
             copies=copies,
         )
+        moments = step.moments()
         estimates.append(
-            MemoryEstimate(
-                parameters=held,
-                gradients=held,
-                optimizer_states=states,
-                reduction=reduction,
-                compute_copies=copies,
-                saved=step.saved(),
-                moments=step.moments(),
-            )
+            MemoryEstimate(held, held, states, reduction, copies, step.saved(), moments)
         )
     return max(estimates, key=lambda estimate: estimate.total)
 
