@@ -26,6 +26,7 @@ COMMANDS: Commands = {
     "convert": (runs.Convert, "runs.convert:converted"),
     "verify": (studies.Verify, "studies.verify:verified"),
     "selftest": (studies.SelfTest, "studies.selftest:tested"),
+    "memory": (studies.Memory, "studies.memory:counted"),
     "doctor": (runs.Doctor, "runs.doctor:examined"),
     "suggest": (studies.Suggest, "studies.suggest:suggested"),
     "coordcheck": (studies.CoordCheck, "studies.coordcheck:checked"),

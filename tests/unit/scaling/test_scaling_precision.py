@@ -11,7 +11,7 @@ from allometry.configs.precision import PrecisionConfig
 from allometry.models.build import build_model
 from allometry.models.init import initialize
 from allometry.models.precision import use_precision
-from allometry.scaling.memory import COMPUTE_BYTES, estimate_memory
+from allometry.scaling.memory import COMPUTE_BYTES, FUSED_ATTENTION, estimate_memory
 from allometry.scaling.parameterization import Parameterization
 
 SHAPE = {"vocab_size": 64, "width": 128, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2}
@@ -56,7 +56,7 @@ def test_activations_are_near_what_autograd_keeps(
         compute_bytes=COMPUTE_BYTES[compute_dtype],
         zero=Zero(stage=0),
         hdp=1,
-        fused_norm=False,
-        saved_activations=saved,
+        attention=FUSED_ATTENTION._replace(device="cpu"),
+        precision=PrecisionConfig(saved_activations=saved),
     )
     assert memory.activations == pytest.approx(measured, rel=0.1)

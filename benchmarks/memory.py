@@ -1,0 +1,237 @@
+"""Peak memory of a step, predicted and measured, for many layouts; what a layer keeps by operation.
+
+    python benchmarks/memory.py [--only WORD] [--quick] [--json FILE]
+
+Every case takes two real steps on random tokens, on one to four processes of this machine's CPU,
+with every tensor counted from birth to death (``allometry memory --probe``). The prediction is that
+of ``allometry memory --device cpu``, worked out without torch. Bytes of a layer are in units of
+U = tokens x width x 2, those of the COAT paper (arXiv 2410.19313, table 1: 22.66 U in bf16).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from allometry.configs.loader import load
+from allometry.configs.run import RunConfig
+from allometry.launch.text import size, table
+from allometry.scaling.saved import OPERATIONS, Block, Kernels
+from allometry.studies.memory.probe import Measured, predicted
+from allometry.studies.memory.ranks import measure_all
+
+DENSE: dict[str, Any] = {
+    "kind": "dense",
+    "vocab_size": 2048,
+    "width": 192,
+    "num_layers": 4,
+    "num_heads": 6,
+    "num_kv_heads": 2,
+    "ffn_width": 512,
+}
+MOE: dict[str, Any] = {
+    **{key: value for key, value in DENSE.items() if key != "ffn_width"},
+    "kind": "moe",
+    "experts": {"kind": "swiglu", "num_experts": 8, "experts_per_token": 2, "width": 256},
+    "router": {"balance": {"kind": "auxiliary", "coefficient": 0.01}, "z_loss": 1e-3},
+}
+SHARED = {"experts": MOE["experts"] | {"num_shared_experts": 1}}
+LATENT = {"experts": MOE["experts"] | {"kind": "latent", "latent_width": 96}}
+FEW = {"data.sequence_length": 64, "batch.micro_batch_sequences": 1, "batch.sequences": 2}
+MUONH = {"optimizer.kind": "muonh", "optimizer.weight_decay": 0.0}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run: a model, its ranks and what differs from the common settings, by key."""
+
+    name: str
+    model: dict[str, Any]
+    ranks: int
+    changes: dict[str, Any]
+
+    def config(self) -> RunConfig:
+        """Return the whole description of the run."""
+        tree: dict[str, Any] = {
+            "run": {"folder": "none"},
+            "model": self.model,
+            "data": {"sequence_length": 256, "sources": [{"name": "random", "train": "none"}]},
+            "batch": {"sequences": 16, "micro_batch_sequences": 4},
+            "training": {"total_steps": 2, "compute_dtype": "bf16", "compile": False},
+            "optimizer": {"kind": "adamw", "lr": 1e-3},
+            "schedule": {"kind": "constant"},
+            "parallel": {},
+        }
+        for key, value in self.changes.items():
+            *sections, last = key.split(".")
+            place = tree
+            for section in sections:
+                place = place.setdefault(section, {})
+            place[last] = value
+        return RunConfig.model_validate(tree)
+
+
+def cases() -> list[Case]:
+    """Return all cases: the first of each kind of model and number of ranks is a quick one."""
+    found = []
+
+    def add(kind: str, model: dict[str, Any], what: str, ranks: int = 1, **changes: Any) -> None:
+        keys = {key.replace("__", "."): value for key, value in changes.items()}
+        found.append(Case(f"{kind}, {what}", model, ranks, keys))
+
+    for kind, model in (("dense", DENSE), ("moe", MOE)):
+        add(kind, model, "bf16")
+        add(kind, model, "fp32", training__compute_dtype="fp32")
+        add(kind, model, "whole documents packed", data__packing="per_document")
+        add(kind, model, "one micro-batch", batch__sequences=4)
+        add(kind, model, "full", training__activation_checkpointing="full")
+        add(kind, model, "selective", training__activation_checkpointing="selective")
+        add(kind, model | {"tied_embeddings": True}, "tied")
+        add(kind, model | {"qk_norm": True}, "qk_norm")
+        add(kind, model, "few tokens", **FEW)
+        add(kind, model | {"tied_embeddings": True}, "tied, few tokens", **FEW)
+        add(kind, model, "MuonH", **MUONH)
+        add(kind, model, "MuonH, few tokens", **MUONH, **FEW)
+        for stage in range(4):
+            add(kind, model, f"hdp2 ZeRO {stage}", 2, parallel__zero={"stage": stage})
+        add(kind, model, "hdp2 ZeRO 1, few tokens", 2, parallel__zero={"stage": 1}, **FEW)
+        add(kind, model, "hdp2 ZeRO 3, few tokens", 2, parallel__zero={"stage": 3}, **FEW)
+        add(kind, model, "hdp2, few tokens", 2, **FEW)
+        add(kind, model, "tp2", 2, parallel__tp=2)
+        add(kind, model, "tp2, selective", 2, parallel__tp=2, **SELECTIVE)
+        add(kind, model, "pp2 1F1B", 2, parallel__pp=2)
+        add(kind, model, "tp2 x hdp2 ZeRO 2", 4, parallel__tp=2, parallel__zero={"stage": 2})
+    gpipe = {"schedule": "gpipe"}
+    add("dense", DENSE, "pp2 GPipe", 2, parallel__pp=2, parallel__pipeline=gpipe)
+    add("dense", DENSE | {"tied_embeddings": True}, "pp2 tied", 2, parallel__pp=2)
+    add("dense", DENSE | {"ffn_width": 2048, "vocab_size": 256}, "wide feed-forward")
+    add("moe", MOE | SHARED, "shared expert")
+    add("moe", MOE | LATENT, "latent")
+    add("moe", MOE, "ep2", 2, parallel__ep=2)
+    add("moe", MOE, "ep2 ZeRO 3", 2, parallel__ep=2, parallel__zero={"stage": 3})
+    add("moe", MOE | SHARED, "ep2 x tp2", 4, parallel__ep=2, parallel__tp=2)
+    return found
+
+
+SELECTIVE = {"training__activation_checkpointing": "selective"}
+
+
+@dataclass(frozen=True)
+class Result:
+    """A case's fullest rank: bytes predicted and measured, where each peak is, kinds of both."""
+
+    name: str
+    ranks: int
+    predicted: int
+    measured: int
+    allocated: int | None
+    predicted_at: str
+    measured_at: str
+    predicted_kinds: dict[str, int]
+    measured_kinds: dict[str, int]
+
+    @property
+    def error(self) -> float:
+        """(predicted - measured) / measured."""
+        return self.predicted / self.measured - 1
+
+
+def result_of(case: Case, found: Sequence[Measured]) -> Result:
+    """Return the case's fullest rank beside its prediction."""
+    fullest = max(found, key=lambda one: one.bytes)
+    estimate = predicted(case.config(), case.ranks, "cpu", fullest.rank)
+    return Result(
+        name=case.name,
+        ranks=case.ranks,
+        predicted=estimate.total,
+        measured=fullest.bytes,
+        allocated=fullest.allocated,
+        predicted_at=estimate.peak.name,
+        measured_at=fullest.peak.moment,
+        predicted_kinds=dict(estimate.peak.kinds),
+        measured_kinds=fullest.peak.kinds,
+    )
+
+
+def layer_table(preset: str, tokens: int = 256) -> dict[str, dict[str, float]]:
+    """Return bytes that a layer of a preset keeps by operation, in U: on a CPU and on CUDA.
+
+    Measured on two layers with few tokens on this CPU in bf16, where norms are not fused; the
+    others are what ``scaling/saved.py`` says.
+    """
+    small = [
+        "data={kind: sequences, sequence_length: 64, packing: concatenated, "
+        "sources: [{name: random, train: none}]}",
+        *("model.num_layers=2", "model.vocab_size=512", "training.compute_dtype=bf16"),
+        *("training.compile=false", "training.total_tokens=null", "training.total_steps=2"),
+        f"batch={{sequences: {tokens // 64}, micro_batch_sequences: {tokens // 64}}}",
+        "parallel={}",
+    ]
+    config = load(f"preset:{preset}", small)
+    model = config.model
+    unit = tokens * model.width * 2
+    (measured,) = measure_all([(config, 1)])[0]
+    heads = 4 * model.num_heads
+    said = {}
+    for device, fused in (("cpu", False), ("cuda", True)):
+        block = Block(model, 1, Kernels(2, fused, heads))
+        said[device] = block.saved(tokens, "none")
+    final = {"norms": 8 * tokens * model.width}
+    rows = {
+        operation: {
+            "measured on CPU": (measured.saved.get(operation, 0) - final.get(operation, 0))
+            / 2
+            / unit,
+            "table, CPU": said["cpu"][operation] / unit,
+            "table, CUDA": said["cuda"][operation] / unit,
+        }
+        for operation in OPERATIONS
+    }
+    rows["all"] = {name: sum(row[name] for row in rows.values()) for name in rows["norms"]}
+    return rows
+
+
+def main() -> None:
+    """Run the cases and print their table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="", help="cases with this in their name")
+    parser.add_argument("--layers", action="store_true", help="bytes of a layer by operation alone")
+    parser.add_argument("--json", type=Path)
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    layers = {preset: layer_table(preset) for preset in ("dense_1b", "moe_1b_a200m")}
+    for preset, rows in layers.items():
+        head = [preset, *rows["all"]]
+        body = [[name, *(f"{n:.2f}" for n in row.values())] for name, row in rows.items()]
+        print(table([head, *body], right=(1, 2, 3)), flush=True)
+    chosen = [] if asked.layers else [case for case in cases() if asked.only in case.name]
+    found = measure_all([(case.config(), case.ranks) for case in chosen]) if chosen else []
+    results = [result_of(case, one) for case, one in zip(chosen, found, strict=True)]
+    head = ["case", "ranks", "predicted", "measured", "error", "predicted at", "measured at"]
+    body = [
+        [
+            *(r.name, str(r.ranks), size(r.predicted), size(r.measured), f"{r.error:+.1%}"),
+            *(r.predicted_at, r.measured_at),
+        ]
+        for r in results
+    ]
+    print(table([head, *body], right=(1, 2, 3, 4)))
+    errors = [abs(result.error) for result in results]
+    if errors:
+        print(f"median {statistics.median(errors):.1%}, worst {max(errors):.1%} of {len(errors)}")
+    if asked.json:
+        facts = {"torch": torch.__version__, "machine": platform.processor(), "layers_in_u": layers}
+        facts["cases"] = [{**asdict(result), "error": result.error} for result in results]
+        asked.json.write_text(json.dumps(facts, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
