@@ -14,17 +14,19 @@ import argparse
 import json
 import platform
 import statistics
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from allometry.configs.loader import load
 from allometry.configs.run import RunConfig
 from allometry.launch.text import size, table
-from allometry.scaling.saved import OPERATIONS, Block, Kernels
+from allometry.scaling.saved import OPERATIONS, Block, Kernels, norm
 from allometry.studies.memory.probe import Measured, predicted
 from allometry.studies.memory.ranks import measure_all
 
@@ -80,7 +82,7 @@ class Case:
 
 
 def cases() -> list[Case]:
-    """Return all cases: the first of each kind of model and number of ranks is a quick one."""
+    """Return all cases."""
     found = []
 
     def add(kind: str, model: dict[str, Any], what: str, ranks: int = 1, **changes: Any) -> None:
@@ -109,19 +111,71 @@ def cases() -> list[Case]:
         add(kind, model, "tp2, selective", 2, parallel__tp=2, **SELECTIVE)
         add(kind, model, "pp2 1F1B", 2, parallel__pp=2)
         add(kind, model, "tp2 x hdp2 ZeRO 2", 4, parallel__tp=2, parallel__zero={"stage": 2})
+        add_precision(partial(add, kind, model))
     gpipe = {"schedule": "gpipe"}
     add("dense", DENSE, "pp2 GPipe", 2, parallel__pp=2, parallel__pipeline=gpipe)
     add("dense", DENSE | {"tied_embeddings": True}, "pp2 tied", 2, parallel__pp=2)
-    add("dense", DENSE | {"ffn_width": 2048, "vocab_size": 256}, "wide feed-forward")
+    add_wide(add)
     add("moe", MOE | SHARED, "shared expert")
     add("moe", MOE | LATENT, "latent")
     add("moe", MOE, "ep2", 2, parallel__ep=2)
+    add("moe", MOE, "ep2, saved FP8", 2, parallel__ep=2, precision__saved_activations="fp8")
+    add("moe", MOE | SHARED, "shared expert, saved FP8", precision__saved_activations="fp8")
+    add("moe", MOE | LATENT, "latent, saved FP8", precision__saved_activations="fp8")
     add("moe", MOE, "ep2 ZeRO 3", 2, parallel__ep=2, parallel__zero={"stage": 3})
     add("moe", MOE | SHARED, "ep2 x tp2", 4, parallel__ep=2, parallel__tp=2)
     return found
 
 
+def add_precision(add: Callable[..., None]) -> None:
+    """Add the cases of FP8 and of states that travel of one kind of model."""
+    saved = {"precision__saved_activations": "fp8"}
+    full = {"training__activation_checkpointing": "full"}
+    add("saved FP8", **saved)
+    add("saved FP8, fp32", **saved, training__compute_dtype="fp32")
+    add("saved FP8, few tokens", **saved, **FEW)
+    add("saved FP8, full", **saved, **full)
+    add("saved FP8, selective", **saved, **SELECTIVE)
+    for recipe in ("fp8_tensorwise", "fp8_rowwise", "fp8_blockwise"):
+        linears = {"precision__linears": recipe}
+        add(recipe, **linears)
+        add(f"{recipe}, saved FP8", **linears, **saved)
+    add("fp8_rowwise, few tokens", precision__linears="fp8_rowwise", **FEW)
+    add("fp8_rowwise, selective", precision__linears="fp8_rowwise", **SELECTIVE)
+    add("FP8 states", optimizer__states=FP8_STATES)
+    add("FP8 states, few tokens", optimizer__states=FP8_STATES, **FEW)
+    add("FP8 states, MuonH, few tokens", optimizer__states=FP8_STATES, **MUONH, **FEW)
+    add("states in a file, few tokens", parallel__zero={"optimizer_states": TIERS}, **FEW)
+    add("hdp2 ZeRO 2, saved FP8", 2, parallel__zero={"stage": 2}, **saved)
+    add("hdp2 ZeRO 3, FP8 states", 2, parallel__zero={"stage": 3}, optimizer__states=FP8_STATES)
+    kept = {"stage": 3, "regather": "step"}
+    add("hdp2 ZeRO 3 regather step, few tokens", 2, parallel__zero=kept, **FEW)
+    add("tp2, saved FP8", 2, parallel__tp=2, **saved)
+    add("tp2, fp8_rowwise, saved FP8", 2, parallel__tp=2, precision__linears="fp8_rowwise", **saved)
+    add("pp2, saved FP8", 2, parallel__pp=2, **saved)
+    everything = {"precision__linears": "fp8_rowwise", "optimizer__states": FP8_STATES, **saved}
+    shape: dict[str, Any] = {"parallel__tp": 2, "parallel__zero": {"stage": 2}}
+    add("tp2 x hdp2 ZeRO 2, all FP8", 4, **shape, **everything)
+
+
+def add_wide(add: Callable[..., None]) -> None:
+    """Add cases whose peak lies in a block, where FP8 is most of the step."""
+    models = {
+        "dense": DENSE | {"ffn_width": 2048, "vocab_size": 256},
+        "moe": MOE | {"experts": MOE["experts"] | {"width": 1024}, "vocab_size": 256},
+    }
+    for kind, model in models.items():
+        add(kind, model, "wide feed-forward")
+        add(kind, model, "wide feed-forward, saved FP8", precision__saved_activations="fp8")
+        for recipe in ("fp8_tensorwise", "fp8_rowwise", "fp8_blockwise"):
+            keys = {"linears": recipe, "saved_activations": "fp8"}
+            add(kind, model, f"wide feed-forward, {recipe}", precision__linears=recipe)
+            add(kind, model, f"wide feed-forward, {recipe}, saved FP8", precision=keys)
+
+
 SELECTIVE = {"training__activation_checkpointing": "selective"}
+FP8_STATES = {"kind": "fp8"}
+TIERS = {"nvme": tempfile.gettempdir(), "cpu": 0.0, "bucket_mib": 1.0}
 
 
 @dataclass(frozen=True)
@@ -161,7 +215,9 @@ def result_of(case: Case, found: Sequence[Measured]) -> Result:
     )
 
 
-def layer_table(preset: str, tokens: int = 256) -> dict[str, dict[str, float]]:
+def layer_table(
+    preset: str, saved: Literal["compute", "fp8"], tokens: int = 256
+) -> dict[str, dict[str, float]]:
     """Return bytes that a layer of a preset keeps by operation, in U: on a CPU and on CUDA.
 
     Measured on two layers with few tokens on this CPU in bf16, where norms are not fused; the
@@ -174,6 +230,7 @@ def layer_table(preset: str, tokens: int = 256) -> dict[str, dict[str, float]]:
         *("training.compile=false", "training.total_tokens=null", "training.total_steps=2"),
         f"batch={{sequences: {tokens // 64}, micro_batch_sequences: {tokens // 64}}}",
         "parallel={}",
+        f"precision={{saved_activations: {saved}}}",
     ]
     config = load(f"preset:{preset}", small)
     model = config.model
@@ -181,13 +238,13 @@ def layer_table(preset: str, tokens: int = 256) -> dict[str, dict[str, float]]:
     (measured,) = measure_all([(config, 1)])[0]
     heads = 4 * model.num_heads
     said = {}
-    for device, fused in (("cpu", False), ("cuda", True)):
-        block = Block(model, 1, Kernels(2, fused, heads))
-        said[device] = block.saved(tokens, "none")
-    final = {"norms": 8 * tokens * model.width}
+    for device, fused in (("cuda", True), ("cpu", False)):
+        kernels = Kernels(2, fused, heads, config.precision)
+        said[device] = Block(model, 1, kernels).saved(tokens, "none")
+    final = norm(model.width, kernels)  # on a CPU
     rows = {
         operation: {
-            "measured on CPU": (measured.saved.get(operation, 0) - final.get(operation, 0))
+            "measured on CPU": (measured.saved.get(operation, 0) - tokens * final[operation])
             / 2
             / unit,
             "table, CPU": said["cpu"][operation] / unit,
@@ -207,9 +264,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    layers = {preset: layer_table(preset) for preset in ("dense_1b", "moe_1b_a200m")}
-    for preset, rows in layers.items():
-        head = [preset, *rows["all"]]
+    layers = {
+        f"{preset}, {saved}": layer_table(preset, saved)
+        for preset in ("dense_1b", "moe_1b_a200m")
+        for saved in ("compute", "fp8")
+    }
+    for what, rows in layers.items():
+        head = [what, *rows["all"]]
         body = [[name, *(f"{n:.2f}" for n in row.values())] for name, row in rows.items()]
         print(table([head, *body], right=(1, 2, 3)), flush=True)
     chosen = [] if asked.layers else [case for case in cases() if asked.only in case.name]

@@ -139,6 +139,7 @@ def estimate_memory(
             pipelined=pp > 1,
             optimizer=optimizer,
             on_cpu=attention.device == "cpu",
+            compiled=attention.compiled,
             tokens=micro_batch_tokens,
             chunk=logits_chunk_tokens,
             micro_batches=micro_batches,

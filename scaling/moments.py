@@ -15,13 +15,23 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from allometry.configs.execution import Zero
-from allometry.configs.optimization import OptimizerConfig
-from allometry.scaling.roles import EXPERTS, MATRICES, ParamSpec
-from allometry.scaling.saved import RESIDUAL, Block, Checkpointing, Kernels, norm
+from allometry.configs.optimization import Fp8StatesConfig, OptimizerConfig
+from allometry.scaling.roles import EXPERTS, MATRICES, ParamSpec, Role
+from allometry.scaling.saved import (
+    GATE_UP,
+    RESIDUAL,
+    SWIGLU,
+    Block,
+    Checkpointing,
+    Kernels,
+    norm,
+)
 from allometry.scaling.shards import PREFETCHED, RankParts, layer_of
 from allometry.scaling.update_rules import rule_of
 
 _FP32 = 4
+_ROUNDED_ROWS = 80 << 16
+"""Bytes while 2**16 elements of a state are rounded (``optim/dre.py``), measured."""
 _LOGITS_ON_CPU, _LOGITS_AT_MOST = 8 << 20, 8192
 PARAMETERS, GRADIENTS, STATES = "parameters", "gradients", "optimizer states"
 COPIES, LOSS, WORKSPACE = "weight copies", "loss", "workspace"
@@ -57,6 +67,7 @@ class Step:
     pipelined: bool
     optimizer: OptimizerConfig | None
     on_cpu: bool
+    compiled: bool
     tokens: int
     chunk: int | None
     micro_batches: int
@@ -77,7 +88,7 @@ class Step:
 
     def moments(self) -> tuple[Moment, ...]:
         """Return the moments of the step that may be the fullest."""
-        found = [*self._backward(), self._end(), self._update()]
+        found = [*self._forward(), *self._backward(), self._end(), self._update()]
         return (self._head(), *found) if self.part.last else tuple(found)
 
     # --- the model, as this rank has it
@@ -190,6 +201,35 @@ class Step:
         count = max(1, -(-self.tokens // chunk))
         return min(-(-self.tokens // (count * 64)) * 64, chunk, self.tokens)
 
+    def _forward(self) -> list[Moment]:
+        """While gate and up of the last block are rounded; without FP8 the head is fuller."""
+        block = self._block(self._layers[-1])
+        if not self._rounding(block):
+            return []
+        kinds = self._base(self._gathered(None), self._added_up + self._flat)
+        kinds[WORKSPACE] = self._rounding(block)
+        kept = self.saved() - _later(block.saved(self.tokens, self.checkpointing))
+        return [Moment("forward", _with_saved(kinds, kept))]
+
+    def _rounding(self, block: Block) -> int:
+        """Bytes while gate and up are made or kept in FP8 by operators that are not compiled.
+
+        Widened, divided and clamped they are three copies in fp32 at once; as many has a product
+        that is emulated (itself, its scales, both), and a weight that is rounded.
+        """
+        kernels, model, part = self.kernels, self.part.model, self.part
+        c, wide, experts = kernels.compute, kernels.wide, block.mixture is not None
+        recipe = kernels.recipe(Role.EXPERT_UP if experts else Role.HIDDEN, block.layer)
+        if self.compiled or not (recipe or kernels.saves):
+            return 0
+        local = self.tokens // part.tp
+        emulated = recipe and self.on_cpu
+        copies = 3 if emulated or c < wide else 2
+        activations = copies * wide * 2 * block.widest * local if emulated or kernels.saves else 0
+        weights = 3 * wide * 2 * self._down(block.layer) if recipe else 0
+        stream = 2 * c * model.width * local
+        return max(activations, weights) + 2 * c * block.widest * local + stream
+
     def _backward(self) -> list[Moment]:
         """The moments while each block is differentiated, the last one first, and after it."""
         c, model = self.kernels.compute, self.part.model
@@ -215,6 +255,11 @@ class Step:
             kinds = self._base(self._gathered(layer), max(self._added_up, done) + self._flat)
             kinds[WORKSPACE] = self._block_backward(block) + stream
             found.append(Moment("backward", _with_saved(kinds, left + others + again)))
+            if self.checkpointing != "none":
+                kinds[WORKSPACE] = max(self._rounding(block) - kept[GATE_UP], 0) + stream
+                found.append(
+                    Moment("backward", _with_saved(kinds, left + others + again - _later(again)))
+                )
             left -= kept
             size = self._by_layer[layer]
             done += _FP32 * size // (max(self.part.shards, 1) if self.zero.stage else 1)
@@ -279,6 +324,8 @@ class Step:
             found.append((c + wide) * rows)
             found.append(c * (rows + hidden) + fresh * down + again * down)
         found.append(self._norm_backward(part.model.width) * tokens // part.tp - c * hidden)
+        if self.kernels.saves and not self.compiled:  # gate and up, widened and multiplied
+            found.append(2 * wide * 2 * block.widest * tokens // part.tp + c * hidden)
         if part.tp > 1:
             found = [n + c * tokens * part.model.width for n in found]
         return max(found)
@@ -321,11 +368,20 @@ class Step:
             if spec.role in MATRICES and rule_of(kind, spec.role).name in ("muon", "muonh"):
                 total += self.part.held(spec)
                 largest = max(largest, math.prod(spec.shape[-2:]))
-        return 2 * 2 * total + 2 * _FP32 * largest
+        if not isinstance(getattr(self.optimizer, "states", None), Fp8StatesConfig):
+            return 2 * 2 * total + 2 * _FP32 * largest
+        # Each in turn is read, changed and rounded while directions wait; by a kernel on CUDA.
+        rows = _ROUNDED_ROWS if self.on_cpu else 0
+        return max(2 * 2 * total, 2 * total + rows) + 2 * _FP32 * largest
 
 
 def _with_saved(kinds: Counter[str], saved: Mapping[str, int]) -> dict[str, int]:
     return _positive(kinds | Counter({f"saved: {name}": size for name, size in saved.items()}))
+
+
+def _later(saved: Mapping[str, int]) -> Counter[str]:
+    """What a block keeps when gate and up have been rounded."""
+    return Counter({name: saved.get(name, 0) for name in (GATE_UP, SWIGLU)})
 
 
 def _positive(kinds: Mapping[str, int]) -> dict[str, int]:

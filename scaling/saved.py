@@ -123,6 +123,14 @@ class Block:
         return experts.width * (experts.experts_per_token + experts.num_shared_experts)
 
     @property
+    def widest(self) -> int:
+        """Hidden elements of a token that exist at once: of the experts or of the shared ones."""
+        if self.mixture is None:
+            return self.hidden
+        experts = self.mixture.experts
+        return experts.width * max(experts.experts_per_token, experts.num_shared_experts)
+
+    @property
     def rows_width(self) -> int:
         """Elements of a token's rows on their way to experts, k·W."""
         assert self.mixture is not None

@@ -26,6 +26,7 @@ _MODULES = {
     **dict.fromkeys(("latent_down", "latent_up"), ROWS),
     "router": ROUTER,
 }
+_INPUTS = {"wo": ATTENTION, "down": SWIGLU, "latent_down": NORMS, "latent_up": ROWS}
 _PRODUCTS = ("mm", "linear", "_to_copy", "cat", "clone")
 
 
@@ -53,6 +54,8 @@ def _operation(stored: Stored, model: ModelConfig) -> str:
     name = stored.operator.partition("::")[2]
     whole = stored.last_dim == model.width and name != "mm"
     sent = stored.operator.startswith(("c10d", "_c10d"))
+    if stored.fp8:
+        return _input(leaf, stored.last_dim, model)
     if leaf in ("attention", "ffn", "shared") and whole and (sent or name == "cat"):
         return GATHERED
     if leaf in _MODULES:
@@ -66,3 +69,13 @@ def _operation(stored: Stored, model: ModelConfig) -> str:
     if leaf in ("ffn", "shared", "experts"):
         return SWIGLU if name in ("silu", "mul") else GATE_UP
     return RESIDUAL
+
+
+def _input(leaf: str, last_dim: int, model: ModelConfig) -> str:
+    """What a tensor in FP8 is: the input of the module that keeps it."""
+    if leaf == "experts" and isinstance(model, MoEModel):
+        inside = {2 * model.experts.width: GATE_UP, model.experts.width: SWIGLU}
+        return inside.get(last_dim, ROWS)
+    if leaf in ("attention", "ffn", "shared"):
+        return NORMS if last_dim == model.width else GATE_UP
+    return _INPUTS.get(leaf) or _MODULES.get(leaf, RESIDUAL)

@@ -38,6 +38,7 @@ class Stored:
     operator: str
     last_dim: int
     half: bool
+    fp8: bool
     of_weight: bool
     kind: str | None = None
     died: str | None = None
@@ -181,6 +182,7 @@ class LiveBytes(TorchDispatchMode):
             operator=name,
             last_dim=tensor.shape[-1] if tensor.dim() else 0,
             half=tensor.dtype in (torch.bfloat16, torch.float16),
+            fp8=tensor.dtype in (torch.float8_e4m3fn, torch.float8_e5m2),
             of_weight=of_weight,
         )
 
@@ -190,7 +192,13 @@ class LiveBytes(TorchDispatchMode):
         found = self._alive.get(address)
         if found is None:
             number = len(self.stored)
-            made = born() if born else Stored(self.moment, self._scope, "resize", 0, False, False)
+            made = (
+                born()
+                if born
+                else Stored(
+                    self.moment, self._scope, "resize", 0, half=False, fp8=False, of_weight=False
+                )
+            )
             self.stored.append(made)
             gone = weakref.ref(storage, lambda _: self._died(address))
             self._alive[address] = number, size, gone
