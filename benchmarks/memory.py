@@ -160,17 +160,16 @@ def add_precision(add: Callable[..., None]) -> None:
 
 def add_wide(add: Callable[..., None]) -> None:
     """Add cases whose peak lies in a block, where FP8 is most of the step."""
-    models = {
-        "dense": DENSE | {"ffn_width": 2048, "vocab_size": 256},
-        "moe": MOE | {"experts": MOE["experts"] | {"width": 1024}, "vocab_size": 256},
-    }
-    for kind, model in models.items():
-        add(kind, model, "wide feed-forward")
-        add(kind, model, "wide feed-forward, saved FP8", precision__saved_activations="fp8")
-        for recipe in ("fp8_tensorwise", "fp8_rowwise", "fp8_blockwise"):
-            keys = {"linears": recipe, "saved_activations": "fp8"}
-            add(kind, model, f"wide feed-forward, {recipe}", precision__linears=recipe)
-            add(kind, model, f"wide feed-forward, {recipe}, saved FP8", precision=keys)
+    dense = DENSE | {"ffn_width": 2048, "vocab_size": 256}
+    moe = MOE | {"experts": MOE["experts"] | {"width": 1024}, "vocab_size": 256}
+    saved = {"saved_activations": "fp8"}
+    add("dense", dense, "wide feed-forward")
+    for kind, model in (("dense", dense), ("moe", moe)):
+        add(kind, model, "wide feed-forward, saved FP8", precision=saved)
+        for recipe in ("fp8_rowwise", "fp8_blockwise"):
+            linears: dict[str, Any] = {"linears": recipe}
+            add(kind, model, f"wide feed-forward, {recipe}", precision=linears)
+            add(kind, model, f"wide feed-forward, {recipe}, saved FP8", precision=linears | saved)
 
 
 SELECTIVE = {"training__activation_checkpointing": "selective"}

@@ -361,18 +361,19 @@ class Step:
         return Moment("optimizer step", _positive(kinds))
 
     def _rule_workspace(self) -> int:
-        """What update rules of whole matrices hold beside the states: directions and results."""
+        """What update rules of whole matrices hold beside the states: directions and results.
+
+        And of one parameter what is fp32: momentum that was in FP8, what it looks ahead to, turns.
+        """
         kind = self.optimizer.kind if self.optimizer is not None else "adamw"
+        in_fp8 = isinstance(getattr(self.optimizer, "states", None), Fp8StatesConfig)
         total = largest = 0
         for spec in self._sizes:
             if spec.role in MATRICES and rule_of(kind, spec.role).name in ("muon", "muonh"):
                 total += self.part.held(spec)
-                largest = max(largest, math.prod(spec.shape[-2:]))
-        if not isinstance(getattr(self.optimizer, "states", None), Fp8StatesConfig):
-            return 2 * 2 * total + 2 * _FP32 * largest
-        # Each in turn is read, changed and rounded while directions wait; by a kernel on CUDA.
-        rows = _ROUNDED_ROWS if self.on_cpu else 0
-        return max(2 * 2 * total, 2 * total + rows) + 2 * _FP32 * largest
+                largest = max(largest, self.part.held(spec), math.prod(spec.shape[-2:]))
+        least = 2 * total + 2 * _FP32 * largest + _ROUNDED_ROWS if in_fp8 and self.on_cpu else 0
+        return max(2 * 2 * total + (5 if in_fp8 else 3) * _FP32 * largest, least)
 
 
 def _with_saved(kinds: Counter[str], saved: Mapping[str, int]) -> dict[str, int]:
