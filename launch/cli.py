@@ -29,6 +29,7 @@ COMMANDS: Commands = {
     "evaluate": (runs.Evaluate, "runs.evaluate:evaluated"),
     "verify": (studies.Verify, "studies.verify:verified"),
     "selftest": (studies.SelfTest, "studies.selftest:tested"),
+    "memory": (studies.Memory, "studies.memory:counted"),
     "doctor": (runs.Doctor, "runs.doctor:examined"),
     "suggest": (studies.Suggest, "studies.suggest:suggested"),
     "coordcheck": (studies.CoordCheck, "studies.coordcheck:checked"),

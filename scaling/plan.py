@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 from allometry.configs.run import RunConfig
 from allometry.scaling.attention import AttentionCall
@@ -51,7 +51,8 @@ class RunPlan:
         sequence_length = config.data.sequence_length
         batch = BatchPlan(config.batch, sequence_length)
         memory = memory_of(config, layout, batch)
-        unsaved = memory_of(config, layout, batch, "compute")
+        kept = config.precision.model_copy(update={"saved_activations": "compute"})
+        unsaved = config.model_copy(update={"precision": kept})
         return cls(
             world_size=world_size,
             layout=layout,
@@ -59,12 +60,12 @@ class RunPlan:
             warmup_steps=warmup_steps(config.schedule, batch),
             batch=batch,
             micro_batch_sequences=config.batch.micro_batch_sequences,
-            micro_batch_tokens=_micro_batch_tokens(config),
+            micro_batch_tokens=tokens_of_micro_batch(config),
             parameters=count_parameters(config.model),
             flops_per_token=flops_per_token(config.model, sequence_length),
             flops_assumption=_flops_assumption(config),
             memory=memory,
-            bytes_saved=unsaved.total - memory.total,
+            bytes_saved=memory_of(unsaved, layout, batch).total - memory.total,
             parameterization=Parameterization.of_run(config),
             balance_loads=BalanceLoads.of(config),
         )
@@ -112,21 +113,29 @@ class RunPlan:
             "parameters": asdict(self.parameters),
             "flops_per_token": asdict(self.flops_per_token),
             "flops_assumption": self.flops_assumption,
-            "memory_bytes_per_rank": {**asdict(self.memory), "total": self.memory.total},
+            "memory_bytes_per_rank": self.memory.describe(),
             "bytes_saved_by_fp8": self.bytes_saved,
             "parameterization": self.parameterization.describe(),
             "balance_loads": None if self.balance_loads is None else asdict(self.balance_loads),
         }
 
 
+def tokens_of_micro_batch(config: RunConfig) -> int:
+    """Return the tokens of a micro-batch; of whole documents, as many as a rank may hold."""
+    if config.data.kind == "documents":
+        return config.parallel.context.capacity_tokens
+    return config.batch.micro_batch_sequences * config.data.sequence_length
+
+
 def memory_of(
     config: RunConfig,
     layout: Layout,
     batch: BatchPlan,
-    saved: Literal["compute", "fp8"] | None = None,
+    device: str = "cuda",
+    pp_rank: int | None = None,
 ) -> MemoryEstimate:
-    """Return what the fullest rank of this layout needs; ``saved`` in place of the run's own."""
-    length, tokens = config.data.sequence_length, _micro_batch_tokens(config)
+    """Return what a rank (None: the fullest) of this layout needs on a device, "cuda" or "cpu"."""
+    tokens, length = tokens_of_micro_batch(config), config.data.sequence_length
     return estimate_memory(
         config.model,
         micro_batch_tokens=tokens,
@@ -138,7 +147,7 @@ def memory_of(
         checkpointing=config.training.activation_checkpointing,
         optimizer=config.optimizer,
         attention=AttentionCall(
-            "cuda",
+            device,
             config.training.compute_dtype,
             packed=config.data.kind == "documents" or config.data.packing == "per_document",
             length=length,
@@ -146,13 +155,9 @@ def memory_of(
             head_width=config.model.head_width,
         ),
         attention_backend=None if config.kernels.attention == "auto" else config.kernels.attention,
+        pp_rank=pp_rank,
+        precision=config.precision,
     )
-
-
-def _micro_batch_tokens(config: RunConfig) -> int:
-    if config.data.kind == "documents":
-        return config.parallel.context.capacity_tokens
-    return config.batch.micro_batch_sequences * config.data.sequence_length
 
 
 def _flops_assumption(config: RunConfig) -> str:

@@ -126,7 +126,7 @@ class DocumentPlanner:
             compute_bytes=COMPUTE_BYTES[config.training.compute_dtype],
             tp=degrees.tp,
             checkpointing=config.training.activation_checkpointing,
-            saved_activations=config.precision.saved_activations,
+            precision=config.precision,
         )
         self.layout, self._ranks, self._tp = layout, degrees.hdp, degrees.tp
         self._layers = min(layers)

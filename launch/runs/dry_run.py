@@ -9,11 +9,12 @@ from allometry.configs.run import RunConfig
 from allometry.data.stream import missing_sources, open_stream
 from allometry.data.tokenizer import check_vocabulary
 from allometry.launch.command import Report
+from allometry.launch.text import size
 from allometry.optim.schedule import Schedule, resolve_schedule
 from allometry.scaling.advice import DEVICE_BYTES, advice
 from allometry.scaling.count import DocumentFlops
 from allometry.scaling.layout import SPLIT_BACKWARD
-from allometry.scaling.memory import EXACT, MemoryEstimate
+from allometry.scaling.moments import PARAMETERS, STATES
 from allometry.scaling.plan import RunPlan, memory_of
 from allometry.trainer.state.folder import RunFolder
 
@@ -85,13 +86,12 @@ def _text(config: RunConfig, plan: RunPlan, facts: dict[str, Any]) -> str:
         f"parameter), {plan.total_flops:.4g} FLOPs in all",
         f"steps             {plan.total_steps:,} of {config.batch.sequences} x "
         f"{config.data.sequence_length} tokens ({_share(config, plan)})",
-        f"memory per rank   {_size(memory.total)} at the peak of the fullest; fits "
-        f"{DEVICE_GB} GB: {'yes' if memory.total <= DEVICE_GB * 10**9 else 'no'}",
+        f"memory per rank   {size(memory.total)} at the peak of the fullest ({memory.peak.name}); "
+        f"fits {DEVICE_GB} GB: {'yes' if memory.total <= DEVICE_GB * 10**9 else 'no'}",
         *(
-            f"  {_KINDS.get(name, name).replace('_', ' '):<24}{_size(number):>10}"
-            f"{'' if name in EXACT else '  (estimate)'}"
-            for name, number in facts["memory_bytes_per_rank"].items()
-            if name in MemoryEstimate.__dataclass_fields__ and number
+            f"  {name:<24}{size(number):>10}"
+            f"{'' if name in (PARAMETERS, STATES) else '  (estimate)'}"
+            for name, number in memory.peak.kinds.items()
         ),
         *_gathered(config, plan),
         *(f"advice            {text}" for text in facts["advice"].values()),
@@ -120,7 +120,6 @@ def _share(config: RunConfig, plan: RunPlan) -> str:
 
 SHOWN = 8
 DEVICE_GB = DEVICE_BYTES // 10**9
-_KINDS = {"reduction": "gradients to be reduced", "loss": "logits, head's gradient"}
 
 
 def _gathered(config: RunConfig, plan: RunPlan) -> list[str]:
@@ -134,7 +133,7 @@ def _gathered(config: RunConfig, plan: RunPlan) -> list[str]:
     spared = plan.memory.compute_copies - other.compute_copies
     return [
         f"  parameters are gathered once a step and kept; parallel.zero.regather: micro_batch "
-        f"would spare {_size(spared)} and gather them in each micro-batch"
+        f"would spare {size(spared)} and gather them in each micro-batch"
     ]
 
 
@@ -153,14 +152,14 @@ def _ranks(facts: dict[str, Any]) -> list[str]:
         lines += [f"rank {rank['rank']} (stage {stages}) calls in a step"]
         calls = rank["collectives"]
         lines += [
-            f"  {call['per_step']:>6,} x {call['kind']:<15} of {_size(call['bytes']):>10} over "
+            f"  {call['per_step']:>6,} x {call['kind']:<15} of {size(call['bytes']):>10} over "
             f"{call['ranks']} ranks of {call['axis']}"
             for call in calls[:SHOWN]
         ]
         if len(calls) > SHOWN:
             rest = sum(call["per_step"] * call["bytes"] for call in calls[SHOWN:])
             number = sum(call["per_step"] for call in calls[SHOWN:])
-            lines.append(f"  {number:>6,} smaller ones, {_size(rest)} together (--json lists them)")
+            lines.append(f"  {number:>6,} smaller ones, {size(rest)} together (--json lists them)")
     return lines
 
 
@@ -175,11 +174,3 @@ def _data(data: dict[str, Any]) -> list[str]:
         )
         + f"; {data['total_flops']:.4g} FLOPs with documents as long as here"
     ]
-
-
-def _size(number: float) -> str:
-    if abs(number) >= 2**28:
-        return f"{number / 2**30:.2f} GiB"
-    if abs(number) >= 2**18:
-        return f"{number / 2**20:.1f} MiB"
-    return f"{number / 2**10:.1f} KiB" if abs(number) >= 2**10 else f"{number:.0f} B"

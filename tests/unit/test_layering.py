@@ -37,6 +37,7 @@ SUB_ROOM_MAY_IMPORT = {
     "interop.huggingface": set(),
     "studies.certificate": set(),
     "studies.selftest": {"studies.certificate", "studies.rehearse"},
+    "studies.memory": set(),
     "studies.sweeps": set(),
     "studies.ladder": set(),
     "launch.figures": set(),
