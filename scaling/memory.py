@@ -15,6 +15,7 @@ from allometry.configs.model import LatentExperts, ModelConfig, MoEModel
 from allometry.configs.optimization import OptimizerConfig
 from allometry.scaling.attention import AttentionCall, choose_backend, named
 from allometry.scaling.layout import Layout
+from allometry.scaling.offload import offloaded
 from allometry.scaling.precision import SAVED_BYTES
 from allometry.scaling.roles import ParamSpec, Role
 from allometry.scaling.shards import PREFETCHED, RankParts, layer_of, zero_dim
@@ -85,6 +86,7 @@ def estimate_memory(
     attention_backend: str | None = None,
     pp_rank: int | None = None,
     saved_activations: Literal["compute", "fp8"] = "compute",
+    activation_offload: float = 0.0,
 ) -> MemoryEstimate:
     """Return the bytes that a rank needs at the peak of a step, the fullest of each axis.
 
@@ -97,7 +99,8 @@ def estimate_memory(
     (on a CPU they also keep both widened to fp32). ``optimizer`` None: AdamW. ``attention``: what
     is asked of attention, whose back ends differ in what they keep, and ``attention_backend`` the
     name of one; None: the first that suits. ``pp_rank`` None: the fullest rank of the pipeline.
-    ``saved_activations``: as ``precision.saved_activations``.
+    ``saved_activations``: as ``precision.saved_activations``; ``activation_offload``: as
+    ``training.activation_offload``.
     """
     columns = math.ceil(model.vocab_size / (layout.degrees.tp if layout is not None else 1))
     if logits_chunk_tokens is None:
@@ -109,11 +112,13 @@ def estimate_memory(
     estimates = []
     backend = choose_backend(attention) if attention_backend is None else named(attention_backend)
     scores = backend.kept_bytes(model.num_heads, attention.length, compute_bytes)
+    stages = layout.stages if layout is not None else (range(model.num_layers),)
+    away = offloaded(activation_offload, stages)
     for rank in range(pp) if pp_rank is None else (pp_rank,):
         part = RankParts.of(model, layout, rank, hdp // zero.replicas if zero.stage else 1)
         given = micro_batch_tokens, compute_bytes, fused_norm, checkpointing, scores
-        kept = _activations(part, *given, fp8=saved_activations == "fp8")
-        in_flight = _in_flight(layout, rank, micro_batches) if layout is not None else 1
+        kept = _activations(part, *given, fp8=saved_activations == "fp8", away=away)
+        in_flight = most_in_flight(layout, rank, micro_batches) if layout is not None else 1
         held, states = _held(part, optimizer, zero) if zero.offload == "none" else (0, 0)
         estimates.append(
             MemoryEstimate(
@@ -211,7 +216,7 @@ def _is_cast(spec: ParamSpec) -> bool:
     return not spec.name.endswith("norm.weight")
 
 
-def _in_flight(layout: Layout, rank: int, micro_batches: int) -> int:
+def most_in_flight(layout: Layout, rank: int, micro_batches: int) -> int:
     """Return how many micro-batches' activations a pipeline rank keeps at once, at most.
 
     1F1B: as many as there are stages from here on (arXiv 2104.04473); GPipe and breadth-first:
@@ -240,8 +245,9 @@ def _activations(
     checkpointing: Literal["none", "selective", "full"],
     scores: int,
     fp8: bool,
+    away: frozenset[int],
 ) -> int:
-    """Return the bytes kept for the backward pass of one micro-batch.
+    """Return the bytes kept on the device for the backward pass of one micro-batch.
 
     For each block and token: both norms' input and output in the compute type (D each; unfused,
     input and quotient in fp32 or wider besides the output); q, k, v (N·H + 2·K·H); attention's
@@ -250,7 +256,8 @@ def _activations(
     feed-forward (4·F), or what a mixture keeps. Then the final norm. Tensor parallelism divides
     all but the two gathered inputs (2·D). Checkpointing keeps a block's input (D) and one block
     whole; selective keeps products and attention besides. ``fp8``: inputs of norms and products
-    (D, N·H, D, F) and of SwiGLU (2·F) in FP8, attention as before.
+    (D, N·H, D, F) and of SwiGLU (2·F) in FP8, attention as before. Of layers that are ``away``
+    nothing stays: the two beside that always do are as much as one leaves and one computes with.
     """
     model = part.model
     queries = model.num_heads * model.head_width
@@ -284,11 +291,13 @@ def _activations(
             least.append(products + 2 * compute_bytes * model.ffn_width)
     gathered = 0 if part.tp == 1 else 2 * compute_bytes * model.width * (part.tp - 1)
     total = norm if part.last else 0
+    here = [place for place, layer in enumerate(sorted(part.layers)) if layer not in away]
     if checkpointing == "none":
-        total += sum(kept) + gathered * len(kept)
+        total += sum(kept[place] + gathered for place in here)
     else:
-        inputs = compute_bytes * model.width * len(kept)
-        total += max(kept) + gathered + (inputs if checkpointing == "full" else sum(least))
+        inputs = compute_bytes * model.width * len(here)
+        products_kept = sum(least[place] for place in here)
+        total += max(kept) + gathered + (inputs if checkpointing == "full" else products_kept)
     return tokens * total // part.tp
 
 

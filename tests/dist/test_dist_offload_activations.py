@@ -14,8 +14,8 @@ import tiny
 from allometry.configs.run import RunConfig
 from allometry.models.moe import begin_step, routers
 from allometry.parallel.apply import Parallel
-from allometry.parallel.hdp.offload import ActivationStore
 from allometry.parallel.mesh import Mesh
+from allometry.parallel.offload.store import ActivationStore
 
 RunRanks = Callable[..., list[Any]]
 COUNT = 4
@@ -73,7 +73,7 @@ def moved(run: RunConfig, share: float = 1.0, losing: bool = False) -> dict[str,
         expected = gradients(made, mesh, 0.0)
         stores = {}
         for stage, part in made.parts.items():
-            store = ActivationStore(part, mesh.device, SMALL)
+            store = ActivationStore(part, mesh.device, smallest_bytes=SMALL)
             if losing:
                 whole = store.fetch
                 store.fetch = lambda host, whole=whole: whole(torch.zeros_like(host))

@@ -29,6 +29,7 @@ SUB_ROOM_MAY_IMPORT = {
     "laws.forms": {"laws.observations"},
     "laws.fit": {"laws.observations", "laws.registry", "laws.forms"},
     "parallel.hdp": set(),
+    "parallel.offload": set(),
     "optim.offload": {"optim.states"},
     "trainer.state": set(),
     "trainer.record": {

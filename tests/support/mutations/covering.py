@@ -140,9 +140,12 @@ COVERING: tuple[tuple[str, tuple[Stage, ...]], ...] = (
         (unit("parallel/*hdp_shard"), dist("ring", "context"), dist("documents")),
     ),
     (
-        "parallel/hdp/offload.py",
-        (unit("parallel/*hdp_offload"), dist("offload_activations")),
+        "parallel/offload/store.py",
+        (unit("parallel/*offload"), dist("offload_activations")),
     ),
+    ("parallel/offload/lanes.py", (unit("parallel/*offload_lanes"),)),
+    ("parallel/offload/pool.py", (unit("parallel/*offload_lanes"),)),
+    ("parallel/offload/results.py", (unit("parallel/*offload"), dist("offload_activations"))),
     (
         "parallel/hdp/filling.py",
         (dist("documents", keyword="mixed or without or planned"), dist("pipeline_hdp")),
