@@ -144,6 +144,11 @@ def mesh(device: str = "cuda", **sizes: int) -> Any:
         ((FIXED,), mesh(hdp=4), "hdp=4"),
         ((FIXED, "parallel.zero.stage=3"), mesh(), "parallel.zero.stage=3"),
         ((FIXED, "model.dropout=0.1"), mesh(), "model.dropout=0.1"),
+        (
+            (FIXED, "model.num_layers=4", "training.activation_offload=0.5"),
+            mesh(),
+            "training.activation_offload=0.5 copies",
+        ),
         ((FIXED,), mesh(), None),
     ],
 )
