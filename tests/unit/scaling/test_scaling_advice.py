@@ -14,7 +14,7 @@ from allometry.scaling.plan import RunPlan
 
 SEVEN, MOE = "dense_7b", "moe_1b_a200m"
 FULL = "training.activation_checkpointing=full"
-LONG = ("parallel.zero.stage=3", "data.sequence_length=262144", "batch.sequences=64")
+LONG = ("parallel.zero.stage=3", "data.sequence_length=262144", "batch.ramp=null")
 
 
 def preset_config(name: str, *changes: str) -> RunConfig:

@@ -47,6 +47,11 @@ MODELS = {
     "dense": (),
     "experts": (f"model={json.dumps(EXPERTS)}",),
     "biased": (f"model={json.dumps(BIASED)}",),
+    "offloaded": (
+        f"model={json.dumps(EXPERTS | {'num_layers': 4, 'width': 128})}",
+        *("training.activation_offload=1.0", "batch.micro_batch_sequences=4"),
+        "data.sequence_length=64",
+    ),
 }
 
 
@@ -72,6 +77,7 @@ def reads_of_a_step(
             counts = [x["step"] for x in optimizer.state.values() if "step" in x]
             with host_reads(counts) as found:
                 take(step, batches).to_host()
+        assert all(store.bytes_out > 0 for store in parallel.stores)
     return found
 
 
@@ -80,6 +86,7 @@ def reads_of_a_step(
     [
         *(("dense", kind) for kind in OPTIMIZER_KINDS),
         *((model, kind) for model in ("experts", "biased") for kind in ("adamw", "muonh")),
+        ("offloaded", "adamw"),
     ],
 )
 def test_a_step_reads_no_value(tiny: Make, model: str, optimizer: str) -> None:
