@@ -94,31 +94,28 @@ def estimate_memory(
     ``shards.py`` say. ``layout`` None: one pipeline stage, nothing cut. ``compute_bytes`` is the
     size of one activation (``COMPUTE_BYTES``), ``logits_chunk_tokens`` how many tokens the loss
     treats at once; None: what fits half a billion logits, at most 8192 tokens, as on a GPU (less
-    on a CPU).
-    ``fused_norm``: whether norms keep no more than their input and output, as torch's CUDA kernel
-    (on a CPU they also keep both widened to fp32). ``optimizer`` None: AdamW. ``attention``: what
-    is asked of attention, whose back ends differ in what they keep, and ``attention_backend`` the
+    on a CPU). ``fused_norm``: whether norms keep only their input and output, as torch's CUDA
+    kernel (on a CPU they also keep both widened to fp32). ``optimizer`` None: AdamW. ``attention``:
+    what is asked of attention, whose back ends differ in what they keep, ``attention_backend`` the
     name of one; None: the first that suits. ``pp_rank`` None: the fullest rank of the pipeline.
-    ``saved_activations``: as ``precision.saved_activations``; ``activation_offload``: as
-    ``training.activation_offload``.
+    ``saved_activations`` and ``activation_offload``: as the keys of ``precision`` and ``training``.
     """
-    columns = math.ceil(model.vocab_size / (layout.degrees.tp if layout is not None else 1))
+    columns = math.ceil(model.vocab_size / (layout.degrees.tp if layout else 1))
     if logits_chunk_tokens is None:
         logits_chunk_tokens = min(max(2**29 // columns, 128), 8192)
     chunk = min(logits_chunk_tokens, micro_batch_tokens)
-    pp = layout.pp if layout is not None else 1
+    pp = layout.pp if layout else 1
     # In a pipeline gradients are whole until the stage's last backward.
     add_up = pp > 1 or (zero.stage == 1 and micro_batches > 1)
     estimates = []
     backend = choose_backend(attention) if attention_backend is None else named(attention_backend)
     scores = backend.kept_bytes(model.num_heads, attention.length, compute_bytes)
-    stages = layout.stages if layout is not None else (range(model.num_layers),)
-    away = offloaded(activation_offload, stages)
+    away = offloaded(activation_offload, layout.stages if layout else (range(model.num_layers),))
     for rank in range(pp) if pp_rank is None else (pp_rank,):
         part = RankParts.of(model, layout, rank, hdp // zero.replicas if zero.stage else 1)
-        given = micro_batch_tokens, compute_bytes, fused_norm, checkpointing, scores
-        kept = _activations(part, *given, fp8=saved_activations == "fp8", away=away)
-        in_flight = most_in_flight(layout, rank, micro_batches) if layout is not None else 1
+        given = micro_batch_tokens, compute_bytes, fused_norm, checkpointing, scores, away
+        kept = _activations(part, *given, fp8=saved_activations == "fp8")
+        in_flight = most_in_flight(layout, rank, micro_batches) if layout else 1
         held, states = _held(part, optimizer, zero) if zero.offload == "none" else (0, 0)
         estimates.append(
             MemoryEstimate(
@@ -244,8 +241,8 @@ def _activations(
     fused_norm: bool,
     checkpointing: Literal["none", "selective", "full"],
     scores: int,
-    fp8: bool,
     away: frozenset[int],
+    fp8: bool,
 ) -> int:
     """Return the bytes kept on the device for the backward pass of one micro-batch.
 
@@ -255,9 +252,8 @@ def _activations(
     end keeps besides; with qk_norm q and k before it as well; gate, up, SiLU and product of the
     feed-forward (4·F), or what a mixture keeps. Then the final norm. Tensor parallelism divides
     all but the two gathered inputs (2·D). Checkpointing keeps a block's input (D) and one block
-    whole; selective keeps products and attention besides. ``fp8``: inputs of norms and products
-    (D, N·H, D, F) and of SwiGLU (2·F) in FP8, attention as before. Of layers that are ``away``
-    nothing stays: the two beside that always do are as much as one leaves and one computes with.
+    whole; selective keeps products and attention besides. ``fp8``: inputs of norms, products and
+    SwiGLU (D, N·H, D, F, 2·F) in FP8, attention as before. Of layers ``away``: nothing.
     """
     model = part.model
     queries = model.num_heads * model.head_width
@@ -291,13 +287,11 @@ def _activations(
             least.append(products + 2 * compute_bytes * model.ffn_width)
     gathered = 0 if part.tp == 1 else 2 * compute_bytes * model.width * (part.tp - 1)
     total = norm if part.last else 0
+    if checkpointing == "full":
+        least = [compute_bytes * model.width] * len(kept)
     here = [place for place, layer in enumerate(sorted(part.layers)) if layer not in away]
-    if checkpointing == "none":
-        total += sum(kept[place] + gathered for place in here)
-    else:
-        inputs = compute_bytes * model.width * len(here)
-        products_kept = sum(least[place] for place in here)
-        total += max(kept) + gathered + (inputs if checkpointing == "full" else products_kept)
+    total += sum((kept if checkpointing == "none" else least)[place] for place in here)
+    total += gathered * len(here) if checkpointing == "none" else max(kept) + gathered
     return tokens * total // part.tp
 
 

@@ -68,7 +68,8 @@ class Traffic:
     """What travels between a rank and the host, estimated, on the first pipeline rank.
 
     ``layers`` are its offloaded ones; ``layer_bytes``: of one of them in one micro-batch, their
-    mean; ``step_bytes``: in a step, to the host and as much back. ``copy_s`` is the time of one
+    mean; ``step_bytes``: in a step, to the host and as much back; ``host_bytes``: most that waits
+    there at once, of all micro-batches in flight. ``copy_s`` is the time of one
     layer's copy, ``forward_s`` that of its forward, both at the rates that planning assumes
     (``parallel.context.costs``). Backward takes longer and has as much to bring, so a copy that
     hides behind the forward hides in both.
@@ -77,6 +78,7 @@ class Traffic:
     layers: int
     layer_bytes: int
     step_bytes: int
+    host_bytes: int
     copy_s: float
     forward_s: float
 
@@ -91,6 +93,7 @@ class Traffic:
         sequence_length: int,
         tp: int,
         micro_batches: int,
+        in_flight: int,
         costs: ContextCosts,
     ) -> Traffic:
         """Return it for ``travelling`` bytes of all ``layers`` in a micro-batch of ``tokens``."""
@@ -103,6 +106,7 @@ class Traffic:
             layers=number,
             layer_bytes=travelling // number,
             step_bytes=travelling * micro_batches,
+            host_bytes=travelling * in_flight,
             copy_s=travelling / number / (costs.host_bandwidth_gb_per_s * 1e9),
             forward_s=forward * tokens / tp / (costs.tflops * 1e12),
         )

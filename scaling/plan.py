@@ -180,14 +180,16 @@ def traffic_of(config: RunConfig, layout: Layout, batch: BatchPlan) -> Traffic |
         for each in (config, config.model_copy(update={"training": training}))
     )
     micro_batches = _micro_batches(config, layout, batch)
+    in_flight = most_in_flight(layout, 0, micro_batches)
     return Traffic.of(
         config.model,
         moved,
-        travelling=(all_of_it - held) // most_in_flight(layout, 0, micro_batches),
+        travelling=(all_of_it - held) // in_flight,
         tokens=_micro_batch_tokens(config),
         sequence_length=config.data.sequence_length,
         tp=layout.degrees.tp,
         micro_batches=micro_batches,
+        in_flight=in_flight,
         costs=config.parallel.context.costs,
     )
 

@@ -105,3 +105,5 @@ def test_layouts_share_what_travels() -> None:
     assert staged is not None
     assert staged.layers == len(plan("parallel.pp=4").layout.stages[0]) - 2
     assert staged.layer_bytes == one.layer_bytes
+    assert one.host_bytes == 15 * one.layer_bytes
+    assert staged.host_bytes == 4 * staged.layers * staged.layer_bytes  # 4 are in flight at once
