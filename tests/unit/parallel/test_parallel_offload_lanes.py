@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import pytest
@@ -20,7 +22,7 @@ from allometry.models.moe import begin_step, routers
 from allometry.models.precision import use_precision
 from allometry.models.transformer import Transformer
 from allometry.parallel.checkpointing import apply_checkpointing
-from allometry.parallel.offload.lanes import Transfer
+from allometry.parallel.offload.lanes import CudaLane, Transfer
 from allometry.parallel.offload.pool import HostPool, Region
 from allometry.parallel.offload.store import ActivationStore, _Kept
 from allometry.scaling.parameterization import Parameterization
@@ -215,6 +217,58 @@ def test_lengths_that_vary_need_no_more_than_the_longest() -> None:
         total(model, length=length).backward()
     assert store.pool.allocations == allocations
     assert store.pool.used_bytes == 0
+
+
+class FakeStream:
+    """Notes what a CUDA stream is asked for, and by whose leave."""
+
+    current: FakeStream
+
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name, self.log, self.device = name, log, CPU
+
+    def wait_stream(self, other: FakeStream) -> None:
+        self.log.append(f"{self.name} waits for {other.name}")
+
+    def record_event(self) -> str:
+        assert FakeStream.current is self
+        self.log.append(f"{self.name} records")
+        return f"event of {self.name}"
+
+    def wait_event(self, event: str) -> None:
+        self.log.append(f"{self.name} waits for {event}")
+
+
+def test_a_cuda_lane_waits_for_computation_and_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What it asks of CUDA, in order; tests/gpu has the real thing."""
+    log: list[str] = []
+    computing, other = FakeStream("computing", log), FakeStream("other", log)
+    FakeStream.current = computing
+
+    @contextmanager
+    def entered(stream: FakeStream) -> Iterator[None]:
+        before, FakeStream.current = FakeStream.current, stream
+        yield
+        FakeStream.current = before
+
+    class Bytes:
+        def copy_(self, source: object, non_blocking: bool) -> None:
+            log.append(f"{FakeStream.current.name} copies{' and goes on' if non_blocking else ''}")
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: FakeStream("lane", log))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: FakeStream.current)
+    monkeypatch.setattr(torch.cuda, "stream", entered)
+    target: Any = Bytes()
+    ticket = CudaLane(CPU)(target, target)
+    begun = ["lane waits for computing", "lane copies and goes on", "lane records"]
+    assert log == begun
+    ticket.wait()
+    assert log == [*begun, "computing waits for event of lane"]
+    FakeStream.current = other
+    ticket.wait()
+    assert log[4:] == ["computing waits for event of lane", "other waits for event of lane"]
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 3000)), max_size=60))
