@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from allometry.parallel.buffers import host_buffer
+
 SLAB_BYTES = 256 * 2**20
-"""torch rounds pinned memory up to a power of two, so that is what is asked for."""
 _ALIGNMENT = 512
 
 
@@ -23,15 +24,15 @@ class Region(NamedTuple):
 
 
 class HostPool:
-    """Hands out regions of large slabs, pinned where asked for, and takes them back.
+    """Hands out regions of large slabs, locked for a GPU's ``device``, and takes them back.
 
     The first slab with room gives it at its lowest address, and neighbours that are free become
     one: equal steps find their memory where the first one had it, and nothing is allocated after
-    it. Slabs stay as long as the pool. ``allocations``: how many there are.
+    it. What is larger than a slab has one to itself. Slabs stay as long as the pool.
     """
 
-    def __init__(self, *, pinned: bool, slab_bytes: int = SLAB_BYTES) -> None:
-        self._pinned, self._slab_bytes = pinned, slab_bytes
+    def __init__(self, device: torch.device, slab_bytes: int = SLAB_BYTES) -> None:
+        self._device, self._slab_bytes = device, slab_bytes
         self._slabs: list[Tensor] = []
         self._free: list[list[tuple[int, int]]] = []  # of each slab: (start, stop), ascending
         # Graphs are freed by any thread at any time, in the midst of ``take`` too.
@@ -62,8 +63,8 @@ class HostPool:
                 if stop - start >= size:
                     free[place : place + 1] = [(start + size, stop)] if stop - start > size else []
                     return Region(self._slabs[slab][start : start + nbytes], slab, start, size)
-        whole = max(self._slab_bytes, 1 << (size - 1).bit_length())
-        self._slabs.append(torch.empty(whole, dtype=torch.uint8, pin_memory=self._pinned))
+        whole = max(self._slab_bytes, size)
+        self._slabs.append(host_buffer(whole, self._device))
         self._free.append([(0, whole)])
         return self.take(nbytes)
 

@@ -83,7 +83,7 @@ class ActivationStore:
         pool: HostPool | None = None,
     ) -> None:
         self.device, self.share, self.smallest_bytes = device, share, smallest_bytes
-        self.pool = HostPool(pinned=device.type == "cuda") if pool is None else pool
+        self.pool = HostPool(device) if pool is None else pool
         self.bytes_out = self.bytes_in = 0
         self._places = {id(block): place for place, block in enumerate(part.blocks.values())}
         self._before: _Moved | None = None  # what the block before this one moved, this forward

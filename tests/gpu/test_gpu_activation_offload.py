@@ -162,7 +162,7 @@ def test_the_peak_falls_and_the_host_is_asked_once(checkpointing: str) -> None:
 
 
 def test_memory_is_pinned_and_copies_have_streams_of_their_own() -> None:
-    pool = HostPool(pinned=True, slab_bytes=2**20)
+    pool = HostPool(CUDA, slab_bytes=2**20)
     region = pool.take(300_000)
     assert region.memory.is_pinned()
     out, back = lanes_of(CUDA)
@@ -181,7 +181,7 @@ def test_memory_is_pinned_and_copies_have_streams_of_their_own() -> None:
 
 def test_copies_run_beside_the_computation() -> None:
     """The current stream does not wait for a copy that nobody has asked it to wait for."""
-    pool = HostPool(pinned=True)
+    pool = HostPool(CUDA)
     region = pool.take(2**28)
     source = torch.zeros(2**28, dtype=torch.uint8, device=CUDA)
     out, _ = lanes_of(CUDA)

@@ -7,7 +7,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 HOT = (
-    *("models/*.py", "parallel/*.py", "parallel/hdp/*.py", "optim/*.py"),
+    *("models/*.py", "parallel/*.py", "parallel/hdp/*.py", "parallel/offload/*.py", "optim/*.py"),
     *(f"trainer/{name}.py" for name in ("step", "balance", "feed", "evaluate", "loop")),
     *(
         f"data/{name}.py"
@@ -143,6 +143,7 @@ COVERING: tuple[tuple[str, tuple[Stage, ...]], ...] = (
         "parallel/offload/store.py",
         (unit("parallel/*offload"), dist("offload_activations")),
     ),
+    ("parallel/buffers.py", (unit("optim/*swap_file"), unit("parallel/*offload_lanes"))),
     ("parallel/offload/lanes.py", (unit("parallel/*offload_lanes"),)),
     ("parallel/offload/pool.py", (unit("parallel/*offload_lanes"),)),
     ("parallel/offload/results.py", (unit("parallel/*offload"), dist("offload_activations"))),
