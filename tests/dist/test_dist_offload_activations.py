@@ -193,7 +193,10 @@ OF_EVERY: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", OF_EVERY)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if "zbv" in n else n for n in OF_EVERY],
+)
 def test_a_share_of_every_micro_batch(run_ranks: RunRanks, name: str) -> None:
     """Several are in flight in a pipeline; the second step finds the host's memory of the first."""
     results = run_ranks(of_every_micro_batch, 2, config(**OF_EVERY[name]), timeout_s=120.0)

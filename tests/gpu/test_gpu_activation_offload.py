@@ -25,6 +25,7 @@ from allometry.trainer.deterministic import algorithms
 from allometry.trainer.loop import Loop
 from allometry.trainer.train import train
 from run_folders import rows
+from small_experts import experts_model
 
 pytestmark = [
     pytest.mark.gpu,
@@ -44,16 +45,10 @@ SETTINGS = (
     "data.sequence_length=128",
 )
 SHAPE = ("model.width=256", "model.ffn_width=512", "model.num_layers=5", "model.num_heads=4")
-EXPERTS = {
-    "kind": "moe",
-    "vocab_size": 64,
-    "width": 256,
-    "num_layers": 5,
-    "num_heads": 4,
-    "num_kv_heads": 2,
-    "experts": {"kind": "swiglu", "num_experts": 8, "experts_per_token": 2, "width": 128},
+MODELS = {
+    "dense": SHAPE,
+    "experts": (f"model={json.dumps(experts_model(width=256, num_layers=5))}",),
 }
-MODELS = {"dense": SHAPE, "experts": (f"model={json.dumps(EXPERTS)}",)}
 
 
 @pytest.fixture(autouse=True)
