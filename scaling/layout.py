@@ -16,9 +16,10 @@ from allometry.configs.execution import Pipeline
 from allometry.configs.model import ModelConfig, MoEModel
 from allometry.configs.run import RunConfig
 from allometry.scaling.batch import BatchPlan, check_batch
-from allometry.scaling.context import check_context, check_offload
+from allometry.scaling.context import check_context
 from allometry.scaling.count import layer_flops
 from allometry.scaling.degrees import Degrees, check_divides, either, resolve_degrees
+from allometry.scaling.offload import check_offload
 from allometry.scaling.precision import check_precision
 
 V_SCHEDULES = ("zbv_zero_bubble", "dualpipe_v")
@@ -70,6 +71,7 @@ class Layout:
                     f"parallel.pipeline.split={list(split)} needs stages, but parallel.pp=1; set "
                     "parallel.pp or use split: flops"
                 )
+            check_offload(config, config.model.num_layers)
             return cls(degrees, pipeline.schedule, (range(config.model.num_layers),))
         _check_halves(config)
         count = _stage_count(pipeline, degrees.pp, config.model.num_layers)
@@ -78,8 +80,7 @@ class Layout:
         if costs is None:
             costs = layer_flops(config.model, config.data.sequence_length)
         stages = _stages(pipeline, count, config.model, costs)
-        if config.parallel.context.offload == "selective":
-            check_offload(min(map(len, stages)))
+        check_offload(config, min(map(len, stages)))
         return cls(degrees, pipeline.schedule, stages)
 
     @property

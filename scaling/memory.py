@@ -18,6 +18,7 @@ from allometry.configs.precision import PrecisionConfig
 from allometry.scaling.attention import AttentionCall, choose_backend, named
 from allometry.scaling.layout import Layout
 from allometry.scaling.moments import Moment, Step
+from allometry.scaling.offload import offloaded
 from allometry.scaling.roles import ParamSpec, Role
 from allometry.scaling.saved import COMPUTE, Checkpointing, Kernels
 from allometry.scaling.shards import PREFETCHED, RankParts, layer_of, zero_dim
@@ -108,6 +109,7 @@ def estimate_memory(
     attention_backend: str | None = None,
     pp_rank: int | None = None,
     precision: PrecisionConfig = COMPUTE,
+    activation_offload: float = 0.0,
 ) -> MemoryEstimate:
     """Return the bytes that a rank needs at the peak of a step, the fullest of each axis.
 
@@ -119,6 +121,7 @@ def estimate_memory(
     is that of the step: on a CPU norms keep more than torch's CUDA kernel does, and gradients are
     reduced in buckets that stay. ``attention_backend``: the name of one; None: the first that
     suits. ``pp_rank`` None: the fullest rank of the pipeline. ``precision``: what is FP8.
+    ``activation_offload``: as the key of ``training``.
     """
     pp = layout.pp if layout is not None else 1
     # In a pipeline gradients are whole until the stage's last backward.
@@ -127,6 +130,7 @@ def estimate_memory(
     backend = choose_backend(attention) if attention_backend is None else named(attention_backend)
     scores = backend.kept_bytes(model.num_heads, attention.length, compute_bytes)
     kernels = Kernels(compute_bytes, attention.device == "cuda", scores, precision)
+    away = offloaded(activation_offload, layout.stages if layout else (range(model.num_layers),))
     for rank in range(pp) if pp_rank is None else (pp_rank,):
         part = RankParts.of(model, layout, rank, hdp // zero.replicas if zero.stage else 1)
         held, states = _held(part, optimizer, zero) if zero.offload == "none" else (0, 0)
@@ -143,7 +147,8 @@ def estimate_memory(
             tokens=micro_batch_tokens,
             chunk=logits_chunk_tokens,
             micro_batches=micro_batches,
-            in_flight=_in_flight(layout, rank, micro_batches),
+            in_flight=most_in_flight(layout, rank, micro_batches) if layout else 1,
+            away=away,
             held=held,
             states=states,
             reduction=_reduction(part, zero, hdp, held, compute_bytes, add_up),
@@ -236,14 +241,14 @@ def _is_cast(spec: ParamSpec) -> bool:
     return not spec.name.endswith("norm.weight")
 
 
-def _in_flight(layout: Layout | None, rank: int, micro_batches: int) -> int:
+def most_in_flight(layout: Layout, rank: int, micro_batches: int) -> int:
     """Return how many micro-batches' activations a pipeline rank keeps at once, at most.
 
     1F1B: as many as there are stages from here on (arXiv 2104.04473); GPipe and breadth-first:
     all. The others are taken to keep as much as the first rank of 1F1B (arXiv 2401.10241 for the
     zero-bubble V), interleaving (p-1)/(p v) more (arXiv 2205.05198).
     """
-    if layout is None or layout.pp == 1:
+    if layout.pp == 1:
         return 1
     match layout.schedule:
         case "gpipe" | "looped_bfs":

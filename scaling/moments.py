@@ -56,7 +56,8 @@ class Step:
 
     ``held``, ``states``: bytes of parameters (and of their gradients) and of optimizer states
     between steps, on the device; ``reduction`` and ``copies`` as in ``MemoryEstimate``;
-    ``gathered``: bytes of what ZeRO gathers for each block, and for the ends.
+    ``gathered``: bytes of what ZeRO gathers for each block, and for the ends; ``away``: layers
+    whose activations wait on the host.
     """
 
     part: RankParts
@@ -77,12 +78,14 @@ class Step:
     reduction: int
     copies: int
     gathered: Mapping[int | None, int]
+    away: frozenset[int] = frozenset()
 
     def saved(self) -> Counter[str]:
         """Return what all micro-batches in flight keep for backward, by operation."""
         total: Counter[str] = Counter()
         for layer in self._layers:
-            total += self._block(layer).saved(self.tokens, self.checkpointing)
+            if layer not in self.away:
+                total += self._block(layer).saved(self.tokens, self.checkpointing)
         total += self._ends()
         return Counter({name: self.in_flight * size for name, size in total.items()})
 
@@ -99,7 +102,8 @@ class Step:
 
     def _block(self, layer: int) -> Block:
         part = self.part
-        return Block(part.model, layer, self.kernels, part.tp, part.ep)
+        how = part.tp, part.ep, part.whole_experts
+        return Block(part.model, layer, self.kernels, *how)
 
     @cached_property
     def _sizes(self) -> dict[ParamSpec, int]:
@@ -240,15 +244,21 @@ class Step:
         left = Counter({name: n - others[name] for name, n in one.items()})
         done = self._ends_gradients
         stream = c * self.tokens // self.part.tp * model.width
-        found = []
+        found, here = [], set[int]()
         if self.part.last:
             final = self._norm_backward(model.width) * (self.tokens // self.part.tp)
             kinds = self._base(self._gathered(None), max(self._added_up, done) + self._flat)
             kinds[WORKSPACE] = final + stream
             found.append(Moment("backward of the head", _with_saved(kinds, left + others)))
-        for layer in reversed(self._layers):
+        for place, layer in reversed(list(enumerate(self._layers))):
             block = self._block(layer)
             kept = block.saved(self.tokens, self.checkpointing)
+            # What was away comes back a block before it is needed.
+            back = [i for i in self._layers[max(place - 1, 0) : place + 1] if i in self.away]
+            for i in back:
+                if i not in here:
+                    here.add(i)
+                    left += self._block(i).saved(self.tokens, self.checkpointing)
             again: Counter[str] = Counter()
             if self.checkpointing != "none":
                 again = block.saved(self.tokens, "none") - kept

@@ -11,7 +11,13 @@ from allometry.scaling.batch import BatchPlan, total_steps, warmup_steps
 from allometry.scaling.count import Flops, ParameterCount, count_parameters, flops_per_token
 from allometry.scaling.layout import Layout
 from allometry.scaling.loads import BalanceLoads
-from allometry.scaling.memory import COMPUTE_BYTES, MemoryEstimate, estimate_memory
+from allometry.scaling.memory import (
+    COMPUTE_BYTES,
+    MemoryEstimate,
+    estimate_memory,
+    most_in_flight,
+)
+from allometry.scaling.offload import Traffic, offloaded
 from allometry.scaling.parameterization import Parameterization
 
 
@@ -22,7 +28,8 @@ class RunPlan:
     ``flops_per_token`` is that of sequences that are one whole document, and ``flops_assumption``
     says what that means for this run's data, which are not read here; ``memory`` is the peak of
     the fullest rank (see ``MemoryEstimate``), ``bytes_saved`` what activations kept in FP8 take off
-    that of one that keeps them in the compute type.
+    that of one that keeps them in the compute type. ``activation_traffic``: what
+    ``training.activation_offload`` moves; None: nothing.
     """
 
     world_size: int
@@ -37,6 +44,7 @@ class RunPlan:
     flops_assumption: str
     memory: MemoryEstimate
     bytes_saved: int
+    activation_traffic: Traffic | None
     parameterization: Parameterization
     balance_loads: BalanceLoads | None
 
@@ -66,6 +74,7 @@ class RunPlan:
             flops_assumption=_flops_assumption(config),
             memory=memory,
             bytes_saved=memory_of(unsaved, layout, batch).total - memory.total,
+            activation_traffic=traffic_of(config, layout, batch),
             parameterization=Parameterization.of_run(config),
             balance_loads=BalanceLoads.of(config),
         )
@@ -115,6 +124,9 @@ class RunPlan:
             "flops_assumption": self.flops_assumption,
             "memory_bytes_per_rank": self.memory.describe(),
             "bytes_saved_by_fp8": self.bytes_saved,
+            "activation_offload": (
+                None if self.activation_traffic is None else self.activation_traffic.describe()
+            ),
             "parameterization": self.parameterization.describe(),
             "balance_loads": None if self.balance_loads is None else asdict(self.balance_loads),
         }
@@ -143,7 +155,7 @@ def memory_of(
         zero=config.parallel.zero,
         hdp=layout.degrees.hdp,
         layout=layout,
-        micro_batches=-(-batch.full_sequences * length // (layout.degrees.hdp * tokens)),
+        micro_batches=_micro_batches(config, layout, batch),
         checkpointing=config.training.activation_checkpointing,
         optimizer=config.optimizer,
         attention=AttentionCall(
@@ -157,7 +169,39 @@ def memory_of(
         attention_backend=None if config.kernels.attention == "auto" else config.kernels.attention,
         pp_rank=pp_rank,
         precision=config.precision,
+        activation_offload=config.training.activation_offload,
     )
+
+
+def traffic_of(config: RunConfig, layout: Layout, batch: BatchPlan) -> Traffic | None:
+    """Return what the first pipeline rank moves to the host and back; None: nothing."""
+    share = config.training.activation_offload
+    moved = offloaded(share, [layout.stages[stage] for stage in layout.stages_of(0)])
+    if not moved:
+        return None
+    training = config.training.model_copy(update={"activation_offload": 0.0})
+    held, all_of_it = (
+        memory_of(each, layout, batch, pp_rank=0).activations
+        for each in (config, config.model_copy(update={"training": training}))
+    )
+    micro_batches = _micro_batches(config, layout, batch)
+    in_flight = most_in_flight(layout, 0, micro_batches)
+    return Traffic.of(
+        config.model,
+        moved,
+        travelling=(all_of_it - held) // in_flight,
+        tokens=tokens_of_micro_batch(config),
+        sequence_length=config.data.sequence_length,
+        tp=layout.degrees.tp,
+        micro_batches=micro_batches,
+        in_flight=in_flight,
+        costs=config.parallel.context.costs,
+    )
+
+
+def _micro_batches(config: RunConfig, layout: Layout, batch: BatchPlan) -> int:
+    tokens = layout.degrees.hdp * tokens_of_micro_batch(config)
+    return -(-batch.full_sequences * config.data.sequence_length // tokens)
 
 
 def _flops_assumption(config: RunConfig) -> str:

@@ -87,13 +87,17 @@ def fp8_bytes(width: int, rows: int = 1) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One block of a model on one of ``tp`` ranks; ``ep``: whether experts' rows travel."""
+    """One block of a model on one of ``tp`` ranks; ``ep``: whether experts' rows travel.
+
+    ``whole_experts``: whether they do over tp.
+    """
 
     model: ModelConfig
     layer: int
     kernels: Kernels
     tp: int = 1
     ep: int = 1
+    whole_experts: bool = False
 
     def saved(self, tokens: int, checkpointing: Checkpointing) -> Counter[str]:
         """Return the bytes, by operation, that ``tokens`` keep until the block's backward."""
@@ -135,6 +139,11 @@ class Block:
         """Elements of a token's rows on their way to experts, k·W."""
         assert self.mixture is not None
         return self.mixture.experts.experts_per_token * self._expert_input
+
+    @property
+    def travels(self) -> bool:
+        """Whether experts of other ranks compute a token's rows."""
+        return self.ep > 1 or (self.tp > 1 and self.whole_experts)
 
     @property
     def _expert_input(self) -> int:
@@ -196,22 +205,29 @@ class Block:
         visits, width = experts.experts_per_token, model.width
         latent = experts.latent_width if isinstance(experts, LatentExperts) else 0
         rows: Counter[str] = Counter()
-        if experts.num_shared_experts or latent:
-            rows += self._branch_input()
-        if kernels.saves:  # each that reads an input keeps its own
-            if experts.num_shared_experts and latent:
-                rows += self._branch_input()
+        if kernels.saves:
+            # The router keeps it in FP8; what multiplies the same tensor as it is keeps no other.
             rows[ROUTER] += fp8_bytes(width)
-        elif kernels.compute < kernels.wide:
-            rows[ROUTER] += kernels.wide * width
-        elif not rows:
-            rows[NORMS] += kernels.compute * width  # which the router reads as it is
+            if experts.num_shared_experts and (self.tp > 1 or self._recipe()):
+                rows += self._branch_input()
+            if latent and self._recipe():
+                rows += self._branch_input()
+        else:
+            if experts.num_shared_experts or latent:
+                rows += self._branch_input()
+            if kernels.compute < kernels.wide:
+                rows[ROUTER] += kernels.wide * width
+            elif not rows:
+                rows[NORMS] += kernels.compute * width  # which the router reads as it is
         logits = 2 if model.router.gate in ("softmax", "sigmoid") else 1
         rows[ROUTER] += logits * kernels.wide * experts.num_experts
         rows[ROUTER] += visits * (kernels.wide + _INT64)
         # As they are sorted here (over ep, as they arrived) and as they came back.
         up = self._recipe(Role.EXPERT_UP)
-        rows[ROWS] += kernels.product_input(self.rows_width, up, visits)
+        if not kernels.saves or self.travels:
+            rows[ROWS] += kernels.product_input(self.rows_width, up, visits)
+        elif latent or up or self.tp > 1:  # else the router's; of tokens, not of their rows
+            rows[ROWS] += kernels.product_input(self._expert_input, up)
         rows[ROWS] += (2 if self.ep > 1 else 1) * kernels.compute * self.rows_width
         rows[ROWS] += visits * 2 * _INT64 * (2 if self.ep > 1 else 1)
         if latent:

@@ -59,7 +59,7 @@ from allometry.trainer.record.callbacks import Callback, Reporter, standard_call
 from allometry.trainer.record.facts import Invocation, launch_facts, run_facts
 from allometry.trainer.record.forecast import Forecaster
 from allometry.trainer.record.monitors import Monitors
-from allometry.trainer.record.rows import GraphEvents, PlanRows, RoutingRows
+from allometry.trainer.record.rows import GraphEvents, OffloadRows, PlanRows, RoutingRows
 from allometry.trainer.record.sample import Sample
 from allometry.trainer.record.states import CompressedStates
 from allometry.trainer.record.timing import StepTimer, clock_of
@@ -299,6 +299,8 @@ class _Run:
             yield RoutingRows(self.config.model, self.recorder)
         if self.parallel.graphs is not None:
             yield GraphEvents(self.parallel.graphs, self.report)
+        if self.parallel.stores:
+            yield OffloadRows(self.parallel.stores)
         if self.planner is not None:
             yield PlanRows(self.planner, self.recorder, self.report)
         every = self.config.record.forecast.every_steps

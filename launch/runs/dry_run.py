@@ -94,6 +94,7 @@ def _text(config: RunConfig, plan: RunPlan, facts: dict[str, Any]) -> str:
             for name, number in memory.peak.kinds.items()
         ),
         *_gathered(config, plan),
+        *_offloaded(plan),
         *(f"advice            {text}" for text in facts["advice"].values()),
         *_ranks(facts),
         *_data(facts["data"]),
@@ -134,6 +135,19 @@ def _gathered(config: RunConfig, plan: RunPlan) -> list[str]:
     return [
         f"  parameters are gathered once a step and kept; parallel.zero.regather: micro_batch "
         f"would spare {size(spared)} and gather them in each micro-batch"
+    ]
+
+
+def _offloaded(plan: RunPlan) -> list[str]:
+    """What activations need of the host, and whether their copies hide."""
+    traffic = plan.activation_traffic
+    if traffic is None:
+        return []
+    copy_ms, forward_ms = 1e3 * traffic.copy_s, 1e3 * traffic.forward_s
+    return [
+        f"  activations of {traffic.layers} layers wait in {size(traffic.host_bytes)} of pinned "
+        f"memory on the host of each rank; a layer's copy takes {copy_ms:.1f} ms, its forward "
+        f"{forward_ms:.1f} ms (estimates)"
     ]
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from allometry.optim.offload.buffers import host_buffer, padded
 from allometry.optim.offload.swap import Region, StatesLost, SwapFile
+from allometry.parallel.buffers import host_buffer, padded
 
 SLOTS = 3  # one is filled and one emptied while the states in another are updated
 

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from allometry.configs.errors import UserError
-from allometry.optim.offload.buffers import BLOCK, padded
+from allometry.parallel.buffers import BLOCK, padded
 
 CHUNK = 16 << 20  # bytes in one system call
 _KEY = "parallel.zero.optimizer_states.nvme"

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from allometry.configs.run import RunConfig
-from allometry.optim.offload.buffers import BLOCK, host_buffer
+from allometry.parallel.buffers import BLOCK, host_buffer
 from allometry.trainer.train import train
 from run_folders import events, rows
 

@@ -220,7 +220,21 @@ _PLANS = tuple(
         ("degree/DEGREE", "1", "documents that so many ranks shared"),
         ("balance", "1", "planned time of the step over the mean of what ranks are busy"),
         ("bytes_sent", "bytes", "by rings, forward and backward"),
-        ("offloaded", "1", "share of the tokens' activations in the host's memory"),
+        (
+            "offloaded",
+            "1",
+            "share of the tokens' activations that plans keep in the host's memory "
+            "(parallel.context.offload)",
+        ),
+    )
+)
+
+_OFFLOAD = tuple(
+    Column(f"offload/{name}", "bytes", meaning, by="record.rows")
+    for name, meaning in (
+        ("bytes_out", "of activations that the main rank sent to the host's memory in this step"),
+        ("bytes_in", "of activations that it fetched back"),
+        ("host_bytes", "of the host's memory that it holds for them, used or not"),
     )
 )
 
@@ -312,7 +326,7 @@ _STATES = tuple(
     )
 )
 
-COLUMNS = (*_LOOP, *_ROUTERS, *_PLANS, *_MONITORS, *_STATES, *_FORECAST)
+COLUMNS = (*_LOOP, *_ROUTERS, *_PLANS, *_OFFLOAD, *_MONITORS, *_STATES, *_FORECAST)
 
 
 def row_of(finished: FinishedStep) -> Row:

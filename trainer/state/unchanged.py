@@ -25,6 +25,7 @@ FREE = (
     "training.compile",
     "training.cuda_graphs",
     "training.activation_checkpointing",
+    "training.activation_offload",
     "training.deterministic",
     "kernels",
     "data.tokenizer",

@@ -7,7 +7,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 HOT = (
-    *("models/*.py", "parallel/*.py", "parallel/hdp/*.py", "optim/*.py"),
+    *("models/*.py", "parallel/*.py", "parallel/hdp/*.py", "parallel/offload/*.py", "optim/*.py"),
     *(f"trainer/{name}.py" for name in ("step", "balance", "feed", "evaluate", "loop")),
     *(
         f"data/{name}.py"
@@ -143,9 +143,13 @@ COVERING: tuple[tuple[str, tuple[Stage, ...]], ...] = (
         (unit("parallel/*hdp_shard"), dist("ring", "context"), dist("documents")),
     ),
     (
-        "parallel/hdp/offload.py",
-        (unit("parallel/*hdp_offload"), dist("offload_activations")),
+        "parallel/offload/store.py",
+        (unit("parallel/*offload"), dist("offload_activations")),
     ),
+    ("parallel/buffers.py", (unit("optim/*swap_file"), unit("parallel/*offload_lanes"))),
+    ("parallel/offload/lanes.py", (unit("parallel/*offload_lanes"),)),
+    ("parallel/offload/pool.py", (unit("parallel/*offload_lanes"),)),
+    ("parallel/offload/results.py", (unit("parallel/*offload"), dist("offload_activations"))),
     (
         "parallel/hdp/filling.py",
         (dist("documents", keyword="mixed or without or planned"), dist("pipeline_hdp")),

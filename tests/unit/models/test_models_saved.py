@@ -23,7 +23,7 @@ from allometry.models.precision import use_precision
 from allometry.models.products import Stacked, cast_once, multiply, saved_linear
 from allometry.models.transformer import Transformer
 from allometry.parallel.checkpointing import apply_checkpointing
-from allometry.parallel.hdp.offload import apply_offload
+from allometry.parallel.offload.store import apply_offload
 from allometry.scaling.inventory import matrix
 from allometry.scaling.parameterization import Parameterization
 from allometry.scaling.roles import ParamSpec, Role

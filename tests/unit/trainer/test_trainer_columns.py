@@ -44,6 +44,11 @@ RUNS: dict[str, tuple[str, ...]] = {
         f"model={json.dumps(MOE)}",
         "precision={saved_activations: fp8, linears: fp8_rowwise}",
     ),
+    "offload": (
+        "training.total_steps=2",
+        "training.activation_offload=1.0",
+        "model.num_layers=3",
+    ),
     "documents": (
         "training.total_steps=2",
         "data.kind=documents",
