@@ -113,30 +113,26 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """Return the bytes that a rank needs at the peak of a step, the fullest of each axis.
 
-    ZeRO shards over hdp, over a copy's ranks where there are replicas, as ``parallel/zero.py`` and
-    ``shards.py`` say. ``layout`` None: one pipeline stage, nothing cut. ``compute_bytes`` is the
-    size of one activation (``COMPUTE_BYTES``), ``logits_chunk_tokens`` how many tokens the loss
-    treats at once; None: what ``models/loss.py`` takes on the device. ``optimizer`` None: AdamW.
-    ``attention``: what is asked of attention, whose back ends differ in what they keep; its device
-    is that of the step: on a CPU norms keep more than torch's CUDA kernel does, and gradients are
-    reduced in buckets that stay. ``attention_backend``: the name of one; None: the first that
-    suits. ``pp_rank`` None: the fullest rank of the pipeline. ``precision``: what is FP8.
-    ``activation_offload``: as the key of ``training``.
+    ZeRO shards over hdp, or a copy's ranks, as ``parallel/zero.py`` and ``shards.py`` say.
+    ``layout`` None: one stage, nothing cut. ``compute_bytes``: of one activation;
+    ``logits_chunk_tokens``: how many tokens the loss treats at once (None: ``models/loss.py``);
+    ``optimizer`` None: AdamW. ``attention``: what is asked of it; its device is that of the step
+    (on a CPU norms keep more, and gradients are reduced in buckets that stay).
+    ``attention_backend`` None: the first that suits. ``pp_rank`` None: the fullest.
+    ``precision``: what is FP8. ``activation_offload``: as the key of ``training``.
     """
-    pp = layout.pp if layout is not None else 1
-    # In a pipeline gradients are whole until the stage's last backward.
-    add_up = pp > 1 or (zero.stage == 1 and micro_batches > 1)
-    estimates = []
+    pp = layout.pp if layout else 1
+    add_up = pp > 1 or (zero.stage == 1 and micro_batches > 1)  # gradients are whole till the end
     backend = choose_backend(attention) if attention_backend is None else named(attention_backend)
     scores = backend.kept_bytes(model.num_heads, attention.length, compute_bytes)
-    kernels = Kernels(compute_bytes, attention.device == "cuda", scores, precision)
-    away = offloaded(activation_offload, layout.stages if layout else (range(model.num_layers),))
-    for rank in range(pp) if pp_rank is None else (pp_rank,):
+    stages = layout.stages if layout else (range(model.num_layers),)
+
+    def of_rank(rank: int) -> MemoryEstimate:
         part = RankParts.of(model, layout, rank, hdp // zero.replicas if zero.stage else 1)
         held, states = _held(part, optimizer, zero) if zero.offload == "none" else (0, 0)
         step = Step(
             part=part,
-            kernels=kernels,
+            kernels=Kernels(compute_bytes, attention.device == "cuda", scores, precision),
             checkpointing=checkpointing,
             zero=zero,
             hdp=hdp,
@@ -148,15 +144,17 @@ def estimate_memory(
             chunk=logits_chunk_tokens,
             micro_batches=micro_batches,
             in_flight=most_in_flight(layout, rank, micro_batches) if layout else 1,
-            away=away,
+            away=offloaded(activation_offload, stages),
             held=held,
             states=states,
             reduction=_reduction(part, zero, hdp, held, compute_bytes, add_up),
             copies=_compute_copies(part, compute_bytes, zero, pp),
             gathered=gathered_bytes(part, compute_bytes),
         )
-        estimates.append(MemoryEstimate.of(step))
-    return max(estimates, key=lambda estimate: estimate.total)
+        return MemoryEstimate.of(step)
+
+    of_ranks = map(of_rank, range(pp) if pp_rank is None else (pp_rank,))
+    return max(of_ranks, key=lambda estimate: estimate.total)
 
 
 def _held(part: RankParts, optimizer: OptimizerConfig | None, zero: Zero) -> tuple[int, int]:

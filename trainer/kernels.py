@@ -236,25 +236,33 @@ def _decide(
     )
     recipe, by, left_out = precision.choose(config, mesh.tp.size, device, known("linears"))
     linears = Choice(recipe, by, left_out=left_out)
-    rounds = recipe != "compute" or config.precision.saved_activations == "fp8"
-    reason = quantise_refusal(device.type, compiled=compiled, rounds=rounds)
-    width = config.model.width
-    quantise = settle(
-        "quantise",
-        asked.quantise,
-        ("triton", "torch") if reason is None else ("torch",),
-        lambda name: reason if name == "triton" else None,
-        (lambda names: time_quantisers(names, rows, width, dtype, device))
-        if reason is None
-        else None,
-        known("quantise"),
-        by_clock=by_clock,
-    )
+    quantise = _quantise(config, recipe, rows, device, known("quantise"))
     if on_cuda:
         torch.cuda.empty_cache()
     by_call = not on_cuda and asked.attention == "auto"
     deterministic = config.training.deterministic
     return Kernels(attention, norm, adamw, linears, deterministic, quantise, by_call)
+
+
+def _quantise(
+    config: RunConfig, recipe: str, rows: int, device: torch.device, known: str | None
+) -> Choice:
+    """Return what rounds rows to FP8 where products use ``recipe``."""
+    compiled, width = config.training.compile, config.model.width
+    dtype = torch_dtype(config.training.compute_dtype)
+    rounds = recipe != "compute" or config.precision.saved_activations == "fp8"
+    reason = quantise_refusal(device.type, compiled=compiled, rounds=rounds)
+    return settle(
+        "quantise",
+        config.kernels.quantise,
+        ("triton", "torch") if reason is None else ("torch",),
+        lambda name: reason if name == "triton" else None,
+        (lambda names: time_quantisers(names, rows, width, dtype, device))
+        if reason is None
+        else None,
+        known,
+        by_clock=not config.training.deterministic,
+    )
 
 
 def _check(config: RunConfig, plan: RunPlan, mesh: Mesh, kernels: Kernels) -> None:

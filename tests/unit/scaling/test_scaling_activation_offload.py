@@ -17,7 +17,7 @@ from allometry.models.moe import begin_step, routers
 from allometry.models.precision import use_precision
 from allometry.parallel.checkpointing import apply_checkpointing
 from allometry.parallel.offload.store import apply_offload
-from allometry.scaling.memory import estimate_memory
+from allometry.scaling.memory import FUSED_ATTENTION, estimate_memory
 from allometry.scaling.offload import offloaded
 from allometry.scaling.parameterization import Parameterization
 from allometry.scaling.plan import RunPlan
@@ -54,15 +54,15 @@ def test_what_the_estimate_takes_off_moves(name: str, checkpointing: Any, saved:
             compute_bytes=4,
             zero=Zero(stage=0),
             hdp=1,
-            fused_norm=False,
             checkpointing=checkpointing,
-            saved_activations=saved,
+            attention=FUSED_ATTENTION._replace(device="cpu"),
+            precision=PrecisionConfig(saved_activations=saved),
             activation_offload=share,
         )
         for share in (0.0, 0.5)
     )
     assert whole.activations - left.activations == pytest.approx(store.bytes_out, rel=0.1)
-    for part in ("parameters", "gradients", "optimizer_states", "loss", "compute_copies"):
+    for part in ("parameters", "gradients", "optimizer_states", "reduction", "compute_copies"):
         assert getattr(whole, part) == getattr(left, part)
 
 
