@@ -166,7 +166,7 @@ class Reading(ABC):
         for run in ancestors:
             for name, fingerprint in run.get("data", {}).items():
                 here = [n for n, known in fingerprints.items() if known == fingerprint]
-                if here:
+                if here and samples_read(run, name) != 0:
                     read = self._read_of(run, name, here)
                     at = self.sources.index(name)
                     starts[at] = max(starts[at], read)
@@ -175,8 +175,6 @@ class Reading(ABC):
     def _read_of(self, run: Mapping[str, Any], name: str, here: list[str]) -> int:
         """Samples that an ancestor has read of source ``name``, whose documents ``here`` has."""
         state, problem = run.get("reading"), None
-        if samples_read(run, name) == 0:
-            return 0
         if state is None:
             problem = "its export does not say how much of them; export it again"
         elif state["order"] != self._order():

@@ -142,6 +142,9 @@ def test_what_cannot_be_gone_on_with_is_said(folder: Path, tmp_path: Path) -> No
     data = SequenceData.model_validate({"sequence_length": 16, "sources": renamed})
     with pytest.raises(UserError, match=r"'other'.* under the name 'code'"):
         Stream(data, SEED).after([ancestor])
+    # What was named and never read is no matter.
+    unread = ancestor | {"reading": parent.state(0)}
+    assert Stream(data, SEED).after([unread]).starts.tolist() == [0]
     # Another corpus begins at its beginning.
     assert Stream(config(folder, prose=1), SEED).after([ancestor]).starts.tolist() == [0]
 
