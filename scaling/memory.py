@@ -117,15 +117,13 @@ def estimate_memory(
     ``layout`` None: one stage, nothing cut. ``compute_bytes``: of one activation;
     ``logits_chunk_tokens``: how many tokens the loss treats at once (None: ``models/loss.py``);
     ``optimizer`` None: AdamW. ``attention``: what is asked of it; its device is that of the step
-    (on a CPU norms keep more, and gradients are reduced in buckets that stay).
-    ``attention_backend`` None: the first that suits. ``pp_rank`` None: the fullest.
-    ``precision``: what is FP8. ``activation_offload``: as the key of ``training``.
+    (on a CPU norms keep more, and buckets of gradients stay), ``attention_backend`` None: the first
+    that suits. ``pp_rank`` None: the fullest. ``activation_offload``: as the key of ``training``.
     """
-    pp = layout.pp if layout else 1
+    stages, pp = (layout.stages, layout.pp) if layout else ((range(model.num_layers),), 1)
     add_up = pp > 1 or (zero.stage == 1 and micro_batches > 1)  # gradients are whole till the end
-    backend = choose_backend(attention) if attention_backend is None else named(attention_backend)
+    backend = named(attention_backend) if attention_backend else choose_backend(attention)
     scores = backend.kept_bytes(model.num_heads, attention.length, compute_bytes)
-    stages = layout.stages if layout else (range(model.num_layers),)
 
     def of_rank(rank: int) -> MemoryEstimate:
         part = RankParts.of(model, layout, rank, hdp // zero.replicas if zero.stage else 1)

@@ -236,7 +236,7 @@ def _decide(
     )
     recipe, by, left_out = precision.choose(config, mesh.tp.size, device, known("linears"))
     linears = Choice(recipe, by, left_out=left_out)
-    quantise = _quantise(config, recipe, rows, device, known("quantise"))
+    quantise = _quantiser(config, plan, device, recipe, known("quantise"))
     if on_cuda:
         torch.cuda.empty_cache()
     by_call = not on_cuda and asked.attention == "auto"
@@ -244,23 +244,24 @@ def _decide(
     return Kernels(attention, norm, adamw, linears, deterministic, quantise, by_call)
 
 
-def _quantise(
-    config: RunConfig, recipe: str, rows: int, device: torch.device, known: str | None
+def _quantiser(
+    config: RunConfig, plan: RunPlan, device: torch.device, recipe: str, before: str | None
 ) -> Choice:
-    """Return what rounds rows to FP8 where products use ``recipe``."""
-    compiled, width = config.training.compile, config.model.width
-    dtype = torch_dtype(config.training.compute_dtype)
+    """Choose what rounds to FP8."""
+    dtype, rows = torch_dtype(config.training.compute_dtype), plan.micro_batch_tokens
     rounds = recipe != "compute" or config.precision.saved_activations == "fp8"
-    reason = quantise_refusal(device.type, compiled=compiled, rounds=rounds)
+    reason = quantise_refusal(device.type, compiled=config.training.compile, rounds=rounds)
+
+    def measure(names: Sequence[str]) -> dict[str, Outcome]:
+        return time_quantisers(names, rows, config.model.width, dtype, device)
+
     return settle(
         "quantise",
         config.kernels.quantise,
         ("triton", "torch") if reason is None else ("torch",),
         lambda name: reason if name == "triton" else None,
-        (lambda names: time_quantisers(names, rows, width, dtype, device))
-        if reason is None
-        else None,
-        known,
+        measure if reason is None else None,
+        before,
         by_clock=not config.training.deterministic,
     )
 

@@ -67,6 +67,9 @@ COVERING: tuple[tuple[str, tuple[Stage, ...]], ...] = (
         "models/products.py",
         (unit("models/*products", "models/*passes"), unit("models/test_*"), ONE),
     ),
+    ("models/visits.py", (unit("models/test_models_grouped"), unit("models/test_*"))),
+    ("models/gathered.py", (dist("gather_fp8"),)),
+    ("models/quantiser.py", (unit("models/*saved", "models/*fp8*"),)),
     ("models/loss.py", (unit("models/test_models_loss"), unit("models/test_*"), CUT)),
     ("models/head.py", (unit("models/test_models_loss"), unit("models/test_*"), CUT)),
     (
@@ -110,6 +113,7 @@ COVERING: tuple[tuple[str, tuple[Stage, ...]], ...] = (
     ("parallel/groups.py", (unit("parallel/*groups", "parallel/*mesh"), dist("mesh"), ONE)),
     ("parallel/wire.py", (unit("parallel/*groups"), dist("mesh"))),
     ("parallel/tensor_chunks.py", (dist("overlap_keys", "tensor"), CUT)),
+    ("parallel/gather_fp8.py", (dist("gather_fp8"),)),
     ("parallel/in_two.py", (unit("parallel/*expert"), dist("overlap_keys"), CUT)),
     ("parallel/mesh.py", (unit("parallel/test_parallel_mesh"), dist("mesh", "process"), ONE)),
     (
