@@ -19,7 +19,7 @@ from allometry.studies.memory.probe import Measured, predicted, probe
 RunRanks = Callable[..., list[Any]]
 QUICK = (
     *("dense, bf16", "moe, bf16", "dense, hdp2 ZeRO 3", "dense, pp2 1F1B", "moe, ep2"),
-    *("dense, saved FP8, full", "moe, wide feed-forward, fp8_rowwise, saved FP8"),
+    *("dense, saved FP8, full", "moe, fp8_rowwise, saved FP8"),
     *("dense, FP8 states, MuonH, few tokens", "dense, pp2, saved FP8"),
 )
 
