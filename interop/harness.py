@@ -7,7 +7,7 @@ import importlib.util
 import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -72,10 +72,23 @@ class Harness:
         logging.getLogger("lm_eval").setLevel(logging.WARNING)
         self._manager, loaded = _load(tasks)
         self._tasks: dict[str, Any] = loaded["tasks"]
-        self._asked = loaded
-        self.hashes = {name: _hash(task, limit) for name, task in self._tasks.items()}
         if not self._tasks:
             raise UserError(f"--tasks={','.join(tasks)} holds no task; name one")
+        groups = loaded.get("groups", {})
+        self._groups = {name: one for name, one in groups.items() if one.has_aggregation}
+        below = {inner for one in groups.values() for inner in one.child_names}
+        self._asked = [one for name, one in (groups | self._tasks).items() if name not in below]
+        self.hashes = {name: _hash(task, limit) for name, task in self._tasks.items()}
+        for name, members in self._members().items():
+            text = "".join(self.hashes[member] for member in members)
+            self.hashes[name] = hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def _members(self) -> dict[str, list[str]]:
+        """The tasks of each group that has a score of its own."""
+        return {
+            name: sorted({task.task_name for task in one.get_all_tasks()})
+            for name, one in self._groups.items()
+        }
 
     def scores(self, folder: Path, *, device: str, dtype: str, batch_size: int) -> list[Score]:
         """Return what the model in a Hugging Face folder scores, task by task.
@@ -90,7 +103,7 @@ class Harness:
             results = simple_evaluate(
                 model="hf",
                 model_args=model,
-                tasks=list(self._tasks.values()),
+                tasks=list(self._asked),
                 task_manager=self._manager,
                 num_fewshot=self._fewshot,
                 limit=self._limit,
@@ -105,11 +118,14 @@ class Harness:
                 "the model's tokenizer fit"
             ) from error
         assert results is not None, "one process"
-        return [one for name in self._tasks for one in self._of_task(name, results)]
+        members = {name: [name] for name in self._tasks} | self._members()
+        return [one for name, of in members.items() for one in self._of(name, of, results)]
 
-    def _of_task(self, name: str, results: Any) -> Iterator[Score]:
-        task, found = self._tasks[name], results["results"][name]
-        n = int(results["n-samples"][name]["effective"])
+    def _of(self, name: str, members: Sequence[str], results: Any) -> Iterator[Score]:
+        """What a task scores, or a group of tasks."""
+        where = results["groups"] if name in self._groups else results["results"]
+        found = where[name]
+        counts = {one: int(results["n-samples"][one]["effective"]) for one in members}
         better = results.get("higher_is_better", {}).get(name, {})
         version = results.get("versions", {}).get(name)
         for key, value in found.items():
@@ -125,13 +141,19 @@ class Harness:
                 filter=how,
                 value=float(value),
                 stderr=float(spread) if known else None,
-                n=n,
-                chance=_chance(task, n) if share else None,
+                n=sum(counts.values()),
+                chance=self._chance(counts) if share else None,
                 higher_is_better=better.get(metric),
-                fewshot=int(results.get("n-shot", {}).get(name) or 0),
+                fewshot=int(results.get("n-shot", {}).get(members[0]) or 0),
                 task_version=None if version is None else str(version),
                 task_hash=self.hashes[name],
             )
+
+    def _chance(self, counts: Mapping[str, int]) -> float | None:
+        """What guessing gives, over the documents of all these tasks; None where one has none."""
+        each = {name: _chance(self._tasks[name], n) for name, n in counts.items()}
+        known = [chance * counts[name] for name, chance in each.items() if chance is not None]
+        return sum(known) / sum(counts.values()) if len(known) == len(counts) else None
 
 
 def _load(tasks: Sequence[str]) -> tuple[Any, Any]:

@@ -89,7 +89,7 @@ def _task(name: str, runs: Sequence[tuple[Shown, _Of]]) -> Panel:
             series.append(
                 one.series(x, y, f"{one.name}, standard error", style="band", named=False, **band)
             )
-        series.append(one.series(x, y, style="joined"))
+        series += one.curve(x, y, "tokens", style="joined")
     if chances:
         x = np.array([min(ends), max(ends)])
         series.append(Series("chance", x, np.full(2, chances[-1]), "dashed", GREY))

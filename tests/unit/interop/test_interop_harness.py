@@ -3,14 +3,16 @@
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from allometry.configs.errors import UserError
 from allometry.configs.run import RunConfig
+from allometry.interop.huggingface.convert import export_hf
 from allometry.laws.scores import read_scores
 from allometry.trainer.train import train
 from scored import TASKS, documents, log_likelihoods, write_tokenizer
@@ -18,7 +20,7 @@ from shell import Shell
 
 pytest.importorskip("lm_eval", reason="the lm-evaluation-harness is not installed")
 
-from allometry.interop.harness import Harness
+from allometry.interop import harness
 
 
 @pytest.fixture
@@ -80,9 +82,33 @@ def test_scores_are_our_own_likelihoods(
     shell("evaluate", run, "--tasks", moved, *options)
     assert (run / "scores.jsonl").read_bytes() == before
 
-    # A law of scores reads the file as it is.
-    law = ["fit", "downstream_error", run / "scores.jsonl", "--where", "metric == 'acc'"]
-    assert "needs" not in shell.refusal(*law), "two rows are too few, and they are read"
+
+def test_a_group_has_a_score_of_its_own(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mean over the documents of both tasks, and only one request for each."""
+    from lm_eval.api.group import Group
+
+    load = harness._load
+
+    def grouped(tasks: Sequence[str]) -> tuple[Any, Any]:
+        manager, loaded = load(tasks)
+        metrics = [{"metric": "acc", "weight_by_size": True}]
+        both = Group.from_config({"group": "both", "aggregate_metric_list": metrics})
+        for task in loaded["tasks"].values():
+            both.add(task)
+        return manager, loaded | {"groups": {"both": both}}
+
+    monkeypatch.setattr(harness, "_load", grouped)
+    export_hf(run, tmp_path / "model", end_of_document="w0")
+    asked = harness.Harness([str(TASKS)])
+    found = asked.scores(tmp_path / "model", device="cpu", dtype="float32", batch_size=8)
+    by_task = {one.task: one for one in found if one.metric == "acc"}
+    both = by_task.pop("both")
+    assert both.value == pytest.approx(sum(one.value for one in by_task.values()) / 2)
+    assert (both.n, both.chance) == (48, None)
+    assert both.task_hash not in [one.task_hash for one in by_task.values()]
+    assert asked.hashes["both"] == both.task_hash
 
 
 def test_what_cannot_be_evaluated_is_a_sentence(
@@ -108,5 +134,5 @@ def test_what_cannot_be_evaluated_is_a_sentence(
 
     monkeypatch.setattr("datasets.load_dataset", offline)
     with pytest.raises(UserError, match="fetch them over the network") as refused:
-        Harness([str(task)])
+        harness.Harness([str(task)])
     assert "\n" not in json.dumps(str(refused.value))

@@ -22,6 +22,24 @@ from run_folders import rows
 from shell import Shell
 
 Make = Callable[..., RunConfig]
+SMALL = {
+    "run": {"folder": "replaced"},
+    "model": {
+        "kind": "dense",
+        "vocab_size": 64,
+        "width": 16,
+        "num_layers": 1,
+        "num_heads": 2,
+        "ffn_width": 32,
+    },
+    "data": {"sequence_length": 32, "sources": [{"name": "replaced", "train": "replaced"}]},
+    "batch": {"sequences": 8, "micro_batch_sequences": 8},
+    "training": {"total_steps": 20, "compute_dtype": "fp32"},
+    "optimizer": {"lr": 1e-2},
+    "schedule": {"kind": "constant", "warmup_steps": 3},
+    "checkpoint": {"every_steps": 5, "keep_steps": [8]},
+    "record": {"tensorboard": False},
+}
 STABLE = ("schedule={kind: constant, warmup_steps: 3}", "checkpoint.keep_steps=[8]")
 
 
@@ -41,6 +59,23 @@ def shell(capsys: pytest.CaptureFixture[str]) -> Shell:
 def run(config: RunConfig, stop: int | None = None) -> Path:
     train(config, device=torch.device("cpu"), callbacks=[], stop_at_step=stop)
     return Path(config.run.folder)
+
+
+@pytest.fixture(scope="module")
+def stable(tiny_store: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """A trunk that keeps step 8 and was stopped there, to be copied."""
+    folder = tmp_path_factory.mktemp("stable")
+    path = folder / "run.yaml"
+    path.write_text(json.dumps(SMALL))
+    sources = [{"name": name, "train": f"{tiny_store}/{name}.train"} for name in ("up", "down")]
+    config = load(path, [f"run.folder={folder}/trunk", f"data.sources={json.dumps(sources)}"])
+    run(config, stop=8)
+    return config
+
+
+@pytest.fixture
+def trunk(stable: RunConfig, tmp_path: Path) -> Path:
+    return shutil.copytree(stable.run.folder, tmp_path / "trunk")
 
 
 def states(shell: Shell, folder: Path) -> dict[str, str]:
@@ -196,9 +231,8 @@ def test_a_pin_holds_while_the_disk_of_the_branch_is_away(tmp_path: Path) -> Non
 
 
 def test_a_trunk_that_cannot_be_written_is_branched_all_the_same(
-    shell: Shell, tiny: Make, tmp_path: Path
+    shell: Shell, trunk: Path, tmp_path: Path
 ) -> None:
-    trunk = run(tiny(*STABLE, folder=tmp_path / "trunk"), stop=8)
     (trunk / "pins").write_text("a file where the folder would be")
     said = shell.json("branch", trunk, "--at", 8, "--set", "training.total_steps=12")
     assert not said["pinned"]
@@ -220,8 +254,7 @@ REFUSED = (
 )
 
 
-def test_refusals_leave_nothing(shell: Shell, tiny: Make, tmp_path: Path) -> None:
-    trunk = run(tiny(*STABLE, folder=tmp_path / "trunk"), stop=8)
+def test_refusals_leave_nothing(shell: Shell, trunk: Path, tmp_path: Path) -> None:
     fake_run(tmp_path / "taken")
     before = sorted(tmp_path.iterdir())
     for arguments, sentence in REFUSED:
@@ -231,8 +264,7 @@ def test_refusals_leave_nothing(shell: Shell, tiny: Make, tmp_path: Path) -> Non
     assert not (trunk / "pins").exists()
 
 
-def test_a_length_in_the_other_unit(shell: Shell, tiny: Make, tmp_path: Path) -> None:
-    trunk = run(tiny(*STABLE, folder=tmp_path / "trunk"), stop=8)
+def test_a_length_in_the_other_unit(shell: Shell, trunk: Path, tmp_path: Path) -> None:
     longer = shell.json("branch", trunk, "--at", 8, "--set", "training.total_tokens=7680")
     assert longer["total_steps"] == 30
     path = tmp_path / "more.yaml"

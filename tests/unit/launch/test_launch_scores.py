@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from allometry.configs.loader import load
 from allometry.configs.run import RunConfig
 from allometry.interop.harness import Score
 from allometry.launch.report.scores import scores
@@ -50,15 +52,47 @@ def shell(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -
     return Shell(capsys)
 
 
+@pytest.fixture(scope="module")
+def trained(tiny_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("scored")
+    described = {
+        "run": {"folder": str(folder / "run")},
+        "model": {
+            "kind": "dense",
+            "vocab_size": 64,
+            "width": 16,
+            "num_layers": 1,
+            "num_heads": 2,
+            "ffn_width": 32,
+        },
+        "data": {
+            "sequence_length": 32,
+            "tokenizer": str(write_tokenizer(folder)),
+            "sources": [
+                {
+                    "name": n,
+                    "train": f"{tiny_store}/{n}.train",
+                    "validation": f"{tiny_store}/{n}.validation",
+                }
+                for n in ("up", "down")
+            ],
+        },
+        "batch": {"sequences": 8, "micro_batch_sequences": 8},
+        "training": {"total_steps": 20, "compute_dtype": "fp32"},
+        "optimizer": {"lr": 1e-2},
+        "schedule": {"kind": "constant", "warmup_steps": 3},
+        "checkpoint": {"every_steps": 5, "keep_last": 2},
+        "evaluation": {"every_steps": 10, "sequences_per_source": 4},
+        "record": {"tensorboard": False},
+    }
+    (folder / "run.yaml").write_text(json.dumps(described))
+    train(load(folder / "run.yaml"), device=torch.device("cpu"), callbacks=[])
+    return folder / "run"
+
+
 @pytest.fixture
-def run(tiny: Callable[..., RunConfig], tmp_path: Path) -> Path:
-    config = tiny(
-        f"data.tokenizer={write_tokenizer(tmp_path)}",
-        "checkpoint={every_steps: 5, keep_last: 2}",
-        "evaluation.every_steps=10",
-    )
-    train(config, device=torch.device("cpu"), callbacks=[])
-    return Path(config.run.folder)
+def run(trained: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(trained, tmp_path / "run")
 
 
 def test_each_checkpoint_once(shell: Shell, run: Path) -> None:
@@ -175,7 +209,8 @@ def test_a_report_shows_scores_and_what_was_forgotten(tmp_path: Path) -> None:
     section = scores(inputs(tmp_path / "trunk", tmp_path / "branch"))
     found = panels(section)
     quiz = found["quiz, acc"]
-    assert [one.style for one in quiz.series] == ["band", "joined", "band", "joined", "dashed"]
+    kinds = ["band", "joined", "band", "dotted", "joined", "dashed"]
+    assert [one.style for one in quiz.series] == kinds, "what the branch took over is dotted"
     assert list(quiz.series[-1].y) == [0.25, 0.25]
     trunk, branch = found["scores since the stage began"].series
     assert list(trunk.y) == pytest.approx([0.0, 0.25, 0.35])
