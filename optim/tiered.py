@@ -14,9 +14,10 @@ from typing_extensions import override
 
 from allometry.configs.execution import Zero, bytes_of
 from allometry.optim.matrix_ops import MatrixOps
+from allometry.optim.offload.folder import FileSystem
 from allometry.optim.offload.plan import Tier, assign, packed
 from allometry.optim.offload.stream import FileHome, Home, HostHome, Stream
-from allometry.optim.offload.swap import SwapFile
+from allometry.optim.offload.swap import Moved, SwapFile
 from allometry.optim.optimizer import RuleOptimizer
 from allometry.optim.states import Group, Item, items_of
 from allometry.parallel.mesh import local
@@ -140,6 +141,32 @@ class TieredOptimizer(RuleOptimizer):
         for bucket, _ in self._at_home():
             held[bucket.tier] += sum(each.nbytes for each in bucket.held)
         return held
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds that updates have waited for states, in all."""
+        return 0.0 if self._stream is None else self._stream.waited_s
+
+    @property
+    def moved(self) -> Moved:
+        """What this rank's file has read and written."""
+        return Moved() if self._swap is None else self._swap.moved
+
+    @property
+    def folder(self) -> str | None:
+        """Where this rank's file is."""
+        return None if self._swap is None else str(self._swap.folder)
+
+    def place(self) -> dict[str, str]:
+        """Say where the file is, for a record: ``folder``, ``mount``, ``file_system``, ``note``."""
+        if self._swap is None:
+            return {}
+        said = {"folder": str(self._swap.folder)}
+        system = FileSystem.of(self._swap.folder)
+        if system is not None:
+            said |= {"mount": system.mount, "file_system": system.kind}
+            said |= {"note": system.note} if system.note else {}
+        return said
 
     @override
     def _by_rule(self) -> Iterator[tuple[UpdateRule, list[Item]]]:

@@ -55,6 +55,7 @@ from allometry.trainer.loop import Loop, Progress, RunResult, state_tensors
 from allometry.trainer.record import hardware
 from allometry.trainer.record import writer as record
 from allometry.trainer.record.callbacks import Callback, Reporter, standard_callbacks
+from allometry.trainer.record.disk import SlowDisk
 from allometry.trainer.record.facts import Invocation, launch_facts, run_facts
 from allometry.trainer.record.forecast import Forecaster
 from allometry.trainer.record.monitors import Monitors
@@ -286,6 +287,8 @@ class _Run:
             return
         if isinstance(self.config.model, MoEModel):
             yield RoutingRows(self.config.model, self.recorder)
+        if isinstance(self.optimizer, TieredOptimizer) and self.optimizer.folder is not None:
+            yield SlowDisk(self.optimizer, self.report)
         if self.parallel.graphs is not None:
             yield GraphEvents(self.parallel.graphs, self.report)
         if self.planner is not None:
@@ -334,7 +337,10 @@ class _Run:
             report("resumed", step=start.step, checkpoint=name, dropped_rows=dropped)
         if isinstance(self.optimizer, TieredOptimizer):
             held = {f"{tier}_bytes": size for tier, size in self.optimizer.held_bytes().items()}
-            report("optimizer_states", step=start.step, **held)
+            place = self.optimizer.place()
+            report("optimizer_states", step=start.step, **held, **place)
+            if "note" in place:
+                report("states_disk", **place)
         for change in self.kernel_changes:
             report("kernels_changed", step=start.step, **change)
         for change, states in self.converted.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
@@ -140,3 +141,42 @@ def test_what_cannot_be_is_refused(tiny: Make, zero: str, said: str) -> None:
     with pytest.raises(UserError, match=said) as error:
         tiny(f"parallel.zero={zero}")
     assert "optimizer_states" in str(error.value) or "zero" in str(error.value)
+
+
+def test_the_record_names_the_disk_and_what_speaks_against_it(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from allometry.optim.offload.folder import FileSystem
+
+    monkeypatch.setattr(FileSystem, "of", lambda folder: FileSystem("/net", "nfs4"))
+    run = config(tiny, tmp_path / "run")
+    train(run, device=torch.device("cpu"), callbacks=[], stop_at_step=1)
+    said = {one["event"]: one for one in events(tmp_path / "run")}
+    place = said["optimizer_states"]
+    assert (place["mount"], place["file_system"]) == ("/net", "nfs4")
+    assert place["folder"] == str(tmp_path / "swap")
+    assert "over the network" in said["states_disk"]["note"]
+
+
+@pytest.mark.parametrize("slow", [True, False])
+def test_a_slow_disk_is_said_once(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow: bool
+) -> None:
+    from allometry.trainer.record.disk import SlowDisk
+
+    monkeypatch.setattr(SlowDisk, "STEPS", 4)
+    monkeypatch.setattr(SlowDisk, "SHARE", 0.2 if slow else 0.99)
+    inner = SwapFile._pread
+
+    def late(self: SwapFile, data: Any, start: int) -> int:
+        time.sleep(0.02 if slow else 0.0)
+        return inner(self, data, start)
+
+    monkeypatch.setattr(SwapFile, "_pread", late)
+    launch(config(tiny, tmp_path / "run"))
+    said = [one for one in events(tmp_path / "run") if one["event"] == "slow_disk"]
+    assert len(said) == slow
+    if slow:
+        assert said[0]["step"] == SlowDisk.FIRST + 4
+        assert said[0]["waited_percent"] > 20
+        assert 0 < said[0]["gb_per_s"] < 1
