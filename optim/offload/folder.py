@@ -13,30 +13,11 @@ KEY = "parallel.zero.optimizer_states.nvme"
 
 IN_MEMORY = frozenset({"tmpfs", "ramfs", "devtmpfs"})
 OVER_A_NETWORK = frozenset(
-    [
-        "nfs",
-        "nfs3",
-        "nfs4",
-        "cifs",
-        "smb3",
-        "smbfs",
-        "9p",
-        "lustre",
-        "gpfs",
-        "beegfs",
-        "ceph",
-        "glusterfs",
-        "afs",
-        "wekafs",
-        "pvfs2",
-        "orangefs",
-        "fuse.sshfs",
-        "fuse.glusterfs",
-        "fuse.ceph",
-        "fuse.s3fs",
-        "fuse.gcsfuse",
-        "fuse.juicefs",
-    ]
+    {
+        *("nfs", "nfs3", "nfs4", "cifs", "smb3", "smbfs", "9p", "lustre", "gpfs", "beegfs", "ceph"),
+        *("glusterfs", "afs", "wekafs", "pvfs2", "orangefs"),
+        *(f"fuse.{kind}" for kind in ("sshfs", "glusterfs", "ceph", "s3fs", "gcsfuse", "juicefs")),
+    }
 )
 
 
