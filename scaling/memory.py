@@ -18,7 +18,7 @@ from allometry.scaling.layout import Layout
 from allometry.scaling.precision import SAVED_BYTES
 from allometry.scaling.roles import ParamSpec, Role
 from allometry.scaling.shards import PREFETCHED, RankParts, layer_of, zero_dim
-from allometry.scaling.update_rules import state_bytes
+from allometry.scaling.update_rules import rule_of, state_bytes
 
 COMPUTE_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
 """Bytes of one number of each ``training.compute_dtype``."""
@@ -114,10 +114,13 @@ def estimate_memory(
         given = micro_batch_tokens, compute_bytes, fused_norm, checkpointing, scores
         kept = _activations(part, *given, fp8=saved_activations == "fp8")
         in_flight = _in_flight(layout, rank, micro_batches) if layout is not None else 1
-        held, states = _held(part, optimizer, zero) if zero.offload == "none" else (0, 0)
+        held = _FP32 * sum(map(part.held, part.specs())) if zero.offload == "none" else 0
+        parameters, states = held, 0
+        if zero.offload == "none":
+            parameters, states = _kept(part, optimizer, zero, compute_bytes)
         estimates.append(
             MemoryEstimate(
-                parameters=held,
+                parameters=parameters,
                 gradients=held,
                 optimizer_states=states,
                 reduction=_reduction(part, zero, hdp, held, compute_bytes, add_up),
@@ -129,19 +132,36 @@ def estimate_memory(
     return max(estimates, key=lambda estimate: estimate.total)
 
 
-def _held(part: RankParts, optimizer: OptimizerConfig | None, zero: Zero) -> tuple[int, int]:
+def _kept(
+    part: RankParts, optimizer: OptimizerConfig | None, zero: Zero, compute_bytes: int
+) -> tuple[int, int]:
     """Return the bytes of this rank's parameters and of their optimizer states on the device.
 
-    States that travel are there in three buckets, each as large as the largest of its parameters.
+    States that travel are there in three buckets, each as large as ``bucket_mib`` or the largest
+    parameter that is not cut; with ``master_weights`` parameters that are gathered in the compute
+    type travel with them, but for what stays by its share, and leave copies in that type.
     """
     specs = part.specs()
-    parameters = _FP32 * sum(map(part.held, specs))
-    sizes = [state_bytes(each, part.shard(each), optimizer) for each in filter(part.trains, specs)]
-    states, tiers = sum(sizes), zero.optimizer_states
+    parameters = {spec.name: _FP32 * part.held(spec) for spec in specs}
+    trained = [spec for spec in specs if part.trains(spec)]
+    sizes = {s.name: state_bytes(s, part.shard(s), optimizer) for s in trained}
+    states, tiers = sum(sizes.values()), zero.optimizer_states
     if tiers is None or not sizes:
-        return parameters, states
-    bucket = max(int(tiers.bucket_mib * 2**20), *sizes)
-    return parameters, min(states, bytes_of(tiers.device, states) + 3 * bucket)
+        return sum(parameters.values()), states
+    if tiers.master_weights and compute_bytes < _FP32:
+        masters = {s.name for s in trained if s.role not in (Role.INPUT, Role.ROUTER)}
+        sizes = {
+            name: n + (parameters[name] if name in masters else 0) for name, n in sizes.items()
+        }
+        stay = min(1.0, bytes_of(tiers.device, sum(sizes.values())) / sum(sizes.values()))
+        away = (1.0 - stay) * compute_bytes / _FP32
+        parameters |= {name: int(away * parameters[name]) for name in masters}
+    kind = optimizer.kind if optimizer else "adamw"
+    fp8 = getattr(getattr(optimizer, "states", None), "kind", None) == "fp8"
+    whole = [sizes[s.name] for s in trained if fp8 or not rule_of(kind, s.role).elementwise]
+    total, bucket = sum(sizes.values()), max(int(tiers.bucket_mib * 2**20), *whole, 0)
+    held = min(total, bytes_of(tiers.device, total) + 3 * bucket)
+    return sum(parameters.values()), held
 
 
 def _reduction(

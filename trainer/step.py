@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -15,6 +15,7 @@ from allometry.data.batch import IGNORE
 from allometry.optim.build import set_lr
 from allometry.optim.clip import clip_by_global_norm
 from allometry.optim.schedule import Schedule
+from allometry.optim.tiered import values_of
 from allometry.parallel.apply import Parallel
 from allometry.parallel.mesh import Mesh, local
 from allometry.trainer.balance import Balancer
@@ -145,12 +146,16 @@ class TrainStep:
             str(group["name"])
             for group in self._optimizer.param_groups
             if any(
-                not local(tensor).isfinite().all()
+                not tensor.isfinite().all()
                 for parameter in group["params"]
-                for tensor in (parameter.grad, parameter)
-                if tensor is not None
+                for tensor in self._of(parameter)
             )
         ]
+
+    def _of(self, parameter: Tensor) -> Iterator[Tensor]:
+        if parameter.grad is not None:
+            yield local(parameter.grad)
+        yield values_of(self._optimizer, parameter)
 
     def _begin(
         self, batches: Sequence[DeviceBatch], count_visits: Callable[[], None]

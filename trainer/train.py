@@ -338,7 +338,8 @@ class _Run:
         if isinstance(self.optimizer, TieredOptimizer):
             held = {f"{tier}_bytes": size for tier, size in self.optimizer.held_bytes().items()}
             place = self.optimizer.place()
-            report("optimizer_states", step=start.step, **held, **place)
+            masters = self.optimizer.parameters_bytes
+            report("optimizer_states", step=start.step, **held, parameters_bytes=masters, **place)
             if "note" in place:
                 report("states_disk", **place)
         for change in self.kernel_changes:

@@ -174,6 +174,10 @@ class Stream:
         ahead, self._ahead, self._filled = self._ahead, deque(), 0
         for _, _, filled in ahead:
             self._wait(filled, "reading")
+        self.settle()
+
+    def settle(self) -> None:
+        """Wait until all homes hold their states; what was fetched ahead stays."""
         for home in self._homes:
             if home.written is not None:
                 self._wait(home.written, "writing")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from allometry.configs.run import RunConfig
-from run_folders import rows
+from run_folders import events, rows
 from test_dist_runs import launch
 from thinned import thinned
 
@@ -23,12 +23,15 @@ Make = Callable[..., RunConfig]
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "alone": (1, {}),
+    "alone-zero3": (1, {"zero": {"stage": 3}}),
     "hdp2-zero1": (2, {"zero": {"stage": 1}}),
     "hdp2-zero3-cpu": (2, {"zero": {"stage": 3, "offload": "cpu"}}),
     "tp2": (2, {"tp": 2}),
     "pp2": (2, {"pp": 2}),
     "hdp2-tp2-zero2": (4, {"tp": 2, "zero": {"stage": 2}}),
     "pp2-hdp2-zero1": (4, {"pp": 2, "zero": {"stage": 1}}),
+    "tp2-zero2": (2, {"tp": 2, "zero": {"stage": 2}}),
+    "pp2-zero1": (2, {"pp": 2, "zero": {"stage": 1}}),
 }
 TIERS: dict[str, dict[str, Any] | None] = {
     "memory": None,
@@ -36,12 +39,17 @@ TIERS: dict[str, dict[str, Any] | None] = {
     "nvme": {"nvme": "SWAP"},
     "half": {"device": 0.5},
     "all": {"device": 0.3, "cpu": 0.4, "nvme": "SWAP"},
+    "cpu-masters": {"master_weights": True},
+    "nvme-masters": {"nvme": "SWAP", "master_weights": True},
+    "all-masters": {"device": 0.3, "cpu": 0.4, "nvme": "SWAP", "master_weights": True},
 }
 OPTIMIZERS = {
     "adamw": {"kind": "adamw", "lr": 1e-2},
     "muonh": {"kind": "muonh", "lr": 1e-2, "weight_decay": 0.0},
     "apollo": {"kind": "apollo", "lr": 1e-2},
 }
+HALF = "training.compute_dtype=bf16"
+"""In which masters may travel."""
 
 
 def prepared(
@@ -144,6 +152,56 @@ def test_every_tier_gives_the_bits_of_memory(
     if swap.exists():
         assert not os.listdir(swap)
         assert swap.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize(
+    ("layout", "tier", "optimizer"),
+    thinned(
+        {
+            ("alone-zero3", "cpu-masters", "muonh"),
+            ("hdp2-zero3-cpu", "nvme-masters", "adamw"),
+            ("tp2-zero2", "nvme-masters", "muonh"),
+            ("pp2-zero1", "all-masters", "adamw"),
+            ("hdp2-tp2-zero2", "all-masters", "adamw"),
+        },
+        [
+            (layout, tier, optimizer)
+            for layout in LAYOUTS
+            if LAYOUTS[layout][1].get("zero")
+            for tier in ("cpu-masters", "nvme-masters", "all-masters")
+            for optimizer in OPTIMIZERS
+            if layout != "hdp2-zero3-cpu" or tier == "nvme-masters"
+        ],
+    ),
+)
+def test_masters_elsewhere_give_the_bits_of_memory(
+    tiny: Make,
+    run_ranks: Ranks,
+    tmp_path: Path,
+    in_memory: dict[tuple[str, str], dict[str, Tensor]],
+    layout: str,
+    tier: str,
+    optimizer: str,
+) -> None:
+    world_size, key = LAYOUTS[layout][0], (f"{layout}-bf16", optimizer)
+    monitors = "record.monitors.every_steps=5"
+    if key not in in_memory:
+        config = prepared(tiny, tmp_path / "memory", layout, "memory", optimizer, HALF, monitors)
+        run_ranks(launch, world_size, config)
+        in_memory[key] = bits(config, 20)
+    config = prepared(tiny, tmp_path / "tiers", layout, tier, optimizer, HALF, monitors)
+    run_ranks(launch, world_size, config, 7)
+    run_ranks(launch, world_size, config)
+    assert_same_bits(bits(config, 20), in_memory[key])
+    if (tmp_path / "memory").exists():
+        wanted, got = (rows(tmp_path / name) for name in ("memory", "tiers"))
+        seen = [key for key in wanted[4] if key.startswith("monitors/")]
+        assert any("param_rms" in key for key in seen)
+        assert [[row[key] for key in seen] for row in got[4::5]] == [
+            [row[key] for key in seen] for row in wanted[4::5]
+        ]
+    said = next(one for one in events(tmp_path / "tiers") if one["event"] == "optimizer_states")
+    assert said["parameters_bytes"] > 0
 
 
 def test_a_run_resumes_from_every_tier_to_every_tier(
