@@ -40,6 +40,7 @@ def build_optimizer(
     timeout_s: float = 600.0,
     still: bool = False,
     working: Mapping[Tensor, WorkingCopy] | None = None,
+    leaving: Iterable[Tensor] = (),
 ) -> Optimizer:
     """Return the optimizer of a run, over whole parameters or shards of them.
 
@@ -50,7 +51,8 @@ def build_optimizer(
     draw. ``adamw_kernel``: a name in ``adamw.KERNELS``; with another one than torch's AdamW is a
     ``RuleOptimizer`` too. Where
     ``zero.optimizer_states`` says so, all is a ``TieredOptimizer``, which describes the rest;
-    ``working``: what is computed with of parameters that its ``master_weights`` lets travel.
+    ``working``: what is computed with of parameters that its ``master_weights`` lets travel;
+    ``leaving``: those whose gradients may wait in the host's memory.
 
     Raises:
         UserError: see ``parameter_groups``, ``RuleOptimizer`` and ``TieredOptimizer``.
@@ -72,7 +74,9 @@ def build_optimizer(
         + (4 * math.prod(_shard(parameter)) if parameter in (working or {}) else 0)
         for name, parameter in named_parameters
     }
-    return TieredOptimizer(groups, ops, zero, sizes, timeout_s, working=working, still=still)
+    return TieredOptimizer(
+        groups, ops, zero, sizes, timeout_s, working=working, leaving=leaving, still=still
+    )
 
 
 def _shard(parameter: Tensor) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,6 +14,7 @@ from typing_extensions import override
 from allometry.configs.execution import Zero, bytes_of
 from allometry.optim.matrix_ops import MatrixOps
 from allometry.optim.offload.folder import FileSystem
+from allometry.optim.offload.gradients import HostGradients
 from allometry.optim.offload.held import (
     MASTER,
     Held,
@@ -21,6 +22,7 @@ from allometry.optim.offload.held import (
     Stored,
     WorkingCopy,
     joined,
+    laid_out,
     without_memory,
 )
 from allometry.optim.offload.pieces import Piece, packed, pieces_of
@@ -51,8 +53,9 @@ class TieredOptimizer(RuleOptimizer):
     bits of the optimizer in memory. ``sizes``: about the bytes of each parameter's states on a
     rank, equal on all ranks of a stage, as all must make the same buckets. ``working``: parameters
     whose own values travel with the states, and what is computed with meanwhile; they are counted
-    in ``sizes``. ``still``: states stay where the rules make them, though the calls are those of
-    the buckets (a rehearsal).
+    in ``sizes``. ``leaving``: parameters whose gradients wait in the host's memory if their states
+    travel, see ``HostGradients``. ``still``: states stay where the rules make them, though the
+    calls are those of the buckets (a rehearsal).
 
     Of what is larger than a bucket and updated element by element some rows travel at a time.
 
@@ -71,6 +74,7 @@ class TieredOptimizer(RuleOptimizer):
         timeout_s: float = 600.0,
         *,
         working: Mapping[Tensor, WorkingCopy] | None = None,
+        leaving: Iterable[Tensor] = (),
         still: bool = False,
     ) -> None:
         super().__init__(groups, ops)
@@ -99,11 +103,24 @@ class TieredOptimizer(RuleOptimizer):
         }
         away = {item.parameter for item in items if self._tiers[item.name] is not Tier.DEVICE}
         self._working = {p: copy for p, copy in (working or {}).items() if p in away}
+        least = (p for p in leaving if p in away and local(p.detach()).nbytes >= LEAST_BYTES)
+        self.gradients = HostGradients(least, self._device)
         self._stream: Stream | None = None
         self._swap: SwapFile | None = None
         if wanted.nvme is not None and not still:
             far = (i for i in items if self._tiers[i.name] is Tier.NVME)
             self._swap = SwapFile(wanted.nvme, sum(sizes[item.name] for item in far))
+
+    @override
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        self.gradients.clear()
+
+    def gradient(self, parameter: Tensor) -> Tensor | None:
+        """Return this rank's part of a gradient, a copy on the device if it is not there."""
+        if parameter in self.gradients:
+            return self.gradients.fetch(parameter)
+        return None if parameter.grad is None else local(parameter.grad)
 
     def stored(self) -> Iterator[tuple[Tensor, str, Stored]]:
         """Yield (parameter, name, state) of all that is not in ``state``, once it is at rest.
@@ -228,17 +245,21 @@ class TieredOptimizer(RuleOptimizer):
 
     def _seen(self, bucket: _Bucket, piece: Piece, flat: Tensor | None) -> Item:
         """Return what the rule updates, with what there is once for all pieces of a parameter."""
-        if piece.rows is None:
-            return piece.item
         parameter, values = piece.item.parameter, None
+        if piece.rows is None:
+            if parameter in self.gradients:
+                parameter.grad = laid_out(self.gradients.fetch(parameter), parameter)
+            return piece.item
         if flat is not None:
             for held, part in self._parts(bucket, flat):
                 if held.key == MASTER and held.piece is piece:
                     values = part
             for key, value in self.state[parameter].items():
                 self.state[piece.tensor][key] = value if piece.last else value.clone()
-        gradient = None if parameter.grad is None else local(parameter.grad)
-        return piece.seen(gradient, values)
+        if parameter in self.gradients:
+            return piece.seen(self.gradients.fetch(parameter, piece), values)
+        whole = parameter.grad
+        return piece.seen(None if whole is None else piece.of(local(whole)), values)
 
     def _send(self, bucket: _Bucket, flat: Tensor | None) -> None:
         """Take a bucket's states out of ``state`` again; the first time, give them a home."""
@@ -263,6 +284,8 @@ class TieredOptimizer(RuleOptimizer):
                 if piece.last:
                     self.state[piece.item.parameter].update(rest)
                 piece.unseen()
+            elif piece.item.parameter in self.gradients:
+                piece.item.parameter.grad = None
 
     def _settle(self, bucket: _Bucket) -> None:
         if self._still:
@@ -323,3 +346,10 @@ def rounded_values_of(optimizer: Optimizer, parameter: Tensor) -> Tensor:
     if isinstance(optimizer, TieredOptimizer):
         return optimizer.rounded_values(parameter)
     return local(parameter.detach())
+
+
+def gradient_of(optimizer: Optimizer, parameter: Tensor) -> Tensor | None:
+    """Return this rank's part of a parameter's gradient, clipped if it was, wherever it is."""
+    if isinstance(optimizer, TieredOptimizer):
+        return optimizer.gradient(parameter)
+    return None if parameter.grad is None else local(parameter.grad)

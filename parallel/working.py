@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from allometry.parallel.mesh import local
+from allometry.models.transformer import Transformer
+from allometry.parallel.mesh import Mesh, local
+from allometry.parallel.reduce import is_replicated_over_tp
 
 
 class WorkingCopy:
@@ -70,6 +72,21 @@ def working_copies(parts: Iterable[nn.Module]) -> dict[Tensor, WorkingCopy]:
     """
     copies = [WorkingCopy(shard) for part in parts for shard in _shards(part)]
     return {copy.parameter: copy for copy in copies}
+
+
+def reduced_alone(parts: Iterable[Transformer], mesh: Mesh) -> list[Tensor]:
+    """Return the parameters of sharded models whose gradients FSDP2 alone sums.
+
+    Not those that are summed over tp afterwards, nor an embedding that gets the gradient of a head
+    in another stage.
+    """
+    made: list[Tensor] = []
+    for part in parts:
+        for module in part.modules():
+            tied = mesh.pp.size > 1 and part.tied and module is part.embedding
+            own = () if tied else module.parameters(recurse=False)
+            made += [p for p in own if mesh.tp.size == 1 or not is_replicated_over_tp(p)]
+    return made
 
 
 def _shards(model: nn.Module) -> Iterator[Any]:

@@ -115,13 +115,13 @@ def estimate_memory(
         kept = _activations(part, *given, fp8=saved_activations == "fp8")
         in_flight = _in_flight(layout, rank, micro_batches) if layout is not None else 1
         held = _FP32 * sum(map(part.held, part.specs())) if zero.offload == "none" else 0
-        parameters, states = held, 0
+        parameters, gradients, states = held, held, 0
         if zero.offload == "none":
-            parameters, states = _kept(part, optimizer, zero, compute_bytes)
+            parameters, gradients, states = _kept(part, optimizer, zero, compute_bytes)
         estimates.append(
             MemoryEstimate(
                 parameters=parameters,
-                gradients=held,
+                gradients=gradients,
                 optimizer_states=states,
                 reduction=_reduction(part, zero, hdp, held, compute_bytes, add_up),
                 compute_copies=_compute_copies(part, compute_bytes, zero, pp),
@@ -134,34 +134,39 @@ def estimate_memory(
 
 def _kept(
     part: RankParts, optimizer: OptimizerConfig | None, zero: Zero, compute_bytes: int
-) -> tuple[int, int]:
-    """Return the bytes of this rank's parameters and of their optimizer states on the device.
+) -> tuple[int, int, int]:
+    """Return the bytes of this rank's parameters, gradients and optimizer states on the device.
 
     States that travel are there in three buckets, each as large as ``bucket_mib`` or the largest
     parameter that is not cut; with ``master_weights`` parameters that are gathered in the compute
-    type travel with them, but for what stays by its share, and leave copies in that type.
+    type travel with them, but for what stays by its share, and leave copies in that type. Of
+    gradients that leave a bucket is there; those that tp sums stay and are too few to count.
     """
     specs = part.specs()
     parameters = {spec.name: _FP32 * part.held(spec) for spec in specs}
+    gradients = sum(parameters.values())
     trained = [spec for spec in specs if part.trains(spec)]
     sizes = {s.name: state_bytes(s, part.shard(s), optimizer) for s in trained}
     states, tiers = sum(sizes.values()), zero.optimizer_states
     if tiers is None or not sizes:
-        return sum(parameters.values()), states
-    if tiers.master_weights and compute_bytes < _FP32:
-        masters = {s.name for s in trained if s.role not in (Role.INPUT, Role.ROUTER)}
-        sizes = {
-            name: n + (parameters[name] if name in masters else 0) for name, n in sizes.items()
-        }
-        stay = min(1.0, bytes_of(tiers.device, sum(sizes.values())) / sum(sizes.values()))
-        away = (1.0 - stay) * compute_bytes / _FP32
-        parameters |= {name: int(away * parameters[name]) for name in masters}
+        return gradients, gradients, states
+    masters = {s.name for s in trained if s.role not in (Role.INPUT, Role.ROUTER)}
+    masters = masters if tiers.master_weights and compute_bytes < _FP32 else set()
+    sizes |= {name: sizes[name] + parameters[name] for name in masters}
+    total = sum(sizes.values())
+    away = 1.0 - min(1.0, bytes_of(tiers.device, total) / total)
+    factor = away * compute_bytes / _FP32
+    parameters |= {name: int(factor * parameters[name]) for name in masters}
     kind = optimizer.kind if optimizer else "adamw"
     fp8 = getattr(getattr(optimizer, "states", None), "kind", None) == "fp8"
     whole = [sizes[s.name] for s in trained if fp8 or not rule_of(kind, s.role).elementwise]
-    total, bucket = sum(sizes.values()), max(int(tiers.bucket_mib * 2**20), *whole, 0)
-    held = min(total, bytes_of(tiers.device, total) + 3 * bucket)
-    return sum(parameters.values()), held
+    bucket = max(int(tiers.bucket_mib * 2**20), *whole, 0)
+    states = min(total, bytes_of(tiers.device, total) + 3 * bucket)
+    if tiers.gradients:
+        tied = part.model.tied_embeddings and not (part.first and part.last)
+        summed = sum(_FP32 * part.held(s) for s in specs if tied and s.role is Role.INPUT)
+        gradients = min(gradients, summed + int((1.0 - away) * (gradients - summed)) + bucket)
+    return sum(parameters.values()), gradients, states
 
 
 def _reduction(

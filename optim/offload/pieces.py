@@ -44,13 +44,13 @@ class Piece:
     def seen(self, gradient: Tensor | None, part: Tensor | None = None) -> Item:
         """Return what the rule updates; ``part``: its values, None: where the parameter has them.
 
-        ``gradient`` is that of this rank's part of the parameter.
+        ``gradient`` is that of the piece.
         """
         if self.rows is None:
             return self.item
         self.tensor.grad = None
         self.tensor.data = self.of(self.item.part.detach()) if part is None else part
-        self.tensor.grad = None if gradient is None else self.of(gradient)
+        self.tensor.grad = gradient
         return Item(self.item.name, self.tensor, self.item.group)
 
     def unseen(self) -> None:

@@ -42,6 +42,8 @@ TIERS: dict[str, dict[str, Any] | None] = {
     "cpu-masters": {"master_weights": True},
     "nvme-masters": {"nvme": "SWAP", "master_weights": True},
     "all-masters": {"device": 0.3, "cpu": 0.4, "nvme": "SWAP", "master_weights": True},
+    "nvme-gradients": {"nvme": "SWAP", "master_weights": True, "gradients": True},
+    "half-gradients": {"device": 0.5, "gradients": True},
 }
 OPTIMIZERS = {
     "adamw": {"kind": "adamw", "lr": 1e-2},
@@ -159,16 +161,20 @@ def test_every_tier_gives_the_bits_of_memory(
     thinned(
         {
             ("alone-zero3", "cpu-masters", "muonh"),
+            ("alone-zero3", "nvme-gradients", "adamw"),
             ("hdp2-zero3-cpu", "nvme-masters", "adamw"),
-            ("tp2-zero2", "nvme-masters", "muonh"),
-            ("pp2-zero1", "all-masters", "adamw"),
+            ("tp2-zero2", "half-gradients", "muonh"),
+            ("pp2-zero1", "nvme-gradients", "adamw"),
             ("hdp2-tp2-zero2", "all-masters", "adamw"),
         },
         [
             (layout, tier, optimizer)
             for layout in LAYOUTS
             if LAYOUTS[layout][1].get("zero")
-            for tier in ("cpu-masters", "nvme-masters", "all-masters")
+            for tier in (
+                *("cpu-masters", "nvme-masters", "all-masters"),
+                *("nvme-gradients", "half-gradients"),
+            )
             for optimizer in OPTIMIZERS
             if layout != "hdp2-zero3-cpu" or tier == "nvme-masters"
         ],
@@ -195,13 +201,14 @@ def test_masters_elsewhere_give_the_bits_of_memory(
     assert_same_bits(bits(config, 20), in_memory[key])
     if (tmp_path / "memory").exists():
         wanted, got = (rows(tmp_path / name) for name in ("memory", "tiers"))
-        seen = [key for key in wanted[4] if key.startswith("monitors/")]
+        seen = [key for key in wanted[4] if key.startswith("monitors/")] + ["grad_norm"]
         assert any("param_rms" in key for key in seen)
+        assert any("grad_rms" in key for key in seen)
         assert [[row[key] for key in seen] for row in got[4::5]] == [
             [row[key] for key in seen] for row in wanted[4::5]
         ]
     said = next(one for one in events(tmp_path / "tiers") if one["event"] == "optimizer_states")
-    assert said["parameters_bytes"] > 0
+    assert (said["parameters_bytes"] > 0) == (tier != "half-gradients")
 
 
 def test_a_run_resumes_from_every_tier_to_every_tier(

@@ -26,9 +26,9 @@ from allometry.models.observe import FP8_ROLES, MAXIMA, OUTPUT, ROUNDING, SUMS, 
 from allometry.optim.exchange import ShardedMatrixOps
 from allometry.optim.matrix_ops import squared_norms_of_parts
 from allometry.optim.shards import Placements
-from allometry.optim.tiered import rounded_values_of, values_of
+from allometry.optim.tiered import gradient_of, rounded_values_of, values_of
 from allometry.parallel.apply import Parallel
-from allometry.parallel.mesh import AxisName, Mesh, local
+from allometry.parallel.mesh import AxisName, Mesh
 from allometry.scaling.batch import BatchPlan
 from allometry.scaling.roles import Role
 from allometry.scaling.update_rules import UPDATE_RULES
@@ -196,13 +196,12 @@ class Changes:
         """Return this stage's sums [R, len(_STEP_SUMS)] and ``_Seen.peaks``, by role."""
         parameters, kept = self._parameters, self._kept
         self._kept = []
-        with_gradient = [p for p in parameters if p.grad is not None]
-        gradients = [local(p.grad) for p in with_gradient if p.grad is not None]
+        with_gradient, squares, magnitudes = self._of_gradients()
         now = [self._rows(p) for p in parameters]
         updates = [a.double() - b.double() for a, b in zip(now, kept, strict=True)]
         partials = [
-            *squared_norms_of_parts(gradients),
-            *(_sums_of_magnitudes(g) for g in gradients),
+            *squares,
+            *magnitudes,
             *squared_norms_of_parts(updates),
             *squared_norms_of_parts(kept),
         ]
@@ -214,10 +213,24 @@ class Changes:
         for column, over in columns.items():
             for p in over:
                 sums[roles[p], column] += next(values).sum().to(device)
+        for p in with_gradient:
+            sums[roles[p], 2] += p.numel()
         for p in parameters:
-            sums[roles[p], 2] += p.numel() if p.grad is not None else 0
             sums[roles[p], 5] += self._sampled(p)
         return sums, self._peaks()
+
+    def _of_gradients(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Return the parameters with a gradient, and Σg² and Σ|g| of this rank's parts."""
+        parameters: list[Tensor] = []
+        squares: list[Tensor] = []
+        magnitudes: list[Tensor] = []
+        for parameter in self._parameters:
+            gradient = gradient_of(self._optimizer, parameter)  # one at a time: it may be a copy
+            if gradient is not None:
+                parameters.append(parameter)
+                squares += squared_norms_of_parts([gradient])
+                magnitudes.append(_sums_of_magnitudes(gradient))
+        return parameters, squares, magnitudes
 
     def _peaks(self) -> Tensor:
         peaks = torch.full((len(_ROLES), 2), -1.0, dtype=torch.float64, device=self._mesh.device)

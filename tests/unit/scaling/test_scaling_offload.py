@@ -64,3 +64,13 @@ def test_masters_that_travel_leave_copies_in_bf16() -> None:
     half = estimate({"stage": 3, "optimizer_states": {"master_weights": True, "device": 0.5}})
     assert half.parameters == pytest.approx(table + (plain.parameters - table) / 4, abs=100)
     assert away.gradients == plain.gradients
+
+
+def test_gradients_that_leave_are_there_in_one_bucket() -> None:
+    plain = estimate({"stage": 3, "optimizer_states": {}})
+    away = estimate({"stage": 3, "optimizer_states": {"gradients": True, "bucket_mib": 4}})
+    assert away.gradients == 4 << 20 < plain.gradients
+    quarter = {"gradients": True, "bucket_mib": 4, "device": 0.25}
+    kept = estimate({"stage": 3, "optimizer_states": quarter}).gradients
+    assert kept == pytest.approx(plain.gradients / 4 + (4 << 20), abs=100)
+    assert away.parameters == plain.parameters
