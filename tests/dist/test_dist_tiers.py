@@ -211,17 +211,26 @@ def test_masters_elsewhere_give_the_bits_of_memory(
     assert (said["parameters_bytes"] > 0) == (tier != "half-gradients")
 
 
+STATES_PATH = ["memory", "cpu", "nvme", "memory", "nvme", "cpu", "memory", "all", "half", "nvme"]
+STATES_PATH += ["all", "cpu", "all"]
+MASTERS_PATH = ["memory", "nvme-gradients", "memory", "cpu-masters", "nvme-masters", "nvme"]
+MASTERS_PATH += ["all-masters", "half-gradients", "nvme-gradients", "nvme-gradients"]
+
+
+@pytest.mark.parametrize(
+    ("path", "more"),
+    [(STATES_PATH, ()), pytest.param(MASTERS_PATH, (HALF,), marks=pytest.mark.slow)],
+    ids=["states", "masters"],
+)
 def test_a_run_resumes_from_every_tier_to_every_tier(
-    tiny: Make, run_ranks: Ranks, tmp_path: Path
+    tiny: Make, run_ranks: Ranks, tmp_path: Path, path: list[str], more: tuple[str, ...]
 ) -> None:
-    straight = prepared(tiny, tmp_path / "straight", "hdp2-zero1", "memory")
+    straight = prepared(tiny, tmp_path / "straight", "hdp2-zero1", "memory", "adamw", *more)
     run_ranks(launch, 2, straight)
     wanted = bits(straight, 20)
     moving = tmp_path / "moving"
-    path = ["memory", "cpu", "nvme", "memory", "nvme", "cpu", "memory", "all", "half", "nvme"]
-    path += ["all", "cpu", "all"]
     for stop, tier in enumerate(path, start=1):
-        config = prepared(tiny, moving, "hdp2-zero1", tier)
+        config = prepared(tiny, moving, "hdp2-zero1", tier, "adamw", *more)
         run_ranks(launch, 2, config, stop if stop < len(path) else None)
     assert_same_bits(bits(config, 20), wanted)
     assert [row["loss"] for row in rows(moving)] == [
