@@ -114,16 +114,13 @@ def estimate_memory(
         given = micro_batch_tokens, compute_bytes, fused_norm, checkpointing, scores
         kept = _activations(part, *given, fp8=saved_activations == "fp8")
         in_flight = _in_flight(layout, rank, micro_batches) if layout is not None else 1
-        held = _FP32 * sum(map(part.held, part.specs())) if zero.offload == "none" else 0
-        parameters, gradients, states = held, held, 0
-        if zero.offload == "none":
-            parameters, gradients, states = _kept(part, optimizer, zero, compute_bytes)
+        parameters, gradients, states = _kept(part, optimizer, zero, compute_bytes)
         estimates.append(
             MemoryEstimate(
                 parameters=parameters,
                 gradients=gradients,
                 optimizer_states=states,
-                reduction=_reduction(part, zero, hdp, held, compute_bytes, add_up),
+                reduction=_reduction(part, zero, hdp, gradients, compute_bytes, add_up),
                 compute_copies=_compute_copies(part, compute_bytes, zero, pp),
                 activations=in_flight * kept,
                 loss=_loss(part, micro_batch_tokens, chunk, compute_bytes, in_flight),
@@ -142,6 +139,8 @@ def _kept(
     type travel with them, but for what stays by its share, and leave copies in that type. Of
     gradients that leave a bucket is there; those that tp sums stay and are too few to count.
     """
+    if zero.offload == "cpu":
+        return 0, 0, 0
     specs = part.specs()
     parameters = {spec.name: _FP32 * part.held(spec) for spec in specs}
     gradients = sum(parameters.values())
