@@ -74,17 +74,17 @@ def working_copies(parts: Iterable[nn.Module]) -> dict[Tensor, WorkingCopy]:
     return {copy.parameter: copy for copy in copies}
 
 
-def reduced_alone(parts: Iterable[Transformer], mesh: Mesh) -> list[Tensor]:
+def reduced_alone(parts: Iterable[Transformer], mesh: Mesh, *, tied: bool) -> list[Tensor]:
     """Return the parameters of sharded models whose gradients FSDP2 alone sums.
 
-    Not those that are summed over tp afterwards, nor an embedding that gets the gradient of a head
-    in another stage.
+    Not those that are summed over tp afterwards, nor a ``tied`` embedding that gets the gradient of
+    a head in another stage.
     """
     made: list[Tensor] = []
     for part in parts:
         for module in part.modules():
-            tied = mesh.pp.size > 1 and part.tied and module is part.embedding
-            own = () if tied else module.parameters(recurse=False)
+            parted = tied and mesh.pp.size > 1 and module is part.embedding
+            own = () if parted else module.parameters(recurse=False)
             made += [p for p in own if mesh.tp.size == 1 or not is_replicated_over_tp(p)]
     return made
 

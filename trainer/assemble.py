@@ -86,7 +86,9 @@ def make_optimizer(
         config.parallel.timeout_s,
         still,
         working_copies(parallel.parts.values()) if travel else None,
-        reduced_alone(parallel.parts.values(), mesh) if leave else (),
+        reduced_alone(parallel.parts.values(), mesh, tied=config.model.tied_embeddings)
+        if leave
+        else (),
     )
 
 

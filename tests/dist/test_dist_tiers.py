@@ -160,12 +160,9 @@ def test_every_tier_gives_the_bits_of_memory(
     ("layout", "tier", "optimizer"),
     thinned(
         {
-            ("alone-zero3", "cpu-masters", "muonh"),
-            ("alone-zero3", "nvme-gradients", "adamw"),
             ("hdp2-zero3-cpu", "nvme-masters", "adamw"),
-            ("tp2-zero2", "half-gradients", "muonh"),
+            ("tp2-zero2", "nvme-gradients", "muonh"),
             ("pp2-zero1", "nvme-gradients", "adamw"),
-            ("hdp2-tp2-zero2", "all-masters", "adamw"),
         },
         [
             (layout, tier, optimizer)
@@ -209,6 +206,46 @@ def test_masters_elsewhere_give_the_bits_of_memory(
         ]
     said = next(one for one in events(tmp_path / "tiers") if one["event"] == "optimizer_states")
     assert (said["parameters_bytes"] > 0) == (tier != "half-gradients")
+
+
+MOE = (
+    "model={kind: moe, vocab_size: 64, width: 64, num_layers: 3, num_heads: 4, num_kv_heads: 2, "
+    "first_dense_layers: 1, ffn_width: 160, "
+    "experts: {kind: swiglu, num_experts: 4, experts_per_token: 2, width: 48}}"
+)
+ALL_AWAY: dict[str, Any] = {"master_weights": True, "gradients": True, "bucket_mib": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "parallel", "more"),
+    [
+        (2, {"ep": 2, "zero": {"stage": 2}}, (MOE, "optimizer.states={kind: fp8}")),
+        pytest.param(2, {"zero": {"stage": 3}}, (MOE,), marks=pytest.mark.slow),
+        pytest.param(4, {"zero": {"stage": 2, "replicas": 2}}, (), marks=pytest.mark.slow),
+        pytest.param(2, {"pp": 2, "zero": {"stage": 2}}, ("tied",), marks=pytest.mark.slow),
+    ],
+    ids=["experts-fp8", "experts", "replicas", "tied-pp2"],
+)
+def test_all_away_in_other_layouts(
+    tiny: Make,
+    run_ranks: Ranks,
+    tmp_path: Path,
+    ranks: int,
+    parallel: dict[str, Any],
+    more: tuple[str, ...],
+) -> None:
+    found = []
+    model = ("model.width=64", "model.ffn_width=160") if MOE not in more else ()
+    more = tuple("model.tied_embeddings=true" if each == "tied" else each for each in more)
+    for states in (None, ALL_AWAY | {"nvme": str(tmp_path / "swap")}):
+        zero = {"zero": parallel["zero"] | {"optimizer_states": states}}
+        folder = tmp_path / ("away" if states else "memory")
+        config = tiny(f"parallel={json.dumps(parallel | zero)}", HALF, *model, *more, folder=folder)
+        run_ranks(launch, ranks, config)
+        found.append(bits(config, 20))
+    assert_same_bits(*found)
+    said = next(one for one in events(tmp_path / "away") if one["event"] == "optimizer_states")
+    assert said["parameters_bytes"] > 0
 
 
 STATES_PATH = ["memory", "cpu", "nvme", "memory", "nvme", "cpu", "memory", "all", "half", "nvme"]
