@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -17,6 +18,7 @@ from allometry.optim.exchange import ShardedMatrixOps
 from allometry.optim.fp8_states import Fp8States
 from allometry.optim.groups import parameter_groups
 from allometry.optim.matrix_ops import LocalMatrixOps
+from allometry.optim.offload.held import WorkingCopy
 from allometry.optim.optimizer import RuleOptimizer
 from allometry.optim.states import items_of
 from allometry.optim.tiered import TieredOptimizer
@@ -37,6 +39,8 @@ def build_optimizer(
     zero: Zero | None = None,
     timeout_s: float = 600.0,
     still: bool = False,
+    working: Mapping[Tensor, WorkingCopy] | None = None,
+    leaving: Iterable[Tensor] = (),
 ) -> Optimizer:
     """Return the optimizer of a run, over whole parameters or shards of them.
 
@@ -46,7 +50,9 @@ def build_optimizer(
     where its parameters are sharded (None: every one is whole), and ``seed`` is that of what rules
     draw. ``adamw_kernel``: a name in ``adamw.KERNELS``; with another one than torch's AdamW is a
     ``RuleOptimizer`` too. Where
-    ``zero.optimizer_states`` says so, all is a ``TieredOptimizer``, which describes the rest.
+    ``zero.optimizer_states`` says so, all is a ``TieredOptimizer``, which describes the rest;
+    ``working``: what is computed with of parameters that its ``master_weights`` lets travel;
+    ``leaving``: those whose gradients may wait in the host's memory.
 
     Raises:
         UserError: see ``parameter_groups``, ``RuleOptimizer`` and ``TieredOptimizer``.
@@ -65,9 +71,12 @@ def build_optimizer(
         return RuleOptimizer(groups, ops)
     sizes = {
         name: state_bytes(specs[name], _shard(parameter), config)
+        + (4 * math.prod(_shard(parameter)) if parameter in (working or {}) else 0)
         for name, parameter in named_parameters
     }
-    return TieredOptimizer(groups, ops, zero, sizes, timeout_s, still=still)
+    return TieredOptimizer(
+        groups, ops, zero, sizes, timeout_s, working=working, leaving=leaving, still=still
+    )
 
 
 def _shard(parameter: Tensor) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ from allometry.scaling.offload import offloaded
 from allometry.scaling.roles import ParamSpec, Role
 from allometry.scaling.saved import COMPUTE, Checkpointing, Kernels
 from allometry.scaling.shards import PREFETCHED, RankParts, layer_of, zero_dim
-from allometry.scaling.update_rules import state_bytes
+from allometry.scaling.update_rules import rule_of, state_bytes
 
 COMPUTE_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
 """Bytes of one number of each ``training.compute_dtype``."""
@@ -68,7 +68,7 @@ class MemoryEstimate:
     @classmethod
     def of(cls, step: Step) -> MemoryEstimate:
         """Return the bytes of a step."""
-        held, moments = (step.held, step.held, step.states), step.moments()
+        held, moments = (step.held, step.gradients, step.states), step.moments()
         return cls(*held, step.reduction, step.copies, step.saved(), moments)
 
     @property
@@ -127,7 +127,7 @@ def estimate_memory(
 
     def of_rank(rank: int) -> MemoryEstimate:
         part = RankParts.of(model, layout, rank, hdp // zero.replicas if zero.stage else 1)
-        held, states = _held(part, optimizer, zero) if zero.offload == "none" else (0, 0)
+        held, gradients, states = _kept(part, optimizer, zero, compute_bytes)
         step = Step(
             part=part,
             kernels=Kernels(compute_bytes, attention.device == "cuda", scores, precision),
@@ -144,8 +144,9 @@ def estimate_memory(
             in_flight=most_in_flight(layout, rank, micro_batches) if layout else 1,
             away=offloaded(activation_offload, stages),
             held=held,
+            gradients=gradients,
             states=states,
-            reduction=_reduction(part, zero, hdp, held, compute_bytes, add_up),
+            reduction=_reduction(part, zero, hdp, gradients, compute_bytes, add_up),
             copies=_compute_copies(part, compute_bytes, zero, pp),
             gathered=gathered_bytes(part, compute_bytes),
         )
@@ -155,19 +156,43 @@ def estimate_memory(
     return max(of_ranks, key=lambda estimate: estimate.total)
 
 
-def _held(part: RankParts, optimizer: OptimizerConfig | None, zero: Zero) -> tuple[int, int]:
-    """Return the bytes of this rank's parameters and of their optimizer states on the device.
+def _kept(
+    part: RankParts, optimizer: OptimizerConfig | None, zero: Zero, compute_bytes: int
+) -> tuple[int, int, int]:
+    """Return the bytes of this rank's parameters, gradients and optimizer states on the device.
 
-    States that travel are there in three buckets, each as large as the largest of its parameters.
+    States that travel are there in three buckets, each as large as ``bucket_mib`` or the largest
+    parameter that is not cut; with ``master_weights`` parameters that are gathered in the compute
+    type travel with them, but for what stays by its share, and leave copies in that type. Of
+    gradients that leave a bucket is there; those that tp sums stay and are too few to count.
     """
+    if zero.offload == "cpu":
+        return 0, 0, 0
     specs = part.specs()
-    parameters = _FP32 * sum(map(part.held, specs))
-    sizes = [state_bytes(each, part.shard(each), optimizer) for each in filter(part.trains, specs)]
-    states, tiers = sum(sizes), zero.optimizer_states
+    parameters = {spec.name: _FP32 * part.held(spec) for spec in specs}
+    gradients = sum(parameters.values())
+    trained = [spec for spec in specs if part.trains(spec)]
+    sizes = {s.name: state_bytes(s, part.shard(s), optimizer) for s in trained}
+    states, tiers = sum(sizes.values()), zero.optimizer_states
     if tiers is None or not sizes:
-        return parameters, states
-    bucket = max(int(tiers.bucket_mib * 2**20), *sizes)
-    return parameters, min(states, bytes_of(tiers.device, states) + 3 * bucket)
+        return gradients, gradients, states
+    masters = {s.name for s in trained if s.role not in (Role.INPUT, Role.ROUTER)}
+    masters = masters if tiers.master_weights and compute_bytes < _FP32 else set()
+    sizes |= {name: sizes[name] + parameters[name] for name in masters}
+    total = sum(sizes.values())
+    away = 1.0 - min(1.0, bytes_of(tiers.device, total) / total)
+    factor = away * compute_bytes / _FP32
+    parameters |= {name: int(factor * parameters[name]) for name in masters}
+    kind = optimizer.kind if optimizer else "adamw"
+    fp8 = getattr(getattr(optimizer, "states", None), "kind", None) == "fp8"
+    whole = [sizes[s.name] for s in trained if fp8 or not rule_of(kind, s.role).elementwise]
+    bucket = max(int(tiers.bucket_mib * 2**20), *whole, 0)
+    states = min(total, bytes_of(tiers.device, total) + 3 * bucket)
+    if tiers.gradients:
+        tied = part.model.tied_embeddings and not (part.first and part.last)
+        summed = sum(_FP32 * part.held(s) for s in specs if tied and s.role is Role.INPUT)
+        gradients = min(gradients, summed + int((1.0 - away) * (gradients - summed)) + bucket)
+    return sum(parameters.values()), gradients, states
 
 
 def _reduction(

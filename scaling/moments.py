@@ -54,8 +54,8 @@ class Moment:
 class Step:
     """A step of one rank, as ``memory.estimate_memory`` describes it.
 
-    ``held``, ``states``: bytes of parameters (and of their gradients) and of optimizer states
-    between steps, on the device; ``reduction`` and ``copies`` as in ``MemoryEstimate``;
+    ``held``, ``gradients``, ``states``: bytes of parameters, gradients and optimizer states that
+    stay on the device; ``reduction`` and ``copies`` as in ``MemoryEstimate``;
     ``gathered``: bytes of what ZeRO gathers for each block, and for the ends; ``away``: layers
     whose activations wait on the host.
     """
@@ -74,6 +74,7 @@ class Step:
     micro_batches: int
     in_flight: int
     held: int
+    gradients: int
     states: int
     reduction: int
     copies: int
@@ -161,7 +162,7 @@ class Step:
         whole = _FP32 * sum(self._sizes.values())
         if self.zero.stage == 0 or self.pipelined or self.zero.stage == 1:
             return whole
-        return self.held
+        return self.gradients
 
     # --- the moments
 
@@ -357,7 +358,7 @@ class Step:
             ends = _FP32 * self._by_layer[None] // max(part.shards, 1)
             head = c * self._vocabulary * part.model.width * part.last
             table = _FP32 * embedding if self.zero.stage < 3 else 0
-            kinds = self._base(head + table, max(self._added_up, self.held - ends))
+            kinds = self._base(head + table, max(self._added_up, self.gradients - ends))
             blocks = max((self._by_layer[i] for i in self._layers), default=0)
             kinds[WORKSPACE] = _FP32 * (2 * embedding + blocks)
             kinds[LOSS] = self._ends_gradients
@@ -366,7 +367,7 @@ class Step:
         return Moment("backward's end", _positive(kinds))
 
     def _update(self) -> Moment:
-        kinds = self._base(0, self._flat or self.held)
+        kinds = self._base(0, self._flat or self.gradients)
         kinds[WORKSPACE] = self._rule_workspace()
         return Moment("optimizer step", _positive(kinds))
 

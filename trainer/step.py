@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -15,8 +15,9 @@ from allometry.data.batch import IGNORE
 from allometry.optim.build import set_lr
 from allometry.optim.clip import clip_by_global_norm
 from allometry.optim.schedule import Schedule
+from allometry.optim.tiered import gradient_of, values_of
 from allometry.parallel.apply import Parallel
-from allometry.parallel.mesh import Mesh, local
+from allometry.parallel.mesh import Mesh
 from allometry.trainer.balance import Balancer
 from allometry.trainer.feed import DeviceBatch
 from allometry.trainer.record.timing import to_host
@@ -123,7 +124,8 @@ class TrainStep:
         sums_2S *= self._mesh.tp.rank == 0  # all ranks of a tensor group have the same losses
         routing = None if self._balancer is None else self._balancer.observed()
         along = [sums_2S] if routing is None else [sums_2S, routing]
-        norm = clip_by_global_norm(self._parameters, self._clip, self._mesh, along)
+        away = getattr(self._optimizer, "gradients", None)  # of a tiered optimizer
+        norm = clip_by_global_norm(self._parameters, self._clip, self._mesh, along, away)
         fraction = self._schedule.fraction(step)
         set_lr(self._optimizer, fraction)
         self._optimizer.step()
@@ -145,12 +147,17 @@ class TrainStep:
             str(group["name"])
             for group in self._optimizer.param_groups
             if any(
-                not local(tensor).isfinite().all()
+                not tensor.isfinite().all()
                 for parameter in group["params"]
-                for tensor in (parameter.grad, parameter)
-                if tensor is not None
+                for tensor in self._of(parameter)
             )
         ]
+
+    def _of(self, parameter: Tensor) -> Iterator[Tensor]:
+        gradient = gradient_of(self._optimizer, parameter)
+        if gradient is not None:
+            yield gradient
+        yield values_of(self._optimizer, parameter)
 
     def _begin(
         self, batches: Sequence[DeviceBatch], count_visits: Callable[[], None]

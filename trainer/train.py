@@ -56,6 +56,7 @@ from allometry.trainer.loop import Loop, Progress, RunResult, state_tensors
 from allometry.trainer.record import hardware
 from allometry.trainer.record import writer as record
 from allometry.trainer.record.callbacks import Callback, Reporter, standard_callbacks
+from allometry.trainer.record.disk import SlowDisk
 from allometry.trainer.record.facts import Invocation, launch_facts, run_facts
 from allometry.trainer.record.forecast import Forecaster
 from allometry.trainer.record.monitors import Monitors
@@ -297,6 +298,8 @@ class _Run:
             return
         if isinstance(self.config.model, MoEModel):
             yield RoutingRows(self.config.model, self.recorder)
+        if isinstance(self.optimizer, TieredOptimizer) and self.optimizer.folder is not None:
+            yield SlowDisk(self.optimizer, self.report)
         if self.parallel.graphs is not None:
             yield GraphEvents(self.parallel.graphs, self.report)
         if self.parallel.stores:
@@ -347,7 +350,11 @@ class _Run:
             report("resumed", step=start.step, checkpoint=name, dropped_rows=dropped)
         if isinstance(self.optimizer, TieredOptimizer):
             held = {f"{tier}_bytes": size for tier, size in self.optimizer.held_bytes().items()}
-            report("optimizer_states", step=start.step, **held)
+            place = self.optimizer.place()
+            masters = self.optimizer.parameters_bytes
+            report("optimizer_states", step=start.step, **held, parameters_bytes=masters, **place)
+            if "note" in place:
+                report("states_disk", **place)
         for kind, facts in data_events(start.facts, self.stream):
             report(kind, step=start.step, **facts)
         for change in self.kernel_changes:

@@ -105,6 +105,11 @@ _SAID = {
     "{step} on ({reason}), so that the run does not continue to the bit",
     "optimizer_states": "optimizer states of this rank: {device_bytes} bytes on the device, "
     "{cpu_bytes} in the host's memory, {nvme_bytes} in a file",
+    "states_disk": "WARNING: parallel.zero.optimizer_states.nvme={folder} is on {mount} "
+    "({file_system}); {note}",
+    "slow_disk": "WARNING: {waited_percent:.0f}% of the time of steps was spent waiting for the "
+    "disk of {folder} ({gb_per_s:.2f} GB/s); raise optimizer_states.device or .cpu, or use a "
+    "faster disk",
     "states_converted": "optimizer states: {states} were converted, {change}",
     "same_documents": "WARNING: the run that these weights come from has read the documents of "
     "{sources} in the same order (run.seed={seed}); data.continue_sources: true goes on after "

@@ -26,7 +26,8 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 
 from allometry.configs.errors import UserError
 from allometry.configs.execution import CheckpointConfig
-from allometry.optim.tiered import Stored, TieredOptimizer
+from allometry.optim.offload.held import MASTER, Stored
+from allometry.optim.tiered import TieredOptimizer
 from allometry.parallel.agree import wait_for_all, with_heartbeat
 from allometry.parallel.mesh import Mesh
 from allometry.trainer.state.folder import RunFolder, write_atomically
@@ -318,9 +319,15 @@ def clean(folder: RunFolder, used: Path | None) -> list[str]:
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]) -> State:
-    """An optimizer's tensors under ``optimizer.<parameter>.<key>``; waits for what is in flight."""
+    """An optimizer's tensors under ``optimizer.<parameter>.<key>``; waits for what is in flight.
+
+    Where it keeps values of parameters, these are there too, under ``model.<parameter>``.
+    """
     stored = optimizer.stored() if isinstance(optimizer, TieredOptimizer) else ()
-    away = {f"optimizer.{names[parameter]}.{key}": value for parameter, key, value in stored}
+    away: State = {
+        f"model.{names[p]}" if key == MASTER else f"optimizer.{names[p]}.{key}": value
+        for p, key, value in stored
+    }
     return away | {
         f"optimizer.{names[parameter]}.{key}": value
         for parameter, state in optimizer.state.items()

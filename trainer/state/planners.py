@@ -9,7 +9,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import ReadItem
 from typing_extensions import override
 
-from allometry.optim.tiered import Stored
+from allometry.optim.offload.held import Stored
 
 State = dict[str, Tensor | Stored]
 """What a checkpoint holds, by name."""

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from allometry.optim import fp8_states
 from allometry.optim.fp8_states import KEYS, Groups
-from allometry.optim.tiered import Stored
+from allometry.optim.offload.held import Stored
 from allometry.parallel.mesh import Mesh, local
 from allometry.trainer.state import checkpoint
 from allometry.trainer.state.planners import State

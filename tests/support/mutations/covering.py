@@ -120,6 +120,10 @@ COVERING: tuple[tuple[str, tuple[Stage, ...]], ...] = (
         "parallel/reduce.py",
         (dist("flat_reducer", "zero"), dist("collectives"), ONE, CUT, dist("documents")),
     ),
+    (
+        "parallel/working.py",
+        (unit("trainer/test_trainer_tiers"), dist("tiers", keyword="elsewhere")),
+    ),
     ("parallel/zero.py", (dist("zero"), ONE, dist("layouts", keyword="zero"))),
     ("parallel/tensor.py", (dist("tensor"), CUT)),
     (

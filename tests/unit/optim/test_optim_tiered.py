@@ -110,6 +110,54 @@ def test_states_in_fp8_have_the_bits_of_memory(rule: str, place: str, tmp_path: 
     assert place == "nvme" or held[Tier.CPU] > 0
 
 
+CUT_SHAPES = {"odd": (601, 61), "experts": (3, 80, 50), "vector": (9000,), "small": (20, 30)}
+
+
+@pytest.mark.parametrize("rule", ["adamw", "lion", "muon"])
+@pytest.mark.parametrize("place", ["cpu", "nvme", "all"])
+def test_large_parameters_travel_in_pieces(rule: str, place: str, tmp_path: Path) -> None:
+    """Slots are no larger than a bucket, and every bit is that of whole parameters."""
+    states: dict[str, Any] = {
+        "cpu": {},
+        "nvme": {"nvme": str(tmp_path)},
+        "all": {"device": 0.1, "cpu": 0.3, "nvme": str(tmp_path)},
+    }[place]
+    shapes = {name: s for name, s in CUT_SHAPES.items() if rule != "muon" or name != "vector"}
+    one, other, third = weights(shapes), weights(shapes), weights(shapes)
+    plain = RuleOptimizer([group(rule, one)])
+    moving = tiered(rule, other, states | {"bucket_mib": 0.04})
+    for step in range(1, 6):
+        for parameters in (one, other):
+            give(parameters, step)
+        plain.step()
+        moving.step()
+    wanted, got = all_states(plain, one), all_states(moving, other)
+    assert wanted.keys() == got.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert all(torch.equal(wanted[name], got[name]) for name in wanted)
+    assert moving._stream is not None
+    most = max(len(slot.device) for slot in moving._stream._slots)
+    whole = max(4 * parameter.numel() for parameter in one.values())
+    assert (most >= whole) if rule == "muon" else (most < 0.05 * 2**20 < whole)
+    assert set(moving.state) == set(other.values()), "what stands for pieces is not remembered"
+    # What was saved is put into an optimizer whose pieces are others.
+    again = tiered(rule, third, {"bucket_mib": 0.03})
+    again.init_states()
+    for name, parameter in one.items():
+        third[name].data.copy_(parameter)
+        for key, value in plain.state[parameter].items():
+            if key in again.state[third[name]]:
+                again.state[third[name]][key].copy_(value)
+    for p, key, stored in again.stored():
+        name = next(name for name, parameter in third.items() if parameter is p)
+        stored.write(plain.state[one[name]][key])
+    for step in (6, 7):
+        for parameters, optimizer in ((one, plain), (third, again)):
+            give(parameters, step)
+            optimizer.step()
+    assert all(torch.equal(one[name], third[name]) for name in one)
+
+
 def test_what_is_loaded_between_steps_is_used(tmp_path: Path) -> None:
     """Buckets that were fetched ahead are fetched again."""
     one, other = weights(SHAPES), weights(SHAPES)
