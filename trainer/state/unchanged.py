@@ -73,7 +73,7 @@ def check_branch(parent: RunConfig, branch: RunConfig, step: int) -> None:
     Raises:
         UserError: names the key that differs, or the first step with another learning rate.
     """
-    for key, before, after in differences(parent, branch):
+    for key, before, after in differences(parent, _with_mixture_of(parent, branch)):
         if not key.startswith(BRANCH_FREE):
             raise UserError(
                 f"{key}={after!r} differs from {before!r} of run.parent.folder="
