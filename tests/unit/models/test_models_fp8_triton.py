@@ -72,8 +72,8 @@ def assert_bits(got, wanted):
 def test_rows_have_the_twins_bits(dtype, block, kind):
     from allometry.models import fp8_triton
 
-    for columns in (48, 200, 256):
-        x = spread(24, columns, dtype)
+    for columns in (48, 200):
+        x = spread(12, columns, dtype)
         assert fp8_triton.takes(x, block)
         scale_dtype = torch.bfloat16 if block == fp8.SAVED else torch.float32
         got = fp8_triton.quantise(x, block, kind, scale_dtype)
@@ -85,7 +85,7 @@ def test_every_number_is_rounded_as_torch_casts():
     from allometry.models import fp8_triton
 
     torch.manual_seed(0)
-    bits = torch.randint(0, 2**31 - 1, (40, 512), dtype=torch.int32)
+    bits = torch.randint(0, 2**31 - 1, (20, 512), dtype=torch.int32)
     x = bits.view(torch.float32).nan_to_num(0.0, 0.0, 0.0).clamp(-448.0, 448.0)
     x = torch.where(torch.rand_like(x) < 0.5, x, torch.randn_like(x) * 0.01)
     x[:, 0] = 448.0  # so that scales are one
@@ -101,7 +101,7 @@ def test_behind_a_norm(dtype, block):
     from allometry.models import fp8_triton
 
     torch.manual_seed(0)
-    x, weight = torch.randn(3, 7, 208).to(dtype), torch.randn(208).to(dtype)
+    x, weight = torch.randn(2, 3, 208).to(dtype), torch.randn(208).to(dtype)
     made = fp8_triton.norm(x, weight, 1e-5, block)
     root = (x.float().square().mean(-1, keepdim=True) + 1e-5).rsqrt()
     torch.testing.assert_close(made.scale, root, rtol=1e-6, atol=0)
@@ -122,7 +122,7 @@ def test_behind_swiglu(dtype, block):
     from allometry.models import fp8_triton
 
     torch.manual_seed(0)
-    gate_up = (3.0 * torch.randn(3, 5, 2 * 176)).to(dtype)
+    gate_up = (3.0 * torch.randn(2, 3, 2 * 176)).to(dtype)
     made = fp8_triton.swiglu(gate_up, block)
     gate, up = gate_up.chunk(2, -1)
     wanted = F.silu(gate) * up
@@ -156,8 +156,10 @@ MODELS = {
 
 
 @inside
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("linears", ["compute", "fp8_rowwise"])
+@pytest.mark.parametrize(
+    ("name", "linears"),
+    [("dense", "fp8_rowwise"), ("experts", "compute"), ("experts", "fp8_rowwise")],
+)
 def test_a_step_of_a_model(name, linears, monkeypatch):
     """And what norms and SwiGLU have rounded is not rounded again."""
     from allometry.models import fp8_triton
