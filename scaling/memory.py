@@ -114,11 +114,9 @@ def estimate_memory(
     """Return the bytes that a rank needs at the peak of a step, the fullest of each axis.
 
     ZeRO shards over hdp, or a copy's ranks, as ``parallel/zero.py`` and ``shards.py`` say.
-    ``layout`` None: one stage, nothing cut. ``compute_bytes``: of one activation;
-    ``logits_chunk_tokens``: how many tokens the loss treats at once (None: ``models/loss.py``);
-    ``optimizer`` None: AdamW. ``attention``: what is asked of it; its device is that of the step
-    (on a CPU norms keep more, and buckets of gradients stay), ``attention_backend`` None: the first
-    that suits. ``pp_rank`` None: the fullest. ``activation_offload``: as the key of ``training``.
+    ``layout`` None: one stage. ``compute_bytes``: of one activation; ``logits_chunk_tokens``: that
+    the loss treats at once (None: ``models/loss.py``); ``optimizer`` None: AdamW. ``attention``: what is asked of it; its device is that of the step
+    (on a CPU norms keep more, and buckets of gradients stay). ``pp_rank`` None: the fullest.
     """
     stages, pp = (layout.stages, layout.pp) if layout else ((range(model.num_layers),), 1)
     add_up = pp > 1 or (zero.stage == 1 and micro_batches > 1)  # gradients are whole till the end

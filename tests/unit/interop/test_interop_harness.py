@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,16 @@ import torch
 
 from allometry.configs.errors import UserError
 from allometry.configs.run import RunConfig
+from allometry.interop import harness
 from allometry.interop.huggingface.convert import export_hf
 from allometry.laws.scores import read_scores
 from allometry.trainer.train import train
 from scored import TASKS, documents, log_likelihoods, write_tokenizer
 from shell import Shell
 
-pytest.importorskip("lm_eval", reason="the lm-evaluation-harness is not installed")
-
-from allometry.interop import harness
+pytestmark = pytest.mark.skipif(
+    find_spec("lm_eval") is None, reason="the lm-evaluation-harness is not installed"
+)
 
 
 @pytest.fixture
