@@ -115,8 +115,9 @@ def estimate_memory(
 
     ZeRO shards over hdp, or a copy's ranks, as ``parallel/zero.py`` and ``shards.py`` say.
     ``layout`` None: one stage. ``compute_bytes``: of one activation; ``logits_chunk_tokens``: that
-    the loss treats at once (None: ``models/loss.py``); ``optimizer`` None: AdamW. ``attention``: what is asked of it; its device is that of the step
-    (on a CPU norms keep more, and buckets of gradients stay). ``pp_rank`` None: the fullest.
+    the loss treats at once (None: ``models/loss.py``); ``optimizer`` None: AdamW. ``attention``:
+    what is asked of it; its device is that of the step (on a CPU norms keep more, and buckets of
+    gradients stay). ``pp_rank`` None: the fullest.
     """
     stages, pp = (layout.stages, layout.pp) if layout else ((range(model.num_layers),), 1)
     add_up = pp > 1 or (zero.stage == 1 and micro_batches > 1)  # gradients are whole till the end
