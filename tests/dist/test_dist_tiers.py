@@ -123,13 +123,9 @@ def in_memory() -> dict[tuple[str, str], dict[str, Tensor]]:
     ("layout", "tier", "optimizer"),
     thinned(
         {
-            ("alone", "cpu", "adamw"),
             ("alone", "nvme", "muonh"),
-            ("alone", "all", "apollo"),
             ("hdp2-zero1", "all", "adamw"),
-            ("hdp2-zero3-cpu", "nvme", "adamw"),
             ("tp2", "nvme", "muonh"),
-            ("pp2", "all", "adamw"),
         },
         [
             (layout, tier, optimizer)
