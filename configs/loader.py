@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from io import StringIO
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -206,6 +206,8 @@ def _examples(kind: Any) -> tuple[str, ...]:
         known = sections[0].model_fields
         needed = [key for key, field in known.items() if field.is_required()] or list(known)[:2]
         return (f"{{{', '.join(f'{key}: ...' for key in needed)}}}", "...")
+    if get_origin(kind) is Literal:
+        return tuple(map(str, get_args(kind)[:2]))
     if float in (kind, *get_args(kind)):
         return ("0.5", "2.0")
     return ("first", "second") if str in (kind, *get_args(kind)) else ("1", "2")

@@ -9,10 +9,12 @@ from typing import Any
 from typing_extensions import override
 
 from allometry.configs.errors import UserError
+from allometry.parallel.mesh import Mesh
 from allometry.trainer.loop import Progress
 from allometry.trainer.record.callbacks import Callback
 from allometry.trainer.record.timing import StepTimer
 from allometry.trainer.state.checkpoint import Checkpointer
+from allometry.trainer.state.finite import not_finite
 from allometry.trainer.state.planners import State
 
 RETRY_AFTER_S = (1.0, 5.0)
@@ -22,8 +24,8 @@ RETRY_AFTER_S = (1.0, 5.0)
 class Saver(Callback):
     """Saves where the configuration asks for it, and at the end of a launch; off the clock.
 
-    All numbers are read first, so that no checkpoint is made of a run that has gone wrong.
-    ``state`` returns the tensors and the facts of a checkpoint.
+    All numbers are read first, and tensors looked through, so that no checkpoint is made of a run
+    that has gone wrong. ``state`` returns the tensors and the facts of a checkpoint.
     """
 
     def __init__(
@@ -32,9 +34,10 @@ class Saver(Callback):
         progress: Progress,
         state: Callable[[], tuple[State, dict[str, Any]]],
         timer: StepTimer,
+        mesh: Mesh,
     ) -> None:
         self._checkpointer, self._progress = checkpointer, progress
-        self._state, self._timer = state, timer
+        self._state, self._timer, self._mesh = state, timer, mesh
         self._begun_step = progress.saved_step  # saved or being saved
         self._failed: tuple[int, str] | None = None  # the newest save that failed, and why
 
@@ -50,8 +53,21 @@ class Saver(Callback):
             self._checkpointer.poll()
 
     def _save(self, step: int) -> None:
+        tensors, facts = self._state()
+        name = not_finite(tensors, self._mesh)
+        if name is not None:
+            self._checkpointer.wait()  # for the one before, which is named
+            raise UserError(
+                f"step {step}: its update left {name} not finite, so it is not saved; "
+                f"{self._kept()}; lower optimizer.lr, lengthen the warm-up or check the data of "
+                "that step, then run again"
+            )
         self._begun_step = step
-        self._checkpointer.save(step, *self._state())
+        self._checkpointer.save(step, tensors, facts)
+
+    def _kept(self) -> str:
+        kept = self._progress.saved_step
+        return "there is none before" if kept is None else f"step-{kept} is kept"
 
     @override
     def on_event(self, kind: str, details: dict[str, Any]) -> None:
@@ -77,11 +93,9 @@ class Saver(Callback):
             self._checkpointer.wait()
         reason = self._missing()
         if reason is not None:
-            kept = self._progress.saved_step
-            whole = "there is none before" if kept is None else f"step-{kept} is kept"
             raise UserError(
-                f"step {step}: the last checkpoint could not be written ({reason}); {whole}: "
-                "mend that and run again, which goes on from there"
+                f"step {step}: the last checkpoint could not be written ({reason}); "
+                f"{self._kept()}: mend that and run again, which goes on from there"
             )
 
     def _missing(self) -> str | None:

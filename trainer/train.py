@@ -66,6 +66,7 @@ from allometry.trainer.record.states import CompressedStates
 from allometry.trainer.record.timing import StepTimer, clock_of
 from allometry.trainer.save import Saver
 from allometry.trainer.state import checkpoint
+from allometry.trainer.state.finite import not_finite
 from allometry.trainer.state.folder import RunFolder
 from allometry.trainer.state.planners import State
 from allometry.trainer.state.reading import continued, data_events, read_again
@@ -191,6 +192,12 @@ class _Run:
             progress.flops = start.facts["flops"]
             progress.held_out_before.update(start.facts.get("held_out_before", {}))
         self.converted = load(start.checkpoint, state, names, self.mesh)
+        name = not_finite(state, self.mesh)
+        if name is not None:
+            raise UserError(
+                f"checkpoint {start.checkpoint}: {name} is not finite, so no step can follow; go "
+                "back to an earlier one with run.resume=step-N"
+            )
         return progress
 
     def train(
@@ -321,7 +328,7 @@ class _Run:
             facts = self.progress.facts(self.plan, self.stream, self.config.run.seed)
             return state_tensors(self.parallel, self.optimizer), facts
 
-        return Saver(writer, self.progress, state, self.timer)
+        return Saver(writer, self.progress, state, self.timer, self.mesh)
 
     def _batches(self) -> Iterator[StepInput]:
         """This rank's micro-batches, step by step."""

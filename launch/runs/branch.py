@@ -54,6 +54,11 @@ def _single(asked: Branch) -> Report:
     _check_kept(asked.run, asked.at)
     stem = Path(asked.config).stem if asked.config else "branch"
     name = asked.name or f"{asked.run.name}-{stem}-{asked.at}"
+    if Path(name).name != name or name == "..":
+        raise UserError(
+            f"--run={name} is a path, but a branch lies beside its trunk, in {asked.run.parent}; "
+            "give a name alone, or set run.folder in --config"
+        )
     folder = asked.run.parent / name
     changes = [_change(text) for text in asked.sets]
     config = describe_branch(trunk, asked.at, folder, asked.config, changes)

@@ -77,10 +77,12 @@ def _search(folder: Path, found: _Found, depth: int) -> None:
         except (UserError, OSError) as error:
             found.passed_over.append(f"{folder} is passed over: {error}.")
         return
-    # A ladder's or tree's folder has its runs apart from descriptions and logs.
-    inside = folder / "runs" if (folder / "runs").is_dir() else folder
+    inside = folder / "runs"
     try:
-        below = sorted(path for path in inside.iterdir() if path.is_dir())
+        below = sorted(path for path in folder.iterdir() if path.is_dir())
+        # A ladder's or tree's folder has its runs apart from descriptions and logs.
+        if inside in below and not any(is_run(path) for path in below):
+            below = sorted(path for path in inside.iterdir() if path.is_dir())
     except OSError as error:
         found.passed_over.append(f"{folder} is passed over: {error.strerror}.")
         return

@@ -37,4 +37,10 @@ def assign(sizes: Sequence[int], limits: Mapping[Tier, int]) -> list[Tier]:
             tiers.append(near[-place])
         else:
             tiers.append(last)
+    # What was left over by rounding goes where there is room after all, the nearest place first.
+    for number, size in enumerate(sizes):
+        for place, tier in enumerate(near):
+            if tiers[number] is last and held[place] + size <= limits[tier]:
+                held[place] += size
+                tiers[number] = tier
     return tiers

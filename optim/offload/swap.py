@@ -68,14 +68,15 @@ class SwapFile:
             if nbytes:
                 os.posix_fallocate(self._file, 0, padded(nbytes))
         except OSError as error:
-            free = ""
-            with suppress(OSError):
+            remedy = "name a folder on a local disk that can be written"
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 found = os.statvfs(self.folder)
-                free = f", {found.f_bavail * found.f_frsize / 1e9:,.1f} GB are free"
-            raise UserError(
-                f"{KEY}={folder}: {error.strerror or error} (a rank's optimizer states take "
-                f"{padded(nbytes) / 1e9:,.1f} GB there{free}); choose another folder or free space"
-            ) from None
+                remedy = (
+                    f"a rank's optimizer states take {padded(nbytes) / 2**20:,.0f} MiB there, "
+                    f"{found.f_bavail * found.f_frsize / 2**20:,.0f} MiB are free; choose another "
+                    "folder or free space"
+                )
+            raise UserError(f"{KEY}={folder}: {error.strerror or error}; {remedy}") from None
 
     def allocate(self, sizes: Sequence[int]) -> list[Region]:
         """Return regions that follow each other, for so many bytes each."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from allometry.parallel.buffers import host_buffer
 
-SLAB_BYTES = 256 * 2**20
+SLAB_BYTES, FIRST_BYTES = 256 * 2**20, 4 * 2**20
 _ALIGNMENT = 512
 
 
@@ -28,7 +28,8 @@ class HostPool:
 
     The first slab with room gives it at its lowest address, and neighbours that are free become
     one: equal steps find their memory where the first one had it, and nothing is allocated after
-    it. What is larger than a slab has one to itself. Slabs stay as long as the pool.
+    it. What is larger than a slab has one to itself. Slabs stay as long as the pool, and are as
+    large as all before, up to ``slab_bytes``, so that a small model holds little.
     """
 
     def __init__(self, device: torch.device, slab_bytes: int = SLAB_BYTES) -> None:
@@ -63,7 +64,7 @@ class HostPool:
                 if stop - start >= size:
                     free[place : place + 1] = [(start + size, stop)] if stop - start > size else []
                     return Region(self._slabs[slab][start : start + nbytes], slab, start, size)
-        whole = max(self._slab_bytes, size)
+        whole = max(min(self._slab_bytes, max(self.held_bytes, FIRST_BYTES)), size)
         self._slabs.append(host_buffer(whole, self._device))
         self._free.append([(0, whole)])
         return self.take(nbytes)

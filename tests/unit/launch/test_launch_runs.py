@@ -138,6 +138,13 @@ def test_what_is_no_run_is_passed_over_aloud(shell: Shell, tmp_path: Path) -> No
     assert "is not a folder" in shell.refusal("runs", tmp_path / "absent")
 
 
+def test_a_folder_called_runs_hides_no_other(shell: Shell, tmp_path: Path) -> None:
+    fake_run(tmp_path / "one")
+    fake_run(tmp_path / "runs" / "two")
+    listed = shell.json("runs", tmp_path)
+    assert {Path(run["folder"]).name for run in listed["runs"]} == {"one", "two"}
+
+
 def test_last_row_of_long_and_torn_rows(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     long = {"step": 1, "pad": "x" * 200_000}
@@ -251,6 +258,8 @@ REFUSED = (
     (("--at", 8, "--parallel", 2), "--parallel does not go with a single branch"),
     (("--tree", "absent.yaml"), "RUN does not go with --tree"),
     (("--at", 8, "--run", "taken"), "holds another run"),
+    (("--at", 8, "--run", "runs/branch"), "--run=runs/branch is a path"),
+    (("--at", 8, "--run", "../evil"), "--run=../evil is a path"),
 )
 
 

@@ -292,6 +292,9 @@ def test_places_are_filled_to_their_limits_and_no_further() -> None:
         assert held[Tier.DEVICE] <= near
         assert held[Tier.CPU] <= middle
         assert held[Tier.DEVICE] == min(near // 10 * 10, 200)
+    mixed = [512, *[10] * 20, 300, 512]
+    roomy = assign(mixed, {Tier.DEVICE: 350, Tier.CPU: 64 << 30, Tier.NVME: sum(mixed)})
+    assert Tier.NVME not in roomy, "the host has room for all that the device leaves"
     half = assign(sizes, {Tier.DEVICE: 100, Tier.CPU: 200})
     assert half.count(Tier.DEVICE) == 10
     assert len(set(half[:4])) == 2, "what stays and what travels alternate"

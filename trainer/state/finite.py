@@ -1,0 +1,36 @@
+"""Whether what a checkpoint holds are numbers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from allometry.parallel.mesh import Mesh, local
+from allometry.trainer.state.planners import State
+
+_TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@torch.no_grad()
+def not_finite(state: State, mesh: Mesh) -> str | None:
+    """Return the name of a tensor with an infinity or a NaN on any rank, the same on all of them.
+
+    None: there is none, of those in memory and in a type of 16 bits or more (scales of FP8 states
+    are). A step is checked by its loss and gradients, and what its update makes only by the next.
+    """
+    named = [(name, _part(each)) for name, each in state.items()]
+    floats = [(name, part) for name, part in named if part is not None and part.dtype in _TYPES]
+    found = None
+    by_device: dict[torch.device, list[tuple[str, Tensor]]] = {}
+    for name, part in floats:
+        by_device.setdefault(part.device, []).append((name, part.isfinite().all()))
+    for flags in by_device.values():
+        fine = torch.stack([flag for _, flag in flags]).tolist()
+        found = found or next(
+            (name for (name, _), good in zip(flags, fine, strict=True) if not good), None
+        )
+    return next((name for name in mesh.gather_objects(found) if name is not None), None)
+
+
+def _part(value: object) -> Tensor | None:
+    return local(value) if isinstance(value, Tensor) else None
