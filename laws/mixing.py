@@ -21,6 +21,8 @@ Array = NDArray[np.float64]
 STEP = 1e-6
 """Step of the forward differences, in shares."""
 PRECISION = 1e-10
+KEPT = 1e-6
+"""Share by which a loss may be above its bound, from rounding."""
 
 
 class Predictor(Protocol):
@@ -52,6 +54,7 @@ def optimal_mixture(
     least: Mapping[str, float] | None = None,
     most: Mapping[str, float] | None = None,
     at: Mapping[str, float] | None = None,
+    bounds: Mapping[str, float] | None = None,
     starts: int = 16,
     seed: int = 0,
 ) -> Mixture:
@@ -60,10 +63,11 @@ def optimal_mixture(
     ``laws``: a fit for each validation set, which reads columns ``domains``; ``weights``: by
     validation set (one each if absent), not negative; ``least`` and ``most``: bounds of some
     domains (0 and 1 else; ``most`` = U/D keeps a domain of U tokens from being repeated); ``at``:
-    other columns that the laws read (N, D), the same for every mixture. Sequential least squares
+    other columns that the laws read (N, D), the same for every mixture; ``bounds``: the most that
+    the loss of some validation sets may be. Sequential least squares
     from points spread over the simplex: sums of mixing_exponential laws are convex, so all starts
     agree; other laws may have several minima. Raises UserError if a name is unknown, a weight
-    negative, or no mixture keeps the bounds.
+    negative, or no mixture that is found keeps the bounds.
     """
     from scipy.optimize import minimize
 
@@ -77,7 +81,20 @@ def optimal_mixture(
         total_n = weight_V @ _losses(laws, domains, at, np.clip(shares_K, 0.0, 1.0) + steps)
         return float(total_n[0]), (total_n[1:] - total_n[0]) / STEP
 
-    sum_to_one = {"type": "eq", "fun": lambda r: r.sum() - 1.0, "jac": np.ones_like}
+    limits = dict(bounds or {})
+    held, most_V = list(limits), np.array(list(limits.values()), np.float64)
+    for name in held:
+        if name not in laws:
+            raise UserError(f"bounds names {name!r}, which is none of the laws {', '.join(laws)}")
+    bounded = {name: laws[name] for name in held}
+
+    def slack(shares_K: Array) -> Array:
+        return most_V - _losses(bounded, domains, at, np.clip(shares_K, 0.0, 1.0)[None])[:, 0]
+
+    constraints: list[dict[str, Any]] = [
+        {"type": "eq", "fun": lambda r: r.sum() - 1.0, "jac": np.ones_like}
+    ]
+    constraints += [{"type": "ineq", "fun": slack}] if held else []
     random, optima = np.random.default_rng(seed), []
     for number in range(starts):
         even = np.ones(len(domains))
@@ -88,12 +105,19 @@ def optimal_mixture(
             jac=True,
             method="SLSQP",
             bounds=list(zip(low_K, high_K, strict=True)),
-            constraints=[sum_to_one],
+            constraints=constraints,
             options={"maxiter": 500, "ftol": PRECISION},
         )
         end_K = into_simplex(np.asarray(result.x, np.float64), low_K, high_K)
         each_V = _losses(laws, domains, at, end_K[None])[:, 0]
+        if held and (slack(end_K) < -KEPT * most_V).any():
+            continue
         optima.append((float(weight_V @ each_V), end_K, each_V))
+    if not optima:
+        said = ", ".join(f"{name} at most {most:.4f}" for name, most in limits.items())
+        raise UserError(
+            f"no mixture within the shares keeps {said}; allow more or widen the shares"
+        )
     loss, shares_K, each_V = min(optima, key=lambda one: one[0])
     shares = dict(zip(domains, shares_K.tolist(), strict=True))
     losses = dict(zip(laws, each_V.tolist(), strict=True))
@@ -144,8 +168,15 @@ def mixture_intervals(
     best_BK = []
     for index in range(max(number, 1)):
         laws = {name: Sample(bootstrap, index) for name, bootstrap in bootstraps.items()}
-        best = optimal_mixture(laws, domains, **{"starts": 1, **options})
+        try:
+            best = optimal_mixture(laws, domains, **{"starts": 1, **options})
+        except UserError:
+            if not options.get("bounds"):
+                raise
+            continue  # a sample whose laws keep the bounds nowhere
         best_BK.append(list(best.shares.values()))
+    if 2 * len(best_BK) < number:
+        raise UserError(f"only {len(best_BK)} of {number} samples have a mixture within the bounds")
     tail = (1.0 - level) / 2.0
     low_K, high_K = np.quantile(best_BK, [tail, 1.0 - tail], axis=0)
     return {d: (float(low_K[i]), float(high_K[i])) for i, d in enumerate(domains)}
