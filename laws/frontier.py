@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,7 +70,12 @@ class DCpt:
                 drawn[which] = one.predictions(inputs)
         return Frontier(shares_S, predicted, low, high, drawn)
 
-    @cached_property
+    @property
+    def alpha(self) -> float:
+        """Return the exponent of N of the general loss."""
+        return self.fits["general"].values["alpha"]
+
+    @property
     def span(self) -> tuple[float, float]:
         """The least and the largest share of the domain that was run."""
         return float(self.rows["r"].min()), float(self.rows["r"].max())

@@ -57,10 +57,11 @@ class ReplayRows:
             return []
         return [name for name in (*self.new, *self.old) if self.ends[f"r/{name}"].any()]
 
-    def start_at(self, size: float) -> float:
+    def start_at(self, size: float, alpha: float) -> float:
         """Return the general loss before the training of a model of this size.
 
-        Of a size that was not run: by a power law through those that were.
+        Of a size that was not run: by ``e + a / N^alpha`` through those that were, with the
+        ``alpha`` of the general loss's law.
         """
         sizes = self.sizes
         means = [float(self.rows["start"][self.rows["N"] == one].mean()) for one in sizes]
@@ -68,8 +69,8 @@ class ReplayRows:
             return means[sizes.index(size)]
         if len(sizes) == 1:
             return means[0]
-        slope, level = np.polyfit(np.log(sizes), np.log(means), 1)
-        return float(np.exp(level + slope * np.log(size)))
+        slope, level = np.polyfit(np.power(sizes, -alpha), means, 1)
+        return float(level + slope * size**-alpha)
 
 
 def replay_table(

@@ -52,7 +52,7 @@ def chosen(asked: MixReplay) -> Report:
     size, tokens = _target(asked, read.rows)
     laws = fit_d_cpt(read.rows, bootstraps=asked.bootstraps, seed=asked.seed)
     held, notes = held_out(read.rows, asked.seed)
-    start = read.start_at(size)
+    start = read.start_at(size, laws.alpha)
     limit = start * (1.0 + asked.rise / 100.0)
     frontier = laws.at(np.linspace(*laws.span, GRID), size, tokens)
     place = frontier.best(limit)
@@ -164,7 +164,7 @@ def _critical(
 ) -> dict[str, Any]:
     """The critical ratio at the target by D-CPT, and by CMR for each size that was run."""
     frontier = laws.at(np.linspace(*laws.span, GRID), size, tokens)
-    limit = read.start_at(size) + asked.bound
+    limit = read.start_at(size, laws.alpha) + asked.bound
     try:
         share = float(frontier.shares_S[frontier.best(limit)])
         ends = frontier.best_interval(limit, LEVEL) or (None, None)
@@ -237,8 +237,8 @@ def _warnings(facts: Mapping[str, Any], laws: DCpt, frontier: Frontier, place: i
     found += [w for w in laws.fits["domain"].warnings_for(rows) if not w.startswith("r=")]
     if facts["at"]["N"] not in facts["sizes"]:
         found.append(
-            f"the general loss before, {facts['start']:.4f}, is that of a power law through the "
-            "sizes that were run; give the model's own with --start"
+            f"the general loss before, {facts['start']:.4f}, is from those of the sizes "
+            "that were run, by the exponent of N; give the model's own with --start"
         )
     held = [f"{name} = {value:g}" for name, value in laws.fixed.items()]
     if held:

@@ -32,7 +32,7 @@ def of_sources(asked: MixReplay, read: ReplayRows) -> dict[str, Any] | None:
     size = ends["N"].max()
     tokens = ends["D"][ends["N"] == size].max()
     rows = ends.take((ends["N"] == size) & (ends["D"] >= (1.0 - ALIKE) * tokens))
-    limit = read.start_at(float(size)) * (1.0 + asked.rise / 100.0)
+    limit = float(rows["start"].mean()) * (1.0 + asked.rise / 100.0)
     facts = {"at": {"N": float(size), "D": float(tokens)}, "runs": len(rows), "limit": limit}
     names = [f"r/{name}" for name in sources]
     form = form_named(f"mixing_exponential:{','.join(names)}")
