@@ -13,6 +13,7 @@ from allometry.launch.command import Report
 from allometry.launch.figures.drawing import check_format, draw
 from allometry.launch.laws.commands import MixReplay
 from allometry.launch.laws.continual import HORIZONS, by_ratio, fit_of, law_of
+from allometry.launch.laws.fit import FEW_GROUPS
 from allometry.launch.laws.predict import LEVEL
 from allometry.launch.laws.replay_figure import frontier_figure
 from allometry.launch.laws.replay_mixture import of_sources
@@ -249,6 +250,9 @@ def _warnings(facts: Mapping[str, Any], laws: DCpt, frontier: Frontier, place: i
         found.append(
             f"the bound does not decide: {frontier.shares_S[-1]:g} is the largest share run"
         )
+    groups = len(set(laws.rows.groups))
+    if laws.samples and groups < FEW_GROUPS:
+        found.append(f"intervals rest on {groups} cells of N and ratio and are rough; add runs")
     if not laws.samples:
         found.append("no intervals: they take bootstraps of two cells or more")
     return found

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from allometry.configs.loader import load
+from allometry.configs.run import RunConfig
+from allometry.launch.laws.commands import MixReplay
+from allometry.launch.laws.replay_mixture import of_sources
 from allometry.launch.laws.replay_text import repetition_words
 from allometry.laws.fit.engine import predict
 from allometry.laws.observations import Observations
 from allometry.laws.registry import form_named
+from allometry.laws.replay import ReplayRows
+from allometry.trainer.train import train
 from fake_runs import fake_run
 from shell import Shell
 
@@ -239,3 +247,63 @@ def test_what_runs_do_not_say_is_one_sentence(shell: Shell, runs: Path) -> None:
     changed = json.dumps([{"after_tokens": 512, "ratio": 0.1}])
     cpt(runs / "later2", 0.4, 32, f"data.replay.changes={changed}")
     assert "changes its mixture on the way" in shell.refusal("mix", runs, "--start", 2.5)
+
+
+def test_more_than_two_sources_have_the_shares_of_the_least_domain_loss() -> None:
+    """Two new sources and an old one, whose losses are known exponentials of the shares."""
+    names, rng = ("new", "chat", "web"), np.random.default_rng(0)
+    shares = rng.dirichlet(np.ones(3), 24)
+
+    def losses(r: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return 1.0 + np.exp(r @ [-2.0, -0.5, 0.3]), 1.5 + np.exp(r @ [0.4, 0.2, -1.5])
+
+    domain, general = losses(shares)
+    noise = np.exp(2e-4 * rng.standard_normal((2, 24)))
+    columns = {f"r/{name}": share for name, share in zip(names, shares.T, strict=True)}
+    columns |= {"domain": domain * noise[0], "general": general * noise[1]}
+    full = np.ones(24)
+    ends = Observations.of({**columns, "N": 1e6 * full, "D": 1e8 * full, "start": 2.2 * full})
+    read = ReplayRows(ends, ends, {"new": 0.5, "chat": 0.5}, {"web": 1.0})
+    found = of_sources(MixReplay(sources=(), rise=5.0, bootstraps=20), read)
+    assert found is not None
+    grid = rng.dirichlet(np.ones(3), 200_000)
+    grid_domain, grid_general = losses(grid)
+    inside = (grid_general <= 2.2 * 1.05) & (grid >= shares.min(0)).all(1)
+    inside &= (grid <= shares.max(0)).all(1)
+    exact = grid[np.argmin(np.where(inside, grid_domain, np.inf))]
+    for name, share in zip(names, exact, strict=True):
+        one = found["shares"][name]
+        assert one["share"] == pytest.approx(share, abs=0.02)
+        assert one["low"] - 0.02 <= share <= one["high"] + 0.02
+    assert found["losses"]["general"] == pytest.approx(2.2 * 1.05, abs=1e-4)
+    few = ReplayRows(ends.take(range(3)), ends.take(range(3)), read.new, read.old)
+    refused = of_sources(MixReplay(sources=(), rise=5.0, bootstraps=0), few)
+    assert refused is not None
+    assert "add runs" in refused["why"]
+    assert of_sources(MixReplay(sources=()), ReplayRows(ends)) is None
+
+
+def test_branches_of_a_real_trunk(
+    shell: Shell, tiny: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """Rows begin where the branch does, and the trunk is left out."""
+    trunk, stable = tmp_path / "runs" / "trunk", "schedule={kind: constant, warmup_steps: 3}"
+    config = tiny(stable, "checkpoint.keep_steps=[8]", "data.sources.0.weight=0",
+                  "training.total_steps=8", folder=trunk)  # fmt: skip
+    cpu = torch.device("cpu")
+    train(config, device=cpu, callbacks=[])
+    for ratio in (0.1, 0.5, 0.8):
+        replay = json.dumps({"ratio": ratio, "sources": ["down"]})
+        words = ("--set", "data.sources.0.weight=1", "--set", f"data.replay={replay}")
+        words = (*words, "--set", "training.total_steps=16", "--set", "evaluation.every_steps=1")
+        said = shell.json("branch", trunk, "--at", 8, "--run", f"b{ratio}", *words)
+        train(load(said["config"]), device=cpu, callbacks=[])
+    facts = shell.json("mix", tmp_path / "runs", "--rise", 80, "--bootstraps", 0)
+    assert (facts["new"], facts["old"]) == (["up"], ["down"])
+    assert [facts["frontier"][0]["share"], facts["frontier"][-1]["share"]] == [0.2, 0.9]
+    assert facts["at"]["D"] == 8 * 256  # of the branch alone
+    assert facts["rows"] == 3 * 8
+    events = (tmp_path / "runs" / "b0.5" / "events.jsonl").read_text().splitlines()
+    (before,) = [e for e in map(json.loads, events) if e["event"] == "held_out_before"]
+    assert facts["start"] == pytest.approx(before["losses"]["down"])
+    assert any("others branch from there" in one for one in facts["warnings"])
