@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,7 +22,7 @@ STEP = 1e-6
 """Step of the forward differences, in shares."""
 PRECISION = 1e-10
 KEPT = 1e-6
-"""Share by which a loss may be above its bound, from rounding."""
+"""What a loss may be above its bound by, from rounding."""
 
 
 class Predictor(Protocol):
@@ -82,19 +82,11 @@ def optimal_mixture(
         return float(total_n[0]), (total_n[1:] - total_n[0]) / STEP
 
     limits = dict(bounds or {})
-    held, most_V = list(limits), np.array(list(limits.values()), np.float64)
-    for name in held:
-        if name not in laws:
-            raise UserError(f"bounds names {name!r}, which is none of the laws {', '.join(laws)}")
-    bounded = {name: laws[name] for name in held}
-
-    def slack(shares_K: Array) -> Array:
-        return most_V - _losses(bounded, domains, at, np.clip(shares_K, 0.0, 1.0)[None])[:, 0]
-
+    slack = _slack(laws, domains, at, limits)
     constraints: list[dict[str, Any]] = [
         {"type": "eq", "fun": lambda r: r.sum() - 1.0, "jac": np.ones_like}
     ]
-    constraints += [{"type": "ineq", "fun": slack}] if held else []
+    constraints += [{"type": "ineq", "fun": slack}] if limits else []
     random, optima = np.random.default_rng(seed), []
     for number in range(starts):
         even = np.ones(len(domains))
@@ -110,7 +102,7 @@ def optimal_mixture(
         )
         end_K = into_simplex(np.asarray(result.x, np.float64), low_K, high_K)
         each_V = _losses(laws, domains, at, end_K[None])[:, 0]
-        if held and (slack(end_K) < -KEPT * most_V).any():
+        if (slack(end_K) < -KEPT).any():
             continue
         optima.append((float(weight_V @ each_V), end_K, each_V))
     if not optima:
@@ -123,6 +115,27 @@ def optimal_mixture(
     losses = dict(zip(laws, each_V.tolist(), strict=True))
     agreeing = sum(one[0] <= loss + 1e-6 * abs(loss) for one in optima)
     return Mixture(shares, loss, losses, agreeing, starts)
+
+
+def _slack(
+    laws: Mapping[str, Predictor],
+    domains: Sequence[str],
+    at: Mapping[str, float] | None,
+    limits: Mapping[str, float],
+) -> Callable[[Array], Array]:
+    """How far shares [K] keep each of these losses below its limit."""
+    for name in limits:
+        if name not in laws:
+            raise UserError(f"bounds names {name!r}, which is none of the laws {', '.join(laws)}")
+    bounded = {name: laws[name] for name in limits}
+    most_V = np.array(list(limits.values()), np.float64)
+
+    def slack(shares_K: Array) -> Array:
+        if not bounded:
+            return most_V
+        return most_V - _losses(bounded, domains, at, np.clip(shares_K, 0.0, 1.0)[None])[:, 0]
+
+    return slack
 
 
 def _losses(

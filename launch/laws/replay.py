@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 import numpy as np
@@ -23,7 +23,16 @@ from allometry.launch.text import finite
 from allometry.laws.collect import COUNTS, Unfinished
 from allometry.laws.continual import critical_mixture_ratio, critical_shares
 from allometry.laws.fit.store import load_fit
-from allometry.laws.frontier import GRID, LOSSES, DCpt, Frontier, fit_d_cpt, held_out, repeated
+from allometry.laws.frontier import (
+    GRID,
+    LOSSES,
+    DCpt,
+    Frontier,
+    Held,
+    fit_d_cpt,
+    held_out,
+    repeated,
+)
 from allometry.laws.observations import Observations
 from allometry.laws.replay import ReplayRows, replay_runs, replay_table
 from allometry.laws.tables import is_table
@@ -74,24 +83,7 @@ def chosen(asked: MixReplay) -> Report:
         "domain": best["domain"],
         "frontier": [_at(frontier, int(i)) for i in np.linspace(0, GRID - 1, SHOWN).round()],
         "critical": _critical(asked, read, laws, size, tokens),
-        "laws": {
-            which: {
-                "parameters": dict(laws.fits[which].values),
-                "fixed": dict(laws.fixed),
-                "r_squared": finite(laws.r_squared(which)),
-                "loose": list(laws.fits[which].certificate.loose),
-            }
-            for which in LOSSES
-        },
-        "held_out": [
-            {
-                "what": one.what,
-                "rows": len(one.general_n),
-                "general": float(np.abs(one.general_n).max()),
-                "domain": float(np.abs(one.domain_n).max()),
-            }
-            for one in held
-        ],
+        **_quality(laws, held),
         "repetition": _repetition(asked, read, best["share"] * tokens, half_life),
         "mixture": of_sources(asked, read),
         "level": LEVEL,
@@ -101,6 +93,29 @@ def chosen(asked: MixReplay) -> Report:
         draw(frontier_figure(read, laws, facts), asked.out)
         facts["picture"] = str(asked.out)
     return Report(facts, text_of(facts))
+
+
+def _quality(laws: DCpt, held: Sequence[Held]) -> dict[str, Any]:
+    """The laws' parameters, how well they fit, and how well they predict what was held out."""
+    fitted = {
+        which: {
+            "parameters": dict(laws.fits[which].values),
+            "fixed": dict(laws.fixed),
+            "r_squared": finite(laws.r_squared(which)),
+            "loose": list(laws.fits[which].certificate.loose),
+        }
+        for which in LOSSES
+    }
+    errors = [
+        {
+            "what": one.what,
+            "rows": len(one.general_n),
+            "general": float(np.abs(one.general_n).max()),
+            "domain": float(np.abs(one.domain_n).max()),
+        }
+        for one in held
+    ]
+    return {"laws": fitted, "held_out": errors}
 
 
 def _read(asked: MixReplay) -> ReplayRows:
