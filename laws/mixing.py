@@ -64,10 +64,9 @@ def optimal_mixture(
     validation set (one each if absent), not negative; ``least`` and ``most``: bounds of some
     domains (0 and 1 else; ``most`` = U/D keeps a domain of U tokens from being repeated); ``at``:
     other columns that the laws read (N, D), the same for every mixture; ``bounds``: the most that
-    the loss of some validation sets may be. Sequential least squares
-    from points spread over the simplex: sums of mixing_exponential laws are convex, so all starts
-    agree; other laws may have several minima. Raises UserError if a name is unknown, a weight
-    negative, or no mixture that is found keeps the bounds.
+    the loss of some validation sets may be. Sequential least squares from points spread over the
+    simplex: sums of mixing_exponential laws are convex, so all starts agree; other laws may have
+    several minima. Raises UserError: a name is unknown, a weight negative, or no mixture is found.
     """
     from scipy.optimize import minimize
 
@@ -81,15 +80,9 @@ def optimal_mixture(
         total_n = weight_V @ _losses(laws, domains, at, np.clip(shares_K, 0.0, 1.0) + steps)
         return float(total_n[0]), (total_n[1:] - total_n[0]) / STEP
 
-    limits = dict(bounds or {})
-    slack = _slack(laws, domains, at, limits)
-    constraints: list[dict[str, Any]] = [
-        {"type": "eq", "fun": lambda r: r.sum() - 1.0, "jac": np.ones_like}
-    ]
-    constraints += [{"type": "ineq", "fun": slack}] if limits else []
-    random, optima = np.random.default_rng(seed), []
+    slack, constraints = _constraints(laws, domains, at, bounds or {})
+    random, optima, even = np.random.default_rng(seed), [], np.ones(len(domains))
     for number in range(starts):
-        even = np.ones(len(domains))
         start_K = even / len(domains) if number == 0 else random.dirichlet(even)
         result = minimize(
             value_and_slopes,
@@ -106,10 +99,8 @@ def optimal_mixture(
             continue
         optima.append((float(weight_V @ each_V), end_K, each_V))
     if not optima:
-        said = ", ".join(f"{name} at most {most:.4f}" for name, most in limits.items())
-        raise UserError(
-            f"no mixture within the shares keeps {said}; allow more or widen the shares"
-        )
+        said = ", ".join(f"{name} at most {most:.4f}" for name, most in (bounds or {}).items())
+        raise UserError(f"no mixture within the shares keeps {said}; allow more or widen them")
     loss, shares_K, each_V = min(optima, key=lambda one: one[0])
     shares = dict(zip(domains, shares_K.tolist(), strict=True))
     losses = dict(zip(laws, each_V.tolist(), strict=True))
@@ -117,13 +108,13 @@ def optimal_mixture(
     return Mixture(shares, loss, losses, agreeing, starts)
 
 
-def _slack(
+def _constraints(
     laws: Mapping[str, Predictor],
     domains: Sequence[str],
     at: Mapping[str, float] | None,
     limits: Mapping[str, float],
-) -> Callable[[Array], Array]:
-    """How far shares [K] keep each of these losses below its limit."""
+) -> tuple[Callable[[Array], Array], list[dict[str, Any]]]:
+    """How far shares [K] keep these losses below their limits; and all constraints of a search."""
     for name in limits:
         if name not in laws:
             raise UserError(f"bounds names {name!r}, which is none of the laws {', '.join(laws)}")
@@ -135,7 +126,8 @@ def _slack(
             return most_V
         return most_V - _losses(bounded, domains, at, np.clip(shares_K, 0.0, 1.0)[None])[:, 0]
 
-    return slack
+    one: dict[str, Any] = {"type": "eq", "fun": lambda r: r.sum() - 1.0, "jac": np.ones_like}
+    return slack, [one, {"type": "ineq", "fun": slack}] if bounded else [one]
 
 
 def _losses(
