@@ -32,9 +32,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("trees/continual"))
     parser.add_argument("--widths", type=int, nargs="+", default=[32, 48, 64])
     parser.add_argument("--trunk-steps", type=int, default=800)
-    parser.add_argument("--steps", type=int, default=400, help="of each continuation")
+    parser.add_argument("--steps", type=int, default=500, help="of each continuation")
     parser.add_argument("--rise", type=float, default=3.0, help="percent of general loss to pay")
     parser.add_argument("--bound", type=float, default=0.05, help="of the critical ratio, nats")
+    parser.add_argument("--skip", type=float, default=0.4, help="of each run, before its first row")
     parser.add_argument("--parallel", type=int, default=2)
     asked = parser.parse_args()
     if not (STORE / "tokenizer.json").is_file():
@@ -101,20 +102,28 @@ def check(asked: argparse.Namespace, replay: float, found: dict[str, Any]) -> di
         train(asked, width, (*REPLAY, replay))
     run = folder(asked, width) / "runs" / name_of(replay)
     rows = replay_runs([run], ends=True).rows
+    predicted = found["critical"]["d_cpt"]
     return {
         "run": str(run),
         "replay": replay,
-        "bound": found["critical"]["bound"],
         "rise of the general loss": float(rows["general"][0] - rows["start"][0]),
-        "general loss": float(rows["general"][0]),
-        "domain loss": float(rows["domain"][0]),
+        "predicted rise": found["critical"]["bound"],
+        **{
+            f"{kind} loss": {
+                "predicted": predicted[kind]["value"],
+                "measured": float(rows[kind][0]),
+                "error in percent": 100 * (predicted[kind]["value"] / float(rows[kind][0]) - 1),
+            }
+            for kind in ("general", "domain")
+        },
     }
 
 
 def mix(asked: argparse.Namespace, *options: object) -> dict[str, Any]:
     """Ask for the ratio, by the runs at the declared ratios; print what is said."""
     runs = [folder(asked, w) / "runs" / name_of(ratio) for w in asked.widths for ratio in REPLAY]
-    command = ("mix", *runs, "--rise", asked.rise, "--bound", asked.bound, *options)
+    command = ("mix", *runs, "--rise", asked.rise, "--bound", asked.bound)
+    command = (*command, "--skip", asked.skip, *options)
     allometry(*command)
     said = allometry(*command, "--json", capture=True)
     found: dict[str, Any] = json.loads(said)

@@ -182,9 +182,9 @@ def _critical(
     frontier = laws.at(np.linspace(*laws.span, GRID), size, tokens)
     limit = read.start_at(size, laws.alpha) + asked.bound
     try:
-        share = float(frontier.shares_S[frontier.best(limit)])
+        at = _at(frontier, frontier.best(limit))
         ends = frontier.best_interval(limit, LEVEL) or (None, None)
-        d_cpt: dict[str, Any] = {"ratio": share, "low": ends[0], "high": ends[1]}
+        d_cpt: dict[str, Any] = {"ratio": at.pop("share"), "low": ends[0], "high": ends[1], **at}
     except UserError as error:
         d_cpt = {"ratio": None, "why": str(error)}
     cmr: list[dict[str, Any]] = []

@@ -311,3 +311,13 @@ def test_branches_of_a_real_trunk(
     (before,) = [e for e in map(json.loads, events) if e["event"] == "held_out_before"]
     assert facts["start"] == pytest.approx(before["losses"]["down"])
     assert any("others branch from there" in one for one in facts["warnings"])
+
+
+def test_the_example_describes_runs() -> None:
+    """Of each of its widths; what it trains and asks is run by hand, for minutes."""
+    base = Path(__file__).resolve().parents[3] / "examples" / "continual" / "base.yaml"
+    for width in (32, 48, 64):
+        more = [f"model.width={width}", f"model.ffn_width={3 * width}", "data.sources.1.weight=1"]
+        config = load(base, [*more, "data.replay={ratio: 0.1, sources: [python-code]}"])
+        assert config.schedule.kind == "constant"
+        assert config.data.replay is not None
