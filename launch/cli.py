@@ -8,6 +8,8 @@ import warnings
 from typing import Any
 
 import typer
+from typer.core import TyperGroup
+from typing_extensions import override
 
 from allometry.configs.errors import UserError
 from allometry.launch.command import Command, register
@@ -47,6 +49,7 @@ COMMANDS: Commands = {
     "laws": (laws.Laws, "laws.list:listed"),
 }
 MIX: Commands = {
+    "replay": (laws.MixReplay, "laws.replay:chosen"),
     "best": (laws.MixBest, "laws.mix:best"),
     "ratio": (laws.MixRatio, "laws.continual:ratio"),
     "critical": (laws.MixCritical, "laws.continual:critical"),
@@ -58,6 +61,17 @@ LADDER: Commands = {
     "predict": (ladder.Predict, "studies.ladder.work:predict"),
 }
 
+
+class Mix(TyperGroup):
+    """``mix RUNS...`` is ``mix replay RUNS...``."""
+
+    @override
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in (*self.commands, *self.get_help_option_names(ctx)):
+            args = ["replay", *args]
+        return super().parse_args(ctx, args)
+
+
 app = typer.Typer(
     name="allometry",
     help="Pretrain language models whose hyperparameters, losses and layouts scale.",
@@ -67,7 +81,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 _ladder = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
-_mix = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+_mix = typer.Typer(cls=Mix, no_args_is_help=True, rich_markup_mode=None)
 for _app, _commands in ((app, COMMANDS), (_ladder, LADDER), (_mix, MIX)):
     for _name, (_command, _work) in _commands.items():
         register(_app, _name, _command, f"allometry.launch.{_work}")

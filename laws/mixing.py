@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,6 +21,8 @@ Array = NDArray[np.float64]
 STEP = 1e-6
 """Step of the forward differences, in shares."""
 PRECISION = 1e-10
+KEPT = 1e-6
+"""What a loss may be above its bound by, from rounding."""
 
 
 class Predictor(Protocol):
@@ -52,6 +54,7 @@ def optimal_mixture(
     least: Mapping[str, float] | None = None,
     most: Mapping[str, float] | None = None,
     at: Mapping[str, float] | None = None,
+    bounds: Mapping[str, float] | None = None,
     starts: int = 16,
     seed: int = 0,
 ) -> Mixture:
@@ -60,10 +63,10 @@ def optimal_mixture(
     ``laws``: a fit for each validation set, which reads columns ``domains``; ``weights``: by
     validation set (one each if absent), not negative; ``least`` and ``most``: bounds of some
     domains (0 and 1 else; ``most`` = U/D keeps a domain of U tokens from being repeated); ``at``:
-    other columns that the laws read (N, D), the same for every mixture. Sequential least squares
-    from points spread over the simplex: sums of mixing_exponential laws are convex, so all starts
-    agree; other laws may have several minima. Raises UserError if a name is unknown, a weight
-    negative, or no mixture keeps the bounds.
+    other columns that the laws read (N, D), the same for every mixture; ``bounds``: the most that
+    the loss of some validation sets may be. Sequential least squares from points spread over the
+    simplex: sums of mixing_exponential laws are convex, so all starts agree; other laws may have
+    several minima. Raises UserError: a name is unknown, a weight negative, or no mixture is found.
     """
     from scipy.optimize import minimize
 
@@ -77,10 +80,9 @@ def optimal_mixture(
         total_n = weight_V @ _losses(laws, domains, at, np.clip(shares_K, 0.0, 1.0) + steps)
         return float(total_n[0]), (total_n[1:] - total_n[0]) / STEP
 
-    sum_to_one = {"type": "eq", "fun": lambda r: r.sum() - 1.0, "jac": np.ones_like}
-    random, optima = np.random.default_rng(seed), []
+    slack, constraints = _constraints(laws, domains, at, bounds or {})
+    random, optima, even = np.random.default_rng(seed), [], np.ones(len(domains))
     for number in range(starts):
-        even = np.ones(len(domains))
         start_K = even / len(domains) if number == 0 else random.dirichlet(even)
         result = minimize(
             value_and_slopes,
@@ -88,17 +90,44 @@ def optimal_mixture(
             jac=True,
             method="SLSQP",
             bounds=list(zip(low_K, high_K, strict=True)),
-            constraints=[sum_to_one],
+            constraints=constraints,
             options={"maxiter": 500, "ftol": PRECISION},
         )
         end_K = into_simplex(np.asarray(result.x, np.float64), low_K, high_K)
         each_V = _losses(laws, domains, at, end_K[None])[:, 0]
+        if (slack(end_K) < -KEPT).any():
+            continue
         optima.append((float(weight_V @ each_V), end_K, each_V))
+    if not optima:
+        said = ", ".join(f"{name} at most {most:.4f}" for name, most in (bounds or {}).items())
+        raise UserError(f"no mixture within the shares keeps {said}; allow more or widen them")
     loss, shares_K, each_V = min(optima, key=lambda one: one[0])
     shares = dict(zip(domains, shares_K.tolist(), strict=True))
     losses = dict(zip(laws, each_V.tolist(), strict=True))
     agreeing = sum(one[0] <= loss + 1e-6 * abs(loss) for one in optima)
     return Mixture(shares, loss, losses, agreeing, starts)
+
+
+def _constraints(
+    laws: Mapping[str, Predictor],
+    domains: Sequence[str],
+    at: Mapping[str, float] | None,
+    limits: Mapping[str, float],
+) -> tuple[Callable[[Array], Array], list[dict[str, Any]]]:
+    """How far shares [K] keep these losses below their limits; and all constraints of a search."""
+    for name in limits:
+        if name not in laws:
+            raise UserError(f"bounds names {name!r}, which is none of the laws {', '.join(laws)}")
+    bounded = {name: laws[name] for name in limits}
+    most_V = np.array(list(limits.values()), np.float64)
+
+    def slack(shares_K: Array) -> Array:
+        if not bounded:
+            return most_V
+        return most_V - _losses(bounded, domains, at, np.clip(shares_K, 0.0, 1.0)[None])[:, 0]
+
+    one: dict[str, Any] = {"type": "eq", "fun": lambda r: r.sum() - 1.0, "jac": np.ones_like}
+    return slack, [one, {"type": "ineq", "fun": slack}] if bounded else [one]
 
 
 def _losses(
@@ -144,8 +173,15 @@ def mixture_intervals(
     best_BK = []
     for index in range(max(number, 1)):
         laws = {name: Sample(bootstrap, index) for name, bootstrap in bootstraps.items()}
-        best = optimal_mixture(laws, domains, **{"starts": 1, **options})
+        try:
+            best = optimal_mixture(laws, domains, **{"starts": 1, **options})
+        except UserError:
+            if not options.get("bounds"):
+                raise
+            continue  # a sample whose laws keep the bounds nowhere
         best_BK.append(list(best.shares.values()))
+    if 2 * len(best_BK) < number:
+        raise UserError(f"only {len(best_BK)} of {number} samples have a mixture within the bounds")
     tail = (1.0 - level) / 2.0
     low_K, high_K = np.quantile(best_BK, [tail, 1.0 - tail], axis=0)
     return {d: (float(low_K[i]), float(high_K[i])) for i, d in enumerate(domains)}

@@ -165,6 +165,45 @@ class Sweeps(Command):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MixReplay(Command):
+    """Choose the ratio of replay by laws of small runs: D-CPT, CMR, repetition (`mix RUNS...`).
+
+    RUNS go on from one model of each size with new data and old (data.replay) at several ratios;
+    or tables with N, D, r (the new domain's share), domain, general and start (held-out losses).
+    """
+
+    sources: tuple[str, ...] = argument(
+        "run folders, folders of them, or tables (.csv, .tsv, .jsonl; .gz)", paths=True
+    )
+    domain: tuple[str, ...] = option(
+        "a new source; default: all that data.replay does not name; repeat for more", ()
+    )
+    rise: float = option("percent that the general loss may be above its start", 3.0)
+    inputs: tuple[str, ...] = option(
+        "N=VALUE, D=VALUE: the run to choose for; default: the largest that was run", (), "--with"
+    )
+    bound: float = option("rise of the general loss at the critical ratio, nats per token", 0.05)
+    start: float | None = option("general loss before, where runs or tables do not say it")
+    ends: bool = option("rows are the ends of runs alone; default: all held-out losses", False)
+    skip: float = option("share of a run's tokens before its first row", 0.1)
+    count: str | None = option("of runs: N is non_embedding (default), total or with_head")
+    unfinished: str | None = option("of runs: refuse (default) or skip those that did not finish")
+    mapping: tuple[str, ...] = option(
+        "of tables: N=COLUMN or arithmetic, 'r=1-replay'; repeat for more", (), "--map"
+    )
+    where: tuple[str, ...] = option("of tables: rows to take; repeat for more", ())
+    unique: float | None = option(
+        "tokens of the new domain that there are; default: those of the runs' store"
+    )
+    repetition: Path | None = option(
+        "a fit of data_constrained, whose R_D is taken; default: the published one (C4)"
+    )
+    bootstraps: int = option("samples for intervals; 0: none", 100, min=0)
+    seed: int = option("of starts and samples", 0, min=0)
+    out: Path | None = option("picture of the frontier: .png, .svg or .pdf", None, "-o")
+
+
+@dataclass(frozen=True, kw_only=True)
 class MixBest(Command):
     """Say which shares of the domains reach the least (weighted) loss, with intervals."""
 

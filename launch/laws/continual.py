@@ -142,15 +142,15 @@ def critical(asked: MixCritical) -> Report:
     if min(horizons) <= 0.0 or not asked.bound > 0.0:
         raise UserError("--tokens and --bound must be positive numbers")
     rows = rows_with(asked.rows, ("D", "r", "dloss"), ("D",), curve=asked.rows.curves)
-    groups = _by_ratio(rows)
-    fits = {share: _fit_of(share, part, asked.seed) for share, part in groups.items()}
+    groups = by_ratio(rows)
+    fits = {share: fit_of(share, part, asked.seed) for share, part in groups.items()}
     within = np.geomspace(
         max(part["D"].min() for part in groups.values()),
         min(part["D"].max() for part in groups.values()),
         HORIZONS,
     )
     found = critical_shares(fits, within.tolist(), bound=asked.bound)
-    law = _law_of(found, asked.seed)
+    law = law_of(found, asked.seed)
     samples, warnings = _samples(fits, within, horizons, asked)
     ends: list[Any] = [(None, None)] * len(horizons)
     if len(samples):
@@ -198,8 +198,8 @@ def _critical_text(facts: Mapping[str, Any]) -> str:
     return "\n".join([*lines, *(f"warning: {one}" for one in facts["warnings"])])
 
 
-def _by_ratio(rows: Observations) -> dict[float, Observations]:
-    """The rows of each share of the domain."""
+def by_ratio(rows: Observations) -> dict[float, Observations]:
+    """Return the rows of each share of the domain."""
     shares = rows["r"].round(ALIKE)
     if not ((shares >= 0.0) & (shares <= 1.0)).all():
         raise UserError("r must be a share between 0 and 1 in every row; map it (--map r=COLUMN)")
@@ -207,14 +207,16 @@ def _by_ratio(rows: Observations) -> dict[float, Observations]:
     return {float(share): rows.take(shares == share) for share in np.unique(shares)}
 
 
-def _fit_of(share: float, rows: Observations, seed: int) -> Fit:
+def fit_of(share: float, rows: Observations, seed: int) -> Fit:
+    """Return how the general loss changes by tokens at one share. Raises UserError."""
     try:
         return fit(form_named("cmr_general"), rows, FitOptions(starts=32, seed=seed))
     except UserError as error:
         raise UserError(f"at a domain share of {share:g}: {error}") from None
 
 
-def _law_of(found: CriticalShares, seed: int) -> Fit:
+def law_of(found: CriticalShares, seed: int) -> Fit:
+    """Return the CMR law through critical shares. Raises UserError: they are fewer than three."""
     rows = found.observations()
     if len(rows) < 3:
         raise UserError(
@@ -247,7 +249,7 @@ def _samples(
             share: Sample(one, index) for share, one in zip(fits, drawn, strict=True)
         }
         try:
-            law = _law_of(critical_shares(laws, within.tolist(), bound=asked.bound), asked.seed)
+            law = law_of(critical_shares(laws, within.tolist(), bound=asked.bound), asked.seed)
             ratios.append([critical_mixture_ratio(law, tokens) for tokens in horizons])
         except UserError:
             continue

@@ -43,7 +43,7 @@ SUB_ROOM_MAY_IMPORT = {
     "studies.ladder": set(),
     "launch.figures": set(),
     "launch.runs": {"launch.command", "launch.text", "launch.start", "launch.figures"},
-    "launch.laws": {"launch.command", "launch.text"},
+    "launch.laws": {"launch.command", "launch.text", "launch.figures"},
     "launch.studies": {"launch.command", "launch.text", "launch.figures"},
     "launch.studies.ladder": {"launch.command", "launch.text"},
     "launch.report": {"launch.command", "launch.text", "launch.figures"},

@@ -157,3 +157,16 @@ def test_what_cannot_be_asked(change: dict[str, object], words: str) -> None:
         optimal_mixture({"all": Quadratic((0.2, 0.5, 0.3))}, DOMAINS, **change)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="laws is empty"):
         optimal_mixture({}, DOMAINS)
+
+
+def test_a_bound_on_another_loss_binds() -> None:
+    """The least of one loss with another at most so much: the two are quadratics, the end known."""
+    laws = {"domain": Quadratic((1.0, 0.0, 0.0)), "general": Quadratic((0.0, 1.0, 0.0))}
+    options = {"weights": {"domain": 1.0, "general": 0.0}, "bounds": {"general": 2.5}}
+    found = optimal_mixture(laws, DOMAINS, **options)
+    assert found.losses["general"] == pytest.approx(2.5, abs=1e-5)
+    assert list(found.shares.values()) == pytest.approx([0.5, 0.5, 0.0], abs=1e-3)
+    with pytest.raises(UserError, match="no mixture within the shares keeps general at most"):
+        optimal_mixture(laws, DOMAINS, bounds={"general": 1.9})
+    with pytest.raises(UserError, match="bounds names 'books'"):
+        optimal_mixture(laws, DOMAINS, bounds={"books": 1.9})
