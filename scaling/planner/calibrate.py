@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from scipy.optimize import least_squares
@@ -12,49 +12,119 @@ from allometry.scaling.planner.cases import Cases
 from allometry.scaling.planner.constants import Constants
 from allometry.scaling.planner.cost import step_time
 
-NOISE = 0.1  # log error of a measured step that the model is held to
-ROWS_OF_SOURCE = 100  # what a source counts at most: its rows share its errors
+NOISE = 0.06  # log error of a step that the model is held to
+ROWS_OF_SOURCE = 150  # what a source counts at most: its rows share their errors
+NUDGE = 1e-4
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Constants, and the covariance (K, K) of their logarithms that is left after the fit."""
+    """What is believed of the constants.
+
+    ``covariance``, (K, K): of their logarithms for a framework not seen, its own deviation included.
+    ``of_source``: of each source that was calibrated on.
+    """
 
     constants: Constants
     covariance: np.ndarray
+    of_source: dict[str, Constants] = field(default_factory=dict)
+
+    @classmethod
+    def before(cls) -> Calibration:
+        """The belief without any measurement."""
+        return cls(Constants(), np.diag(Constants.spreads() ** 2 + Constants.between() ** 2))
 
 
-def calibrate(
-    cases: Cases,
-    seconds: np.ndarray,
-    sources: np.ndarray,
-    prior: Calibration | None = None,
-    noise: float = NOISE,
-) -> Calibration:
-    """Fit the constants to measured step times, (C,), of ``sources``, (C,).
-
-    Least squares of logarithms with a soft loss beyond ``noise``, and a Gaussian belief about the
-    logarithms of the constants: ``prior``, else the defaults' own. What no row says anything about
-    stays at the belief. Raises UserError for times that are not positive.
-    """
+def _check(seconds: np.ndarray) -> None:
     if not (np.isfinite(seconds) & (seconds > 0)).all():
         raise UserError("measured step times must be positive numbers; leave other rows out")
-    prior = prior or Calibration(Constants(), np.diag(Constants.spreads() ** 2))
-    start = prior.constants.logs()
-    whiten = np.linalg.cholesky(np.linalg.inv(prior.covariance)).T
-    _, inverse, counts = np.unique(sources, return_inverse=True, return_counts=True)
-    weight = np.sqrt(np.minimum(ROWS_OF_SOURCE / counts[inverse], 1)) / noise
-    measured = np.log(seconds)
 
-    def errors(logs: np.ndarray) -> np.ndarray:
-        return np.log(step_time(cases, Constants.of_logs(logs)).seconds) - measured
 
-    def softened(logs: np.ndarray) -> np.ndarray:
-        # Residuals whose squares are the soft loss, 2 s^2 (sqrt(1 + (r/s)^2) - 1), and the belief.
-        scaled = errors(logs) / noise
-        soft = np.sign(scaled) * np.sqrt(2 * (np.sqrt(1 + scaled**2) - 1))
-        return np.concatenate([soft * weight * noise, whiten @ (logs - start)])
+def _errors(cases: Cases, logs: np.ndarray, measured: np.ndarray) -> np.ndarray:
+    return np.log(step_time(cases, Constants.of_logs(logs)).seconds) - measured
 
-    found = least_squares(softened, start, method="trf", x_scale="jac", max_nfev=60)
-    precision = found.jac.T @ found.jac
-    return Calibration(Constants.of_logs(found.x), np.linalg.inv(precision))
+
+def _soft(errors: np.ndarray, weight: float) -> tuple[np.ndarray, np.ndarray]:
+    """Residuals whose squares are a soft loss beyond ``NOISE``, and their derivatives."""
+    scaled = errors / NOISE
+    root = np.sqrt(1 + scaled**2)
+    soft = np.sign(scaled) * np.sqrt(2 * (root - 1))
+    slope = np.where(np.abs(scaled) > 1e-6, scaled / root / np.where(soft == 0, 1, soft), 1.0)
+    return soft * weight, slope / NOISE * weight
+
+
+def _slopes(cases: Cases, logs: np.ndarray, measured: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """Derivatives of the errors by the logarithms, (C, K)."""
+    steps = NUDGE * np.eye(len(logs))
+    return np.stack([(_errors(cases, logs + s, measured) - at) / NUDGE for s in steps], axis=1)
+
+
+def calibrate(cases: Cases, seconds: np.ndarray, sources: np.ndarray) -> Calibration:
+    """Fit the constants to measured step times, (C,), of ``sources``, (C,).
+
+    Least squares of logarithms with a soft loss beyond ``NOISE``. Constants have a value for each
+    source around a common one: how far is believed of each (``Constants.between``), so that what
+    is a framework's own stays its own. What no row says anything about stays at the belief. Raises
+    UserError for times that are not positive.
+    """
+    _check(seconds)
+    names = [str(name) for name in np.unique(sources)]
+    parts = [np.flatnonzero(sources == name) for name in names]
+    groups = [(cases.take(part), np.log(seconds[part])) for part in parts]
+    weights = [float(np.sqrt(min(ROWS_OF_SOURCE / len(part), 1))) for part in parts]
+    start, spread, between = Constants().logs(), Constants.spreads(), Constants.between()
+    k = len(start)
+
+    def split(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        z = x.reshape(-1, k)
+        return start + z[0] * spread, z[1:] * between
+
+    def residuals(x: np.ndarray) -> np.ndarray:
+        common, own = split(x)
+        each = (
+            _soft(_errors(part, common + deviation, measured), weight)[0]
+            for (part, measured), weight, deviation in zip(groups, weights, own, strict=True)
+        )
+        return np.concatenate([*each, x])
+
+    def jacobian(x: np.ndarray) -> np.ndarray:
+        common, own = split(x)
+        blocks = []
+        for index, ((part, measured), weight) in enumerate(zip(groups, weights, strict=True)):
+            logs = common + own[index]
+            at = _errors(part, logs, measured)
+            slope = _soft(at, weight)[1][:, None] * _slopes(part, logs, measured, at)
+            block = np.zeros((len(part), len(x)))
+            block[:, :k] = slope * spread
+            block[:, (index + 1) * k : (index + 2) * k] = slope * between
+            blocks.append(block)
+        return np.concatenate([*blocks, np.eye(len(x))])
+
+    found = least_squares(residuals, np.zeros(k * (1 + len(names))), jacobian, max_nfev=60)
+    common, own = split(found.x)
+    left = np.linalg.inv(found.jac.T @ found.jac)[:k, :k] * np.outer(spread, spread)
+    return Calibration(
+        Constants.of_logs(common),
+        left + np.diag(between**2),
+        {name: Constants.of_logs(common + own[i]) for i, name in enumerate(names)},
+    )
+
+
+def adapt(belief: Calibration, cases: Cases, seconds: np.ndarray) -> Calibration:
+    """Update a belief by a few measured steps of one framework."""
+    _check(seconds)
+    start, measured = belief.constants.logs(), np.log(seconds)
+    root = np.linalg.cholesky(belief.covariance)
+
+    def residuals(z: np.ndarray) -> np.ndarray:
+        return np.concatenate([_soft(_errors(cases, start + root @ z, measured), 1.0)[0], z])
+
+    def jacobian(z: np.ndarray) -> np.ndarray:
+        logs = start + root @ z
+        at = _errors(cases, logs, measured)
+        slopes = _soft(at, 1.0)[1][:, None] * _slopes(cases, logs, measured, at)
+        return np.concatenate([slopes @ root, np.eye(len(z))])
+
+    found = least_squares(residuals, np.zeros(len(start)), jacobian, max_nfev=40)
+    left = root @ np.linalg.inv(found.jac.T @ found.jac) @ root.T
+    return Calibration(Constants.of_logs(start + root @ found.x), left)

@@ -14,8 +14,12 @@ ACCUMULATE_BYTES = 10  # a micro-batch's gradient added into an fp32 buffer
 HIDDEN = 0.9  # share of the computation behind which ZeRO-3 can hide its messages
 
 
-def tensor(cases: Cases, constants: Constants) -> np.ndarray:
-    """Seconds of a layer's four collectives forward (two pairs); 0 for tp=1."""
+def tensor(cases: Cases, constants: Constants) -> tuple[np.ndarray, np.ndarray]:
+    """Seconds of a layer's four collectives forward (two pairs): (transfer, latency); 0 for tp=1.
+
+    The host and the network's steps run behind computation as far as there is some, so latency
+    joins what the host takes.
+    """
     n, hw = cases.n, cases.hw
     t, volume = n["tp"], 2.0 * rank_tokens(cases) * n["width"]
     within = t <= hw["gpus_per_node"]
@@ -26,7 +30,7 @@ def tensor(cases: Cases, constants: Constants) -> np.ndarray:
     steps = np.minimum(t, hw["gpus_per_node"]) - 1
     latency = steps * hw["inside_latency"] * constants.inside_latency
     latency = latency + (nodes - 1) * hw["across_latency"] * constants.across_latency
-    return np.where(t > 1, 4 * ((t - 1) / t * volume / bandwidth + latency), 0.0)
+    return 4 * (t - 1) / t * volume / bandwidth, np.where(t > 1, 4 * latency, 0.0)
 
 
 def experts(cases: Cases, constants: Constants) -> np.ndarray:
@@ -67,8 +71,8 @@ def between_stages(cases: Cases, constants: Constants) -> np.ndarray:
     n, hw = cases.n, cases.hw
     within = n["tp"] * n["cp"] * n["dp"] * n["pp"] <= hw["gpus_per_node"]
     bandwidth = np.where(within, hw["inside"] * constants.inside, hw["across"] * constants.across)
-    volume = HALF * rank_tokens(cases) * n["width"]
-    volume = volume / np.where(n["sequence_parallel"] > 0, n["tp"], 1.0)
+    # Each rank of tp sends its part (arXiv 2104.04473, section 4.1).
+    volume = HALF * rank_tokens(cases) * n["width"] / n["tp"]
     host = np.where(n["eager"] > 0, constants.message_s, 0.0)
     exposed = np.where((n["overlap"] > 0) & (n["eager"] == 0), 0.1, 1.0)
     seconds = 2 * (volume / bandwidth * exposed + host) * n["chunks"]
@@ -102,11 +106,13 @@ def data(cases: Cases, constants: Constants, compute: np.ndarray) -> np.ndarray:
         near = np.clip(hw["gpus_per_node"] / inner, 1, np.maximum(ranks, 1))
         within = ranks * inner <= hw["gpus_per_node"]
         bandwidth = np.where(within, hw["inside"], np.minimum(hw["inside"], near * hw["across"]))
-        rate = bandwidth * constants.data_bandwidth
+        nodes = np.maximum(ranks * inner / hw["gpus_per_node"], 1)
+        rate = bandwidth * constants.data_bandwidth / (1 + constants.congestion * np.log2(nodes))
         part = size * (ranks - 1) / np.maximum(ranks, 1) / rate
-        once = once + part * np.where(n["zero"] == 0, 2 * GRADIENT, GRADIENT + HALF)
+        once = once + part * np.where(n["zero"] == 0, 2 * GRADIENT, constants.shard_bytes)
         each = each + part * 3 * HALF
-    hidden = np.where((n["overlap"] > 0) & (n["eager"] == 0), HIDDEN * compute, 0.0)
+    behind = np.minimum(constants.data_hidden, 1.0) * compute
+    hidden = np.where(n["overlap"] > 0, behind, 0.0)
     fully = cases.micro_batches * np.maximum(each - HIDDEN * compute, 0.0)
     return np.where(n["zero"] == 3, fully, np.maximum(once - hidden, 0.0))
 

@@ -56,18 +56,20 @@ def step_time(cases: Cases, constants: Constants | None = None) -> StepTime:
     products = (products + operators.ffn_products(cases, constants)) * (3 + again)
     attention = scored * (np.where(n["flash"] > 0, 3.5, 3.0) + np.where(selective, 1.0, again))
     passes = operators.elementwise(cases, constants) * (3 + again)
-    device = products + attention + passes
+    moved, latency = communication.tensor(cases, constants)
+    tensor, latency = moved * (2.5 + again), latency * (2.5 + again)
+    device = products + attention + passes + tensor
     host = operators.launches(cases, constants)
-    waiting = (device**4 + host**4) ** 0.25 - device
-    tensor = communication.tensor(cases, constants) * (2.5 + again)
+    held = (device**4 + host**4) ** 0.25 - device
+    delayed = (device**4 + (host + latency) ** 4) ** 0.25 - device - held
     experts = communication.experts(cases, constants) * (2 + again)
     ring = communication.context(cases, constants, scored) * (3 + again)
     per_layer = {
         "matrix products": products,
         "attention": attention,
         "element-wise": passes,
-        "waiting for the host": waiting,
-        "tensor parallel": tensor,
+        "waiting for the host": held,
+        "tensor parallel": tensor + delayed,
         "expert parallel": experts,
         "context parallel": ring,
     }

@@ -87,7 +87,8 @@ def elementwise(cases: Cases, constants: Constants) -> np.ndarray:
     share = np.where(n["experts"] > 0, 1 - n["dense_layers"] / n["layers"], 0.0)
     visits = n["top_k"] + n["shared_experts"]
     inner = share * visits * n["expert_ffn"] + (1 - share) * n["ffn"]
-    values = constants.elementwise * n["width"] / spread
+    passes = np.where(n["eager"] > 0, constants.passes_eager, constants.passes_tuned)
+    values = passes * n["width"] / spread
     values = values + 2 * (1 + n["gated"]) * inner / n["tp"] + 4 * share * n["top_k"] * n["width"]
     return HALF * values * rank_tokens(cases) / (cases.hw["memory"] * constants.memory)
 
@@ -97,7 +98,8 @@ def head(cases: Cases, constants: Constants) -> np.ndarray:
     n, rows = cases.n, rank_tokens(cases)
     columns = n["vocab"] / n["tp"]
     rate = cases.hw["wide_products"] * constants.products
-    traffic = constants.loss * rows * columns / (cases.hw["memory"] * constants.memory)
+    moved = np.where(n["eager"] > 0, constants.loss_eager, constants.loss_tuned)
+    traffic = moved * rows * columns / (cases.hw["memory"] * constants.memory)
     return 3 * product_time(rows, n["width"], columns, rate, constants) + traffic
 
 
