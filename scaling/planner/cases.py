@@ -33,6 +33,7 @@ class Cases:
 
     n: dict[str, np.ndarray]
     hw: dict[str, np.ndarray]
+    hardware: np.ndarray
     precision: np.ndarray
     recompute: np.ndarray
     schedule: np.ndarray
@@ -58,6 +59,7 @@ class Cases:
         return cls(
             n=columns,
             hw=_hardware_columns(cards, precision),
+            hardware=np.array([row["hardware"] for row in rows]),
             precision=precision,
             recompute=np.array([row.get("recompute", "none") for row in rows]),
             schedule=np.array([row.get("schedule", "1f1b") for row in rows]),
@@ -77,6 +79,13 @@ class Cases:
                 for part in parts
             )
         )
+
+    @property
+    def kinds(self) -> list[tuple[str, str, str]]:
+        """Card, class of precision and class of model of each: what calibration carries over in."""
+        wide = np.where(np.isin(self.precision, ("fp16", "bf16")), "16 bit", self.precision)
+        model = np.where(self.n["experts"] > 0, "experts", "dense")
+        return list(zip(self.hardware.tolist(), wide.tolist(), model.tolist(), strict=True))
 
     @property
     def gpus(self) -> np.ndarray:
