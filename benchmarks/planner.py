@@ -89,7 +89,9 @@ def read(path: Path) -> Measured:
 
 
 def _case(row: dict[str, str]) -> dict[str, Any]:
-    case: dict[str, Any] = {ours: float(row[theirs]) for ours, theirs in NAMES.items() if row[theirs]}
+    case: dict[str, Any] = {
+        ours: float(row[theirs]) for ours, theirs in NAMES.items() if row[theirs]
+    }
     return {
         **case,
         **FRAMEWORKS[row["framework"]],
@@ -143,7 +145,9 @@ def after(belief: Calibration, held: Measured, chosen: np.ndarray) -> dict[str, 
 
 
 def leave_out(measured: Measured, source: str, seed: int) -> dict[str, Any]:
-    held, rest = (measured.take(mask) for mask in (measured.source == source, measured.source != source))
+    held, rest = (
+        measured.take(mask) for mask in (measured.source == source, measured.source != source)
+    )
     belief = calibrate(rest.cases, rest.seconds, rest.source)
     said = predict(belief, held.cases)
     inside = (said.low <= held.seconds) & (held.seconds <= said.high)
@@ -203,7 +207,9 @@ def shown(folds: list[dict[str, Any]], whole: dict[str, float], own: list[dict[s
             ]
         )
     last = ["all", str(whole["rows"]), f"{whole['median']:.1%}", f"{whole['p90']:.1%}"]
-    lines.append([*last, f"{whole['bias']:+.3f}", "", "", "", f"{whole['coverage']:.1%}", "", "", ""])
+    lines.append(
+        [*last, f"{whole['bias']:+.3f}", "", "", "", f"{whole['coverage']:.1%}", "", "", ""]
+    )
     return table(lines)
 
 

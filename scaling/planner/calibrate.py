@@ -127,18 +127,18 @@ def calibrate(cases: Cases, seconds: np.ndarray, sources: np.ndarray) -> Calibra
 
 
 def adapt(belief: Calibration, cases: Cases, seconds: np.ndarray) -> Calibration:
-    """Update a belief by a few measured steps of one framework."""
+    """Update a belief by a few measured steps of one framework, each believed as it is."""
     _check(seconds)
     start, measured = belief.constants.logs(), np.log(seconds)
     root = np.linalg.cholesky(belief.covariance)
 
     def residuals(z: np.ndarray) -> np.ndarray:
-        return np.concatenate([_soft(_errors(cases, start + root @ z, measured), 1.0)[0], z])
+        return np.concatenate([_errors(cases, start + root @ z, measured) / NOISE, z])
 
     def jacobian(z: np.ndarray) -> np.ndarray:
         logs = start + root @ z
         at = _errors(cases, logs, measured)
-        slopes = _soft(at, 1.0)[1][:, None] * _slopes(cases, logs, measured, at)
+        slopes = _slopes(cases, logs, measured, at) / NOISE
         return np.concatenate([slopes @ root, np.eye(len(z))])
 
     found = least_squares(residuals, np.zeros(len(start)), jacobian, max_nfev=40)

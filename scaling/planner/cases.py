@@ -39,9 +39,7 @@ class Cases:
     schedule: np.ndarray
 
     @classmethod
-    def of(
-        cls, rows: Sequence[Mapping[str, Any]], hardware: Mapping[str, HardwareConfig]
-    ) -> Cases:
+    def of(cls, rows: Sequence[Mapping[str, Any]], hardware: Mapping[str, HardwareConfig]) -> Cases:
         """Read rows that name ``COLUMNS``, and ``hardware``, ``precision``, ``recompute``,
         ``schedule``.
 
