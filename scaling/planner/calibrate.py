@@ -22,10 +22,10 @@ NORMAL = 1.645  # of a 90 % interval
 class Calibration:
     """What is believed of the constants.
 
-    ``covariance``, (K, K): of their logarithms for a framework not seen, its own deviation included.
+    ``covariance``, (K, K): of their logarithms for a framework not seen, its deviation included.
     ``scatter``: logarithms of measured over predicted time that a twentieth of a source's
-    runs lie below, and above, with the source's own constants. ``of_source``: of each source that was
-    calibrated on. ``kinds``: what was calibrated on, as ``Cases.kinds``.
+    runs lie below, and above, with the source's own constants. ``of_source``: of each source
+    that was calibrated on. ``kinds``: what was calibrated on, as ``Cases.kinds``.
     """
 
     constants: Constants
@@ -71,9 +71,9 @@ def _slopes(cases: Cases, logs: np.ndarray, measured: np.ndarray, at: np.ndarray
 def calibrate(cases: Cases, seconds: np.ndarray, sources: np.ndarray) -> Calibration:
     """Fit the constants to measured step times, (C,), of ``sources``, (C,).
 
-    Least squares of logarithms with a loss that flattens beyond ``NOISE``. Constants have a value for each
-    source around a common one: how far is believed of each (``Constants.between``), so that what
-    is a framework's own stays its own. What no row says anything about stays at the belief. Raises
+    Least squares of logarithms with a loss that flattens beyond ``NOISE``. Constants have a value
+    for each source around a common one: how far is believed of each (``Constants.between``), so
+    that what is a framework's own stays its own. What no row says anything about stays at the belief. Raises
     UserError for times that are not positive.
     """
     _check(seconds)

@@ -87,6 +87,7 @@ class Cases:
 
     @property
     def gpus(self) -> np.ndarray:
+        """GPUs of each layout."""
         return self.n["tp"] * self.n["pp"] * self.n["cp"] * self.n["dp"]
 
     @property
@@ -96,6 +97,7 @@ class Cases:
 
     @property
     def step_tokens(self) -> np.ndarray:
+        """Tokens of a step."""
         return self.n["global_batch"] * self.n["sequence"]
 
 

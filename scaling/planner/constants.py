@@ -53,6 +53,7 @@ class Constants:
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
+        """Names of the constants, in the order of every (K,)."""
         return tuple(f.name for f in fields(cls))
 
     @classmethod
@@ -71,4 +72,5 @@ class Constants:
 
     @classmethod
     def of_logs(cls, logs_K: np.ndarray) -> Constants:
+        """Constants of these logarithms; see ``logs``."""
         return cls(**dict(zip(cls.names(), np.exp(logs_K).tolist(), strict=True)))

@@ -27,6 +27,7 @@ class StepTime:
 
     @property
     def seconds(self) -> np.ndarray:
+        """Of a step, (C,)."""
         return sum(self.terms.values(), np.zeros(len(self.cases)))
 
     @property

@@ -26,6 +26,7 @@ def rank_tokens(cases: Cases) -> np.ndarray:
 
 
 def products_rate(cases: Cases, constants: Constants) -> np.ndarray:
+    """FLOP/s that large products of the blocks reach."""
     narrow = np.isin(cases.precision, ("fp8", "fp4"))
     factor = np.where(narrow, constants.fp8_products, constants.products)
     return cases.hw["products"] * factor
