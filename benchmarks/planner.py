@@ -3,9 +3,9 @@
     python benchmarks/planner.py --data DIR/calibration.csv.gz [--json OUT]
 
 Each source is left out in turn: constants are calibrated on the others, and the error of
-throughput, the order of layouts and the coverage of intervals are those of the source left out. Then three of
-its runs are added. Once without runs that some fault made slow (pipelines below 5 % MFU in one
-source), once with all rows. Uses one thread.
+throughput, the order of layouts and the coverage of intervals are those of the source left out.
+Then three of its runs are added. Once without runs that some fault made slow (pipelines below 5 %
+MFU in one source), once with all rows. Uses one thread.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from scipy.optimize import least_squares
 
 from allometry.configs.errors import UserError
 from allometry.scaling.planner.cases import Cases
-from allometry.scaling.planner.constants import Constants
+from allometry.scaling.planner.constants import Constants, Floats
 from allometry.scaling.planner.cost import step_time
 
 NOISE = 0.08  # log error of a step that the model is held to
@@ -29,7 +29,7 @@ class Calibration:
     """
 
     constants: Constants
-    covariance: np.ndarray
+    covariance: Floats
     scatter: tuple[float, float] = (-2 * NOISE, 2 * NOISE)
     of_source: dict[str, Constants] = field(default_factory=dict)
     kinds: frozenset[tuple[str, str, str]] = frozenset()
@@ -40,16 +40,16 @@ class Calibration:
         return cls(Constants(), np.diag(Constants.spreads() ** 2 + Constants.between() ** 2))
 
 
-def _check(seconds: np.ndarray) -> None:
+def _check(seconds: Floats) -> None:
     if not (np.isfinite(seconds) & (seconds > 0)).all():
         raise UserError("measured step times must be positive numbers; leave other rows out")
 
 
-def _errors(cases: Cases, logs: np.ndarray, measured: np.ndarray) -> np.ndarray:
+def _errors(cases: Cases, logs: Floats, measured: Floats) -> Floats:
     return np.log(step_time(cases, Constants.of_logs(logs)).seconds) - measured
 
 
-def _soft(errors: np.ndarray, weight: float) -> tuple[np.ndarray, np.ndarray]:
+def _soft(errors: Floats, weight: float) -> tuple[Floats, Floats]:
     """Residuals whose squares are Cauchy's loss, and their derivatives.
 
     Published tables hold runs that some fault made many times slower than their neighbours: errors
@@ -62,19 +62,19 @@ def _soft(errors: np.ndarray, weight: float) -> tuple[np.ndarray, np.ndarray]:
     return soft * weight, slope / NOISE * weight
 
 
-def _slopes(cases: Cases, logs: np.ndarray, measured: np.ndarray, at: np.ndarray) -> np.ndarray:
+def _slopes(cases: Cases, logs: Floats, measured: Floats, at: Floats) -> Floats:
     """Derivatives of the errors by the logarithms, (C, K)."""
     steps = NUDGE * np.eye(len(logs))
     return np.stack([(_errors(cases, logs + s, measured) - at) / NUDGE for s in steps], axis=1)
 
 
-def calibrate(cases: Cases, seconds: np.ndarray, sources: np.ndarray) -> Calibration:
+def calibrate(cases: Cases, seconds: Floats, sources: Floats) -> Calibration:
     """Fit the constants to measured step times, (C,), of ``sources``, (C,).
 
     Least squares of logarithms with a loss that flattens beyond ``NOISE``. Constants have a value
     for each source around a common one: how far is believed of each (``Constants.between``), so
-    that what is a framework's own stays its own. What no row says anything about stays at the belief. Raises
-    UserError for times that are not positive.
+    that what is a framework's own stays its own. What no row says anything about stays at the
+    belief. Raises UserError for times that are not positive.
     """
     _check(seconds)
     names = [str(name) for name in np.unique(sources)]
@@ -84,11 +84,11 @@ def calibrate(cases: Cases, seconds: np.ndarray, sources: np.ndarray) -> Calibra
     start, spread, between = Constants().logs(), Constants.spreads(), Constants.between()
     k = len(start)
 
-    def split(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def split(x: Floats) -> tuple[Floats, Floats]:
         z = x.reshape(-1, k)
         return start + z[0] * spread, z[1:] * between
 
-    def residuals(x: np.ndarray) -> np.ndarray:
+    def residuals(x: Floats) -> Floats:
         common, own = split(x)
         each = (
             _soft(_errors(part, common + deviation, measured), weight)[0]
@@ -96,7 +96,7 @@ def calibrate(cases: Cases, seconds: np.ndarray, sources: np.ndarray) -> Calibra
         )
         return np.concatenate([*each, x])
 
-    def jacobian(x: np.ndarray) -> np.ndarray:
+    def jacobian(x: Floats) -> Floats:
         common, own = split(x)
         blocks = []
         for index, ((part, measured), weight) in enumerate(zip(groups, weights, strict=True)):
@@ -126,16 +126,16 @@ def calibrate(cases: Cases, seconds: np.ndarray, sources: np.ndarray) -> Calibra
     )
 
 
-def adapt(belief: Calibration, cases: Cases, seconds: np.ndarray) -> Calibration:
+def adapt(belief: Calibration, cases: Cases, seconds: Floats) -> Calibration:
     """Update a belief by a few measured steps of one framework, each believed as it is."""
     _check(seconds)
     start, measured = belief.constants.logs(), np.log(seconds)
     root = np.linalg.cholesky(belief.covariance)
 
-    def residuals(z: np.ndarray) -> np.ndarray:
+    def residuals(z: Floats) -> Floats:
         return np.concatenate([_errors(cases, start + root @ z, measured) / NOISE, z])
 
-    def jacobian(z: np.ndarray) -> np.ndarray:
+    def jacobian(z: Floats) -> Floats:
         logs = start + root @ z
         at = _errors(cases, logs, measured)
         slopes = _slopes(cases, logs, measured, at) / NOISE
@@ -152,10 +152,10 @@ def adapt(belief: Calibration, cases: Cases, seconds: np.ndarray) -> Calibration
 class Prediction:
     """Seconds of a step, (C,), the ends of 90 % intervals, and where nothing alike was measured."""
 
-    seconds: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
-    unseen: np.ndarray
+    seconds: Floats
+    low: Floats
+    high: Floats
+    unseen: Floats
 
 
 def predict(belief: Calibration, cases: Cases) -> Prediction:
@@ -180,7 +180,8 @@ def choose_runs(belief: Calibration, cases: Cases, count: int) -> list[int]:
     """
     logs, zeros = belief.constants.logs(), np.zeros(len(cases))
     slopes = _slopes(cases, logs, zeros, _errors(cases, logs, zeros))
-    covariance, chosen = belief.covariance, []
+    covariance = belief.covariance
+    chosen: list[int] = []
     whole = slopes.T @ slopes
     for _ in range(min(count, len(cases))):
         moved = slopes @ covariance

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from allometry.configs.errors import UserError
 from allometry.configs.machine import HardwareConfig
+from allometry.scaling.planner.constants import Floats
 
 SCHEDULES = ("1f1b", "interleaved", "zb_h1", "zb_h2", "zbv")
 RECOMPUTE = ("none", "selective", "full")
@@ -31,12 +32,12 @@ class Cases:
     ``dp``: ranks that hold the same parameters and see different data, those of ``ep`` among them.
     """
 
-    n: dict[str, np.ndarray]
-    hw: dict[str, np.ndarray]
-    hardware: np.ndarray
-    precision: np.ndarray
-    recompute: np.ndarray
-    schedule: np.ndarray
+    n: dict[str, Floats]
+    hw: dict[str, Floats]
+    hardware: Floats
+    precision: Floats
+    recompute: Floats
+    schedule: Floats
 
     @classmethod
     def of(cls, rows: Sequence[Mapping[str, Any]], hardware: Mapping[str, HardwareConfig]) -> Cases:
@@ -66,16 +67,13 @@ class Cases:
     def __len__(self) -> int:
         return len(self.precision)
 
-    def take(self, chosen: np.ndarray) -> Cases:
+    def take(self, chosen: Floats) -> Cases:
         """The configurations at these indices, or where a mask is true."""
-        parts = (getattr(self, f.name) for f in fields(self))
         return Cases(
-            *(
-                {key: column[chosen] for key, column in part.items()}
-                if isinstance(part, dict)
-                else part[chosen]
-                for part in parts
-            )
+            {key: column[chosen] for key, column in self.n.items()},
+            {key: column[chosen] for key, column in self.hw.items()},
+            *(self.hardware[chosen], self.precision[chosen]),
+            *(self.recompute[chosen], self.schedule[chosen]),
         )
 
     @property
@@ -86,17 +84,17 @@ class Cases:
         return list(zip(self.hardware.tolist(), wide.tolist(), model.tolist(), strict=True))
 
     @property
-    def gpus(self) -> np.ndarray:
+    def gpus(self) -> Floats:
         """GPUs of each layout."""
         return self.n["tp"] * self.n["pp"] * self.n["cp"] * self.n["dp"]
 
     @property
-    def micro_batches(self) -> np.ndarray:
+    def micro_batches(self) -> Floats:
         """Micro-batches of a pipeline in a step."""
         return self.n["global_batch"] / (self.n["micro_batch"] * self.n["dp"])
 
     @property
-    def step_tokens(self) -> np.ndarray:
+    def step_tokens(self) -> Floats:
         """Tokens of a step."""
         return self.n["global_batch"] * self.n["sequence"]
 
@@ -133,12 +131,12 @@ def _check(index: int, row: Mapping[str, Any], hardware: Mapping[str, HardwareCo
         raise UserError(f"{place}: experts={row['experts']} need top_k and expert_ffn; give both")
 
 
-def _hardware_columns(cards: list[HardwareConfig], precision: np.ndarray) -> dict[str, np.ndarray]:
-    def column(read: Any) -> np.ndarray:
+def _hardware_columns(cards: list[HardwareConfig], precision: Floats) -> dict[str, Floats]:
+    def column(read: Any) -> Floats:
         return np.array([read(card) for card in cards], dtype=float)
 
-    wide = ["bf16" if p in ("fp8", "fp4") else p for p in precision]
-    pairs = list(zip(cards, precision, strict=True))
+    wide: list[Any] = ["bf16" if p in ("fp8", "fp4") else p for p in precision]
+    pairs: list[tuple[HardwareConfig, Any]] = list(zip(cards, precision, strict=True))
     wides = list(zip(cards, wide, strict=True))
     rate = [c.gpu.peak_flops[p] * c.gpu.attainable[p] for c, p in pairs]
     wide_rate = [c.gpu.peak_flops[p] * c.gpu.attainable[p] for c, p in wides]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from allometry.scaling.planner.cases import Cases
-from allometry.scaling.planner.constants import Constants
+from allometry.scaling.planner.constants import Constants, Floats
 from allometry.scaling.planner.operators import HALF, layer_parameters, rank_tokens
 
 GRADIENT = 4  # bytes
@@ -14,7 +14,7 @@ ACCUMULATE_BYTES = 10  # a micro-batch's gradient added into an fp32 buffer
 HIDDEN = 0.9  # share of the computation behind which ZeRO-3 can hide its messages
 
 
-def tensor(cases: Cases, constants: Constants) -> tuple[np.ndarray, np.ndarray]:
+def tensor(cases: Cases, constants: Constants) -> tuple[Floats, Floats]:
     """Seconds of a layer's four collectives forward (two pairs): (transfer, latency); 0 for tp=1.
 
     The host and the network's steps run behind computation as far as there is some, so latency
@@ -33,7 +33,7 @@ def tensor(cases: Cases, constants: Constants) -> tuple[np.ndarray, np.ndarray]:
     return 4 * (t - 1) / t * volume / bandwidth, np.where(t > 1, 4 * latency, 0.0)
 
 
-def experts(cases: Cases, constants: Constants) -> np.ndarray:
+def experts(cases: Cases, constants: Constants) -> Floats:
     """Seconds of a layer's dispatch and combine, forward; 0 for ep=1 or a dense model."""
     n, hw = cases.n, cases.hw
     ep, k = n["ep"], n["top_k"]
@@ -48,7 +48,7 @@ def experts(cases: Cases, constants: Constants) -> np.ndarray:
     return np.where((ep > 1) & (n["experts"] > 0), seconds, 0.0)
 
 
-def context(cases: Cases, constants: Constants, attention: np.ndarray) -> np.ndarray:
+def context(cases: Cases, constants: Constants, attention: Floats) -> Floats:
     """Seconds of a ring's keys and values that attention does not hide, forward; 0 for cp=1.
 
     Without documents; a plan of hybrid data parallelism is timed by its own makespan.
@@ -66,7 +66,7 @@ def context(cases: Cases, constants: Constants, attention: np.ndarray) -> np.nda
     return np.maximum((cp - 1) * (volume / bandwidth + latency) - attention, 0.0) * (cp > 1)
 
 
-def between_stages(cases: Cases, constants: Constants) -> np.ndarray:
+def between_stages(cases: Cases, constants: Constants) -> Floats:
     """Seconds of a micro-batch's messages between two stages, there and back; 0 for pp=1."""
     n, hw = cases.n, cases.hw
     within = n["tp"] * n["cp"] * n["dp"] * n["pp"] <= hw["gpus_per_node"]
@@ -79,7 +79,7 @@ def between_stages(cases: Cases, constants: Constants) -> np.ndarray:
     return np.where(n["pp"] > 1, seconds, 0.0)
 
 
-def held(cases: Cases) -> tuple[np.ndarray, np.ndarray]:
+def held(cases: Cases) -> tuple[Floats, Floats]:
     """Parameters of a rank before sharding: (replicated over dp, of its experts)."""
     n = cases.n
     shared, of_experts = layer_parameters(cases)
@@ -91,7 +91,7 @@ def held(cases: Cases) -> tuple[np.ndarray, np.ndarray]:
     )
 
 
-def data(cases: Cases, constants: Constants, compute: np.ndarray) -> np.ndarray:
+def data(cases: Cases, constants: Constants, compute: Floats) -> Floats:
     """Seconds of a step's exchange of gradients and parameters that is not hidden; 0 for dp=1.
 
     ``compute``: seconds of a micro-batch's computation, (C,), which ZeRO-3 hides messages behind.
@@ -117,7 +117,7 @@ def data(cases: Cases, constants: Constants, compute: np.ndarray) -> np.ndarray:
     return np.where(n["zero"] == 3, fully, np.maximum(once - hidden, 0.0))
 
 
-def optimizer(cases: Cases, constants: Constants) -> tuple[np.ndarray, np.ndarray]:
+def optimizer(cases: Cases, constants: Constants) -> tuple[Floats, Floats]:
     """Seconds of (the update, adding up gradients) of a step: traffic of device memory."""
     n = cases.n
     shared, of_experts = held(cases)

@@ -6,6 +6,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[Any]
 
 
 def _constant(value: float, spread: float, between: float, what: str) -> Any:
@@ -57,20 +60,20 @@ class Constants:
         return tuple(f.name for f in fields(cls))
 
     @classmethod
-    def spreads(cls) -> np.ndarray:
+    def spreads(cls) -> Floats:
         """Standard deviations of the logarithms, (K,), before calibration."""
         return np.array([f.metadata["spread"] for f in fields(cls)])
 
     @classmethod
-    def between(cls) -> np.ndarray:
+    def between(cls) -> Floats:
         """Standard deviations of frameworks' own logarithms around the common ones, (K,)."""
         return np.array([f.metadata["between"] for f in fields(cls)])
 
-    def logs(self) -> np.ndarray:
+    def logs(self) -> Floats:
         """Logarithms, (K,), in the order of ``names``."""
         return np.log([getattr(self, name) for name in self.names()])
 
     @classmethod
-    def of_logs(cls, logs_K: np.ndarray) -> Constants:
+    def of_logs(cls, logs_K: Floats) -> Constants:
         """Constants of these logarithms; see ``logs``."""
         return cls(**dict(zip(cls.names(), np.exp(logs_K).tolist(), strict=True)))

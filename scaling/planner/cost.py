@@ -8,7 +8,7 @@ import numpy as np
 
 from allometry.scaling.planner import communication, operators
 from allometry.scaling.planner.cases import Cases
-from allometry.scaling.planner.constants import Constants
+from allometry.scaling.planner.constants import Constants, Floats
 from allometry.scaling.planner.pipeline import bottleneck, bubble
 
 COMMUNICATION = (
@@ -22,16 +22,16 @@ COMMUNICATION = (
 class StepTime:
     """Seconds of a step of C configurations: ``terms`` add up to ``seconds``, (C,)."""
 
-    terms: dict[str, np.ndarray]
+    terms: dict[str, Floats]
     cases: Cases
 
     @property
-    def seconds(self) -> np.ndarray:
+    def seconds(self) -> Floats:
         """Of a step, (C,)."""
         return sum(self.terms.values(), np.zeros(len(self.cases)))
 
     @property
-    def tokens_per_second(self) -> np.ndarray:
+    def tokens_per_second(self) -> Floats:
         """Of one GPU, (C,)."""
         return self.cases.step_tokens / self.seconds / self.cases.gpus
 

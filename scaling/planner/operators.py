@@ -5,14 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from allometry.scaling.planner.cases import Cases
-from allometry.scaling.planner.constants import Constants
+from allometry.scaling.planner.constants import Constants, Floats
 
 HALF = 2  # bytes of a value in the compute type
 
 
-def product_time(
-    rows: np.ndarray, k: np.ndarray, n: np.ndarray, rate: np.ndarray, constants: Constants
-) -> np.ndarray:
+def product_time(rows: Floats, k: Floats, n: Floats, rate: Floats, constants: Constants) -> Floats:
     """Seconds of (rows, k) @ (k, n), whose rate falls where rows or the weight's sides are few."""
     slow = (1 + constants.rows_half / np.maximum(rows, 1)) * (
         1 + constants.width_half / np.maximum(np.minimum(k, n), 1)
@@ -20,24 +18,24 @@ def product_time(
     return 2 * rows * k * n / rate * slow
 
 
-def rank_tokens(cases: Cases) -> np.ndarray:
+def rank_tokens(cases: Cases) -> Floats:
     """Tokens of a micro-batch on a rank."""
     return cases.n["micro_batch"] * cases.n["sequence"] / cases.n["cp"]
 
 
-def products_rate(cases: Cases, constants: Constants) -> np.ndarray:
+def products_rate(cases: Cases, constants: Constants) -> Floats:
     """FLOP/s that large products of the blocks reach."""
     narrow = np.isin(cases.precision, ("fp8", "fp4"))
     factor = np.where(narrow, constants.fp8_products, constants.products)
     return cases.hw["products"] * factor
 
 
-def attention_products(cases: Cases, constants: Constants) -> np.ndarray:
+def attention_products(cases: Cases, constants: Constants) -> Floats:
     """Seconds of the projections of one layer, forward; latent attention where it has ranks."""
     n, rate, rows = cases.n, products_rate(cases, constants), rank_tokens(cases)
     t, h, inner = n["tp"], n["width"], n["heads"] * n["head_dim"]
 
-    def product(k: np.ndarray, m: np.ndarray) -> np.ndarray:
+    def product(k: Floats, m: Floats) -> Floats:
         return product_time(rows, k, m, rate, constants)
 
     plain = product(h, (inner + 2 * n["kv_heads"] * n["head_dim"]) / t) + product(inner / t, h)
@@ -51,12 +49,12 @@ def attention_products(cases: Cases, constants: Constants) -> np.ndarray:
     return np.where(n["kv_rank"] > 0, latent, plain)
 
 
-def ffn_products(cases: Cases, constants: Constants) -> np.ndarray:
+def ffn_products(cases: Cases, constants: Constants) -> Floats:
     """Seconds of the feed-forward products of a mean layer, forward, experts among them."""
     n, rate, rows = cases.n, products_rate(cases, constants), rank_tokens(cases)
     t, h, gates = n["tp"], n["width"], 1 + n["gated"]
 
-    def ffn(rows: np.ndarray, inner: np.ndarray) -> np.ndarray:
+    def ffn(rows: Floats, inner: Floats) -> Floats:
         up = product_time(rows, h, gates * inner / t, rate, constants)
         return up + product_time(rows, inner / t, h, rate, constants)
 
@@ -69,7 +67,7 @@ def ffn_products(cases: Cases, constants: Constants) -> np.ndarray:
     return share * mixture + (1 - share) * ffn(rows, n["ffn"])
 
 
-def scores(cases: Cases, constants: Constants) -> np.ndarray:
+def scores(cases: Cases, constants: Constants) -> Floats:
     """Seconds of causal attention of one layer, forward; unfused: twice the work, and traffic."""
     n, rows = cases.n, rank_tokens(cases)
     inner, s = n["heads"] * n["head_dim"] / n["tp"], n["sequence"]
@@ -81,7 +79,7 @@ def scores(cases: Cases, constants: Constants) -> np.ndarray:
     return np.where(n["flash"] > 0, flash, unfused)
 
 
-def elementwise(cases: Cases, constants: Constants) -> np.ndarray:
+def elementwise(cases: Cases, constants: Constants) -> Floats:
     """Seconds of norms, activations, rotations and residuals of a mean layer, forward."""
     n = cases.n
     spread = np.where(n["sequence_parallel"] > 0, n["tp"], 1.0)
@@ -94,7 +92,7 @@ def elementwise(cases: Cases, constants: Constants) -> np.ndarray:
     return HALF * values * rank_tokens(cases) / (cases.hw["memory"] * constants.memory)
 
 
-def head(cases: Cases, constants: Constants) -> np.ndarray:
+def head(cases: Cases, constants: Constants) -> Floats:
     """Seconds of head and loss for a micro-batch, forward and backward; in the compute type."""
     n, rows = cases.n, rank_tokens(cases)
     columns = n["vocab"] / n["tp"]
@@ -104,7 +102,7 @@ def head(cases: Cases, constants: Constants) -> np.ndarray:
     return 3 * product_time(rows, n["width"], columns, rate, constants) + traffic
 
 
-def launches(cases: Cases, constants: Constants) -> np.ndarray:
+def launches(cases: Cases, constants: Constants) -> Floats:
     """Host seconds of a layer and micro-batch, forward and backward."""
     n = cases.n
     each = np.where(n["eager"] > 0, constants.launch_eager_s, constants.launch_tuned_s)
@@ -113,7 +111,7 @@ def launches(cases: Cases, constants: Constants) -> np.ndarray:
     return each * np.where(cases.recompute == "full", 4 / 3, 1.0)
 
 
-def layer_parameters(cases: Cases) -> tuple[np.ndarray, np.ndarray]:
+def layer_parameters(cases: Cases) -> tuple[Floats, Floats]:
     """Parameters of a mean layer: (all ranks have, of experts)."""
     n = cases.n
     h, inner = n["width"], n["heads"] * n["head_dim"]

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from allometry.scaling.planner.cases import SCHEDULES
+from allometry.scaling.planner.constants import Floats
 
 
 def bubble(
@@ -15,7 +16,7 @@ def bubble(
     forward: ArrayLike,
     backward_input: ArrayLike,
     backward_weight: ArrayLike,
-) -> np.ndarray:
+) -> Floats:
     """Seconds that a rank of a pipeline of equal stages is idle in a step.
 
     The times are a rank's for one micro-batch, all its ``chunks`` together. 1F1B (arXiv 2006.09503)
@@ -36,9 +37,7 @@ def bubble(
     return p1 * np.maximum(each, 0.0)
 
 
-def bottleneck(
-    layer: np.ndarray, layers: np.ndarray, head: np.ndarray, p: np.ndarray, even: np.ndarray
-) -> np.ndarray:
+def bottleneck(layer: Floats, layers: Floats, head: Floats, p: Floats, even: Floats) -> Floats:
     """Seconds of the slowest stage for a micro-batch; head: the last stage's besides its layers.
 
     ``even``: every stage has the same number of layers; else the last has as many as make the

@@ -20,7 +20,8 @@ DATA = ROOT / "../shared/data/planner/calibration.csv.gz"
 def benchmark() -> ModuleType:
     path = ROOT / "benchmarks/planner.py"
     spec = importlib.util.spec_from_file_location("planner_benchmark", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
