@@ -91,7 +91,7 @@ class Cases:
     @property
     def micro_batches(self) -> Floats:
         """Micro-batches of a pipeline in a step."""
-        return self.n["global_batch"] / (self.n["micro_batch"] * self.n["dp"])
+        return np.asarray(self.n["global_batch"] / (self.n["micro_batch"] * self.n["dp"]))
 
     @property
     def step_tokens(self) -> Floats:

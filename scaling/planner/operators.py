@@ -64,7 +64,7 @@ def ffn_products(cases: Cases, constants: Constants) -> Floats:
     mixture = local * ffn(each, n["expert_ffn"]) / constants.experts_products
     mixture = mixture + ffn(rows, n["shared_experts"] * n["expert_ffn"])
     share = np.where(n["experts"] > 0, 1 - n["dense_layers"] / n["layers"], 0.0)
-    return share * mixture + (1 - share) * ffn(rows, n["ffn"])
+    return np.asarray(share * mixture + (1 - share) * ffn(rows, n["ffn"]))
 
 
 def scores(cases: Cases, constants: Constants) -> Floats:
@@ -89,7 +89,7 @@ def elementwise(cases: Cases, constants: Constants) -> Floats:
     passes = np.where(n["eager"] > 0, constants.passes_eager, constants.passes_tuned)
     values = passes * n["width"] / spread
     values = values + 2 * (1 + n["gated"]) * inner / n["tp"] + 4 * share * n["top_k"] * n["width"]
-    return HALF * values * rank_tokens(cases) / (cases.hw["memory"] * constants.memory)
+    return np.asarray(HALF * values * rank_tokens(cases) / (cases.hw["memory"] * constants.memory))
 
 
 def head(cases: Cases, constants: Constants) -> Floats:

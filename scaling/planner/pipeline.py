@@ -34,7 +34,7 @@ def bubble(
         [schedule == name for name in SCHEDULES],
         [f + b + w, (f + b + w) / np.asarray(chunks), f + b - w, f + b - 2 * w, uneven / 2],
     )
-    return p1 * np.maximum(each, 0.0)
+    return np.asarray(p1 * np.maximum(each, 0.0))
 
 
 def bottleneck(layer: Floats, layers: Floats, head: Floats, p: Floats, even: Floats) -> Floats:
