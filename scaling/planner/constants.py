@@ -17,7 +17,8 @@ def _constant(value: float, spread: float, between: float, what: str) -> Any:
 
 @dataclass(frozen=True)
 class Constants:
-    """Positive numbers; each default is a belief from before any calibration.
+    """Positive numbers; each default is what is believed without a calibration.
+    They were set by hand, some after a look at published measurements (host launches, latencies).
 
     ``spread`` of a field is the standard deviation of its logarithm in that belief, ``between``
     how far frameworks lie from each other: what ``calibrate`` starts from. Rates are factors of
