@@ -24,7 +24,7 @@ setup(
     packages=list(packages()),
     package_dir=packages(),
     package_data={
-        "allometry.configs": ["presets/*.yaml", "presets/ladders/*.yaml"],
+        "allometry.configs": ["presets/*.yaml", "presets/ladders/*.yaml", "hardware/*.yaml"],
         "allometry.launch.report": ["page.js", "page.css"],
     },
 )

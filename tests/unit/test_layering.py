@@ -26,6 +26,7 @@ MAY_IMPORT["launch"] = {*MAY_IMPORT["studies"], "studies"}
 # sub-rooms, lie above them, but for those named here.
 SUB_ROOM_MAY_IMPORT = {
     "scaling.parameterizations": {"scaling.roles", "scaling.update_rules"},
+    "scaling.planner": set(),
     "laws.forms": {"laws.observations"},
     "laws.fit": {"laws.observations", "laws.registry", "laws.forms"},
     "parallel.hdp": set(),

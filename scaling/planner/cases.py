@@ -1,0 +1,153 @@
+"""Many configurations at once: model, layout, batch and hardware as columns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from allometry.configs.errors import UserError
+from allometry.configs.machine import HardwareConfig
+from allometry.scaling.planner.constants import Floats
+
+SCHEDULES = ("1f1b", "interleaved", "zb_h1", "zb_h2", "zbv")
+RECOMPUTE = ("none", "selective", "full")
+COLUMNS = {
+    **dict.fromkeys(("layers", "width", "heads", "kv_heads", "head_dim", "ffn", "vocab"), None),
+    **{"gated": 1, "tied": 0, "experts": 0, "top_k": 0, "expert_ffn": 0, "shared_experts": 0},
+    **{"dense_layers": 0, "q_rank": 0, "kv_rank": 0},
+    **dict.fromkeys(("sequence", "micro_batch", "global_batch"), None),
+    **{"tp": 1, "pp": 1, "chunks": 1, "cp": 1, "ep": 1, "dp": 1, "zero": 1},
+    **{"sequence_parallel": 1, "flash": 1, "eager": 0, "even_stages": 0, "overlap": 1},
+}
+"""Numbers of a configuration and their defaults; None: it has to be given."""
+
+
+@dataclass(frozen=True)
+class Cases:
+    """C configurations. ``n[NAME]`` is a column of ``COLUMNS``, (C,), ``hw[NAME]`` of the hardware.
+
+    ``dp``: ranks that hold the same parameters and see different data, those of ``ep`` among them.
+    """
+
+    n: dict[str, Floats]
+    hw: dict[str, Floats]
+    hardware: Floats
+    precision: Floats
+    recompute: Floats
+    schedule: Floats
+
+    @classmethod
+    def of(cls, rows: Sequence[Mapping[str, Any]], hardware: Mapping[str, HardwareConfig]) -> Cases:
+        """Read rows that name ``COLUMNS``, and ``hardware``, ``precision``, ``recompute``,
+        ``schedule``.
+
+        Raises UserError for a value that is missing or unknown and for a precision that a card has
+        no rate of: nothing is guessed.
+        """
+        for index, row in enumerate(rows):
+            _check(index, row, hardware)
+        columns = {
+            key: np.array([row.get(key, default) for row in rows], dtype=float)
+            for key, default in COLUMNS.items()
+        }
+        cards = [hardware[row["hardware"]] for row in rows]
+        precision = np.array([row.get("precision", "bf16") for row in rows])
+        return cls(
+            n=columns,
+            hw=_hardware_columns(cards, precision),
+            hardware=np.array([row["hardware"] for row in rows]),
+            precision=precision,
+            recompute=np.array([row.get("recompute", "none") for row in rows]),
+            schedule=np.array([row.get("schedule", "1f1b") for row in rows]),
+        )
+
+    def __len__(self) -> int:
+        return len(self.precision)
+
+    def take(self, chosen: Floats) -> Cases:
+        """The configurations at these indices, or where a mask is true."""
+        return Cases(
+            {key: column[chosen] for key, column in self.n.items()},
+            {key: column[chosen] for key, column in self.hw.items()},
+            *(self.hardware[chosen], self.precision[chosen]),
+            *(self.recompute[chosen], self.schedule[chosen]),
+        )
+
+    @property
+    def kinds(self) -> list[tuple[str, str, str]]:
+        """Card, class of precision and class of model of each: what calibration carries over in."""
+        wide = np.where(np.isin(self.precision, ("fp16", "bf16")), "16 bit", self.precision)
+        model = np.where(self.n["experts"] > 0, "experts", "dense")
+        return list(zip(self.hardware.tolist(), wide.tolist(), model.tolist(), strict=True))
+
+    @property
+    def gpus(self) -> Floats:
+        """GPUs of each layout."""
+        return self.n["tp"] * self.n["pp"] * self.n["cp"] * self.n["dp"]
+
+    @property
+    def micro_batches(self) -> Floats:
+        """Micro-batches of a pipeline in a step."""
+        return np.asarray(self.n["global_batch"] / (self.n["micro_batch"] * self.n["dp"]))
+
+    @property
+    def step_tokens(self) -> Floats:
+        """Tokens of a step."""
+        return self.n["global_batch"] * self.n["sequence"]
+
+
+def _check(index: int, row: Mapping[str, Any], hardware: Mapping[str, HardwareConfig]) -> None:
+    place = f"configuration {index}"
+    for key, default in COLUMNS.items():
+        value = row.get(key, default)
+        if value is None:
+            raise UserError(f"{place}: {key} is missing; give it")
+        least = 0 if default == 0 or key in ("gated", "zero", "ffn") else 1
+        if key in ("sequence_parallel", "flash", "overlap"):
+            least = 0
+        if not np.isfinite(value) or value < least:
+            raise UserError(f"{place}: {key}={value} must be a number of at least {least}")
+    if row.get("hardware") not in hardware:
+        raise UserError(
+            f"{place}: hardware={row.get('hardware')!r} is not described; use one of "
+            f"{', '.join(hardware)}"
+        )
+    known = hardware[row["hardware"]].gpu
+    for key, values in (
+        ("precision", tuple(set(known.peak_flops) & set(known.attainable))),
+        ("recompute", RECOMPUTE),
+        ("schedule", SCHEDULES),
+    ):
+        value = row.get(key, {"precision": "bf16", "recompute": "none", "schedule": "1f1b"}[key])
+        if value not in values:
+            raise UserError(
+                f"{place}: {key}={value!r} is not known on {row['hardware']}; use one of "
+                f"{', '.join(sorted(values))}"
+            )
+    if row.get("experts", 0) and not (row.get("top_k", 0) and row.get("expert_ffn", 0)):
+        raise UserError(f"{place}: experts={row['experts']} need top_k and expert_ffn; give both")
+
+
+def _hardware_columns(cards: list[HardwareConfig], precision: Floats) -> dict[str, Floats]:
+    def column(read: Any) -> Floats:
+        return np.array([read(card) for card in cards], dtype=float)
+
+    wide: list[Any] = ["bf16" if p in ("fp8", "fp4") else p for p in precision]
+    pairs: list[tuple[HardwareConfig, Any]] = list(zip(cards, precision, strict=True))
+    wides = list(zip(cards, wide, strict=True))
+    rate = [c.gpu.peak_flops[p] * c.gpu.attainable[p] for c, p in pairs]
+    wide_rate = [c.gpu.peak_flops[p] * c.gpu.attainable[p] for c, p in wides]
+    return {
+        "products": np.array(rate, dtype=float),
+        "wide_products": np.array(wide_rate, dtype=float),
+        "attention": np.array([c.gpu.peak_flops[p] * c.gpu.attention for c, p in wides]),
+        "memory": column(lambda c: c.gpu.memory_bandwidth * c.gpu.copy_efficiency),
+        "gpus_per_node": column(lambda c: c.gpus_per_node),
+        "inside": column(lambda c: c.inside.bandwidth),
+        "inside_latency": column(lambda c: c.inside.latency_s),
+        "across": column(lambda c: c.network_bandwidth),
+        "across_latency": column(lambda c: c.across.latency_s),
+    }

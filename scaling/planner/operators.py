@@ -1,0 +1,125 @@
+"""Seconds of a layer's and the head's operators, for a micro-batch, from FLOPs and bytes."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from allometry.scaling.planner.cases import Cases
+from allometry.scaling.planner.constants import Constants, Floats
+
+HALF = 2  # bytes of a value in the compute type
+
+
+def product_time(rows: Floats, k: Floats, n: Floats, rate: Floats, constants: Constants) -> Floats:
+    """Seconds of (rows, k) @ (k, n), whose rate falls where rows or the weight's sides are few."""
+    slow = (1 + constants.rows_half / np.maximum(rows, 1)) * (
+        1 + constants.width_half / np.maximum(np.minimum(k, n), 1)
+    )
+    return 2 * rows * k * n / rate * slow
+
+
+def rank_tokens(cases: Cases) -> Floats:
+    """Tokens of a micro-batch on a rank."""
+    return cases.n["micro_batch"] * cases.n["sequence"] / cases.n["cp"]
+
+
+def products_rate(cases: Cases, constants: Constants) -> Floats:
+    """FLOP/s that large products of the blocks reach."""
+    narrow = np.isin(cases.precision, ("fp8", "fp4"))
+    factor = np.where(narrow, constants.fp8_products, constants.products)
+    return cases.hw["products"] * factor
+
+
+def attention_products(cases: Cases, constants: Constants) -> Floats:
+    """Seconds of the projections of one layer, forward; latent attention where it has ranks."""
+    n, rate, rows = cases.n, products_rate(cases, constants), rank_tokens(cases)
+    t, h, inner = n["tp"], n["width"], n["heads"] * n["head_dim"]
+
+    def product(k: Floats, m: Floats) -> Floats:
+        return product_time(rows, k, m, rate, constants)
+
+    plain = product(h, (inner + 2 * n["kv_heads"] * n["head_dim"]) / t) + product(inner / t, h)
+    values = n["heads"] * n["head_dim"] * 2 / 3  # 128 of 192: without the rotated part
+    latent = (
+        product(h, n["q_rank"] + n["kv_rank"] + n["head_dim"] / 3)
+        + product(n["q_rank"], inner / t)
+        + product(n["kv_rank"], 2 * values / t)
+        + product(values / t, h)
+    )
+    return np.where(n["kv_rank"] > 0, latent, plain)
+
+
+def ffn_products(cases: Cases, constants: Constants) -> Floats:
+    """Seconds of the feed-forward products of a mean layer, forward, experts among them."""
+    n, rate, rows = cases.n, products_rate(cases, constants), rank_tokens(cases)
+    t, h, gates = n["tp"], n["width"], 1 + n["gated"]
+
+    def ffn(rows: Floats, inner: Floats) -> Floats:
+        up = product_time(rows, h, gates * inner / t, rate, constants)
+        return up + product_time(rows, inner / t, h, rate, constants)
+
+    experts = np.maximum(n["experts"], 1)
+    local = np.maximum(experts / n["ep"], 1)
+    each = rows * np.maximum(n["top_k"], 1) * n["ep"] / experts
+    mixture = local * ffn(each, n["expert_ffn"]) / constants.experts_products
+    mixture = mixture + ffn(rows, n["shared_experts"] * n["expert_ffn"])
+    share = np.where(n["experts"] > 0, 1 - n["dense_layers"] / n["layers"], 0.0)
+    return np.asarray(share * mixture + (1 - share) * ffn(rows, n["ffn"]))
+
+
+def scores(cases: Cases, constants: Constants) -> Floats:
+    """Seconds of causal attention of one layer, forward; unfused: twice the work, and traffic."""
+    n, rows = cases.n, rank_tokens(cases)
+    inner, s = n["heads"] * n["head_dim"] / n["tp"], n["sequence"]
+    rate = cases.hw["attention"] * constants.attention / (1 + constants.attention_half / s)
+    flash = 2 * rows * s * inner / rate
+    bytes_moved = constants.unfused_attention * rows * s * n["heads"] / n["tp"]
+    dense = 4 * rows * s * inner / (cases.hw["wide_products"] * constants.products)
+    unfused = dense + bytes_moved / (cases.hw["memory"] * constants.memory)
+    return np.where(n["flash"] > 0, flash, unfused)
+
+
+def elementwise(cases: Cases, constants: Constants) -> Floats:
+    """Seconds of norms, activations, rotations and residuals of a mean layer, forward."""
+    n = cases.n
+    spread = np.where(n["sequence_parallel"] > 0, n["tp"], 1.0)
+    share = np.where(n["experts"] > 0, 1 - n["dense_layers"] / n["layers"], 0.0)
+    visits = n["top_k"] + n["shared_experts"]
+    inner = share * visits * n["expert_ffn"] + (1 - share) * n["ffn"]
+    passes = np.where(n["eager"] > 0, constants.passes_eager, constants.passes_tuned)
+    values = passes * n["width"] / spread
+    values = values + 2 * (1 + n["gated"]) * inner / n["tp"] + 4 * share * n["top_k"] * n["width"]
+    return np.asarray(HALF * values * rank_tokens(cases) / (cases.hw["memory"] * constants.memory))
+
+
+def head(cases: Cases, constants: Constants) -> Floats:
+    """Seconds of head and loss for a micro-batch, forward and backward; in the compute type."""
+    n, rows = cases.n, rank_tokens(cases)
+    columns = n["vocab"] / n["tp"]
+    rate = cases.hw["wide_products"] * constants.products
+    moved = np.where(n["eager"] > 0, constants.loss_eager, constants.loss_tuned)
+    traffic = moved * rows * columns / (cases.hw["memory"] * constants.memory)
+    return 3 * product_time(rows, n["width"], columns, rate, constants) + traffic
+
+
+def launches(cases: Cases, constants: Constants) -> Floats:
+    """Host seconds of a layer and micro-batch, forward and backward."""
+    n = cases.n
+    each = np.where(n["eager"] > 0, constants.launch_eager_s, constants.launch_tuned_s)
+    each = each * np.where(n["tp"] > 1, constants.launch_tensor, 1.0)
+    each = each * np.where(n["experts"] > 0, constants.launch_experts, 1.0)
+    return each * np.where(cases.recompute == "full", 4 / 3, 1.0)
+
+
+def layer_parameters(cases: Cases) -> tuple[Floats, Floats]:
+    """Parameters of a mean layer: (all ranks have, of experts)."""
+    n = cases.n
+    h, inner = n["width"], n["heads"] * n["head_dim"]
+    plain = h * (2 * inner + 2 * n["kv_heads"] * n["head_dim"])
+    latent = h * (n["q_rank"] + n["kv_rank"]) + inner * (n["q_rank"] + 4 / 3 * n["kv_rank"])
+    latent = latent + inner * 2 / 3 * h
+    sides = 2 + n["gated"]
+    share = np.where(n["experts"] > 0, 1 - n["dense_layers"] / n["layers"], 0.0)
+    dense = share * n["shared_experts"] * n["expert_ffn"] + (1 - share) * n["ffn"]
+    attention = np.where(n["kv_rank"] > 0, latent, plain)
+    return attention + sides * h * dense, share * sides * h * n["experts"] * n["expert_ffn"]

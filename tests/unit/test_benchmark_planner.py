@@ -1,0 +1,49 @@
+"""The planner's benchmark: its measures by hand, and its table where the data are."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from allometry.scaling.planner.cost import step_time
+
+ROOT = Path(__file__).resolve().parents[2]
+DATA = ROOT / "../shared/data/planner/calibration.csv.gz"
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> ModuleType:
+    path = ROOT / "benchmarks/planner.py"
+    spec = importlib.util.spec_from_file_location("planner_benchmark", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_errors_are_of_throughput(benchmark: ModuleType) -> None:
+    found = benchmark.errors(np.array([1.0, 2.0, 4.0]), np.array([1.0, 1.0, 8.0]))
+    # Throughputs 1, 1/2 and 1/4 were predicted to be 1, 1 and 1/8.
+    assert (found["rows"], found["median"]) == (3, 0.5)
+    assert found["p90"] == pytest.approx(0.9)
+    assert found["bias"] == 0
+
+
+def test_published_layouts_are_read_and_ordered(benchmark: ModuleType) -> None:
+    if not DATA.is_file():
+        pytest.skip(f"the published measurements are not on this machine ({DATA.resolve()})")
+    measured = benchmark.read(DATA)
+    assert (len(measured.seconds), measured.left_out) == (3419, 63)
+    assert measured.faulty.sum() == 633
+    healthy = measured.take(~measured.faulty)
+    # With what is believed before any calibration.
+    found = benchmark.ranking(healthy, step_time(healthy.cases).seconds)
+    assert found["tau"] > 0.6
+    assert found["regret"] < 0.05
