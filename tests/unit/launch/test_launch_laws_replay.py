@@ -287,6 +287,7 @@ def test_more_than_two_sources_have_the_shares_of_the_least_domain_loss() -> Non
     assert of_sources(MixReplay(sources=()), ReplayRows(ends)) is None
 
 
+@pytest.mark.slow
 def test_branches_of_a_real_trunk(
     shell: Shell, tiny: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
