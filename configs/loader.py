@@ -182,13 +182,14 @@ def _form(path: KeyPath, root: type[BaseModel]) -> str:
         path = path[:-1]
     for section in _models_at(root, path[:-1]):
         field = section.model_fields.get(str(path[-1])) if path else None
-        item = _item(field.annotation) if field else None
+        item, name = _item(field.annotation) if field else None, ".".join(map(str, path))
+        if field and "GiB" in repr((field.annotation, field.metadata)):
+            return f'; write it as a share, {name}=0.5, or as {name}="20 GiB"'
         if item is not None:
-            name = ".".join(map(str, path))
             return f"; write it as {name}=[{', '.join(_examples(item))}]"
         if field and get_origin(field.annotation) is dict:
             value = _examples(get_args(field.annotation)[1])[0]
-            return f"; write it as {'.'.join(map(str, path))}={{name: {value}}}"
+            return f"; write it as {name}={{name: {value}}}"
     return ""
 
 
@@ -245,11 +246,14 @@ def _explain(detail: ErrorDetails, path: KeyPath, name: str, root: type[BaseMode
     if kind == "union_tag_invalid":
         return f"{name}.kind={context['tag']} is not known; use one of {context['expected_tags']}"
     if kind == "union_tag_not_found":
-        return f"{name}.kind is missing; add it"
+        kinds = dict.fromkeys(str(_kind_of(section)) for section in _models_at(root, path))
+        return f"{name}.kind is missing; add one of {', '.join(kinds)}"
     if kind in ("model_type", "model_attributes_type"):
         return f"{name} must be a section of 'key: value' lines, not {given!r}"
     if kind == "literal_error" and context["expected"] == "1":
         return f"{name}={given!r} is not supported yet; only 1 is"
+    if kind in ("too_short", "string_too_short") and given == "":
+        return f"{name} is empty; give it a value or leave it out"
     if kind == "too_short" and not context["actual_length"]:
         return f"{name} is empty: name at least one {str(path[-1]).removesuffix('s')}"
     message = detail["msg"][0].lower() + detail["msg"][1:].replace("valid tuple", "list")

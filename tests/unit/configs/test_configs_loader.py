@@ -124,6 +124,20 @@ def test_an_empty_list_says_what_to_name() -> None:
         load("preset:demo", ["data.sources=[]"])
 
 
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("optimizer.states.rounding=stochastic", "states.kind is missing; add one of fp32, fp8"),
+        ("parallel.zero.optimizer_states.device=20GiB", 'device=0.5, or as .*device="20 GiB"'),
+        ("parallel.zero.optimizer_states.nvme=''", "nvme is empty; give it a value or leave it"),
+        ("precision.roles=[router]", r"write it as precision.roles=\[hidden, expert_up\]"),
+    ],
+)
+def test_the_remedy_is_of_the_value_s_own_kind(override: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        load("preset:demo", [override])
+
+
 def test_keys_that_another_section_lacks_are_counted() -> None:
     with pytest.raises(ConfigError, match=r"lacks base_width, base_layers; add them \(1 more\)$"):
         load("preset:demo", ["parameterization={kind: hyperp}", "optimizer={kind: muonh}"])

@@ -34,6 +34,7 @@ OF_OTHERS = {
     "launch/runs/doctor.py": "--shm-size",
     "launch/report/page.py": "--narrow --wide",
     "configs/loader.py": "--help",
+    "interop/harness.py": "--tasks",  # of ``allometry evaluate``, as of the harness itself
 }
 ANYWHERE = {"--nproc-per-node"}  # torchrun's
 COMMAND = re.compile(r"(?<![\w./-])allometry ([a-z]+(?: [a-z]+)?)([^\n]*)")
@@ -48,6 +49,8 @@ NO_KEYS = {  # names of files, tensors and modules that look like keys
     "model.layers",
     "model.norm.weight",
     "record.plans",
+    "record.rows",
+    "record.states",
 }
 
 
