@@ -19,6 +19,7 @@ from allometry.optim.offload.stream import FileHome, Home, HostHome, Stream
 from allometry.optim.offload.swap import SwapFile
 from allometry.optim.optimizer import RuleOptimizer
 from allometry.optim.states import Group, Item, items_of
+from allometry.parallel.deepspeed.boxes import Stretch
 from allometry.parallel.mesh import local
 from allometry.scaling.update_rules import UpdateRule
 
@@ -29,10 +30,11 @@ LEAST_BYTES = 4096
 class Stored(NamedTuple):
     """A state between steps: ``like`` has its shape, type and layout, and no memory of its own.
 
-    ``read`` returns this rank's part on the host, and ``write`` replaces it.
+    ``read`` returns this rank's part on the host, and ``write`` replaces it; of a ``Stretch`` in
+    one dimension.
     """
 
-    like: Tensor
+    like: Tensor | Stretch
     read: Callable[[], Tensor]
     write: Callable[[Tensor], None]
 

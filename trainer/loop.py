@@ -26,7 +26,7 @@ from allometry.trainer.record.columns import FinishedStep, row_of
 from allometry.trainer.record.hardware import peak_bytes, reset_peak_bytes
 from allometry.trainer.record.timing import Span, StepTimer
 from allometry.trainer.record.writer import Recorder, Row
-from allometry.trainer.state.checkpoint import optimizer_state
+from allometry.trainer.state.checkpoint import optimizer_state, parameter_state
 from allometry.trainer.state.planners import State
 from allometry.trainer.step import StepOutcome, TrainStep
 from allometry.trainer.stop import StopRequest, StopSignals
@@ -236,6 +236,5 @@ class Loop:
 def state_tensors(parallel: Parallel, optimizer: torch.optim.Optimizer) -> State:
     """All tensors of a run by name: parameters, buffers, what the optimizer remembers of each."""
     names: dict[Tensor, str] = {p: name for name, p in parallel.named_parameters()}
-    parameters: State = {f"model.{name}": p.detach() for p, name in names.items()}
     buffers: State = {f"model.{name}": buffer for name, buffer in parallel.named_buffers()}
-    return parameters | buffers | optimizer_state(optimizer, names)
+    return parameter_state(optimizer, names) | buffers | optimizer_state(optimizer, names)

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from allometry.data.batch import IGNORE
-from allometry.optim.build import set_lr
-from allometry.optim.clip import clip_by_global_norm
+from allometry.optim.build import groups_not_finite, take_step
 from allometry.optim.schedule import Schedule
 from allometry.parallel.apply import Parallel
-from allometry.parallel.mesh import Mesh, local
+from allometry.parallel.mesh import Mesh
 from allometry.trainer.balance import Balancer
 from allometry.trainer.feed import DeviceBatch
 from allometry.trainer.record.timing import to_host
@@ -92,7 +91,6 @@ class TrainStep:
         self._sources = sources
         self._clip = clip_grad_norm
         self._dropout_seed = dropout_seed
-        self._parameters = [p for g in optimizer.param_groups for p in g["params"]]
 
     def __call__(self, step: int, batches: Sequence[DeviceBatch]) -> StepOutcome:
         """Take the step; ``batches`` are this rank's micro-batches.
@@ -123,10 +121,8 @@ class TrainStep:
         sums_2S *= self._mesh.tp.rank == 0  # all ranks of a tensor group have the same losses
         routing = None if self._balancer is None else self._balancer.observed()
         along = [sums_2S] if routing is None else [sums_2S, routing]
-        norm = clip_by_global_norm(self._parameters, self._clip, self._mesh, along)
         fraction = self._schedule.fraction(step)
-        set_lr(self._optimizer, fraction)
-        self._optimizer.step()
+        norm = take_step(self._optimizer, fraction, self._clip, self._mesh, along)
         if self._balancer is not None and routing is not None:
             self._balancer.end_step(routing)
         return StepOutcome(
@@ -141,16 +137,7 @@ class TrainStep:
 
     def groups_not_finite(self) -> list[str]:
         """Names of the parameter groups with gradients or values on this rank not all finite."""
-        return [
-            str(group["name"])
-            for group in self._optimizer.param_groups
-            if any(
-                not local(tensor).isfinite().all()
-                for parameter in group["params"]
-                for tensor in (parameter.grad, parameter)
-                if tensor is not None
-            )
-        ]
+        return groups_not_finite(self._optimizer)
 
     def _begin(
         self, batches: Sequence[DeviceBatch], count_visits: Callable[[], None]

@@ -174,7 +174,7 @@ class _Run:
             return progress
         names = {parameter: name for name, parameter in self.parallel.named_parameters()}
         if start.weights_only:  # converted from elsewhere: training itself begins afresh
-            state: State = {f"model.{name}": p.detach() for p, name in names.items()}
+            state = checkpoint.parameter_state(self.optimizer, names)
             if start.facts.get("optimizer", False):
                 init_states(self.optimizer)
                 state |= checkpoint.optimizer_state(self.optimizer, names)

@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "data": {"configs"},
     "models": {"configs", "scaling"},
     "parallel": {"configs", "scaling", "models"},
-    "optim": {"configs", "scaling", "parallel.mesh"},
+    "optim": {"configs", "scaling", "parallel.mesh", "parallel.deepspeed"},
     "trainer": {"configs", "scaling", "laws", "data", "models", "parallel", "optim"},
 }
 MAY_IMPORT["interop"] = {*MAY_IMPORT["trainer"], "trainer"}
@@ -29,6 +29,7 @@ SUB_ROOM_MAY_IMPORT = {
     "laws.forms": {"laws.observations"},
     "laws.fit": {"laws.observations", "laws.registry", "laws.forms"},
     "parallel.hdp": set(),
+    "parallel.deepspeed": {"parallel.mesh", "parallel.reduce"},
     "optim.offload": {"optim.states"},
     "trainer.state": set(),
     "trainer.record": {

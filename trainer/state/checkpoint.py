@@ -26,6 +26,7 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 
 from allometry.configs.errors import UserError
 from allometry.configs.execution import CheckpointConfig
+from allometry.optim.deepspeed import DeepSpeedOptimizer
 from allometry.optim.tiered import Stored, TieredOptimizer
 from allometry.parallel.agree import wait_for_all, with_heartbeat
 from allometry.parallel.mesh import Mesh
@@ -313,7 +314,8 @@ def clean(folder: RunFolder, used: Path | None) -> list[str]:
 
 def optimizer_state(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]) -> State:
     """An optimizer's tensors under ``optimizer.<parameter>.<key>``; waits for what is in flight."""
-    stored = optimizer.stored() if isinstance(optimizer, TieredOptimizer) else ()
+    stores = isinstance(optimizer, TieredOptimizer | DeepSpeedOptimizer)
+    stored = optimizer.stored() if stores else ()
     away = {f"optimizer.{names[parameter]}.{key}": value for parameter, key, value in stored}
     return away | {
         f"optimizer.{names[parameter]}.{key}": value
@@ -321,3 +323,11 @@ def optimizer_state(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]) 
         for key, value in state.items()
         if isinstance(value, Tensor)
     }
+
+
+def parameter_state(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]) -> State:
+    """The parameters under ``model.<parameter>``."""
+    state: State = {f"model.{name}": p.detach() for p, name in names.items()}
+    if isinstance(optimizer, DeepSpeedOptimizer):
+        state |= {f"model.{names[p]}": values for p, values in optimizer.stored_parameters()}
+    return state

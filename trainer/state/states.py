@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 
 from allometry.optim import fp8_states
+from allometry.optim.build import settle
 from allometry.optim.fp8_states import KEYS, Groups
 from allometry.parallel.mesh import Mesh, local
 from allometry.trainer.state import checkpoint
@@ -46,6 +47,7 @@ def load(
         if "step" in held and count not in there:  # rounding at random begins to count
             wanted.pop(count, None)
     checkpoint.load(path, wanted, mesh)
+    settle(optimizer)
     for other in others:
         other.convert()
     return dict(converted)

@@ -1,0 +1,107 @@
+"""The optimizer of the deepspeed engine, which clips, updates and keeps states by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from allometry.optim.offload.swap import StatesLost
+from allometry.optim.states import Group
+from allometry.optim.tiered import Stored
+from allometry.parallel.deepspeed.adamw import MOMENTS
+from allometry.parallel.deepspeed.engine import DeepSpeedSync
+from allometry.parallel.deepspeed.files import FilesLost
+from allometry.parallel.mesh import Mesh
+
+
+class DeepSpeedOptimizer(torch.optim.Optimizer):
+    """AdamW by DeepSpeed, in the same groups; ``state`` stays empty (see ``stored``).
+
+    Every rank of ``mesh`` makes it when the model has its values, and then calls alike what it
+    calls. ``groups`` are those of ``parameter_groups``.
+
+    Raises:
+        UserError: files on NVMe cannot be used.
+        StatesLost: what is in them cannot be written, or read as it was written.
+    """
+
+    def __init__(self, groups: Sequence[Group], sync: DeepSpeedSync, mesh: Mesh) -> None:
+        super().__init__(list(groups), {})
+        self._sync, self._mesh = sync, mesh
+        with _named():
+            self._parts = sync.start(self.param_groups)
+
+    def take_step(self, along: Sequence[Tensor]) -> Tensor:
+        """Clip and update at the groups' rates; return the norm before clipping, 0-dim float64.
+
+        The tensors ``along`` (float64) are summed over all ranks in place. Where the norm is not
+        finite it is infinite, and nothing is updated.
+        """
+        with _named():
+            norm = self._sync.update(self.param_groups)
+        self._mesh.sum_together(along)
+        return norm
+
+    def groups_not_finite(self) -> list[str]:
+        """Return the names of groups whose gradients in the last step were not all finite."""
+        numbers = self._sync.groups_not_finite()
+        return [str(self.param_groups[number]["name"]) for number in numbers]
+
+    def init_states(self) -> None:
+        """Make the states of a fresh optimizer, for a checkpoint to fill."""
+        with _named():
+            self._parts.init_states()
+
+    def settle(self) -> None:
+        """Let the model compute with what was written through ``stored``."""
+        with _named():
+            self._parts.settle()
+
+    def stored(self) -> Iterator[tuple[Tensor, str, Stored]]:
+        """Yield (parameter, name, values) of all states, once they are made."""
+        for parameter in self._parameters():
+            for key in MOMENTS:
+                yield parameter, key, self._stored(parameter, key)
+            read, write = self._calls(parameter, "step")
+            yield parameter, "step", Stored(torch.zeros(()), read, write)
+
+    def stored_parameters(self) -> Iterator[tuple[Tensor, Stored]]:
+        """Yield (parameter, values) of all parameters, which may have none where the model is."""
+        for parameter in self._parameters():
+            yield parameter, self._stored(parameter, "param")
+
+    def held_bytes(self) -> dict[str, int]:
+        """Return this rank's bytes of masters and states on the device, the host and NVMe."""
+        return self._parts.held_bytes()
+
+    def _parameters(self) -> Iterator[Tensor]:
+        for group in self.param_groups:
+            yield from group["params"]
+
+    def _stored(self, parameter: Tensor, key: str) -> Stored:
+        return Stored(self._parts.stretch(parameter), *self._calls(parameter, key))
+
+    def _calls(
+        self, parameter: Tensor, key: str
+    ) -> tuple[Callable[[], Tensor], Callable[[Tensor], None]]:
+        def read() -> Tensor:
+            with _named():
+                return self._parts.read(parameter, key)
+
+        def write(value: Tensor) -> None:
+            with _named():
+                self._parts.write(parameter, key, value)
+
+        return read, write
+
+
+@contextmanager
+def _named() -> Iterator[None]:
+    """Say of files that cannot be read or written what a run makes of that."""
+    try:
+        yield
+    except FilesLost as error:
+        raise StatesLost(str(error)) from None
