@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from allometry.optim.offload.swap import StatesLost
 from allometry.optim.states import Group
@@ -33,6 +34,13 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
         self._sync, self._mesh = sync, mesh
         with _named():
             self._parts = sync.start(self.param_groups)
+
+    @override
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget gradients, before a step."""
+        super().zero_grad(set_to_none)
+        with _named():
+            self._parts.close()
 
     def take_step(self, along: Sequence[Tensor]) -> Tensor:
         """Clip and update at the groups' rates; return the norm before clipping, 0-dim float64.

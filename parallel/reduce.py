@@ -78,6 +78,10 @@ class GradientSync(Protocol):
     def finish(self) -> None:
         """Complete the reduction after the last backward."""
 
+    def leave(self) -> None:
+        """Give up, at the end of a run, what lies outside of this process's memory."""
+        return
+
 
 ReductionGroup = tuple[Sequence[nn.Parameter], Axis]
 """Parameters, and the axis of ranks that hold the same ones and see different micro-batches."""

@@ -21,6 +21,7 @@ from allometry.data.tokenizer import check_vocabulary
 from allometry.laws.areas import LearningRateAreas
 from allometry.models.build import torch_dtype
 from allometry.optim.build import init_states
+from allometry.optim.deepspeed import DeepSpeedOptimizer
 from allometry.optim.schedule import Schedule, resolve_schedule
 from allometry.optim.tiered import TieredOptimizer
 from allometry.parallel.agree import on_all_ranks, on_main_rank
@@ -162,7 +163,7 @@ class _Run:
         )
         self.converted: dict[str, int] = {}
         self.progress = self._restore()
-        if isinstance(self.optimizer, TieredOptimizer):
+        if isinstance(self.optimizer, TieredOptimizer | DeepSpeedOptimizer):
             init_states(self.optimizer)  # what finds no room is found before the first step
         self.peak = hardware.peak(mesh.device, torch_dtype(config.training.compute_dtype))
 
@@ -202,8 +203,11 @@ class _Run:
         # Files may be slow, and a service's page is opened over the network.
         on_main_rank(self.mesh, lambda: self._open_record(invocation), "opening the record")
         self._report_start()
-        with closing(self._batches()) as batches:
-            return loop.run(batches, stop_at_step)
+        try:
+            with closing(self._batches()) as batches:
+                return loop.run(batches, stop_at_step)
+        finally:
+            self.parallel.sync.leave()
 
     def _open_record(self, invocation: Invocation | None) -> None:
         first_step = self.start.step + 1
@@ -252,6 +256,8 @@ class _Run:
         config, wanted = self.config, self.config.record.monitors
         if wanted.every_steps is None and wanted.singular_values_every_steps is None:
             return
+        if isinstance(self.optimizer, DeepSpeedOptimizer):
+            self.report("monitors_limited", step=self.start.step, to="activations and outputs")
         longest = config.parallel.context.capacity_tokens
         yield Monitors(
             wanted,
@@ -332,7 +338,7 @@ class _Run:
         else:
             name, dropped = start.checkpoint.name, start.dropped_rows
             report("resumed", step=start.step, checkpoint=name, dropped_rows=dropped)
-        if isinstance(self.optimizer, TieredOptimizer):
+        if isinstance(self.optimizer, TieredOptimizer | DeepSpeedOptimizer):
             held = {f"{tier}_bytes": size for tier, size in self.optimizer.held_bytes().items()}
             report("optimizer_states", step=start.step, **held)
         for change in self.kernel_changes:

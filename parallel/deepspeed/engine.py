@@ -74,7 +74,7 @@ class DeepSpeedSync(GradientSync):
             yield getattr(owner, name).detach()
             return
         shape = getattr(owner, name).shape
-        whole = nn.Parameter(torch.empty(shape, device=self._mesh.device))
+        whole: Any = nn.Parameter(torch.empty(shape, device=self._mesh.device))
         owner.register_parameter(name, whole)
         yield whole.detach()
         self._init._convert_to_deepspeed_param(whole)
@@ -112,6 +112,14 @@ class DeepSpeedSync(GradientSync):
         self._engine.backward(loss)
 
     @override
+    def close(self, part: nn.Module) -> None:
+        raise AssertionError("not in a pipeline")
+
+    @override
+    def closed(self, part: nn.Module) -> None:
+        raise AssertionError("not in a pipeline")
+
+    @override
     def begin_uneven(self) -> bool:
         assert self._stage == 1, self._stage
         self._pending.enter_context(self._engine.coalesce_grad_reduction())
@@ -124,16 +132,19 @@ class DeepSpeedSync(GradientSync):
 
     @override
     def finish(self) -> None:
-        if self._stage < 3:
+        if self._engine.inside_no_sync_ctxt:
             # What has no gradient here may have one on another rank: all must reduce the same.
             for parameter in self._model.parameters():
-                if parameter.grad is None and self._coalescing:
+                if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
         self._pending.close()
 
-    @property
-    def _coalescing(self) -> bool:
-        return bool(self._engine.inside_no_sync_ctxt)
+    @override
+    def leave(self) -> None:
+        if self._engine is not None:
+            self._engine.destroy()
+        if self._folder is not None:
+            self._folder.close()
 
     def update(self, groups: Sequence[Mapping[str, Any]]) -> Tensor:
         """Clip and update at the rates of ``groups``; return the norm before clipping, 0-dim.

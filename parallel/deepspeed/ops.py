@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ import torch
 
 from allometry.configs.errors import UserError
 from allometry.parallel.deepspeed.files import CheckedHandle
-from allometry.parallel.deepspeed.package import check_installed
+from allometry.parallel.deepspeed.package import check_installed, quieten
 
 BUILD = "allometry doctor --build"
 _NAME = "async_io"
@@ -61,6 +62,10 @@ def build() -> Path:
 
 def probe(place: Path, nbytes: int = 4 << 20) -> None:
     """Write a file in ``place`` and read it back, checked. Raises UserError where that fails."""
+    try:
+        place.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{place}: {error.strerror or error}; name another folder") from None
     handle = CheckedHandle(_load().aio_handle())
     with tempfile.TemporaryDirectory(dir=place) as scratch:
         kind = torch.zeros(1, dtype=torch.float32)
@@ -103,6 +108,8 @@ def checked_io() -> Iterator[None]:
 
 def _load() -> Any:
     """Return DeepSpeed's extension module, compiled if it is not yet."""
+    if "deepspeed" not in sys.modules:
+        quieten("cuda" if torch.cuda.is_available() else "cpu")
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     before = os.environ.get("TORCH_EXTENSIONS_DIR")

@@ -29,31 +29,47 @@ def check_installed() -> None:
         )
 
 
+def quieten(device: str) -> None:
+    """Prepare for the first import: on which kind of device it works, and that it is quiet."""
+    os.environ["DS_ACCELERATOR"] = device
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # It calls functions of torch that are to be renamed, in every step.
+    warnings.filterwarnings(
+        "ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning, "torch.distributed"
+    )
+
+
 def opened(mesh: Mesh) -> ModuleType:
     """Return the package, with the hdp group of ``mesh`` as the group it shards over.
 
     Raises UserError: see ``check_installed``.
     """
     check_installed()
-    # It chooses its device, and which one is this rank's, by these.
-    os.environ["DS_ACCELERATOR"] = mesh.device.type
-    os.environ["LOCAL_RANK"] = str(mesh.device.index or 0)
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    quieten(mesh.device.type)
+    os.environ["LOCAL_RANK"] = str(mesh.device.index or 0)  # how it knows which device is ours
     import deepspeed
     from deepspeed.comm import comm
-    from deepspeed.runtime.zero import parameter_offload
+    from deepspeed.runtime.zero import parameter_offload, partition_parameters
     from deepspeed.utils import groups
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # It calls functions of torch that are to be renamed, in every step.
-    warnings.filterwarnings(
-        "ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning, "torch.distributed"
-    )
     # Else a first run compiles a kernel for inference when it is opened.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if comm.cdb is None:
         deepspeed.init_distributed(verbose=False)
     # Its own copy of the group of all ranks would have another timeout, and outlive the mesh.
     groups._WORLD_GROUP = mesh.hdp.group
-    parameter_offload.FWD_MODULE_STACK.clear()
+    _forget(parameter_offload, partition_parameters)
     return deepspeed
+
+
+def _forget(parameter_offload: ModuleType, partition_parameters: ModuleType) -> None:
+    """Begin to count modules and parameters anew: ranks compare their numbers.
+
+    Processes that have had other models before, not all the same, would differ.
+    """
+    parameter_offload.FWD_MODULE_STACK.clear()
+    register = parameter_offload.DeepSpeedZeRoOffload._register_deepspeed_module
+    (count,) = register.__defaults__
+    count[0] = 0
+    partition_parameters.Init.param_id = 0

@@ -26,8 +26,8 @@ class _Place(NamedTuple):
 class Parts:
     """Flat fp32 parts of a started engine, by parameter.
 
-    A part that lies in files is in memory while it is ``open``; it stays there until another one
-    is asked for or ``settle`` is called, since the next tensor is mostly of the same.
+    A part that lies in files stays in memory until another one is asked for or ``close`` is called,
+    since the next tensor is mostly of the same part.
     """
 
     def __init__(
@@ -35,6 +35,7 @@ class Parts:
     ) -> None:
         self._zero, self._adamw, self._stage, self._folder = zero, adamw, stage, folder
         self._in_memory: int | None = None
+        self._changed = False  # whether that is to be written back
 
     def check_files(self) -> None:
         """Raise UserError where files were asked for and none was written on this rank.
@@ -75,16 +76,16 @@ class Parts:
     def write(self, parameter: Tensor, key: str, value: Tensor) -> None:
         """Replace what ``read`` returns; ``settle`` must follow before the model runs."""
         place = self._place(parameter)
-        with self._open(place.group) as flat, torch.no_grad():
+        with self._open(place.group, changed=True) as flat, torch.no_grad():
             self._part(flat, place, key).copy_(value)
 
     @torch.no_grad()
     def init_states(self) -> None:
         """Make the states of a fresh optimizer: zeros."""
         for group in range(self._count()):
-            with self._open(group) as flat:
+            with self._open(group, changed=True) as flat:
                 self._adamw.made(flat)
-        self._close()
+        self.close()
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -97,7 +98,7 @@ class Parts:
         for group in range(self._count()):
             with self._open(group):
                 zero._reassign_or_swap_out_partitioned_parameters(group)
-        self._close()
+        self.close()
         if zero.persistent_parameters:
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 
@@ -140,15 +141,22 @@ class Parts:
         return whole.narrow(0, place.offset, place.stretch.stop - place.stretch.start)
 
     @contextmanager
-    def _open(self, group: int) -> Iterator[Tensor]:
+    def _open(self, group: int, *, changed: bool = False) -> Iterator[Tensor]:
         swaps = self._stage == 3 and self._zero._swappable_optimizer_subgroup(group)
         if swaps and self._in_memory != group:
-            self._close()
+            self.close()
             self._zero._optimizer_states_and_gradient_swap_in(group)
             self._in_memory = group
+        self._changed |= swaps and changed
         yield self._flats()[group]
 
-    def _close(self) -> None:
-        if self._in_memory is not None:
-            self._zero._optimizer_states_and_gradient_swap_out(self._in_memory)
-            self._in_memory = None
+    def close(self) -> None:
+        """Put back what is in memory of files; a step must find the room for its own."""
+        group, self._in_memory = self._in_memory, None
+        if group is None:
+            return
+        changed, self._changed = self._changed, False
+        if changed:
+            self._zero._optimizer_states_and_gradient_swap_out(group)
+        else:
+            self._zero._release_swap_buffers(group)

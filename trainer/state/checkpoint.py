@@ -314,9 +314,10 @@ def clean(folder: RunFolder, used: Path | None) -> list[str]:
 
 def optimizer_state(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]) -> State:
     """An optimizer's tensors under ``optimizer.<parameter>.<key>``; waits for what is in flight."""
-    stores = isinstance(optimizer, TieredOptimizer | DeepSpeedOptimizer)
-    stored = optimizer.stored() if stores else ()
-    away = {f"optimizer.{names[parameter]}.{key}": value for parameter, key, value in stored}
+    away: State = {}
+    if isinstance(optimizer, TieredOptimizer | DeepSpeedOptimizer):
+        for parameter, key, value in optimizer.stored():
+            away[f"optimizer.{names[parameter]}.{key}"] = value
     return away | {
         f"optimizer.{names[parameter]}.{key}": value
         for parameter, state in optimizer.state.items()
