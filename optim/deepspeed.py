@@ -32,14 +32,15 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
     def __init__(self, groups: Sequence[Group], sync: DeepSpeedSync, mesh: Mesh) -> None:
         super().__init__(list(groups), {})
         self._sync, self._mesh = sync, mesh
-        with _named():
+        self._lost: str | None = None  # why what is in files is lost
+        with self._files():
             self._parts = sync.start(self.param_groups)
 
     @override
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget gradients, before a step."""
         super().zero_grad(set_to_none)
-        with _named():
+        with self._files():
             self._parts.close()
 
     def take_step(self, along: Sequence[Tensor]) -> Tensor:
@@ -48,7 +49,7 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
         The tensors ``along`` (float64) are summed over all ranks in place. Where the norm is not
         finite it is infinite, and nothing is updated.
         """
-        with _named():
+        with self._files():
             norm = self._sync.update(self.param_groups)
         self._mesh.sum_together(along)
         return norm
@@ -60,12 +61,12 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
 
     def init_states(self) -> None:
         """Make the states of a fresh optimizer, for a checkpoint to fill."""
-        with _named():
+        with self._files():
             self._parts.init_states()
 
     def settle(self) -> None:
         """Let the model compute with what was written through ``stored``."""
-        with _named():
+        with self._files():
             self._parts.settle()
 
     def stored(self) -> Iterator[tuple[Tensor, str, Stored]]:
@@ -96,20 +97,22 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
         self, parameter: Tensor, key: str
     ) -> tuple[Callable[[], Tensor], Callable[[Tensor], None]]:
         def read() -> Tensor:
-            with _named():
+            with self._files():
                 return self._parts.read(parameter, key)
 
         def write(value: Tensor) -> None:
-            with _named():
+            with self._files():
                 self._parts.write(parameter, key, value)
 
         return read, write
 
-
-@contextmanager
-def _named() -> Iterator[None]:
-    """Say of files that cannot be read or written what a run makes of that."""
-    try:
-        yield
-    except FilesLost as error:
-        raise StatesLost(str(error)) from None
+    @contextmanager
+    def _files(self) -> Iterator[None]:
+        """Say of files that are lost what a run makes of that, now and at every later call."""
+        if self._lost is not None:
+            raise StatesLost(self._lost)
+        try:
+            yield
+        except FilesLost as error:
+            self._lost = str(error)
+            raise StatesLost(self._lost) from None

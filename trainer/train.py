@@ -25,6 +25,7 @@ from allometry.optim.deepspeed import DeepSpeedOptimizer
 from allometry.optim.schedule import Schedule, resolve_schedule
 from allometry.optim.tiered import TieredOptimizer
 from allometry.parallel.agree import on_all_ranks, on_main_rank
+from allometry.parallel.deepspeed.engine import check_available
 from allometry.parallel.graphs import choose_graphs
 from allometry.parallel.mesh import Mesh, launched_world_size, open_mesh
 from allometry.scaling.advice import NODE_RANKS, advice
@@ -98,6 +99,7 @@ def train(
     exact = algorithms(deterministic=config.training.deterministic)
     with watched as signals, exact, open_mesh(config.parallel, device) as mesh:
         choose_graphs(config, mesh)  # what cannot be is said before the folder is touched
+        on_all_ranks(mesh, lambda: check_available(config), "looking for DeepSpeed")
         plan = with_measured_stages(config, plan, mesh)
         schedule = resolve_schedule(config, plan.batch)
         stream = on_all_ranks(mesh, lambda: _open_stream(config, plan), "opening the data")

@@ -24,27 +24,36 @@ from allometry.models.transformer import Transformer
 from allometry.parallel.deepspeed.adamw import FlatAdamW
 from allometry.parallel.deepspeed.files import SwapFolder
 from allometry.parallel.deepspeed.ops import check_built, checked_io
-from allometry.parallel.deepspeed.package import opened
+from allometry.parallel.deepspeed.package import check_installed, opened
 from allometry.parallel.deepspeed.parts import Parts
 from allometry.parallel.mesh import Mesh
 from allometry.parallel.reduce import GradientSync
 from allometry.scaling.deepspeed import nvme_bytes, settings
 
 
+def check_available(config: RunConfig) -> None:
+    """Raise UserError where a run asks for DeepSpeed and this machine lacks what it needs."""
+    zero = config.parallel.zero
+    if zero.engine == "deepspeed":
+        check_installed()
+        if zero.optimizer_states is not None and zero.optimizer_states.nvme is not None:
+            check_built()
+
+
 class DeepSpeedSync(GradientSync):
     """What DeepSpeed does for one model; ``start`` gives it the groups of the optimizer.
 
-    Raises UserError: the package is not installed, or is of another version.
+    Raises UserError: see ``check_available`` and ``SwapFolder``.
     """
 
     def __init__(self, model: Transformer, config: RunConfig, mesh: Mesh) -> None:
         zero = config.parallel.zero
         self._model, self._mesh, self._stage = model, mesh, zero.stage
+        check_available(config)
         self._deepspeed = opened(mesh)
         states = zero.optimizer_states
         self._folder: SwapFolder | None = None
         if states is not None and states.nvme is not None:
-            check_built()
             self._folder = SwapFolder(states.nvme, nvme_bytes(config, mesh.hdp.size))
         cuda = mesh.device.type == "cuda"
         swap = "" if self._folder is None else str(self._folder.path)
