@@ -94,6 +94,15 @@ def check_deepspeed(config: RunConfig, degrees: Degrees) -> None:
         raise UserError(f"{key}={value} with parallel.zero.engine=deepspeed: {why}; {fix}")
 
 
+def check_other_engine(zero: Zero, what: str) -> None:
+    """Raise UserError for the deepspeed engine where ``what`` knows the other one alone."""
+    if zero.engine == "deepspeed":
+        raise UserError(
+            f"parallel.zero.engine=deepspeed: {what} knows the other engine alone; add "
+            "parallel.zero.engine=fsdp2"
+        )
+
+
 def _refusals(config: RunConfig, degrees: Degrees) -> Iterator[tuple[str, Any, str]]:
     """Yield what only the other engine can: key, value, why."""
     zero, training, optimizer = config.parallel.zero, config.training, config.optimizer

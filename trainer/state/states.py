@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 
+from allometry.configs.errors import UserError
 from allometry.optim import fp8_states
 from allometry.optim.build import settle
+from allometry.optim.deepspeed import DeepSpeedOptimizer
 from allometry.optim.fp8_states import KEYS, Groups
 from allometry.parallel.mesh import Mesh, local
 from allometry.trainer.state import checkpoint
@@ -46,11 +48,23 @@ def load(
         count = f"optimizer.{names[parameter]}.step"
         if "step" in held and count not in there:  # rounding at random begins to count
             wanted.pop(count, None)
+    if isinstance(optimizer, DeepSpeedOptimizer):
+        _check_plain(path, wanted, there)
     checkpoint.load(path, wanted, mesh)
     settle(optimizer)
     for other in others:
         other.convert()
     return dict(converted)
+
+
+def _check_plain(path: Path, wanted: Collection[str], there: Collection[str]) -> None:
+    """Refuse states in FP8, which only the other engine converts."""
+    absent = next((name for name in wanted if name not in there), None)
+    if absent is not None and any(name.startswith(f"{absent}.") for name in there):
+        raise UserError(
+            f"checkpoint {path} keeps {absent} in FP8, which parallel.zero.engine=deepspeed cannot "
+            "read; use parallel.zero.engine: fsdp2, whose checkpoints both engines read"
+        )
 
 
 class _Other(NamedTuple):

@@ -81,6 +81,13 @@ COVERING: tuple[tuple[str, tuple[Stage, ...]], ...] = (
             CUT,
         ),
     ),
+    (
+        "optim/deepspeed.py",  # most of its tests need the package
+        (
+            unit("parallel/*deepspeed", "trainer/*deepspeed"),
+            dist("deepspeed"),
+        ),
+    ),
     ("optim/schedule.py", (unit("optim/test_optim_schedule"), unit("optim/test_*"))),
     ("optim/*h.py", (unit("optim/*sphere"), unit("optim/*"), dist("optimizers", "matrix_ops"))),
     ("optim/newton_schulz.py", (unit("optim/*newton_schulz", "optim/*muon"), unit("optim/*"))),
@@ -102,6 +109,13 @@ COVERING: tuple[tuple[str, tuple[Stage, ...]], ...] = (
             unit("optim/*rules"),
             unit("optim/test_*"),
             dist("optimizers", "matrix_ops", "optimizer_runs"),
+        ),
+    ),
+    (
+        "parallel/deepspeed/*.py",
+        (
+            unit("parallel/*deepspeed", "trainer/*deepspeed"),
+            dist("deepspeed"),
         ),
     ),
     ("parallel/groups.py", (unit("parallel/*groups", "parallel/*mesh"), dist("mesh"), ONE)),

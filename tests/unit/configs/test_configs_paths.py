@@ -22,7 +22,7 @@ from allometry.launch.runs.commands import Prepare
 
 # Texts of a description that are no paths: names, patterns and lines of scripts.
 NO_PATHS = {"name", "resume", "project", "entity", "law", "loss", "schedule"}
-NO_PATHS |= {"set", "options", "setup", "fix"}
+NO_PATHS |= {"set", "options", "setup", "fix", "deepspeed_extra"}
 
 
 @pytest.fixture(autouse=True)

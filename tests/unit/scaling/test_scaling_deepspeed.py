@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -169,3 +170,14 @@ def test_run_folders_of_before_the_engines_are_read(tiny: Make) -> None:
     assert (config.parallel.zero.engine, config.parallel.zero.stage) == ("fsdp2", 2)
     with pytest.raises(UserError, match="kind"):
         tiny('parallel.zero={"kind": "deepspeed", "stage": 2}')
+
+
+def test_what_knows_the_other_engine_alone_says_so(tiny: Make, tmp_path: Path) -> None:
+    from allometry.studies.certificate.verify import verify
+    from allometry.studies.rehearse import rehearse
+
+    said = r"^parallel.zero.engine=deepspeed: .*add parallel.zero.engine=fsdp2$"
+    with pytest.raises(UserError, match=said):
+        rehearse(made(tiny), 2)
+    with pytest.raises(UserError, match=said):
+        verify(made(tiny), ["hdp=2,zero.stage=3"], tmp_path / "certificate.json")

@@ -92,6 +92,18 @@ def test_the_record_says_what_monitors_can_see(tiny: Make, tmp_path: Path) -> No
     assert held["cpu_bytes"] > 0 == held["nvme_bytes"]
 
 
+@needs_deepspeed
+def test_a_branch_of_a_run_with_states_in_fp8_says_what_reads_them(
+    tiny: Make, tmp_path: Path
+) -> None:
+    parent = tiny('optimizer.states={"kind": "fp8"}', folder=tmp_path / "parent")
+    launch(parent, 5)
+    whence = json.dumps({"folder": str(tmp_path / "parent"), "step": 5})
+    branch = tiny(f"run.parent={whence}", engine(1), folder=tmp_path / "branch")
+    with pytest.raises(UserError, match=r"in FP8, which .*deepspeed cannot read; use .*fsdp2"):
+        launch(branch)
+
+
 LARGE = ("model.width=256", "model.ffn_width=1024", "training.total_steps=8", "optimizer.lr=1e-3")
 
 
