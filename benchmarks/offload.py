@@ -9,14 +9,23 @@ of the states; three buckets fit there, which is all that is held of states in a
 optimizer takes steps alone, with gradients given once, each until all is written and followed by a
 measurement of the disk: ``share of the disk`` is the time that the bytes of the states would take
 to be written and read one after the other at these rates, over the time of the step (the median
-of all steps). On a CPU the device's memory
-is the host's, so ``cpu`` shows what moving costs and saves nothing.
+of all steps). ``bf16`` is the same in bf16 with ZeRO stage 1 (which on one process keeps gradients
+and parameters whole), ``masters`` that with states, fp32 parameters and gradients elsewhere, all
+but the gradients in a file. On a CPU the device's memory is the host's, so ``cpu`` shows what
+moving costs and saves nothing, and gradients that leave save nothing either.
+
+An update in memory is also compared with torch's fused AdamW alone and with the memory: it reads
+parameter, gradient and two moments and writes all but the gradient, 28 bytes of each parameter;
+the rate of the memory is that of a copy, bytes read and written.
+
+``--check`` does all of this once with a small model and few steps.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -34,7 +43,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from allometry.configs.execution import OptimizerStates, Zero
+from allometry.configs.execution import Zero
 from allometry.configs.run import RunConfig
 from allometry.data.synthetic import write_random_store
 from allometry.models.build import build_model, parameter_specs
@@ -49,14 +58,21 @@ from allometry.trainer.state.folder import write_atomically
 from allometry.trainer.train import train
 
 VOCAB, LENGTH, SEQUENCES = 4096, 256, 4
-PLACES = ("memory", "cpu", "half", "nvme")
+PLACES = ("memory", "cpu", "half", "nvme", "bf16", "masters")
+IN_BF16 = ("bf16", "masters")
+UPDATE_BYTES = 28  # of a parameter, by AdamW
 
 
 def states_of(place: str, folder: Path, bucket_mib: float) -> dict[str, Any] | None:
-    if place == "memory":
+    if place in ("memory", "bf16"):
         return None
-    more: dict[str, Any] = {"cpu": {}, "half": {"device": 0.5}, "nvme": {}}[place]
-    if place in ("half", "nvme"):
+    more: dict[str, Any] = {
+        "cpu": {},
+        "half": {"device": 0.5},
+        "nvme": {},
+        "masters": {"master_weights": True, "gradients": True},
+    }[place]
+    if place != "cpu":
         more = more | {"nvme": str(folder / "swap")}
     return more | {"bucket_mib": bucket_mib}
 
@@ -78,10 +94,18 @@ def run_of(asked: argparse.Namespace, place: str, folder: Path) -> RunConfig:
                 "sources": [{"name": "random", "train": str(folder / "random")}],
             },
             "batch": {"sequences": SEQUENCES, "micro_batch_sequences": SEQUENCES},
-            "training": {"total_steps": asked.steps, "compute_dtype": "fp32"},
+            "training": {
+                "total_steps": asked.steps,
+                "compute_dtype": "bf16" if place in IN_BF16 else "fp32",
+            },
             "optimizer": {"lr": 1e-3},
             "schedule": {"kind": "constant"},
-            "parallel": {"zero": {"optimizer_states": states_of(place, folder, asked.bucket_mib)}},
+            "parallel": {
+                "zero": {
+                    "stage": int(place in IN_BF16),
+                    "optimizer_states": states_of(place, folder, asked.bucket_mib),
+                }
+            },
             "record": {"tensorboard": False, "monitors": {"every_steps": None}},
         }
     )
@@ -100,6 +124,36 @@ class Probe(Callback):
     def after_step(self, step: int) -> None:
         self.steps.append(time.perf_counter() - self._begun)
         self.resident = max(self.resident, psutil.Process().memory_info().rss)
+
+
+class Copy:
+    """What ``parallel/working.py`` keeps of a sharded parameter, of a whole one."""
+
+    def __init__(self, parameter: torch.Tensor) -> None:
+        self._parameter, self.part, self.held = parameter, torch.empty(0), False
+
+    def hold(self) -> None:
+        self.part, self.held = self._parameter.detach().bfloat16(), True
+
+    def leave(self) -> None:
+        self.show(torch.full((), math.nan).expand(self._parameter.shape))
+
+    def show(self, part: torch.Tensor) -> None:
+        self._parameter.data = part
+
+
+def memory_rate(nbytes: int = 256 << 20, rounds: int = 5) -> float:
+    """Bytes a second of a copy, those read and those written."""
+    source, target = (
+        torch.ones(nbytes // 8, dtype=torch.int64),
+        torch.zeros(nbytes // 8, dtype=torch.int64),
+    )
+    seconds = []
+    for _ in range(rounds):
+        begun = time.perf_counter()
+        target.copy_(source)
+        seconds.append(time.perf_counter() - begun)
+    return 2 * nbytes / statistics.median(seconds)
 
 
 def training(asked: argparse.Namespace, place: str, folder: Path) -> dict[str, Any]:
@@ -124,9 +178,13 @@ def stepping(asked: argparse.Namespace, place: str, folder: Path) -> dict[str, A
     made = build_model(run.model, rules, "fp32")
     initialize(made, rules, 0)
     states = states_of(place, folder, asked.bucket_mib)
-    zero = None if states is None else Zero(optimizer_states=OptimizerStates.model_validate(states))
+    zero = None if states is None else Zero(stage=1, optimizer_states=states)
+    masters = place == "masters"
+    copies = {p: Copy(p) for n, p in made.named_parameters() if masters and "embed" not in n}
     optimizer = build_optimizer(
-        *(made.named_parameters(), parameter_specs(made), rules, run.optimizer), zero=zero
+        *(made.named_parameters(), parameter_specs(made), rules, run.optimizer),
+        zero=zero,
+        working=copies,
     )
     for parameter in made.parameters():
         parameter.grad = torch.full_like(parameter, 1e-3)
@@ -184,6 +242,13 @@ def table(result: dict[str, Any]) -> str:
             f" {1e3 * median('stepping', 'step_s'):16.0f}"
             f" {median('stepping', 'share_of_the_disk'):18.2f}"
         )
+    alone = statistics.median(one["memory"]["stepping"]["step_s"] for one in result["rounds"])
+    rate, fused = result["parameters"] / alone, result["adam_parameters_per_s"]
+    memory, bandwidth = UPDATE_BYTES * rate, result["memory_bytes_per_s"]
+    lines.append(
+        f"an update alone in memory: {rate / 1e6:.0f} M parameters/s, {rate / fused:.2f} of torch's"
+        f" fused AdamW; {memory / 1e9:.2f} GB/s, {memory / bandwidth:.2f} of a copy's"
+    )
     return "\n".join(lines)
 
 
@@ -194,8 +259,11 @@ def main() -> None:
     parser.add_argument("--bucket-mib", type=float, default=16.0)
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--check", action="store_true", help="a rehearsal with a small model")
     parser.add_argument("--child", nargs=2, metavar=("WHAT", "PLACE"), help=argparse.SUPPRESS)
     asked = parser.parse_args()
+    if asked.check:
+        asked.width, asked.layers, asked.steps, asked.rounds, asked.bucket_mib = 128, 2, 4, 1, 0.5
     if asked.child:
         what, place = asked.child
         work = training if what == "training" else stepping
@@ -210,6 +278,7 @@ def main() -> None:
         "allowed_bytes": states // 4,
         "bucket_mib": asked.bucket_mib,
         "adam_parameters_per_s": adam_rate(),
+        "memory_bytes_per_s": memory_rate(),
         "load": os.getloadavg(),
         "rounds": [],
     }

@@ -1,13 +1,13 @@
 """What FP8 activations and products cost in quality, and the bytes a layer keeps, on a CPU.
 
-    python benchmarks/precision_products.py [--only activations|linears] [--size 10m] [--seeds 3]
+    python benchmarks/precision_products.py [--recipes NAME;NAME] [--kinds dense,moe] [--seeds 3]
 
-Byte models on Python's library, computing in bf16. `activations`: saved activations in FP8;
-`linears`: products in FP8, emulated, alone and with saved activations. Printed: held-out loss after
-equal tokens, its difference to bf16 of the same seed with a 95 % interval, seconds of a step (FP8
-only costs time on a CPU), and of one layer of COAT's shape the bytes that wait for backward, in U,
-one activation in bf16. Each trial is kept in --work as soon as it ends: the same command goes on
-where it was interrupted.
+Byte models on Python's library, computing in bf16, with saved activations, optimizer states or
+products in FP8 (these emulated), alone and together. Printed: held-out loss after equal tokens, its
+difference to bf16 of the same seed with a 95 % interval, seconds of a step (FP8 only costs time on
+a CPU), bytes of states for a parameter, and of one layer of COAT's shape the bytes that wait for
+backward, in U, one activation in bf16. Each trial is kept in --work as soon as it ends: the same
+command goes on where it was interrupted, seed by seed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import math
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,22 +44,34 @@ from allometry.studies.sweeps.workers import Workers
 LENGTH, SEQUENCES, HELD_OUT = 128, 8, 128
 LR = 2.0**-8
 BASE = "bf16"
-RECIPES = ("fp8_tensorwise", "fp8_rowwise", "fp8_blockwise")
 SAVED = {"saved_activations": "fp8"}
-PARTS: dict[str, dict[str, dict[str, Any]]] = {
-    "activations": {BASE: {}, "saved": SAVED},
-    "linears": {
-        BASE: {},
-        **{recipe: {"linears": recipe} for recipe in RECIPES},
-        "fp8_rowwise, saved": {"linears": "fp8_rowwise", **SAVED},
-    },
+STATES = {"kind": "fp8"}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The sections ``precision`` and ``optimizer.states``."""
+
+    precision: dict[str, Any] = field(default_factory=dict)
+    states: dict[str, Any] = field(default_factory=dict)
+
+
+RECIPES = {
+    BASE: Recipe(),
+    "states": Recipe(states=STATES),
+    "saved": Recipe(SAVED),
+    "saved, states": Recipe(SAVED, STATES),
+    "fp8_rowwise": Recipe({"linears": "fp8_rowwise"}),
+    "fp8_rowwise, saved, states": Recipe({"linears": "fp8_rowwise", **SAVED}, STATES),
+    "fp8_tensorwise": Recipe({"linears": "fp8_tensorwise"}),
+    "fp8_blockwise": Recipe({"linears": "fp8_blockwise"}),
 }
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Trial:
     kind: str
-    precision: str
+    recipe: str
     seed: int
 
 
@@ -72,25 +84,28 @@ class Settings:
 
 
 def description(kind: str, size: str) -> ModelConfig:
-    width, _ = SIZES[size]
-    # Of the mixture a token uses 2 of 8 experts, together as wide as half the dense feed-forward.
-    return model(size) if kind == "dense" else mixture(width, 8, 2, width, "softmax")
+    width, layers = SIZES[size]
+    if kind == "dense":
+        return model(size)
+    # A token uses 2 of 8 experts, together as wide as half the dense feed-forward; as many
+    # parameters as the dense model at "10m".
+    experts: ModelConfig = mixture(width, 8, 2, width, "softmax")
+    return experts.model_copy(update={"num_layers": -(-6 * layers // 10)})
 
 
-def in_bf16(description: ModelConfig, precision: dict[str, Any], seed: int = 0) -> Probe:
+def in_bf16(description: ModelConfig, recipe: Recipe, seed: int = 0) -> Probe:
     """A probe that computes in bf16, with FP8 as asked."""
-    config = AdamW(lr=LR)
+    config = AdamW.model_validate({"lr": LR, "states": recipe.states or {"kind": "fp32"}})
     probe = Probe(description, standard(), config, seed)
     assert probe.model.embedding is not None
     probe.model.compute_dtype = probe.model.embedding.dtype = torch.bfloat16
-    use_precision(probe.model, PrecisionConfig.model_validate(precision))
+    use_precision(probe.model, PrecisionConfig.model_validate(recipe.precision))
     return probe
 
 
 def run(settings: Settings, trial: Trial) -> dict[str, Any]:
     torch.set_num_threads(1)
-    precision = {**PARTS["activations"], **PARTS["linears"]}[trial.precision]
-    probe = in_bf16(description(trial.kind, settings.size), precision, trial.seed)
+    probe = in_bf16(description(trial.kind, settings.size), RECIPES[trial.recipe], trial.seed)
     count = settings.steps * SEQUENCES
     pool = source_bytes(count + HELD_OUT, LENGTH)
     tokens = sample(pool[:-HELD_OUT], count, trial.seed)
@@ -99,25 +114,31 @@ def run(settings: Settings, trial: Trial) -> dict[str, Any]:
         settings.steps,
         settings.steps // 20,
     )
-    losses, begun = [], time.perf_counter()
+    losses, seconds = [], []
     for step in range(1, settings.steps + 1):
+        begun = time.process_time()
         batch = tokens[(step - 1) * SEQUENCES : step * SEQUENCES]
         losses.append(probe.step(batch, fraction=schedule.fraction(step), clip=1.0))
+        seconds.append(time.process_time() - begun)
+    parameters = sum(p.numel() for p in probe.model.parameters())
+    held = sum(t.nbytes for state in probe.optimizer.state.values() for t in state.values())
     return {
         "held_out": probe.loss(pool[-HELD_OUT:]),
         "last_losses": losses[-20:],
-        "seconds_of_a_step": (time.perf_counter() - begun) / settings.steps,
+        "cpu_seconds_of_a_step": statistics.median(seconds),
+        "parameters": parameters,
+        "state_bytes": held / parameters,
     }
 
 
-def kept_units(kind: str, precision: dict[str, Any]) -> float:
+def kept_units(kind: str, recipe: Recipe) -> float:
     """Bytes that wait for the backward of one layer, in activations of bf16: COAT's F = 8/3 D."""
     width, B, L = 192, 2, 128
     shape = DenseModel(vocab_size=128, width=width, num_layers=2, num_heads=3, ffn_width=512)
     experts: ModelConfig = mixture(width, 8, 2, 256, "softmax").model_copy(
         update={"num_heads": 3, "qk_norm": False}
     )
-    made = in_bf16(shape if kind == "dense" else experts, precision).model
+    made = in_bf16(shape if kind == "dense" else experts, recipe).model
     assert kind == "dense" or isinstance(experts.experts, SwiGLUExperts)
     owned = {p.untyped_storage().data_ptr() for p in made.parameters()}
     found: dict[int, Tensor] = {}
@@ -169,45 +190,51 @@ def interval(differences: Sequence[float]) -> tuple[float, float | None]:
     return mean, float(stats.t.ppf(0.975, len(differences) - 1)) * error
 
 
-def run_part(part: str, given: argparse.Namespace) -> dict[str, Any]:
-    """Run what is missing of a part and print its table."""
-    settings, kinds = Settings(given.size, given.steps), given.kinds.split(",")
-    log = Log(given.work / "products.jsonl", settings)
-    names = PARTS[part]
-    trials = [Trial(k, name, seed) for seed in range(given.seeds) for k in kinds for name in names]
-    with Workers(given.processes) as workers:
-        missing = [trial for trial in trials if trial not in log.known]
-        workers.run(partial(run, settings), missing, log.add)
+def summary(kinds: list[str], names: list[str], known: dict[Trial, Any]) -> list[dict[str, Any]]:
+    """A row for each model and recipe, of the seeds that both it and bf16 have."""
     rows = []
-    print("| model | precision | held-out loss | change to bf16 | kept by a layer | s/step |")
-    print("|---|---|---|---|---|---|")
     for kind in kinds:
-        of = {
-            name: [log.known[Trial(kind, name, seed)] for seed in range(given.seeds)]
-            for name in names
-        }
-        for name, found in of.items():
+        for name in names:
+            seeds = sorted(
+                t.seed
+                for t in known
+                if (t.kind, t.recipe) == (kind, name) and Trial(kind, BASE, t.seed) in known
+            )
+            if not seeds:
+                continue
+            found = [known[Trial(kind, name, seed)] for seed in seeds]
             changes = [
-                100.0 * (one["held_out"] / other["held_out"] - 1.0)
-                for one, other in zip(found, of[BASE], strict=True)
+                100.0 * (one["held_out"] / known[Trial(kind, BASE, seed)]["held_out"] - 1.0)
+                for one, seed in zip(found, seeds, strict=True)
             ]
             mean, half = interval(changes)
             row = {
                 "model": kind,
-                "precision": name,
+                "recipe": name,
+                "parameters": found[0]["parameters"],
+                "seeds": len(seeds),
                 "held_out": statistics.fmean(one["held_out"] for one in found),
+                "changes_percent": changes,
                 "change_percent": mean,
                 "half_95": half,
-                "kept_units": kept_units(kind, names[name]),
-                "seconds": statistics.median(one["seconds_of_a_step"] for one in found),
+                "state_bytes": found[0]["state_bytes"],
+                "kept_units": kept_units(kind, RECIPES[name]),
+                "cpu_seconds": statistics.median(one["cpu_seconds_of_a_step"] for one in found),
             }
             rows.append(row)
-            said = "" if half is None else f" ± {half:.2f}"
-            print(
-                f"| {kind} | {name} | {row['held_out']:.4f} | {mean:+.2f}{said} % "
-                f"| {row['kept_units']:.2f} U | {row['seconds']:.2f} |"
-            )
-    return {"settings": asdict(settings), "rows": rows}
+    return rows
+
+
+def say(rows: list[dict[str, Any]]) -> None:
+    print("| model | recipe | seeds | held-out loss | change to bf16 | states | a layer | s/step |")
+    print("|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        said = "" if row["half_95"] is None else f" ± {row['half_95']:.2f}"
+        print(
+            f"| {row['model']} | {row['recipe']} | {row['seeds']} | {row['held_out']:.4f} "
+            f"| {row['change_percent']:+.2f}{said} % | {row['state_bytes']:.2f} B "
+            f"| {row['kept_units']:.2f} U | {row['cpu_seconds']:.2f} |"
+        )
 
 
 def main() -> None:
@@ -215,7 +242,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="a tiny model, to see that all works")
-    parser.add_argument("--only", choices=PARTS, action="append", help="default: all")
+    parser.add_argument("--recipes", default=";".join(RECIPES), help="names, default: all")
     parser.add_argument("--size", choices=SIZES, default="10m")
     parser.add_argument("--kinds", default="dense,moe")
     parser.add_argument("--steps", type=int, default=500, help="of 1,024 tokens")
@@ -226,10 +253,20 @@ def main() -> None:
     given = parser.parse_args()
     if given.quick:
         given.size, given.seeds, given.steps = "tiny", 2, 20
+    names, kinds = given.recipes.split(";"), given.kinds.split(",")
+    for name in names:
+        if name not in RECIPES:
+            parser.error(f"--recipes names {name!r}; choose of {', '.join(map(repr, RECIPES))}")
     given.work.mkdir(parents=True, exist_ok=True)
-    result: dict[str, Any] = {**facts(), "quick": given.quick}
-    for part in given.only or PARTS:
-        result[part] = run_part(part, given)
+    settings = Settings(given.size, given.steps)
+    log = Log(given.work / "products.jsonl", settings)
+    trials = [Trial(k, name, seed) for seed in range(given.seeds) for k in kinds for name in names]
+    with Workers(given.processes) as workers:
+        missing = [trial for trial in trials if trial not in log.known]
+        workers.run(partial(run, settings), missing, log.add)
+    rows = summary(kinds, names, log.known)
+    say(rows)
+    result = {**facts(), "quick": given.quick, "settings": asdict(settings), "rows": rows}
     path = given.json or Path(__file__).parent / "results" / (
         f"precision-products-cpu-{datetime.date.today().isoformat()}.json"
     )

@@ -19,7 +19,55 @@ class Source(Section):
     validation: PathText | None = Field(
         None, description="path of the held-out tokens, without .bin/.idx; null: no evaluation"
     )
-    weight: float = Field(1.0, gt=0.0, description="share of the batch, relative to the others")
+    weight: float = Field(
+        1.0,
+        ge=0.0,
+        description="share of the batch, relative to the others (with data.replay: to the others "
+        "of its kind, replayed or new); 0: held-out loss alone",
+    )
+    max_epochs: float | None = Field(
+        None,
+        gt=0.0,
+        description="how often the source may be read; a run whose plan reads it more often is "
+        "refused; null: any number",
+    )
+
+
+class ReplayChange(Section):
+    """Another share of replay from a place of the run on."""
+
+    after_tokens: Count = Field(gt=0, description="tokens of the run after which it changes")
+    ratio: float = Field(ge=0.0, le=1.0, description="share of the samples that are replayed then")
+    over_tokens: Count = Field(
+        0, ge=0, description="tokens over which it gets there, linearly; 0: at once"
+    )
+
+
+class Replay(Section):
+    """Old data among the new: a share of the samples comes from ``sources``."""
+
+    ratio: float = Field(ge=0.0, le=1.0, description="share of the samples that are replayed")
+    sources: tuple[str, ...] = Field(
+        min_length=1, description="names of the data.sources that are old; all others are new"
+    )
+    changes: tuple[ReplayChange, ...] = Field(
+        (), description="other ratios later in the run, in order"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        free = 1
+        for change in self.changes:
+            if change.after_tokens < free:
+                raise ValueError(
+                    f"changes must follow each other, but after_tokens={change.after_tokens} is "
+                    f"before {free}, where the change before it is through"
+                )
+            free = change.after_tokens + max(change.over_tokens, 1)
+        twice = sorted({name for name in self.sources if self.sources.count(name) > 1})
+        if twice:
+            raise ValueError(f"sources names {twice[0]!r} twice; name it once")
+        return self
 
 
 class _TokenData(Section):
@@ -31,6 +79,12 @@ class _TokenData(Section):
         None, description="tokenizer.json the token files were made with; null: do not check"
     )
     sources: tuple[Source, ...] = Field(min_length=1, description="the corpora to mix")
+    replay: Replay | None = Field(None, description="old data among the new; null: none")
+    continue_sources: bool = Field(
+        False,
+        description="go on in each source after what the runs that the weights come from have "
+        "read of it; false: each source from its beginning",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -38,7 +92,33 @@ class _TokenData(Section):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"sources must have different names, but {twice[0]!r} stands twice")
+        if not any(source.weight for source in self.sources):
+            raise ValueError("every source has weight 0, so there is nothing to train on")
+        if self.replay is not None:
+            _check_replay(self.replay, {source.name: source.weight for source in self.sources})
         return self
+
+
+def _check_replay(replay: Replay, weights: dict[str, float]) -> None:
+    unknown = [name for name in replay.sources if name not in weights]
+    if unknown:
+        raise ValueError(
+            f"replay.sources names {unknown[0]!r}, which is none of data.sources "
+            f"({', '.join(weights)})"
+        )
+    ratios = [replay.ratio, *(change.ratio for change in replay.changes)]
+    old = sum(weights[name] for name in replay.sources)
+    new = sum(weight for name, weight in weights.items() if name not in replay.sources)
+    if not old and max(ratios) > 0.0:
+        raise ValueError(
+            f"replay.ratio={max(ratios)} cannot be read of replay.sources, whose weights are all 0;"
+            " give one of them a weight"
+        )
+    if not new and min(ratios) < 1.0:
+        raise ValueError(
+            f"replay.ratio={min(ratios)} leaves {1.0 - min(ratios):g} of the samples to new "
+            "sources, but replay.sources names every source that has a weight; name fewer there"
+        )
 
 
 class SequenceData(_TokenData):

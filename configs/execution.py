@@ -67,6 +67,16 @@ class OptimizerStates(Section):
         description="folder on a local disk for the rest: each rank keeps a file without a name "
         "there, which goes when its process does",
     )
+    master_weights: bool = Field(
+        False,
+        description="the fp32 parameters live with their states; the device keeps a copy in the "
+        "compute type of what is gathered in that type (bf16, stages 1-3)",
+    )
+    gradients: bool = Field(
+        False,
+        description="gradients of what travels leave the device as they are reduced, for the "
+        "host's memory (stages 1-3)",
+    )
     bucket_mib: float = Field(
         64.0, gt=0.0, description="MiB of states that move at once; three buckets are held"
     )
@@ -157,6 +167,17 @@ class Zero(Section):
             raise ValueError(
                 "offload=cpu keeps parameters and optimizer states in the host's memory, which "
                 "optimizer_states can only relieve; set its nvme and leave its device at 0"
+            )
+        for key in ("master_weights", "gradients"):
+            if self.stage == 0 and getattr(states, key, False):
+                raise ValueError(
+                    f"optimizer_states.{key}=true needs parameters that FSDP2 gathers and reduces; "
+                    "set stage to 1, 2 or 3 (on one rank as well)"
+                )
+        if self.offload == "cpu" and states is not None and states.gradients:
+            raise ValueError(
+                "optimizer_states.gradients=true is what offload=cpu does with all gradients; "
+                "leave it out"
             )
         if self.stage != 3 and self.regather == "micro_batch":
             raise ValueError(

@@ -33,6 +33,11 @@ class KernelsConfig(Section):
         "auto", description="back end of attention; docs/kernels.md says what each can do"
     )
     norm: Literal["auto", "torch", "apex"] = Field("auto", description="RMSNorm: torch or apex")
+    quantise: Literal["auto", "torch", "triton"] = Field(
+        "auto",
+        description="rounding to FP8: torch's operators, or Triton's kernels in one pass behind "
+        "norms and SwiGLU (eager code on CUDA; compiled code is fused anyway)",
+    )
     adamw: Literal["auto", "torch", "apex"] = Field(
         "auto", description="the fused AdamW step: torch or apex"
     )

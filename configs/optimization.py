@@ -350,6 +350,13 @@ class TrainingConfig(Section):
         description="what a block's backward computes again instead of keeping: nothing; all but "
         "matrix products, attention and communication; everything",
     )
+    activation_offload: float = Field(
+        0.0,
+        ge=0.0,
+        le=1.0,
+        description="share of a pipeline stage's layers, but for its last two, whose activations "
+        "wait for the backward in the host's memory: what checkpointing keeps of them, or all",
+    )
     compile: bool = Field(False, description="torch.compile each block and the loss")
     deterministic: bool = Field(
         False,

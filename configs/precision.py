@@ -38,6 +38,11 @@ class PrecisionConfig(Section):
     roles: tuple[Fp8Role, ...] = Field(
         ROLES, min_length=1, description="roles of the weights whose products are FP8"
     )
+    gather: Literal["compute", "fp8"] = Field(
+        "compute",
+        description="type in which ZeRO gathers the weights of FP8 products under one scale for a "
+        "tensor: fp8 sends a byte of a number",
+    )
     compute_layers: tuple[Annotated[Count, Field(ge=0)], ...] = Field(
         (), description="layers, from 0, whose products stay in the compute type"
     )
@@ -51,4 +56,9 @@ class PrecisionConfig(Section):
                         f"{name} says how FP8 products are made, but linears=compute makes none; "
                         f"choose a recipe in linears or leave {name} out"
                     )
+        if self.gather == "fp8" and self.linears != "fp8_tensorwise":
+            raise ValueError(
+                "gather=fp8 sends weights that share one scale, as linears=fp8_tensorwise reads "
+                f"them, but linears={self.linears}; set that or gather: compute"
+            )
         return self

@@ -45,6 +45,7 @@ class RunConfig(Section):
         reason = contradiction(self.parameterization, self.model, self.optimizer)
         if reason is not None:
             raise ValueError(reason)
+        self._check_masters()
         data, batch = self.data, self.batch
         if not isinstance(data, DocumentData):
             return self
@@ -64,3 +65,15 @@ class RunConfig(Section):
                 f"could begin none; raise {key} or lower data.max_document_tokens"
             )
         return self
+
+    def _check_masters(self) -> None:
+        states = self.parallel.zero.optimizer_states
+        if states is None or not states.master_weights:
+            return
+        key = "parallel.zero.optimizer_states.master_weights=true"
+        if self.training.compute_dtype != "bf16":
+            raise ValueError(
+                f"{key} keeps a copy in bf16 where it is computed with, but "
+                f"training.compute_dtype={self.training.compute_dtype} computes with the "
+                "parameters themselves; set training.compute_dtype: bf16 or leave it out"
+            )

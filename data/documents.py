@@ -176,7 +176,7 @@ class DocumentStream(Sources):
 
     def pieces(self, position: int, count: int) -> Pieces:
         """The pieces of the ``count`` samples from ``position`` on, by position, then by place."""
-        source_B, index_B = self.mixture.sources(position, count)
+        source_B, index_B = self.samples(position, count)
         parts, rows, sources = [], [], []
         for source in np.unique(source_B).tolist():
             row_of = np.flatnonzero(source_B == source)
@@ -192,11 +192,15 @@ class DocumentStream(Sources):
         documents, offsets, lengths, ends = columns
         return Pieces(lengths, np.concatenate(sources)[order], documents, offsets, ends, stores)
 
-    def ledger(self, position: int) -> dict[str, int]:
-        """Tokens of the pieces of each source in the first ``position`` samples, exactly."""
-        places = (self.mixture.counts(position) * self.sequence_length).tolist()
-        parts = zip(self.sources, self._streams, places, strict=True)
-        return {name: stream.tokens_before(place) for name, stream, place in parts}
+    def _tokens_in(self, source: int, samples: int) -> int:
+        return self._streams[source].tokens_before(samples * self.sequence_length)
+
+    def _unique_in(self, source: int, samples: int) -> int:
+        # No piece goes on in another epoch.
+        return min(self._tokens_in(source, samples), self._epoch_tokens(source))
+
+    def _order(self) -> dict[str, Any]:
+        return {**super()._order(), "data.max_document_tokens": self.max_document_tokens}
 
     def validation_pieces(self, count: int) -> dict[str, Pieces]:
         """Documents of each held-out split, evenly spread: on average ``count`` windows of tokens.

@@ -7,6 +7,10 @@ than 1/2 from w_s t and the sum over S sources never further than S/2 from t. Th
 positions p to p + n therefore follow from the due times between p - S/2 and p + n + S/2 alone:
 no state, no table, O(S log S) work at any position.
 
+Weights may change at a position: each source then goes on at its next sample, and what the shares
+so far owe it, w_s t - n_s, is kept, so that counts stay near the sum of the shares over time
+however often these change. A sample that is overdue when they change is due at once.
+
 Shares are whole multiples of 2**-32 and all arithmetic is exact, on any machine.
 """
 
@@ -27,9 +31,11 @@ _MOST_SAMPLES = 1 << 28
 class Mixture:
     """The schedule of sources by weight, from ``start_position`` on.
 
-    ``weights`` are positive and finite, in any scale; a share below 2**-32 is raised to that.
-    ``start_counts`` are the samples that each source gave before ``start_position``, under the
-    mixtures before this one: a change of weights in mid-run is a new ``Mixture`` (``continued``).
+    ``weights`` are finite, in any scale; a share below 2**-32 is raised to that, and a source of
+    weight 0 gives nothing. ``start_counts`` are the samples that each source gave before
+    ``start_position`` and ``owed`` what it was to give besides, in units of 2**-32 (sum 0), under
+    the mixtures before this one: a change of weights in mid-run is a new ``Mixture``
+    (``continued``).
     """
 
     def __init__(
@@ -37,6 +43,7 @@ class Mixture:
         weights: Sequence[float],
         start_position: int = 0,
         start_counts: Sequence[int] | None = None,
+        owed: Sequence[int] | None = None,
     ) -> None:
         self.units = _quantize(weights)
         self.start_position = start_position
@@ -44,7 +51,12 @@ class Mixture:
         assert len(counts) == len(self.units)
         assert sum(counts) == start_position
         self._start_counts = np.array(counts, np.int64)
+        self._owed = [0] * len(self.units) if owed is None else list(owed)
+        assert sum(self._owed) == 0
         self._units = np.array(self.units, np.int64)
+        # While a source that is ahead gives nothing, the others are ahead of time by as much.
+        ahead = sum(max(0, -owed) for owed in self._owed)
+        self._slack = (self.num_sources + 1) // 2 - (-ahead // _UNITS)
 
     @property
     def num_sources(self) -> int:
@@ -58,7 +70,14 @@ class Mixture:
 
     def continued(self, weights: Sequence[float], position: int) -> Mixture:
         """The mixture with other ``weights`` from ``position`` on, after this one."""
-        return Mixture(weights, position, [int(count) for count in self.counts(position)])
+        counts = self.counts(position).tolist()
+        time = position - self.start_position
+        given = (after - before for after, before in zip(counts, self._start_counts, strict=True))
+        owed = [
+            owed + units * time - int(number) * _UNITS
+            for owed, units, number in zip(self._owed, self.units, given, strict=True)
+        ]
+        return Mixture(weights, position, counts, _settled(owed, _quantize(weights)))
 
     def source(self, position: int) -> tuple[int, int]:
         """Source of the sample at ``position`` and that sample's index within the source."""
@@ -88,27 +107,38 @@ class Mixture:
         first = position - self.start_position
         assert first >= 0
         assert 0 <= count < _MOST_SAMPLES
-        slack = (self.num_sources + 1) // 2
-        begin, end = max(0, first - slack), first + count + slack
-        before = [self._given(units, begin) for units in self.units]
-        number = np.array([self._given(units, end) for units in self.units], np.int64)
+        begin, end = max(0, first - self._slack), first + count + self._slack
+        # What is overdue when the mixture begins comes after its beginning.
+        before = [self._given(s, begin) if begin else 0 for s in range(self.num_sources)]
+        number = np.array([self._given(s, end) for s in range(self.num_sources)], np.int64)
         number -= before
         source = np.repeat(np.arange(self.num_sources), number)
         nth = np.arange(len(source)) - np.repeat(np.cumsum(number) - number, number)
         # Time from begin to when sample (before + nth) is due, as a fraction over units[source].
-        pairs = zip(self.units, before, strict=True)
-        wait = np.array([(2 * b + 1) * (_UNITS >> 1) - u * begin for u, b in pairs], np.int64)
-        numerator = wait[source] + nth * _UNITS
+        parts = zip(self.units, before, self._owed, strict=True)
+        waits = [(2 * b + 1) * (_UNITS >> 1) - owed - u * begin for u, b, owed in parts]
+        numerator = np.maximum(np.array(waits, np.int64)[source] + nth * _UNITS, 0)
         whole, fraction = _exact_order(numerator, self._units[source])
         order = np.lexsort((source, fraction, whole))
         before_S = np.array(before, np.int64)
         source = source[order]
         return first - sum(before), before_S, source, before_S[source] + nth[order]
 
-    @staticmethod
-    def _given(units: int, time: int) -> int:
-        """Samples due by ``time``: floor(w t + 1/2)."""
-        return (2 * units * time + _UNITS) >> (_BITS + 1)
+    def _given(self, source: int, time: int) -> int:
+        """Samples of a source due by ``time``: floor(owed + w t + 1/2), or none yet."""
+        due = 2 * (self.units[source] * time + self._owed[source]) + _UNITS
+        return max(0, due >> (_BITS + 1))
+
+
+def _settled(owed: Sequence[int], units: Sequence[int]) -> list[int]:
+    """What is owed to sources that go on: that of the others is theirs by their shares."""
+    rest = sum(one for one, share in zip(owed, units, strict=True) if not share)
+    kept = [
+        one + (rest * share >> _BITS) if share else 0
+        for one, share in zip(owed, units, strict=True)
+    ]
+    kept[max(range(len(units)), key=lambda s: (units[s], -s))] -= sum(kept)
+    return kept
 
 
 def _exact_order(
@@ -127,13 +157,14 @@ def _exact_order(
 
 
 def _quantize(weights: Sequence[float]) -> tuple[int, ...]:
-    """Whole units, at least 1 each, that sum to 2**32, by largest remainder."""
+    """Whole units, at least 1 for each weight above 0, that sum to 2**32, by largest remainder."""
     assert 0 < len(weights) < _UNITS
-    assert all(math.isfinite(weight) and weight > 0 for weight in weights)
+    assert all(math.isfinite(weight) and weight >= 0 for weight in weights)
+    assert any(weights)
     exact = [Fraction(weight) for weight in weights]
     scale = _UNITS / sum(exact)
     shares = [weight * scale for weight in exact]
-    units = [max(1, math.floor(share)) for share in shares]
+    units = [max(1, math.floor(share)) if share else 0 for share in shares]
     missing = _UNITS - sum(units)
     if missing >= 0:
         by_remainder = sorted(range(len(units)), key=lambda s: (units[s] - shares[s], s))
@@ -142,5 +173,5 @@ def _quantize(weights: Sequence[float]) -> tuple[int, ...]:
     else:  # tiny shares were raised to 1: the largest pays
         units[max(range(len(units)), key=lambda s: (units[s], -s))] += missing
     assert sum(units) == _UNITS
-    assert min(units) >= 1
+    assert all(unit >= 1 for unit, share in zip(units, shares, strict=True) if share)
     return tuple(units)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 
 _ROUNDS = 6
 _MASK = (1 << 64) - 1
@@ -26,14 +27,35 @@ class Shuffle:
 
     def __call__(self, index: int) -> int:
         """Where ``index`` goes."""
+        return self._walk(index, self._forward)
+
+    def inverse(self, image: int) -> int:
+        """What goes to ``image``."""
+        return self._walk(image, self._backward)
+
+    def _walk(self, index: int, step: Callable[[int], int]) -> int:
         assert 0 <= index < self.size, (index, self.size)
         while True:
-            left, right = index >> self._half, index & self._low
-            for key in self._keys:
-                mixed = (right + key) & _MASK
-                mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-                mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & _MASK
-                left, right = right, left ^ ((mixed ^ (mixed >> 31)) & self._low)
-            index = (left << self._half) | right
+            index = step(index)
             if index < self.size:
                 return index
+
+    def _forward(self, index: int) -> int:
+        left, right = index >> self._half, index & self._low
+        for key in self._keys:
+            left, right = right, left ^ (_mixed(right + key) & self._low)
+        return (left << self._half) | right
+
+    def _backward(self, image: int) -> int:
+        left, right = image >> self._half, image & self._low
+        for key in reversed(self._keys):
+            left, right = right ^ (_mixed(left + key) & self._low), left
+        return (left << self._half) | right
+
+
+def _mixed(value: int) -> int:
+    """Return splitmix64's finaliser of a number, taken modulo 2**64."""
+    value &= _MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)

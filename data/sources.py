@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from typing import Any
 
 import numpy as np
@@ -14,18 +14,18 @@ import numpy as np
 from allometry.configs.data import DocumentData, SequenceData
 from allometry.configs.errors import UserError
 from allometry.data.manifest import manifest_of
-from allometry.data.mixture import Mixture
 from allometry.data.order import DocumentOrder
+from allometry.data.reading import Reading
 from allometry.data.store import TokenStore
 from allometry.data.tokenizer import check_tokenizer
 
 _log = logging.getLogger(__name__)
 
 
-class Sources(ABC):
+class Sources(Reading):
     """Training and held-out documents of a data configuration, each source a ``DocumentOrder``.
 
-    ``Mixture`` says which source's sample stands at a position; sample i of a source belongs to
+    ``mixture`` says which source's sample stands at a position; sample i of a source belongs to
     a window of L tokens of its token stream. What a sample holds of that window is
     what the subclasses are about. Nothing depends on what was asked before, on the number of ranks
     or on how positions are grouped into batches.
@@ -35,10 +35,7 @@ class Sources(ABC):
 
     def __init__(self, data: SequenceData | DocumentData, seed: int, *, whole: bool) -> None:
         """``whole``: only documents of two tokens or more hold something to predict."""
-        self.sequence_length = data.sequence_length
-        self.seed = seed
-        self.sources = tuple(source.name for source in data.sources)
-        self.mixture = Mixture([source.weight for source in data.sources])
+        super().__init__(data, seed)
         self._train = [
             DocumentOrder(_open(source.train, whole=whole), source.name, seed)
             for source in data.sources
@@ -51,10 +48,6 @@ class Sources(ABC):
         check_tokenizer(data.tokenizer, [store.prefix for store in self.stores])
 
     @abstractmethod
-    def ledger(self, position: int) -> dict[str, int]:
-        """Tokens of each source in the first ``position`` samples, exactly."""
-
-    @abstractmethod
     def _settings(self) -> dict[str, Any]:
         """What ``describe`` says besides the sources."""
 
@@ -63,7 +56,6 @@ class Sources(ABC):
         """Sum of the squared lengths that the documents of an epoch have in training, expected."""
 
     def _epoch_tokens(self, source: int) -> int:
-        """Tokens that the ledger counts in an epoch of a source."""
         return self._train[source].store.num_tokens
 
     @property
@@ -72,22 +64,15 @@ class Sources(ABC):
         orders = [*self._train, *self._validation.values()]
         return tuple(order.store for order in orders)
 
-    def tokens(self, position: int) -> int:
-        """Tokens in the first ``position`` samples, all sources together."""
-        return sum(self.ledger(position).values())
-
-    def epochs(self, position: int) -> dict[str, float]:
-        """How often each source was read in the first ``position`` samples."""
-        read = enumerate(self.ledger(position).items())
-        return {name: tokens / self._epoch_tokens(source) for source, (name, tokens) in read}
-
-    def squared_lengths_per_token(self) -> float:
+    def squared_lengths_per_token(self, position: int = 0) -> float:
         """Expected sum of the squared lengths of documents, as they are trained on, by token.
 
-        It is what FLOPs of attention are counted from (``DocumentFlops``), from the index alone.
+        It is what FLOPs of attention are counted from (``DocumentFlops``), from the index alone; of
+        the first ``position`` samples, or of the mixture that the run begins with.
         """
         squares = tokens = 0.0
-        for source, share in enumerate(self.mixture.shares):
+        counts = self.mixture.counts(position).tolist() if position else None
+        for source, share in enumerate(counts or self.mixture.shares().values()):
             weight = share / self._train[source].store.num_tokens  # a window's share of an epoch
             squares += weight * self._epoch_squares(source)
             tokens += weight * self._epoch_tokens(source)
@@ -105,7 +90,7 @@ class Sources(ABC):
     def describe(self) -> dict[str, Any]:
         """What the data are, for a run's record: sizes, shares and fingerprints (JSON)."""
         sources = {}
-        for name, share, order in zip(self.sources, self.mixture.shares, self._train, strict=True):
+        for (name, share), order in zip(self.mixture.shares().items(), self._train, strict=True):
             held_out = self._validation.get(name)
             sources[name] = {
                 "share": share,
@@ -113,7 +98,8 @@ class Sources(ABC):
                 "validation": None if held_out is None else _describe(held_out.store),
             }
         settings = {"seed": self.seed, "sequence_length": self.sequence_length, **self._settings()}
-        return {**settings, "sources": sources}
+        mixture = [change.describe() for change in self.mixture.changes]
+        return {**settings, "sources": sources, "mixture": mixture}
 
     def _held_out_windows(self, name: str, available: int, count: int) -> list[int]:
         """Which windows stand for a held-out split: ``count`` of them, or all; fewer is logged."""

@@ -59,7 +59,7 @@ class Stream(Sources):
 
     def batch(self, position: int, count: int) -> Batch:
         """The ``count`` samples from ``position`` on: rows in the order of their positions."""
-        source_B, index_B = self.mixture.sources(position, count)
+        source_B, index_B = self.samples(position, count)
         windows = [
             (self._train[source], self._train[source].window(index, self.sequence_length))
             for source, index in zip(source_B.tolist(), index_B.tolist(), strict=True)
@@ -87,10 +87,11 @@ class Stream(Sources):
         documents = PackedDocuments.of_lengths(np.diff(bounds, prepend=0), tokens_BL.shape)
         return Batch(tokens_BL, targets_BL, source_B, documents)
 
-    def ledger(self, position: int) -> dict[str, int]:
-        """Input tokens of each source in the first ``position`` samples: L a sample, exactly."""
-        tokens = self.mixture.counts(position) * self.sequence_length
-        return dict(zip(self.sources, tokens.tolist(), strict=True))
+    def _tokens_in(self, source: int, samples: int) -> int:
+        return samples * self.sequence_length  # input tokens: L a sample
+
+    def _unique_in(self, source: int, samples: int) -> int:
+        return self._train[source].unique_tokens(samples, self.sequence_length)
 
     def validation(self, count: int, batch_sequences: int = 1) -> dict[str, list[Batch]]:
         """``count`` sequences of each held-out split, evenly spread, in batches of one size.

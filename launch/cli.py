@@ -22,10 +22,14 @@ Commands = dict[str, tuple[type[Command], str]]
 
 COMMANDS: Commands = {
     "train": (runs.Train, "runs.train:trained"),
+    "runs": (runs.Runs, "runs.listing:listed"),
+    "branch": (runs.Branch, "runs.branch:branched"),
     "prepare": (runs.Prepare, "runs.prepare:prepared"),
     "convert": (runs.Convert, "runs.convert:converted"),
+    "evaluate": (runs.Evaluate, "runs.evaluate:evaluated"),
     "verify": (studies.Verify, "studies.verify:verified"),
     "selftest": (studies.SelfTest, "studies.selftest:tested"),
+    "memory": (studies.Memory, "studies.memory:counted"),
     "doctor": (runs.Doctor, "runs.doctor:examined"),
     "suggest": (studies.Suggest, "studies.suggest:suggested"),
     "coordcheck": (studies.CoordCheck, "studies.coordcheck:checked"),

@@ -93,3 +93,12 @@ def edge_words(sampled: Bootstrap) -> list[str]:
                 "of the fit, so neither is sure"
             )
     return words
+
+
+def size(number: float) -> str:
+    """Return bytes with their unit, binary: 1.50 GiB."""
+    if abs(number) >= 2**28:
+        return f"{number / 2**30:.2f} GiB"
+    if abs(number) >= 2**18:
+        return f"{number / 2**20:.1f} MiB"
+    return f"{number / 2**10:.1f} KiB" if abs(number) >= 2**10 else f"{number:.0f} B"

@@ -50,14 +50,16 @@ class LossChoice:
 
 
 def shares(run: Run) -> dict[str, float]:
-    """Return each source's share of the mixture, as configured."""
+    """Return each source's share of the mixture, as the run began with it."""
     sources = run.record["data"]["sources"]
     return {name: float(source["share"]) for name, source in sources.items()}
 
 
 def validation_weights(run: Run) -> dict[str, float]:
-    """Return the shares of the sources that have held-out tokens, scaled to sum to one."""
-    held_out = {n: share for n, share in shares(run).items() if f"validation/{n}" in run.metrics}
+    """Return the shares of the sources that are trained on and held out, scaled to sum to one."""
+    held_out = {
+        n: share for n, share in shares(run).items() if share and f"validation/{n}" in run.metrics
+    }
     total = sum(held_out.values())
     return {name: share / total for name, share in held_out.items()}
 

@@ -128,6 +128,7 @@ def _dimensions_of_lse(device: torch.device, dtype: torch.dtype) -> int:
 
 CPU = _Kernels(_forward_cpu, _backward_cpu, least=32, by_powers=False, spare=False)
 CUDNN = _Kernels(_forward_cudnn, _backward_cudnn, least=128, by_powers=True, spare=True)
+_KERNELS = {"cpu": CPU, "cuda": CUDNN}
 
 
 def _gather(x_TNH: Tensor, rows_nP: Tensor) -> Tensor:
@@ -141,7 +142,7 @@ def _scatter(whole_SNH: Tensor, part_nPNH: Tensor, like: _Like, T: int) -> None:
         whole_SNH[like.rows_nP[like.own_nP]] = part_nPNH[like.own_nP]
 
 
-@torch.library.custom_op("allometry::packed_attention", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("allometry::packed_attention", mutates_args=())
 def packed_attention(
     q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, cu_lengths: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -149,14 +150,7 @@ def packed_attention(
 
     ``cu_lengths`` [documents + 1] is on the CPU, wherever the others are.
     """
-    return forward(CPU, q_TNH, k_TKH, v_TKH, cu_lengths, scale)
-
-
-@packed_attention.register_kernel("cuda")
-def _(
-    q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, cu_lengths: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    return forward(CUDNN, q_TNH, k_TKH, v_TKH, cu_lengths, scale)
+    return forward(_KERNELS[q_TNH.device.type], q_TNH, k_TKH, v_TKH, cu_lengths, scale)
 
 
 def forward(
@@ -197,9 +191,7 @@ def _(
     return _outputs(q_TNH)
 
 
-@torch.library.custom_op(
-    "allometry::packed_attention_backward", mutates_args=(), device_types="cpu"
-)
+@torch.library.custom_op("allometry::packed_attention_backward", mutates_args=())
 def packed_attention_backward(
     grad_TNH: Tensor,
     q_TNH: Tensor,
@@ -212,22 +204,7 @@ def packed_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v."""
     qkvo = (q_TNH, k_TKH, v_TKH, o_TNH)
-    return backward(CPU, grad_TNH, qkvo, lse_NT, cu_lengths, scale)
-
-
-@packed_attention_backward.register_kernel("cuda")
-def _(
-    grad_TNH: Tensor,
-    q_TNH: Tensor,
-    k_TKH: Tensor,
-    v_TKH: Tensor,
-    o_TNH: Tensor,
-    lse_NT: Tensor,
-    cu_lengths: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    qkvo = (q_TNH, k_TKH, v_TKH, o_TNH)
-    return backward(CUDNN, grad_TNH, qkvo, lse_NT, cu_lengths, scale)
+    return backward(_KERNELS[q_TNH.device.type], grad_TNH, qkvo, lse_NT, cu_lengths, scale)
 
 
 def backward(

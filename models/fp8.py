@@ -52,11 +52,21 @@ def quantise(
     blocks = _in_blocks(wide, block)
     largest = blocks.abs().amax(dim=(-3, -1), keepdim=True)
     # Rounded as it will be kept, so that both sides use one number.
-    scales = (largest / LARGEST[dtype]).clamp(min=_LEAST_SCALE).to(scale_dtype)
-    # A scale that was rounded down would carry the largest past the type's end.
-    divided = (blocks / scales.to(wide.dtype)).clamp(-LARGEST[dtype], LARGEST[dtype])
-    values = _from_blocks(divided, x.shape).to(dtype)
+    scales = scales_of(largest, dtype).to(scale_dtype)
+    values = _from_blocks(with_scale(blocks, scales, dtype), x.shape)
     return Quantised(values, scales.squeeze(-1).squeeze(-2))
+
+
+def scales_of(largest: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the scale of blocks with these largest magnitudes, which are fp32 or wider."""
+    return (largest / LARGEST[dtype]).clamp(min=_LEAST_SCALE)
+
+
+def with_scale(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return x over ``scale``, rounded to ``dtype``."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    # A scale that was rounded down would carry the largest past the type's end.
+    return (x.to(wide) / scale.to(wide)).clamp(-LARGEST[dtype], LARGEST[dtype]).to(dtype)
 
 
 def dequantise(x: Quantised, block: Block, dtype: torch.dtype) -> Tensor:

@@ -1,16 +1,16 @@
-"""Products of rows with the matrix of the group they belong to, and moving rows to their groups.
+"""Products of rows with the matrix of the group they belong to.
 
-Rows are sorted by group, so a group is a stretch of rows. Nothing here adds with atomics: the same
-input gives the same bits.
+Rows are sorted by group (``visits.py``), so a group is a stretch of rows. Nothing here adds with
+atomics: the same input gives the same bits.
 """
 
-# T tokens, k experts that a token visits, S = T*k rows, E groups (experts), D and F widths
+# T tokens, S rows sorted by group, E groups (experts), D and F widths
 
 from __future__ import annotations
 
 from importlib.util import find_spec
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from allometry.models import fp8
 from allometry.models.products import COMPUTE, Joined, Stacked, join
+from allometry.models.quantiser import quantise, save
 
 _KERNEL_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ALIGNMENT_BYTES = 16
@@ -34,16 +35,50 @@ def grouped_linear(x_SD: Tensor, weight_EFD: Tensor, counts_E: Tensor) -> Tensor
     """
     if _looped(x_SD, (weight_EFD,)):
         return loop_linear(x_SD, weight_EFD, counts_E)
-    y_SF: Tensor = _GroupedLinear.apply(x_SD, _offsets(counts_E), None, *COMPUTE, weight_EFD)
+    offsets_E = _offsets(counts_E)
+    y_SF: Tensor = _GroupedLinear.apply(x_SD, None, None, offsets_E, None, *COMPUTE, weight_EFD)
     return y_SF
 
 
-def multiply_groups(x_SD: Tensor, stacked: Stacked, counts_E: Tensor) -> Joined:
-    """Return ``grouped_linear`` of the weights [E, F, D]: ``products.multiply`` for groups."""
+class Tokens(NamedTuple):
+    """``kept``: tokens [T, D] in FP8 as a product's input is; ``token_S``: the token of each row.
+
+    What a token's row is rounded to does not depend on other rows, so the tokens are kept for
+    backward rather than the k rows of each.
+    """
+
+    kept: fp8.Quantised
+    token_S: Tensor
+
+    @classmethod
+    def of(
+        cls, x_TD: Tensor, token_S: Tensor, stacked: Stacked, kept: fp8.Quantised | None
+    ) -> Self:
+        """Round tokens, unless ``kept`` is what ``fp8.save`` has made of these and will do."""
+        if kept is None or stacked.recipe or len(kept.values) != len(x_TD):
+            block = _BLOCKS[stacked.recipe][0] if stacked.recipe else fp8.SAVED
+            scale_dtype = torch.float32 if stacked.recipe else torch.bfloat16
+            with torch.no_grad():
+                kept = quantise(x_TD, block, scale_dtype=scale_dtype, fused=stacked.fused)
+        return cls(kept, token_S)
+
+    def rows(self) -> fp8.Quantised:
+        """Return the rows [S, D]."""
+        values = self.kept.values.view(torch.uint8)[self.token_S].view(self.kept.values.dtype)
+        return fp8.Quantised(values, self.kept.scales[self.token_S])
+
+
+def multiply_groups(
+    x_SD: Tensor, stacked: Stacked, counts_E: Tensor, tokens: Tokens | None = None
+) -> Joined:
+    """Return ``grouped_linear`` of the weights [E, F, D]: ``products.multiply`` for groups.
+
+    ``tokens``: whose rows ``x_SD`` are, where the input is kept in FP8.
+    """
     if stacked.watch is not None:
         stacked.watch(x_SD)
     if stacked.saves or stacked.recipe:
-        return _multiply_in_fp8(x_SD, stacked, counts_E)
+        return _multiply_in_fp8(x_SD, stacked, counts_E, tokens)
     weights = stacked.weights()
     if not stacked.joins(x_SD.dtype):
         made = tuple(grouped_linear(x_SD, weight, counts_E) for weight in weights)
@@ -52,16 +87,23 @@ def multiply_groups(x_SD: Tensor, stacked: Stacked, counts_E: Tensor) -> Joined:
         return grouped_linear(x_SD, stacked.joined(x_SD.dtype), counts_E)
     if _looped(x_SD, weights):
         return loop_linear(x_SD, join(weights, x_SD.dtype), counts_E)
-    y_SF: Tensor = _GroupedLinear.apply(x_SD, _offsets(counts_E), stacked.copy, *COMPUTE, *weights)
+    how = _offsets(counts_E), stacked.copy, *COMPUTE
+    y_SF: Tensor = _GroupedLinear.apply(x_SD, None, None, *how, *weights)
     return y_SF
 
 
-def _multiply_in_fp8(x_SD: Tensor, stacked: Stacked, counts_E: Tensor) -> Tensor:
-    offsets_E = _offsets(counts_E)
+def _multiply_in_fp8(
+    x_SD: Tensor, stacked: Stacked, counts_E: Tensor, tokens: Tokens | None
+) -> Tensor:
+    offsets_E, ready = _offsets(counts_E), stacked.taken(x_SD)
+    if tokens is not None and stacked.recipe:
+        ready = tokens.rows()
     if not torch.is_grad_enabled():
-        return _forward(x_SD, stacked.joined(x_SD.dtype), offsets_E, stacked.recipe)[0]
-    how = stacked.saves, stacked.recipe, stacked.gradients
-    y: Tensor = _GroupedLinear.apply(x_SD, offsets_E, stacked.copy, *how, *stacked.weights())
+        how = stacked.recipe, stacked.fused, ready
+        return _forward(x_SD, stacked.joined(x_SD.dtype), offsets_E, *how)[0]
+    y: Tensor = _GroupedLinear.apply(
+        *(x_SD, ready, tokens, offsets_E, stacked.copy), *stacked.how, *stacked.weights()
+    )
     return y
 
 
@@ -170,20 +212,27 @@ class _GroupedLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x_SD: Tensor,
+        ready: fp8.Quantised | None,
+        tokens: Tokens | None,
         offsets_E: Tensor,
         whole_EFD: Tensor | None,
         saves: bool,
         recipe: str,
         gradients: torch.dtype,
+        fused: bool,
         *weights: Tensor,
     ) -> Tensor:
         x_SD = x_SD.contiguous()
         ctx.widths = [weight.shape[1] for weight in weights]
         ctx.dtype, ctx.compute = weights[0].dtype, x_SD.dtype
-        ctx.saves, ctx.recipe, ctx.gradients = saves, recipe, gradients
+        ctx.saves, ctx.recipe, ctx.gradients, ctx.fused = saves, recipe, gradients, fused
         joined = join(weights, x_SD.dtype) if whole_EFD is None else whole_EFD
-        y_SF, small = _forward(x_SD, joined, offsets_E, recipe)
-        kept = (x_SD,) if not saves else fp8.save(x_SD) if small is None else small
+        y_SF, small = _forward(x_SD, joined, offsets_E, recipe, fused, ready)
+        ctx.by_token = saves and tokens is not None
+        if saves and tokens is not None:
+            kept = *tokens.kept, tokens.token_S
+        else:
+            kept = (x_SD,) if not saves else small or ready or save(x_SD, fused=fused)
         # What is no step's copy is made again: FSDP2 frees weights, and gathers them for backward.
         ctx.save_for_backward(*kept, offsets_E, *(weights if whole_EFD is None else (whole_EFD,)))
         return y_SF
@@ -194,6 +243,8 @@ class _GroupedLinear(torch.autograd.Function):
         if ctx.saves:
             block = _BLOCKS[ctx.recipe][0] if ctx.recipe else fp8.SAVED
             x_SD = fp8.dequantise(fp8.Quantised(x_SD, kept.pop(0)), block, ctx.compute)
+            if ctx.by_token:
+                x_SD = x_SD[kept.pop(0)]
         offsets_E, *kept = kept
         whole_EFD = join(tuple(kept), x_SD.dtype)
         grad_x = grad_weight = None
@@ -203,15 +254,16 @@ class _GroupedLinear(torch.autograd.Function):
             grad_SF = grad_SF.contiguous()
             if ctx.needs_input_grad[0]:
                 matrices = whole_EFD.transpose(-2, -1)
-                grad_x = _product(grad_SF, matrices, offsets_E, ctx.recipe, ctx.gradients)[0]
-            if any(ctx.needs_input_grad[6:]):
+                how = ctx.recipe, ctx.gradients, ctx.fused
+                grad_x = _product(grad_SF, matrices, offsets_E, *how)[0]
+            if any(ctx.needs_input_grad[9:]):
                 grad_weight = _grouped_mm(grad_SF.t(), x_SD, offsets_E)
                 if grad_weight.is_cuda:
                     grad_weight = _with_zeros(grad_weight, offsets_E)
         made: list[Tensor | None] = [None] * len(ctx.widths)
         if grad_weight is not None:
             made = [part.to(ctx.dtype) for part in grad_weight.split(ctx.widths, dim=1)]
-        return grad_x, None, None, None, None, None, *made
+        return grad_x, *[None] * 8, *made
 
 
 # Scales of activations and weights. torch's kernel takes those of rows alone, and one for all rows
@@ -225,16 +277,27 @@ _BLOCKS: dict[str, tuple[fp8.Block, fp8.Block]] = {
 
 
 def _forward(
-    x_SD: Tensor, whole_EFD: Tensor, offsets_E: Tensor, recipe: str
+    x_SD: Tensor,
+    whole_EFD: Tensor,
+    offsets_E: Tensor,
+    recipe: str,
+    fused: bool,
+    ready: fp8.Quantised | None,
 ) -> tuple[Tensor, fp8.Quantised | None]:
     if x_SD.shape[0] == 0:
         small = fp8.quantise(x_SD, _BLOCKS[recipe][0]) if recipe else None
         return x_SD.new_zeros(0, whole_EFD.shape[1]), small
-    return _product(x_SD, whole_EFD, offsets_E, recipe, fp8.E4M3)
+    return _product(x_SD, whole_EFD, offsets_E, recipe, fp8.E4M3, fused, ready)
 
 
 def _product(
-    x_SK: Tensor, matrices_ENK: Tensor, offsets_E: Tensor, recipe: str, dtype: torch.dtype
+    x_SK: Tensor,
+    matrices_ENK: Tensor,
+    offsets_E: Tensor,
+    recipe: str,
+    dtype: torch.dtype,
+    fused: bool = False,
+    ready: fp8.Quantised | None = None,
 ) -> tuple[Tensor, fp8.Quantised | None]:
     """Return each row times the transposed matrix of its group, and x as ``dtype`` where read so.
 
@@ -243,7 +306,8 @@ def _product(
     if not recipe:
         return _grouped_mm(x_SK, matrices_ENK.transpose(-2, -1), offsets_E), None
     block, of_weights = _BLOCKS[recipe]
-    x, weights = fp8.quantise(x_SK, block, dtype), fp8.quantise(matrices_ENK, of_weights)
+    x = quantise(x_SK, block, dtype, fused=fused) if ready is None else ready
+    weights = quantise(matrices_ENK, of_weights, fused=fused)
     if x_SK.is_cuda:
         return fp8.grouped_on_cuda(x, weights, offsets_E, x_SK.dtype), x
     wide = torch.promote_types(x_SK.dtype, torch.float32)
@@ -265,121 +329,3 @@ def _with_zeros(grad_EFD: Tensor, offsets_E: Tensor) -> Tensor:
         return grad_EFD
     empty_E = offsets_E.diff(prepend=offsets_E.new_zeros(1)) == 0
     return grad_EFD.masked_fill(empty_E[:, None, None], 0.0)
-
-
-class Sorting(NamedTuple):
-    """Where the visits of tokens to experts go when they are sorted by expert.
-
-    ``token_S``: the token of each sorted row. ``row_Tk``: the sorted row of each visit.
-    ``counts_E``: rows of each expert.
-    """
-
-    token_S: Tensor
-    row_Tk: Tensor
-    counts_E: Tensor
-
-
-def sort_by_expert(experts_Tk: Tensor, num_experts: int) -> Sorting:
-    """Sort visits by expert; those to one expert stay in the order of tokens.
-
-    The experts of a token are different ones. Nothing waits for the device.
-    """
-    if experts_Tk.device.type == "cpu":  # whose sort of small numbers is faster than counting
-        return sorted_by_sort(experts_Tk, num_experts)
-    return sorted_by_counting(experts_Tk, num_experts)
-
-
-def sorted_by_counting(experts_Tk: Tensor, num_experts: int) -> Sorting:
-    """Return ``sort_by_expert`` from one running sum over a table [E, T] of who visits whom.
-
-    Read row by row, the visits in the table come in their sorted order already: a visit's place is
-    the number of visits up to it. One scan of E*T numbers, where a sort reads and writes all S rows
-    several times.
-    """
-    T, k = experts_Tk.shape
-    visited_ET = torch.zeros(num_experts, T, dtype=torch.int32, device=experts_Tk.device)
-    visited_ET = visited_ET.scatter(0, experts_Tk.t(), 1)
-    # Flat, as a GPU's scan of one row is faster than its scans of many.
-    upto_ET = visited_ET.flatten().cumsum(0, dtype=torch.int32)
-    tokens_T = torch.arange(T, device=experts_Tk.device)
-    row_Tk = upto_ET[experts_Tk * T + tokens_T[:, None]].long() - 1
-    token_S = torch.empty(T * k, dtype=torch.int64, device=experts_Tk.device)
-    token_S = token_S.scatter(0, row_Tk.flatten(), tokens_T[:, None].expand(T, k).flatten())
-    return Sorting(token_S, row_Tk, counts_E=visited_ET.sum(1))
-
-
-def sorted_by_sort(experts_Tk: Tensor, num_experts: int) -> Sorting:
-    """Return ``sort_by_expert`` by a stable sort of all visits: its plain twin."""
-    chosen_S = experts_Tk.flatten()
-    sorted_S, order_S = chosen_S.sort(stable=True)
-    visits_S = torch.arange(chosen_S.shape[0], device=chosen_S.device)
-    row_S = torch.empty_like(order_S).scatter(0, order_S, visits_S)
-    ends_E = torch.searchsorted(
-        sorted_S, torch.arange(num_experts, device=chosen_S.device), right=True
-    )
-    return Sorting(
-        token_S=order_S // experts_Tk.shape[1],
-        row_Tk=row_S.view(experts_Tk.shape),
-        counts_E=ends_E.diff(prepend=ends_E.new_zeros(1)),
-    )
-
-
-def spread_rows(x_TD: Tensor, sorting: Sorting) -> Tensor:
-    """Return [S, D]: the token of each sorted row."""
-    x_SD: Tensor = _Spread.apply(x_TD, sorting.token_S, sorting.row_Tk)
-    return x_SD
-
-
-def gather_rows(y_SD: Tensor, gates_Tk: Tensor, sorting: Sorting) -> Tensor:
-    """Return [T, D] in y's type: the sum of each token's rows times its gates, added in fp32."""
-    y_TD: Tensor = _Gather.apply(y_SD, gates_Tk, sorting.token_S, sorting.row_Tk)
-    return y_TD
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-class _Spread(torch.autograd.Function):
-    """Indexing whose gradient reads rows; autograd's own would scatter them with atomics."""
-
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, token_S: Tensor, row_Tk: Tensor) -> Tensor:
-        ctx.save_for_backward(row_Tk)
-        return x_TD[token_S]
-
-    @staticmethod
-    def backward(ctx: Any, grad_SD: Tensor) -> tuple[Tensor, None, None]:
-        (row_Tk,) = ctx.saved_tensors
-        # A visit at a time: all at once would hold k times the tokens in fp32.
-        grad_TD = grad_SD[row_Tk[:, 0]].to(_wide(grad_SD.dtype))
-        for visit in range(1, row_Tk.shape[1]):
-            grad_TD = grad_TD + grad_SD[row_Tk[:, visit]]
-        return grad_TD.to(grad_SD.dtype), None, None
-
-
-class _Gather(torch.autograd.Function):
-    """The weighted sum over visits, keeping the sorted rows only once and not widened."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, y_SD: Tensor, gates_Tk: Tensor, token_S: Tensor, row_Tk: Tensor
-    ) -> Tensor:
-        # In the compute type always: where a layout cuts experts, rows are summands of each rank.
-        ctx.save_for_backward(y_SD, gates_Tk, token_S, row_Tk)
-        y_TD = y_SD[row_Tk[:, 0]].to(_wide(y_SD.dtype)) * gates_Tk[:, :1]
-        for visit in range(1, row_Tk.shape[1]):
-            y_TD = y_TD + y_SD[row_Tk[:, visit]] * gates_Tk[:, visit : visit + 1]
-        return y_TD.to(y_SD.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        y_SD, gates_Tk, token_S, row_Tk = ctx.saved_tensors
-        gates_S = gates_Tk.flatten()
-        gates_S = torch.empty_like(gates_S).scatter(0, row_Tk.flatten(), gates_S)
-        grad_SD = (grad_TD[token_S] * gates_S[:, None]).to(y_SD.dtype)
-        wide = _wide(y_SD.dtype)
-        grad_gates = [
-            (y_SD[row_Tk[:, visit]].to(wide) * grad_TD).sum(1) for visit in range(row_Tk.shape[1])
-        ]
-        return grad_SD, torch.stack(grad_gates, dim=1).to(gates_Tk.dtype), None, None

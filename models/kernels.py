@@ -1,4 +1,4 @@
-"""Kernels of a model that a run may choose: attention's back end and RMSNorm's."""
+"""Kernels of a model that a run may choose: attention's back end, RMSNorm's, and FP8 rounding."""
 
 from __future__ import annotations
 
@@ -9,14 +9,20 @@ from torch import Tensor
 
 from allometry.models.attention import attend_by
 from allometry.models.layers import RMSNorm
-from allometry.models.transformer import Transformer
+from allometry.models.moe import MoEFeedForward
+from allometry.models.products import Stacked
+from allometry.models.router import Router
+from allometry.models.transformer import FeedForward, Transformer
 
 
-def use_kernels(model: Transformer, attention: str | None = None, norm: str = "torch") -> None:
+def use_kernels(
+    model: Transformer, attention: str | None = None, norm: str = "torch", quantise: str = "torch"
+) -> None:
     """Let a model that nothing has wrapped yet compute with these kernels.
 
     ``attention``: a name in ``scaling.attention.BACKENDS``, None: the first that suits each call;
-    ``norm``: a name in ``NORMS``.
+    ``norm``: a name in ``NORMS``; ``quantise``: torch or triton. Another norm than torch's stays by
+    itself, and what it made is rounded by a kernel of its own.
     """
     core = attend_by(attention)
     for block in model.blocks.values():
@@ -24,6 +30,20 @@ def use_kernels(model: Transformer, attention: str | None = None, norm: str = "t
     for module in model.modules():
         if isinstance(module, RMSNorm):
             module.rms_norm = NORMS[norm]
+            module.fused = quantise == "triton" and norm == "torch"
+    if quantise != "triton":
+        return
+    for block in model.blocks.values():
+        block.attention_norm.feeds = block.attention.qkv
+        wide = block.ffn.shared if isinstance(block.ffn, MoEFeedForward) else block.ffn
+        if isinstance(wide, FeedForward):
+            block.ffn_norm.feeds = wide.gate_up
+        for module in block.modules():
+            if isinstance(module, Router):
+                module.fused = True
+            for stacked in vars(module).values():
+                if isinstance(stacked, Stacked):
+                    stacked.fused = True
 
 
 def _apex(x: Tensor, shape: tuple[int, ...], weight: Tensor, eps: float) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from allometry.models import fp8
 from allometry.models.parameters import OwnsParameters, local_weight
 from allometry.models.products import Joined, Stacked, multiply
+from allometry.models.quantiser import kernels
 from allometry.scaling.roles import ParamSpec
 
 
@@ -56,7 +57,8 @@ class Embedding(OwnsParameters, nn.Embedding):
 class RMSNorm(OwnsParameters):
     """``x / rms(x) * weight`` over the last dimension (arXiv 1910.07467), fp32 inside.
 
-    ``saves``: keep the input for backward in FP8.
+    ``saves``: keep the input for backward in FP8; ``fused``: by a kernel that makes the result and
+    rounds both in one pass, the result for the product that it ``feeds``.
     """
 
     weight: nn.Parameter
@@ -64,13 +66,17 @@ class RMSNorm(OwnsParameters):
     def __init__(self, spec: ParamSpec, eps: float) -> None:
         super().__init__()
         self.eps, self.rms_norm = eps, F.rms_norm  # ``kernels.use_kernels`` may replace it
-        self.saves = False
+        self.saves, self.fused = False, False
+        self.feeds: Stacked | None = None
         self.own("weight", spec)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x's shape and type; torch widens half types to fp32 inside this operator."""
         weight = local_weight(self.weight).to(x.dtype)
         if self.saves and torch.is_grad_enabled():
+            own = kernels(self.fused)
+            if own is not None and own.takes(x, fp8.SAVED):
+                return _fused_norm(own, x, weight, self.eps, self.feeds)
             y: Tensor = _SavedNorm.apply(x, weight, self.eps, self.rms_norm)
             return y
         return self.rms_norm(x, (x.shape[-1],), weight, self.eps)
@@ -90,14 +96,49 @@ class _SavedNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        values, scales, scale, weight = ctx.saved_tensors
-        unit = fp8.restore(values, scales, ctx.shape, scale.dtype) * scale
-        grad = grad.to(scale.dtype)
-        grad_weight = (grad * unit).reshape(-1, grad.shape[-1]).sum(0)
-        grad = grad * weight
-        along = (grad * unit).mean(-1, keepdim=True)
-        grad_x = scale * (grad - unit * along)
-        return grad_x.to(ctx.dtype), grad_weight.to(weight.dtype), None, None
+        return *_grad_norm(ctx, grad), None, None
+
+
+class _FusedNorm(torch.autograd.Function):
+    """The derivative of what a kernel has made already."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        y: Tensor,
+        scale: Tensor,
+        values: Tensor,
+        scales: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(values, scales, scale, weight)
+        ctx.shape, ctx.dtype = x.shape, x.dtype
+        return y.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *_grad_norm(ctx, grad), None, None, None, None
+
+
+def _fused_norm(own: Any, x: Tensor, weight: Tensor, eps: float, feeds: Stacked | None) -> Tensor:
+    with torch.no_grad():
+        made = own.norm(x, weight, eps, None if feeds is None else feeds.row_block)
+    y: Tensor = _FusedNorm.apply(x, weight, made.y, made.scale, *made.saved)
+    if feeds is not None and made.small is not None:
+        feeds.ready = y, made.small
+    return y
+
+
+def _grad_norm(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    values, scales, scale, weight = ctx.saved_tensors
+    unit = fp8.restore(values, scales, ctx.shape, scale.dtype) * scale
+    grad = grad.to(scale.dtype)
+    grad_weight = (grad * unit).reshape(-1, grad.shape[-1]).sum(0)
+    grad = grad * weight
+    along = (grad * unit).mean(-1, keepdim=True)
+    grad_x = scale * (grad - unit * along)
+    return grad_x.to(ctx.dtype), grad_weight.to(weight.dtype)
 
 
 def rotary_angles(positions: Tensor, head_width: int, theta: float, dtype: torch.dtype) -> Tensor:
@@ -125,15 +166,20 @@ def rotate(x_BLNH: Tensor, cos_BL1h: Tensor, sin_BL1h: Tensor) -> Tensor:
     return torch.cat(turned, dim=-1).to(x_BLNH.dtype)
 
 
-def swiglu(gate_up: Joined, *, saves: bool = False) -> Tensor:
+def swiglu(gate_up: Joined, *, saves: bool = False, feeds: Stacked | None = None) -> Tensor:
     """Return silu(gate) * up (arXiv 2002.05202), of two tensors or of one that has both, [..., 2F].
 
     The gradient of one is one: halves that are put together would be a pass of their own.
-    ``saves``: keep one tensor of both for backward in FP8, and nothing else.
+    ``saves``: keep one tensor of both for backward in FP8, and nothing else. ``feeds``: what
+    multiplies the result; if that is fused, a kernel rounds it for the product, too.
     """
     if not isinstance(gate_up, Tensor):
         gate, up = gate_up
         return F.silu(gate) * up
+    if saves and feeds is not None and torch.is_grad_enabled():
+        own = kernels(feeds.fused)
+        if own is not None and own.takes(gate_up, fp8.SAVED) and gate_up.shape[-1] % 32 == 0:
+            return _fused_swiglu(own, gate_up, feeds)
     made: Tensor = (_SavedSwiGLU if saves else _SwiGLU).apply(gate_up)
     return made
 
@@ -161,8 +207,35 @@ class _SavedSwiGLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        gate_up = fp8.restore(*ctx.saved_tensors, ctx.shape, ctx.dtype)
-        return _grad_swiglu(grad, gate_up, F.silu(gate_up.chunk(2, dim=-1)[0]))
+        return _grad_saved_swiglu(ctx, grad)
+
+
+class _FusedSwiGLU(torch.autograd.Function):
+    """The derivative of what a kernel has made already."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor, h: Tensor, values: Tensor, scales: Tensor) -> Tensor:
+        ctx.save_for_backward(values, scales)
+        ctx.shape, ctx.dtype = gate_up.shape, gate_up.dtype
+        return h.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _grad_saved_swiglu(ctx, grad), None, None, None
+
+
+def _fused_swiglu(own: Any, gate_up: Tensor, feeds: Stacked) -> Tensor:
+    with torch.no_grad():
+        made = own.swiglu(gate_up, feeds.row_block)
+    h: Tensor = _FusedSwiGLU.apply(gate_up, made.h, *made.saved)
+    if made.small is not None:
+        feeds.ready = h, made.small
+    return h
+
+
+def _grad_saved_swiglu(ctx: Any, grad: Tensor) -> Tensor:
+    gate_up = fp8.restore(*ctx.saved_tensors, ctx.shape, ctx.dtype)
+    return _grad_swiglu(grad, gate_up, F.silu(gate_up.chunk(2, dim=-1)[0]))
 
 
 def _grad_swiglu(grad: Tensor, gate_up: Tensor, silu: Tensor) -> Tensor:

@@ -20,12 +20,14 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from allometry.configs.model import AuxiliaryBalance, BiasBalance, MoEModel
-from allometry.models.grouped import gather_rows, multiply_groups, sort_by_expert, spread_rows
+from allometry.models.fp8 import Quantised
+from allometry.models.grouped import Tokens, multiply_groups
 from allometry.models.layers import Linear, swiglu
 from allometry.models.parameters import OwnsParameters
 from allometry.models.products import Stacked
 from allometry.models.router import Router, RouterStatistics
 from allometry.models.transformer import Block, FeedForward, Geometry, Transformer
+from allometry.models.visits import gather_rows, sort_by_expert, spread_rows
 from allometry.scaling.inventory import Specs, within
 from allometry.scaling.parameterizations.base import ForwardScales
 
@@ -70,19 +72,24 @@ class Experts(OwnsParameters):
         gates_Tk: Tensor,
         experts_Tk: Tensor,
         beside: Callable[[], Tensor] | None = None,
+        kept: Quantised | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Return [T, D] in x's type: the sum over each token's experts, times its gates.
 
-        And what ``beside`` returns, which runs while rows travel.
+        And what ``beside`` returns, which runs while rows travel. ``kept``: what ``fp8.save`` has
+        made of ``x_TD``, or of the part of it that was there before it came here.
         """
-        sorting = sort_by_expert(experts_Tk, self.num_experts)
+        sorting, tokens = sort_by_expert(experts_Tk, self.num_experts), None
+        if self.gate_up.saves and self.exchange is stay and torch.is_grad_enabled():
+            tokens = Tokens.of(x_TD, sorting.token_S, self.gate_up, kept)
         finish = self.exchange(spread_rows(x_TD, sorting), sorting.counts_E)
         made = None if beside is None else beside()
-        return gather_rows(finish(self.compute), gates_Tk, sorting), made
+        return gather_rows(finish(partial(self.compute, tokens=tokens)), gates_Tk, sorting), made
 
-    def compute(self, x_SD: Tensor, counts_E: Tensor) -> Tensor:
+    def compute(self, x_SD: Tensor, counts_E: Tensor, tokens: Tokens | None = None) -> Tensor:
         """Return [S, D] for rows sorted by the experts that this rank holds."""
-        h_SF = swiglu(multiply_groups(x_SD, self.gate_up, counts_E), saves=self.gate_up.saves)
+        gate_up = multiply_groups(x_SD, self.gate_up, counts_E, tokens)
+        h_SF = swiglu(gate_up, saves=self.gate_up.saves, feeds=self.down_only)
         y_SD = multiply_groups(h_SF, self.down_only, counts_E)
         assert isinstance(y_SD, Tensor)
         return y_SD
@@ -113,12 +120,19 @@ class MoEFeedForward(nn.Module):
         """Return [B, L, D] and what the router saw, which are the tokens ``counted_BL``."""
         x_TD = x_BLD.flatten(0, 1)
         counted_T = None if counted_BL is None else counted_BL.flatten()
-        gates_Tk, experts_Tk, statistics = self.router(x_TD, counted_T)
+        gates_Tk, experts_Tk, statistics, kept = self.router(x_TD, counted_T)
         if self.routed_scale != 1.0:
             gates_Tk = gates_Tk * self.routed_scale
-        h_TD = x_TD if self.latent_down is None else self.latent_down(x_TD)
+        if kept is not None and self.shared is not None:
+            self.shared.gate_up.offer(x_BLD, kept)
+        if self.latent_down is None:
+            h_TD = x_TD
+        else:
+            if kept is not None:
+                self.latent_down.stacked.offer(x_TD, kept)
+            h_TD, kept = self.latent_down(x_TD), None
         shared = None if self.shared is None else partial(self.shared, x_BLD)
-        y_TD, shared_BLD = self.experts(h_TD, gates_Tk, experts_Tk, beside=shared)
+        y_TD, shared_BLD = self.experts(h_TD, gates_Tk, experts_Tk, beside=shared, kept=kept)
         if self.latent_up is not None:
             y_TD = self.latent_up(y_TD)
         y_BLD = y_TD.view(x_BLD.shape)

@@ -25,11 +25,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from allometry.models import fp8
+from allometry.models.gathered import quantised
 from allometry.models.parameters import OwnsParameters, local_weight
+from allometry.models.quantiser import quantise, save
 from allometry.scaling.roles import Role
 
-COMPUTE = (False, "", fp8.E4M3)
-"""``saves``, ``recipe`` and ``gradients`` of a ``Stacked`` where nothing is FP8."""
+COMPUTE = (False, "", fp8.E4M3, False)
+"""``Stacked.how`` where nothing is FP8."""
 
 _WIDE_OUTPUT = "dtype" in torch.ops.aten.mm.overloads()
 
@@ -39,7 +41,8 @@ class Stacked:
 
     ``saves``: keep the input for backward in FP8. ``recipe``: how FP8 products are scaled, as in
     ``precision.linears``, "" for products in the compute type; ``gradients``: the type of incoming
-    gradients in them. ``watch`` sees each input while somebody looks.
+    gradients in them; ``fused``: whether Triton's kernels round rows. ``ready``: an input and what
+    the kernel that made it has made of it in FP8. ``watch`` sees each input while somebody looks.
     ``copy``: the weights in the compute type, one below the other, while ``cast_once`` lasts.
     ``plain``: leave derivatives to autograd, as schedules need that split a backward in two (a
     function of ours would compute both halves twice). It is the plain twin of the rest.
@@ -49,7 +52,8 @@ class Stacked:
         self.places = places
         self.copy: Tensor | None = None
         self.plain = False
-        self.saves, self.recipe, self.gradients = False, "", fp8.E4M3
+        self.saves, self.recipe, self.gradients, self.fused = COMPUTE
+        self.ready: tuple[Tensor, fp8.Quantised] | None = None
         self.watch: Callable[[Tensor], None] | None = None
         self._memory: Tensor | None = None
 
@@ -58,6 +62,33 @@ class Stacked:
         """What the weights are for: of one input, the same for all."""
         owner, name = self.places[0]
         return owner.specs[name].role
+
+    @property
+    def how(self) -> tuple[bool, str, torch.dtype, bool]:
+        """``saves``, ``recipe``, ``gradients`` and ``fused``."""
+        return self.saves, self.recipe, self.gradients, self.fused
+
+    @property
+    def row_block(self) -> fp8.Block | None:
+        """The block of the input's scales, where it lies in a row; None: it does not, or no FP8."""
+        block = fp8.ACTIVATION_BLOCKS[self.recipe] if self.recipe else fp8.SAVED
+        return block if (self.recipe or self.saves) and block[0] == 1 else None
+
+    def offer(self, x: Tensor, kept: fp8.Quantised) -> None:
+        """Say what ``fp8.save`` has made of ``x``, which will be multiplied next.
+
+        Compiled, equal results are one anyway.
+        """
+        wanted = self.saves and not self.recipe and self.ready is None
+        if wanted and not torch.compiler.is_compiling():
+            self.ready = x, kept
+
+    def taken(self, x: Tensor) -> fp8.Quantised | None:
+        """Return what is ``ready`` of this very input, and forget it."""
+        if self.ready is None:
+            return None
+        (made_of, small), self.ready = self.ready, None
+        return small if made_of is x else None
 
     def weights(self) -> tuple[Tensor, ...]:
         """Return this rank's part of each weight."""
@@ -76,7 +107,11 @@ class Stacked:
 
     def joined(self, dtype: torch.dtype) -> Tensor:
         """Return the copy, or make one of the weights, differentiable."""
-        return self.copy if self.copy is not None else join(self.weights(), dtype)
+        return join(self.parts(), dtype)
+
+    def parts(self) -> tuple[Tensor, ...]:
+        """Return the copy alone, or the weights."""
+        return self.weights() if self.copy is None else (self.copy,)
 
     def room(self, dtype: torch.dtype) -> list[Tensor]:
         """Return the parts of ``copy``, to be filled; their memory is asked for once."""
@@ -106,23 +141,25 @@ def multiply(x: Tensor, stacked: Stacked) -> Joined:
     """Return x [..., D] times the weights [out, D] transposed, in x's type."""
     if stacked.watch is not None:
         stacked.watch(x)
-    weights = stacked.weights()
+    ready, weights = stacked.taken(x), stacked.weights()
     if not stacked.joins(x.dtype):
         made = tuple(F.linear(x, weight) for weight in weights)
         return made[0] if len(made) == 1 else made
     # Without gradients, too, as torch's compiler then counts the arguments of a function of ours.
     if not torch.is_grad_enabled() or (stacked.plain and not (stacked.saves or stacked.recipe)):
-        return _forward(x, stacked.joined(x.dtype), stacked.recipe)[0]
-    how = stacked.saves, stacked.recipe, stacked.gradients
-    y: Tensor = _Multiply.apply(x, stacked.copy, *how, *weights)
+        return _forward(x, stacked.parts(), stacked.recipe, stacked.fused, ready)[0]
+    y: Tensor = _Multiply.apply(x, ready, stacked.copy, *stacked.how, *weights)
     return y
 
 
-def saved_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """Return ``F.linear(x, weight)`` in x's type, which keeps x for backward in FP8."""
+def saved_linear(x: Tensor, weight: Tensor, kept: fp8.Quantised | None = None) -> Tensor:
+    """Return ``F.linear(x, weight)`` in x's type, which keeps x for backward in FP8.
+
+    ``kept``: what ``fp8.save`` has made of x.
+    """
     if not torch.is_grad_enabled():
         return F.linear(x, weight.to(x.dtype))
-    y: Tensor = _Multiply.apply(x, None, True, *COMPUTE[1:], weight)
+    y: Tensor = _Multiply.apply(x, kept, None, True, *COMPUTE[1:], weight)
     return y
 
 
@@ -131,12 +168,22 @@ def separate(made: Joined, widths: Sequence[int]) -> tuple[Tensor, ...]:
     return made.split(list(widths), dim=-1) if isinstance(made, Tensor) else made
 
 
-def _forward(x: Tensor, whole_RD: Tensor, recipe: str) -> tuple[Tensor, fp8.Quantised | None]:
+def _forward(
+    x: Tensor,
+    weights: tuple[Tensor, ...],
+    recipe: str,
+    fused: bool,
+    small: fp8.Quantised | None,
+) -> tuple[Tensor, fp8.Quantised | None]:
     """Return the product, and x in FP8 where the product read that."""
     if not recipe:
-        return F.linear(x, whole_RD), None
-    small = fp8.quantise(x.reshape(-1, x.shape[-1]), fp8.ACTIVATION_BLOCKS[recipe])
-    weight = fp8.quantise(whole_RD, fp8.WEIGHT_BLOCKS[recipe])
+        return F.linear(x, join(weights, x.dtype)), None
+    if small is None:
+        rows = x.reshape(-1, x.shape[-1])
+        small = quantise(rows, fp8.ACTIVATION_BLOCKS[recipe], fused=fused)
+    weight = quantised(weights)
+    if weight is None:
+        weight = quantise(join(weights, x.dtype), fp8.WEIGHT_BLOCKS[recipe], fused=fused)
     y_TR = fp8.scaled_product(small, weight, recipe, x.dtype, fast=True)
     return y_TR.view(*x.shape[:-1], -1), small
 
@@ -148,17 +195,20 @@ class _Multiply(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
+        ready: fp8.Quantised | None,
         whole_RD: Tensor | None,
         saves: bool,
         recipe: str,
         gradients: torch.dtype,
+        fused: bool,
         *weights: Tensor,
     ) -> Tensor:
         ctx.rows = [len(weight) for weight in weights]
         ctx.dtype, ctx.shape, ctx.compute = weights[0].dtype, x.shape, x.dtype
-        ctx.saves, ctx.recipe, ctx.gradients = saves, recipe, gradients
-        y, small = _forward(x, join(weights, x.dtype) if whole_RD is None else whole_RD, recipe)
-        kept = (x,) if not saves else fp8.save(x) if small is None else small
+        ctx.saves, ctx.how = saves, (recipe, gradients, fused)
+        parts = weights if whole_RD is None else (whole_RD,)
+        y, small = _forward(x, parts, recipe, fused, ready)
+        kept = (x,) if not saves else small or ready or save(x, fused=fused)
         # What is no step's copy is made again: FSDP2 frees weights, and gathers them for backward.
         ctx.save_for_backward(*kept, *(weights if whole_RD is None else (whole_RD,)))
         return y
@@ -166,26 +216,33 @@ class _Multiply(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *kept = ctx.saved_tensors
+        recipe = ctx.how[0]
         if ctx.saves:
-            block = fp8.ACTIVATION_BLOCKS[ctx.recipe] if ctx.recipe else fp8.SAVED
+            block = fp8.ACTIVATION_BLOCKS[recipe] if recipe else fp8.SAVED
             x = fp8.dequantise(fp8.Quantised(x, kept.pop(0)), block, ctx.compute)
         grad_TR, x_TD = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         grad_x = None
         if ctx.needs_input_grad[0]:
-            whole_RD = join(tuple(kept), ctx.compute)
-            grad_x = _of_input(grad_TR, whole_RD, ctx.recipe, ctx.gradients).view(ctx.shape)
+            grad_x = _of_input(grad_TR, tuple(kept), *ctx.how).view(ctx.shape)
         made: tuple[Tensor | None, ...] = (None,) * len(ctx.rows)
-        if any(ctx.needs_input_grad[5:]):
-            made = _of_weight(grad_TR, x_TD, ctx.recipe, ctx.gradients, ctx.dtype).split(ctx.rows)
-        return grad_x, None, None, None, None, *made
+        if any(ctx.needs_input_grad[7:]):
+            made = _of_weight(grad_TR, x_TD, *ctx.how[:2], ctx.dtype).split(ctx.rows)
+        return grad_x, None, None, None, None, None, None, *made
 
 
-def _of_input(grad_TR: Tensor, whole_RD: Tensor, recipe: str, gradients: torch.dtype) -> Tensor:
+def _of_input(
+    grad_TR: Tensor, weights: tuple[Tensor, ...], recipe: str, gradients: torch.dtype, fused: bool
+) -> Tensor:
     if not recipe:
-        return grad_TR @ whole_RD
-    grad = fp8.quantise(grad_TR, fp8.ACTIVATION_BLOCKS[recipe], gradients)
-    weight = fp8.quantise(whole_RD.t(), fp8.WEIGHT_BLOCKS[recipe])
-    return fp8.scaled_product(grad, weight, recipe, grad_TR.dtype)
+        return grad_TR @ join(weights, grad_TR.dtype)
+    grad = quantise(grad_TR, fp8.ACTIVATION_BLOCKS[recipe], gradients, fused=fused)
+    small = quantised(weights)
+    if small is None:
+        whole_DR = join(weights, grad_TR.dtype).t()
+        small = quantise(whole_DR, fp8.WEIGHT_BLOCKS[recipe], fused=fused)
+    else:
+        small = fp8.Quantised(small.values.t(), small.scales)
+    return fp8.scaled_product(grad, small, recipe, grad_TR.dtype)
 
 
 def _of_weight(

@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from allometry.configs.model import AuxiliaryBalance, BiasBalance, RouterConfig
+from allometry.models.fp8 import Quantised
 from allometry.models.parameters import OwnsParameters, local_weight
 from allometry.models.products import saved_linear
+from allometry.models.quantiser import save
 from allometry.scaling.roles import ParamSpec
 
 _LEAST_WEIGHT = 1e-30  # under the root of gate "sqrt", whose slope at zero is infinite
@@ -34,11 +36,15 @@ class RouterStatistics(NamedTuple):
 
 
 class Routing(NamedTuple):
-    """``experts_Tk`` best first, their weights ``gates_Tk`` (fp32 or wider), and the statistics."""
+    """``experts_Tk`` best first, their weights ``gates_Tk`` (fp32 or wider), and the statistics.
+
+    ``kept``: the input in FP8 as it waits for backward, where it does.
+    """
 
     gates_Tk: Tensor
     experts_Tk: Tensor
     statistics: RouterStatistics
+    kept: Quantised | None = None
 
 
 class Router(OwnsParameters):
@@ -69,7 +75,7 @@ class Router(OwnsParameters):
 
     def __init__(self, spec: ParamSpec, config: RouterConfig, experts_per_token: int) -> None:
         super().__init__()
-        self.config, self.saves = config, False
+        self.config, self.saves, self.fused = config, False, False
         self.num_experts, self.experts_per_token = spec.fan_out, experts_per_token
         self.own("weight", spec)
         self.register_buffer("load", torch.empty(self.num_experts, dtype=torch.float32))
@@ -92,8 +98,11 @@ class Router(OwnsParameters):
         """
         wide = torch.promote_types(x_TD.dtype, torch.float32)
         weight = local_weight(self.weight)
-        if self.saves:
-            logits_TE = saved_linear(x_TD.to(wide), weight)
+        kept = None
+        if self.saves and torch.is_grad_enabled():
+            with torch.no_grad():
+                kept = save(x_TD, fused=self.fused)
+            logits_TE = saved_linear(x_TD.to(wide), weight, kept)
         else:
             logits_TE = F.linear(x_TD.to(wide), weight.to(wide))
         logits_TE = self._with_balance(logits_TE, counted_T)
@@ -103,7 +112,7 @@ class Router(OwnsParameters):
             experts_Tk = select(scores_TE, bias, self.config, self.experts_per_token)
         gates_Tk = gates(logits_TE, scores_TE, experts_Tk, self.config)
         statistics = observe(logits_TE, experts_Tk, self.config, counted_T)
-        return Routing(gates_Tk, experts_Tk, statistics)
+        return Routing(gates_Tk, experts_Tk, statistics, kept)
 
     def _with_balance(self, logits_TE: Tensor, counted_T: Tensor | None) -> Tensor:
         balance, z_loss = self.config.balance, self.config.z_loss

@@ -93,7 +93,8 @@ class FeedForward(nn.Module):
         """Return [B, L, D]."""
         if not self.gate_up.joins(x_BLD.dtype):  # each is used while it is in the cache
             return self.down(F.silu(self.gate(x_BLD)) * self.up(x_BLD))
-        return self.down(swiglu(multiply(x_BLD, self.gate_up), saves=self.gate_up.saves))
+        gate_up = multiply(x_BLD, self.gate_up)
+        return self.down(swiglu(gate_up, saves=self.gate_up.saves, feeds=self.down.stacked))
 
 
 class Block(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -19,11 +20,12 @@ from allometry.optim.exchange import ShardedMatrixOps
 from allometry.optim.fp8_states import Fp8States
 from allometry.optim.groups import parameter_groups
 from allometry.optim.matrix_ops import LocalMatrixOps
+from allometry.optim.offload.held import WorkingCopy
 from allometry.optim.optimizer import RuleOptimizer
 from allometry.optim.states import items_of
-from allometry.optim.tiered import TieredOptimizer
+from allometry.optim.tiered import TieredOptimizer, gradient_of, values_of
 from allometry.parallel.deepspeed.engine import DeepSpeedSync
-from allometry.parallel.mesh import Mesh, local
+from allometry.parallel.mesh import Mesh
 from allometry.scaling.parameterization import Parameterization
 from allometry.scaling.roles import ParamSpec
 from allometry.scaling.update_rules import state_bytes
@@ -40,6 +42,8 @@ def build_optimizer(
     zero: Zero | None = None,
     timeout_s: float = 600.0,
     still: bool = False,
+    working: Mapping[Tensor, WorkingCopy] | None = None,
+    leaving: Iterable[Tensor] = (),
     engine: DeepSpeedSync | None = None,
 ) -> Optimizer:
     """Return the optimizer of a run, over whole parameters or shards of them.
@@ -50,8 +54,10 @@ def build_optimizer(
     where its parameters are sharded (None: every one is whole), and ``seed`` is that of what rules
     draw. ``adamw_kernel``: a name in ``adamw.KERNELS``; with another one than torch's AdamW is a
     ``RuleOptimizer`` too. Where
-    ``zero.optimizer_states`` says so, all is a ``TieredOptimizer``, which describes the rest.
-    With an ``engine`` that has the model, all is a ``DeepSpeedOptimizer``.
+    ``zero.optimizer_states`` says so, all is a ``TieredOptimizer``, which describes the rest;
+    ``working``: what is computed with of parameters that its ``master_weights`` lets travel;
+    ``leaving``: those whose gradients may wait in the host's memory. With an ``engine`` that has
+    the model, all is a ``DeepSpeedOptimizer``.
 
     Raises:
         UserError: see ``parameter_groups``, ``RuleOptimizer``, ``TieredOptimizer`` and
@@ -74,9 +80,12 @@ def build_optimizer(
         return RuleOptimizer(groups, ops)
     sizes = {
         name: state_bytes(specs[name], _shard(parameter), config)
+        + (4 * math.prod(_shard(parameter)) if parameter in (working or {}) else 0)
         for name, parameter in named_parameters
     }
-    return TieredOptimizer(groups, ops, zero, sizes, timeout_s, still=still)
+    return TieredOptimizer(
+        groups, ops, zero, sizes, timeout_s, working=working, leaving=leaving, still=still
+    )
 
 
 def _shard(parameter: Tensor) -> tuple[int, ...]:
@@ -129,7 +138,9 @@ def take_step(
     set_lr(optimizer, fraction)
     if isinstance(optimizer, DeepSpeedOptimizer):
         return optimizer.take_step(along)
-    norm = clip_by_global_norm(_parameters(optimizer), max_norm, mesh, along)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    away = optimizer.gradients if isinstance(optimizer, TieredOptimizer) else None
+    norm = clip_by_global_norm(parameters, max_norm, mesh, along, away)
     optimizer.step()
     return norm
 
@@ -148,13 +159,9 @@ def groups_not_finite(optimizer: Optimizer) -> list[str]:
         str(group["name"])
         for group in optimizer.param_groups
         if any(
-            not local(tensor).isfinite().all()
+            not tensor.isfinite().all()
             for parameter in group["params"]
-            for tensor in (parameter.grad, parameter)
+            for tensor in (gradient_of(optimizer, parameter), values_of(optimizer, parameter))
             if tensor is not None
         )
     ]
-
-
-def _parameters(optimizer: Optimizer) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]

@@ -4,13 +4,36 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from allometry.parallel.mesh import Mesh
+from allometry.parallel.mesh import Mesh, local
+
+
+class Away(Protocol):
+    """Gradients that are not beside their parameters (``offload/gradients.py``)."""
+
+    def __contains__(self, parameter: Tensor) -> bool:
+        """Return whether it has a gradient of this parameter."""
+
+    def norm(self, parameter: Tensor) -> Tensor:
+        """Return the 2-norm of this rank's part, in fp32 or wider, 0-dim on the device."""
+
+    def scale(self, factor: Tensor) -> None:
+        """Multiply all gradients by a 0-dim tensor, when they are next looked at."""
+
+
+class _Part(NamedTuple):
+    """This rank's part of a gradient, or its norm where it is away."""
+
+    dtype: torch.dtype
+    here: Tensor | None
+    norm: Tensor | None
+
 
 _Layout = tuple[DeviceMesh | None, tuple[int, ...]]
 
@@ -36,6 +59,7 @@ def clip_by_global_norm(
     max_norm: float | None,
     mesh: Mesh | None = None,
     along: Sequence[Tensor] = (),
+    away: Away | None = None,
 ) -> Tensor:
     """Scale gradients so that their joint 2-norm is at most ``max_norm``; return the norm before.
 
@@ -49,46 +73,59 @@ def clip_by_global_norm(
     squares are summed in float32 (float64 for float64 gradients) within a tensor, in float64
     between tensors and ranks. Nothing waits for the device. ``max_norm=None`` measures only;
     gradients below the limit, or of a norm that is not finite, are multiplied by exactly 1. As in
-    torch, 1e-6 is added to the norm in the quotient. Parameters without gradient take no part.
+    torch, 1e-6 is added to the norm in the quotient. Parameters without gradient take no part;
+    what is ``away`` is counted as if it were here, laid out as its parameter.
     """
-    layouts: dict[_Layout, list[Tensor]] = {}
+    layouts: dict[_Layout, list[_Part]] = {}
     for parameter in parameters:
         gradient = parameter.grad
         if gradient is not None:
-            local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
-            layouts.setdefault(_layout(gradient), []).append(local)
+            here = local(gradient)
+            layouts.setdefault(_layout(gradient), []).append(_Part(here.dtype, here, None))
+        elif away is not None and parameter in away:
+            norm = away.norm(parameter)
+            layouts.setdefault(_layout(parameter), []).append(_Part(parameter.dtype, None, norm))
     assert layouts, "no parameter has a gradient"
-    device = next(iter(layouts.values()))[0].device
+    first = next(iter(layouts.values()))[0]
+    some = first.norm if first.here is None else first.here
+    assert some is not None
+    device = some.device
     holders = 1 if mesh is None else mesh.stage.size
     square = torch.zeros((), dtype=torch.float64, device=device)
-    for (cut_over, sharded), gradients in layouts.items():
+    for (cut_over, sharded), parts in layouts.items():
         shards = math.prod(cut_over.size(dim) for dim in sharded) if cut_over is not None else 1
         assert holders % shards == 0, (holders, shards)
-        square += _sum_of_squares(gradients, device) / (holders // shards)  # each copy its part
+        square += _sum_of_squares(parts, device) / (holders // shards)  # each copy its part
     if mesh is not None:
         mesh.sum_together([square, *along])
     norm = square.sqrt()
     if max_norm is not None:
         # A norm that is not finite would spread to all gradients and hide where it came from.
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0).where(norm.isfinite(), 1.0)
-        for gradients in layouts.values():
-            for same in _by_dtype(gradients):
-                torch._foreach_mul_(same, factor.to(same[0].dtype))
+        for parts in layouts.values():
+            for dtype, same in _by_dtype(parts).items():
+                gradients = [part.here for part in same if part.here is not None]
+                if gradients:
+                    torch._foreach_mul_(gradients, factor.to(dtype))
+        if away is not None:
+            away.scale(factor)
     return norm
 
 
-def _by_dtype(tensors: list[Tensor]) -> list[list[Tensor]]:
-    groups: dict[torch.dtype, list[Tensor]] = {}
-    for tensor in tensors:
-        groups.setdefault(tensor.dtype, []).append(tensor)
-    return list(groups.values())
+def _by_dtype(parts: Sequence[_Part]) -> dict[torch.dtype, list[_Part]]:
+    groups: dict[torch.dtype, list[_Part]] = {}
+    for part in parts:
+        groups.setdefault(part.dtype, []).append(part)
+    return groups
 
 
-def _sum_of_squares(tensors: list[Tensor], device: torch.device) -> Tensor:
+def _sum_of_squares(parts: Sequence[_Part], device: torch.device) -> Tensor:
     """Return Σx² as a 0-dim float64 tensor; empty shards add nothing."""
     total = torch.zeros((), dtype=torch.float64, device=device)
-    for same in _by_dtype(tensors):
-        wide = torch.promote_types(same[0].dtype, torch.float32)
-        norms = torch._foreach_norm(same, 2, dtype=wide)
-        total += torch.stack(list(norms)).double().square().sum()
+    for dtype, same in _by_dtype(parts).items():
+        here = [part.here for part in same if part.here is not None]
+        wide = torch.promote_types(dtype, torch.float32)
+        norms = iter(torch._foreach_norm(here, 2, dtype=wide) if here else ())
+        in_order = [next(norms) if part.norm is None else part.norm for part in same]
+        total += torch.stack(in_order).double().square().sum()
     return total

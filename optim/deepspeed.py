@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from allometry.optim.offload.held import MASTER, Stored
 from allometry.optim.offload.swap import StatesLost
 from allometry.optim.states import Group
-from allometry.optim.tiered import Stored
 from allometry.parallel.deepspeed.adamw import MOMENTS
 from allometry.parallel.deepspeed.engine import DeepSpeedSync
 from allometry.parallel.deepspeed.files import FilesLost
+from allometry.parallel.folder import described
 from allometry.parallel.mesh import Mesh
 
 
@@ -32,6 +33,7 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
     def __init__(self, groups: Sequence[Group], sync: DeepSpeedSync, mesh: Mesh) -> None:
         super().__init__(list(groups), {})
         self._sync, self._mesh = sync, mesh
+        self._made = False  # states
         self._lost: str | None = None  # why what is in files is lost
         with self._files():
             self._parts = sync.start(self.param_groups)
@@ -49,6 +51,7 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
         The tensors ``along`` (float64) are summed over all ranks in place. Where the norm is not
         finite it is infinite, and nothing is updated.
         """
+        self._made = True
         with self._files():
             norm = self._sync.update(self.param_groups)
         self._mesh.sum_together(along)
@@ -61,6 +64,7 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
 
     def init_states(self) -> None:
         """Make the states of a fresh optimizer, for a checkpoint to fill."""
+        self._made = True
         with self._files():
             self._parts.init_states()
 
@@ -70,21 +74,31 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
             self._parts.settle()
 
     def stored(self) -> Iterator[tuple[Tensor, str, Stored]]:
-        """Yield (parameter, name, values) of all states, once they are made."""
-        for parameter in self._parameters():
-            for key in MOMENTS:
-                yield parameter, key, self._stored(parameter, key)
-            read, write = self._calls(parameter, "step")
-            yield parameter, "step", Stored(torch.zeros(()), read, write)
+        """Yield (parameter, name, values) of all parameters and, once they are made, states.
 
-    def stored_parameters(self) -> Iterator[tuple[Tensor, Stored]]:
-        """Yield (parameter, values) of all parameters, which may have none where the model is."""
+        Values of parameters have the name ``MASTER``.
+        """
         for parameter in self._parameters():
-            yield parameter, self._stored(parameter, "param")
+            yield parameter, MASTER, self._stored(parameter, "param")
+            for key in MOMENTS if self._made else ():
+                yield parameter, key, self._stored(parameter, key)
+            if self._made:
+                yield parameter, "step", Stored(torch.zeros(()), *self._calls(parameter, "step"))
 
     def held_bytes(self) -> dict[str, int]:
         """Return this rank's bytes of masters and states on the device, the host and NVMe."""
         return self._parts.held_bytes()
+
+    @property
+    def parameters_bytes(self) -> int:
+        """Bytes of masters among ``held_bytes``, without what fills up parts."""
+        parts = map(self._parts.stretch, self._parameters())
+        return sum(4 * (part.stop - part.start) for part in parts)
+
+    def place(self) -> dict[str, str]:
+        """Say where the files are: see ``parallel/folder.py``."""
+        folder = self._sync.folder
+        return {} if folder is None else described(folder)
 
     def _parameters(self) -> Iterator[Tensor]:
         for group in self.param_groups:

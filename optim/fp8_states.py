@@ -162,10 +162,12 @@ def values_of(parameter: Tensor, tensors: Tensors, key: str, groups: Groups) -> 
     return torch.where(codes > 127, -x, x)
 
 
-def write_values(tensors: Tensors, key: str, groups: Groups, values: Tensor) -> None:
-    """Round this rank's part of a state, fp32, into tensors of its own layout."""
-    part = Encoded(*(local(tensors[name]) for name in names(key, groups.suffix)))
+def encoded(parameter: Tensor, key: str, groups: Groups, values: Tensor) -> Tensors:
+    """Return the tensors of a state whose part on this rank has these values, fp32."""
+    made = zeros(parameter, key, groups)
+    part = Encoded(*(local(made[name]) for name in names(key, groups.suffix)))
     dre.encode(values.contiguous(), part, Table.on(part.q.device))
+    return made
 
 
 @dataclass

@@ -1,25 +1,36 @@
-"""An optimizer whose states live in the host's memory and in files between steps."""
+"""An optimizer whose states, and whose parameters in fp32, live elsewhere between steps."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from allometry.configs.execution import Zero, bytes_of
 from allometry.optim.matrix_ops import MatrixOps
-from allometry.optim.offload.plan import Tier, assign, packed
+from allometry.optim.offload.gradients import HostGradients
+from allometry.optim.offload.held import (
+    MASTER,
+    Held,
+    Place,
+    Stored,
+    WorkingCopy,
+    joined,
+    laid_out,
+    without_memory,
+)
+from allometry.optim.offload.pieces import Piece, packed, pieces_of
+from allometry.optim.offload.plan import Tier, assign
 from allometry.optim.offload.stream import FileHome, Home, HostHome, Stream
-from allometry.optim.offload.swap import SwapFile
+from allometry.optim.offload.swap import Moved, SwapFile
 from allometry.optim.optimizer import RuleOptimizer
 from allometry.optim.states import Group, Item, items_of
-from allometry.parallel.deepspeed.boxes import Stretch
+from allometry.parallel.folder import described
 from allometry.parallel.mesh import local
 from allometry.scaling.update_rules import UpdateRule
 
@@ -27,45 +38,11 @@ LEAST_BYTES = 4096
 """State tensors of fewer bytes on a rank (counts, radii, moments of norms) stay on the device."""
 
 
-class Stored(NamedTuple):
-    """A state between steps: ``like`` has its shape, type and layout, and no memory of its own.
-
-    ``read`` returns this rank's part on the host, and ``write`` replaces it; of a ``Stretch`` in
-    one dimension.
-    """
-
-    like: Tensor | Stretch
-    read: Callable[[], Tensor]
-    write: Callable[[Tensor], None]
-
-
-class _Held(NamedTuple):
-    """A state tensor that lives in a home: the layout of what the rule made."""
-
-    parameter: Tensor
-    key: str
-    like: Tensor
-
-    def view(self, data: Tensor) -> Tensor:
-        """Return bytes, uint8 in one dimension, as this rank's part of the tensor."""
-        part = local(self.like)
-        return data.view(part.dtype).view(part.shape)
-
-    def wrapped(self, part: Tensor) -> Tensor:
-        """Return this rank's part as the rule's tensor: a DTensor again if it was one."""
-        return _laid_out(part, self.like)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of this rank's part."""
-        return local(self.like).nbytes
-
-
 @dataclass
 class _Bucket:
-    items: list[Item]
+    pieces: list[Piece]
     tier: Tier
-    held: list[_Held] = field(default_factory=list)
+    held: list[Held] = field(default_factory=list)
     home: Home | None = None  # None: before the first step, or nothing in it is large enough
 
 
@@ -74,8 +51,13 @@ class TieredOptimizer(RuleOptimizer):
 
     The rules see the tensors that they would see otherwise, so every parameter and state has the
     bits of the optimizer in memory. ``sizes``: about the bytes of each parameter's states on a
-    rank, equal on all ranks of a stage, as all must make the same buckets. ``still``: states stay
-    where the rules make them, though the calls are those of the buckets (a rehearsal).
+    rank, equal on all ranks of a stage, as all must make the same buckets. ``working``: parameters
+    whose own values travel with the states, and what is computed with meanwhile; they are counted
+    in ``sizes``. ``leaving``: parameters whose gradients wait in the host's memory if their states
+    travel, see ``HostGradients``. ``still``: states stay where the rules make them, though the
+    calls are those of the buckets (a rehearsal).
+
+    Of what is larger than a bucket and updated element by element some rows travel at a time.
 
     Raises:
         UserError: ``zero.optimizer_states.nvme`` cannot be used or lacks the room; see also
@@ -91,6 +73,8 @@ class TieredOptimizer(RuleOptimizer):
         sizes: Mapping[str, int],
         timeout_s: float = 600.0,
         *,
+        working: Mapping[Tensor, WorkingCopy] | None = None,
+        leaving: Iterable[Tensor] = (),
         still: bool = False,
     ) -> None:
         super().__init__(groups, ops)
@@ -108,31 +92,72 @@ class TieredOptimizer(RuleOptimizer):
         self._tiers = dict(zip((item.name for item in items), tiers, strict=True))
         self._device = local(items[0].parameter).device
         self._timeout_s, self._still = timeout_s, still
+        most = int(wanted.bucket_mib * 2**20)
         self._buckets = {
             rule.name: [
                 _Bucket(bucket, tier)
                 for tier in (Tier.CPU, Tier.NVME)
-                for bucket in packed(
-                    [item for item in of_rule if self._tiers[item.name] is tier],
-                    sizes,
-                    int(wanted.bucket_mib * 2**20),
-                )
+                for bucket in packed(self._pieces(rule, of_rule, tier, sizes, most), sizes, most)
             ]
             for rule, of_rule in super()._by_rule()
         }
+        away = {item.parameter for item in items if self._tiers[item.name] is not Tier.DEVICE}
+        self._working = {p: copy for p, copy in (working or {}).items() if p in away}
+        least = (p for p in leaving if p in away and local(p.detach()).nbytes >= LEAST_BYTES)
+        self.gradients = HostGradients(least, self._device)
         self._stream: Stream | None = None
         self._swap: SwapFile | None = None
         if wanted.nvme is not None and not still:
-            away = (i for i in items if self._tiers[i.name] is Tier.NVME)
-            self._swap = SwapFile(wanted.nvme, sum(sizes[item.name] for item in away))
+            far = (i for i in items if self._tiers[i.name] is Tier.NVME)
+            self._swap = SwapFile(wanted.nvme, sum(sizes[item.name] for item in far))
+
+    @override
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        self.gradients.clear()
+
+    def gradient(self, parameter: Tensor) -> Tensor | None:
+        """Return this rank's part of a gradient, a copy on the device if it is not there."""
+        if parameter in self.gradients:
+            return self.gradients.fetch(parameter)
+        return None if parameter.grad is None else local(parameter.grad)
 
     def stored(self) -> Iterator[tuple[Tensor, str, Stored]]:
-        """Yield (parameter, name, state) of all that is not in ``state``, once it is at rest."""
+        """Yield (parameter, name, state) of all that is not in ``state``, once it is at rest.
+
+        Among them, by the name ``MASTER``, the values of parameters that travel.
+        """
         if self._stream is not None:
             self._stream.drain()
+        found: dict[tuple[int, str], list[Place]] = {}
         for bucket, home in self._at_home():
             for index, held in enumerate(bucket.held):
-                yield held.parameter, held.key, _stored(held, home, index)
+                place = Place(held, home, index)
+                found.setdefault((id(held.piece.item.parameter), held.key), []).append(place)
+        for (_, key), places in found.items():
+            parameter = places[0].held.piece.item.parameter
+            copy = self._working[parameter] if key == MASTER else None
+            yield parameter, key, joined(places, copy)
+
+    def values(self, parameter: Tensor) -> Tensor:
+        """Return this rank's part of a parameter, a copy on the device if it is not there."""
+        places = [
+            Place(held, home, at)
+            for bucket, home in self._at_home()
+            for at, held in enumerate(bucket.held)
+            if held.key == MASTER and held.piece.item.parameter is parameter
+        ]
+        if not places:
+            return local(parameter.detach())
+        if self._stream is not None:
+            self._stream.settle()
+        return joined(places, None).read().to(self._device)
+
+    def rounded_values(self, parameter: Tensor) -> Tensor:
+        """Return the same as it is computed with, in the parameter's type."""
+        copy = self._working.get(parameter)
+        part = local(parameter.detach())
+        return copy.part.to(part.dtype) if copy is not None and copy.held else part
 
     def held_bytes(self) -> dict[Tier, int]:
         """Return this rank's bytes of states in each tier, once they are made."""
@@ -143,6 +168,32 @@ class TieredOptimizer(RuleOptimizer):
             held[bucket.tier] += sum(each.nbytes for each in bucket.held)
         return held
 
+    @property
+    def parameters_bytes(self) -> int:
+        """Bytes of parameters' own values among ``held_bytes``."""
+        of_buckets = (bucket.held for bucket, _ in self._at_home())
+        all_held = itertools.chain.from_iterable(of_buckets)
+        return sum(held.nbytes for held in all_held if held.key == MASTER)
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds that updates have waited for states, in all."""
+        return 0.0 if self._stream is None else self._stream.waited_s
+
+    @property
+    def moved(self) -> Moved:
+        """What this rank's file has read and written."""
+        return Moved() if self._swap is None else self._swap.moved
+
+    @property
+    def folder(self) -> str | None:
+        """Where this rank's file is."""
+        return None if self._swap is None else str(self._swap.folder)
+
+    def place(self) -> dict[str, str]:
+        """Say where the file is, for a record: ``folder``, ``mount``, ``file_system``, ``note``."""
+        return {} if self._swap is None else described(self._swap.folder)
+
     @override
     def _by_rule(self) -> Iterator[tuple[UpdateRule, list[Item]]]:
         for rule, items in super()._by_rule():
@@ -151,12 +202,26 @@ class TieredOptimizer(RuleOptimizer):
                 yield rule, near
             for bucket in self._buckets[rule.name]:
                 flat = self._fetch(bucket)
-                yield rule, bucket.items
+                yield rule, [self._seen(bucket, piece, flat) for piece in bucket.pieces]
                 self._send(bucket, flat)
         homes = [home for _, home in self._at_home()]
         if self._stream is None and homes:
             files = any(isinstance(home, FileHome) for home in homes)
             self._stream = Stream(homes, self._device, self._timeout_s, files=files)
+
+    def _pieces(
+        self,
+        rule: UpdateRule,
+        of_rule: Sequence[Item],
+        tier: Tier,
+        sizes: Mapping[str, int],
+        most: int,
+    ) -> list[Piece]:
+        items = [item for item in of_rule if self._tiers[item.name] is tier]
+        # A rehearsal's tensors have no values to cut, and elementwise rules make no calls.
+        return (
+            [Piece(item) for item in items] if self._still else pieces_of(rule, items, sizes, most)
+        )
 
     def _fetch(self, bucket: _Bucket) -> Tensor | None:
         """Put a bucket's states into ``state`` where rules look for them; return their bytes."""
@@ -164,38 +229,91 @@ class TieredOptimizer(RuleOptimizer):
             return None
         assert self._stream is not None
         flat = self._stream.take()
-        for held, start in zip(bucket.held, bucket.home.starts, strict=True):
-            part = held.view(flat[start : start + held.nbytes])
-            self.state[held.parameter][held.key] = held.wrapped(part)
+        for held, part in self._parts(bucket, flat):
+            if held.key != MASTER:
+                self.state[held.piece.tensor][held.key] = held.wrapped(part)
+            elif held.piece.rows is None:
+                self._working[held.piece.item.parameter].show(part)
         return flat
+
+    def _seen(self, bucket: _Bucket, piece: Piece, flat: Tensor | None) -> Item:
+        """Return what the rule updates, with what there is once for all pieces of a parameter."""
+        parameter, values = piece.item.parameter, None
+        if piece.rows is None:
+            if parameter in self.gradients:
+                parameter.grad = laid_out(self.gradients.fetch(parameter), parameter)
+            return piece.item
+        if flat is not None:
+            for held, part in self._parts(bucket, flat):
+                if held.key == MASTER and held.piece is piece:
+                    values = part
+            for key, value in self.state[parameter].items():
+                self.state[piece.tensor][key] = value if piece.last else value.clone()
+        if parameter in self.gradients:
+            return piece.seen(self.gradients.fetch(parameter, piece), values)
+        whole = parameter.grad
+        return piece.seen(None if whole is None else piece.of(local(whole)), values)
 
     def _send(self, bucket: _Bucket, flat: Tensor | None) -> None:
         """Take a bucket's states out of ``state`` again; the first time, give them a home."""
         if bucket.home is None or flat is None:
             self._settle(bucket)
-            return
-        assert self._stream is not None
-        for held, start in zip(bucket.held, bucket.home.starts, strict=True):
-            there = held.view(flat[start : start + held.nbytes])
-            now = local(self.state[held.parameter].pop(held.key))
-            if now.data_ptr() != there.data_ptr():  # a rule that has made a new tensor
-                there.copy_(now)
-        self._stream.give_back()
+        else:
+            assert self._stream is not None
+            for held, there in self._parts(bucket, flat):
+                if held.key == MASTER:
+                    copy = self._working[held.piece.item.parameter]
+                    held.piece.of(copy.part).copy_(there)
+                    if held.piece.rows is None:
+                        copy.leave()
+                    continue
+                now = local(self.state[held.piece.tensor].pop(held.key))
+                if now.data_ptr() != there.data_ptr():  # a rule that has made a new tensor
+                    there.copy_(now)
+            self._stream.give_back()
+        for piece in bucket.pieces:
+            if piece.rows is not None:
+                rest = self.state.pop(piece.tensor)
+                if piece.last:
+                    self.state[piece.item.parameter].update(rest)
+                piece.unseen()
+            elif piece.item.parameter in self.gradients:
+                piece.item.parameter.grad = None
 
     def _settle(self, bucket: _Bucket) -> None:
-        found = [
-            (_Held(item.parameter, key, _without_memory(value)), local(value))
-            for item in bucket.items
-            for key, value in self.state[item.parameter].items()
-            if local(value).nbytes >= LEAST_BYTES
-        ]
-        if self._still or not found:
+        if self._still:
+            return
+        found: list[tuple[Held, Tensor]] = []
+        for piece in bucket.pieces:
+            copy = self._working.get(piece.item.parameter)
+            values = local(piece.tensor.detach())
+            if copy is not None and piece.item.part.nbytes >= LEAST_BYTES:
+                if piece.rows is None or piece.rows.start == 0:
+                    copy.hold()
+                found.append((Held(piece, MASTER, without_memory(piece.tensor)), values))
+            for key, value in self.state[piece.tensor].items():
+                part = local(value)
+                if part.nbytes >= LEAST_BYTES or (piece.rows is not None and part.dim()):
+                    found.append((Held(piece, key, without_memory(value)), part))
+        if not found:
             return
         home = self._home(bucket.tier, [part.nbytes for _, part in found])
         for index, (held, part) in enumerate(found):
             home.put(index, part.contiguous().flatten().view(torch.uint8))
-            del self.state[held.parameter][held.key]
+            if held.key != MASTER:
+                del self.state[held.piece.tensor][held.key]
+                continue
+            copy = self._working[held.piece.item.parameter]
+            held.piece.of(copy.part).copy_(part)
+            if held.piece.last:
+                copy.leave()
         bucket.held, bucket.home = [held for held, _ in found], home
+
+    @staticmethod
+    def _parts(bucket: _Bucket, flat: Tensor) -> Iterator[tuple[Held, Tensor]]:
+        assert bucket.home is not None
+        for held, start in zip(bucket.held, bucket.home.starts, strict=True):
+            yield held, held.view(flat[start : start + held.nbytes])
 
     def _home(self, tier: Tier, sizes: list[int]) -> Home:
         if tier is Tier.CPU:
@@ -209,22 +327,22 @@ class TieredOptimizer(RuleOptimizer):
                 yield bucket, bucket.home
 
 
-def _stored(held: _Held, home: Home, index: int) -> Stored:
-    def write(part: Tensor) -> None:
-        home.put(index, part.contiguous().flatten().view(torch.uint8))
-
-    return Stored(held.like, lambda: held.view(home.get(index)), write)
-
-
-def _without_memory(tensor: Tensor) -> Tensor:
-    """Return a tensor of this shape, type and layout whose part here is one number on the host."""
-    part = local(tensor)
-    return _laid_out(torch.zeros((), dtype=part.dtype).expand(part.shape), tensor)
+def values_of(optimizer: Optimizer, parameter: Tensor) -> Tensor:
+    """Return this rank's part of a parameter between steps, wherever its values are."""
+    if isinstance(optimizer, TieredOptimizer):
+        return optimizer.values(parameter)
+    return local(parameter.detach())
 
 
-def _laid_out(part: Tensor, like: Tensor) -> Tensor:
-    """Return this rank's part as a tensor laid out as ``like``, without a copy."""
-    if not isinstance(like, DTensor):
-        return part
-    made: Tensor = DTensor(part, like._spec, requires_grad=False)  # type: ignore[no-untyped-call]
-    return made
+def rounded_values_of(optimizer: Optimizer, parameter: Tensor) -> Tensor:
+    """Return the same, of values that travel as they are computed with: nothing is fetched."""
+    if isinstance(optimizer, TieredOptimizer):
+        return optimizer.rounded_values(parameter)
+    return local(parameter.detach())
+
+
+def gradient_of(optimizer: Optimizer, parameter: Tensor) -> Tensor | None:
+    """Return this rank's part of a parameter's gradient, clipped if it was, wherever it is."""
+    if isinstance(optimizer, TieredOptimizer):
+        return optimizer.gradient(parameter)
+    return None if parameter.grad is None else local(parameter.grad)

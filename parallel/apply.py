@@ -33,8 +33,8 @@ from allometry.parallel.execution import Accumulation, Execution
 from allometry.parallel.expert import apply_expert
 from allometry.parallel.graphs import CudaCapture, MicroBatchGraphs, choose_graphs
 from allometry.parallel.hdp.filling import Filling
-from allometry.parallel.hdp.offload import apply_offload
 from allometry.parallel.mesh import Mesh
+from allometry.parallel.offload.store import ActivationStore, apply_offload
 from allometry.parallel.pipeline import PipelineExecution
 from allometry.parallel.reduce import GradientSync
 from allometry.parallel.tensor import apply_tensor
@@ -51,7 +51,8 @@ class Parallel:
 
     ``parts`` are its pipeline stages by number, one without a pipeline. ``mirrors`` are names of
     parameters that are copies of another rank's (a tied head away from its embedding): they are
-    kept equal by ``execution`` and are neither trained, clipped nor saved here.
+    kept equal by ``execution`` and are neither trained, clipped nor saved here. ``stores``: what
+    keeps activations on the host, one for each part that may.
     """
 
     parts: Mapping[int, Transformer]
@@ -60,6 +61,7 @@ class Parallel:
     mirrors: frozenset[str] = frozenset()
     offloaded: bool = False
     graphs: MicroBatchGraphs | None = None
+    stores: tuple[ActivationStore, ...] = ()
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield (name in the whole model, parameter) for all that this rank trains."""
@@ -112,8 +114,8 @@ def parallelize(
         stage: build(Part(layout.stages[stage], first=stage == 0, last=stage == last))
         for stage in layout.stages_of(mesh.pp.rank)
     }
-    for part in parts.values():
-        distribute(part, config, mesh)
+    made = [distribute(part, config, mesh) for part in parts.values()]
+    stores = tuple(store for store in made if store is not None)
     dtype = torch_dtype(config.training.compute_dtype)
     zero = config.parallel.zero
     offloaded = zero.offload == "cpu" and zero.engine == "fsdp2"
@@ -121,7 +123,8 @@ def parallelize(
     if zero.engine == "deepspeed":
         sync = DeepSpeedSync(parts[0], config, mesh)
     else:
-        sync = apply_zero(list(parts.values()), zero, dtype, mesh)
+        in_fp8 = config.precision.gather == "fp8"
+        sync = apply_zero(list(parts.values()), zero, dtype, mesh, in_fp8)
     if config.training.activation_checkpointing == "selective":
         for part in parts.values():
             hide_fsdp_hooks(part)
@@ -132,15 +135,20 @@ def parallelize(
         required = config.training.cuda_graphs is True
         graphs = MicroBatchGraphs(parts[0], CudaCapture(), required=required) if used else None
         accumulation = Accumulation(parts[0], sync, filling, graphs)
-        return Parallel(parts, sync, accumulation, offloaded=offloaded, graphs=graphs)
+        return Parallel(
+            parts, sync, accumulation, offloaded=offloaded, graphs=graphs, stores=stores
+        )
     execution = PipelineExecution(
         parts, config.model, layout, mesh, sync, dtype, uneven=mode == "aligned"
     )
-    return Parallel(parts, sync, execution, execution.mirrors, offloaded)
+    return Parallel(parts, sync, execution, execution.mirrors, offloaded, stores=stores)
 
 
-def distribute(part: Transformer, config: RunConfig, mesh: Mesh) -> None:
-    """Apply to one part of a model, in place, all that happens inside of its blocks."""
+def distribute(part: Transformer, config: RunConfig, mesh: Mesh) -> ActivationStore | None:
+    """Apply to one part of a model, in place, all that happens inside of its blocks.
+
+    Returns what keeps activations on the host, if anything may.
+    """
     if mesh.tp.size > 1 or mesh.ep.size > 1:
         whole = config.parallel.expert_tp == 1 and mesh.tp.size > 1
         chunked = config.parallel.tp_overlap == "chunked"
@@ -148,8 +156,9 @@ def distribute(part: Transformer, config: RunConfig, mesh: Mesh) -> None:
         apply_expert(part, mesh, whole_experts=whole)
     if config.data.kind == "documents":
         apply_context(part, mesh)
-        if config.parallel.context.offload == "selective":
-            apply_offload(part, mesh.device)
+    share, store = config.training.activation_offload, None
+    if share > 0.0 or config.parallel.context.offload == "selective":
+        store = apply_offload(part, mesh.device, share)
     kind = config.training.activation_checkpointing
     if kind != "none":
         apply_checkpointing(part, kind, dropout=config.model.dropout > 0)
@@ -161,6 +170,7 @@ def distribute(part: Transformer, config: RunConfig, mesh: Mesh) -> None:
         options = symmetric_memory(mesh) if config.parallel.tp_overlap == "symmetric" else None
         exchanged = mesh.ep.size > 1 or (mesh.tp.size > 1 and config.parallel.expert_tp == 1)
         compile_parts(part, whole=not exchanged and not nested, options=options)
+    return store
 
 
 def symmetric_memory(mesh: Mesh) -> dict[str, Any] | None:

@@ -19,8 +19,8 @@ from torch.utils.checkpoint import (
 )
 
 from allometry.models.transformer import Transformer
-from allometry.parallel.hdp.offload import with_saved_tensor_hooks
 from allometry.parallel.hdp.ring import RING_OPERATOR
+from allometry.parallel.offload.results import with_saved_tensor_hooks
 from allometry.scaling.attention import BACKENDS
 
 # Namespaces of collectives, whose results are kept: recomputing them would send everything twice.
@@ -61,7 +61,7 @@ def _checkpointed(forward: Callable[..., Any], options: dict[str, Any]) -> Calla
 
 
 def _selective_contexts() -> tuple[Any, Any]:
-    # What is kept may wait on the host (see hdp/offload.py).
+    # What is kept may wait on the host (see offload/).
     return with_saved_tensor_hooks(partial(create_selective_checkpoint_contexts, _policy))
 
 

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 from torch.distributed._functional_collectives import all_to_all_single
 
-from allometry.models.grouped import Sorting, spread_rows
 from allometry.models.moe import Compute, Experts, Finish
 from allometry.models.transformer import Transformer
+from allometry.models.visits import Sorting, spread_rows
 from allometry.parallel.in_two import InTwo
 from allometry.parallel.mesh import Axis, Mesh
 

@@ -74,6 +74,11 @@ def _obstacles(config: RunConfig, mesh: Mesh) -> Iterator[str]:
             f"parallel.zero.stage={config.parallel.zero.stage} gathers parameters in forward and "
             "backward"
         )
+    if config.training.activation_offload > 0.0:
+        yield (
+            f"training.activation_offload={config.training.activation_offload} copies to the "
+            "host's memory beside forward and backward"
+        )
     if config.model.dropout > 0.0:
         yield f"model.dropout={config.model.dropout} is seeded anew for each micro-batch"
 

@@ -48,7 +48,7 @@ from torch.distributed.tensor import (
 from typing_extensions import override
 
 from allometry.models.head import OutputHead
-from allometry.models.layers import Embedding
+from allometry.models.layers import Embedding, RMSNorm
 from allometry.models.moe import Experts, MoEFeedForward
 from allometry.models.parameters import local_weight
 from allometry.models.transformer import Attention, FeedForward, Transformer
@@ -94,6 +94,8 @@ def apply_tensor(
                     module.forward = partial(_look_up, module, vocabulary)
                 case OutputHead():
                     _share_head(module, tp, mesh.tp)
+                case RMSNorm():
+                    module.feeds = None  # products see tokens of all ranks
                 case MoEFeedForward():
                     module.register_forward_pre_hook(partial(_cut_counted, mesh.tp))
                 case Experts() if mesh.ep.size == 1 and not whole_experts:

@@ -45,6 +45,7 @@ from allometry.configs.execution import Zero
 from allometry.models.build import named_parameters
 from allometry.models.parameters import OwnsParameters
 from allometry.models.transformer import Transformer
+from allometry.parallel.gather_fp8 import Fp8Gather
 from allometry.parallel.mesh import Mesh
 from allometry.parallel.reduce import FlatReducer, GradientSync, ReductionGroup, sum_over_tp
 from allometry.scaling.roles import Role
@@ -68,6 +69,7 @@ class FullyShardedSync(GradientSync):
         mesh: Mesh,
         zero: Zero,
         compute_dtype: torch.dtype,
+        gather_fp8: bool = False,
     ) -> None:
         assert zero.stage in (1, 2, 3), zero.stage
         # A pipeline's schedule reduces once, after a stage's last backward.
@@ -78,6 +80,9 @@ class FullyShardedSync(GradientSync):
             shard_model(part, mesh, zero, compute_dtype)
             prefetch(part)
             part.register_forward_hook(self._after_forward)
+        self._fp8 = Fp8Gather(parts, mesh.hdp, compute_dtype) if gather_fp8 else None
+        for part in parts if gather_fp8 else ():
+            part.register_forward_pre_hook(self._refresh, prepend=True)  # before FSDP2's own
         self._parts, self._tp = parts, mesh.tp
         self._roots: list[FSDPModule] = [part for part in parts if isinstance(part, FSDPModule)]
         self._units = [m for part in parts for m in part.modules() if isinstance(m, FSDPModule)]
@@ -116,6 +121,7 @@ class FullyShardedSync(GradientSync):
             root.set_is_last_backward(False)
             root.set_requires_gradient_sync(False)
             root.set_reshard_after_backward(False)
+        self._refresh()
         for unit in self._units:
             unit.unshard()
         return True
@@ -124,6 +130,7 @@ class FullyShardedSync(GradientSync):
     @contextmanager
     def gathered(self) -> Iterator[None]:
         self._held = True
+        self._refresh()
         for unit in self._units:
             unit.unshard()
         try:
@@ -137,6 +144,12 @@ class FullyShardedSync(GradientSync):
     def finish(self) -> None:
         # FSDP2 has summed over hdp in the last backward.
         sum_over_tp((p for part in self._parts for p in part.parameters()), self._tp)
+        if self._fp8 is not None:
+            self._fp8.stale = True  # the optimizer is next
+
+    def _refresh(self, *_: Any) -> None:
+        if self._fp8 is not None:
+            self._fp8.refresh()
 
     def _after_forward(self, *_: Any) -> None:
         """Return to shards after a forward without a backward, which would have done it.
@@ -265,8 +278,9 @@ def apply_zero(
     zero: Zero,
     compute_dtype: torch.dtype,
     mesh: Mesh,
+    gather_fp8: bool = False,
 ) -> GradientSync:
-    """Shard over the hdp axis what ``zero.stage`` says."""
+    """Shard over the hdp axis what ``zero.stage`` says; ``gather_fp8``: see ``gather_fp8.py``."""
     if zero.stage == 0:
         return FlatReducer(
             lambda: reduction_groups(parts, mesh),
@@ -275,7 +289,7 @@ def apply_zero(
             overlap=mesh.device.type == "cuda",
             keep=mesh.device.type == "cpu",
         )
-    return FullyShardedSync(parts, mesh, zero, compute_dtype)
+    return FullyShardedSync(parts, mesh, zero, compute_dtype, gather_fp8)
 
 
 def _placement(ranks: int) -> Callable[[nn.Parameter], Shard]:

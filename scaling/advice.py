@@ -12,7 +12,8 @@ from typing import Any, Literal
 from allometry.configs.model import MoEModel
 from allometry.configs.run import RunConfig
 from allometry.scaling.layout import SPLIT_BACKWARD
-from allometry.scaling.plan import RunPlan, memory_of
+from allometry.scaling.offload import STAYING
+from allometry.scaling.plan import RunPlan, memory_of, traffic_of
 
 DEVICE_BYTES = 80 * 10**9
 """Memory that a run is held against: what an A100 or H100 has, less some GB for what no estimate
@@ -80,22 +81,33 @@ def does_not_fit(config: RunConfig, plan: RunPlan, _: int) -> str | None:
                 f"{_gb(plan.memory.total)} do not fit; training.activation_checkpointing={kind} "
                 f"needs {_gb(need)}"
             )
+    full = {"activation_checkpointing": "full", "activation_offload": 1.0}
+    alone = config.parallel.context.offload == "none" and zero.engine == "fsdp2"
+    if min(map(len, plan.layout.stages)) > STAYING and alone:
+        need = _needs(config, plan, training=full)
+        if need <= DEVICE_BYTES:
+            return (
+                f"{_gb(plan.memory.total)} do not fit; training.activation_checkpointing=full with "
+                f"training.activation_offload=1.0 needs {_gb(need)}"
+            )
     return None
 
 
 def recomputes_though_memory_is_ample(config: RunConfig, plan: RunPlan, _: int) -> str | None:
     """Full checkpointing computes each forward twice, about a third more arithmetic."""
-    kind = config.training.activation_checkpointing
+    kind, share = config.training.activation_checkpointing, config.training.activation_offload
     if kind != "full":
         return None
     for milder in ("none", "selective"):
         if milder == "selective" and _splits(config):
             continue
-        need = _needs(config, plan, training={"activation_checkpointing": milder})
+        changes = {"activation_checkpointing": milder, "activation_offload": 0.0}
+        need = _needs(config, plan, training=changes)
         if need <= DEVICE_BYTES:
+            alone = " with training.activation_offload=0" if share else ""
             return (
-                f"training.activation_checkpointing=full computes every forward twice; {milder} "
-                f"needs {_gb(need)}"
+                f"training.activation_checkpointing=full computes every forward twice; {milder}"
+                f"{alone} needs {_gb(need)}"
             )
     return None
 
@@ -108,7 +120,49 @@ def offloads_though_memory_is_ample(config: RunConfig, plan: RunPlan, _: int) ->
     need = _needs(config, plan, parallel={"zero": zero.model_copy(update={"offload": "none"})})
     if need > DEVICE_BYTES:
         return None
-    return f"parallel.zero.offload=cpu moves all states over the host; none needs {_gb(need)}"
+    return (
+        f"parallel.zero.offload={zero.offload} moves all states over the host; none needs "
+        f"{_gb(need)}"
+    )
+
+
+def activations_leave_though_memory_is_ample(
+    config: RunConfig, plan: RunPlan, _: int
+) -> str | None:
+    """What travels takes memory's bandwidth and pinned memory of the host, for nothing."""
+    if plan.activation_traffic is None:
+        return None
+    need = _needs(config, plan, training={"activation_offload": 0.0})
+    if need > DEVICE_BYTES:
+        return None
+    share = config.training.activation_offload
+    return f"training.activation_offload={share} moves activations to the host; 0 needs {_gb(need)}"
+
+
+def copies_of_activations_do_not_hide(config: RunConfig, plan: RunPlan, _: int) -> str | None:
+    """A layer's memory is given back when the next one has run: a slower copy holds the device up.
+
+    Lasting longer than a layer's forward, that of each offloaded layer costs the difference.
+    """
+    traffic = plan.activation_traffic
+    if traffic is None or traffic.hides:
+        return None
+    costs = config.parallel.context.costs
+    text = (
+        f"training.activation_offload sends {traffic.layer_bytes / 1e6:.0f} MB of a layer to the "
+        f"host, {1e3 * traffic.copy_s:.1f} ms at {costs.host_bandwidth_gb_per_s:g} GB/s, and its "
+        f"forward takes {1e3 * traffic.forward_s:.1f} ms at {costs.tflops:g} TFLOP/s "
+        "(parallel.context.costs), so the device waits; "
+    )
+    kind = config.training.activation_checkpointing
+    full = config.training.model_copy(update={"activation_checkpointing": "full"})
+    less = traffic_of(config.model_copy(update={"training": full}), plan.layout, plan.batch)
+    if kind == "full" or less is None or not less.hides:
+        return text + "longer sequences hide more"
+    return (
+        f"{text}training.activation_checkpointing=full sends {less.layer_bytes / 1e6:.0f} MB, "
+        "which hides"
+    )
 
 
 def tp_across_nodes(config: RunConfig, plan: RunPlan, node_ranks: int) -> str | None:
@@ -158,6 +212,8 @@ RULES: tuple[Rule, ...] = (
     regathers_in_a_pipeline,
     recomputes_though_memory_is_ample,
     offloads_though_memory_is_ample,
+    activations_leave_though_memory_is_ample,
+    copies_of_activations_do_not_hide,
     tp_across_nodes,
     pipeline_mostly_waits,
     experts_cut_too_thin,

@@ -37,7 +37,8 @@ def check_context(config: RunConfig, degrees: Degrees) -> None:
     if not isinstance(config.data, DocumentData):
         usual = ContextConfig()
         for name in ContextConfig.model_fields:
-            if getattr(context, name) == getattr(usual, name):
+            told = name == "costs" and config.training.activation_offload > 0.0  # by the dry run
+            if told or getattr(context, name) == getattr(usual, name):
                 continue
             raise UserError(
                 f"parallel.context.{name} has no effect while data.kind is "
@@ -75,18 +76,6 @@ def _check_policy(config: RunConfig, degrees: Degrees) -> None:
                     f"of micro-batches, which parallel.{key}={value} cannot have; use policy: "
                     f"balanced or parallel.{key}: {most}"
                 )
-    if context.offload == "selective" and degrees.pp == 1:  # of stages Layout.of asks
-        check_offload(config.model.num_layers)
-
-
-def check_offload(layers: int) -> None:
-    """Raise UserError for a pipeline stage with no more than the two layers that never offload."""
-    if layers < 3:
-        raise UserError(
-            "parallel.context.offload=selective leaves two layers of a stage where they are, and "
-            f"here the smallest has {layers}; use offload: none, or fewer "
-            "stages (parallel.pp, parallel.pipeline.stages_per_rank)"
-        )
 
 
 def _check_room(data: DocumentData, context: ContextConfig, degrees: Degrees) -> None:

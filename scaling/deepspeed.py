@@ -79,6 +79,14 @@ _SET_BY = {
 }
 """DeepSpeed's keys that have one of ours."""
 
+_UNTRIED = "activations on the host have not been tried with it"
+_STATES = {
+    "device": "it moves all states to one place",
+    "cpu": "it moves all states to one place",
+    "master_weights": "its fp32 parameters always go with the states, and no copy is made",
+    "gradients": "its gradients always go with the states",
+}
+
 
 def check_deepspeed(config: RunConfig, degrees: Degrees) -> None:
     """Raise UserError for what the deepspeed engine cannot do; nothing with another engine."""
@@ -121,14 +129,18 @@ def _refusals(config: RunConfig, degrees: Degrees) -> Iterator[tuple[str, Any, s
         yield "training.compile", "true", "its hooks cannot be compiled"
     if config.kernels.adamw == "apex":
         yield "kernels.adamw", "apex", "it updates with torch's fused kernel"
+    if config.precision.gather != "compute":
+        yield "precision.gather", config.precision.gather, "it gathers fp32"
+    if training.activation_offload > 0.0:
+        yield "training.activation_offload", training.activation_offload, _UNTRIED
+    if config.data.kind == "documents" and config.parallel.context.offload != "none":
+        yield "parallel.context.offload", config.parallel.context.offload, _UNTRIED
     states = zero.optimizer_states
-    if states is not None and (states.device or states.cpu is not None):
-        key = "device" if states.device else "cpu"
-        yield (
-            f"parallel.zero.optimizer_states.{key}",
-            getattr(states, key),
-            "it moves all states to one place",
-        )
+    for key, why in _STATES.items():
+        value = getattr(states, key, None)
+        if value:
+            shown = "true" if value is True else value
+            yield f"parallel.zero.optimizer_states.{key}", shown, why
     if states is not None and states.nvme is not None and zero.stage < 3:
         # It takes this without a word and keeps the states in memory.
         yield "parallel.zero.optimizer_states.nvme", states.nvme, "it uses NVMe at stage 3 alone"

@@ -1,4 +1,4 @@
-"""What NVIDIA's apex can do for a run, without importing it."""
+"""What NVIDIA's apex and Triton can do for a run, without importing them."""
 
 from __future__ import annotations
 
@@ -28,4 +28,25 @@ def apex_refusal(device: str, *, compiled: bool) -> str | None:
         return f"runs on cuda, not on {device}; use torch"
     if compiled:
         return "cannot be compiled; set training.compile: false or use torch"
+    return None
+
+
+def quantise_refusal(device: str, *, compiled: bool, rounds: bool) -> str | None:
+    """Return why Triton's kernels cannot round to FP8 and what to do; None if they can.
+
+    ``rounds``: whether the run rounds activations to FP8 at all.
+    """
+    if not rounds:
+        return (
+            "has nothing to round, as precision keeps and multiplies in the compute type; use torch"
+        )
+    if device != "cuda":
+        return f"runs on cuda, not on {device}; use torch"
+    if compiled:
+        return (
+            "is for eager blocks, as torch's compiler fuses the same passes; set "
+            "training.compile: false or use torch"
+        )
+    if importlib.util.find_spec("triton") is None:
+        return "needs Triton (pip install triton); install it or use torch"
     return None

@@ -16,10 +16,11 @@ from allometry.configs.execution import Pipeline
 from allometry.configs.model import ModelConfig, MoEModel
 from allometry.configs.run import RunConfig
 from allometry.scaling.batch import BatchPlan, check_batch
-from allometry.scaling.context import check_context, check_offload
+from allometry.scaling.context import check_context
 from allometry.scaling.count import layer_flops
 from allometry.scaling.deepspeed import check_deepspeed
 from allometry.scaling.degrees import Degrees, check_divides, either, resolve_degrees
+from allometry.scaling.offload import check_offload
 from allometry.scaling.precision import check_precision
 
 V_SCHEDULES = ("zbv_zero_bubble", "dualpipe_v")
@@ -52,8 +53,8 @@ class Layout:
         """
         degrees = resolve_degrees(config.parallel, world_size)
         _check_tensor(config, degrees)
-        check_precision(config, degrees.tp)
         check_deepspeed(config, degrees)
+        check_precision(config, degrees)
         _check_expert(config.model, degrees)
         if config.data.kind == "sequences":
             check_batch(config.batch, degrees.hdp)
@@ -72,6 +73,7 @@ class Layout:
                     f"parallel.pipeline.split={list(split)} needs stages, but parallel.pp=1; set "
                     "parallel.pp or use split: flops"
                 )
+            check_offload(config, config.model.num_layers)
             return cls(degrees, pipeline.schedule, (range(config.model.num_layers),))
         _check_halves(config)
         count = _stage_count(pipeline, degrees.pp, config.model.num_layers)
@@ -80,8 +82,7 @@ class Layout:
         if costs is None:
             costs = layer_flops(config.model, config.data.sequence_length)
         stages = _stages(pipeline, count, config.model, costs)
-        if config.parallel.context.offload == "selective":
-            check_offload(min(map(len, stages)))
+        check_offload(config, min(map(len, stages)))
         return cls(degrees, pipeline.schedule, stages)
 
     @property

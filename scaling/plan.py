@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 from allometry.configs.run import RunConfig
 from allometry.scaling.attention import AttentionCall
@@ -11,7 +11,13 @@ from allometry.scaling.batch import BatchPlan, total_steps, warmup_steps
 from allometry.scaling.count import Flops, ParameterCount, count_parameters, flops_per_token
 from allometry.scaling.layout import Layout
 from allometry.scaling.loads import BalanceLoads
-from allometry.scaling.memory import COMPUTE_BYTES, MemoryEstimate, estimate_memory
+from allometry.scaling.memory import (
+    COMPUTE_BYTES,
+    MemoryEstimate,
+    estimate_memory,
+    most_in_flight,
+)
+from allometry.scaling.offload import Traffic, offloaded
 from allometry.scaling.parameterization import Parameterization
 
 
@@ -22,7 +28,8 @@ class RunPlan:
     ``flops_per_token`` is that of sequences that are one whole document, and ``flops_assumption``
     says what that means for this run's data, which are not read here; ``memory`` is the peak of
     the fullest rank (see ``MemoryEstimate``), ``bytes_saved`` what activations kept in FP8 take off
-    that of one that keeps them in the compute type.
+    that of one that keeps them in the compute type. ``activation_traffic``: what
+    ``training.activation_offload`` moves; None: nothing.
     """
 
     world_size: int
@@ -37,6 +44,7 @@ class RunPlan:
     flops_assumption: str
     memory: MemoryEstimate
     bytes_saved: int
+    activation_traffic: Traffic | None
     parameterization: Parameterization
     balance_loads: BalanceLoads | None
 
@@ -51,7 +59,8 @@ class RunPlan:
         sequence_length = config.data.sequence_length
         batch = BatchPlan(config.batch, sequence_length)
         memory = memory_of(config, layout, batch)
-        unsaved = memory_of(config, layout, batch, "compute")
+        kept = config.precision.model_copy(update={"saved_activations": "compute"})
+        unsaved = config.model_copy(update={"precision": kept})
         return cls(
             world_size=world_size,
             layout=layout,
@@ -59,12 +68,13 @@ class RunPlan:
             warmup_steps=warmup_steps(config.schedule, batch),
             batch=batch,
             micro_batch_sequences=config.batch.micro_batch_sequences,
-            micro_batch_tokens=_micro_batch_tokens(config),
+            micro_batch_tokens=tokens_of_micro_batch(config),
             parameters=count_parameters(config.model),
             flops_per_token=flops_per_token(config.model, sequence_length),
             flops_assumption=_flops_assumption(config),
             memory=memory,
-            bytes_saved=unsaved.total - memory.total,
+            bytes_saved=memory_of(unsaved, layout, batch).total - memory.total,
+            activation_traffic=traffic_of(config, layout, batch),
             parameterization=Parameterization.of_run(config),
             balance_loads=BalanceLoads.of(config),
         )
@@ -112,21 +122,32 @@ class RunPlan:
             "parameters": asdict(self.parameters),
             "flops_per_token": asdict(self.flops_per_token),
             "flops_assumption": self.flops_assumption,
-            "memory_bytes_per_rank": {**asdict(self.memory), "total": self.memory.total},
+            "memory_bytes_per_rank": self.memory.describe(),
             "bytes_saved_by_fp8": self.bytes_saved,
+            "activation_offload": (
+                None if self.activation_traffic is None else self.activation_traffic.describe()
+            ),
             "parameterization": self.parameterization.describe(),
             "balance_loads": None if self.balance_loads is None else asdict(self.balance_loads),
         }
+
+
+def tokens_of_micro_batch(config: RunConfig) -> int:
+    """Return the tokens of a micro-batch; of whole documents, as many as a rank may hold."""
+    if config.data.kind == "documents":
+        return config.parallel.context.capacity_tokens
+    return config.batch.micro_batch_sequences * config.data.sequence_length
 
 
 def memory_of(
     config: RunConfig,
     layout: Layout,
     batch: BatchPlan,
-    saved: Literal["compute", "fp8"] | None = None,
+    device: str = "cuda",
+    pp_rank: int | None = None,
 ) -> MemoryEstimate:
-    """Return what the fullest rank of this layout needs; ``saved`` in place of the run's own."""
-    length, tokens = config.data.sequence_length, _micro_batch_tokens(config)
+    """Return what a rank (None: the fullest) of this layout needs on a device, "cuda" or "cpu"."""
+    tokens, length = tokens_of_micro_batch(config), config.data.sequence_length
     return estimate_memory(
         config.model,
         micro_batch_tokens=tokens,
@@ -134,11 +155,11 @@ def memory_of(
         zero=config.parallel.zero,
         hdp=layout.degrees.hdp,
         layout=layout,
-        micro_batches=-(-batch.full_sequences * length // (layout.degrees.hdp * tokens)),
+        micro_batches=_micro_batches(config, layout, batch),
         checkpointing=config.training.activation_checkpointing,
         optimizer=config.optimizer,
         attention=AttentionCall(
-            "cuda",
+            device,
             config.training.compute_dtype,
             packed=config.data.kind == "documents" or config.data.packing == "per_document",
             length=length,
@@ -146,13 +167,41 @@ def memory_of(
             head_width=config.model.head_width,
         ),
         attention_backend=None if config.kernels.attention == "auto" else config.kernels.attention,
+        pp_rank=pp_rank,
+        precision=config.precision,
+        activation_offload=config.training.activation_offload,
     )
 
 
-def _micro_batch_tokens(config: RunConfig) -> int:
-    if config.data.kind == "documents":
-        return config.parallel.context.capacity_tokens
-    return config.batch.micro_batch_sequences * config.data.sequence_length
+def traffic_of(config: RunConfig, layout: Layout, batch: BatchPlan) -> Traffic | None:
+    """Return what the first pipeline rank moves to the host and back; None: nothing."""
+    share = config.training.activation_offload
+    moved = offloaded(share, [layout.stages[stage] for stage in layout.stages_of(0)])
+    if not moved:
+        return None
+    training = config.training.model_copy(update={"activation_offload": 0.0})
+    held, all_of_it = (
+        memory_of(each, layout, batch, pp_rank=0).activations
+        for each in (config, config.model_copy(update={"training": training}))
+    )
+    micro_batches = _micro_batches(config, layout, batch)
+    in_flight = most_in_flight(layout, 0, micro_batches)
+    return Traffic.of(
+        config.model,
+        moved,
+        travelling=(all_of_it - held) // in_flight,
+        tokens=tokens_of_micro_batch(config),
+        sequence_length=config.data.sequence_length,
+        tp=layout.degrees.tp,
+        micro_batches=micro_batches,
+        in_flight=in_flight,
+        costs=config.parallel.context.costs,
+    )
+
+
+def _micro_batches(config: RunConfig, layout: Layout, batch: BatchPlan) -> int:
+    tokens = layout.degrees.hdp * tokens_of_micro_batch(config)
+    return -(-batch.full_sequences * config.data.sequence_length // tokens)
 
 
 def _flops_assumption(config: RunConfig) -> str:

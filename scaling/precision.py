@@ -5,6 +5,9 @@ from __future__ import annotations
 from allometry.configs.errors import UserError
 from allometry.configs.model import ModelConfig, MoEModel
 from allometry.configs.run import RunConfig
+from allometry.scaling.degrees import Degrees
+from allometry.scaling.inventory import inventory
+from allometry.scaling.roles import Role
 
 SAVED_GROUP = 16
 """Numbers of a row under one scale in what is kept for backward (COAT, arXiv 2410.19313)."""
@@ -29,8 +32,32 @@ def cut_widths(model: ModelConfig) -> dict[str, int]:
     return cut
 
 
-def check_precision(config: RunConfig, tp: int) -> None:
+def _check_gather(config: RunConfig, degrees: Degrees) -> None:
+    """Refuse a layout whose parameters cannot be gathered in FP8."""
+    if config.precision.gather != "fp8":
+        return
+    model, zero = config.model, config.parallel.zero
+    shards = degrees.hdp // zero.replicas
+    reason = None
+    if model.kind == "moe":
+        reason = "experts have a scale for each row (model.kind=moe)"
+    elif degrees.tp > 1:
+        reason = f"parallel.tp={degrees.tp} leaves a rank parts of weights"
+    elif zero.stage == 0:
+        reason = "parallel.zero.stage=0 gathers no parameters"
+    elif zero.offload == "cpu":
+        reason = "parallel.zero.offload=cpu keeps shards where they are not rounded"
+    for spec in inventory(model):
+        if reason is None and spec.role is Role.HIDDEN and spec.shape[0] % shards:
+            reason = f"{shards} ranks do not share the {spec.shape[0]} rows of {spec.name} evenly"
+    if reason is not None:
+        raise UserError(f"precision.gather=fp8 cannot be: {reason}; use precision.gather: compute")
+
+
+def check_precision(config: RunConfig, degrees: Degrees) -> None:
     """Refuse a layout on which other numbers would share a scale than on one rank."""
+    tp = degrees.tp
+    _check_gather(config, degrees)
     precision, model = config.precision, config.model
     past = [layer for layer in precision.compute_layers if layer >= model.num_layers]
     if past:

@@ -45,7 +45,9 @@ class UpdateRule:
     ``numbers_per_matrix`` (radii of spheres, signal-to-noise ratios): what is kept once for each.
     ``second_moment``: whether updates are divided by the root of averaged squared gradients plus
     epsilon, whose average a larger batch may shorten. ``scales_with_root_of_size``: the rule itself
-    multiplies the rate by about the root of a matrix's elements. ``module``: the file of
+    multiplies the rate by about the root of a matrix's elements. ``elementwise``: whether an
+    element's update depends on its own numbers alone, so that parts of a parameter may be updated
+    one after the other. ``module``: the file of
     ``optim/``, None: ``name``.
     """
 
@@ -59,6 +61,7 @@ class UpdateRule:
     betas: bool = False
     second_moment: bool = False
     scales_with_root_of_size: bool = False
+    elementwise: bool = False
     module: str | None = None
 
     @property
@@ -111,8 +114,9 @@ _ROWS = (
         numbers_per_parameter=1,
         betas=True,
         second_moment=True,
+        elementwise=True,
     ),
-    UpdateRule("lion", {"lion": _ALL}, Rates.ADAM, _moments(1), betas=True),
+    UpdateRule("lion", {"lion": _ALL}, Rates.ADAM, _moments(1), betas=True, elementwise=True),
     UpdateRule(
         "muon", {"muon": MATRICES}, Rates.MUON, _moments(1), settings=(*_MOMENTUM, "adjust")
     ),

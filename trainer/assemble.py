@@ -22,6 +22,7 @@ from allometry.parallel.apply import Parallel, materialize, parallelize
 from allometry.parallel.deepspeed.engine import DeepSpeedSync
 from allometry.parallel.measure import measure_costs
 from allometry.parallel.mesh import Mesh
+from allometry.parallel.working import reduced_alone, working_copies
 from allometry.scaling.layout import Layout
 from allometry.scaling.plan import RunPlan
 from allometry.trainer.balance import Balancer
@@ -37,7 +38,7 @@ def build_part(
     with torch.device("meta"):
         made = build_model(config.model, plan.parameterization, config.training.compute_dtype, part)
     if kernels is not None:
-        use_kernels(made, kernels.core, kernels.norm.name)
+        use_kernels(made, kernels.core, kernels.norm.name, kernels.quantise.name)
     use_precision(made, config.precision, None if kernels is None else kernels.linears.name)
     return made
 
@@ -71,6 +72,9 @@ def make_optimizer(
     ``still``: its states stay where they are made, though the run's would travel (a rehearsal).
     Raises UserError: see ``build_optimizer``.
     """
+    states = config.parallel.zero.optimizer_states
+    travel = states is not None and states.master_weights and not still
+    leave = states is not None and states.gradients and not still
     return build_optimizer(
         parallel.named_parameters(),
         parallel.specs(),
@@ -82,6 +86,10 @@ def make_optimizer(
         config.parallel.zero,
         config.parallel.timeout_s,
         still,
+        working_copies(parallel.parts.values()) if travel else None,
+        reduced_alone(parallel.parts.values(), mesh, tied=config.model.tied_embeddings)
+        if leave
+        else (),
         parallel.sync if isinstance(parallel.sync, DeepSpeedSync) else None,
     )
 

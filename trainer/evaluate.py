@@ -17,7 +17,7 @@ from allometry.data.documents import Pieces
 from allometry.parallel.apply import Parallel
 from allometry.parallel.mesh import Mesh
 from allometry.trainer.feed import DeviceBatch, DocumentPlanner
-from allometry.trainer.record.callbacks import Callback
+from allometry.trainer.record.callbacks import Callback, Reporter
 from allometry.trainer.record.columns import FinishedStep
 from allometry.trainer.record.timing import StepTimer
 from allometry.trainer.record.writer import Row
@@ -84,38 +84,63 @@ class Evaluator:
     """Evaluates the model on each source's validation split, shared out over ranks."""
 
     def __init__(self, held_out: HeldOut, parallel: Parallel, mesh: Mesh) -> None:
-        self._names = list(held_out.names)
+        self.names = list(held_out.names)
         self._mine = held_out.batches
         self._parallel = parallel
         self._mesh = mesh
 
     def __call__(self) -> dict[str, float]:
         """Mean loss in nats per token, by source; same on all ranks."""
-        if not self._names:
+        if not self.names:
             return {}
-        total = torch.zeros(2, len(self._names), dtype=torch.float64, device=self._mesh.device)
+        total = torch.zeros(2, len(self.names), dtype=torch.float64, device=self._mesh.device)
 
         def observe(index: int, nll_BL: Tensor) -> None:
             batch = self._mine[index]
             nonlocal total
-            total += source_sums(nll_BL, batch.targets_BL, batch.sources, len(self._names))
+            total += source_sums(nll_BL, batch.targets_BL, batch.sources, len(self.names))
 
         with evaluating(list(self._parallel.parts.values())):
             self._parallel.execution.evaluate(self._mine, observe)
         self._mesh.all_reduce_sum(total, "hdp")
         self._mesh.all_reduce_sum(total, "pp")
         loss, count = total.tolist()
-        return {name: loss[i] / count[i] for i, name in enumerate(self._names) if count[i]}
+        return {name: loss[i] / count[i] for i, name in enumerate(self.names) if count[i]}
 
 
 class Evaluation(Callback):
-    """Adds ``validation/SOURCE`` to the rows of steps that are due, and of the run's last one."""
+    """Adds ``validation/SOURCE`` to the rows of steps that are due, and of the run's last one.
+
+    Of the sources in ``replayed`` it adds ``forgetting/SOURCE``: the loss less what it was
+    ``before``, which holds losses by source. Where one is missing there, all are measured before
+    the launch's first step, put there and reported.
+    """
 
     def __init__(
-        self, evaluator: Evaluator, every_steps: int | None, total_steps: int, timer: StepTimer
+        self,
+        evaluator: Evaluator,
+        every_steps: int | None,
+        total_steps: int,
+        timer: StepTimer,
+        report: Reporter,
+        replayed: Sequence[str] = (),
+        before: dict[str, float] | None = None,
     ) -> None:
         self._evaluator, self._timer = evaluator, timer
         self._every, self._total = every_steps, total_steps
+        self._replayed = [name for name in replayed if name in evaluator.names]
+        self._before = {} if before is None else before
+        self._report = report
+
+    @override
+    def before_step(self, step: int) -> None:
+        if all(name in self._before for name in self._replayed):
+            return
+        with self._timer.paused():
+            losses = self._evaluator()
+        for name, loss in losses.items():
+            self._before.setdefault(name, loss)
+        self._report("held_out_before", step=step - 1, losses=losses)
 
     @override
     def needs_numbers(self, step: int, *, last: bool) -> bool:
@@ -126,4 +151,8 @@ class Evaluation(Callback):
         if not self.needs_numbers(finished.step, last=False):
             return {}
         with self._timer.paused():
-            return {f"validation/{name}": loss for name, loss in self._evaluator().items()}
+            losses = self._evaluator()
+        forgotten = {
+            f"forgetting/{name}": losses[name] - self._before[name] for name in self._replayed
+        }
+        return {f"validation/{name}": loss for name, loss in losses.items()} | forgotten

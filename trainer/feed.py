@@ -126,7 +126,7 @@ class DocumentPlanner:
             compute_bytes=COMPUTE_BYTES[config.training.compute_dtype],
             tp=degrees.tp,
             checkpointing=config.training.activation_checkpointing,
-            saved_activations=config.precision.saved_activations,
+            precision=config.precision,
         )
         self.layout, self._ranks, self._tp = layout, degrees.hdp, degrees.tp
         self._layers = min(layers)
@@ -216,8 +216,9 @@ def check_steps(stream: DocumentStream, plan: RunPlan) -> None:
     """
     least, longest = plan.batch.sequences(1), stream.max_document_tokens
     window = stream.sequence_length
-    # The heaviest source has as many windows of a step, give or take one.
-    heaviest = int(max(stream.mixture.shares) * least) - 1
+    # The heaviest source has as many windows of a step, give or take one; more where shares change.
+    changes = stream.mixture.changes
+    heaviest = int(max(changes[0].shares.values()) * least) - 1 if len(changes) == 1 else 0
     lone = any(int(store.lengths.min()) < 2 for store in stream.stores)
     if not lone and (heaviest * window > longest or least * window >= _SURELY * longest):
         return

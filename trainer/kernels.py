@@ -17,7 +17,7 @@ from allometry.models.build import torch_dtype
 from allometry.parallel.agree import from_main_rank, on_all_ranks
 from allometry.parallel.mesh import Mesh
 from allometry.scaling.attention import AttentionCall, choose_backend, refusal, worth_measuring
-from allometry.scaling.kernels import apex_folder, apex_refusal
+from allometry.scaling.kernels import apex_folder, apex_refusal, quantise_refusal
 from allometry.scaling.plan import RunPlan
 from allometry.trainer import precision
 from allometry.trainer.measure import (
@@ -26,6 +26,7 @@ from allometry.trainer.measure import (
     time_adamw,
     time_attention,
     time_norms,
+    time_quantisers,
 )
 from allometry.trainer.state.folder import RunFolder
 from allometry.trainer.state.resume import Start
@@ -53,6 +54,7 @@ class Kernels:
     adamw: Choice
     linears: Choice  # the recipe of FP8 products, or compute
     deterministic: bool
+    quantise: Choice = field(default_factory=lambda: Choice("torch", "rule"))
     by_call: bool = False  # attention: the first back end that suits each call
 
     @property
@@ -66,7 +68,7 @@ class Kernels:
 
     def changes(self, before: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """Yield what differs from a record's ``kernels``, as details of events."""
-        for key in ("attention", "norm", "adamw", "linears"):
+        for key in ("attention", "norm", "adamw", "linears", "quantise"):
             choice: Choice = getattr(self, key)
             was = before.get(key, {}).get("name")
             if was not in (None, choice.name):
@@ -234,10 +236,34 @@ def _decide(
     )
     recipe, by, left_out = precision.choose(config, mesh.tp.size, device, known("linears"))
     linears = Choice(recipe, by, left_out=left_out)
+    quantise = _quantiser(config, plan, device, recipe, known("quantise"))
     if on_cuda:
         torch.cuda.empty_cache()
     by_call = not on_cuda and asked.attention == "auto"
-    return Kernels(attention, norm, adamw, linears, config.training.deterministic, by_call)
+    deterministic = config.training.deterministic
+    return Kernels(attention, norm, adamw, linears, deterministic, quantise, by_call)
+
+
+def _quantiser(
+    config: RunConfig, plan: RunPlan, device: torch.device, recipe: str, before: str | None
+) -> Choice:
+    """Choose what rounds to FP8."""
+    dtype, rows = torch_dtype(config.training.compute_dtype), plan.micro_batch_tokens
+    rounds = recipe != "compute" or config.precision.saved_activations == "fp8"
+    reason = quantise_refusal(device.type, compiled=config.training.compile, rounds=rounds)
+
+    def measure(names: Sequence[str]) -> dict[str, Outcome]:
+        return time_quantisers(names, rows, config.model.width, dtype, device)
+
+    return settle(
+        "quantise",
+        config.kernels.quantise,
+        ("triton", "torch") if reason is None else ("torch",),
+        lambda name: reason if name == "triton" else None,
+        measure if reason is None else None,
+        before,
+        by_clock=not config.training.deterministic,
+    )
 
 
 def _check(config: RunConfig, plan: RunPlan, mesh: Mesh, kernels: Kernels) -> None:
@@ -246,6 +272,9 @@ def _check(config: RunConfig, plan: RunPlan, mesh: Mesh, kernels: Kernels) -> No
     for other in ("norm", "adamw"):
         if reason is None and getattr(kernels, other).name == "apex":
             reason, key = apex_refusal(mesh.device.type, compiled=False), other
+    if reason is None and kernels.quantise.name == "triton":
+        reason = quantise_refusal(mesh.device.type, compiled=False, rounds=True)
+        key = "quantise"
     if reason is None and kernels.linears.name != "compute":
         found = precision.Device.of(mesh.device)
         reason = precision.refusal(kernels.linears.name, config, mesh.tp.size, found)

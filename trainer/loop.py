@@ -26,7 +26,7 @@ from allometry.trainer.record.columns import FinishedStep, row_of
 from allometry.trainer.record.hardware import peak_bytes, reset_peak_bytes
 from allometry.trainer.record.timing import Span, StepTimer
 from allometry.trainer.record.writer import Recorder, Row
-from allometry.trainer.state.checkpoint import optimizer_state, parameter_state
+from allometry.trainer.state.checkpoint import optimizer_state
 from allometry.trainer.state.planners import State
 from allometry.trainer.step import StepOutcome, TrainStep
 from allometry.trainer.stop import StopRequest, StopSignals
@@ -37,12 +37,14 @@ class Progress:
     """How far a run is, besides its tensors; ``facts`` of a checkpoint.
 
     ``saved_step``: that of the newest checkpoint that is known to be whole, None without one.
+    ``held_out_before``: losses by source before the first step with ``data.replay``, if it has one.
     """
 
     step: int
     areas: LearningRateAreas
     flops: int = 0
     saved_step: int | None = None
+    held_out_before: dict[str, float] = field(default_factory=dict)
 
     def facts(self, plan: RunPlan, stream: Sources, seed: int) -> dict[str, Any]:
         """JSON for a checkpoint.
@@ -56,10 +58,11 @@ class Progress:
             "position_sequences": position,
             "tokens": stream.tokens(position),
             "flops": self.flops,
-            "ledger_tokens": stream.ledger(position),
+            "reading": stream.state(position),
             "seed": seed,
             "data": stream.fingerprints(),
             "areas": self.areas.state_dict(),
+            "held_out_before": self.held_out_before,
         }
 
 
@@ -236,5 +239,6 @@ class Loop:
 def state_tensors(parallel: Parallel, optimizer: torch.optim.Optimizer) -> State:
     """All tensors of a run by name: parameters, buffers, what the optimizer remembers of each."""
     names: dict[Tensor, str] = {p: name for name, p in parallel.named_parameters()}
+    parameters: State = {f"model.{name}": p.detach() for p, name in names.items()}
     buffers: State = {f"model.{name}": buffer for name, buffer in parallel.named_buffers()}
-    return parameter_state(optimizer, names) | buffers | optimizer_state(optimizer, names)
+    return parameters | buffers | optimizer_state(optimizer, names)

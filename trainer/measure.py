@@ -15,6 +15,7 @@ from torch import Tensor
 from allometry.models.attention import RUN, Attend
 from allometry.models.documents import Documents
 from allometry.models.kernels import NORMS
+from allometry.models.quantiser import quantise
 from allometry.optim import adamw
 from allometry.optim.matrix_ops import LocalMatrixOps
 from allometry.optim.states import Item
@@ -112,6 +113,21 @@ def time_norms(
     def once(name: str) -> list[Tensor]:
         y_TD = NORMS[name](x_TD, (width,), weight_D, 1e-5)
         return [y_TD, *torch.autograd.grad(y_TD, (x_TD, weight_D), x_TD.detach())]
+
+    return {name: _timed(lambda name=name: once(name), device, expected) for name in names}
+
+
+def time_quantisers(
+    names: Sequence[str], rows: int, width: int, dtype: torch.dtype, device: torch.device
+) -> dict[str, Outcome]:
+    """Time what rounds rows to FP8, on [rows, width]."""
+    own = torch.Generator(device).manual_seed(0)
+    x_TD = torch.randn(rows, width, generator=own, device=device).to(dtype)
+    expected: list[Tensor] = []
+
+    def once(name: str) -> list[Tensor]:
+        made = quantise(x_TD, (1, None), fused=name == "triton")
+        return [made.values.float(), made.scales]
 
     return {name: _timed(lambda name=name: once(name), device, expected) for name in names}
 

@@ -16,11 +16,12 @@ from allometry.configs.model import MoEModel
 from allometry.configs.run import RunConfig
 from allometry.data.documents import DocumentStream
 from allometry.data.run_tokenizer import tokenizer_of_run
+from allometry.data.sources import Sources
 from allometry.data.stream import Stream, open_stream
 from allometry.data.tokenizer import check_vocabulary
 from allometry.laws.areas import LearningRateAreas
 from allometry.models.build import torch_dtype
-from allometry.optim.build import init_states
+from allometry.optim.build import init_states, settle
 from allometry.optim.deepspeed import DeepSpeedOptimizer
 from allometry.optim.schedule import Schedule, resolve_schedule
 from allometry.optim.tiered import TieredOptimizer
@@ -57,10 +58,11 @@ from allometry.trainer.loop import Loop, Progress, RunResult, state_tensors
 from allometry.trainer.record import hardware
 from allometry.trainer.record import writer as record
 from allometry.trainer.record.callbacks import Callback, Reporter, standard_callbacks
+from allometry.trainer.record.disk import SlowDisk
 from allometry.trainer.record.facts import Invocation, launch_facts, run_facts
 from allometry.trainer.record.forecast import Forecaster
 from allometry.trainer.record.monitors import Monitors
-from allometry.trainer.record.rows import GraphEvents, PlanRows, RoutingRows
+from allometry.trainer.record.rows import GraphEvents, OffloadRows, PlanRows, RoutingRows
 from allometry.trainer.record.sample import Sample
 from allometry.trainer.record.states import CompressedStates
 from allometry.trainer.record.timing import StepTimer, clock_of
@@ -68,7 +70,8 @@ from allometry.trainer.save import Saver
 from allometry.trainer.state import checkpoint
 from allometry.trainer.state.folder import RunFolder
 from allometry.trainer.state.planners import State
-from allometry.trainer.state.resume import Start, begin, read_again
+from allometry.trainer.state.reading import continued, data_events, read_again
+from allometry.trainer.state.resume import Start, begin
 from allometry.trainer.state.room import checkpoint_bytes
 from allometry.trainer.state.states import load
 from allometry.trainer.stop import StopSignals
@@ -102,13 +105,16 @@ def train(
         on_all_ranks(mesh, lambda: check_available(config), "looking for DeepSpeed")
         plan = with_measured_stages(config, plan, mesh)
         schedule = resolve_schedule(config, plan.batch)
-        stream = on_all_ranks(mesh, lambda: _open_stream(config, plan), "opening the data")
+        stream = on_all_ranks(mesh, lambda: _open_stream(config), "opening the data")
         folder = RunFolder(config.run.folder)
         if callbacks is None:
             callbacks = on_main_rank(
                 mesh, lambda: standard_callbacks(config.record, folder), "making callbacks"
             )
-        start = begin(folder, config, stream.fingerprints, mesh, stop_at_step)
+        start = begin(
+            folder, config, stream, mesh, stop_at_step, lambda found: _check_data(found, plan)
+        )
+        stream = continued(stream, start.facts)
         present = list(callbacks or ()) if mesh.is_main else []
         recorder = record.Recorder(folder) if mesh.is_main else None
         try:
@@ -177,16 +183,18 @@ class _Run:
             return progress
         names = {parameter: name for name, parameter in self.parallel.named_parameters()}
         if start.weights_only:  # converted from elsewhere: training itself begins afresh
-            state = checkpoint.parameter_state(self.optimizer, names)
+            state: State = {f"model.{name}": p.detach() for p, name in names.items()}
             if start.facts.get("optimizer", False):
                 init_states(self.optimizer)
-                state |= checkpoint.optimizer_state(self.optimizer, names)
+            state |= checkpoint.optimizer_state(self.optimizer, names)
         else:
             init_states(self.optimizer)
             state = state_tensors(self.parallel, self.optimizer)
             areas.load_state_dict(start.facts["areas"])
             progress.flops = start.facts["flops"]
-        self.converted = load(start.checkpoint, state, self.optimizer, names, self.mesh)
+            progress.held_out_before.update(start.facts.get("held_out_before", {}))
+        self.converted = load(start.checkpoint, state, names, self.mesh)
+        settle(self.optimizer)
         return progress
 
     def train(
@@ -287,15 +295,24 @@ class _Run:
             at_once = self.config.batch.micro_batch_sequences
             held_out = held_out_sequences(self.stream.validation(count, at_once), mesh)
         evaluator = Evaluator(held_out, self.parallel, mesh)
-        return Evaluation(evaluator, evaluation.every_steps, self.plan.total_steps, self.timer)
+        replay = self.config.data.replay
+        return Evaluation(
+            *(evaluator, evaluation.every_steps, self.plan.total_steps, self.timer, self.report),
+            replayed=replay.sources if replay else (),
+            before=self.progress.held_out_before,
+        )
 
     def _rows(self) -> Iterator[Callback]:
         if self.recorder is None:
             return
         if isinstance(self.config.model, MoEModel):
             yield RoutingRows(self.config.model, self.recorder)
+        if isinstance(self.optimizer, TieredOptimizer) and self.optimizer.folder is not None:
+            yield SlowDisk(self.optimizer, self.report)
         if self.parallel.graphs is not None:
             yield GraphEvents(self.parallel.graphs, self.report)
+        if self.parallel.stores:
+            yield OffloadRows(self.parallel.stores)
         if self.planner is not None:
             yield PlanRows(self.planner, self.recorder, self.report)
         every = self.config.record.forecast.every_steps
@@ -330,7 +347,7 @@ class _Run:
             node_ranks = int(here) if here.isdecimal() else NODE_RANKS
             for rule, text in advice(self.config, self.plan, node_ranks).items():
                 report("advice", rule=rule, text=text)
-        again = read_again(start, self.config.run.seed, self.stream.fingerprints())
+        again = read_again(start.facts, self.stream)
         if again:
             report("same_documents", sources=again, seed=self.config.run.seed)
         if start.checkpoint is None:
@@ -342,20 +359,32 @@ class _Run:
             report("resumed", step=start.step, checkpoint=name, dropped_rows=dropped)
         if isinstance(self.optimizer, TieredOptimizer | DeepSpeedOptimizer):
             held = {f"{tier}_bytes": size for tier, size in self.optimizer.held_bytes().items()}
-            report("optimizer_states", step=start.step, **held)
+            place = self.optimizer.place()
+            masters = self.optimizer.parameters_bytes
+            report("optimizer_states", step=start.step, **held, parameters_bytes=masters, **place)
+            if "note" in place:
+                report("states_disk", **place)
+        for kind, facts in data_events(start.facts, self.stream):
+            report(kind, step=start.step, **facts)
         for change in self.kernel_changes:
             report("kernels_changed", step=start.step, **change)
         for change, states in self.converted.items():
             report("states_converted", step=start.step, change=change, states=states)
 
 
-def _open_stream(config: RunConfig, plan: RunPlan) -> Stream | DocumentStream:
+def _open_stream(config: RunConfig) -> Stream | DocumentStream:
     """The data, after checking that tokenizer and vocabulary fit it."""
     stream = open_stream(config.data, config.run.seed)
     check_vocabulary(config.model.vocab_size, stream.stores)
+    return stream
+
+
+def _check_data(stream: Sources, plan: RunPlan) -> None:
+    """Check that the data are enough for the run as it goes on with them."""
     if isinstance(stream, DocumentStream):
         check_steps(stream, plan)
     sequences = plan.batch.sequences_before(plan.total_steps + 1)
+    stream.check_run(sequences)
     for name, epochs in stream.epochs(sequences).items():
         if epochs > MANY_EPOCHS:
             _log.warning(
@@ -363,4 +392,3 @@ def _open_stream(config: RunConfig, plan: RunPlan) -> Stream | DocumentStream:
                 "2305.16264): add data, lower its weight or shorten the run",
                 *(name, epochs, MANY_EPOCHS),
             )
-    return stream

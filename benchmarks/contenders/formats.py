@@ -1,8 +1,9 @@
-"""FP8 formats of optimizer states on numbers drawn at random: E4M3 expanded, and plain."""
+"""8-bit formats of optimizer states on numbers drawn at random."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,11 +11,12 @@ from torch import Tensor
 
 from allometry.optim import dre
 from allometry.optim.dre import Dither, Encoded, Table
+from contenders import torchao_states
 
 CPU = torch.device("cpu")
-SPREADS = (0.0, 0.3, 0.7)
+SPREADS = (0.0, 0.3, 0.5, 0.7, 1.0)
 """Standard deviation of the log of the gradients' size from column to column."""
-ROWS, COLUMNS = 256, 1024
+ROWS, COLUMNS = 128, 1024
 
 
 def plain(table: Table) -> Table:
@@ -47,19 +49,55 @@ def moments(spread: float, seed: int = 0) -> tuple[Tensor, Tensor]:
     return m, v
 
 
-def once(spread: float) -> dict[str, Any]:
-    """One rounding of both moments."""
-    m, v = moments(spread)
-    exact, found = m / v.sqrt(), {"spread": spread}
+def drawn(spread: float, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Moments without a history: v is log-normal, element by element, and m normal beside it with
+    the variance that Adam's has for gradients without a mean (beta 0.9)."""
+    generator = torch.Generator().manual_seed(seed)
+    v = torch.exp(spread * torch.randn(ROWS, COLUMNS, generator=generator)) * 1e-6
+    m = torch.randn(ROWS, COLUMNS, generator=generator) * (v * (0.1 / 1.9)).sqrt()
+    return m, v
+
+
+CASES: dict[str, tuple[Callable[[float, int], tuple[Tensor, Tensor]], float]] = {
+    "v log-normal, 1.0": (drawn, 1.0),
+    **{f"columns, {spread}": (moments, spread) for spread in SPREADS},
+}
+"""What is drawn, with the log-spread of v's elements or of columns' gradients."""
+
+
+def formats() -> dict[str, Callable[[Tensor, bool], Tensor]]:
+    """Functions that round a tensor (whether with signs) and return its values, by name."""
     own = Table.on(CPU)
-    for name, table in (("expanded", own), ("plain", plain(own))):
-        kept_m, kept_v = rounded(m, table), rounded(v, table)
-        found[f"{name} m"] = error(kept_m, m)
-        found[f"{name} v"] = float(((kept_v - v).abs() / v).mean())
-        found[f"{name} update"] = float((kept_m / kept_v.sqrt() - exact).square().mean())
+    flat = plain(own)
+    return {
+        "expanded": lambda x, signed: rounded(x, own),
+        "plain": lambda x, signed: rounded(x, flat),
+        **torchao_states.formats(),
+    }
+
+
+def error_of_update(
+    m: Tensor, v: Tensor, to: Callable[[Tensor, bool], Tensor], eps: float = 1e-8
+) -> float:
+    """Mean squared error of m / (sqrt(v) + eps) where both are rounded, of elements with v > 0."""
+    seen = v > 0.0
+    exact = m[seen] / (v[seen].double().sqrt() + eps)
+    kept_m, kept_v = to(m, True)[seen], to(v, False)[seen]
+    return float((kept_m / (kept_v.double().sqrt() + eps) - exact).square().mean())
+
+
+def once(case: str, seed: int = 0) -> dict[str, Any]:
+    """One rounding of both moments: errors by "FORMAT m", "FORMAT v" and "FORMAT update"."""
+    draw, spread = CASES[case]
+    m, v = draw(spread, seed)
+    found: dict[str, Any] = {"case": case}
+    for name, to in formats().items():
+        found[f"{name} m"] = error(to(m, True), m)
+        found[f"{name} v"] = float(((to(v, False) - v).abs() / v).mean())
+        found[f"{name} update"] = error_of_update(m, v, to)
     zeros = m.clone()
     zeros[:, ::3] = 0.0
-    found["expanded m with zeros"] = error(rounded(zeros, own), zeros)
+    found["expanded m with zeros"] = error(rounded(zeros, Table.on(CPU)), zeros)
     return found
 
 
@@ -73,6 +111,8 @@ def averaged(beta: float, steps: int) -> dict[str, Any]:
     size = torch.exp(0.3 * torch.randn(512, generator=generator)) * 1e-3
     exact = torch.zeros(32, 512)
     kept = {n: Encoded.zeros((32, 512), CPU) for n in ("expanded", "at random", "fresh", "plain")}
+    others = torchao_states.formats()
+    values = {name: torch.zeros(32, 512) for name in others}
     for step in range(steps):
         square = (torch.randn(32, 512, generator=generator) * size).square()
         square *= 0.25 if step >= steps // 2 else 1.0
@@ -84,8 +124,11 @@ def averaged(beta: float, steps: int) -> dict[str, Any]:
                 to.exponent.zero_()
             dither = Dither((step, 3), rows, 0) if name == "at random" else None
             dre.encode(now, to, table, dither)
+        for name, round_to in others.items():
+            values[name] = round_to(beta * values[name] + (1.0 - beta) * square, False)
     found: dict[str, Any] = {"beta": beta, "steps": steps}
     for name, to in kept.items():
-        value = dre.decode(to, plain(own) if name == "plain" else own)
+        values[name] = dre.decode(to, plain(own) if name == "plain" else own)
+    for name, value in values.items():
         found[name] = float((value / exact - 1.0).square().mean().sqrt())
     return found

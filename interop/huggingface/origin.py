@@ -25,7 +25,7 @@ def write_origin(folder: Path, run: RunFolder, config: RunConfig, checkpoint: Pa
         "run": config.run.folder,
         "step": step_of(checkpoint),
         "seed": config.run.seed,
-        **{key: facts[key] for key in ("tokens", "data") if key in facts},
+        **{key: facts[key] for key in ("tokens", "data", "reading") if key in facts},
         **run.origin(),
         **{section: getattr(config, section).model_dump(mode="json") for section in _SECTIONS},
     }

@@ -57,16 +57,19 @@ class Shown:
 
     @cached_property
     def shares(self) -> dict[str, float]:
-        """Share of each source in the mixture, from the config's weights."""
+        """Share of each source in the mixture that the run began with; maybe by weights alone."""
+        recorded = self.run.record.get("data", {}).get("sources") or {}
+        if recorded and all("share" in source for source in recorded.values()):
+            return {name: float(source["share"]) for name, source in recorded.items()}
         rows = self.run.config.get("data", {}).get("sources") or []
-        weights = {str(row["name"]): float(row.get("weight") or 1.0) for row in rows}
+        weights = {str(row["name"]): float(row.get("weight", 1.0)) for row in rows}
         total = sum(weights.values())
         return {name: weight / total for name, weight in weights.items()}
 
     @cached_property
     def validation(self) -> tuple[Column, Column]:
         """Tokens and held-out loss of the mixture: of sources by their shares. Maybe empty."""
-        names = [n for n in self.shares if f"validation/{n}" in self.metrics]
+        names = [n for n, w in self.shares.items() if w and f"validation/{n}" in self.metrics]
         if not names:
             return np.empty(0), np.empty(0)
         weights = np.array([self.shares[name] for name in names])

@@ -9,7 +9,17 @@ from pathlib import Path
 from allometry.configs.errors import UserError
 from allometry.launch.command import Report
 from allometry.launch.figures.drawing import draw
-from allometry.launch.report import fits, isoflop, losses, page, stability, throughput, transfer
+from allometry.launch.report import (
+    fits,
+    isoflop,
+    losses,
+    mixture,
+    page,
+    scores,
+    stability,
+    throughput,
+    transfer,
+)
 from allometry.launch.report.commands import WriteReport
 from allometry.launch.report.inputs import Inputs, read_inputs
 from allometry.launch.report.section import Section
@@ -25,6 +35,9 @@ def sections(inputs: Inputs) -> list[Section]:
         isoflop.isoflops,
         transfer.transfer,
         losses.sources,
+        mixture.forgetting,
+        mixture.ledger,
+        scores.scores,
         losses.forecasts,
         stability.stability,
         throughput.throughput,

@@ -77,6 +77,29 @@ class Convert(Command):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Evaluate(Command):
+    """Score checkpoints of a run, or a Hugging Face model, with the lm-evaluation-harness.
+
+    Scores are added to scores.jsonl in that folder, for reports and for laws of scores. Needs the
+    extra: pip install 'allometry[evaluate]'.
+    """
+
+    source: Path = argument("run folder, or folder of a Hugging Face model")
+    tasks: tuple[str, ...] = option(
+        "the harness' names, .yaml files or folders of them, with commas or repeated", REQUIRED
+    )
+    checkpoints: str = option("all that are kept, last, or steps: 1000,2000", "last")
+    fewshot: int | None = option("examples before each question; default: the task's", min=0)
+    limit: int | None = option("of each task only so many documents", min=1)
+    batch_size: int = option("requests at a time", 8, min=1)
+    device: str | None = option("cpu, cuda, cuda:1; default: a GPU where there is one")
+    dtype: str | None = option("type of the weights, fp32 or bf16; default: fp32")
+    tokenizer: Path | None = option("tokenizer.json of a run that does not know its own")
+    end_of_document: str | None = option("token that ended the documents, likewise")
+    again: bool = option("evaluate also what was evaluated before", False)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Doctor(Command):
     """Say what is installed and usable here, and how to mend what is not."""
 
@@ -86,6 +109,42 @@ class Doctor(Command):
     build: bool = option(
         "also compile what parallel.zero.engine=deepspeed needs for NVMe, once on a machine", False
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runs(Command):
+    """List the runs in FOLDER: state, step, tokens, loss, size, what branches from what.
+
+    States: new, running, stopped (by a signal or a step), crashed (it did not say how it ended),
+    diverged (its loss was not finite), ended. A folder that is no run's is passed over aloud.
+    """
+
+    folder: Path = argument("a folder that holds runs, ladders or trees of runs", Path("runs"))
+    tree: bool = option("branches below their trunks", False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Branch(Command):
+    """Describe a run that begins at a checkpoint of RUN, or train a tree of such branches.
+
+    The branch shares the checkpoint, which its trunk then keeps. Its description is RUN's with
+    --config and --set on top; it is trained by the command that is printed, or with --train. With
+    --tree, what the file of kind: tree lacks is trained; safe to interrupt and to run again.
+    """
+
+    run: Path | None = argument("the run to branch from", None, metavar="[RUN]")
+    at: int | None = option("step of its checkpoint", min=1)
+    config: str | None = option(
+        "YAML file of what the branch has otherwise: schedule, data, length"
+    )
+    sets: tuple[str, ...] = option("section.key=value; repeat for more", (), "--set")
+    name: str | None = option(
+        "the branch's folder, beside RUN; default: RUN-CONFIG-STEP", None, "--run"
+    )
+    train: bool = option("train it here, in this process", False)
+    tree: str | None = option("a YAML file of kind: tree, or a tree's folder: train what it lacks")
+    parallel: int | None = option("with --tree: runs at a time; default: the tree's", min=1)
+    dry_run: bool = option("with --tree: print how far its runs are, train nothing", False)
 
 
 @dataclass(frozen=True, kw_only=True)

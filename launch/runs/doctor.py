@@ -243,6 +243,7 @@ RATES = Path("~/.cache/allometry/offload.json")
 
 def _offload(disk: Path | None, kept: Path = RATES) -> Iterator[Finding]:
     from allometry.optim.offload.rates import adam_rate, disk_rates
+    from allometry.parallel.folder import FileSystem
 
     rate = adam_rate()
     found: dict[str, Any] = {"adam_parameters_per_s": rate}
@@ -256,7 +257,8 @@ def _offload(disk: Path | None, kept: Path = RATES) -> Iterator[Finding]:
         else:
             found["disks"] = {str(disk.resolve()): {"write_b_per_s": write, "read_b_per_s": read}}
             said = f"{disk}: {write / 1e9:.2f} GB/s written, {read / 1e9:.2f} GB/s read, checked"
-            yield Finding("disk", "ok", said)
+            system = FileSystem.of(disk)
+            yield Finding("disk", "ok", said, "" if system is None else system.note)
     _keep(found, kept)
 
 

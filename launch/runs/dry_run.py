@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from allometry.configs.run import RunConfig
 from allometry.data.stream import missing_sources, open_stream
 from allometry.data.tokenizer import check_vocabulary
 from allometry.launch.command import Report
+from allometry.launch.text import size
 from allometry.optim.schedule import Schedule, resolve_schedule
 from allometry.scaling.advice import DEVICE_BYTES, advice
 from allometry.scaling.count import DocumentFlops
 from allometry.scaling.layout import SPLIT_BACKWARD
-from allometry.scaling.memory import EXACT, MemoryEstimate
+from allometry.scaling.moments import PARAMETERS, STATES
 from allometry.scaling.plan import RunPlan, memory_of
+from allometry.trainer.state.folder import RunFolder
 
 
 def planned(config: RunConfig, world_size: int) -> Report:
@@ -40,11 +43,22 @@ def data_here(config: RunConfig, plan: RunPlan) -> dict[str, Any]:
         return {"checked": False, "missing": missing}
     stream = open_stream(config.data, config.run.seed)
     check_vocabulary(config.model.vocab_size, stream.stores)
+    folder = RunFolder(config.run.folder)
+    if not folder.is_new() or config.data.continue_sources:
+        from allometry.trainer.state.reading import continued, standing
+
+        stream = continued(stream, standing(folder))
     position = plan.batch.sequences_before(plan.total_steps + 1)
-    tokens = stream.tokens(position)
-    per_token = DocumentFlops.of(config.model).expected(stream.squared_lengths_per_token())
-    flops = round(tokens * per_token)
-    return {"checked": True, "epochs": stream.epochs(position), "total_flops": flops}
+    stream.check_run(position)
+    accounts = stream.accounts(position)
+    squares = stream.squared_lengths_per_token(position)
+    tokens = sum(account.tokens for account in accounts.values())
+    return {
+        "checked": True,
+        "epochs": {name: account.epochs for name, account in accounts.items()},
+        "sources": {name: asdict(account) for name, account in accounts.items()},
+        "total_flops": round(tokens * DocumentFlops.of(config.model).expected(squares)),
+    }
 
 
 def learning_rates(config: RunConfig, plan: RunPlan, schedule: Schedule) -> list[dict[str, Any]]:
@@ -72,15 +86,15 @@ def _text(config: RunConfig, plan: RunPlan, facts: dict[str, Any]) -> str:
         f"parameter), {plan.total_flops:.4g} FLOPs in all",
         f"steps             {plan.total_steps:,} of {config.batch.sequences} x "
         f"{config.data.sequence_length} tokens ({_share(config, plan)})",
-        f"memory per rank   {_size(memory.total)} at the peak of the fullest; fits "
-        f"{DEVICE_GB} GB: {'yes' if memory.total <= DEVICE_GB * 10**9 else 'no'}",
+        f"memory per rank   {size(memory.total)} at the peak of the fullest ({memory.peak.name}); "
+        f"fits {DEVICE_GB} GB: {'yes' if memory.total <= DEVICE_GB * 10**9 else 'no'}",
         *(
-            f"  {_KINDS.get(name, name).replace('_', ' '):<24}{_size(number):>10}"
-            f"{'' if name in EXACT else '  (estimate)'}"
-            for name, number in facts["memory_bytes_per_rank"].items()
-            if name in MemoryEstimate.__dataclass_fields__ and number
+            f"  {name:<24}{size(number):>10}"
+            f"{'' if name in (PARAMETERS, STATES) else '  (estimate)'}"
+            for name, number in memory.peak.kinds.items()
         ),
         *_gathered(config, plan),
+        *_offloaded(plan),
         *(f"advice            {text}" for text in facts["advice"].values()),
         *_ranks(facts),
         *_data(facts["data"]),
@@ -107,7 +121,6 @@ def _share(config: RunConfig, plan: RunPlan) -> str:
 
 SHOWN = 8
 DEVICE_GB = DEVICE_BYTES // 10**9
-_KINDS = {"reduction": "gradients to be reduced", "loss": "logits, head's gradient"}
 
 
 def _gathered(config: RunConfig, plan: RunPlan) -> list[str]:
@@ -121,7 +134,20 @@ def _gathered(config: RunConfig, plan: RunPlan) -> list[str]:
     spared = plan.memory.compute_copies - other.compute_copies
     return [
         f"  parameters are gathered once a step and kept; parallel.zero.regather: micro_batch "
-        f"would spare {_size(spared)} and gather them in each micro-batch"
+        f"would spare {size(spared)} and gather them in each micro-batch"
+    ]
+
+
+def _offloaded(plan: RunPlan) -> list[str]:
+    """What activations need of the host, and whether their copies hide."""
+    traffic = plan.activation_traffic
+    if traffic is None:
+        return []
+    copy_ms, forward_ms = 1e3 * traffic.copy_s, 1e3 * traffic.forward_s
+    return [
+        f"  activations of {traffic.layers} layers wait in {size(traffic.host_bytes)} of pinned "
+        f"memory on the host of each rank; a layer's copy takes {copy_ms:.1f} ms, its forward "
+        f"{forward_ms:.1f} ms (estimates)"
     ]
 
 
@@ -140,14 +166,14 @@ def _ranks(facts: dict[str, Any]) -> list[str]:
         lines += [f"rank {rank['rank']} (stage {stages}) calls in a step"]
         calls = rank["collectives"]
         lines += [
-            f"  {call['per_step']:>6,} x {call['kind']:<15} of {_size(call['bytes']):>10} over "
+            f"  {call['per_step']:>6,} x {call['kind']:<15} of {size(call['bytes']):>10} over "
             f"{call['ranks']} ranks of {call['axis']}"
             for call in calls[:SHOWN]
         ]
         if len(calls) > SHOWN:
             rest = sum(call["per_step"] * call["bytes"] for call in calls[SHOWN:])
             number = sum(call["per_step"] for call in calls[SHOWN:])
-            lines.append(f"  {number:>6,} smaller ones, {_size(rest)} together (--json lists them)")
+            lines.append(f"  {number:>6,} smaller ones, {size(rest)} together (--json lists them)")
     return lines
 
 
@@ -156,14 +182,9 @@ def _data(data: dict[str, Any]) -> list[str]:
         return [f"data              not checked: no files here for {', '.join(data['missing'])}"]
     return [
         "data              "
-        + ", ".join(f"{name} {epochs:.3g} epochs" for name, epochs in data["epochs"].items())
+        + ", ".join(
+            f"{name} {account['tokens']:,} tokens ({account['epochs']:.3g} epochs)"
+            for name, account in data["sources"].items()
+        )
         + f"; {data['total_flops']:.4g} FLOPs with documents as long as here"
     ]
-
-
-def _size(number: float) -> str:
-    if abs(number) >= 2**28:
-        return f"{number / 2**30:.2f} GiB"
-    if abs(number) >= 2**18:
-        return f"{number / 2**20:.1f} MiB"
-    return f"{number / 2**10:.1f} KiB" if abs(number) >= 2**10 else f"{number:.0f} B"

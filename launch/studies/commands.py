@@ -38,6 +38,21 @@ class SelfTest(ConfigCommand):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Memory(ConfigCommand):
+    """Predict the bytes of CONFIG's fullest rank by kind, and at which moment of a step they peak.
+
+    --probe takes two real steps on random tokens, not compiled, and prints what was held beside
+    what was predicted: on this machine's CPU or its GPU, or on all ranks of a launch:
+    python -m allometry.launch.torchrun ... -m allometry.launch.memory CONFIG --probe
+    """
+
+    world_size: int | None = option("ranks to predict for; default: 1, or as launched", min=1)
+    rank: int | None = option("the rank to predict; default: the fullest", min=0)
+    device: str | None = option("cuda or cpu; default: cuda, with --probe the one at hand")
+    probe: bool = option("measure as well; scale a large model down by overrides", False)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Suggest(ConfigCommand):
     """Say what published laws hold for CONFIG: learning rate, batch, schedule, where to tune.
 

@@ -1,11 +1,9 @@
-"""Which states live where, and in which buckets they travel."""
+"""Which states live where."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
-
-from allometry.optim.states import Item
 
 
 class Tier(StrEnum):
@@ -40,18 +38,3 @@ def assign(sizes: Sequence[int], limits: Mapping[Tier, int]) -> list[Tier]:
         else:
             tiers.append(last)
     return tiers
-
-
-def packed(items: Sequence[Item], sizes: Mapping[str, int], most: int) -> Iterator[list[Item]]:
-    """Yield items in order, in buckets of at most ``most`` bytes or of one larger item."""
-    bucket: list[Item] = []
-    held = 0
-    for item in items:
-        size = sizes[item.name]
-        if bucket and held + size > most:
-            yield bucket
-            bucket, held = [], 0
-        bucket.append(item)
-        held += size
-    if bucket:
-        yield bucket

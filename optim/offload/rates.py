@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch.optim.adamw import adamw
 
-from allometry.optim.offload.buffers import host_buffer
 from allometry.optim.offload.swap import SwapFile
+from allometry.parallel.buffers import host_buffer
 
 
 class DiskRates(NamedTuple):

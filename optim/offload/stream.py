@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -13,8 +14,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from allometry.optim.offload.buffers import host_buffer, padded
 from allometry.optim.offload.swap import Region, StatesLost, SwapFile
+from allometry.parallel.buffers import host_buffer, padded
 
 SLOTS = 3  # one is filled and one emptied while the states in another are updated
 
@@ -124,7 +125,7 @@ class Stream:
     The states of one home at a time are taken and given back. Threads of the stream move the
     bytes; each waits for what must be done before, so no slot and no home is used twice at once.
     What fails in one is raised by the next call that waits for it. Raises StatesLost too if
-    something takes longer than ``timeout_s``.
+    something takes longer than ``timeout_s``. ``waited_s``: seconds that callers have waited.
     """
 
     def __init__(
@@ -137,6 +138,7 @@ class Stream:
         self._ahead: deque[tuple[Home, Slot, Future[None]]] = deque()
         self._filled = 0  # how many fills were begun since the last drain
         self._taken: tuple[Home, Slot] | None = None
+        self.waited_s = 0.0
 
     def take(self) -> Tensor:
         """Return the next home's bytes on the device, uint8, to be changed in place."""
@@ -172,6 +174,10 @@ class Stream:
         ahead, self._ahead, self._filled = self._ahead, deque(), 0
         for _, _, filled in ahead:
             self._wait(filled, "reading")
+        self.settle()
+
+    def settle(self) -> None:
+        """Wait until all homes hold their states; what was fetched ahead stays."""
         for home in self._homes:
             if home.written is not None:
                 self._wait(home.written, "writing")
@@ -198,6 +204,7 @@ class Stream:
             home.empty(slot)
 
     def _wait(self, future: Future[None], doing: str) -> None:
+        begun = time.perf_counter()
         try:
             future.result(self._timeout_s)
         except FutureTimeoutError:
@@ -205,6 +212,7 @@ class Stream:
                 f"{doing} a bucket of optimizer states took longer than "
                 f"parallel.timeout_s={self._timeout_s:g}: the disk or the host is too slow or hangs"
             ) from None
+        self.waited_s += time.perf_counter() - begun
 
 
 @contextmanager

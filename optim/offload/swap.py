@@ -14,9 +14,11 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
+import threading
+import time
 import weakref
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,10 +27,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from allometry.configs.errors import UserError
-from allometry.optim.offload.buffers import BLOCK, padded
+from allometry.parallel.buffers import BLOCK, padded
+from allometry.parallel.folder import KEY, ready
 
 CHUNK = 16 << 20  # bytes in one system call
-_KEY = "parallel.zero.optimizer_states.nvme"
 
 
 class StatesLost(UserError):
@@ -42,15 +44,22 @@ class Region(NamedTuple):
     nbytes: int
 
 
+class Moved(NamedTuple):
+    """What a file has read and written: bytes, and seconds of all threads together."""
+
+    nbytes: int = 0
+    seconds: float = 0.0
+
+
 class SwapFile:
     """A file in ``folder`` with room for ``nbytes``, which grows if need be.
 
     Threads may read and write different regions at once. Raises UserError: the folder cannot be
-    used, or lacks the room.
+    used, or lacks the room (see also ``folder.ready``). ``moved`` has no checksums in it.
     """
 
     def __init__(self, folder: str | Path, nbytes: int) -> None:
-        self.folder = Path(folder)
+        self.folder, self.moved, self._lock = Path(folder), Moved(), threading.Lock()
         self._end = 0
         self._checksums: dict[Region, int] = {}
         try:
@@ -64,7 +73,7 @@ class SwapFile:
                 found = os.statvfs(self.folder)
                 free = f", {found.f_bavail * found.f_frsize / 1e9:,.1f} GB are free"
             raise UserError(
-                f"{_KEY}={folder}: {error.strerror or error} (a rank's optimizer states take "
+                f"{KEY}={folder}: {error.strerror or error} (a rank's optimizer states take "
                 f"{padded(nbytes) / 1e9:,.1f} GB there{free}); choose another folder or free space"
             ) from None
 
@@ -88,31 +97,42 @@ class SwapFile:
             at = region.start - start
             self._checksums[region] = checksum(data[at : at + region.nbytes])
         done = 0
-        while done < len(data):
-            try:
-                count = self._pwrite(data[done : done + CHUNK], start + done)
-            except OSError as error:
-                raise self._lost("writing", error.strerror or str(error)) from None
-            if count <= 0 or count % BLOCK:
-                raise self._lost("writing", f"{count} bytes were taken")
-            done += count
+        with self._timed(len(data)):
+            while done < len(data):
+                try:
+                    count = self._pwrite(data[done : done + CHUNK], start + done)
+                except OSError as error:
+                    raise self._lost("writing", error.strerror or str(error)) from None
+                if count <= 0 or count % BLOCK:
+                    raise self._lost("writing", f"{count} bytes were taken")
+                done += count
 
     def read(self, regions: Sequence[Region], buffer: Tensor) -> None:
         """Fill ``buffer`` with regions that follow each other, exactly as they were written."""
         data, start = self._part(regions, buffer)
         done = 0
-        while done < len(data):
-            try:
-                count = self._pread(data[done : done + CHUNK], start + done)
-            except OSError as error:
-                raise self._lost("reading", error.strerror or str(error)) from None
-            if count <= 0 or count % BLOCK:
-                raise self._lost("reading", f"the file ends {len(data) - done} bytes early")
-            done += count
+        with self._timed(len(data)):
+            while done < len(data):
+                try:
+                    count = self._pread(data[done : done + CHUNK], start + done)
+                except OSError as error:
+                    raise self._lost("reading", error.strerror or str(error)) from None
+                if count <= 0 or count % BLOCK:
+                    raise self._lost("reading", f"the file ends {len(data) - done} bytes early")
+                done += count
         for region in regions:
             at = region.start - start
             if checksum(data[at : at + region.nbytes]) != self._checksums[region]:
                 raise self._lost("reading", "they are not what was written")
+
+    @contextmanager
+    def _timed(self, nbytes: int) -> Iterator[None]:
+        begun = time.perf_counter()
+        yield
+        with self._lock:
+            before = self.moved
+            seconds = before.seconds + time.perf_counter() - begun
+            self.moved = Moved(before.nbytes + nbytes, seconds)
 
     def _pwrite(self, data: NDArray[np.uint8], start: int) -> int:
         return os.pwrite(self._file, data.data, start)
@@ -127,7 +147,7 @@ class SwapFile:
         return data, first.start
 
     def _lost(self, doing: str, why: str) -> StatesLost:
-        return StatesLost(f"{doing} optimizer states in {_KEY}={self.folder} failed: {why}")
+        return StatesLost(f"{doing} optimizer states in {KEY}={self.folder} failed: {why}")
 
 
 def checksum(data: NDArray[np.uint8]) -> int:
@@ -142,7 +162,7 @@ def checksum(data: NDArray[np.uint8]) -> int:
 
 def _open_nameless(folder: Path) -> int:
     """Return a descriptor of a new file of mode 0600 without a name, past the page cache if so."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    ready(folder)
     try:
         flags = os.O_RDWR | os.O_CLOEXEC | os.O_TMPFILE | os.O_EXCL
         file = os.open(folder, flags, 0o600)

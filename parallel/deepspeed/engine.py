@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -103,6 +104,11 @@ class DeepSpeedSync(GradientSync):
         parts = Parts(zero, self._adamw, self._stage, self._folder)
         parts.check_files()
         return parts
+
+    @property
+    def folder(self) -> Path | None:
+        """Where files on NVMe are."""
+        return None if self._folder is None else self._folder.path
 
     def _io(self) -> AbstractContextManager[None]:
         return nullcontext() if self._folder is None else checked_io()

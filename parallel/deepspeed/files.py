@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from allometry.configs.errors import UserError
+from allometry.parallel.folder import KEY, ready
 
-_KEY = "parallel.zero.optimizer_states.nvme"
 _PREFIX = "allometry-deepspeed-"
 _OWNED = "in-use"
 
@@ -41,12 +41,12 @@ class SwapFolder:
     def __init__(self, parent: str | Path, nbytes: int) -> None:
         self.parent = Path(parent)
         try:
-            self.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            ready(self.parent)
             self.removed = _remove_abandoned(self.parent)
             found = os.statvfs(self.parent)
             if (free := found.f_bavail * found.f_frsize) < nbytes:
                 raise UserError(
-                    f"{_KEY}={parent}: a rank's parameters and optimizer states take "
+                    f"{KEY}={parent}: a rank's parameters and optimizer states take "
                     f"{nbytes / 1e9:,.1f} GB there, and {free / 1e9:,.1f} GB are free; choose "
                     "another folder or free space"
                 )
@@ -55,7 +55,7 @@ class SwapFolder:
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError as error:
             raise UserError(
-                f"{_KEY}={parent}: {error.strerror or error}; choose another folder"
+                f"{KEY}={parent}: {error.strerror or error}; choose another folder"
             ) from None
         self.close = weakref.finalize(self, _remove, self.path, lock)
 
@@ -161,4 +161,4 @@ def _checksum(buffer: Tensor) -> int:
 
 def _lost(doing: str, path: str, why: str) -> FilesLost:
     parent = path.partition(f"/{_PREFIX}")[0] or "?"
-    return FilesLost(f"{doing} optimizer states in {_KEY}={parent} failed: {why}")
+    return FilesLost(f"{doing} optimizer states in {KEY}={parent} failed: {why}")

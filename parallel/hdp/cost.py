@@ -17,8 +17,10 @@ import numpy.typing as npt
 
 from allometry.configs.execution import ContextCosts, Zero
 from allometry.configs.model import ModelConfig
+from allometry.configs.precision import PrecisionConfig
 from allometry.scaling.count import flops_per_token, layer_flops
 from allometry.scaling.memory import estimate_memory
+from allometry.scaling.saved import COMPUTE
 
 Floats = npt.NDArray[np.float64]
 
@@ -58,13 +60,13 @@ class CostModel:
         compute_bytes: int = 2,
         tp: int = 1,
         checkpointing: Literal["none", "selective", "full"] = "none",
-        saved_activations: Literal["compute", "fp8"] = "compute",
+        precision: PrecisionConfig = COMPUTE,
     ) -> CostModel:
         """Return the costs of a model, cut over ``tp`` ranks.
 
         ``layers``: a rank's number of layers where the model is cut into stages of equal cost, so
         that the head counts in proportion; None: the whole model. ``checkpointing`` and
-        ``saved_activations`` matter to what is kept, not to time: recomputing lengthens all
+        ``precision`` matter to what is kept, not to time: recomputing lengthens all
         documents alike.
         """
         number = model.num_layers if layers is None else layers
@@ -81,7 +83,7 @@ class CostModel:
             zero=Zero(),
             hdp=1,
             checkpointing=checkpointing,
-            saved_activations=saved_activations,
+            precision=precision,
         ).activations
         return cls(
             token_s=share * products / rate,

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from allometry.configs.errors import UserError
 from allometry.configs.execution import ContextConfig
 from allometry.parallel.hdp.cost import CostModel, Floats
-from allometry.scaling.context import check_offload
+from allometry.scaling.offload import SELECTIVE, check_layers
 
 Ints = npt.NDArray[np.int64]
 
@@ -88,7 +88,7 @@ class Problem:
         longest = int(problem.lengths.max())
         capacity = context.capacity_tokens
         if context.offload == "selective":
-            check_offload(layers)
+            check_layers(SELECTIVE, layers)
         if problem.usable == 0:
             raise UserError(
                 f"parallel.context.capacity_tokens={capacity} is less than parallel.tp={multiple}, "

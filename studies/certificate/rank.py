@@ -211,7 +211,7 @@ def _rewrite(job: Job, source: Path) -> None:
         optimizer = make_optimizer(config, plan, parallel, mesh)
         init_states(optimizer)
         path, state = source / "checkpoints" / f"step-{STOP}", state_tensors(parallel, optimizer)
-        load(path, state, optimizer, {p: n for n, p in parallel.named_parameters()}, mesh)
+        load(path, state, {p: n for n, p in parallel.named_parameters()}, mesh)
         folder = RunFolder(config.run.folder)
         if mesh.is_main:
             folder.checkpoints.mkdir(parents=True)

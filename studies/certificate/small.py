@@ -10,6 +10,7 @@ from typing import Any
 from allometry.configs.errors import UserError
 from allometry.configs.model import ModelConfig
 from allometry.configs.run import RunConfig
+from allometry.data.changes import declared
 from allometry.data.synthetic import write_random_store
 from allometry.scaling.layout import Layout
 
@@ -25,8 +26,18 @@ def small_run(config: RunConfig, scratch: Path) -> RunConfig:
         write_random_store(
             prefix, 64 * length, config.model.vocab_size, mean_length=max(2, length // 2)
         )
-        sources.append(source.model_copy(update={"train": str(prefix), "validation": None}))
-    data = config.data.model_copy(update={"sources": tuple(sources), "tokenizer": None})
+        random = {"train": str(prefix), "validation": None, "max_epochs": None}
+        sources.append(source.model_copy(update=random))
+    replay = config.data.replay
+    data = config.data.model_copy(
+        update={
+            "sources": tuple(sources),
+            "tokenizer": None,
+            "continue_sources": False,
+            # Later ratios are those of a longer run.
+            "replay": replay and replay.model_copy(update={"changes": ()}),
+        }
+    )
     text = config.model_dump(mode="json") | {
         "data": data.model_dump(mode="json"),
         "schedule": {"kind": "constant"},
@@ -55,9 +66,9 @@ def least_sequences(config: RunConfig) -> int:
     data = config.data
     if data.kind != "documents":
         return 1
-    weights = [source.weight for source in data.sources]
+    heaviest = min(max(change.shares.values()) for change in declared(data))
     windows = data.max_document_tokens // data.sequence_length + 2
-    return math.ceil(windows * sum(weights) / max(weights) + 1e-6)
+    return math.ceil(windows / heaviest + 1e-6)
 
 
 def smallest_batch(configs: Sequence[RunConfig], *world_sizes: int) -> int:

@@ -50,6 +50,11 @@ class LadderPlan:
         return Path(self.ladder.folder)
 
     @property
+    def processes(self) -> int:
+        """Ranks of a run."""
+        return self.ladder.launch.processes
+
+    @property
     def runs(self) -> tuple[PlannedRun, ...]:
         """All of them, the target last."""
         return (*self.rungs, *([self.target] if self.target else []))

@@ -19,9 +19,9 @@ import psutil
 from allometry.configs.errors import UserError
 from allometry.configs.format import duration, human
 from allometry.configs.loader import dump
-from allometry.studies.ladder.plan import LadderPlan
-from allometry.studies.ladder.share import PlannedRun
-from allometry.studies.ladder.state import as_stored, last_row, spent, state_of
+from allometry.studies.ladder.share import Plan, PlannedRun
+from allometry.studies.ladder.state import as_stored, spent, state_of
+from allometry.trainer.state.status import last_row
 from allometry.trainer.stop import StopSignals
 
 Say = Callable[[str], None]
@@ -37,12 +37,12 @@ class Ended:
     stopped: str | None = None
 
 
-def train_runs(plan: LadderPlan, wanted: Sequence[PlannedRun], parallel: int, say: Say) -> Ended:
+def train_runs(plan: Plan, wanted: Sequence[PlannedRun], parallel: int, say: Say) -> Ended:
     """Train what is missing of ``wanted``, each after the run it branches from.
 
     A run that fails leaves the others their turn, but not those that branch from it. A signal stops
     what is running with a checkpoint, and nothing more is begun. Raises UserError: a folder holds
-    another run than the ladder's.
+    another run than the planned one.
     """
     missing = [run for run in wanted if state_of(run).stage != "done"]
     names = {run.name for run in missing}
@@ -78,7 +78,7 @@ class _Board:
     """What is to be done, what is being done, and how far all of it is; shared by the slots."""
 
     def __init__(
-        self, plan: LadderPlan, todo: list[PlannedRun], total: int, say: Say, parallel: int
+        self, plan: Plan, todo: list[PlannedRun], total: int, say: Say, parallel: int
     ) -> None:
         self.plan, self.total, self.parallel = plan, total, parallel
         self.ended = Ended()
@@ -207,7 +207,7 @@ _Child = subprocess.Popen[str]
 
 def _serve(board: _Board) -> None:
     """Train runs in one slot until none is left."""
-    slot = _Torchrun(board) if board.plan.ladder.launch.processes > 1 else _Worker(board)
+    slot = _Torchrun(board) if board.plan.processes > 1 else _Worker(board)
     try:
         while (run := board.take()) is not None:
             begun = time.monotonic()
@@ -225,7 +225,7 @@ def _serve(board: _Board) -> None:
         slot.close()
 
 
-def write_config(plan: LadderPlan, run: PlannedRun) -> Path:
+def write_config(plan: Plan, run: PlannedRun) -> Path:
     """Write a run's whole description beside the ladder's; ``allometry train`` takes it, too."""
     path = plan.folder / "configs" / f"{run.name}.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -295,7 +295,7 @@ class _Torchrun:
         threads = os.environ.get("OMP_NUM_THREADS", "1")
         with open(log, "a", encoding="utf-8") as out:
             process = subprocess.Popen(
-                [sys.executable, *torchrun(self._board.plan.ladder.launch.processes, config)],
+                [sys.executable, *torchrun(self._board.plan.processes, config)],
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 text=True,

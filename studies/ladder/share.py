@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
 from allometry.configs.format import first_names
 from allometry.configs.run import RunConfig
@@ -21,7 +21,8 @@ class PlannedRun:
     """A run of the ladder: ``config`` is its whole description, ``parent`` in it where it branches.
 
     ``parameters`` N by the ladder's count; ``tokens`` D and ``flops`` C of the whole run, in whole
-    steps; ``own_flops``: without the steps that it takes over from its parent.
+    steps; ``own_flops``: without the steps that it takes over from its parent. ``of``: what it is a
+    run of; one of a ladder may be trained from scratch where its parent has not kept the step.
     """
 
     name: str
@@ -35,6 +36,7 @@ class PlannedRun:
     flops: int
     parent: str | None = None
     parent_step: int = 0
+    of: Literal["ladder", "tree"] = "ladder"
 
     @property
     def own_flops(self) -> int:
@@ -46,6 +48,17 @@ class PlannedRun:
     def folder(self) -> Path:
         """Its run folder."""
         return Path(self.config.run.folder)
+
+
+class Plan(Protocol):
+    """Runs that are trained together, each by ``processes`` ranks, in a folder of their own."""
+
+    @property
+    def folder(self) -> Path: ...  # noqa: D102
+    @property
+    def runs(self) -> tuple[PlannedRun, ...]: ...  # noqa: D102
+    @property
+    def processes(self) -> int: ...  # noqa: D102
 
 
 def share(runs: list[PlannedRun]) -> tuple[list[PlannedRun], list[str]]:

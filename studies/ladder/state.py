@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
-import os
-import socket
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,12 +13,12 @@ from allometry.configs.errors import ConfigError, UserError
 from allometry.configs.loader import load
 from allometry.configs.run import RunConfig
 from allometry.laws.runs import read_lines
-from allometry.studies.ladder.plan import LadderPlan
-from allometry.studies.ladder.share import PlannedRun
+from allometry.studies.ladder.share import Plan, PlannedRun
+from allometry.trainer.state.status import is_held, last_row
 from allometry.trainer.state.unchanged import differences, rates_part
 
+_COMMANDS = {"ladder": "allometry ladder run", "tree": "allometry branch --tree"}
 Stage = Literal["planned", "running", "partial", "diverged", "done", "changed"]
-_TAIL = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -84,13 +81,14 @@ def spent(run: PlannedRun, state: RunState) -> int:
 
 
 def as_stored(
-    run: PlannedRun, plan: LadderPlan, coming: Collection[str]
+    run: PlannedRun, plan: Plan, coming: Collection[str]
 ) -> tuple[PlannedRun, str | None]:
     """Return the run as its folder can go on with, and a remark where that is not as planned.
 
     A run that has begun keeps the parent that it has. One whose parent has not kept the step, and
     is not among the runs to be trained before it (``coming``), is trained from scratch. Raises
-    UserError: its folder holds a run that computes something else.
+    UserError: its folder holds a run that computes something else, or it is of a tree and cannot
+    branch.
     """
     stored = check_stored(run)
     if stored is not None:
@@ -101,6 +99,11 @@ def as_stored(
     parent = next(other for other in plan.runs if other.name == run.parent)
     checkpoint = parent.folder / "checkpoints" / f"step-{run.parent_step}"
     if parent.name not in coming and not (checkpoint / "complete.json").is_file():
+        if run.of == "tree":
+            raise UserError(
+                f"{run.name} branches from step {run.parent_step} of {parent.name}, whose folder "
+                f"{parent.folder} has not kept it; remove that folder to train it again"
+            )
         alone = replace(_with_parent(run, None), parent=None, parent_step=0)
         return alone, (
             f"{run.name}: {parent.name} has not kept step {run.parent_step}, so it is trained from "
@@ -127,7 +130,7 @@ def stated(run: PlannedRun) -> tuple[RunState, str | None]:
 def check_stored(run: PlannedRun) -> RunConfig | None:
     """Return the description that the run's folder has; None where it has not begun.
 
-    Raises UserError: it is of a run that computes something else than the ladder now says.
+    Raises UserError: it is of a run that computes something else than is planned now.
     """
     path = run.folder / "config.yaml"
     if not path.is_file():
@@ -137,70 +140,32 @@ def check_stored(run: PlannedRun) -> RunConfig | None:
     except ConfigError as error:
         raise UserError(
             f"{path} was written by another version ({error}); remove that run's folder or "
-            "choose another folder for the ladder"
+            f"choose another folder for the {run.of}"
         ) from None
     for key, before, now in differences(stored, run.config):
         if not key.startswith("run.parent"):
             raise UserError(
-                f"{run.folder} was trained with {key}={before!r}, and the ladder now says {now!r}; "
-                "restore it, remove that folder, or choose another folder for the ladder"
+                f"{run.folder} was trained with {key}={before!r}, and the {run.of} now says "
+                f"{now!r}; restore it, remove that folder, or choose another folder for the "
+                f"{run.of}"
             )
     part = rates_part(stored, run.config, run.steps)
     if part is not None:
         raise UserError(
             f"{run.folder} was begun with other learning rates from step {part} on, or another "
-            "length, than the ladder now says; restore it, remove that folder, or choose another "
-            "folder for the ladder"
+            f"length, than the {run.of} now says; restore it, remove that folder, or choose "
+            f"another folder for the {run.of}"
         )
     return stored
 
 
-def last_row(path: Path) -> dict[str, Any]:
-    """Return the last whole row of metrics.jsonl; empty without one."""
-    if not path.is_file():
-        return {}
-    with open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - _TAIL))
-        lines = file.read().split(b"\n")
-    for line in reversed(lines[:-1]):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            return row
-    return {}
-
-
-def is_held(path: Path) -> bool:
-    """Whether a live process of this machine, or one of another machine, holds a run's lock.
-
-    The lock is only tried where its last owner may live, so that nobody who takes it is disturbed.
-    """
-    try:
-        words = path.read_text(encoding="utf-8").split()
-        owner, host = int(words[1]), words[3]
-    except (OSError, ValueError, IndexError):
-        return False
-    if host == socket.gethostname() and not Path(f"/proc/{owner}").exists():
-        return False
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    finally:
-        os.close(handle)
-    return False
-
-
 @contextmanager
-def only_one(folder: Path) -> Iterator[None]:
-    """Keep a second process from training the ladder meanwhile.
+def only_one(folder: Path, of: str = "ladder") -> Iterator[None]:
+    """Keep a second process from training the ladder, or tree, meanwhile.
 
     Raises UserError: one does, or the folder cannot be written.
     """
-    path = folder / "ladder.lock"
+    path = folder / f"{of}.lock"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(path, "a", encoding="utf-8")  # noqa: SIM115
@@ -213,6 +178,6 @@ def only_one(folder: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(
-                f"another allometry ladder run works in {folder}; wait for it or stop it"
+                f"another {_COMMANDS[of]} works in {folder}; wait for it or stop it"
             ) from None
         yield

@@ -163,6 +163,7 @@ def read_pools(
         packing="concatenated",
         tokenizer=data.tokenizer,
         sources=data.sources,
+        replay=data.replay,
     )
     stream = Stream(plain, seed)
     short = {name for name, epochs in stream.epochs(sum(counts)).items() if epochs > 1.0}

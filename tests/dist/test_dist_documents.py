@@ -116,7 +116,9 @@ def errors(run: RunConfig, planned: Planned | None = None, misplace: bool = Fals
             for batch in mine:
                 batch.documents.positions_BL.zero_()
         groups = len(dist.distributed_c10d._world.pg_map)
-        found = certificate.layout_steps(run, mesh, [mine])
+        with tiny.small_activations_go() as moved:
+            found = certificate.layout_steps(run, mesh, [mine])
+        assert moved or not run.training.activation_offload
         assert len(dist.distributed_c10d._world.pg_map) == groups, "no group after the start"
         apart = certificate.differences(found, wanted)
         for kind in ("sums", "grad_norm", "routing", "routers"):  # filling is not seen
@@ -173,6 +175,19 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "hdp3-full": (3, {"activation_checkpointing": "full"}),
     "hdp3-compiled": (3, {"compile": True}),
     "hdp3-offload": (3, {"context": {"offload": "selective"}, "layers": 4}),
+    "hdp3-all-offloaded": (
+        3,
+        {"activation_offload": 1.0, "activation_checkpointing": "full", "layers": 4},
+    ),
+    "pp2-hdp2-half-offloaded": (
+        4,
+        {
+            "parallel": {"pp": 2, "zero": {"stage": 1}},
+            "context": {"capacity_tokens": 96, "policy": "pipeline_balanced"},
+            "activation_offload": 0.5,
+            "layers": 8,
+        },
+    ),
     "pp2-hdp2": (4, {"parallel": {"pp": 2}, "context": {"capacity_tokens": 96}}),
     "pp2-hdp2-balanced-by-pipeline": (
         4,
@@ -222,7 +237,9 @@ def test_planned_documents_in_fp32(run_ranks: RunRanks, store: str, name: str) -
     assert max(found) <= 1e-5
 
 
-@pytest.mark.parametrize("name", ["hdp4", "hdp4-zero3", "hdp3-full", "hdp3-offload"])
+@pytest.mark.parametrize(
+    "name", ["hdp4", "hdp4-zero3", "hdp3-full", "hdp3-offload", "hdp3-all-offloaded"]
+)
 def test_planned_documents_with_activations_saved_in_fp8(
     run_ranks: RunRanks, store: str, name: str
 ) -> None:

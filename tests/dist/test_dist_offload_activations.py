@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -14,8 +15,8 @@ import tiny
 from allometry.configs.run import RunConfig
 from allometry.models.moe import begin_step, routers
 from allometry.parallel.apply import Parallel
-from allometry.parallel.hdp.offload import ActivationStore
 from allometry.parallel.mesh import Mesh
+from allometry.parallel.offload.store import ActivationStore
 
 RunRanks = Callable[..., list[Any]]
 COUNT = 4
@@ -36,12 +37,14 @@ def config(
     moe: bool = False,
     checkpointing: str = "none",
     compiled: bool = False,
+    offload: float = 0.0,
     **parallel: Any,
 ) -> RunConfig:
     given = tiny.config(0, dtype).model_dump()
     given["model"] |= {"num_layers": layers, "width": 24, "num_heads": 4, "num_kv_heads": 2}
     given["model"] |= MOE if moe else {}
     given["training"] |= {"activation_checkpointing": checkpointing, "compile": compiled}
+    given["training"] |= {"activation_offload": offload}
     given["batch"]["sequences"] = 2 * COUNT
     given["parallel"] |= parallel
     return RunConfig.model_validate(given)
@@ -73,7 +76,7 @@ def moved(run: RunConfig, share: float = 1.0, losing: bool = False) -> dict[str,
         expected = gradients(made, mesh, 0.0)
         stores = {}
         for stage, part in made.parts.items():
-            store = ActivationStore(part, mesh.device, SMALL)
+            store = ActivationStore(part, mesh.device, smallest_bytes=SMALL)
             if losing:
                 whole = store.fetch
                 store.fetch = lambda host, whole=whole: whole(torch.zeros_like(host))
@@ -151,3 +154,54 @@ def test_schedules_of_many_stages(run_ranks: RunRanks, schedule: str, moe: bool)
     run = config(pp=2, layers=12, moe=moe, pipeline={"schedule": schedule})
     halves = schedule != "interleaved_1f1b"
     check(run_ranks(moved, 2, run, timeout_s=120.0), halves=halves)
+
+
+def of_every_micro_batch(run: RunConfig) -> dict[str, Any]:
+    """(On each rank) the same, with what ``training.activation_offload`` asks for; two steps."""
+    plain = run.model_copy(
+        update={"training": run.training.model_copy(update={"activation_offload": 0.0})}
+    )
+    with tiny.mesh(run) as mesh, tiny.small_activations_go():
+        expected = gradients(tiny.parallel(plain, mesh), mesh, 0.0)
+        made = tiny.parallel(run, mesh)
+        steps, allocations = [], []
+        for _ in range(2):
+            steps.append(gradients(made, mesh, 0.0))
+            allocations.append([store.pool.allocations for store in made.stores])
+        gc.collect()  # torch's halves leave cycles
+        return {
+            "stores": len(made.stores),
+            "same": all(torch.equal(s[name], expected[name]) for s in steps for name in expected),
+            "allocations": allocations,
+            "used": sum(store.pool.used_bytes for store in made.stores),
+            "out": {i: store.bytes_out for i, store in enumerate(made.stores)},
+            "in": {i: store.bytes_in for i, store in enumerate(made.stores)},
+        }
+
+
+OF_EVERY: dict[str, dict[str, Any]] = {
+    "zero3 full": {"dtype": "fp64", "zero": {"stage": 3}, "checkpointing": "full", "offload": 0.5},
+    "ep2 moe": {"dtype": "fp64", "ep": 2, "moe": True, "offload": 1.0},
+    "pp2": {"dtype": "fp64", "pp": 2, "layers": 7, "offload": 1.0},
+    "pp2 zbv": {
+        "dtype": "fp64",
+        "pp": 2,
+        "layers": 12,
+        "pipeline": {"schedule": "zbv_zero_bubble"},
+        "offload": 1.0,
+    },
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if "zbv" in n else n for n in OF_EVERY],
+)
+def test_a_share_of_every_micro_batch(run_ranks: RunRanks, name: str) -> None:
+    """Several are in flight in a pipeline; the second step finds the host's memory of the first."""
+    results = run_ranks(of_every_micro_batch, 2, config(**OF_EVERY[name]), timeout_s=120.0)
+    check(results, halves="zbv" in name)
+    for found in results:
+        assert found["stores"] == (2 if "zbv" in name else 1)
+        assert found["used"] == 0
+        assert found["allocations"][0] == found["allocations"][1]

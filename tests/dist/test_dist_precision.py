@@ -92,6 +92,7 @@ def errors(config: RunConfig) -> dict[str, float]:
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp=2": (2, {"tp": 2}),
+    "tp=2, chunked": (2, {"tp": 2, "tp_overlap": "chunked"}),
     "hdp=2, zero 3": (2, {"hdp": 2, "zero": {"stage": 3}}),
     "pp=2": (2, {"pp": 2}),
     "zbv": (2, {"pp": 2, "pipeline": {"schedule": "zbv_zero_bubble"}}),
@@ -100,6 +101,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 OF_EXPERTS: dict[str, tuple[int, dict[str, Any]]] = {
     "ep=2": (2, {"hdp": 2, "ep": 2}),
     "tp=2": (2, {"tp": 2}),
+    "tp=2, whole experts": (2, {"tp": 2, "expert_tp": 1}),
     "ep=2, tp=2, zero 1": (4, {"hdp": 2, "ep": 2, "tp": 2, "zero": {"stage": 1}}),
 }
 

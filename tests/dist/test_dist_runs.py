@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from allometry.configs.run import RunConfig
-from run_folders import rows
+from run_folders import events, rows
 from thinned import thinned
 
 Ranks = Callable[..., list[Any]]
@@ -61,6 +61,32 @@ def test_a_run_moves_between_layouts(tiny: Make, run_ranks: Ranks, tmp_path: Pat
     flops = [[row["flops"] for row in rows(folder)] for folder in (moving, tmp_path / "straight")]
     assert flops[0] == flops[1]  # of the documents of all ranks
     assert moved[:5] != pytest.approx(losses(straight)[1:6], rel=1e-5), "the comparison can fail"
+
+
+def test_a_mixture_changes_while_a_run_moves_between_layouts(
+    tiny: Make, run_ranks: Ranks, tmp_path: Path
+) -> None:
+    """The same samples and what they were before: edited on two ranks, declared on one."""
+    few = ("training.total_steps=8", "checkpoint.every_steps=2", "evaluation.every_steps=4")
+    old = "data.replay={ratio: 0.25, sources: [down]}"
+    new = "data.replay={ratio: 0.9, sources: [down]}"
+    change = "changes: [{after_tokens: 1024, ratio: 0.9}]"
+    declared = f"data.replay={{ratio: 0.25, sources: [down], {change}}}"
+    straight, moving = tmp_path / "straight", tmp_path / "moving"
+    run_ranks(launch, 1, tiny(*few, declared, folder=straight))
+    run_ranks(launch, 2, tiny(*few, old, stage(3), folder=moving), 4)
+    run_ranks(launch, 2, tiny(*few, new, "parallel.pp=2", folder=moving), 6)
+    run_ranks(launch, 1, tiny(*few, new, folder=moving))
+    exact = ("tokens/up", "tokens/down", "unique_tokens/down", "epochs/down")
+    near = ("loss", "loss/up", "loss/down", "forgetting/down")
+    for one, other in zip(rows(straight), rows(moving), strict=True):
+        assert [one[key] for key in exact] == [other[key] for key in exact]
+        assert [key in one for key in near] == [key in other for key in near]
+        there = [key for key in near if key in one]
+        assert [one[key] for key in there] == pytest.approx([other[key] for key in there], abs=2e-5)
+    assert {row["step"] for row in rows(moving) if "forgetting/down" in row} == {4, 8}
+    kinds = [event["event"] for event in events(moving)]
+    assert (kinds.count("mixture_changed"), kinds.count("held_out_before")) == (1, 1)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from allometry.configs.run import RunConfig
-from run_folders import rows
+from run_folders import events, rows
 from test_dist_runs import launch
 from thinned import thinned
 
@@ -23,12 +23,15 @@ Make = Callable[..., RunConfig]
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "alone": (1, {}),
+    "alone-zero3": (1, {"zero": {"stage": 3}}),
     "hdp2-zero1": (2, {"zero": {"stage": 1}}),
     "hdp2-zero3-cpu": (2, {"zero": {"stage": 3, "offload": "cpu"}}),
     "tp2": (2, {"tp": 2}),
     "pp2": (2, {"pp": 2}),
     "hdp2-tp2-zero2": (4, {"tp": 2, "zero": {"stage": 2}}),
     "pp2-hdp2-zero1": (4, {"pp": 2, "zero": {"stage": 1}}),
+    "tp2-zero2": (2, {"tp": 2, "zero": {"stage": 2}}),
+    "pp2-zero1": (2, {"pp": 2, "zero": {"stage": 1}}),
 }
 TIERS: dict[str, dict[str, Any] | None] = {
     "memory": None,
@@ -36,12 +39,26 @@ TIERS: dict[str, dict[str, Any] | None] = {
     "nvme": {"nvme": "SWAP"},
     "half": {"device": 0.5},
     "all": {"device": 0.3, "cpu": 0.4, "nvme": "SWAP"},
+    "cpu-masters": {"master_weights": True},
+    "nvme-masters": {"nvme": "SWAP", "master_weights": True},
+    "all-masters": {"device": 0.3, "cpu": 0.4, "nvme": "SWAP", "master_weights": True},
+    "nvme-gradients": {"nvme": "SWAP", "master_weights": True, "gradients": True},
+    "half-gradients": {"device": 0.5, "gradients": True},
 }
 OPTIMIZERS = {
     "adamw": {"kind": "adamw", "lr": 1e-2},
     "muonh": {"kind": "muonh", "lr": 1e-2, "weight_decay": 0.0},
     "apollo": {"kind": "apollo", "lr": 1e-2},
 }
+RANDOM = {"kind": "fp8", "rounding": "stochastic"}
+IN_FP8 = {
+    "adamw in fp8": OPTIMIZERS["adamw"] | {"states": {"kind": "fp8"}},
+    "adamw in fp8 at random": OPTIMIZERS["adamw"] | {"states": RANDOM},
+    "muonh in fp8": OPTIMIZERS["muonh"] | {"states": {"kind": "fp8"}},
+    "muon in fp8 at random": {"kind": "muon", "lr": 1e-2, "states": RANDOM},
+}
+HALF = "training.compute_dtype=bf16"
+"""In which masters may travel."""
 
 
 def prepared(
@@ -59,7 +76,7 @@ def prepared(
         parallel.setdefault("zero", {})["optimizer_states"] = states
     return tiny(
         f"parallel={json.dumps(parallel)}",
-        f"optimizer={json.dumps(OPTIMIZERS[optimizer])}",
+        f"optimizer={json.dumps((OPTIMIZERS | IN_FP8)[optimizer])}",
         *("model.width=64", "model.ffn_width=160", "model.num_layers=4"),
         *more,
         folder=folder,
@@ -146,17 +163,189 @@ def test_every_tier_gives_the_bits_of_memory(
         assert swap.stat().st_mode & 0o777 == 0o700
 
 
-def test_a_run_resumes_from_every_tier_to_every_tier(
+@pytest.mark.parametrize(
+    ("layout", "tier", "optimizer"),
+    thinned(
+        {("hdp2-zero1", "nvme", "adamw in fp8")},
+        [
+            ("alone", "all", "adamw in fp8 at random"),
+            ("alone", "nvme", "muon in fp8 at random"),
+            ("hdp2-zero1", "nvme", "adamw in fp8"),
+            ("hdp2-zero1", "all", "muonh in fp8"),
+            ("hdp2-zero3-cpu", "nvme", "adamw in fp8 at random"),
+            ("tp2", "cpu", "adamw in fp8"),
+            ("pp2", "all", "muon in fp8 at random"),
+        ],
+    ),
+)
+def test_states_in_fp8_have_the_bits_of_memory_too(
+    tiny: Make, run_ranks: Ranks, tmp_path: Path, layout: str, tier: str, optimizer: str
+) -> None:
+    memory = prepared(tiny, tmp_path / "memory", layout, "memory", optimizer)
+    away = prepared(tiny, tmp_path / "tiers", layout, tier, optimizer)
+    for config in (memory, away):
+        run_ranks(launch, LAYOUTS[layout][0], config)
+    wanted = bits(memory, 20)
+    assert_same_bits(bits(away, 20), wanted)
+    codes = [tensor for name, tensor in wanted.items() if name.endswith(".q")]
+    assert codes
+    assert all(tensor.dtype is torch.float8_e4m3fn for tensor in codes)
+    (said,) = (one for one in events(tmp_path / "tiers") if one["event"] == "optimizer_states")
+    travels = said["cpu_bytes"] + said["nvme_bytes"]
+    assert travels > 0.3 * sum(tensor.nbytes for tensor in codes) / LAYOUTS[layout][0]
+
+
+def test_states_in_fp8_resume_from_place_to_place(
     tiny: Make, run_ranks: Ranks, tmp_path: Path
 ) -> None:
-    straight = prepared(tiny, tmp_path / "straight", "hdp2-zero1", "memory")
+    optimizer, ranks = "adamw in fp8 at random", 2
+    straight = prepared(tiny, tmp_path / "straight", "hdp2-zero1", "memory", optimizer)
+    run_ranks(launch, ranks, straight)
+    path = ["memory", "nvme", "all", "memory"]
+    for stop, tier in enumerate(path, start=1):
+        config = prepared(tiny, tmp_path / "moving", "hdp2-zero1", tier, optimizer)
+        run_ranks(launch, ranks, config, 5 * stop if stop < len(path) else None)
+    assert_same_bits(bits(config, 20), bits(straight, 20))
+    told = [one["event"] for one in events(tmp_path / "moving")]
+    assert "states_converted" not in told
+
+
+@pytest.mark.parametrize("to", thinned({"other groups"}, ["fp8", "other groups", "fp32"]))
+def test_states_are_converted_in_tiers_as_in_memory(
+    tiny: Make, run_ranks: Ranks, tmp_path: Path, to: str
+) -> None:
+    """A branch to FP8, and to fp32; a layout that cuts columns within groups."""
+    layout, before, after = {
+        "fp8": ("alone", "adamw", "adamw in fp8 at random"),
+        "other groups": ("tp2", "adamw in fp8", "adamw in fp8"),
+        "fp32": ("alone", "adamw in fp8", "adamw"),
+    }[to]
+    parent = prepared(tiny, tmp_path / "parent", "alone", "nvme", before)
+    run_ranks(launch, 1, parent, 10)
+    said = f"run.parent={{folder: {parent.run.folder}, step: 10}}"
+    found = []
+    for tier in ("memory", "all"):
+        config = prepared(tiny, tmp_path / tier, layout, tier, after, said)
+        run_ranks(launch, LAYOUTS[layout][0], config)
+        found.append((bits(config, 20), [row["loss"] for row in rows(tmp_path / tier)]))
+        (told,) = (one for one in events(tmp_path / tier) if one["event"] == "states_converted")
+        assert told["states"] > 10
+    assert_same_bits(found[1][0], found[0][0])
+    assert found[1][1] == found[0][1]
+
+
+@pytest.mark.parametrize(
+    ("layout", "tier", "optimizer"),
+    thinned(
+        {
+            ("hdp2-zero3-cpu", "nvme-masters", "adamw"),
+            ("tp2-zero2", "nvme-gradients", "muonh"),
+            ("pp2-zero1", "nvme-gradients", "adamw"),
+        },
+        [
+            (layout, tier, optimizer)
+            for layout in LAYOUTS
+            if LAYOUTS[layout][1].get("zero")
+            for tier in (
+                *("cpu-masters", "nvme-masters", "all-masters"),
+                *("nvme-gradients", "half-gradients"),
+            )
+            for optimizer in OPTIMIZERS
+            if layout != "hdp2-zero3-cpu" or tier == "nvme-masters"
+        ],
+    ),
+)
+def test_masters_elsewhere_give_the_bits_of_memory(
+    tiny: Make,
+    run_ranks: Ranks,
+    tmp_path: Path,
+    in_memory: dict[tuple[str, str], dict[str, Tensor]],
+    layout: str,
+    tier: str,
+    optimizer: str,
+) -> None:
+    world_size, key = LAYOUTS[layout][0], (f"{layout}-bf16", optimizer)
+    monitors = "record.monitors.every_steps=5"
+    if key not in in_memory:
+        config = prepared(tiny, tmp_path / "memory", layout, "memory", optimizer, HALF, monitors)
+        run_ranks(launch, world_size, config)
+        in_memory[key] = bits(config, 20)
+    config = prepared(tiny, tmp_path / "tiers", layout, tier, optimizer, HALF, monitors)
+    run_ranks(launch, world_size, config, 7)
+    run_ranks(launch, world_size, config)
+    assert_same_bits(bits(config, 20), in_memory[key])
+    if (tmp_path / "memory").exists():
+        wanted, got = (rows(tmp_path / name) for name in ("memory", "tiers"))
+        seen = [key for key in wanted[4] if key.startswith("monitors/")] + ["grad_norm"]
+        assert any("param_rms" in key for key in seen)
+        assert any("grad_rms" in key for key in seen)
+        assert [[row[key] for key in seen] for row in got[4::5]] == [
+            [row[key] for key in seen] for row in wanted[4::5]
+        ]
+    said = next(one for one in events(tmp_path / "tiers") if one["event"] == "optimizer_states")
+    assert (said["parameters_bytes"] > 0) == (tier != "half-gradients")
+
+
+MOE = (
+    "model={kind: moe, vocab_size: 64, width: 64, num_layers: 3, num_heads: 4, num_kv_heads: 2, "
+    "first_dense_layers: 1, ffn_width: 160, "
+    "experts: {kind: swiglu, num_experts: 4, experts_per_token: 2, width: 48}}"
+)
+ALL_AWAY: dict[str, Any] = {"master_weights": True, "gradients": True, "bucket_mib": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "parallel", "more"),
+    [
+        (2, {"ep": 2, "zero": {"stage": 2}}, (MOE, "optimizer.states={kind: fp8}")),
+        pytest.param(2, {"zero": {"stage": 3}}, (MOE,), marks=pytest.mark.slow),
+        pytest.param(4, {"zero": {"stage": 2, "replicas": 2}}, (), marks=pytest.mark.slow),
+        pytest.param(2, {"pp": 2, "zero": {"stage": 2}}, ("tied",), marks=pytest.mark.slow),
+    ],
+    ids=["experts-fp8", "experts", "replicas", "tied-pp2"],
+)
+def test_all_away_in_other_layouts(
+    tiny: Make,
+    run_ranks: Ranks,
+    tmp_path: Path,
+    ranks: int,
+    parallel: dict[str, Any],
+    more: tuple[str, ...],
+) -> None:
+    found = []
+    model = ("model.width=64", "model.ffn_width=160") if MOE not in more else ()
+    more = tuple("model.tied_embeddings=true" if each == "tied" else each for each in more)
+    for states in (None, ALL_AWAY | {"nvme": str(tmp_path / "swap")}):
+        zero = {"zero": parallel["zero"] | {"optimizer_states": states}}
+        folder = tmp_path / ("away" if states else "memory")
+        config = tiny(f"parallel={json.dumps(parallel | zero)}", HALF, *model, *more, folder=folder)
+        run_ranks(launch, ranks, config)
+        found.append(bits(config, 20))
+    assert_same_bits(*found)
+    said = next(one for one in events(tmp_path / "away") if one["event"] == "optimizer_states")
+    assert said["parameters_bytes"] > 0
+
+
+STATES_PATH = ["memory", "cpu", "nvme", "memory", "nvme", "cpu", "memory", "all", "half", "nvme"]
+STATES_PATH += ["all", "cpu", "all"]
+MASTERS_PATH = ["memory", "nvme-gradients", "memory", "cpu-masters", "nvme-masters", "nvme"]
+MASTERS_PATH += ["all-masters", "half-gradients", "nvme-gradients", "nvme-gradients"]
+
+
+@pytest.mark.parametrize(
+    ("path", "more"),
+    [(STATES_PATH, ()), pytest.param(MASTERS_PATH, (HALF,), marks=pytest.mark.slow)],
+    ids=["states", "masters"],
+)
+def test_a_run_resumes_from_every_tier_to_every_tier(
+    tiny: Make, run_ranks: Ranks, tmp_path: Path, path: list[str], more: tuple[str, ...]
+) -> None:
+    straight = prepared(tiny, tmp_path / "straight", "hdp2-zero1", "memory", "adamw", *more)
     run_ranks(launch, 2, straight)
     wanted = bits(straight, 20)
     moving = tmp_path / "moving"
-    path = ["memory", "cpu", "nvme", "memory", "nvme", "cpu", "memory", "all", "half", "nvme"]
-    path += ["all", "cpu", "all"]
     for stop, tier in enumerate(path, start=1):
-        config = prepared(tiny, moving, "hdp2-zero1", tier)
+        config = prepared(tiny, moving, "hdp2-zero1", tier, "adamw", *more)
         run_ranks(launch, 2, config, stop if stop < len(path) else None)
     assert_same_bits(bits(config, 20), wanted)
     assert [row["loss"] for row in rows(moving)] == [

@@ -5,7 +5,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -24,6 +25,7 @@ from allometry.models.loss import IGNORE
 from allometry.models.transformer import Part, Transformer
 from allometry.parallel.apply import Parallel, materialize, parallelize
 from allometry.parallel.mesh import Mesh, open_mesh
+from allometry.parallel.offload.store import ActivationStore
 from allometry.parallel.reduce import GradientSync
 from allometry.scaling.layout import Layout
 from allometry.scaling.parameterization import Parameterization
@@ -138,7 +140,7 @@ def distributed(run: RunConfig, mesh: Mesh) -> tuple[Transformer, GradientSync]:
 def mesh(run: RunConfig | None = None) -> Mesh:
     """The ranks as ``run`` arranges them, all on the hdp axis without one, on the CPU."""
     degrees = run.parallel if run is not None else ParallelConfig()
-    return open_mesh(degrees.model_copy(update={"timeout_s": 30}), torch.device("cpu"))
+    return open_mesh(degrees.model_copy(update={"timeout_s": 80}), torch.device("cpu"))
 
 
 def global_count(batches: Sequence[MicroBatch | DeviceBatch]) -> int:
@@ -170,6 +172,25 @@ def backward_shared(
 
 def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@contextmanager
+def small_activations_go() -> Iterator[list[int]]:
+    """Let offload move what a tiny model keeps; the bytes of each tensor that went."""
+    defaults, send = ActivationStore.__init__.__kwdefaults__, ActivationStore.send
+    usual, moved = dict(defaults), []
+
+    def counted(store: ActivationStore, source: Tensor) -> Any:
+        moved.append(source.numel())
+        return send(store, source)
+
+    defaults["smallest_bytes"] = 400
+    ActivationStore.send = counted
+    try:
+        yield moved
+    finally:
+        defaults.update(usual)
+        ActivationStore.send = send
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:

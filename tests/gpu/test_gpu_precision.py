@@ -63,6 +63,41 @@ def test_numbers_are_quantised_as_on_a_cpu() -> None:
         assert torch.equal(finite, there.values.float().isfinite().cpu())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("block", [fp8.SAVED, (1, None), (1, 128)])
+def test_one_pass_has_the_bits_of_torchs_operators(dtype: torch.dtype, block: fp8.Block) -> None:
+    from allometry.models import fp8_triton
+
+    torch.manual_seed(0)
+    scale_dtype = torch.bfloat16 if block == fp8.SAVED else torch.float32
+
+    def check(got: fp8.Quantised, of: torch.Tensor, *how: Any) -> None:
+        wanted = fp8.quantise(of.reshape(-1, of.shape[-1]), *how)
+        assert torch.equal(got.scales, wanted.scales)
+        bits = [side.values.view(torch.uint8) for side in (got, wanted)]
+        assert torch.equal(*bits)
+
+    for columns in (64, 2048, 5632):
+        x = (torch.randn(300, columns, device="cuda") * 3.0).to(dtype)
+        for kind in (fp8.E4M3, fp8.E5M2):
+            how = block, kind, scale_dtype
+            check(fp8_triton.quantise(x, *how), x, *how)
+        saved = fp8.SAVED, fp8.E4M3, torch.bfloat16
+        normed = fp8_triton.norm(x, torch.ones_like(x[0]), 1e-5, block)
+        check(normed.saved, x, *saved)
+        assert normed.small is not None
+        check(normed.small, normed.y, block, fp8.E4M3, scale_dtype)
+        twin = torch.nn.functional.rms_norm(x.float(), (columns,), eps=1e-5)
+        assert float((normed.y.float() - twin).abs().max()) <= 2**-7 * float(twin.abs().max())
+        gated = fp8_triton.swiglu(x, block)
+        check(gated.saved, x, *saved)
+        assert gated.small is not None
+        check(gated.small, gated.h, block, fp8.E4M3, scale_dtype)
+        gate, up = x.chunk(2, -1)
+        twin = torch.nn.functional.silu(gate.float()) * up.float()
+        assert float((gated.h.float() - twin).abs().max()) <= 2**-6 * float(twin.abs().max())
+
+
 def test_experts_equal_their_twin() -> None:
     torch.manual_seed(0)
     x = torch.randn(700, 256).bfloat16()

@@ -12,18 +12,14 @@ import torch
 from torch import Tensor
 
 from allometry.configs.run import RunConfig
-from allometry.models.grouped import (
-    Sorting,
-    grouped_linear,
-    loop_linear,
-    sort_by_expert,
-    sorted_by_sort,
-)
+from allometry.models.grouped import grouped_linear, loop_linear
+from allometry.models.visits import Sorting, sort_by_expert, sorted_by_sort
 from allometry.optim.newton_schulz import DION, newton_schulz, orthogonal
 from allometry.trainer.feed import DeviceBatch
 from allometry.trainer.loop import Loop
 from allometry.trainer.train import train
 from run_folders import events, rows
+from small_experts import experts_model
 
 pytestmark = [
     pytest.mark.gpu,
@@ -39,23 +35,7 @@ FIXED = (
     "record.monitors.singular_values_every_steps=null",
 )
 SHAPE = ("model.width=128", "model.ffn_width=256", "model.num_heads=4", "model.num_kv_heads=2")
-EXPERTS = {
-    "kind": "moe",
-    "vocab_size": 64,
-    "width": 128,
-    "num_layers": 2,
-    "num_heads": 4,
-    "num_kv_heads": 2,
-    "experts": {
-        "kind": "swiglu",
-        "num_experts": 8,
-        "experts_per_token": 2,
-        "width": 64,
-        "num_shared_experts": 1,
-    },
-    "router": {"gate": "sqrt", "z_loss": 1e-3},
-}
-MODELS = {"dense": SHAPE, "experts": (f"model={json.dumps(EXPERTS)}",)}
+MODELS = {"dense": SHAPE, "experts": (f"model={json.dumps(experts_model(width=128))}",)}
 
 
 @pytest.fixture(autouse=True)

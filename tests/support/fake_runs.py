@@ -129,7 +129,9 @@ def _rows(
             "s2": s2_T[i],
         }
         for name, share in shares.items():
-            row |= {f"loss/{name}": loss_T[i], f"tokens/{name}": int(tokens_T[i] * share)}
+            read = int(tokens_T[i] * share)
+            row |= {f"loss/{name}": loss_T[i], f"tokens/{name}": read}
+            row |= {f"unique_tokens/{name}": min(read, 5000), f"epochs/{name}": read / 5000}
             if evaluated and name in held_out:
                 row[f"validation/{name}"] = loss_T[i] + {"web": 0.1, "code": -0.3}[name]
         rows.append(row)

@@ -100,3 +100,19 @@ def test_ratios_are_of_parts_with_the_same_model(throughput: ModuleType) -> None
     parts = {part.name: part for part in throughput.PARTS}
     for ratio in throughput.RATIOS:
         assert parts[ratio.part].shape == parts[ratio.over].shape
+
+
+@pytest.mark.parametrize("rehearsed", [False, True])
+def test_every_place_of_states_is_a_configuration_that_loads(
+    throughput: ModuleType, tmp_path: Path, rehearsed: bool
+) -> None:
+    import offload  # type: ignore[import-not-found]  # beside throughput.py
+
+    shapes = throughput.REHEARSED if rehearsed else throughput.SHAPES
+    bench = throughput.Bench(shapes, "cpu", tmp_path, math.inf)
+    path = tmp_path / "config.yaml"
+    for part in offload.PARTS:
+        shape = shapes[part.shape]
+        path.write_text(json.dumps(bench.config(part, shape, shape.micro_batches[0], tmp_path)))
+        assert load(path).parallel.zero.stage == 3
+    test_ratios_are_of_parts_with_the_same_model(offload)

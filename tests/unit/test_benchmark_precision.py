@@ -42,9 +42,17 @@ def test_plain_is_e4m3_with_one_scale_for_a_group() -> None:
 
 def test_expansion_is_better_and_exponents_that_stay_are_better_yet() -> None:
     formats = module("contenders.formats")
-    found = formats.once(0.3)
-    assert found["plain update"] / found["expanded update"] > 2.0
-    assert found["expanded m with zeros"] < 0.02
+    ratios = {}
+    for case in formats.CASES:
+        found = formats.once(case)
+        ratios[case] = found["plain update"] / found["expanded update"]
+        assert found["expanded m with zeros"] < 0.02
+        assert found["expanded m"] < found["plain m"]
+    assert ratios["v log-normal, 1.0"] == pytest.approx(2.7, abs=0.1)
+    assert ratios["columns, 0.0"] > ratios["columns, 0.3"] > ratios["columns, 0.5"] > 2.0
+    # In wider groups there is less to expand, until plain E4M3 makes zeros of v.
+    assert 1.9 < ratios["columns, 0.7"] < 2.0
+    assert ratios["columns, 1.0"] > 1000.0
     averages = formats.averaged(0.99, 200)
     assert averages["expanded"] < averages["fresh"] < averages["plain"]
 
@@ -54,7 +62,7 @@ def test_trials_are_kept_and_summed(tmp_path: Path) -> None:
     given = precision.arguments(["--quick", "--kinds", "dense", "--work", str(tmp_path)])
     settings = precision.Settings(given.size, 4, 0.95)
     log = precision.Log(tmp_path / "states.jsonl", settings)
-    for states in precision.STATES:
+    for states in ("fp32", "fp8", "fp8 at random", "plain E4M3"):
         trial = precision.Trial("dense", states, 0)
         log.add(trial, precision.run(settings, trial))
     again: Any = precision.Log(tmp_path / "states.jsonl", settings)
@@ -67,3 +75,39 @@ def test_trials_are_kept_and_summed(tmp_path: Path) -> None:
     mean, half = precision.interval([1.0, 2.0, 3.0])
     assert mean == 2.0
     assert half == pytest.approx(4.303 / 3**0.5, rel=1e-3)
+
+
+def test_torchao_s_states_are_those_of_its_optimizers() -> None:
+    """With fp32 states it takes the steps of ours; and what a format rounds is what it keeps."""
+    torchao = module("contenders.torchao_states")
+    if torchao.missing():
+        pytest.skip(torchao.missing())
+    precision, formats = module("precision"), module("contenders.formats")
+    settings = precision.Settings("tiny", 1, 0.95)
+    batch = precision.source_bytes(8, 128)
+    fp32 = precision.probe_of(settings, precision.Trial("dense", "fp32", 0))
+    first = fp32.step(batch)
+    wanted = fp32.loss(batch)
+    for name in torchao.OPTIMIZERS:
+        probe = precision.probe_of(settings, precision.Trial("dense", name, 0))
+        with torch.compiler.set_stance("force_eager"):
+            assert probe.step(batch) == first
+        # A first step of Adam is the sign of the gradient, whatever the format.
+        assert probe.loss(batch) == pytest.approx(wanted, rel=1e-3)
+        round_to = formats.formats()[name]
+        held = 0
+        pairs = zip(*(precision.parameters_of(p.optimizer) for p in (fp32, probe)), strict=True)
+        for exact, p in pairs:
+            for key in ("exp_avg", "exp_avg_sq"):
+                kept = probe.optimizer.state[p][key]
+                signed = key == "exp_avg"
+                expected = round_to(fp32.optimizer.state[exact][key], signed)
+                is_compressed = hasattr(type(kept), "tensor_attrs")
+                values = kept.dequantize() if is_compressed else kept
+                torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-12)
+                held += is_compressed
+        assert held > 4
+        per_parameter = precision.state_bytes(probe.optimizer) / sum(
+            p.numel() for p in precision.parameters_of(probe.optimizer)
+        )
+        assert 2.0 < per_parameter < 5.0, "the smallest matrices stay fp32"

@@ -16,7 +16,10 @@ MAY_IMPORT = {
     "data": {"configs"},
     "models": {"configs", "scaling"},
     "parallel": {"configs", "scaling", "models"},
-    "optim": {"configs", "scaling", "parallel.mesh", "parallel.deepspeed"},
+    "optim": {
+        *("configs", "scaling", "parallel.mesh", "parallel.buffers"),
+        *("parallel.deepspeed", "parallel.folder"),
+    },
     "trainer": {"configs", "scaling", "laws", "data", "models", "parallel", "optim"},
 }
 MAY_IMPORT["interop"] = {*MAY_IMPORT["trainer"], "trainer"}
@@ -29,7 +32,8 @@ SUB_ROOM_MAY_IMPORT = {
     "laws.forms": {"laws.observations"},
     "laws.fit": {"laws.observations", "laws.registry", "laws.forms"},
     "parallel.hdp": set(),
-    "parallel.deepspeed": {"parallel.mesh", "parallel.reduce"},
+    "parallel.deepspeed": {"parallel.folder", "parallel.mesh", "parallel.reduce"},
+    "parallel.offload": {"parallel.buffers"},
     "optim.offload": {"optim.states"},
     "trainer.state": set(),
     "trainer.record": {
@@ -38,6 +42,7 @@ SUB_ROOM_MAY_IMPORT = {
     "interop.huggingface": set(),
     "studies.certificate": set(),
     "studies.selftest": {"studies.certificate", "studies.rehearse"},
+    "studies.memory": set(),
     "studies.sweeps": set(),
     "studies.ladder": set(),
     "launch.figures": set(),

@@ -105,9 +105,17 @@ _SAID = {
     "{step} on ({reason}), so that the run does not continue to the bit",
     "optimizer_states": "optimizer states of this rank: {device_bytes} bytes on the device, "
     "{cpu_bytes} in the host's memory, {nvme_bytes} in a file",
+    "states_disk": "WARNING: parallel.zero.optimizer_states.nvme={folder} is on {mount} "
+    "({file_system}); {note}",
+    "slow_disk": "WARNING: {waited_percent:.0f}% of the time of steps was spent waiting for the "
+    "disk of {folder} ({gb_per_s:.2f} GB/s); raise optimizer_states.device or .cpu, or use a "
+    "faster disk",
     "states_converted": "optimizer states: {states} were converted, {change}",
     "same_documents": "WARNING: the run that these weights come from has read the documents of "
-    "{sources} in the same order (run.seed={seed}); with another run.seed the order is another",
+    "{sources} in the same order (run.seed={seed}); data.continue_sources: true goes on after "
+    "them, and with another run.seed the order is another",
+    "mixture_changed": "the mixture is another one from step {step} on: {before} became {after}",
+    "sources_continued": "sources go on after what earlier runs have read: epochs {epochs}",
     "advice": "WARNING: {text}",
     "already_finished": "nothing to do: the run is complete, all {step} steps are taken",
     "stopped": "step {step} | stopped by {signal}; the same command continues from here",

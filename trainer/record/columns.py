@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from allometry.scaling.roles import Role
 
 if TYPE_CHECKING:
+    from allometry.data.reading import Account
     from allometry.data.sources import Sources
     from allometry.laws.areas import LearningRateAreas
     from allometry.parallel.hdp.plan import Plan
@@ -66,15 +67,20 @@ class FinishedStep:
         return self.outcome.step
 
     @cached_property
-    def ledger(self) -> dict[str, int]:
-        """Tokens of each source so far."""
-        return self.stream.ledger(self.batch.sequences_before(self.step + 1))
+    def accounts(self) -> dict[str, Account]:
+        """What was read of each source so far."""
+        return self.stream.accounts(self.batch.sequences_before(self.step + 1))
+
+    @cached_property
+    def tokens(self) -> int:
+        """Tokens so far."""
+        return sum(account.tokens for account in self.accounts.values())
 
     @cached_property
     def step_tokens(self) -> int:
         """Tokens of this step."""
         before = self.stream.tokens(self.batch.sequences_before(self.step))
-        return sum(self.ledger.values()) - before
+        return self.tokens - before
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,7 @@ _LOOP = (
         "tokens",
         "tokens",
         "read so far, by all ranks, targets that do not count included",
-        lambda s: sum(s.ledger.values()),
+        lambda s: s.tokens,
     ),
     Column(
         "flops",
@@ -154,11 +160,35 @@ _LOOP = (
         lambda s: s.seconds,
     ),
     Column("loss/SOURCE", "nats", "the same of a source's targets", lambda s: s.losses),
-    Column("tokens/SOURCE", "tokens", "read so far of a source", lambda s: s.ledger),
+    Column(
+        "tokens/SOURCE",
+        "tokens",
+        "read so far of a source",
+        lambda s: {name: account.tokens for name, account in s.accounts.items()},
+    ),
+    Column(
+        "unique_tokens/SOURCE",
+        "tokens",
+        "of these, read for the first time: by this run and those that it goes on after",
+        lambda s: {name: account.unique_tokens for name, account in s.accounts.items()},
+    ),
+    Column(
+        "epochs/SOURCE",
+        "1",
+        "how often a source has been read, by this run and those that it goes on after",
+        lambda s: {name: account.epochs for name, account in s.accounts.items()},
+    ),
     Column(
         "validation/SOURCE",
         "nats",
         "mean loss of held-out tokens after this step, every evaluation.every_steps and at the end",
+        by="evaluate",
+    ),
+    Column(
+        "forgetting/SOURCE",
+        "nats",
+        "of a replayed source: validation/SOURCE less what it was before the first step that "
+        "this run took with data.replay",
         by="evaluate",
     ),
 )
@@ -190,7 +220,21 @@ _PLANS = tuple(
         ("degree/DEGREE", "1", "documents that so many ranks shared"),
         ("balance", "1", "planned time of the step over the mean of what ranks are busy"),
         ("bytes_sent", "bytes", "by rings, forward and backward"),
-        ("offloaded", "1", "share of the tokens' activations in the host's memory"),
+        (
+            "offloaded",
+            "1",
+            "share of the tokens' activations that plans keep in the host's memory "
+            "(parallel.context.offload)",
+        ),
+    )
+)
+
+_OFFLOAD = tuple(
+    Column(f"offload/{name}", "bytes", meaning, by="record.rows")
+    for name, meaning in (
+        ("bytes_out", "of activations that the main rank sent to the host's memory in this step"),
+        ("bytes_in", "of activations that it fetched back"),
+        ("host_bytes", "of the host's memory that it holds for them, used or not"),
     )
 )
 
@@ -282,7 +326,7 @@ _STATES = tuple(
     )
 )
 
-COLUMNS = (*_LOOP, *_ROUTERS, *_PLANS, *_MONITORS, *_STATES, *_FORECAST)
+COLUMNS = (*_LOOP, *_ROUTERS, *_PLANS, *_OFFLOAD, *_MONITORS, *_STATES, *_FORECAST)
 
 
 def row_of(finished: FinishedStep) -> Row:

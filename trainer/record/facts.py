@@ -54,6 +54,7 @@ def run_facts(
             "zero_stage": config.parallel.zero.stage,
             "offload": config.parallel.zero.offload,
             "activation_checkpointing": config.training.activation_checkpointing,
+            "activation_offload": config.training.activation_offload,
             "compile": config.training.compile,
             "cuda_graphs": asdict(choose_graphs(config, mesh)),
             "micro_batch_sequences": config.batch.micro_batch_sequences,

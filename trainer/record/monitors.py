@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,8 +27,9 @@ from allometry.optim.deepspeed import DeepSpeedOptimizer
 from allometry.optim.exchange import ShardedMatrixOps
 from allometry.optim.matrix_ops import squared_norms_of_parts
 from allometry.optim.shards import Placements
+from allometry.optim.tiered import gradient_of, rounded_values_of, values_of
 from allometry.parallel.apply import Parallel
-from allometry.parallel.mesh import AxisName, Mesh, local
+from allometry.parallel.mesh import AxisName, Mesh
 from allometry.scaling.batch import BatchPlan
 from allometry.scaling.roles import Role
 from allometry.scaling.update_rules import UPDATE_RULES
@@ -82,6 +84,7 @@ class Monitors(Callback):
         self._num_layers, self._clip = num_layers, clip_grad_norm
         watches = not isinstance(optimizer, DeepSpeedOptimizer)
         self._changes = Changes(optimizer, mesh) if watches else NoChanges(mesh)
+        self._optimizer = optimizer
         self._spectrum: TopSingularValues | None = None
         self._observed: Observer | None = None
         self._seen: dict[int, _Seen] = {}
@@ -159,7 +162,8 @@ class Monitors(Callback):
             return {}
         if self._spectrum is None:
             named = [(n, p) for n, p in self._parallel.named_parameters() if p.dim() > 1]
-            self._spectrum = TopSingularValues(named, self._mesh)
+            rounded = partial(rounded_values_of, self._optimizer)
+            self._spectrum = TopSingularValues(named, self._mesh, rounded)
         values = self._spectrum()
         largest = torch.stack([value.max() for value in values.values()]).tolist() if values else []
         mine = dict(zip(values, largest, strict=True))
@@ -197,13 +201,12 @@ class Changes:
         """Return this stage's sums [R, len(_STEP_SUMS)] and ``_Seen.peaks``, by role."""
         parameters, kept = self._parameters, self._kept
         self._kept = []
-        with_gradient = [p for p in parameters if p.grad is not None]
-        gradients = [local(p.grad) for p in with_gradient if p.grad is not None]
+        with_gradient, squares, magnitudes = self._of_gradients()
         now = [self._rows(p) for p in parameters]
         updates = [a.double() - b.double() for a, b in zip(now, kept, strict=True)]
         partials = [
-            *squared_norms_of_parts(gradients),
-            *(_sums_of_magnitudes(g) for g in gradients),
+            *squares,
+            *magnitudes,
             *squared_norms_of_parts(updates),
             *squared_norms_of_parts(kept),
         ]
@@ -215,16 +218,32 @@ class Changes:
         for column, over in columns.items():
             for p in over:
                 sums[roles[p], column] += next(values).sum().to(device)
+        for p in with_gradient:
+            sums[roles[p], 2] += p.numel()
         for p in parameters:
-            sums[roles[p], 2] += p.numel() if p.grad is not None else 0
             sums[roles[p], 5] += self._sampled(p)
         return sums, self._peaks()
+
+    def _of_gradients(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Return the parameters with a gradient, and Σg² and Σ|g| of this rank's parts."""
+        parameters: list[Tensor] = []
+        squares: list[Tensor] = []
+        magnitudes: list[Tensor] = []
+        for parameter in self._parameters:
+            gradient = gradient_of(self._optimizer, parameter)  # one at a time: it may be a copy
+            if gradient is not None:
+                parameters.append(parameter)
+                squares += squared_norms_of_parts([gradient])
+                magnitudes.append(_sums_of_magnitudes(gradient))
+        return parameters, squares, magnitudes
 
     def _peaks(self) -> Tensor:
         peaks = torch.full((len(_ROLES), 2), -1.0, dtype=torch.float64, device=self._mesh.device)
         # ‖W‖ of the logical matrices [M] of parameters that are kept on spheres.
         on_spheres = [p for group, p in self._members() if group.get("sphere")]
-        squares = self._whole.squared_norms(on_spheres, [local(p.detach()) for p in on_spheres])
+        values = (values_of(self._optimizer, p) for p in on_spheres)  # one at a time
+        partials = [squared_norms_of_parts([part])[0] for part in values]
+        squares = self._whole.sums(on_spheres, partials)
         norms = {p: square.sqrt() for p, square in zip(on_spheres, squares, strict=True)}
         for group, parameter in self._members():
             role = peaks[_ROLES.index(group["role"])]
@@ -238,7 +257,7 @@ class Changes:
 
     def _rows(self, parameter: Tensor) -> Tensor:
         """Return this rank's part of the rows that are looked at."""
-        part = local(parameter.detach())
+        part = values_of(self._optimizer, parameter)
         if part.dim() < 2:
             return part
         start = self._placements.of(parameter).boxes[self._mesh.stage.rank].rows[0]

@@ -1,13 +1,15 @@
-"""What routers saw and how documents lay on ranks, in the record; on the main rank."""
+"""What routers saw, how documents lay on ranks, what travelled: in the record, on the main rank."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 from typing_extensions import override
 
 from allometry.configs.model import MoEModel
 from allometry.parallel.graphs import MicroBatchGraphs
+from allometry.parallel.offload.store import ActivationStore
 from allometry.trainer.balance import routing_rows
 from allometry.trainer.feed import DocumentPlanner
 from allometry.trainer.record.callbacks import Callback, Reporter
@@ -57,6 +59,32 @@ class PlanRows(Callback):
                 *(finished.step, idle, plan.ranks),
             )
         return plan_rows(plan, self._planner.cost, self._planner.replay(plan))
+
+
+class OffloadRows(Callback):
+    """Adds ``offload/`` to rows: the bytes of activations that a step moved."""
+
+    def __init__(self, stores: Sequence[ActivationStore]) -> None:
+        self._stores, self._moved = stores, (0, 0)
+        self._rows: dict[int, Row] = {}  # of steps whose numbers were not read yet
+
+    @override
+    def after_step(self, step: int) -> None:
+        moved = (
+            sum(store.bytes_out for store in self._stores),
+            sum(store.bytes_in for store in self._stores),
+        )
+        self._rows[step] = {
+            "offload/bytes_out": moved[0] - self._moved[0],
+            "offload/bytes_in": moved[1] - self._moved[1],
+            "offload/host_bytes": sum(store.pool.held_bytes for store in self._stores),
+        }
+        self._moved = moved
+
+    @override
+    def additions(self, finished: FinishedStep) -> Row:
+        row = self._rows.pop(finished.step)
+        return row if finished.recorded else {}
 
 
 class GraphEvents(Callback):

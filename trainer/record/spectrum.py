@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,10 +37,17 @@ class TopSingularValues:
     up to rounding. ``‖W v‖`` of a unit vector v is never more than the largest singular value and
     rises to it; v is kept, so that a value that moves slowly is followed closely. The vectors
     begin at numbers that depend on the parameter's name alone and are not saved: after a resume
-    they begin again. Parameters are read only; no random generator is touched.
+    they begin again. Parameters are read only; no random generator is touched. ``values`` returns
+    this rank's part of a parameter.
     """
 
-    def __init__(self, named: Sequence[tuple[str, Tensor]], mesh: Mesh) -> None:
+    def __init__(
+        self,
+        named: Sequence[tuple[str, Tensor]],
+        mesh: Mesh,
+        values: Callable[[Tensor], Tensor] = lambda parameter: local(parameter.detach()),
+    ) -> None:
+        self._values = values
         self._stage, self._device = mesh.stage, mesh.device
         self.names = [name for name, _ in named]
         placements = Placements(mesh)
@@ -85,7 +92,7 @@ class TopSingularValues:
                 if transposed:
                     here, there = there, here
                 m = slice(*box.matrices)
-                part = local(matrix.parameter.detach())
+                part = self._values(matrix.parameter)
                 part = part if part.dim() == 3 else part[None]  # [m, r, c]
                 factor = vector[m, there].to(device=part.device, dtype=part.dtype)
                 product = torch.bmm(part.mT if transposed else part, factor[:, :, None])

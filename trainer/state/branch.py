@@ -21,6 +21,7 @@ from allometry.configs.run import RunConfig
 from allometry.trainer.state import checkpoint
 from allometry.trainer.state.folder import RunFolder, write_atomically
 from allometry.trainer.state.integrity import damage
+from allometry.trainer.state.pins import pin
 from allometry.trainer.state.unchanged import check_branch
 
 SHARD_SUFFIX = ".distcp"  # torch.distributed.checkpoint's
@@ -105,11 +106,16 @@ def copy_share(copies: Sequence[tuple[Path, Path]], rank: int, world_size: int) 
 
 
 def keep(folder: RunFolder, parent: Parent, partial: Path) -> Path:
-    """Give what ``take`` linked its name, and the folder the parent's rows; where it is now."""
+    """Give what ``take`` linked its name, and the folder the parent's rows; where it is now.
+
+    The parent, if its folder can be written, keeps its own as long as the branch is there.
+    """
     path = folder.checkpoints / f"step-{parent.step}"
     partial.rename(path)
     source = RunFolder(parent.folder)
-    for name in ("metrics", "loads", "plans"):
+    with suppress(OSError):  # another user's run: the branch has links or copies
+        pin(source.path, parent.step, folder.path)
+    for name in ("metrics", "loads", "plans", "scores"):
         rows: Path = getattr(source, name)
         if rows.exists():
             write_atomically(getattr(folder, name), rows.read_text(encoding="utf-8"))

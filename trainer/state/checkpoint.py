@@ -13,7 +13,7 @@ import errno
 import json
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,11 +27,13 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 from allometry.configs.errors import UserError
 from allometry.configs.execution import CheckpointConfig
 from allometry.optim.deepspeed import DeepSpeedOptimizer
-from allometry.optim.tiered import Stored, TieredOptimizer
+from allometry.optim.offload.held import MASTER, Stored
+from allometry.optim.tiered import TieredOptimizer
 from allometry.parallel.agree import wait_for_all, with_heartbeat
 from allometry.parallel.mesh import Mesh
 from allometry.trainer.state.folder import RunFolder, write_atomically
 from allometry.trainer.state.integrity import COMPLETE, FACTS, Files, ShardWriter, damage, seal
+from allometry.trainer.state.pins import pins
 from allometry.trainer.state.planners import Loading, Saving, State, layouts
 from allometry.trainer.state.room import due, free_bytes, megabytes, stays
 
@@ -275,11 +277,16 @@ class Checkpointer:
         return f"{failure.reason}: a checkpoint takes {megabytes(self._needed_bytes)}{left}"
 
     def _prune(self, step: int, keep: int) -> None:
-        """Remove those up to ``step`` but the newest ``keep``, those that stay and ``latest``."""
+        """Remove those up to ``step`` but the newest ``keep``, ``latest`` and those that stay.
+
+        What a branch refers to stays, too.
+        """
         latest = _latest(self._folder)
         past = [p for p in saved(self._folder) if step_of(p) <= step]
+        pinned = {pin.step for pin in pins(self._folder.path)}
         for path in past[:-keep]:
-            if not stays(self._config, step_of(path)) and path.name != latest:
+            kept = stays(self._config, step_of(path)) or step_of(path) in pinned
+            if not kept and path.name != latest:
                 # The marker goes first: a crash while deleting must not leave a "complete" half.
                 (path / COMPLETE).unlink(missing_ok=True)
                 shutil.rmtree(path, ignore_errors=True)
@@ -313,22 +320,20 @@ def clean(folder: RunFolder, used: Path | None) -> list[str]:
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]) -> State:
-    """An optimizer's tensors under ``optimizer.<parameter>.<key>``; waits for what is in flight."""
-    away: State = {}
+    """An optimizer's tensors under ``optimizer.<parameter>.<key>``; waits for what is in flight.
+
+    Where it keeps values of parameters, these are there too, under ``model.<parameter>``.
+    """
+    stored: Iterable[tuple[Tensor, str, Stored]] = ()
     if isinstance(optimizer, TieredOptimizer | DeepSpeedOptimizer):
-        for parameter, key, value in optimizer.stored():
-            away[f"optimizer.{names[parameter]}.{key}"] = value
+        stored = optimizer.stored()
+    away: State = {
+        f"model.{names[p]}" if key == MASTER else f"optimizer.{names[p]}.{key}": value
+        for p, key, value in stored
+    }
     return away | {
         f"optimizer.{names[parameter]}.{key}": value
         for parameter, state in optimizer.state.items()
         for key, value in state.items()
         if isinstance(value, Tensor)
     }
-
-
-def parameter_state(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]) -> State:
-    """The parameters under ``model.<parameter>``."""
-    state: State = {f"model.{name}": p.detach() for p, name in names.items()}
-    if isinstance(optimizer, DeepSpeedOptimizer):
-        state |= {f"model.{names[p]}": values for p, values in optimizer.stored_parameters()}
-    return state

@@ -6,8 +6,10 @@ tokenizer.json  the tokenizer of the data, where it is known, and the files besi
 metrics.jsonl   one row for each recorded step
 expert_load.jsonl  the experts' share of tokens at the same steps, by layer (mixtures of experts)
 plans.jsonl     how documents lay on ranks at the same steps (data.kind: documents)
+scores.jsonl    what evaluations of its checkpoints gave, where there were any
 events.jsonl    what happened and when
 tb/             TensorBoard
+pins/           which other runs begin at which of its checkpoints
 checkpoints/step-N/, latest
 """
 
@@ -51,6 +53,7 @@ class RunFolder:
         self.events = self.path / "events.jsonl"
         self.loads = self.path / "expert_load.jsonl"
         self.plans = self.path / "plans.jsonl"
+        self.scores = self.path / "scores.jsonl"
         self.tensorboard = self.path / "tb"
         self.checkpoints = self.path / "checkpoints"
         self.latest = self.path / "latest"
@@ -65,7 +68,7 @@ class RunFolder:
         """
         places = (self.checkpoints, self.path, *self.path.parents)
         self._made = [place for place in places if not place.exists()]
-        files = (self.config, self.metrics, self.events, self.loads, self.plans)
+        files = (self.config, self.metrics, self.events, self.loads, self.plans, self.scores)
         self._written = [file for file in files if not file.exists()]
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -134,6 +137,7 @@ class RunFolder:
         """
         _cut(self.loads, step)
         _cut(self.plans, step)
+        _cut(self.scores, step)
         return _cut(self.metrics, step)
 
 

@@ -9,7 +9,7 @@ from torch.distributed.checkpoint.metadata import STATE_DICT_TYPE, Metadata, Met
 from torch.distributed.checkpoint.planner import ReadItem
 from typing_extensions import override
 
-from allometry.optim.tiered import Stored
+from allometry.optim.offload.held import Stored
 from allometry.parallel.deepspeed.boxes import Stretch
 
 State = dict[str, Tensor | Stored]

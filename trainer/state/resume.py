@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from allometry.configs.errors import UserError
+from allometry.configs.execution import Parent
 from allometry.configs.loader import dump
 from allometry.configs.run import RunConfig
+from allometry.data.sources import Sources
 from allometry.optim.schedule import resolve_schedule
 from allometry.parallel.agree import from_main_rank, on_all_ranks
 from allometry.parallel.mesh import Mesh
@@ -19,6 +21,7 @@ from allometry.trainer.state import checkpoint
 from allometry.trainer.state.branch import copy_share, discard, keep, stored_config, take
 from allometry.trainer.state.folder import RunFolder, write_atomically
 from allometry.trainer.state.integrity import damage_of_contents
+from allometry.trainer.state.reading import continued, weights_only, with_reading
 from allometry.trainer.state.refused import check_not_refused
 from allometry.trainer.state.room import check_room
 from allometry.trainer.state.unchanged import check_unchanged
@@ -49,7 +52,7 @@ class Start:
     @property
     def weights_only(self) -> bool:
         """Whether the checkpoint holds parameters alone, as ``allometry convert`` makes them."""
-        return bool(self.facts and self.facts.get("weights_only", False))
+        return weights_only(self.facts)
 
 
 @dataclass(frozen=True)
@@ -68,11 +71,14 @@ class _Choice:
 def begin(
     folder: RunFolder,
     config: RunConfig,
-    fingerprints: Callable[[], dict[str, Any]],
+    stream: Sources,
     mesh: Mesh,
     stop_at_step: int | None = None,
+    check: Callable[[Sources], None] = lambda stream: None,
 ) -> Start:
     """Claim the folder and find where to continue; every rank calls this.
+
+    ``check`` gets the data as the run would go on with them (``continued``) and may refuse them.
 
     The main rank chooses a checkpoint by sizes, all ranks read their shares of its contents, and
     then the main rank writes what this launch changes.
@@ -96,7 +102,7 @@ def begin(
     try:
         choice = from_main_rank(
             mesh,
-            writing(lambda: _choose(folder, config, fingerprints(), stop_at_step)),
+            writing(lambda: _choose(folder, config, stream, stop_at_step, check)),
             "choosing a checkpoint",
         )
         if choice.copies:
@@ -113,21 +119,19 @@ def begin(
         raise
 
 
-def read_again(start: Start, seed: int, fingerprints: dict[str, Any]) -> list[str]:
-    """The sources whose documents runs that the weights come from have read in this order."""
-    again: set[str] = set()
-    origin = start.facts.get("origin") if start.weights_only and start.facts else None
-    while origin:
-        data = origin.get("data", {}).items() if origin.get("seed") == seed else ()
-        again |= {name for name, known in data if fingerprints.get(name) == known}
-        origin = origin.get("origin")
-    return [name for name in fingerprints if name in again]
-
-
 def _choose(
-    folder: RunFolder, config: RunConfig, fingerprints: dict[str, Any], stop_at_step: int | None
+    folder: RunFolder,
+    config: RunConfig,
+    stream: Sources,
+    stop_at_step: int | None,
+    check: Callable[[Sources], None],
 ) -> _Choice:
     """Claim the folder and choose what to begin from, without reading a shard."""
+
+    def accept(facts: dict[str, Any], before: RunConfig) -> None:
+        _check_facts(config, facts, stream.fingerprints())
+        check(continued(stream, with_reading(facts, before)))
+
     if folder.is_new():
         check_not_refused(folder)
     folder.claim()
@@ -139,12 +143,12 @@ def _choose(
                 "run.resume=auto"
             )
         if parent is None:
+            check(continued(stream, None))
             return _Choice(None, None, new=True)
         _check_stop(folder, parent.step, stop_at_step)
-        taken = take(
-            folder, config, parent, lambda facts: _check_facts(config, facts, fingerprints)
-        )
-        return _Choice(taken.path, taken.facts, new=True, copies=taken.copies)
+        taken = take(folder, config, parent, lambda facts: accept(facts, _config_of(parent)))
+        facts = with_reading(taken.facts, _config_of(parent))
+        return _Choice(taken.path, facts, new=True, copies=taken.copies)
     if resume == "never":
         raise UserError(
             f"run.folder={folder.path} already holds a run and run.resume=never; choose another "
@@ -155,6 +159,7 @@ def _choose(
     path = checkpoint.choose(folder, "auto" if resume == old.run.resume else resume)
     if path is None:
         _check_stop(folder, 0, stop_at_step)
+        check(continued(stream, None))
         return _Choice(None, None)
     facts = checkpoint.read_facts(path)
     _check_stop(folder, facts["step"], stop_at_step)
@@ -163,8 +168,12 @@ def _choose(
     if settled is not None and facts.get("optimizer"):
         settled = (*settled, "optimizer.kind")
     check_unchanged(old, config, facts["step"], settled)
-    _check_facts(config, facts, fingerprints)
-    return _Choice(path, facts)
+    accept(facts, old)
+    return _Choice(path, with_reading(facts, old))
+
+
+def _config_of(parent: Parent) -> RunConfig:
+    return stored_config(RunFolder(parent.folder))
 
 
 def _enter(folder: RunFolder, config: RunConfig, choice: _Choice, problem: str | None) -> Start:
@@ -237,9 +246,9 @@ def _check_schedule_file(config: RunConfig, facts: dict[str, Any]) -> None:
 
 def _check_data(facts: dict[str, Any], fingerprints: dict[str, Any]) -> None:
     for name, known in facts.get("data", {}).items():
-        if fingerprints.get(name) != known:
+        if fingerprints.get(name, known) != known:  # whether one may be missing say the samples
             raise UserError(
                 f"the token files of data source {name!r} are not the ones this run was started "
-                f"with ({fingerprints.get(name)} instead of {known}); restore them or choose "
+                f"with ({fingerprints[name]} instead of {known}); restore them or choose "
                 "another run.folder"
             )

@@ -4,9 +4,9 @@ groups end elsewhere because another layout cut the columns."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,57 +14,52 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from allometry.configs.errors import UserError
 from allometry.optim import fp8_states
-from allometry.optim.build import settle
-from allometry.optim.deepspeed import DeepSpeedOptimizer
 from allometry.optim.fp8_states import KEYS, Groups
+from allometry.optim.offload.held import Stored
+from allometry.parallel.deepspeed.boxes import Stretch
 from allometry.parallel.mesh import Mesh, local
 from allometry.trainer.state import checkpoint
+from allometry.trainer.state.planners import State
+
+READ_BYTES = 1 << 30
+"""States of a rank that are read before they are converted, at most or one larger."""
 
 
-def load(
-    path: Path,
-    state: Mapping[str, Tensor],
-    optimizer: torch.optim.Optimizer,
-    names: Mapping[Tensor, str],
-    mesh: Mesh,
-) -> dict[str, int]:
-    """Fill the tensors of ``state`` in place: all of a run, those of ``optimizer`` among them.
+def load(path: Path, state: State, names: Mapping[Tensor, str], mesh: Mesh) -> dict[str, int]:
+    """Fill ``state`` in place: all of a run, what its optimizer remembers among it.
 
     ``names`` are those of parameters. Every rank calls this. What the checkpoint keeps in the same
-    way is filled bit by bit; other states are read as they are there and rounded to the nearest.
+    way is filled bit by bit; other states are read as they are there and rounded to the nearest,
+    some at a time, whether they lie on the device or in a tier.
 
     Returns:
         How many states were converted, by "from -> to"; the same on all ranks of a stage.
+
+    Raises:
+        UserError: the checkpoint keeps states in FP8, and the engine of the run is DeepSpeed.
     """
     there = FileSystemReader(path).read_metadata().state_dict_metadata
-    wanted, converted = dict(state), Counter[str]()
-    others = list(_others(optimizer, names, there))
-    for other in others:
-        for name in other.held:
-            wanted.pop(f"{other.prefix}{name}", None)
-        wanted |= {f"{other.prefix}{name}": tensor for name, tensor in other.read.items()}
-        converted[f"{_text(other.saved)} -> {_text(other.kept)}"] += 1
-    for parameter, held in optimizer.state.items():
-        count = f"optimizer.{names[parameter]}.step"
-        if "step" in held and count not in there:  # rounding at random begins to count
-            wanted.pop(count, None)
-    if isinstance(optimizer, DeepSpeedOptimizer):
-        _check_plain(path, wanted, there)
-    checkpoint.load(path, wanted, mesh)
-    settle(optimizer)
-    for other in others:
-        other.convert()
-    return dict(converted)
-
-
-def _check_plain(path: Path, wanted: Collection[str], there: Collection[str]) -> None:
-    """Refuse states in FP8, which only the other engine converts."""
-    absent = next((name for name in wanted if name not in there), None)
-    if absent is not None and any(name.startswith(f"{absent}.") for name in there):
-        raise UserError(
-            f"checkpoint {path} keeps {absent} in FP8, which parallel.zero.engine=deepspeed cannot "
-            "read; use parallel.zero.engine: fsdp2, whose checkpoints both engines read"
-        )
+    prefixes = {f"optimizer.{name}.": parameter for parameter, name in names.items()}
+    saved, held = (_of_parameters(each, prefixes) for each in (there, state))
+    others = list(_others(prefixes, held, saved))
+    away = {f"{other.prefix}{name}" for other in others for name in other.held}
+    # Rounding at random begins to count.
+    away |= {f"{p}step" for p in prefixes if "step" in held[p] and "step" not in saved[p]}
+    checkpoint.load(path, {name: each for name, each in state.items() if name not in away}, mesh)
+    batches = _batches(others)
+    # All ranks read as often, as each reading is one of all.
+    for turn in range(max(mesh.gather_objects(len(batches)))):
+        batch = batches[turn] if turn < len(batches) else []
+        reads = [other.to_read() for other in batch]
+        wanted: State = {
+            f"{other.prefix}{name}": tensor
+            for other, read in zip(batch, reads, strict=True)
+            for name, tensor in read.items()
+        }
+        checkpoint.load(path, wanted, mesh)
+        for other, read in zip(batch, reads, strict=True):
+            other.convert(read)
+    return dict(Counter(f"{_text(other.saved)} -> {_text(other.kept)}" for other in others))
 
 
 class _Other(NamedTuple):
@@ -75,43 +70,81 @@ class _Other(NamedTuple):
     prefix: str
     saved: Groups | None
     kept: Groups | None
-    held: dict[str, Tensor]  # the optimizer's own tensors of this state, by their names
-    read: dict[str, Tensor]  # what the checkpoint fills
+    held: State  # the optimizer's own tensors of this state, by their names
+
+    @property
+    def nbytes(self) -> int:
+        """About what this rank reads."""
+        return local(self.parameter).numel() * (4 if self.saved is None else 1)
+
+    def to_read(self) -> dict[str, Tensor]:
+        """Return what the checkpoint fills."""
+        if self.saved is None:
+            return {self.key: torch.zeros_like(self.parameter)}
+        return fp8_states.zeros(self.parameter, self.key, self.saved)
 
     @torch.no_grad()
-    def convert(self) -> None:
+    def convert(self, read: dict[str, Tensor]) -> None:
+        """Put into ``held`` what was read."""
         if self.saved is None:
-            values = local(self.read[self.key]).float()
+            values = local(read[self.key]).float()
         else:
-            values = fp8_states.values_of(self.parameter, self.read, self.key, self.saved)
-        if self.kept is None:
-            local(self.held[self.key]).copy_(values)
-        else:
-            fp8_states.write_values(self.held, self.key, self.kept, values)
+            values = fp8_states.values_of(self.parameter, read, self.key, self.saved)
+        made = {self.key: values}
+        if self.kept is not None:
+            made = fp8_states.encoded(self.parameter, self.key, self.kept, values)
+        for name, part in made.items():
+            to = self.held[name]
+            if isinstance(to, Stored):
+                to.write(local(part))
+            else:
+                local(to).copy_(local(part))
 
 
 def _others(
-    optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str], there: Collection[str]
+    prefixes: Mapping[str, Tensor], held: Mapping[str, State], saved: Mapping[str, State]
 ) -> Iterator[_Other]:
-    by_prefix: dict[str, list[str]] = {f"optimizer.{name}.": [] for name in names.values()}
-    for name in there:
-        for end in (i for i, letter in enumerate(name) if letter == "."):
-            if name[: end + 1] in by_prefix:
-                by_prefix[name[: end + 1]].append(name[end + 1 :])
-    for parameter, held in optimizer.state.items():
-        prefix = f"optimizer.{names[parameter]}."
+    for prefix, parameter in prefixes.items():
         for key in KEYS:
-            mine = {n: t for n, t in held.items() if n == key or n.startswith(f"{key}.")}
-            theirs = [n for n in by_prefix[prefix] if n == key or n.startswith(f"{key}.")]
-            if not mine or not theirs or mine.keys() == set(theirs):
-                continue
-            kept = None if key in mine else Groups.of(parameter)
-            saved = None if key in theirs else Groups.named(parameter, key, theirs)
-            if saved is None:
-                read = {key: torch.zeros_like(parameter)}
-            else:
-                read = fp8_states.zeros(parameter, key, saved)
-            yield _Other(parameter, key, prefix, saved, kept, mine, read)
+            mine, theirs = (
+                {n: each for n, each in of[prefix].items() if n == key or n.startswith(f"{key}.")}
+                for of in (held, saved)
+            )
+            if mine and theirs and mine.keys() != theirs.keys():
+                if any(isinstance(getattr(each, "like", None), Stretch) for each in mine.values()):
+                    raise UserError(
+                        f"the checkpoint keeps {prefix}{key} in FP8, which "
+                        "parallel.zero.engine=deepspeed cannot read; use parallel.zero.engine: "
+                        "fsdp2, whose checkpoints both engines read"
+                    )
+                kept = None if key in mine else Groups.of(parameter)
+                as_saved = None if key in theirs else Groups.named(parameter, key, theirs)
+                yield _Other(parameter, key, prefix, as_saved, kept, mine)
+
+
+def _of_parameters(
+    tensors: Mapping[str, Any], prefixes: Iterable[str]
+) -> dict[str, dict[str, Any]]:
+    """Return what follows one of the prefixes in names, by prefix."""
+    found: dict[str, dict[str, Any]] = {prefix: {} for prefix in prefixes}
+    for name, value in tensors.items():
+        for end in (i for i, letter in enumerate(name, start=1) if letter == "."):
+            if name[:end] in found:
+                found[name[:end]][name[end:]] = value
+    return found
+
+
+def _batches(others: Iterable[_Other]) -> list[list[_Other]]:
+    """Return them in order, so many together as ``READ_BYTES`` allows."""
+    batches: list[list[_Other]] = []
+    room = 0
+    for other in others:
+        if not batches or other.nbytes > room:
+            batches.append([])
+            room = READ_BYTES
+        batches[-1].append(other)
+        room -= other.nbytes
+    return batches
 
 
 def _text(groups: Groups | None) -> str:

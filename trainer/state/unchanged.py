@@ -25,6 +25,7 @@ FREE = (
     "training.compile",
     "training.cuda_graphs",
     "training.activation_checkpointing",
+    "training.activation_offload",
     "training.deterministic",
     "kernels",
     "data.tokenizer",
@@ -34,6 +35,8 @@ FREE = (
 )
 # The paths of a source's files may change too: their contents are compared by fingerprint.
 _PATHS = ("train", "validation")
+# What of a source says how much of it is read, which may change where a run goes on.
+_MIXTURE = ("weight", "max_epochs")
 # How states are kept may change where a run branches: they are converted, which is an event.
 BRANCH_FREE = ("run.parent", "optimizer.states.")
 CONTINUES = "may not change when a run continues; restore it or choose another run.folder"
@@ -45,9 +48,10 @@ def check_unchanged(
 ) -> None:
     """Refuse a change to what a run computes, naming the key; ``step`` steps have been taken.
 
-    With ``sections`` only these, or single keys, may not change.
+    With ``sections`` only these, or single keys, may not change. The mixture may: samples already
+    read stay what they were, and each source goes on at its next one (``Reading.resumed``).
     """
-    for key, before, after in differences(old, new):
+    for key, before, after in differences(old, _with_mixture_of(old, new)):
         if sections is None or f"{key}.".startswith(tuple(f"{one}." for one in sections)):
             raise UserError(
                 f"{key}={after!r} differs from {before!r}, with which {old.run.folder} was "
@@ -69,7 +73,7 @@ def check_branch(parent: RunConfig, branch: RunConfig, step: int) -> None:
     Raises:
         UserError: names the key that differs, or the first step with another learning rate.
     """
-    for key, before, after in differences(parent, branch):
+    for key, before, after in differences(parent, _with_mixture_of(parent, branch)):
         if not key.startswith(BRANCH_FREE):
             raise UserError(
                 f"{key}={after!r} differs from {before!r} of run.parent.folder="
@@ -149,6 +153,19 @@ def _is_free(key: str) -> bool:
     if parts[:2] == ["data", "sources"] and parts[-1] in _PATHS:
         return True
     return any(key == free or key.startswith(free + ".") for free in FREE)
+
+
+def _with_mixture_of(old: RunConfig, new: RunConfig) -> RunConfig:
+    """``new`` with the sources of ``old``, as far as it has them, in its order and shares."""
+    there = {source.name: source for source in new.data.sources}
+    sources = [
+        there.get(source.name, source).model_copy(
+            update={key: getattr(source, key) for key in _MIXTURE}
+        )
+        for source in old.data.sources
+    ]
+    update = {"sources": tuple(sources), "replay": old.data.replay}
+    return new.model_copy(update={"data": new.data.model_copy(update=update)})
 
 
 def _leaves(value: Any, path: str = "") -> dict[str, Any]:

@@ -7,11 +7,14 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 HOT = (
-    *("models/*.py", "parallel/*.py", "parallel/hdp/*.py", "optim/*.py"),
+    *("models/*.py", "parallel/*.py", "parallel/hdp/*.py", "parallel/offload/*.py", "optim/*.py"),
     *(f"trainer/{name}.py" for name in ("step", "balance", "feed", "evaluate", "loop")),
     *(
         f"data/{name}.py"
-        for name in ("order", "shuffle", "mixture", "stream", "documents", "batch")
+        for name in (
+            *("order", "shuffle", "mixture", "changes", "reading", "stream", "documents"),
+            "batch",
+        )
     ),
     *("scaling/count.py", "scaling/batch.py", "scaling/parameterizations/*.py"),
 )
@@ -64,6 +67,9 @@ COVERING: tuple[tuple[str, tuple[Stage, ...]], ...] = (
         "models/products.py",
         (unit("models/*products", "models/*passes"), unit("models/test_*"), ONE),
     ),
+    ("models/visits.py", (unit("models/test_models_grouped"), unit("models/test_*"))),
+    ("models/gathered.py", (dist("gather_fp8"),)),
+    ("models/quantiser.py", (unit("models/*saved", "models/*fp8*"),)),
     ("models/loss.py", (unit("models/test_models_loss"), unit("models/test_*"), CUT)),
     ("models/head.py", (unit("models/test_models_loss"), unit("models/test_*"), CUT)),
     (
@@ -121,11 +127,16 @@ COVERING: tuple[tuple[str, tuple[Stage, ...]], ...] = (
     ("parallel/groups.py", (unit("parallel/*groups", "parallel/*mesh"), dist("mesh"), ONE)),
     ("parallel/wire.py", (unit("parallel/*groups"), dist("mesh"))),
     ("parallel/tensor_chunks.py", (dist("overlap_keys", "tensor"), CUT)),
+    ("parallel/gather_fp8.py", (dist("gather_fp8"),)),
     ("parallel/in_two.py", (unit("parallel/*expert"), dist("overlap_keys"), CUT)),
     ("parallel/mesh.py", (unit("parallel/test_parallel_mesh"), dist("mesh", "process"), ONE)),
     (
         "parallel/reduce.py",
         (dist("flat_reducer", "zero"), dist("collectives"), ONE, CUT, dist("documents")),
+    ),
+    (
+        "parallel/working.py",
+        (unit("trainer/test_trainer_tiers"), dist("tiers", keyword="elsewhere")),
     ),
     ("parallel/zero.py", (dist("zero"), ONE, dist("layouts", keyword="zero"))),
     ("parallel/tensor.py", (dist("tensor"), CUT)),
@@ -154,9 +165,14 @@ COVERING: tuple[tuple[str, tuple[Stage, ...]], ...] = (
         (unit("parallel/*hdp_shard"), dist("ring", "context"), dist("documents")),
     ),
     (
-        "parallel/hdp/offload.py",
-        (unit("parallel/*hdp_offload"), dist("offload_activations")),
+        "parallel/offload/store.py",
+        (unit("parallel/*offload"), dist("offload_activations")),
     ),
+    ("parallel/folder.py", (unit("parallel/*folder", "trainer/*tiers"),)),
+    ("parallel/buffers.py", (unit("optim/*swap_file"), unit("parallel/*offload_lanes"))),
+    ("parallel/offload/lanes.py", (unit("parallel/*offload_lanes"),)),
+    ("parallel/offload/pool.py", (unit("parallel/*offload_lanes"),)),
+    ("parallel/offload/results.py", (unit("parallel/*offload"), dist("offload_activations"))),
     (
         "parallel/hdp/filling.py",
         (dist("documents", keyword="mixed or without or planned"), dist("pipeline_hdp")),
@@ -188,7 +204,22 @@ COVERING: tuple[tuple[str, tuple[Stage, ...]], ...] = (
         (RUNS, unit("trainer/*resume_rules", "trainer/*callbacks"), unit("trainer/*")),
     ),
     ("data/documents.py", (unit("data/*documents"), unit("data/*stream", "data/*mixture"))),
-    ("data/*.py", (unit("data/*stream", "data/*mixture"), unit("data/*documents"), RUNS)),
+    (
+        "data/changes.py",
+        (unit("data/*changes", "data/*mixture"), unit("trainer/test_trainer_mixtures")),
+    ),
+    (
+        "data/reading.py",
+        (unit("data/*reading", "data/*changes"), unit("trainer/test_trainer_mixtures")),
+    ),
+    (
+        "data/*.py",
+        (
+            unit("data/*stream", "data/*mixture", "data/*changes"),
+            unit("data/*documents", "data/*reading"),
+            RUNS,
+        ),
+    ),
     ("scaling/batch.py", (unit("scaling/*batch"), unit("scaling/*"))),
     ("scaling/count.py", (unit("scaling/*count"), unit("scaling/*"))),
     (

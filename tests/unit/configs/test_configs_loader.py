@@ -70,7 +70,7 @@ def test_duplicate_key_is_an_error(tmp_path: Path) -> None:
     [
         ("optimizer.lr=-1", "greater than 0"),
         ("schedule.kind=cosin", "'cosine'"),
-        ("data.sources.0.weight=0", "greater than 0"),
+        ("data.sources.0.weight=-1", "greater than or equal to 0"),
         ("data.sources.5.weight=1", "items 0 to 1"),
         ("model.num_heads=7", "must divide width=384"),
         ("training.total_steps=5", "set the other to null"),

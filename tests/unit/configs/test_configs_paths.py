@@ -15,14 +15,15 @@ from allometry.configs.ladder import LadderConfig, load_ladder
 from allometry.configs.loader import _sections, load
 from allometry.configs.paths import expanded
 from allometry.configs.run import RunConfig
+from allometry.configs.tree import TreeConfig, load_tree
 from allometry.launch.cli import COMMANDS, LADDER, MIX
 from allometry.launch.command import _made, _parameters
 from allometry.launch.report.commands import WriteReport
 from allometry.launch.runs.commands import Prepare
 
 # Texts of a description that are no paths: names, patterns and lines of scripts.
-NO_PATHS = {"name", "resume", "project", "entity", "law", "loss", "schedule"}
-NO_PATHS |= {"set", "options", "setup", "fix", "deepspeed_extra"}
+NO_PATHS = {"name", "resume", "project", "entity", "law", "loss", "schedule", "sources"}
+NO_PATHS |= {"set", "options", "setup", "fix", "parent", "deepspeed_extra"}
 
 
 @pytest.fixture(autouse=True)
@@ -97,12 +98,18 @@ def _texts(model: type[BaseModel], seen: set[type[BaseModel]]) -> list[tuple[str
     return found
 
 
-@pytest.mark.parametrize("root", [RunConfig, LadderConfig])
+PATHS: dict[type[BaseModel], set[str]] = {
+    RunConfig: {"folder", "train", "validation", "tokenizer", "file", "nvme"},
+    LadderConfig: {"folder", "file", "base"},
+    TreeConfig: {"folder", "base", "run", "config"},
+}
+
+
+@pytest.mark.parametrize("root", PATHS)
 def test_no_key_that_is_a_path_is_forgotten(root: type[BaseModel]) -> None:
     texts = _texts(root, set())
     keys = {key for _, key, kind in texts if "expanded" in str(kind)}
-    expected = {"folder", "train", "validation", "tokenizer", "file", "nvme"}
-    assert keys == (expected if root is RunConfig else {"folder", "file", "base"})
+    assert keys == PATHS[root]
     others = {key for _, key, kind in texts if "expanded" not in str(kind)}
     assert others <= NO_PATHS, "a path is PathText; what is none belongs to NO_PATHS"
 
@@ -120,6 +127,12 @@ def test_files_that_name_files(home: Path, tiny: Callable[..., RunConfig]) -> No
     loaded, _ = load_ladder("~/ladder.yaml")
     assert loaded.folder == f"{home}/ladder"
     assert loaded.base == os.path.join(home, "base.yaml")
+    branches = "branches: [{name: a, at: 1, config: b.yaml}]\n"
+    tree = "kind: tree\nfolder: ~/t\ntrunk: {run: $DATA/old}\n"
+    (home / "tree.yaml").write_text(tree + branches)
+    read, _ = load_tree("~/tree.yaml")
+    assert (read.folder, read.trunk.run) == (f"{home}/t", "/big/data/old")
+    assert read.branches[0].config == f"{home}/b.yaml"
 
 
 def test_paths_on_the_command_line(home: Path) -> None:

@@ -17,6 +17,7 @@ from allometry.interop.huggingface.convert import export_hf, import_hf
 from allometry.interop.huggingface.weights import OPTIMIZER, CheckpointWeights
 from allometry.launch.runs.commands import Convert
 from allometry.launch.runs.convert import converted
+from allometry.trainer.state.checkpoint import read_facts
 from allometry.trainer.train import train
 from run_folders import events, rows
 
@@ -193,3 +194,28 @@ def test_a_damaged_origin_is_said(tiny: Make, tmp_path: Path) -> None:
     (tmp_path / "hf" / "allometry.json").write_text('{"kind": "allometry.origin"}')
     with pytest.raises(UserError, match=r"allometry\.json was not written by this version"):
         import_hf(tmp_path / "hf", run_of(tiny, tmp_path / "new"), tmp_path / "new")
+
+
+def test_sources_go_on_after_the_run_that_weights_come_from(tiny: Make, tmp_path: Path) -> None:
+    run = trained(run_of(tiny, tmp_path / "run"), stop=3)
+    export_hf(run, tmp_path / "hf")
+    there = read_facts(run / "checkpoints" / "step-3")["reading"]["ledger"]
+    wanted = "data.continue_sources=true"
+    child = run_of(tiny, tmp_path / "child", wanted)
+    import_hf(tmp_path / "hf", child, tmp_path / "child")
+    trained(child, stop=2)
+    trained(child)  # a resume knows it from its own checkpoint
+    here = read_facts(tmp_path / "child" / "checkpoints" / "step-4")["reading"]
+    assert here["starts"] == {name: read["samples"] for name, read in there.items()}
+    for name, read in here["ledger"].items():
+        assert read["samples"] == there[name]["samples"] + read["tokens"] // 32
+        assert read["unique_tokens"] == read["tokens"]  # not one of them was read by the parent
+        assert read["epochs"] > there[name]["epochs"]
+    said = [event["event"] for event in events(tmp_path / "child")]
+    assert said.count("sources_continued") == 1
+    assert "same_documents" not in said
+    assert "mixture_changed" not in said
+    other = run_of(tiny, tmp_path / "other", wanted, "run.seed=4")
+    import_hf(tmp_path / "hf", other, tmp_path / "other")
+    with pytest.raises(UserError, match=r"cannot go on .*run\.seed=3.*run\.seed=4"):
+        trained(other)

@@ -85,13 +85,23 @@ def test_dry_run_of_many_ranks_lists_what_they_hold_and_send(tiny: Make) -> None
     assert "pp=1, hdp=32, tp=2" in text
     assert "rank 0 (stage 0) calls in a step" in text
     assert text.count("parameters") == 2  # of the model; bytes of the one memory number
-    assert "at the peak of the fullest; fits 80 GB: yes" in text
+    assert "; fits 80 GB: yes" in text
     large = config.model_copy(
         update={"model": config.model.model_copy(update={"vocab_size": 2**30})}
     )
     assert "fits 80 GB: no" in planned(large, 64).text
     assert "reduce-scatter" in text
     assert "32 ranks of hdp" in text
+
+
+def test_dry_run_counts_what_is_read_and_finds_what_runs_dry(tiny: Make) -> None:
+    report = planned(tiny("data.replay={ratio: 0.25, sources: [down]}"), 1)
+    assert report.facts["data"]["sources"]["down"]["tokens"] == 20 * 8 * 32 / 4
+    assert "down 1,280 tokens (0." in report.text
+    with pytest.raises(UserError, match="'down' runs dry after"):
+        planned(tiny("data.sources.1.max_epochs=0.1"), 1)
+    with pytest.raises(UserError, match="no run is known"):
+        planned(tiny("data.continue_sources=true"), 1)
 
 
 def test_dry_run_as_json(tiny: Make) -> None:

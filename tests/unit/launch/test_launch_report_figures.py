@@ -19,7 +19,7 @@ from allometry.launch.figures.figure import (
     smooth,
     thin,
 )
-from allometry.launch.report import losses, stability, throughput
+from allometry.launch.report import losses, mixture, stability, throughput
 from allometry.launch.report.interactive import specification
 from allometry.launch.report.report import sections
 from fake_ladder import (
@@ -245,3 +245,33 @@ def test_what_is_not_finite_is_null() -> None:
     spec = specification(panel, legend=False)
     assert spec["data"][0]["y"] == [None, 0.123457]
     assert spec["data"][0]["mode"] == "markers"  # one point is no line
+
+
+def test_forgetting_begins_at_nothing_and_the_ledger_is_a_table(tmp_path: Path) -> None:
+    fake_run(tmp_path / "a")
+    path = tmp_path / "a" / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        if line["step"] % 20 == 0:
+            line["forgetting/web"] = line["step"] / 100
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with (tmp_path / "a" / "events.jsonl").open("a") as file:
+        file.write(json.dumps({"event": "held_out_before", "step": 0, "losses": {"web": 3.0}}))
+        file.write("\n")
+    shown = inputs(tmp_path / "a")
+    (panel,) = panels(mixture.forgetting(shown)).values()
+    assert panel.title == "web, replayed"
+    (curve,) = panel.series
+    assert curve.x.tolist() == [0, 20 * 256, 40 * 256]
+    assert curve.y.tolist() == [0, 0.2, 0.4]
+    (table,) = mixture.ledger(shown).tables
+    assert table.rows == (
+        ("a", "web", "7.68k", "75.0%", "5k", "1.54"),
+        ("a", "code", "2.56k", "25.0%", "2.56k", "0.512"),
+    )
+    assert "no run replays" in str(mixture.forgetting(inputs(_other(tmp_path))).absent)
+
+
+def _other(tmp_path: Path) -> Path:
+    fake_run(tmp_path / "other")
+    return tmp_path / "other"

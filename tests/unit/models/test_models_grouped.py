@@ -7,12 +7,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from allometry.models.grouped import (
+from allometry.models.grouped import grouped_linear, loop_linear, rounded
+from allometry.models.visits import (
     Sorting,
     gather_rows,
-    grouped_linear,
-    loop_linear,
-    rounded,
     sort_by_expert,
     sorted_by_counting,
     sorted_by_sort,

@@ -57,7 +57,7 @@ def test_equals_the_twin_in_fp64(given: bool) -> None:
     weights = [layer.weight for layer in model.layers]
     x = torch.randn(2, 5, 4, dtype=torch.float64, requires_grad=True)
     whole = torch.cat([w.detach() for w in weights]) if given else None
-    made = separate(_Multiply.apply(x, whole, *COMPUTE, *weights), ROWS)
+    made = separate(_Multiply.apply(x, None, whole, *COMPUTE, *weights), ROWS)
     twin = tuple(F.linear(x, w) for w in weights)
     got, expected = (gradients(outputs, [x, *weights]) for outputs in (made, twin))
     for some, other in zip((*made, *got), (*twin, *expected), strict=True):

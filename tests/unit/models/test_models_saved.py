@@ -23,7 +23,7 @@ from allometry.models.precision import use_precision
 from allometry.models.products import Stacked, cast_once, multiply, saved_linear
 from allometry.models.transformer import Transformer
 from allometry.parallel.checkpointing import apply_checkpointing
-from allometry.parallel.hdp.offload import apply_offload
+from allometry.parallel.offload.store import apply_offload
 from allometry.scaling.inventory import matrix
 from allometry.scaling.parameterization import Parameterization
 from allometry.scaling.roles import ParamSpec, Role
@@ -199,7 +199,19 @@ def kept_bytes(model: Transformer) -> int:
 
 # As COAT counts: F = 8/3 D, as many heads of keys as of queries; U is one activation in bf16.
 WIDE = {**DENSE, "width": 192, "num_heads": 3, "num_kv_heads": 3, "ffn_width": 512}
-WIDE_MOE = {**WIDE, "kind": "moe", "ffn_width": None, "experts": {**EXPERTS, "width": 128}}
+MIXTURES: dict[str, tuple[dict[str, Any], float]] = {
+    "4 experts of 2/3 D": ({"num_experts": 4, "width": 128}, 12.0),
+    "4 experts of 2/3 D, one shared": (
+        {"num_experts": 4, "width": 128, "num_shared_experts": 1},
+        13.5,
+    ),
+    "8 experts of 4/3 D": ({"num_experts": 8, "width": 256}, 14.0),
+    "8 experts of 2/3 D, one shared": (
+        {"num_experts": 8, "width": 128, "num_shared_experts": 1},
+        13.5,
+    ),
+}
+"""Experts, 2 for each token, and the most that a layer may keep, in U."""
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
@@ -213,11 +225,35 @@ def test_bytes_of_a_dense_layer(qk_norm: bool) -> None:
     assert before > 18.0
 
 
-def test_bytes_of_a_layer_of_experts() -> None:
-    unit = B * L * 192 * 2
-    saved, before = (kept_bytes(make(WIDE_MOE, p)) / unit for p in (SAVED, PrecisionConfig()))
-    print(f"moe: bf16 {before:.2f} U, saved {saved:.2f} U")
-    assert saved < 0.65 * before
+@pytest.mark.parametrize("name", MIXTURES)
+def test_bytes_of_a_layer_of_experts(name: str) -> None:
+    unit, (experts, most) = B * L * 192 * 2, MIXTURES[name]
+    described = {**WIDE, "kind": "moe", "ffn_width": None}
+    described["experts"] = {"kind": "swiglu", "experts_per_token": 2, **experts}
+    rows = PrecisionConfig(saved_activations="fp8", linears="fp8_rowwise")
+    before, saved, both = (
+        kept_bytes(make(described, p)) / unit for p in (PrecisionConfig(), SAVED, rows)
+    )
+    print(f"{name}: bf16 {before:.2f} U, saved {saved:.2f} U, both {both:.2f} U")
+    assert saved <= most
+    assert saved < 0.6 * before
+
+
+@pytest.mark.parametrize("recipe", ["compute", "fp8_rowwise", "fp8_blockwise"])
+@pytest.mark.parametrize("latent", [False, True])
+def test_kept_tokens_have_the_bits_of_kept_rows(recipe: Any, latent: bool) -> None:
+    """Rows that travel, as between ranks, are kept as they arrive."""
+    experts = {**MOE["experts"], **({"kind": "latent", "latent_width": 32} if latent else {})}
+    model = {**MOE, "experts": experts}
+    found = []
+    for travels in (False, True):
+        made = make(model, PrecisionConfig(saved_activations="fp8", linears=recipe))
+        for block in made.blocks.values() if travels else ():
+            block.ffn.experts.exchange = lambda x, counts: lambda compute: compute(x, counts)
+        found.append((*step(made), kept_bytes(made)))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+    assert found[0][2] < found[1][2]
 
 
 @pytest.mark.parametrize("kind", ["selective", "full"])

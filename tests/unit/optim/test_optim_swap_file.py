@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from allometry.configs.errors import UserError
-from allometry.optim.offload.buffers import BLOCK, host_buffer
 from allometry.optim.offload.swap import StatesLost, SwapFile
+from allometry.parallel.buffers import BLOCK, host_buffer
 
 SIZES = [5000, 4096, 1, 70_000]
 
@@ -180,7 +180,7 @@ def test_without_nameless_files(tmp_path: Path, monkeypatch: Any) -> None:
 def test_a_killed_process_leaves_nothing(tmp_path: Path) -> None:
     script = (
         "import sys, torch\n"
-        "from allometry.optim.offload.buffers import host_buffer\n"
+        "from allometry.parallel.buffers import host_buffer\n"
         "from allometry.optim.offload.swap import SwapFile\n"
         "swap = SwapFile(sys.argv[1], 64 << 20)\n"
         "regions = swap.allocate([64 << 20])\n"

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from allometry.configs.run import RunConfig
-from allometry.models.grouped import grouped_linear, spread_rows
+from allometry.models.grouped import grouped_linear
+from allometry.models.visits import spread_rows
 from allometry.parallel.expert import AllToAll, by_expert
 from allometry.parallel.mesh import open_mesh
 from host_reads import host_reads

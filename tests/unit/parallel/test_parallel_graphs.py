@@ -21,28 +21,22 @@ from allometry.trainer import train as training
 from allometry.trainer.record import facts
 from allometry.trainer.train import train
 from run_folders import events, rows
+from small_experts import experts_model
 from tape import capture_on_tape
 
 Make = Callable[..., RunConfig]
 CPU = torch.device("cpu")
 FIXED = "data.packing=concatenated"
-EXPERTS = {
-    "kind": "moe",
-    "vocab_size": 64,
-    "width": 32,
-    "num_layers": 2,
-    "num_heads": 4,
-    "num_kv_heads": 2,
-    "experts": {"kind": "swiglu", "num_experts": 8, "experts_per_token": 2, "width": 16},
-    "router": {"gate": "sqrt", "z_loss": 1e-3},
-}
+FP8 = {"saved_activations": "fp8", "linears": "fp8_rowwise"}
 KINDS: dict[str, tuple[str, ...]] = {
     "dense": (),
-    "experts": (f"model={json.dumps(EXPERTS)}",),
+    "experts": (f"model={json.dumps(experts_model())}",),
     "one micro-batch": ("batch.micro_batch_sequences=8",),
     "checkpointed": ("training.activation_checkpointing=full",),
     "muonh": ("optimizer.kind=muonh",),
     "bf16": ("training.compute_dtype=bf16", "model.tied_embeddings=true"),
+    "fp8": ("training.compute_dtype=bf16", f"precision={json.dumps(FP8)}"),
+    "fp8 experts": (f"model={json.dumps(experts_model())}", f"precision={json.dumps(FP8)}"),
 }
 
 
@@ -144,6 +138,11 @@ def mesh(device: str = "cuda", **sizes: int) -> Any:
         ((FIXED,), mesh(hdp=4), "hdp=4"),
         ((FIXED, "parallel.zero.stage=3"), mesh(), "parallel.zero.stage=3"),
         ((FIXED, "model.dropout=0.1"), mesh(), "model.dropout=0.1"),
+        (
+            (FIXED, "model.num_layers=4", "training.activation_offload=0.5"),
+            mesh(),
+            "training.activation_offload=0.5 copies",
+        ),
         ((FIXED,), mesh(), None),
     ],
 )

@@ -148,6 +148,33 @@ def test_offload() -> None:
             Layout.of(run(selective, **parallel), 4)
 
 
+@pytest.mark.parametrize("kind", ["documents", "sequences"])
+def test_offload_of_every_micro_batch(kind: str) -> None:
+    def offloaded(share: float, **parallel: Any) -> RunConfig:
+        made = run(kind=kind, **parallel)
+        training = made.training.model_copy(update={"activation_offload": share})
+        return made.model_copy(update={"training": training})
+
+    Layout.of(offloaded(1.0, pp=2), 4)
+    words = r"training.activation_offload=0.5 leaves two layers .* the smallest has 2;"
+    with pytest.raises(UserError, match=words):
+        Layout.of(offloaded(0.5, pp=4), 4)
+    if kind == "documents":
+        both = offloaded(0.5)
+        context = both.parallel.context.model_copy(update={"offload": "selective"})
+        parallel = both.parallel.model_copy(update={"context": context})
+        with pytest.raises(UserError, match=r"offload=0.5 sends activations of every document"):
+            Layout.of(both.model_copy(update={"parallel": parallel}), 4)
+
+
+def test_costs_are_what_the_dry_run_assumes_of_offload() -> None:
+    costs = {"costs": {"host_bandwidth_gb_per_s": 50.0}}
+    assert "parallel.context.costs has no effect" in refusal(run(costs, kind="sequences"), 4)
+    made = run(costs, kind="sequences")
+    training = made.training.model_copy(update={"activation_offload": 0.5})
+    Layout.of(made.model_copy(update={"training": training}), 4)
+
+
 def test_dropout() -> None:
     assert "set model.dropout: 0" in refusal(run(dropout=0.1), 2)
     Layout.of(run(dropout=0.1), 1)

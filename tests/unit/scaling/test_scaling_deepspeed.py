@@ -36,6 +36,14 @@ def made(tiny: Make, *more: str, stage: int = 3, **zero: Any) -> RunConfig:
         ({}, ("kernels.adamw=apex",), 2, "^kernels.adamw=apex "),
         ({"optimizer_states": {"device": 0.5}}, (), 2, "optimizer_states.device=0.5 "),
         ({"optimizer_states": {"nvme": "x", "cpu": 0.5}}, (), 2, "optimizer_states.cpu=0.5 "),
+        (
+            {"optimizer_states": {"master_weights": True}},
+            ("training.compute_dtype=bf16",),
+            *(2, "optimizer_states.master_weights=true "),
+        ),
+        ({"optimizer_states": {"gradients": True}}, (), 2, "optimizer_states.gradients=true "),
+        ({}, ("precision.linears=fp8_tensorwise", "precision.gather=fp8"), 2, "gather=fp8 "),
+        ({}, ("training.activation_offload=0.5", "model.num_layers=4"), 2, "_offload=0.5 "),
         # DeepSpeed takes these two without a word and keeps the states in memory.
         ({"stage": 2, **NVME}, (), 2, "optimizer_states.nvme=swap .* stage 3 alone"),
         ({"stage": 1, **NVME}, (), 2, "optimizer_states.nvme=swap .* stage 3 alone"),

@@ -26,7 +26,7 @@ from allometry.scaling.count import (
     layer_flops,
 )
 from allometry.scaling.inventory import inventory
-from allometry.scaling.memory import COMPUTE_BYTES, estimate_memory
+from allometry.scaling.memory import COMPUTE_BYTES, FUSED_ATTENTION, estimate_memory
 from allometry.scaling.parameterization import Parameterization
 from allometry.scaling.roles import Role
 
@@ -143,7 +143,7 @@ def test_activations_are_near_what_autograd_keeps(compute_dtype: Any, form: str)
         compute_bytes=COMPUTE_BYTES[compute_dtype],
         zero=Zero(stage=0),
         hdp=1,
-        fused_norm=False,
+        attention=FUSED_ATTENTION._replace(device="cpu"),
     )
     assert memory.activations + memory.compute_copies == pytest.approx(measured, rel=0.1)
 

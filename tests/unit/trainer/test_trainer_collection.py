@@ -15,18 +15,10 @@ from allometry.configs.run import RunConfig
 from allometry.trainer.collection import GarbageCollection
 from allometry.trainer.record.callbacks import Callback
 from allometry.trainer.train import train
+from small_experts import experts_model
 
 Make = Callable[..., RunConfig]
 CPU = torch.device("cpu")
-EXPERTS = {
-    "kind": "moe",
-    "vocab_size": 64,
-    "width": 32,
-    "num_layers": 2,
-    "num_heads": 4,
-    "num_kv_heads": 2,
-    "experts": {"kind": "swiglu", "num_experts": 8, "experts_per_token": 2, "width": 16},
-}
 
 
 @pytest.fixture(autouse=True)
@@ -122,7 +114,7 @@ def tensors_in_cycles(config: RunConfig, *, planted: bool = False) -> list[int]:
     "settings",
     [
         (),
-        (f"model={json.dumps(EXPERTS)}", "optimizer.kind=muonh"),
+        (f"model={json.dumps(experts_model())}", "optimizer.kind=muonh"),
         ("data.kind=documents", "data.max_document_tokens=56"),
         ("training.activation_checkpointing=full", "parallel.zero.stage=2"),
     ],

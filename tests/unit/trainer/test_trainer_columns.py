@@ -35,7 +35,7 @@ MOE = {
     },
 }
 RUNS: dict[str, tuple[str, ...]] = {
-    "dense": ("training.total_steps=2",),
+    "dense": ("training.total_steps=2", "data.replay={ratio: 0.5, sources: [down]}"),
     "forecast": ("training.total_steps=30", "record.forecast.every_steps=30"),
     "spheres": ("training.total_steps=2", "optimizer={kind: muonh, lr: 0.02, states: {kind: fp8}}"),
     "experts": ("training.total_steps=2", f"model={json.dumps(MOE)}"),
@@ -43,6 +43,11 @@ RUNS: dict[str, tuple[str, ...]] = {
         "training.total_steps=2",
         f"model={json.dumps(MOE)}",
         "precision={saved_activations: fp8, linears: fp8_rowwise}",
+    ),
+    "offload": (
+        "training.total_steps=2",
+        "training.activation_offload=1.0",
+        "model.num_layers=3",
     ),
     "documents": (
         "training.total_steps=2",

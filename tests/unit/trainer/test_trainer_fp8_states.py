@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,10 @@ from allometry.configs.execution import MonitorConfig, ParallelConfig
 from allometry.configs.run import RunConfig
 from allometry.optim.fp8_states import Fp8States
 from allometry.parallel.mesh import open_mesh
+from allometry.trainer import train as train_module
 from allometry.trainer.record.states import CompressedStates
+from allometry.trainer.state import checkpoint, states
+from allometry.trainer.state.states import load
 from allometry.trainer.train import train
 from rule_groups import give, optimizer, weights
 from run_folders import events, rows
@@ -64,6 +68,33 @@ def test_it_learns_and_two_resumes_are_bit_exact(tiny: Make, tmp_path: Path, kin
     assert other[1:] != straight[1:], "the comparison can fail"
     assert straight == pytest.approx(other, rel=0.02)
     assert straight[-1] < 0.8 * straight[0], "it learns to count"
+
+
+def test_a_resume_that_changes_a_state_is_seen(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Equal losses mean equal states: here one row of one state differs in its last place."""
+    said = [FP8, "training.total_steps=8"]
+    straight = losses(run(tiny(*said, folder=tmp_path / "straight")))
+    run(tiny(*said, folder=tmp_path / "parts"), stop_at_step=4)
+
+    def changed(path: Path, state: Any, *others: Any) -> Any:
+        found = load(path, state, *others)
+        name = next(n for n in sorted(state) if n.endswith(f".wv.weight.exp_avg_sq.{part}"))
+        row = state[name][0]
+        if part == "scale":
+            row.copy_(torch.nextafter(row, 2 * row))
+        else:
+            row.view(torch.uint8).sub_(1)
+        return found
+
+    monkeypatch.setattr(train_module, "load", changed)
+    for part in ("q", "scale", "exponent"):
+        shutil.copytree(tmp_path / "parts", tmp_path / part)
+        resumed = losses(run(tiny(*said, folder=tmp_path / part)))
+        assert len(resumed) == 8
+        assert resumed[:4] == straight[:4]
+        assert resumed[4:] != straight[4:]
 
 
 def test_what_rounding_does_is_recorded_and_changes_nothing(tiny: Make, tmp_path: Path) -> None:
@@ -121,6 +152,32 @@ def test_a_branch_may(
     assert found[:11] == wanted[:11]
     assert found[11:] != wanted[11:]
     assert found[11:] == pytest.approx(wanted[11:], rel=0.02)
+
+
+def test_states_are_converted_some_at_a_time(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = ["training.total_steps=6", "checkpoint.keep_steps=[4]"]
+    parent = run(tiny(*said, folder=tmp_path / "parent"))
+    inner, loads = checkpoint.load, [0]
+
+    def counted(*given: Any) -> None:
+        loads[0] += 1
+        inner(*given)
+
+    monkeypatch.setattr(checkpoint, "load", counted)
+    found = []
+    for name, most in (("at once", 1 << 30), ("each alone", 1), ("some", 20_000)):
+        monkeypatch.setattr(states, "READ_BYTES", most)
+        loads[0] = 0
+        start = f"run.parent={{folder: {parent}, step: 4}}"
+        folder = run(tiny(*said[:1], start, FP8, folder=tmp_path / name))
+        (told,) = (event for event in events(folder) if event["event"] == "states_converted")
+        found.append((loads[0], told["states"], losses(folder)))
+    assert found[0][1:] == found[1][1:] == found[2][1:]
+    assert found[0][0] == 2
+    assert found[1][0] == 1 + found[1][1]
+    assert 2 < found[2][0] < found[1][0]
 
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan])

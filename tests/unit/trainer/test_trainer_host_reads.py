@@ -21,25 +21,11 @@ from allometry.trainer.assemble import make_model, make_optimizer, make_train_st
 from allometry.trainer.feed import DeviceBatch
 from allometry.trainer.step import TrainStep
 from host_reads import host_reads
+from small_experts import experts_model
 
 Make = Callable[..., RunConfig]
 CPU = torch.device("cpu")
-EXPERTS = {
-    "kind": "moe",
-    "vocab_size": 64,
-    "width": 32,
-    "num_layers": 2,
-    "num_heads": 4,
-    "num_kv_heads": 2,
-    "experts": {
-        "kind": "swiglu",
-        "num_experts": 8,
-        "experts_per_token": 2,
-        "width": 16,
-        "num_shared_experts": 1,
-    },
-    "router": {"gate": "sqrt", "z_loss": 1e-3},
-}
+EXPERTS = experts_model()
 BIASED = EXPERTS | {
     "router": {"gate": "sigmoid", "balance": {"kind": "bias", "rate": 1e-3}},
 }
@@ -47,6 +33,11 @@ MODELS = {
     "dense": (),
     "experts": (f"model={json.dumps(EXPERTS)}",),
     "biased": (f"model={json.dumps(BIASED)}",),
+    "offloaded": (
+        f"model={json.dumps(experts_model(width=128, num_layers=4))}",
+        *("training.activation_offload=1.0", "batch.micro_batch_sequences=4"),
+        "data.sequence_length=64",
+    ),
 }
 
 
@@ -72,6 +63,7 @@ def reads_of_a_step(
             counts = [x["step"] for x in optimizer.state.values() if "step" in x]
             with host_reads(counts) as found:
                 take(step, batches).to_host()
+        assert all(store.bytes_out > 0 for store in parallel.stores)
     return found
 
 
@@ -80,6 +72,7 @@ def reads_of_a_step(
     [
         *(("dense", kind) for kind in OPTIMIZER_KINDS),
         *((model, kind) for model in ("experts", "biased") for kind in ("adamw", "muonh")),
+        ("offloaded", "adamw"),
     ],
 )
 def test_a_step_reads_no_value(tiny: Make, model: str, optimizer: str) -> None:

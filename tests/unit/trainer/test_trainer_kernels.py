@@ -19,7 +19,7 @@ from allometry.configs.run import RunConfig
 from allometry.data.stream import open_stream
 from allometry.models.attention import RUN
 from allometry.scaling.attention import BACKENDS, AttentionCall, refusal, worth_measuring
-from allometry.scaling.kernels import apex_folder, apex_refusal
+from allometry.scaling.kernels import apex_folder, apex_refusal, quantise_refusal
 from allometry.scaling.plan import RunPlan
 from allometry.trainer.kernels import Choice, Kernels, _decide, settle
 from allometry.trainer.measure import AttentionShape, Outcome, time_attention
@@ -176,6 +176,7 @@ def test_a_cpu_follows_the_rule_and_the_record_says_which(tiny: Make, tmp_path: 
         ("kernels.attention=flash", "not packed documents in fp32"),
         ("kernels.norm=apex", "needs NVIDIA's apex"),
         ("kernels.adamw=apex", "needs NVIDIA's apex"),
+        ("kernels.quantise=triton", "has nothing to round"),
     ],
 )
 def test_a_name_that_cannot_be_used_ends_the_launch(tiny: Make, asked: str, said: str) -> None:
@@ -184,6 +185,19 @@ def test_a_name_that_cannot_be_used_ends_the_launch(tiny: Make, asked: str, said
         train(config, callbacks=[])
     assert str(caught.value).startswith(asked)
     assert not rows_of(config), "nothing was trained"
+
+
+def test_what_rounds_to_fp8() -> None:
+    assert quantise_refusal("cuda", compiled=False, rounds=True) is None
+    for refused, said in (
+        ({"device": "cpu"}, "runs on cuda, not on cpu"),
+        ({"compiled": True}, "fuses the same passes; set training.compile: false"),
+        ({"rounds": False}, "has nothing to round"),
+    ):
+        reason = quantise_refusal(
+            **{"device": "cuda", "compiled": False, "rounds": True, **refused}
+        )
+        assert said in str(reason)
 
 
 def rows_of(config: RunConfig) -> list:

@@ -20,7 +20,7 @@ Make = Callable[..., RunConfig]
         "run.seed=4",
         "batch.sequences=16",
         "data.sequence_length=16",
-        "data.sources.1.weight=0.5",
+        "data.continue_sources=true",
         "data.packing=concatenated",
         "training.compute_dtype=bf16",
         "training.clip_grad_norm=null",
@@ -44,6 +44,9 @@ def test_what_may_not_change_is_named(tiny: Make, change: str) -> None:
         "record.tensorboard=true",
         "evaluation.every_steps=3",
         "data.sources.0.train=moved/up.train",
+        "data.sources.1.weight=0.5",
+        "data.sources.1.max_epochs=2",
+        "data.replay={ratio: 0.5, sources: [down]}",
         "training.compile=true",
     ],
 )

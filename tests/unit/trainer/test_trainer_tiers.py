@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
@@ -21,13 +22,13 @@ from run_folders import events, rows
 Make = Callable[..., RunConfig]
 
 
-def config(tiny: Make, folder: Path, **states: Any) -> RunConfig:
+def config(tiny: Make, folder: Path, *more: str, **states: Any) -> RunConfig:
     import json
 
     states = {"nvme": str(folder.parent / "swap"), "bucket_mib": 0.05} | states
     return tiny(
         f"parallel.zero.optimizer_states={json.dumps(states)}",
-        *("model.width=64", "model.ffn_width=160"),
+        *("model.width=64", "model.ffn_width=160", *more),
         folder=folder,
     )
 
@@ -48,8 +49,8 @@ def test_a_disk_that_breaks_ends_the_run_with_its_checkpoint_named(
     inner, calls = getattr(SwapFile, method), [0]
 
     def breaking(self: SwapFile, data: Any, start: int) -> int:
-        calls[0] += 1
-        if calls[0] < 100:
+        calls[0] += (tmp_path / "run" / "latest").exists()  # once there is a checkpoint
+        if calls[0] < 10:
             return int(inner(self, data, start))
         if call == "lost":
             return len(data)
@@ -85,8 +86,19 @@ def killed(run: RunConfig, at: int) -> None:
     launch(run)
 
 
-def test_kill_9_during_a_write_loses_nothing(tiny: Make, tmp_path: Path) -> None:
-    run = config(tiny, tmp_path / "run")
+ALL_AWAY = (
+    "training.compute_dtype=bf16",
+    "parallel.zero.stage=3",
+    "parallel.zero.optimizer_states.master_weights=true",
+    "parallel.zero.optimizer_states.gradients=true",
+)
+
+
+@pytest.mark.parametrize("more", [pytest.param((), marks=pytest.mark.slow), ALL_AWAY])
+def test_kill_9_during_a_write_loses_nothing(
+    tiny: Make, tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    run = config(tiny, tmp_path / "run", *more)
     for at in (100, 60):
         process = get_context("spawn").Process(target=killed, args=(run, at))
         process.start()
@@ -94,10 +106,29 @@ def test_kill_9_during_a_write_loses_nothing(tiny: Make, tmp_path: Path) -> None
         assert process.exitcode == -signal.SIGKILL
         assert not list((tmp_path / "swap").iterdir())
     launch(run)
-    straight = tiny("model.width=64", "model.ffn_width=160", folder=tmp_path / "straight")
+    same = [each for each in more if "optimizer_states" not in each]
+    straight = tiny("model.width=64", "model.ffn_width=160", *same, folder=tmp_path / "straight")
     launch(straight)
     losses = [[row["loss"] for row in rows(Path(r.run.folder))] for r in (run, straight)]
     assert losses[0] == losses[1]
+
+
+def test_what_is_not_finite_is_named_where_nothing_is_on_the_device(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What stands for a parameter meanwhile is not a number."""
+    from allometry.optim.offload.gradients import HostGradients
+
+    inner = HostGradients._leave
+
+    def broken(self: HostGradients, parameter: Any) -> None:
+        if tuple(parameter.shape) == (160, 64):
+            parameter.grad._local_tensor[3, 5] = float("nan")
+        inner(self, parameter)
+
+    monkeypatch.setattr(HostGradients, "_leave", broken)
+    with pytest.raises(UserError, match=r"not finite in parameter group\(s\) hidden;"):
+        launch(config(tiny, tmp_path / "run", *ALL_AWAY))
 
 
 def test_the_record_says_where_states_are(tiny: Make, tmp_path: Path) -> None:
@@ -133,6 +164,16 @@ def test_a_full_disk_is_found_before_anything_starts(
         ("{optimizer_states: {device: 2 GB}}", "device"),
         ("{stage: 1, offload: cpu, optimizer_states: {}}", "set its nvme and leave its device"),
         ("{optimizer_states: {nvme: ''}}", "nvme"),
+        ("{optimizer_states: {master_weights: true}}", "set stage to 1, 2 or 3"),
+        ("{optimizer_states: {gradients: true}}", "set stage to 1, 2 or 3"),
+        (
+            "{stage: 1, offload: cpu, optimizer_states: {nvme: x, gradients: true}}",
+            "is what offload=cpu does",
+        ),
+        (
+            "{stage: 3, optimizer_states: {master_weights: true}}",
+            "set training.compute_dtype: bf16",
+        ),
         ("{optimizer_states: {bucket_mib: 0}}", "bucket_mib"),
     ],
 )
@@ -140,3 +181,42 @@ def test_what_cannot_be_is_refused(tiny: Make, zero: str, said: str) -> None:
     with pytest.raises(UserError, match=said) as error:
         tiny(f"parallel.zero={zero}")
     assert "optimizer_states" in str(error.value) or "zero" in str(error.value)
+
+
+def test_the_record_names_the_disk_and_what_speaks_against_it(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from allometry.parallel.folder import FileSystem
+
+    monkeypatch.setattr(FileSystem, "of", lambda folder: FileSystem("/net", "nfs4"))
+    run = config(tiny, tmp_path / "run")
+    train(run, device=torch.device("cpu"), callbacks=[], stop_at_step=1)
+    said = {one["event"]: one for one in events(tmp_path / "run")}
+    place = said["optimizer_states"]
+    assert (place["mount"], place["file_system"]) == ("/net", "nfs4")
+    assert place["folder"] == str(tmp_path / "swap")
+    assert "over the network" in said["states_disk"]["note"]
+
+
+@pytest.mark.parametrize("slow", [True, False])
+def test_a_slow_disk_is_said_once(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow: bool
+) -> None:
+    from allometry.trainer.record.disk import SlowDisk
+
+    monkeypatch.setattr(SlowDisk, "STEPS", 4)
+    monkeypatch.setattr(SlowDisk, "SHARE", 0.2 if slow else 0.99)
+    inner = SwapFile._pread
+
+    def late(self: SwapFile, data: Any, start: int) -> int:
+        time.sleep(0.02 if slow else 0.0)
+        return inner(self, data, start)
+
+    monkeypatch.setattr(SwapFile, "_pread", late)
+    launch(config(tiny, tmp_path / "run"))
+    said = [one for one in events(tmp_path / "run") if one["event"] == "slow_disk"]
+    assert len(said) == slow
+    if slow:
+        assert said[0]["step"] == SlowDisk.FIRST + 4
+        assert said[0]["waited_percent"] > 20
+        assert 0 < said[0]["gb_per_s"] < 1

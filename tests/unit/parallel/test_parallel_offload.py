@@ -22,13 +22,10 @@ from allometry.models.moe import begin_step
 from allometry.models.transformer import Part, Transformer
 from allometry.parallel.apply import compile_parts
 from allometry.parallel.checkpointing import apply_checkpointing
-from allometry.parallel.hdp.offload import (
-    SMALLEST_BYTES,
-    ActivationStore,
-    Transfer,
-    apply_offload,
-    offloaded_layers,
-)
+from allometry.parallel.offload.lanes import Transfer
+from allometry.parallel.offload.pool import Region
+from allometry.parallel.offload.store import SMALLEST_BYTES, ActivationStore, apply_offload
+from allometry.scaling.offload import offloaded_layers
 from allometry.scaling.parameterization import Parameterization
 
 CPU = torch.device("cpu")
@@ -88,16 +85,16 @@ class Watched(ActivationStore):
     """Remembers the memory of each copy, without keeping it."""
 
     def __init__(self, part: Transformer, smallest_bytes: int = SMALL) -> None:
-        super().__init__(part, CPU, smallest_bytes)
+        super().__init__(part, CPU, smallest_bytes=smallest_bytes)
         part.call_block = self.call_block
         self.sources: list[StorageWeakRef] = []
         self.hosts: list[StorageWeakRef] = []
         self.arrivals: list[StorageWeakRef] = []
 
-    def send(self, source: Tensor) -> tuple[Tensor, Transfer]:
+    def send(self, source: Tensor) -> tuple[Region, Transfer]:
         host, transfer = super().send(source)
         self.sources.append(StorageWeakRef(source.untyped_storage()))
-        self.hosts.append(StorageWeakRef(host.untyped_storage()))
+        self.hosts.append(StorageWeakRef(host.memory.untyped_storage()))
         assert self.sources[-1].cdata != self.hosts[-1].cdata
         return host, transfer
 
@@ -149,7 +146,7 @@ def test_what_came_back_is_what_is_computed_with():
 
     model = make()
     expected = gradients(model, 0.0)
-    model.call_block = Losing(model, CPU, SMALL).call_block
+    model.call_block = Losing(model, CPU, smallest_bytes=SMALL).call_block
     assert not same(gradients(model, 1.0), expected)
 
 
@@ -171,7 +168,7 @@ def test_small_tensors_parameters_and_shared_ones_stay():
     moved = set()
 
     class Noting(Watched):
-        def send(self, source: Tensor) -> tuple[Tensor, Transfer]:
+        def send(self, source: Tensor) -> tuple[Region, Transfer]:
             moved.add(source.numel())
             return super().send(source)
 
@@ -231,7 +228,9 @@ def test_what_is_held_on_the_device_falls(layers: int):
     peaks, layer = [], 4 * L * (10 * D + 4 * F)
     for share in (0.0, 1.0):
         store = Watched(model)
-        with LiveBytes(lambda store=store: store.hosts + grads) as live:
+        store.pool.give_back(store.pool.take(1))
+        (slab,) = (StorageWeakRef(memory.untyped_storage()) for memory in store.pool._slabs)
+        with LiveBytes(lambda slab=slab: [slab, *grads]) as live:
             forward(model, share).backward()
         peaks.append(live.peak)
     assert peaks[0] - peaks[1] > (layers - 2.1) * layer, (peaks, layer)
@@ -244,7 +243,8 @@ def test_sources_go_at_once_and_copies_come_back_one_block_ahead():
     total = forward(model, 1.0)
     assert alive(store.sources) == 0
     per_layer = len(store.hosts) // 3
-    assert alive(store.hosts) == 3 * per_layer == len(store.hosts)
+    assert 3 * per_layer == len(store.hosts)
+    assert store.pool.used_bytes >= store.bytes_out
 
     def note(module: Any, grad_input: Any, grad_output: Any) -> None:
         held.append((len(store.arrivals), alive(store.arrivals)))
@@ -257,7 +257,7 @@ def test_sources_go_at_once_and_copies_come_back_one_block_ahead():
     # Blocks 4 to 0: what block 2 kept comes while block 3 runs, and so on; what was read is gone.
     assert [arrived for arrived, _ in held] == [n * per_layer for n in (0, 1, 2, 3, 3)]
     assert max(there for _, there in held) < 2 * per_layer
-    assert alive(store.arrivals) == alive(store.hosts) == 0
+    assert alive(store.arrivals) == store.pool.used_bytes == 0
 
 
 def test_nothing_is_left_after_a_backward_or_without_one():
@@ -266,14 +266,14 @@ def test_nothing_is_left_after_a_backward_or_without_one():
     gc.disable()
     try:
         total = forward(model, 1.0)
-        assert alive(store.hosts) > 0
+        assert store.pool.used_bytes > 0
         total.backward()
         # The loss is still held, its graph's nodes with it, and no more.
-        assert alive(store.hosts) == alive(store.arrivals) == alive(store.sources) == 0
+        assert store.pool.used_bytes == alive(store.arrivals) == alive(store.sources) == 0
         dropped = forward(model, 1.0)
-        assert alive(store.hosts) > 0
+        assert store.pool.used_bytes > 0
         del dropped
-        assert alive(store.hosts) == alive(store.arrivals) == alive(store.sources) == 0
+        assert store.pool.used_bytes == alive(store.arrivals) == alive(store.sources) == 0
     finally:
         gc.enable()
     take_gradients(model)
@@ -292,7 +292,7 @@ def test_micro_batches_in_flight_do_not_mix():
             totals[seed].backward()
         assert same(take_gradients(model), expected)
         assert store.bytes_in == store.bytes_out
-        assert alive(store.hosts) == 0
+        assert store.pool.used_bytes == 0
 
 
 def test_evaluation_moves_nothing():
@@ -313,7 +313,7 @@ def test_a_retained_graph_is_read_twice():
     total.backward()
     assert same(take_gradients(model), expected)
     assert store.bytes_in == 2 * store.bytes_out
-    assert alive(store.hosts) == 0
+    assert store.pool.used_bytes == 0
 
 
 @pytest.mark.parametrize("kind", ["dense", "moe"])
@@ -339,7 +339,7 @@ def test_backward_in_two_halves(kind: Kind):
     assert same(gradient, expected)
     assert store.bytes_out <= store.bytes_in <= 2 * store.bytes_out
     gc.collect()  # torch's halves leave cycles
-    assert alive(store.hosts) == alive(store.arrivals) == 0
+    assert store.pool.used_bytes == alive(store.arrivals) == 0
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -356,7 +356,7 @@ def test_with_checkpointing(checkpointing: Literal["full", "selective"], kind: K
     total.backward()
     assert same(take_gradients(model), expected)
     assert store.bytes_in == store.bytes_out
-    assert alive(store.hosts) == alive(store.arrivals) == 0
+    assert store.pool.used_bytes == alive(store.arrivals) == 0
     inputs = 3 * L * D * (2 if dtype == "bf16" else 4)
     if checkpointing == "full":
         assert store.bytes_out == inputs
@@ -377,7 +377,7 @@ def test_compiled_blocks_stay_whole(checkpointing: Literal["none", "full", "sele
     total.backward()
     assert same(take_gradients(model), expected)
     assert store.bytes_in == store.bytes_out >= 3 * L * D * 2
-    assert alive(store.hosts) == alive(store.arrivals) == 0
+    assert store.pool.used_bytes == alive(store.arrivals) == 0
     # Compiled while the hooks were set, the code is the same.
     torch.compiler.reset()
     assert same(gradients(model, 1.0), expected)

@@ -1,0 +1,179 @@
+"""The mixture of a run as a list of changes: what is declared, and what a run has followed so far.
+
+A run's mixture is a tuple of ``Change`` s, the first at sample 0. What a configuration asks for is
+``declared(data)``; where a run goes on under another one, ``followed(past, wanted, position)``
+keeps what its samples so far were and takes the rest from the new one. So the order of data is a
+pure function of the seed, the changes and the position, and an edit in mid-run, a ramp and a stage
+of training are one thing: a change of shares at a position.
+"""
+
+# S sources, L tokens in a sample
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from allometry.configs.data import DocumentData, Replay, SequenceData
+from allometry.configs.errors import UserError
+from allometry.data.mixture import Mixture
+
+STAIRS = 64
+"""A ramp is as many equal stairs at most, each with the ratio of its middle."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """From sample ``position`` on sources have these ``shares``.
+
+    Shares are whole multiples of 2**-32 and sum to 1; a source that is not named has none.
+    """
+
+    position: int
+    shares: Mapping[str, float]
+
+    def describe(self) -> dict[str, Any]:
+        """The same as JSON; ``Change(**described)`` has the same bits."""
+        return {"position": self.position, "shares": dict(self.shares)}
+
+
+def declared(data: SequenceData | DocumentData) -> tuple[Change, ...]:
+    """What a configuration asks for, from its weights and ``replay``."""
+    weights = {source.name: source.weight for source in data.sources}
+    if data.replay is None:
+        return (Change(0, _shares(weights)),)
+    replay, length = data.replay, data.sequence_length
+    return _merged(
+        Change(-(-tokens // length), _shares(_with_ratio(weights, replay, ratio)))
+        for tokens, ratio in _ratios(replay, length)
+    )
+
+
+def followed(past: Sequence[Change], wanted: Sequence[Change], position: int) -> tuple[Change, ...]:
+    """The changes of a run that followed ``past`` for ``position`` samples and now wants others."""
+    kept = [change for change in past if change.position < position]
+    rest = [change for change in wanted if change.position > position]
+    return _merged([*kept, Change(position, in_force(wanted, position).shares), *rest])
+
+
+def in_force(changes: Sequence[Change], position: int) -> Change:
+    """The change that the sample at ``position`` follows."""
+    return changes[bisect_right(changes, position, key=lambda change: change.position) - 1]
+
+
+def _merged(changes: Iterable[Change]) -> tuple[Change, ...]:
+    """Without changes that change nothing, or that the next one replaces at the same position."""
+    kept: list[Change] = []
+    for change in changes:
+        if kept and kept[-1].position == change.position:
+            kept.pop()
+        if not kept or _present(kept[-1]) != _present(change):
+            kept.append(change)
+    return tuple(kept)
+
+
+def _present(change: Change) -> dict[str, float]:
+    return {name: share for name, share in change.shares.items() if share}
+
+
+def _shares(weights: Mapping[str, float]) -> dict[str, float]:
+    return dict(zip(weights, Mixture(list(weights.values())).shares, strict=True))
+
+
+def check_sum(data: SequenceData | DocumentData) -> None:
+    """Raise UserError for weights that were meant as shares of the whole and do not sum to 1."""
+    given = [source.weight for source in data.sources if source.weight]
+    total = sum(given)
+    near = 0.5 <= total <= 1.5 and abs(total - 1.0) > 0.015  # three times 0.33 are meant
+    if data.replay is None and len(given) > 1 and max(given) < 1.0 and near:
+        said = " + ".join(f"{weight:g}" for weight in given)
+        raise UserError(
+            f"the weights of data.sources, {said}, sum to {total:g} and not to 1; as shares of the "
+            "batch they must sum to 1, and as weights that are relative alone write them as whole "
+            "numbers"
+        )
+
+
+def _ratios(replay: Replay, length: int) -> Iterator[tuple[int, float]]:
+    """The share of replay and the tokens of the run from which it holds, in order."""
+    ratio = replay.ratio
+    yield 0, ratio
+    for change in replay.changes:
+        stairs = min(STAIRS, change.over_tokens // length)
+        for stair in range(stairs):
+            part = (stair + 0.5) / stairs
+            tokens = change.after_tokens + stair * change.over_tokens // stairs
+            yield tokens, ratio + part * (change.ratio - ratio)
+        ratio = change.ratio
+        yield change.after_tokens + change.over_tokens, ratio
+
+
+def _with_ratio(weights: Mapping[str, float], replay: Replay, ratio: float) -> dict[str, float]:
+    """The weights in which ``replay.sources`` have ``ratio`` together and the others the rest."""
+    old = math.fsum(weights[name] for name in replay.sources)
+    new = math.fsum(w for name, w in weights.items() if name not in replay.sources)
+    parts = {True: ratio / old if old else 0.0, False: (1.0 - ratio) / new if new else 0.0}
+    return {name: weight * parts[name in replay.sources] for name, weight in weights.items()}
+
+
+class ChangingMixture:
+    """Which source each sample comes from, under ``changes``; sources are numbered as ``names``.
+
+    Within a change and from one to the next it is ``Mixture``'s schedule: any position is found
+    without those before it.
+    """
+
+    def __init__(self, changes: Sequence[Change], names: Sequence[str]) -> None:
+        assert changes[0].position == 0
+        self.changes = tuple(changes)
+        self.names = tuple(names)
+        # Ties go by the order in which sources came into the run, which an edit may not change.
+        order = list(dict.fromkeys(name for change in changes for name in change.shares))
+        assert set(order) <= set(names), (order, names)
+        order += [name for name in names if name not in order]
+        self._place = np.array([self.names.index(name) for name in order], np.int64)
+        self._parts: list[Mixture] = []
+        for change in changes:
+            weights = [change.shares.get(name, 0.0) for name in order]
+            self._parts.append(
+                self._parts[-1].continued(weights, change.position)
+                if self._parts
+                else Mixture(weights)
+            )
+        self._starts = [part.start_position for part in self._parts]
+
+    def shares(self, position: int = 0) -> dict[str, float]:
+        """Each source's share of the samples at ``position``; their sum is 1."""
+        shares = in_force(self.changes, position).shares
+        return {name: shares.get(name, 0.0) for name in self.names}
+
+    def sources(self, position: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Source of each of ``count`` samples from ``position`` on and its number in the source."""
+        found = []
+        number = bisect_right(self._starts, position) - 1
+        while True:
+            last = number + 1 == len(self._parts)
+            here = count if last else min(count, self._starts[number + 1] - position)
+            found.append(self._parts[number].sources(position, here))
+            number, position, count = number + 1, position + here, count - here
+            if not count:
+                break
+        source, index = (np.concatenate(column) for column in zip(*found, strict=True))
+        return self._place[source], index
+
+    def source(self, position: int) -> tuple[int, int]:
+        """Source of the sample at ``position`` and that sample's number within the source."""
+        source_B, index_B = self.sources(position, 1)
+        return int(source_B[0]), int(index_B[0])
+
+    def counts(self, position: int) -> NDArray[np.int64]:
+        """Samples of each source among the first ``position`` (int64, S); their sum is it."""
+        counts = np.zeros(len(self.names), np.int64)
+        counts[self._place] = self._parts[bisect_right(self._starts, position) - 1].counts(position)
+        return counts

@@ -1,0 +1,42 @@
+"""What evaluations of a run's checkpoints gave: the rows of its scores.jsonl.
+
+A row is one metric of one task at one checkpoint: ``task``, ``metric``, ``filter`` (how answers
+were read), ``value``, ``stderr`` (or null), ``n`` documents, ``chance`` (what guessing gives, where
+that is known), ``higher_is_better``, ``fewshot``, ``limit``; ``run``, ``step``, ``tokens``,
+``flops``, ``N`` (parameters without embedding and head), ``loss`` (held out, of the mixture, at
+that step, or null); ``accuracy`` and ``error`` = 1 - accuracy where the metric is a share of right
+answers; ``task_version``, ``task_hash`` (of what is asked), ``checkpoint`` (its hash), ``harness``
+and ``time``. So the file is a table that ``allometry fit downstream_error`` reads as it is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from allometry.laws.runs import read_lines
+
+SCORES = "scores.jsonl"
+_ASKED = ("task", "metric", "filter", "fewshot", "limit")
+"""What two rows of one step have in common if the later one takes the other's place."""
+
+Row = dict[str, Any]
+
+
+def read_scores(folder: Path) -> list[Row]:
+    """Return the rows of a folder's scores.jsonl by step, of equal ones the last.
+
+    Raises:
+        UserError: a line is damaged.
+    """
+    rows = read_lines(folder / SCORES)
+    kept = {tuple(row.get(key) for key in (*_ASKED, "step")): row for row in rows}
+    return sorted(kept.values(), key=lambda row: row.get("step") or 0)
+
+
+def with_rows(text: str, rows: Iterable[Row]) -> str:
+    """Return the text of a scores.jsonl with ``rows`` after it; a torn last line goes."""
+    whole = text[: text.rfind("\n") + 1]
+    return whole + "".join(json.dumps(row) + "\n" for row in rows)

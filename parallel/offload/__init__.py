@@ -1,0 +1,1 @@
+"""Activations that wait for the backward in the host's memory."""

@@ -1,0 +1,400 @@
+"""What is alive at each moment of a step: the loss, the backward of each block, the update.
+
+Nothing here is known of tensors: bytes follow from the description of the model and from what the
+code of the step keeps, as ``studies/memory`` measures it.
+"""
+
+# T tokens of a micro-batch, D width, F hidden width, V vocabulary
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from allometry.configs.execution import Zero
+from allometry.configs.optimization import Fp8StatesConfig, OptimizerConfig
+from allometry.scaling.roles import EXPERTS, MATRICES, ParamSpec, Role
+from allometry.scaling.saved import (
+    GATE_UP,
+    RESIDUAL,
+    SWIGLU,
+    Block,
+    Checkpointing,
+    Kernels,
+    norm,
+)
+from allometry.scaling.shards import PREFETCHED, RankParts, layer_of
+from allometry.scaling.update_rules import rule_of
+
+_FP32 = 4
+_ROUNDED_ROWS = 80 << 16
+"""Bytes while 2**16 elements of a state are rounded (``optim/dre.py``), measured."""
+_LOGITS_ON_CPU, _LOGITS_AT_MOST = 8 << 20, 8192
+PARAMETERS, GRADIENTS, STATES = "parameters", "gradients", "optimizer states"
+COPIES, LOSS, WORKSPACE = "weight copies", "loss", "workspace"
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """Bytes alive at one moment of a step, by kind; ``saved: NAME`` is kept for backward."""
+
+    name: str
+    kinds: Mapping[str, int]
+
+    @property
+    def total(self) -> int:
+        """The sum of all kinds."""
+        return sum(self.kinds.values())
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of one rank, as ``memory.estimate_memory`` describes it.
+
+    ``held``, ``gradients``, ``states``: bytes of parameters, gradients and optimizer states that
+    stay on the device; ``reduction`` and ``copies`` as in ``MemoryEstimate``;
+    ``gathered``: bytes of what ZeRO gathers for each block, and for the ends; ``away``: layers
+    whose activations wait on the host.
+    """
+
+    part: RankParts
+    kernels: Kernels
+    checkpointing: Checkpointing
+    zero: Zero
+    hdp: int
+    pipelined: bool
+    optimizer: OptimizerConfig | None
+    on_cpu: bool
+    compiled: bool
+    tokens: int
+    chunk: int | None
+    micro_batches: int
+    in_flight: int
+    held: int
+    gradients: int
+    states: int
+    reduction: int
+    copies: int
+    gathered: Mapping[int | None, int]
+    away: frozenset[int] = frozenset()
+
+    def saved(self) -> Counter[str]:
+        """Return what all micro-batches in flight keep for backward, by operation."""
+        total: Counter[str] = Counter()
+        for layer in self._layers:
+            if layer not in self.away:
+                total += self._block(layer).saved(self.tokens, self.checkpointing)
+        total += self._ends()
+        return Counter({name: self.in_flight * size for name, size in total.items()})
+
+    def moments(self) -> tuple[Moment, ...]:
+        """Return the moments of the step that may be the fullest."""
+        found = [*self._forward(), *self._backward(), self._end(), self._update()]
+        return (self._head(), *found) if self.part.last else tuple(found)
+
+    # --- the model, as this rank has it
+
+    @cached_property
+    def _layers(self) -> list[int]:
+        return sorted(self.part.layers)
+
+    def _block(self, layer: int) -> Block:
+        part = self.part
+        how = part.tp, part.ep, part.whole_experts
+        return Block(part.model, layer, self.kernels, *how)
+
+    @cached_property
+    def _sizes(self) -> dict[ParamSpec, int]:
+        """Elements of this rank's part of each parameter, before ZeRO."""
+        return {spec: math.prod(self.part.part(spec)) for spec in self.part.specs()}
+
+    @cached_property
+    def _by_layer(self) -> Counter[int | None]:
+        """Elements of the parameters of each block; None: of the ends."""
+        sizes: Counter[int | None] = Counter()
+        for spec, size in self._sizes.items():
+            sizes[layer_of(spec.name)] += size
+        return sizes
+
+    @property
+    def _vocabulary(self) -> int:
+        return math.ceil(self.part.model.vocab_size / self.part.tp)
+
+    def _ends(self) -> Counter[str]:
+        """What the final norm keeps, and in a pipeline what comes and goes."""
+        model, part = self.part.model, self.part
+        c, local = self.kernels.compute, self.tokens // part.tp
+        kept: Counter[str] = Counter()
+        if part.last:
+            of_norm = norm(model.width, self.kernels)
+            kept += Counter({name: round(local * n) for name, n in of_norm.items()})
+        if self.pipelined:
+            kept[RESIDUAL] += c * local * model.width * ((not part.first) + (not part.last))
+        return kept
+
+    # --- what stays while micro-batches run
+
+    def _base(self, copies: int, gradients: int) -> Counter[str]:
+        if self.zero.stage == 0:
+            copies = self.copies
+        return Counter(
+            {PARAMETERS: self.held, STATES: self.states, COPIES: copies, GRADIENTS: gradients}
+        )
+
+    @property
+    def _flat(self) -> int:
+        """Buckets of stage 0 that a CPU holds from step to step."""
+        if not self.on_cpu or self.zero.stage or self.hdp == 1:
+            return 0
+        alone = self.part.ep == self.hdp  # experts that no other rank holds are not summed
+        return _FP32 * sum(
+            size for spec, size in self._sizes.items() if not (alone and spec.role in EXPERTS)
+        )
+
+    @property
+    def _added_up(self) -> int:
+        """Gradients of micro-batches that have run while this one runs, at most."""
+        if self.micro_batches <= self.in_flight:
+            return 0
+        whole = _FP32 * sum(self._sizes.values())
+        if self.zero.stage == 0 or self.pipelined or self.zero.stage == 1:
+            return whole
+        return self.gradients
+
+    # --- the moments
+
+    def _head(self) -> Moment:
+        model, part = self.part.model, self.part
+        local = self.tokens // part.tp
+        c, wide = self.kernels.compute, self.kernels.wide
+        vocabulary = self._vocabulary
+        chunk = self._chunk_tokens()
+        head = vocabulary * model.width
+        logits = chunk * vocabulary
+        # The softmax widens the logits; of a part of the vocabulary it scales a copy of that.
+        softmax = logits * (c if c == wide else c + wide)
+        if part.tp > 1:
+            softmax = logits * (c + 2 * wide if c < wide else c + wide)
+        first = chunk >= self.tokens and not (self.pipelined and self.micro_batches > 1)
+        summed = 0 if first else wide * head
+        product = logits * c + (head * (wide if c == wide else c + wide) if first else c * head)
+        inputs = c * self.tokens * model.width * self.in_flight  # their gradients
+        normed = c * model.width * (local if part.tp == 1 else local + self.tokens)
+        gathered = c * head + (_FP32 * head if model.tied_embeddings and part.first else 0)
+        if self.zero.stage:
+            gathered = self._gathered(None)
+        kinds = self._base(gathered, self._added_up + self._flat)
+        kinds[LOSS] = summed + max(softmax, product) + inputs
+        kinds[WORKSPACE] = normed
+        if self.zero.stage >= 2 and self.micro_batches > 1 and not self.pipelined:
+            kinds[WORKSPACE] += _FP32 * head  # the buffer of the last reduction
+        if self.zero.stage == 3 and not self.pipelined:
+            kinds[WORKSPACE] += c * head  # that of the last gather
+        return Moment("head", _with_saved(kinds, self.saved()))
+
+    def _chunk_tokens(self) -> int:
+        """Tokens whose logits exist at once: ``models.loss.default_chunk_tokens``."""
+        chunk = self.chunk
+        if chunk is None:
+            row = self._vocabulary * self.kernels.compute
+            on_gpu = min(max(self.tokens * row // 8, 256 << 20), 1 << 30)
+            room = _LOGITS_ON_CPU if self.on_cpu else on_gpu
+            chunk = min(max(room // row // 128 * 128, 128), _LOGITS_AT_MOST)
+        count = max(1, -(-self.tokens // chunk))
+        return min(-(-self.tokens // (count * 64)) * 64, chunk, self.tokens)
+
+    def _forward(self) -> list[Moment]:
+        """While gate and up of the last block are rounded; without FP8 the head is fuller."""
+        block = self._block(self._layers[-1])
+        if not self._rounding(block):
+            return []
+        kinds = self._base(self._gathered(None), self._added_up + self._flat)
+        kinds[WORKSPACE] = self._rounding(block)
+        kept = self.saved() - _later(block.saved(self.tokens, self.checkpointing))
+        return [Moment("forward", _with_saved(kinds, kept))]
+
+    def _rounding(self, block: Block) -> int:
+        """Bytes while gate and up are made or kept in FP8 by operators that are not compiled.
+
+        Widened, divided and clamped they are three copies in fp32 at once; as many has a product
+        that is emulated (itself, its scales, both), and a weight that is rounded.
+        """
+        kernels, model, part = self.kernels, self.part.model, self.part
+        c, wide, experts = kernels.compute, kernels.wide, block.mixture is not None
+        recipe = kernels.recipe(Role.EXPERT_UP if experts else Role.HIDDEN, block.layer)
+        if self.compiled or not (recipe or kernels.saves):
+            return 0
+        local = self.tokens // part.tp
+        emulated = recipe and self.on_cpu
+        copies = 3 if emulated or c < wide else 2
+        activations = copies * wide * 2 * block.widest * local if emulated or kernels.saves else 0
+        weights = 3 * wide * 2 * self._down(block.layer) if recipe else 0
+        stream = 2 * c * model.width * local
+        return max(activations, weights) + 2 * c * block.widest * local + stream
+
+    def _backward(self) -> list[Moment]:
+        """The moments while each block is differentiated, the last one first, and after it."""
+        c, model = self.kernels.compute, self.part.model
+        one = self.saved()
+        others = Counter(
+            {name: n * (self.in_flight - 1) // self.in_flight for name, n in one.items()}
+        )
+        left = Counter({name: n - others[name] for name, n in one.items()})
+        done = self._ends_gradients
+        stream = c * self.tokens // self.part.tp * model.width
+        found, here = [], set[int]()
+        if self.part.last:
+            final = self._norm_backward(model.width) * (self.tokens // self.part.tp)
+            kinds = self._base(self._gathered(None), max(self._added_up, done) + self._flat)
+            kinds[WORKSPACE] = final + stream
+            found.append(Moment("backward of the head", _with_saved(kinds, left + others)))
+        for place, layer in reversed(list(enumerate(self._layers))):
+            block = self._block(layer)
+            kept = block.saved(self.tokens, self.checkpointing)
+            # What was away comes back a block before it is needed.
+            back = [i for i in self._layers[max(place - 1, 0) : place + 1] if i in self.away]
+            for i in back:
+                if i not in here:
+                    here.add(i)
+                    left += self._block(i).saved(self.tokens, self.checkpointing)
+            again: Counter[str] = Counter()
+            if self.checkpointing != "none":
+                again = block.saved(self.tokens, "none") - kept
+            kinds = self._base(self._gathered(layer), max(self._added_up, done) + self._flat)
+            kinds[WORKSPACE] = self._block_backward(block) + stream
+            found.append(Moment("backward", _with_saved(kinds, left + others + again)))
+            if self.checkpointing != "none":
+                kinds[WORKSPACE] = max(self._rounding(block) - kept[GATE_UP], 0) + stream
+                found.append(
+                    Moment("backward", _with_saved(kinds, left + others + again - _later(again)))
+                )
+            left -= kept
+            size = self._by_layer[layer]
+            done += _FP32 * size // (max(self.part.shards, 1) if self.zero.stage else 1)
+            if self.zero.stage:
+                found.append(
+                    self._reduced(size, self._gathered(layer, after=True), done, left + others)
+                )
+        return found
+
+    @property
+    def _ends_gradients(self) -> int:
+        """Bytes of the head's gradient, which is there before any block's."""
+        if not self.part.last:
+            return 0
+        head = self._vocabulary * self.part.model.width
+        return head * (_FP32 if self.zero.stage == 0 else self.kernels.compute)
+
+    def _gathered(self, layer: int | None, *, after: bool = False) -> int:
+        """Bytes of gathered weights at stages 1 to 3 while, or after, a block is differentiated.
+
+        None: while the head is, where forward has left the last block gathered.
+        """
+        if self.pipelined or not self.zero.frees(1):
+            gone = self._layers[self._layers.index(layer) :] if after and layer is not None else []
+            return self.copies - (0 if self.pipelined else sum(self.gathered[i] for i in gone))
+        model, part = self.part.model, self.part
+        head = self.gathered.get(None, 0)
+        if part.first and not model.tied_embeddings:
+            head -= max(_FP32, self.kernels.compute) * self._vocabulary * model.width
+        place = len(self._layers) - 1 if layer is None else self._layers.index(layer)
+        here = self._layers[max(place - PREFETCHED, 0) : place + (not after)]
+        return head + sum(self.gathered[i] for i in (here[-1:] if layer is None else here))
+
+    def _reduced(self, size: int, copies: int, gradients: int, saved: Mapping[str, int]) -> Moment:
+        """While FSDP2 reduces a unit of ``size`` elements: its buffer beside the one before."""
+        before = max(self.part.units().values())
+        kinds = self._base(copies, max(self._added_up, gradients))
+        kinds[WORKSPACE] = _FP32 * (size + before)
+        kinds[LOSS] = self._ends_gradients  # of the unit that is reduced last
+        return Moment("backward", _with_saved(kinds, saved))
+
+    def _norm_backward(self, width: int) -> int:
+        """Bytes of a token while a norm is differentiated, beyond what was kept for it."""
+        c, wide = self.kernels.compute, self.kernels.wide
+        if self.kernels.fused_norm:
+            return 2 * c * width
+        return (4 if c < wide else 3) * wide * width
+
+    def _block_backward(self, block: Block) -> int:
+        """Bytes beyond what is kept, at the fullest moment of a block's backward."""
+        part, tokens = self.part, self.tokens
+        c, wide = self.kernels.compute, self.kernels.wide
+        hidden = block.hidden * tokens // part.tp
+        # One product made gate and up of half types, so one tensor takes their gradients.
+        found = [c * hidden * (3 if c < wide else 2)]
+        down = self._down(block.layer)
+        fresh = c if c < wide else _FP32
+        again = _FP32 if self.micro_batches > 1 else 0
+        found.append(c * hidden + fresh * down + again * down)
+        if block.mixture is not None:
+            rows = block.rows_width * tokens
+            found.append((c + wide) * rows)
+            found.append(c * (rows + hidden) + fresh * down + again * down)
+        found.append(self._norm_backward(part.model.width) * tokens // part.tp - c * hidden)
+        if self.kernels.saves and not self.compiled:  # gate and up, widened and multiplied
+            found.append(2 * wide * 2 * block.widest * tokens // part.tp + c * hidden)
+        if part.tp > 1:
+            found = [n + c * tokens * part.model.width for n in found]
+        return max(found)
+
+    def _down(self, layer: int) -> int:
+        """Elements of the largest matrix out of a block's hidden width, experts' together."""
+        names = (".down.weight", ".down")
+        inside = (s for s in self._sizes if layer_of(s.name) == layer and s.name.endswith(names))
+        return max((self._sizes[spec] for spec in inside), default=0)
+
+    def _end(self) -> Moment:
+        """After the last block's backward: the embedding's gradient, and what is being reduced."""
+        part, c = self.part, self.kernels.compute
+        embedding = self._vocabulary * part.model.width if part.first else 0
+        whole = _FP32 * sum(self._sizes.values())
+        if self.zero.stage == 0:
+            kinds = self._base(0, whole + (self._flat or self.reduction))
+        else:
+            ends = _FP32 * self._by_layer[None] // max(part.shards, 1)
+            head = c * self._vocabulary * part.model.width * part.last
+            table = _FP32 * embedding if self.zero.stage < 3 else 0
+            kinds = self._base(head + table, max(self._added_up, self.gradients - ends))
+            blocks = max((self._by_layer[i] for i in self._layers), default=0)
+            kinds[WORKSPACE] = _FP32 * (2 * embedding + blocks)
+            kinds[LOSS] = self._ends_gradients
+        if part.model.tied_embeddings and part.first and part.last:
+            kinds[WORKSPACE] += _FP32 * embedding
+        return Moment("backward's end", _positive(kinds))
+
+    def _update(self) -> Moment:
+        kinds = self._base(0, self._flat or self.gradients)
+        kinds[WORKSPACE] = self._rule_workspace()
+        return Moment("optimizer step", _positive(kinds))
+
+    def _rule_workspace(self) -> int:
+        """What update rules of whole matrices hold beside the states: directions and results.
+
+        And of one parameter what is fp32: momentum that was in FP8, what it looks ahead to, turns.
+        """
+        kind = self.optimizer.kind if self.optimizer is not None else "adamw"
+        in_fp8 = isinstance(getattr(self.optimizer, "states", None), Fp8StatesConfig)
+        total = largest = 0
+        for spec in self._sizes:
+            if spec.role in MATRICES and rule_of(kind, spec.role).name in ("muon", "muonh"):
+                total += self.part.held(spec)
+                largest = max(largest, self.part.held(spec), math.prod(spec.shape[-2:]))
+        least = 2 * total + 2 * _FP32 * largest + _ROUNDED_ROWS if in_fp8 and self.on_cpu else 0
+        return max(2 * 2 * total + (5 if in_fp8 else 3) * _FP32 * largest, least)
+
+
+def _with_saved(kinds: Counter[str], saved: Mapping[str, int]) -> dict[str, int]:
+    return _positive(kinds | Counter({f"saved: {name}": size for name, size in saved.items()}))
+
+
+def _later(saved: Mapping[str, int]) -> Counter[str]:
+    """What a block keeps when gate and up have been rounded."""
+    return Counter({name: saved.get(name, 0) for name in (GATE_UP, SWIGLU)})
+
+
+def _positive(kinds: Mapping[str, int]) -> dict[str, int]:
+    return {name: size for name, size in kinds.items() if size > 0}

@@ -1,0 +1,291 @@
+"""What each operation of a block keeps for its backward pass: one table, without torch.
+
+The estimate of memory reads it, and ``benchmarks/memory.py`` holds it against what autograd keeps.
+Bytes are those of one token, in the types that ``Kernels`` says.
+"""
+
+# D width, N query heads, Q query features, K key features (and as many of values), F hidden width
+# of a feed-forward or an expert, E experts, k of them that a token visits, W width experts read
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Literal
+
+from allometry.configs.model import LatentExperts, ModelConfig, MoEModel
+from allometry.configs.precision import PrecisionConfig
+from allometry.scaling.precision import SAVED_GROUP
+from allometry.scaling.roles import Role
+
+Checkpointing = Literal["none", "selective", "full"]
+
+NORMS, QKV, ATTENTION, GATE_UP, SWIGLU = "norms", "q, k, v", "attention", "gate, up", "SwiGLU"
+ROUTER, ROWS, RESIDUAL, GATHERED = "router", "expert rows", "residual", "gathered tokens"
+OPERATIONS = (NORMS, QKV, ATTENTION, GATE_UP, SWIGLU, ROUTER, ROWS, RESIDUAL, GATHERED)
+"""``norms``: what norms read (widened to fp32 where their kernel is not fused) and what they make
+for the next product. ``q, k, v``: before their norm, and turned. ``attention``: its output and what
+its back end keeps. ``SwiGLU``: silu(gate) and its product with up. ``router``: its input in fp32,
+logits and gates. ``expert rows``: tokens sorted by expert, what experts made of them, the order.
+``residual``: a block's input where something reads it again. ``gathered tokens``: a branch's input,
+of all tensor-parallel ranks."""
+
+_WHOLE = (GATHERED, ROWS)  # tensor parallelism cuts everything else
+_INT64 = 8
+COMPUTE = PrecisionConfig()
+
+
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """What the operators of a device keep, and in which types.
+
+    ``compute``: bytes of an activation. ``fused_norm``: a norm keeps its input and a number for
+    each row, as torch's CUDA kernel; on a CPU it keeps the quotient and, of half types, the input,
+    both in fp32. ``scores``: bytes of a token that attention keeps besides its output.
+    ``precision``: what is kept or multiplied in FP8, of which ``auto`` is taken for compute.
+    """
+
+    compute: int
+    fused_norm: bool
+    scores: int
+    precision: PrecisionConfig = COMPUTE
+
+    @property
+    def wide(self) -> int:
+        """Bytes of what is computed in fp32 or wider."""
+        return max(4, self.compute)
+
+    @property
+    def saves(self) -> bool:
+        """Whether inputs of norms, products and SwiGLU are kept in FP8."""
+        return self.precision.saved_activations == "fp8"
+
+    def recipe(self, role: Role, layer: int) -> str:
+        """Return how products with weights of this role are scaled in FP8; "": they are not."""
+        asked = self.precision
+        high = asked.linears in ("compute", "auto") or layer in asked.compute_layers
+        return "" if high or role not in asked.roles else asked.linears
+
+    def product_input(self, width: int, recipe: str = "", rows: int = 1) -> int:
+        """Return the bytes kept of a product's input, ``width`` elements in ``rows`` rows."""
+        if not self.saves:
+            return self.compute * width
+        if not recipe:
+            return fp8_bytes(width, rows)
+        blocks = {"fp8_tensorwise": 0, "fp8_rowwise": rows, "fp8_blockwise": -(-width // 128)}
+        return width + 4 * blocks[recipe]
+
+    def product(self, recipe: str) -> int:
+        """Return the bytes of a number that a product made: FP8 is emulated in fp32 on a CPU."""
+        return self.wide if recipe and not self.fused_norm else self.compute
+
+
+def fp8_bytes(width: int, rows: int = 1) -> int:
+    """Return the bytes of ``width`` elements, in ``rows`` rows, that are saved in FP8."""
+    return width + 2 * rows * -(-width // rows // SAVED_GROUP)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One block of a model on one of ``tp`` ranks; ``ep``: whether experts' rows travel.
+
+    ``whole_experts``: whether they do over tp.
+    """
+
+    model: ModelConfig
+    layer: int
+    kernels: Kernels
+    tp: int = 1
+    ep: int = 1
+    whole_experts: bool = False
+
+    def saved(self, tokens: int, checkpointing: Checkpointing) -> Counter[str]:
+        """Return the bytes, by operation, that ``tokens`` keep until the block's backward."""
+        match checkpointing:
+            case "none":
+                rows = self._attention() + self._ffn()
+            case "selective":
+                rows = self._selected()
+            case "full":
+                rows = Counter({RESIDUAL: self.kernels.compute * self.model.width})
+        found = {name: tokens * n / (1 if name in _WHOLE else self.tp) for name, n in rows.items()}
+        return Counter({name: round(n) for name, n in found.items()})
+
+    @property
+    def mixture(self) -> MoEModel | None:
+        """The model, if this block has experts."""
+        model = self.model
+        return model if isinstance(model, MoEModel) and model.has_experts(self.layer) else None
+
+    @property
+    def hidden(self) -> int:
+        """Hidden elements of a token in all its feed-forwards: F, or k·F and the shared ones."""
+        if self.mixture is None:
+            assert self.model.ffn_width is not None
+            return self.model.ffn_width
+        experts = self.mixture.experts
+        return experts.width * (experts.experts_per_token + experts.num_shared_experts)
+
+    @property
+    def widest(self) -> int:
+        """Hidden elements of a token that exist at once: of the experts or of the shared ones."""
+        if self.mixture is None:
+            return self.hidden
+        experts = self.mixture.experts
+        return experts.width * max(experts.experts_per_token, experts.num_shared_experts)
+
+    @property
+    def rows_width(self) -> int:
+        """Elements of a token's rows on their way to experts, k·W."""
+        assert self.mixture is not None
+        return self.mixture.experts.experts_per_token * self._expert_input
+
+    @property
+    def travels(self) -> bool:
+        """Whether experts of other ranks compute a token's rows."""
+        return self.ep > 1 or (self.tp > 1 and self.whole_experts)
+
+    @property
+    def _expert_input(self) -> int:
+        assert self.mixture is not None
+        experts = self.mixture.experts
+        return experts.latent_width if isinstance(experts, LatentExperts) else self.model.width
+
+    @property
+    def _features(self) -> tuple[int, int]:
+        model = self.model
+        return model.num_heads * model.head_width, model.kv_heads * model.head_width
+
+    def _attention(self) -> Counter[str]:
+        kernels = self.kernels
+        queries, keys = self._features
+        rows = norm(self.model.width, kernels) + self._branch_input()
+        rows[QKV] += kernels.compute * (queries + 2 * keys)
+        rows[ATTENTION] += kernels.compute * queries + kernels.scores
+        if kernels.saves:  # else what attention returned is the next product's input
+            rows[ATTENTION] += kernels.product_input(queries, self._recipe())
+        if self.model.qk_norm:
+            heads = self.model.num_heads + self.model.kv_heads
+            normed = norm(queries + keys, kernels, heads)
+            # Values are a part of the one product that made all three.
+            if kernels.compute < 4 and not kernels.saves:
+                rows[QKV] += kernels.compute * (queries + keys)
+                if kernels.fused_norm:
+                    normed[NORMS] -= kernels.compute * (queries + keys)
+            rows += Counter({QKV: normed.pop(RESIDUAL, 0)}) + normed
+        if self.model.dropout:
+            rows[RESIDUAL] += 2 * self.model.width  # a mask of one byte for each branch
+        return rows
+
+    def _ffn(self) -> Counter[str]:
+        kernels, mixture = self.kernels, self.mixture
+        rows = norm(self.model.width, kernels)
+        if mixture is None:
+            return rows + self._swiglu(self.hidden, self._recipe()) + self._branch_input()
+        experts = mixture.experts
+        visits, shared = experts.experts_per_token, experts.num_shared_experts
+        down = self._recipe(Role.EXPERT_DOWN)
+        rows += self._swiglu(visits * experts.width, down, visits)
+        if shared:
+            rows += self._swiglu(shared * experts.width, self._recipe())
+        return rows + self._mixture(mixture)
+
+    def _swiglu(self, hidden: int, recipe: str, rows: int = 1) -> Counter[str]:
+        """Gate and up, silu(gate) and the input of the product down; in FP8 no silu(gate)."""
+        kernels = self.kernels
+        down = kernels.product_input(hidden, recipe, rows)
+        if kernels.saves:
+            return Counter({GATE_UP: fp8_bytes(2 * hidden, rows), SWIGLU: down})
+        return Counter(
+            {GATE_UP: 2 * kernels.compute * hidden, SWIGLU: kernels.compute * hidden + down}
+        )
+
+    def _mixture(self, model: MoEModel) -> Counter[str]:
+        kernels, experts = self.kernels, model.experts
+        visits, width = experts.experts_per_token, model.width
+        latent = experts.latent_width if isinstance(experts, LatentExperts) else 0
+        rows: Counter[str] = Counter()
+        if kernels.saves:
+            # The router keeps it in FP8; what multiplies the same tensor as it is keeps no other.
+            rows[ROUTER] += fp8_bytes(width)
+            if experts.num_shared_experts and (self.tp > 1 or self._recipe()):
+                rows += self._branch_input()
+            if latent and self._recipe():
+                rows += self._branch_input()
+        else:
+            if experts.num_shared_experts or latent:
+                rows += self._branch_input()
+            if kernels.compute < kernels.wide:
+                rows[ROUTER] += kernels.wide * width
+            elif not rows:
+                rows[NORMS] += kernels.compute * width  # which the router reads as it is
+        logits = 2 if model.router.gate in ("softmax", "sigmoid") else 1
+        rows[ROUTER] += logits * kernels.wide * experts.num_experts
+        rows[ROUTER] += visits * (kernels.wide + _INT64)
+        # As they are sorted here (over ep, as they arrived) and as they came back.
+        up = self._recipe(Role.EXPERT_UP)
+        if not kernels.saves or self.travels:
+            rows[ROWS] += kernels.product_input(self.rows_width, up, visits)
+        elif latent or up or self.tp > 1:  # else the router's; of tokens, not of their rows
+            rows[ROWS] += kernels.product_input(self._expert_input, up)
+        rows[ROWS] += (2 if self.ep > 1 else 1) * kernels.compute * self.rows_width
+        rows[ROWS] += visits * 2 * _INT64 * (2 if self.ep > 1 else 1)
+        if latent:
+            rows[ROWS] += kernels.product_input(latent, self._recipe())
+        return rows
+
+    def _recipe(self, role: Role = Role.HIDDEN) -> str:
+        return self.kernels.recipe(role, self.layer)
+
+    def _branch_input(self) -> Counter[str]:
+        """A norm's output, which the products of a branch read; gathered from all of tp."""
+        name = NORMS if self.tp == 1 else GATHERED
+        return Counter({name: self.kernels.product_input(self.model.width, self._recipe())})
+
+    def _selected(self) -> Counter[str]:
+        """What selective checkpointing keeps: results of products, attention and messages."""
+        c, width = self.kernels.compute, self.model.width
+        queries, keys = self._features
+        made, up, down = (
+            self.kernels.product(self._recipe(role))
+            for role in (Role.HIDDEN, Role.EXPERT_UP, Role.EXPERT_DOWN)
+        )
+        rows: Counter[str] = Counter(
+            {
+                QKV: made * (queries + 2 * keys),
+                ATTENTION: c * queries + self.kernels.scores,
+                GATE_UP: 2 * made * self.hidden,
+                RESIDUAL: (c + made) * width,  # the input, and what attention adds
+            }
+        )
+        if self.tp > 1:
+            rows[GATHERED] += 4 * c * width  # inputs of branches, and their sums before they go
+        if self.mixture is None:
+            rows[RESIDUAL] += made * width
+            return rows
+        experts = self.mixture.experts
+        rows[GATE_UP] += 2 * (up - made) * experts.experts_per_token * experts.width
+        rows[ROUTER] += self.kernels.wide * experts.num_experts
+        rows[ROWS] += self.rows_width * (down + (2 * c if self.ep > 1 else 0))
+        if isinstance(experts, LatentExperts):
+            rows[ROWS] += made * (experts.latent_width + width)
+        if experts.num_shared_experts:
+            rows[RESIDUAL] += made * width
+        return rows
+
+
+def norm(width: int, kernels: Kernels, rows: int = 1) -> Counter[str]:
+    """Return the bytes that a norm of ``rows`` rows, ``width`` elements in all, keeps of its input.
+
+    What it reads as it is, unfused, is under ``RESIDUAL``.
+    """
+    if kernels.saves:
+        return Counter({NORMS: fp8_bytes(width, rows) + kernels.wide * rows})
+    if kernels.fused_norm:
+        return Counter({NORMS: kernels.compute * width + kernels.wide * rows})
+    kept = Counter({NORMS: kernels.wide * (width + rows)})
+    if kernels.compute < kernels.wide:
+        kept[NORMS] += kernels.wide * width
+    else:
+        kept[RESIDUAL] += kernels.compute * width
+    return kept

@@ -1,0 +1,1 @@
+"""``allometry memory --probe``: every tensor of a step counted, beside what is predicted."""

@@ -1,0 +1,99 @@
+"""How a launch goes on with its data: what its checkpoint, or the runs before it, have read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+from allometry.configs.run import RunConfig
+from allometry.data.changes import Change, declared, in_force
+from allometry.data.reading import samples_read
+from allometry.data.sources import Sources
+from allometry.trainer.state import checkpoint
+from allometry.trainer.state.branch import stored_config
+from allometry.trainer.state.folder import RunFolder
+
+S = TypeVar("S", bound=Sources)
+
+
+def continued(stream: S, facts: dict[str, Any] | None) -> S:
+    """The data as a run goes on with them at a checkpoint of these ``facts``; None: from nothing.
+
+    Raises:
+        UserError: sources of the run are missing, or ``data.continue_sources`` cannot be.
+    """
+    if facts is not None and not weights_only(facts):
+        return stream.resumed(facts["reading"], facts["position_sequences"])
+    return stream.after(_ancestors(facts)) if stream.data.continue_sources else stream
+
+
+def read_again(facts: dict[str, Any] | None, stream: Sources) -> list[str]:
+    """The sources whose documents runs that the weights come from have read in this order."""
+    again: set[str] = set()
+    fingerprints = stream.fingerprints()
+    for origin in _ancestors(facts) if weights_only(facts) else ():
+        data = origin.get("data", {}).items() if origin.get("seed") == stream.seed else ()
+        same = {name for name, known in data if fingerprints.get(name) == known}
+        again |= {name for name in same if samples_read(origin, name) != 0}
+    starts = zip(stream.sources, stream.starts, strict=True)
+    return [name for name, start in starts if name in again and not start]
+
+
+def data_events(
+    facts: dict[str, Any] | None, stream: Sources
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What a launch says of its data: a mixture that changes here, sources that go on."""
+    position = 0
+    if facts is not None and not weights_only(facts):
+        position = facts["position_sequences"]
+        before = tuple(Change(**change) for change in facts["reading"]["mixture"])
+        if before != stream.mixture.changes:
+            yield (
+                "mixture_changed",
+                {
+                    "position": position,
+                    "before": in_force(before, position).shares,
+                    "after": stream.mixture.shares(position),
+                    "tokens": stream.ledger(position),
+                },
+            )
+    if position == 0 and stream.data.continue_sources:
+        accounts = stream.accounts(position)
+        epochs = {name: account.epochs for name, account in accounts.items()}
+        yield "sources_continued", {"epochs": epochs}
+
+
+def weights_only(facts: dict[str, Any] | None) -> bool:
+    """Whether a checkpoint holds parameters alone, as ``allometry convert`` makes them."""
+    return bool(facts and facts.get("weights_only", False))
+
+
+def _ancestors(facts: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The runs that imported weights come from, as far as is known, the last first."""
+    found = []
+    origin = (facts or {}).get("origin")
+    while origin:
+        found += [origin] if "run" in origin else []
+        origin = origin.get("origin")
+    return found
+
+
+def standing(folder: RunFolder) -> dict[str, Any] | None:
+    """The facts of the checkpoint at which a run's folder stands, to look at; None without one."""
+    paths = [] if folder.is_new() else checkpoint.saved(folder)
+    if not paths:
+        return None
+    return with_reading(checkpoint.read_facts(paths[-1]), stored_config(folder))
+
+
+def with_reading(facts: dict[str, Any], config: RunConfig) -> dict[str, Any]:
+    """Facts that say how data were read: until they did, always as ``config`` declares."""
+    if "reading" in facts or weights_only(facts):
+        return facts
+    tokens = facts.get("ledger_tokens", {})
+    reading = {
+        "mixture": [change.describe() for change in declared(config.data)],
+        "starts": {},
+        "ledger": {name: {"tokens": number} for name, number in tokens.items()},
+    }
+    return {**facts, "reading": reading}

@@ -1,0 +1,209 @@
+"""How a run stands: nothing but what its folder says. Without torch."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from allometry.configs.errors import ConfigError, UserError
+from allometry.configs.source import parse_file
+from allometry.laws.runs import read_lines
+from allometry.trainer.state.pins import DESCRIBED, Pin, pins
+
+State = Literal["new", "running", "stopped", "crashed", "diverged", "ended"]
+_ENDS: dict[str, State] = {"finished": "ended", "stopped": "stopped", "not_finite": "diverged"}
+_LAUNCHED = ("started", "resumed", "branched")
+_TAIL = 1 << 16
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """How the run in ``folder`` stands.
+
+    ``state``: ``new`` has taken no step; a ``running`` one is held by a live process; of the others
+    the last launch ended the run, was ``stopped`` by a signal or a step, ended as the loss was not
+    finite (``diverged``), or did not say how it ended (``crashed``). ``host``: of the last launch.
+    ``step``, ``tokens`` and ``loss``: of the last recorded step, ``validation``: its held-out
+    losses, if it has them. ``parent`` and ``parent_step``: what it branches from.
+    ``files``: size on disk of each file, by device and inode, so that what runs share counts once.
+    """
+
+    folder: Path
+    state: State
+    host: str | None
+    step: int
+    total_steps: int | None
+    tokens: int
+    loss: float | None
+    validation: dict[str, float]
+    parent: Path | None
+    parent_step: int | None
+    checkpoints: tuple[int, ...]
+    pins: tuple[Pin, ...]
+    files: dict[tuple[int, int], int]
+
+    @property
+    def bytes(self) -> int:
+        """Size on disk, with what it shares with other runs."""
+        return sum(self.files.values())
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run's, or that of a branch which has not begun."""
+    return any((folder / name).is_file() for name in ("config.yaml", DESCRIBED))
+
+
+def status_of(folder: Path) -> RunStatus:
+    """Return how a run stands, also while it is training.
+
+    Raises:
+        UserError: what its folder holds cannot be read.
+    """
+    begun = (folder / "config.yaml").is_file()
+    try:
+        described = parse_file(folder / ("config.yaml" if begun else DESCRIBED)).data
+    except ConfigError as error:
+        raise UserError(str(error)) from None
+    record = _record(folder / "run.json")
+    section = described.get("run")
+    parent = record.get("parent") or (section.get("parent") if isinstance(section, dict) else None)
+    parent = parent if isinstance(parent, dict) and "folder" in parent else None
+    row = last_row(folder / "metrics.jsonl")
+    plan = record.get("plan")
+    total = plan.get("total_steps") if isinstance(plan, dict) else None
+    return RunStatus(
+        folder=folder,
+        state=_state(folder),
+        host=(_owner(folder / "run.lock") or (None, None))[1],
+        step=int(row.get("step", 0)),
+        total_steps=total if isinstance(total, int) else None,
+        tokens=int(row.get("tokens", 0)),
+        loss=row.get("loss"),
+        validation={
+            key.removeprefix("validation/"): value
+            for key, value in row.items()
+            if key.startswith("validation/") and value is not None
+        },
+        parent=Path(str(parent["folder"])) if parent else None,
+        parent_step=parent.get("step") if parent else None,
+        checkpoints=tuple(sorted(_checkpoints(folder))),
+        pins=tuple(pins(folder)),
+        files=_files(folder),
+    )
+
+
+def parents(runs: Sequence[RunStatus]) -> list[int | None]:
+    """Return, for each run, the place of the one that it branches from; None without one here.
+
+    It is known by its path, or as the run of that name beside the branch.
+    """
+    places = {run.folder.resolve(): place for place, run in enumerate(runs)}
+    found: list[int | None] = []
+    for place, run in enumerate(runs):
+        beside = run.folder.resolve().parent / run.parent.name if run.parent else None
+        named = [path for path in (run.parent and run.parent.resolve(), beside) if path in places]
+        found.append(places[named[0]] if named and places[named[0]] != place else None)
+    return found
+
+
+def _state(folder: Path) -> State:
+    if is_held(folder / "run.lock"):
+        return "running"
+    said = [event.get("event") for event in read_lines(folder / "events.jsonl")]
+    last = next((kind for kind in reversed(said) if kind in (*_LAUNCHED, *_ENDS)), None)
+    if last is None:
+        return "new" if not (folder / "metrics.jsonl").is_file() else "crashed"
+    return _ENDS.get(last, "crashed")
+
+
+def _record(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); restore it or remove it") from None
+    return value if isinstance(value, dict) else {}
+
+
+def _checkpoints(folder: Path) -> Iterator[int]:
+    for path in (folder / "checkpoints").glob("step-*"):
+        number = path.name.removeprefix("step-")
+        if number.isdigit() and (path / "complete.json").is_file():
+            yield int(number)
+
+
+def _files(folder: Path) -> dict[tuple[int, int], int]:
+    """Bytes that each file takes on disk; one that goes meanwhile is left out."""
+    found = {}
+    for place, _, names in os.walk(folder):
+        for name in names:
+            try:
+                stat = os.lstat(os.path.join(place, name))
+            except OSError:
+                continue
+            found[stat.st_dev, stat.st_ino] = stat.st_blocks * 512
+    return found
+
+
+def last_row(path: Path) -> dict[str, Any]:
+    """Return the last whole row of metrics.jsonl; empty without one."""
+    try:
+        size = path.stat().st_size
+        file = open(path, "rb")  # noqa: SIM115
+    except OSError:
+        return {}
+    with file:
+        tail = 0
+        while tail < size:
+            tail = min(size, 2 * tail or _TAIL)
+            file.seek(size - tail)
+            lines = file.read(tail).split(b"\n")
+            # The first may be the end of a row, and what follows the last end of line is torn.
+            whole = lines[:-1] if tail == size else lines[1:-1]
+            for line in reversed(whole):
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    continue
+                if isinstance(row, dict):
+                    return row
+    return {}
+
+
+def _owner(path: Path) -> tuple[int, str] | None:
+    """Process and host of the last launch, as the run's lock names them."""
+    try:
+        words = path.read_text(encoding="utf-8").split()
+        return int(words[1]), words[3]
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def is_held(path: Path) -> bool:
+    """Whether a live process of this machine, or one of another machine, holds a run's lock.
+
+    The lock is only tried where its last owner may live, so that nobody who takes it is disturbed.
+    """
+    owner = _owner(path)
+    if owner is None:
+        return False
+    if owner[1] == socket.gethostname() and not Path(f"/proc/{owner[0]}").exists():
+        return False
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(handle)
+    return False
