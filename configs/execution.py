@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
@@ -94,16 +94,20 @@ class OptimizerStates(Section):
 
 
 class Zero(Section):
-    """ZeRO on the ``hdp`` axis with torch's FSDP2 (arXiv 1910.02054)."""
+    """ZeRO on the ``hdp`` axis (arXiv 1910.02054)."""
 
-    kind: Literal["fsdp2"] = "fsdp2"
+    engine: Literal["fsdp2", "deepspeed"] = Field(
+        "fsdp2",
+        description="who shards: torch's FSDP2, or DeepSpeed, which can keep parameters on NVMe "
+        "too (no tp, pp or ep; AdamW)",
+    )
     stage: Literal[0, 1, 2, 3] = Field(
         0,
         description="what is sharded: 0 nothing (gradients reduced in flat buckets), 1 optimizer "
         "states, 2 and gradients, 3 and parameters",
     )
     bucket_mib: Count = Field(
-        256, gt=0, description="stage 0: size of a flat gradient bucket, in MiB of fp32"
+        256, gt=0, description="stage 0 and deepspeed: gradients that are reduced together, in MiB"
     )
     replicas: Count = Field(
         1,
@@ -111,10 +115,10 @@ class Zero(Section):
         description="stages 1-3: whole copies that hdp is divided into; each is sharded over "
         "hdp/replicas ranks and gradients are summed over the copies (hybrid sharding)",
     )
-    offload: Literal["none", "cpu"] = Field(
+    offload: Literal["none", "cpu", "nvme"] = Field(
         "none",
         description="stages 1-3: where sharded parameters, gradients and optimizer states live "
-        "between uses",
+        "between uses; nvme (deepspeed, stage 3): in the folder optimizer_states.nvme",
     )
     regather: Literal["auto", "micro_batch", "step"] = Field(
         "auto",
@@ -126,6 +130,18 @@ class Zero(Section):
     optimizer_states: OptimizerStates | None = Field(
         None, description="where optimizer states live between steps; null: beside the parameters"
     )
+    deepspeed_extra: dict[str, Any] = Field(
+        default_factory=dict,
+        description="more keys of DeepSpeed's own configuration, which change speed and memory",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _earlier_name(cls, given: Any) -> Any:
+        """Read ``kind: fsdp2``, as older run folders have it."""
+        if isinstance(given, dict) and given.get("kind") == "fsdp2" and "engine" not in given:
+            return {"engine": "fsdp2"} | {k: v for k, v in given.items() if k != "kind"}
+        return given
 
     def frees(self, pp: int) -> bool:
         """Return whether gathered parameters are freed within a step, with so many ``pp`` ranks."""
@@ -135,6 +151,18 @@ class Zero(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         states = self.optimizer_states
+        if self.deepspeed_extra and self.engine != "deepspeed":
+            raise ValueError(
+                f"deepspeed_extra has no effect with engine={self.engine}; set engine: deepspeed "
+                "or leave it out"
+            )
+        if self.offload == "nvme" and self.engine != "deepspeed":
+            raise ValueError(
+                f"offload=nvme keeps parameters on NVMe, which engine={self.engine} cannot; use "
+                "engine: deepspeed with stage: 3, or offload: cpu with optimizer_states.nvme"
+            )
+        if self.offload == "nvme" and (states is None or not states.nvme):
+            raise ValueError("offload=nvme needs a folder; name it in optimizer_states.nvme")
         if self.offload == "cpu" and states is not None and (states.device or not states.nvme):
             raise ValueError(
                 "offload=cpu keeps parameters and optimizer states in the host's memory, which "
@@ -156,7 +184,7 @@ class Zero(Section):
                 f"regather=micro_batch needs parameters that are sharded, but stage={self.stage} "
                 "gathers them once a step; set stage to 3 or regather to auto"
             )
-        for name, usual in (("replicas", 1), ("offload", "none")):
+        for name, usual in (("replicas", 1), ("offload", "none"), ("engine", "fsdp2")):
             if self.stage == 0 and getattr(self, name) != usual:
                 raise ValueError(
                     f"{name}={getattr(self, name)} needs sharding; set stage to 1, 2 or 3"

@@ -80,8 +80,8 @@ def named_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, n
 def parameter_specs(module: nn.Module) -> dict[str, ParamSpec]:
     """Return what each parameter is for, by full name, in ``named_parameters()`` order.
 
-    Shapes are those of whole parameters, also where only a shard is here. Raises ``ValueError``
-    for a parameter that its module does not own by a spec.
+    Shapes are those of whole parameters, also where only a shard is here or nothing. Raises
+    ``ValueError`` for a parameter that its module does not own by a spec.
     """
     specs = {}
     for full, owner, name, parameter in named_parameters(module):
@@ -91,6 +91,7 @@ def parameter_specs(module: nn.Module) -> dict[str, ParamSpec]:
                 f"parameter {full!r} of {type(owner).__name__} has no spec; the module that makes "
                 "a parameter must own it (allometry.models.parameters)"
             )
-        assert tuple(parameter.shape) == spec.shape, (full, parameter.shape, spec.shape)
+        here = tuple(parameter.shape)
+        assert here in (spec.shape, (0,)), (full, here, spec.shape)
         specs[full] = spec
     return specs

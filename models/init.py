@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,27 +30,40 @@ class Box:
     offset: tuple[int, ...]
 
 
-def initialize(module: nn.Module, parameterization: Parameterization, seed: int) -> None:
+Hold = Callable[[nn.Module, str], AbstractContextManager[Tensor]]
+"""(owner, name of its parameter) -> the values to fill, whole or a shard, while it lasts."""
+
+
+def held(owner: nn.Module, name: str) -> AbstractContextManager[Tensor]:
+    """Hold a parameter that has its storage."""
+    return nullcontext(getattr(owner, name).detach())
+
+
+def initialize(
+    module: nn.Module, parameterization: Parameterization, seed: int, hold: Hold = held
+) -> None:
     """Fill every parameter of ``module``, whole or sharded, as ``parameterization`` says.
 
     Buffers get their first values from the ``reset_buffers`` of the modules that have some.
 
     A row of a random parameter (its last dimension) is drawn on the CPU by a generator of its own,
     seeded with (``seed``, full name, row), so the same model starts anywhere: any number of ranks,
-    any sharding, any device. Where experts start alike, all get the rows of the first. Raises
+    any sharding, any device. Where experts start alike, all get the rows of the first. ``hold``:
+    where the values go, one parameter after the other. Raises
     ``ValueError`` for a parameter without a role.
     """
     specs = parameter_specs(module)
-    for name, _, _, parameter in named_parameters(module):
+    for name, owner, own_name, _ in list(named_parameters(module)):
         resolved = parameterization.resolve(specs[name])
-        box = local_box(parameter.detach())
-        match resolved.init_kind:
-            case "normal" | "uniform" as kind:
-                fill_random(box, kind, resolved.init_std, name, seed, alike=resolved.alike)
-            case "ones":
-                box.local.fill_(1.0)
-            case "zeros":
-                box.local.zero_()
+        with hold(owner, own_name) as values:
+            box = local_box(values)
+            match resolved.init_kind:
+                case "normal" | "uniform" as kind:
+                    fill_random(box, kind, resolved.init_std, name, seed, alike=resolved.alike)
+                case "ones":
+                    box.local.fill_(1.0)
+                case "zeros":
+                    box.local.zero_()
     for owner in module.modules():
         reset = getattr(owner, "reset_buffers", None)
         if reset is not None:  # on the meta device a constructor's values were lost

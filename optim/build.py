@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from torch.optim import Optimizer
 from allometry.configs.execution import Zero
 from allometry.configs.optimization import AdamW, Fp8StatesConfig, OptimizerConfig
 from allometry.optim import adamw
+from allometry.optim.clip import clip_by_global_norm
+from allometry.optim.deepspeed import DeepSpeedOptimizer
 from allometry.optim.exchange import ShardedMatrixOps
 from allometry.optim.fp8_states import Fp8States
 from allometry.optim.groups import parameter_groups
@@ -21,7 +23,8 @@ from allometry.optim.matrix_ops import LocalMatrixOps
 from allometry.optim.offload.held import WorkingCopy
 from allometry.optim.optimizer import RuleOptimizer
 from allometry.optim.states import items_of
-from allometry.optim.tiered import TieredOptimizer
+from allometry.optim.tiered import TieredOptimizer, gradient_of, values_of
+from allometry.parallel.deepspeed.engine import DeepSpeedSync
 from allometry.parallel.mesh import Mesh
 from allometry.scaling.parameterization import Parameterization
 from allometry.scaling.roles import ParamSpec
@@ -41,6 +44,7 @@ def build_optimizer(
     still: bool = False,
     working: Mapping[Tensor, WorkingCopy] | None = None,
     leaving: Iterable[Tensor] = (),
+    engine: DeepSpeedSync | None = None,
 ) -> Optimizer:
     """Return the optimizer of a run, over whole parameters or shards of them.
 
@@ -52,14 +56,19 @@ def build_optimizer(
     ``RuleOptimizer`` too. Where
     ``zero.optimizer_states`` says so, all is a ``TieredOptimizer``, which describes the rest;
     ``working``: what is computed with of parameters that its ``master_weights`` lets travel;
-    ``leaving``: those whose gradients may wait in the host's memory.
+    ``leaving``: those whose gradients may wait in the host's memory. With an ``engine`` that has
+    the model, all is a ``DeepSpeedOptimizer``.
 
     Raises:
-        UserError: see ``parameter_groups``, ``RuleOptimizer`` and ``TieredOptimizer``.
+        UserError: see ``parameter_groups``, ``RuleOptimizer``, ``TieredOptimizer`` and
+            ``DeepSpeedOptimizer``.
     """
     tiered = zero is not None and zero.optimizer_states is not None
     named_parameters = list(named_parameters)
     groups = parameter_groups(named_parameters, specs, parameterization, config)
+    if engine is not None:
+        assert mesh is not None
+        return DeepSpeedOptimizer(groups, engine, mesh)
     states = getattr(config, "states", None)
     fp8 = Fp8States(states.rounding, seed) if isinstance(states, Fp8StatesConfig) else None
     if isinstance(config, AdamW) and adamw_kernel == "torch" and not tiered and fp8 is None:
@@ -98,7 +107,7 @@ def init_states(optimizer: Optimizer) -> None:
     Raises:
         UserError: see ``RuleOptimizer.init_states``.
     """
-    if isinstance(optimizer, RuleOptimizer):
+    if isinstance(optimizer, RuleOptimizer | DeepSpeedOptimizer):
         optimizer.init_states()
     else:
         adamw.init_states(items_of(optimizer.param_groups), optimizer.state)
@@ -113,3 +122,46 @@ def set_lr(optimizer: Optimizer, fraction: float) -> None:
     assert fraction >= 0.0, fraction
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * fraction
+
+
+def take_step(
+    optimizer: Optimizer,
+    fraction: float,
+    max_norm: float | None,
+    mesh: Mesh | None = None,
+    along: Sequence[Tensor] = (),
+) -> Tensor:
+    """Clip gradients and update at this fraction of the peak rates; return the norm before.
+
+    ``max_norm`` is that of the run; see ``clip_by_global_norm`` for the rest.
+    """
+    set_lr(optimizer, fraction)
+    if isinstance(optimizer, DeepSpeedOptimizer):
+        return optimizer.take_step(along)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    away = optimizer.gradients if isinstance(optimizer, TieredOptimizer) else None
+    norm = clip_by_global_norm(parameters, max_norm, mesh, along, away)
+    optimizer.step()
+    return norm
+
+
+def settle(optimizer: Optimizer) -> None:
+    """Let the model compute with what a checkpoint has filled; every rank calls this."""
+    if isinstance(optimizer, DeepSpeedOptimizer):
+        optimizer.settle()
+
+
+def groups_not_finite(optimizer: Optimizer) -> list[str]:
+    """Return the names of the groups with gradients or values on this rank not all finite."""
+    if isinstance(optimizer, DeepSpeedOptimizer):
+        return optimizer.groups_not_finite()
+    return [
+        str(group["name"])
+        for group in optimizer.param_groups
+        if any(
+            not tensor.isfinite().all()
+            for parameter in group["params"]
+            for tensor in (gradient_of(optimizer, parameter), values_of(optimizer, parameter))
+            if tensor is not None
+        )
+    ]

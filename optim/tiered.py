@@ -13,7 +13,6 @@ from typing_extensions import override
 
 from allometry.configs.execution import Zero, bytes_of
 from allometry.optim.matrix_ops import MatrixOps
-from allometry.optim.offload.folder import FileSystem
 from allometry.optim.offload.gradients import HostGradients
 from allometry.optim.offload.held import (
     MASTER,
@@ -31,6 +30,7 @@ from allometry.optim.offload.stream import FileHome, Home, HostHome, Stream
 from allometry.optim.offload.swap import Moved, SwapFile
 from allometry.optim.optimizer import RuleOptimizer
 from allometry.optim.states import Group, Item, items_of
+from allometry.parallel.folder import described
 from allometry.parallel.mesh import local
 from allometry.scaling.update_rules import UpdateRule
 
@@ -192,14 +192,7 @@ class TieredOptimizer(RuleOptimizer):
 
     def place(self) -> dict[str, str]:
         """Say where the file is, for a record: ``folder``, ``mount``, ``file_system``, ``note``."""
-        if self._swap is None:
-            return {}
-        said = {"folder": str(self._swap.folder)}
-        system = FileSystem.of(self._swap.folder)
-        if system is not None:
-            said |= {"mount": system.mount, "file_system": system.kind}
-            said |= {"note": system.note} if system.note else {}
-        return said
+        return {} if self._swap is None else described(self._swap.folder)
 
     @override
     def _by_rule(self) -> Iterator[tuple[UpdateRule, list[Item]]]:

@@ -28,6 +28,7 @@ from allometry.models.init import initialize
 from allometry.models.transformer import Part, Transformer
 from allometry.parallel.checkpointing import apply_checkpointing, hide_fsdp_hooks
 from allometry.parallel.context import apply_context
+from allometry.parallel.deepspeed.engine import DeepSpeedSync
 from allometry.parallel.execution import Accumulation, Execution
 from allometry.parallel.expert import apply_expert
 from allometry.parallel.graphs import CudaCapture, MicroBatchGraphs, choose_graphs
@@ -89,12 +90,14 @@ class Parallel:
     def materialize(self, device: torch.device) -> None:
         """Give storage on ``device`` to parts from the meta device, unset; move any other there."""
         for part in self.parts.values():
-            materialize(part, device, offload=self.offloaded)
+            materialize(
+                part, device, offload=self.offloaded, buffers_only=self.sync.makes_parameters
+            )
 
     def initialize(self, parameterization: Parameterization, seed: int) -> None:
         """Fill all parameters and buffers: functions of (seed, name, row) alone."""
         for part in self.parts.values():
-            initialize(part, parameterization, seed)
+            initialize(part, parameterization, seed, self.sync.hold)
 
 
 def parallelize(
@@ -114,9 +117,14 @@ def parallelize(
     made = [distribute(part, config, mesh) for part in parts.values()]
     stores = tuple(store for store in made if store is not None)
     dtype = torch_dtype(config.training.compute_dtype)
-    offloaded = config.parallel.zero.offload == "cpu"
-    in_fp8 = config.precision.gather == "fp8"
-    sync = apply_zero(list(parts.values()), config.parallel.zero, dtype, mesh, in_fp8)
+    zero = config.parallel.zero
+    offloaded = zero.offload == "cpu" and zero.engine == "fsdp2"
+    sync: GradientSync
+    if zero.engine == "deepspeed":
+        sync = DeepSpeedSync(parts[0], config, mesh)
+    else:
+        in_fp8 = config.precision.gather == "fp8"
+        sync = apply_zero(list(parts.values()), zero, dtype, mesh, in_fp8)
     if config.training.activation_checkpointing == "selective":
         for part in parts.values():
             hide_fsdp_hooks(part)
@@ -203,17 +211,21 @@ def compile_parts(
         model.head.compile(fullgraph=True)
 
 
-def materialize(model: nn.Module, device: torch.device, *, offload: bool = False) -> None:
+def materialize(
+    model: nn.Module, device: torch.device, *, offload: bool = False, buffers_only: bool = False
+) -> None:
     """Give a model from the meta device storage on ``device``, unset; move any other there.
 
-    ``offload``: parameters stay on the CPU, buffers do not.
+    ``offload``: parameters stay on the CPU, buffers do not. ``buffers_only``: parameters get
+    theirs later.
     """
     tensors = [*model.parameters(), *model.buffers()]
     if any(tensor.is_meta for tensor in tensors):
         assert all(tensor.is_meta for tensor in tensors), "half of the model has values already"
-        model.to_empty(device=torch.device("cpu") if offload else device)
-        for module in model.modules() if offload else ():
+        if not buffers_only:
+            model.to_empty(device=torch.device("cpu") if offload else device)
+        for module in model.modules() if offload or buffers_only else ():
             for name, buffer in module.named_buffers(recurse=False):
-                setattr(module, name, buffer.to(device))
+                setattr(module, name, torch.empty_like(buffer, device=device))
     else:
         model.to(device)

@@ -10,7 +10,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 from typing_extensions import override
 
 from allometry.models.documents import Documents
@@ -38,12 +37,11 @@ class MicroBatch(Protocol):
 
 
 @contextmanager
-def cast_weights(parts: Iterable[Transformer]) -> Iterator[None]:
+def cast_weights(parts: Iterable[Transformer], sync: GradientSync) -> Iterator[None]:
     """Cast what is not sharded once, for all micro-batches that run inside."""
     with ExitStack() as stack:
-        for part in parts:
-            if not isinstance(part, FSDPModule):
-                stack.enter_context(cast_once(part, part.compute_dtype))
+        for part in parts if sync.whole else ():
+            stack.enter_context(cast_once(part, part.compute_dtype))
         yield
 
 
@@ -111,7 +109,7 @@ class Accumulation(Execution):
         observe: Observe,
         before: Callable[[int], None] | None = None,
     ) -> None:
-        with cast_weights([self._model]):
+        with cast_weights([self._model], self._sync):
             self._train(batches, scale, observe, before)
 
     def _train(
@@ -135,17 +133,17 @@ class Accumulation(Execution):
                 observe(index, self._graphs.run(*inputs, first=index == 0))
                 continue
             losses = self._losses(batch)
-            (losses.total * scale.to(losses.total.dtype)).backward()
+            self._sync.backward(losses.total * scale.to(losses.total.dtype))
             observe(index, losses.nll_BL)
         if closing and self._filling is not None:
             self._sync.micro_batch(last=True)
-            self._losses(self._filling).total.backward()
+            self._sync.backward(self._losses(self._filling).total)
         self._sync.finish()
 
     @override
     @torch.no_grad()
     def evaluate(self, batches: Sequence[MicroBatch], observe: Observe) -> None:
-        with cast_weights([self._model]):
+        with cast_weights([self._model], self._sync):
             for index, batch in enumerate(batches):
                 observe(index, self._losses(batch).nll_BL)
 
@@ -155,7 +153,7 @@ class Accumulation(Execution):
     ) -> None:
         """See ``Execution``."""
         gathered = self._sync.gathered() if self._filling is not None else nullcontext()
-        with gathered, cast_weights([self._model]):
+        with gathered, cast_weights([self._model], self._sync):
             for index, batch in enumerate(batches):
                 if before is not None:
                     before(index)

@@ -149,7 +149,7 @@ class PipelineExecution(Execution):
         for stage in prepared.stages:
             stage.inputs = inputs
         try:
-            with cast_weights(self._parts.values()):
+            with cast_weights(self._parts.values(), self._sync):
                 prepared.schedule.step(
                     *((index,) if 0 in self._parts else ()), return_outputs=False, **given
                 )
@@ -164,7 +164,7 @@ class PipelineExecution(Execution):
     def evaluate(self, batches: Sequence[MicroBatch], observe: Observe) -> None:
         # Micro-batches may be any number, each of any shape.
         self._tied.send_value()
-        with cast_weights(self._parts.values()):
+        with cast_weights(self._parts.values(), self._sync):
             self._forward(batches, observe)
 
     @override
@@ -174,7 +174,7 @@ class PipelineExecution(Execution):
     ) -> None:
         # ``before(i)`` runs on every rank, before its first stage's forward.
         gathered = self._sync.gathered() if self._uneven else nullcontext()
-        with gathered, cast_weights(self._parts.values()):
+        with gathered, cast_weights(self._parts.values(), self._sync):
             self._forward(batches, None, before)
 
     def _forward(

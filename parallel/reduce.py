@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
+from allometry.models.init import held
 from allometry.parallel.mesh import Axis, local
 from allometry.parallel.wire import sum_over
 
@@ -24,15 +25,34 @@ class GradientSync(Protocol):
         optimizer.zero_grad(set_to_none=True)
         for i in range(n):
             sync.micro_batch(last=i == n - 1)
-            (model(...).total / global_count).backward()
+            sync.backward(model(...).total / global_count)
         sync.finish()
 
     After ``finish`` each parameter's ``.grad`` is the SUM over ranks and micro-batches (nothing is
     averaged: the loss was divided by the global count), reduced in fp32 (fp64 where parameters
     are) and laid out as the parameter is. Forward passes under ``no_grad`` may run before or after
     a step, not within one. A pipeline, in which each stage has a last backward of its own, calls
-    ``close`` and ``closed`` around that instead of ``micro_batch``.
+    ``close`` and ``closed`` around that instead of ``micro_batch``, and autograd instead of
+    ``backward``.
     """
+
+    @property
+    def whole(self) -> bool:
+        """Whether each rank has the whole parameters at all times."""
+        return False
+
+    def hold(self, owner: nn.Module, name: str) -> AbstractContextManager[Tensor]:
+        """Hold parameter ``name`` of ``owner``, or this rank's part of it, to give it values."""
+        return held(owner, name)
+
+    @property
+    def makes_parameters(self) -> bool:
+        """Whether ``hold`` gives parameters their storage: each is whole only while it is held."""
+        return False
+
+    def backward(self, loss: Tensor) -> None:
+        """Run the backward of a micro-batch."""
+        loss.backward()
 
     def micro_batch(self, last: bool) -> None:
         """Announce the next forward and backward; ``last``: the step's last one."""
@@ -57,6 +77,10 @@ class GradientSync(Protocol):
 
     def finish(self) -> None:
         """Complete the reduction after the last backward."""
+
+    def leave(self) -> None:
+        """Give up, at the end of a run, what lies outside of this process's memory."""
+        return
 
 
 ReductionGroup = tuple[Sequence[nn.Parameter], Axis]
@@ -101,6 +125,11 @@ class FlatReducer(GradientSync):
         self._buckets: list[_Bucket] | None = None
         self._launched = 0
         self._final: set[int] = set()  # ids of parameters whose next gradient is their last
+
+    @property
+    @override
+    def whole(self) -> bool:
+        return True
 
     @override
     def micro_batch(self, last: bool) -> None:

@@ -82,7 +82,8 @@ def does_not_fit(config: RunConfig, plan: RunPlan, _: int) -> str | None:
                 f"needs {_gb(need)}"
             )
     full = {"activation_checkpointing": "full", "activation_offload": 1.0}
-    if min(map(len, plan.layout.stages)) > STAYING and config.parallel.context.offload == "none":
+    alone = config.parallel.context.offload == "none" and zero.engine == "fsdp2"
+    if min(map(len, plan.layout.stages)) > STAYING and alone:
         need = _needs(config, plan, training=full)
         if need <= DEVICE_BYTES:
             return (
@@ -119,7 +120,10 @@ def offloads_though_memory_is_ample(config: RunConfig, plan: RunPlan, _: int) ->
     need = _needs(config, plan, parallel={"zero": zero.model_copy(update={"offload": "none"})})
     if need > DEVICE_BYTES:
         return None
-    return f"parallel.zero.offload=cpu moves all states over the host; none needs {_gb(need)}"
+    return (
+        f"parallel.zero.offload={zero.offload} moves all states over the host; none needs "
+        f"{_gb(need)}"
+    )
 
 
 def activations_leave_though_memory_is_ample(

@@ -18,6 +18,7 @@ from allometry.configs.run import RunConfig
 from allometry.scaling.batch import BatchPlan, check_batch
 from allometry.scaling.context import check_context
 from allometry.scaling.count import layer_flops
+from allometry.scaling.deepspeed import check_deepspeed
 from allometry.scaling.degrees import Degrees, check_divides, either, resolve_degrees
 from allometry.scaling.offload import check_offload
 from allometry.scaling.precision import check_precision
@@ -52,6 +53,7 @@ class Layout:
         """
         degrees = resolve_degrees(config.parallel, world_size)
         _check_tensor(config, degrees)
+        check_deepspeed(config, degrees)
         check_precision(config, degrees)
         _check_expert(config.model, degrees)
         if config.data.kind == "sequences":

@@ -111,13 +111,13 @@ def estimate_memory(
     precision: PrecisionConfig = COMPUTE,
     activation_offload: float = 0.0,
 ) -> MemoryEstimate:
-    """Return the bytes that a rank needs at the peak of a step, the fullest of each axis.
+    """Return a rank's bytes at the peak of a step: the fullest of each axis, or of ``pp_rank``.
 
     ZeRO shards over hdp, or a copy's ranks, as ``parallel/zero.py`` and ``shards.py`` say.
-    ``layout`` None: one stage. ``compute_bytes``: of one activation; ``logits_chunk_tokens``: that
-    the loss treats at once (None: ``models/loss.py``); ``optimizer`` None: AdamW. ``attention``:
-    what is asked of it; its device is that of the step (on a CPU norms keep more, and buckets of
-    gradients stay). ``pp_rank`` None: the fullest.
+    ``layout`` None: one stage, nothing cut. ``compute_bytes``: of one activation;
+    ``logits_chunk_tokens``: tokens that the loss treats at once (None: ``models/loss.py``);
+    ``optimizer`` None: AdamW. ``attention``: its device is that of the step (on a CPU norms keep
+    more, and buckets of gradients stay), ``attention_backend`` None: the first that suits.
     """
     stages, pp = (layout.stages, layout.pp) if layout else ((range(model.num_layers),), 1)
     add_up = pp > 1 or (zero.stage == 1 and micro_batches > 1)  # gradients are whole till the end
@@ -165,7 +165,7 @@ def _kept(
     type travel with them, but for what stays by its share, and leave copies in that type. Of
     gradients that leave a bucket is there; those that tp sums stay and are too few to count.
     """
-    if zero.offload == "cpu":
+    if zero.offload != "none":
         return 0, 0, 0
     specs = part.specs()
     parameters = {spec.name: _FP32 * part.held(spec) for spec in specs}

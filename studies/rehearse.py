@@ -33,6 +33,7 @@ from allometry.parallel.simulate import (
     simulated_rank,
     without_storage,
 )
+from allometry.scaling.deepspeed import check_other_engine
 from allometry.scaling.layout import Layout
 from allometry.scaling.plan import RunPlan
 from allometry.trainer.assemble import build_part, make_optimizer
@@ -74,6 +75,7 @@ def rehearse(config: RunConfig, world_size: int) -> list[RankReport]:
     full micro-batches on one rank each: rings, which every step plans anew, are not counted.
     Raises UserError where there is no such layout.
     """
+    check_other_engine(config.parallel.zero, "a rehearsal of ranks")
     plain = config.training.model_copy(update={"compile": False})
     plan = RunPlan.of(config, world_size)
     # What the compiler fuses with products are the same messages, cut in smaller ones.

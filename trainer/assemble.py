@@ -19,6 +19,7 @@ from allometry.optim.build import build_optimizer
 from allometry.optim.schedule import Schedule
 from allometry.parallel.agree import from_main_rank
 from allometry.parallel.apply import Parallel, materialize, parallelize
+from allometry.parallel.deepspeed.engine import DeepSpeedSync
 from allometry.parallel.measure import measure_costs
 from allometry.parallel.mesh import Mesh
 from allometry.parallel.working import reduced_alone, working_copies
@@ -89,6 +90,7 @@ def make_optimizer(
         reduced_alone(parallel.parts.values(), mesh, tied=config.model.tied_embeddings)
         if leave
         else (),
+        parallel.sync if isinstance(parallel.sync, DeepSpeedSync) else None,
     )
 
 

@@ -5,17 +5,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
 from allometry.data.batch import IGNORE
-from allometry.optim.build import set_lr
-from allometry.optim.clip import clip_by_global_norm
+from allometry.optim.build import groups_not_finite, take_step
 from allometry.optim.schedule import Schedule
-from allometry.optim.tiered import gradient_of, values_of
 from allometry.parallel.apply import Parallel
 from allometry.parallel.mesh import Mesh
 from allometry.trainer.balance import Balancer
@@ -93,7 +91,6 @@ class TrainStep:
         self._sources = sources
         self._clip = clip_grad_norm
         self._dropout_seed = dropout_seed
-        self._parameters = [p for g in optimizer.param_groups for p in g["params"]]
 
     def __call__(self, step: int, batches: Sequence[DeviceBatch]) -> StepOutcome:
         """Take the step; ``batches`` are this rank's micro-batches.
@@ -124,11 +121,8 @@ class TrainStep:
         sums_2S *= self._mesh.tp.rank == 0  # all ranks of a tensor group have the same losses
         routing = None if self._balancer is None else self._balancer.observed()
         along = [sums_2S] if routing is None else [sums_2S, routing]
-        away = getattr(self._optimizer, "gradients", None)  # of a tiered optimizer
-        norm = clip_by_global_norm(self._parameters, self._clip, self._mesh, along, away)
         fraction = self._schedule.fraction(step)
-        set_lr(self._optimizer, fraction)
-        self._optimizer.step()
+        norm = take_step(self._optimizer, fraction, self._clip, self._mesh, along)
         if self._balancer is not None and routing is not None:
             self._balancer.end_step(routing)
         return StepOutcome(
@@ -143,21 +137,7 @@ class TrainStep:
 
     def groups_not_finite(self) -> list[str]:
         """Names of the parameter groups with gradients or values on this rank not all finite."""
-        return [
-            str(group["name"])
-            for group in self._optimizer.param_groups
-            if any(
-                not tensor.isfinite().all()
-                for parameter in group["params"]
-                for tensor in self._of(parameter)
-            )
-        ]
-
-    def _of(self, parameter: Tensor) -> Iterator[Tensor]:
-        gradient = gradient_of(self._optimizer, parameter)
-        if gradient is not None:
-            yield gradient
-        yield values_of(self._optimizer, parameter)
+        return groups_not_finite(self._optimizer)
 
     def _begin(
         self, batches: Sequence[DeviceBatch], count_visits: Callable[[], None]

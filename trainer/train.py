@@ -21,10 +21,12 @@ from allometry.data.stream import Stream, open_stream
 from allometry.data.tokenizer import check_vocabulary
 from allometry.laws.areas import LearningRateAreas
 from allometry.models.build import torch_dtype
-from allometry.optim.build import init_states
+from allometry.optim.build import init_states, settle
+from allometry.optim.deepspeed import DeepSpeedOptimizer
 from allometry.optim.schedule import Schedule, resolve_schedule
 from allometry.optim.tiered import TieredOptimizer
 from allometry.parallel.agree import on_all_ranks, on_main_rank
+from allometry.parallel.deepspeed.engine import check_available
 from allometry.parallel.graphs import choose_graphs
 from allometry.parallel.mesh import Mesh, launched_world_size, open_mesh
 from allometry.scaling.advice import NODE_RANKS, advice
@@ -101,6 +103,7 @@ def train(
     exact = algorithms(deterministic=config.training.deterministic)
     with watched as signals, exact, open_mesh(config.parallel, device) as mesh:
         choose_graphs(config, mesh)  # what cannot be is said before the folder is touched
+        on_all_ranks(mesh, lambda: check_available(config), "looking for DeepSpeed")
         plan = with_measured_stages(config, plan, mesh)
         schedule = resolve_schedule(config, plan.batch)
         stream = on_all_ranks(mesh, lambda: _open_stream(config), "opening the data")
@@ -169,7 +172,7 @@ class _Run:
         )
         self.converted: dict[str, int] = {}
         self.progress = self._restore()
-        if isinstance(self.optimizer, TieredOptimizer):
+        if isinstance(self.optimizer, TieredOptimizer | DeepSpeedOptimizer):
             init_states(self.optimizer)  # what finds no room is found before the first step
         self.peak = hardware.peak(mesh.device, torch_dtype(config.training.compute_dtype))
 
@@ -184,7 +187,7 @@ class _Run:
             state: State = {f"model.{name}": p.detach() for p, name in names.items()}
             if start.facts.get("optimizer", False):
                 init_states(self.optimizer)
-                state |= checkpoint.optimizer_state(self.optimizer, names)
+            state |= checkpoint.optimizer_state(self.optimizer, names)
         else:
             init_states(self.optimizer)
             state = state_tensors(self.parallel, self.optimizer)
@@ -192,6 +195,7 @@ class _Run:
             progress.flops = start.facts["flops"]
             progress.held_out_before.update(start.facts.get("held_out_before", {}))
         self.converted = load(start.checkpoint, state, names, self.mesh)
+        settle(self.optimizer)
         name = not_finite(state, self.mesh)
         if name is not None:
             raise UserError(
@@ -216,8 +220,11 @@ class _Run:
         # Files may be slow, and a service's page is opened over the network.
         on_main_rank(self.mesh, lambda: self._open_record(invocation), "opening the record")
         self._report_start()
-        with closing(self._batches()) as batches:
-            return loop.run(batches, stop_at_step)
+        try:
+            with closing(self._batches()) as batches:
+                return loop.run(batches, stop_at_step)
+        finally:
+            self.parallel.sync.leave()
 
     def _open_record(self, invocation: Invocation | None) -> None:
         first_step = self.start.step + 1
@@ -266,6 +273,8 @@ class _Run:
         config, wanted = self.config, self.config.record.monitors
         if wanted.every_steps is None and wanted.singular_values_every_steps is None:
             return
+        if isinstance(self.optimizer, DeepSpeedOptimizer):
+            self.report("monitors_limited", step=self.start.step, to="activations and outputs")
         longest = config.parallel.context.capacity_tokens
         yield Monitors(
             wanted,
@@ -355,7 +364,7 @@ class _Run:
         else:
             name, dropped = start.checkpoint.name, start.dropped_rows
             report("resumed", step=start.step, checkpoint=name, dropped_rows=dropped)
-        if isinstance(self.optimizer, TieredOptimizer):
+        if isinstance(self.optimizer, TieredOptimizer | DeepSpeedOptimizer):
             held = {f"{tier}_bytes": size for tier, size in self.optimizer.held_bytes().items()}
             place = self.optimizer.place()
             masters = self.optimizer.parameters_bytes

@@ -106,6 +106,9 @@ class Doctor(Command):
     disk: Path | None = option(
         "also measure the disk of this folder, for parallel.zero.optimizer_states.nvme"
     )
+    build: bool = option(
+        "also compile what parallel.zero.engine=deepspeed needs for NVMe, once on a machine", False
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

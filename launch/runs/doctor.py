@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -47,8 +48,11 @@ def examined(asked: Doctor) -> Report:
     def offload() -> Iterator[Finding]:
         return _offload(asked.disk)
 
+    def deepspeed() -> Iterator[Finding]:
+        return _deepspeed(asked.disk, build=asked.build)
+
     checks: tuple[Callable[[], Iterator[Finding]], ...] = (
-        _torch, _nvml, _attention, _apex, _deepspeed, _megatron, _allocator, _compiler,
+        _torch, _nvml, _attention, _apex, deepspeed, _megatron, _allocator, _compiler,
         _memory, offload,
     )  # fmt: skip
     findings: list[Finding] = []
@@ -167,17 +171,33 @@ def _apex() -> Iterator[Finding]:
         yield Finding("NVIDIA apex", "problem", why, fix)
 
 
-def _deepspeed() -> Iterator[Finding]:
-    installed_version = version("deepspeed")
-    if installed_version is None:
-        why = "optional; optimizer states go to the host and to NVMe without it"
-        yield Finding("deepspeed", "absent", why)
+def _deepspeed(disk: Path | None, *, build: bool) -> Iterator[Finding]:
+    from allometry.parallel.deepspeed import ops, package
+
+    number = version("deepspeed")
+    if number is None:
+        why = "optional; only parallel.zero.engine=deepspeed needs it"
+        yield Finding("deepspeed", "problem" if build else "absent", why, package.INSTALL)
         return
-    default = Path.home() / ".cache" / "torch_extensions"
-    cache = Path(os.environ.get("TORCH_EXTENSIONS_DIR", default))
-    built = sorted({path.stem for path in cache.rglob("*.so")}) if cache.exists() else []
-    ops = ", ".join(built) or "none yet (built at first use)"
-    yield Finding("deepspeed", "ok", f"{installed_version}; built ops: {ops}")
+    if number != package.VERSION:
+        why = f"{number}, and parallel.zero.engine=deepspeed needs {package.VERSION}"
+        yield Finding("deepspeed", "problem", why, package.INSTALL)
+        return
+    yield Finding("deepspeed", "ok", number)
+    name = "deepspeed async_io"
+    if not (build or ops.is_built()):
+        why = "not built; only NVMe with parallel.zero.engine=deepspeed needs it"
+        yield Finding(name, "absent", why, f"apt install libaio-dev, then {ops.BUILD}")
+        return
+    try:
+        place = ops.build()
+        with tempfile.TemporaryDirectory() as scratch:
+            ops.probe(disk or Path(scratch))
+    except UserError as error:
+        yield Finding(name, "problem", str(error), f"mend that, then {ops.BUILD}")
+    else:
+        where = disk or "a temporary folder"
+        yield Finding(name, "ok", f"{place}; what it wrote in {where} was read back")
 
 
 def _megatron() -> Iterator[Finding]:
@@ -222,8 +242,8 @@ RATES = Path("~/.cache/allometry/offload.json")
 
 
 def _offload(disk: Path | None, kept: Path = RATES) -> Iterator[Finding]:
-    from allometry.optim.offload.folder import FileSystem
     from allometry.optim.offload.rates import adam_rate, disk_rates
+    from allometry.parallel.folder import FileSystem
 
     rate = adam_rate()
     found: dict[str, Any] = {"adam_parameters_per_s": rate}

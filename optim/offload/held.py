@@ -11,16 +11,18 @@ from torch.distributed.tensor import DTensor
 
 from allometry.optim.offload.pieces import Piece
 from allometry.optim.offload.stream import Home
+from allometry.parallel.deepspeed.boxes import Stretch
 from allometry.parallel.mesh import local
 
 
 class Stored(NamedTuple):
     """A state between steps: ``like`` has its shape, type and layout, and no memory of its own.
 
-    ``read`` returns this rank's part on the host, and ``write`` replaces it.
+    ``read`` returns this rank's part on the host, and ``write`` replaces it; of a ``Stretch`` in
+    one dimension.
     """
 
-    like: Tensor
+    like: Tensor | Stretch
     read: Callable[[], Tensor]
     write: Callable[[Tensor], None]
 

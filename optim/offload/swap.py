@@ -27,8 +27,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from allometry.configs.errors import UserError
-from allometry.optim.offload.folder import KEY, ready
 from allometry.parallel.buffers import BLOCK, padded
+from allometry.parallel.folder import KEY, ready
 
 CHUNK = 16 << 20  # bytes in one system call
 

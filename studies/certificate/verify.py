@@ -27,6 +27,7 @@ from allometry.configs.layouts import parse_parallel
 from allometry.configs.loader import dump
 from allometry.configs.run import RunConfig
 from allometry.interop.huggingface.convert import export_hf
+from allometry.scaling.deepspeed import check_other_engine
 from allometry.studies.certificate import rank as verify_rank
 from allometry.studies.certificate.rank import TOLERANCE, Job
 from allometry.studies.certificate.small import STEPS, longest, small_run, smallest_batch
@@ -154,6 +155,7 @@ def _jobs(
     refused: list[LayoutResult] = []
     for name in names:
         parallel = parse_parallel(name, config.parallel)
+        check_other_engine(parallel.zero, "a certificate")
         world_size = parallel.pp * parallel.tp * int(parallel.hdp)
         one = config.model_copy(update={"parallel": parallel})
         try:

@@ -16,7 +16,10 @@ MAY_IMPORT = {
     "data": {"configs"},
     "models": {"configs", "scaling"},
     "parallel": {"configs", "scaling", "models"},
-    "optim": {"configs", "scaling", "parallel.mesh", "parallel.buffers"},
+    "optim": {
+        *("configs", "scaling", "parallel.mesh", "parallel.buffers"),
+        *("parallel.deepspeed", "parallel.folder"),
+    },
     "trainer": {"configs", "scaling", "laws", "data", "models", "parallel", "optim"},
 }
 MAY_IMPORT["interop"] = {*MAY_IMPORT["trainer"], "trainer"}
@@ -30,6 +33,7 @@ SUB_ROOM_MAY_IMPORT = {
     "laws.forms": {"laws.observations"},
     "laws.fit": {"laws.observations", "laws.registry", "laws.forms"},
     "parallel.hdp": set(),
+    "parallel.deepspeed": {"parallel.folder", "parallel.mesh", "parallel.reduce"},
     "parallel.offload": {"parallel.buffers"},
     "optim.offload": {"optim.states"},
     "trainer.state": set(),

@@ -50,6 +50,7 @@ def run_facts(
         "layout": {
             "world_size": plan.world_size,
             **plan.layout.describe(),
+            "zero_engine": config.parallel.zero.engine,
             "zero_stage": config.parallel.zero.stage,
             "offload": config.parallel.zero.offload,
             "activation_checkpointing": config.training.activation_checkpointing,

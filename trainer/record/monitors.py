@@ -23,6 +23,7 @@ from typing_extensions import override
 
 from allometry.configs.execution import MonitorConfig
 from allometry.models.observe import FP8_ROLES, MAXIMA, OUTPUT, ROUNDING, SUMS, Observer
+from allometry.optim.deepspeed import DeepSpeedOptimizer
 from allometry.optim.exchange import ShardedMatrixOps
 from allometry.optim.matrix_ops import squared_norms_of_parts
 from allometry.optim.shards import Placements
@@ -81,7 +82,9 @@ class Monitors(Callback):
         self._config, self._mesh, self._parallel, self._report = config, mesh, parallel, report
         self._sample, self._batch_plan = sample, batch_plan
         self._num_layers, self._clip = num_layers, clip_grad_norm
-        self._optimizer, self._changes = optimizer, Changes(optimizer, mesh)
+        watches = not isinstance(optimizer, DeepSpeedOptimizer)
+        self._changes = Changes(optimizer, mesh) if watches else NoChanges(mesh)
+        self._optimizer = optimizer
         self._spectrum: TopSingularValues | None = None
         self._observed: Observer | None = None
         self._seen: dict[int, _Seen] = {}
@@ -155,6 +158,8 @@ class Monitors(Callback):
         return observer
 
     def _singular_values(self) -> dict[str, float]:
+        if isinstance(self._changes, NoChanges):
+            return {}
         if self._spectrum is None:
             named = [(n, p) for n, p in self._parallel.named_parameters() if p.dim() > 1]
             rounded = partial(rounded_values_of, self._optimizer)
@@ -267,6 +272,23 @@ class Changes:
         return parameter.numel() // rows * -(-rows // _apart(parameter))
 
 
+class NoChanges:
+    """Stands for ``Changes`` where an engine keeps gradients and parameters to itself."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._device = mesh.device
+
+    def remember(self) -> None:
+        """Keep nothing."""
+
+    def measure(self) -> tuple[Tensor, Tensor]:
+        """Return what ``Changes`` says of no parameters."""
+        kind: dict[str, Any] = {"dtype": torch.float64, "device": self._device}
+        return torch.zeros(len(_ROLES), len(_STEP_SUMS), **kind), torch.full(
+            (len(_ROLES), 2), -1.0, **kind
+        )
+
+
 def _sums_of_magnitudes(part: Tensor) -> Tensor:
     """Return Σ|x| over each logical matrix of this rank's part, [m], added up in fp64."""
     dims = (1, 2) if part.dim() == 3 else None
@@ -339,5 +361,6 @@ def _role_rows(row: Row, seen: _Seen) -> dict[str, float]:
             row[f"monitors/sphere_drift/{role}"] = drift
         if most > 0.0:
             eps[role] = most
-    row["monitors/grad_l1"] = magnitudes
+    if seen.roles[:, _STEP_SUMS.index("elements")].any():
+        row["monitors/grad_l1"] = magnitudes
     return eps

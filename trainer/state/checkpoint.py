@@ -13,7 +13,7 @@ import errno
 import json
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +26,7 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 
 from allometry.configs.errors import UserError
 from allometry.configs.execution import CheckpointConfig
+from allometry.optim.deepspeed import DeepSpeedOptimizer
 from allometry.optim.offload.held import MASTER, Stored
 from allometry.optim.tiered import TieredOptimizer
 from allometry.parallel.agree import wait_for_all, with_heartbeat
@@ -323,7 +324,9 @@ def optimizer_state(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]) 
 
     Where it keeps values of parameters, these are there too, under ``model.<parameter>``.
     """
-    stored = optimizer.stored() if isinstance(optimizer, TieredOptimizer) else ()
+    stored: Iterable[tuple[Tensor, str, Stored]] = ()
+    if isinstance(optimizer, TieredOptimizer | DeepSpeedOptimizer):
+        stored = optimizer.stored()
     away: State = {
         f"model.{names[p]}" if key == MASTER else f"optimizer.{names[p]}.{key}": value
         for p, key, value in stored

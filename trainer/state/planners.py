@@ -5,21 +5,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.metadata import STATE_DICT_TYPE, Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import ReadItem
 from typing_extensions import override
 
 from allometry.optim.offload.held import Stored
+from allometry.parallel.deepspeed.boxes import Stretch
 
 State = dict[str, Tensor | Stored]
 """What a checkpoint holds, by name."""
 
 
-def layouts(state: State) -> dict[str, Tensor]:
-    """The tensors of ``state``, and for what is stored tensors of its layout."""
+def layouts(state: State) -> dict[str, Tensor | Stretch]:
+    """The tensors of ``state``, and for what is stored its layout."""
     return {
         name: value.like if isinstance(value, Stored) else value for name, value in state.items()
     }
+
+
+def _box(value: Stored, data: Tensor, index: MetadataIndex) -> Tensor:
+    """The box of what is stored that ``index`` names: a part of a stretch, or all that is here."""
+    like = value.like
+    return like.within(data, index.offset) if isinstance(like, Stretch) else data
 
 
 class Saving(DefaultSavePlanner):
@@ -32,7 +39,9 @@ class Saving(DefaultSavePlanner):
     @override
     def lookup_object(self, index: MetadataIndex) -> object:
         value = self._state.get(index.fqn)
-        return value.read() if isinstance(value, Stored) else super().lookup_object(index)
+        if not isinstance(value, Stored):
+            return super().lookup_object(index)
+        return _box(value, value.read(), index)
 
 
 class Loading(DefaultLoadPlanner):
@@ -44,13 +53,25 @@ class Loading(DefaultLoadPlanner):
         self._open: dict[str, Tensor] = {}
 
     @override
+    def set_up_planner(
+        self,
+        state_dict: STATE_DICT_TYPE,
+        metadata: Metadata | None = None,
+        is_coordinator: bool = False,
+    ) -> None:
+        # torch makes None of what is no tensor and no plain value.
+        stretches = {k: v for k, v in state_dict.items() if isinstance(v, Stretch)}
+        super().set_up_planner(state_dict, metadata, is_coordinator)
+        self.state_dict |= stretches
+
+    @override
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
         value = self._state.get(index.fqn)
         if not isinstance(value, Stored):
             found: Tensor = super().lookup_tensor(index)
             return found
         self._open[index.fqn] = value.read()
-        return self._open[index.fqn]
+        return _box(value, self._open[index.fqn], index)
 
     @override
     def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 
+from allometry.configs.errors import UserError
 from allometry.optim import fp8_states
 from allometry.optim.fp8_states import KEYS, Groups
 from allometry.optim.offload.held import Stored
+from allometry.parallel.deepspeed.boxes import Stretch
 from allometry.parallel.mesh import Mesh, local
 from allometry.trainer.state import checkpoint
 from allometry.trainer.state.planners import State
@@ -32,6 +34,9 @@ def load(path: Path, state: State, names: Mapping[Tensor, str], mesh: Mesh) -> d
 
     Returns:
         How many states were converted, by "from -> to"; the same on all ranks of a stage.
+
+    Raises:
+        UserError: the checkpoint keeps states in FP8, and the engine of the run is DeepSpeed.
     """
     there = FileSystemReader(path).read_metadata().state_dict_metadata
     prefixes = {f"optimizer.{name}.": parameter for parameter, name in names.items()}
@@ -106,6 +111,12 @@ def _others(
                 for of in (held, saved)
             )
             if mine and theirs and mine.keys() != theirs.keys():
+                if any(isinstance(getattr(each, "like", None), Stretch) for each in mine.values()):
+                    raise UserError(
+                        f"the checkpoint keeps {prefix}{key} in FP8, which "
+                        "parallel.zero.engine=deepspeed cannot read; use parallel.zero.engine: "
+                        "fsdp2, whose checkpoints both engines read"
+                    )
                 kept = None if key in mine else Groups.of(parameter)
                 as_saved = None if key in theirs else Groups.named(parameter, key, theirs)
                 yield _Other(parameter, key, prefix, as_saved, kept, mine)

@@ -87,6 +87,13 @@ COVERING: tuple[tuple[str, tuple[Stage, ...]], ...] = (
             CUT,
         ),
     ),
+    (
+        "optim/deepspeed.py",  # most of its tests need the package
+        (
+            unit("parallel/*deepspeed", "trainer/*deepspeed"),
+            dist("deepspeed"),
+        ),
+    ),
     ("optim/schedule.py", (unit("optim/test_optim_schedule"), unit("optim/test_*"))),
     ("optim/*h.py", (unit("optim/*sphere"), unit("optim/*"), dist("optimizers", "matrix_ops"))),
     ("optim/newton_schulz.py", (unit("optim/*newton_schulz", "optim/*muon"), unit("optim/*"))),
@@ -108,6 +115,13 @@ COVERING: tuple[tuple[str, tuple[Stage, ...]], ...] = (
             unit("optim/*rules"),
             unit("optim/test_*"),
             dist("optimizers", "matrix_ops", "optimizer_runs"),
+        ),
+    ),
+    (
+        "parallel/deepspeed/*.py",
+        (
+            unit("parallel/*deepspeed", "trainer/*deepspeed"),
+            dist("deepspeed"),
         ),
     ),
     ("parallel/groups.py", (unit("parallel/*groups", "parallel/*mesh"), dist("mesh"), ONE)),
@@ -154,6 +168,7 @@ COVERING: tuple[tuple[str, tuple[Stage, ...]], ...] = (
         "parallel/offload/store.py",
         (unit("parallel/*offload"), dist("offload_activations")),
     ),
+    ("parallel/folder.py", (unit("parallel/*folder", "trainer/*tiers"),)),
     ("parallel/buffers.py", (unit("optim/*swap_file"), unit("parallel/*offload_lanes"))),
     ("parallel/offload/lanes.py", (unit("parallel/*offload_lanes"),)),
     ("parallel/offload/pool.py", (unit("parallel/*offload_lanes"),)),

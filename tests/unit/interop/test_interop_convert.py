@@ -24,6 +24,7 @@ from allometry.scaling.parameterization import Parameterization
 from allometry.trainer.state.folder import RunFolder
 from allometry.trainer.state.integrity import damage, seal
 from allometry.trainer.train import train
+from deepspeed_cases import STEADY, assert_close, needs_deepspeed
 from hf_models import CASES, logits, save
 from run_folders import rows
 
@@ -207,8 +208,8 @@ def test_training_from_imported_weights_is_training_from_those_weights(
         )
         train(imported, device=torch.device("cpu"), callbacks=[])
 
-        def by_hand(module: Any, rules: Any, seed: int, kept: Any = kept) -> None:
-            initialize(module, rules, seed)
+        def by_hand(module: Any, rules: Any, seed: int, hold: Any, kept: Any = kept) -> None:
+            initialize(module, rules, seed, hold)
             with torch.no_grad():
                 for name, parameter in module.named_parameters():
                     parameter.copy_(kept.read(name))
@@ -231,6 +232,19 @@ def test_training_from_imported_weights_is_training_from_those_weights(
         assert len(recorded[0]) == 3
         assert recorded[0] == recorded[1]
         assert recorded[0] != recorded[2], "weights matter"
+
+
+@needs_deepspeed
+def test_the_deepspeed_engine_begins_with_imported_weights(tiny: Make, tmp_path: Path) -> None:
+    source = save(tmp_path / "hf", "qwen3")
+    runs = []
+    for engine in ("fsdp2", "deepspeed"):
+        zero = f"parallel.zero={json.dumps({'engine': engine, 'stage': 3})}"
+        config = config_for(tiny, source, *STEADY, zero, f"run.folder={tmp_path / engine}")
+        import_hf(source, config, tmp_path / engine)
+        train(config, device=torch.device("cpu"), callbacks=[])
+        runs.append(config)
+    assert_close(*runs, steps=3)
 
 
 def test_training_keys_may_change_before_the_first_step(tiny: Make, tmp_path: Path) -> None:

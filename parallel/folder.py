@@ -77,6 +77,15 @@ class FileSystem(NamedTuple):
         return ""
 
 
+def described(folder: Path) -> dict[str, str]:
+    """Return of a folder that exists what a record says: ``folder``, ``mount`` and so on."""
+    said, system = {"folder": str(folder)}, FileSystem.of(folder)
+    if system is not None:
+        said |= {"mount": system.mount, "file_system": system.kind}
+        said |= {"note": system.note} if system.note else {}
+    return said
+
+
 def _mounted_in(folder: Path) -> Path | None:
     with suppress(OSError):
         return next((each for each in sorted(folder.iterdir()) if os.path.ismount(each)), None)

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from allometry.configs.errors import UserError
-from allometry.optim.offload.folder import FileSystem, ready
 from allometry.optim.offload.swap import SwapFile
+from allometry.parallel.folder import FileSystem, ready
 
 
 def test_the_last_component_is_made_for_its_user_alone(tmp_path: Path) -> None:

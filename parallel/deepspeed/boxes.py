@@ -1,0 +1,91 @@
+"""A stretch of a tensor's elements in the order of memory, as boxes that checkpoint files hold."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+)
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+
+class Box(NamedTuple):
+    """A box of a tensor; its elements follow each other in memory, from ``start`` on."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    start: int
+
+
+def boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
+    """Yield the boxes of the elements [start, stop), in order: at most 2 * dims - 1."""
+    if start >= stop:
+        return
+    if len(shape) <= 1:
+        yield Box((start,) * len(shape), (stop - start,) * len(shape), start)
+        return
+    inner = math.prod(shape[1:])
+    first, last = -(-start // inner), stop // inner  # whole slices of the first dimension
+    if first > last:  # within one slice
+        yield from _within(shape, first - 1, start, stop)
+        return
+    yield from _within(shape, first - 1, start, first * inner)
+    if first < last:
+        zeros = (0,) * (len(shape) - 1)
+        yield Box((first, *zeros), (last - first, *shape[1:]), first * inner)
+    yield from _within(shape, last, last * inner, stop)
+
+
+def _within(shape: Sequence[int], index: int, start: int, stop: int) -> Iterator[Box]:
+    base = index * math.prod(shape[1:])
+    for box in boxes(shape[1:], start - base, stop - base):
+        yield Box((index, *box.offsets), (1, *box.sizes), box.start + base)
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """What torch's checkpoints ask of a tensor of which this rank holds [start, stop).
+
+    It stands for the tensor where one is saved or loaded and has no memory of its own.
+    """
+
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    def size(self) -> torch.Size:
+        """Return the shape of the whole tensor."""
+        return torch.Size(self.shape)
+
+    def within(self, flat: Tensor, offsets: Sequence[int] | None) -> Tensor:
+        """Return the box at ``offsets`` of this rank's part ``flat``, as a view of it."""
+        for box in boxes(self.shape, self.start, self.stop):
+            if tuple(offsets or ()) == box.offsets:
+                begin = box.start - self.start
+                return flat[begin : begin + math.prod(box.sizes)].view(box.sizes)
+        raise AssertionError((self, offsets))
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [
+            ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes))
+            for box in boxes(self.shape, self.start, self.stop)
+        ]
+
+    def __create_write_items__(self, name: str, _: Any) -> list[WriteItem]:
+        properties = TensorProperties.create_from_tensor(torch.empty(0))
+        return [
+            WriteItem(
+                index=MetadataIndex(name, chunk.offsets),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(chunk, properties, self.size()),
+            )
+            for chunk in self.__create_chunk_list__()
+        ]

@@ -1,0 +1,170 @@
+"""Runs of the deepspeed engine on ranks: those of FSDP2, and back and forth between the two."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from allometry.configs.run import RunConfig
+from deepspeed_cases import STEADY, assert_close, needs_deepspeed, needs_nvme
+from run_folders import events, rows
+from test_dist_document_runs import DOCUMENTS, capacity
+from test_dist_runs import launch
+from test_dist_tiers import bits
+from thinned import thinned
+
+Ranks = Callable[..., list[Any]]
+Make = Callable[..., RunConfig]
+
+MUP = 'parameterization={"kind": "mup", "base_width": 16}'
+MIXTURE = {
+    "kind": "moe",
+    "vocab_size": 64,
+    "width": 32,
+    "num_layers": 2,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "experts": {"kind": "swiglu", "num_experts": 4, "experts_per_token": 2, "width": 16},
+    # So much that a gradient which does not scale with the loss would show.
+    "router": {
+        "gate": "softmax",
+        "balance": {"kind": "auxiliary", "coefficient": 0.5},
+        "z_loss": 0.01,
+    },
+}
+LARGE = ("model.width=256", "model.ffn_width=1024", "training.total_steps=8", "optimizer.lr=1e-3")
+"""Matrices of which a rank keeps a MiB."""
+
+
+def engine(stage: int, offload: str = "none", **more: Any) -> str:
+    zero = {"engine": "deepspeed", "stage": stage, "offload": offload, **more}
+    return f"parallel.zero={json.dumps(zero)}"
+
+
+def assert_same_parameters(one: RunConfig, other: RunConfig, step: int = 20) -> None:
+    ours, theirs = bits(one, step), bits(other, step)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        if name.startswith("model."):
+            assert (ours[name] - theirs[name]).abs().max() <= 1e-6, name
+
+
+@needs_deepspeed
+@pytest.mark.parametrize(
+    ("ranks", "stage", "offload"),
+    thinned({(2, 3, "cpu")}, [1, 2], [1, 2, 3], ["none", "cpu"]),
+)
+def test_losses_and_parameters_are_those_of_fsdp2(
+    tiny: Make, run_ranks: Ranks, tmp_path: Path, ranks: int, stage: int, offload: str
+) -> None:
+    other = tiny(*STEADY, MUP, f"parallel.zero.stage={stage}", folder=tmp_path / "fsdp2")
+    run_ranks(launch, ranks, other)
+    ours = tiny(*STEADY, MUP, engine(stage, offload), folder=tmp_path / "deepspeed")
+    run_ranks(launch, ranks, ours)
+    assert_close(ours, other)
+    assert_same_parameters(ours, other)
+    norms = [[row["grad_norm"] for row in rows(Path(run.run.folder))] for run in (ours, other)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+    last = [rows(Path(run.run.folder))[-1] for run in (ours, other)]
+    assert last[0]["validation/up"] == pytest.approx(last[1]["validation/up"], abs=1e-6)
+    facts = json.loads((tmp_path / "deepspeed" / "run.json").read_text())
+    assert facts["layout"]["zero_engine"] == "deepspeed"
+    assert facts["versions"]["deepspeed"] == "0.19.8"
+
+
+@needs_deepspeed
+def test_a_run_goes_from_engine_to_engine_on_other_numbers_of_ranks(
+    tiny: Make, run_ranks: Ranks, tmp_path: Path
+) -> None:
+    straight = tiny(*STEADY, "parallel.zero.stage=1", folder=tmp_path / "straight")
+    run_ranks(launch, 2, straight)
+    moving = tmp_path / "moving"
+    for ranks, zero, stop in (
+        (2, "parallel.zero.stage=2", 4),
+        (2, engine(3), 7),
+        (1, engine(1, "cpu"), 10),
+        (2, engine(2), 13),
+        (2, "parallel.zero.stage=3", None),
+    ):
+        run_ranks(launch, ranks, tiny(*STEADY, zero, folder=moving), stop)
+    assert_close(tiny(folder=moving), straight)
+    assert_same_parameters(tiny(folder=moving), straight)
+
+
+@needs_deepspeed
+@pytest.mark.parametrize(
+    ("stage", "what"),
+    thinned({(3, "mixture")}, [1, 2, 3], ["documents", "mixture"]),
+)
+def test_uneven_micro_batches_and_gradients_of_routers(
+    tiny: Make, run_ranks: Ranks, tmp_path: Path, stage: int, what: str
+) -> None:
+    more = {
+        # At stage 1 ranks have other numbers of micro-batches, with rings between some of them.
+        "documents": (*DOCUMENTS, capacity(40)),
+        "mixture": (f"model={json.dumps(MIXTURE)}",),
+    }[what]
+    other = tiny(*STEADY, *more, f"parallel.zero.stage={stage}", folder=tmp_path / "fsdp2")
+    run_ranks(launch, 2, other)
+    ours = tiny(*STEADY, *more, engine(stage), folder=tmp_path / "deepspeed")
+    run_ranks(launch, 2, ours, 9)
+    run_ranks(launch, 2, ours)
+    assert_close(ours, other)
+
+
+@needs_deepspeed
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "model.tied_embeddings=true",
+        "model.dropout=0.1",
+        "training.activation_checkpointing=full",
+        "training.activation_checkpointing=selective",
+    ],
+)
+def test_other_parts_of_a_run(
+    tiny: Make, run_ranks: Ranks, tmp_path: Path, stage: int, setting: str
+) -> None:
+    other = tiny(*STEADY, setting, f"parallel.zero.stage={stage}", folder=tmp_path / "fsdp2")
+    run_ranks(launch, 2, other)
+    ours = tiny(*STEADY, setting, engine(stage), folder=tmp_path / "deepspeed")
+    run_ranks(launch, 2, ours)
+    assert_close(ours, other)
+
+
+PIPELINED = {
+    "zero_optimization": {"offload_optimizer": {"pipeline_read": True, "pipeline_write": True}}
+}
+
+
+@needs_nvme
+@pytest.mark.parametrize(
+    ("ranks", "what"), thinned({(2, "parameters")}, [1, 2], ["states", "parameters", "pipelined"])
+)
+def test_on_nvme_a_run_is_the_same_and_resumes(
+    tiny: Make, run_ranks: Ranks, tmp_path: Path, ranks: int, what: str
+) -> None:
+    swap = tmp_path / "swap"
+    more: dict[str, Any] = {"optimizer_states": {"nvme": str(swap), "bucket_mib": 4}}
+    if what == "pipelined":
+        more["deepspeed_extra"] = PIPELINED
+    ours_zero = engine(3, "nvme" if what == "parameters" else "none", **more)
+    other = tiny(*STEADY, *LARGE, "parallel.zero.stage=3", folder=tmp_path / "fsdp2")
+    run_ranks(launch, ranks, other)
+    ours = tiny(*STEADY, *LARGE, ours_zero, folder=tmp_path / "deepspeed")
+    run_ranks(launch, ranks, ours, 3)
+    assert not list(swap.iterdir())  # the files go when the run does
+    run_ranks(launch, ranks, ours, 6)
+    run_ranks(launch, ranks, ours)
+    assert_close(ours, other, steps=8)
+    assert_same_parameters(ours, other, step=8)
+    (held,) = [
+        event for event in events(tmp_path / "deepspeed") if event["event"] == "optimizer_states"
+    ][-1:]
+    assert held["nvme_bytes"] > 1 << 20

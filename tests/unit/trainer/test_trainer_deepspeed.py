@@ -1,0 +1,151 @@
+"""Whole runs of the deepspeed engine on one process: what goes wrong, and what is recorded."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from allometry.configs.errors import UserError
+from allometry.configs.run import RunConfig
+from allometry.parallel.deepspeed.engine import DeepSpeedSync
+from allometry.parallel.deepspeed.files import CheckedHandle
+from allometry.trainer.train import train
+from deepspeed_cases import STEADY, assert_close, needs_deepspeed, needs_nvme
+from run_folders import events, rows
+
+Make = Callable[..., RunConfig]
+
+
+def engine(stage: int, **more: Any) -> str:
+    return f"parallel.zero={json.dumps({'engine': 'deepspeed', 'stage': stage, **more})}"
+
+
+def launch(run: RunConfig, stop_at_step: int | None = None) -> None:
+    train(run, device=torch.device("cpu"), callbacks=[], stop_at_step=stop_at_step)
+
+
+def test_without_the_package_a_run_is_refused_and_leaves_no_folder(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = importlib.metadata.version
+
+    def absent(name: str) -> str:
+        if name == "deepspeed":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", absent)
+    with pytest.raises(UserError, match=r"needs DeepSpeed 0.19.8, which is not installed; pip"):
+        launch(tiny(engine(3), folder=tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+    launch(tiny("parallel.zero.stage=3", folder=tmp_path / "run"), 1)
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("stage", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("offload", ["none", pytest.param("cpu", marks=pytest.mark.slow)])
+def test_gradients_that_are_not_finite_end_the_run_with_their_groups(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int, offload: str
+) -> None:
+    backward, calls = DeepSpeedSync.backward, [0]
+
+    def poisoned(self: DeepSpeedSync, loss: Tensor) -> None:
+        calls[0] += 1
+        if calls[0] == 29:  # 4 micro-batches in a step
+            weight = self._model.final_norm.weight
+            weight.register_hook(lambda gradient: gradient * math.nan)
+        backward(self, loss)
+
+    monkeypatch.setattr(DeepSpeedSync, "backward", poisoned)
+    run = tiny(*STEADY, engine(stage, offload=offload), folder=tmp_path / "run")
+    said = r"step 8: .*gradient norm inf, .*parameter group\(s\) vector; .*step-5 is kept"
+    with pytest.raises(UserError, match=said):
+        launch(run)
+    monkeypatch.undo()
+    launch(run)
+    assert len(rows(tmp_path / "run")) == 20
+
+
+@needs_deepspeed
+def test_the_record_says_what_monitors_can_see(tiny: Make, tmp_path: Path) -> None:
+    watched = ("record.monitors.every_steps=5", "record.monitors.singular_values_every_steps=5")
+    run = tiny(*STEADY, engine(3), *watched, folder=tmp_path / "run")
+    launch(run)
+    (limited,) = [e for e in events(tmp_path / "run") if e["event"] == "monitors_limited"]
+    assert limited["to"] == "activations and outputs"
+    row = rows(tmp_path / "run")[4]
+    assert row["monitors/activation_max"] > 0
+    assert not [key for key in row if "grad" in key and key.startswith("monitors/")]
+    plain = tiny(*STEADY, folder=tmp_path / "plain")
+    launch(plain)
+    assert_close(run, plain)
+    (held,) = [e for e in events(tmp_path / "run") if e["event"] == "optimizer_states"]
+    assert held["device_bytes"] == 0
+    assert held["cpu_bytes"] > 0 == held["nvme_bytes"]
+
+
+@needs_deepspeed
+def test_a_branch_of_a_run_with_states_in_fp8_says_what_reads_them(
+    tiny: Make, tmp_path: Path
+) -> None:
+    parent = tiny('optimizer.states={"kind": "fp8"}', folder=tmp_path / "parent")
+    launch(parent, 5)
+    whence = json.dumps({"folder": str(tmp_path / "parent"), "step": 5})
+    branch = tiny(f"run.parent={whence}", engine(1), folder=tmp_path / "branch")
+    with pytest.raises(UserError, match=r"in FP8, which .*deepspeed cannot read; use .*fsdp2"):
+        launch(branch)
+
+
+LARGE = ("model.width=256", "model.ffn_width=1024", "training.total_steps=8", "optimizer.lr=1e-3")
+
+
+@needs_nvme
+@pytest.mark.parametrize(
+    ("call", "said"), [("cut", "the file has"), ("changed", "they are not what was written")]
+)
+def test_a_disk_that_lies_ends_the_run_with_its_checkpoint_named(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, said: str
+) -> None:
+    zero = engine(3, optimizer_states={"nvme": str(tmp_path / "swap"), "bucket_mib": 4})
+    more = (*STEADY, *LARGE, zero, "checkpoint.every_steps=3")
+    run = tiny(*more, folder=tmp_path / "run")
+    read, calls = CheckedHandle.async_pread, [0]
+
+    def lying(self: CheckedHandle, buffer: Tensor, path: Any, offset: int) -> int:
+        calls[0] += (tmp_path / "run" / "latest").exists()
+        if calls[0] == 1:  # the first after a checkpoint
+            with open(path, "r+b") as file:
+                if call == "cut":
+                    file.truncate(4096)
+                else:
+                    file.seek(5000)
+                    file.write(b"other")
+        return read(self, buffer, path, offset)
+
+    monkeypatch.setattr(CheckedHandle, "async_pread", lying)
+    with pytest.raises(UserError, match=rf"^step \d: .*optimizer_states.nvme=.*{said}") as error:
+        launch(run)
+    saved = [event["step"] for event in events(tmp_path / "run") if "saved" in event["event"]]
+    assert saved
+    assert f"checkpoint step-{saved[-1]} is kept" in str(error.value)
+    assert not list((tmp_path / "swap").iterdir())
+    monkeypatch.undo()
+    launch(run)
+    straight = tiny(*more, folder=tmp_path / "straight")
+    launch(straight)
+    assert_close(run, straight, steps=8)
+
+
+@needs_nvme
+def test_states_too_small_for_files_are_refused(tiny: Make, tmp_path: Path) -> None:
+    zero = engine(3, optimizer_states={"nvme": str(tmp_path / "swap")})
+    with pytest.raises(UserError, match=r"no group of parameters takes 1 MiB on a rank"):
+        launch(tiny(*STEADY, zero, folder=tmp_path / "run"))
