@@ -68,7 +68,7 @@ from allometry.trainer.record.states import CompressedStates
 from allometry.trainer.record.timing import StepTimer, clock_of
 from allometry.trainer.save import Saver
 from allometry.trainer.state import checkpoint
-from allometry.trainer.state.finite import not_finite
+from allometry.trainer.state.finite import check_finite
 from allometry.trainer.state.folder import RunFolder
 from allometry.trainer.state.planners import State
 from allometry.trainer.state.reading import continued, data_events, read_again
@@ -196,12 +196,7 @@ class _Run:
             progress.held_out_before.update(start.facts.get("held_out_before", {}))
         self.converted = load(start.checkpoint, state, names, self.mesh)
         settle(self.optimizer)
-        name = not_finite(state, self.mesh)
-        if name is not None:
-            raise UserError(
-                f"checkpoint {start.checkpoint}: {name} is not finite, so no step can follow; go "
-                "back to an earlier one with run.resume=step-N"
-            )
+        check_finite(start.checkpoint, state, self.mesh)
         return progress
 
     def train(

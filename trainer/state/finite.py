@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
+from allometry.configs.errors import UserError
 from allometry.parallel.mesh import Mesh, local
 from allometry.trainer.state.planners import State
 
@@ -30,6 +33,16 @@ def not_finite(state: State, mesh: Mesh) -> str | None:
             (name for (name, _), good in zip(flags, fine, strict=True) if not good), None
         )
     return next((name for name in mesh.gather_objects(found) if name is not None), None)
+
+
+def check_finite(path: Path, state: State, mesh: Mesh) -> None:
+    """Raise UserError, on every rank, where what was loaded from ``path`` is not finite."""
+    name = not_finite(state, mesh)
+    if name is not None:
+        raise UserError(
+            f"checkpoint {path}: {name} is not finite, so no step can follow; go back to an "
+            "earlier one with run.resume=step-N"
+        )
 
 
 def _part(value: object) -> Tensor | None:

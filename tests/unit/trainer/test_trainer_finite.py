@@ -27,7 +27,8 @@ def update_of_step_6_breaks() -> Iterator[None]:
         outcome = take(self, step, batches)
         if step == 6:
             with torch.no_grad():
-                self._parameters[-1].view(-1)[0] = torch.nan
+                *_, (_, last) = self.parallel.named_parameters()
+                last.view(-1)[0] = torch.nan
         return outcome
 
     with pytest.MonkeyPatch.context() as patch:
