@@ -63,7 +63,7 @@ def plain(made: Router, x_TD: Tensor) -> list[dict[int, float]]:
 
 
 def assert_equals_plain(made: Router, x_TD: Tensor) -> None:
-    gates_Tk, experts_Tk, _ = made(x_TD)
+    gates_Tk, experts_Tk, *_ = made(x_TD)
     for t, expected in enumerate(plain(made, x_TD)):
         assert experts_Tk[t].tolist() == list(expected)
         assert gates_Tk[t].tolist() == pytest.approx(list(expected.values()), rel=1e-12)
@@ -91,7 +91,7 @@ def test_the_bias_selects_and_never_weighs():
     x_TD = tokens()
     scores_TE = (x_TD @ made.weight.T).sigmoid()
     made.bias[2] = 10.0
-    gates_Tk, experts_Tk, statistics = made(x_TD)
+    gates_Tk, experts_Tk, statistics, _ = made(x_TD)
     assert (experts_Tk[:, 0] == 2).all()
     assert statistics.counts_E[2] == T
     torch.testing.assert_close(gates_Tk[:, 0], scores_TE[:, 2], rtol=1e-12, atol=0)
@@ -102,7 +102,7 @@ def test_a_token_stays_in_its_groups():
     made = router(gate="sigmoid", num_groups=4, groups_per_token=2, balance=BiasBalance())
     # With scores below zero a masked expert must still lose against a visible one.
     made.bias.fill_(-5.0)
-    _, experts_Tk, _ = made(tokens())
+    _, experts_Tk, *_ = made(tokens())
     assert all(len({e // 2 for e in row}) <= 2 for row in experts_Tk.tolist())
     free = router(gate="sigmoid")(tokens()).experts_Tk.tolist()
     assert any(len({e // 2 for e in row}) > 2 for row in free)
@@ -154,7 +154,7 @@ def test_extreme_logits_are_finite():
         )
         for value in (500.0, -500.0):  # sigmoids of 0 and 1, softmax of one expert alone
             x_TD = torch.full((T, D), value, requires_grad=True)
-            gates_Tk, _, statistics = made(x_TD)
+            gates_Tk, _, statistics, _ = made(x_TD)
             gates_Tk.sum().backward()
             assert gates_Tk.isfinite().all()
             assert all(v.isfinite().all() for v in statistics)
@@ -242,7 +242,7 @@ def test_statistics(gate):
     x_TD = tokens()
     logits_TE = x_TD @ made.weight.detach().T
     shares_TE = shares(logits_TE, gate)
-    _, experts_Tk, seen = made(x_TD)
+    _, experts_Tk, seen, _ = made(x_TD)
     assert seen.counts_E.tolist() == [int((experts_Tk == e).sum()) for e in range(E)]
     assert int(seen.tokens) == T
     assert int(seen.counts_E.sum()) == T * K
@@ -253,7 +253,7 @@ def test_statistics(gate):
 
 def test_no_tokens():
     made = router(z_loss=1e-3, balance=AuxiliaryBalance(coefficient=0.1))
-    gates_Tk, experts_Tk, seen = made(tokens()[:0])
+    gates_Tk, experts_Tk, seen, _ = made(tokens()[:0])
     assert gates_Tk.shape == experts_Tk.shape == (0, K)
     assert not any(value.any() for value in seen)
     gates_Tk.sum().backward()
@@ -310,7 +310,7 @@ def test_compiled_it_is_the_same_without_scatters(gate):
     found = []
     for function in (router, torch.compile(router, backend="aot_eager", fullgraph=True)):
         given = x.clone().requires_grad_()
-        gates, experts, statistics = function(given)
+        gates, experts, statistics, _ = function(given)
         gates.square().sum().backward()
         found.append((gates.detach(), experts, *statistics, given.grad, router.weight.grad))
         router.weight.grad = None

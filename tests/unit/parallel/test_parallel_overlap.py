@@ -153,8 +153,10 @@ def test_rows_travel_behind_the_shared_expert(world_size: int, layout: dict[str,
 
 
 def test_without_the_shared_expert_rows_are_waited_for() -> None:
-    def after(self: Experts, x: Any, gates: Any, experts: Any, beside: Any = None) -> Any:
-        y, _ = original(self, x, gates, experts)
+    def after(
+        self: Experts, x: Any, gates: Any, experts: Any, beside: Any = None, **more: Any
+    ) -> Any:
+        y, _ = original(self, x, gates, experts, **more)
         return y, beside()
 
     original = Experts.forward

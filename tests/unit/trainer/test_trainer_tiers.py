@@ -148,7 +148,7 @@ def test_a_full_disk_is_found_before_anything_starts(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(UserError, match=r"nvme=.*: No space left on device .* choose another"):
+    with pytest.raises(UserError, match=r"nvme=.*: No space left on device; .* choose another"):
         launch(config(tiny, tmp_path / "run"))
     assert not (tmp_path / "run" / "run.json").exists()
     monkeypatch.undo()
