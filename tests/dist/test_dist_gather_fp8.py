@@ -82,7 +82,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-QUICK = ("zero 1", "zero 3, saved, full", "pp=2, zero 3")
+QUICK = ("zero 3, saved, full",)
 
 
 @pytest.mark.parametrize(

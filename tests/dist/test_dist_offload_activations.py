@@ -17,6 +17,7 @@ from allometry.models.moe import begin_step, routers
 from allometry.parallel.apply import Parallel
 from allometry.parallel.mesh import Mesh
 from allometry.parallel.offload.store import ActivationStore
+from thinned import thinned
 
 RunRanks = Callable[..., list[Any]]
 COUNT = 4
@@ -137,14 +138,20 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     },
 }
 
+QUICK = {"tp2 moe", "ep2 zero3 selective", "zero3 compiled", "pp2 zero2 selective"}
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+
+@pytest.mark.parametrize("layout", thinned(QUICK, list(LAYOUTS)))
 def test_layouts(run_ranks: RunRanks, layout: str) -> None:
     check(run_ranks(moved, 2, config(**LAYOUTS[layout]), timeout_s=120.0))
 
 
 @pytest.mark.parametrize(
-    "schedule", ["interleaved_1f1b", "interleaved_zero_bubble", "zbv_zero_bubble", "dualpipe_v"]
+    "schedule",
+    thinned(
+        {"interleaved_1f1b", "zbv_zero_bubble"},
+        ["interleaved_1f1b", "interleaved_zero_bubble", "zbv_zero_bubble", "dualpipe_v"],
+    ),
 )
 @pytest.mark.parametrize(
     "moe", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["dense", "moe"]
