@@ -43,7 +43,8 @@ def ready(folder: Path) -> None:
         # A broken link has a parent that is there; what is not a folder is said as the system does.
         nearest = next(each for each in folder.parents if each.exists())
         if not nearest.is_dir() or os.path.lexists(folder):
-            folder.mkdir(mode=0o700)
+            folder.mkdir(mode=0o700, exist_ok=True)  # a folder by now, if another rank made it
+            return
         why = f"{folder.parent} does not exist; the nearest folder that does is {nearest}"
     raise UserError(f"{KEY}={folder}: {why}; correct the path, mount the disk or make the folder")
 

@@ -92,3 +92,17 @@ def test_this_system_says() -> None:
     if memory is None or memory.kind != "tmpfs":
         pytest.skip("no tmpfs at /dev/shm")
     assert memory.note
+
+
+def test_another_rank_may_make_it_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = os.path.lexists
+
+    def late(path: Path) -> bool:
+        path.mkdir(exist_ok=True)
+        return there(path)
+
+    monkeypatch.setattr(os.path, "lexists", late)
+    ready(tmp_path / "swap")
+    assert (tmp_path / "swap").is_dir()
