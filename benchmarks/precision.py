@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -39,8 +38,8 @@ from contenders.families import mixture
 from contenders.formats import CASES, averaged, error_of_update, formats, once, plain
 from contenders.machine import facts, source_bytes
 from contenders.rules import SIZES, model, standard
+from contenders.trials import Log, interval
 from pydantic import TypeAdapter
-from scipy import stats
 from torch import Tensor
 
 from allometry.configs.model import ModelConfig
@@ -164,33 +163,6 @@ def _wsd() -> Any:
     return TypeAdapter(ScheduleConfig).validate_python({"kind": "wsd", "decay_fraction": 0.2})
 
 
-class Log:
-    """A file of trials by settings, one line each."""
-
-    def __init__(self, path: Path, settings: Settings) -> None:
-        self.path, self.settings = path, asdict(settings)
-        self.known: dict[Trial, Any] = {}
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        for row in map(json.loads, text.split("\n")[:-1]):
-            if row["settings"] == self.settings:
-                self.known[Trial(**row["trial"])] = row["found"]
-
-    def add(self, trial: Trial, found: dict[str, Any]) -> None:
-        self.known[trial] = found
-        row = {"settings": self.settings, "trial": asdict(trial), "found": found}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-
-
-def interval(differences: Sequence[float]) -> tuple[float, float | None]:
-    """Mean, and half of the 95 % interval of paired differences (Student's t)."""
-    mean = statistics.fmean(differences)
-    if len(differences) < 2:
-        return mean, None
-    error = statistics.stdev(differences) / math.sqrt(len(differences))
-    return mean, float(stats.t.ppf(0.975, len(differences) - 1)) * error
-
-
 def summary(kinds: Sequence[str], seeds: int, known: dict[Trial, Any]) -> list[dict[str, Any]]:
     rows = []
     for kind in kinds:
@@ -270,7 +242,7 @@ def run_updates(given: argparse.Namespace) -> dict[str, Any]:
 
 def run_states(given: argparse.Namespace) -> dict[str, Any]:
     settings = Settings(given.size, given.steps, given.beta2)
-    log = Log(given.work / "states.jsonl", settings)
+    log = Log(given.work / "states.jsonl", settings, Trial)
     kinds = given.kinds.split(",")
     asked = given.states.split(",") if given.states else compared()
     trials = [Trial(k, s, seed) for seed in range(given.seeds) for k in kinds for s in asked]

@@ -15,10 +15,8 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import math
 import statistics
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,8 +26,8 @@ import torch
 from contenders.families import mixture
 from contenders.machine import facts, source_bytes
 from contenders.rules import SIZES, model, standard
+from contenders.trials import Log, interval
 from pydantic import TypeAdapter
-from scipy import stats
 from torch import Tensor
 
 from allometry.configs.model import DenseModel, ModelConfig, SwiGLUExperts
@@ -163,33 +161,6 @@ def kept_units(kind: str, recipe: Recipe) -> float:
     return kept / (B * L * width * 2)
 
 
-class Log:
-    """A file of trials by settings, one line each."""
-
-    def __init__(self, path: Path, settings: Settings) -> None:
-        self.path, self.settings = path, asdict(settings)
-        self.known: dict[Trial, Any] = {}
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        for row in map(json.loads, text.split("\n")[:-1]):
-            if row["settings"] == self.settings:
-                self.known[Trial(**row["trial"])] = row["found"]
-
-    def add(self, trial: Trial, found: dict[str, Any]) -> None:
-        self.known[trial] = found
-        row = {"settings": self.settings, "trial": asdict(trial), "found": found}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-
-
-def interval(differences: Sequence[float]) -> tuple[float, float | None]:
-    """Mean, and half of the 95 % interval of paired differences (Student's t)."""
-    mean = statistics.fmean(differences)
-    if len(differences) < 2:
-        return mean, None
-    error = statistics.stdev(differences) / math.sqrt(len(differences))
-    return mean, float(stats.t.ppf(0.975, len(differences) - 1)) * error
-
-
 def summary(kinds: list[str], names: list[str], known: dict[Trial, Any]) -> list[dict[str, Any]]:
     """A row for each model and recipe, of the seeds that both it and bf16 have."""
     rows = []
@@ -259,7 +230,7 @@ def main() -> None:
             parser.error(f"--recipes names {name!r}; choose of {', '.join(map(repr, RECIPES))}")
     given.work.mkdir(parents=True, exist_ok=True)
     settings = Settings(given.size, given.steps)
-    log = Log(given.work / "products.jsonl", settings)
+    log = Log(given.work / "products.jsonl", settings, Trial)
     trials = [Trial(k, name, seed) for seed in range(given.seeds) for k in kinds for name in names]
     with Workers(given.processes) as workers:
         missing = [trial for trial in trials if trial not in log.known]

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from contenders.families import LENGTH, SEQUENCES, model, parameterization
 from contenders.machine import facts, source_bytes
+from contenders.trials import Log
 
 from allometry.configs.optimization import AdamW
 from allometry.scaling.roles import Role
@@ -168,24 +169,6 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
-class Log:
-    """A file of trials by settings, one line each."""
-
-    def __init__(self, path: Path, settings: Settings) -> None:
-        self.path, self.settings = path, asdict(settings)
-        self.known: dict[Trial, Any] = {}
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        for row in map(json.loads, text.split("\n")[:-1]):
-            if row["settings"] == self.settings:
-                self.known[Trial(**row["trial"])] = row["found"]
-
-    def add(self, trial: Trial, found: dict[str, Any]) -> None:
-        self.known[trial] = found
-        row = {"settings": self.settings, "trial": asdict(trial), "found": found}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-
-
 def arguments(asked: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -216,7 +199,7 @@ def main(asked: Sequence[str] | None = None) -> None:
     given = arguments(asked)
     given.work.mkdir(parents=True, exist_ok=True)
     settings = Settings(given.lr, given.weight_decay, given.spans)
-    log = Log(given.work / "trials.jsonl", settings)
+    log = Log(given.work / "trials.jsonl", settings, Trial)
     trials = {
         trial_of(rule, width, seed)
         for rule in given.rules

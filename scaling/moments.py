@@ -102,9 +102,8 @@ class Step:
         return sorted(self.part.layers)
 
     def _block(self, layer: int) -> Block:
-        part = self.part
-        how = part.tp, part.ep, part.whole_experts
-        return Block(part.model, layer, self.kernels, *how)
+        how = self.part.tp, self.part.ep, self.part.whole_experts
+        return Block(self.part.model, layer, self.kernels, *how)
 
     @cached_property
     def _sizes(self) -> dict[ParamSpec, int]:
@@ -256,10 +255,9 @@ class Step:
             kept = block.saved(self.tokens, self.checkpointing)
             # What was away comes back a block before it is needed.
             back = [i for i in self._layers[max(place - 1, 0) : place + 1] if i in self.away]
-            for i in back:
-                if i not in here:
-                    here.add(i)
-                    left += self._block(i).saved(self.tokens, self.checkpointing)
+            for i in set(back) - here:
+                here.add(i)
+                left += self._block(i).saved(self.tokens, self.checkpointing)
             again: Counter[str] = Counter()
             if self.checkpointing != "none":
                 again = block.saved(self.tokens, "none") - kept

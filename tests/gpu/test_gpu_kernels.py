@@ -181,6 +181,7 @@ def test_cudnn_waits_for_nothing() -> None:
         attend(*qkv, packed, 0.1, "cudnn").sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert all(each.grad.isfinite().all() for each in qkv)
 
 
 apex = pytest.mark.skipif(apex_folder() is None, reason="needs NVIDIA's apex")

@@ -61,11 +61,11 @@ def test_trials_are_kept_and_summed(tmp_path: Path) -> None:
     precision = module("precision")
     given = precision.arguments(["--quick", "--kinds", "dense", "--work", str(tmp_path)])
     settings = precision.Settings(given.size, 4, 0.95)
-    log = precision.Log(tmp_path / "states.jsonl", settings)
+    log = precision.Log(tmp_path / "states.jsonl", settings, precision.Trial)
     for states in ("fp32", "fp8", "fp8 at random", "plain E4M3"):
         trial = precision.Trial("dense", states, 0)
         log.add(trial, precision.run(settings, trial))
-    again: Any = precision.Log(tmp_path / "states.jsonl", settings)
+    again: Any = precision.Log(tmp_path / "states.jsonl", settings, precision.Trial)
     assert again.known == log.known
     rows = {row["states"]: row for row in precision.summary(["dense"], 1, again.known)}
     assert rows["fp32"]["change_percent"] == 0.0
