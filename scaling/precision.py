@@ -54,6 +54,24 @@ def _check_gather(config: RunConfig, degrees: Degrees) -> None:
         raise UserError(f"precision.gather=fp8 cannot be: {reason}; use precision.gather: compute")
 
 
+def _check_some_product(config: RunConfig) -> None:
+    """Refuse a recipe that no product of the model would use."""
+    precision, model = config.precision, config.model
+    if precision.linears in ("compute", "auto"):
+        return
+    recipe, reason = f"precision.linears={precision.linears}", None
+    if not {spec.role.value for spec in inventory(model)} & set(precision.roles):
+        roles = ", ".join(precision.roles)
+        reason = f"no weight of a {model.kind} model has a role of precision.roles=[{roles}]"
+    elif set(range(model.num_layers)) <= set(precision.compute_layers):
+        reason = "precision.compute_layers names every layer"
+    if reason is not None:
+        raise UserError(
+            f"{recipe} would make no product in FP8: {reason}; name others or use "
+            "precision.linears: compute"
+        )
+
+
 def check_precision(config: RunConfig, degrees: Degrees) -> None:
     """Refuse a layout on which other numbers would share a scale than on one rank."""
     tp = degrees.tp
@@ -65,6 +83,7 @@ def check_precision(config: RunConfig, degrees: Degrees) -> None:
             f"precision.compute_layers={list(precision.compute_layers)} names layer {past[0]}, but "
             f"model.num_layers={model.num_layers}; layers are counted from 0"
         )
+    _check_some_product(config)
     asked = {
         "precision.saved_activations=fp8": SAVED_GROUP * (precision.saved_activations == "fp8"),
         "precision.linears=fp8_blockwise": _BLOCK * (precision.linears == "fp8_blockwise"),

@@ -7,6 +7,7 @@ import torch
 
 from allometry.configs.errors import UserError
 from allometry.configs.run import RunConfig
+from allometry.scaling.layout import Layout
 from allometry.trainer import precision
 from allometry.trainer.precision import Device, choose, refusal
 
@@ -110,3 +111,17 @@ def test_a_cpu_emulates_what_is_named_and_auto_saves_it_the_time() -> None:
     cpu = torch.device("cpu")
     assert choose(run({"linears": "fp8_blockwise"}), 1, cpu)[0] == "fp8_blockwise"
     assert choose(run({"linears": "auto"}), 1, cpu)[0] == "compute"
+
+
+@pytest.mark.parametrize(
+    ("section", "says"),
+    [
+        ({"roles": ["expert_up"]}, r"no weight of a dense model has a role of .*\[expert_up\]"),
+        ({"compute_layers": [0, 1]}, "compute_layers names every layer"),
+    ],
+)
+def test_a_recipe_that_no_product_would_use_is_refused(section: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        Layout.of(run({"linears": "fp8_rowwise", **section}), 1)
+    Layout.of(run({"linears": "fp8_rowwise", "roles": ["expert_up"]}, MOE), 1)
+    Layout.of(run({"linears": "fp8_rowwise", "compute_layers": [0]}), 1)
