@@ -81,7 +81,7 @@ def apply_tensor(
                     if chunked:
                         chunk_attention(module, mesh.tp)
                     else:
-                        _exchange_tokens(module, tp)
+                        _exchange_around_products(module, tp)
                 case FeedForward():
                     _cut_weights(module, tp, {"gate": 0, "up": 0, "down": 1})
                     if chunked:
@@ -201,20 +201,35 @@ def _cut_weights(module: nn.Module, mesh: DeviceMesh, dims: dict[str, int]) -> N
         _distribute(module.get_submodule(name), "weight", mesh, [Shard(dim)])
 
 
-def _exchange_tokens(module: nn.Module, mesh: DeviceMesh) -> None:
-    """Let a branch [B, l, D] -> [B, l, D] gather its tokens and scatter its sums."""
+def _exchange_around_products(module: Attention, mesh: DeviceMesh) -> None:
+    """Let attention [B, l, D] -> [B, l, D] gather tokens as rows, and scatter its sums as rows.
 
-    def before(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        x_BlD, *others = inputs
-        return gather_tokens(x_BlD, mesh), *others
+    Rows come in the order of ranks, as ``_exchange_rows`` has them. Only what attention itself
+    reads and writes, 1/tp of a full width, is copied to the order of sequences and back.
+    """
+    project, output = module.project, module.wo.forward
 
-    def after(_: nn.Module, inputs: tuple[Any, ...], y_BLD: Tensor) -> Tensor:
-        if len(y_BLD) == 1:
-            return scatter_sum(y_BLD[0], mesh, dim=0)[None]
-        return scatter_sum(y_BLD, mesh, dim=1)
+    def gather_and_project(x_BlD: Tensor) -> tuple[Tensor, ...]:
+        rows_TD = gather(x_BlD.flatten(0, 1), mesh, dim=0)
+        made = project(rows_TD[None])
+        return tuple(in_sequences(y[0], len(x_BlD), mesh.size()) for y in made)
 
-    module.register_forward_pre_hook(before)
-    module.register_forward_hook(after)
+    def multiply_and_scatter(o_BLD: Tensor) -> Tensor:
+        y_TD = output(in_rows(o_BLD, mesh.size())[None])[0]
+        return scatter_sum(y_TD, mesh, dim=0).unflatten(0, (len(o_BLD), -1))
+
+    module.project = gather_and_project  # type: ignore[method-assign]
+    module.wo.forward = multiply_and_scatter  # type: ignore[method-assign]
+
+
+def in_rows(x_BL: Tensor, ranks: int) -> Tensor:
+    """Return [B * L, ...] in the order of ranks, which have equal parts of each sequence."""
+    return x_BL.unflatten(1, (ranks, -1)).transpose(0, 1).flatten(0, 2)
+
+
+def in_sequences(x_T: Tensor, batch: int, ranks: int) -> Tensor:
+    """Return [B, L, ...] of what ``in_rows`` returns."""
+    return x_T.unflatten(0, (ranks, batch, -1)).transpose(0, 1).flatten(1, 2)
 
 
 def _exchange_rows(module: nn.Module, mesh: DeviceMesh) -> None:
@@ -268,10 +283,11 @@ def _scatter_rows(
 def _look_up(embedding: Embedding, vocabulary: PartOfVocabulary, tokens_BL: Tensor) -> Tensor:
     """Return [B, l, D]: rows that are here, zeros for others, summed: one rank has each row."""
     weight_vD = local_weight(embedding.weight)
-    own_BL = tokens_BL - vocabulary.first
-    here_BL = (own_BL >= 0) & (own_BL < len(weight_vD))
-    x_BLD = F.embedding(own_BL.where(here_BL, 0), weight_vD).to(embedding.dtype)
-    return scatter_sum(x_BLD.where(here_BL[:, :, None], 0.0), vocabulary.mesh, dim=1)
+    own_T = in_rows(tokens_BL, vocabulary.mesh.size()) - vocabulary.first
+    here_T = (own_T >= 0) & (own_T < len(weight_vD))
+    x_TD = F.embedding(own_T.where(here_T, 0), weight_vD).to(embedding.dtype)
+    x_tD = scatter_sum(x_TD.where(here_T[:, None], 0.0), vocabulary.mesh, dim=0)
+    return x_tD.unflatten(0, (len(tokens_BL), -1))
 
 
 def _share_head(head: OutputHead, mesh: DeviceMesh, axis: Axis) -> None:
