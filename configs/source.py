@@ -15,6 +15,8 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from allometry.configs.errors import ConfigError
 
 KeyPath = tuple[str | int, ...]
+_NOT_YAML = (YAMLError, ValueError, RecursionError)
+"""Raised while reading YAML: by its grammar, by a number or date in it, by its depth."""
 
 
 @dataclass
@@ -115,7 +117,7 @@ def parse_value(text: str, place: str) -> Any:
     """One YAML 1.2 value: ``3e-4`` is a float, ``null`` is none, ``[1, 2]`` a list."""
     try:
         return _plain(YAML(typ="rt").load(StringIO(text)), Tree({}), "", ())
-    except YAMLError as error:
+    except _NOT_YAML as error:
         raise ConfigError(f"{place}: cannot read the value {text!r}: {_reason(error)}") from None
 
 
@@ -140,7 +142,7 @@ def parse_file(path: Path) -> Tree:
             problem = f"key {key!r} stands twice in this section; remove one"
         line = error.problem_mark.line + 1 if error.problem_mark else 0
         raise ConfigError(f"{path}:{line}: {problem}") from None
-    except YAMLError as error:
+    except _NOT_YAML as error:
         raise ConfigError(f"{path}: not valid YAML: {_reason(error)}") from None
     if not isinstance(raw, dict):
         kind = "a list" if isinstance(raw, CommentedSeq) else "a single value"
@@ -151,7 +153,9 @@ def parse_file(path: Path) -> Tree:
     return tree
 
 
-def _reason(error: YAMLError) -> str:
+def _reason(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "it nests too deeply"
     return str(getattr(error, "problem", None) or error).strip().split("\n")[0]
 
 

@@ -6,7 +6,6 @@ A run's folder holds ``tokenizer.json``, what says which of its tokens are speci
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from allometry.configs.data import DocumentData, SequenceData
 from allometry.configs.errors import UserError
+from allometry.configs.json_file import read_object
 from allometry.data.manifest import MANIFEST, read_manifest
 from allometry.data.tokenizer import (
     BESIDE,
@@ -137,7 +137,10 @@ def tokenizer_of_run(folder: Path, data: SequenceData | DocumentData) -> RunToke
     """
     record: dict[str, Any] = {}
     if (folder / _RUN).is_file():
-        record = json.loads((folder / _RUN).read_text(encoding="utf-8")).get("tokenizer", {})
+        try:
+            record = read_object(folder / _RUN).get("tokenizer", {})
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder / _RUN} cannot be read ({error}); restore it") from None
     file: Path | None = folder / TOKENIZER if (folder / TOKENIZER).is_file() else None
     known, changed = record.get("sha256"), ""
     if file is not None and known and fingerprint(read_tokenizer_json(file)) != known:

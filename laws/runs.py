@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from allometry.configs.errors import UserError
+from allometry.configs.json_file import parse_object, read_object
 
 
 @dataclass(frozen=True)
@@ -77,16 +77,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            rows.append(parse_object(line))
         except ValueError as error:
             if number == len(lines):
                 break  # no newline after it: it was being written
             raise UserError(
                 f"{path}, line {number}, is not JSON ({error}); remove that line"
             ) from error
-        if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number}, is not a JSON object; remove that line")
-        rows.append(row)
     return rows
 
 
@@ -119,11 +116,9 @@ def _read_record(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        value = read_object(path)
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} is not JSON ({error}); restore it or remove it") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is not a JSON object; restore it or remove it")
     for key in ("plan", "data"):
         if not isinstance(value.get(key, {}), dict):
             raise UserError(f"{path}: {key} is not a JSON object; restore the file or remove it")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import torch
 
 from allometry.configs.errors import UserError
+from allometry.configs.json_file import read_object
 from allometry.configs.model import MoEModel
 from allometry.configs.run import RunConfig
 from allometry.models.build import build_model
@@ -158,7 +158,7 @@ def _stages_before(config: RunConfig, plan: RunPlan) -> tuple[range, ...] | None
     if not record.exists() and config.run.parent is not None:
         record = RunFolder(config.run.parent.folder).run
     try:
-        facts = json.loads(record.read_text(encoding="utf-8"))
+        facts = read_object(record)
         before, now = facts["layout"], plan.layout.describe()
         if all(before[key] == value for key, value in now.items() if key != "stages"):
             stages = tuple(range(start, stop) for start, stop in before["stages"])

@@ -117,8 +117,9 @@ def train(
         )
         stream = continued(stream, start.facts)
         present = list(callbacks or ()) if mesh.is_main else []
-        recorder = record.Recorder(folder) if mesh.is_main else None
+        recorder = None
         try:
+            recorder = on_main_rank(mesh, lambda: record.Recorder(folder), "opening the record")
             run = _Run(config, plan, schedule, mesh, stream, folder, start, recorder, present)
             result = run.train(invocation or Invocation(), stop_at_step, signals)
         finally:

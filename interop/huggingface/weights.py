@@ -17,14 +17,16 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemReader
+from torch.distributed.checkpoint import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 from typing_extensions import override
 
 from allometry.configs.errors import UserError
+from allometry.configs.json_file import read_object
 from allometry.trainer.state import checkpoint
 from allometry.trainer.state.folder import RunFolder
 from allometry.trainer.state.integrity import Files, ShardWriter, damage
+from allometry.trainer.state.shards import ShardReader
 
 MODEL, OPTIMIZER = "model.", "optimizer."
 CONFIG = "config.json"
@@ -42,7 +44,7 @@ class CheckpointWeights:
     def __init__(self, path: Path, prefix: str = MODEL) -> None:
         self.path = path
         self._prefix = prefix
-        self._reader = FileSystemReader(path)
+        self._reader = ShardReader(path)
         tensors = self._reader.read_metadata().state_dict_metadata
         self._tensors = {
             name.removeprefix(prefix): stored
@@ -128,14 +130,11 @@ def _opened(file: Path) -> Iterator[Any]:
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file; UserError if it is missing or holds none."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; name the folder that holds it") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}); copy it again") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} holds no JSON object; copy it again")
-    return values
 
 
 def chosen_checkpoint(folder: RunFolder, step: int | None) -> Path:

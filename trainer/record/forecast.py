@@ -44,9 +44,10 @@ class Forecaster(Callback):
     def on_start(self, facts: dict[str, Any], first_step: int) -> None:
         """Read what earlier launches recorded."""
         for row in read_lines(self._folder.metrics):
-            if row["step"] < first_step:
-                self._steps.append(int(row["step"]))
-                self._losses.append(float(row["loss"]))
+            step, loss = row.get("step"), row.get("loss")
+            if isinstance(step, int) and isinstance(loss, float) and step < first_step:
+                self._steps.append(step)
+                self._losses.append(loss)
         self._due = (first_step - 1) // self._every * self._every + self._every
 
     @override

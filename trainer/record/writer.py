@@ -13,6 +13,7 @@ from typing import IO, Any
 
 import torch
 
+from allometry.configs.errors import UserError
 from allometry.trainer.state.folder import RunFolder, write_atomically
 
 Row = dict[str, float | int]
@@ -61,7 +62,10 @@ class Recorder:
 class _Appender:
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file: IO[str] = open(path, "a", encoding="utf-8")  # noqa: SIM115
+        try:
+            self._file: IO[str] = open(path, "a", encoding="utf-8")  # noqa: SIM115
+        except OSError as error:
+            raise UserError(f"{path} cannot be written: {error.strerror}; mend that") from None
         self._pending: list[str] = []
         self._reason: str | None = None
 

@@ -20,11 +20,9 @@ from allometry.configs.loader import load
 from allometry.configs.run import RunConfig
 from allometry.trainer.state import checkpoint
 from allometry.trainer.state.folder import RunFolder, write_atomically
-from allometry.trainer.state.integrity import damage
+from allometry.trainer.state.integrity import SHARD_SUFFIX, damage
 from allometry.trainer.state.pins import pin
 from allometry.trainer.state.unchanged import check_branch
-
-SHARD_SUFFIX = ".distcp"  # torch.distributed.checkpoint's
 
 
 @dataclass(frozen=True)

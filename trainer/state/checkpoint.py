@@ -10,7 +10,7 @@ checkpoint or a folder that nothing reads.
 from __future__ import annotations
 
 import errno
-import json
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterable
@@ -22,20 +22,32 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import CheckpointException, FileSystemReader
+from torch.distributed.checkpoint import CheckpointException
 
 from allometry.configs.errors import UserError
 from allometry.configs.execution import CheckpointConfig
+from allometry.configs.json_file import read_object
+from allometry.laws.runs import read_lines
 from allometry.optim.deepspeed import DeepSpeedOptimizer
 from allometry.optim.offload.held import MASTER, Stored
 from allometry.optim.tiered import TieredOptimizer
 from allometry.parallel.agree import wait_for_all, with_heartbeat
 from allometry.parallel.mesh import Mesh
+from allometry.trainer.state.facts import check_facts
 from allometry.trainer.state.folder import RunFolder, write_atomically
-from allometry.trainer.state.integrity import COMPLETE, FACTS, Files, ShardWriter, damage, seal
+from allometry.trainer.state.integrity import (
+    COMPLETE,
+    FACTS,
+    Files,
+    ShardWriter,
+    damage,
+    seal,
+    unreadable,
+)
 from allometry.trainer.state.pins import pins
 from allometry.trainer.state.planners import Loading, Saving, State, layouts
 from allometry.trainer.state.room import due, free_bytes, megabytes, stays
+from allometry.trainer.state.shards import ShardReader
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -59,6 +71,11 @@ def choose(folder: RunFolder, resume: str) -> Path | None:
     is absent or damaged: a run that has saved is never begun again from nothing.
     """
     there = saved(folder)
+    if not there and _has_saved(folder):
+        raise UserError(
+            f"{folder.path} has saved checkpoints (events.jsonl), and all of them are gone; "
+            "restore one, or choose another run.folder to begin anew"
+        )
     if resume != "auto":
         chosen = folder.checkpoints / resume
         if chosen not in there:
@@ -70,6 +87,11 @@ def choose(folder: RunFolder, resume: str) -> Path | None:
         named = _latest(folder)
         if named is None and not there:
             return None
+        if named is not None and not re.fullmatch(r"step-\d+", named):
+            raise UserError(
+                f"{folder.latest} does not name a checkpoint; write one of these into it: "
+                + (", ".join(path.name for path in there) or "none is left")
+            )
         chosen = folder.checkpoints / named if named else there[-1]
     problem = "it is gone" if chosen not in there else damage(chosen, contents=False)
     if problem is not None:
@@ -95,9 +117,15 @@ def damaged(folder: RunFolder, path: Path, problem: str) -> UserError:
 def _latest(folder: RunFolder) -> str | None:
     """The name in the ``latest`` pointer; None if nothing was ever saved."""
     try:
-        return folder.latest.read_text(encoding="utf-8").strip()
-    except OSError:
+        return folder.latest.read_text(encoding="utf-8", errors="replace").strip()
+    except FileNotFoundError:
         return None
+
+
+def _has_saved(folder: RunFolder) -> bool:
+    """Whether the run has recorded that a checkpoint of it was written."""
+    events = read_lines(folder.events)
+    return any(event.get("event") == "checkpoint_saved" for event in events)
 
 
 def abandon_after(folder: RunFolder, step: int) -> list[str]:
@@ -113,8 +141,18 @@ def abandon_after(folder: RunFolder, step: int) -> list[str]:
 
 
 def read_facts(path: Path) -> dict[str, Any]:
-    """What a checkpoint holds besides tensors."""
-    facts: dict[str, Any] = json.loads((path / FACTS).read_text(encoding="utf-8"))
+    """What a checkpoint holds besides tensors.
+
+    Raises:
+        UserError: it cannot be read, or is not what a checkpoint of this step says.
+    """
+    try:
+        facts = read_object(path / FACTS)
+        check_facts(facts, path)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"checkpoint {path} is damaged ({unreadable(FACTS, error)}); use another one"
+        ) from None
     return facts
 
 
@@ -123,7 +161,7 @@ def load(path: Path, state: State, mesh: Mesh) -> None:
 
     def read() -> None:
         tensors, planner = layouts(state), Loading(state)
-        reader, group = FileSystemReader(path), mesh.checkpoint_group
+        reader, group = ShardReader(path), mesh.checkpoint_group
         dcp.load(tensors, storage_reader=reader, planner=planner, process_group=group)
 
     with_heartbeat(mesh, read, f"loading {path.name}")

@@ -16,7 +16,6 @@ checkpoints/step-N/, latest
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shutil
 import socket
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from allometry.configs.errors import UserError
+from allometry.configs.json_file import parse_object, read_object
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -99,11 +99,22 @@ class RunFolder:
             self._lock = None
 
     def recorded(self) -> dict[str, Any]:
-        """What run.json says; nothing before the first launch."""
+        """What run.json says; nothing before the first launch.
+
+        Raises:
+            UserError: it cannot be read.
+        """
         if not self.run.exists():
             return {}
-        content: dict[str, Any] = json.loads(self.run.read_text(encoding="utf-8"))
-        return content
+        try:
+            content = read_object(self.run)
+            if not isinstance(content.get("launches", []), list):
+                raise ValueError("launches is not a list")
+            return content
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{self.run} cannot be read ({error}); restore it, or choose another run.folder"
+            ) from None
 
     def origin(self) -> dict[str, Any]:
         """``{"origin": ...}`` as run.json has it, for a run whose first weights were imported."""
@@ -130,6 +141,18 @@ class RunFolder:
         """Whether no run was ever started here."""
         return not self.config.exists()
 
+    def check_config_is_there(self, parent_step: int | None) -> None:
+        """Raise UserError where a run stands whose config.yaml is gone: it would begin again.
+
+        ``parent_step``: of the checkpoint that an interrupted start of a branch leaves.
+        """
+        names = {path.name for path in self.checkpoints.glob("step-*")} - {f"step-{parent_step}"}
+        if not self.config.exists() and (self.run.exists() or names):
+            raise UserError(
+                f"run.folder={self.path} holds a run, but its config.yaml is gone; restore it, or "
+                "choose another run.folder to begin anew"
+            )
+
     def forget_after(self, step: int) -> int:
         """Drop metrics rows past ``step`` (they will be computed again); how many there were.
 
@@ -146,7 +169,7 @@ def _cut(path: Path, step: int) -> int:
     if not path.exists():
         return 0
     kept, dropped = [], 0
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         row = _row(line)
         if row is not None and row["step"] <= step:
             kept.append(line)
@@ -159,7 +182,7 @@ def _cut(path: Path, step: int) -> int:
 
 def _row(line: str) -> dict[str, Any] | None:
     try:
-        row: dict[str, Any] = json.loads(line)
-    except json.JSONDecodeError:
+        row = parse_object(line)
+    except ValueError:
         return None
-    return row if isinstance(row, dict) and "step" in row else None
+    return row if isinstance(row.get("step"), int) else None

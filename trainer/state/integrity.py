@@ -22,12 +22,15 @@ from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.filesystem import FileSystem
 from typing_extensions import override
 
+from allometry.configs.json_file import read_object
 from allometry.parallel.agree import heartbeat_s
 from allometry.parallel.mesh import Mesh
 from allometry.trainer.state.folder import write_atomically
 
 COMPLETE = "complete.json"
 FACTS = "trainer.json"
+METADATA = ".metadata"
+SHARD_SUFFIX = ".distcp"
 BLOCK_BYTES = 64 << 20
 READ_BYTES = 4 << 20
 
@@ -133,27 +136,54 @@ class _Block(NamedTuple):
     crc: int
 
 
+def step_named(path: Path) -> int | None:
+    """The step in a checkpoint folder's name; None for a folder of another name."""
+    found = re.fullmatch(r"step-(\d+)", path.name)
+    return int(found[1]) if found else None
+
+
 def _blocks(path: Path) -> list[_Block]:
     """The blocks of all files that ``complete.json`` lists, those of rank 2 before those of 10.
 
-    Raises OSError, ValueError, KeyError or TypeError if it cannot be read.
+    Raises OSError or ValueError if it cannot be read.
     """
-    content = json.loads((path / COMPLETE).read_text(encoding="utf-8"))
-    blocks = []
+    content = read_object(path / COMPLETE)
+    named = step_named(path)
+    if named is not None and named != content.get("step"):
+        raise ValueError(f"it is of step {content.get('step')}, and the folder has another name")
+    try:
+        return list(_listed(content))
+    except (KeyError, TypeError, AttributeError, OverflowError):
+        raise ValueError("it does not list files as allometry does") from None
+
+
+def _listed(content: dict[str, Any]) -> Iterator[_Block]:
     numbers = re.compile(r"\d+")
     for name in sorted(content["files"], key=lambda name: [*map(int, numbers.findall(name))]):
         entry = content["files"][name]
+        if Path(name).name != name or name == "..":
+            raise ValueError(f"{name} is no name of a file")
         size, crcs = entry["bytes"], entry["crc32"]
+        if not isinstance(size, int) or size < 0:
+            raise ValueError(f"{name} has {size} bytes")
         if isinstance(crcs, int):  # version 1
-            blocks.append(_Block(name, 0, size, crcs))
+            yield _Block(name, 0, size, crcs)
             continue
         each = content["block_bytes"]
         starts = range(0, max(1, size), each)
-        blocks += [
-            _Block(name, start, min(each, size - start), crc)
-            for start, crc in zip(starts, crcs, strict=True)
-        ]
-    return blocks
+        for start, crc in zip(starts, crcs, strict=True):
+            yield _Block(name, start, min(each, size - start), crc)
+
+
+def unreadable(name: str, error: OSError | ValueError) -> str:
+    """In a few words, that ``name`` cannot be read, and why."""
+    reason = error.strerror if isinstance(error, OSError) else str(error)
+    return f"{name} cannot be read: {reason}"
+
+
+def _shards(path: Path) -> list[str]:
+    """The files that torch's reader might open."""
+    return sorted(f.name for f in path.iterdir() if f.suffix == SHARD_SUFFIX or f.name == METADATA)
 
 
 def damage(path: Path, *, contents: bool) -> str | None:
@@ -166,9 +196,12 @@ def damage(path: Path, *, contents: bool) -> str | None:
         blocks = _blocks(path)
     except FileNotFoundError:
         return f"{COMPLETE} is missing: it was never finished"
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"{COMPLETE} cannot be read"
+    except (OSError, ValueError) as error:
+        return unreadable(COMPLETE, error)
     ends = {block.name: block.start + block.size for block in blocks}
+    unlisted = next((f for f in (FACTS, *_shards(path)) if f not in ends), None)
+    if unlisted is not None:
+        return f"{COMPLETE} does not list {unlisted}"
     for name, size in ends.items():
         try:
             actual = (path / name).stat().st_size
@@ -190,8 +223,8 @@ def damage_of_contents(path: Path, mesh: Mesh) -> str | None:
     """
     try:
         steps = _check(path, share(_blocks(path), mesh.rank, mesh.world_size))
-    except (OSError, ValueError, KeyError, TypeError):
-        steps = iter([f"{COMPLETE} cannot be read"])
+    except (OSError, ValueError) as error:
+        steps = iter([unreadable(COMPLETE, error)])
     while True:
         problem, ended = None, True
         meeting = time.monotonic() + heartbeat_s(mesh)

@@ -12,6 +12,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from allometry.configs.json_file import read_object
 from allometry.trainer.state.folder import write_atomically
 
 PINS, DESCRIBED = "pins", "branch.yaml"
@@ -48,7 +49,7 @@ def pins(trunk: Path) -> list[Pin]:
     found = []
     for path in sorted((trunk / PINS).glob("step-*.json")):
         try:
-            said = json.loads(path.read_text(encoding="utf-8"))
+            said = read_object(path)
             step, by = int(said["step"]), Path(said["by"])
         except (OSError, ValueError, KeyError, TypeError):
             continue  # removed meanwhile, or nobody's

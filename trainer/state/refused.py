@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from allometry.configs.errors import UserError
+from allometry.configs.json_file import read_object
 from allometry.trainer.state.folder import RunFolder, write_atomically
 
 REFUSED = "conversion_refused.json"
@@ -39,9 +40,11 @@ def check_not_refused(folder: RunFolder) -> None:
             "and training would begin from random weights; wait, or remove that and convert again"
         )
     try:
-        said = json.loads(note.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        said = {"source": "a model", "reason": "not known"} | read_object(note)
+    except FileNotFoundError:
         return
+    except (OSError, ValueError) as error:
+        said = {"source": "a model", "reason": f"{note.name} cannot be read: {error}"}
     raise UserError(
         f"run.folder={folder.path}: the conversion of {said['source']} into it was refused "
         f"({said['reason']}), and training would begin from random weights; convert it again, or "

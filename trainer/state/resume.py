@@ -132,10 +132,11 @@ def _choose(
         _check_facts(config, facts, stream.fingerprints())
         check(continued(stream, with_reading(facts, before)))
 
+    parent, resume = config.run.parent, config.run.resume
     if folder.is_new():
         check_not_refused(folder)
+        folder.check_config_is_there(parent.step if parent else None)
     folder.claim()
-    parent, resume = config.run.parent, config.run.resume
     if folder.is_new():
         if resume not in ("auto", "never"):
             raise UserError(
@@ -168,6 +169,11 @@ def _choose(
     if settled is not None and facts.get("optimizer"):
         settled = (*settled, "optimizer.kind")
     check_unchanged(old, config, facts["step"], settled)
+    if facts["step"] and not folder.metrics.exists():
+        raise UserError(
+            f"{folder.metrics} is gone, which holds the rows up to step {facts['step']}; restore "
+            "it, or make an empty file of that name to go on without them"
+        )
     accept(facts, old)
     return _Choice(path, with_reading(facts, old))
 

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
 
 from allometry.configs.errors import UserError
 from allometry.optim import fp8_states
@@ -20,6 +19,7 @@ from allometry.parallel.deepspeed.boxes import Stretch
 from allometry.parallel.mesh import Mesh, local
 from allometry.trainer.state import checkpoint
 from allometry.trainer.state.planners import State
+from allometry.trainer.state.shards import ShardReader
 
 READ_BYTES = 1 << 30
 """States of a rank that are read before they are converted, at most or one larger."""
@@ -38,7 +38,7 @@ def load(path: Path, state: State, names: Mapping[Tensor, str], mesh: Mesh) -> d
     Raises:
         UserError: the checkpoint keeps states in FP8, and the engine of the run is DeepSpeed.
     """
-    there = FileSystemReader(path).read_metadata().state_dict_metadata
+    there = ShardReader(path).read_metadata().state_dict_metadata
     prefixes = {f"optimizer.{name}.": parameter for parameter, name in names.items()}
     saved, held = (_of_parameters(each, prefixes) for each in (there, state))
     others = list(_others(prefixes, held, saved))

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import socket
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from allometry.configs.errors import ConfigError, UserError
+from allometry.configs.json_file import parse_object, read_object
 from allometry.configs.source import parse_file
 from allometry.laws.runs import read_lines
 from allometry.trainer.state.pins import DESCRIBED, Pin, pins
@@ -124,12 +125,11 @@ def _state(folder: Path) -> State:
 
 def _record(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}); restore it or remove it") from None
-    return value if isinstance(value, dict) else {}
 
 
 def _checkpoints(folder: Path) -> Iterator[int]:
@@ -168,12 +168,8 @@ def last_row(path: Path) -> dict[str, Any]:
             # The first may be the end of a row, and what follows the last end of line is torn.
             whole = lines[:-1] if tail == size else lines[1:-1]
             for line in reversed(whole):
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    continue
-                if isinstance(row, dict):
-                    return row
+                with suppress(ValueError):
+                    return parse_object(line)
     return {}
 
 

@@ -1,7 +1,6 @@
 """Runs and Hugging Face folders: the same function on both sides, and nothing half done."""
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,8 +58,8 @@ def our_logits(config: RunConfig, step: Path) -> Tensor:
     return logits_BLV
 
 
-def random_run(config: RunConfig, step: int = 4) -> Path:
-    """A run folder with one checkpoint of random weights, norms included."""
+def random_run(config: RunConfig, *steps: int) -> Path:
+    """A run folder with checkpoints of the same random weights, norms included."""
     rules = Parameterization(config.parameterization, config.model)
     model = build_model(config.model, rules, "fp32")
     initialize(model, rules, seed=5)
@@ -70,10 +69,12 @@ def random_run(config: RunConfig, step: int = 4) -> Path:
         noise = torch.randn(parameter.shape, generator=generator)
         state[name] = parameter.detach() + (0.3 * noise if parameter.dim() == 1 else 0)
     folder = RunFolder(config.run.folder)
-    path = folder.checkpoints / f"step-{step}"
-    path.mkdir(parents=True)
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    seal(path, step, write_checkpoint(path, shapes, state.__getitem__), {"step": step})
+    for step in steps or (4,):
+        path = folder.checkpoints / f"step-{step}"
+        path.mkdir(parents=True)
+        facts = {"step": step, "position_sequences": 8 * step, "flops": 0, "areas": {}}
+        seal(path, step, write_checkpoint(path, shapes, state.__getitem__), facts)
     folder.config.write_text(dump(config))
     folder.latest.write_text(path.name + "\n")
     return folder.path
@@ -173,8 +174,7 @@ def test_bf16_shards_tokenizer_and_steps(tiny: Make, tmp_path: Path) -> None:
     words = {f"w{n}": n for n in range(64)}
     Tokenizer(WordLevel(words, unk_token="w0")).save(str(tmp_path / "own.json"))
     config = tiny(f"data.tokenizer={tmp_path / 'own.json'}")
-    folder = random_run(config, step=4)
-    shutil.copytree(folder / "checkpoints" / "step-4", folder / "checkpoints" / "step-9")
+    folder = random_run(config, 4, 9)
     report = export_hf(folder, tmp_path / "hf", step=9, dtype="bf16", check=True, shard_bytes=9000)
     assert report.step == 9
     assert len(report.files) > 2

@@ -1,0 +1,249 @@
+"""Checkpoints that somebody has planted or damaged: refused in a sentence, nothing of them run."""
+
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
+
+from allometry.configs.errors import UserError
+from allometry.configs.run import RunConfig
+from allometry.interop.huggingface.weights import CheckpointWeights
+from allometry.trainer.state.integrity import Checksum
+from allometry.trainer.state.shards import ShardReader
+from allometry.trainer.train import train
+from thinned import thinned
+
+Make = Callable[..., RunConfig]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def run(tiny: Make, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that stands at step 4, trained once for all tests."""
+    once = tmp_path_factory.getbasetemp() / "hostile"
+    if not once.exists():
+        train(tiny("checkpoint.every_steps=2", folder=once), device=CPU, stop_at_step=4)
+    shutil.copytree(once, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def go_on(tiny: Make) -> None:
+    train(tiny("checkpoint.every_steps=2"), device=CPU, stop_at_step=6)
+
+
+def seal_again(path: Path, **changes: Any) -> None:
+    """List the files of a checkpoint as they are now, as an attacker would."""
+    content = json.loads((path / "complete.json").read_text())
+    for name in content["files"]:
+        if (path / name).is_file():
+            checksum = Checksum()
+            checksum.update((path / name).read_bytes())
+            content["files"][name] = checksum.entry()
+    (path / "complete.json").write_text(json.dumps(content | changes))
+
+
+class Attack:
+    """Runs a command where it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.mark}",)
+
+
+def planted(path: Path, change: Callable[[Any], Any]) -> None:
+    """Change the metadata of a checkpoint and list it anew."""
+    place = path / ".metadata"
+    found = pickle.loads(place.read_bytes())
+    found = change(found) or found
+    place.write_bytes(pickle.dumps(found))
+    seal_again(path)
+
+
+def first(found: Any) -> tuple[Any, Any]:
+    return next((i, place) for i, place in found.storage_data.items() if "embedding" in i.fqn)
+
+
+def elsewhere(name: str) -> Callable[[Any], None]:
+    def change(found: Any) -> None:
+        first(found)[1].relative_path = name
+
+    return change
+
+
+def beyond(found: Any) -> None:
+    first(found)[1].length = 1 << 60
+
+
+def before(found: Any) -> None:
+    first(found)[1].offset = -5
+
+
+def huge(found: Any) -> None:
+    tensor = found.state_dict_metadata["model.embedding.weight"]
+    tensor.size = torch.Size([1 << 40, 32])
+    tensor.chunks[0].sizes = tensor.size
+
+
+def larger(found: Any) -> None:
+    found.state_dict_metadata["model.embedding.weight"].size = torch.Size([1 << 40, 32])
+
+
+def bytes_instead(found: Any) -> None:
+    found.state_dict_metadata["model.embedding.weight"] = BytesStorageMetadata()
+
+
+def no_place(found: Any) -> None:
+    del found.storage_data[first(found)[0]]
+
+
+CHANGES = {
+    "a list": lambda found: [1],
+    "no tensors": lambda found: setattr(found, "state_dict_metadata", None),
+    "no places": lambda found: setattr(found, "storage_data", {"x": 1}),
+    "outside": elsewhere("../../../outside.distcp"),
+    "absolute": elsewhere("/etc/passwd"),
+    "another file": elsewhere("run.json"),
+    "beyond": beyond,
+    "before": before,
+    "huge": huge,
+    "larger": larger,
+    "bytes": bytes_instead,
+    "no place": no_place,
+    "index": lambda found: found.storage_data.update({MetadataIndex("model.x"): 5}),
+}
+
+
+@pytest.mark.parametrize("how", CHANGES)
+def test_metadata_that_were_changed(run: Path, tiny: Make, how: str) -> None:
+    path = run / "checkpoints" / "step-4"
+    planted(path, CHANGES[how])
+    refused(tiny, path)
+
+
+def test_nothing_that_metadata_name_is_run(run: Path, tiny: Make, tmp_path: Path) -> None:
+    path, mark = run / "checkpoints" / "step-4", tmp_path / "mark"
+
+    def attach(found: Any) -> None:
+        found.planner_data = Attack(mark)
+
+    planted(path, attach)
+    pickle.loads((path / ".metadata").read_bytes())
+    assert mark.exists()  # it would run
+    mark.unlink()
+    refused(tiny, path)
+    assert not mark.exists()
+
+
+def refused(tiny: Make, path: Path) -> None:
+    """By the reader, by a conversion and by the run that goes on, which loses nothing."""
+    there = sorted(f for f in path.parent.parent.rglob("*") if f.suffix != ".yaml")
+    with pytest.raises(UserError, match=r"checkpoint .*step-4 cannot be read \(\.metadata"):
+        ShardReader(path).read_metadata()
+    with pytest.raises(UserError):
+        CheckpointWeights(path)
+    with pytest.raises(UserError, match="step-4"):
+        go_on(tiny)
+    kept = set(path.parent.parent.rglob("*"))
+    assert [f for f in there if f not in kept] == []
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "a/b", ".."])
+def test_files_that_are_listed_outside(run: Path, tiny: Make, name: str) -> None:
+    path = run / "checkpoints" / "step-4"
+    content = json.loads((path / "complete.json").read_text())
+    content["files"][name] = {"bytes": 5, "crc32": [1]}
+    (path / "complete.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="no name of a file"):
+        go_on(tiny)
+
+
+def test_shards_that_nothing_lists(run: Path, tiny: Make) -> None:
+    (run / "checkpoints" / "step-4" / "__7_0.distcp").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"does not list __7_0\.distcp"):
+        go_on(tiny)
+
+
+def test_a_checkpoint_under_another_name(run: Path, tiny: Make) -> None:
+    there = run / "checkpoints"
+    shutil.rmtree(there / "step-4")
+    shutil.copytree(there / "step-2", there / "step-4")
+    with pytest.raises(UserError, match="it is of step 2"):
+        go_on(tiny)
+    seal_again(there / "step-4", step=4)  # the facts say so, too
+    with pytest.raises(UserError, match="it is of step 2"):
+        go_on(tiny)
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+TEXTS = {
+    "empty": "",
+    "torn": '{"step": ',
+    "a list": "[1, 2]",
+    "null": "null",
+    "a number": "7",
+    "deep": DEEP,
+    "an empty object": "{}",
+    "binary": b"\xff\xfe\x00\x9c" * 40,
+    "not finite": '{"step": NaN, "files": Infinity}',
+    "a huge number": '{"step": ' + "9" * 5000 + "}",
+    "words": '{"step": "four", "files": "all", "plan": 5, "data": [], "reading": "x"}',
+    "false kinds": '{"step": 4, "files": {"a": 5}, "reading": {"mixture": 3}, "launches": 7}',
+}
+FILES = (
+    "checkpoints/step-4/complete.json",
+    "checkpoints/step-4/trainer.json",
+    "checkpoints/step-4/.metadata",
+    "run.json",
+    "latest",
+    "metrics.jsonl",
+    "events.jsonl",
+    "config.yaml",
+)
+
+
+DAMAGE = [(file, how) for file in FILES for how in (*TEXTS, "missing", "a folder")]
+QUICK = {(file, how) for file in FILES for how in ("deep", "false kinds", "missing")}
+
+
+@pytest.mark.parametrize(("file", "how"), thinned(QUICK, DAMAGE))
+def test_damage_is_a_sentence(run: Path, tiny: Make, file: str, how: str) -> None:
+    """Whatever stands in a file, the run goes on or says what is wrong."""
+    place = run / file
+    place.unlink()
+    if how == "a folder":
+        place.mkdir()
+    elif how != "missing":
+        content = TEXTS[how]
+        place.write_bytes(content if isinstance(content, bytes) else content.encode())
+        if place.name in ("trainer.json", ".metadata"):
+            seal_again(place.parent)
+    said = ""
+    try:
+        go_on(tiny)
+    except UserError as error:
+        said = str(error)
+    assert len(said) < 600
+    assert "\n" not in said
+    if how == "missing":
+        expected = {"metrics.jsonl": "metrics.jsonl is gone", "config.yaml": "config.yaml is gone"}
+        assert expected.get(place.name, "") in said
+
+
+def test_a_run_does_not_begin_again_in_silence(run: Path, tiny: Make) -> None:
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(UserError, match="all of them are gone"):
+        go_on(tiny)
+    (run / "run.json").unlink()
+    (run / "config.yaml").unlink()
+    (run / "checkpoints" / "step-2").mkdir()
+    with pytest.raises(UserError, match=r"config\.yaml is gone"):
+        go_on(tiny)

@@ -1,0 +1,64 @@
+"""What ``trainer.json`` of a checkpoint says, checked before anything of it is used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from allometry.trainer.state.integrity import step_named
+
+Count = Annotated[int, Field(ge=0)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class _Facts(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+class _Change(_Facts):
+    position: Count
+    shares: dict[str, Annotated[float, Field(ge=0.0, le=1.0)]]
+
+
+class _Read(_Facts):
+    tokens: Count
+    samples: Count = 0
+
+
+class _Reading(_Facts):
+    mixture: Annotated[list[_Change], Field(min_length=1)]
+    starts: dict[str, Count]
+    ledger: dict[str, _Read]
+
+
+class _Checkpoint(_Facts):
+    step: Count
+    data: dict[str, str] = {}
+    ledger_tokens: dict[str, Count] = {}
+    reading: _Reading | None = None
+    held_out_before: dict[str, Number] = {}
+
+
+class _Trained(_Checkpoint):
+    position_sequences: Count
+    flops: Number
+    areas: dict[str, Number]
+
+
+def check_facts(facts: dict[str, Any], path: Path) -> None:
+    """Check what the checkpoint in ``path`` says of itself.
+
+    Raises:
+        ValueError: something is missing, of another kind, or of another step than ``path`` names.
+    """
+    try:
+        (_Checkpoint if facts.get("weights_only") is True else _Trained).model_validate(facts)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise ValueError(f"{place}: {first['msg']}") from None
+    named = step_named(path)
+    if named is not None and named != facts["step"]:
+        raise ValueError(f"it is of step {facts['step']}, and the folder has another name")

@@ -1,0 +1,127 @@
+"""Reading shards of a checkpoint without believing what stands in it.
+
+torch writes ``.metadata``, which says where each tensor lies, by pickle, and reads it by a call
+that runs whatever a file names. Here only the few classes of which it is made are looked up, and
+what it says is compared with the files of the folder before any tensor is allocated: where every
+piece lies, and that it is as large as its shape asks. (``integrity.damage`` compares these files
+with ``complete.json``.)
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import FileSystemReader, metadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from typing_extensions import override
+
+from allometry.configs.errors import UserError
+from allometry.trainer.state.integrity import METADATA
+
+_CLASSES = {
+    torch.distributed.checkpoint.metadata.__name__: {
+        *("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties"),
+        *("TensorStorageMetadata", "ChunkStorageMetadata", "_MEM_FORMAT_ENCODING"),
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {
+        "Size",
+        *(
+            str(d).removeprefix("torch.")
+            for d in vars(torch).values()
+            if isinstance(d, torch.dtype)
+        ),
+    },
+    "pathlib": {"Path", "PosixPath", "PurePosixPath"},
+    "collections": {"OrderedDict"},
+}
+"""What torch's metadata of tensors is made of; none of these does anything but hold values."""
+
+MOST_METADATA_BYTES = 1 << 30
+
+
+class _Unpickler(pickle.Unpickler):
+    @override
+    def find_class(self, module_name: str, global_name: str, /) -> Any:
+        if global_name not in _CLASSES.get(module_name, ()):
+            raise pickle.UnpicklingError(f"it names {module_name}.{global_name}")
+        return super().find_class(module_name, global_name)
+
+
+class ShardReader(FileSystemReader):
+    """torch's reader of the shards in ``path``, for checkpoints that anybody may have written.
+
+    Raises UserError where the metadata cannot be read, name anything but tensors and their places,
+    or do not fit the files.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._folder = path
+
+    @override
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Return where each tensor lies."""
+        place = self._folder / METADATA
+        try:
+            if place.stat().st_size > MOST_METADATA_BYTES:
+                raise ValueError("it is too large")
+            with open(place, "rb") as file:
+                found = _Unpickler(file).load()
+            _check(found, {file.name: file.stat().st_size for file in self._folder.iterdir()})
+        except OSError as error:
+            raise self._refused(error.strerror or str(error)) from None
+        except (pickle.UnpicklingError, *_MALFORMED) as error:
+            raise self._refused(str(error) or type(error).__name__) from None
+        found.storage_meta = found.storage_meta or metadata.StorageMeta()
+        found.storage_meta.load_id = self.load_id
+        return found  # type: ignore[no-any-return]
+
+    def _refused(self, reason: str) -> UserError:
+        return UserError(
+            f"checkpoint {self._folder} cannot be read ({METADATA}: {reason}); it is damaged or "
+            "was not written by allometry: use another one"
+        )
+
+
+_MALFORMED = (
+    *(ValueError, TypeError, KeyError, IndexError, AttributeError, EOFError),
+    *(OverflowError, RecursionError, MemoryError, ImportError),
+)
+
+
+def _check(found: Any, files: Mapping[str, int]) -> None:
+    """Raise ValueError for metadata that are not those of tensors within ``files``."""
+    if not isinstance(found, Metadata):
+        raise ValueError(f"it holds a {type(found).__name__}")
+    tensors, places = found.state_dict_metadata, found.storage_data
+    if not isinstance(tensors, dict) or not isinstance(places, dict):
+        raise ValueError("it lists no tensors")
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, TensorStorageMetadata):
+            raise ValueError(f"{name} is no tensor")
+    known = {}
+    for index, place in places.items():
+        if not isinstance(place, _StorageInfo) or place.relative_path not in files:
+            raise ValueError(f"{index.fqn} lies in a file that is not there")
+        end = files[place.relative_path]
+        if min(place.offset, place.length) < 0 or place.offset + place.length > end:
+            raise ValueError(f"{index.fqn} lies past the end of {place.relative_path}")
+        known[index.fqn, tuple(index.offset or ())] = place.length
+    for name, tensor in tensors.items():
+        for chunk in tensor.chunks:
+            kept = known.get((name, tuple(chunk.offsets)))
+            if kept is None or min(chunk.sizes, default=0) < 0:
+                raise ValueError(f"{name} has a piece that is in no file")
+            if math.prod(chunk.sizes) * tensor.properties.dtype.itemsize > kept:
+                raise ValueError(f"{name} is larger than what is kept of it")
+        covered = sum(math.prod(chunk.sizes) for chunk in tensor.chunks)
+        if math.prod(tensor.size) > covered:
+            raise ValueError(f"{name} is not there as a whole")
