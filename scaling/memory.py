@@ -19,9 +19,9 @@ from allometry.scaling.attention import AttentionCall, choose_backend, named
 from allometry.scaling.layout import Layout
 from allometry.scaling.moments import Moment, Step
 from allometry.scaling.offload import offloaded
-from allometry.scaling.roles import ParamSpec, Role
+from allometry.scaling.roles import ParamSpec, Role, layer_of
 from allometry.scaling.saved import COMPUTE, Checkpointing, Kernels
-from allometry.scaling.shards import PREFETCHED, RankParts, layer_of, zero_dim
+from allometry.scaling.shards import PREFETCHED, RankParts, zero_dim
 from allometry.scaling.update_rules import rule_of, state_bytes
 
 COMPUTE_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}

@@ -16,7 +16,7 @@ from functools import cached_property
 
 from allometry.configs.execution import Zero
 from allometry.configs.optimization import Fp8StatesConfig, OptimizerConfig
-from allometry.scaling.roles import EXPERTS, MATRICES, ParamSpec, Role
+from allometry.scaling.roles import EXPERTS, MATRICES, ParamSpec, Role, layer_of
 from allometry.scaling.saved import (
     GATE_UP,
     RESIDUAL,
@@ -26,7 +26,7 @@ from allometry.scaling.saved import (
     Kernels,
     norm,
 )
-from allometry.scaling.shards import PREFETCHED, RankParts, layer_of
+from allometry.scaling.shards import PREFETCHED, RankParts
 from allometry.scaling.update_rules import rule_of
 
 _FP32 = 4

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from allometry.configs.model import ModelConfig
 from allometry.scaling.inventory import inventory
 from allometry.scaling.layout import Layout
-from allometry.scaling.roles import EXPERTS, ParamSpec, Role
+from allometry.scaling.roles import EXPERTS, ParamSpec, Role, layer_of
 
 PREFETCHED = 2
 """Blocks whose parameters ZeRO gathers ahead of the one that computes."""
@@ -58,11 +58,6 @@ def shard(shape: tuple[int, ...], ranks: int) -> tuple[int, ...]:
     """Return the shape of the first rank's shard of such a part."""
     dim = zero_dim(shape, ranks)
     return (*shape[:dim], -(-shape[dim] // ranks), *shape[dim + 1 :])
-
-
-def layer_of(name: str) -> int | None:
-    """Return the layer whose parameter this is; None: of embedding, final norm or head."""
-    return int(name.split(".")[1]) if name.startswith("blocks.") else None
 
 
 @dataclass(frozen=True, slots=True)
