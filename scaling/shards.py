@@ -9,6 +9,7 @@ preset. Parts are those of the first rank of each axis: where a cut is uneven, t
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from allometry.configs.model import ModelConfig
@@ -119,10 +120,13 @@ class RankParts:
         """Return the elements that this rank holds between steps."""
         return math.prod(self.shard(spec))
 
-    def units(self) -> dict[str, int]:
-        """Return the elements of what FSDP2 gathers and reduces at once, whole, by its name."""
+    def units(self, specs: Iterable[ParamSpec]) -> dict[str, int]:
+        """Return the elements of what FSDP2 gathers or reduces at once, whole, by its name.
+
+        Of ``specs``, some of the parameters here: those that are trained, for what it reduces.
+        """
         sizes: dict[str, int] = {}
-        for spec in self.specs():
+        for spec in specs:
             layer = layer_of(spec.name)
             unit = f"block {layer}" if layer is not None else "ends"
             if spec.name == "embedding.weight" or (self.ep > 1 and spec.role in EXPERTS):

@@ -14,7 +14,7 @@ from allometry.optim.schedule import Schedule, resolve_schedule
 from allometry.scaling.advice import DEVICE_BYTES, advice
 from allometry.scaling.count import DocumentFlops
 from allometry.scaling.layout import SPLIT_BACKWARD
-from allometry.scaling.moments import PARAMETERS, STATES
+from allometry.scaling.moment import PARAMETERS, STATES
 from allometry.scaling.plan import RunPlan, memory_of
 from allometry.trainer.state.folder import RunFolder
 
