@@ -244,7 +244,8 @@ class _GroupedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_SF: Tensor) -> tuple[Tensor | None, ...]:
-        kept, (offsets_E, *weights) = ctx.saved_tensors[: ctx.kept], ctx.saved_tensors[ctx.kept :]
+        saved = ctx.saved_tensors  # once: checkpointing computes them again and hands them over
+        kept, (offsets_E, *weights) = saved[: ctx.kept], saved[ctx.kept :]
         grad_SF, grad_x = grad_SF.contiguous(), None
         rows = grad_SF.shape[0]
         if ctx.needs_input_grad[0]:

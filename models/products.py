@@ -218,7 +218,8 @@ class _Multiply(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        kept, weights = ctx.saved_tensors[: ctx.kept], ctx.saved_tensors[ctx.kept :]
+        saved = ctx.saved_tensors  # once: checkpointing computes them again and hands them over
+        kept, weights = saved[: ctx.kept], saved[ctx.kept :]
         grad_TR, grad_x = grad.reshape(-1, grad.shape[-1]), None
         if ctx.needs_input_grad[0]:
             grad_x = _of_input(grad_TR, weights, *ctx.how).view(ctx.shape)
