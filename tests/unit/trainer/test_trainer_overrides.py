@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -174,15 +175,34 @@ def test_frozen_with_other_techniques(tiny: Make, tmp_path: Path, asked: list[st
 
 
 MOE = (
-    "model={kind: moe, num_layers: 2, first_dense_layers: 0, ffn_width: null, "
-    "experts: {kind: swiglu, num_experts: 4, experts_per_token: 2, width: 16}, "
-    "router: {gate: sigmoid, balance: {kind: bias, rate: 0.01}}}"
+    "model.kind=moe",
+    "model.first_dense_layers=0",
+    "model.ffn_width=null",
+    "model.experts={kind: swiglu, num_experts: 4, experts_per_token: 2, width: 16}",
+    "model.router={gate: sigmoid, balance: {kind: bias, rate: 0.01}}",
 )
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective"])
+@pytest.mark.parametrize("names", [["*.experts.gate", "*.wo.*"], ["*.experts.*", "*router*"]])
+def test_frozen_experts_in_bf16(
+    tiny: Make, tmp_path: Path, names: list[str], checkpointing: str
+) -> None:
+    how = ("training.compute_dtype=bf16", f"training.activation_checkpointing={checkpointing}")
+    asked = said([{"names": names, "freeze": True}])
+    folder = run(tiny(*MOE, *how, *SHORT, asked, folder=tmp_path / "run"))
+    first, last = tensors(folder, 2), tensors(folder, 8)
+    frozen = {n for n in last if any(fnmatchcase(n, name) for name in names)}
+    trained = {n for n in last if not n.endswith((".load", ".bias"))} - frozen
+    assert not [n for n in trained if torch.equal(first[n], last[n])]
+    assert {n for n in last if torch.equal(first[n], last[n])} >= {
+        n for n in frozen if not n.endswith(".load")
+    }
 
 
 def test_a_frozen_router_keeps_its_bias(tiny: Make, tmp_path: Path) -> None:
     entry = {"roles": "router", "layers": 0, "freeze": True}
-    folder = run(tiny(MOE, *SHORT, said([entry]), folder=tmp_path / "run"))
+    folder = run(tiny(*MOE, *SHORT, said([entry]), folder=tmp_path / "run"))
     last = tensors(folder, 8)
     assert not last["blocks.0.ffn.router.bias"].any()
     assert last["blocks.1.ffn.router.bias"].any()
