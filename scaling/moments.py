@@ -136,7 +136,8 @@ class Step:
         c, local = self.kernels.compute, self.tokens // part.tp
         kept: Counter[str] = Counter()
         if part.last:
-            of_norm = norm(model.width, self.kernels)
+            trained = any(spec.name == "final_norm.weight" for spec in self._trained)
+            of_norm = norm(model.width, self.kernels, trained=trained)
             kept += Counter({name: round(local * n) for name, n in of_norm.items()})
         if self.pipelined:
             kept[RESIDUAL] += c * local * model.width * ((not part.first) + (not part.last))

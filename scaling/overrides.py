@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 from allometry.configs.errors import UserError
 from allometry.configs.model import ModelConfig
@@ -33,6 +34,21 @@ def is_frozen(optimizer: OptimizerConfig | None, spec: ParamSpec) -> bool:
     """Return whether a parameter is not trained."""
     entry = deciding(optimizer, spec)
     return entry is not None and bool(entry.freeze)
+
+
+def describe_overrides(
+    model: ModelConfig, optimizer: OptimizerConfig | None
+) -> list[dict[str, Any]]:
+    """Return as JSON what each entry decides: how many parameters, of how many numbers in all."""
+    entries = optimizer.overrides if optimizer is not None else ()
+    found = [{"parameters": 0, "numbers": 0, **e.model_dump(exclude_none=True)} for e in entries]
+    for spec in inventory(model) if entries else ():
+        entry = deciding(optimizer, spec)
+        for one, described in zip(entries, found, strict=True):
+            if one is entry:
+                described["parameters"] += 1
+                described["numbers"] += spec.numel
+    return found
 
 
 def check_overrides(model: ModelConfig, optimizer: OptimizerConfig | None) -> None:

@@ -161,7 +161,7 @@ class Block:
     def _attention(self) -> Counter[str]:
         kernels = self.kernels
         queries, keys = self._features
-        rows = norm(self.model.width, kernels)
+        rows = norm(self.model.width, kernels, trained=self._trains("attention_norm"))
         rows += self._branch_input("attention.wq", "attention.wk", "attention.wv")
         rows[QKV] += kernels.compute * (queries + 2 * keys)
         rows[ATTENTION] += kernels.compute * queries + kernels.scores
@@ -170,7 +170,8 @@ class Block:
             rows[ATTENTION] += kernels.product_input(queries, self._recipe())
         if self.model.qk_norm:
             heads = self.model.num_heads + self.model.kv_heads
-            normed = norm(queries + keys, kernels, heads)
+            trained = self._trains("attention.q_norm", "attention.k_norm")
+            normed = norm(queries + keys, kernels, heads, trained=trained)
             # Values are a part of the one product that made all three.
             if kernels.compute < 4 and not kernels.saves:
                 rows[QKV] += kernels.compute * (queries + keys)
@@ -183,7 +184,7 @@ class Block:
 
     def _ffn(self) -> Counter[str]:
         kernels, mixture = self.kernels, self.mixture
-        rows = norm(self.model.width, kernels)
+        rows = norm(self.model.width, kernels, trained=self._trains("ffn_norm"))
         if mixture is None:
             rows += self._swiglu(self.hidden, self._recipe(), "ffn")
             return rows + self._branch_input("ffn.gate", "ffn.up")
@@ -292,16 +293,17 @@ class Block:
         return rows
 
 
-def norm(width: int, kernels: Kernels, rows: int = 1) -> Counter[str]:
+def norm(width: int, kernels: Kernels, rows: int = 1, *, trained: bool = True) -> Counter[str]:
     """Return the bytes that a norm of ``rows`` rows, ``width`` elements in all, keeps of its input.
 
-    What it reads as it is, unfused, is under ``RESIDUAL``.
+    What it reads as it is, unfused, is under ``RESIDUAL``; for a gain that is ``trained`` it keeps
+    the quotient.
     """
     if kernels.saves:
         return Counter({NORMS: fp8_bytes(width, rows) + kernels.wide * rows})
     if kernels.fused_norm:
         return Counter({NORMS: kernels.compute * width + kernels.wide * rows})
-    kept = Counter({NORMS: kernels.wide * (width + rows)})
+    kept = Counter({NORMS: kernels.wide * (width * trained + rows)})
     if kernels.compute < kernels.wide:
         kept[NORMS] += kernels.wide * width
     else:
