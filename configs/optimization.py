@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from allometry.configs.base import Count, PathText, Section, kind_unless_said
+from allometry.configs.overrides import HasOverrides
 
 
 class Fp32States(Section):
@@ -33,13 +34,13 @@ class Fp8StatesConfig(Section):
 StatesConfig = Annotated[Fp32States | Fp8StatesConfig, Field(discriminator="kind")]
 
 
-class _Compressible(Section):
+class _Compressible(HasOverrides):
     states: StatesConfig = Field(
         default_factory=Fp32States, description="how moments and momenta are kept"
     )
 
 
-class _Adam(Section):
+class _Adam(HasOverrides):
     """What every optimizer says: its rate, its decay, and AdamW for the roles it leaves to it."""
 
     lr: float = Field(gt=0.0, description="peak learning rate, at the base dimensions")
@@ -55,7 +56,7 @@ class AdamW(_Adam, _Compressible):
     kind: Literal["adamw"] = "adamw"
 
 
-class Lion(Section):
+class Lion(HasOverrides):
     """The sign of a momentum, for all parameters (arXiv 2302.06675)."""
 
     kind: Literal["lion"] = "lion"
@@ -124,7 +125,7 @@ class AdamH(OnSphere):
     kind: Literal["adamh"] = "adamh"
 
 
-class SGDSaI(Section):
+class SGDSaI(HasOverrides):
     """Momentum, with a scale for each tensor from its first gradient (arXiv 2412.11768)."""
 
     kind: Literal["sgd_sai"] = "sgd_sai"

@@ -50,13 +50,17 @@ def build_model(
 ) -> Transformer:
     """Return the model, or a part of it, on the current default device (meta included).
 
-    Its parameters are fp32 NaNs until ``initialize`` or a checkpoint fills them.
+    Its parameters are fp32 NaNs until ``initialize`` or a checkpoint fills them. Those that are
+    frozen require no gradient.
     """
     build = _BUILDERS[model.kind]
     built = build(model, parameterization.forward, torch_dtype(compute_dtype), part)
     kept = built.part
     listed = inventory(model, kept.layers, first=kept.first, last=kept.last)
-    assert tuple(parameter_specs(built).values()) == listed, "modules and inventory differ"
+    specs = parameter_specs(built)
+    assert tuple(specs.values()) == listed, "modules and inventory differ"
+    for name, _, _, parameter in named_parameters(built):
+        parameter.requires_grad_(not parameterization.resolve(specs[name]).frozen)
     return built
 
 

@@ -8,6 +8,7 @@ atomics: the same input gives the same bits.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any, NamedTuple, Self
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from allometry.models import fp8
-from allometry.models.products import COMPUTE, Joined, Stacked, join
+from allometry.models.products import COMPUTE, Joined, Stacked, chosen, join, placed
 from allometry.models.quantiser import quantise, save
 
 _KERNEL_TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -229,41 +230,55 @@ class _GroupedLinear(torch.autograd.Function):
         joined = join(weights, x_SD.dtype) if whole_EFD is None else whole_EFD
         y_SF, small = _forward(x_SD, joined, offsets_E, recipe, fused, ready)
         ctx.by_token = saves and tokens is not None
-        if saves and tokens is not None:
+        kept: tuple[Tensor, ...] = ()
+        if not any(ctx.needs_input_grad[9:]):
+            pass  # of frozen weights there is no gradient that reads x
+        elif saves and tokens is not None:
             kept = *tokens.kept, tokens.token_S
         else:
             kept = (x_SD,) if not saves else small or ready or save(x_SD, fused=fused)
+        ctx.kept = len(kept)
         # What is no step's copy is made again: FSDP2 frees weights, and gathers them for backward.
         ctx.save_for_backward(*kept, offsets_E, *(weights if whole_EFD is None else (whole_EFD,)))
         return y_SF
 
     @staticmethod
     def backward(ctx: Any, grad_SF: Tensor) -> tuple[Tensor | None, ...]:
-        x_SD, *kept = ctx.saved_tensors
-        if ctx.saves:
-            block = _BLOCKS[ctx.recipe][0] if ctx.recipe else fp8.SAVED
-            x_SD = fp8.dequantise(fp8.Quantised(x_SD, kept.pop(0)), block, ctx.compute)
-            if ctx.by_token:
-                x_SD = x_SD[kept.pop(0)]
-        offsets_E, *kept = kept
-        whole_EFD = join(tuple(kept), x_SD.dtype)
-        grad_x = grad_weight = None
-        if x_SD.shape[0] == 0:
-            grad_x, grad_weight = torch.zeros_like(x_SD), torch.zeros_like(whole_EFD)
-        else:
-            grad_SF = grad_SF.contiguous()
-            if ctx.needs_input_grad[0]:
-                matrices = whole_EFD.transpose(-2, -1)
-                how = ctx.recipe, ctx.gradients, ctx.fused
+        saved = ctx.saved_tensors  # once: checkpointing computes them again and hands them over
+        kept, (offsets_E, *weights) = saved[: ctx.kept], saved[ctx.kept :]
+        grad_SF, grad_x = grad_SF.contiguous(), None
+        rows = grad_SF.shape[0]
+        if ctx.needs_input_grad[0]:
+            whole_EFD = join(tuple(weights), ctx.compute)
+            matrices, how = whole_EFD.transpose(-2, -1), (ctx.recipe, ctx.gradients, ctx.fused)
+            grad_x = grad_SF.new_zeros(0, whole_EFD.shape[2])
+            if rows:
                 grad_x = _product(grad_SF, matrices, offsets_E, *how)[0]
-            if any(ctx.needs_input_grad[9:]):
-                grad_weight = _grouped_mm(grad_SF.t(), x_SD, offsets_E)
-                if grad_weight.is_cuda:
-                    grad_weight = _with_zeros(grad_weight, offsets_E)
+        trained: Sequence[bool] = ctx.needs_input_grad[9:]
         made: list[Tensor | None] = [None] * len(ctx.widths)
-        if grad_weight is not None:
-            made = [part.to(ctx.dtype) for part in grad_weight.split(ctx.widths, dim=1)]
+        if kept:
+            x_SD = _restored(ctx, kept)
+            widths = [n for n, wanted in zip(ctx.widths, trained, strict=True) if wanted]
+            chosen_SF = chosen(grad_SF, ctx.widths, trained).contiguous()
+            if rows:
+                of_weights = _grouped_mm(chosen_SF.t(), x_SD, offsets_E)
+                if of_weights.is_cuda:
+                    of_weights = _with_zeros(of_weights, offsets_E)
+            else:
+                shape = len(offsets_E), sum(widths), x_SD.shape[1]
+                of_weights = x_SD.new_zeros(shape)
+            parts = of_weights.split(widths, dim=1)
+            made = placed((part.to(ctx.dtype) for part in parts), trained)
         return grad_x, *[None] * 8, *made
+
+
+def _restored(ctx: Any, kept: tuple[Tensor, ...]) -> Tensor:
+    if not ctx.saves:
+        return kept[0]
+    values, scales, *token_S = kept
+    block = _BLOCKS[ctx.recipe][0] if ctx.recipe else fp8.SAVED
+    x_SD = fp8.dequantise(fp8.Quantised(values, scales), block, ctx.compute)
+    return x_SD[token_S[0]] if ctx.by_token else x_SD
 
 
 # Scales of activations and weights. torch's kernel takes those of rows alone, and one for all rows

@@ -130,15 +130,18 @@ def _fused_norm(own: Any, x: Tensor, weight: Tensor, eps: float, feeds: Stacked 
     return y
 
 
-def _grad_norm(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+def _grad_norm(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
     values, scales, scale, weight = ctx.saved_tensors
     unit = fp8.restore(values, scales, ctx.shape, scale.dtype) * scale
     grad = grad.to(scale.dtype)
-    grad_weight = (grad * unit).reshape(-1, grad.shape[-1]).sum(0)
+    grad_weight = None
+    if ctx.needs_input_grad[1]:
+        summed = (grad * unit).reshape(-1, grad.shape[-1]).sum(0)
+        grad_weight = summed.to(weight.dtype)
     grad = grad * weight
     along = (grad * unit).mean(-1, keepdim=True)
     grad_x = scale * (grad - unit * along)
-    return grad_x.to(ctx.dtype), grad_weight.to(weight.dtype)
+    return grad_x.to(ctx.dtype), grad_weight
 
 
 def rotary_angles(positions: Tensor, head_width: int, theta: float, dtype: torch.dtype) -> Tensor:

@@ -207,11 +207,12 @@ def end_step(model: Transformer, counts: Mapping[int, Tensor]) -> None:
 
     They are the loads of the step before in the next step; biases move by ``rate`` towards experts
     that had less than the mean and away from those that had more (arXiv 2408.15664, algorithm 1).
+    A frozen router keeps its bias, too: where it sends what it sees stays as it was.
     """
     set_loads(model, counts)
     for layer, router in routers(model).items():
         balance = router.config.balance
-        if isinstance(balance, BiasBalance):
+        if isinstance(balance, BiasBalance) and router.weight.requires_grad:
             counts_E = counts[layer].to(device=router.bias.device, dtype=torch.float64)
             wanted_E = (counts_E.mean() - counts_E).sign()
             router.bias.add_(wanted_E.to(router.bias.dtype), alpha=balance.rate)

@@ -16,7 +16,7 @@ rounded to bf16; autograd keeps the first as it is and adds the others in place,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -208,26 +208,51 @@ class _Multiply(torch.autograd.Function):
         ctx.saves, ctx.how = saves, (recipe, gradients, fused)
         parts = weights if whole_RD is None else (whole_RD,)
         y, small = _forward(x, parts, recipe, fused, ready)
-        kept = (x,) if not saves else small or ready or save(x, fused=fused)
+        kept: tuple[Tensor, ...] = ()
+        if any(ctx.needs_input_grad[7:]):  # of frozen weights there is no gradient that reads x
+            kept = (x,) if not saves else small or ready or save(x, fused=fused)
+        ctx.kept = len(kept)
         # What is no step's copy is made again: FSDP2 frees weights, and gathers them for backward.
         ctx.save_for_backward(*kept, *(weights if whole_RD is None else (whole_RD,)))
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, *kept = ctx.saved_tensors
-        recipe = ctx.how[0]
-        if ctx.saves:
-            block = fp8.ACTIVATION_BLOCKS[recipe] if recipe else fp8.SAVED
-            x = fp8.dequantise(fp8.Quantised(x, kept.pop(0)), block, ctx.compute)
-        grad_TR, x_TD = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-        grad_x = None
+        saved = ctx.saved_tensors  # once: checkpointing computes them again and hands them over
+        kept, weights = saved[: ctx.kept], saved[ctx.kept :]
+        grad_TR, grad_x = grad.reshape(-1, grad.shape[-1]), None
         if ctx.needs_input_grad[0]:
-            grad_x = _of_input(grad_TR, tuple(kept), *ctx.how).view(ctx.shape)
-        made: tuple[Tensor | None, ...] = (None,) * len(ctx.rows)
-        if any(ctx.needs_input_grad[7:]):
-            made = _of_weight(grad_TR, x_TD, *ctx.how[:2], ctx.dtype).split(ctx.rows)
+            grad_x = _of_input(grad_TR, weights, *ctx.how).view(ctx.shape)
+        trained: Sequence[bool] = ctx.needs_input_grad[7:]
+        made: list[Tensor | None] = [None] * len(ctx.rows)
+        if kept:
+            x_TD = _restored(ctx, kept).reshape(-1, ctx.shape[-1])
+            rows = [n for n, wanted in zip(ctx.rows, trained, strict=True) if wanted]
+            chosen_TR = chosen(grad_TR, ctx.rows, trained)
+            of_weights = _of_weight(chosen_TR, x_TD, *ctx.how[:2], ctx.dtype).split(rows)
+            made = placed(of_weights, trained)
         return grad_x, None, None, None, None, None, None, *made
+
+
+def chosen(grad_TR: Tensor, rows: Sequence[int], trained: Sequence[bool]) -> Tensor:
+    """Return the columns of those of several weights, of so many ``rows``, that are trained."""
+    if all(trained):
+        return grad_TR
+    parts = zip(grad_TR.split(list(rows), dim=1), trained, strict=True)
+    return torch.cat([part for part, wanted in parts if wanted], dim=1)
+
+
+def placed(made: Iterable[Tensor], trained: Sequence[bool]) -> list[Tensor | None]:
+    """Return the gradients ``made`` of trained weights, and None for each that is frozen."""
+    each = iter(made)
+    return [next(each) if wanted else None for wanted in trained]
+
+
+def _restored(ctx: Any, kept: tuple[Tensor, ...]) -> Tensor:
+    if not ctx.saves:
+        return kept[0]
+    block = fp8.ACTIVATION_BLOCKS[ctx.how[0]] if ctx.how[0] else fp8.SAVED
+    return fp8.dequantise(fp8.Quantised(*kept), block, ctx.compute)
 
 
 def _of_input(

@@ -76,7 +76,8 @@ def build_optimizer(
     for group in groups:
         group["seed"], group["kernel"], group["fp8"] = seed, adamw_kernel, fp8
     ops = LocalMatrixOps() if mesh is None or mesh.world_size == 1 else ShardedMatrixOps(mesh)
-    if zero is None or zero.optimizer_states is None:
+    trained = any(group["params"] for group in groups)
+    if zero is None or zero.optimizer_states is None or not trained:
         return RuleOptimizer(groups, ops)
     sizes = {
         name: state_bytes(specs[name], _shard(parameter), config)
@@ -111,6 +112,22 @@ def init_states(optimizer: Optimizer) -> None:
         optimizer.init_states()
     else:
         adamw.init_states(items_of(optimizer.param_groups), optimizer.state)
+
+
+def begin_anew(optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
+    """Make again, of values that parameters have now, what states say of the initial ones (radii).
+
+    For parameters whose other states are as before a first step. Every rank of a pipeline stage
+    must call this alike.
+
+    Raises:
+        UserError: a matrix of zeros on a sphere.
+    """
+    on_spheres = [p for p in parameters if "radius" in optimizer.state[p]]
+    for parameter in on_spheres:
+        del optimizer.state[parameter]["radius"]
+    if on_spheres:
+        init_states(optimizer)
 
 
 def set_lr(optimizer: Optimizer, fraction: float) -> None:

@@ -74,7 +74,8 @@ def clip_by_global_norm(
     between tensors and ranks. Nothing waits for the device. ``max_norm=None`` measures only;
     gradients below the limit, or of a norm that is not finite, are multiplied by exactly 1. As in
     torch, 1e-6 is added to the norm in the quotient. Parameters without gradient take no part;
-    what is ``away`` is counted as if it were here, laid out as its parameter.
+    what is ``away`` is counted as if it were here, laid out as its parameter. A rank of ``mesh``
+    whose parameters are all frozen has none.
     """
     layouts: dict[_Layout, list[_Part]] = {}
     for parameter in parameters:
@@ -85,11 +86,14 @@ def clip_by_global_norm(
         elif away is not None and parameter in away:
             norm = away.norm(parameter)
             layouts.setdefault(_layout(parameter), []).append(_Part(parameter.dtype, None, norm))
-    assert layouts, "no parameter has a gradient"
-    first = next(iter(layouts.values()))[0]
-    some = first.norm if first.here is None else first.here
-    assert some is not None
-    device = some.device
+    if layouts:
+        first = next(iter(layouts.values()))[0]
+        some = first.norm if first.here is None else first.here
+        assert some is not None
+        device = some.device
+    else:
+        assert mesh is not None, "no parameter has a gradient"
+        device = mesh.device
     holders = 1 if mesh is None else mesh.stage.size
     square = torch.zeros((), dtype=torch.float64, device=device)
     for (cut_over, sharded), parts in layouts.items():

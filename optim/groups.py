@@ -21,14 +21,15 @@ def parameter_groups(
     parameterization: Parameterization,
     config: OptimizerConfig,
 ) -> list[dict[str, Any]]:
-    """Sort parameters into groups for a torch optimizer.
+    """Sort parameters into groups for a torch optimizer, but those that are frozen.
 
     Parameters that share a role, its update rule and its resolved multipliers share a group. A
     group is a dict with ``params``, ``param_names`` and ``specs`` (in the order given), ``name``
     (the role, numbered where one role needs several groups), ``role``, ``rule``, ``sphere``,
     ``peak_lr``, ``lr`` (= ``peak_lr`` until a schedule sets it), ``weight_decay``, ``eps`` (if the
     optimizer has one) and the settings of its rule (``betas``, ``momentum``, ...). Groups come in
-    the order of their first parameters, which is the same on every rank.
+    the order of their first parameters, which is the same on every rank. Where all are frozen, as
+    in a stage of a pipeline, there is one group, of no parameters.
 
     Raises:
         UserError: a parameter has no spec, or a spec no parameter.
@@ -39,6 +40,7 @@ def parameter_groups(
         config.kind,
     )
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    empty: dict[str, Any] = {}
     missing = dict(specs)
     for name, parameter in named_parameters:
         spec = missing.pop(name, None)
@@ -51,7 +53,7 @@ def parameter_groups(
         key = (spec.role, *group_key(resolved))
         if key not in groups:
             twins = sum(group["role"] == spec.role.value for group in groups.values())
-            groups[key] = {
+            made = {
                 "params": [],
                 "param_names": [],
                 "specs": [],
@@ -59,6 +61,10 @@ def parameter_groups(
                 "role": spec.role.value,
                 **_settings(resolved, parameterization, config),
             }
+            if resolved.frozen:
+                empty = empty or made
+                continue
+            groups[key] = made
         groups[key]["params"].append(parameter)
         groups[key]["param_names"].append(name)
         groups[key]["specs"].append(spec)
@@ -67,7 +73,7 @@ def parameter_groups(
             f"{next(iter(missing))!r} and {len(missing) - 1} more declared parameters are not in "
             "the model; declare only what the module registers"
         )
-    return list(groups.values())
+    return list(groups.values()) or [empty]
 
 
 def _settings(

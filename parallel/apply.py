@@ -64,7 +64,7 @@ class Parallel:
     stores: tuple[ActivationStore, ...] = ()
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield (name in the whole model, parameter) for all that this rank trains."""
+        """Yield (name in the whole model, parameter) for all of this rank, frozen ones too."""
         for part in self.parts.values():
             for name, _, _, parameter in named_parameters(part):
                 if name not in self.mirrors:

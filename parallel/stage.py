@@ -72,7 +72,8 @@ class Stage(PipelineStage):
         x_BLD = None if self.is_first else args[0]
         made = self.submod(batch.tokens_BL, batch.targets_BL, batch.documents, x_BLD)
         if not isinstance(made, Losses):
-            return made
+            # Of a first stage that is frozen; torch's schedules differentiate every output.
+            return made if made.requires_grad else made.detach().requires_grad_()
         self.inputs.observe(index, made.nll_BL)
         return made.total
 

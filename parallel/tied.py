@@ -1,9 +1,10 @@
 """A tied embedding in a pipeline: the last stage's head is a copy of the first one's embedding.
 
 The embedding owns the weight. Before anything is computed its value goes to the head, the mirror;
-after the gradients of a step are reduced, the mirror's gradient goes back and is added. Nobody
-trains, clips or saves the mirror. Both are laid out alike over hdp and tp, so the shard of one
-rank belongs to the shard of the rank at the same place in the other stage.
+after the gradients of a step are reduced, the mirror's gradient goes back and is added; that of a
+frozen embedding has none. Nobody trains, clips or saves the mirror. Both are laid out alike over
+hdp and tp, so the shard of one rank belongs to the shard of the rank at the same place in the other
+stage.
 """
 
 from __future__ import annotations
@@ -53,7 +54,10 @@ class TiedHead:
 
     @torch.no_grad()
     def return_gradient(self) -> None:
-        """Add the mirror's reduced gradient to the owner's, and drop it."""
+        """Add the mirror's reduced gradient to the owner's, and drop it; not of what is frozen."""
+        ends = [module for module in (self._owner, self._mirror) if module is not None]
+        if not all(_weight(module).requires_grad for module in ends):
+            return
         if self._mirror is not None:
             mirror = _weight(self._mirror)
             gradient = _gradient(mirror)

@@ -143,9 +143,18 @@ class FullyShardedSync(GradientSync):
     @override
     def finish(self) -> None:
         # FSDP2 has summed over hdp in the last backward.
+        for part in self._parts:
+            if not differentiated(part):
+                self._end_without_backward(part)
         sum_over_tp((p for part in self._parts for p in part.parameters()), self._tp)
         if self._fp8 is not None:
             self._fp8.stale = True  # the optimizer is next
+
+    def _end_without_backward(self, part: Transformer) -> None:
+        """Free what a part has gathered in this step, as the end of a backward would have done."""
+        self.close(part)
+        state: Any = part._get_fsdp_state()  # type: ignore[operator]
+        state._root_post_backward_final_callback()
 
     def _refresh(self, *_: Any) -> None:
         if self._fp8 is not None:
@@ -240,13 +249,16 @@ def prefetch(model: Transformer) -> None:
     blocks = [
         [m for m in block.modules() if isinstance(m, FSDPModule)] for block in model.blocks.values()
     ]
+    dormant = without_backward(model)
     start: list[FSDPModule] = []
     if isinstance(model.embedding, FSDPModule):
         start = [model.embedding]
     end: list[list[FSDPModule]] = []
     if isinstance(model.head, FSDPModule):
         end = [[model.head]]
-    forward, backward = [*blocks, *end], [*end, *reversed(blocks)]
+    # What has no backward would stay gathered until the next step.
+    returning = [[] if place < dormant else units for place, units in enumerate(blocks)]
+    forward, backward = [*blocks, *end], [*end, *reversed(returning)]
 
     def ahead(units: list[list[FSDPModule]], place: int) -> list[FSDPModule]:
         return [unit for some in units[place : place + PREFETCHED] for unit in some]
@@ -258,6 +270,23 @@ def prefetch(model: Transformer) -> None:
         block.set_modules_to_forward_prefetch(ahead(forward, place + 1))
         if place > 0:
             block.set_modules_to_backward_prefetch(ahead(backward, len(backward) - place))
+
+
+def without_backward(model: Transformer) -> int:
+    """Return how many blocks of a part, from its first, nothing differentiates.
+
+    They and the embedding before them are frozen. What comes from another stage has a gradient.
+    """
+    if model.embedding is None or any(p.requires_grad for p in model.embedding.parameters()):
+        return 0
+    trained = (any(p.requires_grad for p in block.parameters()) for block in model.blocks.values())
+    return next((place for place, some in enumerate(trained) if some), len(model.blocks))
+
+
+def differentiated(part: Transformer) -> bool:
+    """Return whether a step has a backward through a part: not through frozen first stages."""
+    trained = any(parameter.requires_grad for parameter in part.parameters())
+    return trained or part.embedding is None
 
 
 def reduction_groups(parts: Sequence[Transformer], mesh: Mesh) -> list[ReductionGroup]:

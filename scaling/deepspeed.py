@@ -125,6 +125,9 @@ def _refusals(config: RunConfig, degrees: Degrees) -> Iterator[tuple[str, Any, s
         yield "optimizer.kind", optimizer.kind, "its parts are flat, so the rule must be AdamW"
     elif isinstance(optimizer.states, Fp8StatesConfig):
         yield "optimizer.states.kind", "fp8", "it keeps states in fp32"
+    for number, entry in enumerate(optimizer.overrides):
+        if entry.freeze:
+            yield f"optimizer.overrides.{number}.freeze", "true", "it trains every parameter"
     if training.compile:
         yield "training.compile", "true", "its hooks cannot be compiled"
     if config.kernels.adamw == "apex":

@@ -21,6 +21,7 @@ from allometry.scaling.count import layer_flops
 from allometry.scaling.deepspeed import check_deepspeed
 from allometry.scaling.degrees import Degrees, check_divides, either, resolve_degrees
 from allometry.scaling.offload import check_offload
+from allometry.scaling.overrides import check_overrides
 from allometry.scaling.precision import check_precision
 
 V_SCHEDULES = ("zbv_zero_bubble", "dualpipe_v")
@@ -55,6 +56,7 @@ class Layout:
         _check_tensor(config, degrees)
         check_deepspeed(config, degrees)
         check_precision(config, degrees)
+        check_overrides(config.model, config.optimizer)
         _check_expert(config.model, degrees)
         if config.data.kind == "sequences":
             check_batch(config.batch, degrees.hdp)

@@ -16,12 +16,15 @@ from allometry.configs.model import ModelConfig
 from allometry.configs.optimization import OptimizerConfig
 from allometry.configs.precision import PrecisionConfig
 from allometry.scaling.attention import AttentionCall, choose_backend, named
+from allometry.scaling.inventory import block_specs, inventory
 from allometry.scaling.layout import Layout
-from allometry.scaling.moments import Moment, Step
+from allometry.scaling.moment import Moment
+from allometry.scaling.moments import Step
 from allometry.scaling.offload import offloaded
-from allometry.scaling.roles import ParamSpec, Role
+from allometry.scaling.overrides import is_frozen
+from allometry.scaling.roles import ParamSpec, Role, layer_of
 from allometry.scaling.saved import COMPUTE, Checkpointing, Kernels
-from allometry.scaling.shards import PREFETCHED, RankParts, layer_of, zero_dim
+from allometry.scaling.shards import PREFETCHED, RankParts, zero_dim
 from allometry.scaling.update_rules import rule_of, state_bytes
 
 COMPUTE_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
@@ -142,10 +145,11 @@ def estimate_memory(
             micro_batches=micro_batches,
             in_flight=most_in_flight(layout, rank, micro_batches) if layout else 1,
             away=offloaded(activation_offload, stages),
+            dormant=_dormant(model, stages[0], optimizer),
             held=held,
             gradients=gradients,
             states=states,
-            reduction=_reduction(part, zero, hdp, gradients, compute_bytes, add_up),
+            reduction=_reduction(part, optimizer, zero, hdp, gradients, compute_bytes, add_up),
             copies=_compute_copies(part, compute_bytes, zero, pp),
             gathered=gathered_bytes(part, compute_bytes),
         )
@@ -153,6 +157,19 @@ def estimate_memory(
 
     of_ranks = map(of_rank, range(pp) if pp_rank is None else (pp_rank,))
     return max(of_ranks, key=lambda estimate: estimate.total)
+
+
+def _dormant(model: ModelConfig, stage: range, optimizer: OptimizerConfig | None) -> frozenset[int]:
+    """Return the layers of the first stage that nothing differentiates: all before is frozen."""
+    frozen = [is_frozen(optimizer, spec) for spec in inventory(model, (), last=False)]
+    found: set[int] = set()
+    for layer in stage if all(frozen) else ():
+        if not all(
+            is_frozen(optimizer, spec) for spec in block_specs(model, layer, f"blocks.{layer}")
+        ):
+            break
+        found.add(layer)
+    return frozenset(found)
 
 
 def _kept(
@@ -167,14 +184,14 @@ def _kept(
     """
     if zero.offload != "none":
         return 0, 0, 0
-    specs = part.specs()
-    parameters = {spec.name: _FP32 * part.held(spec) for spec in specs}
-    gradients = sum(parameters.values())
+    parameters = {spec.name: _FP32 * part.held(spec) for spec in part.specs()}
+    specs = [spec for spec in part.specs() if not is_frozen(optimizer, spec)]
+    gradients = sum(parameters[spec.name] for spec in specs)
     trained = [spec for spec in specs if part.trains(spec)]
     sizes = {s.name: state_bytes(s, part.shard(s), optimizer) for s in trained}
     states, tiers = sum(sizes.values()), zero.optimizer_states
     if tiers is None or not sizes:
-        return gradients, gradients, states
+        return sum(parameters.values()), gradients, states
     masters = {s.name for s in trained if s.role not in (Role.INPUT, Role.ROUTER)}
     masters = masters if tiers.master_weights and compute_bytes < _FP32 else set()
     sizes |= {name: sizes[name] + parameters[name] for name in masters}
@@ -195,13 +212,20 @@ def _kept(
 
 
 def _reduction(
-    part: RankParts, zero: Zero, hdp: int, held: int, compute_bytes: int, add_up: bool
+    part: RankParts,
+    optimizer: OptimizerConfig | None,
+    zero: Zero,
+    hdp: int,
+    held: int,
+    compute_bytes: int,
+    add_up: bool,
 ) -> int:
     """Return the bytes of gradients, beyond the ``held`` ones, until they are reduced."""
-    whole = _FP32 * sum(math.prod(part.part(spec)) for spec in part.specs())
+    trained = [spec for spec in part.specs() if not is_frozen(optimizer, spec)]
+    whole = _FP32 * sum(math.prod(part.part(spec)) for spec in trained)
     if zero.stage == 0:
         return min(zero.bucket_mib * 2**20, whole) if hdp > 1 else 0
-    unit = max(part.units().values())
+    unit = max(part.units(trained).values(), default=0)
     return whole - held + _FP32 * unit if add_up else (compute_bytes + _FP32) * unit
 
 

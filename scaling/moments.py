@@ -15,39 +15,34 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from allometry.configs.execution import Zero
-from allometry.configs.optimization import Fp8StatesConfig, OptimizerConfig
-from allometry.scaling.roles import EXPERTS, MATRICES, ParamSpec, Role
+from allometry.configs.optimization import OptimizerConfig
+from allometry.scaling.moment import (
+    COPIES,
+    GRADIENTS,
+    LOSS,
+    PARAMETERS,
+    STATES,
+    WORKSPACE,
+    Moment,
+    later,
+    positive,
+    rule_workspace,
+    with_saved,
+)
+from allometry.scaling.overrides import is_frozen
+from allometry.scaling.roles import EXPERTS, ParamSpec, Role, layer_of
 from allometry.scaling.saved import (
     GATE_UP,
     RESIDUAL,
-    SWIGLU,
     Block,
     Checkpointing,
     Kernels,
     norm,
 )
-from allometry.scaling.shards import PREFETCHED, RankParts, layer_of
-from allometry.scaling.update_rules import rule_of
+from allometry.scaling.shards import PREFETCHED, RankParts
 
 _FP32 = 4
-_ROUNDED_ROWS = 80 << 16
-"""Bytes while 2**16 elements of a state are rounded (``optim/dre.py``), measured."""
 _LOGITS_ON_CPU, _LOGITS_AT_MOST = 8 << 20, 8192
-PARAMETERS, GRADIENTS, STATES = "parameters", "gradients", "optimizer states"
-COPIES, LOSS, WORKSPACE = "weight copies", "loss", "workspace"
-
-
-@dataclass(frozen=True, slots=True)
-class Moment:
-    """Bytes alive at one moment of a step, by kind; ``saved: NAME`` is kept for backward."""
-
-    name: str
-    kinds: Mapping[str, int]
-
-    @property
-    def total(self) -> int:
-        """The sum of all kinds."""
-        return sum(self.kinds.values())
 
 
 @dataclass(frozen=True)
@@ -57,7 +52,8 @@ class Step:
     ``held``, ``gradients``, ``states``: bytes of parameters, gradients and optimizer states that
     stay on the device; ``reduction`` and ``copies`` as in ``MemoryEstimate``;
     ``gathered``: bytes of what ZeRO gathers for each block, and for the ends; ``away``: layers
-    whose activations wait on the host.
+    whose activations wait on the host. ``dormant``: layers that nothing differentiates, which keep
+    nothing.
     """
 
     part: RankParts
@@ -80,12 +76,13 @@ class Step:
     copies: int
     gathered: Mapping[int | None, int]
     away: frozenset[int] = frozenset()
+    dormant: frozenset[int] = frozenset()
 
     def saved(self) -> Counter[str]:
         """Return what all micro-batches in flight keep for backward, by operation."""
         total: Counter[str] = Counter()
         for layer in self._layers:
-            if layer not in self.away:
+            if layer not in self.away | self.dormant:
                 total += self._block(layer).saved(self.tokens, self.checkpointing)
         total += self._ends()
         return Counter({name: self.in_flight * size for name, size in total.items()})
@@ -103,7 +100,11 @@ class Step:
 
     def _block(self, layer: int) -> Block:
         how = self.part.tp, self.part.ep, self.part.whole_experts
-        return Block(self.part.model, layer, self.kernels, *how)
+        frozen = self._sizes.keys() - self._trained.keys()
+        start = f"blocks.{layer}."
+        inside = (spec.name for spec in frozen if spec.name.startswith(start))
+        names = frozenset(name.removeprefix(start).removesuffix(".weight") for name in inside)
+        return Block(self.part.model, layer, self.kernels, *how, frozen=names)
 
     @cached_property
     def _sizes(self) -> dict[ParamSpec, int]:
@@ -111,10 +112,17 @@ class Step:
         return {spec: math.prod(self.part.part(spec)) for spec in self.part.specs()}
 
     @cached_property
+    def _trained(self) -> dict[ParamSpec, int]:
+        """The same of those parameters that have gradients."""
+        frozen = (spec for spec in self._sizes if is_frozen(self.optimizer, spec))
+        without = set(frozen)
+        return {spec: size for spec, size in self._sizes.items() if spec not in without}
+
+    @cached_property
     def _by_layer(self) -> Counter[int | None]:
-        """Elements of the parameters of each block; None: of the ends."""
+        """Elements of the trained parameters of each block; None: of the ends."""
         sizes: Counter[int | None] = Counter()
-        for spec, size in self._sizes.items():
+        for spec, size in self._trained.items():
             sizes[layer_of(spec.name)] += size
         return sizes
 
@@ -128,7 +136,8 @@ class Step:
         c, local = self.kernels.compute, self.tokens // part.tp
         kept: Counter[str] = Counter()
         if part.last:
-            of_norm = norm(model.width, self.kernels)
+            trained = any(spec.name == "final_norm.weight" for spec in self._trained)
+            of_norm = norm(model.width, self.kernels, trained=trained)
             kept += Counter({name: round(local * n) for name, n in of_norm.items()})
         if self.pipelined:
             kept[RESIDUAL] += c * local * model.width * ((not part.first) + (not part.last))
@@ -150,7 +159,7 @@ class Step:
             return 0
         alone = self.part.ep == self.hdp  # experts that no other rank holds are not summed
         return _FP32 * sum(
-            size for spec, size in self._sizes.items() if not (alone and spec.role in EXPERTS)
+            size for spec, size in self._trained.items() if not (alone and spec.role in EXPERTS)
         )
 
     @property
@@ -158,7 +167,7 @@ class Step:
         """Gradients of micro-batches that have run while this one runs, at most."""
         if self.micro_batches <= self.in_flight:
             return 0
-        whole = _FP32 * sum(self._sizes.values())
+        whole = _FP32 * sum(self._trained.values())
         if self.zero.stage == 0 or self.pipelined or self.zero.stage == 1:
             return whole
         return self.gradients
@@ -180,6 +189,8 @@ class Step:
         first = chunk >= self.tokens and not (self.pipelined and self.micro_batches > 1)
         summed = 0 if first else wide * head
         product = logits * c + (head * (wide if c == wide else c + wide) if first else c * head)
+        if not self._head_is_trained:
+            summed, product = 0, logits * c
         inputs = c * self.tokens * model.width * self.in_flight  # their gradients
         normed = c * model.width * (local if part.tp == 1 else local + self.tokens)
         gathered = c * head + (_FP32 * head if model.tied_embeddings and part.first else 0)
@@ -189,10 +200,11 @@ class Step:
         kinds[LOSS] = summed + max(softmax, product) + inputs
         kinds[WORKSPACE] = normed
         if self.zero.stage >= 2 and self.micro_batches > 1 and not self.pipelined:
-            kinds[WORKSPACE] += _FP32 * head  # the buffer of the last reduction
+            # The buffer of the last reduction.
+            kinds[WORKSPACE] += _FP32 * head if self._head_is_trained else 0
         if self.zero.stage == 3 and not self.pipelined:
             kinds[WORKSPACE] += c * head  # that of the last gather
-        return Moment("head", _with_saved(kinds, self.saved()))
+        return Moment("head", with_saved(kinds, self.saved()))
 
     def _chunk_tokens(self) -> int:
         """Tokens whose logits exist at once: ``models.loss.default_chunk_tokens``."""
@@ -212,8 +224,8 @@ class Step:
             return []
         kinds = self._base(self._gathered(None), self._added_up + self._flat)
         kinds[WORKSPACE] = self._rounding(block)
-        kept = self.saved() - _later(block.saved(self.tokens, self.checkpointing))
-        return [Moment("forward", _with_saved(kinds, kept))]
+        kept = self.saved() - later(block.saved(self.tokens, self.checkpointing))
+        return [Moment("forward", with_saved(kinds, kept))]
 
     def _rounding(self, block: Block) -> int:
         """Bytes while gate and up are made or kept in FP8 by operators that are not compiled.
@@ -249,8 +261,10 @@ class Step:
             final = self._norm_backward(model.width) * (self.tokens // self.part.tp)
             kinds = self._base(self._gathered(None), max(self._added_up, done) + self._flat)
             kinds[WORKSPACE] = final + stream
-            found.append(Moment("backward of the head", _with_saved(kinds, left + others)))
+            found.append(Moment("backward of the head", with_saved(kinds, left + others)))
         for place, layer in reversed(list(enumerate(self._layers))):
+            if layer in self.dormant:
+                continue
             block = self._block(layer)
             kept = block.saved(self.tokens, self.checkpointing)
             # What was away comes back a block before it is needed.
@@ -263,11 +277,11 @@ class Step:
                 again = block.saved(self.tokens, "none") - kept
             kinds = self._base(self._gathered(layer), max(self._added_up, done) + self._flat)
             kinds[WORKSPACE] = self._block_backward(block) + stream
-            found.append(Moment("backward", _with_saved(kinds, left + others + again)))
+            found.append(Moment("backward", with_saved(kinds, left + others + again)))
             if self.checkpointing != "none":
                 kinds[WORKSPACE] = max(self._rounding(block) - kept[GATE_UP], 0) + stream
                 found.append(
-                    Moment("backward", _with_saved(kinds, left + others + again - _later(again)))
+                    Moment("backward", with_saved(kinds, left + others + again - later(again)))
                 )
             left -= kept
             size = self._by_layer[layer]
@@ -279,9 +293,15 @@ class Step:
         return found
 
     @property
+    def _head_is_trained(self) -> bool:
+        """Whether what the head multiplies with, its own weight or the embedding's, is."""
+        role = Role.INPUT if self.part.model.tied_embeddings else Role.OUTPUT
+        return any(spec.role is role for spec in self._trained)
+
+    @property
     def _ends_gradients(self) -> int:
         """Bytes of the head's gradient, which is there before any block's."""
-        if not self.part.last:
+        if not (self.part.last and self._head_is_trained):
             return 0
         head = self._vocabulary * self.part.model.width
         return head * (_FP32 if self.zero.stage == 0 else self.kernels.compute)
@@ -304,11 +324,11 @@ class Step:
 
     def _reduced(self, size: int, copies: int, gradients: int, saved: Mapping[str, int]) -> Moment:
         """While FSDP2 reduces a unit of ``size`` elements: its buffer beside the one before."""
-        before = max(self.part.units().values())
+        before = max(self.part.units(self._trained).values(), default=0)
         kinds = self._base(copies, max(self._added_up, gradients))
         kinds[WORKSPACE] = _FP32 * (size + before)
         kinds[LOSS] = self._ends_gradients  # of the unit that is reduced last
-        return Moment("backward", _with_saved(kinds, saved))
+        return Moment("backward", with_saved(kinds, saved))
 
     def _norm_backward(self, width: int) -> int:
         """Bytes of a token while a norm is differentiated, beyond what was kept for it."""
@@ -348,8 +368,9 @@ class Step:
     def _end(self) -> Moment:
         """After the last block's backward: the embedding's gradient, and what is being reduced."""
         part, c = self.part, self.kernels.compute
-        embedding = self._vocabulary * part.model.width if part.first else 0
-        whole = _FP32 * sum(self._sizes.values())
+        trained = part.first and any(spec.role is Role.INPUT for spec in self._trained)
+        embedding = self._vocabulary * part.model.width if trained else 0
+        whole = _FP32 * sum(self._trained.values())
         if self.zero.stage == 0:
             kinds = self._base(0, whole + (self._flat or self.reduction))
         else:
@@ -362,37 +383,9 @@ class Step:
             kinds[LOSS] = self._ends_gradients
         if part.model.tied_embeddings and part.first and part.last:
             kinds[WORKSPACE] += _FP32 * embedding
-        return Moment("backward's end", _positive(kinds))
+        return Moment("backward's end", positive(kinds))
 
     def _update(self) -> Moment:
         kinds = self._base(0, self._flat or self.gradients)
-        kinds[WORKSPACE] = self._rule_workspace()
-        return Moment("optimizer step", _positive(kinds))
-
-    def _rule_workspace(self) -> int:
-        """What update rules of whole matrices hold beside the states: directions and results.
-
-        And of one parameter what is fp32: momentum that was in FP8, what it looks ahead to, turns.
-        """
-        kind = self.optimizer.kind if self.optimizer is not None else "adamw"
-        in_fp8 = isinstance(getattr(self.optimizer, "states", None), Fp8StatesConfig)
-        total = largest = 0
-        for spec in self._sizes:
-            if spec.role in MATRICES and rule_of(kind, spec.role).name in ("muon", "muonh"):
-                total += self.part.held(spec)
-                largest = max(largest, self.part.held(spec), math.prod(spec.shape[-2:]))
-        least = 2 * total + 2 * _FP32 * largest + _ROUNDED_ROWS if in_fp8 and self.on_cpu else 0
-        return max(2 * 2 * total + (5 if in_fp8 else 3) * _FP32 * largest, least)
-
-
-def _with_saved(kinds: Counter[str], saved: Mapping[str, int]) -> dict[str, int]:
-    return _positive(kinds | Counter({f"saved: {name}": size for name, size in saved.items()}))
-
-
-def _later(saved: Mapping[str, int]) -> Counter[str]:
-    """What a block keeps when gate and up have been rounded."""
-    return Counter({name: saved.get(name, 0) for name in (GATE_UP, SWIGLU)})
-
-
-def _positive(kinds: Mapping[str, int]) -> dict[str, int]:
-    return {name: size for name, size in kinds.items() if size > 0}
+        kinds[WORKSPACE] = rule_workspace(self.part, self._trained, self.optimizer, self.on_cpu)
+        return Moment("optimizer step", positive(kinds))

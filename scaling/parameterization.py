@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from operator import attrgetter
 from typing import Any
 
@@ -14,6 +14,7 @@ from allometry.configs.optimization import Apollo, OptimizerConfig
 from allometry.configs.run import RunConfig
 from allometry.scaling.batch import BatchPlan, total_steps
 from allometry.scaling.inventory import inventory
+from allometry.scaling.overrides import check_overrides, deciding
 from allometry.scaling.parameterizations.base import ForwardScales, Multipliers, Resolved, RunScale
 from allometry.scaling.parameterizations.completep import CompletePMultipliers
 from allometry.scaling.parameterizations.hyperp import HyperPMultipliers
@@ -21,7 +22,7 @@ from allometry.scaling.parameterizations.mssp import MSSPMultipliers
 from allometry.scaling.parameterizations.mup import MuPMultipliers
 from allometry.scaling.parameterizations.mupp import MuPPlusPlusMultipliers
 from allometry.scaling.parameterizations.sp import StandardMultipliers
-from allometry.scaling.roles import ParamSpec
+from allometry.scaling.roles import ParamSpec, Role
 from allometry.scaling.update_rules import check_ranks, rule_of
 
 _TABLES: Mapping[str, type[Multipliers]] = {
@@ -35,7 +36,7 @@ _TABLES: Mapping[str, type[Multipliers]] = {
 """By ``parameterization.kind``."""
 
 group_key: Callable[[Resolved], tuple[Any, ...]] = attrgetter(
-    "rule", "lr", "weight_decay", "eps", "sphere", "forgetting"
+    "rule", "lr", "weight_decay", "eps", "sphere", "forgetting", "frozen"
 )
 """What ``Resolved`` of one role must share for their parameters to share an optimizer's group."""
 
@@ -46,8 +47,9 @@ class Parameterization:
     Pure, and the same on every rank. The tables are in ``scaling/parameterizations``.
     ``optimizer`` None: the one that the parameterization is made for, MuonH for ``hyperp`` and
     AdamW for the others. ``scale`` None: a run as long as that of the base, with its batch. At the
-    base dimensions every multiplier of learning rates, decay and epsilon is exactly 1. Raises
-    UserError where the sections contradict one another or APOLLO's rank does not fit a matrix.
+    base dimensions every multiplier of learning rates, decay and epsilon is exactly 1, but for
+    those of ``optimizer.overrides``. Raises UserError where the sections contradict one another,
+    APOLLO's rank does not fit a matrix, or an override decides nothing (``check_overrides``).
     """
 
     def __init__(
@@ -65,8 +67,10 @@ class Parameterization:
                 s for s in inventory(model) if rule_of(optimizer.kind, s.role).name == "apollo"
             )
             check_ranks(optimizer.rank, ((s.name, min(s.shape[-2:])) for s in matrices))
+        check_overrides(model, optimizer)
         self.config, self.model, self.optimizer, self.scale = config, model, optimizer, scale
         self._multipliers = _TABLES[config.kind](config, model, optimizer, scale)
+        self._check_decays()
 
     @classmethod
     def of_run(cls, config: RunConfig) -> Parameterization:
@@ -100,8 +104,42 @@ class Parameterization:
         return self._multipliers.forward
 
     def resolve(self, spec: ParamSpec) -> Resolved:
-        """Return what this parameter gets."""
-        return self._multipliers.resolve(spec)
+        """Return what this parameter gets, by its role and by ``optimizer.overrides``."""
+        resolved = self._multipliers.resolve(spec)
+        if self.optimizer is None or not self.optimizer.overrides:
+            return resolved
+        entry = deciding(self.optimizer, self._owner(spec))
+        if entry is None:
+            return resolved
+        if entry.freeze:
+            return replace(resolved, frozen=True)
+        rate = 1.0 if entry.lr_multiplier is None else entry.lr_multiplier
+        decay = 1.0 if entry.weight_decay_multiplier is None else entry.weight_decay_multiplier
+        if self.decay_is_independent:  # a step takes the same of a weight at any rate
+            decay /= rate
+        return replace(resolved, lr=resolved.lr * rate, weight_decay=resolved.weight_decay * decay)
+
+    def _check_decays(self) -> None:
+        """Refuse an override that multiplies decays of which each is zero."""
+        optimizer = self.optimizer
+        for number, entry in enumerate(optimizer.overrides if optimizer is not None else ()):
+            assert optimizer is not None
+            if entry.weight_decay_multiplier is None:
+                continue
+            decided = (s for s in inventory(self.model) if deciding(optimizer, s) is entry)
+            decays = (self._multipliers.resolve(spec).weight_decay for spec in decided)
+            if not any(optimizer.weight_decay * decay for decay in decays):
+                raise UserError(
+                    f"optimizer.overrides.{number}.weight_decay_multiplier multiplies nothing: "
+                    f"with optimizer.weight_decay={optimizer.weight_decay:g} none of these "
+                    "parameters has a decay (vectors and matrices on spheres never do); leave it "
+                    "out"
+                )
+
+    def _owner(self, spec: ParamSpec) -> ParamSpec:
+        """Return the parameter that ``spec`` is a copy of: a tied head away from its embedding."""
+        copied = self.model.tied_embeddings and spec.role is Role.OUTPUT
+        return inventory(self.model)[0] if copied else spec
 
     def describe(self) -> dict[str, Any]:
         """Return them as JSON for a run's record.

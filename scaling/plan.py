@@ -18,6 +18,7 @@ from allometry.scaling.memory import (
     most_in_flight,
 )
 from allometry.scaling.offload import Traffic, offloaded
+from allometry.scaling.overrides import describe_overrides
 from allometry.scaling.parameterization import Parameterization
 
 
@@ -128,6 +129,9 @@ class RunPlan:
                 None if self.activation_traffic is None else self.activation_traffic.describe()
             ),
             "parameterization": self.parameterization.describe(),
+            "overrides": describe_overrides(
+                self.parameterization.model, self.parameterization.optimizer
+            ),
             "balance_loads": None if self.balance_loads is None else asdict(self.balance_loads),
         }
 

@@ -57,3 +57,8 @@ class ParamSpec:
     def numel(self) -> int:
         """Elements of the whole parameter."""
         return math.prod(self.shape)
+
+
+def layer_of(name: str) -> int | None:
+    """Return the layer whose parameter this is; None: of embedding, final norm or head."""
+    return int(name.split(".")[1]) if name.startswith("blocks.") else None

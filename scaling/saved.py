@@ -89,7 +89,8 @@ def fp8_bytes(width: int, rows: int = 1) -> int:
 class Block:
     """One block of a model on one of ``tp`` ranks; ``ep``: whether experts' rows travel.
 
-    ``whole_experts``: whether they do over tp.
+    ``whole_experts``: whether they do over tp. ``frozen``: parameters without gradients, by their
+    names in the block without ".weight"; a product of such keeps no input.
     """
 
     model: ModelConfig
@@ -98,6 +99,7 @@ class Block:
     tp: int = 1
     ep: int = 1
     whole_experts: bool = False
+    frozen: frozenset[str] = frozenset()
 
     def saved(self, tokens: int, checkpointing: Checkpointing) -> Counter[str]:
         """Return the bytes, by operation, that ``tokens`` keep until the block's backward."""
@@ -159,14 +161,17 @@ class Block:
     def _attention(self) -> Counter[str]:
         kernels = self.kernels
         queries, keys = self._features
-        rows = norm(self.model.width, kernels) + self._branch_input()
+        rows = norm(self.model.width, kernels, trained=self._trains("attention_norm"))
+        rows += self._branch_input("attention.wq", "attention.wk", "attention.wv")
         rows[QKV] += kernels.compute * (queries + 2 * keys)
         rows[ATTENTION] += kernels.compute * queries + kernels.scores
-        if kernels.saves:  # else what attention returned is the next product's input
+        # Else what attention returned is the next product's input.
+        if kernels.saves and self._trains("attention.wo"):
             rows[ATTENTION] += kernels.product_input(queries, self._recipe())
         if self.model.qk_norm:
             heads = self.model.num_heads + self.model.kv_heads
-            normed = norm(queries + keys, kernels, heads)
+            trained = self._trains("attention.q_norm", "attention.k_norm")
+            normed = norm(queries + keys, kernels, heads, trained=trained)
             # Values are a part of the one product that made all three.
             if kernels.compute < 4 and not kernels.saves:
                 rows[QKV] += kernels.compute * (queries + keys)
@@ -179,21 +184,23 @@ class Block:
 
     def _ffn(self) -> Counter[str]:
         kernels, mixture = self.kernels, self.mixture
-        rows = norm(self.model.width, kernels)
+        rows = norm(self.model.width, kernels, trained=self._trains("ffn_norm"))
         if mixture is None:
-            return rows + self._swiglu(self.hidden, self._recipe()) + self._branch_input()
+            rows += self._swiglu(self.hidden, self._recipe(), "ffn")
+            return rows + self._branch_input("ffn.gate", "ffn.up")
         experts = mixture.experts
         visits, shared = experts.experts_per_token, experts.num_shared_experts
         down = self._recipe(Role.EXPERT_DOWN)
-        rows += self._swiglu(visits * experts.width, down, visits)
+        rows += self._swiglu(visits * experts.width, down, "ffn.experts", visits)
         if shared:
-            rows += self._swiglu(shared * experts.width, self._recipe())
+            rows += self._swiglu(shared * experts.width, self._recipe(), "ffn.shared")
         return rows + self._mixture(mixture)
 
-    def _swiglu(self, hidden: int, recipe: str, rows: int = 1) -> Counter[str]:
+    def _swiglu(self, hidden: int, recipe: str, module: str, rows: int = 1) -> Counter[str]:
         """Gate and up, silu(gate) and the input of the product down; in FP8 no silu(gate)."""
         kernels = self.kernels
-        down = kernels.product_input(hidden, recipe, rows)
+        trained = self._trains(f"{module}.down")
+        down = kernels.product_input(hidden, recipe, rows) if trained else 0
         if kernels.saves:
             return Counter({GATE_UP: fp8_bytes(2 * hidden, rows), SWIGLU: down})
         return Counter(
@@ -205,40 +212,52 @@ class Block:
         visits, width = experts.experts_per_token, model.width
         latent = experts.latent_width if isinstance(experts, LatentExperts) else 0
         rows: Counter[str] = Counter()
+        shared = ("ffn.shared.gate", "ffn.shared.up") if experts.num_shared_experts else ()
+        beside = (*shared, *(("ffn.latent_down",) if latent else ()))
+        routes = self._trains("ffn.router")
         if kernels.saves:
             # The router keeps it in FP8; what multiplies the same tensor as it is keeps no other.
             rows[ROUTER] += fp8_bytes(width)
             if experts.num_shared_experts and (self.tp > 1 or self._recipe()):
-                rows += self._branch_input()
+                rows += self._branch_input(*shared)
             if latent and self._recipe():
-                rows += self._branch_input()
+                rows += self._branch_input("ffn.latent_down")
         else:
-            if experts.num_shared_experts or latent:
-                rows += self._branch_input()
+            if beside:
+                rows += self._branch_input(*beside)
             if kernels.compute < kernels.wide:
-                rows[ROUTER] += kernels.wide * width
-            elif not rows:
+                rows[ROUTER] += kernels.wide * width if routes else 0
+            elif not rows and routes:
                 rows[NORMS] += kernels.compute * width  # which the router reads as it is
         logits = 2 if model.router.gate in ("softmax", "sigmoid") else 1
         rows[ROUTER] += logits * kernels.wide * experts.num_experts
         rows[ROUTER] += visits * (kernels.wide + _INT64)
         # As they are sorted here (over ep, as they arrived) and as they came back.
         up = self._recipe(Role.EXPERT_UP)
-        if not kernels.saves or self.travels:
+        if not self._trains("ffn.experts.gate", "ffn.experts.up"):
+            pass
+        elif not kernels.saves or self.travels:
             rows[ROWS] += kernels.product_input(self.rows_width, up, visits)
         elif latent or up or self.tp > 1:  # else the router's; of tokens, not of their rows
             rows[ROWS] += kernels.product_input(self._expert_input, up)
         rows[ROWS] += (2 if self.ep > 1 else 1) * kernels.compute * self.rows_width
         rows[ROWS] += visits * 2 * _INT64 * (2 if self.ep > 1 else 1)
-        if latent:
+        if latent and self._trains("ffn.latent_up"):
             rows[ROWS] += kernels.product_input(latent, self._recipe())
         return rows
+
+    def _trains(self, *names: str) -> bool:
+        """Whether any of these weights has a gradient, for which their product keeps its input."""
+        return not self.frozen.issuperset(names)
 
     def _recipe(self, role: Role = Role.HIDDEN) -> str:
         return self.kernels.recipe(role, self.layer)
 
-    def _branch_input(self) -> Counter[str]:
-        """A norm's output, which the products of a branch read; gathered from all of tp."""
+    def _branch_input(self, *weights: str) -> Counter[str]:
+        """A norm's output, which products of a branch keep if one of their weights is trained;
+        gathered from all of tp."""
+        if not self._trains(*weights):
+            return Counter()
         name = NORMS if self.tp == 1 else GATHERED
         return Counter({name: self.kernels.product_input(self.model.width, self._recipe())})
 
@@ -274,16 +293,17 @@ class Block:
         return rows
 
 
-def norm(width: int, kernels: Kernels, rows: int = 1) -> Counter[str]:
+def norm(width: int, kernels: Kernels, rows: int = 1, *, trained: bool = True) -> Counter[str]:
     """Return the bytes that a norm of ``rows`` rows, ``width`` elements in all, keeps of its input.
 
-    What it reads as it is, unfused, is under ``RESIDUAL``.
+    What it reads as it is, unfused, is under ``RESIDUAL``; for a gain that is ``trained`` it keeps
+    the quotient.
     """
     if kernels.saves:
         return Counter({NORMS: fp8_bytes(width, rows) + kernels.wide * rows})
     if kernels.fused_norm:
         return Counter({NORMS: kernels.compute * width + kernels.wide * rows})
-    kept = Counter({NORMS: kernels.wide * (width + rows)})
+    kept = Counter({NORMS: kernels.wide * (width * trained + rows)})
     if kernels.compute < kernels.wide:
         kept[NORMS] += kernels.wide * width
     else:

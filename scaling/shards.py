@@ -9,12 +9,13 @@ preset. Parts are those of the first rank of each axis: where a cut is uneven, t
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from allometry.configs.model import ModelConfig
 from allometry.scaling.inventory import inventory
 from allometry.scaling.layout import Layout
-from allometry.scaling.roles import EXPERTS, ParamSpec, Role
+from allometry.scaling.roles import EXPERTS, ParamSpec, Role, layer_of
 
 PREFETCHED = 2
 """Blocks whose parameters ZeRO gathers ahead of the one that computes."""
@@ -58,11 +59,6 @@ def shard(shape: tuple[int, ...], ranks: int) -> tuple[int, ...]:
     """Return the shape of the first rank's shard of such a part."""
     dim = zero_dim(shape, ranks)
     return (*shape[:dim], -(-shape[dim] // ranks), *shape[dim + 1 :])
-
-
-def layer_of(name: str) -> int | None:
-    """Return the layer whose parameter this is; None: of embedding, final norm or head."""
-    return int(name.split(".")[1]) if name.startswith("blocks.") else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,10 +120,13 @@ class RankParts:
         """Return the elements that this rank holds between steps."""
         return math.prod(self.shard(spec))
 
-    def units(self) -> dict[str, int]:
-        """Return the elements of what FSDP2 gathers and reduces at once, whole, by its name."""
+    def units(self, specs: Iterable[ParamSpec]) -> dict[str, int]:
+        """Return the elements of what FSDP2 gathers or reduces at once, whole, by its name.
+
+        Of ``specs``, some of the parameters here: those that are trained, for what it reduces.
+        """
         sizes: dict[str, int] = {}
-        for spec in self.specs():
+        for spec in specs:
             layer = layer_of(spec.name)
             unit = f"block {layer}" if layer is not None else "ends"
             if spec.name == "embedding.weight" or (self.ep > 1 and spec.role in EXPERTS):

@@ -14,6 +14,7 @@ from fractions import Fraction
 
 from allometry.configs.errors import UserError
 from allometry.configs.optimization import Apollo, Fp8StatesConfig, OptimizerConfig
+from allometry.scaling.overrides import is_frozen
 from allometry.scaling.roles import MATRICES, ParamSpec, Role
 
 StateSize = Callable[[int, OptimizerConfig | None], Fraction]
@@ -191,8 +192,10 @@ def rules_of(kind: str) -> tuple[UpdateRule, ...]:
 def state_bytes(spec: ParamSpec, part: Sequence[int], optimizer: OptimizerConfig | None) -> int:
     """Return the bytes that an optimizer keeps for a part, of this shape, of a parameter.
 
-    ``optimizer`` None: AdamW.
+    ``optimizer`` None: AdamW. Of what ``optimizer.overrides`` freezes it keeps nothing.
     """
+    if is_frozen(optimizer, spec):
+        return 0
     rule = rule_of(optimizer.kind if optimizer else "adamw", spec.role)
     matrices = spec.shape[0] if len(spec.shape) == 3 else 1
     once = rule.numbers_per_parameter + rule.numbers_per_matrix * matrices

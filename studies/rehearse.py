@@ -137,7 +137,9 @@ def _step(
             parallel.sync.micro_batch(last)
             for stage, part in parallel.parts.items():
                 made = part(*_inputs(config, part, mesh))
-                (made.total if isinstance(made, Losses) else made.float().sum()).backward()
+                loss = made.total if isinstance(made, Losses) else made.float().sum()
+                if loss.requires_grad:  # a frozen first stage has no backward
+                    loss.backward()
                 part.take_statistics()
                 total.update(_handed_on(config, mesh, plan.layout, stage, number))
             if last:
@@ -203,7 +205,7 @@ def _tied(config: RunConfig, layout: Layout, parallel: Parallel) -> dict[Collect
     for stage, kind in ((0, "send tied weight"), (last, "send tied gradient")):
         part = parallel.parts.get(stage)
         module = None if part is None else part.embedding if stage == 0 else part.head
-        if module is not None:
+        if module is not None and (stage == 0 or module.weight.requires_grad):
             weight = module.weight
             sent[Collective(kind, "pp", 2, _nbytes([weight]), dtype_name(weight.dtype))] = 1
     return sent
@@ -216,7 +218,8 @@ def _update(
     optimizer = make_optimizer(config, plan, parallel, mesh, still=True)
     init_states(optimizer)  # what is sent for them is sent once in a run
     for _, parameter in parallel.named_parameters():
-        parameter.grad = torch.zeros_like(parameter)
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
     with CollectiveLog(mesh) as log:
         optimizer.step()
     calls.update(log.calls)

@@ -21,7 +21,7 @@ from allometry.data.stream import Stream, open_stream
 from allometry.data.tokenizer import check_vocabulary
 from allometry.laws.areas import LearningRateAreas
 from allometry.models.build import torch_dtype
-from allometry.optim.build import init_states, settle
+from allometry.optim.build import begin_anew, init_states, settle
 from allometry.optim.deepspeed import DeepSpeedOptimizer
 from allometry.optim.schedule import Schedule, resolve_schedule
 from allometry.optim.tiered import TieredOptimizer
@@ -195,8 +195,10 @@ class _Run:
             areas.load_state_dict(start.facts["areas"])
             progress.flops = start.facts["flops"]
             progress.held_out_before.update(start.facts.get("held_out_before", {}))
-        self.converted = load(start.checkpoint, state, names, self.mesh)
+        self.converted, begun = load(start.checkpoint, state, names, self.mesh)
         settle(self.optimizer)
+        if begun:
+            begin_anew(self.optimizer, begun)
         check_finite(start.checkpoint, state, self.mesh)
         return progress
 
@@ -369,6 +371,8 @@ class _Run:
                 report("states_disk", **place)
         for kind, facts in data_events(start.facts, self.stream):
             report(kind, step=start.step, **facts)
+        if start.overrides:
+            report("overrides_changed", step=start.step, **start.overrides)
         for change in self.kernel_changes:
             report("kernels_changed", step=start.step, **change)
         for change, states in self.converted.items():

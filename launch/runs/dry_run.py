@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -14,7 +15,7 @@ from allometry.optim.schedule import Schedule, resolve_schedule
 from allometry.scaling.advice import DEVICE_BYTES, advice
 from allometry.scaling.count import DocumentFlops
 from allometry.scaling.layout import SPLIT_BACKWARD
-from allometry.scaling.moments import PARAMETERS, STATES
+from allometry.scaling.moment import PARAMETERS, STATES
 from allometry.scaling.plan import RunPlan, memory_of
 from allometry.trainer.state.folder import RunFolder
 
@@ -79,6 +80,7 @@ def _text(config: RunConfig, plan: RunPlan, facts: dict[str, Any]) -> str:
     lines = [
         f"parameters        {counts.total:,} ({counts.non_embedding:,} without embeddings)",
         f"  by role         {roles}",
+        *_overrides(facts["overrides"]),
         f"FLOPs per token   {flops.total:.4g} (forward {flops.forward:.4g}, backward "
         f"{flops.backward:.4g}; attention is {flops.attention / flops.total:.1%})",
         f"  of              {plan.flops_assumption}",
@@ -105,6 +107,19 @@ def _text(config: RunConfig, plan: RunPlan, facts: dict[str, Any]) -> str:
         ),
     ]
     return "\n".join(lines)
+
+
+def _overrides(entries: list[dict[str, Any]]) -> Iterator[str]:
+    for number, entry in enumerate(entries):
+        gets = ", ".join(
+            f"{name} {entry[name]}" if name != "freeze" else "frozen" if entry[name] else "trained"
+            for name in ("freeze", "lr_multiplier", "weight_decay_multiplier")
+            if name in entry
+        )
+        yield (
+            f"  overrides.{number:<6}{entry['parameters']:,} parameters of {entry['numbers']:,} "
+            f"numbers: {gets}"
+        )
 
 
 def _share(config: RunConfig, plan: RunPlan) -> str:

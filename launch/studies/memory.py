@@ -14,7 +14,7 @@ from allometry.launch.text import size, table
 from allometry.scaling.batch import BatchPlan
 from allometry.scaling.layout import Layout
 from allometry.scaling.memory import MemoryEstimate
-from allometry.scaling.moments import Moment
+from allometry.scaling.moment import Moment
 from allometry.scaling.plan import memory_of
 
 if TYPE_CHECKING:

@@ -28,7 +28,8 @@ class Resolved:
     ``lr``, ``weight_decay`` and ``eps`` multiply what the optimizer section says, and
     ``forgetting`` multiplies 1 - beta2 of a second moment. ``rule`` is the name of its update rule
     (``update_rules.py``). Weight decay is the coupled kind: a step takes lr x decay
-    of the weight. ``sphere``: each matrix keeps its initial Frobenius norm.
+    of the weight. ``sphere``: each matrix keeps its initial Frobenius norm. ``frozen``: it is not
+    trained.
     """
 
     init_kind: InitKind
@@ -40,6 +41,7 @@ class Resolved:
     sphere: bool = False
     alike: bool = False
     forgetting: float = 1.0
+    frozen: bool = False
 
 
 @dataclass(frozen=True, slots=True)

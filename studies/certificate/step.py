@@ -71,6 +71,8 @@ def reference_steps(config: RunConfig, steps: Sequence[Sequence[DeviceBatch]]) -
     initialize(model, parameterization, config.run.seed)
     _unbalance([model])
     named = dict(model.named_parameters())
+    frozen = [parameter for parameter in named.values() if not parameter.requires_grad]
+    trained = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
     optimizer = build_optimizer(
         named.items(),
         parameter_specs(model),
@@ -87,10 +89,12 @@ def reference_steps(config: RunConfig, steps: Sequence[Sequence[DeviceBatch]]) -
         before = {layer: router.load.clone() for layer, router in routers(model).items()}
         if loads is not None and loads.loads == "this_batch":
             set_loads(model, _counted_visits(config, model, batches))
+        _differentiate(frozen, True)  # in the plain twin the optimizer alone leaves them out
         result.sums.append(_accumulate(config, model, batches))
-        result.grad_norm.append(_clip(list(named.values()), config.training.clip_grad_norm))
+        _differentiate(frozen, False)
+        result.grad_norm.append(_clip(list(trained.values()), config.training.clip_grad_norm))
         if step == 1:
-            result.gradients.update((name, _whole(p.grad)) for name, p in named.items())
+            result.gradients.update((name, _whole(p.grad)) for name, p in trained.items())
         set_lr(optimizer, schedule.fraction(step))
         optimizer.step()
         if isinstance(config.model, MoEModel):
@@ -98,6 +102,12 @@ def reference_steps(config: RunConfig, steps: Sequence[Sequence[DeviceBatch]]) -
     result.parameters.update((name, _whole(p)) for name, p in named.items())
     result.routers.update(_router_state(model))
     return result
+
+
+def _differentiate(parameters: Sequence[Tensor], wanted: bool) -> None:
+    for parameter in parameters:
+        parameter.requires_grad_(wanted)
+        parameter.grad = None
 
 
 def _counted_visits(
@@ -166,7 +176,8 @@ def layout_steps(
     result = StepsResult([], [], [], {}, {}, {})
 
     def keep_gradients(*_: object) -> None:
-        result.gradients.update((name, _whole(p.grad)) for name, p in parallel.named_parameters())
+        trained = ((name, p) for name, p in parallel.named_parameters() if p.requires_grad)
+        result.gradients.update((name, _whole(p.grad)) for name, p in trained)
 
     hook = optimizer.register_step_pre_hook(keep_gradients)
     for step, batches in enumerate(steps, 1):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from allometry.configs.model import ModelConfig, MoEModel
-from allometry.scaling.moments import COPIES, LOSS, WORKSPACE
+from allometry.scaling.moment import COPIES, LOSS, WORKSPACE
 from allometry.scaling.saved import (
     ATTENTION,
     GATE_UP,

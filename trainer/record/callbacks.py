@@ -111,6 +111,9 @@ _SAID = {
     "disk of {folder} ({gb_per_s:.2f} GB/s); raise optimizer_states.device or .cpu, or use a "
     "faster disk",
     "states_converted": "optimizer states: {states} were converted, {change}",
+    "overrides_changed": "optimizer.overrides are others from step {step} on: {frozen} parameters "
+    "are frozen here, {trained} are trained again (their states begin at zero) and {multiplied} "
+    "have another rate or decay",
     "same_documents": "WARNING: the run that these weights come from has read the documents of "
     "{sources} in the same order (run.seed={seed}); data.continue_sources: true goes on after "
     "them, and with another run.seed the order is another",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +24,7 @@ from allometry.trainer.state.integrity import damage_of_contents
 from allometry.trainer.state.reading import continued, weights_only, with_reading
 from allometry.trainer.state.refused import check_not_refused
 from allometry.trainer.state.room import check_room
-from allometry.trainer.state.unchanged import check_unchanged
+from allometry.trainer.state.unchanged import changed_overrides, check_unchanged
 
 T = TypeVar("T")
 _SETTLED = ("model", "parameterization")
@@ -34,7 +34,8 @@ _SETTLED = ("model", "parameterization")
 class Start:
     """Where a launch begins: ``checkpoint`` is None for a run that starts from nothing.
 
-    ``branched``: it was just taken over from the run that ``run.parent`` names.
+    ``branched``: it was just taken over from the run that ``run.parent`` names. ``overrides``: how
+    many parameters the launch freezes, trains again or multiplies otherwise than the steps before.
     """
 
     checkpoint: Path | None
@@ -43,6 +44,7 @@ class Start:
     abandoned: list[str]
     dropped_rows: int
     branched: bool = False
+    overrides: dict[str, int] = field(default_factory=dict)
 
     @property
     def step(self) -> int:
@@ -66,6 +68,7 @@ class _Choice:
     facts: dict[str, Any] | None
     new: bool = False
     copies: tuple[tuple[Path, Path], ...] = ()  # from and to: what could not be linked
+    overrides: dict[str, int] = field(default_factory=dict)
 
 
 def begin(
@@ -149,7 +152,8 @@ def _choose(
         _check_stop(folder, parent.step, stop_at_step)
         taken = take(folder, config, parent, lambda facts: accept(facts, _config_of(parent)))
         facts = with_reading(taken.facts, _config_of(parent))
-        return _Choice(taken.path, facts, new=True, copies=taken.copies)
+        changed = changed_overrides(_config_of(parent), config)
+        return _Choice(taken.path, facts, new=True, copies=taken.copies, overrides=changed)
     if resume == "never":
         raise UserError(
             f"run.folder={folder.path} already holds a run and run.resume=never; choose another "
@@ -175,7 +179,8 @@ def _choose(
             "it, or make an empty file of that name to go on without them"
         )
     accept(facts, old)
-    return _Choice(path, with_reading(facts, old))
+    changed = {} if weights_only(facts) else changed_overrides(old, config)
+    return _Choice(path, with_reading(facts, old), overrides=changed)
 
 
 def _config_of(parent: Parent) -> RunConfig:
@@ -210,6 +215,7 @@ def _enter(folder: RunFolder, config: RunConfig, choice: _Choice, problem: str |
         abandoned=abandoned,
         dropped_rows=dropped_rows,
         branched=choice.new and path is not None,
+        overrides=choice.overrides,
     )
     if step < total:  # else the launch changes nothing that the folder says
         write_atomically(folder.config, dump(config))

@@ -25,15 +25,22 @@ READ_BYTES = 1 << 30
 """States of a rank that are read before they are converted, at most or one larger."""
 
 
-def load(path: Path, state: State, names: Mapping[Tensor, str], mesh: Mesh) -> dict[str, int]:
+class Loaded(NamedTuple):
+    """``converted``: how many states, by "from -> to"; the same on all ranks of a stage.
+    ``begun``: parameters of which the checkpoint has no states, as they were frozen.
+    """
+
+    converted: dict[str, int]
+    begun: list[Tensor]
+
+
+def load(path: Path, state: State, names: Mapping[Tensor, str], mesh: Mesh) -> Loaded:
     """Fill ``state`` in place: all of a run, what its optimizer remembers among it.
 
     ``names`` are those of parameters. Every rank calls this. What the checkpoint keeps in the same
     way is filled bit by bit; other states are read as they are there and rounded to the nearest,
-    some at a time, whether they lie on the device or in a tier.
-
-    Returns:
-        How many states were converted, by "from -> to"; the same on all ranks of a stage.
+    some at a time, whether they lie on the device or in a tier. Parameters of which the checkpoint
+    has no states keep those that they have: they begin as in a first step.
 
     Raises:
         UserError: the checkpoint keeps states in FP8, and the engine of the run is DeepSpeed.
@@ -43,6 +50,8 @@ def load(path: Path, state: State, names: Mapping[Tensor, str], mesh: Mesh) -> d
     saved, held = (_of_parameters(each, prefixes) for each in (there, state))
     others = list(_others(prefixes, held, saved))
     away = {f"{other.prefix}{name}" for other in others for name in other.held}
+    begun = [prefix for prefix in prefixes if held[prefix] and not saved[prefix]]
+    away |= {f"{prefix}{name}" for prefix in begun for name in held[prefix]}
     # Rounding at random begins to count.
     away |= {f"{p}step" for p in prefixes if "step" in held[p] and "step" not in saved[p]}
     checkpoint.load(path, {name: each for name, each in state.items() if name not in away}, mesh)
@@ -59,7 +68,8 @@ def load(path: Path, state: State, names: Mapping[Tensor, str], mesh: Mesh) -> d
         checkpoint.load(path, wanted, mesh)
         for other, read in zip(batch, reads, strict=True):
             other.convert(read)
-    return dict(Counter(f"{_text(other.saved)} -> {_text(other.kept)}" for other in others))
+    converted = Counter(f"{_text(other.saved)} -> {_text(other.kept)}" for other in others)
+    return Loaded(dict(converted), [prefixes[prefix] for prefix in begun])
 
 
 class _Other(NamedTuple):

@@ -39,6 +39,8 @@ _PATHS = ("train", "validation")
 _MIXTURE = ("weight", "max_epochs")
 # How states are kept may change where a run branches: they are converted, which is an event.
 BRANCH_FREE = ("run.parent", "optimizer.states.")
+# Which parameters are trained, and how fast, may change where a run goes on, which is an event.
+OVERRIDES = "optimizer.overrides"
 CONTINUES = "may not change when a run continues; restore it or choose another run.folder"
 BRANCHES = "may not differ in a run that branches from it; restore it or leave run.parent out"
 
@@ -49,9 +51,12 @@ def check_unchanged(
     """Refuse a change to what a run computes, naming the key; ``step`` steps have been taken.
 
     With ``sections`` only these, or single keys, may not change. The mixture may: samples already
-    read stay what they were, and each source goes on at its next one (``Reading.resumed``).
+    read stay what they were, and each source goes on at its next one (``Reading.resumed``). So may
+    ``optimizer.overrides`` (``changed_overrides``).
     """
     for key, before, after in differences(old, _with_mixture_of(old, new)):
+        if key.startswith(OVERRIDES):
+            continue
         if sections is None or f"{key}.".startswith(tuple(f"{one}." for one in sections)):
             raise UserError(
                 f"{key}={after!r} differs from {before!r}, with which {old.run.folder} was "
@@ -105,6 +110,22 @@ def differences(old: RunConfig, new: RunConfig) -> Iterator[tuple[str, Any, Any]
             yield key, before.get(key), after.get(key)
 
 
+def changed_overrides(old: RunConfig, new: RunConfig) -> dict[str, int]:
+    """How many parameters other ``optimizer.overrides`` freeze, train again and multiply otherwise;
+    empty where none is.
+    """
+    rules = [Parameterization.of_run(_with_overrides(new, one)) for one in (old, new)]
+    found = {"frozen": 0, "trained": 0, "multiplied": 0}
+    for spec in inventory(new.model):
+        before, after = (each.resolve(spec) for each in rules)
+        if before.frozen != after.frozen:
+            found["frozen" if after.frozen else "trained"] += 1
+        elif not after.frozen:
+            changed = (before.lr, before.weight_decay) != (after.lr, after.weight_decay)
+            found["multiplied"] += changed
+    return found if any(found.values()) else {}
+
+
 def rates_part(old: RunConfig, new: RunConfig, step: int) -> int | None:
     """The first of ``step`` steps whose learning rates differ between two runs; None if none does.
 
@@ -132,10 +153,17 @@ def _check_length(config: RunConfig, step: int) -> int:
 
 
 def _multipliers(config: RunConfig) -> list[tuple[float, float, float, float]]:
-    """What multiplies rate, decay, epsilon and 1 - beta2 of each parameter."""
-    rules = Parameterization.of_run(config)
+    """What multiplies rate, decay, epsilon and 1 - beta2 of each parameter, overrides aside."""
+    rules = Parameterization.of_run(_with_overrides(config, None))
     resolved = [rules.resolve(spec) for spec in inventory(config.model)]
     return [(one.lr, one.weight_decay, one.eps, one.forgetting) for one in resolved]
+
+
+def _with_overrides(config: RunConfig, of: RunConfig | None) -> RunConfig:
+    """``config`` with the overrides of another run, or without any."""
+    overrides = () if of is None else of.optimizer.overrides
+    optimizer = config.optimizer.model_copy(update={"overrides": overrides})
+    return config.model_copy(update={"optimizer": optimizer})
 
 
 def _why(old: RunConfig, new: RunConfig) -> str:

@@ -58,6 +58,7 @@ ONE = dist("layouts", keyword="hdp2-zero3-fp64 or hdp2-selective or every_layout
 CUT = dist("layouts", keyword="hdp2-tp2-fp64 or pp2-tp2 or ep2-tp2")
 STAGED = dist("layouts", keyword="gpipe or looped_bfs or interleaved_zero_bubble")
 RUNS = unit("trainer/test_trainer_run")
+FROZEN = unit("trainer/*overrides")
 
 # The first pattern that fits a file says what covers it.
 COVERING: tuple[tuple[str, tuple[Stage, ...]], ...] = (
@@ -83,6 +84,7 @@ COVERING: tuple[tuple[str, tuple[Stage, ...]], ...] = (
         (
             unit("models/test_models_router", "models/test_models_moe"),
             unit("models/test_*"),
+            FROZEN,
             ONE,
             CUT,
         ),
@@ -99,7 +101,7 @@ COVERING: tuple[tuple[str, tuple[Stage, ...]], ...] = (
     ("optim/newton_schulz.py", (unit("optim/*newton_schulz", "optim/*muon"), unit("optim/*"))),
     (
         "optim/groups.py",
-        (unit("optim/*build", "scaling/*identity"), unit("optim/*"), dist("optimizers")),
+        (unit("optim/*build", "scaling/*identity"), unit("optim/*"), FROZEN, dist("optimizers")),
     ),
     (
         "optim/[eosw]*.py",  # what computes with shards
@@ -138,7 +140,10 @@ COVERING: tuple[tuple[str, tuple[Stage, ...]], ...] = (
         "parallel/working.py",
         (unit("trainer/test_trainer_tiers"), dist("tiers", keyword="elsewhere")),
     ),
-    ("parallel/zero.py", (dist("zero"), ONE, dist("layouts", keyword="zero"))),
+    (
+        "parallel/zero.py",
+        (dist("zero"), ONE, dist("layouts", keyword="zero"), dist("overrides", keyword="zero")),
+    ),
     ("parallel/tensor.py", (dist("tensor"), CUT)),
     (
         "parallel/expert.py",
@@ -150,8 +155,14 @@ COVERING: tuple[tuple[str, tuple[Stage, ...]], ...] = (
         (ONE, dist("documents", keyword="mixed or without"), dist("zero", "flat_reducer")),
     ),
     ("parallel/agree.py", (dist("integrity", "runs"),)),
-    ("parallel/tied.py", (dist("pipeline", "pipeline_steps"), STAGED)),
-    ("parallel/stage.py", (dist("pipeline", "pipeline_steps"), STAGED)),
+    (
+        "parallel/tied.py",
+        (dist("pipeline", "pipeline_steps"), STAGED, dist("overrides", keyword="tied")),
+    ),
+    (
+        "parallel/stage.py",
+        (dist("pipeline", "pipeline_steps"), STAGED, dist("overrides", keyword="pp2 or zbv")),
+    ),
     ("parallel/pipeline.py", (unit("parallel/*pipeline*"), dist("pipeline*"), STAGED)),
     ("parallel/context.py", (dist("documents", keyword="mixed or planned"),)),
     ("parallel/checkpointing.py", (unit("models/*twins", "parallel/*apply"), ONE)),

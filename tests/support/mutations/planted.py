@@ -18,6 +18,30 @@ class Plant:
 
 PLANTED = (
     Plant(
+        "models/build.py",
+        "frozen parameters that require a gradient",
+        "parameter.requires_grad_(not parameterization.resolve(specs[name]).frozen)",
+        "parameter.requires_grad_(True)",
+    ),
+    Plant(
+        "models/products.py",
+        "gradients of joined weights given to the first that are there",
+        "return [next(each) if wanted else None for wanted in trained]",
+        "return [next(each, None) for wanted in trained]",
+    ),
+    Plant(
+        "models/moe.py",
+        "the bias of a frozen router moved",
+        "if isinstance(balance, BiasBalance) and router.weight.requires_grad:",
+        "if isinstance(balance, BiasBalance):",
+    ),
+    Plant(
+        "parallel/tied.py",
+        "the gradient of a frozen tied embedding awaited",
+        "if not all(_weight(module).requires_grad for module in ends):",
+        "if False:",
+    ),
+    Plant(
         "models/moe.py",
         "attention of a block with experts without its residual scale",
         "x_BLD + self._scaled(self.attention(self.attention_norm(x_BLD), geometry))",

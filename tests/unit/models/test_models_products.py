@@ -242,3 +242,47 @@ def test_groups_as_one_product(gathered: bool) -> None:
             other.detach().abs().max()
         )
     assert [grad.dtype for grad in got[1:]] == [w.dtype for w in weights]
+
+
+HOW = {
+    "compute": COMPUTE,
+    "saved in fp8": (True, *COMPUTE[1:]),
+    "fp8 products": (True, "fp8_rowwise", *COMPUTE[2:]),
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("frozen", [(1,), (0, 2), (0, 1, 2)])
+@pytest.mark.parametrize("how", HOW)
+def test_frozen_weights_have_no_gradient_and_keep_no_input(
+    how: str, frozen: tuple[int, ...], compiled: bool
+) -> None:
+    model = Three()
+    weights = [layer.weight for layer in model.layers]
+    x = torch.randn(48, 4).bfloat16().requires_grad_()
+    others = [w for place, w in enumerate(weights) if place not in frozen]
+
+    def run(x: Tensor) -> Tensor:
+        return _Multiply.apply(x, None, None, *HOW[how], *weights)
+
+    whole = gradients((run(x),), [x, *others])
+    for place in frozen:
+        weights[place].requires_grad_(False)
+    kept: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        made = run(x)
+    of_weights = {w.untyped_storage().data_ptr() for w in weights}
+    assert bool(set(kept) - of_weights) == bool(others), "x or what FP8 has made of it"
+    if compiled:
+        torch.compiler.reset()
+        made = torch.compile(run, fullgraph=True, backend="aot_eager")(x)
+    got = gradients((made,), [x, *others])
+    assert torch.equal(got[0], whole[0])
+    for some, other in zip(got[1:], whole[1:], strict=True):
+        torch.testing.assert_close(some, other)
+    assert all(weights[place].grad is None for place in frozen)
