@@ -32,7 +32,8 @@ from allometry.scaling.hyperlaws import LAWS, Target, suggest
 from allometry.scaling.plan import RunPlan
 from allometry.scaling.shapes import at_width
 from allometry.studies.ladder.share import PlannedRun, branching_point, share
-from allometry.trainer.state.unchanged import differences, rates_part
+from allometry.trainer.state.changed import differences
+from allometry.trainer.state.unchanged import rates_part
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from allometry.configs.format import first_names
 from allometry.configs.run import RunConfig
 from allometry.optim.schedule import resolve_schedule
 from allometry.scaling.batch import BatchPlan
-from allometry.trainer.state.unchanged import differences, rates_part
+from allometry.trainer.state.changed import differences
+from allometry.trainer.state.unchanged import rates_part
 
 
 @dataclass(frozen=True)

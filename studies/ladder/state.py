@@ -14,8 +14,9 @@ from allometry.configs.loader import load
 from allometry.configs.run import RunConfig
 from allometry.laws.runs import read_lines
 from allometry.studies.ladder.share import Plan, PlannedRun
+from allometry.trainer.state.changed import differences
 from allometry.trainer.state.status import is_held, last_row
-from allometry.trainer.state.unchanged import differences, rates_part
+from allometry.trainer.state.unchanged import rates_part
 
 _COMMANDS = {"ladder": "allometry ladder run", "tree": "allometry branch --tree"}
 Stage = Literal["planned", "running", "partial", "diverged", "done", "changed"]
