@@ -15,7 +15,6 @@ from typing import Any, NamedTuple, Protocol
 
 from allometry.configs.errors import UserError
 from allometry.configs.lineage import Initial
-from allometry.configs.model import ModelConfig
 from allometry.configs.run import RunConfig
 from allometry.data.run_tokenizer import tokenizer_that_agrees
 from allometry.scaling.inventory import inventory
@@ -59,7 +58,7 @@ def initial_facts(
         "weights_only": True,
         "optimizer": "optimizer" in keep,
         "keep": list(keep),
-        "origin": origin,
+        "origin": {**origin, "keep": list(keep)},
     }
 
 
@@ -104,7 +103,6 @@ def choose_initial(config: RunConfig, initial: Initial) -> Chosen:
         "run": initial.folder,
         "step": checkpoint.step_of(path),
         "hash": hashlib.sha256(content).hexdigest()[:16],
-        "keep": list(initial.keep),
         "seed": before.run.seed,
         **{key: facts[key] for key in ("tokens", "data", "reading", "origin") if key in facts},
         **source.origin(),
@@ -192,7 +190,7 @@ def _imported(
     partial.mkdir(parents=True)
     try:
         made = importer(source, config, partial)
-        facts = initial_facts(config, initial.keep, {**made.origin, "keep": list(initial.keep)})
+        facts = initial_facts(config, initial.keep, made.origin)
         seal(partial, 0, made.files, facts)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -221,11 +219,18 @@ def _checkpoint(source: RunFolder, initial: Initial, key: str) -> Path:
 
 def _check_model(before: RunConfig, config: RunConfig, key: str) -> tuple[Difference, ...]:
     """What of the model is trained otherwise; a UserError names what makes it another function."""
-    old, new = _described(before.model), _described(config.model)
+    old, new = (leaves(one.model.model_dump(mode="json")) for one in (before, config))
+    widths = ("num_kv_heads", "head_dim")  # which null stands for, too
     different = [
         Difference(f"model.{name}", old.get(name), new.get(name))
         for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name)
+        if name not in widths and old.get(name) != new.get(name)
+    ]
+    sizes = [(one.model.kv_heads, one.model.head_width) for one in (before, config)]
+    different += [
+        Difference(f"model.{name}", was, now)
+        for name, was, now in zip(widths, *sizes, strict=True)
+        if was != now
     ]
     free = ("model.rope_theta", *(f"model.{name}" for name in TRAINING_ONLY))
     other = [one for one in different if not one.key.startswith(free)]
@@ -244,11 +249,6 @@ def _check_model(before: RunConfig, config: RunConfig, key: str) -> tuple[Differ
             "bring the weights over with allometry convert, which divides multipliers out"
         )
     return tuple(different)
-
-
-def _described(model: ModelConfig) -> dict[str, Any]:
-    widths = {"num_kv_heads": model.kv_heads, "head_dim": model.head_width}
-    return leaves(model.model_dump(mode="json")) | widths
 
 
 def _check_optimizer(
