@@ -141,3 +141,8 @@ class RunSection(Section):
             return 0
         named = self.parent.may_change("schedule")
         return self.parent.step if named else self.parent.schedule_from
+
+    @property
+    def branched_at(self) -> int:
+        """The steps that a branch has from its parent; 0 of other runs."""
+        return 0 if self.parent is None else self.parent.step

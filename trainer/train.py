@@ -301,8 +301,10 @@ class _Run:
             yield PlanRows(self.planner, self.recorder, self.report)
         every = self.config.record.forecast.every_steps
         if every is not None:
-            peak_lr = self.config.optimizer.lr
-            yield Forecaster(every, self.schedule, peak_lr, self.folder, self.report)
+            run, peak_lr = self.config.run, self.config.optimizer.lr
+            yield Forecaster(
+                *(every, self.schedule, peak_lr, self.folder, self.report), run.branched_at
+            )
 
     def _saver(self) -> Saver:
         writer = checkpoint.Checkpointer(

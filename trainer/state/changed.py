@@ -129,6 +129,8 @@ def check_names(parent: Parent, *runs: RunConfig) -> None:
         place = f"run.parent.changes: {name!r}"
         if not any(covers(name, key) for key in keys):
             raise UserError(f"{place} is no key of this run; name a key or section of it")
+        if name == "run":
+            raise UserError(f"{place} is where and what the branch is; leave it out")
         if covers("schedule", name) and name != "schedule":
             raise UserError(
                 f"{place} is a part of the schedule, which counts from the branch as a whole or "
