@@ -11,6 +11,7 @@ from typing import Any
 
 from allometry.configs.errors import ConfigError, UserError
 from allometry.configs.format import human
+from allometry.configs.ladder import SbatchLaunch
 from allometry.configs.loader import load, yaml_text
 from allometry.configs.run import RunConfig
 from allometry.configs.source import parse_value
@@ -21,6 +22,7 @@ from allometry.launch.text import table
 from allometry.scaling.plan import RunPlan
 from allometry.studies.branches import Change, describe_branch, trunk_of
 from allometry.studies.ladder.run import train_runs, write_config
+from allometry.studies.ladder.sbatch import offer_scripts
 from allometry.studies.ladder.state import check_stored, only_one, stated
 from allometry.studies.tree import TreePlan, plan_tree, write_branch
 from allometry.trainer.state.pins import DESCRIBED
@@ -142,13 +144,6 @@ def _tree(asked: Branch) -> Report:
     def say(line: str) -> None:
         print(line, file=sys.stderr if asked.json else sys.stdout, flush=True)
 
-    stopped = _train(plan, asked.parallel or plan.tree.launch.parallel, say)
-    code = 128 + signal.Signals[stopped] if stopped else 0  # as shells have it
-    return Report(_facts(plan) | {"stopped": stopped}, "", passed=not stopped, code=code)
-
-
-def _train(plan: TreePlan, at_once: int, say: Say) -> str | None:
-    """Train what the tree lacks; the signal that stopped it. Raises UserError: runs failed."""
     for run in plan.runs:  # before anything is written
         check_stored(run)
     with only_one(plan.folder, "tree"):
@@ -157,7 +152,17 @@ def _train(plan: TreePlan, at_once: int, say: Say) -> str | None:
             write_config(plan, run)
             if run.config.run.parent is not None:
                 write_branch(run.config)
-        ended = train_runs(plan, plan.runs, at_once, say)
+        if isinstance(plan.launch, SbatchLaunch):
+            written = offer_scripts(plan, plan.runs, asked.parallel, say)
+            return Report(_facts(plan) | {"scripts": [str(path) for path in written]}, "")
+        stopped = _train(plan, asked.parallel or plan.launch.parallel, say)
+    code = 128 + signal.Signals[stopped] if stopped else 0  # as shells have it
+    return Report(_facts(plan) | {"stopped": stopped}, "", passed=not stopped, code=code)
+
+
+def _train(plan: TreePlan, at_once: int, say: Say) -> str | None:
+    """Train what the tree lacks; the signal that stopped it. Raises UserError: runs failed."""
+    ended = train_runs(plan, plan.runs, at_once, say)
     if ended.failed:
         name, reason = next(iter(ended.failed.items()))
         raise UserError(

@@ -15,8 +15,10 @@ from allometry.configs.ladder import (
     ConstantBatch,
     LadderConfig,
     LawBatch,
+    LocalLaunch,
     NamedSchedule,
     PowerBatch,
+    SbatchLaunch,
     Size,
 )
 from allometry.configs.loader import put, read, validate
@@ -51,9 +53,14 @@ class LadderPlan:
         return Path(self.ladder.folder)
 
     @property
+    def launch(self) -> LocalLaunch | SbatchLaunch:
+        """Where runs run."""
+        return self.ladder.launch
+
+    @property
     def processes(self) -> int:
         """Ranks of a run."""
-        return self.ladder.launch.processes
+        return self.launch.processes
 
     @property
     def runs(self) -> tuple[PlannedRun, ...]:
