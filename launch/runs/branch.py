@@ -12,7 +12,7 @@ from typing import Any
 from allometry.configs.errors import ConfigError, UserError
 from allometry.configs.format import human
 from allometry.configs.ladder import SbatchLaunch
-from allometry.configs.loader import load, yaml_text
+from allometry.configs.loader import load, validate, yaml_text
 from allometry.configs.run import RunConfig
 from allometry.configs.source import parse_value
 from allometry.configs.tree import load_tree
@@ -26,6 +26,7 @@ from allometry.studies.ladder.sbatch import offer_scripts
 from allometry.studies.ladder.state import check_stored, only_one, stated
 from allometry.studies.tree import TreePlan, plan_tree, write_branch
 from allometry.trainer.state.pins import DESCRIBED
+from allometry.trainer.state.unchanged import branch_changes
 
 TREE = "tree.yaml"
 Say = Callable[[str], None]
@@ -73,9 +74,11 @@ def _single(asked: Branch) -> Report:
         from allometry.launch.runs.train import trained
 
         return trained(Train(config=str(path)))
+    different = branch_changes(validate(trunk), config, rates=True)
     facts = {
         "run": str(folder),
         "config": str(path),
+        "changes": [change._asdict() for change in different],
         "parent": str(asked.run),
         "step": asked.at,
         "pinned": pinned,
@@ -92,7 +95,8 @@ def _single(asked: Branch) -> Report:
         facts,
         f"{folder} branches from {asked.run} at step {asked.at} of {plan.total_steps}, with "
         f"{human(own)} tokens to go; {keeps}\n"
-        f"train it: {command}",
+        + "".join(f"  {key} is {after}; it was {before}\n" for key, before, after in different)
+        + f"train it: {command}",
     )
 
 
