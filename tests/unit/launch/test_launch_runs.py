@@ -291,7 +291,7 @@ def test_a_branch_says_what_it_changes(shell: Shell, trunk: Path) -> None:
     named = ("--set", "run.parent.changes=[schedule]", "--set", "schedule.kind=cosine")
     said = shell("branch", trunk, "--at", 8, *words, *named)
     assert "  optimizer.lr is 0.001; it was 0.01\n" in said
-    assert "  data.sources.down.weight is 0.5; it was 0.3\n" in said
+    assert "  data.sources.down.weight is 0.5; it was 1.0\n" in said
     config = load(trunk.parent / "trunk-branch-8/branch.yaml")
     assert config.run.parent is not None
     assert config.run.parent.changes == ("schedule", "data", "optimizer.lr")
