@@ -1,4 +1,4 @@
-"""The ``run``, ``parallel``, ``evaluation``, ``checkpoint`` and ``record`` sections."""
+"""The ``parallel``, ``evaluation``, ``checkpoint`` and ``record`` sections."""
 
 from __future__ import annotations
 
@@ -7,34 +7,6 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import Field, model_validator
 
 from allometry.configs.base import Count, PathText, Section
-
-
-class Parent(Section):
-    """The run that a new run branches from, with everything it has learnt and recorded."""
-
-    folder: PathText = Field(
-        min_length=1, description="the parent's run.folder; it may be training"
-    )
-    step: Count = Field(
-        gt=0, description="its checkpoint to begin at; see ``checkpoint.keep_steps``"
-    )
-
-
-class RunSection(Section):
-    """Where the run lives and what makes it repeatable."""
-
-    folder: PathText = Field(min_length=1, description="the run's folder")
-    seed: Count = Field(0, ge=0, description="seed of parameters, data order and dropout")
-    resume: str = Field(
-        "auto",
-        pattern=r"^(auto|never|step-[0-9]+)$",
-        description="auto: continue what the folder holds, or start; never: the folder must be "
-        "new; step-N: go back to that checkpoint and continue from there",
-    )
-    parent: Parent | None = Field(
-        None, description="branch from another run, whose first steps would have been the same"
-    )
-
 
 Amount = (
     Annotated[float, Field(ge=0.0, le=1.0)]

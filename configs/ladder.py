@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from allometry.configs.base import Count, PathText, Section
+from allometry.configs.base import Count, PathText, Section, kind_unless_said
 from allometry.configs.errors import ConfigError
 from allometry.configs.loader import PRESET, ladder_presets, locate, validate_as
 from allometry.configs.optimization import ScheduleConfig
@@ -115,6 +115,11 @@ class SbatchLaunch(Section):
         return self
 
 
+LaunchConfig = Annotated[
+    Annotated[LocalLaunch | SbatchLaunch, Field(discriminator="kind")], kind_unless_said("local")
+]
+
+
 class LadderTarget(Section):
     """The run to be predicted before it is trained."""
 
@@ -168,9 +173,7 @@ class LadderConfig(Section):
         "validation", description="what it predicts: validation, train, or either/SOURCE"
     )
     bootstraps: Count = Field(200, ge=20, description="resamplings behind intervals")
-    launch: LocalLaunch | SbatchLaunch = Field(
-        default_factory=LocalLaunch, discriminator="kind", description="where runs run"
-    )
+    launch: LaunchConfig = Field(default_factory=LocalLaunch, description="where runs run")
 
     @model_validator(mode="after")
     def _check(self) -> Self:

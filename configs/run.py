@@ -14,9 +14,9 @@ from allometry.configs.execution import (
     EvaluationConfig,
     ParallelConfig,
     RecordConfig,
-    RunSection,
 )
 from allometry.configs.kernels import KernelsConfig
+from allometry.configs.lineage import RunSection
 from allometry.configs.model import ModelConfig, ParameterizationConfig, StandardParameterization
 from allometry.configs.optimization import OptimizerConfig, ScheduleConfig, TrainingConfig
 from allometry.configs.precision import PrecisionConfig
@@ -46,6 +46,7 @@ class RunConfig(Section):
         if reason is not None:
             raise ValueError(reason)
         self._check_masters()
+        self._check_initial()
         data, batch = self.data, self.batch
         if not isinstance(data, DocumentData):
             return self
@@ -77,3 +78,18 @@ class RunConfig(Section):
                 f"training.compute_dtype={self.training.compute_dtype} computes with the "
                 "parameters themselves; set training.compute_dtype: bf16 or leave it out"
             )
+
+    def _check_initial(self) -> None:
+        initial = self.run.initial
+        if initial is None or "data" in initial.keep or not self.data.continue_sources:
+            return
+        if initial.hf is not None:
+            raise ValueError(
+                f"data.continue_sources=true goes on after the run that weights come from, and "
+                f"run.initial.hf={initial.hf} is a model; leave it out, or name that run in "
+                "run.initial.folder with data among its keep"
+            )
+        raise ValueError(
+            f"data.continue_sources=true contradicts run.initial.keep=[{', '.join(initial.keep)}], "
+            "by which the data begin afresh; add data to keep or leave continue_sources out"
+        )

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from allometry.configs.base import Count, PathText, Section
 from allometry.configs.errors import ConfigError
-from allometry.configs.ladder import LocalLaunch, Name
+from allometry.configs.ladder import LaunchConfig, LocalLaunch, Name
 from allometry.configs.loader import PRESET, validate_as
 from allometry.configs.paths import expanded
 from allometry.configs.source import Tree, parse_file
@@ -62,7 +62,7 @@ class TreeConfig(Section):
     folder: PathText = Field(min_length=1, description="the tree's folder, which holds its runs")
     trunk: Trunk = Field(description="the run that all of them begin with")
     branches: tuple[TreeBranch, ...] = Field(min_length=1, description="what branches from it")
-    launch: LocalLaunch = Field(default_factory=LocalLaunch, description="how runs are started")
+    launch: LaunchConfig = Field(default_factory=LocalLaunch, description="where runs run")
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -130,6 +130,28 @@ def tokenizer_of(data: SequenceData | DocumentData) -> RunTokenizer:
     return RunTokenizer(file, next(iter(ends)) if len(ends) == 1 else None, tuple(why))
 
 
+def tokenizer_that_agrees(data: SequenceData | DocumentData, source: Path) -> Path | None:
+    """The tokenizer.json of a model's or a run's folder ``source``, if it has one.
+
+    Raises:
+        UserError: ``data`` were made with another tokenizer, as far as that is known.
+    """
+    path = source / TOKENIZER
+    if not path.exists():
+        return None
+    if data.tokenizer is not None:
+        read_tokenizer_json(data.tokenizer)
+    named, different = tokenizer_of(data).file, None
+    if named is not None:
+        different = difference(read_tokenizer_json(named), read_tokenizer_json(path))
+    if different is not None:
+        raise UserError(
+            f"the data's tokenizer {named} is another tokenizer than {path}, with which the model "
+            f"was trained (its {different} differs); prepare the data with --tokenizer={path}"
+        )
+    return path
+
+
 def tokenizer_of_run(folder: Path, data: SequenceData | DocumentData) -> RunTokenizer:
     """What a run's folder keeps, and of what it lacks what its data say.
 

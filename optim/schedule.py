@@ -56,7 +56,10 @@ class Schedule:
       warm-up climbs from the last rate of ``before``.
 
     ``batch_plan`` turns tokens inside of the schedule into steps. ``decay_start`` is the last step
-    before the last decay.
+    before the last decay. Where a run goes on under this schedule after ``begin_step`` steps under
+    another one, it is that of a run of the steps that are left, whose first is ``begin_step`` + 1;
+    ``total_steps``, ``warmup_steps`` (where the warm-up ends) and all that it says are in steps of
+    the whole run.
 
     Raises:
         UserError: a warm-up leaves no room for a decay, or is longer than its stretch; a stretch
@@ -69,14 +72,24 @@ class Schedule:
         total_steps: int,
         warmup_steps: int,
         batch_plan: BatchPlan | None = None,
+        begin_step: int = 0,
     ) -> None:
-        assert total_steps >= 1, total_steps
-        assert warmup_steps >= 0, warmup_steps
+        assert warmup_steps >= begin_step >= 0, (warmup_steps, begin_step)
         self.config = config
         self.total_steps = total_steps
         self.warmup_steps = warmup_steps
-        self._stretches = _stretches(config, total_steps, warmup_steps, batch_plan, 0.0)
-        self._ends = [0]
+        self.begin_step = begin_step
+        left = total_steps - begin_step
+        if left < 1:
+            raise UserError(
+                f"training asks for {total_steps} steps in all, and the schedule begins after step "
+                f"{begin_step} of them, so that none is left; raise training.total_steps (or "
+                "total_tokens)"
+            )
+        if batch_plan is not None:
+            batch_plan = batch_plan.after(begin_step)
+        self._stretches = _stretches(config, left, warmup_steps - begin_step, batch_plan, 0.0)
+        self._ends = [begin_step]
         for stretch in self._stretches:
             self._ends.append(self._ends[-1] + stretch.total_steps)
         assert self._ends[-1] == total_steps, (self._ends, total_steps)
@@ -88,8 +101,8 @@ class Schedule:
         return tuple(self._ends[1:])
 
     def fraction(self, step: int) -> float:
-        """Return the learning rate of this step (1 ... total_steps) over the peak rate."""
-        assert 1 <= step <= self.total_steps, (step, self.total_steps)
+        """Return the learning rate of this step (begin_step < step) over the peak rate."""
+        assert self.begin_step < step <= self.total_steps, (self.begin_step, step, self.total_steps)
         number = bisect_left(self._ends, step) - 1
         return self._stretches[number].fraction(step - self._ends[number])
 
@@ -299,6 +312,7 @@ def resolve_schedule(config: RunConfig, batch_plan: BatchPlan) -> Schedule:
     return Schedule(
         config.schedule,
         total_steps(config.training, batch_plan),
-        warmup_steps(config.schedule, batch_plan),
+        warmup_steps(config.schedule, batch_plan, config.run.schedule_from),
         batch_plan,
+        config.run.schedule_from,
     )

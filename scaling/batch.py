@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import copy
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -63,6 +64,18 @@ class BatchPlan:
         stage = self.stages[max(begun - 1, 0)]
         return stage.first_step - 1 + -(-(wanted - stage.first_sequence) // stage.sequences)
 
+    def after(self, step: int) -> BatchPlan:
+        """Return the plan of the steps after this one (0: of all), counted from 1 again."""
+        position, begun = self.sequences_before(step + 1), self._stage_at(step + 1)
+        later = [
+            Stage(one.first_step - step, one.first_sequence - position, one.sequences)
+            for one in self.stages
+            if one.first_step > step + 1
+        ]
+        plan = copy.copy(self)
+        plan.stages = (Stage(1, 0, begun.sequences), *later)
+        return plan
+
     def _stage_at(self, step: int) -> Stage:
         return self.stages[bisect_right(self.stages, step, key=lambda stage: stage.first_step) - 1]
 
@@ -75,11 +88,14 @@ def total_steps(training: TrainingConfig, plan: BatchPlan) -> int:
     return plan.steps_for_tokens(training.total_tokens)
 
 
-def warmup_steps(schedule: ScheduleConfig, plan: BatchPlan) -> int:
-    """Return the length of the warm-up in steps; tokens are rounded up to whole steps."""
+def warmup_steps(schedule: ScheduleConfig, plan: BatchPlan, begin: int = 0) -> int:
+    """Return the step at which the warm-up ends; tokens are rounded up to whole steps.
+
+    ``begin``: the step after which the schedule counts (``run.schedule_from``).
+    """
     if schedule.warmup_steps is not None:
-        return schedule.warmup_steps
-    return plan.steps_for_tokens(schedule.warmup_tokens or 0)
+        return begin + schedule.warmup_steps
+    return begin + plan.after(begin).steps_for_tokens(schedule.warmup_tokens or 0)
 
 
 def check_batch(batch: BatchConfig, hdp: int) -> None:

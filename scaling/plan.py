@@ -66,7 +66,7 @@ class RunPlan:
             world_size=world_size,
             layout=layout,
             total_steps=total_steps(config.training, batch),
-            warmup_steps=warmup_steps(config.schedule, batch),
+            warmup_steps=warmup_steps(config.schedule, batch, config.run.schedule_from),
             batch=batch,
             micro_batch_sequences=config.batch.micro_batch_sequences,
             micro_batch_tokens=tokens_of_micro_batch(config),

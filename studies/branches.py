@@ -11,7 +11,8 @@ from allometry.configs.errors import ConfigError, UserError
 from allometry.configs.loader import PRESET, put, read, validate
 from allometry.configs.run import RunConfig
 from allometry.configs.source import Tree
-from allometry.trainer.state.unchanged import check_branch
+from allometry.trainer.state.changed import is_possible
+from allometry.trainer.state.unchanged import branch_changes, check_branch
 
 _LENGTHS = ("total_steps", "total_tokens")
 Change = tuple[str, Any, str]
@@ -31,7 +32,8 @@ def describe_branch(
     """
     parent = validate(trunk)
     tree = copy.deepcopy(trunk)
-    put(tree, "run.parent", None, "the branch")
+    for name in ("parent", "initial"):
+        put(tree, f"run.{name}", None, "the branch")
     if config is not None:
         tree = _overlay(tree, config)
     for key, value, place in changes:
@@ -45,9 +47,30 @@ def describe_branch(
     }
     for name, is_so in (("folder", str(folder)), ("parent", link), ("resume", "auto")):
         put(tree, f"run.{name}", is_so, "the branch")
-    branch = validate(tree)
-    check_branch(parent, branch, step)
+    branch = with_names(parent, validate(tree))
+    assert branch.run.parent is not None
+    check_branch(parent, branch, branch.run.parent)
     return branch
+
+
+def with_names(parent: RunConfig, branch: RunConfig) -> RunConfig:
+    """Return the branch with all that it has otherwise in ``run.parent.changes``.
+
+    But for a schedule that is not named: it is that of the whole run, from step 1 on, or from where
+    the parent's counts.
+    """
+    link = branch.run.parent
+    assert link is not None
+    missing = {
+        one.name
+        for one in branch_changes(parent, branch)
+        if is_possible(one.key) and not link.may_change(one.key)
+    }
+    update: dict[str, Any] = {"changes": (*link.changes, *sorted(missing))}
+    if not link.may_change("schedule") and branch.schedule == parent.schedule:
+        update["schedule_from"] = parent.run.schedule_from
+    run = branch.run.model_copy(update={"parent": link.model_copy(update=update)})
+    return branch.model_copy(update={"run": run})
 
 
 def put_length(tree: Tree, key: str, place: str) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from allometry.configs.errors import ConfigError, UserError
+from allometry.configs.ladder import LocalLaunch, SbatchLaunch
 from allometry.configs.loader import dump, put, read, validate
 from allometry.configs.run import RunConfig
 from allometry.configs.source import Tree
@@ -34,9 +35,14 @@ class TreePlan:
         return Path(self.tree.folder)
 
     @property
+    def launch(self) -> LocalLaunch | SbatchLaunch:
+        """Where runs run."""
+        return self.tree.launch
+
+    @property
     def processes(self) -> int:
         """Ranks of a run."""
-        return self.tree.launch.processes
+        return self.launch.processes
 
 
 def plan_tree(tree: TreeConfig, source: Tree) -> TreePlan:

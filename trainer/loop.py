@@ -38,6 +38,7 @@ class Progress:
 
     ``saved_step``: that of the newest checkpoint that is known to be whole, None without one.
     ``held_out_before``: losses by source before the first step with ``data.replay``, if it has one.
+    ``rates_since``: see ``state/resume.py``.
     """
 
     step: int
@@ -45,6 +46,7 @@ class Progress:
     flops: int = 0
     saved_step: int | None = None
     held_out_before: dict[str, float] = field(default_factory=dict)
+    rates_since: dict[str, Any] = field(default_factory=lambda: {"step": 0, "s1": 0.0})
 
     def facts(self, plan: RunPlan, stream: Sources, seed: int) -> dict[str, Any]:
         """JSON for a checkpoint.
@@ -63,6 +65,7 @@ class Progress:
             "data": stream.fingerprints(),
             "areas": self.areas.state_dict(),
             "held_out_before": self.held_out_before,
+            "rates_since": self.rates_since,
         }
 
 

@@ -19,9 +19,8 @@ from allometry.data.run_tokenizer import tokenizer_of_run
 from allometry.data.sources import Sources
 from allometry.data.stream import Stream, open_stream
 from allometry.data.tokenizer import check_vocabulary
-from allometry.laws.areas import LearningRateAreas
 from allometry.models.build import torch_dtype
-from allometry.optim.build import begin_anew, init_states, settle
+from allometry.optim.build import init_states
 from allometry.optim.deepspeed import DeepSpeedOptimizer
 from allometry.optim.schedule import Schedule, resolve_schedule
 from allometry.optim.tiered import TieredOptimizer
@@ -54,7 +53,7 @@ from allometry.trainer.feed import (
     sequence_steps,
 )
 from allometry.trainer.kernels import choose_kernels
-from allometry.trainer.loop import Loop, Progress, RunResult, state_tensors
+from allometry.trainer.loop import Loop, RunResult, state_tensors
 from allometry.trainer.record import hardware
 from allometry.trainer.record import writer as record
 from allometry.trainer.record.callbacks import Callback, Reporter, standard_callbacks
@@ -66,15 +65,16 @@ from allometry.trainer.record.rows import GraphEvents, OffloadRows, PlanRows, Ro
 from allometry.trainer.record.sample import Sample
 from allometry.trainer.record.states import CompressedStates
 from allometry.trainer.record.timing import StepTimer, clock_of
+from allometry.trainer.restore import restore
 from allometry.trainer.save import Saver
 from allometry.trainer.state import checkpoint
-from allometry.trainer.state.finite import check_finite
+from allometry.trainer.state.changed import change_events
 from allometry.trainer.state.folder import RunFolder
+from allometry.trainer.state.initial import Importer
 from allometry.trainer.state.planners import State
 from allometry.trainer.state.reading import continued, data_events, read_again
-from allometry.trainer.state.resume import Start, begin
+from allometry.trainer.state.resume import Start, begin, start_events
 from allometry.trainer.state.room import checkpoint_bytes
-from allometry.trainer.state.states import load
 from allometry.trainer.stop import StopSignals
 
 MANY_EPOCHS = 4
@@ -89,13 +89,15 @@ def train(
     invocation: Invocation | None = None,
     stop_at_step: int | None = None,
     signals: StopSignals | None = None,
+    importer: Importer | None = None,
 ) -> RunResult:
     """Train the run that ``config`` describes, from where its folder says it is.
 
     Every rank of a torchrun calls this. ``device`` defaults to this rank's GPU, or the CPU without
     one; ``callbacks`` (on the main rank) to what ``config.record`` asks for. ``stop_at_step`` ends
     this launch there, with a checkpoint, as a signal would; ``signals``: watched since before.
-    Raises UserError on all ranks alike.
+    ``importer`` reads ``run.initial.hf``: ``interop.huggingface.model.import_model``. Raises
+    UserError on all ranks alike.
     """
     # What a layout cannot do is said before any group starts.
     plan = RunPlan.of(config, launched_world_size())
@@ -113,7 +115,9 @@ def train(
                 mesh, lambda: standard_callbacks(config.record, folder), "making callbacks"
             )
         start = begin(
-            folder, config, stream, mesh, stop_at_step, lambda found: _check_data(found, plan)
+            *(folder, config, stream, mesh, stop_at_step),
+            lambda found: _check_data(found, plan),
+            importer,
         )
         stream = continued(stream, start.facts)
         present = list(callbacks or ()) if mesh.is_main else []
@@ -171,36 +175,12 @@ class _Run:
             lambda: make_optimizer(config, plan, self.parallel, mesh, self.kernels),
             "making the optimizer",
         )
-        self.converted: dict[str, int] = {}
-        self.progress = self._restore()
+        self.progress, self.converted = restore(
+            config, plan, self.start, self.parallel, self.optimizer, mesh
+        )
         if isinstance(self.optimizer, TieredOptimizer | DeepSpeedOptimizer):
             init_states(self.optimizer)  # what finds no room is found before the first step
         self.peak = hardware.peak(mesh.device, torch_dtype(config.training.compute_dtype))
-
-    def _restore(self) -> Progress:
-        """Load what the launch begins with; return how far that is."""
-        start, areas = self.start, LearningRateAreas(self.plan.warmup_steps)
-        progress = Progress(start.step, areas, saved_step=start.step or None)
-        if start.checkpoint is None or start.facts is None:
-            return progress
-        names = {parameter: name for name, parameter in self.parallel.named_parameters()}
-        if start.weights_only:  # converted from elsewhere: training itself begins afresh
-            state: State = {f"model.{name}": p.detach() for p, name in names.items()}
-            if start.facts.get("optimizer", False):
-                init_states(self.optimizer)
-            state |= checkpoint.optimizer_state(self.optimizer, names)
-        else:
-            init_states(self.optimizer)
-            state = state_tensors(self.parallel, self.optimizer)
-            areas.load_state_dict(start.facts["areas"])
-            progress.flops = start.facts["flops"]
-            progress.held_out_before.update(start.facts.get("held_out_before", {}))
-        self.converted, begun = load(start.checkpoint, state, names, self.mesh)
-        settle(self.optimizer)
-        if begun:
-            begin_anew(self.optimizer, begun)
-        check_finite(start.checkpoint, state, self.mesh)
-        return progress
 
     def train(
         self, invocation: Invocation, stop_at_step: int | None, signals: StopSignals
@@ -322,8 +302,10 @@ class _Run:
             yield PlanRows(self.planner, self.recorder, self.report)
         every = self.config.record.forecast.every_steps
         if every is not None:
-            peak_lr = self.config.optimizer.lr
-            yield Forecaster(every, self.schedule, peak_lr, self.folder, self.report)
+            run, peak_lr = self.config.run, self.config.optimizer.lr
+            yield Forecaster(
+                *(every, self.schedule, peak_lr, self.folder, self.report), run.branched_at
+            )
 
     def _saver(self) -> Saver:
         writer = checkpoint.Checkpointer(
@@ -346,7 +328,6 @@ class _Run:
 
     def _report_start(self) -> None:
         start, report = self.start, self.report
-        parent = self.config.run.parent
         if self.mesh.device.type == "cuda":  # estimates are of one
             here = os.environ.get("LOCAL_WORLD_SIZE", "")
             node_ranks = int(here) if here.isdecimal() else NODE_RANKS
@@ -355,13 +336,8 @@ class _Run:
         again = read_again(start.facts, self.stream)
         if again:
             report("same_documents", sources=again, seed=self.config.run.seed)
-        if start.checkpoint is None:
-            report("started", step=0, dropped_rows=start.dropped_rows)
-        elif start.branched and parent is not None:
-            report("branched", step=start.step, parent=parent.folder)
-        else:
-            name, dropped = start.checkpoint.name, start.dropped_rows
-            report("resumed", step=start.step, checkpoint=name, dropped_rows=dropped)
+        for kind, facts in start_events(self.config, start):
+            report(kind, step=start.step, **facts)
         if isinstance(self.optimizer, TieredOptimizer | DeepSpeedOptimizer):
             held = {f"{tier}_bytes": size for tier, size in self.optimizer.held_bytes().items()}
             place = self.optimizer.place()
@@ -369,7 +345,7 @@ class _Run:
             report("optimizer_states", step=start.step, **held, parameters_bytes=masters, **place)
             if "note" in place:
                 report("states_disk", **place)
-        for kind, facts in data_events(start.facts, self.stream):
+        for kind, facts in (*data_events(start.facts, self.stream), *change_events(start.changes)):
             report(kind, step=start.step, **facts)
         if start.overrides:
             report("overrides_changed", step=start.step, **start.overrides)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,38 +21,34 @@ from allometry.configs.errors import UserError
 from allometry.configs.loader import dump, load
 from allometry.configs.model import ModelConfig
 from allometry.configs.run import RunConfig
-from allometry.data.run_tokenizer import RunTokenizer, tokenizer_of_run
+from allometry.data.run_tokenizer import (
+    RunTokenizer,
+    tokenizer_of_run,
+)
 from allometry.interop.huggingface import compare
 from allometry.interop.huggingface.compare import Comparison
 from allometry.interop.huggingface.config import (
     Family,
     Text,
     choose_family,
-    differences,
-    from_hf,
     to_hf,
 )
+from allometry.interop.huggingface.model import open_model
 from allometry.interop.huggingface.names import (
-    HEAD,
     Counterpart,
     Fold,
     check_names,
     counterparts,
     folded,
     folds,
-    locate,
-    unfolded,
 )
 from allometry.interop.huggingface.origin import (
     STATES,
-    kept_origin,
     notes,
-    read_origin,
     states_to_keep,
     write_origin,
 )
 from allometry.interop.huggingface.texts import (
-    check_tokenizer,
     unsure,
     write_json,
     write_texts,
@@ -61,16 +57,14 @@ from allometry.interop.huggingface.weights import (
     CONFIG,
     OPTIMIZER,
     CheckpointWeights,
-    FolderWeights,
     chosen_checkpoint,
-    read_json,
-    write_checkpoint,
     write_safetensors,
     write_states,
 )
 from allometry.scaling.parameterization import Parameterization
 from allometry.trainer.state.checkpoint import step_of
 from allometry.trainer.state.folder import RunFolder, write_atomically
+from allometry.trainer.state.initial import initial_facts
 from allometry.trainer.state.integrity import seal
 from allometry.trainer.state.refused import REFUSED, partial_of
 
@@ -223,44 +217,30 @@ def import_hf(
     """
     if check:
         compare.require_transformers()
-    source = Path(hf_folder)
-    family, theirs = read_model(source)
-    _check_agreement(config, theirs, source)
-    wanted = counterparts(config.model, family)
-    folder = FolderWeights(source)
-    places = locate(wanted, folder.shapes, str(source), tied=config.model.tied_embeddings)
-    if config.model.tied_embeddings and HEAD in folder.shapes:
-        _check_tied(folder, wanted[0].written[0])
-    tokenizer = check_tokenizer(config, source)
-    origin = read_origin(source)
+    model = open_model(Path(hf_folder), config)
+    source, origin = model.source, model.said
     states = states_to_keep(source, origin, config) if optimizer_state else None
-    folding = folds(config.model, Parameterization.of_run(config).forward)
-    by_name = {counterpart.spec.name: counterpart for counterpart in wanted}
-    config = _placed(config, out)
+    config = _placed(config, out, source)
     with _target(out) as (final, partial):
         step = RunFolder(partial).checkpoints / "step-0"
         step.mkdir(parents=True)
-        files = write_checkpoint(
-            step,
-            {name: counterpart.spec.shape for name, counterpart in by_name.items()},
-            lambda name: unfolded(name, by_name[name].join(places[name], folder.read), folding),
-            states,
-        )
-        kept = kept_origin(source, family, origin)
-        seal(step, 0, files, _untrained(config, states is not None, kept))
-        RunTokenizer(tokenizer).keep(partial)
+        files = model.write(step, states)
+        keep = ("weights",) if states is None else ("weights", "optimizer")
+        seal(step, 0, files, initial_facts(config, keep, model.origin()))
+        RunTokenizer(model.tokenizer).keep(partial)
         write_atomically(RunFolder(partial).config, dump(config))
         write_atomically(RunFolder(partial).latest, step.name + "\n")
         return ImportReport(
             source=str(source),
             target=str(final),
-            family=family,
-            parameters=len(wanted),
-            unfolds=[fold.describe() for fold in folding],
-            tokenizer=str(tokenizer) if tokenizer else None,
-            notes=[*notes(origin, config), *unsure(config, source, tokenizer)],
+            family=model.family,
+            parameters=len(model.wanted),
+            unfolds=[fold.describe() for fold in model.folding],
+            tokenizer=str(model.tokenizer) if model.tokenizer else None,
+            notes=[*notes(origin, config), *unsure(config, source, model.tokenizer)],
             check=compare.compare(
-                *(config, CheckpointWeights(step), source, wanted, folding, torch.float32),
+                *(config, CheckpointWeights(step), source, model.wanted, model.folding),
+                torch.float32,
                 imported=True,
             )
             if check
@@ -268,38 +248,19 @@ def import_hf(
         )
 
 
-def _placed(config: RunConfig, out: str | Path) -> RunConfig:
+def _placed(config: RunConfig, out: str | Path, source: Path) -> RunConfig:
     """The description of the run in its own folder, which nothing precedes."""
-    run = config.run.model_copy(update={"folder": str(out), "resume": "auto", "parent": None})
-    return config.model_copy(update={"run": run})
-
-
-def _untrained(config: RunConfig, states: bool, origin: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint says of a run that has trained on nothing and read nothing."""
-    return {
-        "step": 0,
-        "position_sequences": 0,
-        "tokens": 0,
-        "seed": config.run.seed,
-        "weights_only": True,
-        "optimizer": states,
-        "origin": origin,
-    }
-
-
-def _check_tied(folder: FolderWeights, embedding: str) -> None:
-    """Refuse a head that a folder ties to its embedding and stores otherwise."""
-    if not torch.equal(folder.read(HEAD), folder.read(embedding)):
+    initial = config.run.initial
+    if initial is not None and (
+        initial.hf is None or Path(initial.hf).resolve() != source.resolve()
+    ):
+        named = f"hf={initial.hf}" if initial.hf is not None else f"folder={initial.folder}"
         raise UserError(
-            f"{folder.folder}: config.json ties embedding and head, but {HEAD} differs from "
-            f"{embedding}; set tie_word_embeddings to false there if both are meant"
+            f"run.initial.{named} is what the run is to begin with, and not {source}; leave "
+            "run.initial out, or train the run without converting anything"
         )
-
-
-def read_model(hf_folder: str | Path) -> tuple[Family, ModelConfig]:
-    """Return the family and our description of the model in a Hugging Face folder."""
-    path = Path(hf_folder) / CONFIG
-    return from_hf(read_json(path), str(path))
+    update = {"folder": str(out), "resume": "auto", "parent": None, "initial": None}
+    return config.model_copy(update={"run": config.run.model_copy(update=update)})
 
 
 @contextmanager
@@ -343,14 +304,3 @@ def _part(
         [(written, nbytes) for written in counterpart.written],
         lambda: counterpart.split(folded(name, weights.read(name), folding).to(dtype)),
     )
-
-
-def _check_agreement(config: RunConfig, theirs: ModelConfig, source: Path) -> None:
-    """Raise UserError unless the run's model computes the function of the model in ``source``."""
-    different = differences(config.model, theirs)
-    if different:
-        listed = ", ".join(f"model.{key}={ours!r} (there {o!r})" for key, ours, o in different)
-        raise UserError(
-            f"the configuration describes another model than {source}: {listed}; set these keys "
-            "to the values there (--print-model prints them all)"
-        )

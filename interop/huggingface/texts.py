@@ -6,15 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from allometry.configs.errors import UserError
 from allometry.configs.run import RunConfig
 from allometry.data.run_tokenizer import RunTokenizer, tokenizer_of
 from allometry.data.tokenizer import (
     BESIDE,
-    TOKENIZER,
     TOKENIZER_CONFIG,
-    difference,
-    read_tokenizer_json,
 )
 from allometry.interop.huggingface.weights import CONFIG, read_json
 
@@ -40,24 +36,6 @@ def write_texts(folder: Path, text: RunTokenizer, longest: int) -> None:
     for file in (folder / name for name in BESIDE):
         if file.exists():  # one from elsewhere may name the end of a chat's turn
             write_json(file, read_json(file) | {"eos_token": text.end[0]})
-
-
-def check_tokenizer(config: RunConfig, source: Path) -> Path | None:
-    """The folder's tokenizer.json, if it has one; UserError if the run uses another."""
-    path = source / TOKENIZER
-    if not path.exists():
-        return None
-    if config.data.tokenizer is not None:
-        read_tokenizer_json(config.data.tokenizer)
-    named, different = tokenizer_of(config.data).file, None
-    if named is not None:
-        different = difference(read_tokenizer_json(named), read_tokenizer_json(path))
-    if different is not None:
-        raise UserError(
-            f"the data's tokenizer {named} is another tokenizer than {path}, with which the model "
-            f"was trained (its {different} differs); prepare the data with --tokenizer={path}"
-        )
-    return path
 
 
 def unsure(config: RunConfig, source: Path, tokenizer: Path | None) -> list[str]:

@@ -5,6 +5,7 @@ Reading and writing hold one tensor, or one safetensors file, in memory, never a
 
 from __future__ import annotations
 
+import hashlib
 import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -125,6 +126,17 @@ def _opened(file: Path) -> Iterator[Any]:
             yield tensors
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file} cannot be read ({error}); copy the model again") from None
+
+
+def hash_of(folder: Path) -> str:
+    """Return a hash of a model's weights: the first 16 digits of the SHA-256 of their files."""
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            while block := file.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()[:16]
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from typing import Any
 
 from allometry.configs.errors import ConfigError, UserError
 from allometry.configs.format import human
-from allometry.configs.loader import load, yaml_text
+from allometry.configs.ladder import SbatchLaunch
+from allometry.configs.loader import load, validate, yaml_text
 from allometry.configs.run import RunConfig
 from allometry.configs.source import parse_value
 from allometry.configs.tree import load_tree
@@ -21,9 +22,11 @@ from allometry.launch.text import table
 from allometry.scaling.plan import RunPlan
 from allometry.studies.branches import Change, describe_branch, trunk_of
 from allometry.studies.ladder.run import train_runs, write_config
+from allometry.studies.ladder.sbatch import offer_scripts
 from allometry.studies.ladder.state import check_stored, only_one, stated
 from allometry.studies.tree import TreePlan, plan_tree, write_branch
 from allometry.trainer.state.pins import DESCRIBED
+from allometry.trainer.state.unchanged import branch_changes
 
 TREE = "tree.yaml"
 Say = Callable[[str], None]
@@ -71,9 +74,11 @@ def _single(asked: Branch) -> Report:
         from allometry.launch.runs.train import trained
 
         return trained(Train(config=str(path)))
+    different = branch_changes(validate(trunk), config, rates=True)
     facts = {
         "run": str(folder),
         "config": str(path),
+        "changes": [change._asdict() for change in different],
         "parent": str(asked.run),
         "step": asked.at,
         "pinned": pinned,
@@ -90,7 +95,8 @@ def _single(asked: Branch) -> Report:
         facts,
         f"{folder} branches from {asked.run} at step {asked.at} of {plan.total_steps}, with "
         f"{human(own)} tokens to go; {keeps}\n"
-        f"train it: {command}",
+        + "".join(f"  {key} is {after}; it was {before}\n" for key, before, after in different)
+        + f"train it: {command}",
     )
 
 
@@ -142,13 +148,6 @@ def _tree(asked: Branch) -> Report:
     def say(line: str) -> None:
         print(line, file=sys.stderr if asked.json else sys.stdout, flush=True)
 
-    stopped = _train(plan, asked.parallel or plan.tree.launch.parallel, say)
-    code = 128 + signal.Signals[stopped] if stopped else 0  # as shells have it
-    return Report(_facts(plan) | {"stopped": stopped}, "", passed=not stopped, code=code)
-
-
-def _train(plan: TreePlan, at_once: int, say: Say) -> str | None:
-    """Train what the tree lacks; the signal that stopped it. Raises UserError: runs failed."""
     for run in plan.runs:  # before anything is written
         check_stored(run)
     with only_one(plan.folder, "tree"):
@@ -157,7 +156,17 @@ def _train(plan: TreePlan, at_once: int, say: Say) -> str | None:
             write_config(plan, run)
             if run.config.run.parent is not None:
                 write_branch(run.config)
-        ended = train_runs(plan, plan.runs, at_once, say)
+        if isinstance(plan.launch, SbatchLaunch):
+            written = offer_scripts(plan, plan.runs, asked.parallel, say)
+            return Report(_facts(plan) | {"scripts": [str(path) for path in written]}, "")
+        stopped = _train(plan, asked.parallel or plan.launch.parallel, say)
+    code = 128 + signal.Signals[stopped] if stopped else 0  # as shells have it
+    return Report(_facts(plan) | {"stopped": stopped}, "", passed=not stopped, code=code)
+
+
+def _train(plan: TreePlan, at_once: int, say: Say) -> str | None:
+    """Train what the tree lacks; the signal that stopped it. Raises UserError: runs failed."""
+    ended = train_runs(plan, plan.runs, at_once, say)
     if ended.failed:
         name, reason = next(iter(ended.failed.items()))
         raise UserError(

@@ -129,7 +129,8 @@ class Branch(Command):
 
     The branch shares the checkpoint, which its trunk then keeps. Its description is RUN's with
     --config and --set on top; it is trained by the command that is printed, or with --train. With
-    --tree, what the file of kind: tree lacks is trained; safe to interrupt and to run again.
+    --tree, what the file of kind: tree lacks is trained; safe to interrupt and to run again. With
+    launch.kind: sbatch in that file, scripts for Slurm are written instead.
     """
 
     run: Path | None = argument("the run to branch from", None, metavar="[RUN]")

@@ -14,8 +14,8 @@ from allometry.interop.huggingface.convert import (
     ExportReport,
     export_hf,
     import_hf,
-    read_model,
 )
+from allometry.interop.huggingface.model import read_model
 from allometry.interop.huggingface.origin import read_origin
 from allometry.launch.command import Report
 from allometry.launch.runs.commands import Convert

@@ -44,11 +44,11 @@ def data_here(config: RunConfig, plan: RunPlan) -> dict[str, Any]:
         return {"checked": False, "missing": missing}
     stream = open_stream(config.data, config.run.seed)
     check_vocabulary(config.model.vocab_size, stream.stores)
-    folder = RunFolder(config.run.folder)
-    if not folder.is_new() or config.data.continue_sources:
-        from allometry.trainer.state.reading import continued, standing
+    run, begun = config.run, (RunFolder(config.run.folder).config).exists()
+    if begun or run.parent or run.initial or config.data.continue_sources:
+        from allometry.trainer.state.reading import continued, standing  # these bring torch
 
-        stream = continued(stream, standing(folder))
+        stream = continued(stream, standing(config))
     position = plan.batch.sequences_before(plan.total_steps + 1)
     stream.check_run(position)
     accounts = stream.accounts(position)
@@ -65,8 +65,9 @@ def data_here(config: RunConfig, plan: RunPlan) -> dict[str, Any]:
 def learning_rates(config: RunConfig, plan: RunPlan, schedule: Schedule) -> list[dict[str, Any]]:
     """The learning rate at the corners of its schedule."""
     total = plan.total_steps
-    corners = {1, max(1, plan.warmup_steps), max(1, schedule.decay_start), *schedule.ends}
-    corners |= {max(1, round(total * share)) for share in (0.25, 0.5, 0.75, 0.9)}
+    corners = {1, plan.warmup_steps, schedule.decay_start, *schedule.ends}
+    corners |= {round(total * share) for share in (0.25, 0.5, 0.75, 0.9)}
+    corners = {max(schedule.begin_step + 1, step) for step in corners}
     peak, tokens = config.optimizer.lr, plan.batch.tokens_after
     return [
         {"step": step, "tokens": tokens(step), "lr": peak * schedule.fraction(step)}

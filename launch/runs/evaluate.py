@@ -15,6 +15,7 @@ from allometry.configs.errors import UserError
 from allometry.interop.harness import Harness, Score, require_harness
 from allometry.interop.huggingface.convert import Dtype, export_hf
 from allometry.interop.huggingface.origin import read_origin
+from allometry.interop.huggingface.weights import hash_of
 from allometry.launch.command import Report
 from allometry.launch.runs.commands import Evaluate
 from allometry.launch.text import table
@@ -90,7 +91,7 @@ def _models(asked: Evaluate) -> Iterator[_Model]:
                 raise UserError(f"--{name} goes with a run, and {source} is a model; leave it out")
         origin = read_origin(source) or {}
         facts = {"run": source.name, "step": origin.get("step"), "tokens": origin.get("tokens")}
-        yield _Model(source, None, _hash(source), facts)
+        yield _Model(source, None, hash_of(source), facts)
     else:
         raise UserError(
             f"{source} holds neither config.yaml (a run) nor config.json (a Hugging Face model); "
@@ -142,17 +143,6 @@ def _facts(folder: Path, step: int, run: Run | None, loss: dict[int, float]) -> 
         facts[name] = int(values[-1]) if len(values) else None
     counts = run.record.get("plan", {}).get("parameters", {})
     return facts | {"N": counts.get("non_embedding")}
-
-
-def _hash(folder: Path) -> str:
-    """A hash of a model's weights."""
-    digest = hashlib.sha256()
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
-        digest.update(path.name.encode())
-        with path.open("rb") as file:
-            while block := file.read(1 << 24):
-                digest.update(block)
-    return digest.hexdigest()[:16]
 
 
 def _known(model: _Model, harness: Harness, asked: Evaluate) -> list[Row]:

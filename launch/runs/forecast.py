@@ -23,7 +23,7 @@ from allometry.laws.losses import LossChoice, check_losses, loss_curve
 from allometry.laws.observations import LearningRates
 from allometry.laws.runs import Run, read_run
 from allometry.optim.schedule import Decay
-from allometry.trainer.record.rates import planned_rates
+from allometry.trainer.record.rates import planned_rates, with_history
 
 SAME = ("model", "parameterization", "batch")
 """Sections in which runs must agree to be taken as curves of one law."""
@@ -95,8 +95,8 @@ def _read(folder: Path, choice: LossChoice, at_step: int | None = None) -> _Read
     """Return a run with the curve of its loss and the rate of each of its steps."""
     run = read_run(folder)
     config = load(Path(folder) / "config.yaml")
-    rates = planned_rates(config)
     recorded = run.metrics["step"].astype(np.int64)
+    rates = _as_recorded(planned_rates(config), run, config)
     if int(recorded[-1]) > len(rates.rates):
         raise UserError(
             f"{folder} recorded step {int(recorded[-1])} and its config.yaml plans "
@@ -124,6 +124,12 @@ def _read(folder: Path, choice: LossChoice, at_step: int | None = None) -> _Read
     return _Read(run, config, Curve(str(folder), steps_n, losses[usable], rates))
 
 
+def _as_recorded(rates: LearningRates, run: Run, config: RunConfig) -> LearningRates:
+    """Return the rates of a run, those of its parent's steps as they were recorded."""
+    steps_n = run.metrics["step"].astype(np.int64)
+    return with_history(rates, config.run.branched_at, steps_n, run.metrics["lr"])
+
+
 def _target(asked: ForecastCommand, first: _Read) -> tuple[LearningRates, str]:
     """Return the rates of the run that is asked for, and that run in words."""
     if asked.decay_now:
@@ -144,7 +150,7 @@ def _target(asked: ForecastCommand, first: _Read) -> tuple[LearningRates, str]:
         )
     try:
         config = load(first.run.folder / "config.yaml", overrides)
-        rates = planned_rates(config)
+        rates = _as_recorded(planned_rates(config), first.run, config)
     except UserError as error:
         raise UserError(_in_flags(str(error), asked, overrides)) from None
     text = ", ".join(f"{key} {value}" for key, value in given.items())

@@ -40,6 +40,16 @@ def trained(asked: Train) -> Report:
         from allometry.trainer.record.facts import Invocation
         from allometry.trainer.train import train
 
+        importer = None
+        if config.run.initial is not None and config.run.initial.hf is not None:
+            from allometry.interop.huggingface.model import import_model as importer
+
         invocation = Invocation(allocator, sys.orig_argv, cuda_allocator)
-        train(config, invocation=invocation, stop_at_step=asked.stop_at_step, signals=signals)
+        train(
+            config,
+            invocation=invocation,
+            stop_at_step=asked.stop_at_step,
+            signals=signals,
+            importer=importer,
+        )
     return Report(None, "")

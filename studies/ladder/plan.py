@@ -15,8 +15,10 @@ from allometry.configs.ladder import (
     ConstantBatch,
     LadderConfig,
     LawBatch,
+    LocalLaunch,
     NamedSchedule,
     PowerBatch,
+    SbatchLaunch,
     Size,
 )
 from allometry.configs.loader import put, read, validate
@@ -32,7 +34,8 @@ from allometry.scaling.hyperlaws import LAWS, Target, suggest
 from allometry.scaling.plan import RunPlan
 from allometry.scaling.shapes import at_width
 from allometry.studies.ladder.share import PlannedRun, branching_point, share
-from allometry.trainer.state.unchanged import differences, rates_part
+from allometry.trainer.state.changed import differences
+from allometry.trainer.state.unchanged import rates_part
 
 
 @dataclass(frozen=True)
@@ -50,9 +53,14 @@ class LadderPlan:
         return Path(self.ladder.folder)
 
     @property
+    def launch(self) -> LocalLaunch | SbatchLaunch:
+        """Where runs run."""
+        return self.ladder.launch
+
+    @property
     def processes(self) -> int:
         """Ranks of a run."""
-        return self.ladder.launch.processes
+        return self.launch.processes
 
     @property
     def runs(self) -> tuple[PlannedRun, ...]:

@@ -1,4 +1,4 @@
-"""A ladder as scripts for Slurm: one for each missing run, and one that submits them in order."""
+"""Runs as scripts for Slurm: one for each that is missing, and one that submits them in order."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from allometry.configs.errors import UserError
 from allometry.configs.ladder import SbatchLaunch
-from allometry.studies.ladder.plan import LadderPlan
-from allometry.studies.ladder.run import write_config
-from allometry.studies.ladder.share import PlannedRun
-from allometry.studies.ladder.state import as_stored, state_of
+from allometry.studies.ladder.run import Say, write_config
+from allometry.studies.ladder.share import Plan, PlannedRun
+from allometry.studies.ladder.state import COMMANDS, as_stored, state_of
 
 SUBMIT = "submit.sh"
 
 
-def write_scripts(plan: LadderPlan, wanted: Sequence[PlannedRun]) -> list[Path]:
+def write_scripts(plan: Plan, wanted: Sequence[PlannedRun]) -> list[Path]:
     """Write ``scripts/NAME.sbatch`` for each run that is not done, and ``submit.sh`` beside them.
 
     A run that branches waits until its parent has ended well. Scripts of runs that are done since
     are removed. Returns the submit script first; nothing if nothing is missing. Raises UserError: a
-    folder holds another run than the ladder's.
+    folder holds another run than the planned one.
     """
-    launch = plan.ladder.launch
+    launch = plan.launch
     assert isinstance(launch, SbatchLaunch), launch
     missing = [run for run in wanted if state_of(run).stage != "done"]
     names = {run.name for run in missing}
@@ -46,7 +46,24 @@ def write_scripts(plan: LadderPlan, wanted: Sequence[PlannedRun]) -> list[Path]:
     return [submit, *written]
 
 
-def script(launch: SbatchLaunch, plan: LadderPlan, run: PlannedRun, config: Path) -> str:
+def offer_scripts(
+    plan: Plan, wanted: Sequence[PlannedRun], parallel: int | None, say: Say
+) -> list[Path]:
+    """Write the scripts and say how to submit them; their paths, that of the submission first.
+
+    Raises UserError: see ``write_scripts``; ``parallel`` asks for what is Slurm's to decide.
+    """
+    if parallel is not None:
+        raise UserError(
+            "--parallel goes with launch.kind=local; with sbatch, Slurm runs what it has room for"
+        )
+    written = write_scripts(plan, wanted)
+    submit = f"{len(written) - 1} scripts written; submit them with {written[0]}" if written else ""
+    say(submit or "nothing is missing")
+    return written
+
+
+def script(launch: SbatchLaunch, plan: Plan, run: PlannedRun, config: Path) -> str:
     """Return the script of one run.
 
     Slurm's SIGUSR1, two minutes before the end of the job's time, saves and stops the run, as any
@@ -96,9 +113,10 @@ def _training(launch: SbatchLaunch, config: Path) -> list[str]:
 def submission(folder: Path, runs: Sequence[PlannedRun]) -> str:
     """Return the script that submits ``runs``, those that branch after those they branch from."""
     numbers = {run.name: number for number, run in enumerate(runs)}
+    of = runs[0].of
     lines = [
         "#!/bin/bash",
-        "# Submits what the ladder lacks; what is missing later, allometry ladder run writes anew.",
+        f"# Submits what the {of} lacks; what is missing later, {COMMANDS[of]} writes anew.",
         "set -euo pipefail",
         f"cd {shlex.quote(str(folder.resolve()))}",
     ]

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from allometry.configs.format import first_names
+from allometry.configs.ladder import LocalLaunch, SbatchLaunch
 from allometry.configs.run import RunConfig
 from allometry.optim.schedule import resolve_schedule
 from allometry.scaling.batch import BatchPlan
-from allometry.trainer.state.unchanged import differences, rates_part
+from allometry.trainer.state.changed import differences
+from allometry.trainer.state.unchanged import rates_part
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class Plan(Protocol):
     def folder(self) -> Path: ...  # noqa: D102
     @property
     def runs(self) -> tuple[PlannedRun, ...]: ...  # noqa: D102
+    @property
+    def launch(self) -> LocalLaunch | SbatchLaunch: ...  # noqa: D102
     @property
     def processes(self) -> int: ...  # noqa: D102
 

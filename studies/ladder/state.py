@@ -14,10 +14,11 @@ from allometry.configs.loader import load
 from allometry.configs.run import RunConfig
 from allometry.laws.runs import read_lines
 from allometry.studies.ladder.share import Plan, PlannedRun
+from allometry.trainer.state.changed import differences
 from allometry.trainer.state.status import is_held, last_row
-from allometry.trainer.state.unchanged import differences, rates_part
+from allometry.trainer.state.unchanged import rates_part
 
-_COMMANDS = {"ladder": "allometry ladder run", "tree": "allometry branch --tree"}
+COMMANDS = {"ladder": "allometry ladder run", "tree": "allometry branch --tree"}
 Stage = Literal["planned", "running", "partial", "diverged", "done", "changed"]
 
 
@@ -178,6 +179,6 @@ def only_one(folder: Path, of: str = "ladder") -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(
-                f"another {_COMMANDS[of]} works in {folder}; wait for it or stop it"
+                f"another {COMMANDS[of]} works in {folder}; wait for it or stop it"
             ) from None
         yield

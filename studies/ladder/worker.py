@@ -42,12 +42,13 @@ def _answer(request: dict[str, str], allocator: str, cuda_allocator: str | None)
             os.dup2(log.fileno(), stream.fileno())
     try:
         from allometry.configs.loader import load
+        from allometry.interop.huggingface.model import import_model
         from allometry.trainer.record.facts import Invocation
         from allometry.trainer.train import train
 
         command = ["allometry", "train", request["config"]]
         invocation = Invocation(allocator, command, cuda_allocator)
-        result = train(load(request["config"]), invocation=invocation)
+        result = train(load(request["config"]), invocation=invocation, importer=import_model)
         return {"error": None, "stopped": result.stopped_by}
     except UserError as error:
         print(f"allometry: {error}", file=sys.stderr)

@@ -10,6 +10,7 @@ import re
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -160,3 +161,38 @@ def test_a_signal_puts_the_job_back_and_the_branch_waits(
     for folder in (first, second):
         other = tmp_path / "straight/runs" / folder.name
         assert [row["loss"] for row in rows(folder)] == [row["loss"] for row in rows(other)]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2 * LIMIT_S)
+def test_the_branches_of_a_tree_wait_for_their_trunk(
+    tiny: Make, slurm: Shell, tmp_path: Path
+) -> None:
+    tiny("checkpoint.every_steps=null")
+    stable = {"schedule": {"kind": "constant", "warmup_steps": 3}}
+    decay = {"schedule": {"kind": "linear"}, "run.parent.changes": ["schedule"]}
+    described = {
+        "kind": "tree",
+        "folder": str(tmp_path / "tree"),
+        "trunk": {"base": "tiny.yaml", "set": stable | {"training.total_steps": 8}},
+        "branches": [
+            {"name": "a", "at": 6, "set": decay | {"training.total_steps": 10}},
+            {"name": "b", "parent": "a", "at": 8, "set": {"optimizer.lr": 0.002}},
+        ],
+        "launch": {"kind": "sbatch", "setup": "export OMP_NUM_THREADS=1"},
+    }
+    path = tmp_path / "tree.yaml"
+    path.write_text(json.dumps(described))
+    words = [sys.executable, "-m", "allometry.launch.cli", "branch", "--tree", str(path), "--json"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=LIMIT_S)
+    assert done.returncode == 0, done.stderr
+    slurm(json.loads(done.stdout)["scripts"][0])
+    job(slurm, 3, "COMPLETED")
+    runs = [tmp_path / "tree/runs" / name for name in ("trunk", "a", "b")]
+    assert [kinds(run) for run in runs] == [
+        ["started", "finished"],
+        ["branched", "finished"],
+        ["branched", "finished"],
+    ]
+    assert [row["lr"] for row in rows(runs[1])[6:8]] == [0.0075, 0.005]
+    assert [row["lr"] for row in rows(runs[2])[8:]] == pytest.approx([0.0005, 0.0])

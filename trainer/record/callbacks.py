@@ -100,6 +100,8 @@ _SAID = {
     "abandoned_checkpoint": "going back: a later checkpoint is kept aside as {name}",
     "started": "starting over: the last launch ended before its first checkpoint "
     "({dropped_rows} rows of its record dropped)",
+    "initial": "begins with {keep} of {source}",
+    "config_changed": "from step {step} on {key} is {after}; it was {before}",
     "branched": "branching from {parent} after its step {step}",
     "kernels_changed": "WARNING: {kernel} was {before} in the steps before and is {now} from step "
     "{step} on ({reason}), so that the run does not continue to the bit",

@@ -13,7 +13,7 @@ from allometry.laws.runs import read_lines
 from allometry.optim.schedule import Schedule
 from allometry.trainer.record.callbacks import Callback, Reporter
 from allometry.trainer.record.columns import FinishedStep
-from allometry.trainer.record.rates import rates_of
+from allometry.trainer.record.rates import rates_of, with_history
 from allometry.trainer.record.writer import Row
 from allometry.trainer.state.folder import RunFolder
 
@@ -26,15 +26,23 @@ class Forecaster(Callback):
     its record. The first recorded row at or after each multiple of ``every_steps`` has them. Where
     there can be none (too few rows) the row has none and an event ``no_forecast`` says why, once in
     a launch; ``forecast_from_prior`` says once that the decay's gain is not measured. Nothing here
-    ends or changes a run. It stands on the main rank.
+    ends or changes a run. It stands on the main rank. ``branched_at``: the run's steps that were
+    its parent's.
     """
 
     def __init__(
-        self, every_steps: int, schedule: Schedule, peak: float, folder: RunFolder, report: Reporter
+        self,
+        every_steps: int,
+        schedule: Schedule,
+        peak: float,
+        folder: RunFolder,
+        report: Reporter,
+        branched_at: int = 0,
     ) -> None:
         self._every, self._schedule, self._peak = every_steps, schedule, peak
-        self._folder, self._report = folder, report
+        self._folder, self._report, self._branched_at = folder, report, branched_at
         self._rates: LearningRates | None = None
+        self._used: list[float] = []  # in the steps of earlier launches
         self._steps: list[int] = []
         self._losses: list[float] = []
         self._due = every_steps
@@ -44,10 +52,12 @@ class Forecaster(Callback):
     def on_start(self, facts: dict[str, Any], first_step: int) -> None:
         """Read what earlier launches recorded."""
         for row in read_lines(self._folder.metrics):
-            step, loss = row.get("step"), row.get("loss")
-            if isinstance(step, int) and isinstance(loss, float) and step < first_step:
+            step, loss, lr = row.get("step"), row.get("loss"), row.get("lr")
+            numbers = isinstance(loss, float) and isinstance(lr, float | int)
+            if isinstance(step, int) and numbers and step < first_step:
                 self._steps.append(step)
                 self._losses.append(loss)
+                self._used.append(float(lr))
         self._due = (first_step - 1) // self._every * self._every + self._every
 
     @override
@@ -63,7 +73,9 @@ class Forecaster(Callback):
         steps_n, losses_n = np.array(self._steps, np.int64), np.array(self._losses)
         try:
             if self._rates is None:
-                self._rates = rates_of(self._schedule, self._peak)
+                rates, used_n = rates_of(self._schedule, self._peak), np.array(self._used)
+                recorded = steps_n[: len(used_n)], used_n
+                self._rates = with_history(rates, self._branched_at, *recorded)
             end = forecast([Curve("this run", steps_n, losses_n, self._rates)], self._rates)
         except (ValueError, ArithmeticError) as error:  # a UserError is a ValueError
             self._say_once("no_forecast", step, reason=str(error))

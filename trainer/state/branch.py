@@ -15,26 +15,30 @@ from pathlib import Path
 from typing import Any
 
 from allometry.configs.errors import ConfigError, UserError
-from allometry.configs.execution import Parent
+from allometry.configs.lineage import Parent
 from allometry.configs.loader import load
 from allometry.configs.run import RunConfig
 from allometry.trainer.state import checkpoint
+from allometry.trainer.state.changed import Difference
 from allometry.trainer.state.folder import RunFolder, write_atomically
 from allometry.trainer.state.integrity import SHARD_SUFFIX, damage
 from allometry.trainer.state.pins import pin
-from allometry.trainer.state.unchanged import check_branch
+from allometry.trainer.state.unchanged import branch_changes, check_branch
 
 
 @dataclass(frozen=True)
 class Taken:
-    """A parent's checkpoint in the branch's folder: ``path``, and its facts.
+    """A checkpoint of another run in the new run's folder: ``path``, and its facts.
 
-    ``copies``, from and to: shards that could not be linked, as the parent is on another disk.
+    ``copies``, from and to: shards that could not be linked, as the other run is on another disk.
+    ``changes``: what the new run has otherwise from there on. ``tokenizer``: one to be kept.
     """
 
     path: Path
     facts: dict[str, Any]
     copies: tuple[tuple[Path, Path], ...]
+    changes: tuple[Difference, ...] = ()
+    tokenizer: Path | None = None
 
 
 def take(
@@ -70,7 +74,8 @@ def take(
             f"run.parent.step={parent.step}: {parent.folder} has no such checkpoint; it has "
             f"{names}, and keeps what checkpoint.keep_steps names"
         )
-    check_branch(stored_config(source), config, parent.step)
+    before = stored_config(source)
+    check_branch(before, config, parent)
     partial = folder.checkpoints / f".{path.name}.partial"
     try:
         facts = checkpoint.read_facts(path)
@@ -80,17 +85,15 @@ def take(
     for left in (partial, folder.checkpoints / path.name):  # of a launch that ended in between
         shutil.rmtree(left, ignore_errors=True)
     partial.mkdir(parents=True)
-    copies = []
+    copies: tuple[tuple[Path, Path], ...] = ()
     try:
-        for file in sorted(path.iterdir()):
-            if not _linked(file, partial / file.name):
-                copies.append((file, partial / file.name))
+        copies = link_files(path, partial)
         problem = damage(path if copies else partial, contents=False)
     except FileNotFoundError:
         problem = "it was removed meanwhile"
     if problem is not None:
         raise discard(partial, parent, problem)
-    return Taken(partial, facts, tuple(copies))
+    return Taken(partial, facts, copies, branch_changes(before, config, rates=True))
 
 
 def copy_share(copies: Sequence[tuple[Path, Path]], rank: int, world_size: int) -> None:
@@ -108,8 +111,6 @@ def keep(folder: RunFolder, parent: Parent, partial: Path) -> Path:
 
     The parent, if its folder can be written, keeps its own as long as the branch is there.
     """
-    path = folder.checkpoints / f"step-{parent.step}"
-    partial.rename(path)
     source = RunFolder(parent.folder)
     with suppress(OSError):  # another user's run: the branch has links or copies
         pin(source.path, parent.step, folder.path)
@@ -118,6 +119,13 @@ def keep(folder: RunFolder, parent: Parent, partial: Path) -> Path:
         if rows.exists():
             write_atomically(getattr(folder, name), rows.read_text(encoding="utf-8"))
     folder.forget_after(parent.step)
+    return settle(folder, partial, parent.step)
+
+
+def settle(folder: RunFolder, partial: Path, step: int) -> Path:
+    """Give a checkpoint that was linked into the folder its name; where it is now."""
+    path = folder.checkpoints / f"step-{step}"
+    partial.rename(path)
     write_atomically(folder.latest, path.name + "\n")
     return path
 
@@ -144,6 +152,15 @@ def stored_config(folder: RunFolder) -> RunConfig:
         raise UserError(
             f"{folder.config} was written by another version ({error}); choose another run.folder"
         ) from None
+
+
+def link_files(path: Path, to: Path, but: Sequence[str] = ()) -> tuple[tuple[Path, Path], ...]:
+    """Link the files of a checkpoint into the folder ``to``; from and to of what is to be copied.
+
+    Raises FileNotFoundError: it was removed meanwhile.
+    """
+    files = [file for file in sorted(path.iterdir()) if file.name not in but]
+    return tuple((file, to / file.name) for file in files if not _linked(file, to / file.name))
 
 
 def _linked(file: Path, to: Path) -> bool:

@@ -156,6 +156,11 @@ def read_facts(path: Path) -> dict[str, Any]:
     return facts
 
 
+def names(path: Path) -> set[str]:
+    """The names of the tensors in a checkpoint."""
+    return set(ShardReader(path).read_metadata().state_dict_metadata)
+
+
 def load(path: Path, state: State, mesh: Mesh) -> None:
     """Fill the tensors of ``state`` in place, whatever layout wrote the checkpoint."""
 

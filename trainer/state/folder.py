@@ -141,12 +141,12 @@ class RunFolder:
         """Whether no run was ever started here."""
         return not self.config.exists()
 
-    def check_config_is_there(self, parent_step: int | None) -> None:
+    def check_config_is_there(self, first_step: int) -> None:
         """Raise UserError where a run stands whose config.yaml is gone: it would begin again.
 
-        ``parent_step``: of the checkpoint that an interrupted start of a branch leaves.
+        ``first_step``: of the checkpoint that an interrupted start with another run's leaves.
         """
-        names = {path.name for path in self.checkpoints.glob("step-*")} - {f"step-{parent_step}"}
+        names = {path.name for path in self.checkpoints.glob("step-*")} - {f"step-{first_step}"}
         if not self.config.exists() and (self.run.exists() or names):
             raise UserError(
                 f"run.folder={self.path} holds a run, but its config.yaml is gone; restore it, or "

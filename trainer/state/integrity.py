@@ -118,14 +118,16 @@ class ShardWriter(FileSystemWriter):
         return {name: checksum.entry() for name, checksum in self._files.checksums.items()}
 
 
-def seal(path: Path, step: int, files: Files, facts: dict[str, Any]) -> None:
+def seal(
+    path: Path, step: int, files: Files, facts: dict[str, Any], block_bytes: int = BLOCK_BYTES
+) -> None:
     """Make a checkpoint of a folder of shards: add the facts and, last, the list of files."""
     text = json.dumps(facts, indent=2) + "\n"
     write_atomically(path / FACTS, text)
     checksum = Checksum()
     checksum.update(text.encode())
     listed = dict(sorted((files | {FACTS: checksum.entry()}).items()))
-    content = {"step": step, "block_bytes": BLOCK_BYTES, "files": listed}
+    content = {"step": step, "block_bytes": block_bytes, "files": listed}
     write_atomically(path / COMPLETE, json.dumps(content, indent=2) + "\n")
 
 

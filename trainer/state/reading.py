@@ -12,6 +12,8 @@ from allometry.data.sources import Sources
 from allometry.trainer.state import checkpoint
 from allometry.trainer.state.branch import stored_config
 from allometry.trainer.state.folder import RunFolder
+from allometry.trainer.state.initial import choose_initial
+from allometry.trainer.state.integrity import FACTS
 
 S = TypeVar("S", bound=Sources)
 
@@ -24,7 +26,7 @@ def continued(stream: S, facts: dict[str, Any] | None) -> S:
     """
     if facts is not None and not weights_only(facts):
         return stream.resumed(facts["reading"], facts["position_sequences"])
-    return stream.after(_ancestors(facts)) if stream.data.continue_sources else stream
+    return stream.after(_ancestors(facts)) if _goes_on(stream, facts) else stream
 
 
 def read_again(facts: dict[str, Any] | None, stream: Sources) -> list[str]:
@@ -57,10 +59,15 @@ def data_events(
                     "tokens": stream.ledger(position),
                 },
             )
-    if position == 0 and stream.data.continue_sources:
+    if position == 0 and _goes_on(stream, facts):
         accounts = stream.accounts(position)
         epochs = {name: account.epochs for name, account in accounts.items()}
         yield "sources_continued", {"epochs": epochs}
+
+
+def _goes_on(stream: Sources, facts: dict[str, Any] | None) -> bool:
+    """Whether sources of a run that begins go on after what its ancestors have read of them."""
+    return stream.data.continue_sources or "data" in (facts or {}).get("keep", ())
 
 
 def weights_only(facts: dict[str, Any] | None) -> bool:
@@ -78,12 +85,24 @@ def _ancestors(facts: dict[str, Any] | None) -> list[dict[str, Any]]:
     return found
 
 
-def standing(folder: RunFolder) -> dict[str, Any] | None:
-    """The facts of the checkpoint at which a run's folder stands, to look at; None without one."""
-    paths = [] if folder.is_new() else checkpoint.saved(folder)
-    if not paths:
+def standing(config: RunConfig) -> dict[str, Any] | None:
+    """The facts of the checkpoint at which a run stands or would begin, to look at; None: at none.
+
+    Raises UserError: what ``run.initial.folder`` names cannot be begun with.
+    """
+    folder, parent, initial = RunFolder(config.run.folder), config.run.parent, config.run.initial
+    if folder.is_new():
+        if initial is not None and initial.folder is not None:
+            return choose_initial(config, initial).facts
+        path = None
+        if parent is not None:
+            folder = RunFolder(parent.folder)
+            path = folder.checkpoints / f"step-{parent.step}"
+    else:
+        path = next(reversed(checkpoint.saved(folder)), None)
+    if path is None or not (path / FACTS).is_file():
         return None
-    return with_reading(checkpoint.read_facts(paths[-1]), stored_config(folder))
+    return with_reading(checkpoint.read_facts(path), stored_config(folder))
 
 
 def with_reading(facts: dict[str, Any], config: RunConfig) -> dict[str, Any]:

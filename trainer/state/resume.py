@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from allometry.configs.errors import UserError
-from allometry.configs.execution import Parent
 from allometry.configs.loader import dump
 from allometry.configs.run import RunConfig
+from allometry.data.run_tokenizer import RunTokenizer
 from allometry.data.sources import Sources
 from allometry.optim.schedule import resolve_schedule
 from allometry.parallel.agree import from_main_rank, on_all_ranks
 from allometry.parallel.mesh import Mesh
 from allometry.scaling.batch import BatchPlan
 from allometry.trainer.state import checkpoint
-from allometry.trainer.state.branch import copy_share, discard, keep, stored_config, take
+from allometry.trainer.state.branch import (
+    Taken,
+    copy_share,
+    discard,
+    keep,
+    settle,
+    stored_config,
+    take,
+)
+from allometry.trainer.state.changed import Difference, differences
 from allometry.trainer.state.folder import RunFolder, write_atomically
+from allometry.trainer.state.initial import Importer, check_converted, take_initial, unusable
 from allometry.trainer.state.integrity import damage_of_contents
 from allometry.trainer.state.reading import continued, weights_only, with_reading
 from allometry.trainer.state.refused import check_not_refused
@@ -34,8 +45,9 @@ _SETTLED = ("model", "parameterization")
 class Start:
     """Where a launch begins: ``checkpoint`` is None for a run that starts from nothing.
 
-    ``branched``: it was just taken over from the run that ``run.parent`` names. ``overrides``: how
-    many parameters the launch freezes, trains again or multiplies otherwise than the steps before.
+    ``branched``: it was just taken over from the run that ``run.parent`` names. ``changes``: what
+    the description has otherwise from here on. ``overrides``: how many parameters the launch
+    freezes, trains again or multiplies otherwise than the steps before.
     """
 
     checkpoint: Path | None
@@ -44,6 +56,7 @@ class Start:
     abandoned: list[str]
     dropped_rows: int
     branched: bool = False
+    changes: tuple[Difference, ...] = ()
     overrides: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -57,18 +70,49 @@ class Start:
         return weights_only(self.facts)
 
 
+def start_events(config: RunConfig, start: Start) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield what the record says of how a launch begins."""
+    parent, facts = config.run.parent, start.facts or {}
+    told = ("run", "source", "step", "hash")
+    if start.weights_only:
+        origin = {key: facts["origin"][key] for key in told if key in facts["origin"]}
+        if "step" in origin:
+            origin["at"] = origin.pop("step")
+        keep = facts.get(
+            "keep", ["weights", "optimizer"] if facts.get("optimizer") else ["weights"]
+        )
+        yield "initial", {**origin, "keep": keep, "stated": config.run.initial is not None}
+    if start.checkpoint is None or (start.weights_only and config.run.initial is not None):
+        yield "started", {"dropped_rows": start.dropped_rows}
+    elif start.branched and parent is not None:
+        yield "branched", {"parent": parent.folder}
+    else:
+        yield (
+            "resumed",
+            {"checkpoint": start.checkpoint.name, "dropped_rows": start.dropped_rows},
+        )
+
+
 @dataclass(frozen=True)
 class _Choice:
     """What a launch would begin from; of ``path`` only the sizes have been looked at.
 
-    In a ``new`` folder it is a parent's checkpoint, linked there but not yet under its name.
+    In a ``new`` folder it is another run's checkpoint, linked there but not yet under its name.
     """
 
     path: Path | None
     facts: dict[str, Any] | None
     new: bool = False
     copies: tuple[tuple[Path, Path], ...] = ()  # from and to: what could not be linked
+    changes: tuple[Difference, ...] = ()
+    tokenizer: Path | None = None
     overrides: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, taken: Taken, facts: dict[str, Any], overrides: dict[str, int]) -> _Choice:
+        return cls(
+            *(taken.path, facts, True, taken.copies, taken.changes, taken.tokenizer, overrides)
+        )
 
 
 def begin(
@@ -78,10 +122,12 @@ def begin(
     mesh: Mesh,
     stop_at_step: int | None = None,
     check: Callable[[Sources], None] = lambda stream: None,
+    importer: Importer | None = None,
 ) -> Start:
     """Claim the folder and find where to continue; every rank calls this.
 
-    ``check`` gets the data as the run would go on with them (``continued``) and may refuse them.
+    ``check`` gets the data as the run would go on with them (``continued``) and may refuse them;
+    ``importer`` reads the model that ``run.initial.hf`` names.
 
     The main rank chooses a checkpoint by sizes, all ranks read their shares of its contents, and
     then the main rank writes what this launch changes.
@@ -105,7 +151,7 @@ def begin(
     try:
         choice = from_main_rank(
             mesh,
-            writing(lambda: _choose(folder, config, stream, stop_at_step, check)),
+            writing(lambda: _choose(folder, config, stream, stop_at_step, check, importer)),
             "choosing a checkpoint",
         )
         if choice.copies:
@@ -128,6 +174,7 @@ def _choose(
     stream: Sources,
     stop_at_step: int | None,
     check: Callable[[Sources], None],
+    importer: Importer | None,
 ) -> _Choice:
     """Claim the folder and choose what to begin from, without reading a shard."""
 
@@ -138,7 +185,7 @@ def _choose(
     parent, resume = config.run.parent, config.run.resume
     if folder.is_new():
         check_not_refused(folder)
-        folder.check_config_is_there(parent.step if parent else None)
+        folder.check_config_is_there(parent.step if parent else 0)
     folder.claim()
     if folder.is_new():
         if resume not in ("auto", "never"):
@@ -146,14 +193,7 @@ def _choose(
                 f"run.resume={resume}: {folder.path} holds no run to go back to; use "
                 "run.resume=auto"
             )
-        if parent is None:
-            check(continued(stream, None))
-            return _Choice(None, None, new=True)
-        _check_stop(folder, parent.step, stop_at_step)
-        taken = take(folder, config, parent, lambda facts: accept(facts, _config_of(parent)))
-        facts = with_reading(taken.facts, _config_of(parent))
-        changed = changed_overrides(_config_of(parent), config)
-        return _Choice(taken.path, facts, new=True, copies=taken.copies, overrides=changed)
+        return _choose_new(folder, config, stream, stop_at_step, accept, check, importer)
     if resume == "never":
         raise UserError(
             f"run.folder={folder.path} already holds a run and run.resume=never; choose another "
@@ -168,23 +208,54 @@ def _choose(
         return _Choice(None, None)
     facts = checkpoint.read_facts(path)
     _check_stop(folder, facts["step"], stop_at_step)
-    # Nothing was trained on imported weights yet: only their own description is settled.
-    settled = _SETTLED if facts.get("weights_only") else None
-    if settled is not None and facts.get("optimizer"):
-        settled = (*settled, "optimizer.kind")
-    check_unchanged(old, config, facts["step"], settled)
-    if facts["step"] and not folder.metrics.exists():
-        raise UserError(
-            f"{folder.metrics} is gone, which holds the rows up to step {facts['step']}; restore "
-            "it, or make an empty file of that name to go on without them"
+    if not facts.get("weights_only"):
+        check_unchanged(old, config, facts["step"])
+        accept(facts, old)
+        _check_rows(folder, facts["step"])
+        return _Choice(
+            path,
+            with_reading(facts, old),
+            changes=tuple(differences(old, config, rates=True)),
+            overrides=changed_overrides(old, config),
         )
+    # Nothing was trained on imported weights yet: only their own description is settled.
+    settled = _SETTLED
+    if facts.get("optimizer"):
+        settled = (*settled, "optimizer.kind")
+    if old.run.initial is not None:
+        settled = (*settled, "run.initial")
+    elif config.run.initial is not None:
+        check_converted(folder, config.run.initial, facts)
+    check_unchanged(old, config, facts["step"], settled)
     accept(facts, old)
-    changed = {} if weights_only(facts) else changed_overrides(old, config)
-    return _Choice(path, with_reading(facts, old), overrides=changed)
+    return _Choice(path, facts)
 
 
-def _config_of(parent: Parent) -> RunConfig:
-    return stored_config(RunFolder(parent.folder))
+def _choose_new(
+    folder: RunFolder,
+    config: RunConfig,
+    stream: Sources,
+    stop_at_step: int | None,
+    accept: Callable[[dict[str, Any], RunConfig], None],
+    check: Callable[[Sources], None],
+    importer: Importer | None,
+) -> _Choice:
+    """Choose what a new run begins from, and link it into the folder."""
+    parent, initial = config.run.parent, config.run.initial
+    if parent is not None:
+        _check_stop(folder, parent.step, stop_at_step)
+        source = RunFolder(parent.folder)
+        before = stored_config(source)
+        taken = take(folder, config, parent, lambda facts: accept(facts, before))
+        facts = with_reading(taken.facts, before)
+        return _Choice.of(taken, facts, changed_overrides(before, config))
+    if initial is not None:
+        taken = take_initial(
+            *(folder, config, initial, lambda facts: check(continued(stream, facts)), importer)
+        )
+        return _Choice.of(taken, taken.facts, {})
+    check(continued(stream, None))
+    return _Choice(None, None, new=True)
 
 
 def _enter(folder: RunFolder, config: RunConfig, choice: _Choice, problem: str | None) -> Start:
@@ -193,16 +264,17 @@ def _enter(folder: RunFolder, config: RunConfig, choice: _Choice, problem: str |
     step = int(choice.facts["step"]) if choice.facts else 0
     abandoned, dropped_rows = [], 0
     if path is not None and problem is not None:
-        if choice.new and parent is not None:
-            raise discard(path, parent, problem)
+        if choice.new:
+            raise _discarded(config, choice, path, problem)
         raise checkpoint.damaged(folder, path, problem)
     cleaned = checkpoint.clean(folder, path)
     total = _total_steps(config)
     if step < total:
         check_room(folder.path, config, len(checkpoint.saved(folder)), step, total)
     if choice.new:
-        if path is not None and parent is not None:
-            path = keep(folder, parent, path)
+        if path is not None:
+            path = keep(folder, parent, path) if parent is not None else settle(folder, path, 0)
+        RunTokenizer(choice.tokenizer).keep(folder.path)
     else:
         if path is not None:
             write_atomically(folder.latest, path.name + "\n")
@@ -214,12 +286,31 @@ def _enter(folder: RunFolder, config: RunConfig, choice: _Choice, problem: str |
         cleaned=cleaned,
         abandoned=abandoned,
         dropped_rows=dropped_rows,
-        branched=choice.new and path is not None,
+        branched=choice.new and parent is not None,
+        changes=choice.changes,
         overrides=choice.overrides,
     )
     if step < total:  # else the launch changes nothing that the folder says
         write_atomically(folder.config, dump(config))
     return start
+
+
+def _discarded(config: RunConfig, choice: _Choice, path: Path, problem: str) -> UserError:
+    """Remove what was linked of another run's checkpoint; the refusal of that."""
+    if config.run.parent is not None:
+        return discard(path, config.run.parent, problem)
+    assert choice.facts is not None
+    shutil.rmtree(path, ignore_errors=True)
+    origin = choice.facts["origin"]
+    return unusable(Path(origin["source"]) / "checkpoints" / f"step-{origin['step']}", problem)
+
+
+def _check_rows(folder: RunFolder, step: int) -> None:
+    if step and not folder.metrics.exists():
+        raise UserError(
+            f"{folder.metrics} is gone, which holds the rows up to step {step}; restore it, or "
+            "make an empty file of that name to go on without them"
+        )
 
 
 def _total_steps(config: RunConfig) -> int:
@@ -247,13 +338,29 @@ def _check_schedule_file(config: RunConfig, facts: dict[str, Any]) -> None:
         return
     plan = BatchPlan(config.batch, config.data.sequence_length)
     schedule = resolve_schedule(config, plan)
-    steps = range(1, int(facts["step"]) + 1)
-    s1 = sum(config.optimizer.lr * schedule.fraction(step) for step in steps)
+    since = rates_since(config, facts)
+    steps = range(since["step"] + 1, int(facts["step"]) + 1)
+    s1 = sum((config.optimizer.lr * schedule.fraction(step) for step in steps), since["s1"])
     if not math.isclose(s1, facts["areas"]["s1"], rel_tol=1e-9):
         raise UserError(
             "the file of schedule.kind=refined changed, so that steps already taken would have had "
             "other learning rates; restore it or choose another run.folder"
         )
+
+
+def rates_since(config: RunConfig, facts: dict[str, Any]) -> dict[str, Any]:
+    """The step after which rates are those of this description, and S1 there.
+
+    0 but where a run branched with another ``optimizer.lr`` or ``schedule``, as the facts of its
+    checkpoints say from there on.
+    """
+    parent = config.run.parent
+    if parent is not None and int(facts["step"]) != parent.step:
+        parent = None
+    if parent is not None and any(map(parent.may_change, ("schedule", "optimizer.lr"))):
+        return {"step": parent.step, "s1": facts["areas"]["s1"]}
+    known: dict[str, Any] = facts.get("rates_since", {"step": 0, "s1": 0.0})
+    return known
 
 
 def _check_data(facts: dict[str, Any], fingerprints: dict[str, Any]) -> None:

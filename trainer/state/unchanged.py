@@ -2,47 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 from allometry.configs.errors import UserError
+from allometry.configs.lineage import Parent, covers
 from allometry.configs.run import RunConfig
 from allometry.optim.schedule import resolve_schedule
 from allometry.scaling.batch import BatchPlan
 from allometry.scaling.inventory import inventory
 from allometry.scaling.parameterization import Parameterization
-
-# What changes how a run is carried out and recorded but not what it computes. The length of the run
-# and its schedule may change as long as the steps already taken used the same learning rates.
-FREE = (
-    "run.folder",
-    "run.resume",
-    "parallel",
-    "evaluation",
-    "checkpoint",
-    "record",
-    "batch.micro_batch_sequences",
-    "training.compile",
-    "training.cuda_graphs",
-    "training.activation_checkpointing",
-    "training.activation_offload",
-    "training.deterministic",
-    "kernels",
-    "data.tokenizer",
-    "training.total_steps",
-    "training.total_tokens",
-    "schedule",
+from allometry.trainer.state.changed import (
+    MIXTURE,
+    Difference,
+    check_named,
+    check_names,
+    check_possible,
+    differences,
 )
-# The paths of a source's files may change too: their contents are compared by fingerprint.
-_PATHS = ("train", "validation")
-# What of a source says how much of it is read, which may change where a run goes on.
-_MIXTURE = ("weight", "max_epochs")
-# How states are kept may change where a run branches: they are converted, which is an event.
-BRANCH_FREE = ("run.parent", "optimizer.states.")
+
 # Which parameters are trained, and how fast, may change where a run goes on, which is an event.
 OVERRIDES = "optimizer.overrides"
 CONTINUES = "may not change when a run continues; restore it or choose another run.folder"
-BRANCHES = "may not differ in a run that branches from it; restore it or leave run.parent out"
 
 
 def check_unchanged(
@@ -54,10 +32,11 @@ def check_unchanged(
     read stay what they were, and each source goes on at its next one (``Reading.resumed``). So may
     ``optimizer.overrides`` (``changed_overrides``).
     """
-    for key, before, after in differences(old, _with_mixture_of(old, new)):
-        if key.startswith(OVERRIDES):
-            continue
-        if sections is None or f"{key}.".startswith(tuple(f"{one}." for one in sections)):
+    for key, before, after in differences(old, new):
+        settled = not any(covers(name, key) for name in (*MIXTURE, OVERRIDES))
+        if sections is not None:
+            settled = any(covers(one, key) for one in sections) and not covers(OVERRIDES, key)
+        if settled:
             raise UserError(
                 f"{key}={after!r} differs from {before!r}, with which {old.run.folder} was "
                 f"started, and {CONTINUES}"
@@ -72,42 +51,48 @@ def check_unchanged(
         )
 
 
-def check_branch(parent: RunConfig, branch: RunConfig, step: int) -> None:
-    """Refuse a branch that would not have taken its parent's first ``step`` steps alike.
+def check_branch(parent: RunConfig, branch: RunConfig, link: Parent) -> None:
+    """Refuse a branch that would not go on from its parent's first steps, or not as it says.
+
+    It differs in what ``link.changes`` names alone. Without ``schedule`` among these it would have
+    taken the first ``link.step`` steps at the same fractions of the peak rate.
 
     Raises:
         UserError: names the key that differs, or the first step with another learning rate.
     """
-    for key, before, after in differences(parent, _with_mixture_of(parent, branch)):
-        if not key.startswith(BRANCH_FREE):
-            raise UserError(
-                f"{key}={after!r} differs from {before!r} of run.parent.folder="
-                f"{parent.run.folder}, and {BRANCHES}"
-            )
+    step, folder = link.step, link.folder
+    check_names(link, parent, branch)
+    changes = branch_changes(parent, branch)
+    check_possible(changes, f"of run.parent.folder={folder}", f"folder: {folder}, step: {step}")
+    check_named(changes, link)
     if _check_length(branch, step) == step:
         raise UserError(
             f"run.parent.step={step} is the last of the branch's {step} steps, so that none is "
             "left to take; raise training.total_steps (or total_tokens) or branch earlier"
         )
-    other = rates_part(parent, branch, step)
+    other = None
+    if not link.may_change("schedule"):  # what else the optimizer has is named
+        alike = branch.model_copy(update={"optimizer": parent.optimizer})
+        other = rates_part(parent, alike, step)
     if other is not None:
+        begun = parent.run.schedule_from
         raise UserError(
-            f"{_why(parent, branch)} of run.parent.folder={parent.run.folder} gave step {other} "
+            f"{_why(parent, branch)} of run.parent.folder={folder} gave step {other} "
             f"another learning rate than this run would have had, so that it cannot branch after "
             f"step {step}; "
-            + (f"branch before step {other} or " if other > 1 else "")
-            + "leave run.parent out"
+            + (f"branch before step {other}, " if other > 1 else "")
+            + (f"go on with its schedule by run.parent.schedule_from={begun}, " if begun else "")
+            + "have the schedule count from the branch by run.parent.changes=[schedule], or leave "
+            "run.parent out"
         )
 
 
-def differences(old: RunConfig, new: RunConfig) -> Iterator[tuple[str, Any, Any]]:
-    """What two runs compute differently, as (key, old, new), their schedules and lengths aside."""
-    before, after = _leaves(old.model_dump(mode="json")), _leaves(new.model_dump(mode="json"))
-    for key in sorted(before.keys() | after.keys()):
-        # Dropout draws its masks by micro-batch.
-        masks = key == "batch.micro_batch_sequences" and new.model.dropout > 0
-        if before.get(key) != after.get(key) and (masks or not _is_free(key)):
-            yield key, before.get(key), after.get(key)
+def branch_changes(
+    parent: RunConfig, branch: RunConfig, *, rates: bool = False
+) -> tuple[Difference, ...]:
+    """Return what a branch has otherwise than its parent, but for where it branches."""
+    different = differences(parent, branch, rates=rates)
+    return tuple(one for one in different if not covers("run", one.key) or one.key == "run.seed")
 
 
 def changed_overrides(old: RunConfig, new: RunConfig) -> dict[str, int]:
@@ -135,8 +120,11 @@ def rates_part(old: RunConfig, new: RunConfig, step: int) -> int | None:
         return 1
     plan = BatchPlan(old.batch, old.data.sequence_length)
     was, now = resolve_schedule(old, plan), resolve_schedule(new, plan)
+    begun, other = was.begin_step, now.begin_step
+    if min(step, begun) != min(step, other):  # one of them does not say how its first steps were
+        return min(begun, other) + 1
     shared = min(step, was.total_steps, now.total_steps)
-    different = (s for s in range(1, shared + 1) if was.fraction(s) != now.fraction(s))
+    different = (s for s in range(begun + 1, shared + 1) if was.fraction(s) != now.fraction(s))
     return next(different, None if shared == step else shared + 1)
 
 
@@ -174,37 +162,3 @@ def _why(old: RunConfig, new: RunConfig) -> str:
             "length of the run: training.total_steps or total_tokens"
         )
     return "schedule or training.total_steps/total_tokens"
-
-
-def _is_free(key: str) -> bool:
-    parts = key.split(".")
-    if parts[:2] == ["data", "sources"] and parts[-1] in _PATHS:
-        return True
-    return any(key == free or key.startswith(free + ".") for free in FREE)
-
-
-def _with_mixture_of(old: RunConfig, new: RunConfig) -> RunConfig:
-    """``new`` with the sources of ``old``, as far as it has them, in its order and shares."""
-    there = {source.name: source for source in new.data.sources}
-    sources = [
-        there.get(source.name, source).model_copy(
-            update={key: getattr(source, key) for key in _MIXTURE}
-        )
-        for source in old.data.sources
-    ]
-    update = {"sources": tuple(sources), "replay": old.data.replay}
-    return new.model_copy(update={"data": new.data.model_copy(update=update)})
-
-
-def _leaves(value: Any, path: str = "") -> dict[str, Any]:
-    """A nested description as {dotted key: value}."""
-    if isinstance(value, dict):
-        items = value.items()
-    elif isinstance(value, list):
-        items = enumerate(value)  # type: ignore[assignment]
-    else:
-        return {path: value}
-    leaves: dict[str, Any] = {}
-    for key, inner in items:
-        leaves |= _leaves(inner, f"{path}.{key}" if path else str(key))
-    return leaves

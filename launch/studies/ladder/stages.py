@@ -31,7 +31,7 @@ from allometry.scaling.batch import BatchPlan
 from allometry.scaling.count import count_parameters
 from allometry.studies.ladder.plan import LadderPlan, plan_ladder
 from allometry.studies.ladder.run import Ended, train_runs, write_config
-from allometry.studies.ladder.sbatch import write_scripts
+from allometry.studies.ladder.sbatch import offer_scripts
 from allometry.studies.ladder.share import PlannedRun
 from allometry.studies.ladder.state import check_stored, only_one, state_of
 
@@ -102,14 +102,8 @@ def _train(plan: LadderPlan, wanted: Sequence[PlannedRun], at_once: int, say: Sa
 
 
 def _scripts(plan: LadderPlan, only: Only | None, parallel: int | None, say: Say) -> dict[str, Any]:
-    if parallel is not None:
-        raise UserError(
-            "--parallel goes with launch.kind=local; with sbatch, Slurm runs what it has room for"
-        )
     wanted = {"rungs": plan.rungs, "target": [plan.target], None: plan.rungs}[only]
-    written = write_scripts(plan, [run for run in wanted if run is not None])
-    submit = f"{len(written) - 1} scripts written; submit them with {written[0]}" if written else ""
-    say(submit or "nothing is missing")
+    written = offer_scripts(plan, [run for run in wanted if run is not None], parallel, say)
     if only is None and plan.target is not None:
         say("when they are done: allometry ladder predict, then allometry ladder run --only target")
     return {**text.planned_facts(plan), "scripts": [str(path) for path in written]}

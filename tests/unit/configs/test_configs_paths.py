@@ -23,7 +23,7 @@ from allometry.launch.runs.commands import Prepare
 
 # Texts of a description that are no paths: names, patterns and lines of scripts.
 NO_PATHS = {"name", "resume", "project", "entity", "law", "loss", "schedule", "sources"}
-NO_PATHS |= {"set", "options", "setup", "fix", "parent", "deepspeed_extra"}
+NO_PATHS |= {"set", "options", "setup", "fix", "parent", "changes", "deepspeed_extra"}
 
 
 @pytest.fixture(autouse=True)
@@ -99,7 +99,7 @@ def _texts(model: type[BaseModel], seen: set[type[BaseModel]]) -> list[tuple[str
 
 
 PATHS: dict[type[BaseModel], set[str]] = {
-    RunConfig: {"folder", "train", "validation", "tokenizer", "file", "nvme"},
+    RunConfig: {"folder", "train", "validation", "tokenizer", "file", "nvme", "hf"},
     LadderConfig: {"folder", "file", "base"},
     TreeConfig: {"folder", "base", "run", "config"},
 }

@@ -15,7 +15,8 @@ from allometry.configs.loader import dump, load, validate
 from allometry.configs.run import RunConfig
 from allometry.configs.source import Tree
 from allometry.interop.huggingface.config import differences
-from allometry.interop.huggingface.convert import export_hf, import_hf, read_model
+from allometry.interop.huggingface.convert import export_hf, import_hf
+from allometry.interop.huggingface.model import read_model
 from allometry.interop.huggingface.weights import CheckpointWeights, write_checkpoint
 from allometry.models.build import build_model
 from allometry.models.init import initialize

@@ -168,6 +168,15 @@ def test_branch_by_reference_trained_and_listed(shell: Shell, tiny: Make, tmp_pa
     assert said == {
         "run": str(branch),
         "config": f"{branch}/branch.yaml",
+        "changes": [
+            {"key": f"schedule.{key}", "before": before, "after": after}
+            for key, before, after in (
+                ("decay", None, "1-sqrt"),
+                ("decay_fraction", None, 0.3),
+                ("final_fraction", None, 0.0),
+                ("kind", "constant", "wsd"),
+            )
+        ],
         "parent": str(trunk),
         "step": 14,
         "pinned": True,
@@ -250,7 +259,10 @@ def test_a_trunk_that_cannot_be_written_is_branched_all_the_same(
 REFUSED = (
     ((), "name the run to branch from"),
     (("--at", 9), "has those of 5, 8"),
-    (("--at", 8, "--set", "optimizer.lr=1"), "optimizer.lr=1.0 differs from 0.01"),
+    (("--at", 8, "--set", "batch.sequences=16"), "batch.sequences=16 differs from 8"),
+    (("--at", 8, "--set", "schedule.kind=cosine"), "run.parent.changes=[schedule]"),
+    (("--at", 8, "--set", "optimizer.kind=muon"), "run.initial={folder: "),
+    (("--at", 8, "--set", "run.parent.changes=[dta]"), "'dta' is no key of this run"),
     (("--at", 8, "--set", "optimizer.lr"), "expected section.key=value"),
     (("--at", 8, "--set", "optimizer.rl=1"), "optimizer.rl is not a known key"),
     (("--at", 8, "--set", "training.total_steps=8"), "is the last of the branch's 8 steps"),
@@ -271,6 +283,23 @@ def test_refusals_leave_nothing(shell: Shell, trunk: Path, tmp_path: Path) -> No
     assert "holds no run to branch from" in shell.refusal("branch", tmp_path, "--at", 8)
     assert sorted(tmp_path.iterdir()) == before
     assert not (trunk / "pins").exists()
+
+
+def test_a_branch_says_what_it_changes(shell: Shell, trunk: Path) -> None:
+    """Keys are named by themselves; that a schedule counts from the branch is said by people."""
+    words = ("--set", "optimizer.lr=1e-3", "--set", "data.sources.1.weight=0.5")
+    named = ("--set", "run.parent.changes=[schedule]", "--set", "schedule.kind=cosine")
+    said = shell("branch", trunk, "--at", 8, *words, *named)
+    assert "  optimizer.lr is 0.001; it was 0.01\n" in said
+    assert "  data.sources.down.weight is 0.5; it was 1.0\n" in said
+    config = load(trunk.parent / "trunk-branch-8/branch.yaml")
+    assert config.run.parent is not None
+    assert config.run.parent.changes == ("schedule", "data", "optimizer.lr")
+    plan = shell.json("train", trunk.parent / "trunk-branch-8/branch.yaml", "--dry-run")
+    rates = {corner["step"]: corner["lr"] for corner in plan["learning_rate"]}
+    assert min(rates) == 9
+    assert rates[11] == 1e-3, "the end of its own warm-up of 3 steps"
+    assert plan["data"]["sources"]["up"]["tokens"] > 8 * 256 / 2, "with what its trunk has read"
 
 
 def test_a_length_in_the_other_unit(shell: Shell, trunk: Path, tmp_path: Path) -> None:

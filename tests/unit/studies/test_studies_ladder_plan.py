@@ -73,9 +73,13 @@ def test_wsd_shares_one_trunk_and_counts_what_it_saves(base: Path) -> None:
         if run.parent is not None:
             parent = next(other for other in plan.rungs if other.name == run.parent)
             assert parent.config.run.seed == run.config.run.seed
-            check_branch(parent.config, run.config, run.parent_step)
+            link = run.config.run.parent
+            assert link is not None
+            assert link.step == run.parent_step
+            check_branch(parent.config, run.config, link)
+            later = link.model_copy(update={"step": link.step + 1})
             with pytest.raises(UserError, match="another learning rate"):
-                check_branch(parent.config, run.config, run.parent_step + 1)
+                check_branch(parent.config, run.config, later)
     assert plan.rungs[5].config.run.seed == 1
 
 

@@ -1,6 +1,7 @@
 """Trees of runs as planned: who branches from whom, what is kept, and what is refused."""
 
 import json
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,10 @@ from typing import Any
 import pytest
 
 from allometry.configs.errors import UserError
+from allometry.configs.loader import dump, load
 from allometry.configs.run import RunConfig
 from allometry.configs.tree import load_tree
+from allometry.studies.ladder.sbatch import write_scripts
 from allometry.studies.tree import TreePlan, plan_tree
 from fake_runs import fake_run
 
@@ -119,3 +122,69 @@ def test_refused(plan: Plan, keys: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence) as refused:
         plan(**keys)
     assert "\n" not in str(refused.value)
+
+
+def test_scripts_for_slurm_wait_for_what_they_branch_from(plan: Plan, tmp_path: Path) -> None:
+    launch = {"kind": "sbatch", "processes": 4, "options": ["--gres=gpu:8"]}
+    planned = plan(launch=launch)
+    assert planned.processes == 4
+    submit, *scripts = write_scripts(planned, planned.runs)
+    assert [path.stem for path in scripts] == ["trunk", "short", "long", "twig"]
+    for path in (submit, *scripts):
+        done = subprocess.run(["bash", "-n", path], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert "#SBATCH --gres=gpu:8\n" in scripts[0].read_text()
+    assert "what is missing later, allometry branch --tree writes anew" in submit.read_text()
+    described = load(tmp_path / "tree/configs/twig.yaml")
+    assert described.run.parent is not None
+    assert described.run.parent.step == 16
+    # A stand-in for sbatch says what it was asked.
+    fake, calls = tmp_path / "bin", tmp_path / "calls"
+    fake.mkdir()
+    (fake / "sbatch").write_text('#!/bin/bash\necho "$@" >> "$CALLS"\nwc -l < "$CALLS"\n')
+    (fake / "sbatch").chmod(0o755)
+    environment = {"PATH": f"{fake}:/usr/bin:/bin", "CALLS": str(calls)}
+    done = subprocess.run([submit], env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    after = "--parsable --dependency=afterok:{} --kill-on-invalid-dep=yes {}.sbatch"
+    assert calls.read_text().splitlines() == [
+        "--parsable trunk.sbatch",
+        after.format(1, "short"),
+        after.format(1, "long"),
+        after.format(3, "twig"),
+    ]
+    # A trunk that is done needs no job, nor does what branches from it wait.
+    trunk = planned.runs[0]
+    trunk.folder.mkdir(parents=True)
+    (trunk.folder / "config.yaml").write_text(dump(trunk.config))
+    (trunk.folder / "metrics.jsonl").write_text('{"step": 20}\n')
+    (trunk.folder / "events.jsonl").write_text('{"event": "finished", "step": 20}\n')
+    for step in (7, 14):
+        (trunk.folder / f"checkpoints/step-{step}").mkdir(parents=True)
+        (trunk.folder / f"checkpoints/step-{step}/complete.json").touch()
+    submit, *scripts = write_scripts(planned, planned.runs)
+    assert [path.stem for path in scripts] == ["short", "long", "twig"]
+    assert "--dependency" not in submit.read_text().split("short: job")[0]
+
+
+def test_a_branch_of_a_tree_says_what_it_changes(plan: Plan, tmp_path: Path) -> None:
+    """What ``set`` changes is named by itself; a schedule of its own is not."""
+    more = {"optimizer.lr": 0.002, "data.sources.1.weight": 0.5, "training.clip_grad_norm": None}
+    own = DECAY | {"run.parent.changes": ["schedule"]}
+    again = {"schedule.warmup_steps": 0, "run.parent.changes": ["schedule", "optimizer"]}
+    _, short, long, twig, new = plan(
+        branches=[
+            {"name": "short", "at": 7, "set": SHORT | more},
+            {"name": "long", "at": 7, "set": own},
+            {"name": "twig", "parent": "long", "at": 9},
+            {"name": "new", "parent": "long", "at": 9, "set": again | {"optimizer.lr": 0.001}},
+        ]
+    ).runs
+    links = [run.config.run.parent for run in (short, long, twig, new)]
+    assert [link and (link.changes, link.schedule_from) for link in links] == [
+        (("data", "optimizer.lr", "training.clip_grad_norm"), 0),
+        (("schedule",), 0),
+        ((), 7),
+        (("schedule", "optimizer"), 0),
+    ]
+    assert [run.config.run.schedule_from for run in (short, long, twig, new)] == [0, 7, 7, 9]

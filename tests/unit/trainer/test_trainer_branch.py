@@ -86,7 +86,12 @@ def test_branch_is_the_straight_run_to_the_bit(
         "parent": str(trunk),
     }
     described = json.loads((branch / "run.json").read_text())
-    assert described["parent"] == {"folder": str(trunk), "step": 14}
+    assert described["parent"] == {
+        "folder": str(trunk),
+        "step": 14,
+        "changes": [],
+        "schedule_from": 0,
+    }
     assert described["launches"][0]["first_step"] == 15
     # The parent goes on as if nobody had branched.
     alone = run(tiny(*TRUNK, *extra, folder=tmp_path / "alone"))

@@ -103,7 +103,7 @@ def test_a_curve_that_cannot_be_fitted_is_an_event(
 
 
 def test_earlier_launches_are_read_up_to_the_first_step(tmp_path: Path) -> None:
-    lines = [{"step": step, "loss": 3.0 + 20.0 / step} for step in range(1, 151)]
+    lines = [{"step": step, "lr": 1e-2, "loss": 3.0 + 20.0 / step} for step in range(1, 151)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
     forecaster, _ = make(tmp_path)
     forecaster.on_start({}, 121)

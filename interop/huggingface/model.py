@@ -1,0 +1,129 @@
+"""A Hugging Face model as a run begins with it: checked against the run, and made a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from allometry.configs.errors import UserError
+from allometry.configs.model import ModelConfig
+from allometry.configs.run import RunConfig
+from allometry.data.run_tokenizer import tokenizer_that_agrees
+from allometry.interop.huggingface.config import Family, differences, from_hf
+from allometry.interop.huggingface.names import (
+    HEAD,
+    Counterpart,
+    Fold,
+    Source,
+    counterparts,
+    folds,
+    locate,
+    unfolded,
+)
+from allometry.interop.huggingface.origin import kept_origin, read_origin
+from allometry.interop.huggingface.weights import (
+    CONFIG,
+    CheckpointWeights,
+    FolderWeights,
+    hash_of,
+    read_json,
+    write_checkpoint,
+)
+from allometry.scaling.parameterization import Parameterization
+from allometry.trainer.state.initial import Imported
+from allometry.trainer.state.integrity import Files
+
+
+@dataclass(frozen=True)
+class HFModel:
+    """A model that is that of a run: ``wanted`` has where each of our parameters is there.
+
+    ``folding`` is divided out of weights; ``said`` is what an export of ours says of its run.
+    """
+
+    source: Path
+    family: Family
+    weights: FolderWeights
+    wanted: tuple[Counterpart, ...]
+    places: Mapping[str, Source]
+    folding: tuple[Fold, ...]
+    tokenizer: Path | None
+    said: dict[str, Any] | None
+
+    def write(self, shards: Path, states: CheckpointWeights | None = None) -> Files:
+        """Write the shards of a checkpoint, one parameter at a time; sizes and checksums."""
+        by_name = {counterpart.spec.name: counterpart for counterpart in self.wanted}
+        return write_checkpoint(
+            shards,
+            {name: counterpart.spec.shape for name, counterpart in by_name.items()},
+            lambda name: unfolded(
+                name, by_name[name].join(self.places[name], self.weights.read), self.folding
+            ),
+            states,
+        )
+
+    def origin(self) -> dict[str, Any]:
+        """What run.json says of where its weights come from (JSON)."""
+        return {**kept_origin(self.source, self.family, self.said), "hash": hash_of(self.source)}
+
+
+def open_model(source: Path, config: RunConfig) -> HFModel:
+    """Open the model that a run begins with.
+
+    Raises:
+        UserError: names each key in which it is another model, each tensor without a place, and a
+            tokenizer that is not the one of the run's data.
+    """
+    family, theirs = read_model(source)
+    _check_agreement(config, theirs, source)
+    wanted = counterparts(config.model, family)
+    weights = FolderWeights(source)
+    places = locate(wanted, weights.shapes, str(source), tied=config.model.tied_embeddings)
+    if config.model.tied_embeddings and HEAD in weights.shapes:
+        _check_tied(weights, wanted[0].written[0])
+    return HFModel(
+        source=source,
+        family=family,
+        weights=weights,
+        wanted=wanted,
+        places=places,
+        folding=folds(config.model, Parameterization.of_run(config).forward),
+        tokenizer=tokenizer_that_agrees(config.data, source),
+        said=read_origin(source),
+    )
+
+
+def import_model(source: Path, config: RunConfig, shards: Path) -> Imported:
+    """Write a model's weights as the shards of a checkpoint; the ``Importer`` of ``train``."""
+    model = open_model(source, config)
+    return Imported(model.write(shards), model.origin(), model.tokenizer)
+
+
+def read_model(hf_folder: str | Path) -> tuple[Family, ModelConfig]:
+    """Return the family and our description of the model in a Hugging Face folder."""
+    path = Path(hf_folder) / CONFIG
+    return from_hf(read_json(path), str(path))
+
+
+def _check_agreement(config: RunConfig, theirs: ModelConfig, source: Path) -> None:
+    """Raise UserError unless the run's model computes the function of the model in ``source``."""
+    different = differences(config.model, theirs)
+    if different:
+        listed = ", ".join(f"model.{key}={ours!r} (there {o!r})" for key, ours, o in different)
+        raise UserError(
+            f"the configuration describes another model than {source}: {listed}; set these keys "
+            "to the values there (--print-model prints them all)"
+        )
+
+
+def _check_tied(folder: FolderWeights, embedding: str) -> None:
+    """Refuse a head that a folder ties to its embedding and stores otherwise."""
+    if not torch.equal(folder.read(HEAD), folder.read(embedding)):
+        raise UserError(
+            f"{folder.folder}: config.json ties embedding and head, but {HEAD} differs from "
+            f"{embedding}; set tie_word_embeddings to false there if both are meant"
+        )

@@ -1,0 +1,57 @@
+"""What a launch begins with: tensors from its checkpoint, and how far the run is."""
+
+from __future__ import annotations
+
+import torch
+
+from allometry.configs.run import RunConfig
+from allometry.laws.areas import LearningRateAreas
+from allometry.optim.build import begin_anew, init_states, settle
+from allometry.parallel.apply import Parallel
+from allometry.parallel.mesh import Mesh
+from allometry.scaling.plan import RunPlan
+from allometry.trainer.loop import Progress, state_tensors
+from allometry.trainer.state import checkpoint
+from allometry.trainer.state.finite import check_finite
+from allometry.trainer.state.planners import State
+from allometry.trainer.state.resume import Start, rates_since
+from allometry.trainer.state.states import load
+
+
+def restore(
+    config: RunConfig,
+    plan: RunPlan,
+    start: Start,
+    parallel: Parallel,
+    optimizer: torch.optim.Optimizer,
+    mesh: Mesh,
+) -> tuple[Progress, dict[str, int]]:
+    """Load what the launch begins with; how far the run is, and which states were converted."""
+    begun = config.run.schedule_from
+    # Where a schedule begins in mid-run there was a warm-up, or none, before it.
+    areas = LearningRateAreas(0 if begun else plan.warmup_steps)
+    progress = Progress(start.step, areas, saved_step=start.step or None)
+    if start.checkpoint is None or start.facts is None:
+        return progress, {}
+    names = {parameter: name for name, parameter in parallel.named_parameters()}
+    if start.weights_only:  # of another run or from elsewhere: training itself begins afresh
+        if start.facts.get("optimizer", False):
+            init_states(optimizer)
+        there = checkpoint.names(start.checkpoint)
+        state: State = {f"model.{name}": p.detach() for p, name in names.items()}
+        buffers = {f"model.{name}": buffer for name, buffer in parallel.named_buffers()}
+        state |= {name: buffer for name, buffer in buffers.items() if name in there}
+        state |= checkpoint.optimizer_state(optimizer, names)
+    else:
+        init_states(optimizer)
+        state = state_tensors(parallel, optimizer)
+        areas.load_state_dict(start.facts["areas"])
+        progress.flops = start.facts["flops"]
+        progress.held_out_before.update(start.facts.get("held_out_before", {}))
+        progress.rates_since = rates_since(config, start.facts)
+    converted, anew = load(start.checkpoint, state, names, mesh)
+    settle(optimizer)
+    if anew:
+        begin_anew(optimizer, anew)
+    check_finite(start.checkpoint, state, mesh)
+    return progress, converted

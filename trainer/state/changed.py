@@ -1,0 +1,196 @@
+"""A run that goes on from some step under another description: what differs, and what may.
+
+A branch, a run that was edited and resumed, and a stage of training are one thing: what was done so
+far stays as it was, and from there on the new description holds. ``differences`` lists what that
+changes of what is computed, ``check_possible`` refuses what cannot change in mid-run, and each
+difference is an event, ``config_changed``. Without torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+from allometry.configs.errors import UserError
+from allometry.configs.lineage import Parent, covers
+from allometry.configs.run import RunConfig
+
+# What changes how a run is carried out and recorded but not what it computes.
+FREE = (
+    "run.folder",
+    "run.resume",
+    "parallel",
+    "evaluation",
+    "checkpoint",
+    "record",
+    "batch.micro_batch_sequences",
+    "training.compile",
+    "training.cuda_graphs",
+    "training.activation_checkpointing",
+    "training.activation_offload",
+    "training.deterministic",
+    "kernels",
+    "data.tokenizer",
+)
+RATES = ("schedule", "training.total_steps", "training.total_tokens")
+"""What decides the learning rate of each step, besides ``optimizer.lr``."""
+MIXTURE = ("data.sources", "data.replay")
+"""Which samples come next: each source goes on at its next one (``Reading.resumed``)."""
+POSSIBLE = (
+    *RATES,
+    *MIXTURE,
+    "optimizer",
+    "precision",
+    "training.clip_grad_norm",
+    "training.compute_dtype",
+    "model.dropout",
+    "model.z_loss",
+    "model.router.z_loss",
+    "model.router.balance",
+)
+"""What may be another one from a step on."""
+_IMPOSSIBLE = ("optimizer.kind", "optimizer.rank", "model.router.balance.kind")
+# The paths of a source's files may change: their contents are compared by fingerprint.
+_PATHS = ("train", "validation")
+
+
+class Difference(NamedTuple):
+    """A key whose value was ``before`` and is ``after``; None where there is no such key."""
+
+    key: str
+    before: Any
+    after: Any
+
+    @property
+    def name(self) -> str:
+        """What a user would name of it: ``data``, ``schedule``, ``optimizer.lr``."""
+        if any(covers(section, self.key) for section in MIXTURE):
+            return "data"
+        parts = self.key.split(".")
+        whole = parts[0] in ("schedule", "precision")
+        return parts[0] if whole else ".".join(parts[:2])
+
+
+def differences(old: RunConfig, new: RunConfig, *, rates: bool = False) -> Iterator[Difference]:
+    """Yield what two runs compute differently, by key; sources of data by their names.
+
+    ``rates``: also where their schedules and lengths differ, whose first steps may be alike.
+    """
+    before, after = leaves(_plain(old)), leaves(_plain(new))
+    for key in sorted(before.keys() | after.keys()):
+        if before.get(key) == after.get(key):
+            continue
+        # Dropout draws its masks by micro-batch.
+        masks = key == "batch.micro_batch_sequences" and new.model.dropout > 0
+        decides = rates and any(covers(section, key) for section in RATES)
+        if masks or decides or not _is_free(key):
+            yield Difference(key, before.get(key), after.get(key))
+
+
+def is_possible(key: str) -> bool:
+    """Return whether a run can go on with another value of this key."""
+    if any(covers(name, key) for name in _IMPOSSIBLE):
+        return False
+    return any(covers(name, key) for name in POSSIBLE)
+
+
+def check_possible(changes: Iterable[Difference], where: str, initial: str) -> None:
+    """Refuse differences that no run can go on with; the first one is named.
+
+    ``where`` ends the clause of the value before ("of run.parent.folder=..."); ``initial`` is the
+    checkpoint as ``run.initial`` names it ("folder: runs/trunk, step: 120").
+    """
+    never = [change for change in changes if not is_possible(change.key)]
+    if not never:
+        return
+    # The kind of a section says more than the keys that it brings along.
+    key, before, after = min(never, key=lambda one: not one.key.endswith(".kind"))
+    raise UserError(
+        f"{key}={after!r} differs from {before!r} {where}, and cannot change where a run goes on; "
+        f"restore it{_way_out(key, initial)}"
+    )
+
+
+def check_named(changes: Iterable[Difference], parent: Parent) -> None:
+    """Refuse differences of a branch that ``run.parent.changes`` does not name."""
+    for change in changes:
+        if not parent.may_change(change.key):
+            raise UserError(
+                f"{change.key}={change.after!r} differs from {change.before!r} of run.parent."
+                f"folder={parent.folder}, and run.parent.changes does not name it; add "
+                f"{change.name} to run.parent.changes or restore it"
+            )
+
+
+def check_names(parent: Parent, *runs: RunConfig) -> None:
+    """Refuse names in ``run.parent.changes`` that are no keys, or that no branch can change."""
+    keys = {key for run in runs for key in leaves(_plain(run))}
+    for name in parent.changes:
+        place = f"run.parent.changes: {name!r}"
+        if not any(covers(name, key) for key in keys):
+            raise UserError(f"{place} is no key of this run; name a key or section of it")
+        if name == "run":
+            raise UserError(f"{place} is where and what the branch is; leave it out")
+        if covers("schedule", name) and name != "schedule":
+            raise UserError(
+                f"{place} is a part of the schedule, which counts from the branch as a whole or "
+                "not at all; name schedule"
+            )
+        if not any(is_possible(key) or _is_free(key) for key in keys if covers(name, key)):
+            raise UserError(
+                f"{place} cannot change where a run goes on; leave it out"
+                f"{_way_out(name, f'folder: {parent.folder}, step: {parent.step}')}"
+            )
+
+
+def change_events(changes: Iterable[Difference]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield what the record says of each difference."""
+    for change in changes:
+        yield "config_changed", change._asdict()
+
+
+def _way_out(key: str, initial: str) -> str:
+    """How a run with another value of ``key`` can begin from a checkpoint all the same."""
+    if key.startswith(("model", "precision")):
+        return ""
+    if key.startswith("parameterization") or key == "optimizer.kind":
+        keep = "weights, data"
+    elif key == "run.seed" or key.startswith("data"):
+        keep = "weights, optimizer"
+    else:
+        keep = "weights, optimizer, data"
+    keep = "weights" if key.startswith("optimizer.") and key != "optimizer.kind" else keep
+    return (
+        f", or begin a new run there instead of a branch: run.initial={{{initial}, keep: [{keep}]}}"
+    )
+
+
+def _is_free(key: str) -> bool:
+    parts = key.split(".")
+    if parts[:2] == ["data", "sources"] and parts[-1] in _PATHS:
+        return True
+    return any(covers(free, key) for free in (*FREE, *RATES))
+
+
+def _plain(config: RunConfig) -> dict[str, Any]:
+    """A description with sources by name, and their names in order."""
+    plain = config.model_dump(mode="json")
+    sources = plain["data"].pop("sources")
+    plain["data.sources"] = ", ".join(source["name"] for source in sources)
+    for source in sources:
+        plain[f"data.sources.{source.pop('name')}"] = source
+    return plain
+
+
+def leaves(value: Any, path: str = "") -> dict[str, Any]:
+    """Return a nested description as {dotted key: value}."""
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list):
+        items = enumerate(value)  # type: ignore[assignment]
+    else:
+        return {path: value}
+    found: dict[str, Any] = {}
+    for key, inner in items:
+        found |= leaves(inner, f"{path}.{key}" if path else str(key))
+    return found
