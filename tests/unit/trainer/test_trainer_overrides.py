@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from allometry.configs.errors import UserError
+from allometry.configs.lineage import Parent
 from allometry.configs.run import RunConfig
 from allometry.interop.huggingface.weights import CheckpointWeights
 from allometry.scaling.update_rules import OPTIMIZER_KINDS
@@ -222,4 +223,6 @@ def test_changes_are_counted(tiny: Make) -> None:
 
 def test_a_branch_names_the_overrides_in_which_it_differs(tiny: Make) -> None:
     with pytest.raises(UserError, match=r"optimizer\.overrides\.0\.freeze=True differs"):
-        check_branch(tiny(), tiny(said(FROZEN)), 5)
+        check_branch(tiny(), tiny(said(FROZEN)), Parent(folder="trunk", step=5))
+    named = Parent(folder="trunk", step=5, changes=("optimizer.overrides",))
+    check_branch(tiny(), tiny(said(FROZEN)), named)
