@@ -23,6 +23,7 @@ from allometry.laws.areas import LearningRateAreas
 from allometry.models.build import torch_dtype
 from allometry.optim.build import init_states, settle
 from allometry.optim.deepspeed import DeepSpeedOptimizer
+from allometry.optim.offload.swap import StatesLost
 from allometry.optim.schedule import Schedule, resolve_schedule
 from allometry.optim.tiered import TieredOptimizer
 from allometry.parallel.agree import on_all_ranks, on_main_rank
@@ -171,17 +172,22 @@ class _Run:
             "making the optimizer",
         )
         self.converted: dict[str, int] = {}
-        self.progress = self._restore()
-        if isinstance(self.optimizer, TieredOptimizer | DeepSpeedOptimizer):
-            init_states(self.optimizer)  # what finds no room is found before the first step
+        step = self.start.step
+        areas = LearningRateAreas(plan.warmup_steps)
+        self.progress = Progress(step, areas, saved_step=step or None)
+        try:
+            self._restore()
+            if isinstance(self.optimizer, TieredOptimizer | DeepSpeedOptimizer):
+                init_states(self.optimizer)  # what finds no room is found before the first step
+        except StatesLost as error:
+            raise self.progress.lost(error) from None
         self.peak = hardware.peak(mesh.device, torch_dtype(config.training.compute_dtype))
 
-    def _restore(self) -> Progress:
-        """Load what the launch begins with; return how far that is."""
-        start, areas = self.start, LearningRateAreas(self.plan.warmup_steps)
-        progress = Progress(start.step, areas, saved_step=start.step or None)
+    def _restore(self) -> None:
+        """Load what the launch begins with."""
+        start, progress = self.start, self.progress
         if start.checkpoint is None or start.facts is None:
-            return progress
+            return
         names = {parameter: name for name, parameter in self.parallel.named_parameters()}
         if start.weights_only:  # converted from elsewhere: training itself begins afresh
             state: State = {f"model.{name}": p.detach() for p, name in names.items()}
@@ -191,13 +197,12 @@ class _Run:
         else:
             init_states(self.optimizer)
             state = state_tensors(self.parallel, self.optimizer)
-            areas.load_state_dict(start.facts["areas"])
+            progress.areas.load_state_dict(start.facts["areas"])
             progress.flops = start.facts["flops"]
             progress.held_out_before.update(start.facts.get("held_out_before", {}))
         self.converted = load(start.checkpoint, state, names, self.mesh)
         settle(self.optimizer)
         check_finite(start.checkpoint, state, self.mesh)
-        return progress
 
     def train(
         self, invocation: Invocation, stop_at_step: int | None, signals: StopSignals

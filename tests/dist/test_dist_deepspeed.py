@@ -126,6 +126,9 @@ def test_uneven_micro_batches_and_gradients_of_routers(
         "model.dropout=0.1",
         "training.activation_checkpointing=full",
         "training.activation_checkpointing=selective",
+        "precision.linears=fp8_tensorwise",
+        "precision.linears=fp8_blockwise",
+        'precision={"linears": "fp8_rowwise", "saved_activations": "fp8"}',
     ],
 )
 def test_other_parts_of_a_run(
@@ -168,3 +171,50 @@ def test_on_nvme_a_run_is_the_same_and_resumes(
         event for event in events(tmp_path / "deepspeed") if event["event"] == "optimizer_states"
     ][-1:]
     assert held["nvme_bytes"] > 1 << 20
+
+
+PLACES: dict[str, Callable[[str], str]] = {
+    "fsdp2": lambda swap: "parallel.zero.stage=2",
+    "fsdp2 cpu": lambda swap: "parallel.zero={stage: 3, optimizer_states: {bucket_mib: 4}}",
+    "fsdp2 nvme": lambda swap: (
+        f"parallel.zero={{stage: 1, optimizer_states: {{nvme: {swap}, bucket_mib: 4}}}}"
+    ),
+    "deepspeed": lambda swap: engine(2),
+    "deepspeed cpu": lambda swap: engine(3, "cpu"),
+    "deepspeed nvme": lambda swap: engine(3, optimizer_states={"nvme": swap, "bucket_mib": 4}),
+    "deepspeed nvme parameters": lambda swap: engine(
+        3, "nvme", optimizer_states={"nvme": swap, "bucket_mib": 4}
+    ),
+}
+
+
+def every_way() -> list[str]:
+    """Places in an order in which each follows each other one; FSDP2's among themselves do not."""
+    names, order = list(PLACES), []
+    for index, one in enumerate(names):
+        for other in names[index + 1 :]:
+            if "deepspeed" in other:
+                order += [one, other]
+        order.append(one)
+    return order
+
+
+@needs_nvme
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_goes_from_every_place_to_every_other(
+    tiny: Make, run_ranks: Ranks, tmp_path: Path, ranks: int
+) -> None:
+    order, swap = every_way(), str(tmp_path / "swap")
+    ways = set(zip(order, order[1:], strict=False))
+    missing = {(a, b) for a in PLACES for b in PLACES if a != b and "deepspeed" in a + b} - ways
+    assert not missing
+    steps = (*STEADY, *LARGE, f"training.total_steps={len(order)}")
+    straight = tiny(*steps, "parallel.zero.stage=2", folder=tmp_path / "straight")
+    run_ranks(launch, ranks, straight)
+    for step, name in enumerate(order, 1):
+        run_ranks(launch, ranks, tiny(*steps, PLACES[name](swap), folder=tmp_path / "moving"), step)
+    moving = tiny(folder=tmp_path / "moving")
+    assert_close(moving, straight, steps=len(order))
+    assert_same_parameters(moving, straight, step=len(order))

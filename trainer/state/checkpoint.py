@@ -119,12 +119,21 @@ def read_facts(path: Path) -> dict[str, Any]:
 
 
 def load(path: Path, state: State, mesh: Mesh) -> None:
-    """Fill the tensors of ``state`` in place, whatever layout wrote the checkpoint."""
+    """Fill the tensors of ``state`` in place, whatever layout wrote the checkpoint.
+
+    What one rank cannot store is the UserError of all.
+    """
 
     def read() -> None:
         tensors, planner = layouts(state), Loading(state)
         reader, group = FileSystemReader(path), mesh.checkpoint_group
-        dcp.load(tensors, storage_reader=reader, planner=planner, process_group=group)
+        try:
+            dcp.load(tensors, storage_reader=reader, planner=planner, process_group=group)
+        except CheckpointException as error:
+            for failure, _ in error.failures.values():
+                if isinstance(failure, UserError):
+                    raise failure from None
+            raise
 
     with_heartbeat(mesh, read, f"loading {path.name}")
 

@@ -44,6 +44,15 @@ def made(tiny: Make, *more: str, stage: int = 3, **zero: Any) -> RunConfig:
         ({"optimizer_states": {"gradients": True}}, (), 2, "optimizer_states.gradients=true "),
         ({}, ("precision.linears=fp8_tensorwise", "precision.gather=fp8"), 2, "gather=fp8 "),
         ({}, ("training.activation_offload=0.5", "model.num_layers=4"), 2, "_offload=0.5 "),
+        (
+            {},
+            (
+                "data.kind=documents",
+                *("parallel.context.capacity_tokens=32", "parallel.context.offload=selective"),
+                "model.num_layers=4",
+            ),
+            *(2, "^parallel.context.offload=selective "),
+        ),
         # DeepSpeed takes these two without a word and keeps the states in memory.
         ({"stage": 2, **NVME}, (), 2, "optimizer_states.nvme=swap .* stage 3 alone"),
         ({"stage": 1, **NVME}, (), 2, "optimizer_states.nvme=swap .* stage 3 alone"),
