@@ -22,6 +22,7 @@ from allometry.scaling.deepspeed import check_deepspeed
 from allometry.scaling.degrees import Degrees, check_divides, either, resolve_degrees
 from allometry.scaling.offload import check_offload
 from allometry.scaling.precision import check_precision
+from allometry.scaling.update_rules import check_delayed
 
 V_SCHEDULES = ("zbv_zero_bubble", "dualpipe_v")
 """Schedules whose stages run down the ranks and back up: the first and the last share a rank."""
@@ -54,6 +55,7 @@ class Layout:
         degrees = resolve_degrees(config.parallel, world_size)
         _check_tensor(config, degrees)
         check_deepspeed(config, degrees)
+        check_delayed(config)
         check_precision(config, degrees)
         _check_expert(config.model, degrees)
         if config.data.kind == "sequences":

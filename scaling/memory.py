@@ -175,6 +175,8 @@ def _kept(
     states, tiers = sum(sizes.values()), zero.optimizer_states
     if tiers is None or not sizes:
         return gradients, gradients, states
+    if tiers.update == "delayed":
+        return gradients, gradients, 0
     masters = {s.name for s in trained if s.role not in (Role.INPUT, Role.ROUTER)}
     masters = masters if tiers.master_weights and compute_bytes < _FP32 else set()
     sizes |= {name: sizes[name] + parameters[name] for name in masters}

@@ -21,7 +21,7 @@ from allometry.data.stream import Stream, open_stream
 from allometry.data.tokenizer import check_vocabulary
 from allometry.laws.areas import LearningRateAreas
 from allometry.models.build import torch_dtype
-from allometry.optim.build import init_states, settle
+from allometry.optim.build import Elsewhere, init_states, settle
 from allometry.optim.deepspeed import DeepSpeedOptimizer
 from allometry.optim.offload.swap import StatesLost
 from allometry.optim.schedule import Schedule, resolve_schedule
@@ -172,12 +172,11 @@ class _Run:
             "making the optimizer",
         )
         self.converted: dict[str, int] = {}
-        step = self.start.step
-        areas = LearningRateAreas(plan.warmup_steps)
+        step, areas = self.start.step, LearningRateAreas(plan.warmup_steps)
         self.progress = Progress(step, areas, saved_step=step or None)
         try:
             self._restore()
-            if isinstance(self.optimizer, TieredOptimizer | DeepSpeedOptimizer):
+            if isinstance(self.optimizer, Elsewhere):
                 init_states(self.optimizer)  # what finds no room is found before the first step
         except StatesLost as error:
             raise self.progress.lost(error) from None
@@ -185,7 +184,7 @@ class _Run:
 
     def _restore(self) -> None:
         """Load what the launch begins with."""
-        start, progress = self.start, self.progress
+        start = self.start
         if start.checkpoint is None or start.facts is None:
             return
         names = {parameter: name for name, parameter in self.parallel.named_parameters()}
@@ -197,9 +196,9 @@ class _Run:
         else:
             init_states(self.optimizer)
             state = state_tensors(self.parallel, self.optimizer)
-            progress.areas.load_state_dict(start.facts["areas"])
-            progress.flops = start.facts["flops"]
-            progress.held_out_before.update(start.facts.get("held_out_before", {}))
+            self.progress.areas.load_state_dict(start.facts["areas"])
+            self.progress.flops = start.facts["flops"]
+            self.progress.held_out_before.update(start.facts.get("held_out_before", {}))
         self.converted = load(start.checkpoint, state, names, self.mesh)
         settle(self.optimizer)
         check_finite(start.checkpoint, state, self.mesh)
@@ -364,7 +363,7 @@ class _Run:
         else:
             name, dropped = start.checkpoint.name, start.dropped_rows
             report("resumed", step=start.step, checkpoint=name, dropped_rows=dropped)
-        if isinstance(self.optimizer, TieredOptimizer | DeepSpeedOptimizer):
+        if isinstance(self.optimizer, Elsewhere):
             held = {f"{tier}_bytes": size for tier, size in self.optimizer.held_bytes().items()}
             place = self.optimizer.place()
             masters = self.optimizer.parameters_bytes

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from allometry.configs.run import RunConfig
+from checkpoint_bits import bits
 from run_folders import events, rows
 from test_dist_runs import launch
 from thinned import thinned
@@ -81,29 +82,6 @@ def prepared(
         *more,
         folder=folder,
     )
-
-
-def bits(config: RunConfig, step: int) -> dict[str, Tensor]:
-    """All tensors of a checkpoint, whole."""
-    from torch.distributed.checkpoint import FileSystemReader
-    from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
-    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
-
-    found: dict[str, Any] = {}
-    reader = FileSystemReader(Path(config.run.folder) / "checkpoints" / f"step-{step}")
-    planner = _EmptyStateDictLoadPlanner()
-    _load_state_dict(found, storage_reader=reader, planner=planner, no_dist=True)
-    flat: dict[str, Tensor] = {}
-
-    def flatten(prefix: str, value: Any) -> None:
-        if isinstance(value, Tensor):
-            flat[prefix] = value
-        else:
-            for key, inner in value.items():
-                flatten(f"{prefix}.{key}" if prefix else key, inner)
-
-    flatten("", found)
-    return flat
 
 
 def assert_same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:

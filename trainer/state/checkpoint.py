@@ -26,9 +26,8 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 
 from allometry.configs.errors import UserError
 from allometry.configs.execution import CheckpointConfig
-from allometry.optim.deepspeed import DeepSpeedOptimizer
+from allometry.optim.build import Elsewhere
 from allometry.optim.offload.held import MASTER, Stored
-from allometry.optim.tiered import TieredOptimizer
 from allometry.parallel.agree import wait_for_all, with_heartbeat
 from allometry.parallel.mesh import Mesh
 from allometry.trainer.state.folder import RunFolder, write_atomically
@@ -334,7 +333,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]) 
     Where it keeps values of parameters, these are there too, under ``model.<parameter>``.
     """
     stored: Iterable[tuple[Tensor, str, Stored]] = ()
-    if isinstance(optimizer, TieredOptimizer | DeepSpeedOptimizer):
+    if isinstance(optimizer, Elsewhere):
         stored = optimizer.stored()
     away: State = {
         f"model.{names[p]}" if key == MASTER else f"optimizer.{names[p]}.{key}": value

@@ -37,8 +37,10 @@ FREE = (
 _PATHS = ("train", "validation")
 # What of a source says how much of it is read, which may change where a run goes on.
 _MIXTURE = ("weight", "max_epochs")
-# How states are kept may change where a run branches: they are converted, which is an event.
-BRANCH_FREE = ("run.parent", "optimizer.states.")
+# How states are kept may change where a run branches: they are converted, which is an event. So may
+# whether updates come late, the one key of ``parallel`` that changes what is computed.
+_UPDATE = "parallel.zero.optimizer_states.update"
+BRANCH_FREE = ("run.parent", "optimizer.states.", _UPDATE)
 CONTINUES = "may not change when a run continues; restore it or choose another run.folder"
 BRANCHES = "may not differ in a run that branches from it; restore it or leave run.parent out"
 
@@ -98,10 +100,12 @@ def check_branch(parent: RunConfig, branch: RunConfig, step: int) -> None:
 def differences(old: RunConfig, new: RunConfig) -> Iterator[tuple[str, Any, Any]]:
     """What two runs compute differently, as (key, old, new), their schedules and lengths aside."""
     before, after = _leaves(old.model_dump(mode="json")), _leaves(new.model_dump(mode="json"))
+    for leaves in (before, after):
+        leaves.setdefault(_UPDATE, "exact")
     for key in sorted(before.keys() | after.keys()):
         # Dropout draws its masks by micro-batch.
         masks = key == "batch.micro_batch_sequences" and new.model.dropout > 0
-        if before.get(key) != after.get(key) and (masks or not _is_free(key)):
+        if before.get(key) != after.get(key) and (masks or key == _UPDATE or not _is_free(key)):
             yield key, before.get(key), after.get(key)
 
 

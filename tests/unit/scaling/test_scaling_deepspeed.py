@@ -47,8 +47,9 @@ def made(tiny: Make, *more: str, stage: int = 3, **zero: Any) -> RunConfig:
         (
             {},
             (
-                "data.kind=documents",
-                *("parallel.context.capacity_tokens=32", "parallel.context.offload=selective"),
+                *("data.kind=documents", "data.max_document_tokens=56"),
+                *("batch.micro_batch_sequences=1", "parallel.context.min_chunk_tokens=4"),
+                *("parallel.context.capacity_tokens=40", "parallel.context.offload=selective"),
                 "model.num_layers=4",
             ),
             *(2, "^parallel.context.offload=selective "),
