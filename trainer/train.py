@@ -62,7 +62,7 @@ from allometry.trainer.record.callbacks import Callback, Reporter, standard_call
 from allometry.trainer.record.disk import SlowDisk
 from allometry.trainer.record.facts import Invocation, launch_facts, run_facts
 from allometry.trainer.record.forecast import Forecaster
-from allometry.trainer.record.monitors import Monitors
+from allometry.trainer.record.monitors import Monitors, NoChanges
 from allometry.trainer.record.rows import GraphEvents, OffloadRows, PlanRows, RoutingRows
 from allometry.trainer.record.sample import Sample
 from allometry.trainer.record.states import CompressedStates
@@ -273,7 +273,7 @@ class _Run:
         if wanted.every_steps is None and wanted.singular_values_every_steps is None:
             return
         if isinstance(self.optimizer, DeepSpeedOptimizer):
-            self.report("monitors_limited", step=self.start.step, to="activations and outputs")
+            self.report("monitors_limited", step=self.start.step, **NoChanges.LIMITED)
         longest = config.parallel.context.capacity_tokens
         yield Monitors(
             wanted,

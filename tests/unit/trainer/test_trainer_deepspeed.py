@@ -86,9 +86,11 @@ def test_the_record_says_what_monitors_can_see(tiny: Make, tmp_path: Path) -> No
     assert limited["to"] == "activations and outputs"
     row = rows(tmp_path / "run")[4]
     assert row["monitors/activation_max"] > 0
-    assert not [key for key in row if "grad" in key and key.startswith("monitors/")]
-    plain = tiny(*STEADY, folder=tmp_path / "plain")
+    plain = tiny(*STEADY, *watched, folder=tmp_path / "plain")
     launch(plain)
+    all_of_it = {key for key in rows(tmp_path / "plain")[4] if key.startswith("monitors/")}
+    absent = {key.split("/")[1] for key in all_of_it - row.keys()}
+    assert absent == set(limited["absent"].split(", "))
     assert_close(run, plain)
     (held,) = [e for e in events(tmp_path / "run") if e["event"] == "optimizer_states"]
     assert held["device_bytes"] == 0
