@@ -48,6 +48,8 @@ def with_deepspeed(plain: MemoryEstimate, config: RunConfig, hdp: int) -> Memory
             gradients += reduced
         now = {PARAMETERS: parameters, STATES: states, GRADIENTS: gradients, MASTERS: masters}
         found = dict(kinds) | now | {BUCKET: bucket, GATHERED: gathered}
+        if zero.stage == 3:  # a weight is gathered and cast again for its backward
+            found[COPIES] = 0
         return {name: size for name, size in found.items() if size}
 
     moments = tuple(
