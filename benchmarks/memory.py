@@ -112,6 +112,13 @@ def cases() -> list[Case]:
         add(kind, model, "pp2 1F1B", 2, parallel__pp=2)
         add(kind, model, "tp2 x hdp2 ZeRO 2", 4, parallel__tp=2, parallel__zero={"stage": 2})
         add_precision(partial(add, kind, model))
+    gather = {"linears": "fp8_tensorwise", "gather": "fp8"}
+    for stage in (1, 3):
+        zero = {"stage": stage}
+        add("dense", DENSE, f"hdp2 ZeRO {stage}, gather FP8", 2, parallel__zero=zero,
+            precision=gather)  # fmt: skip
+        add("dense", DENSE, f"hdp2 ZeRO {stage}, gather FP8, few tokens", 2, parallel__zero=zero,
+            precision=gather, **FEW)  # fmt: skip
     gpipe = {"schedule": "gpipe"}
     add("dense", DENSE, "pp2 GPipe", 2, parallel__pp=2, parallel__pipeline=gpipe)
     add("dense", DENSE | {"tied_embeddings": True}, "pp2 tied", 2, parallel__pp=2)
@@ -124,6 +131,8 @@ def cases() -> list[Case]:
     add("moe", MOE | LATENT, "latent, saved FP8", precision__saved_activations="fp8")
     add("moe", MOE, "ep2 ZeRO 3", 2, parallel__ep=2, parallel__zero={"stage": 3})
     add("moe", MOE | SHARED, "ep2 x tp2", 4, parallel__ep=2, parallel__tp=2)
+    add("moe", MOE, "ep2 x tp2, experts whole", 4, parallel__ep=2, parallel__tp=2,
+        parallel__expert_tp=1)  # fmt: skip
     return found
 
 

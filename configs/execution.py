@@ -49,6 +49,11 @@ class OptimizerStates(Section):
         description="gradients of what travels leave the device as they are reduced, for the "
         "host's memory (stages 1-3)",
     )
+    update: Literal["exact", "delayed"] = Field(
+        "exact",
+        description="delayed: the host updates while the device computes the next step, which so "
+        "lacks this one's update; another trajectory (rules that update element by element)",
+    )
     bucket_mib: float = Field(
         64.0, gt=0.0, description="MiB of states that move at once; three buckets are held"
     )
@@ -62,6 +67,13 @@ class OptimizerStates(Section):
                 f"cpu={self.cpu} limits the host's memory, but nothing takes the rest; name a "
                 "folder in nvme, or leave cpu out"
             )
+        for key in ("device", "master_weights", "gradients"):
+            if self.update == "delayed" and getattr(self, key):
+                raise ValueError(
+                    f"{key}={str(getattr(self, key)).lower()} with update=delayed, which keeps all "
+                    "states, gradients and a copy of the fp32 parameters on the host and the "
+                    f"parameters on the device; leave {key} out"
+                )
         return self
 
 

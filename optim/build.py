@@ -16,6 +16,7 @@ from allometry.configs.optimization import AdamW, Fp8StatesConfig, OptimizerConf
 from allometry.optim import adamw
 from allometry.optim.clip import clip_by_global_norm
 from allometry.optim.deepspeed import DeepSpeedOptimizer
+from allometry.optim.delayed import DelayedOptimizer
 from allometry.optim.exchange import ShardedMatrixOps
 from allometry.optim.fp8_states import Fp8States
 from allometry.optim.groups import parameter_groups
@@ -29,6 +30,9 @@ from allometry.parallel.mesh import Mesh
 from allometry.scaling.parameterization import Parameterization
 from allometry.scaling.roles import ParamSpec
 from allometry.scaling.update_rules import state_bytes
+
+Elsewhere = TieredOptimizer | DeepSpeedOptimizer | DelayedOptimizer
+"""Optimizers that have ``stored`` states: not beside the parameters, or not as they are."""
 
 
 def build_optimizer(
@@ -54,7 +58,8 @@ def build_optimizer(
     where its parameters are sharded (None: every one is whole), and ``seed`` is that of what rules
     draw. ``adamw_kernel``: a name in ``adamw.KERNELS``; with another one than torch's AdamW is a
     ``RuleOptimizer`` too. Where
-    ``zero.optimizer_states`` says so, all is a ``TieredOptimizer``, which describes the rest;
+    ``zero.optimizer_states`` says so, all is a ``TieredOptimizer``, which describes the rest, or
+    with its ``update: delayed`` a ``DelayedOptimizer``;
     ``working``: what is computed with of parameters that its ``master_weights`` lets travel;
     ``leaving``: those whose gradients may wait in the host's memory. With an ``engine`` that has
     the model, all is a ``DeepSpeedOptimizer``.
@@ -84,6 +89,8 @@ def build_optimizer(
         + (4 * math.prod(_shard(parameter)) if parameter in (working or {}) else 0)
         for name, parameter in named_parameters
     }
+    if zero.optimizer_states.update == "delayed" and not still:
+        return DelayedOptimizer(groups, zero, sizes, timeout_s)
     return TieredOptimizer(
         groups, ops, zero, sizes, timeout_s, working=working, leaving=leaving, still=still
     )
@@ -108,7 +115,7 @@ def init_states(optimizer: Optimizer) -> None:
     Raises:
         UserError: see ``RuleOptimizer.init_states``.
     """
-    if isinstance(optimizer, RuleOptimizer | DeepSpeedOptimizer):
+    if isinstance(optimizer, RuleOptimizer | DeepSpeedOptimizer | DelayedOptimizer):
         optimizer.init_states()
     else:
         adamw.init_states(items_of(optimizer.param_groups), optimizer.state)

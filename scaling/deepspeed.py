@@ -85,6 +85,7 @@ _STATES = {
     "cpu": "it moves all states to one place",
     "master_weights": "its fp32 parameters always go with the states, and no copy is made",
     "gradients": "its gradients always go with the states",
+    "update": "its updates are exact",
 }
 
 
@@ -141,7 +142,7 @@ def _refusals(config: RunConfig, degrees: Degrees) -> Iterator[tuple[str, Any, s
     states = zero.optimizer_states
     for key, why in _STATES.items():
         value = getattr(states, key, None)
-        if value:
+        if value and value != "exact":
             shown = "true" if value is True else value
             yield f"parallel.zero.optimizer_states.{key}", shown, why
     if states is not None and states.nvme is not None and zero.stage < 3:

@@ -23,6 +23,7 @@ from allometry.scaling.degrees import Degrees, check_divides, either, resolve_de
 from allometry.scaling.offload import check_offload
 from allometry.scaling.overrides import check_overrides
 from allometry.scaling.precision import check_precision
+from allometry.scaling.update_rules import check_delayed
 
 V_SCHEDULES = ("zbv_zero_bubble", "dualpipe_v")
 """Schedules whose stages run down the ranks and back up: the first and the last share a rank."""
@@ -55,6 +56,7 @@ class Layout:
         degrees = resolve_degrees(config.parallel, world_size)
         _check_tensor(config, degrees)
         check_deepspeed(config, degrees)
+        check_delayed(config)
         check_precision(config, degrees)
         check_overrides(config.model, config.optimizer)
         _check_expert(config.model, degrees)

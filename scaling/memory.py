@@ -126,13 +126,14 @@ def estimate_memory(
     add_up = pp > 1 or (zero.stage == 1 and micro_batches > 1)  # gradients are whole till the end
     backend = named(attention_backend) if attention_backend else choose_backend(attention)
     scores = backend.kept_bytes(model.num_heads, attention.length, compute_bytes)
+    kernels = Kernels(compute_bytes, attention.device == "cuda", scores, precision)
 
     def of_rank(rank: int) -> MemoryEstimate:
         part = RankParts.of(model, layout, rank, hdp // zero.replicas if zero.stage else 1)
         held, gradients, states = _kept(part, optimizer, zero, compute_bytes)
         step = Step(
             part=part,
-            kernels=Kernels(compute_bytes, attention.device == "cuda", scores, precision),
+            kernels=kernels,
             checkpointing=checkpointing,
             zero=zero,
             hdp=hdp,
@@ -150,8 +151,8 @@ def estimate_memory(
             gradients=gradients,
             states=states,
             reduction=_reduction(part, optimizer, zero, hdp, gradients, compute_bytes, add_up),
-            copies=_compute_copies(part, compute_bytes, zero, pp),
-            gathered=gathered_bytes(part, compute_bytes),
+            copies=_compute_copies(part, kernels, zero, pp),
+            gathered=gathered_bytes(part, kernels),
         )
         return MemoryEstimate.of(step)
 
@@ -192,6 +193,8 @@ def _kept(
     states, tiers = sum(sizes.values()), zero.optimizer_states
     if tiers is None or not sizes:
         return sum(parameters.values()), gradients, states
+    if tiers.update == "delayed":
+        return sum(parameters.values()), gradients, 0
     masters = {s.name for s in trained if s.role not in (Role.INPUT, Role.ROUTER)}
     masters = masters if tiers.master_weights and compute_bytes < _FP32 else set()
     sizes |= {name: sizes[name] + parameters[name] for name in masters}
@@ -229,7 +232,7 @@ def _reduction(
     return whole - held + _FP32 * unit if add_up else (compute_bytes + _FP32) * unit
 
 
-def _compute_copies(part: RankParts, compute_bytes: int, zero: Zero, pp: int) -> int:
+def _compute_copies(part: RankParts, kernels: Kernels, zero: Zero, pp: int) -> int:
     """Return the bytes of weights that exist beside the fp32 parameters.
 
     Unsharded, a cast weight stays until its backward pass; fp32 compute needs no copy. Sharded,
@@ -237,12 +240,13 @@ def _compute_copies(part: RankParts, compute_bytes: int, zero: Zero, pp: int) ->
     and those that are gathered ahead of it exist beside norm and head, or the embedding and these.
     Experts that ZeRO shards in another dimension than the first are put together in a copy.
     """
+    compute_bytes = kernels.compute
     if zero.stage == 0:
         sizes = {spec.name: math.prod(part.part(spec)) for spec in part.specs() if _is_cast(spec)}
         if not part.model.tied_embeddings:
             sizes.pop("embedding.weight", 0)  # a lookup casts only the rows it reads
         return 0 if compute_bytes == _FP32 else compute_bytes * sum(sizes.values())
-    gathered, joined = gathered_bytes(part, compute_bytes), _joined_bytes(part, compute_bytes)
+    gathered, joined = gathered_bytes(part, kernels), _joined_bytes(part, compute_bytes)
     if not zero.frees(pp):
         return sum(gathered.values()) + joined
     ends = gathered.pop(None, 0)
@@ -256,17 +260,18 @@ def _compute_copies(part: RankParts, compute_bytes: int, zero: Zero, pp: int) ->
     return ends - table + max(table, block) + ahead * block + joined
 
 
-def gathered_bytes(part: RankParts, compute_bytes: int) -> dict[int | None, int]:
+def gathered_bytes(part: RankParts, kernels: Kernels) -> dict[int | None, int]:
     """Return the bytes of each block's gathered parameters, by layer; None: of the ends.
 
     Exact: blocks and head are gathered in the compute type, the embedding (with its copies) and
-    routers in fp32, or wider where parameters are.
+    routers in fp32, or wider where parameters are; in FP8 what ``precision.gather`` says.
     """
-    wide = max(_FP32, compute_bytes)
     total: dict[int | None, int] = {}
     for spec in part.specs():
-        size = wide if spec.role in (Role.INPUT, Role.ROUTER) else compute_bytes
         layer = layer_of(spec.name)
+        size = kernels.wide if spec.role in (Role.INPUT, Role.ROUTER) else kernels.compute
+        if kernels.precision.gather == "fp8" and spec.role is Role.HIDDEN and layer is not None:
+            size = 1 if kernels.recipe(spec.role, layer) else size
         total[layer] = total.get(layer, 0) + size * math.prod(part.part(spec))
     return total
 

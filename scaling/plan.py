@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from allometry.configs.execution import Zero
 from allometry.configs.run import RunConfig
 from allometry.scaling.attention import AttentionCall
 from allometry.scaling.batch import BatchPlan, total_steps, warmup_steps
 from allometry.scaling.count import Flops, ParameterCount, count_parameters, flops_per_token
+from allometry.scaling.deepspeed_memory import with_deepspeed
 from allometry.scaling.layout import Layout
 from allometry.scaling.loads import BalanceLoads
 from allometry.scaling.memory import (
@@ -152,12 +154,14 @@ def memory_of(
 ) -> MemoryEstimate:
     """Return what a rank (None: the fullest) of this layout needs on a device, "cuda" or "cpu"."""
     tokens, length = tokens_of_micro_batch(config), config.data.sequence_length
-    return estimate_memory(
+    zero, hdp = config.parallel.zero, layout.degrees.hdp
+    deepspeed = zero.engine == "deepspeed"
+    estimate = estimate_memory(
         config.model,
         micro_batch_tokens=tokens,
         compute_bytes=COMPUTE_BYTES[config.training.compute_dtype],
-        zero=config.parallel.zero,
-        hdp=layout.degrees.hdp,
+        zero=Zero() if deepspeed else zero,
+        hdp=1 if deepspeed else hdp,
         layout=layout,
         micro_batches=_micro_batches(config, layout, batch),
         checkpointing=config.training.activation_checkpointing,
@@ -175,6 +179,7 @@ def memory_of(
         precision=config.precision,
         activation_offload=config.training.activation_offload,
     )
+    return with_deepspeed(estimate, config, hdp) if deepspeed else estimate
 
 
 def traffic_of(config: RunConfig, layout: Layout, batch: BatchPlan) -> Traffic | None:

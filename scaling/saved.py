@@ -30,7 +30,7 @@ logits and gates. ``expert rows``: tokens sorted by expert, what experts made of
 ``residual``: a block's input where something reads it again. ``gathered tokens``: a branch's input,
 of all tensor-parallel ranks."""
 
-_WHOLE = (GATHERED, ROWS)  # tensor parallelism cuts everything else
+_WHOLE = (GATHERED, ROWS)  # tensor parallelism cuts everything else; rows too of whole experts
 _INT64 = 8
 COMPUTE = PrecisionConfig()
 
@@ -110,7 +110,8 @@ class Block:
                 rows = self._selected()
             case "full":
                 rows = Counter({RESIDUAL: self.kernels.compute * self.model.width})
-        found = {name: tokens * n / (1 if name in _WHOLE else self.tp) for name, n in rows.items()}
+        whole = _WHOLE[: 1 if self.whole_experts else 2]
+        found = {name: tokens * n / (1 if name in whole else self.tp) for name, n in rows.items()}
         return Counter({name: round(n) for name, n in found.items()})
 
     @property
@@ -232,7 +233,7 @@ class Block:
         logits = 2 if model.router.gate in ("softmax", "sigmoid") else 1
         rows[ROUTER] += logits * kernels.wide * experts.num_experts
         rows[ROUTER] += visits * (kernels.wide + _INT64)
-        # As they are sorted here (over ep, as they arrived) and as they came back.
+        # As they are sorted here (where they travel, as they arrived) and as they came back.
         up = self._recipe(Role.EXPERT_UP)
         if not self._trains("ffn.experts.gate", "ffn.experts.up"):
             pass
@@ -240,7 +241,7 @@ class Block:
             rows[ROWS] += kernels.product_input(self.rows_width, up, visits)
         elif latent or up or self.tp > 1:  # else the router's; of tokens, not of their rows
             rows[ROWS] += kernels.product_input(self._expert_input, up)
-        rows[ROWS] += (2 if self.ep > 1 else 1) * kernels.compute * self.rows_width
+        rows[ROWS] += kernels.compute * self.rows_width
         rows[ROWS] += visits * 2 * _INT64 * (2 if self.ep > 1 else 1)
         if latent and self._trains("ffn.latent_up"):
             rows[ROWS] += kernels.product_input(latent, self._recipe())

@@ -13,7 +13,9 @@ from enum import StrEnum
 from fractions import Fraction
 
 from allometry.configs.errors import UserError
+from allometry.configs.execution import Zero
 from allometry.configs.optimization import Apollo, Fp8StatesConfig, OptimizerConfig
+from allometry.configs.run import RunConfig
 from allometry.scaling.overrides import is_frozen
 from allometry.scaling.roles import MATRICES, ParamSpec, Role
 
@@ -212,6 +214,33 @@ def fp8_bytes(part: Sequence[int]) -> int:
     and of each group in a row a scale of four bytes and an exponent of one (``optim/dre.py``)."""
     *leading, columns = part
     return math.prod(leading) * (columns + (_FP32 + 1) * math.ceil(columns / FP8_GROUP))
+
+
+def check_delayed(config: RunConfig) -> None:
+    """Raise UserError where ``optimizer_states.update`` delays what its host cannot update."""
+    states, optimizer = config.parallel.zero.optimizer_states, config.optimizer
+    if states is None or states.update == "exact":
+        return
+    asked, exact = "parallel.zero.optimizer_states.update=delayed", "; use update: exact"
+    for rule in rules_of(optimizer.kind):
+        if not rule.elementwise:
+            raise UserError(
+                f"{asked} with optimizer.kind={optimizer.kind}: {rule.name} wants whole matrices, "
+                f"which are put together on the device{exact}, or adamw or lion"
+            )
+    if isinstance(getattr(optimizer, "states", None), Fp8StatesConfig):
+        raise UserError(f"{asked} with optimizer.states.kind=fp8 has not been tried{exact}")
+    if config.kernels.adamw == "apex":
+        raise UserError(f"{asked} with kernels.adamw=apex, which has no kernel for a host{exact}")
+
+
+def check_exact(zero: Zero, what: str) -> None:
+    """Raise UserError for late updates where ``what`` compares with a loop that has none."""
+    if zero.optimizer_states is not None and zero.optimizer_states.update != "exact":
+        raise UserError(
+            f"parallel.zero.optimizer_states.update={zero.optimizer_states.update}: {what} is of "
+            "exact updates; use update: exact"
+        )
 
 
 def fixes_frobenius_norm(optimizer: OptimizerConfig) -> bool:

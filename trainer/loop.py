@@ -48,6 +48,21 @@ class Progress:
     held_out_before: dict[str, float] = field(default_factory=dict)
     rates_since: dict[str, Any] = field(default_factory=lambda: {"step": 0, "s1": 0.0})
 
+    @property
+    def kept(self) -> str:
+        """Say which checkpoint a run that ends now goes on from."""
+        saved = self.saved_step
+        return (
+            "no checkpoint had been made" if saved is None else f"checkpoint step-{saved} is kept"
+        )
+
+    def lost(self, error: StatesLost) -> UserError:
+        """Return what a run says whose states are lost in the step after ``step``, or before it."""
+        return UserError(
+            f"step {self.step + 1}: {error}; {self.kept}: mend that or name another place, then "
+            "run again"
+        )
+
     def facts(self, plan: RunPlan, stream: Sources, seed: int) -> dict[str, Any]:
         """JSON for a checkpoint.
 
@@ -120,10 +135,7 @@ class Loop:
             stopped = self._steps(batches, stop_at_step)
         except StatesLost as error:
             self._abort(self.mesh.timeout.total_seconds())  # other ranks go on
-            raise UserError(
-                f"step {self.progress.step + 1}: {error}; {self._kept()}: mend that or name "
-                "another place, then run again"
-            ) from None
+            raise self.progress.lost(error) from None
         except UserError:
             self._abort(None)  # what is being saved is still good
             raise
@@ -219,12 +231,6 @@ class Loop:
             for callback in self.callbacks:
                 callback.on_row(row)
 
-    def _kept(self) -> str:
-        saved = self.progress.saved_step
-        return (
-            "no checkpoint had been made" if saved is None else f"checkpoint step-{saved} is kept"
-        )
-
     def _not_finite(self, step: int, loss: float, norm: float) -> NoReturn:
         # Pipeline ranks have different groups, so names are gathered rather than flags summed.
         ranks = self.mesh.gather_objects(self.train_step.groups_not_finite())
@@ -234,7 +240,7 @@ class Loop:
         self.report("not_finite", step=step, loss=str(loss), grad_norm=str(norm), groups=groups)
         raise UserError(
             f"step {step}: the loss is {loss} and the gradient norm {norm}, first not finite in "
-            f"parameter group(s) {groups}; {self._kept()}; lower optimizer.lr, lengthen the "
+            f"parameter group(s) {groups}; {self.progress.kept}; lower optimizer.lr, lengthen the "
             "warm-up or check the data of that step, then run again"
         )
 

@@ -6,7 +6,8 @@ import torch
 
 from allometry.configs.run import RunConfig
 from allometry.laws.areas import LearningRateAreas
-from allometry.optim.build import begin_anew, init_states, settle
+from allometry.optim.build import Elsewhere, begin_anew, init_states, settle
+from allometry.optim.offload.swap import StatesLost
 from allometry.parallel.apply import Parallel
 from allometry.parallel.mesh import Mesh
 from allometry.scaling.plan import RunPlan
@@ -30,9 +31,27 @@ def restore(
     begun = config.run.schedule_from
     # Where a schedule begins in mid-run there was a warm-up, or none, before it.
     areas = LearningRateAreas(0 if begun else plan.warmup_steps)
-    progress = Progress(start.step, areas, saved_step=start.step or None)
-    if start.checkpoint is None or start.facts is None:
-        return progress, {}
+    progress, converted = Progress(start.step, areas, saved_step=start.step or None), {}
+    try:
+        if start.checkpoint is not None and start.facts is not None:
+            converted = _load(config, start, progress, parallel, optimizer, mesh)
+        if isinstance(optimizer, Elsewhere):
+            init_states(optimizer)  # what finds no room is found before the first step
+    except StatesLost as error:
+        raise progress.lost(error) from None
+    return progress, converted
+
+
+def _load(
+    config: RunConfig,
+    start: Start,
+    progress: Progress,
+    parallel: Parallel,
+    optimizer: torch.optim.Optimizer,
+    mesh: Mesh,
+) -> dict[str, int]:
+    assert start.checkpoint is not None
+    assert start.facts is not None
     names = {parameter: name for name, parameter in parallel.named_parameters()}
     if start.weights_only:  # of another run or from elsewhere: training itself begins afresh
         if start.facts.get("optimizer", False):
@@ -45,7 +64,7 @@ def restore(
     else:
         init_states(optimizer)
         state = state_tensors(parallel, optimizer)
-        areas.load_state_dict(start.facts["areas"])
+        progress.areas.load_state_dict(start.facts["areas"])
         progress.flops = start.facts["flops"]
         progress.held_out_before.update(start.facts.get("held_out_before", {}))
         progress.rates_since = rates_since(config, start.facts)
@@ -54,4 +73,4 @@ def restore(
     if anew:
         begin_anew(optimizer, anew)
     check_finite(start.checkpoint, state, mesh)
-    return progress, converted
+    return converted

@@ -20,7 +20,7 @@ from allometry.data.sources import Sources
 from allometry.data.stream import Stream, open_stream
 from allometry.data.tokenizer import check_vocabulary
 from allometry.models.build import torch_dtype
-from allometry.optim.build import init_states
+from allometry.optim.build import Elsewhere
 from allometry.optim.deepspeed import DeepSpeedOptimizer
 from allometry.optim.schedule import Schedule, resolve_schedule
 from allometry.optim.tiered import TieredOptimizer
@@ -60,7 +60,7 @@ from allometry.trainer.record.callbacks import Callback, Reporter, standard_call
 from allometry.trainer.record.disk import SlowDisk
 from allometry.trainer.record.facts import Invocation, launch_facts, run_facts
 from allometry.trainer.record.forecast import Forecaster
-from allometry.trainer.record.monitors import Monitors
+from allometry.trainer.record.monitors import Monitors, NoChanges
 from allometry.trainer.record.rows import GraphEvents, OffloadRows, PlanRows, RoutingRows
 from allometry.trainer.record.sample import Sample
 from allometry.trainer.record.states import CompressedStates
@@ -178,8 +178,6 @@ class _Run:
         self.progress, self.converted = restore(
             config, plan, self.start, self.parallel, self.optimizer, mesh
         )
-        if isinstance(self.optimizer, TieredOptimizer | DeepSpeedOptimizer):
-            init_states(self.optimizer)  # what finds no room is found before the first step
         self.peak = hardware.peak(mesh.device, torch_dtype(config.training.compute_dtype))
 
     def train(
@@ -252,7 +250,7 @@ class _Run:
         if wanted.every_steps is None and wanted.singular_values_every_steps is None:
             return
         if isinstance(self.optimizer, DeepSpeedOptimizer):
-            self.report("monitors_limited", step=self.start.step, to="activations and outputs")
+            self.report("monitors_limited", step=self.start.step, **NoChanges.LIMITED)
         longest = config.parallel.context.capacity_tokens
         yield Monitors(
             wanted,
@@ -338,7 +336,7 @@ class _Run:
             report("same_documents", sources=again, seed=self.config.run.seed)
         for kind, facts in start_events(self.config, start):
             report(kind, step=start.step, **facts)
-        if isinstance(self.optimizer, TieredOptimizer | DeepSpeedOptimizer):
+        if isinstance(self.optimizer, Elsewhere):
             held = {f"{tier}_bytes": size for tier, size in self.optimizer.held_bytes().items()}
             place = self.optimizer.place()
             masters = self.optimizer.parameters_bytes

@@ -28,6 +28,7 @@ from allometry.configs.loader import dump
 from allometry.configs.run import RunConfig
 from allometry.interop.huggingface.convert import export_hf
 from allometry.scaling.deepspeed import check_other_engine
+from allometry.scaling.update_rules import check_exact
 from allometry.studies.certificate import rank as verify_rank
 from allometry.studies.certificate.rank import TOLERANCE, Job
 from allometry.studies.certificate.small import STEPS, longest, small_run, smallest_batch
@@ -156,6 +157,7 @@ def _jobs(
     for name in names:
         parallel = parse_parallel(name, config.parallel)
         check_other_engine(parallel.zero, "a certificate")
+        check_exact(parallel.zero, "a certificate")
         world_size = parallel.pp * parallel.tp * int(parallel.hdp)
         one = config.model_copy(update={"parallel": parallel})
         try:

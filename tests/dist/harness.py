@@ -34,11 +34,16 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 # A collective that hangs raises, with a traceback, before the call gives up on its rank.
-COLLECTIVE_TIMEOUT_S = 30.0
-CALL_TIMEOUT_S = 90.0
+COLLECTIVE_TIMEOUT_S = 30.0  # of up to 3 ranks
+CALL_TIMEOUT_S = 90.0  # of up to 7
 START_TIMEOUT_S = 120.0
 # What the others get to finish or fail once one rank has failed.
 GRACE_S = 3.0
+
+
+def collective_timeout_s(world_size: int) -> float:
+    """Seconds that a collective may take: each rank must find all others, on few cores by turns."""
+    return COLLECTIVE_TIMEOUT_S * max(1, world_size // 2)
 
 
 class RankFailure(AssertionError):
@@ -58,7 +63,7 @@ class RankPool:
         function: Callable[..., Any],
         world_size: int,
         *args: Any,
-        timeout_s: float = CALL_TIMEOUT_S,
+        timeout_s: float | None = None,
         start_group: bool = True,
     ) -> list[Any]:
         """Return ``function(*args)`` of each of ``world_size`` ranks; raise RankFailure.
@@ -74,6 +79,8 @@ class RankPool:
         call = _Call(function.__code__.co_filename, function.__qualname__, args, world_size, store)
         for rank in ranks:
             rank.link.send_bytes(pickle.dumps(call))
+        if timeout_s is None:
+            timeout_s = CALL_TIMEOUT_S * max(1, world_size // 4)
         answers = self._collect(ranks, timeout_s)
         failed = [i for i in range(world_size) if i not in answers or not answers[i].ok]
         if not failed:
@@ -232,7 +239,7 @@ def _run(call: _Call, rank: int, modules: dict[str, ModuleType]) -> Any:
             init_method=f"file://{call.store}",
             rank=rank,
             world_size=call.world_size,
-            timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
+            timeout=timedelta(seconds=collective_timeout_s(call.world_size)),
         )
         dist.barrier()  # or a rank that is quick would leave while others still connect
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,11 +11,11 @@ from typing import Any
 import pytest
 
 from allometry.configs.run import RunConfig
-from deepspeed_cases import STEADY, assert_close, needs_deepspeed, needs_nvme
+from checkpoint_bits import bits
+from deepspeed_cases import STEADY, assert_close, losses, needs_deepspeed, needs_nvme
 from run_folders import events, rows
 from test_dist_document_runs import DOCUMENTS, capacity
 from test_dist_runs import launch
-from test_dist_tiers import bits
 from thinned import thinned
 
 Ranks = Callable[..., list[Any]]
@@ -138,6 +139,37 @@ def test_other_parts_of_a_run(
     assert_close(ours, other)
 
 
+@needs_deepspeed
+@pytest.mark.parametrize(
+    ("stage", "precision"),
+    thinned(
+        {(3, "fp8_rowwise")},
+        [1, 2, 3],
+        ["fp8_tensorwise", "fp8_rowwise", "fp8_blockwise", "saved"],
+    ),
+)
+def test_products_in_fp8_are_those_of_fsdp2(
+    tiny: Make, run_ranks: Ranks, tmp_path: Path, stage: int, precision: str
+) -> None:
+    """The first step to its last bits; afterwards a last bit may decide how a number is rounded."""
+    linears = "fp8_rowwise" if precision == "saved" else precision
+    how = f"precision.linears={linears}", f"parallel.zero.stage={stage}"
+    if precision == "saved":
+        how = (*how, "precision.saved_activations=fp8")
+    other = tiny(*STEADY, *how, folder=tmp_path / "fsdp2")
+    run_ranks(launch, 2, other)
+    ours = tiny(*STEADY, *how, "parallel.zero.engine=deepspeed", folder=tmp_path / "deepspeed")
+    run_ranks(launch, 2, ours)
+    here, there = (rows(Path(run.run.folder)) for run in (ours, other))
+    for key in ("loss", "grad_norm"):
+        assert here[0][key] == pytest.approx(there[0][key], rel=1e-6)
+    assert here[1]["loss"] == pytest.approx(there[1]["loss"], abs=5e-4)
+    assert losses(ours) == pytest.approx(losses(other), abs=0.05)
+    plain = tiny(*STEADY, f"parallel.zero.stage={stage}", folder=tmp_path / "plain")
+    run_ranks(launch, 2, plain, 1)
+    assert abs(losses(plain)[0] - here[0]["loss"]) > 1e-4
+
+
 PIPELINED = {
     "zero_optimization": {"offload_optimizer": {"pipeline_read": True, "pipeline_write": True}}
 }
@@ -168,3 +200,50 @@ def test_on_nvme_a_run_is_the_same_and_resumes(
         event for event in events(tmp_path / "deepspeed") if event["event"] == "optimizer_states"
     ][-1:]
     assert held["nvme_bytes"] > 1 << 20
+
+
+PLACES: dict[str, Callable[[str], str]] = {
+    "fsdp2": lambda swap: "parallel.zero.stage=2",
+    "fsdp2 cpu": lambda swap: "parallel.zero={stage: 3, optimizer_states: {bucket_mib: 4}}",
+    "fsdp2 nvme": lambda swap: (
+        f"parallel.zero={{stage: 1, optimizer_states: {{nvme: {swap}, bucket_mib: 4}}}}"
+    ),
+    "deepspeed": lambda swap: engine(2),
+    "deepspeed cpu": lambda swap: engine(3, "cpu"),
+    "deepspeed nvme": lambda swap: engine(3, optimizer_states={"nvme": swap, "bucket_mib": 4}),
+    "deepspeed nvme parameters": lambda swap: engine(
+        3, "nvme", optimizer_states={"nvme": swap, "bucket_mib": 4}
+    ),
+}
+
+
+def every_way() -> list[str]:
+    """Places in an order in which each follows each other one; FSDP2's among themselves do not."""
+    names, order = list(PLACES), []
+    for index, one in enumerate(names):
+        for other in names[index + 1 :]:
+            if "deepspeed" in other:
+                order += [one, other]
+        order.append(one)
+    return order
+
+
+@needs_nvme
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_goes_from_every_place_to_every_other(
+    tiny: Make, run_ranks: Ranks, tmp_path: Path, ranks: int
+) -> None:
+    order, swap = every_way(), str(tmp_path / "swap")
+    ways = set(itertools.pairwise(order))
+    missing = {(a, b) for a in PLACES for b in PLACES if a != b and "deepspeed" in a + b} - ways
+    assert not missing
+    steps = (*STEADY, *LARGE, f"training.total_steps={len(order)}")
+    straight = tiny(*steps, "parallel.zero.stage=2", folder=tmp_path / "straight")
+    run_ranks(launch, ranks, straight)
+    for step, name in enumerate(order, 1):
+        run_ranks(launch, ranks, tiny(*steps, PLACES[name](swap), folder=tmp_path / "moving"), step)
+    moving = tiny(folder=tmp_path / "moving")
+    assert_close(moving, straight, steps=len(order))
+    assert_same_parameters(moving, straight, step=len(order))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from allometry.configs.run import RunConfig
+from checkpoint_bits import bits
 from run_folders import events, rows
 from test_dist_runs import launch
 from thinned import thinned
@@ -81,29 +82,6 @@ def prepared(
         *more,
         folder=folder,
     )
-
-
-def bits(config: RunConfig, step: int) -> dict[str, Tensor]:
-    """All tensors of a checkpoint, whole."""
-    from torch.distributed.checkpoint import FileSystemReader
-    from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
-    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
-
-    found: dict[str, Any] = {}
-    reader = FileSystemReader(Path(config.run.folder) / "checkpoints" / f"step-{step}")
-    planner = _EmptyStateDictLoadPlanner()
-    _load_state_dict(found, storage_reader=reader, planner=planner, no_dist=True)
-    flat: dict[str, Tensor] = {}
-
-    def flatten(prefix: str, value: Any) -> None:
-        if isinstance(value, Tensor):
-            flat[prefix] = value
-        else:
-            for key, inner in value.items():
-                flatten(f"{prefix}.{key}" if prefix else key, inner)
-
-    flatten("", found)
-    return flat
 
 
 def assert_same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
@@ -360,3 +338,43 @@ def test_a_checkpoint_of_files_loads_in_another_layout(
     for config in (memory, files):
         run_ranks(launch, 2, config)
     assert_same_bits(bits(files, 20), bits(memory, 20))
+
+
+LATE: dict[str, Any] = {"update": "delayed", "bucket_mib": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "parallel"),
+    [
+        (2, {"zero": {"stage": 3}}),
+        pytest.param(2, {"zero": {"stage": 1}}, marks=pytest.mark.slow),
+        pytest.param(2, {"zero": {"stage": 3, "offload": "cpu"}}, marks=pytest.mark.slow),
+        pytest.param(2, {"tp": 2, "zero": {"stage": 2}}, marks=pytest.mark.slow),
+        pytest.param(4, {"pp": 2, "zero": {"stage": 1}}, marks=pytest.mark.slow),
+        pytest.param(4, {"zero": {"stage": 2, "replicas": 2}}, marks=pytest.mark.slow),
+    ],
+    ids=["zero3", "zero1", "zero3-cpu", "tp2-zero2", "pp2-hdp2", "replicas"],
+)
+def test_late_updates_are_those_of_one_process_and_resume_on_it(
+    tiny: Make, run_ranks: Ranks, tmp_path: Path, ranks: int, parallel: dict[str, Any]
+) -> None:
+    """From ranks with states in a file to one process with states on the host, and back."""
+
+    def prepared(folder: Path, how: dict[str, Any], **states: Any) -> RunConfig:
+        zero = {"zero": how.get("zero", {}) | {"optimizer_states": LATE | states}}
+        sizes = ("model.width=64", "model.ffn_width=160", "optimizer.eps=1e-4")
+        return tiny(f"parallel={json.dumps(how | zero)}", *sizes, folder=folder)
+
+    one = prepared(tmp_path / "one", {})
+    run_ranks(launch, 1, one)
+    swap = str(tmp_path / "swap")
+    for name, path in (("there", [(ranks, 20)]), ("moving", [(ranks, 6), (1, 11), (ranks, 20)])):
+        for size, stop in path:
+            how = prepared(tmp_path / name, parallel, nvme=swap)
+            run_ranks(launch, size, how if size > 1 else prepared(tmp_path / name, {}), stop)
+        found = [row["loss"] for row in rows(tmp_path / name)]
+        assert found == pytest.approx([row["loss"] for row in rows(tmp_path / "one")], abs=1e-5)
+    there, wanted = bits(tiny(folder=tmp_path / "there"), 20), bits(one, 20)
+    assert there.keys() == wanted.keys()
+    for name, tensor in there.items():
+        assert (tensor - wanted[name]).abs().max() < 1e-5, name

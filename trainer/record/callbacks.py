@@ -107,6 +107,8 @@ _SAID = {
     "{step} on ({reason}), so that the run does not continue to the bit",
     "optimizer_states": "optimizer states of this rank: {device_bytes} bytes on the device, "
     "{cpu_bytes} in the host's memory, {nvme_bytes} in a file",
+    "monitors_limited": "WARNING: monitors see {to} alone, as parallel.zero.engine=deepspeed keeps "
+    "the rest to itself; absent are {absent}",
     "states_disk": "WARNING: parallel.zero.optimizer_states.nvme={folder} is on {mount} "
     "({file_system}); {note}",
     "slow_disk": "WARNING: {waited_percent:.0f}% of the time of steps was spent waiting for the "

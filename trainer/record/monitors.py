@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -274,6 +274,12 @@ class Changes:
 
 class NoChanges:
     """Stands for ``Changes`` where an engine keeps gradients and parameters to itself."""
+
+    LIMITED: ClassVar = {
+        "to": "activations and outputs",
+        "absent": "grad_rms, grad_l1, param_rms, update_ratio, singular",
+    }
+    """What a run says of that."""
 
     def __init__(self, mesh: Mesh) -> None:
         self._device = mesh.device

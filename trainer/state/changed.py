@@ -32,6 +32,8 @@ FREE = (
     "kernels",
     "data.tokenizer",
 )
+UPDATE = "parallel.zero.optimizer_states.update"
+"""Whether updates come a step late: the one key of ``parallel`` that changes what is computed."""
 RATES = ("schedule", "training.total_steps", "training.total_tokens")
 """What decides the learning rate of each step, besides ``optimizer.lr``."""
 MIXTURE = ("data.sources", "data.replay")
@@ -39,6 +41,7 @@ MIXTURE = ("data.sources", "data.replay")
 POSSIBLE = (
     *RATES,
     *MIXTURE,
+    UPDATE,
     "optimizer",
     "precision",
     "training.clip_grad_norm",
@@ -77,6 +80,8 @@ def differences(old: RunConfig, new: RunConfig, *, rates: bool = False) -> Itera
     ``rates``: also where their schedules and lengths differ, whose first steps may be alike.
     """
     before, after = leaves(_plain(old)), leaves(_plain(new))
+    for each in (before, after):
+        each.setdefault(UPDATE, "exact")
     for key in sorted(before.keys() | after.keys()):
         if before.get(key) == after.get(key):
             continue
@@ -166,6 +171,8 @@ def _way_out(key: str, initial: str) -> str:
 
 
 def _is_free(key: str) -> bool:
+    if key == UPDATE:
+        return False
     parts = key.split(".")
     if parts[:2] == ["data", "sources"] and parts[-1] in _PATHS:
         return True

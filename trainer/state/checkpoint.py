@@ -28,9 +28,8 @@ from allometry.configs.errors import UserError
 from allometry.configs.execution import CheckpointConfig
 from allometry.configs.json_file import read_object
 from allometry.laws.runs import read_lines
-from allometry.optim.deepspeed import DeepSpeedOptimizer
+from allometry.optim.build import Elsewhere
 from allometry.optim.offload.held import MASTER, Stored
-from allometry.optim.tiered import TieredOptimizer
 from allometry.parallel.agree import wait_for_all, with_heartbeat
 from allometry.parallel.mesh import Mesh
 from allometry.trainer.state.facts import check_facts
@@ -162,12 +161,21 @@ def names(path: Path) -> set[str]:
 
 
 def load(path: Path, state: State, mesh: Mesh) -> None:
-    """Fill the tensors of ``state`` in place, whatever layout wrote the checkpoint."""
+    """Fill the tensors of ``state`` in place, whatever layout wrote the checkpoint.
+
+    What one rank cannot store is the UserError of all.
+    """
 
     def read() -> None:
         tensors, planner = layouts(state), Loading(state)
         reader, group = ShardReader(path), mesh.checkpoint_group
-        dcp.load(tensors, storage_reader=reader, planner=planner, process_group=group)
+        try:
+            dcp.load(tensors, storage_reader=reader, planner=planner, process_group=group)
+        except CheckpointException as error:
+            for failure, _ in error.failures.values():
+                if isinstance(failure, UserError):
+                    raise failure from None
+            raise
 
     with_heartbeat(mesh, read, f"loading {path.name}")
 
@@ -368,7 +376,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]) 
     Where it keeps values of parameters, these are there too, under ``model.<parameter>``.
     """
     stored: Iterable[tuple[Tensor, str, Stored]] = ()
-    if isinstance(optimizer, TieredOptimizer | DeepSpeedOptimizer):
+    if isinstance(optimizer, Elsewhere):
         stored = optimizer.stored()
     away: State = {
         f"model.{names[p]}" if key == MASTER else f"optimizer.{names[p]}.{key}": value

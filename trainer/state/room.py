@@ -32,10 +32,11 @@ def stays(config: CheckpointConfig, step: int) -> bool:
 
 def checkpoint_bytes(config: RunConfig) -> int:
     """Bytes of a checkpoint: parameters and what the optimizer keeps of each, in any layout."""
-    total = 0
+    total, states = 0, config.parallel.zero.optimizer_states
+    values = 1 if states is None or states.update == "exact" else 2
     for spec in inventory(config.model):
         size = math.prod(spec.shape)
-        total += _FP32 * size + state_bytes(spec, spec.shape, config.optimizer) + _HEADERS
+        total += values * _FP32 * size + state_bytes(spec, spec.shape, config.optimizer) + _HEADERS
     return total
 
 

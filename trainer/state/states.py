@@ -13,6 +13,7 @@ from torch import Tensor
 
 from allometry.configs.errors import UserError
 from allometry.optim import fp8_states
+from allometry.optim.delayed import LATE
 from allometry.optim.fp8_states import KEYS, Groups
 from allometry.optim.offload.held import Stored
 from allometry.parallel.deepspeed.boxes import Stretch
@@ -52,9 +53,16 @@ def load(path: Path, state: State, names: Mapping[Tensor, str], mesh: Mesh) -> L
     away = {f"{other.prefix}{name}" for other in others for name in other.held}
     begun = [prefix for prefix in prefixes if held[prefix] and not saved[prefix]]
     away |= {f"{prefix}{name}" for prefix in begun for name in held[prefix]}
-    # Rounding at random begins to count.
+    # Rounding at random begins to count, and updates begin to come late.
+    delayed = [p for p in prefixes if LATE in held[p] and LATE not in saved[p]]
+    away |= {f"{p}{LATE}" for p in delayed}
     away |= {f"{p}step" for p in prefixes if "step" in held[p] and "step" not in saved[p]}
     checkpoint.load(path, {name: each for name, each in state.items() if name not in away}, mesh)
+    for prefix in delayed:
+        late, values = held[prefix][LATE], state[f"model.{names[prefixes[prefix]]}"]
+        assert isinstance(late, Stored)
+        assert isinstance(values, Stored)
+        late.write(values.read())
     batches = _batches(others)
     # All ranks read as often, as each reading is one of all.
     for turn in range(max(mesh.gather_objects(len(batches)))):

@@ -13,6 +13,7 @@ from allometry.configs.errors import UserError
 from allometry.configs.run import RunConfig
 from allometry.scaling.deepspeed import settings
 from allometry.scaling.layout import Layout
+from allometry.scaling.plan import RunPlan
 
 Make = Callable[..., RunConfig]
 NVME = {"optimizer_states": {"nvme": "swap"}}
@@ -44,6 +45,16 @@ def made(tiny: Make, *more: str, stage: int = 3, **zero: Any) -> RunConfig:
         ({"optimizer_states": {"gradients": True}}, (), 2, "optimizer_states.gradients=true "),
         ({}, ("precision.linears=fp8_tensorwise", "precision.gather=fp8"), 2, "gather=fp8 "),
         ({}, ("training.activation_offload=0.5", "model.num_layers=4"), 2, "_offload=0.5 "),
+        (
+            {},
+            (
+                *("data.kind=documents", "data.max_document_tokens=56"),
+                *("batch.micro_batch_sequences=1", "parallel.context.min_chunk_tokens=4"),
+                *("parallel.context.capacity_tokens=40", "parallel.context.offload=selective"),
+                "model.num_layers=4",
+            ),
+            *(2, "^parallel.context.offload=selective "),
+        ),
         # DeepSpeed takes these two without a word and keeps the states in memory.
         ({"stage": 2, **NVME}, (), 2, "optimizer_states.nvme=swap .* stage 3 alone"),
         ({"stage": 1, **NVME}, (), 2, "optimizer_states.nvme=swap .* stage 3 alone"),
@@ -189,3 +200,28 @@ def test_what_knows_the_other_engine_alone_says_so(tiny: Make, tmp_path: Path) -
         rehearse(made(tiny), 2)
     with pytest.raises(UserError, match=said):
         verify(made(tiny), ["hdp=2,zero.stage=3"], tmp_path / "certificate.json")
+
+
+def test_the_estimate_is_of_this_engine(tiny: Make) -> None:
+    """DeepSpeed's bucket and masters are there; what is on the host is not."""
+
+    def estimate(stage: int, **more: Any) -> Any:
+        return RunPlan.of(made(tiny, stage=stage, **more), 2).memory
+
+    plain = RunPlan.of(tiny(), 2).memory
+    for stage in (1, 2, 3):
+        found = estimate(stage)
+        kinds = found.peak.kinds
+        assert kinds["reduction bucket"] == 256 << 20
+        assert kinds["master weights"] == plain.parameters // 2
+        assert kinds["optimizer states"] == pytest.approx(plain.optimizer_states / 2, abs=8)
+        assert ("gathered parameters" in kinds) == (stage == 3)
+        away = estimate(stage, offload="cpu", bucket_mib=1).peak.kinds
+        assert away["reduction bucket"] == 1 << 20
+        assert not {"optimizer states", "master weights"} & away.keys()
+        assert ("parameters" in away) == (stage < 3)
+    extra = {"zero_optimization": {"reduce_bucket_size": 1000, "stage3_max_live_parameters": 500}}
+    kinds = estimate(3, deepspeed_extra=extra).peak.kinds
+    assert (kinds["reduction bucket"], kinds["gathered parameters"]) == (4000, 2000)
+    extra = {"zero_optimization": {"reduce_bucket_size": 1000, "overlap_comm": True}}
+    assert estimate(2, deepspeed_extra=extra).peak.kinds["reduction bucket"] == 8000

@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import math
+import os
+import signal
 from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from allometry.configs.run import RunConfig
 from allometry.parallel.deepspeed.engine import DeepSpeedSync
 from allometry.parallel.deepspeed.files import CheckedHandle
 from allometry.trainer.train import train
-from deepspeed_cases import STEADY, assert_close, needs_deepspeed, needs_nvme
+from deepspeed_cases import STEADY, assert_close, losses, needs_deepspeed, needs_nvme
 from run_folders import events, rows
 
 Make = Callable[..., RunConfig]
@@ -83,9 +86,11 @@ def test_the_record_says_what_monitors_can_see(tiny: Make, tmp_path: Path) -> No
     assert limited["to"] == "activations and outputs"
     row = rows(tmp_path / "run")[4]
     assert row["monitors/activation_max"] > 0
-    assert not [key for key in row if "grad" in key and key.startswith("monitors/")]
-    plain = tiny(*STEADY, folder=tmp_path / "plain")
+    plain = tiny(*STEADY, *watched, folder=tmp_path / "plain")
     launch(plain)
+    all_of_it = {key for key in rows(tmp_path / "plain")[4] if key.startswith("monitors/")}
+    absent = {key.split("/")[1] for key in all_of_it - row.keys()}
+    assert absent == set(limited["absent"].split(", "))
     assert_close(run, plain)
     (held,) = [e for e in events(tmp_path / "run") if e["event"] == "optimizer_states"]
     assert held["device_bytes"] == 0
@@ -142,6 +147,53 @@ def test_a_disk_that_lies_ends_the_run_with_its_checkpoint_named(
     straight = tiny(*more, folder=tmp_path / "straight")
     launch(straight)
     assert_close(run, straight, steps=8)
+
+
+def killed(run: RunConfig, at: int) -> None:
+    """Train, and kill the process while a file is being written, so many after a checkpoint."""
+    write, calls = CheckedHandle.async_pwrite, [0]
+    before = latest(run)
+
+    def dying(self: CheckedHandle, buffer: Tensor, path: Any, offset: int) -> int:
+        calls[0] += latest(run) != before
+        begun = write(self, buffer, path, offset)
+        if calls[0] == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return begun
+
+    CheckedHandle.async_pwrite = dying  # type: ignore[method-assign]
+    launch(run)
+
+
+def latest(run: RunConfig) -> str:
+    """Name the last checkpoint, "" before the first."""
+    path = Path(run.run.folder) / "latest"
+    return path.read_text() if path.exists() else ""
+
+
+@needs_nvme
+@pytest.mark.parametrize(
+    "offload", [pytest.param("none", marks=pytest.mark.slow), pytest.param("nvme")]
+)
+def test_kill_9_during_a_write_loses_nothing(tiny: Make, tmp_path: Path, offload: str) -> None:
+    """Twice, each time after a checkpoint of that launch: files are never the only copy."""
+    swap = tmp_path / "swap"
+    zero = engine(3, offload=offload, optimizer_states={"nvme": str(swap), "bucket_mib": 4})
+    more = (*STEADY, *LARGE, zero, "checkpoint.every_steps=2")
+    run = tiny(*more, folder=tmp_path / "run")
+    for at, last in ((5, "step-2"), (9, "step-4")):
+        process = get_context("spawn").Process(target=killed, args=(run, at))
+        process.start()
+        process.join(200)
+        assert process.exitcode == -signal.SIGKILL
+        assert last in latest(run)
+        assert len(list(swap.iterdir())) == 1  # the next one removes what this one has left
+    launch(run)
+    assert not list(swap.iterdir())
+    straight = tiny(*more, folder=tmp_path / "straight")
+    launch(straight)
+    assert losses(run) == losses(straight)
+    assert len(losses(run)) == 8
 
 
 @needs_nvme

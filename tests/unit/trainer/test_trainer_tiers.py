@@ -71,6 +71,23 @@ def test_a_disk_that_breaks_ends_the_run_with_its_checkpoint_named(
     assert len(losses[0]) == 20
 
 
+def test_a_disk_that_breaks_while_states_are_loaded_keeps_the_checkpoint(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = config(tiny, tmp_path / "run")
+    train(run, device=torch.device("cpu"), callbacks=[], stop_at_step=5)
+
+    def full(self: SwapFile, data: Any, start: int) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(SwapFile, "_pwrite", full)
+    with pytest.raises(UserError, match=r"^step 6: writing .*No space.*; checkpoint step-5 is kep"):
+        launch(run)
+    monkeypatch.undo()
+    launch(run)
+    assert len(rows(tmp_path / "run")) == 20
+
+
 def killed(run: RunConfig, at: int) -> None:
     """Train, and kill the process in the middle of a write of the swap file."""
     inner, calls = SwapFile._pwrite, [0]

@@ -1,0 +1,63 @@
+"""What a rank of the deepspeed engine holds, from what a step holds without ZeRO.
+
+DeepSpeed's own buffers are of fixed sizes: gradients are copied to one of ``reduce_bucket_size``,
+which stays, and at stage 3 gathered parameters stay too while they are fewer than
+``stage3_max_live_parameters``. Held against what two steps held on a CPU, without offload.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from allometry.configs.run import RunConfig
+from allometry.scaling.deepspeed import settings
+from allometry.scaling.memory import MemoryEstimate
+from allometry.scaling.moment import COPIES, GRADIENTS, PARAMETERS, STATES, Moment
+
+MASTERS, BUCKET, GATHERED = "master weights", "reduction bucket", "gathered parameters"
+_FP32 = 4
+_MOST_LIVE = 10**9
+"""DeepSpeed's default of ``stage3_max_live_parameters``."""
+
+
+def with_deepspeed(plain: MemoryEstimate, config: RunConfig, hdp: int) -> MemoryEstimate:
+    """Return the estimate of a rank of this engine; ``plain``: that of one without ZeRO.
+
+    Bytes on the device: what ``zero.offload`` or ``zero.optimizer_states`` keeps on the host or in
+    files is not there.
+    """
+    zero = config.parallel.zero
+    told = settings(config, hdp)["zero_optimization"]
+    whole, shard = plain.parameters, -(-plain.parameters // hdp)
+    host = "offload_optimizer" in told
+    of_host = "offload_param" in told
+    states = 0 if host else -(-plain.optimizer_states // hdp)
+    masters = 0 if host else shard
+    buffers = 2 if zero.stage < 3 and told.get("overlap_comm") else 1
+    bucket = buffers * _FP32 * int(told["reduce_bucket_size"])
+    live = _FP32 * int(told.get("stage3_max_live_parameters", _MOST_LIVE))
+    gathered = min(whole, live) if zero.stage == 3 else 0
+    parameters = whole if zero.stage < 3 else 0 if of_host else shard
+    reduced = 0 if host else shard
+
+    def held(kinds: Mapping[str, int], *, update: bool) -> dict[str, int]:
+        gradients = kinds.get(GRADIENTS, 0)
+        if zero.stage > 1:
+            gradients = min(gradients, reduced)
+        if update:  # this rank's part once more, flat
+            gradients += reduced
+        now = {PARAMETERS: parameters, STATES: states, GRADIENTS: gradients, MASTERS: masters}
+        found = dict(kinds) | now | {BUCKET: bucket, GATHERED: gathered}
+        if zero.stage == 3:  # a weight is gathered and cast again for its backward
+            found[COPIES] = 0
+        return {name: size for name, size in found.items() if size}
+
+    moments = tuple(
+        Moment(moment.name, held(moment.kinds, update=moment.name == "optimizer step"))
+        for moment in plain.moments
+    )
+    copies = max(moment.kinds.get(COPIES, 0) for moment in moments) + gathered
+    gradients = whole if zero.stage == 1 else reduced
+    return MemoryEstimate(
+        parameters + masters, gradients, states, bucket, copies, plain.saved, moments
+    )
