@@ -7,12 +7,14 @@ from __future__ import annotations
 import hashlib
 import logging
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from allometry.configs.data import DocumentData, SequenceData
 from allometry.configs.errors import UserError
+from allometry.data.changes import DataStage
 from allometry.data.manifest import manifest_of
 from allometry.data.order import DocumentOrder
 from allometry.data.reading import Reading
@@ -33,9 +35,16 @@ class Sources(Reading):
     Raises UserError for token files that cannot be used or were made with different tokenizers.
     """
 
-    def __init__(self, data: SequenceData | DocumentData, seed: int, *, whole: bool) -> None:
+    def __init__(
+        self,
+        data: SequenceData | DocumentData,
+        seed: int,
+        stages: Sequence[DataStage] = (),
+        *,
+        whole: bool,
+    ) -> None:
         """``whole``: only documents of two tokens or more hold something to predict."""
-        super().__init__(data, seed)
+        super().__init__(data, seed, stages)
         self._train = [
             DocumentOrder(_open(source.train, whole=whole), source.name, seed)
             for source in data.sources
@@ -46,6 +55,7 @@ class Sources(Reading):
             if source.validation is not None
         }
         check_tokenizer(data.tokenizer, [store.prefix for store in self.stores])
+        self._settle()
 
     @abstractmethod
     def _settings(self) -> dict[str, Any]:
