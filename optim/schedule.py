@@ -25,6 +25,7 @@ from allometry.configs.optimization import (
 )
 from allometry.configs.run import RunConfig
 from allometry.scaling.batch import BatchPlan, total_steps, warmup_steps
+from allometry.scaling.stages import StagePlace, places_of
 
 REFINED = "allometry.schedule"
 """``kind`` of the file of a refined schedule."""
@@ -56,7 +57,9 @@ class Schedule:
       warm-up climbs from the last rate of ``before``.
 
     ``batch_plan`` turns tokens inside of the schedule into steps. ``decay_start`` is the last step
-    before the last decay.
+    before the last decay. That of a stage of a run begins after step ``after`` (s counts from
+    there, all steps that it takes or gives count from the run's first), and its warm-up climbs from
+    ``begin``, the last rate before over its own peak.
 
     Raises:
         UserError: a warm-up leaves no room for a decay, or is longer than its stretch; a stretch
@@ -69,18 +72,26 @@ class Schedule:
         total_steps: int,
         warmup_steps: int,
         batch_plan: BatchPlan | None = None,
+        *,
+        after: int = 0,
+        begin: float = 0.0,
     ) -> None:
         assert total_steps >= 1, total_steps
         assert warmup_steps >= 0, warmup_steps
         self.config = config
-        self.total_steps = total_steps
-        self.warmup_steps = warmup_steps
-        self._stretches = _stretches(config, total_steps, warmup_steps, batch_plan, 0.0)
-        self._ends = [0]
+        self.total_steps = after + total_steps
+        self.warmup_steps = after + warmup_steps
+        self._stretches = _stretches(config, total_steps, warmup_steps, batch_plan, begin)
+        self._ends = [after]
         for stretch in self._stretches:
             self._ends.append(self._ends[-1] + stretch.total_steps)
-        assert self._ends[-1] == total_steps, (self._ends, total_steps)
+        assert self._ends[-1] == self.total_steps, (self._ends, total_steps)
         self.decay_start = self._ends[-2] + self._stretches[-1].decay_start
+
+    @property
+    def first_step(self) -> int:
+        """The first step that it has a rate for."""
+        return self._ends[0] + 1
 
     @property
     def ends(self) -> tuple[int, ...]:
@@ -88,8 +99,8 @@ class Schedule:
         return tuple(self._ends[1:])
 
     def fraction(self, step: int) -> float:
-        """Return the learning rate of this step (1 ... total_steps) over the peak rate."""
-        assert 1 <= step <= self.total_steps, (step, self.total_steps)
+        """Return the learning rate of this step (after ... total_steps) over the peak rate."""
+        assert self._ends[0] < step <= self.total_steps, (step, self._ends)
         number = bisect_left(self._ends, step) - 1
         return self._stretches[number].fraction(step - self._ends[number])
 
@@ -302,3 +313,43 @@ def resolve_schedule(config: RunConfig, batch_plan: BatchPlan) -> Schedule:
         warmup_steps(config.schedule, batch_plan),
         batch_plan,
     )
+
+
+def schedules_of(config: RunConfig) -> tuple[Schedule, ...]:
+    """Return the schedule of each stage of a run; one for a run without.
+
+    Each counts from the first step of its stage, whose own peak its fractions are of.
+
+    Raises:
+        UserError: see ``Schedule``; it names the stage.
+    """
+    places, schedules = places_of(config), list[Schedule]()
+    for place in places:
+        before, one = schedules[-1] if schedules else None, place.config
+        begin = 0.0
+        if before is not None:
+            peak = places[len(schedules) - 1].config.optimizer.lr
+            begin = before.fraction(before.total_steps) * (peak / one.optimizer.lr)
+        try:
+            climb = warmup_steps(one.schedule, place.local)
+            _check_climb(place, climb)
+            made = Schedule(
+                *(one.schedule, place.steps, climb, place.local),
+                after=place.steps_before,
+                begin=begin,
+            )
+        except UserError as error:
+            if place.name is None:
+                raise
+            raise UserError(f"stage {place.name}: {error}") from None
+        schedules.append(made)
+    return tuple(schedules)
+
+
+def _check_climb(place: StagePlace, climb: int) -> None:
+    """Refuse a stage that is shorter than its warm-up; of a whole run ``Decay`` says so."""
+    if place.name is not None and climb > place.steps:
+        raise UserError(
+            f"its warm-up of {climb} steps is longer than the stage, {place.steps} steps; shorten "
+            "schedule.warmup_steps (or warmup_tokens) or lengthen the stage's steps (or tokens)"
+        )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from allometry.configs.errors import UserError
 from allometry.configs.run import RunConfig
 from allometry.scaling.attention import AttentionCall
-from allometry.scaling.batch import BatchPlan, total_steps, warmup_steps
+from allometry.scaling.batch import BatchPlan, warmup_steps
 from allometry.scaling.count import Flops, ParameterCount, count_parameters, flops_per_token
 from allometry.scaling.layout import Layout
 from allometry.scaling.loads import BalanceLoads
@@ -19,11 +20,24 @@ from allometry.scaling.memory import (
 )
 from allometry.scaling.offload import Traffic, offloaded
 from allometry.scaling.parameterization import Parameterization
+from allometry.scaling.stages import StagePlace, places_of
+
+
+@dataclass(frozen=True)
+class Totals:
+    """A whole run: steps, tokens (the budget rounded up to whole steps) and model FLOPs."""
+
+    steps: int
+    tokens: int
+    flops: int
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a run on ``world_size`` ranks will do. Steps are counted from 1.
+    """What a run on ``world_size`` ranks will do, or a stage of it. Steps are counted from 1.
+
+    ``total_steps`` is the last step, and ``steps_before`` the steps of the stages before; ``run``
+    is of all stages together, and ``stage`` None for a run without.
 
     ``flops_per_token`` is that of sequences that are one whole document, and ``flops_assumption``
     says what that means for this run's data, which are not read here; ``memory`` is the peak of
@@ -34,7 +48,10 @@ class RunPlan:
 
     world_size: int
     layout: Layout
+    stage: StagePlace | None
+    steps_before: int
     total_steps: int
+    run: Totals
     warmup_steps: int
     batch: BatchPlan
     micro_batch_sequences: int
@@ -50,32 +67,55 @@ class RunPlan:
 
     @classmethod
     def of(cls, config: RunConfig, world_size: int) -> RunPlan:
-        """Plan this run on this many ranks, without torch.
+        """Plan this run on this many ranks, without torch; of a run with stages, the last one.
 
         Raises UserError where the ranks cannot share the batch or do not fit the mesh.
         """
+        return cls.of_stages(config, world_size)[-1]
+
+    @classmethod
+    def of_stages(cls, config: RunConfig, world_size: int) -> tuple[RunPlan, ...]:
+        """Plan each stage of a run; one plan for a run without. Raises as ``of`` does."""
         assert world_size >= 1, world_size
+        plans: list[RunPlan] = []
+        for place in places_of(config):
+            try:
+                plan = cls._of_stage(config, place, world_size)
+            except UserError as error:
+                if place.name is None:
+                    raise
+                raise UserError(f"stage {place.name}: {error}") from None
+            own = plan.batch.tokens_after(plan.total_steps)
+            before = Totals(0, 0, 0) if not plans else plans[-1].run
+            flops = before.flops + (own - before.tokens) * plan.flops_per_token.total
+            plans.append(replace(plan, run=Totals(plan.total_steps, own, flops)))
+        return tuple(replace(plan, run=plans[-1].run) for plan in plans)
+
+    @classmethod
+    def _of_stage(cls, run: RunConfig, place: StagePlace, world_size: int) -> RunPlan:
+        config, batch = place.config, place.batch
         layout = Layout.of(config, world_size)
-        sequence_length = config.data.sequence_length
-        batch = BatchPlan(config.batch, sequence_length)
         memory = memory_of(config, layout, batch)
         kept = config.precision.model_copy(update={"saved_activations": "compute"})
         unsaved = config.model_copy(update={"precision": kept})
         return cls(
             world_size=world_size,
             layout=layout,
-            total_steps=total_steps(config.training, batch),
-            warmup_steps=warmup_steps(config.schedule, batch),
+            stage=None if place.name is None else place,
+            steps_before=place.steps_before,
+            total_steps=place.last_step,
+            run=Totals(0, 0, 0),
+            warmup_steps=place.steps_before + warmup_steps(config.schedule, place.local),
             batch=batch,
             micro_batch_sequences=config.batch.micro_batch_sequences,
             micro_batch_tokens=tokens_of_micro_batch(config),
             parameters=count_parameters(config.model),
-            flops_per_token=flops_per_token(config.model, sequence_length),
+            flops_per_token=flops_per_token(config.model, config.data.sequence_length),
             flops_assumption=_flops_assumption(config),
             memory=memory,
             bytes_saved=memory_of(unsaved, layout, batch).total - memory.total,
             activation_traffic=traffic_of(config, layout, batch),
-            parameterization=Parameterization.of_run(config),
+            parameterization=Parameterization.of_run(run, place.number - 1),
             balance_loads=BalanceLoads.of(config),
         )
 
@@ -87,12 +127,12 @@ class RunPlan:
     @property
     def total_tokens(self) -> int:
         """Tokens of the whole run: the budget rounded up to whole steps."""
-        return self.batch.tokens_after(self.total_steps)
+        return self.run.tokens
 
     @property
     def total_flops(self) -> int:
         """Model FLOPs of the whole run."""
-        return self.total_tokens * self.flops_per_token.total
+        return self.run.flops
 
     def micro_batches(self, step: int) -> int:
         """Return how many micro-batches each rank runs in this step.
@@ -107,7 +147,9 @@ class RunPlan:
         return {
             "world_size": self.world_size,
             "layout": self.layout.describe(),
-            "total_steps": self.total_steps,
+            "stage": None if self.stage is None else self.stage.name,
+            "steps_before": self.steps_before,
+            "total_steps": self.run.steps,
             "total_tokens": self.total_tokens,
             "total_flops": self.total_flops,
             "warmup_steps": self.warmup_steps,
