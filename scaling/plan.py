@@ -25,11 +25,15 @@ from allometry.scaling.stages import StagePlace, places_of
 
 @dataclass(frozen=True)
 class Totals:
-    """A whole run: steps, tokens (the budget rounded up to whole steps) and model FLOPs."""
+    """A whole run: steps, tokens (the budget rounded up to whole steps) and model FLOPs.
+
+    ``warmup_steps``: of its first warm-up.
+    """
 
     steps: int
     tokens: int
     flops: int
+    warmup_steps: int
 
 
 @dataclass(frozen=True)
@@ -86,9 +90,11 @@ class RunPlan:
                     raise
                 raise UserError(f"stage {place.name}: {error}") from None
             own = plan.batch.tokens_after(plan.total_steps)
-            before = Totals(0, 0, 0) if not plans else plans[-1].run
+            before = plans[-1].run if plans else Totals(0, 0, 0, plan.warmup_steps)
             flops = before.flops + (own - before.tokens) * plan.flops_per_token.total
-            plans.append(replace(plan, run=Totals(plan.total_steps, own, flops)))
+            plans.append(
+                replace(plan, run=replace(before, steps=plan.total_steps, tokens=own, flops=flops))
+            )
         return tuple(replace(plan, run=plans[-1].run) for plan in plans)
 
     @classmethod
@@ -104,7 +110,7 @@ class RunPlan:
             stage=None if place.name is None else place,
             steps_before=place.steps_before,
             total_steps=place.last_step,
-            run=Totals(0, 0, 0),
+            run=Totals(0, 0, 0, 0),
             warmup_steps=place.steps_before + warmup_steps(config.schedule, place.local),
             batch=batch,
             micro_batch_sequences=config.batch.micro_batch_sequences,
@@ -152,8 +158,8 @@ class RunPlan:
             "total_steps": self.run.steps,
             "total_tokens": self.total_tokens,
             "total_flops": self.total_flops,
-            "warmup_steps": self.warmup_steps,
-            "warmup_tokens": self.batch.tokens_after(self.warmup_steps),
+            "warmup_steps": self.run.warmup_steps,
+            "warmup_tokens": self.batch.tokens_after(self.run.warmup_steps),
             "batch": {
                 "sequence_length": self.batch.sequence_length,
                 "stages": [asdict(stage) for stage in self.batch.stages],

@@ -25,6 +25,7 @@ class StagePlace:
     steps: int
     local: BatchPlan
     batch: BatchPlan
+    states_anew: bool = False  # what the optimizer remembers does not go on
 
     @property
     def last_step(self) -> int:
@@ -45,14 +46,14 @@ class StagePlace:
 def places_of(config: RunConfig) -> tuple[StagePlace, ...]:
     """Return the stages of a run, in order; one for a run without."""
     places: list[StagePlace] = []
-    names = [stage.name for stage in config.stages] if config.stages else [None]
-    for name, one in zip(names, config.of_stages(), strict=True):
+    for stage, one in zip(config.stages or (None,), config.of_stages(), strict=True):
         local = BatchPlan(one.batch, one.data.sequence_length)
         before = places[-1] if places else None
         done = before.last_step if before else 0
         batch = local if before is None else local.after(before.batch, done)
         steps = total_steps(one.training, local)
-        places.append(StagePlace(len(places) + 1, name, one, done, steps, local, batch))
+        name, anew = (stage.name, "optimizer" not in stage.keep) if stage else (None, False)
+        places.append(StagePlace(len(places) + 1, name, one, done, steps, local, batch, anew))
     return tuple(places)
 
 

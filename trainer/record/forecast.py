@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 from typing_extensions import override
 
+from allometry.configs.run import RunConfig
 from allometry.laws.forecast import Curve, forecast
 from allometry.laws.observations import LearningRates
 from allometry.laws.runs import read_lines
-from allometry.optim.schedule import Schedule
+from allometry.scaling.stages import places_of
 from allometry.trainer.record.callbacks import Callback, Reporter
 from allometry.trainer.record.columns import FinishedStep
-from allometry.trainer.record.rates import rates_of
+from allometry.trainer.record.rates import one_curve
 from allometry.trainer.record.writer import Row
 from allometry.trainer.state.folder import RunFolder
 
@@ -22,19 +23,26 @@ class Forecaster(Callback):
     """Adds ``forecast/loss``, ``forecast/low`` and ``forecast/high`` to a row each few steps.
 
     They are of the expected training loss of the last step under the run's own schedule
-    (``laws/forecast.py``), from all rows so far; a resumed run reads those of earlier launches from
-    its record. The first recorded row at or after each multiple of ``every_steps`` has them. Where
-    there can be none (too few rows) the row has none and an event ``no_forecast`` says why, once in
-    a launch; ``forecast_from_prior`` says once that the decay's gain is not measured. Nothing here
-    ends or changes a run. It stands on the main rank.
+    (``laws/forecast.py``), from all rows so far. A curve goes on over stages that differ in their
+    rates alone (``one_curve``); where it ends before the run, the forecast is of the stage's last
+    step, which an event ``forecast_of_stage`` says once. A resumed run reads the rows of earlier
+    launches from its record. The first recorded row at or after each multiple of ``every_steps``
+    has them. Where there can be none (too few rows) the row has none and an event ``no_forecast``
+    says why, once in a launch; ``forecast_from_prior`` says once that the decay's gain is not
+    measured. Nothing here ends or changes a run. It stands on the main rank.
     """
 
     def __init__(
-        self, every_steps: int, schedule: Schedule, peak: float, folder: RunFolder, report: Reporter
+        self,
+        every_steps: int,
+        run: RunConfig,
+        steps_taken: int,
+        folder: RunFolder,
+        report: Reporter,
     ) -> None:
-        self._every, self._schedule, self._peak = every_steps, schedule, peak
+        self._every, self._run, self._steps_taken = every_steps, run, steps_taken
         self._folder, self._report = folder, report
-        self._rates: LearningRates | None = None
+        self._curve: tuple[int, int, LearningRates] | None = None
         self._steps: list[int] = []
         self._losses: list[float] = []
         self._due = every_steps
@@ -61,17 +69,21 @@ class Forecaster(Callback):
         self._due = step // self._every * self._every + self._every
         steps_n, losses_n = np.array(self._steps, np.int64), np.array(self._losses)
         try:
-            if self._rates is None:
-                self._rates = rates_of(self._schedule, self._peak)
-            end = forecast([Curve("this run", steps_n, losses_n, self._rates)], self._rates)
+            if self._curve is None:
+                self._curve = one_curve(self._run, self._steps_taken)
+            first, last, rates = self._curve
+            steps_n, losses_n = steps_n[steps_n >= first], losses_n[steps_n >= first]
+            end = forecast([Curve("this run", steps_n, losses_n, rates)], rates)
         except (ValueError, ArithmeticError) as error:  # a UserError is a ValueError
             self._say_once("no_forecast", step, reason=str(error))
             return {}
+        if last < places_of(self._run)[-1].last_step:
+            self._say_once("forecast_of_stage", step, of_step=last)
         if "gain" in end.quality.unmeasured:
             self._say_once("forecast_from_prior", step, warning=end.warnings[0])
         return {"forecast/loss": end.loss, "forecast/low": end.low, "forecast/high": end.high}
 
-    def _say_once(self, kind: str, step: int, **details: str) -> None:
+    def _say_once(self, kind: str, step: int, **details: Any) -> None:
         if kind not in self._said:
             self._said.add(kind)
             self._report(kind, step=step, **details)

@@ -2,21 +2,50 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from allometry.configs.run import RunConfig
 from allometry.laws.observations import LearningRates
-from allometry.optim.schedule import Schedule, resolve_schedule
-from allometry.scaling.batch import BatchPlan
+from allometry.optim.schedule import Schedule, schedules_of
+from allometry.scaling.stages import place_at, places_of
 
 
 def rates_of(schedule: Schedule, peak: float) -> LearningRates:
     """Return the rate of each step of a schedule whose fraction 1 is ``peak``."""
-    fractions = [schedule.fraction(step) for step in range(1, schedule.total_steps + 1)]
-    return LearningRates(peak * np.array(fractions), schedule.warmup_steps)
+    steps = range(schedule.first_step, schedule.total_steps + 1)
+    return LearningRates(
+        peak * np.array([schedule.fraction(step) for step in steps]), schedule.warmup_steps
+    )
 
 
-def planned_rates(config: RunConfig) -> LearningRates:
-    """Return the rate of each step that a run's configuration plans."""
-    plan = BatchPlan(config.batch, config.data.sequence_length)
-    return rates_of(resolve_schedule(config, plan), config.optimizer.lr)
+def planned_rates(config: RunConfig, stages: int | None = None) -> LearningRates:
+    """Return the rate of each step that a run's configuration plans, or its first ``stages``."""
+    parts = [
+        rates_of(schedule, place.config.optimizer.lr)
+        for place, schedule in zip(places_of(config), schedules_of(config), strict=True)
+    ][:stages]
+    return LearningRates(np.concatenate([part.rates for part in parts]), parts[0].warmup_steps)
+
+
+def one_curve(config: RunConfig, steps_taken: int) -> tuple[int, int, LearningRates]:
+    """Return how far a loss curve can be followed from the stage of the next step.
+
+    Stages in a row that differ in nothing but their schedules, peak rates and lengths have one
+    curve. Returns its first and its last step, and the rates of all steps up to that.
+    """
+    places = places_of(config)
+    at = place_at(places, steps_taken).number - 1
+    alike = [_but_rates(place.config) == _but_rates(places[at].config) for place in places]
+    first = max((n + 1 for n in range(at) if not alike[n]), default=0)
+    end = next((n for n in range(at, len(places)) if not alike[n]), len(places))
+    return places[first].steps_before + 1, places[end - 1].last_step, planned_rates(config, end)
+
+
+def _but_rates(config: RunConfig) -> dict[str, Any]:
+    said = config.model_dump(mode="json", exclude={"schedule"})
+    for section, key in (("optimizer", "lr"), ("training", "total_steps")):
+        del said[section][key]
+    del said["training"]["total_tokens"]
+    return said

@@ -13,10 +13,9 @@ from allometry.configs.execution import Parent
 from allometry.configs.loader import dump
 from allometry.configs.run import RunConfig
 from allometry.data.sources import Sources
-from allometry.optim.schedule import resolve_schedule
+from allometry.optim.schedule import schedules_of
 from allometry.parallel.agree import from_main_rank, on_all_ranks
 from allometry.parallel.mesh import Mesh
-from allometry.scaling.batch import BatchPlan
 from allometry.trainer.state import checkpoint
 from allometry.trainer.state.branch import copy_share, discard, keep, stored_config, take
 from allometry.trainer.state.folder import RunFolder, write_atomically
@@ -34,7 +33,8 @@ _SETTLED = ("model", "parameterization")
 class Start:
     """Where a launch begins: ``checkpoint`` is None for a run that starts from nothing.
 
-    ``branched``: it was just taken over from the run that ``run.parent`` names.
+    ``branched``: it was just taken over from the run that ``run.parent`` names. ``next_stage``: it
+    was just saved, and the launch goes on in another stage.
     """
 
     checkpoint: Path | None
@@ -43,6 +43,7 @@ class Start:
     abandoned: list[str]
     dropped_rows: int
     branched: bool = False
+    next_stage: bool = False
 
     @property
     def step(self) -> int:
@@ -117,6 +118,13 @@ def begin(
     except BaseException:
         folder.withdraw()
         raise
+
+
+def next_stage(folder: RunFolder, step: int, mesh: Mesh) -> Start:
+    """Return where the stage begins that follows ``step``, at the checkpoint just saved there."""
+    path = folder.checkpoints / f"step-{step}"
+    facts = from_main_rank(mesh, lambda: checkpoint.read_facts(path), "reading a checkpoint")
+    return Start(path, facts, [], [], 0, next_stage=True)
 
 
 def _choose(
@@ -211,8 +219,7 @@ def _enter(folder: RunFolder, config: RunConfig, choice: _Choice, problem: str |
 
 
 def _total_steps(config: RunConfig) -> int:
-    plan = BatchPlan(config.batch, config.data.sequence_length)
-    return resolve_schedule(config, plan).total_steps
+    return schedules_of(config)[-1].total_steps
 
 
 def _check_stop(folder: RunFolder, step: int, stop_at_step: int | None) -> None:
@@ -231,12 +238,13 @@ def _check_facts(config: RunConfig, facts: dict[str, Any], fingerprints: dict[st
 
 def _check_schedule_file(config: RunConfig, facts: dict[str, Any]) -> None:
     """Refuse a refined schedule whose file is no longer what the steps taken have read."""
-    if not config.schedule.reads_file or facts.get("weights_only", False):
+    stages = config.of_stages()
+    if not any(one.schedule.reads_file for one in stages) or facts.get("weights_only", False):
         return
-    plan = BatchPlan(config.batch, config.data.sequence_length)
-    schedule = resolve_schedule(config, plan)
-    steps = range(1, int(facts["step"]) + 1)
-    s1 = sum(config.optimizer.lr * schedule.fraction(step) for step in steps)
+    s1 = 0.0
+    for one, schedule in zip(stages, schedules_of(config), strict=True):
+        steps = range(schedule.first_step, min(facts["step"], schedule.total_steps) + 1)
+        s1 += sum(one.optimizer.lr * schedule.fraction(step) for step in steps)
     if not math.isclose(s1, facts["areas"]["s1"], rel_tol=1e-9):
         raise UserError(
             "the file of schedule.kind=refined changed, so that steps already taken would have had "

@@ -7,10 +7,10 @@ from typing import Any
 
 from allometry.configs.errors import UserError
 from allometry.configs.run import RunConfig
-from allometry.optim.schedule import resolve_schedule
-from allometry.scaling.batch import BatchPlan
+from allometry.optim.schedule import schedules_of
 from allometry.scaling.inventory import inventory
 from allometry.scaling.parameterization import Parameterization
+from allometry.scaling.stages import StagePlace, places_of
 
 # What changes how a run is carried out and recorded but not what it computes. The length of the run
 # and its schedule may change as long as the steps already taken used the same learning rates.
@@ -51,10 +51,10 @@ def check_unchanged(
     With ``sections`` only these, or single keys, may not change. The mixture may: samples already
     read stay what they were, and each source goes on at its next one (``Reading.resumed``).
     """
-    for key, before, after in differences(old, _with_mixture_of(old, new)):
+    for at, key, before, after in _differences_of_stages(old, new, step):
         if sections is None or f"{key}.".startswith(tuple(f"{one}." for one in sections)):
             raise UserError(
-                f"{key}={after!r} differs from {before!r}, with which {old.run.folder} was "
+                f"{at}{key}={after!r} differs from {before!r}, with which {old.run.folder} was "
                 f"started, and {CONTINUES}"
             )
     _check_length(new, step)
@@ -73,10 +73,10 @@ def check_branch(parent: RunConfig, branch: RunConfig, step: int) -> None:
     Raises:
         UserError: names the key that differs, or the first step with another learning rate.
     """
-    for key, before, after in differences(parent, _with_mixture_of(parent, branch)):
+    for at, key, before, after in _differences_of_stages(parent, branch, step):
         if not key.startswith(BRANCH_FREE):
             raise UserError(
-                f"{key}={after!r} differs from {before!r} of run.parent.folder="
+                f"{at}{key}={after!r} differs from {before!r} of run.parent.folder="
                 f"{parent.run.folder}, and {BRANCHES}"
             )
     if _check_length(branch, step) == step:
@@ -97,7 +97,7 @@ def check_branch(parent: RunConfig, branch: RunConfig, step: int) -> None:
 
 def differences(old: RunConfig, new: RunConfig) -> Iterator[tuple[str, Any, Any]]:
     """What two runs compute differently, as (key, old, new), their schedules and lengths aside."""
-    before, after = _leaves(old.model_dump(mode="json")), _leaves(new.model_dump(mode="json"))
+    before, after = leaves(old.model_dump(mode="json")), leaves(new.model_dump(mode="json"))
     for key in sorted(before.keys() | after.keys()):
         # Dropout draws its masks by micro-batch.
         masks = key == "batch.micro_batch_sequences" and new.model.dropout > 0
@@ -110,30 +110,72 @@ def rates_part(old: RunConfig, new: RunConfig, step: int) -> int | None:
 
     Not the schedule alone: some parameterizations scale rates with the length of the run.
     """
-    if step and _multipliers(old) != _multipliers(new):
-        return 1
-    plan = BatchPlan(old.batch, old.data.sequence_length)
-    was, now = resolve_schedule(old, plan), resolve_schedule(new, plan)
-    shared = min(step, was.total_steps, now.total_steps)
-    different = (s for s in range(1, shared + 1) if was.fraction(s) != now.fraction(s))
-    return next(different, None if shared == step else shared + 1)
+    was, now, last = schedules_of(old), schedules_of(new), 0
+    for one, other in zip(places_of(old), places_of(new), strict=False):
+        at, first = one.number - 1, one.steps_before + 1
+        last = min(step, one.last_step, other.last_step)
+        if first <= step and _multipliers(old, at) != _multipliers(new, at):
+            return first
+        for done in range(first, last + 1):
+            if was[at].fraction(done) != now[at].fraction(done):
+                return done
+        if last == step or last < max(one.last_step, other.last_step):
+            break
+    return None if last == step else last + 1
+
+
+def _stages_begun(
+    old: RunConfig, new: RunConfig, step: int
+) -> Iterator[tuple[StagePlace, StagePlace]]:
+    """The stages that had begun by ``step``, as they were and as they are now.
+
+    Raises:
+        UserError: a stage that had begun is no more, or would have ended at another step.
+    """
+    was, now = places_of(old), places_of(new)
+    for one in was:
+        if one.steps_before >= step and one.number > 1:
+            return
+        other = now[one.number - 1] if one.number <= len(now) else None
+        staged = one.name is not None or (other is not None and other.name is not None)
+        if staged and (other is None or min(other.last_step, step) != min(one.last_step, step)):
+            name = "the run, which had no stages" if one.name is None else f"stage {one.name}"
+            wanted = "is gone" if other is None else f"would have ended at {other.last_step}"
+            raise UserError(
+                f"stages: of the {step} steps taken, those from {one.steps_before + 1} to "
+                f"{min(one.last_step, step)} were taken in {name}, which now {wanted}; only what "
+                f"lies after step {step} may change: restore the rest or choose another run.folder"
+            )
+        assert other is not None
+        yield one, other
+
+
+def _differences_of_stages(
+    old: RunConfig, new: RunConfig, step: int
+) -> Iterator[tuple[str, str, Any, Any]]:
+    """``differences`` of the stages begun, after the stage; of the last one but its mixture."""
+    for one, other in _stages_begun(old, new, step):
+        now = other.config
+        if other.name is None or other.last_step > step:
+            now = _with_mixture_of(one.config, now)
+        for key, before, after in differences(one.config, now):
+            yield "" if other.name is None else f"stage {other.name}: ", key, before, after
 
 
 def _check_length(config: RunConfig, step: int) -> int:
     """The length of a run that has taken ``step`` steps, which may not be less."""
-    plan = BatchPlan(config.batch, config.data.sequence_length)
-    total = resolve_schedule(config, plan).total_steps
+    total = schedules_of(config)[-1].total_steps
     if total < step:
         raise UserError(
             f"training asks for {total} steps in all, but the run has already taken {step}; raise "
-            "training.total_steps (or total_tokens)"
+            "training.total_steps (or total_tokens), or add to its stages"
         )
     return total
 
 
-def _multipliers(config: RunConfig) -> list[tuple[float, float, float, float]]:
-    """What multiplies rate, decay, epsilon and 1 - beta2 of each parameter."""
-    rules = Parameterization.of_run(config)
+def _multipliers(config: RunConfig, stage: int = 0) -> list[tuple[float, float, float, float]]:
+    """What multiplies rate, decay, epsilon and 1 - beta2 of each parameter in a stage."""
+    rules = Parameterization.of_run(config, stage)
     resolved = [rules.resolve(spec) for spec in inventory(config.model)]
     return [(one.lr, one.weight_decay, one.eps, one.forgetting) for one in resolved]
 
@@ -168,7 +210,7 @@ def _with_mixture_of(old: RunConfig, new: RunConfig) -> RunConfig:
     return new.model_copy(update={"data": new.data.model_copy(update=update)})
 
 
-def _leaves(value: Any, path: str = "") -> dict[str, Any]:
+def leaves(value: Any, path: str = "") -> dict[str, Any]:
     """A nested description as {dotted key: value}."""
     if isinstance(value, dict):
         items = value.items()
@@ -176,7 +218,7 @@ def _leaves(value: Any, path: str = "") -> dict[str, Any]:
         items = enumerate(value)  # type: ignore[assignment]
     else:
         return {path: value}
-    leaves: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for key, inner in items:
-        leaves |= _leaves(inner, f"{path}.{key}" if path else str(key))
-    return leaves
+        found |= leaves(inner, f"{path}.{key}" if path else str(key))
+    return found
