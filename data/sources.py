@@ -74,15 +74,17 @@ class Sources(Reading):
         orders = [*self._train, *self._validation.values()]
         return tuple(order.store for order in orders)
 
-    def squared_lengths_per_token(self, position: int = 0) -> float:
+    def squared_lengths_per_token(self, first: int = 0, last: int | None = None) -> float:
         """Expected sum of the squared lengths of documents, as they are trained on, by token.
 
         It is what FLOPs of attention are counted from (``DocumentFlops``), from the index alone; of
-        the first ``position`` samples, or of the mixture that the run begins with.
+        the samples from ``first`` to ``last`` (exclusive), or of the mixture at ``first``.
         """
         squares = tokens = 0.0
-        counts = self.mixture.counts(position).tolist() if position else None
-        for source, share in enumerate(counts or self.mixture.shares().values()):
+        shares = list(self.mixture.shares(first).values())
+        if last is not None and last > first:
+            shares = (self.mixture.counts(last) - self.mixture.counts(first)).tolist()
+        for source, share in enumerate(shares):
             weight = share / self._train[source].store.num_tokens  # a window's share of an epoch
             squares += weight * self._epoch_squares(source)
             tokens += weight * self._epoch_tokens(source)

@@ -13,7 +13,6 @@ from allometry.data.stream import Stream, open_stream
 from allometry.data.tokenizer import check_vocabulary
 from allometry.scaling.plan import RunPlan
 from allometry.scaling.stages import places_of
-from allometry.trainer.feed import check_steps
 
 MANY_EPOCHS = 4
 _log = logging.getLogger(__name__)
@@ -42,6 +41,8 @@ def open_sources(config: RunConfig) -> Stream | DocumentStream:
 
 def check_data(stream: Sources, plans: Sequence[RunPlan]) -> None:
     """Check that the data are enough for the run as it goes on with them, in all of its stages."""
+    from allometry.trainer.feed import check_steps  # brings torch, which a dry run can spare
+
     for number, plan in enumerate(plans):
         staged = stream.in_stage(number)
         if isinstance(staged, DocumentStream):

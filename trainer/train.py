@@ -61,7 +61,6 @@ from allometry.trainer.record.facts import (
     Invocation,
     launch_facts,
     run_facts,
-    stage_facts,
 )
 from allometry.trainer.record.forecast import Forecaster
 from allometry.trainer.record.monitors import Monitors
@@ -78,6 +77,7 @@ from allometry.trainer.state.planners import State
 from allometry.trainer.state.reading import continued, data_events, read_again
 from allometry.trainer.state.resume import Start, begin, next_stage
 from allometry.trainer.state.room import checkpoint_bytes
+from allometry.trainer.state.stages import stage_facts
 from allometry.trainer.state.states import load
 from allometry.trainer.stop import StopSignals
 

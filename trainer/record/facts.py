@@ -12,11 +12,9 @@ from allometry.parallel.graphs import choose_graphs
 from allometry.parallel.mesh import Mesh
 from allometry.scaling.inventory import inventory
 from allometry.scaling.plan import RunPlan
-from allometry.scaling.stages import StagePlace
 from allometry.scaling.update_rules import state_bytes
 from allometry.trainer.record import hardware, writer
 from allometry.trainer.record.columns import conventions
-from allometry.trainer.state.unchanged import leaves
 
 
 @dataclass(frozen=True)
@@ -85,29 +83,3 @@ def launch_facts(facts: dict[str, Any], first_step: int) -> dict[str, Any]:
     names = ("layout", "commit", "allocator", "cuda_allocator", "kernels")
     kept = {key: facts[key] for key in names}
     return {"first_step": first_step, **kept}
-
-
-def stage_facts(config: RunConfig, place: StagePlace) -> dict[str, Any]:
-    """Return what the event says with which a stage begins: where it lies, and what it changes."""
-    before = config if place.number == 1 else config.of_stages()[place.number - 2]
-    was, now = leaves(before.model_dump(mode="json")), leaves(place.config.model_dump(mode="json"))
-    changes = {
-        key: [was.get(key), now.get(key)]
-        for key in sorted(was.keys() | now.keys())
-        if was.get(key) != now.get(key) and not key.startswith(("stages", "training.total_"))
-    }
-    said = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in changes.items())
-    tokens = place.local.tokens_after(place.steps)
-    asked = place.asked_tokens
-    rounded = "" if asked == tokens else f" ({asked:,} asked for, rounded up to whole steps)"
-    return {
-        "name": place.name,
-        "number": place.number,
-        "first_step": place.steps_before + 1,
-        "last_step": place.last_step,
-        "tokens_before": place.batch.tokens_after(place.steps_before),
-        "tokens": tokens,
-        "asked_tokens": asked,
-        "changes": changes,
-        "said": f"{tokens:,} tokens{rounded}; {said or 'nothing differs'}",
-    }
