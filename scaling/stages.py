@@ -57,6 +57,11 @@ def places_of(config: RunConfig) -> tuple[StagePlace, ...]:
     return tuple(places)
 
 
+def place_of(config: RunConfig, step: int) -> StagePlace:
+    """Return the stage that a checkpoint at ``step`` was trained in last."""
+    return place_at(places_of(config), max(step - 1, 0))
+
+
 def place_at(places: tuple[StagePlace, ...], steps_taken: int) -> StagePlace:
     """Return the stage of the step after ``steps_taken``; the last one at the run's end."""
     return next((one for one in places if steps_taken < one.last_step), places[-1])

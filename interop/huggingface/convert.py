@@ -69,6 +69,7 @@ from allometry.interop.huggingface.weights import (
     write_states,
 )
 from allometry.scaling.parameterization import Parameterization
+from allometry.scaling.stages import place_of
 from allometry.trainer.state.checkpoint import step_of
 from allometry.trainer.state.folder import RunFolder, write_atomically
 from allometry.trainer.state.integrity import seal
@@ -142,10 +143,11 @@ def export_hf(
     if check:
         compare.require_transformers()
     folder, config = _run(run_folder)
+    path = chosen_checkpoint(folder, step)
+    config = place_of(config, step_of(path)).config  # its RoPE and lengths are those of the stage
     chosen = choose_family(config.model, family)
     folding = folds(config.model, Parameterization.of_run(config).forward)
     wanted = counterparts(config.model, chosen)
-    path = chosen_checkpoint(folder, step)
     weights = CheckpointWeights(path)
     _check_no_bias(config.model, weights, path)
     states = _optimizer_states(path) if optimizer_state else None
