@@ -142,9 +142,7 @@ def export_hf(
     """
     if check:
         compare.require_transformers()
-    folder, config = _run(run_folder)
-    path = chosen_checkpoint(folder, step)
-    config = place_of(config, step_of(path)).config  # its RoPE and lengths are those of the stage
+    folder, config, path = _run(run_folder, step)
     chosen = choose_family(config.model, family)
     folding = folds(config.model, Parameterization.of_run(config).forward)
     wanted = counterparts(config.model, chosen)
@@ -182,12 +180,13 @@ def export_hf(
         )
 
 
-def _run(run_folder: str | Path) -> tuple[RunFolder, RunConfig]:
-    """The folder of a run and its description."""
+def _run(run_folder: str | Path, step: int | None) -> tuple[RunFolder, RunConfig, Path]:
+    """The folder of a run, the run as it is in the checkpoint's stage, and the checkpoint."""
     folder = RunFolder(run_folder)
     if not folder.config.exists():
         raise UserError(f"{folder.path} has no {folder.config.name}; name the folder of a run")
-    return folder, load(folder.config)
+    path = chosen_checkpoint(folder, step)
+    return folder, place_of(load(folder.config), step_of(path)).config, path
 
 
 def _check_no_bias(model: ModelConfig, weights: CheckpointWeights, path: Path) -> None:

@@ -17,10 +17,15 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from allometry.configs.errors import UserError
 from allometry.configs.loader import load
 from allometry.configs.run import RunConfig
+from allometry.interop.huggingface.convert import export_hf
+from allometry.launch.figures.branches import stages_begin
 from allometry.launch.runs.dry_run import planned
+from allometry.laws.runs import read_run
 from allometry.trainer.state import checkpoint
+from allometry.trainer.state.status import status_of
 from allometry.trainer.train import train
 from run_folders import events, rows
+from shell import Shell
 
 Make = Callable[..., RunConfig]
 CPU = torch.device("cpu")
@@ -260,3 +265,26 @@ def test_the_plan_and_bad_stages(tiny: Make, whole: Path) -> None:
             assert not Path(config.run.folder).exists()
     with pytest.raises(UserError, match="'up' runs dry after"):
         planned(config, 1)
+
+
+def test_what_is_made_of_a_run_knows_its_stages(
+    tiny: Make, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step, theta, longest in ((11, 5e4, 64), (16, 1e4, 32)):
+        out = tmp_path / f"hf-{step}"
+        export_hf(whole, out, step=step)
+        exported = json.loads((out / "config.json").read_text())
+        assert exported["rope_theta"] == theta
+        assert exported["max_position_embeddings"] == longest
+    tokens, losses = stages_begin(read_run(whole), "tokens")
+    assert tokens.tolist() == [7 * 256, 12 * 256]
+    assert losses.tolist() == [rows(whole)[6]["loss"], rows(whole)[11]["loss"]]
+    status = status_of(whole)
+    assert (status.step, status.total_steps, status.state) == (16, 16, "ended")
+    shell = Shell(capsys)
+    config = whole / "config.yaml"
+    assert "has stages, and this command looks at one" in shell.refused("memory", config)
+    shown = tmp_path / "stage.yaml"
+    shown.write_text(shell.text("train", config, "--print-config", "--stage", "s1"))
+    assert load(shown) == load(config).of_stages()[1]
+    assert "s0, s1, s2" in shell.refused("train", config, "--print-config", "--stage", "s3")
