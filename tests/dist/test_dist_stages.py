@@ -43,7 +43,10 @@ def losses(config: RunConfig) -> list[float]:
     return [row["loss"] for row in rows(Path(config.run.folder))]
 
 
-@pytest.mark.parametrize("layout", ["parallel.zero.stage=3", "parallel.tp=2"])
+SHARDED = pytest.param("parallel.zero.stage=3", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("layout", [SHARDED, "parallel.tp=2"])
 def test_a_boundary_on_two_ranks(tiny: Make, run_ranks: Ranks, tmp_path: Path, layout: str) -> None:
     """Resumed at it to the bit, and begun on two ranks and ended on one."""
     straight = tiny(*GIVEN, layout, folder=tmp_path / "straight")

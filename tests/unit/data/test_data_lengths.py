@@ -84,7 +84,7 @@ def last_tokens(folder: Path) -> set[int]:
 
 
 @pytest.mark.parametrize("kind", ["sequences", "documents"])
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(plan=plans(), more=st.integers(0, 120))
 def test_every_token_is_read_once_an_epoch_whatever_the_lengths(
     folder: Path, kind: str, plan: list[dict[str, Any]], more: int

@@ -89,6 +89,7 @@ def test_stages_of_the_same_settings_are_one_run(tiny: Make, tmp_path: Path) -> 
     assert "stage" not in rows(plain)[0]
 
 
+@pytest.mark.slow
 def test_stages_are_the_schedule_that_was_continued_by_hand(tiny: Make, tmp_path: Path) -> None:
     """``schedule.kind: continued`` says the same of one run: a warm-up from the last rate."""
     before = {"kind": "wsd", "warmup_steps": 2, "decay_fraction": 0.5, "final_fraction": 0.1}
@@ -118,7 +119,7 @@ def whole(made: dict[str, Path], tiny: Make, tmp_path_factory: pytest.TempPathFa
     """The run of ``THREE`` in one launch, made once."""
     if not made:
         folder = tmp_path_factory.mktemp("whole") / "run"
-        made["whole"] = run(tiny(*STAGED, THREE, folder=folder))
+        made["whole"] = run(tiny(*STAGED, THREE, "checkpoint.keep_steps=[11]", folder=folder))
     return made["whole"]
 
 
@@ -182,6 +183,7 @@ def test_a_stage_may_begin_with_new_states(tiny: Make) -> None:
     assert all(float(v) == 4 for k, v in saved(again, 7).items() if k.endswith(".step"))
 
 
+@pytest.mark.slow
 def test_whole_documents_of_another_length(tiny: Make, tmp_path: Path) -> None:
     """Longer pieces in a second stage: the ledger adds up, and a resume is exact."""
     documents = "data={kind: documents, sequence_length: 64, max_document_tokens: 20}"
@@ -233,6 +235,7 @@ def test_only_what_lies_ahead_may_be_edited(tiny: Make, tmp_path: Path) -> None:
     assert [one["step"] for one in said] == [7]
 
 
+@pytest.mark.slow
 def test_a_run_without_stages_gets_some(tiny: Make, tmp_path: Path) -> None:
     """It ends its only stage where it stands, as if that had been declared."""
     folder = run(tiny("schedule={kind: constant}", folder=tmp_path / "a"), stop=6)
@@ -283,8 +286,8 @@ def test_what_is_made_of_a_run_knows_its_stages(
     assert (status.step, status.total_steps, status.state) == (16, 16, "ended")
     shell = Shell(capsys)
     config = whole / "config.yaml"
-    assert "has stages, and this command looks at one" in shell.refused("memory", config)
+    assert "has stages, and this command looks at one" in shell.refusal("memory", config)
     shown = tmp_path / "stage.yaml"
-    shown.write_text(shell.text("train", config, "--print-config", "--stage", "s1"))
+    shown.write_text(shell("train", config, "--print-config", "--stage", "s1"))
     assert load(shown) == load(config).of_stages()[1]
-    assert "s0, s1, s2" in shell.refused("train", config, "--print-config", "--stage", "s3")
+    assert "s0, s1, s2" in shell.refusal("train", config, "--print-config", "--stage", "s3")
