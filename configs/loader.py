@@ -16,6 +16,7 @@ from allometry.configs.errors import ConfigError
 from allometry.configs.paths import expanded
 from allometry.configs.run import RunConfig
 from allometry.configs.source import KeyPath, Tree, parse_file, parse_value
+from allometry.configs.stages import InStage, NotInStages, Stage
 
 PRESET = "preset:"
 Root = TypeVar("Root", bound=BaseModel)
@@ -147,6 +148,20 @@ def _of_kind(section: dict[str, Any], path: KeyPath, kind: Any) -> dict[str, Any
 
 def _sentence(error: ValidationError, tree: Tree, root: type[BaseModel]) -> str:
     """The first error as one sentence: where, which key, what is wrong, what to do."""
+    inner = error.errors(include_url=False)[0].get("ctx", {}).get("error")
+    if not isinstance(inner, InStage):
+        return ": ".join(_located(error, tree, root))
+    start: KeyPath = ("stages", inner.number)
+    if isinstance(inner.error, NotInStages):
+        place, said = tree.where((*start, *inner.error.path)), str(inner.error)
+    else:
+        stage = Stage.model_validate(tree.data["stages"][inner.number])
+        place, said = _located(inner.error, stage.places(tree, inner.number), root)
+    return f"{place}: stage {inner.name}: {said}"
+
+
+def _located(error: ValidationError, tree: Tree, root: type[BaseModel]) -> tuple[str, str]:
+    """Where the first error was written, and the rest of the sentence."""
     details = error.errors(include_url=False)
     first = next((d for d in details if d["type"] == "extra_forbidden"), details[0])
     path = _data_path(first, tree, root)
@@ -164,7 +179,7 @@ def _sentence(error: ValidationError, tree: Tree, root: type[BaseModel]) -> str:
         said += _form(path, root)
     said += _left_out(path, tree)
     more = f" ({len(details) - number} more)" if len(details) > number else ""
-    return f"{tree.where(path)}: {said}{more}"
+    return tree.where(path), f"{said}{more}"
 
 
 def _left_out(path: KeyPath, tree: Tree) -> str:

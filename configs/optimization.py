@@ -336,7 +336,7 @@ ScheduleConfig = Annotated[_Simple | ContinuedSchedule, Field(discriminator="kin
 
 
 class TrainingConfig(Section):
-    """How long to train, and what happens inside a step."""
+    """How long to train (a run with ``stages``: as long as these), and what happens in a step."""
 
     total_tokens: Count | None = Field(None, gt=0, description="length of the run, in tokens")
     total_steps: Count | None = Field(None, gt=0, description="length of the run, in steps")
@@ -372,7 +372,7 @@ class TrainingConfig(Section):
 
     @model_validator(mode="after")
     def _one_unit(self) -> Self:
-        if (self.total_tokens is None) == (self.total_steps is None):
+        if self.total_tokens is not None and self.total_steps is not None:
             raise ValueError(
                 "give exactly one of total_tokens and total_steps, and set the other to null"
             )

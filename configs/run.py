@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from allometry.configs.base import Section
 from allometry.configs.contradictions import contradiction
@@ -20,6 +20,7 @@ from allometry.configs.lineage import RunSection
 from allometry.configs.model import ModelConfig, ParameterizationConfig, StandardParameterization
 from allometry.configs.optimization import OptimizerConfig, ScheduleConfig, TrainingConfig
 from allometry.configs.precision import PrecisionConfig
+from allometry.configs.stages import InStage, NotInStages, Stage
 
 
 class RunConfig(Section):
@@ -39,9 +40,55 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     record: RecordConfig = Field(default_factory=RecordConfig)
+    stages: tuple[Stage, ...] | None = Field(
+        None, min_length=1, description="parts of the run, in order; null: it has only one"
+    )
+
+    def of_stages(self) -> tuple[RunConfig, ...]:
+        """The run as it is in each stage, an ordinary run of the stage's length; itself without.
+
+        Raises:
+            InStage: what a stage makes of it is not valid.
+        """
+        if self.stages is None:
+            return (self,)
+        plain, found = self.model_dump(mode="json"), []
+        for number, stage in enumerate(self.stages):
+            try:
+                found.append(RunConfig.model_validate(stage.over(plain)))
+            except (ValidationError, NotInStages) as error:
+                raise InStage(number, stage.name, error) from None
+        return tuple(found)
+
+    def _check_stages(self, stages: tuple[Stage, ...]) -> None:
+        names = [stage.name for stage in stages]
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise ValueError(f"stages: {twice[0]} is the name of two stages; rename one")
+        for key in ("total_steps", "total_tokens"):
+            value = getattr(self.training, key)
+            if value is not None:
+                raise ValueError(
+                    f"training.{key}={value}, but stages give the length of the run, each its own "
+                    f"part; set training.{key}: null"
+                )
+        if self.run.schedule_from:
+            raise ValueError(
+                "run.parent has the schedule count from the branch, but a run with stages has one "
+                "for each of them, which counts from the stage's first step; leave schedule out of "
+                "run.parent.changes (and schedule_from) and change the stage's own"
+            )
+        self.of_stages()
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.stages is not None:
+            self._check_stages(self.stages)
+        elif self.training.total_steps is None and self.training.total_tokens is None:
+            raise ValueError(
+                "training: give exactly one of total_tokens and total_steps, and set the other to "
+                "null"
+            )
         reason = contradiction(self.parameterization, self.model, self.optimizer)
         if reason is not None:
             raise ValueError(reason)

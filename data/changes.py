@@ -4,7 +4,7 @@ A run's mixture is a tuple of ``Change`` s, the first at sample 0. What a config
 ``declared(data)``; where a run goes on under another one, ``followed(past, wanted, position)``
 keeps what its samples so far were and takes the rest from the new one. So the order of data is a
 pure function of the seed, the changes and the position, and an edit in mid-run, a ramp and a stage
-of training are one thing: a change of shares at a position.
+of training are one thing: a change at a position, of shares or of how long samples are.
 """
 
 # S sources, L tokens in a sample
@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,36 +30,77 @@ STAIRS = 64
 
 @dataclass(frozen=True)
 class Change:
-    """From sample ``position`` on sources have these ``shares``.
+    """From sample ``position`` on sources have these ``shares``, and samples ``length`` tokens.
 
     Shares are whole multiples of 2**-32 and sum to 1; a source that is not named has none.
+    ``limit``: of whole documents, ``max_document_tokens``.
     """
 
     position: int
     shares: Mapping[str, float]
+    length: int
+    limit: int | None = None
 
     def describe(self) -> dict[str, Any]:
-        """The same as JSON; ``Change(**described)`` has the same bits."""
-        return {"position": self.position, "shares": dict(self.shares)}
+        """The same as JSON; ``changes_of`` reads it back with the same bits."""
+        said = {"position": self.position, "shares": dict(self.shares), "length": self.length}
+        return said if self.limit is None else said | {"limit": self.limit}
 
 
-def declared(data: SequenceData | DocumentData) -> tuple[Change, ...]:
-    """What a configuration asks for, from its weights and ``replay``."""
+@dataclass(frozen=True)
+class DataStage:
+    """The data of a stage of a run, whose first sample is at ``position``.
+
+    ``samples``: how many it has; None: as many as are asked for. ``name`` None: the whole run.
+    """
+
+    data: SequenceData | DocumentData
+    position: int = 0
+    samples: int | None = None
+    name: str | None = None
+
+
+def changes_of(state: Mapping[str, Any]) -> tuple[Change, ...]:
+    """The changes that a checkpoint's ``reading`` tells; earlier ones name a run's only length."""
+    order = state.get("order", {})
+    only = {"length": order.get("data.sequence_length")}
+    only["limit"] = order.get("data.max_document_tokens")
+    return tuple(Change(**(only | change)) for change in state["mixture"])
+
+
+def declared(*stages: SequenceData | DocumentData | DataStage) -> tuple[Change, ...]:
+    """What a configuration asks for, from the weights and ``replay`` of each stage.
+
+    What a stage's ``replay`` would change after its last sample does not come.
+    """
+    wanted: list[Change] = []
+    for given in stages:
+        stage = given if isinstance(given, DataStage) else DataStage(given)
+        wanted += (
+            replace(change, position=stage.position + change.position)
+            for change in _declared(stage.data)
+            if stage.samples is None or change.position < stage.samples
+        )
+    return _merged(wanted)
+
+
+def _declared(data: SequenceData | DocumentData) -> Iterator[Change]:
+    length = data.sequence_length
+    limit = data.max_document_tokens if isinstance(data, DocumentData) else None
     weights = {source.name: source.weight for source in data.sources}
     if data.replay is None:
-        return (Change(0, _shares(weights)),)
-    replay, length = data.replay, data.sequence_length
-    return _merged(
-        Change(-(-tokens // length), _shares(_with_ratio(weights, replay, ratio)))
-        for tokens, ratio in _ratios(replay, length)
-    )
+        yield Change(0, _shares(weights), length, limit)
+        return
+    for tokens, ratio in _ratios(data.replay, length):
+        shares = _shares(_with_ratio(weights, data.replay, ratio))
+        yield Change(-(-tokens // length), shares, length, limit)
 
 
 def followed(past: Sequence[Change], wanted: Sequence[Change], position: int) -> tuple[Change, ...]:
     """The changes of a run that followed ``past`` for ``position`` samples and now wants others."""
     kept = [change for change in past if change.position < position]
     rest = [change for change in wanted if change.position > position]
-    return _merged([*kept, Change(position, in_force(wanted, position).shares), *rest])
+    return _merged([*kept, replace(in_force(wanted, position), position=position), *rest])
 
 
 def in_force(changes: Sequence[Change], position: int) -> Change:
@@ -78,8 +119,9 @@ def _merged(changes: Iterable[Change]) -> tuple[Change, ...]:
     return tuple(kept)
 
 
-def _present(change: Change) -> dict[str, float]:
-    return {name: share for name, share in change.shares.items() if share}
+def _present(change: Change) -> tuple[dict[str, float], int, int | None]:
+    shares = {name: share for name, share in change.shares.items() if share}
+    return shares, change.length, change.limit
 
 
 def _shares(weights: Mapping[str, float]) -> dict[str, float]:

@@ -4,21 +4,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import override
 
 from allometry.configs.data import DocumentData
 from allometry.data.batch import IGNORE
-from allometry.data.order import DocumentOrder
+from allometry.data.changes import DataStage
+from allometry.data.cuts import CutStream, PieceStream
 from allometry.data.sources import Sources, evenly
 from allometry.data.store import TokenStore
-
-_EPOCHS_KEPT = 2
 
 
 @dataclass(frozen=True)
@@ -68,87 +68,6 @@ class Pieces:
         return window[:-1].copy(), window[1:].copy()
 
 
-_Columns = tuple[
-    NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_], NDArray[np.int64]
-]
-
-
-class PieceStream:
-    """A source's token stream, each document cut into pieces of ``limit`` tokens and a rest.
-
-    A rest of one token predicts nothing, as its document ends with it: it is left out, and a
-    document of one token with it. What stands where is found by bisection.
-    """
-
-    def __init__(self, order: DocumentOrder, limit: int) -> None:
-        self.order = order
-        self.limit = limit
-        lengths = order.store.lengths
-        self._lone = (lengths > 0) & ((lengths - 1) % limit == 0)
-        self.epoch_tokens = order.store.num_tokens - int(np.count_nonzero(self._lone))
-        """Tokens of the pieces of an epoch."""
-        self._lone_places = lru_cache(maxsize=_EPOCHS_KEPT)(self._find_lone)
-
-    def _find_lone(self, epoch: int) -> NDArray[np.int64]:
-        """Places in an epoch's order of the documents whose last token is left out."""
-        documents = self.order.epoch(epoch).documents
-        return np.flatnonzero(self._lone if documents is None else self._lone[documents])
-
-    def tokens_before(self, place: int) -> int:
-        """Tokens of the pieces that begin among the first ``place`` tokens of the stream."""
-        epoch, offset = divmod(place, self.order.store.num_tokens)
-        return epoch * self.epoch_tokens + (self._tokens_in(epoch, offset) if offset else 0)
-
-    def _tokens_in(self, epoch: int, offset: int) -> int:
-        """``tokens_before`` inside an epoch; ``offset`` > 0."""
-        epoch = 0 if self.order.seed is None else epoch
-        made = self.order.epoch(epoch)
-        # The document that holds the last token before the offset; all before it are whole.
-        index = int(np.searchsorted(made.ends, offset - 1, side="right"))
-        document = int(made.numbers(index, index + 1)[0])
-        length = int(self.order.store.lengths[document])
-        start = int(made.ends[index]) - length
-        begun = min(length, -(-(offset - start) // self.limit) * self.limit)
-        left_out = int(np.searchsorted(self._lone_places(epoch), index))
-        return start + begun - left_out - int(begun == length and self._lone[document])
-
-    def begin_in(self, start: int, stop: int) -> _Columns:
-        """The pieces that begin at tokens ``start`` to ``stop`` of the stream, in order.
-
-        ``stop`` is exclusive. Returns documents, offsets, lengths, ends (as in ``Pieces``) and
-        where each begins.
-        """
-        period = self.order.store.num_tokens
-        parts = []
-        while start < stop:
-            epoch, offset = divmod(start, period)
-            end = min(period, offset + stop - start)
-            *piece, begins = self._begin_in_epoch(epoch, offset, end)
-            parts.append((*piece, begins + epoch * period))
-            start += end - offset
-        columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
-        return columns[0], columns[1], columns[2], columns[3], columns[4]
-
-    def _begin_in_epoch(self, epoch: int, start: int, stop: int) -> _Columns:
-        made = self.order.epoch(0 if self.order.seed is None else epoch)
-        first, last = np.searchsorted(made.ends, (start, stop - 1), side="right")
-        documents = made.numbers(int(first), int(last) + 1)
-        lengths = self.order.store.lengths[documents]
-        begins = made.ends[first : last + 1] - lengths
-        # Of each document the pieces number low to high (exclusive) begin in the stretch.
-        low = -(-np.maximum(start - begins, 0) // self.limit)
-        high = -(-np.minimum(stop - begins, lengths) // self.limit)
-        number = np.maximum(high - low, 0)
-        of = np.repeat(np.arange(len(documents)), number)
-        nth = np.arange(len(of)) - np.repeat(np.cumsum(number) - number, number)
-        offsets = (low[of] + nth) * self.limit
-        left = lengths[of] - offsets
-        kept = left > 1  # a rest of one token has nothing to predict
-        of, offsets, left = of[kept], offsets[kept], left[kept]
-        lengths, ends = np.minimum(left, self.limit), left <= self.limit
-        return documents[of], offsets, lengths, ends, begins[of] + offsets
-
-
 class DocumentStream(Sources):
     """Training and held-out documents of a data configuration, whole.
 
@@ -158,16 +77,25 @@ class DocumentStream(Sources):
     no piece: the one before it then ends behind it.
     """
 
-    def __init__(self, data: DocumentData, seed: int) -> None:
-        super().__init__(data, seed, whole=True)
-        self.max_document_tokens = data.max_document_tokens
-        self._streams = [PieceStream(order, self.max_document_tokens) for order in self._train]
+    data: DocumentData
+
+    def __init__(self, data: DocumentData, seed: int, stages: Sequence[DataStage] = ()) -> None:
+        self._cut_at = cache(lambda source, limit: PieceStream(self._train[source], limit))
+        super().__init__(data, seed, stages, whole=True)
+
+    @override
+    def _settle(self) -> None:
+        self.max_document_tokens = self.data.max_document_tokens
+        self._streams = [
+            CutStream(order, self.parts(source), partial(self._cut_at, source))
+            for source, order in enumerate(self._train)
+        ]
 
     def _settings(self) -> dict[str, Any]:
         return {"kind": "documents", "max_document_tokens": self.max_document_tokens}
 
     def _epoch_tokens(self, source: int) -> int:
-        return self._streams[source].epoch_tokens
+        return self._cut_at(source, self.max_document_tokens).epoch_tokens
 
     def _epoch_squares(self, source: int) -> float:
         limit = self.max_document_tokens
@@ -181,10 +109,10 @@ class DocumentStream(Sources):
         for source in np.unique(source_B).tolist():
             row_of = np.flatnonzero(source_B == source)
             first = int(index_B[row_of[0]])  # a source's samples follow each other
-            begin, end = (k * self.sequence_length for k in (first, first + len(row_of)))
+            begin, end = (self._streams[source].place(k) for k in (first, first + len(row_of)))
             *piece, begins = self._streams[source].begin_in(begin, end)
             parts.append(piece)
-            rows.append(row_of[begins // self.sequence_length - first])
+            rows.append(row_of[(begins - begin) // self.sequence_length])
             sources.append(np.full(len(begins), source, np.int64))
         stores = {source: order.store for source, order in enumerate(self._train)}
         order = np.argsort(np.concatenate(rows), kind="stable")
@@ -193,11 +121,16 @@ class DocumentStream(Sources):
         return Pieces(lengths, np.concatenate(sources)[order], documents, offsets, ends, stores)
 
     def _tokens_in(self, source: int, samples: int) -> int:
-        return self._streams[source].tokens_before(samples * self.sequence_length)
+        stream = self._streams[source]
+        return sum(tokens for tokens, _ in stream.tokens_before(stream.place(samples)))
 
     def _unique_in(self, source: int, samples: int) -> int:
-        # No piece goes on in another epoch.
-        return min(self._tokens_in(source, samples), self._epoch_tokens(source))
+        return self._streams[source].unique_before(self._streams[source].place(samples))
+
+    def _epochs_in(self, source: int, samples: int) -> float:
+        stream = self._streams[source]
+        counted = stream.tokens_before(stream.place(samples))
+        return sum(tokens / epoch for tokens, epoch in counted)
 
     def _order(self) -> dict[str, Any]:
         return {**super()._order(), "data.max_document_tokens": self.max_document_tokens}

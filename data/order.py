@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import override
 
-from allometry.data.shuffle import Shuffle
+from allometry.data.lines import Line
 from allometry.data.store import TokenStore
 
 _EPOCHS_KEPT = 2
@@ -29,10 +31,10 @@ class Epoch:
         return self.documents[first:stop]
 
 
-class DocumentOrder:
+class DocumentOrder(Line):
     """A source as one endless token stream: epochs, each a permutation of its documents.
 
-    The stream is read in windows, in an order of their own (``window``).
+    It is read in windows, an epoch's in an order of their own (with ``seed`` None: in turn).
 
     The permutation of an epoch follows from (seed, name, epoch) alone; with ``seed`` None every
     epoch has the documents as they are stored. A place in the stream is found by bisection over the
@@ -40,86 +42,50 @@ class DocumentOrder:
     """
 
     def __init__(self, store: TokenStore, name: str, seed: int | None) -> None:
+        super().__init__(f"{seed}:{name}")
         self.store = store
         self.name = name
         self.seed = seed
         self.epoch = lru_cache(maxsize=_EPOCHS_KEPT)(self._make_epoch)
-        self._shuffle = lru_cache(maxsize=_EPOCHS_KEPT)(Shuffle)
-        self._overhang = lru_cache(maxsize=1)(self._make_overhang)
 
     def _make_epoch(self, epoch: int) -> Epoch:
         if self.seed is None:
             return Epoch(None, self.store.starts[1:])
-        documents = permutation(f"{self.seed}:{self.name}:{epoch}", self.store.num_documents)
+        documents = permutation(f"{self.key}:{epoch}", self.store.num_documents)
         return Epoch(documents, np.cumsum(self.store.lengths[documents]))
 
+    @override
+    def bound(self, stretch: int) -> int:
+        return stretch * self.store.num_tokens
+
+    @override
+    def stretch(self, place: int) -> int:
+        return place // self.store.num_tokens
+
+    @override
+    def runs(self, place: int, count: int) -> Iterator[tuple[int, int]]:
+        yield place, count
+
+    @override
     def window(self, sample: int, length: int) -> int:
-        """Which window of the stream sample ``sample`` is: window w starts at token w x ``length``.
+        return sample if self.seed is None else super().window(sample, length)
 
-        The windows that start in an epoch are read in an order that follows from (seed, name,
-        epoch, length): neighbours in a long document must not meet in one batch. With ``seed``
-        None windows come in order.
-        """
-        if self.seed is None:
-            return sample
-        first, shuffle = self._windows(sample * length // self.store.num_tokens, length)
-        return first + shuffle(sample - first)
-
-    def _windows(self, epoch: int, length: int) -> tuple[int, Shuffle]:
-        """The first window that starts in an epoch, and the order of all that do."""
-        period = self.store.num_tokens
-        first = -(-epoch * period // length)
-        count = -(-(epoch + 1) * period // length) - first
-        return first, self._shuffle(f"{self.seed}:{self.name}:{epoch}:{length}", count)
-
-    def unique_tokens(self, samples: int, length: int) -> int:
-        """Different tokens among those of the first ``samples`` samples, exactly.
-
-        Tokens of the windows that start in the first epoch, of which the last may go on in the
-        second one and there repeat what the others have read.
-        """
-        assert self.seed is not None
-        period = self.store.num_tokens
-        windows = -(-period // length)
-        if samples >= windows:
-            return period
-        ranks, repeated = self._overhang(length)
-        if not len(ranks) or samples <= ranks[0]:  # the last window was not read yet
-            return samples * length
-        return samples * length - int(repeated[np.searchsorted(ranks, samples) - 1])
-
-    def _make_overhang(self, length: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """When the tokens that the first epoch's last window has of the second one come twice.
-
-        Returns places in the order of samples, from the last window's own on, and how many of these
-        tokens are read twice once the sample there is read.
-        """
-        period = self.store.num_tokens
-        _, shuffle = self._windows(0, length)
-        last = shuffle.size - 1
-        left = (last + 1) * length - period
-        none = np.empty(0, np.int64)
-        if not left or not last:
-            return none, none
-        second, starts = self.epoch(1), self._starts_of_first()
-        number = 1 + int(np.searchsorted(second.ends, left))
-        documents = second.numbers(0, number)
-        lengths = self.store.lengths[documents].copy()
-        lengths[-1] -= int(lengths.sum()) - left
-        first = np.repeat(starts[documents] - np.cumsum(lengths) + lengths, lengths)
-        windows, tokens = np.unique((first + np.arange(left)) // length, return_counts=True)
-        own = np.array([shuffle.inverse(window) for window in windows.tolist()], np.int64)
-        # A token comes twice when both its own window and the last one have been read.
-        ranks, at = np.unique(np.maximum(own, shuffle.inverse(last)), return_inverse=True)
-        return ranks, np.cumsum(np.bincount(at, weights=tokens)).astype(np.int64)
-
-    def _starts_of_first(self) -> NDArray[np.int64]:
-        """Where each document begins in the first epoch."""
+    def places_of(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where the tokens at these places lie in the first epoch."""
         first = self.epoch(0)
         assert first.documents is not None
         starts = np.empty(self.store.num_documents, np.int64)
         starts[first.documents] = first.ends - self.store.lengths[first.documents]
-        return starts
+        found = np.empty_like(places)
+        epochs, offsets = np.divmod(places, self.store.num_tokens)
+        for epoch in np.unique(epochs).tolist():
+            here, made = epochs == epoch, self.epoch(epoch)
+            assert made.documents is not None
+            at = np.searchsorted(made.ends, offsets[here], side="right")
+            documents = made.documents[at]
+            begins = made.ends[at] - self.store.lengths[documents]
+            found[here] = starts[documents] + offsets[here] - begins
+        return found
 
     def read(self, start: int, out: NDArray[np.int64]) -> NDArray[np.int64]:
         """Fill ``out`` with the stream's tokens from ``start`` on.

@@ -8,7 +8,7 @@ import copy
 from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -16,7 +16,16 @@ from numpy.typing import NDArray
 
 from allometry.configs.data import DocumentData, SequenceData
 from allometry.configs.errors import UserError
-from allometry.data.changes import Change, ChangingMixture, check_sum, declared, followed
+from allometry.data.changes import (
+    Change,
+    ChangingMixture,
+    DataStage,
+    changes_of,
+    check_sum,
+    declared,
+    followed,
+)
+from allometry.data.lines import Part
 
 
 @dataclass(frozen=True)
@@ -46,14 +55,44 @@ class Reading(ABC):
     may go on ``after`` what that one has read. Sources are numbered as in the configuration.
     """
 
-    def __init__(self, data: SequenceData | DocumentData, seed: int) -> None:
+    def __init__(
+        self, data: SequenceData | DocumentData, seed: int, stages: Sequence[DataStage] = ()
+    ) -> None:
+        """``stages``: those of the run, if it has several, of the same sources as ``data``."""
         self.data = data
         self.seed = seed
+        self.stages = tuple(stages) or (DataStage(data),)
         self.sequence_length = data.sequence_length
         self.sources = tuple(source.name for source in data.sources)
-        self.mixture = ChangingMixture(declared(data), self.sources)
+        self.mixture = ChangingMixture(declared(*self.stages), self.sources)
         self.starts = np.zeros(len(self.sources), np.int64)
         """Samples of each source that this run goes on after [S]."""
+        self._inherited: dict[str, list[Part]] = {}  # how these were read
+
+    def in_stage(self, number: int) -> Self:
+        """The same, for the samples of a stage: with its length, and what it says of documents."""
+        made = copy.copy(self)
+        made.data = self.stages[number].data
+        made.sequence_length = made.data.sequence_length
+        made._settle()
+        return made
+
+    @abstractmethod
+    def _settle(self) -> None:
+        """Follow ``data`` and ``parts``, which are other ones."""
+
+    def parts(self, source: int) -> list[Part]:
+        """How long a source's samples are, those before this run's among them."""
+        name, start = self.sources[source], int(self.starts[source])
+        parts = list(self._inherited.get(name, ()))
+        for change in self.mixture.changes:
+            first = start + int(self.mixture.counts(change.position)[source]) if parts else 0
+            while parts and parts[-1].first >= first:
+                parts.pop()
+            part = Part(first, change.length, change.limit)
+            if not parts or parts[-1] != replace(part, first=parts[-1].first):
+                parts.append(part)
+        return parts
 
     @abstractmethod
     def _tokens_in(self, source: int, samples: int) -> int:
@@ -66,6 +105,10 @@ class Reading(ABC):
     @abstractmethod
     def _epoch_tokens(self, source: int) -> int:
         """Tokens that the ledger counts in an epoch of a source."""
+
+    def _epochs_in(self, source: int, samples: int) -> float:
+        """How often the first ``samples`` samples of a source read it."""
+        return self._tokens_in(source, samples) / self._epoch_tokens(source)
 
     @abstractmethod
     def fingerprints(self) -> dict[str, str]:
@@ -100,10 +143,19 @@ class Reading(ABC):
             accounts[self.sources[source]] = Account(
                 tokens=tokens - self._tokens_in(source, start),
                 unique_tokens=new,
-                epochs=tokens / self._epoch_tokens(source),
+                epochs=self._epochs_in(source, end),
                 samples=end,
             )
         return accounts
+
+    def window_tokens(self, position: int) -> int:
+        """What the first ``position`` samples stand for: as many windows, however full."""
+        changes = self.mixture.changes
+        ends = [*(change.position for change in changes[1:]), max(position, changes[-1].position)]
+        return sum(
+            change.length * max(0, min(end, position) - change.position)
+            for change, end in zip(changes, ends, strict=True)
+        )
 
     def tokens(self, position: int) -> int:
         """Tokens in the first ``position`` samples, all sources together."""
@@ -119,6 +171,10 @@ class Reading(ABC):
         return {
             "mixture": [change.describe() for change in self.mixture.changes],
             "starts": dict(zip(self.sources, self.starts.tolist(), strict=True)),
+            "parts": {
+                name: [asdict(part) for part in self.parts(source)]
+                for source, name in enumerate(self.sources)
+            },
             "ledger": {name: asdict(account) for name, account in self.accounts(position).items()},
             "order": self._order(),
         }
@@ -132,7 +188,7 @@ class Reading(ABC):
         Raises:
             UserError: a source that the run has read is missing.
         """
-        past = [Change(**change) for change in state["mixture"]]
+        past = changes_of(state)
         for change in past:
             gone = [n for n, share in change.shares.items() if share and n not in self.sources]
             if gone and change.position < position:
@@ -142,11 +198,12 @@ class Reading(ABC):
                     "if no more of it is to be read"
                 )
         known = [
-            Change(change.position, {n: s for n, s in change.shares.items() if n in self.sources})
+            replace(change, shares={n: s for n, s in change.shares.items() if n in self.sources})
             for change in past
         ]
-        starts = [state["starts"].get(name, 0) for name in self.sources]
-        return self._with(followed(known, declared(self.data), position), starts)
+        starts = {name: state["starts"].get(name, 0) for name in self.sources}
+        inherited = {name: _parts_of(state, name, start) for name, start in starts.items()}
+        return self._with(followed(known, declared(*self.stages), position), starts, inherited)
 
     def after(self, ancestors: Sequence[Mapping[str, Any]]) -> Self:
         """The same, each source after what ``ancestors`` have read of it (as exports tell).
@@ -161,28 +218,32 @@ class Reading(ABC):
                 "data.continue_sources: true has nothing to go on after, as no run is known that "
                 "these weights come from; leave it out"
             )
-        starts = [0] * len(self.sources)
+        starts = dict.fromkeys(self.sources, 0)
+        inherited: dict[str, list[Part]] = {}
         fingerprints = self.fingerprints()
         for run in ancestors:
             for name, fingerprint in run.get("data", {}).items():
                 here = [n for n, known in fingerprints.items() if known == fingerprint]
                 if here and samples_read(run, name) != 0:
                     read = self._read_of(run, name, here)
-                    at = self.sources.index(name)
-                    starts[at] = max(starts[at], read)
-        return self._with(self.mixture.changes, starts)
+                    if read > starts[name]:
+                        starts[name] = read
+                        inherited[name] = _parts_of(run["reading"], name, read)
+        return self._with(self.mixture.changes, starts, inherited)
 
     def _read_of(self, run: Mapping[str, Any], name: str, here: list[str]) -> int:
         """Samples that an ancestor has read of source ``name``, whose documents ``here`` has."""
         state, problem = run.get("reading"), None
+        order, now = (state or {}).get("order", {}), self._order()
         if state is None:
             problem = "its export does not say how much of them; export it again"
-        elif state["order"] != self._order():
-            before, now = (
-                ", ".join(f"{key}={value}" for key, value in order.items())
-                for order in (state["order"], self._order())
+        elif order["run.seed"] != now["run.seed"]:
+            problem = (
+                f"in another order (run.seed={order['run.seed']}, and here "
+                f"run.seed={now['run.seed']}); set it as it was there"
             )
-            problem = f"in another order ({before}, and here {now}); set these as they were there"
+        elif order.keys() != now.keys():
+            problem = "as another data.kind; set it as it was there"
         elif name not in here:
             problem = f"under the name {name!r}, which their order depends on; name the source so"
         if problem is not None:
@@ -196,10 +257,17 @@ class Reading(ABC):
         """What decides which tokens a sample of a source holds, besides the source."""
         return {"run.seed": self.seed, "data.sequence_length": self.sequence_length}
 
-    def _with(self, changes: Sequence[Change], starts: Sequence[int]) -> Self:
+    def _with(
+        self,
+        changes: Sequence[Change],
+        starts: Mapping[str, int],
+        inherited: dict[str, list[Part]],
+    ) -> Self:
         made = copy.copy(self)
         made.mixture = ChangingMixture(changes, self.sources)
-        made.starts = np.array(starts, np.int64)
+        made.starts = np.array([starts[name] for name in self.sources], np.int64)
+        made._inherited = inherited
+        made._settle()
         return made
 
     def check_run(self, samples: int) -> None:
@@ -209,14 +277,9 @@ class Reading(ABC):
             UserError: a source runs dry: it would be read more often than its ``max_epochs``; a
                 change of ``replay`` lies past the end; shares do not sum to 1.
         """
-        check_sum(self.data)
-        tokens = samples * self.sequence_length
-        for change in self.data.replay.changes if self.data.replay else ():
-            if change.after_tokens >= tokens:
-                raise UserError(
-                    f"data.replay.changes: after_tokens={change.after_tokens} is past the end of "
-                    f"the run, which has {tokens} tokens; lower it or leave it out"
-                )
+        for stage in self.stages:
+            check_sum(stage.data)
+            _check_replay(stage, samples - stage.position)
         read = self._read(samples, unique=False)
         for source in self.data.sources:
             wanted, most = read[source.name], source.max_epochs
@@ -230,13 +293,36 @@ class Reading(ABC):
             True,
             key=lambda position: self._read(position, unique=False)[name].epochs > most,
         )
-        epoch = self._epoch_tokens(self.sources.index(name))
-        before = round(wanted.epochs * epoch) - wanted.tokens
+        source = self.sources.index(name)
+        epoch = self._epoch_tokens(source)
+        before = self._tokens_in(source, int(self.starts[source]))
         return (
-            f"data source {name!r} runs dry after {(first - 1) * self.sequence_length} of the "
-            f"run's {samples * self.sequence_length} tokens: it has {epoch} tokens and may be read "
+            f"data source {name!r} runs dry after {self.window_tokens(first - 1)} of the "
+            f"run's {self.window_tokens(samples)} tokens: it has {epoch} tokens and may be read "
             f"max_epochs={most:g} times, but the run wants {wanted.tokens} tokens of it"
             + (f" after the {before} that runs before it have read" if before else "")
             + "; lower its weight (or data.replay.ratio), shorten the run, add data or raise "
             "max_epochs"
         )
+
+
+def _parts_of(state: Mapping[str, Any], name: str, samples: int) -> list[Part]:
+    """How long the first ``samples`` samples of a source were, as a checkpoint tells."""
+    if "parts" in state:
+        return [Part(**part) for part in state["parts"].get(name, ()) if part["first"] < samples]
+    order = state.get("order", {})  # until stages could differ
+    length, limit = (order.get(f"data.{key}") for key in ("sequence_length", "max_document_tokens"))
+    return [Part(0, length, limit)] if samples and length else []
+
+
+def _check_replay(stage: DataStage, samples: int) -> None:
+    """Refuse a change of replay that lies past the end of a stage, or of the run."""
+    samples = samples if stage.samples is None else stage.samples
+    tokens = samples * stage.data.sequence_length
+    of = "the run" if stage.name is None else f"stage {stage.name}"
+    for change in stage.data.replay.changes if stage.data.replay else ():
+        if change.after_tokens >= tokens:
+            raise UserError(
+                f"data.replay.changes: after_tokens={change.after_tokens} is past the end of "
+                f"{of}, which has {tokens} tokens; lower it or leave it out"
+            )

@@ -7,12 +7,14 @@ from __future__ import annotations
 import hashlib
 import logging
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from allometry.configs.data import DocumentData, SequenceData
 from allometry.configs.errors import UserError
+from allometry.data.changes import DataStage
 from allometry.data.manifest import manifest_of
 from allometry.data.order import DocumentOrder
 from allometry.data.reading import Reading
@@ -33,9 +35,16 @@ class Sources(Reading):
     Raises UserError for token files that cannot be used or were made with different tokenizers.
     """
 
-    def __init__(self, data: SequenceData | DocumentData, seed: int, *, whole: bool) -> None:
+    def __init__(
+        self,
+        data: SequenceData | DocumentData,
+        seed: int,
+        stages: Sequence[DataStage] = (),
+        *,
+        whole: bool,
+    ) -> None:
         """``whole``: only documents of two tokens or more hold something to predict."""
-        super().__init__(data, seed)
+        super().__init__(data, seed, stages)
         self._train = [
             DocumentOrder(_open(source.train, whole=whole), source.name, seed)
             for source in data.sources
@@ -46,6 +55,7 @@ class Sources(Reading):
             if source.validation is not None
         }
         check_tokenizer(data.tokenizer, [store.prefix for store in self.stores])
+        self._settle()
 
     @abstractmethod
     def _settings(self) -> dict[str, Any]:
@@ -64,15 +74,17 @@ class Sources(Reading):
         orders = [*self._train, *self._validation.values()]
         return tuple(order.store for order in orders)
 
-    def squared_lengths_per_token(self, position: int = 0) -> float:
+    def squared_lengths_per_token(self, first: int = 0, last: int | None = None) -> float:
         """Expected sum of the squared lengths of documents, as they are trained on, by token.
 
         It is what FLOPs of attention are counted from (``DocumentFlops``), from the index alone; of
-        the first ``position`` samples, or of the mixture that the run begins with.
+        the samples from ``first`` to ``last`` (exclusive), or of the mixture at ``first``.
         """
         squares = tokens = 0.0
-        counts = self.mixture.counts(position).tolist() if position else None
-        for source, share in enumerate(counts or self.mixture.shares().values()):
+        shares = list(self.mixture.shares(first).values())
+        if last is not None and last > first:
+            shares = (self.mixture.counts(last) - self.mixture.counts(first)).tolist()
+        for source, share in enumerate(shares):
             weight = share / self._train[source].store.num_tokens  # a window's share of an epoch
             squares += weight * self._epoch_squares(source)
             tokens += weight * self._epoch_tokens(source)

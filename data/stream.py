@@ -4,23 +4,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import override
 
 from allometry.configs.data import DocumentData, SequenceData
 from allometry.configs.errors import UserError
 from allometry.data.batch import IGNORE, Batch, PackedDocuments
+from allometry.data.changes import DataStage
 from allometry.data.documents import DocumentStream
+from allometry.data.lines import Windows
 from allometry.data.order import DocumentOrder
 from allometry.data.sources import Sources
 
 
-def open_stream(data: SequenceData | DocumentData, seed: int) -> Stream | DocumentStream:
+def open_stream(
+    data: SequenceData | DocumentData, seed: int, stages: Sequence[DataStage] = ()
+) -> Stream | DocumentStream:
     """The stream of the kind that ``data`` asks for; UserError as for ``Sources``."""
-    return DocumentStream(data, seed) if data.kind == "documents" else Stream(data, seed)
+    if data.kind == "documents":
+        return DocumentStream(data, seed, stages)
+    return Stream(data, seed, stages)
 
 
 def missing_sources(data: SequenceData | DocumentData) -> list[str]:
@@ -36,9 +44,17 @@ class Stream(Sources):
     an epoch; the windows of an epoch are shuffled.
     """
 
-    def __init__(self, data: SequenceData, seed: int) -> None:
-        self.per_document = data.packing == "per_document"
-        super().__init__(data, seed, whole=self.per_document)
+    data: SequenceData
+
+    def __init__(self, data: SequenceData, seed: int, stages: Sequence[DataStage] = ()) -> None:
+        super().__init__(data, seed, stages, whole=data.packing == "per_document")
+
+    @override
+    def _settle(self) -> None:
+        self.per_document = self.data.packing == "per_document"
+        self._windows = [
+            Windows(order, self.parts(source)) for source, order in enumerate(self._train)
+        ]
 
     def _settings(self) -> dict[str, Any]:
         return {"packing": "per_document" if self.per_document else "concatenated"}
@@ -61,37 +77,44 @@ class Stream(Sources):
         """The ``count`` samples from ``position`` on: rows in the order of their positions."""
         source_B, index_B = self.samples(position, count)
         windows = [
-            (self._train[source], self._train[source].window(index, self.sequence_length))
+            (self._train[source], list(self._windows[source].sample(index)))
             for source, index in zip(source_B.tolist(), index_B.tolist(), strict=True)
         ]
         return self._assemble(windows, source_B)
 
     def _assemble(
-        self, windows: list[tuple[DocumentOrder, int]], source_B: NDArray[np.int64]
+        self,
+        windows: list[tuple[DocumentOrder, list[tuple[int, int]]]],
+        source_B: NDArray[np.int64],
     ) -> Batch:
+        """Sequences of the tokens at these places of their sources' lines: runs of L in all."""
         length = self.sequence_length
-        window_BL = np.empty((len(windows), length + 1), np.int64)  # one token more than L
-        ends = []
-        for row, (order, index) in enumerate(windows):
-            runs = order.read(index * length, window_BL[row])
-            # The last run ends with the window, so its last input has a target; the others' do not.
-            ends.append(np.cumsum(runs[:-1]) + row * length)
-        tokens_BL = window_BL[:, :-1].copy()
-        targets_BL = window_BL[:, 1:].copy()  # no memory shared with the tokens
+        tokens_BL = np.empty((len(windows), length), np.int64)
+        targets_BL = np.empty_like(tokens_BL)
+        tokens, targets = tokens_BL.reshape(-1), targets_BL.reshape(-1)
+        ends, bounds, at = [], [], 0
+        for order, runs in windows:
+            for place, count in runs:
+                run = np.empty(count + 1, np.int64)  # one token more than inputs
+                lengths = order.read(place, run)
+                tokens[at : at + count], targets[at : at + count] = run[:-1], run[1:]
+                # A last document goes on, so that its last input has a target; others' do not.
+                ends.append(np.cumsum(lengths[:-1]) + at)
+                at += count
+                bounds.append(at)
         if not self.per_document:
             return Batch(tokens_BL, targets_BL, source_B, None)
         ends_C = np.concatenate(ends)
-        targets_BL.reshape(-1)[ends_C - 1] = IGNORE
-        row_ends = np.arange(1, len(windows) + 1) * length
-        bounds = np.union1d(ends_C, row_ends)
-        documents = PackedDocuments.of_lengths(np.diff(bounds, prepend=0), tokens_BL.shape)
+        targets[ends_C - 1] = IGNORE
+        bounds_C = np.union1d(ends_C, bounds)
+        documents = PackedDocuments.of_lengths(np.diff(bounds_C, prepend=0), tokens_BL.shape)
         return Batch(tokens_BL, targets_BL, source_B, documents)
 
     def _tokens_in(self, source: int, samples: int) -> int:
-        return samples * self.sequence_length  # input tokens: L a sample
+        return self._windows[source].tokens(samples)  # input tokens: L a sample
 
     def _unique_in(self, source: int, samples: int) -> int:
-        return self._train[source].unique_tokens(samples, self.sequence_length)
+        return self._windows[source].unique(samples, self._train[source].places_of)
 
     def validation(self, count: int, batch_sequences: int = 1) -> dict[str, list[Batch]]:
         """``count`` sequences of each held-out split, evenly spread, in batches of one size.
@@ -122,7 +145,8 @@ class Stream(Sources):
         """These windows, and the last one again for rows that are left."""
         source_B = np.full(rows, self.sources.index(name), np.int64)
         filled = windows + windows[-1:] * (rows - len(windows))
-        batch = self._assemble([(order, window) for window in filled], source_B)
+        length = self.sequence_length
+        batch = self._assemble([(order, [(w * length, length)]) for w in filled], source_B)
         num_targets = order.store.num_tokens - 1
         for row, window in enumerate(filled):
             remaining = num_targets - window * self.sequence_length if row < len(windows) else 0

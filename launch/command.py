@@ -88,11 +88,23 @@ class ConfigCommand(Command):
     config: str = argument("a YAML file, or preset:NAME")
     overrides: tuple[str, ...] = ()
 
-    def load(self) -> RunConfig:
-        """Return the configuration. Raises UserError for one that is not valid."""
+    def load(self, *, stages: bool = False) -> RunConfig:
+        """Return the configuration; ``stages``: a run that has some is as welcome as another one.
+
+        Raises:
+            UserError: it is not valid.
+        """
+        from allometry.configs.errors import UserError
         from allometry.configs.loader import load
 
-        return load(self.config, list(self.overrides))
+        config = load(self.config, list(self.overrides))
+        if config.stages is not None and not stages:
+            raise UserError(
+                f"{self.config} has stages, and this command looks at one run without; write one "
+                f"of them into a file: allometry train {self.config} --print-config --stage "
+                f"{config.stages[0].name} > stage.yaml"
+            )
+        return config
 
 
 def register(app: typer.Typer, name: str, command: type[Command], work: str) -> None:

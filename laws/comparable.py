@@ -22,7 +22,9 @@ def check_comparable(runs: Sequence[Run], choice: LossChoice) -> None:
         ("tokenizers", _tokenizers, "a loss per token depends on what a token is"),
         (
             "data.sequence_length",
-            lambda run: run.config["data"]["sequence_length"],
+            lambda run: (
+                _last_stage(run).get("sequence_length") or run.config["data"]["sequence_length"]
+            ),
             "tokens are predicted from other contexts",
         ),
     ]
@@ -71,3 +73,8 @@ def _held_out_files(run: Run, only: str | None) -> dict[str, str]:
         for name, source in run.record["data"]["sources"].items()
         if source.get("validation") is not None and only in (None, name)
     }
+
+
+def _last_stage(run: Run) -> dict[str, Any]:
+    """What the last stage of a run changes of its data."""
+    return {} if not run.config.get("stages") else run.config["stages"][-1].get("data") or {}

@@ -25,6 +25,7 @@ from allometry.configs.optimization import (
 )
 from allometry.configs.run import RunConfig
 from allometry.scaling.batch import BatchPlan, total_steps, warmup_steps
+from allometry.scaling.stages import StagePlace, places_of
 
 REFINED = "allometry.schedule"
 """``kind`` of the file of a refined schedule."""
@@ -56,10 +57,10 @@ class Schedule:
       warm-up climbs from the last rate of ``before``.
 
     ``batch_plan`` turns tokens inside of the schedule into steps. ``decay_start`` is the last step
-    before the last decay. Where a run goes on under this schedule after ``begin_step`` steps under
-    another one, it is that of a run of the steps that are left, whose first is ``begin_step`` + 1;
-    ``total_steps``, ``warmup_steps`` (where the warm-up ends) and all that it says are in steps of
-    the whole run.
+    before the last decay. One that begins after step ``after`` of a run, in a stage or where it
+    goes on under another description, is that of a run of ``total_steps`` whose first step is the
+    next one: s, the warm-up and tokens count from there, while the attributes count from the run's
+    first step. Its warm-up climbs from ``begin``, the last rate before over its own peak.
 
     Raises:
         UserError: a warm-up leaves no room for a decay, or is longer than its stretch; a stretch
@@ -72,28 +73,26 @@ class Schedule:
         total_steps: int,
         warmup_steps: int,
         batch_plan: BatchPlan | None = None,
-        begin_step: int = 0,
+        *,
+        after: int = 0,
+        begin: float = 0.0,
     ) -> None:
-        assert warmup_steps >= begin_step >= 0, (warmup_steps, begin_step)
+        assert total_steps >= 1, total_steps
+        assert warmup_steps >= 0, warmup_steps
         self.config = config
-        self.total_steps = total_steps
-        self.warmup_steps = warmup_steps
-        self.begin_step = begin_step
-        left = total_steps - begin_step
-        if left < 1:
-            raise UserError(
-                f"training asks for {total_steps} steps in all, and the schedule begins after step "
-                f"{begin_step} of them, so that none is left; raise training.total_steps (or "
-                "total_tokens)"
-            )
-        if batch_plan is not None:
-            batch_plan = batch_plan.after(begin_step)
-        self._stretches = _stretches(config, left, warmup_steps - begin_step, batch_plan, 0.0)
-        self._ends = [begin_step]
+        self.total_steps = after + total_steps
+        self.warmup_steps = after + warmup_steps
+        self._stretches = _stretches(config, total_steps, warmup_steps, batch_plan, begin)
+        self._ends = [after]
         for stretch in self._stretches:
             self._ends.append(self._ends[-1] + stretch.total_steps)
-        assert self._ends[-1] == total_steps, (self._ends, total_steps)
+        assert self._ends[-1] == self.total_steps, (self._ends, total_steps)
         self.decay_start = self._ends[-2] + self._stretches[-1].decay_start
+
+    @property
+    def first_step(self) -> int:
+        """The first step that it has a rate for."""
+        return self._ends[0] + 1
 
     @property
     def ends(self) -> tuple[int, ...]:
@@ -101,8 +100,8 @@ class Schedule:
         return tuple(self._ends[1:])
 
     def fraction(self, step: int) -> float:
-        """Return the learning rate of this step (begin_step < step) over the peak rate."""
-        assert self.begin_step < step <= self.total_steps, (self.begin_step, step, self.total_steps)
+        """Return the learning rate of this step (after ... total_steps) over the peak rate."""
+        assert self._ends[0] < step <= self.total_steps, (step, self._ends)
         number = bisect_left(self._ends, step) - 1
         return self._stretches[number].fraction(step - self._ends[number])
 
@@ -309,10 +308,55 @@ def resolve_schedule(config: RunConfig, batch_plan: BatchPlan) -> Schedule:
     Raises:
         UserError: see ``Schedule``.
     """
-    return Schedule(
-        config.schedule,
-        total_steps(config.training, batch_plan),
-        warmup_steps(config.schedule, batch_plan, config.run.schedule_from),
-        batch_plan,
-        config.run.schedule_from,
-    )
+    begun, total = config.run.schedule_from, total_steps(config.training, batch_plan)
+    if total <= begun:
+        raise UserError(
+            f"training asks for {total} steps in all, and the schedule begins after step {begun} "
+            "of them, so that none is left; raise training.total_steps (or total_tokens)"
+        )
+    rest = batch_plan.rest(begun)
+    climb = warmup_steps(config.schedule, rest)
+    return Schedule(config.schedule, total - begun, climb, rest, after=begun)
+
+
+def schedules_of(config: RunConfig) -> tuple[Schedule, ...]:
+    """Return the schedule of each stage of a run; one for a run without.
+
+    Each counts from the first step of its stage, whose own peak its fractions are of.
+
+    Raises:
+        UserError: see ``Schedule``; it names the stage.
+    """
+    if config.stages is None:
+        plan = BatchPlan(config.batch, config.data.sequence_length)
+        return (resolve_schedule(config, plan),)
+    places, schedules = places_of(config), list[Schedule]()
+    for place in places:
+        before, one = schedules[-1] if schedules else None, place.config
+        begin = 0.0
+        if before is not None:
+            peak = places[len(schedules) - 1].config.optimizer.lr
+            begin = before.fraction(before.total_steps) * (peak / one.optimizer.lr)
+        try:
+            climb = warmup_steps(one.schedule, place.local)
+            _check_climb(place, climb)
+            made = Schedule(
+                *(one.schedule, place.steps, climb, place.local),
+                after=place.steps_before,
+                begin=begin,
+            )
+        except UserError as error:
+            if place.name is None:
+                raise
+            raise UserError(f"stage {place.name}: {error}") from None
+        schedules.append(made)
+    return tuple(schedules)
+
+
+def _check_climb(place: StagePlace, climb: int) -> None:
+    """Refuse a stage that is shorter than its warm-up; of a whole run ``Decay`` says so."""
+    if place.name is not None and climb > place.steps:
+        raise UserError(
+            f"its warm-up of {climb} steps is longer than the stage, {place.steps} steps; shorten "
+            "schedule.warmup_steps (or warmup_tokens) or lengthen the stage's steps (or tokens)"
+        )

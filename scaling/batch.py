@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from allometry.configs.data import BatchConfig
 from allometry.configs.errors import UserError
@@ -16,11 +16,16 @@ from allometry.configs.optimization import ScheduleConfig, TrainingConfig
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A stretch of steps with one batch size, until the next stage's first step."""
+    """A stretch of steps with one batch size, until the next stage's first step.
+
+    ``first_sequence`` and ``first_token`` count what all steps before it hold.
+    """
 
     first_step: int
     first_sequence: int
     sequences: int
+    first_token: int
+    sequence_length: int
 
 
 class BatchPlan:
@@ -28,7 +33,8 @@ class BatchPlan:
 
     With a ramp from b to B sequences in increments of Δ over T tokens, the K = (B−b)/Δ increases
     are spread evenly: a step that begins after c tokens holds b + Δ·min(K, ⌊c·K/T⌋) sequences.
-    The batch only changes between steps.
+    The batch only changes between steps. ``after`` puts it behind the steps of another one, whose
+    sequences may have another length.
     """
 
     def __init__(self, batch: BatchConfig, sequence_length: int) -> None:
@@ -36,6 +42,24 @@ class BatchPlan:
         self.sequence_length = sequence_length
         self.full_sequences = batch.sequences
         self.stages: tuple[Stage, ...] = tuple(_stages(batch, sequence_length))
+
+    def after(self, before: BatchPlan, steps: int) -> BatchPlan:
+        """Return the same after the first ``steps`` steps of another plan."""
+        sequences, tokens = before.sequences_before(steps + 1), before.tokens_after(steps)
+        made = copy.copy(self)
+        made.stages = (
+            *(stage for stage in before.stages if stage.first_step <= steps),
+            *(
+                replace(
+                    stage,
+                    first_step=stage.first_step + steps,
+                    first_sequence=stage.first_sequence + sequences,
+                    first_token=stage.first_token + tokens,
+                )
+                for stage in self.stages
+            ),
+        )
+        return made
 
     def sequences(self, step: int) -> int:
         """Return how many sequences this step (1, 2, ...) holds."""
@@ -50,7 +74,9 @@ class BatchPlan:
 
     def tokens_before(self, step: int) -> int:
         """Return how many tokens all steps before this one hold."""
-        return self.sequences_before(step) * self.sequence_length
+        stage = self._stage_at(step)
+        done = (step - stage.first_step) * stage.sequences
+        return stage.first_token + done * stage.sequence_length
 
     def tokens_after(self, step: int) -> int:
         """Return how many tokens the first ``step`` steps hold (0 steps: none)."""
@@ -59,21 +85,27 @@ class BatchPlan:
     def steps_for_tokens(self, tokens: int) -> int:
         """Return the fewest steps that hold at least this many tokens: the last one is whole."""
         assert tokens >= 0, tokens
-        wanted = -(-tokens // self.sequence_length)
-        begun = bisect_left(self.stages, wanted, key=lambda stage: stage.first_sequence)
+        begun = bisect_left(self.stages, tokens, key=lambda stage: stage.first_token)
         stage = self.stages[max(begun - 1, 0)]
-        return stage.first_step - 1 + -(-(wanted - stage.first_sequence) // stage.sequences)
+        step_tokens = stage.sequences * stage.sequence_length
+        return stage.first_step - 1 + -(-(tokens - stage.first_token) // step_tokens)
 
-    def after(self, step: int) -> BatchPlan:
+    def rest(self, step: int) -> BatchPlan:
         """Return the plan of the steps after this one (0: of all), counted from 1 again."""
-        position, begun = self.sequences_before(step + 1), self._stage_at(step + 1)
+        position, tokens = self.sequences_before(step + 1), self.tokens_after(step)
+        begun = replace(self._stage_at(step + 1), first_step=1, first_sequence=0, first_token=0)
         later = [
-            Stage(one.first_step - step, one.first_sequence - position, one.sequences)
+            replace(
+                one,
+                first_step=one.first_step - step,
+                first_sequence=one.first_sequence - position,
+                first_token=one.first_token - tokens,
+            )
             for one in self.stages
             if one.first_step > step + 1
         ]
         plan = copy.copy(self)
-        plan.stages = (Stage(1, 0, begun.sequences), *later)
+        plan.stages = (begun, *later)
         return plan
 
     def _stage_at(self, step: int) -> Stage:
@@ -88,14 +120,14 @@ def total_steps(training: TrainingConfig, plan: BatchPlan) -> int:
     return plan.steps_for_tokens(training.total_tokens)
 
 
-def warmup_steps(schedule: ScheduleConfig, plan: BatchPlan, begin: int = 0) -> int:
-    """Return the step at which the warm-up ends; tokens are rounded up to whole steps.
+def warmup_steps(schedule: ScheduleConfig, plan: BatchPlan) -> int:
+    """Return the length of the warm-up in steps; tokens are rounded up to whole steps.
 
-    ``begin``: the step after which the schedule counts (``run.schedule_from``).
+    ``plan``: of the steps from the first of the schedule.
     """
     if schedule.warmup_steps is not None:
-        return begin + schedule.warmup_steps
-    return begin + plan.after(begin).steps_for_tokens(schedule.warmup_tokens or 0)
+        return schedule.warmup_steps
+    return plan.steps_for_tokens(schedule.warmup_tokens or 0)
 
 
 def check_batch(batch: BatchConfig, hdp: int) -> None:
@@ -136,7 +168,7 @@ def _nearest(value: int, unit: int) -> str:
 def _stages(batch: BatchConfig, sequence_length: int) -> Iterator[Stage]:
     ramp = batch.ramp
     if ramp is None:
-        yield Stage(1, 0, batch.sequences)
+        yield Stage(1, 0, batch.sequences, 0, sequence_length)
         return
     step, position = 1, 0
     increases = (batch.sequences - ramp.start_sequences) // ramp.increment_sequences
@@ -147,7 +179,7 @@ def _stages(batch: BatchConfig, sequence_length: int) -> Iterator[Stage]:
         if limit <= position:
             continue  # a single step jumped over this stage
         sequences = ramp.start_sequences + stage * ramp.increment_sequences
-        yield Stage(step, position, sequences)
+        yield Stage(step, position, sequences, position * sequence_length, sequence_length)
         steps = -(-(limit - position) // sequences)
         step, position = step + steps, position + steps * sequences
-    yield Stage(step, position, batch.sequences)
+    yield Stage(step, position, batch.sequences, position * sequence_length, sequence_length)

@@ -12,7 +12,6 @@ from allometry.configs.errors import UserError
 from allometry.configs.model import ModelConfig, ParameterizationConfig
 from allometry.configs.optimization import Apollo, OptimizerConfig
 from allometry.configs.run import RunConfig
-from allometry.scaling.batch import BatchPlan, total_steps
 from allometry.scaling.inventory import inventory
 from allometry.scaling.overrides import check_overrides, deciding
 from allometry.scaling.parameterizations.base import ForwardScales, Multipliers, Resolved, RunScale
@@ -23,6 +22,7 @@ from allometry.scaling.parameterizations.mup import MuPMultipliers
 from allometry.scaling.parameterizations.mupp import MuPPlusPlusMultipliers
 from allometry.scaling.parameterizations.sp import StandardMultipliers
 from allometry.scaling.roles import ParamSpec, Role
+from allometry.scaling.stages import places_of
 from allometry.scaling.update_rules import check_ranks, rule_of
 
 _TABLES: Mapping[str, type[Multipliers]] = {
@@ -73,15 +73,17 @@ class Parameterization:
         self._check_decays()
 
     @classmethod
-    def of_run(cls, config: RunConfig) -> Parameterization:
-        """Return those of a run, with its optimizer, its full batch and its length."""
-        plan = BatchPlan(config.batch, config.data.sequence_length)
+    def of_run(cls, config: RunConfig, stage: int = -1) -> Parameterization:
+        """Return those of a run, with its optimizer, its full batch and its length.
+
+        Of a run with stages: those of a stage (the last one), with the length of the whole run.
+        """
+        places = places_of(config)
         # As asked for: rounded up to whole steps, a run of the base's length would be longer.
-        tokens = config.training.total_tokens
-        if tokens is None:
-            tokens = plan.tokens_after(total_steps(config.training, plan))
+        tokens = sum(place.asked_tokens for place in places)
+        one, plan = places[stage].config, places[stage].local
         scale = RunScale(plan.full_sequences * plan.sequence_length, tokens)
-        return cls(config.parameterization, config.model, config.optimizer, scale)
+        return cls(one.parameterization, one.model, one.optimizer, scale)
 
     @property
     def width_ratio(self) -> float:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from allometry.configs.errors import UserError
 from allometry.configs.execution import Zero
 from allometry.configs.run import RunConfig
 from allometry.scaling.attention import AttentionCall
-from allometry.scaling.batch import BatchPlan, total_steps, warmup_steps
+from allometry.scaling.batch import BatchPlan, warmup_steps
 from allometry.scaling.count import Flops, ParameterCount, count_parameters, flops_per_token
 from allometry.scaling.deepspeed_memory import with_deepspeed
 from allometry.scaling.layout import Layout
@@ -22,11 +23,28 @@ from allometry.scaling.memory import (
 from allometry.scaling.offload import Traffic, offloaded
 from allometry.scaling.overrides import describe_overrides
 from allometry.scaling.parameterization import Parameterization
+from allometry.scaling.stages import StagePlace, places_of
+
+
+@dataclass(frozen=True)
+class Totals:
+    """A whole run: steps, tokens (the budget rounded up to whole steps) and model FLOPs.
+
+    ``warmup_steps``: of its first warm-up.
+    """
+
+    steps: int
+    tokens: int
+    flops: int
+    warmup_steps: int
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a run on ``world_size`` ranks will do. Steps are counted from 1.
+    """What a run on ``world_size`` ranks will do, or a stage of it. Steps are counted from 1.
+
+    ``total_steps`` is the last step, and ``steps_before`` the steps of the stages before; ``run``
+    is of all stages together, and ``stage`` None for a run without.
 
     ``flops_per_token`` is that of sequences that are one whole document, and ``flops_assumption``
     says what that means for this run's data, which are not read here; ``memory`` is the peak of
@@ -37,7 +55,10 @@ class RunPlan:
 
     world_size: int
     layout: Layout
+    stage: StagePlace | None
+    steps_before: int
     total_steps: int
+    run: Totals
     warmup_steps: int
     batch: BatchPlan
     micro_batch_sequences: int
@@ -53,32 +74,59 @@ class RunPlan:
 
     @classmethod
     def of(cls, config: RunConfig, world_size: int) -> RunPlan:
-        """Plan this run on this many ranks, without torch.
+        """Plan this run on this many ranks, without torch; of a run with stages, the last one.
 
         Raises UserError where the ranks cannot share the batch or do not fit the mesh.
         """
+        return cls.of_stages(config, world_size)[-1]
+
+    @classmethod
+    def of_stages(cls, config: RunConfig, world_size: int) -> tuple[RunPlan, ...]:
+        """Plan each stage of a run; one plan for a run without. Raises as ``of`` does."""
         assert world_size >= 1, world_size
+        plans: list[RunPlan] = []
+        for place in places_of(config):
+            try:
+                plan = cls._of_stage(config, place, world_size)
+            except UserError as error:
+                if place.name is None:
+                    raise
+                raise UserError(f"stage {place.name}: {error}") from None
+            own = plan.batch.tokens_after(plan.total_steps)
+            before = plans[-1].run if plans else Totals(0, 0, 0, plan.warmup_steps)
+            flops = before.flops + (own - before.tokens) * plan.flops_per_token.total
+            plans.append(
+                replace(plan, run=replace(before, steps=plan.total_steps, tokens=own, flops=flops))
+            )
+        return tuple(replace(plan, run=plans[-1].run) for plan in plans)
+
+    @classmethod
+    def _of_stage(cls, run: RunConfig, place: StagePlace, world_size: int) -> RunPlan:
+        config, batch = place.config, place.batch
         layout = Layout.of(config, world_size)
-        sequence_length = config.data.sequence_length
-        batch = BatchPlan(config.batch, sequence_length)
         memory = memory_of(config, layout, batch)
         kept = config.precision.model_copy(update={"saved_activations": "compute"})
         unsaved = config.model_copy(update={"precision": kept})
+        begun = config.run.schedule_from
+        first = place.steps_before + begun
         return cls(
             world_size=world_size,
             layout=layout,
-            total_steps=total_steps(config.training, batch),
-            warmup_steps=warmup_steps(config.schedule, batch, config.run.schedule_from),
+            stage=None if place.name is None else place,
+            steps_before=place.steps_before,
+            total_steps=place.last_step,
+            run=Totals(0, 0, 0, 0),
+            warmup_steps=first + warmup_steps(config.schedule, place.local.rest(begun)),
             batch=batch,
             micro_batch_sequences=config.batch.micro_batch_sequences,
             micro_batch_tokens=tokens_of_micro_batch(config),
             parameters=count_parameters(config.model),
-            flops_per_token=flops_per_token(config.model, sequence_length),
+            flops_per_token=flops_per_token(config.model, config.data.sequence_length),
             flops_assumption=_flops_assumption(config),
             memory=memory,
             bytes_saved=memory_of(unsaved, layout, batch).total - memory.total,
             activation_traffic=traffic_of(config, layout, batch),
-            parameterization=Parameterization.of_run(config),
+            parameterization=Parameterization.of_run(run, place.number - 1),
             balance_loads=BalanceLoads.of(config),
         )
 
@@ -90,12 +138,12 @@ class RunPlan:
     @property
     def total_tokens(self) -> int:
         """Tokens of the whole run: the budget rounded up to whole steps."""
-        return self.batch.tokens_after(self.total_steps)
+        return self.run.tokens
 
     @property
     def total_flops(self) -> int:
         """Model FLOPs of the whole run."""
-        return self.total_tokens * self.flops_per_token.total
+        return self.run.flops
 
     def micro_batches(self, step: int) -> int:
         """Return how many micro-batches each rank runs in this step.
@@ -110,11 +158,13 @@ class RunPlan:
         return {
             "world_size": self.world_size,
             "layout": self.layout.describe(),
-            "total_steps": self.total_steps,
+            "stage": None if self.stage is None else self.stage.name,
+            "steps_before": self.steps_before,
+            "total_steps": self.run.steps,
             "total_tokens": self.total_tokens,
             "total_flops": self.total_flops,
-            "warmup_steps": self.warmup_steps,
-            "warmup_tokens": self.batch.tokens_after(self.warmup_steps),
+            "warmup_steps": self.run.warmup_steps,
+            "warmup_tokens": self.batch.tokens_after(self.run.warmup_steps),
             "batch": {
                 "sequence_length": self.batch.sequence_length,
                 "stages": [asdict(stage) for stage in self.batch.stages],

@@ -120,18 +120,24 @@ def make_train_step(
     )
 
 
-def with_measured_stages(config: RunConfig, plan: RunPlan, mesh: Mesh) -> RunPlan:
-    """The plan with pipeline stages of equal time, where ``split: measured`` asks for them.
+def with_measured_stages(
+    run: RunConfig, plans: tuple[RunPlan, ...], mesh: Mesh
+) -> tuple[RunPlan, ...]:
+    """The plans with pipeline stages of equal time, where ``split: measured`` asks for them.
+
+    Those of the run's first stage are those of all.
 
     The main rank measures on its own device, whole layers in eager code, and all ranks use what it
     found. A run that continues in the layout of its last launch keeps that one's stages, so that
     it resumes to the bit. Raises UserError on all ranks where a layer does not fit the device.
     """
+    config, plan = run.of_stages()[0], plans[0]
     if mesh.pp.size == 1 or config.parallel.pipeline.split != "measured":
-        return plan
+        return plans
     earlier = mesh.broadcast_object(_stages_before(config, plan) if mesh.is_main else None)
     if earlier is not None:
-        return replace(plan, layout=replace(plan.layout, stages=earlier))
+        layout = replace(plan.layout, stages=earlier)
+        return tuple(replace(one, layout=layout) for one in plans)
 
     def build(part: Part) -> Transformer:
         made = build_part(config, plan, part)
@@ -149,7 +155,8 @@ def with_measured_stages(config: RunConfig, plan: RunPlan, mesh: Mesh) -> RunPla
             ) from None
 
     costs = from_main_rank(mesh, measure, "measuring stages")
-    return replace(plan, layout=Layout.of(config, plan.world_size, costs))
+    layout = Layout.of(config, plan.world_size, costs)
+    return tuple(replace(one, layout=layout) for one in plans)
 
 
 def _stages_before(config: RunConfig, plan: RunPlan) -> tuple[range, ...] | None:

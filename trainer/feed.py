@@ -214,23 +214,25 @@ def check_steps(stream: DocumentStream, plan: RunPlan) -> None:
     Raises:
         UserError: no document begins in a step; it names the first one.
     """
-    least, longest = plan.batch.sequences(1), stream.max_document_tokens
-    window = stream.sequence_length
+    first, window = plan.steps_before + 1, stream.sequence_length
+    least, changes = plan.batch.sequences(first), stream.mixture.changes
+    # A document may have begun in an earlier stage.
+    longest = max(change.limit or 0 for change in changes)
     # The heaviest source has as many windows of a step, give or take one; more where shares change.
-    changes = stream.mixture.changes
     heaviest = int(max(changes[0].shares.values()) * least) - 1 if len(changes) == 1 else 0
     lone = any(int(store.lengths.min()) < 2 for store in stream.stores)
     if not lone and (heaviest * window > longest or least * window >= _SURELY * longest):
         return
-    before = 0
-    for step in range(1, plan.total_steps + 1):
+    before = stream.tokens(plan.batch.sequences_before(first))
+    for step in range(first, plan.total_steps + 1):
         tokens = stream.tokens(plan.batch.sequences_before(step + 1))
         if tokens == before:
             raise UserError(
                 f"no document of two tokens or more begins in step {step} of {plan.total_steps} "
                 f"(batch.sequences={plan.batch.sequences(step)} windows of {window} tokens, shared "
                 f"by {len(stream.sources)} sources), so there is nothing to train on; raise "
-                f"batch.sequences, lower data.max_document_tokens={longest} or end the run before"
+                f"batch.sequences, lower data.max_document_tokens={stream.max_document_tokens} or "
+                "end the run before"
             )
         before = tokens
 

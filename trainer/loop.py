@@ -126,8 +126,11 @@ class Loop:
     _last_loss: float | None = None
 
     def run(self, batches: Iterator[StepInput], stop_at_step: int | None = None) -> RunResult:
-        """Train from the progress made to the end of the plan, or until asked to stop."""
-        if self.progress.step >= self.plan.total_steps:
+        """Train from the progress made to the end of the plan, or until asked to stop.
+
+        The plan may be that of a stage, with which the run does not end.
+        """
+        if self.progress.step >= self.plan.run.steps:
             self.report("already_finished", step=self.progress.step)
         self.timer.start()
         reset_peak_bytes(self.mesh.device)
@@ -146,7 +149,7 @@ class Loop:
         step = self.progress.step
         if stopped:
             self.report("stopped", step=step, signal=stopped)
-        else:
+        elif step >= self.plan.run.steps:
             self.report("finished", step=step)
         tokens = self.stream.tokens(self.plan.batch.sequences_before(step + 1))
         return RunResult(step, tokens, self._last_loss, stopped)
@@ -161,14 +164,14 @@ class Loop:
 
     def _steps(self, batches: Iterator[StepInput], stop_at_step: int | None) -> str | None:
         """Take steps to the end of the plan; the reason, if the run was stopped before."""
-        total = self.plan.total_steps
+        total, end = self.plan.total_steps, self.plan.run.steps
         with StopRequest(self.mesh, self.signals) as stop:
-            if (stopped := stop.agreed(now=True)) and self.progress.step < total:
+            if (stopped := stop.agreed(now=True)) and self.progress.step < end:
                 return stopped  # while the launch was being prepared
             for step in range(self.progress.step + 1, total + 1):
                 self._take(step, next(batches))
-                stopped = stop.agreed() if step < total else None
-                if step == stop_at_step and step < total:
+                stopped = stop.agreed() if step < end else None
+                if step == stop_at_step and step < end:
                     stopped = f"--stop-at-step {step}"
                 last = step == total or stopped is not None
                 # A GPU's numbers are read while the next step runs, if nobody needs them at once.
@@ -218,6 +221,7 @@ class Loop:
             peak_bytes=peak_bytes(self.mesh.device),
             stream=self.stream,
             batch=self.plan.batch,
+            stage=self.plan.stage.number if self.plan.stage else None,
             recorded=self.recorder is not None and outcome.step % self.record_every_steps == 0,
         )
         additions: Row = {}

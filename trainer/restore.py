@@ -30,11 +30,11 @@ def restore(
     """Load what the launch begins with; how far the run is, and which states were converted."""
     begun = config.run.schedule_from
     # Where a schedule begins in mid-run there was a warm-up, or none, before it.
-    areas = LearningRateAreas(0 if begun else plan.warmup_steps)
+    areas = LearningRateAreas(0 if begun else plan.run.warmup_steps)
     progress, converted = Progress(start.step, areas, saved_step=start.step or None), {}
     try:
         if start.checkpoint is not None and start.facts is not None:
-            converted = _load(config, start, progress, parallel, optimizer, mesh)
+            converted = _load(config, plan, start, progress, parallel, optimizer, mesh)
         if isinstance(optimizer, Elsewhere):
             init_states(optimizer)  # what finds no room is found before the first step
     except StatesLost as error:
@@ -44,6 +44,7 @@ def restore(
 
 def _load(
     config: RunConfig,
+    plan: RunPlan,
     start: Start,
     progress: Progress,
     parallel: Parallel,
@@ -64,6 +65,9 @@ def _load(
     else:
         init_states(optimizer)
         state = state_tensors(parallel, optimizer)
+        stage = plan.stage
+        if stage is not None and start.step == stage.steps_before and stage.states_anew:
+            state = {key: value for key, value in state.items() if key.startswith("model.")}
         progress.areas.load_state_dict(start.facts["areas"])
         progress.flops = start.facts["flops"]
         progress.held_out_before.update(start.facts.get("held_out_before", {}))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import gc
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing, nullcontext
@@ -16,13 +16,11 @@ from allometry.configs.model import MoEModel
 from allometry.configs.run import RunConfig
 from allometry.data.documents import DocumentStream
 from allometry.data.run_tokenizer import tokenizer_of_run
-from allometry.data.sources import Sources
-from allometry.data.stream import Stream, open_stream
-from allometry.data.tokenizer import check_vocabulary
+from allometry.data.stream import Stream
 from allometry.models.build import torch_dtype
 from allometry.optim.build import Elsewhere
 from allometry.optim.deepspeed import DeepSpeedOptimizer
-from allometry.optim.schedule import Schedule, resolve_schedule
+from allometry.optim.schedule import Schedule, schedules_of
 from allometry.optim.tiered import TieredOptimizer
 from allometry.parallel.agree import on_all_ranks, on_main_rank
 from allometry.parallel.deepspeed.engine import check_available
@@ -31,6 +29,7 @@ from allometry.parallel.mesh import Mesh, launched_world_size, open_mesh
 from allometry.scaling.advice import NODE_RANKS, advice
 from allometry.scaling.count import DocumentFlops
 from allometry.scaling.plan import RunPlan
+from allometry.scaling.stages import place_at, places_of
 from allometry.trainer.assemble import (
     make_model,
     make_optimizer,
@@ -48,7 +47,6 @@ from allometry.trainer.evaluate import (
 from allometry.trainer.feed import (
     DocumentPlanner,
     StepInput,
-    check_steps,
     document_steps,
     sequence_steps,
 )
@@ -58,7 +56,11 @@ from allometry.trainer.record import hardware
 from allometry.trainer.record import writer as record
 from allometry.trainer.record.callbacks import Callback, Reporter, standard_callbacks
 from allometry.trainer.record.disk import SlowDisk
-from allometry.trainer.record.facts import Invocation, launch_facts, run_facts
+from allometry.trainer.record.facts import (
+    Invocation,
+    launch_facts,
+    run_facts,
+)
 from allometry.trainer.record.forecast import Forecaster
 from allometry.trainer.record.monitors import Monitors, NoChanges
 from allometry.trainer.record.rows import GraphEvents, OffloadRows, PlanRows, RoutingRows
@@ -67,18 +69,17 @@ from allometry.trainer.record.states import CompressedStates
 from allometry.trainer.record.timing import StepTimer, clock_of
 from allometry.trainer.restore import restore
 from allometry.trainer.save import Saver
+from allometry.trainer.sources import check_data, open_sources
 from allometry.trainer.state import checkpoint
 from allometry.trainer.state.changed import change_events
 from allometry.trainer.state.folder import RunFolder
 from allometry.trainer.state.initial import Importer
 from allometry.trainer.state.planners import State
 from allometry.trainer.state.reading import continued, data_events, read_again
-from allometry.trainer.state.resume import Start, begin, start_events
+from allometry.trainer.state.resume import Start, begin, next_stage, start_events
 from allometry.trainer.state.room import checkpoint_bytes
+from allometry.trainer.state.stages import stage_facts
 from allometry.trainer.stop import StopSignals
-
-MANY_EPOCHS = 4
-_log = logging.getLogger(__name__)
 
 
 def train(
@@ -100,15 +101,17 @@ def train(
     UserError on all ranks alike.
     """
     # What a layout cannot do is said before any group starts.
-    plan = RunPlan.of(config, launched_world_size())
+    plans = RunPlan.of_stages(config, launched_world_size())
+    places = places_of(config)
     watched = nullcontext(signals) if signals else StopSignals()
     exact = algorithms(deterministic=config.training.deterministic)
     with watched as signals, exact, open_mesh(config.parallel, device) as mesh:
-        choose_graphs(config, mesh)  # what cannot be is said before the folder is touched
+        for place in places:  # what cannot be is said before the folder is touched
+            choose_graphs(place.config, mesh)
         on_all_ranks(mesh, lambda: check_available(config), "looking for DeepSpeed")
-        plan = with_measured_stages(config, plan, mesh)
-        schedule = resolve_schedule(config, plan.batch)
-        stream = on_all_ranks(mesh, lambda: _open_stream(config), "opening the data")
+        plans = with_measured_stages(config, plans, mesh)
+        schedules = schedules_of(config)
+        stream = on_all_ranks(mesh, lambda: open_sources(config), "opening the data")
         folder = RunFolder(config.run.folder)
         if callbacks is None:
             callbacks = on_main_rank(
@@ -116,7 +119,7 @@ def train(
             )
         start = begin(
             *(folder, config, stream, mesh, stop_at_step),
-            lambda found: _check_data(found, plan),
+            lambda found: check_data(found, plans),
             importer,
         )
         stream = continued(stream, start.facts)
@@ -124,8 +127,18 @@ def train(
         recorder = None
         try:
             recorder = on_main_rank(mesh, lambda: record.Recorder(folder), "opening the record")
-            run = _Run(config, plan, schedule, mesh, stream, folder, start, recorder, present)
-            result = run.train(invocation or Invocation(), stop_at_step, signals)
+            while True:
+                at = place_at(places, start.step).number - 1
+                run = _Run(
+                    *(places[at].config, plans[at], schedules[at], mesh, stream.in_stage(at)),
+                    *(folder, start, recorder, present, config),
+                )
+                result = run.train(invocation or Invocation(), stop_at_step, signals)
+                if result.stopped_by is not None or result.step == places[-1].last_step:
+                    break
+                del run  # a stage is made anew, from the checkpoint that the one before ended with
+                gc.collect()
+                start = next_stage(folder, result.step, mesh)
         finally:
             lost = _close(recorder, present)
             folder.withdraw()
@@ -158,10 +171,12 @@ class _Run:
     folder: RunFolder
     start: Start
     recorder: record.Recorder | None
-    callbacks: list[Callback]
+    present: Sequence[Callback]  # of the launch, whose callbacks of stages come and go
+    whole: RunConfig  # the run with all its stages; ``config`` is as it is in this one
 
     def __post_init__(self) -> None:
         config, plan, mesh = self.config, self.plan, self.mesh
+        self.callbacks = list(self.present)
         self.report = Reporter(self.recorder, self.callbacks)
         self.timer = StepTimer(clock_of(mesh.device))
         documents = isinstance(self.stream, DocumentStream)
@@ -209,14 +224,15 @@ class _Run:
             invocation or Invocation(),
             self.kernels.describe(),
         )
-        if first_step <= self.plan.total_steps:
+        if first_step <= self.plan.run.steps:
             tokenizer = tokenizer_of_run(self.folder.path, self.config.data)
             tokenizer.keep(self.folder.path)
             facts["tokenizer"] = tokenizer.describe()
             facts |= self._origin()
             record.write_run(self.folder, facts, launch_facts(facts, first_step))
         for callback in self.callbacks:
-            callback.on_start(facts, first_step)
+            if not self.start.next_stage or callback not in self.present:
+                callback.on_start(facts, first_step)
 
     def _origin(self) -> dict[str, Any]:
         """Where the first weights of a new run, or of the one it branches from, were imported."""
@@ -300,10 +316,7 @@ class _Run:
             yield PlanRows(self.planner, self.recorder, self.report)
         every = self.config.record.forecast.every_steps
         if every is not None:
-            run, peak_lr = self.config.run, self.config.optimizer.lr
-            yield Forecaster(
-                *(every, self.schedule, peak_lr, self.folder, self.report), run.branched_at
-            )
+            yield Forecaster(every, self.whole, self.start.step, self.folder, self.report)
 
     def _saver(self) -> Saver:
         writer = checkpoint.Checkpointer(
@@ -334,8 +347,9 @@ class _Run:
         again = read_again(start.facts, self.stream)
         if again:
             report("same_documents", sources=again, seed=self.config.run.seed)
-        for kind, facts in start_events(self.config, start):
-            report(kind, step=start.step, **facts)
+        if not start.next_stage:  # else the launch has said where it began
+            for kind, facts in start_events(self.config, start):
+                report(kind, step=start.step, **facts)
         if isinstance(self.optimizer, Elsewhere):
             held = {f"{tier}_bytes": size for tier, size in self.optimizer.held_bytes().items()}
             place = self.optimizer.place()
@@ -347,29 +361,9 @@ class _Run:
             report(kind, step=start.step, **facts)
         if start.overrides:
             report("overrides_changed", step=start.step, **start.overrides)
+        if self.plan.stage is not None and start.step == self.plan.steps_before:
+            report("stage", step=start.step, **stage_facts(self.whole, self.plan.stage))
         for change in self.kernel_changes:
             report("kernels_changed", step=start.step, **change)
         for change, states in self.converted.items():
             report("states_converted", step=start.step, change=change, states=states)
-
-
-def _open_stream(config: RunConfig) -> Stream | DocumentStream:
-    """The data, after checking that tokenizer and vocabulary fit it."""
-    stream = open_stream(config.data, config.run.seed)
-    check_vocabulary(config.model.vocab_size, stream.stores)
-    return stream
-
-
-def _check_data(stream: Sources, plan: RunPlan) -> None:
-    """Check that the data are enough for the run as it goes on with them."""
-    if isinstance(stream, DocumentStream):
-        check_steps(stream, plan)
-    sequences = plan.batch.sequences_before(plan.total_steps + 1)
-    stream.check_run(sequences)
-    for name, epochs in stream.epochs(sequences).items():
-        if epochs > MANY_EPOCHS:
-            _log.warning(
-                "source %s will be read %.1f times; past about %d the repetition costs (arXiv "
-                "2305.16264): add data, lower its weight or shorten the run",
-                *(name, epochs, MANY_EPOCHS),
-            )

@@ -62,6 +62,7 @@ from allometry.interop.huggingface.weights import (
     write_states,
 )
 from allometry.scaling.parameterization import Parameterization
+from allometry.scaling.stages import place_of
 from allometry.trainer.state.checkpoint import step_of
 from allometry.trainer.state.folder import RunFolder, write_atomically
 from allometry.trainer.state.initial import initial_facts
@@ -135,11 +136,10 @@ def export_hf(
     """
     if check:
         compare.require_transformers()
-    folder, config = _run(run_folder)
+    folder, config, path = _run(run_folder, step)
     chosen = choose_family(config.model, family)
     folding = folds(config.model, Parameterization.of_run(config).forward)
     wanted = counterparts(config.model, chosen)
-    path = chosen_checkpoint(folder, step)
     weights = CheckpointWeights(path)
     _check_no_bias(config.model, weights, path)
     states = _optimizer_states(path) if optimizer_state else None
@@ -174,12 +174,13 @@ def export_hf(
         )
 
 
-def _run(run_folder: str | Path) -> tuple[RunFolder, RunConfig]:
-    """The folder of a run and its description."""
+def _run(run_folder: str | Path, step: int | None) -> tuple[RunFolder, RunConfig, Path]:
+    """The folder of a run, the run as it is in the checkpoint's stage, and the checkpoint."""
     folder = RunFolder(run_folder)
     if not folder.config.exists():
         raise UserError(f"{folder.path} has no {folder.config.name}; name the folder of a run")
-    return folder, load(folder.config)
+    path = chosen_checkpoint(folder, step)
+    return folder, place_of(load(folder.config), step_of(path)).config, path
 
 
 def _check_no_bias(model: ModelConfig, weights: CheckpointWeights, path: Path) -> None:

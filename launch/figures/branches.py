@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from allometry.launch.figures.figure import Series
+from allometry.launch.figures.figure import Column, Series, known
 from allometry.laws.runs import Run
 
 
@@ -67,3 +67,13 @@ def branched(series: Series, fork: float) -> list[Series]:
         return replace(series, x=series.x[rows], y=series.y[rows])
 
     return [replace(part(taken), style="dotted", named=False), part(own)]
+
+
+def stages_begin(run: Run, key: str, column: str = "loss") -> tuple[Column, Column]:
+    """Return where stages of a run begin, but for the first: of ``key`` and of a column."""
+    metrics = run.metrics
+    if "stage" not in metrics:
+        return np.empty(0), np.empty(0)
+    stage = np.nan_to_num(metrics["stage"], nan=1.0)  # a run may get stages as it goes
+    begins = np.flatnonzero(np.diff(stage, prepend=stage[0]) > 0)
+    return known(metrics[key][begins], metrics[column][begins])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from allometry.launch.figures.branches import stages_begin
 from allometry.launch.figures.figure import (
     Column,
     Figure,
@@ -44,7 +45,8 @@ def losses(inputs: Inputs) -> Section:
         "Training loss in nats per token (lines) and held-out loss of the mixture (dots: the mean "
         "over sources, weighted by their shares). "
         f"Smoothed lines are, at each point, means over the last {share:.0%} of the run so "
-        "far. Dotted is what a branch took over from its trunk; a square is a line of one point. "
+        "far. A cross is where a stage begins. Dotted is what a branch took over from its trunk; a "
+        "square is a line of one point. "
         "FLOPs are those of the model, forward and backward, without recomputation."
     )
     return Section("loss", title, text, (Figure("loss", panels),))
@@ -74,7 +76,14 @@ def _train(one: Shown, key: str, column: str, share: float) -> list[Series]:
     return [
         *one.curve(thin_x, recorded, key, layer="recorded"),
         *one.curve(thin_x, smoothed, key, layer="smooth"),
+        *_stages(one, key, column),
     ]
+
+
+def _stages(one: Shown, key: str, column: str) -> list[Series]:
+    x, y = stages_begin(one.run, key, column)
+    name = f"{one.name}, a stage begins"
+    return [one.series(x, y, name, style="cross", named=False)] if len(x) else []
 
 
 def _dots(one: Shown, x: Column, y: Column) -> Series:

@@ -74,7 +74,7 @@ def _single(asked: Branch) -> Report:
         from allometry.launch.runs.train import trained
 
         return trained(Train(config=str(path)))
-    different = branch_changes(validate(trunk), config, rates=True)
+    different = branch_changes(validate(trunk), config, asked.at, rates=True)
     facts = {
         "run": str(folder),
         "config": str(path),

@@ -18,6 +18,7 @@ class Train(ConfigCommand):
 
     dry_run: bool = option("validate, print the plan, train nothing", False)
     print_config: bool = option("print the resolved configuration and stop", False)
+    stage: str | None = option("with --print-config: the run as it is in this one of its stages")
     world_size: int | None = option("ranks to plan for (with --dry-run); default: 1", min=1)
     allocator: str = option("on CPU: auto, jemalloc, tcmalloc, glibc-tuned or system", "auto")
     stop_at_step: int | None = option("save and stop after this step; run again to go on", min=1)

@@ -7,31 +7,47 @@ from dataclasses import asdict
 from typing import Any
 
 from allometry.configs.run import RunConfig
-from allometry.data.stream import missing_sources, open_stream
-from allometry.data.tokenizer import check_vocabulary
+from allometry.data.documents import DocumentStream
+from allometry.data.stream import Stream, missing_sources
 from allometry.launch.command import Report
 from allometry.launch.text import size
-from allometry.optim.schedule import Schedule, resolve_schedule
+from allometry.optim.schedule import Schedule, schedules_of
 from allometry.scaling.advice import DEVICE_BYTES, advice
 from allometry.scaling.count import DocumentFlops
 from allometry.scaling.layout import SPLIT_BACKWARD
 from allometry.scaling.moment import PARAMETERS, STATES
 from allometry.scaling.plan import RunPlan, memory_of
+from allometry.scaling.stages import places_of
+from allometry.trainer.sources import open_sources
 from allometry.trainer.state.folder import RunFolder
+from allometry.trainer.state.stages import stage_facts
 
 
 def planned(config: RunConfig, world_size: int) -> Report:
     """Return the plan on ``world_size`` ranks; raises UserError if there is none."""
-    plan = RunPlan.of(config, world_size)
-    schedule = resolve_schedule(config, plan.batch)
-    rates = learning_rates(config, plan, schedule)
-    facts = {**plan.describe(), "learning_rate": rates, "data": data_here(config, plan)}
-    facts["advice"] = advice(config, plan)
-    if world_size > 1:
-        from allometry.studies.rehearse import rehearse  # brings torch, which one rank can spare
+    plans, places = RunPlan.of_stages(config, world_size), places_of(config)
+    data = data_here(config, plans[-1])
+    found = []
+    for place, plan, schedule in zip(places, plans, schedules_of(config), strict=True):
+        one = place.config
+        rates = learning_rates(one, plan, schedule)
+        facts = {**plan.describe(), "learning_rate": rates, "data": data}
+        facts["advice"] = advice(one, plan)
+        if world_size > 1:
+            from allometry.studies.rehearse import rehearse  # brings torch, which one rank spares
 
-        facts["ranks"] = [rank.describe() for rank in rehearse(config, world_size)]
-    return Report(facts, _text(config, plan, facts))
+            facts["ranks"] = [rank.describe() for rank in rehearse(one, world_size)]
+        found.append((facts, _text(one, plan, facts)))
+    if config.stages is None:
+        return Report(*found[0])
+    stages = [stage_facts(config, place) for place in places]
+    text = "\n".join(
+        f"stage {said['name']}, steps {said['first_step']:,} to {said['last_step']:,}: "
+        f"{said['said']}\n{each}"
+        for said, (_, each) in zip(stages, found, strict=True)
+    )
+    plain = [{**said, "plan": facts} for said, (facts, _) in zip(stages, found, strict=True)]
+    return Report({**plans[-1].describe(), "data": data, "stages": plain}, text)
 
 
 def data_here(config: RunConfig, plan: RunPlan) -> dict[str, Any]:
@@ -42,9 +58,8 @@ def data_here(config: RunConfig, plan: RunPlan) -> dict[str, Any]:
     """
     if missing := missing_sources(config.data):
         return {"checked": False, "missing": missing}
-    stream = open_stream(config.data, config.run.seed)
-    check_vocabulary(config.model.vocab_size, stream.stores)
-    run, begun = config.run, (RunFolder(config.run.folder).config).exists()
+    stream = open_sources(config)
+    run, begun = config.run, RunFolder(config.run.folder).config.exists()
     if begun or run.parent or run.initial or config.data.continue_sources:
         from allometry.trainer.state.reading import continued, standing  # these bring torch
 
@@ -52,26 +67,38 @@ def data_here(config: RunConfig, plan: RunPlan) -> dict[str, Any]:
     position = plan.batch.sequences_before(plan.total_steps + 1)
     stream.check_run(position)
     accounts = stream.accounts(position)
-    squares = stream.squared_lengths_per_token(position)
-    tokens = sum(account.tokens for account in accounts.values())
     return {
         "checked": True,
         "epochs": {name: account.epochs for name, account in accounts.items()},
         "sources": {name: asdict(account) for name, account in accounts.items()},
-        "total_flops": round(tokens * DocumentFlops.of(config.model).expected(squares)),
+        "total_flops": round(expected_flops(config, stream)),
     }
+
+
+def expected_flops(config: RunConfig, stream: Stream | DocumentStream) -> float:
+    """FLOPs of the run with documents as long as they are, stage by stage."""
+    flops = 0.0
+    for place in places_of(config):
+        staged = stream.in_stage(place.number - 1)
+        first, last = (
+            place.batch.sequences_before(step + 1) for step in (place.steps_before, place.last_step)
+        )
+        squares = staged.squared_lengths_per_token(first, last)
+        tokens = staged.tokens(last) - staged.tokens(first)
+        flops += tokens * DocumentFlops.of(config.model).expected(squares)
+    return flops
 
 
 def learning_rates(config: RunConfig, plan: RunPlan, schedule: Schedule) -> list[dict[str, Any]]:
     """The learning rate at the corners of its schedule."""
-    total = plan.total_steps
-    corners = {1, plan.warmup_steps, schedule.decay_start, *schedule.ends}
-    corners |= {round(total * share) for share in (0.25, 0.5, 0.75, 0.9)}
-    corners = {max(schedule.begin_step + 1, step) for step in corners}
+    first, steps = schedule.first_step, schedule.total_steps - plan.steps_before
+    corners = {first, plan.warmup_steps, schedule.decay_start, *schedule.ends}
+    corners |= {plan.steps_before + round(steps * share) for share in (0.25, 0.5, 0.75, 0.9)}
+    corners = {max(first, step) for step in corners}
     peak, tokens = config.optimizer.lr, plan.batch.tokens_after
     return [
         {"step": step, "tokens": tokens(step), "lr": peak * schedule.fraction(step)}
-        for step in sorted(corners)
+        for step in sorted({max(first, corner) for corner in corners})
     ]
 
 
@@ -87,7 +114,7 @@ def _text(config: RunConfig, plan: RunPlan, facts: dict[str, Any]) -> str:
         f"  of              {plan.flops_assumption}",
         f"tokens            {plan.total_tokens:,} ({plan.total_tokens / counts.total:.1f} per "
         f"parameter), {plan.total_flops:.4g} FLOPs in all",
-        f"steps             {plan.total_steps:,} of {config.batch.sequences} x "
+        f"steps             {plan.total_steps - plan.steps_before:,} of {config.batch.sequences} x "
         f"{config.data.sequence_length} tokens ({_share(config, plan)})",
         f"memory per rank   {size(memory.total)} at the peak of the fullest ({memory.peak.name}); "
         f"fits {DEVICE_GB} GB: {'yes' if memory.total <= DEVICE_GB * 10**9 else 'no'}",

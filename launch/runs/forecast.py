@@ -23,7 +23,7 @@ from allometry.laws.losses import LossChoice, check_losses, loss_curve
 from allometry.laws.observations import LearningRates
 from allometry.laws.runs import Run, read_run
 from allometry.optim.schedule import Decay
-from allometry.trainer.record.rates import planned_rates, with_history
+from allometry.trainer.record.rates import one_curve, planned_rates, with_history
 
 SAME = ("model", "parameterization", "batch")
 """Sections in which runs must agree to be taken as curves of one law."""
@@ -120,8 +120,12 @@ def _read(folder: Path, choice: LossChoice, at_step: int | None = None) -> _Read
     after = usable & (steps > rates.warmup_steps)
     check_losses(run, choice, steps[after], losses[after])
     usable &= np.isfinite(losses)  # in the warm-up, which no law reads
-    steps_n = steps[usable].astype(np.int64)
-    return _Read(run, config, Curve(str(folder), steps_n, losses[usable], rates))
+    steps_n, losses_n = steps[usable].astype(np.int64), losses[usable]
+    if config.stages is not None:  # what other stages read is another curve
+        begin, _, rates = one_curve(config, min(at_step or recorded[-1], recorded[-1]) - 1)
+        here = (steps_n >= begin) & (steps_n <= len(rates.rates))
+        steps_n, losses_n = steps_n[here], losses_n[here]
+    return _Read(run, config, Curve(str(folder), steps_n, losses_n, rates))
 
 
 def _as_recorded(rates: LearningRates, run: Run, config: RunConfig) -> LearningRates:
@@ -135,6 +139,13 @@ def _target(asked: ForecastCommand, first: _Read) -> tuple[LearningRates, str]:
     if asked.decay_now:
         return _decayed(asked, first)
     given = {key: getattr(asked, key) for key in DECAY_KEYS if getattr(asked, key) is not None}
+    if first.config.stages is not None:
+        if asked.schedule is not None or given or asked.total_steps is not None:
+            raise UserError(
+                f"{first.run.folder} has stages, and --schedule, --total-steps and options of "
+                "decays are for a run without; leave them out, or ask --decay-now"
+            )
+        return first.curve.rates, f"its stages up to step {len(first.curve.rates.rates)}"
     if asked.schedule is None and not given and asked.total_steps is None:
         return first.curve.rates, f"its own schedule ({first.config.schedule.kind})"
     overrides = []

@@ -11,7 +11,7 @@ import numpy as np
 
 from allometry.configs.errors import UserError
 from allometry.launch.command import Report
-from allometry.launch.figures.branches import branched, taken_over, trunks_first
+from allometry.launch.figures.branches import branched, stages_begin, taken_over, trunks_first
 from allometry.launch.figures.drawing import check_format, draw
 from allometry.launch.figures.figure import (
     PALETTE,
@@ -168,6 +168,9 @@ def _curves(run: Run, name: str, key: str, colour: str, *, alone: bool) -> list[
     raw = Series(name, kept_x, losses, layer="recorded", colour=colour)
     line = Series(name, kept_x, smooth(losses, SMOOTHED), layer="smooth", colour=colour)
     series = [*branched(raw, fork), *branched(line, fork)]
+    begins = stages_begin(run, key)
+    if len(begins[0]):
+        series.append(Series(f"{name}, a stage begins", *begins, "cross", colour, named=False))
     for source, own in zip(run.sources, cycle(OF_SOURCES)):
         shade = own if alone else colour
         if alone:

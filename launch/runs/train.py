@@ -8,10 +8,21 @@ import sys
 
 from allometry.configs.errors import UserError
 from allometry.configs.loader import dump
+from allometry.configs.run import RunConfig
 from allometry.launch.command import Report
 from allometry.launch.runs.commands import Train
 from allometry.launch.start import settle_allocator, settle_cuda_allocator
 from allometry.trainer.stop import StopSignals
+
+
+def _stage(config: RunConfig, name: str) -> RunConfig:
+    """The run as it is in the stage of this name."""
+    names = [stage.name for stage in config.stages or ()]
+    if name not in names:
+        raise UserError(
+            f"--stage={name} is none of the run's stages, which are {', '.join(names) or 'none'}"
+        )
+    return config.of_stages()[names.index(name)]
 
 
 def trained(asked: Train) -> Report:
@@ -21,9 +32,12 @@ def trained(asked: Train) -> Report:
     for flag, given in (("--world-size", asked.world_size is not None), ("--json", asked.json)):
         if given and not asked.dry_run:
             raise UserError(f"{flag} goes with --dry-run; add it or leave {flag} out")
-    config = asked.load()
+    if asked.stage is not None and not asked.print_config:
+        raise UserError("--stage goes with --print-config; add it or leave --stage out")
+    config = asked.load(stages=True)
     if asked.print_config:
-        return Report(None, dump(config).removesuffix("\n"))
+        shown = config if asked.stage is None else _stage(config, asked.stage)
+        return Report(None, dump(shown).removesuffix("\n"))
     if asked.dry_run:
         from allometry.launch.runs.dry_run import planned
 

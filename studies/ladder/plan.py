@@ -188,6 +188,11 @@ class _Maker:
         self._squares: dict[str, float | None] = {}  # by the description of the data
         self.notes: dict[str, None] = {}
         self._base = read(ladder.base)
+        if self._base.data.get("stages"):
+            raise ConfigError(
+                f"{self._base.where(('stages',))}: base={ladder.base} has stages, and a ladder "
+                "gives its runs their lengths; leave stages out"
+            )
         for key, value in ladder.set.items():
             put(self._base, key, value, tree.where(("set", key)))
 

@@ -121,6 +121,8 @@ _SAID = {
     "same_documents": "WARNING: the run that these weights come from has read the documents of "
     "{sources} in the same order (run.seed={seed}); data.continue_sources: true goes on after "
     "them, and with another run.seed the order is another",
+    "stage": "stage {name}, steps {first_step} to {last_step}: {said}",
+    "forecast_of_stage": "forecasts are of step {of_step}, with which this stage ends",
     "mixture_changed": "the mixture is another one from step {step} on: {before} became {after}",
     "sources_continued": "sources go on after what earlier runs have read: epochs {epochs}",
     "advice": "WARNING: {text}",

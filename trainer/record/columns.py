@@ -59,6 +59,7 @@ class FinishedStep:
     peak_bytes: int
     stream: Sources
     batch: BatchPlan
+    stage: int | None
     recorded: bool
 
     @property
@@ -104,6 +105,12 @@ class Column:
 
 _LOOP = (
     Column("step", "1", "updates so far, counted from 1", lambda s: s.step),
+    Column(
+        "stage",
+        "1",
+        "of a run with stages: the number of the step's own, counted from 1",
+        lambda s: {} if s.stage is None else s.stage,
+    ),
     Column(
         "tokens",
         "tokens",
@@ -302,7 +309,11 @@ _MONITORS = tuple(
 _FORECAST = tuple(
     Column(f"forecast/{name}", "nats", meaning, by="record.forecast")
     for name, meaning in (
-        ("loss", "expected training loss of the run's last step (docs/forecast.md)"),
+        (
+            "loss",
+            "expected training loss of the run's last step (docs/forecast.md), or of the last step "
+            "up to which stages differ in their rates alone",
+        ),
         ("low", "lower end of its 95 % interval"),
         ("high", "upper end of its 95 % interval"),
     )

@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 from typing_extensions import override
 
+from allometry.configs.run import RunConfig
 from allometry.laws.forecast import Curve, forecast
 from allometry.laws.observations import LearningRates
 from allometry.laws.runs import read_lines
-from allometry.optim.schedule import Schedule
+from allometry.scaling.stages import places_of
 from allometry.trainer.record.callbacks import Callback, Reporter
 from allometry.trainer.record.columns import FinishedStep
-from allometry.trainer.record.rates import rates_of, with_history
+from allometry.trainer.record.rates import one_curve, with_history
 from allometry.trainer.record.writer import Row
 from allometry.trainer.state.folder import RunFolder
 
@@ -22,26 +23,26 @@ class Forecaster(Callback):
     """Adds ``forecast/loss``, ``forecast/low`` and ``forecast/high`` to a row each few steps.
 
     They are of the expected training loss of the last step under the run's own schedule
-    (``laws/forecast.py``), from all rows so far; a resumed run reads those of earlier launches from
-    its record. The first recorded row at or after each multiple of ``every_steps`` has them. Where
-    there can be none (too few rows) the row has none and an event ``no_forecast`` says why, once in
-    a launch; ``forecast_from_prior`` says once that the decay's gain is not measured. Nothing here
-    ends or changes a run. It stands on the main rank. ``branched_at``: the run's steps that were
-    its parent's.
+    (``laws/forecast.py``), from all rows so far. A curve goes on over stages that differ in their
+    rates alone (``one_curve``); where it ends before the run, the forecast is of the stage's last
+    step, which an event ``forecast_of_stage`` says once. A resumed run reads the rows of earlier
+    launches from its record. The first recorded row at or after each multiple of ``every_steps``
+    has them. Where there can be none (too few rows) the row has none and an event ``no_forecast``
+    says why, once in a launch; ``forecast_from_prior`` says once that the decay's gain is not
+    measured. Nothing here ends or changes a run. It stands on the main rank.
     """
 
     def __init__(
         self,
         every_steps: int,
-        schedule: Schedule,
-        peak: float,
+        run: RunConfig,
+        steps_taken: int,
         folder: RunFolder,
         report: Reporter,
-        branched_at: int = 0,
     ) -> None:
-        self._every, self._schedule, self._peak = every_steps, schedule, peak
-        self._folder, self._report, self._branched_at = folder, report, branched_at
-        self._rates: LearningRates | None = None
+        self._every, self._run, self._steps_taken = every_steps, run, steps_taken
+        self._folder, self._report = folder, report
+        self._curve: tuple[int, int, LearningRates] | None = None
         self._used: list[float] = []  # in the steps of earlier launches
         self._steps: list[int] = []
         self._losses: list[float] = []
@@ -72,19 +73,25 @@ class Forecaster(Callback):
         self._due = step // self._every * self._every + self._every
         steps_n, losses_n = np.array(self._steps, np.int64), np.array(self._losses)
         try:
-            if self._rates is None:
-                rates, used_n = rates_of(self._schedule, self._peak), np.array(self._used)
+            if self._curve is None:
+                first, last, rates = one_curve(self._run, self._steps_taken)
+                used_n = np.array(self._used)
                 recorded = steps_n[: len(used_n)], used_n
-                self._rates = with_history(rates, self._branched_at, *recorded)
-            end = forecast([Curve("this run", steps_n, losses_n, self._rates)], self._rates)
+                rates = with_history(rates, self._run.run.branched_at, *recorded)
+                self._curve = first, last, rates
+            first, last, rates = self._curve
+            steps_n, losses_n = steps_n[steps_n >= first], losses_n[steps_n >= first]
+            end = forecast([Curve("this run", steps_n, losses_n, rates)], rates)
         except (ValueError, ArithmeticError) as error:  # a UserError is a ValueError
             self._say_once("no_forecast", step, reason=str(error))
             return {}
+        if last < places_of(self._run)[-1].last_step:
+            self._say_once("forecast_of_stage", step, of_step=last)
         if "gain" in end.quality.unmeasured:
             self._say_once("forecast_from_prior", step, warning=end.warnings[0])
         return {"forecast/loss": end.loss, "forecast/low": end.low, "forecast/high": end.high}
 
-    def _say_once(self, kind: str, step: int, **details: str) -> None:
+    def _say_once(self, kind: str, step: int, **details: Any) -> None:
         if kind not in self._said:
             self._said.add(kind)
             self._report(kind, step=step, **details)

@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from allometry.configs.run import RunConfig
 from allometry.laws.observations import LearningRates
-from allometry.optim.schedule import Schedule, resolve_schedule
-from allometry.scaling.batch import BatchPlan
+from allometry.optim.schedule import Schedule, schedules_of
+from allometry.scaling.stages import place_at, places_of
 
 
 def rates_of(schedule: Schedule, peak: float) -> LearningRates:
-    """Return the rate of each step of a schedule whose fraction 1 is ``peak``.
+    """Return the rate of each step of a schedule whose fraction 1 is ``peak``."""
+    steps = range(schedule.first_step, schedule.total_steps + 1)
+    return LearningRates(
+        peak * np.array([schedule.fraction(step) for step in steps]), schedule.warmup_steps
+    )
 
-    Of steps before the one that it begins with it says nothing: NaN.
+
+def planned_rates(config: RunConfig, stages: int | None = None) -> LearningRates:
+    """Return the rate of each step that a run's configuration plans, or its first ``stages``.
+
+    Of steps before the one that its schedule begins with it says nothing: NaN.
     """
-    fractions = [math.nan] * schedule.begin_step
-    steps = range(schedule.begin_step + 1, schedule.total_steps + 1)
-    fractions += [schedule.fraction(step) for step in steps]
-    return LearningRates(peak * np.array(fractions), schedule.warmup_steps)
-
-
-def planned_rates(config: RunConfig) -> LearningRates:
-    """Return the rate of each step that a run's configuration plans."""
-    plan = BatchPlan(config.batch, config.data.sequence_length)
-    return rates_of(resolve_schedule(config, plan), config.optimizer.lr)
+    schedules = schedules_of(config)
+    parts = [
+        rates_of(schedule, place.config.optimizer.lr)
+        for place, schedule in zip(places_of(config), schedules, strict=True)
+    ][:stages]
+    unknown_n = np.full(schedules[0].first_step - 1, np.nan)
+    rates_n = np.concatenate([unknown_n, *(part.rates for part in parts)])
+    return LearningRates(rates_n, parts[0].warmup_steps)
 
 
 def with_history(
@@ -48,3 +54,25 @@ def with_history(
     filled = rates.rates.copy()
     filled[:branched_at] = np.interp(np.arange(1, branched_at + 1), steps, used)
     return LearningRates(filled, rates.warmup_steps)
+
+
+def one_curve(config: RunConfig, steps_taken: int) -> tuple[int, int, LearningRates]:
+    """Return how far a loss curve can be followed from the stage of the next step.
+
+    Stages in a row that differ in nothing but their schedules, peak rates and lengths have one
+    curve. Returns its first and its last step, and the rates of all steps up to that.
+    """
+    places = places_of(config)
+    at = place_at(places, steps_taken).number - 1
+    alike = [_but_rates(place.config) == _but_rates(places[at].config) for place in places]
+    first = max((n + 1 for n in range(at) if not alike[n]), default=0)
+    end = next((n for n in range(at, len(places)) if not alike[n]), len(places))
+    return places[first].steps_before + 1, places[end - 1].last_step, planned_rates(config, end)
+
+
+def _but_rates(config: RunConfig) -> dict[str, Any]:
+    said = config.model_dump(mode="json", exclude={"schedule"})
+    for section, key in (("optimizer", "lr"), ("training", "total_steps")):
+        del said[section][key]
+    del said["training"]["total_tokens"]
+    return said

@@ -93,7 +93,7 @@ def take(
         problem = "it was removed meanwhile"
     if problem is not None:
         raise discard(partial, parent, problem)
-    return Taken(partial, facts, copies, branch_changes(before, config, rates=True))
+    return Taken(partial, facts, copies, branch_changes(before, config, parent.step, rates=True))
 
 
 def copy_share(copies: Sequence[tuple[Path, Path]], rank: int, world_size: int) -> None:

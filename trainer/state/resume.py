@@ -14,10 +14,9 @@ from allometry.configs.loader import dump
 from allometry.configs.run import RunConfig
 from allometry.data.run_tokenizer import RunTokenizer
 from allometry.data.sources import Sources
-from allometry.optim.schedule import resolve_schedule
+from allometry.optim.schedule import schedules_of
 from allometry.parallel.agree import from_main_rank, on_all_ranks
 from allometry.parallel.mesh import Mesh
-from allometry.scaling.batch import BatchPlan
 from allometry.trainer.state import checkpoint
 from allometry.trainer.state.branch import (
     Taken,
@@ -47,7 +46,8 @@ class Start:
 
     ``branched``: it was just taken over from the run that ``run.parent`` names. ``changes``: what
     the description has otherwise from here on. ``overrides``: how many parameters the launch
-    freezes, trains again or multiplies otherwise than the steps before.
+    freezes, trains again or multiplies otherwise than the steps before. ``next_stage``: it was just
+    saved, and the launch goes on in another stage.
     """
 
     checkpoint: Path | None
@@ -58,6 +58,7 @@ class Start:
     branched: bool = False
     changes: tuple[Difference, ...] = ()
     overrides: dict[str, int] = field(default_factory=dict)
+    next_stage: bool = False
 
     @property
     def step(self) -> int:
@@ -168,6 +169,13 @@ def begin(
         raise
 
 
+def next_stage(folder: RunFolder, step: int, mesh: Mesh) -> Start:
+    """Return where the stage begins that follows ``step``, at the checkpoint just saved there."""
+    path = folder.checkpoints / f"step-{step}"
+    facts = from_main_rank(mesh, lambda: checkpoint.read_facts(path), "reading a checkpoint")
+    return Start(path, facts, [], [], 0, next_stage=True)
+
+
 def _choose(
     folder: RunFolder,
     config: RunConfig,
@@ -216,7 +224,7 @@ def _choose(
             path,
             with_reading(facts, old),
             changes=tuple(differences(old, config, rates=True)),
-            overrides=changed_overrides(old, config),
+            overrides=changed_overrides(old, config, facts["step"]),
         )
     # Nothing was trained on imported weights yet: only their own description is settled.
     settled = _SETTLED
@@ -245,10 +253,10 @@ def _choose_new(
     if parent is not None:
         _check_stop(folder, parent.step, stop_at_step)
         source = RunFolder(parent.folder)
+        taken = take(folder, config, parent, lambda facts: accept(facts, stored_config(source)))
         before = stored_config(source)
-        taken = take(folder, config, parent, lambda facts: accept(facts, before))
         facts = with_reading(taken.facts, before)
-        return _Choice.of(taken, facts, changed_overrides(before, config))
+        return _Choice.of(taken, facts, changed_overrides(before, config, parent.step))
     if initial is not None:
         taken = take_initial(
             *(folder, config, initial, lambda facts: check(continued(stream, facts)), importer)
@@ -314,8 +322,7 @@ def _check_rows(folder: RunFolder, step: int) -> None:
 
 
 def _total_steps(config: RunConfig) -> int:
-    plan = BatchPlan(config.batch, config.data.sequence_length)
-    return resolve_schedule(config, plan).total_steps
+    return schedules_of(config)[-1].total_steps
 
 
 def _check_stop(folder: RunFolder, step: int, stop_at_step: int | None) -> None:
@@ -334,13 +341,15 @@ def _check_facts(config: RunConfig, facts: dict[str, Any], fingerprints: dict[st
 
 def _check_schedule_file(config: RunConfig, facts: dict[str, Any]) -> None:
     """Refuse a refined schedule whose file is no longer what the steps taken have read."""
-    if not config.schedule.reads_file or facts.get("weights_only", False):
+    stages = config.of_stages()
+    if not any(one.schedule.reads_file for one in stages) or facts.get("weights_only", False):
         return
-    plan = BatchPlan(config.batch, config.data.sequence_length)
-    schedule = resolve_schedule(config, plan)
     since = rates_since(config, facts)
-    steps = range(since["step"] + 1, int(facts["step"]) + 1)
-    s1 = sum((config.optimizer.lr * schedule.fraction(step) for step in steps), since["s1"])
+    s1 = since["s1"]
+    for one, schedule in zip(stages, schedules_of(config), strict=True):
+        first = max(schedule.first_step, since["step"] + 1)
+        steps = range(first, min(facts["step"], schedule.total_steps) + 1)
+        s1 += sum(one.optimizer.lr * schedule.fraction(step) for step in steps)
     if not math.isclose(s1, facts["areas"]["s1"], rel_tol=1e-9):
         raise UserError(
             "the file of schedule.kind=refined changed, so that steps already taken would have had "

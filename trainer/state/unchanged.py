@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 from allometry.configs.errors import UserError
 from allometry.configs.lineage import Parent, covers
 from allometry.configs.run import RunConfig
-from allometry.optim.schedule import resolve_schedule
-from allometry.scaling.batch import BatchPlan
+from allometry.optim.schedule import schedules_of
 from allometry.scaling.inventory import inventory
 from allometry.scaling.parameterization import Parameterization
+from allometry.scaling.stages import StagePlace, place_at, places_of
 from allometry.trainer.state.changed import (
     MIXTURE,
     Difference,
@@ -32,13 +35,15 @@ def check_unchanged(
     read stay what they were, and each source goes on at its next one (``Reading.resumed``). So may
     ``optimizer.overrides`` (``changed_overrides``).
     """
-    for key, before, after in differences(old, new):
-        settled = not any(covers(name, key) for name in (*MIXTURE, OVERRIDES))
+    for begun, change in _differences_of_stages(old, new, step):
+        may = begun.goes_on and any(covers(name, change.key) for name in (*MIXTURE, OVERRIDES))
         if sections is not None:
-            settled = any(covers(one, key) for one in sections) and not covers(OVERRIDES, key)
-        if settled:
+            may = may or not any(covers(one, change.key) for one in sections)
+        if not may:
+            key, before, after = change
+            at = begun.at
             raise UserError(
-                f"{key}={after!r} differs from {before!r}, with which {old.run.folder} was "
+                f"{at}{key}={after!r} differs from {before!r}, with which {old.run.folder} was "
                 f"started, and {CONTINUES}"
             )
     _check_length(new, step)
@@ -62,7 +67,14 @@ def check_branch(parent: RunConfig, branch: RunConfig, link: Parent) -> None:
     """
     step, folder = link.step, link.folder
     check_names(link, parent, branch)
-    changes = branch_changes(parent, branch)
+    for begun, change in _differences_of_stages(parent, branch, step):
+        if not begun.goes_on and _is_of_branch(change):
+            raise UserError(
+                f"{begun.at}{change.key}={change.after!r} differs from {change.before!r} of "
+                f"run.parent.folder={folder}, where that stage has ended; restore it or leave "
+                "run.parent out"
+            )
+    changes = branch_changes(parent, branch, step)
     check_possible(changes, f"of run.parent.folder={folder}", f"folder: {folder}, step: {step}")
     check_named(changes, link)
     if _check_length(branch, step) == step:
@@ -88,18 +100,23 @@ def check_branch(parent: RunConfig, branch: RunConfig, link: Parent) -> None:
 
 
 def branch_changes(
-    parent: RunConfig, branch: RunConfig, *, rates: bool = False
+    parent: RunConfig, branch: RunConfig, step: int, *, rates: bool = False
 ) -> tuple[Difference, ...]:
-    """Return what a branch has otherwise than its parent, but for where it branches."""
-    different = differences(parent, branch, rates=rates)
-    return tuple(one for one in different if not covers("run", one.key) or one.key == "run.seed")
+    """Return what a branch has otherwise than its parent at ``step``, but for where it branches."""
+    before, after = (_at(run, step) for run in (parent, branch))
+    return tuple(one for one in differences(before, after, rates=rates) if _is_of_branch(one))
 
 
-def changed_overrides(old: RunConfig, new: RunConfig) -> dict[str, int]:
-    """How many parameters other ``optimizer.overrides`` freeze, train again and multiply otherwise;
-    empty where none is.
+def _is_of_branch(change: Difference) -> bool:
+    return not covers("run", change.key) or change.key == "run.seed"
+
+
+def changed_overrides(old: RunConfig, new: RunConfig, step: int) -> dict[str, int]:
+    """How many parameters other ``optimizer.overrides`` freeze, train again and multiply otherwise
+    in the steps after ``step``; empty where none is.
     """
-    rules = [Parameterization.of_run(_with_overrides(new, one)) for one in (old, new)]
+    new = _at(new, step)
+    rules = [Parameterization.of_run(_with_overrides(new, one)) for one in (_at(old, step), new)]
     found = {"frozen": 0, "trained": 0, "multiplied": 0}
     for spec in inventory(new.model):
         before, after = (each.resolve(spec) for each in rules)
@@ -111,46 +128,106 @@ def changed_overrides(old: RunConfig, new: RunConfig) -> dict[str, int]:
     return found if any(found.values()) else {}
 
 
+def _at(run: RunConfig, step: int) -> RunConfig:
+    """A run as it is after ``step`` steps: in one of its stages."""
+    return place_at(places_of(run), step).config
+
+
 def rates_part(old: RunConfig, new: RunConfig, step: int) -> int | None:
     """The first of ``step`` steps whose learning rates differ between two runs; None if none does.
 
     Not the schedule alone: some parameterizations scale rates with the length of the run.
     """
-    if step and _multipliers(old) != _multipliers(new):
-        return 1
-    plan = BatchPlan(old.batch, old.data.sequence_length)
-    was, now = resolve_schedule(old, plan), resolve_schedule(new, plan)
-    begun, other = was.begin_step, now.begin_step
+    was, now = schedules_of(old), schedules_of(new)
+    begun, other = was[0].first_step - 1, now[0].first_step - 1
     if min(step, begun) != min(step, other):  # one of them does not say how its first steps were
         return min(begun, other) + 1
-    shared = min(step, was.total_steps, now.total_steps)
-    different = (s for s in range(begun + 1, shared + 1) if was.fraction(s) != now.fraction(s))
-    return next(different, None if shared == step else shared + 1)
+    last = min(step, begun)
+    for one, place in zip(places_of(old), places_of(new), strict=False):
+        at, first = one.number - 1, one.steps_before + 1
+        if first <= step and _multipliers(old, at) != _multipliers(new, at):
+            return first
+        last = min(step, one.last_step, place.last_step)
+        for done in range(max(first, was[at].first_step), last + 1):
+            if was[at].fraction(done) != now[at].fraction(done):
+                return done
+        if last == step or last < max(one.last_step, place.last_step):
+            break
+    return None if last == step else last + 1
+
+
+class _Begun(NamedTuple):
+    """A stage that had begun, as it was and as it is now; whether it goes on; what to call it."""
+
+    was: StagePlace
+    now: StagePlace
+    goes_on: bool
+
+    @property
+    def at(self) -> str:
+        """Where a key of it is."""
+        return "" if self.now.name is None else f"stage {self.now.name}: "
+
+
+def _stages_begun(old: RunConfig, new: RunConfig, step: int) -> Iterator[_Begun]:
+    """The stages that had begun by ``step``.
+
+    Raises:
+        UserError: a stage that had begun is no more, or would have ended at another step.
+    """
+    was, now = places_of(old), places_of(new)
+    for one in was:
+        if one.steps_before >= step and one.number > 1:
+            return
+        other = now[one.number - 1] if one.number <= len(now) else None
+        staged = one.name is not None or (other is not None and other.name is not None)
+        if staged and (other is None or min(other.last_step, step) != min(one.last_step, step)):
+            name = "the run, which had no stages" if one.name is None else f"stage {one.name}"
+            wanted = "is gone" if other is None else f"would have ended at {other.last_step}"
+            raise UserError(
+                f"stages: of the {step} steps taken, those from {one.steps_before + 1} to "
+                f"{min(one.last_step, step)} were taken in {name}, which now {wanted}; only what "
+                f"lies after step {step} may change: restore the rest or choose another run.folder"
+            )
+        assert other is not None
+        yield _Begun(one, other, other.name is None or other.last_step > step)
+
+
+def _differences_of_stages(
+    old: RunConfig, new: RunConfig, step: int
+) -> Iterator[tuple[_Begun, Difference]]:
+    """What the stages begun compute differently."""
+    for begun in _stages_begun(old, new, step):
+        for change in differences(begun.was.config, begun.now.config):
+            yield begun, change
 
 
 def _check_length(config: RunConfig, step: int) -> int:
     """The length of a run that has taken ``step`` steps, which may not be less."""
-    plan = BatchPlan(config.batch, config.data.sequence_length)
-    total = resolve_schedule(config, plan).total_steps
+    total = schedules_of(config)[-1].total_steps
     if total < step:
         raise UserError(
             f"training asks for {total} steps in all, but the run has already taken {step}; raise "
-            "training.total_steps (or total_tokens)"
+            "training.total_steps (or total_tokens), or add to its stages"
         )
     return total
 
 
-def _multipliers(config: RunConfig) -> list[tuple[float, float, float, float]]:
-    """What multiplies rate, decay, epsilon and 1 - beta2 of each parameter, overrides aside."""
-    rules = Parameterization.of_run(_with_overrides(config, None))
+def _multipliers(config: RunConfig, stage: int) -> list[tuple[float, float, float, float]]:
+    """What multiplies rate, decay, epsilon and 1 - beta2 of each parameter in a stage, overrides
+    aside.
+    """
+    whole = Parameterization.of_run(config, stage)
+    assert whole.optimizer is not None
+    plain = whole.optimizer.model_copy(update={"overrides": ()})
+    rules = Parameterization(whole.config, whole.model, plain, whole.scale)
     resolved = [rules.resolve(spec) for spec in inventory(config.model)]
     return [(one.lr, one.weight_decay, one.eps, one.forgetting) for one in resolved]
 
 
-def _with_overrides(config: RunConfig, of: RunConfig | None) -> RunConfig:
-    """``config`` with the overrides of another run, or without any."""
-    overrides = () if of is None else of.optimizer.overrides
-    optimizer = config.optimizer.model_copy(update={"overrides": overrides})
+def _with_overrides(config: RunConfig, of: RunConfig) -> RunConfig:
+    """``config`` with the overrides of another run."""
+    optimizer = config.optimizer.model_copy(update={"overrides": of.optimizer.overrides})
     return config.model_copy(update={"optimizer": optimizer})
 
 

@@ -223,6 +223,8 @@ COVERING: tuple[tuple[str, tuple[Stage, ...]], ...] = (
         "data/reading.py",
         (unit("data/*reading", "data/*changes"), unit("trainer/test_trainer_mixtures")),
     ),
+    ("data/lines.py", (unit("data/*lengths"), unit("data/*reading", "data/*stream"))),
+    ("data/cuts.py", (unit("data/*lengths"), unit("data/*documents", "data/*reading"))),
     (
         "data/*.py",
         (
@@ -232,6 +234,7 @@ COVERING: tuple[tuple[str, tuple[Stage, ...]], ...] = (
         ),
     ),
     ("scaling/batch.py", (unit("scaling/*batch"), unit("scaling/*"))),
+    ("scaling/stages.py", (unit("optim/test_optim_stages"), unit("trainer/*stages"))),
     ("scaling/count.py", (unit("scaling/*count"), unit("scaling/*"))),
     (
         "scaling/parameterizations/*.py",

@@ -23,6 +23,15 @@ from allometry.launch.runs.commands import Prepare
 
 # Texts of a description that are no paths: names, patterns and lines of scripts.
 NO_PATHS = {"name", "resume", "project", "entity", "law", "loss", "schedule", "sources"}
+NO_PATHS |= {
+    "data",
+    "batch",
+    "model",
+    "optimizer",
+    "training",
+    "precision",
+    "parallel",
+}  # of stages
 NO_PATHS |= {"set", "options", "setup", "fix", "parent", "changes", "deepspeed_extra"}
 
 

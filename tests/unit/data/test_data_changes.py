@@ -31,7 +31,7 @@ def shares(weights: list[float]) -> dict[str, float]:
 
 def changes_of(weights: list[list[float]], lengths: list[int]) -> list[Change]:
     starts = np.cumsum([0, *lengths]).tolist()
-    return [Change(start, shares(one)) for start, one in zip(starts, weights, strict=False)]
+    return [Change(start, shares(one), LENGTH) for start, one in zip(starts, weights, strict=False)]
 
 
 @st.composite
@@ -69,8 +69,10 @@ def test_the_schedule_is_the_definition_at_any_position(
 @given(changing(), st.integers(1, 3000))
 def test_counts_stay_near_the_sum_of_the_shares(changes: list[Change], beyond: int) -> None:
     """However often they change; a source that stops takes along what it was owed."""
-    changes = [c for c in changes if all(c.shares.values())] or [Change(0, shares([1.0] * 4))]
-    changes[0] = Change(0, changes[0].shares)
+    changes = [c for c in changes if all(c.shares.values())] or [
+        Change(0, shares([1.0] * 4), LENGTH)
+    ]
+    changes[0] = Change(0, changes[0].shares, LENGTH)
     total = changes[-1].position + beyond
     counts = ChangingMixture(changes, NAMES).counts(total).tolist()
     ends = [c.position for c in changes[1:]] + [total]
@@ -81,16 +83,17 @@ def test_counts_stay_near_the_sum_of_the_shares(changes: list[Change], beyond: i
 
 
 def test_a_source_that_stops_gives_nothing_more() -> None:
-    changes = [Change(k, shares([1.0, 0.3, 0.2, 0.0])) for k in (0,)]
+    changes = [Change(k, shares([1.0, 0.3, 0.2, 0.0]), LENGTH) for k in (0,)]
     for position in range(1, 60, 7):
-        stop = Change(position, shares([0.0, 1.0, 1.0, 1.0]))
+        stop = Change(position, shares([0.0, 1.0, 1.0, 1.0]), LENGTH)
         source, _ = ChangingMixture([*changes, stop], NAMES).sources(position, 200)
         assert 0 not in source
 
 
 def test_far_positions_cost_no_more() -> None:
     mixture = ChangingMixture(
-        [Change(0, shares([1, 1, 1, 1])), Change(10**12, shares([3, 1, 0, 0]))], NAMES
+        [Change(0, shares([1, 1, 1, 1]), LENGTH), Change(10**12, shares([3, 1, 0, 0]), LENGTH)],
+        NAMES,
     )
     far = mixture.counts(2 * 10**12) - mixture.counts(10**12)
     assert far.tolist() == [750_000_000_000, 250_000_000_000, 0, 0]
@@ -144,7 +147,7 @@ def test_replay_in_steps_and_ramps() -> None:
     }
     changes = declared(config(replay, a=1, b=1))
     assert len(changes) == 2 + STAIRS + 1
-    assert changes[1] == Change(100, changes[1].shares)
+    assert changes[1] == Change(100, changes[1].shares, LENGTH)
     mixture = ChangingMixture(changes, ("a", "b"))
     assert mixture.shares(99)["b"] == 0.5
     assert mixture.shares(100)["b"] == pytest.approx(0.1)

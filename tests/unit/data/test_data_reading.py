@@ -134,8 +134,8 @@ def test_what_cannot_be_gone_on_with_is_said(folder: Path, tmp_path: Path) -> No
         parent.after([])
     with pytest.raises(UserError, match=r"run.seed=5.*here run.seed=6"):
         Stream(config(folder, code=1), 6).after([ancestor])
-    with pytest.raises(UserError, match=r"data.sequence_length=16, and here .*length=8"):
-        Stream(config(folder, 8, code=1), SEED).after([ancestor])
+    with pytest.raises(UserError, match=r"as another data\.kind"):
+        open_stream(documents(folder, 16, 11, code=1), SEED).after([ancestor])
     with pytest.raises(UserError, match="does not say how much"):
         parent.after([{"run": "r", "data": parent.fingerprints()}])
     renamed = [{"name": "other", "train": str(folder / "code")}]

@@ -12,7 +12,7 @@ import torch
 
 from allometry.configs.errors import ConfigError, UserError
 from allometry.configs.run import RunConfig
-from allometry.optim.schedule import Schedule, resolve_schedule
+from allometry.optim.schedule import resolve_schedule, schedules_of
 from allometry.scaling.batch import BatchPlan
 from allometry.scaling.plan import RunPlan
 from allometry.trainer.record.rates import planned_rates, with_history
@@ -277,5 +277,8 @@ def test_links_that_contradict_themselves(tiny: Make) -> None:
 
 
 def test_a_schedule_that_begins_after_the_end(tiny: Make) -> None:
+    config = tiny(
+        "run.parent={folder: a, step: 20, changes: [schedule]}", "training.total_steps=20"
+    )
     with pytest.raises(UserError, match="so that none is left"):
-        Schedule(tiny().schedule, 8, 8, None, 8)
+        schedules_of(config)

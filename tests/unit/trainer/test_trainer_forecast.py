@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from allometry.configs.run import RunConfig
-from allometry.optim.schedule import Schedule
 from allometry.trainer.record.callbacks import Callback, Display, Reporter
 from allometry.trainer.record.forecast import Forecaster
 from allometry.trainer.state.folder import RunFolder
@@ -62,23 +61,21 @@ def test_a_resumed_run_forecasts_the_same(tiny: Make, tmp_path: Path) -> None:
     assert [row["loss"] for row in rows(stopped)] == [row["loss"] for row in rows(straight)]
 
 
-def make(folder: Path, every: int = 100) -> tuple[Forecaster, list[Any]]:
-    from allometry.configs.optimization import CosineSchedule
-
+def make(tiny: Make, folder: Path, every: int = 100) -> tuple[Forecaster, list[Any]]:
     said: list[Any] = []
-    schedule = Schedule(CosineSchedule(), 400, 20)
+    config = tiny("schedule={kind: cosine, warmup_steps: 20}", "training.total_steps=400")
     listener = Callback()
     listener.on_event = lambda kind, details: said.append((kind, details))  # type: ignore[method-assign]
     report = Reporter(None, [listener])
-    return Forecaster(every, schedule, 1e-2, RunFolder(folder), report), said
+    return Forecaster(every, config, 0, RunFolder(folder), report), said
 
 
 def step_of(step: int, loss: float) -> Any:
     return SimpleNamespace(step=step, loss=loss, recorded=True)
 
 
-def test_the_first_row_at_or_after_its_turn_has_the_forecast(tmp_path: Path) -> None:
-    forecaster, said = make(tmp_path)
+def test_the_first_row_at_or_after_its_turn_has_the_forecast(tiny: Make, tmp_path: Path) -> None:
+    forecaster, said = make(tiny, tmp_path)
     forecaster.on_start({}, 1)
     with_it = [
         step for step in range(3, 400, 3) if forecaster.additions(step_of(step, 3.0 + 20.0 / step))
@@ -88,9 +85,9 @@ def test_the_first_row_at_or_after_its_turn_has_the_forecast(tmp_path: Path) -> 
 
 
 def test_a_curve_that_cannot_be_fitted_is_an_event(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forecaster, said = make(tmp_path, every=1)
+    forecaster, said = make(tiny, tmp_path, every=1)
     forecaster.on_start({}, 1)
 
     def broken(*_: Any, **__: Any) -> None:
@@ -102,17 +99,17 @@ def test_a_curve_that_cannot_be_fitted_is_an_event(
     assert said == [("no_forecast", {"step": 1, "reason": "no number"})]
 
 
-def test_earlier_launches_are_read_up_to_the_first_step(tmp_path: Path) -> None:
+def test_earlier_launches_are_read_up_to_the_first_step(tiny: Make, tmp_path: Path) -> None:
     lines = [{"step": step, "lr": 1e-2, "loss": 3.0 + 20.0 / step} for step in range(1, 151)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
-    forecaster, _ = make(tmp_path)
+    forecaster, _ = make(tiny, tmp_path)
     forecaster.on_start({}, 121)
     for row in lines[120:]:
-        assert not forecaster.additions(step_of(**row))
+        assert not forecaster.additions(step_of(row["step"], row["loss"]))
     for step in range(151, 200):
         assert not forecaster.additions(step_of(step, 3.0 + 20.0 / step))
     found = forecaster.additions(step_of(200, 3.1))
-    whole, _ = make(tmp_path / "other")
+    whole, _ = make(tiny, tmp_path / "other")
     whole.on_start({}, 1)
     expected: dict[str, Any] = {}
     for step in range(1, 201):

@@ -215,9 +215,9 @@ def test_a_frozen_router_keeps_its_bias(tiny: Make, tmp_path: Path) -> None:
 def test_changes_are_counted(tiny: Make) -> None:
     plain, frozen = tiny(), tiny(said(FROZEN))
     multiplied = tiny(said([{"layers": 0, "lr_multiplier": 0.5}]))
-    assert changed_overrides(plain, plain) == changed_overrides(frozen, frozen) == {}
-    assert changed_overrides(plain, multiplied) == {"frozen": 0, "trained": 0, "multiplied": 11}
-    counted = changed_overrides(plain, frozen)
+    assert changed_overrides(plain, plain, 5) == changed_overrides(frozen, frozen, 5) == {}
+    assert changed_overrides(plain, multiplied, 5) == {"frozen": 0, "trained": 0, "multiplied": 11}
+    counted = changed_overrides(plain, frozen, 5)
     assert counted == {"frozen": 15, "trained": 0, "multiplied": 0}
 
 

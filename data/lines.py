@@ -1,0 +1,237 @@
+"""A source as an endless line of tokens that is read in windows, whose length may change."""
+
+# L tokens in a window; place: a token's number in a line; a stretch: windows that share an order
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+from typing_extensions import override
+
+from allometry.data.shuffle import Shuffle
+
+_SHUFFLES_KEPT = 2
+
+
+@dataclass(frozen=True)
+class Part:
+    """From sample ``first`` of a source on its samples are of ``length`` tokens.
+
+    ``limit``: of whole documents, where longer ones are cut.
+    """
+
+    first: int
+    length: int
+    limit: int | None = None
+
+
+class Line(ABC):
+    """An endless line of tokens in stretches; the windows that start in one are shuffled.
+
+    The order of a stretch's windows follows from (``key``, stretch, length) alone.
+    """
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+        self._shuffle = lru_cache(maxsize=_SHUFFLES_KEPT)(Shuffle)
+
+    @abstractmethod
+    def bound(self, stretch: int) -> int:
+        """The place at which a stretch begins."""
+
+    @abstractmethod
+    def stretch(self, place: int) -> int:
+        """The stretch that a place lies in."""
+
+    @abstractmethod
+    def runs(self, place: int, count: int) -> Iterator[tuple[int, int]]:
+        """Where ``count`` tokens from ``place`` on lie in the source's own line: places, counts.
+
+        Runs that follow each other there are one.
+        """
+
+    def windows(self, stretch: int, length: int) -> tuple[int, Shuffle]:
+        """The first window that starts in a stretch, and the order of all that do."""
+        first, end = (-(-self.bound(at) // length) for at in (stretch, stretch + 1))
+        return first, self._shuffle(f"{self.key}:{stretch}:{length}", end - first)
+
+    def window(self, sample: int, length: int) -> int:
+        """Which window of the line a sample is: window w starts at token w x ``length``.
+
+        Neighbours in a long document must not meet in one batch.
+        """
+        first, shuffle = self.windows(self.stretch(sample * length), length)
+        return first + shuffle(sample - first)
+
+
+class Rest(Line):
+    """What ``samples`` windows of ``length`` tokens have left of a line: unread windows, then all.
+
+    The unread windows of the stretch that was begun come first, end to end in the order of their
+    places, and are a stretch; then the line goes on behind the windows of that stretch. Nothing is
+    left out and nothing comes twice, whatever the length that this line is read with.
+    """
+
+    def __init__(self, below: Line, length: int, samples: int) -> None:
+        super().__init__(f"{below.key}:{samples} of {length}")
+        self._below, self._length = below, length
+        self._stretch = below.stretch(samples * length)
+        first, shuffle = below.windows(self._stretch, length)
+        begun = samples - first
+        unread = shuffle.images(begun, shuffle.size) if begun else np.empty(0, np.int64)
+        self._unread = np.sort(unread) + first
+        self._behind = (first + (shuffle.size if begun else 0)) * length
+        self._left = len(unread) * length
+
+    @override
+    def bound(self, stretch: int) -> int:
+        if not stretch:
+            return 0
+        further = self._below.bound(self._stretch + stretch) - self._behind
+        return self._left + max(0, further)
+
+    @override
+    def stretch(self, place: int) -> int:
+        if place < self._left:
+            return 0
+        return self._below.stretch(place - self._left + self._behind) - self._stretch
+
+    @override
+    def runs(self, place: int, count: int) -> Iterator[tuple[int, int]]:
+        for start, number in _joined(self._parts(place, count)):
+            yield from self._below.runs(start, number)
+
+    def _parts(self, place: int, count: int) -> Iterator[tuple[int, int]]:
+        """``runs`` in the line below, window by window."""
+        while count:
+            window, offset = divmod(place, self._length)
+            if place < self._left:
+                start = int(self._unread[window]) * self._length + offset
+                number = min(count, self._length - offset)
+            else:
+                start, number = place - self._left + self._behind, count
+            yield start, number
+            place, count = place + number, count - number
+
+    def of_below(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where unread places of the line below are in this one."""
+        windows, offsets = np.divmod(places, self._length)
+        left = np.searchsorted(self._unread, windows) * self._length + offsets
+        return np.where(places < self._behind, left, places - self._behind + self._left)
+
+
+def _joined(runs: Iterator[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Runs without seams between those that follow each other."""
+    start, number = next(runs)
+    for at, count in runs:
+        if at == start + number:
+            number += count
+        else:
+            yield start, number
+            start, number = at, count
+    yield start, number
+
+
+class Windows:
+    """The samples of a source that is read in ``parts``, each with windows of another length.
+
+    ``line`` is the source's own; a part reads what those before it have left of it.
+    """
+
+    def __init__(self, line: Line, parts: Sequence[Part]) -> None:
+        assert parts[0].first == 0
+        self.parts = tuple(parts)
+        self._lines = [line]
+        self._firsts = [part.first for part in parts]
+        self._through: tuple[int, int, int] | None = None
+        self._again: NDArray[np.int64] | None = None  # samples at which a token comes again
+
+    def line(self, number: int) -> Line:
+        """What a part reads; made when it is first asked for, at 8 bytes an unread window."""
+        while len(self._lines) <= number:
+            done, begun = self.parts[len(self._lines) - 1], self.parts[len(self._lines)]
+            count = begun.first - done.first
+            self._lines.append(Rest(self._lines[-1], done.length, count))
+        return self._lines[number]
+
+    def sample(self, number: int) -> Iterator[tuple[int, int]]:
+        """Where the tokens of a sample lie in the source's own line: places and counts."""
+        at = bisect_right(self._firsts, number) - 1
+        part, line = self.parts[at], self.line(at)
+        return _joined(
+            line.runs(line.window(number - part.first, part.length) * part.length, part.length)
+        )
+
+    def tokens(self, samples: int) -> int:
+        """Tokens in the first ``samples`` samples."""
+        ends = [*self._firsts[1:], max(samples, self._firsts[-1])]
+        return sum(
+            part.length * max(0, min(end, samples) - part.first)
+            for part, end in zip(self.parts, ends, strict=True)
+        )
+
+    def unique(
+        self, samples: int, places_of: Callable[[NDArray[np.int64]], NDArray[np.int64]]
+    ) -> int:
+        """Different tokens among those of the first ``samples`` samples, exactly.
+
+        The windows that start in the first epoch hold each of its tokens once, and what the last
+        ones have of the epochs after it: tokens that come twice once both samples are read.
+        ``places_of`` returns where the tokens at places of the line lie in its first epoch.
+        """
+        if self._through is None:
+            self._through = self._first_epoch()
+        through, part, end = self._through
+        period = self._lines[0].bound(1)
+        if samples >= through:
+            return period
+        if self._again is None:
+            later = np.arange(period, end)
+            first = places_of(later)
+            own = np.unique(first)
+            tokens = np.concatenate([own, first])
+            times = self._samples_of(np.concatenate([own, later]), part)
+            order = np.lexsort((times, tokens))
+            tokens, times = tokens[order], times[order]
+            self._again = np.sort(times[1:][tokens[1:] == tokens[:-1]])
+        return self.tokens(samples) - int(np.searchsorted(self._again, samples))
+
+    def _first_epoch(self) -> tuple[int, int, int]:
+        """When it is through: in samples, the part that ends it, and the place behind it."""
+        for number, part in enumerate(self.parts):
+            line = self.line(number)
+            windows = -(-line.bound(1) // part.length)
+            last = number + 1 == len(self.parts)
+            if last or self.parts[number + 1].first - part.first >= windows:
+                ((end, _),) = line.runs(windows * part.length, 1)
+                return part.first + windows, number, end
+        raise AssertionError("the last part has no end")
+
+    def _samples_of(self, places: NDArray[np.int64], last: int) -> NDArray[np.int64]:
+        """The samples that read places of the first epoch's windows, in parts up to ``last``."""
+        found = np.full(len(places), -1, np.int64)
+        open_ = np.arange(len(places))
+        for number in range(last + 1):
+            part, line = self.parts[number], self.line(number)
+            assert not number or isinstance(line, Rest)
+            if isinstance(line, Rest):
+                places = line.of_below(places)
+            _, shuffle = line.windows(0, part.length)
+            windows, of = np.unique(places // part.length, return_inverse=True)
+            read = [
+                part.first + shuffle.inverse(w) if w < shuffle.size else -1
+                for w in windows.tolist()
+            ]
+            samples = np.array(read, np.int64)[of]
+            end = self.parts[number + 1].first if number < last else None
+            here = (samples >= 0) if end is None else (samples >= 0) & (samples < end)
+            found[open_[here]] = samples[here]
+            places, open_ = places[~here], open_[~here]
+        assert not len(open_)
+        return found

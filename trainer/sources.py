@@ -1,0 +1,58 @@
+"""The data of a run: opened for all of its stages, and checked before its first step."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from allometry.configs.run import RunConfig
+from allometry.data.changes import DataStage
+from allometry.data.documents import DocumentStream
+from allometry.data.sources import Sources
+from allometry.data.stream import Stream, open_stream
+from allometry.data.tokenizer import check_vocabulary
+from allometry.scaling.plan import RunPlan
+from allometry.scaling.stages import places_of
+
+MANY_EPOCHS = 4
+_log = logging.getLogger(__name__)
+
+
+def open_sources(config: RunConfig) -> Stream | DocumentStream:
+    """Return the data, after checking that tokenizer and vocabulary fit them.
+
+    Those of a run with stages are as its first stage reads them: see ``Reading.in_stage``.
+    """
+    places = places_of(config)
+    stages = [
+        DataStage(
+            place.config.data,
+            place.first_sequence,
+            place.local.sequences_before(place.steps + 1),
+            place.name,
+        )
+        for place in places
+        if place.name is not None
+    ]
+    stream = open_stream(places[0].config.data, config.run.seed, stages)
+    check_vocabulary(config.model.vocab_size, stream.stores)
+    return stream
+
+
+def check_data(stream: Sources, plans: Sequence[RunPlan]) -> None:
+    """Check that the data are enough for the run as it goes on with them, in all of its stages."""
+    from allometry.trainer.feed import check_steps  # brings torch, which a dry run can spare
+
+    for number, plan in enumerate(plans):
+        staged = stream.in_stage(number)
+        if isinstance(staged, DocumentStream):
+            check_steps(staged, plan)
+    sequences = plans[-1].batch.sequences_before(plans[-1].total_steps + 1)
+    stream.check_run(sequences)
+    for name, epochs in stream.epochs(sequences).items():
+        if epochs > MANY_EPOCHS:
+            _log.warning(
+                "source %s will be read %.1f times; past about %d the repetition costs (arXiv "
+                "2305.16264): add data, lower its weight or shorten the run",
+                *(name, epochs, MANY_EPOCHS),
+            )
