@@ -174,7 +174,7 @@ def _located(error: ValidationError, tree: Tree, root: type[BaseModel]) -> tuple
         if len(keys) > 1:
             section = ".".join(map(str, path[:-1])) or "the run"
             said, number = f"{section} lacks {', '.join(keys)}; add them", len(keys)
-    of_an_item = first["type"] == "value_error" and isinstance(path[-1], int)
+    of_an_item = first["type"] == "value_error" and path and isinstance(path[-1], int)
     if first["type"] != "extra_forbidden" and not of_an_item:
         said += _form(path, root)
     said += _left_out(path, tree)

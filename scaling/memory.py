@@ -156,8 +156,7 @@ def estimate_memory(
         )
         return MemoryEstimate.of(step)
 
-    of_ranks = map(of_rank, range(pp) if pp_rank is None else (pp_rank,))
-    return max(of_ranks, key=lambda estimate: estimate.total)
+    return max(map(of_rank, range(pp) if pp_rank is None else (pp_rank,)), key=lambda e: e.total)
 
 
 def _dormant(model: ModelConfig, stage: range, optimizer: OptimizerConfig | None) -> frozenset[int]:
