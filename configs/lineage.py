@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from allometry.configs.base import Count, PathText, Section
 
@@ -59,6 +59,12 @@ class Parent(Section):
         return any(covers(name, key) for name in self.changes)
 
 
+def _step_or_latest(value: Any) -> Any:
+    if isinstance(value, str) and value != "latest":
+        raise ValueError("expected the step of a checkpoint, or latest")
+    return value
+
+
 Kept = Literal["weights", "optimizer", "data"]
 
 
@@ -69,9 +75,9 @@ class Initial(Section):
     hf: PathText | None = Field(
         None, min_length=1, description="instead of ``folder``: the folder of a Hugging Face model"
     )
-    step: Annotated[Count, Field(ge=0)] | Literal["latest"] = Field(
-        "latest", description="its checkpoint to begin with, by its step, or the latest"
-    )
+    step: Annotated[
+        Annotated[Count, Field(ge=0)] | Literal["latest"], BeforeValidator(_step_or_latest)
+    ] = Field("latest", description="its checkpoint to begin with, by its step, or the latest")
     keep: tuple[Kept, ...] = Field(
         ("weights",),
         min_length=1,

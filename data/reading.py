@@ -216,7 +216,8 @@ class Reading(ABC):
         if not ancestors:
             raise UserError(
                 "data.continue_sources: true has nothing to go on after, as no run is known that "
-                "these weights come from; leave it out"
+                "these weights come from; name it in run.initial with keep: [weights, data], or "
+                "leave it out"
             )
         starts = dict.fromkeys(self.sources, 0)
         inherited: dict[str, list[Part]] = {}
@@ -248,8 +249,8 @@ class Reading(ABC):
             problem = f"under the name {name!r}, which their order depends on; name the source so"
         if problem is not None:
             raise UserError(
-                f"data.continue_sources: true cannot go on in source {here[0]!r}: {run['run']} has "
-                f"read its documents {problem}, or leave data.continue_sources out"
+                f"data.continue_sources (or data in run.initial.keep) cannot go on in source "
+                f"{here[0]!r}: {run['run']} has read its documents {problem}, or leave that out"
             )
         return int(state["ledger"][name]["samples"])  # type: ignore[index]
 

@@ -136,9 +136,21 @@ def _row(
         human(run.tokens),
         f"{run.loss:.4f}" if isinstance(run.loss, int | float) else "",
         megabytes(run.bytes),
-        f"{origin}, step {run.parent_step}" if origin else "",
+        f"{origin}, step {run.parent_step}" if origin else _initial(run),
         ", ".join(_checkpoint(run, step) for step in _steps(run)),
     )
+
+
+_ORIGIN = ("run", "source", "step", "hash", "keep")
+
+
+def _initial(run: RunStatus) -> str:
+    """What a run began with that is no branch; nothing of one that began from nothing."""
+    if run.origin is None:
+        return ""
+    name = Path(str(run.origin.get("run") or run.origin.get("source"))).name
+    step = f", step {run.origin['step']}" if "step" in run.origin else ""
+    return f"({', '.join(run.origin.get('keep', ['weights']))} of {name}{step})"
 
 
 def _steps(run: RunStatus) -> list[int]:
@@ -185,6 +197,7 @@ def _facts(run: RunStatus, name: str, parent: str | None) -> dict[str, Any]:
         "parent": parent,
         "parent_folder": str(run.parent) if run.parent else None,
         "parent_step": run.parent_step,
+        "initial": {k: run.origin[k] for k in _ORIGIN if k in run.origin} if run.origin else None,
         "checkpoints": list(run.checkpoints),
         "pins": [{"step": one.step, "by": str(one.by), "missing": one.missing} for one in run.pins],
     }

@@ -194,6 +194,7 @@ def _in(config: RunConfig, dtype: str) -> RunConfig:
 
 def _named(job: Job, name: str) -> RunConfig:
     changes = {"folder": str(job.folder / name), "resume": "auto", "parent": None}
+    changes["initial"] = None
     run = job.config.run.model_copy(update=changes)
     return job.config.model_copy(update={"run": run})
 

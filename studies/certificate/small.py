@@ -45,6 +45,7 @@ def small_run(config: RunConfig, scratch: Path) -> RunConfig:
         "record": {"tensorboard": False},
         "evaluation": {},
     }
+    text["run"] |= {"parent": None, "initial": None}
     text["training"] |= {"total_tokens": None, "total_steps": STEPS, "compile": False}
     text["training"] |= {"compute_dtype": "fp32"}
     text["batch"] = {"sequences": least_sequences(config), "micro_batch_sequences": 1}

@@ -232,6 +232,11 @@ class _Maker:
         for key, value in size.set.items():
             put(tree, key, value, place)
         config = validate(tree)
+        if config.run.initial is not None:
+            raise UserError(
+                f"{place}: run.initial of base={self._ladder.base} begins a run with another one's "
+                "weights, and the runs of a ladder begin from nothing; leave it out"
+            )
         tokens = self._tokens(config, horizon)
         put(tree, "training.total_tokens", tokens, place)
         put(tree, "batch.sequences", self._sequences(config, tokens), place)

@@ -63,6 +63,7 @@ def as_probed(config: RunConfig, folder: Path) -> RunConfig:
     tree = config.model_dump(mode="json")
     data = config.data.model_copy(update={"sources": tuple(sources), "tokenizer": None})
     tree |= {"data": data.model_dump(mode="json"), "schedule": {"kind": "constant"}}
+    tree["run"] |= {"parent": None, "initial": None}
     tree["batch"] |= {"ramp": None}
     tree["training"] |= {"total_tokens": None, "total_steps": STEPS, "compile": False}
     return RunConfig.model_validate(tree)

@@ -1,14 +1,20 @@
 """Runs on two ranks that begin with one rank's checkpoint: as new runs, and as branches."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from allometry.configs.loader import dump
 from allometry.configs.run import RunConfig
+from gates import Gate
 from run_folders import events, rows
 from test_dist_runs import launch, losses, stage
 
@@ -99,3 +105,56 @@ def refused(config: RunConfig) -> str:
     except UserError as error:
         return str(error)
     return ""
+
+
+def killed_at(gate: Gate, config: Path) -> None:
+    """Train as a user does, and end the process where it stands."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "allometry.launch.train", str(config)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | gate.environment | {"OMP_NUM_THREADS": "1"},
+    )
+    with process:
+        gate.wait(process)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "section",
+    [
+        "run.initial={folder: FIRST, keep: [weights, optimizer, data]}",
+        "run.parent={folder: FIRST, step: 5, changes: [optimizer.lr, schedule]}",
+    ],
+)
+def test_two_kills_leave_the_bits_as_they_are(
+    tiny: Make, run_ranks: Ranks, tmp_path: Path, section: str
+) -> None:
+    first = tmp_path / "first"
+    run_ranks(launch, 1, tiny(STABLE, "checkpoint.keep_steps=[5]", folder=first), 5)
+    changed = (
+        section.replace("FIRST", str(first)),
+        "optimizer.lr=4e-3",
+        "schedule={kind: cosine, warmup_steps: 2}",
+        "checkpoint.every_steps=2",
+        "training.total_steps=12",
+    )
+    straight, killed = (tiny(*changed, folder=tmp_path / name) for name in ("straight", "killed"))
+    run_ranks(launch, 1, straight)
+    path = tmp_path / "killed.yaml"
+    path.write_text(dump(killed))
+    killed_at(Gate(tmp_path / "once", 7), path)
+    shutil.rmtree(first)
+    killed_at(Gate(tmp_path / "twice", 10), path)
+    run_ranks(launch, 1, killed)
+    assert losses(killed) == losses(straight)
+    assert [event["event"] for event in events(tmp_path / "killed")].count("resumed") == 2
+    keys = ("s1", "s2", "lr", "tokens", "grad_norm")
+    found, wanted = (
+        [[row[key] for key in keys] for row in rows(tmp_path / name)]
+        for name in ("killed", "straight")
+    )
+    assert found == wanted

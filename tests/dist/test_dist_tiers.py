@@ -196,7 +196,8 @@ def test_states_are_converted_in_tiers_as_in_memory(
     }[to]
     parent = prepared(tiny, tmp_path / "parent", "alone", "nvme", before)
     run_ranks(launch, 1, parent, 10)
-    said = f"run.parent={{folder: {parent.run.folder}, step: 10}}"
+    link = f"folder: {parent.run.folder}, step: 10, changes: [optimizer.states]"
+    said = f"run.parent={{{link}}}"
     found = []
     for tier in ("memory", "all"):
         config = prepared(tiny, tmp_path / tier, layout, tier, after, said)

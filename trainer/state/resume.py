@@ -27,14 +27,14 @@ from allometry.trainer.state.branch import (
     stored_config,
     take,
 )
-from allometry.trainer.state.changed import Difference, differences
+from allometry.trainer.state.changed import Difference
 from allometry.trainer.state.folder import RunFolder, write_atomically
 from allometry.trainer.state.initial import Importer, check_converted, take_initial, unusable
 from allometry.trainer.state.integrity import damage_of_contents
 from allometry.trainer.state.reading import continued, weights_only, with_reading
 from allometry.trainer.state.refused import check_not_refused
 from allometry.trainer.state.room import check_room
-from allometry.trainer.state.unchanged import changed_overrides, check_unchanged
+from allometry.trainer.state.unchanged import branch_changes, changed_overrides, check_unchanged
 
 T = TypeVar("T")
 _SETTLED = ("model", "parameterization")
@@ -219,13 +219,13 @@ def _choose(
     if not facts.get("weights_only"):
         check_unchanged(old, config, facts["step"])
         accept(facts, old)
-        _check_rows(folder, facts["step"])
-        return _Choice(
-            path,
-            with_reading(facts, old),
-            changes=tuple(differences(old, config, rates=True)),
-            overrides=changed_overrides(old, config, facts["step"]),
-        )
+        step = facts["step"]
+        _check_rows(folder, step)
+        if _is_first(folder, config):
+            old = _parent_of(config) or old
+        changes = branch_changes(old, config, step, rates=True)
+        overrides = changed_overrides(old, config, step)
+        return _Choice(path, with_reading(facts, old), changes=changes, overrides=overrides)
     # Nothing was trained on imported weights yet: only their own description is settled.
     settled = _SETTLED
     if facts.get("optimizer"):
@@ -294,13 +294,25 @@ def _enter(folder: RunFolder, config: RunConfig, choice: _Choice, problem: str |
         cleaned=cleaned,
         abandoned=abandoned,
         dropped_rows=dropped_rows,
-        branched=choice.new and parent is not None,
+        branched=_is_first(folder, config),
         changes=choice.changes,
         overrides=choice.overrides,
     )
     if step < total:  # else the launch changes nothing that the folder says
         write_atomically(folder.config, dump(config))
     return start
+
+
+def _is_first(folder: RunFolder, config: RunConfig) -> bool:
+    """Whether no launch of a branch has come as far as its record, be it that one was killed."""
+    return config.run.parent is not None and not folder.run.exists()
+
+
+def _parent_of(config: RunConfig) -> RunConfig | None:
+    """The description of the run that a branch begins with, while that is there."""
+    assert config.run.parent is not None
+    source = RunFolder(config.run.parent.folder)
+    return None if source.is_new() else stored_config(source)
 
 
 def _discarded(config: RunConfig, choice: _Choice, path: Path, problem: str) -> UserError:

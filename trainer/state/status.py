@@ -31,7 +31,8 @@ class RunStatus:
     the last launch ended the run, was ``stopped`` by a signal or a step, ended as the loss was not
     finite (``diverged``), or did not say how it ended (``crashed``). ``host``: of the last launch.
     ``step``, ``tokens`` and ``loss``: of the last recorded step, ``validation``: its held-out
-    losses, if it has them. ``parent`` and ``parent_step``: what it branches from.
+    losses, if it has them. ``parent`` and ``parent_step``: what it branches from; ``origin``: of a
+    run that began with weights of another run, or of a model, what run.json says of that.
     ``files``: size on disk of each file, by device and inode, so that what runs share counts once.
     """
 
@@ -45,6 +46,7 @@ class RunStatus:
     validation: dict[str, float]
     parent: Path | None
     parent_step: int | None
+    origin: dict[str, Any] | None
     checkpoints: tuple[int, ...]
     pins: tuple[Pin, ...]
     files: dict[tuple[int, int], int]
@@ -75,6 +77,7 @@ def status_of(folder: Path) -> RunStatus:
     section = described.get("run")
     parent = record.get("parent") or (section.get("parent") if isinstance(section, dict) else None)
     parent = parent if isinstance(parent, dict) and "folder" in parent else None
+    origin = record.get("origin")
     row = last_row(folder / "metrics.jsonl")
     plan = record.get("plan")
     total = plan.get("total_steps") if isinstance(plan, dict) else None
@@ -93,6 +96,7 @@ def status_of(folder: Path) -> RunStatus:
         },
         parent=Path(str(parent["folder"])) if parent else None,
         parent_step=parent.get("step") if parent else None,
+        origin=origin if isinstance(origin, dict) and not parent else None,
         checkpoints=tuple(sorted(_checkpoints(folder))),
         pins=tuple(pins(folder)),
         files=_files(folder),

@@ -39,7 +39,10 @@ def losses(folder: Path) -> list[float]:
     return [row["loss"] for row in rows(folder)]
 
 
-@pytest.mark.parametrize("parameterization", [(), (MUP,)], ids=["sp", "mup"])
+@pytest.mark.parametrize(
+    "parameterization",
+    [pytest.param((), id="sp"), pytest.param((MUP,), id="mup", marks=pytest.mark.slow)],
+)
 def test_it_is_what_a_conversion_gives(
     tiny: Make, model: Path, tmp_path: Path, parameterization: tuple[str, ...]
 ) -> None:

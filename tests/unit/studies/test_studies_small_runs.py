@@ -10,6 +10,7 @@ import pytest
 from allometry.configs.run import RunConfig
 from allometry.data.stream import open_stream
 from allometry.studies.certificate.small import STEPS, least_sequences, small_run
+from allometry.studies.memory.probe import as_probed
 
 REPLAY = (
     "data.replay={ratio: 0.25, sources: [down], "
@@ -35,3 +36,17 @@ def test_a_batch_of_documents_has_one_whatever_the_ratio(tiny: Callable[..., Run
     )
     assert least_sequences(tiny(*documents)) == 6  # (64 / 32 + 2) / 0.7
     assert least_sequences(tiny(*documents, REPLAY)) == 8  # halfway from 0.25 to 0.9 it is 1/2
+
+
+@pytest.mark.parametrize(
+    "lineage",
+    [
+        "run.parent={folder: a, step: 8, changes: [schedule]}",
+        "run.initial={folder: a, keep: [weights, data]}",
+    ],
+)
+def test_a_small_run_begins_from_nothing(
+    tiny: Callable[..., RunConfig], tmp_path: Path, lineage: str
+) -> None:
+    for small in (small_run(tiny(lineage), tmp_path), as_probed(tiny(lineage), tmp_path)):
+        assert (small.run.parent, small.run.initial, small.run.schedule_from) == (None, None, 0)

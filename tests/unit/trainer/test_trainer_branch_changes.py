@@ -151,6 +151,15 @@ def test_another_rate_and_schedule_are_obeyed_and_resumed_twice(
     assert kinds.count("mixture_changed") == 1
     # A branch of the branch goes on with its schedule, or has one of its own.
     (tmp_path / "kept").rename(trunk)
+    # One that was killed between its description and its record still says what it is.
+    killed = tmp_path / "killed"
+    run(tiny(*changed, "checkpoint.keep_last=9", folder=killed), stop_at_step=9)
+    for name in ("run.json", "events.jsonl", "latest"):
+        (killed / name).unlink()
+    shutil.rmtree(killed / "checkpoints/step-9")
+    run(tiny(*changed, "checkpoint.keep_last=9", folder=killed), stop_at_step=10)
+    assert told(killed) == told(branch)
+    assert next(event["event"] for event in events(killed)) == "branched"
     keep = ("checkpoint.keep_steps=[12]",)
     holder = run(tiny(*changed, *keep, folder=tmp_path / "holder"), stop_at_step=12)
     own = [one for one in changed if not one.startswith("run.parent")]

@@ -103,7 +103,8 @@ def test_a_branch_of_a_run_with_states_in_fp8_says_what_reads_them(
 ) -> None:
     parent = tiny('optimizer.states={"kind": "fp8"}', folder=tmp_path / "parent")
     launch(parent, 5)
-    whence = json.dumps({"folder": str(tmp_path / "parent"), "step": 5})
+    link = {"folder": str(tmp_path / "parent"), "step": 5, "changes": ["optimizer.states"]}
+    whence = json.dumps(link)
     branch = tiny(f"run.parent={whence}", engine(1), folder=tmp_path / "branch")
     with pytest.raises(UserError, match=r"in FP8, which .*deepspeed cannot read; use .*fsdp2"):
         launch(branch)

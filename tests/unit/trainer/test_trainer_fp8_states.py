@@ -17,7 +17,7 @@ from allometry.configs.execution import MonitorConfig, ParallelConfig
 from allometry.configs.run import RunConfig
 from allometry.optim.fp8_states import Fp8States
 from allometry.parallel.mesh import open_mesh
-from allometry.trainer import train as train_module
+from allometry.trainer import restore
 from allometry.trainer.record.states import CompressedStates
 from allometry.trainer.state import checkpoint, states
 from allometry.trainer.state.states import load
@@ -88,7 +88,7 @@ def test_a_resume_that_changes_a_state_is_seen(
             row.view(torch.uint8).sub_(1)
         return found
 
-    monkeypatch.setattr(train_module, "load", changed)
+    monkeypatch.setattr(restore, "load", changed)
     for part in ("q", "scale", "exponent"):
         shutil.copytree(tmp_path / "parts", tmp_path / part)
         resumed = losses(run(tiny(*said, folder=tmp_path / part)))
@@ -141,7 +141,7 @@ def test_a_branch_may(
     tiny: Make, tmp_path: Path, before: list[str], after: list[str], change: str | None
 ) -> None:
     parent = run(tiny(*before, "checkpoint.keep_steps=[10]", folder=tmp_path / "parent"))
-    said = [f"run.parent={{folder: {parent}, step: 10}}", *after]
+    said = [f"run.parent={{folder: {parent}, step: 10, changes: [optimizer.states]}}", *after]
     branch = tmp_path / "branch"
     run(tiny(*said, folder=branch), stop_at_step=12)  # before a checkpoint of its own
     run(tiny(*said, folder=branch))
@@ -170,7 +170,7 @@ def test_states_are_converted_some_at_a_time(
     for name, most in (("at once", 1 << 30), ("each alone", 1), ("some", 20_000)):
         monkeypatch.setattr(states, "READ_BYTES", most)
         loads[0] = 0
-        start = f"run.parent={{folder: {parent}, step: 4}}"
+        start = f"run.parent={{folder: {parent}, step: 4, changes: [optimizer.states]}}"
         folder = run(tiny(*said[:1], start, FP8, folder=tmp_path / name))
         (told,) = (event for event in events(folder) if event["event"] == "states_converted")
         found.append((loads[0], told["states"], losses(folder)))

@@ -17,6 +17,7 @@ from allometry.trainer.record.callbacks import Callback
 from allometry.trainer.state import checkpoint
 from allometry.trainer.train import train
 from run_folders import events, rows
+from shell import Shell
 
 Make = Callable[..., RunConfig]
 CONSTANT = "schedule={kind: constant}"
@@ -273,7 +274,9 @@ def test_damaged_checkpoints_are_refused(tiny: Make, tmp_path: Path) -> None:
     assert len(rows(run(tiny(initial(first, ALL), folder=tmp_path / "new"), stop_at_step=2))) == 2
 
 
-def test_a_run_of_weights_alone_has_no_states_to_keep(tiny: Make, tmp_path: Path) -> None:
+def test_a_run_of_weights_alone_has_no_states_to_keep(
+    tiny: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     first = run(tiny(folder=tmp_path / "first"), stop_at_step=2)
     second = tiny(initial(first), NEVER, folder=tmp_path / "second")
     with pytest.raises(RuntimeError, match="the machine had gone"):
@@ -284,3 +287,7 @@ def test_a_run_of_weights_alone_has_no_states_to_keep(tiny: Make, tmp_path: Path
     origin = json.loads((third / "run.json").read_text())["origin"]
     assert origin["source"] == str(tmp_path / "second")
     assert origin["origin"]["source"] == str(first), "and where that one began"
+    told = {one["run"]: one["initial"] for one in Shell(capsys).json("runs", tmp_path)["runs"]}
+    assert told["first"] is None
+    assert told["third"] == {key: origin[key] for key in ("run", "source", "step", "hash", "keep")}
+    assert "(weights of second, step 0)" in Shell(capsys)("runs", tmp_path)
