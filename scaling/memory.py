@@ -118,14 +118,13 @@ def estimate_memory(
 
     ZeRO shards over hdp, or a copy's ranks, as ``parallel/zero.py`` and ``shards.py`` say.
     ``layout`` None: one stage, nothing cut. ``compute_bytes``: of one activation;
-    ``logits_chunk_tokens``: tokens that the loss treats at once (None: ``models/loss.py``);
-    ``optimizer`` None: AdamW. ``attention``: its device is that of the step (on a CPU norms keep
-    more, and buckets of gradients stay), ``attention_backend`` None: the first that suits.
+    ``logits_chunk_tokens``: of the loss at once (None: ``models/loss.py``); ``optimizer`` None:
+    AdamW. ``attention``: its device is that of the step, ``attention_backend`` None: what suits.
     """
     stages, pp = (layout.stages, layout.pp) if layout else ((range(model.num_layers),), 1)
     add_up = pp > 1 or (zero.stage == 1 and micro_batches > 1)  # gradients are whole till the end
-    backend = named(attention_backend) if attention_backend else choose_backend(attention)
-    scores = backend.kept_bytes(model.num_heads, attention.length, compute_bytes)
+    back = named(attention_backend) if attention_backend else choose_backend(attention)
+    scores = back.kept_bytes(model.num_heads, attention.length, compute_bytes)
     kernels = Kernels(compute_bytes, attention.device == "cuda", scores, precision)
 
     def of_rank(rank: int) -> MemoryEstimate:
