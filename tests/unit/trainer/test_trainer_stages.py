@@ -208,7 +208,7 @@ def test_whole_documents_of_another_length(tiny: Make, tmp_path: Path) -> None:
 EDITS = [
     ({"steps": 4}, {"steps": 4}, "would have ended at 4"),
     ({"steps": 9}, {"steps": 4}, "would have ended at 9"),
-    ({"steps": 6, "mixture": {"up": 1}}, {"steps": 4}, "stage s0: data.sources.0.weight=1.0"),
+    ({"steps": 6, "mixture": {"up": 1}}, {"steps": 4}, "stage s0: data.sources.down.weight=0.0"),
     ({"steps": 6, "data": {"sequence_length": 16}}, {"steps": 4}, "stage s0: data.sequence_length"),
     ({"steps": 6}, {"steps": 4, "optimizer": {"lr": 1.0}}, "stage s1: optimizer.lr=1.0"),
     ({"steps": 6}, {"steps": 4, "schedule": {"kind": "linear"}}, "step 7, already taken"),
