@@ -15,6 +15,7 @@ from allometry.configs.source import Tree, parse_value
 from allometry.launch.command import Report
 from allometry.launch.studies.commands import Plan
 from allometry.launch.studies.plan_text import described
+from allometry.scaling.search.auto import without_auto
 from allometry.scaling.search.proposal import Proposal, proposals
 from allometry.scaling.search.remedies import Remedy, near_counts, nearest, remedies
 from allometry.scaling.search.search import RESERVE, Asked, Objective, Search
@@ -38,7 +39,7 @@ class Answer:
         facts: dict[str, Any] = {
             "cluster": asked.name,
             "objective": asked.objective,
-            "limit_bytes": round(asked.limit),
+            "limit_bytes": round(self.searches[0].limit),
             "reserve": asked.reserve,
             "fits": {str(s.world_size): _fits(s) for s in self.searches},
             "layouts": [one.describe() for one in self.best],
@@ -59,7 +60,7 @@ def _fits(search: Search) -> dict[str, int]:
 
 def planned(asked: Plan) -> Report:
     """Search every number of GPUs, and write the best layout where it is asked for."""
-    config, tokens = asked.load(), _tokens(asked.tokens)
+    config, tokens = without_auto(asked.load()), _tokens(asked.tokens)
     wanted = _asked(asked)
     searches = [Search(config, gpus, wanted) for gpus in _counts(asked.gpus)]
     able = [search for search in searches if search.cores]
@@ -89,8 +90,7 @@ def _rank(one: Proposal, objective: Objective) -> float:
 
 def _asked(asked: Plan) -> Asked:
     if asked.objective not in get_args(Objective):
-        names = " or ".join(get_args(Objective))
-        raise UserError(f"--objective={asked.objective} is not known; use {names}")
+        raise UserError(f"--objective={asked.objective} is not known; use time, cost or memory")
     return Asked(
         load_hardware(asked.cluster),
         asked.cluster,
@@ -150,6 +150,7 @@ def _write(asked: Plan, best: Proposal) -> None:
             )
         put(tree, key, parse_value(value, text), text)
     sections = best.choice.sections(best.gpus)
+    sections["parallel"]["auto"] = None
     top = Tree(sections)
     keys = tree.overlay(top).data
     heading = (

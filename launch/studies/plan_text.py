@@ -57,7 +57,7 @@ def _heading(search: Search) -> str:
 
 def _fits(search: Search) -> str:
     asked, can, fit = search.asked, len(search.degrees), len(search.fitting_degrees)
-    within = f"{size(asked.limit)} of {size(asked.hardware.gpu.memory_bytes)}"
+    within = f"{size(search.limit)} of {size(asked.memory_of(search.world_size))}"
     gpus = counted(search.world_size, "GPU")
     if not fit:
         return f"{gpus}: does not fit {within} in any of {can} ways (tp x pp x ep)"

@@ -23,13 +23,15 @@ from allometry.scaling.planner.cases import Cases
 from allometry.scaling.planner.constants import Constants, Floats
 from allometry.scaling.planner.cost import step_time
 from allometry.scaling.search.case import SCHEDULES, check_precision, row_of
-from allometry.scaling.search.space import Choice, Core, Space, applied
+from allometry.scaling.search.space import CHECKPOINTING, Choice, Core, Space, applied
 
 Objective = Literal["time", "cost", "memory"]
 OBJECTIVES: tuple[Objective, ...] = ("time", "cost", "memory")
 RESERVE = 0.1
 """Share of a card's memory that no estimate has in it: the CUDA context, buffers of NCCL, gaps."""
 
+ALIKE = 1.01
+"""Times the shortest step up to which steps are taken to be as fast."""
 NEAR = 1.25
 """Times the limit up to which another schedule of a pipeline may need less than 1F1B."""
 
@@ -60,10 +62,11 @@ class Asked:
         """What is believed of the constants: without measurements, the defaults."""
         return self.belief or Calibration.before()
 
-    @property
-    def limit(self) -> float:
-        """Bytes of a card that a run may fill."""
-        return self.hardware.gpu.memory_bytes * (1 - self.reserve)
+    def memory_of(self, world_size: int) -> float:
+        """Return the bytes of memory of a rank's card; ranks of a CPU share theirs."""
+        shared = getattr(self.hardware, "rank_memory", None)
+        ranks = min(world_size, self.hardware.gpus_per_node)
+        return float(shared(ranks) if shared else self.hardware.gpu.memory_bytes)
 
 
 class Search:
@@ -83,6 +86,8 @@ class Search:
         check_precision(config, asked.hardware, asked.name)
         _check_graphs(config, world_size)
         self.config, self.world_size, self.asked = config, world_size, asked
+        self.limit = asked.memory_of(world_size) * (1 - asked.reserve)
+        """Bytes of a card that the run may fill."""
         self.space = Space(config, world_size, asked.hardware.gpus_per_node, asked.keep)
         self._batch = BatchPlan(config.batch, config.data.sequence_length)
         self.known = {} if known is None else known
@@ -119,10 +124,10 @@ class Search:
                     self.refusals.append(str(self.known[choice]))
                     continue
                 least = choice, found.total
-                if self.asked.limit < found.total < NEAR * self.asked.limit:
+                if self.limit < found.total < NEAR * self.limit:
                     least = self._least(choice, found.total)
                 self.cores[core] = least
-                if least[1] > self.asked.limit:
+                if least[1] > self.limit:
                     too_large.add(degrees)
                 break
 
@@ -138,7 +143,7 @@ class Search:
     @property
     def fitting(self) -> list[Core]:
         """Cores of which some proposal fits."""
-        return [core for core, (_, least) in self.cores.items() if least <= self.asked.limit]
+        return [core for core, (_, least) in self.cores.items() if least <= self.limit]
 
     @property
     def degrees(self) -> set[tuple[int, int, int]]:
@@ -228,17 +233,32 @@ class Search:
             order = np.lexsort((*plain.T[::-1], np.round(np.log(seconds), 9))).tolist()
         for index in order:
             estimate = self.memory(choices[index])
-            if estimate is not None and estimate.total <= self.asked.limit:
+            if estimate is not None and estimate.total <= self.limit:
                 yield choices[index], float(seconds[index])
 
     def best(self, count: int) -> list[Choice]:
-        """Return the best proposal of each of the ``count`` best degrees (tp, pp, ep)."""
-        found: dict[tuple[int, int, int], Choice] = {}
-        for choice, _ in self.ordered():
-            found.setdefault((choice.tp, choice.pp, choice.ep), choice)
-            if len(found) == count:
-                break
-        return list(found.values())
+        """Return the best proposal of each of the ``count`` best degrees (tp, pp, ep).
+
+        By time: of those within ``ALIKE`` of it, the one that shards and recomputes least.
+        """
+        found: dict[tuple[int, int, int], tuple[float, list[Choice]]] = {}
+        for choice, seconds in self.ordered():
+            degrees = choice.tp, choice.pp, choice.ep
+            if degrees not in found and len(found) == count:
+                if all(seconds > ALIKE * first for first, _ in found.values()):
+                    break
+                continue
+            first, alike = found.setdefault(degrees, (seconds, []))
+            if seconds <= ALIKE * first:
+                alike.append(choice)
+        if self.asked.objective == "memory":
+            return [alike[0] for _, alike in found.values()]
+        return [min(alike, key=_plainness) for _, alike in found.values()]
+
+
+def _plainness(choice: Choice) -> tuple[int, ...]:
+    again = CHECKPOINTING.index(choice.checkpointing)
+    return choice.zero, again, choice.chunks, -choice.micro_batch
 
 
 def _check_graphs(config: RunConfig, world_size: int) -> None:

@@ -106,7 +106,7 @@ def sensitivity(search: Search, present: Choice) -> Iterator[Turn]:
         estimate = search.memory(present)
         assert estimate is not None
         loses = None
-        if estimate.total <= other.asked.limit:
+        if estimate.total <= other.limit:
             mine = step_time(one, search.asked.constants)
             loses = max(0.0, float(mine.seconds[0]) / seconds - 1)
         yield Turn("memory left free", f"{reserve:.0%}", best, loses)

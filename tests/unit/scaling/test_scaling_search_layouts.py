@@ -51,7 +51,7 @@ def test_what_is_proposed_is_a_run_that_trains(name: str) -> None:
         again = RunConfig.model_validate(placed.model_dump(mode="json"))
         assert again == placed, dump(placed)
         plan = RunPlan.of(again, gpus)
-        assert plan.memory.total == search.memory(choice).total <= ASKED.limit  # type: ignore[union-attr]
+        assert plan.memory.total == search.memory(choice).total <= search.limit  # type: ignore[union-attr]
         assert plan.batch.full_sequences == config.batch.sequences
 
 
@@ -77,7 +77,7 @@ def test_the_first_is_the_fastest_of_all_that_fit() -> None:
     tight = replace(ASKED, hardware=H100.model_copy(update={"gpu": _gpu(1e8)}))
     search = Search(config, gpus, tight)
     every = list(search.space.choices())
-    fits = [c for c in every if (m := search.memory(c)) and m.total <= tight.limit]
+    fits = [c for c in every if (m := search.memory(c)) and m.total <= search.limit]
     assert 0 < len(fits) < sum(search.memory(c) is not None for c in every)
     seconds = step_time(search.cases(fits)).seconds
     [best] = search.best(1)
@@ -122,12 +122,12 @@ def test_what_does_not_fit_says_what_would() -> None:
     search = Search(config, 8, ASKED)
     assert not search.fitting
     choice, least = nearest(search)
-    assert least > ASKED.limit
+    assert least > search.limit
     assert search.memory(choice).total == least  # type: ignore[union-attr]
     found = list(remedies(search))
     assert found[0].gpus > 8
     for remedy in found:
-        assert remedy.bytes <= ASKED.limit
+        assert remedy.bytes <= search.limit
     assert any(
         "offload" in remedy.change or "optimizer_states" in remedy.change for remedy in found
     )
@@ -201,4 +201,4 @@ def test_what_is_said_not_to_fit_does_not_fit_in_any_way() -> None:
     for core in refused:
         for choice in search.space.of_core(core):
             found = search.memory(choice)
-            assert found is None or found.total > search.asked.limit, choice
+            assert found is None or found.total > search.limit, choice
