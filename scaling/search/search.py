@@ -211,11 +211,15 @@ class Search:
         return choices, self.cases(choices), plain
 
     def ordered(
-        self, hardware: HardwareConfig | None = None, constants: Constants | None = None
+        self,
+        hardware: HardwareConfig | None = None,
+        constants: Constants | None = None,
+        wanted: Callable[[Choice, float], bool] = lambda choice, seconds: True,
     ) -> Iterator[tuple[Choice, float]]:
         """Yield the proposals that fit and can be, the best first, with the seconds of a step.
 
         ``hardware``, ``constants``: other ones than the search was asked for, for times alone.
+        ``wanted``: which are looked at.
         """
         if not self.fitting:
             return
@@ -232,9 +236,12 @@ class Search:
         if plain is not None:
             order = np.lexsort((*plain.T[::-1], np.round(np.log(seconds), 9))).tolist()
         for index in order:
-            estimate = self.memory(choices[index])
+            choice, time = choices[index], float(seconds[index])
+            if not wanted(choice, time):
+                continue
+            estimate = self.memory(choice)
             if estimate is not None and estimate.total <= self.limit:
-                yield choices[index], float(seconds[index])
+                yield choice, time
 
     def best(self, count: int) -> list[Choice]:
         """Return the best proposal of each of the ``count`` best degrees (tp, pp, ep).
@@ -242,16 +249,18 @@ class Search:
         By time: of those within ``ALIKE`` of it, the one that shards and recomputes least.
         """
         found: dict[tuple[int, int, int], tuple[float, list[Choice]]] = {}
-        for choice, seconds in self.ordered():
+        alone = self.asked.objective == "memory"
+
+        def wanted(choice: Choice, seconds: float) -> bool:
             degrees = choice.tp, choice.pp, choice.ep
-            if degrees not in found and len(found) == count:
-                if all(seconds > ALIKE * first for first, _ in found.values()):
-                    break
-                continue
-            first, alike = found.setdefault(degrees, (seconds, []))
-            if seconds <= ALIKE * first:
-                alike.append(choice)
-        if self.asked.objective == "memory":
+            if degrees not in found:
+                return len(found) < count
+            return not alone and seconds <= ALIKE * found[degrees][0]
+
+        for choice, seconds in self.ordered(wanted=wanted):
+            degrees = choice.tp, choice.pp, choice.ep
+            found.setdefault(degrees, (seconds, []))[1].append(choice)
+        if alone:
             return [alike[0] for _, alike in found.values()]
         return [min(alike, key=_plainness) for _, alike in found.values()]
 
