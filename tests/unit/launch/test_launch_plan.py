@@ -113,7 +113,7 @@ def test_what_does_not_fit_ends_with_code_1_and_what_would() -> None:
         ),
         ((*WHERE, "--write", "x.yaml", "data.sources.0.weight=2"), "changes one item of a list"),
         (("--cluster", "a100", "--gpus", "8", "precision.linears=fp8_rowwise"), "no rate for fp8"),
-        (("--cluster", "h100", "--gpus", "97", "model.num_layers=8"), "use 96 or 104 GPUs"),
+        (("--cluster", "h100", "--gpus", "97", "model.num_layers=8"), "use 96 or 112 GPUs"),
     ],
 )
 def test_what_makes_no_sense_is_refused_in_a_sentence(
