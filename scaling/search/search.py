@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from operator import attrgetter
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from allometry.scaling.planner.calibrate import Calibration
 from allometry.scaling.planner.cases import Cases
 from allometry.scaling.planner.constants import Constants, Floats
 from allometry.scaling.planner.cost import step_time
-from allometry.scaling.search.case import SCHEDULES, check_precision, row_of
+from allometry.scaling.search.case import check_precision, row_of, sequence_of
 from allometry.scaling.search.space import CHECKPOINTING, Choice, Core, Space, applied
 
 Objective = Literal["time", "cost", "memory"]
@@ -157,50 +157,49 @@ class Search:
 
     # --- time
 
-    def cases(self, choices: Sequence[Choice]) -> Cases:
-        """Return proposals as the cost model takes them, as ``row_of`` does, but all at once."""
-        config, asked = self.config, self.asked
-        one = self._one(asked.hardware).take(np.zeros(len(choices), dtype=int))
+    def cases(self, choices: Sequence[Choice], hardware: HardwareConfig | None = None) -> Cases:
+        """Return proposals as the cost model takes them.
 
-        def column(read: Callable[[Choice], float]) -> Floats:
-            return np.array([read(choice) for choice in choices], dtype=float)
-
-        tp, pp, ep, chunks = (column(attrgetter(name)) for name in ("tp", "pp", "ep", "chunks"))
-        hdp, length = self.world_size / (tp * pp), config.data.sequence_length
-        each = config.parallel.context.capacity_tokens
-        tokens = column(lambda c: c.micro_batch * length)
-        tokens = np.full(len(choices), each) if config.data.kind == "documents" else tokens
+        Those that differ in degrees and micro-batch alone share what ``row_of`` says of one.
+        """
+        config, card = self.config, hardware or self.asked.hardware
+        groups: dict[tuple[Any, ...], int] = {}
+        rows: list[dict[str, Any]] = []
+        member = []
+        for c in choices:
+            key = (c.checkpointing, c.schedule, c.zero, c.regather, c.pp > 1, c.tp > 1, c.ep > 1)
+            if key not in groups:
+                groups[key] = len(rows)
+                rows.append(self._row(c, card))
+            member.append(groups[key])
+        shared = Cases.of(rows, {self.asked.name: card}).take(np.array(member, dtype=int))
+        names = ("tp", "pp", "ep", "chunks", "micro_batch")
+        columns = np.array([attrgetter(*names)(c) for c in choices], dtype=float).T
+        tp, pp, ep, chunks, micro_batch = columns
+        hdp, length = self.world_size / (tp * pp), sequence_of(config)
+        tokens = micro_batch * length
+        if config.data.kind == "documents":
+            tokens = np.full(len(choices), config.parallel.context.capacity_tokens)
         cp = np.minimum(np.maximum(1, np.ceil(length / tokens)), hdp)
-        zero = column(attrgetter("zero"))
-        freed = column(
-            lambda c: c.regather == "micro_batch" or (c.regather == "auto" and c.pp == 1)
-        )
-        n = {
-            **one.n,
-            **{"tp": tp, "pp": pp, "ep": ep, "chunks": chunks, "cp": cp, "dp": hdp / cp},
-            "micro_batch": tokens * cp / length,
-            "zero": np.where((zero == 3) & (freed == 0), 2.0, zero),
-            "reduces": np.where((zero >= 2) & (pp == 1), 1.0, 0.0),
-            "repeats": column(lambda c: c.checkpointing == "selective"),
-        }
-        return replace(
-            one,
-            n=n,
-            recompute=np.array([c.checkpointing for c in choices]),
-            schedule=np.array([SCHEDULES[c.schedule] if c.pp > 1 else "1f1b" for c in choices]),
-        )
+        degrees = {"tp": tp, "pp": pp, "ep": ep, "chunks": chunks, "cp": cp, "dp": hdp / cp}
+        return replace(shared, n={**shared.n, **degrees, "micro_batch": tokens * cp / length})
 
-    def _one(self, hardware: HardwareConfig) -> Cases:
-        """The run on one rank, but for its layout."""
-        config, asked = self.config, self.asked
-        degrees = Degrees(pp=1, hdp=self.world_size, tp=1, ep=1, replicas=1)
-        plain = Layout(degrees, "1f1b", (range(config.model.num_layers),))
-        row = row_of(config, plain, hardware, asked.name, asked.device)
-        return Cases.of([row], {asked.name: hardware})
-
-    def hardware_columns(self, hardware: HardwareConfig, count: int) -> dict[str, Floats]:
-        """Return ``Cases.hw`` of this run's products on other hardware, for ``count`` cases."""
-        return self._one(hardware).take(np.zeros(count, dtype=int)).hw
+    def _row(self, choice: Choice, hardware: HardwareConfig) -> dict[str, Any]:
+        """What ``row_of`` says of a proposal, whether it can be or not."""
+        config = applied(self.config, choice, self.world_size, check=False)
+        parallel = config.parallel
+        assert parallel.hdp != "auto"
+        degrees = Degrees(
+            pp=choice.pp,
+            hdp=parallel.hdp,
+            tp=choice.tp,
+            ep=choice.ep,
+            replicas=parallel.zero.replicas,
+            whole_experts=parallel.expert_tp == 1 and choice.tp > 1,
+        )
+        stages = (range(1),) * (choice.pp * choice.chunks)
+        layout = Layout(degrees, choice.schedule, stages)
+        return row_of(config, layout, hardware, self.asked.name, self.asked.device)
 
     @cached_property
     def _pool(self) -> tuple[list[Choice], Cases, Floats]:
@@ -230,7 +229,7 @@ class Search:
         else:
             choices, cases, plain = self._pool
         if hardware is not None:
-            cases = replace(cases, hw=self.hardware_columns(hardware, len(choices)))
+            cases = replace(cases, hw=self.cases(choices, hardware).hw)
         seconds = step_time(cases, constants or self.asked.constants).seconds
         order: Sequence[int] = range(len(choices))
         if plain is not None:
