@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -160,14 +161,19 @@ class Search:
     def cases(self, choices: Sequence[Choice], hardware: HardwareConfig | None = None) -> Cases:
         """Return proposals as the cost model takes them.
 
-        Those that differ in degrees and micro-batch alone share what ``row_of`` says of one.
+        Those that differ in degrees and micro-batch alone share what ``row_of`` says of one, unless
+        something travels whose share follows from the degrees.
         """
         config, card = self.config, hardware or self.asked.hardware
-        groups: dict[tuple[Any, ...], int] = {}
+        parallel, groups = config.parallel, dict[tuple[Any, ...], int]()
+        tiers = parallel.zero.offload != "none" or parallel.zero.optimizer_states is not None
+        away = config.training.activation_offload > 0.0
+        alone = tiers or away or parallel.tp_overlap != "off"
         rows: list[dict[str, Any]] = []
         member = []
         for c in choices:
-            key = (c.checkpointing, c.schedule, c.zero, c.regather, c.pp > 1, c.tp > 1, c.ep > 1)
+            own = (c.tp, c.pp, c.ep, c.chunks) if alone else (c.tp > 1, c.pp > 1, c.ep > 1)
+            key = (c.checkpointing, c.schedule, c.zero, c.regather, *own)
             if key not in groups:
                 groups[key] = len(rows)
                 rows.append(self._row(c, card))
@@ -187,8 +193,17 @@ class Search:
     def _row(self, choice: Choice, hardware: HardwareConfig) -> dict[str, Any]:
         """What ``row_of`` says of a proposal, whether it can be or not."""
         config = applied(self.config, choice, self.world_size, check=False)
-        parallel = config.parallel
+        try:
+            layout = Layout.of(config, self.world_size)
+        except UserError:  # which another proposal of its group need not raise
+            layout = self._even(config, choice)
+        return row_of(config, layout, hardware, self.asked.name, self.asked.device)
+
+    def _even(self, config: RunConfig, choice: Choice) -> Layout:
+        """The layout of a proposal with stages as even as can be, unchecked."""
+        parallel, layers = config.parallel, config.model.num_layers
         assert parallel.hdp != "auto"
+        count = choice.pp * choice.chunks
         degrees = Degrees(
             pp=choice.pp,
             hdp=parallel.hdp,
@@ -197,9 +212,9 @@ class Search:
             replicas=parallel.zero.replicas,
             whole_experts=parallel.expert_tp == 1 and choice.tp > 1,
         )
-        stages = (range(1),) * (choice.pp * choice.chunks)
-        layout = Layout(degrees, choice.schedule, stages)
-        return row_of(config, layout, hardware, self.asked.name, self.asked.device)
+        bounds = [layers * n // count for n in range(count + 1)]
+        stages = tuple(itertools.starmap(range, itertools.pairwise(bounds)))
+        return Layout(degrees, choice.schedule, stages)
 
     @cached_property
     def _pool(self) -> tuple[list[Choice], Cases, Floats]:
