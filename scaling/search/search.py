@@ -34,7 +34,8 @@ RESERVE = 0.1
 ALIKE = 1.01
 """Times the shortest step up to which steps are taken to be as fast."""
 NEAR = 1.25
-"""Times the limit up to which another schedule of a pipeline may need less than 1F1B."""
+"""Times the limit up to which another schedule, or a lower stage of ZeRO in a model of few blocks,
+may still need less."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class Search:
         return None if isinstance(found, str) else found
 
     def _look(self) -> None:
-        """Find the least memory of each core; the stages of ZeRO below one too large are too."""
+        """Find the least memory of each core; below a stage far too large all of ZeRO are."""
         too_large: set[tuple[int, int, int]] = set()
         for core in sorted(self.space.cores(), key=lambda core: -core.zero):
             degrees = core.tp, core.pp, core.ep
@@ -128,7 +129,7 @@ class Search:
                 if self.limit < found.total < NEAR * self.limit:
                     least = self._least(choice, found.total)
                 self.cores[core] = least
-                if least[1] > self.limit:
+                if least[1] > NEAR * self.limit:
                     too_large.add(degrees)
                 break
 

@@ -71,9 +71,11 @@ def test_a_written_file_names_a_file_of_a_user_beside_it(tmp_path: Path) -> None
 
 
 def test_several_numbers_of_gpus_and_objectives() -> None:
-    by_time = facts("--cluster", "h100", "--gpus", "16,32", "--top", "4")
+    odd = ("--cluster", "h100", "--gpus", "16,32,37")
+    by_time = facts(*odd, "--top", "4")
     assert by_time["layouts"][0]["gpus"] == 32
-    assert set(by_time["fits"]) == {"16", "32"}
+    assert by_time["fits"]["37"] == {"layouts": 0, "fit": 0}
+    assert "37 GPUs: no layout shares the batches" in plan(*odd).output
     by_cost = facts("--cluster", "h100", "--gpus", "16,32", "--objective", "cost", "--top", "4")
     hours = [one["gpu_hours"] for one in by_cost["layouts"]]
     assert hours == sorted(hours)
