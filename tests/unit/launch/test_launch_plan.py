@@ -70,6 +70,7 @@ def test_a_written_file_names_a_file_of_a_user_beside_it(tmp_path: Path) -> None
     assert done.exit_code == 0, done.output
 
 
+@pytest.mark.slow
 def test_several_numbers_of_gpus_and_objectives() -> None:
     odd = ("--cluster", "h100", "--gpus", "16,32,37")
     by_time = facts(*odd, "--top", "4")
