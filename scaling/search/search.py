@@ -96,6 +96,7 @@ class Search:
         self.cores: dict[Core, tuple[Choice, int]] = {}
         """Degrees that can be: the proposal that needs least memory, and how much."""
         self.refusals: list[str] = []
+        self._rows: dict[tuple[Any, ...], dict[str, Any]] = {}
         self._look()
 
     # --- memory
@@ -166,19 +167,19 @@ class Search:
         something travels whose share follows from the degrees.
         """
         config, card = self.config, hardware or self.asked.hardware
-        parallel, groups = config.parallel, dict[tuple[Any, ...], int]()
+        parallel = config.parallel
         tiers = parallel.zero.offload != "none" or parallel.zero.optimizer_states is not None
         away = config.training.activation_offload > 0.0
         alone = tiers or away or parallel.tp_overlap != "off"
-        rows: list[dict[str, Any]] = []
+        places: dict[tuple[Any, ...], int] = {}
         member = []
         for c in choices:
             own = (c.tp, c.pp, c.ep, c.chunks) if alone else (c.tp > 1, c.pp > 1, c.ep > 1)
             key = (c.checkpointing, c.schedule, c.zero, c.regather, *own)
-            if key not in groups:
-                groups[key] = len(rows)
-                rows.append(self._row(c, card))
-            member.append(groups[key])
+            if key not in self._rows:
+                self._rows[key] = self._row(c)
+            member.append(places.setdefault(key, len(places)))
+        rows = [self._rows[key] for key in places]
         shared = Cases.of(rows, {self.asked.name: card}).take(np.array(member, dtype=int))
         names = ("tp", "pp", "ep", "chunks", "micro_batch")
         columns = np.array([attrgetter(*names)(c) for c in choices], dtype=float).T
@@ -191,14 +192,15 @@ class Search:
         degrees = {"tp": tp, "pp": pp, "ep": ep, "chunks": chunks, "cp": cp, "dp": hdp / cp}
         return replace(shared, n={**shared.n, **degrees, "micro_batch": tokens * cp / length})
 
-    def _row(self, choice: Choice, hardware: HardwareConfig) -> dict[str, Any]:
+    def _row(self, choice: Choice) -> dict[str, Any]:
         """What ``row_of`` says of a proposal, whether it can be or not."""
         config = applied(self.config, choice, self.world_size, check=False)
         try:
             layout = Layout.of(config, self.world_size)
         except UserError:  # which another proposal of its group need not raise
             layout = self._even(config, choice)
-        return row_of(config, layout, hardware, self.asked.name, self.asked.device)
+        asked = self.asked
+        return row_of(config, layout, asked.hardware, asked.name, asked.device)
 
     def _even(self, config: RunConfig, choice: Choice) -> Layout:
         """The layout of a proposal with stages as even as can be, unchecked."""
