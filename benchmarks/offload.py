@@ -2,6 +2,7 @@
 
     python benchmarks/offload.py [--width 512] [--layers 8] [--steps 8] [--rounds 3]
         [--folder DIR] [--out FILE]
+    python benchmarks/offload.py --late 200 [--out FILE]
 
 Each round trains the same model with the trainer once for each place of the states, in a process of
 its own, and reads that process's memory before the checkpoint at the end. ``allowed`` is a quarter
@@ -17,6 +18,10 @@ moving costs and saves nothing, and gradients that leave save nothing either.
 An update in memory is also compared with torch's fused AdamW alone and with the memory: it reads
 parameter, gradient and two moments and writes all but the gradient, 28 bytes of each parameter;
 the rate of the memory is that of a copy, bytes read and written.
+
+``--late STEPS`` does something else: it trains a byte model on Python's library with updates one
+step late (``update: delayed``) and with exact ones, three seeds each, and says how far the held-out
+losses are apart.
 
 ``--check`` does all of this once with a small model and few steps.
 """
@@ -37,7 +42,8 @@ from typing import Any
 
 import psutil
 import torch
-from contenders.machine import facts
+from contenders.machine import facts, source_bytes
+from contenders.trials import interval
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
@@ -45,7 +51,7 @@ from torch.optim.optimizer import (
 
 from allometry.configs.execution import Zero
 from allometry.configs.run import RunConfig
-from allometry.data.synthetic import write_random_store
+from allometry.data.synthetic import write_random_store, write_store
 from allometry.models.build import build_model, parameter_specs
 from allometry.models.init import initialize
 from allometry.optim.build import build_optimizer
@@ -211,6 +217,41 @@ def stepping(asked: argparse.Namespace, place: str, folder: Path) -> dict[str, A
     return found
 
 
+def late_losses(steps: int, folder: Path) -> list[dict[str, Any]]:
+    """Held-out losses of a small byte model by seed, with exact and with late updates."""
+    text = source_bytes(4096, 128).flatten()
+    for name, part in (("train", text[: -1 << 16]), ("held-out", text[-1 << 16 :])):
+        write_store(folder / name, [part])
+    found = []
+    for seed in range(3):
+        one: dict[str, Any] = {"seed": seed}
+        for update in ("exact", "delayed"):
+            run = RunConfig.model_validate(
+                {
+                    "run": {"folder": str(folder / f"{update}-{seed}"), "seed": seed},
+                    "model": {"kind": "dense", "vocab_size": 256, "width": 96, "num_layers": 3,
+                              "num_heads": 3, "ffn_width": 256},
+                    "data": {"sequence_length": 128, "sources": [
+                        {"name": "code", "train": str(folder / "train"),
+                         "validation": str(folder / "held-out")}]},
+                    "batch": {"sequences": 8, "micro_batch_sequences": 8},
+                    "training": {"total_steps": steps, "compute_dtype": "fp32"},
+                    "optimizer": {"lr": 3e-3},
+                    "schedule": {"kind": "wsd", "warmup_steps": steps // 10, "decay_fraction": 0.2},
+                    "evaluation": {"sequences_per_source": 128},
+                    "parallel": {"zero": {"optimizer_states": {"update": update}}},
+                    "record": {"tensorboard": False, "monitors": {"every_steps": None}},
+                }
+            )  # fmt: skip
+            train(run, device=torch.device("cpu"), callbacks=[])
+            rows = (folder / f"{update}-{seed}" / "metrics.jsonl").read_text().splitlines()
+            one[update] = json.loads(rows[-1])["validation/code"]
+        one["change_percent"] = 100.0 * (one["delayed"] / one["exact"] - 1.0)
+        print(f"seed {seed}: exact {one['exact']:.4f}, late {one['delayed']:.4f}", flush=True)
+        found.append(one)
+    return found
+
+
 def in_a_process(asked: argparse.Namespace, what: str, place: str, folder: Path) -> dict[str, Any]:
     command = [
         *(sys.executable, __file__, "--child", what, place, "--folder", str(folder)),
@@ -260,6 +301,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--check", action="store_true", help="a rehearsal with a small model")
+    parser.add_argument("--late", type=int, metavar="STEPS", help="losses of late updates alone")
     parser.add_argument("--child", nargs=2, metavar=("WHAT", "PLACE"), help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.check:
@@ -268,6 +310,16 @@ def main() -> None:
         what, place = asked.child
         work = training if what == "training" else stepping
         print(json.dumps(work(asked, place, asked.folder)))
+        return
+    if asked.late:
+        with tempfile.TemporaryDirectory(dir=asked.folder) as made:
+            found = late_losses(asked.late, Path(made))
+        mean, half = interval([one["change_percent"] for one in found])
+        print(f"late updates: {mean:+.2f} ± {half:.2f} % of the held-out loss")
+        result = facts() | {"steps": asked.late, "seeds": found, "change_percent": mean}
+        result |= {"half_95": half}
+        if asked.out is not None:
+            write_atomically(asked.out, json.dumps(result, indent=1) + "\n")
         return
     model = run_of(asked, "memory", Path("none")).model
     parameters = count_parameters(model).total

@@ -40,21 +40,22 @@ def with_deepspeed(plain: MemoryEstimate, config: RunConfig, hdp: int) -> Memory
     parameters = whole if zero.stage < 3 else 0 if of_host else shard
     reduced = 0 if host else shard
 
-    def held(kinds: Mapping[str, int], *, update: bool) -> dict[str, int]:
+    def held(name: str, kinds: Mapping[str, int]) -> dict[str, int]:
         gradients = kinds.get(GRADIENTS, 0)
         if zero.stage > 1:
             gradients = min(gradients, reduced)
-        if update:  # this rank's part once more, flat
+        if name == "optimizer step":  # this rank's part once more, flat
             gradients += reduced
+        elif name == "backward's end" and zero.stage == 3:  # what is in the bucket, and its sum
+            gradients += min(bucket, whole) * (hdp + 1) // hdp
         now = {PARAMETERS: parameters, STATES: states, GRADIENTS: gradients, MASTERS: masters}
         found = dict(kinds) | now | {BUCKET: bucket, GATHERED: gathered}
-        if zero.stage == 3:  # a weight is gathered and cast again for its backward
+        if zero.stage == 3:  # casts do not stay there, as was measured
             found[COPIES] = 0
         return {name: size for name, size in found.items() if size}
 
     moments = tuple(
-        Moment(moment.name, held(moment.kinds, update=moment.name == "optimizer step"))
-        for moment in plain.moments
+        Moment(moment.name, held(moment.name, moment.kinds)) for moment in plain.moments
     )
     copies = max(moment.kinds.get(COPIES, 0) for moment in moments) + gathered
     gradients = whole if zero.stage == 1 else reduced

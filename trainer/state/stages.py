@@ -8,6 +8,9 @@ from allometry.configs.run import RunConfig
 from allometry.scaling.stages import StagePlace
 from allometry.trainer.state.changed import leaves
 
+NOT_CHANGES = ("training.total_steps", "training.total_tokens")
+"""What every stage has of its own."""
+
 
 def stage_facts(config: RunConfig, place: StagePlace) -> dict[str, Any]:
     """Return where a stage lies and what it changes: what the event says with which it begins."""
@@ -16,7 +19,7 @@ def stage_facts(config: RunConfig, place: StagePlace) -> dict[str, Any]:
     changes = {
         key: [was.get(key), now.get(key)]
         for key in sorted(was.keys() | now.keys())
-        if was.get(key) != now.get(key) and not key.startswith(("stages", "training.total_"))
+        if was.get(key) != now.get(key) and key not in NOT_CHANGES and not key.startswith("stages")
     }
     said = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in changes.items())
     tokens = place.local.tokens_after(place.steps)

@@ -233,7 +233,7 @@ def _with_overrides(config: RunConfig, of: RunConfig) -> RunConfig:
 
 def _why(old: RunConfig, new: RunConfig) -> str:
     """The keys by which the rates of two runs differ."""
-    if _multipliers(old) != _multipliers(new):
+    if _multipliers(old, 0) != _multipliers(new, 0):
         return (
             f"parameterization.kind={new.parameterization.kind} scales learning rates with the "
             "length of the run: training.total_steps or total_tokens"

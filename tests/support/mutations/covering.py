@@ -96,6 +96,7 @@ COVERING: tuple[tuple[str, tuple[Stage, ...]], ...] = (
             dist("deepspeed"),
         ),
     ),
+    ("optim/delayed.py", (unit("optim/test_optim_delayed"), unit("trainer/test_trainer_delayed"))),
     ("optim/schedule.py", (unit("optim/test_optim_schedule"), unit("optim/test_*"))),
     ("optim/*h.py", (unit("optim/*sphere"), unit("optim/*"), dist("optimizers", "matrix_ops"))),
     ("optim/newton_schulz.py", (unit("optim/*newton_schulz", "optim/*muon"), unit("optim/*"))),

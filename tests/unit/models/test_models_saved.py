@@ -210,6 +210,10 @@ MIXTURES: dict[str, tuple[dict[str, Any], float]] = {
         {"num_experts": 8, "width": 128, "num_shared_experts": 1},
         13.5,
     ),
+    "64 experts of 1/4 D, 6 for each token, one shared": (
+        {"num_experts": 64, "experts_per_token": 6, "width": 48, "num_shared_experts": 1},
+        17.7,
+    ),
 }
 """Experts, 2 for each token, and the most that a layer may keep, in U."""
 

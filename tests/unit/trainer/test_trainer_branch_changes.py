@@ -94,7 +94,7 @@ def test_a_named_schedule_counts_from_the_branch_under_every_kind(
     check_branch(trunk, branch, branch.run.parent)
     plan = BatchPlan(branch.batch, branch.data.sequence_length)
     here, alone = resolve_schedule(branch, plan), resolve_schedule(fresh, plan)
-    assert (here.begin_step, here.total_steps) == (STEP, 20)
+    assert (here.first_step, here.total_steps) == (STEP + 1, 20)
     for step in range(1, 13):
         assert here.fraction(STEP + step) == alone.fraction(step)
     assert RunPlan.of(branch, 1).warmup_steps == STEP + RunPlan.of(fresh, 1).warmup_steps
@@ -105,7 +105,7 @@ def test_tokens_of_a_warm_up_are_counted_from_the_branch_in_a_growing_batch(tiny
     ramp = "batch.ramp={start_sequences: 2, increment_sequences: 2, over_tokens: 1024}"
     plan = BatchPlan(tiny(ramp).batch, 32)
     for step in (0, 3, 5, 40):
-        after = plan.after(step)
+        after = plan.rest(step)
         assert [after.sequences(s) for s in (1, 5, 50)] == [
             plan.sequences(step + s) for s in (1, 5, 50)
         ]
