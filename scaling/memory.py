@@ -21,10 +21,10 @@ from allometry.scaling.layout import Layout
 from allometry.scaling.moment import Moment
 from allometry.scaling.moments import Step
 from allometry.scaling.offload import offloaded
-from allometry.scaling.overrides import is_frozen
+from allometry.scaling.overrides import frozen_names
 from allometry.scaling.roles import ParamSpec, Role, layer_of
 from allometry.scaling.saved import COMPUTE, Checkpointing, Kernels
-from allometry.scaling.shards import PREFETCHED, RankParts, zero_dim
+from allometry.scaling.shards import PREFETCHED, RankParts, has_experts, zero_dim
 from allometry.scaling.update_rules import rule_of, state_bytes
 
 COMPUTE_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
@@ -118,19 +118,19 @@ def estimate_memory(
 
     ZeRO shards over hdp, or a copy's ranks, as ``parallel/zero.py`` and ``shards.py`` say.
     ``layout`` None: one stage, nothing cut. ``compute_bytes``: of one activation;
-    ``logits_chunk_tokens``: of the loss at once (None: ``models/loss.py``); ``optimizer`` None:
-    AdamW. ``attention``: its device is that of the step, ``attention_backend`` None: what suits.
+    ``logits_chunk_tokens``: tokens that the loss treats at once (None: ``models/loss.py``);
+    ``optimizer`` None: AdamW. ``attention``: its device is that of the step (on a CPU norms keep
+    more, and buckets of gradients stay), ``attention_backend`` None: the first that suits.
     """
     stages, pp = (layout.stages, layout.pp) if layout else ((range(model.num_layers),), 1)
     add_up = pp > 1 or (zero.stage == 1 and micro_batches > 1)  # gradients are whole till the end
-    back = named(attention_backend) if attention_backend else choose_backend(attention)
-    scores = back.kept_bytes(model.num_heads, attention.length, compute_bytes)
-    kernels = Kernels(compute_bytes, attention.device == "cuda", scores, precision)
+    kernels = _kernels(model, compute_bytes, attention, attention_backend, precision)
+    frozen = frozen_names(model, optimizer)
 
-    def of_rank(rank: int) -> MemoryEstimate:
-        part = RankParts.of(model, layout, rank, hdp // zero.replicas if zero.stage else 1)
+    def step_of(rank: int) -> Step:
+        part = RankParts.of(model, layout, rank, hdp // zero.replicas if zero.stage else 1, frozen)
         held, gradients, states = _kept(part, optimizer, zero, compute_bytes)
-        step = Step(
+        return Step(
             part=part,
             kernels=kernels,
             checkpointing=checkpointing,
@@ -145,30 +145,65 @@ def estimate_memory(
             micro_batches=micro_batches,
             in_flight=most_in_flight(layout, rank, micro_batches) if layout else 1,
             away=offloaded(activation_offload, stages),
-            dormant=_dormant(model, stages[0], optimizer),
+            dormant=_dormant(model, stages[0], frozen),
             held=held,
             gradients=gradients,
             states=states,
-            reduction=_reduction(part, optimizer, zero, hdp, gradients, compute_bytes, add_up),
+            reduction=_reduction(part, zero, hdp, gradients, compute_bytes, add_up),
             copies=_compute_copies(part, kernels, zero, pp),
             gathered=gathered_bytes(part, kernels),
         )
-        return MemoryEstimate.of(step)
 
-    return max(map(of_rank, range(pp) if pp_rank is None else (pp_rank,)), key=lambda e: e.total)
+    ranks = [pp_rank] if pp_rank is not None else _different(model, layout, precision, frozen)
+    return max((MemoryEstimate.of(step_of(rank)) for rank in ranks), key=lambda one: one.total)
 
 
-def _dormant(model: ModelConfig, stage: range, optimizer: OptimizerConfig | None) -> frozenset[int]:
+def _kernels(
+    model: ModelConfig,
+    compute_bytes: int,
+    attention: AttentionCall,
+    attention_backend: str | None,
+    precision: PrecisionConfig,
+) -> Kernels:
+    backend = named(attention_backend) if attention_backend else choose_backend(attention)
+    scores = backend.kept_bytes(model.num_heads, attention.length, compute_bytes)
+    return Kernels(compute_bytes, attention.device == "cuda", scores, precision)
+
+
+def _dormant(model: ModelConfig, stage: range, frozen: frozenset[str]) -> frozenset[int]:
     """Return the layers of the first stage that nothing differentiates: all before is frozen."""
-    frozen = [is_frozen(optimizer, spec) for spec in inventory(model, (), last=False)]
+    ends = inventory(model, (), last=False)
     found: set[int] = set()
-    for layer in stage if all(frozen) else ():
-        if not all(
-            is_frozen(optimizer, spec) for spec in block_specs(model, layer, f"blocks.{layer}")
-        ):
+    for layer in stage if frozen.issuperset(spec.name for spec in ends) else ():
+        if not frozen.issuperset(s.name for s in block_specs(model, layer, f"blocks.{layer}")):
             break
         found.add(layer)
     return frozenset(found)
+
+
+def _different(
+    model: ModelConfig, layout: Layout | None, precision: PrecisionConfig, frozen: frozenset[str]
+) -> list[int]:
+    """Return pipeline ranks without those that are like an earlier one.
+
+    No rank has more micro-batches in flight than one before it.
+    """
+    if layout is None:
+        return [0]
+    found: dict[Any, int] = {}
+    for rank in range(layout.pp):
+        stages = layout.stages_of(rank)
+        part = RankParts.of(model, layout, rank, 1, frozen)
+        ends = 0 in stages, len(layout.stages) - 1 in stages
+        layers = (
+            tuple(
+                (has_experts(model, n), n in precision.compute_layers, part.frozen_in(n))
+                for n in layout.stages[s]
+            )
+            for s in stages
+        )
+        found.setdefault((ends, tuple(layers)), rank)
+    return list(found.values())
 
 
 def _kept(
@@ -183,50 +218,47 @@ def _kept(
     """
     if zero.offload != "none":
         return 0, 0, 0
-    parameters = {spec.name: _FP32 * part.held(spec) for spec in part.specs()}
-    specs = [spec for spec in part.specs() if not is_frozen(optimizer, spec)]
-    gradients = sum(parameters[spec.name] for spec in specs)
-    trained = [spec for spec in specs if part.trains(spec)]
-    sizes = {s.name: state_bytes(s, part.shard(s), optimizer) for s in trained}
+    counted = part.counted
+    parameters = {spec.name: n * _FP32 * part.held(spec) for spec, n in counted}
+    held = sum(parameters.values())
+    specs = [(spec, n) for spec, n in counted if spec.name not in part.frozen]
+    gradients = sum(parameters[spec.name] for spec, _ in specs)
+    trained = [(spec, n) for spec, n in specs if part.trains(spec)]
+    sizes = {s.name: n * state_bytes(s, part.shard(s), optimizer) for s, n in trained}
     states, tiers = sum(sizes.values()), zero.optimizer_states
     if tiers is None or not sizes:
-        return sum(parameters.values()), gradients, states
+        return held, gradients, states
     if tiers.update == "delayed":
-        return sum(parameters.values()), gradients, 0
-    masters = {s.name for s in trained if s.role not in (Role.INPUT, Role.ROUTER)}
+        return held, gradients, 0
+    masters = {s.name for s, _ in trained if s.role not in (Role.INPUT, Role.ROUTER)}
     masters = masters if tiers.master_weights and compute_bytes < _FP32 else set()
     sizes |= {name: sizes[name] + parameters[name] for name in masters}
     total = sum(sizes.values())
     away = 1.0 - min(1.0, bytes_of(tiers.device, total) / total)
     factor = away * compute_bytes / _FP32
-    parameters |= {name: int(factor * parameters[name]) for name in masters}
+    parameters |= {
+        s.name: n * int(factor * (parameters[s.name] // n)) for s, n in trained if s.name in masters
+    }
     kind = optimizer.kind if optimizer else "adamw"
     fp8 = getattr(getattr(optimizer, "states", None), "kind", None) == "fp8"
-    whole = [sizes[s.name] for s in trained if fp8 or not rule_of(kind, s.role).elementwise]
+    whole = [sizes[s.name] // n for s, n in trained if fp8 or not rule_of(kind, s.role).elementwise]
     bucket = max(int(tiers.bucket_mib * 2**20), *whole, 0)
     states = min(total, bytes_of(tiers.device, total) + 3 * bucket)
     if tiers.gradients:
         tied = part.model.tied_embeddings and not (part.first and part.last)
-        summed = sum(_FP32 * part.held(s) for s in specs if tied and s.role is Role.INPUT)
+        summed = sum(_FP32 * part.held(s) for s, _ in specs if tied and s.role is Role.INPUT)
         gradients = min(gradients, summed + int((1.0 - away) * (gradients - summed)) + bucket)
     return sum(parameters.values()), gradients, states
 
 
 def _reduction(
-    part: RankParts,
-    optimizer: OptimizerConfig | None,
-    zero: Zero,
-    hdp: int,
-    held: int,
-    compute_bytes: int,
-    add_up: bool,
+    part: RankParts, zero: Zero, hdp: int, held: int, compute_bytes: int, add_up: bool
 ) -> int:
     """Return the bytes of gradients, beyond the ``held`` ones, until they are reduced."""
-    trained = [spec for spec in part.specs() if not is_frozen(optimizer, spec)]
-    whole = _FP32 * sum(math.prod(part.part(spec)) for spec in trained)
+    whole = _FP32 * sum(part.trained.values())
     if zero.stage == 0:
         return min(zero.bucket_mib * 2**20, whole) if hdp > 1 else 0
-    unit = max(part.units(trained).values(), default=0)
+    unit = max(part.units.values(), default=0)
     return whole - held + _FP32 * unit if add_up else (compute_bytes + _FP32) * unit
 
 
@@ -240,7 +272,7 @@ def _compute_copies(part: RankParts, kernels: Kernels, zero: Zero, pp: int) -> i
     """
     compute_bytes = kernels.compute
     if zero.stage == 0:
-        sizes = {spec.name: math.prod(part.part(spec)) for spec in part.specs() if _is_cast(spec)}
+        sizes = {spec.name: size for spec, size in part.sizes.items() if _is_cast(spec)}
         if not part.model.tied_embeddings:
             sizes.pop("embedding.weight", 0)  # a lookup casts only the rows it reads
         return 0 if compute_bytes == _FP32 else compute_bytes * sum(sizes.values())
@@ -251,8 +283,8 @@ def _compute_copies(part: RankParts, kernels: Kernels, zero: Zero, pp: int) -> i
     block = max(gathered.values())
     ahead = min(PREFETCHED, len(gathered) - 1)
     table = sum(
-        max(_FP32, compute_bytes) * math.prod(part.part(spec))
-        for spec in part.specs()
+        max(_FP32, compute_bytes) * size
+        for spec, size in part.sizes.items()
         if spec.role is Role.INPUT and not part.model.tied_embeddings
     )
     return ends - table + max(table, block) + ahead * block + joined
@@ -265,21 +297,21 @@ def gathered_bytes(part: RankParts, kernels: Kernels) -> dict[int | None, int]:
     routers in fp32, or wider where parameters are; in FP8 what ``precision.gather`` says.
     """
     total: dict[int | None, int] = {}
-    for spec in part.specs():
+    for spec, size in part.sizes.items():
         layer = layer_of(spec.name)
-        size = kernels.wide if spec.role in (Role.INPUT, Role.ROUTER) else kernels.compute
+        each = kernels.wide if spec.role in (Role.INPUT, Role.ROUTER) else kernels.compute
         if kernels.precision.gather == "fp8" and spec.role is Role.HIDDEN and layer is not None:
-            size = 1 if kernels.recipe(spec.role, layer) else size
-        total[layer] = total.get(layer, 0) + size * math.prod(part.part(spec))
+            each = 1 if kernels.recipe(spec.role, layer) else each
+        total[layer] = total.get(layer, 0) + each * size
     return total
 
 
 def _joined_bytes(part: RankParts, compute_bytes: int) -> int:
     """Return the bytes of the block's experts that are put together after they are gathered."""
     joined: Counter[int | None] = Counter()
-    for spec in part.specs():
+    for spec, _ in part.counted:
         if zero_dim(part.part(spec), part.ranks_of(spec)):
-            joined[layer_of(spec.name)] += compute_bytes * math.prod(part.part(spec))
+            joined[layer_of(spec.name)] += compute_bytes * part.sizes[spec]
     return max(joined.values(), default=0)
 
 

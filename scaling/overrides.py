@@ -36,6 +36,13 @@ def is_frozen(optimizer: OptimizerConfig | None, spec: ParamSpec) -> bool:
     return entry is not None and bool(entry.freeze)
 
 
+def frozen_names(model: ModelConfig, optimizer: OptimizerConfig | None) -> frozenset[str]:
+    """Return the names of a model's parameters that are not trained."""
+    if optimizer is None or not any(entry.freeze for entry in optimizer.overrides):
+        return frozenset()
+    return frozenset(spec.name for spec in inventory(model) if is_frozen(optimizer, spec))
+
+
 def describe_overrides(
     model: ModelConfig, optimizer: OptimizerConfig | None
 ) -> list[dict[str, Any]]:

@@ -36,6 +36,7 @@ from allometry.trainer.assemble import (
     make_train_step,
     with_measured_stages,
 )
+from allometry.trainer.auto_layout import settled
 from allometry.trainer.collection import GarbageCollection
 from allometry.trainer.deterministic import algorithms
 from allometry.trainer.evaluate import (
@@ -101,6 +102,7 @@ def train(
     UserError on all ranks alike.
     """
     # What a layout cannot do is said before any group starts.
+    config, invocation = settled(config, device, invocation)
     plans = RunPlan.of_stages(config, launched_world_size())
     places = places_of(config)
     watched = nullcontext(signals) if signals else StopSignals()
@@ -133,7 +135,7 @@ def train(
                     *(places[at].config, plans[at], schedules[at], mesh, stream.in_stage(at)),
                     *(folder, start, recorder, present, config),
                 )
-                result = run.train(invocation or Invocation(), stop_at_step, signals)
+                result = run.train(invocation, stop_at_step, signals)
                 if result.stopped_by is not None or result.step == places[-1].last_step:
                     break
                 del run  # a stage is made anew, from the checkpoint that the one before ended with
@@ -210,6 +212,8 @@ class _Run:
             self.report("abandoned_checkpoint", name=name)
         # Files may be slow, and a service's page is opened over the network.
         on_main_rank(self.mesh, lambda: self._open_record(invocation), "opening the record")
+        if invocation.layout_choice is not None:
+            self.report("layout_chosen", step=self.start.step, **invocation.layout_choice)
         self._report_start()
         try:
             with closing(self._batches()) as batches:
@@ -217,11 +221,10 @@ class _Run:
         finally:
             self.parallel.sync.leave()
 
-    def _open_record(self, invocation: Invocation | None) -> None:
+    def _open_record(self, invocation: Invocation) -> None:
         first_step = self.start.step + 1
         facts = run_facts(
-            *(self.config, self.plan, self.stream, self.mesh, self.peak),
-            invocation or Invocation(),
+            *(self.config, self.plan, self.stream, self.mesh, self.peak, invocation),
             self.kernels.describe(),
         )
         if first_step <= self.plan.run.steps:

@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
+from allometry.configs.auto import THIS_MACHINE
 from allometry.configs.run import RunConfig
 from allometry.data.documents import DocumentStream
 from allometry.data.stream import Stream, missing_sources
 from allometry.launch.command import Report
+from allometry.launch.start import has_gpu
 from allometry.launch.text import size
 from allometry.optim.schedule import Schedule, schedules_of
 from allometry.scaling.advice import DEVICE_BYTES, advice
@@ -17,6 +19,7 @@ from allometry.scaling.count import DocumentFlops
 from allometry.scaling.layout import SPLIT_BACKWARD
 from allometry.scaling.moment import PARAMETERS, STATES
 from allometry.scaling.plan import RunPlan, memory_of
+from allometry.scaling.search.auto import settle
 from allometry.scaling.stages import places_of
 from allometry.trainer.sources import open_sources
 from allometry.trainer.state.folder import RunFolder
@@ -25,6 +28,9 @@ from allometry.trainer.state.stages import stage_facts
 
 def planned(config: RunConfig, world_size: int) -> Report:
     """Return the plan on ``world_size`` ranks; raises UserError if there is none."""
+    auto = config.parallel.auto
+    here = auto is not None and auto.cluster == THIS_MACHINE and not has_gpu()
+    config, choice = settle(config, world_size, "cpu" if here else "cuda")
     plans, places = RunPlan.of_stages(config, world_size), places_of(config)
     data = data_here(config, plans[-1])
     found = []
@@ -33,6 +39,7 @@ def planned(config: RunConfig, world_size: int) -> Report:
         rates = learning_rates(one, plan, schedule)
         facts = {**plan.describe(), "learning_rate": rates, "data": data}
         facts["advice"] = advice(one, plan)
+        facts["layout_choice"] = choice
         if world_size > 1:
             from allometry.studies.rehearse import rehearse  # brings torch, which one rank spares
 
@@ -47,7 +54,8 @@ def planned(config: RunConfig, world_size: int) -> Report:
         for said, (_, each) in zip(stages, found, strict=True)
     )
     plain = [{**said, "plan": facts} for said, (facts, _) in zip(stages, found, strict=True)]
-    return Report({**plans[-1].describe(), "data": data, "stages": plain}, text)
+    shared = {"data": data, "layout_choice": choice}
+    return Report({**plans[-1].describe(), **shared, "stages": plain}, text)
 
 
 def data_here(config: RunConfig, plan: RunPlan) -> dict[str, Any]:
@@ -123,6 +131,7 @@ def _text(config: RunConfig, plan: RunPlan, facts: dict[str, Any]) -> str:
             f"{'' if name in (PARAMETERS, STATES) else '  (estimate)'}"
             for name, number in memory.peak.kinds.items()
         ),
+        *_chosen(facts["layout_choice"]),
         *_gathered(config, plan),
         *_offloaded(plan),
         *(f"advice            {text}" for text in facts["advice"].values()),
@@ -148,6 +157,19 @@ def _overrides(entries: list[dict[str, Any]]) -> Iterator[str]:
             f"  overrides.{number:<6}{entry['parameters']:,} parameters of {entry['numbers']:,} "
             f"numbers: {gets}"
         )
+
+
+def _chosen(choice: dict[str, Any] | None) -> list[str]:
+    """The layout that ``parallel: auto`` chose."""
+    if choice is None:
+        return []
+    keys = ", ".join(f"{key}={value}" for key, value in choice["chosen"].items())
+    predicted = choice["predicted"]
+    return [
+        f"layout            parallel=auto chose hdp={choice['hdp']}, {keys}",
+        f"  because         {choice['reason']}; predicted {predicted['seconds']:.4g} s a step "
+        f"({predicted['low']:.3g} to {predicted['high']:.3g})",
+    ]
 
 
 def _share(config: RunConfig, plan: RunPlan) -> str:

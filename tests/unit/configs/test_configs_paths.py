@@ -108,7 +108,9 @@ def _texts(model: type[BaseModel], seen: set[type[BaseModel]]) -> list[tuple[str
 
 
 PATHS: dict[type[BaseModel], set[str]] = {
-    RunConfig: {"folder", "train", "validation", "tokenizer", "file", "nvme", "hf"},
+    RunConfig: {
+        *("folder", "train", "validation", "tokenizer", "file", "nvme", "hf", "cluster"),
+    },
     LadderConfig: {"folder", "file", "base"},
     TreeConfig: {"folder", "base", "run", "config"},
 }
