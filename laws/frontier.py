@@ -30,7 +30,10 @@ STARTS = 32
 
 @dataclass(frozen=True)
 class Held:
-    """Rows of ``what`` ("r=0.5", "N=1e6"), predicted by fits to the others: relative errors [n]."""
+    """Rows of ``what`` ("r=0.5", "N=1e6"), predicted by fits to the others: relative errors [n].
+
+    Of each loss those that the law can describe (``described``).
+    """
 
     what: str
     general_n: Array
@@ -52,9 +55,9 @@ class DCpt:
 
     def r_squared(self, which: str) -> float:
         """Return the share of the measured loss's variance that the fit explains."""
-        measured = self.rows[which]
-        left = np.square(self.fits[which].predict(_inputs(self.rows, which)) - measured).sum()
-        return float(1.0 - left / np.square(measured - measured.mean()).sum())
+        rows = self.fits[which].observations
+        left = np.square(self.fits[which].predict(rows) - rows["loss"]).sum()
+        return float(1.0 - left / np.square(rows["loss"] - rows["loss"].mean()).sum())
 
     def at(self, shares_S: Array, size: float, tokens: float) -> Frontier:
         """Return both losses at these shares of the domain."""
@@ -132,8 +135,8 @@ def fit_d_cpt(rows: Observations, *, bootstraps: int = 0, seed: int = 0) -> DCpt
     """Fit the D-CPT law to the general and to the domain's loss of rows N, D, r, general, domain.
 
     With fewer than three sizes (or horizons) the exponent of N (D) is held at ``ALPHA`` (``BETA``),
-    and with one size the term in N is left out. Raises UserError: there are fewer than three shares
-    or too few rows.
+    and with one size the term in N is left out. Of each loss the rows are taken that the law can
+    describe (``described``). Raises UserError: there are fewer than three shares or too few rows.
     """
     shares = np.unique(rows["r"])
     if len(shares) < FEWEST_SHARES:
@@ -146,7 +149,8 @@ def fit_d_cpt(rows: Observations, *, bootstraps: int = 0, seed: int = 0) -> DCpt
     fixed |= {"alpha": ALPHA} if sizes < 3 else {}
     fixed |= {"beta": BETA} if horizons < 3 else {}
     options = FitOptions(starts=STARTS, seed=seed, fixed=fixed)
-    fits = {which: fit(form_named("d_cpt"), _inputs(rows, which), options) for which in LOSSES}
+    form = form_named("d_cpt")
+    fits = {w: fit(form, _inputs(described(rows, w), w), options) for w in LOSSES}
     several = bootstraps and len(set(rows.groups)) > 1
     samples = {w: bootstrap(fits[w], max(bootstraps, 2), seed) for w in LOSSES} if several else {}
     return DCpt(rows, fits, fixed, samples)
@@ -173,16 +177,35 @@ def held_out(rows: Observations, seed: int = 0) -> tuple[list[Held], list[str]]:
         except UserError as error:
             notes.append(f"{what} is not held out: {error}")
             continue
-        there = rows.take(out_n)
-        errors = [without.fits[w].predict(_inputs(there, w)) / there[w] - 1.0 for w in LOSSES]
+        there = {w: described(rows.take(out_n), w) for w in LOSSES}
+        errors = [without.fits[w].predict(_inputs(there[w], w)) / there[w][w] - 1.0 for w in LOSSES]
         found.append(Held(what, *errors))
     return found, notes
 
 
+def described(rows: Observations, which: str) -> Observations:
+    """Return the rows whose loss ``which`` the law can describe.
+
+    At a share of 0 of the corpus that is measured the law has no D, while the loss of what is no
+    longer read rises with D: of these rows only those of the longest horizon of each size are kept.
+    """
+    share = _share(rows, which)
+    kept_n = share > 0.0
+    for size in np.unique(rows["N"]):
+        alike_n = (rows["N"] == size) & ~(share > 0.0)
+        if alike_n.any():
+            kept_n |= alike_n & (rows["D"] == rows["D"][alike_n].max())
+    return rows.take(kept_n)
+
+
+def _share(rows: Observations, which: str) -> Array:
+    """The share [n] of the corpus whose loss is measured."""
+    return rows["r"] if which == "domain" else 1.0 - rows["r"]
+
+
 def _inputs(rows: Observations, which: str) -> Observations:
     """The rows with r as the share of the corpus whose loss is measured, and that loss."""
-    share = rows["r"] if which == "domain" else 1.0 - rows["r"]
-    columns = {"N": rows["N"], "D": rows["D"], "r": share}
+    columns = {"N": rows["N"], "D": rows["D"], "r": _share(rows, which)}
     if which in rows.columns:
         columns["loss"] = rows[which]
     return replace(rows, columns=columns, conventions={})

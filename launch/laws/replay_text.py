@@ -57,7 +57,10 @@ def _critical(facts: Mapping[str, Any]) -> list[str]:
         lines.append(f"  by D-CPT none: {one['why']}")
     else:
         ends = interval(one["low"], one["high"], 3)
-        lines.append(f"  by D-CPT at the target {one['ratio']:.3f} (95 % interval {ends})")
+        least = "" if one["bounded"] else "at least "
+        lines.append(f"  by D-CPT at the target {least}{one['ratio']:.3f} (95 % interval {ends})")
+        if not one["bounded"]:
+            lines.append("  (the bound does not decide: that is the largest share that was run)")
     for of_size in facts["cmr"]:
         said = f"  by CMR for N = {human(of_size['N'])} "
         value = of_size["ratio"]
