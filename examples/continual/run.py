@@ -47,6 +47,7 @@ def main() -> None:
     result = {
         "held out": judged(found),
         "check": check(asked, found),
+        "runs": measured(asked),
         "law": found,
         "settings": {k: str(v) for k, v in vars(asked).items()},
     }
@@ -60,11 +61,11 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("trees/continual"))
     parser.add_argument("--widths", type=int, nargs="+", default=[32, 48, 64])
-    parser.add_argument("--trunk-steps", type=int, default=800)
-    parser.add_argument("--steps", type=int, default=500, help="of each continuation")
+    parser.add_argument("--trunk-steps", type=int, default=1400)
+    parser.add_argument("--steps", type=int, default=350, help="of each continuation")
     parser.add_argument("--rise", type=float, default=3.0, help="percent of general loss to pay")
     parser.add_argument("--bound", type=float, default=0.05, help="of the critical ratio, nats")
-    parser.add_argument("--skip", type=float, default=0.4, help="of each run, before its first row")
+    parser.add_argument("--skip", type=float, default=0.5, help="of each run, before its first row")
     parser.add_argument("--parallel", type=int, default=2, help="runs at a time")
     asked = parser.parse_args()
     asked.widths = sorted(set(asked.widths))
@@ -111,12 +112,25 @@ def train(asked: argparse.Namespace, width: int, ratios: tuple[float, ...]) -> N
 
 def mix(asked: argparse.Namespace) -> dict[str, Any]:
     """Ask for the ratio, by the runs at the declared ratios alone."""
-    runs = [folder(asked, w) / "runs" / name_of(ratio) for w in asked.widths for ratio in REPLAY]
     options = ("--rise", asked.rise, "--bound", asked.bound, "--skip", asked.skip)
+    options = (*options, "--count", "total")  # D-CPT's N is all of a model's parameters
     picture = asked.out / "frontier.png"
-    said = allometry("mix", *runs, *options, "--out", picture, "--json", capture=True)
+    said = allometry("mix", *fitted(asked), *options, "--out", picture, "--json", capture=True)
     found: dict[str, Any] = json.loads(said)
     return found
+
+
+def measured(asked: argparse.Namespace) -> list[dict[str, float]]:
+    """The last held-out losses of each run that the law was fitted to."""
+    rows = replay_runs(fitted(asked), ends=True, count="total").rows
+    return [
+        {name: float(column[i]) for name, column in rows.columns.items()} for i in range(len(rows))
+    ]
+
+
+def fitted(asked: argparse.Namespace) -> list[Path]:
+    """The runs at the declared ratios, which the law is fitted to."""
+    return [folder(asked, w) / "runs" / name_of(ratio) for w in asked.widths for ratio in REPLAY]
 
 
 def judged(found: dict[str, Any]) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def test_the_example_is_stopped_and_goes_on_to_its_result(tmp_path: Path) -> Non
     """From a folder that is not the repository's; a third time nothing is trained."""
     words = [sys.executable, "-u", str(EXAMPLE / "run.py"), "--out", "made", "--widths", "16"]
     words += ["--trunk-steps", "60", "--steps", "20", "--skip", "0", "--rise", "100"]
-    words += ["--bound", "1"]
+    words += ["--bound", "0.15"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         words, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True
