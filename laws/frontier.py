@@ -30,14 +30,15 @@ STARTS = 32
 
 @dataclass(frozen=True)
 class Held:
-    """Rows of ``what`` ("r=0.5", "N=1e6"), predicted by fits to the others: relative errors [n].
+    """Rows of ``what`` ("r=0.5", "N=1e6"), predicted by fits to the others.
 
-    Of each loss those that the law can describe (``described``).
+    ``errors``: of each loss the relative errors [n] of the rows that the law can describe
+    (``described``); ``ends``: those at the longest horizon of each N and r.
     """
 
     what: str
-    general_n: Array
-    domain_n: Array
+    errors: Mapping[str, Array]
+    ends: Mapping[str, Array]
 
 
 @dataclass(frozen=True)
@@ -177,9 +178,12 @@ def held_out(rows: Observations, seed: int = 0) -> tuple[list[Held], list[str]]:
         except UserError as error:
             notes.append(f"{what} is not held out: {error}")
             continue
-        there = {w: described(rows.take(out_n), w) for w in LOSSES}
-        errors = [without.fits[w].predict(_inputs(there[w], w)) / there[w][w] - 1.0 for w in LOSSES]
-        found.append(Held(what, *errors))
+        errors, ends = {}, {}
+        for which, law in without.fits.items():
+            there = described(rows.take(out_n), which)
+            errors[which] = law.predict(_inputs(there, which)) / there[which] - 1.0
+            ends[which] = errors[which][_last(there)]
+        found.append(Held(what, errors, ends))
     return found, notes
 
 
@@ -196,6 +200,15 @@ def described(rows: Observations, which: str) -> Observations:
         if alike_n.any():
             kept_n |= alike_n & (rows["D"] == rows["D"][alike_n].max())
     return rows.take(kept_n)
+
+
+def _last(rows: Observations) -> NDArray[np.bool_]:
+    """Whether a row [n] is of the longest horizon of its N and r."""
+    last_n = np.zeros(len(rows), bool)
+    for size, share in {*zip(rows["N"], rows["r"], strict=True)}:
+        alike_n = (rows["N"] == size) & (rows["r"] == share)
+        last_n |= alike_n & (rows["D"] == rows["D"][alike_n].max())
+    return last_n
 
 
 def _share(rows: Observations, which: str) -> Array:

@@ -109,9 +109,9 @@ def _quality(laws: DCpt, held: Sequence[Held]) -> dict[str, Any]:
     errors = [
         {
             "what": one.what,
-            "rows": max(len(one.general_n), len(one.domain_n)),
-            "general": float(np.abs(one.general_n).max()),
-            "domain": float(np.abs(one.domain_n).max()),
+            "rows": max(len(errors_n) for errors_n in one.errors.values()),
+            **{which: float(np.abs(one.errors[which]).max()) for which in LOSSES},
+            "ends": {which: float(np.abs(one.ends[which]).max()) for which in LOSSES},
         }
         for one in held
     ]

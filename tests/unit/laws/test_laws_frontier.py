@@ -57,5 +57,7 @@ def test_what_no_replay_forgets_does_not_bend_the_law_at_other_ratios() -> None:
     found = {one.what: one for one in held_out(rows())[0]}
     assert set(found) == {"r=0.5", "r=0.75", "r=0.9"}
     for one in found.values():
-        assert np.abs(one.general_n).max() < 0.01
-        assert np.abs(one.domain_n).max() < 0.01
+        for which in ("general", "domain"):
+            assert np.abs(one.errors[which]).max() < 0.01
+            assert len(one.errors[which]) == len(HORIZONS)
+            assert list(one.ends[which]) == [one.errors[which][-1]]
