@@ -113,8 +113,8 @@ def train(asked: argparse.Namespace, width: int, ratios: tuple[float, ...]) -> N
 
 def mix(asked: argparse.Namespace) -> dict[str, Any]:
     """Ask for the ratio, by the runs at the declared ratios alone."""
-    options = ("--rise", asked.rise, "--bound", asked.bound, "--skip", asked.skip)
-    options = (*options, "--count", "total")  # D-CPT's N is all of a model's parameters
+    options = [f"--{name}={getattr(asked, name)}" for name in ("rise", "bound", "skip")]
+    options.append("--count=total")  # D-CPT's N is all of a model's parameters
     picture = asked.out / "frontier.png"
     said = allometry("mix", *fitted(asked), *options, "--out", picture, "--json", capture=True)
     found: dict[str, Any] = json.loads(said)

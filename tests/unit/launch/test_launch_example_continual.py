@@ -29,6 +29,7 @@ def test_the_example_describes_runs() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_the_example_is_stopped_and_goes_on_to_its_result(tmp_path: Path) -> None:
     """From a folder that is not the repository's; a third time nothing is trained."""
     words = [sys.executable, "-u", str(EXAMPLE / "run.py"), "--out", "made", "--widths", "16"]
