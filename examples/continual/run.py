@@ -70,7 +70,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--parallel", type=int, default=2, help="runs at a time")
     asked = parser.parse_args()
     asked.widths = sorted(set(asked.widths))
-    asked.out.mkdir(parents=True, exist_ok=True)
+    try:
+        asked.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out {asked.out} cannot be made ({error.strerror}); choose another folder")
     return asked
 
 
@@ -177,7 +180,15 @@ def check(asked: argparse.Namespace, found: dict[str, Any]) -> dict[str, Any]:
 
 def summary(result: dict[str, Any]) -> str:
     """What was held out and what was checked, as tables."""
-    rows = [["held out", "loss", "ends of runs", "all rows", f"within {WITHIN:g} %"]]
+    rows = [
+        [
+            "held out (r: the domain's share)",
+            "loss",
+            "ends of runs",
+            "all rows",
+            f"within {WITHIN:g} %",
+        ]
+    ]
     for what, one in result["held out"].items():
         for kind in LOSSES:
             end, most = one["ends"][kind], one[kind]
