@@ -95,12 +95,14 @@ class Frontier:
     high: Mapping[str, Array]
     drawn: Mapping[str, Array]
 
-    def best(self, bound: float) -> int:
+    def best(self, bound: float, *, largest: bool = False) -> int:
         """Return the place of the least domain loss with a general loss of at most ``bound``.
 
-        Raises UserError if no share keeps it.
+        ``largest``: of the largest share up to which every share keeps it instead, which is the
+        critical one (2407.17467). Raises UserError if no share keeps it.
         """
-        place = _least(self.losses["general"], self.losses["domain"], bound)
+        pick = _largest if largest else _least
+        place = pick(self.losses["general"], self.losses["domain"], bound)
         if place is None:
             least = int(np.argmin(self.losses["general"]))
             raise UserError(
@@ -111,16 +113,18 @@ class Frontier:
             )
         return place
 
-    def best_interval(self, bound: float, level: float = 0.95) -> tuple[float, float] | None:
+    def best_interval(
+        self, bound: float, level: float = 0.95, *, largest: bool = False
+    ) -> tuple[float, float] | None:
         """Return the interval of the best share over samples, None without any.
 
         A sample without a share within the bound counts as the share of its least general loss.
         """
         if not self.drawn:
             return None
-        found = []
+        found, pick = [], _largest if largest else _least
         for general_S, domain_S in zip(self.drawn["general"], self.drawn["domain"], strict=False):
-            place = _least(general_S, domain_S, bound)
+            place = pick(general_S, domain_S, bound)
             found.append(self.shares_S[int(np.argmin(general_S)) if place is None else place])
         low, high = np.quantile(found, (0.5 - level / 2, 0.5 + level / 2))
         return float(low), float(high)
@@ -130,6 +134,12 @@ def _least(general_S: Array, domain_S: Array, bound: float) -> int | None:
     within = np.where(general_S <= bound, domain_S, np.inf)
     place = int(np.argmin(within))
     return place if np.isfinite(within[place]) else None
+
+
+def _largest(general_S: Array, _: Array, bound: float) -> int | None:
+    over_S = ~(general_S <= bound)
+    place = int(np.argmax(over_S)) if over_S.any() else len(over_S)
+    return place - 1 if place else None
 
 
 def fit_d_cpt(rows: Observations, *, bootstraps: int = 0, seed: int = 0) -> DCpt:

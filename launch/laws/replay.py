@@ -182,9 +182,9 @@ def _critical(
     frontier = laws.at(np.linspace(*laws.span, GRID), size, tokens)
     limit = read.start_at(size, laws.alpha) + asked.bound
     try:
-        place = frontier.best(limit)
+        place = frontier.best(limit, largest=True)
         at = _at(frontier, place)
-        ends = frontier.best_interval(limit, LEVEL) or (None, None)
+        ends = frontier.best_interval(limit, LEVEL, largest=True) or (None, None)
         d_cpt: dict[str, Any] = {"ratio": at.pop("share"), "low": ends[0], "high": ends[1], **at}
         d_cpt["bounded"] = place < GRID - 1
     except UserError as error:

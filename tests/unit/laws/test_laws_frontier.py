@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from allometry.configs.errors import UserError
 from allometry.laws.fit.engine import predict
-from allometry.laws.frontier import described, fit_d_cpt, held_out
+from allometry.laws.frontier import Frontier, described, fit_d_cpt, held_out
 from allometry.laws.observations import Observations
 from allometry.laws.registry import form_named
 
@@ -61,3 +62,17 @@ def test_what_no_replay_forgets_does_not_bend_the_law_at_other_ratios() -> None:
             assert np.abs(one.errors[which]).max() < 0.01
             assert len(one.errors[which]) == len(HORIZONS)
             assert list(one.ends[which]) == [one.errors[which][-1]]
+
+
+def test_the_critical_share_is_the_largest_within_the_bound_and_not_the_best() -> None:
+    """Where a little replay helps the new domain, too, the two differ."""
+    general, domain = np.array([2.0, 2.1, 2.2, 2.5]), np.array([3.0, 2.5, 2.4, 2.45])
+    losses = {"general": general, "domain": domain}
+    drawn = {"general": np.stack([general] * 2), "domain": np.stack([domain] * 2)}
+    one = Frontier(np.array([0.25, 0.5, 0.75, 1.0]), losses, {}, {}, drawn)
+    assert (one.best(9.0), one.best(9.0, largest=True)) == (2, 3)
+    assert (one.best(2.15), one.best(2.15, largest=True)) == (1, 1)
+    assert one.best_interval(9.0) == (0.75, 0.75)
+    assert one.best_interval(9.0, largest=True) == (1.0, 1.0)
+    with pytest.raises(UserError, match=r"no share that was run keeps the general loss at 1\.9"):
+        one.best(1.9, largest=True)
