@@ -30,11 +30,15 @@ STARTS = 32
 
 @dataclass(frozen=True)
 class Held:
-    """Rows of ``what`` ("r=0.5", "N=1e6"), predicted by fits to the others: relative errors [n]."""
+    """Rows of ``what`` ("r=0.5", "N=1e6"), predicted by fits to the others.
+
+    ``errors``: of each loss the relative errors [n] of the rows that the law can describe
+    (``described``); ``ends``: those at the longest horizon of each N and r.
+    """
 
     what: str
-    general_n: Array
-    domain_n: Array
+    errors: Mapping[str, Array]
+    ends: Mapping[str, Array]
 
 
 @dataclass(frozen=True)
@@ -52,9 +56,9 @@ class DCpt:
 
     def r_squared(self, which: str) -> float:
         """Return the share of the measured loss's variance that the fit explains."""
-        measured = self.rows[which]
-        left = np.square(self.fits[which].predict(_inputs(self.rows, which)) - measured).sum()
-        return float(1.0 - left / np.square(measured - measured.mean()).sum())
+        rows = self.fits[which].observations
+        left = np.square(self.fits[which].predict(rows) - rows["loss"]).sum()
+        return float(1.0 - left / np.square(rows["loss"] - rows["loss"].mean()).sum())
 
     def at(self, shares_S: Array, size: float, tokens: float) -> Frontier:
         """Return both losses at these shares of the domain."""
@@ -91,12 +95,14 @@ class Frontier:
     high: Mapping[str, Array]
     drawn: Mapping[str, Array]
 
-    def best(self, bound: float) -> int:
+    def best(self, bound: float, *, largest: bool = False) -> int:
         """Return the place of the least domain loss with a general loss of at most ``bound``.
 
-        Raises UserError if no share keeps it.
+        ``largest``: of the largest share up to which every share keeps it instead, which is the
+        critical one (2407.17467). Raises UserError if no share keeps it.
         """
-        place = _least(self.losses["general"], self.losses["domain"], bound)
+        pick = _largest if largest else _least
+        place = pick(self.losses["general"], self.losses["domain"], bound)
         if place is None:
             least = int(np.argmin(self.losses["general"]))
             raise UserError(
@@ -107,16 +113,18 @@ class Frontier:
             )
         return place
 
-    def best_interval(self, bound: float, level: float = 0.95) -> tuple[float, float] | None:
+    def best_interval(
+        self, bound: float, level: float = 0.95, *, largest: bool = False
+    ) -> tuple[float, float] | None:
         """Return the interval of the best share over samples, None without any.
 
         A sample without a share within the bound counts as the share of its least general loss.
         """
         if not self.drawn:
             return None
-        found = []
+        found, pick = [], _largest if largest else _least
         for general_S, domain_S in zip(self.drawn["general"], self.drawn["domain"], strict=False):
-            place = _least(general_S, domain_S, bound)
+            place = pick(general_S, domain_S, bound)
             found.append(self.shares_S[int(np.argmin(general_S)) if place is None else place])
         low, high = np.quantile(found, (0.5 - level / 2, 0.5 + level / 2))
         return float(low), float(high)
@@ -128,12 +136,18 @@ def _least(general_S: Array, domain_S: Array, bound: float) -> int | None:
     return place if np.isfinite(within[place]) else None
 
 
+def _largest(general_S: Array, _: Array, bound: float) -> int | None:
+    over_S = ~(general_S <= bound)
+    place = int(np.argmax(over_S)) if over_S.any() else len(over_S)
+    return place - 1 if place else None
+
+
 def fit_d_cpt(rows: Observations, *, bootstraps: int = 0, seed: int = 0) -> DCpt:
     """Fit the D-CPT law to the general and to the domain's loss of rows N, D, r, general, domain.
 
     With fewer than three sizes (or horizons) the exponent of N (D) is held at ``ALPHA`` (``BETA``),
-    and with one size the term in N is left out. Raises UserError: there are fewer than three shares
-    or too few rows.
+    and with one size the term in N is left out. Of each loss the rows are taken that the law can
+    describe (``described``). Raises UserError: there are fewer than three shares or too few rows.
     """
     shares = np.unique(rows["r"])
     if len(shares) < FEWEST_SHARES:
@@ -146,7 +160,8 @@ def fit_d_cpt(rows: Observations, *, bootstraps: int = 0, seed: int = 0) -> DCpt
     fixed |= {"alpha": ALPHA} if sizes < 3 else {}
     fixed |= {"beta": BETA} if horizons < 3 else {}
     options = FitOptions(starts=STARTS, seed=seed, fixed=fixed)
-    fits = {which: fit(form_named("d_cpt"), _inputs(rows, which), options) for which in LOSSES}
+    form = form_named("d_cpt")
+    fits = {w: fit(form, _inputs(described(rows, w), w), options) for w in LOSSES}
     several = bootstraps and len(set(rows.groups)) > 1
     samples = {w: bootstrap(fits[w], max(bootstraps, 2), seed) for w in LOSSES} if several else {}
     return DCpt(rows, fits, fixed, samples)
@@ -173,16 +188,47 @@ def held_out(rows: Observations, seed: int = 0) -> tuple[list[Held], list[str]]:
         except UserError as error:
             notes.append(f"{what} is not held out: {error}")
             continue
-        there = rows.take(out_n)
-        errors = [without.fits[w].predict(_inputs(there, w)) / there[w] - 1.0 for w in LOSSES]
-        found.append(Held(what, *errors))
+        errors, ends = {}, {}
+        for which, law in without.fits.items():
+            there = described(rows.take(out_n), which)
+            errors[which] = law.predict(_inputs(there, which)) / there[which] - 1.0
+            ends[which] = errors[which][_last(there)]
+        found.append(Held(what, errors, ends))
     return found, notes
+
+
+def described(rows: Observations, which: str) -> Observations:
+    """Return the rows whose loss ``which`` the law can describe.
+
+    At a share of 0 of the corpus that is measured the law has no D, while the loss of what is no
+    longer read rises with D: of these rows only those of the longest horizon of each size are kept.
+    """
+    share = _share(rows, which)
+    kept_n = share > 0.0
+    for size in np.unique(rows["N"]):
+        alike_n = (rows["N"] == size) & ~(share > 0.0)
+        if alike_n.any():
+            kept_n |= alike_n & (rows["D"] == rows["D"][alike_n].max())
+    return rows.take(kept_n)
+
+
+def _last(rows: Observations) -> NDArray[np.bool_]:
+    """Whether a row [n] is of the longest horizon of its N and r."""
+    last_n = np.zeros(len(rows), bool)
+    for size, share in {*zip(rows["N"], rows["r"], strict=True)}:
+        alike_n = (rows["N"] == size) & (rows["r"] == share)
+        last_n |= alike_n & (rows["D"] == rows["D"][alike_n].max())
+    return last_n
+
+
+def _share(rows: Observations, which: str) -> Array:
+    """The share [n] of the corpus whose loss is measured."""
+    return rows["r"] if which == "domain" else 1.0 - rows["r"]
 
 
 def _inputs(rows: Observations, which: str) -> Observations:
     """The rows with r as the share of the corpus whose loss is measured, and that loss."""
-    share = rows["r"] if which == "domain" else 1.0 - rows["r"]
-    columns = {"N": rows["N"], "D": rows["D"], "r": share}
+    columns = {"N": rows["N"], "D": rows["D"], "r": _share(rows, which)}
     if which in rows.columns:
         columns["loss"] = rows[which]
     return replace(rows, columns=columns, conventions={})

@@ -2,7 +2,7 @@
 
 Pretrains models of three sizes on Python's standard library, continues each on its documentation
 with 0, 10, 25, 50 and 75 % of replay, asks `allometry mix` for the ratio, and trains one more run
-at the critical ratio to see whether the law was right. From the repository's root:
+at the critical ratio to see whether the law was right:
 
     python examples/continual/run.py
 
@@ -13,63 +13,89 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+from allometry.launch.laws.replay_text import text_of
+from allometry.launch.text import table
 from allometry.laws.replay import replay_runs
 
 HERE = Path(__file__).resolve().parent
-STORE = Path("store/continual")
 REPLAY = (0.0, 0.1, 0.25, 0.5, 0.75)
 CODE, PROSE = "python-code", "python-prose"
+HELD = "r=0.75"
+"""The ratio to judge the law by (25 % replay), chosen before any run; and the largest size."""
+LOSSES = ("general", "domain")
+STOPS = (signal.SIGINT, signal.SIGTERM)
+WITHIN = 1.0
+"""Percent that losses held out may be off by."""
 
 
 def main() -> None:
     """Do whatever is not done yet, then say what was found."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("trees/continual"))
-    parser.add_argument("--widths", type=int, nargs="+", default=[32, 48, 64])
-    parser.add_argument("--trunk-steps", type=int, default=800)
-    parser.add_argument("--steps", type=int, default=500, help="of each continuation")
-    parser.add_argument("--rise", type=float, default=3.0, help="percent of general loss to pay")
-    parser.add_argument("--bound", type=float, default=0.05, help="of the critical ratio, nats")
-    parser.add_argument("--skip", type=float, default=0.4, help="of each run, before its first row")
-    parser.add_argument("--parallel", type=int, default=2)
-    asked = parser.parse_args()
-    if not (STORE / "tokenizer.json").is_file():
+    asked = arguments()
+    store = asked.out / "store"
+    if not (store / "manifest.json").is_file():
         inputs = [f"builtin:{CODE}", f"builtin:{PROSE}"]
-        allometry("prepare", *inputs, "--out", STORE, "--vocab-size", 2048)
-    asked.out.mkdir(parents=True, exist_ok=True)
+        allometry("prepare", *inputs, "--out", store, "--vocab-size", 2048)
     for width in asked.widths:
         train(asked, width, REPLAY)
-    found = mix(asked, "--out", asked.out / "frontier.png")
-    critical = found["critical"]["d_cpt"]["ratio"]
-    checked = None
-    if critical is not None:
-        checked = check(asked, round(1.0 - critical, 3), found)
+    found = mix(asked)
+    print(text_of(found), flush=True)
     result = {
+        "held out": judged(found),
+        "check": check(asked, found),
+        "runs": measured(asked),
         "law": found,
-        "check": checked,
         "settings": {k: str(v) for k, v in vars(asked).items()},
     }
     (asked.out / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(checked, indent=2))
+    print(summary(result))
     print(f"result: {asked.out / 'result.json'}, picture: {asked.out / 'frontier.png'}")
+
+
+def arguments() -> argparse.Namespace:
+    """What the command line asks for."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("trees/continual"))
+    parser.add_argument("--widths", type=int, nargs="+", default=[32, 48, 64])
+    parser.add_argument("--trunk-steps", type=int, default=1400)
+    parser.add_argument("--steps", type=int, default=350, help="of each continuation")
+    parser.add_argument("--rise", type=float, default=3.0, help="percent of general loss to pay")
+    parser.add_argument("--bound", type=float, default=0.05, help="of the critical ratio, nats")
+    parser.add_argument("--skip", type=float, default=0.5, help="of each run, before its first row")
+    parser.add_argument("--parallel", type=int, default=2, help="runs at a time")
+    asked = parser.parse_args()
+    asked.widths = sorted(set(asked.widths))
+    try:
+        asked.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out {asked.out} cannot be made ({error.strerror}); choose another folder")
+    return asked
 
 
 def train(asked: argparse.Namespace, width: int, ratios: tuple[float, ...]) -> None:
     """Train the trunk of one width and its branches, whatever of them is missing."""
-    total = asked.trunk_steps + asked.steps
-    every = max(asked.steps // 10, 1)
+    total, store = asked.trunk_steps + asked.steps, asked.out / "store"
+    trunk = {
+        "model.width": width,
+        "model.ffn_width": 3 * width,
+        "training.total_steps": asked.trunk_steps,
+        "data.tokenizer": str(store / "tokenizer.json"),
+    }
+    for number, source in enumerate((CODE, PROSE)):
+        for split in ("train", "validation"):
+            trunk[f"data.sources.{number}.{split}"] = str(store / f"{source}.{split}")
     branches = [
         {
             "name": name_of(ratio),
             "at": asked.trunk_steps,
             "set": {
                 "training.total_steps": total,
-                "evaluation.every_steps": every,
+                "evaluation.every_steps": max(asked.steps // 10, 1),
                 "data.sources.1.weight": 1.0,
                 "data.replay": {"ratio": ratio, "sources": [CODE]},
             },
@@ -79,14 +105,7 @@ def train(asked: argparse.Namespace, width: int, ratios: tuple[float, ...]) -> N
     tree = {
         "kind": "tree",
         "folder": str(folder(asked, width)),
-        "trunk": {
-            "base": str(HERE / "base.yaml"),
-            "set": {
-                "model.width": width,
-                "model.ffn_width": 3 * width,
-                "training.total_steps": asked.trunk_steps,
-            },
-        },
+        "trunk": {"base": str(HERE / "base.yaml"), "set": trunk},
         "branches": branches,
         "launch": {"parallel": asked.parallel},
     }
@@ -95,39 +114,94 @@ def train(asked: argparse.Namespace, width: int, ratios: tuple[float, ...]) -> N
     allometry("branch", "--tree", path)
 
 
-def check(asked: argparse.Namespace, replay: float, found: dict[str, Any]) -> dict[str, Any]:
-    """Train the largest model at the critical ratio; what was predicted of it, and what it is."""
-    width = asked.widths[-1]
-    if name_of(replay) not in map(name_of, REPLAY):
-        train(asked, width, (*REPLAY, replay))
-    run = folder(asked, width) / "runs" / name_of(replay)
-    rows = replay_runs([run], ends=True).rows
-    predicted = found["critical"]["d_cpt"]
+def mix(asked: argparse.Namespace) -> dict[str, Any]:
+    """Ask for the ratio, by the runs at the declared ratios alone."""
+    options = [f"--{name}={getattr(asked, name)}" for name in ("rise", "bound", "skip")]
+    options.append("--count=total")  # D-CPT's N is all of a model's parameters
+    picture = asked.out / "frontier.png"
+    said = allometry("mix", *fitted(asked), *options, "--out", picture, "--json", capture=True)
+    found: dict[str, Any] = json.loads(said)
+    return found
+
+
+def measured(asked: argparse.Namespace) -> list[dict[str, float]]:
+    """The last held-out losses of each run that the law was fitted to."""
+    rows = replay_runs(fitted(asked), ends=True, count="total").rows
+    return [
+        {name: float(column[i]) for name, column in rows.columns.items()} for i in range(len(rows))
+    ]
+
+
+def fitted(asked: argparse.Namespace) -> list[Path]:
+    """The runs at the declared ratios, which the law is fitted to."""
+    return [folder(asked, w) / "runs" / name_of(ratio) for w in asked.widths for ratio in REPLAY]
+
+
+def judged(found: dict[str, Any]) -> dict[str, Any]:
+    """The largest errors, in percent, of the ratio and of the largest size, when held out.
+
+    Of all rows, and of the last of each run (``ends``).
+    """
     return {
-        "run": str(run),
-        "replay": replay,
-        "rise of the general loss": float(rows["general"][0] - rows["start"][0]),
-        "predicted rise": found["critical"]["bound"],
-        **{
-            f"{kind} loss": {
-                "predicted": predicted[kind]["value"],
-                "measured": float(rows[kind][0]),
-                "error in percent": 100 * (predicted[kind]["value"] / float(rows[kind][0]) - 1),
-            }
-            for kind in ("general", "domain")
-        },
+        one["what"]: {
+            **{kind: 100 * one[kind] for kind in LOSSES},
+            "ends": {kind: 100 * one["ends"][kind] for kind in LOSSES},
+        }
+        for one in found["held_out"]
+        if one["what"] == HELD or one["what"].startswith("N=")
     }
 
 
-def mix(asked: argparse.Namespace, *options: object) -> dict[str, Any]:
-    """Ask for the ratio, by the runs at the declared ratios; print what is said."""
-    runs = [folder(asked, w) / "runs" / name_of(ratio) for w in asked.widths for ratio in REPLAY]
-    command = ("mix", *runs, "--rise", asked.rise, "--bound", asked.bound)
-    command = (*command, "--skip", asked.skip, *options)
-    allometry(*command)
-    said = allometry(*command, "--json", capture=True)
-    found: dict[str, Any] = json.loads(said)
-    return found
+def check(asked: argparse.Namespace, found: dict[str, Any]) -> dict[str, Any]:
+    """Train the largest model at the critical ratio; what was predicted of it, and what it is."""
+    predicted = found["critical"]["d_cpt"]
+    if predicted["ratio"] is None:
+        return {"why": predicted["why"]}
+    width, replay = asked.widths[-1], round(1.0 - predicted["ratio"], 3)
+    train(asked, width, (*REPLAY, *([] if name_of(replay) in map(name_of, REPLAY) else [replay])))
+    run = folder(asked, width) / "runs" / name_of(replay)
+    rows = replay_runs([run], ends=True).rows
+    losses = {
+        f"{kind} loss": {
+            "predicted": predicted[kind]["value"],
+            "low": predicted[kind]["low"],
+            "high": predicted[kind]["high"],
+            "measured": float(rows[kind][0]),
+            "error in percent": 100 * (predicted[kind]["value"] / float(rows[kind][0]) - 1),
+        }
+        for kind in LOSSES
+    }
+    rise = {
+        "predicted": predicted["general"]["value"] - found["start"],
+        "measured": float(rows["general"][0] - rows["start"][0]),
+    }
+    return {"run": str(run), "replay": replay, "rise of the general loss": rise, **losses}
+
+
+def summary(result: dict[str, Any]) -> str:
+    """What was held out and what was checked, as tables."""
+    rows = [
+        [
+            "held out (r: the domain's share)",
+            "loss",
+            "ends of runs",
+            "all rows",
+            f"within {WITHIN:g} %",
+        ]
+    ]
+    for what, one in result["held out"].items():
+        for kind in LOSSES:
+            end, most = one["ends"][kind], one[kind]
+            within = "no" if end > WITHIN else "yes" if most <= WITHIN else "at the ends"
+            rows.append([what, kind, f"{end:.2f} %", f"{most:.2f} %", within])
+    made = result["check"]
+    if "why" in made:
+        return f"\n{table(rows)}\n\nno critical ratio to check: {made['why']}"
+    lines = [[f"at the critical ratio, replay {made['replay']:g}", "predicted", "measured"]]
+    for what, one in made.items():
+        if isinstance(one, dict):
+            lines.append([what, f"{one['predicted']:.4f}", f"{one['measured']:.4f}"])
+    return f"\n{table(rows)}\n\n{table(lines)}"
 
 
 def folder(asked: argparse.Namespace, width: int) -> Path:
@@ -141,12 +215,18 @@ def name_of(ratio: float) -> str:
 
 
 def allometry(*arguments: object, capture: bool = False) -> str:
-    """Run a command in a process of its own; end with its exit code where it fails."""
+    """Run a command in a process of its own, which is told of signals; end where it fails."""
     words = [sys.executable, "-m", "allometry.launch.cli", *map(str, arguments)]
-    done = subprocess.run(words, stdout=subprocess.PIPE if capture else None, text=True)
-    if done.returncode:
-        sys.exit(done.returncode)
-    return done.stdout or ""
+    pipe = subprocess.PIPE if capture else None
+    with subprocess.Popen(words, stdout=pipe, text=True, start_new_session=True) as child:
+        for number in STOPS:
+            signal.signal(number, lambda received, _: child.send_signal(received))
+        said = child.communicate()[0]
+    for number in STOPS:
+        signal.signal(number, signal.SIG_DFL)
+    if child.returncode:
+        sys.exit(child.returncode)
+    return said or ""
 
 
 if __name__ == "__main__":

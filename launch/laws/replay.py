@@ -109,9 +109,9 @@ def _quality(laws: DCpt, held: Sequence[Held]) -> dict[str, Any]:
     errors = [
         {
             "what": one.what,
-            "rows": len(one.general_n),
-            "general": float(np.abs(one.general_n).max()),
-            "domain": float(np.abs(one.domain_n).max()),
+            "rows": max(len(errors_n) for errors_n in one.errors.values()),
+            **{which: float(np.abs(one.errors[which]).max()) for which in LOSSES},
+            "ends": {which: float(np.abs(one.ends[which]).max()) for which in LOSSES},
         }
         for one in held
     ]
@@ -182,9 +182,11 @@ def _critical(
     frontier = laws.at(np.linspace(*laws.span, GRID), size, tokens)
     limit = read.start_at(size, laws.alpha) + asked.bound
     try:
-        at = _at(frontier, frontier.best(limit))
-        ends = frontier.best_interval(limit, LEVEL) or (None, None)
+        place = frontier.best(limit, largest=True)
+        at = _at(frontier, place)
+        ends = frontier.best_interval(limit, LEVEL, largest=True) or (None, None)
         d_cpt: dict[str, Any] = {"ratio": at.pop("share"), "low": ends[0], "high": ends[1], **at}
+        d_cpt["bounded"] = place < GRID - 1
     except UserError as error:
         d_cpt = {"ratio": None, "why": str(error)}
     cmr: list[dict[str, Any]] = []
@@ -256,6 +258,12 @@ def _warnings(facts: Mapping[str, Any], laws: DCpt, frontier: Frontier, place: i
             f"the general loss before, {facts['start']:.4f}, is from those of the sizes "
             "that were run, by the exponent of N; give the model's own with --start"
         )
+    for which in LOSSES:
+        if left := len(laws.rows) - len(laws.fits[which].observations):
+            found.append(
+                f"of the {which} loss where none of its data is read, D-CPT has no D: the longest "
+                f"runs alone are taken there, and {left} rows left out"
+            )
     held = [f"{name} = {value:g}" for name, value in laws.fixed.items()]
     if held:
         found.append(

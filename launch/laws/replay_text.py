@@ -57,7 +57,10 @@ def _critical(facts: Mapping[str, Any]) -> list[str]:
         lines.append(f"  by D-CPT none: {one['why']}")
     else:
         ends = interval(one["low"], one["high"], 3)
-        lines.append(f"  by D-CPT at the target {one['ratio']:.3f} (95 % interval {ends})")
+        least = "" if one["bounded"] else "at least "
+        lines.append(f"  by D-CPT at the target {least}{one['ratio']:.3f} (95 % interval {ends})")
+        if not one["bounded"]:
+            lines.append("  (the bound does not decide: that is the largest share that was run)")
     for of_size in facts["cmr"]:
         said = f"  by CMR for N = {human(of_size['N'])} "
         value = of_size["ratio"]
@@ -70,9 +73,13 @@ def _laws(facts: Mapping[str, Any]) -> list[str]:
     for which, law in facts["laws"].items():
         lines.append(f"D-CPT, {which} loss: R2 = {law['r_squared']:.5f}")
     for one in facts["held_out"]:
+        off, end = (
+            f"{100 * errors['domain']:.2g} % (domain) and {100 * errors['general']:.2g} % (general)"
+            for errors in (one, one["ends"])
+        )
         lines.append(
-            f"held out {one['what']} ({one['rows']} rows): off by at most "
-            f"{100 * one['domain']:.2g} % (domain) and {100 * one['general']:.2g} % (general)"
+            f"held out {one['what']} ({one['rows']} rows): off by at most {off}; by {end} at the "
+            "ends of the longest runs"
         )
     return lines
 

@@ -11,7 +11,11 @@ from allometry.configs.run import RunConfig
 from allometry.launch.cli import app
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")]
+PAGES = [
+    page
+    for of in ("*.md", "docs/**/*.md", "benchmarks/*.md", "examples/*.md")
+    for page in ROOT.glob(of)
+]
 
 
 def names(pattern: str, page: Path) -> list[str]:

@@ -140,6 +140,7 @@ def test_the_critical_ratio_by_both_laws(shell: Shell, tmp_path: Path) -> None:
         exact = float(shares[rise <= 0.08].max())
         # CMR takes the rise as linear between the shares that were run.
         assert one["ratio"] == pytest.approx(exact, abs=0.04), one
+    assert facts["critical"]["d_cpt"]["bounded"]
     assert facts["critical"]["d_cpt"]["ratio"] == pytest.approx(exact, abs=0.02)
 
 
@@ -234,10 +235,12 @@ def test_run_folders_say_what_they_are(shell: Shell, runs: Path) -> None:
     assert facts["start"] == 2.5
     assert [facts["frontier"][0]["share"], facts["frontier"][-1]["share"]] == [0.5, 1.0]
     assert facts["rows"] == 6 * 8
+    assert any("D-CPT has no D" in one and "14 rows" in one for one in facts["warnings"])
     assert facts["repetition"]["unique"] == 5000
     assert not any("rate moves" in one for one in facts["warnings"])
-    ends = shell.json("mix", runs, "--rise", 20, "--bootstraps", 0, "--start", 2.4)
-    assert ends["start"] == 2.4
+    options = ("--bootstraps", 0, "--start", 2.4)
+    assert shell.json("mix", runs, "--rise", 20, *options)["start"] == 2.4
+    assert "at least 1.000 (" in shell("mix", runs, "--rise", 900, "--bound", 9, *options)
 
 
 def test_what_runs_do_not_say_is_one_sentence(shell: Shell, runs: Path) -> None:
@@ -312,13 +315,3 @@ def test_branches_of_a_real_trunk(
     (before,) = [e for e in map(json.loads, events) if e["event"] == "held_out_before"]
     assert facts["start"] == pytest.approx(before["losses"]["down"])
     assert any("others branch from there" in one for one in facts["warnings"])
-
-
-def test_the_example_describes_runs() -> None:
-    """Of each of its widths; what it trains and asks is run by hand, for minutes."""
-    base = Path(__file__).resolve().parents[3] / "examples" / "continual" / "base.yaml"
-    for width in (32, 48, 64):
-        more = [f"model.width={width}", f"model.ffn_width={3 * width}", "data.sources.1.weight=1"]
-        config = load(base, [*more, "data.replay={ratio: 0.1, sources: [python-code]}"])
-        assert config.schedule.kind == "constant"
-        assert config.data.replay is not None
