@@ -15,6 +15,7 @@ from allometry.scaling.planner.cost import COMMUNICATION, step_time
 from allometry.scaling.search.case import left_out
 from allometry.scaling.search.search import Search
 from allometry.scaling.search.space import Choice, applied
+from allometry.scaling.stages import places_of
 
 HOUR, DAY, KWH = 3600.0, 86400.0, 3.6e6
 
@@ -64,6 +65,9 @@ class Proposal:
 def budget(search: Search, tokens: int | None) -> int:
     """Return the tokens of the whole run; ``tokens`` None: as its description says."""
     config = search.config
+    if search.run.stages is not None and tokens is None:
+        last = places_of(search.run)[-1]
+        return last.batch.tokens_after(last.last_step)
     batch = BatchPlan(config.batch, config.data.sequence_length)
     steps = batch.steps_for_tokens(tokens) if tokens else total_steps(config.training, batch)
     return batch.tokens_after(steps)
@@ -74,7 +78,8 @@ def proposals(
 ) -> list[Proposal]:
     """Return what is predicted of these layouts; ``price``: of an hour of one GPU.
 
-    A step of a ramp is taken to cost what its tokens do at the full batch.
+    A step of a ramp is taken to cost what its tokens do at the full batch, and one of another stage
+    what they do in the longest.
     """
     if not choices:
         return []

@@ -48,7 +48,7 @@ def nearest(search: Search) -> tuple[Choice, int]:
 
 def remedies(search: Search) -> Iterator[Remedy]:
     """Yield what would make the run fit: more GPUs, or one of ``CHANGES``."""
-    config, asked = search.config, search.asked
+    config, asked = search.run, search.asked
     number = 2
     while number <= MOST_GPUS:
         gpus = number * search.world_size

@@ -14,6 +14,7 @@ import numpy as np
 from allometry.configs.errors import UserError
 from allometry.configs.machine import HardwareConfig
 from allometry.configs.run import RunConfig
+from allometry.configs.stages import InStage
 from allometry.scaling.batch import BatchPlan
 from allometry.scaling.degrees import Degrees
 from allometry.scaling.layout import Layout
@@ -24,7 +25,8 @@ from allometry.scaling.planner.cases import Cases
 from allometry.scaling.planner.constants import Constants, Floats
 from allometry.scaling.planner.cost import step_time
 from allometry.scaling.search.case import check_precision, row_of, sequence_of
-from allometry.scaling.search.space import CHECKPOINTING, Choice, Core, Space, applied
+from allometry.scaling.search.space import CHECKPOINTING, FREE, Choice, Core, Space, applied
+from allometry.scaling.stages import places_of
 
 Objective = Literal["time", "cost", "memory"]
 OBJECTIVES: tuple[Objective, ...] = ("time", "cost", "memory")
@@ -75,7 +77,8 @@ class Search:
     """One run on one number of GPUs: proposals, what each needs, how long each takes.
 
     What is found of a proposal's memory is kept, so that asking again under other assumptions is
-    quick; ``known``: what another search of the same run on as many GPUs found.
+    quick; ``known``: what another search of the same run on as many GPUs found. ``run`` is what was
+    asked for; of a run with stages the longest one, ``config``, is timed, and all have to fit.
     """
 
     def __init__(
@@ -85,13 +88,16 @@ class Search:
         asked: Asked,
         known: dict[Choice, MemoryEstimate | str] | None = None,
     ) -> None:
-        check_precision(config, asked.hardware, asked.name)
+        for one in config.of_stages():
+            check_precision(one, asked.hardware, asked.name)
         _check_graphs(config, world_size)
-        self.config, self.world_size, self.asked = config, world_size, asked
+        self.run, self.world_size, self.asked = config, world_size, asked
+        self.config, decided = _longest(config)
         self.limit = asked.memory_of(world_size) * (1 - asked.reserve)
         """Bytes of a card that the run may fill."""
-        self.space = Space(config, world_size, asked.hardware.gpus_per_node, asked.keep)
-        self._batch = BatchPlan(config.batch, config.data.sequence_length)
+        keep = (*asked.keep, *decided)
+        self.space = Space(self.config, world_size, asked.hardware.gpus_per_node, keep)
+        self._batch = BatchPlan(self.config.batch, self.config.data.sequence_length)
         self.known = {} if known is None else known
         self.cores: dict[Core, tuple[Choice, int]] = {}
         """Degrees that can be: the proposal that needs least memory, and how much."""
@@ -106,10 +112,16 @@ class Search:
         found = self.known.get(choice)
         if found is None:
             try:
-                config = applied(self.config, choice, self.world_size)
-                layout = Layout.of(config, self.world_size)
-                found = memory_of(config, layout, self._batch, self.asked.device)
-            except UserError as error:
+                run = applied(self.run, choice, self.world_size)
+                places = [(one.config, one.batch) for one in places_of(run)] if run.stages else []
+                found = max(
+                    (
+                        memory_of(one, Layout.of(one, self.world_size), batch, self.asked.device)
+                        for one, batch in places or [(run, self._batch)]
+                    ),
+                    key=attrgetter("total"),
+                )
+            except (UserError, InStage) as error:
                 found = str(error)
             self.known[choice] = found
         return None if isinstance(found, str) else found
@@ -280,6 +292,17 @@ class Search:
         if alone:
             return [alike[0] for _, alike in found.values()]
         return [min(alike, key=_plainness) for _, alike in found.values()]
+
+
+def _longest(config: RunConfig) -> tuple[RunConfig, list[str]]:
+    """Return the stage of a run that trains most tokens, and keys of ``FREE`` that it decides."""
+    if config.stages is None:
+        return config, []
+    place = max(places_of(config), key=attrgetter("asked_tokens"))
+    stage = config.stages[place.number - 1]
+    changed = {"batch": stage.batch, "training": stage.training}
+    keys = [f"{section}.{key}" for section, changes in changed.items() for key in changes]
+    return place.config, [key for key in keys if key in FREE]
 
 
 def _plainness(choice: Choice) -> tuple[int, ...]:

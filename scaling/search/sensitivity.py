@@ -96,7 +96,7 @@ def sensitivity(search: Search, present: Choice) -> Iterator[Turn]:
             yield Turn(name, word, best, max(0.0, float(mine.seconds[0]) / seconds - 1))
     for reserve in RESERVES:
         other = Search(
-            search.config, search.world_size, replace(search.asked, reserve=reserve), search.known
+            search.run, search.world_size, replace(search.asked, reserve=reserve), search.known
         )
         first = next(other.ordered(), None)
         if first is None:

@@ -13,6 +13,7 @@ from allometry.configs.loader import dump, load, yaml_text
 from allometry.configs.machine import load_hardware
 from allometry.configs.run import RunConfig
 from allometry.scaling.layout import Layout
+from allometry.scaling.plan import RunPlan
 from allometry.scaling.search.auto import settle
 from allometry.scaling.search.space import FREE
 
@@ -47,6 +48,28 @@ def test_what_is_settled_has_a_layout_and_the_same_batch() -> None:
     assert all(one["seconds"] * 1.01 >= facts["predicted"]["seconds"] for one in facts["others"])
     assert RunConfig.model_validate(settled.model_dump(mode="json")) == settled
     assert settle(run(), 8, "cuda") == (run(), None)
+
+
+def test_one_layout_serves_all_stages() -> None:
+    """The longest stage is timed, as it is; the fullest has to fit."""
+    fuller = "stages.1.data.sequence_length=4096"
+    config = run(f"parallel={{{H100}}}", fuller, preset="stages_demo")
+    settled, facts = settle(config, 4, "cuda")
+    assert facts is not None
+    plans = RunPlan.of_stages(settled, 4)
+    assert plans[1].memory.total > plans[0].memory.total
+    assert [plan.layout for plan in plans] == [plans[0].layout] * 3
+    assert facts["predicted"]["memory_bytes"] == max(plan.memory.total for plan in plans)
+    assert plans[0].micro_batch_sequences == facts["chosen"]["micro_batch"]
+
+    longest = ("stages.1.tokens=900_000", "stages.1.data.sequence_length=1024")
+    settled, facts = settle(run(f"parallel={{{H100}}}", *longest, preset="stages_demo"), 1, "cuda")
+    assert facts is not None
+    stable, long, _ = RunPlan.of_stages(settled, 1)
+    assert long.micro_batch_sequences == facts["chosen"]["micro_batch"] == 4, "as the stage says"
+    assert facts["predicted"]["memory_bytes"] == max(stable.memory.total, long.memory.total)
+    speed = facts["predicted"]["tokens_per_second"] * facts["predicted"]["seconds"]
+    assert round(speed) == 8 * 1024, "tokens of its step"
 
 
 def test_kept_keys_stay() -> None:
