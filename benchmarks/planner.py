@@ -27,13 +27,8 @@ from scipy.stats import kendalltau
 
 from allometry.configs.machine import known_hardware, load_hardware
 from allometry.launch.text import table
-from allometry.scaling.planner.calibrate import (
-    Calibration,
-    adapt,
-    calibrate,
-    choose_runs,
-    predict,
-)
+from allometry.scaling.planner.belief import Calibration, adapt, choose_runs, predict
+from allometry.scaling.planner.calibrate import calibrate
 from allometry.scaling.planner.cases import Cases
 
 NAMES = {

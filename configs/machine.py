@@ -15,6 +15,7 @@ from allometry.configs.source import parse_file
 
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
+Generation = Literal["ampere", "hopper", "blackwell", "cdna2", "cdna3", "other"]
 PeakName = Literal["fp32", "fp16", "bf16", "fp8", "fp4"]
 
 
@@ -54,6 +55,9 @@ class HardwareConfig(Section):
     """A kind of node, and the network between nodes of that kind."""
 
     name: str = Field(min_length=1, description="what tables call it")
+    generation: Generation = Field(
+        default="other", description="of its GPU: what calibration carries over within"
+    )
     gpu: Accelerator
     gpus_per_node: Count = Field(gt=0, description="GPUs that the inside links join")
     nics_per_node: Count = Field(gt=0, description="NICs of those GPUs together")

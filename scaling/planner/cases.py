@@ -20,7 +20,7 @@ COLUMNS = {
     **{"dense_layers": 0, "q_rank": 0, "kv_rank": 0},
     **dict.fromkeys(("sequence", "micro_batch", "global_batch"), None),
     **{"tp": 1, "pp": 1, "chunks": 1, "cp": 1, "ep": 1, "dp": 1, "zero": 1},
-    **{"sequence_parallel": 1, "flash": 1, "eager": 0, "even_stages": 0, "overlap": 1},
+    **{"sequence_parallel": 1, "flash": 1, "attention_rate": 1, "eager": 0, "even_stages": 0, "overlap": 1},
 }
 """Numbers of a configuration and their defaults; None: it has to be given."""
 
@@ -35,6 +35,7 @@ class Cases:
     n: dict[str, Floats]
     hw: dict[str, Floats]
     hardware: Floats
+    generation: Floats
     precision: Floats
     recompute: Floats
     schedule: Floats
@@ -59,6 +60,7 @@ class Cases:
             n=columns,
             hw=_hardware_columns(cards, precision),
             hardware=np.array([row["hardware"] for row in rows]),
+            generation=np.array([card.generation for card in cards]),
             precision=precision,
             recompute=np.array([row.get("recompute", "none") for row in rows]),
             schedule=np.array([row.get("schedule", "1f1b") for row in rows]),
@@ -72,7 +74,7 @@ class Cases:
         return Cases(
             {key: column[chosen] for key, column in self.n.items()},
             {key: column[chosen] for key, column in self.hw.items()},
-            *(self.hardware[chosen], self.precision[chosen]),
+            *(self.hardware[chosen], self.generation[chosen], self.precision[chosen]),
             *(self.recompute[chosen], self.schedule[chosen]),
         )
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from allometry.scaling.planner.cases import Cases
 from allometry.scaling.planner.constants import Constants, Floats
-from allometry.scaling.planner.operators import HALF, layer_parameters, rank_tokens
+from allometry.scaling.planner.operators import HALF, collectives, layer_parameters, rank_tokens
 
 GRADIENT = 4  # bytes
 OPTIMIZER_BYTES = 34  # of AdamW a parameter: reads and writes of moments, master copy, gradient
@@ -15,22 +15,26 @@ HIDDEN = 0.9  # share of the computation behind which ZeRO-3 can hide its messag
 
 
 def tensor(cases: Cases, constants: Constants) -> tuple[Floats, Floats]:
-    """Seconds of a layer's four collectives forward (two pairs): (transfer, latency); 0 for tp=1.
+    """Seconds of a layer's tensor parallelism: (transfer, steps of its rings); 0 for tp=1.
 
-    The host and the network's steps run behind computation as far as there is some, so latency
-    joins what the host takes.
+    A gather or a scatter takes t-1 steps, an all-reduce twice as many of the same size.
     """
     n, hw = cases.n, cases.hw
     t, volume = n["tp"], 2.0 * rank_tokens(cases) * n["width"]
     within = t <= hw["gpus_per_node"]
-    nodes = np.ceil(t / hw["gpus_per_node"])
+    nodes = np.maximum(t / hw["gpus_per_node"], 1)
     inside = hw["inside"] * constants.inside
     shared = np.minimum(t, hw["gpus_per_node"]) * hw["across"] * constants.across
+    shared = shared / nodes**constants.ring_nodes
     bandwidth = np.where(within, inside, np.minimum(inside, shared))
-    steps = np.minimum(t, hw["gpus_per_node"]) - 1
-    latency = steps * hw["inside_latency"] * constants.inside_latency
-    latency = latency + (nodes - 1) * hw["across_latency"] * constants.across_latency
-    return 4 * (t - 1) / t * volume / bandwidth, np.where(t > 1, 4 * latency, 0.0)
+    # A ring goes t-1 steps, each as slow as its slowest link.
+    step = np.where(
+        within,
+        hw["inside_latency"] * constants.inside_latency,
+        hw["across_latency"] * constants.across_latency,
+    )
+    halves = collectives(cases) * np.where(n["sequence_parallel"] > 0, 1, 2)
+    return halves * (t - 1) / t * volume / bandwidth, halves * (t - 1) * step
 
 
 def experts(cases: Cases, constants: Constants) -> Floats:
@@ -111,7 +115,8 @@ def data(cases: Cases, constants: Constants, compute: Floats) -> Floats:
         part = size * (ranks - 1) / np.maximum(ranks, 1) / rate
         once = once + part * np.where(n["zero"] == 0, 2 * GRADIENT, constants.shard_bytes)
         each = each + part * 3 * HALF
-    behind = np.minimum(constants.data_hidden, 1.0) * compute
+    share = np.where(n["zero"] == 0, constants.data_hidden, constants.shard_hidden)
+    behind = np.minimum(share, 1.0) * compute
     hidden = np.where(n["overlap"] > 0, behind, 0.0)
     fully = cases.micro_batches * np.maximum(each - HIDDEN * compute, 0.0)
     return np.where(n["zero"] == 3, fully, np.maximum(once - hidden, 0.0))

@@ -58,11 +58,9 @@ def step_time(cases: Cases, constants: Constants | None = None) -> StepTime:
     attention = scored * (np.where(n["flash"] > 0, 3.5, 3.0) + np.where(selective, 1.0, again))
     passes = operators.elementwise(cases, constants) * (3 + again)
     moved, latency = communication.tensor(cases, constants)
-    tensor, latency = moved * (2.5 + again), latency * (2.5 + again)
-    device = products + attention + passes + tensor
+    device = products + attention + passes + moved + latency
     host = operators.launches(cases, constants)
     held = (device**4 + host**4) ** 0.25 - device
-    delayed = (device**4 + (host + latency) ** 4) ** 0.25 - device - held
     experts = communication.experts(cases, constants) * (2 + again)
     ring = communication.context(cases, constants, scored) * (3 + again)
     per_layer = {
@@ -70,7 +68,7 @@ def step_time(cases: Cases, constants: Constants | None = None) -> StepTime:
         "attention": attention,
         "element-wise": passes,
         "waiting for the host": held,
-        "tensor parallel": tensor + delayed,
+        "tensor parallel": moved + latency,
         "expert parallel": experts,
         "context parallel": ring,
     }

@@ -71,7 +71,8 @@ def scores(cases: Cases, constants: Constants) -> Floats:
     """Seconds of causal attention of one layer, forward; unfused: twice the work, and traffic."""
     n, rows = cases.n, rank_tokens(cases)
     inner, s = n["heads"] * n["head_dim"] / n["tp"], n["sequence"]
-    rate = cases.hw["attention"] * constants.attention / (1 + constants.attention_half / s)
+    rate = cases.hw["attention"] * n["attention_rate"] * constants.attention
+    rate = rate / (1 + constants.attention_half / s)
     flash = 2 * rows * s * inner / rate
     bytes_moved = constants.unfused_attention * rows * s * n["heads"] / n["tp"]
     dense = 4 * rows * s * inner / (cases.hw["wide_products"] * constants.products)
@@ -102,13 +103,26 @@ def head(cases: Cases, constants: Constants) -> Floats:
     return 3 * product_time(rows, n["width"], columns, rate, constants) + traffic
 
 
+def collectives(cases: Cases) -> Floats:
+    """Collectives of tensor parallelism in a layer, forward and backward; 0 for tp=1.
+
+    An all-reduce after attention and one after the feed-forward part, both ways; with sequence
+    parallelism (arXiv 2205.05198) a gather and a scatter for each, and inputs gathered again.
+    """
+    n = cases.n
+    each = np.where(n["sequence_parallel"] > 0, 10.0, 4.0)
+    again = np.where(n["sequence_parallel"] > 0, 4.0, 2.0)
+    return np.where(n["tp"] > 1, each + np.where(cases.recompute == "full", again, 0.0), 0.0)
+
+
 def launches(cases: Cases, constants: Constants) -> Floats:
     """Host seconds of a layer and micro-batch, forward and backward."""
     n = cases.n
     each = np.where(n["eager"] > 0, constants.launch_eager_s, constants.launch_tuned_s)
-    each = each * np.where(n["tp"] > 1, constants.launch_tensor, 1.0)
     each = each * np.where(n["experts"] > 0, constants.launch_experts, 1.0)
-    return each * np.where(cases.recompute == "full", 4 / 3, 1.0)
+    each = each * np.where(cases.recompute == "full", 4 / 3, 1.0)
+    send = np.where(n["eager"] > 0, constants.collective_eager_s, constants.collective_tuned_s)
+    return each + collectives(cases) * send
 
 
 def layer_parameters(cases: Cases) -> tuple[Floats, Floats]:

@@ -44,9 +44,13 @@ def bottleneck(layer: Floats, layers: Floats, head: Floats, p: Floats, even: Flo
     slowest stage fastest, and the others share the rest.
     """
     equal = np.maximum(np.ceil(layers / p) * layer, layers / p * layer + head)
-    best = equal.copy()
-    for last in range(int(np.max(np.ceil(layers / p), initial=0)) + 1):
-        others = np.ceil(np.maximum(layers - last, 0) / np.maximum(p - 1, 1)) * layer
-        best = np.minimum(best, np.maximum(others, last * layer + head))
+    # Others' layers K: K layers take longer with K, what is left for the last stage is less.
+    others = np.maximum(p - 1, 1)
+    crossing, most = (layers * layer + head) / (p * layer), np.ceil(layers / others)
+    best = equal
+    for k in (np.floor(crossing), np.ceil(crossing)):
+        each = np.clip(k, 1, most)
+        last = np.maximum(layers - each * others, 0)
+        best = np.minimum(best, np.maximum(each * layer, last * layer + head))
     slowest = np.where(even > 0, equal, best)
     return np.where(p > 1, slowest, layers * layer + head)

@@ -1,0 +1,166 @@
+"""What is believed of the cost model's constants, and what a prediction with it is worth."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import get_args
+
+import numpy as np
+from scipy.optimize import least_squares
+
+from allometry.configs.errors import UserError
+from allometry.configs.machine import Generation
+from allometry.scaling.planner.cases import Cases
+from allometry.scaling.planner.constants import Constants, Floats
+from allometry.scaling.planner.cost import step_time
+
+NOISE = 0.08  # log error of a step that the model is held to
+NUDGE = 1e-4
+NORMAL = 1.645  # of a 90 % interval
+GENERATIONS: tuple[str, ...] = get_args(Generation)
+
+
+def logs_of(mean: Floats, cases: Cases) -> Floats:
+    """Logarithms of each configuration's constants, (C, K): the common ones and its card's."""
+    k, own = len(Constants.names()), Constants.of_card()
+    logs = np.repeat(mean[None, :k], len(cases), axis=0)
+    logs[:, own] += mean[k:].reshape(len(GENERATIONS), len(own))[_generations(cases)]
+    return logs
+
+
+def _generations(cases: Cases) -> Floats:
+    return np.array([GENERATIONS.index(name) for name in cases.generation], dtype=int)
+
+
+def errors(cases: Cases, logs_CK: Floats, measured: Floats) -> Floats:
+    """Logarithms of predicted over measured seconds, (C,); ``measured``: logarithms."""
+    return np.log(step_time(cases, Constants.of_logs(logs_CK)).seconds) - measured
+
+
+def slopes(cases: Cases, logs_CK: Floats) -> Floats:
+    """Derivatives of the logarithm of the time by those of the constants, (C, K)."""
+    zeros = np.zeros(len(cases))
+    at = errors(cases, logs_CK, zeros)
+    steps = NUDGE * np.eye(logs_CK.shape[1])
+    return np.stack([(errors(cases, logs_CK + s, zeros) - at) / NUDGE for s in steps], axis=1)
+
+
+def by_mean(cases: Cases, slopes_CK: Floats) -> Floats:
+    """The same derivatives by what ``Calibration.mean`` holds, (C, D)."""
+    own = Constants.of_card()
+    of_cards = np.zeros((len(cases), len(GENERATIONS), len(own)))
+    of_cards[np.arange(len(cases)), _generations(cases)] = slopes_CK[:, own]
+    return np.concatenate([slopes_CK, of_cards.reshape(len(cases), -1)], axis=1)
+
+
+def check_seconds(seconds: Floats) -> None:
+    """Raise UserError for times that are none."""
+    if not (np.isfinite(seconds) & (seconds > 0)).all():
+        raise UserError("measured step times must be positive numbers; leave other rows out")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What is believed of the constants.
+
+    ``mean``, (D,): logarithms of the constants, (K,), then for each of ``GENERATIONS`` how far a
+    card of it lies from them (``Constants.of_card``). ``covariance``, (D, D): for a framework not
+    seen, its deviation included. ``scatter``: logarithms of measured over predicted time that a
+    twentieth of a source's runs lie below, and above, with the source's own constants. ``own``:
+    each calibrated source's deviation, (K,). ``kinds``: what was calibrated on, as ``Cases.kinds``.
+    """
+
+    mean: Floats
+    covariance: Floats
+    scatter: tuple[float, float] = (-2 * NOISE, 2 * NOISE)
+    own: dict[str, Floats] = field(default_factory=dict)
+    kinds: frozenset[tuple[str, str, str]] = frozenset()
+
+    @classmethod
+    def before(cls, constants: Constants | None = None) -> Calibration:
+        """The belief without any measurement of steps, around these constants."""
+        cards = np.tile(Constants.spreads("card")[Constants.of_card()], len(GENERATIONS))
+        common = Constants.spreads("spread") ** 2 + Constants.spreads("between") ** 2
+        logs = (constants or Constants()).logs()
+        mean = np.concatenate([logs, np.zeros(len(cards))])
+        return cls(mean, np.diag(np.concatenate([common, cards**2])))
+
+    def of_source(self, name: str) -> Calibration:
+        """The belief of a source that was calibrated on."""
+        mean = self.mean.copy()
+        mean[: len(self.own[name])] += self.own[name]
+        return replace(self, mean=mean)
+
+    def constants(self, generation: str) -> Constants:
+        """The constants of a card of this generation."""
+        k, own = len(Constants.names()), Constants.of_card()
+        logs = self.mean[:k].copy()
+        index = GENERATIONS.index(generation)
+        logs[own] += self.mean[k:].reshape(len(GENERATIONS), len(own))[index]
+        return Constants.of_logs(logs)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Seconds of a step, (C,), the ends of 90 % intervals, and where nothing alike was measured."""
+
+    seconds: Floats
+    low: Floats
+    high: Floats
+    unseen: Floats
+
+
+def predict(belief: Calibration, cases: Cases) -> Prediction:
+    """Predict steps of a framework that the belief is of.
+
+    An interval joins what is uncertain of the constants with the scatter of runs around sources'
+    own constants. ``unseen``: a card, precision or kind of model that no calibration has measured.
+    """
+    logs = logs_of(belief.mean, cases)
+    center = errors(cases, logs, np.zeros(len(cases)))
+    slope = by_mean(cases, slopes(cases, logs))
+    variance = np.einsum("cd,de,ce->c", slope, belief.covariance, slope)
+    low, high = (np.sqrt(NORMAL**2 * variance + end**2) for end in belief.scatter)
+    unseen = np.array([kind not in belief.kinds for kind in cases.kinds])
+    return Prediction(np.exp(center), np.exp(center - low), np.exp(center + high), unseen)
+
+
+def adapt(belief: Calibration, cases: Cases, seconds: Floats) -> Calibration:
+    """Update a belief by a few measured steps of one framework, each believed as it is."""
+    check_seconds(seconds)
+    measured, root = np.log(seconds), np.linalg.cholesky(belief.covariance)
+
+    def residuals(z: Floats) -> Floats:
+        logs = logs_of(belief.mean + root @ z, cases)
+        return np.concatenate([errors(cases, logs, measured) / NOISE, z])
+
+    def jacobian(z: Floats) -> Floats:
+        logs = logs_of(belief.mean + root @ z, cases)
+        slope = by_mean(cases, slopes(cases, logs)) / NOISE
+        return np.concatenate([slope @ root, np.eye(len(z))])
+
+    found = least_squares(residuals, np.zeros(len(root)), jacobian, max_nfev=40)
+    left = root @ np.linalg.inv(found.jac.T @ found.jac) @ root.T
+    kinds = belief.kinds | frozenset(cases.kinds)
+    return replace(
+        belief, mean=belief.mean + root @ found.x, covariance=left, own={}, kinds=kinds
+    )
+
+
+def choose_runs(belief: Calibration, cases: Cases, count: int) -> list[int]:
+    """Choose the configurations whose measurement says most about all of them.
+
+    Greedy: each is the one that lowers the mean variance of the logarithms most, at ``NOISE``.
+    """
+    slope = by_mean(cases, slopes(cases, logs_of(belief.mean, cases)))
+    covariance, whole = belief.covariance, slope.T @ slope
+    chosen: list[int] = []
+    for _ in range(min(count, len(cases))):
+        moved = slope @ covariance
+        own = np.einsum("cd,cd->c", moved, slope) + NOISE**2
+        gain = np.einsum("cd,de,ce->c", moved, whole, moved) / own
+        gain[chosen] = -1
+        best = int(np.argmax(gain))
+        chosen.append(best)
+        covariance = covariance - np.outer(moved[best], moved[best]) / own[best]
+    return chosen
