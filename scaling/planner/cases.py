@@ -20,9 +20,14 @@ COLUMNS = {
     **{"dense_layers": 0, "q_rank": 0, "kv_rank": 0},
     **dict.fromkeys(("sequence", "micro_batch", "global_batch"), None),
     **{"tp": 1, "pp": 1, "chunks": 1, "cp": 1, "ep": 1, "dp": 1, "zero": 1},
-    **{"sequence_parallel": 1, "flash": 1, "attention_rate": 1, "eager": 0, "even_stages": 0, "overlap": 1},
+    **{"sequence_parallel": 1, "flash": 1, "attention_rate": 1, "eager": 0, "grouped": 1, "even_stages": 0, "overlap": 1},
 }
 """Numbers of a configuration and their defaults; None: it has to be given."""
+LEAST = {
+    **dict.fromkeys(("gated", "zero", "ffn", "sequence_parallel", "flash", "overlap"), 0),
+    **{"grouped": 0, "attention_rate": 0.01},
+}
+"""What a number is at least, where that is not 1, or 0 as its default."""
 
 
 @dataclass(frozen=True)
@@ -107,9 +112,7 @@ def _check(index: int, row: Mapping[str, Any], hardware: Mapping[str, HardwareCo
         value = row.get(key, default)
         if value is None:
             raise UserError(f"{place}: {key} is missing; give it")
-        least = 0 if default == 0 or key in ("gated", "zero", "ffn") else 1
-        if key in ("sequence_parallel", "flash", "overlap"):
-            least = 0
+        least = LEAST.get(key, 0 if default == 0 else 1)
         if not np.isfinite(value) or value < least:
             raise UserError(f"{place}: {key}={value} must be a number of at least {least}")
     if row.get("hardware") not in hardware:

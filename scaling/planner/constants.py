@@ -44,6 +44,7 @@ class Constants:
     collective_eager_s: float = _constant(8e-5, 0.5, 0.4, "host seconds per collective")
     collective_tuned_s: float = _constant(2e-5, 0.7, 0.4, "the same, fused, compiled or as graphs")
     launch_experts: float = _constant(2.0, 0.4, 0.3, "factor of launches with experts")
+    launch_expert_s: float = _constant(1e-4, 0.7, 0.4, "host seconds per expert, one by one")
     inside_latency: float = _constant(1.0, 0.7, 0.5, "factor of latencies inside a node")
     across_latency: float = _constant(1.0, 0.7, 0.5, "factor of latencies across nodes")
     inside: float = _constant(0.75, 0.2, 0.1, "share of the bandwidth inside a node")

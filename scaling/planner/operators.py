@@ -120,6 +120,8 @@ def launches(cases: Cases, constants: Constants) -> Floats:
     n = cases.n
     each = np.where(n["eager"] > 0, constants.launch_eager_s, constants.launch_tuned_s)
     each = each * np.where(n["experts"] > 0, constants.launch_experts, 1.0)
+    local = np.where(n["grouped"] > 0, 0.0, n["experts"] / n["ep"])
+    each = each + local * constants.launch_expert_s
     each = each * np.where(cases.recompute == "full", 4 / 3, 1.0)
     send = np.where(n["eager"] > 0, constants.collective_eager_s, constants.collective_tuned_s)
     return each + collectives(cases) * send
