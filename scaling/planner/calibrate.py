@@ -7,31 +7,18 @@ from scipy.optimize import least_squares
 
 from allometry.scaling.planner.belief import (
     GENERATIONS,
-    NOISE,
     Calibration,
     by_mean,
     check_seconds,
     errors,
     logs_of,
     slopes,
+    soften,
 )
 from allometry.scaling.planner.cases import Cases
 from allometry.scaling.planner.constants import Constants, Floats
 
 ROWS_OF_SOURCE = 150  # what a source counts at most: its rows share their errors
-
-
-def soften(error: Floats, weight: Floats) -> tuple[Floats, Floats]:
-    """Residuals whose squares are Cauchy's loss, and their derivatives.
-
-    Published tables hold runs that some fault made many times slower than their neighbours: errors
-    far beyond ``NOISE`` hardly pull.
-    """
-    scaled = error / NOISE
-    soft = np.sign(scaled) * np.sqrt(np.log1p(scaled**2))
-    near = np.abs(scaled) < 1e-6
-    slope = np.where(near, 1.0, scaled / (1 + scaled**2) / np.where(near, 1.0, soft))
-    return soft * weight, slope / NOISE * weight
 
 
 def calibrate(cases: Cases, seconds: Floats, sources: Floats) -> Calibration:

@@ -20,7 +20,15 @@ COLUMNS = {
     **{"dense_layers": 0, "q_rank": 0, "kv_rank": 0},
     **dict.fromkeys(("sequence", "micro_batch", "global_batch"), None),
     **{"tp": 1, "pp": 1, "chunks": 1, "cp": 1, "ep": 1, "dp": 1, "zero": 1},
-    **{"sequence_parallel": 1, "flash": 1, "attention_rate": 1, "eager": 0, "grouped": 1, "even_stages": 0, "overlap": 1},
+    **{
+        "sequence_parallel": 1,
+        "flash": 1,
+        "attention_rate": 1,
+        "eager": 0,
+        "grouped": 1,
+        "even_stages": 0,
+        "overlap": 1,
+    },
 }
 """Numbers of a configuration and their defaults; None: it has to be given."""
 LEAST = {
