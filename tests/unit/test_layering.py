@@ -29,6 +29,7 @@ MAY_IMPORT["launch"] = {*MAY_IMPORT["studies"], "studies"}
 # sub-rooms, lie above them, but for those named here.
 SUB_ROOM_MAY_IMPORT = {
     "scaling.parameterizations": {"scaling.roles", "scaling.update_rules"},
+    "scaling.hdp": {"scaling.count", "scaling.memory", "scaling.saved", "scaling.offload"},
     "scaling.planner": set(),
     "laws.forms": {"laws.observations"},
     "laws.fit": {"laws.observations", "laws.registry", "laws.forms"},
