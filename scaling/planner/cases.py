@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from allometry.configs import execution
 from allometry.configs.errors import UserError
 from allometry.configs.machine import HardwareConfig
 from allometry.scaling.planner.constants import Floats
 
-SCHEDULES = ("1f1b", "interleaved", "zb_h1", "zb_h2", "zbv")
+SCHEDULES = (*execution.SCHEDULES, "interleaved", "zb_h1", "zb_h2", "zbv")
+"""Those that a run can have, and published ones: ``pipeline.bubble``."""
 RECOMPUTE = ("none", "selective", "full")
 COLUMNS = {
     **dict.fromkeys(("layers", "width", "heads", "kv_heads", "head_dim", "ffn", "vocab"), None),
@@ -20,21 +22,35 @@ COLUMNS = {
     **{"dense_layers": 0, "q_rank": 0, "kv_rank": 0},
     **dict.fromkeys(("sequence", "micro_batch", "global_batch"), None),
     **{"tp": 1, "pp": 1, "chunks": 1, "cp": 1, "ep": 1, "dp": 1, "zero": 1},
-    **{
-        "sequence_parallel": 1,
-        "flash": 1,
-        "attention_rate": 1,
-        "eager": 0,
-        "grouped": 1,
-        "even_stages": 0,
-        "overlap": 1,
-    },
+    **{"sequence_parallel": 1, "flash": 1, "attention_rate": 1, "eager": 0, "grouped": 1},
+    **{"even_stages": 0, "overlap": 1, "replicas": 1, "gather_bytes": 2, "reduce_bytes": 4},
+    **{"tensor_chunks": 1, "deduplicated": 1, "attended": 0, "document_stretch": 1},
+    **{"narrow_share": 1, "quantize_bytes": 0, "saved_fp8": 0, "state_bytes": 8},
+    **{"states_host": 0, "states_disk": 0, "host_update": 0, "activations_host": 0},
+    **{"kept_bytes": 0},
 }
-"""Numbers of a configuration and their defaults; None: it has to be given."""
+"""Numbers of a configuration and their defaults; None: it has to be given.
+
+``attention_rate``: of the kernel, over the card's best. ``eager``: kernels are launched one by one
+from Python. ``grouped``: all experts' products are one launch. ``replicas``: whole copies that a
+sharded ``dp`` is divided into. ``gather_bytes``, ``reduce_bytes``: of a parameter and of a gradient
+as they travel. ``tensor_chunks``: parts of a product that tensor parallelism's messages run behind.
+``deduplicated``: a token goes to each node once, not once for each of its experts there.
+``attended``: tokens that a token's attention reads; 0: the sequence. ``document_stretch``:
+``scaling.hdp.stretch``. ``narrow_share``: of the blocks' products in ``precision``, if that is
+fp8 or fp4. ``quantize_bytes``: that casts move for each number of a narrow product, beyond what
+the products' rate holds (``operators.QUANTIZE_BYTES``). ``saved_fp8``: activations wait in FP8.
+``state_bytes``: of the optimizer for a parameter. ``states_host``, ``states_disk``: shares of them
+in the host's memory and on disk between steps. ``host_update``: the host's CPUs take the
+optimizer's step. ``activations_host``: share of the layers whose ``kept_bytes``, of a token, wait
+in the host's memory.
+"""
 LEAST = {
     **dict.fromkeys(("gated", "zero", "ffn", "sequence_parallel", "flash", "overlap"), 0),
-    **{"grouped": 0, "attention_rate": 0.01},
+    **{"grouped": 0, "attention_rate": 0.01, "deduplicated": 0, "document_stretch": 0.01},
+    **{"gather_bytes": 0.1, "reduce_bytes": 0.1, "narrow_share": 0, "state_bytes": 0},
 }
+SHARES = ("narrow_share", "states_host", "states_disk", "activations_host")
 """What a number is at least, where that is not 1, or 0 as its default."""
 
 
@@ -123,6 +139,14 @@ def _check(index: int, row: Mapping[str, Any], hardware: Mapping[str, HardwareCo
         least = LEAST.get(key, 0 if default == 0 else 1)
         if not np.isfinite(value) or value < least:
             raise UserError(f"{place}: {key}={value} must be a number of at least {least}")
+    for key in SHARES:
+        if row.get(key, 0) > 1:
+            raise UserError(f"{place}: {key}={row[key]} must be a share, at most 1")
+    if row.get("states_host", 0) + row.get("states_disk", 0) > 1:
+        raise UserError(
+            f"{place}: states_host={row['states_host']} and states_disk={row['states_disk']} are "
+            "together more than all states; lower one"
+        )
     if row.get("hardware") not in hardware:
         raise UserError(
             f"{place}: hardware={row.get('hardware')!r} is not described; use one of "
@@ -163,4 +187,6 @@ def _hardware_columns(cards: list[HardwareConfig], precision: Floats) -> dict[st
         "inside_latency": column(lambda c: c.inside.latency_s),
         "across": column(lambda c: c.network_bandwidth),
         "across_latency": column(lambda c: c.across.latency_s),
+        "host": column(lambda c: c.host.bandwidth),
+        "disk": column(lambda c: c.host.disk_bandwidth),
     }

@@ -9,9 +9,10 @@ from allometry.scaling.planner.constants import Constants, Floats
 from allometry.scaling.planner.operators import HALF, collectives, layer_parameters, rank_tokens
 
 GRADIENT = 4  # bytes
-OPTIMIZER_BYTES = 34  # of AdamW a parameter: reads and writes of moments, master copy, gradient
+OPTIMIZER_BYTES = 18  # a parameter: reads and writes of master copy and gradient; states besides
 ACCUMULATE_BYTES = 10  # a micro-batch's gradient added into an fp32 buffer
-HIDDEN = 0.9  # share of the computation behind which ZeRO-3 can hide its messages
+HIDDEN = 0.9  # share of the computation behind which messages of each micro-batch can hide
+BACKWARD = 2 / 3  # of a micro-batch's computation
 
 
 def tensor(cases: Cases, constants: Constants) -> tuple[Floats, Floats]:
@@ -43,7 +44,8 @@ def experts(cases: Cases, constants: Constants) -> Floats:
     ep, k = n["ep"], n["top_k"]
     span = ep * n["tp"]
     nodes = np.maximum(span / hw["gpus_per_node"], 1)
-    remote = (nodes - 1) * (1 - (1 - 1 / nodes) ** k)
+    once = (nodes - 1) * (1 - (1 - 1 / nodes) ** k)
+    remote = np.where(n["deduplicated"] > 0, once, k * (1 - 1 / nodes))
     each = np.maximum(k * (1 - 1 / ep) / hw["inside"], remote / hw["across"])
     latency = np.where(nodes > 1, hw["across_latency"], hw["inside_latency"])
     share = 1 - n["dense_layers"] / n["layers"]
@@ -98,39 +100,61 @@ def held(cases: Cases) -> tuple[Floats, Floats]:
 def data(cases: Cases, constants: Constants, compute: Floats) -> Floats:
     """Seconds of a step's exchange of gradients and parameters that is not hidden; 0 for dp=1.
 
-    ``compute``: seconds of a micro-batch's computation, (C,), which ZeRO-3 hides messages behind.
+    ``compute``: seconds of a micro-batch's computation, (C,). Stage 0 sums gradients once a step,
+    stages 1 and 2 gather parameters and scatter gradients; stage 2 scatters in each micro-batch
+    behind its backward, stage 3 gathers for each forward and backward as well, behind the blocks
+    before (``parallel/zero.py``); a pipeline scatters once. Copies sum what they scattered.
     """
-    n, hw = cases.n, cases.hw
+    n = cases.n
+    ranks = n["dp"] * n["cp"]
     shared, of_experts = held(cases)
-    once = each = np.zeros(len(cases))
-    for size, ranks, inner in (
-        (shared, n["dp"] * n["cp"], n["tp"]),
-        (of_experts, np.maximum(n["dp"] * n["cp"] / n["ep"], 1), n["tp"] * n["ep"]),
-    ):
-        near = np.clip(hw["gpus_per_node"] / inner, 1, np.maximum(ranks, 1))
-        within = ranks * inner <= hw["gpus_per_node"]
-        bandwidth = np.where(within, hw["inside"], np.minimum(hw["inside"], near * hw["across"]))
-        nodes = np.maximum(ranks * inner / hw["gpus_per_node"], 1)
-        rate = bandwidth * constants.data_bandwidth / (1 + constants.congestion * np.log2(nodes))
-        part = size * (ranks - 1) / np.maximum(ranks, 1) / rate
-        once = once + part * np.where(n["zero"] == 0, 2 * GRADIENT, constants.shard_bytes)
-        each = each + part * 3 * HALF
+    experts = np.maximum(ranks / n["ep"], 1)
+    whole, copies = np.zeros(len(cases)), np.zeros(len(cases))
+    for size, over, inner in ((shared, ranks, n["tp"]), (of_experts, experts, n["tp"] * n["ep"])):
+        shards = np.where(n["zero"] > 0, np.maximum(over / n["replicas"], 1), over)
+        whole = whole + size * (shards - 1) / shards / _rate(cases, constants, shards, inner)
+        others = over / shards
+        rate = _rate(cases, constants, others, inner * shards)
+        copies = copies + size / shards * (others - 1) / others / rate
+    gather, reduce = n["gather_bytes"], n["reduce_bytes"]
     share = np.where(n["zero"] == 0, constants.data_hidden, constants.shard_hidden)
-    behind = np.minimum(share, 1.0) * compute
-    hidden = np.where(n["overlap"] > 0, behind, 0.0)
-    fully = cases.micro_batches * np.maximum(each - HIDDEN * compute, 0.0)
-    return np.where(n["zero"] == 3, fully, np.maximum(once - hidden, 0.0))
+    behind = np.where(n["overlap"] > 0, np.minimum(share, 1.0) * compute, 0.0)
+    each = np.where(n["pp"] > 1, 0.0, cases.micro_batches - 1)  # scatters before the last
+    sharded = constants.shard_bytes * (gather + reduce) / (HALF + GRADIENT)
+    once = np.where(n["zero"] == 0, 2 * reduce, sharded)
+    exposed = np.maximum(whole * once + copies * 2 * reduce - behind, 0.0)
+    earlier = each * np.maximum(whole * reduce - BACKWARD * HIDDEN * compute, 0.0)
+    exposed = exposed + np.where(n["zero"] == 2, earlier, 0.0)
+    fully = whole * (2 * gather + reduce) - HIDDEN * compute
+    fully = cases.micro_batches * np.maximum(fully, 0.0) + copies * 2 * reduce
+    return np.where(n["zero"] == 3, fully, exposed)
+
+
+def _rate(cases: Cases, constants: Constants, ranks: Floats, inner: Floats) -> Floats:
+    """Bytes/s of an exchange between ``ranks``, each ``inner`` ranks from the next."""
+    hw = cases.hw
+    near = np.clip(hw["gpus_per_node"] / inner, 1, np.maximum(ranks, 1))
+    within = ranks * inner <= hw["gpus_per_node"]
+    bandwidth = np.where(within, hw["inside"], np.minimum(hw["inside"], near * hw["across"]))
+    nodes = np.maximum(ranks * inner / hw["gpus_per_node"], 1)
+    return bandwidth * constants.data_bandwidth / (1 + constants.congestion * np.log2(nodes))
 
 
 def optimizer(cases: Cases, constants: Constants) -> tuple[Floats, Floats]:
     """Seconds of (the update, adding up gradients) of a step: traffic of device memory."""
     n = cases.n
-    shared, of_experts = held(cases)
     rate = cases.hw["memory"] * constants.memory
-    ranks = n["dp"] * n["cp"]
-    own = np.where(
-        n["zero"] > 0, shared / ranks + of_experts * n["ep"] / ranks, shared + of_experts
-    )
-    adding = ACCUMULATE_BYTES * cases.micro_batches * (shared + of_experts)
-    adding = adding / np.where(n["zero"] == 3, ranks, 1.0)
-    return OPTIMIZER_BYTES * own / rate, adding / rate
+    adding = ACCUMULATE_BYTES * cases.micro_batches * sum(held(cases))
+    adding = adding / np.where(n["zero"] == 3, n["dp"] * n["cp"], 1.0)
+    moved = OPTIMIZER_BYTES + 2 * n["state_bytes"]
+    update = np.where(n["host_update"] > 0, 0.0, moved * updated(cases) / rate)
+    return update, adding / rate
+
+
+def updated(cases: Cases) -> Floats:
+    """Parameters whose optimizer states a rank has."""
+    n = cases.n
+    shared, of_experts = held(cases)
+    ranks = n["dp"] * n["cp"] / n["replicas"]
+    each = shared / ranks + of_experts * np.minimum(n["ep"] / ranks, 1.0)
+    return np.where(n["zero"] > 0, each, shared + of_experts)
