@@ -32,15 +32,15 @@ from scipy.stats import kendalltau
 
 from allometry.configs.machine import known_hardware, load_hardware
 from allometry.launch.text import table
-from allometry.scaling.planner.belief import (
+from allometry.scaling.planner.calibrate import (
     Calibration,
     adapt,
     choose_runs,
     logs_of,
     predict,
 )
-from allometry.scaling.planner.belief import errors as log_errors
-from allometry.scaling.planner.calibrate import calibrate
+from allometry.scaling.planner.calibrate import errors as log_errors
+from allometry.scaling.planner.fit import calibrate
 from allometry.scaling.planner.cases import Cases
 from allometry.scaling.planner.constants import Constants
 from allometry.scaling.planner.faults import SLOW, slowness

@@ -1,73 +1,182 @@
-"""From measured steps of many sources to the cost model's constants."""
+"""What is believed of the cost model's constants, and what a prediction with it is worth."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import get_args
 
 import numpy as np
 from scipy.optimize import least_squares
 
-from allometry.scaling.planner.belief import (
-    GENERATIONS,
-    Calibration,
-    by_mean,
-    check_seconds,
-    errors,
-    logs_of,
-    slopes,
-    soften,
-)
+from allometry.configs.errors import UserError
+from allometry.configs.machine import Generation
 from allometry.scaling.planner.cases import Cases
 from allometry.scaling.planner.constants import Constants, Floats
+from allometry.scaling.planner.cost import step_time
 
-ROWS_OF_SOURCE = 150  # what a source counts at most: its rows share their errors
+NOISE = 0.08  # log error of a step that the model is held to
+NUDGE = 1e-4
+TARGETS = 500  # configurations that choose_runs looks at the variances of
+NORMAL = 1.645  # of a 90 % interval
+GENERATIONS: tuple[str, ...] = get_args(Generation)
 
 
-def calibrate(cases: Cases, seconds: Floats, sources: Floats) -> Calibration:
-    """Fit the constants to measured step times, (C,), of ``sources``, (C,).
+def logs_of(mean: Floats, cases: Cases) -> Floats:
+    """Logarithms of each configuration's constants, (C, K): the common ones and its card's."""
+    k, own = len(Constants.names()), Constants.of_card()
+    logs = np.repeat(mean[None, :k], len(cases), axis=0)
+    logs[:, own] += mean[k:].reshape(len(GENERATIONS), len(own))[_generations(cases)]
+    return logs
 
-    Least squares of logarithms with a loss that flattens beyond ``NOISE``. Constants have a value
-    for each source and each generation of cards around a common one; how far is believed of each
-    (``Constants``: ``between``, ``card``), so that what is a framework's own stays its own. What
-    no row says anything about stays at the belief. Raises UserError for times that are not
-    positive.
+
+def _generations(cases: Cases) -> Floats:
+    return np.array([GENERATIONS.index(name) for name in cases.generation], dtype=int)
+
+
+def errors(cases: Cases, logs_CK: Floats, measured: Floats) -> Floats:
+    """Logarithms of predicted over measured seconds, (C,); ``measured``: logarithms."""
+    return np.log(step_time(cases, Constants.of_logs(logs_CK)).seconds) - measured
+
+
+def slopes(cases: Cases, logs_CK: Floats) -> Floats:
+    """Derivatives of the logarithm of the time by those of the constants, (C, K)."""
+    zeros = np.zeros(len(cases))
+    at = errors(cases, logs_CK, zeros)
+    steps = NUDGE * np.eye(logs_CK.shape[1])
+    return np.stack([(errors(cases, logs_CK + s, zeros) - at) / NUDGE for s in steps], axis=1)
+
+
+def by_mean(cases: Cases, slopes_CK: Floats) -> Floats:
+    """The same derivatives by what ``Calibration.mean`` holds, (C, D)."""
+    own = Constants.of_card()
+    of_cards = np.zeros((len(cases), len(GENERATIONS), len(own)))
+    of_cards[np.arange(len(cases)), _generations(cases)] = slopes_CK[:, own]
+    return np.concatenate([slopes_CK, of_cards.reshape(len(cases), -1)], axis=1)
+
+
+def soften(error: Floats, weight: Floats | float = 1.0) -> tuple[Floats, Floats]:
+    """Residuals whose squares are Cauchy's loss, and their derivatives.
+
+    Published tables hold runs that some fault made many times slower than their neighbours: errors
+    far beyond ``NOISE`` hardly pull.
     """
+    scaled = error / NOISE
+    soft = np.sign(scaled) * np.sqrt(np.log1p(scaled**2))
+    near = np.abs(scaled) < 1e-6
+    slope = np.where(near, 1.0, scaled / (1 + scaled**2) / np.where(near, 1.0, soft))
+    return soft * weight, slope / NOISE * weight
+
+
+def check_seconds(seconds: Floats) -> None:
+    """Raise UserError for times that are none."""
+    if not (np.isfinite(seconds) & (seconds > 0)).all():
+        raise UserError("measured step times must be positive numbers; leave other rows out")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What is believed of the constants.
+
+    ``mean``, (D,): logarithms of the constants, (K,), then for each of ``GENERATIONS`` how far a
+    card of it lies from them (``Constants.of_card``). ``covariance``, (D, D): for a framework not
+    seen, its deviation included. ``scatter``: logarithms of measured over predicted time that a
+    twentieth of a source's runs lie below, and above, with the source's own constants. ``own``:
+    each calibrated source's deviation, (K,). ``kinds``: what was calibrated on, as ``Cases.kinds``.
+    """
+
+    mean: Floats
+    covariance: Floats
+    scatter: tuple[float, float] = (-2 * NOISE, 2 * NOISE)
+    own: dict[str, Floats] = field(default_factory=dict)
+    kinds: frozenset[tuple[str, str, str]] = frozenset()
+
+    @classmethod
+    def before(cls, constants: Constants | None = None) -> Calibration:
+        """The belief without any measurement of steps, around these constants."""
+        cards = np.tile(Constants.spreads("card")[Constants.of_card()], len(GENERATIONS))
+        common = Constants.spreads("spread") ** 2 + Constants.spreads("between") ** 2
+        logs = (constants or Constants()).logs()
+        mean = np.concatenate([logs, np.zeros(len(cards))])
+        return cls(mean, np.diag(np.concatenate([common, cards**2])))
+
+    def of_source(self, name: str) -> Calibration:
+        """The belief of a source that was calibrated on."""
+        mean = self.mean.copy()
+        mean[: len(self.own[name])] += self.own[name]
+        return replace(self, mean=mean)
+
+    def constants(self, generation: str) -> Constants:
+        """The constants of a card of this generation."""
+        k, own = len(Constants.names()), Constants.of_card()
+        logs = self.mean[:k].copy()
+        index = GENERATIONS.index(generation)
+        logs[own] += self.mean[k:].reshape(len(GENERATIONS), len(own))[index]
+        return Constants.of_logs(logs)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Seconds of a step, (C,), the ends of 90 % intervals, and where nothing alike was measured."""
+
+    seconds: Floats
+    low: Floats
+    high: Floats
+    unseen: Floats
+
+
+def predict(belief: Calibration, cases: Cases) -> Prediction:
+    """Predict steps of a framework that the belief is of.
+
+    An interval joins what is uncertain of the constants with the scatter of runs around sources'
+    own constants. ``unseen``: a card, precision or kind of model that no calibration has measured.
+    """
+    logs = logs_of(belief.mean, cases)
+    center = errors(cases, logs, np.zeros(len(cases)))
+    slope = by_mean(cases, slopes(cases, logs))
+    variance = np.einsum("cd,de,ce->c", slope, belief.covariance, slope)
+    low, high = (np.sqrt(NORMAL**2 * variance + end**2) for end in belief.scatter)
+    unseen = np.array([kind not in belief.kinds for kind in cases.kinds])
+    return Prediction(np.exp(center), np.exp(center - low), np.exp(center + high), unseen)
+
+
+def adapt(belief: Calibration, cases: Cases, seconds: Floats) -> Calibration:
+    """Update a belief by a few measured steps of one framework; what is far off hardly pulls."""
     check_seconds(seconds)
-    names, index, counts = np.unique(sources, return_inverse=True, return_counts=True)
-    weight, measured = np.sqrt(np.minimum(ROWS_OF_SOURCE / counts, 1.0))[index], np.log(seconds)
-    between, k = Constants.spreads("between"), len(Constants.names())
-    before = Calibration.before()
-    cards = np.tile(Constants.spreads("card")[Constants.of_card()], len(GENERATIONS))
-    spread = np.concatenate([Constants.spreads("spread"), cards])
-    d = len(spread)
+    measured, root = np.log(seconds), np.linalg.cholesky(belief.covariance)
 
-    def split(x: Floats) -> tuple[Floats, Floats]:
-        return before.mean + x[:d] * spread, x[d:].reshape(-1, k) * between
+    def residuals(z: Floats) -> Floats:
+        logs = logs_of(belief.mean + root @ z, cases)
+        return np.concatenate([soften(errors(cases, logs, measured))[0], z])
 
-    def logs(x: Floats) -> Floats:
-        mean, own = split(x)
-        return logs_of(mean, cases) + own[index]
+    def jacobian(z: Floats) -> Floats:
+        logs = logs_of(belief.mean + root @ z, cases)
+        soft = soften(errors(cases, logs, measured))[1][:, None]
+        return np.concatenate([soft * by_mean(cases, slopes(cases, logs)) @ root, np.eye(len(z))])
 
-    def residuals(x: Floats) -> Floats:
-        return np.concatenate([soften(errors(cases, logs(x), measured), weight)[0], x])
+    found = least_squares(residuals, np.zeros(len(root)), jacobian, max_nfev=40)
+    left = root @ np.linalg.inv(found.jac.T @ found.jac) @ root.T
+    kinds = belief.kinds | frozenset(cases.kinds)
+    return replace(belief, mean=belief.mean + root @ found.x, covariance=left, own={}, kinds=kinds)
 
-    def jacobian(x: Floats) -> Floats:
-        at = logs(x)
-        soft = soften(errors(cases, at, measured), weight)[1][:, None]
-        slope = soft * slopes(cases, at)
-        own = np.zeros((len(cases), len(names), k))
-        own[np.arange(len(cases)), index] = slope * between
-        block = [by_mean(cases, slope) * spread, own.reshape(len(cases), -1)]
-        return np.concatenate([np.concatenate(block, axis=1), np.eye(len(x))])
 
-    found = least_squares(residuals, np.zeros(d + k * len(names)), jacobian, max_nfev=60)
-    mean, own = split(found.x)
-    left = np.linalg.inv(found.jac.T @ found.jac)[:d, :d] * np.outer(spread, spread)
-    left[:k, :k] += np.diag(between**2)
-    error = -errors(cases, logs(found.x), measured)
-    ends = [np.quantile(error[index == i], (0.05, 0.95)) for i in range(len(names))]
-    return Calibration(
-        mean,
-        left,
-        (float(min(low for low, _ in ends)), float(max(high for _, high in ends))),
-        {str(name): own[i] for i, name in enumerate(names)},
-        frozenset(cases.kinds),
-    )
+def choose_runs(belief: Calibration, cases: Cases, count: int) -> list[int]:
+    """Choose the configurations whose measurement says most about all of them.
+
+    Greedy: each is the one that lowers the logarithms of their variances most, at ``NOISE``.
+    """
+    slope = by_mean(cases, slopes(cases, logs_of(belief.mean, cases)))
+    about = slope[:: -(-len(cases) // TARGETS)]
+    covariance = belief.covariance
+    chosen: list[int] = []
+    for _ in range(min(count, len(cases))):
+        own, theirs = (
+            np.einsum("cd,de,ce->c", part, covariance, part) + NOISE**2 for part in (slope, about)
+        )
+        shared = (slope @ covariance @ about.T) ** 2 / (own[:, None] * theirs)
+        gain = -np.log1p(-shared).sum(axis=1)
+        gain[chosen] = -1
+        best = int(np.argmax(gain))
+        chosen.append(best)
+        moved = covariance @ slope[best]
+        covariance = covariance - np.outer(moved, moved) / own[best]
+    return chosen

@@ -9,8 +9,8 @@ import pytest
 
 from allometry.configs.errors import UserError
 from allometry.configs.machine import load_hardware
-from allometry.scaling.planner.belief import Calibration, adapt, choose_runs, predict
-from allometry.scaling.planner.calibrate import calibrate
+from allometry.scaling.planner.calibrate import Calibration, adapt, choose_runs, predict
+from allometry.scaling.planner.fit import calibrate
 from allometry.scaling.planner.cases import Cases
 from allometry.scaling.planner.constants import Constants
 from allometry.scaling.planner.cost import step_time
