@@ -40,10 +40,10 @@ from allometry.scaling.planner.calibrate import (
     predict,
 )
 from allometry.scaling.planner.calibrate import errors as log_errors
-from allometry.scaling.planner.fit import calibrate
 from allometry.scaling.planner.cases import Cases
 from allometry.scaling.planner.constants import Constants
 from allometry.scaling.planner.faults import SLOW, slowness
+from allometry.scaling.planner.fit import calibrate
 from allometry.trainer.record.writer import commit
 
 NAMES = {

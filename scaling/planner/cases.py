@@ -27,19 +27,21 @@ COLUMNS = {
     **{"tensor_chunks": 1, "deduplicated": 1, "attended": 0, "document_stretch": 1},
     **{"narrow_share": 1, "quantize_bytes": 0, "saved_fp8": 0, "state_bytes": 8},
     **{"states_host": 0, "states_disk": 0, "host_update": 0, "activations_host": 0},
-    **{"kept_bytes": 0},
+    **{"kept_bytes": 0, "repeats": 0, "reduces": 0},
 }
 """Numbers of a configuration and their defaults; None: it has to be given.
 
-``attention_rate``: of the kernel, over the card's best. ``eager``: kernels are launched one by one
-from Python. ``grouped``: all experts' products are one launch. ``replicas``: whole copies that a
-sharded ``dp`` is divided into. ``gather_bytes``, ``reduce_bytes``: of a parameter and of a gradient
-as they travel. ``tensor_chunks``: parts of a product that tensor parallelism's messages run behind.
+``repeats``, ``reduces``: shares, of element-wise work done again in backward, and of the
+micro-batches before the last that reduce gradients. ``attention_rate``: of the kernel, over the
+card's best. ``eager``: kernels are launched one by one from Python. ``grouped``: all experts'
+products are one launch. ``replicas``: whole copies that a sharded ``dp`` is divided into.
+``gather_bytes``, ``reduce_bytes``: of a parameter and of a gradient as they travel.
+``tensor_chunks``: parts of a product that tensor parallelism's messages run behind.
 ``deduplicated``: a token goes to each node once, not once for each of its experts there.
 ``attended``: tokens that a token's attention reads; 0: the sequence. ``document_stretch``:
-``scaling.hdp.stretch``. ``narrow_share``: of the blocks' products in ``precision``, if that is
-fp8 or fp4. ``quantize_bytes``: that casts move for each number of a narrow product, beyond what
-the products' rate holds (``operators.QUANTIZE_BYTES``). ``saved_fp8``: activations wait in FP8.
+``scaling.hdp.stretch``. ``narrow_share``: of the blocks' products in ``precision``, if that is fp8
+or fp4. ``quantize_bytes``: that casts move for each number of a narrow product, beyond what the
+products' rate holds (``operators.QUANTIZE_BYTES``). ``saved_fp8``: activations wait in FP8.
 ``state_bytes``: of the optimizer for a parameter. ``states_host``, ``states_disk``: shares of them
 in the host's memory and on disk between steps. ``host_update``: the host's CPUs take the
 optimizer's step. ``activations_host``: share of the layers whose ``kept_bytes``, of a token, wait
@@ -50,8 +52,8 @@ LEAST = {
     **{"grouped": 0, "attention_rate": 0.01, "deduplicated": 0, "document_stretch": 0.01},
     **{"gather_bytes": 0.1, "reduce_bytes": 0.1, "narrow_share": 0, "state_bytes": 0},
 }
-SHARES = ("narrow_share", "states_host", "states_disk", "activations_host")
 """What a number is at least, where that is not 1, or 0 as its default."""
+SHARES = ("narrow_share", "repeats", "reduces", "states_host", "states_disk", "activations_host")
 
 
 @dataclass(frozen=True)

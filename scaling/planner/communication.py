@@ -119,12 +119,12 @@ def data(cases: Cases, constants: Constants, compute: Floats) -> Floats:
     gather, reduce = n["gather_bytes"], n["reduce_bytes"]
     share = np.where(n["zero"] == 0, constants.data_hidden, constants.shard_hidden)
     behind = np.where(n["overlap"] > 0, np.minimum(share, 1.0) * compute, 0.0)
-    each = np.where(n["pp"] > 1, 0.0, cases.micro_batches - 1)  # scatters before the last
+    each = n["reduces"] * np.maximum(cases.micro_batches - 1, 0)  # scatters before the last
     sharded = constants.shard_bytes * (gather + reduce) / (HALF + GRADIENT)
     once = np.where(n["zero"] == 0, 2 * reduce, sharded)
     exposed = np.maximum(whole * once + copies * 2 * reduce - behind, 0.0)
     earlier = each * np.maximum(whole * reduce - BACKWARD * HIDDEN * compute, 0.0)
-    exposed = exposed + np.where(n["zero"] == 2, earlier, 0.0)
+    exposed = exposed + earlier
     fully = whole * (2 * gather + reduce) - HIDDEN * compute
     fully = cases.micro_batches * np.maximum(fully, 0.0) + copies * 2 * reduce
     return np.where(n["zero"] == 3, fully, exposed)

@@ -54,9 +54,7 @@ def layer_time(cases: Cases, constants: Constants) -> dict[str, Floats]:
     products = (products + operators.ffn_products(cases, constants)) * (3 + again)
     dropped = np.where(selective & (n["flash"] == 0), 1.0, again)
     attention = scored * (np.where(n["flash"] > 0, 3.5, 3.0) + dropped)
-    # Without scores to drop, selective checkpointing repeats what is no product.
-    repeated = np.where(selective & (n["flash"] > 0), 1.0, again)
-    passes = operators.elementwise(cases, constants) * (3 + repeated)
+    passes = operators.elementwise(cases, constants) * (3 + np.maximum(again, n["repeats"]))
     quantized, saved = operators.casts(cases, constants)
     moved, latency = communication.tensor(cases, constants)
     first = 1 / n["tensor_chunks"]  # of the chunks has no product before it

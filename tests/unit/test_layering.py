@@ -31,6 +31,10 @@ SUB_ROOM_MAY_IMPORT = {
     "scaling.parameterizations": {"scaling.roles", "scaling.update_rules"},
     "scaling.hdp": {"scaling.count", "scaling.memory", "scaling.saved", "scaling.offload"},
     "scaling.planner": set(),
+    "scaling.search": {
+        *("scaling.planner", "scaling.attention", "scaling.batch", "scaling.count"),
+        *("scaling.degrees", "scaling.layout", "scaling.loads", "scaling.memory", "scaling.plan"),
+    },
     "laws.forms": {"laws.observations"},
     "laws.fit": {"laws.observations", "laws.registry", "laws.forms"},
     "parallel.hdp": set(),

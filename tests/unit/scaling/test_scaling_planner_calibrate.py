@@ -10,11 +10,11 @@ import pytest
 from allometry.configs.errors import UserError
 from allometry.configs.machine import load_hardware
 from allometry.scaling.planner.calibrate import Calibration, adapt, choose_runs, predict
-from allometry.scaling.planner.fit import calibrate
 from allometry.scaling.planner.cases import Cases
 from allometry.scaling.planner.constants import Constants
 from allometry.scaling.planner.cost import step_time
 from allometry.scaling.planner.faults import SLOW, slowness
+from allometry.scaling.planner.fit import calibrate
 
 MODEL = {
     **{"layers": 24, "width": 2048, "heads": 16, "kv_heads": 16, "head_dim": 128, "ffn": 8192},
