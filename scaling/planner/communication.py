@@ -123,9 +123,10 @@ def data(cases: Cases, constants: Constants, compute: Floats) -> Floats:
     sharded = constants.shard_bytes * (gather + reduce) / (HALF + GRADIENT)
     once = np.where(n["zero"] == 0, 2 * reduce, sharded)
     exposed = np.maximum(whole * once + copies * 2 * reduce - behind, 0.0)
-    earlier = each * np.maximum(whole * reduce - BACKWARD * HIDDEN * compute, 0.0)
+    beside = np.where(n["overlap"] > 0, HIDDEN, 0.0) * compute
+    earlier = each * np.maximum(whole * reduce - BACKWARD * beside, 0.0)
     exposed = exposed + earlier
-    fully = whole * (2 * gather + reduce) - HIDDEN * compute
+    fully = whole * (2 * gather + reduce) - beside
     fully = cases.micro_batches * np.maximum(fully, 0.0) + copies * 2 * reduce
     return np.where(n["zero"] == 3, fully, exposed)
 

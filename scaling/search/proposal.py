@@ -8,7 +8,6 @@ from typing import Any
 
 from allometry.scaling.batch import BatchPlan, total_steps
 from allometry.scaling.count import flops_per_token
-from allometry.scaling.layout import Layout
 from allometry.scaling.memory import MemoryEstimate
 from allometry.scaling.planner.calibrate import predict
 from allometry.scaling.planner.cost import COMMUNICATION, step_time
@@ -116,7 +115,7 @@ def proposals(
                 cost=None if price is None else hours * price,
                 kwh=None if watts is None else duration * watts / KWH,
                 terms=terms,
-                left_out=tuple(left_out(placed, Layout.of(placed, gpus))),
+                left_out=tuple(left_out(placed)),
             )
         )
     return found
