@@ -1,6 +1,7 @@
 """What the planner's cost model is worth on published measurements that it was not fitted on.
 
     python benchmarks/planner.py --data DIR/calibration.csv.gz [--json OUT]
+    python benchmarks/planner.py --data DIR/calibration.csv.gz --belief published.json
 
 Each source is left out in turn: constants are calibrated on the others, and the error of
 throughput, the order of layouts and the coverage of intervals are those of the source left out.
@@ -22,7 +23,6 @@ import gzip
 import json
 import os
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ from allometry.scaling.planner.cases import Cases
 from allometry.scaling.planner.constants import Constants
 from allometry.scaling.planner.faults import SLOW, slowness
 from allometry.scaling.planner.fit import calibrate
+from allometry.scaling.planner.store import save
 from allometry.trainer.record.writer import commit
 
 NAMES = {
@@ -253,11 +254,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--belief", type=Path, help="only fit all sources and write this file")
     asked = parser.parse_args()
     measured = read(asked.data)
+    if asked.belief is not None:
+        rows = measured.take(measured.slow <= SLOW)
+        save(calibrate(rows.cases, rows.seconds, rows.source), asked.belief)
+        return
     result: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": sys.argv,
+        "command": f"python benchmarks/planner.py --data {asked.data.name} --json ...",
         "commit": commit(),
         "machine": f"{os.cpu_count()} CPU cores, one thread",
         "blind": BLIND,

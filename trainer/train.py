@@ -63,6 +63,7 @@ from allometry.trainer.record.disk import SlowDisk
 from allometry.trainer.record.facts import Invocation, launch_facts, run_facts
 from allometry.trainer.record.forecast import Forecaster
 from allometry.trainer.record.monitors import Monitors
+from allometry.trainer.record.prediction import predictions
 from allometry.trainer.record.rows import GraphEvents, OffloadRows, PlanRows, RoutingRows
 from allometry.trainer.record.sample import Sample
 from allometry.trainer.record.states import CompressedStates
@@ -308,6 +309,7 @@ class _Run:
         )
 
     def _rows(self) -> Iterator[Callback]:
+        yield from predictions(self.config, self.plan.layout, self.mesh, self.report)
         if self.recorder is None:
             return
         if isinstance(self.config.model, MoEModel):
@@ -320,10 +322,9 @@ class _Run:
             yield OffloadRows(self.parallel.stores)
         if self.planner is not None:
             yield PlanRows(self.planner, self.recorder, self.report)
-        every = self.config.record.forecast.every_steps
-        if every is not None:
-            peak_lr = self.config.optimizer.lr
-            yield Forecaster(every, self.schedule, peak_lr, self.folder, self.report)
+        peak = self.config.optimizer.lr
+        if (every := self.config.record.forecast.every_steps) is not None:
+            yield Forecaster(every, self.schedule, peak, self.folder, self.report)
 
     def _saver(self) -> Saver:
         writer = checkpoint.Checkpointer(

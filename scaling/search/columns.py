@@ -39,7 +39,7 @@ def technique_columns(config: RunConfig, layout: Layout, backend: str) -> dict[s
     return {
         "replicas": zero.replicas,
         "gather_bytes": 1 if precision.gather == "fp8" else compute,
-        "tensor_chunks": chunks if tp > 1 else 1,
+        "tensor_chunks": chunks,
         "deduplicated": 0,
         "attention_rate": KERNEL_RATES.get(backend, 1),
         "narrow_share": 1 - len(precision.compute_layers) / layers,

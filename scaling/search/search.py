@@ -22,7 +22,8 @@ from allometry.scaling.planner.calibrate import Calibration
 from allometry.scaling.planner.cases import Cases
 from allometry.scaling.planner.constants import Constants, Floats
 from allometry.scaling.planner.cost import step_time
-from allometry.scaling.search.case import SCHEDULES, check_precision, row_of
+from allometry.scaling.planner.store import published
+from allometry.scaling.search.case import check_precision, row_of
 from allometry.scaling.search.space import CHECKPOINTING, Choice, Core, Space, applied
 
 Objective = Literal["time", "cost", "memory"]
@@ -59,8 +60,8 @@ class Asked:
 
     @property
     def calibration(self) -> Calibration:
-        """What is believed of the constants: without measurements, the defaults."""
-        return self.belief or Calibration.before()
+        """What is believed of the constants: without own runs, what published ones say."""
+        return self.belief or published()
 
     def memory_of(self, world_size: int) -> float:
         """Return the bytes of memory of a rank's card; ranks of a CPU share theirs."""
@@ -183,11 +184,13 @@ class Search:
             "reduces": np.where((zero >= 2) & (pp == 1), 1.0, 0.0),
             "repeats": column(lambda c: c.checkpointing == "selective"),
         }
+        if config.parallel.tp_overlap == "symmetric":
+            n["tensor_chunks"] = tp
         return replace(
             one,
             n=n,
             recompute=np.array([c.checkpointing for c in choices]),
-            schedule=np.array([SCHEDULES[c.schedule] if c.pp > 1 else "1f1b" for c in choices]),
+            schedule=np.array([c.schedule if c.pp > 1 else "1f1b" for c in choices]),
         )
 
     def _one(self, hardware: HardwareConfig) -> Cases:
