@@ -138,7 +138,8 @@ def _rate(cases: Cases, constants: Constants, ranks: Floats, inner: Floats) -> F
     within = ranks * inner <= hw["gpus_per_node"]
     bandwidth = np.where(within, hw["inside"], np.minimum(hw["inside"], near * hw["across"]))
     nodes = np.maximum(ranks * inner / hw["gpus_per_node"], 1)
-    return bandwidth * constants.data_bandwidth / (1 + constants.congestion * np.log2(nodes))
+    rate = bandwidth * constants.data_bandwidth / (1 + constants.congestion * np.log2(nodes))
+    return np.asarray(rate)
 
 
 def optimizer(cases: Cases, constants: Constants) -> tuple[Floats, Floats]:

@@ -64,10 +64,11 @@ def calibrate(cases: Cases, seconds: Floats, sources: Floats) -> Calibration:
     left[:k, :k] += np.diag(between**2)
     error = -errors(cases, logs(found.x), measured)
     ends = [np.quantile(error[index == i], (0.05, 0.95)) for i in range(len(names))]
+    low, high = np.mean(ends, axis=0)
     return Calibration(
         mean,
         left,
-        (float(min(low for low, _ in ends)), float(max(high for _, high in ends))),
+        (float(low), float(high)),
         {str(name): own[i] for i, name in enumerate(names)},
         frozenset(cases.kinds),
     )

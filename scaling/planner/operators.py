@@ -149,7 +149,7 @@ def launches(cases: Cases, constants: Constants) -> Floats:
     each = each + local * constants.launch_expert_s
     each = each * np.where(cases.recompute == "full", 4 / 3, 1.0)
     send = np.where(n["eager"] > 0, constants.collective_eager_s, constants.collective_tuned_s)
-    return each + collectives(cases) * send
+    return np.asarray(each + collectives(cases) * send)
 
 
 def layer_parameters(cases: Cases) -> tuple[Floats, Floats]:
