@@ -39,7 +39,7 @@ def test_it_says_first_whether_it_fits_and_then_the_layouts() -> None:
     for word in ("matrix products", "optimizer states", "1T tokens", "GPU-hours", "cost"):
         assert word in done.output
     assert "not in the prediction: batch.ramp" in done.output
-    assert "believed, not measured" in done.output
+    assert "believed, not measured" not in done.output  # H100, 16 bit, dense: published
 
 
 def test_what_is_written_is_a_run_with_the_overrides_that_were_given(tmp_path: Path) -> None:

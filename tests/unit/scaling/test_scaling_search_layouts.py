@@ -171,7 +171,7 @@ def test_predictions_add_up() -> None:
         speed = one.tokens / (one.days * 86400) / gpus
         assert speed == pytest.approx(one.tokens_per_second)
         assert 0.2 < one.mfu < 0.8
-        assert one.unseen
+        assert not one.unseen  # an H100, 16 bit and dense are among what was published
 
 
 @pytest.mark.parametrize("preset", ["dense_7b", "moe_mixtral_8x7b"])
