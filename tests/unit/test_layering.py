@@ -30,6 +30,10 @@ MAY_IMPORT["launch"] = {*MAY_IMPORT["studies"], "studies"}
 SUB_ROOM_MAY_IMPORT = {
     "scaling.parameterizations": {"scaling.roles", "scaling.update_rules"},
     "scaling.planner": set(),
+    "scaling.search": {
+        *("scaling.planner", "scaling.attention", "scaling.batch", "scaling.count"),
+        *("scaling.degrees", "scaling.layout", "scaling.loads", "scaling.memory", "scaling.plan"),
+    },
     "laws.forms": {"laws.observations"},
     "laws.fit": {"laws.observations", "laws.registry", "laws.forms"},
     "parallel.hdp": set(),

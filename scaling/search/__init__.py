@@ -1,0 +1,1 @@
+"""From a run's description to its predicted step and memory, and to the best layout for it."""

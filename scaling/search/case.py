@@ -1,0 +1,196 @@
+"""A run as the cost model sees it: its row of ``Cases``, and what the model has no term for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from allometry.configs.machine import HardwareConfig
+from allometry.configs.model import LatentExperts, ModelConfig, MoEModel
+from allometry.configs.run import RunConfig
+from allometry.scaling.attention import AttentionCall, choose_backend, named
+from allometry.scaling.batch import BatchPlan
+from allometry.scaling.layout import Layout
+from allometry.scaling.loads import BalanceLoads
+from allometry.scaling.memory import MemoryEstimate
+from allometry.scaling.plan import memory_of, tokens_of_micro_batch
+from allometry.scaling.planner.cases import Cases
+
+SCHEDULES = {
+    "gpipe": "1f1b",  # the same bubble (arXiv 2104.04473, section 2.2)
+    "1f1b": "1f1b",
+    "interleaved_1f1b": "interleaved",
+    "looped_bfs": "interleaved",  # arXiv 2211.05953, the same bubble
+    "interleaved_zero_bubble": "interleaved",
+    "zbv_zero_bubble": "zbv",
+    "dualpipe_v": "zbv",
+}
+"""The bubble of ``planner.pipeline`` that stands for each schedule of ours."""
+
+_APPROXIMATE = ("interleaved_zero_bubble", "dualpipe_v")
+_UNFUSED = ("masked", "reference", "blocked")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run in one layout on one kind of hardware.
+
+    ``row`` is a row of ``Cases``; ``memory`` the fullest rank's; ``left_out``: what the run asks
+    for that the cost model has no term for, a phrase each, so that no number hides it.
+    """
+
+    row: dict[str, Any]
+    memory: MemoryEstimate
+    left_out: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls,
+        config: RunConfig,
+        hardware: HardwareConfig,
+        *,
+        world_size: int | None = None,
+        layout: Layout | None = None,
+        name: str = "this machine",
+        device: str = "cuda",
+    ) -> Case:
+        """Describe a run on ``world_size`` ranks, or in a ``layout`` that is known already.
+
+        ``name``: what the row calls the hardware, the key of ``Cases.of``'s mapping. ``device``:
+        "cuda" or "cpu", whose kernels decide what attention keeps. Raises UserError for a layout
+        that cannot be, as training does.
+        """
+        if layout is None:
+            assert world_size is not None
+            layout = Layout.of(config, world_size)
+        batch = BatchPlan(config.batch, config.data.sequence_length)
+        return cls(
+            row_of(config, layout, hardware, name, device),
+            memory_of(config, layout, batch, device),
+            tuple(left_out(config, layout)),
+        )
+
+    def cases(self, hardware: HardwareConfig) -> Cases:
+        """The row alone, as the cost model takes it. Raises UserError, as ``Cases.of``."""
+        return Cases.of([self.row], {self.row["hardware"]: hardware})
+
+
+def row_of(
+    config: RunConfig, layout: Layout, hardware: HardwareConfig, name: str, device: str = "cuda"
+) -> dict[str, Any]:
+    """Return the row of ``Cases`` of a run in this layout.
+
+    Whole documents are taken to be as long as a window, each on as few ranks as hold it.
+    """
+    training, degrees, length = config.training, layout.degrees, config.data.sequence_length
+    tokens = tokens_of_micro_batch(config)
+    cp = min(max(1, -(-length // tokens)), degrees.hdp)
+    zero = config.parallel.zero
+    return {
+        **model_columns(config.model),
+        "sequence": length,
+        "micro_batch": tokens * cp / length,
+        "global_batch": config.batch.sequences,
+        "tp": degrees.tp,
+        "pp": degrees.pp,
+        "chunks": len(layout.stages) // degrees.pp,
+        "cp": cp,
+        "ep": degrees.ep,
+        "dp": degrees.hdp / cp,
+        # Without frees() stage 3 sends what stage 2 does.
+        "zero": zero.stage if zero.frees(degrees.pp) else min(zero.stage, 2),
+        "flash": float(attention_backend(config, device) not in _UNFUSED),
+        "eager": float(not training.compile),
+        "hardware": name,
+        "precision": precision_of(config, hardware),
+        "recompute": training.activation_checkpointing,
+        "schedule": SCHEDULES[layout.schedule] if degrees.pp > 1 else "1f1b",
+    }
+
+
+def model_columns(model: ModelConfig) -> dict[str, Any]:
+    """Return the columns of ``Cases`` that a model decides."""
+    columns: dict[str, Any] = {
+        "layers": model.num_layers,
+        "width": model.width,
+        "heads": model.num_heads,
+        "kv_heads": model.kv_heads,
+        "head_dim": model.head_width,
+        "ffn": model.ffn_width or 0,
+        "vocab": model.vocab_size,
+        "tied": int(model.tied_embeddings),
+    }
+    if isinstance(model, MoEModel):
+        columns |= {
+            "experts": model.experts.num_experts,
+            "top_k": model.experts.experts_per_token,
+            "expert_ffn": model.experts.width,
+            "shared_experts": model.experts.num_shared_experts,
+            "dense_layers": model.first_dense_layers,
+        }
+    return columns
+
+
+def attention_backend(config: RunConfig, device: str) -> str:
+    """Return the back end of attention that is chosen, or taken where a launch would measure."""
+    if config.kernels.attention != "auto":
+        return named(config.kernels.attention).name
+    call = AttentionCall(
+        device,
+        config.training.compute_dtype,
+        packed=config.data.kind == "documents" or config.data.packing == "per_document",
+        length=config.data.sequence_length,
+        compiled=config.training.compile,
+        head_width=config.model.head_width,
+    )
+    return choose_backend(call).name
+
+
+def precision_of(config: RunConfig, hardware: HardwareConfig) -> str:
+    """Return the type of the blocks' products: FP8 where it is asked for, or ``auto`` finds it."""
+    linears, compute = config.precision.linears, config.training.compute_dtype
+    if linears == "auto":
+        known = set(hardware.gpu.peak_flops) & set(hardware.gpu.attainable)
+        return "fp8" if "fp8" in known and compute == "bf16" else compute
+    return compute if linears == "compute" else "fp8"
+
+
+def left_out(config: RunConfig, layout: Layout) -> Iterator[str]:
+    """Yield what the cost model has no term for, or only a rough one."""
+    parallel, training, model = config.parallel, config.training, config.model
+    zero, degrees = parallel.zero, layout.degrees
+    if config.data.kind == "documents":
+        yield "documents' lengths: all are taken to be as long as a window"
+        if parallel.context.offload != "none":
+            yield f"parallel.context.offload={parallel.context.offload}"
+    elif config.data.packing == "per_document":
+        yield "documents in a sequence: attention is timed as of whole sequences, an upper bound"
+    if degrees.pp > 1 and layout.schedule in _APPROXIMATE:
+        yield f"parallel.pipeline.schedule={layout.schedule} exactly: its bubble is a relative's"
+    for key, value, usual in (
+        ("parallel.zero.engine", zero.engine, "fsdp2"),
+        ("parallel.zero.replicas", zero.replicas, 1),
+        ("parallel.zero.offload", zero.offload, "none"),
+        ("parallel.zero.optimizer_states", zero.optimizer_states, None),
+        ("parallel.tp_overlap", parallel.tp_overlap, "off"),
+        ("parallel.expert_tp", parallel.expert_tp, None),
+        ("training.activation_offload", training.activation_offload, 0.0),
+        ("precision.saved_activations", config.precision.saved_activations, "compute"),
+        ("precision.gather", config.precision.gather, "compute"),
+        ("optimizer.kind", config.optimizer.kind, "adamw"),
+    ):
+        if value != usual:
+            shown = "..." if key.endswith("optimizer_states") else value
+            yield f"{key}={shown}"
+    if config.precision.linears != "compute" and config.precision.compute_layers:
+        yield "precision.compute_layers: all layers are timed in FP8"
+    if isinstance(model, MoEModel) and isinstance(model.experts, LatentExperts):
+        yield "model.experts.latent_width: experts are timed at the model's width"
+    loads = BalanceLoads.of(config)
+    if loads is not None and loads.loads == "this_batch":
+        yield "the forward pass that counts experts' loads (model.router.balance.loads)"
+    if training.activation_checkpointing == "selective":
+        yield "the element-wise work that selective checkpointing repeats"
+    if config.batch.ramp is not None:
+        yield "batch.ramp: steps are timed at the full batch"

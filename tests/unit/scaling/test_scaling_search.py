@@ -1,0 +1,91 @@
+"""A run's row of the cost model: every key of a run that costs time is read or named."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from allometry.configs.errors import UserError
+from allometry.configs.execution import SCHEDULES as OURS
+from allometry.configs.loader import load
+from allometry.configs.machine import load_hardware
+from allometry.configs.run import RunConfig
+from allometry.scaling.planner.cases import COLUMNS
+from allometry.scaling.planner.cost import step_time
+from allometry.scaling.search.case import SCHEDULES, Case
+
+H100 = load_hardware("h100")
+
+
+def run(*overrides: str, preset: str = "dense_7b") -> RunConfig:
+    return load(f"preset:{preset}", list(overrides))
+
+
+def test_a_run_becomes_a_row_that_the_cost_model_takes() -> None:
+    asked = ("parallel.tp=8", "parallel.pp=2", "parallel.zero.stage=1", "batch.ramp=null")
+    found = Case.of(run(*asked), H100, world_size=64, name="h100")
+    assert set(found.row) <= {*COLUMNS, "hardware", "precision", "recompute", "schedule"}
+    cases = found.cases(H100)
+    assert cases.gpus.tolist() == [64]
+    assert cases.step_tokens.tolist() == [1024 * 4096]
+    assert (found.row["dp"], found.row["zero"], found.row["chunks"]) == (4, 1, 1)
+    assert step_time(cases).seconds[0] > 0
+    assert found.memory.total > 2**30
+
+
+def test_experts_and_documents_become_rows() -> None:
+    moe = Case.of(run("parallel.ep=4", preset="moe_1b_a200m"), H100, world_size=8, name="h100")
+    assert (moe.row["ep"], moe.row["experts"] > 0) == (4, True)
+    step_time(moe.cases(H100))
+    documents = run(preset="documents_demo")
+    found = Case.of(documents, H100, world_size=4, name="h100")
+    tokens = found.row["micro_batch"] * found.row["sequence"] / found.row["cp"]
+    assert tokens == documents.parallel.context.capacity_tokens
+    assert found.cases(H100).gpus.tolist() == [4]
+    assert any("documents" in phrase for phrase in found.left_out)
+
+
+def test_stage_3_that_keeps_what_it_gathered_sends_as_stage_2() -> None:
+    three = ("parallel.zero.stage=3", "batch.ramp=null")
+    freed, kept = (
+        Case.of(run(*three, f"parallel.zero.regather={way}"), H100, world_size=32)
+        for way in ("micro_batch", "step")
+    )
+    assert (freed.row["zero"], kept.row["zero"]) == (3, 2)
+    assert freed.memory.total < kept.memory.total
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("parallel.zero.offload", "cpu"),
+        ("parallel.zero.replicas", 2),
+        ("training.activation_offload", 0.5),
+        ("precision.saved_activations", "fp8"),
+        ("parallel.tp_overlap", "chunked"),
+    ],
+)
+def test_what_has_no_term_is_named(key: str, value: Any) -> None:
+    plain = ("batch.ramp=null", "data.packing=concatenated", "parallel.tp=2")
+    plain = (*plain, "training.compile=false")
+    config = run(*plain, f"{key}={value}")
+    assert not Case.of(run(*plain), H100, world_size=32).left_out
+    assert Case.of(config, H100, world_size=32).left_out == (f"{key}={value}",)
+
+
+def test_every_schedule_has_a_bubble() -> None:
+    assert set(SCHEDULES) == set(OURS)
+
+
+def test_a_precision_without_a_rate_is_refused() -> None:
+    case = Case.of(run("training.compute_dtype=fp64"), H100, world_size=32)
+    with pytest.raises(UserError, match="precision='fp64' is not known"):
+        case.cases(H100)
+    fp8 = run("precision.linears=fp8_rowwise", "training.compute_dtype=bf16")
+    a100 = load_hardware("a100")
+    with pytest.raises(UserError, match="precision='fp8' is not known"):
+        Case.of(fp8, a100, world_size=32).cases(a100)
+    auto = run("precision.linears=auto", "training.compute_dtype=bf16")
+    assert Case.of(auto, a100, world_size=32).row["precision"] == "bf16"
+    assert Case.of(auto, H100, world_size=32).row["precision"] == "fp8"
