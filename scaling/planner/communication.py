@@ -63,7 +63,8 @@ def context(cases: Cases, constants: Constants, attention: Floats) -> Floats:
         hw["inside_latency"] * constants.inside_latency,
         hw["across_latency"] * constants.across_latency,
     )
-    return np.maximum((cp - 1) * (volume / bandwidth + latency) - attention, 0.0) * (cp > 1)
+    behind = np.where(hw["asynchronous"] > 0, attention, 0.0)
+    return np.maximum((cp - 1) * (volume / bandwidth + latency) - behind, 0.0) * (cp > 1)
 
 
 def between_stages(cases: Cases, constants: Constants) -> Floats:
@@ -112,8 +113,9 @@ def data(cases: Cases, constants: Constants, compute: Floats) -> Floats:
         once = once + part * np.where(n["zero"] == 0, 2 * GRADIENT, constants.shard_bytes)
         each = each + part * 3 * HALF
     behind = np.minimum(constants.data_hidden, 1.0) * compute
-    hidden = np.where(n["overlap"] > 0, behind, 0.0)
-    fully = cases.micro_batches * np.maximum(each - HIDDEN * compute, 0.0)
+    beside = hw["asynchronous"] > 0  # else what sends is what computes
+    hidden = np.where((n["overlap"] > 0) & beside, behind, 0.0)
+    fully = cases.micro_batches * np.maximum(each - np.where(beside, HIDDEN * compute, 0.0), 0.0)
     return np.where(n["zero"] == 3, fully, np.maximum(once - hidden, 0.0))
 
 

@@ -46,7 +46,7 @@ def step_time(cases: Cases, constants: Constants | None = None) -> StepTime:
 
     The step is the slowest stage for each micro-batch, the bubble of the schedule, messages that
     nothing hides, and the optimizer. A layer takes the longer of device and host, smoothly:
-    (gpu^4 + cpu^4)^(1/4).
+    (gpu^4 + cpu^4)^(1/4), or both in turn where one processor is both.
     """
     constants = constants or Constants()
     n, full = cases.n, cases.recompute == "full"
@@ -61,8 +61,9 @@ def step_time(cases: Cases, constants: Constants | None = None) -> StepTime:
     tensor, latency = moved * (2.5 + again), latency * (2.5 + again)
     device = products + attention + passes + tensor
     host = operators.launches(cases, constants)
-    held = (device**4 + host**4) ** 0.25 - device
-    delayed = (device**4 + (host + latency) ** 4) ** 0.25 - device - held
+    beside = cases.hw["asynchronous"] > 0  # else the processor does one after the other
+    held = np.where(beside, (device**4 + host**4) ** 0.25 - device, host)
+    delayed = np.where(beside, (device**4 + (host + latency) ** 4) ** 0.25 - device - held, latency)
     experts = communication.experts(cases, constants) * (2 + again)
     ring = communication.context(cases, constants, scored) * (3 + again)
     per_layer = {

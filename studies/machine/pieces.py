@@ -19,7 +19,6 @@ from allometry.models.build import build_model, torch_dtype
 from allometry.models.head import Losses
 from allometry.models.init import initialize
 from allometry.models.transformer import Part
-from allometry.optim.offload.rates import adam_rate
 from allometry.scaling.parameterization import Parameterization
 
 LEAST_REPEATS = 3
@@ -230,8 +229,3 @@ def part_seconds(
         x_BLD.grad = None
 
     return clock.best(once)
-
-
-def host_adam() -> float:
-    """Parameters a second of AdamW on this process's threads of the CPU."""
-    return adam_rate(rounds=5)
