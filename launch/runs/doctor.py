@@ -274,8 +274,7 @@ def _machine(disk: Path | None, out: Path | None, kept: Path = RATES) -> Iterato
 
     place = disk or Path.cwd()
     one = measure(place, out)
-    hardware, gpu, left = one.hardware, one.hardware.gpu, one.hardware.crowds
-    host, links = hardware.host, hardware.inside
+    hardware, gpu, links = one.hardware, one.hardware.gpu, one.hardware.inside
     for dtype, peak in gpu.peak_flops.items():
         large = f"{peak * gpu.attainable[dtype] / 1e9:,.0f} of {peak / 1e9:,.0f} GFLOP/s"
         yield Finding(f"products, {dtype}", "ok", f"{large}, large ones of the fastest")
@@ -284,10 +283,10 @@ def _machine(disk: Path | None, out: Path | None, kept: Path = RATES) -> Iterato
     yield Finding("copies", "ok", f"{gpu.memory_bandwidth / 1e9:.1f} GB/s read and written")
     told = f"{links.bandwidth / 1e9:.2f} GB/s, {links.latency_s * 1e6:.0f} us a step"
     yield Finding("messages", "ok", told if hardware.gpus_per_node > 1 else "there is one rank")
-    for crowd in left:
+    for crowd in hardware.crowds:
         kept_back = f"{crowd.products:.0%} of products, {crowd.memory:.0%} of copies"
         yield Finding(f"{crowd.ranks} ranks at once", "ok", f"leave each other {kept_back}")
-    yield Finding("host AdamW", "ok", f"{host.adam_rate / 1e6:,.0f} M parameters/s")
+    yield Finding("host AdamW", "ok", f"{one.adam_rate / 1e6:,.0f} M parameters/s of one process")
     write, read = one.disk
     said = f"{place}: {write / 1e9:.2f} GB/s written, {read / 1e9:.2f} GB/s read, checked"
     yield Finding("disk", "ok", said)
@@ -295,7 +294,7 @@ def _machine(disk: Path | None, out: Path | None, kept: Path = RATES) -> Iterato
     yield Finding("written", "ok", f"{files}: hardware this-machine")
     rates = {"write_b_per_s": write, "read_b_per_s": read}
     disks = {str(place.resolve()): rates}
-    _keep({"adam_parameters_per_s": host.adam_rate, "disks": disks}, kept)
+    _keep({"adam_parameters_per_s": one.adam_rate, "disks": disks}, kept)
 
 
 def _keep(found: dict[str, Any], kept: Path) -> None:

@@ -16,10 +16,11 @@ from ruamel.yaml.comments import CommentedMap
 
 from allometry.configs.errors import UserError
 from allometry.configs.machine import HardwareConfig, measured_file
-from allometry.optim.offload.rates import DiskRates, adam_rate, disk_rates
+from allometry.launch.start import choose
+from allometry.optim.offload.rates import DiskRates, disk_rates
 from allometry.studies.machine.describe import ASSUMED_POWER_W, describe
-from allometry.studies.machine.pieces import Clock, measured_at, pieces
-from allometry.studies.machine.ranks import measure_ranks
+from allometry.studies.machine.pieces import measured_at
+from allometry.studies.machine.ranks import measure_alone, measure_ranks
 from allometry.trainer.record import hardware as device_facts
 from allometry.trainer.state.folder import write_atomically
 
@@ -29,10 +30,11 @@ MESSAGES_S = 12.0
 
 @dataclass(frozen=True)
 class MeasuredMachine:
-    """The description, the rates of the disk, and the files that have the description."""
+    """The description and the files that have it; rates of the disk and of one process's AdamW."""
 
     hardware: HardwareConfig
     disk: DiskRates
+    adam_rate: float
     files: tuple[Path, ...]
 
 
@@ -47,13 +49,14 @@ def measure(disk: Path, out: Path | None) -> MeasuredMachine:
         raise UserError(f"--out={out}: the folder {out.parent} is not there; make it first")
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
-    found = pieces(Clock(device), ("bf16", "fp32"))
+    allocator = choose("auto", os.environ).environment  # as runs have
+    found = measure_alone(allocator, ("bf16", "fp32"))
     cores = psutil.cpu_count(logical=False) or 1
     ranks = torch.cuda.device_count() if on_gpu else min(cores, MOST_RANKS)
     if ranks > 1:
         threads = int(os.environ.get("OMP_NUM_THREADS") or 1)
-        found["together"] = measure_ranks(ranks, threads, torch.get_num_threads(), MESSAGES_S)
-    found["adam_rate"], found["at"]["adam_rate"] = adam_rate(), measured_at()
+        alone = torch.get_num_threads()
+        found["together"] = measure_ranks(ranks, threads, alone, MESSAGES_S, allocator)
     rates = disk_rates(disk)
     found["disk"], found["at"]["disk"] = rates.write, measured_at()
     hardware = describe(found, _machine(device, ranks, found))
@@ -67,7 +70,7 @@ def measure(disk: Path, out: Path | None) -> MeasuredMachine:
         except (OSError, RuntimeError) as error:
             if file is out:
                 raise UserError(f"--out={out} cannot be written: {error}") from None
-    return MeasuredMachine(hardware, rates, tuple(written))
+    return MeasuredMachine(hardware, rates, found["adam_rate"], tuple(written))
 
 
 def _machine(device: torch.device, ranks: int, found: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,7 +82,7 @@ def _machine(device: torch.device, ranks: int, found: Mapping[str, Any]) -> dict
         "host_memory_bytes": total,
         "ranks": ranks,
         "disk_bandwidth": found["disk"],
-        "adam_rate": found["adam_rate"],
+        "adam_rate": found["adam_rate"] * (1 if device.type == "cuda" else ranks),
         "asynchronous": device.type == "cuda",
     }
     if device.type == "cuda":
@@ -127,7 +130,7 @@ def as_yaml(hardware: HardwareConfig, found: Mapping[str, Any], disk: Path) -> s
         "inside": ranks,
         "across": "assumed: as inside; this machine is alone",
         "disk_bandwidth": f"{at['disk']}: written to {disk.resolve()}, median, past the page cache",
-        "adam_rate": f"{at['adam_rate']}: torch's fused AdamW, median",
+        "adam_rate": f"{at['adam_rate']}: torch's fused AdamW in one rank, for all",
         "crowds": crowd,
         "constants": f"{layers}; messages: {ranks}",
     }

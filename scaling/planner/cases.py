@@ -157,6 +157,7 @@ def _hardware_columns(
         "attention": attention * left[:, 0],
         "memory": column(lambda c: c.gpu.memory_bandwidth * c.gpu.copy_efficiency) * left[:, 1],
         "asynchronous": column(lambda c: c.gpu.asynchronous),
+        "adam": column(lambda c: c.host.adam_rate / c.gpus_per_node) * left[:, 1],
         "gpus_per_node": column(lambda c: c.gpus_per_node),
         "inside": column(lambda c: c.inside.bandwidth),
         "inside_latency": column(lambda c: c.inside.latency_s),

@@ -120,7 +120,10 @@ def data(cases: Cases, constants: Constants, compute: Floats) -> Floats:
 
 
 def optimizer(cases: Cases, constants: Constants) -> tuple[Floats, Floats]:
-    """Seconds of (the update, adding up gradients) of a step: traffic of device memory."""
+    """Seconds of (the update, adding up gradients) of a step: traffic of device memory.
+
+    Where ranks are of a CPU, the update has the rate that was measured of AdamW there.
+    """
     n = cases.n
     shared, of_experts = held(cases)
     rate = cases.hw["memory"] * constants.memory
@@ -130,4 +133,7 @@ def optimizer(cases: Cases, constants: Constants) -> tuple[Floats, Floats]:
     )
     adding = ACCUMULATE_BYTES * cases.micro_batches * (shared + of_experts)
     adding = adding / np.where(n["zero"] == 3, ranks, 1.0)
-    return OPTIMIZER_BYTES * own / rate, adding / rate
+    update = np.where(
+        cases.hw["asynchronous"] > 0, OPTIMIZER_BYTES * own / rate, own / cases.hw["adam"]
+    )
+    return update, adding / rate

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -175,12 +176,7 @@ def fit_layers(
         seconds = np.array([layer["seconds"] for layer in timed])
         start = [float(getattr(constants, name)) for name in names]
 
-        def errors(
-            x: Floats, cases: Cases = cases, names: tuple[str, ...] = names, s: Floats = seconds
-        ) -> Floats:
-            now = replace(constants, **dict(zip(names, np.exp(x), strict=True)))
-            return np.log(layer_seconds(cases, now, asynchronous) / s)
-
+        errors = partial(_layer_errors, cases, seconds, constants, names, asynchronous)
         kept |= dict(zip(names, map(float, fitted(errors, start)), strict=True))
         constants = replace(constants, **kept)
     heads = [_head_row(head, dtype) for head in found["heads"]]
@@ -193,6 +189,18 @@ def fit_layers(
 
     kept["loss_eager"] = float(fitted(head_errors, [constants.loss_eager])[0])
     return kept
+
+
+def _layer_errors(
+    cases: Cases,
+    seconds: Floats,
+    constants: Constants,
+    names: tuple[str, ...],
+    asynchronous: bool,
+    x: Floats,
+) -> Floats:
+    now = replace(constants, **dict(zip(names, np.exp(x), strict=True)))
+    return np.asarray(np.log(layer_seconds(cases, now, asynchronous) / seconds))
 
 
 def layer_seconds(cases: Cases, constants: Constants, asynchronous: bool) -> Floats:

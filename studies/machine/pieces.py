@@ -19,6 +19,7 @@ from allometry.models.build import build_model, torch_dtype
 from allometry.models.head import Losses
 from allometry.models.init import initialize
 from allometry.models.transformer import Part
+from allometry.optim.offload.rates import adam_update
 from allometry.scaling.parameterization import Parameterization
 
 LEAST_REPEATS = 3
@@ -39,7 +40,7 @@ EXPERTS, TOP_K = 8, 2
 VOCABULARIES = ((128, 4096, 512), (256, 8192, 1024))
 """(width, vocabulary, tokens) of the heads that are timed."""
 GPU_VOCABULARIES = ((1024, 32768, 8192), (2048, 32768, 16384))
-COPY_BYTES = 1 << 26
+COPY_BYTES, ADAM_ELEMENTS = 1 << 26, 1 << 23
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ def pieces(clock: Clock, dtypes: tuple[str, ...]) -> dict[str, Any]:
         "products": lambda: [p for name in dtypes for p in products(clock, name)],
         "attention": lambda: list(attention(clock, dtypes[0])),
         "copy_bytes_per_s": lambda: copies(clock),
+        "adam_rate": lambda: host_adam(clock),
         "layers": lambda: list(layers(clock, dtypes[0])),
         "heads": lambda: list(heads(clock, dtypes[0])),
     }
@@ -148,6 +150,12 @@ def copies(clock: Clock) -> float:
     return 2 * nbytes / clock.best(lambda: target.copy_(source))
 
 
+def host_adam(clock: Clock) -> float:
+    """Parameters a second of AdamW on this process's threads of the CPU."""
+    host = Clock(torch.device("cpu"), clock.seconds)
+    return ADAM_ELEMENTS / host.best(adam_update(ADAM_ELEMENTS))
+
+
 def host_copies(clock: Clock) -> float:
     """Bytes a second from pinned host memory to the device."""
     source = torch.empty(COPY_BYTES, dtype=torch.uint8, pin_memory=True)
@@ -195,7 +203,7 @@ def heads(clock: Clock, name: str) -> Iterator[dict[str, Any]]:
 def part_seconds(
     clock: Clock, model: Mapping[str, Any], part: Part, name: str, shape: tuple[int, int]
 ) -> float:
-    """Seconds of forward and backward of a part of a model on a micro-batch of ``shape``, (B, L)."""
+    """Seconds of forward and backward of a part of a model on a micro-batch, (B, L)."""
     config = RunConfig.model_validate(
         {
             "run": {"folder": "none"},

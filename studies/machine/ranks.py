@@ -9,7 +9,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch.multiprocessing
 
 from allometry.configs.execution import ParallelConfig
 from allometry.parallel.mesh import Mesh, open_mesh
-from allometry.studies.machine.pieces import measured_at
+from allometry.studies.machine.pieces import Clock, measured_at, pieces
 from allometry.studies.selftest.messages import Message
 from allometry.studies.selftest.network import time_messages
 
@@ -29,7 +30,14 @@ TIMES = 3
 """Each message's seconds are the best of so many medians."""
 
 
-def measure_ranks(ranks: int, threads: int, alone: int, seconds: float) -> dict[str, Any]:
+def measure_alone(environment: Mapping[str, str], dtypes: tuple[str, ...]) -> dict[str, Any]:
+    """Return ``pieces`` of a new process with this in its environment, as a memory allocator."""
+    return _answer(_alone, (torch.get_num_threads(), dtypes), 1, environment)
+
+
+def measure_ranks(
+    ranks: int, threads: int, alone: int, seconds: float, environment: Mapping[str, str]
+) -> dict[str, Any]:
     """Return what ``ranks`` processes of so many threads measure together: JSON.
 
     ``crowd`` (on a CPU): shares of the rates of products and copies that are left when all compute
@@ -37,16 +45,47 @@ def measure_ranks(ranks: int, threads: int, alone: int, seconds: float) -> dict[
     ``messages``: seconds of a small and a large message of each kind. ``seconds``: about how long
     messages may take.
     """
+    asked = (ranks, threads, alone, seconds, free_port())
+    return _answer(_rank, asked, ranks, environment)
+
+
+def _answer(
+    work: Callable[..., None], asked: tuple[Any, ...], ranks: int, environment: Mapping[str, str]
+) -> dict[str, Any]:
+    """What processes that run ``work(rank, *asked, out)`` write to the file ``out``."""
     with tempfile.TemporaryDirectory(prefix="allometry-machine-") as scratch:
         out = Path(scratch) / "found.json"
-        torch.multiprocessing.start_processes(
-            _rank, args=(ranks, threads, alone, seconds, _free_port(), out), nprocs=ranks
-        )
+        with added(environment):
+            torch.multiprocessing.start_processes(
+                work, args=(*asked, out), nprocs=ranks, start_method="spawn"
+            )
         found: dict[str, Any] = json.loads(out.read_text())
     return found
 
 
-def _free_port() -> int:
+@contextmanager
+def added(environment: Mapping[str, str]) -> Iterator[None]:
+    """Have these variables in the environment of processes that are started meanwhile."""
+    before = {name: os.environ.get(name) for name in environment}
+    os.environ.update(environment)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _alone(_: int, threads: int, dtypes: tuple[str, ...], out: Path) -> None:
+    torch.set_num_threads(threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    out.write_text(json.dumps(pieces(Clock(device), dtypes)))
+
+
+def free_port() -> int:
+    """Return a port of this machine that nobody listens at now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -57,12 +96,7 @@ def _rank(
     rank: int, ranks: int, threads: int, alone: int, seconds: float, port: int, out: Path
 ) -> None:
     torch.set_num_threads(threads)
-    if sys.platform == "linux":
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    os.environ |= {
-        **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)},
-        **{"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
-    }
+    become_rank(rank, ranks, port)
     on_gpu = torch.cuda.is_available()
     with open_mesh(ParallelConfig(), None if on_gpu else torch.device("cpu")) as mesh:
         found: dict[str, Any] = {"ranks": ranks, "at": {}, "messages": messages(mesh, seconds)}
@@ -72,6 +106,16 @@ def _rank(
             found["at"]["crowd"] = measured_at()
         if mesh.is_main:
             out.write_text(json.dumps(found))
+
+
+def become_rank(rank: int, ranks: int, port: int) -> None:
+    """Make this process one of ``ranks`` of this machine, as a launcher does."""
+    if sys.platform == "linux":
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    os.environ |= {
+        **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)},
+        **{"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+    }
 
 
 def messages(mesh: Mesh, seconds: float) -> list[dict[str, Any]]:
