@@ -26,7 +26,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,6 @@ from allometry.parallel.mesh import Mesh, open_mesh
 from allometry.scaling.plan import RunPlan
 from allometry.scaling.planner.calibrate import Calibration, adapt
 from allometry.scaling.planner.cases import Cases
-from allometry.scaling.planner.constants import Constants
 from allometry.scaling.planner.cost import step_time
 from allometry.scaling.search.case import Case
 from allometry.studies.machine.ranks import become_rank, free_port
@@ -56,8 +55,6 @@ from allometry.trainer.feed import sequence_steps
 
 ROUNDS, STEPS, WARM_UP = 6, 2, 2
 HARDWARE = "this machine"
-MEASURED_SPREAD = 0.15
-"""Standard deviation of the logarithm of a constant that ``doctor --measure`` found."""
 GOALS = {"median": 0.10, "tau": 0.7}
 
 
@@ -252,14 +249,6 @@ def left_one_out(cases: Cases, seconds: np.ndarray, belief: Calibration) -> np.n
     return found
 
 
-def belief_of(hardware: HardwareConfig) -> Calibration:
-    """What is believed after ``doctor --measure``."""
-    before = Calibration.before()
-    measured = np.isin(Constants.names(), list(hardware.constants))
-    variance = np.where(measured, MEASURED_SPREAD**2, np.diag(before.covariance))
-    return replace(before, constants=Constants.of_hardware(hardware), covariance=np.diag(variance))
-
-
 def compare(found: dict[str, dict[str, float]], hardware: HardwareConfig) -> dict[str, Any]:
     """Rows of predicted and measured tokens a second, and their errors by clock and processes."""
     trials = [trial for trial in TRIALS if trial.name in found]
@@ -268,7 +257,7 @@ def compare(found: dict[str, dict[str, float]], hardware: HardwareConfig) -> dic
         for t in trials
     ]
     cases = Cases.of(rows, {HARDWARE: hardware})
-    belief, ranks = belief_of(hardware), np.array([t.ranks for t in trials])
+    belief, ranks = Calibration.before(hardware), np.array([t.ranks for t in trials])
     told = step_time(cases, belief.constants)
     result: dict[str, Any] = {"trials": [], "summary": {}}
     for index, trial in enumerate(trials):

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
+from allometry.configs.auto import AutoLayout
 from allometry.configs.base import Count, PathText, Section
 
 
@@ -302,6 +303,14 @@ class ParallelConfig(Section):
     timeout_s: Count = Field(
         600, gt=0, description="seconds after which a collective that hangs ends the run"
     )
+    auto: AutoLayout | None = Field(
+        None, description="choose the layout when a run begins; ``parallel: auto``: by its defaults"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _word(cls, given: Any) -> Any:
+        return {"auto": {}} if given == "auto" else given
 
 
 class EvaluationConfig(Section):

@@ -32,6 +32,7 @@ COMMANDS: Commands = {
     "verify": (studies.Verify, "studies.verify:verified"),
     "selftest": (studies.SelfTest, "studies.selftest:tested"),
     "memory": (studies.Memory, "studies.memory:counted"),
+    "plan": (studies.Plan, "studies.plan:planned"),
     "doctor": (runs.Doctor, "runs.doctor:examined"),
     "suggest": (studies.Suggest, "studies.suggest:suggested"),
     "coordcheck": (studies.CoordCheck, "studies.coordcheck:checked"),

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from allometry.configs.model import ModelConfig, MoEModel
 from allometry.scaling.inventory import inventory
@@ -62,6 +63,7 @@ def active_numel(model: ModelConfig, spec: ParamSpec) -> int:
     return spec.numel // model.experts.num_experts * model.experts.experts_per_token
 
 
+@lru_cache(maxsize=64)
 def layer_flops(model: ModelConfig, sequence_length: int) -> tuple[int, ...]:
     """Return forward FLOPs per token of the embedding (0), of each layer, and of the head.
 

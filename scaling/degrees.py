@@ -42,8 +42,14 @@ class Degrees:
 def resolve_degrees(parallel: ParallelConfig, world_size: int) -> Degrees:
     """Return the axes of the mesh on this many ranks.
 
-    Raises UserError for degrees that do not multiply to ``world_size`` or divide one another.
+    Raises UserError for ``auto``, which must have been settled, and for degrees that do not
+    multiply to ``world_size`` or divide one another.
     """
+    if parallel.auto is not None:
+        raise UserError(
+            "parallel=auto chooses a layout when a run begins, but a layout is needed here; write "
+            "one, as allometry plan --write does"
+        )
     pp, tp = parallel.pp, parallel.tp
     others = pp * tp
     if parallel.hdp == "auto":

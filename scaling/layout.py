@@ -5,6 +5,7 @@ Pure and without torch, so that trainer, dry run and planner ask the same functi
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -282,11 +283,14 @@ def _rule(schedule: str, pp: int) -> tuple[Callable[[int], bool], str]:
     return lambda n: n >= 1, "a micro-batch"
 
 
+_split = functools.lru_cache(maxsize=256)(split_layers)  # a search asks for the same again
+
+
 def _stages(
     pipeline: Pipeline, count: int, model: ModelConfig, costs: Sequence[float]
 ) -> tuple[range, ...]:
     if isinstance(pipeline.split, str):
-        return split_layers(costs, count)
+        return _split(tuple(costs), count)
     numbers = pipeline.split
     if len(numbers) != count or sum(numbers) != model.num_layers or 0 in numbers:
         raise UserError(

@@ -21,7 +21,7 @@ from allometry.scaling.moments import Moment, Step
 from allometry.scaling.offload import offloaded
 from allometry.scaling.roles import ParamSpec, Role
 from allometry.scaling.saved import COMPUTE, Checkpointing, Kernels
-from allometry.scaling.shards import PREFETCHED, RankParts, layer_of, zero_dim
+from allometry.scaling.shards import PREFETCHED, RankParts, has_experts, layer_of, zero_dim
 from allometry.scaling.update_rules import rule_of, state_bytes
 
 COMPUTE_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
@@ -151,8 +151,26 @@ def estimate_memory(
         )
         return MemoryEstimate.of(step)
 
-    of_ranks = map(of_rank, range(pp) if pp_rank is None else (pp_rank,))
+    ranks = _different(model, layout, precision) if layout else (0,)
+    of_ranks = map(of_rank, ranks if pp_rank is None else (pp_rank,))
     return max(of_ranks, key=lambda estimate: estimate.total)
+
+
+def _different(model: ModelConfig, layout: Layout, precision: PrecisionConfig) -> list[int]:
+    """Return pipeline ranks without those that are like an earlier one.
+
+    No rank has more micro-batches in flight than one before it.
+    """
+    found: dict[Any, int] = {}
+    for rank in range(layout.pp):
+        stages = layout.stages_of(rank)
+        ends = 0 in stages, len(layout.stages) - 1 in stages
+        layers = (
+            tuple((has_experts(model, n), n in precision.compute_layers) for n in layout.stages[s])
+            for s in stages
+        )
+        found.setdefault((ends, tuple(layers)), rank)
+    return list(found.values())
 
 
 def _kept(
@@ -167,29 +185,31 @@ def _kept(
     """
     if zero.offload != "none":
         return 0, 0, 0
-    specs = part.specs()
-    parameters = {spec.name: _FP32 * part.held(spec) for spec in specs}
+    counted = part.counted
+    parameters = {spec.name: n * _FP32 * part.held(spec) for spec, n in counted}
     gradients = sum(parameters.values())
-    trained = [spec for spec in specs if part.trains(spec)]
-    sizes = {s.name: state_bytes(s, part.shard(s), optimizer) for s in trained}
+    trained = [(spec, n) for spec, n in counted if part.trains(spec)]
+    sizes = {s.name: n * state_bytes(s, part.shard(s), optimizer) for s, n in trained}
     states, tiers = sum(sizes.values()), zero.optimizer_states
     if tiers is None or not sizes:
         return gradients, gradients, states
-    masters = {s.name for s in trained if s.role not in (Role.INPUT, Role.ROUTER)}
+    masters = {s.name for s, _ in trained if s.role not in (Role.INPUT, Role.ROUTER)}
     masters = masters if tiers.master_weights and compute_bytes < _FP32 else set()
     sizes |= {name: sizes[name] + parameters[name] for name in masters}
     total = sum(sizes.values())
     away = 1.0 - min(1.0, bytes_of(tiers.device, total) / total)
     factor = away * compute_bytes / _FP32
-    parameters |= {name: int(factor * parameters[name]) for name in masters}
+    parameters |= {
+        s.name: n * int(factor * parameters[s.name] / n) for s, n in trained if s.name in masters
+    }
     kind = optimizer.kind if optimizer else "adamw"
     fp8 = getattr(getattr(optimizer, "states", None), "kind", None) == "fp8"
-    whole = [sizes[s.name] for s in trained if fp8 or not rule_of(kind, s.role).elementwise]
+    whole = [sizes[s.name] // n for s, n in trained if fp8 or not rule_of(kind, s.role).elementwise]
     bucket = max(int(tiers.bucket_mib * 2**20), *whole, 0)
     states = min(total, bytes_of(tiers.device, total) + 3 * bucket)
     if tiers.gradients:
         tied = part.model.tied_embeddings and not (part.first and part.last)
-        summed = sum(_FP32 * part.held(s) for s in specs if tied and s.role is Role.INPUT)
+        summed = sum(_FP32 * part.held(s) for s, _ in counted if tied and s.role is Role.INPUT)
         gradients = min(gradients, summed + int((1.0 - away) * (gradients - summed)) + bucket)
     return sum(parameters.values()), gradients, states
 
@@ -198,10 +218,10 @@ def _reduction(
     part: RankParts, zero: Zero, hdp: int, held: int, compute_bytes: int, add_up: bool
 ) -> int:
     """Return the bytes of gradients, beyond the ``held`` ones, until they are reduced."""
-    whole = _FP32 * sum(math.prod(part.part(spec)) for spec in part.specs())
+    whole = _FP32 * sum(part.sizes.values())
     if zero.stage == 0:
         return min(zero.bucket_mib * 2**20, whole) if hdp > 1 else 0
-    unit = max(part.units().values())
+    unit = max(part.units.values())
     return whole - held + _FP32 * unit if add_up else (compute_bytes + _FP32) * unit
 
 
@@ -214,7 +234,7 @@ def _compute_copies(part: RankParts, compute_bytes: int, zero: Zero, pp: int) ->
     Experts that ZeRO shards in another dimension than the first are put together in a copy.
     """
     if zero.stage == 0:
-        sizes = {spec.name: math.prod(part.part(spec)) for spec in part.specs() if _is_cast(spec)}
+        sizes = {spec.name: size for spec, size in part.sizes.items() if _is_cast(spec)}
         if not part.model.tied_embeddings:
             sizes.pop("embedding.weight", 0)  # a lookup casts only the rows it reads
         return 0 if compute_bytes == _FP32 else compute_bytes * sum(sizes.values())
@@ -225,8 +245,8 @@ def _compute_copies(part: RankParts, compute_bytes: int, zero: Zero, pp: int) ->
     block = max(gathered.values())
     ahead = min(PREFETCHED, len(gathered) - 1)
     table = sum(
-        max(_FP32, compute_bytes) * math.prod(part.part(spec))
-        for spec in part.specs()
+        max(_FP32, compute_bytes) * size
+        for spec, size in part.sizes.items()
         if spec.role is Role.INPUT and not part.model.tied_embeddings
     )
     return ends - table + max(table, block) + ahead * block + joined
@@ -240,19 +260,19 @@ def gathered_bytes(part: RankParts, compute_bytes: int) -> dict[int | None, int]
     """
     wide = max(_FP32, compute_bytes)
     total: dict[int | None, int] = {}
-    for spec in part.specs():
-        size = wide if spec.role in (Role.INPUT, Role.ROUTER) else compute_bytes
+    for spec, size in part.sizes.items():
+        each = wide if spec.role in (Role.INPUT, Role.ROUTER) else compute_bytes
         layer = layer_of(spec.name)
-        total[layer] = total.get(layer, 0) + size * math.prod(part.part(spec))
+        total[layer] = total.get(layer, 0) + each * size
     return total
 
 
 def _joined_bytes(part: RankParts, compute_bytes: int) -> int:
     """Return the bytes of the block's experts that are put together after they are gathered."""
     joined: Counter[int | None] = Counter()
-    for spec in part.specs():
+    for spec, _ in part.counted:
         if zero_dim(part.part(spec), part.ranks_of(spec)):
-            joined[layer_of(spec.name)] += compute_bytes * math.prod(part.part(spec))
+            joined[layer_of(spec.name)] += compute_bytes * part.sizes[spec]
     return max(joined.values(), default=0)
 
 

@@ -16,6 +16,7 @@ from functools import cached_property
 
 from allometry.configs.execution import Zero
 from allometry.configs.optimization import Fp8StatesConfig, OptimizerConfig
+from allometry.scaling.blocks import RankBlocks
 from allometry.scaling.roles import EXPERTS, MATRICES, ParamSpec, Role
 from allometry.scaling.saved import (
     GATE_UP,
@@ -26,7 +27,7 @@ from allometry.scaling.saved import (
     Kernels,
     norm,
 )
-from allometry.scaling.shards import PREFETCHED, RankParts, layer_of
+from allometry.scaling.shards import PREFETCHED, RankParts
 from allometry.scaling.update_rules import rule_of
 
 _FP32 = 4
@@ -83,11 +84,8 @@ class Step:
 
     def saved(self) -> Counter[str]:
         """Return what all micro-batches in flight keep for backward, by operation."""
-        total: Counter[str] = Counter()
-        for layer in self._layers:
-            if layer not in self.away:
-                total += self._block(layer).saved(self.tokens, self.checkpointing)
-        total += self._ends()
+        total = self._ends()
+        total += self._blocks.staying()
         return Counter({name: self.in_flight * size for name, size in total.items()})
 
     def moments(self) -> tuple[Moment, ...]:
@@ -98,25 +96,12 @@ class Step:
     # --- the model, as this rank has it
 
     @cached_property
-    def _layers(self) -> list[int]:
-        return sorted(self.part.layers)
+    def _blocks(self) -> RankBlocks:
+        return RankBlocks(self.part, self.kernels, self.tokens, self.checkpointing, self.away)
 
-    def _block(self, layer: int) -> Block:
-        how = self.part.tp, self.part.ep, self.part.whole_experts
-        return Block(self.part.model, layer, self.kernels, *how)
-
-    @cached_property
+    @property
     def _sizes(self) -> dict[ParamSpec, int]:
-        """Elements of this rank's part of each parameter, before ZeRO."""
-        return {spec: math.prod(self.part.part(spec)) for spec in self.part.specs()}
-
-    @cached_property
-    def _by_layer(self) -> Counter[int | None]:
-        """Elements of the parameters of each block; None: of the ends."""
-        sizes: Counter[int | None] = Counter()
-        for spec, size in self._sizes.items():
-            sizes[layer_of(spec.name)] += size
-        return sizes
+        return self.part.sizes
 
     @property
     def _vocabulary(self) -> int:
@@ -143,7 +128,7 @@ class Step:
             {PARAMETERS: self.held, STATES: self.states, COPIES: copies, GRADIENTS: gradients}
         )
 
-    @property
+    @cached_property
     def _flat(self) -> int:
         """Buckets of stage 0 that a CPU holds from step to step."""
         if not self.on_cpu or self.zero.stage or self.hdp == 1:
@@ -153,7 +138,7 @@ class Step:
             size for spec, size in self._sizes.items() if not (alone and spec.role in EXPERTS)
         )
 
-    @property
+    @cached_property
     def _added_up(self) -> int:
         """Gradients of micro-batches that have run while this one runs, at most."""
         if self.micro_batches <= self.in_flight:
@@ -207,12 +192,12 @@ class Step:
 
     def _forward(self) -> list[Moment]:
         """While gate and up of the last block are rounded; without FP8 the head is fuller."""
-        block = self._block(self._layers[-1])
+        block = self._blocks.block(self._blocks.layers[-1])
         if not self._rounding(block):
             return []
         kinds = self._base(self._gathered(None), self._added_up + self._flat)
         kinds[WORKSPACE] = self._rounding(block)
-        kept = self.saved() - _later(block.saved(self.tokens, self.checkpointing))
+        kept = self.saved() - _later(self._blocks.saved(self._blocks.layers[-1]))
         return [Moment("forward", _with_saved(kinds, kept))]
 
     def _rounding(self, block: Block) -> int:
@@ -230,7 +215,7 @@ class Step:
         emulated = recipe and self.on_cpu
         copies = 3 if emulated or c < wide else 2
         activations = copies * wide * 2 * block.widest * local if emulated or kernels.saves else 0
-        weights = 3 * wide * 2 * self._down(block.layer) if recipe else 0
+        weights = 3 * wide * 2 * self._blocks.down(block.layer) if recipe else 0
         stream = 2 * c * model.width * local
         return max(activations, weights) + 2 * c * block.widest * local + stream
 
@@ -250,32 +235,47 @@ class Step:
             kinds = self._base(self._gathered(None), max(self._added_up, done) + self._flat)
             kinds[WORKSPACE] = final + stream
             found.append(Moment("backward of the head", _with_saved(kinds, left + others)))
-        for place, layer in reversed(list(enumerate(self._layers))):
-            block = self._block(layer)
-            kept = block.saved(self.tokens, self.checkpointing)
+        telling = self._blocks.telling
+        for place, layer in reversed(list(enumerate(self._blocks.layers))):
+            block = self._blocks.block(layer)
+            kept = self._blocks.saved(layer)
             # What was away comes back a block before it is needed.
-            back = [i for i in self._layers[max(place - 1, 0) : place + 1] if i in self.away]
+            back = [i for i in self._blocks.layers[max(place - 1, 0) : place + 1] if i in self.away]
             for i in set(back) - here:
                 here.add(i)
-                left += self._block(i).saved(self.tokens, self.checkpointing)
-            again: Counter[str] = Counter()
-            if self.checkpointing != "none":
-                again = block.saved(self.tokens, "none") - kept
-            kinds = self._base(self._gathered(layer), max(self._added_up, done) + self._flat)
-            kinds[WORKSPACE] = self._block_backward(block) + stream
-            found.append(Moment("backward", _with_saved(kinds, left + others + again)))
-            if self.checkpointing != "none":
-                kinds[WORKSPACE] = max(self._rounding(block) - kept[GATE_UP], 0) + stream
-                found.append(
-                    Moment("backward", _with_saved(kinds, left + others + again - _later(again)))
-                )
+                left += self._blocks.saved(i)
+            if place in telling:
+                found += self._of_block(layer, block, done, left, others)
             left -= kept
-            size = self._by_layer[layer]
+            size = self.part.by_layer[layer]
             done += _FP32 * size // (max(self.part.shards, 1) if self.zero.stage else 1)
-            if self.zero.stage:
+            if self.zero.stage and place in telling:
                 found.append(
                     self._reduced(size, self._gathered(layer, after=True), done, left + others)
                 )
+        return found
+
+    def _of_block(
+        self,
+        layer: int,
+        block: Block,
+        done: int,
+        left: Counter[str],
+        others: Counter[str],
+    ) -> list[Moment]:
+        """The moments while one block is differentiated."""
+        stream = self.kernels.compute * self.tokens // self.part.tp * self.part.model.width
+        kept = self._blocks.saved(layer)
+        again: Counter[str] = Counter()
+        if self.checkpointing != "none":
+            again = self._blocks.saved(layer, "none") - kept
+        kinds = self._base(self._gathered(layer), max(self._added_up, done) + self._flat)
+        kinds[WORKSPACE] = self._block_backward(block) + stream
+        found = [Moment("backward", _with_saved(kinds, left + others + again))]
+        if self.checkpointing != "none":
+            kinds[WORKSPACE] = max(self._rounding(block) - kept[GATE_UP], 0) + stream
+            held = left + others + again - _later(again)
+            found.append(Moment("backward", _with_saved(kinds, held)))
         return found
 
     @property
@@ -292,19 +292,23 @@ class Step:
         None: while the head is, where forward has left the last block gathered.
         """
         if self.pipelined or not self.zero.frees(1):
-            gone = self._layers[self._layers.index(layer) :] if after and layer is not None else []
+            gone = (
+                self._blocks.layers[self._blocks.layers.index(layer) :]
+                if after and layer is not None
+                else []
+            )
             return self.copies - (0 if self.pipelined else sum(self.gathered[i] for i in gone))
         model, part = self.part.model, self.part
         head = self.gathered.get(None, 0)
         if part.first and not model.tied_embeddings:
             head -= max(_FP32, self.kernels.compute) * self._vocabulary * model.width
-        place = len(self._layers) - 1 if layer is None else self._layers.index(layer)
-        here = self._layers[max(place - PREFETCHED, 0) : place + (not after)]
+        place = len(self._blocks.layers) - 1 if layer is None else self._blocks.layers.index(layer)
+        here = self._blocks.layers[max(place - PREFETCHED, 0) : place + (not after)]
         return head + sum(self.gathered[i] for i in (here[-1:] if layer is None else here))
 
     def _reduced(self, size: int, copies: int, gradients: int, saved: Mapping[str, int]) -> Moment:
         """While FSDP2 reduces a unit of ``size`` elements: its buffer beside the one before."""
-        before = max(self.part.units().values())
+        before = max(self.part.units.values())
         kinds = self._base(copies, max(self._added_up, gradients))
         kinds[WORKSPACE] = _FP32 * (size + before)
         kinds[LOSS] = self._ends_gradients  # of the unit that is reduced last
@@ -324,7 +328,7 @@ class Step:
         hidden = block.hidden * tokens // part.tp
         # One product made gate and up of half types, so one tensor takes their gradients.
         found = [c * hidden * (3 if c < wide else 2)]
-        down = self._down(block.layer)
+        down = self._blocks.down(block.layer)
         fresh = c if c < wide else _FP32
         again = _FP32 if self.micro_batches > 1 else 0
         found.append(c * hidden + fresh * down + again * down)
@@ -339,12 +343,6 @@ class Step:
             found = [n + c * tokens * part.model.width for n in found]
         return max(found)
 
-    def _down(self, layer: int) -> int:
-        """Elements of the largest matrix out of a block's hidden width, experts' together."""
-        names = (".down.weight", ".down")
-        inside = (s for s in self._sizes if layer_of(s.name) == layer and s.name.endswith(names))
-        return max((self._sizes[spec] for spec in inside), default=0)
-
     def _end(self) -> Moment:
         """After the last block's backward: the embedding's gradient, and what is being reduced."""
         part, c = self.part, self.kernels.compute
@@ -353,11 +351,11 @@ class Step:
         if self.zero.stage == 0:
             kinds = self._base(0, whole + (self._flat or self.reduction))
         else:
-            ends = _FP32 * self._by_layer[None] // max(part.shards, 1)
+            ends = _FP32 * self.part.by_layer[None] // max(part.shards, 1)
             head = c * self._vocabulary * part.model.width * part.last
             table = _FP32 * embedding if self.zero.stage < 3 else 0
             kinds = self._base(head + table, max(self._added_up, self.gradients - ends))
-            blocks = max((self._by_layer[i] for i in self._layers), default=0)
+            blocks = max((self.part.by_layer[i] for i in self._blocks.layers), default=0)
             kinds[WORKSPACE] = _FP32 * (2 * embedding + blocks)
             kinds[LOSS] = self._ends_gradients
         if part.model.tied_embeddings and part.first and part.last:

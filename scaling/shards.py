@@ -9,9 +9,13 @@ preset. Parts are those of the first rank of each axis: where a cut is uneven, t
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
 
-from allometry.configs.model import ModelConfig
+from allometry.configs.model import ModelConfig, MoEModel
 from allometry.scaling.inventory import inventory
 from allometry.scaling.layout import Layout
 from allometry.scaling.roles import EXPERTS, ParamSpec, Role
@@ -60,12 +64,17 @@ def shard(shape: tuple[int, ...], ranks: int) -> tuple[int, ...]:
     return (*shape[:dim], -(-shape[dim] // ranks), *shape[dim + 1 :])
 
 
+def has_experts(model: ModelConfig, layer: int) -> bool:
+    """Return whether this layer of a model has experts."""
+    return isinstance(model, MoEModel) and model.has_experts(layer)
+
+
 def layer_of(name: str) -> int | None:
     """Return the layer whose parameter this is; None: of embedding, final norm or head."""
     return int(name.split(".")[1]) if name.startswith("blocks.") else None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class RankParts:
     """What one rank holds of a model: some layers, the ends or not, cut over tp, ep and ZeRO.
 
@@ -87,22 +96,39 @@ class RankParts:
         if layout is None:
             return cls(model, frozenset(range(model.num_layers)), True, True, shards=shards)
         stages = layout.stages_of(pp_rank)
-        return cls(
+        return _known_parts(
             model,
             frozenset(layer for stage in stages for layer in layout.stages[stage]),
-            first=0 in stages,
-            last=len(layout.stages) - 1 in stages,
-            tp=layout.degrees.tp,
-            ep=layout.degrees.ep,
-            shards=shards,
-            whole_experts=layout.degrees.whole_experts,
+            0 in stages,
+            len(layout.stages) - 1 in stages,
+            layout.degrees.tp,
+            layout.degrees.ep,
+            shards,
+            layout.degrees.whole_experts,
         )
 
-    def specs(self) -> list[ParamSpec]:
+    def specs(self) -> tuple[ParamSpec, ...]:
         """Return the parameters that lie here, the copy of a tied embedding included."""
+        return self._specs_of(self.layers)
+
+    def _specs_of(self, layers: Iterable[int]) -> tuple[ParamSpec, ...]:
         # A tied head away from its embedding is a copy of it.
         first = self.first or (self.last and self.model.tied_embeddings)
-        return list(inventory(self.model, sorted(self.layers), first=first, last=self.last))
+        return inventory(self.model, sorted(layers), first=first, last=self.last)
+
+    @cached_property
+    def counted(self) -> tuple[tuple[ParamSpec, int], ...]:
+        """One parameter of those that are alike in layers of a kind, and how many they are."""
+        alike: dict[bool, list[int]] = {}
+        for layer in sorted(self.layers):
+            alike.setdefault(has_experts(self.model, layer), []).append(layer)
+        number = {layers[0]: len(layers) for layers in alike.values()}
+        return tuple((s, number.get(layer_of(s.name), 1)) for s in self._specs_of(number))  # type: ignore[arg-type]
+
+    @cached_property
+    def sizes(self) -> dict[ParamSpec, int]:
+        """Elements of this rank's part of each parameter, before ZeRO."""
+        return {spec: math.prod(self.part(spec)) for spec in self.specs()}
 
     def trains(self, spec: ParamSpec) -> bool:
         """Return whether the optimizer of this rank has the parameter: copies have none."""
@@ -124,13 +150,28 @@ class RankParts:
         """Return the elements that this rank holds between steps."""
         return math.prod(self.shard(spec))
 
+    @cached_property
+    def by_layer(self) -> Counter[int | None]:
+        """Elements of the parameters of each block, before ZeRO; None: of the ends."""
+        sizes: Counter[int | None] = Counter()
+        for spec, size in self.sizes.items():
+            sizes[layer_of(spec.name)] += size
+        return sizes
+
+    @cached_property
     def units(self) -> dict[str, int]:
-        """Return the elements of what FSDP2 gathers and reduces at once, whole, by its name."""
+        """Elements of what FSDP2 gathers and reduces at once, whole, by its name."""
         sizes: dict[str, int] = {}
-        for spec in self.specs():
+        for spec, size in self.sizes.items():
             layer = layer_of(spec.name)
             unit = f"block {layer}" if layer is not None else "ends"
             if spec.name == "embedding.weight" or (self.ep > 1 and spec.role in EXPERTS):
                 unit = f"{unit} {'experts' if spec.role in EXPERTS else 'embedding'}"
-            sizes[unit] = sizes.get(unit, 0) + math.prod(self.part(spec))
+            sizes[unit] = sizes.get(unit, 0) + size
         return sizes
+
+
+@lru_cache(maxsize=512)
+def _known_parts(*what: Any) -> RankParts:
+    """Make parts once: many layouts of a search, and many micro-batches, have the same."""
+    return RankParts(*what)

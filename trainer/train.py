@@ -38,6 +38,7 @@ from allometry.trainer.assemble import (
     make_train_step,
     with_measured_stages,
 )
+from allometry.trainer.auto_layout import settled
 from allometry.trainer.collection import GarbageCollection
 from allometry.trainer.deterministic import algorithms
 from allometry.trainer.evaluate import (
@@ -98,6 +99,7 @@ def train(
     Raises UserError on all ranks alike.
     """
     # What a layout cannot do is said before any group starts.
+    config, invocation = settled(config, device, invocation)
     plan = RunPlan.of(config, launched_world_size())
     watched = nullcontext(signals) if signals else StopSignals()
     exact = algorithms(deterministic=config.training.deterministic)
@@ -120,7 +122,7 @@ def train(
         recorder = record.Recorder(folder) if mesh.is_main else None
         try:
             run = _Run(config, plan, schedule, mesh, stream, folder, start, recorder, present)
-            result = run.train(invocation or Invocation(), stop_at_step, signals)
+            result = run.train(invocation, stop_at_step, signals)
         finally:
             lost = _close(recorder, present)
             folder.withdraw()
@@ -214,6 +216,8 @@ class _Run:
             self.report("abandoned_checkpoint", name=name)
         # Files may be slow, and a service's page is opened over the network.
         on_main_rank(self.mesh, lambda: self._open_record(invocation), "opening the record")
+        if invocation.layout_choice is not None:
+            self.report("layout_chosen", step=self.start.step, **invocation.layout_choice)
         self._report_start()
         try:
             with closing(self._batches()) as batches:
@@ -221,11 +225,10 @@ class _Run:
         finally:
             self.parallel.sync.leave()
 
-    def _open_record(self, invocation: Invocation | None) -> None:
+    def _open_record(self, invocation: Invocation) -> None:
         first_step = self.start.step + 1
         facts = run_facts(
-            *(self.config, self.plan, self.stream, self.mesh, self.peak),
-            invocation or Invocation(),
+            *(self.config, self.plan, self.stream, self.mesh, self.peak, invocation),
             self.kernels.describe(),
         )
         if first_step <= self.plan.total_steps:

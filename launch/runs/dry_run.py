@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from allometry.configs.auto import THIS_MACHINE
 from allometry.configs.run import RunConfig
 from allometry.data.stream import missing_sources, open_stream
 from allometry.data.tokenizer import check_vocabulary
 from allometry.launch.command import Report
+from allometry.launch.start import has_gpu
 from allometry.launch.text import size
 from allometry.optim.schedule import Schedule, resolve_schedule
 from allometry.scaling.advice import DEVICE_BYTES, advice
@@ -16,16 +18,21 @@ from allometry.scaling.count import DocumentFlops
 from allometry.scaling.layout import SPLIT_BACKWARD
 from allometry.scaling.moments import PARAMETERS, STATES
 from allometry.scaling.plan import RunPlan, memory_of
+from allometry.scaling.search.auto import settle
 from allometry.trainer.state.folder import RunFolder
 
 
 def planned(config: RunConfig, world_size: int) -> Report:
     """Return the plan on ``world_size`` ranks; raises UserError if there is none."""
+    auto = config.parallel.auto
+    here = auto is not None and auto.cluster == THIS_MACHINE and not has_gpu()
+    config, choice = settle(config, world_size, "cpu" if here else "cuda")
     plan = RunPlan.of(config, world_size)
     schedule = resolve_schedule(config, plan.batch)
     rates = learning_rates(config, plan, schedule)
     facts = {**plan.describe(), "learning_rate": rates, "data": data_here(config, plan)}
     facts["advice"] = advice(config, plan)
+    facts["layout_choice"] = choice
     if world_size > 1:
         from allometry.studies.rehearse import rehearse  # brings torch, which one rank can spare
 
@@ -93,6 +100,7 @@ def _text(config: RunConfig, plan: RunPlan, facts: dict[str, Any]) -> str:
             f"{'' if name in (PARAMETERS, STATES) else '  (estimate)'}"
             for name, number in memory.peak.kinds.items()
         ),
+        *_chosen(facts["layout_choice"]),
         *_gathered(config, plan),
         *_offloaded(plan),
         *(f"advice            {text}" for text in facts["advice"].values()),
@@ -105,6 +113,19 @@ def _text(config: RunConfig, plan: RunPlan, facts: dict[str, Any]) -> str:
         ),
     ]
     return "\n".join(lines)
+
+
+def _chosen(choice: dict[str, Any] | None) -> list[str]:
+    """The layout that ``parallel: auto`` chose."""
+    if choice is None:
+        return []
+    keys = ", ".join(f"{key}={value}" for key, value in choice["chosen"].items())
+    predicted = choice["predicted"]
+    return [
+        f"layout            parallel=auto chose hdp={choice['hdp']}, {keys}",
+        f"  because         {choice['reason']}; predicted {predicted['seconds']:.4g} s a step "
+        f"({predicted['low']:.3g} to {predicted['high']:.3g})",
+    ]
 
 
 def _share(config: RunConfig, plan: RunPlan) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from allometry.launch.command import Command, ConfigCommand, argument, option
+from allometry.launch.command import REQUIRED, Command, ConfigCommand, argument, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +50,31 @@ class Memory(ConfigCommand):
     rank: int | None = option("the rank to predict; default: the fullest", min=0)
     device: str | None = option("cuda or cpu; default: cuda, with --probe the one at hand")
     probe: bool = option("measure as well; scale a large model down by overrides", False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(ConfigCommand):
+    """Say whether CONFIG's run fits on a number of GPUs, in which layouts, and how fast each is.
+
+    A search over what training takes: degrees, ZeRO stage, pipeline schedule, checkpointing and
+    micro-batch; the batch stays. --write keeps the best one as a file that training reads. Ends
+    with code 1 where nothing fits. Further arguments override single keys.
+    """
+
+    cluster: str = option("kind of node: h100, or a YAML file as docs/planner.md has it", REQUIRED)
+    gpus: str = option("number of GPUs, or several: 512,1024", REQUIRED)
+    tokens: str | None = option("tokens to train on: 2T, 300B; default: the run's")
+    objective: str = option("what the best has least of: time, cost (GPU-hours) or memory", "time")
+    price: float | None = option("of one GPU for an hour, in any currency", min=0)
+    reserve: float | None = option(
+        "share of a card's memory left free; default: 0.1", min=0, max=0.9
+    )
+    keep: tuple[str, ...] = option(
+        "key that stays as CONFIG has it (parallel.tp); repeat for several", ()
+    )
+    top: int = option("layouts to print, each of other degrees", 10, min=1)
+    explain: int = option("print terms and memory of the first K layouts", 0, min=0)
+    write: Path | None = option("write CONFIG in the best layout to this file")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from allometry.scaling.layout import Layout
 from allometry.scaling.memory import MemoryEstimate
 from allometry.scaling.moments import Moment
 from allometry.scaling.plan import memory_of
+from allometry.scaling.search.auto import settle
 
 if TYPE_CHECKING:
     from allometry.studies.memory.probe import Measured
@@ -29,6 +30,7 @@ def counted(asked: Memory) -> Report:
         raise UserError(f"--rank={asked.rank} is not below --world-size={world_size}")
     if asked.device not in (None, "cuda", "cpu"):
         raise UserError(f"--device={asked.device} is not known; use cuda or cpu")
+    config, _ = settle(config, world_size, asked.device or "cuda")
     return (
         _probed(asked, config, world_size) if asked.probe else _planned(asked, config, world_size)
     )

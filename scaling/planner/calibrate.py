@@ -8,12 +8,15 @@ import numpy as np
 from scipy.optimize import least_squares
 
 from allometry.configs.errors import UserError
+from allometry.configs.machine import HardwareConfig
 from allometry.scaling.planner.cases import Cases
 from allometry.scaling.planner.constants import Constants, Floats
 from allometry.scaling.planner.cost import step_time
 
 NOISE = 0.08  # log error of a step that the model is held to
 ROWS_OF_SOURCE = 150  # what a source counts at most: its rows share their errors
+TIMED = 0.15
+"""Standard deviation of the logarithm of a constant that was measured on pieces of a step."""
 NUDGE = 1e-4
 NORMAL = 1.645  # of a 90 % interval
 
@@ -35,9 +38,17 @@ class Calibration:
     kinds: frozenset[tuple[str, str, str]] = frozenset()
 
     @classmethod
-    def before(cls) -> Calibration:
-        """The belief without any measurement."""
-        return cls(Constants(), np.diag(Constants.spreads() ** 2 + Constants.between() ** 2))
+    def before(cls, hardware: HardwareConfig | None = None) -> Calibration:
+        """The belief without any step's measurement; of hardware that has constants, these.
+
+        Raises UserError for a constant of the hardware that is none.
+        """
+        variance = Constants.spreads() ** 2 + Constants.between() ** 2
+        if hardware is None:
+            return cls(Constants(), np.diag(variance))
+        measured = np.isin(Constants.names(), list(hardware.constants))
+        variance = np.where(measured, TIMED**2, variance)
+        return cls(Constants.of_hardware(hardware), np.diag(variance))
 
 
 def _check(seconds: Floats) -> None:

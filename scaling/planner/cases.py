@@ -18,6 +18,8 @@ COLUMNS = {
     **dict.fromkeys(("layers", "width", "heads", "kv_heads", "head_dim", "ffn", "vocab"), None),
     **{"gated": 1, "tied": 0, "experts": 0, "top_k": 0, "expert_ffn": 0, "shared_experts": 0},
     **{"dense_layers": 0, "q_rank": 0, "kv_rank": 0},
+    # shares: of element-wise work done again in backward, of micro-batches that reduce gradients
+    **{"repeats": 0, "reduces": 0},
     **dict.fromkeys(("sequence", "micro_batch", "global_batch"), None),
     **{"tp": 1, "pp": 1, "chunks": 1, "cp": 1, "ep": 1, "dp": 1, "zero": 1},
     **{"sequence_parallel": 1, "flash": 1, "eager": 0, "even_stages": 0, "overlap": 1},

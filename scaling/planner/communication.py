@@ -115,8 +115,13 @@ def data(cases: Cases, constants: Constants, compute: Floats) -> Floats:
     behind = np.minimum(constants.data_hidden, 1.0) * compute
     beside = hw["asynchronous"] > 0  # else what sends is what computes
     hidden = np.where((n["overlap"] > 0) & beside, behind, 0.0)
-    fully = cases.micro_batches * np.maximum(each - np.where(beside, HIDDEN * compute, 0.0), 0.0)
-    return np.where(n["zero"] == 3, fully, np.maximum(once - hidden, 0.0))
+    hideable = np.where(beside, HIDDEN * compute, 0.0)
+    fully = cases.micro_batches * np.maximum(each - hideable, 0.0)
+    once = np.maximum(once - hidden, 0.0)
+    # ZeRO 2 without a pipeline reduces in each micro-batch rather than in the last alone.
+    scattered = np.maximum(each * GRADIENT / (3 * HALF) - hideable, 0.0)
+    more = n["reduces"] * np.maximum(cases.micro_batches - 1, 0) * scattered
+    return np.where(n["zero"] == 3, fully, once + more)
 
 
 def optimizer(cases: Cases, constants: Constants) -> tuple[Floats, Floats]:

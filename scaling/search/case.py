@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from allometry.configs.errors import UserError
 from allometry.configs.machine import HardwareConfig
 from allometry.configs.model import LatentExperts, ModelConfig, MoEModel
 from allometry.configs.run import RunConfig
@@ -100,6 +101,8 @@ def row_of(
         "dp": degrees.hdp / cp,
         # Without frees() stage 3 sends what stage 2 does.
         "zero": zero.stage if zero.frees(degrees.pp) else min(zero.stage, 2),
+        "reduces": float(zero.stage >= 2 and degrees.pp == 1),
+        "repeats": float(training.activation_checkpointing == "selective"),
         "flash": float(attention_backend(config, device) not in _UNFUSED),
         "eager": float(not training.compile),
         "hardware": name,
@@ -156,6 +159,22 @@ def precision_of(config: RunConfig, hardware: HardwareConfig) -> str:
     return compute if linears == "compute" else "fp8"
 
 
+def check_precision(config: RunConfig, hardware: HardwareConfig, name: str) -> None:
+    """Raise UserError for a type of products that the card has no rate of."""
+    known = set(hardware.gpu.peak_flops) & set(hardware.gpu.attainable)
+    asked = precision_of(config, hardware)
+    for kind, key in (
+        (config.training.compute_dtype, "training.compute_dtype"),
+        (asked, "precision.linears"),
+    ):
+        if kind not in known:
+            given = config.precision.linears if key == "precision.linears" else kind
+            raise UserError(
+                f"{key}={given}: the description of {name} has no rate for {kind}; it has "
+                f"{', '.join(sorted(known))}"
+            )
+
+
 def left_out(config: RunConfig, layout: Layout) -> Iterator[str]:
     """Yield what the cost model has no term for, or only a rough one."""
     parallel, training, model = config.parallel, config.training, config.model
@@ -190,7 +209,5 @@ def left_out(config: RunConfig, layout: Layout) -> Iterator[str]:
     loads = BalanceLoads.of(config)
     if loads is not None and loads.loads == "this_batch":
         yield "the forward pass that counts experts' loads (model.router.balance.loads)"
-    if training.activation_checkpointing == "selective":
-        yield "the element-wise work that selective checkpointing repeats"
     if config.batch.ramp is not None:
         yield "batch.ramp: steps are timed at the full batch"

@@ -117,6 +117,9 @@ _SAID = {
     "mixture_changed": "the mixture is another one from step {step} on: {before} became {after}",
     "sources_continued": "sources go on after what earlier runs have read: epochs {epochs}",
     "advice": "WARNING: {text}",
+    "layout_chosen": "parallel: auto chose hdp={hdp} tp={chosen[tp]} pp={chosen[pp]} "
+    "ep={chosen[ep]} zero.stage={chosen[zero]}, micro-batches of {chosen[micro_batch]} and "
+    "checkpointing {chosen[checkpointing]}: {reason}",
     "already_finished": "nothing to do: the run is complete, all {step} steps are taken",
     "stopped": "step {step} | stopped by {signal}; the same command continues from here",
 }

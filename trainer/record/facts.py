@@ -19,11 +19,15 @@ from allometry.trainer.record.columns import conventions
 
 @dataclass(frozen=True)
 class Invocation:
-    """What the process was started with, for the record; the library reads no environment."""
+    """What the process was started with, for the record; the library reads no environment.
+
+    ``layout_choice``: what ``parallel: auto`` chose, and why.
+    """
 
     allocator: str = "unknown"
     command: list[str] = field(default_factory=list)
     cuda_allocator: str | None = None
+    layout_choice: dict[str, Any] | None = None
 
 
 def run_facts(
@@ -59,6 +63,7 @@ def run_facts(
             "cuda_graphs": asdict(choose_graphs(config, mesh)),
             "micro_batch_sequences": config.batch.micro_batch_sequences,
         },
+        "layout_choice": invocation.layout_choice,
         "plan": plan.describe(),
         "optimizer_states": _states(config),
         "data": stream.describe(),
@@ -80,6 +85,6 @@ def _states(config: RunConfig) -> dict[str, Any]:
 
 def launch_facts(facts: dict[str, Any], first_step: int) -> dict[str, Any]:
     """Return what the list of launches in run.json says of one whose ``run_facts`` these are."""
-    names = ("layout", "commit", "allocator", "cuda_allocator", "kernels")
+    names = ("layout", "layout_choice", "commit", "allocator", "cuda_allocator", "kernels")
     kept = {key: facts[key] for key in names}
     return {"first_step": first_step, **kept}

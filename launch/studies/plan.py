@@ -1,0 +1,165 @@
+"""``allometry plan``: does a run fit, in how many ways, and which layout is the best."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from allometry.configs.errors import UserError
+from allometry.configs.loader import PRESET, put, yaml_text
+from allometry.configs.machine import load_hardware
+from allometry.configs.run import RunConfig
+from allometry.configs.source import Tree, parse_value
+from allometry.launch.command import Report
+from allometry.launch.studies.commands import Plan
+from allometry.launch.studies.plan_text import described
+from allometry.scaling.search.auto import without_auto
+from allometry.scaling.search.proposal import Proposal, proposals
+from allometry.scaling.search.remedies import Remedy, near_counts, nearest, remedies
+from allometry.scaling.search.search import RESERVE, Asked, Objective, Search
+from allometry.scaling.search.sensitivity import Turn, sensitivity
+
+SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was found: ``best`` first; without one, ``remedies`` of the largest search."""
+
+    searches: tuple[Search, ...]
+    best: tuple[Proposal, ...]
+    turns: tuple[Turn, ...]
+    remedies: tuple[Remedy, ...]
+
+    def describe(self) -> dict[str, Any]:
+        """Return it as JSON."""
+        asked = self.searches[0].asked
+        facts: dict[str, Any] = {
+            "cluster": asked.name,
+            "objective": asked.objective,
+            "limit_bytes": round(self.searches[0].limit),
+            "reserve": asked.reserve,
+            "fits": {str(s.world_size): _fits(s) for s in self.searches},
+            "layouts": [one.describe() for one in self.best],
+            "sensitivity": [turn.describe(self.best[0].gpus) for turn in self.turns],
+        }
+        if not self.best:
+            search = self.searches[-1]
+            choice, least = nearest(search)
+            layout = choice.describe(search.world_size)
+            facts["nearest"] = {"layout": layout, "bytes": least}
+            facts["remedies"] = [remedy.describe() for remedy in self.remedies]
+        return facts
+
+
+def _fits(search: Search) -> dict[str, int]:
+    return {"layouts": len(search.degrees), "fit": len(search.fitting_degrees)}
+
+
+def planned(asked: Plan) -> Report:
+    """Search every number of GPUs, and write the best layout where it is asked for."""
+    config, tokens = without_auto(asked.load()), _tokens(asked.tokens)
+    wanted = _asked(asked)
+    searches = [Search(config, gpus, wanted) for gpus in _counts(asked.gpus)]
+    able = [search for search in searches if search.cores]
+    if not able:
+        raise UserError(_no_layout(config, searches[0], wanted))
+    found = [one for s in able for one in proposals(s, s.best(asked.top), tokens, asked.price)]
+    best = tuple(sorted(found, key=lambda one: _rank(one, wanted.objective))[: asked.top])
+    turns: tuple[Turn, ...] = ()
+    if best and wanted.objective != "memory":
+        first = next(search for search in able if search.world_size == best[0].gpus)
+        turns = tuple(sensitivity(first, best[0].choice))
+    saved = () if best else tuple(remedies(able[-1]))
+    answer = Answer(tuple(able), best, turns, saved)
+    facts = answer.describe()
+    text = described(able, best, turns, saved, asked.explain)
+    if best and asked.write is not None:
+        _write(asked, best[0])
+        facts["written"] = str(asked.write)
+        text += f"\n\nthe first layout is in {asked.write}: allometry train {asked.write}"
+    return Report(facts, text, passed=bool(best))
+
+
+def _rank(one: Proposal, objective: Objective) -> float:
+    values = {"time": one.days, "cost": one.gpu_hours, "memory": float(one.memory.total)}
+    return values[objective]
+
+
+def _asked(asked: Plan) -> Asked:
+    if asked.objective not in get_args(Objective):
+        raise UserError(f"--objective={asked.objective} is not known; use time, cost or memory")
+    hardware = load_hardware(asked.cluster)
+    return Asked(
+        hardware,
+        asked.cluster,
+        objective=asked.objective,  # type: ignore[arg-type]
+        reserve=RESERVE if asked.reserve is None else asked.reserve,
+        keep=asked.keep,
+        device="cuda" if hardware.gpu.asynchronous else "cpu",
+    )
+
+
+def _counts(text: str) -> list[int]:
+    try:
+        counts = [int(part) for part in text.replace("_", "").split(",")]
+    except ValueError:
+        counts = []
+    if not counts or min(counts) < 1:
+        raise UserError(f"--gpus={text} is not a number of GPUs; use one as 1024, or 512,1024")
+    return sorted(set(counts))
+
+
+def _tokens(text: str | None) -> int | None:
+    if text is None:
+        return None
+    factor = SUFFIXES.get(text[-1:].upper(), 1)
+    try:
+        number = float(text[:-1] if factor > 1 else text) * factor
+    except ValueError:
+        number = 0.0
+    if not 1 <= number < float("inf"):
+        raise UserError(f"--tokens={text} is not a number of tokens; use one as 2T, 300B or 1e9")
+    return round(number)
+
+
+def _no_layout(config: RunConfig, search: Search, asked: Asked) -> str:
+    gpus = search.world_size
+    why = f"; {search.refusals[0]}" if search.refusals else ""
+    near = near_counts(config, gpus, asked)
+    use = f"use {' or '.join(map(str, near))} GPUs, or " if near else ""
+    return (
+        f"no layout of {gpus} GPUs shares batches of {config.batch.sequences} sequences of this "
+        f"model{why}; {use}another batch.sequences"
+    )
+
+
+def _write(asked: Plan, best: Proposal) -> None:
+    """Write the run in this layout: CONFIG as its base, with the overrides that were given."""
+    assert asked.write is not None
+    out, base = asked.write, asked.config
+    if not base.startswith(PRESET):
+        base = os.path.relpath(Path(base).resolve(), out.parent.resolve())
+    tree = Tree({})
+    for text in asked.overrides:
+        key, _, value = text.lstrip("-").partition("=")
+        if any(part.isdigit() for part in key.split(".")):
+            raise UserError(
+                f"--write cannot keep override {text!r}, which changes one item of a list; put it "
+                "into a file and plan that"
+            )
+        put(tree, key, parse_value(value, text), text)
+    sections = best.choice.sections(best.gpus)
+    sections["parallel"]["auto"] = None
+    top = Tree(sections)
+    keys = tree.overlay(top).data
+    heading = (
+        f"# {best.gpus} x {asked.cluster}: predicted {best.seconds:.4g} s a step "
+        f"({best.low:.4g} to {best.high:.4g}), {best.memory.total / 1e9:.1f} GB a GPU.\n"
+    )
+    try:
+        out.write_text(heading + yaml_text({"base": base, **keys}), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--write={out} cannot be written: {error.strerror}") from None

@@ -1,0 +1,103 @@
+"""The blocks of a rank as its step in memory sees them: each kind of block is looked at once."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from allometry.scaling.saved import Block, Checkpointing, Kernels
+from allometry.scaling.shards import PREFETCHED, RankParts, has_experts, layer_of
+
+
+class Kind(NamedTuple):
+    """What blocks of a model differ in."""
+
+    experts: bool
+    in_compute: bool  # products stay in the compute type (``precision.compute_layers``)
+
+
+@dataclass(frozen=True)
+class RankBlocks:
+    """The blocks of a rank, in the order of the model; ``away``: whose activations wait elsewhere.
+
+    ``tokens`` of a micro-batch keep what ``checkpointing`` says until a block's backward.
+    """
+
+    part: RankParts
+    kernels: Kernels
+    tokens: int
+    checkpointing: Checkpointing
+    away: frozenset[int]
+
+    @cached_property
+    def layers(self) -> list[int]:
+        """The layers that lie here."""
+        return sorted(self.part.layers)
+
+    def block(self, layer: int) -> Block:
+        """Return the block of a layer, or of the first that is like it."""
+        return self._of_kind[self._kind(layer)]
+
+    def saved(self, layer: int, how: Checkpointing | None = None) -> Counter[str]:
+        """Return what a micro-batch keeps of a layer, by operation; ``how`` None: as asked."""
+        return self._kept[self._kind(layer), how or self.checkpointing]
+
+    def staying(self) -> Counter[str]:
+        """Return what a micro-batch keeps here of all layers."""
+        total: Counter[str] = Counter()
+        here = Counter(self._kind(layer) for layer in self.layers if layer not in self.away)
+        for kind, number in here.items():
+            kept = self._kept[kind, self.checkpointing]
+            total += Counter({name: number * size for name, size in kept.items()})
+        return total
+
+    def down(self, layer: int) -> int:
+        """Return the elements of a block's largest matrix out of its hidden width.
+
+        Those of all experts together.
+        """
+        return self._down.get(self._kind(layer).experts, 0)
+
+    @cached_property
+    def telling(self) -> frozenset[int]:
+        """Places in ``layers`` of which the fullest moment of backward is one.
+
+        Along equal blocks what is kept falls, and gradients grow, by as much with each, so that
+        the sum is largest at an end; ZeRO holds what it gathered ahead for a few blocks more.
+        """
+        kinds = [(*self._kind(layer), layer in self.away) for layer in self.layers]
+        bounds = {i for i in range(1, len(kinds)) if kinds[i] != kinds[i - 1]} | {0, len(kinds)}
+        near = range(-PREFETCHED - 2, PREFETCHED + 2)
+        return frozenset(bound + step for bound in bounds for step in near)
+
+    def _kind(self, layer: int) -> Kind:
+        high = self.kernels.precision.compute_layers
+        return Kind(has_experts(self.part.model, layer), layer in high)
+
+    @cached_property
+    def _of_kind(self) -> dict[Kind, Block]:
+        how = self.part.tp, self.part.ep, self.part.whole_experts
+        first = {self._kind(layer): layer for layer in reversed(self.layers)}
+        model = self.part.model
+        return {kind: Block(model, layer, self.kernels, *how) for kind, layer in first.items()}
+
+    @cached_property
+    def _kept(self) -> dict[tuple[Kind, Checkpointing], Counter[str]]:
+        ways: set[Checkpointing] = {self.checkpointing, "none"}
+        return {
+            (kind, how): block.saved(self.tokens, how)
+            for kind, block in self._of_kind.items()
+            for how in ways
+        }
+
+    @cached_property
+    def _down(self) -> dict[bool, int]:
+        largest: dict[bool, int] = {}
+        for spec, _ in self.part.counted:
+            layer = layer_of(spec.name)
+            if layer is not None and spec.name.endswith((".down.weight", ".down")):
+                experts = has_experts(self.part.model, layer)
+                largest[experts] = max(largest.get(experts, 0), self.part.sizes[spec])
+        return largest
