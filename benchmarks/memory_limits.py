@@ -44,6 +44,8 @@ CHOSEN = (
 SETTINGS = {
     **{"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"},
     **{"MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"},
+    # Code that oneDNN makes for each shape, of experts' rows above all, is no tensor's memory.
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0",
 }
 ENDED, STACK = 3, 1 << 20
 
