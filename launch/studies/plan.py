@@ -60,6 +60,7 @@ def _fits(search: Search) -> dict[str, int]:
 
 def planned(asked: Plan) -> Report:
     """Search every number of GPUs, and write the best layout where it is asked for."""
+    tree = _overrides(asked) if asked.write is not None else Tree({})
     config, tokens = without_auto(asked.load()), _tokens(asked.tokens)
     wanted = _asked(asked)
     searches = [Search(config, gpus, wanted) for gpus in _counts(asked.gpus)]
@@ -77,7 +78,7 @@ def planned(asked: Plan) -> Report:
     facts = answer.describe()
     text = described(able, best, turns, saved, asked.explain)
     if best and asked.write is not None:
-        _write(asked, best[0])
+        _write(asked, best[0], tree)
         facts["written"] = str(asked.write)
         text += f"\n\nthe first layout is in {asked.write}: allometry train {asked.write}"
     return Report(facts, text, passed=bool(best))
@@ -136,13 +137,11 @@ def _no_layout(config: RunConfig, search: Search, asked: Asked) -> str:
     )
 
 
-def _write(asked: Plan, best: Proposal) -> None:
-    """Write the run in this layout: CONFIG as its base, with the overrides that were given."""
-    assert asked.write is not None
-    out, base = asked.write, asked.config
-    if not base.startswith(PRESET):
-        base = os.path.relpath(Path(base).resolve(), out.parent.resolve())
-    tree = Tree({})
+def _overrides(asked: Plan) -> Tree:
+    """The overrides as a tree, which ``_write`` keeps; what it could not is said at once."""
+    out, tree = asked.write, Tree({})
+    if out is not None and not out.parent.is_dir():
+        raise UserError(f"--write={out} cannot be written: {out.parent} is no folder; make it")
     for text in asked.overrides:
         key, _, value = text.lstrip("-").partition("=")
         if any(part.isdigit() for part in key.split(".")):
@@ -151,6 +150,15 @@ def _write(asked: Plan, best: Proposal) -> None:
                 "into a file and plan that"
             )
         put(tree, key, parse_value(value, text), text)
+    return tree
+
+
+def _write(asked: Plan, best: Proposal, tree: Tree) -> None:
+    """Write the run in this layout: CONFIG as its base, with the overrides that were given."""
+    assert asked.write is not None
+    out, base = asked.write, asked.config
+    if not base.startswith(PRESET):
+        base = os.path.relpath(Path(base).resolve(), out.parent.resolve())
     sections = best.choice.sections(best.gpus)
     sections["parallel"]["auto"] = None
     top = Tree(sections)

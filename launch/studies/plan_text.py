@@ -94,9 +94,23 @@ def _notes(search: Search, best: Sequence[Proposal]) -> list[str]:
             "constants: believed, not measured on this card, precision and kind of model; the "
             "intervals are as wide as that belief"
         )
+    lines += _batches(search)
     missing = dict.fromkeys(phrase for one in best for phrase in one.left_out)
     lines += [f"not in the prediction: {phrase}" for phrase in missing]
     return lines
+
+
+def _batches(search: Search) -> list[str]:
+    """What another batch would allow: one that all GPUs can share as data ranks."""
+    config, gpus = search.config, search.world_size
+    sequences = config.batch.sequences
+    if config.data.kind == "documents" or sequences % gpus == 0 or sequences < gpus:
+        return []
+    near = " or ".join(str(n * gpus) for n in (sequences // gpus, sequences // gpus + 1))
+    return [
+        f"batch.sequences={sequences} is no multiple of {gpus} GPUs, so that pp or tp must take "
+        f"some of them; {near} would be one"
+    ]
 
 
 def _terms(one: Proposal) -> str:
