@@ -8,14 +8,19 @@ from pathlib import Path
 from typing import Any, get_args
 
 from allometry.configs.errors import UserError
+from allometry.configs.format import human
 from allometry.configs.loader import PRESET, put, yaml_text
 from allometry.configs.machine import load_hardware
 from allometry.configs.run import RunConfig
 from allometry.configs.source import Tree, parse_value
 from allometry.launch.command import Report
+from allometry.launch.figures.drawing import check_format
 from allometry.launch.studies.commands import Plan
+from allometry.launch.studies.plan_scale import scale_figure, scale_text
 from allometry.launch.studies.plan_text import described
+from allometry.scaling.count import count_parameters
 from allometry.scaling.search.auto import without_auto
+from allometry.scaling.search.curves import scale_curve
 from allometry.scaling.search.proposal import Proposal, proposals
 from allometry.scaling.search.remedies import Remedy, near_counts, nearest, remedies
 from allometry.scaling.search.search import RESERVE, Asked, Objective, Search
@@ -60,6 +65,8 @@ def _fits(search: Search) -> dict[str, int]:
 
 def planned(asked: Plan) -> Report:
     """Search every number of GPUs, and write the best layout where it is asked for."""
+    if asked.scale:
+        return _scaled(asked)
     tree = _overrides(asked) if asked.write is not None else Tree({})
     config, tokens = without_auto(asked.load()), _tokens(asked.tokens)
     wanted = _asked(asked)
@@ -82,6 +89,26 @@ def planned(asked: Plan) -> Report:
         facts["written"] = str(asked.write)
         text += f"\n\nthe first layout is in {asked.write}: allometry train {asked.write}"
     return Report(facts, text, passed=bool(best))
+
+
+def _scaled(asked: Plan) -> Report:
+    """Best layouts from few GPUs to many, as a table and a picture."""
+    if asked.write is not None:
+        raise UserError("--write keeps one layout, and --scale finds many; leave one of them out")
+    check_format(asked.out)
+    config, tokens, wanted = without_auto(asked.load()), _tokens(asked.tokens), _asked(asked)
+    at = _counts(asked.gpus)[0]
+    strong, weak = (scale_curve(config, wanted, kind, at, tokens) for kind in ("strong", "weak"))
+    points = [*strong, *weak]
+    facts = {"cluster": asked.cluster, "weak_at": at, "points": [p.describe() for p in points]}
+    text = scale_text(points)
+    fits = any(point.best is not None for point in points)
+    if fits:
+        title = f"{human(count_parameters(config.model).total)} parameters on {asked.cluster}"
+        scale_figure(points, title, asked.out)
+        facts["figure"] = str(asked.out)
+        text += f"\n\nfigure: {asked.out}"
+    return Report(facts, text, passed=fits)
 
 
 def _rank(one: Proposal, objective: Objective) -> float:
