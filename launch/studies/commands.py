@@ -81,6 +81,11 @@ class Plan(ConfigCommand):
         False,
     )
     out: Path = option("with --scale: figure to write", Path("scaling.png"), "-o")
+    fit: Path | None = option(
+        "file of allometry fit: which size, tokens and layout reach --loss at the least cost, "
+        "instead"
+    )
+    loss: float | None = option("with --fit: the loss to reach", min=0)
 
 
 @dataclass(frozen=True, kw_only=True)

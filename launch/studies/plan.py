@@ -17,7 +17,10 @@ from allometry.launch.command import Report
 from allometry.launch.figures.drawing import check_format
 from allometry.launch.studies.commands import Plan
 from allometry.launch.studies.plan_scale import scale_figure, scale_text
+from allometry.launch.studies.plan_target import sizes, target_text
 from allometry.launch.studies.plan_text import described
+from allometry.laws.fit.engine import Fit
+from allometry.laws.fit.store import load_fit
 from allometry.scaling.count import count_parameters
 from allometry.scaling.search.auto import without_auto
 from allometry.scaling.search.curves import scale_curve
@@ -65,8 +68,14 @@ def _fits(search: Search) -> dict[str, int]:
 
 def planned(asked: Plan) -> Report:
     """Search every number of GPUs, and write the best layout where it is asked for."""
+    if (asked.fit is None) != (asked.loss is None):
+        raise UserError("--fit and --loss belong together: a law, and the loss to reach by it")
+    if asked.write is not None and (asked.scale or asked.fit is not None):
+        raise UserError("--write keeps one run's layout; leave it out, or --scale and --fit")
     if asked.scale:
         return _scaled(asked)
+    if asked.fit is not None and asked.loss is not None:
+        return _reached(asked, load_fit(asked.fit).fit, asked.loss)
     tree = _overrides(asked) if asked.write is not None else Tree({})
     config, tokens = without_auto(asked.load()), _tokens(asked.tokens)
     wanted = _asked(asked)
@@ -93,8 +102,6 @@ def planned(asked: Plan) -> Report:
 
 def _scaled(asked: Plan) -> Report:
     """Best layouts from few GPUs to many, as a table and a picture."""
-    if asked.write is not None:
-        raise UserError("--write keeps one layout, and --scale finds many; leave one of them out")
     check_format(asked.out)
     config, tokens, wanted = without_auto(asked.load()), _tokens(asked.tokens), _asked(asked)
     at = _counts(asked.gpus)[0]
@@ -109,6 +116,15 @@ def _scaled(asked: Plan) -> Report:
         facts["figure"] = str(asked.out)
         text += f"\n\nfigure: {asked.out}"
     return Report(facts, text, passed=fits)
+
+
+def _reached(asked: Plan, fit: Fit, loss: float) -> Report:
+    """Sizes, tokens and layouts that reach a loss by a law, the cheapest first."""
+    config, wanted = without_auto(asked.load()), _asked(asked)
+    found, notes = sizes(config, fit, loss, wanted, _counts(asked.gpus), asked.price)
+    facts = {"cluster": asked.cluster, "loss": loss, "law": fit.form.name, "notes": notes}
+    facts["sizes"] = [one.describe() for one in found]
+    return Report(facts, target_text(found, notes, loss, asked.top))
 
 
 def _rank(one: Proposal, objective: Objective) -> float:

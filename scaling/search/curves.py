@@ -82,7 +82,7 @@ def grown(config: RunConfig, at: int, gpus: int) -> tuple[RunConfig | None, str]
 
 
 def best_of(
-    config: RunConfig, gpus: int, asked: Asked, tokens: int | None
+    config: RunConfig, gpus: int, asked: Asked, tokens: int | None, price: float | None = None
 ) -> tuple[Proposal | None, str]:
     """Return the first layout of a search, or why there is none."""
     try:
@@ -91,5 +91,5 @@ def best_of(
         return None, str(error)
     if not search.cores:
         return None, "no layout shares this batch"
-    found = proposals(search, search.best(1), tokens)
+    found = proposals(search, search.best(1), tokens, price)
     return (found[0], "") if found else (None, "does not fit")

@@ -75,6 +75,9 @@ def test_the_command_prints_draws_and_refuses(
         *(("weak", 8), ("weak", 16)),
     ]
     assert out.stat().st_size > 10_000
-    for more, said in ((("--write", "x.yaml"), "--write keeps one"), (("-o", "x.doc"), "--out=")):
+    for more, said in (
+        (("--write", "x.yaml"), "--write keeps one run's"),
+        (("-o", "x.doc"), "--out="),
+    ):
         refused = CliRunner().invoke(app, [*where, *more])
         assert said in str(refused.exception)
