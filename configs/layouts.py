@@ -15,7 +15,9 @@ def parse_parallel(text: str, base: ParallelConfig) -> ParallelConfig:
     The degrees that are not named are 1, and ``hdp`` is as large as ``ep`` and ``zero.replicas``
     need; what is not a degree is as in ``base``. Raises ConfigError.
     """
-    tree = Tree(base.model_dump(mode="json") | {"pp": 1, "tp": 1, "ep": 1, "hdp": "auto"})
+    tree = Tree(
+        base.model_dump(mode="json") | {"pp": 1, "tp": 1, "ep": 1, "hdp": "auto", "auto": None}
+    )
     place = f"layout {text!r}"
     for part in text.split(","):
         key, equals, value = part.strip().partition("=")

@@ -151,16 +151,17 @@ def estimate_memory(
         )
         return MemoryEstimate.of(step)
 
-    ranks = _different(model, layout, precision) if layout else (0,)
-    of_ranks = map(of_rank, ranks if pp_rank is None else (pp_rank,))
-    return max(of_ranks, key=lambda estimate: estimate.total)
+    ranks = [pp_rank] if pp_rank is not None else _different(model, layout, precision)
+    return max(map(of_rank, ranks), key=lambda estimate: estimate.total)
 
 
-def _different(model: ModelConfig, layout: Layout, precision: PrecisionConfig) -> list[int]:
+def _different(model: ModelConfig, layout: Layout | None, precision: PrecisionConfig) -> list[int]:
     """Return pipeline ranks without those that are like an earlier one.
 
     No rank has more micro-batches in flight than one before it.
     """
+    if layout is None:
+        return [0]
     found: dict[Any, int] = {}
     for rank in range(layout.pp):
         stages = layout.stages_of(rank)

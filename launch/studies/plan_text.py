@@ -65,10 +65,10 @@ def _fits(search: Search) -> str:
 
 
 def _layouts(best: Sequence[Proposal]) -> str:
-    priced, powered = best[0].cost is not None, best[0].kwh is not None
+    priced = best[0].cost is not None
     header = ["", "GPUs", "layout", "recompute", "micro", "s/step", "90 %", "tok/s/GPU", "MFU"]
     header += ["bubble", "exposed", "memory", "days", "GPU-hours"]
-    header += ["cost"] * priced + ["MWh"] * powered
+    header += ["cost"] * priced + ["MWh"]
     rows = [header]
     for number, one in enumerate(best, 1):
         row = [
@@ -80,7 +80,7 @@ def _layouts(best: Sequence[Proposal]) -> str:
             human(one.gpu_hours),
         ]
         row += [human(one.cost)] if one.cost is not None else []
-        row += [f"{one.kwh / 1e3:,.4g}"] if one.kwh is not None else []
+        row += [f"{one.kwh / 1e3:,.4g}"]
         rows.append(row)
     return table(rows, right=(0, 1, *range(4, len(header))))
 
@@ -88,16 +88,29 @@ def _layouts(best: Sequence[Proposal]) -> str:
 def _notes(search: Search, best: Sequence[Proposal]) -> list[str]:
     lines = ["", f"days, GPU-hours and what follows from them: of {human(best[0].tokens)} tokens"]
     lines[-1] += ", at these steps"
-    if best[0].kwh is not None:
-        lines.append("energy: of cards and nodes at the most that they draw")
+    lines.append("energy: of cards and nodes at the most that they draw")
     if any(one.unseen for one in best):
         lines.append(
             "constants: believed, not measured on this card, precision and kind of model; the "
             "intervals are as wide as that belief"
         )
+    lines += _batches(search)
     missing = dict.fromkeys(phrase for one in best for phrase in one.left_out)
     lines += [f"not in the prediction: {phrase}" for phrase in missing]
     return lines
+
+
+def _batches(search: Search) -> list[str]:
+    """What another batch would allow: one that all GPUs can share as data ranks."""
+    config, gpus = search.config, search.world_size
+    sequences = config.batch.sequences
+    if config.data.kind == "documents" or sequences % gpus == 0 or sequences < gpus:
+        return []
+    near = " or ".join(str(n * gpus) for n in (sequences // gpus, sequences // gpus + 1))
+    return [
+        f"batch.sequences={sequences} is no multiple of {gpus} GPUs, so that pp or tp must take "
+        f"some of them; {near} would be one"
+    ]
 
 
 def _terms(one: Proposal) -> str:

@@ -9,12 +9,14 @@ import numpy as np
 from scipy.optimize import least_squares
 
 from allometry.configs.errors import UserError
-from allometry.configs.machine import Generation
+from allometry.configs.machine import Generation, HardwareConfig
 from allometry.scaling.planner.cases import Cases
 from allometry.scaling.planner.constants import Constants, Floats
 from allometry.scaling.planner.cost import step_time
 
 NOISE = 0.08  # log error of a step that the model is held to
+TIMED = 0.15
+"""Standard deviation of the logarithm of a constant that was measured on pieces of a step."""
 NUDGE = 1e-4
 TARGETS = 500  # configurations that choose_runs looks at the variances of
 NORMAL = 1.645  # of a 90 % interval
@@ -91,13 +93,30 @@ class Calibration:
     kinds: frozenset[tuple[str, str, str]] = frozenset()
 
     @classmethod
-    def before(cls, constants: Constants | None = None) -> Calibration:
-        """The belief without any measurement of steps, around these constants."""
+    def before(cls, hardware: HardwareConfig | None = None) -> Calibration:
+        """The belief without any step's measurement; of hardware that has constants, these.
+
+        Raises UserError for a constant of the hardware that is none.
+        """
         cards = np.tile(Constants.spreads("card")[Constants.of_card()], len(GENERATIONS))
         common = Constants.spreads("spread") ** 2 + Constants.spreads("between") ** 2
-        logs = (constants or Constants()).logs()
-        mean = np.concatenate([logs, np.zeros(len(cards))])
-        return cls(mean, np.diag(np.concatenate([common, cards**2])))
+        variance = np.concatenate([common, cards**2])
+        constants = Constants() if hardware is None else Constants.of_hardware(hardware)
+        belief = cls(np.concatenate([constants.logs(), np.zeros(len(cards))]), np.diag(variance))
+        return belief if hardware is None else belief.with_own(hardware)
+
+    def with_own(self, hardware: HardwareConfig) -> Calibration:
+        """The belief with the constants that were measured on this hardware, on pieces of a step.
+
+        Raises UserError for a constant of the hardware that is none.
+        """
+        logs = Constants.of_hardware(hardware).logs()
+        mean, covariance = self.mean.copy(), self.covariance.copy()
+        for index in np.flatnonzero(np.isin(Constants.names(), list(hardware.constants))):
+            mean[index] = logs[index]
+            covariance[index], covariance[:, index] = 0.0, 0.0
+            covariance[index, index] = TIMED**2
+        return replace(self, mean=mean, covariance=covariance)
 
     def of_source(self, name: str) -> Calibration:
         """The belief of a source that was calibrated on."""

@@ -89,7 +89,7 @@ class Cases:
         precision = np.array([row.get("precision", "bf16") for row in rows])
         return cls(
             n=columns,
-            hw=_hardware_columns(cards, precision),
+            hw=_hardware_columns(cards, precision, _ranks_of_a_node(columns, cards)),
             hardware=np.array([row["hardware"] for row in rows]),
             generation=np.array([card.generation for card in cards]),
             precision=precision,
@@ -170,7 +170,14 @@ def _check(index: int, row: Mapping[str, Any], hardware: Mapping[str, HardwareCo
         raise UserError(f"{place}: experts={row['experts']} need top_k and expert_ffn; give both")
 
 
-def _hardware_columns(cards: list[HardwareConfig], precision: Floats) -> dict[str, Floats]:
+def _ranks_of_a_node(n: dict[str, Floats], cards: list[HardwareConfig]) -> list[int]:
+    ranks = n["tp"] * n["pp"] * n["cp"] * n["dp"]
+    return [int(min(own, card.gpus_per_node)) or 1 for own, card in zip(ranks, cards, strict=True)]
+
+
+def _hardware_columns(
+    cards: list[HardwareConfig], precision: Floats, ranks: list[int]
+) -> dict[str, Floats]:
     def column(read: Any) -> Floats:
         return np.array([read(card) for card in cards], dtype=float)
 
@@ -179,11 +186,17 @@ def _hardware_columns(cards: list[HardwareConfig], precision: Floats) -> dict[st
     wides = list(zip(cards, wide, strict=True))
     rate = [c.gpu.peak_flops[p] * c.gpu.attainable[p] for c, p in pairs]
     wide_rate = [c.gpu.peak_flops[p] * c.gpu.attainable[p] for c, p in wides]
+    left = np.array(
+        [card.left(own) for card, own in zip(cards, ranks, strict=True)], dtype=float
+    ).reshape(-1, 2)
+    attention = np.array([c.gpu.peak_flops[p] * c.gpu.attention for c, p in wides], dtype=float)
     return {
-        "products": np.array(rate, dtype=float),
-        "wide_products": np.array(wide_rate, dtype=float),
-        "attention": np.array([c.gpu.peak_flops[p] * c.gpu.attention for c, p in wides]),
-        "memory": column(lambda c: c.gpu.memory_bandwidth * c.gpu.copy_efficiency),
+        "products": np.array(rate, dtype=float) * left[:, 0],
+        "wide_products": np.array(wide_rate, dtype=float) * left[:, 0],
+        "attention": attention * left[:, 0],
+        "memory": column(lambda c: c.gpu.memory_bandwidth * c.gpu.copy_efficiency) * left[:, 1],
+        "asynchronous": column(lambda c: c.gpu.asynchronous),
+        "adam": column(lambda c: c.host.adam_rate / c.gpus_per_node) * left[:, 1],
         "gpus_per_node": column(lambda c: c.gpus_per_node),
         "inside": column(lambda c: c.inside.bandwidth),
         "inside_latency": column(lambda c: c.inside.latency_s),

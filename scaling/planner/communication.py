@@ -69,7 +69,8 @@ def context(cases: Cases, constants: Constants, attention: Floats) -> Floats:
         hw["inside_latency"] * constants.inside_latency,
         hw["across_latency"] * constants.across_latency,
     )
-    return np.maximum((cp - 1) * (volume / bandwidth + latency) - attention, 0.0) * (cp > 1)
+    behind = np.where(hw["asynchronous"] > 0, attention, 0.0)
+    return np.maximum((cp - 1) * (volume / bandwidth + latency) - behind, 0.0) * (cp > 1)
 
 
 def between_stages(cases: Cases, constants: Constants) -> Floats:
@@ -118,12 +119,13 @@ def data(cases: Cases, constants: Constants, compute: Floats) -> Floats:
         copies = copies + size / shards * (others - 1) / others / rate
     gather, reduce = n["gather_bytes"], n["reduce_bytes"]
     share = np.where(n["zero"] == 0, constants.data_hidden, constants.shard_hidden)
-    behind = np.where(n["overlap"] > 0, np.minimum(share, 1.0) * compute, 0.0)
+    apart = (n["overlap"] > 0) & (cases.hw["asynchronous"] > 0)  # else what sends computes
+    behind = np.where(apart, np.minimum(share, 1.0) * compute, 0.0)
     each = n["reduces"] * np.maximum(cases.micro_batches - 1, 0)  # scatters before the last
     sharded = constants.shard_bytes * (gather + reduce) / (HALF + GRADIENT)
     once = np.where(n["zero"] == 0, 2 * reduce, sharded)
     exposed = np.maximum(whole * once + copies * 2 * reduce - behind, 0.0)
-    beside = np.where(n["overlap"] > 0, HIDDEN, 0.0) * compute
+    beside = np.where(apart, HIDDEN, 0.0) * compute
     earlier = each * np.maximum(whole * reduce - BACKWARD * beside, 0.0)
     exposed = exposed + earlier
     fully = whole * (2 * gather + reduce) - beside
@@ -143,14 +145,18 @@ def _rate(cases: Cases, constants: Constants, ranks: Floats, inner: Floats) -> F
 
 
 def optimizer(cases: Cases, constants: Constants) -> tuple[Floats, Floats]:
-    """Seconds of (the update, adding up gradients) of a step: traffic of device memory."""
+    """Seconds of (the update, adding up gradients) of a step: traffic of device memory.
+
+    Where ranks are of a CPU, the update has the rate that was measured of AdamW there.
+    """
     n = cases.n
     rate = cases.hw["memory"] * constants.memory
     adding = ACCUMULATE_BYTES * cases.micro_batches * sum(held(cases))
     adding = adding / np.where(n["zero"] == 3, n["dp"] * n["cp"], 1.0)
-    moved = OPTIMIZER_BYTES + 2 * n["state_bytes"]
-    update = np.where(n["host_update"] > 0, 0.0, moved * updated(cases) / rate)
-    return update, adding / rate
+    own, moved = updated(cases), OPTIMIZER_BYTES + 2 * n["state_bytes"]
+    of_gpus = cases.hw["asynchronous"] > 0
+    update = np.where(of_gpus, moved * own / rate, own / cases.hw["adam"])
+    return np.where(n["host_update"] > 0, 0.0, update), adding / rate
 
 
 def updated(cases: Cases) -> Floats:

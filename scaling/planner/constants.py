@@ -8,6 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from allometry.configs.errors import UserError
+from allometry.configs.machine import HardwareConfig
+
 Floats = NDArray[Any]
 
 
@@ -58,9 +61,22 @@ class Constants:
     congestion: float = _constant(0.1, 0.7, 0.5, "exchange longer per doubling of its nodes")
     shard_bytes: float = _constant(6.0, 0.2, 0.35, "bytes a parameter sends in ZeRO 1 and 2")
     message_s: float = _constant(5e-4, 0.7, 0.6, "host seconds per message between stages, eager")
-    host_update: float = _constant(2e9, 0.5, 0.3, "parameters/s that a node's CPUs update")
     jitter: float = _constant(0.01, 0.4, 0.3, "share of a step lost per doubling from 8 GPUs on")
     overhead_s: float = _constant(5e-3, 0.4, 0.3, "seconds of a step outside of all else")
+
+    @classmethod
+    def of_hardware(cls, hardware: HardwareConfig) -> Constants:
+        """The defaults, but for those that were measured on this hardware.
+
+        Raises UserError for a name that is none of a constant.
+        """
+        for name in hardware.constants:
+            if name not in cls.names():
+                raise UserError(
+                    f"{hardware.name}: constants.{name} is no constant of the cost model; use some "
+                    f"of {', '.join(cls.names())}"
+                )
+        return cls(**hardware.constants)
 
     @classmethod
     def names(cls) -> tuple[str, ...]:

@@ -44,7 +44,8 @@ class StepTime:
 def layer_time(cases: Cases, constants: Constants) -> dict[str, Floats]:
     """Seconds of a mean layer and a micro-batch, forward and backward, by term.
 
-    A layer takes the longer of device and host, smoothly: (gpu^4 + cpu^4)^(1/4).
+    A layer takes the longer of device and host, smoothly: (gpu^4 + cpu^4)^(1/4), or both in turn
+    where one processor is both.
     """
     n = cases.n
     again = np.where(cases.recompute == "full", 1.0, 0.0)
@@ -61,13 +62,16 @@ def layer_time(cases: Cases, constants: Constants) -> dict[str, Floats]:
     moved = moved * first + np.maximum(moved * (1 - first) - products, 0.0)
     device = products + attention + passes + quantized + saved + moved + latency
     launched = operators.launches(cases, constants)
+    # Where one processor is both, one comes after the other.
+    beside = cases.hw["asynchronous"] > 0
+    longer = (device**4 + (launched + latency) ** 4) ** 0.25 - device
     terms = {
         "matrix products": products,
         "attention": attention,
         "element-wise": passes,
         "FP8 casts": quantized,
         "activations in FP8": saved,
-        "waiting for the host": (device**4 + (launched + latency) ** 4) ** 0.25 - device,
+        "waiting for the host": np.where(beside, longer, launched),
         "tensor parallel": moved + latency,
         "expert parallel": communication.experts(cases, constants) * (2 + again),
         "context parallel": communication.context(cases, constants, scored) * (3 + again),
@@ -104,7 +108,7 @@ def step_time(cases: Cases, constants: Constants | None = None) -> StepTime:
         "data parallel": communication.data(cases, constants, mean),
         "adding gradients": adding,
         "optimizer": update,
-        "states on the host": host.states(cases, constants),
+        "states on the host": host.states(cases),
         "overhead": constants.overhead_s * np.ones(len(cases)),
     }
     terms["jitter"] = constants.jitter * np.maximum(np.log2(cases.gpus / 8), 0) * _total(terms)

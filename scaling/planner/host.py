@@ -6,26 +6,26 @@ import numpy as np
 
 from allometry.scaling.planner.cases import Cases
 from allometry.scaling.planner.communication import updated
-from allometry.scaling.planner.constants import Constants, Floats
+from allometry.scaling.planner.constants import Floats
 from allometry.scaling.planner.operators import rank_tokens
 
 FORWARD = 1 / 3  # of a layer's computation
 MASTER = 4  # bytes of a parameter that the host updates, there and back
 
 
-def states(cases: Cases, constants: Constants) -> Floats:
+def states(cases: Cases) -> Floats:
     """Seconds of a step's states on their way and of an update on CPUs; 0 with all on the device.
 
     Buckets go both ways at once over a rank's link to the host; what is on disk is read and
     written besides, by all of a node's ranks from one disk. An update on the host moves gradients
-    there and parameters back, and takes ``host_update`` parameters/s of a node.
+    there and parameters back, at the node's rate of AdamW (``Host.adam_rate``).
     """
     n, hw = cases.n, cases.hw
     own, ranks = updated(cases), np.minimum(cases.gpus, hw["gpus_per_node"])
     away = own * n["state_bytes"] * (n["states_host"] + n["states_disk"])
     link = np.where(n["host_update"] > 0, own * MASTER, away) / hw["host"]
     disk = 2 * own * n["state_bytes"] * n["states_disk"] * ranks / hw["disk"]
-    computed = np.where(n["host_update"] > 0, own * ranks / constants.host_update, 0.0)
+    computed = np.where(n["host_update"] > 0, own / hw["adam"], 0.0)
     return np.asarray(np.maximum(link, disk) + computed)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from allometry.configs.errors import UserError
+from allometry.configs.machine import HardwareConfig
 from allometry.scaling.planner.calibrate import GENERATIONS, Calibration
 from allometry.scaling.planner.constants import Constants
 
@@ -73,9 +74,16 @@ def load(path: Path) -> Calibration:
     return of_json(given, str(path))
 
 
-def published() -> Calibration:
+def published(hardware: HardwareConfig | None = None) -> Calibration:
     """Return the belief that published measurements leave of a framework not among them.
 
-    ``benchmarks/planner.py --belief`` made it; docs/planner.md says from what, and how far it errs.
+    Of ``hardware`` that has constants of its own these; of a generation of cards that is none of
+    the known ones nothing but these, as all that was published is of GPUs.
+    ``benchmarks/planner.py --belief`` made it; docs/planner_model.md says from what, and how far it
+    errs. Raises UserError for a constant of the hardware that is none.
     """
-    return load(PUBLISHED)
+    if hardware is None:
+        return load(PUBLISHED)
+    if hardware.generation == "other":
+        return Calibration.before(hardware)
+    return load(PUBLISHED).with_own(hardware)

@@ -71,9 +71,10 @@ def row_of(
 ) -> dict[str, Any]:
     """Return the row of ``Cases`` of a run in this layout.
 
-    Whole documents are taken to be as long as a window, each on as few ranks as hold it.
+    Whole documents are taken to be as long as a window or the longest there can be, each on as few
+    ranks as hold it.
     """
-    training, degrees, length = config.training, layout.degrees, config.data.sequence_length
+    training, degrees, length = config.training, layout.degrees, sequence_of(config)
     tokens = tokens_of_micro_batch(config)
     cp = min(max(1, -(-length // tokens)), degrees.hdp)
     zero, backend = config.parallel.zero, attention_backend(config, device)
@@ -81,7 +82,7 @@ def row_of(
         **model_columns(config.model),
         "sequence": length,
         "micro_batch": tokens * cp / length,
-        "global_batch": config.batch.sequences,
+        "global_batch": config.batch.sequences * config.data.sequence_length / length,
         "tp": degrees.tp,
         "pp": degrees.pp,
         "chunks": len(layout.stages) // degrees.pp,
@@ -100,6 +101,13 @@ def row_of(
         "schedule": layout.schedule if degrees.pp > 1 else "1f1b",
         **technique_columns(config, layout, backend),
     }
+
+
+def sequence_of(config: RunConfig) -> int:
+    """Return the tokens of a sequence that attends to itself, as the cost model has it."""
+    if config.data.kind == "documents":
+        return min(config.data.sequence_length, config.data.max_document_tokens)
+    return config.data.sequence_length
 
 
 def model_columns(model: ModelConfig) -> dict[str, Any]:
@@ -170,7 +178,7 @@ def left_out(config: RunConfig) -> Iterator[str]:
     parallel, model = config.parallel, config.model
     zero = parallel.zero
     if config.data.kind == "documents":
-        yield "documents' lengths: all are taken to be as long as a window"
+        yield "documents' lengths: all are taken to be as long as a window, or the longest there is"
         if parallel.context.offload != "none":
             yield f"parallel.context.offload={parallel.context.offload}"
     elif config.data.packing == "per_document":

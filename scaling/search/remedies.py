@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from pydantic import ValidationError
 from allometry.configs.errors import UserError
 from allometry.configs.run import RunConfig
 from allometry.scaling.search.search import Asked, Search
-from allometry.scaling.search.space import Choice
+from allometry.scaling.search.space import Choice, Space
 
 MOST_GPUS = 64  # times as many as were asked for
 CHANGES: tuple[dict[str, Any], ...] = (
@@ -70,11 +71,11 @@ def near_counts(config: RunConfig, gpus: int, asked: Asked, tries: int = 24) -> 
     """
     node = asked.hardware.gpus_per_node
     step = 1 if gpus <= node else node
-    base = gpus // step * step
+    below = range(gpus - 1 - (gpus - 1) % step, 0, -step)
+    above = itertools.count(gpus + step - gpus % step, step)
     found = []
-    for direction in (-1, 1):
-        counts = (base + direction * n * step for n in range(tries))
-        valid = (n for n in counts if n > 0 and n != gpus and _valid(config, n, asked))
+    for counts in (below, above):
+        valid = (n for n in itertools.islice(counts, tries) if _valid(config, n, asked))
         found += [n for n in [next(valid, None)] if n is not None]
     return found
 
@@ -107,6 +108,9 @@ def _fits(config: RunConfig, gpus: int, asked: Asked) -> tuple[Choice, int] | No
 
 
 def _valid(config: RunConfig, gpus: int, asked: Asked) -> bool:
+    space = Space(config, gpus, asked.hardware.gpus_per_node, asked.keep)
+    if next(space.cores(), None) is None:
+        return False
     return bool(Search(config, gpus, asked).cores)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from operator import attrgetter
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -23,7 +24,7 @@ from allometry.scaling.planner.cases import Cases
 from allometry.scaling.planner.constants import Constants, Floats
 from allometry.scaling.planner.cost import step_time
 from allometry.scaling.planner.store import published
-from allometry.scaling.search.case import check_precision, row_of
+from allometry.scaling.search.case import check_precision, row_of, sequence_of
 from allometry.scaling.search.space import CHECKPOINTING, Choice, Core, Space, applied
 
 Objective = Literal["time", "cost", "memory"]
@@ -60,14 +61,12 @@ class Asked:
 
     @property
     def calibration(self) -> Calibration:
-        """What is believed of the constants: without own runs, what published ones say."""
-        return self.belief or published()
+        """What is believed of the constants: published runs, and what was measured here."""
+        return self.belief or published(self.hardware)
 
     def memory_of(self, world_size: int) -> float:
         """Return the bytes of memory of a rank's card; ranks of a CPU share theirs."""
-        shared = getattr(self.hardware, "rank_memory", None)
-        ranks = min(world_size, self.hardware.gpus_per_node)
-        return float(shared(ranks) if shared else self.hardware.gpu.memory_bytes)
+        return self.hardware.rank_memory(world_size)
 
 
 class Search:
@@ -158,52 +157,63 @@ class Search:
 
     # --- time
 
-    def cases(self, choices: Sequence[Choice]) -> Cases:
-        """Return proposals as the cost model takes them, as ``row_of`` does, but all at once."""
-        config, asked = self.config, self.asked
-        one = self._one(asked.hardware).take(np.zeros(len(choices), dtype=int))
+    def cases(self, choices: Sequence[Choice], hardware: HardwareConfig | None = None) -> Cases:
+        """Return proposals as the cost model takes them.
 
-        def column(read: Callable[[Choice], float]) -> Floats:
-            return np.array([read(choice) for choice in choices], dtype=float)
-
-        tp, pp, ep, chunks = (column(attrgetter(name)) for name in ("tp", "pp", "ep", "chunks"))
-        hdp, length = self.world_size / (tp * pp), config.data.sequence_length
-        each = config.parallel.context.capacity_tokens
-        tokens = column(lambda c: c.micro_batch * length)
-        tokens = np.full(len(choices), each) if config.data.kind == "documents" else tokens
+        Those that differ in degrees and micro-batch alone share what ``row_of`` says of one, unless
+        something travels whose share follows from the degrees.
+        """
+        config, card = self.config, hardware or self.asked.hardware
+        parallel, groups = config.parallel, dict[tuple[Any, ...], int]()
+        tiers = parallel.zero.offload != "none" or parallel.zero.optimizer_states is not None
+        away = config.training.activation_offload > 0.0
+        alone = tiers or away or parallel.tp_overlap != "off"
+        rows: list[dict[str, Any]] = []
+        member = []
+        for c in choices:
+            own = (c.tp, c.pp, c.ep, c.chunks) if alone else (c.tp > 1, c.pp > 1, c.ep > 1)
+            key = (c.checkpointing, c.schedule, c.zero, c.regather, *own)
+            if key not in groups:
+                groups[key] = len(rows)
+                rows.append(self._row(c, card))
+            member.append(groups[key])
+        shared = Cases.of(rows, {self.asked.name: card}).take(np.array(member, dtype=int))
+        names = ("tp", "pp", "ep", "chunks", "micro_batch")
+        columns = np.array([attrgetter(*names)(c) for c in choices], dtype=float).T
+        tp, pp, ep, chunks, micro_batch = columns
+        hdp, length = self.world_size / (tp * pp), sequence_of(config)
+        tokens = micro_batch * length
+        if config.data.kind == "documents":
+            tokens = np.full(len(choices), config.parallel.context.capacity_tokens)
         cp = np.minimum(np.maximum(1, np.ceil(length / tokens)), hdp)
-        zero = column(attrgetter("zero"))
-        freed = column(
-            lambda c: c.regather == "micro_batch" or (c.regather == "auto" and c.pp == 1)
-        )
-        n = {
-            **one.n,
-            **{"tp": tp, "pp": pp, "ep": ep, "chunks": chunks, "cp": cp, "dp": hdp / cp},
-            "micro_batch": tokens * cp / length,
-            "zero": np.where((zero == 3) & (freed == 0), 2.0, zero),
-            "reduces": np.where((zero >= 2) & (pp == 1), 1.0, 0.0),
-            "repeats": column(lambda c: c.checkpointing == "selective"),
-        }
-        if config.parallel.tp_overlap == "symmetric":
-            n["tensor_chunks"] = tp
-        return replace(
-            one,
-            n=n,
-            recompute=np.array([c.checkpointing for c in choices]),
-            schedule=np.array([c.schedule if c.pp > 1 else "1f1b" for c in choices]),
-        )
+        degrees = {"tp": tp, "pp": pp, "ep": ep, "chunks": chunks, "cp": cp, "dp": hdp / cp}
+        return replace(shared, n={**shared.n, **degrees, "micro_batch": tokens * cp / length})
 
-    def _one(self, hardware: HardwareConfig) -> Cases:
-        """The run on one rank, but for its layout."""
-        config, asked = self.config, self.asked
-        degrees = Degrees(pp=1, hdp=self.world_size, tp=1, ep=1, replicas=1)
-        plain = Layout(degrees, "1f1b", (range(config.model.num_layers),))
-        row = row_of(config, plain, hardware, asked.name, asked.device)
-        return Cases.of([row], {asked.name: hardware})
+    def _row(self, choice: Choice, hardware: HardwareConfig) -> dict[str, Any]:
+        """What ``row_of`` says of a proposal, whether it can be or not."""
+        config = applied(self.config, choice, self.world_size, check=False)
+        try:
+            layout = Layout.of(config, self.world_size)
+        except UserError:  # which another proposal of its group need not raise
+            layout = self._even(config, choice)
+        return row_of(config, layout, hardware, self.asked.name, self.asked.device)
 
-    def hardware_columns(self, hardware: HardwareConfig, count: int) -> dict[str, Floats]:
-        """Return ``Cases.hw`` of this run's products on other hardware, for ``count`` cases."""
-        return self._one(hardware).take(np.zeros(count, dtype=int)).hw
+    def _even(self, config: RunConfig, choice: Choice) -> Layout:
+        """The layout of a proposal with stages as even as can be, unchecked."""
+        parallel, layers = config.parallel, config.model.num_layers
+        assert parallel.hdp != "auto"
+        count = choice.pp * choice.chunks
+        degrees = Degrees(
+            pp=choice.pp,
+            hdp=parallel.hdp,
+            tp=choice.tp,
+            ep=choice.ep,
+            replicas=parallel.zero.replicas,
+            whole_experts=parallel.expert_tp == 1 and choice.tp > 1,
+        )
+        bounds = [layers * n // count for n in range(count + 1)]
+        stages = tuple(itertools.starmap(range, itertools.pairwise(bounds)))
+        return Layout(degrees, choice.schedule, stages)
 
     @cached_property
     def _pool(self) -> tuple[list[Choice], Cases, Floats]:
@@ -214,11 +224,15 @@ class Search:
         return choices, self.cases(choices), plain
 
     def ordered(
-        self, hardware: HardwareConfig | None = None, constants: Constants | None = None
+        self,
+        hardware: HardwareConfig | None = None,
+        constants: Constants | None = None,
+        wanted: Callable[[Choice, float], bool] = lambda choice, seconds: True,
     ) -> Iterator[tuple[Choice, float]]:
         """Yield the proposals that fit and can be, the best first, with the seconds of a step.
 
         ``hardware``, ``constants``: other ones than the search was asked for, for times alone.
+        ``wanted``: which are looked at.
         """
         if not self.fitting:
             return
@@ -229,15 +243,18 @@ class Search:
         else:
             choices, cases, plain = self._pool
         if hardware is not None:
-            cases = replace(cases, hw=self.hardware_columns(hardware, len(choices)))
+            cases = replace(cases, hw=self.cases(choices, hardware).hw)
         seconds = step_time(cases, constants or self.asked.constants).seconds
         order: Sequence[int] = range(len(choices))
         if plain is not None:
             order = np.lexsort((*plain.T[::-1], np.round(np.log(seconds), 9))).tolist()
         for index in order:
-            estimate = self.memory(choices[index])
+            choice, time = choices[index], float(seconds[index])
+            if not wanted(choice, time):
+                continue
+            estimate = self.memory(choice)
             if estimate is not None and estimate.total <= self.limit:
-                yield choices[index], float(seconds[index])
+                yield choice, time
 
     def best(self, count: int) -> list[Choice]:
         """Return the best proposal of each of the ``count`` best degrees (tp, pp, ep).
@@ -245,16 +262,18 @@ class Search:
         By time: of those within ``ALIKE`` of it, the one that shards and recomputes least.
         """
         found: dict[tuple[int, int, int], tuple[float, list[Choice]]] = {}
-        for choice, seconds in self.ordered():
+        alone = self.asked.objective == "memory"
+
+        def wanted(choice: Choice, seconds: float) -> bool:
             degrees = choice.tp, choice.pp, choice.ep
-            if degrees not in found and len(found) == count:
-                if all(seconds > ALIKE * first for first, _ in found.values()):
-                    break
-                continue
-            first, alike = found.setdefault(degrees, (seconds, []))
-            if seconds <= ALIKE * first:
-                alike.append(choice)
-        if self.asked.objective == "memory":
+            if degrees not in found:
+                return len(found) < count
+            return not alone and seconds <= ALIKE * found[degrees][0]
+
+        for choice, seconds in self.ordered(wanted=wanted):
+            degrees = choice.tp, choice.pp, choice.ep
+            found.setdefault(degrees, (seconds, []))[1].append(choice)
+        if alone:
             return [alike[0] for _, alike in found.values()]
         return [min(alike, key=_plainness) for _, alike in found.values()]
 

@@ -92,7 +92,7 @@ def sensitivity(search: Search, present: Choice) -> Iterator[Turn]:
         for by, word in ((LESS, "x 2/3"), (MORE, "x 3/2")):
             hardware, constants = change(given, by)
             best, seconds = next(search.ordered(hardware, constants))
-            mine = step_time(replace(one, hw=search.hardware_columns(hardware, 1)), constants)
+            mine = step_time(search.cases([present], hardware), constants)
             yield Turn(name, word, best, max(0.0, float(mine.seconds[0]) / seconds - 1))
     for reserve in RESERVES:
         other = Search(

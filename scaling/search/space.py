@@ -95,27 +95,29 @@ def check_kept(keep: Sequence[str]) -> None:
             )
 
 
-def applied(config: RunConfig, choice: Choice, world_size: int) -> RunConfig:
-    """Return the run in this layout. Raises UserError where its sections cannot be.
+def applied(config: RunConfig, choice: Choice, world_size: int, *, check: bool = True) -> RunConfig:
+    """Return the run in this layout.
 
-    The sections are validated as when they are read; ``Layout.of`` judges the rest.
+    With ``check`` its sections are validated as when they are read, and a UserError says where they
+    cannot be; ``Layout.of`` judges the rest.
     """
     sections = choice.sections(world_size)
-    parallel = config.parallel
-    asked = sections["parallel"]
-    merged = {
-        **{name: getattr(parallel, name) for name in ParallelConfig.model_fields},
-        **asked,
-        "pipeline": parallel.pipeline.model_copy(update=asked["pipeline"]),
-        "zero": {**parallel.zero.model_dump(), **asked["zero"]},
-    }
-    try:
-        update: dict[str, Any] = {"parallel": ParallelConfig.model_validate(merged)}
-    except ValidationError as error:
-        raise UserError(error.errors(include_url=False)[0]["msg"]) from None
-    update["batch"] = config.batch.model_copy(update=sections["batch"])
-    update["training"] = config.training.model_copy(update=sections["training"])
-    return config.model_copy(update=update)
+    asked, parallel = sections["parallel"], config.parallel
+    asked["pipeline"] = parallel.pipeline.model_copy(update=asked["pipeline"])
+    asked["zero"] = parallel.zero.model_copy(update=asked["zero"])
+    placed = parallel.model_copy(update=asked)
+    if check:
+        try:
+            placed = ParallelConfig.model_validate(placed.model_dump())
+        except ValidationError as error:
+            raise UserError(error.errors(include_url=False)[0]["msg"]) from None
+    return config.model_copy(
+        update={
+            "parallel": placed,
+            "batch": config.batch.model_copy(update=sections["batch"]),
+            "training": config.training.model_copy(update=sections["training"]),
+        }
+    )
 
 
 class Space:

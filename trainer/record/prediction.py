@@ -69,7 +69,7 @@ def predictions(
         return
     hardware = load_hardware(cluster)
     case = Case.of(config, hardware, layout=layout, name=cluster, device=mesh.device.type)
-    said = predict(published(), case.cases(hardware))
+    said = predict(published(hardware), case.cases(hardware))
     facts = {
         "predicted_s": float(said.seconds[0]),
         "low_s": float(said.low[0]),

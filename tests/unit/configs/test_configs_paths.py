@@ -99,7 +99,7 @@ def _texts(model: type[BaseModel], seen: set[type[BaseModel]]) -> list[tuple[str
 
 
 PATHS: dict[type[BaseModel], set[str]] = {
-    RunConfig: {"folder", "train", "validation", "tokenizer", "file", "nvme"},
+    RunConfig: {"folder", "train", "validation", "tokenizer", "file", "nvme", "cluster"},
     LadderConfig: {"folder", "file", "base"},
     TreeConfig: {"folder", "base", "run", "config"},
 }

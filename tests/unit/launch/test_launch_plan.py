@@ -56,8 +56,6 @@ def test_what_is_written_is_a_run_with_the_overrides_that_were_given(tmp_path: P
     assert laid.memory.total == best["memory"]["total"] <= found["limit_bytes"]
     for axis in ("tp", "pp", "ep", "hdp"):
         assert getattr(laid.layout.degrees, axis) == best["layout"][axis]
-    done = CliRunner().invoke(app, ["train", str(out), "--dry-run"])
-    assert done.exit_code == 2 or "16" in done.output  # one rank cannot have it: it says so
 
 
 def test_a_written_file_names_a_file_of_a_user_beside_it(tmp_path: Path) -> None:
@@ -109,10 +107,13 @@ def test_what_does_not_fit_ends_with_code_1_and_what_would() -> None:
         ((*WHERE, "--objective", "speed"), "--objective=speed"),
         ((*WHERE, "--keep", "model.width"), "model.width cannot be kept"),
         ((*WHERE, "training.cuda_graphs=true"), "training.cuda_graphs=true"),
-        ((*WHERE, "--write", "/nowhere/x.yaml"), "--write=/nowhere/x.yaml cannot be written"),
+        (
+            (*WHERE, "--write", "/nowhere/x.yaml"),
+            "--write=/nowhere/x.yaml cannot be written: /nowhere",
+        ),
         ((*WHERE, "--write", "x.yaml", "data.sources.0.weight=2"), "changes one item of a list"),
         (("--cluster", "a100", "--gpus", "8", "precision.linears=fp8_rowwise"), "no rate for fp8"),
-        (("--cluster", "h100", "--gpus", "97", "model.num_layers=8"), "use 96 or 104 GPUs"),
+        (("--cluster", "h100", "--gpus", "97", "model.num_layers=8"), "use 96 or 112 GPUs"),
     ],
 )
 def test_what_makes_no_sense_is_refused_in_a_sentence(

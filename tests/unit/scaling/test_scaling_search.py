@@ -43,6 +43,9 @@ def test_experts_and_documents_become_rows() -> None:
     assert tokens == documents.parallel.context.capacity_tokens
     assert found.cases(H100).gpus.tolist() == [4]
     assert any("documents" in phrase for phrase in found.left_out)
+    short = run("data.max_document_tokens=512", preset="documents_demo")
+    alone = Case.of(short, H100, world_size=1, name="h100").cases(H100)
+    assert alone.step_tokens.tolist() == [short.batch.sequences * short.data.sequence_length]
 
 
 def test_stage_3_that_keeps_what_it_gathered_sends_as_stage_2() -> None:
