@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from allometry.configs.execution import OptimizerStates, bytes_of
+from allometry.configs.model import ModelConfig
+from allometry.configs.optimization import OptimizerConfig
 from allometry.configs.run import RunConfig
 from allometry.scaling.context import mode_of
 from allometry.scaling.count import count_parameters
@@ -32,9 +35,7 @@ def technique_columns(config: RunConfig, layout: Layout, backend: str) -> dict[s
     compute = COMPUTE_BYTES[training.compute_dtype]
     chunks = {"off": 1, "chunked": CHUNKS, "symmetric": tp}[config.parallel.tp_overlap]
     linears = "fp8_rowwise" if precision.linears == "auto" else precision.linears
-    specs = inventory(config.model)
-    states = sum(state_bytes(spec, spec.shape, config.optimizer) for spec in specs)
-    each = states / count_parameters(config.model).total
+    states, parameters = _whole(config.model, config.optimizer)
     smallest = min(len(stage) for stage in layout.stages)
     return {
         "replicas": zero.replicas,
@@ -45,11 +46,18 @@ def technique_columns(config: RunConfig, layout: Layout, backend: str) -> dict[s
         "narrow_share": 1 - len(precision.compute_layers) / layers,
         "quantize_bytes": QUANTIZE_BYTES.get(linears, 0),
         "saved_fp8": float(precision.saved_activations == "fp8"),
-        "state_bytes": each,
+        "state_bytes": states / parameters,
         **_states(config, layout, states),
         "activations_host": offloaded_layers(training.activation_offload, smallest) / smallest,
         "kept_bytes": _kept(config, layout),
     }
+
+
+@lru_cache(maxsize=8)
+def _whole(model: ModelConfig, optimizer: OptimizerConfig) -> tuple[int, int]:
+    """Return the bytes of all optimizer states and the number of parameters."""
+    states = sum(state_bytes(spec, spec.shape, optimizer) for spec in inventory(model))
+    return states, count_parameters(model).total
 
 
 def _states(config: RunConfig, layout: Layout, whole: float) -> dict[str, float]:

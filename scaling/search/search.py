@@ -54,12 +54,12 @@ class Asked:
     device: str = "cuda"
     belief: Calibration | None = None
 
-    @property
+    @cached_property
     def constants(self) -> Constants:
         """The cost model's constants."""
         return self.calibration.constants(self.hardware.generation)
 
-    @property
+    @cached_property
     def calibration(self) -> Calibration:
         """What is believed of the constants: published runs, and what was measured here."""
         return self.belief or published(self.hardware)
