@@ -2,7 +2,7 @@
 
     python benchmarks/hdp_simulated.py [--tail 0.24 0.33] [--kv-heads 8] [--seeds 3] [--json FILE]
 
-No GPU and no message: times are what ``parallel.hdp.cost`` says of a Llama-like 7B model (32
+No GPU and no message: times are what ``scaling.hdp.cost`` says of a Llama-like 7B model (32
 layers, width 4096, feed-forward 11008, 32 heads) at the planner's default rates, and
 ``parallel.hdp.replay`` says who waits. A step has 32M tokens; documents are lognormal (median 1K)
 but for a tail with the given share of the tokens, whose lengths have equally many tokens in each
@@ -31,9 +31,9 @@ import numpy.typing as npt
 
 from allometry.configs.execution import ContextConfig, ContextCosts
 from allometry.configs.model import DenseModel
-from allometry.parallel.hdp.cost import CostModel
-from allometry.parallel.hdp.plan import Plan, make_plan
 from allometry.parallel.hdp.replay import replay, summary
+from allometry.scaling.hdp.cost import CostModel
+from allometry.scaling.hdp.plan import Plan, make_plan
 from allometry.trainer.record.writer import commit
 
 RANKS, TOKENS, CAPACITY = 1024, 32 * 2**20, 8192

@@ -1,11 +1,15 @@
 """Peak memory of a step, predicted and measured, for many layouts; what a layer keeps by operation.
 
-    python benchmarks/memory.py [--only WORD] [--quick] [--json FILE]
+    python benchmarks/memory.py [--only WORD] [--json FILE [--resume]]
 
 Every case takes two real steps on random tokens, on one to four processes of this machine's CPU,
 with every tensor counted from birth to death (``allometry memory --probe``). The prediction is that
 of ``allometry memory --device cpu``, worked out without torch. Bytes of a layer are in units of
 U = tokens x width x 2, those of the COAT paper (arXiv 2410.19313, table 1: 22.66 U in bf16).
+
+Then every case is asked whether it fits a limit, at several shares of its measured peak: it is said
+to fit where the prediction and a reserve of it do. FILE is written after every few cases;
+``--resume`` measures what it lacks.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import platform
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -181,6 +185,11 @@ def add_wide(add: Callable[..., None]) -> None:
             add(kind, model, f"wide feed-forward, {recipe}, saved FP8", precision=linears | saved)
 
 
+LIMITS = (0.8, 0.9, 0.95, 1.05, 1.1, 1.25)
+"""Limits that each case is held against, as shares of its measured peak."""
+RESERVES = (0.0, 0.02, 0.05)
+AT_ONCE = 8
+"""Cases that the same processes run before FILE is written."""
 SELECTIVE = {"training__activation_checkpointing": "selective"}
 FP8_STATES = {"kind": "fp8"}
 TIERS = {"nvme": tempfile.gettempdir(), "cpu": 0.0, "bucket_mib": 1.0}
@@ -221,6 +230,33 @@ def result_of(case: Case, found: Sequence[Measured]) -> Result:
         predicted_kinds=dict(estimate.peak.kinds),
         measured_kinds=fullest.peak.kinds,
     )
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """How often it was said rightly that cases fit a limit, with this reserve."""
+
+    reserve: float
+    decisions: int
+    refused_what_fits: int
+    let_in_what_does_not: int
+
+    @classmethod
+    def of(cls, results: Sequence[Result], reserve: float) -> Decisions:
+        """Count them over ``LIMITS``."""
+        refused = let_in = 0
+        for result in results:
+            for share in LIMITS:
+                limit = share * result.measured
+                said, fits = result.predicted * (1 + reserve) <= limit, result.measured <= limit
+                refused += fits and not said
+                let_in += said and not fits
+        return cls(reserve, len(results) * len(LIMITS), refused, let_in)
+
+    @property
+    def right(self) -> float:
+        """Share of the decisions that were right."""
+        return 1 - (self.refused_what_fits + self.let_in_what_does_not) / self.decisions
 
 
 def layer_table(
@@ -264,26 +300,30 @@ def layer_table(
     return rows
 
 
-def main() -> None:
-    """Run the cases and print their table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="", help="cases with this in their name")
-    parser.add_argument("--layers", action="store_true", help="bytes of a layer by operation alone")
-    parser.add_argument("--json", type=Path)
-    asked = parser.parse_args()
-    torch.set_num_threads(1)
-    layers = {
-        f"{preset}, {saved}": layer_table(preset, saved)
-        for preset in ("dense_1b", "moe_1b_a200m")
-        for saved in ("compute", "fp8")
-    }
-    for what, rows in layers.items():
-        head = [what, *rows["all"]]
-        body = [[name, *(f"{n:.2f}" for n in row.values())] for name, row in rows.items()]
-        print(table([head, *body], right=(1, 2, 3)), flush=True)
-    chosen = [] if asked.layers else [case for case in cases() if asked.only in case.name]
-    found = measure_all([(case.config(), case.ranks) for case in chosen]) if chosen else []
-    results = [result_of(case, one) for case, one in zip(chosen, found, strict=True)]
+def measured_in(path: Path | None) -> list[Result]:
+    """Return the results that a file holds."""
+    if path is None or not path.exists():
+        return []
+    names = {field.name for field in fields(Result)}
+    return [
+        Result(**{key: value for key, value in case.items() if key in names})
+        for case in json.loads(path.read_text())["cases"]
+    ]
+
+
+def write(path: Path, layers: dict[str, Any], results: Sequence[Result]) -> None:
+    """Write everything known so far."""
+    facts = {"torch": torch.__version__, "machine": platform.processor(), "layers_in_u": layers}
+    facts["cases"] = [{**asdict(result), "error": result.error} for result in results]
+    facts["limits"] = list(LIMITS)
+    facts["decisions"] = [
+        {**asdict(one), "right": one.right} for one in (Decisions.of(results, r) for r in RESERVES)
+    ]
+    path.write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def show(results: Sequence[Result]) -> None:
+    """Print errors and decisions."""
     head = ["case", "ranks", "predicted", "measured", "error", "predicted at", "measured at"]
     body = [
         [
@@ -294,12 +334,52 @@ def main() -> None:
     ]
     print(table([head, *body], right=(1, 2, 3, 4)))
     errors = [abs(result.error) for result in results]
-    if errors:
-        print(f"median {statistics.median(errors):.1%}, worst {max(errors):.1%} of {len(errors)}")
+    print(f"median {statistics.median(errors):.1%}, worst {max(errors):.1%} of {len(errors)}")
+    for one in (Decisions.of(results, reserve) for reserve in RESERVES):
+        print(
+            f"reserve {one.reserve:.0%}: {one.right:.1%} of {one.decisions} decisions right, "
+            f"{one.refused_what_fits} refused what fits, "
+            f"{one.let_in_what_does_not} let in what does not"
+        )
+
+
+def main() -> None:
+    """Run the cases and print their table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="", help="cases with this in their name")
+    parser.add_argument("--layers", action="store_true", help="bytes of a layer by operation alone")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--resume", action="store_true", help="keep what the file of --json has")
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    kept = asked.json if asked.resume else None
+    results = measured_in(kept)
+    layers = json.loads(kept.read_text())["layers_in_u"] if kept and kept.exists() else {}
+    if not layers:
+        layers = {
+            f"{preset}, {saved}": layer_table(preset, saved)
+            for preset in ("dense_1b", "moe_1b_a200m")
+            for saved in ("compute", "fp8")
+        }
+    for what, rows in layers.items():
+        head = [what, *rows["all"]]
+        body = [[name, *(f"{n:.2f}" for n in row.values())] for name, row in rows.items()]
+        print(table([head, *body], right=(1, 2, 3)), flush=True)
+    done = {result.name for result in results}
+    chosen = [case for case in cases() if asked.only in case.name and case.name not in done]
+    for begin in range(0, 0 if asked.layers else len(chosen), AT_ONCE):
+        batch = chosen[begin : begin + AT_ONCE]
+        found = measure_all([(case.config(), case.ranks) for case in batch])
+        results += [result_of(case, one) for case, one in zip(batch, found, strict=True)]
+        if asked.json:
+            write(asked.json, layers, results)
+        print(f"{len(results)} cases", flush=True)
+    order = [case.name for case in cases()]
+    results.sort(key=lambda one: order.index(one.name))
     if asked.json:
-        facts = {"torch": torch.__version__, "machine": platform.processor(), "layers_in_u": layers}
-        facts["cases"] = [{**asdict(result), "error": result.error} for result in results]
-        asked.json.write_text(json.dumps(facts, indent=1) + "\n")
+        write(asked.json, layers, results)
+    if results:
+        show(results)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""``parallel: auto``: a layout that is chosen for the ranks there are."""
+"""What the planner does for a run: choose its layout, and predict its steps."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from allometry.configs.base import PathText, Section
+from allometry.configs.base import Count, PathText, Section
 
 THIS_MACHINE = "this-machine"
 FreeKey = Literal[
@@ -38,3 +38,15 @@ class AutoLayout(Section):
     keep: tuple[FreeKey, ...] = Field(
         (), description="keys that stay as they are written; all others of a layout are chosen"
     )
+
+
+class PredictionConfig(Section):
+    """Predicted against measured steps: ``step_prediction`` in events.jsonl."""
+
+    cluster: PathText | None = Field(
+        None,
+        min_length=1,
+        description="kind of node: a name as h100, a YAML file of one, or this-machine; null: "
+        "that of parallel.auto, and without it nothing is predicted",
+    )
+    every_steps: Count = Field(100, gt=0, description="steps between events")

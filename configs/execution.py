@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
-from allometry.configs.auto import AutoLayout
+from allometry.configs.auto import AutoLayout, PredictionConfig
 from allometry.configs.base import Count, PathText, Section
 
 Amount = (
@@ -377,4 +377,7 @@ class RecordConfig(Section):
     )
     forecast: ForecastConfig = Field(
         default_factory=ForecastConfig, description="what the run will end at"
+    )
+    prediction: PredictionConfig = Field(
+        default_factory=PredictionConfig, description="what the planner says of its steps"
     )

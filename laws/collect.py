@@ -37,11 +37,12 @@ _MEANING = {
     "lr": "optimizer.lr, the peak rate before any rule of the parameterization",
     "U": "unique tokens: of each source what was read, at most its store",
 }
-_COUNT_MEANING = {
+COUNTS: dict[CountName, str] = {
     "non_embedding": "parameters without embedding and head",
     "total": "all parameters, a tied embedding once",
     "with_head": "parameters without the embedding, the head counted (also where it is tied)",
 }
+"""What N counts, as conventions say it."""
 # Sections that change neither the model nor what it learns, or only by another seed.
 _NOT_OF_A_CELL = ("run", "parallel", "evaluation", "checkpoint", "record")
 
@@ -91,8 +92,8 @@ def from_runs(
         groups=group_names(runs, rows, group_by),
         conventions={
             **_MEANING,
-            "N": _COUNT_MEANING[count],
-            "N_non_embedding": _COUNT_MEANING["non_embedding"],
+            "N": COUNTS[count],
+            "N_non_embedding": COUNTS["non_embedding"],
             "loss": choice.describe(runs[0]),
             **({"left out": f"not finished: {', '.join(skipped)}"} if skipped else {}),
         },

@@ -15,7 +15,7 @@ from allometry.scaling.degrees import Degrees, check_divides
 
 
 def mode_of(config: RunConfig, degrees: Degrees) -> Literal["free", "aligned", "lockstep"]:
-    """Return how far hdp ranks must run in step (``parallel.hdp.plan.Mode``).
+    """Return how far hdp ranks must run in step (``scaling.hdp.plan.Mode``).
 
     Collectives inside a micro-batch (ZeRO 2 and 3, expert parallelism) need as many of them on each
     rank. In a pipeline forward and backward passes of different micro-batches alternate, so a ring

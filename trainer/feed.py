@@ -20,14 +20,14 @@ from allometry.data.documents import DocumentStream, Pieces
 from allometry.data.prefetch import Prefetcher
 from allometry.data.stream import Stream
 from allometry.models.documents import Documents
-from allometry.parallel.hdp.cost import CostModel
 from allometry.parallel.hdp.filling import TOKENS, Filling
 from allometry.parallel.hdp.orders import Orders, schedule_orders
-from allometry.parallel.hdp.plan import Mode, Plan, Unit, make_plan
 from allometry.parallel.hdp.replay import Replay, replay
 from allometry.parallel.hdp.shard import chunks, ring_table
 from allometry.parallel.mesh import Mesh
 from allometry.scaling.context import mode_of
+from allometry.scaling.hdp.cost import CostModel
+from allometry.scaling.hdp.plan import Mode, Plan, Unit, make_plan
 from allometry.scaling.layout import INTERLEAVED_ROUNDS, Layout, least_micro_batches
 from allometry.scaling.memory import COMPUTE_BYTES
 from allometry.scaling.plan import RunPlan

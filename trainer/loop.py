@@ -16,9 +16,9 @@ from allometry.data.sources import Sources
 from allometry.laws.areas import LearningRateAreas
 from allometry.optim.offload.swap import StatesLost
 from allometry.parallel.apply import Parallel
-from allometry.parallel.hdp.plan import Plan
 from allometry.parallel.mesh import Mesh
 from allometry.scaling.count import DocumentFlops
+from allometry.scaling.hdp.plan import Plan
 from allometry.scaling.plan import RunPlan
 from allometry.trainer.feed import StepInput
 from allometry.trainer.record.callbacks import Callback, Reporter

@@ -64,6 +64,7 @@ from allometry.trainer.record.facts import (
 )
 from allometry.trainer.record.forecast import Forecaster
 from allometry.trainer.record.monitors import Monitors, NoChanges
+from allometry.trainer.record.prediction import predictions
 from allometry.trainer.record.rows import GraphEvents, OffloadRows, PlanRows, RoutingRows
 from allometry.trainer.record.sample import Sample
 from allometry.trainer.record.states import CompressedStates
@@ -305,6 +306,7 @@ class _Run:
         )
 
     def _rows(self) -> Iterator[Callback]:
+        yield from predictions(self.config, self.plan.layout, self.mesh, self.report)
         if self.recorder is None:
             return
         if isinstance(self.config.model, MoEModel):
@@ -317,8 +319,7 @@ class _Run:
             yield OffloadRows(self.parallel.stores)
         if self.planner is not None:
             yield PlanRows(self.planner, self.recorder, self.report)
-        every = self.config.record.forecast.every_steps
-        if every is not None:
+        if (every := self.config.record.forecast.every_steps) is not None:
             yield Forecaster(every, self.whole, self.start.step, self.folder, self.report)
 
     def _saver(self) -> Saver:

@@ -110,6 +110,10 @@ class Doctor(Command):
     build: bool = option(
         "also compile what parallel.zero.engine=deepspeed needs for NVMe, once on a machine", False
     )
+    measure: bool = option(
+        "also measure this machine for the planner: hardware this-machine (a minute or two)", False
+    )
+    out: Path | None = option("with --measure: write the description to this YAML file too")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -51,15 +51,22 @@ def examined(asked: Doctor) -> Report:
     def deepspeed() -> Iterator[Finding]:
         return _deepspeed(asked.disk, build=asked.build)
 
+    def machine() -> Iterator[Finding]:
+        return _machine(asked.disk, asked.out)
+
+    if asked.out is not None and not asked.measure:
+        raise UserError("--out is where --measure writes; add --measure, or leave --out out")
     checks: tuple[Callable[[], Iterator[Finding]], ...] = (
         _torch, _nvml, _attention, _apex, deepspeed, _megatron, _allocator, _compiler,
-        _memory, offload,
+        _memory, *((machine,) if asked.measure else (offload,)),
     )  # fmt: skip
     findings: list[Finding] = []
     for check in checks:
         name = check.__name__.strip("_").replace("_", " ")
         try:
             findings.extend(check())
+        except UserError:
+            raise
         except Exception as error:  # a broken install raises anything at all
             findings.append(Finding(name, "problem", f"{type(error).__name__}: {error}"))
     rows = []
@@ -260,6 +267,34 @@ def _offload(disk: Path | None, kept: Path = RATES) -> Iterator[Finding]:
             system = FileSystem.of(disk)
             yield Finding("disk", "ok", said, "" if system is None else system.note)
     _keep(found, kept)
+
+
+def _machine(disk: Path | None, out: Path | None, kept: Path = RATES) -> Iterator[Finding]:
+    from allometry.launch.runs.doctor_measure import measure
+
+    place = disk or Path.cwd()
+    one = measure(place, out)
+    hardware, gpu, links = one.hardware, one.hardware.gpu, one.hardware.inside
+    for dtype, peak in gpu.peak_flops.items():
+        large = f"{peak * gpu.attainable[dtype] / 1e9:,.0f} of {peak / 1e9:,.0f} GFLOP/s"
+        yield Finding(f"products, {dtype}", "ok", f"{large}, large ones of the fastest")
+    speed = gpu.attention * gpu.peak_flops["bf16"]
+    yield Finding("attention", "ok", f"{speed / 1e9:,.0f} GFLOP/s of long sequences in bf16")
+    yield Finding("copies", "ok", f"{gpu.memory_bandwidth / 1e9:.1f} GB/s read and written")
+    told = f"{links.bandwidth / 1e9:.2f} GB/s, {links.latency_s * 1e6:.0f} us a step"
+    yield Finding("messages", "ok", told if hardware.gpus_per_node > 1 else "there is one rank")
+    for crowd in hardware.crowds:
+        kept_back = f"{crowd.products:.0%} of products, {crowd.memory:.0%} of copies"
+        yield Finding(f"{crowd.ranks} ranks at once", "ok", f"leave each other {kept_back}")
+    yield Finding("host AdamW", "ok", f"{one.adam_rate / 1e6:,.0f} M parameters/s of one process")
+    write, read = one.disk
+    said = f"{place}: {write / 1e9:.2f} GB/s written, {read / 1e9:.2f} GB/s read, checked"
+    yield Finding("disk", "ok", said)
+    files = ", ".join(map(str, one.files))
+    yield Finding("written", "ok", f"{files}: hardware this-machine")
+    rates = {"write_b_per_s": write, "read_b_per_s": read}
+    disks = {str(place.resolve()): rates}
+    _keep({"adam_parameters_per_s": one.adam_rate, "disks": disks}, kept)
 
 
 def _keep(found: dict[str, Any], kept: Path) -> None:

@@ -17,8 +17,8 @@ from allometry.launch.figures.figure import Figure, Panel, Series, ordered
 from allometry.launch.text import counted
 from allometry.laws.runs import read_lines
 from allometry.parallel.hdp.orders import Orders, schedule_orders
-from allometry.parallel.hdp.plan import Plan
 from allometry.parallel.hdp.replay import Replay, Span, replay
+from allometry.scaling.hdp.plan import Plan
 from allometry.trainer.record.plans import plan_of
 
 _DUMMY_SHARE = 0.003

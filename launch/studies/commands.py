@@ -75,6 +75,17 @@ class Plan(ConfigCommand):
     top: int = option("layouts to print, each of other degrees", 10, min=1)
     explain: int = option("print terms and memory of the first K layouts", 0, min=0)
     write: Path | None = option("write CONFIG in the best layout to this file")
+    scale: bool = option(
+        "strong and weak scaling instead, from 8 to 16,384 GPUs; batches of weak scaling grow from "
+        "CONFIG's on --gpus",
+        False,
+    )
+    out: Path = option("with --scale: figure to write", Path("scaling.png"), "-o")
+    fit: Path | None = option(
+        "file of allometry fit: which size, tokens and layout reach --loss at the least cost, "
+        "instead"
+    )
+    loss: float | None = option("with --fit: the loss to reach", min=0)
 
 
 @dataclass(frozen=True, kw_only=True)

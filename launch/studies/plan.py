@@ -8,14 +8,22 @@ from pathlib import Path
 from typing import Any, get_args
 
 from allometry.configs.errors import UserError
+from allometry.configs.format import human
 from allometry.configs.loader import PRESET, put, yaml_text
 from allometry.configs.machine import load_hardware
 from allometry.configs.run import RunConfig
 from allometry.configs.source import Tree, parse_value
 from allometry.launch.command import Report
+from allometry.launch.figures.drawing import check_format
 from allometry.launch.studies.commands import Plan
+from allometry.launch.studies.plan_scale import scale_figure, scale_text
+from allometry.launch.studies.plan_target import sizes, target_text
 from allometry.launch.studies.plan_text import described
+from allometry.laws.fit.engine import Fit
+from allometry.laws.fit.store import load_fit
+from allometry.scaling.count import count_parameters
 from allometry.scaling.search.auto import without_auto
+from allometry.scaling.search.curves import scale_curve
 from allometry.scaling.search.proposal import Proposal, proposals
 from allometry.scaling.search.remedies import Remedy, near_counts, nearest, remedies
 from allometry.scaling.search.search import RESERVE, Asked, Objective, Search
@@ -60,6 +68,14 @@ def _fits(search: Search) -> dict[str, int]:
 
 def planned(asked: Plan) -> Report:
     """Search every number of GPUs, and write the best layout where it is asked for."""
+    if (asked.fit is None) != (asked.loss is None):
+        raise UserError("--fit and --loss belong together: a law, and the loss to reach by it")
+    if asked.write is not None and (asked.scale or asked.fit is not None):
+        raise UserError("--write keeps one run's layout; leave it out, or --scale and --fit")
+    if asked.scale:
+        return _scaled(asked)
+    if asked.fit is not None and asked.loss is not None:
+        return _reached(asked, load_fit(asked.fit).fit, asked.loss)
     tree = _overrides(asked) if asked.write is not None else Tree({})
     config, tokens = without_auto(asked.load()), _tokens(asked.tokens)
     wanted = _asked(asked)
@@ -83,6 +99,33 @@ def planned(asked: Plan) -> Report:
     return Report(facts, text, passed=bool(best))
 
 
+def _scaled(asked: Plan) -> Report:
+    """Best layouts from few GPUs to many, as a table and a picture."""
+    check_format(asked.out)
+    config, tokens, wanted = without_auto(asked.load()), _tokens(asked.tokens), _asked(asked)
+    at = _counts(asked.gpus)[0]
+    strong, weak = (scale_curve(config, wanted, kind, at, tokens) for kind in ("strong", "weak"))
+    points = [*strong, *weak]
+    facts = {"cluster": asked.cluster, "weak_at": at, "points": [p.describe() for p in points]}
+    text = scale_text(points)
+    fits = any(point.best is not None for point in points)
+    if fits:
+        title = f"{human(count_parameters(config.model).total)} parameters on {asked.cluster}"
+        scale_figure(points, title, asked.out)
+        facts["figure"] = str(asked.out)
+        text += f"\n\nfigure: {asked.out}"
+    return Report(facts, text, passed=fits)
+
+
+def _reached(asked: Plan, fit: Fit, loss: float) -> Report:
+    """Sizes, tokens and layouts that reach a loss by a law, the cheapest first."""
+    config, wanted = without_auto(asked.load()), _asked(asked)
+    found, notes = sizes(config, fit, loss, wanted, _counts(asked.gpus), asked.price)
+    facts = {"cluster": asked.cluster, "loss": loss, "law": fit.form.name, "notes": notes}
+    facts["sizes"] = [one.describe() for one in found]
+    return Report(facts, target_text(found, notes, loss, asked.top))
+
+
 def _rank(one: Proposal, objective: Objective) -> float:
     values = {"time": one.days, "cost": one.gpu_hours, "memory": float(one.memory.total)}
     return values[objective]
@@ -91,12 +134,14 @@ def _rank(one: Proposal, objective: Objective) -> float:
 def _asked(asked: Plan) -> Asked:
     if asked.objective not in get_args(Objective):
         raise UserError(f"--objective={asked.objective} is not known; use time, cost or memory")
+    hardware = load_hardware(asked.cluster)
     return Asked(
-        load_hardware(asked.cluster),
+        hardware,
         asked.cluster,
         objective=asked.objective,  # type: ignore[arg-type]
         reserve=RESERVE if asked.reserve is None else asked.reserve,
         keep=asked.keep,
+        device="cuda" if hardware.gpu.asynchronous else "cpu",
     )
 
 

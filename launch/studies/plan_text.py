@@ -69,10 +69,10 @@ def _fits(search: Search) -> str:
 
 
 def _layouts(best: Sequence[Proposal]) -> str:
-    priced, powered = best[0].cost is not None, best[0].kwh is not None
+    priced = best[0].cost is not None
     header = ["", "GPUs", "layout", "recompute", "micro", "s/step", "90 %", "tok/s/GPU", "MFU"]
     header += ["bubble", "exposed", "memory", "days", "GPU-hours"]
-    header += ["cost"] * priced + ["MWh"] * powered
+    header += ["cost"] * priced + ["MWh"]
     rows = [header]
     for number, one in enumerate(best, 1):
         row = [
@@ -84,7 +84,7 @@ def _layouts(best: Sequence[Proposal]) -> str:
             human(one.gpu_hours),
         ]
         row += [human(one.cost)] if one.cost is not None else []
-        row += [f"{one.kwh / 1e3:,.4g}"] if one.kwh is not None else []
+        row += [f"{one.kwh / 1e3:,.4g}"]
         rows.append(row)
     return table(rows, right=(0, 1, *range(4, len(header))))
 
@@ -92,8 +92,7 @@ def _layouts(best: Sequence[Proposal]) -> str:
 def _notes(search: Search, best: Sequence[Proposal]) -> list[str]:
     lines = ["", f"days, GPU-hours and what follows from them: of {human(best[0].tokens)} tokens"]
     lines[-1] += ", at these steps"
-    if best[0].kwh is not None:
-        lines.append("energy: of cards and nodes at the most that they draw")
+    lines.append("energy: of cards and nodes at the most that they draw")
     if any(one.unseen for one in best):
         lines.append(
             "constants: believed, not measured on this card, precision and kind of model; the "

@@ -38,8 +38,8 @@ def disk_rates(folder: Path, nbytes: int = 128 << 20, rounds: int = 3) -> DiskRa
     return DiskRates(nbytes / write[rounds // 2], nbytes / read[rounds // 2])
 
 
-def adam_rate(elements: int = 16 << 20, rounds: int = 3) -> float:
-    """Return parameters a second of torch's fused AdamW on this process's threads, the median."""
+def adam_update(elements: int) -> Callable[[], None]:
+    """Return a step of torch's fused AdamW on so many parameters, to be timed."""
     parameter, gradient, mean, square = (torch.full((elements,), 0.01) for _ in range(4))
     step = torch.tensor(0.0)
 
@@ -57,6 +57,12 @@ def adam_rate(elements: int = 16 << 20, rounds: int = 3) -> float:
             maximize=False,
         )
 
+    return update
+
+
+def adam_rate(elements: int = 16 << 20, rounds: int = 3) -> float:
+    """Return parameters a second of torch's fused AdamW on this process's threads, the median."""
+    update = adam_update(elements)
     update()
     return elements / sorted(_seconds(update) for _ in range(rounds))[rounds // 2]
 

@@ -16,9 +16,9 @@ from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, S
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from allometry.parallel.hdp.check import PlanError
 from allometry.parallel.hdp.orders import Action, Orders, ring_pass
-from allometry.parallel.hdp.plan import Plan
+from allometry.scaling.hdp.check import PlanError
+from allometry.scaling.hdp.plan import Plan
 
 Rank = tuple[int, int]
 """hdp rank, pipeline rank."""

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from allometry.parallel.hdp.check import PlanError, check_plan
-from allometry.parallel.hdp.cost import CostModel
 from allometry.parallel.hdp.orders import Action, Orders, ring_pass
-from allometry.parallel.hdp.plan import Plan
+from allometry.scaling.hdp.check import PlanError, check_plan
+from allometry.scaling.hdp.cost import CostModel
+from allometry.scaling.hdp.plan import Plan
 
 SHARES: Mapping[str, float] = {"F": 1 / 3, "B": 2 / 3, "I": 1 / 3, "W": 1 / 3}
 """Of a unit's cost in one stage: backward takes twice as long as forward, each half as long."""

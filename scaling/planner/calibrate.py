@@ -1,151 +1,136 @@
-"""From measured steps to constants, and to what a prediction with them is worth."""
+"""What is believed of the cost model's constants, and what a prediction with it is worth."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import get_args
 
 import numpy as np
 from scipy.optimize import least_squares
 
 from allometry.configs.errors import UserError
+from allometry.configs.machine import Generation, HardwareConfig
 from allometry.scaling.planner.cases import Cases
 from allometry.scaling.planner.constants import Constants, Floats
 from allometry.scaling.planner.cost import step_time
 
 NOISE = 0.08  # log error of a step that the model is held to
-ROWS_OF_SOURCE = 150  # what a source counts at most: its rows share their errors
+TIMED = 0.15
+"""Standard deviation of the logarithm of a constant that was measured on pieces of a step."""
 NUDGE = 1e-4
+TARGETS = 500  # configurations that choose_runs looks at the variances of
 NORMAL = 1.645  # of a 90 % interval
+GENERATIONS: tuple[str, ...] = get_args(Generation)
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """What is believed of the constants.
-
-    ``covariance``, (K, K): of their logarithms for a framework not seen, its deviation included.
-    ``scatter``: logarithms of measured over predicted time that a twentieth of a source's
-    runs lie below, and above, with the source's own constants. ``of_source``: of each source
-    that was calibrated on. ``kinds``: what was calibrated on, as ``Cases.kinds``.
-    """
-
-    constants: Constants
-    covariance: Floats
-    scatter: tuple[float, float] = (-2 * NOISE, 2 * NOISE)
-    of_source: dict[str, Constants] = field(default_factory=dict)
-    kinds: frozenset[tuple[str, str, str]] = frozenset()
-
-    @classmethod
-    def before(cls) -> Calibration:
-        """The belief without any measurement."""
-        return cls(Constants(), np.diag(Constants.spreads() ** 2 + Constants.between() ** 2))
+def logs_of(mean: Floats, cases: Cases) -> Floats:
+    """Logarithms of each configuration's constants, (C, K): the common ones and its card's."""
+    k, own = len(Constants.names()), Constants.of_card()
+    logs = np.repeat(mean[None, :k], len(cases), axis=0)
+    logs[:, own] += mean[k:].reshape(len(GENERATIONS), len(own))[_generations(cases)]
+    return logs
 
 
-def _check(seconds: Floats) -> None:
-    if not (np.isfinite(seconds) & (seconds > 0)).all():
-        raise UserError("measured step times must be positive numbers; leave other rows out")
+def _generations(cases: Cases) -> Floats:
+    return np.array([GENERATIONS.index(name) for name in cases.generation], dtype=int)
 
 
-def _errors(cases: Cases, logs: Floats, measured: Floats) -> Floats:
-    return np.log(step_time(cases, Constants.of_logs(logs)).seconds) - measured
+def errors(cases: Cases, logs_CK: Floats, measured: Floats) -> Floats:
+    """Logarithms of predicted over measured seconds, (C,); ``measured``: logarithms."""
+    return np.log(step_time(cases, Constants.of_logs(logs_CK)).seconds) - measured
 
 
-def _soft(errors: Floats, weight: float) -> tuple[Floats, Floats]:
+def slopes(cases: Cases, logs_CK: Floats) -> Floats:
+    """Derivatives of the logarithm of the time by those of the constants, (C, K)."""
+    zeros = np.zeros(len(cases))
+    at = errors(cases, logs_CK, zeros)
+    steps = NUDGE * np.eye(logs_CK.shape[1])
+    return np.stack([(errors(cases, logs_CK + s, zeros) - at) / NUDGE for s in steps], axis=1)
+
+
+def by_mean(cases: Cases, slopes_CK: Floats) -> Floats:
+    """The same derivatives by what ``Calibration.mean`` holds, (C, D)."""
+    own = Constants.of_card()
+    of_cards = np.zeros((len(cases), len(GENERATIONS), len(own)))
+    of_cards[np.arange(len(cases)), _generations(cases)] = slopes_CK[:, own]
+    return np.concatenate([slopes_CK, of_cards.reshape(len(cases), -1)], axis=1)
+
+
+def soften(error: Floats, weight: Floats | float = 1.0) -> tuple[Floats, Floats]:
     """Residuals whose squares are Cauchy's loss, and their derivatives.
 
     Published tables hold runs that some fault made many times slower than their neighbours: errors
     far beyond ``NOISE`` hardly pull.
     """
-    scaled = errors / NOISE
+    scaled = error / NOISE
     soft = np.sign(scaled) * np.sqrt(np.log1p(scaled**2))
     near = np.abs(scaled) < 1e-6
     slope = np.where(near, 1.0, scaled / (1 + scaled**2) / np.where(near, 1.0, soft))
     return soft * weight, slope / NOISE * weight
 
 
-def _slopes(cases: Cases, logs: Floats, measured: Floats, at: Floats) -> Floats:
-    """Derivatives of the errors by the logarithms, (C, K)."""
-    steps = NUDGE * np.eye(len(logs))
-    return np.stack([(_errors(cases, logs + s, measured) - at) / NUDGE for s in steps], axis=1)
+def check_seconds(seconds: Floats) -> None:
+    """Raise UserError for times that are none."""
+    if not (np.isfinite(seconds) & (seconds > 0)).all():
+        raise UserError("measured step times must be positive numbers; leave other rows out")
 
 
-def calibrate(cases: Cases, seconds: Floats, sources: Floats) -> Calibration:
-    """Fit the constants to measured step times, (C,), of ``sources``, (C,).
+@dataclass(frozen=True)
+class Calibration:
+    """What is believed of the constants.
 
-    Least squares of logarithms with a loss that flattens beyond ``NOISE``. Constants have a value
-    for each source around a common one: how far is believed of each (``Constants.between``), so
-    that what is a framework's own stays its own. What no row says anything about stays at the
-    belief. Raises UserError for times that are not positive.
+    ``mean``, (D,): logarithms of the constants, (K,), then for each of ``GENERATIONS`` how far a
+    card of it lies from them (``Constants.of_card``). ``covariance``, (D, D): for a framework not
+    seen, its deviation included. ``scatter``: logarithms of measured over predicted time that a
+    twentieth of a source's runs lie below, and above, with the source's own constants. ``own``:
+    each calibrated source's deviation, (K,). ``kinds``: what was calibrated on, as ``Cases.kinds``.
     """
-    _check(seconds)
-    names = [str(name) for name in np.unique(sources)]
-    parts = [np.flatnonzero(sources == name) for name in names]
-    groups = [(cases.take(part), np.log(seconds[part])) for part in parts]
-    weights = [float(np.sqrt(min(ROWS_OF_SOURCE / len(part), 1))) for part in parts]
-    start, spread, between = Constants().logs(), Constants.spreads(), Constants.between()
-    k = len(start)
 
-    def split(x: Floats) -> tuple[Floats, Floats]:
-        z = x.reshape(-1, k)
-        return start + z[0] * spread, z[1:] * between
+    mean: Floats
+    covariance: Floats
+    scatter: tuple[float, float] = (-2 * NOISE, 2 * NOISE)
+    own: dict[str, Floats] = field(default_factory=dict)
+    kinds: frozenset[tuple[str, str, str]] = frozenset()
 
-    def residuals(x: Floats) -> Floats:
-        common, own = split(x)
-        each = (
-            _soft(_errors(part, common + deviation, measured), weight)[0]
-            for (part, measured), weight, deviation in zip(groups, weights, own, strict=True)
-        )
-        return np.concatenate([*each, x])
+    @classmethod
+    def before(cls, hardware: HardwareConfig | None = None) -> Calibration:
+        """The belief without any step's measurement; of hardware that has constants, these.
 
-    def jacobian(x: Floats) -> Floats:
-        common, own = split(x)
-        blocks = []
-        for index, ((part, measured), weight) in enumerate(zip(groups, weights, strict=True)):
-            logs = common + own[index]
-            at = _errors(part, logs, measured)
-            slope = _soft(at, weight)[1][:, None] * _slopes(part, logs, measured, at)
-            block = np.zeros((len(part), len(x)))
-            block[:, :k] = slope * spread
-            block[:, (index + 1) * k : (index + 2) * k] = slope * between
-            blocks.append(block)
-        return np.concatenate([*blocks, np.eye(len(x))])
+        Raises UserError for a constant of the hardware that is none.
+        """
+        cards = np.tile(Constants.spreads("card")[Constants.of_card()], len(GENERATIONS))
+        common = Constants.spreads("spread") ** 2 + Constants.spreads("between") ** 2
+        variance = np.concatenate([common, cards**2])
+        constants = Constants() if hardware is None else Constants.of_hardware(hardware)
+        belief = cls(np.concatenate([constants.logs(), np.zeros(len(cards))]), np.diag(variance))
+        return belief if hardware is None else belief.with_own(hardware)
 
-    found = least_squares(residuals, np.zeros(k * (1 + len(names))), jacobian, max_nfev=60)
-    common, own = split(found.x)
-    left = np.linalg.inv(found.jac.T @ found.jac)[:k, :k] * np.outer(spread, spread)
-    ends = [
-        np.quantile(-_errors(part, common + own[i], measured), (0.05, 0.95))
-        for i, (part, measured) in enumerate(groups)
-    ]
-    low, high = np.mean(ends, axis=0)
-    return Calibration(
-        Constants.of_logs(common),
-        left + np.diag(between**2),
-        (float(low), float(high)),
-        {name: Constants.of_logs(common + own[i]) for i, name in enumerate(names)},
-        frozenset(cases.kinds),
-    )
+    def with_own(self, hardware: HardwareConfig) -> Calibration:
+        """The belief with the constants that were measured on this hardware, on pieces of a step.
 
+        Raises UserError for a constant of the hardware that is none.
+        """
+        logs = Constants.of_hardware(hardware).logs()
+        mean, covariance = self.mean.copy(), self.covariance.copy()
+        for index in np.flatnonzero(np.isin(Constants.names(), list(hardware.constants))):
+            mean[index] = logs[index]
+            covariance[index], covariance[:, index] = 0.0, 0.0
+            covariance[index, index] = TIMED**2
+        return replace(self, mean=mean, covariance=covariance)
 
-def adapt(belief: Calibration, cases: Cases, seconds: Floats) -> Calibration:
-    """Update a belief by a few measured steps of one framework, each believed as it is."""
-    _check(seconds)
-    start, measured = belief.constants.logs(), np.log(seconds)
-    root = np.linalg.cholesky(belief.covariance)
+    def of_source(self, name: str) -> Calibration:
+        """The belief of a source that was calibrated on."""
+        mean = self.mean.copy()
+        mean[: len(self.own[name])] += self.own[name]
+        return replace(self, mean=mean)
 
-    def residuals(z: Floats) -> Floats:
-        return np.concatenate([_errors(cases, start + root @ z, measured) / NOISE, z])
-
-    def jacobian(z: Floats) -> Floats:
-        logs = start + root @ z
-        at = _errors(cases, logs, measured)
-        slopes = _slopes(cases, logs, measured, at) / NOISE
-        return np.concatenate([slopes @ root, np.eye(len(z))])
-
-    found = least_squares(residuals, np.zeros(len(start)), jacobian, max_nfev=40)
-    left = root @ np.linalg.inv(found.jac.T @ found.jac) @ root.T
-    kinds = belief.kinds | frozenset(cases.kinds)
-    constants = Constants.of_logs(start + root @ found.x)
-    return Calibration(constants, left, belief.scatter, kinds=kinds)
+    def constants(self, generation: str) -> Constants:
+        """The constants of a card of this generation."""
+        k, own = len(Constants.names()), Constants.of_card()
+        logs = self.mean[:k].copy()
+        index = GENERATIONS.index(generation)
+        logs[own] += self.mean[k:].reshape(len(GENERATIONS), len(own))[index]
+        return Constants.of_logs(logs)
 
 
 @dataclass(frozen=True)
@@ -164,31 +149,53 @@ def predict(belief: Calibration, cases: Cases) -> Prediction:
     An interval joins what is uncertain of the constants with the scatter of runs around sources'
     own constants. ``unseen``: a card, precision or kind of model that no calibration has measured.
     """
-    logs = belief.constants.logs()
-    center = _errors(cases, logs, np.zeros(len(cases)))
-    slopes = _slopes(cases, logs, np.zeros(len(cases)), center)
-    variance = np.einsum("ck,kl,cl->c", slopes, belief.covariance, slopes)
+    logs = logs_of(belief.mean, cases)
+    center = errors(cases, logs, np.zeros(len(cases)))
+    slope = by_mean(cases, slopes(cases, logs))
+    variance = np.einsum("cd,de,ce->c", slope, belief.covariance, slope)
     low, high = (np.sqrt(NORMAL**2 * variance + end**2) for end in belief.scatter)
     unseen = np.array([kind not in belief.kinds for kind in cases.kinds])
     return Prediction(np.exp(center), np.exp(center - low), np.exp(center + high), unseen)
 
 
+def adapt(belief: Calibration, cases: Cases, seconds: Floats) -> Calibration:
+    """Update a belief by a few measured steps of one framework; what is far off hardly pulls."""
+    check_seconds(seconds)
+    measured, root = np.log(seconds), np.linalg.cholesky(belief.covariance)
+
+    def residuals(z: Floats) -> Floats:
+        logs = logs_of(belief.mean + root @ z, cases)
+        return np.concatenate([soften(errors(cases, logs, measured))[0], z])
+
+    def jacobian(z: Floats) -> Floats:
+        logs = logs_of(belief.mean + root @ z, cases)
+        soft = soften(errors(cases, logs, measured))[1][:, None]
+        return np.concatenate([soft * by_mean(cases, slopes(cases, logs)) @ root, np.eye(len(z))])
+
+    found = least_squares(residuals, np.zeros(len(root)), jacobian, max_nfev=40)
+    left = root @ np.linalg.inv(found.jac.T @ found.jac) @ root.T
+    kinds = belief.kinds | frozenset(cases.kinds)
+    return replace(belief, mean=belief.mean + root @ found.x, covariance=left, own={}, kinds=kinds)
+
+
 def choose_runs(belief: Calibration, cases: Cases, count: int) -> list[int]:
     """Choose the configurations whose measurement says most about all of them.
 
-    Greedy: each is the one that lowers the mean variance of the logarithms most, at ``NOISE``.
+    Greedy: each is the one that lowers the logarithms of their variances most, at ``NOISE``.
     """
-    logs, zeros = belief.constants.logs(), np.zeros(len(cases))
-    slopes = _slopes(cases, logs, zeros, _errors(cases, logs, zeros))
+    slope = by_mean(cases, slopes(cases, logs_of(belief.mean, cases)))
+    about = slope[:: -(-len(cases) // TARGETS)]
     covariance = belief.covariance
     chosen: list[int] = []
-    whole = slopes.T @ slopes
     for _ in range(min(count, len(cases))):
-        moved = slopes @ covariance
-        own = np.einsum("ck,ck->c", moved, slopes) + NOISE**2
-        gain = np.einsum("ck,kl,cl->c", moved, whole, moved) / own
+        own, theirs = (
+            np.einsum("cd,de,ce->c", part, covariance, part) + NOISE**2 for part in (slope, about)
+        )
+        shared = (slope @ covariance @ about.T) ** 2 / (own[:, None] * theirs)
+        gain = -np.log1p(-shared).sum(axis=1)
         gain[chosen] = -1
         best = int(np.argmax(gain))
         chosen.append(best)
-        covariance = covariance - np.outer(moved[best], moved[best]) / own[best]
+        moved = covariance @ slope[best]
+        covariance = covariance - np.outer(moved, moved) / own[best]
     return chosen

@@ -6,31 +6,36 @@ import numpy as np
 
 from allometry.scaling.planner.cases import Cases
 from allometry.scaling.planner.constants import Constants, Floats
-from allometry.scaling.planner.operators import HALF, layer_parameters, rank_tokens
+from allometry.scaling.planner.operators import HALF, collectives, layer_parameters, rank_tokens
 
 GRADIENT = 4  # bytes
-OPTIMIZER_BYTES = 34  # of AdamW a parameter: reads and writes of moments, master copy, gradient
+OPTIMIZER_BYTES = 18  # a parameter: reads and writes of master copy and gradient; states besides
 ACCUMULATE_BYTES = 10  # a micro-batch's gradient added into an fp32 buffer
-HIDDEN = 0.9  # share of the computation behind which ZeRO-3 can hide its messages
+HIDDEN = 0.9  # share of the computation behind which messages of each micro-batch can hide
+BACKWARD = 2 / 3  # of a micro-batch's computation
 
 
 def tensor(cases: Cases, constants: Constants) -> tuple[Floats, Floats]:
-    """Seconds of a layer's four collectives forward (two pairs): (transfer, latency); 0 for tp=1.
+    """Seconds of a layer's tensor parallelism: (transfer, steps of its rings); 0 for tp=1.
 
-    The host and the network's steps run behind computation as far as there is some, so latency
-    joins what the host takes.
+    A gather or a scatter takes t-1 steps, an all-reduce twice as many of the same size.
     """
     n, hw = cases.n, cases.hw
     t, volume = n["tp"], 2.0 * rank_tokens(cases) * n["width"]
     within = t <= hw["gpus_per_node"]
-    nodes = np.ceil(t / hw["gpus_per_node"])
+    nodes = np.maximum(t / hw["gpus_per_node"], 1)
     inside = hw["inside"] * constants.inside
     shared = np.minimum(t, hw["gpus_per_node"]) * hw["across"] * constants.across
+    shared = shared / nodes**constants.ring_nodes
     bandwidth = np.where(within, inside, np.minimum(inside, shared))
-    steps = np.minimum(t, hw["gpus_per_node"]) - 1
-    latency = steps * hw["inside_latency"] * constants.inside_latency
-    latency = latency + (nodes - 1) * hw["across_latency"] * constants.across_latency
-    return 4 * (t - 1) / t * volume / bandwidth, np.where(t > 1, 4 * latency, 0.0)
+    # A ring goes t-1 steps, each as slow as its slowest link.
+    step = np.where(
+        within,
+        hw["inside_latency"] * constants.inside_latency,
+        hw["across_latency"] * constants.across_latency,
+    )
+    halves = collectives(cases) * np.where(n["sequence_parallel"] > 0, 1, 2)
+    return halves * (t - 1) / t * volume / bandwidth, halves * (t - 1) * step
 
 
 def experts(cases: Cases, constants: Constants) -> Floats:
@@ -39,7 +44,8 @@ def experts(cases: Cases, constants: Constants) -> Floats:
     ep, k = n["ep"], n["top_k"]
     span = ep * n["tp"]
     nodes = np.maximum(span / hw["gpus_per_node"], 1)
-    remote = (nodes - 1) * (1 - (1 - 1 / nodes) ** k)
+    once = (nodes - 1) * (1 - (1 - 1 / nodes) ** k)
+    remote = np.where(n["deduplicated"] > 0, once, k * (1 - 1 / nodes))
     each = np.maximum(k * (1 - 1 / ep) / hw["inside"], remote / hw["across"])
     latency = np.where(nodes > 1, hw["across_latency"], hw["inside_latency"])
     share = 1 - n["dense_layers"] / n["layers"]
@@ -63,7 +69,8 @@ def context(cases: Cases, constants: Constants, attention: Floats) -> Floats:
         hw["inside_latency"] * constants.inside_latency,
         hw["across_latency"] * constants.across_latency,
     )
-    return np.maximum((cp - 1) * (volume / bandwidth + latency) - attention, 0.0) * (cp > 1)
+    behind = np.where(hw["asynchronous"] > 0, attention, 0.0)
+    return np.maximum((cp - 1) * (volume / bandwidth + latency) - behind, 0.0) * (cp > 1)
 
 
 def between_stages(cases: Cases, constants: Constants) -> Floats:
@@ -94,42 +101,68 @@ def held(cases: Cases) -> tuple[Floats, Floats]:
 def data(cases: Cases, constants: Constants, compute: Floats) -> Floats:
     """Seconds of a step's exchange of gradients and parameters that is not hidden; 0 for dp=1.
 
-    ``compute``: seconds of a micro-batch's computation, (C,), which ZeRO-3 hides messages behind.
+    ``compute``: seconds of a micro-batch's computation, (C,). Stage 0 sums gradients once a step,
+    stages 1 and 2 gather parameters and scatter gradients; stage 2 scatters in each micro-batch
+    behind its backward, stage 3 gathers for each forward and backward as well, behind the blocks
+    before (``parallel/zero.py``); a pipeline scatters once. Copies sum what they scattered.
     """
-    n, hw = cases.n, cases.hw
+    n = cases.n
+    ranks = n["dp"] * n["cp"]
     shared, of_experts = held(cases)
-    once = each = np.zeros(len(cases))
-    for size, ranks, inner in (
-        (shared, n["dp"] * n["cp"], n["tp"]),
-        (of_experts, np.maximum(n["dp"] * n["cp"] / n["ep"], 1), n["tp"] * n["ep"]),
-    ):
-        near = np.clip(hw["gpus_per_node"] / inner, 1, np.maximum(ranks, 1))
-        within = ranks * inner <= hw["gpus_per_node"]
-        bandwidth = np.where(within, hw["inside"], np.minimum(hw["inside"], near * hw["across"]))
-        nodes = np.maximum(ranks * inner / hw["gpus_per_node"], 1)
-        rate = bandwidth * constants.data_bandwidth / (1 + constants.congestion * np.log2(nodes))
-        part = size * (ranks - 1) / np.maximum(ranks, 1) / rate
-        once = once + part * np.where(n["zero"] == 0, 2 * GRADIENT, constants.shard_bytes)
-        each = each + part * 3 * HALF
-    behind = np.minimum(constants.data_hidden, 1.0) * compute
-    hidden = np.where(n["overlap"] > 0, behind, 0.0)
-    fully = cases.micro_batches * np.maximum(each - HIDDEN * compute, 0.0)
-    once = np.maximum(once - hidden, 0.0)
-    # ZeRO 2 without a pipeline reduces in each micro-batch rather than in the last alone.
-    scattered = np.maximum(each * GRADIENT / (3 * HALF) - HIDDEN * compute, 0.0)
-    more = n["reduces"] * np.maximum(cases.micro_batches - 1, 0) * scattered
-    return np.where(n["zero"] == 3, fully, once + more)
+    experts = np.maximum(ranks / n["ep"], 1)
+    whole, copies = np.zeros(len(cases)), np.zeros(len(cases))
+    for size, over, inner in ((shared, ranks, n["tp"]), (of_experts, experts, n["tp"] * n["ep"])):
+        shards = np.where(n["zero"] > 0, np.maximum(over / n["replicas"], 1), over)
+        whole = whole + size * (shards - 1) / shards / _rate(cases, constants, shards, inner)
+        others = over / shards
+        rate = _rate(cases, constants, others, inner * shards)
+        copies = copies + size / shards * (others - 1) / others / rate
+    gather, reduce = n["gather_bytes"], n["reduce_bytes"]
+    share = np.where(n["zero"] == 0, constants.data_hidden, constants.shard_hidden)
+    apart = (n["overlap"] > 0) & (cases.hw["asynchronous"] > 0)  # else what sends computes
+    behind = np.where(apart, np.minimum(share, 1.0) * compute, 0.0)
+    each = n["reduces"] * np.maximum(cases.micro_batches - 1, 0)  # scatters before the last
+    sharded = constants.shard_bytes * (gather + reduce) / (HALF + GRADIENT)
+    once = np.where(n["zero"] == 0, 2 * reduce, sharded)
+    exposed = np.maximum(whole * once + copies * 2 * reduce - behind, 0.0)
+    beside = np.where(apart, HIDDEN, 0.0) * compute
+    earlier = each * np.maximum(whole * reduce - BACKWARD * beside, 0.0)
+    exposed = exposed + earlier
+    fully = whole * (2 * gather + reduce) - beside
+    fully = cases.micro_batches * np.maximum(fully, 0.0) + copies * 2 * reduce
+    return np.where(n["zero"] == 3, fully, exposed)
+
+
+def _rate(cases: Cases, constants: Constants, ranks: Floats, inner: Floats) -> Floats:
+    """Bytes/s of an exchange between ``ranks``, each ``inner`` ranks from the next."""
+    hw = cases.hw
+    near = np.clip(hw["gpus_per_node"] / inner, 1, np.maximum(ranks, 1))
+    within = ranks * inner <= hw["gpus_per_node"]
+    bandwidth = np.where(within, hw["inside"], np.minimum(hw["inside"], near * hw["across"]))
+    nodes = np.maximum(ranks * inner / hw["gpus_per_node"], 1)
+    rate = bandwidth * constants.data_bandwidth / (1 + constants.congestion * np.log2(nodes))
+    return np.asarray(rate)
 
 
 def optimizer(cases: Cases, constants: Constants) -> tuple[Floats, Floats]:
-    """Seconds of (the update, adding up gradients) of a step: traffic of device memory."""
+    """Seconds of (the update, adding up gradients) of a step: traffic of device memory.
+
+    Where ranks are of a CPU, the update has the rate that was measured of AdamW there.
+    """
+    n = cases.n
+    rate = cases.hw["memory"] * constants.memory
+    adding = ACCUMULATE_BYTES * cases.micro_batches * sum(held(cases))
+    adding = adding / np.where(n["zero"] == 3, n["dp"] * n["cp"], 1.0)
+    own, moved = updated(cases), OPTIMIZER_BYTES + 2 * n["state_bytes"]
+    of_gpus = cases.hw["asynchronous"] > 0
+    update = np.where(of_gpus, moved * own / rate, own / cases.hw["adam"])
+    return np.where(n["host_update"] > 0, 0.0, update), adding / rate
+
+
+def updated(cases: Cases) -> Floats:
+    """Parameters whose optimizer states a rank has."""
     n = cases.n
     shared, of_experts = held(cases)
-    rate = cases.hw["memory"] * constants.memory
-    ranks = n["dp"] * n["cp"]
-    own = np.where(
-        n["zero"] > 0, shared / ranks + of_experts * n["ep"] / ranks, shared + of_experts
-    )
-    adding = ACCUMULATE_BYTES * cases.micro_batches * (shared + of_experts)
-    adding = adding / np.where(n["zero"] == 3, ranks, 1.0)
-    return OPTIMIZER_BYTES * own / rate, adding / rate
+    ranks = n["dp"] * n["cp"] / n["replicas"]
+    each = shared / ranks + of_experts * np.minimum(n["ep"] / ranks, 1.0)
+    return np.where(n["zero"] > 0, each, shared + of_experts)

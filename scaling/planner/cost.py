@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from allometry.scaling.planner import communication, operators
+from allometry.scaling.planner import communication, host, operators
 from allometry.scaling.planner.cases import Cases
 from allometry.scaling.planner.constants import Constants, Floats
 from allometry.scaling.planner.pipeline import bottleneck, bubble
@@ -41,59 +41,75 @@ class StepTime:
         return dict(sorted(((k, v) for k, v in terms.items() if v), key=lambda kv: -kv[1]))
 
 
+def layer_time(cases: Cases, constants: Constants) -> dict[str, Floats]:
+    """Seconds of a mean layer and a micro-batch, forward and backward, by term.
+
+    A layer takes the longer of device and host, smoothly: (gpu^4 + cpu^4)^(1/4), or both in turn
+    where one processor is both.
+    """
+    n = cases.n
+    again = np.where(cases.recompute == "full", 1.0, 0.0)
+    scored = operators.scores(cases, constants)
+    selective = cases.recompute == "selective"
+    products = operators.attention_products(cases, constants)
+    products = (products + operators.ffn_products(cases, constants)) * (3 + again)
+    dropped = np.where(selective & (n["flash"] == 0), 1.0, again)
+    attention = scored * (np.where(n["flash"] > 0, 3.5, 3.0) + dropped)
+    passes = operators.elementwise(cases, constants) * (3 + np.maximum(again, n["repeats"]))
+    quantized, saved = operators.casts(cases, constants)
+    moved, latency = communication.tensor(cases, constants)
+    first = 1 / n["tensor_chunks"]  # of the chunks has no product before it
+    moved = moved * first + np.maximum(moved * (1 - first) - products, 0.0)
+    device = products + attention + passes + quantized + saved + moved + latency
+    launched = operators.launches(cases, constants)
+    # Where one processor is both, one comes after the other.
+    beside = cases.hw["asynchronous"] > 0
+    longer = (device**4 + (launched + latency) ** 4) ** 0.25 - device
+    terms = {
+        "matrix products": products,
+        "attention": attention,
+        "element-wise": passes,
+        "FP8 casts": quantized,
+        "activations in FP8": saved,
+        "waiting for the host": np.where(beside, longer, launched),
+        "tensor parallel": moved + latency,
+        "expert parallel": communication.experts(cases, constants) * (2 + again),
+        "context parallel": communication.context(cases, constants, scored) * (3 + again),
+    }
+    return terms | {"activations on the host": host.activations(cases, _total(terms))}
+
+
+def _total(terms: dict[str, Floats]) -> Floats:
+    return np.asarray(sum(terms.values()))
+
+
 def step_time(cases: Cases, constants: Constants | None = None) -> StepTime:
     """Predict a step of every configuration.
 
     The step is the slowest stage for each micro-batch, the bubble of the schedule, messages that
-    nothing hides, and the optimizer. A layer takes the longer of device and host, smoothly:
-    (gpu^4 + cpu^4)^(1/4).
+    nothing hides, and the optimizer.
     """
     constants = constants or Constants()
-    n, full = cases.n, cases.recompute == "full"
-    again = np.where(full, 1.0, 0.0)
-    scored = operators.scores(cases, constants)
-    selective = (cases.recompute == "selective") & (n["flash"] == 0)
-    products = operators.attention_products(cases, constants)
-    products = (products + operators.ffn_products(cases, constants)) * (3 + again)
-    attention = scored * (np.where(n["flash"] > 0, 3.5, 3.0) + np.where(selective, 1.0, again))
-    passes = operators.elementwise(cases, constants) * (3 + np.maximum(again, n["repeats"]))
-    moved, latency = communication.tensor(cases, constants)
-    tensor, latency = moved * (2.5 + again), latency * (2.5 + again)
-    device = products + attention + passes + tensor
-    host = operators.launches(cases, constants)
-    held = (device**4 + host**4) ** 0.25 - device
-    delayed = (device**4 + (host + latency) ** 4) ** 0.25 - device - held
-    experts = communication.experts(cases, constants) * (2 + again)
-    ring = communication.context(cases, constants, scored) * (3 + again)
-    per_layer = {
-        "matrix products": products,
-        "attention": attention,
-        "element-wise": passes,
-        "waiting for the host": held,
-        "tensor parallel": tensor + delayed,
-        "expert parallel": experts,
-        "context parallel": ring,
-    }
-    layer = sum(per_layer.values(), np.zeros(len(cases)))
+    n, again = cases.n, np.where(cases.recompute == "full", 1.0, 0.0)
+    per_layer = layer_time(cases, constants)
+    layer = _total(per_layer)
     head, m, p = operators.head(cases, constants), cases.micro_batches, n["pp"]
     mean = (n["layers"] * layer + head) / p
     slowest = bottleneck(layer, n["layers"], head, p, n["even_stages"])
-    part = mean / (3 + again)
+    part = mean / (3 + again)  # what is computed again belongs to the backward
     update, adding = communication.optimizer(cases, constants)
     terms = {name: m * n["layers"] / p * each for name, each in per_layer.items()}
     terms |= {
         "head and loss": m * head / p,
         "uneven stages": m * (slowest - mean),
-        "bubble": bubble(cases.schedule, p, n["chunks"], part * (1 + again), part, part),
+        "uneven documents": m * mean * (n["document_stretch"] - 1),
+        "bubble": bubble(cases.schedule, p, n["chunks"], part, part * (1 + again), part),
         "between stages": (m + p - 1) * communication.between_stages(cases, constants),
         "data parallel": communication.data(cases, constants, mean),
         "adding gradients": adding,
         "optimizer": update,
-        "overhead": np.full(len(cases), constants.overhead_s),
+        "states on the host": host.states(cases),
+        "overhead": constants.overhead_s * np.ones(len(cases)),
     }
-    terms["jitter"] = (
-        constants.jitter
-        * np.maximum(np.log2(cases.gpus / 8), 0)
-        * sum(terms.values(), np.zeros(len(cases)))
-    )
+    terms["jitter"] = constants.jitter * np.maximum(np.log2(cases.gpus / 8), 0) * _total(terms)
     return StepTime(terms, cases)

@@ -8,6 +8,11 @@ from allometry.scaling.planner.cases import Cases
 from allometry.scaling.planner.constants import Constants, Floats
 
 HALF = 2  # bytes of a value in the compute type
+SAVED_FP8_BYTES = 6  # of a kept number: written as 1 and read as 2 in forward, and back again
+QUANTIZE_BYTES = {"fp8_tensorwise": 5, "fp8_rowwise": 6, "fp8_blockwise": 6}
+"""``Cases``' quantize_bytes of ``precision.linears``: a pass for the largest value and one that
+casts (2 + 2 + 1), or two casts, along rows and along columns (2 + 1 each), as no product reads both
+ways under one scale. By arithmetic; not yet measured on a GPU."""
 
 
 def product_time(rows: Floats, k: Floats, n: Floats, rate: Floats, constants: Constants) -> Floats:
@@ -26,8 +31,9 @@ def rank_tokens(cases: Cases) -> Floats:
 def products_rate(cases: Cases, constants: Constants) -> Floats:
     """FLOP/s that large products of the blocks reach."""
     narrow = np.isin(cases.precision, ("fp8", "fp4"))
-    factor = np.where(narrow, constants.fp8_products, constants.products)
-    return cases.hw["products"] * factor
+    share = np.where(narrow, cases.n["narrow_share"], 0.0)
+    wide = (1 - share) / (cases.hw["wide_products"] * constants.products)
+    return 1 / (wide + share / (cases.hw["products"] * constants.fp8_products))
 
 
 def attention_products(cases: Cases, constants: Constants) -> Floats:
@@ -70,8 +76,10 @@ def ffn_products(cases: Cases, constants: Constants) -> Floats:
 def scores(cases: Cases, constants: Constants) -> Floats:
     """Seconds of causal attention of one layer, forward; unfused: twice the work, and traffic."""
     n, rows = cases.n, rank_tokens(cases)
-    inner, s = n["heads"] * n["head_dim"] / n["tp"], n["sequence"]
-    rate = cases.hw["attention"] * constants.attention / (1 + constants.attention_half / s)
+    inner = n["heads"] * n["head_dim"] / n["tp"]
+    s = np.where(n["attended"] > 0, n["attended"], n["sequence"])
+    rate = cases.hw["attention"] * n["attention_rate"] * constants.attention
+    rate = rate / (1 + constants.attention_half / s)
     flash = 2 * rows * s * inner / rate
     bytes_moved = constants.unfused_attention * rows * s * n["heads"] / n["tp"]
     dense = 4 * rows * s * inner / (cases.hw["wide_products"] * constants.products)
@@ -92,6 +100,24 @@ def elementwise(cases: Cases, constants: Constants) -> Floats:
     return np.asarray(HALF * values * rank_tokens(cases) / (cases.hw["memory"] * constants.memory))
 
 
+def casts(cases: Cases, constants: Constants) -> tuple[Floats, Floats]:
+    """Seconds of a mean layer's casts: (of FP8 products, of activations that wait in FP8).
+
+    A product casts its input in forward and its output's gradient in backward; weights are cast
+    once a step and not counted. Forward and backward together.
+    """
+    n = cases.n
+    share = np.where(n["experts"] > 0, 1 - n["dense_layers"] / n["layers"], 0.0)
+    visits = share * (n["top_k"] + n["shared_experts"]) * n["expert_ffn"] + (1 - share) * n["ffn"]
+    inner, gates = n["heads"] * n["head_dim"], 1 + n["gated"]
+    rows = rank_tokens(cases) / (cases.hw["memory"] * constants.memory)
+    kept = (3 * n["width"] + inner + (gates + 1) * visits) / n["tp"]
+    given = (2 * n["width"] + inner + 2 * n["kv_heads"] * n["head_dim"] + gates * visits) / n["tp"]
+    narrow = np.where(np.isin(cases.precision, ("fp8", "fp4")), n["narrow_share"], 0.0)
+    products = narrow * n["quantize_bytes"] * (2 * n["width"] + inner + visits + given) * rows
+    return products, n["saved_fp8"] * SAVED_FP8_BYTES * kept * rows
+
+
 def head(cases: Cases, constants: Constants) -> Floats:
     """Seconds of head and loss for a micro-batch, forward and backward; in the compute type."""
     n, rows = cases.n, rank_tokens(cases)
@@ -102,13 +128,28 @@ def head(cases: Cases, constants: Constants) -> Floats:
     return 3 * product_time(rows, n["width"], columns, rate, constants) + traffic
 
 
+def collectives(cases: Cases) -> Floats:
+    """Collectives of tensor parallelism in a layer, forward and backward; 0 for tp=1.
+
+    An all-reduce after attention and one after the feed-forward part, both ways; with sequence
+    parallelism (arXiv 2205.05198) a gather and a scatter for each, and inputs gathered again.
+    """
+    n = cases.n
+    each = np.where(n["sequence_parallel"] > 0, 10.0, 4.0)
+    again = np.where(n["sequence_parallel"] > 0, 4.0, 2.0)
+    return np.where(n["tp"] > 1, each + np.where(cases.recompute == "full", again, 0.0), 0.0)
+
+
 def launches(cases: Cases, constants: Constants) -> Floats:
     """Host seconds of a layer and micro-batch, forward and backward."""
     n = cases.n
     each = np.where(n["eager"] > 0, constants.launch_eager_s, constants.launch_tuned_s)
-    each = each * np.where(n["tp"] > 1, constants.launch_tensor, 1.0)
     each = each * np.where(n["experts"] > 0, constants.launch_experts, 1.0)
-    return each * np.where(cases.recompute == "full", 4 / 3, 1.0)
+    local = np.where(n["grouped"] > 0, 0.0, n["experts"] / n["ep"])
+    each = each + local * constants.launch_expert_s
+    each = each * np.where(cases.recompute == "full", 4 / 3, 1.0)
+    send = np.where(n["eager"] > 0, constants.collective_eager_s, constants.collective_tuned_s)
+    return np.asarray(each + collectives(cases) * send)
 
 
 def layer_parameters(cases: Cases) -> tuple[Floats, Floats]:

@@ -19,22 +19,33 @@ def bubble(
 ) -> Floats:
     """Seconds that a rank of a pipeline of equal stages is idle in a step.
 
-    The times are a rank's for one micro-batch, all its ``chunks`` together. 1F1B (arXiv 2006.09503)
-    loses (p-1)(F+B+W), interleaved (arXiv 2104.04473) that over the chunks, ZB-H1 (p-1)(F+B-W),
-    ZB-H2 (p-1)(F+B-2W) (arXiv 2401.10241, table 2), never less than nothing; ZBV loses nothing for
-    F=B=W, else what the longest of the three has over the shortest, (p-1) times over 2 chunks: an
-    approximation.
+    The times are a rank's for one micro-batch, all its ``chunks`` together, F, B (gradients of
+    activations) and W (of weights). Of schedules that a run can have, as their orders replay
+    (``parallel.hdp.replay``): gpipe and 1f1b (arXiv 2006.09503) lose (p-1)(F+B+W),
+    interleaved_1f1b (arXiv 2104.04473) and looped_bfs that over the chunks,
+    interleaved_zero_bubble (p-1) max(F+B-W, B) over the chunks, zbv_zero_bubble (p-1) max(F, B, W)
+    over its 2 chunks, exactly where B is the longest and there are 2p micro-batches, dualpipe_v
+    (p-1)(F+B-W) over its 2 chunks, exactly where B is no longer than F, up to half more where it
+    is. Published: interleaved as above, zb_h1 (p-1)(F+B-W), zb_h2 (p-1)(F+B-2W) (arXiv 2401.10241,
+    table 2), zbv nothing for F=B=W, else what the longest has over the shortest over 2.
     """
     schedule = np.asarray(schedule)
     assert np.isin(schedule, SCHEDULES).all(), schedule
     p1 = np.asarray(stages, dtype=float) - 1
     f, b, w = (np.asarray(x, dtype=float) for x in (forward, backward_input, backward_weight))
-    uneven = np.maximum(np.maximum(f, b), w) - np.minimum(np.minimum(f, b), w)
-    each = np.select(
-        [schedule == name for name in SCHEDULES],
-        [f + b + w, (f + b + w) / np.asarray(chunks), f + b - w, f + b - 2 * w, uneven / 2],
-    )
-    return np.asarray(p1 * np.maximum(each, 0.0))
+    longest, whole, chunks = np.maximum(np.maximum(f, b), w), f + b + w, np.asarray(chunks)
+    each = {
+        **dict.fromkeys(("gpipe", "1f1b"), whole),
+        **dict.fromkeys(("interleaved_1f1b", "looped_bfs", "interleaved"), whole / chunks),
+        "interleaved_zero_bubble": np.maximum(f + b - w, b) / chunks,
+        "zbv_zero_bubble": longest / 2,
+        "dualpipe_v": np.maximum(f + b - w, 0.0) / 2,
+        "zb_h1": f + b - w,
+        "zb_h2": f + b - 2 * w,
+        "zbv": (longest - np.minimum(np.minimum(f, b), w)) / 2,
+    }
+    lost = np.select([schedule == name for name in each], list(each.values()))
+    return np.asarray(p1 * np.maximum(lost, 0.0))
 
 
 def bottleneck(layer: Floats, layers: Floats, head: Floats, p: Floats, even: Floats) -> Floats:
@@ -44,9 +55,13 @@ def bottleneck(layer: Floats, layers: Floats, head: Floats, p: Floats, even: Flo
     slowest stage fastest, and the others share the rest.
     """
     equal = np.maximum(np.ceil(layers / p) * layer, layers / p * layer + head)
-    best = equal.copy()
-    for last in range(int(np.max(np.ceil(layers / p), initial=0)) + 1):
-        others = np.ceil(np.maximum(layers - last, 0) / np.maximum(p - 1, 1)) * layer
-        best = np.minimum(best, np.maximum(others, last * layer + head))
+    # Others' layers K: K layers take longer with K, what is left for the last stage is less.
+    others = np.maximum(p - 1, 1)
+    crossing, most = (layers * layer + head) / (p * layer), np.ceil(layers / others)
+    best = equal
+    for k in (np.floor(crossing), np.ceil(crossing)):
+        each = np.clip(k, 1, most)
+        last = np.maximum(layers - each * others, 0)
+        best = np.minimum(best, np.maximum(each * layer, last * layer + head))
     slowest = np.where(even > 0, equal, best)
     return np.where(p > 1, slowest, layers * layer + head)

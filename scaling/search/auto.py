@@ -18,9 +18,16 @@ GB = 1e9
 
 
 def without_auto(config: RunConfig) -> RunConfig:
-    """Return the run with a layout of its own, which a search replaces."""
+    """Return the run with a layout of its own, which a search replaces.
+
+    Its steps are predicted for the cluster that the layout is chosen for, unless it names one.
+    """
+    auto, record = config.parallel.auto, config.record
     parallel = config.parallel.model_copy(update={"auto": None})
-    return config.model_copy(update={"parallel": parallel})
+    if auto is not None and record.prediction.cluster is None:
+        known = record.prediction.model_copy(update={"cluster": auto.cluster})
+        record = record.model_copy(update={"prediction": known})
+    return config.model_copy(update={"parallel": parallel, "record": record})
 
 
 def settle(

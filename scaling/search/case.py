@@ -17,19 +17,8 @@ from allometry.scaling.loads import BalanceLoads
 from allometry.scaling.memory import MemoryEstimate
 from allometry.scaling.plan import memory_of, tokens_of_micro_batch
 from allometry.scaling.planner.cases import Cases
+from allometry.scaling.search.columns import technique_columns
 
-SCHEDULES = {
-    "gpipe": "1f1b",  # the same bubble (arXiv 2104.04473, section 2.2)
-    "1f1b": "1f1b",
-    "interleaved_1f1b": "interleaved",
-    "looped_bfs": "interleaved",  # arXiv 2211.05953, the same bubble
-    "interleaved_zero_bubble": "interleaved",
-    "zbv_zero_bubble": "zbv",
-    "dualpipe_v": "zbv",
-}
-"""The bubble of ``planner.pipeline`` that stands for each schedule of ours."""
-
-_APPROXIMATE = ("interleaved_zero_bubble", "dualpipe_v")
 _UNFUSED = ("masked", "reference", "blocked")
 
 
@@ -69,7 +58,7 @@ class Case:
         return cls(
             row_of(config, layout, hardware, name, device),
             memory_of(config, layout, batch, device),
-            tuple(left_out(config, layout)),
+            tuple(left_out(config)),
         )
 
     def cases(self, hardware: HardwareConfig) -> Cases:
@@ -88,7 +77,7 @@ def row_of(
     training, degrees, length = config.training, layout.degrees, sequence_of(config)
     tokens = tokens_of_micro_batch(config)
     cp = min(max(1, -(-length // tokens)), degrees.hdp)
-    zero = config.parallel.zero
+    zero, backend = config.parallel.zero, attention_backend(config, device)
     return {
         **model_columns(config.model),
         "sequence": length,
@@ -104,12 +93,13 @@ def row_of(
         "zero": zero.stage if zero.frees(degrees.pp) else min(zero.stage, 2),
         "reduces": float(zero.stage >= 2 and degrees.pp == 1),
         "repeats": float(training.activation_checkpointing == "selective"),
-        "flash": float(attention_backend(config, device) not in _UNFUSED),
+        "flash": float(backend not in _UNFUSED),
         "eager": float(not training.compile),
         "hardware": name,
         "precision": precision_of(config, hardware),
         "recompute": training.activation_checkpointing,
-        "schedule": SCHEDULES[layout.schedule] if degrees.pp > 1 else "1f1b",
+        "schedule": layout.schedule if degrees.pp > 1 else "1f1b",
+        **technique_columns(config, layout, backend),
     }
 
 
@@ -183,35 +173,23 @@ def check_precision(config: RunConfig, hardware: HardwareConfig, name: str) -> N
             )
 
 
-def left_out(config: RunConfig, layout: Layout) -> Iterator[str]:
+def left_out(config: RunConfig) -> Iterator[str]:
     """Yield what the cost model has no term for, or only a rough one."""
-    parallel, training, model = config.parallel, config.training, config.model
-    zero, degrees = parallel.zero, layout.degrees
+    parallel, model = config.parallel, config.model
+    zero = parallel.zero
     if config.data.kind == "documents":
         yield "documents' lengths: all are taken to be as long as a window, or the longest there is"
         if parallel.context.offload != "none":
             yield f"parallel.context.offload={parallel.context.offload}"
     elif config.data.packing == "per_document":
         yield "documents in a sequence: attention is timed as of whole sequences, an upper bound"
-    if degrees.pp > 1 and layout.schedule in _APPROXIMATE:
-        yield f"parallel.pipeline.schedule={layout.schedule} exactly: its bubble is a relative's"
     for key, value, usual in (
         ("parallel.zero.engine", zero.engine, "fsdp2"),
-        ("parallel.zero.replicas", zero.replicas, 1),
-        ("parallel.zero.offload", zero.offload, "none"),
-        ("parallel.zero.optimizer_states", zero.optimizer_states, None),
-        ("parallel.tp_overlap", parallel.tp_overlap, "off"),
         ("parallel.expert_tp", parallel.expert_tp, None),
-        ("training.activation_offload", training.activation_offload, 0.0),
-        ("precision.saved_activations", config.precision.saved_activations, "compute"),
-        ("precision.gather", config.precision.gather, "compute"),
         ("optimizer.kind", config.optimizer.kind, "adamw"),
     ):
         if value != usual:
-            shown = "..." if key.endswith("optimizer_states") else value
-            yield f"{key}={shown}"
-    if config.precision.linears != "compute" and config.precision.compute_layers:
-        yield "precision.compute_layers: all layers are timed in FP8"
+            yield f"{key}={value}"
     if isinstance(model, MoEModel) and isinstance(model.experts, LatentExperts):
         yield "model.experts.latent_width: experts are timed at the model's width"
     loads = BalanceLoads.of(config)

@@ -8,7 +8,6 @@ from typing import Any
 
 from allometry.scaling.batch import BatchPlan, total_steps
 from allometry.scaling.count import flops_per_token
-from allometry.scaling.layout import Layout
 from allometry.scaling.memory import MemoryEstimate
 from allometry.scaling.planner.calibrate import predict
 from allometry.scaling.planner.cost import COMMUNICATION, step_time
@@ -27,8 +26,9 @@ class Proposal:
     ``seconds`` of a step with the ends of a 90 % interval, which hours, days and cost share;
     ``unseen``: no measurement of this card, precision and kind of model is behind it. ``mfu``:
     model FLOPs over the compute type's peak. ``bubble``, ``exposed``: shares of the step.
-    ``days``, ``gpu_hours``, ``cost``, ``kwh``: of all ``tokens``; None: nobody said the price, or
-    the cards' power. ``terms``: seconds, the largest first. ``left_out``: what has no term.
+    ``days``, ``gpu_hours``, ``cost``, ``kwh``: of all ``tokens``, ``kwh`` with cards and nodes at
+    their most; ``cost`` None: nobody said the price. ``terms``: seconds, the largest first.
+    ``left_out``: what has no term.
     """
 
     choice: Choice
@@ -46,7 +46,7 @@ class Proposal:
     days: float
     gpu_hours: float
     cost: float | None
-    kwh: float | None
+    kwh: float
     terms: dict[str, float]
     left_out: tuple[str, ...]
 
@@ -91,7 +91,7 @@ def proposals(
     rate = peak[config.training.compute_dtype]  # type: ignore[index]  # Cases refuse what has none
     whole = budget(search, tokens)
     step_tokens = config.batch.sequences * config.data.sequence_length
-    watts = board_watts(search)
+    watts = most_watts(search)
     found = []
     for index, choice in enumerate(choices):
         estimate = search.memory(choice)
@@ -119,19 +119,16 @@ def proposals(
                 days=duration / DAY,
                 gpu_hours=hours,
                 cost=None if price is None else hours * price,
-                kwh=None if watts is None else duration * watts / KWH,
+                kwh=duration * watts / KWH,
                 terms=terms,
-                left_out=tuple(left_out(placed, Layout.of(placed, gpus))),
+                left_out=tuple(left_out(placed)),
             )
         )
     return found
 
 
-def board_watts(search: Search) -> float | None:
-    """Return what the cards and their nodes draw at most together; None: it is not described."""
+def most_watts(search: Search) -> float:
+    """Return what the cards and their nodes draw at most together."""
     hardware = search.asked.hardware
-    card, node = getattr(hardware.gpu, "power_w", None), getattr(hardware.host, "power_w", 0.0)
-    if card is None:
-        return None
     nodes = -(-search.world_size // hardware.gpus_per_node)
-    return float(search.world_size * card + nodes * node)
+    return search.world_size * hardware.gpu.power_w + nodes * hardware.host.power_w

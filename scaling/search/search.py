@@ -24,6 +24,7 @@ from allometry.scaling.planner.calibrate import Calibration
 from allometry.scaling.planner.cases import Cases
 from allometry.scaling.planner.constants import Constants, Floats
 from allometry.scaling.planner.cost import step_time
+from allometry.scaling.planner.store import published
 from allometry.scaling.search.case import check_precision, row_of, sequence_of
 from allometry.scaling.search.space import CHECKPOINTING, FREE, Choice, Core, Space, applied
 from allometry.scaling.stages import places_of
@@ -56,21 +57,19 @@ class Asked:
     device: str = "cuda"
     belief: Calibration | None = None
 
-    @property
+    @cached_property
     def constants(self) -> Constants:
         """The cost model's constants."""
-        return self.calibration.constants
+        return self.calibration.constants(self.hardware.generation)
 
-    @property
+    @cached_property
     def calibration(self) -> Calibration:
-        """What is believed of the constants: without measurements, the defaults."""
-        return self.belief or Calibration.before()
+        """What is believed of the constants: published runs, and what was measured here."""
+        return self.belief or published(self.hardware)
 
     def memory_of(self, world_size: int) -> float:
         """Return the bytes of memory of a rank's card; ranks of a CPU share theirs."""
-        shared = getattr(self.hardware, "rank_memory", None)
-        ranks = min(world_size, self.hardware.gpus_per_node)
-        return float(shared(ranks) if shared else self.hardware.gpu.memory_bytes)
+        return self.hardware.rank_memory(world_size)
 
 
 class Search:

@@ -26,8 +26,8 @@ from allometry.data.documents import DocumentStream
 from allometry.data.stream import open_stream
 from allometry.laws.areas import LearningRateAreas
 from allometry.optim.build import init_states
-from allometry.parallel.hdp.plan import Unit
 from allometry.parallel.mesh import Mesh, open_mesh
+from allometry.scaling.hdp.plan import Unit
 from allometry.scaling.plan import RunPlan
 from allometry.studies.certificate import step as certificate
 from allometry.trainer.assemble import make_model, make_optimizer

@@ -20,8 +20,8 @@ from allometry.models.init import initialize
 from allometry.models.moe import begin_step, routers, set_loads
 from allometry.models.transformer import Transformer
 from allometry.parallel.execution import MicroBatch
-from allometry.parallel.hdp.plan import Unit
 from allometry.parallel.mesh import Mesh, open_mesh
+from allometry.scaling.hdp.plan import Unit
 from allometry.scaling.layout import Layout
 from allometry.scaling.parameterization import Parameterization
 from allometry.studies.certificate import step as certificate

@@ -16,8 +16,8 @@ from allometry.configs.run import RunConfig
 from allometry.data.documents import DocumentStream
 from allometry.data.synthetic import write_store
 from allometry.optim.build import build_optimizer
-from allometry.parallel.hdp.plan import Mode, Plan, Unit
 from allometry.parallel.mesh import open_mesh
+from allometry.scaling.hdp.plan import Mode, Plan, Unit
 from allometry.scaling.layout import Layout
 from allometry.scaling.parameterization import Parameterization
 from allometry.studies.certificate import step as certificate

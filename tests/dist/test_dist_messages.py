@@ -15,8 +15,8 @@ import pytest
 import torch.distributed as dist
 
 from allometry.configs.run import RunConfig
-from allometry.parallel.hdp.check import PlanError
 from allometry.parallel.hdp.messages import Message, Post, Step, Wait, match
+from allometry.scaling.hdp.check import PlanError
 from test_dist_pipeline_hdp import assert_equal_to_one_process, config, errors
 
 RunRanks = Callable[..., list[Any]]

@@ -41,8 +41,11 @@ def test_published_layouts_are_read_and_ordered(benchmark: ModuleType) -> None:
         pytest.skip(f"the published measurements are not on this machine ({DATA.resolve()})")
     measured = benchmark.read(DATA)
     assert (len(measured.seconds), measured.left_out) == (3419, 63)
-    assert measured.faulty.sum() == 633
-    healthy = measured.take(~measured.faulty)
+    assert measured.low.sum() == 633
+    slow = measured.slow > benchmark.SLOW
+    # One source holds nearly all runs that its others prove to be slow.
+    assert np.unique(measured.source[slow], return_counts=True)[1].tolist() == [4, 890]
+    healthy = measured.take(~slow)
     # With what is believed before any calibration.
     found = benchmark.ranking(healthy, step_time(healthy.cases).seconds)
     assert found["tau"] > 0.6

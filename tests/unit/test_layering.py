@@ -29,10 +29,13 @@ MAY_IMPORT["launch"] = {*MAY_IMPORT["studies"], "studies"}
 # sub-rooms, lie above them, but for those named here.
 SUB_ROOM_MAY_IMPORT = {
     "scaling.parameterizations": {"scaling.roles", "scaling.update_rules"},
+    "scaling.hdp": {"scaling.count", "scaling.memory", "scaling.saved", "scaling.offload"},
     "scaling.planner": set(),
     "scaling.search": {
         *("scaling.planner", "scaling.attention", "scaling.batch", "scaling.count"),
         *("scaling.degrees", "scaling.layout", "scaling.loads", "scaling.memory", "scaling.plan"),
+        *("scaling.hdp", "scaling.context", "scaling.inventory", "scaling.offload"),
+        "scaling.update_rules",
     },
     "laws.forms": {"laws.observations"},
     "laws.fit": {"laws.observations", "laws.registry", "laws.forms"},
@@ -47,6 +50,7 @@ SUB_ROOM_MAY_IMPORT = {
     "interop.huggingface": set(),
     "studies.certificate": set(),
     "studies.selftest": {"studies.certificate", "studies.rehearse"},
+    "studies.machine": {"studies.selftest"},
     "studies.memory": set(),
     "studies.sweeps": set(),
     "studies.ladder": set(),

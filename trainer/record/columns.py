@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from allometry.data.reading import Account
     from allometry.data.sources import Sources
     from allometry.laws.areas import LearningRateAreas
-    from allometry.parallel.hdp.plan import Plan
     from allometry.scaling.batch import BatchPlan
+    from allometry.scaling.hdp.plan import Plan
     from allometry.trainer.record.writer import Row
     from allometry.trainer.step import StepOutcome
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from allometry.parallel.hdp.cost import CostModel
-from allometry.parallel.hdp.plan import Plan, Unit
 from allometry.parallel.hdp.replay import Replay, summary
+from allometry.scaling.hdp.cost import CostModel
+from allometry.scaling.hdp.plan import Plan, Unit
 from allometry.scaling.layout import Layout
 
 

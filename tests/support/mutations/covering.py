@@ -17,6 +17,7 @@ HOT = (
         )
     ),
     *("scaling/count.py", "scaling/batch.py", "scaling/parameterizations/*.py"),
+    "scaling/hdp/*.py",
 )
 COLD = (
     "*/__init__.py",
@@ -188,6 +189,14 @@ COVERING: tuple[tuple[str, tuple[Stage, ...]], ...] = (
     (
         "parallel/hdp/filling.py",
         (dist("documents", keyword="mixed or without or planned"), dist("pipeline_hdp")),
+    ),
+    (
+        "scaling/hdp/*.py",
+        (
+            unit("parallel/test_parallel_hdp_*", "scaling/test_scaling_hdp*"),
+            unit("trainer/*plans"),
+            dist("documents", keyword="mixed or without or planned"),
+        ),
     ),
     (
         "parallel/hdp/*.py",

@@ -10,9 +10,9 @@ from matplotlib.figure import Figure as Drawn
 from allometry.configs.errors import UserError
 from allometry.launch.figures.drawing import draw_panel
 from allometry.launch.runs.gantt import draw_plan, run_and_step, schedule_figure
-from allometry.parallel.hdp.plan import Plan, Unit
 from allometry.parallel.hdp.replay import replay
 from allometry.scaling.degrees import Degrees
+from allometry.scaling.hdp.plan import Plan, Unit
 from allometry.scaling.layout import Layout
 from allometry.trainer.record.plans import plan_record
 from allometry.trainer.record.writer import Recorder

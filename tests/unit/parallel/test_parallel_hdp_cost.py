@@ -6,9 +6,9 @@ import torch
 
 from allometry.configs.execution import ContextCosts
 from allometry.configs.model import DenseModel
-from allometry.parallel.hdp.cost import CostModel
 from allometry.parallel.hdp.shard import ring_table
 from allometry.scaling.count import flops_per_token
+from allometry.scaling.hdp.cost import CostModel
 from ring_oracles import ring_traffic
 
 MODEL = DenseModel(

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from allometry.configs.execution import SCHEDULES
-from allometry.parallel.hdp.check import PlanError
 from allometry.parallel.hdp.messages import Message, Post, Step, Wait, match, programs_of
 from allometry.parallel.hdp.orders import Orders, schedule_orders
-from allometry.parallel.hdp.plan import Plan, Unit
 from allometry.parallel.hdp.replay import replay
+from allometry.scaling.hdp.check import PlanError
+from allometry.scaling.hdp.plan import Plan, Unit
 from allometry.scaling.layout import ONE_STAGE_SCHEDULES
 
 

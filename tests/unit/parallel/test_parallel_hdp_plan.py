@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from allometry.configs.errors import UserError
 from allometry.configs.execution import ContextConfig, ContextCosts
 from allometry.configs.model import DenseModel
-from allometry.parallel.hdp.balanced_lockstep import Waves
-from allometry.parallel.hdp.cost import CostModel
-from allometry.parallel.hdp.plan import Mode, Plan, make_plan, member_tokens
-from allometry.parallel.hdp.policies import POLICIES
-from allometry.parallel.hdp.problem import Draft
 from allometry.parallel.hdp.replay import replay, summary
+from allometry.scaling.hdp.balanced_lockstep import Waves
+from allometry.scaling.hdp.cost import CostModel
+from allometry.scaling.hdp.plan import Mode, Plan, make_plan, member_tokens
+from allometry.scaling.hdp.policies import POLICIES
+from allometry.scaling.hdp.problem import Draft
 
 MODEL = DenseModel(
     vocab_size=32000, width=4096, num_layers=32, num_heads=32, num_kv_heads=8, ffn_width=11008

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from allometry.configs.execution import SCHEDULES
-from allometry.parallel.hdp.check import PlanError
 from allometry.parallel.hdp.orders import Orders, schedule_orders
-from allometry.parallel.hdp.plan import Plan, Unit
 from allometry.parallel.hdp.replay import replay
+from allometry.scaling.hdp.check import PlanError
+from allometry.scaling.hdp.plan import Plan, Unit
 from allometry.scaling.layout import INTERLEAVED_ROUNDS, ONE_STAGE_SCHEDULES
 
 

@@ -8,10 +8,10 @@ from itertools import combinations_with_replacement
 import pytest
 
 from allometry.configs.execution import SCHEDULES
-from allometry.parallel.hdp.check import PlanError
 from allometry.parallel.hdp.orders import schedule_orders
-from allometry.parallel.hdp.plan import Plan, Unit
 from allometry.parallel.hdp.replay import replay
+from allometry.scaling.hdp.check import PlanError
+from allometry.scaling.hdp.plan import Plan, Unit
 from allometry.scaling.layout import INTERLEAVED_ROUNDS, ONE_STAGE_SCHEDULES, least_micro_batches
 
 

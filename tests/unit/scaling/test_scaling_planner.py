@@ -10,6 +10,7 @@ import pytest
 
 from allometry.configs.errors import UserError
 from allometry.configs.machine import HardwareConfig, load_hardware
+from allometry.scaling.planner import operators
 from allometry.scaling.planner.cases import Cases
 from allometry.scaling.planner.constants import Constants
 from allometry.scaling.planner.cost import COMMUNICATION, step_time
@@ -164,3 +165,39 @@ def test_a_configuration_costs_the_same_among_thousands() -> None:
     seconds = step_time(many).seconds
     assert seconds.shape == (4000,)
     np.testing.assert_array_equal(seconds[: len(LAYOUTS)], step_time(cases(*LAYOUTS)).seconds)
+
+
+def own(**changes: Any) -> HardwareConfig:
+    tree = load_hardware("h100").model_dump()
+    tree["gpu"] |= changes.pop("gpu", {})
+    return HardwareConfig.model_validate(tree | changes)
+
+
+def test_ranks_of_one_processor_compute_and_launch_in_turn() -> None:
+    rows = (DENSE | {"pp": 1, "dp": 8, "zero": 1, "eager": 1, "overlap": 1},)
+    beside, after = (
+        step_time(cases(*rows, hardware=own(gpu={"asynchronous": way}))) for way in (True, False)
+    )
+    host = float(operators.launches(cases(*rows), Constants())[0])
+    layers = rows[0]["layers"] * float(cases(*rows).micro_batches[0])
+    assert after.terms["waiting for the host"][0] == pytest.approx(host * layers)
+    assert beside.terms["waiting for the host"][0] < after.terms["waiting for the host"][0]
+    # What sends is what computes: nothing hides.
+    assert after.terms["data parallel"][0] > beside.terms["data parallel"][0]
+
+
+def test_what_ranks_leave_each_other_slows_what_they_share() -> None:
+    crowds = [{"ranks": 8, "products": 0.5, "memory": 0.25}]
+    rows = (DENSE | {"dp": 8},)
+    alone, crowded = (
+        step_time(cases(*rows, hardware=own(crowds=one))).terms for one in ([], crowds)
+    )
+    for name, factor in (("matrix products", 2), ("attention", 2), ("element-wise", 4)):
+        assert crowded[name][0] == pytest.approx(factor * alone[name][0]), name
+
+
+def test_constants_that_were_measured_take_the_place_of_defaults() -> None:
+    found = Constants.of_hardware(own(constants={"passes_eager": 250.0}))
+    assert found == replace(Constants(), passes_eager=250.0)
+    with pytest.raises(UserError, match=r"constants\.pases_eager is no constant.*passes_eager"):
+        Constants.of_hardware(own(constants={"pases_eager": 250.0}))

@@ -9,16 +9,12 @@ import pytest
 
 from allometry.configs.errors import UserError
 from allometry.configs.machine import load_hardware
-from allometry.scaling.planner.calibrate import (
-    Calibration,
-    adapt,
-    calibrate,
-    choose_runs,
-    predict,
-)
+from allometry.scaling.planner.calibrate import Calibration, adapt, choose_runs, predict
 from allometry.scaling.planner.cases import Cases
 from allometry.scaling.planner.constants import Constants
 from allometry.scaling.planner.cost import step_time
+from allometry.scaling.planner.faults import SLOW, slowness
+from allometry.scaling.planner.fit import calibrate
 
 MODEL = {
     **{"layers": 24, "width": 2048, "heads": 16, "kv_heads": 16, "head_dim": 128, "ffn": 8192},
@@ -46,12 +42,34 @@ def test_times_of_known_constants_are_predicted_where_a_tenth_are_faults() -> No
     sources = np.full(len(cases), "one")
     before = np.abs(np.log(step_time(cases).seconds / clean)).max()
     found = calibrate(cases, seconds, sources)
-    own = np.abs(np.log(step_time(cases, found.of_source["one"]).seconds / clean))
+    one = found.of_source("one")
+    own = np.abs(np.log(predict(one, cases).seconds / clean))
     assert before > 0.2
     assert own.max() < 0.06
-    assert found.of_source["one"].launch_eager_s == pytest.approx(3e-3, rel=0.15)
+    assert one.constants("ampere").launch_eager_s == pytest.approx(3e-3, rel=0.15)
     # What no row speaks of stays where it was.
-    assert found.constants.experts_bandwidth == pytest.approx(Constants().experts_bandwidth)
+    common = found.constants("ampere")
+    assert common.experts_bandwidth == pytest.approx(Constants().experts_bandwidth)
+
+
+def test_a_generation_of_cards_has_its_own_rates() -> None:
+    """A rate that one generation reaches in two frameworks is that generation's alone."""
+    row = MODEL | {"micro_batch": 16, "dp": 8}
+    cards = {name: load_hardware(name) for name in ("a100", "h100")}
+    rows = [
+        row | {"hardware": card, "width": width, "ffn": 4 * width}
+        for card in ("a100", "h100")
+        for width in (2048, 4096, 8192)
+    ]
+    cases = Cases.of(rows * 2, cards)
+    rate = np.where(cases.hardware == "h100", 0.8, 1.0)
+    products = replace(Constants(), products=rate)
+    sources = np.repeat(["one", "two"], len(rows))
+    found = calibrate(cases, step_time(cases, products).seconds, sources)
+    ampere, hopper, other = (found.constants(name) for name in ("ampere", "hopper", "other"))
+    assert hopper.products / ampere.products == pytest.approx(0.8, abs=0.05)
+    assert hopper.products < other.products < ampere.products
+    assert np.abs(found.own["one"]).max() < 0.05
 
 
 def test_three_runs_bring_a_framework_of_its_own_near() -> None:
@@ -88,3 +106,17 @@ def test_times_that_are_none_are_refused() -> None:
     cases = grid()
     with pytest.raises(UserError, match="must be positive numbers; leave other rows out"):
         calibrate(cases, np.zeros(len(cases)), np.full(len(cases), "one"))
+
+
+def test_runs_that_a_fault_made_slow_are_found_without_a_model() -> None:
+    cases = grid()
+    seconds, sources = step_time(cases, TRUTH).seconds, np.full(len(cases), "one")
+    clean = slowness(cases, seconds, sources)
+    assert clean.max() < SLOW
+    stalled = seconds.copy()
+    stalled[[3, 10]] *= 4
+    found = slowness(cases, stalled, sources)
+    assert set(np.flatnonzero(found > SLOW)) == {3, 10}
+    # Another source's fast runs prove nothing of this one's.
+    apart = np.where(np.isin(np.arange(len(cases)), [3, 10]), "two", "one")
+    assert slowness(cases, stalled, apart).max() < SLOW

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from allometry.configs.errors import UserError
-from allometry.configs.execution import SCHEDULES as OURS
 from allometry.configs.loader import load
 from allometry.configs.machine import load_hardware
 from allometry.configs.run import RunConfig
+from allometry.scaling.layout import Layout
 from allometry.scaling.planner.cases import COLUMNS
 from allometry.scaling.planner.cost import step_time
-from allometry.scaling.search.case import SCHEDULES, Case
+from allometry.scaling.search.case import Case
+from allometry.scaling.search.columns import columns_of_documents
 
 H100 = load_hardware("h100")
 
@@ -59,26 +58,57 @@ def test_stage_3_that_keeps_what_it_gathered_sends_as_stage_2() -> None:
     assert freed.memory.total < kept.memory.total
 
 
+PLAIN = (
+    *("batch.ramp=null", "data.packing=concatenated", "parallel.tp=2", "parallel.zero.stage=1"),
+    *("training.compile=false", "training.compute_dtype=bf16"),
+)
+
+
 @pytest.mark.parametrize(
-    ("key", "value"),
+    ("asked", "term"),
     [
-        ("parallel.zero.offload", "cpu"),
-        ("parallel.zero.replicas", 2),
-        ("training.activation_offload", 0.5),
-        ("precision.saved_activations", "fp8"),
-        ("parallel.tp_overlap", "chunked"),
+        (["parallel.zero.offload=cpu"], "states on the host"),
+        (["parallel.zero.optimizer_states={device: 0.25}"], "states on the host"),
+        (["parallel.zero.optimizer_states={cpu: 0.25, nvme: /disk}"], "states on the host"),
+        (["training.activation_offload=0.5"], "activations on the host"),
+        (["precision.saved_activations=fp8"], "activations in FP8"),
+        (["precision.linears=fp8_rowwise"], "FP8 casts"),
+        (["parallel.zero.replicas=2"], "data parallel"),
+        (["parallel.tp_overlap=chunked"], "tensor parallel"),
+        (["optimizer.states={kind: fp8}"], "optimizer"),
+        (["training.activation_checkpointing=selective"], "element-wise"),
     ],
 )
-def test_what_has_no_term_is_named(key: str, value: Any) -> None:
-    plain = ("batch.ramp=null", "data.packing=concatenated", "parallel.tp=2")
-    plain = (*plain, "training.compile=false")
-    config = run(*plain, f"{key}={value}")
-    assert not Case.of(run(*plain), H100, world_size=32).left_out
-    assert Case.of(config, H100, world_size=32).left_out == (f"{key}={value}",)
+def test_every_technique_has_a_term(asked: list[str], term: str) -> None:
+    slow = H100.model_copy(
+        update={"host": H100.host.model_copy(update={"bandwidth": 1e9, "disk_bandwidth": 1e9})}
+    )
+    before, after = (
+        Case.of(run(*PLAIN, *more), slow, world_size=32, name="h100") for more in ([], asked)
+    )
+    assert not before.left_out
+    assert not after.left_out
+    found = [step_time(case.cases(slow)).terms[term][0] for case in (before, after)]
+    faster = term in ("tensor parallel", "optimizer")
+    assert found[1] < found[0] if faster else found[1] > found[0]
 
 
-def test_every_schedule_has_a_bubble() -> None:
-    assert set(SCHEDULES) == set(OURS)
+def test_what_has_no_term_is_named() -> None:
+    config = run(*PLAIN, "optimizer.kind=lion")
+    assert Case.of(config, H100, world_size=32).left_out == ("optimizer.kind=lion",)
+
+
+def test_documents_are_timed_by_their_own_plan() -> None:
+    config = run(preset="documents_demo")
+    layout = Layout.of(config, 4)
+    most = config.parallel.context.capacity_tokens
+    short, mixed = (
+        columns_of_documents(config, layout, lengths)
+        for lengths in ([most // 4] * 32, [2 * most] + [most // 4] * 24)
+    )
+    assert short["attended"] == most // 4 < mixed["attended"]
+    assert mixed["document_stretch"] >= 1
+    assert short["document_stretch"] == pytest.approx(1, abs=0.02)
 
 
 def test_a_precision_without_a_rate_is_refused() -> None:

@@ -7,7 +7,7 @@ import torch
 from allometry.data.documents import Pieces
 from allometry.data.store import TokenStore
 from allometry.data.synthetic import write_store
-from allometry.parallel.hdp.plan import Plan, Unit
+from allometry.scaling.hdp.plan import Plan, Unit
 from allometry.trainer.feed import DeviceBatch, document_batch, fingerprint
 from allometry.trainer.step import seed_dropout
 

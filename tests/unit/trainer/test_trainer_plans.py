@@ -10,11 +10,11 @@ from allometry.configs.execution import ContextConfig, ContextCosts
 from allometry.configs.loader import load
 from allometry.configs.run import RunConfig
 from allometry.data.synthetic import write_store
-from allometry.parallel.hdp.check import PlanError
-from allometry.parallel.hdp.cost import CostModel
-from allometry.parallel.hdp.plan import Mode, Plan, Unit, make_plan
 from allometry.parallel.hdp.replay import replay
 from allometry.scaling.degrees import Degrees
+from allometry.scaling.hdp.check import PlanError
+from allometry.scaling.hdp.cost import CostModel
+from allometry.scaling.hdp.plan import Mode, Plan, Unit, make_plan
 from allometry.scaling.layout import Layout
 from allometry.trainer.record.plans import plan_of, plan_record, plan_rows
 from allometry.trainer.record.writer import Recorder

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from allometry.parallel.hdp.problem import Draft, Ints, Problem
+from allometry.scaling.hdp.problem import Draft, Ints, Problem
 
 SHARES = (1.5, 1.0, 0.7, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05, 0.025)
 """Of the ideal step: what is tried as the longest that a ring may take."""

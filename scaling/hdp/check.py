@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from allometry.parallel.hdp.plan import Plan, member_tokens
+from allometry.scaling.hdp.plan import Plan, member_tokens
 
 
 class PlanError(ValueError):

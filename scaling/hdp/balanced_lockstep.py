@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from allometry.parallel.hdp.packing import best_fit, even_bins
-from allometry.parallel.hdp.problem import Draft, Ints, Placed, Problem
-from allometry.parallel.hdp.ring_degrees import Choice, choices
+from allometry.scaling.hdp.packing import best_fit, even_bins
+from allometry.scaling.hdp.problem import Draft, Ints, Placed, Problem
+from allometry.scaling.hdp.ring_degrees import Choice, choices
 
 
 class Waves:

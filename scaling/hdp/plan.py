@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from allometry.configs.execution import ContextConfig
-from allometry.parallel.hdp.cost import CostModel
-from allometry.parallel.hdp.policies import POLICIES
-from allometry.parallel.hdp.problem import Ints, Problem
+from allometry.scaling.hdp.cost import CostModel
+from allometry.scaling.hdp.policies import POLICIES
+from allometry.scaling.hdp.problem import Ints, Problem
 
 Mode = Literal["free", "aligned", "lockstep"]
 """free: each rank runs its units in turn, as many as it has. aligned: a ring has the same place in

@@ -17,9 +17,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from allometry.parallel.hdp.cost import Floats
-from allometry.parallel.hdp.packing import first_fit
-from allometry.parallel.hdp.problem import Ints, Placed, Problem
+from allometry.scaling.hdp.cost import Floats
+from allometry.scaling.hdp.packing import first_fit
+from allometry.scaling.hdp.problem import Ints, Placed, Problem
 
 COSTLY_SHARE = 0.3
 """Of a step: what a document must take on as few ranks as it fits for its degree to be chosen."""

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from allometry.configs.errors import UserError
 from allometry.configs.execution import ContextConfig
-from allometry.parallel.hdp.cost import CostModel, Floats
+from allometry.scaling.hdp.cost import CostModel, Floats
 from allometry.scaling.offload import SELECTIVE, check_layers
 
 Ints = npt.NDArray[np.int64]

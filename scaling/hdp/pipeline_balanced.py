@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from allometry.parallel.hdp.balanced_lockstep import Shelves
-from allometry.parallel.hdp.cost import Floats
-from allometry.parallel.hdp.packing import best_fit
-from allometry.parallel.hdp.problem import Ints, Placed, Problem
-from allometry.parallel.hdp.ring_degrees import Choice, choices
+from allometry.scaling.hdp.balanced_lockstep import Shelves
+from allometry.scaling.hdp.cost import Floats
+from allometry.scaling.hdp.packing import best_fit
+from allometry.scaling.hdp.problem import Ints, Placed, Problem
+from allometry.scaling.hdp.ring_degrees import Choice, choices
 
 _SLACK = 1.02
 """Over the least length of a step: what pipelines may take of rings before others do."""

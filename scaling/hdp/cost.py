@@ -1,9 +1,9 @@
 """What a unit of documents costs a rank: seconds by its tokens, their squares and its ring.
 
 A rank with a share 1/n of documents of s tokens each does 1/n of their matrix products (linear in
-s) and of their attention (in s^2, as the zig-zag halves of ``shard.py`` are equally costly), and
-waits for those hops of keys and values that its blocks of attention do not hide (arXiv 2502.21231).
-FLOPs are those of ``scaling.count``, activations those of ``scaling.memory``.
+s) and of their attention (in s^2, as the zig-zag halves of ``parallel.hdp.shard`` are equally
+costly), and waits for those hops of keys and values that its blocks of attention do not hide (arXiv
+2502.21231). FLOPs are those of ``scaling.count``, activations those of ``scaling.memory``.
 """
 
 from __future__ import annotations

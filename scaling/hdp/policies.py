@@ -10,11 +10,11 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Mapping
 
-from allometry.parallel.hdp.balanced_free import place_balanced_free
-from allometry.parallel.hdp.balanced_lockstep import place_balanced_lockstep, place_in_turn
-from allometry.parallel.hdp.packing import best_fit
-from allometry.parallel.hdp.pipeline_balanced import place_pipeline_balanced
-from allometry.parallel.hdp.problem import Placed, Problem
+from allometry.scaling.hdp.balanced_free import place_balanced_free
+from allometry.scaling.hdp.balanced_lockstep import place_balanced_lockstep, place_in_turn
+from allometry.scaling.hdp.packing import best_fit
+from allometry.scaling.hdp.pipeline_balanced import place_pipeline_balanced
+from allometry.scaling.hdp.problem import Placed, Problem
 
 
 def static(problem: Problem, aligned: bool) -> Placed:

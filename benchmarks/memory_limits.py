@@ -1,0 +1,169 @@
+"""Whether runs really end where the prediction says that their memory ends.
+
+    python benchmarks/memory_limits.py [--only WORD] [--work FILE] [--json OUT]
+
+Cases of ``memory.py`` on one process take two steps under a limit that the kernel enforces
+(RLIMIT_DATA: private memory that can be written), set above what the process had before the run:
+shares of the predicted peak. The smallest share that a case survives is found by bisection. It is
+said to fit where the limit is no less than the prediction. Large blocks are mapped one by one
+(glibc's MALLOC_MMAP_THRESHOLD_), so that what is freed is given back. FILE gets a line for each
+case; the same command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from contenders.machine import facts
+from memory import Case, cases
+
+from allometry.configs.run import RunConfig
+from allometry.data.stream import open_stream
+from allometry.launch.text import size, table
+from allometry.optim.schedule import resolve_schedule
+from allometry.parallel.mesh import open_mesh
+from allometry.scaling.plan import RunPlan
+from allometry.studies.memory.probe import as_probed, predicted, write_tokens
+from allometry.trainer.assemble import make_model, make_optimizer, make_train_step
+from allometry.trainer.feed import sequence_steps
+
+SHARES = (0.75, 0.8, 0.85, 0.9, 0.95, 1.05, 1.1, 1.15, 1.2, 1.25)
+CHOSEN = (
+    *("dense, bf16", "dense, full", "dense, few tokens", "dense, saved FP8", "dense, FP8 states"),
+    *("moe, bf16", "moe, selective", "moe, MuonH, few tokens", "moe, saved FP8", "moe, latent"),
+)
+SETTINGS = {
+    **{"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"},
+    **{"MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"},
+    # Code that oneDNN makes for each shape, of experts' rows above all, is no tensor's memory.
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0",
+}
+ENDED, STACK = 3, 1 << 20
+
+
+def two_steps(config: RunConfig, limit: int | None) -> None:
+    """Train two steps on random tokens, as the probe does, within so many further bytes."""
+    with open_mesh(config.parallel, torch.device("cpu")) as mesh:
+        plan = RunPlan.of(config, 1)
+        stream = open_stream(config.data, config.run.seed)
+        if limit is not None:
+            bound = held() + limit
+            resource.setrlimit(resource.RLIMIT_DATA, (bound, bound))
+        parallel = make_model(config, plan, mesh)
+        optimizer = make_optimizer(config, plan, parallel, mesh)
+        schedule = resolve_schedule(config, plan.batch)
+        train_step = make_train_step(config, plan, parallel, optimizer, schedule, mesh)
+        for number, step in enumerate(sequence_steps(stream, plan, mesh, 0), 1):
+            train_step(number, [batch.to(mesh.device) for batch in step.batches])
+
+
+def held() -> int:
+    """Bytes that the kernel counts against RLIMIT_DATA now."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmData"):
+            return int(line.split()[1]) * 1024
+    raise SystemExit("this kernel does not say what RLIMIT_DATA counts")
+
+
+def survives(config: RunConfig, limit: int) -> bool:
+    """Whether a child of this process takes the steps under the limit."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            two_steps(config, limit)
+            code = 0
+        except (MemoryError, RuntimeError) as error:
+            # A thread's stack is memory too, and oneDNN does not say what a primitive lacks.
+            words = ("alloc", "start new thread", "create a primitive")
+            short = isinstance(error, MemoryError) or any(w in str(error).lower() for w in words)
+            code = ENDED if short else 1
+            if not short:
+                print(error, file=sys.stderr)
+        finally:
+            os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code not in (0, ENDED) and code >= 0:
+        raise SystemExit("a run ended for another reason than memory")
+    return code == 0
+
+
+def smallest(config: RunConfig, expected: int) -> float:
+    """The smallest of ``SHARES`` of the expected bytes that the run survives; inf: none."""
+    low, high = -1, len(SHARES)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if survives(config, int(SHARES[middle] * expected)):
+            high = middle
+        else:
+            low = middle
+    return SHARES[high] if high < len(SHARES) else float("inf")
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """The case's line."""
+    expected = predicted(case.config(), 1, "cpu", None).total
+    with tempfile.TemporaryDirectory() as scratch:
+        config = as_probed(case.config(), Path(scratch))
+        write_tokens(config, Path(scratch))
+        share = smallest(config, expected)
+    return {"name": case.name, "predicted": expected, "survives": share}
+
+
+def decisions(lines: list[dict[str, Any]]) -> dict[str, int]:
+    """Over all cases and shares: what was said rightly, and what wrongly in each way."""
+    found = {"decisions": 0, "refused_what_fits": 0, "let_in_what_does_not": 0}
+    for line in lines:
+        for share in SHARES:
+            fits, said = share >= line["survives"], share >= 1
+            found["decisions"] += 1
+            found["refused_what_fits"] += fits and not said
+            found["let_in_what_does_not"] += said and not fits
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="cases with this in their name")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir(), "limits.jsonl"))
+    parser.add_argument("--json", type=Path)
+    asked = parser.parse_args()
+    if any(os.environ.get(name) != value for name, value in SETTINGS.items()):
+        resource.setrlimit(resource.RLIMIT_STACK, (STACK, STACK))  # of every thread from then on
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | SETTINGS)
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    text = asked.work.read_text() if asked.work.exists() else ""
+    lines = [json.loads(line) for line in text.splitlines()]
+    known = {line["name"] for line in lines}
+    chosen = [c for c in cases() if c.name in CHOSEN and asked.only in c.name]
+    with tempfile.TemporaryDirectory() as scratch:  # libraries fill their caches
+        first = as_probed(chosen[0].config(), Path(scratch))
+        write_tokens(first, Path(scratch))
+        two_steps(first, None)
+    for case in chosen:
+        if case.name not in known:
+            lines.append(measure(case))
+            with asked.work.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(lines[-1]) + "\n")
+            print(lines[-1], flush=True)
+    head = ["case", "predicted", "survives from"]
+    body = [[x["name"], size(x["predicted"]), f"{x['survives']:.0%}"] for x in lines]
+    print(table([head, *body], right=(1, 2)))
+    print(found := decisions(lines))
+    if asked.json is not None:
+        written = {**facts(), "shares": list(SHARES), "cases": lines, **found}
+        asked.json.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

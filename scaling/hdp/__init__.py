@@ -1,0 +1,1 @@
+"""Hybrid data/context parallelism: which ranks run which documents, and what that takes."""

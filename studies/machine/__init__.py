@@ -1,0 +1,1 @@
+"""Measuring this machine for the planner: rates of its processes, alone and together."""
