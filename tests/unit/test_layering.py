@@ -47,6 +47,7 @@ SUB_ROOM_MAY_IMPORT = {
     "interop.huggingface": set(),
     "studies.certificate": set(),
     "studies.selftest": {"studies.certificate", "studies.rehearse"},
+    "studies.machine": {"studies.selftest"},
     "studies.memory": set(),
     "studies.sweeps": set(),
     "studies.ladder": set(),
