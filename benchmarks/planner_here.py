@@ -53,7 +53,7 @@ from allometry.studies.memory.probe import as_probed, write_tokens
 from allometry.trainer.assemble import make_model, make_optimizer, make_train_step
 from allometry.trainer.feed import sequence_steps
 
-ROUNDS, STEPS, WARM_UP = 6, 2, 2
+ROUNDS, STEPS, WARM_UP = 5, 2, 1
 HARDWARE = "this machine"
 GOALS = {"median": 0.10, "tau": 0.7}
 
@@ -95,6 +95,7 @@ class Trial:
                 "model": model,
                 "data": {
                     "sequence_length": self.length,
+                    "packing": "concatenated",
                     "sources": [{"name": "random", "train": "none"}],
                 },
                 "batch": {"sequences": sequences, "micro_batch_sequences": self.micro_batch},
