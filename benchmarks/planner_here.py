@@ -83,7 +83,8 @@ class Trial:
         if self.experts:
             inside = {"num_experts": self.experts, "experts_per_token": 2, "width": self.width}
             model |= {"kind": "moe", "experts": {"kind": "swiglu", **inside}}
-            model["router"] = {"balance": {"kind": "auxiliary", "coefficient": 0.01}}
+            balance = {"kind": "auxiliary", "coefficient": 0.01, "loads": "step_before"}
+            model["router"] = {"balance": balance}
             del model["ffn_width"]
         parallel = dict(self.parallel)
         data = self.ranks // parallel.get("tp", 1) // parallel.get("pp", 1)
