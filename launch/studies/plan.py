@@ -34,7 +34,7 @@ SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 @dataclass(frozen=True)
 class Answer:
-    """What was found: ``best`` first; without one, ``remedies`` of the largest search."""
+    """What was found: ``best`` first; without one, ``remedies`` for the most GPUs with a layout."""
 
     searches: tuple[Search, ...]
     best: tuple[Proposal, ...]
@@ -54,7 +54,7 @@ class Answer:
             "sensitivity": [turn.describe(self.best[0].gpus) for turn in self.turns],
         }
         if not self.best:
-            search = self.searches[-1]
+            search = [search for search in self.searches if search.cores][-1]
             choice, least = nearest(search)
             layout = choice.describe(search.world_size)
             facts["nearest"] = {"layout": layout, "bytes": least}
@@ -90,9 +90,8 @@ def planned(asked: Plan) -> Report:
         first = next(search for search in able if search.world_size == best[0].gpus)
         turns = tuple(sensitivity(first, best[0].choice))
     saved = () if best else tuple(remedies(able[-1]))
-    answer = Answer(tuple(able), best, turns, saved)
-    facts = answer.describe()
-    text = described(able, best, turns, saved, asked.explain)
+    facts = Answer(tuple(searches), best, turns, saved).describe()
+    text = described(searches, best, turns, saved, asked.explain)
     if best and asked.write is not None:
         _write(asked, best[0], tree)
         facts["written"] = str(asked.write)

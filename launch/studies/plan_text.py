@@ -25,10 +25,12 @@ def described(
     explain: int,
 ) -> str:
     """Return the whole answer: what fits, the best layouts, what they hang on."""
-    lines = [_heading(searches[-1]), *(_fits(search) for search in searches)]
+    able = [search for search in searches if search.cores]
+    lines = [_heading(able[-1]), *(_fits(search) for search in searches)]
     if not best:
-        return "\n".join([*lines, *_nothing(searches[-1], saved)])
-    lines += ["", _layouts(best), *_notes(searches[0], best)]
+        return "\n".join([*lines, *_nothing(able[-1], saved)])
+    first = next(search for search in able if search.world_size == best[0].gpus)
+    lines += ["", _layouts(best), *_notes(first, best)]
     for number, one in enumerate(best[:explain], 1):
         lines += ["", f"{number}. {words(one.choice, one.gpus)}", _terms(one), "", _memory(one)]
     lines += ["", *_turns(turns, best[0])] if turns else []
@@ -59,6 +61,8 @@ def _fits(search: Search) -> str:
     asked, can, fit = search.asked, len(search.degrees), len(search.fitting_degrees)
     within = f"{size(search.limit)} of {size(asked.memory_of(search.world_size))}"
     gpus = counted(search.world_size, "GPU")
+    if not can:
+        return f"{gpus}: no layout shares the batches"
     if not fit:
         return f"{gpus}: does not fit {within} in any of {can} ways (tp x pp x ep)"
     return f"{gpus}: fits {within} in {fit} of {can} ways (tp x pp x ep)"

@@ -34,7 +34,8 @@ RESERVE = 0.1
 ALIKE = 1.01
 """Times the shortest step up to which steps are taken to be as fast."""
 NEAR = 1.25
-"""Times the limit up to which another schedule of a pipeline may need less than 1F1B."""
+"""Times the limit up to which another schedule, or a lower stage of ZeRO in a model of few blocks,
+may still need less."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ class Search:
         self.cores: dict[Core, tuple[Choice, int]] = {}
         """Degrees that can be: the proposal that needs least memory, and how much."""
         self.refusals: list[str] = []
+        self._rows: dict[tuple[Any, ...], dict[str, Any]] = {}
         self._look()
 
     # --- memory
@@ -111,7 +113,7 @@ class Search:
         return None if isinstance(found, str) else found
 
     def _look(self) -> None:
-        """Find the least memory of each core; the stages of ZeRO below one too large are too."""
+        """Find the least memory of each core; below a stage far too large all of ZeRO are."""
         too_large: set[tuple[int, int, int]] = set()
         for core in sorted(self.space.cores(), key=lambda core: -core.zero):
             degrees = core.tp, core.pp, core.ep
@@ -126,7 +128,7 @@ class Search:
                 if self.limit < found.total < NEAR * self.limit:
                     least = self._least(choice, found.total)
                 self.cores[core] = least
-                if least[1] > self.limit:
+                if least[1] > NEAR * self.limit:
                     too_large.add(degrees)
                 break
 
@@ -163,19 +165,19 @@ class Search:
         something travels whose share follows from the degrees.
         """
         config, card = self.config, hardware or self.asked.hardware
-        parallel, groups = config.parallel, dict[tuple[Any, ...], int]()
+        parallel = config.parallel
         tiers = parallel.zero.offload != "none" or parallel.zero.optimizer_states is not None
         away = config.training.activation_offload > 0.0
         alone = tiers or away or parallel.tp_overlap != "off"
-        rows: list[dict[str, Any]] = []
+        places: dict[tuple[Any, ...], int] = {}
         member = []
         for c in choices:
             own = (c.tp, c.pp, c.ep, c.chunks) if alone else (c.tp > 1, c.pp > 1, c.ep > 1)
             key = (c.checkpointing, c.schedule, c.zero, c.regather, *own)
-            if key not in groups:
-                groups[key] = len(rows)
-                rows.append(self._row(c, card))
-            member.append(groups[key])
+            if key not in self._rows:
+                self._rows[key] = self._row(c)
+            member.append(places.setdefault(key, len(places)))
+        rows = [self._rows[key] for key in places]
         shared = Cases.of(rows, {self.asked.name: card}).take(np.array(member, dtype=int))
         names = ("tp", "pp", "ep", "chunks", "micro_batch")
         columns = np.array([attrgetter(*names)(c) for c in choices], dtype=float).T
@@ -188,14 +190,15 @@ class Search:
         degrees = {"tp": tp, "pp": pp, "ep": ep, "chunks": chunks, "cp": cp, "dp": hdp / cp}
         return replace(shared, n={**shared.n, **degrees, "micro_batch": tokens * cp / length})
 
-    def _row(self, choice: Choice, hardware: HardwareConfig) -> dict[str, Any]:
+    def _row(self, choice: Choice) -> dict[str, Any]:
         """What ``row_of`` says of a proposal, whether it can be or not."""
         config = applied(self.config, choice, self.world_size, check=False)
         try:
             layout = Layout.of(config, self.world_size)
         except UserError:  # which another proposal of its group need not raise
             layout = self._even(config, choice)
-        return row_of(config, layout, hardware, self.asked.name, self.asked.device)
+        asked = self.asked
+        return row_of(config, layout, asked.hardware, asked.name, asked.device)
 
     def _even(self, config: RunConfig, choice: Choice) -> Layout:
         """The layout of a proposal with stages as even as can be, unchecked."""

@@ -39,7 +39,8 @@ def test_it_says_first_whether_it_fits_and_then_the_layouts() -> None:
     for word in ("matrix products", "optimizer states", "1T tokens", "GPU-hours", "cost"):
         assert word in done.output
     assert "not in the prediction: batch.ramp" in done.output
-    assert "believed, not measured" in done.output
+    unseen = plan("--cluster", "mi300x", "--gpus", "8", "--top", "1", preset="preset:demo")
+    assert "believed, not measured" in unseen.output
 
 
 def test_what_is_written_is_a_run_with_the_overrides_that_were_given(tmp_path: Path) -> None:
@@ -70,10 +71,13 @@ def test_a_written_file_names_a_file_of_a_user_beside_it(tmp_path: Path) -> None
     assert done.exit_code == 0, done.output
 
 
+@pytest.mark.slow
 def test_several_numbers_of_gpus_and_objectives() -> None:
-    by_time = facts("--cluster", "h100", "--gpus", "16,32", "--top", "4")
+    odd = ("--cluster", "h100", "--gpus", "16,32,37")
+    by_time = facts(*odd, "--top", "4")
     assert by_time["layouts"][0]["gpus"] == 32
-    assert set(by_time["fits"]) == {"16", "32"}
+    assert by_time["fits"]["37"] == {"layouts": 0, "fit": 0}
+    assert "37 GPUs: no layout shares the batches" in plan(*odd).output
     by_cost = facts("--cluster", "h100", "--gpus", "16,32", "--objective", "cost", "--top", "4")
     hours = [one["gpu_hours"] for one in by_cost["layouts"]]
     assert hours == sorted(hours)

@@ -26,7 +26,7 @@ H100 = load_hardware("h100")
 ASKED = Asked(H100, "h100")
 RAMP = "batch.ramp={start_sequences: 48, increment_sequences: 48, over_tokens: 1e9}"
 RUNS = {
-    "dense": ("dense_7b", ("model.num_layers=8",), 32),
+    "dense": ("dense_7b", ("model.num_layers=4",), 16),
     "ramp": ("dense_25m", (RAMP, "batch.sequences=480"), 12),
     "experts": ("moe_demo", ("batch.ramp=null",), 8),
     "documents": ("documents_demo", (), 4),
@@ -46,7 +46,7 @@ def test_what_is_proposed_is_a_run_that_trains(name: str) -> None:
     search = Search(config, gpus, ASKED)
     best = search.best(8)
     assert best
-    for choice in best[:: 1 if gpus < 32 else 3]:
+    for choice in best:
         placed = applied(config, choice, gpus)
         again = RunConfig.model_validate(placed.model_dump(mode="json"))
         assert again == placed, dump(placed)
@@ -59,7 +59,7 @@ def test_what_is_proposed_is_a_run_that_trains(name: str) -> None:
 def test_all_at_once_is_each_alone(name: str) -> None:
     config, gpus = run(name)
     search = Search(config, gpus, ASKED)
-    choices = [c for c in search.space.choices() if search.memory(c) is not None][::11]
+    choices = [c for c in search.space.choices() if search.memory(c) is not None][::23]
     together = search.cases(choices)
     for index, choice in enumerate(choices):
         placed = applied(config, choice, gpus)
@@ -171,10 +171,13 @@ def test_predictions_add_up() -> None:
         speed = one.tokens / (one.days * 86400) / gpus
         assert speed == pytest.approx(one.tokens_per_second)
         assert 0.2 < one.mfu < 0.8
-        assert one.unseen
+        [kind] = search.cases([one.choice]).kinds
+        assert one.unseen == (kind not in ASKED.calibration.kinds)
 
 
-@pytest.mark.parametrize("preset", ["dense_7b", "moe_mixtral_8x7b"])
+@pytest.mark.parametrize(
+    "preset", ["dense_7b", pytest.param("moe_mixtral_8x7b", marks=pytest.mark.slow)]
+)
 def test_thousands_of_gpus_take_seconds(preset: str) -> None:
     config = load(f"preset:{preset}", ["batch.ramp=null", "batch.sequences=4096"])
     begun = time.process_time()
@@ -194,7 +197,7 @@ def test_cuda_graphs_are_for_one_gpu() -> None:
 def test_what_is_said_not_to_fit_does_not_fit_in_any_way() -> None:
     config, gpus = run("dense")
     search = Search(
-        config, gpus, replace(ASKED, hardware=H100.model_copy(update={"gpu": _gpu(1.7e10)}))
+        config, gpus, replace(ASKED, hardware=H100.model_copy(update={"gpu": _gpu(9e9)}))
     )
     refused = [core for core in search.space.cores() if core not in search.fitting]
     assert 0 < len(refused) < len(list(search.space.cores()))
