@@ -8,7 +8,7 @@ Some twenty small runs, dense and with experts, take steps with the trainer's ow
 each that is done; the same command goes on where it stopped. ``--show``: what FILE has, alone.
 
 The machine may be busy: before and after every few steps each process does the same fixed work,
-and "scaled" seconds are those on the wall divided by how much longer that took than at its best.
+and "scaled" seconds are those on the wall divided by how much longer that took than it ran.
 "cpu" are the seconds that the slower process ran, which miss what ranks wait for each other: on a
 busy machine they are for runs on one process, "scaled" on an idle one for all.
 
@@ -225,7 +225,7 @@ def read(work: Path) -> dict[str, dict[str, float]]:
     """Seconds of each trial's step by clock, of its slower rank."""
     lines = [json.loads(line) for line in work.read_text().splitlines()] if work.exists() else []
     rounds = [one for line in lines for rank in line["rounds"] for one in rank]
-    quiet = min((one["quiet"] for one in rounds), default=0.0)
+    quiet = statistics.median(one["quiet"] for one in rounds) if rounds else 0.0
     found = {}
     for line in lines:
         by_rank = [
