@@ -8,7 +8,7 @@ Some twenty small runs, dense and with experts, take steps with the trainer's ow
 each that is done; the same command goes on where it stopped. ``--show``: what FILE has, alone.
 
 The machine may be busy: before and after every few steps each process does the same fixed work,
-and "scaled" seconds are those on the wall divided by how much longer that took than at its best.
+and "scaled" seconds are those on the wall divided by how much longer that took than it ran.
 "cpu" are the seconds that the slower process ran, which miss what ranks wait for each other: on a
 busy machine they are for runs on one process, "scaled" on an idle one for all.
 
@@ -53,7 +53,7 @@ from allometry.studies.memory.probe import as_probed, write_tokens
 from allometry.trainer.assemble import make_model, make_optimizer, make_train_step
 from allometry.trainer.feed import sequence_steps
 
-ROUNDS, STEPS, WARM_UP = 6, 2, 2
+ROUNDS, STEPS, WARM_UP = 5, 2, 1
 HARDWARE = "this machine"
 GOALS = {"median": 0.10, "tau": 0.7}
 
@@ -83,7 +83,8 @@ class Trial:
         if self.experts:
             inside = {"num_experts": self.experts, "experts_per_token": 2, "width": self.width}
             model |= {"kind": "moe", "experts": {"kind": "swiglu", **inside}}
-            model["router"] = {"balance": {"kind": "auxiliary", "coefficient": 0.01}}
+            balance = {"kind": "auxiliary", "coefficient": 0.01, "loads": "step_before"}
+            model["router"] = {"balance": balance}
             del model["ffn_width"]
         parallel = dict(self.parallel)
         data = self.ranks // parallel.get("tp", 1) // parallel.get("pp", 1)
@@ -95,6 +96,7 @@ class Trial:
                 "model": model,
                 "data": {
                     "sequence_length": self.length,
+                    "packing": "concatenated",
                     "sources": [{"name": "random", "train": "none"}],
                 },
                 "batch": {"sequences": sequences, "micro_batch_sequences": self.micro_batch},
@@ -223,7 +225,7 @@ def read(work: Path) -> dict[str, dict[str, float]]:
     """Seconds of each trial's step by clock, of its slower rank."""
     lines = [json.loads(line) for line in work.read_text().splitlines()] if work.exists() else []
     rounds = [one for line in lines for rank in line["rounds"] for one in rank]
-    quiet = min((one["quiet"] for one in rounds), default=0.0)
+    quiet = statistics.median(one["quiet"] for one in rounds) if rounds else 0.0
     found = {}
     for line in lines:
         by_rank = [

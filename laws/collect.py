@@ -37,7 +37,7 @@ _MEANING = {
     "lr": "optimizer.lr, the peak rate before any rule of the parameterization",
     "U": "unique tokens: of each source what was read, at most its store",
 }
-COUNTS: dict[CountName, str] = {
+COUNT_MEANING: dict[CountName, str] = {
     "non_embedding": "parameters without embedding and head",
     "total": "all parameters, a tied embedding once",
     "with_head": "parameters without the embedding, the head counted (also where it is tied)",
@@ -92,8 +92,8 @@ def from_runs(
         groups=group_names(runs, rows, group_by),
         conventions={
             **_MEANING,
-            "N": COUNTS[count],
-            "N_non_embedding": COUNTS["non_embedding"],
+            "N": COUNT_MEANING[count],
+            "N_non_embedding": COUNT_MEANING["non_embedding"],
             "loss": choice.describe(runs[0]),
             **({"left out": f"not finished: {', '.join(skipped)}"} if skipped else {}),
         },

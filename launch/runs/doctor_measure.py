@@ -132,7 +132,7 @@ def as_yaml(hardware: HardwareConfig, found: Mapping[str, Any], disk: Path) -> s
         "disk_bandwidth": f"{at['disk']}: written to {disk.resolve()}, median, past the page cache",
         "adam_rate": f"{at['adam_rate']}: torch's fused AdamW in one rank, for all",
         "crowds": crowd,
-        "constants": f"{layers}; messages: {ranks}",
+        "constants": f"{layers}; those of messages: {ranks}",
     }
     yaml = YAML()
     yaml.width = 100
@@ -148,9 +148,10 @@ def _commented(tree: Mapping[str, Any], why: Mapping[str, str], depth: int) -> C
         if isinstance(value, float):
             made[key] = float(f"{value:.4g}")
         elif isinstance(value, dict):
-            made[key] = _commented(value, why, depth + 1)
+            inside = {} if key == "constants" else why  # whose names are not those of fields
+            made[key] = _commented(value, inside, depth + 1)
             numbers = all(isinstance(one, float) for one in value.values())
-            if value and numbers and not set(value) & set(why):
+            if value and numbers and not set(value) & set(inside):
                 made[key].fa.set_flow_style()
         elif isinstance(value, list):
             made[key] = [_commented(one, why, depth + 1) for one in value]

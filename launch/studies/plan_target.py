@@ -14,7 +14,7 @@ from allometry.configs.model import ModelConfig
 from allometry.configs.run import RunConfig
 from allometry.launch.studies.plan_text import words
 from allometry.launch.text import table
-from allometry.laws.collect import COUNTS, CountName
+from allometry.laws.collect import COUNT_MEANING, CountName
 from allometry.laws.fit.engine import Fit
 from allometry.laws.observations import Observations
 from allometry.scaling.count import count_parameters, flops_per_token
@@ -88,7 +88,7 @@ def sizes(
         )
     found.sort(key=lambda one: one.best.gpu_hours)
     rows = _rows([one.parameters for one in found], [one.tokens for one in found])
-    return found, [*fit.warnings_for(rows), f"N counts {COUNTS[counted]}"]
+    return found, [*fit.warnings_for(rows), f"N counts {COUNT_MEANING[counted]}"]
 
 
 def count_of(model: ModelConfig, counted: CountName) -> int:
@@ -130,7 +130,7 @@ def _rows(parameters: Sequence[float], tokens: Sequence[float]) -> Observations:
 def _count(fit: Fit) -> CountName:
     """Name the count of parameters that the fit's N is; without a word of it, all of them."""
     said = fit.observations.conventions.get("N", "")
-    return next((name for name, meaning in COUNTS.items() if meaning == said), "total")
+    return next((name for name, meaning in COUNT_MEANING.items() if meaning == said), "total")
 
 
 def target_text(found: Sequence[Size], notes: Sequence[str], loss: float, top: int) -> str:

@@ -130,7 +130,7 @@ def data(cases: Cases, constants: Constants, compute: Floats) -> Floats:
     exposed = exposed + earlier
     fully = whole * (2 * gather + reduce) - beside
     fully = cases.micro_batches * np.maximum(fully, 0.0) + copies * 2 * reduce
-    return np.where(n["zero"] == 3, fully, exposed)
+    return np.asarray(np.where(n["zero"] == 3, fully, exposed))
 
 
 def _rate(cases: Cases, constants: Constants, ranks: Floats, inner: Floats) -> Floats:

@@ -171,7 +171,7 @@ def fit_layers(
         (False, ("launch_eager_s", "passes_eager")),
         (True, ("launch_experts", "experts_products")),
     ):
-        timed = [layer for layer in found["layers"] if layer["experts"] == experts]
+        timed = [layer for layer in found["layers"] if bool(layer["expert_ffn"]) == experts]
         cases = Cases.of([_layer_row(layer, dtype) for layer in timed], {NAME: hardware})
         seconds = np.array([layer["seconds"] for layer in timed])
         start = [float(getattr(constants, name)) for name in names]
@@ -222,8 +222,8 @@ def _layer_row(layer: Mapping[str, Any], dtype: str) -> dict[str, Any]:
         "global_batch": layer["sequences"],
         "vocab": 256,
     }
-    if layer["experts"]:
-        row |= {"experts": EXPERTS, "top_k": TOP_K, "expert_ffn": 2 * layer["width"]}
+    if layer["expert_ffn"]:
+        row |= {"experts": EXPERTS, "top_k": TOP_K, "expert_ffn": layer["expert_ffn"]}
     return row
 
 

@@ -162,7 +162,8 @@ def crowd(mesh: Mesh, threads: int, alone: int) -> dict[str, float]:
 def _median_seconds(work: Callable[[], object]) -> float:
     """Median seconds for ``SLICE_S``: of the thread where there is one, which others may delay."""
     now = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-    taken, begun = [], time.perf_counter()
+    taken: list[float] = []
+    begun = time.perf_counter()
     while not taken or time.perf_counter() - begun < SLICE_S:
         start = now()
         work()

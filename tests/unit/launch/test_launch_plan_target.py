@@ -14,7 +14,7 @@ from allometry.configs.loader import load
 from allometry.configs.machine import load_hardware
 from allometry.launch.cli import app
 from allometry.launch.studies import plan_target
-from allometry.laws.collect import COUNTS
+from allometry.laws.collect import COUNT_MEANING
 from allometry.laws.fit.engine import Fit, fit
 from allometry.laws.fit.store import save_fit
 from allometry.laws.observations import Observations
@@ -31,7 +31,7 @@ def law() -> Fit:
     n, d = (x.ravel() for x in np.meshgrid(np.geomspace(1e7, 1e10, 6), np.geomspace(1e9, 1e12, 6)))
     loss = TRUE["E"] + TRUE["A"] / n ** TRUE["alpha"] + TRUE["B"] / d ** TRUE["beta"]
     rows = Observations.of({"N": n, "D": d, "loss": loss})
-    told = Observations(rows.columns, rows.groups, {}, {"N": COUNTS["non_embedding"]})
+    told = Observations(rows.columns, rows.groups, {}, {"N": COUNT_MEANING["non_embedding"]})
     return fit(form_named("chinchilla"), told)
 
 
@@ -54,7 +54,7 @@ def test_sizes_are_ordered_by_gpu_hours_and_count_as_the_law_does(law: Fit) -> N
     own = next(one for one in found if one.width == config.model.width)
     assert own.parameters == count_parameters(config.model).non_embedding
     assert own.best.tokens == pytest.approx(own.tokens, rel=0.01)
-    assert any(COUNTS["non_embedding"] in note for note in notes)
+    assert any(COUNT_MEANING["non_embedding"] in note for note in notes)
     with pytest.raises(UserError, match=r"--loss=1\.5: no size reaches it"):
         plan_target.sizes(config, law, 1.5, asked, (8,))
 

@@ -53,8 +53,8 @@ def planted() -> dict[str, Any]:
         for s in pieces.LENGTHS
     ]
     shapes = [
-        {"width": w, "heads": h, "sequences": b, "length": s, "experts": e}
-        for e in (False, True)
+        {"width": w, "heads": h, "sequences": b, "length": s, "expert_ffn": e * w}
+        for e in (0, 1)
         for w, h, b, s in pieces.LAYERS
     ]
     hardware = described(found | {"layers": None, "heads": None})
@@ -141,7 +141,7 @@ def test_pieces_of_this_process_are_timed_and_described(monkeypatch: pytest.Monk
     clock = pieces.Clock(torch.device("cpu"), seconds=0.0)
     found = pieces.pieces(clock, ("bf16", "fp32"))
     assert [p["dtype"] for p in found["products"]] == ["bf16"] * 2 + ["fp32"] * 2
-    assert [layer["experts"] for layer in found["layers"]] == [False, False, True, True]
+    assert [layer["expert_ffn"] for layer in found["layers"]] == [0, 0, 32, 128]
     every = [*found["products"], *found["attention"], *found["layers"], *found["heads"]]
     assert all(one["seconds"] > 0 for one in every)
     hardware = describe.describe(found, MACHINE | {"ranks": 1})
