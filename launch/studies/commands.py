@@ -86,6 +86,14 @@ class Plan(ConfigCommand):
         "instead"
     )
     loss: float | None = option("with --fit: the loss to reach", min=0)
+    calibrate: tuple[Path, ...] = option(
+        "run that recorded predicted steps (record.prediction), to learn the constants from; "
+        "repeat for several",
+        (),
+    )
+    constants: Path | None = option(
+        "with --calibrate: file to keep the constants in; without: the one to plan with"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

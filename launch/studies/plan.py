@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 from allometry.configs.errors import UserError
 from allometry.configs.format import human
 from allometry.configs.loader import PRESET, put, yaml_text
-from allometry.configs.machine import load_hardware
+from allometry.configs.machine import HardwareConfig, load_hardware
 from allometry.configs.run import RunConfig
 from allometry.configs.source import Tree, parse_value
 from allometry.launch.command import Report
@@ -18,10 +18,14 @@ from allometry.launch.figures.drawing import check_format
 from allometry.launch.studies.commands import Plan
 from allometry.launch.studies.plan_scale import scale_figure, scale_text
 from allometry.launch.studies.plan_target import sizes, target_text
-from allometry.launch.studies.plan_text import described
+from allometry.launch.studies.plan_text import described, learnt_text
 from allometry.laws.fit.engine import Fit
 from allometry.laws.fit.store import load_fit
+from allometry.laws.predictions import Compared, calibrate_runs
 from allometry.scaling.count import count_parameters
+from allometry.scaling.planner.calibrate import Calibration
+from allometry.scaling.planner.store import load as load_belief
+from allometry.scaling.planner.store import published, save
 from allometry.scaling.search.auto import without_auto
 from allometry.scaling.search.curves import scale_curve
 from allometry.scaling.search.proposal import Proposal, proposals
@@ -72,13 +76,14 @@ def planned(asked: Plan) -> Report:
         raise UserError("--fit and --loss belong together: a law, and the loss to reach by it")
     if asked.write is not None and (asked.scale or asked.fit is not None):
         raise UserError("--write keeps one run's layout; leave it out, or --scale and --fit")
+    belief, learnt = _belief(asked, load_hardware(asked.cluster))
     if asked.scale:
-        return _scaled(asked)
+        return _scaled(asked, belief)
     if asked.fit is not None and asked.loss is not None:
-        return _reached(asked, load_fit(asked.fit).fit, asked.loss)
+        return _reached(asked, belief, load_fit(asked.fit).fit, asked.loss)
     tree = _overrides(asked) if asked.write is not None else Tree({})
     config, tokens = without_auto(asked.load()), _tokens(asked.tokens)
-    wanted = _asked(asked)
+    wanted = _asked(asked, belief)
     searches = [Search(config, gpus, wanted) for gpus in _counts(asked.gpus)]
     able = [search for search in searches if search.cores]
     if not able:
@@ -92,6 +97,9 @@ def planned(asked: Plan) -> Report:
     saved = () if best else tuple(remedies(able[-1]))
     facts = Answer(tuple(searches), best, turns, saved).describe()
     text = described(searches, best, turns, saved, asked.explain)
+    if learnt:
+        facts["learnt"] = [asdict(one) | {"folder": str(one.folder)} for one in learnt]
+        text += "\n\n" + learnt_text(learnt)
     if best and asked.write is not None:
         _write(asked, best[0], tree)
         facts["written"] = str(asked.write)
@@ -99,10 +107,14 @@ def planned(asked: Plan) -> Report:
     return Report(facts, text, passed=bool(best))
 
 
-def _scaled(asked: Plan) -> Report:
+def _scaled(asked: Plan, belief: Calibration | None) -> Report:
     """Best layouts from few GPUs to many, as a table and a picture."""
     check_format(asked.out)
-    config, tokens, wanted = without_auto(asked.load()), _tokens(asked.tokens), _asked(asked)
+    config, tokens, wanted = (
+        without_auto(asked.load()),
+        _tokens(asked.tokens),
+        _asked(asked, belief),
+    )
     at = _counts(asked.gpus)[0]
     strong, weak = (scale_curve(config, wanted, kind, at, tokens) for kind in ("strong", "weak"))
     points = [*strong, *weak]
@@ -117,9 +129,9 @@ def _scaled(asked: Plan) -> Report:
     return Report(facts, text, passed=fits)
 
 
-def _reached(asked: Plan, fit: Fit, loss: float) -> Report:
+def _reached(asked: Plan, belief: Calibration | None, fit: Fit, loss: float) -> Report:
     """Sizes, tokens and layouts that reach a loss by a law, the cheapest first."""
-    config, wanted = without_auto(asked.load()), _asked(asked)
+    config, wanted = without_auto(asked.load()), _asked(asked, belief)
     found, notes = sizes(config, fit, loss, wanted, _counts(asked.gpus), asked.price)
     facts = {"cluster": asked.cluster, "loss": loss, "law": fit.form.name, "notes": notes}
     facts["sizes"] = [one.describe() for one in found]
@@ -131,7 +143,22 @@ def _rank(one: Proposal, objective: Objective) -> float:
     return values[objective]
 
 
-def _asked(asked: Plan) -> Asked:
+def _belief(asked: Plan, hardware: HardwareConfig) -> tuple[Calibration | None, list[Compared]]:
+    """What to believe of the cost model's constants, and the runs that taught it."""
+    if not asked.calibrate:
+        return (None if asked.constants is None else load_belief(asked.constants)), []
+    found = calibrate_runs(asked.calibrate, published(hardware))
+    if asked.constants is not None:
+        try:
+            save(found.belief, asked.constants)
+        except OSError as error:
+            raise UserError(
+                f"--constants={asked.constants} cannot be written ({error.strerror}); name another"
+            ) from None
+    return found.belief, list(found.compared)
+
+
+def _asked(asked: Plan, belief: Calibration | None) -> Asked:
     if asked.objective not in get_args(Objective):
         raise UserError(f"--objective={asked.objective} is not known; use time, cost or memory")
     hardware = load_hardware(asked.cluster)
@@ -142,6 +169,7 @@ def _asked(asked: Plan) -> Asked:
         reserve=RESERVE if asked.reserve is None else asked.reserve,
         keep=asked.keep,
         device="cuda" if hardware.gpu.asynchronous else "cpu",
+        belief=belief,
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from allometry.configs.format import human
 from allometry.launch.text import counted, size, table
+from allometry.laws.predictions import Compared
 from allometry.scaling.count import count_parameters
 from allometry.scaling.search.proposal import Proposal
 from allometry.scaling.search.remedies import Remedy, nearest
@@ -35,6 +36,22 @@ def described(
         lines += ["", f"{number}. {words(one.choice, one.gpus)}", _terms(one), "", _memory(one)]
     lines += ["", *_turns(turns, best[0])] if turns else []
     return "\n".join(lines)
+
+
+def learnt_text(learnt: Sequence[Compared]) -> str:
+    """Return the runs from which constants were learnt: measured and predicted steps."""
+    rows = [
+        [
+            str(one.folder),
+            f"{one.steps}",
+            f"{one.measured_s:.4g}",
+            f"{one.before_s:.4g} ({one.interval[0]:.3g} to {one.interval[1]:.3g})",
+            f"{one.after_s:.4g}",
+        ]
+        for one in learnt
+    ]
+    heads = ["learnt from", "steps", "measured s", "predicted s before (90 %)", "after"]
+    return table([heads, *rows], right=(1, 2, 4))
 
 
 def words(choice: Choice, gpus: int) -> str:
