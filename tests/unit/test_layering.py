@@ -35,7 +35,7 @@ SUB_ROOM_MAY_IMPORT = {
         *("scaling.planner", "scaling.attention", "scaling.batch", "scaling.count"),
         *("scaling.degrees", "scaling.layout", "scaling.loads", "scaling.memory", "scaling.plan"),
         *("scaling.hdp", "scaling.context", "scaling.inventory", "scaling.offload"),
-        "scaling.update_rules",
+        *("scaling.stages", "scaling.update_rules"),
     },
     "laws.forms": {"laws.observations"},
     "laws.fit": {"laws.observations", "laws.registry", "laws.forms"},
