@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -116,17 +117,13 @@ def train(
         schedules = schedules_of(config)
         stream = on_all_ranks(mesh, lambda: open_sources(config), "opening the data")
         folder = RunFolder(config.run.folder)
-        if callbacks is None:
-            callbacks = on_main_rank(
-                mesh, lambda: standard_callbacks(config.record, folder), "making callbacks"
-            )
+        present = _present(callbacks, config, folder, mesh)
         start = begin(
             *(folder, config, stream, mesh, stop_at_step),
             lambda found: check_data(found, plans),
             importer,
         )
         stream = continued(stream, start.facts)
-        present = list(callbacks or ()) if mesh.is_main else []
         recorder = None
         try:
             recorder = on_main_rank(mesh, lambda: record.Recorder(folder), "opening the record")
@@ -148,6 +145,16 @@ def train(
         if lost is not None:
             raise UserError(f"{lost}; the last checkpoint is whole")
         return result
+
+
+def _present(
+    callbacks: Sequence[Callback] | None, config: RunConfig, folder: RunFolder, mesh: Mesh
+) -> list[Callback]:
+    """The callbacks of a launch, which its main rank has; None: those of the configuration."""
+    if callbacks is None:
+        make = partial(standard_callbacks, config.record, folder)
+        callbacks = on_main_rank(mesh, make, "making callbacks")
+    return list(callbacks or ()) if mesh.is_main else []
 
 
 def _close(recorder: record.Recorder | None, callbacks: Sequence[Callback]) -> str | None:

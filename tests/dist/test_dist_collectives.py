@@ -12,9 +12,12 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
+from torch.utils._python_dispatch import TorchDispatchMode
+from typing_extensions import override
 
 import tiny
 from allometry.configs.run import RunConfig
@@ -23,7 +26,7 @@ from allometry.parallel import reduce, tensor, zero
 from allometry.parallel.reduce import is_replicated_over_tp
 from allometry.studies.rehearse import rehearse
 from test_dist_layouts import DENSE, LATENT, MOE, run
-from test_dist_tensor import config, mixture, prepare
+from test_dist_tensor import config, mixture, pairs, prepare
 
 RunRanks = Callable[..., list[Any]]
 Calls = Counter[tuple[str, str, str]]
@@ -205,3 +208,33 @@ def test_bf16_summands_are_added_in_fp32(run_ranks: RunRanks, make: str, stage: 
     assert max(run_ranks(summation_error, 4, make, stage, False)) < 1e-6
     if stage == 2:
         assert min(run_ranks(summation_error, 4, make, stage, True)) > 1e-3
+
+
+class FullWidthCopies(TorchDispatchMode):
+    """Counts copies of the activation [B, L, D] of all tokens."""
+
+    def __init__(self, tokens: int, width: int) -> None:
+        super().__init__()
+        self.size, self.width, self.found = tokens * width, width, 0
+
+    @override
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten.cat.default, torch.ops.aten.clone.default):
+            self.found += made.shape[-1:] == (self.width,) and made.numel() >= self.size
+        return made
+
+
+def copies(run: RunConfig) -> int:
+    with tiny.mesh(run) as mesh:
+        model, sync = tiny.distributed(run, mesh)
+        batch = pairs(1)[0]
+        sync.micro_batch(last=True)
+        with FullWidthCopies(batch.tokens_BL.numel(), run.model.width) as counted:
+            tiny.forward_loss(model, batch).backward()
+        sync.finish()
+        return counted.found
+
+
+def test_only_the_head_copies_gathered_tokens_into_sequences(run_ranks: RunRanks) -> None:
+    assert run_ranks(copies, 2, config(2, "fp32", activation_checkpointing="none")) == [2, 2]

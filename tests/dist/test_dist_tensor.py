@@ -14,8 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from typing_extensions import override
 
 import tiny
 from allometry.configs.run import RunConfig
@@ -105,36 +103,6 @@ def compare(run: RunConfig, mesh: Mesh, twin: RunConfig | None = None) -> dict[s
     for name, parameter in model.named_parameters():
         assert isinstance(parameter, DTensor), name
     return measured
-
-
-class FullWidthCopies(TorchDispatchMode):
-    """Counts copies of the activation [B, L, D] of all tokens."""
-
-    def __init__(self, tokens: int, width: int) -> None:
-        super().__init__()
-        self.size, self.width, self.found = tokens * width, width, 0
-
-    @override
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        if func in (torch.ops.aten.cat.default, torch.ops.aten.clone.default):
-            self.found += made.shape[-1:] == (self.width,) and made.numel() >= self.size
-        return made
-
-
-def copies(run: RunConfig) -> int:
-    with tiny.mesh(run) as mesh:
-        model, sync = tiny.distributed(run, mesh)
-        batch = pairs(1)[0]
-        sync.micro_batch(last=True)
-        with FullWidthCopies(batch.tokens_BL.numel(), run.model.width) as counted:
-            tiny.forward_loss(model, batch).backward()
-        sync.finish()
-        return counted.found
-
-
-def test_only_the_head_copies_gathered_tokens_into_sequences(run_ranks: RunRanks) -> None:
-    assert run_ranks(copies, 2, config(2, "fp32", activation_checkpointing="none")) == [2, 2]
 
 
 def errors(run: RunConfig, twin: RunConfig | None = None) -> dict[str, float]:

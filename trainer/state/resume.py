@@ -45,9 +45,8 @@ class Start:
     """Where a launch begins: ``checkpoint`` is None for a run that starts from nothing.
 
     ``branched``: it was just taken over from the run that ``run.parent`` names. ``changes``: what
-    the description has otherwise from here on. ``overrides``: how many parameters the launch
-    freezes, trains again or multiplies otherwise than the steps before. ``next_stage``: it was just
-    saved, and the launch goes on in another stage.
+    the description has otherwise from here on, and ``overrides`` for how many parameters.
+    ``next_stage``: it was just saved, and the launch goes on in another stage.
     """
 
     checkpoint: Path | None
@@ -219,13 +218,7 @@ def _choose(
     if not facts.get("weights_only"):
         check_unchanged(old, config, facts["step"])
         accept(facts, old)
-        step = facts["step"]
-        _check_rows(folder, step)
-        if _is_first(folder, config):
-            old = _parent_of(config) or old
-        changes = branch_changes(old, config, step, rates=True)
-        overrides = changed_overrides(old, config, step)
-        return _Choice(path, with_reading(facts, old), changes=changes, overrides=overrides)
+        return _going_on(folder, old, config, path, facts)
     # Nothing was trained on imported weights yet: only their own description is settled.
     settled = _SETTLED
     if facts.get("optimizer"):
@@ -237,6 +230,19 @@ def _choose(
     check_unchanged(old, config, facts["step"], settled)
     accept(facts, old)
     return _Choice(path, facts)
+
+
+def _going_on(
+    folder: RunFolder, old: RunConfig, config: RunConfig, path: Path, facts: dict[str, Any]
+) -> _Choice:
+    """The choice of a run's own checkpoint, with what changes there."""
+    step = facts["step"]
+    _check_rows(folder, step)
+    if _is_first(folder, config):
+        old = _parent_of(config) or old
+    changes = branch_changes(old, config, step, rates=True)
+    overrides = changed_overrides(old, config, step)
+    return _Choice(path, with_reading(facts, old), changes=changes, overrides=overrides)
 
 
 def _choose_new(
@@ -309,7 +315,6 @@ def _is_first(folder: RunFolder, config: RunConfig) -> bool:
 
 
 def _parent_of(config: RunConfig) -> RunConfig | None:
-    """The description of the run that a branch begins with, while that is there."""
     assert config.run.parent is not None
     source = RunFolder(config.run.parent.folder)
     return None if source.is_new() else stored_config(source)
