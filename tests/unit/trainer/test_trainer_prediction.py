@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,9 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from allometry.configs.errors import UserError
 from allometry.configs.run import RunConfig
+from allometry.launch.cli import app
 from allometry.laws.predictions import EVENT, calibrate_runs
 from allometry.scaling.planner.calibrate import Calibration
 from allometry.scaling.planner.store import load, published, save
@@ -93,3 +96,30 @@ def test_a_belief_is_the_same_from_its_file(tmp_path: Path) -> None:
     (tmp_path / "plain.json").write_text(text)
     with pytest.raises(UserError, match="another version of the cost model"):
         load(tmp_path / "plain.json")
+
+
+def test_a_plan_learns_from_runs(tiny: Make, tmp_path: Path) -> None:
+    folder = run(tiny(*SHORT, *ON, "training.compute_dtype=fp32", folder=tmp_path / "run"))
+    kept = tmp_path / "constants.json"
+    asked = ["plan", "preset:demo", "--cluster", "a100", "--gpus", "8", "--json", "--top", "1"]
+
+    def planned(*more: str) -> dict[str, Any]:
+        done = CliRunner().invoke(app, [*asked, *more])
+        assert done.exit_code == 0, done.output
+        found: dict[str, Any] = json.loads(done.output)
+        return found
+
+    plain, kept_as = planned(), ("--constants", str(kept))
+    learnt = planned("--calibrate", str(folder), *kept_as)
+    (one,) = learnt["learnt"]
+    assert one["folder"] == str(folder)
+    assert abs(np.log(one["after_s"] / one["measured_s"])) < abs(
+        np.log(one["before_s"] / one["measured_s"])
+    )
+    assert learnt["layouts"][0]["seconds"] != plain["layouts"][0]["seconds"]
+    # Numbers in the file are rounded.
+    again = planned(*kept_as)["layouts"][0]["seconds"]
+    assert again == pytest.approx(learnt["layouts"][0]["seconds"], rel=1e-3)
+    kept.write_text("{}")
+    with pytest.raises(UserError, match="is no calibration of the planner"):
+        CliRunner().invoke(app, [*asked, *kept_as], catch_exceptions=False)
