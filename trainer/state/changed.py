@@ -69,6 +69,8 @@ class Difference(NamedTuple):
         """What a user would name of it: ``data``, ``schedule``, ``optimizer.lr``."""
         if any(covers(section, self.key) for section in MIXTURE):
             return "data"
+        if self.key == UPDATE:
+            return UPDATE
         parts = self.key.split(".")
         whole = parts[0] in ("schedule", "precision")
         return parts[0] if whole else ".".join(parts[:2])

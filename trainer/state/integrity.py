@@ -119,7 +119,7 @@ class ShardWriter(FileSystemWriter):
 
 
 def seal(
-    path: Path, step: int, files: Files, facts: dict[str, Any], block_bytes: int = BLOCK_BYTES
+    path: Path, step: int, files: Files, facts: dict[str, Any], block_bytes: int | None = None
 ) -> None:
     """Make a checkpoint of a folder of shards: add the facts and, last, the list of files."""
     text = json.dumps(facts, indent=2) + "\n"
@@ -127,7 +127,7 @@ def seal(
     checksum = Checksum()
     checksum.update(text.encode())
     listed = dict(sorted((files | {FACTS: checksum.entry()}).items()))
-    content = {"step": step, "block_bytes": block_bytes, "files": listed}
+    content = {"step": step, "block_bytes": block_bytes or BLOCK_BYTES, "files": listed}
     write_atomically(path / COMPLETE, json.dumps(content, indent=2) + "\n")
 
 
@@ -156,7 +156,7 @@ def _blocks(path: Path) -> list[_Block]:
     try:
         return list(_listed(content))
     except (KeyError, TypeError, AttributeError, OverflowError):
-        raise ValueError("it does not list files as allometry does") from None
+        raise ValueError("its list of files is none of a checkpoint") from None
 
 
 def _listed(content: dict[str, Any]) -> Iterator[_Block]:

@@ -23,6 +23,7 @@ from allometry.scaling.layout import Layout
 from allometry.scaling.parameterization import Parameterization
 from allometry.scaling.plan import RunPlan
 from allometry.trainer.feed import DeviceBatch
+from allometry.trainer.state.changed import UPDATE
 from allometry.trainer.train import train
 from checkpoint_bits import bits
 from run_folders import events, rows
@@ -132,14 +133,14 @@ def test_only_a_branch_may_begin_or_cease_to_be_late(tiny: Make, tmp_path: Path)
         with pytest.raises(UserError, match=r"optimizer_states.update='(delayed|exact)' differs"):
             launch(tiny(how, folder=tmp_path / name))
     for name, how in (("e", delayed()), ("d", EXACT)):
-        whence = f"run.parent={{folder: {tmp_path / name}, step: 10}}"
+        whence = f"run.parent={{folder: {tmp_path / name}, step: 10, changes: [{UPDATE}]}}"
         branch = tiny(how, whence, folder=tmp_path / f"from-{name}")
         launch(branch)
         assert len(losses(branch)) == 20
     # With all updates of its parent, none of which waits any more.
     begun = bits(trunks["e"], 10)
-    launch(tiny(delayed(), f"run.parent={{folder: {tmp_path / 'e'}, step: 10}}",
-                "checkpoint.every_steps=1", folder=tmp_path / "again"), 11)  # fmt: skip
+    whence = f"run.parent={{folder: {tmp_path / 'e'}, step: 10, changes: [{UPDATE}]}}"
+    launch(tiny(delayed(), whence, "checkpoint.every_steps=1", folder=tmp_path / "again"), 11)
     after = bits(tiny(folder=tmp_path / "again"), 11)
     late = after["optimizer.blocks.1.ffn.down.weight.late"]
     assert torch.equal(late, begun["model.blocks.1.ffn.down.weight"])

@@ -162,7 +162,7 @@ def test_a_run_whose_checkpoints_are_gone_is_not_begun_again(tiny: Make) -> None
     with pytest.raises(UserError, match=r"step-12 is damaged \(it is gone\).*run\.resume=step-10"):
         run(config)
     shutil.rmtree(folder / "checkpoints")
-    with pytest.raises(UserError, match="no complete one in this folder"):
+    with pytest.raises(UserError, match="all of them are gone"):
         run(config)
     assert rows(folder) == before
 
