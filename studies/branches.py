@@ -63,7 +63,7 @@ def with_names(parent: RunConfig, branch: RunConfig) -> RunConfig:
     assert link is not None
     missing = {
         one.name
-        for one in branch_changes(parent, branch)
+        for one in branch_changes(parent, branch, link.step)
         if is_possible(one.key) and not link.may_change(one.key)
     }
     update: dict[str, Any] = {"changes": (*link.changes, *sorted(missing))}
