@@ -350,6 +350,9 @@ class _Run:
 
     def _report_start(self) -> None:
         start, report = self.start, self.report
+        if not start.next_stage:  # else the launch has said where it began
+            for kind, facts in start_events(self.config, start):
+                report(kind, step=start.step, **facts)
         if self.mesh.device.type == "cuda":  # estimates are of one
             here = os.environ.get("LOCAL_WORLD_SIZE", "")
             node_ranks = int(here) if here.isdecimal() else NODE_RANKS
@@ -358,9 +361,6 @@ class _Run:
         again = read_again(start.facts, self.stream)
         if again:
             report("same_documents", sources=again, seed=self.config.run.seed)
-        if not start.next_stage:  # else the launch has said where it began
-            for kind, facts in start_events(self.config, start):
-                report(kind, step=start.step, **facts)
         if isinstance(self.optimizer, Elsewhere):
             held = {f"{tier}_bytes": size for tier, size in self.optimizer.held_bytes().items()}
             place = self.optimizer.place()

@@ -19,6 +19,7 @@ from allometry.configs.run import RunConfig
 from allometry.data.run_tokenizer import tokenizer_that_agrees
 from allometry.scaling.inventory import inventory
 from allometry.scaling.parameterization import Parameterization
+from allometry.scaling.stages import place_of
 from allometry.trainer.state import checkpoint
 from allometry.trainer.state.branch import Taken, link_files, stored_config
 from allometry.trainer.state.changed import Difference, leaves
@@ -94,7 +95,9 @@ def choose_initial(config: RunConfig, initial: Initial) -> Chosen:
     if problem is not None:
         raise unusable(path, problem)
     before = stored_config(source)
-    changes = _check_model(before, config, key)
+    # Each as it is in the stage of this step: the last one there, the first one here.
+    there = place_of(before, checkpoint.step_of(path)).config
+    changes = _check_model(there, config.of_stages()[0], key)
     if "optimizer" in initial.keep:
         _check_optimizer(before, config, facts, path, key)
     tokenizer_that_agrees(config.data, source.path)

@@ -136,6 +136,7 @@ def test_what_is_kept_and_what_begins_afresh(tiny: Make, tmp_path: Path) -> None
         assert facts["areas"]["step"] == 2
         kinds = [event["event"] for event in events(folder)]
         assert ("sources_continued" in kinds) == ("data" in keep)
+        assert kinds[0] == "initial"
         assert ("same_documents" in kinds) == ("data" not in keep)
         read: dict[str, torch.Tensor] = {"optimizer.head.weight.step": torch.zeros(())}
         torch.distributed.checkpoint.load(
@@ -183,6 +184,30 @@ def test_other_rates_and_another_base_of_rotary_frequencies(tiny: Make, tmp_path
         ("model.dropout", 0.0, 0.1),
         ("model.rope_theta", 10_000.0, 50_000.0),
     ]
+
+
+def test_the_model_is_the_one_of_the_stage_where_the_checkpoint_lies(
+    tiny: Make, tmp_path: Path
+) -> None:
+    """What a stage has of its own differs there and here, and not what the whole run says."""
+    length = ("training.total_tokens=null", "training.total_steps=null")
+
+    def stages(first: int, second: int) -> str:
+        parts = [
+            f"{{name: s{theta}, steps: 2, model: {{rope_theta: {theta}}}}}"
+            for theta in (first, second)
+        ]
+        return f"stages=[{', '.join(parts)}]"
+
+    trunk = run(tiny(*length, CONSTANT, stages(20_000, 50_000), folder=tmp_path / "trunk"))
+    one = tiny(initial(trunk), CONSTANT, folder=tmp_path / "one")
+    two = tiny(initial(trunk, step=2), *length, CONSTANT, stages(30_000, 50_000))
+    for config, before, after in ((one, 50_000.0, 10_000.0), (two, 20_000.0, 30_000.0)):
+        new = run(config, stop_at_step=1)
+        said = [event for event in events(new) if event["event"] == "config_changed"]
+        assert [(e["key"], e["before"], e["after"]) for e in said] == [
+            ("model.rope_theta", before, after)
+        ]
 
 
 REFUSED = (
