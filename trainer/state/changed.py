@@ -131,7 +131,7 @@ def check_named(changes: Iterable[Difference], parent: Parent) -> None:
 
 def check_names(parent: Parent, *runs: RunConfig) -> None:
     """Refuse names in ``run.parent.changes`` that are no keys, or that no branch can change."""
-    keys = {key for run in runs for key in leaves(_plain(run))}
+    keys = {key for run in runs for key in leaves(_plain(run), empty=True)}
     for name in parent.changes:
         place = f"run.parent.changes: {name!r}"
         if not any(covers(name, key) for key in keys):
@@ -191,8 +191,10 @@ def _plain(config: RunConfig) -> dict[str, Any]:
     return plain
 
 
-def leaves(value: Any, path: str = "") -> dict[str, Any]:
-    """Return a nested description as {dotted key: value}."""
+def leaves(value: Any, path: str = "", *, empty: bool = False) -> dict[str, Any]:
+    """Return a nested description as {dotted key: value}; of lists without entries if ``empty``."""
+    if empty and value in ([], {}):
+        return {path: value}
     if isinstance(value, dict):
         items = value.items()
     elif isinstance(value, list):
@@ -201,5 +203,5 @@ def leaves(value: Any, path: str = "") -> dict[str, Any]:
         return {path: value}
     found: dict[str, Any] = {}
     for key, inner in items:
-        found |= leaves(inner, f"{path}.{key}" if path else str(key))
+        found |= leaves(inner, f"{path}.{key}" if path else str(key), empty=empty)
     return found

@@ -11,7 +11,7 @@ from allometry.configs.run import RunConfig
 from allometry.optim.schedule import schedules_of
 from allometry.scaling.inventory import inventory
 from allometry.scaling.parameterization import Parameterization
-from allometry.scaling.stages import StagePlace, place_at, places_of
+from allometry.scaling.stages import StagePlace, place_at, place_of, places_of
 from allometry.trainer.state.changed import (
     MIXTURE,
     Difference,
@@ -19,10 +19,12 @@ from allometry.trainer.state.changed import (
     check_names,
     check_possible,
     differences,
+    is_possible,
 )
 
 # Which parameters are trained, and how fast, may change where a run goes on, which is an event.
 OVERRIDES = "optimizer.overrides"
+_LENGTHS = ("training.total_steps", "training.total_tokens")
 CONTINUES = "may not change when a run continues; restore it or choose another run.folder"
 
 
@@ -66,7 +68,7 @@ def check_branch(parent: RunConfig, branch: RunConfig, link: Parent) -> None:
         UserError: names the key that differs, or the first step with another learning rate.
     """
     step, folder = link.step, link.folder
-    check_names(link, parent, branch)
+    check_names(link, _at(parent, step), _at(branch, step))
     for begun, change in _differences_of_stages(parent, branch, step):
         if not begun.goes_on and _is_of_branch(change):
             raise UserError(
@@ -75,6 +77,8 @@ def check_branch(parent: RunConfig, branch: RunConfig, link: Parent) -> None:
                 "run.parent out"
             )
     changes = branch_changes(parent, branch, step)
+    if place_at(places_of(branch), step).steps_before == step:  # a stage says itself what it has
+        changes = tuple(change for change in changes if is_possible(change.key))
     check_possible(changes, f"of run.parent.folder={folder}", f"folder: {folder}, step: {step}")
     check_named(changes, link)
     if _check_length(branch, step) == step:
@@ -87,24 +91,32 @@ def check_branch(parent: RunConfig, branch: RunConfig, link: Parent) -> None:
         alike = branch.model_copy(update={"optimizer": parent.optimizer})
         other = rates_part(parent, alike, step)
     if other is not None:
-        begun = parent.run.schedule_from
+        begun, count = parent.run.schedule_from, "have the schedule count from the branch"
         raise UserError(
             f"{_why(parent, branch)} of run.parent.folder={folder} gave step {other} "
             f"another learning rate than this run would have had, so that it cannot branch after "
             f"step {step}; "
             + (f"branch before step {other}, " if other > 1 else "")
             + (f"go on with its schedule by run.parent.schedule_from={begun}, " if begun else "")
-            + "have the schedule count from the branch by run.parent.changes=[schedule], or leave "
-            "run.parent out"
+            + ("" if branch.stages else f"{count} by run.parent.changes=[schedule], ")
+            + "or leave run.parent out"
         )
 
 
 def branch_changes(
     parent: RunConfig, branch: RunConfig, step: int, *, rates: bool = False
 ) -> tuple[Difference, ...]:
-    """Return what a branch has otherwise than its parent at ``step``, but for where it branches."""
-    before, after = (_at(run, step) for run in (parent, branch))
-    return tuple(one for one in differences(before, after, rates=rates) if _is_of_branch(one))
+    """Return what a branch has otherwise than its parent at ``step``, but for where it branches.
+
+    With ``rates`` the length, too, which of a run with stages is that of all of them.
+    """
+    before, after = _before(parent, branch, step), _at(branch, step)
+    found = [one for one in differences(before, after, rates=rates) if _is_of_branch(one)]
+    if parent.stages or branch.stages:
+        found = [one for one in found if one.key not in _LENGTHS]
+        was, now = (places_of(run)[-1].last_step for run in (parent, branch))
+        found += [Difference(_LENGTHS[0], was, now)] if rates and was != now else []
+    return tuple(found)
 
 
 def _is_of_branch(change: Difference) -> bool:
@@ -115,8 +127,8 @@ def changed_overrides(old: RunConfig, new: RunConfig, step: int) -> dict[str, in
     """How many parameters other ``optimizer.overrides`` freeze, train again and multiply otherwise
     in the steps after ``step``; empty where none is.
     """
-    new = _at(new, step)
-    rules = [Parameterization.of_run(_with_overrides(new, one)) for one in (_at(old, step), new)]
+    old, new = _before(old, new, step), _at(new, step)
+    rules = [Parameterization.of_run(_with_overrides(new, one)) for one in (old, new)]
     found = {"frozen": 0, "trained": 0, "multiplied": 0}
     for spec in inventory(new.model):
         before, after = (each.resolve(spec) for each in rules)
@@ -131,6 +143,15 @@ def changed_overrides(old: RunConfig, new: RunConfig, step: int) -> dict[str, in
 def _at(run: RunConfig, step: int) -> RunConfig:
     """A run as it is after ``step`` steps: in one of its stages."""
     return place_at(places_of(run), step).config
+
+
+def _before(old: RunConfig, new: RunConfig, step: int) -> RunConfig:
+    """What ``old`` was at ``step`` for ``new`` to differ from.
+
+    Where a stage ends there and goes on in ``new``, it is that stage, and the next one otherwise.
+    """
+    goes_on = place_at(places_of(new), step).steps_before < step
+    return place_of(old, step).config if goes_on else _at(old, step)
 
 
 def rates_part(old: RunConfig, new: RunConfig, step: int) -> int | None:
@@ -238,4 +259,6 @@ def _why(old: RunConfig, new: RunConfig) -> str:
             f"parameterization.kind={new.parameterization.kind} scales learning rates with the "
             "length of the run: training.total_steps or total_tokens"
         )
+    if old.stages or new.stages:
+        return "schedule, length or optimizer.lr of a stage (its warm-up begins at the last rate)"
     return "schedule or training.total_steps/total_tokens"
