@@ -146,7 +146,7 @@ def moved(
                 init_states(optimizer)
                 names = {p: name for name, p in parallel.named_parameters()}
                 state = state_tensors(parallel, optimizer)
-                converted = load(source / kind, state, names, mesh)
+                converted = load(source / kind, state, names, mesh).converted
             take_steps(dict(parallel.named_parameters()), optimizer, steps)
             save(parallel, optimizer, mesh, to / kind)
             found.append((wrong(run, optimizer, steps.stop), converted))
@@ -190,7 +190,7 @@ def compared(layout: dict[str, Any], source: Path) -> dict[str, Any]:
             init_states(optimizer)
             names = {p: name for name, p in parallel.named_parameters()}
             state = state_tensors(parallel, optimizer)
-            converted = load(source / kind, state, names, mesh)
+            converted = load(source / kind, state, names, mesh).converted
             worst, cut = 0.0, 0
             wanted, mine = alone(run, 2), decoded(optimizer)
             for p, name in names.items():

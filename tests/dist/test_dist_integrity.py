@@ -178,6 +178,8 @@ def test_each_fault_in_each_file_is_seen_alike_on_all_ranks(
     for (fault, name), answer in answers[0].items():
         if fault in said:
             assert said[fault].format(name) in answer, (fault, name)
+        elif fault == "extra" and name.endswith(".distcp"):
+            assert f"does not list __9{name}" in answer, (fault, name)
         else:
             assert answer == "loaded", (fault, name)
 
@@ -222,7 +224,7 @@ def test_saving_reads_nothing_choosing_no_shard_and_each_rank_its_share(
 
 def slow(path: Path, delay_s: float) -> dict[str, str]:
     """Disks of rank 1 (the main rank's, where it works for all) that take longer than a timeout."""
-    real_write, real_read = integrity.ShardWriter.write_data, checkpoint.FileSystemReader.read_data
+    real_write, real_read = integrity.ShardWriter.write_data, checkpoint.ShardReader.read_data
     real_seal = checkpoint.seal
 
     def delayed(real: Callable[..., Any], rank: int = 1) -> Callable[..., Any]:
@@ -239,7 +241,7 @@ def slow(path: Path, delay_s: float) -> dict[str, str]:
             folder.claim()
         mesh.barrier("saving")
         integrity.ShardWriter.write_data = delayed(real_write)  # type: ignore[method-assign]
-        checkpoint.FileSystemReader.read_data = delayed(real_read)  # type: ignore[method-assign]
+        checkpoint.ShardReader.read_data = delayed(real_read)  # type: ignore[method-assign]
         checkpoint.seal = delayed(real_seal, rank=0)
         try:
             save(folder, mesh, 3)
@@ -253,7 +255,7 @@ def slow(path: Path, delay_s: float) -> dict[str, str]:
             said["resumed"] = resume(folder, mesh)
         finally:
             integrity.ShardWriter.write_data = real_write  # type: ignore[method-assign]
-            checkpoint.FileSystemReader.read_data = real_read  # type: ignore[method-assign]
+            checkpoint.ShardReader.read_data = real_read  # type: ignore[method-assign]
             checkpoint.seal = real_seal
             integrity.READ_BYTES = 4 << 20
         said["from main"] = from_main_rank(
