@@ -93,9 +93,10 @@ def test_a_run_of_stages_imports_the_model_of_its_first(tiny: Make, tmp_path: Pa
     export_hf(trained(run_of(tiny, tmp_path / "run", "model.rope_theta=50000")), tmp_path / "hf")
     stages = "stages=[{name: a, steps: 1, model: {rope_theta: 50000}}, {name: b, steps: 1}]"
     length = ("training.total_steps=null", stages)
-    import_hf(tmp_path / "hf", run_of(tiny, tmp_path / "new", *length), tmp_path / "new", check=True)
+    config = run_of(tiny, tmp_path / "new", *length)
+    import_hf(tmp_path / "hf", config, tmp_path / "new", check=True)
     length = ("training.total_steps=null", stages.replace("50000", "60000"))
-    with pytest.raises(UserError, match=r"rope_theta=60000\.0 .*allometry convert .* --print-model"):
+    with pytest.raises(UserError, match=r"rope_theta=60000\.0 .*convert .* --print-model"):
         import_hf(tmp_path / "hf", run_of(tiny, tmp_path / "no", *length), tmp_path / "no")
 
 
