@@ -240,7 +240,8 @@ def import_hf(
             tokenizer=str(model.tokenizer) if model.tokenizer else None,
             notes=[*notes(origin, config), *unsure(config, source, model.tokenizer)],
             check=compare.compare(
-                *(config, CheckpointWeights(step), source, model.wanted, model.folding),
+                *(config.of_stages()[0], CheckpointWeights(step)),
+                *(source, model.wanted, model.folding),
                 torch.float32,
                 imported=True,
             )

@@ -110,13 +110,13 @@ def read_model(hf_folder: str | Path) -> tuple[Family, ModelConfig]:
 
 
 def _check_agreement(config: RunConfig, theirs: ModelConfig, source: Path) -> None:
-    """Raise UserError unless the run's model computes the function of the model in ``source``."""
-    different = differences(config.model, theirs)
+    """Raise UserError unless the run's model, at first, computes the function of the one there."""
+    different = differences(config.of_stages()[0].model, theirs)  # its first stage begins with it
     if different:
         listed = ", ".join(f"model.{key}={ours!r} (there {o!r})" for key, ours, o in different)
         raise UserError(
             f"the configuration describes another model than {source}: {listed}; set these keys "
-            "to the values there (--print-model prints them all)"
+            f"to the values there (allometry convert {source} --print-model prints them all)"
         )
 
 

@@ -66,6 +66,10 @@ class Answer:
         return facts
 
 
+_PREDICTED = ": predicted "
+"""In the first line of what ``--write`` writes."""
+
+
 def _fits(search: Search) -> dict[str, int]:
     return {"layouts": len(search.degrees), "fit": len(search.fitting_degrees)}
 
@@ -212,6 +216,11 @@ def _overrides(asked: Plan) -> Tree:
     out, tree = asked.write, Tree({})
     if out is not None and not out.parent.is_dir():
         raise UserError(f"--write={out} cannot be written: {out.parent} is no folder; make it")
+    if out is not None and out.exists() and not _is_plan(out, asked.config):
+        raise UserError(
+            f"--write={out} is a file that allometry plan did not write, or CONFIG itself; name "
+            "another"
+        )
     for text in asked.overrides:
         key, _, value = text.lstrip("-").partition("=")
         if any(part.isdigit() for part in key.split(".")):
@@ -221,6 +230,17 @@ def _overrides(asked: Plan) -> Tree:
             )
         put(tree, key, parse_value(value, text), text)
     return tree
+
+
+def _is_plan(out: Path, config: str) -> bool:
+    """Whether a file is an earlier ``--write``, and not the run that is to be planned."""
+    try:
+        first = out.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
+    except OSError:
+        return False
+    return (
+        first.startswith("# ") and _PREDICTED in first and out.resolve() != Path(config).resolve()
+    )
 
 
 def _write(asked: Plan, best: Proposal, tree: Tree) -> None:
@@ -234,7 +254,7 @@ def _write(asked: Plan, best: Proposal, tree: Tree) -> None:
     top = Tree(sections)
     keys = tree.overlay(top).data
     heading = (
-        f"# {best.gpus} x {asked.cluster}: predicted {best.seconds:.4g} s a step "
+        f"# {best.gpus} x {asked.cluster}{_PREDICTED}{best.seconds:.4g} s a step "
         f"({best.low:.4g} to {best.high:.4g}), {best.memory.total / 1e9:.1f} GB a GPU.\n"
     )
     try:

@@ -70,7 +70,11 @@ def load(path: Path) -> Calibration:
     try:
         given = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as a calibration ({error})") from error
+        why = error.strerror if isinstance(error, OSError) else error
+        raise UserError(
+            f"{path} cannot be read as a calibration ({why}); write one with allometry plan "
+            f"--calibrate RUN --constants {path}"
+        ) from error
     return of_json(given, str(path))
 
 

@@ -89,6 +89,17 @@ def test_printed_sections_are_those_of_the_run(tiny: Make, tmp_path: Path) -> No
     assert list(converted(Convert(source=tmp_path / "hf-sp", print_model=True)).facts) == ["model"]
 
 
+def test_a_run_of_stages_imports_the_model_of_its_first(tiny: Make, tmp_path: Path) -> None:
+    export_hf(trained(run_of(tiny, tmp_path / "run", "model.rope_theta=50000")), tmp_path / "hf")
+    stages = "stages=[{name: a, steps: 1, model: {rope_theta: 50000}}, {name: b, steps: 1}]"
+    length = ("training.total_steps=null", stages)
+    config = run_of(tiny, tmp_path / "new", *length)
+    import_hf(tmp_path / "hf", config, tmp_path / "new", check=True)
+    length = ("training.total_steps=null", stages.replace("50000", "60000"))
+    with pytest.raises(UserError, match=r"rope_theta=60000\.0 .*convert .* --print-model"):
+        import_hf(tmp_path / "hf", run_of(tiny, tmp_path / "no", *length), tmp_path / "no")
+
+
 def test_states_of_the_optimizer_come_back(tiny: Make, tmp_path: Path) -> None:
     run = trained(run_of(tiny, tmp_path / "run", MUP), stop=2)
     hf = tmp_path / "hf"

@@ -72,6 +72,19 @@ def test_a_written_file_names_a_file_of_a_user_beside_it(tmp_path: Path) -> None
     assert done.exit_code == 0, done.output
 
 
+def test_files_of_a_user_are_not_written_over(tmp_path: Path) -> None:
+    """Neither the run that is planned nor another file; an earlier plan is."""
+    mine, out = tmp_path / "mine.yaml", tmp_path / "layout.yaml"
+    mine.write_text("base: preset:demo\n")
+    for _ in range(2):
+        facts(*WHERE, "--write", str(out), preset=str(mine))
+    for config, target in ((mine, mine), (out, mine), (out, out)):
+        before = target.read_text()
+        done = plan(*WHERE, "--write", str(target), preset=str(config))
+        assert "did not write, or CONFIG itself; name another" in str(done.exception)
+        assert target.read_text() == before
+
+
 @pytest.mark.slow
 def test_several_numbers_of_gpus_and_objectives() -> None:
     odd = ("--cluster", "h100", "--gpus", "16,32,37")
@@ -117,6 +130,10 @@ def test_what_does_not_fit_ends_with_code_1_and_what_would() -> None:
             "--write=/nowhere/x.yaml cannot be written: /nowhere",
         ),
         ((*WHERE, "--write", "x.yaml", "data.sources.0.weight=2"), "changes one item of a list"),
+        (
+            (*WHERE, "--constants", "no.json"),
+            "no.json cannot be read as a calibration (No such file or directory); write one with",
+        ),
         (("--cluster", "a100", "--gpus", "8", "precision.linears=fp8_rowwise"), "no rate for fp8"),
         (("--cluster", "h100", "--gpus", "97", "model.num_layers=8"), "use 96 or 112 GPUs"),
     ],
