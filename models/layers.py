@@ -237,7 +237,7 @@ def _fused_swiglu(own: Any, gate_up: Tensor, feeds: Stacked) -> Tensor:
 
 
 def _grad_saved_swiglu(ctx: Any, grad: Tensor) -> Tensor:
-    gate_up = fp8.restore(*ctx.saved_tensors, ctx.shape, ctx.dtype)
+    gate_up = fp8.restore(*ctx.saved_tensors, ctx.shape, ctx.dtype)  # type: ignore[call-arg]
     return _grad_swiglu(grad, gate_up, F.silu(gate_up.chunk(2, dim=-1)[0]))
 
 

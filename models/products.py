@@ -229,7 +229,7 @@ class _Multiply(torch.autograd.Function):
             x_TD = _restored(ctx, kept).reshape(-1, ctx.shape[-1])
             rows = [n for n, wanted in zip(ctx.rows, trained, strict=True) if wanted]
             chosen_TR = chosen(grad_TR, ctx.rows, trained)
-            of_weights = _of_weight(chosen_TR, x_TD, *ctx.how[:2], ctx.dtype).split(rows)
+            of_weights = _of_weight(chosen_TR, x_TD, *ctx.how[:2], ctx.dtype).split(rows)  # type: ignore[call-arg]
             made = placed(of_weights, trained)
         return grad_x, None, None, None, None, None, None, *made
 

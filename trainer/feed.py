@@ -320,7 +320,7 @@ def document_batch(
         offload=unit.offload,
         cu_host=torch.as_tensor(ends),
     )
-    return DeviceBatch(
+    return DeviceBatch(  # type: ignore[call-arg]
         *(_row(x, device) for x in (tokens, targets, sources)),
         documents,
         position,

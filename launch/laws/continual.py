@@ -86,7 +86,7 @@ def ratio(asked: MixRatio) -> Report:
     head = ["domain share", "general loss", "domain loss"]
     shown = [[f"{share:.4f}", number(g), number(d)] for share, g, d in frontier]
     lines = [
-        f"largest share of the domain {chosen.share:.4f} (95 % interval {interval(*ends, 4)}) with "
+        f"largest share of the domain {chosen.share:.4f} (95 % interval {interval(*ends, 4)}) with "  # type: ignore[call-arg]
         f"a general loss of at most {number(bound)}",
         f"there the general loss is {number(chosen.general_loss)}, the domain's "
         f"{number(chosen.domain_loss)}",

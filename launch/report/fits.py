@@ -135,7 +135,7 @@ def _against(stored: StoredFit, targets: Sequence[Prediction]) -> Panel:
     line = np.array([np.nanmin(ends), np.nanmax(ends)])
     equal = Series("equal", line, line, "dashed", GREY, named=False)
     labels = [f"{which} {target_label(stored.fit)}" for which in ("predicted", "measured")]
-    return Panel("measured against predicted", *labels, (equal, *series))
+    return Panel("measured against predicted", *labels, (equal, *series))  # type: ignore[call-arg]
 
 
 def _residuals(stored: StoredFit) -> Panel:

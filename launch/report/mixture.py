@@ -83,7 +83,7 @@ def _curve(one: Shown, name: str) -> list[Series]:
     first = [_tokens_at(one, int(e["step"])) for e in starts if name in e.get("losses", {})][:1]
     x, y = np.concatenate([first, x]), np.concatenate([np.zeros(len(first)), y])
     order = np.argsort(x, kind="stable")
-    return one.curve(*thin(x[order], y[order], most=DOTS), "tokens")
+    return one.curve(*thin(x[order], y[order], most=DOTS), "tokens")  # type: ignore[call-arg]
 
 
 def _tokens_at(one: Shown, step: int) -> float:

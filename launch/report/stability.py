@@ -93,7 +93,7 @@ def _panel(inputs: Inputs, watched: Watched) -> Panel | None:
         x, y = _column(one, watched)
         if not len(x):
             continue
-        series += one.curve(*thin(x, y), "step")
+        series += one.curve(*thin(x, y), "step")  # type: ignore[call-arg]
         series += _alarms(one, watched, x, y)
     if not series:
         return None

@@ -135,7 +135,7 @@ def attention(clock: Clock, name: str) -> Iterator[dict[str, Any]]:
         )
 
         def both(qkv: tuple[Tensor, ...] = (q, k, v)) -> None:
-            o_BLNH = attend(*qkv, None, width**-0.5)
+            o_BLNH = attend(*qkv, None, width**-0.5)  # type: ignore[call-arg]
             torch.autograd.grad(o_BLNH, qkv, qkv[0].detach())
 
         seconds = clock.best(both)
