@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -38,6 +37,7 @@ from allometry.trainer.assemble import (
     with_measured_stages,
 )
 from allometry.trainer.auto_layout import settled
+from allometry.trainer.bad_steps import Judge
 from allometry.trainer.collection import GarbageCollection
 from allometry.trainer.deterministic import algorithms
 from allometry.trainer.evaluate import (
@@ -56,7 +56,7 @@ from allometry.trainer.kernels import choose_kernels
 from allometry.trainer.loop import Loop, RunResult, state_tensors
 from allometry.trainer.record import hardware
 from allometry.trainer.record import writer as record
-from allometry.trainer.record.callbacks import Callback, Reporter, standard_callbacks
+from allometry.trainer.record.callbacks import Callback, Reporter
 from allometry.trainer.record.disk import SlowDisk
 from allometry.trainer.record.facts import (
     Invocation,
@@ -66,12 +66,14 @@ from allometry.trainer.record.facts import (
 from allometry.trainer.record.forecast import Forecaster
 from allometry.trainer.record.monitors import Monitors, NoChanges
 from allometry.trainer.record.prediction import predictions
+from allometry.trainer.record.present import close, present_callbacks
 from allometry.trainer.record.rows import GraphEvents, OffloadRows, PlanRows, RoutingRows
 from allometry.trainer.record.sample import Sample
 from allometry.trainer.record.states import CompressedStates
 from allometry.trainer.record.timing import StepTimer, clock_of
 from allometry.trainer.restore import restore
 from allometry.trainer.save import Saver
+from allometry.trainer.skips import Skips
 from allometry.trainer.sources import check_data, open_sources
 from allometry.trainer.state import checkpoint
 from allometry.trainer.state.changed import change_events
@@ -80,6 +82,7 @@ from allometry.trainer.state.initial import Importer
 from allometry.trainer.state.planners import State
 from allometry.trainer.state.reading import continued, data_events, read_again
 from allometry.trainer.state.resume import Start, begin, next_stage, start_events
+from allometry.trainer.state.rewinds import go_back, not_new
 from allometry.trainer.state.room import checkpoint_bytes
 from allometry.trainer.state.stages import stage_facts
 from allometry.trainer.stop import StopSignals
@@ -114,59 +117,57 @@ def train(
             choose_graphs(place.config, mesh)
         on_all_ranks(mesh, lambda: check_available(config), "looking for DeepSpeed")
         plans = with_measured_stages(config, plans, mesh)
-        schedules = schedules_of(config)
-        stream = on_all_ranks(mesh, lambda: open_sources(config), "opening the data")
-        folder = RunFolder(config.run.folder)
-        present = _present(callbacks, config, folder, mesh)
-        start = begin(
-            *(folder, config, stream, mesh, stop_at_step),
-            lambda found: check_data(found, plans),
-            importer,
-        )
-        stream = continued(stream, start.facts)
-        recorder = None
-        try:
-            recorder = on_main_rank(mesh, lambda: record.Recorder(folder), "opening the record")
-            while True:
-                at = place_at(places, start.step).number - 1
-                run = _Run(
-                    *(places[at].config, plans[at], schedules[at], mesh, stream.in_stage(at)),
-                    *(folder, start, recorder, present, config),
-                )
-                result = run.train(invocation, stop_at_step, signals)
-                if result.stopped_by is not None or result.step == places[-1].last_step:
-                    break
-                del run  # a stage is made anew, from the checkpoint that the one before ended with
-                gc.collect()
-                start = next_stage(folder, result.step, mesh)
-        finally:
-            lost = _close(recorder, present)
-            folder.withdraw()
-        if lost is not None:
-            raise UserError(f"{lost}; the last checkpoint is whole")
+        rest = plans, mesh, invocation, stop_at_step, signals, callbacks, importer
+        while (result := _launch(config, *rest)).go_back:
+            config = not_new(config)
         return result
 
 
-def _present(
-    callbacks: Sequence[Callback] | None, config: RunConfig, folder: RunFolder, mesh: Mesh
-) -> list[Callback]:
-    """The callbacks of a launch, which its main rank has; None: those of the configuration."""
-    if callbacks is None:
-        make = partial(standard_callbacks, config.record, folder)
-        callbacks = on_main_rank(mesh, make, "making callbacks")
-    return list(callbacks or ()) if mesh.is_main else []
-
-
-def _close(recorder: record.Recorder | None, callbacks: Sequence[Callback]) -> str | None:
-    """End what the main rank writes; what of the record could not be written."""
-    if recorder is None:
-        return None
+def _launch(
+    config: RunConfig,
+    plans: tuple[RunPlan, ...],
+    mesh: Mesh,
+    invocation: Invocation,
+    stop_at_step: int | None,
+    signals: StopSignals,
+    callbacks: Sequence[Callback] | None,
+    importer: Importer | None,
+) -> RunResult:
+    """Train from where the folder is to the end, a stop, or where the run goes back."""
+    places, schedules = places_of(config), schedules_of(config)
+    stream = on_all_ranks(mesh, lambda: open_sources(config), "opening the data")
+    folder = RunFolder(config.run.folder)
+    present = present_callbacks(callbacks, config, folder, mesh)
+    start = begin(
+        *(folder, config, stream, mesh, stop_at_step),
+        lambda found: check_data(found, plans),
+        importer,
+    )
+    stream = continued(stream, start.facts)
+    recorder = None
     try:
-        for callback in callbacks:
-            callback.on_end()
+        recorder = on_main_rank(mesh, lambda: record.Recorder(folder), "opening the record")
+        while True:
+            at = place_at(places, start.step).number - 1
+            run = _Run(
+                *(places[at].config, plans[at], schedules[at], mesh, stream.in_stage(at)),
+                *(folder, start, recorder, present, config),
+            )
+            result = run.train(invocation, stop_at_step, signals)
+            if result.go_back:
+                go_back(folder, run.config, run.plan.batch, result.go_back, mesh, run.report)
+                break
+            if result.stopped_by is not None or result.step == places[-1].last_step:
+                break
+            del run  # a stage is made anew, from the checkpoint that the one before ended with
+            gc.collect()
+            start = next_stage(folder, result.step, mesh)
     finally:
-        lost = recorder.close()
-    return lost
+        lost = close(recorder, present)
+        folder.withdraw()
+    if lost is not None:
+        raise UserError(f"{lost}; the last checkpoint is whole")
+    return result
 
 
 @dataclass
@@ -203,6 +204,7 @@ class _Run:
         self.progress, self.converted = restore(
             config, plan, self.start, self.parallel, self.optimizer, mesh
         )
+        self.judge = Judge.of(config.training, mesh.device, self._earlier())
         self.peak = hardware.peak(mesh.device, torch_dtype(config.training.compute_dtype))
 
     def train(
@@ -228,6 +230,12 @@ class _Run:
                 return loop.run(batches, stop_at_step)
         finally:
             self.parallel.sync.leave()
+
+    def _earlier(self) -> dict[str, Any] | None:
+        """The facts of the steps that bad ones are judged by: a stage knows its own alone."""
+        stage = self.plan.stage
+        anew = stage is not None and self.start.step == stage.steps_before
+        return None if anew else self.start.facts
 
     def _open_record(self, invocation: Invocation) -> None:
         first_step = self.start.step + 1
@@ -258,7 +266,11 @@ class _Run:
             plan=self.plan,
             mesh=self.mesh,
             train_step=make_train_step(
-                self.config, self.plan, self.parallel, self.optimizer, self.schedule, self.mesh
+                *(self.config, self.plan, self.parallel, self.optimizer, self.schedule),
+                *(self.mesh, self.judge),
+            ),
+            skips=Skips.of(
+                *(self.config, self.progress.skipped, self.report, self.folder, self.mesh)
             ),
             stream=self.stream,
             progress=self.progress,
@@ -337,6 +349,7 @@ class _Run:
 
         def state() -> tuple[State, dict[str, Any]]:
             facts = self.progress.facts(self.plan, self.stream, self.config.run.seed)
+            facts |= {} if self.judge is None else self.judge.facts()
             return state_tensors(self.parallel, self.optimizer), facts
 
         return Saver(writer, self.progress, state, self.timer, self.mesh)
