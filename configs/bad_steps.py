@@ -54,11 +54,6 @@ class BadSteps(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.most_in_row > self.most_in_window:
-            raise ValueError(
-                f"most_in_row={self.most_in_row} is more than most_in_window="
-                f"{self.most_in_window}, which ends the run before; lower it"
-            )
         if self.most_in_window >= self.window_steps:
             raise ValueError(
                 f"most_in_window={self.most_in_window} never ends a run with window_steps="

@@ -30,7 +30,6 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 OPTIMIZERS = {"adamw": {"kind": "adamw", "lr": 2e-3}, "muonh": {"kind": "muonh", "lr": 1e-3}}
 NAN, SPIKE, LAST = 3, 11, 13
-FAULTS = {NAN: math.nan, SPIKE: 1e4}
 POLICY = "training.bad_steps={window_steps: 8, most_in_row: 1, most_in_window: 2}"
 
 
@@ -56,12 +55,14 @@ def described(tiny: Make, folder: Path, layout: str, optimizer: str, *more: str)
 def test_a_bad_batch_leaves_no_trace(
     tiny: Make, run_ranks: Ranks, tmp_path: Path, layout: str, optimizer: str
 ) -> None:
+    # A pipeline compares the factors of its losses; infinite ones make gradients that are NaN.
+    faults = {NAN: math.inf if layout == "pp2" else math.nan, SPIKE: 1e4}
     told = f"training.skip_steps=[{NAN}, {SPIKE}]"
     control = described(tiny, tmp_path / "told", layout, optimizer, POLICY, told)
-    run_ranks(launch_with_faults, 2, control, FAULTS)
+    run_ranks(launch_with_faults, 2, control, faults)
     bad = described(tiny, tmp_path / "bad", layout, optimizer, POLICY)
     for stop in (NAN + 1, SPIKE, None):  # two resumes, one right after a skipped step
-        run_ranks(launch_with_faults, 2, bad, FAULTS, stop)
+        run_ranks(launch_with_faults, 2, bad, faults, stop)
     wanted, found = bits(control, LAST), bits(bad, LAST)
     assert wanted.keys() == found.keys()
     assert not [name for name, tensor in wanted.items() if not tensor.equal(found[name])]

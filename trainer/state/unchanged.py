@@ -133,8 +133,8 @@ def _check_skips(old: RunConfig, new: RunConfig, step: int, of: str) -> None:
         way = "is" if names_step(now, other) else "is not"
         raise UserError(
             f"training.skip_steps differs from that {of}: step {other} {way} among them now, and "
-            f"{step} steps were taken; restore it, or go back to a checkpoint before that step with "
-            "run.resume=step-N"
+            f"{step} steps were taken; restore it, or go back to a checkpoint before that step "
+            "with run.resume=step-N"
         )
 
 
