@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -152,11 +152,9 @@ class Loop:
             raise
         self._finish()
         step = self.progress.step
-        if self.skips.go_back:
-            pass  # which is reported when it is known to where
-        elif stopped:
+        if stopped:
             self.report("stopped", step=step, signal=stopped)
-        elif step >= self.plan.run.steps:
+        elif step >= self.plan.run.steps and not self.skips.go_back:
             self.report("finished", step=step)
         tokens = self.stream.tokens(self.plan.batch.sequences_before(step + 1))
         return RunResult(step, tokens, self._last_loss, stopped, self.skips.go_back)
@@ -212,18 +210,7 @@ class Loop:
         loss_S, count_S = outcome.sums_2S.tolist()
         loss = sum(loss_S) / max(1.0, sum(count_S))
         norm = float(outcome.grad_norm)
-        skipped = self.skips.look(outcome, loss) is not None
-        beyond = self.skips.beyond(outcome.step)
-        if not (math.isfinite(loss) and math.isfinite(norm)) and (beyond or not skipped):
-            self._not_finite(outcome.step, loss, norm, beyond)
-        if beyond:
-            self._too_many_spikes(outcome.step, loss, norm, beyond)
-        if skipped:
-            self.progress.areas.skip()
-            outcome = replace(outcome, lr=0.0)
-        else:
-            self.progress.areas.update(outcome.lr)
-            self._last_loss = loss
+        skipped = self._is_skipped(outcome, loss, norm)
         flops = self.document_flops(int(outcome.tokens), int(outcome.squared_lengths))
         self.progress.flops += flops
         by_source = zip(self.stream.sources, loss_S, count_S, strict=True)
@@ -258,6 +245,21 @@ class Loop:
             self.recorder.row(row)
             for callback in self.callbacks:
                 callback.on_row(row)
+
+    def _is_skipped(self, outcome: StepOutcome, loss: float, norm: float) -> bool:
+        """Whether a step made no update; end the run if it may not go on after this one."""
+        skipped = self.skips.look(outcome, loss) is not None
+        beyond = self.skips.beyond(outcome.step)
+        if not (math.isfinite(loss) and math.isfinite(norm)) and (beyond or not skipped):
+            self._not_finite(outcome.step, loss, norm, beyond)
+        if beyond:
+            self._too_many_spikes(outcome.step, loss, norm, beyond)
+        if skipped:
+            self.progress.areas.skip()
+        else:
+            self.progress.areas.update(outcome.lr)
+            self._last_loss = loss
+        return skipped
 
     def _too_many_spikes(self, step: int, loss: float, norm: float, beyond: str) -> NoReturn:
         self._finish()

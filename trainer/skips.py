@@ -65,7 +65,8 @@ class Skips:
         step, norm = outcome.step, float(outcome.grad_norm)
         if self.passes_over(step):
             self.skipped[step] = "skip_steps"
-            self.report("steps_passed_over", step=step)
+            if not self.passes_over(step - 1):
+                self.report("steps_passed_over", step=step)
         elif outcome.verdict is not None and outcome.verdict[0]:
             finite = math.isfinite(loss) and math.isfinite(norm)
             self.skipped[step] = reason = "spike" if finite else "not_finite"

@@ -134,7 +134,7 @@ _SAID = {
     "checkpointing {chosen[checkpointing]}: {reason}",
     "bad_step": "step {step} | BAD STEP ({reason}): loss {loss}, grad {grad_norm}; its update is "
     "skipped",
-    "steps_passed_over": "step {step} | passed over, as training.skip_steps says",
+    "steps_passed_over": "step {step} | passed over from here on, as training.skip_steps says",
     "going_back": "step {step} | GOING BACK to checkpoint step-{checkpoint} after bad steps "
     "{bad_steps}: {samples} samples after it are passed over",
     "passed_over": "from step {step} on: {samples} samples of the data were passed over here",

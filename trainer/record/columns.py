@@ -137,7 +137,7 @@ _LOOP = (
         "lr",
         "1",
         "learning rate that this step used, at the base dimensions; 0 if it was skipped",
-        lambda s: s.outcome.lr,
+        lambda s: 0.0 if s.skipped else s.outcome.lr,
     ),
     Column("s1", "1", "sum of lr over steps, warm-up included", lambda s: s.areas.s1),
     Column(
