@@ -10,7 +10,6 @@ import torch.distributed as dist
 
 from allometry.configs.run import RunConfig
 from allometry.trainer.feed import DeviceBatch
-from allometry.trainer.record.callbacks import Callback
 from allometry.trainer.step import StepOutcome, TrainStep
 from allometry.trainer.train import train
 
@@ -19,7 +18,7 @@ def launch_with_faults(
     config: RunConfig,
     faults: Mapping[int, float],
     stop_at_step: int | None = None,
-    callbacks: Sequence[Callback] = (),
+    device: torch.device | None = None,
 ) -> None:
     """One rank of a run whose last rank multiplies the losses of step s by ``faults[s]``."""
     call = TrainStep.__call__
@@ -35,5 +34,8 @@ def launch_with_faults(
 
     with mock.patch.object(TrainStep, "__call__", faulty):
         train(
-            config, device=torch.device("cpu"), callbacks=list(callbacks), stop_at_step=stop_at_step
+            config,
+            device=device or torch.device("cpu"),
+            callbacks=[],
+            stop_at_step=stop_at_step,
         )
