@@ -120,6 +120,7 @@ def train(
         rest = plans, mesh, invocation, stop_at_step, signals, callbacks, importer
         while (result := _launch(config, *rest)).go_back:
             config = not_new(config)
+            gc.collect()
         return result
 
 
@@ -235,7 +236,7 @@ class _Run:
         """The facts of the steps that bad ones are judged by: a stage knows its own alone."""
         stage = self.plan.stage
         anew = stage is not None and self.start.step == stage.steps_before
-        return None if anew else self.start.facts
+        return None if anew or self.start.weights_only else self.start.facts
 
     def _open_record(self, invocation: Invocation) -> None:
         first_step = self.start.step + 1
