@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from allometry.configs import json_file
 from allometry.configs.errors import UserError
 from allometry.laws.collect import CountName, from_runs
 from allometry.laws.fit.bootstrap import Bootstrap, bootstrap
@@ -180,7 +181,7 @@ def load_prediction(path: Path) -> Prediction | None:
     if not path.is_file():
         return None
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json_file.read_object(path)
         fields = {key: data[key] for key in Prediction.__dataclass_fields__ if key in data}
         lists = {
             key: tuple(fields[key]) for key in ("warnings", "runs") if fields.get(key) is not None

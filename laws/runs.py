@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
-from allometry.configs.errors import UserError
+from allometry.configs.errors import ConfigError, UserError
 from allometry.configs.json_file import parse_object, read_object
+from allometry.configs.source import parse_file
 
 
 @dataclass(frozen=True)
@@ -127,10 +126,6 @@ def _read_record(path: Path) -> dict[str, Any]:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        value = YAML(typ="safe", pure=True).load(path)
-    except (YAMLError, UnicodeDecodeError) as error:
-        said = " ".join(str(error).split())
-        raise UserError(f"{path} is not YAML ({said}); restore it") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is not a mapping; restore it")
-    return value
+        return parse_file(path).data
+    except ConfigError as error:
+        raise UserError(f"{error}; restore it") from None

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from bisect import bisect_left
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Protocol, assert_never
 
 from typing_extensions import override
 
+from allometry.configs import json_file
 from allometry.configs.errors import UserError
 from allometry.configs.optimization import (
     ConstantSchedule,
@@ -257,7 +257,7 @@ def read_refined(file: str | Path) -> tuple[float, ...]:
         UserError: it is missing, or is not such a file.
     """
     try:
-        content = json.loads(Path(file).read_text(encoding="utf-8"))
+        content = json_file.read_object(file)
         if content["kind"] != REFINED:
             raise ValueError(f"its kind is {content['kind']!r}")
         fractions = tuple(float(value) for value in content["fractions"])

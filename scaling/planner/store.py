@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from allometry.configs import json_file
 from allometry.configs.errors import UserError
 from allometry.configs.machine import HardwareConfig
 from allometry.scaling.planner.calibrate import GENERATIONS, Calibration
@@ -68,7 +69,7 @@ def save(belief: Calibration, path: Path) -> None:
 def load(path: Path) -> Calibration:
     """Read a belief. Raises UserError where there is none."""
     try:
-        given = json.loads(path.read_text(encoding="utf-8"))
+        given = json_file.read(path)
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else error
         raise UserError(

@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from allometry.configs import json_file
 from allometry.configs.errors import UserError
 from allometry.configs.model import ModelConfig, ParameterizationConfig
 from allometry.configs.optimization import OptimizerConfig
@@ -61,7 +62,7 @@ class TrialLog:
             return []
         try:
             *whole, torn = self.path.read_text(encoding="utf-8").split("\n")
-            rows = [json.loads(line) for line in whole]
+            rows = [json_file.parse(line) for line in whole]
         except ValueError:  # of another encoding, too
             raise self._another() from None
         begun = rows or head.startswith(torn)  # else no first line that was cut off

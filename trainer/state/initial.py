@@ -7,12 +7,12 @@ shards are links. So nothing of what it began with is needed from then on, whate
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from allometry.configs import json_file
 from allometry.configs.errors import UserError
 from allometry.configs.lineage import Initial
 from allometry.configs.run import RunConfig
@@ -135,7 +135,7 @@ def take_initial(
     partial.mkdir(parents=True)
     try:
         copies = link_files(chosen.path, partial, but=(FACTS, COMPLETE))
-        listed = json.loads((chosen.path / COMPLETE).read_text(encoding="utf-8"))
+        listed = json_file.read_object(chosen.path / COMPLETE)
         files = {name: entry for name, entry in listed["files"].items() if name != FACTS}
         seal(partial, 0, files, chosen.facts, listed.get("block_bytes", BLOCK_BYTES))
     except FileNotFoundError:
