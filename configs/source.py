@@ -194,7 +194,7 @@ def _plain(raw: Any, tree: Tree, file: str, path: KeyPath) -> Any:
         return result
     if isinstance(raw, CommentedSeq):
         for index in range(len(raw)):
-            tree.origin[(*path, index)] = f"{file}:{raw.lc.item(index)[0] + 1}"
+            tree.origin[(*path, index)] = f"{file}:{_line(raw, index)}"
         return [_plain(value, tree, file, (*path, index)) for index, value in enumerate(raw)]
     if raw is None or isinstance(raw, bool):
         return raw
@@ -207,7 +207,7 @@ def _plain(raw: Any, tree: Tree, file: str, path: KeyPath) -> Any:
     )
 
 
-def _line(section: CommentedMap, key: Any) -> int:
-    """The line of a key, of one that ``<<`` brought in that of its section."""
+def _line(section: CommentedMap | CommentedSeq, key: Any) -> int:
+    """The line of a key or an item, of a key that ``<<`` brought in that of its section."""
     known = section.lc.data or {}
-    return int(known[key][0] if key in known else section.lc.line) + 1
+    return int(known[key][0] if key in known else section.lc.line or 0) + 1

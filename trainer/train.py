@@ -75,6 +75,7 @@ from allometry.trainer.save import Saver
 from allometry.trainer.sources import check_data, open_sources
 from allometry.trainer.state import checkpoint
 from allometry.trainer.state.changed import change_events
+from allometry.trainer.state.enter import enter
 from allometry.trainer.state.folder import RunFolder
 from allometry.trainer.state.initial import Importer
 from allometry.trainer.state.planners import State
@@ -124,21 +125,25 @@ def train(
             importer,
         )
         stream = continued(stream, start.facts)
-        recorder = None
+        recorder, entered = None, False
         try:
-            recorder = on_main_rank(mesh, lambda: record.Recorder(folder), "opening the record")
             while True:
                 at = place_at(places, start.step).number - 1
                 run = _Run(
                     *(places[at].config, plans[at], schedules[at], mesh, stream.in_stage(at)),
-                    *(folder, start, recorder, present, config),
+                    *(folder, start, present, config),
                 )
-                result = run.train(invocation, stop_at_step, signals)
+                if not entered:  # the checkpoint is loaded, so that the folder may change
+                    run.start = start = enter(folder, config, start, mesh)
+                    open_recorder = partial(record.Recorder, folder)
+                    recorder = on_main_rank(mesh, open_recorder, "opening the record")
+                    entered = True
+                result = run.train(recorder, invocation, stop_at_step, signals)
                 if result.stopped_by is not None or result.step == places[-1].last_step:
                     break
                 del run  # a stage is made anew, from the checkpoint that the one before ended with
                 gc.collect()
-                start = next_stage(folder, result.step, mesh)
+                start = next_stage(folder, start, result.step, mesh)
         finally:
             lost = _close(recorder, present)
             folder.withdraw()
@@ -180,14 +185,12 @@ class _Run:
     stream: Stream | DocumentStream
     folder: RunFolder
     start: Start
-    recorder: record.Recorder | None
     present: Sequence[Callback]  # of the launch, whose callbacks of stages come and go
     whole: RunConfig  # the run with all its stages; ``config`` is as it is in this one
 
     def __post_init__(self) -> None:
         config, plan, mesh = self.config, self.plan, self.mesh
         self.callbacks = list(self.present)
-        self.report = Reporter(self.recorder, self.callbacks)
         self.timer = StepTimer(clock_of(mesh.device))
         documents = isinstance(self.stream, DocumentStream)
         self.planner = DocumentPlanner(config, plan.layout) if documents else None
@@ -206,9 +209,14 @@ class _Run:
         self.peak = hardware.peak(mesh.device, torch_dtype(config.training.compute_dtype))
 
     def train(
-        self, invocation: Invocation, stop_at_step: int | None, signals: StopSignals
+        self,
+        recorder: record.Recorder | None,
+        invocation: Invocation,
+        stop_at_step: int | None,
+        signals: StopSignals,
     ) -> RunResult:
-        """Train to the end of the plan or to a stop."""
+        """Train to the end of the plan or to a stop; ``recorder`` is the main rank's."""
+        self.recorder, self.report = recorder, Reporter(recorder, self.callbacks)
         self.callbacks.insert(0, GarbageCollection(self.start.step))
         # Those that ask for a row of a step come before those that only add to one.
         self.callbacks[:0] = [*self._monitors(), self._evaluation(), *self._rows()]
@@ -239,7 +247,7 @@ class _Run:
             tokenizer = tokenizer_of_run(self.folder.path, self.config.data)
             tokenizer.keep(self.folder.path)
             facts["tokenizer"] = tokenizer.describe()
-            facts |= self._origin()
+            facts |= self._origin() | self.start.identity.describe()
             record.write_run(self.folder, facts, launch_facts(facts, first_step))
         for callback in self.callbacks:
             if not self.start.next_stage or callback not in self.present:
@@ -333,6 +341,7 @@ class _Run:
         writer = checkpoint.Checkpointer(
             *(self.folder, self.config.checkpoint, self.mesh, self.report),
             checkpoint_bytes(self.config),
+            self.start.identity.run,
         )
 
         def state() -> tuple[State, dict[str, Any]]:

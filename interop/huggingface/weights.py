@@ -26,7 +26,8 @@ from allometry.configs.errors import UserError
 from allometry.configs.json_file import read_object
 from allometry.trainer.state import checkpoint
 from allometry.trainer.state.folder import RunFolder
-from allometry.trainer.state.integrity import Files, ShardWriter, damage
+from allometry.trainer.state.identity import problem_of
+from allometry.trainer.state.integrity import Files, ShardWriter
 from allometry.trainer.state.shards import ShardReader
 
 MODEL, OPTIMIZER = "model.", "optimizer."
@@ -157,14 +158,11 @@ def chosen_checkpoint(folder: RunFolder, step: int | None) -> Path:
     if step is None:
         if not there:
             raise UserError(f"{folder.path} has no checkpoint yet; train it first")
-        try:
-            latest = folder.latest.read_text(encoding="utf-8").strip()
-        except OSError:
-            latest = there[-1].name
+        latest = folder.read_latest() or there[-1].name
     path = folder.checkpoints / latest
     if path not in there:
         raise UserError(f"{folder.path} has no checkpoint {latest}; it has {names}")
-    problem = damage(path, contents=True)
+    problem = problem_of(folder, path, contents=True)
     if problem is not None:
         raise UserError(
             f"checkpoint {path} is damaged ({problem}); choose another with --step (there are "

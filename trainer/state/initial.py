@@ -24,7 +24,8 @@ from allometry.trainer.state import checkpoint
 from allometry.trainer.state.branch import Taken, link_files, stored_config
 from allometry.trainer.state.changed import Difference, leaves
 from allometry.trainer.state.folder import RunFolder
-from allometry.trainer.state.integrity import BLOCK_BYTES, COMPLETE, FACTS, Files, damage, seal
+from allometry.trainer.state.identity import problem_of
+from allometry.trainer.state.integrity import BLOCK_BYTES, COMPLETE, FACTS, Files, seal
 
 TRAINING_ONLY = ("dropout", "z_loss", "router.balance", "router.z_loss")
 """Keys of a model that change how it learns and not what it computes."""
@@ -91,7 +92,7 @@ def choose_initial(config: RunConfig, initial: Initial) -> Chosen:
         content = (path / COMPLETE).read_bytes()
     except (OSError, ValueError):
         raise unusable(path, "it is not whole") from None
-    problem = damage(path, contents=False)
+    problem = problem_of(source, path)
     if problem is not None:
         raise unusable(path, problem)
     before = stored_config(source)
@@ -206,10 +207,12 @@ def _checkpoint(source: RunFolder, initial: Initial, key: str) -> Path:
     if not there:
         raise UserError(f"{key} has no checkpoint yet; let it train to one, or name another run")
     if initial.step == "latest":
-        try:
-            return source.checkpoints / source.latest.read_text(encoding="utf-8").strip()
-        except OSError:
+        named = source.read_latest()
+        if named is None:
             return there[-1]
+        if source.checkpoints / named not in there:
+            raise UserError(f"{key}: {source.latest} does not name a checkpoint; restore it")
+        return source.checkpoints / named
     path = source.checkpoints / f"step-{initial.step}"
     if path not in there:
         names = ", ".join(other.name for other in there)
