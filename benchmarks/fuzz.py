@@ -242,7 +242,8 @@ def tried(fuzzer: Fuzzer, number: int) -> str | None:
     except UserError as error:
         said = str(error)
         if "\n" in said or not said or len(said) > LONGEST:
-            return f"no sentence ({len(said)} characters): {said[:200]!r}"
+            kind = "several lines" if "\n" in said else "too long" if said else "empty"
+            return f"no sentence ({kind}): {said[:60]!r}"
     except Hang:
         places = traceback.extract_tb(sys.exc_info()[2])
         ours = [f"{Path(p.filename).name}:{p.lineno} {p.name}" for p in places][-12:-1]

@@ -42,6 +42,9 @@ class Stretch(Protocol):
     def fraction(self, step: int) -> float:
         """Return the learning rate of this step over the peak rate."""
 
+    def flat_until(self, step: int) -> int:
+        """Return the last step from this one on that has its rate for certain."""
+
 
 class Schedule:
     """The learning rate of each step as a fraction of the peak.
@@ -105,6 +108,11 @@ class Schedule:
         number = bisect_left(self._ends, step) - 1
         return self._stretches[number].fraction(step - self._ends[number])
 
+    def flat_until(self, step: int) -> int:
+        """Return the last step from this one on that has its rate for certain."""
+        number = bisect_left(self._ends, step) - 1
+        return self._ends[number] + self._stretches[number].flat_until(step - self._ends[number])
+
 
 class Decay(Stretch):
     """Warm-up, peak and one decay.
@@ -149,6 +157,10 @@ class Decay(Stretch):
         x = (step - self.decay_start) / (self.total_steps - self.decay_start)
         return _decayed(self.config, x)
 
+    @override
+    def flat_until(self, step: int) -> int:
+        return max(step, self.decay_start) if step >= self._warmup_steps else step
+
     def _check(self) -> None:
         if self._warmup_steps > self.total_steps:
             raise UserError(
@@ -188,6 +200,10 @@ class Refined(Stretch):
             share = step / self._warmup_steps
             return self._begin * (1.0 - share) + value * share
         return value
+
+    @override
+    def flat_until(self, step: int) -> int:
+        return step
 
 
 def _stretches(
