@@ -38,6 +38,7 @@ from allometry.trainer.assemble import (
     with_measured_stages,
 )
 from allometry.trainer.auto_layout import settled
+from allometry.trainer.checks import Current, checks
 from allometry.trainer.collection import GarbageCollection
 from allometry.trainer.deterministic import algorithms
 from allometry.trainer.evaluate import (
@@ -57,6 +58,7 @@ from allometry.trainer.loop import Loop, RunResult, state_tensors
 from allometry.trainer.record import hardware
 from allometry.trainer.record import writer as record
 from allometry.trainer.record.callbacks import Callback, Reporter, standard_callbacks
+from allometry.trainer.record.corruption import Response
 from allometry.trainer.record.disk import SlowDisk
 from allometry.trainer.record.facts import (
     Invocation,
@@ -83,6 +85,7 @@ from allometry.trainer.state.reading import continued, data_events, read_again
 from allometry.trainer.state.resume import Start, begin, next_stage, start_events
 from allometry.trainer.state.room import checkpoint_bytes
 from allometry.trainer.state.stages import stage_facts
+from allometry.trainer.step import TrainStep
 from allometry.trainer.stop import StopSignals
 
 
@@ -220,8 +223,17 @@ class _Run:
         self.callbacks.insert(0, GarbageCollection(self.start.step))
         # Those that ask for a row of a step come before those that only add to one.
         self.callbacks[:0] = [*self._monitors(), self._evaluation(), *self._rows()]
-        self.callbacks.append(self._saver())
-        loop = self._loop(signals)
+        train_step = make_train_step(
+            self.config, self.plan, self.parallel, self.optimizer, self.schedule, self.mesh
+        )
+        current = Current()
+        found, response = checks(
+            *(self.config, self.parallel, self.optimizer, train_step, current),
+            *(self.mesh, self.timer, self.report),
+            first=not self.start.next_stage,
+        )
+        self.callbacks += [*found, self._saver(response)]
+        loop = self._loop(train_step, signals)
         for name in self.start.cleaned:
             self.report("removed_unfinished_checkpoint", name=name)
         for name in self.start.abandoned:
@@ -233,7 +245,7 @@ class _Run:
         self._report_start()
         try:
             with closing(self._batches()) as batches:
-                return loop.run(batches, stop_at_step)
+                return loop.run(current.passing(batches), stop_at_step)
         finally:
             self.parallel.sync.leave()
 
@@ -261,13 +273,11 @@ class _Run:
         known = self.start.facts if self.start.weights_only else None
         return {key: value for key, value in (known or {}).items() if key == "origin"}
 
-    def _loop(self, signals: StopSignals) -> Loop:
+    def _loop(self, train_step: TrainStep, signals: StopSignals) -> Loop:
         return Loop(
             plan=self.plan,
             mesh=self.mesh,
-            train_step=make_train_step(
-                self.config, self.plan, self.parallel, self.optimizer, self.schedule, self.mesh
-            ),
+            train_step=train_step,
             stream=self.stream,
             progress=self.progress,
             timer=self.timer,
@@ -337,7 +347,7 @@ class _Run:
         if (every := self.config.record.forecast.every_steps) is not None:
             yield Forecaster(every, self.whole, self.start.step, self.folder, self.report)
 
-    def _saver(self) -> Saver:
+    def _saver(self, response: Response) -> Saver:
         writer = checkpoint.Checkpointer(
             *(self.folder, self.config.checkpoint, self.mesh, self.report),
             checkpoint_bytes(self.config),
@@ -348,7 +358,7 @@ class _Run:
             facts = self.progress.facts(self.plan, self.stream, self.config.run.seed)
             return state_tensors(self.parallel, self.optimizer), facts
 
-        return Saver(writer, self.progress, state, self.timer, self.mesh)
+        return Saver(writer, self.progress, state, self.timer, self.mesh, response)
 
     def _batches(self) -> Iterator[StepInput]:
         """This rank's micro-batches, step by step."""
