@@ -19,5 +19,9 @@ class UserError(ValueError):
         super().__init__(_LONG_WORD.sub(lambda word: f"{word[0][:100]}...{word[0][-50:]}", message))
 
 
+class RankError(UserError):
+    """An error that one rank alone has found: it says so itself, and no other one is waited for."""
+
+
 class ConfigError(UserError):
     """A run's description is wrong: an unknown key, a bad value, a contradiction."""

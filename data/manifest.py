@@ -17,10 +17,11 @@ Split = Literal["train", "validation"]
 
 
 class FileRecord(Section):
-    """One file, as it was written."""
+    """One file, as it was written; older ones have no ``sampled_sha256`` (``contents.py``)."""
 
     bytes: int
     sha256: str
+    sampled_sha256: str | None = None
 
 
 class SplitRecord(Section):

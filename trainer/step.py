@@ -18,7 +18,7 @@ from allometry.parallel.apply import Parallel
 from allometry.parallel.mesh import Mesh
 from allometry.trainer.balance import Balancer
 from allometry.trainer.feed import DeviceBatch
-from allometry.trainer.record.corruption import checksum, combined
+from allometry.trainer.record.bits import checksum, combined
 from allometry.trainer.record.timing import to_host
 
 

@@ -101,15 +101,35 @@ class FolderWeights:
         index, single = self.folder / INDEX, self.folder / SINGLE
         if not index.exists():
             if single.exists():
-                return [single]
+                return [_within(self.folder, SINGLE)]
             raise UserError(
                 f"{self.folder} holds neither {SINGLE} nor {INDEX}; save the model in "
                 "safetensors format there"
             )
-        names = sorted(set(dict(read_json(index).get("weight_map", {})).values()))
-        if not names:
+        places = read_json(index).get("weight_map")
+        if not isinstance(places, dict) or not places:
             raise UserError(f"{index} names no files; save the model there again")
-        return [self.folder / name for name in names]
+        for name in places.values():
+            if not isinstance(name, str) or Path(name).name != name or name == "..":
+                raise UserError(
+                    f"{index} names {name!r}, which is no file of its folder; copy the model again"
+                )
+        return [_within(self.folder, name) for name in sorted(set(places.values()))]
+
+
+def _within(folder: Path, name: str) -> Path:
+    """A file of ``folder``, which may be a link into the ``blobs`` of its Hugging Face cache.
+
+    Raises UserError for a link to anywhere else.
+    """
+    path, home = folder / name, folder.resolve()
+    blobs = home.parent.parent / "blobs"
+    if path.resolve().parent not in (home, blobs):
+        raise UserError(
+            f"{path} is a link out of its folder, to {path.resolve()}; copy the file, or name the "
+            "folder that it lies in"
+        )
+    return path
 
 
 @contextmanager

@@ -18,8 +18,9 @@ from typing_extensions import override
 from allometry.optim.shards import Placements
 from allometry.parallel.apply import Parallel
 from allometry.parallel.mesh import Mesh, local
+from allometry.trainer.record.bits import checksum, combined
 from allometry.trainer.record.callbacks import Callback
-from allometry.trainer.record.corruption import Response, checksum, combined, names_of
+from allometry.trainer.record.corruption import Response, names_of
 from allometry.trainer.record.timing import StepTimer
 
 NAMED = 5

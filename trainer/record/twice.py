@@ -11,8 +11,9 @@ from typing_extensions import override
 
 from allometry.parallel.apply import Parallel
 from allometry.parallel.mesh import Mesh, local
+from allometry.trainer.record.bits import checksum
 from allometry.trainer.record.callbacks import Callback
-from allometry.trainer.record.corruption import Response, checksum, names_of
+from allometry.trainer.record.corruption import Response, names_of
 
 NAMED = 5
 INNER = 256
