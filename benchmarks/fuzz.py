@@ -216,8 +216,9 @@ class Fuzzer:
             plan_ladder(*load_ladder(path))
             return
         config = load(path, overrides)
-        path.write_text(dump(config))
-        assert load(path) == config, "what is written is read otherwise"
+        if number % 4 == 0:  # reading YAML is most of a case
+            path.write_text(dump(config))
+            assert load(path) == config, "what is written is read otherwise"
         config, _ = settle(config, ranks, "cuda")
         plans = RunPlan.of_stages(config, ranks)
         for one, plan, schedule in zip(

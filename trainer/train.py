@@ -41,12 +41,7 @@ from allometry.trainer.auto_layout import settled
 from allometry.trainer.checks import Current, checks
 from allometry.trainer.collection import GarbageCollection
 from allometry.trainer.deterministic import algorithms
-from allometry.trainer.evaluate import (
-    Evaluation,
-    Evaluator,
-    held_out_documents,
-    held_out_sequences,
-)
+from allometry.trainer.evaluate import Evaluation, Evaluator, held_out_of
 from allometry.trainer.feed import (
     DocumentPlanner,
     StepInput,
@@ -313,19 +308,11 @@ class _Run:
             yield CompressedStates(wanted, self.optimizer, fp8, self.mesh, self.report)
 
     def _evaluation(self) -> Evaluation:
-        evaluation, mesh = self.config.evaluation, self.mesh
-        count = evaluation.sequences_per_source
-        if isinstance(self.stream, DocumentStream):
-            assert self.planner is not None
-            pieces = self.stream.validation_pieces(count)
-            held_out = held_out_documents(pieces, self.planner, mesh)
-        else:
-            at_once = self.config.batch.micro_batch_sequences
-            held_out = held_out_sequences(self.stream.validation(count, at_once), mesh)
-        evaluator = Evaluator(held_out, self.parallel, mesh)
-        replay = self.config.data.replay
+        every, replay = self.config.evaluation.every_steps, self.config.data.replay
+        held_out = held_out_of(self.config, self.stream, self.planner, self.mesh)
         return Evaluation(
-            *(evaluator, evaluation.every_steps, self.plan.total_steps, self.timer, self.report),
+            Evaluator(held_out, self.parallel, self.mesh),
+            *(every, self.plan.total_steps, self.timer, self.report),
             replayed=replay.sources if replay else (),
             before=self.progress.held_out_before,
         )
