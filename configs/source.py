@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
@@ -16,7 +17,7 @@ from ruamel.yaml.scalarbool import ScalarBoolean
 from allometry.configs.errors import ConfigError
 
 KeyPath = tuple[str | int, ...]
-MOST_BYTES, MOST_VALUES, MOST_DEPTH = 1 << 20, 100_000, 64
+MOST_BYTES, MOST_VALUES, MOST_DEPTH = 1 << 19, 100_000, 64
 """Of a YAML file, and of what it says once aliases (``*name``) are written out."""
 
 
@@ -114,10 +115,20 @@ def _same_kind(below: dict[str, Any], above: dict[str, Any]) -> bool:
     return "kind" not in above or above["kind"] == below.get("kind", above["kind"])
 
 
+def _loaded(text: str) -> Any:
+    """What YAML says; its own reader takes seconds to find that brackets nest too deeply."""
+    depth = 0
+    for bracket in re.findall(r"[\[\]{}]", text):
+        depth += 1 if bracket in "[{" else -1
+        if depth > 4 * MOST_DEPTH:
+            raise RecursionError
+    return YAML(typ="rt").load(StringIO(text))
+
+
 def parse_value(text: str, place: str) -> Any:
     """One YAML 1.2 value: ``3e-4`` is a float, ``null`` is none, ``[1, 2]`` a list."""
     try:
-        return _plain(YAML(typ="rt").load(StringIO(text)), Tree({}), "", ())
+        return _plain(_loaded(text), Tree({}), "", ())
     except Exception as error:  # by the grammar, by a number or a tag: of many kinds
         shown = text if len(text) <= 100 else f"{text[:100]}..."
         raise ConfigError(f"{place}: cannot read the value {shown!r}: {_reason(error)}") from None
@@ -142,7 +153,7 @@ def parse_file(path: Path) -> Tree:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
     try:
-        raw = YAML(typ="rt").load(StringIO(text))
+        raw = _loaded(text)
     except MarkedYAMLError as error:
         problem = f"not valid YAML: {_reason(error)}"
         if isinstance(error, DuplicateKeyError):

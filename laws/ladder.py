@@ -191,7 +191,7 @@ def load_prediction(path: Path) -> Prediction | None:
         numbers = [prediction.predicted, *(() if ends == (None, None) else ends)]
         if not all(map(math.isfinite, numbers)):
             raise ValueError("its numbers are not finite")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(
             f"{path} is not a prediction ({type(error).__name__}: {error}); restore it or remove it"
         ) from None

@@ -104,7 +104,7 @@ def _columns(rows: list[dict[str, Any]], path: Path) -> dict[str, NDArray[np.flo
         values = [row.get(key) for row in rows]
         try:
             columns[key] = np.array([np.nan if v is None else float(v) for v in values])
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise UserError(
                 f"{path} has a value of {key!r} that is not a number ({error}); remove that row"
             ) from error

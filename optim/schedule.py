@@ -283,7 +283,7 @@ def read_refined(file: str | Path) -> tuple[float, ...]:
         raise UserError(
             f"schedule.file={file} cannot be read: {error.strerror}; write it with allometry refine"
         ) from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(
             f"schedule.file={file} is not a refined schedule ({error}); write one with allometry "
             "refine"

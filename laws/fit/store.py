@@ -78,7 +78,7 @@ def load_fit(path: Path) -> StoredFit:
         return StoredFit(fit, bootstrap, dict(data["extra"]))
     except UserError:
         raise
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError, OverflowError) as error:
         raise UserError(
             f"{path} is a damaged fit ({type(error).__name__}: {error}); fit again"
         ) from error

@@ -46,7 +46,7 @@ def of_json(given: dict[str, Any], place: str) -> Calibration:
         covariance[np.tril_indices(len(mean))] = given["covariance"]
         low, high = given["scatter"]
         kinds = frozenset((a, b, c) for a, b, c in given["kinds"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(
             f"{place} is no calibration of the planner ({type(error).__name__}: {error}); give a "
             "file that allometry plan --calibrate wrote"

@@ -77,7 +77,7 @@ class TrialLog:
         try:
             loss = math.inf if row["loss"] is None else float(row["loss"])
             return Trial(int(row["size"]), float(row["log2_lr"]), int(row["seed"])), loss
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             raise self._another() from None
 
     def _check(self, head: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
