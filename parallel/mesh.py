@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from allometry.configs.errors import UserError
+from allometry.configs.errors import RankError, UserError
 from allometry.configs.execution import ParallelConfig
 from allometry.parallel.groups import (
     Communicator,
@@ -204,7 +204,8 @@ class Mesh:
     ) -> None:
         # With messages under way that other ranks never answer, leaving a group can block, and the
         # error would not be seen. What all ranks agree on is a UserError.
-        if error is None or isinstance(error, UserError) or self.world_size == 1:
+        agreed = isinstance(error, UserError) and not isinstance(error, RankError)
+        if error is None or agreed or self.world_size == 1:
             self.close()
 
 

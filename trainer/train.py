@@ -38,14 +38,10 @@ from allometry.trainer.assemble import (
     with_measured_stages,
 )
 from allometry.trainer.auto_layout import settled
+from allometry.trainer.checks import Current, checks
 from allometry.trainer.collection import GarbageCollection
 from allometry.trainer.deterministic import algorithms
-from allometry.trainer.evaluate import (
-    Evaluation,
-    Evaluator,
-    held_out_documents,
-    held_out_sequences,
-)
+from allometry.trainer.evaluate import Evaluation, Evaluator, held_out_of
 from allometry.trainer.feed import (
     DocumentPlanner,
     StepInput,
@@ -57,6 +53,7 @@ from allometry.trainer.loop import Loop, RunResult, state_tensors
 from allometry.trainer.record import hardware
 from allometry.trainer.record import writer as record
 from allometry.trainer.record.callbacks import Callback, Reporter, standard_callbacks
+from allometry.trainer.record.corruption import Response
 from allometry.trainer.record.disk import SlowDisk
 from allometry.trainer.record.facts import (
     Invocation,
@@ -75,6 +72,7 @@ from allometry.trainer.save import Saver
 from allometry.trainer.sources import check_data, open_sources
 from allometry.trainer.state import checkpoint
 from allometry.trainer.state.changed import change_events
+from allometry.trainer.state.enter import enter
 from allometry.trainer.state.folder import RunFolder
 from allometry.trainer.state.initial import Importer
 from allometry.trainer.state.planners import State
@@ -82,6 +80,7 @@ from allometry.trainer.state.reading import continued, data_events, read_again
 from allometry.trainer.state.resume import Start, begin, next_stage, start_events
 from allometry.trainer.state.room import checkpoint_bytes
 from allometry.trainer.state.stages import stage_facts
+from allometry.trainer.step import TrainStep
 from allometry.trainer.stop import StopSignals
 
 
@@ -124,21 +123,25 @@ def train(
             importer,
         )
         stream = continued(stream, start.facts)
-        recorder = None
+        recorder, entered = None, False
         try:
-            recorder = on_main_rank(mesh, lambda: record.Recorder(folder), "opening the record")
             while True:
                 at = place_at(places, start.step).number - 1
                 run = _Run(
                     *(places[at].config, plans[at], schedules[at], mesh, stream.in_stage(at)),
-                    *(folder, start, recorder, present, config),
+                    *(folder, start, present, config),
                 )
-                result = run.train(invocation, stop_at_step, signals)
+                if not entered:  # the checkpoint is loaded, so that the folder may change
+                    run.start = start = enter(folder, config, start, mesh)
+                    open_recorder = partial(record.Recorder, folder)
+                    recorder = on_main_rank(mesh, open_recorder, "opening the record")
+                    entered = True
+                result = run.train(recorder, invocation, stop_at_step, signals)
                 if result.stopped_by is not None or result.step == places[-1].last_step:
                     break
                 del run  # a stage is made anew, from the checkpoint that the one before ended with
                 gc.collect()
-                start = next_stage(folder, result.step, mesh)
+                start = next_stage(folder, start, result.step, mesh)
         finally:
             lost = _close(recorder, present)
             folder.withdraw()
@@ -180,14 +183,12 @@ class _Run:
     stream: Stream | DocumentStream
     folder: RunFolder
     start: Start
-    recorder: record.Recorder | None
     present: Sequence[Callback]  # of the launch, whose callbacks of stages come and go
     whole: RunConfig  # the run with all its stages; ``config`` is as it is in this one
 
     def __post_init__(self) -> None:
         config, plan, mesh = self.config, self.plan, self.mesh
         self.callbacks = list(self.present)
-        self.report = Reporter(self.recorder, self.callbacks)
         self.timer = StepTimer(clock_of(mesh.device))
         documents = isinstance(self.stream, DocumentStream)
         self.planner = DocumentPlanner(config, plan.layout) if documents else None
@@ -206,14 +207,28 @@ class _Run:
         self.peak = hardware.peak(mesh.device, torch_dtype(config.training.compute_dtype))
 
     def train(
-        self, invocation: Invocation, stop_at_step: int | None, signals: StopSignals
+        self,
+        recorder: record.Recorder | None,
+        invocation: Invocation,
+        stop_at_step: int | None,
+        signals: StopSignals,
     ) -> RunResult:
-        """Train to the end of the plan or to a stop."""
+        """Train to the end of the plan or to a stop; ``recorder`` is the main rank's."""
+        self.recorder, self.report = recorder, Reporter(recorder, self.callbacks)
         self.callbacks.insert(0, GarbageCollection(self.start.step))
         # Those that ask for a row of a step come before those that only add to one.
         self.callbacks[:0] = [*self._monitors(), self._evaluation(), *self._rows()]
-        self.callbacks.append(self._saver())
-        loop = self._loop(signals)
+        train_step = make_train_step(
+            self.config, self.plan, self.parallel, self.optimizer, self.schedule, self.mesh
+        )
+        current = Current()
+        found, response = checks(
+            *(self.config, self.parallel, self.optimizer, train_step, current),
+            *(self.mesh, self.timer, self.report),
+            first=not self.start.next_stage,
+        )
+        self.callbacks += [*found, self._saver(response)]
+        loop = self._loop(train_step, signals)
         for name in self.start.cleaned:
             self.report("removed_unfinished_checkpoint", name=name)
         for name in self.start.abandoned:
@@ -225,7 +240,7 @@ class _Run:
         self._report_start()
         try:
             with closing(self._batches()) as batches:
-                return loop.run(batches, stop_at_step)
+                return loop.run(current.passing(batches), stop_at_step)
         finally:
             self.parallel.sync.leave()
 
@@ -239,7 +254,7 @@ class _Run:
             tokenizer = tokenizer_of_run(self.folder.path, self.config.data)
             tokenizer.keep(self.folder.path)
             facts["tokenizer"] = tokenizer.describe()
-            facts |= self._origin()
+            facts |= self._origin() | self.start.identity.describe()
             record.write_run(self.folder, facts, launch_facts(facts, first_step))
         for callback in self.callbacks:
             if not self.start.next_stage or callback not in self.present:
@@ -253,13 +268,11 @@ class _Run:
         known = self.start.facts if self.start.weights_only else None
         return {key: value for key, value in (known or {}).items() if key == "origin"}
 
-    def _loop(self, signals: StopSignals) -> Loop:
+    def _loop(self, train_step: TrainStep, signals: StopSignals) -> Loop:
         return Loop(
             plan=self.plan,
             mesh=self.mesh,
-            train_step=make_train_step(
-                self.config, self.plan, self.parallel, self.optimizer, self.schedule, self.mesh
-            ),
+            train_step=train_step,
             stream=self.stream,
             progress=self.progress,
             timer=self.timer,
@@ -295,19 +308,11 @@ class _Run:
             yield CompressedStates(wanted, self.optimizer, fp8, self.mesh, self.report)
 
     def _evaluation(self) -> Evaluation:
-        evaluation, mesh = self.config.evaluation, self.mesh
-        count = evaluation.sequences_per_source
-        if isinstance(self.stream, DocumentStream):
-            assert self.planner is not None
-            pieces = self.stream.validation_pieces(count)
-            held_out = held_out_documents(pieces, self.planner, mesh)
-        else:
-            at_once = self.config.batch.micro_batch_sequences
-            held_out = held_out_sequences(self.stream.validation(count, at_once), mesh)
-        evaluator = Evaluator(held_out, self.parallel, mesh)
-        replay = self.config.data.replay
+        every, replay = self.config.evaluation.every_steps, self.config.data.replay
+        held_out = held_out_of(self.config, self.stream, self.planner, self.mesh)
         return Evaluation(
-            *(evaluator, evaluation.every_steps, self.plan.total_steps, self.timer, self.report),
+            Evaluator(held_out, self.parallel, self.mesh),
+            *(every, self.plan.total_steps, self.timer, self.report),
             replayed=replay.sources if replay else (),
             before=self.progress.held_out_before,
         )
@@ -329,17 +334,18 @@ class _Run:
         if (every := self.config.record.forecast.every_steps) is not None:
             yield Forecaster(every, self.whole, self.start.step, self.folder, self.report)
 
-    def _saver(self) -> Saver:
+    def _saver(self, response: Response) -> Saver:
         writer = checkpoint.Checkpointer(
             *(self.folder, self.config.checkpoint, self.mesh, self.report),
             checkpoint_bytes(self.config),
+            self.start.identity.run,
         )
 
         def state() -> tuple[State, dict[str, Any]]:
             facts = self.progress.facts(self.plan, self.stream, self.config.run.seed)
             return state_tensors(self.parallel, self.optimizer), facts
 
-        return Saver(writer, self.progress, state, self.timer, self.mesh)
+        return Saver(writer, self.progress, state, self.timer, self.mesh, response)
 
     def _batches(self) -> Iterator[StepInput]:
         """This rank's micro-batches, step by step."""

@@ -208,7 +208,13 @@ COVERING: tuple[tuple[str, tuple[Stage, ...]], ...] = (
     ),
     (
         "trainer/step.py",
-        (unit("trainer/*_step", "trainer/*feed", "trainer/*shares"), ONE, dist("faults"), RUNS),
+        (
+            unit("trainer/*_step", "trainer/*feed", "trainer/*shares"),
+            ONE,
+            dist("faults"),
+            RUNS,
+            dist("corruption"),
+        ),
     ),
     ("trainer/balance.py", (ONE, CUT, RUNS)),
     (
