@@ -129,6 +129,7 @@ _SAID = {
     "layout_chosen": "parallel: auto chose hdp={hdp} tp={chosen[tp]} pp={chosen[pp]} "
     "ep={chosen[ep]} zero.stage={chosen[zero]}, micro-batches of {chosen[micro_batch]} and "
     "checkpointing {chosen[checkpointing]}: {reason}",
+    "restarted": "ranks were started again, time {count} of this launch: {reason}",
     "already_finished": "nothing to do: the run is complete, all {step} steps are taken",
     "stopped": "step {step} | stopped by {signal}; the same command continues from here",
 }
