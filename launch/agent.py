@@ -34,6 +34,7 @@ USER_ERROR = 2
 """Exit code of a rank that has said what is wrong."""
 CRASH_GRACE_S = 5
 """Seconds that the other ranks of a node get to end by themselves once one has crashed."""
+LOOPBACK = "127.0.0.1"
 NODES_HEARD_S = 1.1
 """Seconds after which a node certainly has seen others that wait to join."""
 
@@ -113,7 +114,8 @@ class LoopbackStore(dist.TCPStore):
         **named: Any,
     ) -> None:
         if is_master:
-            listening = socket.create_server(("127.0.0.1", port))
+            host_name = LOOPBACK
+            listening = socket.create_server((host_name, port))
             port = listening.getsockname()[1]
             named["master_listen_fd"] = listening.detach()
         super().__init__(host_name, port, world_size, is_master, *more, **named)
@@ -125,9 +127,10 @@ def launch(arguments: list[str], stopping: Callable[[], bool]) -> None:
     Agent.stopping = staticmethod(stopping)
     launcher.LocalElasticAgent = Agent
     if run.parse_min_max_nnodes(asked.nnodes)[1] == 1:
-        asked.local_addr = asked.local_addr or "127.0.0.1"
-        for module in (c10d_rendezvous_backend, static_tcp_rendezvous):
-            module.TCPStore = LoopbackStore
+        asked.local_addr = asked.master_addr = LOOPBACK  # where ranks are told to meet
+        c10d_rendezvous_backend.TCPStore = LoopbackStore
+        if not asked.rdzv_endpoint:
+            static_tcp_rendezvous.TCPStore = LoopbackStore
         dynamic_rendezvous.DynamicRendezvousHandler._create_tcp_store_server = _serve_here
     run.run(asked)
 

@@ -358,7 +358,8 @@ class _Run:
         start, report, restart = self.start, self.report, self.mesh.restart
         if not start.next_stage:  # else the launch has said where it began
             if restart is not None:
-                report("restarted", step=start.step, count=restart.count, reason=restart.reason)
+                reason = restart.reason or "not known"
+                report("restarted", step=start.step, count=restart.count, reason=reason)
             for kind, facts in start_events(self.config, start):
                 report(kind, step=start.step, **facts)
         if self.mesh.device.type == "cuda":  # estimates are of one
