@@ -7,6 +7,7 @@ launch on one node listens on the loopback device alone, and ranks end with thei
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -42,8 +43,9 @@ NODES_HEARD_S = 1.1
 class Agent(LocalElasticAgent):
     """The agent of a node; ``stopping`` says whether a signal has asked the ranks to stop."""
 
-    stopping: Callable[[], bool] = staticmethod(lambda: False)
-    _restarts = 0
+    def __init__(self, stopping: Callable[[], bool], **given: Any) -> None:
+        super().__init__(**given)
+        self._stopping, self._restarts = stopping, 0
 
     @override
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
@@ -79,7 +81,7 @@ class Agent(LocalElasticAgent):
         """Whether ranks ended well because the agent of another node, which saw it first, asked."""
         handler = self._rdzv_handler
         most = getattr(getattr(handler, "settings", None), "max_nodes", 1)
-        if worker_group.group_world_size == most or self.stopping():
+        if worker_group.group_world_size == most or self._stopping():
             return False
         time.sleep(NODES_HEARD_S)
         return bool(handler.num_nodes_waiting())
@@ -124,8 +126,7 @@ class LoopbackStore(dist.TCPStore):
 def launch(arguments: list[str], stopping: Callable[[], bool]) -> None:
     """Do what torchrun does with these arguments; raises ChildFailedError, as it does."""
     asked = run.parse_args(arguments)
-    Agent.stopping = staticmethod(stopping)
-    launcher.LocalElasticAgent = Agent
+    launcher.LocalElasticAgent = functools.partial(Agent, stopping)
     if run.parse_min_max_nnodes(asked.nnodes)[1] == 1:
         asked.local_addr = asked.master_addr = LOOPBACK  # where ranks are told to meet
         c10d_rendezvous_backend.TCPStore = LoopbackStore

@@ -20,7 +20,7 @@ def test_a_restart_goes_on_with_the_run_of_its_own_launch(
 ) -> None:
     config = tiny("training.total_steps=6", "checkpoint.every_steps=3", "run.resume=never")
     train(config, callbacks=[], stop_at_step=3)
-    with pytest.raises(UserError, match="run.resume=never"):
+    with pytest.raises(UserError, match=r"run\.resume=never"):
         train(config, callbacks=[])
     for name, value in {"RANK": "0", "WORLD_SIZE": "1"}.items():
         monkeypatch.setenv(name, value)
