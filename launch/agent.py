@@ -56,13 +56,15 @@ class Agent(LocalElasticAgent):
             for worker in worker_group.workers
         }
         failed = {rank: code for rank, code in codes.items() if code}
+        if any(code != USER_ERROR for code in failed.values()):
+            context.close(timeout=CRASH_GRACE_S)
+        result: RunResult = super()._monitor_workers(worker_group)
+        # Its list has the others, too, who were ended because of these; a rank may fail meanwhile.
+        failed = failed or {rank: each.exitcode for rank, each in result.failures.items()}
         if failed:
             self._tell(how_ended(failed))
             if all(code == USER_ERROR for code in failed.values()):
                 self._remaining_restarts = 0
-            else:
-                context.close(timeout=CRASH_GRACE_S)
-        result: RunResult = super()._monitor_workers(worker_group)
         if result.state == WorkerState.SUCCEEDED and self._stopped_for_new_nodes(worker_group):
             return RunResult(state=WorkerState.HEALTHY)  # and the caller sees who waits
         return result

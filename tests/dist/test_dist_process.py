@@ -162,14 +162,19 @@ def test_fewer_nodes_go_on_with_a_layout_of_their_own(
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     auto = f"parallel={{auto: {{cluster: {card(tmp_path / 'card.yaml')}}}}}"
     config = tiny(*LONG, auto if layout == "auto" else "parallel.zero.stage=1")
+    port = free_port()
     options = (
         *("--nnodes", "1:2", "--nproc-per-node", "1", "--rdzv-backend", "c10d"),
-        *("--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", "elastic"),
+        *("--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "elastic"),
         *("--local-addr", "127.0.0.1", "--rdzv-conf"),
         "last_call_timeout=10,keep_alive_interval=1,keep_alive_max_attempt=3",
     )
     gate = Gate(tmp_path / "gate", 26)
     stays = start(config, 2, gate, *options)
+    until = time.monotonic() + LIMIT_S
+    while socket.socket().connect_ex(("127.0.0.1", port)):  # the rendezvous is the first one's
+        assert time.monotonic() < until
+        time.sleep(0.1)
     lost = start(config, 2, gate, *options)
     gate.wait(stays, ranks=2)
     lost.kill()
