@@ -1,10 +1,11 @@
 """What a run loses by a fault: launches that are disturbed, beside one that is not.
 
     python benchmarks/faults.py --work DIR [--fault kill ...] [--setting zero0 ...] [--ranks 2 4]
-                                [--count 20] [--seconds 240] [--out FILE] [--plain]
+                                [--count 20] [--times 1] [--seconds 240] [--out FILE] [--plain]
 
 A case is a fault, a setting (fault_settings.py), a number of ranks and a number, from which all
-that is random is drawn: the rank, and the moment, in the launch's start or after a step. It trains
+that is random is drawn: the rank, and the moment, in the launch's start or after a step; with
+``--times`` it strikes so often in one launch, some of them while ranks are started again. It trains
 through the launcher that users have (``--plain``: torch's own), strikes, waits for the end, and
 compares every row and every tensor of the last checkpoint, to the bit, with those of a run that
 nobody disturbed. The cases done are in DIR/cases.jsonl, so the same command goes on with what is
@@ -35,9 +36,10 @@ from fault_settings import SAVE_EVERY, SETTINGS, STEPS, described, write_data
 from allometry.configs.loader import dump
 
 HERE = Path(__file__).parent
-LIMIT_S = 240.0  # of a launch; one that takes longer hangs
+LIMIT_S = 120.0  # of a start and what follows it; a launch that takes longer hangs
 ORPHANS_S = 5.0  # after which ranks without their launcher must be gone
-AT_START = 0.25  # of the cases
+AT_START = 0.25  # of the strikes
+COUNTED = ("restarts", "rows", "rows_differ", "tensors_differ", "steps_lost", "orphans")
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,13 @@ class Case:
     ranks: int
     number: int
     plain: bool = False
+    times: int = 1
 
     @property
     def name(self) -> str:
         """The case's key, and its folder's name."""
-        launcher = "-plain" if self.plain else ""
-        return f"{self.fault}-{self.setting}-{self.ranks}{launcher}-{self.number}"
+        more = "-plain" * self.plain + f"-x{self.times}" * (self.times > 1)
+        return f"{self.fault}-{self.setting}-{self.ranks}{more}-{self.number}"
 
 
 class Launch:
@@ -62,11 +65,18 @@ class Launch:
 
     def __init__(self, case: Case, folder: Path, data: Path, fault: dict[str, str]) -> None:
         self.folder, self.begun = folder, time.time()
+        self._limit_s = LIMIT_S * (1 + case.times)
         config = folder.with_suffix(".yaml")
         config.write_text(dump(described(case.setting, folder, data)))
         module = "torch.distributed.run" if case.plain else "allometry.launch.torchrun"
         words = [sys.executable, "-m", module, "--nproc-per-node", str(case.ranks)]
-        words += ["--max-restarts", "3", "-m", "allometry.launch.train", str(config)]
+        words += [
+            "--max-restarts",
+            str(2 * case.times + 1),
+            "-m",
+            "allometry.launch.train",
+            str(config),
+        ]
         environment = os.environ | {"OMP_NUM_THREADS": "1"} | fault
         with open(folder.with_suffix(".log"), "ab") as log:
             self.process = subprocess.Popen(words, stdout=log, stderr=log, env=environment)
@@ -92,7 +102,7 @@ class Launch:
             if time.time() - looked > 0.3:
                 self.ranks()
                 looked = time.time()
-            if time.time() - self.begun > LIMIT_S:
+            if time.time() - self.begun > self._limit_s:
                 self.process.kill()
             time.sleep(0.01)
 
@@ -171,65 +181,83 @@ FAULTS = {
 }
 
 
+@dataclass(frozen=True)
+class Struck:
+    """A moment: the newest checkpoint, how many events there were, the time."""
+
+    saved: int
+    events: int
+    at: float
+
+    @classmethod
+    def now(cls, folder: Path) -> Struck:
+        """This one."""
+        return cls(newest(folder), len(events(folder)), time.time())
+
+
 def disturbed(case: Case, work: Path) -> dict[str, Any]:
     """Do a case; what came of it."""
     straight = undisturbed(case, work)
     folder = work / "runs" / case.name
     clear(folder)
     draw, fault = random.Random(case.name), FAULTS[case.fault]
-    at_start = not fault.inside and draw.random() < AT_START
-    seconds, step = draw.uniform(0.2, straight["start_s"]), draw.randrange(1, STEPS - 1)
+    steps = sorted(draw.randrange(1, STEPS - 1) for _ in range(case.times))
     environment = {}
+    struck = folder.with_suffix(".struck")
     if fault.inside:
         hook = os.pathsep.join(filter(None, [str(HERE / "fault_hook"), os.environ["PYTHONPATH"]]))
-        told = [fault.inside, draw.randrange(case.ranks), step, str(folder.with_suffix(".struck"))]
+        told = [fault.inside, draw.randrange(case.ranks), steps[0], str(struck)]
         environment = {"PYTHONPATH": hook, "FAULT": json.dumps(told)}
     launch = Launch(case, folder, work / "data", environment)
-    struck = folder.with_suffix(".struck")
-    if at_start:
-        launch.wait(lambda: time.time() - launch.begun > seconds)
-    elif fault.inside:
-        launch.wait(struck.exists)
-    else:
-        launch.wait(lambda: len(rows(folder)) >= step)
-        time.sleep(draw.uniform(0.0, 0.1))  # anywhere within a step, or a save
-    saved, before, at = newest(folder), len(events(folder)), time.time()
-    whom = fault.strike(launch, draw, case.ranks)
-    orphans = 0
-    if fault.again:
-        orphans = launch.orphans
-        launch = Launch(case, folder, work / "data", {})
-    begun = _recovered(launch, before)
+    done: dict[str, Any] = {"strikes": [], "back_s": [], "steps_lost": 0, "orphans": 0}
+    last: Struck | None = None
+    for step in steps:
+        seconds = draw.uniform(0.2, straight["start_s"])
+        if not fault.inside and draw.random() < AT_START:
+            until = (last.at if last else launch.begun) + seconds
+            launch.wait(lambda until=until: time.time() > until)
+            moment = f"{seconds:.1f} s of a start"
+        else:
+            if last:
+                _recovered(launch, done, last)
+            launch.wait(
+                struck.exists if fault.inside else lambda step=step: len(rows(folder)) >= step
+            )
+            time.sleep(draw.uniform(0.0, 0.1))  # anywhere within a step, or a save
+            moment = f"after step {step}"
+        last = Struck.now(folder)
+        done["strikes"].append([moment, fault.strike(launch, draw, case.ranks)])
+        if fault.again:
+            done["orphans"] += launch.orphans
+            launch = Launch(case, folder, work / "data", {})
+    assert last is not None
+    _recovered(launch, done, last)
     launch.wait()
-    said = events(folder)
-    resumed = [event["step"] for event in said[before:] if event["event"] == "resumed"]
+    restarts = [event for event in events(folder) if event["event"] == "restarted"]
     return {
         **asdict(case),
-        "whom": whom,
-        "moment": f"{seconds:.1f} s of the start" if at_start else f"after step {step}",
+        **done,
         "code": launch.process.returncode,
-        "restarted": [event for event in said if event["event"] == "restarted"],
-        "saved": saved,
-        "resumed": resumed,
-        "steps_lost": max(0, saved - resumed[0]) if resumed else saved,
-        "orphans": orphans + launch.orphans,
-        "back_s": round(begun - at, 2) if begun else None,
+        "restarts": max((event["count"] for event in restarts), default=0),
+        "reasons": [event["reason"] for event in restarts],
+        "orphans": done["orphans"] + launch.orphans,
         "rows": len(rows(folder)),
         "rows_differ": differing(rows(folder), straight["rows"]),
         "tensors_differ": differing_tensors(folder, work / "runs" / straight["name"]),
-        "seconds": round(time.time() - launch.begun, 1),
     }
 
 
-def _recovered(launch: Launch, before: int) -> float | None:
-    """Wait for the next step that is taken after the fault; the time, None where none is."""
+def _recovered(launch: Launch, done: dict[str, Any], struck: Struck) -> None:
+    """Wait for the next step after a fault; add what it took, and which steps were lost."""
 
-    def again() -> bool:
-        new = [e for e in events(launch.folder)[before:] if e["event"] in ("started", "resumed")]
-        return bool(new) and len(rows(launch.folder)) > new[-1]["step"]
+    def begun() -> list[int]:
+        new = events(launch.folder)[struck.events :]
+        return [event["step"] for event in new if event["event"] in ("started", "resumed")]
 
-    launch.wait(again)
-    return time.time() if again() else None
+    launch.wait(lambda: bool(begun()) and len(rows(launch.folder)) > begun()[-1])
+    if begun():
+        done["back_s"].append(round(time.time() - struck.at, 2))
+        done["steps_lost"] += max(0, struck.saved - begun()[0])
 
 
 def undisturbed(case: Case, work: Path) -> dict[str, Any]:
@@ -253,7 +281,7 @@ def passed(done: dict[str, Any]) -> bool:
     clean = not any(
         done[key] for key in ("code", "orphans", "steps_lost", "rows_differ", "tensors_differ")
     )
-    return clean and (FAULTS[done["fault"]].again or bool(done["restarted"]))
+    return clean and (FAULTS[done["fault"]].again or bool(done["restarts"]))
 
 
 def summary(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -262,18 +290,15 @@ def summary(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for group in dict.fromkeys(tuple(case[key] for key in keys) for case in cases):
         of = [case for case in cases if tuple(case[key] for key in keys) == group]
-        back = sorted(case["back_s"] for case in of if case["back_s"] is not None)
+        back = sorted(seconds for case in of for seconds in case["back_s"])
         found.append(
             {
                 **dict(zip(keys, group, strict=True)),
                 "cases": len(of),
                 "passed": sum(map(passed, of)),
-                "rows": sum(case["rows"] for case in of),
-                **{
-                    key: sum(case[key] for case in of)
-                    for key in ("rows_differ", "tensors_differ", "steps_lost", "orphans")
-                },
-                "back_s_median": statistics.median(back) if back else None,
+                "strikes": sum(len(case["strikes"]) for case in of),
+                **{key: sum(case[key] for case in of) for key in COUNTED},
+                "back_s_median": round(statistics.median(back), 1) if back else None,
                 "back_s_largest": back[-1] if back else None,
             }
         )
@@ -294,6 +319,7 @@ def main() -> None:
     parser.add_argument("--setting", nargs="+", choices=SETTINGS, default=["zero0"])
     parser.add_argument("--ranks", nargs="+", type=int, default=[2])
     parser.add_argument("--count", type=int, default=20)
+    parser.add_argument("--times", type=int, default=1, help="strikes in one launch")
     parser.add_argument("--seconds", type=float, default=1e9)
     parser.add_argument("--plain", action="store_true", help="torch's torchrun, not ours")
     parser.add_argument("--out", type=Path)
@@ -303,7 +329,7 @@ def main() -> None:
     file = given.work / "cases.jsonl"
     done = {case["name"]: case for case in read(file)}
     wanted = [
-        Case(fault, setting, ranks, number, given.plain)
+        Case(fault, setting, ranks, number, given.plain, given.times)
         for fault in given.fault
         for setting in given.setting
         for ranks in given.ranks

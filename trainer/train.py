@@ -113,9 +113,7 @@ def train(
     watched = nullcontext(signals) if signals else StopSignals()
     exact = algorithms(deterministic=config.training.deterministic)
     with watched as signals, exact, open_mesh(config.parallel, device) as mesh:
-        if mesh.restart is not None and config.run.resume == "never":  # the run that is there is
-            section = config.run.model_copy(update={"resume": "auto"})  # this launch's own
-            config = config.model_copy(update={"run": section})
+        config = _continued(config, mesh)
         for place in places:  # what cannot be is said before the folder is touched
             choose_graphs(place.config, mesh)
         on_all_ranks(mesh, lambda: check_available(config), "looking for DeepSpeed")
@@ -151,6 +149,13 @@ def train(
         if lost is not None:
             raise UserError(f"{lost}; the last checkpoint is whole")
         return result
+
+
+def _continued(config: RunConfig, mesh: Mesh) -> RunConfig:
+    """The description as ranks that are started again follow it, who continue their own run."""
+    if mesh.restart is None or config.run.resume != "never":
+        return config
+    return config.model_copy(update={"run": config.run.model_copy(update={"resume": "auto"})})
 
 
 def _present(
