@@ -38,6 +38,7 @@ from allometry.configs.loader import dump
 HERE = Path(__file__).parent
 LIMIT_S = 120.0  # of a start and what follows it; a launch that takes longer hangs
 ORPHANS_S = 5.0  # after which ranks without their launcher must be gone
+NOBODY = "nobody: the run had ended"
 AT_START = 0.25  # of the strikes
 COUNTED = ("restarts", "rows", "rows_differ", "tensors_differ", "steps_lost", "orphans")
 
@@ -138,7 +139,10 @@ def kill(launch: Launch, draw: random.Random, ranks: int) -> str:
     """SIGKILL to one rank: the launcher starts all again."""
     wanted = draw.randrange(ranks)
     launch.wait(lambda: wanted in launch.ranks())
-    launch.ranks()[wanted].kill()
+    victim = launch.ranks().get(wanted)
+    if victim is None:
+        return NOBODY
+    victim.kill()
     return f"rank {wanted}"
 
 
@@ -296,7 +300,7 @@ def summary(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 **dict(zip(keys, group, strict=True)),
                 "cases": len(of),
                 "passed": sum(map(passed, of)),
-                "strikes": sum(len(case["strikes"]) for case in of),
+                "strikes": sum(whom != NOBODY for case in of for _, whom in case["strikes"]),
                 **{key: sum(case[key] for case in of) for key in COUNTED},
                 "back_s_median": round(statistics.median(back), 1) if back else None,
                 "back_s_largest": back[-1] if back else None,
