@@ -63,7 +63,7 @@ class Agent(LocalElasticAgent):
         failed = failed or {rank: each.exitcode for rank, each in result.failures.items()}
         if failed:
             self._tell(how_ended(failed))
-            if all(code == USER_ERROR for code in failed.values()):
+            if self._stopping() or all(code == USER_ERROR for code in failed.values()):
                 self._remaining_restarts = 0
         if result.state == WorkerState.SUCCEEDED and self._stopped_for_new_nodes(worker_group):
             return RunResult(state=WorkerState.HEALTHY)  # and the caller sees who waits
@@ -128,13 +128,18 @@ class LoopbackStore(dist.TCPStore):
 def launch(arguments: list[str], stopping: Callable[[], bool]) -> None:
     """Do what torchrun does with these arguments; raises ChildFailedError, as it does."""
     asked = run.parse_args(arguments)
-    launcher.LocalElasticAgent = functools.partial(Agent, stopping)
+    ours: list[tuple[Any, str, Any]] = [
+        (launcher, "LocalElasticAgent", functools.partial(Agent, stopping))
+    ]
     if run.parse_min_max_nnodes(asked.nnodes)[1] == 1:
         asked.local_addr = asked.master_addr = LOOPBACK  # where ranks are told to meet
-        c10d_rendezvous_backend.TCPStore = LoopbackStore
+        handler = dynamic_rendezvous.DynamicRendezvousHandler
+        ours.append((handler, "_create_tcp_store_server", _serve_here))
+        ours.append((c10d_rendezvous_backend, "TCPStore", LoopbackStore))
         if not asked.rdzv_endpoint:
-            static_tcp_rendezvous.TCPStore = LoopbackStore
-        dynamic_rendezvous.DynamicRendezvousHandler._create_tcp_store_server = _serve_here
+            ours.append((static_tcp_rendezvous, "TCPStore", LoopbackStore))
+    for owner, name, mine in ours:  # torchrun takes none of them as an argument
+        setattr(owner, name, mine)
     run.run(asked)
 
 
