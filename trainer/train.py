@@ -16,6 +16,7 @@ from allometry.configs.errors import UserError
 from allometry.configs.model import MoEModel
 from allometry.configs.run import RunConfig
 from allometry.data.documents import DocumentStream
+from allometry.data.processes import end_with_launcher
 from allometry.data.run_tokenizer import tokenizer_of_run
 from allometry.data.stream import Stream
 from allometry.models.build import torch_dtype
@@ -26,7 +27,8 @@ from allometry.optim.tiered import TieredOptimizer
 from allometry.parallel.agree import on_all_ranks, on_main_rank
 from allometry.parallel.deepspeed.engine import check_available
 from allometry.parallel.graphs import choose_graphs
-from allometry.parallel.mesh import Mesh, launched_world_size, open_mesh
+from allometry.parallel.mesh import Mesh, open_mesh
+from allometry.parallel.rendezvous import launched_world_size
 from allometry.scaling.advice import NODE_RANKS, advice
 from allometry.scaling.count import DocumentFlops
 from allometry.scaling.plan import RunPlan
@@ -102,6 +104,7 @@ def train(
     ``importer`` reads ``run.initial.hf``: ``interop.huggingface.model.import_model``. Raises
     UserError on all ranks alike.
     """
+    end_with_launcher()
     # What a layout cannot do is said before any group starts.
     config, invocation = settled(config, device, invocation)
     plans = RunPlan.of_stages(config, launched_world_size())
@@ -109,6 +112,7 @@ def train(
     watched = nullcontext(signals) if signals else StopSignals()
     exact = algorithms(deterministic=config.training.deterministic)
     with watched as signals, exact, open_mesh(config.parallel, device) as mesh:
+        config = _continued(config, mesh)
         for place in places:  # what cannot be is said before the folder is touched
             choose_graphs(place.config, mesh)
         on_all_ranks(mesh, lambda: check_available(config), "looking for DeepSpeed")
@@ -148,6 +152,13 @@ def train(
         if lost is not None:
             raise UserError(f"{lost}; the last checkpoint is whole")
         return result
+
+
+def _continued(config: RunConfig, mesh: Mesh) -> RunConfig:
+    """The description as ranks that are started again follow it, who continue their own run."""
+    if mesh.restart is None or config.run.resume != "never":
+        return config
+    return config.model_copy(update={"run": config.run.model_copy(update={"resume": "auto"})})
 
 
 def _present(
@@ -355,8 +366,11 @@ class _Run:
         return sequence_steps(self.stream, self.plan, self.mesh, self.start.step)
 
     def _report_start(self) -> None:
-        start, report = self.start, self.report
+        start, report, restart = self.start, self.report, self.mesh.restart
         if not start.next_stage:  # else the launch has said where it began
+            if restart is not None:
+                reason = restart.reason or "not known"
+                report("restarted", step=start.step, count=restart.count, reason=reason)
             for kind, facts in start_events(self.config, start):
                 report(kind, step=start.step, **facts)
         if self.mesh.device.type == "cuda":  # estimates are of one

@@ -133,6 +133,7 @@ _SAID = {
     "computed_twice_differs": "step {step} | A STEP DIFFERS THE SECOND TIME: {said}",
     "self_test_failed": "SELF-TEST FAILED: {said}",
     "cards_not_read": "GPUs are not asked for heat, clocks and ECC errors: {reason}",
+    "restarted": "ranks were started again, time {count} of this launch: {reason}",
     "already_finished": "nothing to do: the run is complete, all {step} steps are taken",
     "stopped": "step {step} | stopped by {signal}; the same command continues from here",
 }
