@@ -302,7 +302,7 @@ def test_what_a_run_may_begin_or_go_on_with(run: Path, tiny: Make, tmp_path: Pat
     branch = tmp_path / "branch"
     begun = tiny(every, f"run.parent={{folder: {run}, step: 2}}", folder=branch)
     train(begun, device=CPU, stop_at_step=3)
-    for step in (2, 3):
+    for step in (3, 2):
         again = begun.run.model_copy(update={"resume": f"step-{step}"})
         train(begun.model_copy(update={"run": again}), device=CPU, stop_at_step=4)
     identity = json.loads((branch / "run.json").read_text())["identity"]
