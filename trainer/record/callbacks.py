@@ -132,6 +132,11 @@ _SAID = {
     "layout_chosen": "parallel: auto chose hdp={hdp} tp={chosen[tp]} pp={chosen[pp]} "
     "ep={chosen[ep]} zero.stage={chosen[zero]}, micro-batches of {chosen[micro_batch]} and "
     "checkpointing {chosen[checkpointing]}: {reason}",
+    "replicas_differ": "step {step} | REPLICAS DIFFER: {said}",
+    "computed_twice_differs": "step {step} | A STEP DIFFERS THE SECOND TIME: {said}",
+    "self_test_failed": "SELF-TEST FAILED: {said}",
+    "cards_not_read": "GPUs are not asked for heat, clocks and ECC errors: {reason}",
+    "restarted": "ranks were started again, time {count} of this launch: {reason}",
     "bad_step": "step {step} | BAD STEP ({reason}): loss {loss}, grad {grad_norm}; its update is "
     "skipped",
     "steps_passed_over": "step {step} | passed over from here on, as training.skip_steps says",
