@@ -20,6 +20,8 @@ from allometry.laws.curves import curves_from_runs
 from allometry.optim.build import take_step
 from allometry.optim.optimizer import RuleOptimizer
 from allometry.trainer.bad_steps import NORMAL, Judge, spike_limits
+from allometry.trainer.state.folder import RunFolder
+from allometry.trainer.state.rewinds import rewinds, with_passed
 from checkpoint_bits import bits
 from faulty_steps import launch_with_faults
 from rule_groups import SHAPES, give, group, weights
@@ -185,6 +187,7 @@ def test_nothing_to_go_back_to(tiny: Make) -> None:
         launch_with_faults(tiny(REWIND), dict.fromkeys((2, 3), math.nan))
 
 
+@pytest.mark.slow
 def test_a_run_goes_back_so_often_and_no_more(tiny: Make, tmp_path: Path) -> None:
     policy = REWIND.replace("skip_batches: 4", "skip_batches: 1, most: 2")
     faults = dict.fromkeys(range(12, 21), SPIKE)
@@ -215,6 +218,31 @@ def test_steps_that_were_taken_cannot_be_passed_over_later(
     else:
         with pytest.raises(UserError, match=said):
             launch_with_faults(changed, {})
+
+
+ENTRY = '{"step": 5, "samples": 8, "bad_steps": [7]}'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "[]", "{}", '{"rewinds": 5}', '{"rewinds": [5]}', '{"rewinds": [{"step": 5}]}'),
+        *(
+            ENTRY.replace(*change).join(['{"rewinds": [', "]}"])
+            for change in (("8", "-8"), ("5", "NaN"))
+        ),
+    ],
+)
+def test_damage_to_what_was_passed_over_is_a_sentence(tmp_path: Path, content: str) -> None:
+    folder = RunFolder(tmp_path)
+    assert rewinds(folder) == []
+    folder.rewinds.write_text(content)
+    with pytest.raises(UserError, match=r"^[^\n]*rewinds\.json cannot be read \([^\n]*$") as said:
+        rewinds(folder)
+    assert len(str(said.value)) < 600
+    folder.rewinds.write_text(f'{{"rewinds": [{ENTRY}]}}')
+    assert with_passed(folder, {"step": 5})["pass_over"] == 8
+    assert with_passed(folder, {"step": 6})["pass_over"] == 0
 
 
 @pytest.mark.parametrize(
