@@ -209,7 +209,8 @@ def test_samples_that_are_passed_over_are_never_read(
     folder: Path, position: int, samples: int, later: int, more: int
 ) -> None:
     """The stream goes on as it would have after them, and nothing of them is in the ledger."""
-    for data in (config(folder, code=3.0, prose=1.0), documents(folder, 16, 24, up=3.0, down=1.0)):
+    weights = {"code": 3.0, "prose": 1.0}
+    for data in (config(folder, **weights), documents(folder, 16, 24, **weights)):
         plain = open_stream(data, SEED)
         passing = plain.passing_over(position, samples)
         if more:
