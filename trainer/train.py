@@ -118,12 +118,10 @@ def train(
         folder = RunFolder(config.run.folder)
         present = _present(callbacks, config, folder, mesh)
         start = begin(
-            *(folder, config, stream, mesh, stop_at_step),
-            lambda found: check_data(found, plans),
-            importer,
+            *(folder, config, stream, mesh, stop_at_step, lambda s: check_data(s, plans), importer)
         )
         stream = continued(stream, start.facts)
-        recorder, entered = None, False
+        recorder = None
         try:
             while True:
                 at = place_at(places, start.step).number - 1
@@ -131,11 +129,9 @@ def train(
                     *(places[at].config, plans[at], schedules[at], mesh, stream.in_stage(at)),
                     *(folder, start, present, config),
                 )
-                if not entered:  # the checkpoint is loaded, so that the folder may change
+                if not start.next_stage:  # it is loaded, so that the folder may change
                     run.start = start = enter(folder, config, start, mesh)
-                    open_recorder = partial(record.Recorder, folder)
-                    recorder = on_main_rank(mesh, open_recorder, "opening the record")
-                    entered = True
+                    recorder = on_main_rank(mesh, partial(record.Recorder, folder), "the record")
                 result = run.train(recorder, invocation, stop_at_step, signals)
                 if result.stopped_by is not None or result.step == places[-1].last_step:
                     break
