@@ -146,7 +146,7 @@ def _launch(
         importer,
     )
     stream = continued(stream, start.facts)
-    recorder, entered = None, False
+    recorder = None
     try:
         while True:
             at = place_at(places, start.step).number - 1
@@ -154,11 +154,10 @@ def _launch(
                 *(places[at].config, plans[at], schedules[at], mesh, stream.in_stage(at)),
                 *(folder, start, present, config),
             )
-            if not entered:  # the checkpoint is loaded, so that the folder may change
+            if not start.next_stage:  # the checkpoint is loaded, so that the folder may change
                 run.start = start = enter(folder, config, start, mesh)
                 open_recorder = partial(record.Recorder, folder)
                 recorder = on_main_rank(mesh, open_recorder, "opening the record")
-                entered = True
             result = run.train(recorder, invocation, stop_at_step, signals)
             if result.go_back:
                 go_back(folder, run.config, run.plan.batch, result.go_back, mesh, run.report)
