@@ -26,6 +26,7 @@ from checkpoint_bits import bits
 from faulty_steps import launch_with_faults
 from rule_groups import SHAPES, give, group, weights
 from run_folders import events, rows
+from thinned import thinned
 
 Make = Callable[..., RunConfig]
 CPU = torch.device("cpu")
@@ -131,6 +132,33 @@ def test_a_spike_is_skipped_and_left_out_of_laws(tiny: Make, tmp_path: Path) -> 
     curve = curves_from_runs([tmp_path / "skipped"], bins=None)
     assert 12 not in curve["step"]
     assert curve.curves["skipped"].rates[11] == 0.0
+
+
+KINDS = {
+    "tiers": ("parallel.zero={stage: 1, optimizer_states: {device: 0.0, bucket_mib: 0.01}}",),
+    "delayed": ("parallel.zero={stage: 0, optimizer_states: {update: delayed}}",),
+    "fp8": ("optimizer={kind: adamw, lr: 1e-2, states: {kind: fp8, rounding: stochastic}}",),
+    "apollo": ("optimizer={kind: apollo, lr: 2e-3, refresh_steps: 3}",),
+    "documents": (
+        *("data.kind=documents", "data.max_document_tokens=32"),
+        *("batch.micro_batch_sequences=1", "model.dropout=0.1"),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", thinned({"delayed"}, list(KINDS)))
+def test_other_states_and_data_keep_their_bits(tiny: Make, tmp_path: Path, kind: str) -> None:
+    faults = {4: math.nan, 12: SPIKE}
+    common = (*KINDS[kind], "training.bad_steps={window_steps: 8, most_in_window: 5}")
+    told = tiny(*common, "training.skip_steps=[4, 12]", folder=tmp_path / "told")
+    launch_with_faults(told, {}, 14)
+    bad = tiny(*common, folder=tmp_path / "bad")
+    for stop in (4, 13, 14):
+        launch_with_faults(bad, faults, stop)
+    wanted, found = bits(told, 14), bits(bad, 14)
+    assert wanted.keys() == found.keys()
+    assert not [name for name, tensor in wanted.items() if not tensor.equal(found[name])]
+    assert len([row for row in rows(tmp_path / "bad") if "skipped" in row]) == 2
 
 
 REWIND = (
