@@ -56,7 +56,7 @@ from allometry.trainer.kernels import choose_kernels
 from allometry.trainer.loop import Loop, RunResult, state_tensors
 from allometry.trainer.record import hardware
 from allometry.trainer.record import writer as record
-from allometry.trainer.record.callbacks import Callback, Reporter, standard_callbacks
+from allometry.trainer.record.callbacks import Callback, Reporter
 from allometry.trainer.record.disk import SlowDisk
 from allometry.trainer.record.facts import (
     Invocation,
@@ -68,15 +68,19 @@ from allometry.trainer.record.monitors import Monitors, NoChanges
 from allometry.trainer.record.prediction import predictions
 from allometry.trainer.record.rows import GraphEvents, OffloadRows, PlanRows, RoutingRows
 from allometry.trainer.record.sample import Sample
+from allometry.trainer.record.services import standard_callbacks
 from allometry.trainer.record.states import CompressedStates
 from allometry.trainer.record.timing import StepTimer, clock_of
 from allometry.trainer.restore import restore
-from allometry.trainer.save import Saver
+from allometry.trainer.save import Copier, Saver
+from allometry.trainer.save_times import SaveTimes
 from allometry.trainer.sources import check_data, open_sources
 from allometry.trainer.state import checkpoint
 from allometry.trainer.state.changed import change_events
 from allometry.trainer.state.folder import RunFolder
 from allometry.trainer.state.initial import Importer
+from allometry.trainer.state.interval import Uptime
+from allometry.trainer.state.local import LocalCopies
 from allometry.trainer.state.planners import State
 from allometry.trainer.state.reading import continued, data_events, read_again
 from allometry.trainer.state.resume import Start, begin, next_stage, start_events
@@ -117,11 +121,12 @@ def train(
         schedules = schedules_of(config)
         stream = on_all_ranks(mesh, lambda: open_sources(config), "opening the data")
         folder = RunFolder(config.run.folder)
+        local = LocalCopies.of(config, plans[0], mesh)
         present = _present(callbacks, config, folder, mesh)
         start = begin(
             *(folder, config, stream, mesh, stop_at_step),
             lambda found: check_data(found, plans),
-            importer,
+            *(importer, local),
         )
         stream = continued(stream, start.facts)
         recorder = None
@@ -131,7 +136,7 @@ def train(
                 at = place_at(places, start.step).number - 1
                 run = _Run(
                     *(places[at].config, plans[at], schedules[at], mesh, stream.in_stage(at)),
-                    *(folder, start, recorder, present, config),
+                    *(folder, start, recorder, present, config, local),
                 )
                 result = run.train(invocation, stop_at_step, signals)
                 if result.stopped_by is not None or result.step == places[-1].last_step:
@@ -143,7 +148,7 @@ def train(
             lost = _close(recorder, present)
             folder.withdraw()
         if lost is not None:
-            raise UserError(f"{lost}; the last checkpoint is whole")
+            raise UserError(f"{lost}; checkpoint step-{result.step} is whole")
         return result
 
 
@@ -183,6 +188,7 @@ class _Run:
     recorder: record.Recorder | None
     present: Sequence[Callback]  # of the launch, whose callbacks of stages come and go
     whole: RunConfig  # the run with all its stages; ``config`` is as it is in this one
+    local: LocalCopies | None
 
     def __post_init__(self) -> None:
         config, plan, mesh = self.config, self.plan, self.mesh
@@ -212,14 +218,15 @@ class _Run:
         self.callbacks.insert(0, GarbageCollection(self.start.step))
         # Those that ask for a row of a step come before those that only add to one.
         self.callbacks[:0] = [*self._monitors(), self._evaluation(), *self._rows()]
-        self.callbacks.append(self._saver())
-        loop = self._loop(signals)
+        saver = self._saver()
+        self.callbacks.append(saver)
+        loop = self._loop(signals, saver)
         for name in self.start.cleaned:
             self.report("removed_unfinished_checkpoint", name=name)
         for name in self.start.abandoned:
             self.report("abandoned_checkpoint", name=name)
         # Files may be slow, and a service's page is opened over the network.
-        on_main_rank(self.mesh, lambda: self._open_record(invocation), "opening the record")
+        on_main_rank(self.mesh, lambda: self._begin_record(invocation), "opening the record")
         if invocation.layout_choice is not None:
             self.report("layout_chosen", step=self.start.step, **invocation.layout_choice)
         self._report_start()
@@ -228,6 +235,12 @@ class _Run:
                 return loop.run(batches, stop_at_step)
         finally:
             self.parallel.sync.leave()
+
+    def _begin_record(self, invocation: Invocation) -> None:
+        try:
+            self._open_record(invocation)
+        except OSError as error:
+            raise checkpoint.unwritable(self.folder, error) from None
 
     def _open_record(self, invocation: Invocation) -> None:
         first_step = self.start.step + 1
@@ -253,7 +266,7 @@ class _Run:
         known = self.start.facts if self.start.weights_only else None
         return {key: value for key, value in (known or {}).items() if key == "origin"}
 
-    def _loop(self, signals: StopSignals) -> Loop:
+    def _loop(self, signals: StopSignals, saver: Saver) -> Loop:
         return Loop(
             plan=self.plan,
             mesh=self.mesh,
@@ -270,6 +283,7 @@ class _Run:
             record_every_steps=self.config.record.every_steps,
             document_flops=DocumentFlops.of(self.config.model),
             peak_flops_per_s=self.peak.flops_per_s * self.mesh.world_size,
+            save_times=saver.times,
         )
 
     def _monitors(self) -> Iterator[Callback]:
@@ -339,7 +353,10 @@ class _Run:
             facts = self.progress.facts(self.plan, self.stream, self.config.run.seed)
             return state_tensors(self.parallel, self.optimizer), facts
 
-        return Saver(writer, self.progress, state, self.timer, self.mesh)
+        copier = Copier.of(self.local, writer, self.folder, self.start, self.report)
+        uptime = Uptime.of(self.folder)
+        times = SaveTimes(self.config.checkpoint, self.mesh, lambda: writer.busy, uptime)
+        return Saver(writer, self.progress, state, self.timer, self.mesh, times, copier)
 
     def _batches(self) -> Iterator[StepInput]:
         """This rank's micro-batches, step by step."""

@@ -7,8 +7,8 @@ import math
 import os
 from pathlib import Path
 
+from allometry.configs.checkpoints import CheckpointConfig
 from allometry.configs.errors import UserError
-from allometry.configs.execution import CheckpointConfig
 from allometry.configs.run import RunConfig
 from allometry.scaling.inventory import inventory
 from allometry.scaling.update_rules import state_bytes
