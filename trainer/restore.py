@@ -75,10 +75,11 @@ def _load(
         progress.flops = start.facts["flops"]
         progress.held_out_before.update(start.facts.get("held_out_before", {}))
         progress.rates_since = rates_since(config, start.facts)
+    converted: dict[str, int] = {}
+    anew: list[torch.Tensor] = []
     if start.offer is not None:
         own = start.checkpoint
         on_all_ranks(mesh, lambda: load_copy(own, state), "loading local copies")
-        converted, anew = {}, []
     else:
         converted, anew = load(start.checkpoint, state, names, mesh)
     settle(optimizer)

@@ -87,6 +87,7 @@ from allometry.trainer.state.resume import Start, begin, next_stage, start_event
 from allometry.trainer.state.room import checkpoint_bytes
 from allometry.trainer.state.stages import stage_facts
 from allometry.trainer.stop import StopSignals
+from allometry.trainer.upload import Uploads
 
 
 def train(
@@ -219,7 +220,8 @@ class _Run:
         # Those that ask for a row of a step come before those that only add to one.
         self.callbacks[:0] = [*self._monitors(), self._evaluation(), *self._rows()]
         saver = self._saver()
-        self.callbacks.append(saver)
+        uploads = Uploads.of(self.config.checkpoint, self.folder, self.mesh, self.report)
+        self.callbacks += [saver, *uploads]
         loop = self._loop(signals, saver)
         for name in self.start.cleaned:
             self.report("removed_unfinished_checkpoint", name=name)

@@ -183,7 +183,7 @@ def test_without_a_whole_set_the_checkpoint_serves(
 def test_copies_are_not_used_where_the_run_is_another(
     tiny: Make, run_ranks: Ranks, tmp_path: Path
 ) -> None:
-    """Another layout, a step that is asked for, rows that are gone, a run begun anew in the folder."""
+    """Another layout, a step that is asked for, rows that are gone, a run begun anew."""
     first = tmp_path / "run"
     config = prepared(tiny, first, {"zero": {"stage": 3}})
     run_ranks(crash, 2, config, 9)

@@ -89,6 +89,10 @@ class Reporter:
 _SAID = {
     "checkpoint_saved": "step {step} | checkpoint saved",
     "checkpoint_failed": "step {step} | CHECKPOINT FAILED ({reason}); earlier ones are kept",
+    "local_copy_failed": "step {step} | LOCAL COPY FAILED in {folder} ({reason})",
+    "local_copy_alone": "step {step} | the neighbours of ranks {ranks} could not keep their copies",
+    "local_copies_unused": "local copies that are not used: {reasons}",
+    "upload_failed": "step {step} | UPLOAD FAILED to {url} ({reason}); the next is tried anew",
     "abandoned_checkpoint": "going back: a later checkpoint is kept aside as {name}",
     "started": "starting over: the last launch ended before its first checkpoint "
     "({dropped_rows} rows of its record dropped)",

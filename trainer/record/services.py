@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import logging
 import os
@@ -26,6 +27,11 @@ _log = logging.getLogger(__name__)
 _VERSION = "brain.Event:2"  # of the format of event files
 
 
+def _events() -> Any:
+    """Return the module of TensorBoard's events, whose classes are made when it is imported."""
+    return importlib.import_module("tensorboard.compat.proto.event_pb2")
+
+
 class TensorBoard(Callback):
     """Scalars for TensorBoard: rows of every ``every_steps``, and those with rarer losses.
 
@@ -42,8 +48,7 @@ class TensorBoard(Callback):
     @override
     def on_start(self, facts: dict[str, Any], first_step: int) -> None:
         """Begin a file; steps that will be computed again are hidden."""
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-
+        proto = _events()
         place = self._folder.tensorboard
         new = not any(place.glob("events.*"))
         try:
@@ -53,27 +58,24 @@ class TensorBoard(Callback):
             return
         name = f"{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{first_step:010d}"
         self._file = Appender(place / f"events.out.tfevents.{name}", "entries")
-        self._add(Event(file_version=_VERSION))
+        self._add(proto.Event(file_version=_VERSION))
         if first_step > 1:
-            self._add(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
+            self._add(proto.Event(step=first_step, session_log={"status": proto.SessionLog.START}))
         for row in _history(self._folder, first_step) if new else ():
             self.on_row(row)
 
     @override
     def on_row(self, row: Row) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
         step = int(row["step"])
         rare = any(key.startswith(("validation/", "forecast/")) for key in row)
         if self._file is None or (step % self._every and not rare):
             return
         values = [
-            Summary.Value(tag=key if "/" in key else f"train/{key}", simple_value=float(value))
+            {"tag": key if "/" in key else f"train/{key}", "simple_value": float(value)}
             for key, value in row.items()
             if key != "step"
         ]
-        self._add(Event(step=step, summary=Summary(value=values)))
+        self._add(_events().Event(step=step, summary={"value": values}))
 
     @override
     def on_end(self) -> None:

@@ -370,7 +370,8 @@ class Checkpointer:
 def clean(folder: RunFolder, used: Path | None) -> list[str]:
     """Remove what an interrupted save left behind, but not ``used``; the names of checkpoints."""
     folder.remove_temporary()
-    left = [*folder.checkpoints.glob(".step-*.partial"), *folder.checkpoints.glob(".*.replaced")]
+    patterns = (".step-*.partial", ".*.replaced", ".upload-step-*")
+    left = [path for pattern in patterns for path in folder.checkpoints.glob(pattern)]
     left = [path for path in left if path != used]
     for path in left:
         shutil.rmtree(path, ignore_errors=True)
