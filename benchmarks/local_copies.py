@@ -1,6 +1,6 @@
 """What local copies cost: how long training waits for one, as a share of a step.
 
-    python benchmarks/local_copies.py [--width 768] [--layers 12] [--tokens 8192] [--folder /dev/shm]
+    python benchmarks/local_copies.py [--width 768] [--layers 12] [--tokens 8192] [--folder DIR]
 
 A run trains for some steps with a local copy after every second one. ``waited_s`` is what training
 waits for a copy (the copy of the tensors, and whatever the loop does for it); the copy is written

@@ -104,11 +104,9 @@ class Uploads(Callback):
             return
         step, again, self._next = self._next, self._again, None
         # A daemon: a process that ends does not wait for a network that is gone.
-        work = threading.Thread(
-            target=self._work, args=(step, again), name=f"upload-{step}", daemon=True
-        )
-        self._worker = work
-        work.start()
+        work = partial(self._work, step, again=again)
+        self._worker = threading.Thread(target=work, name=f"upload-{step}", daemon=True)
+        self._worker.start()
 
     def _work(self, step: int, *, again: bool) -> None:
         assert self._store is not None

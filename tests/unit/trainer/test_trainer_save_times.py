@@ -102,7 +102,7 @@ def test_all_ranks_save_at_the_step_that_the_main_ranks_clock_says(count: int) -
     assert len(whole) == 3
     assert all(59 <= after - before <= 62 for before, after in pairwise(whole))
     copies = [step for step, kind in made if kind == "copy"]
-    assert len(copies) in (9, 10)
+    assert 9 <= len(copies) <= 12
     assert copies[0] in (15, 16)
 
 
