@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import IO, Any
 
 from typing_extensions import override
@@ -12,6 +12,8 @@ from typing_extensions import override
 from allometry.configs.format import duration, human
 from allometry.trainer.record.columns import FinishedStep
 from allometry.trainer.record.writer import Recorder, Row
+
+_log = logging.getLogger(__name__)
 
 
 class Callback:
@@ -136,7 +138,7 @@ class Display(Callback):
 
     def __init__(self, every_steps: int, out: IO[str] | None = None) -> None:
         self._every, self._out = every_steps, out or sys.stdout
-        self._first = self._total = 0
+        self._first = self._total = self._unsaid = 0
 
     @override
     def on_start(self, facts: dict[str, Any], first_step: int) -> None:
@@ -184,5 +186,14 @@ class Display(Callback):
             self._say(_SAID[kind].format(**details))
 
     def _say(self, text: str) -> None:
-        with suppress(OSError):  # a full disk: the stream keeps the line and tries it with the next
+        try:
             print(text, file=self._out, flush=True)
+        except OSError as error:  # a full disk; the record has what the line says
+            if not self._unsaid:
+                _log.warning("lines cannot be printed (%s); training goes on", error.strerror)
+            self._unsaid += 1
+
+    @override
+    def on_end(self) -> None:
+        if self._unsaid:
+            _log.warning("%d lines could not be printed; metrics.jsonl has all", self._unsaid)

@@ -206,7 +206,7 @@ def test_a_launch_whose_disk_fills_says_what_is_safe(
 ) -> None:
     config = tiny(
         *FULL,
-        *("checkpoint.every_steps=20", "training.total_steps=2000", "evaluation.every_steps=20"),
+        *("checkpoint.every_steps=20", "training.total_steps=400"),
         folder=disk / "run",
     )
     process = started(config, tmp_path / "run.yaml", disk / "log")
@@ -229,7 +229,7 @@ def test_a_launch_whose_disk_fills_says_what_is_safe(
     again = started(config, tmp_path / "run.yaml")
     assert again.wait(timeout=200) == 0
     assert [e["checkpoint"] for e in events(disk / "run") if e["event"] == "resumed"] == [safe]
-    assert [row["step"] for row in rows(disk / "run")] == list(range(1, 2001))
+    assert [row["step"] for row in rows(disk / "run")] == list(range(1, 401))
 
 
 @pytest.mark.slow
@@ -238,8 +238,9 @@ def test_a_log_on_a_full_disk_does_not_end_the_run(tiny: Make, tmp_path: Path, d
     config = tiny("record.display_every_steps=1")
     process = started(config, tmp_path / "run.yaml", disk / "log")
     _, said = process.communicate(timeout=100)
-    assert process.returncode == 2, said
-    assert "the output cannot be written to its end (No space left on device)" in said
+    assert process.returncode == 0, said
+    assert "lines cannot be printed (No space left on device)" in said
+    assert "lines could not be printed" in said
     assert "Traceback" not in said
     assert events(Path(config.run.folder))[-1]["event"] == "finished"
     assert json.loads((Path(config.run.folder) / "run.json").read_text())
