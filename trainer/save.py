@@ -182,6 +182,9 @@ class Saver(Callback):
         """
         step = self._progress.step
         self._checkpointer.wait()
+        if self._copier is not None and step and self._failed is None and self._begun_step != step:
+            self._save(step)  # no step was taken after the local copies with which this began
+            self._checkpointer.wait()
         for pause in RETRY_AFTER_S:
             if self._missing() is None:
                 break
@@ -189,7 +192,7 @@ class Saver(Callback):
             self._save(step)
             self._checkpointer.wait()
         if self._copier is not None:
-            self._copier.finish(saved=self._missing() is None)
+            self._copier.finish(saved=self._progress.saved_step == step)
         reason = self._missing()
         if reason is not None:
             raise UserError(

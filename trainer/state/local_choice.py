@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from allometry.configs.errors import UserError
 from allometry.laws.runs import read_lines
-from allometry.parallel.agree import on_all_ranks, with_heartbeat
+from allometry.parallel.agree import from_main_rank, on_all_ranks, with_heartbeat
 from allometry.parallel.mesh import Mesh
 from allometry.trainer.state.checkpoint import read_facts
 from allometry.trainer.state.folder import RunFolder
@@ -79,10 +79,11 @@ def find(local: LocalCopies, folder: RunFolder, total_steps: int, record_every: 
     answers = mesh.gather_objects((listed, problems))
     seen = [each for found, _ in answers for each in found]
     unused = [problem for _, told in answers for problem in told]
-    refused = mesh.broadcast_object(
-        _refused(folder, {(e.step, e.launch) for e in seen}, total_steps, record_every)
-        if mesh.is_main
-        else {}
+    keys = {(each.step, each.launch) for each in seen}
+    refused = from_main_rank(
+        mesh,
+        lambda: _refused(folder, keys, total_steps, record_every),
+        "looking at the launches of the run",
     )
     sets: dict[tuple[int, str], list[_Seen]] = defaultdict(list)
     for each in seen:

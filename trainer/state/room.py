@@ -75,7 +75,8 @@ def check_room(folder: Path, config: RunConfig, there: int, step: int, total_ste
     made = [s for s in range(step + 1, total_steps + 1) if due(wanted, s) or s == total_steps]
     kept = sum(stays(wanted, s) for s in made)
     # One more than are kept, while it is being written.
-    most = min(len(made), kept + max(1, wanted.keep_last + 1 - there))
+    count = len(made) if wanted.every_minutes is None else total_steps - step
+    most = min(count, kept + max(1, wanted.keep_last + 1 - there))
     if free < most * needed:
         _log.warning(
             "run.folder=%s has %s free, and %d more checkpoints of %s are to lie there at once "
