@@ -51,7 +51,7 @@ def config(given: argparse.Namespace, runs: Path, store: Path) -> RunConfig:
                 "sources": [{"name": "text", "train": str(store / "text.train")}],
             },
             "batch": {"sequences": sequences, "micro_batch_sequences": min(4, sequences)},
-            "training": {"total_steps": given.steps, "compute_dtype": "bf16"},
+            "training": {"total_steps": given.steps, "compute_dtype": "fp32"},
             "optimizer": {"lr": 1e-4},
             "schedule": {"kind": "constant"},
             "checkpoint": {"local": {"folder": given.folder, "every_steps": 2}},

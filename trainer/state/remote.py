@@ -19,7 +19,7 @@ import fsspec
 
 from allometry.configs.errors import UserError
 from allometry.configs.json_file import MOST_BYTES, parse_object
-from allometry.data.run_tokenizer import BESIDE, TOKENIZER
+from allometry.data.tokenizer import BESIDE, TOKENIZER
 from allometry.trainer.state.folder import RunFolder, write_atomically
 from allometry.trainer.state.integrity import COMPLETE, damage
 
