@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from allometry.configs.auto import AutoLayout, PredictionConfig
 from allometry.configs.base import Count, PathText, Section
+from allometry.configs.checks import CardsConfig, ChecksConfig
 
 Amount = (
     Annotated[float, Field(ge=0.0, le=1.0)]
@@ -364,4 +365,10 @@ class RecordConfig(Section):
     )
     prediction: PredictionConfig = Field(
         default_factory=PredictionConfig, description="what the planner says of its steps"
+    )
+    checks: ChecksConfig = Field(
+        default_factory=ChecksConfig, description="whether machines compute and remember rightly"
+    )
+    cards: CardsConfig = Field(
+        default_factory=CardsConfig, description="what is read of the GPUs themselves"
     )

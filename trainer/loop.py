@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from allometry.configs.errors import UserError
+from allometry.configs.errors import RankError, UserError
 from allometry.data.sources import Sources
 from allometry.laws.areas import LearningRateAreas
 from allometry.optim.offload.swap import StatesLost
@@ -141,6 +141,9 @@ class Loop:
         except StatesLost as error:
             self._abort(self.mesh.timeout.total_seconds())  # other ranks go on
             raise self.progress.lost(error) from None
+        except RankError:
+            self._abort(self.mesh.timeout.total_seconds())  # other ranks go on
+            raise
         except UserError:
             self._abort(None)  # what is being saved is still good
             raise

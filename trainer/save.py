@@ -15,6 +15,7 @@ from allometry.parallel.agree import from_main_rank, on_all_ranks
 from allometry.parallel.mesh import Mesh
 from allometry.trainer.loop import Progress
 from allometry.trainer.record.callbacks import Callback
+from allometry.trainer.record.corruption import Response
 from allometry.trainer.record.timing import StepTimer
 from allometry.trainer.save_times import SaveTimes
 from allometry.trainer.state.checkpoint import Checkpointer
@@ -111,7 +112,8 @@ class Saver(Callback):
     """Saves where the configuration asks for it, and at the end of a launch; off the clock.
 
     All numbers are read first, and tensors looked through, so that no checkpoint is made of a run
-    that has gone wrong. ``state`` returns the tensors and the facts of a checkpoint.
+    that has gone wrong. ``state`` returns the tensors and the facts of a checkpoint; ``response``
+    says where none is to be made any more.
     """
 
     def __init__(
@@ -123,8 +125,9 @@ class Saver(Callback):
         mesh: Mesh,
         times: SaveTimes,
         copier: Copier | None = None,
+        response: Response | None = None,
     ) -> None:
-        self.times, self._copier = times, copier
+        self.times, self._copier, self._response = times, copier, response
         self._checkpointer, self._progress = checkpointer, progress
         self._state, self._timer, self._mesh = state, timer, mesh
         self._begun_step = progress.saved_step  # saved or being saved
@@ -139,10 +142,10 @@ class Saver(Callback):
         begun_s = time.monotonic()
         with self._timer.paused():
             if last or self.times.checkpoint_due(step):
-                if self._begun_step != step:
+                if self._begun_step != step and self._refusal is None:
                     self._save(step)
                     self.times.begun(step, copy=False, cost_s=time.monotonic() - begun_s)
-            elif self._copier is not None and self.times.copy_due(step):
+            elif self._copier is not None and self.times.copy_due(step) and self._refusal is None:
                 self._copier.copy(step, *self._state())
                 self.times.begun(step, copy=True, cost_s=time.monotonic() - begun_s)
             self._checkpointer.poll()
@@ -161,6 +164,10 @@ class Saver(Callback):
             )
         self._begun_step = step
         self._checkpointer.save(step, tensors, facts)
+
+    @property
+    def _refusal(self) -> str | None:
+        return None if self._response is None else self._response.refusal
 
     def _kept(self) -> str:
         kept = self._progress.saved_step
@@ -182,6 +189,11 @@ class Saver(Callback):
         """
         step = self._progress.step
         self._checkpointer.wait()
+        if (refused := self._refusal) is not None:
+            raise UserError(
+                f"step {step}: no checkpoint is made, as {refused}; {self._kept()}: take that "
+                "machine out and run again, which goes on from there"
+            )
         if self._copier is not None and step and self._failed is None and self._begun_step != step:
             self._save(step)  # no step was taken after the local copies with which this began
             self._checkpointer.wait()

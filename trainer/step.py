@@ -18,6 +18,7 @@ from allometry.parallel.apply import Parallel
 from allometry.parallel.mesh import Mesh
 from allometry.trainer.balance import Balancer
 from allometry.trainer.feed import DeviceBatch
+from allometry.trainer.record.bits import checksum, combined
 from allometry.trainer.record.timing import to_host
 
 
@@ -134,6 +135,29 @@ class TrainStep:
             tokens=tokens,
             squared_lengths=squared_lengths,
         )
+
+    def compute(self, batches: Sequence[DeviceBatch]) -> Tensor:
+        """Leave the gradients of a step before clipping, and update nothing.
+
+        Returns the checksum of the losses of this rank (0-dim int64). What routers see is added up
+        and taken; their buffers are those of a step that has begun.
+        """
+        self._optimizer.zero_grad(set_to_none=True)
+        execution, losses = self.parallel.execution, [checksum(torch.zeros(0))]
+
+        def seed(index: int) -> None:
+            assert self._dropout_seed is not None
+            seed_dropout(self._dropout_seed, batches[index])
+
+        def observe(index: int, nll_BL: Tensor) -> None:
+            losses.append(checksum(nll_BL))
+
+        before = None if self._dropout_seed is None else seed
+        targets, _, _ = self._begin(batches, lambda: execution.count_visits(batches, before))
+        execution.train(batches, 1.0 / targets.clamp(min=1.0), observe, before)
+        if self._balancer is not None:
+            self._balancer.observed()
+        return combined([one.to(self._mesh.device) for one in losses])
 
     def groups_not_finite(self) -> list[str]:
         """Names of the parameter groups with gradients or values on this rank not all finite."""

@@ -16,6 +16,7 @@ from allometry.configs.errors import UserError
 from allometry.configs.model import MoEModel
 from allometry.configs.run import RunConfig
 from allometry.data.documents import DocumentStream
+from allometry.data.processes import end_with_launcher
 from allometry.data.run_tokenizer import tokenizer_of_run
 from allometry.data.stream import Stream
 from allometry.models.build import torch_dtype
@@ -26,7 +27,8 @@ from allometry.optim.tiered import TieredOptimizer
 from allometry.parallel.agree import on_all_ranks, on_main_rank
 from allometry.parallel.deepspeed.engine import check_available
 from allometry.parallel.graphs import choose_graphs
-from allometry.parallel.mesh import Mesh, launched_world_size, open_mesh
+from allometry.parallel.mesh import Mesh, open_mesh
+from allometry.parallel.rendezvous import launched_world_size
 from allometry.scaling.advice import NODE_RANKS, advice
 from allometry.scaling.count import DocumentFlops
 from allometry.scaling.plan import RunPlan
@@ -38,14 +40,10 @@ from allometry.trainer.assemble import (
     with_measured_stages,
 )
 from allometry.trainer.auto_layout import settled
+from allometry.trainer.checks import Current, checks
 from allometry.trainer.collection import GarbageCollection
 from allometry.trainer.deterministic import algorithms
-from allometry.trainer.evaluate import (
-    Evaluation,
-    Evaluator,
-    held_out_documents,
-    held_out_sequences,
-)
+from allometry.trainer.evaluate import Evaluation, Evaluator, held_out_of
 from allometry.trainer.feed import (
     DocumentPlanner,
     StepInput,
@@ -57,6 +55,7 @@ from allometry.trainer.loop import Loop, RunResult, state_tensors
 from allometry.trainer.record import hardware
 from allometry.trainer.record import writer as record
 from allometry.trainer.record.callbacks import Callback, Reporter
+from allometry.trainer.record.corruption import Response
 from allometry.trainer.record.disk import SlowDisk
 from allometry.trainer.record.facts import (
     Invocation,
@@ -68,7 +67,7 @@ from allometry.trainer.record.monitors import Monitors, NoChanges
 from allometry.trainer.record.prediction import predictions
 from allometry.trainer.record.rows import GraphEvents, OffloadRows, PlanRows, RoutingRows
 from allometry.trainer.record.sample import Sample
-from allometry.trainer.record.services import standard_callbacks
+from allometry.trainer.record.services import end_record, present_callbacks
 from allometry.trainer.record.states import CompressedStates
 from allometry.trainer.record.timing import StepTimer, clock_of
 from allometry.trainer.restore import restore
@@ -77,6 +76,7 @@ from allometry.trainer.save_times import SaveTimes
 from allometry.trainer.sources import check_data, open_sources
 from allometry.trainer.state import checkpoint
 from allometry.trainer.state.changed import change_events
+from allometry.trainer.state.enter import enter
 from allometry.trainer.state.folder import RunFolder
 from allometry.trainer.state.initial import Importer
 from allometry.trainer.state.interval import Uptime
@@ -86,6 +86,7 @@ from allometry.trainer.state.reading import continued, data_events, read_again
 from allometry.trainer.state.resume import Start, begin, next_stage, start_events
 from allometry.trainer.state.room import checkpoint_bytes
 from allometry.trainer.state.stages import stage_facts
+from allometry.trainer.step import TrainStep
 from allometry.trainer.stop import StopSignals
 from allometry.trainer.upload import Uploads
 
@@ -108,6 +109,7 @@ def train(
     ``importer`` reads ``run.initial.hf``: ``interop.huggingface.model.import_model``. Raises
     UserError on all ranks alike.
     """
+    end_with_launcher()
     # What a layout cannot do is said before any group starts.
     config, invocation = settled(config, device, invocation)
     plans = RunPlan.of_stages(config, launched_world_size())
@@ -115,6 +117,7 @@ def train(
     watched = nullcontext(signals) if signals else StopSignals()
     exact = algorithms(deterministic=config.training.deterministic)
     with watched as signals, exact, open_mesh(config.parallel, device) as mesh:
+        config = _continued(config, mesh)
         for place in places:  # what cannot be is said before the folder is touched
             choose_graphs(place.config, mesh)
         on_all_ranks(mesh, lambda: check_available(config), "looking for DeepSpeed")
@@ -123,56 +126,45 @@ def train(
         stream = on_all_ranks(mesh, lambda: open_sources(config), "opening the data")
         folder = RunFolder(config.run.folder)
         local = LocalCopies.of(config, plans[0], mesh)
-        present = _present(callbacks, config, folder, mesh)
+        present = present_callbacks(callbacks, config, folder, mesh)
         start = begin(
             *(folder, config, stream, mesh, stop_at_step),
             lambda found: check_data(found, plans),
             *(importer, local),
         )
         stream = continued(stream, start.facts)
-        recorder = None
+        recorder, entered = None, False
         try:
-            recorder = on_main_rank(mesh, lambda: record.Recorder(folder), "opening the record")
             while True:
                 at = place_at(places, start.step).number - 1
                 run = _Run(
                     *(places[at].config, plans[at], schedules[at], mesh, stream.in_stage(at)),
-                    *(folder, start, recorder, present, config, local),
+                    *(folder, start, present, config, local),
                 )
-                result = run.train(invocation, stop_at_step, signals)
+                if not entered:  # the checkpoint is loaded, so that the folder may change
+                    run.start = start = enter(folder, config, start, mesh)
+                    open_recorder = partial(record.Recorder, folder)
+                    recorder = on_main_rank(mesh, open_recorder, "opening the record")
+                    entered = True
+                result = run.train(recorder, invocation, stop_at_step, signals)
                 if result.stopped_by is not None or result.step == places[-1].last_step:
                     break
                 del run  # a stage is made anew, from the checkpoint that the one before ended with
                 gc.collect()
-                start = next_stage(folder, result.step, mesh)
+                start = next_stage(folder, start, result.step, mesh)
         finally:
-            lost = _close(recorder, present)
+            lost = end_record(recorder, present)
             folder.withdraw()
         if lost is not None:
             raise UserError(f"{lost}; checkpoint step-{result.step} is whole")
         return result
 
 
-def _present(
-    callbacks: Sequence[Callback] | None, config: RunConfig, folder: RunFolder, mesh: Mesh
-) -> list[Callback]:
-    """The callbacks of a launch, which its main rank has; None: those of the configuration."""
-    if callbacks is None:
-        make = partial(standard_callbacks, config.record, folder)
-        callbacks = on_main_rank(mesh, make, "making callbacks")
-    return list(callbacks or ()) if mesh.is_main else []
-
-
-def _close(recorder: record.Recorder | None, callbacks: Sequence[Callback]) -> str | None:
-    """End what the main rank writes; what of the record could not be written."""
-    if recorder is None:
-        return None
-    try:
-        for callback in callbacks:
-            callback.on_end()
-    finally:
-        lost = recorder.close()
-    return lost
+def _continued(config: RunConfig, mesh: Mesh) -> RunConfig:
+    """The description as ranks that are started again follow it, who continue their own run."""
+    if mesh.restart is None or config.run.resume != "never":
+        return config
+    return config.model_copy(update={"run": config.run.model_copy(update={"resume": "auto"})})
 
 
 @dataclass
@@ -186,7 +178,6 @@ class _Run:
     stream: Stream | DocumentStream
     folder: RunFolder
     start: Start
-    recorder: record.Recorder | None
     present: Sequence[Callback]  # of the launch, whose callbacks of stages come and go
     whole: RunConfig  # the run with all its stages; ``config`` is as it is in this one
     local: LocalCopies | None
@@ -194,7 +185,6 @@ class _Run:
     def __post_init__(self) -> None:
         config, plan, mesh = self.config, self.plan, self.mesh
         self.callbacks = list(self.present)
-        self.report = Reporter(self.recorder, self.callbacks)
         self.timer = StepTimer(clock_of(mesh.device))
         documents = isinstance(self.stream, DocumentStream)
         self.planner = DocumentPlanner(config, plan.layout) if documents else None
@@ -213,16 +203,30 @@ class _Run:
         self.peak = hardware.peak(mesh.device, torch_dtype(config.training.compute_dtype))
 
     def train(
-        self, invocation: Invocation, stop_at_step: int | None, signals: StopSignals
+        self,
+        recorder: record.Recorder | None,
+        invocation: Invocation,
+        stop_at_step: int | None,
+        signals: StopSignals,
     ) -> RunResult:
-        """Train to the end of the plan or to a stop."""
+        """Train to the end of the plan or to a stop; ``recorder`` is the main rank's."""
+        self.recorder, self.report = recorder, Reporter(recorder, self.callbacks)
         self.callbacks.insert(0, GarbageCollection(self.start.step))
         # Those that ask for a row of a step come before those that only add to one.
         self.callbacks[:0] = [*self._monitors(), self._evaluation(), *self._rows()]
-        saver = self._saver()
+        train_step = make_train_step(
+            self.config, self.plan, self.parallel, self.optimizer, self.schedule, self.mesh
+        )
+        current = Current()
+        found, response = checks(
+            *(self.config, self.parallel, self.optimizer, train_step, current),
+            *(self.mesh, self.timer, self.report),
+            first=not self.start.next_stage,
+        )
+        saver = self._saver(response)
         uploads = Uploads.of(self.config.checkpoint, self.folder, self.mesh, self.report)
-        self.callbacks += [saver, *uploads]
-        loop = self._loop(signals, saver)
+        self.callbacks += [*found, saver, *uploads]
+        loop = self._loop(train_step, signals, saver)
         for name in self.start.cleaned:
             self.report("removed_unfinished_checkpoint", name=name)
         for name in self.start.abandoned:
@@ -234,7 +238,7 @@ class _Run:
         self._report_start()
         try:
             with closing(self._batches()) as batches:
-                return loop.run(batches, stop_at_step)
+                return loop.run(current.passing(batches), stop_at_step)
         finally:
             self.parallel.sync.leave()
 
@@ -254,7 +258,7 @@ class _Run:
             tokenizer = tokenizer_of_run(self.folder.path, self.config.data)
             tokenizer.keep(self.folder.path)
             facts["tokenizer"] = tokenizer.describe()
-            facts |= self._origin()
+            facts |= self._origin() | self.start.identity.describe()
             record.write_run(self.folder, facts, launch_facts(facts, first_step))
         for callback in self.callbacks:
             if not self.start.next_stage or callback not in self.present:
@@ -268,13 +272,11 @@ class _Run:
         known = self.start.facts if self.start.weights_only else None
         return {key: value for key, value in (known or {}).items() if key == "origin"}
 
-    def _loop(self, signals: StopSignals, saver: Saver) -> Loop:
+    def _loop(self, train_step: TrainStep, signals: StopSignals, saver: Saver) -> Loop:
         return Loop(
             plan=self.plan,
             mesh=self.mesh,
-            train_step=make_train_step(
-                self.config, self.plan, self.parallel, self.optimizer, self.schedule, self.mesh
-            ),
+            train_step=train_step,
             stream=self.stream,
             progress=self.progress,
             timer=self.timer,
@@ -311,19 +313,11 @@ class _Run:
             yield CompressedStates(wanted, self.optimizer, fp8, self.mesh, self.report)
 
     def _evaluation(self) -> Evaluation:
-        evaluation, mesh = self.config.evaluation, self.mesh
-        count = evaluation.sequences_per_source
-        if isinstance(self.stream, DocumentStream):
-            assert self.planner is not None
-            pieces = self.stream.validation_pieces(count)
-            held_out = held_out_documents(pieces, self.planner, mesh)
-        else:
-            at_once = self.config.batch.micro_batch_sequences
-            held_out = held_out_sequences(self.stream.validation(count, at_once), mesh)
-        evaluator = Evaluator(held_out, self.parallel, mesh)
-        replay = self.config.data.replay
+        every, replay = self.config.evaluation.every_steps, self.config.data.replay
+        held_out = held_out_of(self.config, self.stream, self.planner, self.mesh)
         return Evaluation(
-            *(evaluator, evaluation.every_steps, self.plan.total_steps, self.timer, self.report),
+            Evaluator(held_out, self.parallel, self.mesh),
+            *(every, self.plan.total_steps, self.timer, self.report),
             replayed=replay.sources if replay else (),
             before=self.progress.held_out_before,
         )
@@ -345,10 +339,11 @@ class _Run:
         if (every := self.config.record.forecast.every_steps) is not None:
             yield Forecaster(every, self.whole, self.start.step, self.folder, self.report)
 
-    def _saver(self) -> Saver:
+    def _saver(self, response: Response) -> Saver:
         writer = checkpoint.Checkpointer(
             *(self.folder, self.config.checkpoint, self.mesh, self.report),
             checkpoint_bytes(self.config),
+            self.start.identity.run,
         )
 
         def state() -> tuple[State, dict[str, Any]]:
@@ -358,7 +353,7 @@ class _Run:
         copier = Copier.of(self.local, writer, self.folder, self.start, self.report)
         uptime = Uptime.of(self.folder)
         times = SaveTimes(self.config.checkpoint, self.mesh, lambda: writer.busy, uptime)
-        return Saver(writer, self.progress, state, self.timer, self.mesh, times, copier)
+        return Saver(writer, self.progress, state, self.timer, self.mesh, times, copier, response)
 
     def _batches(self) -> Iterator[StepInput]:
         """This rank's micro-batches, step by step."""
@@ -368,8 +363,11 @@ class _Run:
         return sequence_steps(self.stream, self.plan, self.mesh, self.start.step)
 
     def _report_start(self) -> None:
-        start, report = self.start, self.report
+        start, report, restart = self.start, self.report, self.mesh.restart
         if not start.next_stage:  # else the launch has said where it began
+            if restart is not None:
+                reason = restart.reason or "not known"
+                report("restarted", step=start.step, count=restart.count, reason=reason)
             for kind, facts in start_events(self.config, start):
                 report(kind, step=start.step, **facts)
         if self.mesh.device.type == "cuda":  # estimates are of one

@@ -127,6 +127,11 @@ _SAID = {
     "layout_chosen": "parallel: auto chose hdp={hdp} tp={chosen[tp]} pp={chosen[pp]} "
     "ep={chosen[ep]} zero.stage={chosen[zero]}, micro-batches of {chosen[micro_batch]} and "
     "checkpointing {chosen[checkpointing]}: {reason}",
+    "replicas_differ": "step {step} | REPLICAS DIFFER: {said}",
+    "computed_twice_differs": "step {step} | A STEP DIFFERS THE SECOND TIME: {said}",
+    "self_test_failed": "SELF-TEST FAILED: {said}",
+    "cards_not_read": "GPUs are not asked for heat, clocks and ECC errors: {reason}",
+    "restarted": "ranks were started again, time {count} of this launch: {reason}",
     "already_finished": "nothing to do: the run is complete, all {step} steps are taken",
     "stopped": "step {step} | stopped by {signal}; the same command continues from here",
 }

@@ -337,7 +337,19 @@ _STATES = tuple(
     )
 )
 
-COLUMNS = (*_LOOP, *_ROUTERS, *_PLANS, *_OFFLOAD, *_MONITORS, *_STATES, *_FORECAST)
+_CARDS = tuple(
+    Column(f"cards/{name}", unit, meaning, by="record.cards")
+    for name, unit, meaning in (
+        ("temperature_c", "°C", "of the hottest GPU"),
+        ("sm_mhz", "MHz", "clock of the slowest GPU"),
+        ("power_w", "W", "of all GPUs together"),
+        ("ecc_corrected", "1", "ECC errors of all GPUs since their drivers started, corrected"),
+        ("ecc_uncorrected", "1", "and those that could not be corrected"),
+        ("throttled", "1", "GPUs that are slowed by heat, power or the board"),
+    )
+)
+
+COLUMNS = (*_LOOP, *_ROUTERS, *_PLANS, *_OFFLOAD, *_MONITORS, *_STATES, *_FORECAST, *_CARDS)
 
 
 def row_of(finished: FinishedStep) -> Row:

@@ -34,12 +34,12 @@ from allometry.parallel.mesh import Mesh
 from allometry.trainer.state.facts import check_facts
 from allometry.trainer.state.failure import Failure
 from allometry.trainer.state.folder import RunFolder, write_atomically
+from allometry.trainer.state.identity import problem_of
 from allometry.trainer.state.integrity import (
     COMPLETE,
     FACTS,
     Files,
     ShardWriter,
-    damage,
     seal,
     unreadable,
 )
@@ -81,7 +81,7 @@ def choose(folder: RunFolder, resume: str) -> Path | None:
                 f"run.resume={resume}: {folder.path} has no such checkpoint; it has {names}"
             )
     else:
-        named = _latest(folder)
+        named = folder.read_latest()
         if named is None and not there:
             return None
         if named is not None and not re.fullmatch(r"step-\d+", named):
@@ -90,7 +90,7 @@ def choose(folder: RunFolder, resume: str) -> Path | None:
                 + (", ".join(path.name for path in there) or "none is left")
             )
         chosen = folder.checkpoints / named if named else there[-1]
-    problem = "it is gone" if chosen not in there else damage(chosen, contents=False)
+    problem = "it is gone" if chosen not in there else problem_of(folder, chosen)
     if problem is not None:
         raise damaged(folder, chosen, problem)
     return chosen
@@ -102,7 +102,7 @@ def damaged(folder: RunFolder, path: Path, problem: str) -> UserError:
     Of that one only the sizes are known; its contents are checked when the run goes back to it.
     """
     others = [other for other in reversed(saved(folder)) if other != path]
-    whole = next((other for other in others if damage(other, contents=False) is None), None)
+    whole = next((other for other in others if problem_of(folder, other) is None), None)
     remedy = (
         f"the newest complete one is {whole.name}: continue there with run.resume={whole.name}"
         if whole
@@ -113,20 +113,12 @@ def damaged(folder: RunFolder, path: Path, problem: str) -> UserError:
 
 def unwritable(folder: RunFolder, error: OSError) -> UserError:
     """The refusal of a launch whose folder takes no files, which names the checkpoint it has."""
-    name = _latest(folder)
+    name = folder.read_latest()
     kept = f"; {name} is kept, from which the same command goes on" if name else ""
     return UserError(
         f"run.folder={folder.path} cannot be written: {error.strerror or error}; free space there "
         f"or mend that, then run again{kept}"
     )
-
-
-def _latest(folder: RunFolder) -> str | None:
-    """The name in the ``latest`` pointer; None if nothing was ever saved."""
-    try:
-        return folder.latest.read_text(encoding="utf-8", errors="replace").strip()
-    except FileNotFoundError:
-        return None
 
 
 def _has_saved(folder: RunFolder) -> bool:
@@ -191,10 +183,10 @@ def load(path: Path, state: State, mesh: Mesh) -> None:
 class Checkpointer:
     """Saves checkpoints while training goes on, and keeps the ones that were asked for.
 
-    ``needed_bytes``: about what a checkpoint takes. A save that fails is reported through
-    ``report(event, details)`` on every rank, with the system's reason, and leaves the newest
-    checkpoint as it was; where the disk is full, older ones go that this save would have replaced,
-    so that the next one has room.
+    ``needed_bytes``: about what a checkpoint takes; ``run``: the run's identity. A save that fails
+    is reported through ``report(event, details)`` on every rank, with the system's reason, and
+    leaves the newest checkpoint as it was; where the disk is full, older ones go that this save
+    would have replaced, so that the next one has room.
     """
 
     def __init__(
@@ -204,8 +196,9 @@ class Checkpointer:
         mesh: Mesh,
         report: Callable[..., None],
         needed_bytes: int,
+        run: str | None = None,
     ) -> None:
-        self._folder = folder
+        self._folder, self._run = folder, run
         self._needed_bytes = needed_bytes
         self._config = config
         self._mesh = mesh
@@ -326,7 +319,7 @@ class Checkpointer:
     ) -> Failure | None:
         final = self._folder.checkpoints / f"step-{step}"
         try:
-            seal(partial, step, files, facts)
+            seal(partial, step, files, facts, run=self._run)
             if final.exists():  # the run went back and passes this step again
                 old = final.with_name(f".{final.name}.replaced")
                 shutil.rmtree(old, ignore_errors=True)
@@ -356,7 +349,7 @@ class Checkpointer:
 
         What a branch refers to stays, too.
         """
-        latest = _latest(self._folder)
+        latest = self._folder.read_latest()
         past = [p for p in saved(self._folder) if step_of(p) <= step]
         pinned = {pin.step for pin in pins(self._folder.path)}
         for path in past[:-keep]:

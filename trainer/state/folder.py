@@ -35,6 +35,7 @@ RETRY_AFTER_S = (0.5, 2.0)
 """Pauses before a small file that found no room is tried again."""
 _ABANDONED_S = 3600.0
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.\d+\.tmp")
+_LONGEST_NAME = 100
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -142,6 +143,23 @@ class RunFolder:
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{self.run} cannot be read ({error}); restore it, or choose another run.folder"
+            ) from None
+
+    def read_latest(self) -> str | None:
+        """Return the name in the ``latest`` pointer; None if nothing was ever saved.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        try:
+            with open(self.latest, encoding="utf-8", errors="replace") as file:
+                return file.read(_LONGEST_NAME).strip()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise UserError(
+                f"{self.latest} cannot be read ({error.strerror}); make it a file that names a "
+                "checkpoint, or remove it"
             ) from None
 
     def origin(self) -> dict[str, Any]:

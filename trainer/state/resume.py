@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from allometry.configs.errors import UserError
-from allometry.configs.loader import dump
 from allometry.configs.run import RunConfig
-from allometry.data.run_tokenizer import RunTokenizer
 from allometry.data.sources import Sources
 from allometry.optim.schedule import schedules_of
 from allometry.parallel.agree import from_main_rank, on_all_ranks
@@ -21,13 +19,12 @@ from allometry.trainer.state.branch import (
     Taken,
     copy_share,
     discard,
-    keep,
-    settle,
     stored_config,
     take,
 )
 from allometry.trainer.state.changed import Difference
-from allometry.trainer.state.folder import RunFolder, write_atomically
+from allometry.trainer.state.folder import RunFolder
+from allometry.trainer.state.identity import Identity, identity_for
 from allometry.trainer.state.initial import Importer, check_converted, take_initial, unusable
 from allometry.trainer.state.integrity import damage_of_contents
 from allometry.trainer.state.local import LocalCopies
@@ -48,9 +45,11 @@ class Start:
 
     ``branched``: it was just taken over from the run that ``run.parent`` names. ``changes``: what
     the description has otherwise from here on, and ``overrides`` for how many parameters.
-    ``next_stage``: it was just saved, and the launch goes on in another stage. ``offer``: the local
-    copies of which ``checkpoint`` is this rank's, while ``saved`` is the newest checkpoint of the
-    run's folder; ``unused``: why others are not.
+    ``next_stage``: it was just saved, and the launch goes on in another stage. ``identity``: of the
+    run. ``new``: the folder is. Before ``enter`` the checkpoint of another run has no name there
+    yet, and nothing is abandoned or dropped. ``offer``: the local copies of which ``checkpoint`` is
+    this rank's, while ``saved`` is the newest checkpoint of the folder; ``unused``: why others are
+    not.
     """
 
     checkpoint: Path | None
@@ -58,6 +57,9 @@ class Start:
     cleaned: list[str]
     abandoned: list[str]
     dropped_rows: int
+    identity: Identity
+    new: bool = False
+    tokenizer: Path | None = None
     branched: bool = False
     changes: tuple[Difference, ...] = ()
     overrides: dict[str, int] = field(default_factory=dict)
@@ -142,29 +144,19 @@ def begin(
     importer: Importer | None = None,
     local: LocalCopies | None = None,
 ) -> Start:
-    """Claim the folder and find where to continue; every rank calls this.
+    """Claim the folder and find where to continue; every rank calls this, and ``enter`` once the
+    checkpoint is loaded.
 
     ``check`` gets the data as the run would go on with them (``continued``) and may refuse them;
     ``importer`` reads the model that ``run.initial.hf`` names.
 
-    The main rank chooses a checkpoint by sizes, all ranks read their shares of its contents, and
-    then the main rank writes what this launch changes. A whole set of ``local`` copies is taken
-    where it is newer.
+    The main rank chooses a checkpoint by sizes, and all ranks read their shares of its contents. A
+    whole set of ``local`` copies is taken where it is newer.
 
     Raises UserError on all ranks: the folder is in use, must be new and is not, its checkpoint (or
     that of the run it branches from) is damaged or gone, ``stop_at_step`` is past, or the
-    configuration changes what may not change. Nothing is written before all of that is known.
+    configuration changes what may not change. What a run has is as it was.
     """
-
-    def writing(work: Callable[[], T]) -> Callable[[], T]:
-        def checked() -> T:
-            try:
-                return work()
-            except OSError as error:
-                raise checkpoint.unwritable(folder, error) from None
-
-        return checked
-
     try:
         offered = Offered(None, ())
         if local is not None:
@@ -172,12 +164,20 @@ def begin(
         offer = offered.offer
         choice = from_main_rank(
             mesh,
-            writing(lambda: _choose(folder, config, stream, stop_at_step, check, importer, offer)),
+            lambda: written(
+                folder,
+                lambda: _choose(folder, config, stream, stop_at_step, check, importer, offer),
+            ),
             "choosing a checkpoint",
         )
         if choice.copies:
-            copy = writing(lambda: copy_share(choice.copies, mesh.rank, mesh.world_size))
-            on_all_ranks(mesh, copy, "copying the parent's checkpoint")
+            on_all_ranks(
+                mesh,
+                lambda: written(
+                    folder, lambda: copy_share(choice.copies, mesh.rank, mesh.world_size)
+                ),
+                "copying the parent's checkpoint",
+            )
         problem = own = None
         if local is not None and choice.offer is not None:
             own = fetch(local, choice.offer)
@@ -185,8 +185,8 @@ def begin(
             problem = damage_of_contents(choice.path, mesh)
         start = from_main_rank(
             mesh,
-            writing(lambda: _enter(folder, config, choice, problem)),
-            "preparing the run's folder",
+            lambda: written(folder, lambda: _start(folder, config, choice, problem)),
+            "checking the run's folder",
         )
         unused = offer.unused if own is not None and offer is not None else offered.unused
         return replace(start, checkpoint=own or start.checkpoint, unused=unused)
@@ -195,11 +195,19 @@ def begin(
         raise
 
 
-def next_stage(folder: RunFolder, step: int, mesh: Mesh) -> Start:
+def written(folder: RunFolder, work: Callable[[], T]) -> T:
+    """Do what writes into the folder; what the system says against it is a UserError."""
+    try:
+        return work()
+    except OSError as error:
+        raise checkpoint.unwritable(folder, error) from None
+
+
+def next_stage(folder: RunFolder, before: Start, step: int, mesh: Mesh) -> Start:
     """Return where the stage begins that follows ``step``, at the checkpoint just saved there."""
     path = folder.checkpoints / f"step-{step}"
     facts = from_main_rank(mesh, lambda: checkpoint.read_facts(path), "reading a checkpoint")
-    return Start(path, facts, [], [], 0, next_stage=True)
+    return Start(path, facts, [], [], 0, before.identity, next_stage=True)
 
 
 def _choose(
@@ -303,11 +311,10 @@ def _choose_new(
     return _Choice(None, None, new=True)
 
 
-def _enter(folder: RunFolder, config: RunConfig, choice: _Choice, problem: str | None) -> Start:
-    """Bring the folder to where the launch begins; ``problem`` is what is wrong with contents."""
-    path, parent = choice.path, config.run.parent
+def _start(folder: RunFolder, config: RunConfig, choice: _Choice, problem: str | None) -> Start:
+    """Where the launch would begin; ``problem`` is what is wrong with contents."""
+    path = choice.path
     step = int(choice.facts["step"]) if choice.facts else 0
-    abandoned, dropped_rows = [], 0
     if path is not None and problem is not None:
         if choice.new:
             raise _discarded(config, choice, path, problem)
@@ -316,30 +323,22 @@ def _enter(folder: RunFolder, config: RunConfig, choice: _Choice, problem: str |
     total = _total_steps(config)
     if step < total:
         check_room(folder.path, config, len(checkpoint.saved(folder)), step, total)
-    if choice.new:
-        if path is not None:
-            path = keep(folder, parent, path) if parent is not None else settle(folder, path, 0)
-        RunTokenizer(choice.tokenizer).keep(folder.path)
-    else:
-        if path is not None:
-            write_atomically(folder.latest, path.name + "\n")
-        abandoned = checkpoint.abandon_after(folder, step)
-        dropped_rows = folder.forget_after(step)
-    start = Start(
+    branched = _is_first(folder, config)
+    return Start(
         checkpoint=path,
         facts=choice.facts,
         cleaned=cleaned,
-        abandoned=abandoned,
-        dropped_rows=dropped_rows,
-        branched=_is_first(folder, config),
+        abandoned=[],
+        dropped_rows=0,
+        identity=identity_for(folder, path, step, branched=branched),
+        new=choice.new,
+        tokenizer=choice.tokenizer,
+        branched=branched,
         changes=choice.changes,
         overrides=choice.overrides,
         offer=choice.offer,
         saved=path,
     )
-    if step < total:  # else the launch changes nothing that the folder says
-        write_atomically(folder.config, dump(config))
-    return start
 
 
 def _is_first(folder: RunFolder, config: RunConfig) -> bool:

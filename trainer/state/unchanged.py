@@ -169,9 +169,11 @@ def rates_part(old: RunConfig, new: RunConfig, step: int) -> int | None:
         if first <= step and _multipliers(old, at) != _multipliers(new, at):
             return first
         last = min(step, one.last_step, place.last_step)
-        for done in range(max(first, was[at].first_step), last + 1):
+        done = max(first, was[at].first_step)
+        while done <= last:
             if was[at].fraction(done) != now[at].fraction(done):
                 return done
+            done = min(was[at].flat_until(done), now[at].flat_until(done)) + 1
         if last == step or last < max(one.last_step, place.last_step):
             break
     return None if last == step else last + 1

@@ -132,7 +132,8 @@ COVERING: tuple[tuple[str, tuple[Stage, ...]], ...] = (
     ("parallel/wire.py", (unit("parallel/*groups"), dist("mesh"))),
     ("parallel/tensor_chunks.py", (dist("overlap_keys", "tensor"), CUT)),
     ("parallel/gather_fp8.py", (dist("gather_fp8"),)),
-    ("parallel/in_two.py", (unit("parallel/*expert"), dist("overlap_keys"), CUT)),
+    ("parallel/in_two.py", (unit("parallel/*in_two"), dist("overlap_keys"), CUT)),
+    ("parallel/rendezvous.py", (unit("parallel/*rendezvous", "parallel/*mesh"), dist("process"))),
     ("parallel/mesh.py", (unit("parallel/test_parallel_mesh"), dist("mesh", "process"), ONE)),
     (
         "parallel/reduce.py",
@@ -208,7 +209,13 @@ COVERING: tuple[tuple[str, tuple[Stage, ...]], ...] = (
     ),
     (
         "trainer/step.py",
-        (unit("trainer/*_step", "trainer/*feed", "trainer/*shares"), ONE, dist("faults"), RUNS),
+        (
+            unit("trainer/*_step", "trainer/*feed", "trainer/*shares"),
+            ONE,
+            dist("faults"),
+            RUNS,
+            dist("corruption"),
+        ),
     ),
     ("trainer/balance.py", (ONE, CUT, RUNS)),
     (
