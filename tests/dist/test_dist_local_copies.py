@@ -156,7 +156,8 @@ def everyone(place: Path) -> None:
     shutil.rmtree(place)
 
 
-@pytest.mark.parametrize("harm", thinned({mixed}, [both, mixed, everyone]))
+@pytest.mark.slow
+@pytest.mark.parametrize("harm", [both, mixed, everyone])
 def test_without_a_whole_set_the_checkpoint_serves(
     tiny: Make, run_ranks: Ranks, tmp_path: Path, harm: Callable[[Path], None]
 ) -> None:

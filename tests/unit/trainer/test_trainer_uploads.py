@@ -16,6 +16,7 @@ from allometry.trainer import upload
 from allometry.trainer.state.remote import LISTED, Store, fetch
 from allometry.trainer.train import train
 from run_folders import events, rows
+from thinned import thinned
 
 Make = Callable[..., RunConfig]
 
@@ -36,7 +37,7 @@ def told(folder: Path, kind: str) -> list[dict[str, Any]]:
     return [event for event in events(folder) if event["event"] == kind]
 
 
-@pytest.fixture(params=["memory://runs/a", "file://{}/store"])
+@pytest.fixture(params=thinned({"memory://runs/a"}, ["memory://runs/a", "file://{}/store"]))
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return str(request.param).format(tmp_path)
 
@@ -69,7 +70,7 @@ def test_what_was_cut_short_counts_for_nothing(tiny: Make, tmp_path: Path, url: 
     assert not (tmp_path / "fetched").exists()
 
 
-@pytest.mark.parametrize("harm", ["changed", "gone", "outside", "step"])
+@pytest.mark.parametrize("harm", thinned({"changed"}, ["changed", "gone", "outside", "step"]))
 def test_damaged_uploads_are_refused(tiny: Make, tmp_path: Path, harm: str) -> None:
     url = f"file://{tmp_path}/store"
     run(tiny(f"checkpoint.upload={{url: '{url}'}}", "checkpoint.every_steps=null"), 4)
