@@ -131,6 +131,8 @@ class Saver(Callback):
         self._checkpointer, self._progress = checkpointer, progress
         self._state, self._timer, self._mesh = state, timer, mesh
         self._begun_step = progress.saved_step  # saved or being saved
+        self._first_step = progress.step
+        self._unsaved_copy = progress.step > (progress.saved_step or 0)  # a launch began with it
         self._failed: tuple[int, str] | None = None  # the newest save that failed, and why
 
     @override
@@ -194,8 +196,8 @@ class Saver(Callback):
                 f"step {step}: no checkpoint is made, as {refused}; {self._kept()}: take that "
                 "machine out and run again, which goes on from there"
             )
-        if self._copier is not None and step and self._failed is None and self._begun_step != step:
-            self._save(step)  # no step was taken after the local copies with which this began
+        if self._unsaved_copy and step == self._first_step:  # no step was taken since
+            self._save(step)
             self._checkpointer.wait()
         for pause in RETRY_AFTER_S:
             if self._missing() is None:
