@@ -9,22 +9,18 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 from typing_extensions import override
 
 from allometry.configs.errors import UserError
 from allometry.configs.execution import RecordConfig, WandB
-from allometry.configs.run import RunConfig
 from allometry.laws.runs import read_lines
-from allometry.parallel.agree import on_main_rank
-from allometry.parallel.mesh import Mesh
 from allometry.trainer.record.appending import Appender
 from allometry.trainer.record.callbacks import Callback, Display
-from allometry.trainer.record.writer import Recorder, Row
+from allometry.trainer.record.writer import Row
 from allometry.trainer.state.folder import RunFolder, write_atomically
 
 _log = logging.getLogger(__name__)
@@ -190,25 +186,3 @@ def standard_callbacks(record: RecordConfig, folder: RunFolder) -> list[Callback
 def _history(folder: RunFolder, first_step: int) -> list[Row]:
     """Return the rows before this launch, its trunk's too: for a page that begins with them."""
     return [row for row in read_lines(folder.metrics) if row["step"] < first_step]
-
-
-def present_callbacks(
-    callbacks: Sequence[Callback] | None, config: RunConfig, folder: RunFolder, mesh: Mesh
-) -> list[Callback]:
-    """The callbacks of a launch, which its main rank has; None: those of the configuration."""
-    if callbacks is None:
-        make = partial(standard_callbacks, config.record, folder)
-        callbacks = on_main_rank(mesh, make, "making callbacks")
-    return list(callbacks or ()) if mesh.is_main else []
-
-
-def end_record(recorder: Recorder | None, callbacks: Sequence[Callback]) -> str | None:
-    """End what the main rank writes; what of the record could not be written."""
-    if recorder is None:
-        return None
-    try:
-        for callback in callbacks:
-            callback.on_end()
-    finally:
-        lost = recorder.close()
-    return lost

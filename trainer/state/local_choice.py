@@ -64,8 +64,10 @@ def launch_name(folder: RunFolder) -> str:
 
 
 def _named(time: float, folder: RunFolder) -> str:
-    text = folder.config.read_bytes() if folder.config.exists() else b""
-    return f"{time}/{hashlib.sha256(text).hexdigest()[:16]}"
+    """By when it began and by what it was told: its description, the batches passed over."""
+    files = (folder.config, folder.rewinds)
+    texts = [path.read_bytes() for path in files if path.exists()]
+    return f"{time}/{hashlib.sha256(bytes(1).join(texts)).hexdigest()[:16]}"
 
 
 def find(local: LocalCopies, folder: RunFolder, total_steps: int, record_every: int) -> Offered:

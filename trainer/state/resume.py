@@ -31,6 +31,7 @@ from allometry.trainer.state.local import LocalCopies
 from allometry.trainer.state.local_choice import Offer, Offered, fetch, find
 from allometry.trainer.state.reading import continued, weights_only, with_reading
 from allometry.trainer.state.refused import check_not_refused
+from allometry.trainer.state.rewinds import with_passed
 from allometry.trainer.state.room import check_room
 from allometry.trainer.state.same_files import check_read
 from allometry.trainer.state.unchanged import branch_changes, changed_overrides, check_unchanged
@@ -252,16 +253,14 @@ def _choose(
         _check_stop(folder, 0, stop_at_step)
         check(continued(stream, None))
         return _Choice(None, None)
-    facts = checkpoint.read_facts(path) if path and not offer else offer.facts
+    facts = offer.facts if offer else with_passed(folder, checkpoint.read_facts(path))
     _check_stop(folder, facts["step"], stop_at_step)
     if not facts.get("weights_only"):
         check_unchanged(old, config, facts["step"])
         accept(facts, old)
         return replace(_going_on(folder, old, config, path, facts), offer=offer)
     # Nothing was trained on imported weights yet: only their own description is settled.
-    settled = _SETTLED
-    if facts.get("optimizer"):
-        settled = (*settled, "optimizer.kind")
+    settled = (*_SETTLED, "optimizer.kind") if facts.get("optimizer") else _SETTLED
     if old.run.initial is not None:
         settled = (*settled, "run.initial")
     elif config.run.initial is not None:

@@ -21,12 +21,12 @@ def _check_schedule_file(config: RunConfig, facts: dict[str, Any]) -> None:
     stages = config.of_stages()
     if not any(one.schedule.reads_file for one in stages) or facts.get("weights_only", False):
         return
-    since = rates_since(config, facts)
+    since, skipped = rates_since(config, facts), {int(s) for s in facts.get("skipped", {})}
     s1 = since["s1"]
     for one, schedule in zip(stages, schedules_of(config), strict=True):
         first = max(schedule.first_step, since["step"] + 1)
         steps = range(first, min(facts["step"], schedule.total_steps) + 1)
-        s1 += sum(one.optimizer.lr * schedule.fraction(step) for step in steps)
+        s1 += sum(one.optimizer.lr * schedule.fraction(s) for s in steps if s not in skipped)
     if not math.isclose(s1, facts["areas"]["s1"], rel_tol=1e-9):
         raise UserError(
             "the file of schedule.kind=refined changed, so that steps already taken would have had "

@@ -8,7 +8,10 @@ from pathlib import Path
 
 HOT = (
     *("models/*.py", "parallel/*.py", "parallel/hdp/*.py", "parallel/offload/*.py", "optim/*.py"),
-    *(f"trainer/{name}.py" for name in ("step", "balance", "feed", "evaluate", "loop")),
+    *(
+        f"trainer/{name}.py"
+        for name in ("step", "balance", "feed", "evaluate", "loop", "bad_steps", "skips")
+    ),
     *(
         f"data/{name}.py"
         for name in (
@@ -218,6 +221,8 @@ COVERING: tuple[tuple[str, tuple[Stage, ...]], ...] = (
         ),
     ),
     ("trainer/balance.py", (ONE, CUT, RUNS)),
+    ("trainer/bad_steps.py", (unit("trainer/*bad_steps"), dist("bad_steps"))),
+    ("trainer/skips.py", (unit("trainer/*bad_steps"), dist("bad_steps"))),
     (
         "trainer/feed.py",
         (
