@@ -176,7 +176,7 @@ def _launch(
         lost = close(recorder, present)
         folder.withdraw()
     if lost is not None:
-        raise UserError(f"{lost}; checkpoint step-{result.step} is whole")
+        raise UserError(f"{lost}; {folder.read_latest()} is whole")
     return result
 
 
