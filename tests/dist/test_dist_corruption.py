@@ -21,6 +21,7 @@ SHORT = (
     "record.checks.replicas_every_steps=1",
 )
 TWICE = ("training.deterministic=true", "record.checks.twice_every_steps=2")
+THIS_BATCH = "kind: auxiliary, coefficient: 0.01, loads: this_batch"
 KINDS = ("replicas_differ", "computed_twice_differs", "self_test_failed")
 
 
