@@ -133,6 +133,8 @@ class Evaluation(Callback):
     the launch's first step, put there and reported.
     """
 
+    adds_to_skipped = True
+
     def __init__(
         self,
         evaluator: Evaluator,

@@ -14,6 +14,7 @@ from allometry.trainer.state import checkpoint
 from allometry.trainer.state.branch import keep, settle
 from allometry.trainer.state.folder import RunFolder, write_atomically
 from allometry.trainer.state.resume import Start, written
+from allometry.trainer.state.rewinds import forget_after
 
 
 def enter(folder: RunFolder, config: RunConfig, start: Start, mesh: Mesh) -> Start:
@@ -41,6 +42,7 @@ def _enter(folder: RunFolder, config: RunConfig, start: Start) -> Start:
             write_atomically(folder.latest, path.name + "\n")
         abandoned = checkpoint.abandon_after(folder, start.step)
         dropped = folder.forget_after(start.step)
+        forget_after(folder, start.step)
         start = replace(start, abandoned=abandoned, dropped_rows=dropped)
     total = schedules_of(config)[-1].total_steps
     if start.step < total:  # else the launch changes nothing that the folder says

@@ -56,6 +56,7 @@ class RunFolder:
         self.loads = self.path / "expert_load.jsonl"
         self.plans = self.path / "plans.jsonl"
         self.scores = self.path / "scores.jsonl"
+        self.rewinds = self.path / "rewinds.json"
         self.tensorboard = self.path / "tb"
         self.checkpoints = self.path / "checkpoints"
         self.latest = self.path / "latest"

@@ -30,6 +30,7 @@ from allometry.trainer.state.initial import Importer, check_converted, take_init
 from allometry.trainer.state.integrity import damage_of_contents
 from allometry.trainer.state.reading import continued, weights_only, with_reading
 from allometry.trainer.state.refused import check_not_refused
+from allometry.trainer.state.rewinds import with_passed
 from allometry.trainer.state.room import check_room
 from allometry.trainer.state.unchanged import branch_changes, changed_overrides, check_unchanged
 
@@ -218,16 +219,14 @@ def _choose(
         _check_stop(folder, 0, stop_at_step)
         check(continued(stream, None))
         return _Choice(None, None)
-    facts = checkpoint.read_facts(path)
+    facts = with_passed(folder, checkpoint.read_facts(path))
     _check_stop(folder, facts["step"], stop_at_step)
     if not facts.get("weights_only"):
         check_unchanged(old, config, facts["step"])
         accept(facts, old)
         return _going_on(folder, old, config, path, facts)
     # Nothing was trained on imported weights yet: only their own description is settled.
-    settled = _SETTLED
-    if facts.get("optimizer"):
-        settled = (*settled, "optimizer.kind")
+    settled = (*_SETTLED, "optimizer.kind") if facts.get("optimizer") else _SETTLED
     if old.run.initial is not None:
         settled = (*settled, "run.initial")
     elif config.run.initial is not None:
@@ -357,12 +356,12 @@ def _check_schedule_file(config: RunConfig, facts: dict[str, Any]) -> None:
     stages = config.of_stages()
     if not any(one.schedule.reads_file for one in stages) or facts.get("weights_only", False):
         return
-    since = rates_since(config, facts)
+    since, skipped = rates_since(config, facts), {int(s) for s in facts.get("skipped", {})}
     s1 = since["s1"]
     for one, schedule in zip(stages, schedules_of(config), strict=True):
         first = max(schedule.first_step, since["step"] + 1)
         steps = range(first, min(facts["step"], schedule.total_steps) + 1)
-        s1 += sum(one.optimizer.lr * schedule.fraction(step) for step in steps)
+        s1 += sum(one.optimizer.lr * schedule.fraction(s) for s in steps if s not in skipped)
     if not math.isclose(s1, facts["areas"]["s1"], rel_tol=1e-9):
         raise UserError(
             "the file of schedule.kind=refined changed, so that steps already taken would have had "

@@ -300,7 +300,9 @@ def test_what_a_run_may_begin_or_go_on_with(run: Path, tiny: Make, tmp_path: Pat
         train(tiny(every, folder=folder), device=CPU, stop_at_step=6)
         train(tiny(every, "run.resume=step-4", folder=folder), device=CPU, stop_at_step=5)
     branch = tmp_path / "branch"
-    begun = tiny(every, f"run.parent={{folder: {run}, step: 2}}", folder=branch)
+    begun = tiny(
+        every, "checkpoint.keep_last=5", f"run.parent={{folder: {run}, step: 2}}", folder=branch
+    )
     train(begun, device=CPU, stop_at_step=3)
     for step in (3, 2):
         again = begun.run.model_copy(update={"resume": f"step-{step}"})
