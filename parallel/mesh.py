@@ -218,31 +218,32 @@ def _batch_of_one(message: dist.P2POp) -> dist.Work:
     return work
 
 
-def open_mesh(parallel: ParallelConfig, device: torch.device | None = None) -> Mesh:
+def open_mesh(
+    parallel: ParallelConfig, device: torch.device | None = None, *, watched: bool = False
+) -> Mesh:
     """Start the process groups of this run, or use the one the caller has started.
 
-    ``device`` None: this rank's GPU, or the CPU on a machine without one. Every rank calls this
-    with the same ``parallel``. Raises UserError, before any group is started, where the degrees do
-    not fit the number of ranks, the device is not there or the launch is half described.
+    ``device`` None: this rank's GPU, or the CPU on a machine without one. ``watched``:
+    ``trainer/watch`` finds what hangs, and groups give up after it. Every rank calls this with the
+    same ``parallel``. Raises UserError, before any group is started, where the degrees do not fit
+    the number of ranks, the device is not there or the launch is half described.
     """
     ours = not dist.is_initialized()
-    if ours:
-        launch = read_launch(os.environ)
-    else:
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        launch = Launch(dist.get_rank(), dist.get_world_size(), local_rank, address=None)
+    launch = this_launch()
     degrees = resolve_degrees(parallel, launch.world_size)
     device = _choose_device(device, launch)
-    timeout = timedelta(seconds=parallel.timeout_s)
+    timeout = patience = timedelta(seconds=parallel.timeout_s)
+    if watched:
+        patience = timedelta(seconds=parallel.watch.patience_s(parallel.timeout_s))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if ours:
-        _start(launch, device, timeout)
+        _start(launch, device, patience)
     grid = grid_of(degrees)
-    groups = open_groups(grid, device, timeout, max(timeout, CHECKPOINT_TIMEOUT))
+    groups = open_groups(grid, device, patience, max(patience, CHECKPOINT_TIMEOUT))
     everyone = dist.group.WORLD
     assert everyone is not None
-    _set_timeout(everyone, timeout)
+    _set_timeout(everyone, patience)
     warm_up(groups.communicators, device)
     device_mesh, expert_mesh = device_meshes(grid, groups, device.type)
     names: tuple[AxisName, ...] = get_args(AxisName)
@@ -342,9 +343,17 @@ def read_launch(environment: Mapping[str, str]) -> Launch:
     return Launch(rank, world_size, numbers["LOCAL_RANK"], address)
 
 
+def this_launch() -> Launch:
+    """Return what the launcher, or the caller's process group, says of this process."""
+    if not dist.is_initialized():
+        return read_launch(os.environ)
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    return Launch(dist.get_rank(), dist.get_world_size(), local_rank, address=None)
+
+
 def launched_world_size() -> int:
     """Return how many ranks the launcher (or the caller's process group) has started."""
-    return dist.get_world_size() if dist.is_initialized() else read_launch(os.environ).world_size
+    return this_launch().world_size
 
 
 def _choose_device(device: torch.device | None, launch: Launch) -> torch.device:
@@ -386,6 +395,6 @@ def _start(launch: Launch, device: torch.device, timeout: timedelta) -> None:
     except dist.DistError as error:
         raise UserError(
             f"rank {launch.rank} did not meet the other ranks of WORLD_SIZE={launch.world_size} at "
-            f"{launch.address} within parallel.timeout_s={timeout.total_seconds():.0f}; check that "
+            f"{launch.address} within {timeout.total_seconds():.0f} s; check that "
             f"all were started and can reach that address ({error})"
         ) from error

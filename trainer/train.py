@@ -83,6 +83,7 @@ from allometry.trainer.state.resume import Start, begin, next_stage, start_event
 from allometry.trainer.state.room import checkpoint_bytes
 from allometry.trainer.state.stages import stage_facts
 from allometry.trainer.stop import StopSignals
+from allometry.trainer.watch.watchdog import Watchdog
 
 
 def train(
@@ -109,7 +110,9 @@ def train(
     places = places_of(config)
     watched = nullcontext(signals) if signals else StopSignals()
     exact = algorithms(deterministic=config.training.deterministic)
-    with watched as signals, exact, open_mesh(config.parallel, device) as mesh:
+    watch = Watchdog(config.parallel, RunFolder(config.run.folder))
+    with watched as signals, exact, watch, open_mesh(config.parallel, device, watched=True) as mesh:
+        watch.attach(mesh)
         for place in places:  # what cannot be is said before the folder is touched
             choose_graphs(place.config, mesh)
         on_all_ranks(mesh, lambda: check_available(config), "looking for DeepSpeed")
