@@ -83,6 +83,7 @@ from allometry.trainer.state.resume import Start, begin, next_stage, start_event
 from allometry.trainer.state.room import checkpoint_bytes
 from allometry.trainer.state.stages import stage_facts
 from allometry.trainer.stop import StopSignals
+from allometry.trainer.watch.stragglers import RankTimes
 from allometry.trainer.watch.watchdog import Watchdog
 
 
@@ -134,7 +135,7 @@ def train(
                 at = place_at(places, start.step).number - 1
                 run = _Run(
                     *(places[at].config, plans[at], schedules[at], mesh, stream.in_stage(at)),
-                    *(folder, start, recorder, present, config),
+                    *(folder, start, recorder, present, config, watch),
                 )
                 result = run.train(invocation, stop_at_step, signals)
                 if result.stopped_by is not None or result.step == places[-1].last_step:
@@ -186,6 +187,7 @@ class _Run:
     recorder: record.Recorder | None
     present: Sequence[Callback]  # of the launch, whose callbacks of stages come and go
     whole: RunConfig  # the run with all its stages; ``config`` is as it is in this one
+    watch: Watchdog
 
     def __post_init__(self) -> None:
         config, plan, mesh = self.config, self.plan, self.mesh
@@ -316,6 +318,7 @@ class _Run:
         )
 
     def _rows(self) -> Iterator[Callback]:
+        yield RankTimes(self.watch.stragglers, self.watch.steps, self.report)
         yield from predictions(self.config, self.plan.layout, self.mesh, self.report)
         if self.recorder is None:
             return

@@ -337,7 +337,17 @@ _STATES = tuple(
     )
 )
 
-COLUMNS = (*_LOOP, *_ROUTERS, *_PLANS, *_OFFLOAD, *_MONITORS, *_STATES, *_FORECAST)
+_RANKS = (
+    Column("ranks/slowest", "1", "rank that waited least for others lately", by="watch.stragglers"),
+    Column(
+        "ranks/slowest_percent",
+        "%",
+        "so much longer it computed than the median of the others of its stage (CPU alone)",
+        by="watch.stragglers",
+    ),
+)
+
+COLUMNS = (*_LOOP, *_ROUTERS, *_PLANS, *_OFFLOAD, *_MONITORS, *_STATES, *_RANKS, *_FORECAST)
 
 
 def row_of(finished: FinishedStep) -> Row:

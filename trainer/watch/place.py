@@ -9,10 +9,8 @@ for each look, in the watching thread.
 from __future__ import annotations
 
 import functools
-import linecache
 import sys
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from types import FrameType
 from typing import Any
@@ -23,9 +21,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from allometry.parallel.groups import AXES
 from allometry.parallel.in_two import InTwo
 from allometry.parallel.mesh import Axis, Mesh
+from allometry.trainer.watch import frames
 from allometry.trainer.watch.flights import Flight
 
-OURS = "allometry."
 START, STEP, EVALUATION, CHECKPOINT, END = "start", "step", "evaluation", "checkpoint", "end"
 # Axes of the same ranks share a group; the room that sends says which one it means.
 _MEANT = {
@@ -39,19 +37,7 @@ _MEANT = {
     "parallel.reduce": "hdp",
     "parallel.zero": "hdp",
 }
-_SEARCHED = 16
-"""Frames, from the innermost outwards, in which the group of a message is looked for."""
-_ITERATED = {
-    "Accumulation._train": "index",
-    "Accumulation.evaluate": "index",
-    "Accumulation.count_visits": "index",
-    "PipelineExecution._forward": "index",
-    "Stage.forward_maybe_with_nosync": "index",
-    "Stage.backward_one_chunk": "bwd_chunk_id",
-    "Stage.backward_weight_one_chunk": "bwd_chunk_id",
-    "Stage.forward_one_chunk": "fwd_chunk_id",
-}
-"""The local that is the number of the micro-batch."""
+SIGNALS = "host objects"
 _DEVICE_WAITS = (".synchronize(", ".tolist(", ".item(", ".cpu(", "elapsed_time(")
 
 
@@ -102,7 +88,8 @@ class Place:
 
     def facts(self) -> dict[str, Any]:
         """Return JSON, without what is not known."""
-        return {key: value for key, value in asdict(self).items() if value not in (None, "", False)}
+        known = asdict(self).items()
+        return {key: v for key, v in known if v is not None and v is not False and v != ""}
 
     @classmethod
     def of(cls, facts: Mapping[str, Any]) -> Place:
@@ -138,7 +125,7 @@ def groups_of(mesh: Mesh) -> dict[str, Group]:
 def is_waiting(thread: int) -> bool:
     """Return whether a thread waits for a message; some microseconds."""
     frame = sys._current_frames().get(thread)
-    return frame is not None and _waits(frame)
+    return frame is not None and frames.waits(frame)
 
 
 class Places:
@@ -151,38 +138,38 @@ class Places:
 
     def look(self, flights: Sequence[Flight] = ()) -> Look:
         """Return where the thread is; ``flights``: messages that torch knows to be under way."""
-        frames = sys._current_frames()
-        stack = list(_outwards(frames.get(self.thread)))
-        known = _known(stack)
+        current = sys._current_frames()
+        stack = list(frames.outwards(current.get(self.thread)))
+        known = frames.known(stack)
         phase = self._phase(stack)
-        helper = _helper(stack)
+        helper = frames.helper_of(stack)
         inner = stack
         work = known.get("what")
         if helper is not None:
-            inner = list(_outwards(frames.get(helper.ident or 0)))
+            inner = list(frames.outwards(current.get(helper.ident or 0)))
             work = work or "waiting for data"
-        ours = [frame for frame in inner if _room(frame)]
+        ours = [frame for frame in inner if frames.room_of(frame)]
         place = Place(
             phase=phase,
             step=known.get("step"),
             micro_batch=known.get("micro_batch"),
             unit=known.get("unit"),
-            where=_where(inner, ours),
+            where=frames.where_of(inner, ours),
             wait=self._wait(inner, ours, flights),
             work=work,
             busy=helper is not None,
         )
-        mark: tuple[Any, ...] = (place.step, place.micro_batch, place.phase, _marks(stack))
+        mark: tuple[Any, ...] = (place.step, place.micro_batch, place.phase, frames.marks(inner))
         if helper is None:
             mark += (known.get("meetings"),)
-        else:
-            mark += (_marks(inner), _locals(ours), _traffic(helper))
+        else:  # the thread that waits for it goes on meeting others
+            mark += (frames.values_of(ours), frames.traffic(helper))
         return Look(place, mark)
 
     def _phase(self, stack: Sequence[FrameType]) -> str:
         phase = START if not self._looped else END
         for frame in stack:
-            room = _room(frame)
+            room = frames.room_of(frame)
             if room in ("trainer.save", "trainer.state.checkpoint"):
                 phase = CHECKPOINT
                 break
@@ -204,23 +191,29 @@ class Places:
         """Return the message that the innermost of these frames wait for."""
         if not stack:
             return None
-        device = _line(stack[0], _DEVICE_WAITS) and any(flight.on_device for flight in flights)
-        if not (device or _waits(stack[0])):
+        device = frames.line_has(stack[0], _DEVICE_WAITS) and any(
+            flight.on_device for flight in flights
+        )
+        if not (device or frames.waits(stack[0]) or (flights and frames.blocked(stack[0]))):
             return None
-        room = _room(ours[0]) if ours else ""
+        room = frames.room_of(ours[0]) if ours else ""
         name, ranks, peer, sender = None, (), None, ""
-        for frame in stack[:_SEARCHED]:
+        for frame in stack[: frames.SEARCHED]:
             if (found := _group_in(frame)) is not None:
                 group, peer, sender = found
                 name, ranks = group.group_name, _ranks(group)
                 break
         flight = _flight(flights, name, device=device)
+        if not (device or frames.waits(stack[0])) and (
+            flight is None or flight.described == SIGNALS
+        ):
+            return None
         if flight is not None:
             name = flight.group
         known = self.groups.get(name or "")
         if known is None:
             known = Group((flight.described if flight else name or "unknown",), ranks)
-        operation = flight.operation if flight else _operation(stack)
+        operation = flight.operation if flight else frames.operation(stack)
         if flight is not None and flight.peer is not None:
             peer = known.ranks[flight.peer] if flight.peer < len(known.ranks) else peer
         return Wait(
@@ -237,103 +230,8 @@ def _flight(flights: Sequence[Flight], name: str | None, *, device: bool) -> Fli
     mine = [flight for flight in flights if flight.on_device == device]
     if name is not None:
         mine = [flight for flight in mine if flight.group == name]
-    # Flags of signals are always under way (trainer/stop.py).
-    return next((f for f in mine if f.described != "host objects"), mine[0] if mine else None)
-
-
-def _outwards(frame: FrameType | None) -> Iterator[FrameType]:
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
-
-
-def _room(frame: FrameType) -> str:
-    """Return the module of a frame of ours, such as ``parallel.reduce``; "" of others'."""
-    name: str = frame.f_globals.get("__name__", "")
-    own = name.startswith(OURS) and not name.startswith("allometry.trainer.watch")
-    return name.removeprefix(OURS) if own else ""
-
-
-def _where(stack: Sequence[FrameType], ours: Sequence[FrameType]) -> str:
-    """Return file, line and function of the innermost frame of ours; and of another within it."""
-    if not stack:
-        return ""
-    own = ""
-    if ours:
-        path = _room(ours[0]).replace(".", "/")
-        own = f"{path}.py:{ours[0].f_lineno} {ours[0].f_code.co_qualname}"
-    inner = stack[0]
-    module: str = inner.f_globals.get("__name__", "")
-    if (ours and inner is ours[0]) or module.startswith(("torch.", "threading", "queue")):
-        return own
-    file = inner.f_code.co_filename.rpartition("/")[2]
-    return f"{own} > {file}:{inner.f_lineno} {inner.f_code.co_qualname}".removeprefix(" > ")
-
-
-def _known(stack: Sequence[FrameType]) -> dict[str, Any]:
-    """Return step, micro-batch, unit and meeting as the frames have them, the innermost first."""
-    found: dict[str, Any] = {}
-    for frame in stack:
-        name, room = frame.f_code.co_qualname, _room(frame)
-        if not room:
-            owner = frame.f_locals.get("self") if "fsdp" in frame.f_code.co_filename else None
-            unit = getattr(owner, "_module_fqn", None)
-            if isinstance(unit, str):
-                found.setdefault("unit", unit or "root")
-        elif name == "Loop._steps":
-            found.setdefault("step", frame.f_locals.get("step"))
-        elif name in _ITERATED:
-            index = frame.f_locals.get(_ITERATED[name])
-            if isinstance(index, int):
-                found.setdefault("micro_batch", index)
-        elif name == "Transformer.forward" and "layer" in frame.f_locals:
-            found.setdefault("unit", f"blocks.{frame.f_locals['layer']}")
-        elif name == "wait_for_all":
-            found |= {key: frame.f_locals.get(key) for key in ("what", "meetings")}
-    return found
-
-
-def _helper(stack: Sequence[FrameType]) -> threading.Thread | None:
-    """Return the thread of this rank that the stack's waits for; None if it waits for none."""
-    for frame in stack:
-        name = frame.f_code.co_qualname
-        if name == "Prefetcher.__next__":
-            return _thread("prefetch")
-        if name == "wait_for_all":
-            what = frame.f_locals.get("what", "")
-            return _thread("save-" if what == "saving a checkpoint" else what)
-    return None
-
-
-def _thread(name: str) -> threading.Thread | None:
-    matching = (t for t in threading.enumerate() if t.name == name or t.name.startswith(name))
-    return next(matching, None)
-
-
-def _waits(frame: FrameType) -> bool:
-    """Return whether an innermost frame waits for a message in torch's code."""
-    module: str = frame.f_globals.get("__name__", "")
-    if module.startswith("torch.distributed"):
-        return True
-    if module == "torch._ops":
-        return "c10d" in str(getattr(frame.f_locals.get("self"), "_name", ""))
-    return module.startswith(OURS) and _line(frame, (".wait(", "wait_tensor("))
-
-
-def _line(frame: FrameType, texts: tuple[str, ...]) -> bool:
-    line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
-    return any(text in line for text in texts)
-
-
-def _operation(stack: Sequence[FrameType]) -> str:
-    """Return what the innermost frames call their message."""
-    for frame in stack[:_SEARCHED]:
-        name = frame.f_code.co_name
-        if frame.f_globals.get("__name__") == "torch.distributed.distributed_c10d":
-            return name.lstrip("_")
-        if _room(frame):
-            return frame.f_code.co_qualname
-    return stack[0].f_code.co_name
+    # Flags of signals may be under way beside all others (trainer/stop.py).
+    return next((f for f in mine if f.described != SIGNALS), mine[0] if mine else None)
 
 
 def _group_in(frame: FrameType) -> tuple[dist.ProcessGroup, int | None, str] | None:
@@ -365,27 +263,10 @@ def _group(value: object) -> tuple[dist.ProcessGroup, int | None, str] | None:
     if isinstance(both, InTwo) and isinstance(both.there, functools.partial):
         for cell in both.there.func.__closure__ or ():
             if isinstance(cell.cell_contents, Axis):
-                room = both.there.func.__module__.removeprefix(OURS)
+                room = both.there.func.__module__.removeprefix(frames.OURS)
                 return cell.cell_contents.group, None, room
     return None
 
 
 def _ranks(group: dist.ProcessGroup) -> tuple[int, ...]:
     return tuple(dist.get_process_group_ranks(group))
-
-
-def _marks(stack: Sequence[FrameType]) -> tuple[tuple[int, int], ...]:
-    return tuple((id(frame), frame.f_lasti) for frame in stack)
-
-
-def _locals(frames: Sequence[FrameType]) -> tuple[int, ...]:
-    return tuple(id(value) for frame in frames for value in frame.f_locals.values())
-
-
-def _traffic(thread: threading.Thread) -> str:
-    """Return what a thread has read and written: a disk that is slow is not one that hangs."""
-    try:
-        with open(f"/proc/self/task/{thread.native_id}/io", encoding="ascii") as file:
-            return file.read()
-    except OSError:
-        return ""

@@ -180,7 +180,7 @@ def describe(report: Report) -> str:
         return f"{fate} ({beat.process}); it was last seen {at}"
     wait = beat.place.wait
     if wait is None:
-        return f"is {at}"
+        return f"has been {at}"
     peer = "" if wait.peer is None else f" with rank {wait.peer}"
     return f"waits in {wait.operation}{peer} over {wait.axis} {at}"
 

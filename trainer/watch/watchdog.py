@@ -31,12 +31,14 @@ from allometry.trainer.watch import place as places
 from allometry.trainer.watch.board import Beat, Board, Process
 from allometry.trainer.watch.flights import dump, flights
 from allometry.trainer.watch.place import Place, Places, groups_of
+from allometry.trainer.watch.stragglers import Stragglers
 from allometry.trainer.watch.verdict import Report, Verdict, judge, where
 
 HUNG = 75
 """Exit code of a rank of a run that hangs: EX_TEMPFAIL, to be started again."""
 SAMPLE_S = 0.1
 BEAT_S = 0.5
+COMPARE_S = 5.0
 _WRITTEN_S = 2.0
 """Seconds in which the rank that writes the record has done so, or is gone itself."""
 _log = logging.getLogger(__name__)
@@ -107,6 +109,9 @@ class Watchdog:
         self.limits = Limits.of(parallel)
         self.beat_s = beat_s(self.limits.step, self.launch.world_size)
         self.steps = Steps()
+        percent = parallel.watch.straggler_percent
+        main = self.launch.rank == 0 and self.launch.world_size > 1
+        self.stragglers = Stragglers(percent) if percent is not None and main else None
         self._folder, self._end = folder, end
         self._places = Places(threading.get_ident())
         self._process = Process.own()
@@ -114,7 +119,7 @@ class Watchdog:
         self._stage, self._on_cuda = 0, False
         self._number = self._samples = self._waiting = 0
         self._mark: Any = None
-        self._since = time.monotonic()
+        self._since = self._compared = time.monotonic()
         self._place = Place(places.START)
         self._done: set[str] = set()  # phases that this launch has come through once
         self._first_step: int | None = None
@@ -180,6 +185,9 @@ class Watchdog:
         if self._board is None:
             return
         self._board.post(self._beat())
+        if self.stragglers is not None and now - self._compared >= COMPARE_S:
+            self._compared = now
+            self.stragglers.see(self._board.read())
         settled = self._board.verdict()
         if settled is not None:
             self._close(settled, mine=False)
@@ -238,7 +246,7 @@ class Watchdog:
             guilty = verdict.waited_s >= max(limits, default=0.0)
         if guilty:
             kind = "rank_lost" if any(report.lost for report in late) else "hang"
-            text = json.dumps({"event": kind, **verdict.facts()})
+            text = json.dumps({"event": kind, "by": rank, **verdict.facts()})
             settled, mine = board.settle(text)
             self._close(settled, mine=mine)
         self._judged.set()
