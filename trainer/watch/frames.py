@@ -129,7 +129,7 @@ def waits(frame: FrameType) -> bool:
     return module.startswith(OURS) and line_has(frame, (".wait(", "wait_tensor("))
 
 
-def blocked(frame: FrameType) -> bool:
+def may_wait(frame: FrameType) -> bool:
     """Return whether a frame of ours may wait for a message in an operator of torch.
 
     The tensor that a message fills is waited for wherever it is first read.

@@ -191,25 +191,22 @@ class Places:
         """Return the message that the innermost of these frames wait for."""
         if not stack:
             return None
-        device = frames.line_has(stack[0], _DEVICE_WAITS) and any(
-            flight.on_device for flight in flights
-        )
-        if not (device or frames.waits(stack[0]) or (flights and frames.blocked(stack[0]))):
+        device = frames.line_has(stack[0], _DEVICE_WAITS) and any(f.on_device for f in flights)
+        blocked = not (device or frames.waits(stack[0]))
+        if blocked and not frames.may_wait(stack[0]):
             return None
-        room = frames.room_of(ours[0]) if ours else ""
         name, ranks, peer, sender = None, (), None, ""
-        for frame in stack[: frames.SEARCHED]:
+        for frame in stack[: 1 if blocked else frames.SEARCHED]:
             if (found := _group_in(frame)) is not None:
                 group, peer, sender = found
                 name, ranks = group.group_name, _ranks(group)
                 break
         flight = _flight(flights, name, device=device)
-        if not (device or frames.waits(stack[0])) and (
-            flight is None or flight.described == SIGNALS
-        ):
+        if blocked and name is None and (flight is None or flight.described == SIGNALS):
             return None
         if flight is not None:
             name = flight.group
+        room = frames.room_of(ours[0]) if ours else ""
         known = self.groups.get(name or "")
         if known is None:
             known = Group((flight.described if flight else name or "unknown",), ranks)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import logging
+import math
 import os
 import sys
 import threading
@@ -156,7 +157,7 @@ class Watchdog:
                 self._board.post(self._beat(ended=text))
 
     def _run(self) -> None:
-        beaten = last = time.monotonic()
+        beaten, last = -math.inf, time.monotonic()
         while not self._stop.wait(min(SAMPLE_S, self.beat_s)):
             now = time.monotonic()
             if now - last > 2 * self.beat_s + 1.0:
