@@ -129,12 +129,16 @@ def waits(frame: FrameType) -> bool:
     return module.startswith(OURS) and line_has(frame, (".wait(", "wait_tensor("))
 
 
-def may_wait(frame: FrameType) -> bool:
-    """Return whether a frame of ours may wait for a message in an operator of torch.
+def may_wait(stack: Sequence[FrameType], ours: Sequence[FrameType]) -> bool:
+    """Return whether frames may wait for a message in an operator of torch that one of ours calls.
 
     The tensor that a message fills is waited for wherever it is first read.
     """
-    return bool(room_of(frame)) and not line_has(frame, ("sleep(",))
+    if not ours or line_has(ours[0], ("sleep(",)):
+        return False
+    inner = [frame.f_globals.get("__name__", "") for frame in stack[: stack.index(ours[0])]]
+    compiles = ("torch._dynamo", "torch._inductor", "torch.fx")
+    return all(name.startswith("torch") and not name.startswith(compiles) for name in inner)
 
 
 def line_has(frame: FrameType, texts: tuple[str, ...]) -> bool:

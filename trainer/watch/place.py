@@ -193,10 +193,10 @@ class Places:
             return None
         device = frames.line_has(stack[0], _DEVICE_WAITS) and any(f.on_device for f in flights)
         blocked = not (device or frames.waits(stack[0]))
-        if blocked and not frames.may_wait(stack[0]):
+        if blocked and not frames.may_wait(stack, ours):
             return None
         name, ranks, peer, sender = None, (), None, ""
-        for frame in stack[: 1 if blocked else frames.SEARCHED]:
+        for frame in ours[:1] if blocked else stack[: frames.SEARCHED]:
             if (found := _group_in(frame)) is not None:
                 group, peer, sender = found
                 name, ranks = group.group_name, _ranks(group)
