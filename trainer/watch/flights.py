@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,6 +33,16 @@ def _function(name: str) -> Callable[..., Any] | None:
     import torch._C._distributed_c10d as c10d
 
     return getattr(c10d, name, None)
+
+
+def record() -> None:
+    """Have torch keep a record of messages; before the first group is opened.
+
+    What a user has set stands. Newer versions of torch keep one anyway.
+    """
+    known = _function("_dump_fr_trace") is not None
+    name = "TORCH_FR_BUFFER_SIZE" if known else "TORCH_NCCL_TRACE_BUFFER_SIZE"
+    os.environ.setdefault(name, "2000")
 
 
 def flights() -> list[Flight]:

@@ -32,6 +32,8 @@ _NAMED = {
     "StopRequest._read": "all_reduce of signals",
 }
 """Messages of ours by the function that waits for them."""
+_PLUMBING = ("torch.", "threading", "queue", "concurrent.", "socket", "selectors", "subprocess")
+"""Modules that say nothing of what is waited for."""
 _SCHEDULES = "torch.distributed.pipelining.schedules"
 
 
@@ -57,9 +59,10 @@ def where_of(stack: Sequence[FrameType], ours: Sequence[FrameType]) -> str:
     if ours:
         path = room_of(ours[0]).replace(".", "/")
         own = f"{path}.py:{ours[0].f_lineno} {ours[0].f_code.co_qualname}"
-    inner = stack[0]
-    module: str = inner.f_globals.get("__name__", "")
-    if (ours and inner is ours[0]) or module.startswith(("torch.", "threading", "queue")):
+    inner = next(
+        (f for f in stack if not f.f_globals.get("__name__", "").startswith(_PLUMBING)), None
+    )
+    if inner is None or (ours and inner is ours[0]):
         return own
     file = inner.f_code.co_filename.rpartition("/")[2]
     return f"{own} > {file}:{inner.f_lineno} {inner.f_code.co_qualname}".removeprefix(" > ")
@@ -139,6 +142,12 @@ def may_wait(stack: Sequence[FrameType], ours: Sequence[FrameType]) -> bool:
     inner = [frame.f_globals.get("__name__", "") for frame in stack[: stack.index(ours[0])]]
     compiles = ("torch._dynamo", "torch._inductor", "torch.fx")
     return all(name.startswith("torch") and not name.startswith(compiles) for name in inner)
+
+
+def compiles(stack: Sequence[FrameType]) -> bool:
+    """Return whether torch compiles code in these frames."""
+    places = ("torch._dynamo.convert_frame", "torch._inductor.compile_fx")
+    return any(frame.f_globals.get("__name__", "") in places for frame in stack)
 
 
 def line_has(frame: FrameType, texts: tuple[str, ...]) -> bool:

@@ -74,7 +74,8 @@ class Place:
     """What a rank is doing. ``where``: file, line and function of the innermost frame of ours.
 
     ``work``: what slow work it does beside the meetings of ranks (``parallel/agree.py``), or that
-    it waits for data. ``busy``: whether that work is its own, and not another rank's.
+    it waits for data. ``busy``: whether that work is its own, and not another rank's. ``compiles``:
+    whether torch compiles code.
     """
 
     phase: str
@@ -85,6 +86,7 @@ class Place:
     wait: Wait | None = None
     work: str | None = None
     busy: bool = False
+    compiles: bool = False
 
     def facts(self) -> dict[str, Any]:
         """Return JSON, without what is not known."""
@@ -158,6 +160,7 @@ class Places:
             wait=self._wait(inner, ours, flights),
             work=work,
             busy=helper is not None,
+            compiles=frames.compiles(stack),
         )
         mark: tuple[Any, ...] = (place.step, place.micro_batch, place.phase, frames.marks(inner))
         if helper is None:

@@ -78,6 +78,7 @@ def judge(reports: Mapping[int, Report]) -> Verdict:
     A rank waits for those that its message joins and that are not in that message themselves. Who
     is waited for, directly or through others, and waits for nobody is late.
     """
+    reports = dict(sorted(reports.items()))
     edges = {rank: _awaited(rank, reports) for rank in reports}
     stuck = [rank for rank, report in reports.items() if report.waits and edges[rank]]
     late = sorted({end for rank in stuck for end in _ends(rank, edges)})

@@ -14,7 +14,6 @@ import json
 import logging
 import math
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -30,7 +29,7 @@ from allometry.parallel.side import attempt, side_store
 from allometry.trainer.state.folder import RunFolder
 from allometry.trainer.watch import place as places
 from allometry.trainer.watch.board import Beat, Board, Process
-from allometry.trainer.watch.flights import dump, flights
+from allometry.trainer.watch.flights import dump, flights, record
 from allometry.trainer.watch.place import Place, Places, groups_of
 from allometry.trainer.watch.stragglers import Stragglers
 from allometry.trainer.watch.verdict import Report, Verdict, judge, where
@@ -67,8 +66,7 @@ class Limits:
         if place.phase == places.CHECKPOINT:
             return self.checkpoint if place.wait is None or place.busy else self.step
         if place.phase in (places.STEP, places.EVALUATION):
-            compiles = "torch/_dynamo" in place.where or "torch/_inductor" in place.where
-            return self.first_step if first or compiles else self.step
+            return self.first_step if first or place.compiles else self.step
         return self.start
 
 
@@ -78,10 +76,7 @@ def beat_s(step_limit_s: float, world_size: int) -> float:
 
 
 def end_process(code: int) -> None:
-    """End this process, whatever its threads wait in."""
-    with suppress(Exception):
-        sys.stdout.flush()
-        sys.stderr.flush()
+    """End this process, whatever its threads wait in; one of them may hold standard output."""
     os._exit(code)
 
 
@@ -120,7 +115,7 @@ class Watchdog:
         self._stage, self._on_cuda = 0, False
         self._number = self._samples = self._waiting = 0
         self._mark: Any = None
-        self._since = self._compared = time.monotonic()
+        self._since = self._compared = self._again = time.monotonic()
         self._place = Place(places.START)
         self._done: set[str] = set()  # phases that this launch has come through once
         self._first_step: int | None = None
@@ -132,8 +127,11 @@ class Watchdog:
         """Learn the mesh's groups, by which messages have axes."""
         self._places.groups = groups_of(mesh)
         self._stage, self._on_cuda = mesh.pp.rank, mesh.device.type == "cuda"
+        if (board := self._connected()) is not None:
+            board.post(self._beat())
 
     def __enter__(self) -> Watchdog:
+        record()
         self._thread.start()
         return self
 
@@ -178,22 +176,28 @@ class Watchdog:
 
     def _turn(self, now: float) -> None:
         """Look, tell the others, and find out whether something is wrong."""
+        board = self._connected()
+        stuck_s = self._look(now)
+        if board is None:
+            return
+        board.post(self._beat())
+        if self.stragglers is not None and now - self._compared >= COMPARE_S:
+            self._compared = now
+            self.stragglers.see(board.read())
+        settled = board.verdict()
+        if settled is not None:
+            self._close(settled, mine=False)
+        elif self._lost.is_set() or (now >= self._again and stuck_s >= self._limit(self._place)):
+            self._alarm()
+            self._again = time.monotonic() + 2 * self.beat_s
+
+    def _connected(self) -> Board | None:
+        """Return the board; None while its store is not there yet."""
         if self._board is None:
             store = side_store(self.launch)
             if store is not None:
                 self._board = Board(store, self.launch.rank, self.launch.world_size, attempt())
-        stuck_s = self._look(now)
-        if self._board is None:
-            return
-        self._board.post(self._beat())
-        if self.stragglers is not None and now - self._compared >= COMPARE_S:
-            self._compared = now
-            self.stragglers.see(self._board.read())
-        settled = self._board.verdict()
-        if settled is not None:
-            self._close(settled, mine=False)
-        elif stuck_s >= self._limit(self._place) or self._lost.is_set():
-            self._alarm()
+        return self._board
 
     def _look(self, now: float) -> float:
         """Note where the training thread is; return the seconds in which nothing has moved."""
@@ -277,7 +281,8 @@ class Watchdog:
         if mine:
             with suppress(OSError):
                 self._write_record(facts)
-            print(f"allometry: {facts['said']}", file=sys.stderr, flush=True)
+            with suppress(OSError):
+                os.write(2, f"allometry: {facts['said']}\n".encode())
             with suppress(Exception):
                 board.note_written()
             time.sleep(3 * self.beat_s)  # for the others' logs
