@@ -310,7 +310,7 @@ class Watchdog:
     def _write_log(self, facts: dict[str, Any]) -> None:
         """Append the verdict, where this rank is and the stacks of its threads to its log."""
         path = self._folder.log(self.launch.rank)
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a", encoding="utf-8") as file:
             file.write(f"{_now()} {facts['event']}: {facts['said']}\n")
             file.write(f"this rank is {where(self._place)}\n")
