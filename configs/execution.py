@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from allometry.configs.auto import AutoLayout, PredictionConfig
 from allometry.configs.base import Count, PathText, Section
+from allometry.configs.checks import CardsConfig, ChecksConfig
 from allometry.configs.watch import Watch
 
 Amount = (
@@ -382,4 +383,10 @@ class RecordConfig(Section):
     )
     prediction: PredictionConfig = Field(
         default_factory=PredictionConfig, description="what the planner says of its steps"
+    )
+    checks: ChecksConfig = Field(
+        default_factory=ChecksConfig, description="whether machines compute and remember rightly"
+    )
+    cards: CardsConfig = Field(
+        default_factory=CardsConfig, description="what is read of the GPUs themselves"
     )

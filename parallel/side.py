@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
-from allometry.parallel.mesh import Launch
+from allometry.parallel.rendezvous import Launch
 
 CONNECT = timedelta(seconds=5)
-
-
-def attempt() -> str:
-    """Return which start of its ranks this is; keys of an earlier one are still in torchrun's."""
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 
 
 def side_store(launch: Launch) -> Any | None:

@@ -72,6 +72,7 @@ def _load(
         progress.flops = start.facts["flops"]
         progress.held_out_before.update(start.facts.get("held_out_before", {}))
         progress.rates_since = rates_since(config, start.facts)
+        progress.skipped.update({int(k): why for k, why in start.facts.get("skipped", {}).items()})
     converted, anew = load(start.checkpoint, state, names, mesh)
     settle(optimizer)
     if anew:

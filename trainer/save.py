@@ -12,6 +12,7 @@ from allometry.configs.errors import UserError
 from allometry.parallel.mesh import Mesh
 from allometry.trainer.loop import Progress
 from allometry.trainer.record.callbacks import Callback
+from allometry.trainer.record.corruption import Response
 from allometry.trainer.record.timing import StepTimer
 from allometry.trainer.state.checkpoint import Checkpointer
 from allometry.trainer.state.finite import not_finite
@@ -25,7 +26,8 @@ class Saver(Callback):
     """Saves where the configuration asks for it, and at the end of a launch; off the clock.
 
     All numbers are read first, and tensors looked through, so that no checkpoint is made of a run
-    that has gone wrong. ``state`` returns the tensors and the facts of a checkpoint.
+    that has gone wrong. ``state`` returns the tensors and the facts of a checkpoint; ``response``
+    says where none is to be made any more.
     """
 
     def __init__(
@@ -35,7 +37,9 @@ class Saver(Callback):
         state: Callable[[], tuple[State, dict[str, Any]]],
         timer: StepTimer,
         mesh: Mesh,
+        response: Response | None = None,
     ) -> None:
+        self._response = response
         self._checkpointer, self._progress = checkpointer, progress
         self._state, self._timer, self._mesh = state, timer, mesh
         self._begun_step = progress.saved_step  # saved or being saved
@@ -48,7 +52,8 @@ class Saver(Callback):
     @override
     def between_steps(self, step: int, *, last: bool) -> None:
         with self._timer.paused():
-            if self.needs_numbers(step, last=last) and self._begun_step != step:
+            due = self.needs_numbers(step, last=last) and self._begun_step != step
+            if due and self._refusal is None:
                 self._save(step)
             self._checkpointer.poll()
 
@@ -64,6 +69,10 @@ class Saver(Callback):
             )
         self._begun_step = step
         self._checkpointer.save(step, tensors, facts)
+
+    @property
+    def _refusal(self) -> str | None:
+        return None if self._response is None else self._response.refusal
 
     def _kept(self) -> str:
         kept = self._progress.saved_step
@@ -85,6 +94,11 @@ class Saver(Callback):
         """
         step = self._progress.step
         self._checkpointer.wait()
+        if (refused := self._refusal) is not None:
+            raise UserError(
+                f"step {step}: no checkpoint is made, as {refused}; {self._kept()}: take that "
+                "machine out and run again, which goes on from there"
+            )
         for pause in RETRY_AFTER_S:
             if self._missing() is None:
                 return

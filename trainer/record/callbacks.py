@@ -30,6 +30,9 @@ class Callback:
     rank's alone.
     """
 
+    adds_to_skipped = False
+    """Whether ``additions`` is called for steps that made no update, too."""
+
     def on_start(self, facts: dict[str, Any], first_step: int) -> None:
         """On the main rank, before this launch's first step; ``facts``: what run.json says."""
 
@@ -129,6 +132,17 @@ _SAID = {
     "layout_chosen": "parallel: auto chose hdp={hdp} tp={chosen[tp]} pp={chosen[pp]} "
     "ep={chosen[ep]} zero.stage={chosen[zero]}, micro-batches of {chosen[micro_batch]} and "
     "checkpointing {chosen[checkpointing]}: {reason}",
+    "replicas_differ": "step {step} | REPLICAS DIFFER: {said}",
+    "computed_twice_differs": "step {step} | A STEP DIFFERS THE SECOND TIME: {said}",
+    "self_test_failed": "SELF-TEST FAILED: {said}",
+    "cards_not_read": "GPUs are not asked for heat, clocks and ECC errors: {reason}",
+    "restarted": "ranks were started again, time {count} of this launch: {reason}",
+    "bad_step": "step {step} | BAD STEP ({reason}): loss {loss}, grad {grad_norm}; its update is "
+    "skipped",
+    "steps_passed_over": "step {step} | passed over from here on, as training.skip_steps says",
+    "going_back": "step {step} | GOING BACK to checkpoint step-{checkpoint} after bad steps "
+    "{bad_steps}: {samples} samples after it are passed over",
+    "passed_over": "from step {step} on: {samples} samples of the data were passed over here",
     "already_finished": "nothing to do: the run is complete, all {step} steps are taken",
     "stopped": "step {step} | stopped by {signal}; the same command continues from here",
 }
@@ -164,7 +178,7 @@ class Display(Callback):
     def on_row(self, row: Row) -> None:
         step = int(row["step"])
         held_out = {k: v for k, v in row.items() if k.startswith("validation/")}
-        if step % self._every == 0 or step in (self._first, self._total):
+        if "loss" in row and (step % self._every == 0 or step in (self._first, self._total)):
             left = (self._total - step) * float(row["time_s"])
             self._say(
                 f"step {step:>{len(str(self._total))}}/{self._total} | loss {row['loss']:.4f} | "

@@ -34,12 +34,12 @@ from allometry.parallel.agree import wait_for_all, with_heartbeat
 from allometry.parallel.mesh import Mesh
 from allometry.trainer.state.facts import check_facts
 from allometry.trainer.state.folder import RunFolder, write_atomically
+from allometry.trainer.state.identity import problem_of
 from allometry.trainer.state.integrity import (
     COMPLETE,
     FACTS,
     Files,
     ShardWriter,
-    damage,
     seal,
     unreadable,
 )
@@ -83,7 +83,7 @@ def choose(folder: RunFolder, resume: str) -> Path | None:
                 f"run.resume={resume}: {folder.path} has no such checkpoint; it has {names}"
             )
     else:
-        named = _latest(folder)
+        named = folder.read_latest()
         if named is None and not there:
             return None
         if named is not None and not re.fullmatch(r"step-\d+", named):
@@ -92,7 +92,7 @@ def choose(folder: RunFolder, resume: str) -> Path | None:
                 + (", ".join(path.name for path in there) or "none is left")
             )
         chosen = folder.checkpoints / named if named else there[-1]
-    problem = "it is gone" if chosen not in there else damage(chosen, contents=False)
+    problem = "it is gone" if chosen not in there else problem_of(folder, chosen)
     if problem is not None:
         raise damaged(folder, chosen, problem)
     return chosen
@@ -104,21 +104,13 @@ def damaged(folder: RunFolder, path: Path, problem: str) -> UserError:
     Of that one only the sizes are known; its contents are checked when the run goes back to it.
     """
     others = [other for other in reversed(saved(folder)) if other != path]
-    whole = next((other for other in others if damage(other, contents=False) is None), None)
+    whole = next((other for other in others if problem_of(folder, other) is None), None)
     remedy = (
         f"the newest complete one is {whole.name}: continue there with run.resume={whole.name}"
         if whole
         else "there is no complete one in this folder: restore it, or choose another run.folder"
     )
     return UserError(f"checkpoint {path} is damaged ({problem}); {remedy}")
-
-
-def _latest(folder: RunFolder) -> str | None:
-    """The name in the ``latest`` pointer; None if nothing was ever saved."""
-    try:
-        return folder.latest.read_text(encoding="utf-8", errors="replace").strip()
-    except FileNotFoundError:
-        return None
 
 
 def _has_saved(folder: RunFolder) -> bool:
@@ -183,10 +175,10 @@ def load(path: Path, state: State, mesh: Mesh) -> None:
 class Checkpointer:
     """Saves checkpoints while training goes on, and keeps the ones that were asked for.
 
-    ``needed_bytes``: about what a checkpoint takes. A save that fails is reported through
-    ``report(event, details)`` on every rank, with the system's reason, and leaves the newest
-    checkpoint as it was; where the disk is full, older ones go that this save would have replaced,
-    so that the next one has room.
+    ``needed_bytes``: about what a checkpoint takes; ``run``: the run's identity. A save that fails
+    is reported through ``report(event, details)`` on every rank, with the system's reason, and
+    leaves the newest checkpoint as it was; where the disk is full, older ones go that this save
+    would have replaced, so that the next one has room.
     """
 
     def __init__(
@@ -196,8 +188,9 @@ class Checkpointer:
         mesh: Mesh,
         report: Callable[..., None],
         needed_bytes: int,
+        run: str | None = None,
     ) -> None:
-        self._folder = folder
+        self._folder, self._run = folder, run
         self._needed_bytes = needed_bytes
         self._config = config
         self._mesh = mesh
@@ -302,7 +295,7 @@ class Checkpointer:
     ) -> _Failure | None:
         final = self._folder.checkpoints / f"step-{step}"
         try:
-            seal(partial, step, files, facts)
+            seal(partial, step, files, facts, run=self._run)
             if final.exists():  # the run went back and passes this step again
                 old = final.with_name(f".{final.name}.replaced")
                 shutil.rmtree(old, ignore_errors=True)
@@ -332,7 +325,7 @@ class Checkpointer:
 
         What a branch refers to stays, too.
         """
-        latest = _latest(self._folder)
+        latest = self._folder.read_latest()
         past = [p for p in saved(self._folder) if step_of(p) <= step]
         pinned = {pin.step for pin in pins(self._folder.path)}
         for path in past[:-keep]:

@@ -28,6 +28,8 @@ from typing import IO, Any
 from allometry.configs.errors import UserError
 from allometry.configs.json_file import parse_object, read_object
 
+_LONGEST_NAME = 100
+
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace ``path`` by ``text`` so that a reader sees the old or the new, never a half."""
@@ -55,6 +57,7 @@ class RunFolder:
         self.loads = self.path / "expert_load.jsonl"
         self.plans = self.path / "plans.jsonl"
         self.scores = self.path / "scores.jsonl"
+        self.rewinds = self.path / "rewinds.json"
         self.tensorboard = self.path / "tb"
         self.checkpoints = self.path / "checkpoints"
         self.latest = self.path / "latest"
@@ -119,6 +122,23 @@ class RunFolder:
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{self.run} cannot be read ({error}); restore it, or choose another run.folder"
+            ) from None
+
+    def read_latest(self) -> str | None:
+        """Return the name in the ``latest`` pointer; None if nothing was ever saved.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        try:
+            with open(self.latest, encoding="utf-8", errors="replace") as file:
+                return file.read(_LONGEST_NAME).strip()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise UserError(
+                f"{self.latest} cannot be read ({error.strerror}); make it a file that names a "
+                "checkpoint, or remove it"
             ) from None
 
     def origin(self) -> dict[str, Any]:

@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from allometry.configs.errors import UserError
-from allometry.configs.loader import dump
 from allometry.configs.run import RunConfig
-from allometry.data.run_tokenizer import RunTokenizer
 from allometry.data.sources import Sources
 from allometry.optim.schedule import schedules_of
 from allometry.parallel.agree import from_main_rank, on_all_ranks
@@ -22,17 +20,17 @@ from allometry.trainer.state.branch import (
     Taken,
     copy_share,
     discard,
-    keep,
-    settle,
     stored_config,
     take,
 )
 from allometry.trainer.state.changed import Difference
-from allometry.trainer.state.folder import RunFolder, write_atomically
+from allometry.trainer.state.folder import RunFolder
+from allometry.trainer.state.identity import Identity, identity_for
 from allometry.trainer.state.initial import Importer, check_converted, take_initial, unusable
 from allometry.trainer.state.integrity import damage_of_contents
 from allometry.trainer.state.reading import continued, weights_only, with_reading
 from allometry.trainer.state.refused import check_not_refused
+from allometry.trainer.state.rewinds import with_passed
 from allometry.trainer.state.room import check_room
 from allometry.trainer.state.unchanged import branch_changes, changed_overrides, check_unchanged
 
@@ -46,7 +44,9 @@ class Start:
 
     ``branched``: it was just taken over from the run that ``run.parent`` names. ``changes``: what
     the description has otherwise from here on, and ``overrides`` for how many parameters.
-    ``next_stage``: it was just saved, and the launch goes on in another stage.
+    ``next_stage``: it was just saved, and the launch goes on in another stage. ``identity``: of the
+    run. ``new``: the folder is. Before ``enter`` the checkpoint of another run has no name there
+    yet, and nothing is abandoned or dropped.
     """
 
     checkpoint: Path | None
@@ -54,6 +54,9 @@ class Start:
     cleaned: list[str]
     abandoned: list[str]
     dropped_rows: int
+    identity: Identity
+    new: bool = False
+    tokenizer: Path | None = None
     branched: bool = False
     changes: tuple[Difference, ...] = ()
     overrides: dict[str, int] = field(default_factory=dict)
@@ -124,55 +127,58 @@ def begin(
     check: Callable[[Sources], None] = lambda stream: None,
     importer: Importer | None = None,
 ) -> Start:
-    """Claim the folder and find where to continue; every rank calls this.
+    """Claim the folder and find where to continue; every rank calls this, and ``enter`` once the
+    checkpoint is loaded.
 
     ``check`` gets the data as the run would go on with them (``continued``) and may refuse them;
     ``importer`` reads the model that ``run.initial.hf`` names.
 
-    The main rank chooses a checkpoint by sizes, all ranks read their shares of its contents, and
-    then the main rank writes what this launch changes.
+    The main rank chooses a checkpoint by sizes, and all ranks read their shares of its contents.
 
     Raises UserError on all ranks: the folder is in use, must be new and is not, its checkpoint (or
     that of the run it branches from) is damaged or gone, ``stop_at_step`` is past, or the
-    configuration changes what may not change. Nothing is written before all of that is known.
+    configuration changes what may not change. What a run has is as it was.
     """
-
-    def writing(work: Callable[[], T]) -> Callable[[], T]:
-        def checked() -> T:
-            try:
-                return work()
-            except OSError as error:
-                raise UserError(
-                    f"run.folder={folder.path} cannot be written: {error.strerror}"
-                ) from None
-
-        return checked
-
     try:
         choice = from_main_rank(
             mesh,
-            writing(lambda: _choose(folder, config, stream, stop_at_step, check, importer)),
+            lambda: written(
+                folder, lambda: _choose(folder, config, stream, stop_at_step, check, importer)
+            ),
             "choosing a checkpoint",
         )
         if choice.copies:
-            copy = writing(lambda: copy_share(choice.copies, mesh.rank, mesh.world_size))
-            on_all_ranks(mesh, copy, "copying the parent's checkpoint")
+            on_all_ranks(
+                mesh,
+                lambda: written(
+                    folder, lambda: copy_share(choice.copies, mesh.rank, mesh.world_size)
+                ),
+                "copying the parent's checkpoint",
+            )
         problem = None if choice.path is None else damage_of_contents(choice.path, mesh)
         return from_main_rank(
             mesh,
-            writing(lambda: _enter(folder, config, choice, problem)),
-            "preparing the run's folder",
+            lambda: written(folder, lambda: _start(folder, config, choice, problem)),
+            "checking the run's folder",
         )
     except BaseException:
         folder.withdraw()
         raise
 
 
-def next_stage(folder: RunFolder, step: int, mesh: Mesh) -> Start:
+def written(folder: RunFolder, work: Callable[[], T]) -> T:
+    """Do what writes into the folder; what the system says against it is a UserError."""
+    try:
+        return work()
+    except OSError as error:
+        raise UserError(f"run.folder={folder.path} cannot be written: {error.strerror}") from None
+
+
+def next_stage(folder: RunFolder, before: Start, step: int, mesh: Mesh) -> Start:
     """Return where the stage begins that follows ``step``, at the checkpoint just saved there."""
     path = folder.checkpoints / f"step-{step}"
     facts = from_main_rank(mesh, lambda: checkpoint.read_facts(path), "reading a checkpoint")
-    return Start(path, facts, [], [], 0, next_stage=True)
+    return Start(path, facts, [], [], 0, before.identity, next_stage=True)
 
 
 def _choose(
@@ -213,16 +219,14 @@ def _choose(
         _check_stop(folder, 0, stop_at_step)
         check(continued(stream, None))
         return _Choice(None, None)
-    facts = checkpoint.read_facts(path)
+    facts = with_passed(folder, checkpoint.read_facts(path))
     _check_stop(folder, facts["step"], stop_at_step)
     if not facts.get("weights_only"):
         check_unchanged(old, config, facts["step"])
         accept(facts, old)
         return _going_on(folder, old, config, path, facts)
     # Nothing was trained on imported weights yet: only their own description is settled.
-    settled = _SETTLED
-    if facts.get("optimizer"):
-        settled = (*settled, "optimizer.kind")
+    settled = (*_SETTLED, "optimizer.kind") if facts.get("optimizer") else _SETTLED
     if old.run.initial is not None:
         settled = (*settled, "run.initial")
     elif config.run.initial is not None:
@@ -272,11 +276,10 @@ def _choose_new(
     return _Choice(None, None, new=True)
 
 
-def _enter(folder: RunFolder, config: RunConfig, choice: _Choice, problem: str | None) -> Start:
-    """Bring the folder to where the launch begins; ``problem`` is what is wrong with contents."""
-    path, parent = choice.path, config.run.parent
+def _start(folder: RunFolder, config: RunConfig, choice: _Choice, problem: str | None) -> Start:
+    """Where the launch would begin; ``problem`` is what is wrong with contents."""
+    path = choice.path
     step = int(choice.facts["step"]) if choice.facts else 0
-    abandoned, dropped_rows = [], 0
     if path is not None and problem is not None:
         if choice.new:
             raise _discarded(config, choice, path, problem)
@@ -285,28 +288,20 @@ def _enter(folder: RunFolder, config: RunConfig, choice: _Choice, problem: str |
     total = _total_steps(config)
     if step < total:
         check_room(folder.path, config, len(checkpoint.saved(folder)), step, total)
-    if choice.new:
-        if path is not None:
-            path = keep(folder, parent, path) if parent is not None else settle(folder, path, 0)
-        RunTokenizer(choice.tokenizer).keep(folder.path)
-    else:
-        if path is not None:
-            write_atomically(folder.latest, path.name + "\n")
-        abandoned = checkpoint.abandon_after(folder, step)
-        dropped_rows = folder.forget_after(step)
-    start = Start(
+    branched = _is_first(folder, config)
+    return Start(
         checkpoint=path,
         facts=choice.facts,
         cleaned=cleaned,
-        abandoned=abandoned,
-        dropped_rows=dropped_rows,
-        branched=_is_first(folder, config),
+        abandoned=[],
+        dropped_rows=0,
+        identity=identity_for(folder, path, step, branched=branched),
+        new=choice.new,
+        tokenizer=choice.tokenizer,
+        branched=branched,
         changes=choice.changes,
         overrides=choice.overrides,
     )
-    if step < total:  # else the launch changes nothing that the folder says
-        write_atomically(folder.config, dump(config))
-    return start
 
 
 def _is_first(folder: RunFolder, config: RunConfig) -> bool:
@@ -361,12 +356,12 @@ def _check_schedule_file(config: RunConfig, facts: dict[str, Any]) -> None:
     stages = config.of_stages()
     if not any(one.schedule.reads_file for one in stages) or facts.get("weights_only", False):
         return
-    since = rates_since(config, facts)
+    since, skipped = rates_since(config, facts), {int(s) for s in facts.get("skipped", {})}
     s1 = since["s1"]
     for one, schedule in zip(stages, schedules_of(config), strict=True):
         first = max(schedule.first_step, since["step"] + 1)
         steps = range(first, min(facts["step"], schedule.total_steps) + 1)
-        s1 += sum(one.optimizer.lr * schedule.fraction(step) for step in steps)
+        s1 += sum(one.optimizer.lr * schedule.fraction(s) for s in steps if s not in skipped)
     if not math.isclose(s1, facts["areas"]["s1"], rel_tol=1e-9):
         raise UserError(
             "the file of schedule.kind=refined changed, so that steps already taken would have had "

@@ -16,16 +16,20 @@ import math
 import os
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
+import torch.distributed as dist
+
 from allometry.configs.errors import UserError
 from allometry.configs.execution import ParallelConfig
-from allometry.parallel.mesh import Launch, Mesh, this_launch
-from allometry.parallel.side import attempt, side_store
+from allometry.parallel.mesh import Mesh
+from allometry.parallel.rendezvous import Launch, this_launch
+from allometry.parallel.side import side_store
 from allometry.trainer.state.folder import RunFolder
 from allometry.trainer.watch import place as places
 from allometry.trainer.watch.board import Beat, Board, Process
@@ -127,7 +131,10 @@ class Watchdog:
         """Learn the mesh's groups, by which messages have axes."""
         self._places.groups = groups_of(mesh)
         self._stage, self._on_cuda = mesh.pp.rank, mesh.device.type == "cuda"
+        # Torchrun's store has keys of ranks that it started before; these are this mesh's alone.
+        token = mesh.broadcast_object(uuid.uuid4().hex)
         if (board := self._connected()) is not None:
+            self._board = board = replace(board, attempt=token)
             board.post(self._beat())
 
     def __enter__(self) -> Watchdog:
@@ -192,11 +199,15 @@ class Watchdog:
             self._again = time.monotonic() + 2 * self.beat_s
 
     def _connected(self) -> Board | None:
-        """Return the board; None while its store is not there yet."""
-        if self._board is None:
-            store = side_store(self.launch)
-            if store is not None:
-                self._board = Board(store, self.launch.rank, self.launch.world_size, attempt())
+        """Return the board; None while its store is not there yet.
+
+        Before the ranks have met, restarts are told apart on one node alone (``rendezvous.py``).
+        """
+        launch = self.launch
+        met = dist.is_initialized() or launch.one_node or not launch.shared_store
+        if self._board is None and met and (store := side_store(launch)) is not None:
+            attempt = f"{launch.restart.count}"
+            self._board = Board(store, launch.rank, launch.world_size, attempt)
         return self._board
 
     def _look(self, now: float) -> float:

@@ -13,7 +13,7 @@ import pytest
 
 from allometry.configs.execution import ParallelConfig
 from allometry.data.prefetch import Prefetcher
-from allometry.parallel.mesh import Launch
+from allometry.parallel.rendezvous import Launch
 from allometry.trainer.state.folder import RunFolder
 from allometry.trainer.watch import place as places
 from allometry.trainer.watch.board import Beat, Process
