@@ -15,11 +15,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from allometry.configs.errors import HUNG
 from allometry.configs.execution import ParallelConfig
 from allometry.parallel.agree import with_heartbeat
 from allometry.parallel.mesh import Mesh, open_mesh
 from allometry.trainer.state.folder import RunFolder
-from allometry.trainer.watch.watchdog import HUNG, Watchdog
+from allometry.trainer.watch.watchdog import Watchdog
 
 Ranks = Callable[..., list[Any]]
 LATE = 1

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from allometry.configs.errors import UserError
+from allometry.configs.errors import HUNG, UserError
 from allometry.configs.execution import ParallelConfig
 from allometry.parallel.mesh import Mesh
 from allometry.parallel.rendezvous import Launch, this_launch
@@ -38,8 +38,6 @@ from allometry.trainer.watch.place import Place, Places, groups_of
 from allometry.trainer.watch.stragglers import Stragglers
 from allometry.trainer.watch.verdict import Report, Verdict, judge, where
 
-HUNG = 75
-"""Exit code of a rank of a run that hangs: EX_TEMPFAIL, to be started again."""
 SAMPLE_S = 0.1
 BEAT_S = 0.5
 COMPARE_S = 5.0

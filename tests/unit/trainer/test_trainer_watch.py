@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from allometry.configs.errors import HUNG
 from allometry.configs.execution import ParallelConfig
 from allometry.data.prefetch import Prefetcher
 from allometry.parallel.rendezvous import Launch
@@ -20,7 +21,7 @@ from allometry.trainer.watch.board import Beat, Process
 from allometry.trainer.watch.flights import Flight, parse
 from allometry.trainer.watch.place import Place, Places, Wait
 from allometry.trainer.watch.stragglers import SAMPLES, Stragglers
-from allometry.trainer.watch.watchdog import HUNG, Limits, Watchdog, beat_s
+from allometry.trainer.watch.watchdog import Limits, Watchdog, beat_s
 
 ALONE = Launch(0, 1, 0, None)
 SHORT = {"start_s": 1, "first_step_s": 1, "checkpoint_s": 1}
