@@ -19,7 +19,7 @@ import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -114,6 +114,7 @@ class Watchdog:
         self._places = Places(threading.get_ident())
         self._process = Process.own()
         self._board: Board | None = None
+        self._attempt, self._lock = f"{self.launch.restart.count}", threading.Lock()
         self._stage, self._on_cuda = 0, False
         self._number = self._samples = self._waiting = 0
         self._mark: Any = None
@@ -130,9 +131,9 @@ class Watchdog:
         self._places.groups = groups_of(mesh)
         self._stage, self._on_cuda = mesh.pp.rank, mesh.device.type == "cuda"
         # Torchrun's store has keys of ranks that it started before; these are this mesh's alone.
-        token = mesh.broadcast_object(uuid.uuid4().hex)
+        with self._lock:
+            self._attempt, self._board = mesh.broadcast_object(uuid.uuid4().hex), None
         if (board := self._connected()) is not None:
-            self._board = board = replace(board, attempt=token)
             board.post(self._beat())
 
     def __enter__(self) -> Watchdog:
@@ -160,12 +161,12 @@ class Watchdog:
                 self._board.post(self._beat(ended=text))
 
     def _run(self) -> None:
-        beaten, last = -math.inf, time.monotonic()
+        beaten = -math.inf
+        asleep = time.monotonic()
         while not self._stop.wait(min(SAMPLE_S, self.beat_s)):
             now = time.monotonic()
-            if now - last > 2 * self.beat_s + 1.0:
+            if now - asleep > 2 * self.beat_s + 1.0:
                 self._since = now  # this process was stopped itself: it knows nothing of meanwhile
-            last = now
             try:
                 self._sample()
                 if now - beaten >= self.beat_s or self._lost.is_set():
@@ -173,6 +174,7 @@ class Watchdog:
                     self._turn(now)
             except Exception as error:  # a run does not end because its watchdog cannot go on
                 _log.debug("the watchdog: %s", error)
+            asleep = time.monotonic()
 
     def _sample(self) -> None:
         if self._place.phase == places.STEP and not self._on_cuda:
@@ -203,10 +205,10 @@ class Watchdog:
         """
         launch = self.launch
         met = dist.is_initialized() or launch.one_node or not launch.shared_store
-        if self._board is None and met and (store := side_store(launch)) is not None:
-            attempt = f"{launch.restart.count}"
-            self._board = Board(store, launch.rank, launch.world_size, attempt)
-        return self._board
+        with self._lock:
+            if self._board is None and met and (store := side_store(launch)) is not None:
+                self._board = Board(store, launch.rank, launch.world_size, self._attempt)
+            return self._board
 
     def _look(self, now: float) -> float:
         """Note where the training thread is; return the seconds in which nothing has moved."""
