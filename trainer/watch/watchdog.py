@@ -131,8 +131,9 @@ class Watchdog:
         self._places.groups = groups_of(mesh)
         self._stage, self._on_cuda = mesh.pp.rank, mesh.device.type == "cuda"
         # Torchrun's store has keys of ranks that it started before; these are this mesh's alone.
+        token = mesh.broadcast_object(uuid.uuid4().hex)
         with self._lock:
-            self._attempt, self._board = mesh.broadcast_object(uuid.uuid4().hex), None
+            self._attempt, self._board = token, None
         if (board := self._connected()) is not None:
             board.post(self._beat())
 
