@@ -23,7 +23,7 @@ from allometry.parallel.mesh import Mesh
 from allometry.scaling.batch import BatchPlan
 from allometry.trainer.state.checkpoint import saved, step_of
 from allometry.trainer.state.folder import RunFolder, write_atomically
-from allometry.trainer.state.integrity import damage
+from allometry.trainer.state.identity import problem_of
 
 
 class _Entry(BaseModel):
@@ -69,7 +69,7 @@ def _choose(
     folder: RunFolder, rewind: Rewind, batch: BatchPlan, bad_steps: tuple[int, ...]
 ) -> dict[str, Any]:
     before = [path for path in saved(folder) if step_of(path) < bad_steps[0]]
-    whole = [path for path in before if damage(path, contents=False) is None]
+    whole = [path for path in before if problem_of(folder, path) is None]
     if not whole:
         raise UserError(
             f"steps {', '.join(map(str, bad_steps))} were bad, and training.bad_steps.rewind finds "
