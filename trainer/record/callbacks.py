@@ -135,8 +135,8 @@ _SAID = {
     "self_test_failed": "SELF-TEST FAILED: {said}",
     "cards_not_read": "GPUs are not asked for heat, clocks and ECC errors: {reason}",
     "restarted": "ranks were started again, time {count} of this launch: {reason}",
-    "bad_step": "step {step} | BAD STEP ({reason}): loss {loss}, grad {grad_norm}; its update is "
-    "skipped",
+    "bad_step": "step {step} | BAD STEP ({reason}): loss {loss:.6}, grad {grad_norm:.6}; "
+    "its update is skipped",
     "steps_passed_over": "step {step} | passed over from here on, as training.skip_steps says",
     "going_back": "step {step} | GOING BACK to checkpoint step-{checkpoint} after bad steps "
     "{bad_steps}: {samples} samples after it are passed over",
