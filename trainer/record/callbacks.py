@@ -142,6 +142,9 @@ _SAID = {
     "{bad_steps}: {samples} samples after it are passed over",
     "passed_over": "from step {step} on: {samples} samples of the data were passed over here",
     "already_finished": "nothing to do: the run is complete, all {step} steps are taken",
+    "straggler": "WARNING: rank {rank} ({host}) computes {percent:.0f}% longer than the others of "
+    "its stage, since step {since_step} or before",
+    "straggler_ended": "step {step} | rank {rank} is as fast as the others again",
     "stopped": "step {step} | stopped by {signal}; the same command continues from here",
 }
 """What is displayed of an event, by its kind."""
