@@ -1,4 +1,4 @@
-"""The ``parallel``, ``evaluation``, ``checkpoint`` and ``record`` sections."""
+"""The ``parallel``, ``evaluation`` and ``record`` sections."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from allometry.configs.auto import AutoLayout, PredictionConfig
 from allometry.configs.base import Count, PathText, Section
+from allometry.configs.checks import CardsConfig, ChecksConfig
 
 Amount = (
     Annotated[float, Field(ge=0.0, le=1.0)]
@@ -310,22 +311,6 @@ class EvaluationConfig(Section):
     )
 
 
-class CheckpointConfig(Section):
-    """When to save and what to keep."""
-
-    every_steps: Count | None = Field(
-        None, gt=0, description="steps between checkpoints; null: only at the end"
-    )
-    keep_last: Count = Field(2, gt=0, description="newest checkpoints to keep")
-    keep_every_steps: Count | None = Field(
-        None, gt=0, description="also keep checkpoints whose step is a multiple of this"
-    )
-    keep_steps: tuple[Annotated[Count, Field(gt=0)], ...] = Field(
-        (), description="also save at these steps, and keep them: other runs may branch there"
-    )
-    asynchronous: bool = Field(True, description="write while training goes on")
-
-
 class WandB(Section):
     """Weights & Biases, when its package is installed."""
 
@@ -380,4 +365,10 @@ class RecordConfig(Section):
     )
     prediction: PredictionConfig = Field(
         default_factory=PredictionConfig, description="what the planner says of its steps"
+    )
+    checks: ChecksConfig = Field(
+        default_factory=ChecksConfig, description="whether machines compute and remember rightly"
+    )
+    cards: CardsConfig = Field(
+        default_factory=CardsConfig, description="what is read of the GPUs themselves"
     )

@@ -1,10 +1,45 @@
-"""Processes of a pool."""
+"""Processes that end with those that started them, however these end."""
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
+import signal
+import sys
 import threading
+
+LAUNCHER = "ALLOMETRY_LAUNCHER"
+"""Environment variable in which a launcher tells processes that are to end with it its own id."""
+_PR_SET_PDEATHSIG = 1
+
+
+def ended_with_this() -> dict[str, str]:
+    """Return variables for processes that this one starts and that are to end with it."""
+    return {LAUNCHER: f"{os.getpid()} {_namespace()}"}
+
+
+def end_with_launcher() -> None:
+    """Let the kernel end this process with its parent, if that is torchrun or gave it LAUNCHER.
+
+    What else starts a process, such as a shell, may end before it. Linux alone can do it. That a
+    parent has ended before this call is seen only where it gave its id, and shares ours.
+    """
+    launcher = os.environ.get(LAUNCHER)
+    if sys.platform != "linux" or (launcher is None and "TORCHELASTIC_RUN_ID" not in os.environ):
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    process, _, namespace = (launcher or "").partition(" ")
+    if process and namespace == _namespace() and not os.path.exists(f"/proc/{process}"):
+        os._exit(1)
+
+
+def _namespace() -> str:
+    """Where ids of processes are valid; a container may have its own."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
 
 
 def end_with_parent() -> None:

@@ -11,7 +11,8 @@ import typer
 from typer.core import TyperGroup
 from typing_extensions import override
 
-from allometry.configs.errors import UserError
+from allometry.configs.errors import RankError, UserError
+from allometry.data.processes import end_with_launcher
 from allometry.launch.command import Command, register
 from allometry.launch.laws import commands as laws
 from allometry.launch.report import commands as report
@@ -28,6 +29,7 @@ COMMANDS: Commands = {
     "branch": (runs.Branch, "runs.branch:branched"),
     "prepare": (runs.Prepare, "runs.prepare:prepared"),
     "convert": (runs.Convert, "runs.convert:converted"),
+    "fetch": (runs.Fetch, "runs.fetch:fetched"),
     "evaluate": (runs.Evaluate, "runs.evaluate:evaluated"),
     "verify": (studies.Verify, "studies.verify:verified"),
     "selftest": (studies.SelfTest, "studies.selftest:tested"),
@@ -94,12 +96,13 @@ app.add_typer(_mix, name="mix", help="Choose the shares of data by laws of small
 
 def main(arguments: list[str] | None = None) -> Any:
     """Run the command line; a UserError is one sentence, of the main rank, and exit code 2."""
+    end_with_launcher()
     # torch warns of views that are changed in place; nothing here changes one.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     try:
         return app(args=arguments, prog_name=None if arguments is None else "allometry")
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, RankError):
             print(f"allometry: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from allometry.data.processes import end_with_launcher
 from allometry.launch.start import settle_allocator, settle_cuda_allocator
 
 
 def main() -> None:
     """Choose the memory allocators, before torch is imported, and train what is asked for."""
+    end_with_launcher()
     allocator = settle_allocator("auto")
     cuda_allocator = settle_cuda_allocator()
     from allometry.studies.ladder.worker import serve

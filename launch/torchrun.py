@@ -7,7 +7,7 @@ Its arguments are torchrun's::
 torchrun itself takes SIGTERM, SIGINT and SIGHUP as its own end: it gives its ranks 30 seconds, and
 ends with a traceback and code 1 although they have saved. Here a signal goes to the ranks alone,
 which take the time that they need, and torchrun ends as they do: with code 0 if all have, and with
-2 after the sentence of a UserError.
+2 after the sentence of a UserError, which no ``--max-restarts`` tries again (``agent.py``).
 """
 
 from __future__ import annotations
@@ -20,10 +20,8 @@ from contextlib import suppress
 
 import psutil
 
+from allometry.data.processes import end_with_launcher, ended_with_this
 from allometry.trainer.stop import STOP_SIGNALS
-
-USER_ERROR = 2
-"""Exit code of a rank that has said what is wrong."""
 
 
 def main(arguments: list[str]) -> None:
@@ -31,31 +29,33 @@ def main(arguments: list[str]) -> None:
 
     Ranks inherit the block, so that none is lost or deadly before they watch for them.
     """
+    end_with_launcher()
+    os.environ.update(ended_with_this())
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    threading.Thread(target=_pass_on, name="signals", daemon=True).start()
-    from torch.distributed import run
+    passed_on = threading.Event()
+    threading.Thread(target=_pass_on, args=[passed_on], name="signals", daemon=True).start()
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    from allometry.launch.agent import USER_ERROR, launch
+
     try:
-        run.main(arguments)
+        launch(arguments, passed_on.is_set)
     except ChildFailedError as error:
-        _, first = error.get_first_failure()
-        if first.exitcode != USER_ERROR:
+        if all(failure.exitcode != USER_ERROR for failure in error.failures.values()):
             raise
         sys.exit(USER_ERROR)
 
 
-def _pass_on() -> None:
-    passed_on = False
+def _pass_on(passed_on: threading.Event) -> None:
     while True:
         number = signal.sigwait(STOP_SIGNALS)
         ranks = psutil.Process().children()
-        if not (ranks or passed_on):  # not started yet
+        if not (ranks or passed_on.is_set()):  # not started yet
             os._exit(128 + number)
         for rank in ranks:
             with suppress(psutil.NoSuchProcess):  # it has ended since
                 rank.send_signal(number)
-            passed_on = True
+            passed_on.set()
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
 """The mesh: which ranks there are, how they are arranged, and the groups they talk in.
 
-The only file that reads RANK and its kin, and the only one that starts a process group. A process
-that nobody launched gets a group of one, so nothing else has to ask whether it is alone.
+A process that nobody launched gets a group of one, so nothing else has to ask whether it is alone.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import TracebackType
@@ -19,16 +18,16 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from allometry.configs.errors import UserError
+from allometry.configs.errors import RankError, UserError
 from allometry.configs.execution import ParallelConfig
 from allometry.parallel.groups import (
     Communicator,
-    allow_sockets,
     device_meshes,
     grid_of,
     open_groups,
     warm_up,
 )
+from allometry.parallel.rendezvous import Launch, Restart, on_loopback, read_launch, start
 from allometry.parallel.wire import on_wire
 from allometry.scaling.degrees import resolve_degrees
 
@@ -80,7 +79,7 @@ class Mesh:
     flags. ``checkpoint_group`` (gloo) belongs to the checkpoint writer alone: it communicates from
     a thread of its own, and two threads in one group cross their collectives. Close the mesh, or
     use it as a context manager, when the run ends; a mesh over a process group that the caller had
-    started leaves that one running.
+    started leaves that one running. ``restart``: what the launcher started this process again for.
     """
 
     device: torch.device
@@ -99,6 +98,7 @@ class Mesh:
     checkpoint_group: dist.ProcessGroup
     timeout: timedelta
     _closes: tuple[dist.ProcessGroup | None, ...] = field(repr=False)  # None: all there are
+    restart: Restart | None = None
 
     @property
     def is_main(self) -> bool:
@@ -204,7 +204,8 @@ class Mesh:
     ) -> None:
         # With messages under way that other ranks never answer, leaving a group can block, and the
         # error would not be seen. What all ranks agree on is a UserError.
-        if error is None or isinstance(error, UserError) or self.world_size == 1:
+        agreed = isinstance(error, UserError) and not isinstance(error, RankError)
+        if error is None or agreed or self.world_size == 1:
             self.close()
 
 
@@ -236,10 +237,10 @@ def open_mesh(parallel: ParallelConfig, device: torch.device | None = None) -> M
     timeout = timedelta(seconds=parallel.timeout_s)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if ours:
-        _start(launch, device, timeout)
     grid = grid_of(degrees)
-    groups = open_groups(grid, device, timeout, max(timeout, CHECKPOINT_TIMEOUT))
+    with on_loopback(launch):
+        restart = start(launch, device, timeout) if ours else None
+        groups = open_groups(grid, device, timeout, max(timeout, CHECKPOINT_TIMEOUT))
     everyone = dist.group.WORLD
     assert everyone is not None
     _set_timeout(everyone, timeout)
@@ -262,6 +263,7 @@ def open_mesh(parallel: ParallelConfig, device: torch.device | None = None) -> M
         checkpoint_group=groups.checkpoint,
         timeout=timeout,
         _closes=(None,) if ours else groups.made,
+        restart=restart,
     )
 
 
@@ -291,62 +293,6 @@ def _forget_shardings() -> None:
             getattr(getattr(owner, name), "cache_clear", lambda: None)()
 
 
-@dataclass(frozen=True, slots=True)
-class Launch:
-    """What the launcher says of this process; ``address`` None: it runs alone."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-    address: str | None
-
-
-def read_launch(environment: Mapping[str, str]) -> Launch:
-    """Return what torchrun (or a scheduler that sets the same variables) says of this process.
-
-    Raises UserError for a variable that is missing, is not a number or contradicts another.
-    """
-    given = [name for name in ("RANK", "WORLD_SIZE") if name in environment]
-    if not given:
-        return Launch(rank=0, world_size=1, local_rank=0, address=None)
-    numbers = {"LOCAL_RANK": 0}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        text = environment.get(name)
-        if text is None:
-            if name != "LOCAL_RANK":
-                raise UserError(
-                    f"the environment has {given[0]} but not {name}; start the run with torchrun, "
-                    f"or unset {given[0]} to run one process"
-                )
-        elif text.isdecimal():
-            numbers[name] = int(text)
-        else:
-            raise UserError(
-                f"{name}={text!r} in the environment is not a number; start the run with torchrun"
-            )
-    rank, world_size = numbers["RANK"], numbers["WORLD_SIZE"]
-    if rank >= world_size:
-        raise UserError(
-            f"RANK={rank} in the environment must be below WORLD_SIZE={world_size}; start the run "
-            "with torchrun"
-        )
-    address = None
-    if world_size > 1:
-        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in environment]
-        if missing:
-            raise UserError(
-                f"WORLD_SIZE={world_size} in the environment needs {missing[0]}, where the ranks "
-                "meet; start the run with torchrun, which sets it"
-            )
-        address = f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}"
-    return Launch(rank, world_size, numbers["LOCAL_RANK"], address)
-
-
-def launched_world_size() -> int:
-    """Return how many ranks the launcher (or the caller's process group) has started."""
-    return dist.get_world_size() if dist.is_initialized() else read_launch(os.environ).world_size
-
-
 def _choose_device(device: torch.device | None, launch: Launch) -> torch.device:
     if device is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -361,31 +307,3 @@ def _choose_device(device: torch.device | None, launch: Launch) -> torch.device:
             "or train on the CPU"
         )
     return torch.device("cuda", index)
-
-
-def _start(launch: Launch, device: torch.device, timeout: timedelta) -> None:
-    """Start the group of all ranks: NCCL's, bound to this rank's GPU, or gloo's."""
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    allow_sockets(launch.world_size)
-    if launch.address is None:
-        store = dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
-        return
-    try:
-        # env:// rather than a store of our own: torchrun has its store running at that address.
-        dist.init_process_group(
-            backend,
-            init_method="env://",
-            rank=launch.rank,
-            world_size=launch.world_size,
-            timeout=timeout,
-            # NCCL's communicator is made here and now, and others are split off it; without,
-            # each pair of ranks that send to one another would get one of its own.
-            device_id=device if device.type == "cuda" else None,
-        )
-    except dist.DistError as error:
-        raise UserError(
-            f"rank {launch.rank} did not meet the other ranks of WORLD_SIZE={launch.world_size} at "
-            f"{launch.address} within parallel.timeout_s={timeout.total_seconds():.0f}; check that "
-            f"all were started and can reach that address ({error})"
-        ) from error

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from allometry.configs.run import RunConfig
-from allometry.parallel.mesh import launched_world_size
+from allometry.parallel.rendezvous import launched_world_size
 from allometry.scaling.search.auto import settle
 from allometry.trainer.record.facts import Invocation
 from allometry.trainer.state.folder import RunFolder

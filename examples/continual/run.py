@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+from allometry.data.processes import ended_with_this
 from allometry.launch.laws.replay_text import text_of
 from allometry.launch.text import table
 from allometry.laws.replay import replay_runs
@@ -218,7 +220,10 @@ def allometry(*arguments: object, capture: bool = False) -> str:
     """Run a command in a process of its own, which is told of signals; end where it fails."""
     words = [sys.executable, "-m", "allometry.launch.cli", *map(str, arguments)]
     pipe = subprocess.PIPE if capture else None
-    with subprocess.Popen(words, stdout=pipe, text=True, start_new_session=True) as child:
+    environment = os.environ | ended_with_this()
+    with subprocess.Popen(
+        words, stdout=pipe, text=True, start_new_session=True, env=environment
+    ) as child:
         for number in STOPS:
             signal.signal(number, lambda received, _: child.send_signal(received))
         said = child.communicate()[0]

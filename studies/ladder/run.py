@@ -19,6 +19,7 @@ import psutil
 from allometry.configs.errors import UserError
 from allometry.configs.format import duration, human
 from allometry.configs.loader import dump
+from allometry.data.processes import ended_with_this
 from allometry.studies.ladder.share import Plan, PlannedRun
 from allometry.studies.ladder.state import as_stored, spent, state_of
 from allometry.trainer.state.status import last_row
@@ -267,7 +268,7 @@ class _Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | threads,
+            env=os.environ | threads | ended_with_this(),
             start_new_session=True,  # a terminal's Ctrl-C comes here, and is passed on
         )
         return self._process
@@ -299,7 +300,7 @@ class _Torchrun:
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 text=True,
-                env=os.environ | {"OMP_NUM_THREADS": threads},
+                env=os.environ | {"OMP_NUM_THREADS": threads} | ended_with_this(),
                 start_new_session=True,
             )
         with self._board.child(process):

@@ -14,6 +14,10 @@ from allometry.studies.ladder.share import Plan, PlannedRun
 from allometry.studies.ladder.state import COMMANDS, as_stored, state_of
 
 SUBMIT = "submit.sh"
+REQUEUES = 20
+"""Times that a job goes back into the queue after a crash, which Slurm counts with all others."""
+RESTARTS = 3
+"""Times that ranks are started again within a job."""
 
 
 def write_scripts(plan: Plan, wanted: Sequence[PlannedRun]) -> list[Path]:
@@ -68,7 +72,8 @@ def script(launch: SbatchLaunch, plan: Plan, run: PlannedRun, config: Path) -> s
 
     Slurm's SIGUSR1, two minutes before the end of the job's time, saves and stops the run, as any
     signal does that asks to stop (docs/resume.md). The job then goes back into the queue, so that
-    what depends on it waits until the run has finished.
+    what depends on it waits until the run has finished. So it does after a crash that restarts
+    within the job did not mend, but not after a refusal.
     """
     log = plan.folder.resolve() / "logs" / f"{run.name}.log"
     lines = [
@@ -86,11 +91,22 @@ def script(launch: SbatchLaunch, plan: Plan, run: PlannedRun, config: Path) -> s
         *([launch.setup.rstrip()] if launch.setup.strip() else []),
         *_training(launch, config),
         f"events={shlex.quote(str(run.folder.resolve() / 'events.jsonl'))}",
-        'if tail -n 1 "$events" | grep -q \'"event": "stopped"\'; then',
-        '    scontrol requeue "$SLURM_JOB_ID"',
-        "fi",
+        *ENDING,
     ]
     return "\n".join(lines) + "\n"
+
+
+ENDING = (
+    'if [ "$code" = 0 ]; then',
+    '    if tail -n 1 "$events" | grep -q \'"event": "stopped"\'; then',
+    '        scontrol requeue "$SLURM_JOB_ID"',
+    "    fi",
+    f'elif [ "$code" != 2 ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {REQUEUES} ]; then',
+    '    scontrol requeue "$SLURM_JOB_ID"',
+    "fi",
+    'exit "$code"',
+)
+"""How a script ends that has trained: ``code`` is the launcher's, ``events`` the run's file."""
 
 
 def _training(launch: SbatchLaunch, config: Path) -> list[str]:
@@ -100,13 +116,15 @@ def _training(launch: SbatchLaunch, config: Path) -> list[str]:
         f"-m allometry.launch.train {shlex.quote(str(config))}",
     )
     if launch.processes == 1:
-        return [f"srun {python} {train}"]
+        return ["code=0", f"srun {python} {train} || code=$?"]
     return [
         'head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
         "port=$((20000 + SLURM_JOB_ID % 20000))",
+        "code=0",
         f"srun {python} -m allometry.launch.torchrun --nnodes {launch.nodes} "
-        f"--nproc-per-node {launch.processes // launch.nodes} --rdzv-backend c10d "
-        f'--rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$head:$port" {train}',
+        f"--nproc-per-node {launch.processes // launch.nodes} --max-restarts {RESTARTS} "
+        '--rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$head:$port" '
+        f"{train} || code=$?",
     ]
 
 

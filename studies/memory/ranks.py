@@ -18,7 +18,8 @@ import torch.multiprocessing
 
 from allometry.configs.errors import UserError
 from allometry.configs.run import RunConfig
-from allometry.parallel.mesh import launched_world_size, open_mesh
+from allometry.parallel.mesh import open_mesh
+from allometry.parallel.rendezvous import launched_world_size
 from allometry.studies.memory.live import Peak
 from allometry.studies.memory.probe import Measured, predicted, probe
 

@@ -21,7 +21,8 @@ from allometry.configs.errors import UserError
 from allometry.configs.execution import ContextConfig
 from allometry.configs.run import RunConfig
 from allometry.models.build import torch_dtype
-from allometry.parallel.mesh import Mesh, launched_world_size, open_mesh, read_launch
+from allometry.parallel.mesh import Mesh, open_mesh
+from allometry.parallel.rendezvous import launched_world_size, read_launch
 from allometry.scaling.layout import Layout
 from allometry.studies.certificate import rank as certificate_rank
 from allometry.studies.certificate.small import longest, shrunk, small_run, smallest_batch

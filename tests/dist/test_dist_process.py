@@ -1,8 +1,9 @@
-"""Real processes: kill -9 under torchrun, signals that stop, two runs in one folder."""
+"""Real processes: kill -9 under torchrun, restarts, signals that stop, two runs in one folder."""
 
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from allometry.configs.run import RunConfig
 from allometry.trainer.train import train
 from gates import LIMIT_S, Gate
 from run_folders import events, rows
+from test_dist_auto_layout import card
 
 Make = Callable[..., RunConfig]
 Start = Callable[..., subprocess.Popen[str]]
@@ -29,19 +31,27 @@ UNTIL_IT_ENDS = 10_000
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """``start(config, ranks)``: the command a user types, whom a hang-up reaches (no nohup)."""
+    """``start(config, ranks)``: the command a user types, whom a hang-up reaches (no nohup).
+
+    Ranks that crash are started again; ``plain``: by torch's torchrun.
+    """
     hang_up = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     started: list[subprocess.Popen[str]] = []
 
     def launch(
-        config: RunConfig, ranks: int = 1, gate: Gate | None = None
+        config: RunConfig,
+        ranks: int = 1,
+        gate: Gate | None = None,
+        *options: str,
+        plain: bool = False,
     ) -> subprocess.Popen[str]:
         path = tmp_path / "config.yaml"
         path.write_text(dump(config))
         module = ["-m", "allometry.launch.train", str(path)]
         if ranks > 1:
-            torchrun = ["-m", "allometry.launch.torchrun", "--nproc-per-node", str(ranks)]
-            module = [*torchrun, "--standalone", "--local-addr", "127.0.0.1", *module]
+            torchrun = "torch.distributed.run" if plain else "allometry.launch.torchrun"
+            options = options or ("--nproc-per-node", str(ranks))
+            module = ["-m", torchrun, *options, "--max-restarts", "3", *module]
         process = subprocess.Popen(
             [sys.executable, *module],
             stdout=subprocess.PIPE,
@@ -88,6 +98,102 @@ def test_kill_9_twice_under_torchrun_loses_nothing(
     resumed = [event["step"] for event in events(folder) if event["event"] == "resumed"]
     assert len(resumed) == 2
     assert 0 < resumed[0] < resumed[1]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "plain"),
+    [
+        (2, False),
+        pytest.param(4, False, marks=pytest.mark.slow),
+        pytest.param(2, True, marks=pytest.mark.slow),
+    ],
+)
+def test_ranks_restart_when_one_is_killed(
+    tiny: Make, start: Start, tmp_path: Path, ranks: int, plain: bool
+) -> None:
+    import psutil
+
+    straight = tiny(*LONG, folder=tmp_path / "straight")
+    killed = tiny(*LONG, "run.resume=never", folder=tmp_path / "killed")
+    gate = Gate(tmp_path / "gate", 26)
+    process = start(killed, ranks, gate, plain=plain)
+    gate.wait(process, ranks)
+    victim = next(
+        each
+        for each in psutil.Process(process.pid).children()
+        if each.environ()["RANK"] == str(ranks - 1)
+    )
+    victim.kill()
+    gate.open()
+    finish(process)
+    folder = Path(killed.run.folder)
+    said = [event for event in events(folder) if event["event"] in ("restarted", "resumed")]
+    known = "not known" if plain else f"rank {ranks - 1} was ended by SIGKILL (out of memory?)"
+    assert [event.get("reason", event.get("checkpoint")) for event in said] == [known, "step-20"]
+    finish(start(straight, ranks))
+    assert comparable(folder) == comparable(Path(straight.run.folder))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plain", [False, True])
+def test_ranks_end_with_their_launcher(
+    tiny: Make, start: Start, tmp_path: Path, plain: bool
+) -> None:
+    import psutil
+
+    gate = Gate(tmp_path / "gate", 3)
+    process = start(tiny(*LONG), 2, gate, plain=plain)
+    gate.wait(process, ranks=2)
+    ranks = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.communicate()
+    until = time.monotonic() + 10.0
+    while any(r.is_running() and r.status() != psutil.STATUS_ZOMBIE for r in ranks):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["fixed", "auto"])
+def test_fewer_nodes_go_on_with_a_layout_of_their_own(
+    tiny: Make, start: Start, tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two nodes of one rank each, on loopback, one is lost with its agent."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    auto = f"parallel={{auto: {{cluster: {card(tmp_path / 'card.yaml')}}}}}"
+    config = tiny(*LONG, auto if layout == "auto" else "parallel.zero.stage=1")
+    port = free_port()
+    options = (
+        *("--nnodes", "1:2", "--nproc-per-node", "1", "--rdzv-backend", "c10d"),
+        *("--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "elastic"),
+        *("--local-addr", "127.0.0.1", "--rdzv-conf"),
+        "last_call_timeout=10,keep_alive_interval=1,keep_alive_max_attempt=3",
+    )
+    gate = Gate(tmp_path / "gate", 26)
+    stays = start(config, 2, gate, *options)
+    until = time.monotonic() + LIMIT_S
+    while socket.socket().connect_ex(("127.0.0.1", port)):  # the rendezvous is the first one's
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    lost = start(config, 2, gate, *options)
+    gate.wait(stays, ranks=2)
+    lost.kill()
+    gate.open()
+    finish(stays)
+    folder = Path(config.run.folder)
+    assert [row["step"] for row in rows(folder)] == list(range(1, 81))
+    launches = json.loads((folder / "run.json").read_text())["launches"]
+    begun = [(each["first_step"], each["layout"]["world_size"]) for each in launches]
+    assert begun == [(1, 2), (21, 1)]
+    restarted = [event for event in events(folder) if event["event"] == "restarted"]
+    assert [event["count"] for event in restarted] == [1]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def kill_group(process: subprocess.Popen[str]) -> None:

@@ -1,4 +1,4 @@
-"""A small ladder on a real Slurm of this machine: stopped by a signal, back in the queue, finished.
+"""Runs on a real Slurm of this machine: stopped by a signal or a node, back in the queue, finished.
 
 Needs root and Debian's Slurm (``apt-get install slurm-wlm munge``). No service of the machine is
 used: daemons are started in a temporary folder, on ports of their own.
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from allometry.configs.loader import dump
 from allometry.configs.run import RunConfig
 from gates import LIMIT_S, Gate
 from run_folders import events, rows
@@ -26,6 +27,7 @@ __all__ = ["ladder"]
 Make = Callable[..., RunConfig]
 Ladder = Callable[..., Path]
 Shell = Callable[..., str]
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples/slurm/train.sbatch"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel")
 CONFIG = """
 ClusterName=loopback
@@ -196,3 +198,45 @@ def test_the_branches_of_a_tree_wait_for_their_trunk(
     ]
     assert [row["lr"] for row in rows(runs[1])[6:8]] == [0.0075, 0.005]
     assert [row["lr"] for row in rows(runs[2])[8:]] == pytest.approx([0.0005, 0.0])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(4 * LIMIT_S)
+def test_the_example_of_one_run_goes_on_after_a_node_fails(
+    tiny: Make, slurm: Shell, tmp_path: Path
+) -> None:
+    config = tiny(folder=tmp_path / "run")
+    (tmp_path / "run.yaml").write_text(dump(config))
+    gate = Gate(tmp_path / "gate", 12)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    exported = gate.environment | {"RANKS_PER_NODE": "2", "OMP_NUM_THREADS": "1", "PATH": path}
+    slurm(
+        *("sbatch", "--nodes=1", "--gpus-per-node=0", "--cpus-per-task=2", "--time=10"),
+        f"--output={tmp_path}/log",
+        f"--export=ALL,{','.join(f'{key}={value}' for key, value in exported.items())}",
+        *(str(EXAMPLE), str(tmp_path / "run.yaml"), config.run.folder),
+    )
+    until = time.monotonic() + LIMIT_S
+    while len(list(gate.folder.iterdir())) < 2:
+        assert time.monotonic() < until, (tmp_path / "log").read_text()
+        time.sleep(0.1)
+    node = f"NodeName={socket.gethostname().split('.')[0]}"
+    slurm("scontrol", "update", node, "State=DOWN", "Reason=tried")
+    job(slurm, 1, "PENDING")
+    ranks = [Path(f"/proc/{name.name}") for name in gate.folder.iterdir()]
+    until = time.monotonic() + LIMIT_S
+    while any(rank.exists() and "State:\tZ" not in rank_status(rank) for rank in ranks):
+        assert time.monotonic() < until, "a rank outlived its node"
+        time.sleep(0.1)
+    gate.open()
+    slurm("scontrol", "update", node, "State=RESUME")
+    job(slurm, 1, "COMPLETED")
+    assert kinds(Path(config.run.folder)) == ["started", "resumed", "finished"]
+    assert [row["step"] for row in rows(Path(config.run.folder))] == list(range(1, 21))
+
+
+def rank_status(rank: Path) -> str:
+    try:
+        return (rank / "status").read_text()
+    except OSError:  # it ended meanwhile
+        return "State:\tZ"

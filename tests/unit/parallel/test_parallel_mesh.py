@@ -9,7 +9,8 @@ import torch.distributed as dist
 
 from allometry.configs.errors import UserError
 from allometry.configs.execution import ParallelConfig
-from allometry.parallel.mesh import Launch, open_mesh, read_launch
+from allometry.parallel.mesh import open_mesh
+from allometry.parallel.rendezvous import Launch, read_launch
 
 AXES = ("pp", "hdp", "tp", "ep", "edp")
 TORCHRUN = {

@@ -13,7 +13,7 @@ from allometry.configs.ladder import load_ladder
 from allometry.configs.loader import load
 from allometry.configs.run import RunConfig
 from allometry.studies.ladder.plan import LadderPlan, plan_ladder
-from allometry.studies.ladder.sbatch import write_scripts
+from allometry.studies.ladder.sbatch import ENDING, write_scripts
 
 
 @pytest.fixture
@@ -77,3 +77,36 @@ def test_scripts_of_one_process_need_no_torchrun(base: Path) -> None:
     text = write_scripts(plan, plan.rungs)[1].read_text()
     assert "torchrun" not in text
     assert f"srun {sys.executable} -m allometry.launch.train " in text
+
+
+def test_the_example_of_one_run_ends_as_the_scripts_of_a_ladder_do() -> None:
+    path = Path(__file__).resolve().parents[3] / "examples/slurm/train.sbatch"
+    done = subprocess.run(["bash", "-n", path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert path.read_text().endswith("\n".join(ENDING) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("code", "last", "before", "again"),
+    [
+        (0, "finished", 0, False),
+        (0, "stopped", 0, True),
+        (0, "stopped", 25, True),
+        (2, "started", 0, False),
+        (1, "resumed", 0, True),
+        (137, "resumed", 19, True),
+        (1, "resumed", 20, False),
+    ],
+)
+def test_a_job_goes_back_into_the_queue_unless_it_ended_or_refused(
+    tmp_path: Path, code: int, last: str, before: int, again: bool
+) -> None:
+    (tmp_path / "events.jsonl").write_text(json.dumps({"event": last}) + "\n")
+    (tmp_path / "scontrol").write_text('#!/bin/bash\necho "$@"\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    lines = ["set -euo pipefail", f"code={code}", f"events={tmp_path}/events.jsonl", *ENDING]
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7"}
+    environment |= {"SLURM_RESTART_COUNT": str(before)} if before else {}
+    words = ["bash", "-c", "\n".join(lines)]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout) == (code, "requeue 7\n" if again else ""), done.stderr

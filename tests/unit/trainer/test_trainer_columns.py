@@ -40,7 +40,10 @@ RUNS: dict[str, tuple[str, ...]] = {
         "training.total_steps=null",
         "stages=[{name: one, steps: 2}, {name: two, steps: 2}]",
     ),
-    "forecast": ("training.total_steps=30", "record.forecast.every_steps=30"),
+    "forecast": (
+        *("training.total_steps=30", "training.skip_steps=[12]"),
+        "record.forecast.every_steps=30",
+    ),
     "spheres": ("training.total_steps=2", "optimizer={kind: muonh, lr: 0.02, states: {kind: fp8}}"),
     "experts": ("training.total_steps=2", f"model={json.dumps(MOE)}"),
     "fp8": (

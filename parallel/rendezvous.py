@@ -1,0 +1,212 @@
+"""How the ranks of a launch meet: what the launcher says of each, and the store they share.
+
+The only file that reads RANK and its kin, and the only one that starts a process group.
+
+torchrun has one store for all the times it starts its ranks, so that ranks which are started again
+would find the addresses of those that have ended. TORCHELASTIC_RESTART_COUNT does not tell these
+times apart: each node counts its own failures, and none counts nodes that come or go. So ranks
+first agree on a number that no ranks before them had, and all their keys begin with it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from allometry.configs.errors import UserError
+from allometry.parallel.groups import allow_sockets
+
+RESTART = "ALLOMETRY_RESTART"
+"""Environment variable in which our torchrun tells ranks that it started others before, and why
+again: [count, reason] in JSON."""
+LOOK_S = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class Restart:
+    """Ranks were started before, ``count`` times, in this launch; why again, where it is known."""
+
+    count: int = 0
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """What the launcher says of this process; ``address`` None: it runs alone.
+
+    ``one_node``: all ranks are on this machine. ``shared_store``: the store at ``address`` is
+    torchrun's, which serves all its restarts. ``restart``: what this node knows of them.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    address: str | None
+    one_node: bool = False
+    shared_store: bool = False
+    restart: Restart = Restart()
+
+
+def read_launch(environment: Mapping[str, str]) -> Launch:
+    """Return what torchrun (or a scheduler that sets the same variables) says of this process.
+
+    Raises UserError for a variable that is missing, is not a number or contradicts another.
+    """
+    given = [name for name in ("RANK", "WORLD_SIZE") if name in environment]
+    if not given:
+        return Launch(rank=0, world_size=1, local_rank=0, address=None)
+    numbers = {"LOCAL_RANK": 0}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        text = environment.get(name)
+        if text is None:
+            if name != "LOCAL_RANK":
+                raise UserError(
+                    f"the environment has {given[0]} but not {name}; start the run with torchrun, "
+                    f"or unset {given[0]} to run one process"
+                )
+        elif text.isdecimal():
+            numbers[name] = int(text)
+        else:
+            raise UserError(
+                f"{name}={text!r} in the environment is not a number; start the run with torchrun"
+            )
+    rank, world_size = numbers["RANK"], numbers["WORLD_SIZE"]
+    if rank >= world_size:
+        raise UserError(
+            f"RANK={rank} in the environment must be below WORLD_SIZE={world_size}; start the run "
+            "with torchrun"
+        )
+    address = None
+    if world_size > 1:
+        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in environment]
+        if missing:
+            raise UserError(
+                f"WORLD_SIZE={world_size} in the environment needs {missing[0]}, where the ranks "
+                "meet; start the run with torchrun, which sets it"
+            )
+        address = f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}"
+    return Launch(
+        *(rank, world_size, numbers["LOCAL_RANK"], address),
+        one_node=environment.get("LOCAL_WORLD_SIZE") == environment.get("WORLD_SIZE"),
+        shared_store=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        restart=_restart(environment),
+    )
+
+
+def _restart(environment: Mapping[str, str]) -> Restart:
+    if RESTART in environment:
+        return Restart(*json.loads(environment[RESTART]))
+    count = environment.get("TORCHELASTIC_RESTART_COUNT", "")
+    return Restart(int(count) if count.isdecimal() else 0)
+
+
+def launched_world_size() -> int:
+    """Return how many ranks the launcher (or the caller's process group) has started."""
+    return dist.get_world_size() if dist.is_initialized() else read_launch(os.environ).world_size
+
+
+def start(launch: Launch, device: torch.device, timeout: timedelta) -> Restart | None:
+    """Start the group of all ranks: NCCL's, bound to this rank's GPU, or gloo's.
+
+    Returns what it was started again for, None on a launch's first ranks. Raises UserError where
+    not all ranks come within ``timeout``.
+    """
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    allow_sockets(launch.world_size)
+    if launch.address is None:
+        alone = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=alone, rank=0, world_size=1, timeout=timeout)
+        return launch.restart if launch.restart.count else None
+    begun = time.monotonic()
+    try:
+        # env:// rather than a store of our own: torchrun has its store running at that address.
+        meeting = dist.rendezvous("env://", launch.rank, launch.world_size, timeout=timeout)
+        store, *_ = next(meeting)
+        store.set_timeout(timeout)
+        restart = launch.restart
+        if launch.shared_store:
+            store, restart = meet(store, launch.rank, launch.world_size, restart, timeout)
+        dist.init_process_group(
+            backend,
+            store=store,
+            rank=launch.rank,
+            world_size=launch.world_size,
+            timeout=timeout,
+            # NCCL's communicator is made here and now, and others are split off it; without,
+            # each pair of ranks that send to one another would get one of its own.
+            device_id=device if device.type == "cuda" else None,
+        )
+        return restart if restart.count else None
+    except dist.DistError as error:
+        if time.monotonic() - begun < 0.9 * timeout.total_seconds():
+            raise  # another rank ended meanwhile, and says why
+        raise UserError(
+            f"rank {launch.rank} did not meet the other ranks of WORLD_SIZE={launch.world_size} at "
+            f"{launch.address} within parallel.timeout_s={timeout.total_seconds():.0f}; check that "
+            f"all were started and can reach that address ({error})"
+        ) from error
+
+
+def meet(
+    store: dist.Store, rank: int, world_size: int, restart: Restart, timeout: timedelta
+) -> tuple[dist.Store, Restart]:
+    """Return a part of ``store`` that is new, the same on all ranks, and what rank 0 knows then.
+
+    Every rank calls this with what its node knows of the restart: rank 0 gets the largest count and
+    the first reason. ``store`` may hold what earlier ranks left, who have all ended. So a rank
+    leaves a token of its own, rank 0 answers it with the number of this meeting, and looks again
+    for a newer token until the rank has said that it read the answer. Raises DistStoreError where
+    that takes more than ``timeout``.
+    """
+    letters = dist.PrefixStore("allometry", store)
+    if rank > 0:
+        token = uuid.uuid4().hex
+        letters.set(f"token/{rank}", json.dumps([token, restart.count, restart.reason]))
+        number = int(letters.get(f"answer/{token}"))
+        letters.set(f"met/{number}/{rank}", "")
+        return dist.PrefixStore(f"{number}", letters), restart
+    number = letters.add("meetings", 1)
+    told = {0: restart}
+    absent = set(range(1, world_size))
+    until = time.monotonic() + timeout.total_seconds()
+    while absent:
+        for other in sorted(absent):
+            if letters.check([f"met/{number}/{other}"]):
+                absent.remove(other)
+            elif letters.check([f"token/{other}"]):
+                token, *knows = json.loads(letters.get(f"token/{other}"))
+                told[other] = Restart(*knows)
+                letters.set(f"answer/{token}", str(number))
+        if absent and time.monotonic() > until:
+            raise dist.DistStoreError(f"rank(s) {sorted(absent)} did not come")
+        time.sleep(LOOK_S)
+    count = max(each.count for each in told.values())
+    reason = next((each.reason for each in told.values() if each.reason), None)
+    return dist.PrefixStore(f"{number}", letters), Restart(count, reason)
+
+
+@contextmanager
+def on_loopback(launch: Launch) -> Iterator[None]:
+    """Let gloo and NCCL listen on the loopback device alone, if all ranks are on this machine.
+
+    What a user has set stands.
+    """
+    there = "lo" in (name for _, name in socket.if_nameindex())
+    wanted = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if launch.one_node and there else ()
+    ours = [name for name in wanted if name not in os.environ]
+    os.environ.update(dict.fromkeys(ours, "lo"))
+    try:
+        yield
+    finally:
+        for name in ours:
+            del os.environ[name]
