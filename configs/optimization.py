@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from allometry.configs.bad_steps import BadSteps, StepRange
 from allometry.configs.base import Count, PathText, Section, kind_unless_said
 from allometry.configs.overrides import HasOverrides
 
@@ -369,6 +370,12 @@ class TrainingConfig(Section):
         description="run forward and backward of a micro-batch as CUDA graphs; auto: where they "
         "can be (one GPU, zero.stage 0, packing: concatenated, no dropout); on elsewhere: an error",
     )
+    bad_steps: BadSteps | None = Field(
+        None, description="skip bad updates; null: what is not finite ends the run"
+    )
+    skip_steps: tuple[StepRange, ...] = Field(
+        (), description="steps whose batches are passed over: [120, [200, 250]]"
+    )
 
     @model_validator(mode="after")
     def _one_unit(self) -> Self:
@@ -376,4 +383,7 @@ class TrainingConfig(Section):
             raise ValueError(
                 "give exactly one of total_tokens and total_steps, and set the other to null"
             )
+        for each in self.skip_steps:
+            if not isinstance(each, int) and each[0] > each[1]:
+                raise ValueError(f"skip_steps: {list(each)} ends before it begins; swap the two")
         return self

@@ -7,6 +7,7 @@ import re
 
 from allometry.configs.errors import ConfigError
 
+_LONGEST_NAME, _LONGEST_PATH = 255, 4000
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_][A-Za-z0-9_]*)|\{([^}]*)\})")
 
 
@@ -16,8 +17,12 @@ def expanded(path: str) -> str:
     A file or folder that is there under its name with ``$`` is meant as it is written.
 
     Raises ConfigError for a user or a variable that there is not, so that no folder is ever called
-    ``~`` or ``$VAR`` by mistake.
+    ``~`` or ``$VAR`` by mistake, and for what no system takes as a path.
     """
+
+    longest = max(len(part.encode(errors="surrogatepass")) for part in path.split("/"))
+    if longest > _LONGEST_NAME or len(path) > _LONGEST_PATH or "\0" in path:
+        raise ConfigError(f"{path!r} cannot be a path: no system takes such a name; write another")
 
     def value(match: re.Match[str]) -> str:
         name = match[1] or match[2]

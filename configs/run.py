@@ -7,14 +7,10 @@ from typing import Self
 from pydantic import Field, ValidationError, model_validator
 
 from allometry.configs.base import Section
+from allometry.configs.checkpoints import CheckpointConfig
 from allometry.configs.contradictions import contradiction
 from allometry.configs.data import BatchConfig, DataConfig, DocumentData
-from allometry.configs.execution import (
-    CheckpointConfig,
-    EvaluationConfig,
-    ParallelConfig,
-    RecordConfig,
-)
+from allometry.configs.execution import EvaluationConfig, ParallelConfig, RecordConfig
 from allometry.configs.kernels import KernelsConfig
 from allometry.configs.lineage import RunSection
 from allometry.configs.model import ModelConfig, ParameterizationConfig, StandardParameterization
@@ -93,6 +89,7 @@ class RunConfig(Section):
         if reason is not None:
             raise ValueError(reason)
         self._check_masters()
+        self._check_twice()
         self._check_initial()
         data, batch = self.data, self.batch
         if not isinstance(data, DocumentData):
@@ -124,6 +121,25 @@ class RunConfig(Section):
                 f"{key} keeps a copy in bf16 where it is computed with, but "
                 f"training.compute_dtype={self.training.compute_dtype} computes with the "
                 "parameters themselves; set training.compute_dtype: bf16 or leave it out"
+            )
+
+    def _check_twice(self) -> None:
+        if self.record.checks.twice_every_steps is None:
+            return
+        zero, key = self.parallel.zero, "record.checks.twice_every_steps"
+        states = zero.optimizer_states
+        if zero.engine == "deepspeed" or (
+            states is not None and (states.gradients or states.update == "delayed")
+        ):
+            raise ValueError(
+                f"{key} computes gradients that are then left, but parallel.zero has them leave "
+                "the device as they are made (engine=deepspeed, optimizer_states.gradients or "
+                f"update=delayed); set {key}: null"
+            )
+        if not self.training.deterministic:
+            raise ValueError(
+                f"{key} compares bits, which another order of sums changes; set "
+                f"training.deterministic: true, or {key}: null"
             )
 
     def _check_initial(self) -> None:

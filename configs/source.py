@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
@@ -10,13 +11,14 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.constructor import DuplicateKeyError
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.scalarbool import ScalarBoolean
 
 from allometry.configs.errors import ConfigError
 
 KeyPath = tuple[str | int, ...]
-_NOT_YAML = (YAMLError, ValueError, RecursionError)
-"""Raised while reading YAML: by its grammar, by a number or date in it, by its depth."""
+MOST_BYTES, MOST_VALUES, MOST_DEPTH = 1 << 19, 100_000, 64
+"""Of a YAML file, and of what it says once aliases (``*name``) are written out."""
 
 
 @dataclass
@@ -113,12 +115,23 @@ def _same_kind(below: dict[str, Any], above: dict[str, Any]) -> bool:
     return "kind" not in above or above["kind"] == below.get("kind", above["kind"])
 
 
+def _loaded(text: str) -> Any:
+    """What YAML says; its own reader takes seconds to find that brackets nest too deeply."""
+    depth = 0
+    for bracket in re.findall(r"[\[\]{}]", text):
+        depth += 1 if bracket in "[{" else -1
+        if depth > 4 * MOST_DEPTH:
+            raise RecursionError
+    return YAML(typ="rt").load(StringIO(text))
+
+
 def parse_value(text: str, place: str) -> Any:
     """One YAML 1.2 value: ``3e-4`` is a float, ``null`` is none, ``[1, 2]`` a list."""
     try:
-        return _plain(YAML(typ="rt").load(StringIO(text)), Tree({}), "", ())
-    except _NOT_YAML as error:
-        raise ConfigError(f"{place}: cannot read the value {text!r}: {_reason(error)}") from None
+        return _plain(_loaded(text), Tree({}), "", ())
+    except Exception as error:  # by the grammar, by a number or a tag: of many kinds
+        shown = text if len(text) <= 100 else f"{text[:100]}..."
+        raise ConfigError(f"{place}: cannot read the value {shown!r}: {_reason(error)}") from None
 
 
 def parse_file(path: Path) -> Tree:
@@ -128,13 +141,19 @@ def parse_file(path: Path) -> Tree:
     mapping at the top.
     """
     try:
+        if path.stat().st_size > MOST_BYTES:
+            raise ConfigError(
+                f"{path} has more than {MOST_BYTES >> 10} KiB; give the YAML file of a description"
+            )
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist; give the path of a YAML file") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
     try:
-        raw = YAML(typ="rt").load(StringIO(text))
+        raw = _loaded(text)
     except MarkedYAMLError as error:
         problem = f"not valid YAML: {_reason(error)}"
         if isinstance(error, DuplicateKeyError):
@@ -142,7 +161,7 @@ def parse_file(path: Path) -> Tree:
             problem = f"key {key!r} stands twice in this section; remove one"
         line = error.problem_mark.line + 1 if error.problem_mark else 0
         raise ConfigError(f"{path}:{line}: {problem}") from None
-    except _NOT_YAML as error:
+    except Exception as error:  # by a number or a tag, or by its depth: of many kinds
         raise ConfigError(f"{path}: not valid YAML: {_reason(error)}") from None
     if not isinstance(raw, dict):
         kind = "a list" if isinstance(raw, CommentedSeq) else "a single value"
@@ -156,21 +175,50 @@ def parse_file(path: Path) -> Tree:
 def _reason(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "it nests too deeply"
+    if isinstance(error, LookupError):  # a word that its tag does not know
+        return f"{error} does not fit its tag"
     return str(getattr(error, "problem", None) or error).strip().split("\n")[0]
 
 
 def _plain(raw: Any, tree: Tree, file: str, path: KeyPath) -> Any:
-    """ruamel's containers and scalars as plain ones, noting the line of each key."""
+    """ruamel's containers and scalars as plain ones, noting the line of each key.
+
+    What an alias names is written out at each place, so that a few lines may say very much.
+    """
+    within = f"{file}: " if file else ""
+    if len(path) > MOST_DEPTH:
+        raise ConfigError(f"{within}it nests too deeply")
+    if len(tree.origin) > MOST_VALUES:
+        raise ConfigError(
+            f"{within}it has more than {MOST_VALUES:,} values, with those that aliases repeat; "
+            "write less into one file"
+        )
     if isinstance(raw, CommentedMap):
         result = {}
         for key, value in raw.items():
-            here = (*path, key)
-            tree.origin[here] = f"{file}:{raw.lc.key(key)[0] + 1}"
-            result[key] = _plain(value, tree, file, here)
+            place = f"{file}:{_line(raw, key)}"
+            if not isinstance(key, str):
+                raise ConfigError(f"{place}: the key {key!r} is no text; put it into quotes")
+            here = (*path, str(key))
+            tree.origin[here] = place
+            result[str(key)] = _plain(value, tree, file, here)
         return result
     if isinstance(raw, CommentedSeq):
         for index in range(len(raw)):
-            tree.origin[(*path, index)] = f"{file}:{raw.lc.item(index)[0] + 1}"
+            tree.origin[(*path, index)] = f"{file}:{_line(raw, index)}"
         return [_plain(value, tree, file, (*path, index)) for index, value in enumerate(raw)]
-    kinds = () if isinstance(raw, bool) else (int, float, str)
-    return next((kind(raw) for kind in kinds if isinstance(raw, kind)), raw)
+    if raw is None or isinstance(raw, bool):
+        return raw
+    for kind, held in ((bool, ScalarBoolean), (int, int), (float, float), (str, str)):
+        if isinstance(raw, held):
+            return kind(raw)
+    place = f"{tree.where(path)}: {'.'.join(map(str, path))}" if path else "it"
+    raise ConfigError(
+        f"{place} is a {type(raw).__name__} of YAML; put it into quotes if it is text"
+    )
+
+
+def _line(section: CommentedMap | CommentedSeq, key: Any) -> int:
+    """The line of a key or an item, of a key that ``<<`` brought in that of its section."""
+    known = section.lc.data or {}
+    return int(known[key][0] if key in known else section.lc.line or 0) + 1

@@ -33,18 +33,21 @@ class Change:
     """From sample ``position`` on sources have these ``shares``, and samples ``length`` tokens.
 
     Shares are whole multiples of 2**-32 and sum to 1; a source that is not named has none.
-    ``limit``: of whole documents, ``max_document_tokens``.
+    ``limit``: of whole documents, ``max_document_tokens``. ``passed``: samples that come there by
+    these shares and are passed over, before the one at ``position``; the run never reads them.
     """
 
     position: int
     shares: Mapping[str, float]
     length: int
     limit: int | None = None
+    passed: int = 0
 
     def describe(self) -> dict[str, Any]:
         """The same as JSON; ``changes_of`` reads it back with the same bits."""
         said = {"position": self.position, "shares": dict(self.shares), "length": self.length}
-        return said if self.limit is None else said | {"limit": self.limit}
+        rest = {"limit": self.limit, "passed": self.passed or None}
+        return said | {key: value for key, value in rest.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,17 @@ def followed(past: Sequence[Change], wanted: Sequence[Change], position: int) ->
     """The changes of a run that followed ``past`` for ``position`` samples and now wants others."""
     kept = [change for change in past if change.position < position]
     rest = [change for change in wanted if change.position > position]
-    return _merged([*kept, replace(in_force(wanted, position), position=position), *rest])
+    now = replace(in_force(wanted, position), position=position, passed=0)
+    return _merged([*kept, now, *rest])
+
+
+def passing_over(changes: Sequence[Change], position: int, samples: int) -> tuple[Change, ...]:
+    """The changes of a run that at ``position`` passes over so many samples (more of them)."""
+    before = [change for change in changes if change.position < position]
+    here = in_force(changes, position)
+    passed = samples + (here.passed if here.position == position else 0)
+    after = [change for change in changes if change.position > position]
+    return (*before, replace(here, position=position, passed=passed), *after)
 
 
 def in_force(changes: Sequence[Change], position: int) -> Change:
@@ -114,7 +127,7 @@ def _merged(changes: Iterable[Change]) -> tuple[Change, ...]:
     for change in changes:
         if kept and kept[-1].position == change.position:
             kept.pop()
-        if not kept or _present(kept[-1]) != _present(change):
+        if not kept or change.passed or _present(kept[-1]) != _present(change):
             kept.append(change)
     return tuple(kept)
 
@@ -181,14 +194,16 @@ class ChangingMixture:
         order += [name for name in names if name not in order]
         self._place = np.array([self.names.index(name) for name in order], np.int64)
         self._parts: list[Mixture] = []
+        self._passed = [0]  # samples before the first of each part that the run does not read
         for change in changes:
             weights = [change.shares.get(name, 0.0) for name in order]
             self._parts.append(
-                self._parts[-1].continued(weights, change.position)
+                self._parts[-1].continued(weights, change.position + self._passed[-1])
                 if self._parts
                 else Mixture(weights)
             )
-        self._starts = [part.start_position for part in self._parts]
+            self._passed.append(self._passed[-1] + change.passed)
+        self._starts = [change.position for change in changes]
 
     def shares(self, position: int = 0) -> dict[str, float]:
         """Each source's share of the samples at ``position``; their sum is 1."""
@@ -202,7 +217,7 @@ class ChangingMixture:
         while True:
             last = number + 1 == len(self._parts)
             here = count if last else min(count, self._starts[number + 1] - position)
-            found.append(self._parts[number].sources(position, here))
+            found.append(self._parts[number].sources(position + self._passed[number + 1], here))
             number, position, count = number + 1, position + here, count - here
             if not count:
                 break
@@ -215,7 +230,22 @@ class ChangingMixture:
         return int(source_B[0]), int(index_B[0])
 
     def counts(self, position: int) -> NDArray[np.int64]:
-        """Samples of each source among the first ``position`` (int64, S); their sum is it."""
+        """Samples of each source before the one at ``position``, those passed over among them
+        (int64, S); without such ones their sum is ``position``.
+        """
+        number = bisect_right(self._starts, position) - 1
+        return self._counts(number, position + self._passed[number + 1])
+
+    def passed_over(self, position: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        """Yield what is passed over up to ``position``: from which sample of each source to which
+        (exclusive; int64, S).
+        """
+        for number, change in enumerate(self.changes):
+            if change.passed and change.position <= position:
+                first, last = (change.position + self._passed[number + end] for end in (0, 1))
+                yield self._counts(number, first), self._counts(number, last)
+
+    def _counts(self, number: int, place: int) -> NDArray[np.int64]:
         counts = np.zeros(len(self.names), np.int64)
-        counts[self._place] = self._parts[bisect_right(self._starts, position) - 1].counts(position)
+        counts[self._place] = self._parts[number].counts(place)
         return counts

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
+from allometry.configs import json_file
 from allometry.configs.base import Section
 from allometry.configs.errors import UserError
 
@@ -17,10 +17,11 @@ Split = Literal["train", "validation"]
 
 
 class FileRecord(Section):
-    """One file, as it was written."""
+    """One file, as it was written; older ones have no ``sampled_sha256`` (``contents.py``)."""
 
     bytes: int
     sha256: str
+    sampled_sha256: str | None = None
 
 
 class SplitRecord(Section):
@@ -83,11 +84,11 @@ def read_manifest(folder: Path) -> Manifest | None:
     if not path.is_file():
         return None
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json_file.read(path)
         if not isinstance(values, dict) or values.get("kind") != "allometry.tokens":
             return None
         return Manifest.model_validate(values)
-    except (ValidationError, ValueError, RecursionError) as error:
+    except (ValidationError, ValueError, OSError) as error:
         raise UserError(
             f"manifest {path} is damaged ({str(error).splitlines()[0]}); prepare the data again "
             "into another folder"

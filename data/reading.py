@@ -24,6 +24,7 @@ from allometry.data.changes import (
     check_sum,
     declared,
     followed,
+    passing_over,
 )
 from allometry.data.lines import Part
 
@@ -33,7 +34,8 @@ class Account:
     """What was read of a source: ``tokens`` by this run, ``unique_tokens`` of them never before.
 
     ``epochs``: how often the source has been read through and ``samples`` how many of its samples
-    have been read, by this run and those that it goes on after.
+    have been read, by this run and those that it goes on after; both say where it stands, so that
+    samples which were passed over count there, and not as tokens.
     """
 
     tokens: int
@@ -135,13 +137,21 @@ class Reading(ABC):
         """``accounts``, or without counting unique tokens, which takes longer."""
         accounts = {}
         counts = self.mixture.counts(position).tolist()
+        passed = list(self.mixture.passed_over(position))
         for source, (start, count) in enumerate(zip(self.starts.tolist(), counts, strict=True)):
             end, new = start + count, 0
-            tokens = self._tokens_in(source, end)
+            tokens = self._tokens_in(source, end) - self._tokens_in(source, start)
             if unique:
                 new = self._unique_in(source, end) - self._unique_in(source, start)
+            for first_S, last_S in passed:
+                places = [start + int(each[source]) for each in (first_S, last_S)]
+                before, after = (self._tokens_in(source, place) for place in places)
+                tokens -= after - before
+                if unique:
+                    before, after = (self._unique_in(source, place) for place in places)
+                    new -= after - before
             accounts[self.sources[source]] = Account(
-                tokens=tokens - self._tokens_in(source, start),
+                tokens=tokens,
                 unique_tokens=new,
                 epochs=self._epochs_in(source, end),
                 samples=end,
@@ -204,6 +214,12 @@ class Reading(ABC):
         starts = {name: state["starts"].get(name, 0) for name in self.sources}
         inherited = {name: _parts_of(state, name, start) for name, start in starts.items()}
         return self._with(followed(known, declared(*self.stages), position), starts, inherited)
+
+    def passing_over(self, position: int, samples: int) -> Self:
+        """The same, but that at ``position`` so many samples are passed over and never read."""
+        starts = dict(zip(self.sources, self.starts.tolist(), strict=True))
+        changes = passing_over(self.mixture.changes, position, samples)
+        return self._with(changes, starts, self._inherited)
 
     def after(self, ancestors: Sequence[Mapping[str, Any]]) -> Self:
         """The same, each source after what ``ancestors`` have read of it (as exports tell).

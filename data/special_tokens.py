@@ -16,6 +16,7 @@ from typing import Any
 
 from tokenizers import Tokenizer, pre_tokenizers
 
+from allometry.configs import json_file
 from allometry.configs.errors import UserError
 from allometry.data.tokenizer import BESIDE, read_tokenizer_json, tokenizer_file
 
@@ -259,7 +260,7 @@ def _beside(path: str | Path) -> dict[str, dict[str, Any]]:
         if not file.is_file():
             continue
         try:
-            values = json.loads(file.read_text(encoding="utf-8"))
+            values = json_file.read(file)
         except (OSError, ValueError) as error:
             raise UserError(f"{file} cannot be read ({error}); mend or remove it") from None
         if not isinstance(values, dict):

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from allometry.configs.errors import UserError
+from allometry.configs.errors import RankError, UserError
 from allometry.data.manifest import manifest_of
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -42,6 +42,8 @@ class TokenStore:
     """
 
     def __init__(self, prefix: str | Path) -> None:
+        self.vocab_size: int | None = None
+        """Where it is set, what is read must be below."""
         self.prefix = str(prefix)
         if self.prefix.endswith((".bin", ".idx")):
             raise UserError(
@@ -131,11 +133,14 @@ class TokenStore:
         return np.diff(self.starts)
 
     def read(self, document: int, start: int = 0, stop: int | None = None) -> NDArray[Any]:
-        """Tokens ``start`` to ``stop`` (exclusive) of a document: a view of the file, no copy."""
+        """Tokens ``start`` to ``stop`` (exclusive) of a document: a view of the file, no copy.
+
+        Raises RankError for an id that is not below ``vocab_size``.
+        """
         begin, end = int(self.starts[document]), int(self.starts[document + 1])
         stop = end - begin if stop is None else stop
         assert 0 <= start <= stop <= end - begin
-        return self._tokens[begin + start : begin + stop]
+        return self._checked(self._tokens[begin + start : begin + stop])
 
     def read_into(
         self,
@@ -144,13 +149,30 @@ class TokenStore:
         lengths: NDArray[np.int64],
         out: NDArray[np.int64],
     ) -> None:
-        """Fill ``out`` with ``lengths`` tokens from ``offsets`` of each of ``documents``."""
+        """Fill ``out`` with ``lengths`` tokens from ``offsets`` of each of ``documents``.
+
+        Raises RankError as ``read`` does.
+        """
         begins = (self.starts[documents] + offsets).tolist()
         tokens, at = self._tokens, 0
         for begin, length in zip(begins, lengths.tolist(), strict=True):
             out[at : at + length] = tokens[begin : begin + length]
             at += length
         assert at == len(out)
+        self._checked(out)
+
+    def _checked(self, tokens: NDArray[Any]) -> NDArray[Any]:
+        """Return ``tokens``; one pass sees ids that are too large and, as such, negative ones."""
+        if self.vocab_size is not None and len(tokens):
+            unsigned = tokens.view(f"<u{tokens.itemsize}")
+            if int(unsigned.max()) >= self.vocab_size:
+                wrong = int(tokens[unsigned >= self.vocab_size][0])
+                raise RankError(
+                    f"token file {self._bin} holds the token id {wrong}, but model.vocab_size="
+                    f"{self.vocab_size} has no row for it: copy or prepare the data again, or set "
+                    "model.vocab_size above all ids"
+                )
+        return tokens
 
     @property
     def vocab_bound(self) -> int:

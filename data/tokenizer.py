@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from allometry.configs import json_file
 from allometry.configs.errors import UserError
 from allometry.data.manifest import MANIFEST, TokenizerRecord, manifest_of, read_manifest
 from allometry.data.store import TokenStore
@@ -33,7 +34,7 @@ def read_tokenizer_json(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"tokenizer {path} does not exist; give the path of a tokenizer.json")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json_file.read(path)
     except (OSError, ValueError) as error:
         raise UserError(f"tokenizer {path} is not JSON ({error}); give a tokenizer.json") from error
     if not isinstance(values, dict) or "model" not in values:

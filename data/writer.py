@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from allometry.configs.errors import UserError
+from allometry.data.contents import sampled_sha256
 from allometry.data.manifest import FileRecord, SplitRecord
 
 LONGEST_SEQUENCE = 2**31 - 1
@@ -77,7 +78,7 @@ class TokenWriter:
 
 
 def file_record(path: Path) -> FileRecord:
-    """Size and SHA-256 of a file."""
+    """Size and SHA-256 of a file, and of a sample of it."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return FileRecord(bytes=path.stat().st_size, sha256=digest)
+    return FileRecord(bytes=path.stat().st_size, sha256=digest, sampled_sha256=sampled_sha256(path))

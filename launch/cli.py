@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 from typing_extensions import override
 
-from allometry.configs.errors import UserError
+from allometry.configs.errors import RankError, UserError
 from allometry.data.processes import end_with_launcher
 from allometry.launch.command import Command, register
 from allometry.launch.laws import commands as laws
@@ -29,6 +29,7 @@ COMMANDS: Commands = {
     "branch": (runs.Branch, "runs.branch:branched"),
     "prepare": (runs.Prepare, "runs.prepare:prepared"),
     "convert": (runs.Convert, "runs.convert:converted"),
+    "fetch": (runs.Fetch, "runs.fetch:fetched"),
     "evaluate": (runs.Evaluate, "runs.evaluate:evaluated"),
     "verify": (studies.Verify, "studies.verify:verified"),
     "selftest": (studies.SelfTest, "studies.selftest:tested"),
@@ -101,7 +102,7 @@ def main(arguments: list[str] | None = None) -> Any:
     try:
         return app(args=arguments, prog_name=None if arguments is None else "allometry")
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, RankError):
             print(f"allometry: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
 

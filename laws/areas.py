@@ -41,6 +41,10 @@ class LearningRateAreas:
             self.s2 += self._velocity
         self._last = lr
 
+    def skip(self) -> None:
+        """Pass over the next step, which made no update: the sums stay as they are."""
+        self.step += 1
+
     def state_dict(self) -> dict[str, float | int]:
         """Return what ``load_state_dict`` needs to go on after this step."""
         sums = {"s1": self.s1, "s2": self.s2, "velocity": self._velocity, "last": self._last}

@@ -117,10 +117,13 @@ def rates_of(run: Run, planned: Callable[[Run], LearningRates] | None = None) ->
     ends = (np.append(0, steps), np.append(0.0, rates)) if warmup > 0 else (steps, rates)
     filled = np.interp(np.arange(1, int(steps[-1]) + 1), *ends)
     if planned is not None and len(steps) < steps[-1]:
-        plan = planned(run).rates[: len(filled)]
+        plan = planned(run).rates[: len(filled)].copy()
         recorded = steps.astype(int) - 1
-        if len(plan) == len(filled) and np.allclose(plan[recorded], rates, rtol=1e-9, atol=0.0):
-            filled = plan
+        skipped = run.metrics.get("skipped", np.zeros(len(steps))) == 1.0
+        if len(plan) == len(filled):
+            plan[recorded[skipped]] = 0.0  # no update, and every such step has a row
+            if np.allclose(plan[recorded], rates, rtol=1e-9, atol=0.0):
+                filled = plan
     missed = np.abs(np.cumsum(filled)[steps.astype(int) - 1] - sums) > S1_TOLERANCE * sums
     if missed.any():
         step = int(steps[np.argmax(missed)])

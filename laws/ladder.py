@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from allometry.configs import json_file
 from allometry.configs.errors import UserError
 from allometry.laws.collect import CountName, from_runs
 from allometry.laws.fit.bootstrap import Bootstrap, bootstrap
@@ -180,7 +181,7 @@ def load_prediction(path: Path) -> Prediction | None:
     if not path.is_file():
         return None
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json_file.read_object(path)
         fields = {key: data[key] for key in Prediction.__dataclass_fields__ if key in data}
         lists = {
             key: tuple(fields[key]) for key in ("warnings", "runs") if fields.get(key) is not None
@@ -190,7 +191,7 @@ def load_prediction(path: Path) -> Prediction | None:
         numbers = [prediction.predicted, *(() if ends == (None, None) else ends)]
         if not all(map(math.isfinite, numbers)):
             raise ValueError("its numbers are not finite")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(
             f"{path} is not a prediction ({type(error).__name__}: {error}); restore it or remove it"
         ) from None

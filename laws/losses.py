@@ -98,8 +98,8 @@ def check_losses(run: Run, choice: LossChoice, steps: Column, losses: Column) ->
 def loss_curve(run: Run, choice: LossChoice) -> tuple[Column, Column]:
     """Return the recorded steps that have this loss, and their losses.
 
-    Every row has the training loss of the mixture: there NaN is a loss, for ``check_losses``.
-    Raises UserError if none has.
+    Every row but those of skipped steps has the training loss of the mixture: there NaN is a loss,
+    for ``check_losses``. Raises UserError if none has.
     """
     metrics, kind = run.metrics, "loss" if choice.kind == "train" else "validation"
     key = kind if choice.source is None else f"{kind}/{choice.source}"
@@ -117,5 +117,5 @@ def loss_curve(run: Run, choice: LossChoice) -> tuple[Column, Column]:
             f"{', '.join(names) or 'no losses of sources'}; choose another --loss ({SPELLINGS})"
         )
     if choice.kind == "train" and choice.source is None:
-        there[:] = True
+        there = metrics.get("skipped", np.zeros(len(there))) != 1.0
     return metrics["step"][there], values[there]

@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
-from allometry.configs.errors import UserError
+from allometry.configs.errors import ConfigError, UserError
 from allometry.configs.json_file import parse_object, read_object
+from allometry.configs.source import parse_file
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ def _columns(rows: list[dict[str, Any]], path: Path) -> dict[str, NDArray[np.flo
         values = [row.get(key) for row in rows]
         try:
             columns[key] = np.array([np.nan if v is None else float(v) for v in values])
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise UserError(
                 f"{path} has a value of {key!r} that is not a number ({error}); remove that row"
             ) from error
@@ -127,10 +126,6 @@ def _read_record(path: Path) -> dict[str, Any]:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        value = YAML(typ="safe", pure=True).load(path)
-    except (YAMLError, UnicodeDecodeError) as error:
-        said = " ".join(str(error).split())
-        raise UserError(f"{path} is not YAML ({said}); restore it") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is not a mapping; restore it")
-    return value
+        return parse_file(path).data
+    except ConfigError as error:
+        raise UserError(f"{error}; restore it") from None

@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from allometry.configs.errors import UserError
 from allometry.laws.runs import read_lines
 
 SCORES = "scores.jsonl"
@@ -32,7 +33,10 @@ def read_scores(folder: Path) -> list[Row]:
         UserError: a line is damaged.
     """
     rows = read_lines(folder / SCORES)
-    kept = {tuple(row.get(key) for key in (*_ASKED, "step")): row for row in rows}
+    for row in rows:
+        if not isinstance(row.get("step"), int | None):
+            raise UserError(f"{folder / SCORES} has a row whose step is no number; remove that row")
+    kept = {json.dumps([row.get(key) for key in (*_ASKED, "step")]): row for row in rows}
     return sorted(kept.values(), key=lambda row: row.get("step") or 0)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from allometry.configs import json_file
 from allometry.configs.errors import UserError
 from allometry.laws.derive import HELD_OUT, Derived
 from allometry.laws.expressions import Condition
@@ -193,8 +194,8 @@ def _json_cells(path: Path, text: str) -> _Cells:
         if not row.strip():
             continue
         try:
-            found = json.loads(row)
-        except (ValueError, RecursionError):
+            found = json_file.parse(row)
+        except ValueError:
             found = None
         if not isinstance(found, dict):
             raise UserError(f"{path}, line {line}, is no JSON object; mend it")

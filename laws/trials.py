@@ -66,7 +66,7 @@ def read_trials(path: Path) -> TrialFile:
         try:
             loss = math.inf if row["loss"] is None else float(row["loss"])
             size, rate, seed = int(row["size"]), float(row["log2_lr"]), int(row["seed"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UserError(
                 f"{path}, line {number}, is no trial (size, log2_lr, seed, loss); remove that line"
             ) from error

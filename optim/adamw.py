@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
+from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
 
 from allometry.optim.matrix_ops import MatrixOps
@@ -16,6 +17,7 @@ from allometry.optim.states import (
     count_step,
     init_like_parameters,
     init_steps,
+    items_of,
     local_states,
 )
 
@@ -56,7 +58,18 @@ def adamw(items: Sequence[Item], state: State, ops: MatrixOps) -> None:
         KERNELS[same[0].group.get("kernel", "torch")](same, state)
 
 
-def _torch(same: Sequence[Item], state: State) -> None:
+def adamw_unless(bad: Tensor, groups: Iterable[Group], state: State) -> None:
+    """Take the step of torch's AdamW, unless ``bad`` (0-dim) is 1: then all keeps its bits.
+
+    The kernel looks at ``bad`` itself, so that nothing waits for the device.
+    """
+    items = [item for item in items_of(groups) if item.parameter.grad is not None]
+    init_states(items, state)
+    for _, members in itertools.groupby(items, key=lambda item: id(item.group)):
+        _torch(list(members), state, bad.float())
+
+
+def _torch(same: Sequence[Item], state: State, found_inf: Tensor | None = None) -> None:
     group = same[0].group
     beta1, beta2 = group["betas"]
     torch_adamw(
@@ -68,6 +81,7 @@ def _torch(same: Sequence[Item], state: State) -> None:
         [state[item.parameter]["step"] for item in same],
         foreach=False,
         fused=True,
+        found_inf=found_inf,
         amsgrad=False,
         beta1=beta1,
         beta2=beta2,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -154,18 +154,28 @@ def take_step(
     max_norm: float | None,
     mesh: Mesh | None = None,
     along: Sequence[Tensor] = (),
+    is_bad: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Clip gradients and update at this fraction of the peak rates; return the norm before.
 
-    ``max_norm`` is that of the run; see ``clip_by_global_norm`` for the rest.
+    ``max_norm`` is that of the run; see ``clip_by_global_norm`` for the rest. ``is_bad`` gets the
+    norm when ``along`` is summed, and says (0-dim, 1 or 0, the same on all ranks) whether the
+    update is left out: parameters and states then keep their bits. Torch's AdamW looks at that on
+    the device; every other optimizer counts its steps on the host, which waits for it.
     """
     set_lr(optimizer, fraction)
     if isinstance(optimizer, DeepSpeedOptimizer):
+        assert is_bad is None, "DeepSpeed updates by itself"
         return optimizer.take_step(along)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     away = optimizer.gradients if isinstance(optimizer, TieredOptimizer) else None
     norm = clip_by_global_norm(parameters, max_norm, mesh, along, away)
-    optimizer.step()
+    if is_bad is None:
+        optimizer.step()
+    elif isinstance(optimizer, TorchAdamW):
+        adamw.adamw_unless(is_bad(norm), optimizer.param_groups, optimizer.state)
+    elif not is_bad(norm).item():
+        optimizer.step()
     return norm
 
 

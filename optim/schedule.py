@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from bisect import bisect_left
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Protocol, assert_never
 
 from typing_extensions import override
 
+from allometry.configs import json_file
 from allometry.configs.errors import UserError
 from allometry.configs.optimization import (
     ConstantSchedule,
@@ -41,6 +41,9 @@ class Stretch(Protocol):
 
     def fraction(self, step: int) -> float:
         """Return the learning rate of this step over the peak rate."""
+
+    def flat_until(self, step: int) -> int:
+        """Return the last step from this one on that has its rate for certain."""
 
 
 class Schedule:
@@ -105,6 +108,11 @@ class Schedule:
         number = bisect_left(self._ends, step) - 1
         return self._stretches[number].fraction(step - self._ends[number])
 
+    def flat_until(self, step: int) -> int:
+        """Return the last step from this one on that has its rate for certain."""
+        number = bisect_left(self._ends, step) - 1
+        return self._ends[number] + self._stretches[number].flat_until(step - self._ends[number])
+
 
 class Decay(Stretch):
     """Warm-up, peak and one decay.
@@ -149,6 +157,10 @@ class Decay(Stretch):
         x = (step - self.decay_start) / (self.total_steps - self.decay_start)
         return _decayed(self.config, x)
 
+    @override
+    def flat_until(self, step: int) -> int:
+        return max(step, self.decay_start) if step >= self._warmup_steps else step
+
     def _check(self) -> None:
         if self._warmup_steps > self.total_steps:
             raise UserError(
@@ -188,6 +200,10 @@ class Refined(Stretch):
             share = step / self._warmup_steps
             return self._begin * (1.0 - share) + value * share
         return value
+
+    @override
+    def flat_until(self, step: int) -> int:
+        return step
 
 
 def _stretches(
@@ -257,7 +273,7 @@ def read_refined(file: str | Path) -> tuple[float, ...]:
         UserError: it is missing, or is not such a file.
     """
     try:
-        content = json.loads(Path(file).read_text(encoding="utf-8"))
+        content = json_file.read_object(file)
         if content["kind"] != REFINED:
             raise ValueError(f"its kind is {content['kind']!r}")
         fractions = tuple(float(value) for value in content["fractions"])
@@ -267,7 +283,7 @@ def read_refined(file: str | Path) -> tuple[float, ...]:
         raise UserError(
             f"schedule.file={file} cannot be read: {error.strerror}; write it with allometry refine"
         ) from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(
             f"schedule.file={file} is not a refined schedule ({error}); write one with allometry "
             "refine"

@@ -80,9 +80,9 @@ class AllToAll:
 
     @torch.compiler.disable
     def _finish(
-        self, exchange: InTwo, moving: Tensor, got_tRe: Tensor, sizes: Sizes, compute: Compute
+        self, exchange: InTwo, edge: Tensor, got_tRe: Tensor, sizes: Sizes, compute: Compute
     ) -> Tensor:
-        x_ZD = exchange.arrive(moving)
+        x_ZD = exchange.arrive(edge)
         if self.cut is not None:
             x_ZD = _gather(x_ZD, sizes.got, self.cut)
         # Rows come sorted by (sender, expert); the experts want them by (expert, sender).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,9 @@ Start = Callable[[Tensor], Tensor]
 """Begins to communicate; what it returns has values once torch's ``wait_tensor`` was called."""
 
 
+_RECENT: deque[tuple[Tensor, Tensor]] = deque(maxlen=16)  # a few of the last ones on gloo
+
+
 class InTwo:
     """A communication that is begun by ``send`` and ended by ``arrive``.
 
@@ -19,46 +23,63 @@ class InTwo:
     autograd, so that what it runs between their backwards runs behind the communication: it takes
     what was called last first, thus all that was called between their forwards. Nothing is written
     into what is there already, so selective checkpointing can keep the result. To be used once.
+
+    A tensor in flight is never given to autograd, which would write its history into it while a
+    thread of gloo reads it, and Python lets go of it later than that thread: both have damaged the
+    heap (torch 2.13, once in some hundred steps; github.com/pytorch/pytorch/issues/75529).
     """
 
     def __init__(self, there: Start, back: Start) -> None:
         self.there, self.back = there, back
-        self.returning: Tensor | None = None  # the gradient under way
+        self.moving: tuple[Tensor, Tensor] | None = None  # what is sent and what will arrive
 
     def send(self, x: Tensor) -> Tensor:
-        """Begin; the result is for ``arrive`` alone, and only there it has values."""
-        moving: Tensor = _Send.apply(x, self)
-        return moving
+        """Begin; the result is an empty tensor, for ``arrive`` alone."""
+        edge: Tensor = _Send.apply(x, self)
+        return edge
 
-    def arrive(self, moving: Tensor) -> Tensor:
+    def arrive(self, edge: Tensor) -> Tensor:
         """Wait for what was sent (on CUDA: order the stream after it)."""
-        arrived: Tensor = _Arrive.apply(moving, self)
+        arrived: Tensor = _Arrive.apply(edge, self)
         return arrived
 
     def __call__(self, x: Tensor) -> Tensor:
         """Do both."""
         return self.arrive(self.send(x))
 
+    def begin(self, start: Start, x: Tensor) -> Tensor:
+        """Start on ``x``; an empty tensor like it, which carries the edge of autograd's graph."""
+        x = x.contiguous()
+        self.moving = x, start(x)
+        return x.new_empty(0)
+
+    def end(self) -> Tensor:
+        """Wait for what was begun."""
+        assert self.moving is not None
+        kept, self.moving = self.moving, None
+        arrived: Tensor = torch.ops._c10d_functional.wait_tensor(kept[1])
+        if arrived.device.type == "cpu":
+            _RECENT.append(kept)
+        return arrived.detach()
+
 
 class _Send(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, both: InTwo) -> Tensor:
         ctx.both = both
-        return both.there(x.contiguous())
+        return both.begin(both.there, x)
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
-        moving, ctx.both.returning = ctx.both.returning, None
-        return torch.ops._c10d_functional.wait_tensor(moving), None
+        return ctx.both.end(), None
 
 
 class _Arrive(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, moving: Tensor, both: InTwo) -> Tensor:
+    def forward(ctx: Any, edge: Tensor, both: InTwo) -> Tensor:
         ctx.both = both
-        return torch.ops._c10d_functional.wait_tensor(moving)
+        return both.end()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.both.returning = ctx.both.back(grad.contiguous())
-        return grad, None  # of the size that autograd expects; nobody reads it
+        return ctx.both.begin(ctx.both.back, grad), None

@@ -40,7 +40,7 @@ def chunk_feed_forward(module: FeedForward, axis: Axis) -> None:
                 scatter = _scatter(axis)
                 yield scatter, scatter.send(compute(x_RD[None])[0])
 
-        return _back([scatter.arrive(moving) for scatter, moving in list(each())], x_BlD.shape)
+        return _back([scatter.arrive(edge) for scatter, edge in list(each())], x_BlD.shape)
 
     module.forward = forward  # type: ignore[method-assign]
 
@@ -63,7 +63,7 @@ def chunk_attention(module: Attention, axis: Axis) -> None:
             scatter = _scatter(axis)
             rows_RD = o_BtcD.transpose(0, 1).flatten(0, 2)
             begun.append((scatter, scatter.send(output(rows_RD[None])[0])))
-        made = [scatter.arrive(moving) for scatter, moving in begun]
+        made = [scatter.arrive(edge) for scatter, edge in begun]
         return _back(made, torch.Size((B, L // axis.size, made[0].shape[1])))
 
     module.project = gather_and_project  # type: ignore[method-assign]
@@ -78,11 +78,11 @@ def _gathered(x_BlD: Tensor, axis: Axis) -> Iterator[Tensor]:
     """Yield chunks [t * B * c, D] of all ranks' tokens, each with the next one under way."""
     chunks = x_BlD.tensor_split(_count(x_BlD.shape[1]), dim=1)
     gathers = [_gather(axis) for _ in chunks]
-    moving = gathers[0].send(chunks[0].flatten(0, 1))
+    edge = gathers[0].send(chunks[0].flatten(0, 1))
     for place, gather in enumerate(gathers):
-        arriving = moving
+        arriving = edge
         if place + 1 < len(chunks):
-            moving = gathers[place + 1].send(chunks[place + 1].flatten(0, 1))
+            edge = gathers[place + 1].send(chunks[place + 1].flatten(0, 1))
         yield gather.arrive(arriving)
 
 

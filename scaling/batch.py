@@ -13,6 +13,8 @@ from allometry.configs.data import BatchConfig
 from allometry.configs.errors import UserError
 from allometry.configs.optimization import ScheduleConfig, TrainingConfig
 
+MOST_STEPS = 10**9
+
 
 @dataclass(frozen=True, slots=True)
 class Stage:
@@ -113,11 +115,21 @@ class BatchPlan:
 
 
 def total_steps(training: TrainingConfig, plan: BatchPlan) -> int:
-    """Return the length of the run in steps; a budget in tokens is rounded up to whole steps."""
-    if training.total_steps is not None:
-        return training.total_steps
-    assert training.total_tokens is not None
-    return plan.steps_for_tokens(training.total_tokens)
+    """Return the length of the run in steps; a budget in tokens is rounded up to whole steps.
+
+    Raises:
+        UserError: they are more than ``MOST_STEPS``.
+    """
+    key, steps = "total_steps", training.total_steps
+    if steps is None:
+        assert training.total_tokens is not None
+        key, steps = "total_tokens", plan.steps_for_tokens(training.total_tokens)
+    if steps > MOST_STEPS:
+        raise UserError(
+            f"training.{key}={getattr(training, key)} makes {steps} steps, more than any run takes "
+            f"({MOST_STEPS}); lower it or raise batch.sequences"
+        )
+    return steps
 
 
 def warmup_steps(schedule: ScheduleConfig, plan: BatchPlan) -> int:

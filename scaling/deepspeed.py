@@ -131,6 +131,8 @@ def _refusals(config: RunConfig, degrees: Degrees) -> Iterator[tuple[str, Any, s
             yield f"optimizer.overrides.{number}.freeze", "true", "it trains every parameter"
     if training.compile:
         yield "training.compile", "true", "its hooks cannot be compiled"
+    if training.bad_steps is not None:
+        yield "training.bad_steps", "{...}", "it updates before anything can reject that"
     if config.kernels.adamw == "apex":
         yield "kernels.adamw", "apex", "it updates with torch's fused kernel"
     if config.precision.gather != "compute":

@@ -25,6 +25,7 @@ from allometry.parallel.mesh import Mesh
 from allometry.parallel.working import reduced_alone, working_copies
 from allometry.scaling.layout import Layout
 from allometry.scaling.plan import RunPlan
+from allometry.trainer.bad_steps import Judge
 from allometry.trainer.balance import Balancer
 from allometry.trainer.kernels import Kernels
 from allometry.trainer.state.folder import RunFolder
@@ -101,8 +102,9 @@ def make_train_step(
     optimizer: torch.optim.Optimizer,
     schedule: Schedule,
     mesh: Mesh,
+    judge: Judge | None = None,
 ) -> TrainStep:
-    """What takes the steps of a run."""
+    """What takes the steps of a run; ``judge`` says which updates are skipped."""
     balancer = None
     if isinstance(config.model, MoEModel):
         loads = "step_before" if plan.balance_loads is None else plan.balance_loads.loads
@@ -117,6 +119,7 @@ def make_train_step(
         clip_grad_norm=config.training.clip_grad_norm,
         dropout_seed=config.run.seed if config.model.dropout else None,
         balancer=balancer,
+        judge=judge,
     )
 
 

@@ -64,11 +64,21 @@ class Balancer:
             if visits_NE is not None:
                 set_loads(part, {layer: visits_NE[layer] for layer in routers(part)})
 
-    def end_step(self, sums: Tensor) -> None:
-        """Tell the routers what all of them observed: ``observed``, summed over all ranks."""
+    def end_step(self, sums: Tensor, bad: Tensor | None = None) -> None:
+        """Tell the routers what all of them observed: ``observed``, summed over all ranks.
+
+        Where ``bad`` (0-dim) is 1 they are as before the step.
+        """
         experts = self._model.experts.num_experts
         for part in self._parts:
-            end_step(part, {layer: sums[layer, :experts] for layer in routers(part)})
+            mine = routers(part)
+            biases = {} if bad is None else {n: router.bias.clone() for n, router in mine.items()}
+            end_step(part, {layer: sums[layer, :experts] for layer in mine})
+            for layer, bias_E in biases.items():
+                assert bad is not None
+                router, skipped = mine[layer], bad.to(bias_E.device) != 0
+                router.load.copy_(torch.where(skipped, self._before[layer], router.load))
+                router.bias.copy_(torch.where(skipped, bias_E, router.bias))
 
     def observed(self) -> Tensor:
         """Return what this rank's routers saw since the last call, [N, 3E + 3] in float64.

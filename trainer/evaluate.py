@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from allometry.configs.run import RunConfig
 from allometry.data.batch import IGNORE, Batch
-from allometry.data.documents import Pieces
+from allometry.data.documents import DocumentStream, Pieces
+from allometry.data.stream import Stream
 from allometry.parallel.apply import Parallel
 from allometry.parallel.mesh import Mesh
 from allometry.trainer.feed import DeviceBatch, DocumentPlanner
@@ -67,6 +69,21 @@ def held_out_documents(
     return HeldOut(tuple(validation), mine)
 
 
+def held_out_of(
+    config: RunConfig,
+    stream: Stream | DocumentStream,
+    planner: DocumentPlanner | None,
+    mesh: Mesh,
+) -> HeldOut:
+    """What a run evaluates on, of ``evaluation.sequences_per_source``; every rank calls this."""
+    count = config.evaluation.sequences_per_source
+    if isinstance(stream, DocumentStream):
+        assert planner is not None
+        return held_out_documents(stream.validation_pieces(count), planner, mesh)
+    at_once = config.batch.micro_batch_sequences
+    return held_out_sequences(stream.validation(count, at_once), mesh)
+
+
 @contextmanager
 def evaluating(parts: Sequence[nn.Module]) -> Iterator[None]:
     """Meanwhile nothing is dropped; afterwards the parts are in the mode that they were in."""
@@ -115,6 +132,8 @@ class Evaluation(Callback):
     ``before``, which holds losses by source. Where one is missing there, all are measured before
     the launch's first step, put there and reported.
     """
+
+    adds_to_skipped = True
 
     def __init__(
         self,

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from allometry.configs.errors import UserError
+from allometry.configs.errors import RankError, UserError
 from allometry.data.sources import Sources
 from allometry.laws.areas import LearningRateAreas
 from allometry.optim.offload.swap import StatesLost
@@ -26,6 +26,8 @@ from allometry.trainer.record.columns import FinishedStep, row_of
 from allometry.trainer.record.hardware import peak_bytes, reset_peak_bytes
 from allometry.trainer.record.timing import Span, StepTimer
 from allometry.trainer.record.writer import Recorder, Row
+from allometry.trainer.save_times import SaveTimes
+from allometry.trainer.skips import Reason, Skips
 from allometry.trainer.state.checkpoint import optimizer_state
 from allometry.trainer.state.planners import State
 from allometry.trainer.step import StepOutcome, TrainStep
@@ -38,7 +40,7 @@ class Progress:
 
     ``saved_step``: that of the newest checkpoint that is known to be whole, None without one.
     ``held_out_before``: losses by source before the first step with ``data.replay``, if it has one.
-    ``rates_since``: see ``state/resume.py``.
+    ``rates_since``: see ``state/resume.py``. ``skipped``: see ``Skips``.
     """
 
     step: int
@@ -47,6 +49,7 @@ class Progress:
     saved_step: int | None = None
     held_out_before: dict[str, float] = field(default_factory=dict)
     rates_since: dict[str, Any] = field(default_factory=lambda: {"step": 0, "s1": 0.0})
+    skipped: dict[int, Reason] = field(default_factory=dict)
 
     @property
     def kept(self) -> str:
@@ -81,17 +84,19 @@ class Progress:
             "areas": self.areas.state_dict(),
             "held_out_before": self.held_out_before,
             "rates_since": self.rates_since,
+            "skipped": {str(step): reason for step, reason in self.skipped.items()},
         }
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """How a launch ended."""
+    """How a launch ended; ``go_back``: the bad steps for which it goes back to a checkpoint."""
 
     step: int
     tokens: int
     loss: float | None
     stopped_by: str | None
+    go_back: tuple[int, ...] = ()
 
 
 class _Queued(NamedTuple):
@@ -112,6 +117,7 @@ class Loop:
     plan: RunPlan
     mesh: Mesh
     train_step: TrainStep
+    skips: Skips
     stream: Sources
     progress: Progress
     timer: StepTimer
@@ -122,6 +128,7 @@ class Loop:
     record_every_steps: int
     document_flops: DocumentFlops
     peak_flops_per_s: float
+    save_times: SaveTimes
     _queued: deque[_Queued] = field(default_factory=deque)
     _last_loss: float | None = None
 
@@ -139,6 +146,9 @@ class Loop:
         except StatesLost as error:
             self._abort(self.mesh.timeout.total_seconds())  # other ranks go on
             raise self.progress.lost(error) from None
+        except RankError:
+            self._abort(self.mesh.timeout.total_seconds())  # other ranks go on
+            raise
         except UserError:
             self._abort(None)  # what is being saved is still good
             raise
@@ -149,10 +159,10 @@ class Loop:
         step = self.progress.step
         if stopped:
             self.report("stopped", step=step, signal=stopped)
-        elif step >= self.plan.run.steps:
+        elif step >= self.plan.run.steps and not self.skips.go_back:
             self.report("finished", step=step)
         tokens = self.stream.tokens(self.plan.batch.sequences_before(step + 1))
-        return RunResult(step, tokens, self._last_loss, stopped)
+        return RunResult(step, tokens, self._last_loss, stopped, self.skips.go_back)
 
     def _finish(self) -> None:
         for callback in self.callbacks:
@@ -165,7 +175,7 @@ class Loop:
     def _steps(self, batches: Iterator[StepInput], stop_at_step: int | None) -> str | None:
         """Take steps to the end of the plan; the reason, if the run was stopped before."""
         total, end = self.plan.total_steps, self.plan.run.steps
-        with StopRequest(self.mesh, self.signals) as stop:
+        with StopRequest(self.mesh, self.signals, self.save_times) as stop:
             if (stopped := stop.agreed(now=True)) and self.progress.step < end:
                 return stopped  # while the launch was being prepared
             for step in range(self.progress.step + 1, total + 1):
@@ -178,6 +188,8 @@ class Loop:
                 now = any(each.needs_numbers(step, last=last) for each in self.callbacks)
                 while len(self._queued) > (0 if now or last else self.timer.lag):
                     self._finish_step(self._queued.popleft())
+                if self.skips.go_back:
+                    return None
                 for callback in self.callbacks:
                     callback.between_steps(step, last=last)
                 if stopped:
@@ -185,11 +197,14 @@ class Loop:
         return None
 
     def _take(self, step: int, given: StepInput) -> None:
-        for callback in self.callbacks:
-            callback.before_step(step)
-        outcome = self.train_step(step, given.batches)
-        for callback in self.callbacks:
-            callback.after_step(step)
+        if self.skips.passes_over(step):
+            outcome = self.train_step.pass_over(step)
+        else:
+            for callback in self.callbacks:
+                callback.before_step(step)
+            outcome = self.train_step(step, given.batches)
+            for callback in self.callbacks:
+                callback.after_step(step)
         self._queued.append(_Queued(outcome.to_host(), given.plan, self.timer.lap()))
         self.progress.step = step
 
@@ -200,10 +215,7 @@ class Loop:
         loss_S, count_S = outcome.sums_2S.tolist()
         loss = sum(loss_S) / max(1.0, sum(count_S))
         norm = float(outcome.grad_norm)
-        self.progress.areas.update(outcome.lr)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            self._not_finite(outcome.step, loss, norm)
-        self._last_loss = loss
+        skipped = self._is_skipped(outcome, loss, norm)
         flops = self.document_flops(int(outcome.tokens), int(outcome.squared_lengths))
         self.progress.flops += flops
         by_source = zip(self.stream.sources, loss_S, count_S, strict=True)
@@ -222,10 +234,14 @@ class Loop:
             stream=self.stream,
             batch=self.plan.batch,
             stage=self.plan.stage.number if self.plan.stage else None,
-            recorded=self.recorder is not None and outcome.step % self.record_every_steps == 0,
+            recorded=self.recorder is not None
+            and (skipped or outcome.step % self.record_every_steps == 0),
+            skipped=skipped,
         )
         additions: Row = {}
         for callback in self.callbacks:
+            if skipped and not callback.adds_to_skipped:
+                continue
             added = callback.additions(finished)
             finished.recorded |= self.recorder is not None and bool(added)
             additions |= added
@@ -235,7 +251,33 @@ class Loop:
             for callback in self.callbacks:
                 callback.on_row(row)
 
-    def _not_finite(self, step: int, loss: float, norm: float) -> NoReturn:
+    def _is_skipped(self, outcome: StepOutcome, loss: float, norm: float) -> bool:
+        """Whether a step made no update; end the run if it may not go on after this one."""
+        skipped = self.skips.look(outcome, loss) is not None
+        beyond = self.skips.beyond(outcome.step)
+        if not (math.isfinite(loss) and math.isfinite(norm)) and (beyond or not skipped):
+            self._not_finite(outcome.step, loss, norm, beyond)
+        if beyond:
+            self._too_many_spikes(outcome.step, loss, norm, beyond)
+        if skipped:
+            self.progress.areas.skip()
+        else:
+            self.progress.areas.update(outcome.lr)
+            self._last_loss = loss
+        return skipped
+
+    def _too_many_spikes(self, step: int, loss: float, norm: float, beyond: str) -> NoReturn:
+        self._finish()
+        self.report("too_many_bad_steps", step=step, limit=beyond)
+        raise UserError(
+            f"step {step}: {beyond}, the last with loss {loss} and gradient norm {norm}; "
+            f"{self.progress.kept}; lower optimizer.lr, check the data of these steps, raise "
+            "that limit, or pass them over with training.skip_steps, then run again"
+        )
+
+    def _not_finite(
+        self, step: int, loss: float, norm: float, beyond: str | None = None
+    ) -> NoReturn:
         # Pipeline ranks have different groups, so names are gathered rather than flags summed.
         ranks = self.mesh.gather_objects(self.train_step.groups_not_finite())
         names = dict.fromkeys(name for rank in ranks for name in rank)
@@ -244,7 +286,8 @@ class Loop:
         self.report("not_finite", step=step, loss=str(loss), grad_norm=str(norm), groups=groups)
         raise UserError(
             f"step {step}: the loss is {loss} and the gradient norm {norm}, first not finite in "
-            f"parameter group(s) {groups}; {self.progress.kept}; lower optimizer.lr, lengthen the "
+            f"parameter group(s) {groups}; {f'these are {beyond}; ' if beyond else ''}"
+            f"{self.progress.kept}; lower optimizer.lr, lengthen the "
             "warm-up or check the data of that step, then run again"
         )
 

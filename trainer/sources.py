@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from allometry.configs.run import RunConfig
 from allometry.data.changes import DataStage
+from allometry.data.contents import check_contents
 from allometry.data.documents import DocumentStream
 from allometry.data.sources import Sources
 from allometry.data.stream import Stream, open_stream
@@ -36,6 +37,9 @@ def open_sources(config: RunConfig) -> Stream | DocumentStream:
     ]
     stream = open_stream(places[0].config.data, config.run.seed, stages)
     check_vocabulary(config.model.vocab_size, stream.stores)
+    check_contents(stream.stores)
+    for store in stream.stores:
+        store.vocab_size = config.model.vocab_size
     return stream
 
 

@@ -16,8 +16,10 @@ from allometry.optim.build import groups_not_finite, take_step
 from allometry.optim.schedule import Schedule
 from allometry.parallel.apply import Parallel
 from allometry.parallel.mesh import Mesh
+from allometry.trainer.bad_steps import Judge
 from allometry.trainer.balance import Balancer
 from allometry.trainer.feed import DeviceBatch
+from allometry.trainer.record.bits import checksum, combined
 from allometry.trainer.record.timing import to_host
 
 
@@ -29,7 +31,8 @@ class StepOutcome:
     ranks; ``grad_norm`` the global norm before clipping; ``lr`` the rate at the base dimensions;
     ``routing`` what the routers observed (``Balancer.observed``, over all ranks), None without
     experts; ``tokens`` and ``squared_lengths`` the tokens of the whole batch and the sum of its
-    documents' squared lengths (whole numbers, exact in float64).
+    documents' squared lengths (whole numbers, exact in float64). ``verdict``: what a ``Judge`` said
+    of it, None without one.
     """
 
     step: int
@@ -39,6 +42,7 @@ class StepOutcome:
     routing: Tensor | None
     tokens: Tensor
     squared_lengths: Tensor
+    verdict: Tensor | None = None
 
     def to_host(self) -> StepOutcome:
         """Return the same in the host's memory; on a GPU once what is queued now has run."""
@@ -81,9 +85,10 @@ class TrainStep:
         clip_grad_norm: float | None,
         dropout_seed: int | None,
         balancer: Balancer | None = None,
+        judge: Judge | None = None,
     ) -> None:
         self.parallel = parallel
-        self._balancer = balancer
+        self._balancer, self._judge = balancer, judge
         self._optimizer = optimizer
         self._schedule = schedule
         self._mesh = mesh
@@ -122,9 +127,20 @@ class TrainStep:
         routing = None if self._balancer is None else self._balancer.observed()
         along = [sums_2S] if routing is None else [sums_2S, routing]
         fraction = self._schedule.fraction(step)
-        norm = take_step(self._optimizer, fraction, self._clip, self._mesh, along)
+        verdict = bad = None
+
+        def is_bad(norm: Tensor) -> Tensor:
+            nonlocal verdict, bad
+            assert self._judge is not None
+            losses, counts = sums_2S.sum(1)
+            verdict = self._judge(losses / counts.clamp(min=1.0), norm.to(sums_2S.device))
+            bad = verdict[0]
+            return bad
+
+        judged = None if self._judge is None else is_bad
+        norm = take_step(self._optimizer, fraction, self._clip, self._mesh, along, judged)
         if self._balancer is not None and routing is not None:
-            self._balancer.end_step(routing)
+            self._balancer.end_step(routing, bad)
         return StepOutcome(
             step=step,
             lr=self._peak_lr * fraction,
@@ -133,7 +149,44 @@ class TrainStep:
             routing=routing,
             tokens=tokens,
             squared_lengths=squared_lengths,
+            verdict=verdict,
         )
+
+    def pass_over(self, step: int) -> StepOutcome:
+        """Return the outcome of a step that is not taken: nothing is computed or changed."""
+        zero = torch.zeros((), dtype=torch.float64, device=self._mesh.device)
+        return StepOutcome(
+            step=step,
+            lr=0.0,
+            sums_2S=zero.expand(2, self._sources),
+            grad_norm=zero,
+            routing=None,
+            tokens=zero,
+            squared_lengths=zero,
+        )
+
+    def compute(self, batches: Sequence[DeviceBatch]) -> Tensor:
+        """Leave the gradients of a step before clipping, and update nothing.
+
+        Returns the checksum of the losses of this rank (0-dim int64). What routers see is added up
+        and taken; their buffers are those of a step that has begun.
+        """
+        self._optimizer.zero_grad(set_to_none=True)
+        execution, losses = self.parallel.execution, [checksum(torch.zeros(0))]
+
+        def seed(index: int) -> None:
+            assert self._dropout_seed is not None
+            seed_dropout(self._dropout_seed, batches[index])
+
+        def observe(index: int, nll_BL: Tensor) -> None:
+            losses.append(checksum(nll_BL))
+
+        before = None if self._dropout_seed is None else seed
+        targets, _, _ = self._begin(batches, lambda: execution.count_visits(batches, before))
+        execution.train(batches, 1.0 / targets.clamp(min=1.0), observe, before)
+        if self._balancer is not None:
+            self._balancer.observed()
+        return combined(losses, self._mesh.device)
 
     def groups_not_finite(self) -> list[str]:
         """Names of the parameter groups with gradients or values on this rank not all finite."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
@@ -20,7 +19,6 @@ from allometry.data.processes import end_with_launcher
 from allometry.data.run_tokenizer import tokenizer_of_run
 from allometry.data.stream import Stream
 from allometry.models.build import torch_dtype
-from allometry.optim.build import Elsewhere
 from allometry.optim.deepspeed import DeepSpeedOptimizer
 from allometry.optim.schedule import Schedule, schedules_of
 from allometry.optim.tiered import TieredOptimizer
@@ -29,7 +27,6 @@ from allometry.parallel.deepspeed.engine import check_available
 from allometry.parallel.graphs import choose_graphs
 from allometry.parallel.mesh import Mesh, open_mesh
 from allometry.parallel.rendezvous import launched_world_size
-from allometry.scaling.advice import NODE_RANKS, advice
 from allometry.scaling.count import DocumentFlops
 from allometry.scaling.plan import RunPlan
 from allometry.scaling.stages import place_at, places_of
@@ -40,14 +37,11 @@ from allometry.trainer.assemble import (
     with_measured_stages,
 )
 from allometry.trainer.auto_layout import settled
+from allometry.trainer.bad_steps import Judge
+from allometry.trainer.checks import Current, checks
 from allometry.trainer.collection import GarbageCollection
 from allometry.trainer.deterministic import algorithms
-from allometry.trainer.evaluate import (
-    Evaluation,
-    Evaluator,
-    held_out_documents,
-    held_out_sequences,
-)
+from allometry.trainer.evaluate import Evaluation, Evaluator, held_out_of
 from allometry.trainer.feed import (
     DocumentPlanner,
     StepInput,
@@ -58,7 +52,8 @@ from allometry.trainer.kernels import choose_kernels
 from allometry.trainer.loop import Loop, RunResult, state_tensors
 from allometry.trainer.record import hardware
 from allometry.trainer.record import writer as record
-from allometry.trainer.record.callbacks import Callback, Reporter, standard_callbacks
+from allometry.trainer.record.callbacks import Callback, Reporter
+from allometry.trainer.record.corruption import Response
 from allometry.trainer.record.disk import SlowDisk
 from allometry.trainer.record.facts import (
     Invocation,
@@ -68,23 +63,33 @@ from allometry.trainer.record.facts import (
 from allometry.trainer.record.forecast import Forecaster
 from allometry.trainer.record.monitors import Monitors, NoChanges
 from allometry.trainer.record.prediction import predictions
+from allometry.trainer.record.present import close, present_callbacks
 from allometry.trainer.record.rows import GraphEvents, OffloadRows, PlanRows, RoutingRows
 from allometry.trainer.record.sample import Sample
 from allometry.trainer.record.states import CompressedStates
 from allometry.trainer.record.timing import StepTimer, clock_of
 from allometry.trainer.restore import restore
-from allometry.trainer.save import Saver
+from allometry.trainer.said import said_at_start
+from allometry.trainer.save import Copier, Saver
+from allometry.trainer.save_times import SaveTimes
+from allometry.trainer.skips import Skips
 from allometry.trainer.sources import check_data, open_sources
 from allometry.trainer.state import checkpoint
-from allometry.trainer.state.changed import change_events
+from allometry.trainer.state.enter import enter
 from allometry.trainer.state.folder import RunFolder
 from allometry.trainer.state.initial import Importer
+from allometry.trainer.state.interval import Uptime
+from allometry.trainer.state.local import LocalCopies
 from allometry.trainer.state.planners import State
-from allometry.trainer.state.reading import continued, data_events, read_again
-from allometry.trainer.state.resume import Start, begin, next_stage, start_events
+from allometry.trainer.state.reading import continued
+from allometry.trainer.state.resume import Start, begin, next_stage
+from allometry.trainer.state.rewinds import go_back, not_new
 from allometry.trainer.state.room import checkpoint_bytes
-from allometry.trainer.state.stages import stage_facts
+from allometry.trainer.step import TrainStep
 from allometry.trainer.stop import StopSignals
+from allometry.trainer.upload import Uploads
+from allometry.trainer.watch.stragglers import RankTimes
+from allometry.trainer.watch.watchdog import Watchdog
 
 
 def train(
@@ -112,72 +117,72 @@ def train(
     places = places_of(config)
     watched = nullcontext(signals) if signals else StopSignals()
     exact = algorithms(deterministic=config.training.deterministic)
-    with watched as signals, exact, open_mesh(config.parallel, device) as mesh:
-        config = _continued(config, mesh)
+    watch = Watchdog(config.parallel, RunFolder(config.run.folder))
+    with watched as signals, exact, watch, open_mesh(config.parallel, device, watched=True) as mesh:
+        watch.attach(mesh)
+        if mesh.restart is not None:  # ranks that are started again continue their own run
+            config = not_new(config)
         for place in places:  # what cannot be is said before the folder is touched
             choose_graphs(place.config, mesh)
         on_all_ranks(mesh, lambda: check_available(config), "looking for DeepSpeed")
         plans = with_measured_stages(config, plans, mesh)
-        schedules = schedules_of(config)
-        stream = on_all_ranks(mesh, lambda: open_sources(config), "opening the data")
-        folder = RunFolder(config.run.folder)
-        present = _present(callbacks, config, folder, mesh)
-        start = begin(
-            *(folder, config, stream, mesh, stop_at_step),
-            lambda found: check_data(found, plans),
-            importer,
-        )
-        stream = continued(stream, start.facts)
-        recorder = None
-        try:
-            recorder = on_main_rank(mesh, lambda: record.Recorder(folder), "opening the record")
-            while True:
-                at = place_at(places, start.step).number - 1
-                run = _Run(
-                    *(places[at].config, plans[at], schedules[at], mesh, stream.in_stage(at)),
-                    *(folder, start, recorder, present, config),
-                )
-                result = run.train(invocation, stop_at_step, signals)
-                if result.stopped_by is not None or result.step == places[-1].last_step:
-                    break
-                del run  # a stage is made anew, from the checkpoint that the one before ended with
-                gc.collect()
-                start = next_stage(folder, result.step, mesh)
-        finally:
-            lost = _close(recorder, present)
-            folder.withdraw()
-        if lost is not None:
-            raise UserError(f"{lost}; the last checkpoint is whole")
+        rest = plans, mesh, watch, invocation, stop_at_step, signals, callbacks, importer
+        while (result := _launch(config, *rest)).go_back:
+            config = not_new(config)
+            gc.collect()
         return result
 
 
-def _continued(config: RunConfig, mesh: Mesh) -> RunConfig:
-    """The description as ranks that are started again follow it, who continue their own run."""
-    if mesh.restart is None or config.run.resume != "never":
-        return config
-    return config.model_copy(update={"run": config.run.model_copy(update={"resume": "auto"})})
-
-
-def _present(
-    callbacks: Sequence[Callback] | None, config: RunConfig, folder: RunFolder, mesh: Mesh
-) -> list[Callback]:
-    """The callbacks of a launch, which its main rank has; None: those of the configuration."""
-    if callbacks is None:
-        make = partial(standard_callbacks, config.record, folder)
-        callbacks = on_main_rank(mesh, make, "making callbacks")
-    return list(callbacks or ()) if mesh.is_main else []
-
-
-def _close(recorder: record.Recorder | None, callbacks: Sequence[Callback]) -> str | None:
-    """End what the main rank writes; what of the record could not be written."""
-    if recorder is None:
-        return None
+def _launch(
+    config: RunConfig,
+    plans: tuple[RunPlan, ...],
+    mesh: Mesh,
+    watch: Watchdog,
+    invocation: Invocation,
+    stop_at_step: int | None,
+    signals: StopSignals,
+    callbacks: Sequence[Callback] | None,
+    importer: Importer | None,
+) -> RunResult:
+    """Train from where the folder is to the end, a stop, or where the run goes back."""
+    places, schedules = places_of(config), schedules_of(config)
+    stream = on_all_ranks(mesh, lambda: open_sources(config), "opening the data")
+    folder = RunFolder(config.run.folder)
+    local = LocalCopies.of(config, plans[0], mesh)
+    present = present_callbacks(callbacks, config, folder, mesh)
+    start = begin(
+        *(folder, config, stream, mesh, stop_at_step),
+        lambda found: check_data(found, plans),
+        *(importer, local),
+    )
+    stream = continued(stream, start.facts)
+    recorder = None
     try:
-        for callback in callbacks:
-            callback.on_end()
+        while True:
+            at = place_at(places, start.step).number - 1
+            run = _Run(
+                *(places[at].config, plans[at], schedules[at], mesh, stream.in_stage(at)),
+                *(folder, start, present, config, watch, local),
+            )
+            if not start.next_stage:  # the checkpoint is loaded, so that the folder may change
+                run.start = start = enter(folder, config, start, mesh)
+                open_recorder = partial(record.Recorder, folder)
+                recorder = on_main_rank(mesh, open_recorder, "opening the record")
+            result = run.train(recorder, invocation, stop_at_step, signals)
+            if result.go_back:
+                go_back(folder, run.config, run.plan.batch, result.go_back, mesh, run.report)
+                break
+            if result.stopped_by is not None or result.step == places[-1].last_step:
+                break
+            del run  # a stage is made anew, from the checkpoint that the one before ended with
+            gc.collect()
+            start = next_stage(folder, start, result.step, mesh)
     finally:
-        lost = recorder.close()
-    return lost
+        lost = close(recorder, present)
+        folder.withdraw()
+    if lost is not None:
+        raise UserError(f"{lost}; {folder.read_latest()} is whole")
+    return result
 
 
 @dataclass
@@ -191,14 +196,14 @@ class _Run:
     stream: Stream | DocumentStream
     folder: RunFolder
     start: Start
-    recorder: record.Recorder | None
     present: Sequence[Callback]  # of the launch, whose callbacks of stages come and go
     whole: RunConfig  # the run with all its stages; ``config`` is as it is in this one
+    watch: Watchdog
+    local: LocalCopies | None
 
     def __post_init__(self) -> None:
         config, plan, mesh = self.config, self.plan, self.mesh
         self.callbacks = list(self.present)
-        self.report = Reporter(self.recorder, self.callbacks)
         self.timer = StepTimer(clock_of(mesh.device))
         documents = isinstance(self.stream, DocumentStream)
         self.planner = DocumentPlanner(config, plan.layout) if documents else None
@@ -214,31 +219,66 @@ class _Run:
         self.progress, self.converted = restore(
             config, plan, self.start, self.parallel, self.optimizer, mesh
         )
+        self.judge = Judge.of(config.training, mesh.device, self._earlier())
         self.peak = hardware.peak(mesh.device, torch_dtype(config.training.compute_dtype))
 
     def train(
-        self, invocation: Invocation, stop_at_step: int | None, signals: StopSignals
+        self,
+        recorder: record.Recorder | None,
+        invocation: Invocation,
+        stop_at_step: int | None,
+        signals: StopSignals,
     ) -> RunResult:
-        """Train to the end of the plan or to a stop."""
+        """Train to the end of the plan or to a stop; ``recorder`` is the main rank's."""
+        self.recorder, self.report = recorder, Reporter(recorder, self.callbacks)
         self.callbacks.insert(0, GarbageCollection(self.start.step))
         # Those that ask for a row of a step come before those that only add to one.
         self.callbacks[:0] = [*self._monitors(), self._evaluation(), *self._rows()]
-        self.callbacks.append(self._saver())
-        loop = self._loop(signals)
+        train_step = make_train_step(
+            *(self.config, self.plan, self.parallel, self.optimizer, self.schedule),
+            *(self.mesh, self.judge),
+        )
+        current = Current()
+        found, response = checks(
+            *(self.config, self.parallel, self.optimizer, train_step, current),
+            *(self.mesh, self.timer, self.report),
+            first=not self.start.next_stage,
+        )
+        saver = self._saver(response)
+        uploads = Uploads.of(self.config.checkpoint, self.folder, self.mesh, self.report)
+        self.callbacks += [*found, saver, *uploads]
+        loop = self._loop(train_step, signals, saver)
         for name in self.start.cleaned:
             self.report("removed_unfinished_checkpoint", name=name)
         for name in self.start.abandoned:
             self.report("abandoned_checkpoint", name=name)
         # Files may be slow, and a service's page is opened over the network.
-        on_main_rank(self.mesh, lambda: self._open_record(invocation), "opening the record")
+        on_main_rank(self.mesh, lambda: self._begin_record(invocation), "opening the record")
         if invocation.layout_choice is not None:
             self.report("layout_chosen", step=self.start.step, **invocation.layout_choice)
-        self._report_start()
+        said = said_at_start(
+            *(self.config, self.whole, self.plan, self.start, self.stream, self.mesh),
+            *(self.optimizer, self.kernel_changes, self.converted),
+        )
+        for kind, facts in said:
+            self.report(kind, **facts)
         try:
             with closing(self._batches()) as batches:
-                return loop.run(batches, stop_at_step)
+                return loop.run(current.passing(batches), stop_at_step)
         finally:
             self.parallel.sync.leave()
+
+    def _begin_record(self, invocation: Invocation) -> None:
+        try:
+            self._open_record(invocation)
+        except OSError as error:
+            raise checkpoint.unwritable(self.folder, error) from None
+
+    def _earlier(self) -> dict[str, Any] | None:
+        """The facts of the steps that bad ones are judged by: a stage knows its own alone."""
+        stage = self.plan.stage
+        anew = stage is not None and self.start.step == stage.steps_before
+        return None if anew or self.start.weights_only else self.start.facts
 
     def _open_record(self, invocation: Invocation) -> None:
         first_step = self.start.step + 1
@@ -250,7 +290,7 @@ class _Run:
             tokenizer = tokenizer_of_run(self.folder.path, self.config.data)
             tokenizer.keep(self.folder.path)
             facts["tokenizer"] = tokenizer.describe()
-            facts |= self._origin()
+            facts |= self._origin() | self.start.identity.describe()
             record.write_run(self.folder, facts, launch_facts(facts, first_step))
         for callback in self.callbacks:
             if not self.start.next_stage or callback not in self.present:
@@ -264,12 +304,13 @@ class _Run:
         known = self.start.facts if self.start.weights_only else None
         return {key: value for key, value in (known or {}).items() if key == "origin"}
 
-    def _loop(self, signals: StopSignals) -> Loop:
+    def _loop(self, train_step: TrainStep, signals: StopSignals, saver: Saver) -> Loop:
         return Loop(
             plan=self.plan,
             mesh=self.mesh,
-            train_step=make_train_step(
-                self.config, self.plan, self.parallel, self.optimizer, self.schedule, self.mesh
+            train_step=train_step,
+            skips=Skips.of(
+                *(self.config, self.progress.skipped, self.report, self.folder, self.mesh)
             ),
             stream=self.stream,
             progress=self.progress,
@@ -281,6 +322,7 @@ class _Run:
             record_every_steps=self.config.record.every_steps,
             document_flops=DocumentFlops.of(self.config.model),
             peak_flops_per_s=self.peak.flops_per_s * self.mesh.world_size,
+            save_times=saver.times,
         )
 
     def _monitors(self) -> Iterator[Callback]:
@@ -306,24 +348,17 @@ class _Run:
             yield CompressedStates(wanted, self.optimizer, fp8, self.mesh, self.report)
 
     def _evaluation(self) -> Evaluation:
-        evaluation, mesh = self.config.evaluation, self.mesh
-        count = evaluation.sequences_per_source
-        if isinstance(self.stream, DocumentStream):
-            assert self.planner is not None
-            pieces = self.stream.validation_pieces(count)
-            held_out = held_out_documents(pieces, self.planner, mesh)
-        else:
-            at_once = self.config.batch.micro_batch_sequences
-            held_out = held_out_sequences(self.stream.validation(count, at_once), mesh)
-        evaluator = Evaluator(held_out, self.parallel, mesh)
-        replay = self.config.data.replay
+        every, replay = self.config.evaluation.every_steps, self.config.data.replay
+        held_out = held_out_of(self.config, self.stream, self.planner, self.mesh)
         return Evaluation(
-            *(evaluator, evaluation.every_steps, self.plan.total_steps, self.timer, self.report),
+            Evaluator(held_out, self.parallel, self.mesh),
+            *(every, self.plan.total_steps, self.timer, self.report),
             replayed=replay.sources if replay else (),
             before=self.progress.held_out_before,
         )
 
     def _rows(self) -> Iterator[Callback]:
+        yield RankTimes(self.watch.stragglers, self.watch.steps, self.report)
         yield from predictions(self.config, self.plan.layout, self.mesh, self.report)
         if self.recorder is None:
             return
@@ -340,17 +375,22 @@ class _Run:
         if (every := self.config.record.forecast.every_steps) is not None:
             yield Forecaster(every, self.whole, self.start.step, self.folder, self.report)
 
-    def _saver(self) -> Saver:
+    def _saver(self, response: Response) -> Saver:
         writer = checkpoint.Checkpointer(
             *(self.folder, self.config.checkpoint, self.mesh, self.report),
             checkpoint_bytes(self.config),
+            self.start.identity.run,
         )
 
         def state() -> tuple[State, dict[str, Any]]:
             facts = self.progress.facts(self.plan, self.stream, self.config.run.seed)
+            facts |= {} if self.judge is None else self.judge.facts()
             return state_tensors(self.parallel, self.optimizer), facts
 
-        return Saver(writer, self.progress, state, self.timer, self.mesh)
+        copier = Copier.of(self.local, writer, self.folder, self.start, self.report)
+        uptime = Uptime.of(self.folder)
+        times = SaveTimes(self.config.checkpoint, self.mesh, lambda: writer.busy, uptime)
+        return Saver(writer, self.progress, state, self.timer, self.mesh, times, copier, response)
 
     def _batches(self) -> Iterator[StepInput]:
         """This rank's micro-batches, step by step."""
@@ -358,37 +398,3 @@ class _Run:
             assert self.planner is not None
             return document_steps(self.stream, self.plan, self.planner, self.mesh, self.start.step)
         return sequence_steps(self.stream, self.plan, self.mesh, self.start.step)
-
-    def _report_start(self) -> None:
-        start, report, restart = self.start, self.report, self.mesh.restart
-        if not start.next_stage:  # else the launch has said where it began
-            if restart is not None:
-                reason = restart.reason or "not known"
-                report("restarted", step=start.step, count=restart.count, reason=reason)
-            for kind, facts in start_events(self.config, start):
-                report(kind, step=start.step, **facts)
-        if self.mesh.device.type == "cuda":  # estimates are of one
-            here = os.environ.get("LOCAL_WORLD_SIZE", "")
-            node_ranks = int(here) if here.isdecimal() else NODE_RANKS
-            for rule, text in advice(self.config, self.plan, node_ranks).items():
-                report("advice", rule=rule, text=text)
-        again = read_again(start.facts, self.stream)
-        if again:
-            report("same_documents", sources=again, seed=self.config.run.seed)
-        if isinstance(self.optimizer, Elsewhere):
-            held = {f"{tier}_bytes": size for tier, size in self.optimizer.held_bytes().items()}
-            place = self.optimizer.place()
-            masters = self.optimizer.parameters_bytes
-            report("optimizer_states", step=start.step, **held, parameters_bytes=masters, **place)
-            if "note" in place:
-                report("states_disk", **place)
-        for kind, facts in (*data_events(start.facts, self.stream), *change_events(start.changes)):
-            report(kind, step=start.step, **facts)
-        if start.overrides:
-            report("overrides_changed", step=start.step, **start.overrides)
-        if self.plan.stage is not None and start.step == self.plan.steps_before:
-            report("stage", step=start.step, **stage_facts(self.whole, self.plan.stage))
-        for change in self.kernel_changes:
-            report("kernels_changed", step=start.step, **change)
-        for change, states in self.converted.items():
-            report("states_converted", step=start.step, change=change, states=states)

@@ -130,7 +130,12 @@ def _their_logits(folder: Path, tokens_BL: Tensor) -> Tensor:
     from transformers import AutoModelForCausalLM
 
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        str(folder), output_loading_info=True, attn_implementation="eager", local_files_only=True
+        str(folder),
+        output_loading_info=True,
+        attn_implementation="eager",
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=False,
     )
     model, loading = loaded
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):

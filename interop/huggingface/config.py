@@ -222,8 +222,19 @@ def from_hf(values: Mapping[str, Any], where: str) -> tuple[Family, ModelConfig]
 
     ``where`` names the file in errors. What concerns training only (dropout, balance of experts,
     z-loss) is left at our defaults. Raises UserError for another architecture, a feature that our
-    models lack and a key that is not known and not empty.
+    models lack, a key that is not known and not empty and a value of another kind than its key has.
     """
+    try:
+        return _described(values, where)
+    except UserError:
+        raise
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UserError(
+            f"{where}: a value is of another kind than its key takes ({error}); restore the file"
+        ) from None
+
+
+def _described(values: Mapping[str, Any], where: str) -> tuple[Family, ModelConfig]:
     family: Family | None = next((f for f in FAMILIES if f == values.get("model_type")), None)
     if family is None:
         raise UserError(

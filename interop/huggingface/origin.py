@@ -39,6 +39,7 @@ def read_origin(folder: Path) -> dict[str, Any] | None:
         return None
     content = read_json(path)
     known = {"run", "step", "seed", *_SECTIONS} <= content.keys()
+    known = known and all(isinstance(content[section], dict) for section in _SECTIONS)
     if not known or any(content.get(key) != value for key, value in _KIND.items()):
         raise UserError(f"{path} was not written by this version; move it away to do without it")
     return content

@@ -26,7 +26,8 @@ from allometry.configs.errors import UserError
 from allometry.configs.json_file import read_object
 from allometry.trainer.state import checkpoint
 from allometry.trainer.state.folder import RunFolder
-from allometry.trainer.state.integrity import Files, ShardWriter, damage
+from allometry.trainer.state.identity import problem_of
+from allometry.trainer.state.integrity import Files, ShardWriter
 from allometry.trainer.state.shards import ShardReader
 
 MODEL, OPTIMIZER = "model.", "optimizer."
@@ -100,15 +101,35 @@ class FolderWeights:
         index, single = self.folder / INDEX, self.folder / SINGLE
         if not index.exists():
             if single.exists():
-                return [single]
+                return [_within(self.folder, SINGLE)]
             raise UserError(
                 f"{self.folder} holds neither {SINGLE} nor {INDEX}; save the model in "
                 "safetensors format there"
             )
-        names = sorted(set(dict(read_json(index).get("weight_map", {})).values()))
-        if not names:
+        places = read_json(index).get("weight_map")
+        if not isinstance(places, dict) or not places:
             raise UserError(f"{index} names no files; save the model there again")
-        return [self.folder / name for name in names]
+        for name in places.values():
+            if not isinstance(name, str) or Path(name).name != name or name == "..":
+                raise UserError(
+                    f"{index} names {name!r}, which is no file of its folder; copy the model again"
+                )
+        return [_within(self.folder, name) for name in sorted(set(places.values()))]
+
+
+def _within(folder: Path, name: str) -> Path:
+    """A file of ``folder``, which may be a link into the ``blobs`` of its Hugging Face cache.
+
+    Raises UserError for a link to anywhere else.
+    """
+    path, home = folder / name, folder.resolve()
+    blobs = home.parent.parent / "blobs"
+    if path.resolve().parent not in (home, blobs):
+        raise UserError(
+            f"{path} is a link out of its folder, to {path.resolve()}; copy the file, or name the "
+            "folder that it lies in"
+        )
+    return path
 
 
 @contextmanager
@@ -157,14 +178,11 @@ def chosen_checkpoint(folder: RunFolder, step: int | None) -> Path:
     if step is None:
         if not there:
             raise UserError(f"{folder.path} has no checkpoint yet; train it first")
-        try:
-            latest = folder.latest.read_text(encoding="utf-8").strip()
-        except OSError:
-            latest = there[-1].name
+        latest = folder.read_latest() or there[-1].name
     path = folder.checkpoints / latest
     if path not in there:
         raise UserError(f"{folder.path} has no checkpoint {latest}; it has {names}")
-    problem = damage(path, contents=True)
+    problem = problem_of(folder, path, contents=True)
     if problem is not None:
         raise UserError(
             f"checkpoint {path} is damaged ({problem}); choose another with --step (there are "

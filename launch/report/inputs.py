@@ -80,8 +80,9 @@ class Shown:
 
     @cached_property
     def train_loss(self) -> float:
-        """Mean of the training loss over the last tenth of the recorded steps."""
+        """Mean of the training loss over the last tenth of the recorded steps, but skipped ones."""
         loss = self.metrics["loss"]
+        loss = loss[self.metrics.get("skipped", np.zeros(len(loss))) != 1.0]
         return float(loss[-max(1, len(loss) // 10) :].mean())  # not finite where one was not
 
     @cached_property

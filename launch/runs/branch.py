@@ -25,6 +25,7 @@ from allometry.studies.ladder.run import train_runs, write_config
 from allometry.studies.ladder.sbatch import offer_scripts
 from allometry.studies.ladder.state import check_stored, only_one, stated
 from allometry.studies.tree import TreePlan, plan_tree, write_branch
+from allometry.trainer.state.folder import RunFolder
 from allometry.trainer.state.pins import DESCRIBED
 from allometry.trainer.state.unchanged import branch_changes
 
@@ -109,10 +110,10 @@ def _change(text: str) -> Change:
 
 
 def _check_kept(run: Path, step: int) -> None:
-    from allometry.trainer.state.integrity import damage  # it brings torch
+    from allometry.trainer.state.identity import problem_of  # it brings torch
 
     path = run / "checkpoints" / f"step-{step}"
-    problem = damage(path, contents=False) if path.is_dir() else "it is not there"
+    problem = problem_of(RunFolder(run), path) if path.is_dir() else "it is not there"
     if problem is not None:
         names = sorted(
             int(one.parent.name[5:]) for one in run.glob("checkpoints/step-*/complete.json")

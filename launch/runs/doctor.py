@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from allometry.configs import json_file
 from allometry.configs.errors import UserError
 from allometry.launch.command import Report
 from allometry.launch.runs.commands import Doctor
@@ -306,7 +307,7 @@ def _keep(found: dict[str, Any], kept: Path) -> None:
         place.parent.mkdir(parents=True, exist_ok=True)
         known: Any = {}
         with suppress(OSError, ValueError):
-            known = json.loads(place.read_text(encoding="utf-8"))
+            known = json_file.read(place)
         known = known if isinstance(known, dict) else {}
         before = known.get(platform.node(), {})
         disks = {**before.get("disks", {}), **found.get("disks", {})}

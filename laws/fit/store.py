@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from allometry.configs import json_file
 from allometry.configs.errors import UserError
 from allometry.laws.fit.bootstrap import Bootstrap
 from allometry.laws.fit.engine import Fit
@@ -56,7 +57,7 @@ def load_fit(path: Path) -> StoredFit:
     Raises UserError if the file is missing, is not a fit, or is of another version.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json_file.read(path)
     except OSError as error:
         raise UserError(f"{path}: cannot read the fit: {error.strerror}") from error
     except ValueError as error:
@@ -77,7 +78,7 @@ def load_fit(path: Path) -> StoredFit:
         return StoredFit(fit, bootstrap, dict(data["extra"]))
     except UserError:
         raise
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError, OverflowError) as error:
         raise UserError(
             f"{path} is a damaged fit ({type(error).__name__}: {error}); fit again"
         ) from error

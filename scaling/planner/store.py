@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from allometry.configs import json_file
 from allometry.configs.errors import UserError
 from allometry.configs.machine import HardwareConfig
 from allometry.scaling.planner.calibrate import GENERATIONS, Calibration
@@ -45,7 +46,7 @@ def of_json(given: dict[str, Any], place: str) -> Calibration:
         covariance[np.tril_indices(len(mean))] = given["covariance"]
         low, high = given["scatter"]
         kinds = frozenset((a, b, c) for a, b, c in given["kinds"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(
             f"{place} is no calibration of the planner ({type(error).__name__}: {error}); give a "
             "file that allometry plan --calibrate wrote"
@@ -68,7 +69,7 @@ def save(belief: Calibration, path: Path) -> None:
 def load(path: Path) -> Calibration:
     """Read a belief. Raises UserError where there is none."""
     try:
-        given = json.loads(path.read_text(encoding="utf-8"))
+        given = json_file.read(path)
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else error
         raise UserError(

@@ -123,7 +123,7 @@ def _layout(job: Job, rank: int, scratch: Path) -> None:
     apart: dict[str, dict[str, tuple[str, float]]] = {}
     for dtype, tolerance in TOLERANCE.items():
         config = _in(job.config, dtype)
-        kept = torch.load(scratch / "alone" / f"steps-{dtype}.pt", mmap=True)
+        kept = torch.load(scratch / "alone" / f"steps-{dtype}.pt", mmap=True, weights_only=True)
         wanted = certificate.StepsResult(**kept)
         with open_mesh(config.parallel, CPU) as mesh:
             mine = batches_of_rank(config, mesh, _count(tolerance))

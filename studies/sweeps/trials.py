@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from allometry.configs import json_file
 from allometry.configs.errors import UserError
 from allometry.configs.model import ModelConfig, ParameterizationConfig
 from allometry.configs.optimization import OptimizerConfig
@@ -61,7 +62,7 @@ class TrialLog:
             return []
         try:
             *whole, torn = self.path.read_text(encoding="utf-8").split("\n")
-            rows = [json.loads(line) for line in whole]
+            rows = [json_file.parse(line) for line in whole]
         except ValueError:  # of another encoding, too
             raise self._another() from None
         begun = rows or head.startswith(torn)  # else no first line that was cut off
@@ -76,7 +77,7 @@ class TrialLog:
         try:
             loss = math.inf if row["loss"] is None else float(row["loss"])
             return Trial(int(row["size"]), float(row["log2_lr"]), int(row["seed"])), loss
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             raise self._another() from None
 
     def _check(self, head: Mapping[str, Any], settings: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from allometry.optim.newton_schulz import DION, newton_schulz, orthogonal
 from allometry.trainer.feed import DeviceBatch
 from allometry.trainer.loop import Loop
 from allometry.trainer.train import train
+from faulty_steps import launch_with_faults
 from run_folders import events, rows
 from small_experts import experts_model
 
@@ -71,7 +73,7 @@ def test_graphs_give_the_bits_of_kernels_one_by_one(
 
 
 @pytest.mark.parametrize("graphs", ["on", "off"])
-@pytest.mark.parametrize("optimizer", ["adamw", "muonh"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muonh", "judged"])
 @pytest.mark.parametrize("model", MODELS)
 def test_a_step_waits_for_nothing(
     tiny: Make, monkeypatch: pytest.MonkeyPatch, model: str, optimizer: str, graphs: str
@@ -97,9 +99,26 @@ def test_a_step_waits_for_nothing(
 
     monkeypatch.setattr(Loop, "_take", taken)
     monkeypatch.setattr(DeviceBatch, "of", moved)
-    kind = () if optimizer == "adamw" else ("optimizer.kind=muonh",)
-    trained(tiny(*FIXED, *MODELS[model], *kind, f"training.cuda_graphs={graphs}"))
+    kind = {"muonh": ("optimizer.kind=muonh",), "judged": ("training.bad_steps={}",)}
+    trained(
+        tiny(*FIXED, *MODELS[model], *kind.get(optimizer, ()), f"training.cuda_graphs={graphs}")
+    )
     assert strict == [6, 7, 8, 9, 10]
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muonh"])
+def test_a_bad_batch_leaves_no_trace(tiny: Make, tmp_path: Path, kind: str) -> None:
+    settings = (*FIXED, *MODELS["dense"], f"optimizer.kind={kind}", "training.bad_steps={}")
+    bad, told = (
+        tiny(*settings, *more, folder=tmp_path / name)
+        for name, more in (("bad", ()), ("told", ("training.skip_steps=[3, 7]",)))
+    )
+    for config in (bad, told):
+        launch_with_faults(config, dict.fromkeys((3, 7), math.nan), device=CUDA)
+    kept = ("step", "loss", "grad_norm", "lr", "s1", "skipped")
+    found = [[[row.get(k) for k in kept] for row in rows(tmp_path / n)] for n in ("bad", "told")]
+    assert found[0] == found[1]
+    assert [row[5] for row in found[0]].count(1) == 2
 
 
 def test_documents_wait_for_nothing_either(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:

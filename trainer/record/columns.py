@@ -7,13 +7,12 @@ A new one is declared here and measured in one other file: a tensor of ``StepOut
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from allometry.scaling.roles import Role
+from allometry.trainer.record.column import Column
 
 if TYPE_CHECKING:
     from allometry.data.reading import Account
@@ -24,17 +23,6 @@ if TYPE_CHECKING:
     from allometry.trainer.record.writer import Row
     from allometry.trainer.step import StepOutcome
 
-_VARYING = {
-    "SOURCE": r"[A-Za-z0-9][A-Za-z0-9._-]*",
-    "LAYER": r"\d+",
-    "BRANCH": "attention|ffn",
-    "ROLE": "|".join(Role),
-    "PARAMETER": r"[A-Za-z_][\w.]*",
-    "DEGREE": r"\d+",
-    "STATE": "exp_avg|exp_avg_sq|momentum_buffer",
-}
-"""What the words in capitals of a column's name stand for."""
-
 
 @dataclass
 class FinishedStep:
@@ -43,7 +31,8 @@ class FinishedStep:
     ``outcome`` is in the host's memory; ``plan`` says who ran which documents, if it has some.
     ``losses``: mean loss by source, of those with a target; ``flops`` of the step. ``areas``,
     ``total_flops`` and ``peak_bytes`` are those up to this step, ``peak_flops_per_s`` that of all
-    ranks together. ``recorded``: this rank writes a row of it, as far as is known yet.
+    ranks together. ``skipped``: it made no update. ``recorded``: this rank writes a row of it, as
+    far as is known yet.
     """
 
     outcome: StepOutcome
@@ -61,6 +50,7 @@ class FinishedStep:
     batch: BatchPlan
     stage: int | None
     recorded: bool
+    skipped: bool = False
 
     @property
     def step(self) -> int:
@@ -82,25 +72,6 @@ class FinishedStep:
         """Tokens of this step."""
         before = self.stream.tokens(self.batch.sequences_before(self.step))
         return self.tokens - before
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column, or all those that ``name`` stands for: see the words in capitals below.
-
-    ``made`` gives its value, or values by what stands for the last word; None: ``by`` adds it.
-    """
-
-    name: str
-    unit: str
-    meaning: str
-    made: Callable[[FinishedStep], float | int | Mapping[str, float | int]] | None = None
-    by: str = "loop"
-
-    def names(self, key: str) -> bool:
-        """Whether a row's key is this column."""
-        parts = (_VARYING.get(part, re.escape(part)) for part in self.name.split("/"))
-        return re.fullmatch("/".join(f"(?:{part})" for part in parts), key) is not None
 
 
 _LOOP = (
@@ -127,14 +98,15 @@ _LOOP = (
     Column(
         "loss",
         "nats",
-        "mean over target tokens of the step's global batch, before its update",
-        lambda s: s.loss,
+        "mean over target tokens of the step's global batch, before its update; a skipped step's "
+        "is in its event",
+        lambda s: {} if s.skipped else s.loss,
     ),
     Column(
         "lr",
         "1",
-        "learning rate that this step used, at the base dimensions",
-        lambda s: s.outcome.lr,
+        "learning rate that this step used, at the base dimensions; 0 if it was skipped",
+        lambda s: 0.0 if s.skipped else s.outcome.lr,
     ),
     Column("s1", "1", "sum of lr over steps, warm-up included", lambda s: s.areas.s1),
     Column(
@@ -143,9 +115,24 @@ _LOOP = (
         "sum of lr annealing with momentum 0.999, from the end of warm-up (arXiv 2408.11029)",
         lambda s: s.areas.s2,
     ),
-    Column("grad_norm", "1", "2-norm of the whole gradient before clipping", lambda s: s.grad_norm),
     Column(
-        "tokens_per_s", "tokens/s", "of all ranks in this step", lambda s: s.step_tokens / s.seconds
+        "grad_norm",
+        "1",
+        "2-norm of the whole gradient before clipping; missing like the loss",
+        lambda s: {} if s.skipped else s.grad_norm,
+    ),
+    Column(
+        "skipped",
+        "1",
+        "1 in the row of a step that made no update (training.bad_steps, training.skip_steps), "
+        "missing in others",
+        lambda s: 1 if s.skipped else {},
+    ),
+    Column(
+        "tokens_per_s",
+        "tokens/s",
+        "of all ranks in this step",
+        lambda s: {} if s.skipped else s.step_tokens / s.seconds,
     ),
     Column(
         "mfu",
@@ -166,7 +153,12 @@ _LOOP = (
         "saving do not count",
         lambda s: s.seconds,
     ),
-    Column("loss/SOURCE", "nats", "the same of a source's targets", lambda s: s.losses),
+    Column(
+        "loss/SOURCE",
+        "nats",
+        "the same of a source's targets",
+        lambda s: {} if s.skipped else s.losses,
+    ),
     Column(
         "tokens/SOURCE",
         "tokens",
@@ -337,7 +329,39 @@ _STATES = tuple(
     )
 )
 
-COLUMNS = (*_LOOP, *_ROUTERS, *_PLANS, *_OFFLOAD, *_MONITORS, *_STATES, *_FORECAST)
+_RANKS = (
+    Column("ranks/slowest", "1", "rank that waited least for others lately", by="watch.stragglers"),
+    Column(
+        "ranks/slowest_percent",
+        "%",
+        "so much longer it computed than the median of the others of its stage (CPU alone)",
+        by="watch.stragglers",
+    ),
+)
+
+_CARDS = tuple(
+    Column(f"cards/{name}", unit, meaning, by="record.cards")
+    for name, unit, meaning in (
+        ("temperature_c", "°C", "of the hottest GPU"),
+        ("sm_mhz", "MHz", "clock of the slowest GPU"),
+        ("power_w", "W", "of all GPUs together"),
+        ("ecc_corrected", "1", "ECC errors of all GPUs since their drivers started, corrected"),
+        ("ecc_uncorrected", "1", "and those that could not be corrected"),
+        ("throttled", "1", "GPUs that are slowed by heat, power or the board"),
+    )
+)
+
+COLUMNS = (
+    *_LOOP,
+    *_ROUTERS,
+    *_PLANS,
+    *_OFFLOAD,
+    *_MONITORS,
+    *_STATES,
+    *_RANKS,
+    *_FORECAST,
+    *_CARDS,
+)
 
 
 def row_of(finished: FinishedStep) -> Row:

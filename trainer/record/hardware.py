@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from allometry.configs import json_file
 from allometry.trainer.state.folder import write_atomically
 
 KEPT = Path("~/.cache/allometry/peaks.json")
@@ -82,7 +83,7 @@ def peak(device: torch.device, dtype: torch.dtype, kept: Path = KEPT) -> Peak:
 def _read_rates(kept: Path) -> dict[str, float]:
     """FLOP/s by what was measured; empty where there is no such file, or it is damaged."""
     with suppress(OSError, RuntimeError, ValueError):
-        found = json.loads(kept.expanduser().read_text(encoding="utf-8"))
+        found = json_file.read(kept.expanduser())
         if isinstance(found, dict) and all(
             isinstance(rate, float) and math.isfinite(rate) and rate > 0.0
             for rate in found.values()

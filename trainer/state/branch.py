@@ -21,6 +21,7 @@ from allometry.configs.run import RunConfig
 from allometry.trainer.state import checkpoint
 from allometry.trainer.state.changed import Difference
 from allometry.trainer.state.folder import RunFolder, write_atomically
+from allometry.trainer.state.identity import stranger
 from allometry.trainer.state.integrity import SHARD_SUFFIX, damage
 from allometry.trainer.state.pins import pin
 from allometry.trainer.state.unchanged import branch_changes, check_branch
@@ -89,6 +90,7 @@ def take(
     try:
         copies = link_files(path, partial)
         problem = damage(path if copies else partial, contents=False)
+        problem = problem or stranger(source, path, parent.step)
     except FileNotFoundError:
         problem = "it was removed meanwhile"
     if problem is not None:

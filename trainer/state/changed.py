@@ -38,9 +38,12 @@ RATES = ("schedule", "training.total_steps", "training.total_tokens")
 """What decides the learning rate of each step, besides ``optimizer.lr``."""
 MIXTURE = ("data.sources", "data.replay")
 """Which samples come next: each source goes on at its next one (``Reading.resumed``)."""
+SKIPS = ("training.bad_steps", "training.skip_steps")
+"""Which steps make no update."""
 POSSIBLE = (
     *RATES,
     *MIXTURE,
+    *SKIPS,
     UPDATE,
     "optimizer",
     "precision",

@@ -9,14 +9,13 @@ checkpoint or a folder that nothing reads.
 
 from __future__ import annotations
 
-import errno
 import re
 import shutil
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,8 +23,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 
+from allometry.configs.checkpoints import CheckpointConfig
 from allometry.configs.errors import UserError
-from allometry.configs.execution import CheckpointConfig
 from allometry.configs.json_file import read_object
 from allometry.laws.runs import read_lines
 from allometry.optim.build import Elsewhere
@@ -33,13 +32,14 @@ from allometry.optim.offload.held import MASTER, Stored
 from allometry.parallel.agree import wait_for_all, with_heartbeat
 from allometry.parallel.mesh import Mesh
 from allometry.trainer.state.facts import check_facts
+from allometry.trainer.state.failure import Failure
 from allometry.trainer.state.folder import RunFolder, write_atomically
+from allometry.trainer.state.identity import problem_of
 from allometry.trainer.state.integrity import (
     COMPLETE,
     FACTS,
     Files,
     ShardWriter,
-    damage,
     seal,
     unreadable,
 )
@@ -47,8 +47,6 @@ from allometry.trainer.state.pins import pins
 from allometry.trainer.state.planners import Loading, Saving, State, layouts
 from allometry.trainer.state.room import due, free_bytes, megabytes, stays
 from allometry.trainer.state.shards import ShardReader
-
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def step_of(path: Path) -> int:
@@ -83,7 +81,7 @@ def choose(folder: RunFolder, resume: str) -> Path | None:
                 f"run.resume={resume}: {folder.path} has no such checkpoint; it has {names}"
             )
     else:
-        named = _latest(folder)
+        named = folder.read_latest()
         if named is None and not there:
             return None
         if named is not None and not re.fullmatch(r"step-\d+", named):
@@ -92,7 +90,7 @@ def choose(folder: RunFolder, resume: str) -> Path | None:
                 + (", ".join(path.name for path in there) or "none is left")
             )
         chosen = folder.checkpoints / named if named else there[-1]
-    problem = "it is gone" if chosen not in there else damage(chosen, contents=False)
+    problem = "it is gone" if chosen not in there else problem_of(folder, chosen)
     if problem is not None:
         raise damaged(folder, chosen, problem)
     return chosen
@@ -104,7 +102,7 @@ def damaged(folder: RunFolder, path: Path, problem: str) -> UserError:
     Of that one only the sizes are known; its contents are checked when the run goes back to it.
     """
     others = [other for other in reversed(saved(folder)) if other != path]
-    whole = next((other for other in others if damage(other, contents=False) is None), None)
+    whole = next((other for other in others if problem_of(folder, other) is None), None)
     remedy = (
         f"the newest complete one is {whole.name}: continue there with run.resume={whole.name}"
         if whole
@@ -113,12 +111,14 @@ def damaged(folder: RunFolder, path: Path, problem: str) -> UserError:
     return UserError(f"checkpoint {path} is damaged ({problem}); {remedy}")
 
 
-def _latest(folder: RunFolder) -> str | None:
-    """The name in the ``latest`` pointer; None if nothing was ever saved."""
-    try:
-        return folder.latest.read_text(encoding="utf-8", errors="replace").strip()
-    except FileNotFoundError:
-        return None
+def unwritable(folder: RunFolder, error: OSError) -> UserError:
+    """The refusal of a launch whose folder takes no files, which names the checkpoint it has."""
+    name = folder.read_latest()
+    kept = f"; {name} is kept, from which the same command goes on" if name else ""
+    return UserError(
+        f"run.folder={folder.path} cannot be written: {error.strerror or error}; free space there "
+        f"or mend that, then run again{kept}"
+    )
 
 
 def _has_saved(folder: RunFolder) -> bool:
@@ -163,7 +163,7 @@ def names(path: Path) -> set[str]:
 def load(path: Path, state: State, mesh: Mesh) -> None:
     """Fill the tensors of ``state`` in place, whatever layout wrote the checkpoint.
 
-    What one rank cannot store is the UserError of all.
+    What one rank cannot read or store is the UserError of all.
     """
 
     def read() -> None:
@@ -172,21 +172,29 @@ def load(path: Path, state: State, mesh: Mesh) -> None:
         try:
             dcp.load(tensors, storage_reader=reader, planner=planner, process_group=group)
         except CheckpointException as error:
-            for failure, _ in error.failures.values():
+            failures = [failure for failure, _ in error.failures.values()]
+            for failure in failures:
                 if isinstance(failure, UserError):
                     raise failure from None
-            raise
+            raise UserError(
+                f"checkpoint {path} cannot be loaded ({_line(failures[0])}); it is damaged or of "
+                "another model: use another one"
+            ) from error
 
     with_heartbeat(mesh, read, f"loading {path.name}")
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 class Checkpointer:
     """Saves checkpoints while training goes on, and keeps the ones that were asked for.
 
-    ``needed_bytes``: about what a checkpoint takes. A save that fails is reported through
-    ``report(event, details)`` on every rank, with the system's reason, and leaves the newest
-    checkpoint as it was; where the disk is full, older ones go that this save would have replaced,
-    so that the next one has room.
+    ``needed_bytes``: about what a checkpoint takes; ``run``: the run's identity. A save that fails
+    is reported through ``report(event, details)`` on every rank, with the system's reason, and
+    leaves the newest checkpoint as it was; where the disk is full, older ones go that this save
+    would have replaced, so that the next one has room.
     """
 
     def __init__(
@@ -196,8 +204,9 @@ class Checkpointer:
         mesh: Mesh,
         report: Callable[..., None],
         needed_bytes: int,
+        run: str | None = None,
     ) -> None:
-        self._folder = folder
+        self._folder, self._run = folder, run
         self._needed_bytes = needed_bytes
         self._config = config
         self._mesh = mesh
@@ -222,13 +231,29 @@ class Checkpointer:
         stored = {name: value for name, value in state.items() if isinstance(value, Stored)}
         near = {name: value for name, value in state.items() if isinstance(value, Tensor)}
         copy: State = {**writer.stage(near), **stored}
-        # A daemon: a process that ends does not wait without end for ranks that are gone.
-        self._worker = threading.Thread(
-            target=self._write, args=(step, writer, copy, facts), name=f"save-{step}", daemon=True
-        )
-        self._worker.start()
-        if stored or not self._config.asynchronous:  # what is stored has no copy
+        self.begin(lambda: self._write(step, writer, copy, facts), f"save-{step}")
+        if stored or not self.asynchronous:  # what is stored has no copy
             self.wait()
+
+    def begin(self, work: Callable[[], None], name: str) -> None:
+        """Do ``work`` in the background, where it may use ``mesh.checkpoint_group``.
+
+        Every rank calls this, with nothing under way (``wait``).
+        """
+        assert self._worker is None or not self._worker.is_alive()
+        # A daemon: a process that ends does not wait without end for ranks that are gone.
+        self._worker = threading.Thread(target=work, name=name, daemon=True)
+        self._worker.start()
+
+    @property
+    def asynchronous(self) -> bool:
+        """Whether training goes on while something is written."""
+        return self._config.asynchronous
+
+    @property
+    def busy(self) -> bool:
+        """Whether this rank is writing."""
+        return self._worker is not None and self._worker.is_alive()
 
     def poll(self) -> None:
         """Report a save that has ended since the last call."""
@@ -268,7 +293,7 @@ class Checkpointer:
                     shutil.rmtree(partial, ignore_errors=True)
                     partial.mkdir(parents=True)
             except OSError as error:
-                return self._failed(step, _Failure.of(error))
+                return self._failed(step, Failure.of(error))
             return None
 
         return mesh.broadcast_object(with_heartbeat(mesh, make, f"preparing {partial.name}"))
@@ -276,12 +301,12 @@ class Checkpointer:
     def _write(self, step: int, writer: ShardWriter, state: State, facts: dict[str, Any]) -> None:
         """In the background: write the shards, add what makes them a checkpoint, rename."""
         group = self._mesh.checkpoint_group
-        failure: _Failure | None = None
+        failure: Failure | None = None
         try:
             planner = Saving(state)
             dcp.save(layouts(state), storage_writer=writer, planner=planner, process_group=group)
         except (Exception, CheckpointException) as error:  # the run must go on
-            failure = _Failure.of(error)
+            failure = Failure.of(error)
         gathered: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(gathered, (failure, writer.files), group=group)
         failure = next((reason for reason, _ in gathered if reason), None)
@@ -299,10 +324,10 @@ class Checkpointer:
 
     def _finish(
         self, step: int, partial: Path, files: Files, facts: dict[str, Any]
-    ) -> _Failure | None:
+    ) -> Failure | None:
         final = self._folder.checkpoints / f"step-{step}"
         try:
-            seal(partial, step, files, facts)
+            seal(partial, step, files, facts, run=self._run)
             if final.exists():  # the run went back and passes this step again
                 old = final.with_name(f".{final.name}.replaced")
                 shutil.rmtree(old, ignore_errors=True)
@@ -314,10 +339,10 @@ class Checkpointer:
             write_atomically(self._folder.latest, final.name + "\n")
             self._prune(step, self._config.keep_last)
         except OSError as error:
-            return _Failure.of(error)
+            return Failure.of(error)
         return None
 
-    def _failed(self, step: int, failure: _Failure) -> str:
+    def _failed(self, step: int, failure: Failure) -> str:
         """Make room for the next save where that was missing; the failure in words."""
         if not failure.full:
             return failure.reason
@@ -332,7 +357,7 @@ class Checkpointer:
 
         What a branch refers to stays, too.
         """
-        latest = _latest(self._folder)
+        latest = self._folder.read_latest()
         past = [p for p in saved(self._folder) if step_of(p) <= step]
         pinned = {pin.step for pin in pins(self._folder.path)}
         for path in past[:-keep]:
@@ -343,27 +368,11 @@ class Checkpointer:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-class _Failure(NamedTuple):
-    """Why a save failed, in the system's words, and whether for want of room."""
-
-    reason: str
-    full: bool = False
-
-    @classmethod
-    def of(cls, error: BaseException) -> _Failure:
-        """The cause at the bottom of DCP's nested exceptions, in one line."""
-        failures = getattr(error, "failures", None)
-        if failures:
-            first = next(iter(failures.values()))
-            error = first[0] if isinstance(first, tuple) else first
-        if isinstance(error, OSError) and error.strerror:
-            return cls(error.strerror, error.errno in _FULL)
-        return cls(f"{type(error).__name__}: {error}".split("\n")[0])
-
-
 def clean(folder: RunFolder, used: Path | None) -> list[str]:
-    """Remove what an interrupted save left behind, but not ``used``; the names removed."""
-    left = [*folder.checkpoints.glob(".step-*.partial"), *folder.checkpoints.glob(".*.replaced")]
+    """Remove what an interrupted save left behind, but not ``used``; the names of checkpoints."""
+    folder.remove_temporary()
+    patterns = (".step-*.partial", ".*.replaced", ".upload-step-*")
+    left = [path for pattern in patterns for path in folder.checkpoints.glob(pattern)]
     left = [path for path in left if path != used]
     for path in left:
         shutil.rmtree(path, ignore_errors=True)

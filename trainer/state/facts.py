@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -20,6 +20,7 @@ class _Facts(BaseModel):
 class _Change(_Facts):
     position: Count
     shares: dict[str, Annotated[float, Field(ge=0.0, le=1.0)]]
+    passed: Count = 0
 
 
 class _Read(_Facts):
@@ -41,10 +42,17 @@ class _Checkpoint(_Facts):
     held_out_before: dict[str, Number] = {}
 
 
+class _Accepted(_Facts):
+    loss: list[Number]
+    grad_norm: list[Number]
+
+
 class _Trained(_Checkpoint):
     position_sequences: Count
     flops: Number
     areas: dict[str, Number]
+    skipped: dict[str, Literal["not_finite", "spike", "skip_steps"]] = {}
+    accepted: _Accepted | None = None
 
 
 def check_facts(facts: dict[str, Any], path: Path) -> None:

@@ -7,12 +7,12 @@ shards are links. So nothing of what it began with is needed from then on, whate
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from allometry.configs import json_file
 from allometry.configs.errors import UserError
 from allometry.configs.lineage import Initial
 from allometry.configs.run import RunConfig
@@ -24,7 +24,8 @@ from allometry.trainer.state import checkpoint
 from allometry.trainer.state.branch import Taken, link_files, stored_config
 from allometry.trainer.state.changed import Difference, leaves
 from allometry.trainer.state.folder import RunFolder
-from allometry.trainer.state.integrity import BLOCK_BYTES, COMPLETE, FACTS, Files, damage, seal
+from allometry.trainer.state.identity import problem_of
+from allometry.trainer.state.integrity import BLOCK_BYTES, COMPLETE, FACTS, Files, seal
 
 TRAINING_ONLY = ("dropout", "z_loss", "router.balance", "router.z_loss")
 """Keys of a model that change how it learns and not what it computes."""
@@ -91,7 +92,7 @@ def choose_initial(config: RunConfig, initial: Initial) -> Chosen:
         content = (path / COMPLETE).read_bytes()
     except (OSError, ValueError):
         raise unusable(path, "it is not whole") from None
-    problem = damage(path, contents=False)
+    problem = problem_of(source, path)
     if problem is not None:
         raise unusable(path, problem)
     before = stored_config(source)
@@ -135,7 +136,7 @@ def take_initial(
     partial.mkdir(parents=True)
     try:
         copies = link_files(chosen.path, partial, but=(FACTS, COMPLETE))
-        listed = json.loads((chosen.path / COMPLETE).read_text(encoding="utf-8"))
+        listed = json_file.read_object(chosen.path / COMPLETE)
         files = {name: entry for name, entry in listed["files"].items() if name != FACTS}
         seal(partial, 0, files, chosen.facts, listed.get("block_bytes", BLOCK_BYTES))
     except FileNotFoundError:
@@ -206,10 +207,12 @@ def _checkpoint(source: RunFolder, initial: Initial, key: str) -> Path:
     if not there:
         raise UserError(f"{key} has no checkpoint yet; let it train to one, or name another run")
     if initial.step == "latest":
-        try:
-            return source.checkpoints / source.latest.read_text(encoding="utf-8").strip()
-        except OSError:
+        named = source.read_latest()
+        if named is None:
             return there[-1]
+        if source.checkpoints / named not in there:
+            raise UserError(f"{key}: {source.latest} does not name a checkpoint; restore it")
+        return source.checkpoints / named
     path = source.checkpoints / f"step-{initial.step}"
     if path not in there:
         names = ", ".join(other.name for other in there)

@@ -119,15 +119,24 @@ class ShardWriter(FileSystemWriter):
 
 
 def seal(
-    path: Path, step: int, files: Files, facts: dict[str, Any], block_bytes: int | None = None
+    path: Path,
+    step: int,
+    files: Files,
+    facts: dict[str, Any],
+    block_bytes: int | None = None,
+    run: str | None = None,
 ) -> None:
-    """Make a checkpoint of a folder of shards: add the facts and, last, the list of files."""
+    """Make a checkpoint of a folder of shards: add the facts and, last, the list of files.
+
+    ``run``: the identity of the run that writes it (``identity.py``).
+    """
     text = json.dumps(facts, indent=2) + "\n"
     write_atomically(path / FACTS, text)
     checksum = Checksum()
     checksum.update(text.encode())
     listed = dict(sorted((files | {FACTS: checksum.entry()}).items()))
     content = {"step": step, "block_bytes": block_bytes or BLOCK_BYTES, "files": listed}
+    content |= {} if run is None else {"run": run}
     write_atomically(path / COMPLETE, json.dumps(content, indent=2) + "\n")
 
 
@@ -183,9 +192,10 @@ def unreadable(name: str, error: OSError | ValueError) -> str:
     return f"{name} cannot be read: {reason}"
 
 
-def _shards(path: Path) -> list[str]:
-    """The files that torch's reader might open."""
-    return sorted(f.name for f in path.iterdir() if f.suffix == SHARD_SUFFIX or f.name == METADATA)
+def _present(path: Path) -> list[str]:
+    """What lies in a checkpoint besides its list; not what systems hide there (``.nfs...``)."""
+    names = (file.name for file in path.iterdir())
+    return sorted(n for n in names if n == METADATA or not (n == COMPLETE or n.startswith(".")))
 
 
 def damage(path: Path, *, contents: bool) -> str | None:
@@ -201,12 +211,14 @@ def damage(path: Path, *, contents: bool) -> str | None:
     except (OSError, ValueError) as error:
         return unreadable(COMPLETE, error)
     ends = {block.name: block.start + block.size for block in blocks}
-    unlisted = next((f for f in (FACTS, *_shards(path)) if f not in ends), None)
+    unlisted = next((f for f in (FACTS, *_present(path)) if f not in ends), None)
     if unlisted is not None:
         return f"{COMPLETE} does not list {unlisted}"
     for name, size in ends.items():
         try:
-            actual = (path / name).stat().st_size
+            actual = (path / name).lstat().st_size
+            if not (path / name).is_file() or (path / name).is_symlink():
+                return f"{name} is no file of this folder but a link or a folder"
         except FileNotFoundError:
             return f"{name} is missing"
         except OSError as error:

@@ -51,7 +51,7 @@ def pins(trunk: Path) -> list[Pin]:
         try:
             said = read_object(path)
             step, by = int(said["step"]), Path(said["by"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError):
             continue  # removed meanwhile, or nobody's
         missing = not by.parent.is_dir()
         if missing or any((by / name).is_file() for name in ("config.yaml", DESCRIBED)):

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, TypeVar
 
 from allometry.configs.run import RunConfig
-from allometry.data.changes import Change, declared, in_force
+from allometry.data.changes import Change, declared, in_force, passing_over
 from allometry.data.reading import samples_read
 from allometry.data.sources import Sources
 from allometry.trainer.state import checkpoint
@@ -24,9 +24,14 @@ def continued(stream: S, facts: dict[str, Any] | None) -> S:
     Raises:
         UserError: sources of the run are missing, or ``data.continue_sources`` cannot be.
     """
+    position = 0
     if facts is not None and not weights_only(facts):
-        return stream.resumed(facts["reading"], facts["position_sequences"])
-    return stream.after(_ancestors(facts)) if _goes_on(stream, facts) else stream
+        position = facts["position_sequences"]
+        stream = stream.resumed(facts["reading"], position)
+    elif _goes_on(stream, facts):
+        stream = stream.after(_ancestors(facts))
+    passed = (facts or {}).get("pass_over", 0)
+    return stream.passing_over(position, passed) if passed else stream
 
 
 def read_again(facts: dict[str, Any] | None, stream: Sources) -> list[str]:
@@ -49,7 +54,7 @@ def data_events(
     if facts is not None and not weights_only(facts):
         position = facts["position_sequences"]
         before = tuple(Change(**change) for change in facts["reading"]["mixture"])
-        if before != stream.mixture.changes:
+        if _with_passed(before, facts) != stream.mixture.changes:
             yield (
                 "mixture_changed",
                 {
@@ -59,10 +64,17 @@ def data_events(
                     "tokens": stream.ledger(position),
                 },
             )
+    if facts is not None and (passed := facts.get("pass_over", 0)):
+        yield "passed_over", {"position": position, "samples": passed}
     if position == 0 and _goes_on(stream, facts):
         accounts = stream.accounts(position)
         epochs = {name: account.epochs for name, account in accounts.items()}
         yield "sources_continued", {"epochs": epochs}
+
+
+def _with_passed(changes: tuple[Change, ...], facts: dict[str, Any]) -> tuple[Change, ...]:
+    passed, position = facts.get("pass_over", 0), facts["position_sequences"]
+    return passing_over(changes, position, passed) if passed else changes
 
 
 def _goes_on(stream: Sources, facts: dict[str, Any] | None) -> bool:

@@ -85,22 +85,32 @@ def status_of(folder: Path) -> RunStatus:
         folder=folder,
         state=_state(folder),
         host=(_owner(folder / "run.lock") or (None, None))[1],
-        step=int(row.get("step", 0)),
+        step=_count(row.get("step")),
         total_steps=total if isinstance(total, int) else None,
-        tokens=int(row.get("tokens", 0)),
-        loss=row.get("loss"),
+        tokens=_count(row.get("tokens")),
+        loss=_number(row.get("loss")),
         validation={
-            key.removeprefix("validation/"): value
+            key.removeprefix("validation/"): loss
             for key, value in row.items()
-            if key.startswith("validation/") and value is not None
+            if key.startswith("validation/") and (loss := _number(value)) is not None
         },
         parent=Path(str(parent["folder"])) if parent else None,
-        parent_step=parent.get("step") if parent else None,
+        parent_step=_count(parent.get("step")) if parent else None,
         origin=origin if isinstance(origin, dict) and not parent else None,
         checkpoints=tuple(sorted(_checkpoints(folder))),
         pins=tuple(pins(folder)),
         files=_files(folder),
     )
+
+
+def _number(value: object) -> float | None:
+    """A number of a row; None for what is none, as the row of somebody else may have."""
+    return float(value) if isinstance(value, int | float) and abs(value) < 1e300 else None
+
+
+def _count(value: object) -> int:
+    number = _number(value)
+    return 0 if number is None else int(number)
 
 
 def parents(runs: Sequence[RunStatus]) -> list[int | None]:

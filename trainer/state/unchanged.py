@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from allometry.configs.bad_steps import names_step
 from allometry.configs.errors import UserError
 from allometry.configs.lineage import Parent, covers
 from allometry.configs.run import RunConfig
@@ -14,6 +15,7 @@ from allometry.scaling.parameterization import Parameterization
 from allometry.scaling.stages import StagePlace, place_at, place_of, places_of
 from allometry.trainer.state.changed import (
     MIXTURE,
+    SKIPS,
     Difference,
     check_named,
     check_names,
@@ -35,10 +37,12 @@ def check_unchanged(
 
     With ``sections`` only these, or single keys, may not change. The mixture may: samples already
     read stay what they were, and each source goes on at its next one (``Reading.resumed``). So may
-    ``optimizer.overrides`` (``changed_overrides``).
+    ``optimizer.overrides`` (``changed_overrides``) and which steps to come make no update.
     """
+    _check_skips(old, new, step, f"with which {old.run.folder} was started")
     for begun, change in _differences_of_stages(old, new, step):
         may = begun.goes_on and any(covers(name, change.key) for name in (*MIXTURE, OVERRIDES))
+        may = may or any(covers(name, change.key) for name in SKIPS)
         if sections is not None:
             may = may or not any(covers(one, change.key) for one in sections)
         if not may:
@@ -68,6 +72,7 @@ def check_branch(parent: RunConfig, branch: RunConfig, link: Parent) -> None:
         UserError: names the key that differs, or the first step with another learning rate.
     """
     step, folder = link.step, link.folder
+    _check_skips(parent, branch, step, f"of run.parent.folder={folder}")
     check_names(link, _at(parent, step), _at(branch, step))
     for begun, change in _differences_of_stages(parent, branch, step):
         if not begun.goes_on and _is_of_branch(change):
@@ -117,6 +122,20 @@ def branch_changes(
         was, now = (places_of(run)[-1].last_step for run in (parent, branch))
         found += [Difference(_LENGTHS[0], was, now)] if rates and was != now else []
     return tuple(found)
+
+
+def _check_skips(old: RunConfig, new: RunConfig, step: int, of: str) -> None:
+    """Refuse another choice of steps that were taken already, or passed over."""
+    was, now = old.training.skip_steps, new.training.skip_steps
+    taken = range(1, step + 1) if was != now else ()
+    other = next((one for one in taken if names_step(was, one) != names_step(now, one)), None)
+    if other is not None:
+        way = "is" if names_step(now, other) else "is not"
+        raise UserError(
+            f"training.skip_steps differs from that {of}: step {other} {way} among them now, and "
+            f"{step} steps were taken; restore it, or go back to a checkpoint before that step "
+            "with run.resume=step-N"
+        )
 
 
 def _is_of_branch(change: Difference) -> bool:
@@ -169,9 +188,11 @@ def rates_part(old: RunConfig, new: RunConfig, step: int) -> int | None:
         if first <= step and _multipliers(old, at) != _multipliers(new, at):
             return first
         last = min(step, one.last_step, place.last_step)
-        for done in range(max(first, was[at].first_step), last + 1):
+        done = max(first, was[at].first_step)
+        while done <= last:
             if was[at].fraction(done) != now[at].fraction(done):
                 return done
+            done = min(was[at].flat_until(done), now[at].flat_until(done)) + 1
         if last == step or last < max(one.last_step, place.last_step):
             break
     return None if last == step else last + 1

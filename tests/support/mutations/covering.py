@@ -8,7 +8,10 @@ from pathlib import Path
 
 HOT = (
     *("models/*.py", "parallel/*.py", "parallel/hdp/*.py", "parallel/offload/*.py", "optim/*.py"),
-    *(f"trainer/{name}.py" for name in ("step", "balance", "feed", "evaluate", "loop")),
+    *(
+        f"trainer/{name}.py"
+        for name in ("step", "balance", "feed", "evaluate", "loop", "bad_steps", "skips")
+    ),
     *(
         f"data/{name}.py"
         for name in (
@@ -132,7 +135,8 @@ COVERING: tuple[tuple[str, tuple[Stage, ...]], ...] = (
     ("parallel/wire.py", (unit("parallel/*groups"), dist("mesh"))),
     ("parallel/tensor_chunks.py", (dist("overlap_keys", "tensor"), CUT)),
     ("parallel/gather_fp8.py", (dist("gather_fp8"),)),
-    ("parallel/in_two.py", (unit("parallel/*expert"), dist("overlap_keys"), CUT)),
+    ("parallel/in_two.py", (unit("parallel/*in_two"), dist("overlap_keys"), CUT)),
+    ("parallel/side.py", (unit("trainer/*watch"), dist("hangs"))),
     ("parallel/rendezvous.py", (unit("parallel/*rendezvous", "parallel/*mesh"), dist("process"))),
     ("parallel/mesh.py", (unit("parallel/test_parallel_mesh"), dist("mesh", "process"), ONE)),
     (
@@ -209,9 +213,17 @@ COVERING: tuple[tuple[str, tuple[Stage, ...]], ...] = (
     ),
     (
         "trainer/step.py",
-        (unit("trainer/*_step", "trainer/*feed", "trainer/*shares"), ONE, dist("faults"), RUNS),
+        (
+            unit("trainer/*_step", "trainer/*feed", "trainer/*shares"),
+            ONE,
+            dist("faults"),
+            RUNS,
+            dist("corruption"),
+        ),
     ),
     ("trainer/balance.py", (ONE, CUT, RUNS)),
+    ("trainer/bad_steps.py", (unit("trainer/*bad_steps"), dist("bad_steps"))),
+    ("trainer/skips.py", (unit("trainer/*bad_steps"), dist("bad_steps"))),
     (
         "trainer/feed.py",
         (

@@ -98,8 +98,8 @@ PLANTED = (
     Plant(
         "trainer/step.py",
         "gradients of the step before kept",
-        "self._optimizer.zero_grad(set_to_none=True)",
-        "pass",
+        "self._optimizer.zero_grad(set_to_none=True)\n        sums_2S",
+        "sums_2S",
     ),
     Plant(
         "optim/clip.py",

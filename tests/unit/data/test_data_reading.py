@@ -196,3 +196,41 @@ def test_a_source_that_was_read_may_not_vanish(folder: Path) -> None:
     # One that was named and never read may.
     unread = through_json(Stream(config(folder, code=1, prose=0), SEED).state(10))
     Stream(config(folder, code=1), SEED).resumed(unread, 10)
+
+
+@settings(max_examples=40)
+@given(
+    position=st.integers(0, 60),
+    samples=st.integers(1, 60),
+    later=st.integers(0, 60),
+    more=st.integers(0, 9),
+)
+def test_samples_that_are_passed_over_are_never_read(
+    folder: Path, position: int, samples: int, later: int, more: int
+) -> None:
+    """The stream goes on as it would have after them, and nothing of them is in the ledger."""
+    weights = {"code": 3.0, "prose": 1.0}
+    for data in (config(folder, **weights), documents(folder, 16, 24, **weights)):
+        plain = open_stream(data, SEED)
+        passing = plain.passing_over(position, samples)
+        if more:
+            passing = passing.passing_over(position, more)
+        place, end = position + later, position + samples + more
+        for one, other in zip(
+            passing.samples(place, 9), plain.samples(end + later, 9), strict=True
+        ):
+            assert one.tolist() == other.tolist()
+        if position:
+            mine, whole = passing.samples(0, position + 1), plain.samples(0, position)
+            assert [x[:position].tolist() for x in mine] == [x.tolist() for x in whole]
+        before, after = plain.ledger(position), plain.ledger(end)
+        wanted = {
+            name: tokens - after[name] + before[name]
+            for name, tokens in plain.ledger(end + later).items()
+        }
+        assert passing.ledger(place) == wanted
+        resumed = plain.resumed(through_json(passing.state(place + 1)), place + 1)
+        assert resumed.mixture.changes == passing.mixture.changes
+        assert resumed.ledger(place + 30) == passing.ledger(place + 30)
+        unique = passing.accounts(place)
+        assert all(one.unique_tokens <= one.tokens for one in unique.values())

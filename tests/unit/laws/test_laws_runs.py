@@ -72,7 +72,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
         read_run(write(tmp_path / "stepless", [{"loss": 1.0}]))
     folder = write(tmp_path / "yaml", [{"step": 1}])
     (folder / "config.yaml").write_text("a: [1")
-    with pytest.raises(UserError, match=r"config.yaml is not YAML"):
+    with pytest.raises(UserError, match=r"config.yaml:.* not valid YAML"):
         read_run(folder)
     with pytest.raises(UserError) as caught:
         read_run(folder)

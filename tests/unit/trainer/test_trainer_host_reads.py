@@ -18,6 +18,7 @@ from allometry.parallel.mesh import open_mesh
 from allometry.scaling.plan import RunPlan
 from allometry.scaling.update_rules import OPTIMIZER_KINDS
 from allometry.trainer.assemble import make_model, make_optimizer, make_train_step
+from allometry.trainer.bad_steps import Judge
 from allometry.trainer.feed import DeviceBatch
 from allometry.trainer.step import TrainStep
 from host_reads import host_reads
@@ -33,6 +34,7 @@ MODELS = {
     "dense": (),
     "experts": (f"model={json.dumps(EXPERTS)}",),
     "biased": (f"model={json.dumps(BIASED)}",),
+    "judged": (f"model={json.dumps(BIASED)}", "training.bad_steps={}"),
     "offloaded": (
         f"model={json.dumps(experts_model(width=128, num_layers=4))}",
         *("training.activation_offload=1.0", "batch.micro_batch_sequences=4"),
@@ -52,7 +54,8 @@ def reads_of_a_step(
         parallel = make_model(config, plan, mesh)
         optimizer = make_optimizer(config, plan, parallel, mesh)
         schedule = resolve_schedule(config, plan.batch)
-        take = make_train_step(config, plan, parallel, optimizer, schedule, mesh)
+        judge = Judge.of(config.training, CPU, None)
+        take = make_train_step(config, plan, parallel, optimizer, schedule, mesh, judge)
         change(take, parallel.parts[0])
         for step in range(1, 4):
             first = plan.batch.sequences_before(step)
@@ -73,6 +76,7 @@ def reads_of_a_step(
         *(("dense", kind) for kind in OPTIMIZER_KINDS),
         *((model, kind) for model in ("experts", "biased") for kind in ("adamw", "muonh")),
         ("offloaded", "adamw"),
+        ("judged", "adamw"),
     ],
 )
 def test_a_step_reads_no_value(tiny: Make, model: str, optimizer: str) -> None:

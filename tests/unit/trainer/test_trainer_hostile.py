@@ -14,7 +14,9 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from allometry.configs.errors import UserError
 from allometry.configs.run import RunConfig
-from allometry.interop.huggingface.weights import CheckpointWeights
+from allometry.interop.huggingface.weights import CheckpointWeights, chosen_checkpoint
+from allometry.trainer.state.folder import RunFolder
+from allometry.trainer.state.identity import stranger
 from allometry.trainer.state.integrity import Checksum
 from allometry.trainer.state.shards import ShardReader
 from allometry.trainer.train import train
@@ -166,9 +168,19 @@ def test_files_that_are_listed_outside(run: Path, tiny: Make, name: str) -> None
         go_on(tiny)
 
 
-def test_shards_that_nothing_lists(run: Path, tiny: Make) -> None:
-    (run / "checkpoints" / "step-4" / "__7_0.distcp").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"does not list __7_0\.distcp"):
+@pytest.mark.parametrize("name", ["__7_0.distcp", "more.pkl", "a folder"])
+def test_files_that_nothing_lists(run: Path, tiny: Make, name: str) -> None:
+    place = run / "checkpoints" / "step-4" / name
+    place.write_bytes(b"x") if "." in name else place.mkdir()
+    with pytest.raises(UserError, match=rf"does not list {name}"):
+        go_on(tiny)
+
+
+def test_a_link_in_the_place_of_a_file(run: Path, tiny: Make, tmp_path: Path) -> None:
+    shard = run / "checkpoints" / "step-4" / "__0_0.distcp"
+    shard.rename(tmp_path / "outside.distcp")
+    shard.symlink_to(tmp_path / "outside.distcp")
+    with pytest.raises(UserError, match="no file of this folder but a link"):
         go_on(tiny)
 
 
@@ -247,3 +259,80 @@ def test_a_run_does_not_begin_again_in_silence(run: Path, tiny: Make) -> None:
     (run / "checkpoints" / "step-2").mkdir()
     with pytest.raises(UserError, match=r"config\.yaml is gone"):
         go_on(tiny)
+
+
+def other_run(tiny: Make, tmp_path: Path) -> Path:
+    folder = tmp_path / "other"
+    train(tiny("checkpoint.every_steps=2", "run.seed=9", folder=folder), device=CPU, stop_at_step=4)
+    return folder
+
+
+def test_another_runs_checkpoint_is_refused(run: Path, tiny: Make, tmp_path: Path) -> None:
+    other = other_run(tiny, tmp_path)
+    theirs = json.loads((other / "run.json").read_text())["identity"]["run"]
+    shutil.rmtree(run / "checkpoints" / "step-4")
+    shutil.copytree(other / "checkpoints" / "step-4", run / "checkpoints" / "step-4")
+    with pytest.raises(UserError, match=rf"another run, {theirs}, and this one.*resume=step-2"):
+        go_on(tiny)
+    with pytest.raises(UserError, match="another run"):
+        chosen_checkpoint(RunFolder(run), 4)
+    branch = tmp_path / "branch"
+    parent = f"run.parent={{folder: {run}, step: 4}}"
+    with pytest.raises(UserError, match=r"cannot be branched from \(it was written by another run"):
+        train(tiny("checkpoint.every_steps=2", parent, folder=branch), device=CPU, stop_at_step=6)
+    initial = f"run.initial={{folder: {run}, step: 4}}"
+    with pytest.raises(UserError, match=r"cannot be begun with \(it was written by another run"):
+        train(tiny("checkpoint.every_steps=2", initial, folder=branch), device=CPU)
+
+
+def test_what_a_run_may_begin_or_go_on_with(run: Path, tiny: Make, tmp_path: Path) -> None:
+    """A copy, a run whose run.json is lost, one of before there were identities, a branch."""
+    every = "checkpoint.every_steps=2"
+    copied, lost, old = (tmp_path / name for name in ("copied", "lost", "old"))
+    for folder in (copied, lost, old):
+        shutil.copytree(run, folder)
+    (lost / "run.json").unlink()
+    for path in (old / "run.json", *old.glob("checkpoints/*/complete.json")):
+        content = json.loads(path.read_text())
+        del content["run" if path.name == "complete.json" else "identity"]
+        path.write_text(json.dumps(content))
+    for folder in (copied, lost, old):
+        train(tiny(every, folder=folder), device=CPU, stop_at_step=6)
+        train(tiny(every, "run.resume=step-4", folder=folder), device=CPU, stop_at_step=5)
+    branch = tmp_path / "branch"
+    begun = tiny(
+        every, "checkpoint.keep_last=5", f"run.parent={{folder: {run}, step: 2}}", folder=branch
+    )
+    train(begun, device=CPU, stop_at_step=3)
+    for step in (3, 2):
+        again = begun.run.model_copy(update={"resume": f"step-{step}"})
+        train(begun.model_copy(update={"run": again}), device=CPU, stop_at_step=4)
+    identity = json.loads((branch / "run.json").read_text())["identity"]
+    own = json.loads((run / "run.json").read_text())["identity"]["run"]
+    assert (identity["parent"], identity["step"]) == (own, 2)
+    assert identity["run"] != own
+    shutil.copytree(run / "checkpoints" / "step-4", branch / "checkpoints" / "step-9")
+    seal_again(branch / "checkpoints" / "step-9")
+    assert "another run" in str(stranger(RunFolder(branch), branch / "checkpoints/step-9", 9))
+
+
+def test_going_back_changes_nothing_before_loading(run: Path, tiny: Make) -> None:
+    path = run / "checkpoints" / "step-2"
+
+    def nowhere(found: Any) -> None:
+        name = "model.final_norm.weight"
+        del found.state_dict_metadata[name]
+        for index in [i for i in found.storage_data if i.fqn == name]:
+            del found.storage_data[index]
+
+    planted(path, nowhere)  # whole and well formed, but not all that the model has
+
+    def contents() -> dict[Path, bytes]:
+        kept = (f for f in run.rglob("*") if f.is_file() and f.name != "run.lock")
+        return {f: f.read_bytes() for f in kept}
+
+    before = contents()
+    with pytest.raises(UserError, match=r"cannot be loaded \(.*final_norm"):
+        train(tiny("checkpoint.every_steps=2", "run.resume=step-2"), device=CPU, stop_at_step=6)
+    assert contents() == before
+    go_on(tiny)

@@ -1,0 +1,53 @@
+"""Whether token files hold what their manifest recorded, from a sample of each file."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+from allometry.configs.errors import UserError
+from allometry.data.manifest import MANIFEST, FileRecord, manifest_of
+from allometry.data.store import TokenStore
+
+SAMPLES = 16
+SAMPLE_BYTES = 1 << 16
+WHOLE_BYTES = 1 << 24
+"""Files of manifests without ``sampled_sha256`` are read as a whole up to here."""
+
+
+def sampled_sha256(path: Path) -> str:
+    """SHA-256 of a file's size and of ``SAMPLES`` blocks, evenly spread, its ends among them."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    last = max(0, size - SAMPLE_BYTES)
+    with path.open("rb") as file:
+        for start in sorted({last * index // (SAMPLES - 1) for index in range(SAMPLES)}):
+            file.seek(start)
+            digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def check_contents(stores: Iterable[TokenStore]) -> None:
+    """Raise UserError unless token files are those that their manifests recorded, as far as seen.
+
+    Of a file a MiB is read at most (16 MiB of one whose manifest has no ``sampled_sha256``); files
+    without a manifest of ours are not compared.
+    """
+    for store in stores:
+        recorded = manifest_of(store.prefix)  # compares sizes
+        for name, record in () if recorded is None else recorded[1].files.items():
+            path = Path(store.prefix).parent / name
+            if _differs(path, record):
+                raise UserError(
+                    f"token file {path} does not hold what {path.parent / MANIFEST} recorded; copy "
+                    "it again, or prepare the data again into another folder"
+                )
+
+
+def _differs(path: Path, record: FileRecord) -> bool:
+    if record.sampled_sha256 is not None:
+        return sampled_sha256(path) != record.sampled_sha256
+    if record.bytes > WHOLE_BYTES:
+        return False
+    return hashlib.sha256(path.read_bytes()).hexdigest() != record.sha256

@@ -1,0 +1,71 @@
+"""What a launch says of itself before its first step, as events."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from allometry.configs.run import RunConfig
+from allometry.data.documents import DocumentStream
+from allometry.data.stream import Stream
+from allometry.optim.build import Elsewhere
+from allometry.parallel.mesh import Mesh
+from allometry.scaling.advice import NODE_RANKS, advice
+from allometry.scaling.plan import RunPlan
+from allometry.trainer.state.changed import change_events
+from allometry.trainer.state.reading import data_events, read_again
+from allometry.trainer.state.resume import Start, start_events
+from allometry.trainer.state.stages import stage_facts
+
+
+def said_at_start(
+    config: RunConfig,
+    whole: RunConfig,
+    plan: RunPlan,
+    start: Start,
+    stream: Stream | DocumentStream,
+    mesh: Mesh,
+    optimizer: torch.optim.Optimizer,
+    kernel_changes: Sequence[Mapping[str, Any]],
+    converted: Mapping[str, int],
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield events, (kind, facts), of a launch or of a stage that begins within one.
+
+    ``whole`` is the run with all its stages, ``config``, ``plan`` and ``stream`` are of the stage;
+    ``kernel_changes``: kernels that the launch before had otherwise; ``converted``: how many
+    states of the optimizer changed, by the change.
+    """
+    step = {"step": start.step}
+    if not start.next_stage:  # else the launch has said where it began
+        if mesh.restart is not None:
+            reason = mesh.restart.reason or "not known"
+            yield "restarted", {**step, "count": mesh.restart.count, "reason": reason}
+        for kind, facts in start_events(config, start):
+            yield kind, {**step, **facts}
+    if mesh.device.type == "cuda":  # estimates are of one
+        here = os.environ.get("LOCAL_WORLD_SIZE", "")
+        node_ranks = int(here) if here.isdecimal() else NODE_RANKS
+        for rule, text in advice(config, plan, node_ranks).items():
+            yield "advice", {"rule": rule, "text": text}
+    if again := read_again(start.facts, stream):
+        yield "same_documents", {"sources": again, "seed": config.run.seed}
+    if isinstance(optimizer, Elsewhere):
+        held = {f"{tier}_bytes": size for tier, size in optimizer.held_bytes().items()}
+        place = optimizer.place()
+        masters = {"parameters_bytes": optimizer.parameters_bytes}
+        yield "optimizer_states", {**step, **held, **masters, **place}
+        if "note" in place:
+            yield "states_disk", dict(place)
+    for kind, facts in (*data_events(start.facts, stream), *change_events(start.changes)):
+        yield kind, {**step, **facts}
+    if start.overrides:
+        yield "overrides_changed", {**step, **start.overrides}
+    if plan.stage is not None and start.step == plan.steps_before:
+        yield "stage", {**step, **stage_facts(whole, plan.stage)}
+    for change in kernel_changes:
+        yield "kernels_changed", {**step, **change}
+    for name, states in converted.items():
+        yield "states_converted", {**step, "change": name, "states": states}
