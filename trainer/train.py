@@ -166,11 +166,13 @@ def _launch(
             )
             if not start.next_stage:  # the checkpoint is loaded, so that the folder may change
                 run.start = start = enter(folder, config, start, mesh)
-                open_recorder = partial(record.Recorder, folder)
-                recorder = on_main_rank(mesh, open_recorder, "opening the record")
+                recorder = on_main_rank(
+                    mesh, partial(record.Recorder, folder), "opening the record"
+                )
             result = run.train(recorder, invocation, stop_at_step, signals)
             if result.go_back:
-                go_back(folder, run.config, run.plan.batch, result.go_back, mesh, run.report)
+                again = folder, local, run.config, run.plan.batch, result.go_back
+                go_back(*again, mesh, run.report)
                 break
             if result.stopped_by is not None or result.step == places[-1].last_step:
                 break

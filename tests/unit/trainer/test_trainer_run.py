@@ -104,9 +104,7 @@ def test_synchronous_saves_are_the_same_checkpoints(tiny: Make, tmp_path: Path) 
     kept = [[p.name for p in checkpoint.saved(RunFolder(f))] for f in folders]
     assert kept == [["step-15", "step-20"]] * 2
     assert all(
-        damage(p, contents=True) is None
-        for f in folders
-        for p in checkpoint.saved(RunFolder(f))
+        damage(p, contents=True) is None for f in folders for p in checkpoint.saved(RunFolder(f))
     )
 
 
