@@ -166,13 +166,11 @@ def _launch(
             )
             if not start.next_stage:  # the checkpoint is loaded, so that the folder may change
                 run.start = start = enter(folder, config, start, mesh)
-                recorder = on_main_rank(
-                    mesh, partial(record.Recorder, folder), "opening the record"
-                )
+                open_recorder = partial(record.Recorder, folder)
+                recorder = on_main_rank(mesh, open_recorder, "opening the record")
             result = run.train(recorder, invocation, stop_at_step, signals)
             if result.go_back:
-                again = folder, local, run.config, run.plan.batch, result.go_back
-                go_back(*again, mesh, run.report)
+                go_back(folder, local, run.config, run.plan.batch, result.go_back, mesh, run.report)
                 break
             if result.stopped_by is not None or result.step == places[-1].last_step:
                 break

@@ -24,6 +24,7 @@ from allometry.scaling.batch import BatchPlan
 from allometry.trainer.state.checkpoint import saved, step_of
 from allometry.trainer.state.folder import RunFolder, write_atomically
 from allometry.trainer.state.identity import problem_of
+from allometry.trainer.state.local import LocalCopies
 
 
 class _Entry(BaseModel):
