@@ -170,7 +170,7 @@ def _launch(
                 recorder = on_main_rank(mesh, open_recorder, "opening the record")
             result = run.train(recorder, invocation, stop_at_step, signals)
             if result.go_back:
-                go_back(folder, run.config, run.plan.batch, result.go_back, mesh, run.report)
+                go_back(folder, local, run.config, run.plan.batch, result.go_back, mesh, run.report)
                 break
             if result.stopped_by is not None or result.step == places[-1].last_step:
                 break
