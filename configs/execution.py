@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from allometry.configs.auto import AutoLayout, PredictionConfig
 from allometry.configs.base import Count, PathText, Section
 from allometry.configs.checks import CardsConfig, ChecksConfig
+from allometry.configs.watch import Watch
 
 Amount = (
     Annotated[float, Field(ge=0.0, le=1.0)]
@@ -286,8 +287,9 @@ class ParallelConfig(Section):
     )
     zero: Zero = Field(default_factory=Zero, description="what is sharded over hdp")
     timeout_s: Count = Field(
-        600, gt=0, description="seconds after which a collective that hangs ends the run"
+        600, gt=0, description="seconds after which a step in which a rank hangs ends the run"
     )
+    watch: Watch = Field(default_factory=Watch, description="how long other things may take")
     auto: AutoLayout | None = Field(
         None, description="choose the layout when a run begins; ``parallel: auto``: by its defaults"
     )

@@ -88,6 +88,8 @@ from allometry.trainer.state.room import checkpoint_bytes
 from allometry.trainer.step import TrainStep
 from allometry.trainer.stop import StopSignals
 from allometry.trainer.upload import Uploads
+from allometry.trainer.watch.stragglers import RankTimes
+from allometry.trainer.watch.watchdog import Watchdog
 
 
 def train(
@@ -115,14 +117,16 @@ def train(
     places = places_of(config)
     watched = nullcontext(signals) if signals else StopSignals()
     exact = algorithms(deterministic=config.training.deterministic)
-    with watched as signals, exact, open_mesh(config.parallel, device) as mesh:
+    watch = Watchdog(config.parallel, RunFolder(config.run.folder))
+    with watched as signals, exact, watch, open_mesh(config.parallel, device, watched=True) as mesh:
+        watch.attach(mesh)
         if mesh.restart is not None:  # ranks that are started again continue their own run
             config = not_new(config)
         for place in places:  # what cannot be is said before the folder is touched
             choose_graphs(place.config, mesh)
         on_all_ranks(mesh, lambda: check_available(config), "looking for DeepSpeed")
         plans = with_measured_stages(config, plans, mesh)
-        rest = plans, mesh, invocation, stop_at_step, signals, callbacks, importer
+        rest = plans, mesh, watch, invocation, stop_at_step, signals, callbacks, importer
         while (result := _launch(config, *rest)).go_back:
             config = not_new(config)
             gc.collect()
@@ -133,6 +137,7 @@ def _launch(
     config: RunConfig,
     plans: tuple[RunPlan, ...],
     mesh: Mesh,
+    watch: Watchdog,
     invocation: Invocation,
     stop_at_step: int | None,
     signals: StopSignals,
@@ -157,7 +162,7 @@ def _launch(
             at = place_at(places, start.step).number - 1
             run = _Run(
                 *(places[at].config, plans[at], schedules[at], mesh, stream.in_stage(at)),
-                *(folder, start, present, config, local),
+                *(folder, start, present, config, watch, local),
             )
             if not start.next_stage:  # the checkpoint is loaded, so that the folder may change
                 run.start = start = enter(folder, config, start, mesh)
@@ -193,6 +198,7 @@ class _Run:
     start: Start
     present: Sequence[Callback]  # of the launch, whose callbacks of stages come and go
     whole: RunConfig  # the run with all its stages; ``config`` is as it is in this one
+    watch: Watchdog
     local: LocalCopies | None
 
     def __post_init__(self) -> None:
@@ -352,6 +358,7 @@ class _Run:
         )
 
     def _rows(self) -> Iterator[Callback]:
+        yield RankTimes(self.watch.stragglers, self.watch.steps, self.report)
         yield from predictions(self.config, self.plan.layout, self.mesh, self.report)
         if self.recorder is None:
             return

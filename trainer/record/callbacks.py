@@ -135,13 +135,16 @@ _SAID = {
     "self_test_failed": "SELF-TEST FAILED: {said}",
     "cards_not_read": "GPUs are not asked for heat, clocks and ECC errors: {reason}",
     "restarted": "ranks were started again, time {count} of this launch: {reason}",
-    "bad_step": "step {step} | BAD STEP ({reason}): loss {loss}, grad {grad_norm}; its update is "
-    "skipped",
+    "bad_step": "step {step} | BAD STEP ({reason}): loss {loss:.6}, grad {grad_norm:.6}; "
+    "its update is skipped",
     "steps_passed_over": "step {step} | passed over from here on, as training.skip_steps says",
     "going_back": "step {step} | GOING BACK to checkpoint step-{checkpoint} after bad steps "
     "{bad_steps}: {samples} samples after it are passed over",
     "passed_over": "from step {step} on: {samples} samples of the data were passed over here",
     "already_finished": "nothing to do: the run is complete, all {step} steps are taken",
+    "straggler": "WARNING: rank {rank} ({host}) computes {percent:.0f}% longer than the others of "
+    "its stage, since step {since_step} or before",
+    "straggler_ended": "step {step} | rank {rank} is as fast as the others again",
     "stopped": "step {step} | stopped by {signal}; the same command continues from here",
 }
 """What is displayed of an event, by its kind."""

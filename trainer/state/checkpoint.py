@@ -163,7 +163,7 @@ def names(path: Path) -> set[str]:
 def load(path: Path, state: State, mesh: Mesh) -> None:
     """Fill the tensors of ``state`` in place, whatever layout wrote the checkpoint.
 
-    What one rank cannot store is the UserError of all.
+    What one rank cannot read or store is the UserError of all.
     """
 
     def read() -> None:
@@ -172,12 +172,20 @@ def load(path: Path, state: State, mesh: Mesh) -> None:
         try:
             dcp.load(tensors, storage_reader=reader, planner=planner, process_group=group)
         except CheckpointException as error:
-            for failure, _ in error.failures.values():
+            failures = [failure for failure, _ in error.failures.values()]
+            for failure in failures:
                 if isinstance(failure, UserError):
                     raise failure from None
-            raise
+            raise UserError(
+                f"checkpoint {path} cannot be loaded ({_line(failures[0])}); it is damaged or of "
+                "another model: use another one"
+            ) from error
 
     with_heartbeat(mesh, read, f"loading {path.name}")
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 class Checkpointer:

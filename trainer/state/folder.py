@@ -8,6 +8,7 @@ expert_load.jsonl  the experts' share of tokens at the same steps, by layer (mix
 plans.jsonl     how documents lay on ranks at the same steps (data.kind: documents)
 scores.jsonl    what evaluations of its checkpoints gave, where there were any
 events.jsonl    what happened and when
+logs/           what each rank said of a run that hung (trainer/watch)
 tb/             TensorBoard
 pins/           which other runs begin at which of its checkpoints
 checkpoints/step-N/, latest
@@ -89,6 +90,10 @@ class RunFolder:
         self._lock: IO[str] | None = None
         self._made: list[Path] = []  # by ``claim``, the deepest first
         self._written: list[Path] = []  # files that were not there when it was claimed
+
+    def log(self, rank: int) -> Path:
+        """Return the log of a rank, which is there once the rank has something to say."""
+        return self.path / "logs" / f"rank-{rank}.log"
 
     def claim(self) -> None:
         """Make the folder and hold its lock until ``release`` or the end of the process.
