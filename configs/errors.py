@@ -25,3 +25,7 @@ class RankError(UserError):
 
 class ConfigError(UserError):
     """A run's description is wrong: an unknown key, a bad value, a contradiction."""
+
+
+HUNG = 75
+"""Exit code of a rank of a run that hangs: EX_TEMPFAIL, to be started again."""

@@ -1,4 +1,4 @@
-"""The ``parallel``, ``evaluation``, ``checkpoint`` and ``record`` sections."""
+"""The ``parallel``, ``evaluation`` and ``record`` sections."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from allometry.configs.auto import AutoLayout, PredictionConfig
 from allometry.configs.base import Count, PathText, Section
 from allometry.configs.checks import CardsConfig, ChecksConfig
+from allometry.configs.watch import Watch
 
 Amount = (
     Annotated[float, Field(ge=0.0, le=1.0)]
@@ -286,8 +287,9 @@ class ParallelConfig(Section):
     )
     zero: Zero = Field(default_factory=Zero, description="what is sharded over hdp")
     timeout_s: Count = Field(
-        600, gt=0, description="seconds after which a collective that hangs ends the run"
+        600, gt=0, description="seconds after which a step in which a rank hangs ends the run"
     )
+    watch: Watch = Field(default_factory=Watch, description="how long other things may take")
     auto: AutoLayout | None = Field(
         None, description="choose the layout when a run begins; ``parallel: auto``: by its defaults"
     )
@@ -309,22 +311,6 @@ class EvaluationConfig(Section):
         gt=0,
         description="sequences read from each source's validation split, evenly spread over it",
     )
-
-
-class CheckpointConfig(Section):
-    """When to save and what to keep."""
-
-    every_steps: Count | None = Field(
-        None, gt=0, description="steps between checkpoints; null: only at the end"
-    )
-    keep_last: Count = Field(2, gt=0, description="newest checkpoints to keep")
-    keep_every_steps: Count | None = Field(
-        None, gt=0, description="also keep checkpoints whose step is a multiple of this"
-    )
-    keep_steps: tuple[Annotated[Count, Field(gt=0)], ...] = Field(
-        (), description="also save at these steps, and keep them: other runs may branch there"
-    )
-    asynchronous: bool = Field(True, description="write while training goes on")
 
 
 class WandB(Section):

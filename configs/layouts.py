@@ -31,7 +31,8 @@ def parse_parallel(text: str, base: ParallelConfig) -> ParallelConfig:
         first = error.errors(include_url=False)[0]
         name = ".".join(str(step) for step in first["loc"]) or "parallel"
         if first["type"] == "extra_forbidden":
-            valid = ", ".join(name for name in ParallelConfig.model_fields if name != "timeout_s")
+            fields = (n for n in ParallelConfig.model_fields if n not in ("timeout_s", "watch"))
+            valid = ", ".join(fields)
             raise ConfigError(
                 f"{place}: {name} is not a key of parallel; its keys are {valid}"
             ) from None

@@ -29,6 +29,7 @@ from torch.distributed.elastic.rendezvous import (
 from torch.distributed.launcher import api as launcher
 from typing_extensions import override
 
+from allometry.configs.errors import HUNG
 from allometry.parallel.rendezvous import RESTART
 
 USER_ERROR = 2
@@ -100,6 +101,8 @@ def how_ended(codes: dict[int, int]) -> str:
         number = -code if code < 0 else code - 128
         named = code < 0 or (code > 128 and number in set(signal.Signals))
         how = f"was ended by {signal.Signals(number).name}" if named else f"ended with code {code}"
+        if code == HUNG:
+            how = "ended because the run hung"
         memory = " (out of memory?)" if named and number == signal.SIGKILL else ""
         said.append(f"rank {rank} {how}{memory}")
     return ", ".join(said)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,9 @@ from torch import Tensor
 
 Start = Callable[[Tensor], Tensor]
 """Begins to communicate; what it returns has values once torch's ``wait_tensor`` was called."""
+
+
+_RECENT: deque[tuple[Tensor, Tensor]] = deque(maxlen=16)  # a few of the last ones on gloo
 
 
 class InTwo:
@@ -21,7 +25,8 @@ class InTwo:
     into what is there already, so selective checkpointing can keep the result. To be used once.
 
     A tensor in flight is never given to autograd, which would write its history into it while a
-    thread of gloo reads it: that has damaged the heap (torch 2.13, once in some hundred steps).
+    thread of gloo reads it, and Python lets go of it later than that thread: both have damaged the
+    heap (torch 2.13, once in some hundred steps; github.com/pytorch/pytorch/issues/75529).
     """
 
     def __init__(self, there: Start, back: Start) -> None:
@@ -49,11 +54,13 @@ class InTwo:
         return x.new_empty(0)
 
     def end(self) -> Tensor:
-        """Wait; both tensors are kept until then, as threads of the backend use them."""
+        """Wait for what was begun."""
         assert self.moving is not None
         kept, self.moving = self.moving, None
         arrived: Tensor = torch.ops._c10d_functional.wait_tensor(kept[1])
-        return arrived
+        if arrived.device.type == "cpu":
+            _RECENT.append(kept)
+        return arrived.detach()
 
 
 class _Send(torch.autograd.Function):

@@ -5,7 +5,6 @@ A process that nobody launched gets a group of one, so nothing else has to ask w
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -27,7 +26,7 @@ from allometry.parallel.groups import (
     open_groups,
     warm_up,
 )
-from allometry.parallel.rendezvous import Launch, Restart, on_loopback, read_launch, start
+from allometry.parallel.rendezvous import Launch, Restart, on_loopback, start, this_launch
 from allometry.parallel.wire import on_wire
 from allometry.scaling.degrees import resolve_degrees
 
@@ -219,31 +218,32 @@ def _batch_of_one(message: dist.P2POp) -> dist.Work:
     return work
 
 
-def open_mesh(parallel: ParallelConfig, device: torch.device | None = None) -> Mesh:
+def open_mesh(
+    parallel: ParallelConfig, device: torch.device | None = None, *, watched: bool = False
+) -> Mesh:
     """Start the process groups of this run, or use the one the caller has started.
 
-    ``device`` None: this rank's GPU, or the CPU on a machine without one. Every rank calls this
-    with the same ``parallel``. Raises UserError, before any group is started, where the degrees do
-    not fit the number of ranks, the device is not there or the launch is half described.
+    ``device`` None: this rank's GPU, or the CPU on a machine without one. ``watched``: groups give
+    up after ``trainer/watch`` does. Every rank calls this with the same ``parallel``. Raises
+    UserError, before any group is started, where the degrees do not fit the number of ranks, the
+    device is not there or the launch is half described.
     """
     ours = not dist.is_initialized()
-    if ours:
-        launch = read_launch(os.environ)
-    else:
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        launch = Launch(dist.get_rank(), dist.get_world_size(), local_rank, address=None)
+    launch = this_launch()
     degrees = resolve_degrees(parallel, launch.world_size)
     device = _choose_device(device, launch)
-    timeout = timedelta(seconds=parallel.timeout_s)
+    timeout = patience = timedelta(seconds=parallel.timeout_s)
+    if watched:
+        patience = timedelta(seconds=parallel.watch.patience_s(parallel.timeout_s))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     grid = grid_of(degrees)
     with on_loopback(launch):
-        restart = start(launch, device, timeout) if ours else None
-        groups = open_groups(grid, device, timeout, max(timeout, CHECKPOINT_TIMEOUT))
+        restart = start(launch, device, patience) if ours else None
+        groups = open_groups(grid, device, patience, max(patience, CHECKPOINT_TIMEOUT))
     everyone = dist.group.WORLD
     assert everyone is not None
-    _set_timeout(everyone, timeout)
+    _set_timeout(everyone, patience)
     warm_up(groups.communicators, device)
     device_mesh, expert_mesh = device_meshes(grid, groups, device.type)
     names: tuple[AxisName, ...] = get_args(AxisName)

@@ -110,9 +110,17 @@ def _restart(environment: Mapping[str, str]) -> Restart:
     return Restart(int(count) if count.isdecimal() else 0)
 
 
+def this_launch() -> Launch:
+    """Return what the launcher, or the caller's process group, says of this process."""
+    if not dist.is_initialized():
+        return read_launch(os.environ)
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    return Launch(dist.get_rank(), dist.get_world_size(), local_rank, address=None)
+
+
 def launched_world_size() -> int:
     """Return how many ranks the launcher (or the caller's process group) has started."""
-    return dist.get_world_size() if dist.is_initialized() else read_launch(os.environ).world_size
+    return this_launch().world_size
 
 
 def start(launch: Launch, device: torch.device, timeout: timedelta) -> Restart | None:
@@ -152,7 +160,7 @@ def start(launch: Launch, device: torch.device, timeout: timedelta) -> Restart |
             raise  # another rank ended meanwhile, and says why
         raise UserError(
             f"rank {launch.rank} did not meet the other ranks of WORLD_SIZE={launch.world_size} at "
-            f"{launch.address} within parallel.timeout_s={timeout.total_seconds():.0f}; check that "
+            f"{launch.address} within {timeout.total_seconds():.0f} s; check that "
             f"all were started and can reach that address ({error})"
         ) from error
 

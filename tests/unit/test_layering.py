@@ -47,6 +47,7 @@ SUB_ROOM_MAY_IMPORT = {
     "trainer.record": {
         *("trainer.state", "trainer.feed", "trainer.balance", "trainer.step", "trainer.evaluate"),
     },
+    "trainer.watch": {"trainer.state", "trainer.record"},
     "interop.huggingface": set(),
     "studies.certificate": set(),
     "studies.selftest": {"studies.certificate", "studies.rehearse"},

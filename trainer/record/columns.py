@@ -7,13 +7,12 @@ A new one is declared here and measured in one other file: a tensor of ``StepOut
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from allometry.scaling.roles import Role
+from allometry.trainer.record.column import Column
 
 if TYPE_CHECKING:
     from allometry.data.reading import Account
@@ -23,17 +22,6 @@ if TYPE_CHECKING:
     from allometry.scaling.hdp.plan import Plan
     from allometry.trainer.record.writer import Row
     from allometry.trainer.step import StepOutcome
-
-_VARYING = {
-    "SOURCE": r"[A-Za-z0-9][A-Za-z0-9._-]*",
-    "LAYER": r"\d+",
-    "BRANCH": "attention|ffn",
-    "ROLE": "|".join(Role),
-    "PARAMETER": r"[A-Za-z_][\w.]*",
-    "DEGREE": r"\d+",
-    "STATE": "exp_avg|exp_avg_sq|momentum_buffer",
-}
-"""What the words in capitals of a column's name stand for."""
 
 
 @dataclass
@@ -84,25 +72,6 @@ class FinishedStep:
         """Tokens of this step."""
         before = self.stream.tokens(self.batch.sequences_before(self.step))
         return self.tokens - before
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column, or all those that ``name`` stands for: see the words in capitals below.
-
-    ``made`` gives its value, or values by what stands for the last word; None: ``by`` adds it.
-    """
-
-    name: str
-    unit: str
-    meaning: str
-    made: Callable[[FinishedStep], float | int | Mapping[str, float | int]] | None = None
-    by: str = "loop"
-
-    def names(self, key: str) -> bool:
-        """Whether a row's key is this column."""
-        parts = (_VARYING.get(part, re.escape(part)) for part in self.name.split("/"))
-        return re.fullmatch("/".join(f"(?:{part})" for part in parts), key) is not None
 
 
 _LOOP = (
@@ -360,6 +329,16 @@ _STATES = tuple(
     )
 )
 
+_RANKS = (
+    Column("ranks/slowest", "1", "rank that waited least for others lately", by="watch.stragglers"),
+    Column(
+        "ranks/slowest_percent",
+        "%",
+        "so much longer it computed than the median of the others of its stage (CPU alone)",
+        by="watch.stragglers",
+    ),
+)
+
 _CARDS = tuple(
     Column(f"cards/{name}", unit, meaning, by="record.cards")
     for name, unit, meaning in (
@@ -372,7 +351,17 @@ _CARDS = tuple(
     )
 )
 
-COLUMNS = (*_LOOP, *_ROUTERS, *_PLANS, *_OFFLOAD, *_MONITORS, *_STATES, *_FORECAST, *_CARDS)
+COLUMNS = (
+    *_LOOP,
+    *_ROUTERS,
+    *_PLANS,
+    *_OFFLOAD,
+    *_MONITORS,
+    *_STATES,
+    *_RANKS,
+    *_FORECAST,
+    *_CARDS,
+)
 
 
 def row_of(finished: FinishedStep) -> Row:

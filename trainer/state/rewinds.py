@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from allometry.configs.bad_steps import Rewind
 from allometry.configs.errors import UserError
@@ -22,6 +24,13 @@ from allometry.scaling.batch import BatchPlan
 from allometry.trainer.state.checkpoint import saved, step_of
 from allometry.trainer.state.folder import RunFolder, write_atomically
 from allometry.trainer.state.identity import problem_of
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(strict=True)
+    step: Annotated[int, Field(ge=0)]
+    samples: Annotated[int, Field(ge=0, lt=2**48)]
+    bad_steps: list[int]
 
 
 def go_back(
@@ -87,25 +96,19 @@ def rewinds(folder: RunFolder) -> list[dict[str, Any]]:
         return []
     try:
         found = read_object(folder.rewinds)["rewinds"]
-        return [
-            {
-                "step": int(one["step"]),
-                "samples": int(one["samples"]),
-                "bad_steps": [int(step) for step in one["bad_steps"]],
-            }
-            for one in found
-        ]
+        return [_Entry.model_validate(one).model_dump() for one in found]
     except (OSError, ValueError, KeyError, TypeError) as error:
+        said = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
         raise UserError(
-            f"{folder.rewinds} cannot be read ({error}); restore it, or remove it to read the "
+            f"{folder.rewinds} cannot be read ({said}); restore it, or remove it to read the "
             "batches that it passes over"
         ) from None
 
 
 def with_passed(folder: RunFolder, facts: dict[str, Any]) -> dict[str, Any]:
-    """Return the facts of a checkpoint with the samples to ``pass_over`` there, if any."""
+    """Return the facts of a checkpoint with the number of samples to ``pass_over`` there."""
     samples = sum(one["samples"] for one in rewinds(folder) if one["step"] == facts["step"])
-    return {**facts, "pass_over": samples} if samples else facts
+    return {**facts, "pass_over": samples}
 
 
 def forget_after(folder: RunFolder, step: int) -> None:

@@ -136,6 +136,7 @@ COVERING: tuple[tuple[str, tuple[Stage, ...]], ...] = (
     ("parallel/tensor_chunks.py", (dist("overlap_keys", "tensor"), CUT)),
     ("parallel/gather_fp8.py", (dist("gather_fp8"),)),
     ("parallel/in_two.py", (unit("parallel/*in_two"), dist("overlap_keys"), CUT)),
+    ("parallel/side.py", (unit("trainer/*watch"), dist("hangs"))),
     ("parallel/rendezvous.py", (unit("parallel/*rendezvous", "parallel/*mesh"), dist("process"))),
     ("parallel/mesh.py", (unit("parallel/test_parallel_mesh"), dist("mesh", "process"), ONE)),
     (

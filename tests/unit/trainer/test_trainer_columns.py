@@ -6,15 +6,19 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from allometry.configs.run import RunConfig
-from allometry.trainer.record.callbacks import Callback
+from allometry.trainer.record.callbacks import Callback, Reporter
 from allometry.trainer.record.columns import COLUMNS, conventions, table
+from allometry.trainer.record.writer import Row
 from allometry.trainer.train import train
+from allometry.trainer.watch.stragglers import RankTimes, Slowest, Stragglers
+from allometry.trainer.watch.watchdog import Steps
 from run_folders import rows, undeclared
 
 Make = Callable[..., RunConfig]
@@ -72,6 +76,13 @@ def keys_of(config: RunConfig, callbacks: list[Callback] | None = None) -> set[s
     return {key for line in lines for key in json.loads(line)}
 
 
+def of_ranks() -> Row:
+    """What is added to rows where several ranks are compared."""
+    found = Stragglers(20, slowest=Slowest(1, 25.0, certain=True))
+    step = SimpleNamespace(seconds=1.0, recorded=True)
+    return RankTimes(found, Steps(), Reporter(None, [])).additions(step)  # type: ignore[arg-type]
+
+
 def test_what_runs_write_is_declared_and_what_is_declared_is_written(
     tiny: Make, tmp_path: Path
 ) -> None:
@@ -79,6 +90,7 @@ def test_what_runs_write_is_declared_and_what_is_declared_is_written(
     for name, settings in RUNS.items():
         common = ("schedule.warmup_steps=1", NEVER if name == "forecast" else MONITORS, *settings)
         written |= keys_of(tiny(*common, folder=tmp_path / name))
+    written |= set(of_ranks())
     assert undeclared(written) == []
     never = [c.name for c in COLUMNS if not any(c.names(key) for key in written)]
     assert never == []

@@ -1,0 +1,1 @@
+"""Watching ranks: what each is doing, who is late, what is said before a hung run ends."""

@@ -1,0 +1,272 @@
+"""Where a rank is, read from the frames of its threads: nothing is noted down in a step.
+
+``sys._current_frames()`` has the frame of every Python thread. The frames of our own rooms say the
+phase, the step, the micro-batch and the unit; the process group that a frame has in its hands, or
+torch's flight recorder, says which ranks a message joins. It costs some 0.1 ms of the interpreter
+for each look, in the watching thread.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from types import FrameType
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from allometry.parallel.groups import AXES
+from allometry.parallel.in_two import InTwo
+from allometry.parallel.mesh import Axis, Mesh
+from allometry.trainer.watch import frames
+from allometry.trainer.watch.flights import Flight
+
+START, STEP, EVALUATION, CHECKPOINT, END = "start", "step", "evaluation", "checkpoint", "end"
+# Axes of the same ranks share a group; the room that sends says which one it means.
+_MEANT = {
+    "parallel.expert": "ep",
+    "parallel.tensor": "tp",
+    "parallel.tensor_chunks": "tp",
+    "parallel.hdp.ring": "hdp",
+    "parallel.pipeline": "pp",
+    "parallel.stage": "pp",
+    "parallel.tied": "pp",
+    "parallel.reduce": "hdp",
+    "parallel.zero": "hdp",
+}
+SIGNALS = "host objects"
+_DEVICE_WAITS = (".synchronize(", ".tolist(", ".item(", ".cpu(", "elapsed_time(")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Ranks that talk: the axes that use the group, by the names of ``AXES``, or what it is for."""
+
+    axes: tuple[str, ...]
+    ranks: tuple[int, ...]
+
+    def label(self, room: str) -> str:
+        """Return the axis that ``room`` means by it."""
+        meant = _MEANT.get(room)
+        return meant if meant in self.axes else self.axes[0]
+
+
+@dataclass(frozen=True)
+class Wait:
+    """A message that a rank waits for: ``operation`` over ``axis``, which joins ``ranks``.
+
+    ``peer``: the one rank that it comes from or goes to, if there is one. ``number``: which message
+    of its group it is, where torch counts them.
+    """
+
+    operation: str
+    axis: str
+    ranks: tuple[int, ...]
+    peer: int | None = None
+    number: int | None = None
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a rank is doing. ``where``: file, line and function of the innermost frame of ours.
+
+    ``work``: what slow work it does beside the meetings of ranks (``parallel/agree.py``), or that
+    it waits for data. ``busy``: whether that work is its own, and not another rank's. ``compiles``:
+    whether torch compiles code.
+    """
+
+    phase: str
+    step: int | None = None
+    micro_batch: int | None = None
+    unit: str | None = None
+    where: str = ""
+    wait: Wait | None = None
+    work: str | None = None
+    busy: bool = False
+    compiles: bool = False
+
+    def facts(self) -> dict[str, Any]:
+        """Return JSON, without what is not known."""
+        known = asdict(self).items()
+        return {key: v for key, v in known if v is not None and v is not False and v != ""}
+
+    @classmethod
+    def of(cls, facts: Mapping[str, Any]) -> Place:
+        """Return what ``facts`` was made from."""
+        wait = facts.get("wait")
+        if wait is not None:
+            wait = Wait(**{**wait, "ranks": tuple(wait["ranks"])})
+        return cls(**{**facts, "wait": wait})
+
+
+@dataclass(frozen=True)
+class Look:
+    """A place, and a mark that stays the same as long as nothing moves there."""
+
+    place: Place
+    mark: tuple[Any, ...]
+
+
+def groups_of(mesh: Mesh) -> dict[str, Group]:
+    """Return the groups of a mesh by torch's names for them."""
+    order = {axis: place for place, axis in enumerate(("tp", "pp", "hdp", "ep", "edp", *AXES))}
+    found = {
+        dist.group.WORLD.group_name: Group(("all ranks",), tuple(range(mesh.world_size)))  # type: ignore[union-attr]
+    }
+    for each in mesh.communicators:
+        axes = tuple(sorted(each.axes, key=order.__getitem__))
+        found[each.group.group_name] = Group(axes, _ranks(each.group))
+    for name, group in (("host", mesh.host_group), ("checkpoint", mesh.checkpoint_group)):
+        found[group.group_name] = Group((name,), _ranks(group))
+    return found
+
+
+def is_waiting(thread: int) -> bool:
+    """Return whether a thread waits for a message; some microseconds."""
+    frame = sys._current_frames().get(thread)
+    return frame is not None and frames.waits(frame)
+
+
+class Places:
+    """Looks at the thread that trains. ``groups`` are known once the mesh is open."""
+
+    def __init__(self, thread: int) -> None:
+        self.thread = thread
+        self.groups: Mapping[str, Group] = {}
+        self._looped = False  # whether this launch has come to its first step
+
+    def look(self, flights: Sequence[Flight] = ()) -> Look:
+        """Return where the thread is; ``flights``: messages that torch knows to be under way."""
+        current = sys._current_frames()
+        stack = list(frames.outwards(current.get(self.thread)))
+        known = frames.known(stack)
+        phase = self._phase(stack)
+        helper = frames.helper_of(stack)
+        inner = stack
+        work = known.get("what")
+        if helper is not None:
+            inner = list(frames.outwards(current.get(helper.ident or 0)))
+            work = work or "waiting for data"
+        ours = [frame for frame in inner if frames.room_of(frame)]
+        place = Place(
+            phase=phase,
+            step=known.get("step"),
+            micro_batch=known.get("micro_batch"),
+            unit=known.get("unit"),
+            where=frames.where_of(inner, ours),
+            wait=self._wait(inner, ours, flights),
+            work=work,
+            busy=helper is not None,
+            compiles=frames.compiles(stack),
+        )
+        mark: tuple[Any, ...] = (place.step, place.micro_batch, place.phase, frames.marks(inner))
+        if helper is None:
+            mark += (known.get("meetings"),)
+        else:  # the thread that waits for it goes on meeting others
+            mark += (frames.values_of(ours), frames.traffic(helper))
+        return Look(place, mark)
+
+    def _phase(self, stack: Sequence[FrameType]) -> str:
+        phase = START if not self._looped else END
+        for frame in stack:
+            room = frames.room_of(frame)
+            if room in ("trainer.save", "trainer.state.checkpoint"):
+                phase = CHECKPOINT
+                break
+            if room == "trainer.evaluate":
+                phase = EVALUATION
+                break
+            name = frame.f_code.co_qualname
+            if room == "trainer.loop" and name == "Loop._steps":
+                self._looped, phase = True, STEP
+                break
+            if room == "trainer.train" and name.startswith("_Run.") and name != "_Run.train":
+                phase = START
+                break
+        return phase
+
+    def _wait(
+        self, stack: Sequence[FrameType], ours: Sequence[FrameType], flights: Sequence[Flight]
+    ) -> Wait | None:
+        """Return the message that the innermost of these frames wait for."""
+        if not stack:
+            return None
+        device = frames.line_has(stack[0], _DEVICE_WAITS) and any(f.on_device for f in flights)
+        blocked = not (device or frames.waits(stack[0]))
+        if blocked and not frames.may_wait(stack, ours):
+            return None
+        name, ranks, peer, sender = None, (), None, ""
+        for frame in ours[:1] if blocked else stack[: frames.SEARCHED]:
+            if (found := _group_in(frame)) is not None:
+                group, peer, sender = found
+                name, ranks = group.group_name, _ranks(group)
+                break
+        flight = _flight(flights, name, device=device)
+        if blocked and name is None and (flight is None or flight.described == SIGNALS):
+            return None
+        if flight is not None:
+            name = flight.group
+        room = frames.room_of(ours[0]) if ours else ""
+        known = self.groups.get(name or "")
+        if known is None:
+            known = Group((flight.described if flight else name or "unknown",), ranks)
+        operation = flight.operation if flight else frames.operation(stack)
+        if flight is not None and flight.peer is not None:
+            peer = known.ranks[flight.peer] if flight.peer < len(known.ranks) else peer
+        return Wait(
+            operation,
+            known.label(sender or room),
+            known.ranks,
+            peer,
+            flight.number if flight else None,
+        )
+
+
+def _flight(flights: Sequence[Flight], name: str | None, *, device: bool) -> Flight | None:
+    """Return the oldest message under way, of the group ``name`` where that is known."""
+    mine = [flight for flight in flights if flight.on_device == device]
+    if name is not None:
+        mine = [flight for flight in mine if flight.group == name]
+    # Flags of signals may be under way beside all others (trainer/stop.py).
+    return next((f for f in mine if f.described != SIGNALS), mine[0] if mine else None)
+
+
+def _group_in(frame: FrameType) -> tuple[dist.ProcessGroup, int | None, str] | None:
+    """Return the group that a frame has in its hands, a peer, and the room that sends."""
+    values = frame.f_locals
+    owner = values.get("self")
+    for value in (*values.values(), *vars(owner).values()) if _plain(owner) else values.values():
+        if (found := _group(value)) is not None:
+            return found
+    return None
+
+
+def _plain(owner: object) -> bool:
+    return hasattr(owner, "__dict__")
+
+
+def _group(value: object) -> tuple[dist.ProcessGroup, int | None, str] | None:
+    if isinstance(value, dist.ProcessGroup):
+        return value, None, ""
+    if isinstance(value, Axis):
+        return value.group, None, ""
+    if isinstance(value, DeviceMesh) and value.ndim == 1:
+        return value.get_group(), None, ""
+    if isinstance(value, dist.P2POp):
+        return value.group, value.peer, ""
+    if isinstance(value, (list, tuple)) and value and isinstance(value[0], dist.P2POp):
+        return _group(value[0])
+    both = getattr(value, "both", None) if "Backward" in type(value).__name__ else value
+    if isinstance(both, InTwo) and isinstance(both.there, functools.partial):
+        for cell in both.there.func.__closure__ or ():
+            if isinstance(cell.cell_contents, Axis):
+                room = both.there.func.__module__.removeprefix(frames.OURS)
+                return cell.cell_contents.group, None, room
+    return None
+
+
+def _ranks(group: dist.ProcessGroup) -> tuple[int, ...]:
+    return tuple(dist.get_process_group_ranks(group))
