@@ -241,7 +241,7 @@ class _Run:
         current = Current()
         found, response = checks(
             *(self.config, self.parallel, self.optimizer, train_step, current),
-            *(self.mesh, self.timer, self.report),
+            *(self.mesh, self.timer, self.report, lambda step: saver.times.checkpoint_due(step)),
             first=not self.start.next_stage,
         )
         saver = self._saver(response)
