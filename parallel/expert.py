@@ -28,7 +28,7 @@ from torch.distributed._functional_collectives import all_to_all_single
 from allometry.models.moe import Compute, Experts, Finish
 from allometry.models.transformer import Transformer
 from allometry.models.visits import Sorting, spread_rows
-from allometry.parallel.in_two import InTwo
+from allometry.parallel.in_two import InTwo, under_way
 from allometry.parallel.mesh import Axis, Mesh
 
 
@@ -136,7 +136,7 @@ def _exchange(out: list[int], into: list[int], axis: Axis) -> InTwo:
         begun: Tensor = torch.ops._c10d_functional.all_to_all_single(
             x, out, into, axis.group.group_name
         )
-        return begun
+        return under_way(begun, axis)
 
     return InTwo(partial(start, out, into), partial(start, into, out))
 

@@ -6,7 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from allometry.parallel.mesh import Axis
 
 Start = Callable[[Tensor], Tensor]
 """Begins to communicate; what it returns has values once torch's ``wait_tensor`` was called."""
@@ -20,10 +23,8 @@ class InTwo:
     what was called last first, thus all that was called between their forwards. Nothing is written
     into what is there already, so selective checkpointing can keep the result. To be used once.
 
-    A tensor in flight is never given to autograd, which would write its history into it while a
-    thread of gloo reads it: that has damaged the heap (torch 2.13, once in some hundred steps).
-    What is sent must arrive, for the same reason, also where a block is computed again; and what
-    goes and comes has no history, as those threads may be the last to let go of it.
+    What is sent must arrive, also where a block is computed again, and a tensor in flight has no
+    history of autograd: a thread of the backend may be the last to let go of it.
     """
 
     def __init__(self, there: Start, back: Start) -> None:
@@ -78,3 +79,16 @@ class _Arrive(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return ctx.both.begin(ctx.both.back, grad), None
+
+
+def under_way(moving: Tensor, axis: Axis) -> Tensor:
+    """Return what a collective over ``axis`` fills, as a ``Start`` does.
+
+    With gloo it is waited for here: its threads let go of tensors while Python does, and with
+    several of them in flight that has damaged the heap (torch 2.13, once in some hundred steps;
+    github.com/pytorch/pytorch/issues/75529). Nothing is lost, as gloo computes on the same cores.
+    """
+    if moving.device.type == "cpu" and dist.get_backend(axis.group) != "fake":
+        waited: Tensor = torch.ops._c10d_functional.wait_tensor(moving)
+        return waited
+    return moving

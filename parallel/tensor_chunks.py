@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from allometry.models.transformer import Attention, FeedForward
-from allometry.parallel.in_two import InTwo
+from allometry.parallel.in_two import InTwo, under_way
 from allometry.parallel.mesh import Axis
 
 CHUNKS = 4
@@ -109,11 +109,11 @@ def _all_gather(axis: Axis, x: Tensor) -> Tensor:
     begun: Tensor = torch.ops._c10d_functional.all_gather_into_tensor(
         x, axis.size, axis.group.group_name
     )
-    return begun
+    return under_way(begun, axis)
 
 
 def _reduce_scatter(axis: Axis, x: Tensor) -> Tensor:
     begun: Tensor = torch.ops._c10d_functional.reduce_scatter_tensor(
         x, "sum", axis.size, axis.group.group_name
     )
-    return begun
+    return under_way(begun, axis)
