@@ -1,4 +1,4 @@
-"""The ``parallel``, ``evaluation``, ``checkpoint`` and ``record`` sections."""
+"""The ``parallel``, ``evaluation`` and ``record`` sections."""
 
 from __future__ import annotations
 
@@ -311,22 +311,6 @@ class EvaluationConfig(Section):
         gt=0,
         description="sequences read from each source's validation split, evenly spread over it",
     )
-
-
-class CheckpointConfig(Section):
-    """When to save and what to keep."""
-
-    every_steps: Count | None = Field(
-        None, gt=0, description="steps between checkpoints; null: only at the end"
-    )
-    keep_last: Count = Field(2, gt=0, description="newest checkpoints to keep")
-    keep_every_steps: Count | None = Field(
-        None, gt=0, description="also keep checkpoints whose step is a multiple of this"
-    )
-    keep_steps: tuple[Annotated[Count, Field(gt=0)], ...] = Field(
-        (), description="also save at these steps, and keep them: other runs may branch there"
-    )
-    asynchronous: bool = Field(True, description="write while training goes on")
 
 
 class WandB(Section):

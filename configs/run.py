@@ -7,14 +7,10 @@ from typing import Self
 from pydantic import Field, ValidationError, model_validator
 
 from allometry.configs.base import Section
+from allometry.configs.checkpoints import CheckpointConfig
 from allometry.configs.contradictions import contradiction
 from allometry.configs.data import BatchConfig, DataConfig, DocumentData
-from allometry.configs.execution import (
-    CheckpointConfig,
-    EvaluationConfig,
-    ParallelConfig,
-    RecordConfig,
-)
+from allometry.configs.execution import EvaluationConfig, ParallelConfig, RecordConfig
 from allometry.configs.kernels import KernelsConfig
 from allometry.configs.lineage import RunSection
 from allometry.configs.model import ModelConfig, ParameterizationConfig, StandardParameterization

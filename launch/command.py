@@ -24,6 +24,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -120,10 +122,7 @@ def register(app: typer.Typer, name: str, command: type[Command], work: str) -> 
         asked = _made(command, given)
         module, function = work.split(":")
         report: Report = getattr(importlib.import_module(module), function)(asked)
-        if asked.json:
-            typer.echo(json.dumps(report.facts, indent=2))
-        elif report.text:
-            typer.echo(report.text)
+        _print(json.dumps(report.facts, indent=2) if asked.json else report.text)
         if not report.passed:
             raise typer.Exit(report.code)
 
@@ -137,6 +136,27 @@ def register(app: typer.Typer, name: str, command: type[Command], work: str) -> 
         name, help=command.__doc__, context_settings=FURTHER if further else None
     )
     register_callback(signed)
+
+
+def _print(text: str) -> None:
+    """Print a report, and what has been printed before and found no room.
+
+    Raises:
+        UserError: the output cannot be written, as on a full disk.
+    """
+    from allometry.configs.errors import UserError
+
+    try:
+        if text:
+            print(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  nothing to flush at exit
+        raise UserError(
+            f"the output cannot be written to its end ({error.strerror}); all else was done"
+        ) from None
 
 
 def _parameters(command: type[Any]) -> dict[str, inspect.Parameter]:

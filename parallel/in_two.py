@@ -22,6 +22,8 @@ class InTwo:
 
     A tensor in flight is never given to autograd, which would write its history into it while a
     thread of gloo reads it: that has damaged the heap (torch 2.13, once in some hundred steps).
+    What is sent must arrive, for the same reason, also where a block is computed again; and what
+    goes and comes has no history, as those threads may be the last to let go of it.
     """
 
     def __init__(self, there: Start, back: Start) -> None:
@@ -44,16 +46,16 @@ class InTwo:
 
     def begin(self, start: Start, x: Tensor) -> Tensor:
         """Start on ``x``; an empty tensor like it, which carries the edge of autograd's graph."""
-        x = x.contiguous()
+        x = x.detach().contiguous()
         self.moving = x, start(x)
         return x.new_empty(0)
 
     def end(self) -> Tensor:
-        """Wait; both tensors are kept until then, as threads of the backend use them."""
+        """Wait for what was begun."""
         assert self.moving is not None
         kept, self.moving = self.moving, None
         arrived: Tensor = torch.ops._c10d_functional.wait_tensor(kept[1])
-        return arrived
+        return arrived.detach()
 
 
 class _Send(torch.autograd.Function):

@@ -26,6 +26,7 @@ from allometry.trainer.record.columns import FinishedStep, row_of
 from allometry.trainer.record.hardware import peak_bytes, reset_peak_bytes
 from allometry.trainer.record.timing import Span, StepTimer
 from allometry.trainer.record.writer import Recorder, Row
+from allometry.trainer.save_times import SaveTimes
 from allometry.trainer.skips import Reason, Skips
 from allometry.trainer.state.checkpoint import optimizer_state
 from allometry.trainer.state.planners import State
@@ -127,6 +128,7 @@ class Loop:
     record_every_steps: int
     document_flops: DocumentFlops
     peak_flops_per_s: float
+    save_times: SaveTimes
     _queued: deque[_Queued] = field(default_factory=deque)
     _last_loss: float | None = None
 
@@ -173,7 +175,7 @@ class Loop:
     def _steps(self, batches: Iterator[StepInput], stop_at_step: int | None) -> str | None:
         """Take steps to the end of the plan; the reason, if the run was stopped before."""
         total, end = self.plan.total_steps, self.plan.run.steps
-        with StopRequest(self.mesh, self.signals) as stop:
+        with StopRequest(self.mesh, self.signals, self.save_times) as stop:
             if (stopped := stop.agreed(now=True)) and self.progress.step < end:
                 return stopped  # while the launch was being prepared
             for step in range(self.progress.step + 1, total + 1):

@@ -8,14 +8,17 @@ from allometry.configs.run import RunConfig
 from allometry.laws.areas import LearningRateAreas
 from allometry.optim.build import Elsewhere, begin_anew, init_states, settle
 from allometry.optim.offload.swap import StatesLost
+from allometry.parallel.agree import on_all_ranks
 from allometry.parallel.apply import Parallel
 from allometry.parallel.mesh import Mesh
 from allometry.scaling.plan import RunPlan
 from allometry.trainer.loop import Progress, state_tensors
 from allometry.trainer.state import checkpoint
 from allometry.trainer.state.finite import check_finite
+from allometry.trainer.state.local import load_copy
 from allometry.trainer.state.planners import State
-from allometry.trainer.state.resume import Start, rates_since
+from allometry.trainer.state.resume import Start
+from allometry.trainer.state.same_files import rates_since
 from allometry.trainer.state.states import load
 
 
@@ -31,7 +34,7 @@ def restore(
     begun = config.run.schedule_from
     # Where a schedule begins in mid-run there was a warm-up, or none, before it.
     areas = LearningRateAreas(0 if begun else plan.run.warmup_steps)
-    progress, converted = Progress(start.step, areas, saved_step=start.step or None), {}
+    progress, converted = Progress(start.step, areas, saved_step=start.saved_step), {}
     try:
         if start.checkpoint is not None and start.facts is not None:
             converted = _load(config, plan, start, progress, parallel, optimizer, mesh)
@@ -73,7 +76,13 @@ def _load(
         progress.held_out_before.update(start.facts.get("held_out_before", {}))
         progress.rates_since = rates_since(config, start.facts)
         progress.skipped.update({int(k): why for k, why in start.facts.get("skipped", {}).items()})
-    converted, anew = load(start.checkpoint, state, names, mesh)
+    converted: dict[str, int] = {}
+    anew: list[torch.Tensor] = []
+    if start.offer is not None:
+        own = start.checkpoint
+        on_all_ranks(mesh, lambda: load_copy(own, state), "loading local copies")
+    else:
+        converted, anew = load(start.checkpoint, state, names, mesh)
     settle(optimizer)
     if anew:
         begin_anew(optimizer, anew)

@@ -4,22 +4,108 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from typing_extensions import override
 
 from allometry.configs.errors import UserError
+from allometry.optim.offload.held import Stored
+from allometry.parallel.agree import from_main_rank, on_all_ranks
 from allometry.parallel.mesh import Mesh
 from allometry.trainer.loop import Progress
 from allometry.trainer.record.callbacks import Callback
 from allometry.trainer.record.corruption import Response
 from allometry.trainer.record.timing import StepTimer
+from allometry.trainer.save_times import SaveTimes
 from allometry.trainer.state.checkpoint import Checkpointer
 from allometry.trainer.state.finite import not_finite
+from allometry.trainer.state.folder import RunFolder
+from allometry.trainer.state.local import LocalCopies
+from allometry.trainer.state.local_choice import launch_name
 from allometry.trainer.state.planners import State
+from allometry.trainer.state.resume import Start
 
 RETRY_AFTER_S = (1.0, 5.0)
 """Pauses before the last checkpoint of a launch is tried again."""
+
+
+class Copier:
+    """Makes local copies, in turn with checkpoints, and reports of them.
+
+    ``kept``: the step of those that this launch has begun from, which stay until there are others.
+    """
+
+    def __init__(
+        self,
+        local: LocalCopies,
+        checkpointer: Checkpointer,
+        folder: RunFolder,
+        kept: int | None,
+        report: Callable[..., None],
+    ) -> None:
+        self._local, self._checkpointer = local, checkpointer
+        self._folder, self._report = folder, report
+        self._launch: str | None = None
+        self._said = False
+        self._waited_s = 0.0
+        on_all_ranks(local.mesh, local.make, "making folders of local copies")
+        local.settle(kept)
+
+    @classmethod
+    def of(
+        cls,
+        local: LocalCopies | None,
+        checkpointer: Checkpointer,
+        folder: RunFolder,
+        start: Start,
+        report: Callable[..., None],
+    ) -> Copier | None:
+        """Return that of a launch, None where the run asks for no copies."""
+        if local is None:
+            return None
+        return cls(local, checkpointer, folder, start.step if start.offer else None, report)
+
+    def copy(self, step: int, state: State, facts: dict[str, Any]) -> None:
+        """Begin a copy; returns as soon as the tensors are copied. No rank may be writing."""
+        mesh = self._local.mesh
+        if self._launch is None:
+            name = partial(launch_name, self._folder)
+            self._launch = from_main_rank(mesh, name, "naming local copies")
+        self._checkpointer.poll()
+        self.poll()
+        begun_s = time.monotonic()
+        copied, launch = self._local.staged(state), self._launch
+        self._waited_s = time.monotonic() - begun_s
+        self._checkpointer.begin(
+            lambda: self._local.write(step, copied, facts, launch), f"copy-{step}"
+        )
+        stored = any(isinstance(value, Stored) for value in copied.values())  # which has no copy
+        if stored or not self._checkpointer.asynchronous:
+            self._checkpointer.wait()
+
+    def poll(self) -> None:
+        """Report a copy that has ended: the first of a launch, and what failed."""
+        ended, self._local.outcome = self._local.outcome, None
+        if ended is None:
+            return
+        folder = str(self._local.folder)
+        if ended.failure is not None:
+            self._report("local_copy_failed", step=ended.step, reason=ended.failure, folder=folder)
+        elif ended.lacking:
+            self._report("local_copy_alone", step=ended.step, ranks=ended.lacking, folder=folder)
+        elif not self._said:
+            self._said = True
+            self._report(
+                "local_copies", step=ended.step, folder=folder, bytes=ended.nbytes,
+                seconds=ended.seconds, waited_s=self._waited_s,
+            )  # fmt: skip
+
+    def finish(self, *, saved: bool) -> None:
+        """At the end of a launch: remove all copies where its last state is in a checkpoint."""
+        self.poll()
+        if saved:
+            self._local.remove()
 
 
 class Saver(Callback):
@@ -37,25 +123,36 @@ class Saver(Callback):
         state: Callable[[], tuple[State, dict[str, Any]]],
         timer: StepTimer,
         mesh: Mesh,
+        times: SaveTimes,
+        copier: Copier | None = None,
         response: Response | None = None,
     ) -> None:
-        self._response = response
+        self.times, self._copier, self._response = times, copier, response
         self._checkpointer, self._progress = checkpointer, progress
         self._state, self._timer, self._mesh = state, timer, mesh
         self._begun_step = progress.saved_step  # saved or being saved
+        self._first_step = progress.step
+        self._unsaved_copy = progress.step > (progress.saved_step or 0)  # a launch began with it
         self._failed: tuple[int, str] | None = None  # the newest save that failed, and why
 
     @override
     def needs_numbers(self, step: int, *, last: bool) -> bool:
-        return last or self._checkpointer.due(step)
+        return last or self.times.checkpoint_due(step) or self.times.copy_due(step)
 
     @override
     def between_steps(self, step: int, *, last: bool) -> None:
+        begun_s = time.monotonic()
         with self._timer.paused():
-            due = self.needs_numbers(step, last=last) and self._begun_step != step
-            if due and self._refusal is None:
-                self._save(step)
+            if last or self.times.checkpoint_due(step):
+                if self._begun_step != step and self._refusal is None:
+                    self._save(step)
+                    self.times.begun(step, copy=False, cost_s=time.monotonic() - begun_s)
+            elif self._copier is not None and self.times.copy_due(step) and self._refusal is None:
+                self._copier.copy(step, *self._state())
+                self.times.begun(step, copy=True, cost_s=time.monotonic() - begun_s)
             self._checkpointer.poll()
+            if self._copier is not None:
+                self._copier.poll()
 
     def _save(self, step: int) -> None:
         tensors, facts = self._state()
@@ -99,12 +196,17 @@ class Saver(Callback):
                 f"step {step}: no checkpoint is made, as {refused}; {self._kept()}: take that "
                 "machine out and run again, which goes on from there"
             )
+        if self._unsaved_copy and step == self._first_step:  # no step was taken since
+            self._save(step)
+            self._checkpointer.wait()
         for pause in RETRY_AFTER_S:
             if self._missing() is None:
-                return
+                break
             time.sleep(pause)
             self._save(step)
             self._checkpointer.wait()
+        if self._copier is not None:
+            self._copier.finish(saved=self._progress.saved_step == step)
         reason = self._missing()
         if reason is not None:
             raise UserError(

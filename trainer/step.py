@@ -186,7 +186,7 @@ class TrainStep:
         execution.train(batches, 1.0 / targets.clamp(min=1.0), observe, before)
         if self._balancer is not None:
             self._balancer.observed()
-        return combined([one.to(self._mesh.device) for one in losses])
+        return combined(losses, self._mesh.device)
 
     def groups_not_finite(self) -> list[str]:
         """Names of the parameter groups with gradients or values on this rank not all finite."""

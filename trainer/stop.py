@@ -5,9 +5,9 @@ from __future__ import annotations
 import atexit
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:  # signals are watched from before torch is loaded
     from allometry.parallel.mesh import Mesh
@@ -76,17 +76,29 @@ class StopSignals:
             self._at_once()
 
 
+class Told(Protocol):
+    """Numbers that travel with the stop flag: the largest of all ranks' is heard on all of them."""
+
+    LENGTH: int
+
+    def told(self) -> Sequence[int]:
+        """Return this rank's numbers, ``LENGTH`` of them, not negative."""
+
+    def heard(self, numbers: Sequence[int]) -> None:
+        """Take the largest of all ranks'."""
+
+
 class StopRequest:
     """What ``signals`` received on any rank, seen by all ranks at the same step.
 
-    Use as a context manager around the loop.
+    Use as a context manager around the loop. ``others`` travels in the same message.
     """
 
-    def __init__(self, mesh: Mesh, signals: StopSignals) -> None:
+    def __init__(self, mesh: Mesh, signals: StopSignals, others: Told | None = None) -> None:
         import torch
 
-        self._mesh, self._signals = mesh, signals
-        self._flag = torch.zeros(1, dtype=torch.int32)
+        self._mesh, self._signals, self._others = mesh, signals, others
+        self._flags = torch.zeros(1 + (others.LENGTH if others else 0), dtype=torch.int32)
         self._exchange: Any = None
 
     def __enter__(self) -> StopRequest:
@@ -103,20 +115,26 @@ class StopRequest:
         The ranks' flags are exchanged in the background and read one call later, so that no step
         waits for them; ``now`` waits.
         """
+        import torch
         import torch.distributed as dist
 
         if self._mesh.world_size == 1:
+            if self._others:
+                self._others.heard(self._others.told())
             return self._signals.received.name if self._signals.received else None
         if self._exchange is not None and (found := self._read()) is not None:
             return found
-        self._flag.fill_(int(self._signals.received or 0))
+        others = self._others.told() if self._others else ()
+        self._flags.copy_(torch.tensor([int(self._signals.received or 0), *others]))
         self._exchange = dist.all_reduce(
-            self._flag, op=dist.ReduceOp.MAX, group=self._mesh.host_group, async_op=True
+            self._flags, op=dist.ReduceOp.MAX, group=self._mesh.host_group, async_op=True
         )
         return self._read() if now else None
 
     def _read(self) -> str | None:
         self._exchange.wait()
         self._exchange = None
-        number = int(self._flag.item())
+        number, *others = self._flags.tolist()
+        if self._others:
+            self._others.heard(others)
         return signal.Signals(number).name if number else None

@@ -70,13 +70,16 @@ from allometry.trainer.record.states import CompressedStates
 from allometry.trainer.record.timing import StepTimer, clock_of
 from allometry.trainer.restore import restore
 from allometry.trainer.said import said_at_start
-from allometry.trainer.save import Saver
+from allometry.trainer.save import Copier, Saver
+from allometry.trainer.save_times import SaveTimes
 from allometry.trainer.skips import Skips
 from allometry.trainer.sources import check_data, open_sources
 from allometry.trainer.state import checkpoint
 from allometry.trainer.state.enter import enter
 from allometry.trainer.state.folder import RunFolder
 from allometry.trainer.state.initial import Importer
+from allometry.trainer.state.interval import Uptime
+from allometry.trainer.state.local import LocalCopies
 from allometry.trainer.state.planners import State
 from allometry.trainer.state.reading import continued
 from allometry.trainer.state.resume import Start, begin, next_stage
@@ -84,6 +87,7 @@ from allometry.trainer.state.rewinds import go_back, not_new
 from allometry.trainer.state.room import checkpoint_bytes
 from allometry.trainer.step import TrainStep
 from allometry.trainer.stop import StopSignals
+from allometry.trainer.upload import Uploads
 from allometry.trainer.watch.stragglers import RankTimes
 from allometry.trainer.watch.watchdog import Watchdog
 
@@ -144,11 +148,12 @@ def _launch(
     places, schedules = places_of(config), schedules_of(config)
     stream = on_all_ranks(mesh, lambda: open_sources(config), "opening the data")
     folder = RunFolder(config.run.folder)
+    local = LocalCopies.of(config, plans[0], mesh)
     present = present_callbacks(callbacks, config, folder, mesh)
     start = begin(
         *(folder, config, stream, mesh, stop_at_step),
         lambda found: check_data(found, plans),
-        importer,
+        *(importer, local),
     )
     stream = continued(stream, start.facts)
     recorder = None
@@ -157,7 +162,7 @@ def _launch(
             at = place_at(places, start.step).number - 1
             run = _Run(
                 *(places[at].config, plans[at], schedules[at], mesh, stream.in_stage(at)),
-                *(folder, start, present, config, watch),
+                *(folder, start, present, config, watch, local),
             )
             if not start.next_stage:  # the checkpoint is loaded, so that the folder may change
                 run.start = start = enter(folder, config, start, mesh)
@@ -165,7 +170,7 @@ def _launch(
                 recorder = on_main_rank(mesh, open_recorder, "opening the record")
             result = run.train(recorder, invocation, stop_at_step, signals)
             if result.go_back:
-                go_back(folder, run.config, run.plan.batch, result.go_back, mesh, run.report)
+                go_back(folder, local, run.config, run.plan.batch, result.go_back, mesh, run.report)
                 break
             if result.stopped_by is not None or result.step == places[-1].last_step:
                 break
@@ -176,7 +181,7 @@ def _launch(
         lost = close(recorder, present)
         folder.withdraw()
     if lost is not None:
-        raise UserError(f"{lost}; the last checkpoint is whole")
+        raise UserError(f"{lost}; {folder.read_latest()} is whole")
     return result
 
 
@@ -194,6 +199,7 @@ class _Run:
     present: Sequence[Callback]  # of the launch, whose callbacks of stages come and go
     whole: RunConfig  # the run with all its stages; ``config`` is as it is in this one
     watch: Watchdog
+    local: LocalCopies | None
 
     def __post_init__(self) -> None:
         config, plan, mesh = self.config, self.plan, self.mesh
@@ -233,24 +239,25 @@ class _Run:
             *(self.mesh, self.judge),
         )
         current = Current()
+        saver: Saver  # whose next checkpoint the checks ask for
         found, response = checks(
             *(self.config, self.parallel, self.optimizer, train_step, current),
-            *(self.mesh, self.timer, self.report),
+            *(self.mesh, self.timer, self.report, lambda step: saver.times.checkpoint_due(step)),
             first=not self.start.next_stage,
         )
-        self.callbacks += [*found, self._saver(response)]
-        loop = self._loop(train_step, signals)
+        saver = self._saver(response)
+        uploads = Uploads.of(self.config.checkpoint, self.folder, self.mesh, self.report)
+        self.callbacks += [*found, saver, *uploads]
+        loop = self._loop(train_step, signals, saver)
         for name in self.start.cleaned:
             self.report("removed_unfinished_checkpoint", name=name)
         for name in self.start.abandoned:
             self.report("abandoned_checkpoint", name=name)
         # Files may be slow, and a service's page is opened over the network.
-        on_main_rank(self.mesh, lambda: self._open_record(invocation), "opening the record")
-        if invocation.layout_choice is not None:
-            self.report("layout_chosen", step=self.start.step, **invocation.layout_choice)
+        on_main_rank(self.mesh, lambda: self._begin_record(invocation), "opening the record")
         said = said_at_start(
             *(self.config, self.whole, self.plan, self.start, self.stream, self.mesh),
-            *(self.optimizer, self.kernel_changes, self.converted),
+            *(self.optimizer, self.kernel_changes, self.converted, invocation.layout_choice),
         )
         for kind, facts in said:
             self.report(kind, **facts)
@@ -259,6 +266,12 @@ class _Run:
                 return loop.run(current.passing(batches), stop_at_step)
         finally:
             self.parallel.sync.leave()
+
+    def _begin_record(self, invocation: Invocation) -> None:
+        try:
+            self._open_record(invocation)
+        except OSError as error:
+            raise checkpoint.unwritable(self.folder, error) from None
 
     def _earlier(self) -> dict[str, Any] | None:
         """The facts of the steps that bad ones are judged by: a stage knows its own alone."""
@@ -290,7 +303,7 @@ class _Run:
         known = self.start.facts if self.start.weights_only else None
         return {key: value for key, value in (known or {}).items() if key == "origin"}
 
-    def _loop(self, train_step: TrainStep, signals: StopSignals) -> Loop:
+    def _loop(self, train_step: TrainStep, signals: StopSignals, saver: Saver) -> Loop:
         return Loop(
             plan=self.plan,
             mesh=self.mesh,
@@ -308,6 +321,7 @@ class _Run:
             record_every_steps=self.config.record.every_steps,
             document_flops=DocumentFlops.of(self.config.model),
             peak_flops_per_s=self.peak.flops_per_s * self.mesh.world_size,
+            save_times=saver.times,
         )
 
     def _monitors(self) -> Iterator[Callback]:
@@ -372,7 +386,10 @@ class _Run:
             facts |= {} if self.judge is None else self.judge.facts()
             return state_tensors(self.parallel, self.optimizer), facts
 
-        return Saver(writer, self.progress, state, self.timer, self.mesh, response)
+        copier = Copier.of(self.local, writer, self.folder, self.start, self.report)
+        uptime = Uptime.of(self.folder)
+        times = SaveTimes(self.config.checkpoint, self.mesh, lambda: writer.busy, uptime)
+        return Saver(writer, self.progress, state, self.timer, self.mesh, times, copier, response)
 
     def _batches(self) -> Iterator[StepInput]:
         """This rank's micro-batches, step by step."""

@@ -26,6 +26,15 @@ class Train(ConfigCommand):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Fetch(Command):
+    """Make a run's folder of an upload (``checkpoint.upload``), for ``train`` to go on from."""
+
+    url: str = argument("the run's place in an object store: its checkpoint.upload.url", paths=True)
+    folder: Path = argument("the folder to make")
+    step: int | None = option("the step of the upload; default: the newest whole one")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Prepare(Command):
     """Turn text into token files that training reads (Megatron's .bin/.idx)."""
 

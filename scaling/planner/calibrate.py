@@ -18,6 +18,7 @@ NOISE = 0.08  # log error of a step that the model is held to
 TIMED = 0.15
 """Standard deviation of the logarithm of a constant that was measured on pieces of a step."""
 NUDGE = 1e-4
+BLOCK = 4096  # configurations at once, which a processor's cache takes
 TARGETS = 500  # configurations that choose_runs looks at the variances of
 NORMAL = 1.645  # of a 90 % interval
 GENERATIONS: tuple[str, ...] = get_args(Generation)
@@ -41,11 +42,20 @@ def errors(cases: Cases, logs_CK: Floats, measured: Floats) -> Floats:
 
 
 def slopes(cases: Cases, logs_CK: Floats) -> Floats:
-    """Derivatives of the logarithm of the time by those of the constants, (C, K)."""
-    zeros = np.zeros(len(cases))
-    at = errors(cases, logs_CK, zeros)
-    steps = NUDGE * np.eye(logs_CK.shape[1])
-    return np.stack([(errors(cases, logs_CK + s, zeros) - at) / NUDGE for s in steps], axis=1)
+    """Derivatives of the logarithm of the time by those of the constants, (C, K).
+
+    Each constant is nudged alone, a block of configurations with all of their nudges at once.
+    """
+    count, k = logs_CK.shape
+    steps = np.concatenate([np.zeros((1, k)), NUDGE * np.eye(k)])
+    found, each = np.empty((count, k)), max(BLOCK // (k + 1), 1)
+    for start in range(0, count, each):
+        part = np.arange(start, min(start + each, count))
+        nudged = (logs_CK[part] + steps[:, None]).reshape(-1, k)
+        said = step_time(cases.take(np.tile(part, k + 1)), Constants.of_logs(nudged)).seconds
+        logs = np.log(said).reshape(k + 1, -1)
+        found[part] = (logs[1:] - logs[0]).T / NUDGE
+    return found
 
 
 def by_mean(cases: Cases, slopes_CK: Floats) -> Floats:
@@ -56,17 +66,19 @@ def by_mean(cases: Cases, slopes_CK: Floats) -> Floats:
     return np.concatenate([slopes_CK, of_cards.reshape(len(cases), -1)], axis=1)
 
 
-def soften(error: Floats, weight: Floats | float = 1.0) -> tuple[Floats, Floats]:
+def soften(
+    error: Floats, weight: Floats | float = 1.0, width: Floats | float = NOISE
+) -> tuple[Floats, Floats]:
     """Residuals whose squares are Cauchy's loss, and their derivatives.
 
-    Published tables hold runs that some fault made many times slower than their neighbours: errors
-    far beyond ``NOISE`` hardly pull.
+    Near 0 they are errors over ``NOISE``; errors far beyond ``width`` hardly pull: published tables
+    hold runs that some fault made many times slower than their neighbours.
     """
-    scaled = error / NOISE
+    scaled = error / width
     soft = np.sign(scaled) * np.sqrt(np.log1p(scaled**2))
     near = np.abs(scaled) < 1e-6
     slope = np.where(near, 1.0, scaled / (1 + scaled**2) / np.where(near, 1.0, soft))
-    return soft * weight, slope / NOISE * weight
+    return soft * (width / NOISE) * weight, slope / NOISE * weight
 
 
 def check_seconds(seconds: Floats) -> None:
@@ -159,23 +171,32 @@ def predict(belief: Calibration, cases: Cases) -> Prediction:
 
 
 def adapt(belief: Calibration, cases: Cases, seconds: Floats) -> Calibration:
-    """Update a belief by a few measured steps of one framework; what is far off hardly pulls."""
+    """Update a belief by a few measured steps of one framework.
+
+    At first only what lies far beyond what the belief holds for possible hardly pulls, in the end
+    what lies far beyond ``NOISE`` from what the other runs agree on.
+    """
     check_seconds(seconds)
     measured, root = np.log(seconds), np.linalg.cholesky(belief.covariance)
+    slope = by_mean(cases, slopes(cases, logs_of(belief.mean, cases)))
+    possible = np.sqrt(np.einsum("cd,de,ce->c", slope, belief.covariance, slope) + NOISE**2)
 
-    def residuals(z: Floats) -> Floats:
+    def residuals(z: Floats, width: Floats) -> Floats:
         logs = logs_of(belief.mean + root @ z, cases)
-        return np.concatenate([soften(errors(cases, logs, measured))[0], z])
+        return np.concatenate([soften(errors(cases, logs, measured), width=width)[0], z])
 
-    def jacobian(z: Floats) -> Floats:
+    def jacobian(z: Floats, width: Floats) -> Floats:
         logs = logs_of(belief.mean + root @ z, cases)
-        soft = soften(errors(cases, logs, measured))[1][:, None]
+        soft = soften(errors(cases, logs, measured), width=width)[1][:, None]
         return np.concatenate([soft * by_mean(cases, slopes(cases, logs)) @ root, np.eye(len(z))])
 
-    found = least_squares(residuals, np.zeros(len(root)), jacobian, max_nfev=40)
+    z = np.zeros(len(root))
+    for width in (possible, np.sqrt(possible * NOISE), np.full(len(cases), NOISE)):
+        found = least_squares(residuals, z, jacobian, max_nfev=40, args=(width,))
+        z = found.x
     left = root @ np.linalg.inv(found.jac.T @ found.jac) @ root.T
     kinds = belief.kinds | frozenset(cases.kinds)
-    return replace(belief, mean=belief.mean + root @ found.x, covariance=left, own={}, kinds=kinds)
+    return replace(belief, mean=belief.mean + root @ z, covariance=left, own={}, kinds=kinds)
 
 
 def choose_runs(belief: Calibration, cases: Cases, count: int) -> list[int]:

@@ -28,6 +28,7 @@ COLUMNS = {
     **{"narrow_share": 1, "quantize_bytes": 0, "saved_fp8": 0, "state_bytes": 8},
     **{"states_host": 0, "states_disk": 0, "host_update": 0, "activations_host": 0},
     **{"kept_bytes": 0, "repeats": 0, "reduces": 0},
+    **{"experts_beside": 0, "nodes_of_token": 0},
 }
 """Numbers of a configuration and their defaults; None: it has to be given.
 
@@ -40,12 +41,14 @@ products are one launch. ``replicas``: whole copies that a sharded ``dp`` is div
 ``deduplicated``: a token goes to each node once, not once for each of its experts there.
 ``attended``: tokens that a token's attention reads; 0: the sequence. ``document_stretch``:
 ``scaling.hdp.stretch``. ``narrow_share``: of the blocks' products in ``precision``, if that is fp8
-or fp4. ``quantize_bytes``: that casts move for each number of a narrow product, beyond what the
-products' rate holds (``operators.QUANTIZE_BYTES``). ``saved_fp8``: activations wait in FP8.
-``state_bytes``: of the optimizer for a parameter. ``states_host``, ``states_disk``: shares of them
-in the host's memory and on disk between steps. ``host_update``: the host's CPUs take the
-optimizer's step. ``activations_host``: share of the layers whose ``kept_bytes``, of a token, wait
-in the host's memory.
+or fp4. ``experts_beside``: share of a micro-batch's computation that the exchange of another
+one's tokens may run beside, as DualPipe's does. ``nodes_of_token``: nodes that a token's experts
+are at most on; 0: any. ``quantize_bytes``: that casts move for each number of a narrow product,
+beyond what the products' rate holds (``operators.QUANTIZE_BYTES``). ``saved_fp8``: activations
+wait in FP8. ``state_bytes``: of the optimizer for a parameter. ``states_host``, ``states_disk``:
+shares of them in the host's memory and on disk between steps. ``host_update``: the host's CPUs take
+the optimizer's step. ``activations_host``: share of the layers whose ``kept_bytes``, of a token,
+wait in the host's memory.
 """
 LEAST = {
     **dict.fromkeys(("gated", "zero", "ffn", "sequence_parallel", "flash", "overlap"), 0),
@@ -53,7 +56,10 @@ LEAST = {
     **{"gather_bytes": 0.1, "reduce_bytes": 0.1, "narrow_share": 0, "state_bytes": 0},
 }
 """What a number is at least, where that is not 1, or 0 as its default."""
-SHARES = ("narrow_share", "repeats", "reduces", "states_host", "states_disk", "activations_host")
+SHARES = (
+    *("narrow_share", "repeats", "reduces", "states_host", "states_disk", "activations_host"),
+    "experts_beside",
+)
 
 
 @dataclass(frozen=True)

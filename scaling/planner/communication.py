@@ -45,6 +45,8 @@ def experts(cases: Cases, constants: Constants) -> Floats:
     span = ep * n["tp"]
     nodes = np.maximum(span / hw["gpus_per_node"], 1)
     once = (nodes - 1) * (1 - (1 - 1 / nodes) ** k)
+    few = np.minimum(n["nodes_of_token"] * (1 - 1 / nodes), once)
+    once = np.where(n["nodes_of_token"] > 0, few, once)
     remote = np.where(n["deduplicated"] > 0, once, k * (1 - 1 / nodes))
     each = np.maximum(k * (1 - 1 / ep) / hw["inside"], remote / hw["across"])
     latency = np.where(nodes > 1, hw["across_latency"], hw["inside_latency"])
@@ -104,19 +106,23 @@ def data(cases: Cases, constants: Constants, compute: Floats) -> Floats:
     ``compute``: seconds of a micro-batch's computation, (C,). Stage 0 sums gradients once a step,
     stages 1 and 2 gather parameters and scatter gradients; stage 2 scatters in each micro-batch
     behind its backward, stage 3 gathers for each forward and backward as well, behind the blocks
-    before (``parallel/zero.py``); a pipeline scatters once. Copies sum what they scattered.
+    before (``parallel/zero.py``); a pipeline scatters once. Copies sum what they scattered. Each
+    message also takes the steps of its ring or tree, however few its bytes.
     """
     n = cases.n
     ranks = n["dp"] * n["cp"]
     shared, of_experts = held(cases)
     experts = np.maximum(ranks / n["ep"], 1)
-    whole, copies = np.zeros(len(cases)), np.zeros(len(cases))
+    whole, copies, steps, crossing = (np.zeros(len(cases)) for _ in range(4))
     for size, over, inner in ((shared, ranks, n["tp"]), (of_experts, experts, n["tp"] * n["ep"])):
         shards = np.where(n["zero"] > 0, np.maximum(over / n["replicas"], 1), over)
         whole = whole + size * (shards - 1) / shards / _rate(cases, constants, shards, inner)
+        summed = n["zero"] == 0
+        steps = steps + (size > 0) * _steps(cases, constants, shards, inner, summed)
         others = over / shards
         rate = _rate(cases, constants, others, inner * shards)
         copies = copies + size / shards * (others - 1) / others / rate
+        crossing = crossing + (size > 0) * _steps(cases, constants, others, inner * shards, True)
     gather, reduce = n["gather_bytes"], n["reduce_bytes"]
     share = np.where(n["zero"] == 0, constants.data_hidden, constants.shard_hidden)
     apart = (n["overlap"] > 0) & (cases.hw["asynchronous"] > 0)  # else what sends computes
@@ -124,12 +130,14 @@ def data(cases: Cases, constants: Constants, compute: Floats) -> Floats:
     each = n["reduces"] * np.maximum(cases.micro_batches - 1, 0)  # scatters before the last
     sharded = constants.shard_bytes * (gather + reduce) / (HALF + GRADIENT)
     once = np.where(n["zero"] == 0, 2 * reduce, sharded)
-    exposed = np.maximum(whole * once + copies * 2 * reduce - behind, 0.0)
+    messages = constants.data_messages * n["layers"] / n["pp"]
+    steps, summing = steps * messages, copies * 2 * reduce + 2 * crossing * messages
+    exposed = np.maximum(whole * once + 2 * steps + summing - behind, 0.0)
     beside = np.where(apart, HIDDEN, 0.0) * compute
-    earlier = each * np.maximum(whole * reduce - BACKWARD * beside, 0.0)
+    earlier = each * np.maximum(whole * reduce + steps - BACKWARD * beside, 0.0)
     exposed = exposed + earlier
-    fully = whole * (2 * gather + reduce) - beside
-    fully = cases.micro_batches * np.maximum(fully, 0.0) + copies * 2 * reduce
+    fully = whole * (2 * gather + reduce) + 3 * steps - beside
+    fully = cases.micro_batches * np.maximum(fully, 0.0) + summing
     return np.asarray(np.where(n["zero"] == 3, fully, exposed))
 
 
@@ -142,6 +150,26 @@ def _rate(cases: Cases, constants: Constants, ranks: Floats, inner: Floats) -> F
     nodes = np.maximum(ranks * inner / hw["gpus_per_node"], 1)
     rate = bandwidth * constants.data_bandwidth / (1 + constants.congestion * np.log2(nodes))
     return np.asarray(rate)
+
+
+def _steps(
+    cases: Cases, constants: Constants, ranks: Floats, inner: Floats, summed: Floats | bool
+) -> Floats:
+    """Seconds of the steps, one way, of a message between ``ranks``, each ``inner`` from the next.
+
+    A gather and a scatter go around a ring of all ranks. What is ``summed`` whole may go through
+    a tree of nodes instead, along a chain inside each (NCCL takes what is faster).
+    """
+    hw = cases.hw
+    near = np.clip(hw["gpus_per_node"] / inner, 1, np.maximum(ranks, 1))
+    nodes = np.maximum(ranks / near, 1)
+    inside = hw["inside_latency"] * constants.inside_latency
+    across = hw["across_latency"] * constants.across_latency
+    crossings = np.where(nodes > 1, nodes, 0.0)
+    ring = crossings * across + (ranks - np.maximum(crossings, 1)) * inside
+    tree = np.log2(nodes) * across + (near - 1) * inside
+    taken = np.where(summed, np.minimum(ring, tree), ring)
+    return np.where(ranks > 1, taken, 0.0)
 
 
 def optimizer(cases: Cases, constants: Constants) -> tuple[Floats, Floats]:

@@ -59,6 +59,7 @@ class Constants:
     shard_hidden: float = _constant(0.3, 0.6, 0.8, "the same of ZeRO's exchange")
     ring_nodes: float = _constant(0.5, 0.5, 0.5, "power of nodes that slows a ring across them")
     congestion: float = _constant(0.1, 0.7, 0.5, "exchange longer per doubling of its nodes")
+    data_messages: float = _constant(4.0, 0.7, 0.5, "messages of a layer in gradients' exchange")
     shard_bytes: float = _constant(6.0, 0.2, 0.35, "bytes a parameter sends in ZeRO 1 and 2")
     message_s: float = _constant(5e-4, 0.7, 0.6, "host seconds per message between stages, eager")
     jitter: float = _constant(0.01, 0.4, 0.3, "share of a step lost per doubling from 8 GPUs on")

@@ -65,6 +65,8 @@ def layer_time(cases: Cases, constants: Constants) -> dict[str, Floats]:
     # Where one processor is both, one comes after the other.
     beside = cases.hw["asynchronous"] > 0
     longer = (device**4 + (launched + latency) ** 4) ** 0.25 - device
+    sent = communication.experts(cases, constants) * (2 + again)
+    hidden = n["experts_beside"] * communication.HIDDEN * device
     terms = {
         "matrix products": products,
         "attention": attention,
@@ -73,7 +75,7 @@ def layer_time(cases: Cases, constants: Constants) -> dict[str, Floats]:
         "activations in FP8": saved,
         "waiting for the host": np.where(beside, longer, launched),
         "tensor parallel": moved + latency,
-        "expert parallel": communication.experts(cases, constants) * (2 + again),
+        "expert parallel": np.maximum(sent - hidden, 0.0),
         "context parallel": communication.context(cases, constants, scored) * (3 + again),
     }
     return terms | {"activations on the host": host.activations(cases, _total(terms))}

@@ -47,7 +47,7 @@ def described(tiny: Make, folder: Path, layout: str, optimizer: str, *more: str)
 @pytest.mark.parametrize(
     ("layout", "optimizer"),
     thinned(
-        {("hdp2-zero3", "muonh"), ("ep2", "adamw"), ("pp2", "adamw")},
+        {("hdp2-zero3", "muonh"), ("ep2", "adamw")},
         list(LAYOUTS),
         list(OPTIMIZERS),
     ),

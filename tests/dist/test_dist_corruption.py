@@ -21,6 +21,7 @@ SHORT = (
     "record.checks.replicas_every_steps=1",
 )
 TWICE = ("training.deterministic=true", "record.checks.twice_every_steps=2")
+THIS_BATCH = "kind: auxiliary, coefficient: 0.01, loads: this_batch"
 KINDS = ("replicas_differ", "computed_twice_differs", "self_test_failed")
 
 
@@ -117,7 +118,10 @@ def test_a_flipped_bit_is_found_and_its_rank_named(
         slow((*SPHERES, "parallel.tp=2"), 4),
         slow(DOCUMENTS, 2),
         slow(("optimizer.states={kind: fp8, rounding: stochastic}",), 2),
-        slow((*MOE, "model.router.balance={kind: auxiliary, loads: this_batch}"), 2),
+        slow(
+            (*MOE, "model.router.balance={kind: auxiliary, coefficient: 0.01, loads: this_batch}"),
+            2,
+        ),
         slow(("optimizer={kind: apollo, lr: 0.01, rank: 4}",), 2),
     ],
 )
@@ -168,6 +172,8 @@ def faulty(config: RunConfig, rank: int, where: str) -> None:
         if count == 2 and dist.get_rank() == rank:
             if where == "losses":
                 return losses + 1
+            if where == "product":
+                return losses
             gradient = dict(self.parallel.named_parameters())["head.weight"].grad
             local(gradient).view(torch.int32)[1, 2] ^= 1 << 20
         return losses

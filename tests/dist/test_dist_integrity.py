@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 import torch
 
+from allometry.configs.checkpoints import CheckpointConfig
 from allometry.configs.errors import UserError
-from allometry.configs.execution import CheckpointConfig, ParallelConfig
+from allometry.configs.execution import ParallelConfig
 from allometry.configs.run import RunConfig
 from allometry.parallel.agree import from_main_rank
 from allometry.parallel.mesh import Mesh, open_mesh

@@ -10,6 +10,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from allometry.configs.machine import load_hardware
+from allometry.scaling.planner.cases import Cases
 from allometry.scaling.planner.cost import step_time
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,6 +36,22 @@ def test_errors_are_of_throughput(benchmark: ModuleType) -> None:
     assert (found["rows"], found["median"]) == (3, 0.5)
     assert found["p90"] == pytest.approx(0.9)
     assert found["bias"] == 0
+
+
+def test_what_equal_configurations_differ_by_is_the_floor(benchmark: ModuleType) -> None:
+    row = {
+        **{"layers": 24, "width": 2048, "heads": 16, "kv_heads": 16, "head_dim": 128},
+        **{"ffn": 8192, "vocab": 50304, "sequence": 2048, "global_batch": 256, "hardware": "a100"},
+        **{"dp": 8, "micro_batch": 1},
+    }
+    rows = [row, row | {"micro_batch": 2}, row, row]
+    cases = Cases.of(rows, {"a100": load_hardware("a100")})
+    seconds, nothing = np.array([1.0, 9.0, 1.1, 0.8]), np.zeros(4)
+    measured = benchmark.Measured(cases, seconds, nothing, nothing, nothing, nothing, 0)
+    found = benchmark.repeated(measured)
+    assert found["rows"] == 3
+    assert found["median"] == pytest.approx(0.1)
+    assert benchmark.repeated(measured.take(np.array([0, 1]))) is None
 
 
 def test_published_layouts_are_read_and_ordered(benchmark: ModuleType) -> None:

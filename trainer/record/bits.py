@@ -19,23 +19,18 @@ def checksum(tensor: Tensor) -> Tensor:
     changes it, and others go unseen with a chance of about 2^-64. The order in which a device adds
     does not matter.
     """
-    flat = tensor.detach().contiguous().flatten()
-    if not flat.numel():
-        return torch.zeros((), dtype=torch.int64, device=tensor.device)
-    octets = flat.view(torch.uint8)
-    rest = octets.numel() % 8
-    if rest or octets.storage_offset() % 8:
-        octets = torch.cat([octets, octets.new_zeros(-octets.numel() % 8)])
-    words = octets.view(torch.int64)
-    weights = torch.arange(
-        1, 2 * min(words.numel(), _WORDS), 2, dtype=torch.int64, device=words.device
-    )
-    total = torch.zeros((), dtype=torch.int64, device=words.device)
-    for piece in words.split(_WORDS):
-        total = total * _FACTOR + (piece * weights[: piece.numel()]).sum()
+    octets = tensor.detach().contiguous().flatten().view(torch.uint8)
+    total = torch.zeros((), dtype=torch.int64, device=octets.device)
+    most = min(-(-octets.numel() // 8), _WORDS)
+    weights = torch.arange(1, 2 * most + 1, 2, dtype=torch.int64, device=octets.device)
+    for piece in octets.split(8 * _WORDS):
+        if piece.numel() % 8 or piece.storage_offset() % 8:  # as part of a larger buffer
+            piece = torch.cat([piece, piece.new_zeros(-piece.numel() % 8)])
+        words = piece.view(torch.int64)
+        total = total * _FACTOR + (words * weights[: words.numel()]).sum()
     return total
 
 
-def combined(sums: Sequence[Tensor]) -> Tensor:
-    """Return one checksum of several, in their order."""
-    return checksum(torch.stack(list(sums)))
+def combined(sums: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Return one checksum of several, in their order, on ``device``."""
+    return checksum(torch.stack([one.to(device) for one in sums]))

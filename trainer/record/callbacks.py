@@ -1,23 +1,17 @@
-"""What watches a run: hooks, and the ones that come along (display, TensorBoard, W&B)."""
+"""What watches a run: hooks, events, and the lines that are printed."""
 
 from __future__ import annotations
 
 import logging
 import sys
-import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import IO, Any
 
 from typing_extensions import override
 
-from allometry.configs.errors import UserError
-from allometry.configs.execution import RecordConfig, WandB
 from allometry.configs.format import duration, human
-from allometry.laws.runs import read_lines
 from allometry.trainer.record.columns import FinishedStep
 from allometry.trainer.record.writer import Recorder, Row
-from allometry.trainer.state.folder import RunFolder, write_atomically
 
 _log = logging.getLogger(__name__)
 
@@ -100,6 +94,10 @@ class Reporter:
 _SAID = {
     "checkpoint_saved": "step {step} | checkpoint saved",
     "checkpoint_failed": "step {step} | CHECKPOINT FAILED ({reason}); earlier ones are kept",
+    "local_copy_failed": "step {step} | LOCAL COPY FAILED in {folder} ({reason})",
+    "local_copy_alone": "step {step} | the neighbours of ranks {ranks} could not keep their copies",
+    "local_copies_unused": "local copies that are not used: {reasons}",
+    "upload_failed": "step {step} | UPLOAD FAILED to {url} ({reason}); the next is tried anew",
     "abandoned_checkpoint": "going back: a later checkpoint is kept aside as {name}",
     "started": "starting over: the last launch ended before its first checkpoint "
     "({dropped_rows} rows of its record dropped)",
@@ -137,8 +135,8 @@ _SAID = {
     "self_test_failed": "SELF-TEST FAILED: {said}",
     "cards_not_read": "GPUs are not asked for heat, clocks and ECC errors: {reason}",
     "restarted": "ranks were started again, time {count} of this launch: {reason}",
-    "bad_step": "step {step} | BAD STEP ({reason}): loss {loss}, grad {grad_norm}; its update is "
-    "skipped",
+    "bad_step": "step {step} | BAD STEP ({reason}): loss {loss:.6}, grad {grad_norm:.6}; "
+    "its update is skipped",
     "steps_passed_over": "step {step} | passed over from here on, as training.skip_steps says",
     "going_back": "step {step} | GOING BACK to checkpoint step-{checkpoint} after bad steps "
     "{bad_steps}: {samples} samples after it are passed over",
@@ -157,7 +155,7 @@ class Display(Callback):
 
     def __init__(self, every_steps: int, out: IO[str] | None = None) -> None:
         self._every, self._out = every_steps, out or sys.stdout
-        self._first = self._total = 0
+        self._first = self._total = self._unsaid = 0
 
     @override
     def on_start(self, facts: dict[str, Any], first_step: int) -> None:
@@ -205,129 +203,14 @@ class Display(Callback):
             self._say(_SAID[kind].format(**details))
 
     def _say(self, text: str) -> None:
-        print(text, file=self._out, flush=True)
-
-
-def _history(folder: RunFolder, first_step: int) -> list[Row]:
-    """The rows before this launch, its trunk's too: for a page that begins with it."""
-    return [row for row in read_lines(folder.metrics) if row["step"] < first_step]
-
-
-class TensorBoard(Callback):
-    """Scalars for TensorBoard: rows of every ``every_steps``, and those with rarer losses.
-
-    A run that has none yet, as a branch has, begins with the rows that its folder holds.
-    """
-
-    def __init__(self, folder: RunFolder, every_steps: int) -> None:
-        self._folder, self._every = folder, every_steps
-        self._writer: Any = None
-
-    @override
-    def on_start(self, facts: dict[str, Any], first_step: int) -> None:
-        """Open the writer; steps that will be computed again are hidden."""
-        from torch.utils.tensorboard import SummaryWriter
-
-        purge = first_step if first_step > 1 else None
-        new = not any(self._folder.tensorboard.glob("events.*"))
-        self._writer = SummaryWriter(str(self._folder.tensorboard), purge_step=purge)
-        for row in _history(self._folder, first_step) if new else ():
-            self.on_row(row)
-
-    @override
-    def on_row(self, row: Row) -> None:
-        step = int(row["step"])
-        rare = any(key.startswith(("validation/", "forecast/")) for key in row)
-        if self._writer is None or (step % self._every and not rare):
-            return
-        with self._unless_full():
-            for key, value in row.items():
-                if key != "step":
-                    self._writer.add_scalar(key if "/" in key else f"train/{key}", value, step)
+        try:
+            print(text, file=self._out, flush=True)
+        except OSError as error:  # a full disk; the record has what the line says
+            if not self._unsaid:
+                _log.warning("lines cannot be printed (%s); training goes on", error.strerror)
+            self._unsaid += 1
 
     @override
     def on_end(self) -> None:
-        if self._writer is not None:
-            with self._unless_full():
-                self._writer.close()
-
-    @contextmanager
-    def _unless_full(self) -> Iterator[None]:
-        """Give up on what the disk does not take: metrics.jsonl has it, and training goes on."""
-        try:
-            yield
-        except OSError as error:
-            self._writer = None
-            _log.warning(
-                "%s cannot be written (%s): this launch leaves TensorBoard out from here on, and "
-                "metrics.jsonl has all",
-                *(self._folder.tensorboard, error.strerror),
-            )
-
-
-class WeightsAndBiases(Callback):
-    """Rows to Weights & Biases, at their steps; a continued run continues its page.
-
-    Steps that are taken again after a crash have the numbers that the page has. A run that goes
-    back to an earlier checkpoint begins a new page, as W&B takes no step twice, and so does a
-    branch: with the rows that its folder holds.
-    """
-
-    def __init__(self, config: WandB, folder: RunFolder) -> None:
-        try:
-            import wandb
-        except ImportError:
-            raise UserError(
-                "record.wandb is set but the package wandb is not installed; "
-                "pip install 'allometry[wandb]' or set record.wandb: null"
-            ) from None
-        self._wandb, self._config, self._folder = wandb, config, folder
-        self._run: Any = None
-        self._identity = folder.path / "wandb_id"
-
-    @override
-    def on_event(self, kind: str, details: dict[str, Any]) -> None:
-        if kind == "abandoned_checkpoint":  # told before ``on_start``
-            self._identity.unlink(missing_ok=True)
-
-    @override
-    def on_start(self, facts: dict[str, Any], first_step: int) -> None:
-        new = not self._identity.exists()
-        if new:
-            write_atomically(self._identity, uuid.uuid4().hex[:12])
-        try:
-            self._run = self._wandb.init(
-                **self._config.model_dump(),
-                id=self._identity.read_text(encoding="utf-8").strip(),
-                resume="allow",
-                dir=str(self._folder.path),
-                name=self._folder.path.name,
-                config=facts,
-            )
-        except self._wandb.Error as error:
-            reason = " ".join(str(error).split())
-            raise UserError(
-                f"record.wandb: Weights & Biases cannot be used ({reason}); log in with "
-                "wandb login, set record.wandb.mode=offline, or record.wandb: null"
-            ) from None
-        for row in _history(self._folder, first_step) if new else ():
-            self.on_row(row)
-
-    @override
-    def on_row(self, row: Row) -> None:
-        self._run.log(dict(row), step=int(row["step"]))
-
-    @override
-    def on_end(self) -> None:
-        if self._run is not None:
-            self._run.finish()
-
-
-def standard_callbacks(record: RecordConfig, folder: RunFolder) -> list[Callback]:
-    """What the ``record`` section asks for."""
-    chosen: list[Callback] = [Display(record.display_every_steps)]
-    if record.tensorboard:
-        chosen.append(TensorBoard(folder, record.display_every_steps))
-    if record.wandb is not None:
-        chosen.append(WeightsAndBiases(record.wandb, folder))
-    return chosen
+        if self._unsaid:
+            _log.warning("%d lines could not be printed; metrics.jsonl has all", self._unsaid)

@@ -8,7 +8,8 @@ from functools import partial
 from allometry.configs.run import RunConfig
 from allometry.parallel.agree import on_main_rank
 from allometry.parallel.mesh import Mesh
-from allometry.trainer.record.callbacks import Callback, standard_callbacks
+from allometry.trainer.record.callbacks import Callback
+from allometry.trainer.record.services import standard_callbacks
 from allometry.trainer.record.writer import Recorder
 from allometry.trainer.state.folder import RunFolder
 

@@ -82,7 +82,10 @@ def held_alike(parallel: Parallel, optimizer: torch.optim.Optimizer, mesh: Mesh)
 
 def differences(held: Held, mesh: Mesh) -> list[Difference]:
     """Compare what ranks hold alike; the same on every rank, and every rank calls this."""
-    sums = [combined([checksum(t) for _, t in sorted(each.items())]) for each in held.values()]
+    sums = [
+        combined([checksum(tensor) for _, tensor in sorted(each.items())], mesh.device)
+        for each in held.values()
+    ]
     mine = torch.stack(sums).tolist() if sums else []
     wrong = _deviating(mesh.gather_objects(dict(zip(held, mine, strict=True))))
     if not wrong:

@@ -68,7 +68,7 @@ class ComputedTwice(Callback):
             for name, parameter in self._parallel.named_parameters():
                 if parameter.grad is not None:
                     sums[name] = checksum(local(parameter.grad))
-        return sums
+        return {name: one.to(self._mesh.device) for name, one in sums.items()}
 
 
 LOSSES = ""

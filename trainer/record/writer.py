@@ -9,11 +9,11 @@ import subprocess
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
-from allometry.configs.errors import UserError
+from allometry.trainer.record.appending import Appender
 from allometry.trainer.state.folder import RunFolder, write_atomically
 
 Row = dict[str, float | int]
@@ -29,7 +29,9 @@ class Recorder:
     def __init__(self, folder: RunFolder) -> None:
         self._folder = folder
         # Not every run has the others, which are opened when they are first written to.
-        self._files = {path: _Appender(path) for path in (folder.metrics, folder.events)}
+        self._files = {path: Appender(path) for path in (folder.metrics, folder.events)}
+        for file in self._files.values():
+            file.open()
 
     def row(self, row: Row) -> None:
         """Append one row to metrics.jsonl."""
@@ -45,8 +47,8 @@ class Recorder:
 
     def _append(self, path: Path, row: Mapping[str, Any]) -> None:
         if path not in self._files:
-            self._files[path] = _Appender(path)
-        self._files[path].append(row)
+            self._files[path] = Appender(path)
+        self._files[path].append((json.dumps(row, allow_nan=True) + "\n").encode())
 
     def event(self, kind: str, **details: Any) -> None:
         """Append one event, with the time, to events.jsonl."""
@@ -57,42 +59,6 @@ class Recorder:
         """Write what is pending and close the files; what could not be written, if anything."""
         lost = [text for file in self._files.values() if (text := file.close()) is not None]
         return "; ".join(lost) or None
-
-
-class _Appender:
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        try:
-            self._file: IO[str] = open(path, "a", encoding="utf-8")  # noqa: SIM115
-        except OSError as error:
-            raise UserError(f"{path} cannot be written: {error.strerror}; mend that") from None
-        self._pending: list[str] = []
-        self._reason: str | None = None
-
-    def append(self, row: Mapping[str, Any]) -> None:
-        self._pending.append(json.dumps(row, allow_nan=True) + "\n")
-        self._write()
-
-    def _write(self) -> None:
-        start = self._path.stat().st_size if self._path.exists() else 0
-        try:
-            self._file.write("".join(self._pending))
-            self._file.flush()
-            self._pending.clear()
-        except OSError as error:
-            self._reason = error.strerror
-            # Nothing half-written may stay: cut back, reopen, and keep the rows for later.
-            self._file = open(self._path, "r+", encoding="utf-8")  # noqa: SIM115
-            self._file.truncate(start)
-            self._file.seek(start)
-
-    def close(self) -> str | None:
-        if self._pending:
-            self._write()
-        self._file.close()
-        if not self._pending:
-            return None
-        return f"{len(self._pending)} rows of {self._path} could not be written ({self._reason})"
 
 
 def versions() -> dict[str, str]:

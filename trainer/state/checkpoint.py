@@ -9,14 +9,13 @@ checkpoint or a folder that nothing reads.
 
 from __future__ import annotations
 
-import errno
 import re
 import shutil
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,8 +23,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 
+from allometry.configs.checkpoints import CheckpointConfig
 from allometry.configs.errors import UserError
-from allometry.configs.execution import CheckpointConfig
 from allometry.configs.json_file import read_object
 from allometry.laws.runs import read_lines
 from allometry.optim.build import Elsewhere
@@ -33,6 +32,7 @@ from allometry.optim.offload.held import MASTER, Stored
 from allometry.parallel.agree import wait_for_all, with_heartbeat
 from allometry.parallel.mesh import Mesh
 from allometry.trainer.state.facts import check_facts
+from allometry.trainer.state.failure import Failure
 from allometry.trainer.state.folder import RunFolder, write_atomically
 from allometry.trainer.state.identity import problem_of
 from allometry.trainer.state.integrity import (
@@ -47,8 +47,6 @@ from allometry.trainer.state.pins import pins
 from allometry.trainer.state.planners import Loading, Saving, State, layouts
 from allometry.trainer.state.room import due, free_bytes, megabytes, stays
 from allometry.trainer.state.shards import ShardReader
-
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def step_of(path: Path) -> int:
@@ -113,6 +111,16 @@ def damaged(folder: RunFolder, path: Path, problem: str) -> UserError:
     return UserError(f"checkpoint {path} is damaged ({problem}); {remedy}")
 
 
+def unwritable(folder: RunFolder, error: OSError) -> UserError:
+    """The refusal of a launch whose folder takes no files, which names the checkpoint it has."""
+    name = folder.read_latest()
+    kept = f"; {name} is kept, from which the same command goes on" if name else ""
+    return UserError(
+        f"run.folder={folder.path} cannot be written: {error.strerror or error}; free space there "
+        f"or mend that, then run again{kept}"
+    )
+
+
 def _has_saved(folder: RunFolder) -> bool:
     """Whether the run has recorded that a checkpoint of it was written."""
     events = read_lines(folder.events)
@@ -155,7 +163,7 @@ def names(path: Path) -> set[str]:
 def load(path: Path, state: State, mesh: Mesh) -> None:
     """Fill the tensors of ``state`` in place, whatever layout wrote the checkpoint.
 
-    What one rank cannot store is the UserError of all.
+    What one rank cannot read or store is the UserError of all.
     """
 
     def read() -> None:
@@ -164,12 +172,20 @@ def load(path: Path, state: State, mesh: Mesh) -> None:
         try:
             dcp.load(tensors, storage_reader=reader, planner=planner, process_group=group)
         except CheckpointException as error:
-            for failure, _ in error.failures.values():
+            failures = [failure for failure, _ in error.failures.values()]
+            for failure in failures:
                 if isinstance(failure, UserError):
                     raise failure from None
-            raise
+            raise UserError(
+                f"checkpoint {path} cannot be loaded ({_line(failures[0])}); it is damaged or of "
+                "another model: use another one"
+            ) from error
 
     with_heartbeat(mesh, read, f"loading {path.name}")
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 class Checkpointer:
@@ -215,13 +231,29 @@ class Checkpointer:
         stored = {name: value for name, value in state.items() if isinstance(value, Stored)}
         near = {name: value for name, value in state.items() if isinstance(value, Tensor)}
         copy: State = {**writer.stage(near), **stored}
-        # A daemon: a process that ends does not wait without end for ranks that are gone.
-        self._worker = threading.Thread(
-            target=self._write, args=(step, writer, copy, facts), name=f"save-{step}", daemon=True
-        )
-        self._worker.start()
-        if stored or not self._config.asynchronous:  # what is stored has no copy
+        self.begin(lambda: self._write(step, writer, copy, facts), f"save-{step}")
+        if stored or not self.asynchronous:  # what is stored has no copy
             self.wait()
+
+    def begin(self, work: Callable[[], None], name: str) -> None:
+        """Do ``work`` in the background, where it may use ``mesh.checkpoint_group``.
+
+        Every rank calls this, with nothing under way (``wait``).
+        """
+        assert self._worker is None or not self._worker.is_alive()
+        # A daemon: a process that ends does not wait without end for ranks that are gone.
+        self._worker = threading.Thread(target=work, name=name, daemon=True)
+        self._worker.start()
+
+    @property
+    def asynchronous(self) -> bool:
+        """Whether training goes on while something is written."""
+        return self._config.asynchronous
+
+    @property
+    def busy(self) -> bool:
+        """Whether this rank is writing."""
+        return self._worker is not None and self._worker.is_alive()
 
     def poll(self) -> None:
         """Report a save that has ended since the last call."""
@@ -261,7 +293,7 @@ class Checkpointer:
                     shutil.rmtree(partial, ignore_errors=True)
                     partial.mkdir(parents=True)
             except OSError as error:
-                return self._failed(step, _Failure.of(error))
+                return self._failed(step, Failure.of(error))
             return None
 
         return mesh.broadcast_object(with_heartbeat(mesh, make, f"preparing {partial.name}"))
@@ -269,12 +301,12 @@ class Checkpointer:
     def _write(self, step: int, writer: ShardWriter, state: State, facts: dict[str, Any]) -> None:
         """In the background: write the shards, add what makes them a checkpoint, rename."""
         group = self._mesh.checkpoint_group
-        failure: _Failure | None = None
+        failure: Failure | None = None
         try:
             planner = Saving(state)
             dcp.save(layouts(state), storage_writer=writer, planner=planner, process_group=group)
         except (Exception, CheckpointException) as error:  # the run must go on
-            failure = _Failure.of(error)
+            failure = Failure.of(error)
         gathered: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(gathered, (failure, writer.files), group=group)
         failure = next((reason for reason, _ in gathered if reason), None)
@@ -292,7 +324,7 @@ class Checkpointer:
 
     def _finish(
         self, step: int, partial: Path, files: Files, facts: dict[str, Any]
-    ) -> _Failure | None:
+    ) -> Failure | None:
         final = self._folder.checkpoints / f"step-{step}"
         try:
             seal(partial, step, files, facts, run=self._run)
@@ -307,10 +339,10 @@ class Checkpointer:
             write_atomically(self._folder.latest, final.name + "\n")
             self._prune(step, self._config.keep_last)
         except OSError as error:
-            return _Failure.of(error)
+            return Failure.of(error)
         return None
 
-    def _failed(self, step: int, failure: _Failure) -> str:
+    def _failed(self, step: int, failure: Failure) -> str:
         """Make room for the next save where that was missing; the failure in words."""
         if not failure.full:
             return failure.reason
@@ -336,27 +368,11 @@ class Checkpointer:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-class _Failure(NamedTuple):
-    """Why a save failed, in the system's words, and whether for want of room."""
-
-    reason: str
-    full: bool = False
-
-    @classmethod
-    def of(cls, error: BaseException) -> _Failure:
-        """The cause at the bottom of DCP's nested exceptions, in one line."""
-        failures = getattr(error, "failures", None)
-        if failures:
-            first = next(iter(failures.values()))
-            error = first[0] if isinstance(first, tuple) else first
-        if isinstance(error, OSError) and error.strerror:
-            return cls(error.strerror, error.errno in _FULL)
-        return cls(f"{type(error).__name__}: {error}".split("\n")[0])
-
-
 def clean(folder: RunFolder, used: Path | None) -> list[str]:
-    """Remove what an interrupted save left behind, but not ``used``; the names removed."""
-    left = [*folder.checkpoints.glob(".step-*.partial"), *folder.checkpoints.glob(".*.replaced")]
+    """Remove what an interrupted save left behind, but not ``used``; the names of checkpoints."""
+    folder.remove_temporary()
+    patterns = (".step-*.partial", ".*.replaced", ".upload-step-*")
+    left = [path for pattern in patterns for path in folder.checkpoints.glob(pattern)]
     left = [path for path in left if path != used]
     for path in left:
         shutil.rmtree(path, ignore_errors=True)

@@ -38,8 +38,9 @@ def _enter(folder: RunFolder, config: RunConfig, start: Start) -> Start:
         RunTokenizer(start.tokenizer).keep(folder.path)
         start = replace(start, checkpoint=path)
     else:
-        if path is not None:
-            write_atomically(folder.latest, path.name + "\n")
+        saved = path if start.offer is None else start.saved  # local copies are nobody's latest
+        if saved is not None:
+            write_atomically(folder.latest, saved.name + "\n")
         abandoned = checkpoint.abandon_after(folder, start.step)
         dropped = folder.forget_after(start.step)
         forget_after(folder, start.step)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from allometry.trainer.state.integrity import step_named
 
@@ -46,12 +46,21 @@ class _Accepted(_Facts):
     loss: list[Number]
     grad_norm: list[Number]
 
+    @model_validator(mode="after")
+    def _pairs(self) -> Self:
+        if len(self.loss) != len(self.grad_norm):
+            raise ValueError("loss and grad_norm are not of the same steps")
+        return self
+
 
 class _Trained(_Checkpoint):
     position_sequences: Count
     flops: Number
     areas: dict[str, Number]
-    skipped: dict[str, Literal["not_finite", "spike", "skip_steps"]] = {}
+    skipped: dict[
+        Annotated[str, Field(pattern=r"^[0-9]{1,18}$")],
+        Literal["not_finite", "spike", "skip_steps"],
+    ] = {}
     accepted: _Accepted | None = None
 
 

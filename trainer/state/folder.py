@@ -16,8 +16,10 @@ checkpoints/step-N/, latest
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import re
 import shutil
 import socket
 import time
@@ -28,11 +30,35 @@ from typing import IO, Any
 from allometry.configs.errors import UserError
 from allometry.configs.json_file import parse_object, read_object
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Errors of a disk, or a quota, without room."""
+RETRY_AFTER_S = (0.5, 2.0)
+"""Pauses before a small file that found no room is tried again."""
+_ABANDONED_S = 3600.0
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.\d+\.tmp")
 _LONGEST_NAME = 100
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace ``path`` by ``text`` so that a reader sees the old or the new, never a half."""
+    """Replace ``path`` by ``text`` so that a reader sees the old or the new, never a half.
+
+    Where the disk is full it is tried again ``len(RETRY_AFTER_S)`` times.
+
+    Raises:
+        OSError: it cannot be written; ``path`` is as it was.
+    """
+    for pause in (*RETRY_AFTER_S, None):
+        try:
+            _replace(path, text)
+        except OSError as error:
+            if pause is None or error.errno not in FULL:
+                raise
+            time.sleep(pause)
+        else:
+            return
+
+
+def _replace(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "w", encoding="utf-8") as file:
@@ -95,15 +121,16 @@ class RunFolder:
                 f"run.folder={self.path} is in use by {owner}; wait for it, stop it, or choose "
                 "another run.folder"
             ) from None
+        self._lock = lock
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()} since {time.ctime()}")
         lock.flush()
-        self._lock = lock
 
     def release(self) -> None:
         """Let another run have the folder."""
         if self._lock is not None:
-            self._lock.close()
+            with suppress(OSError):  # what it says could not be written: the disk is full
+                self._lock.close()
             self._lock = None
 
     def recorded(self) -> dict[str, Any]:
@@ -177,6 +204,25 @@ class RunFolder:
                 f"run.folder={self.path} holds a run, but its config.yaml is gone; restore it, or "
                 "choose another run.folder to begin anew"
             )
+
+    def remove_temporary(self) -> list[str]:
+        """Remove what interrupted atomic writes of a run have left; the names removed.
+
+        The lock must be held. Files that others write too (scores, pins) may be under way, and go
+        when they have not changed for an hour.
+        """
+        removed, now = [], time.time()
+        for place in (self.path, self.checkpoints, self.path / "pins"):
+            for path in place.glob(".*.tmp"):
+                name = _TEMPORARY.fullmatch(path.name)
+                if name is None:
+                    continue
+                shared = place.name == "pins" or name["name"] == self.scores.name
+                with suppress(OSError):
+                    if not shared or now - path.stat().st_mtime > _ABANDONED_S:
+                        path.unlink()
+                        removed.append(path.name)
+        return removed
 
     def forget_after(self, step: int) -> int:
         """Drop metrics rows past ``step`` (they will be computed again); how many there were.

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,10 +27,13 @@ from allometry.trainer.state.folder import RunFolder
 from allometry.trainer.state.identity import Identity, identity_for
 from allometry.trainer.state.initial import Importer, check_converted, take_initial, unusable
 from allometry.trainer.state.integrity import damage_of_contents
+from allometry.trainer.state.local import LocalCopies
+from allometry.trainer.state.local_choice import Offer, Offered, fetch, find
 from allometry.trainer.state.reading import continued, weights_only, with_reading
 from allometry.trainer.state.refused import check_not_refused
 from allometry.trainer.state.rewinds import with_passed
 from allometry.trainer.state.room import check_room
+from allometry.trainer.state.same_files import check_read
 from allometry.trainer.state.unchanged import branch_changes, changed_overrides, check_unchanged
 
 T = TypeVar("T")
@@ -46,7 +48,9 @@ class Start:
     the description has otherwise from here on, and ``overrides`` for how many parameters.
     ``next_stage``: it was just saved, and the launch goes on in another stage. ``identity``: of the
     run. ``new``: the folder is. Before ``enter`` the checkpoint of another run has no name there
-    yet, and nothing is abandoned or dropped.
+    yet, and nothing is abandoned or dropped. ``offer``: the local copies of which ``checkpoint`` is
+    this rank's, while ``saved`` is the newest checkpoint of the folder; ``unused``: why others are
+    not.
     """
 
     checkpoint: Path | None
@@ -61,6 +65,16 @@ class Start:
     changes: tuple[Difference, ...] = ()
     overrides: dict[str, int] = field(default_factory=dict)
     next_stage: bool = False
+    offer: Offer | None = None
+    saved: Path | None = None
+    unused: tuple[str, ...] = ()
+
+    @property
+    def saved_step(self) -> int | None:
+        """The step of the newest checkpoint; None without one that holds what was trained."""
+        if self.offer is None:
+            return self.step or None
+        return None if self.saved is None else checkpoint.step_of(self.saved) or None
 
     @property
     def step(self) -> int:
@@ -90,10 +104,12 @@ def start_events(config: RunConfig, start: Start) -> Iterator[tuple[str, dict[st
     elif start.branched and parent is not None:
         yield "branched", {"parent": parent.folder}
     else:
-        yield (
-            "resumed",
-            {"checkpoint": start.checkpoint.name, "dropped_rows": start.dropped_rows},
-        )
+        found = {"checkpoint": start.checkpoint.name, "dropped_rows": start.dropped_rows}
+        if start.offer is not None:
+            found |= {"local": True, "replicas_of": start.offer.from_others}
+        yield "resumed", found
+    if start.unused:
+        yield "local_copies_unused", {"reasons": list(start.unused)}
 
 
 @dataclass(frozen=True)
@@ -110,6 +126,7 @@ class _Choice:
     changes: tuple[Difference, ...] = ()
     tokenizer: Path | None = None
     overrides: dict[str, int] = field(default_factory=dict)
+    offer: Offer | None = None  # newer local copies, whose facts these are
 
     @classmethod
     def of(cls, taken: Taken, facts: dict[str, Any], overrides: dict[str, int]) -> _Choice:
@@ -126,6 +143,7 @@ def begin(
     stop_at_step: int | None = None,
     check: Callable[[Sources], None] = lambda stream: None,
     importer: Importer | None = None,
+    local: LocalCopies | None = None,
 ) -> Start:
     """Claim the folder and find where to continue; every rank calls this, and ``enter`` once the
     checkpoint is loaded.
@@ -133,17 +151,23 @@ def begin(
     ``check`` gets the data as the run would go on with them (``continued``) and may refuse them;
     ``importer`` reads the model that ``run.initial.hf`` names.
 
-    The main rank chooses a checkpoint by sizes, and all ranks read their shares of its contents.
+    The main rank chooses a checkpoint by sizes, and all ranks read their shares of its contents. A
+    whole set of ``local`` copies is taken where it is newer.
 
     Raises UserError on all ranks: the folder is in use, must be new and is not, its checkpoint (or
     that of the run it branches from) is damaged or gone, ``stop_at_step`` is past, or the
     configuration changes what may not change. What a run has is as it was.
     """
     try:
+        offered = Offered(None, ())
+        if local is not None:
+            offered = find(local, folder, _total_steps(config), config.record.every_steps)
+        offer = offered.offer
         choice = from_main_rank(
             mesh,
             lambda: written(
-                folder, lambda: _choose(folder, config, stream, stop_at_step, check, importer)
+                folder,
+                lambda: _choose(folder, config, stream, stop_at_step, check, importer, offer),
             ),
             "choosing a checkpoint",
         )
@@ -155,12 +179,18 @@ def begin(
                 ),
                 "copying the parent's checkpoint",
             )
-        problem = None if choice.path is None else damage_of_contents(choice.path, mesh)
-        return from_main_rank(
+        problem = own = None
+        if local is not None and choice.offer is not None:
+            own = fetch(local, choice.offer)
+        elif choice.path is not None:
+            problem = damage_of_contents(choice.path, mesh)
+        start = from_main_rank(
             mesh,
             lambda: written(folder, lambda: _start(folder, config, choice, problem)),
             "checking the run's folder",
         )
+        unused = offer.unused if own is not None and offer is not None else offered.unused
+        return replace(start, checkpoint=own or start.checkpoint, unused=unused)
     except BaseException:
         folder.withdraw()
         raise
@@ -171,7 +201,7 @@ def written(folder: RunFolder, work: Callable[[], T]) -> T:
     try:
         return work()
     except OSError as error:
-        raise UserError(f"run.folder={folder.path} cannot be written: {error.strerror}") from None
+        raise checkpoint.unwritable(folder, error) from None
 
 
 def next_stage(folder: RunFolder, before: Start, step: int, mesh: Mesh) -> Start:
@@ -188,11 +218,12 @@ def _choose(
     stop_at_step: int | None,
     check: Callable[[Sources], None],
     importer: Importer | None,
+    offer: Offer | None,
 ) -> _Choice:
     """Claim the folder and choose what to begin from, without reading a shard."""
 
     def accept(facts: dict[str, Any], before: RunConfig) -> None:
-        _check_facts(config, facts, stream.fingerprints())
+        check_read(config, facts, stream.fingerprints())
         check(continued(stream, with_reading(facts, before)))
 
     parent, resume = config.run.parent, config.run.resume
@@ -214,17 +245,20 @@ def _choose(
         )
     old = stored_config(folder)
     # A launch that was told to go back has done so: the same command then goes on from there.
-    path = checkpoint.choose(folder, "auto" if resume == old.run.resume else resume)
-    if path is None:
+    back = resume != old.run.resume and resume != "auto"
+    path = checkpoint.choose(folder, resume if back else "auto")
+    if back or (offer and path and checkpoint.step_of(path) >= offer.step):
+        offer = None
+    if path is None and offer is None:
         _check_stop(folder, 0, stop_at_step)
         check(continued(stream, None))
         return _Choice(None, None)
-    facts = with_passed(folder, checkpoint.read_facts(path))
+    facts = offer.facts if offer else with_passed(folder, checkpoint.read_facts(path))
     _check_stop(folder, facts["step"], stop_at_step)
     if not facts.get("weights_only"):
         check_unchanged(old, config, facts["step"])
         accept(facts, old)
-        return _going_on(folder, old, config, path, facts)
+        return replace(_going_on(folder, old, config, path, facts), offer=offer)
     # Nothing was trained on imported weights yet: only their own description is settled.
     settled = (*_SETTLED, "optimizer.kind") if facts.get("optimizer") else _SETTLED
     if old.run.initial is not None:
@@ -237,7 +271,7 @@ def _choose(
 
 
 def _going_on(
-    folder: RunFolder, old: RunConfig, config: RunConfig, path: Path, facts: dict[str, Any]
+    folder: RunFolder, old: RunConfig, config: RunConfig, path: Path | None, facts: dict[str, Any]
 ) -> _Choice:
     """The choice of a run's own checkpoint, with what changes there."""
     step = facts["step"]
@@ -301,6 +335,8 @@ def _start(folder: RunFolder, config: RunConfig, choice: _Choice, problem: str |
         branched=branched,
         changes=choice.changes,
         overrides=choice.overrides,
+        offer=choice.offer,
+        saved=path,
     )
 
 
@@ -343,52 +379,3 @@ def _check_stop(folder: RunFolder, step: int, stop_at_step: int | None) -> None:
             f"--stop-at-step={stop_at_step} is past: {folder.path} stands at step {step}; name a "
             "later step or leave it out"
         )
-
-
-def _check_facts(config: RunConfig, facts: dict[str, Any], fingerprints: dict[str, Any]) -> None:
-    """Refuse files that are no longer those which the steps taken have read."""
-    _check_schedule_file(config, facts)
-    _check_data(facts, fingerprints)
-
-
-def _check_schedule_file(config: RunConfig, facts: dict[str, Any]) -> None:
-    """Refuse a refined schedule whose file is no longer what the steps taken have read."""
-    stages = config.of_stages()
-    if not any(one.schedule.reads_file for one in stages) or facts.get("weights_only", False):
-        return
-    since, skipped = rates_since(config, facts), {int(s) for s in facts.get("skipped", {})}
-    s1 = since["s1"]
-    for one, schedule in zip(stages, schedules_of(config), strict=True):
-        first = max(schedule.first_step, since["step"] + 1)
-        steps = range(first, min(facts["step"], schedule.total_steps) + 1)
-        s1 += sum(one.optimizer.lr * schedule.fraction(s) for s in steps if s not in skipped)
-    if not math.isclose(s1, facts["areas"]["s1"], rel_tol=1e-9):
-        raise UserError(
-            "the file of schedule.kind=refined changed, so that steps already taken would have had "
-            "other learning rates; restore it or choose another run.folder"
-        )
-
-
-def rates_since(config: RunConfig, facts: dict[str, Any]) -> dict[str, Any]:
-    """The step after which rates are those of this description, and S1 there.
-
-    0 but where a run branched with another ``optimizer.lr`` or ``schedule``, as the facts of its
-    checkpoints say from there on.
-    """
-    parent = config.run.parent
-    if parent is not None and int(facts["step"]) != parent.step:
-        parent = None
-    if parent is not None and any(map(parent.may_change, ("schedule", "optimizer.lr"))):
-        return {"step": parent.step, "s1": facts["areas"]["s1"]}
-    known: dict[str, Any] = facts.get("rates_since", {"step": 0, "s1": 0.0})
-    return known
-
-
-def _check_data(facts: dict[str, Any], fingerprints: dict[str, Any]) -> None:
-    for name, known in facts.get("data", {}).items():
-        if fingerprints.get(name, known) != known:  # whether one may be missing say the samples
-            raise UserError(
-                f"the token files of data source {name!r} are not the ones this run was started "
-                f"with ({fingerprints[name]} instead of {known}); restore them or choose "
-                "another run.folder"
-            )

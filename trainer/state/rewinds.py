@@ -10,22 +10,33 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from allometry.configs.bad_steps import Rewind
 from allometry.configs.errors import UserError
 from allometry.configs.json_file import read_object
 from allometry.configs.run import RunConfig
-from allometry.parallel.agree import from_main_rank
+from allometry.parallel.agree import from_main_rank, on_all_ranks
 from allometry.parallel.mesh import Mesh
 from allometry.scaling.batch import BatchPlan
 from allometry.trainer.state.checkpoint import saved, step_of
 from allometry.trainer.state.folder import RunFolder, write_atomically
-from allometry.trainer.state.integrity import damage
+from allometry.trainer.state.identity import problem_of
+from allometry.trainer.state.local import LocalCopies
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(strict=True)
+    step: Annotated[int, Field(ge=0)]
+    samples: Annotated[int, Field(ge=0, lt=2**48)]
+    bad_steps: list[int]
 
 
 def go_back(
     folder: RunFolder,
+    local: LocalCopies | None,
     config: RunConfig,
     batch: BatchPlan,
     bad_steps: tuple[int, ...],
@@ -43,6 +54,8 @@ def go_back(
     policy = config.training.bad_steps
     assert policy is not None
     assert policy.rewind is not None
+    if local is not None:  # of steps that will be taken again
+        on_all_ranks(mesh, local.forget, "removing local copies")
     choose = partial(_choose, folder, policy.rewind, batch, bad_steps)
     entry = from_main_rank(mesh, choose, "going back to a checkpoint")
     told = {key: entry[key] for key in ("samples", "bad_steps")}
@@ -60,7 +73,7 @@ def _choose(
     folder: RunFolder, rewind: Rewind, batch: BatchPlan, bad_steps: tuple[int, ...]
 ) -> dict[str, Any]:
     before = [path for path in saved(folder) if step_of(path) < bad_steps[0]]
-    whole = [path for path in before if damage(path, contents=False) is None]
+    whole = [path for path in before if problem_of(folder, path) is None]
     if not whole:
         raise UserError(
             f"steps {', '.join(map(str, bad_steps))} were bad, and training.bad_steps.rewind finds "
@@ -87,25 +100,19 @@ def rewinds(folder: RunFolder) -> list[dict[str, Any]]:
         return []
     try:
         found = read_object(folder.rewinds)["rewinds"]
-        return [
-            {
-                "step": int(one["step"]),
-                "samples": int(one["samples"]),
-                "bad_steps": [int(step) for step in one["bad_steps"]],
-            }
-            for one in found
-        ]
+        return [_Entry.model_validate(one).model_dump() for one in found]
     except (OSError, ValueError, KeyError, TypeError) as error:
+        said = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
         raise UserError(
-            f"{folder.rewinds} cannot be read ({error}); restore it, or remove it to read the "
+            f"{folder.rewinds} cannot be read ({said}); restore it, or remove it to read the "
             "batches that it passes over"
         ) from None
 
 
 def with_passed(folder: RunFolder, facts: dict[str, Any]) -> dict[str, Any]:
-    """Return the facts of a checkpoint with the samples to ``pass_over`` there, if any."""
+    """Return the facts of a checkpoint with the number of samples to ``pass_over`` there."""
     samples = sum(one["samples"] for one in rewinds(folder) if one["step"] == facts["step"])
-    return {**facts, "pass_over": samples} if samples else facts
+    return {**facts, "pass_over": samples}
 
 
 def forget_after(folder: RunFolder, step: int) -> None:

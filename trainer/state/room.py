@@ -7,8 +7,8 @@ import math
 import os
 from pathlib import Path
 
+from allometry.configs.checkpoints import CheckpointConfig
 from allometry.configs.errors import UserError
-from allometry.configs.execution import CheckpointConfig
 from allometry.configs.run import RunConfig
 from allometry.scaling.inventory import inventory
 from allometry.scaling.update_rules import state_bytes
@@ -75,7 +75,8 @@ def check_room(folder: Path, config: RunConfig, there: int, step: int, total_ste
     made = [s for s in range(step + 1, total_steps + 1) if due(wanted, s) or s == total_steps]
     kept = sum(stays(wanted, s) for s in made)
     # One more than are kept, while it is being written.
-    most = min(len(made), kept + max(1, wanted.keep_last + 1 - there))
+    count = len(made) if wanted.every_minutes is None else total_steps - step
+    most = min(count, kept + max(1, wanted.keep_last + 1 - there))
     if free < most * needed:
         _log.warning(
             "run.folder=%s has %s free, and %d more checkpoints of %s are to lie there at once "

@@ -100,8 +100,8 @@ class Stragglers:
             self._suspects.pop(rank, None)
             if rank in self._said:
                 self._said.discard(rank)
-                facts = {"rank": rank, "step": now.place.step}
-                self.events.append(("straggler_ended", facts))
+                ended: dict[str, Any] = {"rank": rank, "step": now.place.step}
+                self.events.append(("straggler_ended", ended))
 
 
 class RankTimes(Callback):

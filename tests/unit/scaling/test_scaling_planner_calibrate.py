@@ -85,6 +85,24 @@ def test_three_runs_bring_a_framework_of_its_own_near() -> None:
     assert ((before.low < truth) & (truth < before.high)).all()
 
 
+def test_runs_far_from_the_belief_are_learned_from_where_the_belief_allows_it() -> None:
+    """A card held to less power: every run takes longer than believed by the same."""
+    cases, belief = grid(), Calibration.before()
+    slow = replace(Constants(), products=0.6, attention=0.5, memory=0.6, launch_eager_s=4e-3)
+    truth = step_time(cases, slow).seconds
+    some = np.arange(0, len(cases), 4)
+    before, after = (
+        np.median(np.abs(truth / predict(b, cases).seconds - 1))
+        for b in (belief, adapt(belief, cases.take(some), truth[some]))
+    )
+    assert before > 0.5
+    assert after < 0.05
+    # A run that the belief holds for impossible hardly moves it.
+    wrong = truth[some] * np.where(some == 8, 50, 1)
+    stalled = adapt(belief, cases.take(some), wrong)
+    assert np.median(np.abs(truth / predict(stalled, cases).seconds - 1)) < before / 3
+
+
 def test_what_was_never_measured_is_flagged() -> None:
     cases, cards = grid(), {name: load_hardware(name) for name in ("a100", "h100")}
     belief = calibrate(cases, step_time(cases).seconds, np.full(len(cases), "one"))

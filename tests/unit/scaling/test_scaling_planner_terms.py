@@ -10,7 +10,7 @@ import pytest
 
 from allometry.configs.errors import UserError
 from allometry.configs.execution import SCHEDULES
-from allometry.configs.machine import load_hardware
+from allometry.configs.machine import HardwareConfig, load_hardware
 from allometry.parallel.hdp import replay as replaying
 from allometry.parallel.hdp.orders import schedule_orders
 from allometry.scaling.hdp.plan import Plan, Unit
@@ -29,8 +29,16 @@ PLAIN: dict[str, Any] = {
 EXPERTS = PLAIN | {"experts": 64, "top_k": 6, "expert_ffn": 1408, "ep": 16}
 
 
-def terms(**columns: Any) -> dict[str, float]:
-    found = step_time(Cases.of([PLAIN | columns], {"h100": H100}))
+SWIFT = H100.model_copy(
+    update={
+        name: getattr(H100, name).model_copy(update={"latency_s": 1e-15})
+        for name in ("inside", "across")
+    }
+)
+
+
+def terms(card: HardwareConfig = H100, /, **columns: Any) -> dict[str, float]:
+    found = step_time(Cases.of([PLAIN | columns], {"h100": card}))
     return {name: float(column[0]) for name, column in found.terms.items()}
 
 
@@ -118,10 +126,10 @@ def test_activations_that_computing_hides_cost_nothing() -> None:
 
 
 def test_stages_of_zero_send_what_their_table_says() -> None:
-    """Without overlap: bytes over one rate, for M micro-batches (parallel/zero.py)."""
+    """Without overlap and latencies: bytes over a rate, for M micro-batches (parallel/zero.py)."""
     count = 256 // 16
     zero, one, two, three = (
-        terms(overlap=0, zero=stage, reduces=reduces)["data parallel"]
+        terms(SWIFT, overlap=0, zero=stage, reduces=reduces)["data parallel"]
         for stage, reduces in ((0, 0), (1, 0), (2, 1), (3, 1))
     )
     assert Constants().shard_bytes == 6
@@ -130,6 +138,23 @@ def test_stages_of_zero_send_what_their_table_says() -> None:
     assert three / zero == pytest.approx((4 + 4) * count / 8)
     # In a pipeline once, as stage 1.
     assert terms(zero=2, pp=2, dp=8)["data parallel"] == terms(zero=1, pp=2, dp=8)["data parallel"]
+
+
+def test_messages_of_gradients_take_the_steps_of_their_ring() -> None:
+    """What latencies add grows with the ranks of a ring, with a tree's only as their logarithm."""
+
+    def added(stage: int, dp: int, pp: int = 1) -> float:
+        layout = {"zero": stage, "dp": dp, "pp": pp, "overlap": 0, "global_batch": 4096}
+        slow, swift = (terms(card, **layout)["data parallel"] for card in (H100, SWIFT))
+        return slow - swift
+
+    assert added(1, 1) == 0
+    assert added(1, 1024) / added(1, 64) == pytest.approx(16, rel=0.01)
+    assert added(1, 1024) / added(1, 1024, pp=4) == pytest.approx(4)
+    assert added(0, 8) == pytest.approx(added(1, 8))  # in a node a ring and a chain are the same
+    assert 1 < added(0, 1024) / added(0, 64) < 2
+    # Each micro-batch of stage 3 gathers twice and scatters once; stage 1 does each once a step.
+    assert added(3, 64) / added(1, 64) == pytest.approx(4096 / 64 * 3 / 2)
 
 
 def test_copies_of_shards_send_less_across_nodes() -> None:
@@ -155,6 +180,15 @@ def test_a_row_for_each_expert_costs_more_across_nodes_alone() -> None:
     assert near[0] == near[1]
 
 
+def test_an_exchange_beside_computation_costs_what_that_does_not_hide() -> None:
+    far = EXPERTS | {"dp": 64, "ep": 64}
+    whole, beside = (terms(**far, experts_beside=x)["expert parallel"] for x in (0, 1))
+    few = terms(**far, nodes_of_token=2)["expert parallel"]
+    assert 0 <= beside < whole
+    assert few < whole
+    assert terms(**far, nodes_of_token=8)["expert parallel"] == whole
+
+
 def test_experts_one_by_one_cost_launches() -> None:
     found = [
         terms(**EXPERTS | {"ep": ep, "grouped": grouped})["waiting for the host"]
@@ -168,6 +202,7 @@ def test_experts_one_by_one_cost_launches() -> None:
     [
         ({"states_host": 1.5}, "states_host=1.5 must be a share, at most 1"),
         ({"states_host": 0.6, "states_disk": 0.6}, "together more than all states; lower one"),
+        ({"experts_beside": 2}, "experts_beside=2 must be a share, at most 1"),
         ({"document_stretch": 0}, "document_stretch=0 must be a number of at least 0.01"),
     ],
 )

@@ -20,10 +20,13 @@ from allometry.laws.curves import curves_from_runs
 from allometry.optim.build import take_step
 from allometry.optim.optimizer import RuleOptimizer
 from allometry.trainer.bad_steps import NORMAL, Judge, spike_limits
+from allometry.trainer.state.folder import RunFolder
+from allometry.trainer.state.rewinds import rewinds, with_passed
 from checkpoint_bits import bits
 from faulty_steps import launch_with_faults
 from rule_groups import SHAPES, give, group, weights
 from run_folders import events, rows
+from thinned import thinned
 
 Make = Callable[..., RunConfig]
 CPU = torch.device("cpu")
@@ -131,6 +134,33 @@ def test_a_spike_is_skipped_and_left_out_of_laws(tiny: Make, tmp_path: Path) -> 
     assert curve.curves["skipped"].rates[11] == 0.0
 
 
+KINDS = {
+    "tiers": ("parallel.zero={stage: 1, optimizer_states: {device: 0.0, bucket_mib: 0.01}}",),
+    "delayed": ("parallel.zero={stage: 0, optimizer_states: {update: delayed}}",),
+    "fp8": ("optimizer={kind: adamw, lr: 1e-2, states: {kind: fp8, rounding: stochastic}}",),
+    "apollo": ("optimizer={kind: apollo, lr: 2e-3, refresh_steps: 3}",),
+    "documents": (
+        *("data.kind=documents", "data.max_document_tokens=32"),
+        *("batch.micro_batch_sequences=1", "model.dropout=0.1"),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", thinned({"delayed"}, list(KINDS)))
+def test_other_states_and_data_keep_their_bits(tiny: Make, tmp_path: Path, kind: str) -> None:
+    faults = {4: math.nan, 12: SPIKE}
+    common = (*KINDS[kind], "training.bad_steps={window_steps: 8, most_in_window: 5}")
+    told = tiny(*common, "training.skip_steps=[4, 12]", folder=tmp_path / "told")
+    launch_with_faults(told, {}, 14)
+    bad = tiny(*common, folder=tmp_path / "bad")
+    for stop in (4, 13, 14):
+        launch_with_faults(bad, faults, stop)
+    wanted, found = bits(told, 14), bits(bad, 14)
+    assert wanted.keys() == found.keys()
+    assert not [name for name, tensor in wanted.items() if not tensor.equal(found[name])]
+    assert len([row for row in rows(tmp_path / "bad") if "skipped" in row]) == 2
+
+
 REWIND = (
     "training.bad_steps={window_steps: 8, most_in_window: 4, rewind: {after_spikes: 2, "
     "skip_batches: 4}}"
@@ -139,7 +169,8 @@ KEPT = "checkpoint.keep_last=9"
 
 
 def test_a_run_goes_back_and_passes_batches_over(tiny: Make, tmp_path: Path) -> None:
-    back = tiny(REWIND, KEPT, folder=tmp_path / "back")
+    near = f"checkpoint.local={{folder: {tmp_path}, every_steps: 4}}"  # a copy of step 12
+    back = tiny(REWIND, KEPT, near, folder=tmp_path / "back")
     launch_with_faults(back, _Once({12: SPIKE, 13: math.nan}))
     by_hand = tiny(REWIND, KEPT, folder=tmp_path / "hand")
     launch_with_faults(by_hand, {}, 10)
@@ -185,6 +216,7 @@ def test_nothing_to_go_back_to(tiny: Make) -> None:
         launch_with_faults(tiny(REWIND), dict.fromkeys((2, 3), math.nan))
 
 
+@pytest.mark.slow
 def test_a_run_goes_back_so_often_and_no_more(tiny: Make, tmp_path: Path) -> None:
     policy = REWIND.replace("skip_batches: 4", "skip_batches: 1, most: 2")
     faults = dict.fromkeys(range(12, 21), SPIKE)
@@ -215,6 +247,31 @@ def test_steps_that_were_taken_cannot_be_passed_over_later(
     else:
         with pytest.raises(UserError, match=said):
             launch_with_faults(changed, {})
+
+
+ENTRY = '{"step": 5, "samples": 8, "bad_steps": [7]}'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "[]", "{}", '{"rewinds": 5}', '{"rewinds": [5]}', '{"rewinds": [{"step": 5}]}'),
+        *(
+            ENTRY.replace(*change).join(['{"rewinds": [', "]}"])
+            for change in (("8", "-8"), ("5", "NaN"))
+        ),
+    ],
+)
+def test_damage_to_what_was_passed_over_is_a_sentence(tmp_path: Path, content: str) -> None:
+    folder = RunFolder(tmp_path)
+    assert rewinds(folder) == []
+    folder.rewinds.write_text(content)
+    with pytest.raises(UserError, match=r"^[^\n]*rewinds\.json cannot be read \([^\n]*$") as said:
+        rewinds(folder)
+    assert len(str(said.value)) < 600
+    folder.rewinds.write_text(f'{{"rewinds": [{ENTRY}]}}')
+    assert with_passed(folder, {"step": 5})["pass_over"] == 8
+    assert with_passed(folder, {"step": 6})["pass_over"] == 0
 
 
 @pytest.mark.parametrize(

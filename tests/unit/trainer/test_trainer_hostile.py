@@ -332,7 +332,7 @@ def test_going_back_changes_nothing_before_loading(run: Path, tiny: Make) -> Non
         return {f: f.read_bytes() for f in kept}
 
     before = contents()
-    with pytest.raises(Exception, match="final_norm"):
+    with pytest.raises(UserError, match=r"cannot be loaded \(.*final_norm"):
         train(tiny("checkpoint.every_steps=2", "run.resume=step-2"), device=CPU, stop_at_step=6)
     assert contents() == before
     go_on(tiny)

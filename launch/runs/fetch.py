@@ -1,0 +1,16 @@
+"""``allometry fetch``: a run's folder from an object store."""
+
+from __future__ import annotations
+
+from allometry.launch.command import Report
+from allometry.launch.runs.commands import Fetch
+from allometry.trainer.state.remote import Store, fetch
+
+
+def fetched(asked: Fetch) -> Report:
+    """Download an upload and make a run's folder of it."""
+    step = fetch(Store.of(asked.url, "URL"), asked.folder, asked.step)
+    facts = {"folder": str(asked.folder), "step": step}
+    return Report(
+        facts, f"{asked.folder} stands at step {step}; train with run.folder={asked.folder}"
+    )

@@ -1,0 +1,25 @@
+"""Why something could not be written."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from allometry.trainer.state.folder import FULL
+
+
+class Failure(NamedTuple):
+    """Why a save failed, in the system's words, and whether for want of room."""
+
+    reason: str
+    full: bool = False
+
+    @classmethod
+    def of(cls, error: BaseException) -> Failure:
+        """The cause at the bottom of DCP's nested exceptions, in one line."""
+        failures = getattr(error, "failures", None)
+        if failures:
+            first = next(iter(failures.values()))
+            error = first[0] if isinstance(first, tuple) else first
+        if isinstance(error, OSError) and error.strerror:
+            return cls(error.strerror, error.errno in FULL)
+        return cls(f"{type(error).__name__}: {error}".split("\n")[0])

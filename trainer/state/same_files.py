@@ -1,0 +1,59 @@
+"""Whether the files that a run reads are those which its steps have read."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from allometry.configs.errors import UserError
+from allometry.configs.run import RunConfig
+from allometry.optim.schedule import schedules_of
+
+
+def check_read(config: RunConfig, facts: dict[str, Any], fingerprints: dict[str, Any]) -> None:
+    """Refuse files that are no longer those which the steps taken have read."""
+    _check_schedule_file(config, facts)
+    _check_data(facts, fingerprints)
+
+
+def _check_schedule_file(config: RunConfig, facts: dict[str, Any]) -> None:
+    """Refuse a refined schedule whose file is no longer what the steps taken have read."""
+    stages = config.of_stages()
+    if not any(one.schedule.reads_file for one in stages) or facts.get("weights_only", False):
+        return
+    since, skipped = rates_since(config, facts), {int(s) for s in facts.get("skipped", {})}
+    s1 = since["s1"]
+    for one, schedule in zip(stages, schedules_of(config), strict=True):
+        first = max(schedule.first_step, since["step"] + 1)
+        steps = range(first, min(facts["step"], schedule.total_steps) + 1)
+        s1 += sum(one.optimizer.lr * schedule.fraction(s) for s in steps if s not in skipped)
+    if not math.isclose(s1, facts["areas"]["s1"], rel_tol=1e-9):
+        raise UserError(
+            "the file of schedule.kind=refined changed, so that steps already taken would have had "
+            "other learning rates; restore it or choose another run.folder"
+        )
+
+
+def rates_since(config: RunConfig, facts: dict[str, Any]) -> dict[str, Any]:
+    """The step after which rates are those of this description, and S1 there.
+
+    0 but where a run branched with another ``optimizer.lr`` or ``schedule``, as the facts of its
+    checkpoints say from there on.
+    """
+    parent = config.run.parent
+    if parent is not None and int(facts["step"]) != parent.step:
+        parent = None
+    if parent is not None and any(map(parent.may_change, ("schedule", "optimizer.lr"))):
+        return {"step": parent.step, "s1": facts["areas"]["s1"]}
+    known: dict[str, Any] = facts.get("rates_since", {"step": 0, "s1": 0.0})
+    return known
+
+
+def _check_data(facts: dict[str, Any], fingerprints: dict[str, Any]) -> None:
+    for name, known in facts.get("data", {}).items():
+        if fingerprints.get(name, known) != known:  # whether one may be missing say the samples
+            raise UserError(
+                f"the token files of data source {name!r} are not the ones this run was started "
+                f"with ({fingerprints[name]} instead of {known}); restore them or choose "
+                "another run.folder"
+            )
