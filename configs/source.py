@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.constructor import DuplicateKeyError
-from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.error import MarkedYAMLError, ReusedAnchorWarning
 from ruamel.yaml.scalarbool import ScalarBoolean
 
 from allometry.configs.errors import ConfigError
@@ -122,7 +123,9 @@ def _loaded(text: str) -> Any:
         depth += 1 if bracket in "[{" else -1
         if depth > 4 * MOST_DEPTH:
             raise RecursionError
-    return YAML(typ="rt").load(StringIO(text))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ReusedAnchorWarning)  # which YAML allows
+        return YAML(typ="rt").load(StringIO(text))
 
 
 def parse_value(text: str, place: str) -> Any:

@@ -149,9 +149,9 @@ def distribute(part: Transformer, config: RunConfig, mesh: Mesh) -> ActivationSt
 
     Returns what keeps activations on the host, if anything may.
     """
+    chunked = config.parallel.tp_overlap == "chunked"
     if mesh.tp.size > 1 or mesh.ep.size > 1:
         whole = config.parallel.expert_tp == 1 and mesh.tp.size > 1
-        chunked = config.parallel.tp_overlap == "chunked"
         apply_tensor(part, mesh, whole_experts=whole, chunked=chunked)
         apply_expert(part, mesh, whole_experts=whole)
     if config.data.kind == "documents":
@@ -161,7 +161,7 @@ def distribute(part: Transformer, config: RunConfig, mesh: Mesh) -> ActivationSt
         store = apply_offload(part, mesh.device, share)
     kind = config.training.activation_checkpointing
     if kind != "none":
-        apply_checkpointing(part, kind, dropout=config.model.dropout > 0)
+        apply_checkpointing(part, kind, dropout=config.model.dropout > 0, to_the_end=chunked)
     if config.training.compile:
         # What ZeRO hooks on to modules inside a block (``zero.shard_model``) cannot be traced, nor
         # can an exchange.

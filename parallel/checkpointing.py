@@ -34,16 +34,22 @@ _SELECTION = (_CachingTorchDispatchMode, _CachedTorchDispatchMode)
 
 
 def apply_checkpointing(
-    model: Transformer, kind: Literal["selective", "full"], *, dropout: bool
+    model: Transformer,
+    kind: Literal["selective", "full"],
+    *,
+    dropout: bool,
+    to_the_end: bool = False,
 ) -> None:
     """Make each block keep only its input ('full'), or also what is dear to compute ('selective').
 
     Selective keeps matrix products, attention and the results of communication (arXiv 2205.05198
     keeps all but attention's scores; flash attention has none to keep). The arithmetic is the
     same operators in the same order, so gradients do not change by a bit. ``dropout``: the masks
-    must be drawn again as they were.
+    must be drawn again as they were. ``to_the_end``: blocks are computed again to their end, not to
+    the last tensor that backward needs, as what they send must arrive (``in_two.py``).
     """
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": dropout}
+    options["early_stop"] = not to_the_end
     if kind == "selective":
         options["context_fn"] = _selective_contexts
     for block in model.blocks.values():

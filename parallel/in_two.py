@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -11,9 +10,6 @@ from torch import Tensor
 
 Start = Callable[[Tensor], Tensor]
 """Begins to communicate; what it returns has values once torch's ``wait_tensor`` was called."""
-
-
-_RECENT: deque[tuple[Tensor, Tensor]] = deque(maxlen=16)  # a few of the last ones on gloo
 
 
 class InTwo:
@@ -25,8 +21,9 @@ class InTwo:
     into what is there already, so selective checkpointing can keep the result. To be used once.
 
     A tensor in flight is never given to autograd, which would write its history into it while a
-    thread of gloo reads it, and Python lets go of it later than that thread: both have damaged the
-    heap (torch 2.13, once in some hundred steps; github.com/pytorch/pytorch/issues/75529).
+    thread of gloo reads it: that has damaged the heap (torch 2.13, once in some hundred steps).
+    What is sent must arrive, for the same reason, also where a block is computed again; and what
+    goes and comes has no history, as those threads may be the last to let go of it.
     """
 
     def __init__(self, there: Start, back: Start) -> None:
@@ -49,7 +46,7 @@ class InTwo:
 
     def begin(self, start: Start, x: Tensor) -> Tensor:
         """Start on ``x``; an empty tensor like it, which carries the edge of autograd's graph."""
-        x = x.contiguous()
+        x = x.detach().contiguous()
         self.moving = x, start(x)
         return x.new_empty(0)
 
@@ -58,8 +55,6 @@ class InTwo:
         assert self.moving is not None
         kept, self.moving = self.moving, None
         arrived: Tensor = torch.ops._c10d_functional.wait_tensor(kept[1])
-        if arrived.device.type == "cpu":
-            _RECENT.append(kept)
         return arrived.detach()
 
 

@@ -13,7 +13,7 @@ from allometry.configs.data import BatchConfig
 from allometry.configs.errors import UserError
 from allometry.configs.optimization import ScheduleConfig, TrainingConfig
 
-MOST_STEPS = 10**9
+MOST_STEPS, MOST_TOKENS = 10**9, 10**18
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,7 @@ def total_steps(training: TrainingConfig, plan: BatchPlan) -> int:
     """Return the length of the run in steps; a budget in tokens is rounded up to whole steps.
 
     Raises:
-        UserError: they are more than ``MOST_STEPS``.
+        UserError: they are more than ``MOST_STEPS``, or hold more than ``MOST_TOKENS``.
     """
     key, steps = "total_steps", training.total_steps
     if steps is None:
@@ -128,6 +128,12 @@ def total_steps(training: TrainingConfig, plan: BatchPlan) -> int:
         raise UserError(
             f"training.{key}={getattr(training, key)} makes {steps} steps, more than any run takes "
             f"({MOST_STEPS}); lower it or raise batch.sequences"
+        )
+    if plan.tokens_after(steps) > MOST_TOKENS:
+        raise UserError(
+            f"training.{key}={getattr(training, key)} makes {plan.tokens_after(steps)} tokens, "
+            f"more than any run reads ({MOST_TOKENS}); lower it, batch.sequences or "
+            "data.sequence_length"
         )
     return steps
 

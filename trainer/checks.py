@@ -19,7 +19,6 @@ from allometry.trainer.record.corruption import Response
 from allometry.trainer.record.replicas import Replicas, held_alike
 from allometry.trainer.record.timing import StepTimer
 from allometry.trainer.record.twice import ComputedTwice, ProductTest
-from allometry.trainer.state.room import due
 from allometry.trainer.step import TrainStep
 
 
@@ -45,12 +44,14 @@ def checks(
     mesh: Mesh,
     timer: StepTimer,
     report: Reporter,
+    saving: Callable[[int], bool],
     *,
     first: bool,
 ) -> tuple[list[Callback], Response]:
     """Return the callbacks of every rank, to be called before the saver, and what they decide.
 
-    ``first``: the launch begins here, and not another stage of it.
+    ``saving``: whether a checkpoint follows a step; ``first``: the launch begins here, and not
+    another stage of it.
     """
     wanted, cards = config.record.checks, config.record.cards
     response = Response(wanted.on_failure, report)
@@ -63,7 +64,6 @@ def checks(
     engine_keeps_them = isinstance(optimizer, DeepSpeedOptimizer)
     if wanted.replicas_every_steps is not None and mesh.world_size > 1 and not engine_keeps_them:
         held = partial(held_alike, parallel, optimizer, mesh)
-        saving: Callable[[int], bool] = partial(due, config.checkpoint)
         every = wanted.replicas_every_steps
         found.append(Replicas(every, held, saving, mesh, timer, response))
     if cards.every_steps is not None and mesh.device.type == "cuda":

@@ -31,14 +31,17 @@ def said_at_start(
     optimizer: torch.optim.Optimizer,
     kernel_changes: Sequence[Mapping[str, Any]],
     converted: Mapping[str, int],
+    layout_choice: Mapping[str, Any] | None,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield events, (kind, facts), of a launch or of a stage that begins within one.
 
     ``whole`` is the run with all its stages, ``config``, ``plan`` and ``stream`` are of the stage;
     ``kernel_changes``: kernels that the launch before had otherwise; ``converted``: how many
-    states of the optimizer changed, by the change.
+    states of the optimizer changed, by the change; ``layout_choice``: of ``parallel: auto``.
     """
     step = {"step": start.step}
+    if layout_choice is not None:
+        yield "layout_chosen", {**step, **layout_choice}
     if not start.next_stage:  # else the launch has said where it began
         if mesh.restart is not None:
             reason = mesh.restart.reason or "not known"

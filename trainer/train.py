@@ -170,7 +170,7 @@ def _launch(
                 recorder = on_main_rank(mesh, open_recorder, "opening the record")
             result = run.train(recorder, invocation, stop_at_step, signals)
             if result.go_back:
-                go_back(folder, run.config, run.plan.batch, result.go_back, mesh, run.report)
+                go_back(folder, local, run.config, run.plan.batch, result.go_back, mesh, run.report)
                 break
             if result.stopped_by is not None or result.step == places[-1].last_step:
                 break
@@ -239,9 +239,10 @@ class _Run:
             *(self.mesh, self.judge),
         )
         current = Current()
+        saver: Saver  # whose next checkpoint the checks ask for
         found, response = checks(
             *(self.config, self.parallel, self.optimizer, train_step, current),
-            *(self.mesh, self.timer, self.report),
+            *(self.mesh, self.timer, self.report, lambda step: saver.times.checkpoint_due(step)),
             first=not self.start.next_stage,
         )
         saver = self._saver(response)
@@ -254,11 +255,9 @@ class _Run:
             self.report("abandoned_checkpoint", name=name)
         # Files may be slow, and a service's page is opened over the network.
         on_main_rank(self.mesh, lambda: self._begin_record(invocation), "opening the record")
-        if invocation.layout_choice is not None:
-            self.report("layout_chosen", step=self.start.step, **invocation.layout_choice)
         said = said_at_start(
             *(self.config, self.whole, self.plan, self.start, self.stream, self.mesh),
-            *(self.optimizer, self.kernel_changes, self.converted),
+            *(self.optimizer, self.kernel_changes, self.converted, invocation.layout_choice),
         )
         for kind, facts in said:
             self.report(kind, **facts)

@@ -18,12 +18,13 @@ from allometry.configs.bad_steps import Rewind
 from allometry.configs.errors import UserError
 from allometry.configs.json_file import read_object
 from allometry.configs.run import RunConfig
-from allometry.parallel.agree import from_main_rank
+from allometry.parallel.agree import from_main_rank, on_all_ranks
 from allometry.parallel.mesh import Mesh
 from allometry.scaling.batch import BatchPlan
 from allometry.trainer.state.checkpoint import saved, step_of
 from allometry.trainer.state.folder import RunFolder, write_atomically
 from allometry.trainer.state.identity import problem_of
+from allometry.trainer.state.local import LocalCopies
 
 
 class _Entry(BaseModel):
@@ -35,6 +36,7 @@ class _Entry(BaseModel):
 
 def go_back(
     folder: RunFolder,
+    local: LocalCopies | None,
     config: RunConfig,
     batch: BatchPlan,
     bad_steps: tuple[int, ...],
@@ -52,6 +54,8 @@ def go_back(
     policy = config.training.bad_steps
     assert policy is not None
     assert policy.rewind is not None
+    if local is not None:  # of steps that will be taken again
+        on_all_ranks(mesh, local.forget, "removing local copies")
     choose = partial(_choose, folder, policy.rewind, batch, bad_steps)
     entry = from_main_rank(mesh, choose, "going back to a checkpoint")
     told = {key: entry[key] for key in ("samples", "bad_steps")}

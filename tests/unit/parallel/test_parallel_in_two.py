@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 from torch import Tensor
 
-from allometry.parallel.in_two import InTwo
+from allometry.parallel.checkpointing import apply_checkpointing
+from allometry.parallel.in_two import InTwo, Start
 
 
 def test_tensors_in_flight_have_no_history() -> None:
@@ -30,3 +34,43 @@ def test_tensors_in_flight_have_no_history() -> None:
     y.sum().backward()
     assert not moving[1].requires_grad
     torch.testing.assert_close(x.grad, torch.full((2, 3), 3.0))
+
+
+class Counted(InTwo):
+    """Counts what is begun and ended."""
+
+    begun = ended = 0
+
+    def begin(self, start: Start, x: Tensor) -> Tensor:
+        Counted.begun += 1
+        return super().begin(start, x)
+
+    def end(self) -> Tensor:
+        Counted.ended += 1
+        return super().end()
+
+
+class Chunks(torch.nn.Module):
+    """A block whose last messages are begun before, and waited for after, its last product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.eye(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        begun = []
+        for part in x.chunk(2):
+            both = Counted(torch.clone, torch.clone)
+            begun.append((both, both.send(part @ self.weight)))
+        return torch.cat([both.arrive(edge) for both, edge in begun])
+
+
+@pytest.mark.parametrize(("to_the_end", "left"), [(True, 0), (False, 1)])
+def test_what_a_block_sends_again_arrives(to_the_end: bool, left: int) -> None:
+    Counted.begun = Counted.ended = 0
+    model: Any = torch.nn.Module()
+    model.blocks = torch.nn.ModuleDict({"0": Chunks()})
+    apply_checkpointing(model, "full", dropout=False, to_the_end=to_the_end)
+    model.blocks["0"](torch.ones(4, 3, requires_grad=True)).sum().backward()
+    assert Counted.begun - Counted.ended == left
+    assert Counted.begun > 4, "some were begun again"

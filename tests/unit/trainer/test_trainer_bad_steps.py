@@ -169,7 +169,8 @@ KEPT = "checkpoint.keep_last=9"
 
 
 def test_a_run_goes_back_and_passes_batches_over(tiny: Make, tmp_path: Path) -> None:
-    back = tiny(REWIND, KEPT, folder=tmp_path / "back")
+    near = f"checkpoint.local={{folder: {tmp_path}, every_steps: 4}}"  # a copy of step 12
+    back = tiny(REWIND, KEPT, near, folder=tmp_path / "back")
     launch_with_faults(back, _Once({12: SPIKE, 13: math.nan}))
     by_hand = tiny(REWIND, KEPT, folder=tmp_path / "hand")
     launch_with_faults(by_hand, {}, 10)

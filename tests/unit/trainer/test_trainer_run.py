@@ -17,6 +17,7 @@ from allometry.configs.run import RunConfig
 from allometry.scaling.count import flops_per_token
 from allometry.trainer.state import checkpoint
 from allometry.trainer.state.folder import RunFolder
+from allometry.trainer.state.integrity import damage
 from allometry.trainer.train import train
 from run_folders import events, rows
 
@@ -103,9 +104,7 @@ def test_synchronous_saves_are_the_same_checkpoints(tiny: Make, tmp_path: Path) 
     kept = [[p.name for p in checkpoint.saved(RunFolder(f))] for f in folders]
     assert kept == [["step-15", "step-20"]] * 2
     assert all(
-        checkpoint.damage(p, contents=True) is None
-        for f in folders
-        for p in checkpoint.saved(RunFolder(f))
+        damage(p, contents=True) is None for f in folders for p in checkpoint.saved(RunFolder(f))
     )
 
 
