@@ -29,6 +29,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 def crash(config: RunConfig, step: int) -> None:
     """A launch that fails on all ranks before ``step``, with its files written (on each rank)."""
     from allometry.trainer.loop import Loop
+    from allometry.trainer.watch.watchdog import Watchdog
 
     take = Loop._take
 
@@ -37,12 +38,11 @@ def crash(config: RunConfig, step: int) -> None:
             raise ZeroDivisionError
         take(loop, number, given)
 
-    Loop._take = failing  # type: ignore[method-assign]
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Loop, "_take", failing)
+        patch.setattr(Watchdog, "_run", lambda watch: None)  # which ends ranks whose others ended
         with pytest.raises(ZeroDivisionError):
             launch(config)
-    finally:
-        Loop._take = take  # type: ignore[method-assign]
 
 
 def prepared(tiny: Make, folder: Path, layout: dict[str, Any], *more: str) -> RunConfig:

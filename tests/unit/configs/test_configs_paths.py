@@ -110,6 +110,7 @@ def _texts(model: type[BaseModel], seen: set[type[BaseModel]]) -> list[tuple[str
 PATHS: dict[type[BaseModel], set[str]] = {
     RunConfig: {
         *("folder", "train", "validation", "tokenizer", "file", "nvme", "hf", "cluster"),
+        "url",
     },
     LadderConfig: {"folder", "file", "base"},
     TreeConfig: {"folder", "base", "run", "config"},
@@ -169,7 +170,7 @@ def test_no_argument_that_is_a_path_is_forgotten() -> None:
     assert marked == {
         *("Prepare.inputs", "Fit.sources", "Compare.sources", "Predict.arguments"),
         *("IsoFlop.sources", "Sweeps.sources", "MixBest.fits", "MixCritical.sources"),
-        "MixReplay.sources",
+        *("MixReplay.sources", "Fetch.url"),
         *("Run.file", "Status.file", "Fit.file", "Predict.file"),
     }
 
