@@ -99,7 +99,7 @@ def row_of(
         "precision": precision_of(config, hardware),
         "recompute": training.activation_checkpointing,
         "schedule": layout.schedule if degrees.pp > 1 else "1f1b",
-        **technique_columns(config, layout, backend),
+        **technique_columns(config, layout, backend, device),
     }
 
 

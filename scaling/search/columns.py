@@ -24,11 +24,14 @@ from allometry.scaling.update_rules import state_bytes
 
 KERNEL_RATES = {"flash": 0.6, "flash2": 0.6, "varlen": 0.6}
 """Rate of attention over cuDNN's: FlashAttention-2 on an H200, forward and backward of 4,096
-tokens, 288 of 477 TFLOP/s (measured); others are taken for as fast as cuDNN's."""
+tokens, 288 of 477 TFLOP/s (measured); others are taken for as fast as cuDNN's. Of a CPU the rate
+that ``doctor --measure`` finds is that of its own kernel."""
 CHUNKS = 4  # of parallel.tp_overlap=chunked
 
 
-def technique_columns(config: RunConfig, layout: Layout, backend: str) -> dict[str, Any]:
+def technique_columns(
+    config: RunConfig, layout: Layout, backend: str, device: str = "cuda"
+) -> dict[str, Any]:
     """Return what ``Cases`` is to know of a run besides its model, its batch and its degrees."""
     zero, precision, training = config.parallel.zero, config.precision, config.training
     layers, tp = config.model.num_layers, layout.degrees.tp
@@ -42,7 +45,7 @@ def technique_columns(config: RunConfig, layout: Layout, backend: str) -> dict[s
         "gather_bytes": 1 if precision.gather == "fp8" else compute,
         "tensor_chunks": chunks,
         "deduplicated": 0,
-        "attention_rate": KERNEL_RATES.get(backend, 1),
+        "attention_rate": KERNEL_RATES.get(backend, 1) if device == "cuda" else 1,
         "narrow_share": 1 - len(precision.compute_layers) / layers,
         "quantize_bytes": QUANTIZE_BYTES.get(linears, 0),
         "saved_fp8": float(precision.saved_activations == "fp8"),

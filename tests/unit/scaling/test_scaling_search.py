@@ -11,8 +11,8 @@ from allometry.configs.run import RunConfig
 from allometry.scaling.layout import Layout
 from allometry.scaling.planner.cases import COLUMNS
 from allometry.scaling.planner.cost import step_time
-from allometry.scaling.search.case import Case
-from allometry.scaling.search.columns import columns_of_documents
+from allometry.scaling.search.case import Case, attention_backend
+from allometry.scaling.search.columns import KERNEL_RATES, columns_of_documents
 
 H100 = load_hardware("h100")
 
@@ -122,3 +122,11 @@ def test_a_precision_without_a_rate_is_refused() -> None:
     auto = run("precision.linears=auto", "training.compute_dtype=bf16")
     assert Case.of(auto, a100, world_size=32).row["precision"] == "bf16"
     assert Case.of(auto, H100, world_size=32).row["precision"] == "fp8"
+
+
+def test_attention_of_a_cpu_has_the_rate_that_was_measured_there() -> None:
+    """``doctor --measure`` times the CPU's own kernel; a GPU's rate is that of its best one."""
+    config = load("preset:demo", ["data.packing=concatenated"])
+    case = Case.of(config, H100, world_size=1, name="h100", device="cpu")
+    assert attention_backend(config, "cpu") in KERNEL_RATES
+    assert case.row["attention_rate"] == 1
