@@ -49,7 +49,7 @@ def test_a_crash_is_tried_again_and_a_refusal_is_not(tmp_path: Path) -> None:
         ({3: -9, 1: 1}, "rank 3 was ended by SIGKILL (out of memory?)"),
         ({0: 137}, "rank 0 was ended by SIGKILL (out of memory?)"),
         ({2: -11}, "rank 2 was ended by SIGSEGV"),
-        ({0: 1, 1: 75}, "rank 0 ended with code 1, rank 1 ended with code 75"),
+        ({0: 1, 1: 75}, "rank 0 ended with code 1, rank 1 ended because the run hung"),
         ({0: 255}, "rank 0 ended with code 255"),
     ],
 )
