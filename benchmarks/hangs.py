@@ -63,12 +63,13 @@ OURS = "allometry."
 class Case:
     """A rank hangs ``at`` a function in a ``layout``; the other waits over one of ``axes``.
 
+    None among them: of a rank that dies the others may know before they have waited for long.
     ``step`` 0: before the first one, or wherever the function is first called.
     """
 
     layout: str
     at: str
-    axes: tuple[str, ...]
+    axes: tuple[str | None, ...]
     phase: str = "step"
     step: int = STEP
     how: str = "sleep"
@@ -101,8 +102,10 @@ def cases() -> Iterator[Case]:
     at = OURS + "trainer.train:make_model"
     yield Case("zero3", at, ("host", "hdp"), "start", 0)
     yield Case("zero0", OURS + "parallel.mesh:open_groups", ("hdp", "all ranks"), "start", 0)
-    yield Case("zero0", OURS + "trainer.save:Saver.finish", ("host",), "checkpoint", 0, "stop")
-    yield Case("zero0", OURS + "parallel.reduce:_Bucket.launch", ("hdp",), how="die")
+    yield Case(
+        "zero0", OURS + "trainer.save:Saver.finish", ("host", "checkpoint"), "checkpoint", 0, "stop"
+    )
+    yield Case("zero0", OURS + "parallel.reduce:_Bucket.launch", ("hdp", None), how="die")
 
 
 def described(case: Case, folder: Path, data: Path) -> Path:

@@ -176,8 +176,10 @@ class RunFolder:
         """Release, and leave the place as ``claim`` found it if no run was begun.
 
         A run begins with its run.json; a launch that is refused before leaves nothing of its own.
+        One that hung leaves what its watchdog has written.
         """
-        if self._lock is not None and not self.run.exists() and self.config in self._written:
+        begun = self.run.exists() or self.log(0).parent.exists()
+        if self._lock is not None and not begun and self.config in self._written:
             for file in self._written:
                 file.unlink(missing_ok=True)
             if self.checkpoints in self._made:

@@ -212,7 +212,8 @@ class Places:
         room = frames.room_of(ours[0]) if ours else ""
         known = self.groups.get(name or "")
         if known is None:
-            known = Group((flight.described if flight else name or "unknown",), ranks)
+            described = flight.described if flight else name or "unknown"
+            known = Group((_BEFORE_MESH.get(described, described),), ranks)
         operation = flight.operation if flight else frames.operation(stack)
         if flight is not None and flight.peer is not None:
             peer = known.ranks[flight.peer] if flight.peer < len(known.ranks) else peer
@@ -223,6 +224,9 @@ class Places:
             peer,
             flight.number if flight else None,
         )
+
+
+_BEFORE_MESH = {"default_pg": "all ranks"}  # torch's name for the group that all ranks join first
 
 
 def _flight(flights: Sequence[Flight], name: str | None, *, device: bool) -> Flight | None:

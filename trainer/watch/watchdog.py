@@ -213,6 +213,8 @@ class Watchdog:
 
     def _look(self, now: float) -> float:
         """Note where the training thread is; return the seconds in which nothing has moved."""
+        if self._lost.is_set():  # it was where the error came; now it is on its way out
+            return now - self._since
         look = self._places.look()
         if look.mark != self._mark:
             if look.place.phase != self._place.phase:

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 import torch
 
+from allometry.configs.checks import CardsConfig
 from allometry.configs.run import RunConfig
 from allometry.trainer.record.callbacks import Callback, Reporter
+from allometry.trainer.record.cards import CardRows, Reading
 from allometry.trainer.record.columns import COLUMNS, conventions, table
 from allometry.trainer.record.writer import Row
 from allometry.trainer.train import train
@@ -83,6 +85,16 @@ def of_ranks() -> Row:
     return RankTimes(found, Steps(), Reporter(None, [])).additions(step)  # type: ignore[arg-type]
 
 
+def of_cards() -> Row:
+    """What is added to rows where ranks have GPUs."""
+    reading = Reading(60, 1980, 650.0, 0, 0, ())
+    card = SimpleNamespace(read=lambda: reading)
+    mesh: Any = SimpleNamespace(gather_objects=lambda one: [one], is_main=True, rank=0)
+    rows = CardRows(CardsConfig(every_steps=1), lambda: (card, None), mesh, Reporter(None, []))  # type: ignore[arg-type]
+    rows.after_step(1)
+    return rows.additions(SimpleNamespace(step=1))  # type: ignore[arg-type]
+
+
 def test_what_runs_write_is_declared_and_what_is_declared_is_written(
     tiny: Make, tmp_path: Path
 ) -> None:
@@ -90,7 +102,7 @@ def test_what_runs_write_is_declared_and_what_is_declared_is_written(
     for name, settings in RUNS.items():
         common = ("schedule.warmup_steps=1", NEVER if name == "forecast" else MONITORS, *settings)
         written |= keys_of(tiny(*common, folder=tmp_path / name))
-    written |= set(of_ranks())
+    written |= {*of_ranks(), *of_cards()}
     assert undeclared(written) == []
     never = [c.name for c in COLUMNS if not any(c.names(key) for key in written)]
     assert never == []
