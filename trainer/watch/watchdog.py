@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import os
+import random
 import threading
 import time
 import uuid
@@ -123,6 +124,7 @@ class Watchdog:
         self._done: set[str] = set()  # phases that this launch has come through once
         self._first_step: int | None = None
         self._stop, self._lost = threading.Event(), threading.Event()
+        self._jitter = random.Random(self.launch.rank)
         self._judged = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
@@ -164,7 +166,9 @@ class Watchdog:
     def _run(self) -> None:
         beaten = -math.inf
         asleep = time.monotonic()
-        while not self._stop.wait(min(SAMPLE_S, self.beat_s)):
+        between = min(SAMPLE_S, self.beat_s)
+        # At even intervals a loop of the same length would seem to stay at one place.
+        while not self._stop.wait(between * self._jitter.uniform(0.5, 1.5)):
             now = time.monotonic()
             if now - asleep > 2 * self.beat_s + 1.0:
                 self._since = now  # this process was stopped itself: it knows nothing of meanwhile
