@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from types import FrameType
@@ -141,6 +142,8 @@ class Places:
     def look(self, flights: Sequence[Flight] = ()) -> Look:
         """Return where the thread is; ``flights``: messages that torch knows to be under way."""
         current = sys._current_frames()
+        # With its own frame this one would be a cycle that holds the tensors of all others.
+        current.pop(threading.get_ident(), None)
         stack = list(frames.outwards(current.get(self.thread)))
         known = frames.known(stack)
         phase = self._phase(stack)

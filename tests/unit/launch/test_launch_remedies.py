@@ -26,7 +26,7 @@ KEY = re.compile(rf"(?<![\w./-])(?:{SECTIONS})(?:\.[a-z_][a-z_0-9]*)+(?![\w/(])"
 OF_OTHERS = {
     "trainer/record/writer.py": "--abbrev --always --dirty --error-unmatch --exclude",
     "studies/ladder/sbatch.py": "--dependency --job-name --kill-on-invalid-dep --nnodes --nodes "
-    "--ntasks-per-node --open-mode --output --parsable --requeue --signal --rdzv-backend "
+    "--max-restarts --ntasks-per-node --open-mode --output --parsable --requeue --signal --rdzv-backend "
     "--rdzv-endpoint --rdzv-id",
     "studies/ladder/run.py": "--local-addr --standalone",
     "configs/ladder.py": "--gres --key --partition --time",
@@ -48,6 +48,8 @@ NO_KEYS = {  # names of files, tensors and modules that look like keys
     "model.embed_tokens.weight",
     "model.layers",
     "model.norm.weight",
+    *("parallel.expert", "parallel.hdp.ring", "parallel.reduce", "parallel.stage"),
+    *("parallel.tensor", "parallel.tensor_chunks", "parallel.tied"),
     "record.plans",
     "record.rows",
     "record.states",
