@@ -26,8 +26,8 @@ KEY = re.compile(rf"(?<![\w./-])(?:{SECTIONS})(?:\.[a-z_][a-z_0-9]*)+(?![\w/(])"
 OF_OTHERS = {
     "trainer/record/writer.py": "--abbrev --always --dirty --error-unmatch --exclude",
     "studies/ladder/sbatch.py": "--dependency --job-name --kill-on-invalid-dep --nnodes --nodes "
-    "--max-restarts --ntasks-per-node --open-mode --output --parsable --requeue --signal --rdzv-backend "
-    "--rdzv-endpoint --rdzv-id",
+    "--max-restarts --ntasks-per-node --open-mode --output --parsable --requeue --signal "
+    "--rdzv-backend --rdzv-endpoint --rdzv-id",
     "studies/ladder/run.py": "--local-addr --standalone",
     "configs/ladder.py": "--gres --key --partition --time",
     "scaling/attention.py": "--no-build-isolation",
