@@ -84,9 +84,9 @@ class _Arrive(torch.autograd.Function):
 def under_way(moving: Tensor, axis: Axis) -> Tensor:
     """Return what a collective over ``axis`` fills, as a ``Start`` does.
 
-    With gloo it is waited for here: its threads let go of tensors while Python does, and with
-    several of them in flight that has damaged the heap (torch 2.13, once in some hundred steps;
-    github.com/pytorch/pytorch/issues/75529). Nothing is lost, as gloo computes on the same cores.
+    With gloo it is waited for here, so that nothing overlaps: with several collectives in flight
+    the heap was damaged, once in some hundred to thousand steps (torch 2.13; the cause is not
+    known, a race like that of github.com/pytorch/pytorch/issues/75529 is suspected).
     """
     if moving.device.type == "cpu" and dist.get_backend(axis.group) != "fake":
         waited: Tensor = torch.ops._c10d_functional.wait_tensor(moving)

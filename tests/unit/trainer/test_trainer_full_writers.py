@@ -23,6 +23,7 @@ from allometry.trainer.record.callbacks import Callback
 from allometry.trainer.state import folder as folders
 from allometry.trainer.state.folder import RunFolder, write_atomically
 from allometry.trainer.train import train
+from disks import mounted
 from run_folders import events, rows
 
 Make = Callable[..., RunConfig]
@@ -150,17 +151,8 @@ def test_temporary_files_of_an_interrupted_launch_go(tiny: Make) -> None:
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 4 MB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)]
-    try:
-        done = subprocess.run(mount, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        pytest.skip("there is no mount here")
-    if done.returncode:
-        pytest.skip(f"a file system cannot be mounted here: {done.stderr.strip()}")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
+    with mounted(tmp_path / "disk", "4m") as place:
+        yield place
 
 
 def fill(disk: Path, spare: int = 0) -> None:

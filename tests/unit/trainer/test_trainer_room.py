@@ -20,6 +20,7 @@ from allometry.trainer.record.writer import Recorder
 from allometry.trainer.state import checkpoint, room
 from allometry.trainer.state.folder import RunFolder
 from allometry.trainer.train import train
+from disks import mounted
 from run_folders import events, rows
 
 Make = Callable[..., RunConfig]
@@ -215,17 +216,8 @@ def test_the_reason_is_the_systems_and_the_code_is_not_0(tiny: Make, tmp_path: P
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 1 MB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)]
-    try:
-        done = subprocess.run(mount, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        pytest.skip("there is no mount here")
-    if done.returncode:
-        pytest.skip(f"a file system cannot be mounted here: {done.stderr.strip()}")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
+    with mounted(tmp_path / "disk", "1m") as place:
+        yield place
 
 
 def test_a_disk_that_is_really_full(tiny: Make, small_disk: Path) -> None:
