@@ -36,7 +36,7 @@ class StackedModel:
             if isinstance(module, Attention):
                 module.core = _attend
         assert model.head is not None
-        model.head.cross_entropy = _full_logits if device.type == "cuda" else _run_by_run
+        model.head.cross_entropy = full_logits if device.type == "cuda" else run_by_run
         self._shapes = {name: p.shape for name, p in model.named_parameters()}
         self.parameters = {
             name: p.new_empty(
@@ -120,7 +120,7 @@ def _leading(tensors: list[Tensor], in_dims: Any) -> list[Tensor]:
     return [x.movedim(dim, 0) for x, dim in zip(tensors, in_dims, strict=False)]
 
 
-def _run_by_run(
+def run_by_run(
     x_TD: Tensor,
     weight_VD: Tensor,
     targets_T: Tensor,
@@ -129,13 +129,14 @@ def _run_by_run(
     z_loss: float,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
+    """Return ``linear_cross_entropy`` of each run in turn, whose logits stay in a CPU's cache."""
     made: tuple[Tensor, Tensor] = _CrossEntropy.apply(
         x_TD, weight_VD, targets_T, logit_scale, z_loss
     )
     return made
 
 
-def _full_logits(
+def full_logits(
     x_TD: Tensor,
     weight_VD: Tensor,
     targets_T: Tensor,
@@ -144,7 +145,7 @@ def _full_logits(
     z_loss: float,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    """All runs at once, whose logits are there together: on a GPU few large kernels."""
+    """Return the same of all runs at once, whose logits are there together: few large kernels."""
     return reference_cross_entropy(
         x_TD, weight_VD, targets_T, logit_scale=logit_scale, z_loss=z_loss
     )

@@ -99,7 +99,7 @@ class StackedProbe:
         clip_runs([p.grad for p in self._trained], clip, self.alive_R)
         set_lr(self.optimizer, fraction)
         for group in self.optimizer.param_groups:
-            group["lr"] = group["lr"] * self.alive_R
+            group["lr"] = group["lr"].where(self.alive_R, 0.0)
         self.optimizer.step()
         return losses_R.detach()
 
