@@ -101,10 +101,12 @@ def turn(
     counts = [len(radius) for radius in wide]
     radius_M = torch.cat(wide)
     stacked = any(item.stacked for item in items)
-    rates = [item.setting("lr") for item in items]
     if stacked:
-        rates = [rate.flatten() for rate in rates if isinstance(rate, Tensor)]
-    length_M = torch.cat(torch._foreach_mul(wide, rates))
+        rates = [item.setting("lr") for item in items]
+        per_M = [rate.flatten() for rate in rates if isinstance(rate, Tensor)]
+        length_M = torch.cat(torch._foreach_mul(wide, per_M))
+    else:
+        length_M = torch.cat(torch._foreach_mul(wide, [item.group["lr"] for item in items]))
     ww_M, wu_M, uu_M = torch.cat(sums).view(3, -1)
     divisor_M = uu_M
     if full_rank is not None and any(full_rank):

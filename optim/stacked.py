@@ -54,11 +54,11 @@ def stacked_optimizer(
         names = of_runs[0]["param_names"]
         stacks = [parameters[name] for name in names]
         if UPDATE_RULES[of_runs[0]["rule"]].on_sphere:
-            for group in of_runs:
-                check_sphere(group)
+            for of_run in of_runs:
+                check_sphere(of_run)
         group: dict[str, Any] = {"params": stacks, "specs": of_runs[0]["specs"]}
         for key in of_runs[0].keys() - group.keys():
-            values = [group_of_run[key] for group_of_run in of_runs]
+            values = [of_run[key] for of_run in of_runs]
             if key in ("peak_lr", "lr") or (key == "weight_decay" and len(set(values)) > 1):
                 group[key] = torch.tensor(values, dtype=torch.float64, device=stacks[0].device)
             else:

@@ -112,10 +112,11 @@ def descend_(item: Item, update: Tensor, scale: float = 1.0) -> None:
     """Change a parameter in place: W ← (1−ηλ)W − η·``scale``·``update``, by its group's rates."""
     part, rate = item.part, item.setting("lr")
     keep, move = 1.0 - rate * item.setting("weight_decay"), -rate * scale
-    if isinstance(keep, Tensor) and isinstance(move, Tensor):
-        part.mul_(keep.to(part.dtype)).addcmul_(update.to(part.dtype), move.to(part.dtype))
+    part.mul_(keep.to(part.dtype) if isinstance(keep, Tensor) else keep)
+    if isinstance(move, Tensor):
+        part.addcmul_(update.to(part.dtype), move.to(part.dtype))
     else:
-        part.mul_(keep).add_(update, alpha=move)
+        part.add_(update, alpha=move)
 
 
 def rounded_at_random(items: Sequence[Item]) -> list[Item]:

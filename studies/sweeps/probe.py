@@ -64,11 +64,7 @@ class Probe:
             self.model.named_parameters(), self.specs, self.rules, optimizer, seed=seed
         )
         self._mixture = isinstance(model, MoEModel)
-        balance = model.router.balance if isinstance(model, MoEModel) else None
-        # A sweep compares small models on random batches: auto is the cheap choice there.
-        self._counts_first = isinstance(balance, AuxiliaryBalance) and (
-            balance.loads == "this_batch"
-        )
+        self._counts_first = counts_first(model)
 
     def step(
         self, sequences_BL: Sequences, *, fraction: float = 1.0, clip: float | None = None
@@ -137,6 +133,13 @@ def probe_model(
     """Return a model that is not initialised, all of it in ``compute_dtype``: fp32 or fp64."""
     built = build_model(model, rules, compute_dtype)
     return built.double() if compute_dtype == "fp64" else built
+
+
+def counts_first(model: ModelConfig) -> bool:
+    """Return whether the auxiliary loss is of this batch's loads, which are counted before it."""
+    balance = model.router.balance if isinstance(model, MoEModel) else None
+    # A sweep compares small models on random batches: auto is the cheap choice there.
+    return isinstance(balance, AuxiliaryBalance) and balance.loads == "this_batch"
 
 
 def split(sequences_BL: Sequences) -> tuple[Tensor, Tensor]:

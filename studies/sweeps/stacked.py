@@ -23,7 +23,7 @@ from allometry.optim.groups import parameter_groups
 from allometry.optim.stacked import check_stacked, clip_runs, stacked_optimizer
 from allometry.scaling.parameterization import Parameterization
 from allometry.scaling.parameterizations.base import RunScale
-from allometry.studies.sweeps.probe import Sequences, probe_model
+from allometry.studies.sweeps.probe import Sequences, counts_first, probe_model
 
 LOOK = 16
 """Steps between looks at whether any run is left; a look waits for the device."""
@@ -32,11 +32,6 @@ LOOK = 16
 def check_stackable(model: ModelConfig, optimizer: OptimizerConfig) -> None:
     """Raise UserError for runs that cannot be stacked."""
     check_stacked(optimizer)
-    if model.kind != "dense":
-        raise UserError(
-            f"model.kind={model.kind} has no stacked form, as its experts' products are grouped; "
-            "use --engine processes"
-        )
     if model.dropout:
         raise UserError(
             f"model.dropout={model.dropout:g} draws numbers run by run, which stacked runs cannot; "
@@ -81,6 +76,7 @@ class StackedProbe:
         ]
         self.optimizer = stacked_optimizer(self.model.parameters, groups)
         self._trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self._counts_first = counts_first(model)
         self.alive_R = torch.ones(len(seeds), dtype=torch.bool, device=device)
 
     def step(
@@ -93,7 +89,11 @@ class StackedProbe:
         self.optimizer.zero_grad(set_to_none=True)
         self.model.model.train()
         inputs_RBL, targets_RBL = sequences_RBL[..., :-1], sequences_RBL[..., 1:]
-        losses_R = self.model.losses(inputs_RBL, targets_RBL).total / targets_RBL[0].numel()
+        self.model.begin_step(targets_RBL[0].numel())
+        if self._counts_first:
+            self.model.set_loads(self.model.visits(inputs_RBL))
+        losses, visits = self.model.losses(inputs_RBL, targets_RBL)
+        losses_R = losses.total / targets_RBL[0].numel()
         losses_R.sum().backward()
         self.alive_R = self.alive_R & losses_R.detach().isfinite()
         clip_runs([p.grad for p in self._trained], clip, self.alive_R)
@@ -101,6 +101,7 @@ class StackedProbe:
         for group in self.optimizer.param_groups:
             group["lr"] = group["lr"].where(self.alive_R, 0.0)
         self.optimizer.step()
+        self.model.end_step(visits)
         return losses_R.detach()
 
     def train(
@@ -139,6 +140,6 @@ class StackedProbe:
         sums_R = torch.zeros(self.model.runs, dtype=torch.float64, device=self.alive_R.device)
         for some_BL in sequences_PL.split(at_once):
             some_RBL = some_BL.expand(self.model.runs, -1, -1)
-            nll_RBL = self.model.losses(some_RBL[..., :-1], some_RBL[..., 1:]).nll_BL
+            nll_RBL = self.model.losses(some_RBL[..., :-1], some_RBL[..., 1:])[0].nll_BL
             sums_R += nll_RBL.double().sum((1, 2))
         return sums_R / (sequences_PL.shape[0] * (sequences_PL.shape[1] - 1))

@@ -20,6 +20,7 @@ from allometry.configs.model import (
     ModelConfig,
     MoEModel,
     ParameterizationConfig,
+    RouterConfig,
     SwiGLUExperts,
 )
 from allometry.configs.optimization import AdamH, AdamW, Lion, Muon, MuonH, OptimizerConfig
@@ -39,6 +40,16 @@ DENSE: dict[str, Any] = {
 }
 MODEL = DenseModel(**DENSE, qk_norm=True, z_loss=1e-3)
 TIED = DenseModel(**DENSE, tied_embeddings=True)
+
+
+MIXTURE = MoEModel(
+    **{key: value for key, value in DENSE.items() if key != "ffn_width"},
+    experts=SwiGLUExperts(num_experts=4, experts_per_token=2, width=16),
+)
+
+
+def mixture(**router: object) -> MoEModel:
+    return MIXTURE.model_copy(update={"router": RouterConfig.model_validate(router)})
 
 
 def rules(kind: str, **more: object) -> ParameterizationConfig:
@@ -117,6 +128,18 @@ CASES = {
         *(MODEL, HYPERP),
         *(MuonH(lr=1.0, weight_decay=0.0, step_norm="spectral"), 2.0**-5),
     ),
+    "mixture, bias": (
+        *(mixture(gate="sigmoid", balance={"kind": "bias", "rate": 0.01}), MUP),
+        *(AdamW(lr=1.0, weight_decay=0.1), 2.0**-7),
+    ),
+    "mixture, muonh": (
+        *(mixture(balance={"kind": "auxiliary", "coefficient": 0.1}, z_loss=0.01), HYPERP),
+        *(MuonH(lr=1.0, weight_decay=0.0), 2.0**-5),
+    ),
+    "mixture, these loads": (
+        mixture(balance={"kind": "auxiliary", "coefficient": 0.1, "loads": "this_batch"}),
+        *(MUP, Muon(lr=1.0, adamw_lr=2.0**-8, weight_decay=0.1), 2.0**-7),
+    ),
     "adamh": (MODEL, HYPERP, AdamH(lr=1.0, weight_decay=0.0), 2.0**-5),
 }
 
@@ -140,9 +163,9 @@ def test_stacked_runs_are_the_runs_alone(case: str) -> None:
     assert apart > 1e-6, "another order of data is another run"
 
 
-@pytest.mark.parametrize("optimizer", [CASES["adamw"], CASES["muonh"]], ids=["adamw", "muonh"])
-def test_a_run_that_diverges_leaves_the_others_their_bits(optimizer: Any) -> None:
-    model, how, kind, lr = optimizer
+@pytest.mark.parametrize("case", ["adamw", "muonh", "mixture, bias"])
+def test_a_run_that_diverges_leaves_the_others_their_bits(case: str) -> None:
+    model, how, kind, lr = CASES[case]
     calm: Runs = [(lr, 0), (lr, 1), (lr, 2)]
     wild: Runs = [(lr, 0), (1e200 if kind.kind == "adamw" else math.inf, 1), (lr, 2)]
     undisturbed, losses_SR = together(model, how, kind, calm)
@@ -226,19 +249,9 @@ def test_a_stack_of_runs_that_all_diverged_ends() -> None:
     assert probe.final_losses(POOL[:4], 4) == [math.inf, math.inf]
 
 
-MIXTURE = MoEModel(
-    vocab_size=128,
-    width=16,
-    num_layers=1,
-    num_heads=2,
-    experts=SwiGLUExperts(num_experts=4, experts_per_token=2, width=16),
-)
-
-
 @pytest.mark.parametrize(
     ("model", "optimizer", "said"),
     [
-        (MIXTURE, AdamW(lr=1.0), "model.kind=moe has no stacked form.*--engine processes"),
         (MODEL.model_copy(update={"dropout": 0.1}), AdamW(lr=1.0), "model.dropout=0.1 draws"),
         (MODEL, Lion(lr=1.0), "optimizer.kind=lion has no stacked form.*adamw, muon"),
         (
