@@ -10,7 +10,7 @@ from typing import Any
 
 from fault_settings import STEPS
 
-MEASURED = ("time_s", "tokens_per_s", "mfu", "peak_bytes", "offload/")
+MEASURED = ("time_s", "tokens_per_s", "mfu", "peak_bytes", "offload/", "ranks/", "cards/")
 """Columns that a clock or the system measures, by how they begin."""
 
 

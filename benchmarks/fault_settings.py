@@ -66,7 +66,7 @@ def described(setting: str, folder: Path, data: Path) -> RunConfig:
         "training": {"total_steps": STEPS, "compute_dtype": "fp32"},
         "optimizer": {"lr": 1e-2},
         "schedule": {"kind": "wsd", "warmup_steps": 3, "decay_fraction": 0.3},
-        "parallel": {"timeout_s": 120},
+        "parallel": {"timeout_s": 20, "watch": {"first_step_s": 60}},
         "evaluation": {"sequences_per_source": 4},
         "checkpoint": {"every_steps": SAVE_EVERY},
         "record": {"tensorboard": False, "display_every_steps": STEPS},

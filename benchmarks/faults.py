@@ -348,9 +348,8 @@ def main() -> None:
             out.write(json.dumps(found) + "\n")
         if passed(found):
             clear(given.work / "runs" / case.name)
-        print(
-            f"{case.name}: {'passed' if passed(found) else 'FAILED'}, {found['moment']}", flush=True
-        )
+        moments = ", ".join(moment for moment, _ in found["strikes"])
+        print(f"{case.name}: {'passed' if passed(found) else 'FAILED'}, {moments}", flush=True)
     counts = summary(list(done.values()))
     print(table(counts))
     left = sum(case.name not in done for case in wanted)

@@ -1,6 +1,6 @@
 """Whether runs really end where the prediction says that their memory ends.
 
-    python benchmarks/memory_limits.py [--only WORD] [--work FILE] [--json OUT]
+    python benchmarks/memory_limits.py [--only WORD] [--work FILE] [--json OUT] [--layers-times N]
 
 Cases of ``memory.py`` on one process take two steps under a limit that the kernel enforces
 (RLIMIT_DATA: private memory that can be written), set above what the process had before the run:
@@ -19,6 +19,7 @@ import resource
 import sys
 import tempfile
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="cases with this in their name")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir(), "limits.jsonl"))
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--layers-times", type=int, default=1, help="so many times the layers")
     asked = parser.parse_args()
     if any(os.environ.get(name) != value for name, value in SETTINGS.items()):
         resource.setrlimit(resource.RLIMIT_STACK, (STACK, STACK))  # of every thread from then on
@@ -145,7 +147,11 @@ def main() -> None:
     text = asked.work.read_text() if asked.work.exists() else ""
     lines = [json.loads(line) for line in text.splitlines()]
     known = {line["name"] for line in lines}
-    chosen = [c for c in cases() if c.name in CHOSEN and asked.only in c.name]
+    chosen = [
+        replace(c, model=c.model | {"num_layers": asked.layers_times * c.model["num_layers"]})
+        for c in cases()
+        if c.name in CHOSEN and asked.only in c.name
+    ]
     with tempfile.TemporaryDirectory() as scratch:  # libraries fill their caches
         first = as_probed(chosen[0].config(), Path(scratch))
         write_tokens(first, Path(scratch))

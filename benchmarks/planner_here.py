@@ -1,6 +1,6 @@
 """The planner's predicted step times of this machine beside measured ones.
 
-    allometry doctor --measure
+    OMP_NUM_THREADS=1 allometry doctor --measure
     python benchmarks/planner_here.py --work FILE [--hardware this-machine] [--json OUT]
 
 Some twenty small runs, dense and with experts, take steps with the trainer's own step function

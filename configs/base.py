@@ -27,12 +27,14 @@ def _whole(value: Any) -> Any:
     if isinstance(value, bool):
         raise ValueError("expected a whole number, not true or false")
     if isinstance(value, float) and value.is_integer():
-        return int(value)
+        value = int(value)
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ValueError("expected a whole number below 2^63")
     return value
 
 
 Count = Annotated[int, BeforeValidator(_whole)]
-"""A whole number that may be written ``1_000_000_000`` or ``1e9``."""
+"""A whole number of 64 bits that may be written ``1_000_000_000`` or ``1e9``."""
 
 PathText = Annotated[str, AfterValidator(expanded)]
 """A path, kept as ``expanded`` gives it."""

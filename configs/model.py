@@ -14,7 +14,7 @@ class Decoder(Section):
 
     vocab_size: Count = Field(gt=0, description="rows of the embedding; at least the tokenizer's")
     width: Count = Field(gt=0, description="width of the residual stream")
-    num_layers: Count = Field(gt=0, description="transformer blocks")
+    num_layers: Count = Field(gt=0, le=65_536, description="transformer blocks")
     num_heads: Count = Field(gt=0, description="query heads")
     num_kv_heads: Count | None = Field(None, gt=0, description="key/value heads; null: num_heads")
     head_dim: Count | None = Field(None, gt=0, description="width of a head; null: width/num_heads")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from collections.abc import Callable
@@ -98,3 +99,14 @@ def tiny(tiny_store: Path, tmp_path: Path) -> Callable[..., RunConfig]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="record golden losses anew")
+
+
+def pytest_collection_finish() -> None:
+    """Collections, of which each run makes one, pass over what all test files have imported."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Objects that Python tears down at its end must be known to its collector (nanobind's are)."""
+    gc.unfreeze()

@@ -6,7 +6,7 @@ import linecache
 import re
 import threading
 from collections.abc import Iterator, Sequence
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any
 
 OURS = "allometry."
@@ -42,6 +42,13 @@ def outwards(frame: FrameType | None) -> Iterator[FrameType]:
     while frame is not None:
         yield frame
         frame = frame.f_back
+
+
+def innermost(traceback: TracebackType) -> FrameType:
+    """Return the frame in which an exception was raised."""
+    while traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    return traceback.tb_frame
 
 
 def room_of(frame: FrameType) -> str:

@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any
 
 import torch.distributed as dist
@@ -139,12 +139,16 @@ class Places:
         self.groups: Mapping[str, Group] = {}
         self._looped = False  # whether this launch has come to its first step
 
-    def look(self, flights: Sequence[Flight] = ()) -> Look:
-        """Return where the thread is; ``flights``: messages that torch knows to be under way."""
+    def look(self, flights: Sequence[Flight] = (), error: TracebackType | None = None) -> Look:
+        """Return where the thread is; ``flights``: messages that torch knows to be under way.
+
+        ``error``: the traceback of an exception, for where the thread was when it was raised.
+        """
         current = sys._current_frames()
         # With its own frame this one would be a cycle that holds the tensors of all others.
         current.pop(threading.get_ident(), None)
-        stack = list(frames.outwards(current.get(self.thread)))
+        innermost = current.get(self.thread) if error is None else frames.innermost(error)
+        stack = list(frames.outwards(innermost))
         known = frames.known(stack)
         phase = self._phase(stack)
         helper = frames.helper_of(stack)

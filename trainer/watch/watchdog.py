@@ -116,6 +116,7 @@ class Watchdog:
         self._process = Process.own()
         self._board: Board | None = None
         self._attempt, self._lock = f"{self.launch.restart.count}", threading.Lock()
+        self._looking = threading.Lock()
         self._stage, self._on_cuda = 0, False
         self._number = self._samples = self._waiting = 0
         self._mark: Any = None
@@ -153,7 +154,10 @@ class Watchdog:
         alone = self.launch.world_size == 1
         if error is not None and not isinstance(error, UserError) and not alone:
             # Another rank may have died or ended, of which this error is an echo.
-            self._lost.set()
+            with self._looking, suppress(Exception):
+                self._lost.set()
+                self._since = time.monotonic()
+                self._place = self._places.look(error=traceback).place
             self._judged.wait(4 * self.beat_s + _WRITTEN_S)
         self._stop.set()
         if threading.current_thread() is not self._thread:
@@ -217,8 +221,12 @@ class Watchdog:
 
     def _look(self, now: float) -> float:
         """Note where the training thread is; return the seconds in which nothing has moved."""
-        if self._lost.is_set():  # it was where the error came; now it is on its way out
-            return now - self._since
+        with self._looking:
+            if not self._lost.is_set():  # after an error it is on its way out
+                self._note(now)
+        return now - self._since
+
+    def _note(self, now: float) -> None:
         look = self._places.look()
         if look.mark != self._mark:
             if look.place.phase != self._place.phase:
@@ -228,7 +236,6 @@ class Watchdog:
                 self._first_step = look.place.step
         elif now - self._since >= 2 * self.beat_s:  # it may be a message: torch knows which
             self._place = self._places.look(flights()).place
-        return now - self._since
 
     def _limit(self, place: Place) -> float:
         if place.phase == places.STEP:

@@ -46,6 +46,16 @@ def test_yaml_1_2_numbers(tmp_path: Path) -> None:
     assert config.training.total_tokens == 1_000_000_000
 
 
+@pytest.mark.parametrize(
+    "override", ["parallel.hdp=1e308", "model.num_layers=2147483648", "training.total_tokens=1e30"]
+)
+def test_numbers_beyond_sense_are_refused_shortly(override: str) -> None:
+    """Nothing is computed of them: a sum over so many layers has no end."""
+    text = message(PRESET, override)
+    assert override.partition("=")[0] in text
+    assert len(text) < 300
+
+
 def test_unknown_key_names_file_line_key_and_nearest(tmp_path: Path) -> None:
     path = write(tmp_path, f"base: {PRESET}\nmodel:\n  num_layer: 3\n")
     text = message(path)

@@ -23,10 +23,14 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def collector() -> Iterator[None]:
+    frozen = gc.get_freeze_count() > 0
+    gc.unfreeze()
     gc.enable()
     yield
     gc.enable()
     gc.unfreeze()
+    if frozen:
+        gc.freeze()
 
 
 class Watch(Callback):
@@ -73,6 +77,15 @@ def test_a_collector_that_is_off_stays_off(tiny: Make) -> None:
     train(tiny("training.total_steps=6"), device=CPU, callbacks=[])
     assert not gc.isenabled()
     assert gc.get_freeze_count() == 0
+
+
+def test_what_a_process_has_frozen_stays_frozen(tiny: Make) -> None:
+    gc.collect()
+    gc.freeze()
+    frozen = gc.get_freeze_count()
+    train(tiny("training.total_steps=6"), device=CPU, callbacks=[])
+    assert gc.isenabled()
+    assert 0.9 * frozen < gc.get_freeze_count() <= frozen
 
 
 def test_a_resumed_launch_counts_its_own_first_steps(tiny: Make) -> None:

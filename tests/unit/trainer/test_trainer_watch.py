@@ -83,6 +83,29 @@ def test_what_moves_is_left_alone(folder: RunFolder) -> None:
     assert not folder.events.exists()
 
 
+def broken() -> None:
+    message = "the other rank is gone"
+    raise RuntimeError(message)
+
+
+def test_after_an_error_the_place_is_where_it_was_raised() -> None:
+    """Ranks may lose another within a heartbeat, before anybody has looked at them."""
+    seen = Places(threading.get_ident())
+    with pytest.raises(RuntimeError) as raised:
+        broken()
+    looks = []
+
+    def look() -> None:
+        looks.extend([seen.look(error=raised.value.__traceback__), seen.look()])
+
+    watching = threading.Thread(target=look)
+    watching.start()
+    watching.join()
+    at_error, now = (each.place.where for each in looks)
+    assert at_error.endswith("broken")
+    assert "broken" not in now
+
+
 def test_a_slow_read_is_not_a_hang(tmp_path: Path, gate: threading.Event) -> None:
     """As long as the thread that is waited for reads something, nothing stays as it was."""
     path = tmp_path / "file"
