@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +38,7 @@ class OutputHead(OwnsParameters):
     ``compile`` compiles the softmax of a chunk only: matrix products gain nothing, and a loop
     over chunks would be unrolled into one large graph. ``softmax`` says whether the weight here is
     the whole vocabulary or a part. ``gradient_sum``: for who runs many forwards before a backward.
+    ``cross_entropy`` is what stacked runs replace.
     """
 
     weight: nn.Parameter | None
@@ -52,6 +54,7 @@ class OutputHead(OwnsParameters):
         self.scale, self.z_loss, self.vocab_size = scale, model.z_loss, model.vocab_size
         self.softmax: WholeSoftmax | SharedSoftmax = WholeSoftmax()
         self.gradient_sum: GradientSum | None = None
+        self.cross_entropy: Callable[..., tuple[Tensor, Tensor]] = linear_cross_entropy
         if spec is None:
             assert tied is not None
             self.register_parameter("weight", None)
@@ -76,7 +79,7 @@ class OutputHead(OwnsParameters):
                 logits_BLV = self.vocabulary.gather(logits_BLV)
             wide = torch.promote_types(x_BLD.dtype, torch.float32)
             return logits_BLV.to(wide) * self.scale
-        total, nll_T = linear_cross_entropy(
+        total, nll_T = self.cross_entropy(
             x_BLD.flatten(0, 1),
             *self.stacked.weights(),
             targets_BL.flatten(),

@@ -197,8 +197,7 @@ def set_loads(model: Transformer, counts: Mapping[int, Tensor]) -> None:
     by_layer = routers(model)
     assert counts.keys() == by_layer.keys(), (sorted(counts), sorted(by_layer))
     for layer, router in by_layer.items():
-        counts_E = counts[layer].to(device=router.load.device, dtype=torch.float64)
-        router.load.copy_(counts_E / counts_E.sum())
+        router.load.copy_(loads_of(counts[layer].to(router.load.device)))
 
 
 @torch.no_grad()
@@ -213,9 +212,20 @@ def end_step(model: Transformer, counts: Mapping[int, Tensor]) -> None:
     for layer, router in routers(model).items():
         balance = router.config.balance
         if isinstance(balance, BiasBalance) and router.weight.requires_grad:
-            counts_E = counts[layer].to(device=router.bias.device, dtype=torch.float64)
-            wanted_E = (counts_E.mean() - counts_E).sign()
+            wanted_E = wanted_of(counts[layer].to(router.bias.device))
             router.bias.add_(wanted_E.to(router.bias.dtype), alpha=balance.rate)
+
+
+def loads_of(counts_E: Tensor) -> Tensor:
+    """Return the fractions [..., E] of visits [..., E], fp64."""
+    wide_E = counts_E.double()
+    return wide_E / wide_E.sum(-1, keepdim=True)
+
+
+def wanted_of(counts_E: Tensor) -> Tensor:
+    """Return 1 for experts that had fewer visits [..., E] than the mean, -1 for more, fp64."""
+    wide_E = counts_E.double()
+    return (wide_E.mean(-1, keepdim=True) - wide_E).sign()
 
 
 def balance_record(statistics: RouterStatistics, model: MoEModel) -> dict[str, float | list[float]]:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -76,6 +77,7 @@ class Router(OwnsParameters):
     def __init__(self, spec: ParamSpec, config: RouterConfig, experts_per_token: int) -> None:
         super().__init__()
         self.config, self.saves, self.fused = config, False, False
+        self.join_balance: Callable[..., Tensor] = join_balance  # stacked runs replace it
         self.num_experts, self.experts_per_token = spec.fan_out, experts_per_token
         self.own("weight", spec)
         self.register_buffer("load", torch.empty(self.num_experts, dtype=torch.float32))
@@ -120,10 +122,9 @@ class Router(OwnsParameters):
         if not coefficient and not z_loss:
             return logits_TE
         sigmoid = self.config.gate == "sigmoid"
-        joined: Tensor = _BalanceGradient.apply(
+        return self.join_balance(
             logits_TE, self.load, self.tokens, counted_T, coefficient, z_loss, sigmoid
         )
-        return joined
 
 
 def scores(logits_TE: Tensor, config: RouterConfig) -> Tensor:
@@ -154,7 +155,8 @@ def _best(scores_TE: Tensor, k: int) -> Tensor:
     """Return the places of the ``k`` largest [T, k], among equals the first: a stable sort's."""
     # Not topk: which of two equals it takes depends on the device. Not a sort of all E either:
     # argmax takes the first of equals everywhere, and compiled, all of it is one pass over a row.
-    compiled = torch.compiler.is_compiling()
+    # ``vmap`` has no rule for scatter_, and takes what is compiled.
+    compiled = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     numbers_E = torch.arange(scores_TE.shape[1], device=scores_TE.device)
     left_TE, chosen = scores_TE if compiled else scores_TE.clone(), []
     for visit in range(k):
@@ -214,6 +216,22 @@ def observe(
         squared_log_z=log_z_T.square().sum(),
         tokens=tokens,
     )
+
+
+def join_balance(
+    logits_TE: Tensor,
+    load_E: Tensor,
+    tokens: Tensor,
+    counted_T: Tensor | None,
+    coefficient: float,
+    z_loss: float,
+    sigmoid: bool,
+) -> Tensor:
+    """Return logits whose gradient has that of the auxiliary and the z-loss in it."""
+    joined: Tensor = _BalanceGradient.apply(
+        logits_TE, load_E, tokens, counted_T, coefficient, z_loss, sigmoid
+    )
+    return joined
 
 
 class _BalanceGradient(torch.autograd.Function):

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
 
+from allometry.optim.adam import adam_direction
 from allometry.optim.matrix_ops import MatrixOps
 from allometry.optim.states import (
     Group,
     Item,
     State,
     count_step,
+    descend_,
     init_like_parameters,
     init_steps,
     items_of,
@@ -31,10 +33,10 @@ def init_states(items: Sequence[Item], state: State, ops: MatrixOps | None = Non
     """Make the states that torch's own AdamW makes in its first step, under the same names.
 
     ``exp_avg`` and ``exp_avg_sq``, as the parameter, and ``step``, on the device as the kernel
-    wants it. Of moments in FP8 it is on the host.
+    wants it. Of moments in FP8 and of stacked runs it is on the host.
     """
     init_like_parameters(items, state, "exp_avg", "exp_avg_sq")
-    init_steps([item for item in items if item.fp8 is not None], state)
+    init_steps([item for item in items if item.fp8 is not None or item.stacked], state)
     for item in items:
         if "step" not in state[item.parameter]:
             step = torch.zeros((), dtype=torch.float32, device=item.part.device)
@@ -44,7 +46,8 @@ def init_states(items: Sequence[Item], state: State, ops: MatrixOps | None = Non
 def adamw(items: Sequence[Item], state: State, ops: MatrixOps) -> None:
     """Take a step with ``items``, in place; elementwise.
 
-    By the fused kernel that their groups name; of moments in FP8 by ``Fp8States.adamw``.
+    By the fused kernel that their groups name, which knows one rate; of moments in FP8 by
+    ``Fp8States.adamw``.
     """
     compressed = [item for item in items if item.fp8 is not None]
     count_step(compressed, state)
@@ -55,6 +58,9 @@ def adamw(items: Sequence[Item], state: State, ops: MatrixOps) -> None:
     plain = [item for item in items if item.fp8 is None]
     for _, members in itertools.groupby(plain, key=lambda item: id(item.group)):
         same = list(members)
+        if same[0].stacked:
+            _stacked(same, state)
+            continue
         KERNELS[same[0].group.get("kernel", "torch")](same, state)
 
 
@@ -67,6 +73,14 @@ def adamw_unless(bad: Tensor, groups: Iterable[Group], state: State) -> None:
     init_states(items, state)
     for _, members in itertools.groupby(items, key=lambda item: id(item.group)):
         _torch(list(members), state, bad.float())
+
+
+def _stacked(same: Sequence[Item], state: State) -> None:
+    """Take the step of several runs at once, each at its rate."""
+    for item, step in zip(same, count_step(same, state), strict=True):
+        mean, square = (state[item.parameter][key] for key in ("exp_avg", "exp_avg_sq"))
+        betas, eps = item.group["betas"], item.group["eps"]
+        descend_(item, adam_direction(item.gradient, mean, square, step, betas, eps))
 
 
 def _torch(same: Sequence[Item], state: State, found_inf: Tensor | None = None) -> None:

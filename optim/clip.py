@@ -104,8 +104,7 @@ def clip_by_global_norm(
         mesh.sum_together([square, *along])
     norm = square.sqrt()
     if max_norm is not None:
-        # A norm that is not finite would spread to all gradients and hide where it came from.
-        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0).where(norm.isfinite(), 1.0)
+        factor = clip_factor(norm, max_norm)
         for parts in layouts.values():
             for dtype, same in _by_dtype(parts).items():
                 gradients = [part.here for part in same if part.here is not None]
@@ -114,6 +113,12 @@ def clip_by_global_norm(
         if away is not None:
             away.scale(factor)
     return norm
+
+
+def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
+    """Return what gradients of these global norms are multiplied by; norms not finite give 1."""
+    # A norm that is not finite would spread to all gradients and hide where it came from.
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0).where(norm.isfinite(), 1.0)
 
 
 def _by_dtype(parts: Sequence[_Part]) -> dict[torch.dtype, list[_Part]]:

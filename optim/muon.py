@@ -15,6 +15,7 @@ from allometry.optim.states import (
     Item,
     State,
     count_step,
+    descend_,
     init_like_parameters,
     rounded_at_random,
     updated,
@@ -44,10 +45,7 @@ def muon(items: Sequence[Item], state: State, ops: MatrixOps) -> None:
             directions.append(look.to(dtype))
     parameters = [item.parameter for item in items]
     for item, update in zip(items, orthogonalized(parameters, directions, MUON, ops), strict=True):
-        rate = item.group["lr"]
-        item.part.mul_(1.0 - rate * item.group["weight_decay"])
-        rows, columns = item.parameter.shape[-2:]
-        item.part.add_(update, alpha=-rate * adjustment(item.group["adjust"], rows, columns))
+        descend_(item, update, adjustment(item.group["adjust"], *item.parameter.shape[-2:]))
 
 
 def adjustment(kind: str, rows: int, columns: int) -> float:

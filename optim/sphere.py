@@ -100,7 +100,13 @@ def turn(
     wide = [state[parameter]["radius"].double() for parameter in parameters]
     counts = [len(radius) for radius in wide]
     radius_M = torch.cat(wide)
-    length_M = torch.cat(torch._foreach_mul(wide, [item.group["lr"] for item in items]))
+    stacked = any(item.stacked for item in items)
+    if stacked:
+        rates = [item.setting("lr") for item in items]
+        per_M = [rate.flatten() for rate in rates if isinstance(rate, Tensor)]
+        length_M = torch.cat(torch._foreach_mul(wide, per_M))
+    else:
+        length_M = torch.cat(torch._foreach_mul(wide, [item.group["lr"] for item in items]))
     ww_M, wu_M, uu_M = torch.cat(sums).view(3, -1)
     divisor_M = uu_M
     if full_rank is not None and any(full_rank):
@@ -111,9 +117,11 @@ def turn(
     step_M = length_M / divisor_M.sqrt().clamp(min=_LEAST)
     square_M = ww_M - 2.0 * step_M * wu_M + step_M.square() * uu_M
     keep_M = radius_M / square_M.clamp(min=0.0).sqrt().clamp(min=_LEAST)
+    if stacked:
+        keep_M = keep_M.where(length_M != 0.0, 1.0)
     keeps, moves = (ops.factors(parameters, x.split(counts)) for x in (keep_M, keep_M * step_M))
     for item, part, direction, keep, move in zip(
         items, parts, directions, keeps, moves, strict=True
     ):
-        if item.group["lr"] != 0.0:
+        if item.stacked or item.group["lr"] != 0.0:
             part.mul_(keep).addcmul_(direction.to(part.dtype), move, value=-1.0)

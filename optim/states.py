@@ -38,6 +38,18 @@ class Item(NamedTuple):
         return local(self.parameter.grad)
 
     @property
+    def stacked(self) -> bool:
+        """Whether this is a parameter of several runs, each with a rate (``optim/stacked.py``)."""
+        return isinstance(self.group["lr"], Tensor)
+
+    def setting(self, key: str) -> float | Tensor:
+        """Return a number of the group; one for each run as fp64 [M, 1, 1], as ``part`` has it."""
+        value: float | Tensor = self.group[key]
+        if not isinstance(value, Tensor):
+            return value
+        return value.repeat_interleave(len(self.part) // len(value)).view(-1, 1, 1)
+
+    @property
     def fp8(self) -> Fp8States | None:
         """What holds this parameter's states in FP8; None where they are plain."""
         fp8: Fp8States | None = self.group.get("fp8")
@@ -94,6 +106,17 @@ def updated(item: Item, state: State, *keys: str) -> Iterator[list[Tensor]]:
     yield values
     for key, value in zip(keys, values, strict=True):
         fp8.write(item.name, item.parameter, held, key, value)
+
+
+def descend_(item: Item, update: Tensor, scale: float = 1.0) -> None:
+    """Change a parameter in place: W ← (1−ηλ)W − η·``scale``·``update``, by its group's rates."""
+    part, rate = item.part, item.setting("lr")
+    keep, move = 1.0 - rate * item.setting("weight_decay"), -rate * scale
+    part.mul_(keep.to(part.dtype) if isinstance(keep, Tensor) else keep)
+    if isinstance(move, Tensor):
+        part.addcmul_(update.to(part.dtype), move.to(part.dtype))
+    else:
+        part.add_(update, alpha=move)
 
 
 def rounded_at_random(items: Sequence[Item]) -> list[Item]:

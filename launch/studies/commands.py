@@ -155,6 +155,11 @@ class Transfer(ConfigCommand):
     sequences: int = option("sequences of a batch", 8, min=1)
     length: int = option("tokens of a sequence, at most", 64, min=2)
     bound: float = option("octaves that best rates may drift", 0.5, min=0.0)
+    engine: str = option(
+        "processes: each run by itself; stacked: all runs of a size as one model", "processes"
+    )
+    device: str = option("cpu, or cuda for stacked runs", "cpu")
+    runs_at_once: int | None = option("runs of a stack, at most; default: all of a size", min=1)
     processes: int | None = option("default: cores", min=1)
     trials: Path | None = option("file that keeps each run's loss, to go on from")
     out: Path = option("figure to write", Path("transfer.png"), "-o")

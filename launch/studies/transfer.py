@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import get_args
 
 import numpy as np
+import torch
 
 from allometry.configs.errors import UserError
 from allometry.configs.run import RunConfig
@@ -17,7 +19,8 @@ from allometry.launch.studies.commands import Transfer as TransferCommand
 from allometry.launch.text import counted, table
 from allometry.scaling.shapes import Axis, growth_axis
 from allometry.studies.sweeps.probe import read_pools
-from allometry.studies.sweeps.transfer import Runner, Transfer, TransferSweep, Trial
+from allometry.studies.sweeps.stacked import check_stackable
+from allometry.studies.sweeps.transfer import Engine, Runner, Transfer, TransferSweep, Trial
 from allometry.studies.sweeps.trials import TrialLog
 
 HELD_OUT = 64
@@ -42,6 +45,7 @@ def swept(asked: TransferCommand) -> Report:
     sizes = gates.numbers(asked.sizes, "--sizes") or gates.default_sizes(
         config.model, axis, asked.steps
     )
+    engine = _engine(config, asked)
     sweep = _sweep(config, asked, axis, sizes)
     seeds = tuple(range(asked.seeds))
     sweep.check(sizes, seeds)  # before the file of trials is begun
@@ -51,9 +55,12 @@ def swept(asked: TransferCommand) -> Report:
         sweep,
         rates,
         asked.step,
-        gates.processes_here(asked.processes),
+        1 if asked.device == "cuda" else gates.processes_here(asked.processes),
         known={} if log is None else log.known,
         done=ended.__setitem__ if log is None else log.add,
+        engine=engine,
+        device=asked.device,
+        runs_at_once=asked.runs_at_once,
     )
     with gates.stoppable(lambda: _kept(log, len(ended))):
         transfer = runner.run(sizes, seeds)
@@ -62,6 +69,7 @@ def swept(asked: TransferCommand) -> Report:
     facts = {
         "kind": config.parameterization.kind,
         "optimizer": config.optimizer.kind,
+        "engine": engine,
         "bound_octaves": asked.bound,
         "passed": not (wrong or unsure),
         "failures": wrong,
@@ -83,6 +91,33 @@ def _kept(log: TrialLog | None, ended: int) -> str:
         "the trial that had ended is" if ended == 1 else f"the {ended} trials that had ended are"
     )
     return f"{trials} lost: keep them with --trials FILE, from which the same command goes on"
+
+
+def _engine(config: RunConfig, asked: TransferCommand) -> Engine:
+    """What trains the runs, if it can."""
+    engine = next((name for name in get_args(Engine) if name == asked.engine), None)
+    if engine is None:
+        raise UserError(f"--engine={asked.engine} is not known; use processes or stacked")
+    if asked.device not in ("cpu", "cuda"):
+        raise UserError(f"--device={asked.device} is not known; use cpu or cuda")
+    if engine == "processes":
+        given = {"device": asked.device != "cpu", "runs-at-once": asked.runs_at_once is not None}
+        for flag in (flag for flag, is_given in given.items() if is_given):
+            raise UserError(
+                f"--{flag} is of stacked runs, and --engine=processes trains each by itself on a "
+                f"CPU; use --engine stacked, or leave --{flag} out"
+            )
+        return "processes"
+    check_stackable(config.model, config.optimizer)
+    if asked.device == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError("--device=cuda: torch finds no GPU here; use --device cpu")
+        if (asked.processes or 1) > 1:
+            raise UserError(
+                f"--processes={asked.processes} with --device=cuda: stacks take turns on one GPU; "
+                "leave --processes out"
+            )
+    return "stacked"
 
 
 def _rates(lr: float, asked: TransferCommand) -> tuple[float, ...]:

@@ -16,9 +16,10 @@ from allometry.configs.errors import UserError
 from allometry.configs.model import AuxiliaryBalance, ModelConfig, MoEModel, ParameterizationConfig
 from allometry.configs.optimization import OptimizerConfig
 from allometry.data.stream import Stream
-from allometry.models.build import build_model, parameter_specs
+from allometry.models.build import ComputeDtype, build_model, parameter_specs
 from allometry.models.init import initialize
 from allometry.models.moe import begin_step, end_step, set_loads
+from allometry.models.transformer import Transformer
 from allometry.optim.build import build_optimizer, set_lr
 from allometry.optim.clip import clip_by_global_norm
 from allometry.scaling.parameterization import Parameterization
@@ -31,7 +32,7 @@ Sequences = NDArray[np.int64]
 
 
 class Probe:
-    """One model with its optimizer, in fp32 on the CPU, from (description, seed) alone.
+    """One model with its optimizer, on the CPU, from (description, seed) alone.
 
     ``zero`` names parts that start at zero ("head", "queries"); a matrix that keeps its norm
     (a sphere) stays as it is, as zero has no direction and would never move.
@@ -46,10 +47,11 @@ class Probe:
         *,
         scale: RunScale | None = None,
         zero: tuple[str, ...] = (),
+        compute_dtype: ComputeDtype = "fp32",
     ) -> None:
         torch.manual_seed(seed)  # dropout
         self.rules = Parameterization(parameterization, model, optimizer, scale)
-        self.model = build_model(model, self.rules, "fp32")
+        self.model = probe_model(model, self.rules, compute_dtype)
         initialize(self.model, self.rules, seed)
         self.specs = parameter_specs(self.model)
         endings = {"head": "head.weight", "queries": ".attention.wq.weight"}
@@ -62,11 +64,7 @@ class Probe:
             self.model.named_parameters(), self.specs, self.rules, optimizer, seed=seed
         )
         self._mixture = isinstance(model, MoEModel)
-        balance = model.router.balance if isinstance(model, MoEModel) else None
-        # A sweep compares small models on random batches: auto is the cheap choice there.
-        self._counts_first = isinstance(balance, AuxiliaryBalance) and (
-            balance.loads == "this_batch"
-        )
+        self._counts_first = counts_first(model)
 
     def step(
         self, sequences_BL: Sequences, *, fraction: float = 1.0, clip: float | None = None
@@ -129,6 +127,21 @@ class Probe:
             self.model.take_statistics()
 
 
+def probe_model(
+    model: ModelConfig, rules: Parameterization, compute_dtype: ComputeDtype
+) -> Transformer:
+    """Return a model that is not initialised, all of it in ``compute_dtype``: fp32 or fp64."""
+    built = build_model(model, rules, compute_dtype)
+    return built.double() if compute_dtype == "fp64" else built
+
+
+def counts_first(model: ModelConfig) -> bool:
+    """Return whether the auxiliary loss is of this batch's loads, which are counted before it."""
+    balance = model.router.balance if isinstance(model, MoEModel) else None
+    # A sweep compares small models on random batches: auto is the cheap choice there.
+    return isinstance(balance, AuxiliaryBalance) and balance.loads == "this_batch"
+
+
 def split(sequences_BL: Sequences) -> tuple[Tensor, Tensor]:
     """Return inputs [B, L] and targets [B, L] of sequences of L+1 tokens."""
     tokens = torch.from_numpy(np.ascontiguousarray(sequences_BL, dtype=np.int64))
@@ -140,13 +153,18 @@ def sample(pool_PL: Sequences, count: int, seed: int) -> Sequences:
 
     Raises UserError: the pool holds fewer.
     """
+    chosen: Sequences = pool_PL[order(pool_PL, count, seed)]
+    return chosen
+
+
+def order(pool_PL: Sequences, count: int, seed: int) -> NDArray[np.int64]:
+    """Return the places in the pool of the sequences that ``sample`` returns."""
     if count > len(pool_PL):
         raise UserError(
             f"{count} sequences are needed and {len(pool_PL)} are there; prepare more data or "
             "take fewer steps"
         )
-    chosen: Sequences = pool_PL[np.random.default_rng(seed).permutation(len(pool_PL))[:count]]
-    return chosen
+    return np.random.default_rng(seed).permutation(len(pool_PL))[:count]
 
 
 def read_pools(

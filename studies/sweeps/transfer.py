@@ -8,8 +8,9 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
-from typing import Any
+from functools import partial
+from itertools import groupby, pairwise
+from typing import Any, Literal
 
 import numpy as np
 
@@ -21,9 +22,11 @@ from allometry.optim.schedule import Schedule
 from allometry.scaling.parameterization import Parameterization
 from allometry.scaling.parameterizations.base import RunScale
 from allometry.scaling.shapes import Axis, resize
-from allometry.studies.sweeps.probe import Probe, Sequences, sample
+from allometry.studies.sweeps.probe import Probe, Sequences, order, sample
+from allometry.studies.sweeps.stacked import StackedProbe
 from allometry.studies.sweeps.workers import Workers
 
+Engine = Literal["processes", "stacked"]
 EXTENSIONS = 12
 LOSS_TOLERANCE = 0.01
 AFTER_WARMUP = 2
@@ -79,6 +82,26 @@ class TransferSweep:
                 return math.inf
         loss = probe.loss(self.held_out_HL)
         return loss if math.isfinite(loss) else math.inf
+
+    def losses(self, trials: Sequence[Trial], device: str = "cpu") -> list[float]:
+        """Train the models of trials of one size as one; return what ``loss`` returns of each, but
+        for rounding. Raises UserError: see ``check_stackable``."""
+        (size,) = {trial.size for trial in trials}
+        steps = size if self.axis == Axis.HORIZON else self.steps
+        optimizers = [
+            self.optimizer.model_copy(update={"lr": 2.0**trial.log2_lr}) for trial in trials
+        ]
+        seeds = [trial.seed for trial in trials]
+        model = resize(self.model, self.axis, size)
+        scale = self._scale(steps)
+        probe = StackedProbe(
+            model, self.parameterization, optimizers, seeds, scale=scale, device=device
+        )
+        schedule = Schedule(LinearSchedule(final_fraction=0.1), steps, self.warmup_steps)
+        places = [order(self.pool_PL, steps * self.sequences, seed) for seed in seeds]
+        fractions = [schedule.fraction(step) for step in range(1, steps + 1)]
+        probe.train(self.pool_PL, np.stack(places), fractions, self.clip)
+        return probe.final_losses(self.held_out_HL, self.sequences)
 
     @property
     def guessing(self) -> float:
@@ -254,6 +277,9 @@ class Runner:
     Rates start at ``log2_lrs`` for every size; while a size's best rate is the least or the
     largest of its own, one more is tried beyond it, ``step`` away, up to 12 times; below the least
     where no rate does better than guessing. ``done`` hears of each new loss at once.
+
+    ``engine`` stacked: a task is all missing runs of one size, as one model on ``device`` (at most
+    ``runs_at_once`` of them), else one run.
     """
 
     sweep: TransferSweep
@@ -262,6 +288,9 @@ class Runner:
     processes: int = 1
     known: Mapping[Trial, float] = field(default_factory=dict)
     done: Callable[[Trial, float], None] | None = None
+    engine: Engine = "processes"
+    device: str = "cpu"
+    runs_at_once: int | None = None
 
     def run(self, sizes: Sequence[int], seeds: Sequence[int]) -> Transfer:
         """Return the complete sweep.
@@ -278,7 +307,7 @@ class Runner:
                 wanted = {Trial(s, r, seed) for s in sizes for r in rates[s] for seed in seeds}
                 # The largest first, so that no process is left with a long one at the end.
                 missing = sorted(wanted - set(known), reverse=True)
-                ended = workers.run(self.sweep.loss, missing, self.done)
+                ended = self._train(workers, missing)
                 known.update(zip(missing, ended, strict=True))
                 losses = {t: known[t] for t in wanted}
                 transfer = Transfer(self.sweep.axis, tuple(seeds), losses, self.sweep.guessing)
@@ -288,6 +317,23 @@ class Runner:
                 for size, rate in beyond.items():
                     rates[size] |= set() if rate is None else {rate}
         return transfer
+
+    def _train(self, workers: Workers, trials: Sequence[Trial]) -> list[float]:
+        """Return the losses of trials that are sorted by size."""
+        if self.engine == "processes":
+            return workers.run(self.sweep.loss, trials, self.done)
+
+        def done(stack: tuple[Trial, ...], losses: list[float]) -> None:
+            for trial, loss in zip(stack, losses, strict=True):
+                if self.done is not None:
+                    self.done(trial, loss)
+
+        stacks: list[tuple[Trial, ...]] = []
+        for _, of_size in groupby(trials, key=lambda trial: trial.size):
+            left, most = [*of_size], self.runs_at_once or len(trials)
+            stacks += [tuple(left[start : start + most]) for start in range(0, len(left), most)]
+        train = partial(self.sweep.losses, device=self.device)
+        return [loss for losses in workers.run(train, stacks, done) for loss in losses]
 
     def _beyond(self, sweep: Sweep) -> float | None:
         """Return the next rate to try if the best one is at an edge."""

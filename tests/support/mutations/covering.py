@@ -81,6 +81,7 @@ COVERING: tuple[tuple[str, tuple[Stage, ...]], ...] = (
         "models/vocabulary.py",
         (unit("models/test_models_loss"), dist("tensor"), CUT, unit("models/test_*")),
     ),
+    ("models/stacked.py", (unit("studies/*stacked"),)),
     ("models/init.py", (unit("models/test_models_init"), unit("models/test_*"), ONE)),
     ("models/observe.py", (unit("models/test_models_observe"), dist("monitors"))),
     (
@@ -102,6 +103,7 @@ COVERING: tuple[tuple[str, tuple[Stage, ...]], ...] = (
     ),
     ("optim/delayed.py", (unit("optim/test_optim_delayed"), unit("trainer/test_trainer_delayed"))),
     ("optim/schedule.py", (unit("optim/test_optim_schedule"), unit("optim/test_*"))),
+    ("optim/stacked.py", (unit("studies/*stacked"),)),
     ("optim/*h.py", (unit("optim/*sphere"), unit("optim/*"), dist("optimizers", "matrix_ops"))),
     ("optim/newton_schulz.py", (unit("optim/*newton_schulz", "optim/*muon"), unit("optim/*"))),
     (

@@ -1,0 +1,88 @@
+"""One optimizer for runs of one shape, each with its own rate, by the rules that single runs use.
+
+A parameter of R runs is [M, rows, columns] (``models/stacked.py``), which a rule takes for M
+logical matrices, as it does experts; its group's rates are tensors [R].
+"""
+
+# R runs, M = R*E logical matrices of a parameter with E experts (else E = 1), run after run
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from allometry.configs.errors import UserError
+from allometry.configs.optimization import Fp8StatesConfig, OptimizerConfig
+from allometry.optim.clip import clip_factor
+from allometry.optim.optimizer import RuleOptimizer
+from allometry.optim.sphere import check_sphere
+from allometry.optim.states import Group
+from allometry.scaling.update_rules import UPDATE_RULES
+
+KINDS = ("adamw", "muon", "muonh", "adamh")
+"""The optimizers whose runs can be stacked."""
+
+
+def check_stacked(config: OptimizerConfig) -> None:
+    """Raise UserError for an optimizer whose runs cannot be stacked."""
+    if config.kind not in KINDS:
+        raise UserError(
+            f"optimizer.kind={config.kind} has no stacked form; use --engine processes, or one of "
+            f"{', '.join(KINDS)}"
+        )
+    if isinstance(getattr(config, "states", None), Fp8StatesConfig):
+        raise UserError(
+            "optimizer.states.kind=fp8 has no stacked form; use --engine processes, or "
+            "optimizer.states.kind=fp32"
+        )
+
+
+def stacked_optimizer(
+    parameters: Mapping[str, Tensor], groups_of_runs: Sequence[Sequence[Group]]
+) -> RuleOptimizer:
+    """Return the optimizer of stacked ``parameters`` by name.
+
+    ``groups_of_runs``: those of ``groups.parameter_groups`` for each run, in the order of runs;
+    they may differ in rates and weight decay alone. ``set_lr`` sets the rates of all runs. Raises
+    UserError: see ``RuleOptimizer``.
+    """
+    merged = []
+    for of_runs in zip(*groups_of_runs, strict=True):
+        names = of_runs[0]["param_names"]
+        stacks = [parameters[name] for name in names]
+        if UPDATE_RULES[of_runs[0]["rule"]].on_sphere:
+            for of_run in of_runs:
+                check_sphere(of_run)
+        group: dict[str, Any] = {"params": stacks, "specs": of_runs[0]["specs"]}
+        for key in of_runs[0].keys() - group.keys():
+            values = [of_run[key] for of_run in of_runs]
+            if key in ("peak_lr", "lr") or (key == "weight_decay" and len(set(values)) > 1):
+                group[key] = torch.tensor(values, dtype=torch.float64, device=stacks[0].device)
+            else:
+                assert all(value == values[0] for value in values), (key, values)
+                group[key] = values[0]
+        merged.append(group)
+    return RuleOptimizer(merged)
+
+
+@torch.no_grad()
+def clip_runs(gradients: Sequence[Tensor], max_norm: float | None, alive_R: Tensor) -> None:
+    """Clip gradients [M, ...] of each run to a global norm (None: not); runs not alive get zeros.
+
+    ``alive_R``: bool. What ``clip_by_global_norm`` does for one run.
+    """
+    runs = len(alive_R)
+    wide = torch.promote_types(gradients[0].dtype, torch.float32)
+    norms = [torch.linalg.vector_norm(g.view(runs, -1), dim=1, dtype=wide) for g in gradients]
+    factor_R = None
+    if max_norm is not None:
+        norm_R = torch.stack(norms).double().square().sum(0).sqrt()
+        factor_R = clip_factor(norm_R, max_norm).to(gradients[0].dtype)
+    for gradient in gradients:
+        flat_RN = gradient.view(runs, -1)
+        if factor_R is not None:
+            flat_RN.mul_(factor_R[:, None])
+        flat_RN.masked_fill_(~alive_R[:, None], 0.0)
