@@ -122,8 +122,8 @@ PLANTED = (
     Plant(
         "models/moe.py",
         "biases away from the mean load",
-        "(counts_E.mean() - counts_E).sign()",
-        "(counts_E - counts_E.mean()).sign()",
+        "return (wide_E.mean(-1, keepdim=True) - wide_E).sign()",
+        "return (wide_E - wide_E.mean(-1, keepdim=True)).sign()",
     ),
     Plant(
         "models/router.py",
