@@ -23,7 +23,7 @@ DENSE = {
     "ffn_width": 128,
     "qk_norm": True,
 }
-MOE = DENSE | {
+MOE = {key: value for key, value in DENSE.items() if key != "ffn_width"} | {
     "kind": "moe",
     "experts": {"kind": "swiglu", "num_experts": 4, "experts_per_token": 2, "width": 64},
     "router": {"gate": "sqrt", "balance": {"kind": "auxiliary", "coefficient": 0.1}},

@@ -69,3 +69,12 @@ def test_a_wrong_decision_counts_on_its_side(benchmark: ModuleType) -> None:
     assert (over.refused_what_fits, over.let_in_what_does_not) == (1, 0)
     assert (under.refused_what_fits, under.let_in_what_does_not) == (0, 1)
     assert benchmark.Decisions.of([result(92)], 0.05).right == 1.0
+
+
+@pytest.mark.parametrize("benchmark", ["fault_settings"], indirect=True)
+def test_settings_of_the_fault_campaign_are_valid_runs(
+    benchmark: ModuleType, tmp_path: Path
+) -> None:
+    for name in benchmark.SETTINGS:
+        config = benchmark.described(name, tmp_path / "run", tmp_path / "data")
+        assert (config.model.kind == "moe") == (name in benchmark.MIXTURES)
