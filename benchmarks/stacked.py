@@ -118,7 +118,7 @@ def compare(case: Case, steps: int, rounds: int) -> dict[str, Any]:
 
 
 def peak_mib(case: Case, runs: int) -> float:
-    """MiB of a few steps of this many runs as one model: what is above a process without them."""
+    """Peak MiB of a few steps of ``runs`` runs as one model, less the process before them."""
     if case.device != "cpu":
         torch.cuda.reset_peak_memory_stats()
         case.seconds_stacked(case.stacked(runs), WARMUP)

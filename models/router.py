@@ -155,7 +155,7 @@ def _best(scores_TE: Tensor, k: int) -> Tensor:
     """Return the places of the ``k`` largest [T, k], among equals the first: a stable sort's."""
     # Not topk: which of two equals it takes depends on the device. Not a sort of all E either:
     # argmax takes the first of equals everywhere, and compiled, all of it is one pass over a row.
-    # ``vmap`` has no rule for scatter_, and takes what is compiled.
+    # ``vmap`` has no rule for scatter_: it takes the form of compiled code.
     compiled = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     numbers_E = torch.arange(scores_TE.shape[1], device=scores_TE.device)
     left_TE, chosen = scores_TE if compiled else scores_TE.clone(), []
@@ -218,22 +218,6 @@ def observe(
     )
 
 
-def join_balance(
-    logits_TE: Tensor,
-    load_E: Tensor,
-    tokens: Tensor,
-    counted_T: Tensor | None,
-    coefficient: float,
-    z_loss: float,
-    sigmoid: bool,
-) -> Tensor:
-    """Return logits whose gradient has that of the auxiliary and the z-loss in it."""
-    joined: Tensor = _BalanceGradient.apply(
-        logits_TE, load_E, tokens, counted_T, coefficient, z_loss, sigmoid
-    )
-    return joined
-
-
 class _BalanceGradient(torch.autograd.Function):
     """The identity on logits; its backward adds the gradient of the auxiliary and the z-loss."""
 
@@ -270,3 +254,7 @@ class _BalanceGradient(torch.autograd.Function):
             log_z_T1 = logits_TE.logsumexp(1, keepdim=True)
             grad_TE = grad_TE + each * 2.0 * ctx.z_loss * log_z_T1 * (logits_TE - log_z_T1).exp()
         return grad_TE, None, None, None, None, None, None
+
+
+join_balance: Callable[..., Tensor] = _BalanceGradient.apply
+"""Logits whose gradient has that of the auxiliary loss and the z-loss in it."""

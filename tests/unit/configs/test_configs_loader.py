@@ -50,7 +50,7 @@ def test_yaml_1_2_numbers(tmp_path: Path) -> None:
     "override", ["parallel.hdp=1e308", "model.num_layers=2147483648", "training.total_tokens=1e30"]
 )
 def test_numbers_beyond_sense_are_refused_shortly(override: str) -> None:
-    """Nothing is computed of them: a sum over so many layers has no end."""
+    """Refused before the plan, whose loops over so many layers would not end."""
     text = message(PRESET, override)
     assert override.partition("=")[0] in text
     assert len(text) < 300

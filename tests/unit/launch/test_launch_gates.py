@@ -19,7 +19,7 @@ from allometry.launch.studies.commands import CoordCheck, Suggest, Transfer
 from allometry.launch.studies.coordcheck import checked
 from allometry.launch.studies.suggest import suggested
 from allometry.launch.studies.transfer import swept
-from asked import about
+from asked import about, small_transfer
 
 Make = Callable[..., RunConfig]
 MUP = ("parameterization={kind: mup, base_width: 16, embedding_std: 1.0}",)
@@ -132,19 +132,7 @@ def test_coordcheck_checks_the_axes_that_are_asked_for(tiny: Make, tmp_path: Pat
 
 
 def test_transfer_reports_and_goes_on_from_its_file(tiny: Make, tmp_path: Path) -> None:
-    request = Transfer(
-        config="",
-        sizes="16,32",
-        seeds=1,
-        steps=10,
-        sequences=4,
-        length=16,
-        step=1.0,
-        bound=50.0,
-        processes=1,
-        trials=tmp_path / "trials.jsonl",
-        out=tmp_path / "t.png",
-    )
+    request = small_transfer(tmp_path / "trials.jsonl", seeds=1)
     config = tiny(*MUP)
     report = swept(about(config, request))
     passed, facts = report.passed, facts_of(report)

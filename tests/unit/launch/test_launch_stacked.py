@@ -14,7 +14,7 @@ from allometry.configs.run import RunConfig
 from allometry.launch.command import Report
 from allometry.launch.studies.commands import Transfer
 from allometry.launch.studies.transfer import swept
-from asked import about
+from asked import about, small_transfer
 
 Make = Callable[..., RunConfig]
 MUP = ("parameterization={kind: mup, base_width: 16, embedding_std: 1.0}",)
@@ -27,22 +27,8 @@ def facts_of(report: Report) -> Any:
 
 def test_transfer_by_stacked_runs_reports_the_same(tiny: Make, tmp_path: Path) -> None:
     def report(engine: str) -> Any:
-        config = tiny(*MUP)
-        request = Transfer(
-            config="",
-            sizes="16,32",
-            seeds=2,
-            steps=10,
-            sequences=4,
-            length=16,
-            step=1.0,
-            bound=50.0,
-            processes=1,
-            engine=engine,
-            trials=tmp_path / f"{engine}.jsonl",
-            out=tmp_path / "t.png",
-        )
-        return facts_of(swept(about(config, request)))
+        request = small_transfer(tmp_path / f"{engine}.jsonl", seeds=2, engine=engine)
+        return facts_of(swept(about(tiny(*MUP), request)))
 
     stacked, plain = report("stacked"), report("processes")
     assert (stacked.pop("engine"), plain.pop("engine")) == ("stacked", "processes")
