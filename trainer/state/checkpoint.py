@@ -45,7 +45,7 @@ from allometry.trainer.state.integrity import (
 from allometry.trainer.state.pins import pins
 from allometry.trainer.state.planners import Loading, Saving, State, layouts
 from allometry.trainer.state.room import due, free_bytes, megabytes, stays
-from allometry.trainer.state.shards import ShardReader
+from allometry.trainer.state.shards import ShardReader, refusal_in
 from allometry.trainer.state.verified import VerifiedFiles
 
 
@@ -172,12 +172,12 @@ def load(path: Path, state: State, mesh: Mesh) -> None:
         try:
             dcp.load(tensors, storage_reader=reader, planner=planner, process_group=group)
         except CheckpointException as error:
-            failures = [failure for failure, _ in error.failures.values()]
-            for failure in failures:
-                if isinstance(failure, UserError):
-                    raise failure from None
+            refusal = refusal_in(error)
+            if refusal is not None:
+                raise refusal from None
+            first = next(failure for failure, _ in error.failures.values())
             raise UserError(
-                f"checkpoint {path} cannot be loaded ({_line(failures[0])}); it is damaged or of "
+                f"checkpoint {path} cannot be loaded ({_line(first)}); it is damaged or of "
                 "another model: use another one"
             ) from error
 

@@ -36,7 +36,7 @@ from allometry.scaling.plan import RunPlan
 from allometry.trainer.state.failure import Failure
 from allometry.trainer.state.integrity import ShardWriter, damage, seal
 from allometry.trainer.state.planners import Loading, Saving, State, layouts
-from allometry.trainer.state.shards import ShardReader
+from allometry.trainer.state.shards import ShardReader, refusal_in
 from allometry.trainer.state.transfer import Parcel, exchange, files_of
 
 COPY = "copy"
@@ -311,8 +311,9 @@ def load_copy(path: Path, state: State) -> None:
             layouts(parts), storage_reader=ShardReader(path), planner=Loading(parts), no_dist=True
         )
     except (CheckpointException, ValueError, RuntimeError) as error:
-        if isinstance(error, UserError):
-            raise
+        refusal = refusal_in(error) if isinstance(error, CheckpointException) else error
+        if isinstance(refusal, UserError):
+            raise refusal from None
         raise UserError(
             f"the local copy {path} does not fit this run ({Failure.of(error).reason}); remove it "
             "and run again, which goes on from the newest checkpoint"

@@ -19,7 +19,13 @@ from typing import Any
 
 import torch
 from torch.distributed._shard._utils import narrow_tensor_by_index
-from torch.distributed.checkpoint import FileSystemReader, LoadPlan, LoadPlanner, metadata
+from torch.distributed.checkpoint import (
+    CheckpointException,
+    FileSystemReader,
+    LoadPlan,
+    LoadPlanner,
+    metadata,
+)
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
@@ -120,6 +126,12 @@ class ShardReader(FileSystemReader):
             f"checkpoint {self._folder} cannot be read ({METADATA}: {reason}); it is damaged or "
             "was not written by allometry: use another one"
         )
+
+
+def refusal_in(error: CheckpointException) -> UserError | None:
+    """The first UserError among what ranks have met while loading, without torch's words for it."""
+    failures = [failure for failure, _ in error.failures.values()]
+    return next((failure for failure in failures if isinstance(failure, UserError)), None)
 
 
 def _fill(planner: LoadPlanner, item: ReadItem, stored: torch.Tensor) -> None:
