@@ -65,8 +65,8 @@ from allometry.scaling.parameterization import Parameterization
 from allometry.scaling.stages import place_of
 from allometry.trainer.state.checkpoint import step_of
 from allometry.trainer.state.folder import RunFolder, write_atomically
-from allometry.trainer.state.initial import initial_facts
 from allometry.trainer.state.identity import Identity
+from allometry.trainer.state.initial import initial_facts
 from allometry.trainer.state.integrity import seal
 from allometry.trainer.state.refused import REFUSED, partial_of
 

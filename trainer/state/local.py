@@ -157,9 +157,7 @@ class LocalCopies:
             torch.cuda.synchronize(self.mesh.device)
         return copied
 
-    def write(
-        self, step: int, state: State, facts: dict[str, Any], launch: str, run: str
-    ) -> None:
+    def write(self, step: int, state: State, facts: dict[str, Any], launch: str, run: str) -> None:
         """In the background, on every rank: write this rank's copy, and hand it to the next node.
 
         ``launch``: its name (``local_choice.launch_name``); ``run``: the run's identity.
