@@ -60,7 +60,7 @@ class CheckpointWeights:
         return {name: stored.properties.dtype for name, stored in self._tensors.items()}
 
     def read(self, name: str) -> Tensor:
-        """Return one tensor, whole and on the CPU; UserError if it is not read as it was written."""
+        """Return one tensor, whole and on the CPU; UserError if it is read wrongly."""
         stored = self._tensors[name]
         tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
         try:

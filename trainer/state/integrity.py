@@ -38,9 +38,8 @@ READ_BYTES = 4 << 20
 TRIES = 2
 """How often bytes are read before they count as changed: the second time from the disk itself."""
 
-Files = dict[
-    str, dict[str, Any]
-]  # name -> {"bytes": size, "crc32": [of each block], "pieces": hex}
+Files = dict[str, dict[str, Any]]
+"""By name: {"bytes": size, "crc32": [of each block], "pieces": CRC-32 of each tensor in hex}."""
 
 
 class Checksum:
