@@ -143,9 +143,7 @@ class Fault:
         """Variables of the launch that is disturbed; ``NAME.struck`` is made when it strikes."""
         struck = str(work / "runs" / f"{case.name}.struck")
         if self.inside is not None:
-            path = os.pathsep.join(
-                filter(None, [str(HERE / "fault_hook"), os.environ["PYTHONPATH"]])
-            )
+            path = os.pathsep.join([str(HERE / "fault_hook"), *_own_path()])
             told = json.dumps([self.inside, draw.randrange(case.ranks), step, struck])
             return {"PYTHONPATH": path, "FAULT": told}
         if self.files is None:
@@ -167,6 +165,12 @@ class Fault:
         if self.inside == "nan":
             return sum(event["event"] == "bad_step" for event in events(folder))
         return said.count("restart")
+
+
+def _own_path() -> list[str]:
+    """PYTHONPATH of this process, for those that it starts."""
+    own = os.environ.get("PYTHONPATH")
+    return [own] if own else []
 
 
 FAULTS = {
