@@ -5,8 +5,8 @@
 Each rank holds an equal share of fp32 tensors. In a round, contenders take turns on the same
 folder; before each resume the system forgets the files (posix_fadvise), so that they come from the
 disk. ``read back`` and ``main rank`` are what earlier versions did: shards read again once they are
-written, and the whole checkpoint read by the main rank while the others wait. ``load alone`` compares
-what it reads with checksums; torch's reader does not.
+written, and the whole checkpoint read by the main rank while the others wait. ``load alone``
+compares what it reads with checksums; torch's reader does not.
 """
 
 from __future__ import annotations
