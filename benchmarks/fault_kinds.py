@@ -27,15 +27,25 @@ SLOW_MS = 20  # of each write to a disk that is slow
 # A fault strikes once its moment has come, and returns whom.
 
 
-def kill(launch: Launch, draw: random.Random, ranks: int) -> str:
-    """SIGKILL to one rank: the launcher starts all again."""
-    wanted = draw.randrange(ranks)
-    launch.wait(lambda: wanted in launch.ranks())
-    victim = launch.ranks().get(wanted)
-    if victim is None:
-        return NOBODY
-    victim.kill()
-    return f"rank {wanted}"
+def signalled(
+    signal_: signal.Signals,
+) -> Callable[[Launch, random.Random, int], str]:
+    """Send a signal to one rank."""
+
+    def strike(launch: Launch, draw: random.Random, ranks: int) -> str:
+        wanted = draw.randrange(ranks)
+        launch.wait(lambda: wanted in launch.ranks())
+        victim = launch.ranks().get(wanted)
+        if victim is None:
+            return NOBODY
+        victim.send_signal(signal_)
+        return f"rank {wanted}"
+
+    return strike
+
+
+kill = signalled(signal.SIGKILL)  # the launcher starts all again
+stop = signalled(signal.SIGSTOP)  # the watchdogs of the others end the launch, and so on
 
 
 def launcher(launch: Launch, draw: random.Random, ranks: int) -> str:
@@ -59,20 +69,10 @@ def nothing(launch: Launch, draw: random.Random, ranks: int) -> str:
     return "a rank, by itself"
 
 
-def stop(launch: Launch, draw: random.Random, ranks: int) -> str:
-    """SIGSTOP to one rank: the watchdogs of the others end the launch, which starts all again."""
-    wanted = draw.randrange(ranks)
-    launch.wait(lambda: wanted in launch.ranks())
-    victim = launch.ranks().get(wanted)
-    if victim is None:
-        return NOBODY
-    victim.send_signal(signal.SIGSTOP)
-    return f"rank {wanted}"
-
-
 def fill(launch: Launch, draw: random.Random, ranks: int) -> str:
     """Fill the disk until a save has failed, then make room again: the run goes on."""
     filler, until = launch.folder / "filler", time.time() + FULL_S
+    failed = len(_failed(launch.folder))
     with open(filler, "wb", buffering=0) as file:
         try:
             while True:
@@ -80,7 +80,6 @@ def fill(launch: Launch, draw: random.Random, ranks: int) -> str:
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
-    failed = len(_failed(launch.folder))
     launch.wait(lambda: len(_failed(launch.folder)) > failed or time.time() > until)
     time.sleep(draw.uniform(0.0, 0.5))
     filler.unlink()
@@ -88,9 +87,9 @@ def fill(launch: Launch, draw: random.Random, ranks: int) -> str:
 
 
 def _failed(folder: Path) -> list[str]:
-    """Failures to save that ranks have printed or that the record says (it may wait for room)."""
+    """Failures to save that the main rank has printed; the record waits for room."""
     log = folder.with_suffix(".log").read_text(errors="replace").splitlines()
-    return [line for line in log if "checkpoint_failed" in line or "No space left" in line]
+    return [line for line in log if "CHECKPOINT FAILED" in line]
 
 
 def kill_in_save(launch: Launch, draw: random.Random, ranks: int) -> str:
