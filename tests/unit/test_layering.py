@@ -37,6 +37,7 @@ SUB_ROOM_MAY_IMPORT = {
         *("scaling.hdp", "scaling.context", "scaling.inventory", "scaling.offload"),
         *("scaling.stages", "scaling.update_rules"),
     },
+    "data.select": {"data.store"},
     "laws.forms": {"laws.observations"},
     "laws.fit": {"laws.observations", "laws.registry", "laws.forms"},
     "parallel.hdp": set(),

@@ -57,7 +57,7 @@ POSSIBLE = (
 """What may be another one from a step on."""
 _IMPOSSIBLE = ("optimizer.kind", "optimizer.rank", "model.router.balance.kind")
 # The paths of a source's files may change: their contents are compared by fingerprint.
-_PATHS = ("train", "validation")
+_PATHS = ("train", "validation", "scores")
 
 
 class Difference(NamedTuple):

@@ -72,6 +72,7 @@ def test_every_path_of_a_run_is(tiny: Callable[..., RunConfig], home: Path) -> N
         "data.tokenizer=~/tokenizer.json",
         "data.sources.0.train=$DATA/x",
         "data.sources.0.validation=${DATA}/y",
+        "data.sources.0.select={scores: ~/x.a.scores.npy, keep: 0.1, side: top}",
         "schedule={kind: refined, file: ~/schedule.json, warmup_steps: 1}",
     )
     dumped = config.model_dump_json()
@@ -110,7 +111,7 @@ def _texts(model: type[BaseModel], seen: set[type[BaseModel]]) -> list[tuple[str
 PATHS: dict[type[BaseModel], set[str]] = {
     RunConfig: {
         *("folder", "train", "validation", "tokenizer", "file", "nvme", "hf", "cluster"),
-        "url",
+        *("url", "scores"),
     },
     LadderConfig: {"folder", "file", "base"},
     TreeConfig: {"folder", "base", "run", "config"},
