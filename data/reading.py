@@ -114,7 +114,7 @@ class Reading(ABC):
 
     @abstractmethod
     def fingerprints(self) -> dict[str, str]:
-        """A name for the contents of each source's training files, and ``:`` what it keeps of them."""
+        """A name for the contents of each source's training files, and of what is kept of them."""
 
     def samples(self, position: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Source of each of ``count`` samples from ``position`` on and its number in the source.

@@ -79,6 +79,7 @@ def data_here(config: RunConfig, plan: RunPlan) -> dict[str, Any]:
         "checked": True,
         "epochs": {name: account.epochs for name, account in accounts.items()},
         "sources": {name: asdict(account) for name, account in accounts.items()},
+        "select": {name: one.describe() for name, one in stream.selections.items()},
         "total_flops": round(expected_flops(config, stream)),
     }
 
@@ -251,5 +252,10 @@ def _data(data: dict[str, Any]) -> list[str]:
             f"{name} {account['tokens']:,} tokens ({account['epochs']:.3g} epochs)"
             for name, account in data["sources"].items()
         )
-        + f"; {data['total_flops']:.4g} FLOPs with documents as long as here"
+        + f"; {data['total_flops']:.4g} FLOPs with documents as long as here",
+        *(
+            f"  select          {name}: {one['kept_tokens']:,} of {one['tokens']:,} tokens, the "
+            f"{one['side']} by {one['scorer']}"
+            for name, one in data["select"].items()
+        ),
     ]

@@ -16,7 +16,7 @@ from allometry.configs.loader import _sections, load
 from allometry.configs.paths import expanded
 from allometry.configs.run import RunConfig
 from allometry.configs.tree import TreeConfig, load_tree
-from allometry.launch.cli import COMMANDS, LADDER, MIX
+from allometry.launch.cli import COMMANDS, LADDER, MIX, SELECT
 from allometry.launch.command import _made, _parameters
 from allometry.launch.report.commands import WriteReport
 from allometry.launch.runs.commands import Prepare
@@ -164,7 +164,9 @@ def test_no_argument_that_is_a_path_is_forgotten() -> None:
     """Texts that commands take as paths are marked; all others are words and numbers."""
     marked = {
         f"{command.__name__}.{name}"
-        for command, _ in (*COMMANDS.values(), *LADDER.values(), *MIX.values())
+        for command, _ in (
+            *(*COMMANDS.values(), *LADDER.values(), *MIX.values(), *SELECT.values()),
+        )
         for name in _parameters(command)
         if _paths(command, name)
     }
