@@ -97,6 +97,12 @@ class _TokenData(Section):
     )
     sources: tuple[Source, ...] = Field(min_length=1, description="the corpora to mix")
     replay: Replay | None = Field(None, description="old data among the new; null: none")
+    allow_epochs: float | None = Field(
+        None,
+        gt=0.0,
+        description="how often any source may be read; a run whose plan reads one more often is "
+        "refused; null: 40 times",
+    )
     continue_sources: bool = Field(
         False,
         description="go on in each source after what the runs that the weights come from have "

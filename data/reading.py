@@ -176,6 +176,10 @@ class Reading(ABC):
         read = self._read(position, unique=False)
         return {name: account.epochs for name, account in read.items()}
 
+    def unique_tokens(self) -> dict[str, int]:
+        """Tokens in an epoch of each source."""
+        return {name: self._epoch_tokens(source) for source, name in enumerate(self.sources)}
+
     def state(self, position: int) -> dict[str, Any]:
         """What a checkpoint says of the data read in the first ``position`` samples (JSON)."""
         return {

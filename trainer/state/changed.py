@@ -31,6 +31,7 @@ FREE = (
     "training.deterministic",
     "kernels",
     "data.tokenizer",
+    "data.allow_epochs",
 )
 UPDATE = "parallel.zero.optimizer_states.update"
 """Whether updates come a step late: the one key of ``parallel`` that changes what is computed."""
