@@ -57,6 +57,8 @@ MIX: Commands = {
     "best": (laws.MixBest, "laws.mix:best"),
     "ratio": (laws.MixRatio, "laws.continual:ratio"),
     "critical": (laws.MixCritical, "laws.continual:critical"),
+    "pools": (laws.MixPools, "laws.pools:pools"),
+    "filter-rate": (laws.MixFilterRate, "laws.filter_rate:filter_rate"),
 }
 SELECT: Commands = {
     "show": (select.Show, "select.show:shown"),

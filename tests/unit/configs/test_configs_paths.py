@@ -173,6 +173,7 @@ def test_no_argument_that_is_a_path_is_forgotten() -> None:
     assert marked == {
         *("Prepare.inputs", "Fit.sources", "Compare.sources", "Predict.arguments"),
         *("IsoFlop.sources", "Sweeps.sources", "MixBest.fits", "MixCritical.sources"),
+        "MixFilterRate.fits",
         *("MixReplay.sources", "Fetch.url"),
         *("Run.file", "Status.file", "Fit.file", "Predict.file"),
     }

@@ -73,7 +73,7 @@ def test_what_a_run_goes_on_after_counts(tiny: Make) -> None:
 
 
 def test_past_forty_epochs_a_run_is_refused(tiny: Make) -> None:
-    config = tiny(steps(41, tiny()))
+    config = tiny(steps(41.5, tiny()))
     words = r"'up' would be read 41.*times \(it has \d+ tokens\), and past 40 .*allow_epochs: 42"
     for refused in (
         lambda: planned(config, 1),
@@ -82,7 +82,7 @@ def test_past_forty_epochs_a_run_is_refused(tiny: Make) -> None:
         with pytest.raises(UserError, match=words):
             refused()
     assert not Path(config.run.folder, "metrics.jsonl").exists()
-    allowed = tiny(steps(41, tiny()), "data.allow_epochs=42")
+    allowed = tiny(steps(41.5, tiny()), "data.allow_epochs=42")
     assert planned(allowed, 1).facts["data"]["repetition"]["up"]["epochs"] > 40
     with pytest.raises(UserError, match=r"past 3 epochs data.allow_epochs stops it"):
         planned(tiny(steps(5, tiny()), "data.allow_epochs=3"), 1)
