@@ -99,7 +99,7 @@ def test_the_choice_as_sources_of_a_run(shell: Shell, pools: Path, tmp_path: Pat
 
 @pytest.fixture
 def rates(shell: Shell, tmp_path: Path) -> dict[str, Path]:
-    sizes, tokens = np.meshgrid(np.geomspace(1e8, 3e9, 6), np.geomspace(2e9, 1e11, 6))
+    sizes, tokens = np.meshgrid(np.geomspace(2e7, 3e9, 6), np.geomspace(2e7, 1e10, 6))
     files = {}
     for name, values in LAWS.items():
         columns = {"N": sizes.ravel().tolist(), "D": tokens.ravel().tolist()}

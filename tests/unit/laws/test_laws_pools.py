@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -65,7 +67,7 @@ def test_many_pools_are_compared_by_their_use() -> None:
         values |= {f"b_{name}": 0.05 + 0.01 * ((5 * number) % 14), f"tau_{name}": 3.0}
     found = candidates(form, values, dict.fromkeys(names, 1e7))
     assert [len(one.pools) for one in found] == list(range(1, 15))
-    for small, large in zip(found, found[1:], strict=False):
+    for small, large in pairwise(found):
         assert small.pools == large.pools[:-1]
         assert values[f"b_{small.pools[-1]}"] > values[f"b_{large.pools[-1]}"]
 
