@@ -63,6 +63,7 @@ MIX: Commands = {
 SELECT: Commands = {
     "show": (select.Show, "select.show:shown"),
     "import": (select.Import, "select.show:imported"),
+    "perplexity": (select.Perplexity, "select.perplexity:scored"),
 }
 LADDER: Commands = {
     "run": (ladder.Run, "studies.ladder.work:run"),
