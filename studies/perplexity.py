@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from allometry.configs.errors import UserError
 from allometry.configs.loader import load
-from allometry.configs.model import ComputeDtype
 from allometry.configs.run import RunConfig
 from allometry.data.batch import IGNORE, Batch, PackedDocuments
 from allometry.data.reading import same_files
@@ -25,7 +24,7 @@ from allometry.data.run_tokenizer import tokenizer_of_run
 from allometry.data.store import TokenStore
 from allometry.data.tokenizer import check_tokenizer, check_vocabulary
 from allometry.interop.huggingface.weights import CheckpointWeights, chosen_checkpoint
-from allometry.models.build import build_model
+from allometry.models.build import ComputeDtype, build_model
 from allometry.models.loss import Losses
 from allometry.models.transformer import Transformer
 from allometry.scaling.parameterization import Parameterization

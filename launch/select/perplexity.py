@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from allometry.configs.errors import UserError
-from allometry.configs.model import ComputeDtype
 from allometry.data.select.scores import write_scores
 from allometry.data.store import TokenStore
 from allometry.launch.command import Report
 from allometry.launch.select.commands import Perplexity, Show
 from allometry.launch.select.show import shown
+
+if TYPE_CHECKING:
+    from allometry.models.build import ComputeDtype
 
 TYPES = ("fp32", "bf16")
 
@@ -31,7 +33,7 @@ def scored(asked: Perplexity) -> Report:
 
     store = TokenStore(asked.store)
     device = torch.device(asked.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    scorer = open_scorer(asked.model, asked.step, device, cast(ComputeDtype, asked.dtype))
+    scorer = open_scorer(asked.model, asked.step, device, cast("ComputeDtype", asked.dtype))
     check_store(scorer, asked.model, store)
     values, seconds = document_losses(scorer, store, asked.tokens_at_once)
     trained = has_read(scorer, store)
