@@ -137,7 +137,7 @@ def pool_changes(
     Each with the sets before and after it, found to 1e-4 of it. Two changes between neighbours of
     ``SCAN`` budgets, evenly spread over logs, are not seen.
     """
-    high = min(high, MAX_EPOCHS * sum(sizes.values()))
+    high = min(high, MAX_EPOCHS * sum(sizes.values()) * (1.0 - 1e-9))  # exp(log) may round up
 
     def best(log_tokens: float) -> tuple[str, ...]:
         tokens = float(np.exp(log_tokens))
