@@ -65,6 +65,7 @@ from allometry.scaling.parameterization import Parameterization
 from allometry.scaling.stages import place_of
 from allometry.trainer.state.checkpoint import step_of
 from allometry.trainer.state.folder import RunFolder, write_atomically
+from allometry.trainer.state.identity import Identity
 from allometry.trainer.state.initial import initial_facts
 from allometry.trainer.state.integrity import seal
 from allometry.trainer.state.refused import REFUSED, partial_of
@@ -227,7 +228,8 @@ def import_hf(
         step.mkdir(parents=True)
         files = model.write(step, states)
         keep = ("weights",) if states is None else ("weights", "optimizer")
-        seal(step, 0, files, initial_facts(config, keep, model.origin()))
+        facts = initial_facts(config, keep, model.origin())
+        seal(step, 0, files, facts, run=Identity.new().run)
         RunTokenizer(model.tokenizer).keep(partial)
         write_atomically(RunFolder(partial).config, dump(config))
         write_atomically(RunFolder(partial).latest, step.name + "\n")

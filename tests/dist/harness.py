@@ -1,24 +1,21 @@
-"""Ranks that stay alive between tests: starting Python and torch costs seconds each time.
+"""Ranks that stay alive between tests, forked by servers that have imported torch (``forks``).
 
 ``RankPool.run(function, world_size, *args)`` runs a module-level function on gloo ranks and returns
 what they returned, in rank order. A rank that raises fails the call with its traceback; ranks that
 do not answer in time are named, with the stacks they hang in, and replaced.
 
 The ranks are given the function by file and name, and know where ``allometry`` lies, so an
-uninstalled tree works. Run as a script, this file is a rank.
+uninstalled tree works.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import faulthandler
 import gc
 import importlib.util
 import os
 import pickle
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,12 +28,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
+from forks import START_TIMEOUT_S, Fork, Server, servers
+
 # A collective that hangs raises, with a traceback, before the call gives up on its rank.
 COLLECTIVE_TIMEOUT_S = 30.0  # of up to 3 ranks
 CALL_TIMEOUT_S = 90.0  # of up to 7
-START_TIMEOUT_S = 120.0
 # What the others get to finish or fail once one rank has failed.
 GRACE_S = 3.0
 
@@ -96,8 +92,10 @@ class RankPool:
 
     def _start(self, world_size: int) -> None:
         new = range(len(self._ranks), world_size)
-        self._ranks += [_Rank.start(number, Path(self._scratch.name)) for number in new]
         for number in new:  # importing torch is not part of any call's time
+            server = servers()[number % len(servers())]
+            self._ranks.append(_Rank.start(number, server, Path(self._scratch.name)))
+        for number in new:
             rank = self._ranks[number]
             if not rank.link.poll(START_TIMEOUT_S):
                 raise RankFailure(f"rank {number} did not start: it {rank.give_up()}")
@@ -148,33 +146,16 @@ class _Answer:
 @dataclass
 class _Rank:
     number: int
-    process: subprocess.Popen[bytes]
+    process: Fork
     link: Connection
     log: Path
 
     @classmethod
-    def start(cls, number: int, scratch: Path) -> _Rank:
+    def start(cls, number: int, server: Server, scratch: Path) -> _Rank:
         ours, theirs = Pipe()
         log = scratch / f"rank{number}.log"
-        path = os.pathsep.join(
-            [
-                str(ROOT / ".typing"),
-                str(HERE),
-                str(HERE.parent / "support"),
-                *filter(None, [os.environ.get("PYTHONPATH")]),
-            ]
-        )
-        fixed = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": path}
-        with log.open("ab") as output:
-            process = subprocess.Popen(
-                [sys.executable, __file__, str(theirs.fileno()), str(number), str(os.getpid())],
-                pass_fds=[theirs.fileno()],
-                env=os.environ | fixed,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-            )
-        theirs.close()
+        with theirs:
+            process = server.fork(number, theirs, log)
         return cls(number, process, ours, log)
 
     def give_up(self) -> str:
@@ -193,7 +174,6 @@ class _Rank:
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.wait()
         self.link.close()
 
 
@@ -271,20 +251,3 @@ def _run(call: _Call, rank: int, modules: dict[str, ModuleType], collector: _Col
         if "torch._dynamo" in sys.modules:  # it counts variants up to a limit
             torch.compiler.reset()
         collector.run()
-
-
-def _main() -> None:
-    descriptor, rank, parent = map(int, sys.argv[1:])
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no rank outlives the tests
-    if os.getppid() != parent:
-        return
-    faulthandler.enable()
-    faulthandler.register(signal.SIGUSR1)
-    # Pickles name the classes of this file by the module that the tests import it as.
-    import harness
-
-    harness.serve(Connection(descriptor), rank)
-
-
-if __name__ == "__main__":
-    _main()
