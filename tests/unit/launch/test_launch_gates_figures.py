@@ -20,7 +20,8 @@ from allometry.launch.studies.commands import CoordCheck, Transfer
 from allometry.launch.studies.coordcheck import checked
 from allometry.launch.studies.transfer import swept
 from allometry.scaling.shapes import Axis
-from allometry.studies.sweeps.transfer import TransferSweep, Trial
+from allometry.studies.sweeps.outcome import Trial
+from allometry.studies.sweeps.transfer import TransferSweep
 from asked import about
 
 Make = Callable[..., RunConfig]
