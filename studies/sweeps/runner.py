@@ -31,8 +31,9 @@ class Runner:
     the least where no rate does better than guessing. Each size but the smallest also gets the
     rates around the one that is carried over. ``done`` hears of each new loss at once.
 
-    ``place_first``: the first seed alone looks for the best rates, and the others are trained only
-    there, at both neighbours, and at those around the rate that is carried over.
+    ``place_first``: the first seed alone looks for the best rates, at the smallest size from
+    ``log2_lrs`` and at the others from the best one there on; further seeds are trained only at
+    the best rates, their neighbours, and those around the rate that is carried over.
 
     ``engine`` stacked: a task is all missing runs of one size, as one model on ``device`` (at most
     ``runs_at_once`` of them), else one run.
@@ -61,9 +62,25 @@ class Runner:
         known = dict(self.known)
         with Workers(self.processes) as workers:
             if self.place_first and len(seeds) > 1:
-                placed = self._complete(workers, known, rates, seeds[:1])
+                placed = self._placed(workers, known, sizes, seeds[:1])
                 rates = {size: self._around_best(placed, size) for size in sizes}
             return self._complete(workers, known, rates, seeds)
+
+    def _placed(
+        self,
+        workers: Workers,
+        known: dict[Trial, float],
+        sizes: Sequence[int],
+        seeds: Sequence[int],
+    ) -> Transfer:
+        """Train one seed: the smallest size at all rates, the others from its best one on."""
+        base = min(sizes)
+        rates = {base: set(self.log2_lrs)}
+        best = self._complete(workers, known, rates, seeds).optima()[base].log2_lr
+        middle = round((best - self.log2_lrs[0]) / self.step)
+        start = {self.log2_lrs[0] + n * self.step for n in range(middle - 1, middle + 2)}
+        rates |= {size: set(start) for size in sizes if size != base}
+        return self._complete(workers, known, rates, seeds)
 
     def _complete(
         self,
