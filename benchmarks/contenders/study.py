@@ -161,7 +161,7 @@ def gate(regrets: Mapping[int, Regret], base: int) -> Verdict:
 
 
 def _fifth(found: Transfer, compared: Transfer | None, size: int) -> Verdict | None:
-    """Whether a size's regret is at most a fifth of the compared row's; None: nothing to compare."""
+    """Whether a size's regret is at most a fifth of the compared row's; None: there is none."""
     if compared is None or size not in compared.sizes:
         return None
     base = min(found.sizes)

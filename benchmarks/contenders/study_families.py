@@ -1,4 +1,4 @@
-"""The sweeps of ``benchmarks/transfer.py --size real`` and of its small cut: who, over what axis."""
+"""The sweeps of ``benchmarks/transfer.py --size real`` and of its small cut."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ SPREAD = 16
 @dataclass(frozen=True)
 class Cut:
     """How large the study is. Sizes of an axis begin with the base, whose runs read
-    ``TOKENS_PER_PARAMETER`` a parameter (of ``least_steps`` at most where that is given)."""
+    ``TOKENS_PER_PARAMETER`` an active parameter, in ``most_steps`` at most where that is given.
+    ``only``: the rows of the cut; None: all."""
 
     name: str
     vocabulary: int
