@@ -100,7 +100,8 @@ class Plan(ConfigCommand):
 class Suggest(ConfigCommand):
     """Say what published laws hold for CONFIG: learning rate, batch, schedule, where to tune.
 
-    Each with its source and the range behind it; further arguments override single keys.
+    Each with its source and the range behind it; and over what its learning rate was measured to
+    transfer, how far and at what regret. Further arguments override single keys.
     """
 
     params: float | None = option(
