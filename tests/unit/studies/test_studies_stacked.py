@@ -26,9 +26,11 @@ from allometry.configs.model import (
 from allometry.configs.optimization import AdamH, AdamW, Lion, Muon, MuonH, OptimizerConfig
 from allometry.models.stacked import full_logits
 from allometry.scaling.shapes import Axis
+from allometry.studies.sweeps.outcome import Trial
 from allometry.studies.sweeps.probe import Probe, order
+from allometry.studies.sweeps.runner import Runner
 from allometry.studies.sweeps.stacked import StackedProbe
-from allometry.studies.sweeps.transfer import Runner, TransferSweep, Trial
+from allometry.studies.sweeps.transfer import TransferSweep
 
 DENSE: dict[str, Any] = {
     "vocab_size": 128,
