@@ -17,7 +17,7 @@ from allometry.configs.precision import PrecisionConfig
 from allometry.models import fp8
 from allometry.models.build import build_model
 from allometry.models.init import initialize
-from allometry.models.layers import Linear, RMSNorm, swiglu
+from allometry.models.layers import Linear, RMSNorm, gated
 from allometry.models.moe import begin_step
 from allometry.models.precision import use_precision
 from allometry.models.products import Stacked, cast_once, multiply, saved_linear
@@ -72,7 +72,7 @@ def test_a_saved_input_changes_gradients_of_weights_alone() -> None:
 
 
 def test_the_norm_equals_its_plain_twin() -> None:
-    norm = RMSNorm(ParamSpec("w", Role.VECTOR, (48,), fan_in=1, fan_out=48), 1e-5).double()
+    norm = RMSNorm(vector("w", 48), 1e-5).double()
     torch.nn.init.normal_(norm.weight)
     x = torch.randn(5, 7, 48, dtype=torch.float64, requires_grad=True)
     grad = torch.randn(x.shape, dtype=torch.float64)
@@ -95,13 +95,13 @@ def test_the_norm_equals_its_plain_twin() -> None:
 def test_swiglu_equals_its_plain_twin() -> None:
     gate_up = torch.randn(5, 96, dtype=torch.float64, requires_grad=True)
     grad = torch.randn(5, 48, dtype=torch.float64)
-    y = swiglu(gate_up, saves=True)
+    y = gated(gate_up, saves=True)
     (got,) = torch.autograd.grad(y, gate_up, grad)
     kept = rounded(gate_up).requires_grad_()
     gate, up = kept.chunk(2, dim=-1)
     (expected,) = torch.autograd.grad(F.silu(gate) * up, kept, grad)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-13)
-    assert torch.equal(y, swiglu(gate_up))
+    assert torch.equal(y, gated(gate_up))
 
 
 def test_a_router_reads_its_input_and_keeps_less() -> None:
