@@ -206,7 +206,7 @@ def gated(
     saves: bool = False,
     feeds: Stacked | None = None,
 ) -> Tensor:
-    """Return activation(gate) * up (arXiv 2002.05202), of two tensors or of one with both [..., 2F].
+    """Return activation(gate) * up (arXiv 2002.05202), of two tensors or of one [..., 2F].
 
     The gradient of one is one: halves that are put together would be a pass of their own.
     ``saves``: keep one tensor of both for backward in FP8, and nothing else. ``feeds``: what

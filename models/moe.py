@@ -1,8 +1,8 @@
 """Mixtures of experts: no token is dropped, and no capacity has to be guessed.
 
-A router sends each token to k of E experts (gated feed-forwards, arXiv 2401.04088); shared experts, if any,
-see every token (arXiv 2401.06066), and latent experts work in a narrower space that one projection
-leads to and one from. Models know no ranks: what expert parallelism replaces is
+A router sends each token to k of E experts (gated feed-forwards, arXiv 2401.04088); shared experts,
+if any, see every token (arXiv 2401.06066), and latent experts work in a narrower space that one
+projection leads to and one from. Models know no ranks: what expert parallelism replaces is
 ``Experts.exchange``.
 """
 

@@ -83,8 +83,7 @@ class Attention(nn.Module):
         """Return queries, keys and values, [B, L, N H] or [B, L, K H], token by token."""
         made = separate(multiply(x_BLD, self.qkv), self.qkv.rows())
         return tuple(
-            linear.plus_bias(y)
-            for linear, y in zip((self.wq, self.wk, self.wv), made, strict=True)
+            linear.plus_bias(y) for linear, y in zip((self.wq, self.wk, self.wv), made, strict=True)
         )
 
     def normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:

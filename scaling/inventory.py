@@ -21,9 +21,7 @@ def embedding(name: str, rows: int, width: int) -> ParamSpec:
     return ParamSpec(name, Role.INPUT, (rows, width), fan_in=rows, fan_out=width)
 
 
-def vector(
-    name: str, size: int, start: Start = "ones", *, of_heads: bool = False
-) -> ParamSpec:
+def vector(name: str, size: int, start: Start = "ones", *, of_heads: bool = False) -> ParamSpec:
     """Return the spec of a gain, or of a bias that starts at zero, [size]."""
     return ParamSpec(name, Role.VECTOR, (size,), 1, size, start, of_heads)
 

@@ -1,4 +1,4 @@
-"""Model descriptions of ours as Hugging Face ``config.json`` and back, for four families.
+"""Model descriptions of ours as Hugging Face ``config.json`` and back.
 
 Only what decides the function of a model is converted: a key of theirs that we cannot compute, and
 a choice of ours that they cannot, is an error that names it.
@@ -6,24 +6,16 @@ a choice of ours that they cannot, is an error that names it.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 from pydantic import ValidationError
 
 from allometry.configs.errors import UserError
 from allometry.configs.model import DenseModel, ModelConfig, MoEModel
-
-Family = Literal["llama", "qwen3", "mixtral", "qwen3_moe"]
-FAMILIES: tuple[Family, ...] = get_args(Family)
-
-_CLASSES: Mapping[Family, str] = {
-    "llama": "LlamaForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "mixtral": "MixtralForCausalLM",
-    "qwen3_moe": "Qwen3MoeForCausalLM",
-}
+from allometry.interop.huggingface.families import FAMILIES, TRAITS, Family, gate_of, lacks
 
 # Keys that do not change what the model computes from given weights: names, tokens, caches, how it
 # was or would be trained. Llama's pretraining_tp only cuts its products into pieces.
@@ -101,59 +93,22 @@ def choose_family(model: ModelConfig, asked: str | None = None) -> Family:
     """
     if asked is not None and asked not in FAMILIES:
         raise UserError(f"--family={asked} is not known; use one of {', '.join(FAMILIES)}")
-    if isinstance(model, MoEModel):
-        fitting: Family = "qwen3_moe" if model.qk_norm else "mixtral"
-    else:
-        fitting = "qwen3" if model.qk_norm else "llama"
-    if asked is not None and asked != fitting:
+    missing = {family: lacks(model, family) for family in FAMILIES}
+    alike = [f for f in FAMILIES if TRAITS[f].experts == isinstance(model, MoEModel)]
+    nearest = min(alike, key=lambda family: len(missing[family]))
+    chosen = nearest if asked is None else next(f for f in FAMILIES if f == asked)
+    for key, value, why in missing[chosen]:
+        said = json.dumps(value) if isinstance(value, bool) else value
+        if asked is not None and not missing[nearest]:
+            raise UserError(
+                f"--family={asked} cannot hold model.{key}={said} ({why}); {nearest} can: leave "
+                "--family out"
+            )
         raise UserError(
-            f"--family={asked} cannot hold model.kind={model.kind} with "
-            f"model.qk_norm={str(model.qk_norm).lower()}; {fitting} can: leave --family out"
+            f"model.{key}={said} has no counterpart in {TRAITS[chosen].architecture} ({why}); this "
+            "model cannot be exported to it"
         )
-    for key, value, why in _unsupported(model, fitting):
-        raise UserError(
-            f"model.{key}={value} has no counterpart in {_CLASSES[fitting]} ({why}); this model "
-            "cannot be exported to it"
-        )
-    return fitting
-
-
-def _unsupported(model: ModelConfig, family: Family) -> list[tuple[str, Any, str]]:
-    """Return (key, value, reason) for every choice of ``model`` that ``family`` lacks."""
-    lacks: list[tuple[str, Any, str]] = []
-    if family == "llama" and model.width % model.num_heads:
-        lacks.append(("num_heads", model.num_heads, f"it must divide width={model.width}"))
-    if not isinstance(model, MoEModel):
-        return lacks
-    experts, router = model.experts, model.router
-    if experts.kind != "swiglu":
-        lacks.append(("experts.kind", experts.kind, "its experts read the residual stream"))
-    if experts.num_shared_experts:
-        lacks.append(("experts.num_shared_experts", experts.num_shared_experts, "it has none"))
-    if family == "mixtral" and model.first_dense_layers:
-        lacks.append(("first_dense_layers", model.first_dense_layers, "it has none"))
-    gate = _gate(model)
-    if gate not in (("softmax", False), ("softmax", True)):
-        lacks.append(("router.gate", router.gate, "its gate is a softmax"))
-    elif family == "mixtral" and gate != ("softmax", True):
-        lacks.append(("router.normalize", "false", "it divides by the sum"))
-    if router.scale != 1.0:
-        lacks.append(("router.scale", router.scale, "it has no such factor"))
-    if router.groups_per_token not in (None, router.num_groups):
-        lacks.append(("router.groups_per_token", router.groups_per_token, "it has no groups"))
-    if router.balance.kind == "bias":
-        lacks.append(("router.balance.kind", "bias", "its router has no bias"))
-    return lacks
-
-
-def _gate(model: MoEModel) -> tuple[str, bool]:
-    """Return gate and normalize, one way of spelling equal functions.
-
-    The softmax over all experts, divided by its sum over the chosen ones, is the softmax over the
-    chosen ones.
-    """
-    gate, normalize = model.router.gate, model.router.normalize
-    return ("softmax", True) if gate == "softmax_after_topk" else (gate, normalize)
+    return chosen
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +125,7 @@ def to_hf(model: ModelConfig, family: Family, dtype: str, text: Text) -> dict[st
     Keys are those that transformers 4 and 5 (and what else reads such files) both know.
     """
     values: dict[str, Any] = {
-        "architectures": [_CLASSES[family]],
+        "architectures": [TRAITS[family].architecture],
         "model_type": family,
         "torch_dtype": dtype,
         "vocab_size": model.vocab_size,
@@ -189,13 +144,13 @@ def to_hf(model: ModelConfig, family: Family, dtype: str, text: Text) -> dict[st
         "eos_token_id": text.end_of_document_id,
         "use_cache": True,
     }
-    if family != "mixtral":
+    if family not in ("qwen2", "mixtral"):
         values["attention_bias"] = False
     if family == "llama":
         values["mlp_bias"] = False
-    if family in ("qwen3", "qwen3_moe"):
+    if family in ("qwen2", "qwen3", "qwen3_moe"):
         values["use_sliding_window"] = False
-    if family != "llama":
+    if family not in ("llama", "olmo2"):
         values["sliding_window"] = None
     if isinstance(model, DenseModel):
         return values | {"intermediate_size": model.ffn_width}
@@ -211,7 +166,7 @@ def to_hf(model: ModelConfig, family: Family, dtype: str, text: Text) -> dict[st
         "intermediate_size": model.ffn_width or experts.width,
         "moe_intermediate_size": experts.width,
         "num_experts": experts.num_experts,
-        "norm_topk_prob": _gate(model)[1],
+        "norm_topk_prob": gate_of(model)[1],
         "decoder_sparse_step": 1,
         "mlp_only_layers": list(range(model.first_dense_layers)),
     }
@@ -241,6 +196,7 @@ def _described(values: Mapping[str, Any], where: str) -> tuple[Family, ModelConf
             f"{where}: model_type={values.get('model_type')!r} cannot be imported; use a model of "
             f"{', '.join(FAMILIES)}"
         )
+    has = TRAITS[family]
     theta = _rope_theta(values, family, where)
     _check_features(values, family, where)
     description = {
@@ -249,17 +205,21 @@ def _described(values: Mapping[str, Any], where: str) -> tuple[Family, ModelConf
         "num_layers": _need(values, "num_hidden_layers", where),
         "num_heads": _need(values, "num_attention_heads", where),
         "num_kv_heads": values.get("num_key_value_heads")
-        if family == "llama"
+        if family in ("llama", "olmo2")
         else _need(values, "num_key_value_heads", where),
         # Qwen3 is the one family whose class has a default of its own.
         "head_dim": values.get("head_dim", 128 if family == "qwen3" else None),
-        "qk_norm": family in ("qwen3", "qwen3_moe"),
+        "qkv_bias": has.qkv_bias,
+        "qk_norm": has.qk_norm is not None,
+        "qk_norm_over": has.qk_norm or "head",
+        "norms": has.norms,
+        "activation": has.activation,
         "tied_embeddings": bool(values.get("tie_word_embeddings", False)),
         "norm_eps": _need(values, "rms_norm_eps", where),
         "rope_theta": theta,
     }
     try:
-        if family in ("llama", "qwen3"):
+        if not has.experts:
             ffn_width = _need(values, "intermediate_size", where)
             return family, DenseModel.model_validate({**description, "ffn_width": ffn_width})
         experts = _experts(values, family, where)
@@ -383,7 +343,7 @@ def _function(model: ModelConfig) -> dict[str, Any]:
     walk(model.model_dump(mode="json"), "")
     flat |= {"num_kv_heads": model.kv_heads, "head_dim": model.head_width}
     if isinstance(model, MoEModel):
-        flat["router.gate"], flat["router.normalize"] = _gate(model)
+        flat["router.gate"], flat["router.normalize"] = gate_of(model)
         if model.router.groups_per_token in (None, model.router.num_groups):
             flat["router.num_groups"] = flat["router.groups_per_token"] = None
     return flat

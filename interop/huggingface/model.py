@@ -13,7 +13,8 @@ from allometry.configs.errors import UserError
 from allometry.configs.model import ModelConfig
 from allometry.configs.run import RunConfig
 from allometry.data.run_tokenizer import tokenizer_that_agrees
-from allometry.interop.huggingface.config import Family, differences, from_hf
+from allometry.interop.huggingface.config import differences, from_hf
+from allometry.interop.huggingface.families import Family
 from allometry.interop.huggingface.names import (
     HEAD,
     Counterpart,

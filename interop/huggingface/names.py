@@ -16,9 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from allometry.configs.decoder import NormPlaces
 from allometry.configs.errors import UserError
 from allometry.configs.model import ModelConfig, MoEModel
-from allometry.interop.huggingface.config import Family
+from allometry.interop.huggingface.families import TRAITS, Family
 from allometry.scaling.inventory import inventory
 from allometry.scaling.parameterizations.base import ForwardScales
 from allometry.scaling.roles import ParamSpec
@@ -29,17 +30,32 @@ _OUTER: Mapping[str, str] = {
     "head.weight": "lm_head.weight",
 }
 _INNER: Mapping[str, str] = {
-    "attention_norm": "input_layernorm",
     "attention.wq": "self_attn.q_proj",
     "attention.wk": "self_attn.k_proj",
     "attention.wv": "self_attn.v_proj",
     "attention.wo": "self_attn.o_proj",
     "attention.q_norm": "self_attn.q_norm",
     "attention.k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
     "ffn.gate": "mlp.gate_proj",
     "ffn.up": "mlp.up_proj",
     "ffn.down": "mlp.down_proj",
+}
+# Norms by where they are; theirs are called by what comes before or after, which depends.
+_NORMS: Mapping[NormPlaces, Mapping[str, str]] = {
+    "before": {
+        "attention_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm",
+    },
+    "after": {
+        "attention_post_norm": "post_attention_layernorm",
+        "ffn_post_norm": "post_feedforward_layernorm",
+    },
+    "both": {
+        "attention_norm": "input_layernorm",
+        "attention_post_norm": "post_attention_layernorm",
+        "ffn_norm": "pre_feedforward_layernorm",
+        "ffn_post_norm": "post_feedforward_layernorm",
+    },
 }
 # Module of the experts and names of gate, up and down, as the family's files have them.
 _EXPERTS: Mapping[str, tuple[str, Mapping[str, str]]] = {
@@ -122,11 +138,12 @@ def counterparts(model: ModelConfig, family: Family) -> tuple[Counterpart, ...]:
 def _sources(spec: ParamSpec, family: Family) -> tuple[Source, ...]:
     if spec.name in _OUTER:
         return (Source((_OUTER[spec.name],)),)
-    match = re.fullmatch(r"blocks\.(\d+)\.(.+?)(?:\.weight)?", spec.name)
+    match = re.fullmatch(r"blocks\.(\d+)\.(.+?)(?:\.(weight|bias))?", spec.name)
     if match is not None:
-        layer, inner = f"model.layers.{match[1]}", match[2]
-        if inner in _INNER:
-            return (Source((f"{layer}.{_INNER[inner]}.weight",)),)
+        layer, inner, kind = f"model.layers.{match[1]}", match[2], match[3]
+        modules = {**_INNER, **_NORMS[TRAITS[family].norms]}
+        if inner in modules:
+            return (Source((f"{layer}.{modules[inner]}.{kind}",)),)
         if family in _EXPERTS:
             module, names = _EXPERTS[family]
             if inner == "ffn.router":
@@ -226,7 +243,8 @@ class Fold:
 
     def applies_to(self, name: str) -> bool:
         """Whether the parameter of this name is multiplied."""
-        return re.sub(r"^blocks\.\d+\.", "", name).removesuffix(".weight") in self.parameters
+        inside = re.sub(r"^blocks\.\d+\.", "", name)
+        return inside.removesuffix(".weight").removesuffix(".bias") in self.parameters
 
 
 def folds(model: ModelConfig, scales: ForwardScales) -> tuple[Fold, ...]:
@@ -239,6 +257,7 @@ def folds(model: ModelConfig, scales: ForwardScales) -> tuple[Fold, ...]:
     usual = 1.0 / math.sqrt(model.head_width)
     if scales.attention != usual:
         # A factor of the queries; rotation commutes with it, their norm would undo it.
+        # A bias of queries takes the factor with their matrix.
         target = "attention.q_norm" if model.qk_norm else "attention.wq"
         # What is a power of two but for the rounding of square roots is made one.
         factor = scales.attention / usual
@@ -246,12 +265,7 @@ def folds(model: ModelConfig, scales: ForwardScales) -> tuple[Fold, ...]:
         factor = near if math.isclose(factor, near, rel_tol=1e-14) else factor
         folding.append(Fold("attention", factor, (target,)))
     if scales.residual != 1.0:
-        targets = ["attention.wo"]
-        if isinstance(model, MoEModel):
-            targets.append("ffn.experts.down")
-        if not isinstance(model, MoEModel) or model.first_dense_layers:
-            targets.append("ffn.down")
-        folding.append(Fold("residual", scales.residual, tuple(targets)))
+        folding.append(Fold("residual", scales.residual, _ends_of_branches(model)))
     if scales.experts != 1.0:
         folding.append(Fold("experts", scales.experts, ("ffn.experts.down",)))
     for scale, factor, target in (
@@ -268,6 +282,18 @@ def folds(model: ModelConfig, scales: ForwardScales) -> tuple[Fold, ...]:
             )
         folding.append(Fold(scale, factor, (target,)))
     return tuple(folding)
+
+
+def _ends_of_branches(model: ModelConfig) -> tuple[str, ...]:
+    """What a factor of each branch can be folded into."""
+    if model.norms_after:
+        return "attention_post_norm", "ffn_post_norm"
+    targets = ["attention.wo"]
+    if isinstance(model, MoEModel):
+        targets.append("ffn.experts.down")
+    if not isinstance(model, MoEModel) or model.first_dense_layers:
+        targets.append("ffn.down")
+    return tuple(targets)
 
 
 def unfolded(name: str, tensor: Tensor, folding: Collection[Fold]) -> Tensor:

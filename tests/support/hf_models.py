@@ -1,4 +1,4 @@
-"""Tiny random models of the four families, as transformers makes and saves them."""
+"""Tiny random models of each family, as transformers makes and saves them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ CASES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "llama": ("llama", {}),
     "llama_tied": ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
     "llama_heads": ("llama", {"head_dim": 6, "rope_parameters": {"rope_theta": 5e5}}),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("qwen3", {"head_dim": 16}),
+    "olmo2": ("olmo2", {}),
     "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen3_moe": ("qwen3_moe", {**_QWEN_MOE, "norm_topk_prob": True}),
     "qwen3_moe_plain": ("qwen3_moe", {**_QWEN_MOE, "mlp_only_layers": []}),
@@ -49,9 +51,9 @@ def make(case: str, std: float = 0.3, **more: Any) -> Any:
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            is_gain = parameter.dim() == 1
+            is_gain = name.endswith("norm.weight")
             parameter.copy_(1 + std * noise if is_gain else std * noise)
     return model
 

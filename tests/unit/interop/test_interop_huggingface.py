@@ -9,14 +9,13 @@ from pydantic import TypeAdapter
 from allometry.configs.errors import UserError
 from allometry.configs.model import DenseModel, ModelConfig, MoEModel
 from allometry.interop.huggingface.config import (
-    FAMILIES,
-    Family,
     Text,
     choose_family,
     differences,
     from_hf,
     to_hf,
 )
+from allometry.interop.huggingface.families import FAMILIES, Family
 from allometry.interop.huggingface.names import (
     Fold,
     check_names,
@@ -50,6 +49,55 @@ LLAMA_2: dict[str, Any] = {
     "transformers_version": "4.31.0.dev0",
     "use_cache": True,
     "vocab_size": 32000,
+}
+QWEN2_5: dict[str, Any] = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "eos_token_id": 151643,
+    "hidden_act": "silu",
+    "hidden_size": 896,
+    "initializer_range": 0.02,
+    "intermediate_size": 4864,
+    "max_position_embeddings": 32768,
+    "max_window_layers": 24,
+    "model_type": "qwen2",
+    "num_attention_heads": 14,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 32768,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.40.1",
+    "use_cache": True,
+    "use_mrope": False,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+OLMO_2: dict[str, Any] = {
+    "architectures": ["Olmo2ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "eos_token_id": 100257,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 11008,
+    "max_position_embeddings": 4096,
+    "model_type": "olmo2",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 32,
+    "pad_token_id": 100277,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 500000,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+    "use_cache": False,
+    "vocab_size": 100352,
 }
 QWEN3: dict[str, Any] = {
     "model_type": "qwen3",
@@ -109,6 +157,8 @@ QWEN3_MOE: dict[str, Any] = {
 }
 PUBLISHED: dict[Family, dict[str, Any]] = {
     "llama": LLAMA_2,
+    "qwen2": QWEN2_5,
+    "olmo2": OLMO_2,
     "qwen3": QWEN3,
     "mixtral": MIXTRAL,
     "qwen3_moe": QWEN3_MOE,
@@ -130,6 +180,8 @@ MOE: dict[str, Any] = {
 }
 MODELS: dict[Family, dict[str, Any]] = {
     "llama": DENSE,
+    "qwen2": {**DENSE, "qkv_bias": True},
+    "olmo2": {**DENSE, "qk_norm": True, "qk_norm_over": "width", "norms": "after"},
     "qwen3": {**DENSE, "qk_norm": True, "head_dim": 16},
     "mixtral": MOE,
     "qwen3_moe": {**MOE, "qk_norm": True, "first_dense_layers": 1, "ffn_width": 40},
@@ -207,6 +259,12 @@ def test_what_we_lack_is_said(family: Family, change: dict[str, Any], said: str)
         ("llama", {}, "gpt2", "--family=gpt2"),
         ("llama", {}, "qwen3", "--family=qwen3 cannot hold"),
         ("qwen3", {}, "llama", "qk_norm=true"),
+        ("qwen2", {"qk_norm": True}, None, "model.qk_norm=true has no counterpart in Qwen2For"),
+        ("olmo2", {"qk_norm_over": "head"}, None, "model.norms=after has no counterpart in Qwen3"),
+        ("olmo2", {}, "qwen3", "--family=qwen3 cannot hold model.qk_norm_over=width"),
+        ("llama", {"norms": "both"}, None, "model.norms=both"),
+        ("llama", {"activation": "gelu_tanh"}, None, "model.activation=gelu_tanh"),
+        ("llama", {"embedding_scale": 2.0}, None, "model.embedding_scale=2.0"),
         ("llama", {"num_heads": 6, "head_dim": 8}, None, "must divide width=32"),
         ("mixtral", {"first_dense_layers": 1, "ffn_width": 8}, None, "first_dense_layers=1"),
         ("mixtral", {"router": {"gate": "softmax"}}, None, "router.normalize=false"),

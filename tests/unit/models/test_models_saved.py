@@ -24,9 +24,9 @@ from allometry.models.products import Stacked, cast_once, multiply, saved_linear
 from allometry.models.transformer import Transformer
 from allometry.parallel.checkpointing import apply_checkpointing
 from allometry.parallel.offload.store import apply_offload
-from allometry.scaling.inventory import matrix
+from allometry.scaling.inventory import matrix, vector
 from allometry.scaling.parameterization import Parameterization
-from allometry.scaling.roles import ParamSpec, Role
+from allometry.scaling.roles import Role
 
 B, L = 2, 64
 DENSE = {"kind": "dense", "vocab_size": 64, "width": 64, "num_layers": 2, "num_heads": 4}
