@@ -317,7 +317,7 @@ def _joined_bytes(part: RankParts, compute_bytes: int) -> int:
 
 def _is_cast(spec: ParamSpec) -> bool:
     """Whether a product, which wants its weight in the compute type, uses the parameter."""
-    return not spec.name.endswith("norm.weight")
+    return spec.role is not Role.VECTOR
 
 
 def most_in_flight(layout: Layout, rank: int, micro_batches: int) -> int:

@@ -192,6 +192,12 @@ def left_out(config: RunConfig) -> Iterator[str]:
             yield f"{key}={value}"
     if isinstance(model, MoEModel) and isinstance(model.experts, LatentExperts):
         yield "model.experts.latent_width: experts are timed at the model's width"
+    if model.norms == "both":
+        yield "model.norms=both: blocks are timed with two norms, not four"
+    if model.qkv_bias:
+        yield "model.qkv_bias: adding biases is not timed"
+    if model.qk_norm_over == "width" and (parallel.tp or 1) > 1:
+        yield "model.qk_norm_over=width: its message between tensor-parallel ranks is not timed"
     loads = BalanceLoads.of(config)
     if loads is not None and loads.loads == "this_batch":
         yield "the forward pass that counts experts' loads (model.router.balance.loads)"

@@ -1,0 +1,69 @@
+"""What families of models differ in, in layouts: the gradients of one process in fp64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from allometry.configs.errors import UserError
+from allometry.scaling.layout import Layout
+from test_dist_layouts import DENSE, EXPERT_LAYOUTS, LAYOUTS, MOE, check, run, zero
+from thinned import thinned
+
+RunRanks = Callable[..., list[Any]]
+
+AFTER = {"qk_norm_over": "width", "norms": "after", "qkv_bias": True}
+BOTH = {"norms": "both", "activation": "gelu_tanh", "embedding_scale": 3.5}
+MODELS = {
+    "after": DENSE | AFTER,
+    "both": DENSE | BOTH,
+    "experts": MOE | BOTH | {"qk_norm_over": "width", "qkv_bias": True},
+}
+PLACES: dict[str, tuple[int, dict[str, Any]]] = {
+    name: LAYOUTS[name]
+    for name in (
+        *("tp2", "pp2-hdp2", "hdp2", "hdp2-zero1", "hdp2-zero2", "hdp2-zero3"),
+        *("hdp2-tp2-zero2", "pp2-tp2", "tp2-full", "chunked-tp2-selective", "chunked-pp2-tp2-zbv"),
+    )
+} | {"pp2": (2, {"pp": 2}), "tp2-zero3": (4, {"tp": 2, **zero(3)})}
+EXPERTS = ("ep2", "ep2-tp2-zero3", "ep2-pp2", "hdp4-ep2-zero2", "whole-tp2")
+
+
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    thinned(
+        {
+            ("after", "tp2"),
+            ("both", "pp2"),
+            ("after", "hdp2-zero3"),
+            ("both", "hdp2-tp2-zero2"),
+            ("after", "chunked-pp2-tp2-zbv"),
+        },
+        ("after", "both"),
+        tuple(PLACES),
+    ),
+)
+def test_gradients_of_dense_families(run_ranks: RunRanks, model: str, layout: str) -> None:
+    world_size, settings = PLACES[layout]
+    check(run_ranks, world_size, MODELS[model], "fp64", **settings)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        *("ep2", "ep2-tp2-zero3"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in EXPERTS[2:]),
+    ],
+)
+def test_gradients_of_families_with_experts(run_ranks: RunRanks, layout: str) -> None:
+    world_size, settings = EXPERT_LAYOUTS[layout]
+    check(run_ranks, world_size, MODELS["experts"], "fp64", **settings)
+
+
+def test_what_a_layout_cannot_keep_in_fp8_is_refused() -> None:
+    config = run(MODELS["after"], "bf16", tp=2)
+    saved = config.precision.model_copy(update={"saved_activations": "fp8"})
+    with pytest.raises(UserError, match=r"qk_norm_over=width parts over parallel\.tp=2"):
+        Layout.of(config.model_copy(update={"precision": saved}), 2)
