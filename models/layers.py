@@ -154,31 +154,6 @@ def _grad_norm(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
     return grad_x.to(ctx.dtype), grad_weight
 
 
-def rotary_angles(positions: Tensor, head_width: int, theta: float, dtype: torch.dtype) -> Tensor:
-    """Return angles [*positions, h]: position * theta**(-2i/H) (RoFormer, arXiv 2104.09864).
-
-    Computed in fp32, in fp64 where ``dtype`` is fp64. No table is kept, so nothing is lost on the
-    meta device and any position is allowed.
-    """
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    even = torch.arange(0, head_width, 2, device=positions.device, dtype=torch.float64)
-    frequencies_h = (theta ** (-even / head_width)).to(wide)
-    return positions[..., None].to(wide) * frequencies_h
-
-
-def rotate(x_BLNH: Tensor, cos_BL1h: Tensor, sin_BL1h: Tensor) -> Tensor:
-    """Turn each pair (x[i], x[i + H/2]) by its angle: the halves convention of Llama in HF.
-
-    Computed in the type of ``cos``: in bf16 the angle of a far position would be lost.
-    """
-    first, second = x_BLNH.chunk(2, dim=-1)
-    turned = (
-        first * cos_BL1h - second * sin_BL1h,
-        second * cos_BL1h + first * sin_BL1h,
-    )
-    return torch.cat(turned, dim=-1).to(x_BLNH.dtype)
-
-
 class Gate(NamedTuple):
     """What a gated feed-forward does with its gate.
 

@@ -149,9 +149,9 @@ class MoEFeedForward(nn.Module):
 class MoEBlock(Block):
     """A block whose feed-forward is a mixture of experts."""
 
-    def __init__(self, specs: Specs, model: MoEModel, scales: ForwardScales) -> None:
+    def __init__(self, specs: Specs, model: MoEModel, scales: ForwardScales, layer: int) -> None:
         ffn = MoEFeedForward(within(specs, "ffn"), model, scales.experts)
-        super().__init__(specs, model, scales, ffn)
+        super().__init__(specs, model, scales, ffn, layer)
 
     def forward(self, x_BLD: Tensor, geometry: Geometry) -> tuple[Tensor, RouterStatistics]:
         """Return [B, L, D] in x's type, and what its router saw."""
@@ -170,7 +170,7 @@ class MoETransformer(Transformer):
         self, specs: Specs, model: MoEModel, scales: ForwardScales, layer: int
     ) -> Block:
         if model.has_experts(layer):
-            return MoEBlock(specs, model, scales)
+            return MoEBlock(specs, model, scales, layer)
         return super()._make_block(specs, model, scales, layer)
 
 

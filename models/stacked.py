@@ -140,10 +140,16 @@ class StackedModel:
 
 
 def _attend(
-    q_BLNH: Tensor, k_BLKH: Tensor, v_BLKH: Tensor, documents: Documents | None, scale: float
+    q_BLNH: Tensor,
+    k_BLKH: Tensor,
+    v_BLKH: Tensor,
+    documents: Documents | None,
+    scale: float,
+    *,
+    window: int | None = None,
 ) -> Tensor:
     assert documents is None
-    o_BLNH: Tensor = _Attend.apply(q_BLNH, k_BLKH, v_BLKH, scale)
+    o_BLNH: Tensor = _Attend.apply(q_BLNH, k_BLKH, v_BLKH, scale, window)
     return o_BLNH
 
 
@@ -163,9 +169,10 @@ class _Attend(_Rule):
     @staticmethod
     def vmap(info: Any, in_dims: Any, *inputs: Any) -> tuple[Tensor, int]:
         """Attend in all runs' sequences."""
-        *qkv, scale = inputs
+        *qkv, scale, window = inputs
         q, k, v = (x.flatten(0, 1) for x in _leading(qkv, in_dims))
-        return attend(q, k, v, None, scale).unflatten(0, (info.batch_size, -1)), 0
+        o_BLNH = attend(q, k, v, None, scale, window=window)
+        return o_BLNH.unflatten(0, (info.batch_size, -1)), 0
 
 
 def _experts(

@@ -14,6 +14,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +25,9 @@ from allometry.configs.model import ModelConfig
 from allometry.models.attention import Attend, attend
 from allometry.models.documents import Documents
 from allometry.models.head import Losses, OutputHead
-from allometry.models.layers import GATES, Embedding, Linear, RMSNorm, gated, rotary_angles, rotate
+from allometry.models.layers import GATES, Embedding, Linear, RMSNorm, gated
 from allometry.models.products import Stacked, multiply, separate
+from allometry.models.rotary import Turn, rotate, turn_of
 from allometry.models.router import RouterStatistics
 from allometry.scaling.inventory import Specs, inventory, within
 from allometry.scaling.parameterizations.base import ForwardScales
@@ -33,14 +35,14 @@ from allometry.scaling.parameterizations.base import ForwardScales
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Geometry:
-    """Where tokens are; the same for all blocks.
+    """Where tokens are; the same for all blocks. ``windowed``: how those with a window turn.
 
     Not a tuple on purpose: FSDP2 casts every float tensor that it finds among a module's inputs,
     and the rotary tables must stay wide.
     """
 
-    cos_BL1h: Tensor
-    sin_BL1h: Tensor
+    turn: Turn
+    windowed: Turn
     documents: Documents | None
 
 
@@ -50,10 +52,11 @@ class Attention(nn.Module):
     ``core`` is what context parallelism replaces.
     """
 
-    def __init__(self, specs: Specs, model: ModelConfig, scale: float) -> None:
+    def __init__(self, specs: Specs, model: ModelConfig, scale: float, layer: int) -> None:
         super().__init__()
         self.core: Attend = attend
         self.head_width, self.scale = model.head_width, scale
+        self.window = model.window_of(layer)
         self.wq, self.wk, self.wv = (
             Linear(specs[f"{w}.weight"], specs.get(f"{w}.bias")) for w in ("wq", "wk", "wv")
         )
@@ -74,9 +77,11 @@ class Attention(nn.Module):
             q_BLNH, k_BLKH = self.normed(q_BLNH, k_BLKH)
         if self.q_norm is None or self.qkv.saves:
             v_BLKH = v_BLKH.contiguous()  # a view would keep queries and keys for backward
-        q_BLNH = rotate(q_BLNH, geometry.cos_BL1h, geometry.sin_BL1h)
-        k_BLKH = rotate(k_BLKH, geometry.cos_BL1h, geometry.sin_BL1h)
-        o_BLNH = self.core(q_BLNH, k_BLKH, v_BLKH, geometry.documents, self.scale)
+        turn = geometry.turn if self.window is None else geometry.windowed
+        q_BLNH, k_BLKH = rotate(q_BLNH, *turn), rotate(k_BLKH, *turn)
+        o_BLNH = self.core(
+            q_BLNH, k_BLKH, v_BLKH, geometry.documents, self.scale, window=self.window
+        )
         return self.wo(o_BLNH.flatten(2))
 
     def project(self, x_BLD: Tensor) -> tuple[Tensor, ...]:
@@ -120,7 +125,12 @@ class Block(nn.Module):
     """
 
     def __init__(
-        self, specs: Specs, model: ModelConfig, scales: ForwardScales, ffn: nn.Module
+        self,
+        specs: Specs,
+        model: ModelConfig,
+        scales: ForwardScales,
+        ffn: nn.Module,
+        layer: int,
     ) -> None:
         super().__init__()
         self.residual_scale, self.dropout = scales.residual, model.dropout
@@ -130,7 +140,7 @@ class Block(nn.Module):
             return nn.Identity() if spec is None else RMSNorm(spec, model.norm_eps)
 
         self.attention_norm = norm("attention_norm")
-        self.attention = Attention(within(specs, "attention"), model, scales.attention)
+        self.attention = Attention(within(specs, "attention"), model, scales.attention, layer)
         self.attention_post_norm = norm("attention_post_norm")
         self.ffn_norm = norm("ffn_norm")
         self.ffn = ffn
@@ -198,7 +208,10 @@ class Transformer(nn.Module):
         self.part = part
         self.compute_dtype = compute_dtype
         self.call_block: CallBlock = call_block
-        self.head_width, self.rope_theta = model.head_width, model.rope_theta
+        self._turn = partial(turn_of, head_width=model.head_width, dtype=compute_dtype)
+        self.rope = (model.rope_theta, model.rope_scaling)
+        local = model.window and model.window.rope_theta
+        self.rope_windowed = (local, None) if local else self.rope
         self.embedding_scale = scales.embedding * model.embedding_scale
         self.tied = model.tied_embeddings and part.first and part.last
         self.mirrored = model.tied_embeddings and part.last and not part.first
@@ -220,7 +233,8 @@ class Transformer(nn.Module):
     def _make_block(
         self, specs: Specs, model: ModelConfig, scales: ForwardScales, layer: int
     ) -> Block:
-        return Block(specs, model, scales, FeedForward(within(specs, "ffn"), model.activation))
+        ffn = FeedForward(within(specs, "ffn"), model.activation)
+        return Block(specs, model, scales, ffn, layer)
 
     def forward(
         self,
@@ -277,10 +291,10 @@ class Transformer(nn.Module):
         else:
             positions = documents.positions_BL
             _expect_any_number_of(documents)
-        angles = rotary_angles(positions, self.head_width, self.rope_theta, self.compute_dtype)[
-            :, :, None
-        ]
-        return Geometry(angles.cos(), angles.sin(), documents)
+        turn = self._turn(positions, *self.rope)
+        alike = self.rope_windowed == self.rope
+        windowed = turn if alike else self._turn(positions, *self.rope_windowed)
+        return Geometry(turn, windowed, documents)
 
 
 def _expect_any_number_of(documents: Documents) -> None:

@@ -41,7 +41,8 @@ class Kernels:
 
     ``compute``: bytes of an activation. ``fused_norm``: a norm keeps its input and a number for
     each row, as torch's CUDA kernel; on a CPU it keeps the quotient and, of half types, the input,
-    both in fp32. ``scores``: bytes of a token that attention keeps besides its output.
+    both in fp32. ``scores``: bytes of a token that attention keeps besides its output;
+    ``windowed_scores``: the same in layers with a sliding window.
     ``precision``: what is kept or multiplied in FP8, of which ``auto`` is taken for compute.
     """
 
@@ -49,6 +50,7 @@ class Kernels:
     fused_norm: bool
     scores: int
     precision: PrecisionConfig = COMPUTE
+    windowed_scores: int = 0
 
     @property
     def wide(self) -> int:
@@ -155,6 +157,11 @@ class Block:
         return experts.latent_width if isinstance(experts, LatentExperts) else self.model.width
 
     @property
+    def _scores(self) -> int:
+        kernels = self.kernels
+        return kernels.windowed_scores if self.model.windowed(self.layer) else kernels.scores
+
+    @property
     def _features(self) -> tuple[int, int]:
         model = self.model
         return model.num_heads * model.head_width, model.kv_heads * model.head_width
@@ -166,7 +173,7 @@ class Block:
             "attention.wq", "attention.wk", "attention.wv"
         )
         rows[QKV] += kernels.compute * (queries + 2 * keys)
-        rows[ATTENTION] += kernels.compute * queries + kernels.scores
+        rows[ATTENTION] += kernels.compute * queries + self._scores
         # Else what attention returned is the next product's input.
         if kernels.saves and self._trains("attention.wo"):
             rows[ATTENTION] += kernels.product_input(queries, self._recipe())
@@ -297,7 +304,7 @@ class Block:
         rows: Counter[str] = Counter(
             {
                 QKV: made * (queries + 2 * keys),
-                ATTENTION: c * queries + self.kernels.scores,
+                ATTENTION: c * queries + self._scores,
                 GATE_UP: 2 * made * self.hidden,
                 RESIDUAL: (c + made) * width,  # the input, and what attention adds
             }

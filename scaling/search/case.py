@@ -12,6 +12,7 @@ from allometry.configs.model import LatentExperts, ModelConfig, MoEModel
 from allometry.configs.run import RunConfig
 from allometry.scaling.attention import AttentionCall, choose_backend, named
 from allometry.scaling.batch import BatchPlan
+from allometry.scaling.count import attention_flops
 from allometry.scaling.layout import Layout
 from allometry.scaling.loads import BalanceLoads
 from allometry.scaling.memory import MemoryEstimate
@@ -81,6 +82,7 @@ def row_of(
     return {
         **model_columns(config.model),
         "sequence": length,
+        "attended": attended(config.model, length),
         "micro_batch": tokens * cp / length,
         "global_batch": config.batch.sequences * config.data.sequence_length / length,
         "tp": degrees.tp,
@@ -133,6 +135,16 @@ def model_columns(model: ModelConfig) -> dict[str, Any]:
     return columns
 
 
+def attended(model: ModelConfig, length: int) -> float:
+    """Return what ``Cases`` take for the sequence in attention: less with windows; 0: all of it."""
+    if model.window is None:
+        return 0.0
+    full = attention_flops(model, length)
+    windowed = attention_flops(model, length, model.window.tokens)
+    share = model.num_windowed / model.num_layers
+    return length * (share * windowed / full + 1 - share)
+
+
 def attention_backend(config: RunConfig, device: str) -> str:
     """Return the back end of attention that is chosen, or taken where a launch would measure."""
     if config.kernels.attention != "auto":
@@ -144,6 +156,7 @@ def attention_backend(config: RunConfig, device: str) -> str:
         length=config.data.sequence_length,
         compiled=config.training.compile,
         head_width=config.model.head_width,
+        window=config.model.window and config.model.window.tokens,
     )
     return choose_backend(call).name
 

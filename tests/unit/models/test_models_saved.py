@@ -178,7 +178,7 @@ def kept_bytes(model: Transformer) -> int:
     found: dict[int, Tensor] = {}
     block = model.blocks["1"]
     geometry = model._geometry(text()[0], None)
-    owned |= {t.untyped_storage().data_ptr() for t in (geometry.cos_BL1h, geometry.sin_BL1h)}
+    owned |= {t.untyped_storage().data_ptr() for t in geometry.turn}
     x = torch.randn(B, L, model.embedding.embedding_dim).bfloat16().requires_grad_()
 
     def keep(tensor: Tensor) -> Tensor:
