@@ -209,7 +209,8 @@ class _Gated(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _grad_gated(grad, *ctx.saved_tensors, GATES[ctx.activation]), None
+        gate_up, active = ctx.saved_tensors
+        return _grad_gated(grad, gate_up, active, GATES[ctx.activation]), None
 
 
 class _SavedGated(torch.autograd.Function):

@@ -7,15 +7,33 @@ a choice of ours that they cannot, is an error that names it.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ValidationError
 
+from allometry.configs.decoder import Activation, YarnScaling
 from allometry.configs.errors import UserError
 from allometry.configs.model import DenseModel, ModelConfig, MoEModel
-from allometry.interop.huggingface.families import FAMILIES, TRAITS, Family, gate_of, lacks
+from allometry.interop.huggingface.families import (
+    FAMILIES,
+    TRAITS,
+    Family,
+    embedding_scale,
+    gate_of,
+    lacks,
+)
+from allometry.interop.huggingface.positions import (
+    KEYS,
+    lacks_of_positions,
+    longest_of,
+    positions_of,
+    positions_to,
+    windowed_theta,
+)
+from allometry.models.rotary import attention_factor
 
 # Keys that do not change what the model computes from given weights: names, tokens, caches, how it
 # was or would be trained. Llama's pretraining_tp only cuts its products into pieces.
@@ -34,27 +52,24 @@ _WITHOUT_EFFECT = frozenset(
         "unk_token_id",
         "initializer_range",
         "max_position_embeddings",
+        "cache_implementation",
         "pretraining_tp",
         "output_router_logits",
         "router_aux_loss_coef",
-        "max_window_layers",
-        "sliding_window",
-        "use_sliding_window",
-        "layer_types",
-        "rope_scaling",
-        "rope_parameters",
-        "rope_theta",
     ]
 )
 # Keys that must have one of these values, as our models have no such feature.
 _FIXED: Mapping[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu", "swish"),
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
     "attention_dropout": (0, None),
     "router_jitter_noise": (0, None),
     "partial_rotary_factor": (1, None),
     "decoder_sparse_step": (1, None),
+}
+_ACTIVATIONS: Mapping[Activation, tuple[str, ...]] = {
+    "silu": ("silu", "swish"),
+    "gelu_tanh": ("gelu_pytorch_tanh",),
 }
 _SIZES = frozenset(
     [
@@ -67,9 +82,12 @@ _SIZES = frozenset(
         "head_dim",
         "rms_norm_eps",
         "tie_word_embeddings",
+        "hidden_act",
+        "hidden_activation",
     ]
 )
-_EXPERT_SIZES: Mapping[Family, frozenset[str]] = {
+_OWN_KEYS: Mapping[Family, frozenset[str]] = {
+    "gemma3_text": frozenset({"query_pre_attn_scalar"}),
     "mixtral": frozenset({"num_local_experts", "num_experts_per_tok"}),
     "qwen3_moe": frozenset(
         [
@@ -93,7 +111,7 @@ def choose_family(model: ModelConfig, asked: str | None = None) -> Family:
     """
     if asked is not None and asked not in FAMILIES:
         raise UserError(f"--family={asked} is not known; use one of {', '.join(FAMILIES)}")
-    missing = {family: lacks(model, family) for family in FAMILIES}
+    missing = {f: [*lacks(model, f), *lacks_of_positions(model, f)] for f in FAMILIES}
     alike = [f for f in FAMILIES if TRAITS[f].experts == isinstance(model, MoEModel)]
     nearest = min(alike, key=lambda family: len(missing[family]))
     chosen = nearest if asked is None else next(f for f in FAMILIES if f == asked)
@@ -134,24 +152,23 @@ def to_hf(model: ModelConfig, family: Family, dtype: str, text: Text) -> dict[st
         "num_attention_heads": model.num_heads,
         "num_key_value_heads": model.kv_heads,
         "head_dim": model.head_width,
-        "hidden_act": "silu",
+        "hidden_act": _ACTIVATIONS[model.activation][0],
         "rms_norm_eps": model.norm_eps,
-        "rope_theta": model.rope_theta,
-        "max_position_embeddings": text.longest,
+        "max_position_embeddings": longest_of(model, text.longest),
         "tie_word_embeddings": model.tied_embeddings,
         "attention_dropout": 0.0,
         "bos_token_id": None,
         "eos_token_id": text.end_of_document_id,
         "use_cache": True,
     }
-    if family not in ("qwen2", "mixtral"):
+    if family not in ("mistral", "qwen2", "mixtral"):
         values["attention_bias"] = False
     if family == "llama":
         values["mlp_bias"] = False
-    if family in ("qwen2", "qwen3", "qwen3_moe"):
-        values["use_sliding_window"] = False
-    if family not in ("llama", "olmo2"):
-        values["sliding_window"] = None
+    if family == "gemma3_text":
+        values["hidden_activation"] = values.pop("hidden_act")
+        values["query_pre_attn_scalar"] = model.head_width
+    values |= positions_to(model, family)
     if isinstance(model, DenseModel):
         return values | {"intermediate_size": model.ffn_width}
     experts = model.experts
@@ -197,7 +214,7 @@ def _described(values: Mapping[str, Any], where: str) -> tuple[Family, ModelConf
             f"{', '.join(FAMILIES)}"
         )
     has = TRAITS[family]
-    theta = _rope_theta(values, family, where)
+    positions = positions_of(values, family, where)
     _check_features(values, family, where)
     description = {
         "vocab_size": _need(values, "vocab_size", where),
@@ -205,19 +222,20 @@ def _described(values: Mapping[str, Any], where: str) -> tuple[Family, ModelConf
         "num_layers": _need(values, "num_hidden_layers", where),
         "num_heads": _need(values, "num_attention_heads", where),
         "num_kv_heads": values.get("num_key_value_heads")
-        if family in ("llama", "olmo2")
+        if family in ("llama", "olmo2", "olmo3")
         else _need(values, "num_key_value_heads", where),
-        # Qwen3 is the one family whose class has a default of its own.
-        "head_dim": values.get("head_dim", 128 if family == "qwen3" else None),
+        "head_dim": values.get("head_dim", has.head_dim),
         "qkv_bias": has.qkv_bias,
         "qk_norm": has.qk_norm is not None,
         "qk_norm_over": has.qk_norm or "head",
         "norms": has.norms,
         "activation": has.activation,
-        "tied_embeddings": bool(values.get("tie_word_embeddings", False)),
+        "tied_embeddings": bool(values.get("tie_word_embeddings", has.tied)),
         "norm_eps": _need(values, "rms_norm_eps", where),
-        "rope_theta": theta,
+        **positions,
     }
+    if has.scaled_embedding:
+        description["embedding_scale"] = embedding_scale(description["width"])
     try:
         if not has.experts:
             ffn_width = _need(values, "intermediate_size", where)
@@ -273,20 +291,13 @@ def _check_features(values: Mapping[str, Any], family: Family, where: str) -> No
             raise UserError(
                 f"{where}: {key}={values[key]!r} is not supported; only {allowed[0]!r} is"
             )
-    # Mixtral's window is in use wherever it is set, Qwen3's only where use_sliding_window says so.
-    windowed = family == "mixtral" or values.get("use_sliding_window", False)
-    if family != "llama" and windowed and values.get("sliding_window") is not None:
-        raise UserError(
-            f"{where}: sliding_window={values['sliding_window']!r} is not supported: our attention "
-            "sees the whole sequence; use a model without it (sliding_window: null)"
-        )
-    kinds = set(values.get("layer_types") or []) - {"full_attention"}
-    if kinds:
-        raise UserError(
-            f"{where}: layer_types has {min(kinds)!r}, which is not supported; only "
-            "'full_attention' is"
-        )
-    known = _WITHOUT_EFFECT | _FIXED.keys() | _SIZES | _EXPERT_SIZES.get(family, frozenset())
+    names = _ACTIVATIONS[TRAITS[family].activation]
+    for key in ("hidden_act", "hidden_activation"):
+        if values.get(key, names[0]) not in (*names, None):
+            raise UserError(
+                f"{where}: {key}={values[key]!r} is not supported; only {names[0]!r} is"
+            )
+    known = _WITHOUT_EFFECT | _FIXED.keys() | _SIZES | KEYS | _OWN_KEYS.get(family, frozenset())
     for key in sorted(values.keys() - known):
         # Old files spell out absent features with null, false, 0 and empty lists.
         if values[key]:
@@ -296,26 +307,9 @@ def _check_features(values: Mapping[str, Any], family: Family, where: str) -> No
             )
 
 
-def _rope_theta(values: Mapping[str, Any], family: Family, where: str) -> float:
-    """Return the base of the rotary frequencies, from transformers 4's keys or from 5's."""
-    scaling: dict[str, Any] = {}
-    for key in ("rope_scaling", "rope_parameters"):
-        given = values.get(key) or {}
-        scaling |= given if isinstance(given, dict) else {key: given}
-    theta = scaling.pop("rope_theta", None)
-    plain = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1}
-    for key, value in scaling.items():
-        if value is not None and (key not in plain or value != plain[key]):
-            raise UserError(
-                f"{where}: rotary positions with {key}={value!r} are not supported; only "
-                "rope_type='default' is"
-            )
-    top = values.get("rope_theta")
-    if theta is not None and top is not None and theta != top:
-        raise UserError(f"{where}: rope_theta={top} and rope_parameters' {theta} differ; keep one")
-    if theta is None and top is None and family == "llama":  # the first Llama's files lack it
-        return 10_000.0
-    return float(theta if theta is not None else _need(values, "rope_theta", where))
+def attention_scale(values: Mapping[str, Any], model: ModelConfig) -> float:
+    """Return what theirs multiplies scores by, which Gemma's files may choose."""
+    return 1.0 / math.sqrt(values.get("query_pre_attn_scalar") or model.head_width)
 
 
 def differences(ours: ModelConfig, theirs: ModelConfig) -> list[tuple[str, Any, Any]]:
@@ -342,6 +336,12 @@ def _function(model: ModelConfig) -> dict[str, Any]:
 
     walk(model.model_dump(mode="json"), "")
     flat |= {"num_kv_heads": model.kv_heads, "head_dim": model.head_width}
+    if model.window is not None:
+        every = model.window.global_every
+        flat["window.global_every"] = every if every and every <= model.num_layers else None
+        flat["window.rope_theta"] = windowed_theta(model)
+    if isinstance(model.rope_scaling, YarnScaling):
+        flat["rope_scaling.attention_factor"] = attention_factor(model.rope_scaling)
     if isinstance(model, MoEModel):
         flat["router.gate"], flat["router.normalize"] = gate_of(model)
         if model.router.groups_per_token in (None, model.router.num_groups):

@@ -300,5 +300,5 @@ def _part(
     nbytes = counterpart.spec.numel * dtype.itemsize // len(counterpart.written)
     return (
         [(written, nbytes) for written in counterpart.written],
-        lambda: counterpart.split(folded(name, weights.read(name), folding).to(dtype)),
+        lambda: counterpart.split(folded(name, weights.read(name), folding), dtype),
     )

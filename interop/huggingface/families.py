@@ -10,7 +10,17 @@ from typing import Any, Literal, get_args
 from allometry.configs.decoder import Activation, NormOver, NormPlaces
 from allometry.configs.model import ModelConfig, MoEModel
 
-Family = Literal["llama", "qwen2", "qwen3", "olmo2", "mixtral", "qwen3_moe"]
+Family = Literal[
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "olmo2",
+    "olmo3",
+    "gemma3_text",
+    "mixtral",
+    "qwen3_moe",
+]
 FAMILIES: tuple[Family, ...] = get_args(Family)
 
 
@@ -22,6 +32,11 @@ class Traits:
     its norms multiply by this plus what is stored. ``heads_divide``: its number of heads must
     divide the width. ``dense_first``: blocks without experts may be the first. ``any_gate``: the
     gates of the chosen experts may be left undivided by their sum.
+
+    ``windows``: all layers have one wherever it is set, layers that are listed, or these where a
+    switch says so. ``own_rope``: layers with a window have rotary positions of their own, unscaled,
+    of base ``windowed_theta`` (None: always the other layers'). Its class' defaults:
+    ``global_every``, ``rope_theta`` (None: files must have it), ``head_dim``, ``tied``.
     """
 
     architecture: str
@@ -35,14 +50,47 @@ class Traits:
     heads_divide: bool = False
     dense_first: bool = False
     any_gate: bool = False
+    windows: Literal["all", "by_layer", "switched"] | None = None
+    own_rope: bool = False
+    windowed_theta: float | None = None
+    global_every: int | None = None
+    rope_theta: float | None = None
+    head_dim: int | None = None
+    tied: bool = False
 
 
 TRAITS: Mapping[Family, Traits] = {
-    "llama": Traits("LlamaForCausalLM", heads_divide=True),
-    "qwen2": Traits("Qwen2ForCausalLM", qkv_bias=True),
-    "qwen3": Traits("Qwen3ForCausalLM", qk_norm="head"),
+    # The first Llama's files lack rope_theta.
+    "llama": Traits("LlamaForCausalLM", heads_divide=True, rope_theta=10_000.0),
+    "mistral": Traits("MistralForCausalLM", windows="all"),
+    "qwen2": Traits("Qwen2ForCausalLM", qkv_bias=True, windows="switched"),
+    "qwen3": Traits("Qwen3ForCausalLM", qk_norm="head", windows="switched", head_dim=128),
     "olmo2": Traits("Olmo2ForCausalLM", qk_norm="width", norms="after"),
-    "mixtral": Traits("MixtralForCausalLM", experts=True),
+    "olmo3": Traits(
+        "Olmo3ForCausalLM",
+        qk_norm="width",
+        norms="after",
+        windows="by_layer",
+        own_rope=True,
+        global_every=4,
+    ),
+    "gemma3_text": Traits(
+        "Gemma3ForCausalLM",
+        qk_norm="head",
+        norms="both",
+        activation="gelu_tanh",
+        scaled_embedding=True,
+        gain_offset=1.0,
+        heads_divide=True,
+        windows="by_layer",
+        own_rope=True,
+        windowed_theta=10_000.0,
+        global_every=6,
+        rope_theta=1_000_000.0,
+        head_dim=256,
+        tied=True,
+    ),
+    "mixtral": Traits("MixtralForCausalLM", experts=True, windows="all"),
     "qwen3_moe": Traits(
         "Qwen3MoeForCausalLM", experts=True, qk_norm="head", dense_first=True, any_gate=True
     ),

@@ -88,10 +88,14 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Counterpart:
-    """One parameter of ours and where theirs holds it; ``sources[0]`` is how files are written."""
+    """One parameter of ours and where theirs holds it; ``sources[0]`` is how files are written.
+
+    ``offset``: what theirs adds to what is stored.
+    """
 
     spec: ParamSpec
     sources: tuple[Source, ...]
+    offset: float = 0.0
 
     @property
     def written(self) -> tuple[str, ...]:
@@ -107,12 +111,19 @@ class Counterpart:
             return E, 2 * F, D
         return self.spec.shape
 
-    def split(self, tensor: Tensor) -> dict[str, Tensor]:
-        """Return the tensors to write, each with storage of its own."""
+    def split(self, tensor: Tensor, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        """Return the tensors to write of ours in fp32, each with storage of its own."""
         assert tuple(tensor.shape) == self.spec.shape, (self.spec.name, tensor.shape)
+        tensor = (tensor - self.offset if self.offset else tensor).to(dtype)
         if not self.sources[0].stacked:
             return {self.written[0]: tensor.contiguous()}
         return {name: part.clone() for name, part in zip(self.written, tensor, strict=True)}
+
+    def kept(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return in fp32 what ``split`` to this type keeps of ours."""
+        if not self.offset:
+            return tensor.to(dtype).float()
+        return (tensor - self.offset).to(dtype).float() + self.offset
 
     def join(self, source: Source, read: Read) -> Tensor:
         """Return our parameter in fp32 from the tensors of ``source``."""
@@ -124,7 +135,8 @@ class Counterpart:
         tensor = read(source.names[0])
         if source.half is not None:
             tensor = tensor.chunk(2, dim=1)[source.half]
-        return tensor.to(torch.float32).contiguous()
+        tensor = tensor.to(torch.float32).contiguous()
+        return tensor + self.offset if self.offset else tensor
 
 
 def counterparts(model: ModelConfig, family: Family) -> tuple[Counterpart, ...]:
@@ -132,7 +144,11 @@ def counterparts(model: ModelConfig, family: Family) -> tuple[Counterpart, ...]:
 
     Raises UserError with the name of a parameter that it has no place for.
     """
-    return tuple(Counterpart(spec, _sources(spec, family)) for spec in inventory(model))
+    offset = TRAITS[family].gain_offset
+    return tuple(
+        Counterpart(spec, _sources(spec, family), offset if spec.start == "ones" else 0.0)
+        for spec in inventory(model)
+    )
 
 
 def _sources(spec: ParamSpec, family: Family) -> tuple[Source, ...]:
@@ -247,14 +263,16 @@ class Fold:
         return inside.removesuffix(".weight").removesuffix(".bias") in self.parameters
 
 
-def folds(model: ModelConfig, scales: ForwardScales) -> tuple[Fold, ...]:
+def folds(
+    model: ModelConfig, scales: ForwardScales, attention: float | None = None
+) -> tuple[Fold, ...]:
     """Return what must be folded into weights so that a forward pass without ``scales`` is equal.
 
-    Theirs multiplies scores by 1/sqrt(head width) and nothing else. Raises UserError where a tied
-    embedding cannot take a factor of the head or of the embedding alone.
+    Theirs multiplies scores by ``attention`` (None: 1/sqrt(head width)) and nothing else. Raises
+    UserError where a tied embedding cannot take a factor of the head or of the embedding alone.
     """
     folding: list[Fold] = []
-    usual = 1.0 / math.sqrt(model.head_width)
+    usual = 1.0 / math.sqrt(model.head_width) if attention is None else attention
     if scales.attention != usual:
         # A factor of the queries; rotation commutes with it, their norm would undo it.
         # A bias of queries takes the factor with their matrix.
