@@ -164,7 +164,12 @@ class Decoder(Section):
 
     def window_of(self, layer: int) -> int | None:
         """Keys that a query of this layer meets at most; None: all before it."""
-        return self.window.tokens if self.window is not None and self.windowed(layer) else None
+        return self.window_tokens if self.windowed(layer) else None
+
+    @property
+    def window_tokens(self) -> int | None:
+        """Keys that a query of a layer with a window meets at most; None: no layer has one."""
+        return self.window.tokens if self.window is not None else None
 
     @property
     def num_windowed(self) -> int:

@@ -113,7 +113,8 @@ def choose_family(model: ModelConfig, asked: str | None = None) -> Family:
         raise UserError(f"--family={asked} is not known; use one of {', '.join(FAMILIES)}")
     missing = {f: [*lacks(model, f), *lacks_of_positions(model, f)] for f in FAMILIES}
     alike = [f for f in FAMILIES if TRAITS[f].experts == isinstance(model, MoEModel)]
-    nearest = min(alike, key=lambda family: len(missing[family]))
+    windows = model.window is not None
+    nearest = min(alike, key=lambda f: (len(missing[f]), windows and TRAITS[f].windows is None))
     chosen = nearest if asked is None else next(f for f in FAMILIES if f == asked)
     for key, value, why in missing[chosen]:
         said = json.dumps(value) if isinstance(value, bool) else value

@@ -190,7 +190,7 @@ def positions_to(model: ModelConfig, family: Family) -> dict[str, Any]:
     has, scaling = TRAITS[family], _scaling_to(model.rope_scaling)
     values: dict[str, Any] = {"rope_theta": model.rope_theta, "rope_scaling": scaling}
     kinds = [SLIDING if model.windowed(layer) else FULL for layer in range(model.num_layers)]
-    tokens = model.window.tokens if model.window is not None else None
+    tokens = model.window_tokens
     if has.windows == "all":
         values["sliding_window"] = tokens
     if has.windows == "switched" or family == "qwen3_moe":

@@ -156,7 +156,7 @@ def attention_backend(config: RunConfig, device: str) -> str:
         length=config.data.sequence_length,
         compiled=config.training.compile,
         head_width=config.model.head_width,
-        window=config.model.window and config.model.window.tokens,
+        window=config.model.window_tokens,
     )
     return choose_backend(call).name
 

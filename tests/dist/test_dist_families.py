@@ -8,14 +8,27 @@ from typing import Any
 import pytest
 
 from allometry.configs.errors import UserError
+from allometry.configs.run import RunConfig
 from allometry.scaling.layout import Layout
 from test_dist_layouts import DENSE, EXPERT_LAYOUTS, LAYOUTS, MOE, check, run, zero
 from thinned import thinned
 
 RunRanks = Callable[..., list[Any]]
 
-AFTER = {"qk_norm_over": "width", "norms": "after", "qkv_bias": True}
-BOTH = {"norms": "both", "activation": "gelu_tanh", "embedding_scale": 3.5}
+LLAMA3 = {"kind": "llama3", "factor": 4.0, "original_length": 8}
+AFTER = {
+    "qk_norm_over": "width",
+    "norms": "after",
+    "qkv_bias": True,
+    "rope_scaling": LLAMA3,
+    "window": {"tokens": 5},
+}
+BOTH = {
+    "norms": "both",
+    "activation": "gelu_tanh",
+    "embedding_scale": 3.5,
+    "window": {"tokens": 5, "global_every": 2, "rope_theta": 100.0},
+}
 MODELS = {
     "after": DENSE | AFTER,
     "both": DENSE | BOTH,
@@ -60,6 +73,21 @@ def test_gradients_of_dense_families(run_ranks: RunRanks, model: str, layout: st
 def test_gradients_of_families_with_experts(run_ranks: RunRanks, layout: str) -> None:
     world_size, settings = EXPERT_LAYOUTS[layout]
     check(run_ranks, world_size, MODELS["experts"], "fp64", **settings)
+
+
+def test_windows_of_documents_that_ranks_share_are_refused() -> None:
+    plain = run(DENSE | AFTER, "fp64").model_dump()
+    data = {"kind": "documents", "max_document_tokens": 16, "sequence_length": 16}
+    data["sources"] = plain["data"]["sources"]
+
+    def config(window: int) -> RunConfig:
+        model = plain["model"] | {"window": {"tokens": window}}
+        return RunConfig.model_validate(plain | {"data": data, "model": model})
+
+    with pytest.raises(UserError, match=r"model\.window\.tokens=15 is shorter than data\.max_doc"):
+        Layout.of(config(15), 2)
+    Layout.of(config(16), 2)
+    Layout.of(config(15), 1)
 
 
 def test_what_a_layout_cannot_keep_in_fp8_is_refused() -> None:
