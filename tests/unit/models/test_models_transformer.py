@@ -194,8 +194,12 @@ def plain(state: dict[str, Tensor], model: DenseModel, scales: ForwardScales) ->
     def gelu(x: Tensor) -> Tensor:
         return 0.5 * x * (1 + torch.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x**3)))
 
-    def turn(x: Tensor) -> Tensor:
-        frequencies = model.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half)
+    def turn(x: Tensor, windowed: bool) -> Tensor:
+        own = windowed and model.window.rope_theta is not None
+        theta = model.window.rope_theta if own else model.rope_theta
+        frequencies = theta ** (-torch.arange(half, dtype=torch.float64) / half)
+        if model.rope_scaling is not None and not own:
+            frequencies = frequencies / model.rope_scaling.factor
         angle = torch.arange(len(x))[:, None] * frequencies
         z = torch.complex(x[:, :half], x[:, half:]) * torch.exp(1j * angle)
         return torch.cat([z.real, z.imag], dim=1)
@@ -219,12 +223,14 @@ def plain(state: dict[str, Tensor], model: DenseModel, scales: ForwardScales) ->
                 if model.qk_norm and model.qk_norm_over == "head":
                     q = norm(q, at + "attention.q_norm.weight")
                     k = norm(k, at + "attention.k_norm.weight")
-                q, k = turn(q), turn(k)
+                q, k = turn(q, model.windowed(layer)), turn(k, model.windowed(layer))
+                seen = model.window.tokens if model.windowed(layer) else len(q)
+                first = [max(0, i + 1 - seen) for i in range(len(q))]
                 heads.append(
                     torch.stack(
                         [
-                            (scales.attention * k[: i + 1] @ q[i]).softmax(0) @ v[: i + 1]
-                            for i in range(stop - start)
+                            (scales.attention * k[j : i + 1] @ q[i]).softmax(0) @ v[j : i + 1]
+                            for i, j in enumerate(first)
                         ]
                     )
                     if stop > start
@@ -256,8 +262,13 @@ def plain(state: dict[str, Tensor], model: DenseModel, scales: ForwardScales) ->
         {"qkv_bias": True},
         {"qk_norm": True, "qk_norm_over": "width", "norms": "after", "qkv_bias": True},
         {"norms": "both", "activation": "gelu_tanh", "qk_norm": True, "embedding_scale": 3.5},
+        {"window": {"tokens": 3}},
+        {
+            "window": {"tokens": 5, "global_every": 2, "rope_theta": 9.0},
+            "rope_scaling": {"kind": "linear", "factor": 2.0},
+        },
     ],
-    ids=["plain", "tied", "qk_norm", "bias", "after", "both"],
+    ids=["plain", "tied", "qk_norm", "bias", "after", "both", "windows", "local"],
 )
 def test_equals_the_formulas(options):
     """Logits, loss and every gradient, with each multiplier away from one."""
