@@ -10,7 +10,8 @@ import pytest
 from allometry.configs.errors import UserError
 from allometry.configs.run import RunConfig
 from allometry.scaling.layout import Layout
-from test_dist_layouts import DENSE, EXPERT_LAYOUTS, LAYOUTS, MOE, check, run, zero
+from allometry.studies.certificate.rank import TOLERANCE
+from test_dist_layouts import DENSE, EXPERT_LAYOUTS, LAYOUTS, MOE, errors, run, zero
 from thinned import thinned
 
 RunRanks = Callable[..., list[Any]]
@@ -34,6 +35,27 @@ MODELS = {
     "both": DENSE | BOTH,
     "experts": MOE | BOTH | {"qk_norm_over": "width", "qkv_bias": True},
 }
+PLAIN = DENSE | {"qk_norm": False}
+YARN = {"kind": "yarn", "factor": 4.0, "original_length": 8}
+FAMILIES = {
+    "llama3": PLAIN | {"rope_scaling": LLAMA3},
+    "mistral": PLAIN | {"window": {"tokens": 5}},
+    "qwen2": PLAIN | {"qkv_bias": True},
+    "qwen3": DENSE,
+    "olmo2": DENSE | {"qk_norm_over": "width", "norms": "after"},
+    "olmo3": DENSE
+    | {"qk_norm_over": "width", "norms": "after", "rope_scaling": YARN}
+    | {"window": {"tokens": 5, "global_every": 2, "rope_theta": 10_000.0}},
+    "gemma3_text": DENSE | BOTH | {"tied_embeddings": True},
+    "mixtral": MOE
+    | {"qk_norm": False, "first_dense_layers": 0, "ffn_width": None}
+    | {"experts": MOE["experts"] | {"num_shared_experts": 0}}
+    | {"router": MOE["router"] | {"gate": "softmax_after_topk"}},
+    "qwen3_moe": MOE
+    | {"experts": MOE["experts"] | {"num_shared_experts": 0}}
+    | {"router": MOE["router"] | {"gate": "softmax", "normalize": True}},
+}
+"""The options of each family that docs/families.md lists, at the size of these tests."""
 PLACES: dict[str, tuple[int, dict[str, Any]]] = {
     name: LAYOUTS[name]
     for name in (
@@ -42,6 +64,14 @@ PLACES: dict[str, tuple[int, dict[str, Any]]] = {
     )
 } | {"pp2": (2, {"pp": 2}), "tp2-zero3": (4, {"tp": 2, **zero(3)})}
 EXPERTS = ("ep2", "ep2-tp2-zero3", "ep2-pp2", "hdp4-ep2-zero2", "whole-tp2")
+
+
+def check(run_ranks: RunRanks, world_size: int, model: dict[str, Any], **settings: Any) -> None:
+    """Hold this layout's steps to those of one process: gradients to 1e-12."""
+    config = run(model, "fp64", **settings)
+    for rank, worst in enumerate(run_ranks(errors, world_size, model, config, timeout_s=120.0)):
+        for kind, tolerance in (TOLERANCE["fp64"] | {"gradients": 1e-12}).items():
+            assert worst[kind][1] <= tolerance, (rank, kind, worst)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +90,15 @@ EXPERTS = ("ep2", "ep2-tp2-zero3", "ep2-pp2", "hdp4-ep2-zero2", "whole-tp2")
 )
 def test_gradients_of_dense_families(run_ranks: RunRanks, model: str, layout: str) -> None:
     world_size, settings = PLACES[layout]
-    check(run_ranks, world_size, MODELS[model], "fp64", **settings)
+    check(run_ranks, world_size, MODELS[model], **settings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["tp2", "pp2", "hdp2-zero3", "hdp2-tp2-zero2"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_family_in_four_layouts(run_ranks: RunRanks, family: str, layout: str) -> None:
+    world_size, settings = PLACES[layout]
+    check(run_ranks, world_size, FAMILIES[family], **settings)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +110,7 @@ def test_gradients_of_dense_families(run_ranks: RunRanks, model: str, layout: st
 )
 def test_gradients_of_families_with_experts(run_ranks: RunRanks, layout: str) -> None:
     world_size, settings = EXPERT_LAYOUTS[layout]
-    check(run_ranks, world_size, MODELS["experts"], "fp64", **settings)
+    check(run_ranks, world_size, MODELS["experts"], **settings)
 
 
 def test_windows_of_documents_that_ranks_share_are_refused() -> None:
