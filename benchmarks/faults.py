@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from fault_compare import clear, differing, differing_tensors, events, newest, read, rows
-from fault_kinds import FAULTS, NOBODY, mounted, unmounted
+from fault_kinds import FAULTS, NOBODY, Fault, mounted, unmounted
 from fault_launch import Case, Launch
 from fault_settings import SAVE_EVERY, SETTINGS, STEPS, write_data
 
@@ -100,21 +100,30 @@ def disturbed(case: Case, work: Path) -> dict[str, Any]:
         launch = Launch(case, folder, work / "data", {}, overrides)
         _recovered(launch, done, last)
         launch.wait()
-    said = folder.with_suffix(".log").read_text(errors="replace")
-    restarts = [event for event in events(folder) if event["event"] == "restarted"]
+    done["orphans"] += launch.orphans
     return {
         **asdict(case),
         **done,
         "code": launch.process.returncode,
+        "refused": int(refused),
+        **_left(folder, fault, straight["rows"], work / "runs" / straight["name"]),
+    }
+
+
+def _left(
+    folder: Path, fault: Fault, straight: list[dict[str, Any]], other: Path
+) -> dict[str, Any]:
+    """What a run that was disturbed has left, beside one that was not."""
+    said = folder.with_suffix(".log").read_text(errors="replace")
+    restarts = [event for event in events(folder) if event["event"] == "restarted"]
+    return {
         "restarts": max((event["count"] for event in restarts), default=0),
         "reasons": [event["reason"] for event in restarts],
-        "orphans": done["orphans"] + launch.orphans,
         "felt": fault.felt(folder),
         "healed": said.count("was read wrongly at first"),
-        "refused": int(refused),
         "rows": len(rows(folder)),
-        "rows_differ": differing(rows(folder), straight["rows"]),
-        "tensors_differ": differing_tensors(folder, work / "runs" / straight["name"]),
+        "rows_differ": differing(rows(folder), straight),
+        "tensors_differ": differing_tensors(folder, other),
     }
 
 
