@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 RESULTS = Path(__file__).parent / "results"
 RESTARTS = RESULTS / "faults-cpu-2026-11-29.json"
 COPIES = RESULTS / "local-copies-cpu-2026-11-29.json"
-LOADS = RESULTS / "checkpoints-load-cpu-2026-11-29.json"
+LOADS = RESULTS / "checkpoints-cpu-2026-11-28.json"
 GPUS, DAYS, INTERRUPTIONS = 16384, 54, 419
 PARAMETERS, BYTES_EACH = 405e9, 12  # fp32 parameters and two moments
 RESTARTS_S = (5.0, 11.0, 30.0, 60.0, 120.0, 180.0, 300.0, 600.0)
@@ -183,7 +183,7 @@ def inputs(given: argparse.Namespace) -> dict[str, Given]:
         ),
         "load_bytes_per_s": Given(
             loaded / load_s,
-            *("bytes/s", True, f"{Path(given.checkpoints).name}: load with checksums, {here}"),
+            *("bytes/s", True, f"{Path(given.checkpoints).name}: load alone, {here}, busy"),
         ),
         "file_system_bytes_per_s": Given(
             *(given.file_system * 1e9, "bytes/s", False, "assumed, for all ranks together"),
@@ -235,7 +235,7 @@ def main() -> None:
     for name, one in found.items():
         print(f"{name:26} {one['effective']}, 99 % up to {one[f'restart_s_for_{GOAL}']} s")
     if given.json is not None:
-        facts = {"date": time.strftime("%Y-%m-%d"), "runs": given.runs}
+        facts = {"date": time.strftime("%Y-%m-%d"), "commit": commit(), "runs": given.runs}
         content = facts | {"inputs": {k: v._asdict() for k, v in numbers.items()}, "found": found}
         given.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
