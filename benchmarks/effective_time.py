@@ -23,7 +23,6 @@ import json
 import math
 import random
 import statistics
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -235,8 +234,12 @@ def main() -> None:
     for name, one in found.items():
         print(f"{name:26} {one['effective']}, 99 % up to {one[f'restart_s_for_{GOAL}']} s")
     if given.json is not None:
-        facts = {"date": time.strftime("%Y-%m-%d"), "commit": commit(), "runs": given.runs}
-        content = facts | {"inputs": {k: v._asdict() for k, v in numbers.items()}, "found": found}
+        from contenders.machine import facts
+
+        content = {**facts(), "runs": given.runs} | {
+            "inputs": {k: v._asdict() for k, v in numbers.items()},
+            "found": found,
+        }
         given.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
