@@ -25,7 +25,7 @@ from allometry.data.store import TokenStore
 from allometry.data.tokenizer import check_tokenizer, check_vocabulary
 from allometry.interop.huggingface.weights import CheckpointWeights, chosen_checkpoint
 from allometry.models.build import ComputeDtype, build_model
-from allometry.models.loss import Losses
+from allometry.models.head import Losses
 from allometry.models.transformer import Transformer
 from allometry.scaling.parameterization import Parameterization
 from allometry.scaling.stages import place_of
