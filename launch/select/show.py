@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 
 from allometry.configs.data import Select
 from allometry.configs.errors import UserError
+from allometry.data.order import permutation
 from allometry.data.select.kept import Selection, select_documents
 from allometry.data.select.scores import Scores, read_scores, write_scores
 from allometry.data.select.text import decoder_of, line_of
 from allometry.data.store import TokenStore
 from allometry.launch.command import Report
-from allometry.launch.select.commands import Import, Show
+from allometry.launch.select.commands import Import, Random, Show
 from allometry.launch.text import number, table
 
 SHARES = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
@@ -114,6 +115,16 @@ def imported(asked: Import) -> Report:
     scores = write_scores(store, asked.scorer, _numbers(asked.values), settings)
     facts = {"scores": str(scores.path), **scores.record.model_dump(mode="json")}
     return Report(facts, f"{len(scores.values):,} scores in {scores.path}")
+
+
+def random(asked: Random) -> Report:
+    """Write numbers from 0 to 1 that follow from the seed and the store alone. Raises UserError."""
+    store = TokenStore(asked.store)
+    order = permutation(f"scores:{asked.seed}:{store.fingerprint}", store.num_documents)
+    values = (order + 0.5) / store.num_documents
+    scores = write_scores(store, asked.name, values, {"seed": asked.seed})
+    facts = {"scores": str(scores.path), **scores.record.model_dump(mode="json")}
+    return Report(facts, f"{len(scores.values):,} random scores in {scores.path}")
 
 
 def _numbers(path: Path) -> NDArray[Any]:
