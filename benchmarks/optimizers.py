@@ -38,7 +38,9 @@ from allometry.models.init import initialize
 from allometry.optim.build import build_optimizer
 from allometry.scaling.parameterization import Parameterization
 from allometry.scaling.shapes import Axis
-from allometry.studies.sweeps.transfer import Runner, TransferSweep, Trial
+from allometry.studies.sweeps.outcome import Trial
+from allometry.studies.sweeps.runner import Runner
+from allometry.studies.sweeps.transfer import TransferSweep
 from allometry.studies.sweeps.trials import TrialLog
 from allometry.studies.sweeps.workers import Workers
 

@@ -21,14 +21,21 @@ from allometry.configs.model import (
 
 
 class Axis(StrEnum):
-    """What differs between the models (or, for ``horizon``, the runs) of a family."""
+    """What differs between the models (or, for ``horizon`` and ``batch``, the runs) of a family."""
 
     WIDTH = "width"
     DEPTH = "depth"
+    WIDTH_AND_DEPTH = "width-and-depth"
     EXPERTS = "experts"
     REGIME_II = "regime-ii"
     REGIME_III = "regime-iii"
     HORIZON = "horizon"
+    BATCH = "batch"
+
+    @property
+    def of_runs(self) -> bool:
+        """Whether the model stays and its run changes."""
+        return self in (Axis.HORIZON, Axis.BATCH)
 
 
 def at_width(model: ModelConfig, width: int) -> ModelConfig:
@@ -56,6 +63,20 @@ def at_width(model: ModelConfig, width: int) -> ModelConfig:
 def at_depth(model: ModelConfig, layers: int) -> ModelConfig:
     """Return the same model with another number of layers; UserError if there is no such model."""
     return _checked(model, {"num_layers": layers}, f"{layers} layers")
+
+
+def at_width_and_depth(model: ModelConfig, width: int) -> ModelConfig:
+    """Return the model at another width with layers in the same proportion.
+
+    Raises UserError where there is no such model.
+    """
+    layers, rest = divmod(model.num_layers * width, model.width)
+    if rest or not layers:
+        raise UserError(
+            f"model.num_layers={model.num_layers} cannot be scaled from width={model.width} to "
+            f"width={width}; choose multiples of {width_and_depth_unit(model)}"
+        )
+    return at_depth(at_width(model, width), layers)
 
 
 def at_experts(model: ModelConfig, number: int) -> ModelConfig:
@@ -91,17 +112,19 @@ def at_regime(model: ModelConfig, number: int, *, widen_experts: bool) -> ModelC
 
 
 def resize(model: ModelConfig, axis: Axis, size: int) -> ModelConfig:
-    """Return the model at this width, depth or number of experts; a horizon changes no model."""
+    """Return the model at this size of an axis; a horizon and a batch change no model."""
     match axis:
         case Axis.WIDTH:
             return at_width(model, size)
         case Axis.DEPTH:
             return at_depth(model, size)
+        case Axis.WIDTH_AND_DEPTH:
+            return at_width_and_depth(model, size)
         case Axis.EXPERTS:
             return at_experts(model, size)
         case Axis.REGIME_II | Axis.REGIME_III:
             return at_regime(model, size, widen_experts=axis is Axis.REGIME_III)
-        case Axis.HORIZON:
+        case Axis.HORIZON | Axis.BATCH:
             return model
 
 
@@ -109,6 +132,11 @@ def width_unit(model: ModelConfig) -> int:
     """Return the smallest width at which the model exists; its multiples do, too."""
     # size·w/width is whole where w is a multiple of the numerator of width/size.
     return math.lcm(*(Fraction(model.width, size).numerator for size in _widths(model).values()))
+
+
+def width_and_depth_unit(model: ModelConfig) -> int:
+    """Return the smallest width at which the model exists with layers in proportion."""
+    return math.lcm(width_unit(model), Fraction(model.width, model.num_layers).numerator)
 
 
 def regime_unit(model: ModelConfig) -> int:

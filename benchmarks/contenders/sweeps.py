@@ -17,7 +17,9 @@ from allometry.laws.optimum import (
     exponent_interval,
 )
 from allometry.scaling.shapes import Axis
-from allometry.studies.sweeps.transfer import Runner, Transfer, TransferSweep
+from allometry.studies.sweeps.outcome import Transfer
+from allometry.studies.sweeps.runner import Runner
+from allometry.studies.sweeps.transfer import TransferSweep
 from allometry.studies.sweeps.trials import TrialLog
 from contenders.families import (
     HELD_OUT,

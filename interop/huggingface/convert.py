@@ -27,12 +27,8 @@ from allometry.data.run_tokenizer import (
 )
 from allometry.interop.huggingface import compare
 from allometry.interop.huggingface.compare import Comparison
-from allometry.interop.huggingface.config import (
-    Family,
-    Text,
-    choose_family,
-    to_hf,
-)
+from allometry.interop.huggingface.config import Text, choose_family, to_hf
+from allometry.interop.huggingface.families import Family
 from allometry.interop.huggingface.model import open_model
 from allometry.interop.huggingface.names import (
     Counterpart,
@@ -306,5 +302,5 @@ def _part(
     nbytes = counterpart.spec.numel * dtype.itemsize // len(counterpart.written)
     return (
         [(written, nbytes) for written in counterpart.written],
-        lambda: counterpart.split(folded(name, weights.read(name), folding).to(dtype)),
+        lambda: counterpart.split(folded(name, weights.read(name), folding), dtype),
     )

@@ -100,7 +100,8 @@ class Plan(ConfigCommand):
 class Suggest(ConfigCommand):
     """Say what published laws hold for CONFIG: learning rate, batch, schedule, where to tune.
 
-    Each with its source and the range behind it; further arguments override single keys.
+    Each with its source and the range behind it; and over what its learning rate was measured to
+    transfer, how far and at what regret. Further arguments override single keys.
     """
 
     params: float | None = option(
@@ -134,27 +135,34 @@ class CoordCheck(ConfigCommand):
 
 @dataclass(frozen=True, kw_only=True)
 class Transfer(ConfigCommand):
-    """Measure whether CONFIG's best learning rate stays as its model or its run grows.
+    """Measure what the best learning rate of a small model or run costs at larger ones.
 
-    Sweeps rates at each size on the config's data and ends with code 1 where the best ones are
-    further apart than --bound, or one seed leaves that undecided; further arguments override single
-    keys.
+    Sweeps rates at each size on the config's data. The regret is the loss at the best rate of the
+    smallest size minus the loss at the own best one. Ends with code 1 where it is above
+    --regret-bound, or the seeds leave that undecided; further arguments override single keys.
     """
 
     axis: str | None = option(
-        "width, depth, horizon, experts, or regime-ii and regime-iii: number of experts "
-        "with width and visits in proportion, and in III width of experts; default: width, or "
-        "mssp's regime"
+        "width, depth, width-and-depth, horizon, batch, experts, or regime-ii and regime-iii: "
+        "number of experts with width and visits in proportion, and in III width of experts; "
+        "default: width, or mssp's regime"
     )
-    sizes: str | None = option("as 64,128,256 (of a horizon: steps); default: small ones")
+    sizes: str | None = option(
+        "as 64,128,256 (of a horizon: steps; of a batch: sequences); default: small ones"
+    )
     octaves: float = option("rates around optimizer.lr to begin with, to either side", 1.0)
     step: float = option("octaves between rates", 0.5)
-    seeds: int = option("initial values and orders of data", 2, min=1)
+    seeds: int = option("initial values and orders of data; one decides nothing", 3, min=1)
+    place_first: bool = option(
+        "let one seed look for the best rates, and train the others around them alone", False
+    )
     steps: int = option("steps of a run", 80, min=2)
+    schedule: str = option("linear: to a tenth; run: that of CONFIG", "linear")
     warmup_steps: int = option("steps of warm-up", 0, "--warmup", min=0)
     sequences: int = option("sequences of a batch", 8, min=1)
     length: int = option("tokens of a sequence, at most", 64, min=2)
-    bound: float = option("octaves that best rates may drift", 0.5, min=0.0)
+    regret_bound: float = option("percent of the loss that a regret may be", 0.5, min=0.0)
+    bound: float | None = option("octaves that best rates may drift as well; default: any", min=0.0)
     engine: str = option(
         "processes: each run by itself; stacked: all runs of a size as one model", "processes"
     )

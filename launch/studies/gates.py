@@ -20,7 +20,7 @@ from allometry.configs.model import (
     ParameterizationConfig,
 )
 from allometry.launch.figures.figure import Column, Series, star
-from allometry.scaling.shapes import Axis, regime_unit, width_unit
+from allometry.scaling.shapes import Axis, regime_unit, width_and_depth_unit, width_unit
 
 GROWTH = (1, 2, 4)
 INTERRUPTED = 130
@@ -40,11 +40,15 @@ def numbers(text: str | None, flag: str) -> tuple[int, ...] | None:
     return sizes
 
 
-def default_sizes(model: ModelConfig, axis: Axis, steps: int) -> tuple[int, ...]:
+def default_sizes(
+    model: ModelConfig, axis: Axis, steps: int, sequences: int = 1
+) -> tuple[int, ...]:
     """Sizes of a small family: the narrowest models, 4 to 16 layers, 1 to 4 times the rest."""
     match axis:
         case Axis.WIDTH:
             unit = width_unit(model)
+        case Axis.WIDTH_AND_DEPTH:
+            unit = width_and_depth_unit(model)
         case Axis.DEPTH:
             return (4, 8, 16)
         case Axis.EXPERTS | Axis.REGIME_II | Axis.REGIME_III:
@@ -53,6 +57,8 @@ def default_sizes(model: ModelConfig, axis: Axis, steps: int) -> tuple[int, ...]
             unit = model.experts.num_experts if axis == Axis.EXPERTS else regime_unit(model)
         case Axis.HORIZON:
             unit = steps
+        case Axis.BATCH:
+            unit = sequences
     return tuple(unit * growth for growth in GROWTH)
 
 

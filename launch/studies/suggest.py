@@ -1,4 +1,4 @@
-"""``allometry suggest``: what published laws say of a run, and where to tune it small."""
+"""``allometry suggest``: what published laws and measured transfer say of a run."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from typing import Any
 
 from allometry.configs.errors import UserError
 from allometry.launch.command import Report
+from allometry.launch.studies import measured
 from allometry.launch.studies.commands import Suggest as SuggestCommand
 from allometry.launch.text import table
 from allometry.scaling.batch import BatchPlan, total_steps
 from allometry.scaling.count import count_parameters
 from allometry.scaling.hyperlaws import Suggestion, Target, disagreements, suggest
+from allometry.scaling.parameterizations.base import RunScale
 from allometry.scaling.shapes import at_width, tuning_width
 
 TOKENS_PER_PARAMETER = 20
@@ -49,12 +51,14 @@ def suggested(asked: SuggestCommand) -> Report:
     width = tuning_width(config.model)
     count = count_parameters(at_width(config.model, width)).active
     base = Base(width, count, TOKENS_PER_PARAMETER * count)
+    scale = RunScale(plan.full_sequences * length, tokens or planned)
     facts = {
         "target": asdict(target),
         "sequence_length": length,
         "suggestions": [suggestion.describe() for suggestion in suggestions],
         "disagreements": apart,
         "base": asdict(base),
+        "measured": measured.facts(config, scale),
     }
     active = f", {target.active:.3g} active" if target.kind == "moe" else ""
     head = (
@@ -67,6 +71,7 @@ def suggested(asked: SuggestCommand) -> Report:
         _table(suggestions, length),
         *(line for note in _notes(suggestions, apart) for line in _wrapped(note)),
         *_wrapped(_tune(base, small)),
+        *(words for line in measured.lines(config, scale) for words in _wrapped_text(line)),
     ]
     return Report(facts, "\n".join(lines))
 
@@ -75,6 +80,11 @@ def _wrapped(text: str) -> list[str]:
     return textwrap.wrap(
         text, COLUMNS, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
     )
+
+
+def _wrapped_text(text: str) -> list[str]:
+    """A table as it is, a sentence in lines of a terminal."""
+    return [text] if "\n" in text else _wrapped(text)
 
 
 def _table(suggestions: Sequence[Suggestion], length: int) -> str:

@@ -10,6 +10,13 @@ import numpy as np
 import torch
 
 from allometry.configs.errors import UserError
+from allometry.configs.optimization import (
+    ConstantSchedule,
+    CosineSchedule,
+    LinearSchedule,
+    ScheduleConfig,
+    WSDSchedule,
+)
 from allometry.configs.run import RunConfig
 from allometry.launch.command import Report
 from allometry.launch.figures.drawing import check_format, draw
@@ -17,20 +24,26 @@ from allometry.launch.figures.figure import Figure, Panel, Series, colours
 from allometry.launch.studies import gates
 from allometry.launch.studies.commands import Transfer as TransferCommand
 from allometry.launch.text import counted, table
+from allometry.laws.regret import Regret
 from allometry.scaling.shapes import Axis, growth_axis
+from allometry.studies.sweeps.outcome import Transfer, Trial
 from allometry.studies.sweeps.probe import read_pools
+from allometry.studies.sweeps.runner import Engine, Runner
 from allometry.studies.sweeps.stacked import check_stackable
-from allometry.studies.sweeps.transfer import Engine, Runner, Transfer, TransferSweep, Trial
+from allometry.studies.sweeps.transfer import SCHEDULE, TransferSweep
 from allometry.studies.sweeps.trials import TrialLog
 
 HELD_OUT = 64
 LOSS = "held-out loss, nats per token"
+ANY_LENGTH = (ConstantSchedule, LinearSchedule, CosineSchedule, WSDSchedule)
+"""Schedules that say of a run of any length what its rates are."""
+ENOUGH_SEEDS = 3
 MOST_OCTAVES = 32
 MOST_RATES = 200
 
 
 def swept(asked: TransferCommand) -> Report:
-    """Run the sweep; passed where the best rates drift no further than ``bound``."""
+    """Run the sweep; passed where no size's regret is above ``regret_bound``."""
     config = asked.load()
     check_format(asked.out)
     axis = growth_axis(config.parameterization)
@@ -39,11 +52,10 @@ def swept(asked: TransferCommand) -> Report:
             known = ", ".join(axis.value for axis in Axis)
             raise UserError(f"--axis={asked.axis} is not known; use one of {known}")
         axis = Axis(asked.axis)
-    if not 0.0 <= asked.bound < math.inf:
-        raise UserError(f"--bound={asked.bound:g} is no number of octaves; use 0.5 or another")
+    _check_bounds(asked)
     rates = _rates(config.optimizer.lr, asked)
     sizes = gates.numbers(asked.sizes, "--sizes") or gates.default_sizes(
-        config.model, axis, asked.steps
+        config.model, axis, asked.steps, asked.sequences
     )
     engine = _engine(config, asked)
     sweep = _sweep(config, asked, axis, sizes)
@@ -61,15 +73,18 @@ def swept(asked: TransferCommand) -> Report:
         engine=engine,
         device=asked.device,
         runs_at_once=asked.runs_at_once,
+        place_first=asked.place_first,
     )
     with gates.stoppable(lambda: _kept(log, len(ended))):
         transfer = runner.run(sizes, seeds)
         draw(_figure(transfer), asked.out)
-    wrong, unsure = transfer.failures(asked.bound), transfer.undecided(asked.bound)
+    bounds = asked.regret_bound, asked.bound
+    wrong, unsure = transfer.failures(*bounds), transfer.undecided(*bounds)
     facts = {
         "kind": config.parameterization.kind,
         "optimizer": config.optimizer.kind,
         "engine": engine,
+        "bound_percent": asked.regret_bound,
         "bound_octaves": asked.bound,
         "passed": not (wrong or unsure),
         "failures": wrong,
@@ -147,6 +162,7 @@ def _sweep(
 ) -> TransferSweep:
     length = min(asked.length, config.data.sequence_length)
     longest = max(sizes) if axis == Axis.HORIZON else asked.steps
+    # Of a batch the tokens are those of --steps steps of --sequences, whatever its size.
     pool_PL, held_out_HL = read_pools(
         config.data, config.run.seed, length, [longest * asked.sequences, HELD_OUT]
     )
@@ -161,7 +177,32 @@ def _sweep(
         sequences=asked.sequences,
         warmup_steps=asked.warmup_steps,
         clip=config.training.clip_grad_norm,
+        schedule=_schedule(config, asked),
     )
+
+
+def _schedule(config: RunConfig, asked: TransferCommand) -> ScheduleConfig:
+    """What the rates of all runs follow; the warm-up is ``--warmup``."""
+    if asked.schedule == "linear":
+        return SCHEDULE
+    if asked.schedule != "run":
+        raise UserError(f"--schedule={asked.schedule} is not known; use linear or run")
+    if not isinstance(config.schedule, ANY_LENGTH):
+        raise UserError(
+            f"schedule.kind={config.schedule.kind} is that of one run, and a sweep's have another "
+            "length; use --schedule linear, or schedule.kind: wsd"
+        )
+    return config.schedule.model_copy(update={"warmup_steps": None, "warmup_tokens": None})
+
+
+def _check_bounds(asked: TransferCommand) -> None:
+    """Raise UserError for bounds that are no numbers."""
+    if not 0.0 <= asked.regret_bound < math.inf:
+        raise UserError(
+            f"--regret-bound={asked.regret_bound:g} is no percentage; use 0.5 or another"
+        )
+    if asked.bound is not None and not 0.0 <= asked.bound < math.inf:
+        raise UserError(f"--bound={asked.bound:g} is no number of octaves; use 0.5 or another")
 
 
 def _text(
@@ -171,23 +212,27 @@ def _text(
     wrong: Sequence[str],
     unsure: Sequence[str],
 ) -> str:
-    rows = [[transfer.axis.value, "best lr", "log2", "loss", "seeds apart"]]
-    for size, best in transfer.optima().items():
-        spread = transfer.sweep(size).spread()
-        apart = f"{spread:.2f}" if math.isfinite(spread) else "-"
-        loss = f"{best.loss:.4f}" if best.loss < 1000.0 else f"{best.loss:.2g}"
-        rows.append([str(size), f"{2.0**best.log2_lr:.4g}", f"{best.log2_lr:.2f}", loss, apart])
     low, high = transfer.drift_interval()
     interval = f" (95 % over seeds: {low:.2f} to {high:.2f})" if math.isfinite(low) else ""
     drift = transfer.drift()
-    verdict = f"passed: at most {asked.bound:g} octaves"
+    verdict = f"passed: at most {asked.regret_bound:g} % of the loss"
+    if asked.bound is not None:
+        verdict += f", at most {asked.bound:g} octaves"
     if wrong or unsure:
-        verdict = "NOT passed" if wrong else "UNDECIDED; repeat it with --seeds 3"
+        verdict = "NOT passed" if wrong else "UNDECIDED"
+    if unsure and not wrong and len(transfer.seeds) < ENOUGH_SEEDS:
+        verdict += f"; repeat it with --seeds {ENOUGH_SEEDS}"
     lines = [
         f"best learning rates of {config.parameterization.kind} with {config.optimizer.kind} over "
         f"{transfer.axis}, {counted(len(transfer.seeds), 'seed')}, "
-        f"{counted(asked.sequences, 'sequence')} a step",
-        table(rows, right=(1, 2, 3, 4), least=(12, 12, 9, 9, 13), gap=""),
+        + (
+            "the tokens of a run constant"
+            if transfer.axis == Axis.BATCH
+            else f"{counted(asked.sequences, 'sequence')} a step"
+        ),
+        _table(transfer),
+        f"regret: loss at the rate of {transfer.axis} {transfer.sizes[0]} minus loss at the own "
+        "best rate, in % of that (95 % over seeds)",
         "drift unknown" if math.isnan(drift) else f"drift {drift:.2f} octaves{interval}",
         *(f"FAILED: {failure}" for failure in wrong),
         *(f"undecided: {reason}" for reason in unsure),
@@ -195,6 +240,29 @@ def _text(
         f"{verdict}; figure: {asked.out}",
     ]
     return "\n".join(lines)
+
+
+def _table(transfer: Transfer) -> str:
+    rows = [[transfer.axis.value, "best lr", "log2", "loss", "seeds apart", "regret, nats", "%"]]
+    regrets = transfer.regrets()
+    for size, best in transfer.optima().items():
+        spread = transfer.sweep(size).spread()
+        apart = f"{spread:.2f}" if math.isfinite(spread) else "-"
+        loss = f"{best.loss:.4f}" if best.loss < 1000.0 else f"{best.loss:.2g}"
+        cells = _regret(regrets[size]) if size in regrets else ["", ""]
+        rows.append([str(size), f"{2.0**best.log2_lr:.4g}", f"{best.log2_lr:.2f}", loss, apart])
+        rows[-1] += cells
+    return table(rows, right=(1, 2, 3, 4, 5, 6), least=(16, 12, 9, 9, 13, 14, 26), gap="")
+
+
+def _regret(regret: Regret) -> list[str]:
+    if regret.nats == math.inf:
+        return ["diverges", ""]
+    if math.isnan(regret.nats):
+        return ["unknown", ""]
+    low, high = regret.percent_interval
+    within = f" ({low:.2f} to {high:.2f})" if math.isfinite(low) else " (unknown)"
+    return [f"{regret.nats:.4f}", f"{regret.percent:.2f}{within}"]
 
 
 def _figure(transfer: Transfer) -> Figure:

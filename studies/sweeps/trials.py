@@ -15,7 +15,8 @@ from allometry.configs import json_file
 from allometry.configs.errors import UserError
 from allometry.configs.model import ModelConfig, ParameterizationConfig
 from allometry.configs.optimization import OptimizerConfig
-from allometry.studies.sweeps.transfer import Trial
+from allometry.studies.sweeps.outcome import Trial
+from allometry.studies.sweeps.transfer import SCHEDULE
 
 _SECTIONS: dict[str, TypeAdapter[Any]] = {
     "model": TypeAdapter(ModelConfig),
@@ -92,8 +93,8 @@ class TrialLog:
 
 
 def _completed(head: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings with the defaults of what their sections lack; others as they are."""
-    completed = dict(head)
+    """Return settings with defaults for what they and their sections lack; others as they are."""
+    completed = {"schedule": SCHEDULE.model_dump(mode="json"), **head}
     for key, adapter in _SECTIONS.items():
         section = head.get(key)
         if not isinstance(section, dict):

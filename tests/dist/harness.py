@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -35,6 +36,9 @@ COLLECTIVE_TIMEOUT_S = 30.0  # of up to 3 ranks
 CALL_TIMEOUT_S = 90.0  # of up to 7
 # What the others get to finish or fail once one rank has failed.
 GRACE_S = 3.0
+CRASHES = tuple(-each for each in (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT))
+MOST_CRASHES = 2
+FATAL = "Fatal Python error"  # where the stacks of a crash begin in a log
 
 
 def collective_timeout_s(world_size: int) -> float:
@@ -46,6 +50,10 @@ class RankFailure(AssertionError):
     """A rank raised, died or hung; the message holds tracebacks, stacks and logs."""
 
 
+class RankCrash(RankFailure):
+    """A rank was ended by a fault in native code."""
+
+
 class RankPool:
     """Ranks started when first needed and reused by every later call."""
 
@@ -53,6 +61,7 @@ class RankPool:
         self._ranks: list[_Rank] = []
         self._scratch = tempfile.TemporaryDirectory(prefix="allometry-ranks-")
         self._calls = 0
+        self._crashes = 0
 
     def run(
         self,
@@ -67,7 +76,28 @@ class RankPool:
         Arguments and results travel pickled: send plain things and tensors. ``start_group`` False
         leaves the process group to the function; the rank's environment is torchrun's, but
         without MASTER_ADDR and MASTER_PORT.
+
+        A call in which a rank crashed in native code is made once more, with a warning and at most
+        ``MOST_CRASHES`` times in all: gloo's threads let go of tensors while Python does, which
+        torch 2.13 does not always survive (github.com/pytorch/pytorch/pull/179291 is of its kind).
         """
+        try:
+            return self._run(function, world_size, args, timeout_s, start_group)
+        except RankCrash as crash:
+            self._crashes += 1
+            if self._crashes > MOST_CRASHES:
+                raise
+            warnings.warn(f"made once more, as a rank crashed: {crash}", stacklevel=2)
+        return self._run(function, world_size, args, timeout_s, start_group)
+
+    def _run(
+        self,
+        function: Callable[..., Any],
+        world_size: int,
+        args: tuple[Any, ...],
+        timeout_s: float | None,
+        start_group: bool,
+    ) -> list[Any]:
         self._start(world_size)
         self._calls += 1
         ranks = self._ranks[:world_size]
@@ -81,14 +111,14 @@ class RankPool:
         failed = [i for i in range(world_size) if i not in answers or not answers[i].ok]
         if not failed:
             return [answers[i].value for i in range(world_size)]
+        fates = {i: self._ranks[i].give_up() for i in failed if i not in answers}
+        crashed = any(self._ranks[i].process.poll() in CRASHES for i in fates)
         report = [f"{function.__qualname__} failed on ranks {failed} of {world_size}"]
+        report += [f"--- rank {i} {fate}" for i, fate in fates.items()]
         report += [f"--- rank {i}\n{answers[i].value}" for i in failed if i in answers]
-        for i in failed:
-            if i not in answers:
-                report.append(f"--- rank {i} {self._ranks[i].give_up()}")
-        if any(i not in answers for i in failed):
+        if fates:
             self.close()
-        raise RankFailure("\n".join(report))
+        raise (RankCrash if crashed else RankFailure)("\n".join(report))
 
     def _start(self, world_size: int) -> None:
         new = range(len(self._ranks), world_size)
@@ -169,7 +199,8 @@ class _Rank:
         else:
             fate = f"died with exit code {code}"
         self.kill()
-        tail = self.log.read_text(errors="replace").splitlines()[-60:]
+        text = self.log.read_text(errors="replace")
+        tail = text[max(0, text.rfind(FATAL)) :].splitlines()[-60:]
         return "\n".join([fate, *tail])
 
     def kill(self) -> None:
@@ -201,20 +232,18 @@ def serve(link: Connection, rank: int) -> None:
 class _Collector:
     """Collections after calls: models and meshes hang in cycles, and a gloo group has a thread.
 
-    They pass over what imports have brought, which takes a fifth of a second to walk through.
+    They pass over what imports have brought, which takes a fifth of a second to walk through; what
+    the server had imported is frozen already.
     """
 
     def __init__(self) -> None:
-        self._imported = 0
+        self._imported = len(sys.modules)
 
     def run(self) -> None:
-        if self._imported == len(sys.modules):
-            gc.collect()
-            return
-        gc.unfreeze()
         gc.collect()
-        gc.freeze()
-        self._imported = len(sys.modules)
+        if self._imported != len(sys.modules):
+            gc.freeze()
+            self._imported = len(sys.modules)
 
 
 def _run(call: _Call, rank: int, modules: dict[str, ModuleType], collector: _Collector) -> Any:

@@ -30,7 +30,7 @@ def small_transfer(trials: Path, **options: Any) -> Transfer:
         sequences=4,
         length=16,
         step=1.0,
-        bound=50.0,
+        regret_bound=50.0,
         processes=1,
         trials=trials,
         out=trials.with_name("t.png"),

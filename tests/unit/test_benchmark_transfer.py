@@ -17,7 +17,8 @@ import torch
 
 from allometry.laws.optimum import Sweep, exponent
 from allometry.scaling.shapes import Axis
-from allometry.studies.sweeps.transfer import TransferSweep, Trial
+from allometry.studies.sweeps.outcome import Trial
+from allometry.studies.sweeps.transfer import TransferSweep
 
 ROOT = Path(__file__).resolve().parents[2]
 

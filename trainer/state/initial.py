@@ -239,7 +239,7 @@ def _check_model(before: RunConfig, config: RunConfig, key: str) -> tuple[Differ
         for name, was, now in zip(widths, *sizes, strict=True)
         if was != now
     ]
-    free = ("model.rope_theta", *(f"model.{name}" for name in TRAINING_ONLY))
+    free = tuple(f"model.{name}" for name in ("rope_theta", "rope_scaling", *TRAINING_ONLY))
     other = [one for one in different if not one.key.startswith(free)]
     if other:
         listed = ", ".join(f"{one.key}={one.after!r} (there {one.before!r})" for one in other)

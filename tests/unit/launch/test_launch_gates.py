@@ -186,6 +186,7 @@ def test_transfer_writes_nothing_before_its_sizes_are_checked(tiny: Make, tmp_pa
         ({"step": 1e-5}, "--step=1e-05 makes 200,001 rates of each size"),
         ({"bound": float("nan")}, "--bound=nan is no number of octaves"),
         ({"bound": float("inf")}, "--bound=inf is no number of octaves"),
+        ({"regret_bound": float("nan")}, "--regret-bound=nan is no percentage"),
     ],
 )
 def test_numbers_of_transfer_that_are_none(
@@ -210,37 +211,6 @@ def test_bounds_of_coordcheck_that_are_none(tiny: Make) -> None:
             checked(about(tiny(), request))
 
 
-def test_transfer_fails_beyond_its_bound(tiny: Make, tmp_path: Path) -> None:
-    path = tmp_path / "tiny.yaml"
-    tiny(*MUP)
-    code, text = cli(
-        "transfer",
-        path,
-        "--sizes",
-        "16,32",
-        "--seeds",
-        "1",
-        "--steps",
-        "10",
-        "--sequences",
-        "4",
-        "--length",
-        "16",
-        "--step",
-        "1",
-        "--bound",
-        "0",
-        "--processes",
-        "1",
-        "--out",
-        tmp_path / "t.png",
-        *MUP,
-    )
-    assert code == 1, text
-    assert "drift" in text
-    assert "FAILED" in text
-
-
 def test_mistakes_are_said_in_one_sentence(tiny: Make) -> None:
     with pytest.raises(UserError, match="--axis=hight is not known; use one of width, depth"):
         swept(about(tiny(), Transfer(config="", axis="hight")))
@@ -262,10 +232,12 @@ EXPERTS = f"{ONE}, router: {{gate: sigmoid}}"
     [
         ("width", "16,32", [16, 32]),
         ("depth", "1,2", [1, 2]),
+        ("width-and-depth", "32,64", [32, 64]),
         ("experts", "1,4", [1, 4]),
         ("regime-ii", "4,8", [4, 8]),
         ("regime-iii", "4,8", [4, 8]),
         ("horizon", "3,6", [3, 6]),
+        ("batch", "1,2", [1, 2]),
     ],
 )
 def test_transfer_over_each_axis(
@@ -275,7 +247,7 @@ def test_transfer_over_each_axis(
     code, text = cli(
         *("transfer", tmp_path / "tiny.yaml", "--axis", axis, "--sizes", sizes, "--seeds", "1"),
         *("--steps", "4", "--sequences", "2", "--length", "8", "--step", "1", "--processes", "1"),
-        *("--bound", "99", "--out", tmp_path / "t.png", "--json"),
+        *("--regret-bound", "99", "--out", tmp_path / "t.png", "--json"),
         *(*MUP, f"model={MIXED % (vocab, EXPERTS)}"),
     )
     facts = json.loads(text)
@@ -320,7 +292,7 @@ def test_gates_grow_a_family_as_its_regime_does(tiny: Make, tmp_path: Path, regi
         assert axis["axis"] == grows
     sweep = Transfer(config="",
         sizes="16,32" if regime == "I" else "4,8", seeds=1, steps=2, length=8, sequences=2,
-        bound=99.0, processes=1, out=tmp_path / "sweep.png",
+        regret_bound=99.0, processes=1, out=tmp_path / "sweep.png",
     )  # fmt: skip
     assert facts_of(swept(about(config, sweep)))["axis"] == grows
 

@@ -20,7 +20,8 @@ from allometry.launch.studies.commands import CoordCheck, Transfer
 from allometry.launch.studies.coordcheck import checked
 from allometry.launch.studies.transfer import swept
 from allometry.scaling.shapes import Axis
-from allometry.studies.sweeps.transfer import TransferSweep, Trial
+from allometry.studies.sweeps.outcome import Trial
+from allometry.studies.sweeps.transfer import TransferSweep
 from asked import about
 
 Make = Callable[..., RunConfig]
@@ -193,7 +194,7 @@ def test_a_sweep_that_fails_over_depth_names_rules_for_it(
         return 2.0 + (trial.log2_lr + 6.0 + trial.size) ** 2
 
     monkeypatch.setattr(TransferSweep, "loss", loss)
-    small = {"seeds": 1, "steps": 2, "sequences": 2, "length": 8, "processes": 1}
+    small = {"seeds": 2, "steps": 2, "sequences": 2, "length": 8, "processes": 1}
     for axis, kind, said in (
         ("depth", MUP[0], True),
         ("depth", COMPLETEP, False),

@@ -31,8 +31,10 @@ from allometry.configs.model import (
 )
 from allometry.configs.optimization import AdamW
 from allometry.scaling.shapes import Axis, resize
+from allometry.studies.sweeps.outcome import Transfer, Trial
 from allometry.studies.sweeps.probe import Probe, sample
-from allometry.studies.sweeps.transfer import Runner, Transfer, TransferSweep, Trial
+from allometry.studies.sweeps.runner import Runner
+from allometry.studies.sweeps.transfer import TransferSweep
 from allometry.studies.sweeps.trials import TrialLog
 from allometry.studies.sweeps.workers import Workers
 
@@ -97,10 +99,20 @@ def test_drift_is_what_the_losses_say() -> None:
     found = Runner(bowl(-0.6), GRID).run((16, 32, 64), (0, 1))
     assert found.drift() == pytest.approx(1.2, abs=1e-9)
     assert [round(o.log2_lr, 6) for o in found.optima().values()] == [-4.25, -4.85, -5.45]
-    wrong = found.failures(bound=0.5)
-    assert wrong == ["the best rate drifts by 1.20 octaves, more than 0.5"]
-    assert found.failures(bound=1.3) == []
+    assert [round(r.nats, 6) for r in found.regrets().values()] == [0.36, 1.44]
+    wrong = found.failures(percent=10.0, octaves=0.5)
+    assert wrong == [
+        "width 32: the rate of width 16 loses 17.98 % (95 % over seeds: 17.98 to 17.98 %), more "
+        "than 10 %",
+        "width 64: the rate of width 16 loses 71.91 % (95 % over seeds: 71.91 to 71.91 %), more "
+        "than 10 %",
+        "the best rate drifts by 1.20 octaves, more than 0.5",
+    ]
+    assert found.failures(percent=80.0, octaves=1.3) == []
+    assert found.failures(percent=80.0) == found.undecided(percent=80.0) == []
     described = found.describe()
+    assert described["sizes"][0]["regret"] is None
+    assert described["sizes"][2]["regret"]["nats"] == pytest.approx(1.44)
     assert described["drift_interval_95"] == [pytest.approx(1.2), pytest.approx(1.2)]
 
 
@@ -116,9 +128,11 @@ def test_rates_are_added_until_the_best_is_inside() -> None:
 def test_an_optimum_that_stays_at_an_edge_fails() -> None:
     found = Runner(bowl(-20.0), GRID, step=0.5).run((16, 64), (0,))
     assert math.isnan(found.drift())
-    wrong = found.failures(bound=100.0)
+    wrong = found.failures(percent=100.0, octaves=100.0)
     assert wrong[0] == "width 64: the best rate is the least that was tried"
     assert found.describe()["drift_octaves"] is None
+    assert found.undecided(percent=100.0, octaves=100.0) == [], "it has failed"
+    assert "the least that was tried" in found.describe()["sizes"][1]["regret"]["problem"]
 
 
 GUESSING = math.log(128)
@@ -144,7 +158,7 @@ def broken(limit: float) -> Broken:
 
 def test_rates_that_all_diverge_to_finite_weights_have_no_best_one() -> None:
     found = Runner(broken(-99.0), (-4.0, -3.0, -2.0)).run((16, 32), (0, 1))
-    wrong = found.failures(bound=100.0)
+    wrong = found.failures(percent=100.0, octaves=100.0)
     assert wrong == [
         f"width {size}: no rate does better than guessing, whose loss is 4.8520"
         for size in (16, 32)
@@ -158,7 +172,7 @@ def test_rates_that_all_diverge_to_finite_weights_have_no_best_one() -> None:
 
 def test_lower_rates_are_tried_where_all_diverge() -> None:
     found = Runner(broken(-6.0), (-4.0, -3.0, -2.0)).run((16, 32), (0,))
-    assert found.failures(bound=0.5) == []
+    assert found.failures() == []
     assert found.optima()[16].log2_lr == pytest.approx(-7.0)
 
 
@@ -169,8 +183,8 @@ def test_a_loss_that_rises_with_width_fails() -> None:
         for rate in GRID
     }
     found = Transfer(Axis.WIDTH, (0,), losses)
-    assert found.failures(0.5) == ["the best loss rises from 2.016 at width 16 to 2.064 at 64"]
-    assert Transfer(Axis.DEPTH, (0,), losses).failures(0.5) == []
+    assert found.failures() == ["the best loss rises from 2.016 at width 16 to 2.064 at 64"]
+    assert Transfer(Axis.DEPTH, (0,), losses).failures() == []
 
 
 def test_a_sweep_goes_on_from_its_file(tmp_path: Path) -> None:
