@@ -10,7 +10,7 @@ from allometry.data.select.scores import write_scores
 from allometry.data.store import TokenStore
 from allometry.launch.command import Report
 from allometry.launch.select.commands import Perplexity, Show
-from allometry.launch.select.show import shown
+from allometry.launch.select.show import check_share, shown
 
 if TYPE_CHECKING:
     from allometry.models.build import ComputeDtype
@@ -23,12 +23,7 @@ def scored(asked: Perplexity) -> Report:
 
     Raises UserError: there is no such store or checkpoint, or they have different tokenizers.
     """
-    if asked.dtype not in TYPES:
-        raise UserError(f"--dtype={asked.dtype} is not known; use {' or '.join(TYPES)}")
-    if (asked.keep is None) != (asked.side is None):
-        raise UserError("--keep and --side belong together; give both, or neither")
-    if not asked.models:
-        raise UserError("--model names no run; give the folder of one, or of several")
+    _check(asked)
     import torch
 
     from allometry.studies.perplexity import (
@@ -80,6 +75,14 @@ def scored(asked: Perplexity) -> Report:
     lines += [f"warning: {one}" for one in warnings]
     facts = {"scores": str(out.path), "seconds_per_million_tokens": rate, "warnings": warnings}
     return Report({**report.facts, **facts}, "\n".join(lines))
+
+
+def _check(asked: Perplexity) -> None:
+    if asked.dtype not in TYPES:
+        raise UserError(f"--dtype={asked.dtype} is not known; use {' or '.join(TYPES)}")
+    check_share(asked.keep, asked.side)
+    if not asked.models:
+        raise UserError("--model names no run; give the folder of one, or of several")
 
 
 def _tokenizer(run: Path) -> Path | None:

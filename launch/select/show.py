@@ -28,12 +28,12 @@ def shown(asked: Show) -> Report:
     """Look at scores. Raises UserError for files that do not belong together."""
     store = TokenStore(asked.store)
     selection = None
-    if (asked.keep is None) != (asked.side is None):
-        raise UserError("--keep and --side belong together; give both, or neither")
+    check_share(asked.keep, asked.side)
     if asked.keep is None:
         scores = read_scores(asked.scores, store)
     else:
-        selection = select_documents(store, _select(asked), Path(store.prefix).name)
+        select = Select(scores=str(asked.scores), keep=asked.keep, side=cast(Any, asked.side))
+        selection = select_documents(store, select, Path(store.prefix).name)
         scores = selection.scores
     facts = {
         **scores.record.model_dump(mode="json"),
@@ -56,13 +56,14 @@ def settings_line(settings: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in settings.items()) or "no settings"
 
 
-def _select(asked: Show) -> Select:
-    assert asked.keep is not None
-    if not 0.0 < asked.keep <= 1.0:
-        raise UserError(f"--keep={asked.keep:g} must be a share, above 0 and up to 1")
-    if asked.side not in SIDES:
-        raise UserError(f"--side={asked.side} is not known; use {', '.join(SIDES)}")
-    return Select(scores=str(asked.scores), keep=asked.keep, side=cast(Any, asked.side))
+def check_share(keep: float | None, side: str | None) -> None:
+    """Raise UserError for --keep and --side that are no selection; None of both is none."""
+    if (keep is None) != (side is None):
+        raise UserError("--keep and --side belong together; give both, or neither")
+    if keep is not None and not 0.0 < keep <= 1.0:
+        raise UserError(f"--keep={keep:g} must be a share, above 0 and up to 1")
+    if side is not None and side not in SIDES:
+        raise UserError(f"--side={side} is not known; use {', '.join(SIDES)}")
 
 
 def _quantiles(scores: Scores, store: TokenStore) -> dict[float, float]:
