@@ -63,6 +63,7 @@ MIX: Commands = {
 SELECT: Commands = {
     "show": (select.Show, "select.show:shown"),
     "import": (select.Import, "select.show:imported"),
+    "random": (select.Random, "select.show:random"),
     "perplexity": (select.Perplexity, "select.perplexity:scored"),
 }
 LADDER: Commands = {

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from allometry.configs.run import RunConfig
 from allometry.data.batch import IGNORE, Batch, PackedDocuments
 from allometry.data.reading import same_files
 from allometry.data.run_tokenizer import tokenizer_of_run
+from allometry.data.select.kept import select_documents
 from allometry.data.store import TokenStore
 from allometry.data.tokenizer import check_tokenizer, check_vocabulary
 from allometry.interop.huggingface.weights import CheckpointWeights, chosen_checkpoint
@@ -43,7 +44,7 @@ class Scorer:
     """A run's model at a checkpoint, whole and on one device, that gives documents losses.
 
     ``window``: documents are cut after every so many tokens, as the run's own samples are.
-    ``data``: fingerprints of what the run has read, by source.
+    ``facts``: what the checkpoint says of the run so far.
     """
 
     model: Transformer
@@ -51,7 +52,7 @@ class Scorer:
     checkpoint: Path
     device: torch.device
     window: int
-    data: dict[str, str]
+    facts: dict[str, Any]
 
     def settings(self) -> dict[str, Any]:
         """What a record of its scores says of it (JSON)."""
@@ -87,8 +88,7 @@ def open_scorer(
                 buffer.copy_(weights.read(name))
     data = config.data
     window = data.max_document_tokens if data.kind == "documents" else data.sequence_length
-    known = read_facts(path).get("data", {})
-    return Scorer(model.to(device), config, path, device, window, dict(known))
+    return Scorer(model.to(device), config, path, device, window, read_facts(path))
 
 
 def check_store(scorer: Scorer, run: Path, store: TokenStore) -> None:
@@ -100,23 +100,71 @@ def check_store(scorer: Scorer, run: Path, store: TokenStore) -> None:
         check_tokenizer(str(file), [store.prefix])
 
 
-def has_read(scorer: Scorer, store: TokenStore) -> bool:
-    """Whether the run was trained on these token files, as far as its checkpoint knows."""
-    return any(same_files(known, store.fingerprint) for known in scorer.data.values())
+def documents_read(scorer: Scorer, store: TokenStore) -> NDArray[np.bool_]:
+    """Which documents of a store the run has been trained on, as far as its checkpoint knows.
+
+    All that a source of these token files keeps, once the run has read any of it.
+
+    Raises UserError: the scores that the run chose its documents by are gone or others.
+    """
+    read = np.zeros(store.num_documents, np.bool_)
+    known: dict[str, str] = scorer.facts.get("data", {})
+    ledger = scorer.facts.get("reading", {}).get("ledger", {})
+    for source in scorer.config.data.sources:
+        name = source.name
+        here = name in known and same_files(known[name], store.fingerprint)
+        if not here or not ledger.get(name, {"tokens": 1})["tokens"]:
+            continue
+        if source.select is None:
+            read[:] = True
+            continue
+        kept = select_documents(store, source.select, name)
+        if known[name] != f"{store.fingerprint}:{kept.fingerprint}":
+            raise UserError(
+                f"{scorer.checkpoint} was trained on documents chosen by other scores than "
+                f"{source.select.scores} holds now; restore these"
+            )
+        read[kept.documents] = True
+    return read
+
+
+def losses_of_strangers(
+    scorers: Sequence[Scorer], store: TokenStore, at_once: int = AT_ONCE
+) -> tuple[NDArray[np.float32], float]:
+    """Return each document's mean loss under the runs that have not read it, and the seconds.
+
+    As ``document_losses``; NaN also for a document that every run has read.
+    """
+    sums, counts, seconds = np.zeros(store.num_documents), np.zeros(store.num_documents), 0.0
+    for scorer in scorers:
+        strange = ~documents_read(scorer, store)
+        losses, spent = document_losses(scorer, store, at_once, strange)
+        sums[strange] += losses[strange]
+        counts[strange] += 1
+        seconds += spent
+    with np.errstate(invalid="ignore"):
+        return (sums / counts).astype(np.float32), seconds
 
 
 def document_losses(
-    scorer: Scorer, store: TokenStore, at_once: int = AT_ONCE
+    scorer: Scorer,
+    store: TokenStore,
+    at_once: int = AT_ONCE,
+    among: NDArray[np.bool_] | None = None,
 ) -> tuple[NDArray[np.float32], float]:
     """Return the mean loss of each document's tokens after its first, and the seconds it took.
 
-    In nats per token (float32, a document each); NaN for one of fewer than two tokens. A document
+    In nats per token (float32, a document each); NaN for one of fewer than two tokens, and for
+    those that are not ``among`` these (None: all are). A document
     of more than ``scorer.window`` tokens is cut into pieces of these, and the first tokens of a
     piece do not see the one before, as in training.
     """
     sums, counts = np.zeros(store.num_documents), np.zeros(store.num_documents)
     begun = time.perf_counter()
-    for batch, documents_T in _batches(store, scorer.window, max(at_once, scorer.window)):
+    wanted = store.lengths > 1
+    wanted = wanted if among is None else wanted & among
+    at_once = max(at_once, scorer.window)
+    for batch, documents_T in _batches(store, np.flatnonzero(wanted), scorer.window, at_once):
         nll_T = _losses(scorer, batch)
         counted = batch.targets_BL.reshape(-1) != IGNORE
         number = np.bincount(documents_T[counted], minlength=store.num_documents)
@@ -135,12 +183,12 @@ def _losses(scorer: Scorer, batch: Batch) -> NDArray[np.float64]:
 
 
 def _batches(
-    store: TokenStore, window: int, at_once: int
+    store: TokenStore, documents: NDArray[np.int64], window: int, at_once: int
 ) -> Iterator[tuple[Batch, NDArray[np.int64]]]:
     """Pieces of documents packed into a sequence each, and the document of each token [T]."""
     pieces: list[tuple[int, int, int]] = []
     held = 0
-    for document in np.flatnonzero(store.lengths > 1).tolist():
+    for document in documents.tolist():
         length = int(store.lengths[document])
         for start in range(0, length - 1, window):  # a last token alone has nothing to predict
             size = min(window, length - start)

@@ -137,7 +137,8 @@ def read_scores(path: str | Path, store: TokenStore) -> Scores:
     _check_name(path)
     record = _read_record(_record_path(path))
     try:
-        values = np.load(path, allow_pickle=False)
+        with path.open("rb") as file:
+            values = np.lib.format.read_array(file, allow_pickle=False)
     except FileNotFoundError:
         raise UserError(
             f"scores {path} do not exist; make them with `allometry select`, or name others"

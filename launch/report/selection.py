@@ -42,10 +42,9 @@ def selection(inputs: Inputs) -> Section:
         "documents are never left out. Samples are evenly spread over the scores of what was kept "
         "and of what was dropped."
     )
+    nameless = dict.fromkeys(one.name for one, _, _ in found if decoders[one.number] is None)
     notes = [
-        f"{one.name} keeps no tokenizer, so its samples are shown without text."
-        for one in dict.fromkeys(one for one, _, _ in found)
-        if decoders[one.number] is None
+        f"{one} keeps no tokenizer, so its samples are shown without text." for one in nameless
     ]
     return Section(
         "selection",

@@ -31,14 +31,26 @@ class Import(Command):
 
 @dataclass(frozen=True, kw_only=True)
 class Perplexity(Command):
-    """Score the documents of STORE by their mean loss under a run of ours."""
+    """Score the documents of STORE by their mean loss under a run of ours.
+
+    With several runs each document is scored by those that have not read it.
+    """
 
     store: Path = argument("token files, without .bin/.idx")
-    model: Path = option("folder of the run to score with", REQUIRED)
-    step: int | None = option("of its checkpoints; default: the latest")
+    models: tuple[Path, ...] = option("folder of a run; repeat for more", (), "--model")
+    step: int | None = option("of their checkpoints; default: the latest")
     keep: float | None = option("also say what this share of the tokens keeps")
     side: str | None = option("of it: top (the largest losses), middle or bottom")
     name: str = option("name of the scores", "perplexity")
     device: str | None = option("cpu or cuda; default: a GPU, if there is one")
     dtype: str = option("to compute in: fp32 or bf16", "fp32")
     tokens_at_once: int = option("tokens that a forward pass takes", 8192, min=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Random(Command):
+    """Score the documents of STORE at random: a share to compare others with, or two halves."""
+
+    store: Path = argument("token files, without .bin/.idx")
+    seed: int = option("of the numbers", 0, min=0)
+    name: str = option("name of the scores", "random")

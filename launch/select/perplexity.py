@@ -10,7 +10,7 @@ from allometry.data.select.scores import write_scores
 from allometry.data.store import TokenStore
 from allometry.launch.command import Report
 from allometry.launch.select.commands import Perplexity, Show
-from allometry.launch.select.show import shown
+from allometry.launch.select.show import check_share, shown
 
 if TYPE_CHECKING:
     from allometry.models.build import ComputeDtype
@@ -23,21 +23,31 @@ def scored(asked: Perplexity) -> Report:
 
     Raises UserError: there is no such store or checkpoint, or they have different tokenizers.
     """
-    if asked.dtype not in TYPES:
-        raise UserError(f"--dtype={asked.dtype} is not known; use {' or '.join(TYPES)}")
-    if (asked.keep is None) != (asked.side is None):
-        raise UserError("--keep and --side belong together; give both, or neither")
+    _check(asked)
     import torch
 
-    from allometry.studies.perplexity import check_store, document_losses, has_read, open_scorer
+    from allometry.studies.perplexity import (
+        check_store,
+        document_losses,
+        documents_read,
+        losses_of_strangers,
+        open_scorer,
+    )
 
     store = TokenStore(asked.store)
     device = torch.device(asked.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    scorer = open_scorer(asked.model, asked.step, device, cast("ComputeDtype", asked.dtype))
-    check_store(scorer, asked.model, store)
-    values, seconds = document_losses(scorer, store, asked.tokens_at_once)
-    trained = has_read(scorer, store)
-    settings = {**scorer.settings(), "dtype": asked.dtype, "trained_on_it": trained}
+    dtype = cast("ComputeDtype", asked.dtype)
+    scorers = [open_scorer(run, asked.step, device, dtype) for run in asked.models]
+    for run, scorer in zip(asked.models, scorers, strict=True):
+        check_store(scorer, run, store)
+    own = 0
+    if len(scorers) == 1:
+        values, seconds = document_losses(scorers[0], store, asked.tokens_at_once)
+        own = int(documents_read(scorers[0], store).sum())
+    else:
+        values, seconds = losses_of_strangers(scorers, store, asked.tokens_at_once)
+    runs = [one.settings() for one in scorers]
+    settings = {"runs": runs, "dtype": asked.dtype, "scored_by_their_own_run": own}
     out = write_scores(
         store, asked.name, values, settings, seconds=seconds, versions={"torch": torch.__version__}
     )
@@ -46,7 +56,7 @@ def scored(asked: Perplexity) -> Report:
         scores=out.path,
         keep=asked.keep,
         side=asked.side,
-        tokenizer=_tokenizer(asked.model),
+        tokenizer=_tokenizer(asked.models[0]),
     )
     report = shown(look)
     rate = seconds / (store.num_tokens / 1e6)
@@ -56,14 +66,23 @@ def scored(asked: Perplexity) -> Report:
         f"tokens on {device.type}",
     ]
     warnings = []
-    if trained:
+    if own:
         warnings.append(
-            f"{asked.model} was trained on {asked.store}, and a model likes what it has learnt by "
-            "heart: score each half of the documents with a run on the other"
+            f"{asked.models[0]} was trained on {own:,} of these documents, and a model likes what "
+            "it has learnt by heart: give two runs, each trained on another half of them "
+            "(allometry select random)"
         )
     lines += [f"warning: {one}" for one in warnings]
     facts = {"scores": str(out.path), "seconds_per_million_tokens": rate, "warnings": warnings}
     return Report({**report.facts, **facts}, "\n".join(lines))
+
+
+def _check(asked: Perplexity) -> None:
+    if asked.dtype not in TYPES:
+        raise UserError(f"--dtype={asked.dtype} is not known; use {' or '.join(TYPES)}")
+    check_share(asked.keep, asked.side)
+    if not asked.models:
+        raise UserError("--model names no run; give the folder of one, or of several")
 
 
 def _tokenizer(run: Path) -> Path | None:

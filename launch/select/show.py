@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 
 from allometry.configs.data import Select
 from allometry.configs.errors import UserError
+from allometry.data.order import permutation
 from allometry.data.select.kept import Selection, select_documents
 from allometry.data.select.scores import Scores, read_scores, write_scores
 from allometry.data.select.text import decoder_of, line_of
 from allometry.data.store import TokenStore
 from allometry.launch.command import Report
-from allometry.launch.select.commands import Import, Show
+from allometry.launch.select.commands import Import, Random, Show
 from allometry.launch.text import number, table
 
 SHARES = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
@@ -27,12 +28,12 @@ def shown(asked: Show) -> Report:
     """Look at scores. Raises UserError for files that do not belong together."""
     store = TokenStore(asked.store)
     selection = None
-    if (asked.keep is None) != (asked.side is None):
-        raise UserError("--keep and --side belong together; give both, or neither")
+    check_share(asked.keep, asked.side)
     if asked.keep is None:
         scores = read_scores(asked.scores, store)
     else:
-        selection = select_documents(store, _select(asked), Path(store.prefix).name)
+        select = Select(scores=str(asked.scores), keep=asked.keep, side=cast(Any, asked.side))
+        selection = select_documents(store, select, Path(store.prefix).name)
         scores = selection.scores
     facts = {
         **scores.record.model_dump(mode="json"),
@@ -55,13 +56,14 @@ def settings_line(settings: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in settings.items()) or "no settings"
 
 
-def _select(asked: Show) -> Select:
-    assert asked.keep is not None
-    if not 0.0 < asked.keep <= 1.0:
-        raise UserError(f"--keep={asked.keep:g} must be a share, above 0 and up to 1")
-    if asked.side not in SIDES:
-        raise UserError(f"--side={asked.side} is not known; use {', '.join(SIDES)}")
-    return Select(scores=str(asked.scores), keep=asked.keep, side=cast(Any, asked.side))
+def check_share(keep: float | None, side: str | None) -> None:
+    """Raise UserError for --keep and --side that are no selection; None of both is none."""
+    if (keep is None) != (side is None):
+        raise UserError("--keep and --side belong together; give both, or neither")
+    if keep is not None and not 0.0 < keep <= 1.0:
+        raise UserError(f"--keep={keep:g} must be a share, above 0 and up to 1")
+    if side is not None and side not in SIDES:
+        raise UserError(f"--side={side} is not known; use {', '.join(SIDES)}")
 
 
 def _quantiles(scores: Scores, store: TokenStore) -> dict[float, float]:
@@ -116,10 +118,21 @@ def imported(asked: Import) -> Report:
     return Report(facts, f"{len(scores.values):,} scores in {scores.path}")
 
 
+def random(asked: Random) -> Report:
+    """Write numbers from 0 to 1 that follow from the seed and the store alone. Raises UserError."""
+    store = TokenStore(asked.store)
+    order = permutation(f"scores:{asked.seed}:{store.fingerprint}", store.num_documents)
+    values = (order + 0.5) / store.num_documents
+    scores = write_scores(store, asked.name, values, {"seed": asked.seed})
+    facts = {"scores": str(scores.path), **scores.record.model_dump(mode="json")}
+    return Report(facts, f"{len(scores.values):,} random scores in {scores.path}")
+
+
 def _numbers(path: Path) -> NDArray[Any]:
     try:
         if path.suffix == ".npy":
-            values = np.load(path, allow_pickle=False)
+            with path.open("rb") as file:
+                values = np.lib.format.read_array(file, allow_pickle=False)
             if values.ndim != 1 or values.dtype.kind not in "fiu":
                 raise ValueError(f"it holds {values.dtype} of shape {values.shape}")
             return cast(NDArray[Any], values)

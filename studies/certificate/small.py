@@ -34,6 +34,7 @@ def small_run(config: RunConfig, scratch: Path) -> RunConfig:
             "sources": tuple(sources),
             "tokenizer": None,
             "continue_sources": False,
+            "allow_epochs": 1e9,  # random tokens, for a few steps
             # Later ratios are those of a longer run.
             "replay": replay and replay.model_copy(update={"changes": ()}),
         }

@@ -57,7 +57,9 @@ def as_probed(config: RunConfig, folder: Path) -> RunConfig:
     Compiled code keeps what its compiler chose, inside of operators that nothing can look into.
     """
     sources = [
-        source.model_copy(update={"train": str(folder / f"source-{index}"), "validation": None})
+        source.model_copy(
+            update={"train": str(folder / f"source-{index}"), "validation": None, "select": None}
+        )
         for index, source in enumerate(config.data.sources)
     ]
     tree = config.model_dump(mode="json")

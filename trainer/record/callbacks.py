@@ -131,7 +131,7 @@ _SAID = {
     "overfits": "step {step} | WARNING: source {source} is learnt by heart: {epochs:.1f} epochs of "
     "it are read, its training loss falls ({training:.4f}) and its held-out loss rose in three "
     "evaluations in a row, from {held_out_before:.4f} at step {best_step} to {held_out:.4f}; the "
-    "last checkpoint before that is {checkpoint}",
+    "last checkpoint kept from before is {checkpoint}",
     "layout_chosen": "parallel: auto chose hdp={hdp} tp={chosen[tp]} pp={chosen[pp]} "
     "ep={chosen[ep]} zero.stage={chosen[zero]}, micro-batches of {chosen[micro_batch]} and "
     "checkpointing {chosen[checkpointing]}: {reason}",

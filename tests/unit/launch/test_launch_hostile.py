@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from allometry.configs.errors import UserError
@@ -14,8 +15,11 @@ from allometry.configs.loader import load
 from allometry.configs.machine import load_hardware
 from allometry.configs.tree import load_tree
 from allometry.data.manifest import read_manifest
+from allometry.data.select.scores import read_scores as read_document_scores
+from allometry.data.select.scores import write_scores
 from allometry.data.special_tokens import load_tokenizer
 from allometry.data.store import HEADER, MAGIC, TokenStore
+from allometry.data.synthetic import write_store
 from allometry.data.tokenizer import read_tokenizer_json
 from allometry.laws.fit.store import load_fit
 from allometry.laws.ladder import load_prediction
@@ -77,6 +81,16 @@ def config_beside(folder: Path) -> Path:
     return folder
 
 
+def scores_beside(path: Path) -> None:
+    """A damaged record of scores, or damaged scores beside a record, of a store that is whole."""
+    write_store(path.parent / "x", [[1, 2], [3]])
+    store, text = TokenStore(path.parent / "x"), path.read_bytes()
+    numbers = path.with_suffix(".npy")
+    write_scores(store, "a", np.zeros(2), {}, out=numbers)
+    (numbers if path.suffix == ".npy" else path).write_bytes(text)
+    read_document_scores(numbers, store)
+
+
 READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "scores": ("scores.jsonl", lambda path: read_scores(path.parent)),
     "trials": ("trials.jsonl", read_trials),
@@ -100,6 +114,8 @@ READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "rows of a status": ("metrics.jsonl", lambda path: status_of(config_beside(path.parent))),
     "events of a status": ("events.jsonl", lambda path: status_of(config_beside(path.parent))),
     "config of a status": ("config.yaml", lambda path: status_of(path.parent)),
+    "record of document scores": ("x.a.scores.json", scores_beside),
+    "document scores": ("x.a.scores.npy", scores_beside),
     "pin": ("pins/step-4.abc.json", lambda path: pins(path.parent.parent)),
 }
 

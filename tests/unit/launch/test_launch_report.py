@@ -155,7 +155,7 @@ def test_only_a_fit(tmp_path: Path) -> None:
     write_fit(tmp_path / "fit.json", small_fit(), samples=0)
     page = made(tmp_path, fits=(tmp_path / "fit.json",))
     text = Elements(page).text
-    assert text.count("Not shown: no run folder was given") == 10
+    assert text.count("Not shown: no run folder was given") == 11
     assert "no bands" in text
     assert "runs" not in Elements(page).named("ul")
 

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from allometry.configs.data import Select
 from allometry.configs.run import RunConfig
+from allometry.data.select.kept import select_documents
 from allometry.data.select.scores import read_scores
 from allometry.data.store import TokenStore
 from allometry.data.synthetic import write_store
@@ -72,13 +74,14 @@ def command(run: Path, tiny_store: Path, tmp_path: Path, shell: Shell) -> None:
     assert np.median(values[0::2]) < np.median(values[1::2]) - 0.5
     kept = facts["select"]["samples"]["kept"]
     assert sum(one["document"] % 2 == 0 for one in kept) >= 3
-    assert (facts["settings"]["step"], facts["settings"]["trained_on_it"]) == (30, False)
+    assert facts["settings"]["runs"][0]["step"] == 30
+    assert facts["settings"]["scored_by_their_own_run"] == 0
     record = json.loads((tmp_path / "both.perplexity.scores.json").read_text())
     assert record["seconds"] > 0
     assert "torch" in record["versions"]
     again = shell.json("select", "perplexity", tiny_store / "up.train", "--model", run)
-    assert again["settings"]["trained_on_it"]
-    assert "score each half of the documents with a run on the other" in again["warnings"][0]
+    assert again["settings"]["scored_by_their_own_run"] == up.num_documents
+    assert "give two runs, each trained on another half" in again["warnings"][0]
     write_store(tmp_path / "wide", [[1, 2, 200]])
     for arguments, words in (
         ((tmp_path / "wide", "--model", run), "model.vocab_size=64 is too small"),
@@ -88,3 +91,44 @@ def command(run: Path, tiny_store: Path, tmp_path: Path, shell: Shell) -> None:
         ((tmp_path / "both", "--model", run, "--keep", 0.5), "--keep and --side belong together"),
     ):
         assert words in shell.refusal("select", "perplexity", *arguments)
+
+
+def test_two_runs_score_what_the_other_has_read(
+    tiny: Make, tiny_store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shell = Shell(capsys)
+    prefix = tiny_store / "down.train"
+    halves = shell.json("select", "random", prefix, "--seed", 4, "--name", "halves")["scores"]
+    runs, kept = [], []
+    store = TokenStore(prefix)
+    for side in ("top", "bottom"):
+        select = {"scores": halves, "keep": 0.5, "side": side}
+        config = tiny(
+            "training.total_steps=4",
+            f"data.sources.1.select={json.dumps(select)}",
+            folder=tmp_path / side,
+        )
+        train(config, device=torch.device("cpu"), callbacks=[])
+        runs.append(tmp_path / side)
+        chosen = np.zeros(store.num_documents, np.bool_)
+        chosen[select_documents(store, Select(**select), "down").documents] = True
+        kept.append(chosen)
+    values, counts = shell_scores(shell, prefix, runs), kept[0].astype(int) + kept[1]
+    assert set(counts) <= {1, 2}
+    assert (counts == 2).sum() <= 1  # the one on the line between the halves
+    scorers = [open_scorer(run, None, torch.device("cpu")) for run in runs]
+    whole = [document_losses(scorer, store)[0] for scorer in scorers]
+    np.testing.assert_allclose(values[~kept[0]], whole[0][~kept[0]], rtol=1e-5)
+    np.testing.assert_allclose(values[~kept[1]], whole[1][~kept[1]], rtol=1e-5)
+    assert np.isnan(values[counts == 2]).all()
+    shell("select", "random", prefix, "--seed", 5, "--name", "halves")
+    said = shell.refusal("select", "perplexity", prefix, "--model", runs[0], "--model", runs[1])
+    assert "was trained on documents chosen by other scores" in said
+
+
+def shell_scores(shell: Shell, prefix: Path, runs: list[Path]) -> np.ndarray:
+    asked = ("--model", runs[0], "--model", runs[1], "--name", "strangers")
+    facts = shell.json("select", "perplexity", prefix, *asked)
+    assert [one["step"] for one in facts["settings"]["runs"]] == [4, 4]
+    assert not facts["warnings"]
+    return read_scores(facts["scores"], TokenStore(prefix)).values

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -120,7 +121,7 @@ def test_a_launch_says_what_it_repeats(tiny: Make, tmp_path: Path) -> None:
     assert repeats["sources"]["up"]["epochs"] == pytest.approx(5, rel=0.02)
     rules = [one["rule"] for one in said if one["event"] == "advice"]
     assert rules == ["source_is_repeated", "repeats_without_dropout"]
-    fresh = tiny("training.total_steps=2", folder=tmp_path / "fresh")
+    fresh = tiny("training.total_steps=4", folder=tmp_path / "fresh")
     train(fresh, device=torch.device("cpu"), callbacks=[])
     assert not {"repetition", "advice"} & {one["event"] for one in events(tmp_path / "fresh")}
 
@@ -150,34 +151,48 @@ def test_the_alarm_names_the_checkpoint_before(tmp_path: Path) -> None:
     assert not watched(tmp_path, [*course[:5], (2.0, 2.5, 2.7), *course[5:]])
 
 
-def description(config: RunConfig, folder: Path, store: Path) -> RunConfig:
-    plain = json.loads(config.model_dump_json())
-    source = {"name": "few", "train": str(store), "validation": str(store) + "-held"}
-    plain["data"]["sources"] = [source]
-    plain["run"]["folder"] = str(folder)
-    return RunConfig.model_validate(plain)
-
-
-def test_sixty_four_kib_read_fifty_times_are_learnt_by_heart(tiny: Make, tmp_path: Path) -> None:
-    """Random text of 64 KiB (a token a byte would be 65536; here of 16 bits): nothing to learn."""
+def learnt(
+    tiny: Make, folder: Path, documents: int, steps: int, sequences: int
+) -> list[dict[str, Any]]:
+    """What a run of random text says of it: nothing is there to learn but by heart."""
     rng = np.random.default_rng(0)
-    for name, documents in (("few", 128), ("few-held", 32), ("many", 6400), ("many-held", 32)):
-        write_store(tmp_path / name, [rng.integers(1, 64, 32) for _ in range(documents)])
-    few, batch = 128 * 32, 8 * 32
-    length = 50 * few // batch
-    config = tiny(
-        f"training.total_steps={length}",
+    write_store(folder / "text", [rng.integers(1, 64, 32) for _ in range(documents)])
+    write_store(folder / "held", [rng.integers(1, 64, 32) for _ in range(32)])
+    every = steps // 20
+    made = tiny(
+        f"training.total_steps={steps}",
+        f"batch.sequences={sequences}",
+        f"batch.micro_batch_sequences={sequences}",
         "data.allow_epochs=60",
-        f"evaluation.every_steps={length // 20}",
-        f"checkpoint.every_steps={length // 20}",
-        "optimizer.lr=0.01",
+        f"evaluation.every_steps={every}",
+        "evaluation.sequences_per_source=32",
+        f"checkpoint={{every_steps: {every}, keep_last: 20}}",
+        "schedule={kind: constant, warmup_steps: 3}",
     )
-    for name, fires in (("few", True), ("many", False)):
-        run = description(config, tmp_path / f"run-{name}", tmp_path / name)
-        train(run, device=torch.device("cpu"), callbacks=[])
-        said = [one for one in events(tmp_path / f"run-{name}") if one["event"] == "overfits"]
-        assert bool(said) == fires
-        if fires:
-            best = said[0]["best_step"]
-            assert said[0]["checkpoint"] == f"step-{best // (length // 20) * (length // 20)}"
-            assert rows(tmp_path / "run-few")[-1]["epochs/few"] == pytest.approx(50, abs=0.1)
+    plain = json.loads(made.model_dump_json())
+    source = {"name": "text", "train": str(folder / "text"), "validation": str(folder / "held")}
+    plain["data"]["sources"] = [source]
+    plain["run"]["folder"] = str(folder / "run")
+    train(RunConfig.model_validate(plain), device=torch.device("cpu"), callbacks=[])
+    return [one for one in events(folder / "run") if one["event"] == "overfits"]
+
+
+def test_what_is_read_fifty_times_is_learnt_by_heart(tiny: Make, tmp_path: Path) -> None:
+    """1024 tokens; as many steps of fresh text say nothing."""
+    for name in ("few", "many"):
+        (tmp_path / name).mkdir()
+    said = learnt(tiny, tmp_path / "few", documents=32, steps=200, sequences=8)
+    assert rows(tmp_path / "few" / "run")[-1]["epochs/text"] == 50
+    assert said[0]["best_step"] < said[0]["step"] <= 100
+    assert said[0]["checkpoint"] == f"step-{said[0]['best_step']}"
+    assert not learnt(tiny, tmp_path / "many", documents=1600, steps=200, sequences=8)
+
+
+@pytest.mark.slow
+def test_sixty_four_kib_read_fifty_times_are_learnt_by_heart(tiny: Make, tmp_path: Path) -> None:
+    """32768 tokens of two bytes."""
+    said = learnt(tiny, tmp_path, documents=1024, steps=800, sequences=64)
+    assert (tmp_path / "text.bin").stat().st_size == 64 * 1024
+    assert rows(tmp_path / "run")[-1]["epochs/text"] == 50
+    assert said
+    assert said[0]["checkpoint"] == f"step-{said[0]['best_step']}"
