@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from allometry.scaling.count import count_parameters, flops_per_token
-from allometry.scaling.shapes import resize
+from allometry.scaling.shapes import at_width, resize
 from allometry.studies.sweeps.probe import Probe
 from allometry.studies.sweeps.transfer import RunShape, TransferSweep
 from contenders.families import optimizer
@@ -94,9 +94,10 @@ def jobs(rows: Sequence[Entry], known: Path) -> list[Job]:
 
 def _key(entry: Entry, size: int) -> str:
     """A shape's name: what decides how long a step takes."""
-    model = resize(entry.model, entry.axis, size).model_dump_json()
+    model = resize(entry.model, entry.axis, size)
+    model = at_width(model, model.width)  # which writes out the width of heads
     run = shape(entry, size)
-    text = f"{model} {entry.kind} {run.sequences} {entry.cut.length}"
+    text = f"{model.model_dump_json()} {entry.kind} {run.sequences} {entry.cut.length}"
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -162,7 +163,7 @@ def lines(kept: Sequence[Job], left_out: Sequence[Job], processes: int) -> list[
             f"| {hours / processes:.1f} |"
         )
     for entry, size, hours in _each(left_out):
-        said.append(f"left out: {entry} at {size}: {hours:.1f} hours a run")
+        said.append(f"left out: {entry} at {size}: {hours:.2f} hours a run")
     return said
 
 
