@@ -61,6 +61,13 @@ class Case:
         return f"{self.fault}-{self.setting}-{self.ranks}{more}-{self.number}"
 
 
+def rank_of(process: psutil.Process) -> int | None:
+    """The rank that a process is: by its name, or, while it is starting, by its environment."""
+    named = process.name().split(" ")
+    number = named[1] if named[0] == "rank" else process.environ().get("RANK")
+    return None if number is None else int(number)
+
+
 class Launch:
     """A launch in progress, seen from outside."""
 
@@ -89,9 +96,9 @@ class Launch:
         try:
             for child in psutil.Process(self.process.pid).children(recursive=True):
                 self.seen[child.pid] = child
-                rank = child.environ().get("RANK")
+                rank = rank_of(child)
                 if rank is not None and child.parent() == psutil.Process(self.process.pid):
-                    found[int(rank)] = child
+                    found[rank] = child
         except psutil.Error:  # it has ended since
             pass
         return found

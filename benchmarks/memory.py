@@ -51,6 +51,8 @@ MOE: dict[str, Any] = {
 }
 SHARED = {"experts": MOE["experts"] | {"num_shared_experts": 1}}
 LATENT = {"experts": MOE["experts"] | {"kind": "latent", "latent_width": 96}}
+AFTER = {"norms": "after", "qk_norm": True, "qk_norm_over": "width", "qkv_bias": True}
+BOTH = {"norms": "both", "activation": "gelu_tanh", "qk_norm": True}
 FEW = {"data.sequence_length": 64, "batch.micro_batch_sequences": 1, "batch.sequences": 2}
 MUONH = {"optimizer.kind": "muonh", "optimizer.weight_decay": 0.0}
 
@@ -102,6 +104,10 @@ def cases() -> list[Case]:
         add(kind, model, "selective", training__activation_checkpointing="selective")
         add(kind, model | {"tied_embeddings": True}, "tied")
         add(kind, model | {"qk_norm": True}, "qk_norm")
+        add(kind, model | AFTER, "norms after")
+        add(kind, model | BOTH, "norms on both sides")
+        add(kind, model | AFTER, "norms after, tp2", 2, parallel__tp=2)
+        add(kind, model | {"window": {"tokens": 64, "global_every": 2}}, "windows")
         add(kind, model, "few tokens", **FEW)
         add(kind, model | {"tied_embeddings": True}, "tied, few tokens", **FEW)
         add(kind, model, "MuonH", **MUONH)

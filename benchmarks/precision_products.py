@@ -146,7 +146,7 @@ def kept_units(kind: str, recipe: Recipe) -> float:
         return tensor
 
     geometry = made._geometry(torch.zeros(B, L, dtype=torch.int64), None)
-    owned |= {t.untyped_storage().data_ptr() for t in (geometry.cos_BL1h, geometry.sin_BL1h)}
+    owned |= {t.untyped_storage().data_ptr() for t in geometry.turn}
     x = torch.randn(B, L, width).bfloat16().requires_grad_()
     with cast_once(made, torch.bfloat16):
         owned |= {

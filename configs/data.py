@@ -9,6 +9,20 @@ from pydantic import Field, model_validator
 from allometry.configs.base import Count, PathText, Section, kind_unless_said
 
 
+class Select(Section):
+    """Which training documents of a source are read, by the scores of a scorer."""
+
+    scores: PathText = Field(
+        min_length=1, description="path of the scores of its documents (.scores.npy)"
+    )
+    keep: float = Field(
+        gt=0.0, le=1.0, description="share of the tokens that is kept, whole documents by score"
+    )
+    side: Literal["top", "middle", "bottom"] = Field(
+        description="which scores are kept: the highest, those between, the lowest"
+    )
+
+
 class Source(Section):
     """One corpus: token files in Megatron's .bin/.idx format, named without the ending."""
 
@@ -30,6 +44,9 @@ class Source(Section):
         gt=0.0,
         description="how often the source may be read; a run whose plan reads it more often is "
         "refused; null: any number",
+    )
+    select: Select | None = Field(
+        None, description="which training documents are read; null: all. Held-out ones stay"
     )
 
 
@@ -80,6 +97,12 @@ class _TokenData(Section):
     )
     sources: tuple[Source, ...] = Field(min_length=1, description="the corpora to mix")
     replay: Replay | None = Field(None, description="old data among the new; null: none")
+    allow_epochs: float | None = Field(
+        None,
+        gt=0.0,
+        description="how often any source may be read; a run whose plan reads one more often is "
+        "refused; null: 40 times",
+    )
     continue_sources: bool = Field(
         False,
         description="go on in each source after what the runs that the weights come from have "

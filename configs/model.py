@@ -7,53 +7,14 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from allometry.configs.base import Count, Section
-
-
-class Decoder(Section):
-    """What all decoder-only transformers share: RMSNorm, RoPE, grouped-query attention."""
-
-    vocab_size: Count = Field(gt=0, description="rows of the embedding; at least the tokenizer's")
-    width: Count = Field(gt=0, description="width of the residual stream")
-    num_layers: Count = Field(gt=0, le=65_536, description="transformer blocks")
-    num_heads: Count = Field(gt=0, description="query heads")
-    num_kv_heads: Count | None = Field(None, gt=0, description="key/value heads; null: num_heads")
-    head_dim: Count | None = Field(None, gt=0, description="width of a head; null: width/num_heads")
-    qk_norm: bool = Field(False, description="RMSNorm on each head's queries and keys")
-    tied_embeddings: bool = Field(False, description="share the embedding with the output head")
-    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="dropout on each branch's output")
-    norm_eps: float = Field(1e-5, gt=0.0, description="epsilon inside RMSNorm")
-    rope_theta: float = Field(10_000.0, gt=0.0, description="base of the rotary frequencies")
-    z_loss: float = Field(0.0, ge=0.0, description="coefficient of the squared log partition")
-
-    @property
-    def kv_heads(self) -> int:
-        """Key/value heads, with the default filled in."""
-        return self.num_kv_heads or self.num_heads
-
-    @property
-    def head_width(self) -> int:
-        """Width of one head, with the default filled in."""
-        return self.head_dim or self.width // self.num_heads
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.head_dim is None and self.width % self.num_heads:
-            raise ValueError(
-                f"num_heads={self.num_heads} must divide width={self.width}; "
-                "change one of them or set head_dim"
-            )
-        if self.num_heads % self.kv_heads:
-            raise ValueError(f"num_kv_heads={self.kv_heads} must divide num_heads={self.num_heads}")
-        if self.head_width % 2:
-            raise ValueError(f"head_dim={self.head_width} must be even, as RoPE turns pairs")
-        return self
+from allometry.configs.decoder import Decoder
 
 
 class DenseModel(Decoder):
-    """A dense transformer: a SwiGLU feed-forward in every block."""
+    """A dense transformer: a gated feed-forward in every block."""
 
     kind: Literal["dense"] = Field("dense", description="architecture family")
-    ffn_width: Count = Field(gt=0, description="hidden width of the SwiGLU feed-forward")
+    ffn_width: Count = Field(gt=0, description="hidden width of the gated feed-forward")
 
 
 class _Experts(Section):

@@ -14,7 +14,7 @@ from allometry.configs.source import KeyPath, Tree
 MAY_CHANGE: Mapping[str, tuple[str, ...]] = {
     "data": ("sequence_length", "packing", "max_document_tokens", "replay"),
     "batch": ("sequences", "micro_batch_sequences", "ramp"),
-    "model": ("rope_theta", "dropout", "z_loss"),
+    "model": ("rope_theta", "rope_scaling", "dropout", "z_loss"),
     "optimizer": (
         *("lr", "adamw_lr", "beta1", "beta2", "eps", "weight_decay", "momentum", "nesterov"),
         *("adjust", "scale", "refresh_steps", "norm_growth", "states", "overrides"),
@@ -82,7 +82,7 @@ class Stage(Section):
     )
     data: Changes = Field({}, description="changes of data: sequence_length, replay, ...")
     batch: Changes = Field({}, description="changes of batch")
-    model: Changes = Field({}, description="changes of model: rope_theta, dropout, z_loss")
+    model: Changes = Field({}, description="changes of model: rope_theta, rope_scaling, ...")
     optimizer: Changes = Field({}, description="changes of optimizer: lr, overrides, ...")
     training: Changes = Field({}, description="changes of training, but for its length")
     precision: Changes = Field({}, description="changes of precision")

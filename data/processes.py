@@ -12,6 +12,7 @@ import threading
 LAUNCHER = "ALLOMETRY_LAUNCHER"
 """Environment variable in which a launcher tells processes that are to end with it its own id."""
 _PR_SET_PDEATHSIG = 1
+_PR_SET_NAME = 15
 
 
 def ended_with_this() -> dict[str, str]:
@@ -40,6 +41,12 @@ def _namespace() -> str:
         return os.readlink("/proc/self/ns/pid")
     except OSError:
         return ""
+
+
+def name_rank(rank: str) -> None:
+    """Name this process ``rank N`` for ps, top and debuggers (Linux), forked as it may be."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_NAME, f"rank {rank}".encode())
 
 
 def end_with_parent() -> None:

@@ -114,7 +114,7 @@ class Reading(ABC):
 
     @abstractmethod
     def fingerprints(self) -> dict[str, str]:
-        """A name for the contents of each source's training files."""
+        """A name for the contents of each source's training files, and of what is kept of them."""
 
     def samples(self, position: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Source of each of ``count`` samples from ``position`` on and its number in the source.
@@ -175,6 +175,10 @@ class Reading(ABC):
         """How often each source has been read after the first ``position`` samples."""
         read = self._read(position, unique=False)
         return {name: account.epochs for name, account in read.items()}
+
+    def unique_tokens(self) -> dict[str, int]:
+        """Tokens in an epoch of each source."""
+        return {name: self._epoch_tokens(source) for source, name in enumerate(self.sources)}
 
     def state(self, position: int) -> dict[str, Any]:
         """What a checkpoint says of the data read in the first ``position`` samples (JSON)."""
@@ -240,7 +244,7 @@ class Reading(ABC):
         fingerprints = self.fingerprints()
         for run in ancestors:
             for name, fingerprint in run.get("data", {}).items():
-                here = [n for n, known in fingerprints.items() if known == fingerprint]
+                here = [n for n, known in fingerprints.items() if same_files(known, fingerprint)]
                 if here and samples_read(run, name) != 0:
                     read = self._read_of(run, name, here)
                     if read > starts[name]:
@@ -261,6 +265,8 @@ class Reading(ABC):
             )
         elif order.keys() != now.keys():
             problem = "as another data.kind; set it as it was there"
+        elif run["data"][name] not in map(self.fingerprints().get, here):
+            problem = "by another select (scores, keep or side); set it as it was there"
         elif name not in here:
             problem = f"under the name {name!r}, which their order depends on; name the source so"
         if problem is not None:
@@ -321,6 +327,11 @@ class Reading(ABC):
             + "; lower its weight (or data.replay.ratio), shorten the run, add data or raise "
             "max_epochs"
         )
+
+
+def same_files(one: str, other: str) -> bool:
+    """Whether two of ``fingerprints`` are of the same files, whatever a ``select`` keeps."""
+    return one.partition(":")[0] == other.partition(":")[0]
 
 
 def _parts_of(state: Mapping[str, Any], name: str, samples: int) -> list[Part]:

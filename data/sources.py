@@ -4,20 +4,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
-from allometry.configs.data import DocumentData, SequenceData
+from allometry.configs.data import DocumentData, SequenceData, Source
 from allometry.configs.errors import UserError
 from allometry.data.changes import DataStage
 from allometry.data.manifest import manifest_of
 from allometry.data.order import DocumentOrder
 from allometry.data.reading import Reading
+from allometry.data.select.kept import Selection, select_documents
 from allometry.data.store import TokenStore
 from allometry.data.tokenizer import check_tokenizer
 
@@ -45,17 +43,30 @@ class Sources(Reading):
     ) -> None:
         """``whole``: only documents of two tokens or more hold something to predict."""
         super().__init__(data, seed, stages)
+        self.selections: dict[str, Selection] = {}
+        """What is kept of the training documents of sources that have a ``select``."""
         self._train = [
-            DocumentOrder(_open(source.train, whole=whole), source.name, seed)
+            DocumentOrder(_checked(self._documents(source), whole=whole), source.name, seed)
             for source in data.sources
         ]
         self._validation = {
-            source.name: DocumentOrder(_open(source.validation, whole=whole), source.name, None)
+            source.name: DocumentOrder(
+                _checked(TokenStore(source.validation), whole=whole), source.name, None
+            )
             for source in data.sources
             if source.validation is not None
         }
         check_tokenizer(data.tokenizer, [store.prefix for store in self.stores])
         self._settle()
+
+    def _documents(self, source: Source) -> TokenStore:
+        """The training documents of a source: all of its store, or what its ``select`` keeps."""
+        store = TokenStore(source.train)
+        if source.select is None:
+            return store
+        kept = select_documents(store, source.select, source.name)
+        self.selections[source.name] = kept
+        return store.only(kept.documents)
 
     @abstractmethod
     def _settings(self) -> dict[str, Any]:
@@ -93,11 +104,13 @@ class Sources(Reading):
     def fingerprints(self) -> dict[str, str]:
         """A name for the contents of each source's training files, wherever they are.
 
-        It covers the whole index (every document's length), the number of tokens, and the first
-        and last tokens: enough to notice another preparation, cheap enough for terabytes.
+        ``TokenStore.fingerprint`` and, of a source that has a ``select``, that of what it keeps.
         """
-        orders = zip(self.sources, self._train, strict=True)
-        return {name: fingerprint_of(order.store) for name, order in orders}
+        found = {}
+        for name, order in zip(self.sources, self._train, strict=True):
+            kept = self.selections.get(name)
+            found[name] = order.store.fingerprint + (f":{kept.fingerprint}" if kept else "")
+        return found
 
     def describe(self) -> dict[str, Any]:
         """What the data are, for a run's record: sizes, shares and fingerprints (JSON)."""
@@ -109,6 +122,8 @@ class Sources(Reading):
                 "train": _describe(order.store),
                 "validation": None if held_out is None else _describe(held_out.store),
             }
+            if name in self.selections:
+                sources[name]["select"] = self.selections[name].describe()
         settings = {"seed": self.seed, "sequence_length": self.sequence_length, **self._settings()}
         mixture = [change.describe() for change in self.mixture.changes]
         return {**settings, "sources": sources, "mixture": mixture}
@@ -134,26 +149,14 @@ def evenly(available: int, count: int) -> list[int]:
     return [(2 * k + 1) * available // (2 * count) for k in range(count)]
 
 
-def _open(prefix: str, *, whole: bool) -> TokenStore:
-    store = TokenStore(prefix)
+def _checked(store: TokenStore, *, whole: bool) -> TokenStore:
     longest = int(store.lengths.max()) if whole else store.num_tokens
     if longest < 2:
         raise UserError(
-            f"token files {prefix} have no document of two tokens, so there is nothing to "
+            f"token files {store.prefix} have no document of two tokens, so there is nothing to "
             "predict; prepare them from longer documents"
         )
     return store
-
-
-def fingerprint_of(store: TokenStore) -> str:
-    """SHA-256 (16 digits) of a store's document lengths, first and last tokens."""
-    digest = hashlib.sha256(np.ascontiguousarray(store.lengths).tobytes())
-    for document in (0, store.num_documents - 1):
-        length = int(store.lengths[document])
-        for start in (0, max(0, length - 4096)):
-            tokens = store.read(document, start, min(length, start + 4096))
-            digest.update(np.asarray(tokens, np.int64).tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _describe(store: TokenStore) -> dict[str, Any]:
@@ -164,7 +167,7 @@ def _describe(store: TokenStore) -> dict[str, Any]:
         "tokens": store.num_tokens,
         "dtype": store.dtype.name,
         "tokenizer_sha256": recorded[0].tokenizer.sha256 if recorded else None,
-        "fingerprint": fingerprint_of(store),
+        "fingerprint": store.fingerprint,
         "files_sha256": (
             {name: file.sha256 for name, file in recorded[1].files.items()} if recorded else None
         ),

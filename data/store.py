@@ -6,6 +6,8 @@ seconds to import and is not on every machine that trains.
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import struct
 from functools import cached_property
 from pathlib import Path
@@ -60,7 +62,9 @@ class TokenStore:
                 )
         self.dtype, starts = self._read_index()
         self.starts: NDArray[np.int64] = starts
-        """Offset of each document in the .bin file, in tokens, and the end (documents + 1)."""
+        """Where each document begins when they stand end to end, and the end (documents + 1)."""
+        self._offsets: NDArray[np.int64] = starts[:-1]
+        """Where each begins in the .bin file, in tokens."""
         # A plain array: np.memmap's own slicing costs more than the copy of a short document.
         self._tokens: NDArray[Any] = np.memmap(self._bin, self.dtype, mode="r").view(np.ndarray)
 
@@ -132,14 +136,39 @@ class TokenStore:
         """Tokens in each document (int64, num_documents)."""
         return np.diff(self.starts)
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 (16 digits) of the files' document lengths, first and last tokens.
+
+        Enough to notice another preparation, cheap enough for terabytes; whatever documents of the
+        files this is ``only``.
+        """
+        digest = hashlib.sha256(np.ascontiguousarray(self.lengths).tobytes())
+        for document in (0, self.num_documents - 1):
+            length = int(self.lengths[document])
+            for start in (0, max(0, length - 4096)):
+                tokens = self.read(document, start, min(length, start + 4096))
+                digest.update(np.asarray(tokens, np.int64).tobytes())
+        return digest.hexdigest()[:16]
+
+    def only(self, documents: NDArray[np.int64]) -> TokenStore:
+        """The same files with these documents alone, numbered anew in this order; no copy."""
+        assert self.fingerprint  # known before, so that it stays the files' own
+        made = copy.copy(self)
+        made.__dict__.pop("lengths")
+        made.starts = np.concatenate(([0], np.cumsum(self.lengths[documents])))
+        made._offsets = self._offsets[documents]
+        return made
+
     def read(self, document: int, start: int = 0, stop: int | None = None) -> NDArray[Any]:
         """Tokens ``start`` to ``stop`` (exclusive) of a document: a view of the file, no copy.
 
         Raises RankError for an id that is not below ``vocab_size``.
         """
-        begin, end = int(self.starts[document]), int(self.starts[document + 1])
-        stop = end - begin if stop is None else stop
-        assert 0 <= start <= stop <= end - begin
+        begin = int(self._offsets[document])
+        length = int(self.starts[document + 1] - self.starts[document])
+        stop = length if stop is None else stop
+        assert 0 <= start <= stop <= length
         return self._checked(self._tokens[begin + start : begin + stop])
 
     def read_into(
@@ -153,7 +182,7 @@ class TokenStore:
 
         Raises RankError as ``read`` does.
         """
-        begins = (self.starts[documents] + offsets).tolist()
+        begins = (self._offsets[documents] + offsets).tolist()
         tokens, at = self._tokens, 0
         for begin, length in zip(begins, lengths.tolist(), strict=True):
             out[at : at + length] = tokens[begin : begin + length]

@@ -14,13 +14,16 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from subprocess import Popen
 from typing import Any
 
 import torch.distributed as dist
 from torch.distributed import run
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import api as multiprocessing
 from torch.distributed.elastic.multiprocessing.api import SubprocessContext
+from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 from torch.distributed.elastic.rendezvous import (
     c10d_rendezvous_backend,
     dynamic_rendezvous,
@@ -30,6 +33,7 @@ from torch.distributed.launcher import api as launcher
 from typing_extensions import override
 
 from allometry.configs.errors import HUNG
+from allometry.launch.fork_server import Forked, ForkServer
 from allometry.parallel.rendezvous import RESTART
 
 USER_ERROR = 2
@@ -37,6 +41,8 @@ USER_ERROR = 2
 CRASH_GRACE_S = 5
 """Seconds that the other ranks of a node get to end by themselves once one has crashed."""
 LOOPBACK = "127.0.0.1"
+IMPORT_AFTER_S = 30.0
+"""Seconds for which ranks have the processor before another process imports for their restarts."""
 NODES_HEARD_S = 1.1
 """Seconds after which a node certainly has seen others that wait to join."""
 
@@ -44,14 +50,17 @@ NODES_HEARD_S = 1.1
 class Agent(LocalElasticAgent):
     """The agent of a node; ``stopping`` says whether a signal has asked the ranks to stop."""
 
-    def __init__(self, stopping: Callable[[], bool], **given: Any) -> None:
+    def __init__(self, stopping: Callable[[], bool], server: ForkServer, **given: Any) -> None:
         super().__init__(**given)
         self._stopping, self._restarts = stopping, 0
+        self._server, self._import_at = server, time.monotonic() + IMPORT_AFTER_S
 
     @override
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         context = self._pcontext
         assert isinstance(context, SubprocessContext)
+        if self._remaining_restarts and time.monotonic() > self._import_at:
+            self._server.start(command_of(context))
         codes = {
             worker.global_rank: context.subprocess_handlers[worker.local_rank].proc.poll()
             for worker in worker_group.workers
@@ -74,6 +83,8 @@ class Agent(LocalElasticAgent):
     def _restart_workers(self, worker_group: WorkerGroup) -> None:
         if worker_group.state == WorkerState.HEALTHY:
             self._tell("another node came, or ranks of another node ended")
+        assert isinstance(self._pcontext, SubprocessContext)
+        self._server.start(command_of(self._pcontext))
         super()._restart_workers(worker_group)
 
     def _tell(self, reason: str) -> None:
@@ -88,6 +99,11 @@ class Agent(LocalElasticAgent):
             return False
         time.sleep(NODES_HEARD_S)
         return bool(handler.num_nodes_waiting())
+
+
+def command_of(context: SubprocessContext) -> list[str]:
+    """Return the command line of the first rank of a node."""
+    return [str(context.entrypoint), *map(str, context.args[0])]
 
 
 def how_ended(codes: dict[int, int]) -> str:
@@ -128,11 +144,28 @@ class LoopbackStore(dist.TCPStore):
         super().__init__(host_name, port, world_size, is_master, *more, **named)
 
 
-def launch(arguments: list[str], stopping: Callable[[], bool]) -> None:
+class Rank(SubprocessHandler):
+    """A rank that ``server`` forks, if it can, and that is started as torchrun does otherwise."""
+
+    def __init__(self, server: ForkServer, **given: Any) -> None:
+        self._server = server
+        super().__init__(**given)
+
+    @override
+    def _popen(self, args: tuple[str, ...], env: dict[str, str]) -> Popen[bytes] | Forked:
+        outputs = (
+            each.fileno() if each else standard
+            for each, standard in ((self._stdout, 1), (self._stderr, 2))
+        )
+        return self._server.fork(args, env, tuple(outputs)) or super()._popen(args, env)
+
+
+def launch(arguments: list[str], stopping: Callable[[], bool], server: ForkServer) -> None:
     """Do what torchrun does with these arguments; raises ChildFailedError, as it does."""
     asked = run.parse_args(arguments)
     ours: list[tuple[Any, str, Any]] = [
-        (launcher, "LocalElasticAgent", functools.partial(Agent, stopping))
+        (launcher, "LocalElasticAgent", functools.partial(Agent, stopping, server)),
+        (multiprocessing, "get_subprocess_handler", functools.partial(Rank, server)),
     ]
     if run.parse_min_max_nnodes(asked.nnodes)[1] == 1:
         asked.local_addr = asked.master_addr = LOOPBACK  # where ranks are told to meet

@@ -17,6 +17,7 @@ from allometry.launch.command import Command, register
 from allometry.launch.laws import commands as laws
 from allometry.launch.report import commands as report
 from allometry.launch.runs import commands as runs
+from allometry.launch.select import commands as select
 from allometry.launch.studies import commands as studies
 from allometry.launch.studies.ladder import commands as ladder
 
@@ -56,6 +57,13 @@ MIX: Commands = {
     "best": (laws.MixBest, "laws.mix:best"),
     "ratio": (laws.MixRatio, "laws.continual:ratio"),
     "critical": (laws.MixCritical, "laws.continual:critical"),
+    "pools": (laws.MixPools, "laws.pools:pools"),
+    "filter-rate": (laws.MixFilterRate, "laws.filter_rate:filter_rate"),
+}
+SELECT: Commands = {
+    "show": (select.Show, "select.show:shown"),
+    "import": (select.Import, "select.show:imported"),
+    "perplexity": (select.Perplexity, "select.perplexity:scored"),
 }
 LADDER: Commands = {
     "run": (ladder.Run, "studies.ladder.work:run"),
@@ -85,11 +93,16 @@ app = typer.Typer(
 )
 _ladder = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 _mix = typer.Typer(cls=Mix, no_args_is_help=True, rich_markup_mode=None)
-for _app, _commands in ((app, COMMANDS), (_ladder, LADDER), (_mix, MIX)):
+_select = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+_groups = ((app, COMMANDS), (_ladder, LADDER), (_mix, MIX), (_select, SELECT))
+for _app, _commands in _groups:
     for _name, (_command, _work) in _commands.items():
         register(_app, _name, _command, f"allometry.launch.{_work}")
 app.add_typer(
     _ladder, name="ladder", help="Train small runs, fit a law to them, predict a larger run."
+)
+app.add_typer(
+    _select, name="select", help="Score documents, and look at what a share by scores keeps."
 )
 app.add_typer(_mix, name="mix", help="Choose the shares of data by laws of small runs.")
 

@@ -21,6 +21,7 @@ from contextlib import suppress
 import psutil
 
 from allometry.data.processes import end_with_launcher, ended_with_this
+from allometry.launch.fork_server import ForkServer
 from allometry.trainer.stop import STOP_SIGNALS
 
 
@@ -32,24 +33,24 @@ def main(arguments: list[str]) -> None:
     end_with_launcher()
     os.environ.update(ended_with_this())
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    passed_on = threading.Event()
-    threading.Thread(target=_pass_on, args=[passed_on], name="signals", daemon=True).start()
+    passed_on, server = threading.Event(), ForkServer()
+    threading.Thread(target=_pass_on, args=[passed_on, server], name="signals", daemon=True).start()
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     from allometry.launch.agent import USER_ERROR, launch
 
     try:
-        launch(arguments, passed_on.is_set)
+        launch(arguments, passed_on.is_set, server)
     except ChildFailedError as error:
         if all(failure.exitcode != USER_ERROR for failure in error.failures.values()):
             raise
         sys.exit(USER_ERROR)
 
 
-def _pass_on(passed_on: threading.Event) -> None:
+def _pass_on(passed_on: threading.Event, server: ForkServer) -> None:
     while True:
         number = signal.sigwait(STOP_SIGNALS)
-        ranks = psutil.Process().children()
+        ranks = [each for each in psutil.Process().children() if each.pid != server.pid]
         if not (ranks or passed_on.is_set()):  # not started yet
             os._exit(128 + number)
         for rank in ranks:

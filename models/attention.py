@@ -4,8 +4,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +15,26 @@ from torch import Tensor
 from allometry.models import attention_cuda
 from allometry.models.attention_blocked import blocked_attention
 from allometry.models.attention_packed import packed_attention
-from allometry.models.documents import Documents
+from allometry.models.documents import Documents, causal_mask
 from allometry.scaling.attention import AttentionBackend, AttentionCall, choose_backend, installed
 
-Attend = Callable[[Tensor, Tensor, Tensor, Documents | None, float], Tensor]
-"""(q_BLNH, k_BLKH, v_BLKH, documents, scale) -> [B, L, N, H]: causal, within each document."""
+
+class Attend(Protocol):
+    """Causal attention within each document, [B, L, N, H], of a query's last ``window`` keys."""
+
+    def __call__(
+        self,
+        q_BLNH: Tensor,
+        k_BLKH: Tensor,
+        v_BLKH: Tensor,
+        documents: Documents | None,
+        scale: float,
+        /,
+        *,
+        window: int | None = None,
+    ) -> Tensor:
+        """``scale`` multiplies q k^T; ``window`` None: all keys up to a query's own."""
+
 
 _DTYPES = {
     torch.bfloat16: "bf16",
@@ -35,17 +51,25 @@ def attend(
     documents: Documents | None,
     scale: float,
     backend: str | None = None,
+    *,
+    window: int | None = None,
 ) -> Tensor:
     """Return softmax(scale * q k^T) v [B, L, N, H], causal, within each document.
 
-    Without ``documents`` each sequence is one document. Query head n uses key/value head
+    Without ``documents`` each sequence is one document. With a ``window`` query i meets keys
+    i - window + 1 to i (arXiv 2004.05150). Query head n uses key/value head
     n // (N/K) (arXiv 2305.13245). ``backend``: a name in ``scaling.attention.BACKENDS``; None: the
     first of them that suits.
     """
     assert q_BLNH.shape[2] % k_BLKH.shape[2] == 0, (q_BLNH.shape, k_BLKH.shape)
+    if window is not None and window >= q_BLNH.shape[1]:
+        window = None
     if backend is None:
-        backend = backend_of(q_BLNH, documents, compiled=torch.compiler.is_compiling()).name
-    return RUN[backend](q_BLNH, k_BLKH, v_BLKH, documents, scale)
+        compiling = torch.compiler.is_compiling()
+        backend = backend_of(q_BLNH, documents, compiled=compiling, window=window).name
+    if window is None:
+        return RUN[backend](q_BLNH, k_BLKH, v_BLKH, documents, scale)
+    return RUN[backend](q_BLNH, k_BLKH, v_BLKH, documents, scale, window=window)
 
 
 def attend_by(backend: str | None) -> Attend:
@@ -53,7 +77,9 @@ def attend_by(backend: str | None) -> Attend:
     return attend if backend is None else partial(attend, backend=backend)
 
 
-def backend_of(q_BLNH: Tensor, documents: Documents | None, *, compiled: bool) -> AttentionBackend:
+def backend_of(
+    q_BLNH: Tensor, documents: Documents | None, *, compiled: bool, window: int | None = None
+) -> AttentionBackend:
     """Return the back end that ``attend`` uses for these queries."""
     call = AttentionCall(
         q_BLNH.device.type,
@@ -63,6 +89,7 @@ def backend_of(q_BLNH: Tensor, documents: Documents | None, *, compiled: bool) -
         compiled=compiled,
         head_width=q_BLNH.shape[3],
         deterministic=torch.are_deterministic_algorithms_enabled(),
+        window=window,
     )
     return choose_backend(call, _installed)
 
@@ -73,7 +100,12 @@ def _installed(package: str | None) -> bool:
 
 
 def _reference(
-    q_BLNH: Tensor, k_BLKH: Tensor, v_BLKH: Tensor, documents: Documents | None, scale: float
+    q_BLNH: Tensor,
+    k_BLKH: Tensor,
+    v_BLKH: Tensor,
+    documents: Documents | None,
+    scale: float,
+    window: int | None = None,
 ) -> Tensor:
     dtype = q_BLNH.dtype
     wide = torch.promote_types(dtype, torch.float32)
@@ -81,13 +113,16 @@ def _reference(
     q, k, v = q_BLNH.to(wide), k_BLKH.to(wide), v_BLKH.to(wide)
     k, v = (t.repeat_interleave(groups, dim=2) for t in (k, v))
     scores_BNLL = scale * torch.einsum("blnh,bmnh->bnlm", q, k)
-    if documents is None:
-        L = q.shape[1]
-        mask = torch.ones(L, L, dtype=torch.bool, device=q.device).tril()
-    else:
-        mask = documents.mask()[:, None]
+    mask = _mask(q, documents, window)
     weights_BNLL = scores_BNLL.masked_fill(~mask, float("-inf")).softmax(dim=-1)
     return torch.einsum("bnlm,bmnh->blnh", weights_BNLL, v).to(dtype)
+
+
+def _mask(q_BLNH: Tensor, documents: Documents | None, window: int | None) -> Tensor:
+    """Return which keys each query meets, [B or 1, 1, L, L]."""
+    if documents is None:
+        return causal_mask(q_BLNH.shape[1], q_BLNH.device, window)[None, None]
+    return documents.mask(window)[:, None]
 
 
 def _flash(
@@ -113,19 +148,28 @@ def _cudnn(
 
 
 def _flex(
-    q_BLNH: Tensor, k_BLKH: Tensor, v_BLKH: Tensor, documents: Documents | None, scale: float
+    q_BLNH: Tensor,
+    k_BLKH: Tensor,
+    v_BLKH: Tensor,
+    documents: Documents | None,
+    scale: float,
+    window: int | None = None,
 ) -> Tensor:
     from allometry.models.attention_flex import flex  # torch's takes seconds to import
 
-    return flex(q_BLNH, k_BLKH, v_BLKH, documents, scale)
+    return flex(q_BLNH, k_BLKH, v_BLKH, documents, scale, window)
 
 
 def _masked(
-    q_BLNH: Tensor, k_BLKH: Tensor, v_BLKH: Tensor, documents: Documents | None, scale: float
+    q_BLNH: Tensor,
+    k_BLKH: Tensor,
+    v_BLKH: Tensor,
+    documents: Documents | None,
+    scale: float,
+    window: int | None = None,
 ) -> Tensor:
-    assert documents is not None
     q, k, v, grouped = _heads_first(q_BLNH, k_BLKH, v_BLKH)
-    mask = documents.mask()[:, None]
+    mask = _mask(q_BLNH, documents, window)
     o = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=grouped)
     return o.transpose(1, 2)
 
@@ -161,7 +205,7 @@ def _packed(
     return o_TNH.view(q_BLNH.shape)
 
 
-RUN: dict[str, Attend] = {
+RUN: Mapping[str, Callable[..., Tensor]] = {
     "blocked": blocked_attention,
     "flash": _flash,
     "flash3": attention_cuda.flash_attn_3,
@@ -173,4 +217,4 @@ RUN: dict[str, Attend] = {
     "masked": _masked,
     "reference": _reference,
 }
-"""How each of ``scaling.attention.BACKENDS`` runs."""
+"""How each of ``scaling.attention.BACKENDS`` runs; those that take windows have ``window``."""

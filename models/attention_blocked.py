@@ -20,10 +20,16 @@ BLOCK = 128
 
 
 def blocked_attention(
-    q_BLNH: Tensor, k_BLKH: Tensor, v_BLKH: Tensor, documents: Documents | None, scale: float
+    q_BLNH: Tensor,
+    k_BLKH: Tensor,
+    v_BLKH: Tensor,
+    documents: Documents | None,
+    scale: float,
+    window: int | None = None,
 ) -> Tensor:
     """Return causal attention [B, L, N, H], within each document if ``documents`` are given.
 
+    With a ``window`` a block's products begin at the first key that one of its queries meets.
     Scores and softmax are fp32 (fp64 for fp64), as a product in bf16 would round them; weights
     are rounded to the type of ``v``, as in the flash kernel.
     """
@@ -35,15 +41,19 @@ def blocked_attention(
     wide = torch.promote_types(q_XLH.dtype, torch.float32)
     q_XLH, k_XHL = q_XLH.to(wide), k_XLH.to(wide).transpose(1, 2)
     place_L = torch.arange(L, device=q_XLH.device)
-    mask_BLL = None if documents is None else documents.mask()
+    mask_BLL = None if documents is None else documents.mask(window)
     blocks = []
     for start in range(0, L, BLOCK):
         stop = min(start + BLOCK, L)
-        scores_XbL = scale * torch.bmm(q_XLH[:, start:stop], k_XHL[:, :, :stop])
+        first = 0 if window is None else max(0, start - window + 1)
+        scores_XbL = scale * torch.bmm(q_XLH[:, start:stop], k_XHL[:, :, first:stop])
         if mask_BLL is None:
-            seen = place_L[start:stop, None] >= place_L[:stop]
+            distance_bL = place_L[start:stop, None] - place_L[first:stop]
+            seen = distance_bL >= 0
+            if window is not None:
+                seen = seen & (distance_bL < window)
         else:
-            seen = mask_BLL[:, start:stop, :stop].repeat_interleave(N, dim=0)
+            seen = mask_BLL[:, start:stop, first:stop].repeat_interleave(N, dim=0)
         weights_XbL = torch.where(seen, scores_XbL, float("-inf")).softmax(dim=-1)
-        blocks.append(torch.bmm(weights_XbL.to(v_XLH.dtype), v_XLH[:, :stop]))
+        blocks.append(torch.bmm(weights_XbL.to(v_XLH.dtype), v_XLH[:, first:stop]))
     return torch.cat(blocks, dim=1).unflatten(0, (B, N)).transpose(1, 2)

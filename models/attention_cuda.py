@@ -16,17 +16,27 @@ from allometry.models.documents import Documents
 
 
 def flash_attn_2(
-    q_BLNH: Tensor, k_BLKH: Tensor, v_BLKH: Tensor, documents: Documents | None, scale: float
+    q_BLNH: Tensor,
+    k_BLKH: Tensor,
+    v_BLKH: Tensor,
+    documents: Documents | None,
+    scale: float,
+    window: int | None = None,
 ) -> Tensor:
     """Return causal attention within each document [B, L, N, H]: flash-attn's kernels."""
     import flash_attn
 
     functions = (flash_attn.flash_attn_func, flash_attn.flash_attn_varlen_func)
-    return _package(functions, q_BLNH, k_BLKH, v_BLKH, documents, scale)
+    return _package(functions, q_BLNH, k_BLKH, v_BLKH, documents, scale, window)
 
 
 def flash_attn_3(
-    q_BLNH: Tensor, k_BLKH: Tensor, v_BLKH: Tensor, documents: Documents | None, scale: float
+    q_BLNH: Tensor,
+    k_BLKH: Tensor,
+    v_BLKH: Tensor,
+    documents: Documents | None,
+    scale: float,
+    window: int | None = None,
 ) -> Tensor:
     """Return the same by flash-attn's kernels for Hopper (arXiv 2407.08608)."""
     import flash_attn_interface
@@ -35,7 +45,7 @@ def flash_attn_3(
         flash_attn_interface.flash_attn_func,
         flash_attn_interface.flash_attn_varlen_func,
     )
-    return _package(functions, q_BLNH, k_BLKH, v_BLKH, documents, scale)
+    return _package(functions, q_BLNH, k_BLKH, v_BLKH, documents, scale, window)
 
 
 def _package(
@@ -45,6 +55,7 @@ def _package(
     v_BLKH: Tensor,
     documents: Documents | None,
     scale: float,
+    window: int | None,
 ) -> Tensor:
     whole, varlen = functions
     # Without it the backward adds gradients of queries by atomics, in any order.
@@ -53,6 +64,8 @@ def _package(
         "causal": True,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
     }
+    if window is not None:
+        options["window_size"] = (window - 1, 0)  # keys before a query's own, and after
     if documents is None:
         o_BLNH = whole(q_BLNH, k_BLKH, v_BLKH, **options)
     else:

@@ -23,18 +23,26 @@ BLOCK = 128
 
 
 def flex(
-    q_BLNH: Tensor, k_BLKH: Tensor, v_BLKH: Tensor, documents: Documents | None, scale: float
+    q_BLNH: Tensor,
+    k_BLKH: Tensor,
+    v_BLKH: Tensor,
+    documents: Documents | None,
+    scale: float,
+    window: int | None = None,
 ) -> Tensor:
-    """Return causal attention within each document [B, L, N, H].
+    """Return causal attention within each document [B, L, N, H], of the last ``window`` keys.
 
     Outside of compiled code its kernel is compiled on CUDA; on a CPU, where torch has no backward
     for it, its own eager code computes all scores.
     """
-    assert documents is not None
     q, k, v = (x.transpose(1, 2) for x in (q_BLNH, k_BLKH, v_BLKH))
     compiled = torch.compiler.is_compiling() or q.device.type != "cuda"
     run = flex_attention if compiled else _compiled()
-    mask = document_mask(documents.positions_BL)
+    if documents is None:
+        positions_BL = torch.arange(q.shape[2], device=q.device).expand(len(q), -1)
+    else:
+        positions_BL = documents.positions_BL
+    mask = document_mask(positions_BL, window)
     grouped = q.shape[1] > k.shape[1]
     return run(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped).transpose(1, 2)
 
@@ -44,17 +52,19 @@ def _compiled() -> Callable[..., Any]:
     return torch.compile(flex_attention)
 
 
-def document_mask(positions_BL: Tensor) -> BlockMask:
+def document_mask(positions_BL: Tensor, window: int | None = None) -> BlockMask:
     """Return the causal mask within documents, from each token's place in its document.
 
-    A block of queries sees the blocks of keys from the one where the document of its first token
-    begins to its own. Those before its own in which the document of its last token has begun are
-    whole: the kernel applies no mask there.
+    A block of queries sees the blocks of keys from the one with the first key of its first token,
+    where its document begins or its window does, to its own. Those before its own that have no key
+    before the first one of its last token are whole: the kernel applies no mask there.
     """
     L = positions_BL.shape[1]
     R = -(-L // BLOCK)
     token_L = torch.arange(L, device=positions_BL.device)
     start_BL = token_L - positions_BL
+    if window is not None:
+        start_BL = torch.maximum(start_BL, token_L - window + 1)
     first_R = torch.arange(R, device=positions_BL.device) * BLOCK
     last_R = (first_R + BLOCK - 1).clamp(max=L - 1)
     block_R = torch.arange(R, device=positions_BL.device)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 
 def padded_lengths(lengths: Tensor, least: int = 32) -> Tensor:
@@ -59,7 +60,23 @@ class _Like(NamedTuple):
     own_nP: Tensor
 
 
-def _like_documents(cu_lengths: Tensor, device: torch.device, kernels: _Kernels) -> Iterator[_Like]:
+_SORTED: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""By ``cu_lengths``, which nobody writes into: what ``_like_documents`` returned, by device."""
+
+
+def _like_documents(cu_lengths: Tensor, device: torch.device, kernels: _Kernels) -> list[_Like]:
+    """Return ``_sorted_documents``, found once for all layers and passes while they are in use."""
+    by_device = _SORTED.setdefault(cu_lengths, {})
+    key = device, kernels.least, kernels.by_powers
+    if key not in by_device:
+        by_device[key] = list(_sorted_documents(cu_lengths, device, kernels))
+    found: list[_Like] = by_device[key]
+    return found
+
+
+def _sorted_documents(
+    cu_lengths: Tensor, device: torch.device, kernels: _Kernels
+) -> Iterator[_Like]:
     """Sort the documents of ``cu_lengths``, on the CPU, by padded length; nothing is waited for."""
     lengths = cu_lengths.diff().long()
     filled = lengths > 0  # the kernel divides by the length: an empty document kills the process

@@ -40,10 +40,16 @@ class Documents:
             return self.cu_lengths
         return self.cu_lengths.cpu() if self.cu_host is None else self.cu_host
 
-    def mask(self) -> Tensor:
+    def mask(self, window: int | None = None) -> Tensor:
         """Return the causal mask inside documents, bool [B, L, L]: query x key."""
         B, L = self.positions_BL.shape
         tokens = torch.arange(B * L, device=self.cu_lengths.device)
         ids_BL = torch.bucketize(tokens, self.cu_lengths, right=True).view(B, L)
         same_BLL = ids_BL[:, :, None] == ids_BL[:, None, :]
-        return same_BLL.tril()
+        return same_BLL & causal_mask(L, same_BLL.device, window)
+
+
+def causal_mask(length: int, device: torch.device, window: int | None = None) -> Tensor:
+    """Return bool [L, L], query x key: keys up to the query's own, the last ``window`` of them."""
+    seen_LL = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    return seen_LL if window is None else seen_LL.triu(1 - window)

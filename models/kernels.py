@@ -34,9 +34,10 @@ def use_kernels(
     if quantise != "triton":
         return
     for block in model.blocks.values():
-        block.attention_norm.feeds = block.attention.qkv
+        if isinstance(block.attention_norm, RMSNorm):
+            block.attention_norm.feeds = block.attention.qkv
         wide = block.ffn.shared if isinstance(block.ffn, MoEFeedForward) else block.ffn
-        if isinstance(wide, FeedForward):
+        if isinstance(wide, FeedForward) and isinstance(block.ffn_norm, RMSNorm):
             block.ffn_norm.feeds = wide.gate_up
         for module in block.modules():
             if isinstance(module, Router):

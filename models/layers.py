@@ -4,12 +4,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from allometry.configs.decoder import Activation
 from allometry.models import fp8
 from allometry.models.parameters import OwnsParameters, local_weight
 from allometry.models.products import Joined, Stacked, multiply
@@ -18,22 +21,29 @@ from allometry.scaling.roles import ParamSpec
 
 
 class Linear(OwnsParameters, nn.Linear):
-    """``y = x @ weight.T`` without bias; weight [out, in]."""
+    """``y = x @ weight.T``, plus a bias where its spec is given; weight [out, in]."""
 
-    def __init__(self, spec: ParamSpec) -> None:
+    def __init__(self, spec: ParamSpec, bias: ParamSpec | None = None) -> None:
         # nn.Linear's own constructor would draw numbers that nobody uses; being one is what lets
         # torch's tensor-parallel styles recognise it.
         nn.Module.__init__(self)
         self.in_features, self.out_features = spec.fan_in, spec.fan_out
-        self.register_parameter("bias", None)
         self.own("weight", spec)
+        if bias is None:
+            self.register_parameter("bias", None)
+        else:
+            self.own("bias", bias)
         self.stacked = Stacked((self, "weight"))
 
     def forward(self, input: Tensor) -> Tensor:
         """Return [..., out] in ``input``'s type."""
         y = multiply(input, self.stacked)
         assert isinstance(y, Tensor)
-        return y
+        return self.plus_bias(y)
+
+    def plus_bias(self, y: Tensor) -> Tensor:
+        """Return what the product made [..., out], with the bias if there is one."""
+        return y if self.bias is None else y + local_weight(self.bias).to(y.dtype)
 
 
 class Embedding(OwnsParameters, nn.Embedding):
@@ -144,73 +154,76 @@ def _grad_norm(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
     return grad_x.to(ctx.dtype), grad_weight
 
 
-def rotary_angles(positions: Tensor, head_width: int, theta: float, dtype: torch.dtype) -> Tensor:
-    """Return angles [*positions, h]: position * theta**(-2i/H) (RoFormer, arXiv 2104.09864).
+class Gate(NamedTuple):
+    """What a gated feed-forward does with its gate.
 
-    Computed in fp32, in fp64 where ``dtype`` is fp64. No table is kept, so nothing is lost on the
-    meta device and any position is allowed.
+    ``backward(grad, gate)`` is its derivative, written to ``grad_input`` if that is given.
     """
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    even = torch.arange(0, head_width, 2, device=positions.device, dtype=torch.float64)
-    frequencies_h = (theta ** (-even / head_width)).to(wide)
-    return positions[..., None].to(wide) * frequencies_h
+
+    forward: Callable[[Tensor], Tensor]
+    backward: Callable[..., Tensor]
 
 
-def rotate(x_BLNH: Tensor, cos_BL1h: Tensor, sin_BL1h: Tensor) -> Tensor:
-    """Turn each pair (x[i], x[i + H/2]) by its angle: the halves convention of Llama in HF.
-
-    Computed in the type of ``cos``: in bf16 the angle of a far position would be lost.
-    """
-    first, second = x_BLNH.chunk(2, dim=-1)
-    turned = (
-        first * cos_BL1h - second * sin_BL1h,
-        second * cos_BL1h + first * sin_BL1h,
-    )
-    return torch.cat(turned, dim=-1).to(x_BLNH.dtype)
+GATES: Mapping[Activation, Gate] = {
+    "silu": Gate(F.silu, torch.ops.aten.silu_backward),
+    "gelu_tanh": Gate(
+        partial(F.gelu, approximate="tanh"),
+        partial(torch.ops.aten.gelu_backward, approximate="tanh"),
+    ),
+}
+"""By ``model.activation``."""
 
 
-def swiglu(gate_up: Joined, *, saves: bool = False, feeds: Stacked | None = None) -> Tensor:
-    """Return silu(gate) * up (arXiv 2002.05202), of two tensors or of one that has both, [..., 2F].
+def gated(
+    gate_up: Joined,
+    activation: Activation = "silu",
+    *,
+    saves: bool = False,
+    feeds: Stacked | None = None,
+) -> Tensor:
+    """Return activation(gate) * up (arXiv 2002.05202), of two tensors or of one [..., 2F].
 
     The gradient of one is one: halves that are put together would be a pass of their own.
     ``saves``: keep one tensor of both for backward in FP8, and nothing else. ``feeds``: what
-    multiplies the result; if that is fused, a kernel rounds it for the product, too.
+    multiplies the result; if that is fused, a kernel rounds it for the product, too (SwiGLU's).
     """
     if not isinstance(gate_up, Tensor):
         gate, up = gate_up
-        return F.silu(gate) * up
-    if saves and feeds is not None and torch.is_grad_enabled():
+        return GATES[activation].forward(gate) * up
+    if saves and feeds is not None and activation == "silu" and torch.is_grad_enabled():
         own = kernels(feeds.fused)
         if own is not None and own.takes(gate_up, fp8.SAVED) and gate_up.shape[-1] % 32 == 0:
             return _fused_swiglu(own, gate_up, feeds)
-    made: Tensor = (_SavedSwiGLU if saves else _SwiGLU).apply(gate_up)
+    made: Tensor = (_SavedGated if saves else _Gated).apply(gate_up, activation)
     return made
 
 
-class _SwiGLU(torch.autograd.Function):
+class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+    def forward(ctx: Any, gate_up: Tensor, activation: Activation) -> Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
-        silu = F.silu(gate)
-        ctx.save_for_backward(gate_up, silu)
-        return silu * up
+        active = GATES[activation].forward(gate)
+        ctx.save_for_backward(gate_up, active)
+        ctx.activation = activation
+        return active * up
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return _grad_swiglu(grad, *ctx.saved_tensors)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        gate_up, active = ctx.saved_tensors
+        return _grad_gated(grad, gate_up, active, GATES[ctx.activation]), None
 
 
-class _SavedSwiGLU(torch.autograd.Function):
+class _SavedGated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+    def forward(ctx: Any, gate_up: Tensor, activation: Activation) -> Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
         ctx.save_for_backward(*fp8.save(gate_up))
-        ctx.shape, ctx.dtype = gate_up.shape, gate_up.dtype
-        return F.silu(gate) * up
+        ctx.shape, ctx.dtype, ctx.activation = gate_up.shape, gate_up.dtype, activation
+        return GATES[activation].forward(gate) * up
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return _grad_saved_swiglu(ctx, grad)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _grad_saved(ctx, grad, GATES[ctx.activation]), None
 
 
 class _FusedSwiGLU(torch.autograd.Function):
@@ -224,7 +237,7 @@ class _FusedSwiGLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _grad_saved_swiglu(ctx, grad), None, None, None
+        return _grad_saved(ctx, grad, GATES["silu"]), None, None, None
 
 
 def _fused_swiglu(own: Any, gate_up: Tensor, feeds: Stacked) -> Tensor:
@@ -236,17 +249,17 @@ def _fused_swiglu(own: Any, gate_up: Tensor, feeds: Stacked) -> Tensor:
     return h
 
 
-def _grad_saved_swiglu(ctx: Any, grad: Tensor) -> Tensor:
+def _grad_saved(ctx: Any, grad: Tensor, gate: Gate) -> Tensor:
     gate_up = fp8.restore(*ctx.saved_tensors, ctx.shape, ctx.dtype)  # type: ignore[call-arg]
-    return _grad_swiglu(grad, gate_up, F.silu(gate_up.chunk(2, dim=-1)[0]))
+    return _grad_gated(grad, gate_up, gate.forward(gate_up.chunk(2, dim=-1)[0]), gate)
 
 
-def _grad_swiglu(grad: Tensor, gate_up: Tensor, silu: Tensor) -> Tensor:
+def _grad_gated(grad: Tensor, gate_up: Tensor, active: Tensor, by: Gate) -> Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
     if torch.compiler.is_compiling():  # into one tensor all the same, and functional
-        return torch.cat([torch.ops.aten.silu_backward(grad * up, gate), grad * silu], dim=-1)
+        return torch.cat([by.backward(grad * up, gate), grad * active], dim=-1)
     made = torch.empty_like(gate_up)
     of_gate, of_up = made.chunk(2, dim=-1)
-    torch.ops.aten.silu_backward(grad * up, gate, grad_input=of_gate)
-    torch.mul(grad, silu, out=of_up)
+    by.backward(grad * up, gate, grad_input=of_gate)
+    torch.mul(grad, active, out=of_up)
     return made

@@ -1,8 +1,8 @@
 """Mixtures of experts: no token is dropped, and no capacity has to be guessed.
 
-A router sends each token to k of E experts (SwiGLU, arXiv 2401.04088); shared experts, if any,
-see every token (arXiv 2401.06066), and latent experts work in a narrower space that one projection
-leads to and one from. Models know no ranks: what expert parallelism replaces is
+A router sends each token to k of E experts (gated feed-forwards, arXiv 2401.04088); shared experts,
+if any, see every token (arXiv 2401.06066), and latent experts work in a narrower space that one
+projection leads to and one from. Models know no ranks: what expert parallelism replaces is
 ``Experts.exchange``.
 """
 
@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from allometry.configs.decoder import Activation
 from allometry.configs.model import AuxiliaryBalance, BiasBalance, MoEModel
 from allometry.models.fp8 import Quantised
 from allometry.models.grouped import Tokens, multiply_groups
-from allometry.models.layers import Linear, swiglu
+from allometry.models.layers import Linear, gated
 from allometry.models.parameters import OwnsParameters
 from allometry.models.products import Stacked
 from allometry.models.router import Router, RouterStatistics
@@ -47,7 +48,7 @@ def stay(x_SD: Tensor, counts_E: Tensor) -> Finish:
 
 
 class Experts(OwnsParameters):
-    """The routed experts: down(silu(gate(x)) * up(x)) each, as grouped products.
+    """The routed experts: down(activation(gate(x)) * up(x)) each, as grouped products.
 
     Weights may be DTensors; the local part decides which experts and how much of F are here.
     Every weight gets a gradient, zeros where no token came.
@@ -57,8 +58,9 @@ class Experts(OwnsParameters):
     up: nn.Parameter
     down: nn.Parameter
 
-    def __init__(self, specs: Specs) -> None:
+    def __init__(self, specs: Specs, activation: Activation = "silu") -> None:
         super().__init__()
+        self.activation: Activation = activation
         self.num_experts = specs["gate"].shape[0]
         self.exchange: Exchange = stay
         for name in ("gate", "up", "down"):
@@ -89,7 +91,8 @@ class Experts(OwnsParameters):
     def compute(self, x_SD: Tensor, counts_E: Tensor, tokens: Tokens | None = None) -> Tensor:
         """Return [S, D] for rows sorted by the experts that this rank holds."""
         gate_up = multiply_groups(x_SD, self.gate_up, counts_E, tokens)
-        h_SF = swiglu(gate_up, saves=self.gate_up.saves, feeds=self.down_only)
+        saves, feeds = self.gate_up.saves, self.down_only
+        h_SF = gated(gate_up, self.activation, saves=saves, feeds=feeds)
         y_SD = multiply_groups(h_SF, self.down_only, counts_E)
         assert isinstance(y_SD, Tensor)
         return y_SD
@@ -110,9 +113,9 @@ class MoEFeedForward(nn.Module):
         self.router = Router(specs["router.weight"], model.router, experts.experts_per_token)
         down, up = specs.get("latent_down.weight"), specs.get("latent_up.weight")
         self.latent_down = Linear(down) if down else None
-        self.experts = Experts(within(specs, "experts"))
+        self.experts = Experts(within(specs, "experts"), model.activation)
         self.latent_up = Linear(up) if up else None
-        self.shared = FeedForward(shared) if shared else None
+        self.shared = FeedForward(shared, model.activation) if shared else None
 
     def forward(
         self, x_BLD: Tensor, counted_BL: Tensor | None = None
@@ -146,17 +149,17 @@ class MoEFeedForward(nn.Module):
 class MoEBlock(Block):
     """A block whose feed-forward is a mixture of experts."""
 
-    def __init__(self, specs: Specs, model: MoEModel, scales: ForwardScales) -> None:
+    def __init__(self, specs: Specs, model: MoEModel, scales: ForwardScales, layer: int) -> None:
         ffn = MoEFeedForward(within(specs, "ffn"), model, scales.experts)
-        super().__init__(specs, model, scales, ffn)
+        super().__init__(specs, model, scales, ffn, layer)
 
     def forward(self, x_BLD: Tensor, geometry: Geometry) -> tuple[Tensor, RouterStatistics]:
         """Return [B, L, D] in x's type, and what its router saw."""
-        x_BLD = x_BLD + self._scaled(self.attention(self.attention_norm(x_BLD), geometry))
+        x_BLD = self.attended(x_BLD, geometry)
         documents = geometry.documents
         counted_BL = None if documents is None else documents.counted_BL
         y_BLD, statistics = self.ffn(self.ffn_norm(x_BLD), counted_BL)
-        return x_BLD + self._scaled(y_BLD), statistics
+        return x_BLD + self._scaled(self.ffn_post_norm(y_BLD)), statistics
 
 
 class MoETransformer(Transformer):
@@ -167,7 +170,7 @@ class MoETransformer(Transformer):
         self, specs: Specs, model: MoEModel, scales: ForwardScales, layer: int
     ) -> Block:
         if model.has_experts(layer):
-            return MoEBlock(specs, model, scales)
+            return MoEBlock(specs, model, scales, layer)
         return super()._make_block(specs, model, scales, layer)
 
 

@@ -111,27 +111,32 @@ class Observer:
             self._see_stream(layer, output[0])
 
         def branch(name: str) -> Callable[..., None]:
-            def hook(_: Any, inputs: Any, output: Any) -> None:
-                y_BlD = output[0] if isinstance(output, tuple) else output
-                self._see_branch(layer, name, y_BlD, block.residual_scale)
+            def hook(_: Any, inputs: Any, output: Tensor) -> None:
+                self._see_branch(layer, name, output, block.residual_scale)
 
             return hook
 
         core: Attend = block.attention.core
 
         def observed_core(
-            q: Tensor, k: Tensor, v: Tensor, documents: Documents | None, scale: float
+            q: Tensor,
+            k: Tensor,
+            v: Tensor,
+            documents: Documents | None,
+            scale: float,
+            *,
+            window: int | None = None,
         ) -> Tensor:
-            self._see_attention(layer, q, k, documents, scale)
-            return core(q, k, v, documents, scale)
+            self._see_attention(layer, q, k, documents, scale, window)
+            return core(q, k, v, documents, scale, window=window)
 
         block.attention.core = observed_core
         stack.callback(setattr, block.attention, "core", core)
         for handle in (
             block.register_forward_pre_hook(enter),
             block.register_forward_hook(leave),
-            block.attention.register_forward_hook(branch("attention")),
-            block.ffn.register_forward_hook(branch("ffn")),
+            block.attention_post_norm.register_forward_hook(branch("attention")),
+            block.ffn_post_norm.register_forward_hook(branch("ffn")),
         ):
             stack.callback(handle.remove)
 
@@ -155,7 +160,13 @@ class Observer:
 
     @torch.no_grad()
     def _see_attention(
-        self, layer: int, q_BLNH: Tensor, k_BLKH: Tensor, documents: Documents | None, scale: float
+        self,
+        layer: int,
+        q_BLNH: Tensor,
+        k_BLKH: Tensor,
+        documents: Documents | None,
+        scale: float,
+        window: int | None,
     ) -> None:
         assert documents is None or documents.ring is None, "keys of a ring are elsewhere"
         B, L, N, _ = q_BLNH.shape
@@ -165,6 +176,8 @@ class Observer:
         first_BQ = torch.zeros(B, len(place_Q), dtype=torch.int64, device=q_BLNH.device)
         if documents is not None:
             first_BQ = place_Q - documents.positions_BL[:, place_Q]
+        if window is not None:
+            first_BQ = torch.maximum(first_BQ, place_Q - window + 1)
         visible_BQL = (key_L <= place_Q[:, None]) & (key_L >= first_BQ[:, :, None])
         counted_BQ = self._counted_whole(B, L, q_BLNH.device)[:, place_Q]
         visible_BQL = visible_BQL & counted_BQ[:, :, None]

@@ -25,7 +25,7 @@ from allometry.models.documents import Documents
 from allometry.models.fp8 import Quantised
 from allometry.models.grouped import grouped_linear
 from allometry.models.head import Losses
-from allometry.models.layers import swiglu
+from allometry.models.layers import gated
 from allometry.models.loss import linear_cross_entropy, reference_cross_entropy
 from allometry.models.moe import Experts, loads_of, routers, wanted_of
 from allometry.models.router import Router, join_balance
@@ -140,10 +140,16 @@ class StackedModel:
 
 
 def _attend(
-    q_BLNH: Tensor, k_BLKH: Tensor, v_BLKH: Tensor, documents: Documents | None, scale: float
+    q_BLNH: Tensor,
+    k_BLKH: Tensor,
+    v_BLKH: Tensor,
+    documents: Documents | None,
+    scale: float,
+    *,
+    window: int | None = None,
 ) -> Tensor:
     assert documents is None
-    o_BLNH: Tensor = _Attend.apply(q_BLNH, k_BLKH, v_BLKH, scale)
+    o_BLNH: Tensor = _Attend.apply(q_BLNH, k_BLKH, v_BLKH, scale, window)
     return o_BLNH
 
 
@@ -163,9 +169,10 @@ class _Attend(_Rule):
     @staticmethod
     def vmap(info: Any, in_dims: Any, *inputs: Any) -> tuple[Tensor, int]:
         """Attend in all runs' sequences."""
-        *qkv, scale = inputs
+        *qkv, scale, window = inputs
         q, k, v = (x.flatten(0, 1) for x in _leading(qkv, in_dims))
-        return attend(q, k, v, None, scale).unflatten(0, (info.batch_size, -1)), 0
+        o_BLNH = attend(q, k, v, None, scale, window=window)
+        return o_BLNH.unflatten(0, (info.batch_size, -1)), 0
 
 
 def _experts(
@@ -179,7 +186,7 @@ def _experts(
     """Return what ``Experts.forward`` returns."""
     assert kept is None
     weights = experts.gate, experts.up, experts.down
-    y_TD: Tensor = _Experts.apply(x_TD, gates_Tk, experts_Tk, *weights)
+    y_TD: Tensor = _Experts.apply(x_TD, gates_Tk, experts_Tk, *weights, experts.activation)
     return y_TD, None if beside is None else beside()
 
 
@@ -187,7 +194,8 @@ class _Experts(_Rule):
     @staticmethod
     def vmap(info: Any, in_dims: Any, *inputs: Any) -> tuple[Tensor, int]:
         """Take all runs' experts for those of one layer, R x E of them."""
-        x_RTD, gates_RTk, experts_RTk, *weights = _leading(list(inputs), in_dims)
+        *tensors, activation = inputs
+        x_RTD, gates_RTk, experts_RTk, *weights = _leading(tensors, in_dims)
         num_experts = weights[0].shape[1]
         first_R = torch.arange(info.batch_size, device=x_RTD.device) * num_experts
         visits = (experts_RTk + first_R[:, None, None]).flatten(0, 1)
@@ -195,7 +203,8 @@ class _Experts(_Rule):
         gate, up, down = (weight.flatten(0, 1) for weight in weights)
         x_SD = spread_rows(x_RTD.flatten(0, 1), sorting)
         rows = sorting.counts_E
-        h_SF = swiglu((grouped_linear(x_SD, gate, rows), grouped_linear(x_SD, up, rows)))
+        gate_up = grouped_linear(x_SD, gate, rows), grouped_linear(x_SD, up, rows)
+        h_SF = gated(gate_up, activation)
         y_TD = gather_rows(grouped_linear(h_SF, down, rows), gates_RTk.flatten(0, 1), sorting)
         return y_TD.view(x_RTD.shape), 0
 

@@ -1,9 +1,9 @@
 """A decoder-only transformer in plain torch; it knows no ranks.
 
 RMSNorm before each branch, rotary positions, grouped-query attention, SwiGLU (the Llama form,
-arXiv 2302.13971); ``moe.py`` puts experts in place of the feed-forward. Every linear layer's local
-output decides the number of heads, so that a tensor-parallel layout can cut them without this file
-knowing.
+arXiv 2302.13971), or what ``configs.decoder`` has instead; ``moe.py`` puts experts in place of the
+feed-forward. Every linear layer's local output decides the number of heads, so that a
+tensor-parallel layout can cut them without this file knowing.
 """
 
 # B batch, L length, D width, N query heads, K key/value heads, H head width, h = H/2,
@@ -14,17 +14,20 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from allometry.configs.decoder import Activation
 from allometry.configs.model import ModelConfig
 from allometry.models.attention import Attend, attend
 from allometry.models.documents import Documents
 from allometry.models.head import Losses, OutputHead
-from allometry.models.layers import Embedding, Linear, RMSNorm, rotary_angles, rotate, swiglu
+from allometry.models.layers import GATES, Embedding, Linear, RMSNorm, gated
 from allometry.models.products import Stacked, multiply, separate
+from allometry.models.rotary import Turn, rotate, turn_of
 from allometry.models.router import RouterStatistics
 from allometry.scaling.inventory import Specs, inventory, within
 from allometry.scaling.parameterizations.base import ForwardScales
@@ -32,14 +35,14 @@ from allometry.scaling.parameterizations.base import ForwardScales
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Geometry:
-    """Where tokens are; the same for all blocks.
+    """Where tokens are; the same for all blocks. ``windowed``: how those with a window turn.
 
     Not a tuple on purpose: FSDP2 casts every float tensor that it finds among a module's inputs,
     and the rotary tables must stay wide.
     """
 
-    cos_BL1h: Tensor
-    sin_BL1h: Tensor
+    turn: Turn
+    windowed: Turn
     documents: Documents | None
 
 
@@ -49,41 +52,58 @@ class Attention(nn.Module):
     ``core`` is what context parallelism replaces.
     """
 
-    def __init__(self, specs: Specs, model: ModelConfig, scale: float) -> None:
+    def __init__(self, specs: Specs, model: ModelConfig, scale: float, layer: int) -> None:
         super().__init__()
         self.core: Attend = attend
         self.head_width, self.scale = model.head_width, scale
-        self.wq, self.wk, self.wv = (Linear(specs[f"{w}.weight"]) for w in ("wq", "wk", "wv"))
+        self.window = model.window_of(layer)
+        self.wq, self.wk, self.wv = (
+            Linear(specs[f"{w}.weight"], specs.get(f"{w}.bias")) for w in ("wq", "wk", "wv")
+        )
         q_norm, k_norm = specs.get("q_norm.weight"), specs.get("k_norm.weight")
         self.q_norm = RMSNorm(q_norm, model.norm_eps) if q_norm else None
         self.k_norm = RMSNorm(k_norm, model.norm_eps) if k_norm else None
+        self.norm_over = model.qk_norm_over
         self.wo = Linear(specs["wo.weight"])
         self.qkv = Stacked(*((w, "weight") for w in (self.wq, self.wk, self.wv)))
 
     def forward(self, x_BLD: Tensor, geometry: Geometry) -> Tensor:
         """Return [B, L, D]."""
-        q_BLNH, k_BLKH, v_BLKH = (
-            y.unflatten(2, (-1, self.head_width)) for y in self.project(x_BLD)
-        )
-        if self.q_norm is not None and self.k_norm is not None:
-            q_BLNH, k_BLKH = self.q_norm(q_BLNH), self.k_norm(k_BLKH)
+        made = self.project(x_BLD)
+        if self.norm_over == "width":
+            made = (*self.normed(*made[:2]), made[2])
+        q_BLNH, k_BLKH, v_BLKH = (y.unflatten(2, (-1, self.head_width)) for y in made)
+        if self.norm_over == "head":
+            q_BLNH, k_BLKH = self.normed(q_BLNH, k_BLKH)
         if self.q_norm is None or self.qkv.saves:
             v_BLKH = v_BLKH.contiguous()  # a view would keep queries and keys for backward
-        q_BLNH = rotate(q_BLNH, geometry.cos_BL1h, geometry.sin_BL1h)
-        k_BLKH = rotate(k_BLKH, geometry.cos_BL1h, geometry.sin_BL1h)
-        o_BLNH = self.core(q_BLNH, k_BLKH, v_BLKH, geometry.documents, self.scale)
+        turn = geometry.turn if self.window is None else geometry.windowed
+        q_BLNH, k_BLKH = rotate(q_BLNH, *turn), rotate(k_BLKH, *turn)
+        o_BLNH = self.core(
+            q_BLNH, k_BLKH, v_BLKH, geometry.documents, self.scale, window=self.window
+        )
         return self.wo(o_BLNH.flatten(2))
 
     def project(self, x_BLD: Tensor) -> tuple[Tensor, ...]:
         """Return queries, keys and values, [B, L, N H] or [B, L, K H], token by token."""
-        return separate(multiply(x_BLD, self.qkv), self.qkv.rows())
+        made = separate(multiply(x_BLD, self.qkv), self.qkv.rows())
+        return tuple(
+            linear.plus_bias(y) for linear, y in zip((self.wq, self.wk, self.wv), made, strict=True)
+        )
+
+    def normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Return queries and keys through their norms, if they have some."""
+        if self.q_norm is None or self.k_norm is None:
+            return q, k
+        return self.q_norm(q), self.k_norm(k)
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
+    """down(activation(gate(x)) * up(x)): SwiGLU, or GeGLU (arXiv 2002.05202)."""
 
-    def __init__(self, specs: Specs) -> None:
+    def __init__(self, specs: Specs, activation: Activation = "silu") -> None:
         super().__init__()
+        self.activation: Activation = activation
         self.gate = Linear(specs["gate.weight"])
         self.up = Linear(specs["up.weight"])
         self.down = Linear(specs["down.weight"])
@@ -92,28 +112,49 @@ class FeedForward(nn.Module):
     def forward(self, x_BLD: Tensor) -> Tensor:
         """Return [B, L, D]."""
         if not self.gate_up.joins(x_BLD.dtype):  # each is used while it is in the cache
-            return self.down(F.silu(self.gate(x_BLD)) * self.up(x_BLD))
+            return self.down(GATES[self.activation].forward(self.gate(x_BLD)) * self.up(x_BLD))
         gate_up = multiply(x_BLD, self.gate_up)
-        return self.down(swiglu(gate_up, saves=self.gate_up.saves, feeds=self.down.stacked))
+        saves, feeds = self.gate_up.saves, self.down.stacked
+        return self.down(gated(gate_up, self.activation, saves=saves, feeds=feeds))
 
 
 class Block(nn.Module):
-    """Attention and feed-forward (``ffn``), each added to the residual stream."""
+    """Attention and feed-forward (``ffn``), each added to the residual stream.
+
+    A norm is before each branch, after it, or both; where there is none, nothing happens.
+    """
 
     def __init__(
-        self, specs: Specs, model: ModelConfig, scales: ForwardScales, ffn: nn.Module
+        self,
+        specs: Specs,
+        model: ModelConfig,
+        scales: ForwardScales,
+        ffn: nn.Module,
+        layer: int,
     ) -> None:
         super().__init__()
         self.residual_scale, self.dropout = scales.residual, model.dropout
-        self.attention_norm = RMSNorm(specs["attention_norm.weight"], model.norm_eps)
-        self.attention = Attention(within(specs, "attention"), model, scales.attention)
-        self.ffn_norm = RMSNorm(specs["ffn_norm.weight"], model.norm_eps)
+
+        def norm(name: str) -> nn.Module:
+            spec = specs.get(f"{name}.weight")
+            return nn.Identity() if spec is None else RMSNorm(spec, model.norm_eps)
+
+        self.attention_norm = norm("attention_norm")
+        self.attention = Attention(within(specs, "attention"), model, scales.attention, layer)
+        self.attention_post_norm = norm("attention_post_norm")
+        self.ffn_norm = norm("ffn_norm")
         self.ffn = ffn
+        self.ffn_post_norm = norm("ffn_post_norm")
 
     def forward(self, x_BLD: Tensor, geometry: Geometry) -> tuple[Tensor, RouterStatistics | None]:
         """Return [B, L, D] in x's type, and what its router saw: here there is none."""
-        x_BLD = x_BLD + self._scaled(self.attention(self.attention_norm(x_BLD), geometry))
-        return x_BLD + self._scaled(self.ffn(self.ffn_norm(x_BLD))), None
+        x_BLD = self.attended(x_BLD, geometry)
+        return x_BLD + self._scaled(self.ffn_post_norm(self.ffn(self.ffn_norm(x_BLD)))), None
+
+    def attended(self, x_BLD: Tensor, geometry: Geometry) -> Tensor:
+        """Return x and what attention adds to it."""
+        y_BLD = self.attention(self.attention_norm(x_BLD), geometry)
+        return x_BLD + self._scaled(self.attention_post_norm(y_BLD))
 
     def _scaled(self, branch_BLD: Tensor) -> Tensor:
         if self.dropout:
@@ -167,8 +208,11 @@ class Transformer(nn.Module):
         self.part = part
         self.compute_dtype = compute_dtype
         self.call_block: CallBlock = call_block
-        self.head_width, self.rope_theta = model.head_width, model.rope_theta
-        self.embedding_scale = scales.embedding
+        self._turn = partial(turn_of, head_width=model.head_width, dtype=compute_dtype)
+        self.rope = (model.rope_theta, model.rope_scaling)
+        local = model.window and model.window.rope_theta
+        self.rope_windowed = (local, None) if local else self.rope
+        self.embedding_scale = scales.embedding * model.embedding_scale
         self.tied = model.tied_embeddings and part.first and part.last
         self.mirrored = model.tied_embeddings and part.last and not part.first
         listed = inventory(model, part.layers, first=part.first, last=part.last)
@@ -189,7 +233,8 @@ class Transformer(nn.Module):
     def _make_block(
         self, specs: Specs, model: ModelConfig, scales: ForwardScales, layer: int
     ) -> Block:
-        return Block(specs, model, scales, FeedForward(within(specs, "ffn")))
+        ffn = FeedForward(within(specs, "ffn"), model.activation)
+        return Block(specs, model, scales, ffn, layer)
 
     def forward(
         self,
@@ -246,10 +291,10 @@ class Transformer(nn.Module):
         else:
             positions = documents.positions_BL
             _expect_any_number_of(documents)
-        angles = rotary_angles(positions, self.head_width, self.rope_theta, self.compute_dtype)[
-            :, :, None
-        ]
-        return Geometry(angles.cos(), angles.sin(), documents)
+        turn = self._turn(positions, *self.rope)
+        alike = self.rope_windowed == self.rope
+        windowed = turn if alike else self._turn(positions, *self.rope_windowed)
+        return Geometry(turn, windowed, documents)
 
 
 def _expect_any_number_of(documents: Documents) -> None:

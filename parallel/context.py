@@ -32,18 +32,24 @@ class ContextAttention:
         v_BLKH: Tensor,
         documents: Documents | None,
         scale: float,
+        *,
+        window: int | None = None,
     ) -> Tensor:
-        """Return causal attention [B, L, N, H] within each document."""
+        """Return causal attention [B, L, N, H] within each document.
+
+        Where documents have a ring, no ``window`` is shorter than they are
+        (``scaling.context.check_context``).
+        """
         if documents is not None and documents.ring is not None:
             q, k, v = (x.flatten(0, 1) for x in (q_BLNH, k_BLKH, v_BLKH))
             o_TNH, _ = ring_attention(q, k, v, documents.ring, self._group_name, scale)
             return o_TNH.view(q_BLNH.shape)
         if self._here is not attend:
-            return self._here(q_BLNH, k_BLKH, v_BLKH, documents, scale)
+            return self._here(q_BLNH, k_BLKH, v_BLKH, documents, scale, window=window)
         # As if not compiled: what is fastest in compiled code is compiled for one L, and here each
         # micro-batch has its own.
-        backend = backend_of(q_BLNH, documents, compiled=False)
-        return attend(q_BLNH, k_BLKH, v_BLKH, documents, scale, backend.name)
+        backend = backend_of(q_BLNH, documents, compiled=False, window=window).name
+        return attend(q_BLNH, k_BLKH, v_BLKH, documents, scale, backend, window=window)
 
 
 def apply_context(part: Transformer, mesh: Mesh) -> None:

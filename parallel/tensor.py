@@ -13,6 +13,8 @@ arithmetic is at those seams.
 | parameter                     | placement over tp     |
 |-------------------------------|-----------------------|
 | wq, wk, wv, gate, up          | Shard(0)              |
+| their biases                  | Shard(0)              |
+| gains over all heads          | Shard(0)              |
 | wo, down                      | Shard(1)              |
 | experts' gate, up [E, F, D]   | Shard(1)              |
 | experts' down [E, D, F]       | Shard(2)              |
@@ -78,6 +80,8 @@ def apply_tensor(
             match module:
                 case Attention():
                     _cut_weights(module, tp, {"wq": 0, "wk": 0, "wv": 0, "wo": 1})
+                    if module.norm_over == "width":
+                        _norm_over_ranks(module, tp)
                     if chunked:
                         chunk_attention(module, mesh.tp)
                     else:
@@ -198,7 +202,40 @@ def _distribute(
 
 def _cut_weights(module: nn.Module, mesh: DeviceMesh, dims: dict[str, int]) -> None:
     for name, dim in dims.items():
-        _distribute(module.get_submodule(name), "weight", mesh, [Shard(dim)])
+        linear = module.get_submodule(name)
+        _distribute(linear, "weight", mesh, [Shard(dim)])
+        if linear.bias is not None:
+            assert dim == 0, f"a bias of {name} would be added on every rank"
+            _distribute(linear, "bias", mesh, [Shard(0)])
+
+
+def _norm_over_ranks(module: Attention, mesh: DeviceMesh) -> None:
+    """Let norms of queries and keys over all heads see those of other ranks.
+
+    Each rank has the gains of its heads; one message adds up the squares of both for each token,
+    and in backward their gradients.
+    """
+    norms = module.q_norm, module.k_norm
+    for norm in norms:
+        assert norm is not None
+        assert norm.specs["weight"].of_heads
+        _distribute(norm, "weight", mesh, [Shard(0)])
+
+    def normed(*made: Tensor) -> tuple[Tensor, ...]:
+        wide = [y.to(torch.promote_types(y.dtype, torch.float32)) for y in made]
+        own_BL2 = torch.stack([y.square().sum(-1) for y in wide], dim=-1)
+        summands = DTensor.from_local(own_BL2, mesh, [Partial()], run_check=False)
+        whole = summands.redistribute(placements=[Replicate()])
+        squares = whole.to_local(grad_placements=[Partial()]).split(1, dim=-1)
+        results = []
+        for norm, x_BLM, y_BLM, square_BL1 in zip(norms, made, wide, squares, strict=True):
+            assert norm is not None
+            mean_BL1 = square_BL1 / norm.specs["weight"].shape[0]
+            gain_M = local_weight(norm.weight).to(x_BLM.dtype)
+            results.append((y_BLM * (mean_BL1 + norm.eps).rsqrt() * gain_M).to(x_BLM.dtype))
+        return tuple(results)
+
+    module.normed = normed  # type: ignore[assignment,method-assign]
 
 
 def _exchange_around_products(module: Attention, mesh: DeviceMesh) -> None:

@@ -18,7 +18,8 @@ class AttentionCall(NamedTuple):
 
     ``device``: cpu, cuda or meta; ``dtype``: bf16, fp16, fp32 or fp64; ``packed``: documents share
     a sequence; ``length``: tokens of a sequence; ``compiled``: whether torch.compile traces it;
-    ``deterministic``: the same call must give the same bits.
+    ``deterministic``: the same call must give the same bits; ``window``: keys that a query meets at
+    most, None: no such bound.
     """
 
     device: str
@@ -28,6 +29,12 @@ class AttentionCall(NamedTuple):
     compiled: bool
     head_width: int = 64
     deterministic: bool = False
+    window: int | None = None
+
+    @property
+    def windowed(self) -> bool:
+        """Whether a query meets fewer keys than there are before it."""
+        return self.window is not None and self.window < self.length
 
 
 def _always(call: AttentionCall) -> bool:
@@ -38,10 +45,11 @@ class AttentionBackend(NamedTuple):
     """One way to compute causal attention within documents.
 
     ``takes``: whether it can do a call on one of its ``devices`` (None: any), ``needs`` the same in
-    words; ``meant``: whether it may be chosen without being named. ``operators``: those of its
-    forward as torch's dispatcher names them; some of them run in each call, and selective
-    checkpointing keeps their results. ``package``: what must be installed beside torch, by import
-    name, and ``install`` how. ``deterministic``: whether its backward can give the same bits twice.
+    words; ``windows``: whether it has sliding windows; ``meant``: whether it may be chosen without
+    being named. ``operators``: those of its forward as torch's dispatcher names them; some of them
+    run in each call, and selective checkpointing keeps their results. ``package``: what must be
+    installed beside torch, by import name, and ``install`` how. ``deterministic``: whether its
+    backward can give the same bits twice.
     ``kept_bytes(heads, length, compute_bytes)``: bytes for each token that a backward needs beside
     queries, keys, values and output; the log-sum-exp in fp32 unless said.
     """
@@ -56,11 +64,13 @@ class AttentionBackend(NamedTuple):
     package: str | None = None
     install: str = ""
     deterministic: bool = True
+    windows: bool = False
 
     def able(self, call: AttentionCall) -> bool:
         """Whether it can do the call, where its package is installed."""
         here = self.devices is None or call.device in self.devices
-        return here and self.takes(call) and (self.deterministic or not call.deterministic)
+        bits = self.deterministic or not call.deterministic
+        return here and self.takes(call) and bits and (self.windows or not call.windowed)
 
 
 LONGEST_BLOCKED = 1024
@@ -95,6 +105,7 @@ BACKENDS: tuple[AttentionBackend, ...] = (
         ),
         kept_bytes=lambda heads, length, compute_bytes: compute_bytes * heads * length,
         devices=("cpu",),
+        windows=True,
     ),
     AttentionBackend(  # torch's flash kernel; for wide types on CUDA another of SDPA's
         "flash",
@@ -110,6 +121,7 @@ BACKENDS: tuple[AttentionBackend, ...] = (
         devices=("cuda",),
         package="flash_attn_interface",
         install=_HOPPER,
+        windows=True,
     ),
     AttentionBackend(  # flash-attn's kernels
         "flash2",
@@ -119,6 +131,7 @@ BACKENDS: tuple[AttentionBackend, ...] = (
         devices=("cuda",),
         package="flash_attn",
         install=_FLASH_ATTN,
+        windows=True,
     ),
     AttentionBackend(  # torch's flash kernel for documents of any lengths
         "varlen",
@@ -137,10 +150,11 @@ BACKENDS: tuple[AttentionBackend, ...] = (
     ),
     AttentionBackend(  # torch's flex_attention, generated for masks of documents
         "flex",
-        lambda call: call.packed and _half(256, call),
-        "packed documents, " + _HALF.format(256),
+        lambda call: (call.packed or call.windowed) and _half(256, call),
+        "packed documents or sliding windows, " + _HALF.format(256),
         operators=("flex_attention",),
         devices=("cuda",),
+        windows=True,
     ),
     AttentionBackend(  # torch's flash kernel for CPUs on documents of like length
         "packed",
@@ -151,9 +165,10 @@ BACKENDS: tuple[AttentionBackend, ...] = (
     ),
     AttentionBackend(  # scaled_dot_product_attention with a dense mask, which it keeps
         "masked",
-        lambda call: call.packed,
-        "packed documents",
+        lambda call: call.packed or call.windowed,
+        "packed documents or sliding windows",
         operators=_SDPA,
+        windows=True,
         kept_bytes=lambda heads, length, compute_bytes: 4 * heads + compute_bytes * length,
     ),
     AttentionBackend(  # softmax written out: what tests compare the others with
@@ -162,6 +177,7 @@ BACKENDS: tuple[AttentionBackend, ...] = (
         "nothing",
         operators=("aten::bmm",),
         meant=lambda call: False,
+        windows=True,
         kept_bytes=lambda heads, length, compute_bytes: max(4, compute_bytes) * heads * length,
     ),
 )
@@ -211,6 +227,8 @@ def refusal(name: str, call: AttentionCall, is_installed: Installed = installed)
             "cannot give the same bits twice, which training.deterministic asks for; set "
             f"training.deterministic: false or {others}"
         )
+    if call.windowed and not backend.windows:
+        return f"has no sliding windows, which model.window={call.window} asks for; {others}"
     if not backend.takes(call):
         documents = "packed documents" if call.packed else "whole sequences"
         return (

@@ -18,6 +18,7 @@ class Kind(NamedTuple):
     experts: bool
     in_compute: bool  # products stay in the compute type (``precision.compute_layers``)
     frozen: frozenset[str]  # parameters without gradients, by their names in the block
+    windowed: bool
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,8 @@ class RankBlocks:
     def _kind(self, layer: int) -> Kind:
         high = self.kernels.precision.compute_layers
         experts = has_experts(self.part.model, layer)
-        return Kind(experts, layer in high, self.part.frozen_in(layer))
+        windowed = self.part.model.windowed(layer)
+        return Kind(experts, layer in high, self.part.frozen_in(layer), windowed)
 
     @cached_property
     def _of_kind(self) -> dict[Kind, Block]:

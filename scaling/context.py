@@ -47,6 +47,7 @@ def check_context(config: RunConfig, degrees: Degrees) -> None:
         return
     _check_policy(config, degrees)
     _check_room(config.data, context, degrees)
+    _check_windows(config, degrees)
     if config.model.dropout and degrees.hdp > 1:
         raise UserError(
             f"model.dropout={config.model.dropout} with data.kind: documents on {degrees.hdp} hdp "
@@ -76,6 +77,21 @@ def _check_policy(config: RunConfig, degrees: Degrees) -> None:
                     f"of micro-batches, which parallel.{key}={value} cannot have; use policy: "
                     f"balanced or parallel.{key}: {most}"
                 )
+
+
+def _check_windows(config: RunConfig, degrees: Degrees) -> None:
+    """Refuse windows within documents whose tokens may lie on several ranks."""
+    assert isinstance(config.data, DocumentData)
+    window, context = config.model.window, config.parallel.context
+    ranks = context.degree if context.policy == "static" else degrees.hdp
+    longest = config.data.max_document_tokens
+    if window is not None and ranks > 1 and window.tokens < longest:
+        raise UserError(
+            f"model.window.tokens={window.tokens} is shorter than data.max_document_tokens="
+            f"{longest}, and attention over documents that lie on {ranks} ranks has no windows; "
+            "use another data.kind, one rank of hdp or data.max_document_tokens: "
+            f"{window.tokens}"
+        )
 
 
 def _check_room(data: DocumentData, context: ContextConfig, degrees: Degrees) -> None:

@@ -63,14 +63,28 @@ def active_numel(model: ModelConfig, spec: ParamSpec) -> int:
     return spec.numel // model.experts.num_experts * model.experts.experts_per_token
 
 
+def attention_flops(model: ModelConfig, sequence_length: int, window: int | None = None) -> int:
+    """Return forward FLOPs per token of scores and weighted values of one layer, rounded down.
+
+    4·N·H for each key that a query meets: (L+1)/2 in the mean under the causal mask, and under a
+    window W < L, where the first W meet as many and the others W, W - W(W-1)/2L.
+    """
+    features, length = model.num_heads * model.head_width, sequence_length
+    if window is None or window >= length:
+        return 2 * features * (length + 1)
+    return 2 * features * window * (2 * length - window + 1) // length
+
+
 @lru_cache(maxsize=64)
 def layer_flops(model: ModelConfig, sequence_length: int) -> tuple[int, ...]:
     """Return forward FLOPs per token of the embedding (0), of each layer, and of the head.
 
     Their sum is ``flops_per_token(...).forward``.
     """
-    attention = 2 * model.num_heads * model.head_width * (sequence_length + 1)
-    layers = [attention] * model.num_layers
+    layers = [
+        attention_flops(model, sequence_length, model.window_of(layer))
+        for layer in range(model.num_layers)
+    ]
     for spec in inventory(model):
         if spec.role in MATRICES:
             layers[int(spec.name.split(".")[1])] += 2 * active_numel(model, spec)
@@ -81,9 +95,9 @@ def flops_per_token(model: ModelConfig, sequence_length: int) -> Flops:
     """Return the model FLOPs of training on one token of sequences of this length.
 
     Forward = 2 x (weights of every matrix product, the head included even when tied, and of the
-    routed experts those that a token visits) + 4·N·H·(L+1)/2 for each layer: a query meets (L+1)/2
-    keys in the mean under the causal mask (position p meets p), with 2·N·H for its scores and
-    2·N·H for the weighted values of each. Backward = 2 x forward, one product for each operand.
+    routed experts those that a token visits) + ``attention_flops`` of each layer: with 2·N·H for a
+    score and 2·N·H for the weighted values of each key that a query meets, under the causal mask
+    (position p meets p) or within a window. Backward = 2 x forward, one product for each operand.
     Lookups, norms, RoPE, softmax, and whatever a kernel or activation checkpointing recomputes are
     not counted: this is the numerator of MFU (PaLM, arXiv 2204.02311, appendix B, with the causal
     half counted once). The figure is that of one whole document of ``sequence_length`` tokens; of
@@ -92,8 +106,10 @@ def flops_per_token(model: ModelConfig, sequence_length: int) -> Flops:
     assert sequence_length > 0, sequence_length
     products = sum(active_numel(model, spec) for spec in inventory(model) if spec.role in MATRICES)
     head = model.vocab_size * model.width
-    attention_width = model.num_heads * model.head_width
-    attention = model.num_layers * 2 * attention_width * (sequence_length + 1)
+    attention = (model.num_layers - model.num_windowed) * attention_flops(model, sequence_length)
+    if model.window is not None:
+        each = attention_flops(model, sequence_length, model.window.tokens)
+        attention += model.num_windowed * each
     forward = 2 * (products + head) + attention
     return Flops(forward=forward, backward=2 * forward, total=3 * forward, attention=3 * attention)
 
@@ -103,29 +119,48 @@ class DocumentFlops:
     """Model FLOPs of training on documents, each of which attends to itself alone.
 
     ``per_token`` of a token without attention, ``per_pair`` of a query and a key it meets: a
-    document of L tokens has L (L + 1) / 2 pairs.
+    document of L tokens has L (L + 1) / 2 pairs. ``per_windowed_pair``: the same in layers with a
+    ``window``, in which a document longer than it has fewer.
     """
 
     per_token: int
     per_pair: int
+    per_windowed_pair: int = 0
+    window: int = 0
 
     @classmethod
     def of(cls, model: ModelConfig) -> DocumentFlops:
         """The coefficients of this model."""
-        one, three = (flops_per_token(model, length).total for length in (1, 3))
-        per_pair = three - one  # a token of three meets one key more, in the mean, than one alone
-        return cls(one - per_pair, per_pair)
+        one = flops_per_token(model, 1)
+        each = 3 * 4 * model.num_heads * model.head_width
+        windowed = model.num_windowed
+        return cls(
+            one.total - one.attention,
+            (model.num_layers - windowed) * each,
+            windowed * each,
+            0 if model.window is None else model.window.tokens,
+        )
 
     def __call__(self, tokens: int, squared_lengths: int) -> int:
         """Return the FLOPs of documents with so many tokens, their squared lengths summing to this.
 
         Of one document of every length it is ``flops_per_token(model, length).total * length``.
+        In layers with a window that holds of documents of one length; of several it is the bound
+        from above that squares give (the mean of min(L, W) over tokens is concave in L).
         """
-        return self.per_token * tokens + self.per_pair * (squared_lengths + tokens) // 2
+        full = self.per_token * tokens + self.per_pair * (squared_lengths + tokens) // 2
+        return full + round(self._in_windows(squared_lengths / max(tokens, 1)) * tokens)
 
     def expected(self, squared_lengths_per_token: float) -> float:
         """Return the FLOPs of a token, from the expected squared lengths of documents by token."""
-        return self.per_token + self.per_pair * (squared_lengths_per_token + 1) / 2
+        full = self.per_token + self.per_pair * (squared_lengths_per_token + 1) / 2
+        return full + self._in_windows(squared_lengths_per_token)
+
+    def _in_windows(self, length: float) -> float:
+        """FLOPs of a token of a document of this length in layers with a window."""
+        window = min(float(self.window), length)
+        keys = window - window * (window - 1) / (2 * length) if window else 0.0
+        return self.per_windowed_pair * keys
 
 
 def document_flops(model: ModelConfig, lengths: Sequence[int]) -> int:

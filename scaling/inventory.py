@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 
 from allometry.configs.model import LatentExperts, ModelConfig, MoEModel
-from allometry.scaling.roles import ParamSpec, Role
+from allometry.scaling.roles import ParamSpec, Role, Start
 
 
 def matrix(name: str, role: Role, fan_out: int, fan_in: int) -> ParamSpec:
@@ -21,9 +21,9 @@ def embedding(name: str, rows: int, width: int) -> ParamSpec:
     return ParamSpec(name, Role.INPUT, (rows, width), fan_in=rows, fan_out=width)
 
 
-def vector(name: str, size: int) -> ParamSpec:
-    """Return the spec of a gain or bias [size]."""
-    return ParamSpec(name, Role.VECTOR, (size,), fan_in=1, fan_out=size)
+def vector(name: str, size: int, start: Start = "ones", *, of_heads: bool = False) -> ParamSpec:
+    """Return the spec of a gain, or of a bias that starts at zero, [size]."""
+    return ParamSpec(name, Role.VECTOR, (size,), 1, size, start, of_heads)
 
 
 def experts(name: str, role: Role, number: int, fan_out: int, fan_in: int) -> ParamSpec:
@@ -67,15 +67,19 @@ def within(specs: Specs, module: str) -> Specs:
 
 
 def block_specs(model: ModelConfig, layer: int, prefix: str) -> Iterator[ParamSpec]:
-    """Yield the parameters of a block."""
-    yield vector(f"{prefix}.attention_norm.weight", model.width)
-    yield from attention_specs(model, f"{prefix}.attention")
-    yield vector(f"{prefix}.ffn_norm.weight", model.width)
-    if isinstance(model, MoEModel) and model.has_experts(layer):
-        yield from mixture_specs(model, f"{prefix}.ffn")
-    else:
-        assert model.ffn_width is not None, layer
-        yield from ffn_specs(model.width, model.ffn_width, f"{prefix}.ffn")
+    """Yield the parameters of a block: each branch between the norms that the model has."""
+    for branch in ("attention", "ffn"):
+        if model.norms_before:
+            yield vector(f"{prefix}.{branch}_norm.weight", model.width)
+        if branch == "attention":
+            yield from attention_specs(model, f"{prefix}.attention")
+        elif isinstance(model, MoEModel) and model.has_experts(layer):
+            yield from mixture_specs(model, f"{prefix}.ffn")
+        else:
+            assert model.ffn_width is not None, layer
+            yield from ffn_specs(model.width, model.ffn_width, f"{prefix}.ffn")
+        if model.norms_after:
+            yield vector(f"{prefix}.{branch}_post_norm.weight", model.width)
 
 
 def attention_specs(model: ModelConfig, prefix: str) -> Iterator[ParamSpec]:
@@ -84,14 +88,18 @@ def attention_specs(model: ModelConfig, prefix: str) -> Iterator[ParamSpec]:
     queries, keys = model.num_heads * head_width, model.kv_heads * head_width
     for name, fan_out in (("wq", queries), ("wk", keys), ("wv", keys)):
         yield matrix(f"{prefix}.{name}.weight", Role.HIDDEN, fan_out, width)
+        if model.qkv_bias:
+            yield vector(f"{prefix}.{name}.bias", fan_out, "zeros", of_heads=True)
     if model.qk_norm:
-        yield vector(f"{prefix}.q_norm.weight", head_width)
-        yield vector(f"{prefix}.k_norm.weight", head_width)
+        whole = model.qk_norm_over == "width"
+        for name, features in (("q_norm", queries), ("k_norm", keys)):
+            size = features if whole else head_width
+            yield vector(f"{prefix}.{name}.weight", size, of_heads=whole)
     yield matrix(f"{prefix}.wo.weight", Role.HIDDEN, width, queries)
 
 
 def ffn_specs(width: int, ffn_width: int, prefix: str) -> Iterator[ParamSpec]:
-    """Yield the parameters of a SwiGLU feed-forward."""
+    """Yield the parameters of a gated feed-forward."""
     yield matrix(f"{prefix}.gate.weight", Role.HIDDEN, ffn_width, width)
     yield matrix(f"{prefix}.up.weight", Role.HIDDEN, ffn_width, width)
     yield matrix(f"{prefix}.down.weight", Role.HIDDEN, width, ffn_width)

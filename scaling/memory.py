@@ -165,9 +165,15 @@ def _kernels(
     attention_backend: str | None,
     precision: PrecisionConfig,
 ) -> Kernels:
-    backend = named(attention_backend) if attention_backend else choose_backend(attention)
-    scores = backend.kept_bytes(model.num_heads, attention.length, compute_bytes)
-    return Kernels(compute_bytes, attention.device == "cuda", scores, precision)
+    # On CUDA all layers have one back end, on a CPU each call its own (``trainer/kernels.py``).
+    of_all = attention if attention.device == "cuda" else attention._replace(window=None)
+    scores, windowed = (
+        (named(attention_backend) if attention_backend else choose_backend(call)).kept_bytes(
+            model.num_heads, call.length, compute_bytes
+        )
+        for call in (of_all, attention)
+    )
+    return Kernels(compute_bytes, attention.device == "cuda", scores, precision, windowed)
 
 
 def _dormant(model: ModelConfig, stage: range, frozen: frozenset[str]) -> frozenset[int]:
@@ -317,7 +323,7 @@ def _joined_bytes(part: RankParts, compute_bytes: int) -> int:
 
 def _is_cast(spec: ParamSpec) -> bool:
     """Whether a product, which wants its weight in the compute type, uses the parameter."""
-    return not spec.name.endswith("norm.weight")
+    return spec.role is not Role.VECTOR
 
 
 def most_in_flight(layout: Layout, rank: int, micro_batches: int) -> int:

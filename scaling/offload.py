@@ -14,7 +14,7 @@ from allometry.configs.errors import UserError
 from allometry.configs.execution import ContextCosts
 from allometry.configs.model import ModelConfig
 from allometry.configs.run import RunConfig
-from allometry.scaling.count import layer_flops
+from allometry.scaling.count import attention_flops, layer_flops
 
 SELECTIVE = "parallel.context.offload=selective"
 STAYING = 2
@@ -98,10 +98,13 @@ class Traffic:
     ) -> Traffic:
         """Return it for ``travelling`` bytes of all ``layers`` in a micro-batch of ``tokens``."""
         number = len(layers)
-        attention = 2 * model.num_heads * model.head_width * (sequence_length + 1)
-        slow = attention * (1 / costs.attention_efficiency - 1)
         flops = layer_flops(model, sequence_length)[1:-1]
-        forward = sum(flops[layer] + slow for layer in layers) / number
+        slow = 1 / costs.attention_efficiency - 1
+        forward = sum(
+            flops[layer] + slow * attention_flops(model, sequence_length, model.window_of(layer))
+            for layer in layers
+        )
+        forward /= number
         return cls(
             layers=number,
             layer_bytes=travelling // number,

@@ -223,6 +223,7 @@ def memory_of(
             length=length,
             compiled=config.training.compile,
             head_width=config.model.head_width,
+            window=config.model.window_tokens,
         ),
         attention_backend=None if config.kernels.attention == "auto" else config.kernels.attention,
         pp_rank=pp_rank,

@@ -84,6 +84,12 @@ def check_precision(config: RunConfig, degrees: Degrees) -> None:
             f"model.num_layers={model.num_layers}; layers are counted from 0"
         )
     _check_some_product(config)
+    if tp > 1 and model.qk_norm_over == "width" and precision.saved_activations == "fp8":
+        raise UserError(
+            "precision.saved_activations=fp8 keeps what norms read with the sums of whole rows, "
+            f"which model.qk_norm_over=width parts over parallel.tp={tp}; use "
+            "precision.saved_activations: compute or parallel.tp: 1"
+        )
     asked = {
         "precision.saved_activations=fp8": SAVED_GROUP * (precision.saved_activations == "fp8"),
         "precision.linears=fp8_blockwise": _BLOCK * (precision.linears == "fp8_blockwise"),

@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Literal
+
+Start = Literal["ones", "zeros"]
 
 
 class Role(StrEnum):
@@ -35,7 +38,8 @@ class ParamSpec:
 
     ``name`` is its full dotted name in the model, ``shape`` its whole (unsharded) shape. Weights
     are stored [fan_out, fan_in]; an embedding [V, D] has fan_in V (finite) and fan_out D; a vector
-    [n] has fan_in 1 and fan_out n.
+    [n] has fan_in 1 and fan_out n. ``start``: what it starts as in every parameterization; None:
+    that decides. ``of_heads``: a vector with elements for each head, which are where the head is.
     """
 
     name: str
@@ -43,10 +47,13 @@ class ParamSpec:
     shape: tuple[int, ...]
     fan_in: int
     fan_out: int
+    start: Start | None = None
+    of_heads: bool = False
 
     def __post_init__(self) -> None:
         assert all(size > 0 for size in self.shape), (self.name, self.shape)
         assert min(self.fan_in, self.fan_out) > 0, (self.name, self.fan_in, self.fan_out)
+        assert self.start is not None or self.role is not Role.VECTOR, self.name
 
     @property
     def in_block(self) -> bool:

@@ -10,7 +10,7 @@ Bytes are those of one token, in the types that ``Kernels`` says.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from allometry.configs.model import LatentExperts, ModelConfig, MoEModel
@@ -41,7 +41,8 @@ class Kernels:
 
     ``compute``: bytes of an activation. ``fused_norm``: a norm keeps its input and a number for
     each row, as torch's CUDA kernel; on a CPU it keeps the quotient and, of half types, the input,
-    both in fp32. ``scores``: bytes of a token that attention keeps besides its output.
+    both in fp32. ``scores``: bytes of a token that attention keeps besides its output;
+    ``windowed_scores``: the same in layers with a sliding window.
     ``precision``: what is kept or multiplied in FP8, of which ``auto`` is taken for compute.
     """
 
@@ -49,6 +50,7 @@ class Kernels:
     fused_norm: bool
     scores: int
     precision: PrecisionConfig = COMPUTE
+    windowed_scores: int = 0
 
     @property
     def wide(self) -> int:
@@ -155,6 +157,11 @@ class Block:
         return experts.latent_width if isinstance(experts, LatentExperts) else self.model.width
 
     @property
+    def _scores(self) -> int:
+        kernels = self.kernels
+        return kernels.windowed_scores if self.model.windowed(self.layer) else kernels.scores
+
+    @property
     def _features(self) -> tuple[int, int]:
         model = self.model
         return model.num_heads * model.head_width, model.kv_heads * model.head_width
@@ -162,43 +169,67 @@ class Block:
     def _attention(self) -> Counter[str]:
         kernels = self.kernels
         queries, keys = self._features
-        rows = norm(self.model.width, kernels, trained=self._trains("attention_norm"))
-        rows += self._branch_input("attention.wq", "attention.wk", "attention.wv")
+        rows = self._norms("attention") + self._branch_input(
+            "attention.wq", "attention.wk", "attention.wv"
+        )
         rows[QKV] += kernels.compute * (queries + 2 * keys)
-        rows[ATTENTION] += kernels.compute * queries + kernels.scores
+        rows[ATTENTION] += kernels.compute * queries + self._scores
         # Else what attention returned is the next product's input.
         if kernels.saves and self._trains("attention.wo"):
             rows[ATTENTION] += kernels.product_input(queries, self._recipe())
         if self.model.qk_norm:
-            heads = self.model.num_heads + self.model.kv_heads
-            trained = self._trains("attention.q_norm", "attention.k_norm")
-            normed = norm(queries + keys, kernels, heads, trained=trained)
-            # Values are a part of the one product that made all three.
-            if kernels.compute < 4 and not kernels.saves:
+            normed = self._qk_norm()
+            # Values are a part of the one product that made all three, unless a bias was added.
+            if kernels.compute < 4 and not kernels.saves and not self.model.qkv_bias:
                 rows[QKV] += kernels.compute * (queries + keys)
-                if kernels.fused_norm:
+                if kernels.fused_norm and not self._norms_over_ranks:
                     normed[NORMS] -= kernels.compute * (queries + keys)
             rows += Counter({QKV: normed.pop(RESIDUAL, 0)}) + normed
         if self.model.dropout:
             rows[RESIDUAL] += 2 * self.model.width  # a mask of one byte for each branch
         return rows
 
+    def _norms(self, branch: str) -> Counter[str]:
+        """The norms before and after a branch, as many as there are."""
+        model, rows = self.model, Counter[str]()
+        for there, name in (
+            (model.norms_before, f"{branch}_norm"),
+            (model.norms_after, f"{branch}_post_norm"),
+        ):
+            if there:
+                rows += norm(model.width, self.kernels, trained=self._trains(name))
+        return rows
+
+    @property
+    def _norms_over_ranks(self) -> bool:
+        """Whether queries' and keys' norm needs other ranks' heads: no kernel fuses that."""
+        return self.model.qk_norm_over == "width" and self.tp > 1
+
+    def _qk_norm(self) -> Counter[str]:
+        """The norm of queries and keys."""
+        model, kernels = self.model, self.kernels
+        rows = model.num_heads + model.kv_heads if model.qk_norm_over == "head" else 2
+        if self._norms_over_ranks:
+            kernels = replace(kernels, fused_norm=False)
+        trained = self._trains("attention.q_norm", "attention.k_norm")
+        return norm(sum(self._features), kernels, rows, trained=trained)
+
     def _ffn(self) -> Counter[str]:
-        kernels, mixture = self.kernels, self.mixture
-        rows = norm(self.model.width, kernels, trained=self._trains("ffn_norm"))
+        mixture = self.mixture
+        rows = self._norms("ffn")
         if mixture is None:
-            rows += self._swiglu(self.hidden, self._recipe(), "ffn")
+            rows += self._gated(self.hidden, self._recipe(), "ffn")
             return rows + self._branch_input("ffn.gate", "ffn.up")
         experts = mixture.experts
         visits, shared = experts.experts_per_token, experts.num_shared_experts
         down = self._recipe(Role.EXPERT_DOWN)
-        rows += self._swiglu(visits * experts.width, down, "ffn.experts", visits)
+        rows += self._gated(visits * experts.width, down, "ffn.experts", visits)
         if shared:
-            rows += self._swiglu(shared * experts.width, self._recipe(), "ffn.shared")
+            rows += self._gated(shared * experts.width, self._recipe(), "ffn.shared")
         return rows + self._mixture(mixture)
 
-    def _swiglu(self, hidden: int, recipe: str, module: str, rows: int = 1) -> Counter[str]:
-        """Gate and up, silu(gate) and the input of the product down; in FP8 no silu(gate)."""
+    def _gated(self, hidden: int, recipe: str, module: str, rows: int = 1) -> Counter[str]:
+        """Gate and up, activation(gate), in FP8 not that, and the input of the product down."""
         kernels = self.kernels
         trained = self._trains(f"{module}.down")
         down = kernels.product_input(hidden, recipe, rows) if trained else 0
@@ -273,7 +304,7 @@ class Block:
         rows: Counter[str] = Counter(
             {
                 QKV: made * (queries + 2 * keys),
-                ATTENTION: c * queries + self.kernels.scores,
+                ATTENTION: c * queries + self._scores,
                 GATE_UP: 2 * made * self.hidden,
                 RESIDUAL: (c + made) * width,  # the input, and what attention adds
             }

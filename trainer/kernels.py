@@ -179,6 +179,7 @@ def _call(config: RunConfig, plan: RunPlan, mesh: Mesh) -> AttentionCall:
         length=plan.micro_batch_tokens if documents else config.data.sequence_length,
         compiled=config.training.compile and not documents,
         head_width=config.model.head_width,
+        window=config.model.window_tokens,
         deterministic=config.training.deterministic and mesh.device.type == "cuda",
     )
 
@@ -300,6 +301,7 @@ def _shape(
         heads=model.num_heads // mesh.tp.size,
         kv_heads=max(model.kv_heads // mesh.tp.size, 1),
         head_width=model.head_width,
+        window=model.window_tokens,
         dtype=torch_dtype(config.training.compute_dtype),
         documents=None,
         compiled=config.training.compile,

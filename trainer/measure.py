@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from allometry.models.attention import RUN, Attend
+from allometry.models.attention import RUN
 from allometry.models.documents import Documents
 from allometry.models.kernels import NORMS
 from allometry.models.quantiser import quantise
@@ -36,7 +36,8 @@ class AttentionShape:
     """One micro-batch as one rank's attention sees it.
 
     ``documents``: lengths of the runs of its T tokens; None: each sequence is one document.
-    ``compiled``: whether the run compiles its blocks.
+    ``compiled``: whether the run compiles its blocks. ``window``: of layers that have one, which
+    are the ones that are timed where there are some.
     """
 
     sequences: int
@@ -47,6 +48,7 @@ class AttentionShape:
     dtype: torch.dtype
     documents: tuple[int, ...] | None
     compiled: bool
+    window: int | None = None
 
     def inputs(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Return random q, k and v that require gradients, without a trace in the run's own."""
@@ -80,21 +82,23 @@ def time_attention(
     names: Sequence[str],
     shape: AttentionShape,
     device: torch.device,
-    run: Mapping[str, Attend] = RUN,
+    run: Mapping[str, Callable[..., Tensor]] = RUN,
 ) -> dict[str, Outcome]:
     """Time back ends of attention; one that differs from the first that works has failed.
 
     Each is run as the run runs it: within compiled code if that is compiled.
     """
     qkv, documents = shape.inputs(device), shape.packed(device)
-    scale = shape.head_width**-0.5
+    scale, more = shape.head_width**-0.5, {}
+    if shape.window is not None and shape.window < shape.length:
+        more["window"] = shape.window
     expected: list[Tensor] = []
     times: dict[str, Outcome] = {}
     for name in names:
         attend = torch.compile(run[name], fullgraph=True) if shape.compiled else run[name]
 
-        def once(attend: Attend = attend) -> list[Tensor]:
-            o_BLNH = attend(*qkv, documents, scale)
+        def once(attend: Callable[..., Tensor] = attend) -> list[Tensor]:
+            o_BLNH = attend(*qkv, documents, scale, **more)
             return [o_BLNH, *torch.autograd.grad(o_BLNH, qkv, qkv[0].detach())]
 
         times[name] = _timed(once, device, expected)

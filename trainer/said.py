@@ -15,6 +15,7 @@ from allometry.optim.build import Elsewhere
 from allometry.parallel.mesh import Mesh
 from allometry.scaling.advice import NODE_RANKS, advice
 from allometry.scaling.plan import RunPlan
+from allometry.trainer.repetition import facts_of, last_sample, repetition_advice, repetitions
 from allometry.trainer.state.changed import change_events
 from allometry.trainer.state.reading import data_events, read_again
 from allometry.trainer.state.resume import Start, start_events
@@ -53,6 +54,8 @@ def said_at_start(
         node_ranks = int(here) if here.isdecimal() else NODE_RANKS
         for rule, text in advice(config, plan, node_ranks).items():
             yield "advice", {"rule": rule, "text": text}
+    if not start.next_stage:
+        yield from _repeated(whole, plan, stream, step)
     if again := read_again(start.facts, stream):
         yield "same_documents", {"sources": again, "seed": config.run.seed}
     if isinstance(optimizer, Elsewhere):
@@ -72,3 +75,19 @@ def said_at_start(
         yield "kernels_changed", {**step, **change}
     for name, states in converted.items():
         yield "states_converted", {**step, "change": name, "states": states}
+
+
+def _repeated(
+    whole: RunConfig, plan: RunPlan, stream: Stream | DocumentStream, step: dict[str, int]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What the run reads more than once, and what to do about it."""
+    found = repetitions(stream, last_sample(whole), plan.parameters.non_embedding)
+    if any(one.epochs > 1.0 for one in found):
+        said = ", ".join(
+            f"{one.source} {one.epochs:.3g} epochs of {one.unique:,} tokens (a token is worth "
+            f"{one.average:.2f} of a new one, the next one {one.last:.2f})"
+            for one in found
+        )
+        yield "repetition", {**step, "sources": facts_of(found), "said": said}
+    for rule, text in repetition_advice(whole, found):
+        yield "advice", {"rule": rule, "text": text}

@@ -33,7 +33,8 @@ RETRY_AFTER_S = (1.0, 5.0)
 class Copier:
     """Makes local copies, in turn with checkpoints, and reports of them.
 
-    ``kept``: the step of those that this launch has begun from, which stay until there are others.
+    ``run``: the run's identity; ``kept``: the step of those that this launch has begun from, which
+    stay until there are others.
     """
 
     def __init__(
@@ -41,11 +42,12 @@ class Copier:
         local: LocalCopies,
         checkpointer: Checkpointer,
         folder: RunFolder,
+        run: str,
         kept: int | None,
         report: Callable[..., None],
     ) -> None:
         self._local, self._checkpointer = local, checkpointer
-        self._folder, self._report = folder, report
+        self._folder, self._run, self._report = folder, run, report
         self._launch: str | None = None
         self._said = False
         self._waited_s = 0.0
@@ -64,7 +66,8 @@ class Copier:
         """Return that of a launch, None where the run asks for no copies."""
         if local is None:
             return None
-        return cls(local, checkpointer, folder, start.step if start.offer else None, report)
+        run, kept = start.identity.run, start.step if start.offer else None
+        return cls(local, checkpointer, folder, run, kept, report)
 
     def copy(self, step: int, state: State, facts: dict[str, Any]) -> None:
         """Begin a copy; returns as soon as the tensors are copied. No rank may be writing."""
@@ -78,7 +81,7 @@ class Copier:
         copied, launch = self._local.staged(state), self._launch
         self._waited_s = time.monotonic() - begun_s
         self._checkpointer.begin(
-            lambda: self._local.write(step, copied, facts, launch), f"copy-{step}"
+            lambda: self._local.write(step, copied, facts, launch, self._run), f"copy-{step}"
         )
         stored = any(isinstance(value, Stored) for value in copied.values())  # which has no copy
         if stored or not self._checkpointer.asynchronous:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 
 from allometry.configs.run import RunConfig
@@ -14,9 +13,7 @@ from allometry.data.stream import Stream, open_stream
 from allometry.data.tokenizer import check_vocabulary
 from allometry.scaling.plan import RunPlan
 from allometry.scaling.stages import places_of
-
-MANY_EPOCHS = 4
-_log = logging.getLogger(__name__)
+from allometry.trainer.repetition import check_epochs, repetitions
 
 
 def open_sources(config: RunConfig) -> Stream | DocumentStream:
@@ -43,7 +40,7 @@ def open_sources(config: RunConfig) -> Stream | DocumentStream:
     return stream
 
 
-def check_data(stream: Sources, plans: Sequence[RunPlan]) -> None:
+def check_data(config: RunConfig, plans: Sequence[RunPlan], stream: Sources) -> None:
     """Check that the data are enough for the run as it goes on with them, in all of its stages."""
     from allometry.trainer.feed import check_steps  # brings torch, which a dry run can spare
 
@@ -53,10 +50,5 @@ def check_data(stream: Sources, plans: Sequence[RunPlan]) -> None:
             check_steps(staged, plan)
     sequences = plans[-1].batch.sequences_before(plans[-1].total_steps + 1)
     stream.check_run(sequences)
-    for name, epochs in stream.epochs(sequences).items():
-        if epochs > MANY_EPOCHS:
-            _log.warning(
-                "source %s will be read %.1f times; past about %d the repetition costs (arXiv "
-                "2305.16264): add data, lower its weight or shorten the run",
-                *(name, epochs, MANY_EPOCHS),
-            )
+    parameters = plans[-1].parameters.non_embedding
+    check_epochs(config, repetitions(stream, sequences, parameters))

@@ -64,6 +64,7 @@ from allometry.trainer.record.forecast import Forecaster
 from allometry.trainer.record.monitors import Monitors, NoChanges
 from allometry.trainer.record.prediction import predictions
 from allometry.trainer.record.present import close, present_callbacks
+from allometry.trainer.record.repetition import RepetitionWatch
 from allometry.trainer.record.rows import GraphEvents, OffloadRows, PlanRows, RoutingRows
 from allometry.trainer.record.sample import Sample
 from allometry.trainer.record.states import CompressedStates
@@ -150,11 +151,8 @@ def _launch(
     folder = RunFolder(config.run.folder)
     local = LocalCopies.of(config, plans[0], mesh)
     present = present_callbacks(callbacks, config, folder, mesh)
-    start = begin(
-        *(folder, config, stream, mesh, stop_at_step),
-        lambda found: check_data(found, plans),
-        *(importer, local),
-    )
+    check = partial(check_data, config, plans)
+    start = begin(folder, config, stream, mesh, stop_at_step, check, importer, local)
     stream = continued(stream, start.facts)
     recorder = None
     try:
@@ -361,6 +359,7 @@ class _Run:
         yield from predictions(self.config, self.plan.layout, self.mesh, self.report)
         if self.recorder is None:
             return
+        yield RepetitionWatch(self.folder, self.report)
         if isinstance(self.config.model, MoEModel):
             yield RoutingRows(self.config.model, self.recorder)
         if isinstance(self.optimizer, TieredOptimizer) and self.optimizer.folder is not None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from allometry.configs.errors import UserError
 from allometry.configs.model import ParameterizationConfig, StandardParameterization
 from allometry.configs.run import RunConfig
-from allometry.interop.huggingface.names import Counterpart, Fold, folded, locate, unfolded
+from allometry.interop.huggingface.names import Counterpart, Fold, Read, folded, locate, unfolded
 from allometry.interop.huggingface.weights import CheckpointWeights, FolderWeights
 from allometry.models.build import build_model
 from allometry.models.transformer import Transformer
@@ -74,7 +74,7 @@ def compare(
         if imported:
             there = unfolded(name, there, folding)
         else:
-            expected = folded(name, expected, folding).to(dtype).float()
+            expected = counterpart.kept(folded(name, expected, folding), dtype)
         if not torch.equal(there, expected):
             raise UserError(
                 f"--check: {name} came back changed from {', '.join(places[name].names[:1])}; "
@@ -84,14 +84,21 @@ def compare(
     generator = torch.Generator().manual_seed(SEED)
     tokens_BL = torch.randint(vocabulary, (SEQUENCES, length), generator=generator)
     theirs_BLV = _their_logits(folder, tokens_BL)
-    mine_BLV = _our_logits(config, config.parameterization, weights, (), None, tokens_BL)
+    mine_BLV = _our_logits(config, config.parameterization, weights.read, weights.shapes, tokens_BL)
     scale = max(theirs_BLV.abs().max().item(), torch.finfo(torch.float32).tiny)
     rounding = None
     if dtype != torch.float32:
         # What is tested is the conversion: the same rounded weights on both sides.
         rounding = (mine_BLV - theirs_BLV).abs().max().item() / scale
-        standard = StandardParameterization()
-        mine_BLV = _our_logits(config, standard, weights, folding, dtype, tokens_BL)
+        by_name = {counterpart.spec.name: counterpart for counterpart in wanted}
+
+        def kept(name: str) -> Tensor:
+            tensor = weights.read(name)
+            if name not in by_name:  # a router's buffer
+                return tensor
+            return by_name[name].kept(folded(name, tensor, folding), dtype)
+
+        mine_BLV = _our_logits(config, StandardParameterization(), kept, weights.shapes, tokens_BL)
     difference = (mine_BLV - theirs_BLV).abs().max().item()
     if not difference / scale <= TOLERANCE:  # a NaN is no agreement either
         raise UserError(
@@ -105,20 +112,18 @@ def compare(
 def _our_logits(
     config: RunConfig,
     parameterization: ParameterizationConfig,
-    weights: CheckpointWeights,
-    folding: Sequence[Fold],
-    dtype: torch.dtype | None,
+    read: Read,
+    buffers: Collection[str],
     tokens_BL: Tensor,
 ) -> Tensor:
     """Return fp32 logits [B, L, V] of our model with a checkpoint's weights, rounded or not."""
     rules = Parameterization(parameterization, config.model)
     model: Transformer = build_model(config.model, rules, "fp32").eval()
     for name, parameter in model.named_parameters():
-        tensor = folded(name, weights.read(name), folding)
-        parameter.copy_(tensor if dtype is None else tensor.to(dtype))
+        parameter.copy_(read(name))
     for name, buffer in model.named_buffers():
-        if name in weights.shapes:
-            buffer.copy_(weights.read(name))
+        if name in buffers:
+            buffer.copy_(read(name))
     logits_BLV = model(tokens_BL)
     assert isinstance(logits_BLV, Tensor)
     return logits_BLV

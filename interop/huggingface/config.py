@@ -1,4 +1,4 @@
-"""Model descriptions of ours as Hugging Face ``config.json`` and back, for four families.
+"""Model descriptions of ours as Hugging Face ``config.json`` and back.
 
 Only what decides the function of a model is converted: a key of theirs that we cannot compute, and
 a choice of ours that they cannot, is an error that names it.
@@ -6,24 +6,34 @@ a choice of ours that they cannot, is an error that names it.
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 from pydantic import ValidationError
 
+from allometry.configs.decoder import Activation, YarnScaling
 from allometry.configs.errors import UserError
 from allometry.configs.model import DenseModel, ModelConfig, MoEModel
-
-Family = Literal["llama", "qwen3", "mixtral", "qwen3_moe"]
-FAMILIES: tuple[Family, ...] = get_args(Family)
-
-_CLASSES: Mapping[Family, str] = {
-    "llama": "LlamaForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "mixtral": "MixtralForCausalLM",
-    "qwen3_moe": "Qwen3MoeForCausalLM",
-}
+from allometry.interop.huggingface.families import (
+    FAMILIES,
+    TRAITS,
+    Family,
+    embedding_scale,
+    gate_of,
+    lacks,
+)
+from allometry.interop.huggingface.positions import (
+    KEYS,
+    lacks_of_positions,
+    longest_of,
+    positions_of,
+    positions_to,
+    windowed_theta,
+)
+from allometry.models.rotary import attention_factor
 
 # Keys that do not change what the model computes from given weights: names, tokens, caches, how it
 # was or would be trained. Llama's pretraining_tp only cuts its products into pieces.
@@ -42,27 +52,24 @@ _WITHOUT_EFFECT = frozenset(
         "unk_token_id",
         "initializer_range",
         "max_position_embeddings",
+        "cache_implementation",
         "pretraining_tp",
         "output_router_logits",
         "router_aux_loss_coef",
-        "max_window_layers",
-        "sliding_window",
-        "use_sliding_window",
-        "layer_types",
-        "rope_scaling",
-        "rope_parameters",
-        "rope_theta",
     ]
 )
 # Keys that must have one of these values, as our models have no such feature.
 _FIXED: Mapping[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu", "swish"),
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
     "attention_dropout": (0, None),
     "router_jitter_noise": (0, None),
     "partial_rotary_factor": (1, None),
     "decoder_sparse_step": (1, None),
+}
+_ACTIVATIONS: Mapping[Activation, tuple[str, ...]] = {
+    "silu": ("silu", "swish"),
+    "gelu_tanh": ("gelu_pytorch_tanh",),
 }
 _SIZES = frozenset(
     [
@@ -75,9 +82,12 @@ _SIZES = frozenset(
         "head_dim",
         "rms_norm_eps",
         "tie_word_embeddings",
+        "hidden_act",
+        "hidden_activation",
     ]
 )
-_EXPERT_SIZES: Mapping[Family, frozenset[str]] = {
+_OWN_KEYS: Mapping[Family, frozenset[str]] = {
+    "gemma3_text": frozenset({"query_pre_attn_scalar"}),
     "mixtral": frozenset({"num_local_experts", "num_experts_per_tok"}),
     "qwen3_moe": frozenset(
         [
@@ -101,59 +111,23 @@ def choose_family(model: ModelConfig, asked: str | None = None) -> Family:
     """
     if asked is not None and asked not in FAMILIES:
         raise UserError(f"--family={asked} is not known; use one of {', '.join(FAMILIES)}")
-    if isinstance(model, MoEModel):
-        fitting: Family = "qwen3_moe" if model.qk_norm else "mixtral"
-    else:
-        fitting = "qwen3" if model.qk_norm else "llama"
-    if asked is not None and asked != fitting:
+    missing = {f: [*lacks(model, f), *lacks_of_positions(model, f)] for f in FAMILIES}
+    alike = [f for f in FAMILIES if TRAITS[f].experts == isinstance(model, MoEModel)]
+    windows = model.window is not None
+    nearest = min(alike, key=lambda f: (len(missing[f]), windows and TRAITS[f].windows is None))
+    chosen = nearest if asked is None else next(f for f in FAMILIES if f == asked)
+    for key, value, why in missing[chosen]:
+        said = json.dumps(value) if isinstance(value, bool) else value
+        if asked is not None and not missing[nearest]:
+            raise UserError(
+                f"--family={asked} cannot hold model.{key}={said} ({why}); {nearest} can: leave "
+                "--family out"
+            )
         raise UserError(
-            f"--family={asked} cannot hold model.kind={model.kind} with "
-            f"model.qk_norm={str(model.qk_norm).lower()}; {fitting} can: leave --family out"
+            f"model.{key}={said} has no counterpart in {TRAITS[chosen].architecture} ({why}); this "
+            "model cannot be exported to it"
         )
-    for key, value, why in _unsupported(model, fitting):
-        raise UserError(
-            f"model.{key}={value} has no counterpart in {_CLASSES[fitting]} ({why}); this model "
-            "cannot be exported to it"
-        )
-    return fitting
-
-
-def _unsupported(model: ModelConfig, family: Family) -> list[tuple[str, Any, str]]:
-    """Return (key, value, reason) for every choice of ``model`` that ``family`` lacks."""
-    lacks: list[tuple[str, Any, str]] = []
-    if family == "llama" and model.width % model.num_heads:
-        lacks.append(("num_heads", model.num_heads, f"it must divide width={model.width}"))
-    if not isinstance(model, MoEModel):
-        return lacks
-    experts, router = model.experts, model.router
-    if experts.kind != "swiglu":
-        lacks.append(("experts.kind", experts.kind, "its experts read the residual stream"))
-    if experts.num_shared_experts:
-        lacks.append(("experts.num_shared_experts", experts.num_shared_experts, "it has none"))
-    if family == "mixtral" and model.first_dense_layers:
-        lacks.append(("first_dense_layers", model.first_dense_layers, "it has none"))
-    gate = _gate(model)
-    if gate not in (("softmax", False), ("softmax", True)):
-        lacks.append(("router.gate", router.gate, "its gate is a softmax"))
-    elif family == "mixtral" and gate != ("softmax", True):
-        lacks.append(("router.normalize", "false", "it divides by the sum"))
-    if router.scale != 1.0:
-        lacks.append(("router.scale", router.scale, "it has no such factor"))
-    if router.groups_per_token not in (None, router.num_groups):
-        lacks.append(("router.groups_per_token", router.groups_per_token, "it has no groups"))
-    if router.balance.kind == "bias":
-        lacks.append(("router.balance.kind", "bias", "its router has no bias"))
-    return lacks
-
-
-def _gate(model: MoEModel) -> tuple[str, bool]:
-    """Return gate and normalize, one way of spelling equal functions.
-
-    The softmax over all experts, divided by its sum over the chosen ones, is the softmax over the
-    chosen ones.
-    """
-    gate, normalize = model.router.gate, model.router.normalize
-    return ("softmax", True) if gate == "softmax_after_topk" else (gate, normalize)
+    return chosen
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +144,7 @@ def to_hf(model: ModelConfig, family: Family, dtype: str, text: Text) -> dict[st
     Keys are those that transformers 4 and 5 (and what else reads such files) both know.
     """
     values: dict[str, Any] = {
-        "architectures": [_CLASSES[family]],
+        "architectures": [TRAITS[family].architecture],
         "model_type": family,
         "torch_dtype": dtype,
         "vocab_size": model.vocab_size,
@@ -179,24 +153,23 @@ def to_hf(model: ModelConfig, family: Family, dtype: str, text: Text) -> dict[st
         "num_attention_heads": model.num_heads,
         "num_key_value_heads": model.kv_heads,
         "head_dim": model.head_width,
-        "hidden_act": "silu",
+        "hidden_act": _ACTIVATIONS[model.activation][0],
         "rms_norm_eps": model.norm_eps,
-        "rope_theta": model.rope_theta,
-        "max_position_embeddings": text.longest,
+        "max_position_embeddings": longest_of(model, text.longest),
         "tie_word_embeddings": model.tied_embeddings,
         "attention_dropout": 0.0,
         "bos_token_id": None,
         "eos_token_id": text.end_of_document_id,
         "use_cache": True,
     }
-    if family != "mixtral":
+    if family not in ("mistral", "qwen2", "mixtral"):
         values["attention_bias"] = False
     if family == "llama":
         values["mlp_bias"] = False
-    if family in ("qwen3", "qwen3_moe"):
-        values["use_sliding_window"] = False
-    if family != "llama":
-        values["sliding_window"] = None
+    if family == "gemma3_text":
+        values["hidden_activation"] = values.pop("hidden_act")
+        values["query_pre_attn_scalar"] = model.head_width
+    values |= positions_to(model, family)
     if isinstance(model, DenseModel):
         return values | {"intermediate_size": model.ffn_width}
     experts = model.experts
@@ -211,7 +184,7 @@ def to_hf(model: ModelConfig, family: Family, dtype: str, text: Text) -> dict[st
         "intermediate_size": model.ffn_width or experts.width,
         "moe_intermediate_size": experts.width,
         "num_experts": experts.num_experts,
-        "norm_topk_prob": _gate(model)[1],
+        "norm_topk_prob": gate_of(model)[1],
         "decoder_sparse_step": 1,
         "mlp_only_layers": list(range(model.first_dense_layers)),
     }
@@ -241,7 +214,8 @@ def _described(values: Mapping[str, Any], where: str) -> tuple[Family, ModelConf
             f"{where}: model_type={values.get('model_type')!r} cannot be imported; use a model of "
             f"{', '.join(FAMILIES)}"
         )
-    theta = _rope_theta(values, family, where)
+    has = TRAITS[family]
+    positions = positions_of(values, family, where)
     _check_features(values, family, where)
     description = {
         "vocab_size": _need(values, "vocab_size", where),
@@ -249,17 +223,22 @@ def _described(values: Mapping[str, Any], where: str) -> tuple[Family, ModelConf
         "num_layers": _need(values, "num_hidden_layers", where),
         "num_heads": _need(values, "num_attention_heads", where),
         "num_kv_heads": values.get("num_key_value_heads")
-        if family == "llama"
+        if family in ("llama", "olmo2", "olmo3")
         else _need(values, "num_key_value_heads", where),
-        # Qwen3 is the one family whose class has a default of its own.
-        "head_dim": values.get("head_dim", 128 if family == "qwen3" else None),
-        "qk_norm": family in ("qwen3", "qwen3_moe"),
-        "tied_embeddings": bool(values.get("tie_word_embeddings", False)),
+        "head_dim": values.get("head_dim", has.head_dim),
+        "qkv_bias": has.qkv_bias,
+        "qk_norm": has.qk_norm is not None,
+        "qk_norm_over": has.qk_norm or "head",
+        "norms": has.norms,
+        "activation": has.activation,
+        "tied_embeddings": bool(values.get("tie_word_embeddings", has.tied)),
         "norm_eps": _need(values, "rms_norm_eps", where),
-        "rope_theta": theta,
+        **positions,
     }
+    if has.scaled_embedding:
+        description["embedding_scale"] = embedding_scale(description["width"])
     try:
-        if family in ("llama", "qwen3"):
+        if not has.experts:
             ffn_width = _need(values, "intermediate_size", where)
             return family, DenseModel.model_validate({**description, "ffn_width": ffn_width})
         experts = _experts(values, family, where)
@@ -313,20 +292,13 @@ def _check_features(values: Mapping[str, Any], family: Family, where: str) -> No
             raise UserError(
                 f"{where}: {key}={values[key]!r} is not supported; only {allowed[0]!r} is"
             )
-    # Mixtral's window is in use wherever it is set, Qwen3's only where use_sliding_window says so.
-    windowed = family == "mixtral" or values.get("use_sliding_window", False)
-    if family != "llama" and windowed and values.get("sliding_window") is not None:
-        raise UserError(
-            f"{where}: sliding_window={values['sliding_window']!r} is not supported: our attention "
-            "sees the whole sequence; use a model without it (sliding_window: null)"
-        )
-    kinds = set(values.get("layer_types") or []) - {"full_attention"}
-    if kinds:
-        raise UserError(
-            f"{where}: layer_types has {min(kinds)!r}, which is not supported; only "
-            "'full_attention' is"
-        )
-    known = _WITHOUT_EFFECT | _FIXED.keys() | _SIZES | _EXPERT_SIZES.get(family, frozenset())
+    names = _ACTIVATIONS[TRAITS[family].activation]
+    for key in ("hidden_act", "hidden_activation"):
+        if values.get(key, names[0]) not in (*names, None):
+            raise UserError(
+                f"{where}: {key}={values[key]!r} is not supported; only {names[0]!r} is"
+            )
+    known = _WITHOUT_EFFECT | _FIXED.keys() | _SIZES | KEYS | _OWN_KEYS.get(family, frozenset())
     for key in sorted(values.keys() - known):
         # Old files spell out absent features with null, false, 0 and empty lists.
         if values[key]:
@@ -336,26 +308,9 @@ def _check_features(values: Mapping[str, Any], family: Family, where: str) -> No
             )
 
 
-def _rope_theta(values: Mapping[str, Any], family: Family, where: str) -> float:
-    """Return the base of the rotary frequencies, from transformers 4's keys or from 5's."""
-    scaling: dict[str, Any] = {}
-    for key in ("rope_scaling", "rope_parameters"):
-        given = values.get(key) or {}
-        scaling |= given if isinstance(given, dict) else {key: given}
-    theta = scaling.pop("rope_theta", None)
-    plain = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1}
-    for key, value in scaling.items():
-        if value is not None and (key not in plain or value != plain[key]):
-            raise UserError(
-                f"{where}: rotary positions with {key}={value!r} are not supported; only "
-                "rope_type='default' is"
-            )
-    top = values.get("rope_theta")
-    if theta is not None and top is not None and theta != top:
-        raise UserError(f"{where}: rope_theta={top} and rope_parameters' {theta} differ; keep one")
-    if theta is None and top is None and family == "llama":  # the first Llama's files lack it
-        return 10_000.0
-    return float(theta if theta is not None else _need(values, "rope_theta", where))
+def attention_scale(values: Mapping[str, Any], model: ModelConfig) -> float:
+    """Return what theirs multiplies scores by, which Gemma's files may choose."""
+    return 1.0 / math.sqrt(values.get("query_pre_attn_scalar") or model.head_width)
 
 
 def differences(ours: ModelConfig, theirs: ModelConfig) -> list[tuple[str, Any, Any]]:
@@ -382,8 +337,14 @@ def _function(model: ModelConfig) -> dict[str, Any]:
 
     walk(model.model_dump(mode="json"), "")
     flat |= {"num_kv_heads": model.kv_heads, "head_dim": model.head_width}
+    if model.window is not None:
+        every = model.window.global_every
+        flat["window.global_every"] = every if every and every <= model.num_layers else None
+        flat["window.rope_theta"] = windowed_theta(model)
+    if isinstance(model.rope_scaling, YarnScaling):
+        flat["rope_scaling.attention_factor"] = attention_factor(model.rope_scaling)
     if isinstance(model, MoEModel):
-        flat["router.gate"], flat["router.normalize"] = _gate(model)
+        flat["router.gate"], flat["router.normalize"] = gate_of(model)
         if model.router.groups_per_token in (None, model.router.num_groups):
             flat["router.num_groups"] = flat["router.groups_per_token"] = None
     return flat

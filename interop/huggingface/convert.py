@@ -27,12 +27,8 @@ from allometry.data.run_tokenizer import (
 )
 from allometry.interop.huggingface import compare
 from allometry.interop.huggingface.compare import Comparison
-from allometry.interop.huggingface.config import (
-    Family,
-    Text,
-    choose_family,
-    to_hf,
-)
+from allometry.interop.huggingface.config import Text, choose_family, to_hf
+from allometry.interop.huggingface.families import Family
 from allometry.interop.huggingface.model import open_model
 from allometry.interop.huggingface.names import (
     Counterpart,
@@ -65,6 +61,7 @@ from allometry.scaling.parameterization import Parameterization
 from allometry.scaling.stages import place_of
 from allometry.trainer.state.checkpoint import step_of
 from allometry.trainer.state.folder import RunFolder, write_atomically
+from allometry.trainer.state.identity import Identity
 from allometry.trainer.state.initial import initial_facts
 from allometry.trainer.state.integrity import seal
 from allometry.trainer.state.refused import REFUSED, partial_of
@@ -227,7 +224,8 @@ def import_hf(
         step.mkdir(parents=True)
         files = model.write(step, states)
         keep = ("weights",) if states is None else ("weights", "optimizer")
-        seal(step, 0, files, initial_facts(config, keep, model.origin()))
+        facts = initial_facts(config, keep, model.origin())
+        seal(step, 0, files, facts, run=Identity.new().run)
         RunTokenizer(model.tokenizer).keep(partial)
         write_atomically(RunFolder(partial).config, dump(config))
         write_atomically(RunFolder(partial).latest, step.name + "\n")
@@ -304,5 +302,5 @@ def _part(
     nbytes = counterpart.spec.numel * dtype.itemsize // len(counterpart.written)
     return (
         [(written, nbytes) for written in counterpart.written],
-        lambda: counterpart.split(folded(name, weights.read(name), folding).to(dtype)),
+        lambda: counterpart.split(folded(name, weights.read(name), folding), dtype),
     )

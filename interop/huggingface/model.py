@@ -13,7 +13,8 @@ from allometry.configs.errors import UserError
 from allometry.configs.model import ModelConfig
 from allometry.configs.run import RunConfig
 from allometry.data.run_tokenizer import tokenizer_that_agrees
-from allometry.interop.huggingface.config import Family, differences, from_hf
+from allometry.interop.huggingface.config import attention_scale, differences, from_hf
+from allometry.interop.huggingface.families import Family
 from allometry.interop.huggingface.names import (
     HEAD,
     Counterpart,
@@ -78,7 +79,8 @@ def open_model(source: Path, config: RunConfig) -> HFModel:
         UserError: names each key in which it is another model, each tensor without a place, and a
             tokenizer that is not the one of the run's data.
     """
-    family, theirs = read_model(source)
+    said = read_json(source / CONFIG)
+    family, theirs = from_hf(said, str(source / CONFIG))
     _check_agreement(config, theirs, source)
     wanted = counterparts(config.model, family)
     weights = FolderWeights(source)
@@ -91,7 +93,11 @@ def open_model(source: Path, config: RunConfig) -> HFModel:
         weights=weights,
         wanted=wanted,
         places=places,
-        folding=folds(config.model, Parameterization.of_run(config).forward),
+        folding=folds(
+            config.model,
+            Parameterization.of_run(config).forward,
+            attention_scale(said, config.model),
+        ),
         tokenizer=tokenizer_that_agrees(config.data, source),
         said=read_origin(source),
     )

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from allometry.configs.decoder import NormPlaces
 from allometry.configs.errors import UserError
 from allometry.configs.model import ModelConfig, MoEModel
-from allometry.interop.huggingface.config import Family
+from allometry.interop.huggingface.families import TRAITS, Family
 from allometry.scaling.inventory import inventory
 from allometry.scaling.parameterizations.base import ForwardScales
 from allometry.scaling.roles import ParamSpec
@@ -29,17 +30,32 @@ _OUTER: Mapping[str, str] = {
     "head.weight": "lm_head.weight",
 }
 _INNER: Mapping[str, str] = {
-    "attention_norm": "input_layernorm",
     "attention.wq": "self_attn.q_proj",
     "attention.wk": "self_attn.k_proj",
     "attention.wv": "self_attn.v_proj",
     "attention.wo": "self_attn.o_proj",
     "attention.q_norm": "self_attn.q_norm",
     "attention.k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
     "ffn.gate": "mlp.gate_proj",
     "ffn.up": "mlp.up_proj",
     "ffn.down": "mlp.down_proj",
+}
+# Norms by where they are; theirs are called by what comes before or after, which depends.
+_NORMS: Mapping[NormPlaces, Mapping[str, str]] = {
+    "before": {
+        "attention_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm",
+    },
+    "after": {
+        "attention_post_norm": "post_attention_layernorm",
+        "ffn_post_norm": "post_feedforward_layernorm",
+    },
+    "both": {
+        "attention_norm": "input_layernorm",
+        "attention_post_norm": "post_attention_layernorm",
+        "ffn_norm": "pre_feedforward_layernorm",
+        "ffn_post_norm": "post_feedforward_layernorm",
+    },
 }
 # Module of the experts and names of gate, up and down, as the family's files have them.
 _EXPERTS: Mapping[str, tuple[str, Mapping[str, str]]] = {
@@ -72,10 +88,14 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Counterpart:
-    """One parameter of ours and where theirs holds it; ``sources[0]`` is how files are written."""
+    """One parameter of ours and where theirs holds it; ``sources[0]`` is how files are written.
+
+    ``offset``: what theirs adds to what is stored.
+    """
 
     spec: ParamSpec
     sources: tuple[Source, ...]
+    offset: float = 0.0
 
     @property
     def written(self) -> tuple[str, ...]:
@@ -91,12 +111,19 @@ class Counterpart:
             return E, 2 * F, D
         return self.spec.shape
 
-    def split(self, tensor: Tensor) -> dict[str, Tensor]:
-        """Return the tensors to write, each with storage of its own."""
+    def split(self, tensor: Tensor, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        """Return the tensors to write of ours in fp32, each with storage of its own."""
         assert tuple(tensor.shape) == self.spec.shape, (self.spec.name, tensor.shape)
+        tensor = (tensor - self.offset if self.offset else tensor).to(dtype)
         if not self.sources[0].stacked:
             return {self.written[0]: tensor.contiguous()}
         return {name: part.clone() for name, part in zip(self.written, tensor, strict=True)}
+
+    def kept(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return in fp32 what ``split`` to this type keeps of ours."""
+        if not self.offset:
+            return tensor.to(dtype).float()
+        return (tensor - self.offset).to(dtype).float() + self.offset
 
     def join(self, source: Source, read: Read) -> Tensor:
         """Return our parameter in fp32 from the tensors of ``source``."""
@@ -108,7 +135,8 @@ class Counterpart:
         tensor = read(source.names[0])
         if source.half is not None:
             tensor = tensor.chunk(2, dim=1)[source.half]
-        return tensor.to(torch.float32).contiguous()
+        tensor = tensor.to(torch.float32).contiguous()
+        return tensor + self.offset if self.offset else tensor
 
 
 def counterparts(model: ModelConfig, family: Family) -> tuple[Counterpart, ...]:
@@ -116,17 +144,22 @@ def counterparts(model: ModelConfig, family: Family) -> tuple[Counterpart, ...]:
 
     Raises UserError with the name of a parameter that it has no place for.
     """
-    return tuple(Counterpart(spec, _sources(spec, family)) for spec in inventory(model))
+    offset = TRAITS[family].gain_offset
+    return tuple(
+        Counterpart(spec, _sources(spec, family), offset if spec.start == "ones" else 0.0)
+        for spec in inventory(model)
+    )
 
 
 def _sources(spec: ParamSpec, family: Family) -> tuple[Source, ...]:
     if spec.name in _OUTER:
         return (Source((_OUTER[spec.name],)),)
-    match = re.fullmatch(r"blocks\.(\d+)\.(.+?)(?:\.weight)?", spec.name)
+    match = re.fullmatch(r"blocks\.(\d+)\.(.+?)(?:\.(weight|bias))?", spec.name)
     if match is not None:
-        layer, inner = f"model.layers.{match[1]}", match[2]
-        if inner in _INNER:
-            return (Source((f"{layer}.{_INNER[inner]}.weight",)),)
+        layer, inner, kind = f"model.layers.{match[1]}", match[2], match[3]
+        modules = {**_INNER, **_NORMS[TRAITS[family].norms]}
+        if inner in modules:
+            return (Source((f"{layer}.{modules[inner]}.{kind}",)),)
         if family in _EXPERTS:
             module, names = _EXPERTS[family]
             if inner == "ffn.router":
@@ -226,19 +259,23 @@ class Fold:
 
     def applies_to(self, name: str) -> bool:
         """Whether the parameter of this name is multiplied."""
-        return re.sub(r"^blocks\.\d+\.", "", name).removesuffix(".weight") in self.parameters
+        inside = re.sub(r"^blocks\.\d+\.", "", name)
+        return inside.removesuffix(".weight").removesuffix(".bias") in self.parameters
 
 
-def folds(model: ModelConfig, scales: ForwardScales) -> tuple[Fold, ...]:
+def folds(
+    model: ModelConfig, scales: ForwardScales, attention: float | None = None
+) -> tuple[Fold, ...]:
     """Return what must be folded into weights so that a forward pass without ``scales`` is equal.
 
-    Theirs multiplies scores by 1/sqrt(head width) and nothing else. Raises UserError where a tied
-    embedding cannot take a factor of the head or of the embedding alone.
+    Theirs multiplies scores by ``attention`` (None: 1/sqrt(head width)) and nothing else. Raises
+    UserError where a tied embedding cannot take a factor of the head or of the embedding alone.
     """
     folding: list[Fold] = []
-    usual = 1.0 / math.sqrt(model.head_width)
+    usual = 1.0 / math.sqrt(model.head_width) if attention is None else attention
     if scales.attention != usual:
         # A factor of the queries; rotation commutes with it, their norm would undo it.
+        # A bias of queries takes the factor with their matrix.
         target = "attention.q_norm" if model.qk_norm else "attention.wq"
         # What is a power of two but for the rounding of square roots is made one.
         factor = scales.attention / usual
@@ -246,12 +283,7 @@ def folds(model: ModelConfig, scales: ForwardScales) -> tuple[Fold, ...]:
         factor = near if math.isclose(factor, near, rel_tol=1e-14) else factor
         folding.append(Fold("attention", factor, (target,)))
     if scales.residual != 1.0:
-        targets = ["attention.wo"]
-        if isinstance(model, MoEModel):
-            targets.append("ffn.experts.down")
-        if not isinstance(model, MoEModel) or model.first_dense_layers:
-            targets.append("ffn.down")
-        folding.append(Fold("residual", scales.residual, tuple(targets)))
+        folding.append(Fold("residual", scales.residual, _ends_of_branches(model)))
     if scales.experts != 1.0:
         folding.append(Fold("experts", scales.experts, ("ffn.experts.down",)))
     for scale, factor, target in (
@@ -268,6 +300,18 @@ def folds(model: ModelConfig, scales: ForwardScales) -> tuple[Fold, ...]:
             )
         folding.append(Fold(scale, factor, (target,)))
     return tuple(folding)
+
+
+def _ends_of_branches(model: ModelConfig) -> tuple[str, ...]:
+    """What a factor of each branch can be folded into."""
+    if model.norms_after:
+        return "attention_post_norm", "ffn_post_norm"
+    targets = ["attention.wo"]
+    if isinstance(model, MoEModel):
+        targets.append("ffn.experts.down")
+    if not isinstance(model, MoEModel) or model.first_dense_layers:
+        targets.append("ffn.down")
+    return tuple(targets)
 
 
 def unfolded(name: str, tensor: Tensor, folding: Collection[Fold]) -> Tensor:

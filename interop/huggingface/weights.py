@@ -28,7 +28,7 @@ from allometry.trainer.state import checkpoint
 from allometry.trainer.state.folder import RunFolder
 from allometry.trainer.state.identity import problem_of
 from allometry.trainer.state.integrity import Files, ShardWriter
-from allometry.trainer.state.shards import ShardReader
+from allometry.trainer.state.shards import ShardReader, refusal_in
 
 MODEL, OPTIMIZER = "model.", "optimizer."
 CONFIG = "config.json"
@@ -60,11 +60,14 @@ class CheckpointWeights:
         return {name: stored.properties.dtype for name, stored in self._tensors.items()}
 
     def read(self, name: str) -> Tensor:
-        """Return one tensor, whole and on the CPU."""
+        """Return one tensor, whole and on the CPU; UserError if it is read wrongly."""
         stored = self._tensors[name]
         tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
-        with _alone():
-            dcp.load({self._prefix + name: tensor}, storage_reader=self._reader, no_dist=True)
+        try:
+            with _alone():
+                dcp.load({self._prefix + name: tensor}, storage_reader=self._reader, no_dist=True)
+        except dcp.CheckpointException as error:
+            raise (refusal_in(error) or error) from None
         return tensor
 
 

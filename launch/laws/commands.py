@@ -254,6 +254,30 @@ class MixCritical(Command):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MixPools(Command):
+    """Say which pools of data to train on, and how often, by a fit of quality_pools."""
+
+    fit: Path = argument("a fit of quality_pools:COLUMN,COLUMN")
+    sizes: tuple[str, ...] = option(
+        "POOL=TOKENS or POOL=PATH of its token files, with commas; one for each pool", REQUIRED
+    )
+    tokens: str = option("budgets of training tokens, as 4e10,4e11", REQUIRED)
+    yaml: Path | None = option("file for data.sources of the one budget; sizes are then PATHs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixFilterRate(Command):
+    """Say how much of a corpus to keep, by fits of one loss to runs on several shares of it."""
+
+    fits: tuple[str, ...] = argument(
+        "fits of the loss by N and D: FILE, or NAME=FILE, one for each share kept", paths=True
+    )
+    flops: str = option("budgets, as 1e21,1e22", REQUIRED)
+    flops_per_parameter_token: float = option("C = this x N x D", 6.0)
+    seed: int = option("of the pairs of bootstrap samples", 0, min=0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Laws(Command):
     """List the laws that can be fitted: equation, inputs with units, source, range."""
 

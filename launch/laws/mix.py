@@ -27,7 +27,7 @@ def best(asked: MixBest) -> Report:
     Raises UserError: a file is no fit of a law of shares, the fits are of other domains, an input
     that they read is missing, or no mixture keeps the bounds.
     """
-    fits = _fits(asked.fits)
+    fits = named_fits(asked.fits)
     domains = _domains(fits)
     at = _inputs(fits, domains, numbers(assignments(asked.inputs, "--with"), "--with"))
     options: dict[str, Any] = {"at": at, "seed": asked.seed}
@@ -92,8 +92,8 @@ def _text(facts: Mapping[str, Any]) -> str:
     return "\n".join([table(rows), "", table(losses), agree, *warnings])
 
 
-def _fits(texts: Sequence[str]) -> dict[str, StoredFit]:
-    """The fits by name: of NAME=FILE, or of the file."""
+def named_fits(texts: Sequence[str]) -> dict[str, StoredFit]:
+    """Return the fits by name: of NAME=FILE, or of the file. Raises UserError as ``load_fit``."""
     fits: dict[str, StoredFit] = {}
     for text in texts:
         name, sign, file = text.partition("=")

@@ -9,8 +9,18 @@ from allometry.launch.figures.figure import Column, Figure, Panel, Series, known
 from allometry.launch.report.inputs import Inputs, Shown
 from allometry.launch.report.losses import NO_RUNS
 from allometry.launch.report.section import Section, Table
+from allometry.laws.frontier import repeated
 
-HEAD = ("run", "source", "tokens", "share", "unique tokens", "epochs")
+HEAD = (
+    "run",
+    "source",
+    "tokens",
+    "share",
+    "unique tokens",
+    "epochs",
+    "average worth",
+    "next worth",
+)
 DOTS = 200
 
 
@@ -23,7 +33,8 @@ def ledger(inputs: Inputs) -> Section:
     text = (
         "Unique tokens were read for the first time, and epochs count how often a source has been "
         "read, by the run and, with data.continue_sources, by those that it goes on after. "
-        "Within an epoch no sample is read twice."
+        "Within an epoch no sample is read twice. What the average and the next token of so many "
+        "epochs are worth, a new one being 1, is by arXiv 2305.16264."
     )
     table = Table(HEAD, tuple(row for _, row in rows), run_s=tuple(number for number, _ in rows))
     return Section("ledger", title, text, tables=(table,))
@@ -42,9 +53,18 @@ def _ledger_rows(one: Shown) -> list[tuple[str, ...]]:
             f"{last(f'tokens/{name}') / last('tokens'):.1%}",
             human(last(f"unique_tokens/{name}")),
             f"{last(f'epochs/{name}'):.3g}",
+            *(f"{worth:.3f}" for worth in _worth(last(f"epochs/{name}"))),
         )
         for name in names
     ]
+
+
+def _worth(epochs: float) -> tuple[float, float]:
+    """What the average token of so many epochs is worth, and the next one."""
+    if not epochs > 0.0:
+        return 1.0, 1.0
+    one = repeated(epochs, 1.0)
+    return one.worth / epochs, one.last
 
 
 def forgetting(inputs: Inputs) -> Section:

@@ -25,7 +25,7 @@ LAUNCH_HEAD = (
     "run", "launch", "from step", "to step", "layout", "tokens/s", "MFU", "peak memory", "commit",
 )  # fmt: skip
 EVENT_HEAD = ("run", "time (UTC)", "step", "event", "details")
-QUIET = ("checkpoint_saved", "started", "finished")
+QUIET = ("checkpoint_saved", "started", "finished", "repetition")
 EVENTS = 300
 AXES = ("hdp", "tp", "pp", "ep")
 GIB = 2.0**30
@@ -190,7 +190,10 @@ def events(inputs: Inputs) -> Section:
     note = f"The first {EVENTS} of {len(shown)} events are shown; events.jsonl has all."
     notes = (note,) if len(shown) > EVENTS else ()
     table = _by_run(EVENT_HEAD, shown[:EVENTS])
-    text = "Everything in events.jsonl but saved checkpoints and regular starts and ends."
+    text = (
+        "Everything in events.jsonl but saved checkpoints, regular starts and ends, and what is "
+        "read again."
+    )
     return Section("events", title, text, tables=(table,), notes=notes)
 
 

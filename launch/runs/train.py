@@ -9,7 +9,9 @@ import sys
 from allometry.configs.errors import UserError
 from allometry.configs.loader import dump
 from allometry.configs.run import RunConfig
+from allometry.data.processes import name_rank
 from allometry.launch.command import Report
+from allometry.launch.fork_server import become_rank, is_server
 from allometry.launch.runs.commands import Train
 from allometry.launch.start import settle_allocator, settle_cuda_allocator
 from allometry.trainer.stop import StopSignals
@@ -25,8 +27,19 @@ def _stage(config: RunConfig, name: str) -> RunConfig:
     return config.of_stages()[names.index(name)]
 
 
+def _imports() -> None:
+    """Import what a run does."""
+    import allometry.trainer.train  # noqa: F401
+
+
 def trained(asked: Train) -> Report:
     """Train, or print the configuration or the plan."""
+    if is_server():
+        settle_allocator(asked.allocator)
+        settle_cuda_allocator()
+        become_rank(_imports)
+    if "RANK" in os.environ:
+        name_rank(os.environ["RANK"])
     if asked.dry_run and asked.print_config:
         raise UserError("--dry-run and --print-config are two commands; give one of them")
     for flag, given in (("--world-size", asked.world_size is not None), ("--json", asked.json)):

@@ -269,8 +269,8 @@ class _Packing:
 
 
 def _tensors(geometry: Geometry) -> Iterator[Tensor]:
-    yield geometry.cos_BL1h
-    yield geometry.sin_BL1h
+    yield from geometry.turn
+    yield from geometry.windowed
     documents = geometry.documents
     if documents is not None:
         yield documents.cu_lengths

@@ -99,7 +99,7 @@ class Multipliers(ABC):
 
     @abstractmethod
     def initial(self, spec: ParamSpec) -> tuple[InitKind, float]:
-        """Return how a matrix or an embedding starts, and its σ."""
+        """Return how what states no ``start`` of its own begins, and its σ."""
 
     @abstractmethod
     def width_rate(self, spec: ParamSpec, rule: UpdateRule) -> float:
@@ -142,7 +142,7 @@ class Multipliers(ABC):
         width_rate = self.width_rate(spec, rule)
         lr = width_rate * self.other_rate(spec)
         return Resolved(
-            *(("ones", 0.0) if spec.role is Role.VECTOR else self.initial(spec)),
+            *((spec.start, 0.0) if spec.start is not None else self.initial(spec)),
             lr=lr,
             weight_decay=self._decay(spec, rule, width_rate, lr),
             eps=self.epsilon(spec),

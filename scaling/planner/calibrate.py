@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, replace
 from typing import get_args
 
 import numpy as np
-from scipy.optimize import least_squares
 
 from allometry.configs.errors import UserError
 from allometry.configs.machine import Generation, HardwareConfig
@@ -176,6 +175,8 @@ def adapt(belief: Calibration, cases: Cases, seconds: Floats) -> Calibration:
     At first only what lies far beyond what the belief holds for possible hardly pulls, in the end
     what lies far beyond ``NOISE`` from what the other runs agree on.
     """
+    from scipy.optimize import least_squares  # half a second that a training run need not pay
+
     check_seconds(seconds)
     measured, root = np.log(seconds), np.linalg.cholesky(belief.covariance)
     slope = by_mean(cases, slopes(cases, logs_of(belief.mean, cases)))

@@ -12,6 +12,7 @@ from allometry.configs.model import LatentExperts, ModelConfig, MoEModel
 from allometry.configs.run import RunConfig
 from allometry.scaling.attention import AttentionCall, choose_backend, named
 from allometry.scaling.batch import BatchPlan
+from allometry.scaling.count import attention_flops
 from allometry.scaling.layout import Layout
 from allometry.scaling.loads import BalanceLoads
 from allometry.scaling.memory import MemoryEstimate
@@ -81,6 +82,7 @@ def row_of(
     return {
         **model_columns(config.model),
         "sequence": length,
+        "attended": attended(config.model, length),
         "micro_batch": tokens * cp / length,
         "global_batch": config.batch.sequences * config.data.sequence_length / length,
         "tp": degrees.tp,
@@ -133,6 +135,16 @@ def model_columns(model: ModelConfig) -> dict[str, Any]:
     return columns
 
 
+def attended(model: ModelConfig, length: int) -> float:
+    """Return what ``Cases`` take for the sequence in attention: less with windows; 0: all of it."""
+    if model.window is None:
+        return 0.0
+    full = attention_flops(model, length)
+    windowed = attention_flops(model, length, model.window.tokens)
+    share = model.num_windowed / model.num_layers
+    return length * (share * windowed / full + 1 - share)
+
+
 def attention_backend(config: RunConfig, device: str) -> str:
     """Return the back end of attention that is chosen, or taken where a launch would measure."""
     if config.kernels.attention != "auto":
@@ -144,6 +156,7 @@ def attention_backend(config: RunConfig, device: str) -> str:
         length=config.data.sequence_length,
         compiled=config.training.compile,
         head_width=config.model.head_width,
+        window=config.model.window_tokens,
     )
     return choose_backend(call).name
 
@@ -192,6 +205,12 @@ def left_out(config: RunConfig) -> Iterator[str]:
             yield f"{key}={value}"
     if isinstance(model, MoEModel) and isinstance(model.experts, LatentExperts):
         yield "model.experts.latent_width: experts are timed at the model's width"
+    if model.norms == "both":
+        yield "model.norms=both: blocks are timed with two norms, not four"
+    if model.qkv_bias:
+        yield "model.qkv_bias: adding biases is not timed"
+    if model.qk_norm_over == "width" and (parallel.tp or 1) > 1:
+        yield "model.qk_norm_over=width: its message between tensor-parallel ranks is not timed"
     loads = BalanceLoads.of(config)
     if loads is not None and loads.loads == "this_batch":
         yield "the forward pass that counts experts' loads (model.router.balance.loads)"

@@ -26,7 +26,7 @@ def small_run(config: RunConfig, scratch: Path) -> RunConfig:
         write_random_store(
             prefix, 64 * length, config.model.vocab_size, mean_length=max(2, length // 2)
         )
-        random = {"train": str(prefix), "validation": None, "max_epochs": None}
+        random = {"train": str(prefix), "validation": None, "max_epochs": None, "select": None}
         sources.append(source.model_copy(update=random))
     replay = config.data.replay
     data = config.data.model_copy(

@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from scipy.optimize import least_squares
 
 from allometry.configs.machine import HardwareConfig
 from allometry.scaling.planner import operators
@@ -242,6 +241,8 @@ def _row(width: int, heads: int, dtype: str) -> dict[str, Any]:
 
 def fitted(errors: Any, start: Sequence[float]) -> Floats:
     """Positive numbers that make errors of logarithms small; one that is far off pulls little."""
+    from scipy.optimize import least_squares  # half a second that most commands need not pay
+
     first = np.log(np.array(start, dtype=float))
     found = least_squares(
         errors, first, loss="soft_l1", f_scale=0.1, bounds=(first - 12, first + 12)

@@ -21,6 +21,7 @@ from allometry.studies.memory.live import BACKWARD, BETWEEN, FORWARD, HEAD, Stor
 
 _MODULES = {
     **dict.fromkeys(("attention_norm", "ffn_norm", "final_norm", "q_norm", "k_norm"), NORMS),
+    **dict.fromkeys(("attention_post_norm", "ffn_post_norm"), NORMS),
     **dict.fromkeys(("wq", "wk", "wv"), QKV),
     **dict.fromkeys(("gate", "up"), GATE_UP),
     **dict.fromkeys(("latent_down", "latent_up"), ROWS),
@@ -67,7 +68,7 @@ def _operation(stored: Stored, model: ModelConfig) -> str:
         if stored.last_dim % width or stored.last_dim == model.width:
             return ROWS
     if leaf in ("ffn", "shared", "experts"):
-        return SWIGLU if name in ("silu", "mul") else GATE_UP
+        return SWIGLU if name in ("silu", "gelu", "mul") else GATE_UP
     return RESIDUAL
 
 

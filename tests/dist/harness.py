@@ -1,28 +1,26 @@
-"""Ranks that stay alive between tests: starting Python and torch costs seconds each time.
+"""Ranks that stay alive between tests, forked by servers that have imported torch (``forks``).
 
 ``RankPool.run(function, world_size, *args)`` runs a module-level function on gloo ranks and returns
 what they returned, in rank order. A rank that raises fails the call with its traceback; ranks that
 do not answer in time are named, with the stacks they hang in, and replaced.
 
 The ranks are given the function by file and name, and know where ``allometry`` lies, so an
-uninstalled tree works. Run as a script, this file is a rank.
+uninstalled tree works.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import faulthandler
 import gc
 import importlib.util
 import os
 import pickle
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -31,14 +29,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
+from forks import START_TIMEOUT_S, Fork, Server, servers
+
 # A collective that hangs raises, with a traceback, before the call gives up on its rank.
 COLLECTIVE_TIMEOUT_S = 30.0  # of up to 3 ranks
 CALL_TIMEOUT_S = 90.0  # of up to 7
-START_TIMEOUT_S = 120.0
 # What the others get to finish or fail once one rank has failed.
 GRACE_S = 3.0
+CRASHES = tuple(-each for each in (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT))
+MOST_CRASHES = 2
+FATAL = "Fatal Python error"  # where the stacks of a crash begin in a log
 
 
 def collective_timeout_s(world_size: int) -> float:
@@ -50,6 +50,10 @@ class RankFailure(AssertionError):
     """A rank raised, died or hung; the message holds tracebacks, stacks and logs."""
 
 
+class RankCrash(RankFailure):
+    """A rank was ended by a fault in native code."""
+
+
 class RankPool:
     """Ranks started when first needed and reused by every later call."""
 
@@ -57,6 +61,7 @@ class RankPool:
         self._ranks: list[_Rank] = []
         self._scratch = tempfile.TemporaryDirectory(prefix="allometry-ranks-")
         self._calls = 0
+        self._crashes = 0
 
     def run(
         self,
@@ -71,7 +76,28 @@ class RankPool:
         Arguments and results travel pickled: send plain things and tensors. ``start_group`` False
         leaves the process group to the function; the rank's environment is torchrun's, but
         without MASTER_ADDR and MASTER_PORT.
+
+        A call in which a rank crashed in native code is made once more, with a warning and at most
+        ``MOST_CRASHES`` times in all: gloo's threads let go of tensors while Python does, which
+        torch 2.13 does not always survive (github.com/pytorch/pytorch/pull/179291 is of its kind).
         """
+        try:
+            return self._run(function, world_size, args, timeout_s, start_group)
+        except RankCrash as crash:
+            self._crashes += 1
+            if self._crashes > MOST_CRASHES:
+                raise
+            warnings.warn(f"made once more, as a rank crashed: {crash}", stacklevel=2)
+        return self._run(function, world_size, args, timeout_s, start_group)
+
+    def _run(
+        self,
+        function: Callable[..., Any],
+        world_size: int,
+        args: tuple[Any, ...],
+        timeout_s: float | None,
+        start_group: bool,
+    ) -> list[Any]:
         self._start(world_size)
         self._calls += 1
         ranks = self._ranks[:world_size]
@@ -85,19 +111,21 @@ class RankPool:
         failed = [i for i in range(world_size) if i not in answers or not answers[i].ok]
         if not failed:
             return [answers[i].value for i in range(world_size)]
+        fates = {i: self._ranks[i].give_up() for i in failed if i not in answers}
+        crashed = any(self._ranks[i].process.poll() in CRASHES for i in fates)
         report = [f"{function.__qualname__} failed on ranks {failed} of {world_size}"]
+        report += [f"--- rank {i} {fate}" for i, fate in fates.items()]
         report += [f"--- rank {i}\n{answers[i].value}" for i in failed if i in answers]
-        for i in failed:
-            if i not in answers:
-                report.append(f"--- rank {i} {self._ranks[i].give_up()}")
-        if any(i not in answers for i in failed):
+        if fates:
             self.close()
-        raise RankFailure("\n".join(report))
+        raise (RankCrash if crashed else RankFailure)("\n".join(report))
 
     def _start(self, world_size: int) -> None:
         new = range(len(self._ranks), world_size)
-        self._ranks += [_Rank.start(number, Path(self._scratch.name)) for number in new]
         for number in new:  # importing torch is not part of any call's time
+            server = servers()[number % len(servers())]
+            self._ranks.append(_Rank.start(number, server, Path(self._scratch.name)))
+        for number in new:
             rank = self._ranks[number]
             if not rank.link.poll(START_TIMEOUT_S):
                 raise RankFailure(f"rank {number} did not start: it {rank.give_up()}")
@@ -148,33 +176,16 @@ class _Answer:
 @dataclass
 class _Rank:
     number: int
-    process: subprocess.Popen[bytes]
+    process: Fork
     link: Connection
     log: Path
 
     @classmethod
-    def start(cls, number: int, scratch: Path) -> _Rank:
+    def start(cls, number: int, server: Server, scratch: Path) -> _Rank:
         ours, theirs = Pipe()
         log = scratch / f"rank{number}.log"
-        path = os.pathsep.join(
-            [
-                str(ROOT / ".typing"),
-                str(HERE),
-                str(HERE.parent / "support"),
-                *filter(None, [os.environ.get("PYTHONPATH")]),
-            ]
-        )
-        fixed = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": path}
-        with log.open("ab") as output:
-            process = subprocess.Popen(
-                [sys.executable, __file__, str(theirs.fileno()), str(number), str(os.getpid())],
-                pass_fds=[theirs.fileno()],
-                env=os.environ | fixed,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-            )
-        theirs.close()
+        with theirs:
+            process = server.fork(number, theirs, log)
         return cls(number, process, ours, log)
 
     def give_up(self) -> str:
@@ -188,12 +199,12 @@ class _Rank:
         else:
             fate = f"died with exit code {code}"
         self.kill()
-        tail = self.log.read_text(errors="replace").splitlines()[-60:]
+        text = self.log.read_text(errors="replace")
+        tail = text[max(0, text.rfind(FATAL)) :].splitlines()[-60:]
         return "\n".join([fate, *tail])
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.wait()
         self.link.close()
 
 
@@ -271,20 +282,3 @@ def _run(call: _Call, rank: int, modules: dict[str, ModuleType], collector: _Col
         if "torch._dynamo" in sys.modules:  # it counts variants up to a limit
             torch.compiler.reset()
         collector.run()
-
-
-def _main() -> None:
-    descriptor, rank, parent = map(int, sys.argv[1:])
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no rank outlives the tests
-    if os.getppid() != parent:
-        return
-    faulthandler.enable()
-    faulthandler.register(signal.SIGUSR1)
-    # Pickles name the classes of this file by the module that the tests import it as.
-    import harness
-
-    harness.serve(Connection(descriptor), rank)
-
-
-if __name__ == "__main__":
-    _main()

@@ -9,9 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.tensor import DTensor
 
 import tiny
@@ -30,6 +28,7 @@ from allometry.trainer.state.states import load
 from asked import about
 from placed import LAYOUTS, MOE, like
 from run_folders import events, rows
+from sealed import write_sealed
 from test_dist_optimizers import begun, rules, take_steps
 from test_dist_runs import launch
 from thinned import thinned
@@ -131,7 +130,7 @@ def test_states_and_parameters_are_one_process_s_to_the_bit(run_ranks: RunRanks,
 
 def save(parallel: Parallel, optimizer: torch.optim.Optimizer, mesh: Any, path: Path) -> None:
     state = state_tensors(parallel, optimizer)
-    dcp.save(state, storage_writer=FileSystemWriter(path), process_group=mesh.checkpoint_group)
+    write_sealed(path, state, mesh)
 
 
 def moved(

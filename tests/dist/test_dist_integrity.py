@@ -236,7 +236,7 @@ def slow(path: Path, delay_s: float) -> dict[str, str]:
         return work
 
     said = {}
-    with open_mesh(ParallelConfig(timeout_s=4), torch.device("cpu")) as mesh:
+    with open_mesh(ParallelConfig(timeout_s=3), torch.device("cpu")) as mesh:
         folder = RunFolder(path)
         if mesh.is_main:
             folder.claim()
@@ -268,7 +268,7 @@ def slow(path: Path, delay_s: float) -> dict[str, str]:
 
 def test_a_slow_disk_is_not_a_dead_rank(run_ranks: Ranks, tmp_path: Path) -> None:
     assert (
-        run_ranks(slow, 2, tmp_path, 6.0)
+        run_ranks(slow, 2, tmp_path, 4.2)
         == [{"checked": "None", "resumed": "loaded", "from main": "slow"}] * 2
     )
 

@@ -9,9 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 import tiny
@@ -26,6 +24,7 @@ from allometry.scaling.update_rules import OPTIMIZER_KINDS
 from allometry.trainer.loop import state_tensors
 from allometry.trainer.state import checkpoint
 from placed import LAYOUTS, MOE, given, like
+from sealed import write_sealed
 from thinned import thinned
 
 RunRanks = Callable[..., list[Any]]
@@ -192,9 +191,7 @@ def save(layout: dict[str, Any], kinds: list[str], folder: Path) -> None:
     for kind in kinds:
         with begun(config(layout, kind)) as (parallel, optimizer, mesh):
             take_steps(dict(parallel.named_parameters()), optimizer, range(STEPS))
-            writer = FileSystemWriter(folder / kind)
-            state = state_tensors(parallel, optimizer)
-            dcp.save(state, storage_writer=writer, process_group=mesh.checkpoint_group)
+            write_sealed(folder / kind, state_tensors(parallel, optimizer), mesh)
 
 
 def differences_after_loading(

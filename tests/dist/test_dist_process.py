@@ -19,8 +19,10 @@ from allometry.trainer.train import train
 from gates import LIMIT_S, Gate
 from run_folders import events, rows
 from test_dist_auto_layout import card
+from test_dist_runs import launch
 
 Make = Callable[..., RunConfig]
+Ranks = Callable[..., list[Any]]
 Start = Callable[..., subprocess.Popen[str]]
 LONG = ("training.total_steps=80", "checkpoint.every_steps=10", "record.display_every_steps=50")
 
@@ -38,7 +40,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
     hang_up = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     started: list[subprocess.Popen[str]] = []
 
-    def launch(
+    def begin(
         config: RunConfig,
         ranks: int = 1,
         gate: Gate | None = None,
@@ -62,7 +64,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
         started.append(process)
         return process
 
-    yield launch
+    yield begin
     for process in started:
         if process.poll() is None:
             kill_group(process)
@@ -81,10 +83,10 @@ def comparable(folder: Path) -> list[tuple[Any, ...]]:
 
 
 def test_kill_9_twice_under_torchrun_loses_nothing(
-    tiny: Make, start: Start, tmp_path: Path
+    tiny: Make, start: Start, run_ranks: Ranks, tmp_path: Path
 ) -> None:
     straight = tiny(*LONG, folder=tmp_path / "straight")
-    finish(start(straight, ranks=2))
+    run_ranks(launch, 2, straight)
     killed = tiny(*LONG, folder=tmp_path / "killed")
     folder = Path(killed.run.folder)
     for step in (26, 76):
@@ -109,7 +111,7 @@ def test_kill_9_twice_under_torchrun_loses_nothing(
     ],
 )
 def test_ranks_restart_when_one_is_killed(
-    tiny: Make, start: Start, tmp_path: Path, ranks: int, plain: bool
+    tiny: Make, start: Start, run_ranks: Ranks, tmp_path: Path, ranks: int, plain: bool
 ) -> None:
     import psutil
 
@@ -121,7 +123,7 @@ def test_ranks_restart_when_one_is_killed(
     victim = next(
         each
         for each in psutil.Process(process.pid).children()
-        if each.environ()["RANK"] == str(ranks - 1)
+        if each.name() == f"rank {ranks - 1}"
     )
     victim.kill()
     gate.open()
@@ -130,7 +132,7 @@ def test_ranks_restart_when_one_is_killed(
     said = [event for event in events(folder) if event["event"] in ("restarted", "resumed")]
     known = "not known" if plain else f"rank {ranks - 1} was ended by SIGKILL (out of memory?)"
     assert [event.get("reason", event.get("checkpoint")) for event in said] == [known, "step-20"]
-    finish(start(straight, ranks))
+    run_ranks(launch, ranks, straight)
     assert comparable(folder) == comparable(Path(straight.run.folder))
 
 
@@ -210,11 +212,12 @@ def kill_group(process: subprocess.Popen[str]) -> None:
 @pytest.mark.parametrize(
     ("ranks", "number", "times"),
     [
-        (1, signal.SIGTERM, 1),
+        pytest.param(1, signal.SIGTERM, 1, marks=pytest.mark.slow),
         (1, signal.SIGINT, 2),  # Ctrl-C pressed twice
         (1, signal.SIGHUP, 1),
         (2, signal.SIGUSR1, 1),
-        (2, signal.SIGTERM, 2),  # as Slurm sends it: to torchrun, and to the ranks, too
+        # As Slurm sends it: to torchrun, and to the ranks, too.
+        pytest.param(2, signal.SIGTERM, 2, marks=pytest.mark.slow),
         (1, signal.SIGTERM, UNTIL_IT_ENDS),
         (2, signal.SIGTERM, UNTIL_IT_ENDS),
     ],

@@ -183,7 +183,7 @@ def bf16_errors(stage: int) -> dict[str, float]:
         model, sync = tiny.distributed(tiny.config(stage, "bf16"), mesh)
         seen: set[torch.dtype] = set()
         model.blocks["0"].attention.register_forward_pre_hook(
-            lambda _, inputs: seen.add(inputs[1].cos_BL1h.dtype)
+            lambda _, inputs: seen.add(inputs[1].turn.cos_BL1h.dtype)
         )
         tiny.backward_shared(model, sync, batches, mesh)
         assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())

@@ -1,4 +1,4 @@
-"""Tiny random models of the four families, as transformers makes and saves them."""
+"""Tiny random models of each family, as transformers makes and saves them."""
 
 from __future__ import annotations
 
@@ -24,11 +24,71 @@ _QWEN_MOE = {
     "moe_intermediate_size": 24,
     "mlp_only_layers": [0],
 }
+_MANY_LAYERS = {"num_hidden_layers": 7}
+_OLMO3_ROPE = {
+    "full_attention": {
+        "rope_type": "yarn",
+        "rope_theta": 5e5,
+        "factor": 8.0,
+        "original_max_position_embeddings": 16,
+        "attention_factor": 1.2,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+    },
+    "sliding_attention": {"rope_type": "default", "rope_theta": 5e5},
+}
 CASES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "llama": ("llama", {}),
     "llama_tied": ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
     "llama_heads": ("llama", {"head_dim": 6, "rope_parameters": {"rope_theta": 5e5}}),
+    "llama3": (
+        "llama",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 5e4,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 16,
+            }
+        },
+    ),
+    "llama_linear": (
+        "llama",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+    ),
+    "mistral": ("mistral", {"sliding_window": 7, "head_dim": 6}),
+    "mistral_whole": ("mistral", {"sliding_window": None, "head_dim": 6, "num_attention_heads": 6}),
+    "qwen2_yarn": (
+        "qwen2",
+        {
+            "max_position_embeddings": 64,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+            },
+        },
+    ),
+    "olmo3": ("olmo3", {**_MANY_LAYERS, "sliding_window": 7, "rope_parameters": _OLMO3_ROPE}),
+    "gemma3_text": (
+        "gemma3_text",
+        {**_MANY_LAYERS, "sliding_window": 5, "head_dim": 6, "query_pre_attn_scalar": 6},
+    ),
+    "qwen3_windows": (
+        "qwen3",
+        {
+            "head_dim": 16,
+            "use_sliding_window": True,
+            "sliding_window": 6,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("qwen3", {"head_dim": 16}),
+    "olmo2": ("olmo2", {}),
     "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen3_moe": ("qwen3_moe", {**_QWEN_MOE, "norm_topk_prob": True}),
     "qwen3_moe_plain": ("qwen3_moe", {**_QWEN_MOE, "mlp_only_layers": []}),
@@ -42,16 +102,16 @@ def make(case: str, std: float = 0.3, **more: Any) -> Any:
 
     family, own = CASES[case]
     values = {**_COMMON, **own, **more}
-    if "rope_parameters" in values:
+    if "full_attention" not in values.get("rope_parameters", {"full_attention": None}):
         values["rope_parameters"] = {"rope_type": "default", **values["rope_parameters"]}
     config = transformers.AutoConfig.for_model(family, **values)
     config._attn_implementation = "eager"
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            is_gain = parameter.dim() == 1
+            is_gain = name.endswith("norm.weight")
             parameter.copy_(1 + std * noise if is_gain else std * noise)
     return model
 

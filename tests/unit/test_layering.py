@@ -37,6 +37,7 @@ SUB_ROOM_MAY_IMPORT = {
         *("scaling.hdp", "scaling.context", "scaling.inventory", "scaling.offload"),
         *("scaling.stages", "scaling.update_rules"),
     },
+    "data.select": {"data.store", "data.manifest", "data.special_tokens", "data.tokenizer"},
     "laws.forms": {"laws.observations"},
     "laws.fit": {"laws.observations", "laws.registry", "laws.forms"},
     "parallel.hdp": set(),
@@ -60,6 +61,7 @@ SUB_ROOM_MAY_IMPORT = {
     "launch.laws": {"launch.command", "launch.text", "launch.figures"},
     "launch.studies": {"launch.command", "launch.text", "launch.figures"},
     "launch.studies.ladder": {"launch.command", "launch.text"},
+    "launch.select": {"launch.command", "launch.text"},
     "launch.report": {"launch.command", "launch.text", "launch.figures"},
 }
 WITHOUT_TORCH = ("configs", "scaling", "laws", "data")

@@ -127,6 +127,11 @@ _SAID = {
     "mixture_changed": "the mixture is another one from step {step} on: {before} became {after}",
     "sources_continued": "sources go on after what earlier runs have read: epochs {epochs}",
     "advice": "WARNING: {text}",
+    "repetition": "at its end the run will have read {said}",
+    "overfits": "step {step} | WARNING: source {source} is learnt by heart: {epochs:.1f} epochs of "
+    "it are read, its training loss falls ({training:.4f}) and its held-out loss rose in three "
+    "evaluations in a row, from {held_out_before:.4f} at step {best_step} to {held_out:.4f}; the "
+    "last checkpoint before that is {checkpoint}",
     "layout_chosen": "parallel: auto chose hdp={hdp} tp={chosen[tp]} pp={chosen[pp]} "
     "ep={chosen[ep]} zero.stage={chosen[zero]}, micro-batches of {chosen[micro_batch]} and "
     "checkpointing {chosen[checkpointing]}: {reason}",

@@ -31,6 +31,7 @@ FREE = (
     "training.deterministic",
     "kernels",
     "data.tokenizer",
+    "data.allow_epochs",
 )
 UPDATE = "parallel.zero.optimizer_states.update"
 """Whether updates come a step late: the one key of ``parallel`` that changes what is computed."""
@@ -57,7 +58,7 @@ POSSIBLE = (
 """What may be another one from a step on."""
 _IMPOSSIBLE = ("optimizer.kind", "optimizer.rank", "model.router.balance.kind")
 # The paths of a source's files may change: their contents are compared by fingerprint.
-_PATHS = ("train", "validation")
+_PATHS = ("train", "validation", "scores")
 
 
 class Difference(NamedTuple):

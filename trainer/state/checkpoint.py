@@ -25,7 +25,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from allometry.configs.checkpoints import CheckpointConfig
 from allometry.configs.errors import UserError
-from allometry.configs.json_file import read_object
+from allometry.configs.json_file import parse_object
 from allometry.laws.runs import read_lines
 from allometry.optim.build import Elsewhere
 from allometry.optim.offload.held import MASTER, Stored
@@ -41,12 +41,12 @@ from allometry.trainer.state.integrity import (
     Files,
     ShardWriter,
     seal,
-    unreadable,
 )
 from allometry.trainer.state.pins import pins
 from allometry.trainer.state.planners import Loading, Saving, State, layouts
 from allometry.trainer.state.room import due, free_bytes, megabytes, stays
-from allometry.trainer.state.shards import ShardReader
+from allometry.trainer.state.shards import ShardReader, refusal_in
+from allometry.trainer.state.verified import VerifiedFiles
 
 
 def step_of(path: Path) -> int:
@@ -145,13 +145,13 @@ def read_facts(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it cannot be read, or is not what a checkpoint of this step says.
     """
+    files = VerifiedFiles(path)
+    text = files.whole(FACTS)
     try:
-        facts = read_object(path / FACTS)
+        facts = parse_object(text)
         check_facts(facts, path)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"checkpoint {path} is damaged ({unreadable(FACTS, error)}); use another one"
-        ) from None
+    except ValueError as error:
+        raise files.unreadable(FACTS, error) from None
     return facts
 
 
@@ -172,12 +172,12 @@ def load(path: Path, state: State, mesh: Mesh) -> None:
         try:
             dcp.load(tensors, storage_reader=reader, planner=planner, process_group=group)
         except CheckpointException as error:
-            failures = [failure for failure, _ in error.failures.values()]
-            for failure in failures:
-                if isinstance(failure, UserError):
-                    raise failure from None
+            refusal = refusal_in(error)
+            if refusal is not None:
+                raise refusal from None
+            first = next(failure for failure, _ in error.failures.values())
             raise UserError(
-                f"checkpoint {path} cannot be loaded ({_line(failures[0])}); it is damaged or of "
+                f"checkpoint {path} cannot be loaded ({_line(first)}); it is damaged or of "
                 "another model: use another one"
             ) from error
 

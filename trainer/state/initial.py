@@ -24,7 +24,7 @@ from allometry.trainer.state import checkpoint
 from allometry.trainer.state.branch import Taken, link_files, stored_config
 from allometry.trainer.state.changed import Difference, leaves
 from allometry.trainer.state.folder import RunFolder
-from allometry.trainer.state.identity import problem_of
+from allometry.trainer.state.identity import Identity, problem_of
 from allometry.trainer.state.integrity import BLOCK_BYTES, COMPLETE, FACTS, Files, seal
 
 TRAINING_ONLY = ("dropout", "z_loss", "router.balance", "router.z_loss")
@@ -138,7 +138,8 @@ def take_initial(
         copies = link_files(chosen.path, partial, but=(FACTS, COMPLETE))
         listed = json_file.read_object(chosen.path / COMPLETE)
         files = {name: entry for name, entry in listed["files"].items() if name != FACTS}
-        seal(partial, 0, files, chosen.facts, listed.get("block_bytes", BLOCK_BYTES))
+        each = listed.get("block_bytes", BLOCK_BYTES)
+        seal(partial, 0, files, chosen.facts, each, run=Identity.new().run)
     except FileNotFoundError:
         shutil.rmtree(partial, ignore_errors=True)
         raise unusable(chosen.path, "it was removed meanwhile") from None
@@ -195,7 +196,7 @@ def _imported(
     try:
         made = importer(source, config, partial)
         facts = initial_facts(config, initial.keep, made.origin)
-        seal(partial, 0, made.files, facts)
+        seal(partial, 0, made.files, facts, run=Identity.new().run)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -238,7 +239,7 @@ def _check_model(before: RunConfig, config: RunConfig, key: str) -> tuple[Differ
         for name, was, now in zip(widths, *sizes, strict=True)
         if was != now
     ]
-    free = ("model.rope_theta", *(f"model.{name}" for name in TRAINING_ONLY))
+    free = tuple(f"model.{name}" for name in ("rope_theta", "rope_scaling", *TRAINING_ONLY))
     other = [one for one in different if not one.key.startswith(free)]
     if other:
         listed = ", ".join(f"{one.key}={one.after!r} (there {one.before!r})" for one in other)

@@ -1,7 +1,8 @@
 """Whether a checkpoint's files are whole: sizes, and checksums that are made while writing.
 
 ``complete.json`` lists every other file with its size and the CRC-32 of each block of
-``block_bytes``, so that ranks can share the reading out evenly, whatever files there are. Version 1
+``block_bytes``, so that ranks can share the reading out evenly, whatever files there are, and of
+each stored tensor (``pieces``), with which ``verified.py`` compares what is loaded. Version 1
 of the format had one CRC-32 for a whole file; such checkpoints are read as files of one block.
 """
 
@@ -11,10 +12,11 @@ import io
 import json
 import os
 import re
+import struct
 import time
 import zlib
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,20 +35,28 @@ METADATA = ".metadata"
 SHARD_SUFFIX = ".distcp"
 BLOCK_BYTES = 64 << 20
 READ_BYTES = 4 << 20
+TRIES = 2
+"""How often bytes are read before they count as changed: the second time from the disk itself."""
 
-Files = dict[str, dict[str, Any]]  # name -> {"bytes": size, "crc32": [of each block]}
+Files = dict[str, dict[str, Any]]
+"""By name: {"bytes": size, "crc32": [of each block], "pieces": CRC-32 of each tensor in hex}."""
 
 
 class Checksum:
-    """The size and the CRC-32 of each block of what is given to ``update`` piece by piece."""
+    """The size of what is given to ``update``, the CRC-32 of each block, and of each piece that
+    ends at a ``cut``.
+    """
 
     def __init__(self) -> None:
         self._bytes = 0
         self._blocks: list[int] = []
+        self._pieces: list[int] = []
+        self._piece, self._begun = 0, 0
 
     def update(self, data: Any) -> None:
         """Take the next bytes, in any object with a buffer."""
         rest = memoryview(data).cast("B")
+        self._piece = zlib.crc32(rest, self._piece)
         while rest:
             used = self._bytes % BLOCK_BYTES
             if not used:
@@ -56,9 +66,18 @@ class Checksum:
             self._bytes += len(part)
             rest = rest[len(part) :]
 
+    def cut(self) -> None:
+        """End a piece here, if anything was given since the last one ended."""
+        if self._bytes > self._begun:
+            self._pieces.append(self._piece)
+        self._piece, self._begun = 0, self._bytes
+
     def entry(self) -> dict[str, Any]:
         """What ``complete.json`` says of the file."""
-        return {"bytes": self._bytes, "crc32": self._blocks or [0]}
+        entry: dict[str, Any] = {"bytes": self._bytes, "crc32": self._blocks or [0]}
+        if self._pieces:
+            entry["pieces"] = "".join(f"{crc:08x}" for crc in self._pieces)
+        return entry
 
 
 class _ChecksumFile(io.BufferedWriter):
@@ -77,6 +96,12 @@ class _ChecksumFile(io.BufferedWriter):
         except OSError as error:
             self.error = error  # torch's writer says something else of it
             raise
+
+    @override
+    def tell(self) -> int:
+        """Where the file stands, which torch asks before and after each tensor."""
+        self.checksum.cut()
+        return super().tell()
 
 
 class _ChecksumFileSystem(FileSystem):
@@ -140,7 +165,9 @@ def seal(
     write_atomically(path / COMPLETE, json.dumps(content, indent=2) + "\n")
 
 
-class _Block(NamedTuple):
+class Block(NamedTuple):
+    """Bytes of a file, and their CRC-32."""
+
     name: str
     start: int
     size: int
@@ -153,8 +180,17 @@ def step_named(path: Path) -> int | None:
     return int(found[1]) if found else None
 
 
-def _blocks(path: Path) -> list[_Block]:
-    """The blocks of all files that ``complete.json`` lists, those of rank 2 before those of 10.
+class Listing(NamedTuple):
+    """What ``complete.json`` says: the blocks of all files, those of rank 2 before those of 10, and
+    the CRC-32 of each piece of those files whose pieces it knows, in the order of the file.
+    """
+
+    blocks: list[Block]
+    pieces: dict[str, list[int]]
+
+
+def listing(path: Path) -> Listing:
+    """What ``complete.json`` of the checkpoint ``path`` lists.
 
     Raises OSError or ValueError if it cannot be read.
     """
@@ -163,12 +199,15 @@ def _blocks(path: Path) -> list[_Block]:
     if named is not None and named != content.get("step"):
         raise ValueError(f"it is of step {content.get('step')}, and the folder has another name")
     try:
-        return list(_listed(content))
-    except (KeyError, TypeError, AttributeError, OverflowError):
+        files = content["files"].items()
+        pieces = {n: bytes.fromhex(each["pieces"]) for n, each in files if "pieces" in each}
+        crcs = {n: [crc for (crc,) in struct.iter_unpack(">I", text)] for n, text in pieces.items()}
+        return Listing(list(_listed(content)), crcs)
+    except (KeyError, TypeError, AttributeError, OverflowError, struct.error):
         raise ValueError("its list of files is none of a checkpoint") from None
 
 
-def _listed(content: dict[str, Any]) -> Iterator[_Block]:
+def _listed(content: dict[str, Any]) -> Iterator[Block]:
     numbers = re.compile(r"\d+")
     for name in sorted(content["files"], key=lambda name: [*map(int, numbers.findall(name))]):
         entry = content["files"][name]
@@ -178,12 +217,12 @@ def _listed(content: dict[str, Any]) -> Iterator[_Block]:
         if not isinstance(size, int) or size < 0:
             raise ValueError(f"{name} has {size} bytes")
         if isinstance(crcs, int):  # version 1
-            yield _Block(name, 0, size, crcs)
+            yield Block(name, 0, size, crcs)
             continue
         each = content["block_bytes"]
         starts = range(0, max(1, size), each)
         for start, crc in zip(starts, crcs, strict=True):
-            yield _Block(name, start, min(each, size - start), crc)
+            yield Block(name, start, min(each, size - start), crc)
 
 
 def unreadable(name: str, error: OSError | ValueError) -> str:
@@ -205,7 +244,7 @@ def damage(path: Path, *, contents: bool) -> str | None:
     With ``contents`` this process reads every byte, which ``damage_of_contents`` shares out.
     """
     try:
-        blocks = _blocks(path)
+        blocks = listing(path).blocks
     except FileNotFoundError:
         return f"{COMPLETE} is missing: it was never finished"
     except (OSError, ValueError) as error:
@@ -236,7 +275,7 @@ def damage_of_contents(path: Path, mesh: Mesh) -> str | None:
     the slowest disk may take its time, and all of them stop once one has found something.
     """
     try:
-        steps = _check(path, share(_blocks(path), mesh.rank, mesh.world_size))
+        steps = _check(path, share(listing(path).blocks, mesh.rank, mesh.world_size))
     except (OSError, ValueError) as error:
         steps = iter([unreadable(COMPLETE, error)])
     while True:
@@ -252,7 +291,7 @@ def damage_of_contents(path: Path, mesh: Mesh) -> str | None:
             return problem
 
 
-def share(blocks: list[_Block], rank: int, world_size: int) -> list[_Block]:
+def share(blocks: list[Block], rank: int, world_size: int) -> list[Block]:
     """The blocks that one of ``world_size`` ranks checks: equal bytes, to within a block.
 
     They follow each other, so that a rank of an unchanged layout mostly reads the file that it
@@ -268,18 +307,34 @@ def share(blocks: list[_Block], rank: int, world_size: int) -> list[_Block]:
     return mine
 
 
-def _check(path: Path, blocks: list[_Block]) -> Iterator[str | None]:
-    """Read blocks in pieces of READ_BYTES; None after each, or what is wrong."""
+def _check(path: Path, blocks: list[Block]) -> Iterator[str | None]:
+    """Read blocks in parts of READ_BYTES; None after each, or what is wrong."""
     for block in blocks:
-        try:
-            with open(path / block.name, "rb") as file:
-                file.seek(block.start)
-                crc, left = 0, block.size
-                while left and (data := file.read(min(READ_BYTES, left))):
-                    crc, left = zlib.crc32(data, crc), left - len(data)
-                    yield None
-        except OSError as error:
-            yield f"{block.name} cannot be read: {error.strerror}"
-        else:
-            if left or crc != block.crc:
+        for left in reversed(range(TRIES)):
+            try:
+                crc = yield from _crc(path, block)
+            except OSError as error:
+                yield f"{block.name} cannot be read: {error.strerror}"
+                break
+            if crc == block.crc:
+                break
+            if not left:
                 yield f"{block.name} has changed since it was written"
+            forget(path / block.name)
+
+
+def _crc(path: Path, block: Block) -> Generator[None, None, int | None]:
+    """Read a block, yielding after each part; its CRC-32, None where the file ends within it."""
+    with open(path / block.name, "rb") as file:
+        file.seek(block.start)
+        crc, left = 0, block.size
+        while left and (data := file.read(min(READ_BYTES, left))):
+            crc, left = zlib.crc32(data, crc), left - len(data)
+            yield None
+    return None if left else crc
+
+
+def forget(file: Path) -> None:
+    """Let the system drop what it holds of a file in memory, which may be what is wrong."""
+    with suppress(OSError, AttributeError), open(file, "rb") as opened:  # not on every system
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -36,7 +36,7 @@ from allometry.scaling.plan import RunPlan
 from allometry.trainer.state.failure import Failure
 from allometry.trainer.state.integrity import ShardWriter, damage, seal
 from allometry.trainer.state.planners import Loading, Saving, State, layouts
-from allometry.trainer.state.shards import ShardReader
+from allometry.trainer.state.shards import ShardReader, refusal_in
 from allometry.trainer.state.transfer import Parcel, exchange, files_of
 
 COPY = "copy"
@@ -157,23 +157,23 @@ class LocalCopies:
             torch.cuda.synchronize(self.mesh.device)
         return copied
 
-    def write(self, step: int, state: State, facts: dict[str, Any], launch: str) -> None:
+    def write(self, step: int, state: State, facts: dict[str, Any], launch: str, run: str) -> None:
         """In the background, on every rank: write this rank's copy, and hand it to the next node.
 
-        ``launch``: its name (``local_choice.launch_name``).
+        ``launch``: its name (``local_choice.launch_name``); ``run``: the run's identity.
         """
+        told = {"rank": self.mesh.rank, "launch": launch, "layout": self.key}
         try:
-            self.outcome = self._write(step, state, facts, launch)
+            self.outcome = self._write(step, state, {**facts, COPY: told}, run)
         except Exception as error:  # another rank is gone; the run itself will find that
             self.outcome = Copied(step, 0.0, 0, Failure.of(error).reason, [])
 
-    def _write(self, step: int, state: State, facts: dict[str, Any], launch: str) -> Copied:
+    def _write(self, step: int, state: State, facts: dict[str, Any], run: str) -> Copied:
         begun = time.monotonic()
-        told = {"rank": self.mesh.rank, "launch": launch, "layout": self.key}
         failure, files = None, list[tuple[str, int]]()
         mine = self.copy_of(self.mesh.rank, step)
         try:
-            self._write_own(mine, step, state, {**facts, COPY: told})
+            self._write_own(mine, step, state, facts, run)
             files = files_of(mine)
         except (Exception, CheckpointException) as error:  # the run must go on
             failure = Failure.of(error).reason
@@ -196,7 +196,9 @@ class LocalCopies:
             dist.all_gather_object(found, value, group=self.mesh.checkpoint_group)
         return found
 
-    def _write_own(self, path: Path, step: int, state: State, facts: dict[str, Any]) -> None:
+    def _write_own(
+        self, path: Path, step: int, state: State, facts: dict[str, Any], run: str
+    ) -> None:
         partial = path.with_name(f".{path.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(path, ignore_errors=True)
@@ -207,7 +209,7 @@ class LocalCopies:
             partial.mkdir(parents=True)
             writer = ShardWriter(partial)
             dcp.save(layouts(state), storage_writer=writer, planner=Saving(state), no_dist=True)
-            seal(partial, step, writer.files, facts)
+            seal(partial, step, writer.files, facts, run=run)
             partial.rename(path)
         except (Exception, CheckpointException):
             shutil.rmtree(partial, ignore_errors=True)
@@ -307,8 +309,9 @@ def load_copy(path: Path, state: State) -> None:
             layouts(parts), storage_reader=ShardReader(path), planner=Loading(parts), no_dist=True
         )
     except (CheckpointException, ValueError, RuntimeError) as error:
-        if isinstance(error, UserError):
-            raise
+        refusal = refusal_in(error) if isinstance(error, CheckpointException) else error
+        if isinstance(refusal, UserError):
+            raise refusal from None
         raise UserError(
             f"the local copy {path} does not fit this run ({Failure.of(error).reason}); remove it "
             "and run again, which goes on from the newest checkpoint"

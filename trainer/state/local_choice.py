@@ -16,6 +16,7 @@ from allometry.parallel.agree import from_main_rank, on_all_ranks, with_heartbea
 from allometry.parallel.mesh import Mesh
 from allometry.trainer.state.checkpoint import read_facts
 from allometry.trainer.state.folder import RunFolder
+from allometry.trainer.state.identity import stranger
 from allometry.trainer.state.integrity import damage
 from allometry.trainer.state.local import COPY, LocalCopies
 from allometry.trainer.state.transfer import Parcel, files_of
@@ -77,7 +78,9 @@ def find(local: LocalCopies, folder: RunFolder, total_steps: int, record_every: 
     later launch began before, and up to which metrics.jsonl has the rows.
     """
     mesh = local.mesh
-    listed, problems = with_heartbeat(mesh, lambda: _listed(local), "looking for local copies")
+    listed, problems = with_heartbeat(
+        mesh, lambda: _listed(local, folder), "looking for local copies"
+    )
     answers = mesh.gather_objects((listed, problems))
     seen = [each for found, _ in answers for each in found]
     unused = [problem for _, told in answers for problem in told]
@@ -107,8 +110,8 @@ def find(local: LocalCopies, folder: RunFolder, total_steps: int, record_every: 
     return Offered(None, tuple(dict.fromkeys(unused)))
 
 
-def _listed(local: LocalCopies) -> tuple[list[_Seen], list[str]]:
-    """Return the copies on this node of this layout, and what is wrong with others."""
+def _listed(local: LocalCopies, folder: RunFolder) -> tuple[list[_Seen], list[str]]:
+    """Return the run's copies on this node of this layout, and what is wrong with others."""
     found, problems = list[_Seen](), list[str]()
     try:
         if not local.is_ours(local.folder.lstat()):
@@ -118,6 +121,7 @@ def _listed(local: LocalCopies) -> tuple[list[_Seen], list[str]]:
     for path in sorted(local.folder.glob("rank-*/of-*/step-*")):
         problem = damage(path, contents=False)
         try:
+            problem = problem or stranger(folder, path, None)
             if problem is not None:
                 raise UserError(problem)
             facts = read_facts(path)

@@ -7,6 +7,7 @@ from typing import Any
 
 from allometry.configs.errors import UserError
 from allometry.configs.run import RunConfig
+from allometry.data.reading import same_files
 from allometry.optim.schedule import schedules_of
 
 
@@ -51,9 +52,16 @@ def rates_since(config: RunConfig, facts: dict[str, Any]) -> dict[str, Any]:
 
 def _check_data(facts: dict[str, Any], fingerprints: dict[str, Any]) -> None:
     for name, known in facts.get("data", {}).items():
-        if fingerprints.get(name, known) != known:  # whether one may be missing say the samples
+        found = fingerprints.get(name, known)
+        if found != known and same_files(found, known):
+            raise UserError(
+                f"data.sources {name}: select keeps other documents than those this run was "
+                "started with (another score file, keep or side); restore it or choose another "
+                "run.folder"
+            )
+        if found != known:  # whether one may be missing say the samples
             raise UserError(
                 f"the token files of data source {name!r} are not the ones this run was started "
-                f"with ({fingerprints[name]} instead of {known}); restore them or choose "
+                f"with ({found} instead of {known}); restore them or choose "
                 "another run.folder"
             )

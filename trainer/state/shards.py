@@ -3,26 +3,38 @@
 torch writes ``.metadata``, which says where each tensor lies, by pickle, and reads it by a call
 that runs whatever a file names. Here only the few classes of which it is made are looked up, and
 what it says is compared with the files of the folder before any tensor is allocated: where every
-piece lies, and that it is as large as its shape asks. (``integrity.damage`` compares these files
-with ``complete.json``.)
+piece lies, and that it is as large as its shape asks. What is read of these files is compared
+with ``complete.json`` (``verified.py``).
 """
 
 from __future__ import annotations
 
+import io
 import math
 import pickle
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader, metadata
+from torch.distributed._shard._utils import narrow_tensor_by_index
+from torch.distributed.checkpoint import (
+    CheckpointException,
+    FileSystemReader,
+    LoadPlan,
+    LoadPlanner,
+    metadata,
+)
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import ReadItem
+from torch.futures import Future
 from typing_extensions import override
 
 from allometry.configs.errors import UserError
 from allometry.trainer.state.integrity import METADATA
+from allometry.trainer.state.verified import Span, VerifiedFiles
 
 _CLASSES = {
     torch.distributed.checkpoint.metadata.__name__: {
@@ -59,12 +71,13 @@ class ShardReader(FileSystemReader):
     """torch's reader of the shards in ``path``, for checkpoints that anybody may have written.
 
     Raises UserError where the metadata cannot be read, name anything but tensors and their places,
-    or do not fit the files.
+    or do not fit the files; and where a file is not read as it was written.
     """
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self._folder = path
+        self._files = VerifiedFiles(path)
 
     @override
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
@@ -73,22 +86,64 @@ class ShardReader(FileSystemReader):
         try:
             if place.stat().st_size > MOST_METADATA_BYTES:
                 raise ValueError("it is too large")
-            with open(place, "rb") as file:
-                found = _Unpickler(file).load()
+            found = _Unpickler(io.BytesIO(self._files.whole(METADATA))).load()
             _check(found, {file.name: file.stat().st_size for file in self._folder.iterdir()})
         except OSError as error:
             raise self._refused(error.strerror or str(error)) from None
+        except UserError:
+            raise
         except (pickle.UnpicklingError, *_MALFORMED) as error:
             raise self._refused(str(error) or type(error).__name__) from None
         found.storage_meta = found.storage_meta or metadata.StorageMeta()
         found.storage_meta.load_id = self.load_id
         return found  # type: ignore[no-any-return]
 
+    @override
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Fill what the plan asks for, file by file and from the beginning of each to its end.
+
+        Takes memory for twice the largest stored tensor, which is a rank's part of one.
+        """
+        wanted: dict[str, dict[Span, list[ReadItem]]] = defaultdict(lambda: defaultdict(list))
+        for item in plan.items:
+            place = self.storage_data[item.storage_index]
+            wanted[place.relative_path][Span(place.offset, place.length)].append(item)
+        spans: dict[str, list[Span]] = defaultdict(list)
+        for place in self.storage_data.values():
+            if place.relative_path in wanted:
+                spans[place.relative_path].append(Span(place.offset, place.length))
+        for name, items in wanted.items():
+            for span, data in self._files.pieces(name, items, spans[name]):
+                tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+                for item in items[span]:
+                    _fill(planner, item, tensor)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
     def _refused(self, reason: str) -> UserError:
         return UserError(
             f"checkpoint {self._folder} cannot be read ({METADATA}: {reason}); it is damaged or "
             "was not written by allometry: use another one"
         )
+
+
+def refusal_in(error: CheckpointException) -> UserError | None:
+    """The first UserError among what ranks have met while loading, without torch's words for it."""
+    failures = [failure for failure, _ in error.failures.values()]
+    return next((failure for failure in failures if isinstance(failure, UserError)), None)
+
+
+def _fill(planner: LoadPlanner, item: ReadItem, stored: torch.Tensor) -> None:
+    """Copy the part that ``item`` asks for out of what is stored."""
+    part = narrow_tensor_by_index(stored, item.storage_offsets, item.lengths)
+    target = planner.resolve_tensor(item).detach()
+    if target.size() != part.size():
+        raise ValueError(
+            f"{item.dest_index.fqn} is stored as {tuple(part.size())}, not {tuple(target.size())}"
+        )
+    target.copy_(part)
+    planner.commit_tensor(item, target)
 
 
 _MALFORMED = (

@@ -16,7 +16,7 @@ from allometry.configs.loader import _sections, load
 from allometry.configs.paths import expanded
 from allometry.configs.run import RunConfig
 from allometry.configs.tree import TreeConfig, load_tree
-from allometry.launch.cli import COMMANDS, LADDER, MIX
+from allometry.launch.cli import COMMANDS, LADDER, MIX, SELECT
 from allometry.launch.command import _made, _parameters
 from allometry.launch.report.commands import WriteReport
 from allometry.launch.runs.commands import Prepare
@@ -72,6 +72,7 @@ def test_every_path_of_a_run_is(tiny: Callable[..., RunConfig], home: Path) -> N
         "data.tokenizer=~/tokenizer.json",
         "data.sources.0.train=$DATA/x",
         "data.sources.0.validation=${DATA}/y",
+        "data.sources.0.select={scores: ~/x.a.scores.npy, keep: 0.1, side: top}",
         "schedule={kind: refined, file: ~/schedule.json, warmup_steps: 1}",
     )
     dumped = config.model_dump_json()
@@ -110,7 +111,7 @@ def _texts(model: type[BaseModel], seen: set[type[BaseModel]]) -> list[tuple[str
 PATHS: dict[type[BaseModel], set[str]] = {
     RunConfig: {
         *("folder", "train", "validation", "tokenizer", "file", "nvme", "hf", "cluster"),
-        "url",
+        *("url", "scores"),
     },
     LadderConfig: {"folder", "file", "base"},
     TreeConfig: {"folder", "base", "run", "config"},
@@ -163,13 +164,16 @@ def test_no_argument_that_is_a_path_is_forgotten() -> None:
     """Texts that commands take as paths are marked; all others are words and numbers."""
     marked = {
         f"{command.__name__}.{name}"
-        for command, _ in (*COMMANDS.values(), *LADDER.values(), *MIX.values())
+        for command, _ in (
+            *(*COMMANDS.values(), *LADDER.values(), *MIX.values(), *SELECT.values()),
+        )
         for name in _parameters(command)
         if _paths(command, name)
     }
     assert marked == {
         *("Prepare.inputs", "Fit.sources", "Compare.sources", "Predict.arguments"),
         *("IsoFlop.sources", "Sweeps.sources", "MixBest.fits", "MixCritical.sources"),
+        "MixFilterRate.fits",
         *("MixReplay.sources", "Fetch.url"),
         *("Run.file", "Status.file", "Fit.file", "Predict.file"),
     }

@@ -86,7 +86,8 @@ def test_the_command_writes_page_and_pictures(ladder: Path, trials: Path, tmp_pa
     assert done.exit_code == 0
     facts = json.loads(done.output)
     shown = {one["section"]: one["shown"] for one in facts["sections"]}
-    assert [section for section, there in shown.items() if not there] == ["forgetting", "scores"]
+    absent = [section for section, there in shown.items() if not there]
+    assert absent == ["forgetting", "selection", "scores"]
     assert set(ALL) <= set(shown)
     assert facts["bytes"] == out.stat().st_size
     page = out.read_text()

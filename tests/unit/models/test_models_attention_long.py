@@ -105,6 +105,17 @@ def test_cudnn_meets_few_shapes() -> None:
     assert {n for n, _ in shapes} <= {1, 2, 4, 8, 16}
 
 
+def test_documents_are_sorted_once_and_forgotten_with_their_batch() -> None:
+    ends, before = torch.tensor([0, 5, 5, 9], dtype=torch.int32), len(attention_packed._SORTED)
+    device, cpu = ends.device, attention_packed.CPU
+    found = attention_packed._like_documents(ends, device, cpu)
+    assert attention_packed._like_documents(ends, device, cpu) is found
+    assert attention_packed._like_documents(ends.clone(), device, cpu) is not found
+    assert attention_packed._like_documents(ends, device, attention_packed.CUDNN) is not found
+    del ends
+    assert len(attention_packed._SORTED) == before
+
+
 @pytest.mark.parametrize("lengths", [*CASES.values(), (300, 84), (5, 250, 129)], ids=str)
 def test_blocks_of_the_flex_mask(lengths: tuple[int, ...]) -> None:
     """Listed blocks are those with a pair to be seen; those without a mask are seen wholly."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from allometry.models.layers import Embedding, Linear, RMSNorm, rotary_angles, rotate
+from allometry.models.layers import Embedding, Linear, RMSNorm
 from allometry.models.products import cast_once
+from allometry.models.rotary import rotary_angles, rotate
 from allometry.scaling.inventory import embedding as table
 from allometry.scaling.inventory import matrix, vector
 from allometry.scaling.roles import Role

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from allometry.models.grouped import loop_linear, multiply_groups
-from allometry.models.layers import Linear, swiglu
+from allometry.models.layers import Linear, gated
 from allometry.models.parameters import OwnsParameters
 from allometry.models.products import (
     COMPUTE,
@@ -207,7 +207,7 @@ def test_wide_products() -> None:
 
 def test_swiglu_of_one_tensor_equals_that_of_two() -> None:
     x = torch.randn(5, 12, dtype=torch.float64, requires_grad=True)
-    one, two = swiglu(x), swiglu(x.split(6, dim=-1))
+    one, two = gated(x), gated(x.split(6, dim=-1))
     assert torch.equal(one, two)
     (got,), (expected,) = (gradients((y,), [x]) for y in (one, two))
     assert float((got - expected).abs().max()) <= 1e-15 * float(expected.abs().max())

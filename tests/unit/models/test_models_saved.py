@@ -17,16 +17,16 @@ from allometry.configs.precision import PrecisionConfig
 from allometry.models import fp8
 from allometry.models.build import build_model
 from allometry.models.init import initialize
-from allometry.models.layers import Linear, RMSNorm, swiglu
+from allometry.models.layers import Linear, RMSNorm, gated
 from allometry.models.moe import begin_step
 from allometry.models.precision import use_precision
 from allometry.models.products import Stacked, cast_once, multiply, saved_linear
 from allometry.models.transformer import Transformer
 from allometry.parallel.checkpointing import apply_checkpointing
 from allometry.parallel.offload.store import apply_offload
-from allometry.scaling.inventory import matrix
+from allometry.scaling.inventory import matrix, vector
 from allometry.scaling.parameterization import Parameterization
-from allometry.scaling.roles import ParamSpec, Role
+from allometry.scaling.roles import Role
 
 B, L = 2, 64
 DENSE = {"kind": "dense", "vocab_size": 64, "width": 64, "num_layers": 2, "num_heads": 4}
@@ -72,7 +72,7 @@ def test_a_saved_input_changes_gradients_of_weights_alone() -> None:
 
 
 def test_the_norm_equals_its_plain_twin() -> None:
-    norm = RMSNorm(ParamSpec("w", Role.VECTOR, (48,), fan_in=1, fan_out=48), 1e-5).double()
+    norm = RMSNorm(vector("w", 48), 1e-5).double()
     torch.nn.init.normal_(norm.weight)
     x = torch.randn(5, 7, 48, dtype=torch.float64, requires_grad=True)
     grad = torch.randn(x.shape, dtype=torch.float64)
@@ -95,13 +95,13 @@ def test_the_norm_equals_its_plain_twin() -> None:
 def test_swiglu_equals_its_plain_twin() -> None:
     gate_up = torch.randn(5, 96, dtype=torch.float64, requires_grad=True)
     grad = torch.randn(5, 48, dtype=torch.float64)
-    y = swiglu(gate_up, saves=True)
+    y = gated(gate_up, saves=True)
     (got,) = torch.autograd.grad(y, gate_up, grad)
     kept = rounded(gate_up).requires_grad_()
     gate, up = kept.chunk(2, dim=-1)
     (expected,) = torch.autograd.grad(F.silu(gate) * up, kept, grad)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-13)
-    assert torch.equal(y, swiglu(gate_up))
+    assert torch.equal(y, gated(gate_up))
 
 
 def test_a_router_reads_its_input_and_keeps_less() -> None:
@@ -178,7 +178,7 @@ def kept_bytes(model: Transformer) -> int:
     found: dict[int, Tensor] = {}
     block = model.blocks["1"]
     geometry = model._geometry(text()[0], None)
-    owned |= {t.untyped_storage().data_ptr() for t in (geometry.cos_BL1h, geometry.sin_BL1h)}
+    owned |= {t.untyped_storage().data_ptr() for t in geometry.turn}
     x = torch.randn(B, L, model.embedding.embedding_dim).bfloat16().requires_grad_()
 
     def keep(tensor: Tensor) -> Tensor:

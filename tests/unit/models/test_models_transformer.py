@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 
 import pytest
 import torch
@@ -46,6 +47,8 @@ def small(dtype: str = "fp64", **changes) -> Transformer:
     for name, parameter in model.named_parameters():
         if "norm" in name:  # gains of exactly one would hide a missing gain
             nn.init.normal_(parameter, 1.0, 0.2, torch.Generator().manual_seed(len(name)))
+        elif name.endswith(".bias"):
+            nn.init.normal_(parameter, 0.0, 0.2, torch.Generator().manual_seed(len(name)))
     return model.double() if dtype == "fp64" else model
 
 
@@ -184,8 +187,19 @@ def plain(state: dict[str, Tensor], model: DenseModel, scales: ForwardScales) ->
     def norm(x: Tensor, name: str) -> Tensor:
         return x / (x.pow(2).mean(-1, keepdim=True) + model.norm_eps).sqrt() * state[name]
 
-    def turn(x: Tensor) -> Tensor:
-        frequencies = model.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half)
+    def project(x: Tensor, name: str) -> Tensor:
+        y = x @ state[f"{name}.weight"].T
+        return y + state[f"{name}.bias"] if model.qkv_bias else y
+
+    def gelu(x: Tensor) -> Tensor:
+        return 0.5 * x * (1 + torch.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x**3)))
+
+    def turn(x: Tensor, windowed: bool) -> Tensor:
+        own = windowed and model.window.rope_theta is not None
+        theta = model.window.rope_theta if own else model.rope_theta
+        frequencies = theta ** (-torch.arange(half, dtype=torch.float64) / half)
+        if model.rope_scaling is not None and not own:
+            frequencies = frequencies / model.rope_scaling.factor
         angle = torch.arange(len(x))[:, None] * frequencies
         z = torch.complex(x[:, :half], x[:, half:]) * torch.exp(1j * angle)
         return torch.cat([z.real, z.imag], dim=1)
@@ -193,51 +207,75 @@ def plain(state: dict[str, Tensor], model: DenseModel, scales: ForwardScales) ->
     outputs = []
     for start, stop in itertools.pairwise(bounds):
         x = state["embedding.weight"][T_tokens[start:stop]] * scales.embedding
+        x = x * model.embedding_scale
         for layer in range(model.num_layers):
             at = f"blocks.{layer}."
-            normed = norm(x, at + "attention_norm.weight")
+            normed = norm(x, at + "attention_norm.weight") if model.norms != "after" else x
+            q_TM, k_TM, v_TM = (project(normed, f"{at}attention.{w}") for w in ("wq", "wk", "wv"))
+            if model.qk_norm and model.qk_norm_over == "width":
+                q_TM = norm(q_TM, at + "attention.q_norm.weight")
+                k_TM = norm(k_TM, at + "attention.k_norm.weight")
             heads = []
             for n in range(model.num_heads):
                 kv = n // (model.num_heads // model.kv_heads)
-                rows = [slice(i * half * 2, (i + 1) * half * 2) for i in (n, kv, kv)]
-                q, k, v = (
-                    normed @ state[f"{at}attention.{w}.weight"][r].T
-                    for w, r in zip(("wq", "wk", "wv"), rows, strict=True)
-                )
-                if model.qk_norm:
+                own, shared = (slice(i * half * 2, (i + 1) * half * 2) for i in (n, kv))
+                q, k, v = q_TM[:, own], k_TM[:, shared], v_TM[:, shared]
+                if model.qk_norm and model.qk_norm_over == "head":
                     q = norm(q, at + "attention.q_norm.weight")
                     k = norm(k, at + "attention.k_norm.weight")
-                q, k = turn(q), turn(k)
+                q, k = turn(q, model.windowed(layer)), turn(k, model.windowed(layer))
+                seen = model.window.tokens if model.windowed(layer) else len(q)
+                first = [max(0, i + 1 - seen) for i in range(len(q))]
                 heads.append(
                     torch.stack(
                         [
-                            (scales.attention * k[: i + 1] @ q[i]).softmax(0) @ v[: i + 1]
-                            for i in range(stop - start)
+                            (scales.attention * k[j : i + 1] @ q[i]).softmax(0) @ v[j : i + 1]
+                            for i, j in enumerate(first)
                         ]
                     )
                     if stop > start
                     else q
                 )
             out = torch.cat(heads, dim=1) @ state[at + "attention.wo.weight"].T
+            if model.norms != "before":
+                out = norm(out, at + "attention_post_norm.weight")
             x = x + scales.residual * out
-            normed = norm(x, at + "ffn_norm.weight")
+            normed = norm(x, at + "ffn_norm.weight") if model.norms != "after" else x
             gate = normed @ state[at + "ffn.gate.weight"].T
             up = normed @ state[at + "ffn.up.weight"].T
-            down = (gate * gate.sigmoid() * up) @ state[at + "ffn.down.weight"].T
+            active = gate * gate.sigmoid() if model.activation == "silu" else gelu(gate)
+            down = (active * up) @ state[at + "ffn.down.weight"].T
+            if model.norms != "before":
+                down = norm(down, at + "ffn_post_norm.weight")
             x = x + scales.residual * down
         outputs.append(norm(x, "final_norm.weight"))
     head = state["embedding.weight" if model.tied_embeddings else "head.weight"]
     return torch.cat(outputs) @ head.T * scales.output
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("qk_norm", [False, True])
-def test_equals_the_formulas(tied, qk_norm):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"tied_embeddings": True},
+        {"qk_norm": True},
+        {"qkv_bias": True},
+        {"qk_norm": True, "qk_norm_over": "width", "norms": "after", "qkv_bias": True},
+        {"norms": "both", "activation": "gelu_tanh", "qk_norm": True, "embedding_scale": 3.5},
+        {"window": {"tokens": 3}},
+        {
+            "window": {"tokens": 5, "global_every": 2, "rope_theta": 9.0},
+            "rope_scaling": {"kind": "linear", "factor": 2.0},
+        },
+    ],
+    ids=["plain", "tied", "qk_norm", "bias", "after", "both", "windows", "local"],
+)
+def test_equals_the_formulas(options):
     """Logits, loss and every gradient, with each multiplier away from one."""
-    config = DenseModel(**SMALL, tied_embeddings=tied, qk_norm=qk_norm, z_loss=1e-2)
+    config = DenseModel(**SMALL, **options, z_loss=1e-2)
     scales = ForwardScales(embedding=3.0, residual=0.7, attention=0.3, output=0.5)
     model = Transformer(config, scales, torch.float64).double()
-    model.load_state_dict(small(tied_embeddings=tied, qk_norm=qk_norm).state_dict())
+    model.load_state_dict(small(**options).state_dict())
     targets_BL = tokens(1)
     targets_BL[1, 4:7] = IGNORE
 

@@ -8,7 +8,14 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from allometry.configs.model import DenseModel
-from allometry.scaling.count import count_parameters, flops_per_token
+from allometry.scaling.count import (
+    DocumentFlops,
+    attention_flops,
+    count_parameters,
+    document_flops,
+    flops_per_token,
+    layer_flops,
+)
 from allometry.scaling.inventory import inventory
 from allometry.scaling.roles import Role
 
@@ -136,6 +143,38 @@ def test_flops_equal_torchs_counter(length: int, tied: bool) -> None:
     assert ours.total == counts[1][0]
     assert ours.backward == counts[1][0] - counts[0][0]
     assert ours.attention == counts[1][1] / tokens.numel()
+
+
+@pytest.mark.parametrize("length", [1, 5, 6, 7, 100])
+def test_windows_are_counted_pair_by_pair(length: int) -> None:
+    window = {"tokens": 6, "global_every": 2}
+    model = dense(window=window)
+    whole = dense()
+    each = 4 * model.num_heads * model.head_width
+    pairs = sum(min(i + 1, 6) for i in range(length))
+    assert attention_flops(model, length, 6) == each * pairs // length
+    assert attention_flops(model, length) * length == each * length * (length + 1) // 2
+    flops, layers = flops_per_token(model, length), layer_flops(model, length)
+    assert sum(layers) == flops.forward
+    assert layers[1] - layers[2] == attention_flops(model, length, 6) - attention_flops(
+        model, length
+    )
+    assert flops.total - flops.attention == (
+        flops_per_token(whole, length).total - flops_per_token(whole, length).attention
+    )
+    of_document = DocumentFlops.of(model)(length, length**2)
+    assert abs(of_document - flops.total * length) <= 6 * length, "rounded down for each layer"
+    assert (
+        DocumentFlops.of(whole)(length, length**2) == flops_per_token(whole, length).total * length
+    )
+
+
+def test_windows_of_several_documents_are_bounded_from_above() -> None:
+    model = dense(window={"tokens": 6})
+    lengths = (2, 30, 7)
+    exact = sum(flops_per_token(model, n).total * n for n in lengths)
+    bound = document_flops(model, lengths)
+    assert exact <= bound <= 1.02 * exact
 
 
 def test_attention_is_the_part_that_grows_with_length() -> None:

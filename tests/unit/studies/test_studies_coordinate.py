@@ -38,6 +38,7 @@ from allometry.studies.sweeps.probe import split
 WIDTHS = (32, 64, 128, 256)
 SEEDS = (0, 1, 2)
 MODEL = DenseModel(vocab_size=128, width=32, num_layers=2, num_heads=2, ffn_width=128, qk_norm=True)
+WINDOW = {"tokens": 16, "global_every": 2, "rope_theta": 1000.0}
 MUP = {"kind": "mup", "embedding_std": 1.0, "base_width": 32}
 SP = {"kind": "sp", "embedding_std": 1.0}
 MUP_BOUNDS = default_bounds("mup", Axis.WIDTH)
@@ -86,6 +87,20 @@ def test_mup_without_qk_norm_and_zeros_moves_blocks_alike() -> None:
     found = measured(MUP, model=model, zero_head=False, zero_queries=False)
     assert abs(found["blocks.0"]) <= 0.1, found
     assert abs(found["blocks.1"]) <= 0.1, found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"norms": "after", "qk_norm_over": "width", "qkv_bias": True},
+        {"norms": "both", "activation": "gelu_tanh", "embedding_scale": 2.0, "window": WINDOW},
+    ],
+    ids=["after", "both"],
+)
+def test_families_move_alike_at_every_width(options: dict[str, Any]) -> None:
+    found = measured(MUP, model=DenseModel.model_validate(MODEL.model_dump() | options))
+    assert failures(found, MUP_BOUNDS) == [], found
 
 
 def test_the_standard_parameterization_fails_the_same_gate() -> None:

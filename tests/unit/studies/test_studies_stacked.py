@@ -42,7 +42,14 @@ DENSE: dict[str, Any] = {
 }
 MODEL = DenseModel(**DENSE, qk_norm=True, z_loss=1e-3)
 TIED = DenseModel(**DENSE, tied_embeddings=True)
-
+AFTER = {"qkv_bias": True, "qk_norm": True, "qk_norm_over": "width", "norms": "after"}
+YARN = {"kind": "yarn", "factor": 2.0, "original_length": 6}
+BOTH = {
+    "norms": "both",
+    "activation": "gelu_tanh",
+    "embedding_scale": 3.0,
+    "window": {"tokens": 5, "global_every": 2, "rope_theta": 100.0},
+}
 
 MIXTURE = MoEModel(
     **{key: value for key, value in DENSE.items() if key != "ffn_width"},
@@ -141,6 +148,14 @@ CASES = {
     "mixture, these loads": (
         mixture(balance={"kind": "auxiliary", "coefficient": 0.1, "loads": "this_batch"}),
         *(MUP, Muon(lr=1.0, adamw_lr=2.0**-8, weight_decay=0.1), 2.0**-7),
+    ),
+    "families": (
+        DenseModel.model_validate({**DENSE, **AFTER, "rope_scaling": YARN}),
+        *(MUP, AdamW(lr=1.0, weight_decay=0.1), 2.0**-7),
+    ),
+    "mixture, families": (
+        MoEModel.model_validate(MIXTURE.model_dump() | BOTH),
+        *(MUP, AdamW(lr=1.0, weight_decay=0.1), 2.0**-7),
     ),
     "adamh": (MODEL, HYPERP, AdamH(lr=1.0, weight_decay=0.0), 2.0**-5),
 }

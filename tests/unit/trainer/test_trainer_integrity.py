@@ -62,7 +62,7 @@ def test_facts_are_checked_with_the_sizes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7, 64])
 def test_shares_are_even_and_complete(tmp_path: Path, world_size: int) -> None:
     sizes = {"a": 3000, "b": 1, "c": 0, "d": 555, "e": 100, "z": 0}
-    blocks = integrity._blocks(sealed(tmp_path / "step-5", sizes))
+    blocks = integrity.listing(sealed(tmp_path / "step-5", sizes)).blocks
     shares = [share(blocks, rank, world_size) for rank in range(world_size)]
     assert [block for mine in shares for block in mine] == blocks
     total = sum(block.size for block in blocks)
@@ -72,7 +72,7 @@ def test_shares_are_even_and_complete(tmp_path: Path, world_size: int) -> None:
 
 def test_a_rank_checks_the_file_that_it_wrote(tmp_path: Path) -> None:
     path = sealed(tmp_path / "step-5", {f"__{rank}_0.distcp": 2000 for rank in range(12)})
-    blocks = integrity._blocks(path)
+    blocks = integrity.listing(path).blocks
     for rank in range(12):
         mine = {block.name for block in share(blocks, rank, 12)}
         assert f"__{rank}_0.distcp" in mine

@@ -173,11 +173,6 @@ def test_a_stop_that_is_past_is_refused(tiny: Make) -> None:
         run(config, stop_at_step=5)
 
 
-def test_many_epochs_are_said(tiny: Make, caplog: pytest.LogCaptureFixture) -> None:
-    run(tiny("training.total_steps=400"), stop_at_step=1)
-    assert "source up will be read" in caplog.text
-
-
 def test_half_written_checkpoint_is_removed_and_the_last_one_used(tiny: Make) -> None:
     config = tiny()
     folder = run(config, stop_at_step=12)

@@ -1,0 +1,37 @@
+"""The text of a store's documents, from their tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from allometry.data.manifest import manifest_of
+from allometry.data.tokenizer import tokenizer_file
+
+Decode = Callable[[Sequence[int]], str]
+
+
+def decoder(path: Path) -> Decode:
+    """What makes text of ids by the tokenizer.json at ``path``; special tokens are left out."""
+    from allometry.data.special_tokens import load_tokenizer
+
+    tokenizer = load_tokenizer(path)
+    return lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def decoder_of(prefix: str, given: str | Path | None = None) -> Decode | None:
+    """The decoder of a store: by the tokenizer ``given``, else by that of its manifest; or None."""
+    if given is not None:
+        return decoder(tokenizer_file(given))
+    recorded = manifest_of(prefix)
+    if recorded is None:
+        return None
+    path = Path(prefix).parent / recorded[0].tokenizer.file
+    return decoder(path) if path.is_file() else None
+
+
+def line_of(text: str, most: int = 120) -> str:
+    """``text`` on one line, cut."""
+    words = "".join(c if c.isprintable() else " " for c in text)
+    line = " ".join(words.split())
+    return line if len(line) <= most else line[: most - 1] + "…"

@@ -1,0 +1,1 @@
+"""``allometry select``: scores of documents, and what a share by them keeps."""

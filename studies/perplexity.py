@@ -1,0 +1,172 @@
+"""The loss of each document of a store under one of our own runs."""
+
+# B = 1 sequence of packed documents, T tokens in it, L tokens in a piece of a document
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from allometry.configs.errors import UserError
+from allometry.configs.loader import load
+from allometry.configs.run import RunConfig
+from allometry.data.batch import IGNORE, Batch, PackedDocuments
+from allometry.data.reading import same_files
+from allometry.data.run_tokenizer import tokenizer_of_run
+from allometry.data.store import TokenStore
+from allometry.data.tokenizer import check_tokenizer, check_vocabulary
+from allometry.interop.huggingface.weights import CheckpointWeights, chosen_checkpoint
+from allometry.models.build import ComputeDtype, build_model
+from allometry.models.head import Losses
+from allometry.models.transformer import Transformer
+from allometry.scaling.parameterization import Parameterization
+from allometry.scaling.stages import place_of
+from allometry.trainer.feed import DeviceBatch
+from allometry.trainer.state.checkpoint import read_facts, step_of
+from allometry.trainer.state.folder import RunFolder
+from allometry.trainer.state.integrity import COMPLETE
+
+AT_ONCE = 8192
+"""Tokens that one forward pass takes."""
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A run's model at a checkpoint, whole and on one device, that gives documents losses.
+
+    ``window``: documents are cut after every so many tokens, as the run's own samples are.
+    ``data``: fingerprints of what the run has read, by source.
+    """
+
+    model: Transformer
+    config: RunConfig
+    checkpoint: Path
+    device: torch.device
+    window: int
+    data: dict[str, str]
+
+    def settings(self) -> dict[str, Any]:
+        """What a record of its scores says of it (JSON)."""
+        content = (self.checkpoint / COMPLETE).read_bytes()
+        return {
+            "run": str(self.checkpoint.parent.parent),
+            "step": step_of(self.checkpoint),
+            "checkpoint": hashlib.sha256(content).hexdigest()[:16],
+            "window": self.window,
+        }
+
+
+def open_scorer(
+    run: Path, step: int | None, device: torch.device, dtype: ComputeDtype = "fp32"
+) -> Scorer:
+    """Return the model of a run's checkpoint (default: the latest), to score with.
+
+    Raises UserError: ``run`` is no run's folder, or the checkpoint is absent or damaged.
+    """
+    folder = RunFolder(run)
+    if not folder.config.exists():
+        raise UserError(f"{run} has no {folder.config.name}; name the folder of a run")
+    path = chosen_checkpoint(folder, step)
+    config = place_of(load(folder.config), step_of(path)).config
+    weights = CheckpointWeights(path)
+    rules = Parameterization.of_run(config)
+    model = build_model(config.model, rules, dtype).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weights.read(name))
+        for name, buffer in model.named_buffers():
+            if name in weights.shapes:
+                buffer.copy_(weights.read(name))
+    data = config.data
+    window = data.max_document_tokens if data.kind == "documents" else data.sequence_length
+    known = read_facts(path).get("data", {})
+    return Scorer(model.to(device), config, path, device, window, dict(known))
+
+
+def check_store(scorer: Scorer, run: Path, store: TokenStore) -> None:
+    """Raise UserError for a store that was made with another tokenizer than the run's."""
+    check_vocabulary(scorer.config.model.vocab_size, [store])
+    store.vocab_size = scorer.config.model.vocab_size
+    file = tokenizer_of_run(run, scorer.config.data).file
+    if file is not None:
+        check_tokenizer(str(file), [store.prefix])
+
+
+def has_read(scorer: Scorer, store: TokenStore) -> bool:
+    """Whether the run was trained on these token files, as far as its checkpoint knows."""
+    return any(same_files(known, store.fingerprint) for known in scorer.data.values())
+
+
+def document_losses(
+    scorer: Scorer, store: TokenStore, at_once: int = AT_ONCE
+) -> tuple[NDArray[np.float32], float]:
+    """Return the mean loss of each document's tokens after its first, and the seconds it took.
+
+    In nats per token (float32, a document each); NaN for one of fewer than two tokens. A document
+    of more than ``scorer.window`` tokens is cut into pieces of these, and the first tokens of a
+    piece do not see the one before, as in training.
+    """
+    sums, counts = np.zeros(store.num_documents), np.zeros(store.num_documents)
+    begun = time.perf_counter()
+    for batch, documents_T in _batches(store, scorer.window, max(at_once, scorer.window)):
+        nll_T = _losses(scorer, batch)
+        counted = batch.targets_BL.reshape(-1) != IGNORE
+        number = np.bincount(documents_T[counted], minlength=store.num_documents)
+        sums += np.bincount(documents_T[counted], nll_T[counted], store.num_documents)
+        counts += number
+    with np.errstate(invalid="ignore"):
+        return (sums / counts).astype(np.float32), time.perf_counter() - begun
+
+
+@torch.no_grad()
+def _losses(scorer: Scorer, batch: Batch) -> NDArray[np.float64]:
+    moved = DeviceBatch.of(batch, scorer.device, 0)
+    losses = scorer.model(moved.tokens_BL, moved.targets_BL, moved.documents)
+    assert isinstance(losses, Losses)
+    return losses.nll_BL.reshape(-1).double().cpu().numpy()
+
+
+def _batches(
+    store: TokenStore, window: int, at_once: int
+) -> Iterator[tuple[Batch, NDArray[np.int64]]]:
+    """Pieces of documents packed into a sequence each, and the document of each token [T]."""
+    pieces: list[tuple[int, int, int]] = []
+    held = 0
+    for document in np.flatnonzero(store.lengths > 1).tolist():
+        length = int(store.lengths[document])
+        for start in range(0, length - 1, window):  # a last token alone has nothing to predict
+            size = min(window, length - start)
+            if held + size > at_once:
+                yield _packed(store, pieces)
+                pieces, held = [], 0
+            pieces.append((document, start, size))
+            held += size
+    if pieces:
+        yield _packed(store, pieces)
+
+
+def _packed(
+    store: TokenStore, pieces: list[tuple[int, int, int]]
+) -> tuple[Batch, NDArray[np.int64]]:
+    lengths = np.array([size for _, _, size in pieces], np.int64)
+    tokens, targets = np.empty(lengths.sum(), np.int64), np.empty(lengths.sum(), np.int64)
+    at = 0
+    for document, start, size in pieces:
+        stop = min(start + size + 1, int(store.lengths[document]))
+        read = store.read(document, start, stop)
+        tokens[at : at + size] = read[:size]
+        targets[at : at + size] = IGNORE
+        targets[at : at + len(read) - 1] = read[1:]
+        at += size
+    shape = (1, at)
+    packed = PackedDocuments.of_lengths(lengths, shape)
+    batch = Batch(tokens.reshape(shape), targets.reshape(shape), np.zeros(1, np.int64), packed)
+    return batch, np.repeat(np.array([document for document, _, _ in pieces]), lengths)

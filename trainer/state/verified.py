@@ -1,0 +1,194 @@
+"""Reading a checkpoint such that what is used is what was written.
+
+A file may be whole when it is checked and still be read wrongly afterwards: by a bad cable, cache
+or network file system. So the bytes that are used are compared with ``complete.json`` in the memory
+into which they were read, and are read from there only. ``complete.json`` needs no checksum of its
+own: one that was read wrongly does not agree with the rest.
+"""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import IO, NamedTuple
+
+from allometry.configs.errors import UserError
+from allometry.trainer.state.integrity import (
+    COMPLETE,
+    READ_BYTES,
+    TRIES,
+    Block,
+    Listing,
+    forget,
+    listing,
+    unreadable,
+)
+
+_log = logging.getLogger(__name__)
+
+
+class Span(NamedTuple):
+    """``size`` bytes of a file from ``start`` on."""
+
+    start: int
+    size: int
+
+
+class VerifiedFiles:
+    """The files of the checkpoint ``folder``.
+
+    What is not as it was written is read once more, from the disk and not from the system's memory.
+
+    Raises:
+        UserError: it is not then either, cannot be read, or is not listed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._crcs: dict[str, dict[Span, int]] = {}
+
+    @cached_property
+    def _listing(self) -> Listing:
+        try:
+            return listing(self._folder)
+        except (OSError, ValueError) as error:
+            raise self.unreadable(COMPLETE, error) from None
+
+    def whole(self, name: str) -> bytes:
+        """Return a file that fits into memory; nothing is there unless it is as it was written."""
+        blocks = self._blocks(name)
+        for left in reversed(range(TRIES)):
+            with self._opened(name) as file:
+                parts = [self._read(file, name, Span(b.start, b.size)) for b in blocks]
+            changed = any(zlib.crc32(p) != b.crc for p, b in zip(parts, blocks, strict=True))
+            if not changed:
+                self._warn(name, left)
+                break
+            if not left:
+                raise self._changed(name)
+            forget(self._folder / name)
+        return b"".join(parts)
+
+    def pieces(
+        self, name: str, wanted: Iterable[Span], all_spans: Iterable[Span]
+    ) -> Iterator[tuple[Span, bytes]]:
+        """Yield the ``wanted`` of ``all_spans``, in which a file's tensors lie, one after another.
+
+        Files of earlier versions, which have no checksums of tensors, are read once more for that.
+        """
+        if name not in self._crcs:
+            self._crcs[name] = self._known(name, sorted(set(all_spans)))
+        crcs = self._crcs[name]
+        with self._opened(name) as file:
+            for span in sorted(set(wanted)):
+                yield span, self._piece(file, name, span, crcs[span])
+
+    def _piece(self, file: IO[bytes], name: str, span: Span, crc: int) -> bytes:
+        for left in reversed(range(TRIES)):
+            data = self._read(file, name, span)
+            if zlib.crc32(data) == crc and len(data) == span.size:
+                self._warn(name, left)
+                break
+            if not left:
+                raise self._changed(name)
+            forget(self._folder / name)
+        return data
+
+    def _known(self, name: str, spans: list[Span]) -> dict[Span, int]:
+        """Return the CRC-32 of each span."""
+        known = self._listing.pieces.get(name)
+        if known is None:
+            return self._computed(name, spans)
+        if len(known) != len(spans):
+            raise self._changed(name)
+        return dict(zip(spans, known, strict=True))
+
+    def _computed(self, name: str, spans: list[Span]) -> dict[Span, int]:
+        """Return the CRC-32 of each span, from a pass over the file that agrees with its blocks."""
+        for left in reversed(range(TRIES)):
+            found = dict.fromkeys(spans, 0)
+            if self._passes(name, found):
+                self._warn(name, left)
+                return found
+            forget(self._folder / name)
+        raise self._changed(name)
+
+    def _passes(self, name: str, crcs: dict[Span, int]) -> bool:
+        """Read a file once, adding to the CRC-32 of each span; whether all blocks are right."""
+        spans = sorted(crcs, reverse=True)
+        with self._opened(name) as file:
+            for block in self._blocks(name):
+                crc, at, end = 0, block.start, block.start + block.size
+                while at < end:
+                    data = self._read(file, name, Span(at, min(READ_BYTES, end - at)))
+                    if not data:
+                        return False
+                    crc = zlib.crc32(data, crc)
+                    _add(crcs, spans, at, memoryview(data))
+                    at += len(data)
+                if crc != block.crc:
+                    return False
+        return True
+
+    def _blocks(self, name: str) -> list[Block]:
+        blocks = [block for block in self._listing.blocks if block.name == name]
+        if not blocks:
+            raise UserError(
+                f"checkpoint {self._folder} is damaged ({COMPLETE} does not list {name}); use "
+                "another one"
+            )
+        return blocks
+
+    @contextmanager
+    def _opened(self, name: str) -> Iterator[IO[bytes]]:
+        try:
+            file = open(self._folder / name, "rb")  # noqa: SIM115 - closed below
+        except OSError as error:
+            raise self.unreadable(name, error) from None
+        with file:
+            yield file
+
+    def _read(self, file: IO[bytes], name: str, span: Span) -> bytes:
+        try:
+            file.seek(span.start)
+            return file.read(span.size)
+        except OSError as error:
+            raise self.unreadable(name, error) from None
+
+    def unreadable(self, name: str, error: OSError | ValueError) -> UserError:
+        """Return the refusal of a checkpoint of which ``name`` cannot be read."""
+        problem = unreadable(name, error)
+        return UserError(f"checkpoint {self._folder} is damaged ({problem}); use another one")
+
+    def _warn(self, name: str, left: int) -> None:
+        if left < TRIES - 1:
+            _log.warning(
+                "checkpoint %s: %s was read wrongly at first, and rightly from the disk; look at "
+                "what lies between",
+                *(self._folder, name),
+            )
+
+    def _changed(self, name: str) -> UserError:
+        return UserError(
+            f"checkpoint {self._folder} is damaged ({name} has changed since it was written, or is "
+            f"read wrongly, {TRIES} times); run again if the disk was at fault, or use another one"
+        )
+
+
+def _add(crcs: dict[Span, int], left: list[Span], at: int, data: memoryview) -> None:
+    """Add the bytes from ``at`` on to the CRC-32 of the spans that they lie in.
+
+    ``left``: the spans that have not ended before, the last one first.
+    """
+    past = at + len(data)
+    while left and left[-1].start < past:
+        span = left[-1]
+        stop = span.start + span.size
+        crcs[span] = zlib.crc32(data[max(span.start, at) - at : stop - at], crcs[span])
+        if stop > past:
+            break
+        left.pop()
