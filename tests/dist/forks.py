@@ -15,6 +15,7 @@ import atexit
 import ctypes
 import faulthandler
 import functools
+import gc
 import os
 import pickle
 import signal
@@ -143,6 +144,8 @@ def _end_with(parent: int) -> None:
 def _serve(link: socket.socket) -> None:
     for name in IMPORTS:
         import_module(name)
+    gc.collect()
+    gc.freeze()  # no rank's collections walk through it, or copy its pages
     link.send(b"ready")
     while True:
         request, passed, *_ = socket.recv_fds(link, REQUEST_BYTES, 2)

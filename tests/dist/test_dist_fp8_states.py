@@ -77,13 +77,32 @@ def decoded(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return found
 
 
+class Alone:
+    """One process's run, which goes on when more steps are asked for; ranks keep it."""
+
+    def __init__(self, run: RunConfig) -> None:
+        model = tiny.initialized(run, torch.device("cpu"))
+        self.named = dict(model.named_parameters())
+        specs = parameter_specs(model)
+        self.optimizer = build_optimizer(self.named.items(), specs, rules(run), run.optimizer)
+        self.after: dict[int, dict[str, Tensor]] = {}
+
+    def states(self, steps: int) -> dict[str, Tensor]:
+        for step in range(len(self.after), steps):
+            take_steps(self.named, self.optimizer, range(step, step + 1))
+            self.after[step + 1] = decoded(self.optimizer)
+        return self.after[steps]
+
+
+_ALONE: dict[str, Alone] = {}
+
+
 def alone(run: RunConfig, steps: int) -> dict[str, Tensor]:
-    """Parameters and states after the steps of one process."""
-    model = tiny.initialized(run, torch.device("cpu"))
-    named = dict(model.named_parameters())
-    optimizer = build_optimizer(named.items(), parameter_specs(model), rules(run), run.optimizer)
-    take_steps(named, optimizer, range(steps))
-    return decoded(optimizer)
+    """Parameters and states after the steps of one process, whatever the layout."""
+    key = run.model.model_dump_json() + run.optimizer.model_dump_json()
+    if key not in _ALONE:
+        _ALONE[key] = Alone(run)
+    return _ALONE[key].states(steps)
 
 
 def wrong(run: RunConfig, optimizer: torch.optim.Optimizer, steps: int) -> dict[str, float]:

@@ -299,6 +299,7 @@ def test_all_away_in_other_layouts(
     assert said["parameters_bytes"] > 0
 
 
+EACH_ONCE = ["memory", "cpu", "nvme", "all", "half", "memory", "nvme"]
 STATES_PATH = ["memory", "cpu", "nvme", "memory", "nvme", "cpu", "memory", "all", "half", "nvme"]
 STATES_PATH += ["all", "cpu", "all"]
 MASTERS_PATH = ["memory", "nvme-gradients", "memory", "cpu-masters", "nvme-masters", "nvme"]
@@ -307,8 +308,12 @@ MASTERS_PATH += ["all-masters", "half-gradients", "nvme-gradients", "nvme-gradie
 
 @pytest.mark.parametrize(
     ("path", "more"),
-    [(STATES_PATH, ()), pytest.param(MASTERS_PATH, (HALF,), marks=pytest.mark.slow)],
-    ids=["states", "masters"],
+    [
+        (EACH_ONCE, ()),
+        pytest.param(STATES_PATH, (), marks=pytest.mark.slow),
+        pytest.param(MASTERS_PATH, (HALF,), marks=pytest.mark.slow),
+    ],
+    ids=["each", "states", "masters"],
 )
 def test_a_run_resumes_from_every_tier_to_every_tier(
     tiny: Make, run_ranks: Ranks, tmp_path: Path, path: list[str], more: tuple[str, ...]

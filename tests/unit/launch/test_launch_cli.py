@@ -16,9 +16,15 @@ from allometry.configs.run import RunConfig
 from allometry.launch import start
 from allometry.launch.figures.drawing import check_format
 from allometry.launch.runs.dry_run import planned
+from shell import Shell
 
 Make = Callable[..., RunConfig]
 ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture
+def shell(capsys: pytest.CaptureFixture[str]) -> Shell:
+    return Shell(capsys)
 
 
 def allometry(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -131,23 +137,23 @@ def test_folder_of_a_figure_is_made_before_the_work(tmp_path: Path) -> None:
         check_format(tmp_path / "a.png")
 
 
-def test_errors_are_one_sentence_and_exit_code_2(tiny: Make, tmp_path: Path) -> None:
+def test_errors_are_one_sentence_and_exit_code_2(tiny: Make, tmp_path: Path, shell: Shell) -> None:
     assert "does not exist" in sentence(allometry("train", tmp_path / "nothing.yaml"))
     path = tmp_path / "run.yaml"
     path.write_text(dump(tiny()) + "unknown: 1\n")
-    assert "unknown" in sentence(allometry("train", path))
+    assert "unknown" in shell.refusal("train", path)
     path.write_text(dump(tiny("data.sources.0.train=nowhere/x")))
     assert "nowhere/x" in sentence(allometry("train", path))
-    assert "optimizer.lr" in sentence(allometry("train", "preset:demo", "optimizer.lr=-1"))
-    assert "no config.yaml" in sentence(allometry("plot", tmp_path))
-    assert "preset:demo" in sentence(allometry("train", "demo"))
-    assert "--dry-run" in sentence(allometry("train", "preset:demo", "--json"))
-    assert "listed by --help" in sentence(allometry("transfer", "preset:demo", "--over"))
-    tied = sentence(allometry("train", "preset:demo", "model.tied_embeddings=true"))
+    assert "optimizer.lr" in shell.refusal("train", "preset:demo", "optimizer.lr=-1")
+    assert "no config.yaml" in shell.refusal("plot", tmp_path)
+    assert "preset:demo" in shell.refusal("train", "demo")
+    assert "--dry-run" in shell.refusal("train", "preset:demo", "--json")
+    assert "listed by --help" in shell.refusal("transfer", "preset:demo", "--over")
+    tied = shell.refusal("train", "preset:demo", "model.tied_embeddings=true")
     assert tied.startswith("allometry: the configuration: model.tied_embeddings=true contradicts")
     empty = tmp_path / "empty.txt"
     empty.write_text("")
-    assert "empty" in sentence(allometry("prepare", empty, "--out", tmp_path / "store"))
+    assert "empty" in shell.refusal("prepare", empty, "--out", tmp_path / "store")
 
 
 def test_print_config_is_the_whole_configuration(tmp_path: Path) -> None:
@@ -157,7 +163,7 @@ def test_print_config_is_the_whole_configuration(tmp_path: Path) -> None:
     assert load(path) == load("preset:demo", ["optimizer.lr=1e-3"])
 
 
-def test_a_run_from_text_to_picture(tmp_path: Path, tiny: Make) -> None:
+def test_a_run_from_text_to_picture(tmp_path: Path, tiny: Make, shell: Shell) -> None:
     words = [f"the number {n} follows the number {n - 1} in the line." for n in range(3000)]
     (tmp_path / "words.jsonl").write_text(
         "".join(json.dumps({"text": " ".join(words[k : k + 7])}) + "\n" for k in range(2900))
@@ -180,9 +186,9 @@ def test_a_run_from_text_to_picture(tmp_path: Path, tiny: Make) -> None:
     assert done.returncode == 0, done.stderr
     assert "step 10/20 | loss" in done.stdout
     picture = tmp_path / "loss.png"
-    done = allometry("plot", described.run.folder, "--out", picture, "--json")
+    drawn = shell.json("plot", described.run.folder, "--out", picture)
     assert picture.read_bytes().startswith(b"\x89PNG")
-    summary = json.loads(done.stdout)["runs"][0]
+    summary = drawn["runs"][0]
     assert summary["last_loss"] < summary["first_loss"]
     assert summary["sources"][0]["validation_loss"] > 0
 
