@@ -77,7 +77,8 @@ def shape(entry: Entry, size: int) -> RunShape:
 def jobs(rows: Sequence[Entry], known: Path) -> list[Job]:
     """Return the sizes of all rows, with seconds of a step as measured here, kept in a file.
 
-    A shape (model, optimizer, batch) is timed once: 2 steps after a first one, on one thread.
+    A shape (model, optimizer, batch) is timed once: 2 steps after a first one, on one thread, by
+    the seconds of this process, which other work on the machine does not count in.
     """
     seconds: dict[str, float] = json.loads(known.read_text()) if known.is_file() else {}
     made = []
@@ -111,10 +112,10 @@ def _seconds(entry: Entry, size: int, run: RunShape) -> float:
     try:
         for _ in range(WARM):
             probe.step(tokens_BL, clip=1.0)
-        start = time.perf_counter()
+        start = time.process_time()
         for _ in range(TIMED):
             probe.step(tokens_BL, clip=1.0)
-        return (time.perf_counter() - start) / TIMED
+        return (time.process_time() - start) / TIMED
     finally:
         torch.set_num_threads(threads)
 
