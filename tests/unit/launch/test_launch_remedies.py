@@ -14,7 +14,7 @@ from allometry.configs.ladder import LadderConfig
 from allometry.configs.loader import _all_keys
 from allometry.configs.run import RunConfig
 from allometry.data.prepare import PrepareRequest
-from allometry.launch.cli import COMMANDS, LADDER, MIX, app
+from allometry.launch.cli import COMMANDS, LADDER, MIX, SELECT, app
 from allometry.launch.runs.commands import Prepare
 
 ROOT = Path(__file__).parents[3]
@@ -174,6 +174,7 @@ def test_commands_and_options_are_found() -> None:
         *COMMANDS,
         *(f"ladder {name}" for name in LADDER),
         *(f"mix {name}" for name in MIX),
+        *(f"select {name}" for name in SELECT),
     }
     assert {"--end-of-document", "--tokenizer", "--out", "-o"} <= COMMAND_OPTIONS["prepare"]
     wrong = ast.parse("raise UserError(f'{x}: give --no-such-thing or data.no_such=1')")
