@@ -52,7 +52,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
 MIXTURES = {"ep2"}
 
 
-def described(setting: str, folder: Path, data: Path) -> RunConfig:
+def described(setting: str, folder: Path, data: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
     """Return the run of a setting in ``folder``, on the token files that ``write_data`` made."""
     sources = [
         {"name": n, "train": f"{data}/{n}.train", "validation": f"{data}/{n}.validation"}
@@ -75,7 +75,8 @@ def described(setting: str, folder: Path, data: Path) -> RunConfig:
     path = folder.with_suffix(".base.json")
     path.write_text(json.dumps(described))
     swap = folder.with_suffix(".swap")
-    return load(path, [each.replace("SWAP", str(swap)) for each in SETTINGS[setting]])
+    said = (*SETTINGS[setting], *overrides)
+    return load(path, [each.replace("SWAP", str(swap)) for each in said])
 
 
 def write_data(folder: Path) -> None:

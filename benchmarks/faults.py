@@ -20,176 +20,24 @@ import os
 import platform
 import random
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import psutil
 from fault_compare import clear, differing, differing_tensors, events, newest, read, rows
-from fault_settings import SAVE_EVERY, SETTINGS, STEPS, described, write_data
+from fault_kinds import FAULTS, NOBODY, Fault, mounted, unmounted
+from fault_launch import Case, Launch
+from fault_settings import SAVE_EVERY, SETTINGS, STEPS, write_data
 
-from allometry.configs.loader import dump
-
-HERE = Path(__file__).parent
-LIMIT_S = 120.0  # of a start and what follows it; a launch that takes longer hangs
-ORPHANS_S = 5.0  # after which ranks without their launcher must be gone
-NOBODY = "nobody: the run had ended"
 AT_START = 0.25  # of the strikes
-COUNTED = ("restarts", "rows", "rows_differ", "tensors_differ", "steps_lost", "orphans")
-
-
-@dataclass(frozen=True)
-class Case:
-    """One launch to be disturbed."""
-
-    fault: str
-    setting: str
-    ranks: int
-    number: int
-    plain: bool = False
-    times: int = 1
-
-    @property
-    def name(self) -> str:
-        """The case's key, and its folder's name."""
-        more = "-plain" * self.plain + f"-x{self.times}" * (self.times > 1)
-        return f"{self.fault}-{self.setting}-{self.ranks}{more}-{self.number}"
-
-
-def rank_of(process: psutil.Process) -> int | None:
-    """The rank that a process is: by its name, or, while it is starting, by its environment."""
-    named = process.name().split(" ")
-    number = named[1] if named[0] == "rank" else process.environ().get("RANK")
-    return None if number is None else int(number)
-
-
-class Launch:
-    """A launch in progress, seen from outside."""
-
-    def __init__(self, case: Case, folder: Path, data: Path, fault: dict[str, str]) -> None:
-        self.folder, self.begun = folder, time.time()
-        self._limit_s = LIMIT_S * (1 + case.times)
-        config = folder.with_suffix(".yaml")
-        config.write_text(dump(described(case.setting, folder, data)))
-        module = "torch.distributed.run" if case.plain else "allometry.launch.torchrun"
-        words = [sys.executable, "-m", module, "--nproc-per-node", str(case.ranks)]
-        words += [
-            "--max-restarts",
-            str(2 * case.times + 1),
-            "-m",
-            "allometry.launch.train",
-            str(config),
-        ]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"} | fault
-        with open(folder.with_suffix(".log"), "ab") as log:
-            self.process = subprocess.Popen(words, stdout=log, stderr=log, env=environment)
-        self.seen: dict[int, psutil.Process] = {}
-
-    def ranks(self) -> dict[int, psutil.Process]:
-        """The ranks that are alive, by their number."""
-        found = {}
-        try:
-            for child in psutil.Process(self.process.pid).children(recursive=True):
-                self.seen[child.pid] = child
-                rank = rank_of(child)
-                if rank is not None and child.parent() == psutil.Process(self.process.pid):
-                    found[rank] = child
-        except psutil.Error:  # it has ended since
-            pass
-        return found
-
-    def wait(self, until: Callable[[], bool] = lambda: False) -> None:
-        """Return once ``until`` is true or the launcher has ended; end it after LIMIT_S."""
-        looked = 0.0
-        while self.process.poll() is None and not until():
-            if time.time() - looked > 0.3:
-                self.ranks()
-                looked = time.time()
-            if time.time() - self.begun > self._limit_s:
-                self.process.kill()
-            time.sleep(0.01)
-
-    def alive(self) -> int:
-        """How many of all processes that were seen are still there."""
-
-        def lives(process: psutil.Process) -> bool:
-            try:
-                return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-            except psutil.Error:
-                return False
-
-        return sum(map(lives, self.seen.values()))
-
-    @cached_property
-    def orphans(self) -> int:
-        """How many are there ORPHANS_S after the launcher's end, which this waits for."""
-        self.process.wait()
-        until = time.time() + ORPHANS_S
-        while self.alive() and time.time() < until:
-            time.sleep(0.05)
-        left = self.alive()
-        for process in self.seen.values():
-            if left and process.is_running():
-                process.kill()
-        return left
-
-
-# A fault strikes once its moment has come, and returns whom.
-
-
-def kill(launch: Launch, draw: random.Random, ranks: int) -> str:
-    """SIGKILL to one rank: the launcher starts all again."""
-    wanted = draw.randrange(ranks)
-    launch.wait(lambda: wanted in launch.ranks())
-    victim = launch.ranks().get(wanted)
-    if victim is None:
-        return NOBODY
-    victim.kill()
-    return f"rank {wanted}"
-
-
-def launcher(launch: Launch, draw: random.Random, ranks: int) -> str:
-    """SIGKILL to the launcher: its ranks end with it."""
-    launch.ranks()
-    launch.process.kill()
-    return "the launcher"
-
-
-def everything(launch: Launch, draw: random.Random, ranks: int) -> str:
-    """SIGKILL to the launcher and all ranks, as a node that goes down."""
-    there = launch.ranks()
-    launch.process.kill()
-    for process in there.values():
-        process.kill()
-    return "the launcher and all ranks"
-
-
-def nothing(launch: Launch, draw: random.Random, ranks: int) -> str:
-    """What a rank does to itself (fault_hook): nothing from outside."""
-    return "a rank, by itself"
-
-
-@dataclass(frozen=True)
-class Fault:
-    """How it strikes; ``inside``: what fault_hook does; ``again``: the command is given again."""
-
-    strike: Callable[[Launch, random.Random, int], str]
-    inside: str | None = None
-    again: bool = False
-
-
-FAULTS = {
-    "kill": Fault(kill),
-    "memory": Fault(nothing, inside="exit137"),
-    "hang": Fault(nothing, inside="hang"),
-    "launcher": Fault(launcher, again=True),
-    "everything": Fault(everything, again=True),
-}
+REFUSED = 2  # the code of a launch that ends with a sentence
+COUNTED = (
+    *("restarts", "rows", "rows_differ", "tensors_differ", "steps_lost", "orphans"),
+    *("felt", "healed", "refused"),
+)
+LAST_FULL = 36  # the last step after which a disk is filled: saves come after it
 
 
 @dataclass(frozen=True)
@@ -208,23 +56,24 @@ class Struck:
 
 def disturbed(case: Case, work: Path) -> dict[str, Any]:
     """Do a case; what came of it."""
-    straight = undisturbed(case, work)
     folder = work / "runs" / case.name
-    clear(folder)
     draw, fault = random.Random(case.name), FAULTS[case.fault]
-    steps = sorted(draw.randrange(1, STEPS - 1) for _ in range(case.times))
-    environment = {}
+    last_step = LAST_FULL if fault.full else STEPS - 1
+    steps = sorted(draw.randrange(1, last_step) for _ in range(case.times))
+    overrides, others = fault.overrides(steps[0])
+    straight = undisturbed(case, work, others)
+    unmounted(folder)
+    clear(folder)
+    if fault.full:
+        mounted(folder)
     struck = folder.with_suffix(".struck")
-    if fault.inside:
-        hook = os.pathsep.join(filter(None, [str(HERE / "fault_hook"), os.environ["PYTHONPATH"]]))
-        told = [fault.inside, draw.randrange(case.ranks), steps[0], str(struck)]
-        environment = {"PYTHONPATH": hook, "FAULT": json.dumps(told)}
-    launch = Launch(case, folder, work / "data", environment)
+    environment = fault.environment(case, draw, steps[0], work)
+    launch = Launch(case, folder, work / "data", environment, overrides)
     done: dict[str, Any] = {"strikes": [], "back_s": [], "steps_lost": 0, "orphans": 0}
     last: Struck | None = None
     for step in steps:
         seconds = draw.uniform(0.2, straight["start_s"])
-        if not fault.inside and draw.random() < AT_START:
+        if fault.anywhere and draw.random() < AT_START:
             until = (last.at if last else launch.begun) + seconds
             launch.wait(lambda until=until: time.time() > until)
             moment = f"{seconds:.1f} s of a start"
@@ -240,21 +89,41 @@ def disturbed(case: Case, work: Path) -> dict[str, Any]:
         done["strikes"].append([moment, fault.strike(launch, draw, case.ranks)])
         if fault.again:
             done["orphans"] += launch.orphans
-            launch = Launch(case, folder, work / "data", {})
+            launch = Launch(case, folder, work / "data", {}, overrides)
     assert last is not None
-    _recovered(launch, done, last)
+    if fault.restarts:
+        _recovered(launch, done, last)
     launch.wait()
-    restarts = [event for event in events(folder) if event["event"] == "restarted"]
+    refused = fault.files == "FAULT_READS" and launch.process.returncode == REFUSED
+    if refused:  # the disk is mended, and the command given again
+        done["orphans"] += launch.orphans
+        launch = Launch(case, folder, work / "data", {}, overrides)
+        _recovered(launch, done, last)
+        launch.wait()
+    done["orphans"] += launch.orphans
     return {
         **asdict(case),
         **done,
         "code": launch.process.returncode,
+        "refused": int(refused),
+        **_left(folder, fault, straight["rows"], work / "runs" / straight["name"]),
+    }
+
+
+def _left(
+    folder: Path, fault: Fault, straight: list[dict[str, Any]], other: Path
+) -> dict[str, Any]:
+    """What a run that was disturbed has left, beside one that was not."""
+    said = folder.with_suffix(".log").read_text(errors="replace")
+    restarts = [event for event in events(folder) if event["event"] == "restarted"]
+    return {
         "restarts": max((event["count"] for event in restarts), default=0),
         "reasons": [event["reason"] for event in restarts],
-        "orphans": done["orphans"] + launch.orphans,
+        "felt": fault.felt(folder),
+        "healed": said.count("was read wrongly at first"),
         "rows": len(rows(folder)),
-        "rows_differ": differing(rows(folder), straight["rows"]),
-        "tensors_differ": differing_tensors(folder, work / "runs" / straight["name"]),
+        "rows_differ": differing(rows(folder), straight),
+        "tensors_differ": differing_tensors(folder, other),
     }
 
 
@@ -271,13 +140,14 @@ def _recovered(launch: Launch, done: dict[str, Any], struck: Struck) -> None:
         done["steps_lost"] += max(0, struck.saved - begun()[0])
 
 
-def undisturbed(case: Case, work: Path) -> dict[str, Any]:
+def undisturbed(case: Case, work: Path, overrides: tuple[str, ...] = ()) -> dict[str, Any]:
     """The same run without a fault: made once, with the launcher of the first case."""
-    name = f"straight-{case.setting}-{case.ranks}"
+    more = "".join(f"-{each}" for each in overrides)
+    name = f"straight-{case.setting}-{case.ranks}{more}"
     folder, known = work / "runs" / name, work / "runs" / f"{name}.done"
     if not known.exists():
         clear(folder)
-        launch = Launch(case, folder, work / "data", {})
+        launch = Launch(case, folder, work / "data", {}, overrides)
         launch.wait(lambda: bool(rows(folder)))
         start_s = time.time() - launch.begun
         launch.wait()
@@ -292,7 +162,12 @@ def passed(done: dict[str, Any]) -> bool:
     clean = not any(
         done[key] for key in ("code", "orphans", "steps_lost", "rows_differ", "tensors_differ")
     )
-    return clean and (FAULTS[done["fault"]].again or bool(done["restarts"]))
+    fault = FAULTS[done["fault"]]
+    if fault.files == "FAULT_READS" and not (done["healed"] or done["refused"]):
+        return False  # wrong reads that nothing says, or none
+    if not fault.restarts:
+        return clean and bool(done["felt"]) and not done["restarts"]
+    return clean and (fault.again or bool(done["restarts"]))
 
 
 def summary(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -308,7 +183,7 @@ def summary(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "cases": len(of),
                 "passed": sum(map(passed, of)),
                 "strikes": sum(whom != NOBODY for case in of for _, whom in case["strikes"]),
-                **{key: sum(case[key] for case in of) for key in COUNTED},
+                **{key: sum(case.get(key, 0) for case in of) for key in COUNTED},
                 "back_s_median": round(statistics.median(back), 1) if back else None,
                 "back_s_largest": back[-1] if back else None,
             }
@@ -346,6 +221,11 @@ def main() -> None:
         for ranks in given.ranks
         for number in range(given.count)
     ]
+    for name in given.fault:
+        lacks = FAULTS[name].lacking()
+        if lacks is not None:
+            print(f"{name} is left out: this machine lacks {lacks}", flush=True)
+            wanted = [case for case in wanted if case.fault != name]
     for case in wanted:
         if case.name in done or time.time() - begun > given.seconds:
             continue
@@ -354,6 +234,7 @@ def main() -> None:
         with open(file, "a") as out:
             out.write(json.dumps(found) + "\n")
         if passed(found):
+            unmounted(given.work / "runs" / case.name)
             clear(given.work / "runs" / case.name)
         moments = ", ".join(moment for moment, _ in found["strikes"])
         print(f"{case.name}: {'passed' if passed(found) else 'FAILED'}, {moments}", flush=True)

@@ -50,7 +50,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--size", choices=("bytes", *CUTS), default="bytes")
     known = dict.fromkeys(("coordinates", *PARTS, *STUDY_PARTS))
     parser.add_argument("--only", choices=tuple(known), action="append", help="default: all")
-    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--processes", type=int, default=None, help="default: 2; 1 for small")
     parser.add_argument("--work", type=Path, default=None, help="default: runs/benchmark-transfer")
     parser.add_argument("--json", type=Path, default=None)
     ours = parser.add_argument_group("--size bytes")
@@ -63,6 +63,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     study.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of stacked runs")
     parsed = parser.parse_args(given)
     _check(parser, parsed)
+    parsed.processes = parsed.processes or (1 if parsed.size == "small" else 2)
     chosen = 1 if parsed.quick else parsed.seeds
     parsed.seeds_of = {part: chosen or seeds for part, seeds in SEEDS.items()}
     named = "" if parsed.size == "bytes" else f"-{parsed.size}"

@@ -85,16 +85,11 @@ SMALL = Cut(
     seeds=3,
     held_out=32,
     max_bytes=1_000_000,
-    most_steps=32,
+    most_steps=16,
     only=(
-        *("width: sp", "width: mup", "depth: sp, mup", "depth: completep"),
-        *(
-            "width-and-depth: completep",
-            "horizon: sp, mup, completep",
-            "horizon: hyperp, base head",
-        ),
-        *("batch: mupp", "experts, 1 visit: sp, mup, completep", "experts, 4 visits: mupp"),
-        *("mssp: II", "mssp: sp, grown as II"),
+        *("width: sp", "width: mup", "depth: completep", "width-and-depth: mupp"),
+        *("horizon: hyperp, base head", "batch: mupp", "experts, 1 visit: sp, mup, completep"),
+        "mssp: II",
     ),
 )
 CUTS = {"real": REAL, "small": SMALL}

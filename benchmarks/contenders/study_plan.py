@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from allometry.scaling.count import count_parameters, flops_per_token
-from allometry.scaling.shapes import resize
+from allometry.scaling.shapes import at_width, resize
 from allometry.studies.sweeps.probe import Probe
 from allometry.studies.sweeps.transfer import RunShape, TransferSweep
 from contenders.families import optimizer
@@ -77,7 +77,8 @@ def shape(entry: Entry, size: int) -> RunShape:
 def jobs(rows: Sequence[Entry], known: Path) -> list[Job]:
     """Return the sizes of all rows, with seconds of a step as measured here, kept in a file.
 
-    A shape (model, optimizer, batch) is timed once: 2 steps after a first one, on one thread.
+    A shape (model, optimizer, batch) is timed once: 2 steps after a first one, on one thread, by
+    the seconds of this process, which other work on the machine does not count in.
     """
     seconds: dict[str, float] = json.loads(known.read_text()) if known.is_file() else {}
     made = []
@@ -94,9 +95,10 @@ def jobs(rows: Sequence[Entry], known: Path) -> list[Job]:
 
 def _key(entry: Entry, size: int) -> str:
     """A shape's name: what decides how long a step takes."""
-    model = resize(entry.model, entry.axis, size).model_dump_json()
+    model = resize(entry.model, entry.axis, size)
+    model = at_width(model, model.width)  # which writes out the width of heads
     run = shape(entry, size)
-    text = f"{model} {entry.kind} {run.sequences} {entry.cut.length}"
+    text = f"{model.model_dump_json()} {entry.kind} {run.sequences} {entry.cut.length}"
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -110,10 +112,10 @@ def _seconds(entry: Entry, size: int, run: RunShape) -> float:
     try:
         for _ in range(WARM):
             probe.step(tokens_BL, clip=1.0)
-        start = time.perf_counter()
+        start = time.process_time()
         for _ in range(TIMED):
             probe.step(tokens_BL, clip=1.0)
-        return (time.perf_counter() - start) / TIMED
+        return (time.process_time() - start) / TIMED
     finally:
         torch.set_num_threads(threads)
 
@@ -162,7 +164,7 @@ def lines(kept: Sequence[Job], left_out: Sequence[Job], processes: int) -> list[
             f"| {hours / processes:.1f} |"
         )
     for entry, size, hours in _each(left_out):
-        said.append(f"left out: {entry} at {size}: {hours:.1f} hours a run")
+        said.append(f"left out: {entry} at {size}: {hours:.2f} hours a run")
     return said
 
 

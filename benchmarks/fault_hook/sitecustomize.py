@@ -1,7 +1,8 @@
 """Python imports this at its start where ``faults.py`` puts its folder on PYTHONPATH.
 
 Before the training step that the variable FAULT names, [what, rank, step, file] in JSON, the rank
-does what it says, once: the file is made first.
+does what it says: the file is made first. What ends the rank is done once; a step that is not a
+number is none whenever it is taken.
 """
 
 import importlib.abc
@@ -12,9 +13,23 @@ import sys
 import time
 from pathlib import Path
 
+
+def spoil(step):
+    """Let the losses, and so the gradients, of this step's batch on this rank be NaN."""
+    execution = step.parallel.execution
+    plain = execution.train
+
+    def train(batches, scale, *rest):
+        execution.train = plain
+        return plain(batches, scale * float("nan"), *rest)
+
+    execution.train = train
+
+
 ACTIONS = {
-    "exit137": lambda: os._exit(137),  # as a process ends that a container's memory limit killed
-    "hang": lambda: time.sleep(1e6),
+    "exit137": lambda _: os._exit(137),  # as a process ends that a container's memory limit killed
+    "hang": lambda _: time.sleep(1e6),
+    "nan": spoil,
 }
 
 
@@ -34,9 +49,10 @@ class Hook(importlib.abc.MetaPathFinder):
 
             def faulty(self, step, *arguments):
                 what, rank, at, file = json.loads(os.environ["FAULT"])
-                if step == at and os.environ.get("RANK") == str(rank) and not Path(file).exists():
+                here = step == at and os.environ.get("RANK") == str(rank)
+                if here and (what == "nan" or not Path(file).exists()):
                     Path(file).touch()
-                    ACTIONS[what]()
+                    ACTIONS[what](self)
                 return take(self, step, *arguments)
 
             module.TrainStep.__call__ = faulty

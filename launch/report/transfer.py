@@ -13,7 +13,8 @@ from allometry.configs.format import human
 from allometry.launch.figures.figure import Column, Figure, Panel, Series, ordered, star
 from allometry.launch.report.inputs import Inputs, Shown
 from allometry.launch.report.section import Section, Table
-from allometry.laws.optimum import drift, drift_interval, quadratic_optimum
+from allometry.laws.optimum import Sweep, drift, drift_interval, quadratic_optimum
+from allometry.laws.regret import regrets
 from allometry.laws.trials import TrialFile
 
 LEAST_RATES = 3
@@ -75,8 +76,25 @@ def _of_trials(file: TrialFile, shades: Mapping[str, str]) -> Drawn:
             f"{file.path.name}: the best rate drifts over {file.axis} "
             f"{said or f'by {octaves:.2f} octaves{interval}'}."
         )
+        if same_seeds:
+            notes += _costs(file, sweeps)
     panel, rows = _panel(file.path.name, curves, shades, "held-out loss (nats per token)")
     return panel, rows, notes
+
+
+def _costs(file: TrialFile, sweeps: Mapping[int, Sweep]) -> list[str]:
+    """What the best rate of the smallest size costs at each other one."""
+    base, said = min(sweeps), []
+    for size, regret in regrets(sweeps).items():
+        low, high = regret.percent_interval
+        within = f" (95 % over seeds: {low:.2f} to {high:.2f})" if math.isfinite(high) else ""
+        cost = f"costs {regret.percent:.2f} % of the loss at {size}{within}"
+        if regret.nats == math.inf:
+            cost = f"diverges at {size}"
+        elif regret.problem is not None:
+            cost = f"costs an unknown part of the loss at {size}: {regret.problem}"
+        said.append(f"{file.path.name}: the best rate of {file.axis} {base} {cost}.")
+    return said
 
 
 def _of_runs(runs: tuple[Shown, ...]) -> list[Drawn]:

@@ -162,6 +162,10 @@ class Transfer(ConfigCommand):
     sequences: int = option("sequences of a batch", 8, min=1)
     length: int = option("tokens of a sequence, at most", 64, min=2)
     regret_bound: float = option("percent of the loss that a regret may be", 0.5, min=0.0)
+    against: Path | None = option(
+        "trials of the same sweep under another parameterization (sp), of whose regret this one's "
+        "may be a fifth at most"
+    )
     bound: float | None = option("octaves that best rates may drift as well; default: any", min=0.0)
     engine: str = option(
         "processes: each run by itself; stacked: all runs of a size as one model", "processes"

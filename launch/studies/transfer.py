@@ -22,9 +22,10 @@ from allometry.launch.command import Report
 from allometry.launch.figures.drawing import check_format, draw
 from allometry.launch.figures.figure import Figure, Panel, Series, colours
 from allometry.launch.studies import gates
+from allometry.launch.studies.against import compared, read_other
 from allometry.launch.studies.commands import Transfer as TransferCommand
 from allometry.launch.text import counted, table
-from allometry.laws.regret import Regret
+from allometry.laws.regret import SHARE, Regret
 from allometry.scaling.shapes import Axis, growth_axis
 from allometry.studies.sweeps.outcome import Transfer, Trial
 from allometry.studies.sweeps.probe import read_pools
@@ -61,6 +62,7 @@ def swept(asked: TransferCommand) -> Report:
     sweep = _sweep(config, asked, axis, sizes)
     seeds = tuple(range(asked.seeds))
     sweep.check(sizes, seeds)  # before the file of trials is begun
+    other = None if asked.against is None else read_other(asked.against, sweep.settings())
     log = None if asked.trials is None else TrialLog(asked.trials, sweep.settings())
     ended: dict[Trial, float] = {}
     runner = Runner(
@@ -80,6 +82,10 @@ def swept(asked: TransferCommand) -> Report:
         draw(_figure(transfer), asked.out)
     bounds = asked.regret_bound, asked.bound
     wrong, unsure = transfer.failures(*bounds), transfer.undecided(*bounds)
+    held = None if other is None else compared(other, transfer)
+    if held is not None:
+        wrong += held.sentences("missed")
+        unsure += held.sentences("undecided")
     facts = {
         "kind": config.parameterization.kind,
         "optimizer": config.optimizer.kind,
@@ -89,6 +95,7 @@ def swept(asked: TransferCommand) -> Report:
         "passed": not (wrong or unsure),
         "failures": wrong,
         "undecided": unsure,
+        "against": None if held is None else held.describe(),
         "figure": str(asked.out),
         **transfer.describe(),
     }
@@ -216,6 +223,8 @@ def _text(
     interval = f" (95 % over seeds: {low:.2f} to {high:.2f})" if math.isfinite(low) else ""
     drift = transfer.drift()
     verdict = f"passed: at most {asked.regret_bound:g} % of the loss"
+    if asked.against is not None:
+        verdict += f", at most {SHARE:g} of {asked.against}'s"
     if asked.bound is not None:
         verdict += f", at most {asked.bound:g} octaves"
     if wrong or unsure:

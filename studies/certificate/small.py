@@ -107,6 +107,8 @@ def shrunk(config: RunConfig, world_size: int) -> RunConfig:
             tree["model"] |= _sizes(config.model, degrees.tp, layers, head_dim)
             tree["parallel"]["hdp"] = degrees.hdp
             _shorten(tree, degrees.tp)
+            if config.model.window is not None:
+                tree["model"]["window"] |= _narrowed(config, tree["data"], layers)
             try:
                 found = RunConfig.model_validate(tree)
                 Layout.of(found, world_size)
@@ -148,6 +150,18 @@ def _sizes(model: ModelConfig, tp: int, layers: int, head_dim: int) -> dict[str,
     if "latent_width" in experts:
         experts["latent_width"] = 16
     return sizes | {"experts": experts}
+
+
+def _narrowed(config: RunConfig, short: dict[str, Any], layers: int) -> dict[str, Any]:
+    """A window that is to short sequences or documents what it was, and both kinds of layers."""
+    window, documents = config.model.window, short["kind"] == "documents"
+    assert window is not None
+    length = short["max_document_tokens" if documents else "sequence_length"]
+    every = window.global_every
+    return {
+        "tokens": max(1, window.tokens * length // longest(config)),
+        "global_every": every and max(2, min(every, layers)),
+    }
 
 
 def _shorten(tree: dict[str, Any], tp: int) -> None:

@@ -70,9 +70,11 @@ def inputs(dtype: torch.dtype) -> list[Tensor]:
     ]
 
 
-def outcome(name: str, packed: Documents | None, dtype: torch.dtype) -> list[Tensor]:
+def outcome(
+    name: str, packed: Documents | None, dtype: torch.dtype, window: int | None = None
+) -> list[Tensor]:
     qkv = inputs(dtype)
-    o_BLNH = attend(*qkv, packed, H**-0.5, name)
+    o_BLNH = attend(*qkv, packed, H**-0.5, name, window=window)
     weights = torch.linspace(-3, 3, o_BLNH.numel(), device=CUDA).sin().view(o_BLNH.shape)
     return [o_BLNH.detach(), *torch.autograd.grad(o_BLNH, qkv, weights.to(dtype))]
 
@@ -88,6 +90,19 @@ def test_gradients_equal_the_reference(name: str, case: str) -> None:
     if packed is not None and case != "whole":
         whole = outcome("reference", None, torch.float64)
         assert (whole[0] - expected[0]).abs().max() > 2 * BF16 * expected[0].abs().max()
+
+
+@pytest.mark.parametrize("case", list(DOCUMENTS))
+@pytest.mark.parametrize("window", [1, 100, 128, 333])
+@pytest.mark.parametrize("name", ["flash3", "flash2", "flex", "masked"])
+def test_gradients_of_windows_equal_the_reference(name: str, window: int, case: str) -> None:
+    packed = documents(DOCUMENTS[case])
+    call = AttentionCall("cuda", "bf16", packed is not None, L, False, H, window=window)
+    if reason := refusal(name, call):
+        pytest.skip(reason)
+    expected = outcome("reference", packed, torch.float64, window)
+    for some, other in zip(outcome(name, packed, torch.bfloat16, window), expected, strict=True):
+        assert (some - other).abs().max() < BF16 * other.abs().max()
 
 
 @pytest.mark.parametrize("case", ["edges", "whole", "concatenated"])

@@ -17,6 +17,8 @@ class _Wrong(io.FileIO):
         super().__init__(path, "rb")
         self._at, self._wrong = at, wrong
 
+    read = io.RawIOBase.read  # by way of readinto, as a buffer reads
+
     def readinto(self, buffer: Any, /) -> int:
         begun = self.tell()
         count = super().readinto(buffer) or 0
@@ -44,7 +46,8 @@ def wrong_reads(file: Path, at: int, times: int = 1 << 30) -> Iterator[list[int]
 
     def opened(path: Any, mode: str = "r", *args: Any, **options: Any) -> Any:
         if mode == "rb" and isinstance(path, str | Path) and Path(path) == file:
-            return io.BufferedReader(_Wrong(path, at, wrong))
+            raw = _Wrong(path, at, wrong)
+            return raw if options.get("buffering") == 0 else io.BufferedReader(raw)
         return real(path, mode, *args, **options)
 
     def opened_of_path(path: Path, mode: str = "r", *args: Any, **options: Any) -> Any:

@@ -13,8 +13,9 @@ import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from io import FileIO
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 from allometry.configs.errors import UserError
 from allometry.trainer.state.integrity import (
@@ -87,7 +88,7 @@ class VerifiedFiles:
             for span in sorted(set(wanted)):
                 yield span, self._piece(file, name, span, crcs[span])
 
-    def _piece(self, file: IO[bytes], name: str, span: Span, crc: int) -> bytes:
+    def _piece(self, file: FileIO, name: str, span: Span, crc: int) -> bytes:
         for left in reversed(range(TRIES)):
             data = self._read(file, name, span)
             if zlib.crc32(data) == crc and len(data) == span.size:
@@ -144,18 +145,23 @@ class VerifiedFiles:
         return blocks
 
     @contextmanager
-    def _opened(self, name: str) -> Iterator[IO[bytes]]:
+    def _opened(self, name: str) -> Iterator[FileIO]:
         try:
-            file = open(self._folder / name, "rb")  # noqa: SIM115 - closed below
+            # Without a buffer, which would give the same bytes again when they are read again.
+            file = open(self._folder / name, "rb", buffering=0)  # noqa: SIM115 - closed below
         except OSError as error:
             raise self.unreadable(name, error) from None
         with file:
             yield file
 
-    def _read(self, file: IO[bytes], name: str, span: Span) -> bytes:
+    def _read(self, file: FileIO, name: str, span: Span) -> bytes:
         try:
             file.seek(span.start)
-            return file.read(span.size)
+            parts, left = [], span.size
+            while left and (part := file.read(left)):
+                parts.append(part)
+                left -= len(part)
+            return parts[0] if len(parts) == 1 else b"".join(parts)
         except OSError as error:
             raise self.unreadable(name, error) from None
 

@@ -153,7 +153,7 @@ COVERING: tuple[tuple[str, tuple[Stage, ...]], ...] = (
         "parallel/zero.py",
         (dist("zero"), ONE, dist("layouts", keyword="zero"), dist("overrides", keyword="zero")),
     ),
-    ("parallel/tensor.py", (dist("tensor"), CUT)),
+    ("parallel/tensor.py", (dist("tensor"), dist("families", keyword="after-tp2"), CUT)),
     (
         "parallel/expert.py",
         (unit("parallel/*expert"), dist("layouts", keyword="ep4-fp64 or ep2")),

@@ -48,6 +48,18 @@ PLANTED = (
         "x_BLD + self.attention_post_norm(y_BLD)",
     ),
     Plant(
+        "models/documents.py",
+        "a window one key too long",
+        "seen_LL.triu(1 - window)",
+        "seen_LL.triu(-window)",
+    ),
+    Plant(
+        "models/transformer.py",
+        "layers with a window turned like the others",
+        "geometry.turn if self.window is None else geometry.windowed",
+        "geometry.turn",
+    ),
+    Plant(
         "parallel/tensor.py",
         "a norm over all heads that sees those of its rank alone",
         "summands.redistribute(placements=[Replicate()])",

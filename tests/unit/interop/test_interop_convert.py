@@ -119,7 +119,7 @@ def test_there_and_back(case: str, tiny: Make, tmp_path: Path) -> None:
     for name in before:
         if TRAITS[report.family].gain_offset and name.endswith("norm.weight"):
             # One added, and taken away: what was below the last digit of the sum is gone.
-            assert largest(before[name], after[name]) <= 2**-24
+            assert largest(before[name], after[name]) <= 2**-23
         else:
             assert torch.equal(before[name], after[name]), name
     assert torch.equal(logits(tmp_path / "back", TOKENS), theirs)

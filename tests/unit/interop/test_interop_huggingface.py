@@ -24,6 +24,7 @@ from allometry.interop.huggingface.names import (
     folds,
     locate,
 )
+from allometry.scaling.count import count_parameters
 from allometry.scaling.inventory import inventory
 from allometry.scaling.parameterization import ForwardScales
 from hf_published import (
@@ -79,6 +80,14 @@ def test_what_the_descriptions_say() -> None:
     new = {k: v for k, v in QWEN3.items() if k not in ("rope_theta", "rope_scaling")}
     new["rope_parameters"] = {"rope_theta": 1000000, "rope_type": "default"}
     assert from_hf(new, "x")[1] == qwen
+
+
+def test_sizes_are_those_of_the_published_models() -> None:
+    counted = {f: count_parameters(from_hf(PUBLISHED[f], "x")[1]).total for f in FAMILIES}
+    assert counted["llama"] == 6_738_415_616
+    assert counted["mistral"] == 7_241_732_096
+    assert counted["qwen2"] == 494_032_768
+    assert counted["gemma3_text"] == 999_885_952
 
 
 @pytest.mark.parametrize(

@@ -123,3 +123,32 @@ def test_options_reach_the_sweep(
         other = tiny(MUP, "schedule={kind: wsd_s, decay_ends_steps: [4]}")
         with pytest.raises(UserError, match=said):
             swept(about(other, Transfer(config="", **{**how, "schedule": wrong})))
+
+
+def test_a_regret_is_held_against_anothers(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """16 times as large the other's is enough, and with luck in the seeds nothing is."""
+    tiny()
+    kept = str(tmp_path / "sp.jsonl")
+    basin(monkeypatch, shift=-0.4, depth=0.2)
+    transfer(tmp_path, "parameterization={kind: sp}", "--trials", kept)
+    basin(monkeypatch, shift=-0.1, depth=0.2)
+    code, text = transfer(tmp_path, "--against", kept)
+    assert code == 0, text
+    assert f"passed: at most 0.5 % of the loss, at most 0.2 of {kept}'s; figure" in text
+    basin(monkeypatch, shift=-0.2, depth=0.2)
+    code, text = transfer(tmp_path, "--against", kept, "--regret-bound", "9", "--json")
+    facts = json.loads(text)
+    assert code == 1
+    assert facts["against"]["verdicts"] == {"32": "missed", "64": "missed"}
+    assert facts["failures"][0].startswith(
+        "size 32: the regret is more than 0.2 of that of sp (1.60 % of the loss, "
+    )
+    basin(monkeypatch, shift=-0.1, depth=0.2, luck=0.2)
+    code, text = transfer(tmp_path, "--against", kept, "--regret-bound", "9")
+    assert "undecided: size 64: the regret may be more than 0.2 of that of sp" in text
+    with pytest.raises(UserError, match="has 0 rates of size 64 with 4 seeds"):
+        transfer(tmp_path, "--against", kept, "--seeds", "4", "--sizes", "64,128")
+    with pytest.raises(UserError, match=r"trials of another sweep \(steps, tokens\)"):
+        transfer(tmp_path, "--against", kept, "--steps", "3")

@@ -96,7 +96,8 @@ def test_suggest_says_range_regret_and_what_is_not_measured(tiny: Make) -> None:
     assert facts["batch"] is None
     assert re.search(r"(?m)^batch +nothing +- ", text)
     assert "weight decay, betas, epsilon, warm-up, clipping): nothing measured" in text
-    assert "other than here: parameterization.embedding_std=1.0" in text
+    whole = " ".join(text.split())
+    assert "other than here: parameterization.embedding_std=1.0" in whole
     assert max(map(len, text.splitlines())) <= 100
     moe = suggested(Suggest(config="preset:moe_demo")).text
     assert "measured transfer (mup with adamw, mixtures): nothing" in moe

@@ -260,6 +260,20 @@ class TestVarlenKernel:
             attend(*inputs(torch.float64, 4, 2), None, 0.4, name)
         assert seen == common | {"exact": True}
 
+    @pytest.mark.parametrize("packed", [documents(), None], ids=["packed", "whole"])
+    def test_flash_attn_counts_keys_before_a_querys_own(self, packed, monkeypatch):
+        seen = []
+
+        def function(q, *_, **options):
+            seen.append(options["window_size"])
+            return q
+
+        stand_in = types.ModuleType("flash_attn")
+        stand_in.flash_attn_varlen_func = stand_in.flash_attn_func = function
+        monkeypatch.setitem(sys.modules, "flash_attn", stand_in)
+        attend(*inputs(torch.float64, 4, 2), packed, 0.4, "flash2", window=5)
+        assert seen == [(4, 0)]
+
     def test_early_versions_also_return_the_log_sum_exp(self, monkeypatch):
         stand_in = types.ModuleType("flash_attn_interface")
         stand_in.flash_attn_varlen_func = lambda q, *_, **__: (q, None)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from allometry.configs.model import DenseModel, StandardParameterization
 from allometry.models.build import build_model
-from allometry.models.documents import Documents
+from allometry.models.documents import Documents, causal_mask
 from allometry.models.init import initialize
 from allometry.models.observe import MAXIMA, SUMS, Observer
 from allometry.models.transformer import Transformer, call_block
@@ -72,22 +72,28 @@ def logits(model: Transformer, layer: int, documents: Documents | None) -> Tenso
     attention = model.blocks[str(layer)].attention
     core = attention.core
 
-    def catch(q: Tensor, k: Tensor, v: Tensor, documents: Any, scale: float) -> Tensor:
+    def catch(
+        q: Tensor, k: Tensor, v: Tensor, documents: Any, scale: float, *, window: int | None
+    ) -> Tensor:
         k_wide = k.repeat_interleave(N // k.shape[2], 2)
         kept.append(scale * torch.einsum("blnh,bmnh->bnlm", q, k_wide))
-        return core(q, k, v, documents, scale)
+        return core(q, k, v, documents, scale, window=window)
 
     attention.core = catch
     model(tokens(), tokens(), documents)
     attention.core = core
-    mask = torch.ones(L, L, dtype=torch.bool).tril() if documents is None else documents.mask()
+    window, cpu = attention.window, torch.device("cpu")
+    mask = causal_mask(L, cpu, window) if documents is None else documents.mask(window)
     return kept[0].masked_fill(~(mask if mask.dim() == 2 else mask[:, None]), float("-inf"))
 
 
 @pytest.mark.parametrize("documents", [None, packed()], ids=["sequences", "documents"])
 @pytest.mark.parametrize("queries", [99, 5])
-def test_attention(documents: Documents | None, queries: int) -> None:
-    model = small()
+@pytest.mark.parametrize("window", [None, {"tokens": 4}], ids=["all", "window"])
+def test_attention(
+    documents: Documents | None, queries: int, window: dict[str, int] | None
+) -> None:
+    model = small(window=window)
     found = seen(observed(model, documents, queries), 1)
     apart = -(-L // queries)
     place = torch.arange((L - 1) % apart, L, apart)
@@ -108,15 +114,16 @@ def test_attention(documents: Documents | None, queries: int) -> None:
 
 
 @torch.no_grad()
-def test_branches_and_stream() -> None:
-    model = small()
+@pytest.mark.parametrize("norms", ["before", "after"])
+def test_branches_and_stream(norms: str) -> None:
+    model = small(norms=norms)
     model.blocks["0"].residual_scale = 0.25
     documents = packed()
     kept: dict[str, Tensor] = {}
     block = model.blocks["0"]
     handles = [
-        block.attention.register_forward_hook(lambda m, i, y: kept.update(attention=y)),
-        block.ffn.register_forward_hook(lambda m, i, y: kept.update(ffn=y)),
+        block.attention_post_norm.register_forward_hook(lambda m, i, y: kept.update(attention=y)),
+        block.ffn_post_norm.register_forward_hook(lambda m, i, y: kept.update(ffn=y)),
         block.register_forward_hook(lambda m, i, y: kept.update(stream=y[0])),
     ]
     # A token of one large entry: (|x| - mean)/sigma of 48 numbers can be at most 6.9.

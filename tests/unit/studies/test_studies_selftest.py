@@ -123,6 +123,13 @@ def test_every_preset_has_a_small_twin_in_its_layout(
         assert getattr(small.model, kind) == getattr(config.model, kind)
 
 
+def test_a_small_twin_has_as_narrow_a_window() -> None:
+    window = "model.window={tokens: 64, global_every: 3}"
+    small = shrunk(load("preset:demo", [window, "parallel.tp=2"]), 2).model
+    assert small.window is not None
+    assert (small.window.tokens, small.window.global_every) == (16, 2)  # of 64 tokens, not 256
+
+
 def test_a_layout_that_cannot_be_is_refused_before_ranks_meet() -> None:
     with pytest.raises(UserError, match="must divide the number of ranks"):
         shrunk(load("preset:demo", ["parallel.tp=4"]), 2)

@@ -180,3 +180,14 @@ def test_width_and_depth_grow_together() -> None:
     assert (grown.width, grown.num_layers, grown.num_heads) == (32, 2, 4)
     with pytest.raises(UserError, match=r"num_layers=1 cannot be scaled .* multiples of 16"):
         resize(MODEL, Axis.WIDTH_AND_DEPTH, 24)
+
+
+def test_a_loss_that_rises_with_width_fails() -> None:
+    losses = {
+        Trial(size, rate, 0): 2.0 + size / 1000 + (rate + 4.5) ** 2
+        for size in (16, 64)
+        for rate in GRID
+    }
+    found = Transfer(Axis.WIDTH, (0,), losses)
+    assert found.failures() == ["the best loss rises from 2.016 at width 16 to 2.064 at 64"]
+    assert Transfer(Axis.DEPTH, (0,), losses).failures() == []
