@@ -135,7 +135,7 @@ def _numbers(path: Path) -> NDArray[Any]:
                 values = np.lib.format.read_array(file, allow_pickle=False)
             if values.ndim != 1 or values.dtype.kind not in "fiu":
                 raise ValueError(f"it holds {values.dtype} of shape {values.shape}")
-            return cast(NDArray[Any], values)
+            return values
         return np.array([float(line) for line in path.read_text().split()])
     except (OSError, ValueError, EOFError) as error:
         raise UserError(
