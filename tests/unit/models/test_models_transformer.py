@@ -178,23 +178,26 @@ def test_a_document_is_as_if_alone():
             assert (whole_BLV[start:stop] - alone_LV).abs().max() > 1e-3
 
 
-def plain(state: dict[str, Tensor], model: DenseModel, scales: ForwardScales) -> Tensor:
-    """Logits [T, V] from the formulas: one document, one head, one query at a time."""
-    T_tokens = tokens().flatten()
-    bounds = documents().cu_lengths.tolist()
-    half = model.head_width // 2
+def plain_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * gain
+
+
+def plain_attention(
+    qkv: tuple[Tensor, Tensor, Tensor],
+    state: dict[str, Tensor],
+    at: str,
+    layer: int,
+    model: DenseModel,
+    scales: ForwardScales,
+) -> Tensor:
+    """One head and one query of a document at a time."""
+    half, windowed = model.head_width // 2, model.windowed(layer)
 
     def norm(x: Tensor, name: str) -> Tensor:
-        return x / (x.pow(2).mean(-1, keepdim=True) + model.norm_eps).sqrt() * state[name]
+        gain = state[f"{at}attention.{name}_norm.weight"]
+        return plain_norm(x, gain, model.norm_eps)
 
-    def project(x: Tensor, name: str) -> Tensor:
-        y = x @ state[f"{name}.weight"].T
-        return y + state[f"{name}.bias"] if model.qkv_bias else y
-
-    def gelu(x: Tensor) -> Tensor:
-        return 0.5 * x * (1 + torch.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x**3)))
-
-    def turn(x: Tensor, windowed: bool) -> Tensor:
+    def turn(x: Tensor) -> Tensor:
         own = windowed and model.window.rope_theta is not None
         theta = model.window.rope_theta if own else model.rope_theta
         frequencies = theta ** (-torch.arange(half, dtype=torch.float64) / half)
@@ -203,6 +206,38 @@ def plain(state: dict[str, Tensor], model: DenseModel, scales: ForwardScales) ->
         angle = torch.arange(len(x))[:, None] * frequencies
         z = torch.complex(x[:, :half], x[:, half:]) * torch.exp(1j * angle)
         return torch.cat([z.real, z.imag], dim=1)
+
+    heads = []
+    for n in range(model.num_heads):
+        kv = n // (model.num_heads // model.kv_heads)
+        own, shared = (slice(i * half * 2, (i + 1) * half * 2) for i in (n, kv))
+        q, k, v = qkv[0][:, own], qkv[1][:, shared], qkv[2][:, shared]
+        if model.qk_norm and model.qk_norm_over == "head":
+            q, k = norm(q, "q"), norm(k, "k")
+        q, k = turn(q), turn(k)
+        seen = model.window.tokens if windowed else len(q)
+        rows = [
+            (scales.attention * k[j : i + 1] @ q[i]).softmax(0) @ v[j : i + 1]
+            for i, j in enumerate(max(0, i + 1 - seen) for i in range(len(q)))
+        ]
+        heads.append(torch.stack(rows) if rows else q)
+    return torch.cat(heads, dim=1)
+
+
+def plain(state: dict[str, Tensor], model: DenseModel, scales: ForwardScales) -> Tensor:
+    """Logits [T, V] from the formulas: one document, one head, one query at a time."""
+    T_tokens = tokens().flatten()
+    bounds = documents().cu_lengths.tolist()
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return plain_norm(x, state[name], model.norm_eps)
+
+    def project(x: Tensor, name: str) -> Tensor:
+        y = x @ state[f"{name}.weight"].T
+        return y + state[f"{name}.bias"] if model.qkv_bias else y
+
+    def gelu(x: Tensor) -> Tensor:
+        return 0.5 * x * (1 + torch.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x**3)))
 
     outputs = []
     for start, stop in itertools.pairwise(bounds):
@@ -215,28 +250,8 @@ def plain(state: dict[str, Tensor], model: DenseModel, scales: ForwardScales) ->
             if model.qk_norm and model.qk_norm_over == "width":
                 q_TM = norm(q_TM, at + "attention.q_norm.weight")
                 k_TM = norm(k_TM, at + "attention.k_norm.weight")
-            heads = []
-            for n in range(model.num_heads):
-                kv = n // (model.num_heads // model.kv_heads)
-                own, shared = (slice(i * half * 2, (i + 1) * half * 2) for i in (n, kv))
-                q, k, v = q_TM[:, own], k_TM[:, shared], v_TM[:, shared]
-                if model.qk_norm and model.qk_norm_over == "head":
-                    q = norm(q, at + "attention.q_norm.weight")
-                    k = norm(k, at + "attention.k_norm.weight")
-                q, k = turn(q, model.windowed(layer)), turn(k, model.windowed(layer))
-                seen = model.window.tokens if model.windowed(layer) else len(q)
-                first = [max(0, i + 1 - seen) for i in range(len(q))]
-                heads.append(
-                    torch.stack(
-                        [
-                            (scales.attention * k[j : i + 1] @ q[i]).softmax(0) @ v[j : i + 1]
-                            for i, j in enumerate(first)
-                        ]
-                    )
-                    if stop > start
-                    else q
-                )
-            out = torch.cat(heads, dim=1) @ state[at + "attention.wo.weight"].T
+            attended = plain_attention((q_TM, k_TM, v_TM), state, at, layer, model, scales)
+            out = attended @ state[at + "attention.wo.weight"].T
             if model.norms != "before":
                 out = norm(out, at + "attention_post_norm.weight")
             x = x + scales.residual * out
