@@ -11,6 +11,7 @@ from allometry.interop.huggingface.texts import write_json
 from allometry.interop.huggingface.weights import OPTIMIZER, CheckpointWeights, read_json
 from allometry.trainer.state.checkpoint import read_facts, step_of
 from allometry.trainer.state.folder import RunFolder
+from allometry.trainer.state.integrity import COMPLETE
 
 ORIGIN, STATES = "allometry.json", "allometry_optimizer"
 _KIND = {"kind": "allometry.origin", "version": 1}
@@ -88,6 +89,11 @@ def states_to_keep(
         raise UserError(
             f"--optimizer-state: {source} holds none; export it with --optimizer-state, or leave "
             "the option out to begin with fresh states"
+        )
+    if not (path / COMPLETE).exists():
+        raise UserError(
+            f"--optimizer-state: {path} has no {COMPLETE}, as an earlier version wrote it, so what "
+            "is read cannot be checked; export the checkpoint again"
         )
     different = _different(origin["parameterization"], config)
     kind = origin["optimizer"]["kind"]

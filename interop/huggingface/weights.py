@@ -27,7 +27,7 @@ from allometry.configs.json_file import read_object
 from allometry.trainer.state import checkpoint
 from allometry.trainer.state.folder import RunFolder
 from allometry.trainer.state.identity import problem_of
-from allometry.trainer.state.integrity import Files, ShardWriter
+from allometry.trainer.state.integrity import Files, ShardWriter, seal, step_named
 from allometry.trainer.state.shards import ShardReader, refusal_in
 
 MODEL, OPTIMIZER = "model.", "optimizer."
@@ -260,7 +260,9 @@ def write_checkpoint(
 
 def write_states(path: Path, states: CheckpointWeights) -> None:
     """Write an optimizer's states alone, for ``CheckpointWeights(path, OPTIMIZER)``."""
-    _written(path, _planned(states), lambda name: states.read(name.removeprefix(OPTIMIZER)))
+    files = _written(path, _planned(states), lambda name: states.read(name.removeprefix(OPTIMIZER)))
+    step = step_named(states.path) or 0
+    seal(path, step, files, {"step": step})
 
 
 def _planned(states: CheckpointWeights) -> dict[str, Tensor]:
