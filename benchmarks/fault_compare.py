@@ -48,11 +48,13 @@ def newest(folder: Path) -> int:
     return max((int(path.parent.name.partition("-")[2]) for path in whole), default=0)
 
 
-def differing(some: list[dict[str, Any]], others: list[dict[str, Any]]) -> int:
-    """How many rows differ in anything but what a clock or the system measured."""
+def differing(
+    some: list[dict[str, Any]], others: list[dict[str, Any]], but: tuple[str, ...] = ()
+) -> int:
+    """How many rows differ in anything but what a clock or the system measured, and ``but``."""
 
     def kept(row: dict[str, Any]) -> dict[str, Any]:
-        return {key: value for key, value in row.items() if not key.startswith(MEASURED)}
+        return {key: value for key, value in row.items() if not key.startswith((*MEASURED, *but))}
 
     pairs = zip(some, others, strict=False)
     return sum(kept(a) != kept(b) for a, b in pairs) + abs(len(some) - len(others))

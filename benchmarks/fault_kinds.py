@@ -107,7 +107,8 @@ class Fault:
     ``inside``: what fault_hook does; ``again``: the command is given again; ``restarts``: the
     launcher starts the ranks again; ``files``: what files.c does, by its variable. ``full``: the
     run lies on a small disk. ``disturbed`` and ``straight``: what the descriptions of the run and
-    of the one without a fault have besides, at the step of the strike.
+    of the one without a fault have besides, at the step of the strike. ``but``: columns in which
+    the two may differ.
     """
 
     strike: Callable[[Launch, random.Random, int], str]
@@ -118,6 +119,7 @@ class Fault:
     full: bool = False
     disturbed: str | None = None
     straight: str | None = None
+    but: tuple[str, ...] = ()
 
     @property
     def anywhere(self) -> bool:
@@ -149,7 +151,7 @@ class Fault:
             return {}
         told = f"{SLOW_MS}"
         if self.files == "FAULT_READS":  # one read, or all from there on
-            first, once = draw.randint(1, 60), draw.random() < 0.5
+            first, once = draw.randint(1, 4), draw.random() < 0.5
             told = f"{draw.randrange(case.ranks)} {first} {first if once else 1 << 30} {struck}"
         return {"LD_PRELOAD": str(shim(work)), self.files: told}
 
@@ -187,6 +189,7 @@ FAULTS = {
         restarts=False,
         disturbed="training.bad_steps={{}}",
         straight="training.skip_steps=[{step}]",
+        but=("flops",),  # a step that is rejected was computed, one that is skipped was not
     ),
     "corrupt-read": Fault(kill, files="FAULT_READS"),
 }
