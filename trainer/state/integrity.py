@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import re
 import struct
@@ -28,6 +29,8 @@ from allometry.configs.json_file import read_object
 from allometry.parallel.agree import heartbeat_s
 from allometry.parallel.mesh import Mesh
 from allometry.trainer.state.folder import write_atomically
+
+_log = logging.getLogger(__name__)
 
 COMPLETE = "complete.json"
 FACTS = "trainer.json"
@@ -317,6 +320,8 @@ def _check(path: Path, blocks: list[Block]) -> Iterator[str | None]:
                 yield f"{block.name} cannot be read: {error.strerror}"
                 break
             if crc == block.crc:
+                if left < TRIES - 1:
+                    say_healed(path / block.name)
                 break
             if not left:
                 yield f"{block.name} has changed since it was written"
@@ -332,6 +337,15 @@ def _crc(path: Path, block: Block) -> Generator[None, None, int | None]:
             crc, left = zlib.crc32(data, crc), left - len(data)
             yield None
     return None if left else crc
+
+
+def say_healed(file: Path) -> None:
+    """Log that a file was read wrongly once; whichever rank it was, its operator should know."""
+    _log.error(
+        "checkpoint %s: %s was read wrongly at first, and rightly from the disk; look at what lies "
+        "between",
+        *(file.parent, file.name),
+    )
 
 
 def forget(file: Path) -> None:

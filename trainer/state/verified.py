@@ -8,7 +8,6 @@ own: one that was read wrongly does not agree with the rest.
 
 from __future__ import annotations
 
-import logging
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -26,10 +25,9 @@ from allometry.trainer.state.integrity import (
     Listing,
     forget,
     listing,
+    say_healed,
     unreadable,
 )
-
-_log = logging.getLogger(__name__)
 
 
 class Span(NamedTuple):
@@ -172,11 +170,7 @@ class VerifiedFiles:
 
     def _warn(self, name: str, left: int) -> None:
         if left < TRIES - 1:
-            _log.warning(
-                "checkpoint %s: %s was read wrongly at first, and rightly from the disk; look at "
-                "what lies between",
-                *(self._folder, name),
-            )
+            say_healed(self._folder / name)
 
     def _changed(self, name: str) -> UserError:
         return UserError(

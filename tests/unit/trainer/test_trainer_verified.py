@@ -131,11 +131,14 @@ def test_what_is_read_wrongly_once_is_read_again(
     assert "was read wrongly at first" in caplog.text
 
 
-def test_so_is_a_block_when_contents_are_checked(tmp_path: Path) -> None:
+def test_so_is_a_block_when_contents_are_checked(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = written(tmp_path / "step-5")
     file, at = place_of(path, VALUES["t4"])
     with wrong_reads(file, at, times=1):
         assert damage(path, contents=True) is None
+    assert f"{file.name} was read wrongly at first" in caplog.text
     with wrong_reads(file, at):
         assert damage(path, contents=True) == f"{file.name} has changed since it was written"
 
