@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from importlib import import_module
 
 from allometry.configs.errors import UserError
 from allometry.configs.loader import dump
@@ -29,7 +30,7 @@ def _stage(config: RunConfig, name: str) -> RunConfig:
 
 def _imports() -> None:
     """Import what a run does."""
-    import allometry.trainer.train  # noqa: F401
+    import_module("allometry.trainer.train")
 
 
 def trained(asked: Train) -> Report:
