@@ -31,6 +31,7 @@ COMMANDS: Commands = {
     "prepare": (runs.Prepare, "runs.prepare:prepared"),
     "convert": (runs.Convert, "runs.convert:converted"),
     "fetch": (runs.Fetch, "runs.fetch:fetched"),
+    "merge": (runs.Merge, "runs.merge:merged"),
     "evaluate": (runs.Evaluate, "runs.evaluate:evaluated"),
     "verify": (studies.Verify, "studies.verify:verified"),
     "selftest": (studies.SelfTest, "studies.selftest:tested"),

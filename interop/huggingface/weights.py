@@ -255,12 +255,14 @@ def write_checkpoint(
             return states.read(name.removeprefix(OPTIMIZER))
         return read(name.removeprefix(MODEL))
 
-    return _written(path, state, part)
+    return write_tensors(path, state, part)
 
 
 def write_states(path: Path, states: CheckpointWeights) -> None:
     """Write an optimizer's states alone, for ``CheckpointWeights(path, OPTIMIZER)``."""
-    files = _written(path, _planned(states), lambda name: states.read(name.removeprefix(OPTIMIZER)))
+    files = write_tensors(
+        path, _planned(states), lambda name: states.read(name.removeprefix(OPTIMIZER))
+    )
     step = step_named(states.path) or 0
     seal(path, step, files, {"step": step})
 
@@ -273,7 +275,7 @@ def _planned(states: CheckpointWeights) -> dict[str, Tensor]:
     }
 
 
-def _written(path: Path, state: dict[str, Tensor], read: Callable[[str], Tensor]) -> Files:
+def write_tensors(path: Path, state: dict[str, Tensor], read: Callable[[str], Tensor]) -> Files:
     writer = ShardWriter(path)
     with _alone():
         dcp.save(state, storage_writer=writer, planner=_OneByOne(read), no_dist=True)
