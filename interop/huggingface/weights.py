@@ -276,6 +276,10 @@ def _planned(states: CheckpointWeights) -> dict[str, Tensor]:
 
 
 def write_tensors(path: Path, state: dict[str, Tensor], read: Callable[[str], Tensor]) -> Files:
+    """Write the shards of a checkpoint with tensors like those of ``state``, on the meta device.
+
+    ``read`` is asked for one at a time, by the name there. Returns sizes and checksums.
+    """
     writer = ShardWriter(path)
     with _alone():
         dcp.save(state, storage_writer=writer, planner=_OneByOne(read), no_dist=True)

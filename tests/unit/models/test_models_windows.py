@@ -162,7 +162,7 @@ def test_scalings_that_are_none_are_refused(values: dict[str, object], said: str
 
 
 def test_a_part_of_a_head_turns_as_glm_does() -> None:
-    """transformers' GLM 4.5 turns the first half of a head in halves (``partial_rotary_factor``)."""
+    """transformers' GLM 4.5 turns the first half of a head, in pairs of its quarters."""
     glm = pytest.importorskip("transformers.models.glm4_moe.modeling_glm4_moe")
     q_BLNH, k_BLKH, _ = inputs()
     positions_BL = documents().positions_BL
