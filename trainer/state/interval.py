@@ -65,7 +65,7 @@ class Uptime:
 
         One failure at the rate of Llama 3's devices is counted in addition to the run's own, so
         that the estimate is finite without failures, and dominated by the run's own rate after many
-        failures.
+        failures. For example, a new run on 1024 GPUs has 49 hours.
         """
         before = LLAMA3_DEVICE_HOURS * 3600.0 / world_size
         return (before + self.seconds) / (1 + self.failures)

@@ -98,7 +98,7 @@ def _ancestors(facts: dict[str, Any] | None) -> list[dict[str, Any]]:
 
 
 def standing(config: RunConfig) -> dict[str, Any] | None:
-    """Return the facts of a run's newest or first checkpoint, for inspection; None without one.
+    """Return the facts of the checkpoint at which a run is or would begin, for inspection, or None.
 
     Raises UserError if the run cannot begin from ``run.initial.folder``.
     """

@@ -244,7 +244,7 @@ def _choose(
             "folder or use run.resume=auto"
         )
     old = stored_config(folder)
-    # A launch that was told to go back has done so: the same command then continues from there.
+    # A rewind by run.resume is done once: the same command then continues from there.
     back = resume != old.run.resume and resume != "auto"
     path = checkpoint.choose(folder, resume if back else "auto")
     if back or (offer and path and checkpoint.step_of(path) >= offer.step):

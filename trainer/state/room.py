@@ -19,13 +19,19 @@ _log = logging.getLogger(__name__)
 
 
 def due(config: CheckpointConfig, step: int) -> bool:
-    """Return True if the config requests a checkpoint at ``step``, apart from the launch's last."""
+    """Return True if the config requests a checkpoint at ``step``, apart from the launch's last.
+
+    For example, ``every_steps: 100`` requests checkpoints at steps 100, 200 and so on.
+    """
     every = config.every_steps
     return step in config.keep_steps or (every is not None and step % every == 0)
 
 
 def stays(config: CheckpointConfig, step: int) -> bool:
-    """Return True if the checkpoint of ``step`` is kept when newer ones are saved."""
+    """Return True if the checkpoint of ``step`` is kept when newer ones are saved.
+
+    For example, ``keep_every_steps: 1000`` keeps the checkpoints of steps 1000, 2000 and so on.
+    """
     every = config.keep_every_steps
     return step in config.keep_steps or (every is not None and step % every == 0)
 

@@ -172,7 +172,7 @@ class Places:
         mark: tuple[Any, ...] = (place.step, place.micro_batch, place.phase, frames.marks(inner))
         if helper is None:
             mark += (known.get("meetings"),)
-        else:  # the waiting thread continues to meet other ranks
+        else:  # the waiting thread keeps synchronizing with other ranks
             mark += (frames.values_of(ours), frames.traffic(helper))
         return Look(place, mark)
 

@@ -25,7 +25,7 @@ from allometry.trainer.watch.board import Beat
 SAMPLES = 150
 """Samples of each rank in steps before ranks are compared; a share is then known to 4 %."""
 CERTAIN = 4.0
-"""Standard deviations of the difference of two shares below which it may be random."""
+"""Minimum difference of two shares in standard deviations; smaller ones may be random."""
 
 
 @dataclass(frozen=True)

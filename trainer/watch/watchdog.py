@@ -65,7 +65,7 @@ class Limits:
     def at(self, place: Place, *, first: bool) -> float:
         """Return the limit at a place; ``first``: in the first step, or evaluation, of a launch."""
         if place.work is not None and not place.busy:
-            return self.step  # ranks meet every few seconds while another rank works
+            return self.step  # ranks synchronize while another rank works
         if place.phase == places.CHECKPOINT:
             return self.checkpoint if place.wait is None or place.busy else self.step
         if place.phase in (places.STEP, places.EVALUATION):
@@ -74,7 +74,10 @@ class Limits:
 
 
 def beat_s(step_limit_s: float, world_size: int) -> float:
-    """Return the seconds between heartbeats: longer if one store serves thousands of ranks."""
+    """Return the seconds between heartbeats: longer if one store serves thousands of ranks.
+
+    For example, 0.5 s up to 1024 ranks and 2 s with 4096.
+    """
     return min(BEAT_S * max(1.0, world_size / 1024), step_limit_s / 8)
 
 
@@ -210,8 +213,8 @@ class Watchdog:
     def _connected(self) -> Board | None:
         """Return the board; None while its store does not exist yet.
 
-        Before the ranks have met, restarts can be distinguished only on a single node
-        (``rendezvous.py``).
+        Before the first synchronization of the ranks, restarts can be distinguished only on a
+        single node (``rendezvous.py``).
         """
         launch = self.launch
         met = dist.is_initialized() or launch.one_node or not launch.shared_store
