@@ -211,7 +211,7 @@ class Loop:
         self.progress.step = step
 
     def _finish_step(self, queued: _Queued) -> None:
-        """Read the numbers of a step and record them; raise UserError if they are not finite."""
+        """Read and record the numbers of a step; raise UserError if the run may not continue."""
         outcome = queued.outcome
         seconds = self.timer.seconds(queued.spans)  # synchronizes with the step
         loss_S, count_S = outcome.sums_2S.tolist()

@@ -19,7 +19,7 @@ MOST_EPOCHS = 40
 SOME, MUCH = 4, 16
 LAW = DataConstrained.published["C4"]
 LEAST_PARAMETERS = 7e6
-"""Smallest models to which the law was fitted; no loss difference is given for smaller models."""
+"""Size of the smallest models to which the law was fitted; smaller models get no cost."""
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ def restore(
 ) -> tuple[Progress, dict[str, int]]:
     """Load the launch's initial state; return its progress and the number of converted states."""
     begun = config.run.schedule_from
-    # A schedule that begins in mid-run has no warm-up of its own.
+    # Any warm-up came before the first step of a schedule that begins in mid-run.
     areas = LearningRateAreas(0 if begun else plan.run.warmup_steps)
     progress, converted = Progress(start.step, areas, saved_step=start.saved_step), {}
     try:

@@ -83,7 +83,7 @@ class Copier:
         self._checkpointer.begin(
             lambda: self._local.write(step, copied, facts, launch, self._run), f"copy-{step}"
         )
-        stored = any(isinstance(value, Stored) for value in copied.values())  # cannot be staged
+        stored = any(isinstance(value, Stored) for value in copied.values())  # not staged
         if stored or not self._checkpointer.asynchronous:
             self._checkpointer.wait()
 

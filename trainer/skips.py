@@ -16,7 +16,7 @@ from allometry.trainer.state.rewinds import rewinds
 from allometry.trainer.step import StepOutcome
 
 Reason = Literal["not_finite", "spike", "skip_steps"]
-"""Reason for a skipped update; ``skip_steps``: excluded by ``training.skip_steps``."""
+"""Reason for a skipped update; ``skip_steps``: named in ``training.skip_steps``."""
 
 
 @dataclass

@@ -2,9 +2,9 @@
 
 A checkpoint is a folder ``checkpoints/step-N``: DCP shards (readable in any layout),
 ``trainer.json`` (step, data position, ledger, areas: all state without tensors) and, written last,
-``complete.json`` with the size and checksums of every other file (``integrity.py``). It is written
-as ``.step-N.partial`` and renamed, so a crash leaves a complete checkpoint or a folder that is
-never read.
+``complete.json`` with the size and checksums of every other file (``integrity.py``). The folder is
+written as ``.step-N.partial`` and renamed, so a crash leaves a complete checkpoint or a folder that
+is never read.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def _has_saved(folder: RunFolder) -> bool:
 
 
 def abandon_after(folder: RunFolder, step: int) -> list[str]:
-    """Rename the checkpoints past ``step`` when a run rewinds; return their new names."""
+    """Rename the checkpoints past ``step``, where the run continues; return their new names."""
     moved = []
     for path in saved(folder):
         if step_of(path) > step:
@@ -230,7 +230,7 @@ class Checkpointer:
         near = {name: value for name, value in state.items() if isinstance(value, Tensor)}
         copy: State = {**writer.stage(near), **stored}
         self.begin(lambda: self._write(step, writer, copy, facts), f"save-{step}")
-        if stored or not self.asynchronous:  # stored tensors are not staged
+        if stored or not self.asynchronous:  # ``Stored`` tensors are not staged
             self.wait()
 
     def begin(self, work: Callable[[], None], name: str) -> None:

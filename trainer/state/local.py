@@ -137,7 +137,7 @@ class LocalCopies:
         return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and private
 
     def staged(self, state: State) -> State:
-        """Copy this rank's tensors into reusable host buffers; stored tensors are not copied.
+        """Copy this rank's tensors into reusable host buffers; ``Stored`` tensors stay.
 
         No write may be running. On CUDA the copies are queued and synchronized once.
         """

@@ -17,20 +17,20 @@ State = dict[str, Tensor | Stored]
 
 
 def layouts(state: State) -> dict[str, Tensor | Stretch]:
-    """Return the tensors of ``state``, with the layout in place of a stored tensor."""
+    """Return the tensors of ``state``, with the layout in place of a ``Stored`` tensor."""
     return {
         name: value.like if isinstance(value, Stored) else value for name, value in state.items()
     }
 
 
 def _box(value: Stored, data: Tensor, index: MetadataIndex) -> Tensor:
-    """Return the box at ``index`` of a stored tensor: a part of a stretch, or all local data."""
+    """Return the box of a ``Stored`` tensor at ``index``: a part of a stretch, or all its data."""
     like = value.like
     return like.within(data, index.offset) if isinstance(like, Stretch) else data
 
 
 class Saving(DefaultSavePlanner):
-    """Reads a stored tensor when it is written to the checkpoint."""
+    """Reads a ``Stored`` tensor from its tier when it is written to the checkpoint."""
 
     def __init__(self, state: State) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class Saving(DefaultSavePlanner):
 
 
 class Loading(DefaultLoadPlanner):
-    """Writes each tensor read from the checkpoint to its storage."""
+    """Writes each ``Stored`` tensor read from the checkpoint to its tier."""
 
     def __init__(self, state: State) -> None:
         super().__init__()

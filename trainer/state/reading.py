@@ -83,7 +83,10 @@ def _goes_on(stream: Sources, facts: dict[str, Any] | None) -> bool:
 
 
 def weights_only(facts: dict[str, Any] | None) -> bool:
-    """Return True for a checkpoint of parameters alone, as written by ``allometry convert``."""
+    """Return True for a checkpoint of a run that begins with imported weights, before training.
+
+    ``run.initial`` and ``allometry convert`` write such checkpoints.
+    """
     return bool(facts and facts.get("weights_only", False))
 
 

@@ -42,15 +42,15 @@ _SETTLED = ("model", "parameterization")
 
 @dataclass(frozen=True)
 class Start:
-    """State from which a launch begins; ``checkpoint`` is None for a run with random weights.
+    """State from which a launch begins; ``checkpoint`` is None with random initial weights.
 
     ``branched``: the checkpoint was just taken over from ``run.parent``. ``changes``: config
-    differences from here on; ``overrides``: their number of parameters. ``next_stage``: the
-    checkpoint was just saved, and the launch continues in the next training stage. ``identity``: of
-    the run. ``new``: the folder is new. Before ``enter`` the checkpoint of another run has a
-    temporary name, and no checkpoint is abandoned and no row dropped. ``offer``: the local copies,
-    of which ``checkpoint`` is this rank's, while ``saved`` is the newest checkpoint of the folder;
-    ``unused``: why other copies are not used.
+    differences from here on; ``overrides``: number of parameters that changed overrides affect.
+    ``next_stage``: the checkpoint was just saved, and the launch continues in the next training
+    stage. ``identity``: of the run. ``new``: the folder is new. Before ``enter`` the checkpoint of
+    another run has a temporary name, and no checkpoint is abandoned and no row dropped. ``offer``:
+    the local copies, of which ``checkpoint`` is this rank's, while ``saved`` is the newest
+    checkpoint of the folder; ``unused``: why other copies are not used.
     """
 
     checkpoint: Path | None
@@ -83,7 +83,7 @@ class Start:
 
     @property
     def weights_only(self) -> bool:
-        """True for a checkpoint of parameters alone, as written by ``allometry convert``."""
+        """True if the run begins with imported weights: see ``reading.weights_only``."""
         return weights_only(self.facts)
 
 

@@ -59,7 +59,7 @@ def _check_data(facts: dict[str, Any], fingerprints: dict[str, Any]) -> None:
                 "started with (another score file, keep or side); restore it or choose another "
                 "run.folder"
             )
-        if found != known:  # a missing source is reported with the samples
+        if found != known:  # missing sources are checked with the samples
             raise UserError(
                 f"the token files of data source {name!r} are not the ones this run was started "
                 f"with ({found} instead of {known}); restore them or choose "

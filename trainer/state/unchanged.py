@@ -144,7 +144,7 @@ def _is_of_branch(change: Difference) -> bool:
 
 
 def changed_overrides(old: RunConfig, new: RunConfig, step: int) -> dict[str, int]:
-    """Return how many parameters changed ``optimizer.overrides`` affect after ``step``.
+    """Return the number of parameters that changed ``optimizer.overrides`` affect after ``step``.
 
     The counts are by change: frozen, trained again, and multiplied differently; empty if all are 0.
     """
