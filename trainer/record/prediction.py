@@ -29,8 +29,8 @@ class StepPrediction(Callback):
     The event contains the cost model's row, so that ``laws/predictions.py`` can calibrate on it;
     ``predicted_s`` with the ends of its 90 % interval; ``measured_s``, the median of the steps
     since the last event, without the first ``WARM_UP`` of a launch; and ``left_out``, properties
-    that the row does not describe. The callback never ends or changes a run. It runs on the main
-    rank.
+    that the row does not describe. The callback never ends or changes a run. It runs on every rank;
+    the main rank writes the event.
     """
 
     def __init__(self, facts: dict[str, Any], every_steps: int, report: Reporter) -> None:

@@ -26,9 +26,9 @@ class ComputedTwice(Callback):
     """Computes the gradients of some steps twice before they are taken.
 
     ``compute`` runs forward and backward of the next step and returns the checksum of this rank's
-    losses. Router statistics, random generators and gradients are restored. A fault of one rank in
-    a backward pass reaches all ranks with the reduced gradients; a fault in a forward pass is
-    located by that rank's losses.
+    losses. Buffers (router statistics) and random generators are restored; the step itself clears
+    the gradients. A fault of one rank in a backward pass reaches all ranks with the reduced
+    gradients; a fault in a forward pass is located by that rank's losses.
     """
 
     def __init__(

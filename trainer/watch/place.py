@@ -74,9 +74,9 @@ class Wait:
 class Place:
     """The current work of a rank; ``where`` is file, line and function of the innermost own frame.
 
-    ``work``: slow work between meetings of ranks (``parallel/agree.py``), or waiting for data.
-    ``busy``: True if this rank does that work, False if another rank does. ``compiles``: True while
-    torch compiles code.
+    ``work``: slow work of one rank while the others synchronize (``parallel/agree.py``), or waiting
+    for data. ``busy``: True if this rank does that work, False if another rank does. ``compiles``:
+    True while torch compiles code.
     """
 
     phase: str
