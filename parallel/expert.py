@@ -15,7 +15,7 @@ and then the all-to-all is awaited. The backward all-to-all likewise starts befo
 of the shared expert and is awaited after it.
 """
 
-# # E experts, e experts of a rank, R ranks of an exchange, t tp ranks, S rows (tokens times the #
+# E experts, e experts of a rank, R ranks of an exchange, t tp ranks, S rows (tokens times the
 # experts they visit), Z received rows, D width
 
 from __future__ import annotations

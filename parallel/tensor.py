@@ -26,8 +26,8 @@ A replicated parameter processes other tokens or other heads on each rank, so it
 partial sum, which ``reduce.sum_over_tp`` sums over the tp ranks at the end of a step.
 """
 
-# # B sequences, L tokens in a sequence, l = L/tp of them, T = B*L, t = T/tp, D width, V vocabulary,
-# # v local columns or rows of it, k experts that a token visits
+# B sequences, L tokens in a sequence, l = L/tp of them, T = B*L, t = T/tp, D width, V vocabulary, v
+# local columns or rows of it, k experts that a token visits
 
 from __future__ import annotations
 

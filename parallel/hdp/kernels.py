@@ -6,7 +6,7 @@ returns the block's share of the total gradient (arXiv 2205.14135, App. B.2; arX
 Every kernel accepts several runs at once: queries of run i see only keys of run i.
 """
 
-# # Q queries, S keys, N query heads, K key/value heads, G = N/K, H head width; padded: P and R
+# Q queries, S keys, N query heads, K key/value heads, G = N/K, H head width; padded: P and R
 
 from __future__ import annotations
 

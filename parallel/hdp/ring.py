@@ -15,8 +15,8 @@ With NCCL all ranks must have communicated in this group before some of them sen
 order (``messages.py``).
 """
 
-# # T rows of this rank, S rows of the current source member, N query heads, K key/value heads, # H
-# head width
+# T rows of this rank, S rows of the current source member, N query heads, K key/value heads, H head
+# width
 
 from __future__ import annotations
 
