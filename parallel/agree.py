@@ -67,7 +67,7 @@ def with_heartbeat(mesh: Mesh, work: Callable[[], T], what: str) -> T:
 
     def run() -> None:
         if mesh.device.type == "cuda":
-            torch.cuda.set_device(mesh.device)  # # the current CUDA device is per thread
+            torch.cuda.set_device(mesh.device)  # the current CUDA device is per thread
         try:
             outcome.set_result(work())
         except BaseException as error:

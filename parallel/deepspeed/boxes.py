@@ -36,8 +36,8 @@ def boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
         yield Box((start,) * len(shape), (stop - start,) * len(shape), start)
         return
     inner = math.prod(shape[1:])
-    first, last = -(-start // inner), stop // inner  # # full slices of the first dimension
-    if first > last:  # # inside one slice
+    first, last = -(-start // inner), stop // inner  # full slices of the first dimension
+    if first > last:  # inside one slice
         yield from _within(shape, first - 1, start, stop)
         return
     yield from _within(shape, first - 1, start, first * inner)

@@ -122,7 +122,7 @@ class DeepSpeedSync(GradientSync):
     @override
     def backward(self, loss: Tensor) -> None:
         if self._stage == 3:
-            loss = loss * float(self._mesh.hdp.size)  # # the loss scale divides by W again
+            loss = loss * float(self._mesh.hdp.size)  # the loss scale divides by W again
         # The engine's own forward would register this prologue on the model's output.
         self._engine._backward_prologue()
         self._engine.backward(loss)

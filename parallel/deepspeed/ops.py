@@ -50,7 +50,7 @@ def build() -> Path:
     place.mkdir(parents=True, exist_ok=True)
     with open(place / "build.lock", "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        for left in place.glob("*/lock"):  # # torch's lock files; their owners have ended
+        for left in place.glob("*/lock"):  # torch's lock files; their owners have ended
             left.unlink()
         try:
             _load()

@@ -42,7 +42,7 @@ def quieten(device: str) -> None:
 def opened(mesh: Mesh) -> ModuleType:
     """Return the DeepSpeed module, set up to shard over the hdp group of ``mesh``."""
     quieten(mesh.device.type)
-    os.environ["LOCAL_RANK"] = str(mesh.device.index or 0)  # # DeepSpeed reads its device from here
+    os.environ["LOCAL_RANK"] = str(mesh.device.index or 0)  # DeepSpeed reads its device from here
     import deepspeed
     from deepspeed.comm import comm
     from deepspeed.runtime.zero import parameter_offload, partition_parameters

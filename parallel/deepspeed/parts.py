@@ -37,7 +37,7 @@ class Parts:
     ) -> None:
         self._zero, self._adamw, self._stage, self._folder = zero, adamw, stage, folder
         self._in_memory: int | None = None
-        self._changed = False  # # True if the partition in memory must be written back
+        self._changed = False  # True if the partition in memory must be written back
 
     def check_files(self) -> None:
         """Raise UserError if NVMe is configured and DeepSpeed wrote no file on this rank.
