@@ -33,11 +33,12 @@ DOCUMENTS = (
     *("parallel.context.min_chunk_tokens=4", "parallel.context.capacity_tokens=64"),
 )
 MUONH = ("optimizer.kind=muonh", "optimizer.weight_decay=0.0")
+TENSOR = ("parallel.tp=2", "batch.micro_batch_sequences=8")  # a message for each layer and batch
 SETTINGS: dict[str, tuple[str, ...]] = {
     "zero0": (),
     "zero1": ("parallel.zero.stage=1",),
     "zero3": ("parallel.zero.stage=3",),
-    "tp2": ("parallel.tp=2",),
+    "tp2": TENSOR,
     "pp2": ("parallel.pp=2",),
     "ep2": ("parallel.ep=2", "parallel.zero.stage=1"),
     "documents": DOCUMENTS,
@@ -46,7 +47,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "bf16": ("training.compute_dtype=bf16", "parallel.zero.stage=1"),
     "fp8-states": ("optimizer.states.kind=fp8", "parallel.zero.stage=1"),
     "moe-zero3": ("parallel.zero.stage=3",),
-    "moe-tp2-muonh": (*MUONH, "parallel.tp=2"),
+    "moe-tp2-muonh": (*MUONH, *TENSOR),
     "moe-pp2-bf16": ("training.compute_dtype=bf16", "parallel.pp=2"),
     "moe-documents-zero2": (*DOCUMENTS, "parallel.zero.stage=2"),
     "moe-ep2-muonh-fp8-states": (
