@@ -154,8 +154,8 @@ def known(x: Column, y: Column) -> tuple[Column, Column]:
 def thin(x: Column, *ys: Column, log: bool = False, most: int = POINTS) -> tuple[Column, ...]:
     """Return at most ``most`` of the points, including the first and the last.
 
-    ``log``: True for points spread evenly over log x, as on a logarithmic axis; otherwise every
-    n-th point. For example, ``thin(steps, losses, most=100)``.
+    ``log``: True for points spread evenly over log x, as on a logarithmic axis; otherwise
+    evenly over the rows. For example, ``thin(steps, losses, most=100)``.
     """
     if len(x) <= most:
         return (x, *ys)

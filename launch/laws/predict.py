@@ -46,7 +46,7 @@ class Law:
         """Return the law of a fit's file, or published coefficients of a named law.
 
         Raises UserError: both or neither are given, or the law or its coefficients do not exist.
-        For example, ``Law.of(None, "chinchilla", name)``, with a ``name`` of ``form.published``.
+        For example, ``Law.of(None, "chinchilla", "besiroglu")``.
         """
         if file is not None:
             if law is not None or published is not None:
