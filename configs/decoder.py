@@ -91,6 +91,19 @@ class SlidingWindow(Section):
     )
 
 
+class MultiToken(Section):
+    """Multi-token prediction (DeepSeek-V3, arXiv 2412.19437, section 2.2; Ling 2.0, 2510.22115).
+
+    Depth k predicts the token k + 1 ahead, from what the depth before made of the tokens so far and
+    the embedding of the token k ahead, through a block of its own and the model's own head.
+    """
+
+    depth: Count = Field(1, gt=0, le=8, description="tokens beyond the next one to predict")
+    weight: float = Field(
+        0.1, ge=0.0, description="weight of the mean of the depths' losses beside the main loss"
+    )
+
+
 class Decoder(Section):
     """What all decoder-only transformers share: RMSNorm, RoPE, grouped-query attention.
 
@@ -141,6 +154,9 @@ class Decoder(Section):
         None, description="sliding windows of attention; null: every layer sees everything"
     )
     z_loss: float = Field(0.0, ge=0.0, description="coefficient of the squared log partition")
+    multi_token: MultiToken | None = Field(
+        None, description="predict tokens beyond the next one, in training; null: do not"
+    )
 
     @property
     def norms_before(self) -> bool:
@@ -161,6 +177,16 @@ class Decoder(Section):
     def head_width(self) -> int:
         """Width of one head, with the default filled in."""
         return self.head_dim or self.width // self.num_heads
+
+    @property
+    def num_depths(self) -> int:
+        """Depths of multi-token prediction; the block of depth k is that of layer L + k - 1."""
+        return 0 if self.multi_token is None else self.multi_token.depth
+
+    @property
+    def num_blocks(self) -> int:
+        """All blocks, those of multi-token prediction included."""
+        return self.num_layers + self.num_depths
 
     @property
     def rotary_width(self) -> int:

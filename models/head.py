@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from allometry.configs.model import ModelConfig
-from allometry.models.loss import GradientSum, WholeSoftmax, linear_cross_entropy
+from allometry.models.loss import GradientSum, Segment, WholeSoftmax, linear_cross_entropy
 from allometry.models.parameters import OwnsParameters
 from allometry.models.products import Stacked
 from allometry.models.vocabulary import SharedSoftmax, Vocabulary
@@ -71,14 +71,28 @@ class OutputHead(OwnsParameters):
         """Which part of the vocabulary the weight here is; None: all of it."""
         return self.softmax.vocabulary if isinstance(self.softmax, SharedSoftmax) else None
 
-    def forward(self, x_BLD: Tensor, targets_BL: Tensor | None) -> Tensor | Losses:
-        """Return logits [B, L, V] (fp32 or wider), or with targets the losses."""
+    def forward(
+        self,
+        x_BLD: Tensor,
+        targets_BL: Tensor | None,
+        weights_K: Tensor | None = None,
+    ) -> Tensor | Losses:
+        """Return logits [B, L, V] (fp32 or wider), or with targets the losses.
+
+        ``weights_K``: x and targets are 1 + K batches one after the other, [(1 + K) B, L], of which
+        the losses of the later ones count so many times in ``total``, without z-loss.
+        """
         if targets_BL is None:
             logits_BLV = F.linear(x_BLD, self.stacked.joined(x_BLD.dtype))
             if self.vocabulary is not None:
                 logits_BLV = self.vocabulary.gather(logits_BLV)
             wide = torch.promote_types(x_BLD.dtype, torch.float32)
             return logits_BLV.to(wide) * self.scale
+        more: dict[str, Any] = {}
+        if weights_K is not None:
+            tokens = targets_BL.numel() // (1 + len(weights_K))
+            ahead = [Segment(tokens, weight, 0.0) for weight in weights_K.unbind()]
+            more["segments"] = [Segment(tokens, None, self.z_loss), *ahead]
         total, nll_T = self.cross_entropy(
             x_BLD.flatten(0, 1),
             *self.stacked.weights(),
@@ -88,5 +102,6 @@ class OutputHead(OwnsParameters):
             z_loss=self.z_loss,
             softmax=self.softmax,
             gradient_sum=self.gradient_sum,
+            **more,
         )
         return Losses(total, nll_T.view(targets_BL.shape))

@@ -47,7 +47,7 @@ from allometry.parallel.execution import Execution, MicroBatch, Observe, cast_we
 from allometry.parallel.mesh import Mesh
 from allometry.parallel.reduce import GradientSync
 from allometry.parallel.stage import Stage, StepInputs
-from allometry.parallel.tied import TiedHead
+from allometry.parallel.tied import Mirrors
 from allometry.scaling.layout import ONE_STAGE_SCHEDULES, SPLIT_BACKWARD, Layout
 
 SCHEDULES: Mapping[str, Any] = {
@@ -108,14 +108,15 @@ class PipelineExecution(Execution):
         self._count = len(layout.stages)
         self._uneven = uneven
         self._prepared: dict[int, _Prepared] = {}  # by number of micro-batches, least recent first
-        self._tied = TiedHead(
+        self._tied = Mirrors(
             parts,
             first=layout.rank_of(0),
             last=layout.rank_of(self._count - 1),
             axis=mesh.pp,
             tied=model.tied_embeddings,
+            depths=model.num_depths > 0,
         )
-        self.mirrors = self._tied.mirrors
+        self.mirrors = self._tied.names
         self._head_gradient = GradientSum()
         for part in parts.values():
             if part.head is not None:
@@ -209,6 +210,7 @@ class PipelineExecution(Execution):
                         batch.targets_BL,
                         batch.documents,
                         inputs.pop(index, None),
+                        ahead_MBL=batch.ahead_MBL,
                         blocks_only=observe is None,
                     )
                     if isinstance(made, Losses):

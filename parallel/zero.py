@@ -230,6 +230,11 @@ def shard_model(model: Transformer, mesh: Mesh, zero: Zero, compute_dtype: torch
     if model.mirrored and model.head is not None:
         # A copy of an embedding is gathered and reduced like the embedding.
         fully_shard(model.head, mp_policy=plain, reshard_after_forward=False, **common)
+    if model.mtp is not None and "embedding" in model.mtp:
+        table = model.mtp["embedding"]
+        frees = zero.frees(mesh.pp.size)
+        fully_shard(table, mp_policy=plain, reshard_after_forward=frees, **common)
+        table.set_unshard_in_backward(False)
     # Backward starts with norm and head, which would be gathered again if freed after forward.
     fully_shard(model, mp_policy=mixed, reshard_after_forward=False, **common)
 
@@ -262,7 +267,9 @@ def prefetch(model: Transformer) -> None:
         end = [[model.head]]
     # Blocks without a backward would stay gathered until the next step.
     returning = [[] if place < dormant else units for place, units in enumerate(blocks)]
-    forward, backward = [*blocks, *end], [*end, *reversed(returning)]
+    # Blocks of multi-token prediction do not run in an evaluation, which would leave them gathered.
+    main = len(model.part.layers)
+    forward, backward = [*blocks[:main], *end], [*end, *reversed(returning)]
 
     def ahead(units: list[list[FSDPModule]], place: int) -> list[FSDPModule]:
         return [unit for some in units[place : place + PREFETCHED] for unit in some]
@@ -271,7 +278,8 @@ def prefetch(model: Transformer) -> None:
     model.set_modules_to_forward_prefetch([*start, *ahead(forward, 0)])
     model.set_modules_to_backward_prefetch(ahead(backward, 0))
     for place, (block, *_) in enumerate(blocks):
-        block.set_modules_to_forward_prefetch(ahead(forward, place + 1))
+        if place < main:
+            block.set_modules_to_forward_prefetch(ahead(forward, place + 1))
         if place > 0:
             block.set_modules_to_backward_prefetch(ahead(backward, len(backward) - place))
 

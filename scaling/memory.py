@@ -281,6 +281,7 @@ def _compute_copies(part: RankParts, kernels: Kernels, zero: Zero, pp: int) -> i
         sizes = {spec.name: size for spec, size in part.sizes.items() if _is_cast(spec)}
         if not part.model.tied_embeddings:
             sizes.pop("embedding.weight", 0)  # a lookup casts only the rows it reads
+        sizes.pop("mtp.embedding.weight", 0)
         return 0 if compute_bytes == _FP32 else compute_bytes * sum(sizes.values())
     gathered, joined = gathered_bytes(part, kernels), _joined_bytes(part, compute_bytes)
     if not zero.frees(pp):

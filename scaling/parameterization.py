@@ -139,8 +139,12 @@ class Parameterization:
                 )
 
     def _owner(self, spec: ParamSpec) -> ParamSpec:
-        """Return the parameter that ``spec`` is a copy of: a tied head away from its embedding."""
+        """Return the parameter that ``spec`` is a copy of.
+
+        That is the embedding, for a tied head or a table of multi-token prediction away from it.
+        """
         copied = self.model.tied_embeddings and spec.role is Role.OUTPUT
+        copied = copied or (spec.ahead and spec.role is Role.INPUT)
         return inventory(self.model)[0] if copied else spec
 
     def describe(self) -> dict[str, Any]:

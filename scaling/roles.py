@@ -40,6 +40,7 @@ class ParamSpec:
     are stored [fan_out, fan_in]; an embedding [V, D] has fan_in V (finite) and fan_out D; a vector
     [n] has fan_in 1 and fan_out n. ``start``: what it starts as in every parameterization; None:
     that decides. ``of_heads``: a vector with elements for each head, which are where the head is.
+    ``ahead``: of multi-token prediction, which published counts and laws leave out.
     """
 
     name: str
@@ -49,6 +50,7 @@ class ParamSpec:
     fan_out: int
     start: Start | None = None
     of_heads: bool = False
+    ahead: bool = False
 
     def __post_init__(self) -> None:
         assert all(size > 0 for size in self.shape), (self.name, self.shape)

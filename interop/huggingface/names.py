@@ -148,6 +148,7 @@ def counterparts(model: ModelConfig, family: Family) -> tuple[Counterpart, ...]:
     return tuple(
         Counterpart(spec, _sources(spec, family), offset if spec.start == "ones" else 0.0)
         for spec in inventory(model)
+        if not spec.ahead
     )
 
 

@@ -161,6 +161,12 @@ _LOOP = (
         lambda s: {} if s.skipped else s.losses,
     ),
     Column(
+        "multi_token/DEPTH",
+        "nats",
+        "mean over the targets of a depth of multi-token prediction, which loss leaves out",
+        lambda s: {} if s.skipped else s.outcome.losses_ahead,
+    ),
+    Column(
         "tokens/SOURCE",
         "tokens",
         "read so far of a source",
