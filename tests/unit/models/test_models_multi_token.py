@@ -165,7 +165,7 @@ def test_documents_end_what_is_ahead() -> None:
 
 
 def test_what_is_predicted_is_not_seen() -> None:
-    """Depth 1's losses at i depend on tokens up to i + 1 alone; the control: they do on that one."""
+    """Depth 1 at i reads tokens up to i + 1, and not the one that it predicts."""
     _, model = made(1, 0.3)
     tokens_BL = torch.randint(V, (1, L + 2), generator=torch.Generator().manual_seed(2))
     seen: list[Tensor] = []
